@@ -1,0 +1,57 @@
+"""What can go wrong that is the user's to fix.
+
+PrunectlError
+├── UsageError         2   a flag, a name or a limit that makes no sense; an output that exists
+├── InputError         3   the input is missing, unreadable, broken or not a model
+│   └── UntrustedError 3   opening it would run code that came with it
+├── MissingExtraError  4   an optional dependency is not installed
+└── WorkError          5   the work failed, or its result was rejected; nothing was written
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PrunectlError(Exception):
+    """A failure that is the user's to fix, with the way to fix it."""
+
+    exit_code: ClassVar[int] = 5
+    kind: ClassVar[str] = "work"
+
+    def __init__(self, message: str, *, hint: str = "", did_you_mean: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.did_you_mean = did_you_mean
+
+
+class UsageError(PrunectlError):
+    """The command line or a configuration asks for something that does not exist."""
+
+    exit_code = 2
+    kind = "usage"
+
+
+class InputError(PrunectlError):
+    """The input is missing, unreadable, broken or not a model."""
+
+    exit_code = 3
+    kind = "input"
+
+
+class UntrustedError(InputError):
+    """Opening the input would run code that came with it."""
+
+    kind = "untrusted"
+
+
+class MissingExtraError(PrunectlError):
+    """An optional dependency is not installed."""
+
+    exit_code = 4
+    kind = "missing-extra"
+
+
+class WorkError(PrunectlError):
+    """The work failed, or its result was rejected."""

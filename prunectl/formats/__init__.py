@@ -1,0 +1,1 @@
+"""Where the bytes of a model lie, one file a container."""

@@ -1,0 +1,191 @@
+"""What every format says of a model: its tensors, and the facts around them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Flag, StrEnum, auto
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunectl.formats import extents
+from prunectl.formats.extents import Extent
+
+if TYPE_CHECKING:
+    from prunectl.formats.peek import Peek
+
+Array = NDArray[Any]
+
+
+class Role(StrEnum):
+    """What a tensor is for."""
+
+    KERNEL = "kernel"
+    RECURRENT = "recurrent"
+    EMBEDDING = "embedding"
+    BIAS = "bias"
+    NORM = "norm"
+    STATE = "state"
+    MASK = "mask"
+    SCHEDULE = "schedule"
+    OPTIMIZER = "optimizer"
+    OTHER = "other"
+
+
+WEIGHTS = frozenset({Role.KERNEL, Role.RECURRENT, Role.EMBEDDING, Role.BIAS, Role.NORM, Role.STATE, Role.OTHER})
+"""Roles of what a model needs to predict; the rest is dead weight once it is trained."""
+
+PRUNABLE = frozenset({Role.KERNEL, Role.RECURRENT})
+"""Roles that a policy prunes unless it is told otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """The bytes behind one tensor or several: tied tensors and views name the same key."""
+
+    key: str
+    nbytes: int
+    """Bytes once decoded."""
+    extent: Extent | None
+    """Where these bytes lie flat; nowhere when the container compresses or splits them."""
+    stored_bytes: int
+    """Bytes that they take in the container."""
+    big_endian: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """What a file says about a tensor before any of its bytes are read."""
+
+    name: str
+    layer: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    role: Role
+    storage: Storage
+    kind: str = ""
+    """Class of the layer or type of the operation that uses it, where the file says so."""
+    out_axis: int | None = None
+    start: int = 0
+    """First element of the view, counted from the start of its storage."""
+    strides: tuple[int, ...] | None = None
+    """Steps of the view, counted in elements; None when it is dense and in C order."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes once loaded."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def is_float(self) -> bool:
+        """Whether its elements are real floating-point numbers, bfloat16 and float8 included."""
+        return self.dtype.kind == "f" or self.dtype.name.startswith(("bfloat", "float"))
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapper:
+    """A training-time wrapper that a framework left around a layer."""
+
+    kind: str
+    """Who put it there: `tfmot`, `torch.nn.utils.prune`, `torch.ao.pruning`, `parametrization`."""
+    layer: str
+    schedule: str = ""
+    """The schedule as the file words it, such as `PolynomialDecay(0.5 -> 0.8, steps 0-1000)`."""
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """Facts around the tensors."""
+
+    producer: str = ""
+    """Who wrote the file, with the version: `keras 2.4.0`, `pytorch 1.13`."""
+    wrappers: tuple[Wrapper, ...] = ()
+    optimizer: str = ""
+    training: tuple[str, ...] = ()
+    """Training configuration that predictions do not need: `loss mse`, `epoch 12`."""
+    code: tuple[str, ...] = ()
+    """Code that a framework would run on loading: `class models.Net`, `Lambda layer crop`."""
+    code_bytes: int = 0
+    notes: tuple[str, ...] = ()
+    """What a user should know, each a full sentence."""
+    is_compressed: bool = False
+    keras: Mapping[str, Any] | None = field(default=None, repr=False)
+    """The Keras configuration (class_name, config), where the file holds one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One multiply-accumulate operation of the graph."""
+
+    layer: str
+    kind: str
+    macs: int
+    weight: str = ""
+    """Name of the tensor it multiplies by."""
+
+
+class Can(Flag):
+    """What a format supports beyond reading."""
+
+    NOTHING = 0
+    PACK = auto()
+    FLOPS = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A row of the table of formats."""
+
+    name: str
+    title: str
+    suffixes: tuple[str, ...]
+    looks_right: Callable[[Peek], bool]
+    opener: str
+    """`module:function` in this package that opens a path as a ModelFile."""
+    packer: str = ""
+    """`module:function` that writes a model again with the container's own compression."""
+    graph: str = ""
+    """`module:function` that lists the operations of a model."""
+
+    @property
+    def can(self) -> Can:
+        """What is there to do with such a file."""
+        return (Can.PACK if self.packer else Can.NOTHING) | (Can.FLOPS if self.graph else Can.NOTHING)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """An open model: facts at hand, bytes on demand."""
+
+    path: Path
+    format: str
+    tensors: tuple[Tensor, ...]
+    about: About
+    files: tuple[Path, ...]
+    """Every file that the model consists of."""
+    decode: Callable[[Tensor], Array] | None = None
+    """Reads a tensor that has no flat extent."""
+
+    def read(self, tensor: Tensor) -> Array:
+        """Return the tensor as a read-only array, paged in as it is touched where the bytes lie flat."""
+        if tensor.storage.extent is not None:
+            return extents.view(
+                tensor.storage.extent,
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                start=tensor.start,
+                strides=tensor.strides,
+                big_endian=tensor.storage.big_endian,
+            )
+        if self.decode is None:
+            raise ValueError(f"{self.format} gives {tensor.name} neither an extent nor a decoder")
+        return self.decode(tensor)

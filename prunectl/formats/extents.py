@@ -1,0 +1,94 @@
+"""Flat runs of bytes in files, mapped or streamed."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+
+from prunectl.errors import InputError
+
+BLOCK_BYTES = 1 << 20
+"""Small enough to stay in a core's cache between reading and counting."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A flat run of bytes in a file."""
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
+def check_inside(path: Path, offset: int, nbytes: int, file_bytes: int, what: str) -> None:
+    """Reject a run of bytes that is not wholly inside its file."""
+    if offset < 0 or nbytes < 0 or offset + nbytes > file_bytes:
+        raise InputError(
+            f"{path} is truncated or damaged: {what} should lie at bytes {offset}..{offset + nbytes}, "
+            f"the file has {file_bytes}"
+        )
+
+
+def view(
+    extent: Extent,
+    *,
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    start: int = 0,
+    strides: tuple[int, ...] | None = None,
+    big_endian: bool = False,
+) -> NDArray[Any]:
+    """Return the extent as a read-only array, mapped into memory rather than read."""
+    if math.prod(shape) == 0 or extent.nbytes == 0:
+        return np.zeros(shape, dtype)
+    mapped = np.memmap(extent.path, np.uint8, "r", extent.offset, (extent.nbytes,))
+    return arrange(mapped, dtype=dtype, shape=shape, start=start, strides=strides, big_endian=big_endian)
+
+
+def arrange(
+    raw: NDArray[np.uint8],
+    *,
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    start: int = 0,
+    strides: tuple[int, ...] | None = None,
+    big_endian: bool = False,
+) -> NDArray[Any]:
+    """See raw bytes as a tensor, read-only."""
+    raw = raw[start * dtype.itemsize :]
+    if big_endian:
+        # Swapping as plain integers also serves bfloat16, which knows no byte order.
+        whole = raw[: raw.size // dtype.itemsize * dtype.itemsize]
+        raw = whole.reshape(-1, dtype.itemsize)[:, ::-1].reshape(-1)
+    if strides is None:
+        array = raw[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+    else:
+        elements = raw[: raw.size // dtype.itemsize * dtype.itemsize].view(dtype)
+        array = as_strided(elements, shape, [step * dtype.itemsize for step in strides], writeable=False)
+    array.flags.writeable = False
+    return array
+
+
+def blocks(extent: Extent, dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
+    """Yield the extent piece by piece, each valid until the next: memory stays one block."""
+    buffer = np.empty(min(BLOCK_BYTES, extent.nbytes), np.uint8)
+    fd = os.open(extent.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        done = 0
+        while done < extent.nbytes:
+            want = min(buffer.size, extent.nbytes - done)
+            got = os.preadv(fd, [buffer[:want].data], extent.offset + done)
+            if got != want:
+                raise InputError(f"{extent.path} ended early: it became shorter while it was read")
+            yield buffer[:got].view(dtype)
+            done += got
+    finally:
+        os.close(fd)

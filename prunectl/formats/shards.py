@@ -1,0 +1,60 @@
+"""One model in several files, with a JSON that says which holds what."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from prunectl.errors import InputError
+from prunectl.formats import state_dict, table
+from prunectl.formats.base import About, Array, ModelFile, Tensor
+from prunectl.formats.json_text import parse_object
+
+
+def open_model(path: Path) -> ModelFile:
+    """Open the shards that an index names, as one model."""
+    weight_map = parse_object(path.read_bytes(), path, "the index").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{path} is JSON, but not the index of a sharded checkpoint: it has no weight_map")
+    shards = [_open_shard(path, name) for name in dict.fromkeys(weight_map.values())]
+    tensors = [_tagged(shard, tensor) for shard in shards for tensor in shard.tensors]
+    held = {tensor.name for tensor in tensors}
+    if missing := [name for name in weight_map if name not in held]:
+        raise InputError(f"{path} is damaged: it promises {missing[0]}, which {weight_map[missing[0]]} does not hold")
+    described = state_dict.describe(tensors)
+    owners = {shard.path.name: shard for shard in shards}
+
+    def decode(tensor: Tensor) -> Array:
+        owner, _, key = tensor.storage.key.partition(":")
+        return owners[owner].read(replace(tensor, storage=replace(tensor.storage, key=key)))
+
+    return ModelFile(
+        path=path,
+        format="shards",
+        tensors=described,
+        about=About(
+            producer=shards[0].about.producer if shards else "",
+            wrappers=state_dict.wrappers(described),
+            code=tuple(dict.fromkeys(code for shard in shards for code in shard.about.code)),
+            code_bytes=sum(shard.about.code_bytes for shard in shards),
+            is_compressed=any(shard.about.is_compressed for shard in shards),
+        ),
+        files=(path, *(shard.path for shard in shards)),
+        decode=decode,
+    )
+
+
+def _open_shard(index: Path, name: str) -> ModelFile:
+    if "/" in name or "\\" in name or name in {"", ".", ".."}:
+        raise InputError(f"{index} is refused: it names a shard outside its folder: {name}")
+    shard = index.parent / name
+    if not shard.is_file():
+        raise InputError(f"{index} is incomplete: its shard {name} is missing")
+    if table.recognise(shard).name == "shards":
+        raise InputError(f"{index} is refused: its shard {name} is itself an index")
+    return table.open_model(shard)
+
+
+def _tagged(shard: ModelFile, tensor: Tensor) -> Tensor:
+    storage = replace(tensor.storage, key=f"{shard.path.name}:{tensor.storage.key}")
+    return replace(tensor, storage=storage)

@@ -1,0 +1,77 @@
+"""Every format at once: what it is called, how it is recognised, what opens it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prunectl.errors import InputError
+from prunectl.formats import sniff, strangers
+from prunectl.formats.base import Can, Format, ModelFile
+from prunectl.formats.peek import Peek
+
+FORMATS = (
+    Format("saved-model", "TensorFlow SavedModel", ("",), sniff.is_saved_model, "saved_model:open_model"),
+    Format("keras-h5", "Keras HDF5", (".h5", ".hdf5"), sniff.is_hdf5, "h5:open_model"),
+    Format("keras", "Keras archive", (".keras",), sniff.is_keras_zip, "keras_zip:open_model"),
+    Format("torch-export", "PyTorch exported program", (".pt2",), sniff.is_exported_program, "pt2:open_model"),
+    Format("torch", "PyTorch", (".pt", ".pth", ".bin", ".ckpt"), sniff.is_torch_zip, "torch_zip:open_model"),
+    Format("torch-legacy", "PyTorch before 1.6", (".pt", ".pth"), sniff.is_torch_legacy, "torch_legacy:open_model"),
+    Format("torch-tar", "PyTorch before 0.2", (".pt", ".pth", ".tar"), sniff.is_torch_tar, "torch_tar:open_model"),
+    Format("shards", "sharded checkpoint", (".json",), sniff.is_shard_index, "shards:open_model"),
+    Format("safetensors", "safetensors", (".safetensors",), sniff.is_safetensors, "safetensors:open_model"),
+    Format("tflite", "TensorFlow Lite", (".tflite",), sniff.is_tflite, "tflite:open_model"),
+    Format("tf-checkpoint", "TensorFlow checkpoint", (".index",), sniff.is_checkpoint_index, "checkpoint:open_model"),
+    Format("onnx", "ONNX", (".onnx",), sniff.is_onnx, "onnx_file:open_model"),
+)  # fmt: skip
+
+
+def by_name(name: str) -> Format:
+    """Return the row of a format."""
+    return next(row for row in FORMATS if row.name == name)
+
+
+def load(reference: str) -> Callable[..., Any]:
+    """Import what a row of the table names as `module:function`."""
+    module, _, attribute = reference.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(f"prunectl.formats.{module}"), attribute)
+    return found
+
+
+def recognise(path: Path) -> Format:
+    """Return the format of ``path``: judged by its content, its name breaking ties."""
+    peek = Peek(path)
+    plausible = [row for row in FORMATS if row.looks_right(peek)]
+    for found in sorted(plausible, key=lambda row: path.suffix.lower() not in row.suffixes):
+        return found
+    known = " ".join(dict.fromkeys(suffix for row in FORMATS for suffix in row.suffixes if suffix))
+    raise InputError(f"{path} {strangers.describe(peek)}", hint=f"prunectl reads SavedModel folders and {known}")
+
+
+def resolve(path: Path) -> Path:
+    """Return the file that stands for what the user named: a checkpoint's prefix, a folder with shards."""
+    if not path.exists() and (index := path.with_name(path.name + ".index")).is_file():
+        return index
+    if path.is_dir() and not (path / "saved_model.pb").exists():
+        for name in (
+            "model.safetensors.index.json",
+            "pytorch_model.bin.index.json",
+            "model.safetensors",
+            "pytorch_model.bin",
+        ):
+            if (path / name).is_file():
+                return path / name
+    return path
+
+
+def open_model(path: Path, needs: Can = Can.NOTHING) -> ModelFile:
+    """Open a model of any format, or say in one sentence why not."""
+    real = resolve(path)
+    row = recognise(real)
+    if missing := needs & ~row.can:
+        verb = str(missing.name).lower()
+        raise InputError(f"{path} is a {row.title} file: prunectl cannot {verb} it")
+    model: ModelFile = load(row.opener)(real)
+    return model

@@ -1,0 +1,136 @@
+"""Zip archives as places where bytes lie: offsets instead of streams, and no trust in what they claim."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
+
+from prunectl.errors import InputError
+from prunectl.formats.extents import Extent
+
+MAX_RATIO = 1100
+"""Deflate cannot do better than 1032 to 1: an entry that claims more lies."""
+MAX_BLOWN_UP_BYTES = 256 << 20
+"""An archive that inflates to more than this, and more than BOMB_RATIO times itself, is a bomb."""
+BOMB_RATIO = 200
+_LOCAL_HEADER_BYTES = 30
+_PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file in a zip, and where its bytes lie."""
+
+    name: str
+    nbytes: int
+    """Bytes once inflated."""
+    extent: Extent
+    """The bytes as they are stored."""
+    is_stored: bool
+    crc: int
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """The entries of a zip, by name."""
+
+    path: Path
+    entries: Mapping[str, Entry]
+
+    def read(self, name: str, limit: int) -> bytes:
+        """Return a whole entry that is known to be small, such as a configuration."""
+        entry = self.entries[name]
+        if entry.nbytes > limit:
+            raise InputError(f"{self.path} is damaged: its entry {name} claims {entry.nbytes} bytes")
+        return b"".join(self.pieces(entry))
+
+    def pieces(self, entry: Entry) -> Iterator[bytes]:
+        """Yield the inflated bytes of an entry, checked against its length and CRC-32."""
+        done, crc = 0, 0
+        with self.path.open("rb") as file:
+            for piece in _inflated(file, entry):
+                done += len(piece)
+                crc = zlib.crc32(piece, crc)
+                if done > entry.nbytes:
+                    break
+                yield piece
+        if done != entry.nbytes or crc != entry.crc:
+            raise InputError(f"{self.path} is damaged: its entry {entry.name} is not what its checksum says")
+
+
+def _inflated(file: BinaryIO, entry: Entry) -> Iterator[bytes]:
+    file.seek(entry.extent.offset)
+    left = entry.extent.nbytes
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    while left:
+        raw = file.read(min(_PIECE_BYTES, left))
+        if not raw:
+            return
+        left -= len(raw)
+        if entry.is_stored:
+            yield raw
+            continue
+        try:
+            while raw:
+                yield inflate.decompress(raw, _PIECE_BYTES)
+                raw = inflate.unconsumed_tail
+        except zlib.error as error:
+            raise InputError(f"{file.name} is damaged: its entry {entry.name} cannot be inflated") from error
+
+
+def open_archive(path: Path) -> Archive:
+    """Read the directory of a zip, refusing one that lies."""
+    try:
+        with ZipFile(path) as archive, path.open("rb") as file:
+            entries = [_locate(path, file, info) for info in archive.infolist() if not info.is_dir()]
+            end = archive.start_dir
+    except (BadZipFile, NotImplementedError, UnicodeDecodeError, EOFError) as error:
+        raise InputError(f"{path} is a damaged zip: {error}") from error
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read: permission denied") from error
+    _refuse_lies(path, entries, end)
+    return Archive(path, {entry.name: entry for entry in entries})
+
+
+def _locate(path: Path, file: BinaryIO, info: ZipInfo) -> Entry:
+    if info.compress_type not in {ZIP_STORED, ZIP_DEFLATED}:
+        raise InputError(f"{path} compresses its entry {info.filename} in a way that no model does")
+    if info.flag_bits & 1:
+        raise InputError(f"{path} is encrypted")
+    file.seek(info.header_offset)
+    header = file.read(_LOCAL_HEADER_BYTES)
+    if len(header) < _LOCAL_HEADER_BYTES or header[:4] != b"PK\x03\x04":
+        raise InputError(f"{path} is a damaged zip: its entry {info.filename} does not lie where the directory says")
+    names_bytes = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    offset = info.header_offset + _LOCAL_HEADER_BYTES + names_bytes
+    is_stored = info.compress_type == ZIP_STORED
+    if is_stored and info.compress_size != info.file_size:
+        raise InputError(f"{path} is a damaged zip: its entry {info.filename} has two lengths")
+    return Entry(info.filename, info.file_size, Extent(path, offset, info.compress_size), is_stored, info.CRC)
+
+
+def _refuse_lies(path: Path, entries: list[Entry], end: int) -> None:
+    seen: set[str] = set()
+    for entry in entries:
+        name = PurePosixPath(entry.name)
+        if entry.name in seen:
+            raise InputError(f"{path} is refused: it holds two entries named {entry.name}")
+        if name.is_absolute() or ".." in name.parts or "\\" in entry.name:
+            raise InputError(f"{path} is refused: its entry {entry.name} points out of the archive")
+        if entry.nbytes > entry.extent.nbytes * MAX_RATIO:
+            raise InputError(f"{path} is refused: its entry {entry.name} claims to inflate beyond what deflate can do")
+        seen.add(entry.name)
+    last = 0
+    for entry in sorted(entries, key=lambda found: found.extent.offset):
+        if entry.extent.offset < last:
+            raise InputError(f"{path} is refused: its entry {entry.name} overlaps another")
+        last = entry.extent.offset + entry.extent.nbytes
+    if last > end:
+        raise InputError(f"{path} is a damaged zip: its entries reach beyond their directory")
+    total = sum(entry.nbytes for entry in entries)
+    if total > max(MAX_BLOWN_UP_BYTES, BOMB_RATIO * sum(entry.extent.nbytes for entry in entries)):
+        raise InputError(f"{path} is refused: it would inflate to {total} bytes, like a zip bomb")

@@ -1,0 +1,83 @@
+"""Safetensors files, written by the safetensors library."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from prunectl.errors import InputError
+from prunectl.formats.table import open_model
+from tests.contract import Array, FormatContract, raw
+
+
+class TestSafetensors(FormatContract):
+    format = "safetensors"
+    name = "model.safetensors"
+
+    def write(self, path: Path, arrays: dict[str, Array]) -> None:
+        save_file(arrays, path)
+
+    def read_back(self, path: Path) -> dict[str, Array]:
+        return load_file(path)
+
+
+def craft(path: Path, header: object, data: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def entry(begin: int, end: int, shape: list[int]) -> dict[str, object]:
+    return {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.float16, np.float64, np.int8, np.bool_, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn]
+)
+def test_every_type_of_number_is_read_as_it_is(tmp_path: Path, dtype: type) -> None:
+    values = np.array([[0, 1, 1], [1, 0, 1]]).astype(dtype)
+    save_file({"w": values}, tmp_path / "m.safetensors")
+    model = open_model(tmp_path / "m.safetensors")
+    assert model.tensors[0].dtype == dtype
+    assert raw(model.read(model.tensors[0])) == raw(values)
+
+
+def test_a_scalar_and_an_empty_tensor_are_read(tmp_path: Path) -> None:
+    save_file({"one": np.array(3, np.float32), "none": np.zeros((0, 4), np.float32)}, tmp_path / "m.safetensors")
+    model = open_model(tmp_path / "m.safetensors")
+    arrays = {tensor.name: model.read(tensor) for tensor in model.tensors}
+    assert arrays["one"] == 3
+    assert arrays["none"].shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "complaint"),
+    [
+        ({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, bytes(12), "overlaps"),
+        ({"a": entry(0, 4, [1]), "b": entry(8, 12, [1])}, bytes(12), "gap"),
+        ({"a": entry(0, 400, [100])}, bytes(12), "truncated"),
+        ({"a": entry(0, 4, [1])}, bytes(400), "the file at"),
+        ({"a": entry(0, 8, [3])}, bytes(8), "does not fill"),
+        ({"a": {"dtype": "F7", "shape": [1], "data_offsets": [0, 4]}}, bytes(4), "does not read"),
+        ({"a": {"dtype": "F32"}}, b"", "does not say"),
+        ({"a": entry(0, -4, [-1])}, b"", "does not say"),
+        (b'{"a": ' * 100_000, b"", "nested too deep"),
+        (b"{not json}", b"", "not JSON"),
+    ],
+)
+def test_a_header_that_lies_is_refused(tmp_path: Path, header: object, data: bytes, complaint: str) -> None:
+    path = craft(tmp_path / "m.safetensors", header, data)
+    with pytest.raises(InputError, match=complaint):
+        open_model(path)
+
+
+def test_a_header_of_two_to_the_sixty_bytes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
+    with pytest.raises(InputError, match="claims a header of 1152921504606846976 bytes"):
+        open_model(path)
