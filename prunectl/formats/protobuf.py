@@ -1,0 +1,85 @@
+"""Protobuf's wire format: fields and where they lie, without a schema and without a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+_FIXED_BYTES = {FIXED64: 8, FIXED32: 4}
+_MAX_SHIFT = 63
+_SIGN_BIT = 1 << 63
+
+
+class WireError(ValueError):
+    """The bytes are not a protobuf message."""
+
+
+class Field(NamedTuple):
+    """One field of a message."""
+
+    number: int
+    wire: int
+    value: int
+    """The number of a varint or a fixed field; the length of a field of bytes."""
+    begin: int
+    """Where the payload begins in the buffer."""
+    end: int
+    """Where it ends."""
+
+
+def fields(data: memoryview, begin: int = 0, end: int | None = None) -> Iterator[Field]:
+    """Yield the fields of the message that lies at ``begin``..``end`` of a buffer."""
+    at, stop = begin, len(data) if end is None else end
+    while at < stop:
+        tag, at = varint(data, at, stop)
+        number, wire = tag >> 3, tag & 7
+        if number == 0:
+            raise WireError("field 0")
+        value, payload = 0, at
+        if wire in _FIXED_BYTES:
+            at += _FIXED_BYTES[wire]
+            value = int.from_bytes(data[payload:at], "little")
+        elif wire in {VARINT, BYTES}:
+            value, at = varint(data, at, stop)
+            payload = at
+            at += value if wire == BYTES else 0
+        else:
+            raise WireError(f"wire type {wire}")
+        if at > stop:
+            raise WireError("a field reaches past the end of its message")
+        yield Field(number, wire, value, payload, at)
+
+
+def varint(data: memoryview, at: int, end: int) -> tuple[int, int]:
+    """Return the number that begins at ``at``, and where the next byte is."""
+    value = shift = 0
+    while at < end and shift <= _MAX_SHIFT:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+    raise WireError("a number that does not end")
+
+
+def signed(value: int) -> int:
+    """Return the varint of an int32 or int64 field as the signed number that it is."""
+    return value - (_SIGN_BIT << 1) if value >= _SIGN_BIT else value
+
+
+def packed(data: memoryview, field: Field) -> list[int]:
+    """Return the varints of a repeated field, packed into one or standing alone."""
+    if field.wire == VARINT:
+        return [field.value]
+    numbers, at = [], field.begin
+    while at < field.end:
+        number, at = varint(data, at, field.end)
+        numbers.append(number)
+    return numbers
+
+
+def text(data: memoryview, field: Field) -> str:
+    """Return the string in a field."""
+    return str(data[field.begin : field.end], "utf-8", "backslashreplace")
