@@ -10,7 +10,12 @@ PrunectlError
 
 from __future__ import annotations
 
-from typing import ClassVar
+import errno
+from collections.abc import Callable
+from typing import ClassVar, TypeVar
+
+Subject = TypeVar("Subject")
+Result = TypeVar("Result")
 
 
 class PrunectlError(Exception):
@@ -55,3 +60,33 @@ class MissingExtraError(PrunectlError):
 
 class WorkError(PrunectlError):
     """The work failed, or its result was rejected."""
+
+
+def translate(error: Exception) -> PrunectlError | None:
+    """Return what an error of the system means to the user; None for what is our own fault."""
+    if isinstance(error, MemoryError):
+        return WorkError("out of memory")
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return WorkError(f"no space left on the disk{_where(error)}; nothing was written")
+    if isinstance(error, OSError) and error.errno is not None:
+        return InputError(f"{error.filename or 'the input'} cannot be used: {error.strerror}")
+    return None
+
+
+def attempt(action: Callable[[Subject], Result], subject: Subject) -> Result | PrunectlError:
+    """Return what an action makes of a subject, or the failure that is the user's to fix."""
+    try:
+        return action(subject)
+    except PrunectlError as error:
+        return error
+    except BrokenPipeError:
+        raise
+    except (OSError, MemoryError) as error:
+        known = translate(error)
+        if known is None:
+            raise
+        return known
+
+
+def _where(error: OSError) -> str:
+    return f" that holds {error.filename}" if error.filename else ""

@@ -70,6 +70,8 @@ class Tensor:
     kind: str = ""
     """Class of the layer or type of the operation that uses it, where the file says so."""
     out_axis: int | None = None
+    in_axis: int | None = None
+    """Axis that runs over the inputs of one output, along which N:M patterns lie."""
     start: int = 0
     """First element of the view, counted from the start of its storage."""
     strides: tuple[int, ...] | None = None
@@ -89,6 +91,18 @@ class Tensor:
     def is_float(self) -> bool:
         """Whether its elements are real floating-point numbers, bfloat16 and float8 included."""
         return self.dtype.kind == "f" or self.dtype.name.startswith(("bfloat", "float"))
+
+    @property
+    def is_prunable(self) -> bool:
+        """Whether it is what policies prune unless they are told otherwise."""
+        return self.role in PRUNABLE and self.is_float and len(self.shape) >= 2
+
+    @property
+    def inputs_axis(self) -> int | None:
+        """Axis of the inputs: as the handler says, else the neighbour of the output axis."""
+        if self.in_axis is not None or self.out_axis is None or len(self.shape) < 2:
+            return self.in_axis
+        return 1 if self.out_axis == 0 else self.out_axis - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +142,8 @@ class Operation:
 
     layer: str
     kind: str
-    macs: int
+    macs: int | None
+    """For one input; None where the file does not say the shapes."""
     weight: str = ""
     """Name of the tensor it multiplies by."""
 

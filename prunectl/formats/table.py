@@ -28,6 +28,12 @@ FORMATS = (
 )  # fmt: skip
 
 
+_CANNOT = {
+    Can.PACK: "the container has no compression of its own",
+    Can.FLOPS: "it holds tensors, but no graph to count operations in",
+}
+
+
 def by_name(name: str) -> Format:
     """Return the row of a format."""
     return next(row for row in FORMATS if row.name == name)
@@ -66,12 +72,15 @@ def resolve(path: Path) -> Path:
     return path
 
 
-def open_model(path: Path, needs: Can = Can.NOTHING) -> ModelFile:
+def open_model(path: Path) -> ModelFile:
     """Open a model of any format, or say in one sentence why not."""
     real = resolve(path)
-    row = recognise(real)
-    if missing := needs & ~row.can:
-        verb = str(missing.name).lower()
-        raise InputError(f"{path} is a {row.title} file: prunectl cannot {verb} it")
-    model: ModelFile = load(row.opener)(real)
+    model: ModelFile = load(recognise(real).opener)(real)
     return model
+
+
+def require(model: ModelFile, needs: Can) -> None:
+    """Refuse what a format cannot do, before any work begins."""
+    row = by_name(model.format)
+    if needs & ~row.can:
+        raise InputError(f"{model.path} is a {row.title} file: {_CANNOT[needs]}")

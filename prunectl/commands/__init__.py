@@ -1,0 +1,1 @@
+"""One file a verb: resolve what the user named, call, show."""

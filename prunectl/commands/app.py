@@ -1,0 +1,70 @@
+"""The table of commands, each imported only when it is run."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from prunectl import __version__
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "inspect": ("prunectl.commands.inspect_", "What is in a model file: layers, sparsity, dead weight."),
+    "size": ("prunectl.commands.size", "Raw, packed and compressed size, and sparsity; with a limit it is a gate."),
+}
+
+HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+
+
+class LazyGroup(TyperGroup):
+    """Knows the names and the help lines of its commands, and imports one when it is to run."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for name, (_, line) in COMMANDS.items():
+            self.add_command(TyperCommand(name, help=line))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Swap the placeholder of the command that was typed for the command itself."""
+        name, placeholder, rest = super().resolve_command(ctx, args)
+        if name not in COMMANDS:
+            return name, placeholder, rest
+        return name, importlib.import_module(COMMANDS[name][0]).command, rest
+
+
+def _version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"prunectl {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    name="prunectl",
+    cls=LazyGroup,
+    context_settings=HELP_NAMES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+@app.callback(epilog="Exit codes: 0 done · 1 a gate said no · 2 usage · 3 input · 4 missing extra · 5 failed · 70 bug")
+def prunectl(
+    version: Annotated[
+        bool, typer.Option("-V", "--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Make saved neural networks smaller, from the shell.
+
+    [dim]$[/] prunectl inspect model.h5
+
+    [dim]$[/] prunectl size model.pt --max-gzip 5MB
+    """
+
+
+def run(words: list[str]) -> int:
+    """Run what was typed, and return its exit code."""
+    code = typer.main.get_command(app)(words, prog_name="prunectl", standalone_mode=False)
+    return code if isinstance(code, int) else 0

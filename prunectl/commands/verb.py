@@ -1,0 +1,70 @@
+"""What every command has: the options about output, and a reporter made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from prunectl.commands.app import HELP_NAMES
+from prunectl.reporting.reporter import Reporter
+from prunectl.reporting.settings import Color, Layout, Settings, Units
+
+
+class _Verb(TyperCommand):
+    """A command with the common options after its own, which it takes as a reporter in the context."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        # Typer turns the signature of _settings into options, the same way as that of any command.
+        single = typer.Typer(add_completion=False)
+        single.command()(_settings)
+        self._common = typer.main.get_command(single)
+        self.params.extend(self._common.params)
+
+    def invoke(self, ctx: Any) -> Any:
+        chosen = {str(option.name): ctx.params.pop(option.name) for option in self._common.params}
+        assert self._common.callback is not None
+        ctx.obj = Reporter(self._common.callback(**chosen), command=str(self.name))
+        return super().invoke(ctx)
+
+
+def verb(function: Callable[..., int]) -> TyperCommand:
+    """Make a command of a function that takes the context first and returns the exit code."""
+    single = typer.Typer(context_settings=HELP_NAMES, rich_markup_mode="rich", add_completion=False)
+    single.command(cls=_Verb, no_args_is_help=True)(function)
+    command = typer.main.get_command(single)
+    assert isinstance(command, TyperCommand)
+    return command
+
+
+def _option(*names: str, help: str, **more: Any) -> Any:  # noqa: A002 - typer's word
+    return typer.Option(*names, help=help, rich_help_panel="Options of every command", **more)
+
+
+def _settings(
+    *,
+    json: Annotated[bool, _option("--json", help="One JSON object on stdout.")] = False,
+    layout: Annotated[
+        Layout | None, _option("--format", help="How to print; a terminal gets human, a pipe plain.")
+    ] = None,
+    quiet: Annotated[bool, _option("-q", "--quiet", help="No notes.")] = False,
+    verbose: Annotated[bool, _option("-v", "--verbose", help="Let frameworks and libraries talk.")] = False,
+    debug: Annotated[bool, _option("--debug", help="Show tracebacks.")] = False,
+    color: Annotated[Color, _option("--color", help="When to colour.")] = Color.AUTO,
+    no_progress: Annotated[bool, _option("--no-progress", help="No progress bars.")] = False,
+    rows: Annotated[int, _option("-n", "--rows", help="Rows of a table on a terminal; 0 is all.", min=0)] = 40,
+    units: Annotated[Units, _option("--units", help="How to write bytes.")] = Units.SI,
+) -> Settings:
+    return Settings(
+        layout=Layout.JSON if json else layout,
+        is_quiet=quiet,
+        is_verbose=verbose,
+        is_debug=debug,
+        color=color,
+        has_progress=not no_progress,
+        rows=rows,
+        units=units,
+    )

@@ -1,0 +1,1 @@
+"""How big, how sparse, how regular: facts counted from a model file."""

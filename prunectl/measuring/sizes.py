@@ -1,0 +1,58 @@
+"""The sizes of a model: as it is, packed, compressed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from prunectl.formats.base import ModelFile
+from prunectl.formats.table import by_name, load
+from prunectl.measuring.archive import stream
+from prunectl.measuring.codecs import Codec, compress
+from prunectl.measuring.meter import Meter, unwatched
+from prunectl.measuring.survey import Bytes, Survey, survey
+
+Tick = Callable[[int], None]
+_PASSES = 3
+"""Each byte is counted, compressed and packed."""
+
+
+class _StoppedError(Exception):
+    """The main thread gave up: so does a worker."""
+
+
+def measure(model: ModelFile, codec: Codec, meter: Meter = unwatched) -> Survey:
+    """Return a survey with every size in it, compressing and packing side by side."""
+    is_stopped = False
+    raw = sum(path.stat().st_size for path in model.files)
+    with ThreadPoolExecutor(2) as workers, meter(f"measuring {model.path.name}", raw * _PASSES) as bar:
+
+        def watched(nbytes: int) -> None:
+            if is_stopped:
+                raise _StoppedError
+            bar.advance(nbytes)
+
+        try:
+            compressing = workers.submit(compress, stream(model), codec, watched)
+            packing = workers.submit(packed_bytes, model, watched)
+            found = survey(model, model.tensors, tick=watched)
+            compressed, packed = compressing.result(), packing.result()
+        except BaseException:
+            is_stopped = True
+            raise
+    sizes = Bytes(raw=found.bytes.raw, packed=packed, compressed=compressed.nbytes)
+    return replace(found, bytes=sizes, sha256=compressed.sha256)
+
+
+def packed_bytes(model: ModelFile, tick: Tick) -> int:
+    """Return the size that the container's own compression leaves, found by packing into a scratch file."""
+    row = by_name(model.format)
+    if not row.packer:
+        return sum(path.stat().st_size for path in model.files)
+    with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
+        target = Path(scratch) / model.path.name
+        load(row.packer)(model, target, tick)
+        return target.stat().st_size

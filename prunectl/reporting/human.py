@@ -1,0 +1,105 @@
+"""Reports for people at a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prunectl.reporting.words import count, gate_sentence, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    from prunectl.reporting.report import Report, Section
+    from prunectl.reporting.settings import Settings, Units
+    from prunectl.reporting.table import Table
+
+_GAP = 2
+_NARROWEST_NAME = 16
+
+
+def show(report: Report, console: Console, settings: Settings) -> None:
+    """Print a report."""
+    for number, section in enumerate(report.sections):
+        if number:
+            console.print()
+        _show_section(section, console, settings)
+    if not report.sections and report.main.rows:
+        _show_table(report.main, console, settings)
+    for remark in report.remarks:
+        _remark(remark, console)
+    for gate in report.gates:
+        sign, style = ("pass", "green") if gate.ok else ("FAIL", "bold red")
+        console.print(f"{sign}  ", style=style, end="")
+        console.print(gate_sentence(gate, settings.units), soft_wrap=True)
+
+
+def _show_section(section: Section, console: Console, settings: Settings) -> None:
+    console.print(printable(section.title), style="bold", soft_wrap=True)
+    width = max((len(name) for name, _ in section.facts), default=0)
+    for name, value in section.facts:
+        console.print(f"  {name:<{width}}  ", style="dim", end="")
+        console.print(printable(value), soft_wrap=True)
+    for table in section.tables:
+        console.print()
+        _show_table(table, console, settings)
+    if section.remarks:
+        console.print()
+    for remark in section.remarks:
+        _remark(remark, console)
+
+
+def _remark(text: str, console: Console) -> None:
+    from rich.padding import Padding  # noqa: PLC0415 - rich is loaded only for people
+    from rich.text import Text  # noqa: PLC0415
+
+    console.print("* ", style="yellow", end="")
+    lines = Text(printable(text)).wrap(console, max(console.width - 2, 20))
+    for number, line in enumerate(lines):
+        console.print(line if number == 0 else Padding(line, (0, 0, 0, 2)))
+
+
+def _show_table(table: Table, console: Console, settings: Settings) -> None:
+    shown = table.rows[: settings.rows] if settings.rows else table.rows
+    spelled = [_spell(table, row, settings.units) for row in (*shown, *([table.total] if table.total else []))]
+    columns = _fitting(table, spelled, console.width)
+    rich = _grid(table, columns)
+    for number, line in enumerate(spelled):
+        is_total = table.total is not None and number == len(spelled) - 1
+        rich.add_row(*(line[column] for column in columns), style="bold" if is_total else None)
+    console.print(rich)
+    if hidden := len(table.rows) - len(shown):
+        console.print(f"  {count(hidden)} more rows: -n 0 shows all", style="dim")
+
+
+def _grid(table: Table, columns: list[int]) -> RichTable:
+    from rich.table import Table as RichTable  # noqa: PLC0415 - rich is loaded only for people
+
+    rich = RichTable(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="dim", title_justify="left")
+    for number in columns:
+        column = table.columns[number]
+        rich.add_column(
+            column.name,
+            justify="right" if column.is_number else "left",
+            overflow="fold",
+            no_wrap=column.is_number,
+        )
+    return rich
+
+
+def _spell(table: Table, row: tuple[str | int | float | None, ...], units: Units) -> list[str]:
+    return [column.spell(cell, units) for column, cell in zip(table.columns, row, strict=True)]
+
+
+def _fitting(table: Table, spelled: list[list[str]], width: int) -> list[int]:
+    """Return the columns that fit: those that are optional go first, the last of them before the others."""
+    columns = list(range(len(table.columns)))
+    widths = [max(len(table.columns[at].name), *(len(line[at]) for line in spelled), 1) for at in columns]
+    # Text folds, so that only a part of it must fit.
+    needs = [wide if table.columns[at].is_number else min(wide, _NARROWEST_NAME) for at, wide in enumerate(widths)]
+    for at in reversed(range(len(columns))):
+        if sum(needs[column] + _GAP for column in columns) <= width:
+            break
+        if table.columns[at].is_optional:
+            columns.remove(at)
+    return columns

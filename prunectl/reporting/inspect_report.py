@@ -1,0 +1,135 @@
+"""What `inspect` says, drawn from surveys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prunectl.formats.table import by_name
+from prunectl.measuring.histogram import Histogram
+from prunectl.measuring.survey import LayerRow, Survey, totals
+from prunectl.reporting.report import Failure, Report, Section
+from prunectl.reporting.survey_json import survey_json
+from prunectl.reporting.table import Cell, Column, Table, Unit
+from prunectl.reporting.words import count, percent
+
+_BAR_WIDTH = 40
+
+
+def inspect_report(surveys: Sequence[Survey], failures: Sequence[Failure], *, has_flops: bool) -> Report:
+    """Return the report on some models."""
+    pattern = next((found.pattern for found in surveys if found.pattern), "")
+    columns = _columns(pattern, has_flops=has_flops)
+    rows = [(found.path, *_cells(row, pattern, has_flops=has_flops)) for found in surveys for row in found.layers]
+    return Report(
+        models=tuple(survey_json(found) for found in surveys),
+        main=Table("tensors", (Column("path"), *columns), tuple(rows)),
+        sections=tuple(_section(found, columns, pattern, has_flops=has_flops) for found in surveys),
+        failures=tuple(failures),
+        bare=(),
+    )
+
+
+def _columns(pattern: str, *, has_flops: bool) -> tuple[Column, ...]:
+    return (
+        Column("tensor"),
+        Column("role"),
+        Column("shape"),
+        Column("dtype", is_optional=True),
+        Column("params", Unit.COUNT),
+        Column("zeros", Unit.COUNT, is_optional=True),
+        Column("sparsity", Unit.RATIO),
+        Column("dead", Unit.COUNT, is_optional=True),
+        *([Column(pattern, Unit.RATIO)] if pattern else []),
+        *([Column("FLOPs", Unit.COUNT)] if has_flops else []),
+    )
+
+
+def _cells(row: LayerRow, pattern: str, *, has_flops: bool) -> tuple[Cell, ...]:
+    return (
+        row.name,
+        f"{row.role} = {row.tied_to}" if row.tied_to else str(row.role),
+        "x".join(map(str, row.shape)) or "scalar",
+        row.dtype,
+        row.params,
+        row.zeros,
+        row.sparsity,
+        row.dead_channels,
+        *([row.conforming] if pattern else []),
+        *([None if row.macs is None else 2 * row.macs] if has_flops else []),
+    )
+
+
+def _section(found: Survey, columns: tuple[Column, ...], pattern: str, *, has_flops: bool) -> Section:
+    tensors = Table(
+        "tensors",
+        columns,
+        tuple(_cells(row, pattern, has_flops=has_flops) for row in found.layers),
+        total=_total(found, columns, has_flops=has_flops),
+    )
+    tables = [_parts(found), tensors] if found.layers else [_parts(found)]
+    if found.histogram is not None:
+        tables.append(_bars(found.histogram))
+    return Section(title=found.path, facts=_facts(found), tables=tuple(tables), remarks=found.advice)
+
+
+def _total(found: Survey, columns: tuple[Column, ...], *, has_flops: bool) -> tuple[Cell, ...]:
+    shown = totals(found.layers)
+    sums: dict[str, Cell] = {"tensor": "all", "params": shown.total, "zeros": shown.zero}
+    if shown.zero is not None:
+        sums["sparsity"] = shown.zero / shown.total if shown.total else 0.0
+    if has_flops:
+        sums["FLOPs"] = None if found.macs is None else 2 * found.macs
+    return tuple(sums.get(column.name, "" if not column.is_number else None) for column in columns)
+
+
+def _facts(found: Survey) -> tuple[tuple[str, str], ...]:
+    about = found.about
+    facts = [
+        ("format", ", ".join(filter(None, (by_name(found.format).title, about.producer)))),
+        ("params", f"{count(found.params.total)}, of which {count(found.params.prunable)} prunable"),
+    ]
+    if found.sparsity is not None and found.prunable_sparsity is not None:
+        facts.append(
+            ("sparsity", f"{percent(found.sparsity)} of all, {percent(found.prunable_sparsity)} of the prunable")
+        )
+    if found.macs is not None:
+        unknown = f", without {len(found.macs_unknown)} operations of unknown shape" if found.macs_unknown else ""
+        facts.append(("FLOPs", f"{count(2 * found.macs)} for one input{unknown}"))
+    for kind in dict.fromkeys(wrapper.kind for wrapper in about.wrappers):
+        layers = [wrapper for wrapper in about.wrappers if wrapper.kind == kind]
+        schedules = ", ".join(dict.fromkeys(filter(None, (wrapper.schedule for wrapper in layers))))
+        facts.append(("wrapped", f"{kind} around {len(layers)} layers{': ' if schedules else ''}{schedules}"))
+    if about.optimizer:
+        facts.append(("optimizer", about.optimizer))
+    if about.training:
+        facts.append(("training", ", ".join(about.training)))
+    if about.code:
+        facts.append(
+            ("code", ", ".join(about.code[:3]) + (f" and {len(about.code) - 3} more" if len(about.code) > 3 else ""))
+        )
+    return tuple(facts)
+
+
+def _parts(found: Survey) -> Table:
+    raw = found.bytes.raw
+    return Table(
+        "parts",
+        (Column("part"), Column("size", Unit.BYTES), Column("share", Unit.RATIO), Column("", is_optional=True)),
+        tuple(
+            (part.name, part.bytes, part.bytes / raw if raw else 0.0, "dead weight" if part.is_dead else "")
+            for part in found.parts
+        ),
+        total=("file", raw, None, ""),
+    )
+
+
+def _bars(found: Histogram) -> Table:
+    tallest = max(found.counts, default=1)
+    rows: list[tuple[Cell, ...]] = [("0", found.zero, "")]
+    if found.below:
+        rows.append((f"< {found.edges[0]:.2g}", found.below, ""))
+    for low, number in zip(found.edges, found.counts, strict=False):
+        rows.append((f"{low:.2g}", number, "#" * -(-number * _BAR_WIDTH // tallest)))
+    if found.not_finite:
+        rows.append(("NaN or infinite", found.not_finite, ""))
+    return Table("histogram", (Column("|weight| from"), Column("weights", Unit.COUNT), Column("")), tuple(rows))

@@ -1,0 +1,51 @@
+"""What a command found, as a value: every layout is drawn from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from prunectl.errors import PrunectlError
+from prunectl.measuring.gates import Gate
+from prunectl.reporting.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One input of several that could not be used."""
+
+    path: str
+    error: PrunectlError
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """The part of a report that is about one model: facts, then tables, then remarks."""
+
+    title: str
+    facts: tuple[tuple[str, str], ...] = ()
+    tables: tuple[Table, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The outcome of a command."""
+
+    models: tuple[dict[str, Any], ...]
+    """What `--json` says of each model."""
+    main: Table
+    """The rows that pipes, CSV and Markdown get."""
+    sections: tuple[Section, ...] = ()
+    """What people get; the main table alone when there is none."""
+    gates: tuple[Gate, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    remarks: tuple[str, ...] = ()
+    bare: tuple[str, ...] | None = None
+    """What `--quiet` prints instead of everything else."""
+
+    @property
+    def exit_code(self) -> int:
+        """The worst of what happened."""
+        codes = [failure.error.exit_code for failure in self.failures]
+        return max([*codes, 0 if all(gate.ok for gate in self.gates) else 1])

@@ -1,0 +1,80 @@
+"""What commands speak through: data to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from prunectl.errors import PrunectlError
+from prunectl.reporting import envelope, human, rows
+from prunectl.reporting.progress import Progress
+from prunectl.reporting.report import Report
+from prunectl.reporting.settings import Layout, Settings
+from prunectl.reporting.streams import console, never_fail
+from prunectl.reporting.words import gate_sentence, printable
+
+
+@dataclass(frozen=True, slots=True)
+class Reporter:
+    """Speaks in the way that the user chose."""
+
+    settings: Settings
+    command: str
+
+    @property
+    def is_json(self) -> bool:
+        """Whether a script is listening."""
+        return self.settings.chosen_layout is Layout.JSON
+
+    def progress(self, label: str, total_bytes: int) -> AbstractContextManager[Progress]:
+        """Return a bar that appears when work takes longer than a second."""
+        return Progress(label, total_bytes, self.settings)
+
+    def show(self, report: Report) -> int:
+        """Print what a command found, and return its exit code."""
+        never_fail(sys.stdout)
+        layout = self.settings.chosen_layout
+        if layout is Layout.JSON:
+            sys.stdout.write(envelope.of_report(report, self.command, report.remarks))
+            return report.exit_code
+        if self.settings.is_quiet and report.bare is not None:
+            sys.stdout.writelines(f"{line}\n" for line in report.bare)
+        elif layout is Layout.HUMAN:
+            human.show(report, console(sys.stdout, self.settings), self.settings)
+        else:
+            sys.stdout.write(_as_rows(report, layout, self.settings))
+            self._note_aside(report)
+        sys.stdout.flush()
+        for failure in report.failures:
+            complain(failure.error)
+        return report.exit_code
+
+    def _note_aside(self, report: Report) -> None:
+        """Say on stderr what the rows on stdout have no place for."""
+        never_fail(sys.stderr)
+        lines = [
+            f"{'pass' if gate.ok else 'FAIL'}: {gate_sentence(gate, self.settings.units)}" for gate in report.gates
+        ]
+        if not self.settings.is_quiet:
+            lines += [f"note: {remark}" for remark in report.remarks]
+            lines += [f"note: {section.title}: {text}" for section in report.sections for text in section.remarks]
+        sys.stderr.writelines(printable(line) + "\n" for line in lines)
+
+
+def complain(error: PrunectlError) -> None:
+    """Print an error and what to do about it on stderr."""
+    never_fail(sys.stderr)
+    lines = [f"error: {printable(error.message)}"]
+    if error.did_you_mean:
+        lines.append(f"  did you mean: {printable(', '.join(error.did_you_mean))} ?")
+    lines += [f"  {printable(line)}" for line in error.hint.splitlines()]
+    sys.stderr.writelines(line + "\n" for line in lines)
+
+
+def _as_rows(report: Report, layout: Layout, settings: Settings) -> str:
+    if layout is Layout.CSV:
+        return rows.comma_separated(report.main)
+    if layout is Layout.MARKDOWN:
+        return rows.markdown(report.main, settings.units)
+    return rows.plain(report.main)

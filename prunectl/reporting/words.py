@@ -1,0 +1,87 @@
+"""Numbers and names as people read and write them."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from prunectl.errors import UsageError
+from prunectl.measuring.gates import Gate
+from prunectl.reporting.settings import Units
+
+_SI = ("B", "kB", "MB", "GB", "TB", "PB")
+_IEC = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_FACTORS = {"": 1, "b": 1}
+_FACTORS |= {f"{letter}{end}": 1000**power for power, letter in enumerate("kmgt", 1) for end in ("", "b")}
+_FACTORS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
+_RATIO = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(%?)")
+
+
+def nbytes(value: int, units: Units = Units.SI) -> str:
+    """Return a number of bytes in the units asked for, three digits of it."""
+    if units is Units.BYTES:
+        return str(value)
+    names, base = (_SI, 1000) if units is Units.SI else (_IEC, 1024)
+    power = min(int(math.log(value, base)) if value else 0, len(names) - 1)
+    scaled = value / base**power
+    if power and round(scaled, 0 if scaled >= 100 else 1 if scaled >= 10 else 2) >= base and power < len(names) - 1:
+        power, scaled = power + 1, scaled / base
+    digits = 0 if power == 0 or scaled >= 100 else 1 if scaled >= 10 else 2
+    return f"{scaled:.{digits}f} {names[power]}"
+
+
+def count(value: int) -> str:
+    """Return a count with its thousands apart."""
+    return f"{value:,}"
+
+
+def percent(value: float) -> str:
+    """Return a ratio as a percentage, never rounding to a whole 0 % or 100 % that is not true."""
+    shown = f"{value * 100:.1f}"
+    if shown == "100.0" and value < 1:
+        return "> 99.9 %"
+    if shown == "0.0" and value > 0:
+        return "< 0.1 %"
+    return f"{shown} %"
+
+
+def gate_sentence(gate: Gate, units: Units) -> str:
+    """Return a limit and what was found, as people read them."""
+    is_bytes = isinstance(gate.limit, int)
+    found, limit = (nbytes(int(value), units) if is_bytes else percent(value) for value in (gate.actual, gate.limit))
+    return f"{gate.id}: {printable(gate.model)} has {found}, the limit is {limit}"
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes in `400KB`, `5MiB` or `5242880`."""
+    match = _SIZE.fullmatch(text.strip())
+    factor = _FACTORS.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise UsageError(f"{text!r} is not a size", hint="write 400KB, 5MiB or 5242880")
+    return math.floor(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
+
+
+def parse_ratio(text: str) -> float:
+    """Return the fraction in `0.8` or `80%`; a bare `80` is a slip."""
+    match = _RATIO.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text!r} is not a ratio", hint="write 0.8 or 80%")
+    value = float(match[1]) / (100 if match[2] else 1)
+    if not 0 <= value <= 1:
+        hint = (
+            f"write {match[1]}% or {float(match[1]) / 100:g}" if not match[2] and value <= 100 else "write 0.8 or 80%"
+        )
+        raise UsageError(f"{text!r} is not between 0 and 1", hint=hint)
+    return value
+
+
+def printable(text: str) -> str:
+    """Return text with everything escaped that could move a cursor or ring a bell."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("unicode_escape", "surrogatepass").decode()
