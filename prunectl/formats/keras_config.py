@@ -1,0 +1,146 @@
+"""What a Keras configuration says: layers, training, wrappers, code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prunectl.formats.base import Wrapper
+
+PRUNED_PREFIX = "prune_low_magnitude_"
+MAX_DEPTH = 100
+_OWN_MODULES = ("keras", "tf_keras", "builtins", "tensorflow", "tensorflow_model_optimization")
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer of a configuration, however deep it is nested."""
+
+    name: str
+    kind: str
+    config: Mapping[str, Any]
+    path: tuple[str, ...]
+    """Names of the models and wrappers around it."""
+    is_custom: bool = False
+
+
+def layers(config: Any, path: tuple[str, ...] = ()) -> Iterator[Layer]:
+    """Yield the layers of a model's configuration, the nested ones after what holds them."""
+    for found in _listed(config):
+        layer = _layer(found, path)
+        if layer is None:
+            continue
+        yield layer
+        if len(path) > MAX_DEPTH:
+            return
+        for key in ("layer", "backward_layer", "cell"):
+            inner = _layer(layer.config.get(key), (*path, layer.name))
+            if inner is not None:
+                yield inner
+                yield from layers(layer.config[key], (*path, layer.name, inner.name))
+        yield from layers(found, (*path, layer.name))
+
+
+def children(config: Any) -> Iterator[Layer]:
+    """Yield the layers of a model itself, without those inside them."""
+    for found in _listed(config):
+        layer = _layer(found, ())
+        if layer is not None:
+            yield layer
+
+
+def wrappers(config: Any) -> tuple[Wrapper, ...]:
+    """Return the pruning wrappers of tfmot, each with its schedule."""
+    found = (layer for layer in layers(config) if layer.kind == "PruneLowMagnitude")
+    return tuple(
+        Wrapper("tfmot", layer.name.removeprefix(PRUNED_PREFIX), schedule(part(layer.config, "pruning_schedule")))
+        for layer in found
+    )
+
+
+def code(config: Any) -> tuple[str, ...]:
+    """Return what Keras would run or import to rebuild the model."""
+    facts = []
+    for layer in layers(config):
+        if layer.kind == "Lambda":
+            facts.append(f"Lambda layer {layer.name}")
+        elif layer.is_custom or ">" in layer.kind:
+            facts.append(f"custom class {layer.kind.rpartition('>')[2]}")
+    return tuple(dict.fromkeys(facts))
+
+
+def schedule(found: Mapping[str, Any]) -> str:
+    """Return a schedule of tfmot in one line."""
+    facts = part(found, "config")
+    name, begin, end = text(found, "class_name"), facts.get("begin_step"), facts.get("end_step")
+    steps = f"steps {begin}-{end}" if isinstance(end, int) and end >= 0 else f"from step {begin}"
+    if "final_sparsity" in facts:
+        return f"{name}({facts.get('initial_sparsity')} -> {facts['final_sparsity']}, {steps})"
+    return f"{name}({facts['target_sparsity']}, {steps})" if "target_sparsity" in facts else name
+
+
+def training(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the loss and the metrics of a training configuration."""
+    facts = [f"loss {named(found.get('loss'))}"] if named(found.get("loss")) else []
+    metrics = found.get("metrics")
+    names = [_metric(entry) for entry in _flat(metrics if isinstance(metrics, list) else [metrics])]
+    names = [name for name in names if name]
+    return (*facts, f"metrics {', '.join(names)}") if names else tuple(facts)
+
+
+def optimizer(found: Mapping[str, Any]) -> str:
+    """Return the name of the optimizer in a training configuration."""
+    return named(found.get("optimizer_config"))
+
+
+def named(value: Any) -> str:
+    """Return the name of what Keras stores as a name, or as a class with its configuration."""
+    name = value if isinstance(value, str) else text(value, "class_name")
+    return name.rpartition(">")[2]
+
+
+def part(facts: Any, key: str) -> Mapping[str, Any]:
+    """Return an object inside another, empty if it is not there."""
+    value = facts.get(key) if isinstance(facts, Mapping) else None
+    return value if isinstance(value, dict) else {}
+
+
+def text(facts: Any, key: str) -> str:
+    """Return a string inside an object, empty if it is not there."""
+    value = facts.get(key) if isinstance(facts, Mapping) else None
+    return value if isinstance(value, str) else ""
+
+
+def snake_case(name: str) -> str:
+    """Return the name that Keras gives to layers of a class that were not named."""
+    name = re.sub(r"\W+", "", name)
+    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+def _flat(entries: list[Any]) -> Iterator[Any]:
+    """Yield entries that Keras nests once for each output."""
+    for entry in entries:
+        yield from entry if isinstance(entry, list) else [entry]
+
+
+def _metric(entry: Any) -> str:
+    return text(part(entry, "config"), "name") or named(entry)
+
+
+def _listed(found: Any) -> list[Any]:
+    """Return the layers in a model: in its configuration, or, for Keras 1, that configuration itself."""
+    config = found.get("config") if isinstance(found, Mapping) else None
+    listed = config.get("layers") if isinstance(config, Mapping) else config
+    return listed if isinstance(listed, list) else []
+
+
+def _layer(found: Any, path: tuple[str, ...]) -> Layer | None:
+    kind, config = text(found, "class_name"), part(found, "config")
+    if not kind:
+        return None
+    module = text(found, "module")
+    is_custom = bool(module) and module.split(".")[0] not in _OWN_MODULES
+    return Layer(text(config, "name") or text(found, "name") or kind, kind, config, path, is_custom)

@@ -1,0 +1,104 @@
+"""What a weight of a Keras layer is for, told by its name and the class of its layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from prunectl.formats.base import Role
+
+_ROLES = {
+    "recurrent_kernel": Role.RECURRENT,
+    "embeddings": Role.EMBEDDING,
+    "bias": Role.BIAS,
+    "gamma": Role.NORM,
+    "beta": Role.NORM,
+    "scale": Role.NORM,
+    "moving_mean": Role.STATE,
+    "moving_variance": Role.STATE,
+    "running_mean": Role.STATE,
+    "running_std": Role.STATE,
+    "mean": Role.STATE,
+    "variance": Role.STATE,
+    "count": Role.STATE,
+    "seed_generator_state": Role.STATE,
+    "mask": Role.MASK,
+    "threshold": Role.SCHEDULE,
+    "pruning_step": Role.SCHEDULE,
+}
+_KERAS_1 = {"W": "kernel", "b": "bias", "U": "recurrent_kernel", "gamma": "gamma", "beta": "beta"}
+
+
+class Meaning(NamedTuple):
+    """What a weight is for."""
+
+    role: Role
+    out_axis: int | None = None
+    in_axis: int | None = None
+
+
+def meaning(
+    leaf: str, kind: str, shape: tuple[int, ...], *, is_float: bool, is_channels_first: bool = False
+) -> Meaning:
+    """Return what the weight called ``leaf`` of a layer of class ``kind`` is for."""
+    role = _role(leaf, kind, shape, is_float=is_float)
+    if role not in {Role.KERNEL, Role.RECURRENT} or len(shape) < 2:
+        return Meaning(role)
+    if is_channels_first and len(shape) > 2:  # Keras 1 on Theano: [out, in, height, width]
+        return Meaning(role, 0, 1)
+    if "depthwise" in leaf or kind.startswith("Depthwise"):  # [height, width, channels, multiplier]
+        return Meaning(role, len(shape) - 2)
+    if kind.endswith("Transpose") or kind.startswith("Deconvolution"):  # [height, width, out, in]
+        return Meaning(role, len(shape) - 2, len(shape) - 1)
+    return Meaning(role, len(shape) - 1)
+
+
+def modern_name(leaf: str) -> str:
+    """Return the name that later versions of Keras give to a weight of Keras 1, such as `lstm_1_W_i`."""
+    for statistic in ("running_mean", "running_std"):
+        if leaf.endswith(f"_{statistic}"):
+            return statistic
+    return next((_KERAS_1[piece] for piece in leaf.split("_")[1:] if piece in _KERAS_1), leaf)
+
+
+def looks_channels_first(leaf: str, shape: tuple[int, ...]) -> bool:
+    """Whether a convolution of Keras 1 must be Theano's, judged by its shape alone: the window stands last."""
+    return len(shape) == 4 and leaf.endswith("_W") and shape[2] * shape[3] < shape[0] * shape[1]
+
+
+def positional_name(kind: str, index: int, count: int, shape: tuple[int, ...]) -> str:
+    """Return the name of a weight that the file knows only by its number.
+
+    ``kind`` is the class of the layer in snake case, as the path to the weight has it.
+    """
+    names = _POSITIONS.get(kind)
+    if kind.startswith("batch_normalization"):
+        # gamma and beta may be switched off; the moving statistics always come last.
+        names = (*("gamma", "beta")[: max(count - 2, 0)], "moving_mean", "moving_variance")
+    elif kind.endswith("normalization"):
+        names = ("gamma", "beta")
+    elif kind.startswith("separable_conv"):
+        names = ("depthwise_kernel", "pointwise_kernel", "bias")
+    if names is not None and index < len(names):
+        return names[index]
+    return "kernel" if len(shape) >= 2 and index == 0 else "bias" if index <= 1 else f"weight_{index}"
+
+
+_POSITIONS: dict[str, tuple[str, ...]] = {
+    "cell": ("kernel", "recurrent_kernel", "bias"),
+    "embedding": ("embeddings",),
+    "seed_generator": ("seed_generator_state",),
+    "normalization": ("mean", "variance", "count"),
+    "spectral_normalization": ("kernel", "bias"),
+}
+
+
+def _role(leaf: str, kind: str, shape: tuple[int, ...], *, is_float: bool) -> Role:
+    if leaf in _ROLES:
+        return _ROLES[leaf]
+    if leaf.endswith("bias"):
+        return Role.BIAS
+    if kind == "Embedding":
+        return Role.EMBEDDING
+    if not is_float or len(shape) < 2:
+        return Role.OTHER
+    return Role.KERNEL

@@ -1,0 +1,127 @@
+"""`.keras` archives, written by Keras 3 and by tf_keras."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prunectl.errors import InputError
+from prunectl.formats.table import open_model
+from tests.contract import Array, FormatContract, read_all
+from tests.networks import keras, small_keras, tf_keras
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+def rezip(path: Path, method: int, changes: dict[str, bytes | None] | None = None) -> None:
+    """Write an archive again with another method, with some entries changed or left out."""
+    with zipfile.ZipFile(path) as archive:
+        entries: dict[str, bytes | None] = {name: archive.read(name) for name in archive.namelist()}
+    entries |= changes or {}
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in entries.items():
+            if data is not None:
+                archive.writestr(name, data)
+
+
+class TestKeras3(FormatContract):
+    format = "keras"
+    name = "model.keras"
+
+    def write(self, path: Path, arrays: dict[str, Array]) -> None:
+        small_keras(keras(), arrays).save(path)
+
+    def read_back(self, path: Path) -> dict[str, Array]:
+        model = keras().models.load_model(path)
+        return {weight.path.removeprefix(f"{model.name}/"): np.asarray(weight) for weight in model.weights}
+
+
+class TestKeras2(FormatContract):
+    format = "keras"
+    name = "model.keras"
+
+    def write(self, path: Path, arrays: dict[str, Array]) -> None:
+        small_keras(tf_keras(), arrays).save(path)
+
+    def read_back(self, path: Path) -> dict[str, Array]:
+        return {weight.name.removesuffix(":0"): weight.numpy() for weight in tf_keras().models.load_model(path).weights}
+
+
+class TestDeflated(TestKeras3):
+    def write(self, path: Path, arrays: dict[str, Array]) -> None:
+        super().write(path, arrays)
+        rezip(path, zipfile.ZIP_DEFLATED)
+
+
+def test_a_deflated_archive_says_so_and_gives_no_extent(tmp_path: Path) -> None:
+    small_keras(keras(), {}).save(tmp_path / "m.keras")
+    rezip(tmp_path / "m.keras", zipfile.ZIP_DEFLATED)
+    model = open_model(tmp_path / "m.keras")
+    assert model.about.is_compressed
+    assert all(tensor.storage.extent is None for tensor in model.tensors)
+
+
+def test_a_bfloat16_model_keeps_its_type(tmp_path: Path) -> None:
+    k = keras()
+    model = k.Sequential(
+        [k.Input((4,)), k.layers.Dense(3, dtype=k.dtype_policies.DTypePolicy("bfloat16"), name="only")]
+    )
+    model.save(tmp_path / "m.keras")
+    tensors = open_model(tmp_path / "m.keras").tensors
+    assert {tensor.dtype.name for tensor in tensors} == {"bfloat16"}
+    kernel = read_all(tmp_path / "m.keras")["only/kernel"]
+    np.testing.assert_array_equal(kernel.astype(np.float32), np.asarray(model.layers[0].kernel).astype(np.float32))
+
+
+def test_layers_of_one_class_are_told_apart_by_their_names(tmp_path: Path) -> None:
+    k = tf_keras()
+    layers = [k.layers.Dense(2, name=name) for name in ("zeta", "alpha", "head")]
+    k.Sequential([k.layers.Input((2,)), *layers]).save(tmp_path / "m.keras")
+    kernels = [tensor.layer for tensor in open_model(tmp_path / "m.keras").tensors if tensor.role == "kernel"]
+    assert sorted(kernels) == ["alpha", "head", "zeta"]
+    arrays = read_all(tmp_path / "m.keras")
+    for layer in layers:
+        np.testing.assert_array_equal(arrays[f"{layer.name}/kernel"], layer.kernel.numpy())
+
+
+def test_the_optimizer_and_the_loss_are_told(tmp_path: Path) -> None:
+    model = small_keras(keras(), {})
+    model.compile("sgd", "mse")
+    model.save(tmp_path / "m.keras")
+    about = open_model(tmp_path / "m.keras").about
+    assert (about.producer, about.optimizer, about.training) == (f"keras {keras().__version__}", "SGD", ("loss mse",))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "complaint"),
+    [
+        ("config.json", b'{"config": ' * 100_000, "nested too deep"),
+        ("config.json", b"[1]", "not a JSON object"),
+        ("metadata.json", b"{", "not JSON"),
+        ("model.weights.h5", b"\x89HDF\r\n\x1a\n" + bytes(2000), "truncated or damaged"),
+        ("model.weights.h5", b"", "truncated or damaged"),
+        ("model.weights.h5", None, "is a zip"),
+    ],
+)
+def test_an_archive_with_a_broken_part_is_refused(
+    tmp_path: Path, name: str, data: bytes | None, complaint: str
+) -> None:
+    path = tmp_path / "m.keras"
+    small_keras(keras(), {}).save(path)
+    rezip(path, zipfile.ZIP_STORED, {name: data})
+    with pytest.raises(InputError, match=complaint):
+        open_model(path)
+
+
+def test_an_unknown_layer_is_a_fact_and_not_a_failure(tmp_path: Path) -> None:
+    path = tmp_path / "m.keras"
+    small_keras(keras(), {}).save(path)
+    with zipfile.ZipFile(path) as archive:
+        config = json.loads(archive.read("config.json"))
+    config["config"]["layers"][1] |= {"module": "mycompany.layers", "class_name": "Magic"}
+    rezip(path, zipfile.ZIP_STORED, {"config.json": json.dumps(config).encode()})
+    assert open_model(path).about.code == ("custom class Magic",)
