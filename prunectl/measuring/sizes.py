@@ -50,9 +50,10 @@ def measure(model: ModelFile, codec: Codec, meter: Meter = unwatched) -> Survey:
 def packed_bytes(model: ModelFile, tick: Tick) -> int:
     """Return the size that the container's own compression leaves, found by packing into a scratch file."""
     row = by_name(model.format)
+    raw = sum(path.stat().st_size for path in model.files)
     if not row.packer:
-        return sum(path.stat().st_size for path in model.files)
+        return raw
     with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
         target = Path(scratch) / model.path.name
         load(row.packer)(model, target, tick)
-        return target.stat().st_size
+        return min(target.stat().st_size, raw)

@@ -1,0 +1,28 @@
+"""The same archive with every entry deflated, which the loaders of PyTorch and Keras read as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
+
+from prunectl.formats.base import ModelFile
+from prunectl.formats.zips import open_archive
+
+LEVEL = 6
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+"""The same time for every entry, or the same model would not give the same bytes."""
+
+
+def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
+    """Write a zip again, entry by entry in the same order."""
+    archive = open_archive(model.path)
+    with ZipFile(target, "w", ZIP_DEFLATED, compresslevel=LEVEL) as packed:
+        for entry in archive.entries.values():
+            info = ZipInfo(entry.name, _EPOCH)
+            info.compress_type = ZIP_DEFLATED
+            info.file_size = entry.nbytes
+            with packed.open(info, "w") as out:
+                for piece in archive.pieces(entry):
+                    out.write(piece)
+                    tick(len(piece))
