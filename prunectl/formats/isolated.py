@@ -88,7 +88,7 @@ def _listen(reader: int, deadline: float) -> bytes | None:
 
 def _mapped_bytes() -> int:
     try:
-        with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 - not a path of the user's
+        with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[0]) * resource.getpagesize()
     except OSError:
         return 1 << 34

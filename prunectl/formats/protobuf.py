@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 _FIXED_BYTES = {FIXED64: 8, FIXED32: 4}
 _MAX_SHIFT = 63
+MAX_VARINT_BYTES = 10
 _SIGN_BIT = 1 << 63
+_ALL_BITS = (1 << 64) - 1
 
 
 class WireError(ValueError):
@@ -42,8 +47,9 @@ def fields(data: memoryview, begin: int = 0, end: int | None = None) -> Iterator
             value = int.from_bytes(data[payload:at], "little")
         elif wire in {VARINT, BYTES}:
             value, at = varint(data, at, stop)
-            payload = at
-            at += value if wire == BYTES else 0
+            if wire == BYTES:
+                payload = at
+                at += value
         else:
             raise WireError(f"wire type {wire}")
         if at > stop:
@@ -59,7 +65,7 @@ def varint(data: memoryview, at: int, end: int) -> tuple[int, int]:
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, at
+            return value & _ALL_BITS, at
         shift += 7
     raise WireError("a number that does not end")
 
@@ -83,3 +89,21 @@ def packed(data: memoryview, field: Field) -> list[int]:
 def text(data: memoryview, field: Field) -> str:
     """Return the string in a field."""
     return str(data[field.begin : field.end], "utf-8", "backslashreplace")
+
+
+def varints(raw: bytes) -> NDArray[np.uint64]:
+    """Return all numbers of a packed field at once."""
+    data = np.frombuffer(raw, np.uint8)
+    if data.size and data[-1] >= 0x80:
+        raise WireError("a number that does not end")
+    ends = np.flatnonzero(data < 0x80)
+    begins = np.concatenate((np.zeros(min(1, ends.size), ends.dtype), ends[:-1] + 1))
+    lengths = ends - begins + 1
+    if ends.size and lengths.max() > MAX_VARINT_BYTES:
+        raise WireError("a number that does not end")
+    numbers = np.zeros(ends.size, np.uint64)
+    for place in range(int(lengths.max(initial=0))):
+        has = lengths > place
+        digits = (data[begins[has] + place] & 0x7F).astype(np.uint64)
+        numbers[has] |= digits << np.uint64(7 * place)
+    return numbers

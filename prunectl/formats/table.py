@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,16 @@ FORMATS = (
     Format("safetensors", "safetensors", (".safetensors",), sniff.is_safetensors, "safetensors:open_model"),
     Format("tflite", "TensorFlow Lite", (".tflite",), sniff.is_tflite, "tflite:open_model"),
     Format("tf-checkpoint", "TensorFlow checkpoint", (".index",), sniff.is_checkpoint_index, "checkpoint:open_model"),
-    Format("onnx", "ONNX", (".onnx",), sniff.is_onnx, "onnx_file:open_model"),
+    Format("onnx", "ONNX", (".onnx",), sniff.is_onnx, "onnx_file:open_model", "", "onnx_graph:operations"),
 )  # fmt: skip
 
+
+_IN_A_FOLDER = (
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
 
 _CANNOT = {
     Can.PACK: "the container has no compression of its own",
@@ -58,17 +66,11 @@ def recognise(path: Path) -> Format:
 
 def resolve(path: Path) -> Path:
     """Return the file that stands for what the user named: a checkpoint's prefix, a folder with shards."""
-    if not path.exists() and (index := path.with_name(path.name + ".index")).is_file():
-        return index
-    if path.is_dir() and not (path / "saved_model.pb").exists():
-        for name in (
-            "model.safetensors.index.json",
-            "pytorch_model.bin.index.json",
-            "model.safetensors",
-            "pytorch_model.bin",
-        ):
-            if (path / name).is_file():
-                return path / name
+    # os.path asks without complaining about names that cannot be: Peek has the sentence for those.
+    if not os.path.lexists(path) and os.path.isfile(f"{path}.index"):
+        return path.with_name(f"{path.name}.index")
+    if os.path.isdir(path) and not os.path.exists(path / "saved_model.pb"):
+        return next((path / name for name in _IN_A_FOLDER if os.path.isfile(path / name)), path)
     return path
 
 
