@@ -67,7 +67,8 @@ def arrange(
     if big_endian:
         # Swapping as plain integers also serves bfloat16, which knows no byte order.
         whole = raw[: raw.size // dtype.itemsize * dtype.itemsize]
-        raw = whole.reshape(-1, dtype.itemsize)[:, ::-1].reshape(-1)
+        width = dtype.itemsize // 2 if dtype.kind == "c" else dtype.itemsize
+        raw = np.ascontiguousarray(whole.reshape(-1, width)[:, ::-1]).reshape(-1)
     if strides is None:
         array = raw[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
     else:

@@ -1,4 +1,4 @@
-"""What the names in a bare state dict tell: layers and roles, by PyTorch's habits."""
+"""What the names in a state dict tell: layers and roles, by PyTorch's habits."""
 
 from __future__ import annotations
 
@@ -10,38 +10,79 @@ from prunectl.formats.base import Role, Tensor, Wrapper
 OPTIMIZER_ROOTS = frozenset(
     {"optimizer", "optimizers", "optimizer_state", "optimizer_state_dict", "optimizer_states", "optim"}
 )
+TRAINING_ROOTS = frozenset(
+    {
+        *("callbacks", "loops", "lr_scheduler", "lr_schedulers", "scheduler", "schedulers", "scaler", "grad_scaler"),
+        *("scheduler_state_dict", "scaler_state_dict", "amp", "rng_state", "rng_states", "cuda_rng_state", "lr_sched"),
+    }
+)
+"""Entries of a checkpoint that, like the optimizer, matter only to go on training."""
+MODEL_ROOTS = frozenset(
+    {
+        *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights", "params"),
+        *("ema", "ema_state_dict", "model_ema", "state_dict_ema", "ema_model", "model_dict", "net_state_dict"),
+    }
+)
+"""Entries of a checkpoint that say nothing but `here is the model`."""
 _STATE_LEAVES = frozenset({"running_mean", "running_var", "num_batches_tracked", "position_ids", "inv_freq"})
 _EMBEDDING_PARTS = ("embed", "emb.", "wte", "wpe", "lookup")
 _NORM_PARTS = ("norm", "bn", "ln_", ".ln")
+_NORM_KINDS = ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm", "SyncBatchNorm")
+_EMBEDDING_KINDS = ("Embedding", "embedding")
+_TRANSPOSED_KINDS = ("ConvTranspose", "LazyConvTranspose", "conv_transpose")
 
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """Which names stand beside a tensor: what decides its role."""
+    """Which names stand beside a tensor, and which entries of a checkpoint they lie in: what decides its role."""
 
     all: frozenset[str]
+    training: frozenset[str]
+    model: str
 
     def has_beside(self, prefix: str, leaf: str) -> bool:
         return (f"{prefix}.{leaf}" if prefix else leaf) in self.all
 
 
-def describe(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """Return the tensors with the layer, the role and the output axis that their names tell."""
+def describe(tensors: Iterable[Tensor], sections: frozenset[str] = frozenset()) -> tuple[Tensor, ...]:
+    """Return the tensors with the layer, the role and the output axis that their names tell.
+
+    What already has the role of a state, because the file says so, keeps it unless it is a mask.
+    The sections are the entries of a checkpoint that hold further entries, such as `state_dict`.
+    """
     tensors = tuple(tensors)
-    names = _Names(frozenset(tensor.name for tensor in tensors))
+    training = OPTIMIZER_ROOTS | {section for section in sections if _is_for_training(section, sections)}
+    models = {tensor.name.split(".", 1)[0] for tensor in tensors} & MODEL_ROOTS & sections
+    # With two models in one checkpoint, only the whole name tells their layers apart.
+    model = f"{models.pop()}." if len(models) == 1 else ""
+    names = _Names(frozenset(tensor.name for tensor in tensors), training, model)
     return tuple(_describe(tensor, names) for tensor in tensors)
 
 
+def _is_for_training(section: str, sections: frozenset[str]) -> bool:
+    # A bare optimizer state is {"state": ..., "param_groups": ...}.
+    is_bare = section == "state" and "param_groups" in sections
+    return is_bare or section in TRAINING_ROOTS or "optim" in section.lower()
+
+
 def wrappers(tensors: Iterable[Tensor]) -> tuple[Wrapper, ...]:
-    """Return the pruning wrappers that the names give away."""
+    """Return the wrappers that the names give away, those that prune first."""
     found = []
-    for name in (tensor.name for tensor in tensors):
-        if ".parametrizations." in f".{name}" and name.endswith(".mask"):
-            layer = f".{name}".split(".parametrizations.")[0].removeprefix(".")
-            found.append(Wrapper("parametrization", layer, "mask"))
-        elif name.endswith("_mask") and "parametrizations." not in name:
-            found.append(Wrapper("torch.nn.utils.prune", name.rpartition(".")[0]))
-    return tuple(dict.fromkeys(found))
+    names = {tensor.name: tensor for tensor in tensors}
+    for name, tensor in names.items():
+        if ".parametrizations." in f".{name}":
+            is_mask = name.endswith(".mask")
+            found.append(Wrapper("torch.ao.pruning" if is_mask else "parametrization", tensor.layer))
+        elif name.endswith("_mask"):
+            owner, _, leaf = name.rpartition(".")
+            plain = leaf.removesuffix("_mask")
+            if f"{name.removesuffix('_mask')}_orig" in names:
+                found.append(Wrapper("torch.nn.utils.prune", tensor.layer))
+            elif f"{owner}.module.{plain}" in names:
+                found.append(Wrapper("nni", tensor.layer))
+    pruning = {wrapper.layer for wrapper in found if wrapper.kind != "parametrization"}
+    unique = dict.fromkeys(found)
+    return tuple(wrapper for wrapper in unique if wrapper.kind != "parametrization" or wrapper.layer not in pruning)
 
 
 def _describe(tensor: Tensor, names: _Names) -> Tensor:
@@ -51,22 +92,28 @@ def _describe(tensor: Tensor, names: _Names) -> Tensor:
         layer, _, rest = f".{tensor.name}".partition(".parametrizations.")
         layer, leaf = layer.removeprefix("."), rest.split(".")[0]
         if rest.endswith("mask"):
-            return replace(tensor, layer=layer, role=Role.MASK)
+            return replace(tensor, layer=layer.removeprefix(names.model), role=Role.MASK)
     role = _role(tensor, layer, leaf, names)
-    out_axis = 0 if role in {Role.KERNEL, Role.RECURRENT} and len(tensor.shape) >= 2 else None
-    return replace(tensor, layer=layer, role=role, out_axis=out_axis)
+    layer = layer.removeprefix(names.model) if layer != names.model.rstrip(".") else layer
+    return replace(tensor, layer=layer, role=role, out_axis=_out_axis(tensor, role))
+
+
+def _out_axis(tensor: Tensor, role: Role) -> int | None:
+    if role not in {Role.KERNEL, Role.RECURRENT} or len(tensor.shape) < 2:
+        return None
+    return 1 if tensor.kind.startswith(_TRANSPOSED_KINDS) else 0
 
 
 def _role(tensor: Tensor, layer: str, leaf: str, names: _Names) -> Role:
-    if tensor.name.split(".", 1)[0] in OPTIMIZER_ROOTS:
+    if tensor.name.split(".", 1)[0] in names.training:
         return Role.OPTIMIZER
-    if leaf.endswith("_mask") and names.has_beside(layer, f"{leaf.removesuffix('_mask')}_orig"):
+    if leaf.endswith("_mask") and _is_masked(layer, leaf.removesuffix("_mask"), names):
         return Role.MASK
-    if leaf in _STATE_LEAVES:
+    if leaf in _STATE_LEAVES or tensor.role == Role.STATE:
         return Role.STATE
     plain = leaf.removesuffix("_orig")
     is_norm = names.has_beside(layer, "running_mean") or any(part in layer.lower() for part in _NORM_PARTS)
-    if is_norm and len(tensor.shape) <= 1:
+    if (is_norm or tensor.kind.startswith(_NORM_KINDS)) and len(tensor.shape) <= 1:
         return Role.NORM
     if plain.startswith("bias") or plain.endswith("bias"):
         return Role.BIAS
@@ -75,10 +122,15 @@ def _role(tensor: Tensor, layer: str, leaf: str, names: _Names) -> Role:
     return _role_of_numbers(tensor, plain)
 
 
+def _is_masked(layer: str, plain: str, names: _Names) -> bool:
+    return names.has_beside(layer, f"{plain}_orig") or names.has_beside(layer, f"module.{plain}")
+
+
 def _role_of_numbers(tensor: Tensor, leaf: str) -> Role:
     if len(tensor.shape) < 2:
         return Role.NORM if leaf == "weight" else Role.OTHER
     if leaf.startswith("weight_hh"):
         return Role.RECURRENT
-    is_embedding = any(part in tensor.name.lower() for part in _EMBEDDING_PARTS)
+    is_named_so = any(part in tensor.name.lower() for part in _EMBEDDING_PARTS)
+    is_embedding = tensor.kind.startswith(_EMBEDDING_KINDS) or is_named_so
     return Role.EMBEDDING if is_embedding else Role.KERNEL

@@ -18,7 +18,7 @@ FORMATS = (
     Format("keras-h5", "Keras HDF5", (".h5", ".hdf5"), sniff.is_hdf5, "h5:open_model", "pack_h5:pack"),
     Format("keras", "Keras archive", (".keras",), sniff.is_keras_zip, "keras_zip:open_model", "pack_zip:pack"),
     Format("torch-export", "PyTorch exported program", (".pt2",), sniff.is_exported_program, "pt2:open_model"),
-    Format("torch", "PyTorch", (".pt", ".pth", ".bin", ".ckpt"), sniff.is_torch_zip, "torch_zip:open_model", "pack_zip:pack"),
+    Format("torch", "PyTorch", (".pt", ".pth", ".bin"), sniff.is_torch_zip, "torch_zip:open_model", "pack_zip:pack"),
     Format("torch-legacy", "PyTorch before 1.6", (".pt", ".pth"), sniff.is_torch_legacy, "torch_legacy:open_model"),
     Format("torch-tar", "PyTorch before 0.2", (".pt", ".pth", ".tar"), sniff.is_torch_tar, "torch_tar:open_model"),
     Format("shards", "sharded checkpoint", (".json",), sniff.is_shard_index, "shards:open_model"),

@@ -86,12 +86,16 @@ def open_archive(path: Path) -> Archive:
     """Read the directory of a zip, refusing one that lies."""
     try:
         with ZipFile(path) as archive, path.open("rb") as file:
-            entries = [_locate(path, file, info) for info in archive.infolist() if not info.is_dir()]
+            entries = [_locate(path, file, info) for info in archive.infolist() if not info.filename.endswith("/")]
+            begin = min((info.header_offset for info in archive.infolist()), default=0)
             end = archive.start_dir
     except (BadZipFile, NotImplementedError, UnicodeDecodeError, EOFError) as error:
         raise InputError(f"{path} is a damaged zip: {error}") from error
     except PermissionError as error:
         raise InputError(f"{path} cannot be read: permission denied") from error
+    if begin:
+        # A cut zip can end in a zip that was one of its entries, whose directory is then found instead.
+        raise InputError(f"{path} is truncated or damaged: there are {begin} bytes before its first entry")
     _refuse_lies(path, entries, end)
     return Archive(path, {entry.name: entry for entry in entries})
 
@@ -101,9 +105,9 @@ def _locate(path: Path, file: BinaryIO, info: ZipInfo) -> Entry:
         raise InputError(f"{path} compresses its entry {info.filename} in a way that no model does")
     if info.flag_bits & 1:
         raise InputError(f"{path} is encrypted")
-    file.seek(info.header_offset)
+    file.seek(max(0, info.header_offset))
     header = file.read(_LOCAL_HEADER_BYTES)
-    if len(header) < _LOCAL_HEADER_BYTES or header[:4] != b"PK\x03\x04":
+    if info.header_offset < 0 or len(header) < _LOCAL_HEADER_BYTES or header[:4] != b"PK\x03\x04":
         raise InputError(f"{path} is a damaged zip: its entry {info.filename} does not lie where the directory says")
     names_bytes = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     offset = info.header_offset + _LOCAL_HEADER_BYTES + names_bytes

@@ -1,0 +1,33 @@
+"""A walk through a protobuf file: no more fields than a model has, however they are nested."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prunectl.formats.protobuf import BYTES, Field, WireError, fields
+
+MAX_FIELDS = 1_000_000
+"""Beyond any model, and little enough to refuse within a second or two."""
+
+
+class Walk:
+    """The fields of a file, counted as they are looked at."""
+
+    def __init__(self, data: memoryview) -> None:
+        self.data = data
+        self._left = MAX_FIELDS
+
+    def fields(self, inside: Field | None = None) -> Iterator[Field]:
+        """Yield the fields of a message, or of the whole file."""
+        begin, end = (0, None) if inside is None else (inside.begin, inside.end)
+        for field in fields(self.data, begin, end):
+            self._left -= 1
+            if self._left < 0:
+                raise WireError(f"more than {MAX_FIELDS} fields")
+            yield field
+
+    def messages(self, inside: Field | None, number: int) -> Iterator[Field]:
+        """Yield the fields of one number that are messages, texts or bytes."""
+        for field in self.fields(inside):
+            if field.number == number and field.wire == BYTES:
+                yield field

@@ -1,0 +1,264 @@
+"""SavedModel folders, written by TensorFlow, Keras 2, Keras 3 and tfmot."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+import keras
+import tensorflow as tf
+import tf_keras
+from tensorflow.core.protobuf import saved_model_pb2
+
+from prunectl.errors import InputError
+from prunectl.formats.base import Wrapper
+from prunectl.formats.table import open_model
+from tests.contract import Array, FormatContract, raw, read_all
+from tests.formats.test_checkpoint import by_name, stock
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class TestSavedModel(FormatContract):
+    format = "saved-model"
+    name = "model"
+    is_checksummed = True
+
+    def write(self, path: Path, arrays: dict[str, Array]) -> None:
+        module = tf.Module()
+        for name, array in arrays.items():
+            layer, _, leaf = name.replace("weight", "kernel").partition(".")
+            holder = module.__dict__.get(layer) or tf.Module()
+            setattr(holder, leaf, tf.Variable(array.T if array.ndim == 2 else array, name=f"{layer}/{leaf}"))
+            setattr(module, layer, holder)
+        tf.saved_model.save(module, path)
+
+    def read_back(self, path: Path) -> dict[str, Array]:
+        return stock(path / "variables" / "variables.index")
+
+
+def layers_of(k: Any) -> Any:
+    """One small model of every kind of layer, in Keras 2 or 3."""
+    lay = k.layers
+    model = k.Sequential(
+        [
+            k.Input((8, 8, 3)),
+            lay.Conv2D(4, 3, name="conv"),
+            lay.DepthwiseConv2D(3, name="dw"),
+            lay.BatchNormalization(name="bn"),
+            lay.Conv2DTranspose(5, 2, name="up"),
+            lay.Reshape((25, 5)),
+            lay.LSTM(3, name="rnn"),
+            lay.Dense(2, name="out"),
+        ],
+        name="net",
+    )
+    model.compile("adam", "mse", metrics=["mae"])
+    model.fit(np.zeros((2, 8, 8, 3)), np.zeros((2, 2)), verbose=0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def keras2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("keras2") / "model"
+    layers_of(tf_keras).save(path, save_format="tf")
+    return path
+
+
+@pytest.fixture(scope="module")
+def keras3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("keras3") / "model"
+    layers_of(keras).export(path, verbose=False)
+    return path
+
+
+def test_a_keras_2_model_tells_its_layers_and_their_classes(keras2: Path) -> None:
+    found = {
+        (tensor.layer, tensor.kind, str(tensor.role), tensor.shape, tensor.out_axis, tensor.in_axis)
+        for tensor in open_model(keras2).tensors
+        if tensor.role in {"kernel", "recurrent"}
+    }
+    assert found == {
+        ("conv", "Conv2D", "kernel", (3, 3, 3, 4), 3, None),
+        ("dw", "DepthwiseConv2D", "kernel", (3, 3, 4, 1), 2, None),
+        ("up", "Conv2DTranspose", "kernel", (2, 2, 5, 4), 2, 3),
+        ("rnn", "LSTM", "kernel", (5, 12), 1, None),
+        ("rnn", "LSTM", "recurrent", (3, 12), 1, None),
+        ("out", "Dense", "kernel", (3, 2), 1, None),
+    }
+
+
+def test_a_keras_2_model_tells_how_it_was_trained(keras2: Path) -> None:
+    model = open_model(keras2)
+    assert model.about.producer.startswith(f"tensorflow {tf.__version__}, keras ")
+    assert model.about.optimizer == "Adam"
+    assert model.about.training == ("loss mse", "metrics mae")
+    assert model.about.keras is not None
+    assert model.about.keras["class_name"] == "Sequential"
+    assert model.about.code == ()
+    slots = [tensor for tensor in model.tensors if "optimizer" in tensor.name]
+    metrics = [tensor for tensor in model.tensors if tensor.name.startswith("keras_api")]
+    assert slots
+    assert metrics
+    assert {tensor.role for tensor in slots + metrics} == {"optimizer"}
+    assert {tensor.name for tensor in model.tensors if tensor.layer == "bn" and tensor.role == "state"} == {
+        "layer_with_weights-2/moving_mean",
+        "layer_with_weights-2/moving_variance",
+    }
+
+
+def test_every_file_of_the_folder_is_listed_in_order(keras2: Path) -> None:
+    assert [file.relative_to(keras2).as_posix() for file in open_model(keras2).files] == [
+        "fingerprint.pb",
+        "keras_metadata.pb",
+        "saved_model.pb",
+        "variables/variables.data-00000-of-00001",
+        "variables/variables.index",
+    ]
+
+
+@pytest.mark.parametrize("which", ["keras2", "keras3"])
+def test_values_are_those_that_tensorflow_reads(which: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(which)
+    expected = stock(path / "variables" / "variables.index")
+    assert {name: raw(array) for name, array in read_all(path).items()} == {
+        name: raw(array) for name, array in expected.items()
+    }
+
+
+def test_a_keras_3_export_says_that_it_holds_its_variables_twice(keras3: Path) -> None:
+    model = open_model(keras3)
+    kernels = [tensor for tensor in model.tensors if tensor.layer == "conv" and tensor.role == "kernel"]
+    assert len(kernels) == 2
+    assert len({raw(model.read(tensor)) for tensor in kernels}) == 1
+    copies = sum(tensor.nbytes for tensor in model.tensors if tensor.name.startswith("variables/"))
+    copies -= sum(tensor.nbytes for tensor in model.tensors if tensor.layer == "seed_generator")
+    assert model.about.notes == (f"It holds some variables twice, as Keras 3 exports them: {copies} bytes are copies.",)
+
+
+def test_pruning_wrappers_are_told_with_their_schedule(tmp_path: Path) -> None:
+    # Imported here, where its warnings are allowed.
+    sparsity = pytest.importorskip("tensorflow_model_optimization").sparsity.keras
+    base = tf_keras.Sequential(
+        [tf_keras.layers.Input((6,)), tf_keras.layers.Dense(4, name="fc"), tf_keras.layers.Dense(3, name="out")]
+    )
+    wrapped = sparsity.prune_low_magnitude(base, pruning_schedule=sparsity.PolynomialDecay(0.5, 0.8, 0, 1000))
+    wrapped.save(tmp_path / "m", save_format="tf")
+    model = open_model(tmp_path / "m")
+    schedule = "PolynomialDecay(0.5 -> 0.8, steps 0-1000)"
+    assert model.about.wrappers == (Wrapper("tfmot", "fc", schedule), Wrapper("tfmot", "out", schedule))
+    roles = sorted((tensor.layer, str(tensor.role)) for tensor in model.tensors)
+    one = ["bias", "kernel", "mask", "schedule", "schedule"]
+    assert roles == [(layer, role) for layer in ("fc", "out") for role in one]
+
+
+def test_a_lambda_layer_is_named_as_code(tmp_path: Path) -> None:
+    layers = [tf_keras.layers.Input((4,)), tf_keras.layers.Lambda(lambda x: x * 2, name="twice")]
+    tf_keras.Sequential([*layers, tf_keras.layers.Dense(2)]).save(tmp_path / "m", save_format="tf")
+    about = open_model(tmp_path / "m").about
+    assert about.code == ("Lambda layer twice",)
+    assert any("no Python code, unless Keras rebuilds" in note for note in about.notes)
+    assert 0 < about.code_bytes < (tmp_path / "m" / "saved_model.pb").stat().st_size
+
+
+def test_a_model_of_tensorflow_1_is_read_with_its_partitioned_variables(tmp_path: Path) -> None:
+    v1 = tf.compat.v1
+    with v1.Graph().as_default(), v1.Session() as session:
+        x = v1.placeholder(tf.float32, [None, 6])
+        with v1.variable_scope("dense"):
+            y = x @ v1.get_variable("kernel", [6, 5])
+        table = v1.get_variable("table/embeddings", [10, 4], partitioner=v1.fixed_size_partitioner(2))
+        loss = v1.reduce_sum(y) + v1.reduce_sum(v1.convert_to_tensor(table))
+        v1.train.AdamOptimizer().minimize(loss, global_step=v1.train.get_or_create_global_step())
+        session.run(v1.global_variables_initializer())
+        v1.saved_model.simple_save(session, str(tmp_path / "m"), {"x": x}, {"y": y})
+    model = open_model(tmp_path / "m")
+    found = by_name(model)
+    expected = stock(tmp_path / "m" / "variables" / "variables.index")
+    assert {name: raw(array) for name, array in read_all(tmp_path / "m").items()} == {
+        name: raw(array) for name, array in expected.items()
+    }
+    assert (found["dense/kernel"].layer, found["dense/kernel"].role) == ("dense", "kernel")
+    assert (found["table/embeddings"].shape, found["table/embeddings"].role) == ((10, 4), "embedding")
+    assert found["dense/kernel/Adam"].role == "optimizer"
+    assert found["global_step"].role == "state"
+    assert model.about.optimizer == "Adam"
+
+
+def test_the_constants_of_a_frozen_model_are_its_weights(tmp_path: Path) -> None:
+    weights = np.arange(3000, dtype=np.float32).reshape(6, 500)
+
+    class Frozen(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None, 6], tf.float32)])
+        def __call__(self, x: Any) -> Any:
+            return x @ tf.constant(weights, name="kernel")
+
+    tf.saved_model.save(Frozen(), tmp_path / "m")
+    for leftover in (tmp_path / "m" / "variables").iterdir():
+        leftover.unlink()
+    model = open_model(tmp_path / "m")
+    assert model.tensors
+    for tensor in model.tensors:
+        assert (tensor.shape, tensor.role, tensor.out_axis) == ((6, 500), "kernel", 1)
+        assert raw(model.read(tensor)) == raw(weights)
+    assert model.about.notes == ("It has no variables: its weights are constants of the graph.",)
+
+
+def tiny(path: Path, graph: bytes = b"") -> Path:
+    """A SavedModel with one graph, written by TensorFlow's own protobuf."""
+    saved = saved_model_pb2.SavedModel()
+    saved.meta_graphs.add().meta_info_def.tensorflow_version = "2.21.0"
+    saved.meta_graphs[0].graph_def.SetInParent()
+    path.mkdir()
+    (path / "saved_model.pb").write_bytes(saved.SerializeToString() + graph)
+    return path
+
+
+def test_a_model_without_any_weights_says_so(tmp_path: Path) -> None:
+    model = open_model(tiny(tmp_path / "m"))
+    assert model.tensors == ()
+    assert model.about.notes == ("It has neither variables nor weights in its graph.",)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "is empty"),
+        (b"\x08\x01", "holds no graph"),
+        (b"\x12\x7f", "not a SavedModel"),
+        (b"\x12\x02\x12\x00" + b"\x1a\x00" * 1_100_000, "more than 1000000 fields"),
+    ],
+)
+def test_a_graph_that_lies_is_refused(tmp_path: Path, content: bytes, complaint: str) -> None:
+    path = tiny(tmp_path / "m")
+    (path / "saved_model.pb").write_bytes(content)
+    with pytest.raises(InputError, match=complaint):
+        open_model(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "complaint"),
+    [(b"{" * 100_000, "is not JSON|nested too deep"), (b'{"a":' * 100_000, "nested too deep")],
+)
+def test_keras_metadata_that_is_nested_too_deep_is_refused(tmp_path: Path, metadata: bytes, complaint: str) -> None:
+    path = tiny(tmp_path / "m")
+    saved = saved_model_pb2.SavedModel.FromString((path / "saved_model.pb").read_bytes())
+    layer = saved.meta_graphs[0].object_graph_def.nodes.add().user_object
+    layer.identifier, layer.metadata = "_tf_keras_layer", metadata.decode()
+    (path / "saved_model.pb").write_bytes(saved.SerializeToString())
+    with pytest.raises(InputError, match=complaint):
+        open_model(path)
+
+
+def test_a_missing_index_beside_data_is_refused(keras2: Path, tmp_path: Path) -> None:
+    path = tiny(tmp_path / "m")
+    (path / "variables").mkdir()
+    (path / "variables" / "variables.data-00000-of-00001").write_bytes(bytes(100))
+    with pytest.raises(InputError, match=r"is incomplete: it has data, but no variables\.index"):
+        open_model(path)

@@ -1,0 +1,146 @@
+"""Pickle programs, harmless and not: followed, never run."""
+
+from __future__ import annotations
+
+import collections
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prunectl.errors import InputError
+from prunectl.formats import torch_tree
+from prunectl.formats.torch_pickle import follow
+from prunectl.formats.torch_values import Global, Made, Pairs, Persistent, Raw
+
+WHERE = Path("m.pt")
+
+
+def plain(value: Any) -> Any:
+    """Turn what the interpreter makes of plain data back into that data."""
+    if isinstance(value, Pairs):
+        return {plain(key): plain(item) for key, item in value.items}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(item) for item in value)
+    return value.head if isinstance(value, Raw) else value
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_plain_data_comes_back_in_every_protocol(protocol: int) -> None:
+    shared = ["x"]
+    data = {
+        "numbers": [0, 1, -1, 255, 65536, -(2**31), 2**70, -(2**70), 1.5, True, False, None],
+        "texts": ("", "abc", "é", "x" * 300),
+        "nested": [[], (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), {}, shared, shared],
+        "ordered": collections.OrderedDict(a=1, b=2),
+    }
+    assert plain(follow(pickle.dumps(data, protocol), WHERE, "it").value) == data
+
+
+def test_bytes_and_sets_come_back() -> None:
+    value = follow(pickle.dumps([b"abc", {1, 2}, frozenset({3}), bytearray(b"x")], 5), WHERE, "it").value
+    assert [plain(item) if isinstance(item, Raw) else sorted(item) for item in value] == [b"abc", [1, 2], [3], b"x"]
+
+
+def test_strings_of_python_2_are_text() -> None:
+    assert follow(b"(U\x03abcT\x03\x00\x00\x00defS'ghi'\nt.", WHERE, "it").value == ("abc", "def", "ghi")
+
+
+def test_an_instance_is_told_and_not_made() -> None:
+    program = follow(b"(imodels\nNet\n}S'a'\nI1\nsb.", WHERE, "it")
+    assert isinstance(program.value, Made)
+    assert program.value.path == "models.Net"
+    assert program.strangers == ("class models.Net",)
+
+
+@pytest.mark.parametrize(
+    ("program", "fact"),
+    [
+        (b"cos\nsystem\n(S'ls'\ntR.", "calls os.system"),
+        (b"\x8c\x05posix\x8c\x06system\x93\x8c\x02ls\x85R.", "calls posix.system"),
+        (b"(cbuiltins\neval\nS'1'\no.", "class builtins.eval"),
+        (b"(S'1'\nibuiltins\nexec\n.", "class builtins.exec"),
+        (b"cbuiltins\neval\n)\x81.", "class builtins.eval"),
+        (b"cbuiltins\neval\n)}\x92.", "class builtins.eval"),
+        (b"cbuiltins\neval\n.", "imports builtins.eval"),
+        (b"\x82\x07.", "imports copyreg.extension 7"),
+    ],
+)
+def test_whatever_would_run_is_named(program: bytes, fact: str) -> None:
+    assert follow(program, WHERE, "it").strangers == (fact,)
+
+
+def test_what_the_container_provides_is_listed() -> None:
+    program = follow(b"(S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nI4\ntQ.", WHERE, "it")
+    assert isinstance(program.value, Persistent)
+    assert program.storages == (("storage", Global("torch", "FloatStorage"), "0", "cpu", 4),)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"",
+        b"(",
+        b".",
+        b"R.",
+        b"K",
+        b"X\xff\xff\xff\xffabc.",
+        b"\x8d" + b"\xff" * 8 + b".",
+        b"\x8b\xff\xff\xff\xff.",
+        b"\x8b\xff\xff\x00\x00" + b"9" * 70_000 + b".",
+        b"I" + b"9" * 10_000 + b"\n.",
+        b"F1e\n.",
+        b"h\x07.",
+        b"g-1\n.",
+        b"]]s.",
+        b"}(K\x01u.",
+        b"K\x01K\x02a.",
+        b"\x97.",
+        b"\xff.",
+        b"\x85.",
+        b"cos\n",
+        b"K\x01K\x02\x93.",
+        b"t.",
+    ],
+)
+def test_a_broken_program_is_refused_in_a_sentence(program: bytes) -> None:
+    with pytest.raises(InputError, match=r"m\.pt is truncated or damaged: its pickle is not"):
+        follow(program, WHERE, "its pickle")
+
+
+MANY = 1_900_000
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"]" * (MANY // 2) + b"a" * (MANY // 2 - 1) + b".",
+        b")" + b"\x85" * MANY + b".",
+        b")" + b"2\x86" * (MANY // 2) + b".",
+        b"}" * MANY + b".",
+        b"(" * MANY + b".",
+        b"cos\nsystem\nq\x00" + b"h\x00)R" * (MANY // 3) + b".",
+        b"]" * (MANY * 2) + b".",
+        b"\x8c\x03abc" * MANY + b".",
+    ],
+    ids=["deep lists", "deep tuples", "doubling", "dictionaries", "marks", "calls", "too long", "texts"],
+)
+def test_a_bomb_is_followed_or_refused_in_bounded_time(program: bytes) -> None:
+    begin = time.process_time()
+    try:
+        torch_tree.leaves(WHERE, follow(program, WHERE, "it").value, {})
+    except InputError as error:
+        assert str(error).startswith("m.pt is")  # noqa: PT017 (some are followed to their end)
+    assert time.process_time() - begin < 5
+
+
+def test_a_billion_laughs_of_dictionaries_is_refused() -> None:
+    program = b"}q\x00" + b"0}(S'a'\nh\x00S'b'\nh\x00uq\x00" * 60 + b"."
+    with pytest.raises(InputError, match="share each other without end"):
+        torch_tree.leaves(WHERE, follow(program, WHERE, "it").value, {})
+
+
+def test_a_value_inside_itself_is_walked_once() -> None:
+    assert torch_tree.leaves(WHERE, follow(b"}q\x00S'me'\nh\x00s.", WHERE, "it").value, {}) == []

@@ -1,0 +1,93 @@
+"""Runs the command as a user would: in a process of its own, in a pipe or at a terminal."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "fixtures"
+COMMAND = [sys.executable, "-m", "prunectl"]
+PLAIN = {"COLUMNS", "NO_COLOR", "FORCE_COLOR", "CI", "GITHUB_ACTIONS", "TERM"}
+HANG_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one object on stdout."""
+        found: dict[str, Any] = json.loads(self.out)
+        return found
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Plain rows, cell by cell."""
+        return [line.split("\t") for line in self.out.splitlines()]
+
+
+def clean(**environment: str) -> dict[str, str]:
+    """Return the environment without what changes output, and with what a test adds."""
+    kept = {name: value for name, value in os.environ.items() if name not in PLAIN}
+    return {**kept, "TERM": "xterm", **environment}
+
+
+def prunectl(*words: str | Path, stdin: bytes | None = None, cwd: Path | None = None, **environment: str) -> Outcome:
+    """Run prunectl with its output in pipes."""
+    done = subprocess.run(
+        [*COMMAND, *map(str, words)],
+        input=stdin,
+        stdin=subprocess.DEVNULL if stdin is None else None,
+        capture_output=True,
+        timeout=HANG_SECONDS,
+        cwd=cwd,
+        env=clean(PYTHONPATH=str(ROOT), **environment),
+        check=False,
+    )
+    return Outcome(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def at_terminal(*words: str | Path, columns: int = 80, **environment: str) -> Outcome:
+    """Run prunectl with its output at a terminal of that width, which gets both streams."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, words)],
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=theirs,
+        env=clean(PYTHONPATH=str(ROOT), **environment),
+    )
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:  # how Linux says that the other side hung up
+            break
+        if not piece:
+            break
+        seen += piece
+    os.close(ours)
+    return Outcome(process.wait(HANG_SECONDS), seen.decode().replace("\r\n", "\n"), "")
+
+
+def without_colors(text: str) -> str:
+    """Return what a terminal shows, without its colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)

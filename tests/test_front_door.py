@@ -1,0 +1,258 @@
+"""The habits of the command line: exit codes, streams, JSON, terminals, signals."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prunectl import cli
+from prunectl.commands.app import COMMANDS
+from tests.running import COMMAND, FIXTURES, HANG_SECONDS, at_terminal, clean, prunectl, without_colors
+
+MODEL = FIXTURES / "digits_cnn.h5"
+HEAVY = {"tensorflow", "keras", "tf_keras", "torch", "onnx", "onnxruntime", "pydantic", "scipy", "pandas"}
+
+
+def modules_after(*words: str) -> set[str]:
+    """Return what is imported once a command is done."""
+    code = f"import sys\nsys.argv = {['prunectl', *words]!r}\nfrom prunectl.cli import main\nmain()\n"
+    code += "print('\\n'.join(sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean())
+    return {line.split(".")[0] for line in done.stderr.splitlines()}
+
+
+def test_the_version_is_told_without_importing_anything() -> None:
+    assert prunectl("--version").out == f"prunectl {cli.__version__}\n"
+    assert not {"typer", "rich", "numpy", "dataclasses"} & modules_after("--version")
+
+
+def test_help_loads_no_command_and_no_framework() -> None:
+    assert not (HEAVY | {"numpy", "h5py"}) & modules_after("--help")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("model", ["digits_cnn.h5", "digits_cnn.keras", "digits_cnn.pt", "digits_cnn.onnx"])
+def test_no_command_on_bytes_loads_a_framework(command: str, model: str) -> None:
+    assert not HEAVY & modules_after(command, "--json", str(FIXTURES / model))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_every_command_has_help_with_examples_before_its_options(command: str, flag: str) -> None:
+    shown = prunectl(command, flag)
+    assert shown.code == 0
+    assert 0 < shown.out.index(f"$ prunectl {command}") < shown.out.index("Options")
+
+
+def test_no_command_at_all_shows_help() -> None:
+    assert "Commands" in prunectl().out + prunectl().err
+
+
+def test_exit_0_when_all_is_done() -> None:
+    assert prunectl("inspect", MODEL).code == 0
+
+
+def test_exit_1_only_when_a_gate_says_no() -> None:
+    assert prunectl("size", MODEL, "--max-raw", "1KB").code == 1
+    assert prunectl("size", MODEL, "--max-raw", "1MB").code == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect",),
+        ("inspekt", "m.h5"),
+        ("inspect", str(MODEL), "--sideways"),
+        ("inspect", str(MODEL), "--layers", "nothing*"),
+        ("inspect", str(MODEL), "--pattern", "4:2"),
+        ("size", str(MODEL), "--max-raw", "big"),
+        ("size", str(MODEL), "--min-sparsity", "80"),
+        ("size", str(MODEL), "--max-growth", "5%"),
+    ],
+    ids=" ".join,
+)
+def test_exit_2_for_what_cannot_be_meant(words: tuple[str, ...]) -> None:
+    found = prunectl(*words)
+    assert (found.code, found.out) == (2, "")
+
+
+def test_exit_3_for_what_is_no_model(tmp_path: Path) -> None:
+    assert prunectl("inspect", tmp_path / "missing.h5").code == 3
+
+
+def test_exit_4_when_an_extra_is_missing_with_the_line_that_brings_it() -> None:
+    code = "import sys; sys.modules['zstandard'] = None\nfrom prunectl.cli import main\nsys.exit(main())"
+    words = [sys.executable, "-c", code, "size", str(MODEL), "--codec", "zstd"]
+    found = subprocess.run(words, capture_output=True, text=True, env=clean(), check=False)
+    assert found.returncode == 4
+    assert "pip install 'prunectl[zstd]'" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (MemoryError(), 5, "error: out of memory"),
+        (OSError(28, "No space left on device", "/data"), 5, "error: no space left on the disk"),
+        (ZeroDivisionError("division by zero"), 70, "error: this is a bug in prunectl: ZeroDivisionError"),
+    ],
+)
+def test_exit_5_when_the_work_fails_and_70_when_prunectl_does(
+    error: Exception, code: int, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("prunectl.commands.inspect_.look", fail)
+    monkeypatch.setattr("sys.argv", ["prunectl", "inspect", str(MODEL)])
+    assert cli.main() == code
+    assert capsys.readouterr().err.startswith(sentence)
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("prunectl.commands.inspect_.look", lambda *_: 1 / 0)
+    monkeypatch.setattr("sys.argv", ["prunectl", "inspect", str(MODEL), "--debug"])
+    assert cli.main() == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_with_its_code_and_leaves_nothing(sent: signal.Signals, code: int, tmp_path: Path) -> None:
+    waiting = subprocess.Popen(
+        [*COMMAND, "inspect", "-", "-v"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=clean(TMPDIR=str(tmp_path), PYTHONUNBUFFERED="1"),
+    )
+    assert waiting.stdin is not None
+    while not any(tmp_path.iterdir()):  # it has begun to keep its input
+        assert waiting.poll() is None
+    waiting.send_signal(sent)
+    assert waiting.wait(HANG_SECONDS) == code
+    assert list(tmp_path.iterdir()) == []
+    waiting.stdin.close()
+    assert waiting.stderr is not None
+    waiting.stderr.close()
+
+
+def test_a_closed_pipe_is_141_and_silent() -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "inspect", MODEL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean()
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(HANG_SECONDS) == 141
+
+
+def test_several_inputs_are_all_tried_and_the_worst_code_wins(tmp_path: Path) -> None:
+    (tmp_path / "text.pt").write_text("hello")
+    found = prunectl("size", tmp_path / "text.pt", MODEL, "--max-raw", "1KB")
+    assert found.code == 3
+    assert [row[0] for row in found.rows] == [str(MODEL)]
+    assert found.err.count("error: ") == 1
+
+
+def test_stdout_carries_data_only() -> None:
+    found = prunectl("size", FIXTURES / "two_of_four_zero.safetensors", "--max-raw", "1MB")
+    assert len(found.rows) == 1
+    assert "max-raw" in found.err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "kind"),
+    [
+        (("inspect", "missing.h5"), 3, "input"),
+        (("inspect", str(MODEL), "--sideways"), 2, "usage"),
+        (("size", str(MODEL), "--max-raw", "big"), 2, "usage"),
+        (("inspect", str(MODEL), "--layers", "con9*"), 2, "usage"),
+    ],
+)
+@pytest.mark.parametrize("how", [("--json",), ("--format", "json"), ("--format=json",)])
+def test_json_is_one_object_even_when_it_fails(
+    words: tuple[str, ...], code: int, kind: str, how: tuple[str, ...]
+) -> None:
+    found = prunectl(*words, *how)
+    assert found.code == found.json["exit_code"] == found.json["error"]["code"] == code
+    assert found.json["error"]["kind"] == kind
+    assert not found.json["ok"]
+
+
+def test_json_names_its_schema_its_tool_and_sorts_its_keys() -> None:
+    found = prunectl("inspect", MODEL, "--json")
+    assert found.json["schema"] == "prunectl.report/1"
+    assert found.json["tool"]["name"] == "prunectl"
+    assert list(found.json) == sorted(found.json)
+    assert found.json["ok"]
+    assert found.json["error"] is None
+
+
+def test_a_slip_is_answered_with_the_nearest_names() -> None:
+    found = prunectl("inspect", MODEL, "--layers", "con1*")
+    assert "did you mean: conv1" in found.err
+    assert f"list them: prunectl inspect {MODEL}" in found.err
+
+
+def test_a_bare_percentage_is_answered_with_how_to_write_it() -> None:
+    assert "write 80% or 0.8" in prunectl("size", MODEL, "--min-sparsity", "80").err
+
+
+def test_a_pipe_gets_tabs_and_no_colours_whatever_the_width() -> None:
+    found = prunectl("inspect", FIXTURES / "wrapped_by_tfmot.h5", COLUMNS="20")
+    assert {len(row) for row in found.rows} == {9}
+    assert "\x1b" not in found.out + found.err
+    assert "…" not in found.out
+
+
+def test_a_terminal_of_eighty_columns_gets_a_table_that_fits() -> None:
+    found = at_terminal("inspect", FIXTURES / "every_variable_twice")
+    lines = without_colors(found.out).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("tensor") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words", "is_colored"),
+    [
+        ({}, (), True),
+        ({"NO_COLOR": "1"}, (), False),
+        ({"TERM": "dumb"}, (), False),
+        ({}, ("--color", "never"), False),
+        ({"NO_COLOR": "1"}, ("--color", "always"), True),
+    ],
+)
+def test_a_terminal_gets_colours_unless_somebody_objects(
+    environment: dict[str, str], words: tuple[str, ...], is_colored: bool
+) -> None:
+    assert ("\x1b[" in at_terminal("inspect", MODEL, *words, **environment).out) == is_colored
+
+
+def test_a_pipe_gets_colours_when_they_are_forced() -> None:
+    assert "\x1b[" in prunectl("inspect", MODEL, "--format", "human", FORCE_COLOR="1").out
+    assert "\x1b[" not in prunectl("inspect", MODEL, "--format", "human").out
+
+
+def test_a_name_with_escape_sequences_is_shown_escaped(tmp_path: Path) -> None:
+    evil = tmp_path / "m\x1b]0;owned\x07\n.h5"
+    evil.write_text("no model")
+    for found in (prunectl("inspect", evil), at_terminal("inspect", evil, "--color", "never")):
+        assert found.code == 3
+        assert "\x1b" not in found.out + found.err
+        assert "\\x1b]0;owned\\x07\\n" in found.out + found.err
+
+
+def test_standard_input_is_a_model_called_dash() -> None:
+    found = prunectl("size", "-", "--json", stdin=(FIXTURES / "digits_cnn.safetensors").read_bytes())
+    assert found.json["models"][0]["path"] == "-"
+    assert found.json["models"][0]["format"] == "safetensors"
+
+
+def test_an_output_that_cannot_show_a_letter_shows_it_escaped(tmp_path: Path) -> None:
+    found = prunectl("inspect", tmp_path / "modèle.h5", PYTHONIOENCODING="ascii")
+    assert found.code == 3
+    assert "mod\\xe8le.h5" in found.err
