@@ -14,19 +14,43 @@ from prunectl.formats.base import Can, Format, ModelFile
 from prunectl.formats.peek import Peek
 
 FORMATS = (
-    Format("saved-model", "TensorFlow SavedModel", ("",), sniff.is_saved_model, "saved_model:open_model"),
-    Format("keras-h5", "Keras HDF5", (".h5", ".hdf5"), sniff.is_hdf5, "h5:open_model", "pack_h5:pack"),
-    Format("keras", "Keras archive", (".keras",), sniff.is_keras_zip, "keras_zip:open_model", "pack_zip:pack"),
-    Format("torch-export", "PyTorch exported program", (".pt2",), sniff.is_exported_program, "pt2:open_model"),
-    Format("torch", "PyTorch", (".pt", ".pth", ".bin"), sniff.is_torch_zip, "torch_zip:open_model", "pack_zip:pack"),
-    Format("torch-legacy", "PyTorch before 1.6", (".pt", ".pth"), sniff.is_torch_legacy, "torch_legacy:open_model"),
-    Format("torch-tar", "PyTorch before 0.2", (".pt", ".pth", ".tar"), sniff.is_torch_tar, "torch_tar:open_model"),
+    Format("saved-model", "TensorFlow SavedModel", ("",), sniff.is_saved_model, "tensorflow.saved_model:open_model"),
+    Format(
+        "keras-h5", "Keras HDF5", (".h5", ".hdf5"), sniff.is_hdf5, "keras.h5:open_model", packer="keras.pack_h5:pack"
+    ),
+    Format(
+        "keras", "Keras archive", (".keras",), sniff.is_keras_zip, "keras.archive:open_model", packer="pack_zip:pack"
+    ),
+    Format("torch-export", "PyTorch exported program", (".pt2",), sniff.is_exported_program, "torch.pt2:open_model"),
+    Format(
+        "torch",
+        "PyTorch",
+        (".pt", ".pth", ".bin"),
+        sniff.is_torch_zip,
+        "torch.zip_file:open_model",
+        packer="pack_zip:pack",
+    ),
+    Format("torch-legacy", "PyTorch before 1.6", (".pt", ".pth"), sniff.is_torch_legacy, "torch.legacy:open_model"),
+    Format("torch-tar", "PyTorch before 0.2", (".pt", ".pth", ".tar"), sniff.is_torch_tar, "torch.tar:open_model"),
     Format("shards", "sharded checkpoint", (".json",), sniff.is_shard_index, "shards:open_model"),
     Format("safetensors", "safetensors", (".safetensors",), sniff.is_safetensors, "safetensors:open_model"),
-    Format("tflite", "TensorFlow Lite", (".tflite",), sniff.is_tflite, "tflite:open_model"),
-    Format("tf-checkpoint", "TensorFlow checkpoint", (".index",), sniff.is_checkpoint_index, "checkpoint:open_model"),
-    Format("onnx", "ONNX", (".onnx",), sniff.is_onnx, "onnx_file:open_model", "", "onnx_graph:operations"),
-)  # fmt: skip
+    Format(
+        "tflite",
+        "TensorFlow Lite",
+        (".tflite",),
+        sniff.is_tflite,
+        "tflite.model:open_model",
+        graph="tflite.graph:operations",
+    ),
+    Format(
+        "tf-checkpoint",
+        "TensorFlow checkpoint",
+        (".index",),
+        sniff.is_checkpoint_index,
+        "tensorflow.checkpoint:open_model",
+    ),
+    Format("onnx", "ONNX", (".onnx",), sniff.is_onnx, "onnx.model:open_model", graph="onnx.graph:operations"),
+)
 
 
 _IN_A_FOLDER = (

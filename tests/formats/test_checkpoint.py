@@ -15,11 +15,11 @@ import tensorflow as tf
 
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile, Tensor, Wrapper
-from prunectl.formats.bundle_index import read_index
-from prunectl.formats.leveldb_table import masked_crc
-from prunectl.formats.slice_keys import slice_key
 from prunectl.formats.table import open_model, recognise
-from prunectl.formats.tensor_bundle import read_bundle
+from prunectl.formats.tensorflow.bundle import read_bundle
+from prunectl.formats.tensorflow.bundle_index import read_index
+from prunectl.formats.tensorflow.leveldb_table import masked_crc
+from prunectl.formats.tensorflow.slice_keys import slice_key
 from tests.contract import Array, FormatContract, raw, read_all, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -10,12 +10,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
-from prunectl.formats import onnx_messages
 from prunectl.formats.base import Operation
-from prunectl.formats.onnx_graph import operations
-from prunectl.formats.onnx_infer import Shapes
-from prunectl.formats.onnx_tensors import Locator
-from prunectl.formats.onnx_wire import reading
+from prunectl.formats.onnx import messages
+from prunectl.formats.onnx.graph import operations
+from prunectl.formats.onnx.infer import Shapes
+from prunectl.formats.onnx.tensors import Locator
+from prunectl.formats.onnx.wire import reading
 from prunectl.formats.table import open_model
 
 OPSET = [helper.make_opsetid("", 17)]
@@ -183,7 +183,7 @@ def test_shapes_are_those_that_onnx_infers(tmp_path: Path) -> None:
     }
     assert len(expected) >= 10
     with reading(path) as reader:
-        graph = onnx_messages.graph(reader, onnx_messages.model(reader).graph)
+        graph = messages.graph(reader, messages.model(reader).graph)
         shapes = Shapes(reader, Locator(path), graph)
         assert {name: shapes.of(name) for name in expected} == expected
 

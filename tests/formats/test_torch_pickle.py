@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from prunectl.errors import InputError
-from prunectl.formats import torch_tree
-from prunectl.formats.torch_pickle import follow
-from prunectl.formats.torch_values import Global, Made, Pairs, Persistent, Raw
+from prunectl.formats.torch import tree
+from prunectl.formats.torch.program import follow
+from prunectl.formats.torch.values import Global, Made, Pairs, Persistent, Raw
 
 WHERE = Path("m.pt")
 
@@ -130,7 +130,7 @@ MANY = 1_900_000
 def test_a_bomb_is_followed_or_refused_in_bounded_time(program: bytes) -> None:
     begin = time.process_time()
     try:
-        torch_tree.leaves(WHERE, follow(program, WHERE, "it").value, {})
+        tree.leaves(WHERE, follow(program, WHERE, "it").value, {})
     except InputError as error:
         assert str(error).startswith("m.pt is")  # noqa: PT017 (some are followed to their end)
     assert time.process_time() - begin < 5
@@ -139,8 +139,8 @@ def test_a_bomb_is_followed_or_refused_in_bounded_time(program: bytes) -> None:
 def test_a_billion_laughs_of_dictionaries_is_refused() -> None:
     program = b"}q\x00" + b"0}(S'a'\nh\x00S'b'\nh\x00uq\x00" * 60 + b"."
     with pytest.raises(InputError, match="share each other without end"):
-        torch_tree.leaves(WHERE, follow(program, WHERE, "it").value, {})
+        tree.leaves(WHERE, follow(program, WHERE, "it").value, {})
 
 
 def test_a_value_inside_itself_is_walked_once() -> None:
-    assert torch_tree.leaves(WHERE, follow(b"}q\x00S'me'\nh\x00s.", WHERE, "it").value, {}) == []
+    assert tree.leaves(WHERE, follow(b"}q\x00S'me'\nh\x00s.", WHERE, "it").value, {}) == []

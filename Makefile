@@ -1,0 +1,47 @@
+# make demo    what prunectl does, on the models in fixtures/ (installs the core into .venv first)
+# make test    every test (installs all extras into .venv first)
+# make check   what CI checks: lint, format, types, architecture, tests
+# make bench   speed and memory beside the scripts that it replaces
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+JOBS ?= 2
+
+.PHONY: demo test check lint bench fixtures clean
+
+demo: .venv/.core
+	@BIN=$(BIN) sh examples/demo.sh
+
+test: .venv/.full
+	$(BIN)/python -m pytest -q -n $(JOBS)
+
+check: lint test
+
+lint: .venv/.full
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/.full
+	$(BIN)/python -m benchmarks
+
+fixtures: .venv/.full
+	$(BIN)/python fixtures/make.py
+
+.venv/.pip:
+	$(PYTHON) -m venv .venv
+	$(PIP) install --upgrade 'pip>=25.1'
+	@touch $@
+
+.venv/.core: .venv/.pip pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+.venv/.full: .venv/.pip pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt --group dev -e '.[all]'
+	@touch $@ .venv/.core
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

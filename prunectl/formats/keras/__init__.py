@@ -1,0 +1,1 @@
+"""Files of Keras: HDF5, alone or in a zip."""

@@ -1,0 +1,82 @@
+"""Keras `.keras`: a zip with a configuration and an HDF5 file of weights."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prunectl.formats import extents
+from prunectl.formats.base import About, Array, ModelFile, Tensor
+from prunectl.formats.json_text import parse_object
+from prunectl.formats.keras import config as keras_config
+from prunectl.formats.keras import h5, hdf5
+from prunectl.formats.keras.hdf5_walk import Place
+from prunectl.formats.zips import Archive, Entry, open_archive
+
+WEIGHTS = "model.weights.h5"
+_MAX_CONFIG_BYTES = 64 << 20
+
+
+def open_model(path: Path) -> ModelFile:
+    """Open a `.keras` archive."""
+    archive = open_archive(path)
+    config = parse_object(archive.read("config.json", _MAX_CONFIG_BYTES), path, "its config.json")
+    weights = archive.entries[WEIGHTS]
+    model = _stored(path, weights, config) if weights.is_stored else _deflated(path, archive, weights, config)
+    return replace(model, about=_about(path, archive, config, is_compressed=not weights.is_stored))
+
+
+def _stored(path: Path, weights: Entry, config: dict[str, Any]) -> ModelFile:
+    contents = hdf5.read_contents(Place(path, weights.extent.offset, weights.nbytes))
+    return _model(path, h5.describe(contents, config), h5.decoder(contents))
+
+
+def _deflated(path: Path, archive: Archive, weights: Entry, config: dict[str, Any]) -> ModelFile:
+    # Libhdf5 must be able to seek: the weights are inflated into a file that lives as long as the model.
+    scratch = tempfile.TemporaryDirectory(prefix="prunectl-")
+    inflated = Path(scratch.name) / WEIGHTS
+    with inflated.open("wb") as file:
+        file.writelines(archive.pieces(weights))
+    contents = hdf5.read_contents(Place(inflated, 0, weights.nbytes))
+    inner = {tensor.storage.key: tensor for tensor in h5.describe(contents, config)}
+    decode_filtered = h5.decoder(contents)
+    share = weights.extent.nbytes / max(weights.nbytes, 1)
+
+    def decode(tensor: Tensor) -> Array:
+        assert scratch.name  # keeps the file
+        extent = inner[tensor.storage.key].storage.extent
+        if extent is None:
+            filtered: Array = decode_filtered(tensor)
+            return filtered
+        return extents.view(extent, dtype=tensor.dtype, shape=tensor.shape, big_endian=tensor.storage.big_endian)
+
+    return _model(path, tuple(_hidden(tensor, share) for tensor in inner.values()), decode)
+
+
+def _hidden(tensor: Tensor, share: float) -> Tensor:
+    """Return a tensor that has no place of its own in the archive, only a share of what is deflated."""
+    storage = replace(tensor.storage, extent=None, stored_bytes=int(tensor.storage.stored_bytes * share))
+    return replace(tensor, storage=storage)
+
+
+def _model(path: Path, tensors: tuple[Tensor, ...], decode: Any) -> ModelFile:
+    return ModelFile(path, "keras", tensors, About(), (path,), decode)
+
+
+def _about(path: Path, archive: Archive, config: dict[str, Any], *, is_compressed: bool) -> About:
+    metadata: dict[str, Any] = {}
+    if "metadata.json" in archive.entries:
+        metadata = parse_object(archive.read("metadata.json", _MAX_CONFIG_BYTES), path, "its metadata.json")
+    compiled = keras_config.part(config, "compile_config")
+    version = keras_config.text(metadata, "keras_version")
+    return About(
+        producer=f"keras {version}" if version else "",
+        wrappers=keras_config.wrappers(config),
+        optimizer=keras_config.named(compiled.get("optimizer")),
+        training=keras_config.training(compiled),
+        code=keras_config.code(config),
+        is_compressed=is_compressed,
+        keras=config,
+    )

@@ -1,0 +1,96 @@
+"""The layout of `model.weights.h5`: paths of attributes, and weights that have only a number."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from prunectl.formats.base import Role, Tensor
+from prunectl.formats.keras import config as keras_config
+from prunectl.formats.keras.config import PRUNED_PREFIX
+from prunectl.formats.keras.hdf5 import Contents, Dataset
+from prunectl.formats.keras.roles import meaning, positional_name
+
+_COUNTER = re.compile(r"_\d+$")
+_TRAINING = frozenset({"optimizer", "metrics", "_metrics", "compile_metrics"})
+_CONTAINERS = ("layers", "_layer_checkpoint_dependencies")
+
+
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    """The layer that a path leads to."""
+
+    names: tuple[str, ...]
+    kind: str
+    slug: str
+    """The last step of the path, without its number: the class in snake case, or an attribute."""
+
+
+def describe(contents: Contents, config: Mapping[str, Any] | None) -> tuple[Tensor, ...]:
+    """Return the weights under the names that Keras gives to variables: `dense/kernel`."""
+    slots = dict(_slots(config))
+    siblings = Counter(found.name.rpartition("/")[0] for found in contents.datasets)
+    tensors = [_tensor(found, contents, slots, siblings) for found in contents.datasets]
+    repeated = Counter(tensor.name for tensor in tensors)
+    return tuple(
+        replace(tensor, name=found.name) if repeated[tensor.name] > 1 else tensor
+        for tensor, found in zip(tensors, contents.datasets, strict=True)
+    )
+
+
+def _slots(config: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Yield the path that Keras gives to each layer of a configuration, with its name and class."""
+    used: Counter[str] = Counter()
+    for layer in keras_config.children(config):
+        slug = keras_config.snake_case(layer.kind)
+        numbered = f"{slug}_{used[slug]}" if used[slug] else slug
+        used[slug] += 1
+        for container in _CONTAINERS:
+            path = f"{prefix}{container}/{numbered}"
+            yield path, (layer.name, layer.kind)
+            if depth < keras_config.MAX_DEPTH:
+                yield from _slots({"config": layer.config}, f"{path}/", depth + 1)
+
+
+def _tensor(
+    found: Dataset, contents: Contents, slots: Mapping[str, tuple[str, str]], siblings: Mapping[str, int]
+) -> Tensor:
+    steps = found.name.split("/")
+    if steps[0] in _TRAINING or "vars" not in steps:
+        role = Role.OPTIMIZER if steps[0] in _TRAINING else Role.OTHER
+        return Tensor(found.name, "/".join(steps[:-1]), found.shape, found.dtype, role, found.storage)
+    owner = _owner(steps[: steps.index("vars")], contents, slots)
+    index = int(steps[-1]) if steps[-1].isdecimal() else 0
+    leaf = positional_name(owner.slug, index, siblings["/".join(steps[:-1])], found.shape)
+    what = meaning(leaf, owner.kind, found.shape, is_float=found.dtype.kind not in "iub")
+    return Tensor(
+        name="/".join((*owner.names, leaf)),
+        layer=owner.names[-1] if owner.kind or len(owner.names) == 1 else "/".join(owner.names),
+        shape=found.shape,
+        dtype=found.dtype,
+        role=what.role,
+        storage=found.storage,
+        kind=owner.kind,
+        out_axis=what.out_axis,
+        in_axis=what.in_axis,
+    )
+
+
+def _owner(steps: list[str], contents: Contents, slots: Mapping[str, tuple[str, str]]) -> _Owner:
+    names: list[str] = []
+    layer = ("", "")
+    for end in range(1, len(steps) + 1):
+        path = "/".join(steps[:end])
+        said = contents.attribute(f"{path}/vars", "name")
+        if path in slots:
+            layer = slots[path]
+            names.append(layer[0])
+        elif isinstance(said, str):
+            names.append(said)
+        elif steps[end - 1] not in _CONTAINERS:
+            names.append(steps[end - 1])
+    slug = _COUNTER.sub("", steps[-1]) if steps else ""
+    return _Owner(tuple(name.removeprefix(PRUNED_PREFIX) for name in names) or ("",), layer[1], slug)

@@ -1,0 +1,1 @@
+"""ONNX files: one protobuf message, with or without data beside it."""

@@ -1,0 +1,83 @@
+"""Every graph of an ONNX model, those inside nodes included, and which names each can see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from prunectl.formats.onnx import messages
+from prunectl.formats.onnx.proto import Graph, Model, Node
+from prunectl.formats.onnx.wire import Reader
+from prunectl.formats.protobuf import WireError
+
+MAX_DEPTH = 32
+"""Graphs inside graphs: a few in real models."""
+MAX_PREFIX = 2048
+"""Characters that say where a graph stands: each of its tensors repeats them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scope:
+    """A graph, and the graph around it whose values it can use."""
+
+    graph: Graph
+    prefix: str = ""
+    """What names of its tensors begin with, such as `If_0/then_branch/`; nothing in the main graph."""
+    parent: Scope | None = None
+    depth: int = 0
+    is_training: bool = False
+    defines: str = ""
+    """The operator that it defines, when it is a function's."""
+    makers: dict[str, Node | None] = field(default_factory=dict)
+    """The node that makes each value; None for a tensor of the file."""
+
+    def owner(self, name: str) -> Scope | None:
+        """Return the graph whose value a name means here."""
+        scope: Scope | None = self
+        while scope is not None and name not in scope.makers:
+            scope = scope.parent
+        return scope
+
+
+def read(reader: Reader, model: Model) -> tuple[Scope, ...]:
+    """Return the main graph first, then those of functions, of training, and inside nodes."""
+    waiting = [_scope(messages.graph(reader, model.graph))]
+    for span in model.functions:
+        domain, name, graph = messages.function(reader, span)
+        waiting.append(_scope(graph, prefix=f"{name}/", defines=f"{domain}.{name}"))
+    for number, span in enumerate(at for training in model.training for at in messages.training(reader, training)):
+        graph = messages.graph(reader, span)
+        waiting.append(_scope(graph, prefix=f"training_{number}/", is_training=True))
+    for scope in waiting:
+        waiting.extend(_inside(reader, scope))
+    return tuple(waiting)
+
+
+def _inside(reader: Reader, scope: Scope) -> Iterator[Scope]:
+    for node in scope.graph.nodes:
+        for name, attribute in node.attributes.items():
+            for number, span in enumerate(attribute.graphs):
+                if scope.depth == MAX_DEPTH:
+                    raise WireError(f"its graphs are nested more than {MAX_DEPTH} deep")
+                place = name if len(attribute.graphs) == 1 else f"{name}_{number}"
+                prefix = f"{scope.prefix}{node.label}/{place}/"
+                if len(prefix) > MAX_PREFIX:
+                    raise WireError("the names of its nested graphs are too long")
+                yield _scope(
+                    messages.graph(reader, span), prefix, scope, scope.depth + 1, is_training=scope.is_training
+                )
+
+
+def _scope(
+    graph: Graph,
+    prefix: str = "",
+    parent: Scope | None = None,
+    depth: int = 0,
+    *,
+    is_training: bool = False,
+    defines: str = "",
+) -> Scope:
+    makers: dict[str, Node | None] = {output: node for node in graph.nodes for output in node.outputs}
+    makers.update(dict.fromkeys((tensor.name for tensor in graph.initializers), None))
+    makers.update(dict.fromkeys((tensor.values.name for tensor in graph.sparse), None))
+    return Scope(graph, prefix, parent, depth, is_training, defines, makers)

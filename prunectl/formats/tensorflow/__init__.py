@@ -1,0 +1,1 @@
+"""Checkpoints and SavedModels: a table of entries, shards of bytes, a graph."""

@@ -1,0 +1,111 @@
+"""What the names of TensorFlow variables tell: layers, roles and output axes, by TensorFlow's habits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from prunectl.formats.base import Role
+from prunectl.formats.keras.config import PRUNED_PREFIX
+
+VALUE_SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
+OPTIMIZERS = (
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Nadam",
+    "SGD",
+    "Momentum",
+    "RMSprop",
+    "RMSProp",
+    "Adagrad",
+    "Adadelta",
+    "Ftrl",
+)
+_OPTIMIZER_PART = re.compile(rf"({'|'.join(OPTIMIZERS)})(_\d+)?")
+_OPTIMIZER_ROOTS = frozenset({"optimizer", "_optimizer", "optimizer_v2"})
+_TRAINING_LEAVES = frozenset({"beta1_power", "beta2_power", "save_counter"})
+_LEAVES = {
+    "recurrent_kernel": Role.RECURRENT,
+    "gamma": Role.NORM,
+    "beta": Role.NORM,
+    "moving_mean": Role.STATE,
+    "moving_variance": Role.STATE,
+    "global_step": Role.STATE,
+    "step": Role.STATE,
+    "seed_generator_state": Role.STATE,
+    "mask": Role.MASK,
+    "threshold": Role.SCHEDULE,
+    "pruning_step": Role.SCHEDULE,
+}
+_ONLY_WHEN_PRUNED = frozenset({Role.MASK, Role.SCHEDULE})
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """What a variable is for."""
+
+    layer: str
+    role: Role
+    kind: str
+    out_axis: int | None = None
+    in_axis: int | None = None
+
+
+def explain(
+    key: str, full_name: str, shape: tuple[int, ...], *, is_float: bool, classes: Mapping[str, str], root: str = ""
+) -> Meaning:
+    """Return what the name of a variable tells.
+
+    ``key`` is where the checkpoint keeps it, ``full_name`` what TensorFlow called it, ``classes`` the Keras class of
+    each known layer, ``root`` the name of the model where that begins every name.
+    """
+    # A variable that nobody named is called after its class; the path to it says more.
+    name = full_name if "/" in full_name else key
+    parts = [part for part in name.removeprefix(f"{root}/").split("/") if not _OPTIMIZER_PART.fullmatch(part)]
+    known = next((part for part in parts if part.removeprefix(PRUNED_PREFIX) in classes), "")
+    layer = known or "/".join(parts[:-1]) or name
+    layer = layer.removeprefix(PRUNED_PREFIX)
+    kind, leaf = classes.get(layer, ""), parts[-1] if parts else ""
+    if is_of_training(key, full_name):
+        return Meaning(layer, Role.OPTIMIZER, kind)
+    role = _role(leaf, name, layer, shape, kind=kind, is_float=is_float)
+    if role not in {Role.KERNEL, Role.RECURRENT}:
+        return Meaning(layer, role, kind)
+    if kind.endswith("Transpose"):  # [height, width, out, in]
+        return Meaning(layer, role, kind, len(shape) - 2, len(shape) - 1)
+    if "depthwise" in leaf or kind.startswith("Depthwise"):  # [height, width, channels, multiplier]
+        return Meaning(layer, role, kind, len(shape) - 2)
+    return Meaning(layer, role, kind, len(shape) - 1)
+
+
+def is_of_training(key: str, full_name: str) -> bool:
+    """Whether only training needs it: the state of an optimizer, a metric or the checkpoint's own counter."""
+    parts = key.split("/")
+    return (
+        ".OPTIMIZER_SLOT" in parts
+        or not _OPTIMIZER_ROOTS.isdisjoint(parts)
+        or parts[-1] in _TRAINING_LEAVES
+        or key.startswith("keras_api/metrics/")
+        or optimizer_of(full_name) != ""
+    )
+
+
+def optimizer_of(full_name: str) -> str:
+    """Return the optimizer that a variable's name betrays: `Adam` for `dense/kernel/Adam_1`."""
+    found = (_OPTIMIZER_PART.fullmatch(part) for part in full_name.split("/"))
+    return next((match[1] for match in found if match), "")
+
+
+def _role(leaf: str, name: str, layer: str, shape: tuple[int, ...], *, kind: str, is_float: bool) -> Role:
+    role = _LEAVES.get(leaf)
+    if role is not None and (role not in _ONLY_WHEN_PRUNED or PRUNED_PREFIX in name):
+        return role
+    if leaf.startswith("bias") or leaf.endswith("bias"):
+        return Role.BIAS
+    if not is_float or len(shape) < 2:
+        return Role.OTHER
+    if kind == "Embedding" or "embed" in leaf.lower() or (leaf == "weights" and "embed" in layer.lower()):
+        return Role.EMBEDDING
+    return Role.KERNEL

@@ -1,0 +1,97 @@
+"""How much does a .tflite model multiply? Its operators with weights, counted per inference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from prunectl.formats.base import ModelFile, Operation
+from prunectl.formats.tflite.model import constants
+from prunectl.formats.tflite.schema import LiteGraph, LiteOperator, read_lite
+from prunectl.formats.tflite.uses import layer_of
+
+Shape = tuple[int, ...]
+_PASSING = frozenset({"DEQUANTIZE", "DENSIFY"})
+_MAX_PASSED = 4
+
+
+def operations(model: ModelFile) -> tuple[Operation, ...]:
+    """Return the multiply-accumulate operations of a model, for the shapes in the file; a free size counts as 1."""
+    lite = read_lite(model.path)
+    names = {place: tensor.name for place, (tensor, _) in constants(lite)}
+    found = []
+    for number, graph in enumerate(lite.graphs):
+        makers = {at: operator for operator in graph.operators for at in operator.outputs}
+        for operator in graph.operators:
+            if operator.kind not in _MACS or not _is_whole(operator):
+                continue
+            weight = _origin(operator.inputs[1], makers)
+            found.append(
+                Operation(
+                    layer=layer_of(graph, operator, operator.outputs[0]),
+                    kind=operator.kind,
+                    macs=_count(graph, operator),
+                    weight=names.get((number, weight), ""),
+                )
+            )
+    return tuple(found)
+
+
+def _is_whole(operator: LiteOperator) -> bool:
+    needed = 3 if operator.kind == "TRANSPOSE_CONV" else 2
+    return (
+        len(operator.inputs) >= needed
+        and bool(operator.outputs)
+        and min(*operator.inputs[:needed], operator.outputs[0]) >= 0
+    )
+
+
+def _origin(at: int, makers: dict[int, LiteOperator]) -> int:
+    """Return the tensor that is stored, behind what turns it into what is used."""
+    for _ in range(_MAX_PASSED):
+        maker = makers.get(at)
+        if maker is None or maker.kind not in _PASSING or not maker.inputs:
+            break
+        at = maker.inputs[0]
+    return at
+
+
+def _count(graph: LiteGraph, operator: LiteOperator) -> int:
+    shapes = [tuple(max(size, 1) for size in graph.tensors[at].shape) if at >= 0 else () for at in operator.inputs]
+    output = tuple(max(size, 1) for size in graph.tensors[operator.outputs[0]].shape)
+    return _MACS[operator.kind](operator, shapes, output)
+
+
+def _convolution(_: LiteOperator, inputs: list[Shape], output: Shape) -> int:
+    return math.prod(output) * math.prod(inputs[1][1:])  # [out, height, width, in]
+
+
+def _depthwise(_: LiteOperator, inputs: list[Shape], output: Shape) -> int:
+    return math.prod(output) * math.prod(inputs[1][1:3])  # [1, height, width, channels]
+
+
+def _fully_connected(_: LiteOperator, inputs: list[Shape], output: Shape) -> int:
+    return math.prod(output) * math.prod(inputs[1][-1:])  # [out, in]
+
+
+def _transposed(_: LiteOperator, inputs: list[Shape], output: Shape) -> int:  # noqa: ARG001  (same shape as its siblings)
+    return math.prod(inputs[2]) * math.prod(inputs[1][:-1])  # [out, height, width, in]
+
+
+def _volume(_: LiteOperator, inputs: list[Shape], output: Shape) -> int:
+    return math.prod(output) * math.prod(inputs[1][:-1])  # [depth, height, width, in, out]
+
+
+def _matrices(operator: LiteOperator, inputs: list[Shape], output: Shape) -> int:
+    is_turned = operator.options is not None and operator.options.number(0, 1) != 0
+    return math.prod(output) * math.prod(inputs[0][-2:-1] if is_turned else inputs[0][-1:])
+
+
+_MACS: dict[str, Callable[[LiteOperator, list[Shape], Shape], int]] = {
+    "CONV_2D": _convolution,
+    "DEPTHWISE_CONV_2D": _depthwise,
+    "FULLY_CONNECTED": _fully_connected,
+    "TRANSPOSE_CONV": _transposed,
+    "CONV_3D": _volume,
+    "BATCH_MATMUL": _matrices,
+}

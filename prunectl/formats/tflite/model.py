@@ -1,0 +1,132 @@
+"""TensorFlow Lite models: one FlatBuffer that holds the graph and its constants."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from prunectl.errors import InputError
+from prunectl.formats.base import About, Array, ModelFile, Role, Storage, Tensor
+from prunectl.formats.distinct import Distinct
+from prunectl.formats.extents import Extent, check_inside
+from prunectl.formats.tflite.dtypes import BITS, DTYPES, NOT_NUMBERS, stored_bytes, unpack
+from prunectl.formats.tflite.flatbuffer import FlatBufferError
+from prunectl.formats.tflite.schema import LiteFile, LiteTensor, read_lite
+from prunectl.formats.tflite.sparse import unfold
+from prunectl.formats.tflite.uses import Meaning, Use, meanings
+
+MAX_UNFOLDING = 256
+"""How many times bigger than its bytes in the file a sparse tensor may be; a small one may always be."""
+SMALL_BYTES = 1 << 20
+_UNUSED = Meaning("", "", Use(Role.OTHER))
+
+
+def open_model(path: Path) -> ModelFile:
+    """Open a .tflite file."""
+    lite = read_lite(path)
+    found = dict(constants(lite))
+    tensors = tuple(tensor for tensor, _ in found.values())
+    return ModelFile(
+        path=path,
+        format="tflite",
+        tensors=tensors,
+        about=About(
+            producer=f"tflite schema {lite.version}" + (f", runtime {lite.runtime}" if lite.runtime else ""),
+            notes=_notes(lite, [source for _, source in found.values()]),
+            is_compressed=any(source.sparsity is not None for _, source in found.values()),
+        ),
+        files=(path,),
+        decode=_decoder(lite, {tensor.name: source for tensor, source in found.values()}),
+    )
+
+
+def constants(lite: LiteFile) -> Iterator[tuple[tuple[int, int], tuple[Tensor, LiteTensor]]]:
+    """Yield the tensors with values in the file, by the number of their graph and their own."""
+    distinct = Distinct()
+    for number, graph in enumerate(lite.graphs):
+        purposes = meanings(graph)
+        for at, source in enumerate(graph.tensors):
+            if not _has_values(lite, source):
+                continue
+            name = distinct.name(source.name)
+            yield (number, at), (_tensor(lite, name, source, purposes.get(at, _UNUSED)), source)
+
+
+def _has_values(lite: LiteFile, source: LiteTensor) -> bool:
+    if source.buffer >= len(lite.buffers):
+        raise InputError(f"{lite.path} is damaged: {source.name} lies in buffer {source.buffer}, which is not there")
+    return lite.buffers[source.buffer][1] > 0 and not source.is_elsewhere and source.code not in NOT_NUMBERS
+
+
+def _tensor(lite: LiteFile, name: str, source: LiteTensor, meaning: Meaning) -> Tensor:
+    offset, nbytes = lite.buffers[source.buffer]
+    check_inside(lite.path, offset, nbytes, len(lite.data), name)
+    if source.code not in DTYPES:
+        raise InputError(f"{lite.path} holds {name} as type {source.code}, which prunectl does not read")
+    dtype, size = DTYPES[source.code], math.prod(source.shape)
+    if any(axis < 0 for axis in source.shape):
+        raise InputError(f"{lite.path} is damaged: {name} has values, but no fixed shape")
+    if source.sparsity is None and nbytes != stored_bytes(source.code, size):
+        raise InputError(f"{lite.path} is damaged: {name} of shape {list(source.shape)} does not fill {nbytes} bytes")
+    if size * dtype.itemsize > max(SMALL_BYTES, MAX_UNFOLDING * nbytes):
+        raise InputError(f"{lite.path} is refused: {name} claims to unfold {nbytes} bytes to {size * dtype.itemsize}")
+    is_flat = source.sparsity is None and source.code not in BITS
+    return Tensor(
+        name=name,
+        layer=meaning.layer or source.name.rpartition("/")[0] or source.name,
+        shape=source.shape,
+        dtype=dtype,
+        role=meaning.use.role,
+        storage=Storage(
+            f"buffer {source.buffer}",
+            size * dtype.itemsize,
+            Extent(lite.path, offset, nbytes) if is_flat else None,
+            nbytes,
+        ),
+        kind=meaning.kind,
+        out_axis=meaning.use.out_axis,
+        in_axis=meaning.use.in_axis,
+    )
+
+
+def _decoder(lite: LiteFile, sources: dict[str, LiteTensor]) -> Callable[[Tensor], Array]:
+    def decode(tensor: Tensor) -> Array:
+        source = sources[tensor.name]
+        offset, nbytes = lite.buffers[source.buffer]
+        raw = np.frombuffer(lite.data, np.uint8, nbytes, offset)
+        count = (
+            tensor.size if source.sparsity is None else nbytes * 8 // BITS.get(source.code, 8 * tensor.dtype.itemsize)
+        )
+        array = unpack(raw[: stored_bytes(source.code, count)], source.code, count)
+        try:
+            dense = unfold(source.sparsity, tensor.shape, array) if source.sparsity else array.reshape(tensor.shape)
+        except FlatBufferError as error:
+            raise InputError(f"{lite.path} is damaged: {tensor.name}: {error}") from error
+        dense.flags.writeable = False
+        return dense
+
+    return decode
+
+
+def _notes(lite: LiteFile, sources: list[LiteTensor]) -> tuple[str, ...]:
+    quantised = Counter(
+        DTYPES[source.code].name for source in sources if source.is_quantised and DTYPES[source.code].itemsize <= 2
+    )
+    sparse = sum(source.sparsity is not None for source in sources)
+    elsewhere = sum(source.is_elsewhere for graph in lite.graphs for source in graph.tensors)
+    notes = [f"{_tensors(count)} quantised to {kind}." for kind, count in sorted(quantised.items())]
+    if sparse:
+        notes.append(f"{_tensors(sparse)} stored sparse.")
+    if elsewhere:
+        notes.append(f"{_tensors(elsewhere)} kept in other files, which prunectl does not read.")
+    if lite.description:
+        notes.append(f"The file describes itself as: {lite.description.rstrip('.')}.")
+    return tuple(notes)
+
+
+def _tensors(count: int) -> str:
+    return "1 tensor is" if count == 1 else f"{count} tensors are"

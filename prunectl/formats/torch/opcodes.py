@@ -1,0 +1,116 @@
+"""The opcodes of pickle, protocols 0 to 5, and the bytes that follow them."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from prunectl.formats.torch.values import Raw
+
+MAX_TEXT_BYTES = 1 << 16
+"""No name of a tensor is longer: what is stays where it lies."""
+MAX_ALL_TEXT_BYTES = 1 << 26
+MAX_NUMBER_BYTES = 1024
+MAX_LINE_BYTES = 1 << 16
+
+CONSTANTS: dict[int, Any] = {ord("N"): None, 0x88: True, 0x89: False}
+NUMBERS = {ord("J"): "<i", ord("K"): "<B", ord("M"): "<H", ord("G"): ">d"}
+LONG_NUMBERS = {0x8A: "<B", 0x8B: "<i"}
+LINES = {ord("I"): "int", ord("L"): "int", ord("F"): "float", ord("S"): "string", ord("V"): "text"}
+TEXTS = {ord("X"): "<I", 0x8C: "<B", 0x8D: "<Q"}
+STRINGS = {ord("T"): "<i", ord("U"): "<B"}
+"""Python 2's strings: text or bytes, whichever they turn out to be."""
+RUNS = {ord("B"): "<I", ord("C"): "<B", 0x8E: "<Q", 0x96: "<Q"}
+TUPLES = {ord(")"): 0, 0x85: 1, 0x86: 2, 0x87: 3}
+PUTS = {ord("q"): "<B", ord("r"): "<I"}
+GETS = {ord("h"): "<B", ord("j"): "<I"}
+SKIPPED = {0x80: 1, 0x95: 8}
+"""The protocol's number and the length of a frame: neither changes what follows."""
+EXTENSIONS = {0x82: "<B", 0x83: "<H", 0x84: "<i"}
+
+
+@dataclass(slots=True)
+class Reader:
+    """A place in the bytes of a program; whatever reaches past their end is a ValueError."""
+
+    data: bytes | mmap.mmap
+    at: int
+    end: int
+    taken_bytes: int = 0
+    """Bytes of text taken so far."""
+
+    def skip(self, nbytes: int) -> None:
+        """Go past some bytes."""
+        self.at += nbytes
+
+    def number(self, layout: str) -> Any:
+        """Return a number of fixed size."""
+        size = struct.calcsize(layout)
+        if self.at + size > self.end:
+            raise ValueError("it ends early")
+        (value,) = struct.unpack_from(layout, self.data, self.at)
+        self.at += size
+        return value
+
+    def run(self, nbytes: int) -> bytes:
+        """Return so many bytes."""
+        if nbytes < 0 or self.at + nbytes > self.end:
+            raise ValueError("it ends early")
+        found = self.data[self.at : self.at + nbytes]
+        self.at += nbytes
+        self.taken_bytes += nbytes
+        if self.taken_bytes > MAX_ALL_TEXT_BYTES:
+            raise ValueError("it holds more text than any model")
+        return found
+
+    def raw(self, nbytes: int) -> Raw:
+        """Return a run of bytes by its place."""
+        if nbytes < 0 or self.at + nbytes > self.end:
+            raise ValueError("it ends early")
+        at = self.at
+        head = self.run(nbytes) if nbytes <= MAX_TEXT_BYTES else b""
+        self.at = at + nbytes
+        return Raw(at, nbytes, head)
+
+    def text(self, nbytes: int) -> str | Raw:
+        """Return a text; one that is too long to be a name only by its place."""
+        if nbytes > MAX_TEXT_BYTES:
+            return self.raw(nbytes)
+        # Unpaired surrogates would be a trap for whoever prints the name.
+        return self.run(nbytes).decode("utf-8", "backslashreplace")
+
+    def string(self, nbytes: int) -> str | Raw:
+        """Return a string of Python 2: text where it is UTF-8."""
+        raw = self.raw(nbytes)
+        try:
+            return raw.head.decode() if nbytes <= MAX_TEXT_BYTES else raw
+        except UnicodeDecodeError:
+            return raw
+
+    def long(self, nbytes: int) -> int:
+        """Return a whole number of any size that makes sense."""
+        if nbytes > MAX_NUMBER_BYTES:
+            raise ValueError("a number in it is absurdly long")
+        return int.from_bytes(self.run(nbytes), "little", signed=True)
+
+    def line(self) -> bytes:
+        """Return the bytes up to the end of the line."""
+        stop = self.data.find(b"\n", self.at, min(self.end, self.at + MAX_LINE_BYTES))
+        if stop < 0:
+            raise ValueError("it ends early")
+        found = self.data[self.at : stop]
+        self.at = stop + 1
+        return found
+
+    def line_of(self, kind: str) -> Any:
+        """Return what protocol 0 writes as a line."""
+        line = self.line()
+        if kind == "int":
+            known = {b"00": False, b"01": True}
+            return known[line] if line in known else int(line.removesuffix(b"L"))
+        if kind == "float":
+            return float(line)
+        # Escapes in a quoted string stay as they stand: no name of a tensor needs them.
+        return line.decode("raw-unicode-escape", "replace") if kind == "text" else line[1:-1].decode("latin-1")

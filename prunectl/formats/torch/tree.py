@@ -1,0 +1,159 @@
+"""The tensors that a rebuilt value holds, and what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prunectl.errors import InputError
+from prunectl.formats.torch import leaves as torch_leaves
+from prunectl.formats.torch.leaves import unwrapped
+from prunectl.formats.torch.values import Global, Made, Pairs, Persistent
+
+MAX_DEPTH = 400
+MAX_WORK = 3_000_000
+"""A value may stand in several places, as a tied layer does; a web of such values is a trap."""
+MAX_TENSORS = 100_000
+MAX_NAMES_CHARACTERS = 1 << 24
+
+Parameters = Mapping[str, frozenset[str]]
+"""The trained attributes of classes that declare them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Leaf:
+    """A tensor as the program would rebuild it."""
+
+    name: str
+    value: Any
+    kind: str
+    """Class of the module that owns it."""
+    is_buffer: bool
+    """Whether the file says that it is not trained."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Node:
+    """A value on its way from the root."""
+
+    above: _Node | None
+    key: str
+    value: Any
+    depth: int = 0
+    kind: str = ""
+    is_buffer: bool = False
+    skipped: Sequence[Any] = ()
+    """Keys in it that do not count."""
+
+    def below(
+        self, key: str, value: Any, *, kind: str = "", is_buffer: bool = False, skipped: Sequence[Any] = ()
+    ) -> _Node:
+        return _Node(self, key, unwrapped(value), self.depth + 1, kind, is_buffer, skipped)
+
+    def name(self) -> str:
+        keys: list[str] = []
+        node: _Node | None = self
+        while node is not None:
+            if node.key:
+                keys.append(node.key)
+            node = node.above
+        return ".".join(reversed(keys))
+
+    def is_inside_itself(self) -> bool:
+        node = self.above
+        while node is not None:
+            if node.value is self.value:
+                return True
+            node = node.above
+        return False
+
+    def cost(self) -> int:
+        value = self.value.state if isinstance(self.value, Made) else self.value
+        items = value.items if isinstance(value, Pairs) else value if isinstance(value, list | tuple) else ()
+        return 1 + len(items) + len(self.skipped)
+
+
+def leaves(path: Path, root: Any, parameters: Parameters) -> list[Leaf]:
+    """Return every tensor that a value holds, in the order of the program."""
+    found: list[Leaf] = []
+    # The values are kept, so that no other can take the identity of one that was met.
+    seen: dict[int, Any] = {}
+    work, characters = 0, 0
+    todo = [iter((_Node(None, "", unwrapped(root)),))]
+    while todo:
+        node = next(todo[-1], None)
+        if node is None:
+            todo.pop()
+            continue
+        work += node.cost()
+        if torch_leaves.is_leaf(node.value):
+            found.append(Leaf(node.name() or "tensor", node.value, node.kind, node.is_buffer))
+            characters += len(found[-1].name)
+        elif id(node.value) in seen:
+            work += node.depth
+            if not _may_repeat(node.value) or node.is_inside_itself():
+                continue
+        seen[id(node.value)] = node.value
+        if work > MAX_WORK or characters > MAX_NAMES_CHARACTERS or len(found) > MAX_TENSORS:
+            raise InputError(f"{path} is refused: its values share each other without end, or are too many")
+        if node.depth > MAX_DEPTH:
+            raise InputError(f"{path} is refused: its values are nested more than {MAX_DEPTH} deep")
+        todo.append(_children(node, parameters))
+    return found
+
+
+def _may_repeat(value: Any) -> bool:
+    """Whether a value that was met before counts again: dictionaries and modules do."""
+    return isinstance(value, Pairs) or (isinstance(value, Made) and _is_module(value.state))
+
+
+def _children(node: _Node, parameters: Parameters) -> Iterator[_Node]:
+    value = node.value
+    if isinstance(value, Pairs):
+        yield from _of_pairs(node, value, parameters)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            if _is_container(item):
+                yield node.below(str(index), item, kind=node.kind, is_buffer=node.is_buffer)
+    elif isinstance(value, Made):
+        kind = value.function.name if isinstance(value.function, Global) else ""
+        parts = torch_leaves.parts(value)
+        if parts or torch_leaves.is_leaf(value):
+            yield from (node.below(name, part) for name, part in parts if _is_container(part))
+        elif _is_module(value.state):
+            yield from _of_module(node, value.state.plain(), kind)
+        else:
+            insides = (value.state, value.pairs, value.items, value.args)
+            yield from (node.below("", inside, kind=kind) for inside in insides if _is_container(inside))
+
+
+def _of_pairs(node: _Node, pairs: Pairs, parameters: Parameters) -> Iterator[_Node]:
+    owner = node.above.value if node.above is not None else None
+    trained = parameters.get(owner.path) if isinstance(owner, Made) else None
+    skipped = {key for key in node.skipped if isinstance(key, str)}
+    for index, (key, item) in enumerate(pairs.items):
+        if _is_container(item) and not (isinstance(key, str) and key in skipped):
+            name = str(key) if isinstance(key, str | int) or key is None else f"key{index}"
+            is_buffer = node.is_buffer or (trained is not None and name not in trained)
+            yield node.below(name, item, kind=node.kind, is_buffer=is_buffer)
+
+
+def _is_module(state: Any) -> bool:
+    """Whether a state is that of a torch.nn.Module."""
+    return isinstance(state, Pairs) and {"_parameters", "_modules"} <= state.plain().keys()
+
+
+def _of_module(node: _Node, state: dict[str, Any], kind: str) -> Iterator[_Node]:
+    """Yield what state_dict() looks at: parameters, buffers that are to be saved, and modules."""
+    unsaved = state.get("_non_persistent_buffers_set")
+    skipped = unsaved if isinstance(unsaved, list) else ()
+    for part in ("_parameters", "_buffers", "_modules"):
+        if isinstance(state.get(part), Pairs):
+            is_buffer = part == "_buffers"
+            yield node.below("", state[part], kind=kind, is_buffer=is_buffer, skipped=skipped if is_buffer else ())
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, (Pairs, Made, Persistent)) or (isinstance(value, (list, tuple)) and bool(value))
