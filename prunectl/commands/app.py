@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "size": ("prunectl.commands.size", "Raw, packed and compressed size, and sparsity; with a limit it is a gate."),
 }
 
+_COMPLETE = "_PRUNECTL_COMPLETE"
+"""Set by the completion that a shell has installed."""
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
 
@@ -44,7 +47,6 @@ app = typer.Typer(
     name="prunectl",
     cls=LazyGroup,
     context_settings=HELP_NAMES,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -66,5 +68,12 @@ def prunectl(
 
 def run(words: list[str]) -> int:
     """Run what was typed, and return its exit code."""
-    code = typer.main.get_command(app)(words, prog_name="prunectl", standalone_mode=False)
-    return code if isinstance(code, int) else 0
+    command = typer.main.get_command(app)
+    if _COMPLETE in os.environ:
+        command.main(words, prog_name="prunectl")
+    # Not by command.main, which turns a closed pipe into exit code 1.
+    try:
+        with command.make_context("prunectl", words or ["--help"]) as context:
+            return int(command.invoke(context) or 0)
+    except typer.Exit as done:
+        return done.exit_code

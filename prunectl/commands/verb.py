@@ -34,7 +34,7 @@ class _Verb(TyperCommand):
 def verb(function: Callable[..., int]) -> TyperCommand:
     """Make a command of a function that takes the context first and returns the exit code."""
     single = typer.Typer(context_settings=HELP_NAMES, rich_markup_mode="rich", add_completion=False)
-    single.command(cls=_Verb, no_args_is_help=True)(function)
+    single.command(cls=_Verb)(function)
     command = typer.main.get_command(single)
     assert isinstance(command, TyperCommand)
     return command

@@ -58,7 +58,7 @@ def _as_ours(error: Exception, words: list[str]) -> PrunectlError:
 
 
 def _sentence(message: str) -> str:
-    return " ".join(message.split()).rstrip(".") or "nothing to do"
+    return " ".join(message.split()).rstrip(".")
 
 
 def _help_hint(words: list[str]) -> str:
