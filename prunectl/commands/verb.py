@@ -51,7 +51,7 @@ def _settings(
         Layout | None, _option("--format", help="How to print; a terminal gets human, a pipe plain.")
     ] = None,
     quiet: Annotated[bool, _option("-q", "--quiet", help="No notes.")] = False,
-    verbose: Annotated[bool, _option("-v", "--verbose", help="Let frameworks and libraries talk.")] = False,
+    verbose: Annotated[bool, _option("-v", "--verbose", help="Say how long it took, and how much memory.")] = False,
     debug: Annotated[bool, _option("--debug", help="Show tracebacks.")] = False,
     color: Annotated[Color, _option("--color", help="When to colour.")] = Color.AUTO,
     no_progress: Annotated[bool, _option("--no-progress", help="No progress bars.")] = False,

@@ -68,7 +68,7 @@ def _describe_zip(peek: Peek) -> str:
         return "is a NumPy archive (.npz), not a model"
     inner = [name for name in peek.entries if name.endswith((".pt", ".pth", ".h5", ".keras", ".onnx", ".safetensors"))]
     if inner:
-        return f"is a zip with models inside, not a model: unpack it and name one, such as {inner[0]}"
+        return f"is a zip with models inside, not a model: unpack it and name one of {', '.join(inner[:3])}"
     return f"is a zip, but no model: it holds {', '.join(peek.entries[:3])}"
 
 

@@ -9,6 +9,9 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
+import numpy as np
+from numpy.typing import NDArray
+
 from prunectl.errors import InputError
 from prunectl.formats.extents import Extent
 
@@ -47,6 +50,15 @@ class Archive:
         if entry.nbytes > limit:
             raise InputError(f"{self.path} is damaged: its entry {name} claims {entry.nbytes} bytes")
         return b"".join(self.pieces(entry))
+
+    def inflated(self, entry: Entry) -> NDArray[np.uint8]:
+        """Return a whole entry, in as much memory as it has bytes."""
+        raw = np.empty(entry.nbytes, np.uint8)
+        done = 0
+        for piece in self.pieces(entry):
+            raw[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
+            done += len(piece)
+        return raw
 
     def pieces(self, entry: Entry) -> Iterator[bytes]:
         """Yield the inflated bytes of an entry, checked against its length and CRC-32."""

@@ -66,7 +66,7 @@ def _section(found: Survey, columns: tuple[Column, ...], pattern: str, *, has_fl
         tuple(_cells(row, pattern, has_flops=has_flops) for row in found.layers),
         total=_total(found, columns, has_flops=has_flops),
     )
-    tables = [_parts(found), tensors] if found.layers else [_parts(found)]
+    tables = [_parts(found), *([tensors] if found.layers else [])]
     if found.histogram is not None:
         tables.append(_bars(found.histogram))
     return Section(title=found.path, facts=_facts(found), tables=tuple(tables), remarks=found.advice)

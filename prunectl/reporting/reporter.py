@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import resource
 import sys
+import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from prunectl.errors import PrunectlError
-from prunectl.reporting import envelope, human, rows
+from prunectl.reporting import envelope, human, rows, words
 from prunectl.reporting.progress import Progress
 from prunectl.reporting.report import Report
 from prunectl.reporting.settings import Layout, Settings
 from prunectl.reporting.streams import console, never_fail
 from prunectl.reporting.words import gate_sentence, printable
+
+_BEGAN = time.time()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,10 @@ class Reporter:
         sys.stdout.flush()
         for failure in report.failures:
             complain(failure.error)
+        if self.settings.is_verbose:
+            sys.stderr.write(
+                f"took {_seconds():.2f} s and {words.nbytes(_peak_bytes(), self.settings.units)} of memory\n"
+            )
         return report.exit_code
 
     def _note_aside(self, report: Report) -> None:
@@ -60,6 +68,17 @@ class Reporter:
             lines += [f"note: {remark}" for remark in report.remarks]
             lines += [f"note: {section.title}: {text}" for section in report.sections for text in section.remarks]
         sys.stderr.writelines(printable(line) + "\n" for line in lines)
+
+
+def _seconds() -> float:
+    """Return the time since this module was loaded, a few hundredths after the process began."""
+    return time.time() - _BEGAN
+
+
+def _peak_bytes() -> int:
+    # Linux counts kilobytes here, macOS bytes.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def complain(error: PrunectlError) -> None:

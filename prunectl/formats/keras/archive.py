@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +37,8 @@ def _stored(path: Path, weights: Entry, config: dict[str, Any]) -> ModelFile:
 
 def _deflated(path: Path, archive: Archive, weights: Entry, config: dict[str, Any]) -> ModelFile:
     # Libhdf5 must be able to seek: the weights are inflated into a file that lives as long as the model.
-    scratch = tempfile.TemporaryDirectory(prefix="prunectl-")
-    inflated = Path(scratch.name) / WEIGHTS
+    scratch = Path(tempfile.mkdtemp(prefix="prunectl-"))
+    inflated = scratch / WEIGHTS
     with inflated.open("wb") as file:
         file.writelines(archive.pieces(weights))
     contents = hdf5.read_contents(Place(inflated, 0, weights.nbytes))
@@ -45,13 +47,13 @@ def _deflated(path: Path, archive: Archive, weights: Entry, config: dict[str, An
     share = weights.extent.nbytes / max(weights.nbytes, 1)
 
     def decode(tensor: Tensor) -> Array:
-        assert scratch.name  # keeps the file
         extent = inner[tensor.storage.key].storage.extent
         if extent is None:
             filtered: Array = decode_filtered(tensor)
             return filtered
         return extents.view(extent, dtype=tensor.dtype, shape=tensor.shape, big_endian=tensor.storage.big_endian)
 
+    weakref.finalize(decode, shutil.rmtree, scratch, ignore_errors=True)
     return _model(path, tuple(_hidden(tensor, share) for tensor in inner.values()), decode)
 
 

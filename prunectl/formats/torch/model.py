@@ -95,8 +95,8 @@ def build(
         missing += left_out
     root = sources[0].program.value
     strangers = tuple(dict.fromkeys(deed for source in sources for deed in source.program.strangers))
-    if not found:
-        refuse_without_tensors(path, about.code or strangers)
+    if not found and not about.code:
+        refuse_without_tensors(path, strangers)
     described = state_dict.describe(found, torch_facts.sections(root))
     return ModelFile(
         path=path,
@@ -120,8 +120,6 @@ def refuse_without_tensors(path: Path, strangers: Sequence[str]) -> None:
     if not strangers:
         raise InputError(f"{path} holds no tensors")
     verb, _, what = strangers[0].partition(" ")
-    if verb not in _DEEDS:
-        raise InputError(f"{path} holds {strangers[0]}, but no tensors")
     raise UntrustedError(f"{path} holds no tensors; opened by PyTorch, it would {_DEEDS[verb]} {what}")
 
 

@@ -52,7 +52,7 @@ def open_model(path: Path) -> ModelFile:
             about,
             wrappers=state_dict.wrappers(described),
             code=("compiled code",) if code else (),
-            code_bytes=sum(entry.nbytes for entry in code),
+            code_bytes=sum(entry.extent.nbytes for entry in code),
             notes=_notes(archive, folder),
             is_compressed=any(tensor.storage.extent is None for tensor in described),
         ),

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from prunectl.errors import InputError
 from prunectl.formats import extents, zips
 from prunectl.formats.base import About, Array, ModelFile, Storage, Tensor
@@ -41,7 +39,7 @@ def open_model(path: Path) -> ModelFile:
     about = About(
         producer=_producer(archive, folder, "TorchScript" if is_script else "zip"),
         code=("TorchScript code",) if is_script else (),
-        code_bytes=sum(entry.nbytes for entry in code),
+        code_bytes=sum(entry.extent.nbytes for entry in code),
         is_compressed=any(not entry.is_stored for entry in archive.entries.values() if entry not in code),
     )
     if is_script:
@@ -94,9 +92,8 @@ def decoder(archive: Archive) -> Callable[[Tensor], Array]:
 
     def decode(tensor: Tensor) -> Array:
         entry = archive.entries[tensor.storage.key]
-        raw = np.frombuffer(b"".join(archive.pieces(entry)), np.uint8)
         return extents.arrange(
-            raw,
+            archive.inflated(entry),
             dtype=tensor.dtype,
             shape=tensor.shape,
             start=tensor.start,

@@ -1,0 +1,99 @@
+"""What the documents say is true: every command line in them runs, and every command has its section."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from prunectl.commands.app import COMMANDS
+from prunectl.formats.table import FORMATS
+from tests.running import FIXTURES, HANG_SECONDS, ROOT, clean, prunectl
+
+README = (ROOT / "README.md").read_text()
+COVERAGE = (ROOT / "docs/coverage.md").read_text()
+
+
+def typed(text: str) -> list[str]:
+    """Return the command lines in a text."""
+    return [line.strip().removeprefix("$ ") for line in text.splitlines() if line.strip().startswith("$ prunectl")]
+
+
+def distribution(requirement: str) -> str:
+    """Return the name in a requirement, as registries spell it."""
+    return re.split(r"[\[=<>]", requirement)[0].lower().replace("_", "-")
+
+
+def run(line: str, folder: Path) -> int:
+    """Run a line in a shell that finds our prunectl."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=folder, env=clean(PATH=path), capture_output=True, timeout=HANG_SECONDS, check=False
+    )
+    return done.returncode
+
+
+@pytest.mark.parametrize("line", typed(README))
+def test_every_command_line_of_the_readme_runs(line: str) -> None:
+    assert run(line, ROOT) == 0
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_every_example_in_the_help_runs(command: str, tmp_path: Path) -> None:
+    for suffix in (".h5", ".pt", ".onnx"):
+        shutil.copy(FIXTURES / f"digits_cnn{suffix}", tmp_path / f"model{suffix}")
+    lines = typed(prunectl(*filter(None, [command, "--help"]), COLUMNS="200").out)
+    assert lines
+    for line in lines:
+        assert run(line, tmp_path) == 0, line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_its_section_in_the_readme(command: str) -> None:
+    assert f"\n## {command}\n" in README
+
+
+def test_every_suffix_that_is_recognised_is_in_the_readme() -> None:
+    for row in FORMATS:
+        for suffix in row.suffixes:
+            assert suffix in README
+
+
+def test_every_test_that_the_coverage_names_exists() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", COVERAGE)
+    assert named
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text() if test else (ROOT / file).is_file(), (file, test)
+
+
+def test_every_fixture_is_described() -> None:
+    described = (FIXTURES / "README.md").read_text()
+    for path in FIXTURES.iterdir():
+        if not path.name.startswith(("digits_cnn", "__")) and path.suffix not in {".py", ".md"}:
+            assert path.name in described
+
+
+def test_the_wheel_holds_every_module_and_nothing_else(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "prunectl").rglob("*.py")}
+    assert held == modules | {"prunectl/py.typed"}
+
+
+def test_the_dependencies_are_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    asked = [*project["project"]["dependencies"], *(line for extra in extras.values() for line in extra)]
+    asked += project["dependency-groups"]["dev"]
+    pinned = (ROOT / "constraints.txt").read_text().split()
+    assert {distribution(line) for line in asked} - {"prunectl"} <= {distribution(line) for line in pinned}

@@ -1,0 +1,192 @@
+"""`prunectl inspect`, beside what the frameworks and NumPy say of the same files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from prunectl.formats.table import open_model
+from tests.running import FIXTURES, at_terminal, prunectl, without_colors
+
+DIGITS = sorted(
+    path for path in FIXTURES.glob("digits_cnn*") if path.suffix not in {".py", ".tflite"} and ".data-" not in path.name
+)
+ALL = [
+    path
+    for path in sorted(FIXTURES.iterdir())
+    if path.suffix in {".h5", ".keras", ".pt", ".pt2", ".onnx", ".safetensors", ".tflite", ".index"}
+]
+PARAMETERS = 80 + 1168 + 8224 + 330
+
+
+def inspected(path: Path, *words: str) -> dict[str, Any]:
+    """Return what the JSON says of one model."""
+    found = prunectl("inspect", path, "--json", *words)
+    assert found.code == 0, found.out
+    model: dict[str, Any] = found.json["models"][0]
+    return model
+
+
+@pytest.mark.parametrize("path", DIGITS, ids=lambda path: path.name)
+def test_one_network_has_the_same_parameters_in_every_format(path: Path) -> None:
+    found = inspected(path)
+    assert found["params"]["total"] in {PARAMETERS, PARAMETERS + 1}  # some count the optimizer's learning rate
+    assert found["params"]["prunable"] == PARAMETERS - (8 + 16 + 32 + 10)
+    assert {row["layer"] for row in found["layers"] if row["role"] == "kernel"} == {"conv1", "conv2", "fc1", "fc2"}
+
+
+def test_the_totals_equal_those_of_the_framework() -> None:
+    state = torch.load(FIXTURES / "digits_cnn.pt", weights_only=True)
+    found = inspected(FIXTURES / "digits_cnn.pt")
+    assert found["params"]["total"] == sum(tensor.numel() for tensor in state.values())
+    assert {row["name"]: tuple(row["shape"]) for row in found["layers"]} == {
+        name: tuple(tensor.shape) for name, tensor in state.items()
+    }
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)
+def test_zeros_equal_numpy_on_every_fixture(path: Path) -> None:
+    model = open_model(path)
+    arrays = {tensor.name: np.array(model.read(tensor)) for tensor in model.tensors}
+    for row in inspected(path)["layers"]:
+        array = arrays[row["name"]]
+        assert row["zeros"] == array.size - np.count_nonzero(array)
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)
+def test_the_parts_add_up_to_the_file(path: Path) -> None:
+    found = inspected(path)
+    assert sum(part["bytes"] for part in found["parts"]) == found["bytes"]["raw"]
+
+
+def test_without_zeros_no_weight_is_counted_and_nothing_is_hashed() -> None:
+    found = inspected(FIXTURES / "digits_cnn.pt", "--no-zeros")
+    assert found["params"]["zero"] is None
+    assert found["sparsity"] is None
+    assert found["sha256"] is None
+    assert all(row["zeros"] is None for row in found["layers"])
+
+
+def test_a_model_wrapped_by_tfmot_has_the_sparsity_of_its_kernels(tmp_path: Path) -> None:
+    found = inspected(FIXTURES / "wrapped_by_tfmot.h5")
+    with h5py.File(FIXTURES / "wrapped_by_tfmot.h5") as file:
+        kernels = [file[f"model_weights/prune_low_magnitude_{name}/{name}/kernel:0"][()] for name in ("conv1", "fc1")]
+    assert found["params"]["prunable"] == PARAMETERS - 66
+    rows = {row["layer"]: row for row in found["layers"] if row["role"] == "kernel"}
+    assert [rows["conv1"]["zeros"], rows["fc1"]["zeros"]] == [int((kernel == 0).sum()) for kernel in kernels]
+
+
+def test_masks_and_optimizers_are_dead_weight() -> None:
+    dead = {part["name"] for part in inspected(FIXTURES / "masks_of_torch_prune.pt")["parts"] if part["is_dead"]}
+    assert dead == {"masks"}
+    dead = {part["name"] for part in inspected(FIXTURES / "checkpoint_with_optimizer.pt")["parts"] if part["is_dead"]}
+    assert dead == {"optimizer"}
+
+
+def test_tied_tensors_count_once() -> None:
+    found = inspected(FIXTURES / "tied_and_views.pt")
+    assert found["params"]["total"] == 24
+    assert [row["tied_to"] for row in found["layers"]] == [None, *["encoder.weight"] * 3]
+
+
+def test_a_pattern_is_measured_along_the_inputs() -> None:
+    path = FIXTURES / "two_of_four_zero.safetensors"
+    (row,) = inspected(path, "--pattern", "2:4")["layers"]
+    assert row["conforming"] == 1
+    (row,) = inspected(path, "--pattern", "3:4")["layers"]
+    weights = load_file(path)["fc.weight"]
+    assert row["conforming"] == np.mean((weights.reshape(-1, 4) == 0).sum(axis=1) >= 3)
+
+
+def test_layers_can_be_chosen_by_glob_and_by_expression() -> None:
+    for selector in ("conv*", "re:^conv[12]", "re:conv"):
+        chosen = inspected(FIXTURES / "digits_cnn.onnx", "--layers", selector)
+        assert {row["layer"] for row in chosen["layers"]} == {"conv1", "conv2"}
+
+
+@pytest.mark.parametrize(
+    ("order", "key"),
+    [
+        ("size", lambda row: -row["bytes"]),
+        ("params", lambda row: -row["params"]),
+        ("sparsity", lambda row: -row["sparsity"]),
+        ("name", lambda row: row["name"]),
+    ],
+)
+def test_tensors_can_be_sorted(order: str, key: Any) -> None:
+    rows = inspected(FIXTURES / "masks_of_torch_prune.pt", "--sort", order)["layers"]
+    assert [key(row) for row in rows] == sorted(key(row) for row in rows)
+
+
+def test_the_histogram_counts_every_prunable_weight() -> None:
+    found = inspected(FIXTURES / "masks_of_torch_prune.pt", "--hist")
+    bars = found["histogram"]
+    assert bars["zero"] + bars["below"] + sum(bars["counts"]) + bars["not_finite"] == found["params"]["prunable"]
+    assert bars["zero"] == found["params"]["prunable_zero"]
+
+
+def test_flops_are_twice_the_multiply_accumulates() -> None:
+    found = inspected(FIXTURES / "digits_cnn.onnx", "--flops")
+    assert found["macs"] == 36 * 8 * 9 + 16 * 16 * 8 * 9 + 256 * 32 + 32 * 10
+    rows = prunectl("inspect", FIXTURES / "digits_cnn.onnx", "--flops").rows
+    assert sum(int(row[-1] or 0) for row in rows) == 2 * found["macs"]
+
+
+def test_flops_of_a_file_without_a_graph_are_refused() -> None:
+    found = prunectl("inspect", FIXTURES / "digits_cnn.safetensors", "--flops")
+    assert found.code == 3
+    assert "no graph to count operations in" in found.err
+
+
+def test_why_the_file_is_not_smaller_is_said_unasked() -> None:
+    for name, sentence in (
+        ("two_of_four_zero.safetensors", "in this container a zero takes as many bytes"),
+        ("masks_of_torch_prune.pt", "Pruning wrappers are still in the file"),
+        ("every_variable_twice", "twice"),
+    ):
+        assert sentence in prunectl("inspect", FIXTURES / name).err
+
+
+def test_quiet_says_no_notes() -> None:
+    found = prunectl("inspect", FIXTURES / "masks_of_torch_prune.pt", "-q")
+    assert (found.out, found.err, found.code) == ("", "", 0)
+
+
+def test_code_that_a_framework_would_run_is_named_and_not_run() -> None:
+    assert inspected(FIXTURES / "whole_module.pt")["about"]["code"]
+    assert inspected(FIXTURES / "lambda_layer.keras")["about"]["code"] == ["Lambda layer double"]
+
+
+def test_csv_and_markdown_hold_the_same_rows() -> None:
+    plain = prunectl("inspect", FIXTURES / "digits_cnn.pt").rows
+    commas = prunectl("inspect", FIXTURES / "digits_cnn.pt", "--format", "csv").out.splitlines()
+    bars = prunectl("inspect", FIXTURES / "digits_cnn.pt", "--format", "markdown").out.splitlines()
+    assert [line.split(",") for line in commas[1:]] == plain
+    assert len(bars) == len(plain) + 2
+    assert all(line.startswith("| ") for line in bars)
+
+
+def test_rows_limits_a_table_on_a_terminal_and_says_so() -> None:
+    shown = without_colors(at_terminal("inspect", FIXTURES / "digits_cnn.pt", "-n", "3").out)
+    assert "5 more rows: -n 0 shows all" in shown
+    assert "more rows" not in at_terminal("inspect", FIXTURES / "digits_cnn.pt", "-n", "0").out
+
+
+def test_bytes_are_written_in_the_units_asked_for() -> None:
+    raw = (FIXTURES / "digits_cnn.pt").stat().st_size
+    assert f"{raw / 1024:.1f} KiB" in at_terminal("inspect", FIXTURES / "digits_cnn.pt", "--units", "iec").out
+    assert f" {raw} " in at_terminal("inspect", FIXTURES / "digits_cnn.pt", "--units", "bytes", "--color", "never").out
+
+
+def test_an_onnx_model_has_the_initializers_that_onnx_reads() -> None:
+    graph = onnx.load(FIXTURES / "digits_cnn.onnx").graph
+    assert {row["name"] for row in inspected(FIXTURES / "digits_cnn.onnx")["layers"]} == {
+        tensor.name for tensor in graph.initializer
+    }
