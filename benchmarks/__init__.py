@@ -1,0 +1,1 @@
+"""Speed and memory of prunectl beside what it replaces, in one run."""
