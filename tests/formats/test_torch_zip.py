@@ -217,7 +217,7 @@ def test_torchscript_has_the_names_of_its_state_dict(tmp_path: Path) -> None:
     assert_equals(model, torch.jit.load(path).state_dict())
     assert model.about.code == ("TorchScript code",)
     with zipfile.ZipFile(path) as archive:
-        assert model.about.code_bytes == sum(e.file_size for e in archive.infolist() if "/code/" in e.filename)
+        assert model.about.code_bytes == sum(e.compress_size for e in archive.infolist() if "/code/" in e.filename)
     assert by_name(model)["0.weight"].kind == "Linear"
     assert by_name(model)["1.running_mean"].role is Role.STATE
 
