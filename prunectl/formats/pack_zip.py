@@ -12,14 +12,21 @@ from prunectl.formats.zips import open_archive
 LEVEL = 6
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """The same time for every entry, or the same model would not give the same bytes."""
+_UNIX = 3
 
 
 def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
     """Write a zip again, entry by entry in the same order."""
     archive = open_archive(model.path)
-    with ZipFile(target, "w", ZIP_DEFLATED, compresslevel=LEVEL) as packed:
-        for entry in archive.entries.values():
-            info = ZipInfo(entry.name, _EPOCH)
+    with ZipFile(model.path) as old, ZipFile(target, "w", ZIP_DEFLATED, compresslevel=LEVEL) as packed:
+        packed.comment = old.comment
+        for name in old.namelist():
+            info = ZipInfo(name, _EPOCH)
+            info.create_system = _UNIX
+            if info.is_dir():
+                packed.writestr(info, b"")
+                continue
+            entry = archive.entries[name]
             info.compress_type = ZIP_DEFLATED
             info.file_size = entry.nbytes
             with packed.open(info, "w") as out:

@@ -32,8 +32,13 @@ def pieces(array: Array) -> Iterator[Array]:
     if array.nbytes <= extents.BLOCK_BYTES or array.ndim == 0:
         yield np.ascontiguousarray(array)
         return
-    for row in array:
-        yield from pieces(row)
+    height = extents.BLOCK_BYTES * len(array) // array.nbytes
+    if height:
+        for begin in range(0, len(array), height):
+            yield np.ascontiguousarray(array[begin : begin + height])
+    else:
+        for row in array:
+            yield from pieces(row)
 
 
 def slabs(model: ModelFile, tensor: Tensor, aligned: int) -> Iterator[tuple[int, Array]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -46,5 +48,10 @@ def histogram(model: ModelFile, tensors: Iterable[Tensor]) -> Histogram:
         return Histogram(zero, 0, (), (), not_finite)
     first = max(int(filled[0]), int(filled[-1]) - _SHOWN + 1)
     counts = tuple(int(count) for count in totals[first : int(filled[-1]) + 1])
-    edges = tuple(float(2.0 ** _EXPONENTS[first + step]) for step in range(len(counts) + 1))
+    edges = tuple(_power(_EXPONENTS[first + step]) for step in range(len(counts) + 1))
     return Histogram(zero, int(totals[:first].sum()), edges, counts, not_finite)
+
+
+def _power(exponent: int) -> float:
+    """Return a power of two; the first that is too big for a float is the biggest float."""
+    return math.ldexp(1.0, exponent) if exponent < sys.float_info.max_exp else sys.float_info.max

@@ -56,4 +56,5 @@ def packed_bytes(model: ModelFile, tick: Tick) -> int:
     with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
         target = Path(scratch) / model.path.name
         load(row.packer)(model, target, tick)
-        return min(target.stat().st_size, raw)
+        # Files beside the model, such as weights of ONNX, are not packed.
+        return raw - max(model.path.stat().st_size - target.stat().st_size, 0)

@@ -10,6 +10,7 @@ from prunectl.formats.base import WEIGHTS, About, ModelFile, Operation, Role, Te
 from prunectl.measuring.histogram import Histogram
 from prunectl.measuring.patterns import Pattern
 from prunectl.measuring.regularity import regularity
+from prunectl.measuring.ties import ties
 from prunectl.measuring.zeros import count_zeros
 
 Tick = Callable[[int], None]
@@ -118,9 +119,10 @@ def survey(
 ) -> Survey:
     """Measure some tensors of a model; without zeros no weight is read."""
     rows = []
-    first_of: dict[str, str] = {}
+    chosen = tuple(chosen)
+    tied_to = ties(chosen)
     for tensor in chosen:
-        row = _row(tensor, first_of.setdefault(tensor.storage.key, tensor.name))
+        row = _row(tensor, tied_to.get(tensor.name, ""))
         rows.append(_measured(model, tensor, row, pattern) if has_zeros else row)
         tick(tensor.storage.stored_bytes)
     raw = sum(path.stat().st_size for path in model.files)
@@ -165,7 +167,7 @@ def _sum_known(rows: list[LayerRow]) -> int | None:
     return sum(zero for zero in zeros if zero is not None) if None not in zeros else None
 
 
-def _row(tensor: Tensor, first: str) -> LayerRow:
+def _row(tensor: Tensor, tied_to: str) -> LayerRow:
     return LayerRow(
         name=tensor.name,
         layer=tensor.layer,
@@ -176,7 +178,7 @@ def _row(tensor: Tensor, first: str) -> LayerRow:
         params=tensor.size,
         bytes=tensor.storage.stored_bytes,
         is_prunable=tensor.is_prunable,
-        tied_to="" if first == tensor.name else first,
+        tied_to=tied_to,
         channels=None if tensor.out_axis is None else tensor.shape[tensor.out_axis],
     )
 

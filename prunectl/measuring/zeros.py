@@ -11,18 +11,22 @@ from prunectl.errors import InputError
 from prunectl.formats.base import Array, ModelFile, Tensor
 from prunectl.measuring.blocks import blocks, elements, pieces, repeats
 
-_BITS = {1: np.uint8, 2: np.uint16}
+_SIGN_FIRST = frozenset({"float16", "bfloat16", "float8_e3m4", "float8_e4m3", "float8_e4m3fn", "float8_e5m2"})
+"""Small floats whose first bit is the sign and nothing else: those that know a minus zero."""
+_NO_ZERO = "float8_e8m0fnu"
+"""Powers of two, none of which is zero, though NumPy's zero becomes the smallest."""
 MAX_OVERLAP = 64
 """A view that shows its storage more often than this is made to keep us busy."""
 
 
 def nonzero(block: Array) -> NDArray[np.bool_]:
     """Mark what is not zero; minus zero is zero, NaN is not."""
-    name = block.dtype.name
-    if "float" in name and block.dtype.itemsize in _BITS and "fnuz" not in name and "e8m0" not in name:
+    if block.dtype.name in _SIGN_FIRST:
         # NumPy compares small floats one by one; as integers without their sign bit it is ten times as fast.
-        bits = block.view(_BITS[block.dtype.itemsize]) << 1
+        bits = block.view(f"u{block.dtype.itemsize}") << 1
         return np.asarray(bits != 0)
+    if block.dtype.name == _NO_ZERO:
+        return np.ones(block.shape, np.bool_)
     return np.asarray(block != np.zeros((), block.dtype))
 
 

@@ -157,6 +157,8 @@ def _attributes(group: Any, path: Path) -> dict[str, Any]:
     found = {}
     for key in group.attrs:
         kind = group.attrs.get_id(key)
+        if kind.shape is None:
+            continue  # an attribute without a value
         if math.prod(kind.shape) * kind.dtype.itemsize > _MAX_ATTRIBUTE_BYTES:
             raise InputError(f"{path} is refused: its attribute {key} claims the shape {kind.shape}")
         value = _plain(group.attrs[key])

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import zlib
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import h5py
-import numpy as np
 
 from prunectl.formats.base import ModelFile
 from prunectl.formats.isolated import in_child
+from prunectl.formats.keras.hdf5_attributes import NotPortableError, copy_attributes
+from prunectl.formats.keras.hdf5_chunks import gzipped
 
-LEVEL = 6
-_CHUNK_BYTES = 4 << 20
-_NEWER = ("v110", "v110")
+_NEWER = (h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
 """The layout of HDF5 1.10 (2016) finds a single chunk without a tree of kilobytes."""
-_WORTH = 0.95
-"""A dataset that stays bigger than this share of itself is left as it is."""
 _BYTES_PER_SECOND = 1 << 20
 _ROOM = 512 << 20
+
+CopyDataset = Callable[[Any, Any, str], Any]
+"""Makes a dataset in another group of an old one, under a name."""
+Copies = dict[int, Any]
+"""What an object of the old file, known by its address, became in the new one."""
 
 
 def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
@@ -37,55 +39,78 @@ def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
 
 
 def _pack(source: Path, target: Path) -> bytes:
-    with h5py.File(source, "r", locking=False) as old, h5py.File(target, "w", libver=_NEWER) as new:
-        _copy_attributes(old, new)
-        _copy_members(old, new)
+    try:
+        rebuild(source, target, _copy_dataset)
+    except NotPortableError:
+        shutil.copyfile(source, target)
     return b""
 
 
-def _copy_members(old: Any, new: Any) -> None:
+def rebuild(source: Path, target: Path, copy_dataset: CopyDataset) -> None:
+    """Write a file again, group by group, with what ``copy_dataset`` makes of each dataset."""
+    with h5py.File(source, "r", locking=False) as old, _created(target, old["/"]) as new:
+        copy_attributes(old, new)
+        _copy_members(old, new, {address_of(old["/"]): new["/"]}, copy_dataset)
+
+
+def _copy_members(old: Any, new: Any, copies: Copies, copy_dataset: CopyDataset) -> None:
     for key in old:
+        link = old.get(key, getlink=True)
+        if not isinstance(link, h5py.HardLink):
+            new[key] = link
+            continue
         thing = old[key]
-        if isinstance(thing, h5py.Group):
-            group = new.create_group(key)
-            _copy_attributes(thing, group)
-            _copy_members(thing, group)
+        address = address_of(thing)
+        if address in copies:
+            new[key] = copies[address]
+        elif isinstance(thing, h5py.Group):
+            copies[address] = group = _created_group(new, key, thing)
+            copy_attributes(thing, group)
+            _copy_members(thing, group, copies, copy_dataset)
         elif isinstance(thing, h5py.Dataset):
-            _copy_dataset(thing, new, key)
+            copies[address] = copy_dataset(thing, new, key)
+        else:
+            raise NotPortableError(key)
 
 
-def _copy_dataset(old: Any, parent: Any, key: str) -> None:
-    chunks = _chunks(old.shape or (), old.dtype.itemsize)
-    filters = _filters(old, chunks) if chunks and old.dtype.kind in "fiuV" else None
-    if chunks is None or filters is None:
-        old.file.copy(old, parent, key)
-        return
-    new = parent.create_dataset(key, old.shape, old.dtype, chunks=chunks, **filters)
-    for begin in range(0, old.shape[0], chunks[0]):
-        new[begin : begin + chunks[0]] = old[begin : begin + chunks[0]]
-    _copy_attributes(old, new)
+def _copy_dataset(old: Any, parent: Any, key: str) -> Any:
+    new = gzipped(old, parent, key)
+    if new is not None:
+        copy_attributes(old, new)
+        return new
+    return copied(old, parent, key)
 
 
-def _chunks(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...] | None:
-    """Return the biggest pieces of whole rows that are not too big; none for what is too small to chunk."""
-    if not shape or 0 in shape:
-        return None
-    row_bytes = itemsize * int(np.prod(shape[1:], dtype=np.int64))
-    return (max(min(shape[0], _CHUNK_BYTES // max(row_bytes, 1)), 1), *shape[1:])
+def copied(old: Any, parent: Any, key: str) -> Any:
+    """Return a copy of a dataset as it is."""
+    if old.id.get_type().detect_class(h5py.h5t.REFERENCE):
+        raise NotPortableError(key)
+    old.file.copy(old, parent, key)
+    return parent[key]
 
 
-def _filters(dataset: Any, chunks: tuple[int, ...]) -> dict[str, Any] | None:
-    """Return the filters that serve a dataset best, tried on its first chunk; None if none pays."""
-    first = np.ascontiguousarray(dataset[: chunks[0]])
-    raw = first.tobytes()
-    plain = len(zlib.compress(raw, LEVEL))
-    shuffled = len(zlib.compress(first.view(np.uint8).reshape(-1, first.dtype.itemsize).T.tobytes(), LEVEL))
-    if min(plain, shuffled) > _WORTH * len(raw):
-        return None
-    return {"compression": "gzip", "compression_opts": LEVEL, "shuffle": shuffled < plain}
+def address_of(thing: Any) -> int:
+    """Return what tells an object from every other in its file."""
+    return int(h5py.h5o.get_info(thing.id).addr)
 
 
-def _copy_attributes(old: Any, new: Any) -> None:
-    for key in old.attrs:
-        kind = old.attrs.get_id(key)
-        new.attrs.create(key, old.attrs[key], kind.shape, kind.dtype)
+def _created(target: Path, old_root: Any) -> Any:
+    """Return a new file whose root remembers the order of its members if the old one does."""
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_libver_bounds(*_NEWER)
+    create = _like(old_root, h5py.h5p.create(h5py.h5p.FILE_CREATE))
+    return h5py.File(h5py.h5f.create(bytes(target), h5py.h5f.ACC_TRUNC, create, access))
+
+
+def _created_group(parent: Any, key: str, old: Any) -> Any:
+    create = _like(old, h5py.h5p.create(h5py.h5p.GROUP_CREATE))
+    return h5py.Group(h5py.h5g.create(parent.id, key.encode("utf-8", "surrogateescape"), gcpl=create))
+
+
+def _like(old: Any, create: Any) -> Any:
+    """Set how a group is created: in the old one's order, and without the time of day, which would differ each time."""
+    plan = old.id.get_create_plist()
+    create.set_link_creation_order(plan.get_link_creation_order())
+    create.set_attr_creation_order(plan.get_attr_creation_order())
+    create.set_obj_track_times(False)
+    return create
