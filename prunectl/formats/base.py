@@ -170,6 +170,10 @@ class Format:
     """`module:function` that writes a model again with the container's own compression."""
     graph: str = ""
     """`module:function` that lists the operations of a model."""
+    writer: str = "writing:write_flat"
+    """`module:function` that writes a copy with other numbers in it."""
+    is_reencoded: bool = False
+    """Whether the writer can change what does not lie flat."""
 
     @property
     def can(self) -> Can:

@@ -14,20 +14,56 @@ from prunectl.formats.base import Can, Format, ModelFile
 from prunectl.formats.peek import Peek
 
 FORMATS = (
-    Format("saved-model", "TensorFlow SavedModel", ("",), sniff.is_saved_model, "tensorflow.saved_model:open_model"),
     Format(
-        "keras-h5", "Keras HDF5", (".h5", ".hdf5"), sniff.is_hdf5, "keras.h5:open_model", packer="keras.pack_h5:pack"
+        "saved-model",
+        "TensorFlow SavedModel",
+        ("",),
+        sniff.is_saved_model,
+        "tensorflow.saved_model:open_model",
+        writer="tensorflow.bundle_write:write",
+        graph="keras.graph:operations",
     ),
     Format(
-        "keras", "Keras archive", (".keras",), sniff.is_keras_zip, "keras.archive:open_model", packer="pack_zip:pack"
+        "keras-h5",
+        "Keras HDF5",
+        (".h5", ".hdf5"),
+        sniff.is_hdf5,
+        "keras.h5:open_model",
+        writer="keras.h5_write:write",
+        is_reencoded=True,
+        packer="keras.pack_h5:pack",
+        graph="keras.graph:operations",
     ),
-    Format("torch-export", "PyTorch exported program", (".pt2",), sniff.is_exported_program, "torch.pt2:open_model"),
+    Format(
+        "keras",
+        "Keras archive",
+        (".keras",),
+        sniff.is_keras_zip,
+        "keras.archive:open_model",
+        writer="keras.archive_write:write",
+        is_reencoded=True,
+        packer="pack_zip:pack",
+        graph="keras.graph:operations",
+    ),
+    Format(
+        "torch-export",
+        "PyTorch exported program",
+        (".pt2",),
+        sniff.is_exported_program,
+        "torch.pt2:open_model",
+        writer="zip_write:write",
+        is_reencoded=True,
+        packer="pack_zip:pack",
+        graph="torch.pt2_operations:operations",
+    ),
     Format(
         "torch",
         "PyTorch",
         (".pt", ".pth", ".bin"),
         sniff.is_torch_zip,
         "torch.zip_file:open_model",
+        writer="zip_write:write",
+        is_reencoded=True,
         packer="pack_zip:pack",
     ),
     Format("torch-legacy", "PyTorch before 1.6", (".pt", ".pth"), sniff.is_torch_legacy, "torch.legacy:open_model"),
@@ -48,8 +84,17 @@ FORMATS = (
         (".index",),
         sniff.is_checkpoint_index,
         "tensorflow.checkpoint:open_model",
+        writer="tensorflow.bundle_write:write",
     ),
-    Format("onnx", "ONNX", (".onnx",), sniff.is_onnx, "onnx.model:open_model", graph="onnx.graph:operations"),
+    Format(
+        "onnx",
+        "ONNX",
+        (".onnx",),
+        sniff.is_onnx,
+        "onnx.model:open_model",
+        packer="onnx.pack:pack",
+        graph="onnx.graph:operations",
+    ),
 )
 
 

@@ -1,0 +1,129 @@
+"""Which layer of a Keras model takes what from which, in the dialects of Keras 1 to 3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from prunectl.formats.keras.config import part, text
+from prunectl.formats.keras.shapes import shape_in
+from prunectl.formats.lengths import Shape
+
+_MAX_NESTING = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An output of a call of a layer."""
+
+    layer: str
+    node: int
+    tensor: int
+    shape: Shape | None = None
+    """What Keras 3 says of its shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One use of a layer."""
+
+    layer: str
+    found: Mapping[str, Any]
+    """The layer as the configuration describes it."""
+    node: int
+    arguments: tuple[Source, ...] = ()
+    keywords: Mapping[str, Source] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """All that it takes."""
+        return (*self.arguments, *self.keywords.values())
+
+
+def listed(found: Any) -> tuple[Mapping[str, Any], ...]:
+    """Return the layers of a model as its configuration describes them."""
+    config = found.get("config") if isinstance(found, Mapping) else None
+    layers = config.get("layers") if isinstance(config, Mapping) else config
+    return tuple(one for one in layers if isinstance(one, dict)) if isinstance(layers, list) else ()
+
+
+def name_of(found: Mapping[str, Any]) -> str:
+    """Return the name of a layer."""
+    return text(found, "name") or text(part(found, "config"), "name") or text(found, "class_name")
+
+
+def calls(found: Any) -> tuple[Call, ...]:
+    """Return every call in a model whose layers say where their inputs come from."""
+    return tuple(call for layer in listed(found) for call in _calls(layer))
+
+
+def ends(found: Any, key: str) -> tuple[Source, ...]:
+    """Return the inputs or the outputs of a model."""
+    said = part(found, "config").get(key)
+    return tuple(_sources(said, 0))
+
+
+def _calls(layer: Mapping[str, Any]) -> Iterator[Call]:
+    nodes = layer.get("inbound_nodes")
+    if not isinstance(nodes, list) or not nodes:
+        yield Call(name_of(layer), layer, 0)
+        return
+    for number, node in enumerate(nodes):
+        if isinstance(node, dict):
+            named = part(node, "kwargs")
+            arguments = tuple(_sources(node.get("args"), 0))
+        else:
+            named = _named(node)
+            arguments = tuple(_sources(node, 0))
+        keywords = {key: source for key, value in named.items() for source in _first(value)}
+        yield Call(name_of(layer), layer, number, arguments, keywords)
+
+
+def _named(node: Any) -> Mapping[str, Any]:
+    """Return what a node of Keras 2 takes by name: it stands behind each tensor."""
+    entries = [node] if _is_reference(node) else node if isinstance(node, list) else []
+    return {
+        key: value
+        for entry in entries
+        if _is_reference(entry) and len(entry) > 3 and isinstance(entry[3], dict)
+        for key, value in entry[3].items()
+    }
+
+
+def _first(value: Any) -> tuple[Source, ...]:
+    return tuple(_sources(value, 0))[:1]
+
+
+def _sources(value: Any, nesting: int) -> Iterator[Source]:
+    if nesting > _MAX_NESTING:
+        return
+    if _is_reference(value):
+        yield from _source(value)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _sources(one, nesting + 1)
+    elif isinstance(value, dict):
+        config = part(value, "config")
+        if _is_reference(config.get("keras_history")):
+            yield from _source(config["keras_history"], shape_in(config.get("shape")))
+        elif "class_name" not in value:
+            for one in value.values():
+                yield from _sources(one, nesting + 1)
+
+
+def _source(said: list[Any], shape: Shape | None = None) -> Iterator[Source]:
+    layer, node, tensor = said[:3]
+    # Keras 2 marks constants with negative numbers.
+    if node >= 0 and tensor >= 0:
+        yield Source(layer, node, tensor, shape)
+
+
+def _is_reference(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and 3 <= len(value) <= 4
+        and isinstance(value[0], str)
+        and type(value[1]) is int
+        and type(value[2]) is int
+    )
