@@ -21,7 +21,7 @@ def survey_each(words: Iterable[str], look: Callable[[Path], Survey]) -> tuple[l
     """Return what was found in each model, and what could not be used."""
     surveys, failures = [], []
     for word in words:
-        with _local(word) as path:
+        with local(word) as path:
             found = attempt(look, path)
         if isinstance(found, PrunectlError):
             failures.append(Failure(word, found))
@@ -31,7 +31,7 @@ def survey_each(words: Iterable[str], look: Callable[[Path], Survey]) -> tuple[l
 
 
 @contextmanager
-def _local(word: str) -> Generator[Path]:
+def local(word: str) -> Generator[Path]:
     """Yield a path to what was named; standard input is kept in a scratch file meanwhile."""
     if word != STDIN:
         yield Path(word)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from prunectl.errors import InputError
 
+BYTE = np.dtype(np.uint8)
 BLOCK_BYTES = 1 << 20
 """Small enough to stay in a core's cache between reading and counting."""
 

@@ -22,6 +22,7 @@ def of_report(report: Report, command: str, warnings: tuple[str, ...]) -> str:
         report.exit_code,
         models=[*report.models, *failed],
         gates=[asdict(gate) for gate in report.gates],
+        artifacts=[asdict(artifact) for artifact in report.artifacts],
         warnings=list(warnings),
         error=of_error(worst.error) if worst else None,
     )
@@ -29,7 +30,7 @@ def of_report(report: Report, command: str, warnings: tuple[str, ...]) -> str:
 
 def of_failure(error: PrunectlError, command: str) -> str:
     """Return the envelope of a command that failed as a whole."""
-    return _envelope(command, error.exit_code, models=[], gates=[], warnings=[], error=of_error(error))
+    return _envelope(command, error.exit_code, models=[], gates=[], artifacts=[], warnings=[], error=of_error(error))
 
 
 def of_error(error: PrunectlError) -> dict[str, Any]:
@@ -50,7 +51,6 @@ def _envelope(command: str, exit_code: int, **parts: Any) -> str:
         "command": command,
         "ok": exit_code == 0,
         "exit_code": exit_code,
-        "artifacts": [],
         **parts,
     }
     return json.dumps(whole, indent=2, sort_keys=True, allow_nan=False) + "\n"

@@ -19,6 +19,14 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class Artifact:
+    """A file or folder that was written."""
+
+    path: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Section:
     """The part of a report that is about one model: facts, then tables, then remarks."""
 
@@ -40,6 +48,7 @@ class Report:
     """What people get; the main table alone when there is none."""
     gates: tuple[Gate, ...] = ()
     failures: tuple[Failure, ...] = ()
+    artifacts: tuple[Artifact, ...] = ()
     remarks: tuple[str, ...] = ()
     bare: tuple[str, ...] | None = None
     """What `--quiet` prints instead of everything else."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import sys
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 from prunectl.errors import PrunectlError
 from prunectl.reporting import envelope, human, rows, words
@@ -57,6 +59,13 @@ class Reporter:
                 f"took {_seconds():.2f} s and {words.nbytes(_peak_bytes(), self.settings.units)} of memory\n"
             )
         return report.exit_code
+
+    def pour(self, path: Path) -> int:
+        """Send a file to standard output, which carries nothing else then."""
+        with path.open("rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+        return 0
 
     def _note_aside(self, report: Report) -> None:
         """Say on stderr what the rows on stdout have no place for."""

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prunectl.formats import extents
 from prunectl.formats.base import About, Array, ModelFile, Tensor
 from prunectl.formats.json_text import parse_object
 from prunectl.formats.keras import config as keras_config
@@ -38,23 +37,24 @@ def _stored(path: Path, weights: Entry, config: dict[str, Any]) -> ModelFile:
 def _deflated(path: Path, archive: Archive, weights: Entry, config: dict[str, Any]) -> ModelFile:
     # Libhdf5 must be able to seek: the weights are inflated into a file that lives as long as the model.
     scratch = Path(tempfile.mkdtemp(prefix="prunectl-"))
-    inflated = scratch / WEIGHTS
-    with inflated.open("wb") as file:
-        file.writelines(archive.pieces(weights))
-    contents = hdf5.read_contents(Place(inflated, 0, weights.nbytes))
-    inner = {tensor.storage.key: tensor for tensor in h5.describe(contents, config)}
-    decode_filtered = h5.decoder(contents)
+    inside = inflate(archive, config, scratch / WEIGHTS)
+    inner = {tensor.storage.key: tensor for tensor in inside.tensors}
     share = weights.extent.nbytes / max(weights.nbytes, 1)
 
     def decode(tensor: Tensor) -> Array:
-        extent = inner[tensor.storage.key].storage.extent
-        if extent is None:
-            filtered: Array = decode_filtered(tensor)
-            return filtered
-        return extents.view(extent, dtype=tensor.dtype, shape=tensor.shape, big_endian=tensor.storage.big_endian)
+        return inside.read(inner[tensor.storage.key])
 
     weakref.finalize(decode, shutil.rmtree, scratch, ignore_errors=True)
     return _model(path, tuple(_hidden(tensor, share) for tensor in inner.values()), decode)
+
+
+def inflate(archive: Archive, config: dict[str, Any], target: Path) -> ModelFile:
+    """Write the weights of an archive to a file of their own, and open it."""
+    weights = archive.entries[WEIGHTS]
+    with target.open("wb") as file:
+        file.writelines(archive.pieces(weights))
+    contents = hdf5.read_contents(Place(target, 0, weights.nbytes))
+    return ModelFile(target, "keras-h5", h5.describe(contents, config), About(), (target,), h5.decoder(contents))
 
 
 def _hidden(tensor: Tensor, share: float) -> Tensor:

@@ -56,7 +56,11 @@ class Record:
 
 def masked_crc(data: bytes) -> int:
     """Return the CRC-32C of some bytes as LevelDB stores it: ((crc >> 15) | (crc << 17)) + a constant."""
-    crc: int = google_crc32c.value(data)
+    return mask(google_crc32c.value(data))
+
+
+def mask(crc: int) -> int:
+    """Return a CRC-32C as LevelDB stores it, so that a checksum of checksums is no special case."""
     return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 

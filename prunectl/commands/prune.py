@@ -1,0 +1,80 @@
+"""`prunectl prune`: which weights can go?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prunectl.commands.inputs import STDIN, local
+from prunectl.commands.requests import destination, request_of
+from prunectl.commands.verb import verb
+from prunectl.pruning import manifest as manifests
+from prunectl.pruning import request as requests
+from prunectl.pruning.not_finite import NotFinite
+from prunectl.pruning.plan import Scope
+from prunectl.pruning.prune import prune as run
+from prunectl.reporting.prune_report import prune_report
+from prunectl.reporting.reporter import Reporter
+
+
+def _option(panel: str, *names: str, help: str, **more: Any) -> Any:  # noqa: A002 - typer's word
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+def _much(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
+    return _option("How much", *names, help=help, **more)
+
+
+def _which(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
+    return _option("Which weights", *names, help=help, **more)
+
+
+def prune(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="File or folder; - is standard input.")],
+    *,
+    output: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="Where to; - is standard output.")] = "",
+    sparsity: Annotated[str, _much("-s", "--sparsity", metavar="RATIO", help="Share of zeros, 0.8 or 80%.")] = "",
+    compression: Annotated[float | None, _much(metavar="X", min=1, help="All parameters over those kept.")] = None,
+    target_gzip: Annotated[str, _much(metavar="SIZE", help="As sparse as this gzipped size needs.")] = "",
+    target_packed: Annotated[str, _much(metavar="SIZE", help="As sparse as this packed size needs.")] = "",
+    strategy: Annotated[str, _which(metavar="NAME", help="What goes first.")] = "magnitude",
+    param: Annotated[list[str] | None, _which(metavar="K=V", help="A parameter of the strategy.")] = None,
+    scope: Annotated[Scope, _which(help="Ranked in each layer, or over all.")] = Scope.LAYER,
+    pattern: Annotated[str, _which(metavar="PATTERN", help="2:4, block:1x4 or block:4x4:max.")] = "",
+    policy: Annotated[str, _which(metavar="NAME", help="Which tensors.")] = "default",
+    only: Annotated[str, _which(metavar="GLOB", help="Only these tensors, whatever the policy.")] = "",
+    exclude: Annotated[list[str] | None, _which(metavar="GLOB", help="Not these; may be repeated.")] = None,
+    layer: Annotated[list[str] | None, _which(metavar="GLOB=R", help="A ratio of their own; the last wins.")] = None,
+    seed: Annotated[int, _which(help="Decides what is random.")] = 0,
+    nan: Annotated[NotFinite, _which(help="What becomes of NaN and infinity.")] = NotFinite.ERROR,
+    pack: Annotated[bool, typer.Option("--pack", help="Compress the output inside its container.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would come of it; write nothing.")] = False,
+    manifest: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep a record of the run.")] = None,
+    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="Repeat the run of a manifest.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Replace the input.")] = False,
+) -> int:
+    """Zero the least important weights of MODEL; everything else stays as it was, byte for byte.
+
+    [dim]$[/] prunectl prune model.h5 -o pruned.h5 --sparsity 80%
+
+    [dim]$[/] prunectl prune model.pt -o small.pt -s 0.9 --scope global --pack
+
+    [dim]$[/] prunectl prune model.onnx -o fast.onnx --pattern 2:4 --exclude fc2
+    """
+    reporter: Reporter = ctx.obj
+    asked = request_of(ctx, recipe)
+    requests.check(asked)
+    with local(model) as path, destination(path, output, force=force, in_place=in_place, dry_run=dry_run) as place:
+        found = run(path, asked, place)
+        if manifest is not None and place is not None:
+            manifests.write(manifest, found, place.target)
+        if output == STDIN and place is not None:
+            return reporter.pour(place.target)
+        return reporter.show(prune_report(found, str(place.target) if place is not None else ""))
+
+
+command = verb(prune)

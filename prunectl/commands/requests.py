@@ -1,0 +1,83 @@
+"""What is typed after `prune`, as a request and a place to put the result."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from prunectl.commands.inputs import STDIN
+from prunectl.errors import UsageError
+from prunectl.pruning import manifest
+from prunectl.pruning.prune import Output
+from prunectl.pruning.request import Request
+from prunectl.reporting.words import parse_ratio, parse_size
+
+_FREE = frozenset({"model", "output", "dry_run", "manifest", "recipe", "force", "in_place"})
+"""What a recipe leaves open."""
+
+
+def request_of(ctx: typer.Context, recipe: Path | None) -> Request:
+    """Return the request: that of a recipe, or what was typed."""
+    said = ctx.params
+    if recipe is not None:
+        typed = [name for name in said if name not in _FREE and _is_typed(ctx, name)]
+        if typed:
+            raise UsageError(f"--recipe says all that decides the result: leave out --{typed[0].replace('_', '-')}")
+        return manifest.read(recipe)
+    return Request(
+        sparsity=parse_ratio(said["sparsity"]) if said["sparsity"] else None,
+        compression=said["compression"],
+        target_gzip=parse_size(said["target_gzip"]) if said["target_gzip"] else None,
+        target_packed=parse_size(said["target_packed"]) if said["target_packed"] else None,
+        strategy=said["strategy"],
+        params=tuple(said["param"] or ()),
+        scope=str(said["scope"]),
+        pattern=said["pattern"],
+        policy=said["policy"],
+        only=said["only"],
+        exclude=tuple(said["exclude"] or ()),
+        layers=tuple(map(_layer, said["layer"] or ())),
+        seed=said["seed"],
+        nan=str(said["nan"]),
+        is_packed=said["pack"],
+    )
+
+
+@contextmanager
+def destination(model: Path, output: str, *, force: bool, in_place: bool, dry_run: bool) -> Generator[Output | None]:
+    """Yield where the result goes: nowhere for a dry run, through a scratch file to standard output."""
+    if in_place and output:
+        raise UsageError("--in-place replaces the input: leave out --output")
+    if dry_run:
+        yield None
+    elif in_place:
+        yield Output(model, is_in_place=True)
+    elif not output:
+        raise UsageError("where to? say --output", hint="or --in-place, or --dry-run to see what would come of it")
+    elif output != STDIN:
+        yield Output(Path(output), is_forced=force)
+    elif sys.stdout.isatty():
+        raise UsageError(
+            "-o - writes a model to standard output, which is a terminal", hint="send it to a file or a pipe"
+        )
+    else:
+        with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
+            yield Output(Path(scratch) / f"standard-output{model.suffix}")
+
+
+def _is_typed(ctx: typer.Context, name: str) -> bool:
+    source: Any = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _layer(word: str) -> tuple[str, float]:
+    selector, sign, ratio = word.rpartition("=")
+    if not sign or not selector:
+        raise UsageError(f"{word!r} is not a selector and a ratio", hint="write --layer 'conv*=0.5'")
+    return selector, parse_ratio(ratio)

@@ -1,0 +1,89 @@
+"""A zip with some numbers changed: spliced and its checksums mended, or deflated again where it was."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
+
+from prunectl.formats.base import ModelFile
+from prunectl.formats.pack_zip import LEVEL
+from prunectl.formats.writing import Rewrite, splice
+from prunectl.formats.zips import Archive, Entry, open_archive
+
+_CENTRAL, _DESCRIPTOR = b"PK\x01\x02", b"PK\x07\x08"
+_CENTRAL_BYTES = 46
+_HAS_DESCRIPTOR = 1 << 3
+_PIECE_BYTES = 1 << 20
+
+
+def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewrite]) -> None:
+    """Write the archive with new numbers in it."""
+    archive = open_archive(model.path)
+    target = targets[model.path]
+    if all(rewrite.tensor.storage.extent is not None for rewrite in rewrites):
+        splice(model.path, target, sorted(rewrites, key=lambda rewrite: rewrite.run.offset))
+        seal(target, [entry for entry in archive.entries.values() if _is_touched(entry, rewrites)])
+    else:
+        _deflate_again(archive, target, {rewrite.tensor.storage.key: rewrite for rewrite in rewrites})
+
+
+def seal(path: Path, entries: Iterable[Entry]) -> None:
+    """Mend the CRC-32 of entries whose bytes have changed: in the directory, and beside the bytes."""
+    records = _records(path)
+    with path.open("r+b") as file:
+        for entry in entries:
+            crc = _crc(file.fileno(), entry).to_bytes(4, "little")
+            record, flags, header_offset = records[entry.name]
+            os.pwrite(file.fileno(), crc, record + 16)
+            if flags & _HAS_DESCRIPTOR:
+                end = entry.extent.offset + entry.extent.nbytes
+                signed = os.pread(file.fileno(), 4, end) == _DESCRIPTOR
+                os.pwrite(file.fileno(), crc, end + (4 if signed else 0))
+            else:
+                os.pwrite(file.fileno(), crc, header_offset + 14)
+
+
+def _is_touched(entry: Entry, rewrites: Sequence[Rewrite]) -> bool:
+    begin, end = entry.extent.offset, entry.extent.offset + entry.extent.nbytes
+    return any(begin <= rewrite.run.offset < end for rewrite in rewrites)
+
+
+def _crc(fd: int, entry: Entry) -> int:
+    crc, at, end = 0, entry.extent.offset, entry.extent.offset + entry.extent.nbytes
+    while at < end:
+        piece = os.pread(fd, min(_PIECE_BYTES, end - at), at)
+        crc, at = zlib.crc32(piece, crc), at + len(piece)
+    return crc
+
+
+def _records(path: Path) -> dict[str, tuple[int, int, int]]:
+    """Return where each entry's record lies in the directory, its flags, and where its header lies."""
+    with ZipFile(path) as archive:
+        at = archive.start_dir
+        infos = archive.infolist()
+    found = {}
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for info in infos:
+            if data[at : at + 4] != _CENTRAL:
+                raise ValueError(f"{path} has no record at {at}")
+            found[info.filename] = (at, info.flag_bits, info.header_offset)
+            lengths = (int.from_bytes(data[at + place : at + place + 2], "little") for place in (28, 30, 32))
+            at += _CENTRAL_BYTES + sum(lengths)
+    return found
+
+
+def _deflate_again(archive: Archive, target: Path, rewrites: Mapping[str, Rewrite]) -> None:
+    with ZipFile(archive.path) as old, ZipFile(target, "w", compresslevel=LEVEL) as new:
+        for entry in archive.entries.values():
+            info = ZipInfo(entry.name, old.getinfo(entry.name).date_time)
+            info.compress_type = ZIP_STORED if entry.is_stored else ZIP_DEFLATED
+            info.file_size = entry.nbytes
+            with new.open(info, "w") as out:
+                if entry.name in rewrites:
+                    out.writelines(rewrites[entry.name].raw())
+                else:
+                    out.writelines(archive.pieces(entry))

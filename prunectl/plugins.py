@@ -1,0 +1,66 @@
+"""Things that have a name: built in, installed by other packages, or in a file beside the model."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TypeVar
+
+from prunectl.errors import UsageError
+
+Thing = TypeVar("Thing")
+
+
+def find(kind: str, name: str, builtin: Mapping[str, Thing]) -> Thing | object:
+    """Return what a name means: a built-in, an entry point, `package.module:name` or `./file.py:name`."""
+    if name in builtin:
+        return builtin[name]
+    if ":" in name:
+        return _attribute(*name.rsplit(":", 1))
+    installed = {point.name: point for point in entry_points(group=group(kind))}
+    if name in installed:
+        found: object = installed[name].load()
+        return found
+    known = [*builtin, *installed]
+    raise UsageError(
+        f"no {kind} is called {name}",
+        did_you_mean=tuple(get_close_matches(name, known, n=3, cutoff=0.5)),
+        hint=f"known: {', '.join(known)}; or package.module:name, or ./file.py:name",
+    )
+
+
+def group(kind: str) -> str:
+    """Return the name of the entry points for a kind of plug-in."""
+    return {"policy": "prunectl.policies", "strategy": "prunectl.strategies"}.get(kind, f"prunectl.{kind}s")
+
+
+def _attribute(where: str, name: str) -> object:
+    module = _from_file(Path(where)) if where.endswith(".py") else _from_name(where)
+    if not hasattr(module, name):
+        public = [known for known in vars(module) if not known.startswith("_")]
+        raise UsageError(f"{where} has no {name}", did_you_mean=tuple(get_close_matches(name, public, n=3)))
+    return getattr(module, name)
+
+
+def _from_name(name: str) -> object:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise  # the module is there, but something that it needs is not
+        raise UsageError(f"no module is called {name}", hint="for a file, write ./file.py:name") from error
+
+
+def _from_file(path: Path) -> object:
+    spec = importlib.util.spec_from_file_location(f"prunectl_plugin_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UsageError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickling look their module up there
+    spec.loader.exec_module(module)
+    return module

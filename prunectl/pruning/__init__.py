@@ -1,0 +1,1 @@
+"""What to drop: pure functions and small values over NumPy arrays."""

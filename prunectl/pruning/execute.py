@@ -1,0 +1,165 @@
+"""Carries out a plan: scores, cuts, writes a copy, reads it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from prunectl.errors import WorkError
+from prunectl.formats.base import Array, ModelFile, Tensor
+from prunectl.formats.table import by_name, load, open_model
+from prunectl.formats.writing import Rewrite, in_storage_order
+from prunectl.measuring.blocks import blocks, pieces
+from prunectl.measuring.patterns import Block, ZerosOf
+from prunectl.measuring.zeros import count_zeros, nonzero
+from prunectl.pruning.masks import Pool, lowest_blocks, lowest_of_each
+from prunectl.pruning.not_finite import NotFinite, rank
+from prunectl.pruning.plan import Cut, Plan
+from prunectl.pruning.selection import Dropper, Mask, Source, threshold
+from prunectl.pruning.strategies import Place, Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How weights are ranked, and in what shape they go."""
+
+    strategy: Strategy
+    seed: int = 0
+    not_finite: NotFinite = NotFinite.ERROR
+    pattern: ZerosOf | Block | None = None
+    pool: Pool = Pool.AVG
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was written of a tensor."""
+
+    dropped: int = 0
+    zeros: int = 0
+
+
+def execute(model: ModelFile, plan: Plan, method: Method, targets: dict[Path, Path]) -> dict[str, Tally]:
+    """Write the pruned copy, and return what is in it by tensor."""
+    tallies = {cut.tensor.name: Tally() for cut in plan.cuts}
+    rewrites = [
+        Rewrite(cut.tensor, partial(_counted, make, tallies[cut.tensor.name]))
+        for cut, make in zip(plan.cuts, _makers(model, plan, method), strict=True)
+    ]
+    load(by_name(model.format).writer)(model, targets, rewrites)
+    if not isinstance(method.pattern, Block) and method.not_finite is not NotFinite.ZERO:
+        dropped = sum(tally.dropped for tally in tallies.values())
+        if dropped != plan.drop:
+            raise WorkError(f"{dropped} weights of {model.path} were dropped instead of {plan.drop}")
+    return tallies
+
+
+def verify(model: ModelFile, written: Path, tallies: dict[str, Tally]) -> None:
+    """Open what was written, and hold it against the input and the counts."""
+    found = open_model(written)
+    if [(tensor.name, tensor.shape, tensor.dtype) for tensor in found.tensors] != [
+        (tensor.name, tensor.shape, tensor.dtype) for tensor in model.tensors
+    ]:
+        raise WorkError(f"{model.path} came out with other tensors than it had")
+    for tensor in found.tensors:
+        if tensor.name in tallies and count_zeros(found, tensor) != tallies[tensor.name].zeros:
+            raise WorkError(f"{tensor.name} of {model.path} came out with another number of zeros than planned")
+
+
+Pruned = Iterator[tuple[Array, Mask]]
+"""Blocks of weights in storage order, the dropped ones zeroed, each with what was dropped of it."""
+
+
+def _counted(make: Callable[[], Pruned], tally: Tally) -> Iterator[Array]:
+    tally.dropped = tally.zeros = 0
+    for block, dropped in make():
+        tally.dropped += int(np.count_nonzero(dropped))
+        tally.zeros += block.size - int(np.count_nonzero(nonzero(block)))
+        yield block
+
+
+def _makers(model: ModelFile, plan: Plan, method: Method) -> Sequence[Callable[[], Pruned]]:
+    """Return what prunes each tensor of the plan."""
+    if method.pattern is not None:
+        return [partial(_in_a_pattern, model, cut, method) for cut in plan.cuts]
+    joint = any(cut.drop is None for cut in plan.cuts)
+    is_wide = joint and any(cut.tensor.dtype.itemsize == 8 for cut in plan.cuts)
+    sources = [partial(_scores, model, cut.tensor, method, is_wide=is_wide) for cut in plan.cuts]
+    if joint:
+        together = threshold(sources, plan.drop)
+        droppers = [partial(together.drops, number) for number in range(len(sources))]
+    else:
+        # Each cut is found just before its tensor is written, while the tensor is still in the caches.
+        droppers = [partial(_alone, source, cut) for source, cut in zip(sources, plan.cuts, strict=True)]
+    return [
+        partial(_unstructured, model, cut.tensor, method, dropper, is_wide=is_wide)
+        for cut, dropper in zip(plan.cuts, droppers, strict=True)
+    ]
+
+
+def _alone(source: Source, cut: Cut) -> Dropper:
+    return threshold([source], cut.drop or 0).drops(0)
+
+
+def _scores(model: ModelFile, tensor: Tensor, method: Method, *, is_wide: bool) -> Iterator[Array]:
+    for _, ranked, _ in _ranked(model, tensor, method, is_wide=is_wide):
+        yield ranked
+
+
+def _ranked(
+    model: ModelFile, tensor: Tensor, method: Method, *, is_wide: bool
+) -> Iterator[tuple[Array, Array, Mask | None]]:
+    """Yield blocks of weights in storage order, their scores, and what goes whatever its score."""
+    begin = 0
+    for block in _blocks(model, tensor, whole=not method.strategy.is_elementwise):
+        scores = method.strategy.score(block, Place(tensor.name, begin, method.seed))
+        ranked, doomed = rank(scores.astype(np.float64) if is_wide else scores, method.not_finite, tensor.name)
+        yield block, ranked, doomed
+        begin += block.size
+
+
+def _blocks(model: ModelFile, tensor: Tensor, *, whole: bool) -> Iterator[Array]:
+    if whole:
+        yield in_storage_order(tensor, model.read(tensor))
+    elif tensor.storage.extent is None:
+        yield from pieces(in_storage_order(tensor, model.read(tensor)))
+    else:
+        yield from blocks(model, replace(tensor, shape=(tensor.size,), strides=None))
+
+
+def _unstructured(
+    model: ModelFile, tensor: Tensor, method: Method, make_dropper: Callable[[], Dropper], *, is_wide: bool
+) -> Pruned:
+    dropper = make_dropper()
+    for block, scores, doomed in _ranked(model, tensor, method, is_wide=is_wide):
+        dropped = dropper.mark(scores)
+        yield _zeroed(block, dropped if doomed is None else dropped | doomed), dropped
+
+
+def _in_a_pattern(model: ModelFile, cut: Cut, method: Method) -> Pruned:
+    tensor, pattern = cut.tensor, method.pattern
+    weights = model.read(tensor)
+    scores, doomed = rank(
+        method.strategy.score(weights, Place(tensor.name, 0, method.seed)), method.not_finite, tensor.name
+    )
+    if isinstance(pattern, ZerosOf):
+        assert tensor.inputs_axis is not None
+        dropped = lowest_of_each(scores, tensor.inputs_axis, pattern.zeros, pattern.group)
+    else:
+        assert pattern is not None
+        assert tensor.out_axis is not None
+        size = (pattern.rows, pattern.columns)
+        dropped = lowest_blocks(scores, tensor.out_axis, size, method.pool, (cut.drop or 0) / tensor.size)
+    if doomed is not None:
+        dropped |= doomed
+    yield in_storage_order(tensor, _zeroed(weights, dropped)), dropped
+
+
+def _zeroed(weights: Array, dropped: Mask) -> Array:
+    if not weights.flags.writeable:
+        weights = weights.copy()
+    np.copyto(weights, np.zeros((), weights.dtype), where=dropped)
+    return weights

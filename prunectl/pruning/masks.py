@@ -1,0 +1,56 @@
+"""Masks in a shape: which weights of a whole tensor go, in groups or in blocks."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import numpy as np
+
+from prunectl.pruning.selection import Array, Mask
+
+
+class Pool(StrEnum):
+    """How a block's score comes from those of its weights."""
+
+    AVG = "avg"
+    MAX = "max"
+
+
+def lowest_of_each(scores: Array, axis: int, zeros: int, group: int) -> Mask:
+    """Mark the lowest of every so many consecutive scores along an axis, ties from the beginning.
+
+    What does not divide is padded with scores that go first, as tfmot pads it: a short group at the end
+    loses fewer.
+    """
+    moved = np.moveaxis(scores, axis, -1)
+    missing = -moved.shape[-1] % group
+    padded = np.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, missing)], constant_values=-1)
+    groups = padded.reshape(-1, group)
+    order = np.argsort(groups, axis=1, kind="stable")[:, :zeros]
+    dropped = np.zeros(groups.shape, np.bool_)
+    np.put_along_axis(dropped, order, values=True, axis=1)
+    whole = dropped.reshape(padded.shape)[..., : moved.shape[-1]]
+    return np.ascontiguousarray(np.moveaxis(whole, -1, axis))
+
+
+def lowest_blocks(scores: Array, out_axis: int, size: tuple[int, int], pool: Pool, sparsity: float) -> Mask:
+    """Mark the lowest share of the blocks of a kernel, seen as a matrix of inputs by outputs."""
+    moved = np.moveaxis(scores, out_axis, -1)
+    matrix = moved.reshape(-1, moved.shape[-1])
+    pooled = _pooled(matrix, size, pool)
+    dropped = np.zeros(pooled.size, np.bool_)
+    dropped[np.argsort(pooled, axis=None, kind="stable")[: round(sparsity * pooled.size)]] = True
+    spread = np.repeat(np.repeat(dropped.reshape(pooled.shape), size[0], axis=0), size[1], axis=1)
+    inside = spread[: matrix.shape[0], : matrix.shape[1]].reshape(moved.shape)
+    return np.ascontiguousarray(np.moveaxis(inside, -1, out_axis))
+
+
+def _pooled(matrix: Array, size: tuple[int, int], pool: Pool) -> Array:
+    """Return one score for each block; a block at the edge counts what it has."""
+    starts = [np.arange(0, length, step) for length, step in zip(matrix.shape, size, strict=True)]
+    wide = matrix.astype(np.float64)
+    if pool is Pool.MAX:
+        return np.maximum.reduceat(np.maximum.reduceat(wide, starts[0], axis=0), starts[1], axis=1)
+    sums = np.add.reduceat(np.add.reduceat(wide, starts[0], axis=0), starts[1], axis=1)
+    lengths = [np.diff([*start, length]) for start, length in zip(starts, matrix.shape, strict=True)]
+    return np.asarray(sums / np.outer(*lengths))

@@ -1,0 +1,81 @@
+"""Which tensors may be pruned? Rules in order, each with the reason that is told for what it leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from prunectl.formats.base import ModelFile, Role, Tensor
+
+Verdict = str
+"""Why not; empty if it may be pruned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A way to choose tensors."""
+
+    name: str
+    judge: Callable[[ModelFile], Callable[[Tensor], Verdict]]
+    line: str
+    """What it does, in a line."""
+
+
+def _default(_: ModelFile) -> Callable[[Tensor], Verdict]:
+    return lambda tensor: "" if tensor.is_prunable else f"{_article(tensor.role)}"
+
+
+def _all(_: ModelFile) -> Callable[[Tensor], Verdict]:
+    dead = {Role.MASK, Role.SCHEDULE, Role.OPTIMIZER}
+    return lambda tensor: f"{_article(tensor.role)}" if tensor.role in dead else ""
+
+
+def _skip_first_last(model: ModelFile) -> Callable[[Tensor], Verdict]:
+    layers = _prunable_layers(model)
+    return _but(dict.fromkeys(layers[:1], "the first layer") | dict.fromkeys(layers[-1:], "the last layer"))
+
+
+def _skip_classifier(model: ModelFile) -> Callable[[Tensor], Verdict]:
+    return _but(dict.fromkeys(_prunable_layers(model)[-1:], "the classifier"))
+
+
+def _xnnpack(_: ModelFile) -> Callable[[Tensor], Verdict]:
+    def judge(tensor: Tensor) -> Verdict:
+        if not tensor.is_prunable:
+            return _article(tensor.role)
+        return "" if is_pointwise(tensor) else "no 1x1 convolution"
+
+    return judge
+
+
+def is_pointwise(tensor: Tensor) -> bool:
+    """Whether it is the kernel of a convolution whose window is a single pixel."""
+    axes = {tensor.out_axis, tensor.inputs_axis}
+    window = [size for axis, size in enumerate(tensor.shape) if axis not in axes]
+    return len(tensor.shape) == 4 and None not in axes and all(size == 1 for size in window)
+
+
+def _but(left_out: dict[str, str]) -> Callable[[Tensor], Verdict]:
+    def judge(tensor: Tensor) -> Verdict:
+        if not tensor.is_prunable:
+            return _article(tensor.role)
+        return left_out.get(tensor.layer, "")
+
+    return judge
+
+
+def _prunable_layers(model: ModelFile) -> Sequence[str]:
+    return list(dict.fromkeys(tensor.layer for tensor in model.tensors if tensor.is_prunable))
+
+
+def _article(role: Role) -> str:
+    return {Role.EMBEDDING: "an embedding", Role.OPTIMIZER: "optimizer state"}.get(role, f"a {role}")
+
+
+POLICIES = (
+    Policy("default", _default, "kernels; not biases, norms, embeddings"),
+    Policy("all", _all, "every tensor of floating-point numbers"),
+    Policy("skip-first-last", _skip_first_last, "kernels, but those of the first and the last layer"),
+    Policy("skip-classifier", _skip_classifier, "kernels, but those of the last layer"),
+    Policy("xnnpack", _xnnpack, "kernels of 1x1 convolutions, which XNNPACK runs faster when they are sparse"),
+)

@@ -1,0 +1,139 @@
+"""Pruning, from a file to a file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from prunectl.errors import WorkError
+from prunectl.formats import outputs
+from prunectl.formats.base import Can, ModelFile
+from prunectl.formats.table import by_name, load, open_model, require
+from prunectl.measuring import archive
+from prunectl.measuring.codecs import CodecName, compress, pick
+from prunectl.measuring.looking import Look, look
+from prunectl.measuring.patterns import ZerosOf
+from prunectl.measuring.sizes import measure, packed_bytes
+from prunectl.measuring.survey import Survey, survey
+from prunectl.pruning import plan as planning
+from prunectl.pruning import target as targets
+from prunectl.pruning.execute import Method, Tally, execute, verify
+from prunectl.pruning.plan import Plan
+from prunectl.pruning.request import Request, method_of, wish_of
+
+BIG_BYTES = 64 << 20
+"""Above it, compressing for the report would take longer than pruning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where the result goes, and whether something may be there."""
+
+    target: Path
+    is_forced: bool = False
+    is_in_place: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What was planned and what came of it."""
+
+    request: Request
+    sparsity: float
+    plan: Plan
+    tallies: dict[str, Tally]
+    before: Survey
+    after: Survey
+
+
+def prune(path: Path, request: Request, output: Output | None) -> Pruned:
+    """Prune a model; without an output, into a scratch file that is measured and thrown away."""
+    model = open_model(path)
+    method = method_of(request)
+    if request.is_packed:
+        require(model, Can.PACK)
+    if output is not None:
+        outputs.check_target(model, output.target, is_forced=output.is_forced, is_in_place=output.is_in_place)
+    wish = wish_of(model, request, _sought(model, request, method))
+    plan = _planned(model, request, wish.sparsity)
+    with _workplace(model, output) as (folder, target):
+        written, tallies = _write(model, plan, method, folder, target, is_packed=request.is_packed)
+        _check_pattern(written, plan, method)
+        has_sizes = output is None or sum(file.stat().st_size for file in model.files) <= BIG_BYTES
+        before, after = _surveyed(model, has_sizes=has_sizes), _surveyed(open_model(written), has_sizes=has_sizes)
+    shown = str(target if output is not None else "the result")
+    return Pruned(request, wish.sparsity, plan, tallies, before, replace(after, path=shown))
+
+
+def _planned(model: ModelFile, request: Request, sparsity: float) -> Plan:
+    return planning.make(model, wish_of(model, request, sparsity), can_reencode=by_name(model.format).is_reencoded)
+
+
+@contextmanager
+def _workplace(model: ModelFile, output: Output | None) -> Generator[tuple[Path, Path]]:
+    """Yield the folder to write into, and the path that the result is named after."""
+    if output is None:
+        with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
+            yield Path(scratch), Path(scratch) / model.path.name
+    else:
+        # The output appears when this ends without an error.
+        with outputs.replacing(output.target, may_replace=output.is_forced or output.is_in_place) as folder:
+            yield folder, output.target
+
+
+def _write(
+    model: ModelFile, plan: Plan, method: Method, folder: Path, target: Path, *, is_packed: bool
+) -> tuple[Path, dict[str, Tally]]:
+    """Write the pruned model into a folder, and return by which path it is opened."""
+    places = {source: folder / name for source, name in outputs.targets(model, target).items()}
+    for place in places.values():
+        place.parent.mkdir(parents=True, exist_ok=True)
+    tallies = execute(model, plan, method, places)
+    written = places.get(model.path, folder / target.name)
+    verify(model, written, tallies)
+    if is_packed:
+        packed = folder.parent / "packed"
+        load(by_name(model.format).packer)(open_model(written), packed, lambda _: None)
+        os.replace(packed, written)
+        verify(model, written, tallies)
+    return written, tallies
+
+
+def _check_pattern(written: Path, plan: Plan, method: Method) -> None:
+    """Look for the pattern in the file itself."""
+    if not isinstance(method.pattern, ZerosOf):
+        return
+    names = {cut.tensor.name for cut in plan.cuts}
+    found = look(open_model(written), Look(), method.pattern)
+    broken = [row.name for row in found.layers if row.name in names and (row.conforming or 1.0) < 1.0]
+    if broken:
+        raise WorkError(f"{broken[0]} came out without the pattern that was asked for")
+
+
+def _surveyed(model: ModelFile, *, has_sizes: bool) -> Survey:
+    return measure(model, pick(CodecName.GZIP, None)) if has_sizes else survey(model, model.tensors)
+
+
+def _sought(model: ModelFile, request: Request, method: Method) -> float | None:
+    """Return the sparsity that gives the size that was asked for, if one was."""
+    target, what = request.target_gzip, "gzip"
+    if target is None:
+        target, what = request.target_packed, "packed"
+    if target is None:
+        return None
+    if what == "packed":
+        require(model, Can.PACK)
+
+    def size_at(sparsity: float) -> int:
+        with _workplace(model, None) as (folder, target):
+            plan = _planned(model, request, sparsity)
+            written = open_model(_write(model, plan, method, folder, target, is_packed=False)[0])
+            if what == "packed":
+                return packed_bytes(written, lambda _: None)
+            return compress(archive.stream(written), pick(CodecName.GZIP, None)).nbytes
+
+    return targets.reach(size_at, target, what)
