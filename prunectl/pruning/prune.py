@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,11 +61,17 @@ def prune(path: Path, request: Request, output: Output | None) -> Pruned:
         outputs.check_target(model, output.target, is_forced=output.is_forced, is_in_place=output.is_in_place)
     wish = wish_of(model, request, _sought(model, request, method))
     plan = _planned(model, request, wish.sparsity)
-    with _workplace(model, output) as (folder, target):
+    with _workplace(model, output) as (folder, target), ThreadPoolExecutor(1) as aside:
+        counting = aside.submit(survey, model, model.tensors, has_channels=False)
         written, tallies = _write(model, plan, method, folder, target, is_packed=request.is_packed)
+        # What has to be on the disk before it may be renamed gets there while it is read back.
+        flushing = aside.submit(outputs.flush, folder)
+        before, after = counting.result(), verify(model, written, tallies)
         _check_pattern(written, plan, method)
-        has_sizes = output is None or sum(file.stat().st_size for file in model.files) <= BIG_BYTES
-        before, after = _surveyed(model, has_sizes=has_sizes), _surveyed(open_model(written), has_sizes=has_sizes)
+        flushing.result()
+        if output is None or after.bytes.raw <= BIG_BYTES:
+            codec = pick(CodecName.GZIP, None)
+            before, after = measure(model, codec), measure(open_model(written), codec)
     shown = str(target if output is not None else "the result")
     return Pruned(request, wish.sparsity, plan, tallies, before, replace(after, path=shown))
 
@@ -94,12 +101,10 @@ def _write(
         place.parent.mkdir(parents=True, exist_ok=True)
     tallies = execute(model, plan, method, places)
     written = places.get(model.path, folder / target.name)
-    verify(model, written, tallies)
     if is_packed:
         packed = folder.parent / "packed"
         load(by_name(model.format).packer)(open_model(written), packed, lambda _: None)
         os.replace(packed, written)
-        verify(model, written, tallies)
     return written, tallies
 
 
@@ -112,10 +117,6 @@ def _check_pattern(written: Path, plan: Plan, method: Method) -> None:
     broken = [row.name for row in found.layers if row.name in names and (row.conforming or 1.0) < 1.0]
     if broken:
         raise WorkError(f"{broken[0]} came out without the pattern that was asked for")
-
-
-def _surveyed(model: ModelFile, *, has_sizes: bool) -> Survey:
-    return measure(model, pick(CodecName.GZIP, None)) if has_sizes else survey(model, model.tensors)
 
 
 def _sought(model: ModelFile, request: Request, method: Method) -> float | None:

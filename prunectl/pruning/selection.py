@@ -6,9 +6,12 @@ sixteen more of these bits into bins, and looks closer at the one bin in which t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +21,17 @@ Mask = NDArray[np.bool_]
 Source = Callable[[], Iterator[Array]]
 """Yields the scores of one tensor in order, block by block, each time it is called."""
 
+Found = TypeVar("Found")
+THREADS = 2
+_MANY = 1 << 20
 _DIGIT_BITS = 16
 _BINS = 1 << _DIGIT_BITS
+_SAMPLE_STEP = 64
+_SAMPLE_LEAST = 10_000
+_SAMPLE_ERRORS = 6
+"""How many standard errors of the sample the cut may lie off."""
+_CLOSE_BINS = 32
+"""How many bins of the first pass are looked into at once: a few megabytes of counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +77,100 @@ def threshold(sources: Sequence[Source], drop: int) -> Threshold:
     """Return the cut that drops exactly so many scores, ties in the order of the sources."""
     if drop == 0:
         return Threshold(0, (0,) * len(sources))
-    key, below, at = _kth(sources, drop)
+    key, below, at = quickly(sources, drop) or _kth(sources, drop)
     return Threshold(key, _share(sources, key, drop - below, at))
+
+
+def quickly(sources: Sequence[Source], drop: int) -> tuple[int, int, int] | None:
+    """Return what `_kth` returns, found around the guess of a sample; None where the guess may be wrong.
+
+    Comparing a block with two numbers is ten times as fast as counting it into bins.
+    """
+    guess = _guess(sources, drop)
+    if guess is None:
+        return None
+    first, last = guess
+    low, high = np.uint32(first << _DIGIT_BITS), np.uint32((last << _DIGIT_BITS) + _BINS - 1)
+    below, counts = 0, np.zeros((last - first + 1) * _BINS, np.int64)
+    for found in _each(partial(_count_between, low=low, high=high), sources):
+        below, counts = below + found[0], counts + found[1].counts()
+    rising = np.cumsum(counts)
+    if not below < drop <= below + int(rising[-1]):
+        return None
+    place = int(np.searchsorted(rising, drop - below))
+    return int(low) + place, below + int(rising[place] - counts[place]), int(counts[place])
+
+
+def _count_between(source: Source, low: np.uint32, high: np.uint32) -> tuple[int, Bins]:
+    """Return how many keys of a source are below two numbers, and how far those between them lie above the first."""
+    below, between = 0, Bins(int(high) - int(low) + 1)
+    for block in source():
+        keys = as_keys(block).reshape(-1)
+        below += int(np.count_nonzero(keys < low))
+        between.add(keys[np.flatnonzero((keys >= low) & (keys <= high))] - low)
+    return below, between
+
+
+def _sample(source: Source) -> tuple[int, Bins | None]:
+    """Return how many scores a source has, and the upper bits of some; none if they are wider than 32 bits."""
+    size, digits = 0, Bins(_BINS)
+    for block in source():
+        if block.dtype.itemsize != np.dtype(np.float32).itemsize:
+            return 0, None
+        keys = as_keys(np.ascontiguousarray(block.reshape(-1)[::_SAMPLE_STEP]))
+        digits.add(keys >> np.uint32(_DIGIT_BITS))
+        size += block.size
+    return size, digits
+
+
+class Bins:
+    """Counts of small integers; a few at a time are kept until it pays to count them."""
+
+    def __init__(self, length: int) -> None:
+        self._counts = np.zeros(length, np.int64)
+        self._waiting: list[Array] = []
+        self._waiting_size = 0
+
+    def add(self, numbers: Array) -> None:
+        """Count some numbers, now or later."""
+        self._waiting.append(numbers)
+        self._waiting_size += numbers.size
+        if self._waiting_size > _MANY:
+            self.counts()
+
+    def counts(self) -> NDArray[np.int64]:
+        """Return how often each number came."""
+        if self._waiting_size:
+            numbers = np.concatenate(self._waiting).astype(np.intp)
+            self._counts += np.bincount(numbers, minlength=len(self._counts))
+            self._waiting, self._waiting_size = [], 0
+        return self._counts
+
+
+def _each(work: Callable[[Source], Found], sources: Sequence[Source]) -> Iterator[Found]:
+    """Yield what some work finds in each source, two at a time."""
+    with ThreadPoolExecutor(THREADS) as workers:
+        yield from workers.map(work, sources)
+
+
+def _guess(sources: Sequence[Source], drop: int) -> tuple[int, int] | None:
+    """Return the first and the last bin of the upper bits in which the cut lies, if a sample tells."""
+    counts = np.zeros(_BINS, np.int64)
+    total = 0
+    for size, digits in _each(_sample, sources):
+        if digits is None:
+            return None
+        counts += digits.counts()
+        total += size
+    sampled = int(counts.sum())
+    if sampled < _SAMPLE_LEAST:
+        return None
+    share = drop / total
+    error = _SAMPLE_ERRORS * math.sqrt(share * (1 - share) / sampled) * sampled + 1
+    rising = np.cumsum(counts)
+    first = int(np.searchsorted(rising, max(share * sampled - error, 0)))
+    last = min(int(np.searchsorted(rising, share * sampled + error)), _BINS - 1)
+    return (first, last) if last - first < _CLOSE_BINS else None
 
 
 def _kth(sources: Sequence[Source], drop: int) -> tuple[int, int, int]:

@@ -73,3 +73,30 @@ def test_ties_go_in_the_order_of_the_tensors() -> None:
 def test_more_than_there_are_cannot_be_dropped() -> None:
     with pytest.raises(ValueError, match="fewer than 4"):
         dropped([np.ones(3, np.float32)], 4, 2)
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform", "mostly zero", "few values", "heavy tails", "two layers"])
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.5, 0.8, 0.99, 1.0])
+def test_a_sample_leads_to_the_same_cut(kind: str, share: float) -> None:
+    random = np.random.default_rng(1)
+    shape = 1_000_000
+    scores = {
+        "normal": lambda: np.abs(random.standard_normal(shape)),
+        "uniform": lambda: random.random(shape),
+        "mostly zero": lambda: np.where(random.random(shape) < 0.7, 0, random.random(shape)),
+        "few values": lambda: random.integers(0, 5, shape) / 4,
+        "heavy tails": lambda: np.abs(random.standard_cauchy(shape)) ** 3,
+        "two layers": lambda: np.concatenate([random.random(shape // 2) * 1e-6, random.random(shape // 2)]),
+    }[kind]().astype(np.float32)
+    tensors = [scores[:300_001], scores[300_001:]]
+    drop = round(share * scores.size)
+    masks = dropped(tensors, drop, 100_000)
+    np.testing.assert_array_equal(np.concatenate(masks), by_sorting(tensors, drop))
+
+
+def test_a_wrong_guess_is_noticed() -> None:
+    # Every sampled score is large, all others are small: the sample leads to the wrong place.
+    scores = np.full(1_000_000, 0.5, np.float32)
+    scores[::64] = 2.0
+    (mask,) = dropped([scores], 100_000, 64_000)
+    np.testing.assert_array_equal(mask, by_sorting([scores], 100_000))
