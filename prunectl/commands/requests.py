@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import typer
 
 from prunectl.commands.inputs import STDIN
 from prunectl.errors import UsageError
+from prunectl.formats.stripping import Part
 from prunectl.pruning import manifest
-from prunectl.pruning.prune import Output
+from prunectl.pruning.output import Output
 from prunectl.pruning.request import Request
 from prunectl.reporting.words import parse_ratio, parse_size
 
@@ -69,6 +71,19 @@ def destination(model: Path, output: str, *, force: bool, in_place: bool, dry_ru
     else:
         with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
             yield Output(Path(scratch) / f"standard-output{model.suffix}")
+
+
+def parts_of(words: str) -> frozenset[Part]:
+    """Return the parts in a list with commas; all of them if it is empty."""
+    known = {str(part): part for part in Part}
+    for word in filter(None, words.split(",")):
+        if word not in known:
+            raise UsageError(
+                f"{word!r} is no part of a model",
+                did_you_mean=tuple(get_close_matches(word, known, n=2)),
+                hint=f"parts: {', '.join(known)}",
+            )
+    return frozenset(known[word] for word in words.split(",")) if words else frozenset(Part)
 
 
 def _is_typed(ctx: typer.Context, name: str) -> bool:

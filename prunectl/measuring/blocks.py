@@ -60,6 +60,17 @@ def slabs(model: ModelFile, tensor: Tensor, aligned: int) -> Iterator[tuple[int,
             yield begin, np.concatenate(list(map(np.copy, extents.blocks(run, tensor.dtype)))).reshape(shape)
 
 
+def same_numbers(model: ModelFile, tensor: Tensor, other_model: ModelFile, other: Tensor) -> bool:
+    """Whether two tensors of one type and shape hold the same numbers, bit for bit."""
+    pairs = zip(_in_order(model, tensor), _in_order(other_model, other), strict=False)
+    return all(one.tobytes() == two.tobytes() for one, two in pairs)
+
+
+def _in_order(model: ModelFile, tensor: Tensor) -> Iterator[Array]:
+    """Yield a tensor in C order, in blocks whose sizes depend on nothing but its shape."""
+    return (slab for _, slab in slabs(model, tensor, 1)) if tensor.shape else iter([model.read(tensor)])
+
+
 def elements(tensor: Tensor) -> int:
     """Return how many elements the storage of a tensor holds."""
     return tensor.storage.nbytes // tensor.dtype.itemsize

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,20 +20,9 @@ from prunectl.measuring.survey import Survey, survey
 from prunectl.pruning import plan as planning
 from prunectl.pruning import target as targets
 from prunectl.pruning.execute import Method, Tally, execute, verify
+from prunectl.pruning.output import BIG_BYTES, Output, workplace
 from prunectl.pruning.plan import Plan
 from prunectl.pruning.request import Request, method_of, wish_of
-
-BIG_BYTES = 64 << 20
-"""Above it, compressing for the report would take longer than pruning."""
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """Where the result goes, and whether something may be there."""
-
-    target: Path
-    is_forced: bool = False
-    is_in_place: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +47,7 @@ def prune(path: Path, request: Request, output: Output | None) -> Pruned:
         outputs.check_target(model, output.target, is_forced=output.is_forced, is_in_place=output.is_in_place)
     wish = wish_of(model, request, _sought(model, request, method))
     plan = _planned(model, request, wish.sparsity)
-    with _workplace(model, output) as (folder, target), ThreadPoolExecutor(1) as aside:
+    with workplace(model, output) as (folder, target), ThreadPoolExecutor(1) as aside:
         counting = aside.submit(survey, model, model.tensors, has_channels=False)
         written, tallies = _write(model, plan, method, folder, target, is_packed=request.is_packed)
         # What has to be on the disk before it may be renamed gets there while it is read back.
@@ -78,18 +64,6 @@ def prune(path: Path, request: Request, output: Output | None) -> Pruned:
 
 def _planned(model: ModelFile, request: Request, sparsity: float) -> Plan:
     return planning.make(model, wish_of(model, request, sparsity), can_reencode=by_name(model.format).is_reencoded)
-
-
-@contextmanager
-def _workplace(model: ModelFile, output: Output | None) -> Generator[tuple[Path, Path]]:
-    """Yield the folder to write into, and the path that the result is named after."""
-    if output is None:
-        with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
-            yield Path(scratch), Path(scratch) / model.path.name
-    else:
-        # The output appears when this ends without an error.
-        with outputs.replacing(output.target, may_replace=output.is_forced or output.is_in_place) as folder:
-            yield folder, output.target
 
 
 def _write(
@@ -130,7 +104,7 @@ def _sought(model: ModelFile, request: Request, method: Method) -> float | None:
         require(model, Can.PACK)
 
     def size_at(sparsity: float) -> int:
-        with _workplace(model, None) as (folder, target):
+        with workplace(model, None) as (folder, target):
             plan = _planned(model, request, sparsity)
             written = open_model(_write(model, plan, method, folder, target, is_packed=False)[0])
             if what == "packed":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from prunectl.measuring.survey import Survey
 from prunectl.pruning.prune import Pruned
+from prunectl.reporting.before_after import before_after
 from prunectl.reporting.report import Artifact, Report, Section
 from prunectl.reporting.survey_json import survey_json
 from prunectl.reporting.table import Cell, Column, Table, Unit
@@ -41,7 +41,7 @@ def prune_report(found: Pruned, output: str) -> Report:
     return Report(
         models=(survey_json(found.before), survey_json(found.after)),
         main=cuts,
-        sections=(Section(title, _facts(found), (cuts, _sizes(found)), tuple(remarks)),),
+        sections=(Section(title, _facts(found), (cuts, before_after(found.before, found.after)), tuple(remarks)),),
         artifacts=(Artifact(output, found.after.bytes.raw),) if output else (),
         remarks=(),
         bare=(),
@@ -63,21 +63,6 @@ def _facts(found: Pruned) -> tuple[tuple[str, str], ...]:
         ("how", how),
         ("planned", f"{count(found.plan.drop)} of {count(found.plan.size)} weights"),
     )
-
-
-def _sizes(found: Pruned) -> Table:
-    columns = (
-        Column(""),
-        Column("sparsity", Unit.RATIO),
-        Column("raw", Unit.BYTES),
-        Column("packed", Unit.BYTES),
-        Column("gzip", Unit.BYTES),
-    )
-    return Table("sizes", columns, (_size("before", found.before), _size("after", found.after)))
-
-
-def _size(name: str, found: Survey) -> tuple[Cell, ...]:
-    return (name, found.sparsity, found.bytes.raw, found.bytes.packed, found.bytes.compressed)
 
 
 def _skipped(found: Pruned) -> str:

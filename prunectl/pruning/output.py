@@ -1,0 +1,36 @@
+"""Where a result goes, and where it is made."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from prunectl.formats import outputs
+from prunectl.formats.base import ModelFile
+
+BIG_BYTES = 64 << 20
+"""Above it, compressing for the report would take longer than the work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where the result goes, and whether something may be there."""
+
+    target: Path
+    is_forced: bool = False
+    is_in_place: bool = False
+
+
+@contextmanager
+def workplace(model: ModelFile, output: Output | None) -> Generator[tuple[Path, Path]]:
+    """Yield the folder to write into, and the path that the result is named after."""
+    if output is None:
+        with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
+            yield Path(scratch), Path(scratch) / model.path.name
+    else:
+        # The output appears when this ends without an error.
+        with outputs.replacing(output.target, may_replace=output.is_forced or output.is_in_place) as folder:
+            yield folder, output.target

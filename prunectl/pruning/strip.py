@@ -1,0 +1,69 @@
+"""Stripping, from a file to a file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from prunectl.errors import WorkError
+from prunectl.formats import outputs
+from prunectl.formats.base import Can, ModelFile
+from prunectl.formats.stripping import Part, Removed, Wish
+from prunectl.formats.table import by_name, load, open_model, require
+from prunectl.measuring.blocks import same_numbers
+from prunectl.measuring.codecs import CodecName, pick
+from prunectl.measuring.sizes import measure
+from prunectl.measuring.survey import Survey, survey
+from prunectl.pruning.output import BIG_BYTES, Output, workplace
+
+
+@dataclass(frozen=True, slots=True)
+class Stripped:
+    """What went, and what is left."""
+
+    removed: tuple[Removed, ...]
+    before: Survey
+    after: Survey
+
+
+def strip(path: Path, wish: Wish, output: Output | None, *, is_packed: bool) -> Stripped:
+    """Write a model again without what it does not need to predict; without an output, into a scratch file."""
+    model = open_model(path)
+    require(model, Can.STRIP)
+    if is_packed:
+        require(model, Can.PACK)
+    if output is not None:
+        outputs.check_target(model, output.target, is_forced=output.is_forced, is_in_place=output.is_in_place)
+    with workplace(model, output) as (folder, target):
+        places = {source: folder / name for source, name in outputs.targets(model, target).items()}
+        removed: tuple[Removed, ...] = load(by_name(model.format).stripper)(model, wish, places)
+        written = places[model.path]
+        if is_packed:
+            packed = folder.parent / "packed"
+            load(by_name(model.format).packer)(open_model(written), packed, lambda _: None)
+            os.replace(packed, written)
+        found = open_model(written)
+        _verify(model, found, wish)
+        before, after = _surveyed(model), _surveyed(found)
+    return Stripped(removed, before, replace(after, path=str(target)) if output is not None else after)
+
+
+def _verify(model: ModelFile, found: ModelFile, wish: Wish) -> None:
+    """Hold what was written against the input: nothing is left that should go, and nothing else has changed."""
+    if Part.MASKS in wish.parts and found.about.wrappers:
+        raise WorkError(f"{model.path} came out with wrappers still around {found.about.wrappers[0].layer}")
+    wrapped = {wrapper.layer for wrapper in model.about.wrappers}
+    known = {tensor.name: tensor for tensor in model.tensors}
+    for tensor in found.tensors:
+        old = known.get(tensor.name)
+        if old is None or old.dtype != tensor.dtype or tensor.layer in wrapped:
+            continue
+        if old.shape != tensor.shape or not same_numbers(model, old, found, tensor):
+            raise WorkError(f"{tensor.name} of {model.path} came out with other numbers than it had")
+
+
+def _surveyed(model: ModelFile) -> Survey:
+    if sum(file.stat().st_size for file in model.files) <= BIG_BYTES:
+        return measure(model, pick(CodecName.GZIP, None))
+    return survey(model, model.tensors, has_channels=False)
