@@ -40,9 +40,10 @@ def run(line: str, folder: Path) -> int:
     return done.returncode
 
 
-@pytest.mark.parametrize("line", typed(README))
-def test_every_command_line_of_the_readme_runs(line: str) -> None:
-    assert run(line, ROOT) == 0
+def test_every_command_line_of_the_readme_runs_from_top_to_bottom(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES, tmp_path / "fixtures", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    for line in typed(README):
+        assert run(line, tmp_path) == 0, line
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -93,6 +93,8 @@ FORMATS = (
         sniff.is_onnx,
         "onnx.model:open_model",
         packer="onnx.pack:pack",
+        writer="onnx.write:write",
+        is_reencoded=True,
         graph="onnx.graph:operations",
     ),
 )
@@ -155,4 +157,4 @@ def require(model: ModelFile, needs: Can) -> None:
     """Refuse what a format cannot do, before any work begins."""
     row = by_name(model.format)
     if needs & ~row.can:
-        raise InputError(f"{model.path} is a {row.title} file: {_CANNOT[needs]}")
+        raise InputError(f"{model.path} ({row.title}): {_CANNOT[needs]}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from prunectl.formats.base import Can
+from prunectl.formats.table import by_name
 from prunectl.measuring.survey import Survey
 
 _MANY_ZEROS = 0.3
@@ -15,13 +17,29 @@ def advise(found: Survey) -> tuple[str, ...]:
     zeros = found.prunable_sparsity
     if zeros is not None and zeros >= _MANY_ZEROS and not found.about.is_compressed:
         sentences.append(
-            f"{zeros:.0%} of the prunable weights are zero, yet the file is as big as before: in this container a zero "
-            "takes as many bytes as any number. It pays once the file is compressed, as `prunectl size` shows."
+            f"{_percent(zeros)} of the prunable weights are zero, yet the file is as big as before: in this container a zero "
+            f"takes as many bytes as any number. {_remedy(found)}"
         )
     if shares.get("masks", 0) > _WORTH_A_WORD:
-        sentences.append(f"Pruning wrappers are still in the file: their masks take {shares['masks']:.0%} of it.")
+        sentences.append(
+            f"Pruning wrappers are still in the file: their masks take {_percent(shares['masks'])} of it. "
+            "`prunectl strip` takes them out."
+        )
     if shares.get("optimizer", 0) > _WORTH_A_WORD:
         sentences.append(
-            f"The optimizer's state takes {shares['optimizer']:.0%} of the file; predictions do not need it."
+            f"The optimizer's state takes {_percent(shares['optimizer'])} of the file; predictions do not need it. "
+            "`prunectl strip` takes it out."
         )
     return tuple(sentences)
+
+
+def _percent(share: float) -> str:
+    """Return a share in whole percents, which are a hundred only when it is everything."""
+    return f"{share:.0%}" if share == 1 else f"{min(round(share * 100), 99)}%"
+
+
+def _remedy(found: Survey) -> str:
+    """Return the command that turns zeros into a smaller file."""
+    if Can.PACK & by_name(found.format).can:
+        return "`prunectl strip --pack` compresses it inside its container, so that it still loads as it is."
+    return "It pays once the file is compressed, as `prunectl size` shows."

@@ -11,6 +11,7 @@ from prunectl.formats import outputs
 from prunectl.formats.base import Can, ModelFile
 from prunectl.formats.stripping import Part, Removed, Wish
 from prunectl.formats.table import by_name, load, open_model, require
+from prunectl.formats.writing import write_flat
 from prunectl.measuring.blocks import same_numbers
 from prunectl.measuring.codecs import CodecName, pick
 from prunectl.measuring.sizes import measure
@@ -30,14 +31,18 @@ class Stripped:
 def strip(path: Path, wish: Wish, output: Output | None, *, is_packed: bool) -> Stripped:
     """Write a model again without what it does not need to predict; without an output, into a scratch file."""
     model = open_model(path)
-    require(model, Can.STRIP)
-    if is_packed:
-        require(model, Can.PACK)
+    # What has nothing to strip may still be packed.
+    require(model, Can.PACK if is_packed else Can.STRIP)
+    stripper = by_name(model.format).stripper
     if output is not None:
         outputs.check_target(model, output.target, is_forced=output.is_forced, is_in_place=output.is_in_place)
     with workplace(model, output) as (folder, target):
         places = {source: folder / name for source, name in outputs.targets(model, target).items()}
-        removed: tuple[Removed, ...] = load(by_name(model.format).stripper)(model, wish, places)
+        removed: tuple[Removed, ...] = ()
+        if stripper:
+            removed = load(stripper)(model, wish, places)
+        else:
+            write_flat(model, places, ())
         written = places[model.path]
         if is_packed:
             packed = folder.parent / "packed"

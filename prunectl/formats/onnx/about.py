@@ -23,13 +23,19 @@ def about(model: Model, scopes: Sequence[Scope], tensors: Sequence[Tensor]) -> A
     nodes = [node for scope in scopes for node in scope.graph.nodes]
     optimizers = [node.op for scope in scopes if scope.is_training for node in scope.graph.nodes if _optimises(node)]
     return About(
-        producer=model.producer,
+        producer=_producer(model),
         optimizer=next(iter(optimizers), ""),
         training=tuple(dict.fromkeys(f"loss {node.op}" for node in nodes if node.op.endswith("Loss"))),
         code=_foreign(nodes, frozenset(scope.defines for scope in scopes)),
         notes=(*_notes(model, nodes), *_tensor_notes(tensors)),
         is_compressed=any(scope.graph.sparse for scope in scopes),
     )
+
+
+def _producer(model: Model) -> str:
+    opset = model.opsets.get("", model.opsets.get("ai.onnx", 0))
+    versions = (f"opset {opset}" if opset else "", f"IR version {model.ir_version}" if model.ir_version else "")
+    return ", ".join(filter(None, (model.producer, *versions)))
 
 
 def _optimises(node: Node) -> bool:
@@ -47,9 +53,6 @@ def _foreign(nodes: Sequence[Node], defined: frozenset[str]) -> tuple[str, ...]:
 
 
 def _notes(model: Model, nodes: Sequence[Node]) -> Iterator[str]:
-    opset = model.opsets.get("", model.opsets.get("ai.onnx", 0))
-    if opset:
-        yield f"The graph is written for opset {opset} (ONNX IR version {model.ir_version})."
     for key, value in model.metadata[:MAX_SHOWN]:
         yield f"Its metadata says: {key} = {value}."
     if classical := sum(node.domain == _CLASSICAL for node in nodes):

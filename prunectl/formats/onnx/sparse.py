@@ -16,11 +16,11 @@ from prunectl.formats.protobuf_write import head, number
 
 FIELD = 15
 """Where a graph keeps such tensors."""
-_VALUES, _INDICES, _DIMS = 1, 2, 3
+VALUES, _INDICES, _DIMS = 1, 2, 3
 _INT64 = 7
 _INDEX = np.dtype("<i8")
-_TENSOR_DIMS, _TENSOR_TYPE = 1, 2
-_REPLACED = {_TENSOR_DIMS, FLOATS, INT32S, INT64S, RAW, DOUBLES, UINT64S}
+DIMS, _TENSOR_TYPE = 1, 2
+_REPLACED = {DIMS, FLOATS, INT32S, INT64S, RAW, DOUBLES, UINT64S}
 """Fields of the dense tensor that take another form; the others are kept, those that nobody knows included."""
 
 
@@ -28,6 +28,7 @@ _REPLACED = {_TENSOR_DIMS, FLOATS, INT32S, INT64S, RAW, DOUBLES, UINT64S}
 class Sparse:
     """A tensor that is to be written without its zeros."""
 
+    model: ModelFile
     tensor: Tensor
     kept: int
     """How many values are not zero."""
@@ -50,36 +51,41 @@ class Sparse:
 
     def _heads(self) -> tuple[bytes, bytes, bytes]:
         """Return what stands before the values, before the indices, and behind them."""
-        length = number(_TENSOR_DIMS, self.kept)
+        length = number(DIMS, self.kept)
         # One index for each value, counted over the flattened tensor: the shortest of the two forms that ONNX knows.
         values = self.facts + length + head(RAW, self.kept * self.tensor.dtype.itemsize)
         indices = length + number(_TENSOR_TYPE, _INT64) + head(RAW, self.kept * _INDEX.itemsize)
-        before = head(_VALUES, len(values) + self.kept * self.tensor.dtype.itemsize) + values
+        before = head(VALUES, len(values) + self.kept * self.tensor.dtype.itemsize) + values
         between = head(_INDICES, len(indices) + self.kept * _INDEX.itemsize) + indices
         shape = b"".join(number(_DIMS, length) for length in self.tensor.shape)
         return head(FIELD, len(before) + len(between) + len(shape) + self._data_bytes) + before, between, shape
 
-    def pieces(self, model: ModelFile) -> Iterator[bytes]:
+    def pieces(self) -> Iterator[bytes]:
         """Yield the field piece by piece."""
         before, between, behind = self._heads()
         yield before
-        for _, bits in _pieces(model, self.tensor):
+        for _, bits in _pieces(self.model, self.tensor):
             yield bits[bits != 0].tobytes()
         yield between
-        for begin, bits in _pieces(model, self.tensor):
+        for begin, bits in _pieces(self.model, self.tensor):
             yield (np.flatnonzero(bits) + begin).astype(_INDEX).tobytes()
         yield behind
 
 
 def without_zeros(model: ModelFile, tensor: Tensor, data: memoryview, dense: Span) -> Sparse:
     """Return the sparse form of a dense tensor that lies in ``data``; minus zero is kept, as it has bits."""
+    kept = sum(int(np.count_nonzero(bits)) for _, bits in _pieces(model, tensor))
+    return Sparse(model, tensor, kept, facts_of(data, dense))
+
+
+def facts_of(data: memoryview, dense: Span) -> bytes:
+    """Return what a dense tensor says of itself beside its shape and its numbers."""
     facts, begin = bytearray(), dense.begin
     for field in protobuf.fields(data, *dense):
         if field.number not in _REPLACED:
             facts += data[begin : field.end]
         begin = field.end
-    kept = sum(int(np.count_nonzero(bits)) for _, bits in _pieces(model, tensor))
-    return Sparse(tensor, kept, bytes(facts))
+    return bytes(facts)
 
 
 def _pieces(model: ModelFile, tensor: Tensor) -> Iterator[tuple[int, NDArray[np.unsignedinteger]]]:
