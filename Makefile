@@ -25,6 +25,7 @@ lint: .venv/.full
 	$(BIN)/lint-imports
 
 bench: .venv/.full
+	$(PIP) install -c constraints.txt --group bench
 	$(BIN)/python -m benchmarks
 
 fixtures: .venv/.full

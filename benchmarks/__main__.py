@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import big_files, scripts, startup
+from benchmarks import big_files, pruning, scripts, startup
 
-ALL = {"startup": startup.run, "scripts": scripts.run, "big_files": big_files.run}
+ALL = {"startup": startup.run, "scripts": scripts.run, "big_files": big_files.run, "pruning": pruning.run}
 
 for name in sys.argv[1:] or ALL:
     ALL[name]()

@@ -8,6 +8,8 @@ import numpy as np
 
 from prunectl.pruning.selection import Array, Mask
 
+_FEW = 16
+
 
 class Pool(StrEnum):
     """How a block's score comes from those of its weights."""
@@ -25,12 +27,26 @@ def lowest_of_each(scores: Array, axis: int, zeros: int, group: int) -> Mask:
     moved = np.moveaxis(scores, axis, -1)
     missing = -moved.shape[-1] % group
     padded = np.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, missing)], constant_values=-1)
-    groups = padded.reshape(-1, group)
-    order = np.argsort(groups, axis=1, kind="stable")[:, :zeros]
-    dropped = np.zeros(groups.shape, np.bool_)
-    np.put_along_axis(dropped, order, values=True, axis=1)
-    whole = dropped.reshape(padded.shape)[..., : moved.shape[-1]]
+    whole = _lowest(padded.reshape(-1, group), zeros).reshape(padded.shape)[..., : moved.shape[-1]]
     return np.ascontiguousarray(np.moveaxis(whole, -1, axis))
+
+
+def _lowest(groups: Array, count: int) -> Mask:
+    """Mark the lowest scores of each row, ties from the left."""
+    dropped = np.zeros(groups.shape, np.bool_)
+    if groups.shape[1] > _FEW:
+        order = np.argsort(groups, axis=1, kind="stable")[:, :count]
+        np.put_along_axis(dropped, order, values=True, axis=1)
+        return dropped
+    # How many go before each: for groups as small as these, comparing all pairs is faster than sorting.
+    columns = np.ascontiguousarray(groups.T)
+    for at, column in enumerate(columns):
+        before = np.zeros(len(groups), np.uint8)
+        for other, score in enumerate(columns):
+            if other != at:
+                before += (score <= column) if other < at else (score < column)
+        dropped[:, at] = before < count
+    return dropped
 
 
 def lowest_blocks(scores: Array, out_axis: int, size: tuple[int, int], pool: Pool, sparsity: float) -> Mask:

@@ -11,8 +11,8 @@ from pathlib import Path
 from prunectl.formats import outputs
 from prunectl.formats.base import ModelFile
 
-BIG_BYTES = 64 << 20
-"""Above it, compressing for the report would take longer than the work."""
+BIG_BYTES = 16 << 20
+"""Above it, compressing for the report would take much longer than the work."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def doubled(model: ModelFile, names: set[str]) -> list[Rewrite]:
         yield np.asarray(array * array.dtype.type(2))
 
     found = [tensor for tensor in model.tensors if tensor.name in names]
-    return [Rewrite(tensor, lambda array=model.read(tensor): blocks(array)) for tensor in found]
+    return [Rewrite(tensor, partial(blocks, model.read(tensor))) for tensor in found]
 
 
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.FLOAT, TensorProto.DOUBLE])
