@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from prunectl.reporting.words import count, gate_sentence, printable
@@ -50,13 +51,10 @@ def _show_section(section: Section, console: Console, settings: Settings) -> Non
 
 
 def _remark(text: str, console: Console) -> None:
-    from rich.padding import Padding  # noqa: PLC0415 - rich is loaded only for people
-    from rich.text import Text  # noqa: PLC0415
-
-    console.print("* ", style="yellow", end="")
-    lines = Text(printable(text)).wrap(console, max(console.width - 2, 20))
+    lines = wrap(printable(text), max(console.width - 2, 20))
     for number, line in enumerate(lines):
-        console.print(line if number == 0 else Padding(line, (0, 0, 0, 2)))
+        console.print("  " if number else "* ", style="yellow", end="")
+        console.print(line, soft_wrap=True)
 
 
 def _show_table(table: Table, console: Console, settings: Settings) -> None:

@@ -67,5 +67,5 @@ def _facts(found: Pruned) -> tuple[tuple[str, str], ...]:
 
 def _skipped(found: Pruned) -> str:
     reasons = Counter(skip.reason for skip in found.plan.skips)
-    told = ", ".join(f"{number} ({reason})" for reason, number in reasons.most_common(6))
+    told = ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common(6))
     return f"Left alone: {told}{' and others' if len(reasons) > 6 else ''}."
