@@ -1,3 +1,27 @@
 """Prune saved neural networks on disk."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prunectl.api import inspect as inspect
+    from prunectl.api import prune as prune
+    from prunectl.api import size as size
+    from prunectl.api import strip as strip
+
 __version__ = "0.1.0"
+_FUNCTIONS = frozenset({"inspect", "prune", "size", "strip"})
+
+
+def __getattr__(name: str) -> Any:
+    """Return a command as a function; what it needs is imported when it is asked for."""
+    if name not in _FUNCTIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from prunectl import api  # noqa: PLC0415 - `import prunectl` stays instant
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_FUNCTIONS})

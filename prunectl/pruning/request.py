@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any
 
 from prunectl.errors import UsageError
@@ -45,7 +46,7 @@ def from_json(said: dict[str, Any]) -> Request:
     """Return the request in a recipe."""
     known = {field.name for field in fields(Request)}
     if unknown := sorted(set(said) - known):
-        raise UsageError(f"the recipe has a key that prunectl does not know: {unknown[0]}")
+        raise UsageError(f"no choice is called {unknown[0]}", did_you_mean=tuple(get_close_matches(unknown[0], known)))
     lists = {name: tuple(map(_frozen, value)) for name, value in said.items() if isinstance(value, list)}
     return Request(**{**said, **lists})
 

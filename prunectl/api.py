@@ -1,0 +1,74 @@
+"""The commands as functions: the same words as arguments, the report that the command prints as the result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from prunectl.formats.stripping import Part, Wish
+from prunectl.formats.table import open_model
+from prunectl.measuring import codecs, looking, patterns, sizes
+from prunectl.measuring.codecs import CodecName
+from prunectl.measuring.looking import Look
+from prunectl.measuring.survey import Survey
+from prunectl.pruning import prune as pruning
+from prunectl.pruning import request as requests
+from prunectl.pruning import strip as stripping
+from prunectl.pruning.output import Output
+from prunectl.pruning.prune import Pruned
+from prunectl.pruning.request import Request
+from prunectl.pruning.strip import Stripped
+
+AnyPath = str | os.PathLike[str]
+
+
+def inspect(model: AnyPath, *, layers: str = "", pattern: str = "", flops: bool = False, zeros: bool = True) -> Survey:
+    """Return what is in a model file."""
+    wanted = Look(layers=layers, pattern=pattern, has_flops=flops, has_zeros=zeros)
+    return looking.look(open_model(Path(model)), wanted, patterns.parse(pattern) if pattern else None)
+
+
+def size(model: AnyPath, *, codec: str = "gzip", level: int | None = None) -> Survey:
+    """Return how big a model is: as it is, packed, and compressed."""
+    return sizes.measure(open_model(Path(model)), codecs.pick(CodecName(codec), level))
+
+
+def prune(
+    model: AnyPath, output: AnyPath | None, *, force: bool = False, in_place: bool = False, **words: Any
+) -> Pruned:
+    """Zero the least important weights of a model; without an output nothing is written.
+
+    The words are those of the command line: ``sparsity=0.8``, ``scope="global"``, ``exclude=["fc*"]`` …
+    """
+    request = requests.from_json({key: list(value) if _is_list(value) else value for key, value in words.items()})
+    requests.check(request)
+    return pruning.prune(Path(model), request, _output(output, force=force, in_place=in_place))
+
+
+def strip(
+    model: AnyPath,
+    output: AnyPath | None,
+    *,
+    only: Iterable[str] = (),
+    half: bool = False,
+    pack: bool = False,
+    force: bool = False,
+    in_place: bool = False,
+) -> Stripped:
+    """Drop what a model does not need to predict; without an output nothing is written."""
+    parts = frozenset(map(Part, only)) or frozenset(Part)
+    place = _output(output, force=force, in_place=in_place)
+    return stripping.strip(Path(model), Wish(parts, is_half=half), place, is_packed=pack)
+
+
+def _output(path: AnyPath | None, *, force: bool, in_place: bool) -> Output | None:
+    return None if path is None else Output(Path(path), is_forced=force, is_in_place=in_place)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+__all__ = ["Request", "inspect", "prune", "size", "strip"]

@@ -1,0 +1,53 @@
+"""The commands as functions of Python."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import prunectl
+from prunectl.errors import UsageError
+from tests.running import FIXTURES
+from tests.running import prunectl as command
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import sys, prunectl; sys.exit(bool({'numpy', 'typer', 'h5py', 'rich'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_function_is_listed() -> None:
+    assert {"inspect", "prune", "size", "strip"} <= set(dir(prunectl))
+    with pytest.raises(AttributeError, match="no attribute 'bake'"):
+        prunectl.bake  # noqa: B018 - asking for it is the test
+
+
+def test_inspect_and_size_return_what_the_commands_print() -> None:
+    path = FIXTURES / "digits_cnn.pt"
+    found = prunectl.inspect(path, layers="conv*")
+    assert [row.name for row in found.layers] == ["conv1.weight", "conv1.bias", "conv2.weight", "conv2.bias"]
+    assert f"{prunectl.size(path).bytes.compressed}\n" == command("size", "-q", path).out
+
+
+def test_prune_writes_what_the_command_writes(tmp_path: Path) -> None:
+    path = FIXTURES / "digits_cnn.onnx"
+    found = prunectl.prune(path, tmp_path / "ours.onnx", sparsity=0.8, scope="global", exclude=["fc2"])
+    words = ["--sparsity", "0.8", "--scope", "global", "--exclude", "fc2"]
+    assert command("prune", path, "-o", tmp_path / "theirs.onnx", *words).code == 0
+    assert (tmp_path / "ours.onnx").read_bytes() == (tmp_path / "theirs.onnx").read_bytes()
+    assert sum(tally.dropped for tally in found.tallies.values()) == found.plan.drop
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes((FIXTURES / "digits_cnn.onnx").read_bytes())
+    assert prunectl.prune(path, None, sparsity=0.5).after.params.prunable_zero == 4868
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_word_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(UsageError, match="sparcity"):
+        prunectl.prune(FIXTURES / "digits_cnn.onnx", None, sparcity=0.5)
