@@ -199,6 +199,8 @@ class ModelFile:
     """Every file that the model consists of."""
     decode: Callable[[Tensor], Array] | None = None
     """Reads a tensor that has no flat extent."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that the file holds once more, with the names of what they are copies of: they change together."""
 
     def read(self, tensor: Tensor) -> Array:
         """Return the tensor as a read-only array, paged in as it is touched where the bytes lie flat."""

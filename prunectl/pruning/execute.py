@@ -46,9 +46,15 @@ class Tally:
 def execute(model: ModelFile, plan: Plan, method: Method, targets: dict[Path, Path]) -> dict[str, Tally]:
     """Write the pruned copy, and return what is in it by tensor."""
     tallies = {cut.tensor.name: Tally() for cut in plan.cuts}
+    makers = dict(zip(tallies, _makers(model, plan, method), strict=True))
     rewrites = [
-        Rewrite(cut.tensor, partial(_counted, make, tallies[cut.tensor.name]))
-        for cut, make in zip(plan.cuts, _makers(model, plan, method), strict=True)
+        Rewrite(cut.tensor, partial(_counted, makers[cut.tensor.name], tallies[cut.tensor.name])) for cut in plan.cuts
+    ]
+    # What the file holds once more is written once more, from the same numbers.
+    rewrites += [
+        Rewrite(tensor, partial(_counted, makers[model.copies[tensor.name]], Tally()))
+        for tensor in model.tensors
+        if model.copies.get(tensor.name) in makers
     ]
     load(by_name(model.format).writer)(model, targets, rewrites)
     if not isinstance(method.pattern, Block) and method.not_finite is not NotFinite.ZERO:

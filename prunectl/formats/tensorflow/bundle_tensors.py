@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -83,14 +82,19 @@ def optimizer(tensors: Iterable[Tensor], full_names: Mapping[str, str]) -> str:
     return named or ("unknown" if is_there else "")
 
 
-def twice(bundle: Bundle, full_names: Mapping[str, str]) -> int:
-    """Return the bytes of variables that are there once more under the same name, with the same checksum."""
-    copies: Counter[tuple[str, tuple[int, ...], int, int]] = Counter()
+def copies(bundle: Bundle, full_names: Mapping[str, str]) -> dict[str, str]:
+    """Return tensors that are there before under the same name with the same checksum, with what they are copies of."""
+    first: dict[tuple[str, tuple[int, ...], int, int], str] = {}
+    found: dict[str, str] = {}
     for entry in bundle.numbers():
-        name = full_names.get(entry.key.decode("utf-8", "backslashreplace"), "")
+        key = entry.key.decode("utf-8", "backslashreplace")
+        name = full_names.get(key, "")
         if "/" in name and entry.crc:
-            copies[name, entry.shape, entry.nbytes, entry.crc] += 1
-    return sum((count - 1) * nbytes for (_, _, nbytes, _), count in copies.items())
+            own = key.removesuffix(VALUE_SUFFIX)
+            original = first.setdefault((name, entry.shape, entry.nbytes, entry.crc), own)
+            if original != own:
+                found[own] = original
+    return found
 
 
 def _root(entries: Iterable[Entry], full_names: Mapping[str, str]) -> str:

@@ -32,6 +32,7 @@ def open_model(path: Path) -> ModelFile:
     bundle = read_bundle(index)
     names = object_graph.full_names(bundle)
     tensors = bundle_tensors.tensors_of(bundle, names, keras.classes)
+    copies = bundle_tensors.copies(bundle, names)
     return ModelFile(
         path=path,
         format="saved-model",
@@ -40,10 +41,11 @@ def open_model(path: Path) -> ModelFile:
             graph,
             keras,
             optimizer=keras.optimizer or bundle_tensors.optimizer(tensors, names),
-            note=_duplicates(bundle_tensors.twice(bundle, names)),
+            note=_duplicates(sum(tensor.nbytes for tensor in tensors if tensor.name in copies)),
         ),
         files=files,
         decode=bundle_tensors.decoder(bundle),
+        copies=copies,
     )
 
 
