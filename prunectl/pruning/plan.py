@@ -117,7 +117,7 @@ def _choose(
             # What was named by --only was meant, even if it is no kernel.
             reasons[tensor.name] = judge(tensor) if only is None else "" if tensor.name in only else "not among --only"
         if tensor.name in model.copies:
-            reasons[tensor.name] = f"a copy of {model.copies[tensor.name]}, pruned as that is"
+            reasons[tensor.name] = "a second copy of a variable, changed as the first is"
         reasons[tensor.name] = reasons.get(tensor.name) or _impossible(tensor, wish, can_reencode=can_reencode)
     willing = [tensor for tensor in model.tensors if not reasons[tensor.name]]
     reasons |= {name: f"tied to {other}, which is pruned" for name, other in ties(willing).items()}
