@@ -10,10 +10,11 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import TextIO
 
 from prunectl import __version__
 
-CANCELLED, BUG, BROKEN_PIPE, TERMINATED = 130, 70, 141, 143
+FAILED, CANCELLED, BROKEN_PIPE, TERMINATED = 5, 130, 141, 143
 
 
 class Terminated(BaseException):
@@ -23,9 +24,7 @@ class Terminated(BaseException):
 def main() -> int:
     """Run the command that the user typed, and return its exit code."""
     words = sys.argv[1:]
-    if words in (["-V"], ["--version"]):
-        sys.stdout.write(f"prunectl {__version__}\n")
-        return 0
+    _open_what_is_closed()
     signal.signal(signal.SIGTERM, _terminate)
     # The pools that NumPy's libraries start at import serve nothing here, and cost start-up time.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -38,10 +37,22 @@ def main() -> int:
         return CANCELLED
     except Terminated:
         return TERMINATED
+    except OSError as error:
+        return _give_up(error)
     return code
 
 
+def _open_what_is_closed() -> None:
+    # A stream that the shell closed (`>&-`) is None in Python, and its file number goes to the next file opened.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open as long as the process
+
+
 def _run(words: list[str]) -> int:
+    if words in (["-V"], ["--version"]):
+        sys.stdout.write(f"prunectl {__version__}\n")
+        return 0
     try:
         from prunectl.commands.app import run  # noqa: PLC0415 - an import that fails is caught here as well
 
@@ -63,6 +74,21 @@ def _terminate(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _hang_up() -> int:
-    # Python flushes stdout once more on its way out, which must not fail again.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _silence(sys.stdout)
     return BROKEN_PIPE
+
+
+def _give_up(error: OSError) -> int:
+    """Nothing can be written to where the output should go, not even an object that says so."""
+    _silence(sys.stdout)
+    try:
+        sys.stderr.write(f"error: standard output cannot be written: {error.strerror}\n")
+        sys.stderr.flush()
+    except OSError:
+        _silence(sys.stderr)
+    return FAILED
+
+
+def _silence(stream: TextIO) -> None:
+    # Python flushes the streams once more on its way out, which must not fail again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import subprocess
 import sys
@@ -256,3 +257,26 @@ def test_an_output_that_cannot_show_a_letter_shows_it_escaped(tmp_path: Path) ->
     found = prunectl("inspect", tmp_path / "modèle.h5", PYTHONIOENCODING="ascii")
     assert found.code == 3
     assert "mod\\xe8le.h5" in found.err
+
+
+def test_a_slip_in_a_command_line_points_to_the_help_that_there_is() -> None:
+    assert prunectl("inspct", "m.h5").err.endswith("see: prunectl --help\n")
+    assert prunectl("inspect").err.endswith("see: prunectl inspect --help\n")
+    assert prunectl("size", "m.h5", "--nope").err.endswith("see: prunectl size --help\n")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_the_shell_closed_change_no_exit_code(closed: str) -> None:
+    for words, code in ((f"inspect {FIXTURES / 'digits_cnn.pt'}", 0), ("inspect missing.h5", 3), ("--version", 0)):
+        line = f"{shlex.join(COMMAND)} {words} {closed}"
+        assert subprocess.run(line, shell=True, capture_output=True, env=clean(), check=False).returncode == code
+
+
+@pytest.mark.parametrize("words", ["inspect --json", "inspect", "size", "size -q", "--version", "--help"])
+@pytest.mark.parametrize("full", [">/dev/full", ">/dev/full 2>&1"])
+def test_an_output_that_cannot_be_written_is_a_failure_and_not_a_no(words: str, full: str) -> None:
+    model = "" if words.startswith("--") else str(FIXTURES / "digits_cnn.pt")
+    line = f"{shlex.join(COMMAND)} {words} {model} {full}"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, env=clean(), check=False)
+    assert done.returncode == 5
+    assert "Traceback" not in done.stderr

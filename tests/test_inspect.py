@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from prunectl.formats.table import open_model
 from tests.running import FIXTURES, at_terminal, prunectl, without_colors
@@ -155,8 +155,11 @@ def test_why_the_file_is_not_smaller_is_said_unasked() -> None:
 
 
 def test_quiet_says_no_notes() -> None:
-    found = prunectl("inspect", FIXTURES / "masks_of_torch_prune.pt", "-q")
-    assert (found.out, found.err, found.code) == ("", "", 0)
+    loud, quiet = (prunectl("inspect", FIXTURES / "masks_of_torch_prune.pt", *words) for words in ((), ("-q",)))
+    assert quiet.out == loud.out
+    assert (quiet.err, quiet.code) == ("", 0)
+    assert loud.err
+    assert "* " not in prunectl("inspect", FIXTURES / "masks_of_torch_prune.pt", "-q", "--format", "human").out
 
 
 def test_code_that_a_framework_would_run_is_named_and_not_run() -> None:
@@ -190,3 +193,31 @@ def test_an_onnx_model_has_the_initializers_that_onnx_reads() -> None:
     assert {row["name"] for row in inspected(FIXTURES / "digits_cnn.onnx")["layers"]} == {
         tensor.name for tensor in graph.initializer
     }
+
+
+def test_a_part_of_a_saved_model_is_told_from_a_model() -> None:
+    folder = FIXTURES / "digits_cnn_savedmodel"
+    for part, sentence in {
+        "saved_model.pb": f"is the graph of a SavedModel: name its folder, {folder}",
+        "keras_metadata.pb": "is a part of a TensorFlow model",
+        "variables/variables.data-00000-of-00001": "is a part of a TensorFlow model",
+    }.items():
+        ran = prunectl("inspect", folder / part)
+        assert (ran.code, ran.out) == (3, "")
+        assert sentence in ran.err
+
+
+def test_what_is_wrong_with_standard_input_is_told_of_it() -> None:
+    ran = prunectl("inspect", "-", stdin=b"text\n")
+    assert (ran.code, ran.err.splitlines()[0]) == (3, "error: standard input is text, not a model")
+    ran = prunectl("inspect", "-", "--layers", "nothing", stdin=(FIXTURES / "digits_cnn.pt").read_bytes())
+    assert ran.code == 2
+    assert "error: no layer matches 'nothing' in standard input\n" in ran.err
+
+
+def test_what_is_not_all_zero_is_never_called_a_hundred_percent(tmp_path: Path) -> None:
+    weights = np.zeros((40, 25), np.float32)
+    for one, share in ((1, "99%"), (0, "100%")):
+        weights[0, 0] = one
+        save_file({"a.weight": weights}, tmp_path / "m.safetensors")
+        assert f"{share} of the prunable weights are zero" in prunectl("inspect", tmp_path / "m.safetensors").err

@@ -24,10 +24,18 @@ def survey_each(words: Iterable[str], look: Callable[[Path], Survey]) -> tuple[l
         with local(word) as path:
             found = attempt(look, path)
         if isinstance(found, PrunectlError):
-            failures.append(Failure(word, found))
+            failures.append(Failure(word, _about_what_was_named(found, path, word)))
         else:
             surveys.append(replace(found, path=word))
     return surveys, failures
+
+
+def _about_what_was_named(error: PrunectlError, path: Path, word: str) -> PrunectlError:
+    """Return an error that speaks of standard input, not of the scratch file that its bytes were kept in."""
+    if word == STDIN:
+        error.message = error.message.replace(str(path), "standard input")
+        error.hint = error.hint.replace(str(path), STDIN)
+    return error
 
 
 @contextmanager

@@ -19,6 +19,9 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the format's own library."""
 
+MAX_TENSORS = 100_000
+"""Far beyond any one file of a model, and little enough to tell within seconds."""
+
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -51,6 +54,8 @@ def open_model(path: Path) -> ModelFile:
             raise InputError(f"{path} is truncated or damaged: it claims a header of {header_bytes} bytes")
         header = parse_object(file.read(header_bytes), path, "its header")
     metadata = header.pop("__metadata__", {})
+    if len(header) > MAX_TENSORS:
+        raise InputError(f"{path} is refused: it claims {len(header)} tensors")
     start = LENGTH_BYTES + header_bytes
     tensors = [_tensor(path, name, facts, start) for name, facts in header.items()]
     _check_layout(path, tensors, start, file_bytes)

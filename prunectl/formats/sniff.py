@@ -74,6 +74,8 @@ def is_onnx(peek: Peek) -> bool:
     promised, so a file named .onnx may also begin with another field that a ModelProto has.
     """
     head = peek.head
+    if peek.path.name == "saved_model.pb":  # begins with the same fields
+        return False
     starts_with_version = head[:1] == b"\x08" and len(head) > 2 and head[1] < 0x80 and head[2] in _MODEL_FIELDS
     return starts_with_version or (peek.path.suffix == ".onnx" and head[:1] != b"" and head[0] in _MODEL_FIELDS)
 

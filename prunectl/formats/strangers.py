@@ -36,8 +36,8 @@ def describe(peek: Peek) -> str:
         return "is a tar archive without a model in it that prunectl reads: unpack it first"
     if peek.head[:1] == b"\x80" and peek.head[1:2] in b"\x02\x03\x04\x05":
         return "is a Python pickle, but not one that torch wrote; opening it would run code, so it is refused"
-    if _is_graph_def(peek.head):
-        return "is a frozen TensorFlow graph, which prunectl does not read: convert it to a SavedModel or to ONNX"
+    if of_tensorflow := _describe_part(peek):
+        return of_tensorflow
     if _is_text(peek.head):
         return "is text, not a model"
     return "is not a model that prunectl knows"
@@ -70,6 +70,17 @@ def _describe_zip(peek: Peek) -> str:
     if inner:
         return f"is a zip with models inside, not a model: unpack it and name one of {', '.join(inner[:3])}"
     return f"is a zip, but no model: it holds {', '.join(peek.entries[:3])}"
+
+
+def _describe_part(peek: Peek) -> str:
+    """Return which part of a TensorFlow model a file is, if it is one."""
+    if peek.path.name == "saved_model.pb":
+        return f"is the graph of a SavedModel: name its folder, {peek.path.parent}"
+    if peek.path.name == "keras_metadata.pb" or ".data-0" in peek.path.name:
+        return "is a part of a TensorFlow model: name its folder, or the .index file of its checkpoint"
+    if _is_graph_def(peek.head):
+        return "is a frozen TensorFlow graph, which prunectl does not read: convert it to a SavedModel or to ONNX"
+    return ""
 
 
 def _is_graph_def(head: bytes) -> bool:

@@ -17,8 +17,8 @@ def advise(found: Survey) -> tuple[str, ...]:
     zeros = found.prunable_sparsity
     if zeros is not None and zeros >= _MANY_ZEROS and not found.about.is_compressed:
         sentences.append(
-            f"{_percent(zeros)} of the prunable weights are zero, yet the file is as big as before: in this container a zero "
-            f"takes as many bytes as any number. {_remedy(found)}"
+            f"{_percent(zeros)} of the prunable weights are zero, yet the file is as big as before: in this container "
+            f"a zero takes as many bytes as any number. {_remedy(found)}"
         )
     if shares.get("masks", 0) > _WORTH_A_WORD:
         sentences.append(

@@ -26,7 +26,7 @@ def explain(error: Exception, words: list[str]) -> int:
     """Tell the user, or the script, what went wrong, and return the exit code."""
     if isinstance(error, Abort):
         return CANCELLED
-    ours = _as_ours(error, words)
+    ours = _as_ours(error)
     if "--debug" in words:
         traceback.print_exception(error)
     if wants_json(words):
@@ -43,11 +43,11 @@ def wants_json(words: list[str]) -> bool:
     return not {"--json", "--format=json"}.isdisjoint(words) or ("--format", "json") in pairwise(words)
 
 
-def _as_ours(error: Exception, words: list[str]) -> PrunectlError:
+def _as_ours(error: Exception) -> PrunectlError:
     if isinstance(error, PrunectlError):
         return error
     if isinstance(error, TyperException):
-        return UsageError(_sentence(error.format_message()), hint=_help_hint(words))
+        return UsageError(_sentence(error.format_message()), hint=_help_hint(error))
     known = translate(error)
     if known is not None:
         return known
@@ -61,6 +61,7 @@ def _sentence(message: str) -> str:
     return " ".join(message.split()).rstrip(".")
 
 
-def _help_hint(words: list[str]) -> str:
-    command = next((word for word in words if not word.startswith("-")), "")
-    return f"see: prunectl {command} --help".replace("  ", " ")
+def _help_hint(error: TyperException) -> str:
+    """Return what explains the command that was understood so far: after a slip in its name, all of them."""
+    context = getattr(error, "ctx", None)
+    return f"see: {context.command_path if context is not None else 'prunectl'} --help"

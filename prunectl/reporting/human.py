@@ -67,7 +67,7 @@ def _show_table(table: Table, console: Console, settings: Settings) -> None:
         rich.add_row(*(line[column] for column in columns), style="bold" if is_total else None)
     console.print(rich)
     if hidden := len(table.rows) - len(shown):
-        console.print(f"  {count(hidden)} more rows: -n 0 shows all", style="dim")
+        console.print(f"  {count(hidden)} more {'row' if hidden == 1 else 'rows'}: -n 0 shows all", style="dim")
 
 
 def _grid(table: Table, columns: list[int]) -> RichTable:

@@ -25,7 +25,6 @@ def inspect_report(surveys: Sequence[Survey], failures: Sequence[Failure], *, ha
         main=Table("tensors", (Column("path"), *columns), tuple(rows)),
         sections=tuple(_section(found, columns, pattern, has_flops=has_flops) for found in surveys),
         failures=tuple(failures),
-        bare=(),
     )
 
 

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prunectl.errors import PrunectlError
@@ -41,6 +41,8 @@ class Reporter:
         """Print what a command found, and return its exit code."""
         never_fail(sys.stdout)
         layout = self.settings.chosen_layout
+        if self.settings.is_quiet and layout is not Layout.JSON:
+            report = _without_remarks(report)
         if layout is Layout.JSON:
             sys.stdout.write(envelope.of_report(report, self.command, report.remarks))
             return report.exit_code
@@ -73,10 +75,13 @@ class Reporter:
         lines = [
             f"{'pass' if gate.ok else 'FAIL'}: {gate_sentence(gate, self.settings.units)}" for gate in report.gates
         ]
-        if not self.settings.is_quiet:
-            lines += [f"note: {remark}" for remark in report.remarks]
-            lines += [f"note: {section.title}: {text}" for section in report.sections for text in section.remarks]
+        lines += [f"note: {remark}" for remark in report.remarks]
+        lines += [f"note: {section.title}: {text}" for section in report.sections for text in section.remarks]
         sys.stderr.writelines(printable(line) + "\n" for line in lines)
+
+
+def _without_remarks(report: Report) -> Report:
+    return replace(report, remarks=(), sections=tuple(replace(section, remarks=()) for section in report.sections))
 
 
 def _seconds() -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from prunectl.measuring.survey import LayerRow, Survey
+
+_FACTS = tuple(field.name for field in fields(LayerRow))
 
 
 def survey_json(found: Survey) -> dict[str, Any]:
@@ -39,4 +41,6 @@ def survey_json(found: Survey) -> dict[str, Any]:
 
 
 def _layer(row: LayerRow) -> dict[str, Any]:
-    return {**asdict(row), "shape": list(row.shape), "sparsity": row.sparsity, "tied_to": row.tied_to or None}
+    # Not by asdict, which copies each value deeply: a model may have a hundred thousand tensors.
+    facts = {name: getattr(row, name) for name in _FACTS}
+    return {**facts, "shape": list(row.shape), "sparsity": row.sparsity, "tied_to": row.tied_to or None}

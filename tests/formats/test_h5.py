@@ -172,6 +172,36 @@ def test_a_nested_model_names_the_inner_layer(tmp_path: Path) -> None:
     assert {tensor.layer for tensor in open_model(tmp_path / "m.h5").tensors} == {"deep", "head"}
 
 
+def test_a_layer_with_slashes_in_its_name_keeps_all_of_it(tmp_path: Path) -> None:
+    k = tf_keras()
+    names = ["Conv", "block/squeeze/Conv", "block/expand/Conv"]
+    inner = k.Sequential([k.layers.Input((4,)), *(k.layers.Dense(4, name=name) for name in names)], name="inner")
+    model = k.Sequential([k.layers.Input((4,)), inner, k.layers.Dense(2, name="head/Conv")])
+    model.save(tmp_path / "m.h5")
+    model.save_weights(tmp_path / "weights.h5")
+    for name in ("m.h5", "weights.h5"):
+        assert {tensor.layer for tensor in open_model(tmp_path / name).tensors} == {*names, "head/Conv"}
+
+
+def test_a_part_of_a_layer_is_not_taken_for_another_layer_of_that_name(tmp_path: Path) -> None:
+    k = tf_keras()
+    inputs = k.Input((4, 8))
+    x = k.layers.Dense(8, name="query")(inputs)
+    k.Model(inputs, k.layers.MultiHeadAttention(2, 4, name="attention")(x, x)).save(tmp_path / "m.h5")
+    layers = {tensor.name: tensor.layer for tensor in open_model(tmp_path / "m.h5").tensors}
+    assert layers["attention/query/kernel:0"] == "attention"
+    assert layers["query/kernel:0"] == "query"
+
+
+def test_weights_alone_name_a_recurrent_layer_without_its_cell(tmp_path: Path) -> None:
+    k = tf_keras()
+    forward = k.layers.Bidirectional(k.layers.GRU(4, return_sequences=True, name="gru"), name="both")
+    k.layers.LSTM(1)  # so that the cell below is not the first of its class
+    k.Sequential([k.layers.Input((8, 6)), forward, k.layers.LSTM(2, name="memory")]).save_weights(tmp_path / "m.h5")
+    layers = {tensor.layer for tensor in open_model(tmp_path / "m.h5").tensors}
+    assert layers == {"both/forward_gru", "both/backward_gru", "memory"}
+
+
 def test_keras_1_kernels_of_theano_have_their_outputs_first(tmp_path: Path) -> None:
     arrays = {"convolution2d_1_W": np.ones((8, 2, 3, 3), np.float32), "convolution2d_1_b": np.ones(8, np.float32)}
     kernel = open_model(keras_1(tmp_path / "m.h5", arrays)).tensors[0]
@@ -214,7 +244,7 @@ def test_a_weight_that_is_promised_but_missing_is_told(tmp_path: Path) -> None:
     path = keras_1(tmp_path / "m.h5", {"dense_1_W": np.ones((2, 2), np.float32), "dense_1_b": np.ones(2, np.float32)})
     with h5py.File(path, "a") as file:
         del file["dense_1/dense_1_b"]
-    assert "names 1 weights that it does not hold" in open_model(path).about.notes[0]
+    assert "names a weight that it does not hold, such as dense_1_b" in open_model(path).about.notes[0]
 
 
 def test_more_layers_than_one_attribute_can_name_are_found(tmp_path: Path) -> None:

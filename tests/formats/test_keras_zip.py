@@ -125,3 +125,60 @@ def test_an_unknown_layer_is_a_fact_and_not_a_failure(tmp_path: Path) -> None:
     config["config"]["layers"][1] |= {"module": "mycompany.layers", "class_name": "Magic"}
     rezip(path, zipfile.ZIP_STORED, {"config.json": json.dumps(config).encode()})
     assert open_model(path).about.code == ("custom class Magic",)
+
+
+def test_weights_inside_a_layer_belong_to_the_layer_that_the_configuration_knows(tmp_path: Path) -> None:
+    for k in (keras(), tf_keras()):
+        layers = k.layers
+        inputs = k.Input((8, 6))
+        x = layers.LSTM(5, return_sequences=True, name="memory")(inputs)
+        x = layers.Bidirectional(layers.GRU(4, return_sequences=True), name="both")(x)
+        x = layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+        x = layers.TimeDistributed(layers.Dense(3, name="inner"), name="everywhere")(x)
+        inner = k.Sequential([layers.Input((8, 3)), layers.LSTM(2, name="deep")], name="sub")
+        k.Model(inputs, inner(x)).save(tmp_path / "m.keras")
+        found = {tensor.layer for tensor in open_model(tmp_path / "m.keras").tensors}
+        assert found == {"memory", "both", "attention", "everywhere", "deep"}
+
+
+def test_weights_that_have_only_numbers_get_the_names_of_their_layers(tmp_path: Path) -> None:
+    k = keras()
+    layers = k.layers
+    scaled = layers.Normalization(name="scaled")
+    scaled.adapt(np.ones((2, 8, 6), np.float32))
+    inputs = k.Input((8, 6))
+    x = layers.BatchNormalization(scale=False, name="centered")(scaled(inputs))
+    x = layers.LayerNormalization(center=False, name="stretched")(x)
+    x = layers.PReLU(name="bent")(x)
+    x = layers.RMSNormalization(name="even")(x)
+    x = layers.SpectralNormalization(layers.Dense(3, name="inside"), name="bounded")(x)
+    cells = [layers.LSTMCell(3, name="first_cell"), layers.GRUCell(3, name="second_cell")]
+    k.Model(inputs, layers.RNN(cells, name="stack")(x)).save(tmp_path / "m.keras")
+    roles = {tensor.name: str(tensor.role) for tensor in open_model(tmp_path / "m.keras").tensors}
+    assert {name: role for name, role in roles.items() if not name.startswith("stack/")} == {
+        "scaled/mean": "state",
+        "scaled/variance": "state",
+        "scaled/count": "state",
+        "centered/beta": "norm",
+        "centered/moving_mean": "state",
+        "centered/moving_variance": "state",
+        "stretched/gamma": "norm",
+        "bent/alpha": "other",
+        "even/scale": "norm",
+        "bounded/kernel": "kernel",
+        "bounded/vector_u": "state",
+        "bounded/inside/kernel": "kernel",
+        "bounded/inside/bias": "bias",
+    }
+    assert sorted(role for name, role in roles.items() if name.startswith("stack/")) == [
+        *("bias", "bias", "kernel", "kernel", "recurrent", "recurrent"),
+    ]
+
+
+def test_damage_inside_a_deflated_archive_is_told_of_the_archive(tmp_path: Path) -> None:
+    path = tmp_path / "m.keras"
+    k = keras()
+    k.Sequential([k.layers.Input((2,)), k.layers.Dense(2)]).save(path)
+    rezip(path, zipfile.ZIP_DEFLATED, {"model.weights.h5": b"\x89HDF\r\n\x1a\n" + bytes(5000)})
+    with pytest.raises(InputError, match=r"m\.keras: its model\.weights\.h5 is truncated or damaged"):
+        open_model(path)

@@ -152,6 +152,8 @@ def test_a_converted_model_tells_layers_roles_and_axes(net: Any, tmp_path: Path)
     }
     assert {tensor.layer for tensor in model.tensors if tensor.role == "bias"} >= {"net/conv"}
     assert model.about.producer.startswith("tflite schema 3, runtime ")
+    assert model.about.producer.endswith(", MLIR Converted")
+    assert model.about.notes == ()
     expected = stock(path)
     for tensor in model.tensors:
         assert raw(model.read(tensor)) == raw(expected[tensor.name])

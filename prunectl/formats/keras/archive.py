@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from prunectl.errors import InputError
 from prunectl.formats.base import About, Array, ModelFile, Tensor
 from prunectl.formats.json_text import parse_object
 from prunectl.formats.keras import config as keras_config
@@ -53,7 +54,11 @@ def inflate(archive: Archive, config: dict[str, Any], target: Path) -> ModelFile
     weights = archive.entries[WEIGHTS]
     with target.open("wb") as file:
         file.writelines(archive.pieces(weights))
-    contents = hdf5.read_contents(Place(target, 0, weights.nbytes))
+    try:
+        contents = hdf5.read_contents(Place(target, 0, weights.nbytes))
+    except InputError as error:
+        # The user has never heard of the file that they were inflated into.
+        raise InputError(error.message.replace(str(target), f"{archive.path}: its {WEIGHTS}")) from error
     return ModelFile(target, "keras-h5", h5.describe(contents, config), About(), (target,), h5.decoder(contents))
 
 

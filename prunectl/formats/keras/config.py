@@ -28,7 +28,7 @@ class Layer:
 
 def layers(config: Any, path: tuple[str, ...] = ()) -> Iterator[Layer]:
     """Yield the layers of a model's configuration, the nested ones after what holds them."""
-    for found in _listed(config):
+    for found in listed(config):
         layer = _layer(found, path)
         if layer is None:
             continue
@@ -45,10 +45,17 @@ def layers(config: Any, path: tuple[str, ...] = ()) -> Iterator[Layer]:
 
 def children(config: Any) -> Iterator[Layer]:
     """Yield the layers of a model itself, without those inside them."""
-    for found in _listed(config):
+    for found in listed(config):
         layer = _layer(found, ())
         if layer is not None:
             yield layer
+
+
+def listed(found: Any) -> tuple[Mapping[str, Any], ...]:
+    """Return the layers in a model: in its configuration, or, for Keras 1, that configuration itself."""
+    config = found.get("config") if isinstance(found, Mapping) else None
+    entries = config.get("layers") if isinstance(config, Mapping) else config
+    return tuple(entry for entry in entries if isinstance(entry, dict)) if isinstance(entries, list) else ()
 
 
 def wrappers(config: Any) -> tuple[Wrapper, ...]:
@@ -128,13 +135,6 @@ def _flat(entries: list[Any]) -> Iterator[Any]:
 
 def _metric(entry: Any) -> str:
     return text(part(entry, "config"), "name") or named(entry)
-
-
-def _listed(found: Any) -> list[Any]:
-    """Return the layers in a model: in its configuration, or, for Keras 1, that configuration itself."""
-    config = found.get("config") if isinstance(found, Mapping) else None
-    listed = config.get("layers") if isinstance(config, Mapping) else config
-    return listed if isinstance(listed, list) else []
 
 
 def _layer(found: Any, path: tuple[str, ...]) -> Layer | None:

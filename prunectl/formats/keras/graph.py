@@ -7,7 +7,7 @@ from typing import Any
 
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile, Operation
-from prunectl.formats.keras.inbound import listed
+from prunectl.formats.keras.config import listed
 from prunectl.formats.keras.layer_calls import Caller
 from prunectl.formats.keras.model_calls import run
 

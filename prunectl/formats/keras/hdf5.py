@@ -30,6 +30,9 @@ _WALK_BYTES = 200 << 20
 _MAX_RATIO = 1100
 """No filter of HDF5 compresses better than deflate does at its best."""
 _ROOM = 16 << 20
+_MAX_BLOWN_UP_BYTES = 128 << 20
+"""A dataset that unfolds to more than this, and more than _BOMB_RATIO times itself, is a bomb."""
+_BOMB_RATIO = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,7 @@ def _dataset(place: Place, row: dict[str, Any]) -> Dataset:
     if row["offset"] is not None:
         check_inside(place.path, row["offset"], nbytes, place.nbytes, name)
         extent = Extent(place.path, place.offset + row["offset"], nbytes)
-    elif nbytes > stored * _MAX_RATIO + _ROOM:
+    elif nbytes > stored * _MAX_RATIO + _ROOM or nbytes > max(_MAX_BLOWN_UP_BYTES, stored * _BOMB_RATIO):
         raise InputError(f"{place.path} is refused: {name} claims {nbytes} bytes, but {stored} are stored")
     storage = Storage(str(row["address"]), nbytes, extent, stored, bool(row["is_big_endian"]))
     return Dataset(name, shape, dtype, storage)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prunectl.formats.keras.config import part, text
+from prunectl.formats.keras.config import listed, part, text
 from prunectl.formats.keras.shapes import shape_in
 from prunectl.formats.lengths import Shape
 
@@ -39,13 +39,6 @@ class Call:
     def sources(self) -> tuple[Source, ...]:
         """All that it takes."""
         return (*self.arguments, *self.keywords.values())
-
-
-def listed(found: Any) -> tuple[Mapping[str, Any], ...]:
-    """Return the layers of a model as its configuration describes them."""
-    config = found.get("config") if isinstance(found, Mapping) else None
-    layers = config.get("layers") if isinstance(config, Mapping) else config
-    return tuple(one for one in layers if isinstance(one, dict)) if isinstance(layers, list) else ()
 
 
 def name_of(found: Mapping[str, Any]) -> str:

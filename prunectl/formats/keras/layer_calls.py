@@ -9,9 +9,9 @@ from typing import Any
 from prunectl.errors import InputError
 from prunectl.formats.base import Operation, Tensor
 from prunectl.formats.keras import multiplying, recurrent, rules
-from prunectl.formats.keras.config import PRUNED_PREFIX, named, part, text
+from prunectl.formats.keras.config import PRUNED_PREFIX, listed, named, part, text
 from prunectl.formats.keras.dialect import modern_kind, modern_settings
-from prunectl.formats.keras.inbound import Call, calls, listed, name_of
+from prunectl.formats.keras.inbound import Call, calls, name_of
 from prunectl.formats.keras.products import Product
 from prunectl.formats.keras.scope import MAX_DEPTH, Scope
 from prunectl.formats.keras.shapes import UnknownShapeError, shapes_in

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,24 +10,39 @@ from prunectl.formats.base import Role, Tensor
 from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras.config import PRUNED_PREFIX, Layer
 from prunectl.formats.keras.hdf5 import Contents, Dataset
-from prunectl.formats.keras.roles import looks_channels_first, meaning, modern_name
+from prunectl.formats.keras.roles import looks_channels_first, meaning, modern_name, without_cells
 
 _OPTIMIZER_GROUP = "optimizer_weights"
+_ANYWHERE = ""
 
 
 def describe(contents: Contents, root: str, config: Mapping[str, Any] | None) -> tuple[Tensor, ...]:
     """Return the weights in the order of the layers, then whatever else the file holds."""
-    known = {layer.name: layer for layer in keras_config.layers(config)}
+    inside = _inside(config)
     datasets = {found.name: found for found in contents.datasets}
     promised = {path: (group, weight) for group, weight, path in _promised(contents, root)}
     named = [(group, weight, datasets[path]) for path, (group, weight) in promised.items() if path in datasets]
     repeated = Counter(weight for _, weight, _ in named)
     tensors = [
-        _tensor(found, group, weight if repeated[weight] == 1 else f"{group}/{weight}", known)
+        _tensor(found, group, weight if repeated[weight] == 1 else f"{group}/{weight}", _known(inside, group))
         for group, weight, found in named
     ]
     listed = {found.name for _, _, found in named}
     return (*tensors, *(_other(found) for found in contents.datasets if found.name not in listed))
+
+
+def _inside(config: Mapping[str, Any] | None) -> Mapping[str, Mapping[str, Layer]]:
+    """Return the layers in each layer and model, itself among them, by their names."""
+    inside: defaultdict[str, dict[str, Layer]] = defaultdict(dict)
+    for layer in keras_config.layers(config):
+        for owner in (_ANYWHERE, *layer.path, layer.name):
+            inside[owner][layer.name] = layer
+    return inside
+
+
+def _known(inside: Mapping[str, Mapping[str, Layer]], group: str) -> Mapping[str, Layer]:
+    """Return the layers that the weights of a group can belong to."""
+    return inside.get(group) or inside.get(_ANYWHERE, {})
 
 
 def broken_promises(contents: Contents, root: str) -> tuple[str, ...]:
@@ -36,7 +51,8 @@ def broken_promises(contents: Contents, root: str) -> tuple[str, ...]:
     missing = [weight for _, weight, path in _promised(contents, root) if path not in held]
     if not missing:
         return ()
-    return (f"The file is incomplete: it names {len(missing)} weights that it does not hold, the first {missing[0]}.",)
+    lacking = "a weight" if len(missing) == 1 else f"{len(missing)} weights"
+    return (f"The file is incomplete: it names {lacking} that it does not hold, such as {missing[0]}.",)
 
 
 def _promised(contents: Contents, root: str) -> Iterator[tuple[str, str, str]]:
@@ -51,7 +67,7 @@ def _promised(contents: Contents, root: str) -> Iterator[tuple[str, str, str]]:
 
 def _tensor(found: Dataset, group: str, name: str, known: Mapping[str, Layer]) -> Tensor:
     parts = name.removesuffix(":0").split("/")
-    layer = next((known[part] for part in reversed(parts[:-1]) if part in known), known.get(group))
+    layer = _layer(parts[:-1], known) or known.get(group)
     if layer is not None and layer.kind == "PruneLowMagnitude":
         layer = known.get(layer.name.removeprefix(PRUNED_PREFIX), layer)
     kind = layer.kind if layer is not None else ""
@@ -59,7 +75,7 @@ def _tensor(found: Dataset, group: str, name: str, known: Mapping[str, Layer]) -
     is_theano = layer.config.get("dim_ordering") == "th" if layer else looks_channels_first(parts[-1], found.shape)
     is_float = found.dtype.kind not in "iub"
     what = meaning(leaf, kind, found.shape, is_float=is_float, is_channels_first=is_theano)
-    shown = layer.name if layer is not None else _plain_layer(parts, group)
+    shown = layer.name if layer is not None else _plain_layer(parts[:-1], group)
     return Tensor(
         name=name,
         layer=shown.removeprefix(PRUNED_PREFIX),
@@ -73,10 +89,21 @@ def _tensor(found: Dataset, group: str, name: str, known: Mapping[str, Layer]) -
     )
 
 
-def _plain_layer(parts: list[str], group: str) -> str:
-    """Return the layer where only names tell: in a nested model the one before the weight."""
-    inner = [part for part in parts[:-1] if part != group and not part.endswith("_cell")]
-    return inner[-1] if inner else group
+def _layer(steps: list[str], known: Mapping[str, Layer]) -> Layer | None:
+    """Return the innermost layer on the way to a weight; some layers have a slash in their name."""
+    for end in range(len(steps), 0, -1):
+        for begin in range(end):
+            if (name := "/".join(steps[begin:end])) in known:
+                return known[name]
+    return None
+
+
+def _plain_layer(steps: list[str], group: str) -> str:
+    """Return the layer where only names tell: the group, and what is inside it."""
+    for begin in range(len(steps)):
+        if f"{'/'.join(steps[begin:])}/".startswith(f"{group}/"):
+            return "/".join(without_cells(steps[begin:]))
+    return "/".join(without_cells(steps)) or group
 
 
 def _other(found: Dataset) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 
 from prunectl.formats.base import Role, Tensor
 from prunectl.formats.keras import config as keras_config
-from prunectl.formats.keras.config import PRUNED_PREFIX
+from prunectl.formats.keras.config import PRUNED_PREFIX, Layer
 from prunectl.formats.keras.hdf5 import Contents, Dataset
-from prunectl.formats.keras.roles import meaning, positional_name
+from prunectl.formats.keras.roles import meaning, positional_name, without_cells
 
 _COUNTER = re.compile(r"_\d+$")
 _TRAINING = frozenset({"optimizer", "metrics", "_metrics", "compile_metrics"})
@@ -24,9 +24,24 @@ class _Owner:
     """The layer that a path leads to."""
 
     names: tuple[str, ...]
-    kind: str
     slug: str
     """The last step of the path, without its number: the class in snake case, or an attribute."""
+    layer: Layer | None
+    """The layer of the configuration that it is, or that it is inside of."""
+    is_layer: bool
+    """Whether it is that layer itself."""
+
+    @property
+    def shown(self) -> str:
+        """What a user would call the layer."""
+        if self.layer is not None:
+            return self.layer.name.removeprefix(PRUNED_PREFIX)
+        return "/".join(without_cells(self.names))
+
+    @property
+    def kind(self) -> str:
+        """The class of the layer."""
+        return self.layer.kind if self.layer is not None else ""
 
 
 def describe(contents: Contents, config: Mapping[str, Any] | None) -> tuple[Tensor, ...]:
@@ -41,8 +56,8 @@ def describe(contents: Contents, config: Mapping[str, Any] | None) -> tuple[Tens
     )
 
 
-def _slots(config: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yield the path that Keras gives to each layer of a configuration, with its name and class."""
+def _slots(config: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Layer]]:
+    """Yield the path that Keras gives to each layer of a configuration, with the layer."""
     used: Counter[str] = Counter()
     for layer in keras_config.children(config):
         slug = keras_config.snake_case(layer.kind)
@@ -50,25 +65,24 @@ def _slots(config: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str,
         used[slug] += 1
         for container in _CONTAINERS:
             path = f"{prefix}{container}/{numbered}"
-            yield path, (layer.name, layer.kind)
+            yield path, layer
             if depth < keras_config.MAX_DEPTH:
                 yield from _slots({"config": layer.config}, f"{path}/", depth + 1)
 
 
-def _tensor(
-    found: Dataset, contents: Contents, slots: Mapping[str, tuple[str, str]], siblings: Mapping[str, int]
-) -> Tensor:
+def _tensor(found: Dataset, contents: Contents, slots: Mapping[str, Layer], siblings: Mapping[str, int]) -> Tensor:
     steps = found.name.split("/")
     if steps[0] in _TRAINING or "vars" not in steps:
         role = Role.OPTIMIZER if steps[0] in _TRAINING else Role.OTHER
         return Tensor(found.name, "/".join(steps[:-1]), found.shape, found.dtype, role, found.storage)
     owner = _owner(steps[: steps.index("vars")], contents, slots)
     index = int(steps[-1]) if steps[-1].isdecimal() else 0
-    leaf = positional_name(owner.slug, index, siblings["/".join(steps[:-1])], found.shape)
+    settings = owner.layer.config if owner.layer is not None and owner.is_layer else {}
+    leaf = positional_name(owner.slug, index, siblings["/".join(steps[:-1])], found.shape, settings)
     what = meaning(leaf, owner.kind, found.shape, is_float=found.dtype.kind not in "iub")
     return Tensor(
         name="/".join((*owner.names, leaf)),
-        layer=owner.names[-1] if owner.kind or len(owner.names) == 1 else "/".join(owner.names),
+        layer=owner.shown,
         shape=found.shape,
         dtype=found.dtype,
         role=what.role,
@@ -79,18 +93,19 @@ def _tensor(
     )
 
 
-def _owner(steps: list[str], contents: Contents, slots: Mapping[str, tuple[str, str]]) -> _Owner:
+def _owner(steps: list[str], contents: Contents, slots: Mapping[str, Layer]) -> _Owner:
     names: list[str] = []
-    layer = ("", "")
+    layer, is_layer = None, False
     for end in range(1, len(steps) + 1):
         path = "/".join(steps[:end])
         said = contents.attribute(f"{path}/vars", "name")
-        if path in slots:
+        is_layer = path in slots
+        if is_layer:
             layer = slots[path]
-            names.append(layer[0])
+            names.append(layer.name)
         elif isinstance(said, str):
             names.append(said)
         elif steps[end - 1] not in _CONTAINERS:
             names.append(steps[end - 1])
     slug = _COUNTER.sub("", steps[-1]) if steps else ""
-    return _Owner(tuple(name.removeprefix(PRUNED_PREFIX) for name in names) or ("",), layer[1], slug)
+    return _Owner(tuple(name.removeprefix(PRUNED_PREFIX) for name in names) or ("",), slug, layer, is_layer)

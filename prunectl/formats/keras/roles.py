@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from prunectl.formats.base import Role
 
@@ -21,10 +23,13 @@ _ROLES = {
     "variance": Role.STATE,
     "count": Role.STATE,
     "seed_generator_state": Role.STATE,
+    "vector_u": Role.STATE,
+    "alpha": Role.OTHER,
     "mask": Role.MASK,
     "threshold": Role.SCHEDULE,
     "pruning_step": Role.SCHEDULE,
 }
+_CELL = re.compile(r"cells?(_\d+)?$")
 _KERAS_1 = {"W": "kernel", "b": "bias", "U": "recurrent_kernel", "gamma": "gamma", "beta": "beta"}
 
 
@@ -65,17 +70,27 @@ def looks_channels_first(leaf: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 4 and leaf.endswith("_W") and shape[2] * shape[3] < shape[0] * shape[1]
 
 
-def positional_name(kind: str, index: int, count: int, shape: tuple[int, ...]) -> str:
+def without_cells(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names on the way to a weight without those of the cells that a recurrent layer ends in."""
+    end = len(names)
+    while end > 1 and _CELL.search(names[end - 1]):
+        end -= 1
+    return tuple(names[:end])
+
+
+def positional_name(kind: str, index: int, count: int, shape: tuple[int, ...], settings: Mapping[str, Any]) -> str:
     """Return the name of a weight that the file knows only by its number.
 
-    ``kind`` is the class of the layer in snake case, as the path to the weight has it.
+    ``kind`` is the class of the layer in snake case, as the path to the weight has it; ``settings`` are what the
+    configuration says of the layer, nothing where it is not known.
     """
-    names = _POSITIONS.get(kind)
+    names = _POSITIONS.get("cell" if kind.endswith("_cell") else kind)
+    # gamma and beta may be switched off; the moving statistics always come last.
+    affine = tuple(leaf for leaf, switch in _AFFINE.items() if settings.get(switch, True))
     if kind.startswith("batch_normalization"):
-        # gamma and beta may be switched off; the moving statistics always come last.
-        names = (*("gamma", "beta")[: max(count - 2, 0)], "moving_mean", "moving_variance")
-    elif kind.endswith("normalization"):
-        names = ("gamma", "beta")
+        names = (*affine[: max(count - 2, 0)], "moving_mean", "moving_variance")
+    elif kind.endswith("normalization") and names is None:
+        names = affine
     elif kind.startswith("separable_conv"):
         names = ("depthwise_kernel", "pointwise_kernel", "bias")
     if names is not None and index < len(names):
@@ -83,12 +98,18 @@ def positional_name(kind: str, index: int, count: int, shape: tuple[int, ...]) -
     return "kernel" if len(shape) >= 2 and index == 0 else "bias" if index <= 1 else f"weight_{index}"
 
 
+_AFFINE = {"gamma": "scale", "beta": "center"}
+"""Weights of a normalization, and the settings that switch them off."""
 _POSITIONS: dict[str, tuple[str, ...]] = {
     "cell": ("kernel", "recurrent_kernel", "bias"),
     "embedding": ("embeddings",),
     "seed_generator": ("seed_generator_state",),
     "normalization": ("mean", "variance", "count"),
-    "spectral_normalization": ("kernel", "bias"),
+    "rms_normalization": ("scale",),
+    "spectral_normalization": ("kernel", "vector_u"),
+    "p_re_lu": ("alpha",),
+    "attention": ("scale",),
+    "additive_attention": ("scale",),
 }
 
 

@@ -9,8 +9,6 @@ from prunectl.formats.base import PRUNABLE, About, Tensor
 from prunectl.formats.onnx.proto import Model, Node
 from prunectl.formats.onnx.scopes import Scope
 
-MAX_SHOWN = 8
-"""Entries of a list that are shown."""
 _CLASSICAL = "ai.onnx.ml"
 _TRAINING = "ai.onnx.preview.training"
 _STANDARD = ("", "ai.onnx", _CLASSICAL, "ai.onnx.training", "ai.onnx.preview", _TRAINING)
@@ -27,7 +25,7 @@ def about(model: Model, scopes: Sequence[Scope], tensors: Sequence[Tensor]) -> A
         optimizer=next(iter(optimizers), ""),
         training=tuple(dict.fromkeys(f"loss {node.op}" for node in nodes if node.op.endswith("Loss"))),
         code=_foreign(nodes, frozenset(scope.defines for scope in scopes)),
-        notes=(*_notes(model, nodes), *_tensor_notes(tensors)),
+        notes=(*_notes(nodes), *_tensor_notes(tensors)),
         is_compressed=any(scope.graph.sparse for scope in scopes),
     )
 
@@ -52,9 +50,7 @@ def _foreign(nodes: Sequence[Node], defined: frozenset[str]) -> tuple[str, ...]:
     return tuple(f"operator {name}" for name in sorted(foreign - defined))
 
 
-def _notes(model: Model, nodes: Sequence[Node]) -> Iterator[str]:
-    for key, value in model.metadata[:MAX_SHOWN]:
-        yield f"Its metadata says: {key} = {value}."
+def _notes(nodes: Sequence[Node]) -> Iterator[str]:
     if classical := sum(node.domain == _CLASSICAL for node in nodes):
         yield f"Parameters of {classical} classical operators ({_CLASSICAL}) are no tensors and are not listed."
 

@@ -19,7 +19,7 @@ _FIRST_WITH_OPSETS = 3
 
 def model(reader: Reader) -> Model:
     """Return what stands around the graph."""
-    version, names, opsets, metadata = 0, {2: "", 3: ""}, {}, []
+    version, names, opsets = 0, {2: "", 3: ""}, {}
     inner: dict[int, list[Span]] = {7: [], 20: [], 25: []}
     for at in reader.fields(reader.whole, _MODEL, "the model"):
         match at.number:
@@ -31,7 +31,7 @@ def model(reader: Reader) -> Model:
                 domain, number = _opset(reader, place(at))
                 opsets[domain] = number
             case 14:
-                metadata.append(_shown_pair(reader, place(at)))
+                pass  # what the writer noted for himself
             case _:
                 inner[at.number].append(place(at))
     if len(inner[7]) != 1:
@@ -39,7 +39,7 @@ def model(reader: Reader) -> Model:
     if not opsets and version >= _FIRST_WITH_OPSETS:
         raise WireError("it names no set of operators")
     producer = " ".join(name for name in names.values() if name)
-    return Model(version, producer, opsets, tuple(metadata), inner[7][0], tuple(inner[25]), tuple(inner[20]))
+    return Model(version, producer, opsets, inner[7][0], tuple(inner[25]), tuple(inner[20]))
 
 
 def graph(reader: Reader, span: Span) -> Graph:
@@ -75,13 +75,6 @@ def function(reader: Reader, span: Span) -> tuple[str, str, Graph]:
 def training(reader: Reader, span: Span) -> tuple[Span, ...]:
     """Return the graphs that initialise and train a model."""
     return tuple(place(at) for at in reader.fields(span, _TRAINING, "the training"))
-
-
-def _shown_pair(reader: Reader, span: Span) -> tuple[str, str]:
-    texts = {1: "", 2: ""}
-    for at in reader.fields(span, _PAIR, "the metadata"):
-        texts[at.number] = reader.shown(at)
-    return texts[1], texts[2]
 
 
 def _opset(reader: Reader, span: Span) -> tuple[str, int]:

@@ -93,7 +93,6 @@ class Model:
     ir_version: int
     producer: str
     opsets: Mapping[str, int]
-    metadata: tuple[tuple[str, str], ...]
     graph: Span
     functions: tuple[Span, ...]
     training: tuple[Span, ...]

@@ -35,7 +35,7 @@ def open_model(path: Path) -> ModelFile:
         format="tflite",
         tensors=tensors,
         about=About(
-            producer=f"tflite schema {lite.version}" + (f", runtime {lite.runtime}" if lite.runtime else ""),
+            producer=_producer(lite),
             notes=_notes(lite, [source for _, source in found.values()]),
             is_compressed=any(source.sparsity is not None for _, source in found.values()),
         ),
@@ -112,6 +112,12 @@ def _decoder(lite: LiteFile, sources: dict[str, LiteTensor]) -> Callable[[Tensor
     return decode
 
 
+def _producer(lite: LiteFile) -> str:
+    runtime = f"runtime {lite.runtime}" if lite.runtime else ""
+    description = lite.description.strip().rstrip(".")
+    return ", ".join(filter(None, (f"tflite schema {lite.version}", runtime, description)))
+
+
 def _notes(lite: LiteFile, sources: list[LiteTensor]) -> tuple[str, ...]:
     quantised = Counter(
         DTYPES[source.code].name for source in sources if source.is_quantised and DTYPES[source.code].itemsize <= 2
@@ -123,8 +129,6 @@ def _notes(lite: LiteFile, sources: list[LiteTensor]) -> tuple[str, ...]:
         notes.append(f"{_tensors(sparse)} stored sparse.")
     if elsewhere:
         notes.append(f"{_tensors(elsewhere)} kept in other files, which prunectl does not read.")
-    if lite.description:
-        notes.append(f"The file describes itself as: {lite.description.rstrip('.')}.")
     return tuple(notes)
 
 

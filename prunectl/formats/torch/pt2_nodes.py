@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from prunectl.formats.lengths import Shape
 from prunectl.formats.torch import pt2_sizes
+from prunectl.formats.torch.pt2_graph import argument_names, as_dict, as_list, operation
 from prunectl.formats.torch.values import shown
 
 MAX_NODES = 1_000_000
-_KINDS = ("parameter", "buffer", "tensor_constant")
 _PASSING = frozenset(
     {
         *("t", "transpose", "permute", "view", "reshape", "contiguous", "detach", "alias", "to", "_to_copy", "clone"),
@@ -34,25 +34,25 @@ class Node:
 
     def tensor(self, argument: str) -> str:
         """Name of the tensor that an argument is."""
-        return _text(_dict(_dict(self.arguments.get(argument)).get("as_tensor")).get("name"))
+        return _text(as_dict(as_dict(self.arguments.get(argument)).get("as_tensor")).get("name"))
 
     def tensors(self, argument: str) -> tuple[str, ...]:
         """Names of the tensors that an argument lists."""
-        listed = _list(_dict(self.arguments.get(argument)).get("as_tensors"))
-        return tuple(_text(_dict(one).get("name")) for one in listed)
+        listed = as_list(as_dict(self.arguments.get(argument)).get("as_tensors"))
+        return tuple(_text(as_dict(one).get("name")) for one in listed)
 
     def flag(self, argument: str) -> bool:
         """An argument that is off unless it is on."""
-        return _dict(self.arguments.get(argument)).get("as_bool") is True
+        return as_dict(self.arguments.get(argument)).get("as_bool") is True
 
     def word(self, argument: str) -> str:
         """An argument that is a text."""
-        return _text(_dict(self.arguments.get(argument)).get("as_string"))
+        return _text(as_dict(self.arguments.get(argument)).get("as_string"))
 
     @property
     def graphs(self) -> tuple[Mapping[str, Any], ...]:
         """Graphs that it runs, once or in a loop or not at all."""
-        found = (_dict(_dict(_dict(one).get("as_graph")).get("graph")) for one in self.arguments.values())
+        found = (as_dict(as_dict(as_dict(one).get("as_graph")).get("graph")) for one in self.arguments.values())
         return tuple(graph for graph in found if graph)
 
     @property
@@ -77,7 +77,7 @@ class Graph:
 
     def shape(self, name: str) -> Shape | None:
         """Return what is known of the shape of a tensor."""
-        return pt2_sizes.shape(_dict(self.sizes.get(name)).get("sizes"), self.ones)
+        return pt2_sizes.shape(as_dict(self.sizes.get(name)).get("sizes"), self.ones)
 
     def weight(self, name: str) -> str:
         """Return the tensor of the model that this is, behind what only hands it on."""
@@ -91,59 +91,42 @@ class Graph:
 
 def main_graph(program: Mapping[str, Any]) -> Graph:
     """Return the graph of a program."""
-    module = _dict(program.get("graph_module"))
-    graph, specs = _dict(module.get("graph")), _list(_dict(module.get("signature")).get("input_specs"))
-    sizes = _dict(graph.get("tensor_values"))
+    module = as_dict(program.get("graph_module"))
+    graph, specs = as_dict(module.get("graph")), as_list(as_dict(module.get("signature")).get("input_specs"))
+    sizes = as_dict(graph.get("tensor_values"))
     inputs = [
-        _text(_dict(_dict(_dict(_dict(one).get("user_input")).get("arg")).get("as_tensor")).get("name"))
+        _text(as_dict(as_dict(as_dict(as_dict(one).get("user_input")).get("arg")).get("as_tensor")).get("name"))
         for one in specs
     ]
-    ones = frozenset(filter(None, (pt2_sizes.first_symbol(_dict(sizes.get(name)).get("sizes")) for name in inputs)))
-    return _graph(graph, ones, dict(_weights(specs)))
+    ones = frozenset(filter(None, (pt2_sizes.first_symbol(as_dict(sizes.get(name)).get("sizes")) for name in inputs)))
+    return _graph(graph, ones, argument_names(specs))
 
 
 def inner_graph(graph: Mapping[str, Any], operands: tuple[str, ...], outer: Graph) -> Graph:
     """Return a graph that a node of another one runs on some operands."""
-    taken = [_text(_dict(_dict(one).get("as_tensor")).get("name")) for one in _list(graph.get("inputs"))]
+    taken = [_text(as_dict(as_dict(one).get("as_tensor")).get("name")) for one in as_list(graph.get("inputs"))]
     weights = {inner: outer.weight(name) for inner, name in zip(taken, operands, strict=False) if outer.weight(name)}
     return _graph(graph, outer.ones, weights)
 
 
 def _graph(graph: Mapping[str, Any], ones: frozenset[str], weights: Mapping[str, str]) -> Graph:
-    nodes = tuple(_node(_dict(one)) for one in _list(graph.get("nodes"))[:MAX_NODES])
+    nodes = tuple(_node(as_dict(one)) for one in as_list(graph.get("nodes"))[:MAX_NODES])
     makers = {name: node for node in nodes for name in node.outputs}
-    return Graph(nodes, _dict(graph.get("tensor_values")), ones, weights, makers)
+    return Graph(nodes, as_dict(graph.get("tensor_values")), ones, weights, makers)
 
 
 def _node(found: Mapping[str, Any]) -> Node:
-    parts = _text(found.get("target")).split(".")
-    named = [(_text(_dict(one).get("name")), _dict(one).get("arg")) for one in _list(found.get("inputs"))]
+    named = [(_text(as_dict(one).get("name")), as_dict(one).get("arg")) for one in as_list(found.get("inputs"))]
     # What higher operations run and pass on has no names.
     arguments = {name or str(place): value for place, (name, value) in enumerate(named)}
-    outputs = tuple(_text(_dict(_dict(one).get("as_tensor")).get("name")) for one in _list(found.get("outputs")))
-    stack = _text(_dict(found.get("metadata")).get("nn_module_stack"))
+    outputs = tuple(_text(as_dict(as_dict(one).get("as_tensor")).get("name")) for one in as_list(found.get("outputs")))
+    stack = _text(as_dict(found.get("metadata")).get("nn_module_stack"))
     module = stack.rpartition(";")[2].split(",")
-    op = parts[3] if len(parts) > 3 and parts[1] == "ops" else parts[-1]
-    return Node(shown(op), arguments, outputs, shown(module[1]) if len(module) > 1 else "")
-
-
-def _weights(specs: list[Any]) -> Iterator[tuple[str, str]]:
-    for spec in specs:
-        for kind in _KINDS:
-            facts = _dict(_dict(spec).get(kind))
-            yield _text(_dict(facts.get("arg")).get("name")), _text(facts.get(f"{kind}_name"))
+    return Node(operation(_text(found.get("target"))), arguments, outputs, shown(module[1]) if len(module) > 1 else "")
 
 
 def _is_graph(argument: Any) -> bool:
-    return "as_graph" in _dict(argument)
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+    return "as_graph" in as_dict(argument)
 
 
 def _text(value: Any) -> str:
