@@ -107,12 +107,16 @@ class Tensor:
         return 1 if self.out_axis == 0 else self.out_axis - 1
 
 
+PARAMETRIZATION = "parametrization"
+"""The kind of a wrapper that computes a weight for other ends than pruning, such as weight_norm."""
+
+
 @dataclass(frozen=True, slots=True)
 class Wrapper:
     """A training-time wrapper that a framework left around a layer."""
 
     kind: str
-    """Who put it there: `tfmot`, `torch.nn.utils.prune`, `torch.ao.pruning`, `parametrization`."""
+    """Who put it there: `tfmot`, `torch.nn.utils.prune`, `torch.ao.pruning`, `nni`, or PARAMETRIZATION."""
     layer: str
     schedule: str = ""
     """The schedule as the file words it, such as `PolynomialDecay(0.5 -> 0.8, steps 0-1000)`."""

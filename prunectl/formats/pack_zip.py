@@ -13,6 +13,8 @@ LEVEL = 6
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """The same time for every entry, or the same model would not give the same bytes."""
 _UNIX = 3
+PROMISE = "/.format_version"
+"""With it PyTorch promises itself where each record lies, which no longer holds."""
 
 
 def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
@@ -21,6 +23,8 @@ def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
     with ZipFile(model.path) as old, ZipFile(target, "w", ZIP_DEFLATED, compresslevel=LEVEL) as packed:
         packed.comment = old.comment
         for name in old.namelist():
+            if name.endswith(PROMISE):
+                continue
             info = ZipInfo(name, _EPOCH)
             info.create_system = _UNIX
             if info.is_dir():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from prunectl.formats.base import Role, Tensor, Wrapper
+from prunectl.formats.base import PARAMETRIZATION, Role, Tensor, Wrapper
 
 OPTIMIZER_ROOTS = frozenset(
     {"optimizer", "optimizers", "optimizer_state", "optimizer_state_dict", "optimizer_states", "optim"}
@@ -72,7 +72,7 @@ def wrappers(tensors: Iterable[Tensor]) -> tuple[Wrapper, ...]:
     for name, tensor in names.items():
         if ".parametrizations." in f".{name}":
             is_mask = name.endswith(".mask")
-            found.append(Wrapper("torch.ao.pruning" if is_mask else "parametrization", tensor.layer))
+            found.append(Wrapper("torch.ao.pruning" if is_mask else PARAMETRIZATION, tensor.layer))
         elif name.endswith("_mask"):
             owner, _, leaf = name.rpartition(".")
             plain = leaf.removesuffix("_mask")

@@ -30,6 +30,7 @@ FORMATS = (
         sniff.is_hdf5,
         "keras.h5:open_model",
         writer="keras.h5_write:write",
+        stripper="keras.strip_h5:strip",
         is_reencoded=True,
         packer="keras.pack_h5:pack",
         graph="keras.graph:operations",
@@ -41,6 +42,7 @@ FORMATS = (
         sniff.is_keras_zip,
         "keras.archive:open_model",
         writer="keras.archive_write:write",
+        stripper="keras.strip_archive:strip",
         is_reencoded=True,
         packer="pack_zip:pack",
         graph="keras.graph:operations",
@@ -65,11 +67,26 @@ FORMATS = (
         writer="zip_write:write",
         is_reencoded=True,
         packer="pack_zip:pack",
+        stripper="torch.strip:strip",
     ),
-    Format("torch-legacy", "PyTorch before 1.6", (".pt", ".pth"), sniff.is_torch_legacy, "torch.legacy:open_model"),
+    Format(
+        "torch-legacy",
+        "PyTorch before 1.6",
+        (".pt", ".pth"),
+        sniff.is_torch_legacy,
+        "torch.legacy:open_model",
+        stripper="torch.strip:strip",
+    ),
     Format("torch-tar", "PyTorch before 0.2", (".pt", ".pth", ".tar"), sniff.is_torch_tar, "torch.tar:open_model"),
     Format("shards", "sharded checkpoint", (".json",), sniff.is_shard_index, "shards:open_model"),
-    Format("safetensors", "safetensors", (".safetensors",), sniff.is_safetensors, "safetensors:open_model"),
+    Format(
+        "safetensors",
+        "safetensors",
+        (".safetensors",),
+        sniff.is_safetensors,
+        "safetensors:open_model",
+        stripper="safetensors_strip:strip",
+    ),
     Format(
         "tflite",
         "TensorFlow Lite",
@@ -114,6 +131,10 @@ _CANNOT = {
 }
 
 
+MAX_AXES = 64
+"""The limit of NumPy."""
+
+
 def by_name(name: str) -> Format:
     """Return the row of a format."""
     return next(row for row in FORMATS if row.name == name)
@@ -150,6 +171,9 @@ def open_model(path: Path) -> ModelFile:
     """Open a model of any format, or say in one sentence why not."""
     real = resolve(path)
     model: ModelFile = load(recognise(real).opener)(real)
+    for tensor in model.tensors:
+        if len(tensor.shape) > MAX_AXES:
+            raise InputError(f"{real} is refused: {tensor.name} claims {len(tensor.shape)} axes, NumPy has {MAX_AXES}")
     return model
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 from prunectl.formats.base import ModelFile
-from prunectl.formats.pack_zip import LEVEL
+from prunectl.formats.pack_zip import LEVEL, PROMISE
 from prunectl.formats.writing import Rewrite, splice
 from prunectl.formats.zips import Archive, Entry, open_archive
 
@@ -79,6 +79,8 @@ def _records(path: Path) -> dict[str, tuple[int, int, int]]:
 def _deflate_again(archive: Archive, target: Path, rewrites: Mapping[str, Rewrite]) -> None:
     with ZipFile(archive.path) as old, ZipFile(target, "w", compresslevel=LEVEL) as new:
         for entry in archive.entries.values():
+            if entry.name.endswith(PROMISE):
+                continue
             info = ZipInfo(entry.name, old.getinfo(entry.name).date_time)
             info.compress_type = ZIP_STORED if entry.is_stored else ZIP_DEFLATED
             info.file_size = entry.nbytes

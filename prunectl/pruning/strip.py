@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prunectl.errors import WorkError
 from prunectl.formats import outputs
-from prunectl.formats.base import Can, ModelFile
+from prunectl.formats.base import PARAMETRIZATION, Can, ModelFile
 from prunectl.formats.stripping import Part, Removed, Wish
 from prunectl.formats.table import by_name, load, open_model, require
 from prunectl.formats.writing import write_flat
@@ -56,8 +56,9 @@ def strip(path: Path, wish: Wish, output: Output | None, *, is_packed: bool) -> 
 
 def _verify(model: ModelFile, found: ModelFile, wish: Wish) -> None:
     """Hold what was written against the input: nothing is left that should go, and nothing else has changed."""
-    if Part.MASKS in wish.parts and found.about.wrappers:
-        raise WorkError(f"{model.path} came out with wrappers still around {found.about.wrappers[0].layer}")
+    left = [wrapper for wrapper in found.about.wrappers if wrapper.kind != PARAMETRIZATION]
+    if Part.MASKS in wish.parts and left:
+        raise WorkError(f"{model.path} came out with wrappers still around {left[0].layer}")
     wrapped = {wrapper.layer for wrapper in model.about.wrappers}
     known = {tensor.name: tensor for tensor in model.tensors}
     for tensor in found.tensors:

@@ -84,6 +84,9 @@ def call(function: Any, args: Any) -> Any:
             return Pairs(_pairs(first))
         if function.path == _DEFAULT_DICTIONARY:
             return Pairs()
+        if function.path == "collections.deque":
+            # Its items may follow one by one, which only a list takes.
+            return list(first) if isinstance(first, list | tuple) else []
         if function.path in _SEQUENCES:
             return first if isinstance(first, tuple) else list(first) if isinstance(first, list) else []
         if function.path in _RECONSTRUCTORS and isinstance(first, Global):

@@ -1,0 +1,143 @@
+"""A safetensors file without masks, optimizer state, gradients and averaged copies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prunectl.errors import InputError
+from prunectl.formats import wrapped_names
+from prunectl.formats.base import Array, ModelFile, Role, Tensor
+from prunectl.formats.extents import blocks
+from prunectl.formats.json_text import parse_object
+from prunectl.formats.numbers_masked import HALF, HALVED, fitting, halved, masked
+from prunectl.formats.safetensors import DTYPES, LENGTH_BYTES
+from prunectl.formats.state_dict import OPTIMIZER_ROOTS
+from prunectl.formats.stripping import Part, Removed, Wish
+from prunectl.formats.wrapped_names import Wrapped
+from prunectl.formats.writing import write_flat
+
+_AVERAGES = ("ema.", "model_ema.", "ema_model.", "swa_model.")
+_GRADIENTS = (".grad", ".main_grad")
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_ROUND_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A tensor of the output."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterator[Array]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the buffer."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def strip(model: ModelFile, wish: Wish, targets: dict[Path, Path]) -> tuple[Removed, ...]:
+    """Write a copy without the parts that are to go, and return what went."""
+    tensors = {tensor.name: tensor for tensor in model.tensors}
+    dead = {name: part for name in tensors if (part := _part(name, tensors)) in wish.parts}
+    kept = {name: tensor for name, tensor in tensors.items() if name not in dead}
+    removed = [Removed(name, part, tensors[name].nbytes) for name, part in dead.items() if part is not None]
+    wrapped: tuple[Wrapped, ...] = ()
+    if wish.parts & {Part.MASKS, Part.WRAPPERS}:
+        wrapped = tuple(weight for weight in wrapped_names.find(kept, {}) if _fits(weight, kept))
+        removed += [Removed(mask, Part.MASKS, kept[mask].nbytes) for weight in wrapped for mask in weight.masks]
+        removed += [Removed(name, Part.WRAPPERS, 0) for name in dict.fromkeys(weight.wrapper for weight in wrapped)]
+        _refuse_others(model, kept, wrapped)
+    if not removed and not (wish.is_half and any(tensor.dtype in HALVED for tensor in kept.values())):
+        write_flat(model, targets, ())
+        return ()
+    _write(model, targets[model.path], [_halved(model, one, wish) for one in _written(model, kept, wrapped)])
+    return tuple(removed)
+
+
+def _part(name: str, tensors: Mapping[str, Tensor]) -> Part | None:
+    root, dot, rest = name.partition(".")
+    if dot and root in OPTIMIZER_ROOTS:
+        return Part.OPTIMIZER
+    if name.endswith(_GRADIENTS) and name.rpartition(".")[0] in tensors:
+        return Part.GRADIENTS
+    is_copy = name.startswith(_AVERAGES) and (rest in tensors or f"model.{rest}" in tensors)
+    return Part.TRAINING if is_copy else None
+
+
+def _fits(weight: Wrapped, tensors: Mapping[str, Tensor]) -> bool:
+    original = tensors[weight.original]
+    return original.is_float and all(
+        tensors[mask].shape in (original.shape, original.shape[:1]) for mask in weight.masks
+    )
+
+
+def _refuse_others(model: ModelFile, kept: Mapping[str, Tensor], wrapped: tuple[Wrapped, ...]) -> None:
+    known = {mask for weight in wrapped for mask in weight.masks}
+    for name, tensor in kept.items():
+        if tensor.role == Role.MASK and name not in known:
+            raise InputError(f"{model.path} holds {name}, a mask that does not fit its weight")
+
+
+def _written(model: ModelFile, kept: Mapping[str, Tensor], wrapped: tuple[Wrapped, ...]) -> Iterator[_Written]:
+    """Yield the tensors of the output, as they were or as products, in the order of the header."""
+    products = {weight.original: weight for weight in wrapped}
+    masks = {mask for weight in wrapped for mask in weight.masks}
+    plain = wrapped_names.renamed(kept, wrapped)
+    for name, tensor in kept.items():
+        if name not in masks:
+            numbers = _product(model, products[name], kept) if name in products else _as_it_was(tensor)
+            yield _Written(plain[name], tensor.dtype, tensor.shape, numbers)
+
+
+def _as_it_was(tensor: Tensor) -> Callable[[], Iterator[Array]]:
+    extent = tensor.storage.extent
+    return lambda: blocks(extent, tensor.dtype) if extent is not None else iter(())
+
+
+def _product(model: ModelFile, weight: Wrapped, kept: Mapping[str, Tensor]) -> Callable[[], Iterator[Array]]:
+    def numbers() -> Iterator[Array]:
+        weights = model.read(kept[weight.original])
+        factors = (fitting(weights, model.read(kept[mask])) for mask in weight.masks)
+        yield from masked(weights, [factor for factor in factors if factor is not None])
+
+    return numbers
+
+
+def _halved(model: ModelFile, one: _Written, wish: Wish) -> _Written:
+    if not wish.is_half or one.dtype not in HALVED:
+        return one
+    return _Written(one.name, HALF, one.shape, lambda: halved(one.blocks(), model.path, one.name))
+
+
+def _write(model: ModelFile, target: Path, written: list[_Written]) -> None:
+    places: dict[str, list[int]] = {}
+    at = 0
+    # Wide numbers first, as the format's own library has it: each then begins at a multiple of its width.
+    laid = sorted(written, key=lambda one: -one.dtype.itemsize)
+    for one in laid:
+        places[one.name] = [at, at + one.nbytes]
+        at += one.nbytes
+    with model.path.open("rb") as file:
+        old = parse_object(file.read(int.from_bytes(file.read(LENGTH_BYTES), "little")), model.path, "its header")
+    header: dict[str, Any] = {"__metadata__": old["__metadata__"]} if "__metadata__" in old else {}
+    for one in laid:
+        header[one.name] = {
+            "dtype": _CODES[one.dtype],
+            "shape": list(one.shape),
+            "data_offsets": places[one.name],
+        }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ROUND_BYTES)
+    with target.open("xb") as out:
+        out.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+        for one in laid:
+            for block in one.blocks():
+                out.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
