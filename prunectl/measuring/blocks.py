@@ -61,14 +61,18 @@ def slabs(model: ModelFile, tensor: Tensor, aligned: int) -> Iterator[tuple[int,
 
 
 def same_numbers(model: ModelFile, tensor: Tensor, other_model: ModelFile, other: Tensor) -> bool:
-    """Whether two tensors of one type and shape hold the same numbers, bit for bit."""
-    pairs = zip(_in_order(model, tensor), _in_order(other_model, other), strict=False)
-    return all(one.tobytes() == two.tobytes() for one, two in pairs)
+    """Whether a tensor holds the numbers of another, bit for bit once they are of its type."""
+    if not tensor.shape:
+        return _as_bytes(model.read(tensor), other) == _as_bytes(other_model.read(other), other)
+    theirs = other_model.read(other)
+    return all(
+        _as_bytes(slab, other) == _as_bytes(theirs[begin : begin + len(slab)], other)
+        for begin, slab in slabs(model, tensor, 1)
+    )
 
 
-def _in_order(model: ModelFile, tensor: Tensor) -> Iterator[Array]:
-    """Yield a tensor in C order, in blocks whose sizes depend on nothing but its shape."""
-    return (slab for _, slab in slabs(model, tensor, 1)) if tensor.shape else iter([model.read(tensor)])
+def _as_bytes(array: Array, other: Tensor) -> bytes:
+    return array.astype(other.dtype, copy=False).tobytes()
 
 
 def elements(tensor: Tensor) -> int:

@@ -63,7 +63,7 @@ def _verify(model: ModelFile, found: ModelFile, wish: Wish) -> None:
     known = {tensor.name: tensor for tensor in model.tensors}
     for tensor in found.tensors:
         old = known.get(tensor.name)
-        if old is None or old.dtype != tensor.dtype or tensor.layer in wrapped:
+        if old is None or tensor.layer in wrapped:
             continue
         if old.shape != tensor.shape or not same_numbers(model, old, found, tensor):
             raise WorkError(f"{tensor.name} of {model.path} came out with other numbers than it had")
