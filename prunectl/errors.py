@@ -14,6 +14,7 @@ import errno
 from collections.abc import Callable
 from typing import ClassVar, TypeVar
 
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 Subject = TypeVar("Subject")
 Result = TypeVar("Result")
 
@@ -66,7 +67,7 @@ def translate(error: Exception) -> PrunectlError | None:
     """Return what an error of the system means to the user; None for what is our own fault."""
     if isinstance(error, MemoryError):
         return WorkError("out of memory")
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         return WorkError(f"no space left on the disk{_where(error)}; nothing was written")
     if isinstance(error, OSError) and error.errno is not None:
         return InputError(f"{error.filename or 'the input'} cannot be used: {error.strerror}")

@@ -51,7 +51,7 @@ def _from_name(name: str) -> object:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # the module is there, but something that it needs is not
         raise UsageError(f"no module is called {name}", hint="for a file, write ./file.py:name") from error
 
@@ -62,5 +62,8 @@ def _from_file(path: Path) -> object:
         raise UsageError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickling look their module up there
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     return module

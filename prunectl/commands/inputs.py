@@ -50,4 +50,7 @@ def local(word: str) -> Generator[Path]:
         copy = Path(scratch) / "standard-input"
         with copy.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
-        yield copy
+        try:
+            yield copy
+        except PrunectlError as error:
+            raise _about_what_was_named(error, copy, word) from error

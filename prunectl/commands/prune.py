@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,6 +75,7 @@ def prune(
             manifests.write(manifest, found, place.target)
         if output == STDIN and place is not None:
             return reporter.pour(place.target)
+        found = replace(found, before=replace(found.before, path=model))
         return reporter.show(prune_report(found, str(place.target) if place is not None else ""))
 
 

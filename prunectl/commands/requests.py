@@ -70,7 +70,7 @@ def destination(model: Path, output: str, *, force: bool, in_place: bool, dry_ru
         )
     else:
         with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
-            yield Output(Path(scratch) / f"standard-output{model.suffix}")
+            yield Output(Path(scratch) / f"standard-output{model.suffix}", is_stream=True)
 
 
 def parts_of(words: str) -> frozenset[Part]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import select
 import signal
@@ -10,11 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from prunectl.errors import InputError
+from prunectl.errors import NO_ROOM, InputError
 
 _OUT_OF_TIME = "takes too long to read: it is damaged, or made to keep its reader busy"
 _PIECE_BYTES = 1 << 16
-_DONE, _REFUSED, _FAILED = b"D", b"R", b"F"
+_DONE, _REFUSED, _FAILED, _NO_ROOM = b"D", b"R", b"F", b"N"
 
 
 def in_child(work: Callable[[], bytes], path: Path, *, seconds: float, extra_bytes: int) -> bytes:
@@ -39,6 +40,9 @@ def in_child(work: Callable[[], bytes], path: Path, *, seconds: float, extra_byt
         return answer[1:]
     if answer[:1] == _REFUSED:
         raise InputError(answer[1:].decode("utf-8", "backslashreplace"))
+    if answer[:1] == _NO_ROOM:
+        number = int(answer[1:])
+        raise OSError(number, os.strerror(number))
     if answer[:1] == _FAILED:
         reason = answer[1:].decode("utf-8", "backslashreplace")
         raise InputError(f"{path} is truncated or damaged: {reason}")
@@ -65,12 +69,20 @@ def _be_child(work: Callable[[], bytes], writer: int, seconds: float, extra_byte
         except MemoryError:
             answer = _FAILED + b"it asks for more memory than a file of its size can need"
         except Exception as error:  # noqa: BLE001 - h5py raises what it likes on a damaged file
-            answer = _FAILED + (str(error) or type(error).__name__).encode("utf-8", "backslashreplace")
+            answer = _failure(error)
         view = memoryview(answer)
         while view:
             view = view[os.write(writer, view) :]
     finally:
         os._exit(0)
+
+
+def _failure(error: Exception) -> bytes:
+    # libhdf5 tells only in words that a disk is full.
+    said = re.search(r"errno = (\d+)", str(error))
+    if said is not None and int(said[1]) in NO_ROOM:
+        return _NO_ROOM + said[1].encode()
+    return _FAILED + (str(error) or type(error).__name__).encode("utf-8", "backslashreplace")
 
 
 def _listen(reader: int, deadline: float) -> bytes | None:

@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from prunectl.errors import UsageError, WorkError
+from prunectl.errors import NO_ROOM, UsageError, WorkError
 from prunectl.formats.base import ModelFile
+from prunectl.formats.exchange import exchange
 
 PREFIX = ".prunectl-"
-_LOCK = "lock"
+_MODEL_FOLDERS = ("saved_model.pb", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+_LOCK, _INSIDE = "lock", "new"
 
 
 def check_target(model: ModelFile, target: Path, *, is_forced: bool, is_in_place: bool) -> None:
     """Refuse a target that is there already, or that is the input, unless the user said so."""
+    if is_in_place:
+        return
     if is_same(model.path, target):
-        if not is_in_place:
-            raise UsageError(f"{target} is the input itself", hint="write elsewhere, or say --in-place")
-    elif os.path.lexists(target) and not is_forced:
-        raise UsageError(f"{target} exists", hint="write elsewhere, or replace it with --force")
+        raise UsageError(f"{target} is the input itself", hint="write elsewhere, or say --in-place")
     if not target.parent.is_dir():
         raise UsageError(f"{target.parent} is not a folder", hint=f"mkdir -p {target.parent}")
+    for place in dict.fromkeys(_place_of(name, target) for name in targets(model, target).values()):
+        if any(is_same(file, place) for file in model.files):
+            raise UsageError(f"{place} belongs to the input", hint="write into another folder")
+        if os.path.lexists(place) and not is_forced:
+            raise UsageError(f"{place} exists", hint="write elsewhere, or replace it with --force")
+        if place.is_dir() and not any((place / name).exists() for name in _MODEL_FOLDERS):
+            raise UsageError(f"{place} is a folder without a model in it, which is not replaced")
+
+
+def _place_of(name: Path, target: Path) -> Path:
+    """Return what is put into its place as a whole: a file, or the folder that is the model."""
+    return target if name.parts[0] == target.name else target.parent / name
 
 
 def is_same(one: Path, other: Path) -> bool:
@@ -37,7 +50,7 @@ def targets(model: ModelFile, target: Path) -> dict[Path, Path]:
     """Return where each file of a model goes, relative to the folder that it is written in."""
     if model.path.is_dir():
         return {file: Path(target.name) / file.relative_to(model.path) for file in model.files}
-    if model.format == "shards":
+    if model.format == "shards" and not target.name.endswith(".index.json"):
         return {file: Path(target.name) / file.name for file in model.files}
     if model.format == "tf-checkpoint":
         old, new = model.path.name.removesuffix(".index"), target.name.removesuffix(".index")
@@ -52,30 +65,68 @@ def replacing(target: Path, *, may_replace: bool) -> Generator[Path]:
     """Yield a scratch folder beside the target; what is in it at the end takes its place, if nothing fails."""
     with _scratch(target.parent) as folder:
         yield folder
-        # That by which a model is opened comes last: until it is there, there is no model.
-        for child in sorted(folder.iterdir(), key=lambda child: (child.name == target.name, child.suffix == ".index")):
-            flush(child)
-            _place(child, target.parent / child.name, folder.parent, may_replace=may_replace)
+        placed: list[Path] = []
+        try:
+            for new, place in _placements(folder, target):
+                flush(new)
+                _place(new, place, folder.parent, may_replace=may_replace)
+                placed.append(place)
+        except WorkError:
+            # What replaced something cannot be undone: what did not is not left half there.
+            for path in placed if not may_replace else ():
+                path.unlink()
+            raise
         _sync_folder(target.parent)
+
+
+def _placements(folder: Path, target: Path) -> list[tuple[Path, Path]]:
+    """Return what goes where; that by which a model is opened comes last: until it is there, there is no model."""
+    whole = folder / target.name
+    news = [whole] if whole.is_dir() else [child for child in folder.rglob("*") if child.is_file()]
+    order = sorted(news, key=lambda new: (new == whole, new.suffix in {".index", ".json"}, new))
+    return [(new, target.parent / new.relative_to(folder)) for new in order]
 
 
 @contextmanager
 def _scratch(parent: Path) -> Generator[Path]:
     # Beside the target, because a rename is atomic only within one filesystem.
     _clear_stale(parent)
+    made: list[Path] = []
+    lock = -1
     try:
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        lock = _locked_folder(parent, made)
+        yield made[-1] / _INSIDE
     except OSError as error:
-        raise WorkError(f"{parent} cannot be written to: {error.strerror}") from error
-    lock = os.open(folder / _LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    inside = folder / "new"
-    inside.mkdir()
-    try:
-        yield inside
+        if error.errno not in NO_ROOM:
+            raise
+        raise WorkError(f"{parent} has no room for the result: {error.strerror}; nothing was written") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        for folder in made:
+            shutil.rmtree(folder, ignore_errors=True)
+        if lock >= 0:
+            os.close(lock)
+
+
+def _locked_folder(parent: Path, made: list[Path]) -> int:
+    """Make a folder, noted before it is there, so that no signal finds it unknown; return the lock of who is alive."""
+    while True:
+        folder = parent / f"{PREFIX}{secrets.token_hex(8)}"
+        made.append(folder)
+        try:
+            os.mkdir(folder, 0o700)
+        except FileExistsError:
+            made.pop()
+            continue
+        except OSError as error:
+            raise WorkError(f"{parent} cannot be written to: {error.strerror}") from error
+        # Before it is locked, another run may take it for stale and remove it.
+        with suppress(FileNotFoundError):
+            lock = os.open(folder / _LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                os.mkdir(folder / _INSIDE)
+                return lock
+            os.close(lock)
 
 
 def _clear_stale(parent: Path) -> None:
@@ -92,15 +143,20 @@ def _clear_stale(parent: Path) -> None:
 
 def _place(new: Path, target: Path, scratch: Path, *, may_replace: bool) -> None:
     try:
-        if may_replace:
-            if target.is_dir():
-                # A folder cannot take the place of one that is not empty.
-                os.rename(target, scratch / "old")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not may_replace:
+            if new.is_dir():
+                os.rename(new, target)
+            else:
+                os.link(new, target)  # which, unlike a rename, does not replace what came to be there meanwhile
+        elif not target.is_dir():
             os.replace(new, target)
-        elif new.is_dir():
+        elif not exchange(new, target):
+            # A folder cannot take the place of one that is not empty.
+            os.rename(target, scratch / "old")
             os.rename(new, target)
-        else:
-            os.link(new, target)  # which, unlike a rename, does not replace what came to be there meanwhile
+    except FileExistsError as error:
+        raise WorkError(f"{target} came to be there meanwhile", hint="another run may have written it") from error
     except OSError as error:
         raise WorkError(f"{target} cannot be written: {error.strerror}") from error
 

@@ -18,7 +18,7 @@ from prunectl.measuring.patterns import Block, ZerosOf
 from prunectl.measuring.survey import Survey, survey
 from prunectl.measuring.zeros import nonzero
 from prunectl.pruning.masks import Pool, lowest_blocks, lowest_of_each
-from prunectl.pruning.not_finite import NotFinite, rank
+from prunectl.pruning.not_finite import NotFinite, check_kept, rank
 from prunectl.pruning.plan import Cut, Plan
 from prunectl.pruning.selection import Dropper, Mask, Source, threshold
 from prunectl.pruning.strategies import Place, Strategy
@@ -67,9 +67,10 @@ def execute(model: ModelFile, plan: Plan, method: Method, targets: dict[Path, Pa
 def verify(model: ModelFile, written: Path, tallies: dict[str, Tally]) -> Survey:
     """Open what was written, hold it against the input and the counts, and return what is in it."""
     found = open_model(written)
-    if [(tensor.name, tensor.shape, tensor.dtype) for tensor in found.tensors] != [
+    # Not in their order: what was packed meanwhile may be listed behind the rest.
+    if {(tensor.name, tensor.shape, tensor.dtype) for tensor in found.tensors} != {
         (tensor.name, tensor.shape, tensor.dtype) for tensor in model.tensors
-    ]:
+    }:
         raise WorkError(f"{model.path} came out with other tensors than it had")
     seen = survey(found, found.tensors, has_channels=False)
     for row in seen.layers:
@@ -123,18 +124,32 @@ def _ranked(
     model: ModelFile, tensor: Tensor, method: Method, *, is_wide: bool
 ) -> Iterator[tuple[Array, Array, Mask | None]]:
     """Yield blocks of weights in storage order, their scores, and what goes whatever its score."""
-    begin = 0
-    for block in _blocks(model, tensor, whole=not method.strategy.is_elementwise):
-        scores = method.strategy.score(block, Place(tensor.name, begin, method.seed))
-        ranked, doomed = rank(scores.astype(np.float64) if is_wide else scores, method.not_finite, tensor.name)
+    for block, scores in _scored(model, tensor, method):
+        ranked, doomed = rank(
+            scores.astype(np.float64) if is_wide else scores, method.not_finite, _called(model, tensor)
+        )
         yield block, ranked, doomed
+
+
+def _scored(model: ModelFile, tensor: Tensor, method: Method) -> Iterator[tuple[Array, Array]]:
+    """Yield blocks of weights in storage order with their scores; strategies that look at more get it in its shape."""
+    strategy, begin = method.strategy, 0
+    if not strategy.is_elementwise:
+        weights = model.read(tensor)
+        scores = strategy.score(weights, Place(tensor.name, 0, method.seed))
+        yield in_storage_order(tensor, weights), in_storage_order(tensor, scores)
+        return
+    for block in _blocks(model, tensor):
+        yield block, strategy.score(block, Place(tensor.name, begin, method.seed))
         begin += block.size
 
 
-def _blocks(model: ModelFile, tensor: Tensor, *, whole: bool) -> Iterator[Array]:
-    if whole:
-        yield in_storage_order(tensor, model.read(tensor))
-    elif tensor.storage.extent is None:
+def _called(model: ModelFile, tensor: Tensor) -> str:
+    return f"{model.path}: {tensor.name}"
+
+
+def _blocks(model: ModelFile, tensor: Tensor) -> Iterator[Array]:
+    if tensor.storage.extent is None:
         yield from pieces(in_storage_order(tensor, model.read(tensor)))
     else:
         yield from blocks(model, replace(tensor, shape=(tensor.size,), strides=None))
@@ -146,6 +161,7 @@ def _unstructured(
     dropper = make_dropper()
     for block, scores, doomed in _ranked(model, tensor, method, is_wide=is_wide):
         dropped = dropper.mark(scores)
+        check_kept(scores, dropped, method.not_finite, _called(model, tensor))
         yield _zeroed(block, dropped if doomed is None else dropped | doomed), dropped
 
 
@@ -153,7 +169,7 @@ def _in_a_pattern(model: ModelFile, cut: Cut, method: Method) -> Pruned:
     tensor, pattern = cut.tensor, method.pattern
     weights = model.read(tensor)
     scores, doomed = rank(
-        method.strategy.score(weights, Place(tensor.name, 0, method.seed)), method.not_finite, tensor.name
+        method.strategy.score(weights, Place(tensor.name, 0, method.seed)), method.not_finite, _called(model, tensor)
     )
     if isinstance(pattern, ZerosOf):
         assert tensor.inputs_axis is not None
@@ -163,6 +179,7 @@ def _in_a_pattern(model: ModelFile, cut: Cut, method: Method) -> Pruned:
         assert tensor.out_axis is not None
         size = (pattern.rows, pattern.columns)
         dropped = lowest_blocks(scores, tensor.out_axis, size, method.pool, (cut.drop or 0) / tensor.size)
+    check_kept(scores, dropped, method.not_finite, _called(model, tensor))
     if doomed is not None:
         dropped |= doomed
     yield in_storage_order(tensor, _zeroed(weights, dropped)), dropped

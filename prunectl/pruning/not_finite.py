@@ -30,3 +30,9 @@ def rank(scores: Array, what: NotFinite, name: str) -> tuple[Array, Mask | None]
     if what is NotFinite.ZERO:
         return np.where(finite, scores, scores.dtype.type(0)), ~finite
     return np.where(finite, scores, scores.dtype.type(np.inf)), None
+
+
+def check_kept(scores: Array, dropped: Mask, what: NotFinite, name: str) -> None:
+    """Refuse a cut that takes weights which are to be kept because they are not finite."""
+    if what is NotFinite.KEEP and not np.isfinite(scores[dropped]).all():
+        raise InputError(f"{name} holds more weights that are not finite than may stay", hint="--nan zero drops them")

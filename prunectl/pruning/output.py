@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from prunectl.errors import UsageError
 from prunectl.formats import outputs
 from prunectl.formats.base import ModelFile
 
@@ -22,6 +23,8 @@ class Output:
     target: Path
     is_forced: bool = False
     is_in_place: bool = False
+    is_stream: bool = False
+    """Whether it is sent on from there as one run of bytes."""
 
 
 @contextmanager
@@ -31,6 +34,10 @@ def workplace(model: ModelFile, output: Output | None) -> Generator[tuple[Path, 
         with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
             yield Path(scratch), Path(scratch) / model.path.name
     else:
+        if output.is_stream and (model.path.is_dir() or len(model.files) > 1):
+            raise UsageError(f"{model.path} is more than one file, and does not fit through standard output")
+        # In place is where the file itself lies: not a link to it, nor the folder or the prefix that it was named by.
+        target = model.path.resolve() if output.is_in_place else output.target
         # The output appears when this ends without an error.
-        with outputs.replacing(output.target, may_replace=output.is_forced or output.is_in_place) as folder:
-            yield folder, output.target
+        with outputs.replacing(target, may_replace=output.is_forced or output.is_in_place) as folder:
+            yield folder, target

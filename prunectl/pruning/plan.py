@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,7 +13,8 @@ from prunectl.formats.names import select
 from prunectl.formats.writing import is_writable
 from prunectl.measuring.patterns import Block, ZerosOf
 from prunectl.measuring.ties import ties
-from prunectl.pruning.policies import Policy
+from prunectl.pruning.allocation import Allocation
+from prunectl.pruning.policies import Policy, integers
 
 
 class Scope(StrEnum):
@@ -57,10 +59,19 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What the user asks for."""
+class Choice:
+    """The tensors that are pruned, and why the others are not."""
 
-    sparsity: float
+    tensors: tuple[Tensor, ...]
+    skips: tuple[Skip, ...]
+    own: Mapping[str, float]
+    """Sparsities of their own, by tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the user asks for, apart from how much."""
+
     scope: Scope
     policy: Policy
     only: str = ""
@@ -68,27 +79,40 @@ class Wish:
     pattern: ZerosOf | Block | None = None
     layers: tuple[tuple[str, float], ...] = ()
     """Sparsities of their own for what selectors match; the last that matches wins."""
+    allocation: Allocation | None = None
+    """How many weights go in each tensor, if not the same share of each."""
 
 
-def make(model: ModelFile, wish: Wish, *, can_reencode: bool) -> Plan:
-    """Return the plan that grants a wish; a container that re-encodes can change what does not lie flat."""
-    own = _own_sparsities(model, wish.layers)
-    chosen, skips = _choose(model, wish, own, can_reencode=can_reencode)
-    if not chosen:
-        raise UsageError(f"nothing in {model.path} is left to prune", hint=f"see: prunectl inspect {model.path}")
-    wanted = {tensor.name: own.get(tensor.name, wish.sparsity) for tensor in chosen}
+def choose(model: ModelFile, wish: Wish, *, can_reencode: bool) -> Choice:
+    """Return what a wish is about; a container that re-encodes can change what does not lie flat."""
+    own = {tensor.name: sparsity for selector, sparsity in wish.layers for tensor in select(model, selector)}
+    tensors, skips = _sorted_out(model, wish, own, can_reencode=can_reencode)
+    if not tensors:
+        raise UsageError(
+            _nothing_left(model, skips), hint=f"--only and --policy choose; see: prunectl inspect {model.path}"
+        )
+    return Choice(tensors, skips, {tensor.name: own[tensor.name] for tensor in tensors if tensor.name in own})
+
+
+def make(choice: Choice, wish: Wish, sparsity: float) -> Plan:
+    """Return the plan that grants a wish at a sparsity."""
+    drop = round(sparsity * sum(tensor.size for tensor in choice.tensors))
     if wish.scope is Scope.GLOBAL:
-        if own:
-            raise UsageError("--layer sets the sparsity of a layer, --scope global ranks all layers together")
-        drop = round(wish.sparsity * sum(tensor.size for tensor in chosen))
-        return Plan(tuple(Cut(tensor, None) for tensor in chosen), skips, drop)
-    counts: Mapping[str, int] = {}
+        return Plan(tuple(Cut(tensor, None) for tensor in choice.tensors), choice.skips, drop)
     if isinstance(wish.pattern, ZerosOf):
-        counts = {tensor.name: _in_groups(tensor, wish.pattern) for tensor in chosen}
-    elif wish.scope is Scope.ERK:
-        counts = _erk(chosen, wish.sparsity)
-    cuts = [Cut(tensor, counts.get(tensor.name, round(wanted[tensor.name] * tensor.size))) for tensor in chosen]
-    return Plan(tuple(cuts), skips, sum(cut.drop or 0 for cut in cuts))
+        counts: Sequence[int] = [_in_groups(tensor, wish.pattern) for tensor in choice.tensors]
+    elif wish.allocation is not None:
+        counts = wish.allocation(choice.tensors, drop)
+    else:
+        counts = [round(choice.own.get(tensor.name, sparsity) * tensor.size) for tensor in choice.tensors]
+    cuts = tuple(Cut(tensor, count) for tensor, count in zip(choice.tensors, counts, strict=True))
+    return Plan(cuts, choice.skips, sum(counts))
+
+
+def _nothing_left(model: ModelFile, skips: Iterable[Skip]) -> str:
+    reasons = Counter(skip.reason for skip in skips)
+    told = ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3))
+    return f"{model.path} has nothing to prune: {told or 'it holds no tensors'}"
 
 
 def _in_groups(tensor: Tensor, pattern: ZerosOf) -> int:
@@ -99,11 +123,7 @@ def _in_groups(tensor: Tensor, pattern: ZerosOf) -> int:
     return (whole * pattern.zeros + short) * (tensor.size // length)
 
 
-def _own_sparsities(model: ModelFile, layers: Iterable[tuple[str, float]]) -> dict[str, float]:
-    return {tensor.name: sparsity for selector, sparsity in layers for tensor in select(model, selector)}
-
-
-def _choose(
+def _sorted_out(
     model: ModelFile, wish: Wish, own: Mapping[str, float], *, can_reencode: bool
 ) -> tuple[tuple[Tensor, ...], tuple[Skip, ...]]:
     judge = wish.policy.judge(model)
@@ -128,7 +148,7 @@ def _choose(
 def _impossible(tensor: Tensor, wish: Wish, *, can_reencode: bool) -> str:
     """Return why a tensor cannot be pruned whatever the user wants."""
     if not tensor.is_float:
-        return f"of type {tensor.dtype.name}: prune the float model, before it is quantised"
+        return integers(tensor)
     if not tensor.size:
         return "empty"
     if isinstance(wish.pattern, ZerosOf) and tensor.inputs_axis is None:
@@ -139,29 +159,3 @@ def _impossible(tensor: Tensor, wish: Wish, *, can_reencode: bool) -> str:
         covers = tensor.start == 0 and tensor.nbytes == tensor.storage.nbytes
         return "" if can_reencode and covers else "stored in a way that cannot be changed in place"
     return "" if is_writable(tensor) else "a view with gaps or repeats"
-
-
-def _erk(tensors: Sequence[Tensor], sparsity: float) -> dict[str, int]:
-    """Return counts by Erdos-Renyi-Kernel: a layer's density goes with the sum of its sizes over their product."""
-    total = sum(tensor.size for tensor in tensors)
-    keep = total - round(sparsity * total)
-    dense: set[str] = set()
-    while True:
-        raw = {tensor.name: sum(tensor.shape) / tensor.size for tensor in tensors if tensor.name not in dense}
-        left = keep - sum(tensor.size for tensor in tensors if tensor.name in dense)
-        weight = sum(raw[tensor.name] * tensor.size for tensor in tensors if tensor.name in raw)
-        full = {name for name, density in raw.items() if density * left > weight}
-        if not full:
-            break
-        dense |= full
-    kept = {
-        tensor.name: raw[tensor.name] * tensor.size * left / weight if weight else 0.0
-        for tensor in tensors
-        if tensor.name in raw
-    }
-    drops = {tensor.name: 0 if tensor.name in dense else tensor.size - int(kept[tensor.name]) for tensor in tensors}
-    # What rounding down kept too few of goes to the layers with the largest remainders.
-    missing = sum(drops.values()) - (total - keep)
-    for name in sorted(kept, key=lambda name: (int(kept[name]) - kept[name], name))[:missing]:
-        drops[name] -= 1
-    return drops

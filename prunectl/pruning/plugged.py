@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prunectl.errors import UsageError, WorkError
+from prunectl.errors import PrunectlError, UsageError, WorkError
 from prunectl.formats.base import ModelFile, Tensor
 from prunectl.pruning.policies import Policy
 from prunectl.pruning.strategies import Array, Place, Strategy
@@ -20,21 +21,70 @@ if TYPE_CHECKING:
 
 
 def as_strategy(found: object, request: Request) -> Strategy:
-    """Return a built-in strategy, or one made of a function from weights to scores."""
+    """Return a built-in strategy with its parameters, or one made of a function from weights to scores."""
     if isinstance(found, Strategy):
-        if request.params:
-            raise UsageError(f"the strategy {found.name} takes no --param")
-        return found
+        return replace(found, params=_chosen(found, request.params))
     if not callable(found):
         raise UsageError(f"{request.strategy} is not a function from weights to scores")
     function: Callable[..., Any] = found
     params = typed(request.params, function)
-    is_elementwise = bool(getattr(function, "is_elementwise", False))
+    line = inspect.getdoc(function) or ""
 
     def score(weights: Array, place: Place) -> Array:
-        return _checked(function(weights, **params), weights, request.strategy, place.name)
+        given = _called(function, request.strategy, place.name, _wide(weights), **params)
+        return _checked(given, weights, request.strategy, place.name)
 
-    return Strategy(request.strategy, score, inspect.getdoc(function) or "", is_elementwise)
+    def score_all(weights: Mapping[str, Array]) -> Mapping[str, Array | None]:
+        wide = {name: _wide(array) for name, array in weights.items()}
+        given = _called(function, request.strategy, "the model", wide, **params)
+        if not isinstance(given, Mapping) or given.keys() - weights.keys():
+            raise WorkError(f"{request.strategy} must give a dictionary with the names of the tensors that it got")
+        return {
+            name: None if given.get(name) is None else _checked(given[name], array, request.strategy, name)
+            for name, array in weights.items()
+        }
+
+    if getattr(function, "prunectl_scope", "") == "model":
+        return Strategy(request.strategy, score, line, score_all=score_all)
+    return Strategy(request.strategy, score, line, bool(getattr(function, "is_elementwise", False)))
+
+
+def _chosen(strategy: Strategy, words: tuple[str, ...]) -> Mapping[str, str]:
+    """Return the parameters of a built-in strategy."""
+    found = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if not strategy.choices:
+            raise UsageError(f"the strategy {strategy.name} takes no --param")
+        if name not in strategy.choices:
+            raise UsageError(
+                f"the strategy {strategy.name} has no parameter {name}",
+                did_you_mean=tuple(get_close_matches(name, strategy.choices)),
+                hint=f"it takes {', '.join(strategy.choices)}",
+            )
+        if value not in strategy.choices[name]:
+            raise UsageError(
+                f"{value!r} is no {name} of {strategy.name}",
+                did_you_mean=tuple(get_close_matches(value, strategy.choices[name])),
+                hint=f"it is one of {', '.join(strategy.choices[name])}",
+            )
+        found[name] = value
+    return found
+
+
+def _wide(weights: Array) -> Array:
+    """Return weights that any function can reckon with: half precision is widened."""
+    return weights.astype(np.float32) if weights.dtype.itemsize < 4 else weights
+
+
+def _called(function: Callable[..., Any], strategy: str, subject: str, *weights: Any, **params: Any) -> Any:
+    """Return what somebody else's function returns; what it raises is its own fault."""
+    try:
+        return function(*weights, **params)
+    except PrunectlError:
+        raise
+    except Exception as error:
+        raise WorkError(f"{strategy} fails on {subject}: {type(error).__name__}: {error}") from error
 
 
 def as_policy(found: object) -> Policy:
@@ -46,14 +96,14 @@ def as_policy(found: object) -> Policy:
     function: Callable[[Tensor], str | None] = found
 
     def judge(_: ModelFile) -> Callable[[Tensor], str]:
-        return lambda tensor: function(tensor) or ""
+        return lambda tensor: str(_called(function, getattr(found, "__name__", "policy"), tensor.name, tensor) or "")
 
     return Policy(getattr(found, "__name__", "policy"), judge, inspect.getdoc(found) or "")
 
 
 def typed(words: tuple[str, ...], function: Callable[..., Any]) -> Mapping[str, Any]:
-    """Return `name=value` words as arguments of a function: numbers as numbers, checked against its signature."""
-    taken = list(inspect.signature(function).parameters)[1:]
+    """Return `name=value` words as arguments of a function, in the types that its signature says."""
+    taken = dict(list(inspect.signature(function).parameters.items())[1:])
     found: dict[str, Any] = {}
     for word in words:
         name, sign, text = word.partition("=")
@@ -61,17 +111,37 @@ def typed(words: tuple[str, ...], function: Callable[..., Any]) -> Mapping[str, 
             raise UsageError(f"{word!r} is not a parameter", hint="write --param name=value")
         if name not in taken:
             raise UsageError(
-                f"the strategy has no parameter {name}", did_you_mean=tuple(get_close_matches(name, taken))
+                f"the strategy has no parameter {name}",
+                did_you_mean=tuple(get_close_matches(name, taken)),
+                hint=f"it takes {', '.join(taken) or 'none'}",
             )
-        found[name] = _value(text)
+        found[name] = _value(name, text, _type_of(taken[name]))
+    missing = [name for name, one in taken.items() if one.default is one.empty and name not in found]
+    if missing:
+        raise UsageError(f"the strategy needs a {missing[0]}", hint=f"write --param {missing[0]}=...")
     return found
 
 
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
-    except (ValueError, SyntaxError):
+def _type_of(parameter: inspect.Parameter) -> str:
+    """Return the name of a parameter's type, from its annotation or its default; empty if neither tells."""
+    said = parameter.annotation
+    if said is parameter.empty:
+        return "" if parameter.default in (parameter.empty, None) else type(parameter.default).__name__
+    return said if isinstance(said, str) else getattr(said, "__name__", "")
+
+
+def _value(name: str, text: str, kind: str) -> Any:
+    if kind == "str":
         return text
+    try:
+        found = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        found = text
+    if kind == "float" and type(found) is int:
+        return float(found)
+    if kind in {"int", "float", "bool"} and type(found).__name__ != kind:
+        raise UsageError(f"{text!r} is no {kind}, as the parameter {name} is")
+    return found
 
 
 def _checked(scores: Any, weights: Array, strategy: str, name: str) -> Array:
@@ -79,7 +149,10 @@ def _checked(scores: Any, weights: Array, strategy: str, name: str) -> Array:
     found = np.asarray(scores)
     if found.shape != weights.shape:
         raise WorkError(f"{strategy} gave {name} scores of shape {found.shape}, its weights have {weights.shape}")
-    found = found.astype(np.float64 if found.dtype.itemsize > 4 else np.float32)
+    if found.dtype.kind not in "fiub":
+        raise WorkError(f"{strategy} gave {name} scores that are no numbers")
+    # All in one width, so that the scores of several tensors can be ranked together.
+    found = found.astype(np.float64)
     if (found < 0).any():
         raise WorkError(f"{strategy} gave {name} a negative score")
     return found

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from prunectl.formats.base import ModelFile, Role, Tensor
+from prunectl.errors import UsageError
+from prunectl.formats.base import PRUNABLE, ModelFile, Role, Tensor
+from prunectl.pruning.xnnpack import check_sparse_inference
 
+MIN_SIZE = "min-size:"
+_QUANTISED = frozenset({"int8", "uint8", "int4", "uint4", "int2", "uint2", "int16", "uint16"})
+_SAID = {
+    Role.EMBEDDING: "an embedding",
+    Role.OPTIMIZER: "optimizer state",
+    Role.OTHER: "not known to be a kernel",
+}
 Verdict = str
 """Why not; empty if it may be pruned."""
 
@@ -22,12 +31,12 @@ class Policy:
 
 
 def _default(_: ModelFile) -> Callable[[Tensor], Verdict]:
-    return lambda tensor: "" if tensor.is_prunable else f"{_article(tensor.role)}"
+    return lambda tensor: "" if tensor.is_prunable else _unfit(tensor)
 
 
 def _all(_: ModelFile) -> Callable[[Tensor], Verdict]:
     dead = {Role.MASK, Role.SCHEDULE, Role.OPTIMIZER}
-    return lambda tensor: f"{_article(tensor.role)}" if tensor.role in dead else ""
+    return lambda tensor: _unfit(tensor) if tensor.role in dead else ""
 
 
 def _skip_first_last(model: ModelFile) -> Callable[[Tensor], Verdict]:
@@ -39,10 +48,12 @@ def _skip_classifier(model: ModelFile) -> Callable[[Tensor], Verdict]:
     return _but(dict.fromkeys(_prunable_layers(model)[-1:], "the classifier"))
 
 
-def _xnnpack(_: ModelFile) -> Callable[[Tensor], Verdict]:
+def _xnnpack(model: ModelFile) -> Callable[[Tensor], Verdict]:
+    check_sparse_inference(model)
+
     def judge(tensor: Tensor) -> Verdict:
         if not tensor.is_prunable:
-            return _article(tensor.role)
+            return _unfit(tensor)
         return "" if is_pointwise(tensor) else "no 1x1 convolution"
 
     return judge
@@ -55,10 +66,25 @@ def is_pointwise(tensor: Tensor) -> bool:
     return len(tensor.shape) == 4 and None not in axes and all(size == 1 for size in window)
 
 
+def min_size(word: str) -> Policy:
+    """Return the policy that `min-size:N` means."""
+    text = word.removeprefix(MIN_SIZE)
+    if not (text.isascii() and text.isdecimal()):
+        raise UsageError(f"{word!r} is no policy", hint=f"write {MIN_SIZE}1000: smaller tensors are left alone")
+    least = int(text)
+
+    def judge(tensor: Tensor) -> Verdict:
+        if not tensor.is_prunable:
+            return _unfit(tensor)
+        return f"fewer than {least:,} weights" if tensor.size < least else ""
+
+    return Policy(word, lambda _: judge, f"kernels of {least:,} weights and more")
+
+
 def _but(left_out: dict[str, str]) -> Callable[[Tensor], Verdict]:
     def judge(tensor: Tensor) -> Verdict:
         if not tensor.is_prunable:
-            return _article(tensor.role)
+            return _unfit(tensor)
         return left_out.get(tensor.layer, "")
 
     return judge
@@ -68,8 +94,20 @@ def _prunable_layers(model: ModelFile) -> Sequence[str]:
     return list(dict.fromkeys(tensor.layer for tensor in model.tensors if tensor.is_prunable))
 
 
-def _article(role: Role) -> str:
-    return {Role.EMBEDDING: "an embedding", Role.OPTIMIZER: "optimizer state"}.get(role, f"a {role}")
+def integers(tensor: Tensor) -> Verdict:
+    """Return what a tensor consists of that cannot be pruned, if it is no floating-point numbers."""
+    name = tensor.dtype.name
+    if tensor.is_float:
+        return ""
+    return f"quantised to {name}: prune it before" if name in _QUANTISED else f"numbers of type {name}"
+
+
+def _unfit(tensor: Tensor) -> Verdict:
+    """Return why a tensor is not among those that are pruned by default."""
+    role = tensor.role
+    if role in PRUNABLE:
+        return integers(tensor) or "a kernel with a single axis"
+    return _SAID.get(role, f"a {role}")
 
 
 POLICIES = (

@@ -19,9 +19,10 @@ from prunectl.measuring.sizes import measure, packed_bytes
 from prunectl.measuring.survey import Survey, survey
 from prunectl.pruning import plan as planning
 from prunectl.pruning import target as targets
+from prunectl.pruning import together
 from prunectl.pruning.execute import Method, Tally, execute, verify
 from prunectl.pruning.output import BIG_BYTES, Output, workplace
-from prunectl.pruning.plan import Plan
+from prunectl.pruning.plan import Choice, Plan, Wish
 from prunectl.pruning.request import Request, method_of, wish_of
 
 
@@ -45,8 +46,11 @@ def prune(path: Path, request: Request, output: Output | None) -> Pruned:
         require(model, Can.PACK)
     if output is not None:
         outputs.check_target(model, output.target, is_forced=output.is_forced, is_in_place=output.is_in_place)
-    wish = wish_of(model, request, _sought(model, request, method))
-    plan = _planned(model, request, wish.sparsity)
+    wish = wish_of(request)
+    choice = planning.choose(model, wish, can_reencode=by_name(model.format).is_reencoded)
+    method, choice = together.scored(model, choice, method)
+    sparsity = _sparsity(model, request, wish, choice, method)
+    plan = planning.make(choice, wish, sparsity)
     with workplace(model, output) as (folder, target), ThreadPoolExecutor(1) as aside:
         counting = aside.submit(survey, model, model.tensors, has_channels=False)
         written, tallies = _write(model, plan, method, folder, target, is_packed=request.is_packed)
@@ -59,11 +63,7 @@ def prune(path: Path, request: Request, output: Output | None) -> Pruned:
             codec = pick(CodecName.GZIP, None)
             before, after = measure(model, codec), measure(open_model(written), codec)
     shown = str(target if output is not None else "the result")
-    return Pruned(request, wish.sparsity, plan, tallies, before, replace(after, path=shown))
-
-
-def _planned(model: ModelFile, request: Request, sparsity: float) -> Plan:
-    return planning.make(model, wish_of(model, request, sparsity), can_reencode=by_name(model.format).is_reencoded)
+    return Pruned(request, sparsity, plan, tallies, before, replace(after, path=shown))
 
 
 def _write(
@@ -93,19 +93,24 @@ def _check_pattern(written: Path, plan: Plan, method: Method) -> None:
         raise WorkError(f"{broken[0]} came out without the pattern that was asked for")
 
 
-def _sought(model: ModelFile, request: Request, method: Method) -> float | None:
-    """Return the sparsity that gives the size that was asked for, if one was."""
+def _sparsity(model: ModelFile, request: Request, wish: Wish, choice: Choice, method: Method) -> float:
+    """Return the sparsity that was asked for, or that gives the size that was asked for."""
+    if isinstance(wish.pattern, ZerosOf):
+        return wish.pattern.zeros / wish.pattern.group
+    if request.compression is not None:
+        total = survey(model, model.tensors, has_zeros=False).params.total
+        return targets.at_compression(model.path, choice, total, request.compression)
     target, what = request.target_gzip, "gzip"
     if target is None:
         target, what = request.target_packed, "packed"
     if target is None:
-        return None
+        return request.sparsity or 0.0
     if what == "packed":
         require(model, Can.PACK)
 
     def size_at(sparsity: float) -> int:
         with workplace(model, None) as (folder, target):
-            plan = _planned(model, request, sparsity)
+            plan = planning.make(choice, wish, sparsity)
             written = open_model(_write(model, plan, method, folder, target, is_packed=False)[0])
             if what == "packed":
                 return packed_bytes(written, lambda _: None)

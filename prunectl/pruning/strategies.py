@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from prunectl.pruning.allocation import BIASES, biased
+from prunectl.pruning.hashing import hashed, mixed
 
 Array = NDArray[Any]
 
@@ -36,6 +39,12 @@ class Strategy:
     """What it does, in a line."""
     is_elementwise: bool = True
     """Whether a weight's score depends on that weight alone, so that blocks can be scored one by one."""
+    score_all: Callable[[Mapping[str, Array]], Mapping[str, Array | None]] | None = None
+    """Scores all tensors at once, in place of `score`; None for one that it leaves alone."""
+    allocation: Callable[..., Sequence[int]] | None = None
+    """Says how many weights go in each tensor, where this is for the strategy to say."""
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Parameters of a built-in strategy, with the values that they take."""
     params: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -59,31 +68,20 @@ def lamp(weights: Array, place: Place) -> Array:
 def random(weights: Array, place: Place) -> Array:
     """Score each weight by a number that only its place and the seed decide."""
     indices = np.arange(place.begin, place.begin + weights.size, dtype=np.uint64)
-    mixed = _mixed(indices + np.uint64(_hashed(f"{place.seed}/{place.name}")))
+    found = mixed(indices + np.uint64(hashed(f"{place.seed}/{place.name}")))
     # The upper 24 bits are as many as a float32 holds exactly.
-    return (mixed >> np.uint64(40)).astype(np.float32).reshape(weights.shape)
-
-
-def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return each number's splitmix64, in which every bit depends on every bit."""
-    with np.errstate(over="ignore"):
-        mixed = numbers * np.uint64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
-
-
-def _hashed(text: str) -> int:
-    """Return the FNV-1a hash of a text, in 62 bits to leave room for indices."""
-    found = 0xCBF29CE484222325
-    for byte in text.encode():
-        found = (found ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
-    return found >> 2
+    return (found >> np.uint64(40)).astype(np.float32).reshape(weights.shape)
 
 
 STRATEGIES = (
     Strategy("magnitude", magnitude, "the smallest absolute values"),
     Strategy("random", random, "any, decided by the seed"),
-    Strategy("random-weighted", random, "any, more of them in early or in late layers, decided by the seed"),
+    Strategy(
+        "random-weighted",
+        random,
+        "any, more of them in early or in late layers, decided by the seed",
+        allocation=biased,
+        choices={"bias": BIASES},
+    ),
     Strategy("lamp", lamp, "the smallest shares of what is left of their layer", is_elementwise=False),
 )

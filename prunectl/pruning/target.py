@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
-from prunectl.errors import WorkError
+from prunectl.errors import UsageError, WorkError
+from prunectl.pruning.plan import Choice
 
 SPARSEST = 0.99
 """Beyond it whole layers go out, whatever the size."""
@@ -38,3 +40,19 @@ def reach(size_at: Callable[[float], int], target: int, what: str) -> float:
         else:
             low, above = middle, size
     return high
+
+
+def at_compression(path: Path, choice: Choice, total: int, factor: float) -> float:
+    """Return the sparsity at which all parameters of a model are so many times those that are kept."""
+    sizes = {tensor.name: tensor.size for tensor in choice.tensors}
+    settled = sum(round(share * sizes[name]) for name, share in choice.own.items())
+    free = sum(sizes.values()) - sum(sizes[name] for name in choice.own)
+    drop = max(total - total / factor - settled, 0)
+    if drop > free:
+        most = total / max(total - settled - free, 1)
+        raise UsageError(
+            f"a compression of {factor:g} is out of reach in {path}: without all {free + settled:,} weights "
+            f"that may go it is {most:.3g}",
+            hint="--policy all prunes biases, norms and embeddings as well",
+        )
+    return drop / free if free else 0.0

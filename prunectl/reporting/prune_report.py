@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from prunectl.pruning.allocation import draw
 from prunectl.pruning.prune import Pruned
 from prunectl.reporting.before_after import before_after
 from prunectl.reporting.report import Artifact, Report, Section
@@ -33,6 +34,8 @@ def prune_report(found: Pruned, output: str) -> Report:
         remarks.append(
             "The optimizer's state of pruned weights is as it was: training goes on from it as from dense weights."
         )
+    if found.request.strategy == "random-weighted" and not found.request.params:
+        remarks.append(f"The seed drew the bias {draw(found.request.seed)}.")
     if not output:
         remarks.append("This was a dry run: nothing was written.")
     else:

@@ -1,0 +1,169 @@
+"""Can XNNPACK run a model sparsely? From a stem it knows to a pooling it knows, through layers it knows, as tfmot asks.
+
+After `PruneForLatencyOnXNNPack` of tensorflow-model-optimization: "Fast Sparse ConvNets" (Elsen et al. 2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prunectl.errors import UsageError
+from prunectl.formats.base import ModelFile, Role
+from prunectl.formats.keras.config import PRUNED_PREFIX, listed, part
+from prunectl.formats.keras.inbound import calls, ends, name_of
+
+_ALWAYS = frozenset({"Add", "Multiply", "ZeroPadding2D", "ReLU", "LeakyReLU", "ELU", "Dropout", "SpatialDropout2D"})
+_ACTIVATIONS = frozenset({"relu", "relu6", "leaky_relu", "elu", "sigmoid"})
+_OPERATORS = frozenset({"identity", "add", "subtract", "multiply"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    name: str
+    kind: str
+    config: Mapping[str, Any]
+    producers: tuple[str, ...]
+
+    def is_padded_by(self, layers: Mapping[str, _Layer], width: int) -> bool:
+        """Whether all it takes is something padded with zeros on each side."""
+        if len(self.producers) != 1:
+            return False
+        before = layers[self.producers[0]]
+        return before.kind == "ZeroPadding2D" and before.config.get("padding") == [[width, width]] * 2
+
+
+def check_sparse_inference(model: ModelFile) -> None:
+    """Refuse a model whose configuration says that XNNPACK would run it densely."""
+    config = model.about.keras
+    if config is None:
+        return
+    if not listed(config):
+        raise UsageError(f"{model.path} has a configuration without layers, so that XNNPACK's path is not to be found")
+    layers = _layers(config)
+    channels = {
+        tensor.layer: tensor.shape[2] for tensor in model.tensors if _is_image_kernel(tensor.shape, tensor.role)
+    }
+    consumers: dict[str, list[str]] = {name: [] for name in layers}
+    for layer in layers.values():
+        for producer in layer.producers:
+            consumers[producer].append(layer.name)
+    inputs = [name for name, layer in layers.items() if not layer.producers]
+    starts = _reached(inputs, lambda name: _is_stem(layers[name], layers, channels), consumers.__getitem__)
+    if not starts:
+        raise _refused(model, "a 3x3 convolution of 3 channels, strides 2, padding valid, behind a ZeroPadding2D of 1")
+    outputs = [source.layer for source in ends(config, "output_layers") if source.layer in layers] or [list(layers)[-1]]
+    stops = _reached(
+        outputs, lambda name: layers[name].kind == "GlobalAveragePooling2D", lambda name: layers[name].producers
+    )
+    if not stops:
+        raise _refused(model, "a GlobalAveragePooling2D before each output")
+    between = [name for start in starts for name in consumers[start]]
+    for name in _between(between, stops, consumers):
+        if not _is_supported(layers[name], layers):
+            raise _refused(model, f"another layer than {name} ({layers[name].kind})")
+
+
+def _refused(model: ModelFile, missing: str) -> UsageError:
+    return UsageError(
+        f"XNNPACK would not run {model.path} sparsely: it needs {missing}",
+        hint="prune without --policy xnnpack, or with --only",
+    )
+
+
+def _is_image_kernel(shape: tuple[int, ...], role: Role) -> bool:
+    return role is Role.KERNEL and len(shape) == 4
+
+
+def _layers(config: Mapping[str, Any]) -> Mapping[str, _Layer]:
+    """Return the layers of a model, each with those whose outputs it takes."""
+    found: dict[str, _Layer] = {}
+    is_graph = any(layer.get("inbound_nodes") for layer in listed(config))
+    if is_graph:
+        for call in calls(config):
+            before = found[call.layer].producers if call.layer in found else ()
+            producers = dict.fromkeys((*before, *(source.layer for source in call.sources)))
+            found[call.layer] = _layer(call.layer, call.found, tuple(producers))
+    else:
+        for said in listed(config):
+            found[name_of(said)] = _layer(name_of(said), said, tuple(found)[-1:])
+    known = found.keys()
+    return {
+        name: _Layer(name, layer.kind, layer.config, tuple(one for one in layer.producers if one in known))
+        for name, layer in found.items()
+    }
+
+
+def _layer(name: str, said: Mapping[str, Any], producers: tuple[str, ...]) -> _Layer:
+    inner = part(part(said, "config"), "layer") if said.get("class_name") == "PruneLowMagnitude" else said
+    return _Layer(name, str(inner.get("class_name")), part(inner, "config"), producers)
+
+
+def _reached(begin: Iterable[str], is_end: Callable[[str], bool], after: Callable[[str], Iterable[str]]) -> set[str]:
+    """Return the first layers of a sort on all ways from some; none if one way leads past them."""
+    waiting, seen, found = list(begin), set(begin), set()
+    while waiting:
+        name = waiting.pop()
+        if is_end(name):
+            found.add(name)
+            continue
+        further = list(after(name))
+        if not further:
+            return set()
+        waiting += [one for one in dict.fromkeys(further) if one not in seen]
+        seen.update(further)
+    return found
+
+
+def _between(begin: Iterable[str], stops: set[str], after: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return the layers from some to those that stop."""
+    waiting, seen = list(dict.fromkeys(begin))[::-1], set[str]()
+    order = []
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name in stops:
+            continue
+        seen.add(name)
+        order.append(name)
+        waiting += list(after[name])
+    return order
+
+
+def _is_stem(layer: _Layer, layers: Mapping[str, _Layer], channels: Mapping[str, int]) -> bool:
+    said = layer.config
+    return (
+        layer.kind == "Conv2D"
+        and said.get("kernel_size") == [3, 3]
+        and channels.get(layer.name.removeprefix(PRUNED_PREFIX)) == 3
+        and said.get("strides") == [2, 2]
+        and said.get("padding") == "valid"
+        and layer.is_padded_by(layers, 1)
+    )
+
+
+def _is_supported(layer: _Layer, layers: Mapping[str, _Layer]) -> bool:
+    said = layer.config
+    if layer.kind == "DepthwiseConv2D":
+        return _is_supported_depthwise(layer, layers)
+    if layer.kind == "Conv2D":
+        plain = said.get("groups", 1) == 1 and said.get("dilation_rate", [1, 1]) == [1, 1]
+        return plain and said.get("kernel_size") == [1, 1] and said.get("strides") == [1, 1]
+    facts = {
+        "GlobalAveragePooling2D": said.get("keepdims") is True,
+        "BatchNormalization": said.get("axis") in ([3], 3, -1),
+        "UpSampling2D": said.get("interpolation") == "bilinear",
+        "Activation": str(said.get("activation")) in _ACTIVATIONS,
+        "TFOpLambda": str(said.get("function")).rpartition(".")[2] in _OPERATORS,
+    }
+    return layer.kind in _ALWAYS or facts.get(layer.kind, False)
+
+
+def _is_supported_depthwise(layer: _Layer, layers: Mapping[str, _Layer]) -> bool:
+    said = layer.config
+    window, strides, padding = said.get("kernel_size"), said.get("strides"), said.get("padding")
+    if said.get("depth_multiplier") != 1 or said.get("dilation_rate") != [1, 1] or window not in ([3, 3], [5, 5]):
+        return False
+    if padding == "same":
+        return strides == [1, 1]
+    return strides in ([1, 1], [2, 2]) and layer.is_padded_by(layers, 1 if window == [3, 3] else 2)
