@@ -13,7 +13,7 @@ from prunectl.errors import WorkError
 from prunectl.formats.base import Array, ModelFile, Tensor
 from prunectl.formats.table import by_name, load, open_model
 from prunectl.formats.writing import Rewrite, in_storage_order
-from prunectl.measuring.blocks import blocks, pieces
+from prunectl.measuring.blocks import blocks, pieces, slabs
 from prunectl.measuring.patterns import Block, ZerosOf
 from prunectl.measuring.survey import Survey, survey
 from prunectl.measuring.zeros import nonzero
@@ -167,6 +167,9 @@ def _unstructured(
 
 def _in_a_pattern(model: ModelFile, cut: Cut, method: Method) -> Pruned:
     tensor, pattern = cut.tensor, method.pattern
+    if isinstance(pattern, ZerosOf) and tensor.strides is None and method.strategy.is_elementwise:
+        yield from _in_groups(model, tensor, method, pattern)
+        return
     weights = model.read(tensor)
     scores, doomed = rank(
         method.strategy.score(weights, Place(tensor.name, 0, method.seed)), method.not_finite, _called(model, tensor)
@@ -183,6 +186,19 @@ def _in_a_pattern(model: ModelFile, cut: Cut, method: Method) -> Pruned:
     if doomed is not None:
         dropped |= doomed
     yield in_storage_order(tensor, _zeroed(weights, dropped)), dropped
+
+
+def _in_groups(model: ModelFile, tensor: Tensor, method: Method, pattern: ZerosOf) -> Pruned:
+    """Prune slab by slab: a group never reaches from one slab into the next."""
+    axis = tensor.inputs_axis
+    assert axis is not None
+    row = tensor.size // tensor.shape[0]
+    for begin, slab in slabs(model, tensor, pattern.group if axis == 0 else 1):
+        scores = method.strategy.score(slab, Place(tensor.name, begin * row, method.seed))
+        ranked, doomed = rank(scores, method.not_finite, _called(model, tensor))
+        dropped = lowest_of_each(ranked, axis, pattern.zeros, pattern.group)
+        check_kept(ranked, dropped, method.not_finite, _called(model, tensor))
+        yield _zeroed(slab, dropped if doomed is None else dropped | doomed), dropped
 
 
 def _zeroed(weights: Array, dropped: Mask) -> Array:

@@ -10,7 +10,9 @@ import h5py
 import numpy as np
 import pytest
 
+import prunectl as prunectl_module
 from prunectl.errors import UsageError
+from prunectl.formats import extents
 from prunectl.measuring.patterns import parse
 from prunectl.pruning.masks import Pool, lowest_blocks, lowest_of_each
 from prunectl.pruning.request import Request, check
@@ -107,6 +109,18 @@ def test_equal_scores_go_from_the_beginning() -> None:
 def test_a_group_too_wide_to_compare_pairwise_is_sorted() -> None:
     kernel = weights(64, 3)
     np.testing.assert_array_equal(lowest_of_each(np.abs(kernel), 0, 20, 32), reference.in_groups(kernel, 0, 20, 32))
+
+
+@pytest.mark.parametrize("name", ["digits_cnn.h5", "digits_cnn.pt", "digits_cnn.tflite", "digits_cnn.keras"])
+@pytest.mark.parametrize("strategy", ["magnitude", "random"])
+def test_groups_do_not_depend_on_how_a_tensor_is_read(
+    name: str, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = FIXTURES / name
+    prunectl_module.prune(path, tmp_path / "whole.bin", pattern="3:8", strategy=strategy)
+    monkeypatch.setattr(extents, "BLOCK_BYTES", 64)
+    prunectl_module.prune(path, tmp_path / "slabs.bin", pattern="3:8", strategy=strategy)
+    assert (tmp_path / "slabs.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes()
 
 
 def test_a_written_pattern_is_seen_by_inspect(tmp_path: Path) -> None:
