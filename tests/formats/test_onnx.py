@@ -314,6 +314,18 @@ def test_external_data_that_is_not_there_is_said_so(tmp_path: Path, proto: Tenso
     assert "m.onnx" in caught.value.message
 
 
+def test_a_cache_that_links_the_model_and_its_data_to_one_folder_is_read(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    (blobs / "a1").write_bytes(np.arange(6, dtype=np.float32).tobytes())
+    save(blobs / "b2", [], [external("w", "m.onnx_data")])
+    (snapshot / "m.onnx").symlink_to("../blobs/b2")
+    (snapshot / "m.onnx_data").symlink_to("../blobs/a1")
+    model = open_model(snapshot / "m.onnx")
+    np.testing.assert_array_equal(model.read(model.tensors[0]).ravel()[:6], np.arange(6, dtype=np.float32))
+
+
 def test_tensors_that_share_a_part_of_the_external_data_are_refused(tmp_path: Path) -> None:
     (tmp_path / "w.bin").write_bytes(bytes(100))
     path = save(tmp_path / "m.onnx", [], [external("a", "w.bin"), external("b", "w.bin", offset=4)])

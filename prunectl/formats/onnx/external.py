@@ -52,7 +52,9 @@ class Neighbours:
             raise InputError(outside)
         path = self._model.parent / location
         try:
-            if not path.resolve().is_relative_to(self._model.parent.resolve()):
+            # A cache of models keeps links in one folder to files in another: there both lead to the same place.
+            homes = {self._model.parent.resolve(), self._model.resolve().parent}
+            if not any(path.resolve().is_relative_to(home) for home in homes):
                 raise InputError(outside)
             facts = path.stat()
         except FileNotFoundError as error:
