@@ -70,9 +70,9 @@ def prune(
     asked = request_of(ctx, recipe)
     requests.check(asked)
     with local(model) as path, destination(path, output, force=force, in_place=in_place, dry_run=dry_run) as place:
-        found = run(path, asked, place)
+        found = run(path, asked, place, has_digests=manifest is not None)
         if manifest is not None and place is not None:
-            manifests.write(manifest, found, place.target)
+            manifests.write(manifest, found)
         if output == STDIN and place is not None:
             return reporter.pour(place.target)
         found = replace(found, before=replace(found.before, path=model))

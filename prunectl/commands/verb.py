@@ -52,7 +52,7 @@ def _settings(
     ] = None,
     quiet: Annotated[bool, _option("-q", "--quiet", help="No notes.")] = False,
     verbose: Annotated[bool, _option("-v", "--verbose", help="Say how long it took, and how much memory.")] = False,
-    debug: Annotated[bool, _option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, _option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - see failure.py
     color: Annotated[Color, _option("--color", help="When to colour.")] = Color.AUTO,
     no_progress: Annotated[bool, _option("--no-progress", help="No progress bars.")] = False,
     rows: Annotated[int, _option("-n", "--rows", help="Rows of a table on a terminal; 0 is all.", min=0)] = 40,
@@ -62,7 +62,6 @@ def _settings(
         layout=Layout.JSON if json else layout,
         is_quiet=quiet,
         is_verbose=verbose,
-        is_debug=debug,
         color=color,
         has_progress=not no_progress,
         rows=rows,

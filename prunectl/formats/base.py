@@ -206,6 +206,11 @@ class ModelFile:
     copies: Mapping[str, str] = field(default_factory=dict)
     """Tensors that the file holds once more, with the names of what they are copies of: they change together."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its files."""
+        return sum(path.stat().st_size for path in self.files)
+
     def read(self, tensor: Tensor) -> Array:
         """Return the tensor as a read-only array, paged in as it is touched where the bytes lie flat."""
         if tensor.storage.extent is not None:

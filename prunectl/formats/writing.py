@@ -77,7 +77,6 @@ def write_flat(_: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewri
     for rewrite in rewrites:
         runs[rewrite.run.path].append(rewrite)
     for source, target in targets.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
         splice(source, target, sorted(runs[source], key=lambda rewrite: rewrite.run.offset))
 
 

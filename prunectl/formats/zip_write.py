@@ -28,7 +28,8 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewrit
         splice(model.path, target, sorted(rewrites, key=lambda rewrite: rewrite.run.offset))
         seal(target, [entry for entry in archive.entries.values() if _is_touched(entry, rewrites)])
     else:
-        _deflate_again(archive, target, {rewrite.tensor.storage.key: rewrite for rewrite in rewrites})
+        changed = {found.tensor.storage.key: (found.tensor.storage.nbytes, found.raw()) for found in rewrites}
+        rebuild(archive, target, changed)
 
 
 def seal(path: Path, entries: Iterable[Entry]) -> None:
@@ -76,16 +77,14 @@ def _records(path: Path) -> dict[str, tuple[int, int, int]]:
     return found
 
 
-def _deflate_again(archive: Archive, target: Path, rewrites: Mapping[str, Rewrite]) -> None:
+def rebuild(archive: Archive, target: Path, changed: Mapping[str, tuple[int, Iterable[bytes | memoryview]]]) -> None:
+    """Write an archive again, compressed where it was, with other bytes (so many of them) in some entries."""
     with ZipFile(archive.path) as old, ZipFile(target, "w", compresslevel=LEVEL) as new:
         for entry in archive.entries.values():
             if entry.name.endswith(PROMISE):
                 continue
             info = ZipInfo(entry.name, old.getinfo(entry.name).date_time)
             info.compress_type = ZIP_STORED if entry.is_stored else ZIP_DEFLATED
-            info.file_size = entry.nbytes
+            info.file_size, content = changed.get(entry.name, (entry.nbytes, archive.pieces(entry)))
             with new.open(info, "w") as out:
-                if entry.name in rewrites:
-                    out.writelines(rewrites[entry.name].raw())
-                else:
-                    out.writelines(archive.pieces(entry))
+                out.writelines(content)

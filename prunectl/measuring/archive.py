@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,14 @@ def stream(model: ModelFile) -> Iterator[bytes]:
         yield from pieces(model.files[0])
     else:
         yield from tar(model.path if model.path.is_dir() else model.path.parent, model.files)
+
+
+def sha256(model: ModelFile) -> str:
+    """Return the hash of a model: of its file, or of the tar of its files."""
+    digest = hashlib.sha256()
+    for piece in stream(model):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def pieces(path: Path) -> Iterator[bytes]:

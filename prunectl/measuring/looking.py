@@ -11,7 +11,6 @@ from prunectl.formats.base import Can, ModelFile
 from prunectl.formats.names import select
 from prunectl.formats.table import by_name, load, require
 from prunectl.measuring import advice, archive
-from prunectl.measuring.codecs import CodecName, compress, pick
 from prunectl.measuring.histogram import histogram
 from prunectl.measuring.meter import Meter, unwatched
 from prunectl.measuring.patterns import Pattern
@@ -62,7 +61,7 @@ def look(model: ModelFile, wanted: Look, pattern: Pattern | None = None, meter: 
     if wanted.has_histogram:
         found = replace(found, histogram=histogram(model, (tensor for tensor in chosen if tensor.is_prunable)))
     if wanted.has_digest and wanted.has_zeros:
-        found = replace(found, sha256=compress(archive.stream(model), pick(CodecName.NONE, None)).sha256)
+        found = replace(found, sha256=archive.sha256(model))
     if wanted.order:
         found = replace(found, layers=tuple(sorted(found.layers, key=_KEYS[wanted.order])))
     return replace(found, pattern=wanted.pattern, advice=advice.advise(found))

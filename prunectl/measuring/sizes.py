@@ -27,8 +27,8 @@ class _StoppedError(Exception):
 def measure(model: ModelFile, codec: Codec, meter: Meter = unwatched) -> Survey:
     """Return a survey with every size in it, compressing and packing side by side."""
     is_stopped = False
-    raw = sum(path.stat().st_size for path in model.files)
-    with ThreadPoolExecutor(2) as workers, meter(f"measuring {model.path.name}", raw * _PASSES) as bar:
+    total = model.nbytes * _PASSES
+    with ThreadPoolExecutor(2) as workers, meter(f"measuring {model.path.name}", total) as bar:
 
         def watched(nbytes: int) -> None:
             if is_stopped:
@@ -50,11 +50,10 @@ def measure(model: ModelFile, codec: Codec, meter: Meter = unwatched) -> Survey:
 def packed_bytes(model: ModelFile, tick: Tick) -> int:
     """Return the size that the container's own compression leaves, found by packing into a scratch file."""
     row = by_name(model.format)
-    raw = sum(path.stat().st_size for path in model.files)
     if not row.packer:
-        return raw
+        return model.nbytes
     with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
         target = Path(scratch) / model.path.name
         load(row.packer)(model, target, tick)
         # Files beside the model, such as weights of ONNX, are not packed.
-        return raw - max(model.path.stat().st_size - target.stat().st_size, 0)
+        return model.nbytes - max(model.path.stat().st_size - target.stat().st_size, 0)

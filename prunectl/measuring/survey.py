@@ -129,7 +129,7 @@ def survey(
             row = _looked_at_again(model, tensor, row, pattern) if has_channels else row
         rows.append(row)
         tick(tensor.storage.stored_bytes)
-    raw = sum(path.stat().st_size for path in model.files)
+    raw = model.nbytes
     return Survey(
         path=str(model.path),
         format=model.format,

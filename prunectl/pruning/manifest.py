@@ -9,24 +9,21 @@ from pathlib import Path
 from prunectl import __version__
 from prunectl.errors import InputError
 from prunectl.formats.json_text import parse_object
-from prunectl.formats.table import open_model
-from prunectl.measuring import archive
-from prunectl.measuring.codecs import CodecName, compress, pick
 from prunectl.pruning.prune import Pruned
 from prunectl.pruning.request import Request, from_json
 
 SCHEMA = "prunectl.manifest/1"
 
 
-def write(path: Path, found: Pruned, output: Path) -> None:
-    """Write the manifest of a run."""
+def write(path: Path, found: Pruned) -> None:
+    """Write the manifest of a run that has hashed what it read and what it wrote."""
     whole = {
         "schema": SCHEMA,
         "tool": {"name": "prunectl", "version": __version__},
         "request": asdict(found.request),
         "sparsity": found.sparsity,
-        "input": {"format": found.before.format, "sha256": _sha256(Path(found.before.path))},
-        "output": {"format": found.after.format, "sha256": _sha256(output)},
+        "input": {"format": found.before.format, "sha256": found.before.sha256},
+        "output": {"format": found.after.format, "sha256": found.after.sha256},
         "cuts": [
             {
                 "name": cut.tensor.name,
@@ -48,7 +45,3 @@ def read(path: Path) -> Request:
     if not isinstance(said, dict):
         raise InputError(f"{path} is JSON, but not a manifest of prunectl: it has no request")
     return from_json(said)
-
-
-def _sha256(path: Path) -> str:
-    return compress(archive.stream(open_model(path)), pick(CodecName.NONE, None)).sha256

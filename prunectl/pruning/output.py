@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from prunectl.errors import UsageError
 from prunectl.formats import outputs
 from prunectl.formats.base import ModelFile
+from prunectl.formats.table import by_name, load, open_model
 
 BIG_BYTES = 16 << 20
 """Above it, compressing for the report would take much longer than the work."""
@@ -25,6 +27,28 @@ class Output:
     is_in_place: bool = False
     is_stream: bool = False
     """Whether it is sent on from there as one run of bytes."""
+
+
+def check(model: ModelFile, output: Output | None) -> None:
+    """Refuse an output that may not be written, before any work begins."""
+    if output is not None:
+        outputs.check_target(model, output.target, is_forced=output.is_forced, is_in_place=output.is_in_place)
+
+
+def places(model: ModelFile, folder: Path, target: Path) -> dict[Path, Path]:
+    """Return where in a folder each file of a model is to be written, its own folder made."""
+    found = {source: folder / name for source, name in outputs.targets(model, target).items()}
+    for place in found.values():
+        place.parent.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def pack(written: Path, folder: Path) -> None:
+    """Compress what was written inside its container, in its place."""
+    model = open_model(written)
+    packed = folder.parent / "packed"
+    load(by_name(model.format).packer)(model, packed, lambda _: None)
+    os.replace(packed, written)
 
 
 @contextmanager

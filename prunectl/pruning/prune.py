@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prunectl.errors import WorkError
-from prunectl.formats import outputs
 from prunectl.formats.base import Can, ModelFile
-from prunectl.formats.table import by_name, load, open_model, require
+from prunectl.formats.outputs import flush
+from prunectl.formats.table import by_name, open_model, require
 from prunectl.measuring import archive
 from prunectl.measuring.codecs import CodecName, compress, pick
 from prunectl.measuring.looking import Look, look
 from prunectl.measuring.patterns import ZerosOf
 from prunectl.measuring.sizes import measure, packed_bytes
 from prunectl.measuring.survey import Survey, survey
+from prunectl.pruning import output as outputs
 from prunectl.pruning import plan as planning
 from prunectl.pruning import target as targets
 from prunectl.pruning import together
 from prunectl.pruning.execute import Method, Tally, execute, verify
-from prunectl.pruning.output import BIG_BYTES, Output, workplace
+from prunectl.pruning.output import Output
 from prunectl.pruning.plan import Choice, Plan, Wish
 from prunectl.pruning.request import Request, method_of, wish_of
 
@@ -38,30 +38,33 @@ class Pruned:
     after: Survey
 
 
-def prune(path: Path, request: Request, output: Output | None) -> Pruned:
+def prune(path: Path, request: Request, output: Output | None, *, has_digests: bool = False) -> Pruned:
     """Prune a model; without an output, into a scratch file that is measured and thrown away."""
     model = open_model(path)
     method = method_of(request)
     if request.is_packed:
         require(model, Can.PACK)
-    if output is not None:
-        outputs.check_target(model, output.target, is_forced=output.is_forced, is_in_place=output.is_in_place)
+    outputs.check(model, output)
     wish = wish_of(request)
     choice = planning.choose(model, wish, can_reencode=by_name(model.format).is_reencoded)
     method, choice = together.scored(model, choice, method)
     sparsity = _sparsity(model, request, wish, choice, method)
     plan = planning.make(choice, wish, sparsity)
-    with workplace(model, output) as (folder, target), ThreadPoolExecutor(1) as aside:
+    with outputs.workplace(model, output) as (folder, target), ThreadPoolExecutor(1) as aside:
         counting = aside.submit(survey, model, model.tensors, has_channels=False)
         written, tallies = _write(model, plan, method, folder, target, is_packed=request.is_packed)
         # What has to be on the disk before it may be renamed gets there while it is read back.
-        flushing = aside.submit(outputs.flush, folder)
+        flushing = aside.submit(flush, folder)
         before, after = counting.result(), verify(model, written, tallies)
         _check_pattern(written, plan, method)
         flushing.result()
-        if output is None or after.bytes.raw <= BIG_BYTES:
+        if output is None or after.bytes.raw <= outputs.BIG_BYTES:
             codec = pick(CodecName.GZIP, None)
             before, after = measure(model, codec), measure(open_model(written), codec)
+        elif has_digests:
+            # Now, as an output in place takes the input's.
+            before = replace(before, sha256=archive.sha256(model))
+            after = replace(after, sha256=archive.sha256(open_model(written)))
     shown = str(target if output is not None else "the result")
     return Pruned(request, sparsity, plan, tallies, before, replace(after, path=shown))
 
@@ -70,15 +73,11 @@ def _write(
     model: ModelFile, plan: Plan, method: Method, folder: Path, target: Path, *, is_packed: bool
 ) -> tuple[Path, dict[str, Tally]]:
     """Write the pruned model into a folder, and return by which path it is opened."""
-    places = {source: folder / name for source, name in outputs.targets(model, target).items()}
-    for place in places.values():
-        place.parent.mkdir(parents=True, exist_ok=True)
+    places = outputs.places(model, folder, target)
     tallies = execute(model, plan, method, places)
     written = places.get(model.path, folder / target.name)
     if is_packed:
-        packed = folder.parent / "packed"
-        load(by_name(model.format).packer)(open_model(written), packed, lambda _: None)
-        os.replace(packed, written)
+        outputs.pack(written, folder)
     return written, tallies
 
 
@@ -109,7 +108,7 @@ def _sparsity(model: ModelFile, request: Request, wish: Wish, choice: Choice, me
         require(model, Can.PACK)
 
     def size_at(sparsity: float) -> int:
-        with workplace(model, None) as (folder, target):
+        with outputs.workplace(model, None) as (folder, target):
             plan = planning.make(choice, wish, sparsity)
             written = open_model(_write(model, plan, method, folder, target, is_packed=False)[0])
             if what == "packed":

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prunectl.errors import WorkError
-from prunectl.formats import outputs
 from prunectl.formats.base import PARAMETRIZATION, Can, ModelFile
 from prunectl.formats.stripping import Part, Removed, Wish
 from prunectl.formats.table import by_name, load, open_model, require
@@ -16,7 +14,8 @@ from prunectl.measuring.blocks import same_numbers
 from prunectl.measuring.codecs import CodecName, pick
 from prunectl.measuring.sizes import measure
 from prunectl.measuring.survey import Survey, survey
-from prunectl.pruning.output import BIG_BYTES, Output, workplace
+from prunectl.pruning import output as outputs
+from prunectl.pruning.output import Output
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +33,9 @@ def strip(path: Path, wish: Wish, output: Output | None, *, is_packed: bool) -> 
     # What has nothing to strip may still be packed.
     require(model, Can.PACK if is_packed else Can.STRIP)
     stripper = by_name(model.format).stripper
-    if output is not None:
-        outputs.check_target(model, output.target, is_forced=output.is_forced, is_in_place=output.is_in_place)
-    with workplace(model, output) as (folder, target):
-        places = {source: folder / name for source, name in outputs.targets(model, target).items()}
+    outputs.check(model, output)
+    with outputs.workplace(model, output) as (folder, target):
+        places = outputs.places(model, folder, target)
         removed: tuple[Removed, ...] = ()
         if stripper:
             removed = load(stripper)(model, wish, places)
@@ -45,9 +43,7 @@ def strip(path: Path, wish: Wish, output: Output | None, *, is_packed: bool) -> 
             write_flat(model, places, ())
         written = places[model.path]
         if is_packed:
-            packed = folder.parent / "packed"
-            load(by_name(model.format).packer)(open_model(written), packed, lambda _: None)
-            os.replace(packed, written)
+            outputs.pack(written, folder)
         found = open_model(written)
         _verify(model, found, wish)
         before, after = _surveyed(model), _surveyed(found)
@@ -70,6 +66,6 @@ def _verify(model: ModelFile, found: ModelFile, wish: Wish) -> None:
 
 
 def _surveyed(model: ModelFile) -> Survey:
-    if sum(file.stat().st_size for file in model.files) <= BIG_BYTES:
+    if model.nbytes <= outputs.BIG_BYTES:
         return measure(model, pick(CodecName.GZIP, None))
     return survey(model, model.tensors, has_channels=False)

@@ -13,7 +13,7 @@ from prunectl.reporting.report import Report
 SCHEMA = "prunectl.report/1"
 
 
-def of_report(report: Report, command: str, warnings: tuple[str, ...]) -> str:
+def of_report(report: Report, command: str) -> str:
     """Return the envelope of what a command found."""
     failed = [{"path": failure.path, "error": of_error(failure.error)} for failure in report.failures]
     worst = max(report.failures, key=lambda failure: failure.error.exit_code, default=None)
@@ -23,7 +23,7 @@ def of_report(report: Report, command: str, warnings: tuple[str, ...]) -> str:
         models=[*report.models, *failed],
         gates=[asdict(gate) for gate in report.gates],
         artifacts=[asdict(artifact) for artifact in report.artifacts],
-        warnings=list(warnings),
+        warnings=list(report.remarks),
         error=of_error(worst.error) if worst else None,
     )
 

@@ -44,7 +44,7 @@ class Reporter:
         if self.settings.is_quiet and layout is not Layout.JSON:
             report = _without_remarks(report)
         if layout is Layout.JSON:
-            sys.stdout.write(envelope.of_report(report, self.command, report.remarks))
+            sys.stdout.write(envelope.of_report(report, self.command))
             return report.exit_code
         if self.settings.is_quiet and report.bare is not None:
             sys.stdout.writelines(f"{line}\n" for line in report.bare)

@@ -41,7 +41,6 @@ class Settings:
     layout: Layout | None = None
     is_quiet: bool = False
     is_verbose: bool = False
-    is_debug: bool = False
     color: Color = Color.AUTO
     has_progress: bool = True
     rows: int = 40

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 from prunectl.errors import UsageError
+from prunectl.pruning import output
+from prunectl.pruning.output import Output
+from prunectl.pruning.prune import prune
 from prunectl.pruning.request import Request, from_json
 from tests.contract import digest
 from tests.running import FIXTURES, prunectl
@@ -50,6 +53,25 @@ def test_a_manifest_names_what_was_done_and_to_what(tmp_path: Path) -> None:
     assert [cut["name"] for cut in said["cuts"]] == ["conv1.weight", "conv2.weight", "fc1.weight", "fc2.weight"]
     assert all(cut["dropped"] == cut["zeros"] for cut in said["cuts"])
     assert str(tmp_path) not in kept.read_text()
+
+
+def test_a_manifest_of_a_run_in_place_names_the_input_as_it_was(tmp_path: Path) -> None:
+    path, kept = tmp_path / "m.pt", tmp_path / "run.json"
+    shutil.copy(DIGITS, path)
+    assert prunectl("prune", path, "--in-place", "-s", "0.5", "--manifest", kept).code == 0
+    said = json.loads(kept.read_text())
+    assert said["input"]["sha256"] == hashlib.sha256(DIGITS.read_bytes()).hexdigest()
+    assert said["output"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_big_model_is_hashed_for_its_manifest_though_it_is_not_compressed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "BIG_BYTES", 0)
+    found = prune(DIGITS, Request(sparsity=0.5), Output(tmp_path / "out.pt"), has_digests=True)
+    assert found.before.bytes.compressed is None
+    assert found.before.sha256 == hashlib.sha256(DIGITS.read_bytes()).hexdigest()
+    assert found.after.sha256 == hashlib.sha256((tmp_path / "out.pt").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(

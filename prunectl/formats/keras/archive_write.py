@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 from prunectl.formats import zip_write
 from prunectl.formats.base import ModelFile
 from prunectl.formats.keras import h5_write
 from prunectl.formats.keras.archive import WEIGHTS, inflate
-from prunectl.formats.pack_zip import LEVEL
 from prunectl.formats.writing import Rewrite
-from prunectl.formats.zips import Archive, open_archive
+from prunectl.formats.zips import open_archive
+
+_PIECE_BYTES = 1 << 20
 
 
 def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewrite]) -> None:
@@ -30,18 +30,6 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewrit
         changed = Path(scratch) / "changed.h5"
         inner = [replace(rewrite, tensor=own[rewrite.tensor.storage.key]) for rewrite in rewrites]
         h5_write.write(inside, {inside.path: changed}, inner)
-        _put(archive, targets[model.path], changed)
-
-
-def _put(archive: Archive, target: Path, weights: Path) -> None:
-    """Write the archive again around other weights, compressed where it was."""
-    with ZipFile(archive.path) as old, ZipFile(target, "w", compresslevel=LEVEL) as new:
-        for entry in archive.entries.values():
-            info = ZipInfo(entry.name, old.getinfo(entry.name).date_time)
-            info.compress_type = ZIP_STORED if entry.is_stored else ZIP_DEFLATED
-            with new.open(info, "w", force_zip64=True) as out:
-                if entry.name == WEIGHTS:
-                    with weights.open("rb") as file:
-                        shutil.copyfileobj(file, out)
-                else:
-                    out.writelines(archive.pieces(entry))
+        with changed.open("rb") as weights:
+            pieces = iter(partial(weights.read, _PIECE_BYTES), b"")
+            zip_write.rebuild(archive, targets[model.path], {WEIGHTS: (changed.stat().st_size, pieces)})
