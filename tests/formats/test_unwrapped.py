@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from prunectl.formats.keras.masked import NoWeightError, Weight, matched
@@ -112,6 +112,7 @@ def test_what_has_no_wrappers_stays_as_it_is(config: Any) -> None:
     assert unwrapped(config).wrappers == {}
 
 
+@example({"name": "x"})
 @given(JSON)
 def test_a_broken_wrapper_does_no_harm(inner: Any) -> None:
     config = {"class_name": "PruneLowMagnitude", "config": {"name": "x", "layer": {"class_name": "D", "config": inner}}}
