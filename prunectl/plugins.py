@@ -21,7 +21,7 @@ def find(kind: str, name: str, builtin: Mapping[str, Thing]) -> Thing | object:
     if name in builtin:
         return builtin[name]
     if ":" in name:
-        return _attribute(*name.rsplit(":", 1))
+        return attribute(*name.rsplit(":", 1))
     installed = {point.name: point for point in entry_points(group=group(kind))}
     if name in installed:
         found: object = installed[name].load()
@@ -39,7 +39,8 @@ def group(kind: str) -> str:
     return {"policy": "prunectl.policies", "strategy": "prunectl.strategies"}.get(kind, f"prunectl.{kind}s")
 
 
-def _attribute(where: str, name: str) -> object:
+def attribute(where: str, name: str) -> object:
+    """Return what a module, or a file `./file.py`, calls by a name."""
     module = _from_file(Path(where)) if where.endswith(".py") else _from_name(where)
     if not hasattr(module, name):
         public = [known for known in vars(module) if not known.startswith("_")]

@@ -1,0 +1,1 @@
+"""What needs gradients: data, and one runtime for each framework."""

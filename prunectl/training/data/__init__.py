@@ -1,0 +1,1 @@
+"""Examples to learn from, wherever they lie: one SPEC, one interface."""

@@ -1,0 +1,103 @@
+"""Whether a model can learn from a source, told before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from prunectl.errors import InputError, UsageError
+from prunectl.formats.base import Array
+from prunectl.training.data import labels
+from prunectl.training.data.adapt import title
+from prunectl.training.data.arrays import NUMERIC
+from prunectl.training.data.layout import matches, text
+from prunectl.training.data.pieces import length, nbytes
+from prunectl.training.data.rows import Rows
+from prunectl.training.data.source import Arrays, Batch, Order, Source, each
+from prunectl.training.signature import Signature
+
+LOOKED_AT_BYTES = 256 << 20
+LOOKED_AT_EXAMPLES = 2048
+"""Of a stream, which may be endless and slow."""
+_BATCH = 256
+
+
+def check(source: Source, signature: Signature, *, needs_targets: bool, classes: int | None) -> tuple[str, ...]:
+    """Return what the user should know of a source that fits a model; refuse one that does not."""
+    if needs_targets and not source.has_targets:
+        raise UsageError(
+            f"{source.name} has inputs and no targets", hint="name both, as in x.npy,y.npy or ?target=label"
+        )
+    seen = 0
+    for batch in _beginning(source):
+        _check_inputs(source, batch, signature, seen)
+        if batch.y is not None:
+            _check_targets(source, batch.y, signature, classes, seen)
+        seen += length(batch)
+    if not seen:
+        raise InputError(f"{source.name} has no examples", hint="do its options leave any?")
+    begin = 0
+    for targets in source.labels():
+        _check_targets(source, targets, signature, classes, begin)
+        begin += len(each(targets)[0])
+    return _notes(source, seen, are_labels_seen=begin > 0)
+
+
+def _beginning(source: Source) -> Iterator[Batch]:
+    """Yield batches in order until enough was looked at."""
+    examples = looked_at_bytes = 0
+    for batch in source.batches(Order(_BATCH)):
+        yield batch
+        examples += length(batch)
+        looked_at_bytes += nbytes(batch)
+        is_enough = examples >= LOOKED_AT_EXAMPLES and not isinstance(source, Rows)
+        if is_enough or looked_at_bytes >= LOOKED_AT_BYTES:
+            return
+
+
+def _check_inputs(source: Source, batch: Batch, signature: Signature, begin: int) -> None:
+    inputs = each(batch.x)
+    if len(inputs) != len(signature.inputs):
+        raise InputError(f"{source.name} has {len(inputs)} inputs, and the model has {len(signature.inputs)}")
+    for place, (array, port) in enumerate(zip(inputs, signature.inputs, strict=True)):
+        what = title(source, "x", place, len(inputs))
+        _check_numbers(array, what, begin)
+        if port.shape is not None and not matches(array.shape[1:], port.shape):
+            raise InputError(
+                f"{what} is {text(array.shape[1:])} for each example, "
+                f"and the input {port.name!r} of the model is {text(port.shape)}",
+                hint="?shape=1x28x28 reads the same numbers in another shape, ?flatten=1 as one row",
+            )
+        if port.dtype.startswith(("int", "uint")) and array.dtype.kind == "f":
+            raise InputError(f"{what} is {array.dtype}, and the input {port.name!r} of the model is {port.dtype}")
+
+
+def _check_targets(source: Source, y: Arrays, signature: Signature, classes: int | None, begin: int) -> None:
+    targets = each(y)
+    if isinstance(y, tuple) and signature.outputs and len(y) != len(signature.outputs):
+        raise InputError(f"{source.name} has {len(y)} targets, and the model has {len(signature.outputs)} outputs")
+    for place, array in enumerate(targets):
+        _check_numbers(array, title(source, "y", place, len(targets)), begin)
+    if classes is not None and not isinstance(y, tuple):
+        shape = signature.outputs[0].shape if signature.outputs else None
+        labels.check(y, classes, shape, what=title(source, "y", 0, 1), begin=begin)
+
+
+def _check_numbers(array: Array, what: str, begin: int) -> None:
+    if array.dtype.kind not in NUMERIC:
+        raise InputError(f"{what} consists of {array.dtype}, and not of numbers")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        wrong = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))
+        raise InputError(
+            f"{what} holds numbers that are not finite (NaN or infinity), first in example {begin + wrong[0]}",
+            hint="mend or leave out such examples: one of them makes every weight NaN",
+        )
+
+
+def _notes(source: Source, seen: int, *, are_labels_seen: bool) -> tuple[str, ...]:
+    if source.count == seen:
+        return ()
+    of = "" if source.count is None else f" of {source.count:,}"
+    but = ", and all labels" if are_labels_seen else ""
+    return (f"{source.name}: the first {seen:,}{of} examples were checked{but}",)

@@ -1,0 +1,119 @@
+"""Pictures in folders: each class has one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from prunectl.errors import InputError, UsageError
+from prunectl.formats.base import Array
+from prunectl.formats.optional import require
+from prunectl.training.data.grammar import Spec, axes, existing
+from prunectl.training.data.pictures import COLORS, Look, decode
+from prunectl.training.data.rows import Rows
+from prunectl.training.data.source import Batch, Indices
+from prunectl.training.signature import Signature
+
+OPTIONS = ("size", "color")
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+_LISTED = 5
+
+
+def fits(where: str) -> bool:
+    """Whether a SPEC names a folder."""
+    return where.endswith("/") or Path(where).is_dir()
+
+
+def open_images(spec: Spec, signature: Signature | None) -> Rows:
+    """Return the source that `images/?size=28x28&color=grey` means."""
+    require("PIL.Image", extra="images")
+    if not existing(spec.path).is_dir():
+        raise InputError(f"{spec.path} is not a folder")
+    files, labels, classes = _listed(spec.path)
+    look = _look(spec, signature)
+    shape = decode(files[0], look, str(files[0])).shape
+
+    def pixels(number: int) -> Array:
+        found = decode(files[number], look, str(files[number]))
+        if found.shape != shape:
+            raise InputError(
+                f"the pictures differ in size: {files[number]} is {found.shape}, {files[0]} is {shape}",
+                hint=f"resize all of them: '{spec.where}?size=224x224'",
+            )
+        return found
+
+    def take(numbers: Indices) -> Batch:
+        x = np.empty((len(numbers), *shape), np.uint8)
+        for place, number in enumerate(numbers):
+            x[place] = pixels(int(number))
+        return Batch(x, labels[numbers] if classes else None)
+
+    known = (lambda numbers: labels[numbers]) if classes else None
+    return Rows(spec.text, len(files), bool(classes), take, known, notes=_notes(spec, classes, look))
+
+
+def _listed(folder: Path) -> tuple[list[Path], Array, list[str]]:
+    """Return all pictures with the number of the class of each, and the names of the classes."""
+    flat = _pictures(folder)
+    classes = sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    if flat and classes:
+        raise InputError(
+            f"{folder} holds pictures beside folders ({classes[0]}, ...)",
+            hint="put every picture into the folder of its class, or all into one folder without others",
+        )
+    if not classes and not flat:
+        raise InputError(f"{folder} holds no pictures", hint=f"prunectl looks for {' '.join(sorted(SUFFIXES))}")
+    found = [_pictures(folder / name) for name in classes]
+    for name, files in zip(classes, found, strict=True):
+        if not files:
+            inside = sorted(child.name for child in (folder / name).iterdir() if child.is_dir())
+            hint = f"is {folder / name} the folder of the classes? then name it instead" if inside else ""
+            raise InputError(f"{folder / name} holds no pictures, and each folder stands for a class", hint=hint)
+    labels = np.repeat(np.arange(len(classes)), [len(files) for files in found])
+    return [file for files in found for file in files] or flat, labels, classes
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(
+        child for child in folder.iterdir() if child.suffix.lower() in SUFFIXES and not child.name.startswith(".")
+    )
+
+
+def _look(spec: Spec, signature: Signature | None) -> Look:
+    """Return what the options say of all pictures, and the model where they do not."""
+    first = bool(signature and signature.is_channels_first)
+    shape = signature.inputs[0].shape if signature and signature.inputs else None
+    height, width, channels = _wanted(shape, is_channels_first=first)
+    if "size" in spec.options:
+        size = axes("size", spec.options["size"])
+        if len(size) != 2:
+            raise UsageError(f"size={spec.options['size']} is no size", hint="write height x width, as in size=28x28")
+        height, width = size
+    color = spec.options.get("color", {1: "grey", 3: "rgb", None: "rgb"}.get(channels, ""))
+    if color not in COLORS:
+        said = f"color={color} is none" if color else f"the model takes {channels} channels"
+        raise UsageError(f"{said}: pictures are {' or '.join(COLORS)}")
+    size_known = None if height is None or width is None else (height, width)
+    return Look(color, size_known, first, has_channels=not (shape is not None and len(shape) == 2 and color == "grey"))
+
+
+def _wanted(shape: Sequence[int | None] | None, *, is_channels_first: bool) -> tuple[int | None, ...]:
+    """Return the height, the width and the channels that a model takes, as far as it says."""
+    if shape is None or len(shape) not in {2, 3}:
+        return None, None, None
+    if len(shape) == 2:
+        return shape[0], shape[1], 1
+    return (shape[1], shape[2], shape[0]) if is_channels_first else (shape[0], shape[1], shape[2])
+
+
+def _notes(spec: Spec, classes: list[str], look: Look) -> tuple[str, ...]:
+    said = f"{spec.where}: pictures are read as {look.color}"
+    if look.size is not None:
+        said += f", and resized to {look.size[0]}x{look.size[1]} where they are not"
+    if not classes:
+        return (said,)
+    more = ", ..." if len(classes) > _LISTED else ""
+    named = ", ".join(f"{number} {name}" for number, name in enumerate(classes[:_LISTED]))
+    return (said, f"{spec.where}: {len(classes)} classes by their folders: {named}{more}")
