@@ -14,6 +14,7 @@ from prunectl import __version__
 COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("prunectl.commands.inspect_", "What is in a model file: layers, sparsity, dead weight."),
     "prune": ("prunectl.commands.prune", "Zero the least important weights; all else stays byte for byte."),
+    "finetune": ("prunectl.commands.finetune", "Train with the zeros kept, or prune on the way."),
     "strip": ("prunectl.commands.strip", "Drop masks, wrappers, optimizer state and training configuration."),
     "size": ("prunectl.commands.size", "Raw, packed and compressed size, and sparsity; with a limit it is a gate."),
 }

@@ -44,7 +44,7 @@ def request_of(ctx: typer.Context, recipe: Path | None) -> Request:
         policy=said["policy"],
         only=said["only"],
         exclude=tuple(said["exclude"] or ()),
-        layers=tuple(map(_layer, said["layer"] or ())),
+        layers=tuple(map(layer_ratio, said["layer"] or ())),
         seed=said["seed"],
         nan=str(said["nan"]),
         is_packed=said["pack"],
@@ -91,7 +91,8 @@ def _is_typed(ctx: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _layer(word: str) -> tuple[str, float]:
+def layer_ratio(word: str) -> tuple[str, float]:
+    """Return a selector and its ratio, written GLOB=R."""
     selector, sign, ratio = word.rpartition("=")
     if not sign or not selector:
         raise UsageError(f"{word!r} is not a selector and a ratio", hint="write --layer 'conv*=0.5'")

@@ -46,15 +46,15 @@ class Tally:
 def execute(model: ModelFile, plan: Plan, method: Method, targets: dict[Path, Path]) -> dict[str, Tally]:
     """Write the pruned copy, and return what is in it by tensor."""
     tallies = {cut.tensor.name: Tally() for cut in plan.cuts}
-    makers = dict(zip(tallies, _makers(model, plan, method), strict=True))
+    made = dict(zip(tallies, makers(model, plan, method), strict=True))
     rewrites = [
-        Rewrite(cut.tensor, partial(_counted, makers[cut.tensor.name], tallies[cut.tensor.name])) for cut in plan.cuts
+        Rewrite(cut.tensor, partial(_counted, made[cut.tensor.name], tallies[cut.tensor.name])) for cut in plan.cuts
     ]
     # What the file holds once more is written once more, from the same numbers.
     rewrites += [
-        Rewrite(tensor, partial(_counted, makers[model.copies[tensor.name]], Tally()))
+        Rewrite(tensor, partial(_counted, made[model.copies[tensor.name]], Tally()))
         for tensor in model.tensors
-        if model.copies.get(tensor.name) in makers
+        if model.copies.get(tensor.name) in made
     ]
     load(by_name(model.format).writer)(model, targets, rewrites)
     if not isinstance(method.pattern, Block) and method.not_finite is not NotFinite.ZERO:
@@ -92,7 +92,7 @@ def _counted(make: Callable[[], Pruned], tally: Tally) -> Iterator[Array]:
         yield block
 
 
-def _makers(model: ModelFile, plan: Plan, method: Method) -> Sequence[Callable[[], Pruned]]:
+def makers(model: ModelFile, plan: Plan, method: Method) -> Sequence[Callable[[], Pruned]]:
     """Return what prunes each tensor of the plan."""
     if method.pattern is not None:
         return [partial(_in_a_pattern, model, cut, method) for cut in plan.cuts]

@@ -20,6 +20,7 @@ class Unit(StrEnum):
     BYTES = "bytes"
     RATIO = "ratio"
     FACTOR = "factor"
+    NUMBER = "number"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ class Column:
             return words.percent(cell)
         if self.unit is Unit.FACTOR and isinstance(cell, int | float):
             return f"{cell:.2f}x"
+        if self.unit is Unit.NUMBER and isinstance(cell, int | float):
+            return f"{cell:.4g}"
         return words.printable(str(cell))
 
 

@@ -1,0 +1,127 @@
+"""`prunectl finetune`: what does a little training win back?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prunectl.commands.inputs import STDIN, local
+from prunectl.commands.requests import destination
+from prunectl.commands.training_requests import training_of
+from prunectl.commands.verb import verb
+from prunectl.pruning.plan import Scope
+from prunectl.reporting.finetune_report import finetune_report
+from prunectl.reporting.reporter import Reporter
+from prunectl.reporting.training_progress import TrainingProgress
+from prunectl.training.finetune import finetune as run
+from prunectl.training.request import Keep, MaskMode
+
+
+def _option(panel: str, *names: str, help: str, **more: Any) -> Any:  # noqa: A002 - typer's word
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+def _data(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
+    return _option("Data", *names, help=help, **more)
+
+
+def _train(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
+    return _option("Training", *names, help=help, **more)
+
+
+def _when(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
+    return _option("Pruning on the way", *names, help=help, **more)
+
+
+def _long(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
+    return _option("Long runs", *names, help=help, **more)
+
+
+def _file(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
+    return _option("What the file does not say", *names, help=help, **more)
+
+
+def finetune(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="File or folder; - is standard input.")],
+    *,
+    output: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="Where to; - is standard output.")] = "",
+    data: Annotated[str, _data(metavar="SPEC", help="What to learn from: train.npz, images/, t.csv?target=y …")],
+    val: Annotated[str, _data(metavar="SPEC", help="What to judge by.")] = "",
+    val_split: Annotated[str, _data(metavar="RATIO", help="Judge by this share of the data instead.")] = "",
+    epochs: Annotated[int | None, _train(help="Times through the data.  [default: 3]", min=0)] = None,
+    steps: Annotated[int | None, _train(help="Batches, instead of epochs.", min=0)] = None,
+    batch_size: Annotated[int, _train(help="Examples in a batch, of all processes together.", min=1)] = 32,
+    lr: Annotated[float | None, _train(help="Learning rate; else as the file says, or the framework.")] = None,
+    lr_schedule: Annotated[str, _train(help="constant, linear, cosine or step.")] = "constant",
+    warmup: Annotated[str, _train(metavar="POINT", help="Until when the learning rate rises.")] = "0",
+    optimizer: Annotated[str, _train(metavar="NAME", help="Such as adam or sgd:momentum=0.9,weight_decay=1e-4.")] = "",
+    loss: Annotated[str, _train(metavar="NAME", help="Such as cross-entropy or mse, or mod:fn.")] = "",
+    metric: Annotated[list[str] | None, _train(metavar="NAME", help="Such as accuracy, or mod:fn.")] = None,
+    clip: Annotated[float | None, _train(metavar="NORM", help="Largest norm of all gradients together.")] = None,
+    freeze: Annotated[list[str] | None, _train(metavar="GLOB", help="Tensors that stay as they are.")] = None,
+    distill: Annotated[str, _train(metavar="TEACHER", help="A model to learn from as well.")] = "",
+    distill_share: Annotated[float, _train(help="How much of the loss is the teacher's.", min=0, max=1)] = 0.5,
+    temperature: Annotated[float, _train(help="How soft the teacher's classes are taken.", min=0.01)] = 2.0,
+    early_stop: Annotated[int | None, _train(metavar="EPOCHS", help="Stop when nothing improves for so long.")] = None,
+    keep: Annotated[Keep, _train(help="Write the best epoch, by --val, or the last.")] = Keep.BEST,
+    recalibrate: Annotated[bool, _train("--recalibrate", help="Take batch normalisation's statistics anew.")] = False,
+    step: Annotated[str, _train(metavar="MOD:FN", help="A training step of your own.")] = "",
+    precision: Annotated[str, _train(help="fp32, bf16 or fp16 (PyTorch).")] = "fp32",
+    device: Annotated[str, _train(help="cpu, cuda, cuda:1 …")] = "auto",
+    compile_: Annotated[bool, _train("--compile", help="Let the framework compile the model.")] = False,
+    seed: Annotated[int, _train(help="Decides what is random.")] = 0,
+    sparsity: Annotated[str, _when("-s", "--sparsity", metavar="RATIO", help="Prune to this share of zeros.")] = "",
+    schedule: Annotated[str, _when(metavar="NAME", help="How it gets there.  [default: polynomial]")] = "",
+    schedule_param: Annotated[list[str] | None, _when(metavar="K=V", help="A parameter of the schedule.")] = None,
+    initial_sparsity: Annotated[str, _when(metavar="RATIO", help="Where it begins.")] = "",
+    begin: Annotated[str, _when(metavar="POINT", help="When: 2000 (steps), 20% or 3ep.")] = "0",
+    end: Annotated[str, _when(metavar="POINT", help="Until when.  [default: 75%]")] = "",
+    frequency: Annotated[int | None, _when(metavar="STEPS", help="From one turn to the next.", min=1)] = None,
+    power: Annotated[float | None, _when(help="Of the polynomial.  [default: 3]")] = None,
+    strategy: Annotated[str, _when(metavar="NAME", help="What goes first; also movement, magnitude-gradient.")] = (
+        "magnitude"
+    ),
+    param: Annotated[list[str] | None, _when(metavar="K=V", help="A parameter of the strategy.")] = None,
+    scope: Annotated[Scope, _when(help="Ranked in each layer, or over all.")] = Scope.LAYER,
+    pattern: Annotated[str, _when(metavar="PATTERN", help="2:4, block:1x4 or block:4x4:max.")] = "",
+    policy: Annotated[str, _when(metavar="NAME", help="Which tensors.")] = "default",
+    only: Annotated[str, _when(metavar="GLOB", help="Only these tensors, whatever the policy.")] = "",
+    exclude: Annotated[list[str] | None, _when(metavar="GLOB", help="Not these; may be repeated.")] = None,
+    layer: Annotated[list[str] | None, _when(metavar="GLOB=R", help="A ratio of their own; the last wins.")] = None,
+    mask: Annotated[MaskMode, _when(help="Whether zeros stay where they are, or move (RigL).")] = MaskMode.KEEP,
+    keep_wrappers: Annotated[bool, _when("--keep-wrappers", help="Write the framework's pruning wrappers.")] = False,
+    checkpoint_dir: Annotated[Path | None, _long(metavar="DIR", help="Keep a checkpoint of every epoch.")] = None,
+    resume: Annotated[bool, _long("--resume", help="Go on from the checkpoint.")] = False,
+    logdir: Annotated[Path | None, _long(metavar="DIR", help="metrics.jsonl, and events for TensorBoard.")] = None,
+    build: Annotated[str, _file("--model", metavar="MOD:FN", help="Builds the model, for weights alone.")] = "",
+    custom_objects: Annotated[str, _file(metavar="MOD:DICT", help="Explains custom Keras layers.")] = "",
+    imports: Annotated[list[str] | None, _file("--import", metavar="MOD", help="Imported first.")] = None,
+    trust: Annotated[bool, _file("--trust", help="Let code that comes with the file run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Replace the input.")] = False,
+) -> int:
+    """Train MODEL with its zeros kept, or prune it while it trains.
+
+    [dim]$[/] prunectl finetune pruned.h5 -o tuned.h5 --data train.npz --val test.npz --epochs 3
+
+    [dim]$[/] prunectl finetune net.pt -o sparse.pt --model net.py:Net --data train.npz --val-split 10% -s 90%
+
+    [dim]$[/] prunectl finetune model.keras -o sparse.keras --data train.npz -s 80% --schedule cosine --end 60%
+    """
+    reporter: Reporter = ctx.obj
+    asked = training_of(ctx)
+    with local(model) as path, destination(path, output, force=force, in_place=in_place, dry_run=False) as place:
+        assert place is not None
+        with TrainingProgress(reporter.settings) as progress:
+            found = run(path, asked, place, progress.watch)
+        if not found.is_chief:
+            return 0
+        if output == STDIN:
+            return reporter.pour(place.target)
+        return reporter.show(finetune_report(found, model, str(place.target)))
+
+
+command = verb(finetune)

@@ -1,0 +1,120 @@
+"""How sparse should the model be by a given step?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, Protocol
+
+from prunectl.errors import UsageError, WorkError
+from prunectl.plugins import find
+from prunectl.pruning.curves import CURVES
+from prunectl.pruning.plugged import typed
+
+
+class Schedule(Protocol):
+    """What a training loop asks; a step is a batch, the first is 0."""
+
+    @property
+    def final(self) -> float:
+        """The sparsity at the end."""
+
+    @property
+    def last_turn(self) -> int:
+        """The step from which on the final sparsity holds."""
+
+    def sparsity_at(self, step: int) -> float:
+        """Return the sparsity wanted at a step."""
+
+    def prunes_at(self, step: int) -> bool:
+        """Whether masks are made anew at a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ramp:
+    """Rise from one sparsity to another along a curve, which is kept by its name so that a ramp can be saved."""
+
+    curve: str
+    final: float
+    begin: int = 0
+    end: int | None = None
+    """The step at which the final sparsity is reached; None goes on for ever, which only a constant can."""
+    initial: float = 0.0
+    frequency: int = 100
+    params: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, ratio in (("sparsity", self.final), ("initial sparsity", self.initial)):
+            if not 0.0 <= ratio <= 1.0:
+                raise UsageError(f"the {name} is a share from 0 to 1, not {ratio:g}", hint="write 0.8 or 80%")
+        if self.begin < 0 or (self.end is not None and self.end < self.begin):
+            raise UsageError(f"a schedule cannot run from step {self.begin} to step {self.end}")
+        if self.frequency < 1:
+            raise UsageError("the frequency is a number of steps from one turn to the next, at least 1")
+        if self.end is None and self.curve != "constant":
+            raise UsageError(f"the schedule {self.curve} needs an end", hint="such as --end 80%")
+        self._shape(0.0)
+
+    def _shape(self, done: float) -> float:
+        try:
+            return float(_curve(self.curve, self.params)(done, self.initial, self.final))
+        except (ArithmeticError, TypeError, ValueError) as error:
+            raise WorkError(f"the schedule {self.curve} fails: {type(error).__name__}: {error}") from error
+
+    @property
+    def last_turn(self) -> int:
+        """The step from which on the final sparsity holds."""
+        return self.begin if self.end is None else self.end
+
+    def sparsity_at(self, step: int) -> float:
+        """Clamp outside the ramp."""
+        length = (self.end or 0) - self.begin
+        done = min(max((step - self.begin) / length, 0.0), 1.0) if length > 0 else float(step >= self.begin)
+        found = self._shape(done)
+        if not 0.0 <= found <= 1.0:
+            raise WorkError(f"the schedule {self.curve} asks for a sparsity of {found:g} at step {step}")
+        return found
+
+    def prunes_at(self, step: int) -> bool:
+        """Whether it is a turn, counted from the beginning; the same turns as tfmot's."""
+        if step < self.begin or (self.end is not None and step > self.end):
+            return False
+        return (step - self.begin) % self.frequency == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Then:
+    """Follow one schedule until a step, then another that starts counting from zero."""
+
+    first: Schedule
+    at: int
+    second: Schedule
+
+    @property
+    def final(self) -> float:
+        """The sparsity at the end of the second."""
+        return self.second.final
+
+    @property
+    def last_turn(self) -> int:
+        """The last turn of the second."""
+        return self.at + self.second.last_turn
+
+    def sparsity_at(self, step: int) -> float:
+        """Ask the one whose time it is."""
+        return self.first.sparsity_at(step) if step < self.at else self.second.sparsity_at(step - self.at)
+
+    def prunes_at(self, step: int) -> bool:
+        """Ask the one whose time it is."""
+        return self.first.prunes_at(step) if step < self.at else self.second.prunes_at(step - self.at)
+
+
+@cache
+def _curve(name: str, words: tuple[str, ...]) -> Callable[..., Any]:
+    """Return the curve of a name with its parameters; looked up by name, as a value must be to be saved."""
+    found: Any = find("schedule", name, CURVES)
+    if not callable(found):
+        raise UsageError(f"{name} is not a function of what is done, the initial and the final sparsity")
+    # `typed` leaves out the first argument of a function; a curve has three.
+    return partial(found, **typed(words, partial(found, 0.0, 0.0)))

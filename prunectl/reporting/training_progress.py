@@ -1,0 +1,74 @@
+"""What people see while a model trains: a bar at a terminal, a line for each epoch elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from prunectl.reporting.settings import Settings
+from prunectl.reporting.streams import console, never_fail
+from prunectl.reporting.words import percent
+from prunectl.training.diary import Entry, Moment
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+class TrainingProgress:
+    """Watches a run, and speaks on stderr."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._has_bar = settings.has_progress and sys.stderr.isatty() and not os.environ.get("CI")
+        self._bar: Progress | None = None
+        self._told = 0
+
+    def watch(self, moment: Moment) -> None:
+        """Show where training is."""
+        if self._settings.is_quiet:
+            return
+        if self._has_bar:
+            self._show(moment)
+        elif moment.last is not None and moment.last.epoch > self._told:
+            self._tell(moment.last, moment.epochs)
+
+    def _tell(self, entry: Entry, epochs: int) -> None:
+        never_fail(sys.stderr)
+        self._told = entry.epoch
+        sys.stderr.write(f"epoch {entry.epoch}/{epochs}: {line(entry)}\n")
+        sys.stderr.flush()
+
+    def _show(self, moment: Moment) -> None:
+        from rich import progress  # noqa: PLC0415 - rich is loaded only for people
+
+        if self._bar is None:
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.TextColumn("{task.completed}/{task.total}"),
+                progress.TimeRemainingColumn(),
+                console=console(sys.stderr, self._settings),
+                transient=True,
+            )
+            self._bar.add_task("", total=moment.steps)
+            self._bar.start()
+        last = line(moment.last) if moment.last is not None else percent(moment.sparsity) + " zero"
+        description = f"epoch {moment.epoch}/{moment.epochs}  {last}"
+        self._bar.update(self._bar.task_ids[0], completed=moment.step, description=description)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def line(entry: Entry) -> str:
+    """Return the numbers of an epoch."""
+    numbers = [*entry.train.items(), *((f"val {name}", value) for name, value in entry.val.items())]
+    return "  ".join([*(f"{name} {value:.4g}" for name, value in numbers), f"{percent(entry.sparsity)} zero"])

@@ -1,0 +1,62 @@
+"""How long training takes, and how fast it learns at each step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from prunectl.errors import UsageError
+
+Rate = Callable[[float], float]
+"""From the part of training that is done to a share of the learning rate."""
+
+RATES: Mapping[str, Rate] = {
+    "constant": lambda _: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: (1.0 + math.cos(math.pi * done)) / 2.0,
+    # A tenth from the middle on, a hundredth in the last quarter.
+    "step": lambda done: 1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How long, in which pieces, and when to stop."""
+
+    steps: int
+    steps_per_epoch: int
+    batch_size: int
+    """Of all processes together."""
+    seed: int = 0
+    rate: str = "constant"
+    warmup: int = 0
+    """Steps over which the rate rises from nothing."""
+    patience: int | None = None
+    """Epochs without an improvement after which training ends."""
+    keeps_best: bool = True
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs, the last perhaps a short one."""
+        return math.ceil(self.steps / self.steps_per_epoch) if self.steps_per_epoch else 0
+
+    def rate_at(self, step: int) -> float:
+        """Return the share of the learning rate at a step."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        return RATES[self.rate]((step - self.warmup) / max(self.steps - self.warmup, 1))
+
+
+def course(
+    examples: int, batch_size: int, *, epochs: int | None, steps: int | None, default_epochs: int
+) -> tuple[int, int]:
+    """Return the number of steps in all and in an epoch."""
+    if epochs is not None and steps is not None:
+        raise UsageError("--epochs and --steps exclude each other")
+    if batch_size < 1:
+        raise UsageError(f"a batch has at least one example, not {batch_size}")
+    per_epoch = math.ceil(examples / batch_size)
+    if steps is not None:
+        return steps, per_epoch
+    return (default_epochs if epochs is None else epochs) * per_epoch, per_epoch

@@ -1,0 +1,198 @@
+"""Training a saved model, from a file to a file: zeros stay zero, or become more along a schedule."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Generator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from prunectl.errors import UsageError, WorkError
+from prunectl.formats.base import PARAMETRIZATION, ModelFile
+from prunectl.formats.names import select
+from prunectl.formats.stripping import Part, Wish
+from prunectl.formats.table import open_model
+from prunectl.measuring.survey import Survey
+from prunectl.pruning import output as outputs
+from prunectl.pruning.output import Output
+from prunectl.pruning.selection import Mask
+from prunectl.pruning.strip import strip, surveyed
+from prunectl.training.course import Course, course
+from prunectl.training.data.source import Order
+from prunectl.training.diary import Diary, Entry, Watcher
+from prunectl.training.keeper import Keeper
+from prunectl.training.loop import Data, Lesson, Progress, evaluated, train
+from prunectl.training.network import Logs, Network
+from prunectl.training.points import parse_point
+from prunectl.training.reading import Read, count, look_over, read
+from prunectl.training.request import DEFAULT_EPOCHS, Keep, Request, check
+from prunectl.training.rules import rules_of, zeros_of
+from prunectl.training.runtimes import open_network
+from prunectl.training.saver import Saver
+from prunectl.training.stopping import Stopping
+from prunectl.training.teachers import open_teacher
+from prunectl.training.write_back import write_back
+
+
+@dataclass(frozen=True, slots=True)
+class Finetuned:
+    """What came of a run."""
+
+    request: Request
+    course: Course
+    before: Survey
+    after: Survey
+    judged_before: Logs
+    """Loss and metrics on the validation data, before training."""
+    judged_after: Logs
+    history: tuple[Entry, ...]
+    best_epoch: int | None
+    masked: int
+    """How many weights the masks hold at zero."""
+    kept: int
+    """How many of them are zero in the file that was written."""
+    notes: tuple[str, ...]
+    is_chief: bool = True
+
+
+def finetune(path: Path, request: Request, output: Output, watcher: Watcher | None = None) -> Finetuned:
+    """Train a model, and write it into a copy of its file."""
+    check(request)
+    model = open_model(path)
+    outputs.check(model, output)
+    saver = _saver(request)
+    with _unwrapped(model) as plain, closing(open_network(plain, request.origin)) as network:
+        found = read(network, request.data, request.val, request.val_split, request.means.seed)
+        network.prepare(replace(request.means, frozen=_frozen(plain, request), example=found.example))
+        notes = (*found.notes, *look_over(found, network.signature, needs_targets=not request.means.custom_step))
+        planned = _course(request, found)
+        _check_ranks(network, planned)
+        rules = rules_of(plain, request, planned)
+        first = zeros_of(rules.choice, network.weights(rules.names))
+        keeper = Keeper(rules, dict(first), first)
+        judged_before = evaluated(network, found.val, planned.batch_size)
+        teacher = open_teacher(Path(request.distill), request.origin) if request.distill else None
+        diary = _diary(network, keeper, request, watcher)
+        progress = _train(Lesson(network, Data(found.train, found.val), planned, keeper, diary, saver, teacher))
+        if request.is_recalibrated:
+            notes = (*notes, _recalibrated(network, found, planned))
+        judged_after = evaluated(network, found.val, planned.batch_size)
+        before = surveyed(model)
+        if not network.is_chief:
+            return Finetuned(
+                request, planned, before, before, judged_before, judged_after, (), None, 0, 0, (), is_chief=False
+            )
+        after, kept = _written(plain, network, keeper, output)
+        notes = (*notes, *network.notes)
+    return Finetuned(
+        request,
+        planned,
+        before,
+        after,
+        judged_before,
+        judged_after,
+        tuple(progress.history),
+        progress.best_epoch if planned.keeps_best else None,
+        keeper.zeros,
+        kept,
+        notes,
+    )
+
+
+@contextmanager
+def _unwrapped(model: ModelFile) -> Generator[ModelFile]:
+    """Yield a model without masks: what they hold at zero is zero in it."""
+    if all(wrapper.kind == PARAMETRIZATION for wrapper in model.about.wrappers):
+        yield model
+        return
+    with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
+        target = Path(scratch) / model.path.name
+        strip(model.path, Wish(frozenset({Part.MASKS, Part.WRAPPERS})), Output(target), is_packed=False)
+        yield open_model(target)
+
+
+def _saver(request: Request) -> Saver | None:
+    if request.checkpoint_dir is None:
+        return None
+    saver = Saver(request.checkpoint_dir, request.choices, request.is_resumed)
+    saver.check()
+    return saver
+
+
+def _frozen(model: ModelFile, request: Request) -> frozenset[str]:
+    return frozenset(tensor.name for word in request.frozen for tensor in select(model, word))
+
+
+def _course(request: Request, found: Read) -> Course:
+    steps, per_epoch = course(
+        count(found.train),
+        request.batch_size,
+        epochs=request.epochs,
+        steps=request.steps,
+        default_epochs=DEFAULT_EPOCHS,
+    )
+    return Course(
+        steps,
+        per_epoch,
+        request.batch_size,
+        request.means.seed,
+        request.rate,
+        parse_point(request.warmup).step(steps, per_epoch),
+        request.early_stop,
+        request.keep is Keep.BEST,
+    )
+
+
+def _check_ranks(network: Network, planned: Course) -> None:
+    ranks = network.ranks[1]
+    if planned.batch_size % ranks:
+        raise UsageError(
+            f"a batch of {planned.batch_size} examples cannot be shared evenly by {ranks} processes",
+            hint=f"--batch-size {math.ceil(planned.batch_size / ranks) * ranks}",
+        )
+
+
+def _train(lesson: Lesson) -> Progress:
+    with closing(lesson.diary), Stopping() as stopping:
+        return train(lesson, stopping)
+
+
+def _diary(network: Network, keeper: Keeper, request: Request, watcher: Watcher | None) -> Diary:
+    folder = (request.logdir or request.checkpoint_dir) if network.is_chief else None
+    diary = Diary(folder, layers=lambda: _by_layer(keeper))
+    if watcher is not None and network.is_chief:
+        diary.watcher = watcher
+    return diary
+
+
+def _by_layer(keeper: Keeper) -> Logs:
+    return {f"sparsity/{name}": 1.0 - float(np.mean(mask)) for name, mask in keeper.masks.items()}
+
+
+def _recalibrated(network: Network, found: Read, planned: Course) -> str:
+    layers = network.recalibrate(found.train.batches(Order(planned.batch_size)))
+    if not layers:
+        return "The model has no batch normalisation: there was nothing to recalibrate."
+    return f"The statistics of {layers} layers with batch normalisation were taken anew from {found.train.name}."
+
+
+def _written(model: ModelFile, network: Network, keeper: Keeper, output: Output) -> tuple[Survey, int]:
+    """Write the result, and return what is in it and how many of the masks' zeros are."""
+    with outputs.workplace(model, output) as (folder, target):
+        places = outputs.places(model, folder, target)
+        write_back(model, network.tensors(), places)
+        found = open_model(places.get(model.path, folder / target.name))
+        kept = _zeros_in(found, keeper.masks)
+        if kept != keeper.zeros:
+            raise WorkError(f"{keeper.zeros - kept} of {keeper.zeros} zeros were lost in training; nothing was written")
+        after = surveyed(found)
+    return replace(after, path=str(target)), kept
+
+
+def _zeros_in(model: ModelFile, masks: Mapping[str, Mask]) -> int:
+    tensors = {tensor.name: tensor for tensor in model.tensors}
+    return sum(int(np.count_nonzero(model.read(tensors[name])[~mask] == 0)) for name, mask in masks.items())

@@ -1,0 +1,135 @@
+"""Training, batch after batch, whatever the framework."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+from prunectl.errors import WorkError
+from prunectl.training.better import is_better, judged_by
+from prunectl.training.course import Course
+from prunectl.training.data.source import Arrays, Batch, Order, Source
+from prunectl.training.diary import Diary, Entry
+from prunectl.training.keeper import Keeper
+from prunectl.training.network import Array, Logs, Network
+from prunectl.training.saver import Saver
+from prunectl.training.stopping import Stopping
+
+Teacher = Callable[[Arrays], Arrays]
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """What is learned from, and what is not."""
+
+    train: Source
+    val: Source | None
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far training has come; kept with a checkpoint."""
+
+    step: int = 0
+    stale: int = 0
+    """Epochs since the best one."""
+    best: float | None = None
+    best_epoch: int | None = None
+    best_tensors: dict[str, Array] = field(default_factory=dict)
+    history: list[Entry] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """Everything that a training run consists of."""
+
+    network: Network
+    data: Data
+    course: Course
+    keeper: Keeper
+    diary: Diary
+    saver: Saver | None = None
+    teacher: Teacher | None = None
+
+
+def train(lesson: Lesson, stopping: Stopping) -> Progress:
+    """Train to the end of the course, from the last checkpoint if there is one to go on from."""
+    network, course, keeper = lesson.network, lesson.course, lesson.keeper
+    progress = Progress()
+    keeper.begin(network)
+    if lesson.saver is not None:
+        lesson.saver.resume(network, keeper, progress)
+    lesson.diary.begin(course, progress.step)
+    while progress.step < course.steps and not _is_over(lesson, progress):
+        epoch, done = divmod(progress.step, course.steps_per_epoch)
+        if not done:
+            network.reseed(course.seed * 1_000_003 + epoch)
+        for batch in islice(_batches(lesson, epoch, done), course.steps - progress.step):
+            if stopping.is_wanted:
+                break
+            keeper.turn(network, progress.step)
+            guide = lesson.teacher(batch.x) if lesson.teacher is not None else None
+            network.step(batch, course.rate_at(progress.step), guide)
+            progress.step += 1
+            lesson.diary.step(progress.step, keeper.sparsity, network)
+        if stopping.is_wanted:
+            if lesson.saver is not None:
+                lesson.saver.save(network, keeper, progress)
+            raise KeyboardInterrupt
+        _end_epoch(lesson, progress, epoch)
+    keeper.turn(network, progress.step)
+    if course.keeps_best and progress.best_tensors and progress.stale:
+        network.assign(progress.best_tensors)
+    return progress
+
+
+def _is_over(lesson: Lesson, progress: Progress) -> bool:
+    patience = lesson.course.patience
+    return patience is not None and progress.stale >= patience
+
+
+def _batches(lesson: Lesson, epoch: int, done: int) -> Iterator[Batch]:
+    rank, ranks = lesson.network.ranks
+    course = lesson.course
+    order = Order(course.batch_size // ranks, course.seed, epoch, is_shuffled=True, skip=done, rank=rank, ranks=ranks)
+    yield from lesson.data.train.batches(order)
+
+
+def _end_epoch(lesson: Lesson, progress: Progress, epoch: int) -> None:
+    network, keeper = lesson.network, lesson.keeper
+    if progress.step == lesson.course.steps:
+        # A ramp that ends with training has its last turn before the model is judged.
+        keeper.turn(network, progress.step)
+    logs = network.logs()
+    if not math.isfinite(logs.get("loss", 0.0)):
+        raise WorkError(
+            f"the loss is {logs['loss']:g} after epoch {epoch + 1}",
+            hint="a lower --lr, --clip 1, or data that is scaled (?norm=unit) may help",
+        )
+    seen = evaluated(network, lesson.data.val, lesson.course.batch_size)
+    entry = Entry(epoch + 1, progress.step, keeper.sparsity, dict(logs), dict(seen))
+    progress.history.append(entry)
+    lesson.diary.epoch(entry)
+    _judge(lesson, progress, entry)
+    if lesson.saver is not None:
+        lesson.saver.save(network, keeper, progress)
+
+
+def _judge(lesson: Lesson, progress: Progress, entry: Entry) -> None:
+    """Remember the best epoch of those that are as sparse as was asked for."""
+    schedule = lesson.keeper.rules.schedule
+    if not entry.val or (schedule is not None and entry.step < schedule.last_turn):
+        return
+    name = judged_by(entry.val)
+    if is_better(name, entry.val[name], progress.best):
+        progress.best, progress.best_epoch, progress.stale = entry.val[name], entry.epoch, 0
+        progress.best_tensors = lesson.network.tensors() if lesson.course.keeps_best else {}
+    else:
+        progress.stale += 1
+
+
+def evaluated(network: Network, source: Source | None, batch_size: int) -> Logs:
+    """Return loss and metrics over all of a source; nothing without one."""
+    return network.evaluate(source.batches(Order(batch_size))) if source is not None else {}

@@ -1,0 +1,129 @@
+"""What a training loop asks of a model in its framework. Every tensor is called what the file calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from prunectl.training.data.source import Arrays, Batch
+from prunectl.training.evidence import Evidence
+from prunectl.training.signature import Signature
+
+Array = NDArray[Any]
+Logs = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """How a model is trained, as far as its framework has to know; what is empty the file or the framework says."""
+
+    loss: str = ""
+    """A name, or `mod:fn`, `./file.py:fn`."""
+    optimizer: str = ""
+    """A name with parameters: `sgd:momentum=0.9,weight_decay=1e-4`."""
+    lr: float | None = None
+    metrics: tuple[str, ...] = ()
+    frozen: frozenset[str] = frozenset()
+    """Tensors that stay as they are."""
+    clip: float | None = None
+    """The largest norm of all gradients together."""
+    precision: str = "fp32"
+    device: str = "auto"
+    is_compiled: bool = False
+    custom_step: str = ""
+    """A training step of the user's own, `mod:fn`."""
+    seed: int = 0
+    teacher_share: float = 0.5
+    """How much of the loss comes from a teacher's outputs, in steps that are given some."""
+    temperature: float = 2.0
+    """What logits are divided by before they are compared with the teacher's."""
+    example: Batch | None = field(default=None, compare=False)
+    """A first batch: tells labels from numbers where the loss is not said, and builds what has no shape yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """How a model becomes a network of its framework."""
+
+    model: str = ""
+    """What builds it, `mod:fn` or `./file.py:fn`, for a file that holds weights alone."""
+    custom_objects: str = ""
+    """Where the names of custom layers are explained, `mod:DICT`."""
+    is_trusted: bool = False
+    """Whether code that comes with the file may run."""
+    seed: int = 0
+
+
+class Network(Protocol):
+    """A model that can be trained."""
+
+    @property
+    def signature(self) -> Signature:
+        """What goes in and comes out, as far as it is known."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about how it is trained: what was chosen for want of a word, what is skipped."""
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Which process this is, of how many that read their own part of every batch."""
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process writes and speaks."""
+
+    def prepare(self, means: Means) -> None:
+        """Choose loss, optimizer and metrics, before anything is trained or evaluated."""
+
+    def weights(self, names: Iterable[str]) -> dict[str, Array]:
+        """Return copies of some weights."""
+
+    def tensors(self) -> dict[str, Array]:
+        """Return copies of all that the file holds and training may change; not the optimizer's state."""
+
+    def assign(self, values: Mapping[str, Array]) -> None:
+        """Replace the numbers of some tensors."""
+
+    def mask(self, masks: Mapping[str, Array]) -> None:
+        """Zero what the masks do not keep, now and after every step; the optimizer's momentum of it too."""
+
+    def watch(self, evidence: Evidence, names: Sequence[str]) -> None:
+        """Gather evidence about some weights from the next step on."""
+
+    def evidence(self) -> dict[str, Array]:
+        """Return what was gathered, the same in every process."""
+
+    def forget(self) -> None:
+        """Begin to gather anew."""
+
+    def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
+        """Train on a batch with a share of the learning rate, also towards what a teacher makes of it."""
+
+    def logs(self) -> Logs:
+        """Return the means of loss and metrics over the examples since the last call."""
+
+    def evaluate(self, batches: Iterable[Batch]) -> Logs:
+        """Return the means of loss and metrics, without a change to the model."""
+
+    def predict(self, x: Arrays) -> Arrays:
+        """Return what comes out, for one batch."""
+
+    def recalibrate(self, batches: Iterable[Batch]) -> int:
+        """Take the statistics of batch normalisation anew, and return how many layers have some."""
+
+    def reseed(self, number: int) -> None:
+        """Make what is random from here on depend on a number alone."""
+
+    def save(self, folder: Path) -> None:
+        """Keep every tensor, the state of the optimizer and of what is random, the evidence."""
+
+    def restore(self, folder: Path) -> None:
+        """Take up what `save` kept."""
+
+    def close(self) -> None:
+        """Let go of what it holds."""

@@ -1,0 +1,51 @@
+"""Which framework trains which file: a table, each row imported only when it is used."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from prunectl.errors import InputError
+from prunectl.formats.base import ModelFile
+from prunectl.formats.table import by_name
+from prunectl.training.network import Network, Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """A framework, and the files that it trains."""
+
+    name: str
+    trains: Callable[[ModelFile], bool]
+    opener: str
+    """`module:function` in this package that makes a network of a model."""
+
+
+def _is_keras(model: ModelFile) -> bool:
+    return model.format in {"keras", "keras-h5"} or (model.format == "saved-model" and model.about.keras is not None)
+
+
+RUNTIMES = (
+    Runtime("Keras", _is_keras, "keras.open:open_network"),
+    Runtime("TensorFlow", lambda model: model.format == "saved-model", "tensorflow.open:open_network"),
+    Runtime(
+        "PyTorch",
+        lambda model: model.format in {"torch", "torch-legacy", "torch-tar", "torch-export", "safetensors", "shards"},
+        "torch.open:open_network",
+    ),
+)
+
+
+def open_network(model: ModelFile, origin: Origin) -> Network:
+    """Load a model in the framework that trains such files, or say that there is none."""
+    for runtime in RUNTIMES:
+        if runtime.trains(model):
+            module, _, name = runtime.opener.partition(":")
+            found: Network = getattr(importlib.import_module(f"prunectl.training.{module}"), name)(model, origin)
+            return found
+    title = by_name(model.format).title
+    raise InputError(
+        f"{model.path} ({title}) cannot be trained: it holds no graph that a framework can differentiate",
+        hint="train the Keras or PyTorch file that it was made from, then export it again",
+    )

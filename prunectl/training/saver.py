@@ -1,0 +1,126 @@
+"""Checkpoints of a training run, each whole or not there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunectl.errors import InputError, UsageError
+from prunectl.training.diary import Entry
+
+if TYPE_CHECKING:
+    from prunectl.training.keeper import Keeper
+    from prunectl.training.loop import Progress
+    from prunectl.training.network import Network
+
+_LAST, _NEXT, _OLD = "last", "next", "old"
+_FACTS, _MASKS, _BEST, _NETWORK = "run.json", "masks.npz", "best.npz", "network"
+
+
+@dataclass(frozen=True, slots=True)
+class Saver:
+    """Keeps the last checkpoint of a run in a folder."""
+
+    folder: Path
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    """What decides the result: a run cannot go on with other choices."""
+    is_resumed: bool = False
+
+    def check(self) -> None:
+        """Refuse a folder whose run would be lost, or that has none to go on with."""
+        there = self._found()
+        if there is not None and not self.is_resumed:
+            raise UsageError(
+                f"{self.folder} holds the checkpoint of a run", hint="say --resume to go on with it, or name another"
+            )
+        if there is None:
+            return
+        old = _read(there / _FACTS)["choices"]
+        for name in sorted(old.keys() | self.choices.keys()):
+            if old.get(name) != json.loads(json.dumps(self.choices.get(name))):
+                raise UsageError(
+                    f"the run in {self.folder} had {name.replace('_', ' ')} {old.get(name)!r}, "
+                    f"not {self.choices.get(name)!r}",
+                    hint="go on with the same choices, or start in another folder",
+                )
+
+    def save(self, network: Network, keeper: Keeper, progress: Progress) -> None:
+        """Keep where a run is; only the first process does."""
+        if not network.is_chief:
+            return
+        scratch = self.folder / _NEXT
+        shutil.rmtree(scratch, ignore_errors=True)
+        (scratch / _NETWORK).mkdir(parents=True)
+        network.save(scratch / _NETWORK)
+        _write_arrays(scratch / _MASKS, keeper.masks)
+        _write_arrays(scratch / _BEST, progress.best_tensors)
+        facts = {
+            "choices": dict(self.choices),
+            "step": progress.step,
+            "stale": progress.stale,
+            "best": progress.best,
+            "best_epoch": progress.best_epoch,
+            "turned_at": keeper.turned_at,
+            "history": [asdict(entry) for entry in progress.history],
+        }
+        (scratch / _FACTS).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
+        # Two renames, and `_found` knows what lies there between them.
+        last, old = self.folder / _LAST, self.folder / _OLD
+        shutil.rmtree(old, ignore_errors=True)
+        if last.exists():
+            last.rename(old)
+        scratch.rename(last)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def resume(self, network: Network, keeper: Keeper, progress: Progress) -> None:
+        """Bring everything to where the run was; from the beginning if there is no checkpoint."""
+        place = self._found()
+        if place is None or not self.is_resumed:
+            return
+        facts = _read(place / _FACTS)
+        network.restore(place / _NETWORK)
+        keeper.masks = {name: array.astype(np.bool_) for name, array in _read_arrays(place / _MASKS).items()}
+        keeper.turned_at = facts["turned_at"]
+        if keeper.masks:
+            network.mask(keeper.masks)
+        progress.step, progress.stale = facts["step"], facts["stale"]
+        progress.best, progress.best_epoch = facts["best"], facts["best_epoch"]
+        progress.best_tensors = _read_arrays(place / _BEST)
+        progress.history = [Entry(**entry) for entry in facts["history"]]
+
+    def _found(self) -> Path | None:
+        places = (self.folder / _LAST, self.folder / _OLD)
+        return next((place for place in places if (place / _FACTS).is_file()), None)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}", hint="remove its folder to start again") from error
+    return found
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    # By number: a name may hold what no name of a file in an archive may. As bytes: NumPy saves no bfloat16.
+    index = [[name, str(array.dtype), list(array.shape)] for name, array in arrays.items()]
+    flat = {str(at): np.frombuffer(array.tobytes(), np.uint8) for at, array in enumerate(arrays.values())}
+    np.savez(path, index=np.frombuffer(json.dumps(index).encode(), np.uint8), **flat)  # type: ignore[arg-type]
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    import ml_dtypes  # noqa: F401, PLC0415 - teaches NumPy the names of its types
+
+    with np.load(path, allow_pickle=False) as held:
+        index = json.loads(held["index"].tobytes())
+        return {
+            name: np.frombuffer(held[str(at)].tobytes(), np.dtype(kind)).reshape(shape)
+            for at, (name, kind, shape) in enumerate(index)
+        }

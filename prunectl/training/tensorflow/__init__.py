@@ -1,0 +1,1 @@
+"""Training SavedModels that are no Keras models."""

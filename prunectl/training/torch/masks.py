@@ -1,0 +1,72 @@
+"""Zeros that stay, and what is gathered about weights on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from prunectl.training.evidence import Evidence
+
+
+class Masks:
+    """Holds some weights at zero: their gradients, their momentum, and themselves after every step."""
+
+    def __init__(self) -> None:
+        self._dropped: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+
+    def put(self, kept: Mapping[torch.nn.Parameter, torch.Tensor], optimizer: torch.optim.Optimizer | None) -> None:
+        """Zero what is not kept, from now on."""
+        self._dropped = [(weight, ~mask.to(weight.device)) for weight, mask in kept.items()]
+        self.hold()
+        for weight, dropped in self._dropped:
+            state: Mapping[str, Any] = optimizer.state.get(weight, {}) if optimizer is not None else {}
+            for value in state.values():
+                if isinstance(value, torch.Tensor) and value.shape == weight.shape:
+                    value.masked_fill_(dropped, 0)
+
+    @torch.no_grad()
+    def calm(self) -> None:
+        """Zero the gradients of what is zero, so that neither momentum nor the norm that clipping uses sees them."""
+        for weight, dropped in self._dropped:
+            if weight.grad is not None:
+                weight.grad.masked_fill_(dropped, 0)
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Zero the weights themselves: some optimizers decay towards something, or have noise of their own."""
+        for weight, dropped in self._dropped:
+            weight.masked_fill_(dropped, 0)
+
+
+class Gathered:
+    """Adds up evidence about some weights."""
+
+    def __init__(self) -> None:
+        self.kind = Evidence.NONE
+        self.sums: dict[str, torch.Tensor] = {}
+        self._weights: dict[str, torch.nn.Parameter] = {}
+
+    def begin(self, kind: Evidence, weights: Mapping[str, torch.nn.Parameter]) -> None:
+        """Gather about other weights from here on."""
+        self.kind, self._weights = kind, dict(weights)
+        self.sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Count the gradients of a step."""
+        for name, weight in self._weights.items():
+            if weight.grad is None:
+                continue
+            if self.kind is Evidence.GRADIENT:
+                self.sums[name] += weight.grad
+            elif self.kind is Evidence.SALIENCE:
+                self.sums[name] += (weight * weight.grad).abs()
+            elif self.kind is Evidence.MOVEMENT:
+                self.sums[name] -= weight * weight.grad
+
+    def forget(self) -> None:
+        """Begin anew."""
+        for total in self.sums.values():
+            total.zero_()

@@ -1,0 +1,78 @@
+"""Numbers to judge by, added up on the device so that no step waits for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from prunectl.plugins import find
+from prunectl.training.torch.losses import Chosen
+
+Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From outputs and targets to the mean over the examples."""
+
+
+def _accuracy(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    if out.ndim == 3 and y.ndim == 2 and y.shape == out.shape[:2]:
+        return (out.argmax(-1) == y).float().mean()
+    labels = y.argmax(1) if y.is_floating_point() and y.shape == out.shape else y.reshape(out.argmax(1).shape)
+    return (out.argmax(1) == labels).float().mean()
+
+
+def _top5(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    best = out.topk(min(5, out.shape[1]), 1).indices
+    return (best == y.reshape(-1, 1)).any(1).float().mean()
+
+
+METRICS: Mapping[str, Metric] = {
+    "accuracy": _accuracy,
+    "top5": _top5,
+    "mae": lambda out, y: (out - y.reshape(out.shape)).abs().mean(),
+    "mse": lambda out, y: (out - y.reshape(out.shape)).square().mean(),
+}
+
+
+def _of_logits(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return ((out > 0) == (y.reshape(out.shape) > 0.5)).float().mean()
+
+
+def _of_shares(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return ((out > 0.5) == (y.reshape(out.shape) > 0.5)).float().mean()
+
+
+def choose(names: tuple[str, ...], chosen: Chosen) -> dict[str, Metric]:
+    """Return metrics by name; without names, the one that people judge such a model by."""
+    wanted = names or (("accuracy",) if chosen.classifies or chosen.is_binary else ("mae",))
+    found: dict[str, Any] = {name: find("metric", name, METRICS) for name in wanted}
+    if chosen.is_binary and "accuracy" in found:
+        found["accuracy"] = _of_logits if chosen.name == "bce" else _of_shares
+    return found
+
+
+class Means:
+    """Means over examples, kept as sums."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._count = 0
+
+    def add(self, count: int, **means: torch.Tensor) -> None:
+        """Count some examples with their means."""
+        self._count += count
+        for name, mean in means.items():
+            value = mean.detach().double() * count
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def take(self) -> dict[str, float]:
+        """Return the means, over all processes, and begin anew."""
+        if not self._count:
+            return {}
+        names = list(self._sums)
+        sums = torch.stack([*(self._sums[name] for name in names), self._sums[names[0]].new_tensor(self._count)])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        self._sums, self._count = {}, 0
+        values = sums.tolist()
+        return {name: value / values[-1] for name, value in zip(names, values[:-1], strict=True)}

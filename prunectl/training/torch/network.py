@@ -1,0 +1,329 @@
+"""A model that PyTorch trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from prunectl.errors import UsageError, WorkError
+from prunectl.plugins import find
+from prunectl.training.data.source import Arrays, Batch, each
+from prunectl.training.evidence import Evidence
+from prunectl.training.network import Array, Logs, Means
+from prunectl.training.signature import Signature
+from prunectl.training.torch import losses, metrics, norms, processes
+from prunectl.training.torch.arrays import to_numpy, to_torch
+from prunectl.training.torch.build import Built
+from prunectl.training.torch.distillation import distilled
+from prunectl.training.torch.masks import Gathered, Masks
+from prunectl.training.torch.optimizers import optimizer
+from prunectl.training.torch.signature import inputs_of, outputs_of
+
+_STATE = "torch.pt"
+_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TorchNetwork:
+    """Loss, gradients, masks and state of a module."""
+
+    def __init__(self, built: Built) -> None:
+        self._built = built
+        self._module = built.module
+        self._run: Any = built.module
+        self._notes = list(built.notes)
+        self._signature = Signature(inputs_of(built.module, built.shapes), (), is_channels_first=True)
+        self._masks, self._gathered, self._seen = Masks(), Gathered(), metrics.Means()
+        self._rate = 1.0
+
+    @property
+    def signature(self) -> Signature:
+        """What goes in and comes out."""
+        return self._signature
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was decided for want of a word."""
+        return tuple(self._notes)
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Which process this is, of how many."""
+        return self._place.rank, self._place.ranks
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether it is the first process."""
+        return self._place.rank == 0
+
+    def prepare(self, means: Means) -> None:
+        """Choose a device, a loss, metrics and an optimizer."""
+        if means.precision not in _PRECISIONS:
+            raise UsageError(f"{means.precision!r} is no precision", hint=f"one of {', '.join(_PRECISIONS)}")
+        self._means, self._place = means, processes.take_place(means.device)
+        self._module.to(self._place.device)
+        self._half = _PRECISIONS[means.precision]
+        self._scaler = torch.amp.GradScaler(self._place.device.type, enabled=self._half is torch.float16)
+        self._freeze(means.frozen)
+        example = means.example
+        if example is None:
+            raise ValueError("a network is prepared with an example")
+        self._custom: Any = find("step", means.custom_step, {}) if means.custom_step else None
+        self._choose(example)
+        self._optimizer = optimizer(means.optimizer, self._trained(), means.lr)
+        self._base_rates = [group["lr"] for group in self._optimizer.param_groups]
+        if means.is_compiled:
+            self._run = torch.compile(self._module)
+        if self._place.ranks > 1:
+            device_ids = [self._place.device.index] if self._place.device.type == "cuda" else None
+            self._run = DistributedDataParallel(self._run, device_ids=device_ids)
+
+    def _freeze(self, names: frozenset[str]) -> None:
+        parameters = dict(self._module.named_parameters())
+        for name in names & self._built.names.keys():
+            if self._built.names[name] in parameters:
+                parameters[self._built.names[name]].requires_grad_(False)
+        # The statistics of a frozen normalisation are frozen as well.
+        self._still = norms.still(self._module, {self._built.names[name] for name in names & self._built.names.keys()})
+
+    def _choose(self, example: Batch) -> None:
+        """Choose by what comes out for an example, and leave out what its gradient does not reach."""
+        self._mode(training=False)
+        with torch.no_grad():
+            outs = self._forward(self._module, example.x)
+        self._signature = Signature(self._signature.inputs, outputs_of(outs), is_channels_first=True)
+        targets = [] if example.y is None else [self._on_device(one) for one in each(example.y)]
+        if self._custom is not None and not self._means.loss and not targets:
+            self._losses, self._metrics = [], {}
+            return
+        if targets and len(targets) > len(outs):
+            raise UsageError(f"there are {len(targets)} targets, and the model gives {len(outs)} outputs")
+        self._losses = [
+            losses.choose(self._means.loss, out.float(), targets[at] if targets else None)
+            for at, out in enumerate(outs[: len(targets) or 1])
+        ]
+        self._metrics = metrics.choose(self._means.metrics, self._losses[0])
+        if not self._means.loss:
+            self._notes.append(f"The loss is {', '.join(one.name for one in self._losses)}, by outputs and targets.")
+        if not self._means.optimizer:
+            self._notes.append("The optimizer is adam, as PyTorch's files do not say which.")
+        if self._place.ranks > 1:
+            self._leave_out_unreached(example)
+
+    def _leave_out_unreached(self, example: Batch) -> None:
+        """DDP waits for ever for gradients of parameters that take no part."""
+        self._mode(training=True)
+        self._loss(self._forward(self._module, example.x), example.y, None).backward()  # type: ignore[no-untyped-call]
+        for weight in self._trained():
+            weight.requires_grad_(weight.grad is not None)
+            weight.grad = None
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [weight for weight in self._module.parameters() if weight.requires_grad]
+
+    def _on_device(self, array: Array) -> torch.Tensor:
+        return to_torch(array).to(self._place.device)
+
+    def _forward(self, module: Any, x: Arrays) -> tuple[torch.Tensor, ...]:
+        half = self._half
+        context = torch.autocast(self._place.device.type, half) if half is not None else nullcontext()
+        try:
+            with context:
+                found = module(*(self._on_device(one) for one in each(x)))
+        except (AssertionError, RuntimeError, TypeError) as error:
+            shapes = ", ".join("x".join(map(str, one.shape)) for one in each(x))
+            raise UsageError(
+                f"the model does not take inputs of {shapes}: {_reason(error)}",
+                hint="?shape=1x28x28 (without the batch) reads the same numbers in another shape",
+            ) from error
+        return _tensors(found)
+
+    def _loss(self, outs: tuple[torch.Tensor, ...], y: Arrays | None, guide: Arrays | None) -> torch.Tensor:
+        if y is None:
+            raise UsageError("there is no target to learn from")
+        targets = [self._on_device(one) for one in each(y)]
+        total = torch.stack(
+            [one.loss(out.float(), target) for one, out, target in zip(self._losses, outs, targets, strict=False)]
+        ).sum()
+        self._last = (outs, targets)
+        if guide is not None:
+            share = self._means.teacher_share
+            taught = distilled(
+                self._losses, outs, [self._on_device(one) for one in each(guide)], self._means.temperature
+            )
+            total = share * taught + (1 - share) * total
+        return total
+
+    def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
+        """Train on a batch."""
+        self._mode(training=True)
+        self._set_rate(rate)
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._custom is not None:
+            loss = self._custom(self._run, self._moved(batch.x), None if batch.y is None else self._moved(batch.y))
+            numbers = {}
+        else:
+            loss = self._loss(self._forward(self._run, batch.x), batch.y, guide)
+            outs, targets = self._last
+            with torch.no_grad():
+                numbers = {name: metric(outs[0].detach().float(), targets[0]) for name, metric in self._metrics.items()}
+        self._scaler.scale(loss).backward()
+        self._scaler.unscale_(self._optimizer)
+        self._gathered.add()
+        self._masks.calm()
+        if self._means.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self._trained(), self._means.clip)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._masks.hold()
+        self._seen.add(len(each(batch.x)[0]), loss=loss, **numbers)
+
+    def _moved(self, arrays: Arrays) -> Any:
+        found = tuple(self._on_device(one) for one in each(arrays))
+        return found if isinstance(arrays, tuple) else found[0]
+
+    def _set_rate(self, rate: float) -> None:
+        if rate != self._rate:
+            for group, base in zip(self._optimizer.param_groups, self._base_rates, strict=True):
+                group["lr"] = base * rate
+            self._rate = rate
+
+    def _mode(self, *, training: bool) -> None:
+        if self._built.has_modes and self._module.training != training:
+            self._module.train(training)
+        if training:
+            for norm in self._still:
+                norm.eval()
+
+    def logs(self) -> Logs:
+        """Return the means since the last call."""
+        return self._seen.take()
+
+    def evaluate(self, batches: Iterable[Batch]) -> Logs:
+        """Return the means over all batches; every process sees all of them."""
+        self._mode(training=False)
+        seen = metrics.Means()
+        with torch.no_grad():
+            for batch in batches:
+                outs = self._forward(self._module, batch.x)
+                loss = self._loss(outs, batch.y, None)
+                _, targets = self._last
+                numbers = {name: metric(outs[0].float(), targets[0]) for name, metric in self._metrics.items()}
+                seen.add(len(each(batch.x)[0]), loss=loss, **numbers)
+        return seen.take()
+
+    def predict(self, x: Arrays) -> Arrays:
+        """Return what comes out."""
+        if not hasattr(self, "_place"):
+            # A teacher is asked before, and without, any preparation.
+            self._place, self._half = processes.take_place("auto"), None
+            self._module.to(self._place.device)
+        self._mode(training=False)
+        with torch.no_grad():
+            found = tuple(to_numpy(out.float()) for out in self._forward(self._module, x))
+        return found if len(found) > 1 else found[0]
+
+    def recalibrate(self, batches: Iterable[Batch]) -> int:
+        """Take the statistics of batch normalisation anew."""
+        self._mode(training=False)
+        return norms.recalibrate(self._module, (batch.x for batch in batches), self._run_through)
+
+    def _run_through(self, x: Arrays) -> None:
+        with torch.no_grad():
+            self._forward(self._module, x)
+
+    def weights(self, names: Iterable[str]) -> dict[str, Array]:
+        """Return copies of some weights."""
+        held = self._held()
+        return {name: to_numpy(held[name]) for name in names}
+
+    def tensors(self) -> dict[str, Array]:
+        """Return copies of all parameters and buffers."""
+        return {name: to_numpy(value) for name, value in self._held().items()}
+
+    def _held(self) -> dict[str, torch.Tensor]:
+        inside = self._module.state_dict()
+        return {name: inside[inner] for name, inner in self._built.names.items()}
+
+    def _parameters(self, names: Iterable[str]) -> dict[str, torch.nn.Parameter]:
+        inside = dict(self._module.named_parameters(remove_duplicate=False))
+        return {name: inside[self._built.names[name]] for name in names if self._built.names[name] in inside}
+
+    @torch.no_grad()
+    def assign(self, values: Mapping[str, Array]) -> None:
+        """Replace the numbers of some tensors."""
+        held = self._held()
+        for name, value in values.items():
+            held[name].copy_(to_torch(value))
+
+    def mask(self, masks: Mapping[str, Array]) -> None:
+        """Zero what the masks do not keep, from now on."""
+        parameters = self._parameters(masks)
+        if missing := masks.keys() - parameters.keys():
+            raise WorkError(f"{min(missing)} is no parameter that PyTorch trains, and cannot be pruned here")
+        kept = {weight: torch.from_numpy(masks[name]) for name, weight in parameters.items()}
+        self._masks.put(kept, self._optimizer)
+
+    def watch(self, evidence: Evidence, names: Sequence[str]) -> None:
+        """Gather evidence about some weights."""
+        self._gathered.begin(evidence, self._parameters(names))
+
+    def evidence(self) -> dict[str, Array]:
+        """Return what was gathered; gradients are the same in every process."""
+        return {name: to_numpy(value) for name, value in self._gathered.sums.items()}
+
+    def forget(self) -> None:
+        """Gather anew."""
+        self._gathered.forget()
+
+    def reseed(self, number: int) -> None:
+        """Make what is random depend on a number alone, and on the process."""
+        torch.manual_seed((number * 4099 + self._place.rank) % (1 << 63))
+
+    def save(self, folder: Path) -> None:
+        """Keep everything that the next step depends on."""
+        state = {
+            "module": self._module.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "random": torch.get_rng_state(),
+            "evidence": self._gathered.sums,
+        }
+        torch.save(state, folder / _STATE)
+
+    def restore(self, folder: Path) -> None:
+        """Take up what was kept."""
+        state = torch.load(folder / _STATE, map_location=self._place.device, weights_only=True)
+        self._module.load_state_dict(state["module"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"].cpu())
+        for name, total in state["evidence"].items():
+            self._gathered.sums[name].copy_(total)
+        self._rate = float("nan")
+
+    def close(self) -> None:
+        """Part from the other processes."""
+        processes.leave()
+
+
+def _tensors(found: Any) -> tuple[torch.Tensor, ...]:
+    """Return the outputs in a row, whatever a module gives them in."""
+    if isinstance(found, torch.Tensor):
+        return (found,)
+    if isinstance(found, Mapping):
+        found = [found["logits"]] if "logits" in found else list(found.values())
+    outs = tuple(one for one in found if isinstance(one, torch.Tensor))
+    if not outs:
+        raise UsageError(f"the model gives a {type(found).__name__} without a tensor in it")
+    return outs
+
+
+def _reason(error: Exception) -> str:
+    """Return the line in which PyTorch comes to the point: the first, or the last where a script was interpreted."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if "TorchScript" in lines[0] else 0]

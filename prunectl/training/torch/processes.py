@@ -1,0 +1,50 @@
+"""One process of several that torchrun has started, or the only one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from prunectl.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which process this is, and what it reckons on."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+
+
+def take_place(device: str) -> Place:
+    """Join the other processes, if there are any, and return the device to use."""
+    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    found = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if ranks > 1 and not torch.distributed.is_initialized():
+        if found.type == "cuda":
+            torch.cuda.set_device(found)
+        torch.distributed.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    return Place(rank, ranks, found)
+
+
+def leave() -> None:
+    """Part from the other processes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name in {"", "auto"}:
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"{name!r} is no device", hint="cpu, cuda, cuda:1 or mps") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("there is no GPU that PyTorch can use", hint="--device cpu")
+    if name == "cuda":
+        return torch.device("cuda", local_rank)
+    return found
