@@ -21,6 +21,7 @@ FORMATS = (
         sniff.is_saved_model,
         "tensorflow.saved_model:open_model",
         writer="tensorflow.bundle_write:write",
+        stripper="tensorflow.saved_model_strip:strip",
         graph="keras.graph:operations",
     ),
     Format(
@@ -102,6 +103,7 @@ FORMATS = (
         sniff.is_checkpoint_index,
         "tensorflow.checkpoint:open_model",
         writer="tensorflow.bundle_write:write",
+        stripper="tensorflow.checkpoint_strip:strip",
     ),
     Format(
         "onnx",

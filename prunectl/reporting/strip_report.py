@@ -18,7 +18,8 @@ def strip_report(found: Stripped, output: str) -> Report:
     rows = tuple((thing.name, str(thing.part), thing.bytes) for thing in found.removed)
     things = Table("removed", _THINGS, rows, total=("all", "", sum(thing.bytes for thing in found.removed)))
     has_shrunk = found.after.bytes.raw < found.before.bytes.raw
-    remarks = [] if rows or has_shrunk else ["There was nothing to strip: the output has all that the input had."]
+    remarks = [*found.after.about.notes]
+    remarks += [] if rows or has_shrunk else ["There was nothing to strip: the output has all that the input had."]
     remarks += [f"Next: prunectl size {output}" if output else "This was a dry run: nothing was written."]
     tables = (*([_by_part(found)] if rows else []), before_after(found.before, found.after))
     return Report(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prunectl.errors import InputError
@@ -12,6 +12,7 @@ from prunectl.formats.extents import Extent, check_inside
 from prunectl.formats.tensorflow.bundle_index import Entry, Index, read_index
 from prunectl.formats.tensorflow.dtypes import DTYPES, NOT_NUMBERS, STRING
 from prunectl.formats.tensorflow.slice_keys import WHOLE, slice_key
+from prunectl.formats.tensorflow.zeros import TooManyClaimsError, sharing
 
 MAX_SHARDS = 100_000
 
@@ -24,6 +25,8 @@ class Bundle:
     is_big_endian: bool
     entries: Mapping[bytes, Entry]
     shards: Mapping[int, Path]
+    shared: Mapping[bytes, Entry] = field(default_factory=dict)
+    """Entries that are zeros at the beginning of another's bytes, with that other."""
 
     def numbers(self) -> tuple[Entry, ...]:
         """Return the entries that are tensors of numbers, slices of others left out."""
@@ -57,8 +60,10 @@ class Bundle:
 def read_bundle(path: Path) -> Bundle:
     """Read the index of a bundle, and check it against the sizes of the shards."""
     index = read_index(path)
-    bundle = Bundle(path, index.is_big_endian, index.entries, _find_shards(index))
-    _check_extents(bundle)
+    found = Bundle(path, index.is_big_endian, index.entries, _find_shards(index))
+    sizes = {number: shard.stat().st_size for number, shard in found.shards.items()}
+    bundle = replace(found, shared=_shared(found, sum(sizes.values())))
+    _check_extents(bundle, sizes)
     _check_slices(bundle)
     return bundle
 
@@ -78,10 +83,19 @@ def _find_shards(index: Index) -> dict[int, Path]:
     return shards
 
 
-def _check_extents(bundle: Bundle) -> None:
-    sizes = {number: shard.stat().st_size for number, shard in bundle.shards.items()}
+def _shared(bundle: Bundle, file_bytes: int) -> dict[bytes, Entry]:
+    stored = [entry for entry in bundle.entries.values() if entry.code in DTYPES and not entry.slices]
+    try:
+        return sharing(stored, file_bytes)
+    except TooManyClaimsError as error:
+        raise InputError(f"{bundle.index} is refused: {error}") from error
+
+
+def _check_extents(bundle: Bundle, sizes: Mapping[int, int]) -> None:
     reached = dict.fromkeys(sizes, 0)
-    for entry in sorted(bundle.entries.values(), key=lambda found: (found.shard, found.offset, found.nbytes)):
+    for entry in sorted(
+        bundle.entries.values(), key=lambda found: (found.shard, found.offset, found.key in bundle.shared)
+    ):
         name = entry.key.decode("utf-8", "backslashreplace")
         if entry.code not in DTYPES and entry.code not in NOT_NUMBERS:
             raise InputError(f"{bundle.index} holds {name} as type {entry.code}, which prunectl does not read")
@@ -92,7 +106,7 @@ def _check_extents(bundle: Bundle) -> None:
             raise InputError(
                 f"{bundle.index} is damaged: {name} of shape {list(entry.shape)} does not fill {entry.nbytes} bytes"
             )
-        if entry.nbytes and entry.offset < reached[entry.shard]:
+        if entry.nbytes and entry.offset < reached[entry.shard] and entry.key not in bundle.shared:
             raise InputError(f"{bundle.index} is damaged: {name} overlaps another tensor")
         reached[entry.shard] = max(reached[entry.shard], entry.offset + entry.nbytes)
 

@@ -12,28 +12,34 @@ from prunectl.formats.extents import view
 from prunectl.formats.tensorflow import variable_names
 from prunectl.formats.tensorflow.bundle import Bundle
 from prunectl.formats.tensorflow.bundle_index import Entry
+from prunectl.formats.tensorflow.object_graph import ObjectGraph
+from prunectl.formats.tensorflow.optimizers import ownership
 from prunectl.formats.tensorflow.variable_names import VALUE_SUFFIX
 
 _EXPORT_LISTS = ("_all_variables/", "_operations/")
 """Keras 3 lists the variables of an exported model under one of these, and once more under `variables/`."""
 
 
-def tensors_of(bundle: Bundle, full_names: Mapping[str, str], classes: Mapping[str, str]) -> tuple[Tensor, ...]:
+def tensors_of(bundle: Bundle, graph: ObjectGraph, classes: Mapping[str, str]) -> tuple[Tensor, ...]:
     """Return the variables of a bundle, in the order of its index."""
     entries = bundle.numbers()
+    full_names, owned = graph.full_names, ownership(graph)
+    state = owned.keys(graph)
     root = _root(entries, full_names)
     distinct = Distinct()
     found = []
     for entry in entries:
         key = entry.key.decode("utf-8", "backslashreplace")
         name = key.removesuffix(VALUE_SUFFIX)
+        # An optimizer of Keras 3 lists the weights too, and may lead there faster than the model does.
         meaning = variable_names.explain(
-            name,
+            owned.paths.get(key, name) if variable_names.names_an_optimizer(name) else name,
             full_names.get(key, name),
             entry.shape,
             is_float=entry.dtype.kind == "f" or "float" in entry.dtype.name,
             classes=classes,
             root=root,
+            is_of_optimizer=key in state,
         )
         found.append(
             Tensor(
@@ -55,7 +61,9 @@ def _storage(bundle: Bundle, entry: Entry, key: str) -> Storage:
     if entry.slices:
         nbytes = sum(piece.nbytes for _, piece in bundle.pieces(entry))
         return Storage(key, nbytes, None, nbytes)
-    return Storage(key, entry.nbytes, bundle.extent(entry), entry.nbytes, bundle.is_big_endian)
+    whole = bundle.shared.get(entry.key, entry)
+    key = whole.key.decode("utf-8", "backslashreplace")
+    return Storage(key, whole.nbytes, bundle.extent(whole), whole.nbytes, bundle.is_big_endian)
 
 
 def decoder(bundle: Bundle) -> Callable[[Tensor], Array]:

@@ -12,8 +12,9 @@ from prunectl.formats.tensorflow.bundle import read_bundle
 def open_model(path: Path) -> ModelFile:
     """Open a checkpoint by its index."""
     bundle = read_bundle(path)
-    names = object_graph.full_names(bundle)
-    tensors = bundle_tensors.tensors_of(bundle, names, {})
+    objects = object_graph.read(bundle)
+    names = objects.full_names
+    tensors = bundle_tensors.tensors_of(bundle, objects, {})
     pruned = dict.fromkeys(tensor.layer for tensor in tensors if tensor.role in {Role.MASK, Role.SCHEDULE})
     return ModelFile(
         path=path,

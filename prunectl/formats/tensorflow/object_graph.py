@@ -2,27 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from prunectl.errors import InputError
-from prunectl.formats.protobuf import BYTES, Field, WireError, text
+from prunectl.formats.protobuf import BYTES, VARINT, Field, WireError, text
 from prunectl.formats.tensorflow.bundle import Bundle
 from prunectl.formats.walk import Walk
 
 KEY = b"_CHECKPOINTABLE_OBJECT_GRAPH"
 MAX_BYTES = 64 << 20
-_NODES, _ATTRIBUTES, _FULL_NAME, _CHECKPOINT_KEY = 1, 2, 2, 3
+NODES, CHILDREN, ATTRIBUTES, SLOTS = 1, 1, 2, 3
+NODE_ID, _LOCAL_NAME = 1, 2
+_FULL_NAME, CHECKPOINT_KEY = 2, 3
+ORIGINAL_ID, SLOT_ID = 1, 3
 
 
-def full_names(bundle: Bundle) -> dict[str, str]:
-    """Return TensorFlow's own name of each variable, by its key in the checkpoint."""
+@dataclass(frozen=True, slots=True)
+class Node:
+    """An object, and where its description lies in the text of the graph."""
+
+    begin: int
+    end: int
+    names: Mapping[str, str]
+    """TensorFlow's own name of each of its variables, by its key in the checkpoint."""
+    children: tuple[tuple[str, int], ...]
+    slots: tuple[tuple[int, int], ...]
+    """Weights, each with a variable that an optimizer keeps for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectGraph:
+    """Every object that a checkpoint knows."""
+
+    text: memoryview
+    nodes: tuple[Node, ...]
+
+    @property
+    def full_names(self) -> dict[str, str]:
+        """TensorFlow's own name of each variable, by its key in the checkpoint."""
+        return {key: name for node in self.nodes for key, name in node.names.items()}
+
+
+def read(bundle: Bundle) -> ObjectGraph:
+    """Return the graph of objects; one without objects for a checkpoint that has names only."""
     walk = Walk(memoryview(bundle.text(KEY, MAX_BYTES)))
     try:
-        nodes = walk.messages(None, _NODES)
-        attributes = (attribute for node in nodes for attribute in walk.messages(node, _ATTRIBUTES))
-        return dict(_key_and_name(walk, attribute) for attribute in attributes)
+        return ObjectGraph(walk.data, tuple(_node(walk, node) for node in walk.messages(None, NODES)))
     except WireError as error:
         raise InputError(f"{bundle.index} is damaged: its graph of objects holds {error}") from error
 
 
-def _key_and_name(walk: Walk, attribute: Field) -> tuple[str, str]:
-    texts = {field.number: text(walk.data, field) for field in walk.fields(attribute) if field.wire == BYTES}
-    return texts.get(_CHECKPOINT_KEY, ""), texts.get(_FULL_NAME, "")
+def _node(walk: Walk, node: Field) -> Node:
+    names, children, slots = {}, [], []
+    for field in walk.fields(node):
+        if field.wire != BYTES:
+            continue
+        if field.number == CHILDREN:
+            children.append((_text(walk, field, _LOCAL_NAME), _number(walk, field, NODE_ID)))
+        elif field.number == ATTRIBUTES:
+            names[_text(walk, field, CHECKPOINT_KEY)] = _text(walk, field, _FULL_NAME)
+        elif field.number == SLOTS:
+            slots.append((_number(walk, field, ORIGINAL_ID), _number(walk, field, SLOT_ID)))
+    return Node(node.begin, node.end, names, tuple(children), tuple(slots))
+
+
+def _text(walk: Walk, message: Field, number: int) -> str:
+    found = [text(walk.data, field) for field in walk.messages(message, number)]
+    return found[-1] if found else ""
+
+
+def _number(walk: Walk, message: Field, number: int) -> int:
+    found = [field.value for field in walk.fields(message) if field.number == number and field.wire == VARINT]
+    return found[-1] if found else 0

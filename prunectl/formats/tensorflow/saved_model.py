@@ -8,7 +8,7 @@ from prunectl.errors import InputError
 from prunectl.formats.base import About, ModelFile
 from prunectl.formats.protobuf import WireError
 from prunectl.formats.tensorflow import bundle_tensors, object_graph
-from prunectl.formats.tensorflow.bundle import read_bundle
+from prunectl.formats.tensorflow.bundle import Bundle, read_bundle
 from prunectl.formats.tensorflow.graph_constants import constants
 from prunectl.formats.tensorflow.keras_objects import KerasFacts, read_facts
 from prunectl.formats.tensorflow.saved_model_graph import SavedGraph, read_graph, read_keras_metadata
@@ -30,8 +30,9 @@ def open_model(path: Path) -> ModelFile:
     if not index.is_file():
         return _frozen(path, graph, keras, files)
     bundle = read_bundle(index)
-    names = object_graph.full_names(bundle)
-    tensors = bundle_tensors.tensors_of(bundle, names, keras.classes)
+    objects = object_graph.read(bundle)
+    names = objects.full_names
+    tensors = bundle_tensors.tensors_of(bundle, objects, keras.classes)
     copies = bundle_tensors.copies(bundle, names)
     return ModelFile(
         path=path,
@@ -41,7 +42,7 @@ def open_model(path: Path) -> ModelFile:
             graph,
             keras,
             optimizer=keras.optimizer or bundle_tensors.optimizer(tensors, names),
-            note=_duplicates(sum(tensor.nbytes for tensor in tensors if tensor.name in copies)),
+            note=_duplicates(sum(tensor.nbytes for tensor in tensors if tensor.name in copies)) or _reset(bundle),
         ),
         files=files,
         decode=bundle_tensors.decoder(bundle),
@@ -88,6 +89,14 @@ def _about(graph: SavedGraph, keras: KerasFacts, *, optimizer: str, note: str) -
 
 def _duplicates(nbytes: int) -> str:
     return f"It holds some variables twice, as Keras 3 exports them: {nbytes} bytes are copies." if nbytes else ""
+
+
+def _reset(bundle: Bundle) -> str:
+    resting = {entry.key: entry.nbytes for entry in bundle.shared.values()}
+    if not resting:
+        return ""
+    nbytes = sum(resting.values())
+    return f"The state of its optimizer is stripped: its graph still asks for it, and gets {nbytes} bytes of zeros."
 
 
 def _files(path: Path) -> tuple[Path, ...]:

@@ -16,7 +16,8 @@ MAX_METADATA_BYTES = 8 << 20
 MAX_ALL_METADATA_BYTES = 64 << 20
 
 _META_GRAPHS = 2
-_INFO, _GRAPH, _OBJECTS = 1, 2, 7
+_INFO, _GRAPH, _SIGNATURES, _ASSETS, _OBJECTS = 1, 2, 5, 6, 7
+_SIGNATURE_NAME = 1
 _VERSION = 5
 _OBJECT_NODES, _USER_OBJECT = 1, 4
 _IDENTIFIER, _METADATA = 1, 3
@@ -42,6 +43,9 @@ class SavedGraph:
     objects: tuple[KerasObject, ...]
     graphs: tuple[Field, ...]
     """Where each GraphDef lies."""
+    signatures: tuple[str, ...] = ()
+    assets: int = 0
+    """Files that the graph reads, such as vocabularies."""
 
 
 def read_graph(path: Path) -> SavedGraph:
@@ -56,11 +60,14 @@ def read_graph(path: Path) -> SavedGraph:
         nodes = (node for part in parts for node in walk.messages(part, _OBJECT_NODES))
         users = (user for node in nodes for user in walk.messages(node, _USER_OBJECT))
         objects = _keras_objects(walk, users, _IDENTIFIER, _METADATA)
+        signed = [signature for meta in metas for signature in walk.messages(meta, _SIGNATURES)]
+        signatures = [text(walk.data, name) for found in signed for name in walk.messages(found, _SIGNATURE_NAME)]
+        assets = sum(1 for meta in metas for _ in walk.messages(meta, _ASSETS))
     except WireError as error:
         raise InputError(f"{path} is truncated or damaged: it is not a SavedModel ({error})") from error
     if not graphs:
         raise InputError(f"{path} is damaged: it holds no graph")
-    return SavedGraph(path, walk, next(iter(versions), ""), objects, graphs)
+    return SavedGraph(path, walk, next(iter(versions), ""), objects, graphs, tuple(signatures), assets)
 
 
 def read_keras_metadata(path: Path) -> tuple[KerasObject, ...]:

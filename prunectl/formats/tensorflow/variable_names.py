@@ -24,8 +24,11 @@ OPTIMIZERS = (
     "Ftrl",
 )
 _OPTIMIZER_PART = re.compile(rf"({'|'.join(OPTIMIZERS)})(_\d+)?")
-_OPTIMIZER_ROOTS = frozenset({"optimizer", "_optimizer", "optimizer_v2"})
+OPTIMIZER_ROOTS = frozenset({"optimizer", "_optimizer", "optimizer_v2"})
 _TRAINING_LEAVES = frozenset({"beta1_power", "beta2_power", "save_counter"})
+SLOT_LEAVES = frozenset({"adam_m", "adam_v", "lamb_m", "lamb_v"})
+"""What the optimizers of BERT and its kin append to the name of a weight."""
+METRICS = "keras_api/metrics/"
 _LEAVES = {
     "recurrent_kernel": Role.RECURRENT,
     "gamma": Role.NORM,
@@ -54,9 +57,16 @@ class Meaning:
 
 
 def explain(
-    key: str, full_name: str, shape: tuple[int, ...], *, is_float: bool, classes: Mapping[str, str], root: str = ""
+    key: str,
+    full_name: str,
+    shape: tuple[int, ...],
+    *,
+    is_float: bool,
+    classes: Mapping[str, str],
+    root: str = "",
+    is_of_optimizer: bool = False,
 ) -> Meaning:
-    """Return what the name of a variable tells.
+    """Return what the name of a variable tells, unless its optimizer is known to own it.
 
     ``key`` is where the checkpoint keeps it, ``full_name`` what TensorFlow called it, ``classes`` the Keras class of
     each known layer, ``root`` the name of the model where that begins every name.
@@ -68,7 +78,7 @@ def explain(
     layer = known or "/".join(parts[:-1]) or name
     layer = layer.removeprefix(PRUNED_PREFIX)
     kind, leaf = classes.get(layer, ""), parts[-1] if parts else ""
-    if is_of_training(key, full_name):
+    if is_of_optimizer or is_of_training(key, full_name):
         return Meaning(layer, Role.OPTIMIZER, kind)
     role = _role(leaf, name, layer, shape, kind=kind, is_float=is_float)
     if role not in {Role.KERNEL, Role.RECURRENT}:
@@ -85,11 +95,23 @@ def is_of_training(key: str, full_name: str) -> bool:
     parts = key.split("/")
     return (
         ".OPTIMIZER_SLOT" in parts
-        or not _OPTIMIZER_ROOTS.isdisjoint(parts)
+        or names_an_optimizer(key)
         or parts[-1] in _TRAINING_LEAVES
-        or key.startswith("keras_api/metrics/")
+        or parts[-1] in SLOT_LEAVES
+        or key.startswith(METRICS)
         or optimizer_of(full_name) != ""
     )
+
+
+def names_an_optimizer(key: str) -> bool:
+    """Whether the way to a variable leads through what is called an optimizer."""
+    return not OPTIMIZER_ROOTS.isdisjoint(key.split("/"))
+
+
+def without_optimizer(name: str) -> str:
+    """Return a name without what optimizers add to that of a weight, as far as it is known."""
+    parts = [part for part in name.split("/") if not _OPTIMIZER_PART.fullmatch(part) and part not in SLOT_LEAVES]
+    return "/".join(parts)
 
 
 def optimizer_of(full_name: str) -> str:
