@@ -68,3 +68,8 @@ def _from_file(path: Path) -> object:
     except Exception as error:
         raise UsageError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     return module
+
+
+def installed(kind: str) -> Mapping[str, str]:
+    """Return what other packages bring of a kind: names, and the packages that they come from."""
+    return {point.name: point.dist.name if point.dist else "" for point in entry_points(group=group(kind))}

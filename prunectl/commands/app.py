@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("prunectl.commands.finetune", "Train with the zeros kept, or prune on the way."),
     "strip": ("prunectl.commands.strip", "Drop masks, wrappers, optimizer state and training configuration."),
     "size": ("prunectl.commands.size", "Raw, packed and compressed size, and sparsity; with a limit it is a gate."),
+    "plugins": ("prunectl.commands.plugins", "Strategies, schedules, policies and formats, also installed ones."),
 }
 
 _COMPLETE = "_PRUNECTL_COMPLETE"

@@ -60,6 +60,16 @@ def targets(model: ModelFile, target: Path) -> dict[Path, Path]:
     }
 
 
+def write_text(target: Path, text: str, *, is_forced: bool) -> None:
+    """Write a file that is there whole or not at all, in place of none unless the user said so."""
+    if not target.parent.is_dir():
+        raise UsageError(f"{target.parent} is not a folder", hint=f"mkdir -p {target.parent}")
+    if target.is_dir() or (os.path.lexists(target) and not is_forced):
+        raise UsageError(f"{target} exists", hint="write elsewhere, or replace it with --force")
+    with replacing(target, may_replace=is_forced) as folder:
+        (folder / target.name).write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def replacing(target: Path, *, may_replace: bool) -> Generator[Path]:
     """Yield a scratch folder beside the target; what is in it at the end takes its place, if nothing fails."""

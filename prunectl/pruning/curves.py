@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
-
 Curve = Callable[..., float]
 """From what is done, the initial and the final sparsity to the sparsity; what else it takes are parameters."""
 
@@ -95,14 +93,4 @@ CURVES: Mapping[str, Curve] = {
 
 def line_of(curve: Curve) -> str:
     """Return what a curve does, in a line."""
-    return (curve.__doc__ or "").partition("\n")[0]
-
-
-def parameters(curve: Any) -> Mapping[str, Any]:
-    """Return the parameters of a curve beside its three numbers, with their defaults."""
-    import inspect  # noqa: PLC0415 - slow to load, and needed by few
-
-    return {
-        name: None if one.default is one.empty else one.default
-        for name, one in list(inspect.signature(curve).parameters.items())[3:]
-    }
+    return (curve.__doc__ or "").partition("\n")[0].replace("``", "")

@@ -25,6 +25,7 @@ def of_report(report: Report, command: str) -> str:
         artifacts=[asdict(artifact) for artifact in report.artifacts],
         warnings=list(report.remarks),
         error=of_error(worst.error) if worst else None,
+        **report.more,
     )
 
 

@@ -36,13 +36,17 @@ def show(report: Report, console: Console, settings: Settings) -> None:
 
 
 def _show_section(section: Section, console: Console, settings: Settings) -> None:
-    console.print(printable(section.title), style="bold", soft_wrap=True)
+    if section.title:
+        console.print(printable(section.title), style="bold", soft_wrap=True)
     width = max((len(name) for name, _ in section.facts), default=0)
     for name, value in section.facts:
         console.print(f"  {name:<{width}}  ", style="dim", end="")
         console.print(printable(value), soft_wrap=True)
-    for table in section.tables:
-        console.print()
+    for line in section.lines:
+        console.print(line, soft_wrap=True)
+    for number, table in enumerate(section.tables):
+        if section.title or number:
+            console.print()
         _show_table(table, console, settings)
     if section.remarks:
         console.print()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from prunectl.errors import PrunectlError
@@ -34,6 +35,8 @@ class Section:
     facts: tuple[tuple[str, str], ...] = ()
     tables: tuple[Table, ...] = ()
     remarks: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()
+    """A drawing, line by line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,8 @@ class Report:
     remarks: tuple[str, ...] = ()
     bare: tuple[str, ...] | None = None
     """What `--quiet` prints instead of everything else."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """What `--json` says beside the models."""
 
     @property
     def exit_code(self) -> int:

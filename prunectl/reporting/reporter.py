@@ -110,4 +110,5 @@ def _as_rows(report: Report, layout: Layout, settings: Settings) -> str:
         return rows.comma_separated(report.main)
     if layout is Layout.MARKDOWN:
         return rows.markdown(report.main, settings.units)
-    return rows.plain(report.main)
+    drawings = (line for section in report.sections if section.lines for line in (section.title, *section.lines))
+    return rows.plain(report.main) + "".join(f"{line}\n" for line in drawings)
