@@ -115,7 +115,7 @@ def finetune(
     asked = training_of(ctx)
     with local(model) as path, destination(path, output, force=force, in_place=in_place, dry_run=False) as place:
         assert place is not None
-        with TrainingProgress(reporter.settings) as progress:
+        with TrainingProgress(reporter.settings, asked.checkpoint_dir) as progress:
             found = run(path, asked, place, progress.watch)
         if not found.is_chief:
             return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -12,7 +13,7 @@ from prunectl.errors import UsageError
 from prunectl.pruning.request import Request as Pruning
 from prunectl.reporting.words import parse_ratio
 from prunectl.training.network import Means, Origin
-from prunectl.training.request import Ramping, Request
+from prunectl.training.request import Keep, MaskMode, Ramping, Request
 
 
 def training_of(ctx: typer.Context) -> Request:
@@ -31,8 +32,8 @@ def training_of(ctx: typer.Context) -> Request:
         origin=Origin(said["build"], said["custom_objects"], is_trusted=said["trust"], seed=said["seed"]),
         pruning=_pruning(said),
         ramping=_ramping(said),
-        mask=said["mask"],
-        keep=said["keep"],
+        mask=MaskMode(said["mask"]),
+        keep=Keep(said["keep"]),
         rate=said["lr_schedule"],
         warmup=said["warmup"],
         early_stop=said["early_stop"],
@@ -40,9 +41,9 @@ def training_of(ctx: typer.Context) -> Request:
         distill=said["distill"],
         is_recalibrated=said["recalibrate"],
         keeps_wrappers=said["keep_wrappers"],
-        checkpoint_dir=said["checkpoint_dir"],
+        checkpoint_dir=_path(said["checkpoint_dir"]),
         is_resumed=said["resume"],
-        logdir=said["logdir"],
+        logdir=_path(said["logdir"]),
     )
 
 
@@ -90,6 +91,11 @@ def _ramping(said: dict[str, Any]) -> Ramping:
         frequency=said["frequency"],
         params=params,
     )
+
+
+def _path(word: Any) -> Path | None:
+    # In the context is what was typed: typer makes paths and choices of it on the way to the function.
+    return None if word is None else Path(word)
 
 
 def _import(name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 class TrainingProgress:
     """Watches a run, and speaks on stderr."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, checkpoints: Path | None) -> None:
         self._settings = settings
+        self._checkpoints = checkpoints
         self._has_bar = settings.has_progress and sys.stderr.isatty() and not os.environ.get("CI")
         self._bar: Progress | None = None
         self._told = 0
@@ -66,6 +68,9 @@ class TrainingProgress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+        if kind is KeyboardInterrupt and self._checkpoints is not None and not self._settings.is_quiet:
+            never_fail(sys.stderr)
+            sys.stderr.write(f"stopped: the same command with --resume goes on from {self._checkpoints}\n")
 
 
 def line(entry: Entry) -> str:

@@ -11,7 +11,7 @@ from typing import TextIO
 
 from prunectl.training.course import Course
 from prunectl.training.events import Events
-from prunectl.training.network import Logs, Network
+from prunectl.training.network import Logs
 
 METRICS = "metrics.jsonl"
 
@@ -72,7 +72,7 @@ class Diary:
         self._file = path.open("a", encoding="utf-8")
         self._events = Events(self.folder)
 
-    def step(self, step: int, sparsity: float, _: Network) -> None:
+    def step(self, step: int, sparsity: float) -> None:
         """Note that a step is done."""
         course = self._course
         assert course is not None
@@ -82,6 +82,7 @@ class Diary:
     def epoch(self, entry: Entry) -> None:
         """Note that an epoch is done."""
         self._last = entry
+        self.step(entry.step, entry.sparsity)
         if self._file is not None:
             self._file.write(json.dumps(_finite(asdict(entry)), sort_keys=True, allow_nan=False) + "\n")
             self._file.flush()

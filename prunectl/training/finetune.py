@@ -66,9 +66,9 @@ def finetune(path: Path, request: Request, output: Output, watcher: Watcher | No
     outputs.check(model, output)
     saver = _saver(request)
     with _unwrapped(model) as plain, closing(open_network(plain, request.origin)) as network:
-        found = read(network, request.data, request.val, request.val_split, request.means.seed)
+        found = read(network, request)
         network.prepare(replace(request.means, frozen=_frozen(plain, request), example=found.example))
-        notes = (*found.notes, *look_over(found, network.signature, needs_targets=not request.means.custom_step))
+        notes = (*found.notes, *look_over(found, network.signature, request))
         planned = _course(request, found)
         _check_ranks(network, planned)
         rules = rules_of(plain, request, planned)

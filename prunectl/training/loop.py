@@ -73,7 +73,7 @@ def train(lesson: Lesson, stopping: Stopping) -> Progress:
             guide = lesson.teacher(batch.x) if lesson.teacher is not None else None
             network.step(batch, course.rate_at(progress.step), guide)
             progress.step += 1
-            lesson.diary.step(progress.step, keeper.sparsity, network)
+            lesson.diary.step(progress.step, keeper.sparsity)
         if stopping.is_wanted:
             if lesson.saver is not None:
                 lesson.saver.save(network, keeper, progress)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from prunectl.errors import InputError
 from prunectl.training.data.adapt import adapt
-from prunectl.training.data.check import check
+from prunectl.training.data.check import check, require_targets
 from prunectl.training.data.pieces import length
 from prunectl.training.data.source import Batch, Order, Source, each, peek
 from prunectl.training.data.spec import open_source
 from prunectl.training.data.split import split
 from prunectl.training.network import Network
+from prunectl.training.request import Request
 from prunectl.training.signature import Signature
 
 _COUNTED_BY = 4096
@@ -28,9 +29,12 @@ class Read:
     notes: tuple[str, ...]
 
 
-def read(network: Network, data: str, val: str, val_split: float, seed: int) -> Read:
+def read(network: Network, request: Request) -> Read:
     """Open what is learned from and what is judged by."""
-    train, notes = _fitted(data, network, seed)
+    seed, val, val_split = request.means.seed, request.val, request.val_split
+    train, notes = _fitted(request.data, network, seed)
+    if not request.means.custom_step:
+        require_targets(train)
     judged: Source | None = None
     if val:
         judged, more = _fitted(val, network, seed)
@@ -43,12 +47,12 @@ def read(network: Network, data: str, val: str, val_split: float, seed: int) -> 
     return Read(train, judged, example, tuple(dict.fromkeys(notes)))
 
 
-def look_over(found: Read, signature: Signature, *, needs_targets: bool) -> tuple[str, ...]:
+def look_over(found: Read, signature: Signature, request: Request) -> tuple[str, ...]:
     """Refuse examples that the model cannot learn from, now that it is known what comes out of it."""
     notes: list[str] = []
     for source in filter(None, (found.train, found.val)):
         classes = _classes(signature, found.example)
-        notes += check(source, signature, needs_targets=needs_targets, classes=classes)
+        notes += check(source, signature, needs_targets=not request.means.custom_step, classes=classes)
     return tuple(dict.fromkeys(notes))
 
 

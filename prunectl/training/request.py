@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -81,7 +82,10 @@ class Request:
         """What decides the numbers in the output; a run is resumed only with the same."""
         free = {"checkpoint_dir", "is_resumed", "logdir", "workers", "keeps_wrappers"}
         found = {name: value for name, value in asdict(self).items() if name not in free}
-        return {**found, "means": {name: value for name, value in found["means"].items() if name != "example"}}
+        known_later = {"example", "frozen"}
+        means = {name: value for name, value in found["means"].items() if name not in known_later}
+        plain: dict[str, Any] = json.loads(json.dumps({**found, "means": means}))
+        return plain
 
 
 def check(request: Request) -> None:

@@ -44,7 +44,7 @@ class Saver:
             return
         old = _read(there / _FACTS)["choices"]
         for name in sorted(old.keys() | self.choices.keys()):
-            if old.get(name) != json.loads(json.dumps(self.choices.get(name))):
+            if old.get(name) != self.choices.get(name):
                 raise UsageError(
                     f"the run in {self.folder} had {name.replace('_', ' ')} {old.get(name)!r}, "
                     f"not {self.choices.get(name)!r}",

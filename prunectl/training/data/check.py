@@ -25,10 +25,8 @@ _BATCH = 256
 
 def check(source: Source, signature: Signature, *, needs_targets: bool, classes: int | None) -> tuple[str, ...]:
     """Return what the user should know of a source that fits a model; refuse one that does not."""
-    if needs_targets and not source.has_targets:
-        raise UsageError(
-            f"{source.name} has inputs and no targets", hint="name both, as in x.npy,y.npy or ?target=label"
-        )
+    if needs_targets:
+        require_targets(source)
     seen = 0
     for batch in _beginning(source):
         _check_inputs(source, batch, signature, seen)
@@ -42,6 +40,14 @@ def check(source: Source, signature: Signature, *, needs_targets: bool, classes:
         _check_targets(source, targets, signature, classes, begin)
         begin += len(each(targets)[0])
     return _notes(source, seen, are_labels_seen=begin > 0)
+
+
+def require_targets(source: Source) -> None:
+    """Refuse examples that do not say what the model should answer."""
+    if not source.has_targets:
+        raise UsageError(
+            f"{source.name} has inputs and no targets", hint="name both, as in x.npy,y.npy or ?target=label"
+        )
 
 
 def _beginning(source: Source) -> Iterator[Batch]:

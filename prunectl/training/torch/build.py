@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -67,9 +68,10 @@ def _is_script(model: ModelFile) -> bool:
 
 def _scripted(model: ModelFile) -> Built:
     try:
-        module = torch.jit.load(  # type: ignore[no-untyped-call]
-            str(model.path), map_location="cpu"
-        )
+        with warnings.catch_warnings():
+            # That PyTorch would rather have it exported is not for who only holds the file.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            module = torch.jit.load(str(model.path), map_location="cpu")  # type: ignore[no-untyped-call]
     except Exception as error:
         raise InputError(f"{model.path} cannot be loaded by this PyTorch: {_first_line(error)}") from error
     return _whole(model, module)

@@ -1,0 +1,380 @@
+"""`finetune` from a file to a file: what is kept, what changes, and what is refused before the first step."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from prunectl.errors import InputError, PrunectlError, UsageError, WorkError
+from prunectl.formats.table import open_model
+from prunectl.pruning.output import Output
+from prunectl.pruning.request import Request as Pruning
+from prunectl.training.finetune import Finetuned, finetune
+from prunectl.training.network import Means, Origin
+from prunectl.training.request import Keep, MaskMode, Ramping, Request
+from prunectl.training.torch.network import TorchNetwork
+from tests.prune import reference
+from tests.running import COMMAND, FIXTURES, ROOT, clean, prunectl
+
+DIGITS = FIXTURES / "digits_cnn.pt"
+DATA = f"{FIXTURES / 'digits.npz'}?limit=400"
+NET = f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(1)
+
+
+def tuned(path: Path, target: Path, **words: Any) -> Finetuned:
+    """Fine-tune a digits network briefly."""
+    own = {"means": Means(lr=0.002, device="cpu"), "origin": Origin(NET), "val_split": 0.25, "epochs": 2, **words}
+    return finetune(path, Request(DATA, **own), Output(target))
+
+
+def arrays(path: Path) -> dict[str, Any]:
+    return reference.arrays(path)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reference.prune(DIGITS, tmp_path_factory.mktemp("pruned"), sparsity=0.8)[1]
+
+
+def test_the_zeros_of_a_pruned_file_are_kept_and_counted(pruned: Path, tmp_path: Path) -> None:
+    found = tuned(pruned, tmp_path / "out.pt")
+    before, after = arrays(pruned), arrays(tmp_path / "out.pt")
+    kernels = [tensor.name for tensor in open_model(pruned).tensors if tensor.is_prunable]
+    assert found.masked == found.kept == sum(int((before[name] == 0).sum()) for name in kernels)
+    for name in kernels:
+        assert np.array_equal(before[name] == 0, after[name] == 0), name
+        assert not np.array_equal(before[name], after[name]), name
+    assert found.judged_after["accuracy"] > found.judged_before["accuracy"]
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_dense_file_is_pruned_on_the_way_to_exactly_what_was_asked_for(scope: str, tmp_path: Path) -> None:
+    found = tuned(DIGITS, tmp_path / "out.pt", pruning=Pruning(sparsity=0.9, scope=scope))
+    kernels = {name: one for name, one in arrays(tmp_path / "out.pt").items() if one.ndim > 1}
+    total = sum(one.size for one in kernels.values())
+    wanted = round(0.9 * total) if scope == "global" else sum(round(0.9 * one.size) for one in kernels.values())
+    assert sum(int((one == 0).sum()) for one in kernels.values()) == wanted == found.kept
+    assert found.history[0].sparsity < found.history[-1].sparsity
+
+
+@pytest.mark.parametrize("strategy", ["movement", "magnitude-gradient", "lamp"])
+def test_every_strategy_reaches_the_sparsity(strategy: str, tmp_path: Path) -> None:
+    found = tuned(DIGITS, tmp_path / "out.pt", pruning=Pruning(sparsity=0.7, strategy=strategy))
+    assert found.masked == found.kept >= 0.699 * 9736
+
+
+def test_masks_that_regrow_move_and_keep_their_number(pruned: Path, tmp_path: Path) -> None:
+    found = tuned(pruned, tmp_path / "out.pt", mask=MaskMode.REGROW, epochs=4, keep=Keep.LAST)
+    before, after = arrays(pruned), arrays(tmp_path / "out.pt")
+    assert found.masked == found.kept
+    for name in ("conv2.weight", "fc1.weight"):
+        assert not np.array_equal(before[name] == 0, after[name] == 0)
+        # What has just come back is zero until its first step.
+        assert (after[name] == 0).sum() >= (before[name] == 0).sum()
+
+
+def test_two_of_four_is_kept_in_the_file(tmp_path: Path) -> None:
+    tuned(DIGITS, tmp_path / "out.pt", pruning=Pruning(pattern="2:4"))
+    for name, one in arrays(tmp_path / "out.pt").items():
+        if one.ndim > 1 and one.shape[1] % 4 == 0:
+            groups = np.moveaxis(one, 1, -1).reshape(-1, 4)
+            assert ((groups == 0).sum(1) >= 2).all(), name
+
+
+def test_a_checkpoint_stays_what_it_was_around_its_weights(tmp_path: Path) -> None:
+    source = FIXTURES / "checkpoint_with_optimizer.pt"
+    tuned(source, tmp_path / "out.pt")
+    before = torch.load(source, weights_only=True)
+    after = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert before.keys() == after.keys()
+    for name, value in before["model_state_dict"].items():
+        assert not torch.equal(value, after["model_state_dict"][name]), name
+    old, new = before["optimizer_state_dict"], after["optimizer_state_dict"]
+    assert old["param_groups"] == new["param_groups"]
+    assert all(torch.equal(old["state"][0][key], new["state"][0][key]) for key in old["state"][0])
+
+
+def test_only_the_bytes_of_the_weights_change(tmp_path: Path) -> None:
+    tuned(DIGITS, tmp_path / "out.pt")
+    before, after = DIGITS.read_bytes(), (tmp_path / "out.pt").read_bytes()
+    assert len(before) == len(after)
+    weights = sum(tensor.nbytes for tensor in open_model(DIGITS).tensors)
+    # Each entry of the archive has its checksum twice.
+    assert sum(a != b for a, b in zip(before, after, strict=True)) <= weights + 8 * len(open_model(DIGITS).tensors)
+    assert torch.load(tmp_path / "out.pt", weights_only=True).keys() == torch.load(DIGITS, weights_only=True).keys()
+
+
+@pytest.mark.parametrize("name", ["digits_cnn_torchscript.pt", "digits_cnn.safetensors", "masks_of_torch_prune.pt"])
+def test_other_containers_of_pytorch_are_trained_as_well(name: str, tmp_path: Path) -> None:
+    origin = Origin() if "script" in name else Origin(NET)
+    found = tuned(FIXTURES / name, tmp_path / name, origin=origin, pruning=Pruning(sparsity=0.85))
+    assert found.masked == found.kept == sum(round(0.85 * size) for size in (72, 1152, 8192, 320))
+    assert not open_model(tmp_path / name).about.wrappers
+
+
+def test_zeros_behind_masks_are_zeros(tmp_path: Path) -> None:
+    source = FIXTURES / "masks_of_torch_prune.pt"
+    held = arrays(source)
+    tuned(source, tmp_path / "out.pt")
+    after = arrays(tmp_path / "out.pt")
+    for layer in ("conv1", "conv2", "fc1", "fc2"):
+        assert not after[f"{layer}.weight"][held[f"{layer}.weight_mask"] == 0].any()
+
+
+def test_the_same_run_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a.pt", "b.pt"):
+        tuned(DIGITS, tmp_path / name, pruning=Pruning(sparsity=0.8, scope="global"))
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
+def test_a_resumed_run_gives_the_same_bytes_as_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words: dict[str, Any] = {"pruning": Pruning(sparsity=0.8, strategy="movement"), "epochs": 3}
+    tuned(DIGITS, tmp_path / "unbroken.pt", **words)
+    step, done = TorchNetwork.step, []
+
+    def tiring(self: TorchNetwork, *args: Any) -> None:
+        step(self, *args)
+        done.append(1)
+        if len(done) == 17:  # in the middle of the second epoch
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(TorchNetwork, "step", tiring)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(DIGITS, tmp_path / "broken.pt", checkpoint_dir=tmp_path / "kept", **words)
+    assert not (tmp_path / "broken.pt").exists()
+    monkeypatch.undo()
+    tuned(DIGITS, tmp_path / "broken.pt", checkpoint_dir=tmp_path / "kept", is_resumed=True, **words)
+    assert (tmp_path / "unbroken.pt").read_bytes() == (tmp_path / "broken.pt").read_bytes()
+    lines = [json.loads(line) for line in (tmp_path / "kept" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+
+
+def test_a_run_is_not_resumed_with_other_choices_nor_overwritten(tmp_path: Path) -> None:
+    tuned(DIGITS, tmp_path / "a.pt", checkpoint_dir=tmp_path / "kept", epochs=1)
+    with pytest.raises(UsageError, match="holds the checkpoint of a run"):
+        tuned(DIGITS, tmp_path / "b.pt", checkpoint_dir=tmp_path / "kept", epochs=1)
+    with pytest.raises(UsageError, match="had batch size 32, not 16"):
+        tuned(DIGITS, tmp_path / "b.pt", checkpoint_dir=tmp_path / "kept", epochs=1, is_resumed=True, batch_size=16)
+
+
+def test_the_best_epoch_is_written_unless_the_last_is_asked_for(tmp_path: Path) -> None:
+    words: dict[str, Any] = {"means": Means(lr=0.3, optimizer="sgd", device="cpu"), "epochs": 4}
+    best = tuned(DIGITS, tmp_path / "best.pt", **words)
+    last = tuned(DIGITS, tmp_path / "last.pt", keep=Keep.LAST, **words)
+    assert best.judged_after["accuracy"] == max(entry.val["accuracy"] for entry in best.history)
+    assert last.judged_after["accuracy"] == last.history[-1].val["accuracy"]
+
+
+def test_training_stops_early_when_nothing_improves(tmp_path: Path) -> None:
+    means = Means(lr=0.0, optimizer="sgd", device="cpu")
+    found = tuned(DIGITS, tmp_path / "out.pt", means=means, epochs=9, early_stop=2)
+    assert len(found.history) == 3
+
+
+def test_epochs_that_are_not_yet_sparse_enough_are_never_the_best(tmp_path: Path) -> None:
+    found = tuned(DIGITS, tmp_path / "out.pt", pruning=Pruning(sparsity=0.95), epochs=4)
+    assert found.best_epoch is not None
+    assert found.best_epoch >= 3
+    assert found.after.prunable_sparsity == pytest.approx(0.95, abs=1e-3)
+
+
+def test_nothing_is_trained_for_no_epochs_but_statistics_may_be_taken_anew(tmp_path: Path) -> None:
+    found = tuned(DIGITS, tmp_path / "out.pt", epochs=0, is_recalibrated=True)
+    assert any("no batch normalisation" in note for note in found.notes)
+    assert all(np.array_equal(one, arrays(tmp_path / "out.pt")[name]) for name, one in arrays(DIGITS).items())
+
+
+def test_what_is_frozen_is_the_same_in_the_file(tmp_path: Path) -> None:
+    tuned(DIGITS, tmp_path / "out.pt", frozen=("conv*",))
+    before, after = arrays(DIGITS), arrays(tmp_path / "out.pt")
+    assert {name for name in before if np.array_equal(before[name], after[name])} == {
+        name for name in before if name.startswith("conv")
+    }
+
+
+def test_any_file_may_be_the_teacher(tmp_path: Path) -> None:
+    for name in ("digits_cnn.onnx", "digits_cnn_torchscript.pt"):
+        found = tuned(DIGITS, tmp_path / name, distill=str(FIXTURES / name), epochs=1)
+        assert found.history
+
+
+def test_tensorboard_reads_what_was_logged(tmp_path: Path) -> None:
+    from tensorflow.python.summary.summary_iterator import summary_iterator  # noqa: PLC0415 - seconds, for one test
+
+    tuned(DIGITS, tmp_path / "out.pt", logdir=tmp_path / "log", pruning=Pruning(sparsity=0.5))
+    (events,) = (tmp_path / "log").glob("events.out.tfevents.*")
+    seen = {
+        (event.step, value.tag): value.simple_value
+        for event in summary_iterator(str(events))
+        for value in event.summary.value
+    }
+    lines = [json.loads(line) for line in (tmp_path / "log" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    for line in lines:
+        assert seen[line["step"], "val/accuracy"] == pytest.approx(line["val"]["accuracy"])
+        assert seen[line["step"], "sparsity"] == pytest.approx(line["sparsity"])
+        assert (line["step"], "sparsity/fc1.weight") in seen
+
+
+def test_a_lost_zero_fails_and_writes_nothing(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = TorchNetwork.tensors
+
+    def leaky(self: TorchNetwork) -> dict[str, Any]:
+        found = whole(self)
+        found["fc2.weight"][found["fc2.weight"] == 0] = 1e-9
+        return found
+
+    monkeypatch.setattr(TorchNetwork, "tensors", leaky)
+    with pytest.raises(WorkError, match=r"256 of \d+ zeros were lost"):
+        tuned(pruned, tmp_path / "out.pt", keep=Keep.LAST)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_advice(tmp_path: Path) -> None:
+    with pytest.raises(WorkError, match="the loss is") as caught:
+        tuned(DIGITS, tmp_path / "out.pt", means=Means(lr=1e30, optimizer="sgd", device="cpu"))
+    assert "--lr" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def spoiled(path: Path, **arrays_: Any) -> str:
+    held = dict(np.load(FIXTURES / "digits.npz"))
+    np.savez(path, **{**held, **arrays_})
+    return str(path)
+
+
+def wrong_label(path: Path) -> str:
+    labels = np.zeros(1797, "i8")
+    labels[1234] = 17
+    return spoiled(path, y=labels)
+
+
+def not_a_number(path: Path) -> str:
+    x = np.zeros((1797, 8, 8, 1), "f4")
+    x[77, 3, 3] = np.nan
+    return spoiled(path, x=x)
+
+
+def no_targets(path: Path) -> str:
+    np.save(path.with_suffix(".npy"), np.zeros((9, 8, 8, 1), "f4"))
+    return str(path.with_suffix(".npy"))
+
+
+def other_shape(path: Path) -> str:
+    return spoiled(path, x=np.zeros((1797, 3, 8, 8), "f4"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (wrong_label, "17"),
+        (not_a_number, "77"),
+        (no_targets, "no targets"),
+        (other_shape, "3x8x8"),
+    ],
+)
+def test_bad_data_is_told_before_the_first_step(spoil: Any, said: str, tmp_path: Path) -> None:
+    data = spoil(tmp_path / "data.npz")
+    words = Request(data, origin=Origin(NET), means=Means(device="cpu"))
+    with pytest.raises((UsageError, InputError), match=said):
+        finetune(DIGITS, words, Output(tmp_path / "out.pt"))
+    assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"val": DATA}, "exclude each other"),
+        ({"val_split": 0.0, "early_stop": 2}, "something to judge by"),
+        ({"is_resumed": True}, "needs the folder"),
+        ({"rate": "cosinus"}, "no learning-rate schedule"),
+        ({"ramping": Ramping("cosine")}, "needs a sparsity"),
+        ({"steps": 5, "epochs": 2}, "exclude each other"),
+        ({"frozen": ("cnv*",)}, "cnv"),
+        ({"pruning": Pruning(sparsity=0.5, strategy="movement", params=("a=1",))}, "takes no --param"),
+        ({"pruning": Pruning(sparsity=0.5), "ramping": Ramping(end="999")}, "end at step 999, training has"),
+    ],
+)
+def test_choices_that_make_no_sense_are_refused(words: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(PrunectlError, match=said) as caught:
+        tuned(DIGITS, tmp_path / "out.pt", **words)
+    assert caught.value.exit_code == 2
+
+
+def test_formats_without_a_graph_to_differentiate_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be trained"):
+        tuned(FIXTURES / "digits_cnn.tflite", tmp_path / "out.tflite")
+
+
+def test_the_command_prints_the_result_and_a_line_for_each_epoch(tmp_path: Path) -> None:
+    words = ["--data", DATA, "--val-split", "25%", "--epochs", "2", "-s", "80%", "--model", NET, "--device", "cpu"]
+    done = prunectl("finetune", DIGITS, "-o", tmp_path / "out.pt", *words)
+    assert done.code == 0, done.err
+    ((path, metric, before, after, *_, kept, zeros, how),) = done.rows
+    assert (path, metric, kept, zeros) == (str(tmp_path / "out.pt"), "accuracy", "7790", "7790")
+    assert 0 < float(after) <= 1 >= float(before)
+    assert how.startswith("magnitude, layer, polynomial")
+    assert "epoch 1/2: loss " in done.err
+    assert "epoch 2/2: loss " in done.err
+
+
+def test_the_json_has_the_training_beside_the_model(tmp_path: Path) -> None:
+    words = ["--data", DATA, "--val-split", "25%", "--epochs", "1", "--model", NET, "--device", "cpu", "--json"]
+    done = prunectl("finetune", DIGITS, "-o", tmp_path / "out.pt", *words)
+    assert done.code == 0, done.err
+    training = done.json["models"][1]["training"]
+    assert training["steps"] == 10
+    assert training["before"].keys() == training["after"].keys() == {"loss", "accuracy"}
+
+
+def test_ctrl_c_keeps_a_checkpoint_and_leaves_no_output(tmp_path: Path) -> None:
+    words = ["--data", str(FIXTURES / "digits.npz"), "--epochs", "500", "--model", NET, "--device", "cpu"]
+    kept = ["--checkpoint-dir", str(tmp_path / "kept")]
+    running = subprocess.Popen(
+        [*COMMAND, "finetune", str(DIGITS), "-o", str(tmp_path / "out.pt"), *words, *kept],
+        env=clean(PYTHONPATH=str(ROOT)),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert running.stderr is not None
+    running.stderr.readline()  # the first epoch is over
+    running.send_signal(signal.SIGINT)
+    running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert not (tmp_path / "out.pt").exists()
+    assert (tmp_path / "kept" / "last" / "run.json").is_file()
+
+
+def test_two_processes_make_the_same_masks_and_one_of_them_writes(tmp_path: Path) -> None:
+    words = ["--data", DATA, "--val-split", "25%", "--epochs", "2", "-s", "80%", "--scope", "global", "--model", NET]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "prunectl"]
+    done = subprocess.run(
+        [*launch, "finetune", str(DIGITS), "-o", str(tmp_path / "two.pt"), *words, "--device", "cpu", "--json"],
+        capture_output=True,
+        text=True,
+        env=clean(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["models"][1]["training"]["zeros_kept"] == round(0.8 * 9736)
+    alone = tuned(DIGITS, tmp_path / "one.pt", pruning=Pruning(sparsity=0.8, scope="global"), means=Means(device="cpu"))
+    one, two = arrays(tmp_path / "one.pt"), arrays(tmp_path / "two.pt")
+    assert alone.masked == sum(int((two[name] == 0).sum()) for name in two if two[name].ndim > 1)
+    # The same batches in other halves: the same numbers, but for the order in which they are added.
+    for name in one:
+        assert np.allclose(one[name], two[name], atol=2e-3), name

@@ -1,0 +1,71 @@
+"""Small modules to train, named for what is special about them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Plain(nn.Module):
+    """Two dense layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(12, 16)
+        self.two = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(torch.relu(self.one(x)))
+
+
+class Noisy(nn.Module):
+    """Convolutions with batch normalisation, and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+        self.drop = nn.Dropout(0.3)
+        self.head = nn.Linear(8 * 36, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.drop(torch.relu(self.norm(self.conv(x))).flatten(1)))
+
+
+class Reader(nn.Module):
+    """An embedding, an LSTM, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, 8)
+        self.lstm = nn.LSTM(8, 12, batch_first=True)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(self.words(x))[0][:, -1])
+
+
+class Forked(nn.Module):
+    """Two inputs, two outputs, and a layer that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(6, 6)
+        self.left = nn.Linear(12, 3)
+        self.right = nn.Linear(12, 1)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        both = torch.cat([torch.relu(self.shared(a)), torch.relu(self.shared(b))], 1)
+        return self.left(both), self.right(both)
+
+
+class Shares(Plain):
+    """Ends in a softmax."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).softmax(1)
+
+
+def squared(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return a loss, as a training step of one's own does."""
+    return (module(x) - nn.functional.one_hot(y, 4)).square().mean()

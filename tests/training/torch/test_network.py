@@ -1,0 +1,368 @@
+"""PyTorch's part of finetune, held against PyTorch by hand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from prunectl.errors import InputError, UntrustedError, UsageError
+from prunectl.formats.table import open_model
+from prunectl.training.data.source import Batch
+from prunectl.training.evidence import Evidence
+from prunectl.training.network import Means, Origin
+from prunectl.training.torch.network import TorchNetwork
+from prunectl.training.torch.open import open_network
+from tests.running import FIXTURES
+from tests.training.torch import nets
+
+NETS = "tests.training.torch.nets"
+
+
+def examples(count: int = 48, seed: int = 0) -> Batch:
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(count, 12)).astype("f4")
+    return Batch(x, (x[:, :4].argmax(1)).astype("i8"))
+
+
+def saved(module: torch.nn.Module, path: Path) -> Path:
+    torch.save(module.state_dict(), path)
+    return path
+
+
+def opened(path: Path, model: str, example: Batch, **means: Any) -> TorchNetwork:
+    network = open_network(open_model(path), Origin(f"{NETS}:{model}"))
+    assert isinstance(network, TorchNetwork)
+    network.prepare(Means(example=example, device="cpu", **means))
+    return network
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> tuple[nets.Plain, Path]:
+    torch.manual_seed(1)
+    module = nets.Plain()
+    return module, saved(module, tmp_path / "plain.pt")
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adam:lr=0.01": lambda weights: torch.optim.Adam(weights, 0.01),
+    "sgd:lr=0.1,momentum=0.9,nesterov=true": lambda weights: torch.optim.SGD(weights, 0.1, 0.9, nesterov=True),
+    "adamw:lr=0.01,weight_decay=0.1,betas=(0.8,0.9)": lambda weights: torch.optim.AdamW(
+        weights, 0.01, (0.8, 0.9), weight_decay=0.1
+    ),
+}
+
+
+@pytest.mark.parametrize("words", OPTIMIZERS)
+def test_without_masks_it_is_what_pytorch_does(words: str, plain: tuple[nets.Plain, Path]) -> None:
+    module, path = plain
+    network, optimizer = opened(path, "Plain", examples(), optimizer=words), OPTIMIZERS[words](module.parameters())
+    for seed in range(5):
+        batch = examples(16, seed)
+        network.step(batch, 1.0)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(module(torch.from_numpy(batch.x)), torch.from_numpy(batch.y)).backward()
+        optimizer.step()
+    for name, value in network.tensors().items():
+        assert np.array_equal(value, module.state_dict()[name].numpy()), name
+
+
+@pytest.mark.parametrize(
+    "words", [*OPTIMIZERS, "adam:weight_decay=0.1", "rmsprop:momentum=0.9", "sgd:lr=1,momentum=0.9"]
+)
+def test_zeros_stay_zero_through_momentum_and_decay(words: str, plain: tuple[nets.Plain, Path]) -> None:
+    network = opened(plain[1], "Plain", examples(), optimizer=words)
+    for seed in range(3):  # momentum that pushes
+        network.step(examples(16, seed), 1.0)
+    masks = {
+        name: np.random.default_rng(3).random(one.shape) > 0.7
+        for name, one in network.weights(["one.weight", "two.weight"]).items()
+    }
+    network.mask(masks)
+    for seed in range(6):
+        network.step(examples(16, seed), 1.0)
+        for name, one in network.weights(masks).items():
+            assert not one[~masks[name]].any()
+            assert (one[masks[name]] != 0).all()
+            assert not np.signbit(one[~masks[name]]).any()
+
+
+@pytest.mark.parametrize("kind", [Evidence.GRADIENT, Evidence.SALIENCE, Evidence.MOVEMENT])
+def test_evidence_is_that_of_autograd_by_hand(kind: Evidence, plain: tuple[nets.Plain, Path]) -> None:
+    module, path = plain
+    network = opened(path, "Plain", examples(), optimizer="sgd:lr=0.1")
+    network.watch(kind, ["one.weight"])
+    optimizer, total = torch.optim.SGD(module.parameters(), 0.1), torch.zeros_like(module.one.weight)
+    for seed in range(4):
+        batch = examples(16, seed)
+        network.step(batch, 1.0)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(module(torch.from_numpy(batch.x)), torch.from_numpy(batch.y)).backward()
+        weight, gradient = module.one.weight.detach(), module.one.weight.grad
+        assert gradient is not None
+        total += {
+            Evidence.GRADIENT: gradient,
+            Evidence.SALIENCE: (weight * gradient).abs(),
+            Evidence.MOVEMENT: -weight * gradient,
+        }[kind]
+        optimizer.step()
+    assert np.allclose(network.evidence()["one.weight"], total.numpy(), atol=1e-7)
+    network.forget()
+    assert not network.evidence()["one.weight"].any()
+
+
+def test_the_gradient_of_what_is_masked_is_gathered_before_it_is_zeroed(plain: tuple[nets.Plain, Path]) -> None:
+    network = opened(plain[1], "Plain", examples())
+    network.mask({"one.weight": np.zeros((16, 12), bool)})
+    network.watch(Evidence.GRADIENT, ["two.weight"])
+    network.mask({"two.weight": np.zeros((4, 16), bool)})
+    network.watch(Evidence.GRADIENT, ["two.weight"])
+    network.step(examples(), 1.0)
+    assert network.evidence()["two.weight"].any()
+
+
+def test_a_share_of_the_learning_rate_is_that_share(plain: tuple[nets.Plain, Path]) -> None:
+    before = opened(plain[1], "Plain", examples()).tensors()
+    moved = []
+    for rate in (1.0, 0.25):
+        network = opened(plain[1], "Plain", examples(), optimizer="sgd:lr=0.1")
+        network.step(examples(), rate)
+        moved.append(network.tensors()["one.weight"] - before["one.weight"])
+    assert np.allclose(moved[0] * 0.25, moved[1], atol=1e-7)
+
+
+def test_clipping_sees_the_norm_of_what_is_kept_only(plain: tuple[nets.Plain, Path]) -> None:
+    network = opened(plain[1], "Plain", examples(), optimizer="sgd:lr=1", clip=0.01)
+    before = network.tensors()
+    network.step(examples(), 1.0)
+    after = network.tensors()
+    norm = np.sqrt(sum(float(np.square(after[name] - before[name]).sum()) for name in before))
+    assert norm == pytest.approx(0.01, rel=1e-3)
+
+
+def test_what_is_frozen_stays_bit_for_bit(tmp_path: Path) -> None:
+    module = nets.Noisy()
+    path = saved(module, tmp_path / "noisy.pt")
+    random = np.random.default_rng(0)
+    batch = Batch(random.normal(size=(16, 1, 8, 8)).astype("f4"), random.integers(0, 10, 16))
+    frozen = frozenset({"conv.weight", "norm.weight"})
+    network = opened(path, "Noisy", batch, frozen=frozen)
+    before = network.tensors()
+    for _ in range(3):
+        network.step(batch, 1.0)
+    after = network.tensors()
+    for name in ("conv.weight", "norm.weight", "norm.running_mean", "norm.running_var"):
+        assert np.array_equal(before[name], after[name]), name
+    assert not np.array_equal(before["head.weight"], after["head.weight"])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_and_keeps_zeros_and_single_weights(
+    precision: str, plain: tuple[nets.Plain, Path]
+) -> None:
+    network = opened(plain[1], "Plain", examples(), precision=precision, lr=0.01)
+    mask = np.random.default_rng(0).random((16, 12)) > 0.5
+    network.mask({"one.weight": mask})
+    first = network.evaluate([examples()])["loss"]
+    for _ in range(30):
+        network.step(examples(), 1.0)
+    assert network.evaluate([examples()])["loss"] < 0.7 * first
+    weight = network.tensors()["one.weight"]
+    assert weight.dtype == np.float32
+    assert not weight[~mask].any()
+
+
+def test_recalibration_gives_the_statistics_of_the_data_and_changes_nothing_else(tmp_path: Path) -> None:
+    path = saved(nets.Noisy(), tmp_path / "noisy.pt")
+    random = np.random.default_rng(0)
+    batches = [Batch(random.normal(3, 2, (32, 1, 8, 8)).astype("f4"), random.integers(0, 10, 32)) for _ in range(4)]
+    network = opened(path, "Noisy", batches[0])
+    before = network.tensors()
+    assert network.recalibrate(iter(batches)) == 1
+    after = network.tensors()
+    conv = torch.nn.functional.conv2d(
+        torch.from_numpy(np.concatenate([batch.x for batch in batches])),
+        torch.from_numpy(before["conv.weight"]),
+        torch.from_numpy(before["conv.bias"]),
+    ).numpy()
+    assert np.allclose(after["norm.running_mean"], conv.mean((0, 2, 3)), atol=1e-5)
+    assert np.allclose(after["norm.running_var"], conv.var((0, 2, 3)), rtol=1e-2)
+    statistics = ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked")
+    assert all(np.array_equal(before[name], after[name]) for name in before if name not in statistics)
+
+
+def test_evaluating_changes_nothing(tmp_path: Path) -> None:
+    path = saved(nets.Noisy(), tmp_path / "noisy.pt")
+    random = np.random.default_rng(0)
+    batch = Batch(random.normal(size=(16, 1, 8, 8)).astype("f4"), random.integers(0, 10, 16))
+    network = opened(path, "Noisy", batch)
+    before = network.tensors()
+    assert network.evaluate([batch]) == network.evaluate([batch])
+    assert all(np.array_equal(one, network.tensors()[name]) for name, one in before.items())
+
+
+def test_means_weigh_batches_by_their_examples(plain: tuple[nets.Plain, Path]) -> None:
+    network = opened(plain[1], "Plain", examples())
+    whole = examples(48)
+    parts = [Batch(whole.x[:40], whole.y[:40]), Batch(whole.x[40:], whole.y[40:])]
+    together, apart = network.evaluate([whole]), network.evaluate(parts)
+    assert apart == pytest.approx(together, rel=1e-5)
+    logits = plain[0](torch.from_numpy(whole.x)).detach()
+    assert together["accuracy"] == pytest.approx(float((logits.argmax(1).numpy() == whole.y).mean()))
+
+
+def test_going_on_from_what_was_saved_is_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    path = saved(nets.Noisy(), tmp_path / "noisy.pt")
+    random = np.random.default_rng(0)
+    batches = [Batch(random.normal(size=(16, 1, 8, 8)).astype("f4"), random.integers(0, 10, 16)) for _ in range(6)]
+    unbroken = opened(path, "Noisy", batches[0], seed=3)
+    unbroken.reseed(5)
+    unbroken.watch(Evidence.MOVEMENT, ["head.weight"])
+    for batch in batches[:3]:
+        unbroken.step(batch, 1.0)
+    unbroken.save(tmp_path)
+    for batch in batches[3:]:
+        unbroken.step(batch, 1.0)
+    again = opened(path, "Noisy", batches[0], seed=3)
+    again.watch(Evidence.MOVEMENT, ["head.weight"])
+    again.restore(tmp_path)
+    for batch in batches[3:]:
+        again.step(batch, 1.0)
+    assert all(np.array_equal(one, again.tensors()[name]) for name, one in unbroken.tensors().items())
+    assert np.array_equal(unbroken.evidence()["head.weight"], again.evidence()["head.weight"])
+
+
+def test_a_teacher_alone_is_learned_by_heart(plain: tuple[nets.Plain, Path]) -> None:
+    torch.manual_seed(9)
+    teacher = nets.Plain()
+    network = opened(plain[1], "Plain", examples(), teacher_share=1.0, lr=0.02)
+    batch = examples(64)
+    with torch.no_grad():
+        guide = teacher(torch.from_numpy(batch.x)).numpy()
+    for _ in range(300):
+        network.step(batch, 1.0, guide)
+    agreed = (np.asarray(network.predict(batch.x)).argmax(1) == guide.argmax(1)).mean()
+    assert agreed > 0.95
+
+
+def test_a_training_step_of_ones_own_is_taken(plain: tuple[nets.Plain, Path]) -> None:
+    module, path = plain
+    network = opened(path, "Plain", examples(), custom_step=f"{NETS}:squared", optimizer="sgd:lr=0.1")
+    optimizer, batch = torch.optim.SGD(module.parameters(), 0.1), examples()
+    network.step(batch, 1.0)
+    nets.squared(module, torch.from_numpy(batch.x), torch.from_numpy(batch.y)).backward()
+    optimizer.step()
+    assert all(np.array_equal(one, module.state_dict()[name].numpy()) for name, one in network.tensors().items())
+
+
+def test_several_inputs_and_outputs_and_a_layer_used_twice(tmp_path: Path) -> None:
+    path = saved(nets.Forked(), tmp_path / "forked.pt")
+    random = np.random.default_rng(0)
+    x = (random.normal(size=(32, 6)).astype("f4"), random.normal(size=(32, 6)).astype("f4"))
+    batch = Batch(x, (random.integers(0, 3, 32), random.normal(size=(32, 1)).astype("f4")))
+    network = opened(path, "Forked", batch, lr=0.01)
+    assert [port.name for port in network.signature.inputs] == ["a", "b"]
+    mask = random.random((6, 6)) > 0.5
+    network.mask({"shared.weight": mask})
+    first = network.evaluate([batch])["loss"]
+    for _ in range(40):
+        network.step(batch, 1.0)
+    assert network.evaluate([batch])["loss"] < first
+    assert not network.weights(["shared.weight"])["shared.weight"][~mask].any()
+
+
+def test_recurrent_kernels_are_masked_like_any(tmp_path: Path) -> None:
+    path = saved(nets.Reader(), tmp_path / "reader.pt")
+    random = np.random.default_rng(0)
+    batch = Batch(random.integers(0, 20, (16, 5)), random.integers(0, 3, 16))
+    network = opened(path, "Reader", batch)
+    assert network.signature.inputs[0].dtype == "int64"
+    mask = random.random((48, 12)) > 0.8
+    network.mask({"lstm.weight_hh_l0": mask})
+    for _ in range(4):
+        network.step(batch, 1.0)
+    assert not network.weights(["lstm.weight_hh_l0"])["lstm.weight_hh_l0"][~mask].any()
+
+
+@pytest.mark.parametrize(
+    ("model", "y", "said"),
+    [
+        ("Plain", np.arange(48) % 4, "cross-entropy"),
+        ("Shares", np.arange(48) % 4, "probabilities"),
+        ("Plain", np.ones((48, 4), "f4") * 0.3, "mse"),
+        ("Plain", np.eye(4, dtype="f4")[np.arange(48) % 4], "bce"),
+    ],
+)
+def test_the_loss_that_nobody_named_fits_the_outputs_and_is_told(
+    model: str, y: Any, said: str, plain: tuple[nets.Plain, Path]
+) -> None:
+    network = opened(plain[1], model, Batch(examples().x, y))
+    assert any(f"The loss is {said}" in note for note in network.notes)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"optimizer": "adm"}, "no optimizer adm"),
+        ({"optimizer": "sgd:momentm=0.9"}, "takes no momentm"),
+        ({"optimizer": "sgd:momentum=-1"}, "refuses"),
+        ({"loss": "cross-entropi"}, "no loss is called"),
+        ({"metrics": ("acuracy",)}, "no metric is called"),
+        ({"precision": "fp8"}, "no precision"),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_refused(words: Any, said: str, plain: tuple[nets.Plain, Path]) -> None:
+    with pytest.raises(UsageError, match=said):
+        opened(plain[1], "Plain", examples(), **words)
+
+
+def test_inputs_that_do_not_fit_are_told_with_their_shape(plain: tuple[nets.Plain, Path]) -> None:
+    with pytest.raises(UsageError, match="does not take inputs of 4x9"):
+        opened(plain[1], "Plain", Batch(np.zeros((4, 9), "f4"), np.zeros(4, "i8")))
+
+
+def test_weights_alone_need_something_that_builds_the_model(plain: tuple[nets.Plain, Path]) -> None:
+    with pytest.raises(UsageError, match="weights alone"):
+        open_network(open_model(plain[1]), Origin())
+
+
+def test_a_model_with_other_widths_is_told_by_tensor_and_shapes(plain: tuple[nets.Plain, Path]) -> None:
+    with pytest.raises(UsageError, match=r"has no words\.weight"):
+        open_network(open_model(plain[1]), Origin(f"{NETS}:Reader"))
+
+
+def test_a_whole_module_is_not_unpickled_without_trust(tmp_path: Path) -> None:
+    with pytest.raises(UntrustedError):
+        open_network(open_model(FIXTURES / "whole_module.pt"), Origin())
+    network = open_network(open_model(FIXTURES / "whole_module.pt"), Origin(is_trusted=True))
+    assert set(network.tensors()) == {"0.weight", "0.bias"}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_script_whose_weights_were_frozen_is_refused(tmp_path: Path) -> None:
+    script = torch.jit.freeze(torch.jit.script(nets.Plain().eval()))
+    torch.jit.save(script, tmp_path / "frozen.pt")
+    with pytest.raises((InputError, UsageError)):
+        open_network(open_model(tmp_path / "frozen.pt"), Origin())
+
+
+def test_an_exported_program_for_one_example_takes_any_batch(tmp_path: Path) -> None:
+    module = nets.Plain()
+    torch.export.save(torch.export.export(module, (torch.zeros(3, 12),)), tmp_path / "plain.pt2")
+    network = open_network(open_model(tmp_path / "plain.pt2"), Origin())
+    batch = examples(7)
+    network.prepare(Means(example=batch, device="cpu"))
+    wanted = module(torch.from_numpy(batch.x)).detach().numpy()
+    assert np.allclose(np.asarray(network.predict(batch.x)), wanted, atol=1e-6)
+    other = copy.deepcopy(module)
+    optimizer = torch.optim.Adam(other.parameters())
+    network.step(batch, 1.0)
+    torch.nn.functional.cross_entropy(other(torch.from_numpy(batch.x)), torch.from_numpy(batch.y)).backward()
+    optimizer.step()
+    for name, value in network.tensors().items():
+        assert np.allclose(value, other.state_dict()[name].numpy(), atol=1e-5), name
