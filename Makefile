@@ -1,4 +1,4 @@
-# make demo    what prunectl does, on the models in fixtures/ (installs the core into .venv first)
+# make demo    what prunectl does, on the models in fixtures/ (installs all extras into .venv first)
 # make test    every test (installs all extras into .venv first)
 # make check   what CI checks: lint, format, types, architecture, tests
 # make bench   speed and memory beside the scripts that it replaces
@@ -10,7 +10,7 @@ JOBS ?= 2
 
 .PHONY: demo test check lint bench fixtures clean
 
-demo: .venv/.core
+demo: .venv/.full
 	@BIN=$(BIN) sh examples/demo.sh
 
 test: .venv/.full

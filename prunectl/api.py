@@ -20,6 +20,9 @@ from prunectl.pruning.output import Output
 from prunectl.pruning.prune import Pruned
 from prunectl.pruning.request import Request
 from prunectl.pruning.strip import Stripped
+from prunectl.training import finetune as training
+from prunectl.training.finetune import Finetuned
+from prunectl.training.words import request_of
 
 AnyPath = str | os.PathLike[str]
 
@@ -63,6 +66,17 @@ def strip(
     return stripping.strip(Path(model), Wish(parts, is_half=half), place, is_packed=pack)
 
 
+def finetune(
+    model: AnyPath, output: AnyPath, /, *, force: bool = False, in_place: bool = False, **words: Any
+) -> Finetuned:
+    """Train a model with its zeros kept, or prune it while it trains.
+
+    The words are those of the command line: ``data="train.npz"``, ``sparsity=0.8``, ``schedule="cosine"`` …
+    """
+    place = Output(Path(output), is_forced=force, is_in_place=in_place)
+    return training.finetune(Path(model), request_of(words), place)
+
+
 def _output(path: AnyPath | None, *, force: bool, in_place: bool) -> Output | None:
     return None if path is None else Output(Path(path), is_forced=force, is_in_place=in_place)
 
@@ -71,4 +85,4 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
 
 
-__all__ = ["Request", "inspect", "prune", "size", "strip"]
+__all__ = ["Request", "finetune", "inspect", "prune", "size", "strip"]

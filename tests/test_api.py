@@ -20,7 +20,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 def test_every_function_is_listed() -> None:
-    assert {"inspect", "prune", "size", "strip"} <= set(dir(prunectl))
+    assert {"finetune", "inspect", "prune", "size", "strip"} <= set(dir(prunectl))
     with pytest.raises(AttributeError, match="no attribute 'bake'"):
         prunectl.bake  # noqa: B018 - asking for it is the test
 
@@ -51,3 +51,13 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
 def test_a_word_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UsageError, match="sparcity"):
         prunectl.prune(FIXTURES / "digits_cnn.onnx", None, sparcity=0.5)
+
+
+def test_finetune_takes_the_words_of_the_command_line(tmp_path: Path) -> None:
+    words = {"data": f"{FIXTURES / 'digits.npz'}?limit=64", "sparsity": 0.5, "epochs": 1, "device": "cpu"}
+    build = f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"
+    found = prunectl.finetune(FIXTURES / "digits_cnn.pt", tmp_path / "out.pt", model=build, **words)
+    assert found.kept == found.masked == 9736 // 2
+    with pytest.raises(UsageError, match="no choice sparsty") as caught:
+        prunectl.finetune(FIXTURES / "digits_cnn.pt", tmp_path / "out.pt", sparsty=0.5)
+    assert caught.value.did_you_mean[0] == "sparsity"

@@ -41,15 +41,20 @@ def run(line: str, folder: Path) -> int:
 
 
 def test_every_command_line_of_the_readme_runs_from_top_to_bottom(tmp_path: Path) -> None:
-    shutil.copytree(FIXTURES, tmp_path / "fixtures", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    shutil.copytree(FIXTURES, tmp_path / "fixtures", ignore=shutil.ignore_patterns("make.py", "__pycache__"))
     for line in typed(README):
         assert run(line, tmp_path) == 0, line
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_every_example_in_the_help_runs(command: str, tmp_path: Path) -> None:
-    for suffix in (".h5", ".pt", ".onnx"):
+    for suffix in (".h5", ".pt", ".onnx", ".keras"):
         shutil.copy(FIXTURES / f"digits_cnn{suffix}", tmp_path / f"model{suffix}")
+    shutil.copy(FIXTURES / "digits_cnn.h5", tmp_path / "sparse.h5")
+    shutil.copy(FIXTURES / "digits_cnn.pt", tmp_path / "net.pt")
+    (tmp_path / "net.py").write_text((FIXTURES / "digits_torch.py").read_text().replace("DigitsCNN", "Net"))
+    for name in ("train", "test"):
+        shutil.copy(FIXTURES / "digits.npz", tmp_path / f"{name}.npz")
     lines = typed(prunectl(*filter(None, [command, "--help"]), COLUMNS="200").out)
     assert lines
     for line in lines:

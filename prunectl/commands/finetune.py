@@ -105,7 +105,7 @@ def finetune(
 ) -> int:
     """Train MODEL with its zeros kept, or prune it while it trains.
 
-    [dim]$[/] prunectl finetune pruned.h5 -o tuned.h5 --data train.npz --val test.npz --epochs 3
+    [dim]$[/] prunectl finetune sparse.h5 -o tuned.h5 --data train.npz --val test.npz --epochs 3
 
     [dim]$[/] prunectl finetune net.pt -o sparse.pt --model net.py:Net --data train.npz --val-split 10% -s 90%
 

@@ -12,15 +12,16 @@ from prunectl.training.data.source import Arrays, Batch, Source, each, peek
 
 _BYTE_MAX = 255
 _IMAGENET = "0.485,0.456,0.406:0.229,0.224,0.225"
-_HINT = "write norm=unit (x / 255), norm=imagenet, norm=none, or norm=MEAN:STD of x / 255, as in norm=0.1307:0.3081"
+_HINT = "write norm=unit (x / 255), norm=imagenet, norm=none, norm=/16 (x / 16), or norm=MEAN:STD of x / 255"
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """x / 255, less a mean, over a deviation: of all channels, or of each."""
+    """x / 255, or over another number, less a mean, over a deviation: of all channels, or of each."""
 
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
+    scale: float = _BYTE_MAX
 
     def apply(self, x: Array, channel_axis: int) -> Array:
         """Return the numbers as 32-bit floats."""
@@ -30,7 +31,7 @@ class Norm:
         deviation = np.array(self.deviation, np.float32)
         if mean.size > 1:
             mean, deviation = mean.reshape(along), deviation.reshape(along)
-        found: Array = (x.astype(np.float32) / np.float32(_BYTE_MAX) - mean) / deviation
+        found: Array = (x.astype(np.float32) / np.float32(self.scale) - mean) / deviation
         return found
 
 
@@ -47,7 +48,8 @@ def normed(source: Source, text: str, *, is_channels_first: bool) -> Source:
     if not chosen:
         raise UsageError(f"norm={text}: none of the inputs of {source.name} consists of bytes")
     for place in chosen:
-        if first[place].dtype.kind == "f" and np.abs(first[place]).max(initial=0) <= 1:
+        is_byte = norm.scale == _BYTE_MAX
+        if is_byte and first[place].dtype.kind == "f" and np.abs(first[place]).max(initial=0) <= 1:
             raise UsageError(
                 f"norm={text} divides by {_BYTE_MAX}, and the inputs of {source.name} are within -1 and 1 already",
                 hint="leave out norm",
@@ -67,6 +69,8 @@ def _each_float(arrays: Arrays) -> Arrays:
 
 
 def _parsed(text: str) -> Norm:
+    if text.startswith("/"):
+        return _divided(text)
     mean, sign, deviation = {"unit": "0:1", "imagenet": _IMAGENET}.get(text, text).partition(":")
     try:
         norm = Norm(tuple(map(float, mean.split(","))), tuple(map(float, deviation.split(","))))
@@ -86,3 +90,13 @@ def _channel_axis(x: Array, norm: Norm, *, is_channels_first: bool) -> int:
     if not places or x.ndim < 3:
         raise UsageError(f"the norm has {len(norm.mean)} channels, and an input of the shape {x.shape[1:]} has not")
     return places[0 if is_channels_first else -1]
+
+
+def _divided(text: str) -> Norm:
+    try:
+        scale = float(text[1:])
+    except ValueError as error:
+        raise UsageError(f"norm={text} divides by what?", hint=_HINT) from error
+    if not np.isfinite(scale) or scale <= 0:
+        raise UsageError(f"norm={text} divides by no number above zero", hint=_HINT)
+    return Norm((0.0,), (1.0,), scale)
