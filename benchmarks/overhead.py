@@ -1,16 +1,20 @@
-"""What masks cost a training step: the framework's own loop, ours with masks, and tfmot's."""
+"""What masks cost a training step: the framework's own loop, ours with masks, and tfmot's; in processor time.
+
+On one thread, since the time of several depends on what else the machine does."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 from pathlib import Path
 
-from benchmarks.timing import PYTHON, show
+from benchmarks.timing import PYTHON, QUIET, show
 from benchmarks.training import DATA, START, TORCH_NET
 
 EXAMPLES, EPOCHS, BATCH = 10_000, 5, 250
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"} | QUIET
 
 _OURS = """
 import json, statistics, sys, time
@@ -22,7 +26,7 @@ source, target, data, model, epochs, batch = sys.argv[1:]
 ends = []
 def watch(moment):
     if moment.step * 1.0 / moment.steps * moment.epochs == len(ends) + 1:
-        ends.append(time.perf_counter())
+        ends.append(time.process_time())
 words = {"data": data, "epochs": int(epochs), "batch_size": int(batch), "sparsity": 0.875, "begin": "10",
          "device": "cpu", "frequency": 100, "model": model, "keep": "last"}
 training.finetune(Path(source), request_of(words), Output(Path(target), is_forced=True), watch)
@@ -49,7 +53,7 @@ model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
 ends = []
 class Clock(k.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
-        ends.append(time.perf_counter())
+        ends.append(time.process_time())
 model.fit(x, y, batch_size=int(batch), epochs=int(epochs), callbacks=[*callbacks, Clock()], verbose=0)
 print(json.dumps(statistics.median(later - earlier for earlier, later in zip(ends, ends[1:]))))
 """
@@ -74,13 +78,15 @@ for epoch in range(int(epochs)):
         optimizer.step()
         right += (out.argmax(1) == y[rows]).sum()
     right.item()
-    ends.append(time.perf_counter())
+    ends.append(time.process_time())
 print(json.dumps(statistics.median(later - earlier for earlier, later in zip(ends, ends[1:]))))
 """
 
 
 def _time(*words: object) -> float:
-    done = subprocess.run([PYTHON, "-c", *map(str, words)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [PYTHON, "-c", *map(str, words)], capture_output=True, text=True, check=False, env=os.environ | _ONE_THREAD
+    )
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     return float(json.loads(done.stdout.splitlines()[-1]))
