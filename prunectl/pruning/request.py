@@ -128,6 +128,15 @@ def _policy(name: str) -> Policy:
 
 def check(request: Request) -> None:
     """Refuse what contradicts itself, before a file is opened."""
+    if _strategy(request).watches_training:
+        raise UsageError(
+            f"the strategy {request.strategy} watches training", hint=f"prunectl finetune --strategy {request.strategy}"
+        )
+    check_shape(request)
+
+
+def check_shape(request: Request) -> None:
+    """Refuse amounts, scopes and patterns that contradict each other."""
     pattern, _ = shape_of(request)
     _check_amounts(request, pattern)
     is_by_layer = request.scope == Scope.LAYER

@@ -46,6 +46,8 @@ class Strategy:
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Parameters of a built-in strategy, with the values that they take."""
     params: Mapping[str, Any] = field(default_factory=dict)
+    watches_training: bool = False
+    """Whether it scores by what happens during training, and not by the weights alone."""
 
 
 def magnitude(weights: Array, _: Place) -> Array:
@@ -73,6 +75,10 @@ def random(weights: Array, place: Place) -> Array:
     return (found >> np.uint64(40)).astype(np.float32).reshape(weights.shape)
 
 
+def _unseen(_: Array, place: Place) -> Array:
+    raise ValueError(f"{place.name} is scored by its training, and nobody has watched that")
+
+
 STRATEGIES = (
     Strategy("magnitude", magnitude, "the smallest absolute values"),
     Strategy("random", random, "any, decided by the seed"),
@@ -84,4 +90,16 @@ STRATEGIES = (
         choices={"bias": BIASES},
     ),
     Strategy("lamp", lamp, "the smallest shares of what is left of their layer", is_elementwise=False),
+    Strategy(
+        "magnitude-gradient",
+        _unseen,
+        "the smallest |weight times gradient| since the last turn of finetune",
+        watches_training=True,
+    ),
+    Strategy(
+        "movement",
+        _unseen,
+        "those that finetune moves towards zero (Sanh et al. 2020)",
+        watches_training=True,
+    ),
 )

@@ -9,7 +9,6 @@ from prunectl.plugins import installed
 from prunectl.pruning.curves import CURVES, line_of
 from prunectl.pruning.policies import MIN_SIZE, POLICIES
 from prunectl.pruning.strategies import STRATEGIES
-from prunectl.training.evidence import WATCHING
 
 _KINDS = {"strategies": "strategy", "schedules": "schedule", "policies": "policy"}
 
@@ -33,11 +32,7 @@ def choices(kind: str = "") -> tuple[Choice, ...]:
 
 
 def _strategies() -> list[Choice]:
-    watching = [strategy for _, strategy in WATCHING.values()]
-    return [
-        *(Choice("strategies", one.name, "built in", one.line) for one in STRATEGIES),
-        *(Choice("strategies", one.name, "built in", f"{one.line}; in finetune") for one in watching),
-    ]
+    return [Choice("strategies", one.name, "built in", one.line) for one in STRATEGIES]
 
 
 def _schedules() -> list[Choice]:

@@ -27,20 +27,11 @@ class Evidence(StrEnum):
     """-w * g, over all of training: how far a weight moved away from zero"""
 
 
-def _only_in_training(*_: Any) -> Array:
-    raise ValueError("a strategy that watches training is asked for scores without any")
-
-
-WATCHING: Mapping[str, tuple[Evidence, Strategy]] = {
-    "magnitude-gradient": (
-        Evidence.SALIENCE,
-        Strategy("magnitude-gradient", _only_in_training, "the smallest |weight times gradient| since the last turn"),
-    ),
-    "movement": (
-        Evidence.MOVEMENT,
-        Strategy("movement", _only_in_training, "those that moved towards zero (Sanh et al. 2020)"),
-    ),
+WATCHED: Mapping[str, Evidence] = {
+    "magnitude-gradient": Evidence.SALIENCE,
+    "movement": Evidence.MOVEMENT,
 }
+"""What the strategies that watch training look at."""
 
 
 def informed(strategy: Strategy, found: Mapping[str, Array], kept: Mapping[str, Array]) -> Strategy:

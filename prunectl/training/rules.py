@@ -16,7 +16,7 @@ from prunectl.pruning.plan import Choice
 from prunectl.pruning.schedules import Ramp, Schedule
 from prunectl.pruning.selection import Mask
 from prunectl.training.course import Course
-from prunectl.training.evidence import WATCHING, Evidence
+from prunectl.training.evidence import WATCHED, Evidence
 from prunectl.training.keeper import Rules
 from prunectl.training.points import parse_point
 from prunectl.training.regrow import Regrowth
@@ -33,15 +33,10 @@ _RAMP_UNTIL = "75%"
 def rules_of(model: ModelFile, request: Request, course: Course) -> Rules:
     """Return what decides the masks during a course."""
     asked = request.pruning
-    evidence, strategy = WATCHING.get(asked.strategy, (Evidence.NONE, None))
-    if strategy is not None and asked.params:
-        raise UsageError(f"the strategy {strategy.name} takes no --param")
-    plain = replace(asked, strategy="magnitude") if strategy is not None else asked
     if request.prunes:
-        requests.check(plain)
-    wish, method = requests.wish_of(plain), requests.method_of(plain)
-    if strategy is not None:
-        method = replace(method, strategy=strategy)
+        requests.check_shape(asked)
+    wish, method = requests.wish_of(asked), requests.method_of(asked)
+    evidence = WATCHED.get(asked.strategy, Evidence.NONE)
     choice = planning.choose(model, wish, can_reencode=by_name(model.format).is_reencoded)
     schedule = None
     if request.prunes:

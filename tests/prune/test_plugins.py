@@ -211,3 +211,11 @@ def test_built_in_strategies_take_only_their_own_parameters(tmp_path: Path) -> N
     done = prunectl("prune", DIGITS, "-o", tmp_path / "out.pt", "-s", "0.5", "--param", "power=2")
     assert done.code == 2
     assert "the strategy magnitude takes no --param" in done.err
+
+
+@pytest.mark.parametrize("name", ["movement", "magnitude-gradient"])
+def test_strategies_that_watch_training_are_sent_to_finetune(name: str, tmp_path: Path) -> None:
+    done = prunectl("prune", FIXTURES / "digits_cnn.h5", "-o", tmp_path / "x.h5", "-s", "0.5", "--strategy", name)
+    assert done.code == 2
+    assert f"prunectl finetune --strategy {name}" in done.err
+    assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ from prunectl.pruning import request as requests
 from prunectl.pruning.request import Request
 from prunectl.pruning.schedules import Ramp
 from prunectl.pruning.strategies import Place
-from prunectl.training.evidence import WATCHING, Evidence, informed
+from prunectl.training.evidence import WATCHED, Evidence, informed
 from prunectl.training.keeper import Keeper, Rules
 from prunectl.training.regrow import Regrowth, regrown
 from tests.prune import reference
@@ -162,11 +162,10 @@ def test_only_layers_with_a_ratio_of_their_own_are_pruned_if_there_is_no_other()
     assert not any(found.values())
 
 
-@pytest.mark.parametrize("name", sorted(WATCHING))
+@pytest.mark.parametrize("name", sorted(WATCHED))
 def test_evidence_decides_what_goes(name: str) -> None:
-    _, strategy = WATCHING[name]
-    decided = rules(schedule=Ramp("constant", 0.5))
-    decided = replace(decided, evidence=WATCHING[name][0], method=replace(decided.method, strategy=strategy))
+    decided = rules(schedule=Ramp("constant", 0.5), strategy=name)
+    decided = replace(decided, evidence=WATCHED[name])
     network, random = Paper(weights()), np.random.default_rng(0)
     network.seen = {key: random.normal(size=one.shape) for key, one in network.held.items()}
     seen = dict(network.seen)
@@ -181,7 +180,7 @@ def test_evidence_decides_what_goes(name: str) -> None:
 
 def test_what_is_zero_goes_first_whatever_the_evidence() -> None:
     kept = np.array([False, True, True, False])
-    _, strategy = WATCHING["movement"]
+    strategy = rules(strategy="movement").method.strategy
     found = informed(strategy, {"w": np.array([9.0, -3.0, 1.0, 2.0])}, {"w": kept})
     scores = found.score(np.zeros(4), Place("w", 0, 0))
     assert list(np.argsort(scores, kind="stable")) == [0, 3, 1, 2]
