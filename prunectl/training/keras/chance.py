@@ -1,0 +1,82 @@
+"""What is random in a model, made to depend on a number alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from prunectl.formats.optional import require
+from prunectl.training.keras import numbers
+from prunectl.training.keras.library import Library, hushed
+from prunectl.training.network import Array
+
+_WORDS = 1 << 32
+_PLAIN_SEEDS = 1 << 31
+
+
+class Chance:
+    """Everything in a model that makes random numbers."""
+
+    def __init__(self, library: Library, model: Any) -> None:
+        self._library = library
+        self._model = model
+        self._generators: list[Any] = list(_stateful(library, model)) if library.is_two else list(_seeded(model))
+        self.is_traced = library.is_two and _has_own_code(model)
+        """Whether some random numbers are made by operations that begin anew only when they are traced anew."""
+
+    def reseed(self, number: int) -> None:
+        """Begin anew from a number."""
+        with hushed():  # it seeds, and for that imports, whatever framework there is
+            self._library.keras.utils.set_random_seed(number % _PLAIN_SEEDS)
+        source = np.random.default_rng(number % _WORDS)
+        for generator in [*self._generators, *self._shared()]:
+            seed = int(source.integers(1, _PLAIN_SEEDS))
+            if self._library.is_two:
+                generator.reset_from_seed(seed)
+            else:
+                numbers.write(self._library, generator.state, np.array([seed, 0]))
+
+    def states(self) -> list[Array]:
+        """Return where each generator is."""
+        return [numbers.read(self._library, generator.state) for generator in self._generators]
+
+    def resume(self, states: list[Array]) -> None:
+        """Bring each generator to where it was."""
+        for generator, state in zip(self._generators, states, strict=True):
+            numbers.write(self._library, generator.state, state)
+
+    def _shared(self) -> list[Any]:
+        """Return the generator of Keras 3 for layers that have none of their own, once there is one."""
+        if self._library.is_two:
+            return []
+        state = require("keras.src.backend.common.global_state", extra="tensorflow")
+        found = state.get_global_attribute("global_seed_generator")
+        return [found] if found is not None else []
+
+
+def _seeded(model: Any) -> Iterator[Any]:
+    seen: set[int] = set()
+    for layer in model._flatten_layers():  # noqa: SLF001
+        for generator in getattr(layer, "_seed_generators", ()):
+            if id(generator) not in seen:
+                seen.add(id(generator))
+                yield generator
+
+
+def _stateful(library: Library, model: Any) -> Iterator[Any]:
+    """Give each random layer of Keras 2 a generator whose state can be set, in place of operations that hide theirs."""
+    tf = library.tensorflow
+    for layer in model._flatten_layers():  # noqa: SLF001
+        random = getattr(layer, "_random_generator", None)
+        if random is None or not hasattr(random, "RNG_STATEFUL"):
+            continue
+        random._rng_type = random.RNG_STATEFUL  # noqa: SLF001
+        random._generator = tf.random.Generator.from_seed(1)  # noqa: SLF001
+        random._built = True  # noqa: SLF001
+        yield random._generator  # noqa: SLF001
+
+
+def _has_own_code(model: Any) -> bool:
+    return any(type(layer).__module__.partition(".")[0] != "tf_keras" for layer in model._flatten_layers())  # noqa: SLF001

@@ -1,0 +1,138 @@
+"""A model, loaded by the Keras that wrote it."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prunectl.errors import InputError, PrunectlError, UsageError
+from prunectl.formats.base import ModelFile
+from prunectl.training.keras import custom, trust
+from prunectl.training.keras.layout import Layout, layout, linked
+from prunectl.training.keras.library import Library, keras_three, keras_two, quietly
+from prunectl.training.keras.place import Place
+from prunectl.training.network import Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A Keras model, and how to fill it from a file that is laid out like its own."""
+
+    model: Any
+    library: Library
+    file: ModelFile
+    objects: Mapping[str, Any]
+    """What the names of custom objects mean."""
+    fill: Callable[[Path], None]
+    is_whole: bool
+    """Whether the file itself says what the model is."""
+
+
+def load(file: ModelFile, origin: Origin, place: Place) -> Loaded:
+    """Return the model of a file, made in some place."""
+    objects = custom.objects(origin)
+    trust.check(file, origin, objects)
+    kind = layout(file)
+    built = custom.function(origin.model, "--model") if origin.model else None
+    if built is None and (kind in {Layout.NAMED, Layout.NUMBERED} or file.about.keras is None):
+        raise _nothing_to_build(file, kind)
+    library = _library_of_file(file) if built is None else _library_of_code(file)
+    with place.scope(library), quietly():
+        model = _from_file(library, file, kind, origin, objects) if built is None else built()
+    if built is not None:
+        library = _library_of_model(model, origin.model)
+        _check_built(model, origin.model)
+    fill = _filler(model, kind)
+    if built is not None:
+        with place.scope(library), quietly():
+            fill(file.path)
+    return Loaded(model, library, file, objects, fill, built is None)
+
+
+def _nothing_to_build(file: ModelFile, kind: Layout) -> PrunectlError:
+    if kind is Layout.FOLDER:
+        return InputError(
+            f"{file.path} does not say which Keras layers it consists of",
+            hint="say what builds the model: --model my_module:build",
+        )
+    return UsageError(
+        f"{file.path} holds weights alone, no model", hint="say what builds the model: --model my_module:build"
+    )
+
+
+def _library_of_file(file: ModelFile) -> Library:
+    return keras_three() if _keras_version(file) >= 3 else keras_two()
+
+
+def _library_of_code(file: ModelFile) -> Library:
+    """Return a first guess, made before the model is built."""
+    return keras_two() if _keras_version(file) in {1, 2} else keras_three()
+
+
+def _keras_version(file: ModelFile) -> int:
+    found = re.search(r"keras (\d+)", file.about.producer)
+    return int(found[1]) if found else 0
+
+
+def _library_of_model(model: Any, reference: str) -> Library:
+    for kind in type(model).__mro__:
+        if kind.__module__.startswith("tf_keras."):
+            return keras_two()
+        if kind.__module__.startswith("keras."):
+            return keras_three()
+    raise UsageError(
+        f"--model {reference} returned a {type(model).__module__}.{type(model).__name__}",
+        hint="let it return a model of keras or tf_keras",
+    )
+
+
+def _check_built(model: Any, reference: str) -> None:
+    if not model.built or not model.weights:
+        raise UsageError(
+            f"--model {reference} returned a model without weights",
+            hint="begin it with an Input, or call build() with its input shape",
+        )
+
+
+def _from_file(library: Library, file: ModelFile, kind: Layout, origin: Origin, objects: Mapping[str, Any]) -> Any:
+    words: dict[str, Any] = {"compile": False, "custom_objects": dict(objects)}
+    if kind is not Layout.FOLDER:
+        words["safe_mode"] = not origin.is_trusted
+    with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
+        place = linked(file.path, kind, Path(scratch))
+        try:
+            return library.keras.models.load_model(str(place), **words)
+        except PrunectlError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{file.path} cannot be rebuilt by Keras {library.keras.__version__}: {first_line(error)}",
+                hint="name what is custom with --custom-objects mod:DICT, or build the model with --model mod:fn",
+            ) from error
+
+
+def _filler(model: Any, kind: Layout) -> Callable[[Path], None]:
+    def fill(path: Path) -> None:
+        if kind is Layout.FOLDER:
+            status = model.load_weights(str(path / "variables" / "variables"))
+            status.expect_partial()
+            return
+        with tempfile.TemporaryDirectory(prefix="prunectl-") as folder:
+            try:
+                model.load_weights(str(linked(path, kind, Path(folder))))
+            except (ValueError, KeyError, OSError) as error:
+                raise InputError(f"{path} does not fit the model: {first_line(error)}") from error
+
+    return fill
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # TensorFlow tells first where in its code it was, and then what happened.
+    told = [found[1] for line in lines if (found := re.match(r"\w+Error: (.+)", line))]
+    return (told or lines or [type(error).__name__])[0].rstrip(".:")[:300]

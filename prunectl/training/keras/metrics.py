@@ -1,0 +1,95 @@
+"""Which numbers tell how good a model is, besides its loss?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from prunectl.errors import UsageError
+from prunectl.formats.keras.config import part, text
+from prunectl.training.keras import custom
+from prunectl.training.keras.library import Library
+from prunectl.training.keras.losses import Kind, Loss
+
+ACCURACY = frozenset({"accuracy", "acc"})
+_ACCURACIES = ACCURACY | {"sparse_categorical_accuracy", "categorical_accuracy"}
+"""What files call it; which of them it is the targets decide."""
+_TOP = re.compile(r"top-?_?(\d+)(?:-?_?accuracy)?")
+
+
+def default(library: Library, loss: Loss | None) -> list[Any]:
+    """Return what is looked at if nobody says."""
+    if loss is None:
+        return []
+    if loss.kind.is_classification:
+        return [accuracy(library, loss)]
+    return [] if loss.name == "mean_absolute_error" else [library.keras.metrics.MeanAbsoluteError(name="mae")]
+
+
+def wanted(library: Library, name: str, loss: Loss | None) -> Any:
+    """Return the metric that a user asks for."""
+    word = name.strip()
+    if ":" in word:
+        found = custom.function(word, "--metric")
+        return found() if isinstance(found, type) else found
+    if word.lower() in ACCURACY:
+        return accuracy(library, loss)
+    if top := _TOP.fullmatch(word.lower()):
+        return _top(library, int(top[1]), loss)
+    classes = {one.__name__.lower(): one for one in _classes(library)}
+    if word.lower().replace("-", "") in classes:
+        return classes[word.lower().replace("-", "")](name=word.lower())
+    try:
+        found = library.keras.metrics.get(word)
+        if isinstance(found, str):  # Keras 2 hands back what it does not know
+            raise ValueError(found)  # noqa: TRY004, TRY301
+    except (ValueError, TypeError) as error:
+        names = [*ACCURACY, *classes, *(name for name in dir(library.keras.metrics) if name.islower())]
+        raise UsageError(
+            f"no metric is called {name}",
+            did_you_mean=tuple(get_close_matches(word.lower(), names, n=3, cutoff=0.5)),
+            hint="known: accuracy, top5, auc, precision, recall, mae, those of Keras, or my_module:my_metric",
+        ) from error
+    # A function gets the name that the user knows it by, a metric object has its own.
+    return library.keras.metrics.MeanMetricWrapper(found, name=word) if not hasattr(found, "result") else found
+
+
+def accuracy(library: Library, loss: Loss | None) -> Any:
+    """Return the accuracy that fits the targets of a loss."""
+    metrics = library.keras.metrics
+    if loss is None or loss.kind is Kind.OTHER:
+        return "accuracy"  # Keras decides by the shapes that it sees
+    if loss.kind is Kind.BINARY:
+        return metrics.BinaryAccuracy(name="accuracy", threshold=0.0 if loss.is_of_logits else 0.5)
+    if loss.kind is Kind.SPARSE:
+        return metrics.SparseCategoricalAccuracy(name="accuracy")
+    return metrics.CategoricalAccuracy(name="accuracy")
+
+
+def of_file(library: Library, entry: Any, objects: Mapping[str, Any]) -> Any:
+    """Return what a file calls a metric; an error of Keras if that is unknown here."""
+    # Keras writes down what it took accuracy for, which may have been wrong before it had seen a target.
+    if (entry if isinstance(entry, str) else text(part(entry, "config"), "name")) in _ACCURACIES:
+        return "accuracy"
+    if isinstance(entry, str):
+        with library.keras.utils.custom_object_scope(dict(objects)):
+            known = library.keras.metrics.get(entry)
+        if isinstance(known, str):
+            raise ValueError(entry)  # noqa: TRY004 - Keras 2 hands back what it does not know
+        return entry
+    with library.keras.utils.custom_object_scope(dict(objects)):
+        return library.keras.metrics.deserialize(entry)
+
+
+def _top(library: Library, count: int, loss: Loss | None) -> Any:
+    is_sparse = loss is not None and loss.kind is Kind.SPARSE
+    kind = "SparseTopKCategoricalAccuracy" if is_sparse else "TopKCategoricalAccuracy"
+    return getattr(library.keras.metrics, kind)(k=count, name=f"top{count}")
+
+
+def _classes(library: Library) -> list[type]:
+    metrics = library.keras.metrics
+    found = [getattr(metrics, name) for name in dir(metrics) if not name.startswith("_")]
+    return [one for one in found if isinstance(one, type) and issubclass(one, metrics.Metric)]

@@ -1,0 +1,58 @@
+"""All that a Keras model needs to go on training from where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prunectl.errors import InputError
+from prunectl.training.keras import numbers
+from prunectl.training.keras.chance import Chance
+from prunectl.training.keras.compiling import optimizer_variables
+from prunectl.training.keras.kept import keep, take
+from prunectl.training.keras.library import Library
+from prunectl.training.keras.training import Training
+from prunectl.training.network import Array
+
+_FILE = "keras.npz"
+_WEIGHT, _OPTIMIZER, _CHANCE, _EVIDENCE = "weight", "optimizer", "chance", "evidence"
+
+
+def save(folder: Path, library: Library, training: Training, chance: Chance, evidence: Mapping[str, Array]) -> None:
+    """Keep everything in a folder."""
+    parts = {f"{kind}/{at}": numbers.read(library, one) for (kind, at), one in _variables(training).items()}
+    parts.update({f"{_CHANCE}/{at}": one for at, one in enumerate(chance.states())})
+    parts.update({f"{_EVIDENCE}/{name}": total for name, total in evidence.items()})
+    keep(folder / _FILE, parts)
+
+
+def restore(folder: Path, library: Library, training: Training, chance: Chance) -> dict[str, Array]:
+    """Take everything up again, and return the evidence that there was."""
+    held = take(folder / _FILE)
+    wanted = _variables(training)
+    generators = {name: array for name, array in held.items() if name.startswith(f"{_CHANCE}/")}
+    evidence = {
+        name.removeprefix(f"{_EVIDENCE}/"): array for name, array in held.items() if name.startswith(f"{_EVIDENCE}/")
+    }
+    names = {f"{kind}/{at}" for kind, at in wanted}
+    if names != held.keys() - generators.keys() - {f"{_EVIDENCE}/{name}" for name in evidence}:
+        raise InputError(
+            f"{folder / _FILE} is of another model or another optimizer", hint="start again in another folder"
+        )
+    for (kind, at), variable in wanted.items():
+        array = held[f"{kind}/{at}"]
+        if array.shape != numbers.shape(variable):
+            raise InputError(f"{folder / _FILE} is of another model: {kind} {at} has the shape {array.shape}")
+        numbers.write(library, variable, array)
+    chance.resume([generators[f"{_CHANCE}/{at}"] for at in range(len(generators))])
+    training.begin_anew()
+    return evidence
+
+
+def _variables(training: Training) -> dict[tuple[str, int], Any]:
+    """Return all variables by what they are for, without masks and evidence."""
+    model = training.model
+    optimizer = [one for one in optimizer_variables(model) if not training.grip.owns(one)]
+    weights = {(_WEIGHT, at): one for at, one in enumerate(model.weights)}
+    return {**weights, **{(_OPTIMIZER, at): one for at, one in enumerate(optimizer)}}

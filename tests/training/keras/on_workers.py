@@ -1,0 +1,40 @@
+"""Trains a model beside another process, and says in JSON what came of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prunectl.formats.table import open_model
+from prunectl.training.evidence import Evidence
+from prunectl.training.keras.open import open_network
+from prunectl.training.network import Means, Origin
+from tests.training.keras.on_backend import batches
+
+
+def main(path: Path) -> dict[str, Any]:
+    network = open_network(open_model(path), Origin())
+    network.prepare(Means(example=batches(1, 0)[0], optimizer="sgd:momentum=0.9,learning_rate=0.1"))
+    names = [name for name in network.tensors() if "kernel" in name]
+    masks = {name: np.abs(one) > np.median(np.abs(one)) for name, one in network.weights(names).items()}
+    network.watch(Evidence.GRADIENT, names)
+    network.mask(masks)
+    for batch in batches(4, 1):
+        network.step(batch, 1.0)
+    return {
+        "ranks": network.ranks,
+        "is_chief": network.is_chief,
+        "lost": sum(int(np.count_nonzero(one[~masks[name]])) for name, one in network.weights(names).items()),
+        "tensors": {name: one.tolist() for name, one in network.tensors().items()},
+        "evidence": {name: one.tolist() for name, one in network.evidence().items()},
+        "logs": dict(network.logs()),
+        "evaluated": dict(network.evaluate(batches(2, 7))),
+    }
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(main(Path(sys.argv[1]))))

@@ -1,0 +1,149 @@
+"""A run that is interrupted and taken up again ends where an unbroken one does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prunectl.errors import InputError
+from prunectl.training.evidence import Evidence
+from prunectl.training.keras.network import KerasNetwork
+from tests.contract import raw
+from tests.training.keras import nets
+from tests.training.keras.nets import both
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+def state(network: KerasNetwork) -> dict[str, bytes]:
+    return {name: raw(array) for name, array in network.tensors().items()}
+
+
+@both
+def test_a_restored_run_ends_with_the_same_bits(k: Any, tmp_path: Path) -> None:
+    path = nets.saved(nets.random_parts(k()), tmp_path / "model.keras")
+    given = nets.batches(6)
+    whole = nets.prepared(path)
+    masks = nets.half(nets.kernels(whole))
+    whole.mask(masks)
+    names = list(masks)
+    whole.watch(Evidence.MOVEMENT, names)
+    whole.reseed(1)
+    nets.train(whole, given[:3])
+    whole.save(tmp_path)
+    whole.reseed(2)
+    nets.train(whole, given[3:])
+
+    again = nets.prepared(path, seed=77)
+    nets.train(again, nets.batches(2, seed=9))
+    again.watch(Evidence.MOVEMENT, names)
+    again.restore(tmp_path)
+    again.mask(masks)
+    again.reseed(2)
+    nets.train(again, given[3:])
+    assert state(again) == state(whole)
+    assert {name: raw(one) for name, one in again.evidence().items()} == {
+        name: raw(one) for name, one in whole.evidence().items()
+    }
+    assert again.logs()["loss"] == pytest.approx(whole_logs(path, tmp_path, masks, given[3:]), rel=1e-6)
+
+
+def whole_logs(path: Path, folder: Path, masks: Any, given: Any) -> float:
+    """Loss over the batches after the checkpoint alone."""
+    network = nets.prepared(path)
+    network.watch(Evidence.MOVEMENT, list(masks))
+    network.restore(folder)
+    network.mask(masks)
+    network.reseed(2)
+    nets.train(network, given)
+    return network.logs()["loss"]
+
+
+@both
+def test_the_rate_of_a_restored_run_is_that_of_its_next_step(k: Any, tmp_path: Path) -> None:
+    path = nets.saved(nets.dense(k()), tmp_path / "model.keras")
+    whole, again = (nets.prepared(path, optimizer="sgd", lr=0.1) for _ in range(2))
+    nets.train(whole, nets.batches(2), rate=lambda _: 0.5)
+    whole.save(tmp_path)
+    again.restore(tmp_path)
+    for network in (whole, again):
+        nets.train(network, nets.batches(2, seed=1))
+    assert state(again) == state(whole)
+
+
+@both
+def test_the_same_seed_drops_out_the_same(k: Any, tmp_path: Path) -> None:
+    path = nets.saved(nets.random_parts(k()), tmp_path / "model.keras")
+    ends = []
+    for seed in (5, 5, 6):
+        network = nets.prepared(path, optimizer="sgd", lr=0.1)
+        nets.train(network, nets.batches(2))
+        network.assign(nets.opened(path).tensors())
+        network.reseed(seed)
+        nets.train(network, nets.batches(3))
+        ends.append(state(network))
+    assert ends[0] == ends[1]
+    assert ends[0] != ends[2]
+
+
+@both
+def test_dropout_differs_from_step_to_step(k: Any, tmp_path: Path) -> None:
+    network = nets.prepared(nets.saved(nets.random_parts(k()), tmp_path / "model.keras"), optimizer="sgd", lr=0.0)
+    losses = set()
+    for _ in range(3):
+        nets.train(network, nets.batches(1))
+        losses.add(network.logs()["loss"])
+    assert len(losses) == 3
+
+
+@both
+def test_the_checkpoint_of_another_optimizer_is_refused(k: Any, tmp_path: Path) -> None:
+    path = nets.saved(nets.dense(k()), tmp_path / "model.keras")
+    nets.prepared(path, optimizer="adam").save(tmp_path)
+    with pytest.raises(InputError, match="another"):
+        nets.prepared(path, optimizer="sgd").restore(tmp_path)
+
+
+@both
+def test_a_damaged_checkpoint_is_refused(k: Any, tmp_path: Path) -> None:
+    network = nets.prepared(nets.saved(nets.dense(k()), tmp_path / "model.keras"))
+    (tmp_path / "keras.npz").write_bytes(b"PK\x03\x04 not whole")
+    with pytest.raises(InputError, match="damaged"):
+        network.restore(tmp_path)
+
+
+@both
+def test_statistics_are_the_averages_over_batches_and_nothing_else_changes(k: Any, tmp_path: Path) -> None:
+    path = nets.saved(nets.random_parts(k()), tmp_path / "model.keras")
+    network = nets.prepared(path)
+    before = network.tensors()
+    given = nets.batches(3)
+    given[2] = type(given[2])(given[2].x[:5], given[2].y[:5])  # type: ignore[index]
+    assert network.recalibrate(given) == 1
+    after = network.tensors()
+    kernel, bias = (
+        next(array for name, array in before.items() if f"first/{end}" in name) for end in ("kernel", "bias")
+    )
+    outputs = [np.asarray(batch.x).astype(np.float64) @ kernel + bias for batch in given]
+    counts = [len(one) for one in outputs]
+    means = np.average([one.mean(0) for one in outputs], axis=0, weights=counts)
+    variances = np.average([one.var(0) for one in outputs], axis=0, weights=counts)
+    for name, array in after.items():
+        if "moving_mean" in name:
+            np.testing.assert_allclose(array, means, rtol=1e-4, atol=1e-6)
+        elif "moving_variance" in name:
+            np.testing.assert_allclose(array, variances, rtol=1e-4, atol=1e-6)
+        else:
+            assert raw(array) == raw(before[name])
+
+
+@both
+def test_layer_normalisation_has_no_statistics(k: Any, tmp_path: Path) -> None:
+    model = k().Sequential([k().layers.Input((6,)), k().layers.Dense(3), k().layers.LayerNormalization()])
+    network = nets.opened(nets.saved(model, tmp_path / "model.keras"))
+    before = state(network)
+    assert network.recalibrate(nets.batches()) == 0
+    assert state(network) == before

@@ -1,0 +1,106 @@
+"""Other backends of Keras 3, and several processes that train together: each in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prunectl.errors import UsageError
+from tests.networks import keras, tf_keras
+from tests.running import ROOT
+from tests.training.keras import nets, on_backend, on_workers
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+SECONDS = 120
+
+
+def start(script: str, path: Path, **environment: str) -> subprocess.Popen[bytes]:
+    # Without the level that the tests set: what is silent here is silent for users.
+    kept = {name: value for name, value in os.environ.items() if name not in {"TF_CPP_MIN_LOG_LEVEL", "TF_CONFIG"}}
+    return subprocess.Popen(
+        [sys.executable, "-m", f"tests.training.keras.{script}", str(path)],
+        env={**kept, "PYTHONPATH": str(ROOT), **environment},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def outcome(process: subprocess.Popen[bytes]) -> tuple[dict[str, Any], str]:
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, err.decode()[-2000:]
+    found: dict[str, Any] = json.loads(out)
+    return found, err.decode()
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_every_backend_of_keras_3_trains_and_keeps_the_zeros(backend: str, tmp_path: Path) -> None:
+    if find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    model = keras().Sequential(
+        [
+            keras().layers.Input((nets.FEATURES,)),
+            keras().layers.Dense(8, name="first", activation="relu"),
+            keras().layers.BatchNormalization(name="norm"),
+            keras().layers.Dense(4, activation="softmax", name="second"),
+        ]
+    )
+    nets.saved(model, tmp_path / "model.keras")
+    theirs, said = outcome(start("on_backend", tmp_path, KERAS_BACKEND=backend))
+    ours: dict[str, Any] = on_backend.main(tmp_path)
+    assert (theirs["backend"], ours["backend"]) == (backend, "tensorflow")
+    assert theirs["lost"] == ours["lost"] == 0
+    assert theirs["is_same"]
+    assert ours["is_same"]
+    assert theirs["recalibrated"] == 1
+    assert backend == "jax" or not said
+    for name, array in ours["dense"].items():
+        np.testing.assert_allclose(theirs["dense"][name], array, rtol=1e-3, atol=1e-4)
+    for key in ("logs", "evaluated", "evidence"):
+        assert theirs[key] == pytest.approx(ours[key], rel=1e-2)
+
+
+def cluster(path: Path) -> list[subprocess.Popen[bytes]]:
+    ports = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            ports.append(free.getsockname()[1])
+    workers = [f"localhost:{port}" for port in ports]
+    tasks = [{"cluster": {"worker": workers}, "task": {"type": "worker", "index": at}} for at in range(2)]
+    return [start("on_workers", path, TF_CONFIG=json.dumps(task)) for task in tasks]
+
+
+def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+    path = nets.saved(nets.dense(tf_keras()), tmp_path / "model.keras")
+    (first, _), (second, _) = map(outcome, cluster(path))
+    alone: dict[str, Any] = on_workers.main(path)
+    assert (first["is_chief"], second["is_chief"], alone["is_chief"]) == (True, False, True)
+    assert first["lost"] == second["lost"] == 0
+    assert first["tensors"] == second["tensors"]
+    assert first["evidence"] == second["evidence"]
+    for key in ("tensors", "evidence"):
+        for name, array in alone[key].items():
+            np.testing.assert_allclose(first[key][name], array, rtol=1e-4, atol=1e-6)
+    for key in ("logs", "evaluated"):
+        assert first[key] == pytest.approx(alone[key], rel=1e-4)
+
+
+def test_keras_3_refuses_to_train_in_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = nets.saved(nets.dense(keras()), tmp_path / "model.keras")
+    config = {"cluster": {"worker": ["localhost:1", "localhost:2"]}, "task": {"type": "worker", "index": 0}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+    with pytest.raises(UsageError, match="does not train in several processes"):
+        nets.opened(path)
+    monkeypatch.setenv("TF_CONFIG", "{")
+    with pytest.raises(UsageError, match="no JSON"):
+        nets.opened(path)

@@ -1,0 +1,223 @@
+"""What a step does, against Keras itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prunectl.training.data.source import Batch
+from prunectl.training.keras.network import KerasNetwork
+from prunectl.training.network import Means
+from tests.contract import raw
+from tests.networks import keras, tf_keras
+from tests.training.keras import nets
+from tests.training.keras.nets import both, kinds
+
+# TensorFlow under Keras 3 has not caught up with NumPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+ADAM = {"optimizer": "adam", "loss": "sparse_categorical_crossentropy", "metrics": ["accuracy"]}
+
+
+@kinds
+def test_without_masks_it_trains_like_keras_itself_to_the_bit(k: Any, suffix: str, tmp_path: Path) -> None:
+    model = nets.dense(k(), **ADAM)
+    network = nets.prepared(nets.saved(model, tmp_path / f"model{suffix}"))
+    nets.train(network, nets.batches())
+    for batch in nets.batches():
+        model.train_on_batch(batch.x, batch.y)
+    ours = network.tensors()
+    assert len(ours) == 4
+    for mine, theirs in zip(_in_order(network), model.get_weights(), strict=True):
+        assert raw(mine) == raw(np.asarray(theirs))
+
+
+@both
+def test_masked_training_is_sgd_on_what_is_kept(k: Any, tmp_path: Path) -> None:
+    model = nets.dense(k(), optimizer=k().optimizers.SGD(0.1), loss="sparse_categorical_crossentropy")
+    network = nets.prepared(nets.saved(model, tmp_path / "model.keras"))
+    masks = nets.half(nets.kernels(network))
+    network.mask(masks)
+    nets.train(network, nets.batches(5))
+    by_hand = [np.ones(array.shape, np.bool_) for array in model.get_weights()]
+    by_hand[0], by_hand[2] = masks.values()
+    for batch in nets.batches(5):
+        model.set_weights([np.where(mask, array, 0) for mask, array in zip(by_hand, model.get_weights(), strict=True)])
+        model.train_on_batch(batch.x, batch.y)
+    expected = [np.where(mask, array, 0) for mask, array in zip(by_hand, model.get_weights(), strict=True)]
+    for mine, theirs in zip(_in_order(network), expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
+@both
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "adamw:weight_decay=0.1,learning_rate=0.05",
+        "sgd:momentum=0.9,nesterov=true,weight_decay=0.01",
+        "adam:use_ema=true,ema_momentum=0.5,ema_overwrite_frequency=2",
+        "adafactor",
+    ],
+)
+def test_masked_weights_are_zero_after_every_step(k: Any, optimizer: str, tmp_path: Path) -> None:
+    network = nets.prepared(nets.saved(nets.dense(k(), **ADAM), tmp_path / "model.keras"), optimizer=optimizer)
+    nets.train(network, nets.batches(3))
+    masks = nets.half(nets.kernels(network))
+    network.mask(masks)
+    assert nets.lost_zeros(network, masks) == 0
+    for batch in nets.batches(6, seed=1):
+        network.step(batch, 1.0)
+        assert nets.lost_zeros(network, masks) == 0
+    assert all(np.any(array) for array in nets.kernels(network).values())
+
+
+@both
+def test_weights_that_a_constraint_moves_away_from_zero_are_put_back(k: Any, tmp_path: Path) -> None:
+    model = nets.dense(k(), **ADAM)
+    network = nets.prepared(nets.saved(model, tmp_path / "model.h5"))
+    for layer in network._model.layers:
+        for one in layer.weights:
+            setattr(one, "_constraint" if k is tf_keras else "constraint", lambda weight: weight + 1.0)
+    masks = nets.half(nets.kernels(network))
+    network.mask(masks)
+    nets.train(network, nets.batches())
+    assert nets.lost_zeros(network, masks) == 0
+
+
+@both
+def test_a_model_of_mixed_precision_keeps_its_zeros(k: Any, tmp_path: Path) -> None:
+    before = k().mixed_precision.global_policy() if k is tf_keras else k().config.dtype_policy()
+    setting = k().mixed_precision.set_global_policy if k is tf_keras else k().config.set_dtype_policy
+    setting("mixed_float16")
+    try:
+        path = nets.saved(nets.dense(k(), **ADAM), tmp_path / "model.keras")
+    finally:
+        setting(before)
+    network = nets.prepared(path, optimizer="adamw:weight_decay=0.1")
+    assert hasattr(network._model.optimizer, "inner_optimizer")
+    before_training = nets.kernels(network)
+    masks = nets.half(before_training)
+    network.mask(masks)
+    nets.train(network, nets.batches(6))
+    assert nets.lost_zeros(network, masks) == 0
+    assert all(raw(array) != raw(before_training[name]) for name, array in nets.kernels(network).items())
+
+
+@both
+def test_a_weight_that_comes_back_starts_without_momentum(k: Any, tmp_path: Path) -> None:
+    path = nets.saved(nets.dense(k(), **ADAM), tmp_path / "model.keras")
+    network = nets.prepared(path, optimizer="sgd:learning_rate=0.0001,momentum=0.99")
+    nets.train(network, nets.batches(5))
+    masks = nets.half(nets.kernels(network))
+    network.mask(masks)
+    network.mask({name: np.ones_like(mask) for name, mask in masks.items()})
+    network.step(Batch(np.zeros((3, nets.FEATURES), np.float32), np.zeros(3, np.int64)), 1.0)
+    # No input, no gradient for the first kernel: what moved it is momentum, and what was masked has none.
+    name = next(iter(masks))
+    first = nets.kernels(network)[name]
+    assert np.all(first[~masks[name]] == 0)
+    assert np.all(first[masks[name]] != 0)
+
+
+@both
+def test_masks_of_other_tensors_can_be_put_on_later(k: Any, tmp_path: Path) -> None:
+    network = nets.prepared(nets.saved(nets.dense(k(), **ADAM), tmp_path / "model.keras"))
+    masks = nets.half(nets.kernels(network))
+    for name, mask in masks.items():
+        network.mask({name: mask})
+        nets.train(network, nets.batches(2))
+    assert nets.lost_zeros(network, masks) == 0
+
+
+@both
+def test_the_rate_is_a_share_of_the_base(k: Any, tmp_path: Path) -> None:
+    path = nets.saved(nets.dense(k(), **ADAM), tmp_path / "model.keras")
+    network, plain = nets.prepared(path, optimizer="sgd", lr=0.5), nets.prepared(path, optimizer="sgd", lr=0.125)
+    nets.train(network, nets.batches(), rate=lambda _: 0.25)
+    nets.train(plain, nets.batches())
+    assert [raw(array) for array in network.tensors().values()] == [raw(array) for array in plain.tensors().values()]
+
+
+@both
+def test_frozen_tensors_stay_to_the_bit_and_the_rest_learns(k: Any, tmp_path: Path) -> None:
+    path = nets.saved(nets.random_parts(k()), tmp_path / "model.keras")
+    names = list(nets.opened(path).tensors())
+    frozen = frozenset(name for name in names if name.startswith(("first", "norm")))
+    network = nets.prepared(path, frozen=frozen, optimizer="adamw:weight_decay=0.1")
+    before = network.tensors()
+    nets.train(network, nets.batches())
+    after = network.tensors()
+    assert len(frozen) == 6
+    assert {name for name in names if raw(before[name]) != raw(after[name])} == set(names) - frozen
+    assert network.recalibrate(nets.batches()) == 0
+
+
+@both
+def test_statistics_alone_can_be_frozen(k: Any, tmp_path: Path) -> None:
+    path = nets.saved(nets.random_parts(k()), tmp_path / "model.keras")
+    frozen = frozenset(name for name in nets.opened(path).tensors() if "moving" in name)
+    network = nets.prepared(path, frozen=frozen)
+    before = network.tensors()
+    nets.train(network, nets.batches())
+    changed = {name for name, array in network.tensors().items() if raw(array) != raw(before[name])}
+    assert len(frozen) == 2
+    assert changed == before.keys() - frozen
+
+
+@both
+def test_logs_and_evaluation_are_means_over_examples(k: Any, tmp_path: Path) -> None:
+    model = nets.dense(k(), **ADAM)
+    network = nets.prepared(nets.saved(model, tmp_path / "model.keras"), optimizer="sgd", lr=0.0)
+    first, second = nets.batches(2)
+    short = Batch(second.x[:3], second.y[:3])  # type: ignore[index]
+    nets.train(network, [first, short])
+    expected = _by_hand(network, [first, short])
+    evaluated = network.evaluate([first, short])
+    logs = network.logs()
+    for found in (evaluated, logs):
+        assert found.keys() == {"loss", "accuracy"}
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["accuracy"] == pytest.approx(expected["accuracy"], rel=1e-6)
+    assert network.logs() == {}
+
+
+@both
+def test_evaluation_changes_nothing(k: Any, tmp_path: Path) -> None:
+    network = nets.prepared(nets.saved(nets.random_parts(k()), tmp_path / "model.keras"))
+    nets.train(network, nets.batches(2))
+    before = [raw(array) for array in network.tensors().values()]
+    first = network.evaluate(nets.batches())
+    assert network.evaluate(nets.batches()) == first
+    assert [raw(array) for array in network.tensors().values()] == before
+
+
+def test_the_file_is_not_touched(tmp_path: Path) -> None:
+    path = nets.saved(nets.dense(keras(), **ADAM), tmp_path / "model.keras")
+    before = path.read_bytes()
+    network = nets.prepared(path)
+    nets.train(network, nets.batches())
+    assert path.read_bytes() == before
+
+
+def test_a_network_is_prepared_again_with_other_means(tmp_path: Path) -> None:
+    path = nets.saved(nets.dense(tf_keras(), **ADAM), tmp_path / "model.h5")
+    network = nets.prepared(path)
+    network.prepare(Means(example=nets.batches(1)[0], optimizer="sgd", lr=0.0))
+    before = [raw(array) for array in network.tensors().values()]
+    nets.train(network, nets.batches())
+    assert [raw(array) for array in network.tensors().values()] == before
+
+
+def _in_order(network: KerasNetwork) -> list[Any]:
+    by_identity = {id(variable): name for name, variable in network._variables.items()}
+    return [network.tensors()[by_identity[id(variable)]] for variable in network._model.weights]
+
+
+def _by_hand(network: KerasNetwork, batches: list[Batch]) -> dict[str, float]:
+    probabilities = np.concatenate([np.asarray(network.predict(batch.x)) for batch in batches])
+    labels = np.concatenate([np.asarray(batch.y) for batch in batches])
+    picked = probabilities[np.arange(len(labels)), labels].astype(np.float64)
+    return {"loss": float(-np.log(picked).mean()), "accuracy": float((probabilities.argmax(1) == labels).mean())}
