@@ -11,6 +11,7 @@ import typer
 from prunectl.commands.inputs import STDIN, local
 from prunectl.commands.requests import destination, request_of
 from prunectl.commands.verb import verb
+from prunectl.commands.wrap_requests import wrappers_of
 from prunectl.pruning import manifest as manifests
 from prunectl.pruning import request as requests
 from prunectl.pruning.not_finite import NotFinite
@@ -18,6 +19,8 @@ from prunectl.pruning.plan import Scope
 from prunectl.pruning.prune import prune as run
 from prunectl.reporting.prune_report import prune_report
 from prunectl.reporting.reporter import Reporter
+from prunectl.reporting.wrap_report import wrap_report
+from prunectl.training.wrap.prune import prune_wrapped
 
 
 def _option(panel: str, *names: str, help: str, **more: Any) -> Any:  # noqa: A002 - typer's word
@@ -30,6 +33,10 @@ def _much(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
 
 def _which(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
     return _option("Which weights", *names, help=help, **more)
+
+
+def _later(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
+    return _option("Wrappers for later training", *names, help=help, **more)
 
 
 def prune(
@@ -51,6 +58,16 @@ def prune(
     layer: Annotated[list[str] | None, _which(metavar="GLOB=R", help="A ratio of their own; the last wins.")] = None,
     seed: Annotated[int, _which(help="Decides what is random.")] = 0,
     nan: Annotated[NotFinite, _which(help="What becomes of NaN and infinity.")] = NotFinite.ERROR,
+    wrap: Annotated[bool, _later("--wrap", help="Write the framework's pruning wrappers.")] = False,
+    schedule: Annotated[str, _later(metavar="NAME", help="Prune later, along this curve (Keras 2).")] = "",
+    schedule_param: Annotated[list[str] | None, _later(metavar="K=V", help="A parameter of the schedule.")] = None,
+    initial_sparsity: Annotated[str, _later(metavar="RATIO", help="Where it begins.")] = "",
+    begin: Annotated[str, _later(metavar="STEP", help="When: a step is a batch.")] = "",
+    end: Annotated[str, _later(metavar="STEP", help="Until when.")] = "",
+    frequency: Annotated[int | None, _later(metavar="STEPS", help="From one turn to the next.", min=1)] = None,
+    power: Annotated[float | None, _later(help="Of the polynomial.  [default: 3]")] = None,
+    custom_objects: Annotated[str, _later(metavar="MOD:DICT", help="Explains custom Keras layers.")] = "",
+    trust: Annotated[bool, _later("--trust", help="Let code that comes with the file run.")] = False,
     pack: Annotated[bool, typer.Option("--pack", help="Compress the output inside its container.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would come of it; write nothing.")] = False,
     manifest: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep a record of the run.")] = None,
@@ -65,11 +82,21 @@ def prune(
     [dim]$[/] prunectl prune model.pt -o small.pt -s 0.9 --scope global --pack
 
     [dim]$[/] prunectl prune model.onnx -o fast.onnx --pattern 2:4 --exclude fc2
+
+    [dim]$[/] prunectl prune model.h5 -o wrapped.h5 -s 80% --schedule polynomial --end 2000
     """
     reporter: Reporter = ctx.obj
     asked = request_of(ctx, recipe)
     requests.check(asked)
+    wrappers = wrappers_of(ctx)
     with local(model) as path, destination(path, output, force=force, in_place=in_place, dry_run=dry_run) as place:
+        if wrappers is not None:
+            wrapped = prune_wrapped(path, asked, wrappers.ramp, wrappers.origin, place)
+            return (
+                reporter.pour(place.target)
+                if output == STDIN and place is not None
+                else reporter.show(wrap_report(wrapped, str(place.target) if place is not None else ""))
+            )
         found = run(path, asked, place, has_digests=manifest is not None)
         if manifest is not None and place is not None:
             manifests.write(manifest, found)

@@ -8,7 +8,7 @@ from prunectl.pruning.schedules import Ramp
 from prunectl.reporting.prune_report import prune_report
 from prunectl.reporting.report import Report
 from prunectl.reporting.words import percent
-from prunectl.training.wrap_prune import Wrapped
+from prunectl.training.wrap.prune import Wrapped
 
 _SHOWN = 6
 
@@ -17,7 +17,8 @@ def wrap_report(found: Wrapped, output: str) -> Report:
     """Return the report on a run; without an output it was a dry run."""
     report = prune_report(found.pruned, output)
     (section,) = report.sections
-    remarks = tuple(f"Next: prunectl finetune {output} --data …" if "Next:" in one else one for one in section.remarks)
+    said = [one for one in section.remarks if not (one.startswith("The optimizer's state") and found.loses_optimizer)]
+    remarks = tuple(f"Next: prunectl finetune {output} --data …" if "Next:" in one else one for one in said)
     return replace(report, sections=(replace(section, remarks=(*_remarks(found), *remarks)),))
 
 
@@ -28,6 +29,8 @@ def _remarks(found: Wrapped) -> tuple[str, ...]:
         names = ", ".join(found.bare[:_SHOWN]) + (" …" if len(found.bare) > _SHOWN else "")
         what = "is pruned without one" if found.ramp is None else "stays dense"
         remarks.append(f"The framework has no wrapper for {names}: what is there {what}.")
+    if found.loses_optimizer:
+        remarks.append("The optimizer's state is not kept: wrapped weights are trained by a new one.")
     return tuple(remarks)
 
 

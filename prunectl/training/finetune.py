@@ -26,6 +26,7 @@ from prunectl.training.data.source import Order
 from prunectl.training.diary import Diary, Entry, Watcher
 from prunectl.training.keeper import Keeper
 from prunectl.training.loop import Data, Lesson, Progress, evaluated, train
+from prunectl.training.native_rules import keeper_of
 from prunectl.training.network import Logs, Network
 from prunectl.training.points import parse_point
 from prunectl.training.reading import Read, count, look_over, read
@@ -35,6 +36,9 @@ from prunectl.training.runtimes import open_network
 from prunectl.training.saver import Saver
 from prunectl.training.stopping import Stopping
 from prunectl.training.teachers import open_teacher
+from prunectl.training.wrap.kept import kept
+from prunectl.training.wrap.result import check_wrappable, wrap_in_place, wrapping_of
+from prunectl.training.wrap.wrapping import Wrapping
 from prunectl.training.write_back import write_back
 
 
@@ -73,7 +77,9 @@ def finetune(path: Path, request: Request, output: Output, watcher: Watcher | No
         _check_ranks(network, planned)
         rules = rules_of(plain, request, planned)
         first = zeros_of(rules.choice, network.weights(rules.names))
-        keeper = Keeper(rules, dict(first), first)
+        held = kept(model)
+        keeper = keeper_of(network, rules, request, planned, first=first, held=held)
+        check_wrappable(plain, request, keeper)
         judged_before = evaluated(network, found.val, planned.batch_size)
         teacher = open_teacher(Path(request.distill), request.origin) if request.distill else None
         diary = _diary(network, keeper, request, watcher)
@@ -86,8 +92,13 @@ def finetune(path: Path, request: Request, output: Output, watcher: Watcher | No
             return Finetuned(
                 request, planned, before, before, judged_before, judged_after, (), None, 0, 0, (), is_chief=False
             )
-        after, kept = _written(plain, network, keeper, output)
-        notes = (*notes, *network.notes)
+        wrapping = wrapping_of(keeper, request, held, progress.step) if request.keeps_wrappers else None
+        after, zeros = _written(plain, network, keeper, output, wrapping)
+        notes = (
+            *notes,
+            *network.notes,
+            *(held.notes(progress.step) if held is not None and not request.prunes else ()),
+        )
     return Finetuned(
         request,
         planned,
@@ -98,7 +109,7 @@ def finetune(path: Path, request: Request, output: Output, watcher: Watcher | No
         tuple(progress.history),
         progress.best_epoch if planned.keeps_best else None,
         keeper.zeros,
-        kept,
+        zeros,
         notes,
     )
 
@@ -111,7 +122,9 @@ def _unwrapped(model: ModelFile) -> Generator[ModelFile]:
         return
     with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
         target = Path(scratch) / model.path.name
-        strip(model.path, Wish(frozenset({Part.MASKS, Part.WRAPPERS})), Output(target), is_packed=False)
+        # A SavedModel is built anew without its wrappers, and has no training configuration after that.
+        parts = frozenset(Part) if model.format == "saved-model" else frozenset({Part.MASKS, Part.WRAPPERS})
+        strip(model.path, Wish(parts), Output(target), is_packed=False)
         yield open_model(target)
 
 
@@ -180,7 +193,9 @@ def _recalibrated(network: Network, found: Read, planned: Course) -> str:
     return f"The statistics of {layers} layers with batch normalisation were taken anew from {found.train.name}."
 
 
-def _written(model: ModelFile, network: Network, keeper: Keeper, output: Output) -> tuple[Survey, int]:
+def _written(
+    model: ModelFile, network: Network, keeper: Keeper, output: Output, wrapping: Wrapping | None
+) -> tuple[Survey, int]:
     """Write the result, and return what is in it and how many of the masks' zeros are."""
     with outputs.workplace(model, output) as (folder, target):
         places = outputs.places(model, folder, target)
@@ -189,7 +204,9 @@ def _written(model: ModelFile, network: Network, keeper: Keeper, output: Output)
         kept = _zeros_in(found, keeper.masks)
         if kept != keeper.zeros:
             raise WorkError(f"{keeper.zeros - kept} of {keeper.zeros} zeros were lost in training; nothing was written")
-        after = surveyed(found)
+        if wrapping is not None:
+            wrap_in_place(found.path, wrapping)
+        after = surveyed(open_model(found.path))
     return replace(after, path=str(target)), kept
 
 

@@ -26,7 +26,12 @@ def _is_keras(model: ModelFile) -> bool:
     return model.format in {"keras", "keras-h5"} or (model.format == "saved-model" and model.about.keras is not None)
 
 
+def _is_keras_2(model: ModelFile) -> bool:
+    return _is_keras(model) and model.about.keras is not None and "keras 3" not in model.about.producer
+
+
 RUNTIMES = (
+    Runtime("tfmot", _is_keras_2, "tfmot.open:open_network"),
     Runtime("Keras", _is_keras, "keras.open:open_network"),
     Runtime("TensorFlow", lambda model: model.format == "saved-model", "tensorflow.open:open_network"),
     Runtime(

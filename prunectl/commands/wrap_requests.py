@@ -1,0 +1,101 @@
+"""What is typed after `prune` about wrappers: whether there are any, and the schedule that they keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+from prunectl.errors import UsageError
+from prunectl.pruning.schedules import Ramp
+from prunectl.reporting.words import parse_ratio
+from prunectl.training.network import Origin
+from prunectl.training.points import Unit, parse_point
+from prunectl.training.wrap.schedules import is_tfmots
+
+_FREQUENCY = 100
+"""Steps from one turn to the next on a long way, as in tfmot."""
+_TURNS = 20
+_OF_A_SCHEDULE = ("schedule_param", "initial_sparsity", "begin", "end", "frequency", "power")
+_OF_WRAPPERS = ("custom_objects", "trust")
+
+
+@dataclass(frozen=True, slots=True)
+class Wrappers:
+    """What is asked of wrappers."""
+
+    ramp: Ramp | None
+    """How weights are pruned later; none if they are pruned now."""
+    origin: Origin
+
+
+def wrappers_of(ctx: typer.Context) -> Wrappers | None:
+    """Return what was asked of wrappers; None if they were not asked for."""
+    said = ctx.params
+    if said["schedule"] or said["wrap"]:
+        if said["manifest"] is not None:
+            raise UsageError("a manifest repeats a run to the same bytes, and frameworks write wrappers as they like")
+        ramp = _ramp(said) if said["schedule"] else None
+        _refuse(said, () if ramp is not None else _OF_A_SCHEDULE, "a schedule", "--schedule NAME")
+        return Wrappers(ramp, Origin(custom_objects=said["custom_objects"], is_trusted=said["trust"]))
+    _refuse(said, _OF_A_SCHEDULE, "a schedule", "--schedule NAME")
+    _refuse(said, _OF_WRAPPERS, "wrappers, as prune opens no model otherwise", "--wrap")
+    return None
+
+
+def _refuse(said: dict[str, Any], names: tuple[str, ...], what: str, hint: str) -> None:
+    for name in names:
+        if said[name]:
+            raise UsageError(f"--{name.replace('_', '-')} is about {what}", hint=f"add {hint}")
+
+
+def _ramp(said: dict[str, Any]) -> Ramp:
+    name, begin, end = said["schedule"], _step("begin", said["begin"] or "0"), None
+    if said["end"]:
+        end = _step("end", said["end"])
+    elif name != "constant":
+        raise UsageError(
+            f"the schedule {name} needs an end, a number of batches", hint="such as --end 2000, or finetune --schedule"
+        )
+    length = (end or 0) - begin
+    ramp = Ramp(
+        name,
+        parse_ratio(said["sparsity"]) if said["sparsity"] else 0.0,
+        begin,
+        end,
+        parse_ratio(said["initial_sparsity"]) if said["initial_sparsity"] else 0.0,
+        said["frequency"] or _frequency(length),
+        _params(said),
+    )
+    if is_tfmots(ramp) and name != "constant" and length % ramp.frequency:
+        # tfmot prunes at whole turns only, and would stop short of the sparsity that was asked for.
+        reached = begin + length // ramp.frequency * ramp.frequency
+        raise UsageError(
+            f"every {ramp.frequency} steps from {begin}, the last turn is at {reached}: --end {end} is never reached",
+            hint=f"--end {reached + ramp.frequency}, or leave out --frequency",
+        )
+    return ramp
+
+
+def _step(name: str, text: str) -> int:
+    point = parse_point(text)
+    if point.unit is not Unit.STEPS:
+        raise UsageError(
+            f"--{name} {text} depends on how long training takes, which a file does not know",
+            hint="write a number of steps, one for each batch, or give the schedule to prunectl finetune",
+        )
+    return int(point.amount)
+
+
+def _frequency(length: int) -> int:
+    """Return the longest way from turn to turn that divides the whole way, and leaves enough turns."""
+    if length <= 0:
+        return _FREQUENCY
+    most = min(_FREQUENCY, max(length // _TURNS, 1))
+    return next(steps for steps in range(most, 0, -1) if length % steps == 0)
+
+
+def _params(said: dict[str, Any]) -> tuple[str, ...]:
+    found = tuple(said["schedule_param"] or ())
+    return found if said["power"] is None else (*found, f"power={said['power']!r}")

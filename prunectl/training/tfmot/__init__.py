@@ -1,0 +1,1 @@
+"""Pruning by tensorflow-model-optimization itself, in models of Keras 2."""

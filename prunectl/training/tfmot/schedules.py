@@ -1,0 +1,72 @@
+"""Our schedules as tfmot takes them: its own classes where it has one, else one that Keras can save and load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from prunectl.errors import UsageError
+from prunectl.formats.optional import require
+from prunectl.pruning.schedules import Ramp, Schedule
+from prunectl.training.keras.library import keras_two
+from prunectl.training.tfmot.library import tfmot
+from prunectl.training.wrap.schedules import OURS, from_config, is_tfmots, power_of, to_config
+
+_MOST_STEPS = 10_000_000
+_sparsity = tfmot()
+_PACKAGE, _, _NAME = OURS.partition(">")
+
+
+_Base: Any = _sparsity.PruningSchedule
+
+
+@keras_two().keras.utils.register_keras_serializable(package=_PACKAGE, name=_NAME)
+class Planned(_Base):  # type: ignore[misc]
+    """Any schedule of ours, by its turns, which are known beforehand; kept in a file by the name of its curve."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        if schedule.last_turn > _MOST_STEPS:
+            raise UsageError(f"a schedule of {schedule.last_turn} steps is too long to be laid out")
+        self.schedule = schedule
+
+    @cached_property
+    def turns(self) -> list[int]:
+        """The steps at which masks are made anew, the last of which reaches the final sparsity."""
+        last = self.schedule.last_turn
+        return [step for step in range(last + 1) if self.schedule.prunes_at(step) or step == last]
+
+    def __call__(self, step: Any) -> tuple[Any, Any]:
+        """Return whether to prune at a step, and the sparsity that the last turn asked for."""
+        tensorflow = require("tensorflow", extra="tensorflow")
+        turns = tensorflow.constant(self.turns, tensorflow.int64)
+        begun = self.schedule.sparsity_at(0)
+        wanted = [begun, *(self.schedule.sparsity_at(turn) for turn in self.turns)]
+        at = tensorflow.reshape(tensorflow.cast(step, tensorflow.int64), [1])
+        passed = tensorflow.searchsorted(turns, at, side="right")[0]
+        is_turn = tensorflow.reduce_any(tensorflow.equal(turns, at))
+        return is_turn, tensorflow.gather(tensorflow.constant(wanted, tensorflow.float32), passed)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what a file keeps."""
+        return {"class_name": OURS, "config": to_config(self.schedule)}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Planned:
+        """Return what a file has kept."""
+        return cls(from_config(config))
+
+
+def native_of(schedule: Schedule) -> Any:
+    """Return a schedule as tfmot takes it."""
+    if schedule.final >= 1.0:
+        raise UsageError("tfmot leaves a weight in every layer: a sparsity of 100% is beyond it", hint="such as 99%")
+    if not is_tfmots(schedule):
+        return Planned(schedule)
+    assert isinstance(schedule, Ramp)
+    end = -1 if schedule.end is None else schedule.end
+    if schedule.curve == "constant":
+        return _sparsity.ConstantSparsity(schedule.final, schedule.begin, end, schedule.frequency)
+    return _sparsity.PolynomialDecay(
+        schedule.initial, schedule.final, schedule.begin, end, power_of(schedule), schedule.frequency
+    )

@@ -1,0 +1,1 @@
+"""Pruning wrappers as frameworks have them: who writes them, and what they keep of a schedule."""

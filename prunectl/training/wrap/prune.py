@@ -1,0 +1,111 @@
+"""Pruning with the framework's own wrappers around what is pruned, from a file to a file."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from prunectl.errors import UsageError
+from prunectl.formats.base import Array, ModelFile, Role
+from prunectl.formats.table import open_model
+from prunectl.measuring.patterns import Block
+from prunectl.measuring.zeros import count_zeros
+from prunectl.pruning import output as outputs
+from prunectl.pruning.execute import Tally
+from prunectl.pruning.output import Output
+from prunectl.pruning.plan import Cut
+from prunectl.pruning.prune import Pruned, prune
+from prunectl.pruning.request import Request, shape_of
+from prunectl.pruning.schedules import Ramp, Schedule
+from prunectl.pruning.selection import Mask
+from prunectl.pruning.strip import surveyed
+from prunectl.training.network import Origin
+from prunectl.training.wrap.wrapping import Wrapping, check_stripped, wrap, wrapper_of
+
+_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapped:
+    """What came of a run."""
+
+    pruned: Pruned
+    wrapped: int
+    """How many tensors have a wrapper."""
+    bare: tuple[str, ...]
+    """Those that the framework has no wrapper for."""
+    ramp: Ramp | None
+    loses_optimizer: bool
+    """Whether the file had the state of an optimizer that is not in the result."""
+
+
+def prune_wrapped(path: Path, request: Request, ramp: Ramp | None, origin: Origin, output: Output | None) -> Wrapped:
+    """Prune a model behind wrappers: now, or, with a ramp, in later training."""
+    model = open_model(path)
+    wrapper_of(model, has_schedule=ramp is not None)
+    outputs.check(model, output)
+    with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
+        plain = Path(scratch) / path.resolve().name
+        pruned = prune(path, replace(request, is_packed=False), Output(plain))
+        found = open_model(plain)
+        wrapping = _wrapping(found, pruned, ramp, origin)
+        with outputs.workplace(model, output) as (folder, target):
+            written = folder / target.name
+            bare = wrap(model, wrapping, written)
+            check_stripped(found if ramp is None else model, written)
+            if request.is_packed:
+                outputs.pack(written, folder)
+            result = open_model(written)
+            after, lost = surveyed(result), _has_optimizer(model) and not _has_optimizer(result)
+    if ramp is not None:
+        pruned = replace(pruned, tallies=_untouched(model, pruned))
+    shown = str(output.target if output is not None else "the result")
+    pruned = replace(pruned, request=request, after=replace(after, path=shown))
+    return Wrapped(pruned, len(wrapping.names) - len(bare), bare, ramp, lost)
+
+
+def _wrapping(found: ModelFile, pruned: Pruned, ramp: Ramp | None, origin: Origin) -> Wrapping:
+    pattern, pool = shape_of(pruned.request)
+    if ramp is None:
+        return Wrapping(_masks(found, pruned), pattern=pattern, pool=pool, origin=origin)
+    if not isinstance(pattern, Block | None):
+        raise UsageError(
+            f"tfmot makes the pattern {pruned.request.pattern} at once, without a schedule",
+            hint="leave out --schedule: the masks are then in the file",
+        )
+    shares = {cut.tensor.name: _share(cut, pruned) for cut in pruned.plan.cuts}
+    schedules: dict[str, Schedule] = {
+        name: replace(ramp, final=share, initial=min(ramp.initial, share)) for name, share in shares.items()
+    }
+    return Wrapping({}, schedules, pattern=pattern, pool=pool, origin=origin)
+
+
+def _has_optimizer(model: ModelFile) -> bool:
+    return any(tensor.role == Role.OPTIMIZER and tensor.size > 1 for tensor in model.tensors)
+
+
+def _masks(found: ModelFile, pruned: Pruned) -> dict[str, Mask]:
+    """Return what stays: everything that is not a plain zero in the pruned file."""
+    tensors = {tensor.name: tensor for tensor in found.tensors}
+    return {cut.tensor.name: _bits(found.read(tensors[cut.tensor.name])) != 0 for cut in pruned.plan.cuts}
+
+
+def _bits(array: Array) -> Array:
+    # A minus zero stays one, and so does a NaN.
+    return np.ascontiguousarray(array).view(_BITS[array.dtype.itemsize])
+
+
+def _share(cut: Cut, pruned: Pruned) -> float:
+    """Return how much of a tensor goes: as it was asked, or as it came out where tensors were ranked or weighed."""
+    dropped = pruned.tallies[cut.tensor.name].dropped
+    asked = (pruned.sparsity, *(ratio for _, ratio in pruned.request.layers))
+    exact = (ratio for ratio in asked if round(ratio * cut.tensor.size) == dropped)
+    return next(exact, dropped / cut.tensor.size)
+
+
+def _untouched(model: ModelFile, pruned: Pruned) -> dict[str, Tally]:
+    """Return what is in a file that nothing was dropped from yet."""
+    return {cut.tensor.name: Tally(0, count_zeros(model, cut.tensor)) for cut in pruned.plan.cuts}

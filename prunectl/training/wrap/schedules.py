@@ -1,0 +1,111 @@
+"""Schedules in the words in which wrappers keep them in a file: tfmot's for its own, names of curves for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prunectl.errors import UsageError
+from prunectl.formats.keras.config import part, text
+from prunectl.pruning.schedules import Ramp, Schedule, Then
+
+OURS = "prunectl>Planned"
+"""What Keras knows our own class by."""
+_POWER = 3.0
+_FOREVER = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """Go on with a schedule that so many steps were made under already."""
+
+    schedule: Schedule
+    since: int
+
+    @property
+    def final(self) -> float:
+        """The sparsity at the end."""
+        return self.schedule.final
+
+    @property
+    def last_turn(self) -> int:
+        """The last turn, counted from now."""
+        return max(self.schedule.last_turn - self.since, 0)
+
+    def sparsity_at(self, step: int) -> float:
+        """Ask what was wanted all along."""
+        return self.schedule.sparsity_at(step + self.since)
+
+    def prunes_at(self, step: int) -> bool:
+        """Ask what was wanted all along."""
+        return self.schedule.prunes_at(step + self.since)
+
+
+def power_of(ramp: Ramp) -> float:
+    """Return the power of a polynomial."""
+    words = dict(word.split("=", 1) for word in ramp.params)
+    return float(words.get("power", _POWER))
+
+
+def is_tfmots(schedule: Schedule) -> bool:
+    """Whether tfmot has a class for a schedule."""
+    if not isinstance(schedule, Ramp):
+        return False
+    # A polynomial that begins where it ends would be divided by nothing there.
+    return schedule.curve == "constant" or (schedule.curve == "polynomial" and (schedule.end or 0) > schedule.begin)
+
+
+def is_aligned(schedule: Schedule) -> bool:
+    """Whether tfmot's own class for a schedule reaches its end."""
+    if not is_tfmots(schedule) or not isinstance(schedule, Ramp):
+        return False
+    return schedule.curve == "constant" or (schedule.last_turn - schedule.begin) % schedule.frequency == 0
+
+
+def to_config(schedule: Schedule) -> dict[str, Any]:
+    """Return a schedule of our own as Keras keeps it."""
+    if isinstance(schedule, Ramp):
+        return {
+            "curve": schedule.curve,
+            "final": schedule.final,
+            "begin": schedule.begin,
+            "end": schedule.end,
+            "initial": schedule.initial,
+            "frequency": schedule.frequency,
+            "params": list(schedule.params),
+        }
+    if isinstance(schedule, Then):
+        return {"first": to_config(schedule.first), "at": schedule.at, "second": to_config(schedule.second)}
+    if isinstance(schedule, Begun):
+        return {"since": schedule.since, "schedule": to_config(schedule.schedule)}
+    raise UsageError(f"a {type(schedule).__name__} cannot be kept in a file: it has no name to be found by again")
+
+
+def from_config(config: Mapping[str, Any]) -> Schedule:
+    """Return the schedule of our own that a file keeps."""
+    if "first" in config:
+        return Then(from_config(config["first"]), config["at"], from_config(config["second"]))
+    if "since" in config:
+        return Begun(from_config(config["schedule"]), config["since"])
+    return Ramp(**{**config, "params": tuple(config["params"])})
+
+
+def read(kept: Mapping[str, Any]) -> Schedule | None:
+    """Return the schedule in the configuration of a wrapper; None for a class that nobody here knows."""
+    name, said = text(kept, "class_name"), part(kept, "config")
+    try:
+        if name == "ConstantSparsity":
+            return Ramp("constant", said["target_sparsity"], said["begin_step"], _end(said), 0.0, said["frequency"])
+        if name == "PolynomialDecay":
+            power = f"power={float(said['power'])!r}"
+            first, final = said["initial_sparsity"], said["final_sparsity"]
+            return Ramp("polynomial", final, said["begin_step"], _end(said), first, said["frequency"], (power,))
+        return from_config(said) if name == OURS else None
+    except (KeyError, TypeError, ValueError):
+        # Of a version that words it otherwise.
+        return None
+
+
+def _end(said: Mapping[str, Any]) -> int | None:
+    return None if said["end_step"] == _FOREVER else int(said["end_step"])

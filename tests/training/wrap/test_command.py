@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prunectl.formats.table import open_model
+from tests.running import FIXTURES, prunectl
+
+H5, PT = FIXTURES / "digits_cnn.h5", FIXTURES / "digits_cnn.pt"
+
+
+def refused(*words: str | Path) -> str:
+    done = prunectl("prune", *words)
+    assert done.code == 2, done.err
+    assert done.out == ""
+    return done.err
+
+
+def test_masks_are_written_and_named(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    done = prunectl("prune", PT, "-o", tmp_path / "w.pt", "-s", "80%", "--wrap", "--exclude", "conv1*")
+    assert done.code == 0, done.err
+    assert "3 tensors got wrappers: masks that hold what is pruned." in done.err
+    assert f"prunectl finetune {tmp_path / 'w.pt'}" in done.err
+    assert {wrapper.layer for wrapper in open_model(tmp_path / "w.pt").about.wrappers} == {"conv2", "fc1", "fc2"}
+
+
+def test_a_schedule_is_written_and_told(tmp_path: Path) -> None:
+    pytest.importorskip("tensorflow_model_optimization")
+    words = ("--schedule", "polynomial", "--initial-sparsity", "10%", "--begin", "100", "--end", "400", "--power", "2")
+    done = prunectl("prune", H5, "-o", tmp_path / "w.h5", "-s", "0.8", *words)
+    assert done.code == 0, done.err
+    assert "nothing is pruned yet; polynomial 10.0 % to its sparsity, from step 100 on until step 400." in done.err
+    assert "The optimizer's state is not kept" not in done.err
+    wrappers = open_model(tmp_path / "w.h5").about.wrappers
+    assert {wrapper.schedule for wrapper in wrappers} == {"PolynomialDecay(0.1 -> 0.8, steps 100-400)"}
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    done = prunectl("prune", PT, "-s", "80%", "--wrap", "--dry-run", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "dry run" in done.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--end", "100"), "--end is about a schedule"),
+        (("--wrap", "--power", "2"), "--power is about a schedule"),
+        (("--custom-objects", "m:O"), "--custom-objects is about wrappers"),
+        (("--trust",), "--trust is about wrappers"),
+        (("--schedule", "polynomial"), "needs an end"),
+        (("--schedule", "polynomial", "--end", "75%"), "depends on how long training takes"),
+        (("--schedule", "linear", "--begin", "1ep", "--end", "9"), "depends on how long training takes"),
+        (("--schedule", "polynomial", "--end", "100", "--frequency", "30"), "--end 100 is never reached"),
+        (("--schedule", "polynominal", "--end", "100"), "did you mean"),
+        (("--wrap", "--manifest", "m.json"), "manifest"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_what_makes_no_sense_is_refused_before_a_file_is_opened(words: tuple[str, ...], said: str) -> None:
+    assert said in refused("no-such-file.h5", "-o", "out.h5", "-s", "0.8", *words)
+
+
+def test_a_schedule_of_ours_may_end_between_turns(tmp_path: Path) -> None:
+    pytest.importorskip("tensorflow_model_optimization")
+    words = ("--schedule", "cosine", "--end", "100", "--frequency", "30")
+    done = prunectl("prune", H5, "-o", tmp_path / "w.h5", "-s", "0.8", *words)
+    assert done.code == 0, done.err
+
+
+def test_turns_come_often_enough_on_a_short_way_and_reach_its_end(tmp_path: Path) -> None:
+    pytest.importorskip("tensorflow_model_optimization")
+    kept = pytest.importorskip("prunectl.training.wrap.kept").kept
+    done = prunectl("prune", H5, "-o", tmp_path / "w.h5", "-s", "0.8", "--schedule", "polynomial", "--end", "210")
+    assert done.code == 0, done.err
+    schedule = kept(open_model(tmp_path / "w.h5")).schedules["fc1"]
+    assert schedule.frequency == 10
+    assert schedule.prunes_at(210)
+
+
+def test_help_of_prune_loads_no_framework() -> None:
+    code = (
+        "import sys, prunectl.commands.prune;"
+        "sys.exit(bool({'torch', 'tensorflow', 'tf_keras', 'keras', 'onnx'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
