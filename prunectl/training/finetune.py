@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from prunectl.errors import UsageError, WorkError
-from prunectl.formats.base import PARAMETRIZATION, ModelFile
+from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile
 from prunectl.formats.names import select
 from prunectl.formats.stripping import Part, Wish
 from prunectl.formats.table import open_model
@@ -83,17 +83,19 @@ def finetune(path: Path, request: Request, output: Output, watcher: Watcher | No
         judged_before = evaluated(network, found.val, planned.batch_size)
         teacher = open_teacher(Path(request.distill), request.origin) if request.distill else None
         diary = _diary(network, keeper, request, watcher)
-        progress = _train(Lesson(network, Data(found.train, found.val), planned, keeper, diary, saver, teacher))
+        progress = _train(
+            Lesson(network, Data(found.train, found.val, request.workers), planned, keeper, diary, saver, teacher)
+        )
         if request.is_recalibrated:
             notes = (*notes, _recalibrated(network, found, planned))
         judged_after = evaluated(network, found.val, planned.batch_size)
-        before = surveyed(model)
+        values, before = network.tensors(), surveyed(model)
         if not network.is_chief:
             return Finetuned(
                 request, planned, before, before, judged_before, judged_after, (), None, 0, 0, (), is_chief=False
             )
         wrapping = wrapping_of(keeper, request, held, progress.step) if request.keeps_wrappers else None
-        after, zeros = _written(plain, network, keeper, output, wrapping)
+        after, zeros = _written(plain, values, keeper, output, wrapping)
         notes = (
             *notes,
             *network.notes,
@@ -194,12 +196,12 @@ def _recalibrated(network: Network, found: Read, planned: Course) -> str:
 
 
 def _written(
-    model: ModelFile, network: Network, keeper: Keeper, output: Output, wrapping: Wrapping | None
+    model: ModelFile, values: Mapping[str, Array], keeper: Keeper, output: Output, wrapping: Wrapping | None
 ) -> tuple[Survey, int]:
     """Write the result, and return what is in it and how many of the masks' zeros are."""
     with outputs.workplace(model, output) as (folder, target):
         places = outputs.places(model, folder, target)
-        write_back(model, network.tensors(), places)
+        write_back(model, values, places)
         found = open_model(places.get(model.path, folder / target.name))
         kept = _zeros_in(found, keeper.masks)
         if kept != keeper.zeros:

@@ -26,6 +26,8 @@ class Data:
 
     train: Source
     val: Source | None
+    workers: int = 0
+    """Threads that read ahead."""
 
 
 @dataclass(slots=True)
@@ -93,7 +95,8 @@ def _is_over(lesson: Lesson, progress: Progress) -> bool:
 def _batches(lesson: Lesson, epoch: int, done: int) -> Iterator[Batch]:
     rank, ranks = lesson.network.ranks
     course = lesson.course
-    order = Order(course.batch_size // ranks, course.seed, epoch, is_shuffled=True, skip=done, rank=rank, ranks=ranks)
+    batch_size, workers = course.batch_size // ranks, lesson.data.workers
+    order = Order(batch_size, course.seed, epoch, is_shuffled=True, skip=done, rank=rank, ranks=ranks, workers=workers)
     yield from lesson.data.train.batches(order)
 
 

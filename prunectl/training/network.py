@@ -34,6 +34,8 @@ class Means:
     precision: str = "fp32"
     device: str = "auto"
     is_compiled: bool = False
+    is_sharded: bool = False
+    """Whether each process keeps only its part of every parameter."""
     custom_step: str = ""
     """A training step of the user's own, `mod:fn`."""
     seed: int = 0
@@ -119,8 +121,11 @@ class Network(Protocol):
     def reseed(self, number: int) -> None:
         """Make what is random from here on depend on a number alone."""
 
-    def save(self, folder: Path) -> None:
-        """Keep every tensor, the state of the optimizer and of what is random, the evidence."""
+    def save(self, folder: Path | None) -> None:
+        """Keep every tensor, the state of the optimizer and of what is random, the evidence.
+
+        Every process takes part in it; only the first is given a folder.
+        """
 
     def restore(self, folder: Path) -> None:
         """Take up what `save` kept."""

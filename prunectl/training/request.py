@@ -67,7 +67,8 @@ class Request:
     distill: str = ""
     is_recalibrated: bool = False
     keeps_wrappers: bool = False
-    workers: int = 0
+    workers: int = 1
+    """Threads that read ahead."""
     checkpoint_dir: Path | None = None
     is_resumed: bool = False
     logdir: Path | None = None

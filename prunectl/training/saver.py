@@ -52,13 +52,13 @@ class Saver:
                 )
 
     def save(self, network: Network, keeper: Keeper, progress: Progress) -> None:
-        """Keep where a run is; only the first process does."""
+        """Keep where a run is; only the first process writes it."""
         if not network.is_chief:
+            network.save(None)
             return
         scratch = self.folder / _NEXT
         shutil.rmtree(scratch, ignore_errors=True)
         (scratch / _NETWORK).mkdir(parents=True)
-        network.save(scratch / _NETWORK)
         _write_arrays(scratch / _MASKS, keeper.masks)
         _write_arrays(scratch / _BEST, progress.best_tensors)
         facts = {
@@ -70,6 +70,7 @@ class Saver:
             "turned_at": keeper.turned_at,
             "history": [asdict(entry) for entry in progress.history],
         }
+        network.save(scratch / _NETWORK)
         (scratch / _FACTS).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
         # Two renames, and `_found` knows what lies there between them.
         last, old = self.folder / _LAST, self.folder / _OLD

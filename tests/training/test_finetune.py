@@ -359,17 +359,23 @@ def test_ctrl_c_keeps_a_checkpoint_and_leaves_no_output(tmp_path: Path) -> None:
     assert (tmp_path / "kept" / "last" / "run.json").is_file()
 
 
-def test_two_processes_make_the_same_masks_and_one_of_them_writes(tmp_path: Path) -> None:
-    words = ["--data", DATA, "--val-split", "25%", "--epochs", "2", "-s", "80%", "--scope", "global", "--model", NET]
+def in_two(*words: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run finetune in two processes that know of each other."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "prunectl"]
-    done = subprocess.run(
-        [*launch, "finetune", str(DIGITS), "-o", str(tmp_path / "two.pt"), *words, "--device", "cpu", "--json"],
+    return subprocess.run(
+        [*launch, "finetune", *map(str, words), "--device", "cpu", "--json"],
         capture_output=True,
         text=True,
-        env=clean(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
+        env=clean(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", **env),
         timeout=180,
         check=False,
     )
+
+
+@pytest.mark.parametrize("more", [[], ["--shard"]], ids=["whole models", "each its part"])
+def test_two_processes_make_the_same_masks_and_one_of_them_writes(more: list[str], tmp_path: Path) -> None:
+    words = ["--data", DATA, "--val-split", "25%", "--epochs", "2", "-s", "80%", "--scope", "global", "--model", NET]
+    done = in_two(DIGITS, "-o", tmp_path / "two.pt", *words, *more)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["models"][1]["training"]["zeros_kept"] == round(0.8 * 9736)
     alone = tuned(DIGITS, tmp_path / "one.pt", pruning=Pruning(sparsity=0.8, scope="global"), means=Means(device="cpu"))
@@ -378,3 +384,37 @@ def test_two_processes_make_the_same_masks_and_one_of_them_writes(tmp_path: Path
     # The same batches in other halves: the same numbers, but for the order in which they are added.
     for name in one:
         assert np.allclose(one[name], two[name], atol=2e-3), name
+
+
+STEP = """
+import os, signal
+import torch
+
+count = 0
+
+def step(model, x, y):
+    global count
+    count += 1
+    if count == int(os.environ.get("STOPS_AT", "0")):
+        os.kill(os.getpid(), signal.SIGINT)
+    return torch.nn.functional.cross_entropy(model(x), y)
+"""
+
+
+def test_spread_parameters_go_on_to_the_same_weights_after_an_interruption(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(STEP)
+    words = ["--data", DATA, "-s", "80%", "--strategy", "movement", "--model", NET, "--clip", "1", "--shard"]
+    words += ["--optimizer", "adam:weight_decay=0.01", "--step", f"{tmp_path / 'own.py'}:step", "--epochs", "2"]
+    whole = in_two(DIGITS, "-o", tmp_path / "whole.pt", *words)
+    assert whole.returncode == 0, whole.stderr
+    kept = ["--checkpoint-dir", tmp_path / "kept"]
+    assert in_two(DIGITS, "-o", tmp_path / "broken.pt", *words, *kept, STOPS_AT="17").returncode != 0
+    assert not (tmp_path / "broken.pt").exists()
+    again = in_two(DIGITS, "-o", tmp_path / "again.pt", *words, *kept, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "again.pt").read_bytes() == (tmp_path / "whole.pt").read_bytes()
+
+
+def test_a_model_is_spread_over_several_processes_only(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="this is the only one"):
+        tuned(DIGITS, tmp_path / "out.pt", means=Means(is_sharded=True, device="cpu"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from prunectl.training.data.ahead import ahead
 from prunectl.training.data.source import Arrays, Batch, Indices, Mask, Order
 
 LOOKED_AT_ONCE = 1 << 16
@@ -30,8 +31,8 @@ class Rows:
     def batches(self, order: Order) -> Iterator[Batch]:
         """Yield the batches of one epoch."""
         mine = self._numbers(order)
-        for begin in range(order.skip * order.batch_size, len(mine), order.batch_size):
-            yield self.take(mine[begin : begin + order.batch_size])
+        begins = range(order.skip * order.batch_size, len(mine), order.batch_size)
+        return ahead(lambda begin: self.take(mine[begin : begin + order.batch_size]), begins, order.workers)
 
     def labels(self) -> Iterator[Arrays]:
         """Yield all targets in order, where this is cheap."""

@@ -38,6 +38,8 @@ class Order:
     """Batches that an interrupted run has already done."""
     rank: int = 0
     ranks: int = 1
+    workers: int = 0
+    """Threads that read ahead."""
 
     @property
     def random(self) -> np.random.Generator:

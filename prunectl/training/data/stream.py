@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from prunectl.training.data.ahead import read_ahead
 from prunectl.training.data.pieces import beginning, joined, length, nbytes, rebatched, shared_out, skipped, taken
 from prunectl.training.data.source import Arrays, Batch, Indices, Mask, Order
 
@@ -32,7 +33,7 @@ class Stream:
         """Yield the batches of one epoch."""
         pieces = shuffled(self.read(), order.random) if order.is_shuffled else self.read()
         mine = shared_out(pieces, order.rank, order.ranks)
-        return skipped(rebatched(mine, order.batch_size), order.skip)
+        return read_ahead(skipped(rebatched(mine, order.batch_size), order.skip), order.workers)
 
     def labels(self) -> Iterator[Arrays]:
         """Yield nothing: targets come only with their inputs."""

@@ -73,6 +73,10 @@ class KerasNetwork:
                 f"--precision {means.precision}: the precision of a Keras model is part of its layers",
                 hint="build it with another dtype policy, and leave --precision out",
             )
+        if means.is_sharded:
+            raise UsageError(
+                "--shard is for PyTorch: Keras keeps the whole model in each process", hint="leave out --shard"
+            )
         unknown = sorted(means.frozen - self._variables.keys())
         if unknown:
             raise UsageError(f"{unknown[0]} cannot be frozen: Keras loads no such weight")
@@ -170,8 +174,10 @@ class KerasNetwork:
         if self._chance.is_traced and self._training is not None:
             self._training.trace_anew()
 
-    def save(self, folder: Path) -> None:
-        """Keep what training needs to go on."""
+    def save(self, folder: Path | None) -> None:
+        """Keep what training needs to go on, in the first process."""
+        if folder is None:
+            return
         state.save(folder, self._library, self._trained, self._chance, self.evidence())
 
     def restore(self, folder: Path) -> None:

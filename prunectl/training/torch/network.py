@@ -16,12 +16,13 @@ from prunectl.training.data.source import Arrays, Batch, each
 from prunectl.training.evidence import Evidence
 from prunectl.training.network import Array, Logs, Means
 from prunectl.training.signature import Signature
-from prunectl.training.torch import losses, metrics, norms, processes
+from prunectl.training.torch import losses, metrics, norms, processes, sharded
 from prunectl.training.torch.arrays import to_numpy, to_torch
 from prunectl.training.torch.build import Built
 from prunectl.training.torch.distillation import distilled
 from prunectl.training.torch.masks import Gathered, Masks
 from prunectl.training.torch.optimizers import optimizer
+from prunectl.training.torch.sharded import like, whole
 from prunectl.training.torch.signature import inputs_of, outputs_of
 
 _STATE = "torch.pt"
@@ -65,10 +66,13 @@ class TorchNetwork:
         if means.precision not in _PRECISIONS:
             raise UsageError(f"{means.precision!r} is no precision", hint=f"one of {', '.join(_PRECISIONS)}")
         self._means, self._place = means, processes.take_place(means.device)
-        self._module.to(self._place.device)
         self._half = _PRECISIONS[means.precision]
         self._scaler = torch.amp.GradScaler(self._place.device.type, enabled=self._half is torch.float16)
         self._freeze(means.frozen)
+        if means.is_sharded:
+            sharded.shard(self._module, self._place)
+        else:
+            self._module.to(self._place.device)
         example = means.example
         if example is None:
             raise ValueError("a network is prepared with an example")
@@ -78,7 +82,7 @@ class TorchNetwork:
         self._base_rates = [group["lr"] for group in self._optimizer.param_groups]
         if means.is_compiled:
             self._run = torch.compile(self._module)
-        if self._place.ranks > 1:
+        if self._place.ranks > 1 and not means.is_sharded:
             device_ids = [self._place.device.index] if self._place.device.type == "cuda" else None
             self._run = DistributedDataParallel(self._run, device_ids=device_ids)
 
@@ -111,7 +115,7 @@ class TorchNetwork:
             self._notes.append(f"The loss is {', '.join(one.name for one in self._losses)}, by outputs and targets.")
         if not self._means.optimizer:
             self._notes.append("The optimizer is adam, as PyTorch's files do not say which.")
-        if self._place.ranks > 1:
+        if self._place.ranks > 1 and not self._means.is_sharded:
             self._leave_out_unreached(example)
 
     def _leave_out_unreached(self, example: Batch) -> None:
@@ -180,6 +184,8 @@ class TorchNetwork:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._masks.hold()
+        if self._means.is_sharded:
+            sharded.agree(self._module)
         self._seen.add(len(each(batch.x)[0]), loss=loss, **numbers)
 
     def _moved(self, arrays: Arrays) -> Any:
@@ -239,11 +245,11 @@ class TorchNetwork:
     def weights(self, names: Iterable[str]) -> dict[str, Array]:
         """Return copies of some weights."""
         held = self._held()
-        return {name: to_numpy(held[name]) for name in names}
+        return {name: to_numpy(whole(held[name])) for name in names}
 
     def tensors(self) -> dict[str, Array]:
         """Return copies of all parameters and buffers."""
-        return {name: to_numpy(value) for name, value in self._held().items()}
+        return {name: to_numpy(whole(value)) for name, value in self._held().items()}
 
     def _held(self) -> dict[str, torch.Tensor]:
         inside = self._module.state_dict()
@@ -258,14 +264,14 @@ class TorchNetwork:
         """Replace the numbers of some tensors."""
         held = self._held()
         for name, value in values.items():
-            held[name].copy_(to_torch(value))
+            held[name].copy_(like(to_torch(value), held[name]))
 
     def mask(self, masks: Mapping[str, Array]) -> None:
         """Zero what the masks do not keep, from now on."""
         parameters = self._parameters(masks)
         if missing := masks.keys() - parameters.keys():
             raise WorkError(f"{min(missing)} is no parameter that PyTorch trains, and cannot be pruned here")
-        kept = {weight: torch.from_numpy(masks[name]) for name, weight in parameters.items()}
+        kept = {weight: like(torch.from_numpy(masks[name]), weight) for name, weight in parameters.items()}
         self._masks.put(kept, self._optimizer)
 
     def watch(self, evidence: Evidence, names: Sequence[str]) -> None:
@@ -274,7 +280,7 @@ class TorchNetwork:
 
     def evidence(self) -> dict[str, Array]:
         """Return what was gathered; gradients are the same in every process."""
-        return {name: to_numpy(value) for name, value in self._gathered.sums.items()}
+        return {name: to_numpy(whole(value)) for name, value in self._gathered.sums.items()}
 
     def forget(self) -> None:
         """Gather anew."""
@@ -284,8 +290,8 @@ class TorchNetwork:
         """Make what is random depend on a number alone, and on the process."""
         torch.manual_seed((number * 4099 + self._place.rank) % (1 << 63))
 
-    def save(self, folder: Path) -> None:
-        """Keep everything that the next step depends on."""
+    def save(self, folder: Path | None) -> None:
+        """Keep everything that the next step depends on; without a folder, only give others this process's part."""
         state = {
             "module": self._module.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -293,18 +299,29 @@ class TorchNetwork:
             "random": torch.get_rng_state(),
             "evidence": self._gathered.sums,
         }
-        torch.save(state, folder / _STATE)
+        state = sharded.whole_all(state)
+        if folder is not None:
+            torch.save(state, folder / _STATE)
+        processes.wait(self._place)
 
     def restore(self, folder: Path) -> None:
         """Take up what was kept."""
         state = torch.load(folder / _STATE, map_location=self._place.device, weights_only=True)
-        self._module.load_state_dict(state["module"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._module.load_state_dict(sharded.all_like(state["module"], self._module.state_dict()))
+        self._restore_optimizer(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"].cpu())
         for name, total in state["evidence"].items():
-            self._gathered.sums[name].copy_(total)
+            self._gathered.sums[name].copy_(like(total, self._gathered.sums[name]))
         self._rate = float("nan")
+
+    def _restore_optimizer(self, state: dict[str, Any]) -> None:
+        weights = [weight for group in self._optimizer.param_groups for weight in group["params"]]
+        parts = {
+            at: {name: sharded.all_like(value, weights[at]) for name, value in slots.items()}
+            for at, slots in state["state"].items()
+        }
+        self._optimizer.load_state_dict({**state, "state": parts})
 
     def close(self) -> None:
         """Part from the other processes."""

@@ -30,6 +30,12 @@ def take_place(device: str) -> Place:
     return Place(rank, ranks, found)
 
 
+def wait(place: Place) -> None:
+    """Go on together: who ends earlier would have the others ended too."""
+    if place.ranks > 1:
+        torch.distributed.barrier()
+
+
 def leave() -> None:
     """Part from the other processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
