@@ -15,13 +15,17 @@ from prunectl.errors import NO_ROOM, InputError
 
 _OUT_OF_TIME = "takes too long to read: it is damaged, or made to keep its reader busy"
 _PIECE_BYTES = 1 << 16
+_PATIENCE = 20
+"""How much longer than it may reckon a child may take on a machine that is busy with other things."""
+_OVER_TIME = frozenset({signal.SIGPROF, signal.SIGXCPU})
 _DONE, _REFUSED, _FAILED, _NO_ROOM = b"D", b"R", b"F", b"N"
 
 
 def in_child(work: Callable[[], bytes], path: Path, *, seconds: float, extra_bytes: int) -> bytes:
     """Return what ``work`` returns in a child of its own; whatever kills the child is the file's fault.
 
-    The answer is bytes that the caller must parse with care: a child that a file has taken over may say anything.
+    The seconds are of processor time, so that a busy machine is not taken for a hostile file. The answer is bytes that
+    the caller must parse with care: a child that a file has taken over may say anything.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -29,7 +33,7 @@ def in_child(work: Callable[[], bytes], path: Path, *, seconds: float, extra_byt
         _be_child(work, writer, seconds, extra_bytes)
     os.close(writer)
     try:
-        answer = _listen(reader, time.monotonic() + seconds)
+        answer = _listen(reader, time.monotonic() + _PATIENCE * seconds)
     finally:
         os.close(reader)
         os.kill(child, signal.SIGKILL)
@@ -46,7 +50,7 @@ def in_child(work: Callable[[], bytes], path: Path, *, seconds: float, extra_byt
     if answer[:1] == _FAILED:
         reason = answer[1:].decode("utf-8", "backslashreplace")
         raise InputError(f"{path} is truncated or damaged: {reason}")
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) in _OVER_TIME:
         raise InputError(f"{path} {_OUT_OF_TIME}")
     raise InputError(f"{path} crashes the library that reads it: it is damaged or hostile")
 
@@ -60,6 +64,9 @@ def _be_child(work: Callable[[], bytes], writer: int, seconds: float, extra_byte
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        # The second fence, which no library can take down.
         resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 2))
         resource.setrlimit(resource.RLIMIT_AS, (_mapped_bytes() + extra_bytes,) * 2)
         try:
