@@ -1,6 +1,8 @@
 """What masks cost a training step: the framework's own loop, ours with masks, and tfmot's; in processor time.
 
-On one thread, since the time of several depends on what else the machine does."""
+On one thread, since the time of several depends on what else the machine does, and without the system's share of it:
+that is the page faults of the allocator, which differ threefold between two runs of the same program.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ EXAMPLES, EPOCHS, BATCH = 10_000, 5, 250
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"} | QUIET
 
 _OURS = """
-import json, statistics, sys, time
+import json, os, statistics, sys
 from pathlib import Path
 import prunectl.training.finetune as training
 from prunectl.pruning.output import Output
@@ -26,14 +28,14 @@ source, target, data, model, epochs, batch = sys.argv[1:]
 ends = []
 def watch(moment):
     if moment.step * 1.0 / moment.steps * moment.epochs == len(ends) + 1:
-        ends.append(time.process_time())
+        ends.append(os.times().user)
 words = {"data": data, "epochs": int(epochs), "batch_size": int(batch), "sparsity": 0.875, "begin": "10",
          "device": "cpu", "frequency": 100, "model": model, "keep": "last"}
 training.finetune(Path(source), request_of(words), Output(Path(target), is_forced=True), watch)
 print(json.dumps(statistics.median(later - earlier for earlier, later in zip(ends, ends[1:]))))
 """
 _KERAS = """
-import json, statistics, sys, time, numpy as np
+import json, os, statistics, sys, numpy as np
 kind, source, data, epochs, batch, limit = sys.argv[1:]
 if kind == "keras":
     import keras as k
@@ -53,12 +55,12 @@ model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
 ends = []
 class Clock(k.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
-        ends.append(time.process_time())
+        ends.append(os.times().user)
 model.fit(x, y, batch_size=int(batch), epochs=int(epochs), callbacks=[*callbacks, Clock()], verbose=0)
 print(json.dumps(statistics.median(later - earlier for earlier, later in zip(ends, ends[1:]))))
 """
 _TORCH = """
-import json, statistics, sys, time, numpy as np, torch
+import json, os, statistics, sys, numpy as np, torch
 folder, data, epochs, batch, limit = sys.argv[1:]
 sys.path.insert(0, folder)
 from net import Net
@@ -78,7 +80,7 @@ for epoch in range(int(epochs)):
         optimizer.step()
         right += (out.argmax(1) == y[rows]).sum()
     right.item()
-    ends.append(time.process_time())
+    ends.append(os.times().user)
 print(json.dumps(statistics.median(later - earlier for earlier, later in zip(ends, ends[1:]))))
 """
 

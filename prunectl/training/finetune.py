@@ -26,6 +26,7 @@ from prunectl.training.data.source import Order
 from prunectl.training.diary import Diary, Entry, Watcher
 from prunectl.training.keeper import Keeper
 from prunectl.training.loop import Data, Lesson, Progress, evaluated, train
+from prunectl.training.memory import keep_freed
 from prunectl.training.native_rules import keeper_of
 from prunectl.training.network import Logs, Network
 from prunectl.training.points import parse_point
@@ -172,6 +173,7 @@ def _check_ranks(network: Network, planned: Course) -> None:
 
 
 def _train(lesson: Lesson) -> Progress:
+    keep_freed()
     with closing(lesson.diary), Stopping() as stopping:
         return train(lesson, stopping)
 

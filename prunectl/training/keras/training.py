@@ -18,6 +18,7 @@ from prunectl.training.keras.logbook import Logbook, measured
 from prunectl.training.keras.place import Place
 from prunectl.training.keras.rate import Rate
 from prunectl.training.keras.recipe import recipe
+from prunectl.training.keras.steps_two import StepsTwo
 from prunectl.training.network import Array, Means
 
 
@@ -44,6 +45,7 @@ class Training:
         if place.strategy is not None:
             # The metrics of Keras are those of all processes already; added up, they would count double.
             self.model.distribute_reduction_method = "first"
+        self._steps_two = StepsTwo(self._library, self.model)
         self._rate = Rate(self._library, self.model.optimizer, said.chosen.schedule)
         self._manners = [
             Manner(loss.kind.is_classification if loss is not None else answer.ending is not Ending.RAW, answer.ending)
@@ -81,6 +83,7 @@ class Training:
     def trace_anew(self) -> None:
         """Let Keras put its training step together again."""
         self.model.train_function = None
+        self._steps_two.forget()
 
     def evidence(self, variables: Mapping[str, Any]) -> dict[str, Array]:
         """Return what was gathered."""
@@ -110,7 +113,11 @@ class Training:
 
     def _trained(self, x: Any, y: Any) -> Mapping[str, Any]:
         try:
-            return self._by_own_step(x, y) if self._own_step is not None else self._on_batch("train", x, y)
+            if self._own_step is not None:
+                return self._by_own_step(x, y)
+            if self._place.strategy is None and StepsTwo.fits(self._library, self.model):
+                return self._steps_two(x, y)
+            return self._on_batch("train", x, y)
         except self._failures as error:
             if self._is_begun:
                 raise
