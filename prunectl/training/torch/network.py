@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from prunectl.plugins import find
 from prunectl.training.data.source import Arrays, Batch, each
 from prunectl.training.evidence import Evidence
 from prunectl.training.network import Array, Logs, Means
+from prunectl.training.sights import See
 from prunectl.training.signature import Signature
 from prunectl.training.torch import losses, metrics, norms, processes, sharded
 from prunectl.training.torch.arrays import to_numpy, to_torch
@@ -23,6 +24,7 @@ from prunectl.training.torch.distillation import distilled
 from prunectl.training.torch.masks import Gathered, Masks
 from prunectl.training.torch.optimizers import optimizer
 from prunectl.training.torch.sharded import like, whole
+from prunectl.training.torch.sights import watching
 from prunectl.training.torch.signature import inputs_of, outputs_of
 
 _STATE = "torch.pt"
@@ -224,14 +226,31 @@ class TorchNetwork:
 
     def predict(self, x: Arrays) -> Arrays:
         """Return what comes out."""
-        if not hasattr(self, "_place"):
-            # A teacher is asked before, and without, any preparation.
-            self._place, self._half = processes.take_place("auto"), None
-            self._module.to(self._place.device)
-        self._mode(training=False)
+        self._rest()
         with torch.no_grad():
             found = tuple(to_numpy(out.float()) for out in self._forward(self._module, x))
         return found if len(found) > 1 else found[0]
+
+    def _rest(self) -> None:
+        """Get ready to predict; a teacher is asked before, and without, any preparation."""
+        if not hasattr(self, "_place"):
+            self._place, self._half = processes.take_place("auto"), None
+            self._module.to(self._place.device)
+        self._mode(training=False)
+
+    def observe(self, names: Collection[str], x: Arrays, see: See) -> None:
+        """Run a batch through, and show what these weights meet."""
+        self._rest()
+        with watching(self._parameters(names), see):
+            self._forward(self._module, x)
+
+    def gradients(self, names: Collection[str], batch: Batch) -> dict[str, Array]:
+        """Return the gradient of the mean loss over a batch."""
+        self._mode(training=False)
+        weights = self._parameters(names)
+        loss = self._loss(self._forward(self._module, batch.x), batch.y, None)
+        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
+        return {name: to_numpy(gradient) for name, gradient in zip(weights, found, strict=True)}
 
     def recalibrate(self, batches: Iterable[Batch]) -> int:
         """Take the statistics of batch normalisation anew."""

@@ -1,0 +1,1 @@
+"""ONNX models as onnxruntime runs them: looked at, never trained."""
