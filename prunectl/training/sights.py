@@ -18,7 +18,8 @@ class Window:
     strides: tuple[int, ...]
     dilations: tuple[int, ...]
     pads: tuple[tuple[int, int], ...]
-    """Zeros before and after; where inputs are spread out (transposed), what is cut from the full result instead."""
+    """Zeros before and after; where inputs are spread out (transposed), what is cut from the full result instead,
+    or added to it where the number is negative."""
     is_transposed: bool = False
 
 
@@ -34,6 +35,8 @@ class Use:
     """Outputs and inputs fall into so many equal runs that do not see each other."""
     group_axis: int | None = None
     """Axis of the groups, where it is one of its own; else they run along the outputs (the inputs if transposed)."""
+    shape: tuple[int, ...] | None = None
+    """The shape in which to see the tensor, if not in its own: the axes are those of this one."""
     outputs: tuple[int, int] | None = None
     """Only these outputs, from and to; all if it is None."""
     window: Window | None = None
@@ -47,7 +50,8 @@ class Sight:
     name: str
     """As the file has it."""
     inputs: Array
-    """Of a product: any axes, the features last. Of a window: examples, channels, then space, whatever the layout."""
+    """Of a product: any axes, the features last, those of each group side by side.
+    Of a window: examples, channels, then space, whatever the layout."""
     use: Use
 
 

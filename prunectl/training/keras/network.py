@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +10,17 @@ import numpy as np
 from prunectl.errors import UsageError, WorkError
 from prunectl.training.data.source import Arrays, Batch
 from prunectl.training.evidence import Evidence
-from prunectl.training.keras import normalisation, numbers, packing, ports, state
+from prunectl.training.keras import gradients, normalisation, numbers, packing, ports, state
 from prunectl.training.keras.chance import Chance
 from prunectl.training.keras.library import quietly
 from prunectl.training.keras.loading import Loaded
 from prunectl.training.keras.names import named
 from prunectl.training.keras.place import Place, check
+from prunectl.training.keras.sights.observe import observe
+from prunectl.training.keras.sights.untouched import untouched
 from prunectl.training.keras.training import Training
 from prunectl.training.network import Array, Logs, Means
+from prunectl.training.sights import See
 from prunectl.training.signature import Signature
 
 
@@ -152,6 +155,21 @@ class KerasNetwork:
         with self._place.scope(self._library), quietly():
             found: Arrays = numbers.as_arrays(self._model.predict_on_batch(packing.inputs(self._model, x)))
         return found
+
+    def observe(self, names: Collection[str], x: Arrays, see: See) -> None:
+        """Run one batch through, and show every time that one of these tensors meets inputs."""
+        wanted = {name: self._variables[name] for name in names}
+        with self._place.scope(self._library), quietly(), untouched(self._library, self._model, self._chance):
+            observe(self._library, self._model, wanted, x, see)
+
+    def gradients(self, names: Collection[str], batch: Batch) -> dict[str, Array]:
+        """Return the gradient of the mean loss over a batch, in the state in which it predicts."""
+        model = self._trained.model
+        x, y = packing.inputs(model, batch.x), packing.targets(model, batch.y)
+        wanted = [self._variables[name] for name in names]
+        with self._place.scope(self._library), quietly(), untouched(self._library, model, self._chance):
+            found = gradients.gradients(self._library, model, wanted, x, y)
+        return dict(zip(names, found, strict=True))
 
     def recalibrate(self, batches: Iterable[Batch]) -> int:
         """Take the statistics of batch normalisation anew, and return how many layers have some."""

@@ -1,0 +1,1 @@
+"""What the weights of Keras layers meet, heard while a model runs."""
