@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +33,8 @@ class Method:
     not_finite: NotFinite = NotFinite.ERROR
     pattern: ZerosOf | Block | None = None
     pool: Pool = Pool.AVG
+    solver: Solver | None = None
+    """What makes new numbers where zeros alone will not do."""
 
 
 @dataclass(slots=True)
@@ -46,7 +48,8 @@ class Tally:
 def execute(model: ModelFile, plan: Plan, method: Method, targets: dict[Path, Path]) -> dict[str, Tally]:
     """Write the pruned copy, and return what is in it by tensor."""
     tallies = {cut.tensor.name: Tally() for cut in plan.cuts}
-    made = dict(zip(tallies, makers(model, plan, method), strict=True))
+    solution = method.solver(model, plan, method) if method.solver else Solution(makers(model, plan, method))
+    made = dict(zip(tallies, solution.made, strict=True))
     rewrites = [
         Rewrite(cut.tensor, partial(_counted, made[cut.tensor.name], tallies[cut.tensor.name])) for cut in plan.cuts
     ]
@@ -55,6 +58,11 @@ def execute(model: ModelFile, plan: Plan, method: Method, targets: dict[Path, Pa
         Rewrite(tensor, partial(_counted, made[model.copies[tensor.name]], Tally()))
         for tensor in model.tensors
         if model.copies.get(tensor.name) in made
+    ]
+    rewrites += [
+        Rewrite(tensor, partial(_as_stored, tensor, solution.others[name]))
+        for tensor in model.tensors
+        if (name := model.copies.get(tensor.name, tensor.name)) in solution.others
     ]
     load(by_name(model.format).writer)(model, targets, rewrites)
     if not isinstance(method.pattern, Block) and method.not_finite is not NotFinite.ZERO:
@@ -82,6 +90,21 @@ def verify(model: ModelFile, written: Path, tallies: dict[str, Tally]) -> Survey
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 Pruned = Iterator[tuple[Array, Mask]]
 """Blocks of weights in storage order, the dropped ones zeroed, each with what was dropped of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """What becomes of the tensors of a plan, and of others with them."""
+
+    made: Sequence[Callable[[], Pruned]]
+    others: Mapping[str, Array] = field(default_factory=dict)
+
+
+Solver = Callable[[ModelFile, Plan, Method], Solution]
+
+
+def _as_stored(tensor: Tensor, value: Array) -> Iterator[Array]:
+    yield from pieces(in_storage_order(tensor, value.astype(tensor.dtype, copy=False)))
 
 
 def _counted(make: Callable[[], Pruned], tally: Tally) -> Iterator[Array]:

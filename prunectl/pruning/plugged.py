@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
@@ -49,9 +50,9 @@ def as_strategy(found: object, request: Request) -> Strategy:
     return Strategy(request.strategy, score, line, bool(getattr(function, "is_elementwise", False)))
 
 
-def _chosen(strategy: Strategy, words: tuple[str, ...]) -> Mapping[str, str]:
+def _chosen(strategy: Strategy, words: tuple[str, ...]) -> Mapping[str, Any]:
     """Return the parameters of a built-in strategy."""
-    found = {}
+    found: dict[str, Any] = {}
     for word in words:
         name, _, value = word.partition("=")
         if not strategy.choices:
@@ -62,13 +63,27 @@ def _chosen(strategy: Strategy, words: tuple[str, ...]) -> Mapping[str, str]:
                 did_you_mean=tuple(get_close_matches(name, strategy.choices)),
                 hint=f"it takes {', '.join(strategy.choices)}",
             )
-        if value not in strategy.choices[name]:
+        known = strategy.choices[name]
+        if isinstance(known, int | float):
+            found[name] = _number(strategy, name, value, known)
+            continue
+        if value not in known:
             raise UsageError(
                 f"{value!r} is no {name} of {strategy.name}",
-                did_you_mean=tuple(get_close_matches(value, strategy.choices[name])),
-                hint=f"it is one of {', '.join(strategy.choices[name])}",
+                did_you_mean=tuple(get_close_matches(value, known)),
+                hint=f"it is one of {', '.join(known)}",
             )
         found[name] = value
+    return found
+
+
+def _number(strategy: Strategy, name: str, text: str, default: float) -> float:
+    try:
+        found = type(default)(text)
+    except ValueError:
+        found = -1
+    if not 0 < found < math.inf:
+        raise UsageError(f"{name} of {strategy.name} is a number above zero, not {text!r}", hint=f"such as {default:g}")
     return found
 
 

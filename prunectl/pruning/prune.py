@@ -36,12 +36,16 @@ class Pruned:
     tallies: dict[str, Tally]
     before: Survey
     after: Survey
+    notes: tuple[str, ...] = ()
+    """What the user should know of how it came about, each a full sentence."""
 
 
-def prune(path: Path, request: Request, output: Output | None, *, has_digests: bool = False) -> Pruned:
+def prune(
+    path: Path, request: Request, output: Output | None, *, has_digests: bool = False, method: Method | None = None
+) -> Pruned:
     """Prune a model; without an output, into a scratch file that is measured and thrown away."""
     model = open_model(path)
-    method = method_of(request)
+    method = method or method_of(request)
     if request.is_packed:
         require(model, Can.PACK)
     outputs.check(model, output)

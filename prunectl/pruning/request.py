@@ -18,7 +18,7 @@ from prunectl.pruning.not_finite import NotFinite
 from prunectl.pruning.plan import Scope, Wish
 from prunectl.pruning.plugged import as_policy, as_strategy
 from prunectl.pruning.policies import MIN_SIZE, POLICIES, Policy, min_size
-from prunectl.pruning.strategies import STRATEGIES, Strategy
+from prunectl.pruning.strategies import STRATEGIES, Needs, Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,17 @@ class Request:
     seed: int = 0
     nan: str = "error"
     is_packed: bool = False
+    data: str = ""
+    """What strategies that look at data look at."""
+    samples: int = 128
+    batch_size: int = 32
+    loss: str = ""
+    """What gradients are taken of, if not what the file or its outputs suggest."""
+    model: str = ""
+    """What builds the model, for weights alone."""
+    custom_objects: str = ""
+    is_repaired: bool = False
+    """Whether the weights that stay are fitted anew to make up for those that go."""
 
 
 def from_json(said: dict[str, Any]) -> Request:
@@ -128,10 +139,23 @@ def _policy(name: str) -> Policy:
 
 def check(request: Request) -> None:
     """Refuse what contradicts itself, before a file is opened."""
-    if _strategy(request).watches_training:
+    needs = _strategy(request).needs
+    if needs is Needs.TRAINING:
         raise UsageError(
             f"the strategy {request.strategy} watches training", hint=f"prunectl finetune --strategy {request.strategy}"
         )
+    looks_at_data = needs is not Needs.NOTHING or request.is_repaired
+    if looks_at_data and not request.data:
+        who = "--repair" if request.is_repaired else f"the strategy {request.strategy}"
+        raise UsageError(f"{who} looks at data, and there is none", hint="such as --data train.npz")
+    if request.data and not looks_at_data:
+        raise UsageError(
+            f"the strategy {request.strategy} looks at no data",
+            hint="leave out --data, add --repair, or take --strategy activation-magnitude or obs",
+        )
+    for name in ("samples", "batch_size"):
+        if getattr(request, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is at least 1")
     check_shape(request)
 
 

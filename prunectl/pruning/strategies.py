@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,18 @@ class Place:
     seed: int
 
 
+class Needs(StrEnum):
+    """What a strategy looks at, beside the weights."""
+
+    NOTHING = ""
+    TRAINING = "training"
+    GRADIENTS = "gradients"
+    INPUTS = "inputs"
+    """What each weight is multiplied with."""
+    PRODUCTS = "products"
+    """How the inputs of a layer go together."""
+
+
 Score = Callable[[Array, Place], Array]
 
 
@@ -43,11 +56,11 @@ class Strategy:
     """Scores all tensors at once, in place of `score`; None for one that it leaves alone."""
     allocation: Callable[..., Sequence[int]] | None = None
     """Says how many weights go in each tensor, where this is for the strategy to say."""
-    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Parameters of a built-in strategy, with the values that they take."""
+    choices: Mapping[str, tuple[str, ...] | float] = field(default_factory=dict)
+    """Parameters of a built-in strategy, with the words that they take, the first of them if nothing is said; or with
+    the number that they are then."""
     params: Mapping[str, Any] = field(default_factory=dict)
-    watches_training: bool = False
-    """Whether it scores by what happens during training, and not by the weights alone."""
+    needs: Needs = Needs.NOTHING
 
 
 def magnitude(weights: Array, _: Place) -> Array:
@@ -76,7 +89,7 @@ def random(weights: Array, place: Place) -> Array:
 
 
 def _unseen(_: Array, place: Place) -> Array:
-    raise ValueError(f"{place.name} is scored by its training, and nobody has watched that")
+    raise ValueError(f"{place.name} is scored by what nobody has looked at")
 
 
 STRATEGIES = (
@@ -90,16 +103,28 @@ STRATEGIES = (
         choices={"bias": BIASES},
     ),
     Strategy("lamp", lamp, "the smallest shares of what is left of their layer", is_elementwise=False),
+    Strategy("gradient", _unseen, "the smallest mean |gradient|", needs=Needs.GRADIENTS),
     Strategy(
         "magnitude-gradient",
         _unseen,
-        "the smallest |weight times gradient| since the last turn of finetune",
-        watches_training=True,
+        "the smallest |weight| times mean |gradient|; in finetune since the last turn",
+        needs=Needs.GRADIENTS,
+    ),
+    Strategy("snip", _unseen, "the smallest |weight times mean gradient| (Lee et al. 2019)", needs=Needs.GRADIENTS),
+    Strategy("fisher", _unseen, "the smallest weight squared times mean gradient squared", needs=Needs.GRADIENTS),
+    Strategy(
+        "activation-magnitude",
+        _unseen,
+        "the smallest |weight| times the norm of its input, output by output (Wanda)",
+        choices={"norm": ("2", "1")},
+        needs=Needs.INPUTS,
     ),
     Strategy(
-        "movement",
+        "obs",
         _unseen,
-        "those that finetune moves towards zero (Sanh et al. 2020)",
-        watches_training=True,
+        "what the others can best make up for, and they do (SparseGPT)",
+        choices={"damp": 0.01, "blocksize": 128},
+        needs=Needs.PRODUCTS,
     ),
+    Strategy("movement", _unseen, "those that finetune moves towards zero (Sanh et al. 2020)", needs=Needs.TRAINING),
 )

@@ -29,7 +29,7 @@ def prune_report(found: Pruned, output: str) -> Report:
     zeros = sum(tally.zeros for tally in found.tallies.values())
     size = found.plan.size
     cuts = Table("cuts", _COLUMNS, rows, total=("all", "", size, dropped, zeros, zeros / size if size else 0.0))
-    remarks = [_skipped(found)] if found.plan.skips else []
+    remarks = [*([_skipped(found)] if found.plan.skips else []), *found.notes]
     if any(skip.reason == "optimizer state" for skip in found.plan.skips):
         remarks.append(
             "The optimizer's state of pruned weights is as it was: training goes on from it as from dense weights."

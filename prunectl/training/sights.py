@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from prunectl.formats.base import Array
 from prunectl.training.data.source import Arrays, Batch
@@ -58,6 +58,7 @@ class Sight:
 See = Callable[[Sight], None]
 
 
+@runtime_checkable
 class Observed(Protocol):
     """A model that can be looked at. It works as when it predicts: nothing is dropped out, no statistics are taken."""
 
@@ -78,6 +79,7 @@ class Observed(Protocol):
         """Replace the numbers of some tensors."""
 
 
+@runtime_checkable
 class Graded(Observed, Protocol):
     """A model that also knows its gradients, once `prepare` has said which loss."""
 

@@ -1,0 +1,1 @@
+"""Pruning by what data does in a model: inputs that weights meet, and gradients."""

@@ -1,0 +1,113 @@
+"""Data that goes through a model, and what is added up on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from prunectl.calibrating.moments import Pairs, Part, Sums, Wide, products
+from prunectl.errors import UsageError, WorkError
+from prunectl.formats.base import Array, Tensor
+from prunectl.training.data.source import Batch, each, mapped
+from prunectl.training.sights import Graded, Observed, Sight
+
+Adder = Callable[[Sight, tuple[int, ...]], tuple[Wide, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A model and the batches that it is looked at with."""
+
+    network: Observed
+    batches: tuple[Batch, ...]
+    reference: Observed | None = None
+    """The same model once more, which stays as it was."""
+
+    def sums(self, tensors: Sequence[Tensor], adder: Adder) -> dict[str, Sums]:
+        """Return sums of what each tensor meets, in the order in which they meet it; none of those not seen."""
+        shapes = {tensor.name: tensor.shape for tensor in tensors}
+        found: dict[str, Sums] = {}
+
+        def see(sight: Sight) -> None:
+            shape = sight.use.shape or shapes[sight.name]
+            found.setdefault(sight.name, Sums()).add(sight, shape, adder)
+
+        for batch in self.batches:
+            self.network.observe(shapes.keys(), batch.x, see)
+        for name, sums in found.items():
+            if not all(np.isfinite(total).all() for total in sums.totals.values()):
+                raise WorkError(
+                    f"{name} meets inputs that are no finite numbers; nothing was written",
+                    hint="is the data scaled as in training (?norm=unit), and the model whole?",
+                )
+        return found
+
+    def products(self, tensor: Tensor) -> Sums:
+        """Return how the inputs of one tensor go together: one at a time, since they are as big as it is squared."""
+        return self.sums([tensor], products).get(tensor.name, Sums())
+
+    def pairs(self, tensor: Tensor) -> dict[Part, Pairs]:
+        """Return how what a tensor meets now goes together with what it met in the model as it was."""
+        assert self.reference is not None
+        found: dict[Part, Pairs] = {}
+        for batch in self.batches:
+            now, before = _sights(self.network, tensor, batch), _sights(self.reference, tensor, batch)
+            for mine, theirs in zip(now, before, strict=True):
+                part = mine.use.outputs
+                found.setdefault(part, Pairs(mine.use)).add(mine, theirs, mine.use.shape or tensor.shape)
+        return found
+
+    def gradients(self, tensors: Sequence[Tensor]) -> dict[str, dict[str, Wide]]:
+        """Return the means over batches of g, of |g| and of g squared, weighted by the examples in each."""
+        network = self.network
+        if not isinstance(network, Graded):
+            raise UsageError(
+                "gradients need a framework that can differentiate the model, and onnxruntime does not",
+                hint="--strategy activation-magnitude or obs, or prune the file that the ONNX model was made from",
+            )
+        found: dict[str, dict[str, Wide]] = {}
+        examples = sum(len(each(batch.x)[0]) for batch in self.batches)
+        for batch in self.batches:
+            share = len(each(batch.x)[0]) / examples
+            for name, gradient in network.gradients([tensor.name for tensor in tensors], batch).items():
+                wide = gradient.astype(np.float64)
+                held = found.setdefault(
+                    name, {kind: np.zeros(wide.shape, np.float64) for kind in ("sum", "size", "square")}
+                )
+                held["sum"] += share * wide
+                held["size"] += share * np.abs(wide)
+                held["square"] += share * np.square(wide)
+        for name, held in found.items():
+            if not np.isfinite(held["sum"]).all():
+                raise WorkError(
+                    f"the gradient of {name} is no finite number; nothing was written",
+                    hint="is the data scaled as in training (?norm=unit), and is it the right --loss?",
+                )
+        return found
+
+
+def _sights(network: Observed, tensor: Tensor, batch: Batch) -> list[Sight]:
+    found: list[Sight] = []
+    network.observe([tensor.name], batch.x, lambda sight: found.append(replace(sight, inputs=sight.inputs.copy())))
+    return found
+
+
+def taken(batches: Iterator[Batch], samples: int) -> tuple[Batch, ...]:
+    """Return the first examples of some batches."""
+    found: list[Batch] = []
+    left = samples
+
+    def first(array: Array) -> Array:
+        return array[:left]
+
+    for batch in batches:
+        count = len(each(batch.x)[0])
+        found.append(Batch(mapped(first, batch.x), None if batch.y is None else mapped(first, batch.y)))
+        left -= count
+        if left <= 0:
+            break
+    if not found:
+        raise UsageError("the data holds no examples to look at")
+    return tuple(found)

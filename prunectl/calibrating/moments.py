@@ -1,0 +1,112 @@
+"""What is added up of the inputs that a tensor meets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunectl.calibrating.columns import columns
+from prunectl.formats.base import Array
+from prunectl.training.sights import Sight, Use
+
+Wide = NDArray[np.float64]
+Part = tuple[int, int] | None
+"""The outputs of a tensor that met these inputs; None for all."""
+
+
+@dataclass(slots=True)
+class Sums:
+    """Sums over all that a tensor has met, for each part of its outputs."""
+
+    uses: dict[Part, Use] = field(default_factory=dict)
+    totals: dict[Part, Wide] = field(default_factory=dict)
+    counts: dict[Part, int] = field(default_factory=dict)
+
+    def add(
+        self, sight: Sight, kernel: tuple[int, ...], of: Callable[[Sight, tuple[int, ...]], tuple[Wide, int]]
+    ) -> None:
+        """Count what one sight adds."""
+        total, count = of(sight, kernel)
+        part = sight.use.outputs
+        self.uses.setdefault(part, sight.use)
+        self.counts[part] = self.counts.get(part, 0) + count
+        if part in self.totals:
+            self.totals[part] += total
+        else:
+            self.totals[part] = total
+
+
+def squares(sight: Sight, kernel: tuple[int, ...]) -> tuple[Wide, int]:
+    """Return the sum of the squares of every feature, as groups by features."""
+    return _gathered(sight, kernel, lambda inputs: np.einsum("i...,i...->...", inputs, inputs))
+
+
+def sizes(sight: Sight, kernel: tuple[int, ...]) -> tuple[Wide, int]:
+    """Return the sum of the absolute values of every feature."""
+    return _gathered(sight, kernel, lambda inputs: np.abs(inputs).sum(axis=0))
+
+
+def sums(sight: Sight, kernel: tuple[int, ...]) -> tuple[Wide, int]:
+    """Return the sum of every feature."""
+    return _gathered(sight, kernel, lambda inputs: inputs.sum(axis=0))
+
+
+def _gathered(sight: Sight, kernel: tuple[int, ...], over: Callable[[Array], Any]) -> tuple[Wide, int]:
+    # What comes of an element of the inputs is added up over the examples first, and seen through the window after
+    # that: zero stays zero, so that the order does not matter, and nothing as big as all windows is ever made.
+    inputs = sight.inputs
+    if sight.use.window is None:
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        return np.asarray(over(flat), np.float64).reshape(sight.use.groups, -1), len(flat)
+    once = np.asarray(over(inputs))[None]
+    found, positions = np.float64(0), 0
+    for seen in columns(once, sight.use, kernel):
+        found = found + seen.sum(axis=0, dtype=np.float64)
+        positions += len(seen)
+    return np.asarray(found), positions * len(inputs)
+
+
+def products(sight: Sight, kernel: tuple[int, ...]) -> tuple[Wide, int]:
+    """Return the sum of the products of every two features of a group: groups by features by features."""
+    total: Any = 0.0
+    count = 0
+    for seen in columns(sight.inputs, sight.use, kernel):
+        by_group = _by_group(seen)
+        total = total + np.matmul(by_group.transpose(0, 2, 1), by_group).astype(np.float64)
+        count += len(seen)
+    return np.asarray(total, np.float64), count
+
+
+@dataclass(slots=True)
+class Pairs:
+    """How the inputs that a part of a tensor meets now go together, among each other and with those it met before."""
+
+    use: Use
+    count: int = 0
+    now: Wide = field(default_factory=lambda: np.zeros(()))
+    """The sum of every feature, as groups by features."""
+    before: Wide = field(default_factory=lambda: np.zeros(()))
+    among: Wide = field(default_factory=lambda: np.zeros(()))
+    """The sum of the products of every two features, as groups by features by features."""
+    across: Wide = field(default_factory=lambda: np.zeros(()))
+    """The same, of features now with features before."""
+
+    def add(self, now: Sight, before: Sight, kernel: tuple[int, ...]) -> None:
+        """Count what the same weights meet for the same examples."""
+        for mine, theirs in zip(
+            columns(now.inputs, now.use, kernel), columns(before.inputs, before.use, kernel), strict=True
+        ):
+            self.count += len(mine)
+            self.now = self.now + mine.sum(axis=0, dtype=np.float64)
+            self.before = self.before + theirs.sum(axis=0, dtype=np.float64)
+            turned = np.ascontiguousarray(mine.transpose(1, 2, 0), np.float32)
+            self.among = self.among + np.matmul(turned, _by_group(mine))
+            self.across = self.across + np.matmul(turned, _by_group(theirs))
+
+
+def _by_group(seen: Array) -> Array:
+    return np.ascontiguousarray(seen.transpose(1, 0, 2), np.float32)

@@ -1,0 +1,94 @@
+"""Pruning by what data does in the model, from a file to a file."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from prunectl.calibrating.informed import informed
+from prunectl.calibrating.opening import Opened, opened
+from prunectl.calibrating.solver import BLOCK, DAMP, Solver
+from prunectl.formats.base import Array, ModelFile
+from prunectl.formats.table import by_name, open_model
+from prunectl.pruning import output as outputs
+from prunectl.pruning import plan as planning
+from prunectl.pruning.execute import Method, Solution
+from prunectl.pruning.output import Output
+from prunectl.pruning.plan import Plan
+from prunectl.pruning.prune import Pruned
+from prunectl.pruning.prune import prune as prune_file
+from prunectl.pruning.request import Request, method_of, wish_of
+from prunectl.pruning.strategies import Needs
+
+_SHOWN = 5
+
+
+def prune(
+    path: Path, request: Request, output: Output | None, *, has_digests: bool = False, is_trusted: bool = False
+) -> Pruned:
+    """Prune a model by what some data does in it."""
+    model, method = open_model(path), method_of(request)
+    outputs.check(model, output)
+    wish, needs = wish_of(request), method.strategy.needs
+    choice = planning.choose(model, wish, can_reencode=by_name(model.format).is_reencoded)
+    found = opened(
+        model,
+        request,
+        is_trusted=is_trusted,
+        needs_targets=needs is Needs.GRADIENTS,
+        has_reference=request.is_repaired or (needs is Needs.PRODUCTS and method.pattern is not None),
+    )
+    with closing(found):
+        notes = found.notes
+        solver: Solver | None = None
+        if needs is Needs.PRODUCTS or request.is_repaired:
+            params = method.strategy.params
+            solver = Solver(
+                found.calibration,
+                needs is Needs.PRODUCTS,
+                request.is_repaired,
+                params.get("damp", DAMP),
+                params.get("blocksize", BLOCK),
+            )
+        if needs is not Needs.NOTHING:
+            method, left = informed(model, choice.tensors, method, wish.scope, found.calibration)
+            notes += _said("ranked by magnitude: what they meet cannot be seen", left)
+        if solver is not None:
+            method = replace(method, solver=_Repair(found, solver).solve if request.is_repaired else solver.solve)
+        pruned = prune_file(path, request, output, has_digests=has_digests, method=method)
+        if solver is not None:
+            how = "ranked by magnitude and not fitted anew" if solver.is_obs else "not fitted anew"
+            notes += _said(f"{how}: what they meet cannot be seen", tuple(solver.unfitted))
+    return replace(pruned, notes=notes)
+
+
+def _said(what: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} others" if len(names) > _SHOWN else "")
+    return (f"{shown}: {what}.",)
+
+
+class _Repair:
+    """Solves, and takes the statistics of batch normalisation anew where the model can be trained."""
+
+    def __init__(self, found: Opened, solver: Solver) -> None:
+        self._found, self._solver = found, solver
+
+    def solve(self, model: ModelFile, plan: Plan, method: Method) -> Solution:
+        """Return what becomes of the tensors of a plan, of biases and of statistics."""
+        solution = self._solver.solve(model, plan, method)
+        network = self._found.trained
+        if network is None or not network.recalibrate(iter(self._found.calibration.batches)):
+            return solution
+        after = network.tensors()
+        statistics: dict[str, Array] = {}
+        for tensor in model.tensors:
+            if tensor.name in after and tensor.name not in {cut.tensor.name for cut in plan.cuts}:
+                value = after[tensor.name]
+                if not np.array_equal(value, model.read(tensor)):
+                    statistics[tensor.name] = value
+        return replace(solution, others={**statistics, **solution.others})

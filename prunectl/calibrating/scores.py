@@ -1,0 +1,54 @@
+"""From what was seen to scores: pure functions over the weights of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from prunectl.calibrating.columns import matrix, placed
+from prunectl.calibrating.moments import Sums, Wide
+from prunectl.formats.base import Array
+
+GRADIENTS = ("gradient", "magnitude-gradient", "snip", "fisher")
+
+
+def with_inputs(weights: Array, norms: Sums) -> Wide:
+    """Return |weight| times the norm of what it is multiplied with."""
+    found: Array = np.zeros(weights.shape)
+    for part, use in norms.uses.items():
+        rows = np.abs(matrix(weights, use).astype(np.float64)) * norms.totals[part][:, np.newaxis]
+        found = placed(rows, use, found)
+    return found
+
+
+def by_output(scores: Wide, sums: Sums) -> Wide:
+    """Return ranks within each output, so that all outputs lose the same share."""
+    found: Array = np.zeros(scores.shape)
+    for use in sums.uses.values():
+        rows = matrix(scores, use)
+        order = np.argsort(rows, axis=-1, kind="stable")
+        ranks = np.empty_like(rows)
+        np.put_along_axis(ranks, order, np.arange(rows.shape[-1], dtype=rows.dtype), axis=-1)
+        found = placed(ranks, use, found)
+    return found
+
+
+def is_covered(shape: tuple[int, ...], sums: Sums) -> bool:
+    """Whether every output of a tensor was seen."""
+    seen = np.zeros(shape, np.bool_)
+    for use in sums.uses.values():
+        seen = placed(np.ones(matrix(seen, use).shape, np.bool_), use, seen)
+    return bool(seen.all())
+
+
+def with_gradients(strategy: str, weights: Array, gradients: Mapping[str, Wide]) -> Wide:
+    """Return the scores of a strategy from means over batches: of g, of |g| and of g squared."""
+    wide = weights.astype(np.float64)
+    if strategy == "gradient":
+        return gradients["size"]
+    if strategy == "magnitude-gradient":
+        return np.asarray(np.abs(wide) * gradients["size"])
+    if strategy == "snip":
+        return np.asarray(np.abs(wide * gradients["sum"]))
+    return np.asarray(np.square(wide) * gradients["square"])

@@ -1,0 +1,137 @@
+"""New numbers for what stays: layer after layer, each with the inputs that those before it now give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from prunectl.calibrating import moments, obs, scores
+from prunectl.calibrating.bias import bias_of, corrected
+from prunectl.calibrating.bias import means as outputs
+from prunectl.calibrating.calibration import Calibration
+from prunectl.calibrating.columns import matrix, placed
+from prunectl.calibrating.moments import Sums, Wide
+from prunectl.calibrating.refit import centred, refit
+from prunectl.formats.base import Array, ModelFile, Tensor
+from prunectl.formats.writing import in_storage_order
+from prunectl.measuring.patterns import ZerosOf
+from prunectl.pruning import live
+from prunectl.pruning.execute import Method, Solution
+from prunectl.pruning.not_finite import NotFinite
+from prunectl.pruning.plan import Choice, Plan
+from prunectl.pruning.selection import Mask
+from prunectl.training.sights import Use
+
+DAMP = 0.01
+BLOCK = 128
+Fit = tuple[Wide, Mask]
+"""New numbers, and what was dropped of the old ones."""
+
+
+@dataclass(slots=True)
+class Solver:
+    """Decides and fits, one tensor after the other."""
+
+    calibration: Calibration
+    is_obs: bool
+    is_repaired: bool
+    damp: float = DAMP
+    block: int = BLOCK
+    unfitted: list[str] = field(default_factory=list)
+    """Tensors of which it could not be told what they meet."""
+
+    def solve(self, model: ModelFile, plan: Plan, method: Method) -> Solution:
+        """Return what becomes of every tensor of a plan."""
+        tensors = {cut.tensor.name: cut.tensor for cut in plan.cuts}
+        old = {name: np.array(model.read(tensor)) for name, tensor in tensors.items()}
+        kept = live.kept(model, plan, method, Choice(tuple(tensors.values()), (), {}), dict(old))
+        network, self.unfitted = self.calibration.network, []
+        network.assign(old)
+        means = self.calibration.sums(list(tensors.values()), moments.sums)
+        new: dict[str, tuple[Array, Mask]] = {}
+        others: dict[str, Array] = {}
+        # In the order in which data meets them; what it never meets comes last.
+        for name in (*means, *(name for name in tensors if name not in means)):
+            tensor, weights = tensors[name], old[name]
+            fit = None
+            bias = bias_of(model, tensor) if self.is_repaired else None
+            if name in means and np.isfinite(weights).all() and scores.is_covered(tensor.shape, means[name]):
+                fit = self._fit(tensor, weights, ~kept[name], method, means[name], has_bias=bias is not None)
+            if fit is None:
+                self.unfitted.append(name)
+                stays = kept[name] & (np.isfinite(weights) | (method.not_finite is not NotFinite.ZERO))
+                fit = np.where(stays, weights, np.zeros((), weights.dtype)), ~kept[name]
+            values, dropped = fit
+            new[name] = np.where(dropped, 0, values).astype(tensor.dtype), dropped
+            network.assign({name: new[name][0]})
+            if bias is not None and name in means:
+                before = others[bias.name] if bias.name in others else np.array(model.read(bias))
+                now = self.calibration.sums([tensor], moments.sums)[name]
+                pair = outputs(means[name], weights), outputs(now, new[name][0])
+                if before.size == pair[0].size:
+                    others[bias.name] = corrected(*pair, before)
+                    network.assign({bias.name: others[bias.name]})
+        return Solution([partial(_given, cut.tensor, *new[cut.tensor.name]) for cut in plan.cuts], others)
+
+    def _fit(self, tensor: Tensor, weights: Array, dropped: Mask, method: Method, seen: Sums, *, has_bias: bool) -> Fit:
+        """Return new numbers for a tensor of which it is known what it meets."""
+        values: Wide = weights.astype(np.float64)
+        by_columns = self.is_obs and _goes_by_columns(tensor, method, seen)
+        if by_columns:
+            products = self.calibration.products(tensor)
+            found, dropped = self._operated(values, products, int(np.count_nonzero(dropped)), method)
+            if not self.is_repaired:
+                return found, dropped
+        return self._refitted(tensor, values, dropped, has_bias=has_bias), dropped
+
+    def _operated(self, values: Wide, products: Sums, drop: int, method: Method) -> Fit:
+        dropped: Mask = np.zeros(values.shape, np.bool_)
+        size, pattern = values.size, method.pattern
+        done = seen = 0
+        for part, use in products.uses.items():
+            rows = matrix(values, use)
+            new, gone = np.empty_like(rows), np.zeros(rows.shape, np.bool_)
+            for group, total in enumerate(products.totals[part]):
+                outputs, features = rows.shape[1:]
+                seen += outputs * features
+                here = drop * seen // size - done
+                done += here
+                if isinstance(pattern, ZerosOf):
+                    channels = features if use.window is None else _channels(values, use)
+                    decided = obs.grouped(features, channels, pattern.zeros, pattern.group)
+                else:
+                    decided = obs.unstructured(outputs, features, here, self.block)
+                new[group], gone[group] = obs.prune(rows[group], total, decided, self.damp, self.block)
+            values, dropped = placed(new, use, values), placed(gone, use, dropped)
+        return values, dropped
+
+    def _refitted(self, tensor: Tensor, values: Wide, dropped: Mask, *, has_bias: bool) -> Wide:
+        for pairs in self.calibration.pairs(tensor).values():
+            rows, kept = matrix(values, pairs.use), ~matrix(dropped, pairs.use)
+            among, across = pairs.among, pairs.across
+            if has_bias:
+                among = centred(among, pairs.now, pairs.now, pairs.count)
+                across = centred(across, pairs.now, pairs.before, pairs.count)
+            new = [refit(rows[at], among[at], across[at], kept[at], self.damp) for at in range(len(rows))]
+            values = placed(np.stack(new), pairs.use, values)
+        return values
+
+
+def _goes_by_columns(tensor: Tensor, method: Method, products: Sums) -> bool:
+    """Whether columns can be decided one after the other: not in blocks, and groups only along what is summed over."""
+    if method.pattern is None:
+        return True
+    return isinstance(method.pattern, ZerosOf) and all(
+        use.in_axis == tensor.inputs_axis and use.shape is None for use in products.uses.values()
+    )
+
+
+def _channels(values: Array, use: Use) -> int:
+    return 1 if use.in_axis is None else values.shape[use.in_axis]
+
+
+def _given(tensor: Tensor, values: Array, dropped: Mask) -> Iterator[tuple[Array, Mask]]:
+    yield in_storage_order(tensor, values), in_storage_order(tensor, dropped)
