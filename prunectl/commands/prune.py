@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from prunectl.calibrating.prune import prune as calibrated
 from prunectl.commands.inputs import STDIN, local
 from prunectl.commands.requests import destination, request_of
 from prunectl.commands.verb import verb
@@ -39,6 +40,10 @@ def _later(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
     return _option("Wrappers for later training", *names, help=help, **more)
 
 
+def _data(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
+    return _option("With data", *names, help=help, **more)
+
+
 def prune(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="File or folder; - is standard input.")],
@@ -58,6 +63,14 @@ def prune(
     layer: Annotated[list[str] | None, _which(metavar="GLOB=R", help="A ratio of their own; the last wins.")] = None,
     seed: Annotated[int, _which(help="Decides what is random.")] = 0,
     nan: Annotated[NotFinite, _which(help="What becomes of NaN and infinity.")] = NotFinite.ERROR,
+    data: Annotated[str, _data(metavar="SPEC", help="What strategies that look at data look at: train.npz …")] = "",
+    samples: Annotated[int, _data(help="How many examples of it.", min=1)] = 128,
+    batch_size: Annotated[int, _data(help="How many at a time.", min=1)] = 32,
+    repair: Annotated[bool, _data("--repair", help="Fit what stays anew, to make up for what goes.")] = False,
+    loss: Annotated[str, _data(metavar="NAME", help="What gradients are taken of; else as the file says.")] = "",
+    build: Annotated[str, _data("--model", metavar="MOD:FN", help="Builds the model, for weights alone.")] = "",
+    custom_objects: Annotated[str, _data(metavar="MOD:DICT", help="Explains custom Keras layers.")] = "",
+    trust: Annotated[bool, _data("--trust", help="Let code that comes with the file run.")] = False,
     wrap: Annotated[bool, _later("--wrap", help="Write the framework's pruning wrappers.")] = False,
     schedule: Annotated[str, _later(metavar="NAME", help="Prune later, along this curve (Keras 2).")] = "",
     schedule_param: Annotated[list[str] | None, _later(metavar="K=V", help="A parameter of the schedule.")] = None,
@@ -66,8 +79,6 @@ def prune(
     end: Annotated[str, _later(metavar="STEP", help="Until when.")] = "",
     frequency: Annotated[int | None, _later(metavar="STEPS", help="From one turn to the next.", min=1)] = None,
     power: Annotated[float | None, _later(help="Of the polynomial.  [default: 3]")] = None,
-    custom_objects: Annotated[str, _later(metavar="MOD:DICT", help="Explains custom Keras layers.")] = "",
-    trust: Annotated[bool, _later("--trust", help="Let code that comes with the file run.")] = False,
     pack: Annotated[bool, typer.Option("--pack", help="Compress the output inside its container.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would come of it; write nothing.")] = False,
     manifest: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep a record of the run.")] = None,
@@ -83,6 +94,8 @@ def prune(
 
     [dim]$[/] prunectl prune model.onnx -o fast.onnx --pattern 2:4 --exclude fc2
 
+    [dim]$[/] prunectl prune model.keras -o small.keras -s 80% --strategy obs --data train.npz --repair
+
     [dim]$[/] prunectl prune model.h5 -o wrapped.h5 -s 80% --schedule polynomial --end 2000
     """
     reporter: Reporter = ctx.obj
@@ -97,7 +110,10 @@ def prune(
                 if output == STDIN and place is not None
                 else reporter.show(wrap_report(wrapped, str(place.target) if place is not None else ""))
             )
-        found = run(path, asked, place, has_digests=manifest is not None)
+        if asked.data:
+            found = calibrated(path, asked, place, has_digests=manifest is not None, is_trusted=trust)
+        else:
+            found = run(path, asked, place, has_digests=manifest is not None)
         if manifest is not None and place is not None:
             manifests.write(manifest, found)
         if output == STDIN and place is not None:

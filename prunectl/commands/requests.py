@@ -20,7 +20,7 @@ from prunectl.pruning.output import Output
 from prunectl.pruning.request import Request
 from prunectl.reporting.words import parse_ratio, parse_size
 
-_FREE = frozenset({"model", "output", "dry_run", "manifest", "recipe", "force", "in_place"})
+_FREE = frozenset({"model", "output", "dry_run", "manifest", "recipe", "force", "in_place", "trust"})
 """What a recipe leaves open."""
 
 
@@ -48,6 +48,13 @@ def request_of(ctx: typer.Context, recipe: Path | None) -> Request:
         seed=said["seed"],
         nan=str(said["nan"]),
         is_packed=said["pack"],
+        data=said["data"],
+        samples=said["samples"],
+        batch_size=said["batch_size"],
+        loss=said["loss"],
+        model=said["build"],
+        custom_objects=said["custom_objects"],
+        is_repaired=said["repair"],
     )
 
 

@@ -18,7 +18,7 @@ _FREQUENCY = 100
 """Steps from one turn to the next on a long way, as in tfmot."""
 _TURNS = 20
 _OF_A_SCHEDULE = ("schedule_param", "initial_sparsity", "begin", "end", "frequency", "power")
-_OF_WRAPPERS = ("custom_objects", "trust")
+_OF_WRAPPERS = ("custom_objects", "trust", "build")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +34,16 @@ def wrappers_of(ctx: typer.Context) -> Wrappers | None:
     """Return what was asked of wrappers; None if they were not asked for."""
     said = ctx.params
     if said["schedule"] or said["wrap"]:
+        if said["data"]:
+            raise UsageError("wrappers are written by strategies that look at weights alone", hint="leave out --data")
         if said["manifest"] is not None:
             raise UsageError("a manifest repeats a run to the same bytes, and frameworks write wrappers as they like")
         ramp = _ramp(said) if said["schedule"] else None
         _refuse(said, () if ramp is not None else _OF_A_SCHEDULE, "a schedule", "--schedule NAME")
         return Wrappers(ramp, Origin(custom_objects=said["custom_objects"], is_trusted=said["trust"]))
     _refuse(said, _OF_A_SCHEDULE, "a schedule", "--schedule NAME")
-    _refuse(said, _OF_WRAPPERS, "wrappers, as prune opens no model otherwise", "--wrap")
+    if not said["data"]:
+        _refuse(said, _OF_WRAPPERS, "models that are opened, as for wrappers or data", "--wrap or --data SPEC")
     return None
 
 
