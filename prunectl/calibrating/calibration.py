@@ -25,6 +25,11 @@ class Calibration:
     reference: Observed | None = None
     """The same model once more, which stays as it was."""
 
+    @property
+    def examples(self) -> int:
+        """How many examples there are."""
+        return sum(len(each(batch.x)[0]) for batch in self.batches)
+
     def sums(self, tensors: Sequence[Tensor], adder: Adder) -> dict[str, Sums]:
         """Return sums of what each tensor meets, in the order in which they meet it; none of those not seen."""
         shapes = {tensor.name: tensor.shape for tensor in tensors}
@@ -68,7 +73,7 @@ class Calibration:
                 hint="--strategy activation-magnitude or obs, or prune the file that the ONNX model was made from",
             )
         found: dict[str, dict[str, Wide]] = {}
-        examples = sum(len(each(batch.x)[0]) for batch in self.batches)
+        examples = self.examples
         for batch in self.batches:
             share = len(each(batch.x)[0]) / examples
             for name, gradient in network.gradients([tensor.name for tensor in tensors], batch).items():

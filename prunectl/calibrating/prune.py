@@ -60,6 +60,9 @@ def prune(
             method = replace(method, solver=_Repair(found, solver).solve if request.is_repaired else solver.solve)
         pruned = prune_file(path, request, output, has_digests=has_digests, method=method)
         if solver is not None:
+            fitted = sum(cut.tensor.name not in solver.unfitted for cut in pruned.plan.cuts)
+            examples = found.calibration.examples
+            notes += (f"What stays of {fitted} tensors was fitted anew to {examples} examples of {request.data}.",)
             how = "ranked by magnitude and not fitted anew" if solver.is_obs else "not fitted anew"
             notes += _said(f"{how}: what they meet cannot be seen", tuple(solver.unfitted))
     return replace(pruned, notes=notes)

@@ -15,6 +15,7 @@ from prunectl.pruning import request as requests
 from prunectl.pruning.plan import Choice
 from prunectl.pruning.schedules import Ramp, Schedule
 from prunectl.pruning.selection import Mask
+from prunectl.pruning.strategies import Needs
 from prunectl.training.course import Course
 from prunectl.training.evidence import WATCHED, Evidence
 from prunectl.training.keeper import Rules
@@ -37,6 +38,12 @@ def rules_of(model: ModelFile, request: Request, course: Course) -> Rules:
         requests.check_shape(asked)
     wish, method = requests.wish_of(asked), requests.method_of(asked)
     evidence = WATCHED.get(asked.strategy, Evidence.NONE)
+    if method.strategy.needs is not Needs.NOTHING and evidence is Evidence.NONE:
+        raise UsageError(
+            f"the strategy {asked.strategy} looks at a model that stands still",
+            hint=f"prunectl prune --strategy {asked.strategy} --data …, and finetune keeps its zeros; "
+            f"in finetune: {', '.join(WATCHED)}",
+        )
     choice = planning.choose(model, wish, can_reencode=by_name(model.format).is_reencoded)
     schedule = None
     if request.prunes:

@@ -213,9 +213,8 @@ def test_built_in_strategies_take_only_their_own_parameters(tmp_path: Path) -> N
     assert "the strategy magnitude takes no --param" in done.err
 
 
-@pytest.mark.parametrize("name", ["movement", "magnitude-gradient"])
-def test_strategies_that_watch_training_are_sent_to_finetune(name: str, tmp_path: Path) -> None:
-    done = prunectl("prune", FIXTURES / "digits_cnn.h5", "-o", tmp_path / "x.h5", "-s", "0.5", "--strategy", name)
+def test_a_strategy_that_watches_training_is_sent_to_finetune(tmp_path: Path) -> None:
+    done = prunectl("prune", FIXTURES / "digits_cnn.h5", "-o", tmp_path / "x.h5", "-s", "0.5", "--strategy", "movement")
     assert done.code == 2
-    assert f"prunectl finetune --strategy {name}" in done.err
+    assert "prunectl finetune --strategy movement" in done.err
     assert not list(tmp_path.iterdir())

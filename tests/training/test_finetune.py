@@ -306,6 +306,7 @@ def test_bad_data_is_told_before_the_first_step(spoil: Any, said: str, tmp_path:
         ({"steps": 5, "epochs": 2}, "exclude each other"),
         ({"frozen": ("cnv*",)}, "cnv"),
         ({"pruning": Pruning(sparsity=0.5, strategy="movement", params=("a=1",))}, "takes no --param"),
+        ({"pruning": Pruning(sparsity=0.5, strategy="obs")}, "looks at a model that stands still"),
         ({"pruning": Pruning(sparsity=0.5), "ramping": Ramping(end="999")}, "end at step 999, training has"),
     ],
 )
