@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import big_files, overhead, pruning, scripts, startup, training
+from benchmarks import big_files, calibration, calibration_cost, overhead, pruning, scripts, startup, training
 
 ALL = {
     "startup": startup.run,
@@ -13,6 +13,8 @@ ALL = {
     "pruning": pruning.run,
     "overhead": overhead.run,
     "training": training.run,
+    "calibration": calibration.run,
+    "calibration_cost": calibration_cost.run,
 }
 
 for name in sys.argv[1:] or ALL:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from prunectl.calibrating import prune as calibrating
 from prunectl.formats.stripping import Part, Wish
 from prunectl.formats.table import open_model
 from prunectl.measuring import codecs, looking, patterns, sizes
@@ -24,6 +25,8 @@ from prunectl.training import finetune as training
 from prunectl.training.finetune import Finetuned
 from prunectl.training.words import request_of
 
+_FIELDS = {"pack": "is_packed", "param": "params", "repair": "is_repaired", "layer": "layers"}
+"""Words of the command line that a request has another name for."""
 AnyPath = str | os.PathLike[str]
 
 
@@ -39,15 +42,26 @@ def size(model: AnyPath, *, codec: str = "gzip", level: int | None = None) -> Su
 
 
 def prune(
-    model: AnyPath, output: AnyPath | None, *, force: bool = False, in_place: bool = False, **words: Any
+    model: AnyPath,
+    output: AnyPath | None,
+    /,
+    *,
+    force: bool = False,
+    in_place: bool = False,
+    trust: bool = False,
+    **words: Any,
 ) -> Pruned:
     """Zero the least important weights of a model; without an output nothing is written.
 
     The words are those of the command line: ``sparsity=0.8``, ``scope="global"``, ``exclude=["fc*"]`` …
     """
-    request = requests.from_json({key: list(value) if _is_list(value) else value for key, value in words.items()})
+    said = {_FIELDS.get(word, word): list(value) if _is_list(value) else value for word, value in words.items()}
+    request = requests.from_json(said)
     requests.check(request)
-    return pruning.prune(Path(model), request, _output(output, force=force, in_place=in_place))
+    place = _output(output, force=force, in_place=in_place)
+    if request.data:
+        return calibrating.prune(Path(model), request, place, is_trusted=trust)
+    return pruning.prune(Path(model), request, place)
 
 
 def strip(

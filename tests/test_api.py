@@ -61,3 +61,15 @@ def test_finetune_takes_the_words_of_the_command_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no choice sparsty") as caught:
         prunectl.finetune(FIXTURES / "digits_cnn.pt", tmp_path / "out.pt", sparsty=0.5)
     assert caught.value.did_you_mean[0] == "sparsity"
+
+
+def test_prune_looks_at_data_as_the_command_does(tmp_path: Path) -> None:
+    data = f"{FIXTURES / 'digits.npz'}?norm=/16"
+    words = ["-s", "0.8", "--strategy", "activation-magnitude", "--samples", "64", "--data", data]
+    done = command("prune", FIXTURES / "digits_cnn.onnx", "-o", tmp_path / "a.onnx", *words)
+    assert done.code == 0, done.err
+    said = {"sparsity": 0.8, "samples": 64, "data": data}
+    model, target = FIXTURES / "digits_cnn.onnx", tmp_path / "b.onnx"
+    prunectl.prune(model, target, strategy="activation-magnitude", **said)
+    assert (tmp_path / "a.onnx").read_bytes() == target.read_bytes()
+    assert any("anew to 64 examples" in note for note in prunectl.prune(model, None, repair=True, **said).notes)

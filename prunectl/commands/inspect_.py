@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import importlib
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
+from prunectl.calibrating.sensitivity.found import Sensitivity
 from prunectl.commands.inputs import survey_each
 from prunectl.commands.verb import verb
+from prunectl.errors import UsageError
+from prunectl.formats.base import ModelFile
 from prunectl.formats.table import open_model
 from prunectl.measuring import patterns
 from prunectl.measuring.looking import Look, Order, look
+from prunectl.measuring.survey import Survey
 from prunectl.reporting.inspect_report import inspect_report
 from prunectl.reporting.reporter import Reporter
+from prunectl.reporting.sensitivity_report import with_sensitivity
+
+_ABOUT_DATA = ("samples", "batch_size", "build", "custom_objects", "loss", "trust")
+
+
+def _data(*names: str, help: str, **more: Any) -> Any:  # noqa: A002 - typer's word
+    return typer.Option(*names, help=help, rich_help_panel="How much each layer suffers from pruning", **more)
 
 
 def inspect(
@@ -25,22 +38,69 @@ def inspect(
     hist: Annotated[bool, typer.Option("--hist", help="A histogram of the weights' magnitudes.")] = False,
     flops: Annotated[bool, typer.Option("--flops", help="Floating-point operations for one input.")] = False,
     zeros: Annotated[bool, typer.Option("--zeros/--no-zeros", help="Count zeros, or read no weight.")] = True,
+    sensitivity: Annotated[bool, _data("--sensitivity", help="Prune each tensor alone; see what goes.")] = False,
+    data: Annotated[str, _data(metavar="SPEC", help="Examples to run: train.npz, x.npy,y.npy, images/…")] = "",
+    samples: Annotated[int, _data(help="How many of them.", min=1)] = 128,
+    batch_size: Annotated[int, _data(help="How many at a time.", min=1)] = 32,
+    build: Annotated[str, _data("--model", metavar="MOD:FN", help="Builds the model, for weights alone.")] = "",
+    custom_objects: Annotated[str, _data(metavar="MOD:DICT", help="Explains custom Keras layers.")] = "",
+    loss: Annotated[str, _data(metavar="NAME", help="What is measured; else as the file says.")] = "",
+    trust: Annotated[bool, _data("--trust", help="Let code that comes with the file run.")] = False,
 ) -> int:
     """Show what is in a model file: layers, sparsity, dead weight.
 
-    No framework is loaded, and no code from the file runs.
+    No framework is loaded, and no code from the file runs, unless --data is to go through it.
 
     [dim]$[/] prunectl inspect model.h5
 
     [dim]$[/] prunectl inspect model.pt --sort sparsity --pattern 2:4
 
     [dim]$[/] prunectl inspect model.onnx --flops --json
+
+    [dim]$[/] prunectl inspect model.keras --sensitivity --data train.npz
     """
+    _check(ctx)
     reporter: Reporter = ctx.obj
     parsed = patterns.parse(pattern) if pattern else None
     wanted = Look(layers, sort, pattern, hist, flops, zeros, has_digest=reporter.is_json)
-    surveys, failures = survey_each(models, lambda path: look(open_model(path), wanted, parsed, reporter.progress))
-    return reporter.show(inspect_report(surveys, failures, has_flops=flops))
+    asked = {"data": data, "samples": samples, "batch_size": batch_size, "loss": loss}
+    asked |= {"model": build, "custom_objects": custom_objects}
+    suffering: list[Sensitivity] = []
+
+    def seen(path: Path) -> Survey:
+        model = open_model(path)
+        found = look(model, wanted, parsed, reporter.progress)
+        if sensitivity:
+            suffering.append(_measured(model, asked, layers=layers, is_trusted=trust, meter=reporter.progress))
+        return found
+
+    surveys, failures = survey_each(models, seen)
+    report = inspect_report(surveys, failures, has_flops=flops)
+    return reporter.show(with_sensitivity(report, suffering) if sensitivity else report)
+
+
+def _measured(model: ModelFile, asked: dict[str, Any], **how: Any) -> Sensitivity:
+    # By name: these bring all that opens data and trains models, which a look at a file does without.
+    run = importlib.import_module("prunectl.calibrating.sensitivity.run").sensitivity
+    request = importlib.import_module("prunectl.pruning.request").Request(**asked)
+    found: Sensitivity = run(model, request, **how)
+    return found
+
+
+def _check(ctx: typer.Context) -> None:
+    """Refuse options that would have no effect."""
+    said = ctx.params
+    if said["data"] and not said["sensitivity"]:
+        raise UsageError("inspect looks at data for --sensitivity only", hint="add --sensitivity, or leave out --data")
+    typed = [name for name in _ABOUT_DATA if _is_typed(ctx, name)]
+    if typed and not said["data"]:
+        word = "model" if typed[0] == "build" else typed[0].replace("_", "-")
+        raise UsageError(f"--{word} is about data, and there is none", hint="such as --sensitivity --data train.npz")
+
+
+def _is_typed(ctx: typer.Context, name: str) -> bool:
+    source: Any = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 command = verb(inspect)

@@ -1,0 +1,1 @@
+"""How much each layer suffers from pruning, alone."""
