@@ -80,6 +80,25 @@ torch.save(net.state_dict(), f"{folder}/{name}.pt")
 """
 
 
+_JUDGE = """
+import json, sys, torch, numpy as np
+folder, name, data, *models = sys.argv[1:]
+sys.path.insert(0, folder)
+import nets
+held = np.load(data)
+x, y = torch.from_numpy(held["x"]), torch.from_numpy(held["y"].astype("i8"))
+x = x[:, None].float() / 255 if x.ndim == 3 else x.long()
+found = []
+for model in models:
+    net = getattr(nets, name)().eval()
+    net.load_state_dict(torch.load(model, weights_only=True))
+    with torch.no_grad():
+        right = sum(int((net(part).argmax(1) == of).sum()) for part, of in zip(x.split(1000), y.split(1000)))
+    found.append(right / len(x))
+print(json.dumps(found))
+"""
+
+
 def _text(folder: Path) -> None:
     """Write lines of Python's library, letter by letter, with the number of the module they come from."""
     rows, labels = [], []
@@ -96,10 +115,10 @@ def _text(folder: Path) -> None:
     np.savez(folder / "text_test.npz", x=x[cut:], y=y[cut:])
 
 
-def _accuracy(model: Path, own: str, test: str) -> float:
-    words = ("--data", test, "--val", test, "--epochs", "0", "--batch-size", "500", "--model", own, "--json")
-    out = _run(PRUNECTL, "finetune", model, "-o", model.with_suffix(".seen.pt"), "--force", *words)
-    return float(json.loads(out)["models"][1]["training"]["before"]["accuracy"])
+def _accuracies(folder: Path, net: str, test: Path, models: list[Path]) -> list[float]:
+    out = _run(PYTHON, "-c", _JUDGE, folder, net, test, *models)
+    found: list[float] = json.loads(out.splitlines()[-1])
+    return found
 
 
 def _run(*words: object) -> str:
@@ -123,20 +142,21 @@ def run() -> None:
                 continue
             _run(PYTHON, "-c", _TRAIN, folder, net, train, epochs)
             options = "?norm=unit" if train in fashion else ""
-            _table(folder / f"{net}.pt", f"{folder / 'nets.py'}:{net}", f"{train}{options}", f"{test}{options}")
+            _table(folder, net, f"{train}{options}", test)
 
 
-def _table(model: Path, own: str, train: str, test: str) -> None:
-    dense = _accuracy(model, own, test)
-    rows = []
-    for title, words in METHODS:
-        found = []
+def _table(folder: Path, net: str, train: str, test: Path) -> None:
+    model = folder / f"{net}.pt"
+    own = ("--model", f"{folder / 'nets.py'}:{net}")
+    made = [model]
+    for _, words in METHODS:
         for sparsity in SPARSITIES:
             looks = {"--repair", "activation-magnitude", "magnitude-gradient", "obs"} & set(words)
-            data = ("--data", train, "--samples", SAMPLES, "--batch-size", "128", "--model", own) if looks else ()
-            target = model.with_suffix(".pruned.pt")
-            _run(PRUNECTL, "prune", model, "-o", target, "--force", "-s", sparsity, *words, *data)
-            found.append(_accuracy(target, own, test))
-        rows.append((title, *(f"{one:.2%}" for one in found)))
+            data = ("--data", train, "--samples", SAMPLES, "--batch-size", "128", *own) if looks else ()
+            made.append(folder / f"{net}-{len(made)}.pt")
+            _run(PRUNECTL, "prune", model, "-o", made[-1], "-s", sparsity, *words, *data)
+    dense, *found = (f"{one:.2%}" for one in _accuracies(folder, net, test, made))
+    width = len(SPARSITIES)
+    rows = [(title, *found[at * width : (at + 1) * width]) for at, (title, _) in enumerate(METHODS)]
     heads = tuple(f"{sparsity:.0%}" for sparsity in SPARSITIES)
-    show(f"calibration: {model.stem}, dense {dense:.2%}, {SAMPLES} examples, no training", ("method", *heads), rows)
+    show(f"calibration: {net}, dense {dense}, {SAMPLES} examples, no training", ("method", *heads), rows)

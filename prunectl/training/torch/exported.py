@@ -15,6 +15,8 @@ class Pieces(torch.nn.Module):
         super().__init__()
         self.inner = inner
         self.size = size
+        self.kept = size
+        """How many of the examples that go through now are not there to fill up."""
 
     def state_dict(self, *args: Any, **more: Any) -> Any:
         """Return the inner module's, under its names."""
@@ -37,6 +39,7 @@ class Pieces(torch.nn.Module):
             missing = self.size - len(piece[0])
             if missing:
                 piece = [torch.cat([one, one[:1].expand(missing, *one.shape[1:])]) for one in piece]
+            self.kept = self.size - missing
             out = self.inner(*piece)
             found.append(tree_map(lambda one, end=self.size - missing: one[:end], out))
         return found[0] if len(found) == 1 else _joined(found)

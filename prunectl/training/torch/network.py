@@ -21,6 +21,7 @@ from prunectl.training.torch import losses, metrics, norms, processes, sharded
 from prunectl.training.torch.arrays import to_numpy, to_torch
 from prunectl.training.torch.build import Built
 from prunectl.training.torch.distillation import distilled
+from prunectl.training.torch.exported import Pieces
 from prunectl.training.torch.masks import Gathered, Masks
 from prunectl.training.torch.optimizers import optimizer
 from prunectl.training.torch.sharded import like, whole
@@ -241,7 +242,8 @@ class TorchNetwork:
     def observe(self, names: Collection[str], x: Arrays, see: See) -> None:
         """Run a batch through, and show what these weights meet."""
         self._rest()
-        with watching(self._parameters(names), see):
+        pieces = self._module if isinstance(self._module, Pieces) else None
+        with watching(self._parameters(names), see, pieces):
             self._forward(self._module, x)
 
     def gradients(self, names: Collection[str], batch: Batch) -> dict[str, Array]:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunectl.formats.base import Array
 from prunectl.training.sights import See, Sight, Use, Window
+from prunectl.training.torch.exported import Pieces
 
 _aten = torch.ops.aten
 _PRODUCTS = {
@@ -29,21 +30,21 @@ _RECURRENT = _aten.mkldnn_rnn_layer.default
 
 
 @contextmanager
-def watching(weights: Mapping[str, torch.Tensor], see: See) -> Generator[None]:
-    """Show what these weights meet while the context lasts."""
+def watching(weights: Mapping[str, torch.Tensor], see: See, pieces: Pieces | None = None) -> Generator[None]:
+    """Show what these weights meet while the context lasts; of pieces, only what does not fill them up."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), _Watching(weights, see):
+        with torch.no_grad(), _Watching(weights, see, pieces):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
 class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, weights: Mapping[str, torch.Tensor], see: See) -> None:
+    def __init__(self, weights: Mapping[str, torch.Tensor], see: See, pieces: Pieces | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._see = see
+        self._see, self._pieces = see, pieces
         self._weights: dict[int, list[tuple[str, torch.Tensor]]] = {}
         for name, weight in weights.items():
             self._weights.setdefault(weight.untyped_storage().data_ptr(), []).append((name, weight))
@@ -93,8 +94,13 @@ class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._show(name, inputs, use if is_whole else None)
 
     def _show(self, name: str, inputs: torch.Tensor, use: Use | None) -> None:
-        if use is not None:
-            self._see(Sight(name, _array(inputs), use))
+        if use is None:
+            return
+        pieces = self._pieces
+        if pieces is not None and len(inputs) % pieces.size == 0:
+            # The examples come first, alone or with what each of them has several of.
+            inputs = inputs[: len(inputs) // pieces.size * pieces.kept]
+        self._see(Sight(name, _array(inputs), use))
 
 
 def _array(inputs: torch.Tensor) -> Array:
