@@ -11,7 +11,7 @@ import numpy as np
 from prunectl.calibrating.informed import informed
 from prunectl.calibrating.opening import Opened, opened
 from prunectl.calibrating.solver import BLOCK, DAMP, Solver
-from prunectl.formats.base import Array, ModelFile
+from prunectl.formats.base import ModelFile
 from prunectl.formats.table import by_name, open_model
 from prunectl.pruning import output as outputs
 from prunectl.pruning import plan as planning
@@ -80,18 +80,20 @@ class _Repair:
 
     def __init__(self, found: Opened, solver: Solver) -> None:
         self._found, self._solver = found, solver
+        self._before = found.trained.tensors() if found.trained is not None else {}
 
     def solve(self, model: ModelFile, plan: Plan, method: Method) -> Solution:
         """Return what becomes of the tensors of a plan, of biases and of statistics."""
+        network, batches = self._found.trained, self._found.calibration.batches
+        if network is not None:
+            network.assign(self._before)
         solution = self._solver.solve(model, plan, method)
-        network = self._found.trained
-        if network is None or not network.recalibrate(iter(self._found.calibration.batches)):
+        if network is None or not network.recalibrate(iter(batches)):
             return solution
-        after = network.tensors()
-        statistics: dict[str, Array] = {}
-        for tensor in model.tensors:
-            if tensor.name in after and tensor.name not in {cut.tensor.name for cut in plan.cuts}:
-                value = after[tensor.name]
-                if not np.array_equal(value, model.read(tensor)):
-                    statistics[tensor.name] = value
+        after, cut = network.tensors(), {cut.tensor.name for cut in plan.cuts}
+        statistics = {
+            name: after[name]
+            for name, before in self._before.items()
+            if name not in cut and not np.array_equal(after[name], before)
+        }
         return replace(solution, others={**statistics, **solution.others})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -42,39 +42,50 @@ class Solver:
     block: int = BLOCK
     unfitted: list[str] = field(default_factory=list)
     """Tensors of which it could not be told what they meet."""
+    others: dict[str, Array] = field(default_factory=dict)
+    """Biases that changed with them."""
 
     def solve(self, model: ModelFile, plan: Plan, method: Method) -> Solution:
         """Return what becomes of every tensor of a plan."""
         tensors = {cut.tensor.name: cut.tensor for cut in plan.cuts}
         old = {name: np.array(model.read(tensor)) for name, tensor in tensors.items()}
         kept = live.kept(model, plan, method, Choice(tuple(tensors.values()), (), {}), dict(old))
-        network, self.unfitted = self.calibration.network, []
-        network.assign(old)
+        self._begin(model, old)
         means = self.calibration.sums(list(tensors.values()), moments.sums)
         new: dict[str, tuple[Array, Mask]] = {}
-        others: dict[str, Array] = {}
         # In the order in which data meets them; what it never meets comes last.
         for name in (*means, *(name for name in tensors if name not in means)):
-            tensor, weights = tensors[name], old[name]
-            fit = None
-            bias = bias_of(model, tensor) if self.is_repaired else None
-            if name in means and np.isfinite(weights).all() and scores.is_covered(tensor.shape, means[name]):
-                fit = self._fit(tensor, weights, ~kept[name], method, means[name], has_bias=bias is not None)
-            if fit is None:
+            tensor, weights, seen = tensors[name], old[name], means.get(name)
+            bias = bias_of(model, tensor) if self.is_repaired and seen is not None else None
+            if bias is not None and bias.name in tensors:
+                bias = None  # it is pruned itself
+            if seen is not None and np.isfinite(weights).all() and scores.is_covered(tensor.shape, seen):
+                values, dropped = self._fit(tensor, weights, ~kept[name], method, seen, has_bias=bias is not None)
+            else:
                 self.unfitted.append(name)
                 stays = kept[name] & (np.isfinite(weights) | (method.not_finite is not NotFinite.ZERO))
-                fit = np.where(stays, weights, np.zeros((), weights.dtype)), ~kept[name]
-            values, dropped = fit
+                values, dropped = np.where(stays, weights, np.zeros((), weights.dtype)), ~kept[name]
             new[name] = np.where(dropped, 0, values).astype(tensor.dtype), dropped
-            network.assign({name: new[name][0]})
-            if bias is not None and name in means:
-                before = others[bias.name] if bias.name in others else np.array(model.read(bias))
-                now = self.calibration.sums([tensor], moments.sums)[name]
-                pair = outputs(means[name], weights), outputs(now, new[name][0])
-                if before.size == pair[0].size:
-                    others[bias.name] = corrected(*pair, before)
-                    network.assign({bias.name: others[bias.name]})
-        return Solution([partial(_given, cut.tensor, *new[cut.tensor.name]) for cut in plan.cuts], others)
+            self.calibration.network.assign({name: new[name][0]})
+            if bias is not None and seen is not None:
+                self._correct(model, bias, tensor, outputs(seen, weights), new[name][0])
+        made = [partial(_given, cut.tensor, *new[cut.tensor.name]) for cut in plan.cuts]
+        return Solution(made, dict(self.others))
+
+    def _begin(self, model: ModelFile, weights: Mapping[str, Array]) -> None:
+        """Bring the model back to what it was: a search for a size solves again and again."""
+        biases = {tensor.name: np.array(model.read(tensor)) for tensor in model.tensors if tensor.name in self.others}
+        self.calibration.network.assign({**weights, **biases})
+        self.unfitted.clear()
+        self.others.clear()
+
+    def _correct(self, model: ModelFile, bias: Tensor, tensor: Tensor, wanted: Wide, weights: Array) -> None:
+        """Have a bias make up for what the outputs of its layer lose on the average."""
+        before = self.others[bias.name] if bias.name in self.others else np.array(model.read(bias))
+        now = outputs(self.calibration.sums([tensor], moments.sums)[tensor.name], weights)
+        if before.size == now.size:
+            self.others[bias.name] = corrected(wanted, now, before)
+            self.calibration.network.assign({bias.name: self.others[bias.name]})
 
     def _fit(self, tensor: Tensor, weights: Array, dropped: Mask, method: Method, seen: Sums, *, has_bias: bool) -> Fit:
         """Return new numbers for a tensor of which it is known what it meets."""
