@@ -105,7 +105,7 @@ def _text(folder: Path) -> None:
     for number, name in enumerate(MODULES):
         source = (Path(sysconfig.get_paths()["stdlib"]) / f"{name}.py").read_bytes()
         letters = np.minimum(np.frombuffer(source, np.uint8), CHARACTERS - 1)
-        for begin in range(0, len(letters) - LENGTH, LENGTH // 4):
+        for begin in range(0, len(letters) - LENGTH, LENGTH // 2):
             rows.append(letters[begin : begin + LENGTH])
             labels.append(number)
     order = np.random.default_rng(0).permutation(len(rows))
@@ -136,7 +136,7 @@ def run() -> None:
         _text(folder)
         fashion = [DATA / f"fashion_{part}.npz" for part in ("train", "test")]
         text = [folder / f"text_{part}.npz" for part in ("train", "test")]
-        for net, (train, test), epochs in (("Cnn", fashion, 3), ("Mlp", fashion, 5), ("Text", text, 6)):
+        for net, (train, test), epochs in (("Cnn", fashion, 3), ("Mlp", fashion, 5), ("Text", text, 4)):
             if not train.is_file():
                 print(f"calibration: {train} is not there, nothing to train {net} on")
                 continue

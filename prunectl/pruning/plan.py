@@ -142,6 +142,12 @@ def _sorted_out(
     willing = [tensor for tensor in model.tensors if not reasons[tensor.name]]
     reasons |= {name: f"tied to {other}, which is pruned" for name, other in ties(willing).items()}
     chosen = tuple(tensor for tensor in willing if not reasons[tensor.name])
+    names = {tensor.name for tensor in chosen}
+    shared = {name: other for name, other in ties(model.tensors).items() if name in names or other in names}
+    for name, other in shared.items():
+        left, pruned = (name, other) if other in names else (other, name)
+        if left not in names:
+            reasons[left] = f"tied to {pruned}, which is pruned"
     return chosen, tuple(Skip(name, reason) for name, reason in reasons.items() if reason)
 
 

@@ -20,6 +20,8 @@ from prunectl.pruning.plugged import as_policy, as_strategy
 from prunectl.pruning.policies import MIN_SIZE, POLICIES, Policy, min_size
 from prunectl.pruning.strategies import STRATEGIES, Needs, Strategy
 
+SAMPLES, BATCH_SIZE = 128, 32
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -42,8 +44,8 @@ class Request:
     is_packed: bool = False
     data: str = ""
     """What strategies that look at data look at."""
-    samples: int = 128
-    batch_size: int = 32
+    samples: int = SAMPLES
+    batch_size: int = BATCH_SIZE
     loss: str = ""
     """What gradients are taken of, if not what the file or its outputs suggest."""
     model: str = ""
@@ -153,6 +155,8 @@ def check(request: Request) -> None:
             f"the strategy {request.strategy} looks at no data",
             hint="leave out --data, add --repair, or take --strategy activation-magnitude or obs",
         )
+    if not request.data and (request.loss, request.samples, request.batch_size) != ("", SAMPLES, BATCH_SIZE):
+        raise UsageError("--samples, --batch-size and --loss are about data", hint="add --data SPEC, or leave them out")
     for name in ("samples", "batch_size"):
         if getattr(request, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is at least 1")

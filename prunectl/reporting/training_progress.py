@@ -68,9 +68,12 @@ class TrainingProgress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if kind is KeyboardInterrupt and self._checkpoints is not None and not self._settings.is_quiet:
+        if kind is KeyboardInterrupt and not self._settings.is_quiet:
             never_fail(sys.stderr)
-            sys.stderr.write(f"stopped: the same command with --resume goes on from {self._checkpoints}\n")
+            if self._checkpoints is None:
+                sys.stderr.write("stopped: nothing is kept; with --checkpoint-dir DIR it can be gone on with\n")
+            else:
+                sys.stderr.write(f"stopped: the same command with --resume goes on from {self._checkpoints}\n")
 
 
 def line(entry: Entry) -> str:

@@ -38,5 +38,6 @@ def _schedule(ramp: Ramp | None) -> str:
     if ramp is None:
         return "masks that hold what is pruned."
     until = f" until step {ramp.end}" if ramp.end is not None else ""
+    final = percent(ramp.final) if ramp.final else "its sparsity"
     begin = "from the first step on" if not ramp.begin else f"from step {ramp.begin} on"
-    return f"nothing is pruned yet; {ramp.curve} {percent(ramp.initial)} to its sparsity, {begin}{until}."
+    return f"nothing is pruned yet; {ramp.curve} {percent(ramp.initial)} to {final}, {begin}{until}."

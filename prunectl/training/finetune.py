@@ -24,14 +24,14 @@ from prunectl.pruning.strip import strip, surveyed
 from prunectl.training.course import Course, course
 from prunectl.training.data.source import Order
 from prunectl.training.diary import Diary, Entry, Watcher
-from prunectl.training.keeper import Keeper
+from prunectl.training.keeper import Keeper, Rules
 from prunectl.training.loop import Data, Lesson, Progress, evaluated, train
 from prunectl.training.memory import keep_freed
 from prunectl.training.native_rules import keeper_of
 from prunectl.training.network import Logs, Network
 from prunectl.training.points import parse_point
 from prunectl.training.reading import Read, count, look_over, read
-from prunectl.training.request import DEFAULT_EPOCHS, Keep, Request, check
+from prunectl.training.request import DEFAULT_EPOCHS, Keep, MaskMode, Request, check
 from prunectl.training.rules import rules_of, zeros_of
 from prunectl.training.runtimes import open_network
 from prunectl.training.saver import Saver
@@ -78,6 +78,9 @@ def finetune(path: Path, request: Request, output: Output, watcher: Watcher | No
         _check_ranks(network, planned)
         rules = rules_of(plain, request, planned)
         first = zeros_of(rules.choice, network.weights(rules.names))
+        if request.mask is MaskMode.REGROW and not first and rules.schedule is None:
+            raise UsageError(f"{path} has no zeros that could move", hint="add --sparsity 80%")
+        notes += _already(path, rules, first)
         held = kept(model)
         keeper = keeper_of(network, rules, request, planned, first=first, held=held)
         check_wrappable(plain, request, keeper)
@@ -129,6 +132,15 @@ def _unwrapped(model: ModelFile) -> Generator[ModelFile]:
         parts = frozenset(Part) if model.format == "saved-model" else frozenset({Part.MASKS, Part.WRAPPERS})
         strip(model.path, Wish(parts), Output(target), is_packed=False)
         yield open_model(target)
+
+
+def _already(path: Path, rules: Rules, first: Mapping[str, Mask]) -> tuple[str, ...]:
+    """Say it where a file is sparser than it is asked to become."""
+    schedule, size = rules.schedule, sum(mask.size for mask in first.values())
+    share = sum(mask.size - np.count_nonzero(mask) for mask in first.values()) / max(size, 1)
+    if schedule is None or not rules.has_others or share <= schedule.final:
+        return ()
+    return (f"{path} is sparser already than {schedule.final:.1%}: its zeros ({share:.1%}) are kept.",)
 
 
 def _saver(request: Request) -> Saver | None:

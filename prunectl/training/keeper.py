@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from prunectl.errors import WorkError
 from prunectl.formats.base import Array, ModelFile
 from prunectl.pruning import live
 from prunectl.pruning import plan as planning
@@ -63,6 +64,8 @@ class Keeper:
         if not self._is_turn(step) or step == self.turned_at:
             return False
         weights = network.weights(self.rules.names)
+        if step:
+            _check_finite(weights, step)
         seen = network.evidence() if self._watched is not Evidence.NONE else {}
         if self.rules.schedule is not None:
             self.masks = self._cut(step, weights, seen)
@@ -109,6 +112,16 @@ class Keeper:
     def sparsity(self) -> float:
         """Share of the pruned tensors that is held at zero."""
         return self.zeros / max(sum(tensor.size for tensor in self.rules.choice.tensors), 1)
+
+
+def _check_finite(weights: Mapping[str, Array], step: int) -> None:
+    """Tell a training that went astray from a file that holds such numbers."""
+    for name, array in weights.items():
+        if not np.isfinite(array.astype(np.float32, copy=False)).all():
+            raise WorkError(
+                f"{name} is no finite number any more after step {step}: training has gone astray",
+                hint="a lower --lr, --clip 1, or data that is scaled (?norm=unit) may help",
+            )
 
 
 def scaled(choice: Choice, wanted: float, final: float) -> Choice:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,23 @@ def check(request: Request) -> None:
         raise UsageError("--resume needs the folder of the checkpoint", hint="--checkpoint-dir DIR --resume")
     if request.early_stop is not None and not (request.val or request.val_split):
         raise UsageError("--early-stop needs something to judge by", hint="add --val or --val-split")
-    if request.ramping.name and not request.prunes:
-        raise UsageError("a schedule needs a sparsity to end at", hint="add --sparsity 80%")
+    if not request.prunes:
+        _check_unpruned(request)
     for name, value in (("epochs", request.epochs), ("steps", request.steps), ("early-stop", request.early_stop)):
         if value is not None and value < 0:
             raise UsageError(f"--{name} cannot be negative")
+
+
+def _check_unpruned(request: Request) -> None:
+    """Refuse what is about pruning where nothing is pruned."""
+    ramping, pruning = request.ramping, request.pruning
+    if request.mask is MaskMode.REGROW:
+        # Which turns there are is said by the same word.
+        ramping = replace(ramping, frequency=None)
+    if ramping != Ramping():
+        raise UsageError("a schedule needs a sparsity to end at", hint="add --sparsity 80%")
+    if pruning.strategy != "magnitude" or pruning.params or pruning.scope != "layer":
+        raise UsageError(
+            "without a sparsity the zeros of the file are kept, and nothing is ranked",
+            hint="add --sparsity 80%, or leave out --strategy, --param and --scope",
+        )

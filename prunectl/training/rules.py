@@ -44,6 +44,7 @@ def rules_of(model: ModelFile, request: Request, course: Course) -> Rules:
             hint=f"prunectl prune --strategy {asked.strategy} --data …, and finetune keeps its zeros; "
             f"in finetune: {', '.join(WATCHED)}",
         )
+    wish = replace(wish, exclude=(*wish.exclude, *request.frozen))
     choice = planning.choose(model, wish, can_reencode=by_name(model.format).is_reencoded)
     schedule = None
     if request.prunes:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from prunectl.errors import UsageError
 from prunectl.formats.table import open_model
@@ -227,3 +228,10 @@ def test_a_model_whose_graph_is_not_that_of_xnnpack_is_refused_on_the_command_li
     done = prunectl("prune", FIXTURES / "digits_cnn.h5", "-o", tmp_path / "out.h5", *words)
     assert done.code == 2
     assert "XNNPACK would not run" in done.err
+
+
+def test_what_shares_the_numbers_of_a_pruned_tensor_is_said_to_be_tied(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.randn(6, 4))
+    torch.save({"emb.weight": weight, "out.weight": weight, "out.bias": torch.zeros(6)}, tmp_path / "tied.pt")
+    found, _ = prune(tmp_path / "tied.pt", tmp_path / "out", sparsity=0.5, only="out.weight")
+    assert {skip.name: skip.reason for skip in found.plan.skips}["emb.weight"] == "tied to out.weight, which is pruned"

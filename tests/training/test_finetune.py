@@ -419,3 +419,42 @@ def test_spread_parameters_go_on_to_the_same_weights_after_an_interruption(tmp_p
 def test_a_model_is_spread_over_several_processes_only(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="this is the only one"):
         tuned(DIGITS, tmp_path / "out.pt", means=Means(is_sharded=True, device="cpu"))
+
+
+def test_frozen_tensors_are_not_pruned_either(tmp_path: Path) -> None:
+    found = tuned(DIGITS, tmp_path / "out.pt", pruning=Pruning(sparsity=0.8), frozen=("fc*",), epochs=1)
+    before, after = arrays(DIGITS), arrays(tmp_path / "out.pt")
+    for name in before:
+        assert np.array_equal(before[name], after[name]) == name.startswith("fc"), name
+    assert found.kept == round(0.8 * 72) + round(0.8 * 1152)
+
+
+def test_training_that_goes_astray_is_not_the_fault_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(WorkError, match="gone astray"):
+        tuned(DIGITS, tmp_path / "out.pt", pruning=Pruning(sparsity=0.8), means=Means(lr=1e30, device="cpu"))
+    assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"ramping": Ramping(end="10")}, "a schedule needs a sparsity"),
+        ({"ramping": Ramping(frequency=3)}, "a schedule needs a sparsity"),
+        ({"pruning": Pruning(strategy="movement")}, "nothing is ranked"),
+        ({"mask": MaskMode.REGROW}, "no zeros that could move"),
+    ],
+)
+def test_words_about_pruning_need_a_sparsity(words: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        tuned(DIGITS, tmp_path / "out.pt", **words)
+
+
+def test_a_file_that_is_sparser_already_keeps_its_zeros_and_it_is_said(pruned: Path, tmp_path: Path) -> None:
+    found = tuned(pruned, tmp_path / "out.pt", pruning=Pruning(sparsity=0.5), epochs=1)
+    assert any("is sparser already than 50.0%" in note for note in found.notes)
+    assert found.after.prunable_sparsity == pytest.approx(0.8, abs=1e-3)
+
+
+def test_targets_of_another_shape_are_refused_with_both(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a target is a number for each example, and the model gives 10"):
+        tuned(DIGITS, tmp_path / "out.pt", means=Means(loss="mse", device="cpu"))

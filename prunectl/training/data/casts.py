@@ -41,7 +41,7 @@ def of_input(found: np.dtype[Any], wanted: str) -> Cast | None:
         return None
     said = f"{found} is cast to {dtype}"
     if found == _BYTE:
-        said += ", as it is, from 0 to 255; a model that was trained on x / 255 needs ?norm=unit"
+        said += " as it is; a model that was trained on x / 255 needs ?norm=unit, one on x / 16 ?norm=/16"
     return Cast(dtype, said)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -120,6 +121,25 @@ def fitted(library: Library, loss: Loss, answer: Answer, y: Array | None) -> tup
     shape = "numbers of classes" if form is Kind.SPARSE else "one-hot"
     note = f"The file's loss is {loss.name}, but the targets are {shape}: {_snake(form)} takes its place."
     return Loss(form, what, loss.is_of_logits, _snake(form)), note
+
+
+_ELEMENTWISE = frozenset(
+    {"mean_squared_error", "mean_absolute_error", "huber", "mean_squared_logarithmic_error", "log_cosh", "hinge"}
+)
+"""Losses that compare number with number, which TensorFlow would stretch where there are fewer targets."""
+
+
+def check_shape(loss: Loss, answer: Answer, y: Array | None) -> None:
+    """Refuse targets of another shape than the outputs that they are compared with."""
+    shape = answer.shape[1:]
+    if y is None or loss.name not in _ELEMENTWISE or any(size is None for size in shape):
+        return
+    if math.prod(y.shape[1:]) != math.prod(size or 1 for size in shape):
+        mine, theirs = ("x".join(map(str, one)) or "a number" for one in (y.shape[1:], shape))
+        raise UsageError(
+            f"a target is {mine} for each example, and the output {answer.name} is {theirs}",
+            hint="choose other targets (train.npz[x,y]), or a --loss that compares such as these",
+        )
 
 
 def _classes(answer: Answer, y: Array) -> Kind | None:

@@ -36,7 +36,11 @@ class Recipe:
 def recipe(loaded: Loaded, means: Means, answers: Sequence[Answer]) -> Recipe:
     """Return how a model is trained."""
     case = _Case(loaded, means, answers, said(loaded.file) if loaded.is_whole else {})
-    found = _losses(case, _targets(means, len(answers)))
+    targets = _targets(means, len(answers))
+    found = _losses(case, targets)
+    for loss, answer, y in zip(found, answers, targets, strict=True):
+        if loss is not None:
+            losses.check_shape(loss, answer, y)
     return Recipe(
         losses=found,
         chosen=_optimizer(case),

@@ -33,6 +33,11 @@ def around(keras: Any, model: Any, names: Mapping[int, str], choose: Chooser) ->
             "tfmot wraps sequential and functional models, not those that compute by code of their own",
             hint="prune without --wrap",
         )
+    if is_mixed(model):
+        raise InputError(
+            "tfmot multiplies weights by masks of the same precision, and this model reckons in another than it keeps",
+            hint="prune without --wrap",
+        )
     sparsity = tfmot()
 
     def cloned(layer: Any) -> Any:
@@ -78,6 +83,12 @@ def wrappers(keras: Any, model: Any) -> Iterator[Any]:
             yield from wrappers(keras, layer)
         elif isinstance(layer, kind):
             yield layer
+
+
+def is_mixed(model: Any) -> bool:
+    """Whether any layer reckons in another precision than that of its weights."""
+    policies = (getattr(layer, "dtype_policy", None) for layer in model._flatten_layers())  # noqa: SLF001
+    return any(one is not None and one.compute_dtype != one.variable_dtype for one in policies)
 
 
 def is_graph(keras: Any, model: Any) -> bool:

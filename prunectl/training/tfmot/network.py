@@ -20,7 +20,7 @@ from prunectl.training.keras.library import quietly
 from prunectl.training.keras.network import KerasNetwork
 from prunectl.training.native import Native
 from prunectl.training.network import Array, Logs, Means
-from prunectl.training.tfmot.layers import Around, Settings, around, is_graph
+from prunectl.training.tfmot.layers import Around, Settings, around, is_graph, is_mixed
 from prunectl.training.tfmot.library import tfmot, version
 from prunectl.training.tfmot.schedules import Planned, native_of
 from prunectl.training.wrap.schedules import is_aligned
@@ -58,6 +58,9 @@ class TfmotNetwork(KerasNetwork):
         """Put wrappers around the layers, if tfmot can prune all that is asked for."""
         library = self._library
         if not library.is_two or self._place.strategy is not None or not is_graph(library.keras, self._model):
+            return frozenset()
+        # Its wrappers have other names than their layers, by which a model of several outputs knows its losses.
+        if is_mixed(self._model) or len(self._model.outputs) > 1:
             return frozenset()
         names = {id(self._variables[name]): name for name in native.schedules if name in self._variables}
         with self._place.scope(library):

@@ -33,7 +33,17 @@ def _nll_of_shares(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _alike(loss: Callable[..., torch.Tensor]) -> Loss:
-    return lambda out, y: loss(out, y.to(out.dtype).reshape(out.shape))
+    return lambda out, y: loss(out, _shaped(y, out).to(out.dtype))
+
+
+def _shaped(y: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    if y.numel() != out.numel():
+        mine, theirs = ("x".join(map(str, one.shape[1:])) or "a number" for one in (y, out))
+        raise UsageError(
+            f"a target is {mine} for each example, and the model gives {theirs}",
+            hint="choose other targets (train.npz[x,y]), or a --loss that compares such as these",
+        )
+    return y.reshape(out.shape)
 
 
 LOSSES: Mapping[str, Loss] = {

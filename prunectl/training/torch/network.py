@@ -135,12 +135,20 @@ class TorchNetwork:
     def _on_device(self, array: Array) -> torch.Tensor:
         return to_torch(array).to(self._place.device)
 
+    def _as_taken(self, array: Array) -> torch.Tensor:
+        """Return an input in the precision of a model that is kept in 16 bits as a whole."""
+        found = self._on_device(array)
+        kinds = {one.dtype for one in self._module.parameters() if one.is_floating_point()}
+        if self._half is None and found.is_floating_point() and len(kinds) == 1:
+            return found.to(kinds.pop())
+        return found
+
     def _forward(self, module: Any, x: Arrays) -> tuple[torch.Tensor, ...]:
         half = self._half
         context = torch.autocast(self._place.device.type, half) if half is not None else nullcontext()
         try:
             with context:
-                found = module(*(self._on_device(one) for one in each(x)))
+                found = module(*(self._as_taken(one) for one in each(x)))
         except (AssertionError, RuntimeError, TypeError) as error:
             shapes = ", ".join("x".join(map(str, one.shape)) for one in each(x))
             raise UsageError(

@@ -63,7 +63,7 @@ def test_everything_that_is_changed_is_said() -> None:
     x, y = np.zeros((3, 4, 4), np.uint8), np.zeros(3, np.uint8)
     source, notes = adapt(source_of(x, y), model(4, 4, 1))
     assert [note.removeprefix("x of train.npz: ") for note in notes[:1]] == ["4x4 is read as 4x4x1"]
-    assert "from 0 to 255" in notes[1]
+    assert "?norm=/16" in notes[1]
     assert "?norm=unit" in notes[1]
     assert notes[2] == "y of train.npz: uint8 is cast to int64"
     found_x, found_y = whole(source)

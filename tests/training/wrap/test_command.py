@@ -33,7 +33,7 @@ def test_a_schedule_is_written_and_told(tmp_path: Path) -> None:
     words = ("--schedule", "polynomial", "--initial-sparsity", "10%", "--begin", "100", "--end", "400", "--power", "2")
     done = prunectl("prune", H5, "-o", tmp_path / "w.h5", "-s", "0.8", *words)
     assert done.code == 0, done.err
-    assert "nothing is pruned yet; polynomial 10.0 % to its sparsity, from step 100 on until step 400." in done.err
+    assert "nothing is pruned yet; polynomial 10.0 % to 80.0 %, from step 100 on until step 400." in done.err
     assert "The optimizer's state is not kept" not in done.err
     wrappers = open_model(tmp_path / "w.h5").about.wrappers
     assert {wrapper.schedule for wrapper in wrappers} == {"PolynomialDecay(0.1 -> 0.8, steps 100-400)"}
@@ -51,8 +51,8 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     [
         (("--end", "100"), "--end is about a schedule"),
         (("--wrap", "--power", "2"), "--power is about a schedule"),
-        (("--custom-objects", "m:O"), "--custom-objects is about wrappers"),
-        (("--trust",), "--trust is about wrappers"),
+        (("--custom-objects", "m:O"), "--custom-objects is about models that are opened"),
+        (("--trust",), "--trust is about models that are opened"),
         (("--schedule", "polynomial"), "needs an end"),
         (("--schedule", "polynomial", "--end", "75%"), "depends on how long training takes"),
         (("--schedule", "linear", "--begin", "1ep", "--end", "9"), "depends on how long training takes"),
