@@ -38,6 +38,7 @@ def inspect(
     hist: Annotated[bool, typer.Option("--hist", help="A histogram of the weights' magnitudes.")] = False,
     flops: Annotated[bool, typer.Option("--flops", help="Floating-point operations for one input.")] = False,
     zeros: Annotated[bool, typer.Option("--zeros/--no-zeros", help="Count zeros, or read no weight.")] = True,
+    groups: Annotated[bool, typer.Option("--groups", help="Channels that go together (ONNX).")] = False,
     sensitivity: Annotated[bool, _data("--sensitivity", help="Prune each tensor alone; see what goes.")] = False,
     data: Annotated[str, _data(metavar="SPEC", help="Examples to run: train.npz, x.npy,y.npy, images/…")] = "",
     samples: Annotated[int, _data(help="How many of them.", min=1)] = 128,
@@ -66,17 +67,24 @@ def inspect(
     asked = {"data": data, "samples": samples, "batch_size": batch_size, "loss": loss}
     asked |= {"model": build, "custom_objects": custom_objects}
     suffering: list[Sensitivity] = []
+    families: list[Any] = []
 
     def seen(path: Path) -> Survey:
         model = open_model(path)
         found = look(model, wanted, parsed, reporter.progress)
+        if groups:
+            # By name, as below: a look at a file does without.
+            families.append(importlib.import_module("prunectl.channels.groups").groups(model))
         if sensitivity:
             suffering.append(_measured(model, asked, layers=layers, is_trusted=trust, meter=reporter.progress))
         return found
 
     surveys, failures = survey_each(models, seen)
     report = inspect_report(surveys, failures, has_flops=flops)
-    return reporter.show(with_sensitivity(report, suffering) if sensitivity else report)
+    report = with_sensitivity(report, suffering) if sensitivity else report
+    if groups:
+        report = importlib.import_module("prunectl.reporting.groups_report").with_groups(report, families)
+    return reporter.show(report)
 
 
 def _measured(model: ModelFile, asked: dict[str, Any], **how: Any) -> Sensitivity:

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from prunectl.calibrating.prune import prune as calibrated
 from prunectl.commands.inputs import STDIN, local
+from prunectl.commands.prune_ways import way_of
 from prunectl.commands.requests import destination, request_of
 from prunectl.commands.verb import verb
-from prunectl.commands.wrap_requests import wrappers_of
-from prunectl.pruning import manifest as manifests
-from prunectl.pruning import request as requests
 from prunectl.pruning.not_finite import NotFinite
 from prunectl.pruning.plan import Scope
-from prunectl.pruning.prune import prune as run
-from prunectl.reporting.prune_report import prune_report
 from prunectl.reporting.reporter import Reporter
-from prunectl.reporting.wrap_report import wrap_report
-from prunectl.training.wrap.prune import prune_wrapped
 
 
 def _option(panel: str, *names: str, help: str, **more: Any) -> Any:  # noqa: A002 - typer's word
@@ -40,6 +32,10 @@ def _later(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
     return _option("Wrappers for later training", *names, help=help, **more)
 
 
+def _cut(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
+    return _option("Channels (--pattern channel, ONNX)", *names, help=help, **more)
+
+
 def _data(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
     return _option("With data", *names, help=help, **more)
 
@@ -56,13 +52,16 @@ def prune(
     strategy: Annotated[str, _which(metavar="NAME", help="What goes first.")] = "magnitude",
     param: Annotated[list[str] | None, _which(metavar="K=V", help="A parameter of the strategy.")] = None,
     scope: Annotated[Scope, _which(help="Ranked in each layer, or over all.")] = Scope.LAYER,
-    pattern: Annotated[str, _which(metavar="PATTERN", help="2:4, block:1x4 or block:4x4:max.")] = "",
+    pattern: Annotated[str, _which(metavar="PATTERN", help="2:4, block:1x4, block:4x4:max or channel.")] = "",
     policy: Annotated[str, _which(metavar="NAME", help="Which tensors.")] = "default",
     only: Annotated[str, _which(metavar="GLOB", help="Only these tensors, whatever the policy.")] = "",
     exclude: Annotated[list[str] | None, _which(metavar="GLOB", help="Not these; may be repeated.")] = None,
     layer: Annotated[list[str] | None, _which(metavar="GLOB=R", help="A ratio of their own; the last wins.")] = None,
     seed: Annotated[int, _which(help="Decides what is random.")] = 0,
     nan: Annotated[NotFinite, _which(help="What becomes of NaN and infinity.")] = NotFinite.ERROR,
+    min_channels: Annotated[int | None, _cut(help="So many stay in each layer.  [default: 2]", min=1)] = None,
+    round_to: Annotated[int | None, _cut(help="What stays is a multiple of this.", min=1)] = None,
+    max_ratio: Annotated[str, _cut(metavar="RATIO", help="No layer loses more than this.")] = "",
     data: Annotated[str, _data(metavar="SPEC", help="What strategies that look at data look at: train.npz …")] = "",
     samples: Annotated[int, _data(help="How many examples of it.", min=1)] = 128,
     batch_size: Annotated[int, _data(help="How many at a time.", min=1)] = 32,
@@ -94,32 +93,19 @@ def prune(
 
     [dim]$[/] prunectl prune model.onnx -o fast.onnx --pattern 2:4 --exclude fc2
 
+    [dim]$[/] prunectl prune model.onnx -o thin.onnx --pattern channel -s 50%
+
     [dim]$[/] prunectl prune model.keras -o small.keras -s 80% --strategy obs --data train.npz --repair
 
     [dim]$[/] prunectl prune model.h5 -o wrapped.h5 -s 80% --schedule polynomial --end 2000
     """
     reporter: Reporter = ctx.obj
-    asked = request_of(ctx, recipe)
-    requests.check(asked)
-    wrappers = wrappers_of(ctx)
+    way = way_of(ctx, request_of(ctx, recipe))
     with local(model) as path, destination(path, output, force=force, in_place=in_place, dry_run=dry_run) as place:
-        if wrappers is not None:
-            wrapped = prune_wrapped(path, asked, wrappers.ramp, wrappers.origin, place)
-            return (
-                reporter.pour(place.target)
-                if output == STDIN and place is not None
-                else reporter.show(wrap_report(wrapped, str(place.target) if place is not None else ""))
-            )
-        if asked.data:
-            found = calibrated(path, asked, place, has_digests=manifest is not None, is_trusted=trust)
-        else:
-            found = run(path, asked, place, has_digests=manifest is not None)
-        if manifest is not None and place is not None:
-            manifests.write(manifest, found)
+        report = way(path, place)
         if output == STDIN and place is not None:
             return reporter.pour(place.target)
-        found = replace(found, before=replace(found.before, path=model))
-        return reporter.show(prune_report(found, str(place.target) if place is not None else ""))
+        return reporter.show(report)
 
 
 command = verb(prune)

@@ -1,0 +1,85 @@
+"""Which indices of which weights must go together? Groups, and the families of those that live in the same places."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from prunectl.channels.labels import FIXED
+from prunectl.channels.trace import Note, Part, Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An axis of a weight, and what it does for the channels on it."""
+
+    tensor: str
+    axis: int
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """What a channel is made of in one place."""
+
+    place: Place
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One channel wherever it is: all of it goes, or nothing."""
+
+    label: int
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Channels that live in the same places."""
+
+    name: str
+    """The weight that makes them first."""
+    places: tuple[Place, ...]
+    groups: tuple[Group, ...]
+    reason: str = ""
+    """Why none of them may go."""
+
+    @property
+    def makers(self) -> tuple[str, ...]:
+        """The weights that make these channels."""
+        return tuple(dict.fromkeys(place.tensor for place in self.places if place.part is Part.OUT))
+
+
+def families(trace: Trace) -> tuple[Family, ...]:
+    """Return the channels of a network, in its order."""
+    found: dict[int, list[Member]] = defaultdict(list)
+    for note in _once(trace.notes):
+        roots = trace.labels.roots(note.labels)
+        place = Place(note.tensor, note.axis, note.part)
+        order = np.argsort(roots, kind="stable")
+        bounds = np.flatnonzero(np.diff(roots[order])) + 1
+        for indices in np.split(order, bounds):
+            if (root := int(roots[indices[0]])) != FIXED:
+                found[root].append(Member(place, tuple(map(int, indices))))
+    kin: dict[tuple[tuple[Place, ...], str], list[Group]] = defaultdict(list)
+    for root, members in found.items():
+        key = tuple(member.place for member in members)
+        kin[key, trace.labels.reason(root)].append(Group(root, tuple(members)))
+    return tuple(_family(places, tuple(groups), reason) for (places, reason), groups in kin.items())
+
+
+def _family(places: tuple[Place, ...], groups: tuple[Group, ...], reason: str) -> Family:
+    makers = [place.tensor for place in places if place.part is Part.OUT]
+    return Family(next(iter(makers), places[0].tensor), places, groups, reason or _unmade(makers))
+
+
+def _unmade(makers: list[str]) -> str:
+    return "" if makers else "no weight makes it"
+
+
+def _once(notes: list[Note]) -> list[Note]:
+    """Return the first note of each axis: the others say the same."""
+    return list({(note.tensor, note.axis): note for note in reversed(notes)}.values())[::-1]

@@ -1,0 +1,107 @@
+"""What is asked of a cut: how many channels, by which measure, and what must be left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+
+from prunectl.channels.scores import MEASURES, RANDOM, Measure
+from prunectl.errors import UsageError
+from prunectl.pruning.plan import Scope
+from prunectl.pruning.request import Request
+
+MIN_CHANNELS = 2
+_DEFAULT = "magnitude"
+"""What `prune` takes if no strategy is named: for channels, their norm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cutting:
+    """Every choice that decides which channels go."""
+
+    ratio: float
+    """Share of the channels that can go."""
+    measure: Measure | None
+    """None for chance."""
+    scope: Scope = Scope.LAYER
+    only: str = ""
+    exclude: tuple[str, ...] = ()
+    layers: tuple[tuple[str, float], ...] = ()
+    min_channels: int = MIN_CHANNELS
+    """How many of a family stay at least."""
+    round_to: int = 1
+    """What the number of those that stay is a multiple of."""
+    max_ratio: float = 1.0
+    """Share of a family that goes at most."""
+    seed: int = 0
+
+
+def cutting_of(
+    request: Request, *, min_channels: int = MIN_CHANNELS, round_to: int = 1, max_ratio: float = 1.0
+) -> Cutting:
+    """Return what a request asks of channels, and refuse what it asks of single weights only."""
+    _check(request)
+    if request.sparsity is None and not request.layers:
+        raise UsageError("how many channels? say --sparsity", hint="such as --sparsity 50%")
+    for ratio in (request.sparsity or 0.0, max_ratio, *(own for _, own in request.layers)):
+        if not 0 <= ratio <= 1:
+            raise UsageError(f"a share of channels is from 0 to 1, not {ratio:g}", hint="write 0.5 or 50%")
+    for word, number in (("min-channels", min_channels), ("round-to", round_to)):
+        if number < 1:
+            raise UsageError(f"--{word} is at least 1")
+    scope = Scope(request.scope)
+    if scope is Scope.ERK:
+        raise UsageError("channels are chosen in --scope layer or global")
+    if request.layers and scope is Scope.GLOBAL:
+        raise UsageError("--layer sets the share of a layer, --scope global ranks all together")
+    return Cutting(
+        ratio=request.sparsity or 0.0,
+        measure=_measure(request),
+        scope=scope,
+        only=request.only,
+        exclude=request.exclude,
+        layers=request.layers,
+        min_channels=min_channels,
+        round_to=round_to,
+        max_ratio=max_ratio,
+        seed=request.seed,
+    )
+
+
+_OTHERS: tuple[tuple[str, Callable[[Request], bool]], ...] = (
+    ("--compression", lambda asked: asked.compression is not None),
+    ("--target-gzip", lambda asked: asked.target_gzip is not None),
+    ("--target-packed", lambda asked: asked.target_packed is not None),
+    ("--policy", lambda asked: asked.policy != "default"),
+    ("--nan", lambda asked: asked.nan != "error"),
+    ("--data", lambda asked: bool(asked.data)),
+    ("--repair", lambda asked: asked.is_repaired),
+    ("--loss", lambda asked: bool(asked.loss)),
+    ("--model", lambda asked: bool(asked.model)),
+    ("--custom-objects", lambda asked: bool(asked.custom_objects)),
+)
+
+
+def _check(request: Request) -> None:
+    for word, is_asked in _OTHERS:
+        if is_asked(request):
+            raise UsageError(f"{word} does not go with channels that are cut out", hint=f"leave out {word}")
+
+
+def _measure(request: Request) -> Measure | None:
+    name = MEASURES[0].name if request.strategy == _DEFAULT else request.strategy
+    known = {measure.name: measure for measure in MEASURES}
+    if name != RANDOM and name not in known:
+        raise UsageError(
+            f"no strategy for channels is called {name}",
+            did_you_mean=tuple(get_close_matches(name, (*known, RANDOM))),
+            hint=f"known: {', '.join((*known, RANDOM))}",
+        )
+    found = known.get(name)
+    for word in request.params:
+        key, _, value = word.partition("=")
+        if found is None or key != "norm" or value not in found.norms:
+            raise UsageError(f"the strategy {name} takes no --param {word}", hint="channel-norm takes norm=1 or norm=2")
+        found = replace(found, of=found.norms[value])
+    return found

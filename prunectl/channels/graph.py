@@ -1,0 +1,78 @@
+"""A network as operations on named values: framework-free, with weights named as in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from prunectl.formats.base import Array
+
+
+class Kind(StrEnum):
+    """What an operation does to channels."""
+
+    CONVOLUTION = "convolution"
+    """Inputs: data, kernel, bias. Attributes: groups, is_transposed."""
+    LINEAR = "linear"
+    """Inputs: data, matrix, bias. Attributes: in_axis of the matrix."""
+    EMBEDDING = "embedding"
+    """Inputs: table, indices."""
+    NORM = "norm"
+    """Inputs: data, scale, shift, mean, variance; by channel, on axis 1."""
+    EACH = "each"
+    """Element by element, with broadcasting."""
+    CONCAT = "concat"
+    """Attributes: axis."""
+    SPLIT = "split"
+    """Attributes: axis, sizes."""
+    SLICE = "slice"
+    """Attributes: slices: axis, start, stop, step of each."""
+    TRANSPOSE = "transpose"
+    """Attributes: order."""
+    RESHAPE = "reshape"
+    """The same numbers in the same order."""
+    STRETCH = "stretch"
+    """Windows, pads, means, slices and sizes, along axes that have no channels. Attributes: axes."""
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """An operation."""
+
+    name: str
+    op: str
+    """As the file calls it."""
+    kind: Kind
+    inputs: tuple[str, ...]
+    """Those that carry numbers; an empty name is left out."""
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A weight as an operation sees it."""
+
+    tensor: str
+    axes: tuple[int | None, ...]
+    """Which axis of the weight each axis is; None for one that was put in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A network that can be followed."""
+
+    nodes: tuple[Node, ...]
+    """In an order in which they can run."""
+    weights: Mapping[str, Array]
+    views: Mapping[str, View]
+    """By the name of the value."""
+    uses: Mapping[str, int]
+    """How often each weight meets an operation."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of every value that is known, an open batch counted as 1."""
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]

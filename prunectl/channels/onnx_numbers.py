@@ -1,0 +1,163 @@
+"""Numbers of channels that stand in an ONNX graph by themselves: in shapes, sizes, splits and groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from prunectl.channels.after import After
+from prunectl.channels.from_onnx import Opened
+from prunectl.channels.graph import Node
+from prunectl.channels.onnx_shapes import STANDARD
+from prunectl.channels.onnx_views import read_by
+from prunectl.formats.optional import require
+
+_BACK = -(1 << 31)
+"""Where a slice ends that runs backwards to the first."""
+_UNLISTED = 4
+"""Version of the format from which initializers are no inputs."""
+_SHAPE_AT = {"Reshape": 1, "Expand": 1, "Resize": 3}
+
+
+def renumber(proto: Any, source: Opened, after: After) -> None:
+    """Set right what names a number of channels that is no longer true."""
+    numbers = _Numbers(proto, source, after)
+    for node in list(proto.graph.node):
+        if node.domain not in STANDARD or not any(map(after.has_changed, (*node.input, *node.output))):
+            continue
+        if node.op_type in {"Conv", "ConvTranspose"}:
+            numbers.groups(node)
+        elif node.op_type == "Split":
+            numbers.split(node)
+        elif node.op_type == "Slice":
+            numbers.slice(node, next(known for known in source.graph.nodes if known.outputs == tuple(node.output)))
+        elif node.op_type in _SHAPE_AT and len(node.input) > _SHAPE_AT[node.op_type]:
+            numbers.shape(node, _SHAPE_AT[node.op_type])
+    numbers.sweep()
+
+
+class _Numbers:
+    """A graph whose constants are replaced one by one: several nodes may share one."""
+
+    def __init__(self, proto: Any, source: Opened, after: After) -> None:
+        self._graph = proto.graph
+        self._is_listed = proto.ir_version < _UNLISTED
+        self._constants = source.known.constants
+        self._shapes = source.graph.shapes
+        self._after = after
+        self._makers = {name: node for node in proto.graph.node for name in node.output}
+        self._replaced: set[str] = set()
+        self._count = 0
+
+    def groups(self, node: Any) -> None:
+        """A convolution channel by channel has as many groups as channels."""
+        for attribute in node.attribute:
+            if attribute.name == "group" and attribute.i > 1 and attribute.i == self._shapes[node.input[0]][1]:
+                attribute.i = self._after.shape(node.input[0])[1]
+
+    def split(self, node: Any) -> None:
+        """Say the size of each part, unless they are equal still."""
+        axis = next((part.i for part in node.attribute if part.name == "axis"), 0) % len(self._shapes[node.input[0]])
+        sizes = [self._after.shape(name)[axis] for name in node.output]
+        listed = [part for part in node.attribute if part.name == "split"]
+        if listed:
+            listed[0].ints[:] = sizes
+        elif len(node.input) > 1 and node.input[1]:
+            self._set(node, 1, sizes)
+        elif len(set(sizes)) > 1:
+            for part in [part for part in node.attribute if part.name == "num_outputs"]:
+                node.attribute.remove(part)
+            del node.input[1:]
+            node.input.append(self._new("sizes", sizes))
+
+    def slice(self, node: Any, known: Node) -> None:
+        """Count only the channels that are left before a part and in it."""
+        old, new = self._shapes[node.input[0]], self._after.shape(node.input[0])
+        starts: list[int] = []
+        stops: list[int] = []
+        for axis, start, stop, _ in known.attributes.get("slices", ()):
+            moved = old[axis] != new[axis]
+            starts.append(self._after.before(node.input[0], axis, start) if moved else start)
+            stops.append(self._after.before(node.input[0], axis, stop) if moved else stop)
+        if not any(old[axis] != new[axis] for axis, *_ in known.attributes.get("slices", ())):
+            return
+        for place, (name, numbers) in enumerate((("starts", starts), ("ends", stops)), 1):
+            listed = [part for part in node.attribute if part.name == name]
+            if listed:
+                listed[0].ints[:] = numbers
+            else:
+                self._set(node, place, [_BACK if number < 0 else number for number in numbers])
+
+    def shape(self, node: Any, place: int) -> None:
+        """Say the new shape where the old one was said."""
+        said = self._constants.get(node.input[place])
+        if said is None or not said.size:
+            return
+        new, listed = (
+            self._after.shape(node.output[0]),
+            next((tuple(part.ints) for part in node.attribute if part.name == "axes"), tuple(range(said.size))),
+        )
+        old = self._shapes[node.output[0]]
+        # What is copied or worked out, as 0 and -1 ask for, is so from what is there now.
+        numbers = [
+            new[axis] if number == old[axis] and number > 0 else number
+            for axis, number in zip(listed, map(int, said), strict=True)
+        ]
+        if numbers != list(map(int, said)):
+            self._point(node, place, numbers)
+
+    def sweep(self) -> None:
+        """Remove what only made the numbers that were replaced."""
+        waiting = list(self._replaced)
+        for name in waiting:
+            read = {name for node in self._graph.node for name in read_by(node)}
+            if name in read or name in {port.name for port in (*self._graph.output, *self._graph.input)}:
+                continue
+            for tensor in [tensor for tensor in self._graph.initializer if tensor.name == name]:
+                self._graph.initializer.remove(tensor)
+            for node in [node for node in self._graph.node if list(node.output) == [name]]:
+                waiting += node.input
+                self._graph.node.remove(node)
+
+    def _point(self, node: Any, place: int, numbers: Sequence[int]) -> None:
+        name = node.input[place]
+        maker = self._makers.get(name)
+        if self._is_static(name):
+            self._set(node, place, numbers)
+        elif maker is not None and maker.op_type == "Concat":
+            # What is measured while it runs is right by itself; what stands there is not.
+            begin = 0
+            for number, part in enumerate(list(maker.input)):
+                end = begin + self._constants[part].size
+                if list(map(int, self._constants[part])) != list(numbers[begin:end]) and self._is_static(part):
+                    self._point(maker, number, numbers[begin:end])
+                begin = end
+
+    def _set(self, node: Any, place: int, numbers: Sequence[int]) -> None:
+        name = node.input[place]
+        node.input[place] = self._new(name, numbers)
+        self._replaced.add(name)
+
+    def _is_static(self, name: str) -> bool:
+        """Whether a constant depends on no shape of a value."""
+        maker = self._makers.get(name)
+        if maker is None:
+            return name in self._constants
+        return maker.op_type == "Constant" or (
+            maker.op_type not in {"Shape", "Size"} and all(map(self._is_static, filter(None, maker.input)))
+        )
+
+    def _new(self, like: str, numbers: Sequence[int]) -> str:
+        taken = {tensor.name for tensor in self._graph.initializer} | self._makers.keys()
+        name = like
+        while name in taken:
+            self._count += 1
+            name = f"{like}_{self._count}"
+        onnx = require("onnx", extra="onnx")
+        self._graph.initializer.append(onnx.numpy_helper.from_array(np.array(numbers, np.int64), name))
+        if self._is_listed:
+            port = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [len(numbers)])
+            self._graph.input.append(port)
+        return name

@@ -1,0 +1,178 @@
+"""What an ONNX graph says of itself before it runs: the shape of every value, and what is the same in every run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from prunectl.errors import InputError
+from prunectl.formats.base import Array
+from prunectl.formats.optional import require
+
+STANDARD = frozenset({"", "ai.onnx"})
+_SMALL = 64
+"""Elements up to which a weight may also be a list of scales or sizes."""
+_FOLDED = 4096
+_CHANCE = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial"})
+_OPEN_LENGTHS = (64, 224)
+"""Lengths to try for axes other than the batch that the file leaves open."""
+
+
+@dataclass(slots=True)
+class Known:
+    """Shapes and constants, by the name of the value."""
+
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    constants: dict[str, Array] = field(default_factory=dict)
+
+
+def known(proto: Any, name: str) -> Known:
+    """Return what can be known of the main graph, an open batch counted as 1."""
+    trouble = ""
+    for length in _OPEN_LENGTHS:
+        light = _light(proto, length)
+        try:
+            return _inferred(light, _constants(proto))
+        except Exception as error:  # noqa: BLE001 - onnx raises what it likes
+            trouble = (str(error) or type(error).__name__).strip().partition("\n")[0]
+    raise InputError(f"the shapes in {name} cannot be worked out: {trouble}")
+
+
+def shape_of(port: Any) -> tuple[int, ...] | None:
+    """Return a shape of which every length is known."""
+    kind = port.type.tensor_type
+    if not kind.HasField("shape") or any(not axis.HasField("dim_value") for axis in kind.shape.dim):
+        return None
+    return tuple(axis.dim_value for axis in kind.shape.dim)
+
+
+def _constants(proto: Any) -> dict[str, Array]:
+    to_array = require("onnx.numpy_helper", extra="onnx").to_array
+    found = {tensor.name: to_array(tensor) for tensor in proto.graph.initializer if _is_constant(tensor)}
+    for node in proto.graph.node:
+        if node.op_type == "Constant" and node.domain in STANDARD:
+            for attribute in node.attribute:
+                if attribute.name != "value" or _is_constant(attribute.t):
+                    found |= _run(proto, node, {})
+    return found
+
+
+def _is_constant(tensor: Any) -> bool:
+    """Whether a tensor may say a shape, sizes, axes or scales."""
+    size = 1
+    for length in tensor.dims:
+        size *= length
+    return size <= (_SMALL if tensor.data_type == 1 else _FOLDED)
+
+
+def _light(proto: Any, length: int) -> Any:
+    """Return the graph without its big weights, and with every length of its inputs said."""
+    light = type(proto)()
+    light.CopyFrom(_without_data(proto))
+    given = {tensor.name for tensor in proto.graph.initializer}
+    batches = {""}
+    for port in light.graph.input:
+        if port.name in given:
+            continue
+        for number, axis in enumerate(port.type.tensor_type.shape.dim):
+            if axis.HasField("dim_value") and axis.dim_value > 0:
+                continue
+            if number == 0:
+                batches.add(axis.dim_param)
+            is_batch = number == 0 or (axis.dim_param and axis.dim_param in batches)
+            axis.dim_value = 1 if is_batch else length
+    for port in light.graph.output:
+        port.type.tensor_type.ClearField("shape")
+    return light
+
+
+def _without_data(proto: Any) -> Any:
+    helper = require("onnx.helper", extra="onnx")
+    light = type(proto)()
+    for name in ("ir_version", "opset_import", "functions"):
+        value = getattr(proto, name)
+        if isinstance(value, int):
+            setattr(light, name, value)
+        else:
+            getattr(light, name).extend(value)
+    graph = light.graph
+    graph.name = proto.graph.name or "graph"
+    graph.node.extend(proto.graph.node)
+    graph.output.extend(proto.graph.output)
+    listed = {port.name for port in proto.graph.input}
+    graph.input.extend(proto.graph.input)
+    for tensor in proto.graph.initializer:
+        if _is_constant(tensor):
+            graph.initializer.append(tensor)
+        elif tensor.name not in listed:
+            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    return light
+
+
+def _inferred(light: Any, constants: dict[str, Array]) -> Known:
+    """Infer shapes and fold what they make constant, in turns."""
+    inference = require("onnx.shape_inference", extra="onnx")
+    helper = require("onnx.numpy_helper", extra="onnx")
+    while True:
+        found = inference.infer_shapes(light, data_prop=True).graph
+        ports = (*found.input, *found.value_info, *found.output)
+        shapes = {port.name: shape for port in ports if (shape := shape_of(port)) is not None}
+        shapes |= {tensor.name: tuple(tensor.dims) for tensor in light.graph.initializer}
+        state = Known(shapes, constants)
+        made = dict(_folded(light, state))
+        if any(length < 0 for shape in shapes.values() for length in shape):
+            raise ValueError("a length below zero")
+        if not made:
+            return state
+        constants |= made
+        kept = [node for node in light.graph.node if not set(node.output) <= made.keys()]
+        del light.graph.node[:]
+        light.graph.node.extend(kept)
+        outputs = {port.name for port in light.graph.output}
+        light.graph.initializer.extend(
+            helper.from_array(value, name) for name, value in made.items() if name not in outputs
+        )
+
+
+def _folded(light: Any, state: Known) -> Iterator[tuple[str, Array]]:
+    """Yield what further nodes give in every run."""
+    made: dict[str, Array] = {}
+    for node in light.graph.node:
+        if node.domain not in STANDARD or node.op_type in _CHANCE or any(part.HasField("g") for part in node.attribute):
+            continue
+        given: Mapping[str, Array] = {
+            name: value for name in node.input if (value := _value(name, state, made)) is not None
+        }
+        if node.op_type == "Shape" and node.input[0] in state.shapes:
+            stand_in = np.broadcast_to(np.zeros((), np.float32), state.shapes[node.input[0]])
+            made |= _run(light, node, {node.input[0]: stand_in})
+        elif node.input and all(name in given for name in node.input if name):
+            made |= _run(light, node, given)
+    yield from ((name, value) for name, value in made.items() if value.size <= _FOLDED)
+
+
+def _value(name: str, state: Known, made: Mapping[str, Array]) -> Array | None:
+    return made[name] if name in made else state.constants.get(name)
+
+
+def _run(proto: Any, node: Any, given: Mapping[str, Array]) -> dict[str, Array]:
+    """Return what a node gives; nothing if the reference implementation does not know it."""
+    onnx = require("onnx", extra="onnx")
+    reference = require("onnx.reference", extra="onnx")
+    helper = onnx.helper
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        for name, value in given.items()
+    ]
+    outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
+    graph = helper.make_graph([node], "one", inputs, outputs)
+    model = helper.make_model(graph, opset_imports=list(proto.opset_import))
+    try:
+        found = reference.ReferenceEvaluator(model).run(None, dict(given))
+    except Exception:  # noqa: BLE001 - what it does not know stays unknown
+        return {}
+    names = [name for name in node.output if name]
+    return {name: value for name, value in zip(names, found, strict=True) if hasattr(value, "dtype")}

@@ -1,0 +1,64 @@
+"""An ONNX graph without some channels: weights sliced, and what named their number set right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from prunectl.channels import onnx_views
+from prunectl.channels.after import After
+from prunectl.channels.from_onnx import Opened
+from prunectl.channels.labels import LabelArray
+from prunectl.channels.onnx_numbers import renumber
+from prunectl.channels.onnx_shared import retie
+from prunectl.formats.base import Array
+from prunectl.formats.optional import require
+
+Removed = Mapping[tuple[str, int], LabelArray]
+"""The indices that go, by weight and axis."""
+
+
+def cut(source: Opened, removed: Removed, after: After) -> Any:
+    """Return the message of the smaller model; everything else in it stays as it was."""
+    proto = type(source.proto)()
+    proto.CopyFrom(source.proto)
+    shapes = {}
+    for name, slot in onnx_views.tensors(proto.graph):
+        axes = {axis: indices for (tensor, axis), indices in removed.items() if tensor == name}
+        if axes:
+            smaller = sliced(source.graph.weights[name], axes)
+            put(slot, smaller)
+            shapes[name] = smaller.shape
+    for port in proto.graph.input:
+        if port.name in shapes:
+            for axis, length in zip(port.type.tensor_type.shape.dim, shapes[port.name], strict=True):
+                axis.dim_value = length
+    renumber(proto, source, after)
+    retie(proto, source.copies)
+    _forget(proto.graph, {name for name, view in source.graph.views.items() if view.tensor in shapes}, after)
+    return proto
+
+
+def sliced(array: Array, axes: Mapping[int, LabelArray]) -> Array:
+    """Return a weight without some indices of some axes."""
+    for axis, indices in axes.items():
+        array = np.delete(array, indices, axis)
+    return array
+
+
+def put(slot: Any, array: Array) -> None:
+    """Give a tensor other numbers; its name, its type and what is said of it stay."""
+    fresh = require("onnx.numpy_helper", extra="onnx").from_array(np.ascontiguousarray(array), slot.name)
+    for name in ("dims", "raw_data", "float_data", "double_data", "int32_data"):
+        slot.ClearField(name)
+    slot.dims.extend(fresh.dims)
+    slot.raw_data = fresh.raw_data
+
+
+def _forget(graph: Any, stale: set[str], after: After) -> None:
+    """Leave out the shapes of inner values that no longer hold."""
+    kept = [port for port in graph.value_info if port.name not in stale and not after.has_changed(port.name)]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)

@@ -1,0 +1,86 @@
+"""How much is each channel worth? Pure functions from weights to one number for each index of an axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunectl.channels.couple import Family
+from prunectl.channels.trace import Part
+from prunectl.formats.base import Array
+from prunectl.pruning.hashing import hashed, mixed
+
+Scores = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A way to score channels by some of their weights."""
+
+    name: str
+    parts: frozenset[Part]
+    of: Callable[[Array, int], Scores]
+    """From a weight and an axis to one number for each index."""
+    line: str
+    norms: Mapping[str, Callable[[Array, int], Scores]] = field(default_factory=dict)
+    """Other ways to measure, by the parameter `norm`."""
+
+
+def absolute(weights: Array, axis: int) -> Scores:
+    """Return the mean absolute value at each index."""
+    return np.asarray(np.abs(_rows(weights, axis)).mean(axis=1))
+
+
+def squared(weights: Array, axis: int) -> Scores:
+    """Return the mean square at each index."""
+    return np.asarray(np.square(_rows(weights, axis)).mean(axis=1))
+
+
+def to_the_others(weights: Array, axis: int) -> Scores:
+    """Return how far each index is from all others: the nearer, the better they replace it (He et al. 2019)."""
+    rows = _rows(weights, axis)
+    squares = np.square(rows).sum(axis=1)
+    apart = squares[:, None] + squares[None, :] - 2 * (rows @ rows.T)
+    return np.asarray(np.sqrt(np.maximum(apart, 0)).sum(axis=1))
+
+
+MEASURES = (
+    Measure(
+        "channel-norm",
+        frozenset({Part.OUT, Part.IN}),
+        absolute,
+        "the smallest weights, on average over all that makes or reads a channel",
+        {"1": absolute, "2": squared},
+    ),
+    Measure("bn-scale", frozenset({Part.SCALE}), absolute, "the smallest scales of batch normalisation"),
+    Measure("geometric-median", frozenset({Part.OUT}), to_the_others, "those that the others can best replace"),
+)
+RANDOM = "random"
+
+
+def of_family(family: Family, weights: Mapping[str, Array], measure: Measure) -> Scores | None:
+    """Return a score for each channel of a family, the mean over its members; None if it has none to look at."""
+    kept = [number for number, place in enumerate(family.places) if place.part in measure.parts]
+    if not kept:
+        return None
+    found = []
+    for number in kept:
+        place = family.places[number]
+        line = measure.of(weights[place.tensor], place.axis)
+        found.append([line[list(group.members[number].indices)].mean() for group in family.groups])
+    return np.asarray(np.mean(found, axis=0))
+
+
+def at_random(family: Family, seed: int) -> Scores:
+    """Return numbers that only the seed, the family and the place in it decide."""
+    start = np.uint64(hashed(f"{seed}/{family.name}"))
+    drawn = mixed(np.arange(len(family.groups), dtype=np.uint64) + start)
+    # Of the upper 53 bits, as many as a float64 holds exactly; above zero, as they are divided by their mean.
+    return (drawn >> np.uint64(11)).astype(np.float64) / 2**53
+
+
+def _rows(weights: Array, axis: int) -> NDArray[np.float64]:
+    return np.moveaxis(weights, axis, 0).reshape(weights.shape[axis], -1).astype(np.float64)

@@ -1,0 +1,79 @@
+"""The ways to prune: weights, weights behind wrappers, whole channels; each from what was typed to a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from prunectl.calibrating.prune import prune as calibrated
+from prunectl.channels.prune import prune_channels
+from prunectl.commands.wrap_requests import Wrappers, wrappers_of
+from prunectl.errors import UsageError
+from prunectl.pruning import manifest as manifests
+from prunectl.pruning import request as requests
+from prunectl.pruning.output import Output
+from prunectl.pruning.prune import prune
+from prunectl.pruning.request import Request
+from prunectl.reporting.channels_report import channels_report
+from prunectl.reporting.prune_report import prune_report
+from prunectl.reporting.report import Report
+from prunectl.reporting.words import parse_ratio
+from prunectl.reporting.wrap_report import wrap_report
+from prunectl.training.wrap.prune import prune_wrapped
+
+Way = Callable[[Path, Output | None], Report]
+_CHANNELS = "channel"
+_LIMITS = ("min_channels", "round_to", "max_ratio")
+
+
+def way_of(ctx: typer.Context, asked: Request) -> Way:
+    """Return the way that was asked for, and refuse what does not go with it before a file is opened."""
+    said = ctx.params
+    wrappers = wrappers_of(ctx)
+    if asked.pattern == _CHANNELS:
+        _refuse(said, ("wrap", "schedule", "manifest"), "does not go with channels that are cut out")
+        return partial(_channels, asked, said)
+    _refuse(said, _LIMITS, "is about channels: add --pattern channel")
+    requests.check(asked)
+    if wrappers is not None:
+        return partial(_wrapped, asked, wrappers)
+    return partial(_weights, asked, said)
+
+
+def _refuse(said: dict[str, Any], names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        if said[name]:
+            raise UsageError(f"--{name.replace('_', '-')} {why}")
+
+
+def _channels(asked: Request, said: dict[str, Any], path: Path, place: Output | None) -> Report:
+    limits = {name: said[name] for name in _LIMITS if said[name]}
+    if "max_ratio" in limits:
+        limits["max_ratio"] = parse_ratio(limits["max_ratio"])
+    found = prune_channels(path, asked, place, **limits)
+    found = replace(found, before=replace(found.before, path=said["model"]))
+    return channels_report(found, _name(place))
+
+
+def _wrapped(asked: Request, wrappers: Wrappers, path: Path, place: Output | None) -> Report:
+    return wrap_report(prune_wrapped(path, asked, wrappers.ramp, wrappers.origin, place), _name(place))
+
+
+def _weights(asked: Request, said: dict[str, Any], path: Path, place: Output | None) -> Report:
+    manifest: Path | None = Path(said["manifest"]) if said["manifest"] is not None else None
+    if asked.data:
+        found = calibrated(path, asked, place, has_digests=manifest is not None, is_trusted=said["trust"])
+    else:
+        found = prune(path, asked, place, has_digests=manifest is not None)
+    if manifest is not None and place is not None:
+        manifests.write(manifest, found)
+    return prune_report(replace(found, before=replace(found.before, path=said["model"])), _name(place))
+
+
+def _name(place: Output | None) -> str:
+    return str(place.target) if place is not None else ""

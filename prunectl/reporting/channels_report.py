@@ -1,0 +1,110 @@
+"""What `prune --pattern channel` says, drawn from what was cut."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+
+from prunectl.channels.cutting import Cutting
+from prunectl.channels.prune import CutOut
+from prunectl.measuring.survey import Survey
+from prunectl.reporting.report import Artifact, Report, Section
+from prunectl.reporting.survey_json import survey_json
+from prunectl.reporting.table import Cell, Column, Table, Unit
+from prunectl.reporting.words import count, percent
+
+_CUTS = (
+    Column("tensor"),
+    Column("before"),
+    Column("after"),
+    Column("params", Unit.COUNT),
+    Column("left", Unit.COUNT),
+    Column("share left", Unit.RATIO),
+)
+_SIZES = (
+    Column(""),
+    Column("params", Unit.COUNT),
+    Column("FLOPs", Unit.COUNT),
+    Column("raw", Unit.BYTES),
+    Column("gzip", Unit.BYTES),
+)
+
+
+def channels_report(found: CutOut, output: str) -> Report:
+    """Return the report on a run; without an output it was a dry run."""
+    cuts = Table("cuts", _CUTS, _rows(found))
+    sizes = Table("sizes", _SIZES, (_size("before", found.before), _size("after", found.after)))
+    remarks = [*([_skipped(found)] if found.skips else []), *_unknown(found.before)]
+    remarks.append(
+        "This was a dry run: nothing was written."
+        if not output
+        else f"Next: prunectl size {found.before.path} {output}"
+    )
+    return Report(
+        models=(survey_json(found.before), survey_json(found.after)),
+        main=cuts,
+        sections=(
+            Section(f"{found.before.path} -> {output or 'nowhere'}", _facts(found), (cuts, sizes), tuple(remarks)),
+        ),
+        artifacts=(Artifact(output, found.after.bytes.raw),) if output else (),
+        bare=(),
+        more={"channels": _json(found)},
+    )
+
+
+def _rows(found: CutOut) -> tuple[tuple[Cell, ...], ...]:
+    after = {row.name: row for row in found.after.layers}
+    rows: list[tuple[Cell, ...]] = []
+    for row in found.before.layers:
+        now = after.get(row.name)
+        if now is not None and now.shape != row.shape:
+            share = now.params / row.params
+            rows.append((row.name, _shape(row.shape), _shape(now.shape), row.params, now.params, share))
+    return tuple(rows)
+
+
+def _size(name: str, found: Survey) -> tuple[Cell, ...]:
+    flops = None if found.macs is None else 2 * found.macs
+    return (name, found.params.total, flops, found.bytes.raw, found.bytes.compressed)
+
+
+def _facts(found: CutOut) -> tuple[tuple[str, str], ...]:
+    return (
+        ("asked", f"{percent(found.cutting.ratio)} of the channels"),
+        ("how", f"{_measure(found.cutting)}, {found.cutting.scope} scope"),
+        ("cut", f"{count(found.dropped)} of {count(found.channels)} channels that may go"),
+        ("proof", f"the same as with these channels at zero, within {found.error:.1e}"),
+    )
+
+
+def _measure(cutting: Cutting) -> str:
+    return "random" if cutting.measure is None else cutting.measure.name
+
+
+def _skipped(found: CutOut) -> str:
+    reasons = Counter(skip.reason for skip in found.skips)
+    told = "; ".join(f"{reason} ({number})" for reason, number in reasons.most_common(6))
+    return f"Left alone: {told}{'; and others' if len(reasons) > 6 else ''}."
+
+
+def _unknown(survey: Survey) -> list[str]:
+    if not survey.macs_unknown:
+        return []
+    return [f"FLOPs are without {len(survey.macs_unknown)} operations of unknown shape."]
+
+
+def _shape(lengths: tuple[int, ...]) -> str:
+    return "x".join(map(str, lengths))
+
+
+def _json(found: CutOut) -> dict[str, object]:
+    return {
+        "total": found.channels,
+        "dropped": found.dropped,
+        "error": found.error,
+        "families": [
+            {"name": loss.family.name, "channels": len(loss.family.groups), "dropped": list(loss.dropped)}
+            for loss in found.losses
+        ],
+        "left_alone": [asdict(skip) for skip in found.skips],
+    }

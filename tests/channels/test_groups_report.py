@@ -1,0 +1,25 @@
+"""What `inspect --groups` shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prunectl.channels.groups import groups
+from prunectl.formats.table import open_model
+from prunectl.measuring.survey import survey
+from prunectl.reporting.groups_report import with_groups
+from prunectl.reporting.inspect_report import inspect_report
+from tests.channels.test_prune import FIXTURE
+
+
+def test_the_report_lists_what_goes_together_and_what_is_locked(tmp_path: Path) -> None:
+    model = open_model(FIXTURE)
+    report = with_groups(inspect_report([survey(model, model.tensors)], [], has_flops=False), [groups(model)])
+    (section,) = report.sections
+    assert ("channels", "56 of 66 may go") in section.facts
+    table = section.tables[-1]
+    assert table.rows[0] == ("conv1.weight", 8, 3, "conv1.bias[0], conv2.weight[1]", "")
+    assert table.rows[-1] == ("fc2.weight", 10, 2, "fc2.bias[0]", "scores is an output of the network")
+    (found,) = report.more["groups"]
+    assert [family["channels"] for family in found["families"]] == [8, 16, 32, 10]
+    assert found["families"][0]["places"][2] == {"tensor": "conv2.weight", "axis": 1, "part": "in"}

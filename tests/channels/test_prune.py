@@ -1,0 +1,295 @@
+"""Cutting channels out of a file: what is asked, what is refused, and what is left in the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prunectl.channels import proof
+from prunectl.channels.after import After
+from prunectl.channels.from_onnx import opened
+from prunectl.channels.onnx_surgery import cut as cut_graph
+from prunectl.channels.prune import CutOut, prune_channels
+from prunectl.channels.rules import follow
+from prunectl.errors import InputError, UsageError, WorkError
+from prunectl.formats.table import open_model
+from prunectl.pruning.output import Output
+from prunectl.pruning.prune import prune
+from prunectl.pruning.request import Request
+from prunectl.reporting.channels_report import channels_report
+from tests.channels.made import helper, model, numpy_helper, onnx, op, saved
+from tests.channels.masked import run
+
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "digits_cnn.onnx"
+
+
+def cut(path: Path, output: Path | None, *, limits: dict[str, Any] | None = None, **asked: Any) -> CutOut:
+    request = Request(**{"sparsity": 0.5, "pattern": "channel"} | asked)
+    return prune_channels(path, request, Output(output) if output else None, **(limits or {}))
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    return {tensor.name: tensor.shape for tensor in open_model(path).tensors}
+
+
+def test_the_digits_network_loses_half_of_its_channels(tmp_path: Path) -> None:
+    before, output = FIXTURE.read_bytes(), tmp_path / "small.onnx"
+    found = cut(FIXTURE, output)
+    onnx.checker.check_model(output, full_check=True)
+    assert FIXTURE.read_bytes() == before
+    assert (found.channels, found.dropped) == (56, 28)
+    assert shapes(output) == {
+        "conv1.weight": (4, 1, 3, 3),
+        "conv1.bias": (4,),
+        "conv2.weight": (8, 4, 3, 3),
+        "conv2.bias": (8,),
+        "fc1.weight": (16, 128),
+        "fc1.bias": (16,),
+        "fc2.weight": (10, 16),
+        "fc2.bias": (10,),
+    }
+    assert found.after.params.total == 40 + 296 + 2064 + 170
+    old, new = onnx.load(FIXTURE), onnx.load(output)
+    assert [node.SerializeToString() for node in new.graph.node] == [
+        node.SerializeToString() for node in old.graph.node
+    ]
+    assert (new.opset_import, new.metadata_props, new.producer_name, new.graph.input, new.graph.output) == (
+        old.opset_import,
+        old.metadata_props,
+        old.producer_name,
+        old.graph.input,
+        old.graph.output,
+    )
+
+
+def test_the_smallest_channels_go_by_hand(tmp_path: Path) -> None:
+    output = tmp_path / "small.onnx"
+    cut(FIXTURE, output, only="conv1.weight")
+    old = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(FIXTURE).graph.initializer}
+    new = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(output).graph.initializer}
+    norms = (np.abs(old["conv1.weight"]).mean((1, 2, 3)) + np.abs(old["conv2.weight"]).mean((0, 2, 3))) / 2
+    kept = np.sort(np.argsort(norms, kind="stable")[4:])
+    np.testing.assert_array_equal(new["conv1.weight"], old["conv1.weight"][kept])
+    np.testing.assert_array_equal(new["conv1.bias"], old["conv1.bias"][kept])
+    np.testing.assert_array_equal(new["conv2.weight"], old["conv2.weight"][:, kept])
+    np.testing.assert_array_equal(new["fc1.weight"], old["fc1.weight"])
+
+
+def test_the_same_request_gives_the_same_bytes(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.onnx", tmp_path / "two.onnx"
+    cut(FIXTURE, one, strategy="random", seed=4)
+    cut(FIXTURE, two, strategy="random", seed=4)
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_limits_and_selectors_hold(tmp_path: Path) -> None:
+    def left(**asked: Any) -> list[int]:
+        output = tmp_path / "left.onnx"
+        output.unlink(missing_ok=True)
+        cut(FIXTURE, output, **asked)
+        found = shapes(output)
+        return [found[name][0] for name in ("conv1.weight", "conv2.weight", "fc1.weight")]
+
+    assert left(sparsity=1.0) == [2, 2, 2]
+    assert left(sparsity=1.0, limits={"min_channels": 5}) == [5, 5, 5]
+    assert left(sparsity=1.0, limits={"max_ratio": 0.25}) == [6, 12, 24]
+    assert left(sparsity=0.6, limits={"round_to": 8}) == [8, 8, 16]
+    assert left(exclude=("conv*",)) == [8, 16, 16]
+    assert left(only="fc1") == [8, 16, 16]
+    assert left(layers=(("conv*", 0.25), ("conv2*", 0.75))) == [6, 4, 16]
+    assert left(sparsity=None, layers=(("conv2*", 0.75),)) == [8, 4, 32]
+    assert sum(left(sparsity=0.25, scope="global")) == 42
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"sparsity": None}, "how many channels"),
+        ({"sparsity": 1.5}, "a share of channels"),
+        ({"strategy": "obs"}, "no strategy for channels is called obs"),
+        ({"params": ("norm=3",)}, "takes no --param norm=3"),
+        ({"strategy": "random", "params": ("norm=1",)}, "takes no --param"),
+        ({"policy": "all"}, "--policy does not go with channels"),
+        ({"nan": "zero"}, "--nan does not go with channels"),
+        ({"compression": 2.0, "sparsity": None}, "--compression does not go with channels"),
+        ({"data": "x.npz"}, "--data does not go with channels"),
+        ({"scope": "erk"}, "--scope layer or global"),
+        ({"scope": "global", "layers": (("conv1", 0.5),)}, "--layer sets the share of a layer"),
+        ({"limits": {"round_to": 0}}, "--round-to is at least 1"),
+        ({"limits": {"max_ratio": 2.0}}, "a share of channels"),
+        ({"only": "nothing*"}, "no layer matches"),
+        ({"only": "fc2.weight"}, "no channels to cut"),
+        ({"strategy": "bn-scale"}, "no channels to cut"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(asked: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        cut(FIXTURE, tmp_path / "small.onnx", **asked)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_formats_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="ONNX"):
+        cut(FIXTURE.with_suffix(".h5"), tmp_path / "small.h5")
+
+
+def test_an_output_that_exists_is_refused(tmp_path: Path) -> None:
+    output = tmp_path / "small.onnx"
+    output.write_bytes(b"mine")
+    with pytest.raises(UsageError, match="exists"):
+        cut(FIXTURE, output)
+    assert output.read_bytes() == b"mine"
+
+
+def test_a_dry_run_writes_nothing_and_knows_the_outcome(tmp_path: Path) -> None:
+    dry, wet = cut(FIXTURE, None), cut(FIXTURE, tmp_path / "small.onnx")
+    assert dry.after.params == wet.after.params
+    assert dry.after.bytes == wet.after.bytes
+
+
+def test_a_cut_that_changes_the_outcome_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "_SILENT", frozenset())
+    with pytest.raises(WorkError, match="differs from the original"):
+        cut(FIXTURE, tmp_path / "small.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cut_that_cannot_run_is_not_written(tmp_path: Path) -> None:
+    source = opened(open_model(FIXTURE))
+    trace = follow(source.graph)
+    broken = type(source.proto)()
+    broken.CopyFrom(source.proto)
+    broken.graph.initializer[0].dims[0] -= 1
+    with pytest.raises(WorkError, match="nothing was written"):
+        proof.prove(source, broken, After(trace, ()), {}, 0)
+
+
+def test_what_a_softmax_would_hide_is_seen(tmp_path: Path) -> None:
+    nodes = [op("Conv", "x first", "a"), op("GlobalMaxPool", "a", "b"), op("Flatten", "b", "c")]
+    nodes += [op("Gemm", "c last", "d"), op("Softmax", "d", "y", axis=1)]
+    made = model(nodes, {"first": (8, 3, 3, 3), "last": (8, 5)})
+    path = saved(made, tmp_path)
+    for tensor in made.graph.initializer:
+        if tensor.name == "last":
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1e-9), "last"))
+    onnx.save(made, path)
+    source = opened(open_model(path))
+    trace = follow(source.graph)
+    label = int(trace.notes[0].labels[0])
+    gone = {("first", 0): np.array([0]), ("last", 0): np.array([0])}
+    wrong = {("first", 0): np.array([0]), ("last", 0): np.array([1])}
+    after = After(trace, [label])
+    assert proof.prove(source, cut_graph(source, gone, after), after, gone, 0) < 1e-6
+    with pytest.raises(WorkError, match="differs from the original"):
+        proof.prove(source, cut_graph(source, wrong, after), after, gone, 0)
+
+
+def chain(**more: Any) -> Any:
+    """Two convolutions with a reshape to a said shape between them."""
+    nodes = [
+        op("Conv", "x first bias", "a", pads=[1, 1, 1, 1]),
+        op("Reshape", "a shape", "b"),
+        op("Conv", "b last", "c"),
+        op("Reshape", "c shape_of_the_end", "y"),
+    ]
+    weights = {"first": (6, 3, 3, 3), "bias": (6,), "last": (2, 6, 1, 1)}
+    numbers = {"shape": [1, 6, 4, 16], "shape_of_the_end": [1, -1]}
+    made = model(nodes, weights, numbers=numbers, inputs={"x": (1, 3, 8, 8)}, **more)
+    made.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 128]))
+    return made
+
+
+def check_chain(path: Path, output: Path) -> None:
+    """Hold a cut chain against NumPy: the two reshapes change nothing that a convolution of 1x1 would notice."""
+    found = cut(path, output)
+    onnx.checker.check_model(output, full_check=True)
+    assert shapes(output)["first"] == (3, 3, 3, 3)
+    images = np.random.default_rng(1).normal(size=(1, 3, 8, 8)).astype(np.float32)
+    (loss,) = found.losses
+    session_input = onnx.load(path)
+    for tensor in session_input.graph.initializer:
+        if tensor.name == "last":
+            silent = np.array(numpy_helper.to_array(tensor, str(path.parent)))
+            silent[:, list(loss.dropped)] = 0
+            tensor.CopyFrom(numpy_helper.from_array(silent, "last"))
+    silenced = path.with_name("silenced.onnx")
+    onnx.save(session_input, silenced)
+    np.testing.assert_allclose(run(output, images), run(silenced, images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_shape_that_names_the_channels_is_said_anew(tmp_path: Path) -> None:
+    output = tmp_path / "small.onnx"
+    check_chain(saved(chain(), tmp_path), output)
+    held = {tensor.name: numpy_helper.to_array(tensor).tolist() for tensor in onnx.load(output).graph.initializer}
+    assert [1, 3, 4, 16] in held.values()
+    assert [1, 6, 4, 16] not in held.values()
+    assert held["shape_of_the_end"] == [1, -1]
+
+
+def test_weights_in_nodes_of_constants_are_cut_as_well(tmp_path: Path) -> None:
+    made = chain()
+    for tensor in list(made.graph.initializer):
+        node = helper.make_node("Constant", [], [tensor.name], value=tensor)
+        made.graph.initializer.remove(tensor)
+        made.graph.node.insert(0, node)
+    output = tmp_path / "small.onnx"
+    cut(saved(made, tmp_path), output)
+    assert shapes(output)["first"] == (3, 3, 3, 3)
+    assert [tensor.data_type for tensor in onnx.load(output).graph.initializer] == [onnx.TensorProto.INT64]
+
+
+def test_weights_that_are_also_inputs_get_their_new_shape_there(tmp_path: Path) -> None:
+    made = chain(ir_version=3, opset=8)
+    for tensor in made.graph.initializer:
+        made.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    output = tmp_path / "small.onnx"
+    check_chain(saved(made, tmp_path), output)
+    ports = {
+        port.name: [axis.dim_value for axis in port.type.tensor_type.shape.dim]
+        for port in onnx.load(output).graph.input
+    }
+    assert ports["first"] == [3, 3, 3, 3]
+
+
+def test_data_beside_the_model_stays_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "net.onnx"
+    onnx.save(chain(), path, save_as_external_data=True, location="net.data", size_threshold=100)
+    (tmp_path / "out").mkdir()
+    output = tmp_path / "out" / "small.onnx"
+    check_chain(path, output)
+    assert sorted(child.name for child in output.parent.iterdir()) == ["net.data", "small.onnx"]
+    assert (output.parent / "net.data").stat().st_size < (path.parent / "net.data").stat().st_size
+
+
+def test_shapes_of_inner_values_that_no_longer_hold_are_left_out(tmp_path: Path) -> None:
+    made = onnx.shape_inference.infer_shapes(chain())
+    assert {port.name for port in made.graph.value_info} == {"a", "b", "c"}
+    output = tmp_path / "small.onnx"
+    check_chain(saved(made, tmp_path), output)
+    assert {port.name for port in onnx.load(output).graph.value_info} == {"c"}
+
+
+def test_one_that_was_packed_comes_out_packed(tmp_path: Path) -> None:
+    packed, output = tmp_path / "packed.onnx", tmp_path / "small.onnx"
+    prune(FIXTURE, Request(sparsity=0.9, is_packed=True), Output(packed))
+    cut(packed, output)
+    assert shapes(output)["fc1.weight"] == (16, 128)
+    assert onnx.load(output).graph.sparse_initializer
+    images = np.random.default_rng(2).normal(size=(2, 1, 8, 8)).astype(np.float32)
+    assert run(output, images).shape == (2, 10)
+
+
+def test_the_report_says_what_became_of_each_tensor(tmp_path: Path) -> None:
+    output = tmp_path / "small.onnx"
+    report = channels_report(cut(FIXTURE, output), str(output))
+    assert ("conv2.weight", "16x8x3x3", "8x4x3x3", 1152, 288, 0.25) in report.main.rows
+    assert [row[1] for row in report.sections[0].tables[1].rows] == [9802, 2570]
+    assert "scores is an output of the network" in report.sections[0].remarks[0]
+    assert report.more["channels"]["dropped"] == 28
+    dry = channels_report(cut(FIXTURE, None), "")
+    assert dry.sections[0].remarks[-1] == "This was a dry run: nothing was written."
+    assert not dry.artifacts

@@ -1,0 +1,98 @@
+"""Networks of the usual kinds, half of whose channels go: they say what PyTorch says without these channels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prunectl.channels.groups import groups
+from prunectl.channels.prune import CutOut, prune_channels
+from prunectl.formats.table import open_model
+from prunectl.pruning.output import Output
+from prunectl.pruning.request import Request
+from tests.channels.made import onnx
+from tests.channels.masked import masked, run
+from tests.channels.nets import NETS, Attention, Shuffle, built, export, torch
+
+SHAPES = {
+    "Vgg": {"body.0.0.weight": (4, 3, 3, 3), "head.0.weight": (10, 6 * 16)},
+    "Residual": {"stem.0.weight": (4, 3, 3, 3), "one.0.0.weight": (3, 4, 3, 3), "down.0.weight": (8, 4, 1, 1)},
+    "Mobile": {"block.0.weight": (12, 4, 1, 1), "block.3.0.weight": (12, 1, 3, 3), "block.4.weight": (4, 12, 1, 1)},
+    "Dense": {"three.0.weight": (5, 7, 3, 3), "norm.running_var": (12,), "head.weight": (5, 12)},
+    "Unet": {"up.weight": (8, 6, 2, 2), "last.0.weight": (4, 9, 3, 3), "out.weight": (2, 4, 1, 1)},
+    "Excite": {"down.weight": (3, 8, 1, 1), "slope.weight": (8,), "last.weight": (8, 2, 3, 3)},
+    "Squeeze": {"squeeze.weight": (2, 6, 1, 1), "out.weight": (5, 8, 1, 1)},
+    "Split": {"stem.0.weight": (8, 3, 3, 3), "side.0.weight": (4, 4, 3, 3), "last.0.weight": (4, 12, 3, 3)},
+}
+
+
+def cut(path: Path, output: Path, **asked: Any) -> CutOut:
+    return prune_channels(path, Request(**{"sparsity": 0.5, "pattern": "channel"} | asked), Output(output))
+
+
+@pytest.mark.parametrize("is_open", [True, False], ids=["open", "fixed"])
+@pytest.mark.parametrize("kind", NETS, ids=lambda kind: kind.__name__)
+def test_half_of_the_channels_go_and_the_rest_say_the_same(kind: Any, is_open: bool, tmp_path: Path) -> None:
+    path, output = export(kind, tmp_path / "net.onnx", is_open=is_open), tmp_path / "small.onnx"
+    found = cut(path, output)
+    onnx.checker.check_model(output, full_check=True)
+    shapes = {tensor.name: tensor.shape for tensor in open_model(output).tensors}
+    assert {name: shapes[name] for name in SHAPES[kind.__name__]} == SHAPES[kind.__name__]
+    net = built(kind)
+    images = torch.randn(3 if is_open else 1, 3, 16, 16)
+    wanted, said = masked(net, found, images), run(output, images)
+    assert np.ptp(wanted) > 1e-3
+    np.testing.assert_allclose(said, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+    assert found.after.params.total < 0.55 * found.before.params.total
+    assert found.before.macs is not None
+    assert found.after.macs is not None
+    assert found.after.macs < 0.5 * found.before.macs
+
+
+@pytest.mark.parametrize("strategy", ["channel-norm", "bn-scale", "geometric-median", "random"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_whatever_is_chosen_can_be_cut(strategy: str, scope: str, tmp_path: Path) -> None:
+    path, output = export(NETS[1], tmp_path / "net.onnx"), tmp_path / "small.onnx"
+    found = cut(path, output, sparsity=0.4, strategy=strategy, scope=scope)
+    net, images = built(NETS[1]), torch.randn(2, 3, 16, 16)
+    wanted = masked(net, found, images)
+    np.testing.assert_allclose(run(output, images), wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_parts_of_a_split_may_lose_different_numbers(tmp_path: Path) -> None:
+    path, output = export(NETS[-1], tmp_path / "net.onnx"), tmp_path / "small.onnx"
+    found = cut(path, output, scope="global", sparsity=0.3)
+    net, images = built(NETS[-1]), torch.randn(2, 3, 16, 16)
+    wanted = masked(net, found, images)
+    np.testing.assert_allclose(run(output, images), wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("opset", [11, 13, 18])
+def test_any_opset_will_do(opset: int, tmp_path: Path) -> None:
+    for kind in (NETS[4], NETS[7]):
+        path, output = (
+            export(kind, tmp_path / f"{kind.__name__}.onnx", opset=opset),
+            tmp_path / f"{kind.__name__}s.onnx",
+        )
+        found = cut(path, output)
+        assert found.dropped * 2 == found.channels
+        assert onnx.load(output).opset_import[0].version == opset
+
+
+def test_an_encoder_loses_the_inside_of_its_dense_layers_alone(tmp_path: Path) -> None:
+    path, output = export(Attention, tmp_path / "net.onnx"), tmp_path / "small.onnx"
+    found = cut(path, output)
+    assert (found.channels, found.dropped) == (32, 16)
+    reasons = [family.reason for family in groups(open_model(path)).families if family.reason]
+    assert len(reasons) >= 4
+    images = torch.randn(2, 3, 16, 16)
+    assert run(output, images).shape == (2, 5)
+
+
+def test_shuffled_channels_stay(tmp_path: Path) -> None:
+    path = export(Shuffle, tmp_path / "net.onnx")
+    reasons = {family.name: family.reason for family in groups(open_model(path)).families}
+    assert "takes channels apart" in reasons["stem.0.weight"]
