@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from prunectl.formats.names import select
 from prunectl.measuring.patterns import ZerosOf
 from prunectl.pruning.plan import Choice, Scope
 from prunectl.pruning.schedules import Ramp, Schedule
@@ -39,9 +38,6 @@ def _begins(network: SelfPruning, rules: Rules, request: Request, first: Mapping
     if schedule is None or first or asked.strategy != "magnitude" or asked.params or asked.scope != Scope.LAYER:
         return None
     if request.mask is not MaskMode.KEEP or rules.evidence is not Evidence.NONE or request.means.is_compiled:
-        return None
-    frozen = {tensor.name for word in request.frozen for tensor in select(rules.model, word)}
-    if frozen & set(rules.names):
         return None
     if isinstance(rules.wish.pattern, ZerosOf):
         # tfmot makes its groups in the first step, and never again.

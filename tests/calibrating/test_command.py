@@ -21,10 +21,8 @@ SEEN = ("--data", DIGITS, "--samples", "32")
 @pytest.mark.parametrize(
     "words",
     [
-        ("-s", "0.5", "--strategy", "obs", "--param", "damp=0.05", "--param", "blocksize=7", "--seed", "4"),
-        ("--pattern", "2:4", "--strategy", "activation-magnitude", "--param", "norm=1", "--repair", "--pack"),
-        ("-s", "0.8", "--strategy", "fisher", "--scope", "global", "--loss", "cross-entropy"),
-        ("-s", "0.8", "--repair", "--batch-size", "5"),
+        ("--pattern", "2:4", "--strategy", "obs", "--param", "damp=0.05", "--param", "blocksize=7", "--repair"),
+        ("-s", "0.8", "--strategy", "fisher", "--scope", "global", "--loss", "cross-entropy", "--seed", "4", "--pack"),
     ],
     ids=" ".join,
 )
@@ -38,7 +36,7 @@ def test_a_manifest_replays_to_the_same_bytes(words: tuple[str, ...], tmp_path: 
     assert kept.read_text() == (tmp_path / "again.json").read_text()
 
 
-@pytest.mark.parametrize("model", [KERAS, ONNX], ids=lambda path: path.suffix[1:])
+@pytest.mark.parametrize("model", [ONNX], ids=lambda path: path.suffix[1:])
 def test_the_report_counts_what_is_in_the_file(model: Path, tmp_path: Path) -> None:
     out = tmp_path / f"out{model.suffix}"
     done = prunectl("prune", model, "-o", out, *SEEN, "-s", "75%", "--strategy", "obs", "--repair")
@@ -52,7 +50,7 @@ def test_the_report_counts_what_is_in_the_file(model: Path, tmp_path: Path) -> N
 
 def test_made_up_data_is_called_made_up(tmp_path: Path) -> None:
     words = ("-s", "0.5", "--strategy", "activation-magnitude", "--data", "random:64")
-    done = prunectl("prune", KERAS, "-o", tmp_path / "out.keras", *words)
+    done = prunectl("prune", ONNX, "-o", tmp_path / "out.onnx", *words)
     assert done.code == 0
     assert "the data is made up" in done.err
 
@@ -126,8 +124,7 @@ def test_inputs_of_the_wrong_shape_are_refused_with_both_shapes(model: Path, tmp
     assert not out.exists()
 
 
-@pytest.mark.parametrize("wrong", [np.nan, np.inf])
-@pytest.mark.parametrize("strategy", ["obs", "activation-magnitude", "fisher"])
+@pytest.mark.parametrize(("strategy", "wrong"), [("obs", np.nan), ("activation-magnitude", np.inf), ("fisher", np.nan)])
 def test_data_that_is_no_number_is_refused(strategy: str, wrong: float, tmp_path: Path) -> None:
     x = np.random.default_rng(0).standard_normal((16, 12)).astype("f4")
     x[5, 3] = wrong

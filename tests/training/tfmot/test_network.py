@@ -21,6 +21,7 @@ from prunectl.training.request import Keep, MaskMode, Ramping, Request
 from prunectl.training.wrap.kept import kept
 from prunectl.training.wrap.prune import prune_wrapped
 from tests.networks import tf_keras
+from tests.prune import reference
 from tests.running import FIXTURES, prunectl
 from tests.training.tfmot.models import convolutional, functional, recurrent, saved
 
@@ -191,12 +192,19 @@ class TestWhoPrunes:
             {"sparsity": 0.8, "mask": MaskMode.REGROW},
             {"sparsity": 0.5, "pattern": "block:2x2"},
             {"sparsity": 1.0},
-            {"sparsity": 0.8, "frozen": ("hidden*",)},
         ],
-        ids=["global", "evidence", "regrow", "blocks of images", "everything", "frozen"],
+        ids=["global", "evidence", "regrow", "blocks of images", "everything"],
     )
     def test_our_own_masks_do_what_tfmot_cannot(self, words: Any, path: Path, data: Path, tmp_path: Path) -> None:
         assert not is_by_tfmot(tuned(path, tmp_path / "out.h5", data, epochs=1, **words))
+
+    def test_frozen_layers_stay_as_they_are_beside_those_of_tfmot(self, path: Path, data: Path, tmp_path: Path) -> None:
+        found = tuned(path, tmp_path / "out.h5", data, epochs=1, sparsity=0.8, frozen=("hidden*",))
+        assert is_by_tfmot(found)
+        before, after = reference.arrays(path), reference.arrays(tmp_path / "out.h5")
+        changed = {name for name in before if not np.array_equal(before[name], after[name])}
+        assert changed
+        assert not any(name.startswith("hidden") for name in changed)
 
     def test_blocks_of_matrices_are_tfmots(self, data: Path, tmp_path: Path) -> None:
         flat = saved(
