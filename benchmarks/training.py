@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -179,6 +180,8 @@ def run() -> None:
 def _fill(rows: dict[str, list[dict[str, float]]], folder: Path, seed: int) -> None:
     def add(method: str, found: dict[str, float]) -> None:
         rows.setdefault(method, []).append(found)
+        # It takes hours, and an interrupted run shall not have been for nothing.
+        print(f"seed {seed}: {method}: {found}", file=sys.stderr, flush=True)
 
     add("dense, tf_keras", _by_tfmot(folder, "dense", seed))
     for schedule in ("constant", "polynomial"):
