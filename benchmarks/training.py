@@ -95,11 +95,11 @@ model.fit(x, y, batch_size=batch, epochs=epochs, callbacks=callbacks, verbose=0)
 took = time.time() - began
 if schedule != "dense":
     model = s.strip_pruning(model)
-    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
 model.save(target, include_optimizer=False)
-found = model.evaluate(judge["x"][..., None].astype("f4") / 255, judge["y"], verbose=0)
+# By hand: a model that is saved before it has seen a target takes accuracy for that of one-hot targets.
+right = model.predict(judge["x"][..., None].astype("f4") / 255, verbose=0).argmax(1) == judge["y"]
 kernels = [w for layer in model.layers for w in layer.get_weights() if w.ndim > 1]
-print(json.dumps({"accuracy": found[1], "seconds": took,
+print(json.dumps({"accuracy": right.mean(), "seconds": took,
     "sparsity": sum((w == 0).sum() for w in kernels) / sum(w.size for w in kernels)}, default=float))
 """
 
