@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from prunectl.commands.inputs import STDIN, local
+from prunectl.commands.options import panel
 from prunectl.commands.requests import destination
 from prunectl.commands.training_requests import training_of
 from prunectl.commands.verb import verb
@@ -18,29 +19,11 @@ from prunectl.reporting.training_progress import TrainingProgress
 from prunectl.training.finetune import finetune as run
 from prunectl.training.request import Keep, MaskMode
 
-
-def _option(panel: str, *names: str, help: str, **more: Any) -> Any:  # noqa: A002 - typer's word
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
-
-
-def _data(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
-    return _option("Data", *names, help=help, **more)
-
-
-def _train(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
-    return _option("Training", *names, help=help, **more)
-
-
-def _when(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
-    return _option("Pruning on the way", *names, help=help, **more)
-
-
-def _long(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
-    return _option("Long runs", *names, help=help, **more)
-
-
-def _file(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
-    return _option("What the file does not say", *names, help=help, **more)
+_data = panel("Data")
+_train = panel("Training")
+_when = panel("Pruning on the way")
+_long = panel("Long runs")
+_file = panel("What the file does not say")
 
 
 def finetune(

@@ -10,6 +10,7 @@ import typer
 
 from prunectl.calibrating.sensitivity.found import Sensitivity
 from prunectl.commands.inputs import survey_each
+from prunectl.commands.options import is_typed, panel
 from prunectl.commands.verb import verb
 from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile
@@ -24,8 +25,7 @@ from prunectl.reporting.sensitivity_report import with_sensitivity
 _ABOUT_DATA = ("samples", "batch_size", "build", "custom_objects", "loss", "trust")
 
 
-def _data(*names: str, help: str, **more: Any) -> Any:  # noqa: A002 - typer's word
-    return typer.Option(*names, help=help, rich_help_panel="How much each layer suffers from pruning", **more)
+_data = panel("How much each layer suffers from pruning")
 
 
 def inspect(
@@ -100,15 +100,10 @@ def _check(ctx: typer.Context) -> None:
     said = ctx.params
     if said["data"] and not said["sensitivity"]:
         raise UsageError("inspect looks at data for --sensitivity only", hint="add --sensitivity, or leave out --data")
-    typed = [name for name in _ABOUT_DATA if _is_typed(ctx, name)]
+    typed = [name for name in _ABOUT_DATA if is_typed(ctx, name)]
     if typed and not said["data"]:
         word = "model" if typed[0] == "build" else typed[0].replace("_", "-")
         raise UsageError(f"--{word} is about data, and there is none", hint="such as --sensitivity --data train.npz")
-
-
-def _is_typed(ctx: typer.Context, name: str) -> bool:
-    source: Any = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 command = verb(inspect)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from prunectl.commands.inputs import STDIN, local
+from prunectl.commands.options import panel
 from prunectl.commands.prune_ways import way_of
 from prunectl.commands.requests import destination, request_of
 from prunectl.commands.verb import verb
@@ -15,29 +16,11 @@ from prunectl.pruning.not_finite import NotFinite
 from prunectl.pruning.plan import Scope
 from prunectl.reporting.reporter import Reporter
 
-
-def _option(panel: str, *names: str, help: str, **more: Any) -> Any:  # noqa: A002 - typer's word
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
-
-
-def _much(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
-    return _option("How much", *names, help=help, **more)
-
-
-def _which(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
-    return _option("Which weights", *names, help=help, **more)
-
-
-def _later(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
-    return _option("Wrappers for later training", *names, help=help, **more)
-
-
-def _cut(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
-    return _option("Channels (--pattern channel, ONNX)", *names, help=help, **more)
-
-
-def _data(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
-    return _option("With data", *names, help=help, **more)
+_much = panel("How much")
+_which = panel("Which weights")
+_later = panel("Wrappers for later training")
+_cut = panel("Channels (--pattern channel, ONNX)")
+_data = panel("With data")
 
 
 def prune(

@@ -8,11 +8,11 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import typer
 
 from prunectl.commands.inputs import STDIN
+from prunectl.commands.options import is_typed
 from prunectl.errors import UsageError
 from prunectl.formats.stripping import Part
 from prunectl.pruning import manifest
@@ -28,7 +28,7 @@ def request_of(ctx: typer.Context, recipe: Path | None) -> Request:
     """Return the request: that of a recipe, or what was typed."""
     said = ctx.params
     if recipe is not None:
-        typed = [name for name in said if name not in _FREE and _is_typed(ctx, name)]
+        typed = [name for name in said if name not in _FREE and is_typed(ctx, name)]
         if typed:
             raise UsageError(f"--recipe says all that decides the result: leave out --{typed[0].replace('_', '-')}")
         return manifest.read(recipe)
@@ -91,11 +91,6 @@ def parts_of(words: str) -> frozenset[Part]:
                 hint=f"parts: {', '.join(known)}",
             )
     return frozenset(known[word] for word in words.split(",")) if words else frozenset(Part)
-
-
-def _is_typed(ctx: typer.Context, name: str) -> bool:
-    source: Any = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def layer_ratio(word: str) -> tuple[str, float]:

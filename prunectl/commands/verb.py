@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from prunectl.commands.app import HELP_NAMES
+from prunectl.commands.options import panel
 from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.settings import Color, Layout, Settings, Units
 
@@ -40,8 +41,7 @@ def verb(function: Callable[..., int]) -> TyperCommand:
     return command
 
 
-def _option(*names: str, help: str, **more: Any) -> Any:  # noqa: A002 - typer's word
-    return typer.Option(*names, help=help, rich_help_panel="Options of every command", **more)
+_option = panel("Options of every command")
 
 
 def _settings(
