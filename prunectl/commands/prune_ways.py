@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,8 +11,6 @@ from typing import Any
 
 import typer
 
-from prunectl.calibrating.prune import prune as calibrated
-from prunectl.channels.prune import prune_channels
 from prunectl.commands.wrap_requests import Wrappers, wrappers_of
 from prunectl.errors import UsageError
 from prunectl.pruning import manifest as manifests
@@ -19,12 +18,9 @@ from prunectl.pruning import request as requests
 from prunectl.pruning.output import Output
 from prunectl.pruning.prune import prune
 from prunectl.pruning.request import Request
-from prunectl.reporting.channels_report import channels_report
 from prunectl.reporting.prune_report import prune_report
 from prunectl.reporting.report import Report
 from prunectl.reporting.words import parse_ratio
-from prunectl.reporting.wrap_report import wrap_report
-from prunectl.training.wrap.prune import prune_wrapped
 
 Way = Callable[[Path, Output | None], Report]
 _CHANNELS = "channel"
@@ -34,7 +30,7 @@ _LIMITS = ("min_channels", "round_to", "max_ratio")
 def way_of(ctx: typer.Context, asked: Request) -> Way:
     """Return the way that was asked for, and refuse what does not go with it before a file is opened."""
     said = ctx.params
-    wrappers = wrappers_of(ctx)
+    wrappers = wrappers_of(ctx, looks_at_data=bool(asked.data))
     if asked.pattern == _CHANNELS:
         _refuse(said, ("wrap", "schedule", "manifest"), "does not go with channels that are cut out")
         return partial(_channels, asked, said)
@@ -55,24 +51,36 @@ def _channels(asked: Request, said: dict[str, Any], path: Path, place: Output | 
     limits = {name: said[name] for name in _LIMITS if said[name]}
     if "max_ratio" in limits:
         limits["max_ratio"] = parse_ratio(limits["max_ratio"])
-    found = prune_channels(path, asked, place, **limits)
+    found = _named("prunectl.channels.prune:prune_channels")(path, asked, place, **limits)
     found = replace(found, before=replace(found.before, path=said["model"]))
-    return channels_report(found, _name(place))
+    return _report("prunectl.reporting.channels_report:channels_report", found, place)
 
 
 def _wrapped(asked: Request, wrappers: Wrappers, path: Path, place: Output | None) -> Report:
-    return wrap_report(prune_wrapped(path, asked, wrappers.ramp, wrappers.origin, place), _name(place))
+    found = _named("prunectl.training.wrap.prune:prune_wrapped")(path, asked, wrappers.ramp, wrappers.origin, place)
+    return _report("prunectl.reporting.wrap_report:wrap_report", found, place)
 
 
 def _weights(asked: Request, said: dict[str, Any], path: Path, place: Output | None) -> Report:
     manifest: Path | None = Path(said["manifest"]) if said["manifest"] is not None else None
+    run: Callable[..., Any] = prune
     if asked.data:
-        found = calibrated(path, asked, place, has_digests=manifest is not None, is_trusted=said["trust"])
-    else:
-        found = prune(path, asked, place, has_digests=manifest is not None)
+        run = partial(_named("prunectl.calibrating.prune:prune"), is_trusted=said["trust"])
+    found = run(path, asked, place, has_digests=manifest is not None)
     if manifest is not None and place is not None:
         manifests.write(manifest, found)
     return prune_report(replace(found, before=replace(found.before, path=said["model"])), _name(place))
+
+
+def _named(what: str) -> Any:
+    """Return a function by its name: to prune by weights alone does without what the other ways bring."""
+    module, _, name = what.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _report(reporter: str, found: Any, place: Output | None) -> Report:
+    report: Report = _named(reporter)(found, _name(place))
+    return report
 
 
 def _name(place: Output | None) -> str:

@@ -30,11 +30,11 @@ class Wrappers:
     origin: Origin
 
 
-def wrappers_of(ctx: typer.Context) -> Wrappers | None:
+def wrappers_of(ctx: typer.Context, *, looks_at_data: bool) -> Wrappers | None:
     """Return what was asked of wrappers; None if they were not asked for."""
     said = ctx.params
     if said["schedule"] or said["wrap"]:
-        if said["data"]:
+        if looks_at_data:
             raise UsageError("wrappers are written by strategies that look at weights alone", hint="leave out --data")
         if said["manifest"] is not None:
             raise UsageError("a manifest repeats a run to the same bytes, and frameworks write wrappers as they like")
@@ -42,7 +42,7 @@ def wrappers_of(ctx: typer.Context) -> Wrappers | None:
         _refuse(said, () if ramp is not None else _OF_A_SCHEDULE, "a schedule", "--schedule NAME")
         return Wrappers(ramp, Origin(custom_objects=said["custom_objects"], is_trusted=said["trust"]))
     _refuse(said, _OF_A_SCHEDULE, "a schedule", "--schedule NAME")
-    if not said["data"]:
+    if not looks_at_data:
         _refuse(said, _OF_WRAPPERS, "models that are opened, as for wrappers or data", "--wrap or --data SPEC")
     return None
 

@@ -30,7 +30,7 @@ def test_a_manifest_replays_to_the_same_bytes(words: tuple[str, ...], tmp_path: 
     first, second, kept = tmp_path / "first.pt", tmp_path / "second.pt", tmp_path / "run.json"
     done = prunectl("prune", TORCH, "-o", first, *SEEN, *BUILD, *words, "--manifest", kept)
     assert done.code == 0, done.err
-    again = prunectl("prune", TORCH, "-o", second, "--recipe", kept, "--manifest", tmp_path / "again.json")
+    again = prunectl("prune", TORCH, "-o", second, "--recipe", kept, "--trust", "--manifest", tmp_path / "again.json")
     assert again.code == 0, again.err
     assert digest(first) == digest(second)
     assert kept.read_text() == (tmp_path / "again.json").read_text()
