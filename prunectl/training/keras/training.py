@@ -45,7 +45,8 @@ class Training:
         if place.strategy is not None:
             # The metrics of Keras are those of all processes already; added up, they would count double.
             self.model.distribute_reduction_method = "first"
-        self._steps_two = StepsTwo(self._library, self.model)
+        is_alone = place.strategy is None and StepsTwo.fits(self._library, self.model)
+        self._steps_two = StepsTwo(self._library, self.model) if is_alone else None
         self._rate = Rate(self._library, self.model.optimizer, said.chosen.schedule)
         self._manners = [
             Manner(loss.kind.is_classification if loss is not None else answer.ending is not Ending.RAW, answer.ending)
@@ -83,7 +84,8 @@ class Training:
     def trace_anew(self) -> None:
         """Let Keras put its training step together again."""
         self.model.train_function = None
-        self._steps_two.forget()
+        if self._steps_two is not None:
+            self._steps_two.forget()
 
     def evidence(self, variables: Mapping[str, Any]) -> dict[str, Array]:
         """Return what was gathered."""
@@ -115,7 +117,7 @@ class Training:
         try:
             if self._own_step is not None:
                 return self._by_own_step(x, y)
-            if self._place.strategy is None and StepsTwo.fits(self._library, self.model):
+            if self._steps_two is not None:
                 return self._steps_two(x, y)
             return self._on_batch("train", x, y)
         except self._failures as error:

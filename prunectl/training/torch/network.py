@@ -43,6 +43,9 @@ class TorchNetwork:
         self._signature = Signature(inputs_of(built.module, built.shapes), (), is_channels_first=True)
         self._masks, self._gathered, self._seen = Masks(), Gathered(), metrics.Means()
         self._rate = 1.0
+        kinds = {one.dtype for one in built.module.parameters() if one.is_floating_point()}
+        self._kind = kinds.pop() if len(kinds) == 1 else None
+        """The type of all parameters, if they have one."""
 
     @property
     def signature(self) -> Signature:
@@ -138,9 +141,8 @@ class TorchNetwork:
     def _as_taken(self, array: Array) -> torch.Tensor:
         """Return an input in the precision of a model that is kept in 16 bits as a whole."""
         found = self._on_device(array)
-        kinds = {one.dtype for one in self._module.parameters() if one.is_floating_point()}
-        if self._half is None and found.is_floating_point() and len(kinds) == 1:
-            return found.to(kinds.pop())
+        if self._half is None and found.is_floating_point() and self._kind is not None:
+            return found.to(self._kind)
         return found
 
     def _forward(self, module: Any, x: Arrays) -> tuple[torch.Tensor, ...]:
