@@ -74,6 +74,11 @@ def translate(error: Exception) -> PrunectlError | None:
     return None
 
 
+def first_line(error: Exception) -> str:
+    """Return what an error of a library comes to, in one line."""
+    return (str(error) or type(error).__name__).strip().partition("\n")[0]
+
+
 def attempt(action: Callable[[Subject], Result], subject: Subject) -> Result | PrunectlError:
     """Return what an action makes of a subject, or the failure that is the user's to fix."""
     try:

@@ -10,6 +10,7 @@ import numpy as np
 
 from prunectl.calibrating.informed import informed
 from prunectl.calibrating.opening import Opened, opened
+from prunectl.calibrating.said import said
 from prunectl.calibrating.solver import BLOCK, DAMP, Solver
 from prunectl.formats.base import ModelFile
 from prunectl.formats.table import by_name, open_model
@@ -22,8 +23,6 @@ from prunectl.pruning.prune import Pruned
 from prunectl.pruning.prune import prune as prune_file
 from prunectl.pruning.request import Request, method_of, wish_of
 from prunectl.pruning.strategies import Needs
-
-_SHOWN = 5
 
 
 def prune(
@@ -55,7 +54,7 @@ def prune(
             )
         if needs is not Needs.NOTHING:
             method, left = informed(model, choice.tensors, method, wish.scope, found.calibration)
-            notes += _said("ranked by magnitude: what they meet cannot be seen", left)
+            notes += said("ranked by magnitude: what they meet cannot be seen", left)
         if solver is not None:
             method = replace(method, solver=_Repair(found, solver).solve if request.is_repaired else solver.solve)
         pruned = prune_file(path, request, output, has_digests=has_digests, method=method)
@@ -64,15 +63,8 @@ def prune(
             examples = found.calibration.examples
             notes += (f"What stays of {fitted} tensors was fitted anew to {examples} examples of {request.data}.",)
             how = "ranked by magnitude and not fitted anew" if solver.is_obs else "not fitted anew"
-            notes += _said(f"{how}: what they meet cannot be seen", tuple(solver.unfitted))
+            notes += said(f"{how}: what they meet cannot be seen", tuple(solver.unfitted))
     return replace(pruned, notes=notes)
-
-
-def _said(what: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    if not names:
-        return ()
-    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} others" if len(names) > _SHOWN else "")
-    return (f"{shown}: {what}.",)
 
 
 class _Repair:

@@ -12,7 +12,7 @@ from prunectl.channels.graph import Graph, Kind, Node
 from prunectl.channels.onnx_kinds import Seen, facts
 from prunectl.channels.onnx_shapes import STANDARD, Known, known
 from prunectl.channels.onnx_shared import untie
-from prunectl.errors import InputError
+from prunectl.errors import InputError, first_line
 from prunectl.formats.base import ModelFile
 from prunectl.formats.optional import require
 
@@ -44,7 +44,7 @@ def opened(model: ModelFile) -> Opened:
         if locations:
             onnx.load_external_data_for_model(proto, str(model.path.parent))
     except Exception as error:
-        line = (str(error) or type(error).__name__).strip().partition("\n")[0]
+        line = first_line(error)
         raise InputError(f"{model.path} cannot be read by onnx: {line}") from error
     _fill(proto, model)
     copies = untie(proto)

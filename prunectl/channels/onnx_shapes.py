@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, first_line
 from prunectl.formats.base import Array
 from prunectl.formats.optional import require
 
@@ -37,7 +37,7 @@ def known(proto: Any, name: str) -> Known:
         try:
             return _inferred(light, _constants(proto))
         except Exception as error:  # noqa: BLE001 - onnx raises what it likes
-            trouble = (str(error) or type(error).__name__).strip().partition("\n")[0]
+            trouble = first_line(error)
     raise InputError(f"the shapes in {name} cannot be worked out: {trouble}")
 
 

@@ -12,7 +12,7 @@ from prunectl.channels.from_onnx import Opened
 from prunectl.channels.graph import Kind
 from prunectl.channels.onnx_surgery import Removed, put
 from prunectl.channels.trace import Part, Trace
-from prunectl.errors import WorkError
+from prunectl.errors import WorkError, first_line
 from prunectl.formats.base import Array
 from prunectl.formats.optional import require
 
@@ -37,7 +37,7 @@ def prove(source: Opened, smaller: Any, after: After, removed: Removed, seed: in
             pairs = zip(one.run(None, feeds), other.run(None, feeds), strict=True)
             worst = max([worst, *(apart(first, second) for first, second in pairs)])
         except Exception as error:
-            raise WorkError(f"the cut network cannot be run: {_line(error)}; nothing was written") from error
+            raise WorkError(f"the cut network cannot be run: {first_line(error)}; nothing was written") from error
     if not worst <= TOLERANCE:
         raise WorkError(
             f"the cut network differs from the original by {worst:.1e}, more than {TOLERANCE:g}; nothing was written",
@@ -105,7 +105,9 @@ def _session(proto: Any, inner: list[str]) -> Any:
     try:
         return runtime.InferenceSession(shown.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise WorkError(f"the network cannot be loaded by onnxruntime: {_line(error)}; nothing was written") from error
+        raise WorkError(
+            f"the network cannot be loaded by onnxruntime: {first_line(error)}; nothing was written"
+        ) from error
 
 
 def _random(port: Any, source: Opened, random: np.random.Generator) -> Array:
@@ -121,7 +123,3 @@ def _random(port: Any, source: Opened, random: np.random.Generator) -> Array:
         raise WorkError(f"the network takes {port.type}, of which nothing random can be made; nothing was written")
     # Small enough for any table of words.
     return random.integers(0, 2, shape).astype(whole[port.type])
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().partition("\n")[0]

@@ -11,12 +11,9 @@ from prunectl.errors import UsageError
 from prunectl.pruning.schedules import Ramp
 from prunectl.reporting.words import parse_ratio
 from prunectl.training.network import Origin
-from prunectl.training.points import Unit, parse_point
+from prunectl.training.points import MOST_FREQUENCY, Unit, parse_point, usual_frequency
 from prunectl.training.wrap.schedules import is_tfmots
 
-_FREQUENCY = 100
-"""Steps from one turn to the next on a long way, as in tfmot."""
-_TURNS = 20
 _OF_A_SCHEDULE = ("schedule_param", "initial_sparsity", "begin", "end", "frequency", "power")
 _OF_WRAPPERS = ("custom_objects", "trust", "build")
 
@@ -94,9 +91,8 @@ def _step(name: str, text: str) -> int:
 def _frequency(length: int) -> int:
     """Return the longest way from turn to turn that divides the whole way, and leaves enough turns."""
     if length <= 0:
-        return _FREQUENCY
-    most = min(_FREQUENCY, max(length // _TURNS, 1))
-    return next(steps for steps in range(most, 0, -1) if length % steps == 0)
+        return MOST_FREQUENCY
+    return next(steps for steps in range(usual_frequency(length), 0, -1) if length % steps == 0)
 
 
 def _params(said: dict[str, Any]) -> tuple[str, ...]:

@@ -14,13 +14,12 @@ import numpy as np
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile
 from prunectl.formats.names import select
-from prunectl.formats.stripping import Part, Wish
 from prunectl.formats.table import open_model
 from prunectl.measuring.survey import Survey
 from prunectl.pruning import output as outputs
 from prunectl.pruning.output import Output
 from prunectl.pruning.selection import Mask
-from prunectl.pruning.strip import strip, surveyed
+from prunectl.pruning.strip import surveyed
 from prunectl.training.course import Course, course
 from prunectl.training.data.source import Order
 from prunectl.training.diary import Diary, Entry, Watcher
@@ -39,7 +38,7 @@ from prunectl.training.stopping import Stopping
 from prunectl.training.teachers import open_teacher
 from prunectl.training.wrap.kept import kept
 from prunectl.training.wrap.result import check_wrappable, wrap_in_place, wrapping_of
-from prunectl.training.wrap.wrapping import Wrapping
+from prunectl.training.wrap.wrapping import Wrapping, unwrapped
 from prunectl.training.write_back import write_back
 
 
@@ -127,11 +126,7 @@ def _unwrapped(model: ModelFile) -> Generator[ModelFile]:
         yield model
         return
     with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
-        target = Path(scratch) / model.path.name
-        # A SavedModel is built anew without its wrappers, and has no training configuration after that.
-        parts = frozenset(Part) if model.format == "saved-model" else frozenset({Part.MASKS, Part.WRAPPERS})
-        strip(model.path, Wish(parts), Output(target), is_packed=False)
-        yield open_model(target)
+        yield unwrapped(model, Path(scratch))
 
 
 def _already(path: Path, rules: Rules, first: Mapping[str, Mask]) -> tuple[str, ...]:

@@ -12,6 +12,12 @@ from prunectl.errors import UsageError
 _POINT = re.compile(r"(\d+(?:\.\d+)?)\s*(%|ep|epochs?|steps?)?")
 
 
+MOST_FREQUENCY = 100
+"""Steps from one turn to the next on a long way, as in tfmot."""
+_TURNS = 20
+"""At least so many turns are taken on the way, however short it is."""
+
+
 class Unit(StrEnum):
     """What a point is counted in."""
 
@@ -49,3 +55,8 @@ def parse_point(text: str) -> Point:
     if unit is Unit.PERCENT and amount > 100:
         raise UsageError(f"{text} is more than all steps")
     return Point(amount, unit)
+
+
+def usual_frequency(steps: int) -> int:
+    """Return how many steps lie between two turns on a way of so many, if nobody says."""
+    return max(min(MOST_FREQUENCY, steps // _TURNS), 1)

@@ -19,14 +19,10 @@ from prunectl.pruning.strategies import Needs
 from prunectl.training.course import Course
 from prunectl.training.evidence import WATCHED, Evidence
 from prunectl.training.keeper import Rules
-from prunectl.training.points import parse_point
+from prunectl.training.points import parse_point, usual_frequency
 from prunectl.training.regrow import Regrowth
 from prunectl.training.request import MaskMode, Ramping, Request
 
-_TURNS = 20
-"""At least so many turns are taken on the way, however short it is."""
-_FREQUENCY = 100
-"""Steps from one turn to the next on a long way, as in tfmot."""
 _REGROWS_UNTIL = 0.75
 _RAMP_UNTIL = "75%"
 
@@ -81,7 +77,7 @@ def schedule_of(ramping: Ramping, final: float, course: Course) -> Schedule:
 
 
 def _frequency(ramping: Ramping, steps: int) -> int:
-    return ramping.frequency or max(min(_FREQUENCY, steps // _TURNS), 1)
+    return ramping.frequency or usual_frequency(steps)
 
 
 def zeros_of(choice: Choice, weights: dict[str, Array]) -> dict[str, Mask]:

@@ -8,6 +8,7 @@ from contextlib import closing
 import numpy as np
 
 from prunectl.calibrating.opening import Opened, opened
+from prunectl.calibrating.said import said
 from prunectl.calibrating.sensitivity.found import SPARSITIES, LayerSensitivity, Point, Score, Sensitivity
 from prunectl.calibrating.sensitivity.outputs import Errors, output_errors
 from prunectl.calibrating.sensitivity.scores import base_score, prepare, scores_of
@@ -19,7 +20,6 @@ from prunectl.measuring.meter import Meter, unwatched
 from prunectl.measuring.ties import ties
 from prunectl.pruning.request import Request
 
-_SHOWN = 5
 _Looked = tuple[list[LayerSensitivity], tuple[str, ...]]
 
 
@@ -94,8 +94,8 @@ def _look(
             looked.append(layer)
             bar.advance(tensor.nbytes)
     notes = (
-        *_said("left out, as not all of their numbers are finite", broken),
-        *_said("what they meet cannot be seen, so that their output error is not known", unseen),
+        *said("left out, as not all of their numbers are finite", broken),
+        *said("what they meet cannot be seen, so that their output error is not known", unseen),
     )
     return looked, notes
 
@@ -111,10 +111,3 @@ def _layer(tensor: Tensor, weights: Array, found: Opened | None, base: Score | N
     lines = zip(SPARSITIES, weight_errors(weights, gone), errors or (None,) * len(SPARSITIES), scores, strict=True)
     points = tuple(Point(*line) for line in lines)
     return LayerSensitivity(tensor.name, tensor.size, points, dead_from(weights, gone, tensor.out_axis))
-
-
-def _said(what: str, names: Sequence[str]) -> tuple[str, ...]:
-    if not names:
-        return ()
-    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} others" if len(names) > _SHOWN else "")
-    return (f"{shown}: {what}.",)

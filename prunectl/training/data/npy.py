@@ -9,7 +9,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from prunectl.errors import InputError, UsageError
+from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Array
 from prunectl.formats.extents import check_inside
 from prunectl.training.data.arrays import NUMERIC, from_arrays
@@ -87,13 +87,9 @@ def read_header(file: BinaryIO, what: str) -> Header:
         else:
             shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(file)
     except (ValueError, EOFError, struct.error) as error:
-        raise InputError(f"{what} is damaged: it is not an array of NumPy ({_first_line(error)})") from error
+        raise InputError(f"{what} is damaged: it is not an array of NumPy ({first_line(error)})") from error
     if dtype.hasobject:
         raise InputError(f"{what} holds Python objects, which prunectl never unpickles", hint="save plain numbers")
     if dtype.kind not in NUMERIC or min(shape, default=0) < 0:
         raise InputError(f"{what} is an array of {dtype}, not of numbers", hint="write labels as whole numbers from 0")
     return Header(shape, is_fortran, dtype, file.tell() - begin)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, first_line
 from prunectl.formats.base import Array, ModelFile, Tensor
 from prunectl.formats.optional import require
 from prunectl.training.onnx.slots import fill, settle
@@ -72,6 +72,6 @@ def hold(model: ModelFile) -> Held:
     try:
         proto = onnx.load(model.path, load_external_data=False)
     except Exception as error:
-        line = (str(error) or type(error).__name__).partition("\n")[0]
+        line = first_line(error)
         raise InputError(f"{model.path} cannot be read by onnx: {line}") from error
     return Held(model, proto)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, first_line
 from prunectl.formats.base import Array
 from prunectl.formats.optional import require
 from prunectl.training.onnx.held import Held
@@ -26,14 +26,14 @@ class Session:
         try:
             self._session = _session(held.proto, inner, self._outside)
         except Exception as error:
-            raise InputError(f"{self._path} cannot be loaded by onnxruntime: {_line(error)}") from error
+            raise InputError(f"{self._path} cannot be loaded by onnxruntime: {first_line(error)}") from error
 
     def run(self, names: Collection[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Return some values for what goes in."""
         try:
             found = self._session.run(list(names), dict(feeds))
         except Exception as error:
-            raise InputError(f"{self._path} cannot be run by onnxruntime: {_line(error)}") from error
+            raise InputError(f"{self._path} cannot be run by onnxruntime: {first_line(error)}") from error
         for name, value in zip(names, found, strict=True):
             if not isinstance(value, np.ndarray):
                 raise InputError(f"{self._path} cannot be used: its value {name!r} is not an array of numbers")
@@ -63,7 +63,3 @@ def _session(proto: Any, inner: Collection[str], outside: Mapping[str, Array]) -
 
 def _aligned(array: Array) -> Array:
     return np.require(array, requirements=["C", "A"])
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().partition("\n")[0]

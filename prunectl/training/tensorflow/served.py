@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, first_line
 from prunectl.training.keras.library import keras_two, quietly
 from prunectl.training.signature import Port
 
@@ -69,7 +69,7 @@ def served(path: Path) -> Served:
         with quietly():
             root = _tf.saved_model.load(str(path))
     except Exception as error:
-        line = (str(error) or type(error).__name__).partition("\n")[0]
+        line = first_line(error)
         raise InputError(f"{path} cannot be loaded by this TensorFlow: {line}") from error
     names = list(root.signatures)
     if not names:

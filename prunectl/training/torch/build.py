@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from prunectl.errors import InputError, UntrustedError, UsageError
+from prunectl.errors import InputError, UntrustedError, UsageError, first_line
 from prunectl.formats.base import ModelFile
 from prunectl.plugins import find
 from prunectl.training.network import Origin
@@ -73,7 +73,7 @@ def _scripted(model: ModelFile) -> Built:
             warnings.simplefilter("ignore", DeprecationWarning)
             module = torch.jit.load(str(model.path), map_location="cpu")  # type: ignore[no-untyped-call]
     except Exception as error:
-        raise InputError(f"{model.path} cannot be loaded by this PyTorch: {_first_line(error)}") from error
+        raise InputError(f"{model.path} cannot be loaded by this PyTorch: {first_line(error)}") from error
     return _whole(model, module)
 
 
@@ -81,7 +81,7 @@ def _exported(model: ModelFile) -> Built:
     try:
         program = torch.export.load(str(model.path))
     except Exception as error:
-        raise InputError(f"{model.path} cannot be loaded by this PyTorch: {_first_line(error)}") from error
+        raise InputError(f"{model.path} cannot be loaded by this PyTorch: {first_line(error)}") from error
     module: torch.nn.Module = program.module()
     shapes = shapes_of(program)
     size = shapes[0][0] if shapes and shapes[0] else None
@@ -106,7 +106,7 @@ def _trusted(model: ModelFile, origin: Origin) -> Built:
         module = torch.load(str(model.path), map_location="cpu", weights_only=False)
     except (AttributeError, ModuleNotFoundError) as error:
         raise InputError(
-            f"{model.path} names code that is not here: {_first_line(error)}", hint="--import MODULE loads it first"
+            f"{model.path} names code that is not here: {first_line(error)}", hint="--import MODULE loads it first"
         ) from error
     if not isinstance(module, torch.nn.Module):
         raise UsageError(f"{model.path} holds a {type(module).__name__}", hint="say what builds the model: --model")
@@ -117,7 +117,3 @@ def _whole(model: ModelFile, module: torch.nn.Module) -> Built:
     if not any(True for _ in module.parameters()):
         raise InputError(f"{model.path} has no parameters that can be trained: they were frozen into constants")
     return Built(module, matched(model, module, str(model.path)))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).partition("\n")[0]

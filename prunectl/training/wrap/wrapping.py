@@ -113,15 +113,19 @@ def _check_wrapped(model: ModelFile, row: Wrapper, wrapping: Wrapping, target: P
             raise WorkError(f"{tensor.name} of {model.path} came out without a wrapper")
 
 
+def unwrapped(model: ModelFile, folder: Path) -> ModelFile:
+    """Return a copy without wrappers in a folder: what their masks hold at zero is zero in it."""
+    target = folder / model.path.name
+    # A SavedModel is built anew without its wrappers, and has no training configuration after that.
+    parts = frozenset(Part) if model.format == "saved-model" else frozenset({Part.MASKS, Part.WRAPPERS})
+    strip(model.path, Wish(parts), Output(target), is_packed=False)
+    return open_model(target)
+
+
 def check_stripped(plain: ModelFile, wrapped: Path) -> None:
     """Refuse a wrapped file whose wrappers, taken off again, do not leave what they should."""
     with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
-        target = Path(scratch) / wrapped.name
-        # A SavedModel is built anew without its wrappers, and has no training configuration after that.
-        is_rebuilt = plain.format == "saved-model"
-        parts = frozenset(Part) if is_rebuilt else frozenset({Part.MASKS, Part.WRAPPERS})
-        strip(wrapped, Wish(parts), Output(target), is_packed=False)
-        found = open_model(target)
+        found = unwrapped(open_model(wrapped), Path(scratch))
         held = {tensor.name: tensor for tensor in found.tensors}
         for tensor in plain.tensors:
             if tensor.role not in WEIGHTS:
