@@ -139,15 +139,11 @@ def _sorted_out(
         if tensor.name in model.copies:
             reasons[tensor.name] = "a second copy of a variable, changed as the first is"
         reasons[tensor.name] = reasons.get(tensor.name) or _impossible(tensor, wish, can_reencode=can_reencode)
-    willing = [tensor for tensor in model.tensors if not reasons[tensor.name]]
-    reasons |= {name: f"tied to {other}, which is pruned" for name, other in ties(willing).items()}
-    chosen = tuple(tensor for tensor in willing if not reasons[tensor.name])
-    names = {tensor.name for tensor in chosen}
-    shared = {name: other for name, other in ties(model.tensors).items() if name in names or other in names}
-    for name, other in shared.items():
-        left, pruned = (name, other) if other in names else (other, name)
-        if left not in names:
-            reasons[left] = f"tied to {pruned}, which is pruned"
+    willing = {tensor.name for tensor in model.tensors if not reasons[tensor.name]}
+    # Also what nobody wants pruned is, if it shares its numbers with what is.
+    tied = {name: other for name, other in ties(model.tensors, willing).items() if other in willing}
+    reasons |= {name: f"tied to {other}, which is pruned" for name, other in tied.items()}
+    chosen = tuple(tensor for tensor in model.tensors if not reasons[tensor.name])
     return chosen, tuple(Skip(name, reason) for name, reason in reasons.items() if reason)
 
 
