@@ -78,8 +78,6 @@ _OTHERS: tuple[tuple[str, Callable[[Request], bool]], ...] = (
     ("--data", lambda asked: bool(asked.data)),
     ("--repair", lambda asked: asked.is_repaired),
     ("--loss", lambda asked: bool(asked.loss)),
-    ("--model", lambda asked: bool(asked.model)),
-    ("--custom-objects", lambda asked: bool(asked.custom_objects)),
 )
 
 

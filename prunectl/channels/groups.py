@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from prunectl.channels.couple import Family, families
-from prunectl.channels.from_onnx import Opened, opened
+from prunectl.channels.languages import read
 from prunectl.channels.rules import follow
-from prunectl.errors import InputError
+from prunectl.channels.source import Source
 from prunectl.formats.base import ModelFile
+from prunectl.training.network import Origin
+
+ORIGIN = Origin()
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,22 +32,13 @@ class Groups:
         return sum(len(family.groups) for family in self.families if not family.reason)
 
 
-def groups(model: ModelFile) -> Groups:
+def groups(model: ModelFile, origin: Origin = ORIGIN) -> Groups:
     """Return the channels of a model."""
-    require_onnx(model)
-    source = opened(model)
+    source = read(model, origin)
     return Groups(str(model.path), tuple(_as_in_the_file(family, source) for family in families(follow(source.graph))))
 
 
-def _as_in_the_file(family: Family, source: Opened) -> Family:
+def _as_in_the_file(family: Family, source: Source) -> Family:
     """Return a family with each weight under the name that the file has for it."""
     places = (replace(place, tensor=source.copies.get(place.tensor, place.tensor)) for place in family.places)
     return replace(family, places=tuple(places))
-
-
-def require_onnx(model: ModelFile) -> None:
-    """Refuse formats whose graphs are not followed."""
-    if model.format != "onnx":
-        raise InputError(
-            f"{model.path}: channels are followed in ONNX files only", hint="export the model to ONNX first"
-        )

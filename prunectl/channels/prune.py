@@ -10,15 +10,12 @@ from prunectl.channels.after import After
 from prunectl.channels.choose import Loss, choose, removed
 from prunectl.channels.couple import families
 from prunectl.channels.cutting import Cutting, cutting_of
-from prunectl.channels.from_onnx import Opened, opened
-from prunectl.channels.groups import require_onnx
-from prunectl.channels.onnx_surgery import cut
+from prunectl.channels.languages import read
 from prunectl.channels.proof import prove
 from prunectl.channels.rules import follow
 from prunectl.channels.select import candidates
 from prunectl.errors import WorkError
 from prunectl.formats.base import Can, ModelFile
-from prunectl.formats.optional import require
 from prunectl.formats.table import by_name, load, open_model
 from prunectl.formats.table import require as require_can
 from prunectl.measuring import archive
@@ -29,6 +26,7 @@ from prunectl.pruning import output as outputs
 from prunectl.pruning.output import Output
 from prunectl.pruning.plan import Skip
 from prunectl.pruning.request import Request
+from prunectl.training.network import Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +55,13 @@ class CutOut:
 
 
 def prune_channels(
-    path: Path, request: Request, output: Output | None, *, has_digests: bool = False, **limits: Any
+    path: Path,
+    request: Request,
+    output: Output | None,
+    *,
+    has_digests: bool = False,
+    is_trusted: bool = False,
+    **limits: Any,
 ) -> CutOut:
     """Cut channels out of a model; without an output, into a scratch file that is measured and thrown away.
 
@@ -65,20 +69,20 @@ def prune_channels(
     """
     cutting = cutting_of(request, **limits)
     model = open_model(path)
-    require_onnx(model)
     if request.is_packed:
         require_can(model, Can.PACK)
     outputs.check(model, output)
-    source = opened(model)
+    origin = Origin(request.model, request.custom_objects, is_trusted=is_trusted, seed=request.seed)
+    source = read(model, origin)
     trace = follow(source.graph)
     chosen, skips = candidates(model, families(trace), source.graph.weights, cutting)
     losses = choose(chosen, cutting)
     gone = removed(losses)
     left = After(trace, [label for loss in losses for label in loss.labels])
-    smaller = cut(source, gone, left)
+    smaller = source.cut(gone, left)
     error = prove(source, smaller, left, gone, cutting.seed)
     with outputs.workplace(model, output) as (folder, target):
-        written = _write(model, source, smaller, folder, target)
+        written = source.write(smaller, folder, target)
         if request.is_packed or model.about.is_compressed:
             # One that was packed comes out packed.
             outputs.pack(written, folder)
@@ -89,17 +93,6 @@ def prune_channels(
             after = replace(after, sha256=archive.sha256(open_model(written)))
     shown = str(target if output is not None else "the result")
     return CutOut(request, cutting, losses, skips, before, replace(after, path=shown), error)
-
-
-def _write(model: ModelFile, source: Opened, smaller: Any, folder: Path, target: Path) -> Path:
-    """Write a message, with the data beside it that was beside the original's."""
-    onnx = require("onnx", extra="onnx")
-    written = outputs.places(model, folder, target)[model.path]
-    for tensor in smaller.graph.initializer:
-        if tensor.name in source.locations:
-            onnx.external_data_helper.set_external_data(tensor, source.locations[tensor.name])
-    onnx.save_model(smaller, written)
-    return written
 
 
 def _check(model: ModelFile, written: Path, losses: tuple[Loss, ...]) -> None:

@@ -51,7 +51,7 @@ def _channels(asked: Request, said: dict[str, Any], path: Path, place: Output | 
     limits = {name: said[name] for name in _LIMITS if said[name]}
     if "max_ratio" in limits:
         limits["max_ratio"] = parse_ratio(limits["max_ratio"])
-    found = _named("prunectl.channels.prune:prune_channels")(path, asked, place, **limits)
+    found = _named("prunectl.channels.prune:prune_channels")(path, asked, place, is_trusted=said["trust"], **limits)
     found = replace(found, before=replace(found.before, path=said["model"]))
     return _report("prunectl.reporting.channels_report:channels_report", found, place)
 

@@ -10,8 +10,7 @@ import pytest
 
 from prunectl.channels import proof
 from prunectl.channels.after import After
-from prunectl.channels.from_onnx import opened
-from prunectl.channels.onnx_surgery import cut as cut_graph
+from prunectl.channels.languages import read
 from prunectl.channels.prune import CutOut, prune_channels
 from prunectl.channels.rules import follow
 from prunectl.errors import InputError, UsageError, WorkError
@@ -20,6 +19,7 @@ from prunectl.pruning.output import Output
 from prunectl.pruning.prune import prune
 from prunectl.pruning.request import Request
 from prunectl.reporting.channels_report import channels_report
+from prunectl.training.network import Origin
 from tests.channels.made import helper, model, numpy_helper, onnx, op, saved
 from tests.channels.masked import run
 
@@ -158,10 +158,9 @@ def test_a_cut_that_changes_the_outcome_is_not_written(tmp_path: Path, monkeypat
 
 
 def test_a_cut_that_cannot_run_is_not_written(tmp_path: Path) -> None:
-    source = opened(open_model(FIXTURE))
+    source = read(open_model(FIXTURE), Origin())
     trace = follow(source.graph)
-    broken = type(source.proto)()
-    broken.CopyFrom(source.proto)
+    broken = source.with_weights({})
     broken.graph.initializer[0].dims[0] -= 1
     with pytest.raises(WorkError, match="nothing was written"):
         proof.prove(source, broken, After(trace, ()), {}, 0)
@@ -176,15 +175,15 @@ def test_what_a_softmax_would_hide_is_seen(tmp_path: Path) -> None:
         if tensor.name == "last":
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1e-9), "last"))
     onnx.save(made, path)
-    source = opened(open_model(path))
+    source = read(open_model(path), Origin())
     trace = follow(source.graph)
     label = int(trace.notes[0].labels[0])
     gone = {("first", 0): np.array([0]), ("last", 0): np.array([0])}
     wrong = {("first", 0): np.array([0]), ("last", 0): np.array([1])}
     after = After(trace, [label])
-    assert proof.prove(source, cut_graph(source, gone, after), after, gone, 0) < 1e-6
+    assert proof.prove(source, source.cut(gone, after), after, gone, 0) < 1e-6
     with pytest.raises(WorkError, match="differs from the original"):
-        proof.prove(source, cut_graph(source, wrong, after), after, gone, 0)
+        proof.prove(source, source.cut(wrong, after), after, gone, 0)
 
 
 def chain(**more: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunectl.channels.graph import Kind, View
-from prunectl.channels.onnx_shapes import Known
+from prunectl.channels.onnx.shapes import Known
 
 Facts = tuple[Kind, tuple[str, ...], Mapping[str, Any]]
 """Kind, inputs, attributes."""

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from prunectl.channels import onnx_views
 from prunectl.channels.after import After
-from prunectl.channels.from_onnx import Opened
-from prunectl.channels.labels import LabelArray
-from prunectl.channels.onnx_numbers import renumber
-from prunectl.channels.onnx_shared import retie
+from prunectl.channels.onnx import views
+from prunectl.channels.onnx.numbers import renumber
+from prunectl.channels.onnx.read import Opened
+from prunectl.channels.onnx.shared import retie
+from prunectl.channels.source import Removed, sliced
 from prunectl.formats.base import Array
 from prunectl.formats.optional import require
-
-Removed = Mapping[tuple[str, int], LabelArray]
-"""The indices that go, by weight and axis."""
 
 
 def cut(source: Opened, removed: Removed, after: After) -> Any:
@@ -25,7 +21,7 @@ def cut(source: Opened, removed: Removed, after: After) -> Any:
     proto = type(source.proto)()
     proto.CopyFrom(source.proto)
     shapes = {}
-    for name, slot in onnx_views.tensors(proto.graph):
+    for name, slot in views.tensors(proto.graph):
         axes = {axis: indices for (tensor, axis), indices in removed.items() if tensor == name}
         if axes:
             smaller = sliced(source.graph.weights[name], axes)
@@ -39,13 +35,6 @@ def cut(source: Opened, removed: Removed, after: After) -> Any:
     retie(proto, source.copies)
     _forget(proto.graph, {name for name, view in source.graph.views.items() if view.tensor in shapes}, after)
     return proto
-
-
-def sliced(array: Array, axes: Mapping[int, LabelArray]) -> Array:
-    """Return a weight without some indices of some axes."""
-    for axis, indices in axes.items():
-        array = np.delete(array, indices, axis)
-    return array
 
 
 def put(slot: Any, array: Array) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from prunectl.channels.after import After
-from prunectl.channels.from_onnx import Opened
 from prunectl.channels.graph import Node
-from prunectl.channels.onnx_shapes import STANDARD
-from prunectl.channels.onnx_views import read_by
+from prunectl.channels.onnx.read import Opened
+from prunectl.channels.onnx.shapes import STANDARD
+from prunectl.channels.onnx.views import read_by
 from prunectl.formats.optional import require
 
 _BACK = -(1 << 31)

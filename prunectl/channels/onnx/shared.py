@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from prunectl.channels.onnx_views import read_by
+from prunectl.channels.onnx.views import read_by
 
 _FLOATS = frozenset({1, 10, 11})
 

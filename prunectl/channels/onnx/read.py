@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.channels import onnx_views
 from prunectl.channels.graph import Graph, Kind, Node
-from prunectl.channels.onnx_kinds import Seen, facts
-from prunectl.channels.onnx_shapes import STANDARD, Known, known
-from prunectl.channels.onnx_shared import untie
+from prunectl.channels.onnx import views as seen_as
+from prunectl.channels.onnx.kinds import Seen, facts
+from prunectl.channels.onnx.shapes import STANDARD, Known, known
+from prunectl.channels.onnx.shared import untie
 from prunectl.errors import InputError, first_line
 from prunectl.formats.base import ModelFile
 from prunectl.formats.optional import require
@@ -66,9 +66,9 @@ def _fill(proto: Any, model: ModelFile) -> None:
 def graph_of(proto: Any, found: Known) -> Graph:
     """Return the main graph, its operations by what they do to channels."""
     graph = proto.graph
-    weights = onnx_views.weights(graph)
+    weights = seen_as.weights(graph)
     shapes = {**found.shapes, **{name: array.shape for name, array in weights.items()}}
-    views = onnx_views.views(graph, weights, shapes)
+    views = seen_as.views(graph, weights, shapes)
     given = {tensor.name for tensor in graph.initializer}
     nodes = []
     for number, node in enumerate(graph.node):
@@ -79,7 +79,7 @@ def graph_of(proto: Any, found: Known) -> Graph:
         nodes=tuple(nodes),
         weights=weights,
         views=views,
-        uses=onnx_views.uses(graph, views),
+        uses=seen_as.uses(graph, views),
         shapes=shapes,
         inputs=tuple(port.name for port in graph.input if port.name not in given),
         outputs=tuple(port.name for port in graph.output),
@@ -95,5 +95,5 @@ def _node(node: Any, number: int, seen: Seen) -> Node:
     else:
         kind, inputs, attributes = Kind.UNKNOWN, (), {}
     if kind is Kind.UNKNOWN:
-        inputs = tuple(filter(None, onnx_views.read_by(node)))
+        inputs = tuple(filter(None, seen_as.read_by(node)))
     return Node(name, op, kind, inputs, outputs, attributes)

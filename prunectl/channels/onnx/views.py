@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from prunectl.channels.graph import View
-from prunectl.channels.onnx_shapes import STANDARD
+from prunectl.channels.onnx.shapes import STANDARD
 from prunectl.formats.base import Array
 from prunectl.formats.optional import require
 

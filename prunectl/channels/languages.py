@@ -1,0 +1,37 @@
+"""Which graph language a file speaks: a table, each row imported only when it is used."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+from prunectl.channels.source import Source
+from prunectl.errors import InputError
+from prunectl.formats.base import ModelFile
+from prunectl.training.network import Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Language:
+    """A graph language, and the formats whose files speak it."""
+
+    name: str
+    formats: frozenset[str]
+    reader: str
+    """`module:function` in this package that makes a source of a model and its origin."""
+
+
+LANGUAGES = (Language("ONNX", frozenset({"onnx"}), "onnx.network:read"),)
+
+
+def read(model: ModelFile, origin: Origin) -> Source:
+    """Return a network that can be followed and cut, or say that its graph cannot be read."""
+    for language in LANGUAGES:
+        if model.format in language.formats:
+            module, _, name = language.reader.partition(":")
+            found: Source = getattr(importlib.import_module(f"prunectl.channels.{module}"), name)(model, origin)
+            return found
+    names = ", ".join(language.name for language in LANGUAGES)
+    raise InputError(
+        f"{model.path}: channels are followed in files of {names} only", hint="export the model to ONNX first"
+    )

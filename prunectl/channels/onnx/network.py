@@ -1,0 +1,84 @@
+"""An ONNX network that can be cut: its message in memory, run by onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prunectl.channels.after import After
+from prunectl.channels.graph import Graph
+from prunectl.channels.onnx import views
+from prunectl.channels.onnx.read import Opened, opened
+from prunectl.channels.onnx.run import feed, session
+from prunectl.channels.onnx.surgery import cut, put
+from prunectl.channels.source import Feeds, Removed, Runner
+from prunectl.errors import UsageError
+from prunectl.formats.base import Array, ModelFile
+from prunectl.formats.optional import require
+from prunectl.pruning import output as outputs
+from prunectl.training.network import Origin
+
+
+def read(model: ModelFile, origin: Origin) -> OnnxSource:
+    """Return the network of an ONNX file, which needs nothing else."""
+    for word, said in (("--model", origin.model), ("--custom-objects", origin.custom_objects)):
+        if said:
+            raise UsageError(
+                f"{word} does not go with an ONNX file, which says all by itself", hint=f"leave out {word}"
+            )
+    return OnnxSource(model, opened(model))
+
+
+class OnnxSource:
+    """An ONNX model, as cutting sees it."""
+
+    def __init__(self, model: ModelFile, source: Opened) -> None:
+        self._model = model
+        self._opened = source
+
+    @property
+    def graph(self) -> Graph:
+        """What can be followed."""
+        return self._opened.graph
+
+    @property
+    def copies(self) -> Mapping[str, str]:
+        """Shared lists of numbers that were given to each reader by itself."""
+        return self._opened.copies
+
+    def cut(self, removed: Removed, after: After) -> Any:
+        """Return the message of the smaller network."""
+        return cut(self._opened, removed, after)
+
+    def with_weights(self, weights: Mapping[str, Array]) -> Any:
+        """Return the message with some numbers replaced."""
+        proto = type(self._opened.proto)()
+        proto.CopyFrom(self._opened.proto)
+        for name, slot in views.tensors(proto.graph):
+            if name in weights:
+                put(slot, weights[name])
+        return proto
+
+    def feeds(self, random: np.random.Generator) -> Feeds:
+        """Return random inputs."""
+        proto, shapes = self._opened.proto, self._opened.known.shapes
+        ports = {port.name: port for port in proto.graph.input}
+        return {name: feed(ports[name], shapes[name], random) for name in self.graph.inputs}
+
+    def runner(self, network: Any, shown: Iterable[str]) -> Runner:
+        """Return what onnxruntime makes of a message."""
+        runtime = session(network, list(shown))
+        return lambda feeds: list(runtime.run(None, dict(feeds)))
+
+    def write(self, network: Any, folder: Path, target: Path) -> Path:
+        """Write a message, with the data beside it that was beside the original's."""
+        onnx = require("onnx", extra="onnx")
+        written = outputs.places(self._model, folder, target)[self._model.path]
+        for tensor in network.graph.initializer:
+            if tensor.name in self._opened.locations:
+                onnx.external_data_helper.set_external_data(tensor, self._opened.locations[tensor.name])
+        onnx.save_model(network, written)
+        return written

@@ -1,0 +1,61 @@
+"""What cutting asks of a network in its own graph language."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from prunectl.channels.after import After
+from prunectl.channels.graph import Graph
+from prunectl.channels.labels import LabelArray
+from prunectl.formats.base import Array
+
+Removed = Mapping[tuple[str, int], LabelArray]
+"""The indices that go, by weight and axis."""
+Feeds = Mapping[str, Array]
+Runner = Callable[[Feeds], list[Any]]
+"""From inputs by name to what comes out, and then what was asked to be shown besides."""
+
+
+class Source(Protocol):
+    """A network that was read, and can be written again without some of its channels.
+
+    Networks are handed about as the language has them in memory: what `cut` and `with_weights` return, `runner` and
+    `write` take.
+    """
+
+    @property
+    def graph(self) -> Graph:
+        """What can be followed; weights are called what the file calls them."""
+
+    @property
+    def copies(self) -> Mapping[str, str]:
+        """What each weight that is in the graph but not in the file is a copy of."""
+
+    def cut(self, removed: Removed, after: After) -> Any:
+        """Return the smaller network."""
+
+    def with_weights(self, weights: Mapping[str, Array]) -> Any:
+        """Return the network as it was read, some of its numbers replaced."""
+
+    def feeds(self, random: np.random.Generator) -> Feeds:
+        """Return random inputs, of the shapes that the graph was worked out for."""
+
+    def runner(self, network: Any, shown: Iterable[str]) -> Runner:
+        """Return what runs a network in its own runtime, and shows some inner values too, by their names in the graph.
+
+        WorkError if the runtime cannot load it.
+        """
+
+    def write(self, network: Any, folder: Path, target: Path) -> Path:
+        """Write a network into a scratch folder, under the names that belong to a target, and return its path."""
+
+
+def sliced(array: Array, axes: Mapping[int, LabelArray]) -> Array:
+    """Return a weight without some indices of some axes."""
+    for axis, indices in axes.items():
+        array = np.delete(array, indices, axis)
+    return array
