@@ -2,6 +2,7 @@
 
 The network is that of the article that made tfmot's schedules known: Conv 32, Conv 64, Dense 256; batches of 250, Adam.
 It takes hours on two cores: BENCH_EPOCHS, BENCH_SEEDS and BENCH_EXAMPLES make it shorter, and the table says so.
+BENCH_KEPT names a file in which each run is noted, so that a benchmark that was cut short goes on where it was.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.timing import PRUNECTL, PYTHON
@@ -21,6 +23,7 @@ DATA = Path(os.environ.get("BENCH_DATA", "../shared/data"))
 EPOCHS = int(os.environ.get("BENCH_EPOCHS", "10"))
 SEEDS = int(os.environ.get("BENCH_SEEDS", "3"))
 EXAMPLES = int(os.environ.get("BENCH_EXAMPLES", "60000"))
+KEPT = os.environ.get("BENCH_KEPT", "")
 BATCH = 250
 SPARSITY = 0.875
 
@@ -178,18 +181,32 @@ def run() -> None:
 
 
 def _fill(rows: dict[str, list[dict[str, float]]], folder: Path, seed: int) -> None:
-    def add(method: str, found: dict[str, float]) -> None:
-        rows.setdefault(method, []).append(found)
-        # It takes hours, and an interrupted run shall not have been for nothing.
-        print(f"seed {seed}: {method}: {found}", file=sys.stderr, flush=True)
+    kept = _kept()
 
-    add("dense, tf_keras", _by_tfmot(folder, "dense", seed))
+    def add(method: str, run: Callable[..., dict[str, float]], *words: object) -> None:
+        key = f"{method}, seed {seed}, {EPOCHS} epochs, {EXAMPLES} examples"
+        if key not in kept:
+            kept[key] = run(folder, *words)
+            # It takes hours, and an interrupted run shall not have been for nothing.
+            print(f"{key}: {kept[key]}", file=sys.stderr, flush=True)
+            if KEPT:
+                with Path(KEPT).open("a") as notes:
+                    notes.write(json.dumps([key, kept[key]]) + "\n")
+        rows.setdefault(method, []).append(kept[key])
+
+    add("dense, tf_keras", _by_tfmot, "dense", seed)
     for schedule in ("constant", "polynomial"):
-        add(f"{schedule} 87.5 %, tfmot", _by_tfmot(folder, schedule, seed))
+        add(f"{schedule} 87.5 %, tfmot", _by_tfmot, schedule, seed)
         for suffix, name in ((".h5", "Keras 2"), (".keras", "Keras 3"), (".pt", "PyTorch")):
-            add(f"{schedule} 87.5 %, prunectl {name}", _ours(folder, suffix, seed, *_schedule(schedule)))
+            add(f"{schedule} 87.5 %, prunectl {name}", _ours, suffix, seed, *_schedule(schedule))
     for sparsity in (0.95, 0.98):
-        add(f"polynomial {sparsity:.0%}, tfmot", _by_tfmot(folder, "polynomial", seed, sparsity))
+        add(f"polynomial {sparsity:.0%}, tfmot", _by_tfmot, "polynomial", seed, sparsity)
         for how in (("--scope", "global"), ("--strategy", "lamp", "--scope", "global")):
-            found = _ours(folder, ".keras", seed, *_schedule("polynomial", sparsity, *how))
-            add(f"polynomial {sparsity:.0%}, prunectl {' '.join(how)}", found)
+            words = _schedule("polynomial", sparsity, *how)
+            add(f"polynomial {sparsity:.0%}, prunectl {' '.join(how)}", _ours, ".keras", seed, *words)
+
+
+def _kept() -> dict[str, dict[str, float]]:
+    if not KEPT or not Path(KEPT).is_file():
+        return {}
+    return dict(json.loads(line) for line in Path(KEPT).read_text().splitlines())

@@ -9,7 +9,7 @@ from prunectl.calibrating.moments import Sums, Wide
 from prunectl.formats.base import Array, ModelFile, Role, Tensor
 from prunectl.formats.writing import is_writable
 
-_NAMES = (("kernel", "bias"), ("weight", "bias"), ("Weight", "Bias"))
+_NAMES = (("pointwise_kernel", "bias"), ("kernel", "bias"), ("weight", "bias"), ("Weight", "Bias"))
 
 
 def corrected(wanted: Wide, now: Wide, bias: Array) -> Array:
@@ -30,6 +30,9 @@ def means(sums: Sums, weights: Array) -> Wide:
 def bias_of(model: ModelFile, tensor: Tensor) -> Tensor | None:
     """Return the bias that is added to what a tensor makes, if it is clear which."""
     wanted = {tensor.name.replace(*pair) for pair in _NAMES if pair[0] in tensor.name}
-    near = [one for one in model.tensors if one.role is Role.BIAS and one.layer == tensor.layer and one.is_float]
-    found = [one for one in near if one.name in wanted] or near
+    layer = [one for one in model.tensors if one.layer == tensor.layer and one.is_float]
+    near = [one for one in layer if one.role is Role.BIAS]
+    # Beside other kernels, as of a separable convolution, a bias that is not named for it may be that of another.
+    is_shared = any(one.role is Role.KERNEL and one.name != tensor.name for one in layer)
+    found = [one for one in near if one.name in wanted] or ([] if is_shared and tensor.role is Role.KERNEL else near)
     return found[0] if len(found) == 1 and is_writable(found[0]) else None

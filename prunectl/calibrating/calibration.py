@@ -11,7 +11,7 @@ from prunectl.calibrating.moments import Pairs, Part, Sums, Wide, products
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import Array, Tensor
 from prunectl.training.data.source import Batch, each, mapped
-from prunectl.training.sights import Graded, Observed, Sight
+from prunectl.training.sights import Graded, Observed, Sight, Use
 
 Adder = Callable[[Sight, tuple[int, ...]], tuple[Wide, int]]
 
@@ -31,16 +31,28 @@ class Calibration:
         return sum(len(each(batch.x)[0]) for batch in self.batches)
 
     def sums(self, tensors: Sequence[Tensor], adder: Adder) -> dict[str, Sums]:
-        """Return sums of what each tensor meets, in the order in which they meet it; none of those not seen."""
+        """Return sums of what each tensor meets, in the order in which they meet it.
+
+        None of those that are not seen, or used in two ways whose sums are not of the same things: a matrix as it is
+        and turned, as where a decoder has the weights of its encoder.
+        """
         shapes = {tensor.name: tensor.shape for tensor in tensors}
         found: dict[str, Sums] = {}
+        ways: dict[str, Use] = {}
+        torn: set[str] = set()
 
         def see(sight: Sight) -> None:
-            shape = sight.use.shape or shapes[sight.name]
-            found.setdefault(sight.name, Sums()).add(sight, shape, adder)
+            way = replace(sight.use, outputs=None, window=None)
+            if ways.setdefault(sight.name, way) != way:
+                torn.add(sight.name)
+            if sight.name not in torn:
+                shape = sight.use.shape or shapes[sight.name]
+                found.setdefault(sight.name, Sums()).add(sight, shape, adder)
 
         for batch in self.batches:
             self.network.observe(shapes.keys(), batch.x, see)
+        for name in torn:
+            found.pop(name, None)
         for name, sums in found.items():
             if not all(np.isfinite(total).all() for total in sums.totals.values()):
                 raise WorkError(

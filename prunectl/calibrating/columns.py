@@ -67,6 +67,14 @@ def columns(inputs: Array, use: Use, kernel: tuple[int, ...]) -> Iterator[Array]
         yield _by_groups(_windows(inputs[begin : begin + step], window, shape), use.groups)
 
 
+def by_group(inputs: Array, use: Use, kernel: tuple[int, ...], outputs: int) -> Iterator[Array]:
+    """Yield what each output position meets, as groups by positions by features, so few that outputs are few too."""
+    step = max(_CHUNK_BYTES // max(4 * outputs, 1), 1)
+    for seen in columns(inputs, use, kernel):
+        for begin in range(0, len(seen), step):
+            yield np.ascontiguousarray(seen[begin : begin + step].transpose(1, 0, 2), np.float32)
+
+
 def spatial(kernel: tuple[int, ...], use: Use) -> tuple[int, ...]:
     """Return the size of the window."""
     taken = {axis for axis in (use.out_axis, use.in_axis, use.group_axis) if axis is not None}

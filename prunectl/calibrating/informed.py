@@ -73,9 +73,10 @@ def _costs(
         products = calibration.products(tensor)
         if not scores.is_covered(tensor.shape, products):
             continue
+        weights: Array = model.read(tensor).astype(np.float64)
         values: Array = np.zeros(tensor.shape)
         for part, use in products.uses.items():
-            rows = matrix(model.read(tensor).astype(np.float64), use)
+            rows = matrix(weights, use)
             roots = [inverse_root(total, strategy.params.get("damp", 0.01)) for total in products.totals[part]]
             costs = [obs_scores(rows[group], *root) for group, root in enumerate(roots)]
             values = placed(np.stack(costs), use, values)

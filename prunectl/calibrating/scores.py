@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -40,6 +41,11 @@ def is_covered(shape: tuple[int, ...], sums: Sums) -> bool:
     for use in sums.uses.values():
         seen = placed(np.ones(matrix(seen, use).shape, np.bool_), use, seen)
     return bool(seen.all())
+
+
+def outputs_of(shape: tuple[int, ...], sums: Sums) -> int:
+    """Return how many outputs of a tensor were seen."""
+    return sum(math.prod(matrix(np.broadcast_to(np.False_, shape), use).shape[:2]) for use in sums.uses.values())
 
 
 def with_gradients(strategy: str, weights: Array, gradients: Mapping[str, Wide]) -> Wide:

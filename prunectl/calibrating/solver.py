@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -56,9 +56,7 @@ class Solver:
         # In the order in which data meets them; what it never meets comes last.
         for name in (*means, *(name for name in tensors if name not in means)):
             tensor, weights, seen = tensors[name], old[name], means.get(name)
-            bias = bias_of(model, tensor) if self.is_repaired and seen is not None else None
-            if bias is not None and bias.name in tensors:
-                bias = None  # it is pruned itself
+            bias = _free_bias(model, tensor, seen, tensors) if self.is_repaired and seen is not None else None
             if seen is not None and np.isfinite(weights).all() and scores.is_covered(tensor.shape, seen):
                 values, dropped = self._fit(tensor, weights, ~kept[name], method, seen, has_bias=bias is not None)
             else:
@@ -129,6 +127,14 @@ class Solver:
             new = [refit(rows[at], among[at], across[at], kept[at], self.damp) for at in range(len(rows))]
             values = placed(np.stack(new), pairs.use, values)
         return values
+
+
+def _free_bias(model: ModelFile, tensor: Tensor, seen: Sums, pruned: Collection[str]) -> Tensor | None:
+    """Return the bias that can make up for what outputs lose: one number for each, and not pruned itself."""
+    bias = bias_of(model, tensor)
+    if bias is None or bias.name in pruned or bias.size != scores.outputs_of(tensor.shape, seen):
+        return None
+    return bias
 
 
 def _goes_by_columns(tensor: Tensor, method: Method, products: Sums) -> bool:

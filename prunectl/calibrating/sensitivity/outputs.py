@@ -6,7 +6,7 @@ import numpy as np
 
 from prunectl.calibrating import scores
 from prunectl.calibrating.calibration import Calibration
-from prunectl.calibrating.columns import columns, matrix
+from prunectl.calibrating.columns import by_group, matrix
 from prunectl.calibrating.moments import Wide
 from prunectl.calibrating.sensitivity.found import SPARSITIES
 from prunectl.calibrating.sensitivity.weights import Levels
@@ -41,11 +41,10 @@ def _lost(sight: Sight, kernel: tuple[int, ...], weights: Array, gone: Levels) -
     """
     rows, levels = matrix(weights, sight.use).astype(np.float32), matrix(gone, sight.use)
     found, positions = np.zeros(len(SPARSITIES) + 1), 0
-    for seen in columns(sight.inputs, sight.use, kernel):
-        inputs = np.ascontiguousarray(seen.transpose(1, 0, 2), np.float32)
+    for inputs in by_group(sight.inputs, sight.use, kernel, len(rows) * rows.shape[1]):
         for level in range(len(found)):
             # At the last level all is gone: what is lost then is the output.
             part = np.where(levels <= level, rows, np.float32(0))
             found[level] += np.square(np.matmul(inputs, part.transpose(0, 2, 1)), dtype=np.float64).sum()
-        positions += len(seen)
+        positions += inputs.shape[1]
     return found, positions
