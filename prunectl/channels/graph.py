@@ -19,6 +19,13 @@ class Kind(StrEnum):
     """Inputs: data, matrix, bias. Attributes: in_axis of the matrix."""
     EMBEDDING = "embedding"
     """Inputs: table, indices."""
+    PRODUCT = "product"
+    """Two values multiplied as matrices, over their last two axes."""
+    RECURRENT = "recurrent"
+    """Inputs: data, kernel, recurrent kernel, bias, whatever else has units on its last axis. Attributes: units, gates.
+
+    Kernels have gates times units before their last axis, biases on it. Whatever comes out has units on its last axis.
+    """
     NORM = "norm"
     """Inputs: data, scale, shift, mean, variance; by channel, on axis 1."""
     EACH = "each"

@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping
 from prunectl.channels.graph import Graph, Kind, Node
 from prunectl.channels.labels import fixed
 from prunectl.channels.rules_each import each
-from prunectl.channels.rules_moving import concat, cut_off, reshape, split, stretch, transpose
+from prunectl.channels.rules_moving import concat, cut_off, split, stretch, transpose
+from prunectl.channels.rules_product import product
+from prunectl.channels.rules_recurrent import recurrent
+from prunectl.channels.rules_reshape import reshape
 from prunectl.channels.rules_weights import convolution, embedding, linear, norm
 from prunectl.channels.trace import Trace, blame
 
@@ -26,6 +29,8 @@ RULES: Mapping[Kind, Rule] = {
     Kind.CONVOLUTION: convolution,
     Kind.LINEAR: linear,
     Kind.EMBEDDING: embedding,
+    Kind.PRODUCT: product,
+    Kind.RECURRENT: recurrent,
     Kind.NORM: norm,
     Kind.EACH: each,
     Kind.CONCAT: concat,

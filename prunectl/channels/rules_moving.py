@@ -57,18 +57,6 @@ def transpose(trace: Trace, node: Node) -> None:
     _put(trace, node, trace.of(node.inputs[0]).transpose(node.attributes["order"]))
 
 
-def reshape(trace: Trace, node: Node) -> None:
-    """Give labels another shape, unless that takes channels apart."""
-    labels, shape = trace.of(node.inputs[0]), trace.shape(node.outputs[0])
-    found = np.reshape(labels, shape)
-    # A channel that goes must leave a block behind on both sides.
-    if max(len(trace.labels.varying(labels)), len(trace.labels.varying(found))) > 1:
-        trace.labels.lock(labels, f"{blame(node)} takes channels apart")
-        _put(trace, node, fixed(shape))
-        return
-    _put(trace, node, found)
-
-
 def stretch(trace: Trace, node: Node) -> None:
     """Change the lengths of axes, or take one off, as pooling, padding, slices and upsampling do."""
     labels, shape = trace.of(node.inputs[0]), trace.shape(node.outputs[0])

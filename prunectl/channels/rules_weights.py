@@ -67,7 +67,7 @@ def norm(trace: Trace, node: Node) -> None:
     for place, part in enumerate((Part.SCALE, Part.SHIFT, Part.STATE, Part.STATE), 1):
         if trace.is_view(node, place):
             trace.note(node, node.inputs[place], 0, part, line)
-        elif place < len(node.inputs):
+        elif place < len(node.inputs) and node.inputs[place]:
             trace.labels.lock(labels, f"{blame(node)} has weights that are calculated")
     trace.values[node.outputs[0]] = labels
 

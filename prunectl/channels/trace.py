@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -45,6 +46,14 @@ class Trace:
         self.labels = Labels()
         self.values: dict[str, LabelArray] = {}
         self.notes: list[Note] = []
+        self._readers: dict[str, list[Node]] = defaultdict(list)
+        for node in graph.nodes:
+            for name in node.inputs:
+                self._readers[name].append(node)
+
+    def readers(self, node: Node) -> list[Node]:
+        """Return the operations that read what one gives."""
+        return [reader for name in node.outputs for reader in self._readers[name]]
 
     def of(self, name: str) -> LabelArray:
         """Return the labels of a value; those of inputs and constants are fixed."""

@@ -34,9 +34,9 @@ def masked(net: Any, found: CutOut, images: Any) -> Any:
     for name, module in net.named_modules():
         if isinstance(module, MAKERS) and (indices := gone.get(f"{name}.weight")):
 
-            def silence(_: Any, __: Any, made: Any, indices: list[int] = indices) -> Any:
+            def silence(module: Any, _: Any, made: Any, indices: list[int] = indices) -> Any:
                 made = made.clone()
-                made[:, indices] = 0
+                made[(..., indices) if isinstance(module, nn.Linear) else (slice(None), indices)] = 0
                 return made
 
             module.register_forward_hook(silence)

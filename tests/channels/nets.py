@@ -185,10 +185,34 @@ class Shuffle(nn.Module):
         return self.head(self.last(x).mean((2, 3)))
 
 
+class Groups(nn.Module):
+    """Channels normalised in groups of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = conv(3, 8), nn.GroupNorm(4, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Any) -> Any:
+        return self.head(self.norm(self.stem(x)).relu().mean((2, 3)))
+
+
+class Recurrent(nn.Module):
+    """Rows of an image as the steps of a recurrent layer."""
+
+    def __init__(self, kind: str = "LSTM", *, is_both: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Linear(48, 6)
+        self.cell = getattr(nn, kind)(6, 8, batch_first=True, bidirectional=is_both)
+        self.head = nn.Linear(16 if is_both else 8, 5)
+
+    def forward(self, x: Any) -> Any:
+        return self.head(self.cell(self.first(x.transpose(1, 2).flatten(2)).relu())[0].mean(1))
+
+
 NETS = (Vgg, Residual, Mobile, Dense, Unet, Excite, Squeeze, Split)
 
 
-def export(kind: Any, path: Path, *, is_open: bool = True, opset: int = 17) -> Path:
+def export(kind: Any, path: Path, *, is_open: bool = True, opset: int = 17, is_folded: bool = False) -> Path:
     """Write a network as ONNX, its batch open or 1."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -203,6 +227,6 @@ def export(kind: Any, path: Path, *, is_open: bool = True, opset: int = 17) -> P
             dynamic_axes={"image": {0: "batch"}, "scores": {0: "batch"}} if is_open else None,
             # As it was trained: batch normalisation stays what it is.
             training=torch.onnx.TrainingMode.PRESERVE,
-            do_constant_folding=False,
+            do_constant_folding=is_folded,
         )
     return path

@@ -14,11 +14,10 @@ from tests.channels.test_rules import between
 @pytest.mark.parametrize(
     ("node", "reason"),
     [
-        (op("Softmax", "a", "last_in", axis=1), "Softmax to_last_in"),
+        (op("Softmax", "a", "last_in", axis=1), "Softmax to_last_in reaches over channels"),
         (op("LRN", "a", "last_in", size=3), "LRN to_last_in"),
         (op("DepthToSpace", "a", "last_in", blocksize=2), "DepthToSpace to_last_in"),
         (op("ReduceMean", "a", "last_in", axes=[1]), "ReduceMean to_last_in reaches over channels"),
-        (op("Reshape", "a apart", "last_in"), "Reshape to_last_in takes channels apart"),
         (op("Transpose", "a", "last_in", perm=[0, 2, 1, 3]), "Conv to_y mixes channels with positions"),
         (op("Pad", "a pads", "last_in"), "Pad to_last_in reaches over channels"),
         (op("Slice", "a from to at step", "last_in"), "Slice to_last_in takes channels in another order"),
@@ -28,7 +27,6 @@ from tests.channels.test_rules import between
 )
 def test_an_operation_that_mixes_channels_locks_them(node: Any, reason: str, tmp_path: Path) -> None:
     numbers = {
-        "apart": [1, 2, 2, -1],
         "pads": [0, 1, 0, 0, 0, 1, 0, 0],
         "from": [-1],
         "to": [-99],
@@ -36,9 +34,15 @@ def test_an_operation_that_mixes_channels_locks_them(node: Any, reason: str, tmp
         "step": [-1],
         "pick": [2, 0, 1, 3],
     }
-    width = {"DepthToSpace": 1, "ReduceMean": 1, "Reshape": 2, "Pad": 6, "Transpose": 8}.get(node.op_type, 4)
+    width = {"DepthToSpace": 1, "ReduceMean": 1, "Pad": 6, "Transpose": 8}.get(node.op_type, 4)
     found = between([node], tmp_path, numbers={n: v for n, v in numbers.items() if n in node.input}, width=width)
     assert locks(found)["first"] == reason
+
+
+def test_a_shape_that_takes_channels_apart_locks_them(tmp_path: Path) -> None:
+    numbers = {"apart": [1, 2, 8, 12]}
+    found = between([op("Reshape", "a apart", "last_in")], tmp_path, numbers=numbers, channels=3, width=2)
+    assert locks(found)["first"] == "Reshape to_last_in takes channels apart"
 
 
 def test_what_comes_from_elsewhere_locks_what_it_meets(tmp_path: Path) -> None:

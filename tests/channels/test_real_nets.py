@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.channels.groups import groups
+from prunectl.channels.groups import groups as groups_of
 from prunectl.channels.prune import CutOut, prune_channels
 from prunectl.formats.table import open_model
 from prunectl.pruning.output import Output
 from prunectl.pruning.request import Request
 from tests.channels.made import onnx
 from tests.channels.masked import masked, run
-from tests.channels.nets import NETS, Attention, Shuffle, built, export, torch
+from tests.channels.nets import NETS, Attention, Groups, Recurrent, Shuffle, built, export, torch
 
 SHAPES = {
     "Vgg": {"body.0.0.weight": (4, 3, 3, 3), "head.0.weight": (10, 6 * 16)},
@@ -82,17 +82,72 @@ def test_any_opset_will_do(opset: int, tmp_path: Path) -> None:
         assert onnx.load(output).opset_import[0].version == opset
 
 
-def test_an_encoder_loses_the_inside_of_its_dense_layers_alone(tmp_path: Path) -> None:
-    path, output = export(Attention, tmp_path / "net.onnx"), tmp_path / "small.onnx"
-    found = cut(path, output)
-    assert (found.channels, found.dropped) == (32, 16)
-    reasons = [family.reason for family in groups(open_model(path)).families if family.reason]
-    assert len(reasons) >= 4
+def check_like(kind: Any, path: Path, output: Path, **asked: Any) -> CutOut:
+    """Hold a cut network against PyTorch's, whose channels are silent."""
+    found = cut(path, output, **asked)
+    onnx.checker.check_model(output, full_check=True)
     images = torch.randn(2, 3, 16, 16)
-    assert run(output, images).shape == (2, 5)
+    wanted = masked(built(kind), found, images)
+    assert np.ptp(wanted) > 1e-3
+    np.testing.assert_allclose(run(output, images), wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+    return found
 
 
-def test_shuffled_channels_stay(tmp_path: Path) -> None:
-    path = export(Shuffle, tmp_path / "net.onnx")
-    reasons = {family.name: family.reason for family in groups(open_model(path)).families}
-    assert "takes channels apart" in reasons["stem.0.weight"]
+def test_an_attention_loses_whole_heads_and_the_inside_of_its_dense_layers(tmp_path: Path) -> None:
+    path, output = export(Attention, tmp_path / "net.onnx"), tmp_path / "small.onnx"
+    found = check_like(Attention, path, output)
+    assert {loss.family.name: (len(loss.dropped), len(loss.family.groups)) for loss in found.losses} == {
+        "mix.weight": (2, 4),
+        "inside.0.weight": (16, 32),
+    }
+    (heads,) = [loss.family for loss in found.losses if loss.family.name == "mix.weight"]
+    queries, keys, values = np.split(np.arange(48).reshape(12, 4), 3)
+    first = heads.groups[0].members[0].indices
+    assert list(first) == [*queries[0], *keys[0], *values[0]]
+    assert [family for family in groups_of(open_model(path)).families if "reaches over channels" in family.reason]
+
+
+def test_shuffled_channels_go_from_every_group_alike(tmp_path: Path) -> None:
+    path, output = export(Shuffle, tmp_path / "net.onnx"), tmp_path / "small.onnx"
+    found = check_like(Shuffle, path, output)
+    (stem,) = [loss.family for loss in found.losses if loss.family.name == "stem.0.weight"]
+    assert stem.groups[1].members[0].indices == (1, 3, 5, 7)
+
+
+def test_channels_that_are_normalised_in_groups_go_by_groups(tmp_path: Path) -> None:
+    path, output = export(Groups, tmp_path / "net.onnx"), tmp_path / "small.onnx"
+    (loss,) = cut(path, output).losses
+    assert [group.members[0].indices for group in loss.family.groups] == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    net, images = built(Groups), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        for number in loss.dropped:
+            net.head.weight[:, loss.family.groups[number].members[0].indices] = 0
+        wanted = net(images).numpy()
+    np.testing.assert_allclose(run(output, images), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_both", [False, True], ids=["one way", "both ways"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_a_unit_goes_from_every_gate(kind: str, is_both: bool, tmp_path: Path) -> None:
+    def make() -> Any:
+        return Recurrent(kind, is_both=is_both)
+
+    path, output = export(make, tmp_path / "net.onnx", is_folded=True), tmp_path / "small.onnx"
+    found = cut(path, output)
+    onnx.checker.check_model(output, full_check=True)
+    (units,) = [loss for loss in found.losses if len(loss.family.groups) == 8]
+    net = built(make)
+    with torch.no_grad():
+        # A unit that sees nothing and says nothing to the next step stays at zero.
+        for number in units.dropped:
+            for weight in net.cell.parameters():
+                weight[number::8] = 0
+        for loss in found.losses:
+            if loss is not units:
+                net.first.weight[list(loss.dropped)] = 0
+                net.first.bias[list(loss.dropped)] = 0
+        images = torch.randn(2, 3, 16, 16)
+        wanted = net(images).numpy()
+    np.testing.assert_allclose(run(output, images), wanted, rtol=1e-4, atol=1e-5)
+    assert onnx.load(output).opset_import[0].version == 17
+    assert found.dropped == 3 + 4

@@ -9,6 +9,7 @@ from typing import Any
 from prunectl.channels.graph import Kind, View
 from prunectl.channels.onnx.shapes import Known
 
+_SOFTMAX_BY_AXIS = 13
 Facts = tuple[Kind, tuple[str, ...], Mapping[str, Any]]
 """Kind, inputs, attributes."""
 
@@ -20,6 +21,7 @@ class Seen:
     node: Any
     known: Known
     views: Mapping[str, View]
+    opset: int
 
     def attribute(self, name: str, default: Any) -> Any:
         """Return an attribute, lists as tuples."""
@@ -77,9 +79,47 @@ def _gemm(seen: Seen) -> Facts:
 
 
 def _matmul(seen: Seen) -> Facts:
+    if seen.input(0) not in seen.views and seen.input(1) not in seen.views:
+        return Kind.PRODUCT, seen.inputs, {}
     if len(seen.shape(seen.input(1))) != 2 or not seen.result:
         return _unknown(seen)
     return Kind.LINEAR, seen.inputs, {"in_axis": 0}
+
+
+def _recurrent(seen: Seen) -> Facts:
+    lengths, peepholes = seen.input(4), seen.input(7)
+    if not {seen.input(1), seen.input(2)} <= seen.views.keys() or (seen.input(3) and seen.input(3) not in seen.views):
+        return _unknown(seen)
+    if lengths or peepholes or seen.attribute("layout", 0) or not _is_silent_at_zero(seen):
+        return _unknown(seen)
+    units = seen.attribute("hidden_size", 0) or seen.shape(seen.input(2))[-1]
+    states = tuple("" if _is_zero(seen, name) else name for name in (seen.input(5), seen.input(6)))
+    gates = seen.shape(seen.input(1))[-2] // units
+    inputs = (*(seen.input(place) for place in range(4)), *states)
+    return Kind.RECURRENT, inputs, {"units": units, "gates": gates}
+
+
+def _is_silent_at_zero(seen: Seen) -> bool:
+    """Whether a unit whose weights are zero stays at zero."""
+    said = [tuple(part.strings) for part in seen.node.attribute if part.name == "activations"]
+    return all(name in {b"Sigmoid", b"Tanh", b"Relu"} for names in said for name in names)
+
+
+def _is_zero(seen: Seen, name: str) -> bool:
+    found = seen.known.constants.get(name)
+    return found is not None and name not in seen.views and not found.any()
+
+
+def _softmax(seen: Seen) -> Facts:
+    rank = len(seen.first)
+    # Before opset 13 all axes behind were one.
+    axis = seen.attribute("axis", -1 if seen.opset >= _SOFTMAX_BY_AXIS else 1) % rank
+    return _stretch(seen, (axis,) if seen.opset >= _SOFTMAX_BY_AXIS else tuple(range(axis, rank)))
+
+
+def _layer_norm(seen: Seen) -> Facts:
+    rank = len(seen.first)
+    return _stretch(seen, tuple(range(seen.attribute("axis", -1) % rank, rank)))
 
 
 def _norm(seen: Seen) -> Facts:
@@ -187,6 +227,9 @@ _READERS: tuple[tuple[str, Callable[[Seen], Facts]], ...] = (
     ("Conv ConvTranspose", _convolution),
     ("Gemm", _gemm),
     ("MatMul", _matmul),
+    ("LSTM GRU RNN", _recurrent),
+    ("Softmax LogSoftmax Hardmax", _softmax),
+    ("LayerNormalization", _layer_norm),
     ("BatchNormalization InstanceNormalization", _norm),
     ("Concat", _concat),
     ("Split", _split),

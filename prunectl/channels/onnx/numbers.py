@@ -12,12 +12,16 @@ from prunectl.channels.graph import Node
 from prunectl.channels.onnx.read import Opened
 from prunectl.channels.onnx.shapes import STANDARD
 from prunectl.channels.onnx.views import read_by
+from prunectl.formats.base import Array
 from prunectl.formats.optional import require
 
 _BACK = -(1 << 31)
 """Where a slice ends that runs backwards to the first."""
 _UNLISTED = 4
 """Version of the format from which initializers are no inputs."""
+_RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
+_STATES = (5, 6)
+"""Where a recurrent layer is given its first states."""
 _SHAPE_AT = {"Reshape": 1, "Expand": 1, "Resize": 3}
 
 
@@ -29,6 +33,8 @@ def renumber(proto: Any, source: Opened, after: After) -> None:
             continue
         if node.op_type in {"Conv", "ConvTranspose"}:
             numbers.groups(node)
+        elif node.op_type in _RECURRENT:
+            numbers.units(node)
         elif node.op_type == "Split":
             numbers.split(node)
         elif node.op_type == "Slice":
@@ -57,6 +63,19 @@ class _Numbers:
             if attribute.name == "group" and attribute.i > 1 and attribute.i == self._shapes[node.input[0]][1]:
                 attribute.i = self._after.shape(node.input[0])[1]
 
+    def units(self, node: Any) -> None:
+        """A recurrent layer names its units, and may begin with as many zeros."""
+        name = next(filter(None, node.output))
+        for attribute in node.attribute:
+            if attribute.name == "hidden_size":
+                attribute.i = self._after.shape(name)[-1]
+        for place in _STATES:
+            state = node.input[place] if place < len(node.input) else ""
+            if state in self._constants and not self._constants[state].any():
+                # Without a first state it begins with zeros.
+                node.input[place] = ""
+                self._replaced.add(state)
+
     def split(self, node: Any) -> None:
         """Say the size of each part, unless they are equal still."""
         axis = next((part.i for part in node.attribute if part.name == "axis"), 0) % len(self._shapes[node.input[0]])
@@ -70,7 +89,7 @@ class _Numbers:
             for part in [part for part in node.attribute if part.name == "num_outputs"]:
                 node.attribute.remove(part)
             del node.input[1:]
-            node.input.append(self._new("sizes", sizes))
+            node.input.append(self._new("sizes", np.array(sizes, np.int64)))
 
     def slice(self, node: Any, known: Node) -> None:
         """Count only the channels that are left before a part and in it."""
@@ -126,6 +145,8 @@ class _Numbers:
         maker = self._makers.get(name)
         if self._is_static(name):
             self._set(node, place, numbers)
+        elif maker is not None and maker.op_type in {"Cast", "Identity"}:
+            self._point(maker, 0, numbers)
         elif maker is not None and maker.op_type == "Concat":
             # What is measured while it runs is right by itself; what stands there is not.
             begin = 0
@@ -137,7 +158,7 @@ class _Numbers:
 
     def _set(self, node: Any, place: int, numbers: Sequence[int]) -> None:
         name = node.input[place]
-        node.input[place] = self._new(name, numbers)
+        node.input[place] = self._new(name, np.array(numbers, self._constants[name].dtype))
         self._replaced.add(name)
 
     def _is_static(self, name: str) -> bool:
@@ -149,15 +170,15 @@ class _Numbers:
             maker.op_type not in {"Shape", "Size"} and all(map(self._is_static, filter(None, maker.input)))
         )
 
-    def _new(self, like: str, numbers: Sequence[int]) -> str:
+    def _new(self, like: str, numbers: Array) -> str:
         taken = {tensor.name for tensor in self._graph.initializer} | self._makers.keys()
         name = like
         while name in taken:
             self._count += 1
             name = f"{like}_{self._count}"
         onnx = require("onnx", extra="onnx")
-        self._graph.initializer.append(onnx.numpy_helper.from_array(np.array(numbers, np.int64), name))
+        made = onnx.numpy_helper.from_array(numbers, name)
+        self._graph.initializer.append(made)
         if self._is_listed:
-            port = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [len(numbers)])
-            self._graph.input.append(port)
+            self._graph.input.append(onnx.helper.make_tensor_value_info(name, made.data_type, numbers.shape))
         return name

@@ -70,11 +70,12 @@ def graph_of(proto: Any, found: Known) -> Graph:
     shapes = {**found.shapes, **{name: array.shape for name, array in weights.items()}}
     views = seen_as.views(graph, weights, shapes)
     given = {tensor.name for tensor in graph.initializer}
+    opset = next((entry.version for entry in proto.opset_import if entry.domain in STANDARD), 1)
     nodes = []
     for number, node in enumerate(graph.node):
         if all(name in views or name in found.constants for name in node.output if name):
             continue
-        nodes.append(_node(node, number, Seen(node, Known(shapes, found.constants), views)))
+        nodes.append(_node(node, number, Seen(node, Known(shapes, found.constants), views, opset)))
     return Graph(
         nodes=tuple(nodes),
         weights=weights,
