@@ -17,11 +17,12 @@ from prunectl.pruning.plan import Scope
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A family that may lose channels: their scores, and the share that is asked for."""
+    """A family that may lose channels, and their scores."""
 
     family: Family
     scores: Scores
-    ratio: float
+    ratio: float | None = None
+    """The share that is asked for, if it is another than that of the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ def lowest(scores: Scores) -> LabelArray:
 def _apart(candidates: Sequence[Candidate], cutting: Cutting) -> list[int]:
     sizes = [len(candidate.scores) for candidate in candidates]
     return [
-        droppable(size, round(candidate.ratio * size), cutting)
+        droppable(size, round((cutting.ratio if candidate.ratio is None else candidate.ratio) * size), cutting)
         for size, candidate in zip(sizes, candidates, strict=True)
     ]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
+from prunectl.channels.goals import Goal, What, goal_of
 from prunectl.channels.scores import MEASURES, RANDOM, Measure
 from prunectl.errors import UsageError
 from prunectl.pruning.plan import Scope
@@ -35,15 +36,28 @@ class Cutting:
     max_ratio: float = 1.0
     """Share of a family that goes at most."""
     seed: int = 0
+    goal: Goal | None = None
+    """What the ratio is to be found for."""
+    is_dead: bool = False
+    """Whether only channels go that make no difference."""
 
 
 def cutting_of(
-    request: Request, *, min_channels: int = MIN_CHANNELS, round_to: int = 1, max_ratio: float = 1.0
+    request: Request,
+    *,
+    min_channels: int = MIN_CHANNELS,
+    round_to: int = 1,
+    max_ratio: float = 1.0,
+    params: str = "",
+    flops: str = "",
+    dead: bool = False,
 ) -> Cutting:
     """Return what a request asks of channels, and refuse what it asks of single weights only."""
     _check(request)
-    if request.sparsity is None and not request.layers:
-        raise UsageError("how many channels? say --sparsity", hint="such as --sparsity 50%")
+    goals = [goal_of(what, text) for what, text in ((What.PARAMS, params), (What.FLOPS, flops)) if text]
+    if request.target_gzip is not None:
+        goals.append(Goal(What.GZIP, request.target_gzip))
+    _check_amount(request, goals, dead)
     for ratio in (request.sparsity or 0.0, max_ratio, *(own for _, own in request.layers)):
         if not 0 <= ratio <= 1:
             raise UsageError(f"a share of channels is from 0 to 1, not {ratio:g}", hint="write 0.5 or 50%")
@@ -66,12 +80,23 @@ def cutting_of(
         round_to=round_to,
         max_ratio=max_ratio,
         seed=request.seed,
+        goal=goals[0] if goals else None,
+        is_dead=dead,
     )
+
+
+def _check_amount(request: Request, goals: Sequence[Goal], dead: bool) -> None:
+    asked = [request.sparsity is not None, dead, *(True for _ in goals)]
+    if sum(asked) > 1:
+        raise UsageError("how many channels go is said once: by --sparsity, --params, --flops, --target-gzip or --dead")
+    if not sum(asked) and not request.layers:
+        raise UsageError("how many channels? say --sparsity", hint="such as --sparsity 50%, or --flops -50%")
+    if dead and (request.layers or request.strategy != _DEFAULT or request.scope != Scope.LAYER):
+        raise UsageError("--dead takes what makes no difference: there is nothing to rank")
 
 
 _OTHERS: tuple[tuple[str, Callable[[Request], bool]], ...] = (
     ("--compression", lambda asked: asked.compression is not None),
-    ("--target-gzip", lambda asked: asked.target_gzip is not None),
     ("--target-packed", lambda asked: asked.target_packed is not None),
     ("--policy", lambda asked: asked.policy != "default"),
     ("--nan", lambda asked: asked.nan != "error"),

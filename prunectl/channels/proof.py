@@ -8,6 +8,7 @@ import numpy as np
 
 from prunectl.channels.after import After
 from prunectl.channels.graph import Graph, Kind
+from prunectl.channels.plan import Plan
 from prunectl.channels.source import Removed, Source
 from prunectl.channels.trace import Part, Trace
 from prunectl.errors import WorkError, first_line
@@ -20,10 +21,14 @@ _SILENT = frozenset({Part.OUT, Part.IN, Part.BIAS, Part.SCALE, Part.SHIFT})
 """What is set to zero; a variance of zero, or a number that others are divided by, would give no numbers."""
 
 
-def prove(source: Source, smaller: Any, after: After, removed: Removed, seed: int) -> float:
-    """Return how far the two networks are apart at most; WorkError if that is too far."""
-    inner = _behind_cuts(source.graph, after)
-    silent = source.with_weights(_silenced(source.graph, after.trace, removed))
+def prove(source: Source, smaller: Any, plan: Plan, seed: int) -> float:
+    """Return how far the two networks are apart at most; WorkError if that is too far.
+
+    Where channels are dead, nothing is silenced: without them, the network says what it always said.
+    """
+    # What a constant was folded into may lie behind the layer that read it.
+    inner = [] if plan.is_lossless else _behind_cuts(source.graph, plan.after)
+    silent = source.with_weights({} if plan.is_lossless else _silenced(source.graph, plan.after.trace, plan.gone))
     one, other = source.runner(silent, inner), source.runner(smaller, inner)
     random = np.random.default_rng(seed)
     worst = 0.0

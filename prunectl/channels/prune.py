@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prunectl.channels.after import After
-from prunectl.channels.choose import Loss, choose, removed
-from prunectl.channels.couple import families
+from prunectl.channels.choose import Loss
 from prunectl.channels.cutting import Cutting, cutting_of
 from prunectl.channels.languages import read
+from prunectl.channels.macs import ShapeOf, macs
+from prunectl.channels.plan import Plan, planned
 from prunectl.channels.proof import prove
 from prunectl.channels.rules import follow
-from prunectl.channels.select import candidates
-from prunectl.errors import WorkError
+from prunectl.channels.source import Removed, Source
+from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import Can, ModelFile
 from prunectl.formats.table import by_name, load, open_model
 from prunectl.formats.table import require as require_can
@@ -42,6 +43,8 @@ class CutOut:
     after: Survey
     error: float
     """How far the cut network is from the original with its channels silenced, relative to what comes out."""
+    notes: tuple[str, ...] = ()
+    """What a user should know about what was written."""
 
     @property
     def channels(self) -> int:
@@ -65,7 +68,7 @@ def prune_channels(
 ) -> CutOut:
     """Cut channels out of a model; without an output, into a scratch file that is measured and thrown away.
 
-    The limits are those of `cutting_of`: min_channels, round_to, max_ratio.
+    The limits are those of `cutting_of`.
     """
     cutting = cutting_of(request, **limits)
     model = open_model(path)
@@ -74,33 +77,43 @@ def prune_channels(
     outputs.check(model, output)
     origin = Origin(request.model, request.custom_objects, is_trusted=is_trusted, seed=request.seed)
     source = read(model, origin)
+    _check_beside(source, output)
     trace = follow(source.graph)
-    chosen, skips = candidates(model, families(trace), source.graph.weights, cutting)
-    losses = choose(chosen, cutting)
-    gone = removed(losses)
-    left = After(trace, [label for loss in losses for label in loss.labels])
-    smaller = source.cut(gone, left)
-    error = prove(source, smaller, left, gone, cutting.seed)
+    before = with_own_macs(_measured(model), source, trace.shape)
+    plan = planned(model, source, trace, cutting, before)
+    smaller = source.cut(plan.gone, plan.after, plan.weights)
+    error = prove(source, smaller, plan, cutting.seed)
     with outputs.workplace(model, output) as (folder, target):
         written = source.write(smaller, folder, target)
         if request.is_packed or model.about.is_compressed:
             # One that was packed comes out packed.
             outputs.pack(written, folder)
-        _check(model, written, losses)
-        before, after = _measured(model), _measured(open_model(written))
+        _check(model, source, written, plan)
+        after = with_own_macs(_measured(open_model(written)), source, plan.after.shape, plan.gone)
         if has_digests:
             before = replace(before, sha256=archive.sha256(model))
             after = replace(after, sha256=archive.sha256(open_model(written)))
     shown = str(target if output is not None else "the result")
-    return CutOut(request, cutting, losses, skips, before, replace(after, path=shown), error)
+    return CutOut(request, cutting, plan.losses, plan.skips, before, replace(after, path=shown), error, source.notes)
 
 
-def _check(model: ModelFile, written: Path, losses: tuple[Loss, ...]) -> None:
+def _check_beside(source: Source, output: Output | None) -> None:
+    """Refuse what more than one file would be written for, where that cannot be."""
+    if output is None:
+        return
+    for path in source.beside(output.target):
+        if output.is_stream:
+            raise UsageError("the result is more than one file, and does not fit through standard output")
+        if os.path.lexists(path) and not (output.is_forced or output.is_in_place):
+            raise UsageError(f"{path} exists", hint="write elsewhere, or replace it with --force")
+
+
+def _check(model: ModelFile, source: Source, written: Path, plan: Plan) -> None:
     """Hold the shapes of what was written against what was to be cut."""
-    gone = removed(losses)
     found = {tensor.name: tensor.shape for tensor in open_model(written).tensors}
     for tensor in model.tensors:
-        shape = tuple(length - len(gone.get((tensor.name, axis), ())) for axis, length in enumerate(tensor.shape))
+        name = source.followers.get(tensor.name, tensor.name)
+        shape = tuple(length - len(plan.gone.get((name, axis), ())) for axis, length in enumerate(tensor.shape))
         # Lists of sizes may be others now; what is no float was not cut.
         if tensor.is_float and found.get(tensor.name) != shape:
             raise WorkError(f"{tensor.name} of {model.path} came out with another shape than planned")
@@ -111,4 +124,10 @@ def _measured(model: ModelFile) -> Survey:
         found = measure(model, pick(CodecName.GZIP, None))
     else:
         found = survey(model, model.tensors, has_channels=False)
-    return with_macs(found, load(by_name(model.format).graph)(model))
+    graph = by_name(model.format).graph
+    return with_macs(found, load(graph)(model)) if graph else found
+
+
+def with_own_macs(found: Survey, source: Source, shape_of: ShapeOf, removed: Removed | None = None) -> Survey:
+    """Return a survey with FLOPs, where the format itself has no graph to count them in."""
+    return found if found.macs is not None else replace(found, macs=macs(source.graph, shape_of, removed))

@@ -36,4 +36,4 @@ def _beside(trace: Trace, node: Node, name: str, made: LabelArray) -> None:
 
 
 def _last(labels: LabelArray) -> LabelArray:
-    return labels.reshape(-1, labels.shape[-1])[0]
+    return np.array(labels.reshape(-1, labels.shape[-1])[0])

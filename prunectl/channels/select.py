@@ -30,7 +30,7 @@ def candidates(
             skips.append(Skip(family.name, reason or "nothing that the strategy looks at"))
         else:
             ratios = [own[name] for name in family.makers if name in own]
-            found.append(Candidate(family, scores, ratios[-1] if ratios else cutting.ratio))
+            found.append(Candidate(family, scores, ratios[-1] if ratios else None))
     if not found:
         reasons = Counter(skip.reason for skip in skips)
         told = ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3))

@@ -35,8 +35,19 @@ class Source(Protocol):
     def copies(self) -> Mapping[str, str]:
         """What each weight that is in the graph but not in the file is a copy of."""
 
-    def cut(self, removed: Removed, after: After) -> Any:
-        """Return the smaller network."""
+    @property
+    def followers(self) -> Mapping[str, str]:
+        """What else in the file is cut as a weight is, such as the state of an optimizer, by the weight's name."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about what is written."""
+
+    def beside(self, target: Path) -> tuple[Path, ...]:
+        """Return the files that are written beside a target."""
+
+    def cut(self, removed: Removed, after: After, weights: Mapping[str, Array]) -> Any:
+        """Return the smaller network; some weights have other numbers before they are cut."""
 
     def with_weights(self, weights: Mapping[str, Array]) -> Any:
         """Return the network as it was read, some of its numbers replaced."""

@@ -24,7 +24,7 @@ from prunectl.reporting.words import parse_ratio
 
 Way = Callable[[Path, Output | None], Report]
 _CHANNELS = "channel"
-_LIMITS = ("min_channels", "round_to", "max_ratio")
+_LIMITS = ("min_channels", "round_to", "max_ratio", "params", "flops", "dead")
 
 
 def way_of(ctx: typer.Context, asked: Request) -> Way:

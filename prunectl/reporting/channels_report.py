@@ -34,7 +34,7 @@ def channels_report(found: CutOut, output: str) -> Report:
     """Return the report on a run; without an output it was a dry run."""
     cuts = Table("cuts", _CUTS, _rows(found))
     sizes = Table("sizes", _SIZES, (_size("before", found.before), _size("after", found.after)))
-    remarks = [*([_skipped(found)] if found.skips else []), *_unknown(found.before)]
+    remarks = [*([_skipped(found)] if found.skips else []), *_unknown(found.before), *found.notes]
     remarks.append(
         "This was a dry run: nothing was written."
         if not output
@@ -70,11 +70,25 @@ def _size(name: str, found: Survey) -> tuple[Cell, ...]:
 
 def _facts(found: CutOut) -> tuple[tuple[str, str], ...]:
     return (
-        ("asked", f"{percent(found.cutting.ratio)} of the channels"),
-        ("how", f"{_measure(found.cutting)}, {found.cutting.scope} scope"),
+        ("asked", _asked(found.cutting)),
+        *(() if found.cutting.is_dead else (("how", f"{_measure(found.cutting)}, {found.cutting.scope} scope"),)),
         ("cut", f"{count(found.dropped)} of {count(found.channels)} channels that may go"),
-        ("proof", f"the same as with these channels at zero, within {found.error:.1e}"),
+        ("proof", f"the same as {_reference(found.cutting)}, within {found.error:.1e}"),
     )
+
+
+def _asked(cutting: Cutting) -> str:
+    if cutting.is_dead:
+        return "channels that make no difference"
+    if cutting.goal is None:
+        return f"{percent(cutting.ratio)} of the channels"
+    goal = cutting.goal
+    left = f"{goal.number:,}" if goal.share is None else percent(goal.share)
+    return f"{left} of the {goal.what}" if goal.share is not None else f"{left} {goal.what}"
+
+
+def _reference(cutting: Cutting) -> str:
+    return "the whole network" if cutting.is_dead else "with these channels at zero"
 
 
 def _measure(cutting: Cutting) -> str:

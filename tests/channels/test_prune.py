@@ -11,6 +11,7 @@ import pytest
 from prunectl.channels import proof
 from prunectl.channels.after import After
 from prunectl.channels.languages import read
+from prunectl.channels.plan import Plan
 from prunectl.channels.prune import CutOut, prune_channels
 from prunectl.channels.rules import follow
 from prunectl.errors import InputError, UsageError, WorkError
@@ -133,7 +134,7 @@ def test_what_makes_no_sense_is_refused(asked: dict[str, Any], said: str, tmp_pa
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="ONNX"):
-        cut(FIXTURE.with_suffix(".h5"), tmp_path / "small.h5")
+        cut(FIXTURE.with_suffix(".safetensors"), tmp_path / "small.safetensors")
 
 
 def test_an_output_that_exists_is_refused(tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_a_cut_that_cannot_run_is_not_written(tmp_path: Path) -> None:
     broken = source.with_weights({})
     broken.graph.initializer[0].dims[0] -= 1
     with pytest.raises(WorkError, match="nothing was written"):
-        proof.prove(source, broken, After(trace, ()), {}, 0)
+        proof.prove(source, broken, Plan((), {}, After(trace, ())), 0)
 
 
 def test_what_a_softmax_would_hide_is_seen(tmp_path: Path) -> None:
@@ -181,9 +182,9 @@ def test_what_a_softmax_would_hide_is_seen(tmp_path: Path) -> None:
     gone = {("first", 0): np.array([0]), ("last", 0): np.array([0])}
     wrong = {("first", 0): np.array([0]), ("last", 0): np.array([1])}
     after = After(trace, [label])
-    assert proof.prove(source, source.cut(gone, after), after, gone, 0) < 1e-6
+    assert proof.prove(source, source.cut(gone, after, {}), Plan((), gone, after), 0) < 1e-6
     with pytest.raises(WorkError, match="differs from the original"):
-        proof.prove(source, source.cut(wrong, after), after, gone, 0)
+        proof.prove(source, source.cut(wrong, after, {}), Plan((), gone, after), 0)
 
 
 def chain(**more: Any) -> Any:

@@ -49,9 +49,24 @@ class OnnxSource:
         """Shared lists of numbers that were given to each reader by itself."""
         return self._opened.copies
 
-    def cut(self, removed: Removed, after: After) -> Any:
+    @property
+    def followers(self) -> Mapping[str, str]:
+        """Nothing: an ONNX file holds no state of an optimizer."""
+        return {}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing that the file does not say."""
+        return ()
+
+    def beside(self, target: Path) -> tuple[Path, ...]:
+        """Return nothing: data beside the model is known by its handler."""
+        del target
+        return ()
+
+    def cut(self, removed: Removed, after: After, weights: Mapping[str, Array]) -> Any:
         """Return the message of the smaller network."""
-        return cut(self._opened, removed, after)
+        return cut(self._opened, removed, after, weights)
 
     def with_weights(self, weights: Mapping[str, Array]) -> Any:
         """Return the message with some numbers replaced."""

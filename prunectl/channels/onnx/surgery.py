@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,17 @@ from prunectl.formats.base import Array
 from prunectl.formats.optional import require
 
 
-def cut(source: Opened, removed: Removed, after: After) -> Any:
+def cut(source: Opened, removed: Removed, after: After, weights: Mapping[str, Array]) -> Any:
     """Return the message of the smaller model; everything else in it stays as it was."""
     proto = type(source.proto)()
     proto.CopyFrom(source.proto)
     shapes = {}
     for name, slot in views.tensors(proto.graph):
         axes = {axis: indices for (tensor, axis), indices in removed.items() if tensor == name}
-        if axes:
-            smaller = sliced(source.graph.weights[name], axes)
+        if axes or name in weights:
+            smaller = sliced(weights[name] if name in weights else source.graph.weights[name], axes)
             put(slot, smaller)
+        if axes:
             shapes[name] = smaller.shape
     for port in proto.graph.input:
         if port.name in shapes:
