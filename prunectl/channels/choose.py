@@ -70,11 +70,13 @@ def lowest(scores: Scores) -> LabelArray:
 
 
 def _apart(candidates: Sequence[Candidate], cutting: Cutting) -> list[int]:
-    sizes = [len(candidate.scores) for candidate in candidates]
-    return [
-        droppable(size, round((cutting.ratio if candidate.ratio is None else candidate.ratio) * size), cutting)
-        for size, candidate in zip(sizes, candidates, strict=True)
-    ]
+    return [droppable(len(candidate.scores), _asked(candidate, cutting), cutting) for candidate in candidates]
+
+
+def _asked(candidate: Candidate, cutting: Cutting) -> int:
+    if candidate.ratio is None and cutting.threshold is not None:
+        return int((candidate.scores <= 1 - cutting.threshold).sum())
+    return round((cutting.ratio if candidate.ratio is None else candidate.ratio) * len(candidate.scores))
 
 
 def _together(candidates: Sequence[Candidate], cutting: Cutting) -> list[int]:

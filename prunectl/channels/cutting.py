@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from prunectl.channels.goals import Goal, What, goal_of
-from prunectl.channels.scores import MEASURES, RANDOM, Measure
+from prunectl.channels.scores import MEASURES, RANDOM, Measure, Needs
 from prunectl.errors import UsageError
 from prunectl.pruning.plan import Scope
 from prunectl.pruning.request import Request
@@ -36,6 +36,8 @@ class Cutting:
     max_ratio: float = 1.0
     """Share of a family that goes at most."""
     seed: int = 0
+    threshold: float | None = None
+    """How much like another a channel is that goes."""
     goal: Goal | None = None
     """What the ratio is to be found for."""
     is_dead: bool = False
@@ -57,7 +59,8 @@ def cutting_of(
     goals = [goal_of(what, text) for what, text in ((What.PARAMS, params), (What.FLOPS, flops)) if text]
     if request.target_gzip is not None:
         goals.append(Goal(What.GZIP, request.target_gzip))
-    _check_amount(request, goals, dead)
+    measure, threshold = _measure(request)
+    _check_amount(request, goals, dead=dead, has_threshold=threshold is not None)
     for ratio in (request.sparsity or 0.0, max_ratio, *(own for _, own in request.layers)):
         if not 0 <= ratio <= 1:
             raise UsageError(f"a share of channels is from 0 to 1, not {ratio:g}", hint="write 0.5 or 50%")
@@ -67,11 +70,14 @@ def cutting_of(
     scope = Scope(request.scope)
     if scope is Scope.ERK:
         raise UsageError("channels are chosen in --scope layer or global")
+    if threshold is not None and scope is Scope.GLOBAL:
+        raise UsageError("a threshold says of each layer by itself what goes: leave out --scope global")
     if request.layers and scope is Scope.GLOBAL:
         raise UsageError("--layer sets the share of a layer, --scope global ranks all together")
     return Cutting(
         ratio=request.sparsity or 0.0,
-        measure=_measure(request),
+        measure=measure,
+        threshold=threshold,
         scope=scope,
         only=request.only,
         exclude=request.exclude,
@@ -85,10 +91,12 @@ def cutting_of(
     )
 
 
-def _check_amount(request: Request, goals: Sequence[Goal], dead: bool) -> None:
-    asked = [request.sparsity is not None, dead, *(True for _ in goals)]
+def _check_amount(request: Request, goals: Sequence[Goal], *, dead: bool, has_threshold: bool) -> None:
+    asked = [request.sparsity is not None, dead, has_threshold, *(True for _ in goals)]
     if sum(asked) > 1:
-        raise UsageError("how many channels go is said once: by --sparsity, --params, --flops, --target-gzip or --dead")
+        raise UsageError(
+            "how many channels go is said once: by --sparsity, --params, --flops, --target-gzip, --dead or a threshold"
+        )
     if not sum(asked) and not request.layers:
         raise UsageError("how many channels? say --sparsity", hint="such as --sparsity 50%, or --flops -50%")
     if dead and (request.layers or request.strategy != _DEFAULT or request.scope != Scope.LAYER):
@@ -100,9 +108,8 @@ _OTHERS: tuple[tuple[str, Callable[[Request], bool]], ...] = (
     ("--target-packed", lambda asked: asked.target_packed is not None),
     ("--policy", lambda asked: asked.policy != "default"),
     ("--nan", lambda asked: asked.nan != "error"),
-    ("--data", lambda asked: bool(asked.data)),
     ("--repair", lambda asked: asked.is_repaired),
-    ("--loss", lambda asked: bool(asked.loss)),
+    ("--loss", lambda asked: bool(asked.loss) and asked.strategy != "taylor"),
 )
 
 
@@ -112,7 +119,8 @@ def _check(request: Request) -> None:
             raise UsageError(f"{word} does not go with channels that are cut out", hint=f"leave out {word}")
 
 
-def _measure(request: Request) -> Measure | None:
+def _measure(request: Request) -> tuple[Measure | None, float | None]:
+    """Return what channels are ranked by, and from which similarity on they go if that is said."""
     name = MEASURES[0].name if request.strategy == _DEFAULT else request.strategy
     known = {measure.name: measure for measure in MEASURES}
     if name != RANDOM and name not in known:
@@ -121,10 +129,34 @@ def _measure(request: Request) -> Measure | None:
             did_you_mean=tuple(get_close_matches(name, (*known, RANDOM))),
             hint=f"known: {', '.join((*known, RANDOM))}",
         )
-    found = known.get(name)
+    found, threshold = known.get(name), None
     for word in request.params:
         key, _, value = word.partition("=")
-        if found is None or key != "norm" or value not in found.norms:
-            raise UsageError(f"the strategy {name} takes no --param {word}", hint="channel-norm takes norm=1 or norm=2")
-        found = replace(found, of=found.norms[value])
+        if found is not None and found.has_threshold and key == "threshold":
+            threshold = _share(value)
+        elif found is not None and key == found.key and value in found.choices:
+            found = replace(found, of=found.choices[value], choice=value)
+        else:
+            raise UsageError(f"the strategy {name} takes no --param {word}", hint=_params(found))
+    needs_data = found is not None and found.needs is not Needs.NOTHING
+    if needs_data and not request.data:
+        raise UsageError(f"the strategy {name} looks at data: say which", hint="--data train.npz")
+    if request.data and not needs_data:
+        raise UsageError(f"the strategy {name} does not look at data", hint="leave out --data")
+    return found, threshold
+
+
+def _params(measure: Measure | None) -> str:
+    takes = [f"{measure.key}={choice}" for choice in measure.choices] if measure is not None else []
+    takes += ["threshold=0.9"] if measure is not None and measure.has_threshold else []
+    return f"it takes {', '.join(takes)}" if takes else "it takes none"
+
+
+def _share(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found <= 1:
+        raise UsageError(f"threshold={text} is no number from 0 to 1", hint="threshold=0.9")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from prunectl.channels.after import After
 from prunectl.channels.choose import Candidate, Loss, choose, removed
-from prunectl.channels.couple import families
+from prunectl.channels.couple import Family, families
 from prunectl.channels.cutting import Cutting
 from prunectl.channels.dead import dead
 from prunectl.channels.goals import Goal, What, least
@@ -25,6 +26,19 @@ from prunectl.measuring.sizes import measure
 from prunectl.measuring.survey import Survey
 from prunectl.pruning.plan import Skip
 
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """A network, before anything is cut out of it."""
+
+    model: ModelFile
+    source: Source
+    trace: Trace
+    before: Survey
+
+
+Looks = Callable[[Sequence[Family], Mapping[str, Array]], Mapping[str, Array]]
+"""From the families and all weights to what is ranked by."""
 _TRIES = 40
 _WRITTEN_TRIES = 8
 """Where each one writes and compresses a network."""
@@ -43,19 +57,17 @@ class Plan:
     is_lossless: bool = False
 
 
-def planned(model: ModelFile, source: Source, trace: Trace, cutting: Cutting, before: Survey) -> Plan:
+def planned(ground: Ground, cutting: Cutting, looks: Looks) -> Plan:
     """Return what is to go from a network, as was asked."""
+    trace, weights = ground.trace, ground.source.graph.weights
     found = families(trace)
     if cutting.is_dead:
-        wanted, skips = candidates(model, found, source.graph.weights, cutting)
-        lost = dead(source, trace, found, [candidate.family for candidate in wanted])
+        wanted, skips = candidates(ground.model, found, weights, cutting)
+        lost = dead(ground.source, trace, found, [candidate.family for candidate in wanted])
         return replace(_of(trace, lost.losses), skips=(*skips, *lost.skips), weights=lost.weights, is_lossless=True)
-    chosen, skips = candidates(model, found, source.graph.weights, cutting)
+    chosen, skips = candidates(ground.model, found, looks(found, weights), cutting)
     if cutting.goal is not None:
-        cutting = replace(
-            cutting,
-            ratio=_ratio(model, source, trace, chosen=chosen, cutting=cutting, goal=cutting.goal, before=before),
-        )
+        cutting = replace(cutting, ratio=_ratio(ground, chosen, cutting, cutting.goal))
     return replace(_of(trace, choose(chosen, cutting)), skips=skips)
 
 
@@ -63,43 +75,34 @@ def _of(trace: Trace, losses: Sequence[Loss]) -> Plan:
     return Plan(tuple(losses), removed(losses), After(trace, [label for loss in losses for label in loss.labels]))
 
 
-def _ratio(
-    model: ModelFile,
-    source: Source,
-    trace: Trace,
-    *,
-    chosen: Sequence[Candidate],
-    cutting: Cutting,
-    goal: Goal,
-    before: Survey,
-) -> float:
+def _ratio(ground: Ground, chosen: Sequence[Candidate], cutting: Cutting, goal: Goal) -> float:
     """Return the smallest share of channels that reaches a goal."""
     measures: Mapping[What, Callable[[Plan], int]] = {
-        What.PARAMS: partial(_params, model, before),
-        What.FLOPS: lambda plan: 2 * macs(source.graph, plan.after.shape, plan.gone),
-        What.GZIP: partial(_gzipped, model, source),
+        What.PARAMS: partial(_params, ground),
+        What.FLOPS: lambda plan: 2 * macs(ground.source.graph, plan.after.shape, plan.gone),
+        What.GZIP: partial(_gzipped, ground),
     }
     left = measures[goal.what]
+
+    def tried(ratio: float) -> int:
+        return left(_of(ground.trace, choose(chosen, replace(cutting, ratio=ratio))))
+
     channels = sum(len(candidate.family.groups) for candidate in chosen)
     tries = _WRITTEN_TRIES if goal.what is What.GZIP else _TRIES
-    start = left(_of(trace, ()))
-    return least(
-        goal, start, channels, lambda ratio: left(_of(trace, choose(chosen, replace(cutting, ratio=ratio)))), tries
-    )
+    return least(goal, left(_of(ground.trace, ())), channels, tried, tries)
 
 
-def _params(model: ModelFile, before: Survey, plan: Plan) -> int:
+def _params(ground: Ground, plan: Plan) -> int:
     lost = 0
-    for tensor in model.tensors:
-        size = 1
-        for axis, length in enumerate(tensor.shape):
-            size *= length - len(plan.gone.get((tensor.name, axis), ()))
-        lost += tensor.size - size
-    return before.params.total - lost
+    for tensor in ground.model.tensors:
+        lengths = (length - len(plan.gone.get((tensor.name, axis), ())) for axis, length in enumerate(tensor.shape))
+        lost += tensor.size - math.prod(lengths)
+    return ground.before.params.total - lost
 
 
-def _gzipped(model: ModelFile, source: Source, plan: Plan) -> int:
+def _gzipped(ground: Ground, plan: Plan) -> int:
     with tempfile.TemporaryDirectory(prefix="prunectl-") as name:
         folder = Path(name)
-        written = source.write(source.cut(plan.gone, plan.after, {}), folder, folder / model.path.name)
+        smaller = ground.source.cut(plan.gone, plan.after, plan.weights)
+        written = ground.source.write(smaller, folder, folder / ground.model.path.name)
         return measure(open_model(written), pick(CodecName.GZIP, None)).bytes.compressed or 0

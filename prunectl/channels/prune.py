@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prunectl.channels.choose import Loss
+from prunectl.channels.couple import Family
 from prunectl.channels.cutting import Cutting, cutting_of
+from prunectl.channels.informed import looked_at
 from prunectl.channels.languages import read
 from prunectl.channels.macs import ShapeOf, macs
-from prunectl.channels.plan import Plan, planned
+from prunectl.channels.plan import Ground, Plan, planned
 from prunectl.channels.proof import prove
 from prunectl.channels.rules import follow
 from prunectl.channels.source import Removed, Source
 from prunectl.errors import UsageError, WorkError
-from prunectl.formats.base import Can, ModelFile
+from prunectl.formats.base import Array, Can, ModelFile
 from prunectl.formats.table import by_name, load, open_model
 from prunectl.formats.table import require as require_can
 from prunectl.measuring import archive
@@ -75,12 +78,16 @@ def prune_channels(
     if request.is_packed:
         require_can(model, Can.PACK)
     outputs.check(model, output)
-    origin = Origin(request.model, request.custom_objects, is_trusted=is_trusted, seed=request.seed)
+    origin = Origin(request.model, request.custom_objects, is_trusted=is_trusted, seed=request.seed, inputs=request.inputs)
     source = read(model, origin)
     _check_beside(source, output)
     trace = follow(source.graph)
     before = with_own_macs(_measured(model), source, trace.shape)
-    plan = planned(model, source, trace, cutting, before)
+
+    def looks(found: Sequence[Family], weights: Mapping[str, Array]) -> Mapping[str, Array]:
+        return looked_at(model, found, weights, cutting.measure, request, is_trusted=is_trusted)
+
+    plan = planned(Ground(model, source, trace, before), cutting, looks)
     smaller = source.cut(plan.gone, plan.after, plan.weights)
     error = prove(source, smaller, plan, cutting.seed)
     with outputs.workplace(model, output) as (folder, target):

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prunectl.channels.couple import Family
+from prunectl.channels.similarity import METRICS, difference
 from prunectl.channels.trace import Part
 from prunectl.formats.base import Array
 from prunectl.pruning.hashing import hashed, mixed
 
 Scores = NDArray[np.float64]
+
+
+class Needs(StrEnum):
+    """What is measured on data."""
+
+    NOTHING = "nothing"
+    OUTPUTS = "outputs"
+    GRADIENTS = "gradients"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +36,14 @@ class Measure:
     of: Callable[[Array, int], Scores]
     """From a weight and an axis to one number for each index."""
     line: str
-    norms: Mapping[str, Callable[[Array, int], Scores]] = field(default_factory=dict)
-    """Other ways to measure, by the parameter `norm`."""
+    key: str = ""
+    """The parameter that tells which way to measure."""
+    choices: Mapping[str, Callable[[Array, int], Scores]] = field(default_factory=dict)
+    choice: str = ""
+    needs: Needs = Needs.NOTHING
+    """What of the data it is that takes the place of weights."""
+    has_threshold: bool = False
+    """Whether a number by itself says that a channel may go: 1 less the threshold."""
 
 
 def absolute(weights: Array, axis: int) -> Scores:
@@ -47,23 +64,59 @@ def to_the_others(weights: Array, axis: int) -> Scores:
     return np.asarray(np.sqrt(np.maximum(apart, 0)).sum(axis=1))
 
 
+def summed(weights: Array, axis: int) -> Scores:
+    """Return the absolute value of the sum at each index."""
+    return np.asarray(np.abs(_rows(weights, axis).sum(axis=1)))
+
+
 MEASURES = (
     Measure(
         "channel-norm",
         frozenset({Part.OUT, Part.IN}),
         absolute,
         "the smallest weights, on average over all that makes or reads a channel",
-        {"1": absolute, "2": squared},
+        key="norm",
+        choices={"1": absolute, "2": squared},
     ),
     Measure("bn-scale", frozenset({Part.SCALE}), absolute, "the smallest scales of batch normalisation"),
     Measure("geometric-median", frozenset({Part.OUT}), to_the_others, "those that the others can best replace"),
+    Measure(
+        "similarity",
+        frozenset({Part.OUT}),
+        difference,
+        "those that are most like another that stays",
+        key="metric",
+        choices={metric: partial(difference, metric=metric) for metric in METRICS},
+        has_threshold=True,
+    ),
+    Measure(
+        "channel-activation",
+        frozenset({Part.OUT}),
+        summed,
+        "the smallest outputs on your data",
+        key="norm",
+        choices={"1": summed, "2": summed},
+        needs=Needs.OUTPUTS,
+    ),
+    Measure(
+        "taylor",
+        frozenset({Part.OUT}),
+        summed,
+        "the least that the loss would change, to first order",
+        needs=Needs.GRADIENTS,
+    ),
 )
 RANDOM = "random"
 
 
 def of_family(family: Family, weights: Mapping[str, Array], measure: Measure) -> Scores | None:
-    """Return a score for each channel of a family, the mean over its members; None if it has none to look at."""
-    kept = [number for number, place in enumerate(family.places) if place.part in measure.parts]
+    """Return a score for each channel of a family, the mean over its members; None if it has none to look at.
+
+    Of a measure that needs data, the weights are what was seen of them.
+    """
+    kept = [
+        number for number, place in enumerate(family.places) if place.part in measure.parts and place.tensor in weights
+    ]
     if not kept:
         return None
     found = []

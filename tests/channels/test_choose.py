@@ -43,7 +43,7 @@ def cutting(ratio: float = 0.5, **more: object) -> Cutting:
 
 @pytest.mark.parametrize("norm", ["1", "2"])
 def test_the_norm_is_the_mean_over_all_that_makes_or_reads_a_channel(norm: str) -> None:
-    measure = BY_NAME["channel-norm"].norms[norm]
+    measure = BY_NAME["channel-norm"].choices[norm]
     power = {"1": np.abs, "2": np.square}[norm]
     wanted = [
         (power(WEIGHTS["maker"][at]).mean() + power(WEIGHTS["reader"][:, 2 * at : 2 * at + 2]).mean()) / 2

@@ -116,7 +116,7 @@ def test_limits_and_selectors_hold(tmp_path: Path) -> None:
         ({"policy": "all"}, "--policy does not go with channels"),
         ({"nan": "zero"}, "--nan does not go with channels"),
         ({"compression": 2.0, "sparsity": None}, "--compression does not go with channels"),
-        ({"data": "x.npz"}, "--data does not go with channels"),
+        ({"data": "x.npz"}, "does not look at data"),
         ({"scope": "erk"}, "--scope layer or global"),
         ({"scope": "global", "layers": (("conv1", 0.5),)}, "--layer sets the share of a layer"),
         ({"limits": {"round_to": 0}}, "--round-to is at least 1"),
@@ -134,7 +134,7 @@ def test_what_makes_no_sense_is_refused(asked: dict[str, Any], said: str, tmp_pa
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="ONNX"):
-        cut(FIXTURE.with_suffix(".safetensors"), tmp_path / "small.safetensors")
+        cut(FIXTURE.with_suffix(".tflite"), tmp_path / "small.tflite")
 
 
 def test_an_output_that_exists_is_refused(tmp_path: Path) -> None:

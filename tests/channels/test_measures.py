@@ -1,0 +1,86 @@
+"""What channels are ranked by, from the words to those that go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from prunectl.channels.prune import CutOut, prune_channels
+from prunectl.errors import UsageError
+from prunectl.pruning.output import Output
+from prunectl.pruning.request import Request
+from tests.channels.made import model, numpy_helper, onnx, op, saved
+from tests.running import FIXTURES
+
+NET, DIGITS = FIXTURES / "digits_cnn.onnx", FIXTURES / "digits.npz"
+
+
+def cut(path: Path, output: Path | None, **asked: Any) -> CutOut:
+    return prune_channels(path, Request(**{"pattern": "channel", **asked}), Output(output) if output else None)
+
+
+def dropped(found: CutOut, name: str) -> list[int]:
+    (loss,) = [loss for loss in found.losses if loss.family.name == name]
+    return [loss.family.groups[number].members[0].indices[0] for number in loss.dropped]
+
+
+@pytest.mark.parametrize("norm", ["1", "2"])
+def test_the_channels_go_whose_outputs_are_smallest_on_the_data(norm: str) -> None:
+    found = cut(NET, None, sparsity=0.5, strategy="channel-activation", params=(f"norm={norm}",), data=str(DIGITS))
+    net = onnx.load(NET)
+    for node in net.graph.node:
+        if node.op_type == "Conv":
+            net.graph.output.add().name = node.output[0]
+    session = onnxruntime.InferenceSession(net.SerializeToString(), providers=["CPUExecutionProvider"])
+    images = np.load(DIGITS)["x"].astype(np.float32)
+    # Of the examples, the first in the order that the seed decides.
+    images = images[np.random.default_rng((0, 0)).permutation(len(images))[:128]]
+    (port,) = session.get_inputs()
+    shown = session.run(None, {port.name: images.reshape(-1, *port.shape[1:])})[1]
+    sizes = (np.abs(shown) if norm == "1" else np.square(shown)).mean((0, 2, 3))
+    (first,) = [node for node in net.graph.node if node.op_type == "Conv"][:1]
+    assert dropped(found, first.input[1]) == sorted(np.argsort(sizes)[: len(sizes) // 2].tolist())
+
+
+def twins(tmp_path: Path) -> Path:
+    """A convolution whose channels 1 and 4 are nearly what 0 and 3 are."""
+    nodes = [op("Conv", "x first", "a"), op("Relu", "a", "b"), op("Conv", "b last", "y")]
+    made = model(nodes, {"first": (6, 3, 3, 3), "last": (2, 6, 1, 1)})
+    tensor = made.graph.initializer[0]
+    array = np.random.default_rng(1).standard_normal((6, 3, 3, 3)).astype(np.float32)
+    array[1], array[4] = array[0] * 2, array[3] + 0.01
+    tensor.CopyFrom(numpy_helper.from_array(array, "first"))
+    return saved(made, tmp_path)
+
+
+def test_of_channels_that_are_alike_the_later_goes(tmp_path: Path) -> None:
+    found = cut(twins(tmp_path), tmp_path / "small.onnx", strategy="similarity", params=("threshold=0.95",))
+    assert dropped(found, "first") == [1, 4]
+    found = cut(twins(tmp_path), None, strategy="similarity", sparsity=0.2)
+    assert dropped(found, "first") == [1]
+
+
+def test_another_metric_sees_another_likeness(tmp_path: Path) -> None:
+    asked = ("metric=iou", "threshold=0.9")
+    assert dropped(cut(twins(tmp_path), None, strategy="similarity", params=asked), "first") == [4]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"strategy": "channel-activation", "sparsity": 0.5}, "looks at data: say which"),
+        ({"strategy": "similarity", "sparsity": 0.5, "params": ("metric=taste",)}, "takes no --param"),
+        ({"strategy": "similarity", "params": ("threshold=2",)}, "no number from 0 to 1"),
+        ({"strategy": "similarity", "params": ("threshold=0.9",), "sparsity": 0.5}, "said once"),
+        ({"strategy": "similarity", "params": ("threshold=0.9",), "scope": "global"}, "leave out --scope"),
+        ({"strategy": "bn-scale", "params": ("threshold=0.9",), "sparsity": 0.5}, "takes no --param"),
+        ({"strategy": "taylor", "sparsity": 0.5, "data": str(DIGITS)}, "gradients need a framework"),
+    ],
+)
+def test_words_that_make_no_sense_are_refused(asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        cut(NET, None, **asked)
