@@ -34,7 +34,12 @@ def with_groups(report: Report, found: Sequence[Groups]) -> Report:
         else section
         for section in report.sections
     )
-    return replace(report, sections=sections, more={**report.more, "groups": [_json(groups) for groups in found]})
+    # Who asks for groups in a pipe gets groups.
+    rows = tuple((groups.path, *_row(family)) for groups in found for family in groups.families)
+    main = Table("groups", (Column("path"), *_COLUMNS), rows)
+    return replace(
+        report, main=main, sections=sections, more={**report.more, "groups": [_json(groups) for groups in found]}
+    )
 
 
 def _fact(found: Groups) -> str:

@@ -23,3 +23,4 @@ def test_the_report_lists_what_goes_together_and_what_is_locked(tmp_path: Path) 
     (found,) = report.more["groups"]
     assert [family["channels"] for family in found["families"]] == [8, 16, 32, 10]
     assert found["families"][0]["places"][2] == {"tensor": "conv2.weight", "axis": 1, "part": "in"}
+    assert report.main.rows[0] == (str(FIXTURE), *table.rows[0])
