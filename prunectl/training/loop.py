@@ -122,8 +122,7 @@ def _end_epoch(lesson: Lesson, progress: Progress, epoch: int) -> None:
 
 def _judge(lesson: Lesson, progress: Progress, entry: Entry) -> None:
     """Remember the best epoch of those that are as sparse as was asked for."""
-    schedule = lesson.keeper.rules.schedule
-    if not entry.val or (schedule is not None and entry.step < schedule.last_turn):
+    if not entry.val or _is_early(lesson.keeper, entry.step):
         return
     name = judged_by(entry.val)
     if is_better(name, entry.val[name], progress.best):
@@ -131,6 +130,14 @@ def _judge(lesson: Lesson, progress: Progress, entry: Entry) -> None:
         progress.best_tensors = lesson.network.tensors() if lesson.course.keeps_best else {}
     else:
         progress.stale += 1
+
+
+def _is_early(keeper: Keeper, step: int) -> bool:
+    """Whether the last turn is still to come; one that falls between two epochs belongs to the second."""
+    schedule = keeper.rules.schedule
+    if schedule is None or step > schedule.last_turn:
+        return False
+    return step < schedule.last_turn or keeper.turned_at != step
 
 
 def evaluated(network: Network, source: Source | None, batch_size: int) -> Logs:

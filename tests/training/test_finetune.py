@@ -192,6 +192,15 @@ def test_epochs_that_are_not_yet_sparse_enough_are_never_the_best(tmp_path: Path
     assert found.after.prunable_sparsity == pytest.approx(0.95, abs=1e-3)
 
 
+def test_an_epoch_at_whose_end_the_last_turn_comes_is_not_sparse_enough(tmp_path: Path) -> None:
+    # What is never changed by training is best as early as it may be.
+    words: dict[str, Any] = {"means": Means(lr=0.0, optimizer="sgd", device="cpu"), "epochs": 4}
+    words |= {"pruning": Pruning(sparsity=0.5), "ramping": Ramping("polynomial", begin="0", end="2ep")}
+    found = tuned(DIGITS, tmp_path / "out.pt", **words)
+    assert found.best_epoch == 3
+    assert found.after.prunable_sparsity == pytest.approx(0.5, abs=1e-3)
+
+
 def test_nothing_is_trained_for_no_epochs_but_statistics_may_be_taken_anew(tmp_path: Path) -> None:
     found = tuned(DIGITS, tmp_path / "out.pt", epochs=0, is_recalibrated=True)
     assert any("no batch normalisation" in note for note in found.notes)
