@@ -117,7 +117,7 @@ def test_inputs_of_the_wrong_shape_are_refused_with_both_shapes(model: Path, tmp
     source, out = data(tmp_path / "x.npz", x=np.zeros((8, 5, 7, 3), "f4")), tmp_path / f"out{model.suffix}"
     build = BUILD if model == TORCH else ()
     done = prunectl("prune", model, "-o", out, "-s", "0.5", "--strategy", "obs", "--data", source, *build)
-    assert done.code in {2, 3}, done.err
+    assert done.code == 2, done.err
     assert "5x7x3" in done.err or "3x5x7" in done.err
     said = " ".join(done.err.split())
     assert "8x8x1" in said or "1x8x8" in said or "expected input" in said or "1x?x?" in said, said

@@ -133,6 +133,55 @@ def test_all_formats_of_one_network_lose_the_same_weights(tmp_path: Path) -> Non
             np.testing.assert_array_equal(found[0][name], other[name])
 
 
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "magnitude-gradient"])
+@pytest.mark.parametrize("file", ["digits_cnn_torchscript.pt", "digits_cnn.pt2"])
+def test_scripts_and_exported_programs_lose_what_their_module_loses(file: str, strategy: str, tmp_path: Path) -> None:
+    wish = {"strategy": strategy, "sparsity": 0.6, "samples": 16}
+    digits(file, tmp_path / file, **wish)
+    digits("digits_cnn.pt", tmp_path / "module.pt", **wish)
+    found, expected = kernels(tmp_path / file), kernels(tmp_path / "module.pt")
+    assert found.keys() == set(KERNELS)
+    for name, kernel in found.items():
+        assert zeros(kernel) == round(0.6 * kernel.size)
+        np.testing.assert_allclose(kernel, expected[name], atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "snip"])
+def test_a_saved_model_loses_so_many_of_each_kernel(strategy: str, tmp_path: Path) -> None:
+    digits("digits_cnn_savedmodel", tmp_path / "out", strategy=strategy, samples=16)
+    found = {
+        name: array for name, array in numbers(tmp_path / "out").items() if "kernel" in name and "optim" not in name
+    }
+    assert len(found) == 4
+    for kernel in found.values():
+        assert zeros(kernel) == kernel.size // 2
+
+
+def test_over_all_layers_what_costs_least_of_its_layers_outputs_goes(tmp_path: Path) -> None:
+    """By hand, a weight costs what outputs change by once the weights after it are fitted anew."""
+    torch.manual_seed(0)
+    module, x = torch_nets.Plain(), examples(40, 12)
+    with torch.no_grad():
+        # Which unit a layer puts out its numbers in says nothing about what it can do without.
+        module.two.weight *= 1e-3
+        inside = torch.relu(module.one(torch.from_numpy(x))).numpy().astype("f8")
+    path = saved(module, tmp_path / "m.pt")
+    source = data(tmp_path / "x.npz", x=x)
+    wish = Request(sparsity=0.5, strategy="obs", scope="global", data=source, samples=40, model=f"{TORCH_NETS}:Plain")
+    done = prune(path, wish, Output(tmp_path / "out.pt"))
+    costs = []
+    for name, met in (("one.weight", x.astype("f8")), ("two.weight", inside)):
+        weights = module.state_dict()[name].numpy().astype("f8")
+        diagonal = np.square(met).sum(axis=0)
+        damped = met.T @ met + 0.01 * diagonal.mean() * np.eye(len(diagonal))
+        later = [1 / np.linalg.inv(damped[at:, at:])[0, 0] for at in range(len(damped))]
+        costs.append(np.square(weights) * later / np.square(met @ weights.T).sum())
+    lowest = np.argsort(np.concatenate([cost.reshape(-1) for cost in costs]))[: done.plan.drop]
+    by_hand = {"one.weight": int((lowest < costs[0].size).sum()), "two.weight": int((lowest >= costs[0].size).sum())}
+    assert by_hand == {cut.tensor.name: done.tallies[cut.tensor.name].dropped for cut in done.plan.cuts}
+    assert 0 < by_hand["two.weight"] < costs[1].size
+
+
 def test_half_precision_stays_half(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = torch_nets.Plain().half()

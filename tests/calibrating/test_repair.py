@@ -20,7 +20,9 @@ from tests.calibrating import nets
 from tests.calibrating.by_hand import normal, of_outputs, shown
 from tests.calibrating.runs import NETS, data, digits, examples, numbers, saved
 from tests.contract import Array
+from tests.networks import keras
 from tests.running import FIXTURES
+from tests.training.keras.nets import saved as saved_keras
 
 X = examples(60, 12)
 
@@ -142,3 +144,25 @@ def test_the_bias_of_a_kernel_is_found_by_its_name(file: str) -> None:
         bias = bias_of(model, tensor)
         assert bias is not None
         assert bias.name == tensor.name.replace("kernel", "bias").replace("weight", "bias")
+
+
+def test_a_layer_whose_bias_cannot_make_up_for_means_is_fitted_without_it(tmp_path: Path) -> None:
+    k = keras()
+    k.utils.set_random_seed(0)
+    # It has a bias for inputs and another for states, in one tensor.
+    model = k.Sequential([k.layers.Input((5, 6)), k.layers.GRU(4, name="gru")])
+    path, out, x = saved_keras(model, tmp_path / "m.keras"), tmp_path / "out.keras", examples(40, 5, 6) + 9
+    wish = Request(
+        sparsity=0.5, only="gru/gru_cell/kernel", data=data(tmp_path / "x.npz", x=x), samples=40, is_repaired=True
+    )
+    prune(path, wish, Output(out))
+    before, after = numbers(path), numbers(out)
+    np.testing.assert_array_equal(before["gru/gru_cell/bias"], after["gru/gru_cell/bias"])
+    old, new = before["gru/gru_cell/kernel"].astype("f8"), after["gru/gru_cell/kernel"]
+    met = x.reshape(-1, 6).astype("f8")
+    ridge = np.sqrt(0.01 * np.square(met).sum(axis=0).mean())
+    for column in range(12):
+        at = np.flatnonzero(new[:, column])
+        inputs = np.concatenate([met[:, at], ridge * np.eye(len(at))])
+        targets = np.concatenate([met @ old[:, column], ridge * old[at, column]])
+        np.testing.assert_allclose(new[at, column], np.linalg.lstsq(inputs, targets, rcond=None)[0], atol=1e-3)

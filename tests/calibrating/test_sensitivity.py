@@ -15,7 +15,7 @@ from torch.nn import functional
 from prunectl.calibrating.sensitivity.collapse import collapses
 from prunectl.calibrating.sensitivity.found import SPARSITIES, LayerSensitivity, Point, Score, Sensitivity
 from prunectl.calibrating.sensitivity.run import sensitivity
-from prunectl.errors import InputError, UsageError
+from prunectl.errors import UsageError
 from prunectl.formats.table import open_model
 from prunectl.pruning.request import Request
 from tests import networks
@@ -290,7 +290,7 @@ def test_tied_weights_are_looked_at_once() -> None:
 def test_labels_that_the_model_does_not_know_are_refused(digits: Path, tmp_path: Path) -> None:
     with np.load(digits) as held:
         np.savez(tmp_path / "bad.npz", x=held["x"], y=held["y"] + 5)
-    with pytest.raises(InputError, match="outside 0 to 9"):
+    with pytest.raises(UsageError, match="outside 0 to 9"):
         looked_at(DIGITS, tmp_path / "bad.npz", model=NET)
 
 

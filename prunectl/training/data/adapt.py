@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array
 from prunectl.training.data import casts, layout
 from prunectl.training.data.casts import Cast
@@ -42,7 +42,7 @@ def adapt(source: Source, signature: Signature) -> tuple[Source, tuple[str, ...]
     inputs, targets = each(head.x), () if head.y is None else each(head.y)
     if len(inputs) != len(signature.inputs):
         names = ", ".join(port.name for port in signature.inputs)
-        raise InputError(
+        raise UsageError(
             f"{source.name} has {_inputs(len(inputs))}, and the model has {len(signature.inputs)} ({names})",
             hint="several are joined with + in the model's order, as in train.npz[a+b,labels] or a.npy+b.npy,y.npy",
         )

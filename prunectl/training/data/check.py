@@ -65,24 +65,24 @@ def _beginning(source: Source) -> Iterator[Batch]:
 def _check_inputs(source: Source, batch: Batch, signature: Signature, begin: int) -> None:
     inputs = each(batch.x)
     if len(inputs) != len(signature.inputs):
-        raise InputError(f"{source.name} has {len(inputs)} inputs, and the model has {len(signature.inputs)}")
+        raise UsageError(f"{source.name} has {len(inputs)} inputs, and the model has {len(signature.inputs)}")
     for place, (array, port) in enumerate(zip(inputs, signature.inputs, strict=True)):
         what = title(source, "x", place, len(inputs))
         _check_numbers(array, what, begin)
         if port.shape is not None and not matches(array.shape[1:], port.shape):
-            raise InputError(
+            raise UsageError(
                 f"{what} is {text(array.shape[1:])} for each example, "
                 f"and the input {port.name!r} of the model is {text(port.shape)}",
                 hint="?shape=1x28x28 reads the same numbers in another shape, ?flatten=1 as one row",
             )
         if port.dtype.startswith(("int", "uint")) and array.dtype.kind == "f":
-            raise InputError(f"{what} is {array.dtype}, and the input {port.name!r} of the model is {port.dtype}")
+            raise UsageError(f"{what} is {array.dtype}, and the input {port.name!r} of the model is {port.dtype}")
 
 
 def _check_targets(source: Source, y: Arrays, signature: Signature, classes: int | None, begin: int) -> None:
     targets = each(y)
     if isinstance(y, tuple) and signature.outputs and len(y) != len(signature.outputs):
-        raise InputError(f"{source.name} has {len(y)} targets, and the model has {len(signature.outputs)} outputs")
+        raise UsageError(f"{source.name} has {len(y)} targets, and the model has {len(signature.outputs)} outputs")
     for place, array in enumerate(targets):
         _check_numbers(array, title(source, "y", place, len(targets)), begin)
     if classes is not None and not isinstance(y, tuple):

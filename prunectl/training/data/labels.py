@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array
 from prunectl.training.data.layout import matches, text
 
@@ -17,7 +17,7 @@ def check(y: Array, classes: int, output: Shape | None, *, what: str, begin: int
         return
     if not _is_for_each_example(y, output):
         given, wanted = text(y.shape[1:]), text(output or (classes,))
-        raise InputError(
+        raise UsageError(
             f"{what} is {given} for each example, and the output of the model is {wanted}",
             hint="targets are one label, or a number for each class (?onehot makes these)",
         )
@@ -30,7 +30,7 @@ def check(y: Array, classes: int, output: Shape | None, *, what: str, begin: int
     wrong = (rows < 0) | (rows >= classes)
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
-        raise InputError(
+        raise UsageError(
             f"{what}: the label {int(rows[row, column])} in example {begin + row} is outside 0 to {classes - 1}: "
             f"the model has {classes} classes",
             hint="choose classes with ?classes=0,3,5&relabel=1, or count labels from 0",
