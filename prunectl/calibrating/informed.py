@@ -10,7 +10,7 @@ import numpy as np
 from prunectl.calibrating import moments, scores
 from prunectl.calibrating.calibration import Calibration
 from prunectl.calibrating.columns import matrix, placed
-from prunectl.calibrating.moments import Sums
+from prunectl.calibrating.moments import Sums, Wide
 from prunectl.calibrating.obs import inverse_root
 from prunectl.calibrating.obs import scores as obs_scores
 from prunectl.formats.base import Array, ModelFile, Tensor
@@ -37,6 +37,8 @@ def informed(
     if strategy.needs is Needs.PRODUCTS:
         is_ranked = scope is Scope.GLOBAL or isinstance(method.pattern, Block)
         known = _costs(model, tensors, calibration, strategy) if is_ranked else {}
+        if scope is Scope.GLOBAL:
+            known |= _blind_costs(model, [tensor for tensor in tensors if tensor.name not in known])
         return replace(method, strategy=_knowing(strategy, known, 1.0)), ()
     is_by_output = scope is not Scope.GLOBAL and not isinstance(method.pattern, Block)
     norms = _norms(calibration, tensors, strategy)
@@ -67,21 +69,35 @@ def _norms(calibration: Calibration, tensors: Sequence[Tensor], strategy: Strate
 def _costs(
     model: ModelFile, tensors: Sequence[Tensor], calibration: Calibration, strategy: Strategy
 ) -> dict[str, Array]:
-    """Return what dropping each weight costs if the others make up for it, in the outputs of its layer."""
+    """Return what dropping each weight costs if the others make up for it, as a share of what its layer puts out.
+
+    A share, since layers are seen at more or fewer positions, and what they put out is larger or smaller.
+    """
     found: dict[str, Array] = {}
     for tensor in tensors:
         products = calibration.products(tensor)
         if not scores.is_covered(tensor.shape, products):
             continue
-        weights: Array = model.read(tensor).astype(np.float64)
-        values: Array = np.zeros(tensor.shape)
+        weights: Wide = model.read(tensor).astype(np.float64)
+        values, whole = np.zeros(tensor.shape), 0.0
         for part, use in products.uses.items():
-            rows = matrix(weights, use)
-            roots = [inverse_root(total, strategy.params.get("damp", 0.01)) for total in products.totals[part]]
+            rows, totals = matrix(weights, use), products.totals[part]
+            roots = [inverse_root(total, strategy.params.get("damp", 0.01)) for total in totals]
             costs = [obs_scores(rows[group], *root) for group, root in enumerate(roots)]
             values = placed(np.stack(costs), use, values)
-        found[tensor.name] = values
+            whole += float(np.sum(np.matmul(rows, totals) * rows))
+        found[tensor.name] = _shares(values, whole)
     return found
+
+
+def _blind_costs(model: ModelFile, tensors: Sequence[Tensor]) -> dict[str, Array]:
+    """Return the same for tensors of which it cannot be told what they meet, as if all of that were alike."""
+    found = {tensor.name: np.square(model.read(tensor).astype(np.float64)) for tensor in tensors}
+    return {name: _shares(values, float(values.sum())) for name, values in found.items()}
+
+
+def _shares(values: Wide, whole: float) -> Wide:
+    return values / whole if whole > 0 else values
 
 
 def _flat(sums: Sums) -> Array:
