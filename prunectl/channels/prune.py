@@ -13,6 +13,7 @@ from prunectl.channels.couple import Family
 from prunectl.channels.cutting import Cutting, cutting_of
 from prunectl.channels.informed import looked_at
 from prunectl.channels.languages import read
+from prunectl.channels.latency import latency
 from prunectl.channels.macs import ShapeOf, macs
 from prunectl.channels.plan import Ground, Plan, planned
 from prunectl.channels.proof import prove
@@ -48,6 +49,8 @@ class CutOut:
     """How far the cut network is from the original with its channels silenced, relative to what comes out."""
     notes: tuple[str, ...] = ()
     """What a user should know about what was written."""
+    seconds: tuple[float, float] | None = None
+    """How long both take for one example, if that was measured."""
 
     @property
     def channels(self) -> int:
@@ -67,6 +70,7 @@ def prune_channels(
     *,
     has_digests: bool = False,
     is_trusted: bool = False,
+    has_latency: bool = False,
     **limits: Any,
 ) -> CutOut:
     """Cut channels out of a model; without an output, into a scratch file that is measured and thrown away.
@@ -78,7 +82,9 @@ def prune_channels(
     if request.is_packed:
         require_can(model, Can.PACK)
     outputs.check(model, output)
-    origin = Origin(request.model, request.custom_objects, is_trusted=is_trusted, seed=request.seed, inputs=request.inputs)
+    origin = Origin(
+        request.model, request.custom_objects, is_trusted=is_trusted, seed=request.seed, inputs=request.inputs
+    )
     source = read(model, origin)
     _check_beside(source, output)
     trace = follow(source.graph)
@@ -90,6 +96,7 @@ def prune_channels(
     plan = planned(Ground(model, source, trace, before), cutting, looks)
     smaller = source.cut(plan.gone, plan.after, plan.weights)
     error = prove(source, smaller, plan, cutting.seed)
+    seconds = latency(source, smaller, cutting.seed) if has_latency else None
     with outputs.workplace(model, output) as (folder, target):
         written = source.write(smaller, folder, target)
         if request.is_packed or model.about.is_compressed:
@@ -101,7 +108,9 @@ def prune_channels(
             before = replace(before, sha256=archive.sha256(model))
             after = replace(after, sha256=archive.sha256(open_model(written)))
     shown = str(target if output is not None else "the result")
-    return CutOut(request, cutting, plan.losses, plan.skips, before, replace(after, path=shown), error, source.notes)
+    return CutOut(
+        request, cutting, plan.losses, plan.skips, before, replace(after, path=shown), error, source.notes, seconds
+    )
 
 
 def _check_beside(source: Source, output: Output | None) -> None:

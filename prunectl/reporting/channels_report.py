@@ -28,12 +28,20 @@ _SIZES = (
     Column("raw", Unit.BYTES),
     Column("gzip", Unit.BYTES),
 )
+_MILLISECONDS = Column("ms", Unit.NUMBER)
 
 
 def channels_report(found: CutOut, output: str) -> Report:
     """Return the report on a run; without an output it was a dry run."""
     cuts = Table("cuts", _CUTS, _rows(found))
-    sizes = Table("sizes", _SIZES, (_size("before", found.before), _size("after", found.after)))
+    sizes = Table(
+        "sizes",
+        (*_SIZES, *(() if found.seconds is None else (_MILLISECONDS,))),
+        tuple(
+            (*_size(name, survey), *(() if found.seconds is None else (round(found.seconds[place] * 1e3, 3),)))
+            for place, (name, survey) in enumerate((("before", found.before), ("after", found.after)))
+        ),
+    )
     remarks = [*([_skipped(found)] if found.skips else []), *_unknown(found.before), *found.notes]
     remarks.append(
         "This was a dry run: nothing was written."
@@ -116,6 +124,7 @@ def _json(found: CutOut) -> dict[str, object]:
         "total": found.channels,
         "dropped": found.dropped,
         "error": found.error,
+        "seconds": None if found.seconds is None else dict(zip(("before", "after"), found.seconds, strict=True)),
         "families": [
             {"name": loss.family.name, "channels": len(loss.family.groups), "dropped": list(loss.dropped)}
             for loss in found.losses

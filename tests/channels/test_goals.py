@@ -106,3 +106,11 @@ def test_what_is_out_of_reach_is_said_and_nothing_written(net: Path, tmp_path: P
 def test_how_much_is_said_once(net: Path, limits: dict[str, Any], asked: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         cut(net, None, limits, **asked)
+
+
+def test_both_networks_are_timed_if_that_is_asked_for(net: Path) -> None:
+    words = ("--pattern", "channel", "-s", "0.8", "--latency", "--dry-run")
+    seconds = prunectl("prune", net, *words, "--json").json["channels"]["seconds"]
+    assert 0 < seconds["before"] < 10
+    assert 0 < seconds["after"] < 10
+    assert "ms" in prunectl("prune", net, *words, "--format", "human", COLUMNS="80").out.split()
