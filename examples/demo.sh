@@ -1,5 +1,5 @@
 #!/bin/sh
-# The whole way of a model, on the digits network that ships with the project: look, prune, train, strip, weigh.
+# The whole way of a model, on the digits network that ships with the project: look, prune, train, strip, export, weigh.
 set -eu
 cd "$(dirname "$0")/.."
 export PATH="$PWD/${BIN:-.venv/bin}:$PATH" COLUMNS="${COLUMNS:-100}"
@@ -18,3 +18,6 @@ show prune fixtures/digits_cnn.h5 -o "$out/pruned.h5" --sparsity 90% --scope glo
 show finetune "$out/pruned.h5" -o "$out/tuned.h5" --data "$data" --val-split 20% --epochs 5
 show strip "$out/tuned.h5" -o "$out/small.h5" --pack
 show size fixtures/digits_cnn.h5 "$out/pruned.h5" "$out/small.h5"
+show export "$out/small.h5" -o "$out/small.onnx" --data "$data"
+show export "$out/small.h5" -o "$out/small.tflite" --int8 --data "$data"
+show size fixtures/digits_cnn.h5 "$out/small.onnx" "$out/small.tflite"

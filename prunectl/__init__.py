@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prunectl.api import export as export
     from prunectl.api import finetune as finetune
     from prunectl.api import inspect as inspect
     from prunectl.api import prune as prune
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from prunectl.api import strip as strip
 
 __version__ = "0.1.0"
-_FUNCTIONS = frozenset({"finetune", "inspect", "prune", "size", "strip"})
+_FUNCTIONS = frozenset({"export", "finetune", "inspect", "prune", "size", "strip"})
 
 
 def __getattr__(name: str) -> Any:

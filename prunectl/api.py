@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.calibrating import prune as calibrating
+from prunectl.exporting import export as exporting
+from prunectl.exporting import words as exporting_words
+from prunectl.exporting.result import Exported
 from prunectl.formats.stripping import Part, Wish
 from prunectl.formats.table import open_model
 from prunectl.measuring import codecs, looking, patterns, sizes
@@ -91,6 +94,14 @@ def finetune(
     return training.finetune(Path(model), request_of(words), place)
 
 
+def export(model: AnyPath, output: AnyPath, /, *, force: bool = False, **words: Any) -> Exported:
+    """Write a model in another format, run beside its source before it is kept.
+
+    The words are those of the command line: ``to="onnx"``, ``opset=18``, ``input=["x:?,3,8,8"]``, ``half=True`` …
+    """
+    return exporting.export(Path(model), exporting_words.request_of(words), Output(Path(output), is_forced=force))
+
+
 def _output(path: AnyPath | None, *, force: bool, in_place: bool) -> Output | None:
     return None if path is None else Output(Path(path), is_forced=force, is_in_place=in_place)
 
@@ -99,4 +110,4 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
 
 
-__all__ = ["Request", "finetune", "inspect", "prune", "size", "strip"]
+__all__ = ["Request", "export", "finetune", "inspect", "prune", "size", "strip"]

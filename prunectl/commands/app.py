@@ -16,7 +16,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prune": ("prunectl.commands.prune", "Zero the least important weights; all else stays byte for byte."),
     "finetune": ("prunectl.commands.finetune", "Train with the zeros kept, or prune on the way."),
     "strip": ("prunectl.commands.strip", "Drop masks, wrappers, optimizer state and training configuration."),
+    "export": ("prunectl.commands.export", "Write another format, run beside its source before it is kept."),
     "size": ("prunectl.commands.size", "Raw, packed and compressed size, and sparsity; with a limit it is a gate."),
+    "check": ("prunectl.commands.check", "Hold models against their budgets; exit code 1 says that one is over."),
+    "diff": ("prunectl.commands.diff", "What became of every tensor, also across formats."),
+    "verify": ("prunectl.commands.verify", "Hold a pruned file against its manifest and its source."),
     "plugins": ("prunectl.commands.plugins", "Strategies, schedules, policies and formats, also installed ones."),
 }
 

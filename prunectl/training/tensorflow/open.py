@@ -22,13 +22,13 @@ def open_network(model: ModelFile, origin: Origin) -> Network:
         keras = importlib.import_module("prunectl.training.keras.open")
         built: Network = keras.open_network(model, origin)
         return built
-    _check_trusted(model, origin)
+    check_trusted(model, origin)
     inside = importlib.import_module("prunectl.training.tensorflow.network")
     found: Network = inside.ServedNetwork(partial(inside.load, model))
     return found
 
 
-def _check_trusted(model: ModelFile, origin: Origin) -> None:
+def check_trusted(model: ModelFile, origin: Origin) -> None:
     """Refuse a program that calls Python or touches files, which loading or running it would do."""
     if origin.is_trusted:
         return

@@ -1,0 +1,1 @@
+"""From any model to another format, held against what it was made from before it is written."""

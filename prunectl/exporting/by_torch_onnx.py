@@ -1,0 +1,87 @@
+"""From PyTorch to ONNX: by its exporter of programs, or for TorchScript by the older one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunectl.errors import WorkError, first_line
+from prunectl.exporting import onnx_finish, onnx_names
+from prunectl.exporting.by_torch import TorchLive, answers, names_of
+from prunectl.exporting.by_torch_files import example, is_script, program_of
+from prunectl.exporting.by_torch_quiet import converting, unfused
+from prunectl.exporting.job import Job
+from prunectl.formats.optional import require
+
+OPSET = 18
+
+
+def write(job: Job, target: Path) -> tuple[str, ...]:
+    """Write an ONNX model."""
+    live: TorchLive = job.live
+    outputs = names_of(len(answers(live.module, job.inputs.batches[0])))
+    try:
+        with converting(), unfused(), torch.no_grad():
+            proto, said = (_of_script if is_script(live) else _of_program)(job, outputs)
+    except WorkError:
+        raise
+    except Exception as error:
+        raise WorkError(
+            f"PyTorch cannot convert {job.file.path} to ONNX: {_reason(error)}",
+            hint="another --opset may know the operator",
+        ) from error
+    inputs = [flow.name for flow in job.flows]
+    onnx_names.rename(proto, job.file, inputs, outputs)
+    return (*said, *onnx_finish.finish(job, proto, target))
+
+
+def _reason(error: Exception) -> str:
+    """Return what the innermost error says: the outer ones tell at which step it was."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return first_line(error)
+
+
+def _of_program(job: Job, outputs: list[str]) -> tuple[Any, tuple[str, ...]]:
+    del outputs
+    is_program = job.file.format == "torch-export" and not job.request.origin.model
+    program = torch.export.load(job.file.path) if is_program else program_of(job)
+    found = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=job.request.opset or OPSET)
+    if found is None:
+        raise WorkError(f"PyTorch made nothing of {job.file.path}")
+    return found.model_proto, ()
+
+
+def _of_script(job: Job, outputs: list[str]) -> tuple[Any, tuple[str, ...]]:
+    live: TorchLive = job.live
+    inputs = [flow.name for flow in job.flows]
+    axes = {
+        flow.name: {at: onnx_names.BATCH if at == 0 else f"{flow.name}_{at}" for at in _open(flow.shape)}
+        for flow in job.flows
+    }
+    if any(0 in found for found in axes.values()):
+        axes |= {name: {0: onnx_names.BATCH} for name in outputs}
+    place = job.scratch / "script.onnx"
+    torch.onnx.export(
+        live.module,
+        example(job),
+        str(place),
+        dynamo=False,
+        input_names=inputs,
+        output_names=outputs,
+        dynamic_axes=axes,
+        opset_version=job.request.opset or OPSET,
+    )
+    onnx = require("onnx", extra="onnx")
+    said = "It is TorchScript, which the older exporter of PyTorch converts: the newer one takes no such file."
+    return onnx.load(str(place)), (said,)
+
+
+def _axis(name: str, at: int) -> str:
+    return onnx_names.BATCH if at == 0 else f"{name}_{at}"
+
+
+def _open(shape: tuple[int | None, ...] | None) -> list[int]:
+    return [at for at, length in enumerate(shape or ()) if length is None]

@@ -1,0 +1,106 @@
+"""Inputs that a model and what came of it are both run on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from prunectl.calibrating.calibration import taken
+from prunectl.errors import UsageError
+from prunectl.exporting.live import Flow, Live, signature_of, text
+from prunectl.exporting.request import BATCH_SIZE, SAMPLES, Request
+from prunectl.formats.base import Array
+from prunectl.training.data.adapt import adapt
+from prunectl.training.data.check import check
+from prunectl.training.data.source import Order, each
+from prunectl.training.data.spec import open_source
+
+_OPEN_LENGTH = 16
+"""Of an axis that the user leaves open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Batches of inputs."""
+
+    batches: tuple[tuple[Array, ...], ...]
+    is_data: bool
+    """Whether they are the user's, and not made up."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def examples(self) -> int:
+        """How many examples there are."""
+        return sum(len(batch[0]) for batch in self.batches)
+
+
+def samples(live: Live, flows: tuple[Flow, ...], request: Request) -> Samples:
+    """Return inputs for a model: the user's, or random ones."""
+    size = _size(flows)
+    per_batch = size or request.batch_size or BATCH_SIZE
+    if request.data:
+        whole, notes = _of_data(live, flows, request)
+    else:
+        # One more than a batch: the last goes through alone, which a fixed batch would not take.
+        whole, notes = _random(flows, request.samples or per_batch + (size is None), request.seed or 0), ()
+    return Samples(_batches(whole, per_batch, is_fixed=size is not None), bool(request.data), notes)
+
+
+def _size(flows: tuple[Flow, ...]) -> int | None:
+    """Return how many examples a model takes at a time, if that is fixed."""
+    return next((flow.shape[0] for flow in flows if flow.shape), None)
+
+
+def _of_data(live: Live, flows: tuple[Flow, ...], request: Request) -> tuple[tuple[Array, ...], tuple[str, ...]]:
+    signature = signature_of(flows, is_channels_first=live.is_channels_first)
+    source, notes = adapt(open_source(request.data, signature=signature, seed=request.seed or 0), signature)
+    count = request.samples or SAMPLES
+    notes += check(source.first(count), signature, needs_targets=False, classes=None)
+    order = Order(request.batch_size or BATCH_SIZE, request.seed or 0, is_shuffled=False)
+    found = [each(batch.x) for batch in taken(source.batches(order), count)]
+    return tuple(np.concatenate(parts) for parts in zip(*found, strict=True)), tuple(dict.fromkeys(notes))
+
+
+def _random(flows: tuple[Flow, ...], count: int, seed: int) -> tuple[Array, ...]:
+    random = np.random.default_rng(seed)
+    return tuple(_filled(random, (count, *_lengths(flow)), flow.dtype) for flow in flows)
+
+
+def _lengths(flow: Flow) -> tuple[int, ...]:
+    if flow.shape is None:
+        raise UsageError(
+            f"the model does not say the shape of its input {flow.name}",
+            hint=f"--input {flow.name}:1,3,224,224 says it; or --data SPEC",
+        )
+    return tuple(_OPEN_LENGTH if length is None else length for length in flow.shape[1:])
+
+
+def check_known(flows: tuple[Flow, ...], request: Request) -> None:
+    """Refuse inputs with open axes that neither --input nor --data closes, for nobody could try them."""
+    for flow in flows:
+        if request.data or request.inputs or (flow.shape is not None and None not in flow.shape[1:]):
+            continue
+        raise UsageError(
+            f"the input {flow.name} of the model is {text(flow.shape)}: it does not say how long each axis is",
+            hint=f"--input {flow.name}:1,3,224,224 says it (? leaves an axis open); or --data SPEC",
+        )
+
+
+def _filled(random: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
+    if dtype.startswith(("int", "uint", "bool")):
+        # What these numbers count is unknown; 0 and 1 are within every vocabulary.
+        return random.integers(0, 2, shape).astype(dtype)
+    if dtype and not dtype.startswith("float"):
+        raise UsageError(f"the model takes {dtype}, and no such inputs can be made up", hint="--data SPEC")
+    return random.standard_normal(shape, np.float32).astype(dtype or "float32")
+
+
+def _batches(whole: tuple[Array, ...], size: int, *, is_fixed: bool) -> tuple[tuple[Array, ...], ...]:
+    count = len(whole[0])
+    if is_fixed and count % size:
+        # Filled up with the first ones, again and again.
+        more = np.arange(size - count % size) % count
+        whole = tuple(np.concatenate([one, one[more]]) for one in whole)
+        count = len(whole[0])
+    return tuple(tuple(one[at : at + size] for one in whole) for at in range(0, count, size))

@@ -1,0 +1,250 @@
+"""Keras 2 and 3, and SavedModels: to ONNX, TensorFlow Lite, SavedModel and each other's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prunectl import api
+from prunectl.errors import InputError, UntrustedError, UsageError, WorkError
+from prunectl.formats.table import open_model
+from tests.contract import Array
+from tests.exporting import nets_keras
+from tests.exporting.exporting import DIGITS, by_onnxruntime, by_tflite, digits, export, random, save, zeros
+from tests.networks import keras, tf_keras
+from tests.running import FIXTURES
+
+pytest.importorskip("tf2onnx")
+
+KERAS = {"2": (tf_keras, ".h5"), "3": (keras, ".keras")}
+SOURCES = ("digits_cnn.h5", "digits_cnn.keras", "digits_cnn_savedmodel")
+SHAPES = {
+    "resnet": [(5, 8, 8, 3)],
+    "mobilenet": [(5, 8, 8, 3)],
+    "lstm": [(5, 6, 3)],
+    "transformer": [(5, 6, 8)],
+    "several": [(5, 4), (5, 3)],
+}
+
+
+def reference() -> Array:
+    """What the digits network answers in the library that wrote it."""
+    found: Array = tf_keras().models.load_model(FIXTURES / "digits_cnn.h5", compile=False)(digits()).numpy()
+    return found
+
+
+def saved(which: str, name: str, folder: Path) -> tuple[Path, Any]:
+    """Return a file of a small network, and the network."""
+    library, suffix = KERAS[which]
+    model = nets_keras.made(library(), name)
+    place = folder / f"{name}{suffix}"
+    save(model, place)
+    return place, model
+
+
+def answers(model: Any, inputs: list[Array]) -> list[Array]:
+    """What a network answers."""
+    found = model(inputs if len(inputs) > 1 else inputs[0], training=False)
+    return [one.numpy() for one in (found if isinstance(found, list) else [found])]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_digits_answer_alike_in_onnxruntime_and_in_tflite(source: str, tmp_path: Path) -> None:
+    found = export(source, tmp_path / "m.onnx", data=DIGITS)
+    assert found.parity is not None
+    assert found.parity.top1 == 1.0
+    (answered,) = by_onnxruntime(tmp_path / "m.onnx", digits())
+    np.testing.assert_allclose(answered, reference(), atol=1e-4)
+    if source == SOURCES[1]:
+        return
+    export(source, tmp_path / "m.tflite")
+    (lite,) = by_tflite(tmp_path / "m.tflite", {"pixels": digits()}).values()
+    np.testing.assert_allclose(lite, reference(), atol=1e-4)
+
+
+@pytest.mark.parametrize("source", SOURCES[:2])
+def test_a_saved_model_serves_what_the_model_answers_and_holds_each_variable_once(source: str, tmp_path: Path) -> None:
+    tf = pytest.importorskip("tensorflow")
+    export(source, tmp_path / "served", to="saved-model")
+    served = tf.saved_model.load(str(tmp_path / "served")).signatures["serving_default"]
+    (answered,) = served(pixels=tf.constant(digits())).values()
+    np.testing.assert_allclose(answered.numpy(), reference(), atol=1e-5)
+    model = open_model(tmp_path / "served")
+    assert sum(tensor.size for tensor in model.tensors) == 9_802
+
+
+@pytest.mark.parametrize(("source", "suffix"), [("digits_cnn.h5", ".keras"), ("digits_cnn.keras", ".h5")])
+def test_archives_and_hdf5_become_each_other_in_their_own_library(source: str, suffix: str, tmp_path: Path) -> None:
+    export(source, tmp_path / f"m{suffix}")
+    library = tf_keras() if source.endswith(".h5") else keras()
+    loaded = library.models.load_model(tmp_path / f"m{suffix}")
+    np.testing.assert_allclose(np.asarray(loaded(digits())), reference(), atol=1e-5)
+
+
+def test_a_saved_model_of_keras_becomes_a_file_of_keras(tmp_path: Path) -> None:
+    export("digits_cnn_savedmodel", tmp_path / "m.h5")
+    loaded = tf_keras().models.load_model(tmp_path / "m.h5", compile=False)
+    np.testing.assert_allclose(loaded(digits()).numpy(), reference(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("which", "name"), [*(("3", name) for name in nets_keras.NETS), ("2", "lstm")])
+def test_networks_of_every_kind_answer_alike_as_onnx(which: str, name: str, tmp_path: Path) -> None:
+    place, model = saved(which, name, tmp_path)
+    export(place, tmp_path / "m.onnx")
+    inputs = random(*SHAPES[name])
+    for ours, theirs in zip(by_onnxruntime(tmp_path / "m.onnx", *inputs), answers(model, inputs), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    # What was zero is, and what exporters fold into kernels zeros survive.
+    kernels = [array for layer in model.layers for array in layer.get_weights() if array.ndim > 1]
+    assert zeros(tmp_path / "m.onnx") >= sum(int((array == 0).sum()) for array in kernels)
+
+
+@pytest.mark.parametrize(("which", "name"), [("2", "mobilenet"), ("3", "transformer"), ("3", "several")])
+def test_networks_of_every_kind_answer_alike_in_tflite(which: str, name: str, tmp_path: Path) -> None:
+    place, model = saved(which, name, tmp_path)
+    export(place, tmp_path / "m.tflite")
+    inputs = random(*SHAPES[name])
+    found = by_tflite(tmp_path / "m.tflite", dict(zip([one.name for one in model.inputs], inputs, strict=True)))
+    for ours, theirs in zip(sorted(found.values(), key=lambda one: one.shape), answers(model, inputs), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_what_tflite_cannot_do_with_open_axes_it_does_with_fixed_ones(tmp_path: Path) -> None:
+    place, model = saved("3", "lstm", tmp_path)
+    with pytest.raises(WorkError, match=r"tf\.TensorListReserve requires") as caught:
+        export(place, tmp_path / "m.tflite")
+    assert "--input steps:1,6,3" in caught.value.hint
+    assert not (tmp_path / "m.tflite").exists()
+    export(place, tmp_path / "m.tflite", input=["steps:2,6,3"])
+    (inputs,) = random((2, 6, 3))
+    (found,) = by_tflite(tmp_path / "m.tflite", {"steps": inputs}).values()
+    np.testing.assert_allclose(found, answers(model, [inputs])[0], atol=1e-5)
+
+
+def test_names_are_the_users_and_the_batch_is_open_or_as_said(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    export("digits_cnn.keras", tmp_path / "m.onnx")
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    assert [graph.input[0].name, graph.output[0].name] == ["pixels", "fc2"]
+    assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    export("digits_cnn.keras", tmp_path / "n.onnx", input=["image:2,8,8,1:f32"], opset=15, metadata=["author=me"])
+    model = onnx.load(tmp_path / "n.onnx")
+    assert [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim] == [2, 8, 8, 1]
+    assert model.graph.input[0].name == "image"
+    assert model.opset_import[0].version == 15
+    assert {one.key: one.value for one in model.metadata_props} == {"author": "me"}
+    names = {one.name for one in graph.initializer}
+    assert sum("kernel" in name for name in names) == 4
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("m.onnx", "m.h5"):
+        export("digits_cnn.keras", tmp_path / name)
+        export("digits_cnn.keras", tmp_path / f"again{name}")
+        assert (tmp_path / name).read_bytes() == (tmp_path / f"again{name}").read_bytes(), name
+    export("digits_cnn.h5", tmp_path / "one.keras")
+    export("digits_cnn.h5", tmp_path / "two.keras")
+    assert (tmp_path / "one.keras").read_bytes() == (tmp_path / "two.keras").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.tflite"])
+def test_half_is_half_as_big_and_near(name: str, tmp_path: Path) -> None:
+    found = export("digits_cnn.h5", tmp_path / name, half=True, data=DIGITS)
+    assert found.after.bytes.raw < 0.62 * 40_000
+    assert found.parity is not None
+    assert found.parity.top1 is not None
+    assert found.parity.top1 > 0.98
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.tflite"])
+def test_integers_are_a_third_as_big_and_near_and_zeros_stay_zeros(name: str, tmp_path: Path) -> None:
+    place = tmp_path / "sparse.h5"
+    api.prune(FIXTURES / "digits_cnn.h5", place, sparsity=0.5)
+    found = export(place, tmp_path / name, int8=True, data=DIGITS, samples=16)
+    assert found.after.bytes.raw < 0.5 * 40_000
+    assert found.parity is not None
+    assert found.parity.top1 is not None
+    assert found.parity.top1 > 0.8
+    kernels = [tensor for tensor in open_model(tmp_path / name).tensors if tensor.size in {72, 1152, 8192, 320}]
+    held = open_model(tmp_path / name)
+    integers = [held.read(tensor) for tensor in kernels]
+    assert {array.dtype for array in integers} == {np.dtype(np.int8)}
+    assert sum(int((array == 0).sum()) for array in integers) >= 0.5 * 9_736 - 4
+
+
+def test_zeros_are_left_out_of_onnx_when_asked(tmp_path: Path) -> None:
+    api.prune(FIXTURES / "digits_cnn.h5", tmp_path / "sparse.h5", sparsity=0.9)
+    export(tmp_path / "sparse.h5", tmp_path / "dense.onnx")
+    found = export(tmp_path / "sparse.h5", tmp_path / "m.onnx", sparse=True)
+    assert (tmp_path / "m.onnx").stat().st_size < 0.6 * (tmp_path / "dense.onnx").stat().st_size
+    assert found.after.sparsity == pytest.approx(found.before.sparsity, abs=0.01)
+
+
+def test_a_sparse_tflite_that_its_own_interpreter_gets_wrong_is_not_written(tmp_path: Path) -> None:
+    place, _ = saved("3", "several", tmp_path)
+    with pytest.raises(WorkError, match="the output one differs"):
+        export(place, tmp_path / "m.tflite", sparse=True)
+    assert not (tmp_path / "m.tflite").exists()
+
+
+def test_wrappers_of_tfmot_are_taken_off_on_the_way(tmp_path: Path) -> None:
+    found = export("wrapped_by_tfmot.h5", tmp_path / "m.onnx")
+    assert any("tfmot" in remark for remark in found.remarks)
+    assert not [tensor for tensor in open_model(tmp_path / "m.onnx").tensors if "mask" in tensor.name]
+
+
+def test_custom_layers_and_code_ask_for_what_explains_them(tmp_path: Path) -> None:
+    with pytest.raises(UntrustedError, match="Lambda layer"):
+        export("lambda_layer.keras", tmp_path / "m.onnx")
+    export("lambda_layer.keras", tmp_path / "m.onnx", trust=True)
+
+    class Twice(tf_keras().layers.Layer):  # type: ignore[misc]
+        def call(self, x: Any) -> Any:
+            return x * 2
+
+    model = tf_keras().Sequential([tf_keras().layers.Input((3,)), Twice(), tf_keras().layers.Dense(2)])
+    save(model, tmp_path / "twice.h5")
+    with pytest.raises(InputError, match="Twice") as caught:
+        export(tmp_path / "twice.h5", tmp_path / "n.onnx")
+    assert "--custom-objects" in caught.value.hint
+    code = "import tf_keras\n\nclass Twice(tf_keras.layers.Layer):\n    def call(self, x):\n        return x * 2\n\n"
+    (tmp_path / "layers.py").write_text(f"{code}ALL = {{'Twice': Twice}}\n")
+    export(tmp_path / "twice.h5", tmp_path / "n.onnx", custom_objects=f"{tmp_path}/layers.py:ALL")
+
+
+def test_an_operator_that_a_format_has_not_is_named(tmp_path: Path) -> None:
+    tf = pytest.importorskip("tensorflow")
+    k = tf_keras()
+    x = k.layers.Input((3, 3))
+    model = k.Model(x, k.layers.Dense(2)(k.layers.Reshape((1,))(tf.math.lgamma(tf.linalg.det(x)))))
+    save(model, tmp_path / "odd.h5")
+    with pytest.raises(WorkError, match=r"Lgamma \(.*lgamma"):
+        export(tmp_path / "odd.h5", tmp_path / "m.onnx")
+    with pytest.raises(WorkError, match=r"tf\.\w+ is neither"):
+        export(tmp_path / "odd.h5", tmp_path / "m.tflite")
+
+
+def test_open_axes_ask_how_long_they_are(tmp_path: Path) -> None:
+    k = keras()
+    model = k.Sequential([k.layers.Input((None, 3), name="steps"), k.layers.LSTM(4)])
+    save(model, tmp_path / "open.keras")
+    with pytest.raises(UsageError, match=r"steps of the model is \?,\?,3"):
+        export(tmp_path / "open.keras", tmp_path / "m.onnx")
+    export(tmp_path / "open.keras", tmp_path / "m.onnx", input=["?,?,3"])
+    for length in (2, 9):
+        (inputs,) = random((3, length, 3))
+        (found,) = by_onnxruntime(tmp_path / "m.onnx", inputs)
+        np.testing.assert_allclose(found, answers(model, [inputs])[0], atol=1e-5)
+
+
+def test_layers_that_run_as_a_graph_alone_are_run_so(tmp_path: Path) -> None:
+    k = tf_keras()
+    model = k.Sequential([k.layers.Input((3, 4, 4, 1)), k.layers.ConvLSTM2D(2, 3), k.layers.Flatten()])
+    save(model, tmp_path / "m.h5")
+    export(tmp_path / "m.h5", tmp_path / "m.onnx")
+    (inputs,) = random((2, 3, 4, 4, 1))
+    (found,) = by_onnxruntime(tmp_path / "m.onnx", inputs)
+    np.testing.assert_allclose(found, model.predict_on_batch(inputs), atol=1e-5)

@@ -1,0 +1,167 @@
+"""What there is a way to, and what is said where there is none."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prunectl.errors import MissingExtraError, UntrustedError, UsageError
+from prunectl.exporting import pairs
+from prunectl.exporting.export import export as run
+from prunectl.exporting.pairs import PAIRS
+from prunectl.exporting.targets import TARGETS, target_of
+from prunectl.exporting.words import request_of
+from prunectl.formats.table import FORMATS
+from prunectl.pruning.output import Output
+from tests.exporting.exporting import NET, export
+from tests.running import FIXTURES, ROOT, prunectl
+
+
+def test_every_pair_is_of_formats_that_there_are_and_names_things_that_exist() -> None:
+    for pair in PAIRS:
+        assert set(pair.sources) <= {row.name for row in FORMATS}
+        assert pair.target in {target.name for target in TARGETS}
+        for reference in filter(None, (pair.writer, pair.opener, pair.runner)):
+            module, _, name = reference.partition(":")
+            assert f"\ndef {name}(" in (Path(pairs.__file__).parent / f"{module}.py").read_text()
+
+
+def test_the_table_loads_no_converter() -> None:
+    code = (
+        "import sys, prunectl.exporting.export;"
+        "sys.exit(any(name.startswith('prunectl.exporting.by_') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "message", "hint"),
+    [
+        ("digits_cnn.pt", "m.tflite", "no way from PyTorch to TensorFlow Lite", "made of Keras archive, Keras HDF5"),
+        ("digits_cnn.tflite", "m.onnx", "no way from TensorFlow Lite to ONNX", "safetensors, npz"),
+        ("digits_cnn.onnx", "m.keras", "no way from ONNX to Keras archive", "onnx, safetensors, npz"),
+        ("digits_cnn.h5", "m.h5", "is Keras HDF5 already", "prunectl strip"),
+        ("digits_cnn.pt", "m.pt", "is PyTorch state dict already", "prunectl strip"),
+        ("digits_cnn.h5", "m.foo", "no suffix that names a format", "--to onnx"),
+    ],
+)
+def test_what_cannot_be_is_told_with_what_can(
+    source: str, output: str, message: str, hint: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        export(source, tmp_path / output)
+    assert hint in caught.value.hint
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("output", "words", "option"),
+    [
+        ("w.npz", {"data": "x.npz"}, "data"),
+        ("w.npz", {"model": NET}, "model"),
+        ("w.npz", {"seed": 3}, "seed"),
+        ("m.keras", {"half": True}, "half"),
+        ("m.tflite", {"opset": 18}, "opset"),
+        ("m.tflite", {"pack": True}, "pack"),
+        ("m.tflite", {"metadata": ["a=b"]}, "metadata"),
+        ("w.safetensors", {"int8": True}, "int8"),
+        ("m.h5", {"sparse": True}, "sparse"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_named(
+    output: str, words: dict[str, object], option: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=f"--{option} does not go with"):
+        export("digits_cnn.keras", tmp_path / output, **words)
+
+
+def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    for words, message in (
+        ({"half": True, "int8": True}, "exclude each other"),
+        ({"atol": -1.0}, "--atol takes a number"),
+        ({"opset": 5}, "--opset 5 is older"),
+        ({"to": "onxx"}, "--to onxx is no format"),
+        ({"metadata": ["a"]}, "no key with a value"),
+        ({"inputs": 3}, "export takes no inputs"),
+        ({"card": tmp_path / "m.onnx"}, "name the same file"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            export("digits_cnn.keras", tmp_path / "m.onnx", **words)
+
+
+def test_suffixes_and_names_mean_the_same() -> None:
+    for target in TARGETS:
+        assert target_of("", Path(f"m{target.suffix}")) is target
+        assert target_of(target.name, Path("anything.at.all")) is target
+
+
+def test_an_output_that_exists_is_kept_unless_force_is_said(tmp_path: Path) -> None:
+    place = tmp_path / "w.npz"
+    place.write_text("mine")
+    with pytest.raises(UsageError, match="exists"):
+        export("digits_cnn.pt", place)
+    assert place.read_text() == "mine"
+    export("digits_cnn.pt", place, force=True)
+    assert place.read_bytes()[:2] == b"PK"
+
+
+def test_the_input_is_not_replaced(tmp_path: Path) -> None:
+    place = tmp_path / "m.onnx"
+    place.write_bytes((FIXTURES / "digits_cnn.onnx").read_bytes())
+    with pytest.raises(UsageError, match="belongs to the input"):
+        export(place, place, force=True)
+
+
+def test_a_package_that_is_missing_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.import_module
+
+    def without(name: str, *more: object) -> object:
+        if name == "onnxruntime":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *more)
+
+    monkeypatch.setattr("prunectl.formats.optional.importlib.import_module", without)
+    with pytest.raises(MissingExtraError, match="onnxruntime is not installed") as caught:
+        export("digits_cnn.onnx", tmp_path / "m.onnx")
+    assert caught.value.exit_code == 4
+    assert "prunectl[onnx]" in caught.value.hint
+
+
+def test_code_in_a_file_does_not_run_unless_it_is_trusted(tmp_path: Path) -> None:
+    with pytest.raises(UntrustedError, match="whole Python module"):
+        export("whole_module.pt", tmp_path / "m.onnx", input=["?,4"])
+
+
+def test_weights_alone_ask_for_what_builds_the_model(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds weights alone") as caught:
+        export("digits_cnn.pt", tmp_path / "m.onnx", input=["?,1,8,8"])
+    assert "--model" in caught.value.hint
+
+
+def test_the_command_reports_as_json_and_writes_a_card(tmp_path: Path) -> None:
+    model = FIXTURES / "digits_cnn.onnx"
+    found = prunectl("export", model, "-o", tmp_path / "w.npz", "--json", "--card", tmp_path / "card.md")
+    assert found.code == 0
+    assert found.err == ""
+    assert found.json["command"] == "export"
+    assert found.json["parity"] == {"kind": "bits", "equal": True}
+    assert [one["format"] for one in found.json["models"]] == ["onnx", "npz"]
+    assert found.json["artifacts"] == [{"path": str(tmp_path / "w.npz"), "bytes": (tmp_path / "w.npz").stat().st_size}]
+    card = (tmp_path / "card.md").read_text()
+    assert found.json["models"][1]["sha256"] in card
+    assert "the same to the bit" in card
+
+
+def test_standard_output_takes_a_file_and_asks_for_its_format(tmp_path: Path) -> None:
+    model = FIXTURES / "digits_cnn.onnx"
+    with pytest.raises(UsageError, match="standard output has no suffix"):
+        run(model, request_of({}), Output(tmp_path / "standard-output", is_stream=True))
+    with pytest.raises(UsageError, match="SavedModel is a folder"):
+        run(FIXTURES / "digits_cnn.h5", request_of({"to": "saved-model"}), Output(tmp_path / "s", is_stream=True))
+    run(model, request_of({"to": "npz"}), Output(tmp_path / "standard-output", is_stream=True))
+    export(model, tmp_path / "w.npz")
+    assert (tmp_path / "standard-output").read_bytes() == (tmp_path / "w.npz").read_bytes()

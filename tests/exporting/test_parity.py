@@ -1,0 +1,98 @@
+"""A difference is told, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prunectl.errors import WorkError
+from prunectl.exporting import by_onnx
+from prunectl.exporting.job import Job
+from prunectl.exporting.live import Flow
+from prunectl.exporting.parity import Tolerance, compare
+from prunectl.exporting.samples import Samples
+from tests.contract import Array
+from tests.exporting.exporting import DIGITS, export
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model that doubles."""
+
+    inputs: tuple[Flow, ...] = ()
+    is_channels_first: bool = False
+    notes: tuple[str, ...] = ()
+
+    def run(self, inputs: tuple[Array, ...]) -> dict[str, Array]:
+        return {"same": inputs[0], "twice": inputs[0] * 2}
+
+
+X = np.array([[1.0, 2.0], [3.0, 40.0]], np.float32)
+EXACT = Tolerance(1e-4, 1e-4)
+
+
+def compared(change: float, tolerance: Tolerance = EXACT, *, is_data: bool = True) -> object:
+    samples = Samples(((X,), (X[:1],)), is_data)
+    return compare(Made(), lambda given: {"same": given[0], "twice": given[0] * 2 + change}, samples, tolerance)
+
+
+def test_the_difference_is_the_largest_and_the_mean() -> None:
+    found = compared(0.5, Tolerance(1.0, 0.0))
+    assert found.largest == 0.5
+    assert found.mean == 0.25
+    assert found.examples == 3
+    assert found.top1 == 1.0
+    assert compared(0.0, is_data=False).top1 is None
+
+
+def test_the_first_output_that_differs_is_named_with_both_values() -> None:
+    with pytest.raises(WorkError, match=r"the output twice differs: 2\.5 and not 2 as in .* in 6 of 6") as caught:
+        compared(0.5)
+    assert caught.value.exit_code == 5
+
+
+def test_nan_and_infinity_are_equal_to_themselves_alone() -> None:
+    odd = np.array([[np.nan, np.inf]], np.float32)
+    with np.errstate(invalid="ignore"):
+        compare(Made(), lambda given: Made().run(given), Samples(((odd,),), is_data=False), EXACT)
+        with pytest.raises(WorkError, match="differs"):
+            compare(
+                Made(),
+                lambda given: {name: np.zeros_like(given[0]) for name in ("same", "twice")},
+                Samples(((odd,),), is_data=False),
+                EXACT,
+            )
+
+
+def test_other_shapes_and_fewer_outputs_are_differences() -> None:
+    samples = Samples(((X,),), is_data=False)
+    with pytest.raises(WorkError, match="gives 1 outputs, and its source 2"):
+        compare(Made(), lambda given: {"same": given[0]}, samples, EXACT)
+    with pytest.raises(WorkError, match="the output same has the shape 2, and in the source 2x2"):
+        compare(Made(), lambda given: {"same": given[0][:, 0], "twice": given[0]}, samples, EXACT)
+
+
+def test_a_converter_that_gets_it_wrong_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx = pytest.importorskip("onnx")
+
+    def wrong(job: Job, target: Path) -> tuple[str, ...]:
+        proto = onnx.load(str(job.file.path))
+        for one in proto.graph.initializer:
+            if one.name == "fc2.bias":
+                one.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(one) + 1, one.name))
+        onnx.save(proto, str(target))
+        return ()
+
+    monkeypatch.setattr(by_onnx, "write", wrong)
+    with pytest.raises(WorkError, match="the output scores differs") as caught:
+        export("digits_cnn.onnx", tmp_path / "wrong.onnx", data=DIGITS)
+    assert caught.value.exit_code == 5
+    assert list(tmp_path.iterdir()) == []
+    found = export("digits_cnn.onnx", tmp_path / "wrong.onnx", data=DIGITS, atol=1.5, samples=50)
+    assert found.parity is not None
+    assert found.parity.examples == 50
+    assert found.parity.largest == pytest.approx(1.0, abs=1e-5)
+    assert found.parity.top1 == 1.0

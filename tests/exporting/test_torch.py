@@ -1,0 +1,174 @@
+"""PyTorch: state dicts with code, TorchScript and programs, to ONNX and to each other."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from prunectl.errors import UsageError, WorkError
+from prunectl.formats.table import open_model
+from tests.contract import Array
+from tests.exporting import nets_torch
+from tests.exporting.exporting import DIGITS, NET, by_onnxruntime, export, random, zeros
+from tests.running import FIXTURES
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+
+
+def shapes_of(name: str) -> list[tuple[int, ...]]:
+    return [nets_torch.NETS[name].shape, *([(3,)] if name == "Several" else [])]
+
+
+def saved(name: str, folder: Path) -> tuple[Path, torch.nn.Module]:
+    """Return a state dict of a small network, and the network."""
+    net = nets_torch.made(name)
+    torch.save(net.state_dict(), folder / f"{name}.pt")
+    return folder / f"{name}.pt", net
+
+
+def words_of(name: str) -> dict[str, object]:
+    """What its file does not say."""
+    inputs = [f"?,{','.join(map(str, shape))}" for shape in shapes_of(name)]
+    return {"model": f"tests.exporting.nets_torch:{name}", "input": inputs}
+
+
+def answers(net: torch.nn.Module, inputs: list[Array]) -> list[Array]:
+    with torch.no_grad():
+        found = net(*map(torch.from_numpy, inputs))
+    return [one.numpy() for one in (found if isinstance(found, tuple) else (found,))]
+
+
+@pytest.mark.parametrize("name", nets_torch.NETS)
+def test_networks_of_every_kind_answer_alike_as_onnx_for_every_batch(name: str, tmp_path: Path) -> None:
+    place, net = saved(name, tmp_path)
+    export(place, tmp_path / "m.onnx", **words_of(name))
+    for batch in (1, 5):
+        inputs = random(*((batch, *shape) for shape in shapes_of(name)))
+        for ours, theirs in zip(by_onnxruntime(tmp_path / "m.onnx", *inputs), answers(net, inputs), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    kernels = [value for value in net.state_dict().values() if value.ndim > 1]
+    assert zeros(tmp_path / "m.onnx") >= sum(int((value == 0).sum()) for value in kernels)
+
+
+@pytest.mark.parametrize("name", ["Several"])
+def test_programs_and_scripts_are_written_and_become_onnx_in_turn(name: str, tmp_path: Path) -> None:
+    place, net = saved(name, tmp_path)
+    words = words_of(name)
+    inputs = random(*((4, *shape) for shape in shapes_of(name)))
+    expected = answers(net, inputs)
+    export(place, tmp_path / "m.pt2", **words)
+    export(place, tmp_path / "m.pt", to="torchscript", **words)
+    with warnings.catch_warnings():
+        # That PyTorch would rather have it exported.
+        warnings.simplefilter("ignore")
+        loaded = (torch.export.load(tmp_path / "m.pt2").module(), torch.jit.load(str(tmp_path / "m.pt")))
+    for module in loaded:
+        for ours, theirs in zip(answers(module, inputs), expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    export(tmp_path / "m.pt2", tmp_path / "from_program.onnx")
+    found = export(tmp_path / "m.pt", tmp_path / "from_script.onnx", input=words["input"])
+    assert any("older exporter" in remark for remark in found.remarks)
+    for result in ("from_program.onnx", "from_script.onnx"):
+        for ours, theirs in zip(by_onnxruntime(tmp_path / result, *inputs), expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_the_shape_comes_from_data_as_well(tmp_path: Path) -> None:
+    found = export("digits_cnn.pt", tmp_path / "m.onnx", model=NET, data=DIGITS)
+    assert found.parity is not None
+    assert found.parity.top1 == 1.0
+    port = onnx.load(tmp_path / "m.onnx").graph.input[0]
+    assert port.name == "x"
+    assert port.type.tensor_type.shape.dim[0].dim_param == "batch"
+    with pytest.raises(UsageError, match=r"the input x of the model is \?,1,\?,\?"):
+        export("digits_cnn.pt", tmp_path / "n.onnx", model=NET)
+    with pytest.raises(UsageError, match="does not take inputs of"):
+        export("digits_cnn.pt", tmp_path / "n.onnx", model=NET, input=["?,1,9,9"])
+
+
+def test_a_program_for_one_example_stays_for_one(tmp_path: Path) -> None:
+    export("digits_cnn.pt2", tmp_path / "m.onnx", data=DIGITS, samples=3)
+    port = onnx.load(tmp_path / "m.onnx").graph.input[0]
+    assert [dim.dim_value for dim in port.type.tensor_type.shape.dim] == [1, 1, 8, 8]
+
+
+def test_weights_keep_their_names_and_nothing_tells_where_the_code_was(tmp_path: Path) -> None:
+    export("digits_cnn.pt", tmp_path / "m.onnx", model=NET, input=["pixels:?,1,8,8"], metadata=["author=me"])
+    whole = (tmp_path / "m.onnx").read_bytes()
+    assert not re.search(rb"digits_torch|site-packages|stack_trace|s\d\d", whole)
+    proto = onnx.load(tmp_path / "m.onnx")
+    state = torch.load(FIXTURES / "digits_cnn.pt", weights_only=True)
+    held = {one.name: onnx.numpy_helper.to_array(one) for one in proto.graph.initializer}
+    for name, value in state.items():
+        np.testing.assert_array_equal(held[name], value.numpy())
+    assert [proto.graph.input[0].name, proto.graph.output[0].name] == ["pixels", "output"]
+    assert [(one.key, one.value) for one in proto.metadata_props] == [("author", "me")]
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    state, _ = saved("Several", tmp_path)
+    for name in ("m.onnx", "m.pt2"):
+        for place in (tmp_path / name, tmp_path / "other" / f"x{name}"):
+            export(state, place, **words_of("Several"))
+        assert (tmp_path / name).read_bytes() == (tmp_path / "other" / f"x{name}").read_bytes(), name
+
+
+def test_masks_are_taken_off_on_the_way(tmp_path: Path) -> None:
+    export("masks_of_torch_prune.pt", tmp_path / "m.onnx", model=NET, input=["?,1,8,8"])
+    held = torch.load(FIXTURES / "masks_of_torch_prune.pt", weights_only=True)
+    expected = sum(int((value == 0).sum()) for name, value in held.items() if name.endswith("_mask"))
+    assert zeros(tmp_path / "m.onnx") >= expected
+
+
+@pytest.mark.parametrize(
+    ("words", "most_bytes"),
+    [({"half": True}, 22_000), ({"int8": True}, 17_000), ({"int8": True, "data": DIGITS}, 16_500)],
+)
+def test_smaller_onnx_answers_nearly_alike(words: dict[str, object], most_bytes: int, tmp_path: Path) -> None:
+    found = export("digits_cnn.onnx", tmp_path / "m.onnx", **words)
+    assert found.parity is not None
+    assert 0 < found.parity.largest < 0.3
+    assert found.after.bytes.raw < most_bytes
+    assert any("16-bit" in remark or "8-bit" in remark for remark in found.remarks)
+
+
+def test_what_cannot_be_says_why(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is TorchScript"):
+        export("digits_cnn_torchscript.pt", tmp_path / "m.pt2", input=["?,1,8,8"])
+    with pytest.raises(UsageError, match="as forward calls them"):
+        export("digits_cnn.pt", tmp_path / "m.pt2", model=NET, input=["pixels:?,1,8,8"])
+    with pytest.raises(WorkError, match="opset 18, and not in 11") as caught:
+        export("digits_cnn.pt", tmp_path / "m.onnx", model=NET, input=["?,1,8,8"], opset=11)
+    assert "prunectl export" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_code_that_depends_on_its_numbers_is_no_program(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "import torch\n\nclass Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.one = torch.nn.Linear(3, 2)\n\n    def forward(self, x):\n"
+        "        return self.one(x) if x.sum() > 0 else self.one(-x)\n"
+    )
+    torch.save({"one.weight": torch.randn(2, 3), "one.bias": torch.zeros(2)}, tmp_path / "n.pt")
+    with pytest.raises(WorkError, match="PyTorch cannot export"):
+        export(tmp_path / "n.pt", tmp_path / "m.onnx", model=f"{tmp_path}/net.py:Net", input=["?,3"])
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_onnx_becomes_onnx_of_another_version_and_keeps_what_is_said_of_it(tmp_path: Path) -> None:
+    proto = onnx.load(FIXTURES / "digits_cnn.onnx")
+    proto.metadata_props.add(key="license", value="MIT")
+    onnx.save(proto, tmp_path / "old.onnx")
+    export(tmp_path / "old.onnx", tmp_path / "new.onnx", opset=20, metadata=["author=me"])
+    found = onnx.load(tmp_path / "new.onnx")
+    assert found.opset_import[0].version == 20
+    assert {one.key: one.value for one in found.metadata_props} == {"license": "MIT", "author": "me"}
+    export("external_data/model.onnx", tmp_path / "whole.onnx")
+    assert len(open_model(tmp_path / "whole.onnx").files) == 1
