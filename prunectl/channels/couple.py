@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -60,10 +61,11 @@ def families(trace: Trace) -> tuple[Family, ...]:
         roots = trace.labels.roots(note.labels)
         place = Place(note.tensor, note.axis, note.part)
         order = np.argsort(roots, kind="stable")
-        bounds = np.flatnonzero(np.diff(roots[order])) + 1
-        for indices in np.split(order, bounds):
-            if (root := int(roots[indices[0]])) != FIXED:
-                found[root].append(Member(place, tuple(map(int, indices))))
+        bounds = (np.flatnonzero(np.diff(roots[order])) + 1).tolist()
+        indices, sorted_roots = order.tolist(), roots[order].tolist()
+        for begin, end in pairwise([0, *bounds, len(indices)]):
+            if end > begin and (root := sorted_roots[begin]) != FIXED:
+                found[root].append(Member(place, tuple(indices[begin:end])))
     kin: dict[tuple[tuple[Place, ...], str], list[Group]] = defaultdict(list)
     for root, members in found.items():
         key = tuple(member.place for member in members)
