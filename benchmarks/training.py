@@ -161,12 +161,13 @@ def run() -> None:
         return
     print(f"## training: Fashion-MNIST, {EXAMPLES} examples, {EPOCHS} epochs, {SEEDS} seeds")
     rows: dict[str, list[dict[str, float]]] = {}
-    for seed in range(SEEDS):
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            (folder / "net.py").write_text(TORCH_NET)
-            _run(PYTHON, "-c", START, folder, seed)
-            _fill(rows, folder, seed)
+    for fill in (_fill, _fill_higher):
+        for seed in range(SEEDS):
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                (folder / "net.py").write_text(TORCH_NET)
+                _run(PYTHON, "-c", START, folder, seed)
+                fill(_Runs(folder, seed, rows), seed)
     dense = rows["dense, tf_keras"]
     base, base_gzip = statistics.mean(row["accuracy"] for row in dense), statistics.mean(row["gzip"] for row in dense)
     print("| method | baseline accuracy | accuracy | baseline gzip | gzip | of it | sparsity | zeros kept |")
@@ -180,30 +181,40 @@ def run() -> None:
         )
 
 
-def _fill(rows: dict[str, list[dict[str, float]]], folder: Path, seed: int) -> None:
-    kept = _kept()
+class _Runs:
+    """Runs with one seed; those that were noted are not made again."""
 
-    def add(method: str, run: Callable[..., dict[str, float]], *words: object) -> None:
-        key = f"{method}, seed {seed}, {EPOCHS} epochs, {EXAMPLES} examples"
-        if key not in kept:
-            kept[key] = run(folder, *words)
+    def __init__(self, folder: Path, seed: int, rows: dict[str, list[dict[str, float]]]) -> None:
+        self._folder, self._seed, self._rows = folder, seed, rows
+        self._kept = _kept()
+
+    def add(self, method: str, run: Callable[..., dict[str, float]], *words: object) -> None:
+        """Add a run to its row."""
+        key = f"{method}, seed {self._seed}, {EPOCHS} epochs, {EXAMPLES} examples"
+        if key not in self._kept:
+            self._kept[key] = run(self._folder, *words)
             # It takes hours, and an interrupted run shall not have been for nothing.
-            print(f"{key}: {kept[key]}", file=sys.stderr, flush=True)
+            print(f"{key}: {self._kept[key]}", file=sys.stderr, flush=True)
             if KEPT:
                 with Path(KEPT).open("a") as notes:
-                    notes.write(json.dumps([key, kept[key]]) + "\n")
-        rows.setdefault(method, []).append(kept[key])
+                    notes.write(json.dumps([key, self._kept[key]]) + "\n")
+        self._rows.setdefault(method, []).append(self._kept[key])
 
-    add("dense, tf_keras", _by_tfmot, "dense", seed)
+
+def _fill(runs: _Runs, seed: int) -> None:
+    runs.add("dense, tf_keras", _by_tfmot, "dense", seed)
     for schedule in ("constant", "polynomial"):
-        add(f"{schedule} 87.5 %, tfmot", _by_tfmot, schedule, seed)
+        runs.add(f"{schedule} 87.5 %, tfmot", _by_tfmot, schedule, seed)
         for suffix, name in ((".h5", "Keras 2"), (".keras", "Keras 3"), (".pt", "PyTorch")):
-            add(f"{schedule} 87.5 %, prunectl {name}", _ours, suffix, seed, *_schedule(schedule))
+            runs.add(f"{schedule} 87.5 %, prunectl {name}", _ours, suffix, seed, *_schedule(schedule))
+
+
+def _fill_higher(runs: _Runs, seed: int) -> None:
     for sparsity in (0.95, 0.98):
-        add(f"polynomial {sparsity:.0%}, tfmot", _by_tfmot, "polynomial", seed, sparsity)
+        runs.add(f"polynomial {sparsity:.0%}, tfmot", _by_tfmot, "polynomial", seed, sparsity)
         for how in (("--scope", "global"), ("--strategy", "lamp", "--scope", "global")):
             words = _schedule("polynomial", sparsity, *how)
-            add(f"polynomial {sparsity:.0%}, prunectl {' '.join(how)}", _ours, ".keras", seed, *words)
+            runs.add(f"polynomial {sparsity:.0%}, prunectl {' '.join(how)}", _ours, ".keras", seed, *words)
 
 
 def _kept() -> dict[str, dict[str, float]]:
