@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.calibrating import prune as calibrating
+from prunectl.channels import prune as cutting
+from prunectl.channels.prune import CutOut
 from prunectl.exporting import export as exporting
 from prunectl.exporting import words as exporting_words
 from prunectl.exporting.result import Exported
@@ -28,8 +30,9 @@ from prunectl.training import finetune as training
 from prunectl.training.finetune import Finetuned
 from prunectl.training.words import request_of
 
-_FIELDS = {"pack": "is_packed", "param": "params", "repair": "is_repaired", "layer": "layers"}
+_FIELDS = {"pack": "is_packed", "input": "inputs", "param": "params", "repair": "is_repaired", "layer": "layers"}
 """Words of the command line that a request has another name for."""
+_OF_CHANNELS = frozenset({"min_channels", "round_to", "max_ratio", "params", "flops", "dead"})
 AnyPath = str | os.PathLike[str]
 
 
@@ -53,15 +56,20 @@ def prune(
     in_place: bool = False,
     trust: bool = False,
     **words: Any,
-) -> Pruned:
+) -> Pruned | CutOut:
     """Zero the least important weights of a model; without an output nothing is written.
 
-    The words are those of the command line: ``sparsity=0.8``, ``scope="global"``, ``exclude=["fc*"]`` …
+    The words are those of the command line: ``sparsity=0.8``, ``scope="global"``, ``exclude=["fc*"]`` …; with
+    ``pattern="channel"`` channels are cut out, and ``flops="-50%"`` is one of them.
     """
+    is_cut = words.get("pattern") == "channel"
+    own = {word: words.pop(word) for word in _OF_CHANNELS & words.keys()} if is_cut else {}
     said = {_FIELDS.get(word, word): list(value) if _is_list(value) else value for word, value in words.items()}
     request = requests.from_json(said)
-    requests.check(request)
     place = _output(output, force=force, in_place=in_place)
+    if is_cut:
+        return cutting.prune_channels(Path(model), request, place, is_trusted=trust, **own)
+    requests.check(request)
     if request.data:
         return calibrating.prune(Path(model), request, place, is_trusted=trust)
     return pruning.prune(Path(model), request, place)

@@ -20,7 +20,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 def test_every_function_is_listed() -> None:
-    assert {"finetune", "inspect", "prune", "size", "strip"} <= set(dir(prunectl))
+    assert {"export", "finetune", "inspect", "prune", "size", "strip"} <= set(dir(prunectl))
     with pytest.raises(AttributeError, match="no attribute 'bake'"):
         prunectl.bake  # noqa: B018 - asking for it is the test
 
@@ -39,6 +39,15 @@ def test_prune_writes_what_the_command_writes(tmp_path: Path) -> None:
     assert command("prune", path, "-o", tmp_path / "theirs.onnx", *words).code == 0
     assert (tmp_path / "ours.onnx").read_bytes() == (tmp_path / "theirs.onnx").read_bytes()
     assert sum(tally.dropped for tally in found.tallies.values()) == found.plan.drop
+
+
+def test_channels_are_cut_with_the_words_of_the_command_line(tmp_path: Path) -> None:
+    path = FIXTURES / "digits_cnn.onnx"
+    found = prunectl.prune(path, tmp_path / "ours.onnx", pattern="channel", flops="-50%", round_to=4)
+    words = ["--pattern", "channel", "--flops", "-50%", "--round-to", "4"]
+    assert command("prune", path, "-o", tmp_path / "theirs.onnx", *words).code == 0
+    assert (tmp_path / "ours.onnx").read_bytes() == (tmp_path / "theirs.onnx").read_bytes()
+    assert found.after.macs * 2 <= found.before.macs
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
