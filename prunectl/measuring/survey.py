@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from prunectl.formats.base import WEIGHTS, About, ModelFile, Operation, Role, Tensor
+from prunectl.formats.base import PRUNABLE, WEIGHTS, About, ModelFile, Operation, Role, Tensor
 from prunectl.measuring.histogram import Histogram
 from prunectl.measuring.patterns import Pattern
 from prunectl.measuring.regularity import regularity
@@ -59,6 +59,7 @@ class LayerRow:
     params: int
     bytes: int
     is_prunable: bool
+    """Whether its zeros are what sparsity is about."""
     tied_to: str = ""
     zeros: int | None = None
     channels: int | None = None
@@ -181,10 +182,15 @@ def _row(tensor: Tensor, tied_to: str) -> LayerRow:
         dtype=tensor.dtype.name,
         params=tensor.size,
         bytes=tensor.storage.stored_bytes,
-        is_prunable=tensor.is_prunable,
+        is_prunable=tensor.is_prunable or _is_quantised(tensor),
         tied_to=tied_to,
         channels=None if tensor.out_axis is None else tensor.shape[tensor.out_axis],
     )
+
+
+def _is_quantised(tensor: Tensor) -> bool:
+    """Whether it is a kernel in 8 bits, pruned before it was quantised: zeros stay zeros in signed bytes."""
+    return tensor.role in PRUNABLE and tensor.dtype.name == "int8" and len(tensor.shape) >= 2
 
 
 def _looked_at_again(model: ModelFile, tensor: Tensor, row: LayerRow, pattern: Pattern | None) -> LayerRow:

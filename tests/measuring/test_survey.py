@@ -158,3 +158,13 @@ def test_each_stored_byte_is_counted_once_for_whoever_watches() -> None:
 
 def test_a_share_of_nothing_is_nothing_and_of_the_unknown_unknown() -> None:
     assert (ratio(1, 4), ratio(0, 0), ratio(None, 4)) == (0.25, 0.0, None)
+
+
+@pytest.mark.parametrize(("kind", "counted"), [("int8", 6), ("uint8", 0), ("int32", 0), ("float16", 6)])
+def test_zeros_of_kernels_in_signed_bytes_count_as_those_of_floats(kind: str, counted: int, tmp_path: Path) -> None:
+    # Unsigned bytes have their zero elsewhere.
+    array = np.array([[0, 1, 0], [0, 2, 3]], kind)
+    (tmp_path / "m.bin").write_bytes(array.tobytes())
+    tensor = tensor_of(tmp_path / "m.bin", array)
+    found = survey(model_of(tmp_path / "m.bin", tensor), (tensor,)).params
+    assert (found.prunable, found.prunable_zero) == (counted, counted // 2)
