@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import big_files, calibration, calibration_cost, overhead, pruning, scripts, startup, training
+from benchmarks import (
+    big_files,
+    calibration,
+    calibration_cost,
+    channels_torch,
+    overhead,
+    pruning,
+    scripts,
+    startup,
+    training,
+)
 
 ALL = {
     "startup": startup.run,
@@ -15,6 +25,7 @@ ALL = {
     "training": training.run,
     "calibration": calibration.run,
     "calibration_cost": calibration_cost.run,
+    "channels_torch": channels_torch.run,
 }
 
 for name in sys.argv[1:] or ALL:

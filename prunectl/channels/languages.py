@@ -21,7 +21,15 @@ class Language:
     """`module:function` in this package that makes a source of a model and its origin."""
 
 
-LANGUAGES = (Language("ONNX", frozenset({"onnx"}), "onnx.network:read"),)
+LANGUAGES = (
+    Language("ONNX", frozenset({"onnx"}), "onnx.network:read"),
+    Language("Keras", frozenset({"keras-h5", "keras"}), "keras.network:read"),
+    Language(
+        "PyTorch",
+        frozenset({"torch", "torch-legacy", "torch-export", "safetensors"}),
+        "torch.network:read",
+    ),
+)
 
 
 def read(model: ModelFile, origin: Origin) -> Source:

@@ -22,7 +22,8 @@ from prunectl.reporting.inspect_report import inspect_report
 from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.sensitivity_report import with_sensitivity
 
-_ABOUT_DATA = ("samples", "batch_size", "build", "custom_objects", "loss", "trust")
+_OPENING = ("build", "custom_objects", "trust")
+_ABOUT_DATA = ("samples", "batch_size", "loss", *_OPENING)
 
 
 _data = panel("How much each layer suffers from pruning")
@@ -38,7 +39,10 @@ def inspect(
     hist: Annotated[bool, typer.Option("--hist", help="A histogram of the weights' magnitudes.")] = False,
     flops: Annotated[bool, typer.Option("--flops", help="Floating-point operations for one input.")] = False,
     zeros: Annotated[bool, typer.Option("--zeros/--no-zeros", help="Count zeros, or read no weight.")] = True,
-    groups: Annotated[bool, typer.Option("--groups", help="Channels that go together (ONNX).")] = False,
+    groups: Annotated[bool, typer.Option("--groups", help="Channels that go together.")] = False,
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", metavar="SHAPE", help="For --groups: 1,3,224,224.")
+    ] = None,
     sensitivity: Annotated[bool, _data("--sensitivity", help="Prune each tensor alone; see what goes.")] = False,
     data: Annotated[str, _data(metavar="SPEC", help="Examples to run: train.npz, x.npy,y.npy, images/…")] = "",
     samples: Annotated[int, _data(help="How many of them.", min=1)] = 128,
@@ -74,7 +78,10 @@ def inspect(
         found = look(model, wanted, parsed, reporter.progress)
         if groups:
             # By name, as below: a look at a file does without.
-            families.append(importlib.import_module("prunectl.channels.groups").groups(model))
+            origin = importlib.import_module("prunectl.training.network").Origin(
+                build, custom_objects, is_trusted=trust, inputs=tuple(inputs or ())
+            )
+            families.append(importlib.import_module("prunectl.channels.groups").groups(model, origin))
         if sensitivity:
             suffering.append(_measured(model, asked, layers=layers, is_trusted=trust, meter=reporter.progress))
         return found
@@ -100,7 +107,9 @@ def _check(ctx: typer.Context) -> None:
     said = ctx.params
     if said["data"] and not said["sensitivity"]:
         raise UsageError("inspect looks at data for --sensitivity only", hint="add --sensitivity, or leave out --data")
-    typed = [name for name in _ABOUT_DATA if is_typed(ctx, name)]
+    if said["inputs"] and not said["groups"]:
+        raise UsageError("--input is about channels", hint="add --groups, or leave out --input")
+    typed = [name for name in _ABOUT_DATA if is_typed(ctx, name) and not (said["groups"] and name in _OPENING)]
     if typed and not said["data"]:
         word = "model" if typed[0] == "build" else typed[0].replace("_", "-")
         raise UsageError(f"--{word} is about data, and there is none", hint="such as --sensitivity --data train.npz")

@@ -19,7 +19,7 @@ from prunectl.reporting.reporter import Reporter
 _much = panel("How much")
 _which = panel("Which weights")
 _later = panel("Wrappers for later training")
-_cut = panel("Channels (--pattern channel, ONNX)")
+_cut = panel("Channels (--pattern channel)")
 _data = panel("With data")
 
 
@@ -47,6 +47,7 @@ def prune(
     max_ratio: Annotated[str, _cut(metavar="RATIO", help="No layer loses more than this.")] = "",
     params: Annotated[str, _cut(metavar="-R|N", help="So many parameters less, -50%, or left, 1.5M.")] = "",
     flops: Annotated[str, _cut(metavar="-R|N", help="The same of operations.")] = "",
+    latency: Annotated[bool, _cut("--latency", help="Time both networks in their runtime.")] = False,
     dead: Annotated[bool, _cut("--dead", help="Only channels that make no difference.")] = False,
     data: Annotated[str, _data(metavar="SPEC", help="What strategies that look at data look at: train.npz …")] = "",
     samples: Annotated[int, _data(help="How many examples of it.", min=1)] = 128,
@@ -56,6 +57,7 @@ def prune(
     build: Annotated[str, _data("--model", metavar="MOD:FN", help="Builds the model, for weights alone.")] = "",
     custom_objects: Annotated[str, _data(metavar="MOD:DICT", help="Explains custom Keras layers.")] = "",
     trust: Annotated[bool, _data("--trust", help="Let code that comes with the file run.")] = False,
+    inputs: Annotated[list[str] | None, _cut("--input", metavar="SHAPE", help="What goes in: 1,3,224,224 …")] = None,
     wrap: Annotated[bool, _later("--wrap", help="Write the framework's pruning wrappers.")] = False,
     schedule: Annotated[str, _later(metavar="NAME", help="Prune later, along this curve (Keras 2).")] = "",
     schedule_param: Annotated[list[str] | None, _later(metavar="K=V", help="A parameter of the schedule.")] = None,
@@ -80,6 +82,8 @@ def prune(
     [dim]$[/] prunectl prune model.onnx -o fast.onnx --pattern 2:4 --exclude fc2
 
     [dim]$[/] prunectl prune model.onnx -o thin.onnx --pattern channel -s 50%
+
+    [dim]$[/] prunectl prune net.pt -o thin.pt --pattern channel -s 50% --model net.py:Net --input 1,1,8,8
 
     [dim]$[/] prunectl prune model.keras -o small.keras -s 80% --strategy obs --data train.npz --repair
 

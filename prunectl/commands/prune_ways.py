@@ -24,17 +24,20 @@ from prunectl.reporting.words import parse_ratio
 
 Way = Callable[[Path, Output | None], Report]
 _CHANNELS = "channel"
-_LIMITS = ("min_channels", "round_to", "max_ratio", "params", "flops", "dead")
+_LIMITS = ("min_channels", "round_to", "max_ratio", "params", "flops", "dead", "latency")
 
 
 def way_of(ctx: typer.Context, asked: Request) -> Way:
     """Return the way that was asked for, and refuse what does not go with it before a file is opened."""
     said = ctx.params
-    wrappers = wrappers_of(ctx, looks_at_data=bool(asked.data))
-    if asked.pattern == _CHANNELS:
+    is_cut = asked.pattern == _CHANNELS
+    if is_cut:
         _refuse(said, ("wrap", "schedule", "manifest"), "does not go with channels that are cut out")
+    # A network that is cut is opened, as one that looks at data is.
+    wrappers = wrappers_of(ctx, looks_at_data=is_cut or bool(asked.data))
+    if is_cut:
         return partial(_channels, asked, said)
-    _refuse(said, _LIMITS, "is about channels: add --pattern channel")
+    _refuse(said, (*_LIMITS, "inputs"), "is about channels: add --pattern channel")
     requests.check(asked)
     if wrappers is not None:
         return partial(_wrapped, asked, wrappers)
@@ -44,11 +47,13 @@ def way_of(ctx: typer.Context, asked: Request) -> Way:
 def _refuse(said: dict[str, Any], names: tuple[str, ...], why: str) -> None:
     for name in names:
         if said[name]:
-            raise UsageError(f"--{name.replace('_', '-')} {why}")
+            word = "input" if name == "inputs" else name.replace("_", "-")
+            raise UsageError(f"--{word} {why}")
 
 
 def _channels(asked: Request, said: dict[str, Any], path: Path, place: Output | None) -> Report:
     limits = {name: said[name] for name in _LIMITS if said[name]}
+    limits["has_latency"] = limits.pop("latency", False)
     if "max_ratio" in limits:
         limits["max_ratio"] = parse_ratio(limits["max_ratio"])
     found = _named("prunectl.channels.prune:prune_channels")(path, asked, place, is_trusted=said["trust"], **limits)

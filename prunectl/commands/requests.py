@@ -54,6 +54,7 @@ def request_of(ctx: typer.Context, recipe: Path | None) -> Request:
         loss=said["loss"],
         model=said["build"],
         custom_objects=said["custom_objects"],
+        inputs=tuple(said["inputs"] or ()),
         is_repaired=said["repair"],
     )
 

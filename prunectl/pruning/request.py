@@ -51,6 +51,8 @@ class Request:
     model: str = ""
     """What builds the model, for weights alone."""
     custom_objects: str = ""
+    inputs: tuple[str, ...] = ()
+    """Shapes of what goes in, where a network has to be run and its file does not say them."""
     is_repaired: bool = False
     """Whether the weights that stay are fitted anew to make up for those that go."""
 

@@ -58,6 +58,8 @@ class Origin:
     is_trusted: bool = False
     """Whether code that comes with the file may run."""
     seed: int = 0
+    inputs: tuple[str, ...] = ()
+    """Shapes of what goes in, `1,3,224,224`, where it has to be run and nothing says them."""
 
 
 class Network(Protocol):

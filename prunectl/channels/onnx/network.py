@@ -24,7 +24,11 @@ from prunectl.training.network import Origin
 
 def read(model: ModelFile, origin: Origin) -> OnnxSource:
     """Return the network of an ONNX file, which needs nothing else."""
-    for word, said in (("--model", origin.model), ("--custom-objects", origin.custom_objects)):
+    for word, said in (
+        ("--model", origin.model),
+        ("--custom-objects", origin.custom_objects),
+        ("--input", origin.inputs),
+    ):
         if said:
             raise UsageError(
                 f"{word} does not go with an ONNX file, which says all by itself", hint=f"leave out {word}"

@@ -1,0 +1,1 @@
+"""A network written as Python: a class that takes the weights of a file, and needs nothing but torch."""

@@ -1,0 +1,128 @@
+"""A network of PyTorch that can be cut: a program that torch.export made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prunectl.channels.after import After
+from prunectl.channels.graph import Graph
+from prunectl.channels.source import Feeds, Removed, Runner
+from prunectl.channels.torch.checkpoint import Change, kept_of
+from prunectl.channels.torch.cut import attribute, axes_of, cut
+from prunectl.channels.torch.inputs import random_like
+from prunectl.channels.torch.opening import Opened, opened
+from prunectl.channels.torch.program import write_program
+from prunectl.channels.torch.read import graph_of
+from prunectl.channels.torch.run import Network, outcome
+from prunectl.channels.torch.weights import beside, class_of, load, parameters, write_weights
+from prunectl.errors import UsageError
+from prunectl.formats.base import Array, ModelFile
+from prunectl.training.network import Origin
+from prunectl.training.torch.arrays import to_numpy, to_torch
+
+
+def read(model: ModelFile, origin: Origin) -> TorchSource:
+    """Return the network of a file of PyTorch, with what builds it where the file holds weights alone."""
+    if origin.custom_objects:
+        raise UsageError("--custom-objects explains layers of Keras", hint="leave out --custom-objects")
+    return TorchSource(model, opened(model, origin))
+
+
+class TorchSource:
+    """A network of PyTorch, as cutting sees it."""
+
+    def __init__(self, model: ModelFile, found: Opened) -> None:
+        self._model = model
+        self._opened = found
+        self._graph = graph_of(model, found)
+        self._change = Change({}, {})
+
+    @property
+    def graph(self) -> Graph:
+        """What can be followed; weights are called what the file calls them."""
+        return self._graph
+
+    @property
+    def copies(self) -> Mapping[str, str]:
+        """Nothing: every weight in the graph is one of the file."""
+        return {}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is written in place of a module."""
+        if self._is_program:
+            return ()
+        held = "The file holds weights alone now; the" if self._opened.holds_module else "The"
+        batch = len(self._opened.light[0])
+        more = f", for {batch} at a time, as its steps name this number" if batch > 1 else ""
+        return (f"{held} class {class_of(self._opened)} that takes them is beside it{more}.",)
+
+    def beside(self, target: Path) -> tuple[Path, ...]:
+        """Return where the class goes."""
+        return () if self._is_program else (beside(target),)
+
+    @cached_property
+    def followers(self) -> Mapping[str, str]:
+        """Second names of shared weights, and what optimizers keep of each."""
+        found = dict(self._opened.aliases)
+        if not self._is_program and not self._opened.holds_module and self._model.format != "safetensors":
+            shapes = {tensor.name: tensor.shape for tensor in self._model.tensors}
+            root = load(self._model, self._opened)
+            found |= kept_of(root, parameters(self._opened), shapes, str(self._model.path))
+        return {name: self._opened.aliases.get(of, of) for name, of in found.items()}
+
+    @property
+    def _is_program(self) -> bool:
+        return self._model.format == "torch-export"
+
+    def cut(self, removed: Removed, after: After, weights: Mapping[str, Array]) -> Network:
+        """Return the smaller program."""
+        self._change = Change(axes_of(removed), weights)
+        return cut(self._opened, self._change.axes, after, self.with_weights(weights).values)
+
+    def with_weights(self, weights: Mapping[str, Array]) -> Network:
+        """Return the program, some of its numbers replaced."""
+        values = {}
+        for name, of in self._opened.names.items():
+            found = weights.get(self._opened.aliases.get(of, of))
+            if found is not None:
+                values[name] = to_torch(found).to(attribute(self._opened.module, name).dtype)
+        return Network(self._opened.module, values)
+
+    def feeds(self, random: np.random.Generator) -> Feeds:
+        """Return random inputs."""
+        generator = torch.Generator().manual_seed(int(random.integers(1 << 62)))
+        used = zip(self.graph.inputs, self._opened.light, strict=True)
+        return {name: to_numpy(random_like(example, generator)) for name, example in used}
+
+    def runner(self, network: Network, shown: Iterable[str]) -> Runner:
+        """Return what PyTorch makes of a program, step by step."""
+        names = tuple(shown)
+
+        def run(feeds: Feeds) -> list[Any]:
+            seen: dict[str, torch.Tensor] = {}
+
+            def see(name: str, value: Any) -> None:
+                if name in names:
+                    # A later step may work in place.
+                    seen[name] = value.clone()
+
+            found = outcome(network, [to_torch(feeds[name]) for name in self.graph.inputs], see)
+            return [to_numpy(one) for one in (*found, *(seen[name] for name in names))]
+
+        return run
+
+    def write(self, network: Network, folder: Path, target: Path) -> Path:
+        """Write a program as a program, all else as weights with a class beside them that takes them."""
+        if self._is_program:
+            return write_program(self._opened, network, folder / target.name)
+        axes, numbers = self._change.axes, self._change.numbers
+        axes = {**axes, **{name: axes[of] for name, of in self.followers.items() if of in axes}}
+        numbers = {**numbers, **{name: numbers[of] for name, of in self._opened.aliases.items() if of in numbers}}
+        return write_weights(self._model, self._opened, network, Change(axes, numbers), folder, target=target)

@@ -1,0 +1,94 @@
+"""What cannot be cut is said in a sentence, and nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prunectl.channels.groups import groups
+from prunectl.channels.prune import prune_channels
+from prunectl.errors import InputError, UsageError
+from prunectl.formats.table import open_model
+from prunectl.pruning.output import Output
+from prunectl.pruning.request import Request
+from prunectl.training.network import Origin
+from tests.channels import nets
+from tests.channels.nets import F, nn, torch
+from tests.channels.torch import nets as more
+from tests.channels.torch.cutting import cut, exported, saved
+from tests.running import prunectl
+
+
+@pytest.mark.parametrize(
+    ("asked", "said", "hint"),
+    [
+        ({"model": "tests.channels.nets:Vgg", "inputs": ()}, "does not say what goes into it", "--input 1,3,224,224"),
+        ({"model": "tests.channels.nets:Vgg", "inputs": ("1,3,x",)}, "is no shape", "1,3,224,224"),
+        ({"model": "tests.channels.nets:Vgg", "inputs": ("1,3:f8",)}, "no type of number", "known: f32"),
+        ({"model": "tests.channels.nets:Vgg", "inputs": ("1,4,16,16",)}, "cannot be run on 1x4x16x16", "--input"),
+        ({}, "nothing says how they are connected", "--model"),
+        ({"model": "tests.channels.nets:Vgg", "custom_objects": "x:Y"}, "layers of Keras", "leave out"),
+    ],
+)
+def test_what_is_missing_is_asked_for(asked: dict[str, Any], said: str, hint: str, tmp_path: Path) -> None:
+    path = saved(nets.built(nets.Vgg), tmp_path / "net.pt")
+    with pytest.raises(UsageError, match=said) as error:
+        cut(path, tmp_path / "small.pt", **asked)
+    assert hint in error.value.hint
+    assert [child.name for child in tmp_path.iterdir()] == ["net.pt"]
+
+
+def test_steps_that_depend_on_the_numbers_cannot_be_followed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = saved(more.Endless(), tmp_path / "net.pt")
+    with pytest.raises(InputError, match="cannot be followed"):
+        cut(path, tmp_path / "small.pt", model=f"{more.__name__}:Endless", inputs=("1,4",))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_program_needs_neither_code_nor_shapes(tmp_path: Path) -> None:
+    path = exported(nets.built(nets.Vgg), tmp_path / "net.pt2", torch.randn(2, 3, 16, 16))
+    for asked in ({"model": "tests.channels.nets:Vgg", "inputs": ()}, {}):
+        with pytest.raises(UsageError, match="says all by itself"):
+            cut(path, tmp_path / "small.pt2", **asked)
+
+
+class Odd(nn.Module):
+    """An operation of which nothing is known stands between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x: Any) -> Any:
+        x = self.two(F.local_response_norm(torch.sort(self.one(x), 1).values, 2))
+        return self.head(x.mean((2, 3)))
+
+
+def test_what_is_not_known_locks_and_is_named(tmp_path: Path) -> None:
+    path = saved(Odd(), tmp_path / "net.pt")
+    found = groups(open_model(path), Origin(f"{__name__}:Odd", inputs=("1,3,8,8",)))
+    locks = {family.name: family.reason for family in found.families}
+    assert locks["one.weight"] == "sort sort"
+    assert locks["two.weight"] == ""
+    assert (found.channels, found.free) == (19, 6)
+
+
+def test_the_command_says_what_it_did_and_where(tmp_path: Path) -> None:
+    path, output = saved(nets.built(nets.Vgg), tmp_path / "net.pt"), tmp_path / "small.pt"
+    words = ("--model", "tests.channels.nets:Vgg", "--input", "1,3,16,16")
+    done = prunectl("prune", path, "-o", output, "--pattern", "channel", "-s", "50%", *words)
+    assert done.code == 0
+    assert "The class Vgg that takes them is beside it" in done.err
+    assert ["head.3.weight", "5x20", "5x10", "100", "50", "0.5"] in done.rows
+    no_channels = prunectl("prune", path, "-o", tmp_path / "x.pt", "-s", "50%", "--input", "1,3,16,16")
+    assert (no_channels.code, "--input is about channels" in no_channels.err) == (2, True)
+    assert prunectl("inspect", path, "--input", "1,3,16,16").code == 2
+
+
+def test_two_files_do_not_fit_through_a_pipe(tmp_path: Path) -> None:
+    path = saved(nets.built(nets.Vgg), tmp_path / "net.pt")
+    request = Request(sparsity=0.5, pattern="channel", model="tests.channels.nets:Vgg", inputs=("1,3,16,16",))
+    with pytest.raises(UsageError, match="more than one file"):
+        prune_channels(path, request, Output(tmp_path / "standard-output.pt", is_stream=True))
