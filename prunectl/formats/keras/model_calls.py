@@ -14,7 +14,7 @@ from prunectl.formats.keras.shapes import shape_in, shapes_in
 from prunectl.formats.lengths import Shape
 
 _NOWHERE = Scope()
-_SHAPE_KEYS = ("batch_input_shape", "batch_shape")
+SHAPE_KEYS = ("batch_input_shape", "batch_shape")
 
 
 def run(caller: Caller, found: Mapping[str, Any], inputs: Shapes, scope: Scope = _NOWHERE) -> Shapes:
@@ -26,20 +26,20 @@ def run(caller: Caller, found: Mapping[str, Any], inputs: Shapes, scope: Scope =
 def _sequence(caller: Caller, found: Mapping[str, Any], inputs: Shapes, scope: Scope) -> Shapes:
     layers = caller.layers_in(found)
     caller.charge(len(layers))
-    current = inputs if inputs and inputs[0] is not None else (_first_shape(caller, found, layers),)
+    current = inputs if inputs and inputs[0] is not None else (first_shape(caller, found, layers),)
     for layer in layers:
         if layer.get("class_name") != "InputLayer":
             current = caller.call(layer, current, {}, scope)
     return current
 
 
-def _first_shape(caller: Caller, found: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> Shape | None:
+def first_shape(caller: Caller, found: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> Shape | None:
     """Return the shape of what a model takes, wherever it says so."""
     config = part(layers[0], "config") if layers else {}
-    said = [config.get(key) for key in _SHAPE_KEYS]
+    said = [config.get(key) for key in SHAPE_KEYS]
     # Of nested models the first layer knows.
     inner = caller.layers_in(layers[0]) if layers else ()
-    said += [part(inner[0], "config").get(key) for key in _SHAPE_KEYS] if inner else []
+    said += [part(inner[0], "config").get(key) for key in SHAPE_KEYS] if inner else []
     said += [part(found, "config").get("build_input_shape"), part(found, "build_config").get("input_shape")]
     width = config.get("input_dim")
     if type(width) is int and layers[0].get("class_name") != "Embedding":
@@ -49,14 +49,14 @@ def _first_shape(caller: Caller, found: Mapping[str, Any], layers: Sequence[Mapp
 
 def _graph(caller: Caller, found: Mapping[str, Any], inputs: Shapes, scope: Scope) -> Shapes:
     every = {(call.layer, call.node): call for call in caller.calls_in(found)}
-    resolve = _Resolver(every)
+    resolve = Resolver(every)
     given = dict(zip((source.layer for source in ends(found, "input_layers")), inputs, strict=False))
     made: dict[tuple[str, int], Shapes] = {}
-    for call in _ordered(every, resolve):
+    for call in ordered(every, resolve):
         if call.found.get("class_name") == "InputLayer":
             config = part(call.found, "config")
             own = next(
-                (shape for key in _SHAPE_KEYS for shape in shapes_in(config.get(key)) if shape is not None), None
+                (shape for key in SHAPE_KEYS for shape in shapes_in(config.get(key)) if shape is not None), None
             )
             shape = given.get(call.layer)
             made[call.layer, call.node] = (own if shape is None else shape,)
@@ -67,13 +67,13 @@ def _graph(caller: Caller, found: Mapping[str, Any], inputs: Shapes, scope: Scop
     return tuple(_shape(source, made, resolve) for source in ends(found, "output_layers"))
 
 
-def _shape(source: Source, made: Mapping[tuple[str, int], Shapes], resolve: _Resolver) -> Shape | None:
+def _shape(source: Source, made: Mapping[tuple[str, int], Shapes], resolve: Resolver) -> Shape | None:
     outputs = made.get(resolve.key(source), ())
     found = outputs[source.tensor] if source.tensor < len(outputs) else None
     return source.shape if found is None else found
 
 
-class _Resolver:
+class Resolver:
     """Finds the call that a source means."""
 
     def __init__(self, every: Mapping[tuple[str, int], Call]) -> None:
@@ -93,7 +93,7 @@ class _Resolver:
         return found if found in self._every else (source.layer, 0)
 
 
-def _ordered(every: Mapping[tuple[str, int], Call], resolve: _Resolver) -> list[Call]:
+def ordered(every: Mapping[tuple[str, int], Call], resolve: Resolver) -> list[Call]:
     """Return the calls, each behind those whose outputs it takes; what goes in a circle comes last."""
     needed_by: defaultdict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)
     waiting: dict[tuple[str, int], int] = {}

@@ -1,0 +1,1 @@
+"""Channels in files of Keras: the configuration is the graph."""

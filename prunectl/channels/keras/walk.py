@@ -1,0 +1,222 @@
+"""Follows a Keras configuration call by call, models inside models too, and puts each into a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prunectl.channels.graph import Kind
+from prunectl.channels.keras.bind import Leaves
+from prunectl.channels.keras.called import Called, whole
+from prunectl.channels.keras.constants import has_lists
+from prunectl.channels.keras.kinds import FUNCTION, KINDS, row
+from prunectl.channels.keras.net import Met, Net, Shape
+from prunectl.channels.keras.spots import ROOT, Located, Spot, is_operation
+from prunectl.errors import InputError
+from prunectl.formats.keras import recurrent, rules
+from prunectl.formats.keras.config import part, text
+from prunectl.formats.keras.dialect import modern_kind, modern_settings
+from prunectl.formats.keras.inbound import Call, Source, ends, name_of
+from prunectl.formats.keras.layer_calls import Caller
+from prunectl.formats.keras.model_calls import SHAPE_KEYS, Resolver, first_shape, ordered
+from prunectl.formats.keras.shapes import UnknownShapeError, shape_in
+from prunectl.formats.keras.step import Step
+
+_FUNCTIONS = frozenset({"TFOpLambda", "TensorFlowOpLayer"})
+_MAX_DEPTH = 40
+_DEFAULT_DTYPE = "float32"
+
+
+class Walker:
+    """Calls layers on values."""
+
+    def __init__(
+        self, net: Net, caller: Caller, layers: Sequence[Located], leaves: Mapping[Spot, Leaves], length: int
+    ) -> None:
+        self._net, self._caller = net, caller
+        self._located = {id(one.found): one for one in layers}
+        self._leaves = leaves
+        self._length = length
+        """What open axes are taken to be long."""
+        self.is_open = False
+        """Whether there are any."""
+
+    def model(self, found: Mapping[str, Any], inputs: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
+        """Return what a model gives; without inputs, it has its own."""
+        if len(names) > _MAX_DEPTH:
+            raise InputError(f"a model is nested deeper than {_MAX_DEPTH} models")
+        is_graph = any(layer.get("inbound_nodes") for layer in self._caller.layers_in(found))
+        return self._graph(found, inputs, names) if is_graph else self._sequence(found, inputs, names)
+
+    def _sequence(self, found: Mapping[str, Any], inputs: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
+        layers = self._caller.layers_in(found)
+        self._caller.charge(len(layers))
+        current = inputs or (self._first(found, layers, names),)
+        for layer in layers:
+            if layer.get("class_name") == "InputLayer":
+                self._meet(layer, current, current)
+            else:
+                current = self._call(layer, current, names, ())
+        return current
+
+    def _first(self, found: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], names: tuple[str, ...]) -> str:
+        shape = first_shape(self._caller, found, layers)
+        if shape is None:
+            raise InputError(
+                "the configuration does not say the shape of its input",
+                hint="load it in Keras, call build() and save it again",
+            )
+        first = layers[0] if layers else found
+        name = name_of(first) if first.get("class_name") == "InputLayer" else f"{name_of(first)}_input"
+        return self._input("/".join((*names, name)), shape, first)
+
+    def _input(self, name: str, shape: Sequence[int | None], found: Mapping[str, Any]) -> str:
+        whole: Shape = (1, *(self._length if length is None else length for length in shape))
+        self.is_open |= None in shape
+        value = self._net.fresh(name, whole)
+        said = part(found, "config").get("dtype")
+        self._net.inputs[value] = said if isinstance(said, str) else _DEFAULT_DTYPE
+        return value
+
+    def _graph(self, model: Mapping[str, Any], inputs: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
+        every = {(call.layer, call.node): call for call in self._caller.calls_in(model)}
+        resolve = Resolver(every)
+        given = dict(zip((source.layer for source in ends(model, "input_layers")), inputs, strict=False))
+        made: dict[tuple[str, int], tuple[str, ...]] = {}
+        spot = self._spot(model)
+
+        def value(source: Source) -> str:
+            outputs = made.get(resolve.key(source), ())
+            if source.tensor >= len(outputs):
+                raise InputError(f"the configuration refers to {source.layer}, which gives nothing there")
+            found = outputs[source.tensor]
+            self._net.said[spot, source.layer, source.node, source.tensor] = found
+            if found not in self._net.shapes and source.shape is not None and None not in source.shape:
+                # Keras 3 says the shape of what a layer gives that nothing is known of.
+                self._net.shapes[found] = whole(source.shape, 1)
+            return found
+
+        for call in ordered(every, resolve):
+            if call.found.get("class_name") == "InputLayer":
+                own = given.get(call.layer) or self._own_input(call, names)
+                self._meet(call.found, (own,), (own,))
+                made[call.layer, call.node] = (own,)
+                continue
+            taken = tuple(value(source) for source in call.sources)
+            nodes = call.found.get("inbound_nodes")
+            raw = nodes[call.node] if isinstance(nodes, list) and call.node < len(nodes) else ()
+            words = tuple(call.keywords)
+            made[call.layer, call.node] = self._call(call.found, taken, names, raw, words)
+        if not names:
+            first = [made[resolve.key(source)][0] for source in ends(model, "input_layers")]
+            self._net.inputs = {own: self._net.inputs[own] for own in (*first, *self._net.inputs)}
+        return tuple(value(source) for source in ends(model, "output_layers"))
+
+    def _own_input(self, call: Call, names: tuple[str, ...]) -> str:
+        config = part(call.found, "config")
+        shape = next((shape for key in SHAPE_KEYS if (shape := shape_in(config.get(key))) is not None), None)
+        if shape is None:
+            raise InputError(f"the configuration does not say the shape of its input {call.layer}")
+        return self._input("/".join((*names, call.layer)), shape, call.found)
+
+    def _call(
+        self,
+        found: Mapping[str, Any],
+        inputs: tuple[str, ...],
+        names: tuple[str, ...],
+        raw: Any,
+        words: tuple[str, ...] = (),
+    ) -> tuple[str, ...]:
+        self._caller.charge(1 + len(inputs))
+        inner = (*names, name_of(found))
+        if self._caller.layers_in(found) and not words:
+            outputs = self.model(found, inputs, inner)
+        elif text(found, "class_name") == "TimeDistributed" and not words and len(inputs) == 1:
+            outputs = self._each(found, inputs[0], inner)
+        else:
+            outputs = self._layer(found, inputs, inner, raw, words)
+        self._meet(found, inputs, outputs)
+        return outputs
+
+    def _each(self, found: Mapping[str, Any], value: str, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Call a layer on every step in time, as if the steps were examples."""
+        shape = self._net.shapes.get(value)
+        inner = part(part(found, "config"), "layer")
+        if shape is None or len(shape) < 3:
+            return self._unknown(found, (value,), names, (None,))
+        name = "/".join(names)
+        (steps,) = self._net.add(name, "TimeDistributed", Kind.RESHAPE, (value,), (shape[1:],))
+        outputs = self._call(inner, (steps,), names, ())
+        back: list[str] = []
+        for one in outputs:
+            each = self._net.shapes.get(one)
+            if each is None or each[0] != shape[1]:
+                return self._unknown(found, outputs, names, tuple(None for _ in outputs))
+            back += self._net.add(name, "TimeDistributed", Kind.RESHAPE, (one,), ((1, *each),))
+        return tuple(back)
+
+    def _layer(
+        self,
+        found: Mapping[str, Any],
+        inputs: tuple[str, ...],
+        names: tuple[str, ...],
+        raw: Any,
+        words: tuple[str, ...],
+    ) -> tuple[str, ...]:
+        step, is_function = self._step(found, inputs, words, raw)
+        follow = KINDS[FUNCTION] if is_function else None if words else row(found, step.kind)
+        spot = self._spot(found)
+        call = Called(self._net, names, step, inputs, self._leaves.get(spot, {}))
+        if follow is not None:
+            try:
+                with self._net.undone_on_failure():
+                    since = len(self._net.nodes)
+                    return (self._net.renamed(follow(call), call.name, since),)
+            except (UnknownShapeError, LookupError):
+                pass
+        made = rules.output(step)
+        shapes = recurrent.outputs(step, made) if recurrent.is_recurrent(step.kind) else (made,)
+        return self._unknown(found, inputs, names, tuple(self._whole(shape, inputs) for shape in shapes))
+
+    def _step(
+        self, found: Mapping[str, Any], inputs: tuple[str, ...], words: tuple[str, ...], raw: Any
+    ) -> tuple[Step, bool]:
+        """Return a call in the words of Keras 2, and whether it is a bare function."""
+        kind = modern_kind(text(found, "class_name"))
+        config = part(found, "config")
+        several = [self._net.shapes.get(value) for value in inputs]
+        shapes = tuple(None if shape is None else shape[1:] for shape in several)
+        count = len(shapes) - len(words)
+        keywords = dict(zip(words, shapes[count:], strict=True))
+        if is_operation(found) or kind in _FUNCTIONS:
+            function = text(config, "function") or text(part(config, "node_def"), "op") or kind
+            facts = {"function": function, "has_lists": has_lists(raw) or has_lists(config.get("constants"))}
+            return Step(function if kind in _FUNCTIONS else kind, facts, shapes[:count], keywords), True
+        return Step(kind, modern_settings(kind, config), shapes[:count], keywords), False
+
+    def _unknown(
+        self,
+        found: Mapping[str, Any],
+        inputs: tuple[str, ...],
+        names: tuple[str, ...],
+        shapes: tuple[Shape | None, ...],
+    ) -> tuple[str, ...]:
+        # Weights that another call of the layer understands are used here in a way that it does not know.
+        self._net.uses.update(tensor.name for tensor in self._leaves.get(self._spot(found), {}).values())
+        kind = modern_kind(text(found, "class_name"))
+        return self._net.add("/".join(names), kind.rpartition(">")[2], Kind.UNKNOWN, inputs, shapes)
+
+    def _meet(self, found: Mapping[str, Any], inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+        spot = self._spot(found)
+        self._net.met.append(Met(spot, inputs, outputs, self._leaves.get(spot, {})))
+
+    def _spot(self, found: Mapping[str, Any]) -> Spot:
+        one = self._located.get(id(found))
+        return ROOT if one is None else one.spot
+
+    def _whole(self, shape: Sequence[int | None] | None, inputs: tuple[str, ...]) -> Shape | None:
+        batch = self._net.shapes.get(inputs[0], (1,))[0] if inputs else 1
+        try:
+            return None if shape is None else whole(shape, batch)
+        except UnknownShapeError:
+            return None

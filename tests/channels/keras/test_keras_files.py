@@ -1,0 +1,273 @@
+"""Channels cut out of Keras files: what is refused, what is locked, and what else stands in the file."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from prunectl.channels import proof
+from prunectl.channels.groups import groups
+from prunectl.channels.keras import network
+from prunectl.errors import InputError, UsageError, WorkError
+from prunectl.formats.table import open_model
+from prunectl.pruning.output import Output
+from prunectl.training.finetune import finetune
+from prunectl.training.network import Means, Origin
+from prunectl.training.request import Keep, Request
+from tests.channels.keras.nets import LIBRARIES, filled, keras, nested, residual, tf_keras
+from tests.channels.keras.test_keras_nets import cut, short
+from tests.running import FIXTURES
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+DATA = f"{FIXTURES / 'digits.npz'}?limit=100"
+
+
+def locks(path: Path) -> dict[str, str]:
+    return {family.name: family.reason for family in groups(open_model(path)).families if family.reason}
+
+
+def saved(model: Any, path: Path) -> Path:
+    model.save(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["digits_cnn.h5", "digits_cnn.keras", "chunked_and_gzipped.h5", "deflated.keras"])
+def test_the_digits_network_loses_half_of_its_channels(name: str, tmp_path: Path) -> None:
+    path, output = FIXTURES / name, tmp_path / name
+    before = path.read_bytes()
+    found = cut(path, output)
+    assert path.read_bytes() == before
+    assert found.dropped * 2 == found.channels
+    old, new = open_model(path), open_model(output)
+    assert new.about.is_compressed == old.about.is_compressed
+    assert (new.about.producer, new.about.training, new.about.optimizer) == (
+        old.about.producer,
+        old.about.training,
+        old.about.optimizer,
+    )
+    library = tf_keras if "keras 2" in old.about.producer else keras
+    assert library.models.load_model(output).count_params() == found.after.params.total
+
+
+def test_nothing_but_numbers_of_channels_changes_in_the_configuration(tmp_path: Path) -> None:
+    path, output = saved(nested(keras), tmp_path / "net.keras"), tmp_path / "small.keras"
+    cut(path, output)
+    texts = []
+    for file in (path, output):
+        with zipfile.ZipFile(file) as archive:
+            texts.append(json.loads(archive.read("config.json")))
+            kept = archive.read("metadata.json")
+    with zipfile.ZipFile(path) as archive:
+        assert archive.read("metadata.json") == kept
+    differing = dict(_differences(*texts))
+    assert {key[-1] for key in differing} <= {"filters", "units", 0, 1, 2, 3}
+    assert set(differing.values()) == {(8, 4), (12, 6)}
+    again = keras.models.load_model(output)
+    assert json.loads(again.to_json())["config"].keys() == texts[1]["config"].keys()
+
+
+def _differences(one: Any, other: Any, *way: Any) -> Any:
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        for key in one:
+            yield from _differences(one[key], other[key], *way, key)
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            yield from _differences(*pair, *way, number)
+    elif one != other:
+        yield way, (one, other)
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".keras"])
+@pytest.mark.parametrize("which", LIBRARIES)
+def test_what_the_optimizer_knows_of_a_weight_is_cut_with_it(which: str, suffix: str, tmp_path: Path) -> None:
+    library = LIBRARIES[which]
+    of = library.layers
+    layers = [library.Input((6, 6, 2)), of.Conv2D(6, 3, name="one"), of.BatchNormalization(name="norm"), of.ReLU()]
+    layers += [of.Conv2D(4, 1, name="two"), of.Flatten(), of.Dense(3, name="last")]
+    model = filled(library.Sequential(layers, name="net"))
+    model.compile(library.optimizers.Adam(0.01), library.losses.MeanSquaredError(), run_eagerly=True)
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(8, 6, 6, 2)), random.normal(size=(8, 3))
+    model.fit(x, y, verbose=0)
+    path, output = saved(model, tmp_path / f"net{suffix}"), tmp_path / f"small{suffix}"
+    found = cut(path, output)
+    small = library.models.load_model(output)
+    if which == "three" and suffix == ".h5":
+        # Keras 3 writes the state, but does not read it.
+        old, new = _slots_in(path, model), _slots_in(output, model)
+        small.compile("adam", "mse", run_eagerly=True)
+    else:
+        old, new = _slots(model), _slots(small)
+    assert old.keys() == new.keys()
+    assert len(old) == 2 * len(model.trainable_variables)
+    gone = {
+        (member.place.tensor.removesuffix(":0"), member.place.axis): set[int]()
+        for loss in found.losses
+        for group in loss.family.groups
+        for member in group.members
+    }
+    for loss in found.losses:
+        for number in loss.dropped:
+            for member in loss.family.groups[number].members:
+                gone[member.place.tensor.removesuffix(":0"), member.place.axis].update(member.indices)
+    for (variable, kind), value in old.items():
+        left = value
+        for (tensor, axis), indices in gone.items():
+            if tensor.split("/")[-2:] == variable.split("/")[-2:]:
+                left = np.delete(left, sorted(indices), axis)
+        np.testing.assert_array_equal(new[variable, kind], left, f"{variable} {kind}")
+    assert np.isfinite(small.fit(x, y, verbose=0).history["loss"][0])
+
+
+def _slots_in(path: Path, model: Any) -> dict[tuple[str, str], Any]:
+    """The same, as it stands in a file of Keras 3."""
+    with h5py.File(path) as file:
+        return {
+            (one.path, kind): file[f"optimizer_weights/adam/{one.path.replace('/', '_')}_{kind}"][()]
+            for one in model.trainable_variables
+            for kind in ("momentum", "velocity")
+        }
+
+
+def _slots(model: Any) -> dict[tuple[str, str], Any]:
+    """What Adam keeps, by the name of the variable and of what it is."""
+    optimizer = model.optimizer
+    kinds = {"m": optimizer._momentums, "v": optimizer._velocities}
+    paths = [getattr(one, "path", one.name).removesuffix(":0") for one in model.trainable_variables]
+    named = ["/".join(path.split("/")[-2:]) for path in paths]
+    return {
+        (name, kind): np.array(slot) for kind, slots in kinds.items() for name, slot in zip(named, slots, strict=True)
+    }
+
+
+def test_an_optimizer_of_strangers_is_not_guessed_at(tmp_path: Path) -> None:
+    of = tf_keras.layers
+    model = tf_keras.Sequential([tf_keras.Input((4,)), of.Dense(6, name="in"), of.Dense(2, name="out")])
+    model.compile("adam", "mse", run_eagerly=True)
+    model.fit(np.zeros((2, 4)), np.zeros((2, 2)), verbose=0)
+    path = saved(model, tmp_path / "net.h5")
+    with h5py.File(path, "r+") as file:
+        group = file["optimizer_weights"]
+        names = [str(name) for name in group.attrs["weight_names"]]
+        file.move(f"optimizer_weights/{names[1]}", "optimizer_weights/unheard_of")
+        group.attrs["weight_names"] = [names[0], "unheard_of", *names[2:]]
+    with pytest.raises(WorkError, match="cannot be matched") as caught:
+        cut(path, tmp_path / "small.h5")
+    assert "prunectl strip" in caught.value.hint
+    assert not (tmp_path / "small.h5").exists()
+
+
+def test_a_cut_in_the_wrong_place_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = network.sliced
+
+    def wrong(array: Any, axes: Any) -> Any:
+        return right(array, {axis: (indices + 1) % array.shape[axis] for axis, indices in axes.items()})
+
+    monkeypatch.setattr(network, "sliced", wrong)
+    with pytest.raises(WorkError, match="differs from the original"):
+        cut(FIXTURES / "digits_cnn.keras", tmp_path / "small.keras")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_softmax_at_the_end_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = keras.layers
+    layers = [keras.Input((4,)), of.Dense(8, name="in"), of.Dense(3, activation="softmax", name="out")]
+    path = saved(filled(keras.Sequential(layers)), tmp_path / "net.keras")
+    shown: list[int] = []
+    apart = proof.apart
+
+    def looking(one: Any, other: Any) -> float:
+        shown.append(bool(np.isclose(np.sum(one), 1)))
+        return apart(one, other)
+
+    monkeypatch.setattr(proof, "apart", looking)
+    cut(path, tmp_path / "small.keras")
+    assert shown == [True, False] * proof.RUNS
+
+
+@pytest.mark.parametrize("which", LIBRARIES)
+def test_what_nothing_is_known_of_keeps_its_channels(which: str, tmp_path: Path) -> None:
+    of = LIBRARIES[which].layers
+    i = LIBRARIES[which].Input((6, 8))
+    x = of.Dense(8, name="first")(i)
+    x = of.GaussianNoise(0.1)(of.LayerNormalization(name="layer_norm")(x))
+    x = of.Dense(6, name="free")(x)
+    x = of.Dense(8, name="second")(x)
+    y = of.Dot(axes=2, name="all_pairs")([x, x])
+    path = saved(LIBRARIES[which].Model(i, of.Dense(2, name="last")(of.Flatten()(y))), tmp_path / "net.keras")
+    found = locks(path)
+    reasons = {name.split("/")[0]: reason for name, reason in found.items()}
+    assert reasons.keys() == {"first", "second", "last"}
+    assert "LayerNormalization layer_norm" in reasons["first"]
+    assert "Dot all_pairs" in reasons["second"]
+    assert reasons["last"] == "last is an output of the network"
+    assert short(open_model(path).tensors)["free/kernel"] == (8, 6)
+
+
+def test_a_layer_that_is_also_used_in_a_way_that_is_not_known_stays(tmp_path: Path) -> None:
+    of = keras.layers
+    twice = of.Dense(8, name="twice")
+    i, j = keras.Input((8,)), keras.Input((8,))
+    x = of.Concatenate(axis=0, name="batches")([twice(i), j])
+    model = keras.Model([i, j], of.Dense(2, name="last")(twice(x)))
+    reasons = locks(saved(model, tmp_path / "net.keras"))
+    assert reasons["twice/kernel"]
+
+
+def test_channels_of_one_input_are_open_to_any_size(tmp_path: Path) -> None:
+    of = keras.layers
+    i = keras.Input((None, None, 3))
+    x = of.Conv2D(8, 3, strides=2, name="one")(i)
+    x = of.Conv2D(6, 3, name="two")(of.MaxPooling2D()(x))
+    path = saved(filled(keras.Model(i, of.Dense(2)(of.GlobalMaxPooling2D()(x)))), tmp_path / "net.keras")
+    found = cut(path, tmp_path / "small.keras")
+    assert found.dropped == 7
+    small = keras.models.load_model(tmp_path / "small.keras")
+    assert small.input_shape == (None, None, None, 3)
+    assert small(np.zeros((1, 30, 20, 3))).shape == (1, 2)
+
+
+def test_weights_alone_say_nothing_of_channels(tmp_path: Path) -> None:
+    path = tmp_path / "net.weights.h5"
+    residual(keras).save_weights(path)
+    with pytest.raises(InputError, match="weights alone"):
+        cut(path, tmp_path / "small.weights.h5")
+    with pytest.raises(InputError, match="weights alone"):
+        cut(FIXTURES / "weights_only.h5", tmp_path / "small.h5")
+
+
+def test_layers_in_wrappers_have_to_come_out_first(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="wrappers of tfmot") as caught:
+        cut(FIXTURES / "wrapped_by_tfmot.h5", tmp_path / "small.h5")
+    assert "prunectl strip" in caught.value.hint
+
+
+def test_a_model_of_the_users_own_code_is_not_followed(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--model does not go with"):
+        cut(FIXTURES / "digits_cnn.h5", tmp_path / "small.h5", model="mod:build")
+
+
+def test_a_lambda_is_not_run_unless_it_is_trusted(tmp_path: Path) -> None:
+    of = keras.layers
+    layers = [keras.Input((4,)), of.Dense(8), of.Dense(4), of.Lambda(lambda value: value * 2, output_shape=(4,))]
+    path = saved(keras.Sequential(layers), tmp_path / "net.keras")
+    with pytest.raises(InputError, match="holds code"):
+        cut(path, tmp_path / "small.keras")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["digits_cnn.h5", "digits_cnn.keras"])
+def test_what_is_left_can_be_fine_tuned(name: str, tmp_path: Path) -> None:
+    output = tmp_path / name
+    cut(FIXTURES / name, output)
+    shapes = {tensor.name: tensor.shape for tensor in open_model(output).tensors}
+    request = Request(DATA, means=Means(lr=0.002, device="cpu"), origin=Origin(), epochs=1, keep=Keep.LAST)
+    done = finetune(output, request, Output(tmp_path / f"tuned_{name}"))
+    assert done is not None
+    assert {tensor.name: tensor.shape for tensor in open_model(tmp_path / f"tuned_{name}").tensors} == shapes

@@ -1,0 +1,84 @@
+"""Keras networks of the usual kinds, half of whose channels go: they say what Keras says without these channels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prunectl.channels.prune import CutOut, prune_channels
+from prunectl.formats.table import open_model
+from prunectl.pruning.output import Output
+from prunectl.pruning.request import Request
+from tests.channels.keras.masked import silence
+from tests.channels.keras.nets import LIBRARIES, NETS, arithmetic, filled, mobile, nested, residual, shared
+
+SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
+    "vgg": {"one/kernel": (3, 3, 3, 4), "two/kernel": (3, 3, 4, 6), "wide/kernel": (54, 10), "last/kernel": (10, 5)},
+    "residual": {"stem/kernel": (3, 3, 3, 4), "a/kernel": (3, 3, 4, 3), "down/kernel": (1, 1, 4, 8)},
+    "mobile": {"split/depthwise_kernel": (3, 3, 8, 1), "alone/kernel": (3, 3, 1, 8), "grouped/kernel": (1, 1, 2, 8)},
+    "beside": {"three/kernel": (3, 3, 7, 5), "norm/moving_mean": (12,), "slope/alpha": (1, 1, 12)},
+    "unet": {"up/kernel": (2, 2, 5, 6), "mid/kernel": (3, 3, 15, 4), "last/kernel": (1, 1, 4, 2)},
+    "excite": {"squeeze/kernel": (8, 3), "widen/kernel": (3, 8)},
+    "nested": {"inside/kernel": (3, 3, 4, 4), "hidden/kernel": (4, 6)},
+    "shared": {"twice/kernel": (3, 3, 3, 4), "thin/kernel": (1, 1, 8, 3), "other/kernel": (4, 2)},
+    "words": {"table/embeddings": (30, 6), "line/kernel": (3, 6, 4)},
+    "arithmetic": {"stem/kernel": (3, 3, 3, 4), "side/kernel": (1, 1, 4, 4)},
+}
+
+
+def cut(path: Path, output: Path, **asked: Any) -> CutOut:
+    return prune_channels(path, Request(**{"sparsity": 0.5, "pattern": "channel"} | asked), Output(output))
+
+
+def images(model: Any) -> list[Any]:
+    random = np.random.default_rng(3)
+    shapes = [tuple(2 if length is None else int(length) for length in one.shape) for one in model.inputs]
+    are_words = [str(getattr(one.dtype, "name", one.dtype)).startswith("int") for one in model.inputs]
+    return [
+        random.integers(0, 30, shape).astype("int32") if is_words else random.normal(size=shape).astype("float32")
+        for shape, is_words in zip(shapes, are_words, strict=True)
+    ]
+
+
+def say(model: Any, given: list[Any]) -> list[Any]:
+    made = model(given[0] if len(given) == 1 else given, training=False)
+    return [np.array(one) for one in (made if isinstance(made, list | tuple) else [made])]
+
+
+def short(tensors: Any) -> dict[str, tuple[int, ...]]:
+    return {"/".join(one.name.removesuffix(":0").split("/")[-2:]): one.shape for one in tensors}
+
+
+CASES = [
+    *((kind, "three", ".keras") for kind in NETS),
+    *((kind, "two", ".h5") for kind in NETS if kind in {residual, mobile, nested, shared, arithmetic}),
+    (nested, "two", ".keras"),
+    (nested, "three", ".h5"),
+    (shared, "two", ".keras"),
+    (shared, "three", ".h5"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "which", "suffix"), CASES, ids=[f"{kind.__name__}-{which}{suffix}" for kind, which, suffix in CASES]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_half_of_the_channels_go_and_the_rest_say_the_same(kind: Any, which: str, suffix: str, tmp_path: Path) -> None:
+    keras = LIBRARIES[which]
+    path, output = tmp_path / f"net{suffix}", tmp_path / f"small{suffix}"
+    model = filled(kind(keras))
+    model.save(path)
+    given = images(model)
+    found = cut(path, output)
+    shapes = short(open_model(output).tensors)
+    wanted_shapes = SHAPES[kind.__name__]
+    assert {name: shapes[name] for name in wanted_shapes} == wanted_shapes
+    small = keras.models.load_model(output)
+    assert found.after.params.total == small.count_params()
+    wanted, said = say(silence(model, found), given), say(small, given)
+    for one, other in zip(said, wanted, strict=True):
+        assert np.ptp(other) > 1e-3
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
