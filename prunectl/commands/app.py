@@ -21,6 +21,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("prunectl.commands.check", "Hold models against their budgets; exit code 1 says that one is over."),
     "diff": ("prunectl.commands.diff", "What became of every tensor, also across formats."),
     "verify": ("prunectl.commands.verify", "Hold a pruned file against its manifest and its source."),
+    "init": ("prunectl.commands.init", "Measure the models that are there, and write budgets a little above."),
+    "doctor": ("prunectl.commands.doctor", "What is installed, what works, and what to install for the rest."),
     "plugins": ("prunectl.commands.plugins", "Strategies, schedules, policies and formats, also installed ones."),
 }
 

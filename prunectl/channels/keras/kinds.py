@@ -65,6 +65,7 @@ _OF_APPLICATIONS: Mapping[str, Follow] = {
 def row(found: Mapping[str, Any], kind: str) -> Follow | None:
     """Return what a layer does, unless it is somebody's own class, whatever its name is."""
     module = text(found, "module")
-    if ">" in text(found, "registered_name") or (module and module.split(".")[0] not in _OWN_MODULES):
+    is_own = module.split(".")[0] in _OWN_MODULES if module else ">" not in text(found, "registered_name")
+    if not is_own:
         return None
     return _OF_APPLICATIONS.get(kind) if ".applications." in module else KINDS.get(kind)

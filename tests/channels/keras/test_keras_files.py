@@ -271,3 +271,16 @@ def test_what_is_left_can_be_fine_tuned(name: str, tmp_path: Path) -> None:
     done = finetune(output, request, Output(tmp_path / f"tuned_{name}"))
     assert done is not None
     assert {tensor.name: tensor.shape for tensor in open_model(tmp_path / f"tuned_{name}").tensors} == shapes
+
+
+def test_a_class_of_the_users_own_is_not_taken_for_the_one_of_that_name(tmp_path: Path) -> None:
+    path = saved(nested(keras), tmp_path / "net.keras")
+    other = tmp_path / "other.keras"
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(other, "w") as changed:
+        for name in archive.namelist():
+            text = archive.read(name)
+            changed.writestr(
+                name, text.replace(b'"keras.layers", "class_name": "ReLU"', b'"mine", "class_name": "ReLU"')
+            )
+    assert "stem/kernel" not in locks(path)
+    assert locks(other)["stem/kernel"] == "ReLU stem_relu"

@@ -1,0 +1,151 @@
+"""Holds models against their budgets: one that cannot be read does not stop the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeGuard
+
+from prunectl.errors import PrunectlError, UsageError, attempt
+from prunectl.formats.names import select
+from prunectl.formats.table import open_model
+from prunectl.gating import baseline as baselines
+from prunectl.gating.baseline import Baseline, Entry
+from prunectl.gating.budget import Budget, Budgets, LayerBudget, OnMissing
+from prunectl.gating.chosen import matched, named
+from prunectl.gating.finding import Finding, Findings, Unusable
+from prunectl.gating.growth import Known, growth
+from prunectl.gating.limits import of_model, of_tensor
+from prunectl.gating.measured import Measured
+from prunectl.gating.regrown import keeps_zeros
+from prunectl.gating.regular import follows, tensor_follows
+from prunectl.measuring.meter import Meter, unwatched
+
+Verdict = tuple[int, Callable[[Measured], Finding | list[Finding]]]
+"""The line that asks, and what answers."""
+
+
+@dataclass(slots=True)
+class _Work:
+    """What is known so far."""
+
+    budgets: Budgets
+    baseline: Baseline
+    file: str
+    measured: dict[str, Measured | PrunectlError] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    unusable: list[Unusable] = field(default_factory=list)
+
+    def name_of(self, key: str) -> str:
+        """Return a model's path as the report calls it."""
+        return os.path.relpath(self.budgets.folder / key)
+
+    def open(self, key: str) -> Measured | PrunectlError:
+        """Return a model, opened once however many budgets it has."""
+        if key not in self.measured:
+            found = attempt(open_model, Path(self.name_of(key)))
+            self.measured[key] = found if isinstance(found, PrunectlError) else Measured(found, self.name_of(key))
+        return self.measured[key]
+
+
+def check(
+    budgets: Budgets,
+    names: list[str],
+    baseline: Baseline,
+    *,
+    file: str,
+    reason: str = "",
+    meter: Meter = unwatched,
+) -> Findings:
+    """Return the verdicts of all budgets, or of those named; with a reason, what is now becomes the baseline."""
+    chosen = named(budgets, names)
+    work = _Work(budgets, baseline, file)
+    keys = {budget: _keys(work, budget) for budget in chosen}
+    notes = _recorded(work, keys, reason)
+    with meter("checking", sum(map(len, keys.values()))) as bar:
+        for budget, found in keys.items():
+            for key in found:
+                _judge(work, budget, key)
+                bar.advance(1)
+    measured = sum(isinstance(found, Measured) for found in work.measured.values())
+    return Findings(file, tuple(work.findings), tuple(work.unusable), tuple(notes), measured)
+
+
+def _keys(work: _Work, budget: Budget) -> list[str]:
+    """Return the models of a budget; a glob without any is a slip, which does not stop the others."""
+    found, empty = matched(work.budgets.folder, budget)
+    for pattern in empty:
+        error = UsageError(
+            f"{work.file}:{budget.line}: {pattern!r} matches no file", hint=f"looked in {work.budgets.folder}"
+        )
+        work.unusable.append(Unusable(budget.name, pattern, budget.line, error))
+    return found
+
+
+def _recorded(work: _Work, keys: dict[Budget, list[str]], reason: str) -> list[str]:
+    """Take models for their baseline: all of them with a reason, else those that are to be created."""
+    wanted = {key for budget, found in keys.items() if reason or budget.growth for key in found}
+    if not reason:
+        is_creating = work.budgets.on_missing is OnMissing.CREATE and work.baseline.path is not None
+        wanted = wanted - set(work.baseline.entries) if is_creating else set()
+    new: dict[str, Entry] = {}
+    for key in sorted(wanted):
+        found = work.open(key)
+        # One that cannot be read is told of when it is judged.
+        known = attempt(partial(baselines.entry, reason=reason or "created"), found) if _is_open(found) else found
+        if isinstance(known, Entry):
+            new[key] = known
+    if not new:
+        return []
+    path = baselines.write(work.baseline, new)
+    work.baseline = Baseline(work.baseline.place, {**work.baseline.entries, **new}, work.baseline.path)
+    return [f"{path} has {len(new)} {'model' if len(new) == 1 else 'models'} as now."]
+
+
+def _is_open(found: Measured | PrunectlError) -> TypeGuard[Measured]:
+    return isinstance(found, Measured)
+
+
+def _judge(work: _Work, budget: Budget, key: str) -> None:
+    found = work.open(key)
+    if isinstance(found, PrunectlError):
+        work.unusable.append(Unusable(budget.name, work.name_of(key), budget.line, found))
+        return
+    for line, verdict in _verdicts(work, budget, key):
+        said = attempt(verdict, found)
+        if isinstance(said, PrunectlError):
+            work.unusable.append(Unusable(budget.name, found.name, line, said))
+        else:
+            work.findings += said if isinstance(said, list) else [said]
+
+
+def _verdicts(work: _Work, budget: Budget, key: str) -> Iterator[Verdict]:
+    for limit in budget.limits:
+        yield limit.line, partial(of_model, budget=budget, limit=limit)
+    for limit in budget.growth:
+        known = Known(work.baseline, key, work.budgets.on_missing)
+        yield limit.line, partial(growth, limit=limit, budget=budget, known=known)
+    if budget.pattern is not None:
+        yield (
+            budget.pattern.line,
+            partial(follows, wanted=budget.pattern, budget=budget.name, message=budget.message),
+        )
+    if budget.keep_zeros is not None:
+        other = Path(work.name_of(budget.keep_zeros.value))
+        yield budget.keep_zeros.line, partial(keeps_zeros, path=other, budget=budget, wanted=budget.keep_zeros)
+    for layer in budget.layers:
+        yield layer.line, partial(_of_layer, budget=budget, layer=layer)
+
+
+def _of_layer(found: Measured, budget: Budget, layer: LayerBudget) -> list[Finding]:
+    chosen = {tensor.name for tensor in select(found.model, layer.selector)}
+    rows = [row for row in found.facts.layers if row.name in chosen]
+    weights = [row for row in rows if row.is_prunable] or rows
+    findings = [of_tensor(found, row, limit, budget, layer) for limit in layer.limits for row in weights]
+    if (wanted := layer.pattern) is not None:
+        message = layer.message or budget.message
+        findings += [tensor_follows(found, row.name, wanted, budget.name, message) for row in weights]
+    return findings
