@@ -15,10 +15,12 @@ from prunectl.channels.couple import Family, families
 from prunectl.channels.cutting import Cutting
 from prunectl.channels.dead import dead
 from prunectl.channels.goals import Goal, What, least
+from prunectl.channels.graph import Graph, Kind
 from prunectl.channels.macs import macs
 from prunectl.channels.select import candidates
 from prunectl.channels.source import Removed, Source
 from prunectl.channels.trace import Trace
+from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.table import open_model
 from prunectl.measuring.codecs import CodecName, pick
@@ -39,6 +41,7 @@ class Ground:
 
 Looks = Callable[[Sequence[Family], Mapping[str, Array]], Mapping[str, Array]]
 """From the families and all weights to what is ranked by."""
+_TOLD = 4
 _TRIES = 40
 _WRITTEN_TRIES = 8
 """Where each one writes and compresses a network."""
@@ -61,6 +64,8 @@ def planned(ground: Ground, cutting: Cutting, looks: Looks) -> Plan:
     """Return what is to go from a network, as was asked."""
     trace, weights = ground.trace, ground.source.graph.weights
     found = families(trace)
+    if not found:
+        raise UsageError(f"{ground.model.path} has no channels to cut: {_unknown(ground.source.graph)}")
     if cutting.is_dead:
         wanted, skips = candidates(ground.model, found, weights, cutting)
         lost = dead(ground.source, trace, found, [candidate.family for candidate in wanted])
@@ -69,6 +74,13 @@ def planned(ground: Ground, cutting: Cutting, looks: Looks) -> Plan:
     if cutting.goal is not None:
         cutting = replace(cutting, ratio=_ratio(ground, chosen, cutting, cutting.goal))
     return replace(_of(trace, choose(chosen, cutting)), skips=skips)
+
+
+def _unknown(graph: Graph) -> str:
+    """Return why nothing in a graph makes channels."""
+    names = dict.fromkeys(node.op for node in graph.nodes if node.kind is Kind.UNKNOWN)
+    told = ", ".join([*names][:_TOLD]) + (", …" if len(names) > _TOLD else "")
+    return f"what it consists of is not known ({told})" if names else "no weight makes any"
 
 
 def _of(trace: Trace, losses: Sequence[Loss]) -> Plan:
