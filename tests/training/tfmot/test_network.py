@@ -259,7 +259,7 @@ class TestAFileWithWrappers:
         assert found.masked == found.kept == sum(round(0.75 * size) for size in (72, 288 * 12, 36))
         assert [entry.sparsity for entry in found.history] == sorted(entry.sparsity for entry in found.history)
 
-    @pytest.mark.parametrize("suffix", [".h5", ".keras", ""])
+    @pytest.mark.parametrize("suffix", [".h5", ""])
     def test_goes_on_in_pieces_to_the_sparsity_of_one_run(self, suffix: str, data: Path, tmp_path: Path) -> None:
         path = saved(convolutional(k), tmp_path / f"m{suffix}")
         ramp = Ramp("polynomial", 0.0, 0, 20, 0.1, 5)

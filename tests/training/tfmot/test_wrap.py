@@ -62,7 +62,9 @@ def out(path: Path, tmp_path: Path) -> Path:
 
 class TestMasksInPlace:
     def test_are_found_by_tfmot_and_strip_to_what_prune_gives(self, path: Path, out: Path, tmp_path: Path) -> None:
-        wrapped(path, out)
+        said = wrapped(path, out)
+        assert (said.wrapped, said.bare, said.loses_optimizer) == (3, (), False)
+        assert {wrapper.layer for wrapper in open_model(out).about.wrappers} == {"conv", "hidden", "out"}
         model = opened(out)
         found = wrappers(model)
         assert found.keys() == {"conv", "hidden", "out"}
@@ -78,8 +80,10 @@ class TestMasksInPlace:
         strip(out, Wish(parts), Output(stripped), is_packed=False)
         assert numbers(stripped) == numbers(plain)
 
-    def test_stay_what_they_are_while_tfmot_trains(self, path: Path, out: Path) -> None:
-        wrapped(path, out, sparsity=None, pattern="2:4")
+    @pytest.mark.parametrize("suffix", [".h5", ".keras"])
+    def test_stay_what_they_are_while_tfmot_trains(self, suffix: str, tmp_path: Path) -> None:
+        out = tmp_path / f"wrapped{suffix}"
+        wrapped(saved(convolutional(k), tmp_path / f"m{suffix}"), out, sparsity=None, pattern="2:4")
         model = opened(out)
         before = {name: layer.pruning_vars[0][1].numpy() for name, layer in wrappers(model).items()}
         assert before["hidden"].mean() == 0.5
@@ -90,11 +94,6 @@ class TestMasksInPlace:
             weight, mask, _ = layer.pruning_vars[0]
             assert np.array_equal(mask.numpy(), before[name])
             assert np.all(weight.numpy()[before[name] == 0] == 0)
-
-    def test_are_noted_as_wrappers(self, path: Path, out: Path) -> None:
-        found = wrapped(path, out)
-        assert (found.wrapped, found.bare, found.loses_optimizer) == (3, (), False)
-        assert {wrapper.layer for wrapper in open_model(out).about.wrappers} == {"conv", "hidden", "out"}
 
 
 class TestASchedule:
