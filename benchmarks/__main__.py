@@ -8,6 +8,8 @@ from benchmarks import (
     big_files,
     calibration,
     calibration_cost,
+    channels_keras,
+    channels_onnx,
     channels_torch,
     overhead,
     pruning,
@@ -26,6 +28,8 @@ ALL = {
     "calibration": calibration.run,
     "calibration_cost": calibration_cost.run,
     "channels_torch": channels_torch.run,
+    "channels_onnx": channels_onnx.run,
+    "channels_keras": channels_keras.run,
 }
 
 for name in sys.argv[1:] or ALL:

@@ -39,7 +39,7 @@ def run(chosen: tuple[str, ...] = ()) -> None:
 def _row(known: Known) -> list[str]:
     torch.manual_seed(0)
     net = lively(known.make())
-    example = _example(known.shape)
+    example = example_of(known.shape)
     before = _counted(net, example)
     with tempfile.TemporaryDirectory() as folder:
         ours = _ours(known, net, Path(folder), example, before)
@@ -121,7 +121,8 @@ def _counted(net: Any, example: Any) -> tuple[float, float]:
     return float(sum(weight.numel() for weight in net.parameters())), float(sum(macs)) or 1.0
 
 
-def _example(shape: str) -> Any:
+def example_of(shape: str) -> Any:
+    """Return something that a network takes."""
     lengths, _, kind = shape.partition(":")
     size = [int(length) for length in lengths.split(",")]
     return torch.randint(0, 2, size) if kind else torch.randn(size)

@@ -1,0 +1,66 @@
+"""Half of the channels of usual networks, cut out of their ONNX exports: what is left, and how long it takes to run.
+
+python -m benchmarks.channels_onnx [NAME ...]
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.channels_torch import RATIO, example_of
+from benchmarks.nets_torch import NETS, Known, lively
+from prunectl.channels.prune import prune_channels
+from prunectl.errors import PrunectlError
+from prunectl.pruning.output import Output
+from prunectl.pruning.request import Request
+
+HEAD = ("network", "cut", "parameters left", "MACs left", "apart", "ms before", "ms after", "s")
+
+
+def run(chosen: tuple[str, ...] = ()) -> None:
+    """Print a row for each network."""
+    print("\t".join(HEAD))
+    for known in NETS:
+        if not chosen or known.name in chosen:
+            print("\t".join(_row(known)), flush=True)
+
+
+def _row(known: Known) -> list[str]:
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "net.onnx"
+        _export(lively(known.make()), example_of(known.shape), path)
+        begin = time.perf_counter()
+        try:
+            request = Request(sparsity=RATIO, pattern="channel")
+            found = prune_channels(path, request, Output(Path(name) / "small.onnx"), has_latency=True)
+        except PrunectlError as error:
+            return [known.name, str(error)[:100]]
+        seconds = time.perf_counter() - begin
+    assert found.seconds is not None
+    return [
+        known.name,
+        f"{found.dropped}/{found.channels}",
+        f"{found.after.params.total / found.before.params.total:.1%}",
+        f"{(found.after.macs or 0) / (found.before.macs or 1):.1%}",
+        f"{found.error:.0e}",
+        *(f"{one * 1e3:.1f}" for one in found.seconds),
+        f"{seconds:.1f}",
+    ]
+
+
+def _export(net: Any, example: Any, path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(net, (example,), str(path), dynamo=False, input_names=["x"], output_names=["y"])
+
+
+if __name__ == "__main__":
+    run(tuple(sys.argv[1:]))
