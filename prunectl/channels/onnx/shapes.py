@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ STANDARD = frozenset({"", "ai.onnx"})
 _SMALL = 64
 """Elements up to which a weight may also be a list of scales or sizes."""
 _FOLDED = 4096
+_FLOAT = 1
 _CHANCE = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial"})
 _OPEN_LENGTHS = (64, 224)
 """Lengths to try for axes other than the batch that the file leaves open."""
@@ -61,11 +63,13 @@ def _constants(proto: Any) -> dict[str, Array]:
 
 
 def _is_constant(tensor: Any) -> bool:
-    """Whether a tensor may say a shape, sizes, axes or scales."""
-    size = 1
-    for length in tensor.dims:
-        size *= length
-    return size <= (_SMALL if tensor.data_type == 1 else _FOLDED)
+    """Whether a tensor may say a shape, sizes, axes or scales, or the zeros that a state begins with."""
+    size = math.prod(tensor.dims)
+    return size <= _SMALL or (size <= _FOLDED and (tensor.data_type != _FLOAT or _is_zero(tensor)))
+
+
+def _is_zero(tensor: Any) -> bool:
+    return not tensor.external_data and not any(tensor.raw_data) and not any(tensor.float_data)
 
 
 def _light(proto: Any, length: int) -> Any:
