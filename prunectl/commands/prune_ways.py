@@ -32,7 +32,7 @@ def way_of(ctx: typer.Context, asked: Request) -> Way:
     said = ctx.params
     is_cut = asked.pattern == _CHANNELS
     if is_cut:
-        _refuse(said, ("wrap", "schedule", "manifest"), "does not go with channels that are cut out")
+        _refuse(said, ("wrap", "schedule"), "does not go with channels that are cut out")
     # A network that is cut is opened, as one that looks at data is.
     wrappers = wrappers_of(ctx, looks_at_data=is_cut or bool(asked.data))
     if is_cut:
@@ -52,11 +52,19 @@ def _refuse(said: dict[str, Any], names: tuple[str, ...], why: str) -> None:
 
 
 def _channels(asked: Request, said: dict[str, Any], path: Path, place: Output | None) -> Report:
+    manifests_of_cuts = importlib.import_module("prunectl.channels.manifest")
     limits = {name: said[name] for name in _LIMITS if said[name]}
-    limits["has_latency"] = limits.pop("latency", False)
     if "max_ratio" in limits:
         limits["max_ratio"] = parse_ratio(limits["max_ratio"])
-    found = _named("prunectl.channels.prune:prune_channels")(path, asked, place, is_trusted=said["trust"], **limits)
+    if said["recipe"] is not None:
+        limits |= manifests_of_cuts.limits_in(Path(said["recipe"]))
+    how = {"is_trusted": said["trust"], "has_latency": limits.pop("latency", False)}
+    manifest = Path(said["manifest"]) if said["manifest"] is not None else None
+    found = _named("prunectl.channels.prune:prune_channels")(
+        path, asked, place, has_digests=manifest is not None, **how, **limits
+    )
+    if manifest is not None and place is not None:
+        manifests_of_cuts.write(manifest, found, limits)
     found = replace(found, before=replace(found.before, path=said["model"]))
     return _report("prunectl.reporting.channels_report:channels_report", found, place)
 
@@ -67,7 +75,7 @@ def _wrapped(asked: Request, wrappers: Wrappers, path: Path, place: Output | Non
 
 
 def _weights(asked: Request, said: dict[str, Any], path: Path, place: Output | None) -> Report:
-    manifest: Path | None = Path(said["manifest"]) if said["manifest"] is not None else None
+    manifest = Path(said["manifest"]) if said["manifest"] is not None else None
     run: Callable[..., Any] = prune
     if asked.data:
         run = partial(_named("prunectl.calibrating.prune:prune"), is_trusted=said["trust"])
