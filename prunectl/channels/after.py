@@ -6,7 +6,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from prunectl.channels.labels import LabelArray
 from prunectl.channels.trace import Trace
+from prunectl.formats.base import Array
+from prunectl.pruning.selection import Mask
 
 
 class After:
@@ -23,7 +26,7 @@ class After:
         for axis in self.trace.labels.varying(labels):
             line = self.trace.labels.along(labels, axis)
             if line is not None:
-                after[axis] = int((~np.isin(self.trace.labels.roots(line), self._gone)).sum())
+                after[axis] = int(self._stays(line).sum())
         return tuple(after)
 
     def before(self, name: str, axis: int, place: int) -> int:
@@ -32,7 +35,19 @@ class After:
         line = self.trace.labels.along(labels, axis)
         if line is None:
             return place
-        return int((~np.isin(self.trace.labels.roots(line[:place]), self._gone)).sum())
+        return int(self._stays(line[:place]).sum())
+
+    def without(self, name: str, array: Array) -> Array:
+        """Return what is left of a value that the whole network gave."""
+        labels = self.trace.of(name)
+        for axis in self.trace.labels.varying(labels):
+            line = self.trace.labels.along(labels, axis)
+            if line is not None:
+                array = np.compress(self._stays(line), array, axis)
+        return array
+
+    def _stays(self, line: LabelArray) -> Mask:
+        return ~np.isin(self.trace.labels.roots(line), self._gone)
 
     def has_changed(self, name: str) -> bool:
         """Whether a value is smaller than it was."""

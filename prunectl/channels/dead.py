@@ -10,7 +10,7 @@ import numpy as np
 from prunectl.channels.choose import Loss
 from prunectl.channels.couple import Family, Group
 from prunectl.channels.folding import fold
-from prunectl.channels.graph import Kind, Node
+from prunectl.channels.graph import Node
 from prunectl.channels.source import Source
 from prunectl.channels.trace import Part, Trace
 from prunectl.formats.base import Array
@@ -45,8 +45,8 @@ def dead(source: Source, trace: Trace, found: Sequence[Family], wanted: Sequence
         folded, blocked = _folded(source, trace, found, unmade)
         if not blocked:
             break
-        for node, labels in blocked:
-            skips.append(Skip(node.inputs[1], "it reads what is always the same, and has nowhere to keep it"))
+        for reader, labels in blocked:
+            skips.append(Skip(reader, "it reads what is always the same, and has nowhere to keep it"))
             unmade -= labels
     gone = unread | unmade
     return Dead(tuple(_loss(family, gone) for family in wanted), tuple(skips), folded)
@@ -67,7 +67,7 @@ def _are_zero(group: Group, part: Part, weights: Mapping[str, Array]) -> bool:
 
 def _folded(
     source: Source, trace: Trace, found: Iterable[Family], unmade: set[int]
-) -> tuple[dict[str, Array], list[tuple[Node, set[int]]]]:
+) -> tuple[dict[str, Array], list[tuple[str, set[int]]]]:
     """Fold what reads these channels, one operation after the other; return what could not be folded too."""
     read: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {}
     for family in found:
@@ -76,20 +76,22 @@ def _folded(
                 if member.place.part is Part.IN:
                     read.setdefault((member.place.tensor, member.place.axis), {})[group.label] = member.indices
     weights: dict[str, Array] = {}
-    blocked: list[tuple[Node, set[int]]] = []
+    blocked: list[tuple[str, set[int]]] = []
     for node in source.graph.nodes:
-        place = _read_at(trace, node)
-        if place in read:
-            indices = [index for those in read[place].values() for index in those]
-            if not fold(source, trace, node, place=place, indices=indices, weights=weights):
-                blocked.append((node, set(read[place])))
+        for place in _read_at(trace, node):
+            indices = [index for those in read.get(place, {}).values() for index in those]
+            if indices and not fold(source, trace, node, place=place, indices=indices, weights=weights):
+                blocked.append((place[0], set(read[place])))
     return weights, blocked
 
 
-def _read_at(trace: Trace, node: Node) -> tuple[str, int]:
-    """Return the axis of the kernel on which an operation reads channels."""
-    if node.kind in {Kind.CONVOLUTION, Kind.LINEAR, Kind.RECURRENT}:
-        for note in trace.notes:
-            if note.node == node.name and note.part is Part.IN and note.labels.any():
-                return note.tensor, note.axis
-    return "", 0
+def _read_at(trace: Trace, node: Node) -> tuple[tuple[str, int], ...]:
+    """Return the axes of kernels on which an operation reads channels."""
+    own = {trace.graph.views[name].tensor for name in node.inputs if name in trace.graph.views}
+    return tuple(
+        dict.fromkeys(
+            (note.tensor, note.axis)
+            for note in trace.notes
+            if note.node == node.name and note.tensor in own and note.part is Part.IN and note.labels.any()
+        )
+    )

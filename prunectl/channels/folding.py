@@ -30,6 +30,8 @@ def fold(
 
     The weights are those that were changed before, and get what changes here.
     """
+    if node.outputs[0] not in source.showable:
+        return False
     name, axis = place
     kernel = np.array(weights.get(name, source.graph.weights[name]))
     np.moveaxis(kernel, axis, 0)[list(indices)] = 0
@@ -68,16 +70,27 @@ def _keep(trace: Trace, node: Node, constant: Array, weights: dict[str, Array]) 
     """Add a constant to a bias, or to what is added next, or take it from the mean that is subtracted next."""
     if trace.is_view(node, 2):
         return _add(trace, node.inputs[2], constant, weights)
-    readers = trace.readers(node)
-    if len(readers) != 1:
+    reader, axis, is_turned = _behind(trace, node)
+    if reader is None:
         return False
-    (reader,) = readers
-    if reader.kind is Kind.NORM and trace.is_view(reader, 3):
+    if reader.kind is Kind.NORM and trace.is_view(reader, 3) and axis == 1:
         return _add(trace, reader.inputs[3], -constant, weights)
-    if reader.kind is Kind.EACH and reader.op.lower() == "add":
+    if not is_turned and reader.kind is Kind.EACH and reader.op.lower() == "add":
         held = [name for name in reader.inputs if name in trace.graph.views]
         return len(held) == 1 and _add(trace, held[0], constant, weights)
     return False
+
+
+def _behind(trace: Trace, node: Node) -> tuple[Node | None, int, bool]:
+    """Return the only operation that reads an output, the axis of its channels there, and if its axes were turned."""
+    axis = 1 if node.kind is Kind.CONVOLUTION else len(trace.shape(node.outputs[0])) - 1
+    is_turned = False
+    while len(readers := trace.readers(node)) == 1:
+        (node,) = readers
+        if node.kind is not Kind.TRANSPOSE:
+            return node, axis, is_turned
+        axis, is_turned = list(node.attributes["order"]).index(axis), True
+    return None, axis, is_turned
 
 
 def _add(trace: Trace, name: str, constant: Array, weights: dict[str, Array]) -> bool:

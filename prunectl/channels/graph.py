@@ -26,6 +26,12 @@ class Kind(StrEnum):
 
     Kernels have gates times units before their last axis, biases on it. Whatever comes out has units on its last axis.
     """
+    HEADS = "heads"
+    """An attention with several heads, from projections to projection.
+
+    Inputs: query, value, key; kernels of query, value and key, (in, heads, width), and of the output, (heads, width,
+    out); biases of the same four, (heads, width) and (out); masks.
+    """
     NORM = "norm"
     """Inputs: data, scale, shift, mean, variance; by channel, on axis 1."""
     EACH = "each"

@@ -24,6 +24,7 @@ class Language:
 LANGUAGES = (
     Language("ONNX", frozenset({"onnx"}), "onnx.network:read"),
     Language("Keras", frozenset({"keras-h5", "keras"}), "keras.network:read"),
+    Language("TensorFlow SavedModel", frozenset({"saved-model"}), "keras.saved:read"),
     Language(
         "PyTorch",
         frozenset({"torch", "torch-legacy", "torch-export", "safetensors"}),

@@ -27,7 +27,7 @@ def prove(source: Source, smaller: Any, plan: Plan, seed: int) -> float:
     Where channels are dead, nothing is silenced: without them, the network says what it always said.
     """
     # What a constant was folded into may lie behind the layer that read it.
-    inner = [] if plan.is_lossless else _behind_cuts(source.graph, plan.after)
+    inner = [] if plan.is_lossless else _changed(source, plan.after)
     silent = source.with_weights({} if plan.is_lossless else _silenced(source.graph, plan.after.trace, plan.gone))
     one, other = source.runner(silent, inner), source.runner(smaller, inner)
     random = np.random.default_rng(seed)
@@ -35,8 +35,10 @@ def prove(source: Source, smaller: Any, plan: Plan, seed: int) -> float:
     for _ in range(RUNS):
         feeds = source.feeds(random)
         try:
-            pairs = zip(one(feeds), other(feeds), strict=True)
-            worst = max([worst, *(apart(first, second) for first, second in pairs)])
+            said, whole = other(feeds), one(feeds)
+            outer = len(whole) - len(inner)
+            whole[outer:] = [plan.after.without(*pair) for pair in zip(inner, whole[outer:], strict=True)]
+            worst = max([worst, *(apart(first, second) for first, second in zip(whole, said, strict=True))])
         except Exception as error:
             raise WorkError(f"the cut network cannot be run: {first_line(error)}; nothing was written") from error
     if not worst <= TOLERANCE:
@@ -73,15 +75,16 @@ def _silenced(graph: Graph, trace: Trace, removed: Removed) -> dict[str, Array]:
     return found
 
 
-def _behind_cuts(graph: Graph, after: After) -> list[str]:
-    """Return what the layers say that lost inputs but no outputs.
+def _changed(source: Source, after: After) -> list[str]:
+    """Return what the layers say that lost inputs or outputs.
 
-    A softmax at the end of a network may hide what is wrong before it.
+    A softmax at the end of a network may hide what is wrong before it, and a signal may die on its way there.
     """
-    return [
+    names = [
         node.outputs[0]
-        for node in graph.nodes
+        for node in source.graph.nodes
         if node.kind in {Kind.CONVOLUTION, Kind.LINEAR}
-        and after.has_changed(node.inputs[0])
-        and not after.has_changed(node.outputs[0])
+        and any(map(after.has_changed, (node.inputs[0], node.outputs[0])))
     ]
+    showable = source.showable.difference(source.graph.outputs)
+    return [name for name in dict.fromkeys(names) if name in showable]

@@ -131,7 +131,7 @@ def _check(model: ModelFile, source: Source, written: Path, plan: Plan) -> None:
         name = source.followers.get(tensor.name, tensor.name)
         shape = tuple(length - len(plan.gone.get((name, axis), ())) for axis, length in enumerate(tensor.shape))
         # Lists of sizes may be others now; what is no float was not cut.
-        if tensor.is_float and found.get(tensor.name) != shape:
+        if tensor.is_float and tensor.name not in source.dropped and found.get(tensor.name) != shape:
             raise WorkError(f"{tensor.name} of {model.path} came out with another shape than planned")
 
 
@@ -145,5 +145,7 @@ def _measured(model: ModelFile) -> Survey:
 
 
 def with_own_macs(found: Survey, source: Source, shape_of: ShapeOf, removed: Removed | None = None) -> Survey:
-    """Return a survey with FLOPs, where the format itself has no graph to count them in."""
-    return found if found.macs is not None else replace(found, macs=macs(source.graph, shape_of, removed))
+    """Return a survey with all FLOPs, where the format itself has no graph or does not know every shape in it."""
+    if found.macs is not None and not found.macs_unknown:
+        return found
+    return replace(found, macs=macs(source.graph, shape_of, removed), macs_unknown=())

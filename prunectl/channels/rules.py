@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from prunectl.channels.graph import Graph, Kind, Node
 from prunectl.channels.labels import fixed
 from prunectl.channels.rules_each import each
+from prunectl.channels.rules_heads import heads
 from prunectl.channels.rules_moving import concat, cut_off, split, stretch, transpose
 from prunectl.channels.rules_product import product
 from prunectl.channels.rules_recurrent import recurrent
@@ -31,6 +32,7 @@ RULES: Mapping[Kind, Rule] = {
     Kind.EMBEDDING: embedding,
     Kind.PRODUCT: product,
     Kind.RECURRENT: recurrent,
+    Kind.HEADS: heads,
     Kind.NORM: norm,
     Kind.EACH: each,
     Kind.CONCAT: concat,

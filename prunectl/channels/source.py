@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from prunectl.channels.after import After
-from prunectl.channels.graph import Graph
+from prunectl.channels.graph import Graph, Kind
 from prunectl.channels.labels import LabelArray
 from prunectl.formats.base import Array
 
@@ -18,6 +18,7 @@ Removed = Mapping[tuple[str, int], LabelArray]
 Feeds = Mapping[str, Array]
 Runner = Callable[[Feeds], list[Any]]
 """From inputs by name to what comes out, and then what was asked to be shown besides."""
+_MAKERS = frozenset({Kind.CONVOLUTION, Kind.LINEAR, Kind.RECURRENT})
 
 
 class Source(Protocol):
@@ -40,8 +41,16 @@ class Source(Protocol):
         """What else in the file is cut as a weight is, such as the state of an optimizer, by the weight's name."""
 
     @property
+    def dropped(self) -> frozenset[str]:
+        """The tensors of the file that are left out on purpose; `notes` says so."""
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know about what is written."""
+
+    @property
+    def showable(self) -> frozenset[str]:
+        """The inner values that `runner` can show: what convolutions and dense layers make, as far as it is at hand."""
 
     def beside(self, target: Path) -> tuple[Path, ...]:
         """Return the files that are written beside a target."""
@@ -58,11 +67,17 @@ class Source(Protocol):
     def runner(self, network: Any, shown: Iterable[str]) -> Runner:
         """Return what runs a network in its own runtime, and shows some inner values too, by their names in the graph.
 
-        WorkError if the runtime cannot load it.
+        What comes out comes first, then one value for each name, in their order and as the graph has their axes. All
+        names are showable. WorkError if the runtime cannot load it.
         """
 
     def write(self, network: Any, folder: Path, target: Path) -> Path:
         """Write a network into a scratch folder, under the names that belong to a target, and return its path."""
+
+
+def made_by_weights(graph: Graph) -> frozenset[str]:
+    """Return what convolutions, dense and recurrent layers make."""
+    return frozenset(node.outputs[0] for node in graph.nodes if node.kind in _MAKERS)
 
 
 def sliced(array: Array, axes: Mapping[int, LabelArray]) -> Array:

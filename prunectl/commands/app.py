@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("prunectl.commands.finetune", "Train with the zeros kept, or prune on the way."),
     "strip": ("prunectl.commands.strip", "Drop masks, wrappers, optimizer state and training configuration."),
     "export": ("prunectl.commands.export", "Write another format, run beside its source before it is kept."),
+    "sweep": ("prunectl.commands.sweep", "Try many ways to prune on your own data, and compare them."),
     "size": ("prunectl.commands.size", "Raw, packed and compressed size, and sparsity; with a limit it is a gate."),
     "check": ("prunectl.commands.check", "Hold models against their budgets; exit code 1 says that one is over."),
     "diff": ("prunectl.commands.diff", "What became of every tensor, also across formats."),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from prunectl.commands.app import HELP_NAMES
+from prunectl.commands.inputs import STDIN
 from prunectl.commands.options import panel
+from prunectl.errors import UsageError
 from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.settings import Color, Layout, Settings, Units
 
@@ -28,8 +32,18 @@ class _Verb(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         chosen = {str(option.name): ctx.params.pop(option.name) for option in self._common.params}
         assert self._common.callback is not None
-        ctx.obj = Reporter(self._common.callback(**chosen), command=str(self.name))
+        html = Path(chosen["html"]) if chosen["html"] else None
+        if html is not None:
+            _check_page(html, ctx.params)
+        ctx.obj = Reporter(self._common.callback(**chosen), command=str(self.name), html=html)
         return super().invoke(ctx)
+
+
+def _check_page(html: Path, said: Mapping[str, Any]) -> None:
+    """Refuse a page that nothing can be written to, or for which there would be no report."""
+    if said.get("output") == STDIN or any(word.endswith(f":{STDIN}") for word in said.get("report") or ()):
+        raise UsageError("--html writes the report, and standard output is taken by something else")
+    importlib.import_module("prunectl.reporting.html.file").check(html)
 
 
 def verb(function: Callable[..., int]) -> TyperCommand:
@@ -49,6 +63,9 @@ def _settings(
     json: Annotated[bool, _option("--json", help="One JSON object on stdout.")] = False,
     layout: Annotated[
         Layout | None, _option("--format", help="How to print; a terminal gets human, a pipe plain.")
+    ] = None,
+    html: Annotated[  # noqa: ARG001 - see _Verb
+        Path | None, _option("--html", metavar="FILE", help="Also write the report as a page for a browser.")
     ] = None,
     quiet: Annotated[bool, _option("-q", "--quiet", help="No notes.")] = False,
     verbose: Annotated[bool, _option("-v", "--verbose", help="Say how long it took, and how much memory.")] = False,

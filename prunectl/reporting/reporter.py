@@ -13,7 +13,7 @@ from pathlib import Path
 from prunectl.errors import PrunectlError
 from prunectl.reporting import envelope, human, rows, words
 from prunectl.reporting.progress import Progress
-from prunectl.reporting.report import Report
+from prunectl.reporting.report import Artifact, Report
 from prunectl.reporting.settings import Layout, Settings
 from prunectl.reporting.streams import console, never_fail
 from prunectl.reporting.words import gate_sentence, printable
@@ -27,6 +27,8 @@ class Reporter:
 
     settings: Settings
     command: str
+    html: Path | None = None
+    """Where what is shown is also written, as a page."""
 
     @property
     def is_json(self) -> bool:
@@ -37,10 +39,19 @@ class Reporter:
         """Return a bar that appears when work takes longer than a second."""
         return Progress(label, total_bytes, self.settings)
 
+    def note(self, text: str) -> None:
+        """Say on stderr how far work has come."""
+        if not self.settings.is_quiet:
+            never_fail(sys.stderr)
+            sys.stderr.write(f"{printable(text)}\n")
+            sys.stderr.flush()
+
     def show(self, report: Report) -> int:
         """Print what a command found, and return its exit code."""
         never_fail(sys.stdout)
         layout = self.settings.chosen_layout
+        if self.html is not None:
+            report = self._paged(report, self.html)
         if self.settings.is_quiet and layout is not Layout.JSON:
             report = _without_remarks(report)
         if layout is Layout.JSON:
@@ -68,6 +79,13 @@ class Reporter:
             shutil.copyfileobj(file, sys.stdout.buffer)
         sys.stdout.buffer.flush()
         return 0
+
+    def _paged(self, report: Report, path: Path) -> Report:
+        """Write a report as a page, and return it with the page among what was written."""
+        from prunectl.reporting.html.file import write  # noqa: PLC0415 - most reports are for terminals and scripts
+
+        nbytes = write(path, report, self.command, self.settings.units)
+        return replace(report, artifacts=(*report.artifacts, Artifact(str(path), nbytes)))
 
     def _note_aside(self, report: Report) -> None:
         """Say on stderr what the rows on stdout have no place for."""

@@ -50,6 +50,11 @@ def rules_of(model: ModelFile, request: Request, course: Course) -> Rules:
         final = pattern.zeros / pattern.group if isinstance(pattern, ZerosOf) else asked.sparsity
         ramping = replace(request.ramping, name=request.ramping.name or ("constant" if is_grouped else "polynomial"))
         schedule = schedule_of(ramping, 1.0 if final is None else final, course)
+        if evidence is not Evidence.NONE and schedule.prunes_at(0) and schedule.sparsity_at(0) > 0:
+            raise UsageError(
+                f"the strategy {asked.strategy} watches training, and the schedule prunes before the first step",
+                hint="let it watch for a while: --begin 10%",
+            )
     growth = None
     if request.mask is MaskMode.REGROW:
         growth = Regrowth(0, int(_REGROWS_UNTIL * course.steps), _frequency(request.ramping, course.steps))

@@ -201,6 +201,15 @@ def test_an_epoch_at_whose_end_the_last_turn_comes_is_not_sparse_enough(tmp_path
     assert found.after.prunable_sparsity == pytest.approx(0.5, abs=1e-3)
 
 
+@pytest.mark.parametrize("strategy", ["magnitude-gradient", "movement"])
+def test_what_watches_training_does_not_prune_before_it_has_seen_any(strategy: str, tmp_path: Path) -> None:
+    words: dict[str, Any] = {"pruning": Pruning(sparsity=0.5, strategy=strategy), "epochs": 1}
+    with pytest.raises(UsageError, match="before the first step"):
+        tuned(DIGITS, tmp_path / "out.pt", ramping=Ramping("constant"), **words)
+    found = tuned(DIGITS, tmp_path / "out.pt", ramping=Ramping("constant", begin="50%"), **words)
+    assert found.after.prunable_sparsity == pytest.approx(0.5, abs=1e-3)
+
+
 def test_nothing_is_trained_for_no_epochs_but_statistics_may_be_taken_anew(tmp_path: Path) -> None:
     found = tuned(DIGITS, tmp_path / "out.pt", epochs=0, is_recalibrated=True)
     assert any("no batch normalisation" in note for note in found.notes)

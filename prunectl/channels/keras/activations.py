@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from prunectl.channels.graph import Kind
@@ -16,6 +17,13 @@ _EACH = frozenset(
         *("sparsesigmoid",),
     }
 )
+_STEADY = frozenset(
+    {
+        *("linear", "relu", "relu6", "leakyrelu", "elu", "selu", "gelu", "celu", "silu", "swish", "mish", "sigmoid"),
+        *("hardswish", "hardsilu", "hardtanh", "tanh", "softsign"),
+    }
+)
+"""Those that a unit can be left to that has no weights any more: it stays where it is."""
 _OVER_THE_LAST = frozenset({"softmax", "logsoftmax", "sparsemax"})
 
 
@@ -34,6 +42,11 @@ def by_name(call: Called, value: str, name: str) -> str:
     kind = Kind.STRETCH if name in _OVER_THE_LAST else Kind.UNKNOWN
     words: dict[str, Any] = {"axes": (len(shape) - 1,)} if kind is Kind.STRETCH else {}
     return call.net.add(call.name, name, kind, (value,), (shape,), **words)[0]
+
+
+def is_steady(config: Mapping[str, Any]) -> bool:
+    """Whether a recurrent layer has activations under which its units do not meet but in its weights."""
+    return name_of(config.get("activation")) in _STEADY and name_of(config.get("recurrent_activation")) in _EACH
 
 
 def name_of(said: Any) -> str:

@@ -10,6 +10,7 @@ from prunectl.channels.keras.stored import Named, Stored
 from prunectl.formats.base import Tensor
 from prunectl.formats.keras.config import part, text
 from prunectl.formats.keras.dialect import modern_kind
+from prunectl.formats.keras.recurrent import GATES
 
 Leaves = Mapping[str, Tensor]
 """The weights of a layer by their own names, such as `kernel`."""
@@ -31,16 +32,24 @@ def expected(found: Mapping[str, Any]) -> tuple[str, ...]:
 def _by_number(stored: Stored, layers: Sequence[Located]) -> Iterator[tuple[Spot, Leaves]]:
     held = stored.numbered
     for layer in layers:
-        tensors = next((held[slot] for slot in layer.slots if slot in held), ())
         leaves = expected(layer.found)
-        if leaves and len(tensors) == len(leaves):
-            yield layer.spot, dict(zip(leaves, tensors, strict=True))
+        inside = _INSIDE.get(modern_kind(text(layer.found, "class_name")), {})
+        for slot in layer.slots if leaves else ():
+            tensors = tuple(
+                tensor
+                for part_of in dict.fromkeys(_front(leaf) for leaf in leaves)
+                for tensor in _first(held, [f"{slot}{way}" for way in inside.get(part_of, ("",))])
+            )
+            if len(tensors) == len(leaves):
+                yield layer.spot, dict(zip(leaves, tensors, strict=True))
+                break
 
 
 def _by_name(stored: Stored, layers: Sequence[Located]) -> Iterator[tuple[Spot, Leaves]]:
     held = stored.named
     for layer in layers:
-        leaves, group = expected(layer.found), held.get(layer.names[0], ())
+        # Whole numbers are where random ones go on from.
+        leaves, group = expected(layer.found), [one for one in held.get(layer.names[0], ()) if one.tensor.is_float]
         if not leaves:
             continue
         if len(layer.names) == 1 and len(group) == len(leaves):
@@ -49,15 +58,28 @@ def _by_name(stored: Stored, layers: Sequence[Located]) -> Iterator[tuple[Spot, 
             continue
         near = [one for one in group if _is_in(one, layer)]
         best = max((_agreement(one, layer.names) for one in near), default=0)
-        own = {one.leaf: one.tensor for one in near if _agreement(one, layer.names) == best}
-        if own.keys() == set(leaves) and len([one for one in near if _agreement(one, layer.names) == best]) == len(own):
-            yield layer.spot, own
+        own = [one for one in near if _agreement(one, layer.names) == best]
+        if sorted(one.leaf for one in own) == sorted(leaves):
+            yield layer.spot, {one.leaf: one.tensor for one in own}
+        elif [one.leaf for one in own] == [leaf.rpartition("/")[2] for leaf in leaves]:
+            yield layer.spot, dict(zip(leaves, (one.tensor for one in own), strict=True))
 
 
 def _is_in(one: Named, layer: Located) -> bool:
     """Whether a weight is named after a layer, or after the wrapper around it."""
     names = layer.names[-2:] if layer.spot[-1] in _WRAPPED else layer.names[-1:]
-    return any("/".join(("", *one.steps)).endswith(f"/{name}") for name in names)
+    way = "/".join(("", *one.steps))
+    has_parts = modern_kind(text(layer.found, "class_name")) in _INSIDE
+    return any(way.endswith(f"/{name}") or (has_parts and f"/{name}/" in way) for name in names)
+
+
+def _front(leaf: str) -> str:
+    """Return the part of a layer that a weight is in."""
+    return leaf.rpartition("/")[0]
+
+
+def _first(held: Mapping[str, tuple[Tensor, ...]], slots: Sequence[str]) -> tuple[Tensor, ...]:
+    return next((held[slot] for slot in slots if slot in held), ())
 
 
 def _agreement(one: Named, names: tuple[str, ...]) -> int:
@@ -73,6 +95,19 @@ def _normal(config: Mapping[str, Any]) -> tuple[str, ...]:
     return (*_affine(config), "moving_mean", "moving_variance")
 
 
+def _both(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what the weights of a layer that runs both ways are called; the second may not be described by itself."""
+    forward = part(config, "layer")
+    ways = (("forward", forward), ("backward", part(config, "backward_layer") or forward))
+    return tuple(f"{way}/{leaf}" for way, found in ways for leaf in expected(found))
+
+
+def _heads(config: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(
+        f"{one}/{leaf}" for one in ("query", "key", "value", "output") for leaf in _with_bias("kernel")(config)
+    )
+
+
 def _affine(config: Mapping[str, Any]) -> tuple[str, ...]:
     switches = (("gamma", "scale"), ("beta", "center"))
     return tuple(leaf for leaf, switch in switches if config.get(switch) is not False)
@@ -81,6 +116,12 @@ def _affine(config: Mapping[str, Any]) -> tuple[str, ...]:
 _BIAS = ("bias",)
 _WRAPPED = ("layer", "backward_layer")
 _CONVOLUTIONS = ("Conv1D", "Conv2D", "Conv3D", "Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose", "Dense")
+_INSIDE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    **{kind: {"": ("/cell", "")} for kind in GATES},
+    "Bidirectional": {way: (f"/{way}_layer/cell", f"/{way}_layer") for way in ("forward", "backward")},
+    "MultiHeadAttention": {one: (f"/{one}_dense", f"/_{one}_dense") for one in ("query", "key", "value", "output")},
+}
+"""Where layers that are made of others keep the weights of each part."""
 _MAKERS: dict[str, Callable[[Mapping[str, Any]], tuple[str, ...]]] = {
     **dict.fromkeys(_CONVOLUTIONS, _with_bias("kernel")),
     **dict.fromkeys(("DepthwiseConv1D", "DepthwiseConv2D"), _with_bias("depthwise_kernel")),
@@ -89,4 +130,8 @@ _MAKERS: dict[str, Callable[[Mapping[str, Any]], tuple[str, ...]]] = {
     "Embedding": lambda _: ("embeddings",),
     "PReLU": lambda _: ("alpha",),
     "LayerScale": lambda _: ("gamma",),
+    "GroupNormalization": _affine,
+    **dict.fromkeys(GATES, _with_bias("kernel", "recurrent_kernel")),
+    "Bidirectional": _both,
+    "MultiHeadAttention": _heads,
 }

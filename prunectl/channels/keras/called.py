@@ -25,6 +25,8 @@ class Called:
     inputs: tuple[str, ...]
     """Values, those that are given by name behind the others."""
     leaves: Mapping[str, Tensor]
+    words: tuple[str, ...] = ()
+    """The names of the last inputs."""
 
     @property
     def name(self) -> str:

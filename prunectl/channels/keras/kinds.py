@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from prunectl.channels.keras import functions, moving, weighted
+from prunectl.channels.keras import functions, heads, moving, recurrent, weighted
 from prunectl.channels.keras.activations import activated
 from prunectl.channels.keras.called import Called
 from prunectl.formats.keras.config import text
+from prunectl.formats.keras.recurrent import GATES
 
 FUNCTION = "function"
 """The row of what is no layer."""
-Follow = Callable[[Called], str]
+Follow = Callable[[Called], str | tuple[str, ...]]
 
 
 def _activation(call: Called) -> str:
@@ -37,13 +38,19 @@ KINDS: Mapping[str, Follow] = {
     "Dense": weighted.dense,
     "Embedding": weighted.embedding,
     **dict.fromkeys(("BatchNormalization", "SyncBatchNormalization"), weighted.normalised),
+    "GroupNormalization": weighted.by_group,
+    **dict.fromkeys(GATES, recurrent.recurrent),
+    "Bidirectional": recurrent.both,
+    "MultiHeadAttention": heads.attended,
     "PReLU": weighted.sloped,
     **dict.fromkeys(("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum"), moving.together),
     "Concatenate": moving.concatenated,
     **dict.fromkeys(_ALONE, moving.alone),
     "Rescaling": moving.rescaled,
     "Activation": _activation,
-    **dict.fromkeys(("Softmax", "LayerNormalization", "UnitNormalization", "RMSNormalization"), moving.normal),
+    **dict.fromkeys(
+        ("Softmax", "Masking", "LayerNormalization", "UnitNormalization", "RMSNormalization"), moving.normal
+    ),
     **dict.fromkeys(_SPATIAL, moving.spatial),
     "Flatten": moving.flat,
     "Reshape": moving.reshaped,
@@ -53,6 +60,11 @@ KINDS: Mapping[str, Follow] = {
 }
 
 
+WORDS: Mapping[str, frozenset[str]] = {
+    **dict.fromkeys((*GATES, "Bidirectional"), recurrent.WORDS),
+    "MultiHeadAttention": heads.WORDS,
+}
+"""What layers can be given by name."""
 _OWN_MODULES = ("keras", "tf_keras", "tensorflow")
 _OF_APPLICATIONS: Mapping[str, Follow] = {
     "LayerScale": weighted.scaled,

@@ -22,9 +22,21 @@ class Met:
     """A layer that was called: what went in and what came out."""
 
     spot: Spot
+    names: tuple[str, ...]
+    """Of the models around it, and its own."""
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     leaves: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Where Keras has a value: a layer hands it to its activation."""
+
+    names: tuple[str, ...]
+    """Of the models around the layer, and its own."""
+    order: tuple[int, ...]
+    """The order in which the axes that Keras has are those of the graph."""
 
 
 class Net:
@@ -39,8 +51,8 @@ class Net:
         self.inputs: dict[str, str] = {}
         """Types of numbers by the names of inputs."""
         self.met: list[Met] = []
-        self.looks: dict[str, tuple[str, ...]] = {}
-        """The layers, by the names on the way to them, that make values just before their activations."""
+        self.looks: dict[str, Look] = {}
+        """Of values that some layer makes just before its activation."""
         self.said: dict[tuple[Spot, str, int, int], str] = {}
         """Values by how a model refers to them: a layer, the number of a call, the number of an output."""
         self._weights: dict[str, Tensor] = {}
@@ -106,6 +118,18 @@ class Net:
             del self.nodes[nodes:]
             self.uses = uses
             raise
+
+    @property
+    def showable(self) -> dict[str, Look]:
+        """What can be looked at while it runs; of a layer that is called twice, nobody knows which is which."""
+        made = {output for node in self.nodes for output in node.outputs}
+        times = Counter(look.names for name, look in self.looks.items() if name in made)
+        called = Counter(met.names for met in self.met)
+        return {
+            name: look
+            for name, look in self.looks.items()
+            if name in made and times[look.names] == called[look.names] == 1
+        }
 
     def graph(self, outputs: Sequence[str]) -> Graph:
         """Return what has grown."""

@@ -26,17 +26,24 @@ from prunectl.training.network import Origin
 
 def read(model: ModelFile, origin: Origin) -> KerasSource:
     """Return the network of a Keras file, which says itself how it is built."""
+    require_followable(model, origin)
+    return KerasSource(opened(model), origin)
+
+
+def require_followable(model: ModelFile, origin: Origin) -> None:
+    """Refuse what cannot be followed, or needs no words."""
     if origin.model:
         raise UsageError(
             "--model does not go with channels of a Keras file, whose own configuration is followed",
             hint="save the model that it builds as .keras, and prune that",
         )
+    if origin.inputs:
+        raise UsageError("--input does not go with a Keras model, which says it itself", hint="leave out --input")
     if model.about.wrappers:
         raise InputError(
             f"{model.path} has its layers in wrappers of tfmot, which hide them",
             hint=f"take them off first: prunectl strip {model.path} --only masks,wrappers",
         )
-    return KerasSource(opened(model), origin)
 
 
 class KerasSource:
@@ -61,9 +68,19 @@ class KerasSource:
         return matched(self._opened) or {}
 
     @property
+    def dropped(self) -> frozenset[str]:
+        """Nothing: all that the file holds is written."""
+        return frozenset()
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Nothing that the file does not say."""
         return ()
+
+    @property
+    def showable(self) -> frozenset[str]:
+        """What layers that are called once make before their activations."""
+        return frozenset(self._opened.net.showable)
 
     def beside(self, target: Path) -> tuple[Path, ...]:
         """Return nothing: a Keras model is one file."""

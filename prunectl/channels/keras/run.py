@@ -49,10 +49,12 @@ def runner(opened: Opened, draft: Draft, origin: Origin, shown: Iterable[str]) -
             raise WorkError(
                 f"the network cannot be loaded by Keras: {first_line(error)}; nothing was written"
             ) from error
-    looks = dict.fromkeys(opened.net.looks[name] for name in shown if name in opened.net.looks)
-    seen: dict[tuple[str, ...], list[Any]] = {names: [] for names in looks}
-    for names in looks:
-        _listen(_layer(loaded.model, names), seen[names])
+    names = tuple(shown)
+    showable = opened.net.showable
+    looks = {name: showable[name] for name in names}
+    seen: dict[str, list[Any]] = {name: [] for name in looks}
+    for name, look in looks.items():
+        _listen(_layer(loaded.model, look.names), seen[name])
 
     def run(given: Feeds) -> list[Any]:
         for kept in seen.values():
@@ -60,7 +62,10 @@ def runner(opened: Opened, draft: Draft, origin: Origin, shown: Iterable[str]) -
         values = tuple(given[name] for name in opened.graph.inputs)
         with quietly():
             made = loaded.model(packing.inputs(loaded.model, values), training=False)
-        return [_array(loaded.library, one) for one in (*flat(made), *(one for kept in seen.values() for one in kept))]
+        outputs = [_array(loaded.library, one) for one in flat(made)]
+        # A layer that is called for each step in time gives its steps one by one; in the graph they are a batch.
+        inner = {name: np.concatenate([_array(loaded.library, one) for one in kept]) for name, kept in seen.items()}
+        return [*outputs, *(inner[name].transpose(looks[name].order) for name in names)]
 
     return run
 
@@ -82,8 +87,6 @@ def _layer(model: Any, names: Iterable[str]) -> Any:
 
 def _listen(layer: Any, kept: list[Any]) -> None:
     """Let a layer put down what it hands to its activation."""
-    if not hasattr(layer, "activation"):
-        return
     activation: Callable[[Any], Any] = layer.activation
 
     def listening(value: Any) -> Any:

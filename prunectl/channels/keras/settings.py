@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from prunectl.channels.after import After
 from prunectl.channels.keras.net import Met, Net
-from prunectl.channels.keras.spots import at
+from prunectl.channels.keras.said_shapes import shapes_in, shorten, tell, tell_built, tell_three
+from prunectl.channels.keras.spots import Spot, at
 from prunectl.formats.keras.config import part, text
 from prunectl.formats.keras.dialect import modern_kind
+from prunectl.formats.keras.recurrent import GATES
 from prunectl.formats.keras.shapes import plain
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -26,16 +28,19 @@ def rewritten(config: Mapping[str, Any], net: Net, after: After, left: Shapes) -
     for met in net.met:
         layer = at(found, met.spot)
         _resize(layer, met, after, left)
-        values = iter(met.inputs)
-        for said in _shapes(layer.get("build_config")):
-            _shorten(said, next(values, ""), after)
+        if modern_kind(text(layer, "class_name")) == "GroupNormalization" and after.has_changed(met.inputs[0]):
+            layer["config"]["groups"] = _fewer_groups(at(config, met.spot)["config"], met, after)
+        tell_built(layer, met, after)
         for key in _SAID:
-            for said in _shapes(part(layer, "config").get(key)):
-                _shorten(said, met.inputs[0] if met.inputs else "", after)
+            for said in shapes_in(part(layer, "config").get(key)):
+                shorten(said, met.inputs[0] if met.inputs else "", after)
+    values: dict[Spot, dict[tuple[str, int, int], str]] = {}
     for (spot, name, node, tensor), value in net.said.items():
         if after.has_changed(value):
-            for layer in at(found, spot)["config"]["layers"]:
-                _tell(layer.get("inbound_nodes"), [name, node, tensor], value, after)
+            values.setdefault(spot, {})[name, node, tensor] = value
+    for spot, changed in values.items():
+        for layer in at(found, spot)["config"]["layers"]:
+            tell(layer.get("inbound_nodes"), changed, after)
     return found
 
 
@@ -52,6 +57,31 @@ def _resize(layer: dict[str, Any], met: Met, after: After, left: Shapes) -> None
         settings["groups"] = _groups(settings, met, after)
     if kind == "Reshape" and after.has_changed(met.outputs[0]):
         _reshape(settings, met.outputs[0], after)
+    if kind == "MultiHeadAttention":
+        _attend(settings, met, shapes, changed, after)
+    if kind == "Bidirectional":
+        for way in ("forward", "backward"):
+            inner = settings.get("layer" if way == "forward" else "backward_layer")
+            if f"{way}/recurrent_kernel" in changed and inner is not None:
+                inner["config"]["units"] = shapes[f"{way}/recurrent_kernel"][0]
+
+
+def _attend(settings: dict[str, Any], met: Met, left: Shapes, changed: set[str], after: After) -> None:
+    """Set the shapes of an attention right; its output has as many channels as its query unless it is said."""
+    tell_three(settings, met, after)
+    made = left["output/kernel"][-1] if "output/kernel" in left else 0
+    is_said = settings.get("output_shape") is not None
+    if changed and made and (is_said or made != after.shape(met.inputs[0])[-1]):
+        settings["output_shape"] = [made]
+
+
+def _fewer_groups(settings: Mapping[str, Any], met: Met, after: After) -> int:
+    """Return the number of groups: each has as many channels as before."""
+    axis = plain(settings.get("axis", -1))
+    axis = axis[0] if isinstance(axis, list) else axis
+    groups: int = settings.get("groups", 32)
+    data = met.inputs[0]
+    return groups if groups == -1 else after.shape(data)[axis] * groups // after.trace.shape(data)[axis]
 
 
 def _groups(settings: Mapping[str, Any], met: Met, after: After) -> int:
@@ -69,46 +99,6 @@ def _reshape(settings: dict[str, Any], value: str, after: After) -> None:
             target[axis] = new[axis]
 
 
-def _shapes(said: Any) -> Iterator[list[Any]]:
-    """Yield the shapes in what Keras says a layer was built for, in their order."""
-    found = plain(said)
-    if isinstance(found, list):
-        if found and all(length is None or type(length) is int for length in found):
-            yield found
-        else:
-            for one in found:
-                yield from _shapes(one)
-    elif isinstance(found, dict):
-        for one in found.values():
-            yield from _shapes(one)
-
-
-def _shorten(said: list[Any], value: str, after: After) -> None:
-    """Set the lengths right that a value no longer has."""
-    if not after.has_changed(value):
-        return
-    old, new = after.trace.shape(value), after.shape(value)
-    if len(said) != len(old):
-        return
-    for axis, pair in enumerate(zip(old, new, strict=True)):
-        if pair[0] != pair[1] and said[axis] is not None:
-            said[axis] = pair[1]
-
-
-def _tell(nodes: Any, history: list[Any], value: str, after: After) -> None:
-    """Set right what Keras 3 says of the shape of a value where a layer takes it."""
-    if isinstance(nodes, list):
-        for one in nodes:
-            _tell(one, history, value, after)
-    elif isinstance(nodes, dict):
-        config = part(nodes, "config")
-        if config.get("keras_history") == history and isinstance(config.get("shape"), list):
-            _shorten(config["shape"], value, after)
-        else:
-            for one in nodes.values():
-                _tell(one, history, value, after)
-
-
 _WINDOW = (("filters", "kernel", -1),)
 _NUMBERS: Mapping[str, tuple[tuple[str, str, int], ...]] = {
     **dict.fromkeys(("Conv1D", "Conv2D", "Conv3D"), _WINDOW),
@@ -118,6 +108,8 @@ _NUMBERS: Mapping[str, tuple[tuple[str, str, int], ...]] = {
         ("SeparableConv1D", "SeparableConv2D"),
         (("filters", "pointwise_kernel", -1), ("depth_multiplier", "depthwise_kernel", -1)),
     ),
+    **dict.fromkeys(GATES, (("units", "recurrent_kernel", 0),)),
+    "MultiHeadAttention": (("num_heads", "query/kernel", 1),),
     "Dense": (("units", "kernel", -1),),
     "Embedding": (("output_dim", "embeddings", -1),),
 }

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prunectl.channels.graph import Kind
 from prunectl.channels.keras.bind import Leaves
 from prunectl.channels.keras.called import Called, whole
 from prunectl.channels.keras.constants import has_lists
-from prunectl.channels.keras.kinds import FUNCTION, KINDS, row
+from prunectl.channels.keras.heads import in_order
+from prunectl.channels.keras.kinds import FUNCTION, KINDS, WORDS, row
 from prunectl.channels.keras.net import Met, Net, Shape
 from prunectl.channels.keras.spots import ROOT, Located, Spot, is_operation
 from prunectl.errors import InputError
@@ -24,7 +26,20 @@ from prunectl.formats.keras.step import Step
 
 _FUNCTIONS = frozenset({"TFOpLambda", "TensorFlowOpLayer"})
 _MAX_DEPTH = 40
+_MASK = "mask"
 _DEFAULT_DTYPE = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """How a layer is called, besides what it is called with."""
+
+    raw: Any = ()
+    """As the configuration has it."""
+    words: tuple[str, ...] = ()
+    """The names of the last inputs."""
+    outputs: int = 1
+    """How many of its outputs are used, at least."""
 
 
 class Walker:
@@ -54,9 +69,9 @@ class Walker:
         current = inputs or (self._first(found, layers, names),)
         for layer in layers:
             if layer.get("class_name") == "InputLayer":
-                self._meet(layer, current, current)
+                self._meet(layer, names, current, current)
             else:
-                current = self._call(layer, current, names, ())
+                current = self._call(layer, current, names)
         return current
 
     def _first(self, found: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], names: tuple[str, ...]) -> str:
@@ -83,6 +98,9 @@ class Walker:
         resolve = Resolver(every)
         given = dict(zip((source.layer for source in ends(model, "input_layers")), inputs, strict=False))
         made: dict[tuple[str, int], tuple[str, ...]] = {}
+        asked: dict[tuple[str, int], int] = {}
+        for source in (*(one for call in every.values() for one in call.sources), *ends(model, "output_layers")):
+            asked[resolve.key(source)] = max(asked.get(resolve.key(source), 1), source.tensor + 1)
         spot = self._spot(model)
 
         def value(source: Source) -> str:
@@ -99,14 +117,17 @@ class Walker:
         for call in ordered(every, resolve):
             if call.found.get("class_name") == "InputLayer":
                 own = given.get(call.layer) or self._own_input(call, names)
-                self._meet(call.found, (own,), (own,))
+                self._meet(call.found, names, (own,), (own,))
                 made[call.layer, call.node] = (own,)
                 continue
             taken = tuple(value(source) for source in call.sources)
             nodes = call.found.get("inbound_nodes")
-            raw = nodes[call.node] if isinstance(nodes, list) and call.node < len(nodes) else ()
-            words = tuple(call.keywords)
-            made[call.layer, call.node] = self._call(call.found, taken, names, raw, words)
+            said = Said(
+                raw=nodes[call.node] if isinstance(nodes, list) and call.node < len(nodes) else (),
+                words=tuple(word for word, _ in call.named),
+                outputs=asked.get((call.layer, call.node), 1),
+            )
+            made[call.layer, call.node] = self._call(call.found, taken, names, said)
         if not names:
             first = [made[resolve.key(source)][0] for source in ends(model, "input_layers")]
             self._net.inputs = {own: self._net.inputs[own] for own in (*first, *self._net.inputs)}
@@ -124,19 +145,34 @@ class Walker:
         found: Mapping[str, Any],
         inputs: tuple[str, ...],
         names: tuple[str, ...],
-        raw: Any,
-        words: tuple[str, ...] = (),
+        said: Said | None = None,
     ) -> tuple[str, ...]:
+        said = said or Said()
         self._caller.charge(1 + len(inputs))
         inner = (*names, name_of(found))
+        inputs, words = self._without_mask(inputs, said.words, inner)
+        if text(found, "class_name") == "MultiHeadAttention":
+            inputs, words = in_order(inputs, words)
         if self._caller.layers_in(found) and not words:
             outputs = self.model(found, inputs, inner)
         elif text(found, "class_name") == "TimeDistributed" and not words and len(inputs) == 1:
             outputs = self._each(found, inputs[0], inner)
         else:
-            outputs = self._layer(found, inputs, inner, raw, words)
-        self._meet(found, inputs, outputs)
+            outputs = self._layer(found, inputs, inner, replace(said, words=words))
+        self._meet(found, inner, inputs, outputs)
         return outputs
+
+    def _without_mask(
+        self, inputs: tuple[str, ...], words: tuple[str, ...], names: tuple[str, ...]
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return what a layer is given besides the mask that says which steps count; what a mask is made of stays."""
+        count = len(inputs) - len(words)
+        named = list(zip(words, inputs[count:], strict=True))
+        masks = [value for word, value in named if word == _MASK]
+        if masks:
+            self._net.add("/".join(names), "mask of", Kind.UNKNOWN, masks, ())
+        left = [pair for pair in named if pair[0] != _MASK]
+        return (*inputs[:count], *(value for _, value in left)), tuple(word for word, _ in left)
 
     def _each(self, found: Mapping[str, Any], value: str, names: tuple[str, ...]) -> tuple[str, ...]:
         """Call a layer on every step in time, as if the steps were examples."""
@@ -145,14 +181,14 @@ class Walker:
         if shape is None or len(shape) < 3:
             return self._unknown(found, (value,), names, (None,))
         name = "/".join(names)
-        (steps,) = self._net.add(name, "TimeDistributed", Kind.RESHAPE, (value,), (shape[1:],))
-        outputs = self._call(inner, (steps,), names, ())
+        (steps,) = self._net.add(name, "TimeDistributed", Kind.RESHAPE, (value,), ((shape[0] * shape[1], *shape[2:]),))
+        outputs = self._call(inner, (steps,), names)
         back: list[str] = []
         for one in outputs:
             each = self._net.shapes.get(one)
-            if each is None or each[0] != shape[1]:
+            if each is None or each[0] != shape[0] * shape[1]:
                 return self._unknown(found, outputs, names, tuple(None for _ in outputs))
-            back += self._net.add(name, "TimeDistributed", Kind.RESHAPE, (one,), ((1, *each),))
+            back += self._net.add(name, "TimeDistributed", Kind.RESHAPE, (one,), ((*shape[:2], *each[1:]),))
         return tuple(back)
 
     def _layer(
@@ -160,37 +196,40 @@ class Walker:
         found: Mapping[str, Any],
         inputs: tuple[str, ...],
         names: tuple[str, ...],
-        raw: Any,
-        words: tuple[str, ...],
+        said: Said,
     ) -> tuple[str, ...]:
-        step, is_function = self._step(found, inputs, words, raw)
-        follow = KINDS[FUNCTION] if is_function else None if words else row(found, step.kind)
+        step, is_function = self._step(found, inputs, said)
+        is_taken = set(said.words) <= WORDS.get(step.kind, frozenset())
+        follow = KINDS[FUNCTION] if is_function else row(found, step.kind) if is_taken else None
         spot = self._spot(found)
-        call = Called(self._net, names, step, inputs, self._leaves.get(spot, {}))
+        call = Called(self._net, names, step, inputs, self._leaves.get(spot, {}), said.words)
         if follow is not None:
             try:
                 with self._net.undone_on_failure():
                     since = len(self._net.nodes)
-                    return (self._net.renamed(follow(call), call.name, since),)
+                    one = follow(call)
+                    first, *others = _enough(one, said.outputs)
+                    if step.kind == "Bidirectional":
+                        self._meet_ways(found, names, inputs, first)
+                    return (self._net.renamed(first, call.name, since), *others)
             except (UnknownShapeError, LookupError):
                 pass
         made = rules.output(step)
         shapes = recurrent.outputs(step, made) if recurrent.is_recurrent(step.kind) else (made,)
+        shapes += (None,) * (said.outputs - len(shapes))
         return self._unknown(found, inputs, names, tuple(self._whole(shape, inputs) for shape in shapes))
 
-    def _step(
-        self, found: Mapping[str, Any], inputs: tuple[str, ...], words: tuple[str, ...], raw: Any
-    ) -> tuple[Step, bool]:
+    def _step(self, found: Mapping[str, Any], inputs: tuple[str, ...], said: Said) -> tuple[Step, bool]:
         """Return a call in the words of Keras 2, and whether it is a bare function."""
         kind = modern_kind(text(found, "class_name"))
         config = part(found, "config")
         several = [self._net.shapes.get(value) for value in inputs]
         shapes = tuple(None if shape is None else shape[1:] for shape in several)
-        count = len(shapes) - len(words)
-        keywords = dict(zip(words, shapes[count:], strict=True))
+        count = len(shapes) - len(said.words)
+        keywords = dict(zip(said.words, shapes[count:], strict=True))
         if is_operation(found) or kind in _FUNCTIONS:
             function = text(config, "function") or text(part(config, "node_def"), "op") or kind
-            facts = {"function": function, "has_lists": has_lists(raw) or has_lists(config.get("constants"))}
+            facts = {"function": function, "has_lists": has_lists(said.raw) or has_lists(config.get("constants"))}
             return Step(function if kind in _FUNCTIONS else kind, facts, shapes[:count], keywords), True
         return Step(kind, modern_settings(kind, config), shapes[:count], keywords), False
 
@@ -206,9 +245,22 @@ class Walker:
         kind = modern_kind(text(found, "class_name"))
         return self._net.add("/".join(names), kind.rpartition(">")[2], Kind.UNKNOWN, inputs, shapes)
 
-    def _meet(self, found: Mapping[str, Any], inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+    def _meet(
+        self, found: Mapping[str, Any], names: tuple[str, ...], inputs: tuple[str, ...], outputs: tuple[str, ...]
+    ) -> None:
         spot = self._spot(found)
-        self._net.met.append(Met(spot, inputs, outputs, self._leaves.get(spot, {})))
+        self._net.met.append(Met(spot, names, inputs, outputs, self._leaves.get(spot, {})))
+
+    def _meet_ways(
+        self, found: Mapping[str, Any], names: tuple[str, ...], inputs: tuple[str, ...], output: str
+    ) -> None:
+        """Note what the layers of both directions are called with: each takes half of the first states."""
+        half = len(inputs) // 2
+        for key, states in (("layer", inputs[1 : 1 + half]), ("backward_layer", inputs[1 + half :])):
+            inner = part(part(found, "config"), key)
+            if inner:
+                spot = (*self._spot(found), "config", key)
+                self._net.met.append(Met(spot, (*names, name_of(inner)), (inputs[0], *states), (output,)))
 
     def _spot(self, found: Mapping[str, Any]) -> Spot:
         one = self._located.get(id(found))
@@ -220,3 +272,11 @@ class Walker:
             return None if shape is None else whole(shape, batch)
         except UnknownShapeError:
             return None
+
+
+def _enough(made: str | tuple[str, ...], count: int) -> tuple[str, ...]:
+    """Return what a layer gives, if that is all that is asked of it."""
+    found = (made,) if isinstance(made, str) else made
+    if len(found) < count:
+        raise UnknownShapeError
+    return found

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from prunectl.channels.graph import Kind
 from prunectl.channels.keras.activations import activated
 from prunectl.channels.keras.called import Called
+from prunectl.channels.keras.net import Look
 from prunectl.formats.keras.multiplying import products
 from prunectl.formats.keras.shapes import UnknownShapeError, plain
 
@@ -40,7 +43,8 @@ def separable(call: Called) -> str:
     made = call.fronted(call.made())
     data = call.forward(call.data)
     channels, wide = call.shape(data)[1], call.leaves["pointwise_kernel"].shape[-2]
-    inner = call.does(
+    # By another name, as what each of the two reads and makes is told by their names.
+    inner = replace(call, names=(*call.names, "depthwise")).does(
         Kind.CONVOLUTION,
         (data, _by_channel(call)),
         (call.batch, wide, *made[2:]),
@@ -59,7 +63,7 @@ def dense(call: Called) -> str:
     """A matrix, (in, out), over the last axis."""
     _check(call)
     inputs = (call.data, call.weight("kernel", (0, 1)), *_bias(call))
-    return activated(call, _seen(call, call.does(Kind.LINEAR, inputs, call.made(), in_axis=0)))
+    return activated(call, _seen(call, call.does(Kind.LINEAR, inputs, call.made(), in_axis=0), is_image=False))
 
 
 def embedding(call: Called) -> str:
@@ -82,6 +86,26 @@ def normalised(call: Called) -> str:
     leaves = ("gamma", "beta", "moving_mean", "moving_variance")
     inputs = (data, *(call.weight(leaf, (0,)) for leaf in leaves))
     made = call.does(Kind.NORM, inputs, call.shape(data))
+    return call.turned(made, tuple(order.index(place) for place in range(len(shape))))
+
+
+def by_group(call: Called) -> str:
+    """Normalisation over groups of channels, and over all positions; whole groups go."""
+    shape = call.shape(call.data)
+    axis, groups = _one_axis(call, len(shape)), call.step.number("groups", 32)
+    channels = shape[axis]
+    groups = channels if groups == -1 else groups
+    if groups < 1 or channels % groups or any(tensor.shape != (channels,) for tensor in call.leaves.values()):
+        raise UnknownShapeError
+    last = (*(other for other in range(len(shape)) if other != axis), axis)
+    data = call.turned(call.data, last)
+    behind = call.shape(data)
+    apart = call.does(Kind.RESHAPE, (data,), (*behind[:-1], groups, channels // groups))
+    apart = call.does(Kind.STRETCH, (apart,), call.shape(apart), axes=(len(shape),))
+    data = call.does(Kind.RESHAPE, (apart,), behind)
+    data = call.turned(data, (0, len(shape) - 1, *range(1, len(shape) - 1)))
+    made = call.does(Kind.NORM, (data, call.weight("gamma", (0,)), call.weight("beta", (0,))), call.shape(data))
+    order = (0, axis, *(other for other in range(1, len(shape)) if other != axis))
     return call.turned(made, tuple(order.index(place) for place in range(len(shape))))
 
 
@@ -127,8 +151,12 @@ def _bias(call: Called) -> tuple[str, ...]:
     return (call.weight("bias", (0,)),) if "bias" in call.leaves else ()
 
 
-def _seen(call: Called, value: str) -> str:
-    call.net.looks[value] = call.names
+def _seen(call: Called, value: str, *, is_image: bool = True) -> str:
+    """Remember where Keras has a value: of an image, with the channels where the layer has them."""
+    order = tuple(range(len(call.shape(value))))
+    if is_image and not call.step.is_channels_first:
+        order = (0, order[-1], *order[1:-1])
+    call.net.looks[value] = Look(call.names, order)
     return value
 
 

@@ -14,7 +14,7 @@ from prunectl.channels.onnx import views
 from prunectl.channels.onnx.read import Opened, opened
 from prunectl.channels.onnx.run import feed, session
 from prunectl.channels.onnx.surgery import cut, put
-from prunectl.channels.source import Feeds, Removed, Runner
+from prunectl.channels.source import Feeds, Removed, Runner, made_by_weights
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.optional import require
@@ -59,9 +59,19 @@ class OnnxSource:
         return {}
 
     @property
+    def dropped(self) -> frozenset[str]:
+        """Nothing: all that the file holds is written."""
+        return frozenset()
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Nothing that the file does not say."""
         return ()
+
+    @property
+    def showable(self) -> frozenset[str]:
+        """What every operation with a kernel makes."""
+        return made_by_weights(self.graph)
 
     def beside(self, target: Path) -> tuple[Path, ...]:
         """Return nothing: data beside the model is known by its handler."""
@@ -89,8 +99,10 @@ class OnnxSource:
 
     def runner(self, network: Any, shown: Iterable[str]) -> Runner:
         """Return what onnxruntime makes of a message."""
-        runtime = session(network, list(shown))
-        return lambda feeds: list(runtime.run(None, dict(feeds)))
+        names = tuple(shown)
+        runtime = session(network, names)
+        outputs = [port.name for port in network.graph.output]
+        return lambda feeds: list(runtime.run([*outputs, *names], dict(feeds)))
 
     def write(self, network: Any, folder: Path, target: Path) -> Path:
         """Write a message, with the data beside it that was beside the original's."""

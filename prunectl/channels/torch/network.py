@@ -12,7 +12,7 @@ import torch
 
 from prunectl.channels.after import After
 from prunectl.channels.graph import Graph
-from prunectl.channels.source import Feeds, Removed, Runner
+from prunectl.channels.source import Feeds, Removed, Runner, made_by_weights
 from prunectl.channels.torch.checkpoint import Change, kept_of
 from prunectl.channels.torch.cut import attribute, axes_of, cut
 from prunectl.channels.torch.inputs import random_like
@@ -54,6 +54,11 @@ class TorchSource:
         return {}
 
     @property
+    def dropped(self) -> frozenset[str]:
+        """Nothing: all that the file holds is written."""
+        return frozenset()
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What is written in place of a module."""
         if self._is_program:
@@ -62,6 +67,11 @@ class TorchSource:
         batch = len(self._opened.light[0])
         more = f", for {batch} at a time, as its steps name this number" if batch > 1 else ""
         return (f"{held} class {class_of(self._opened)} that takes them is beside it{more}.",)
+
+    @property
+    def showable(self) -> frozenset[str]:
+        """What every convolution and every dense layer makes; layers of several steps are one step of the program."""
+        return made_by_weights(self.graph) & {node.name for node in self._opened.module.graph.nodes}
 
     def beside(self, target: Path) -> tuple[Path, ...]:
         """Return where the class goes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from prunectl.formats.keras.config import listed, part, text
@@ -33,12 +33,18 @@ class Call:
     """The layer as the configuration describes it."""
     node: int
     arguments: tuple[Source, ...] = ()
-    keywords: Mapping[str, Source] = field(default_factory=dict)
+    named: tuple[tuple[str, Source], ...] = ()
+    """What it takes by name; a list has its name several times."""
+
+    @property
+    def keywords(self) -> Mapping[str, Source]:
+        """The first that each name stands for."""
+        return dict(reversed(self.named))
 
     @property
     def sources(self) -> tuple[Source, ...]:
         """All that it takes."""
-        return (*self.arguments, *self.keywords.values())
+        return (*self.arguments, *(source for _, source in self.named))
 
 
 def name_of(found: Mapping[str, Any]) -> str:
@@ -69,8 +75,8 @@ def _calls(layer: Mapping[str, Any]) -> Iterator[Call]:
         else:
             named = _named(node)
             arguments = tuple(_sources(node, 0))
-        keywords = {key: source for key, value in named.items() for source in _first(value)}
-        yield Call(name_of(layer), layer, number, arguments, keywords)
+        every = tuple((key, source) for key, value in named.items() for source in _sources(value, 0))
+        yield Call(name_of(layer), layer, number, arguments, every)
 
 
 def _named(node: Any) -> Mapping[str, Any]:
@@ -82,10 +88,6 @@ def _named(node: Any) -> Mapping[str, Any]:
         if _is_reference(entry) and len(entry) > 3 and isinstance(entry[3], dict)
         for key, value in entry[3].items()
     }
-
-
-def _first(value: Any) -> tuple[Source, ...]:
-    return tuple(_sources(value, 0))[:1]
 
 
 def _sources(value: Any, nesting: int) -> Iterator[Source]:

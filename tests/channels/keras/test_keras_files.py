@@ -14,14 +14,18 @@ import pytest
 from prunectl.channels import proof
 from prunectl.channels.groups import groups
 from prunectl.channels.keras import network
+from prunectl.channels.languages import read
+from prunectl.channels.prune import prune_channels
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.formats.table import open_model
 from prunectl.pruning.output import Output
+from prunectl.pruning.request import Request as Asked
 from prunectl.training.finetune import finetune
 from prunectl.training.network import Means, Origin
 from prunectl.training.request import Keep, Request
-from tests.channels.keras.nets import LIBRARIES, filled, keras, nested, residual, tf_keras
-from tests.channels.keras.test_keras_nets import cut, short
+from tests.channels.keras.masked import silence
+from tests.channels.keras.nets import LIBRARIES, filled, keras, nested, residual, shared, tf_keras
+from tests.channels.keras.test_keras_nets import cut, images, say, short
 from tests.running import FIXTURES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -188,7 +192,7 @@ def test_a_softmax_at_the_end_hides_nothing(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(proof, "apart", looking)
     cut(path, tmp_path / "small.keras")
-    assert shown == [True, False] * proof.RUNS
+    assert shown == [True, False, False] * proof.RUNS
 
 
 @pytest.mark.parametrize("which", LIBRARIES)
@@ -284,3 +288,58 @@ def test_a_class_of_the_users_own_is_not_taken_for_the_one_of_that_name(tmp_path
             )
     assert "stem/kernel" not in locks(path)
     assert locks(other)["stem/kernel"] == "ReLU stem_relu"
+
+
+@pytest.mark.parametrize("suffix", [".keras", ""], ids=["archive", "folder"])
+def test_emptied_filters_go_without_a_trace(suffix: str, tmp_path: Path) -> None:
+    of = tf_keras.layers
+    layers = [tf_keras.Input((6, 6, 2)), of.Conv2D(6, 3, activation="relu", name="one")]
+    layers += [of.Conv2D(4, 3, use_bias=False, name="two"), of.BatchNormalization(name="norm"), of.ReLU()]
+    layers += [of.Flatten(), of.Dense(5, activation="tanh", name="wide"), of.Dense(3, name="last")]
+    model = filled(tf_keras.Sequential(layers, name="net"))
+    for name, dead in (("one", [1, 4]), ("wide", [0])):
+        kernel, bias = (np.array(weight) for weight in model.get_layer(name).weights)
+        kernel[..., dead] = 0
+        model.get_layer(name).set_weights([kernel, bias])
+    path, output = saved(model, tmp_path / f"net{suffix}"), tmp_path / f"small{suffix}"
+    found = prune_channels(path, Asked(pattern="channel"), Output(output), dead=True)
+    assert found.dropped == 3
+    small = tf_keras.models.load_model(output)
+    assert [layer.units for layer in small.layers if hasattr(layer, "units")] == [4, 3]
+    given = images(model)
+    np.testing.assert_allclose(say(small, given), say(model, given), rtol=1e-4, atol=1e-5)
+
+
+def test_a_saved_model_is_written_anew(tmp_path: Path) -> None:
+    path, output = FIXTURES / "digits_cnn_savedmodel", tmp_path / "small"
+    found = cut(path, output)
+    assert "without the state of an optimizer" in found.notes[0]
+    new = {tensor.name: tensor.shape for tensor in open_model(output).tensors}
+    assert new["layer_with_weights-2/kernel"] == (128, 16)
+    model, small = (tf_keras.models.load_model(one) for one in (path, output))
+    given = images(model)
+    wanted, said = say(silence(model, found), given), say(small, given)
+    np.testing.assert_allclose(said[0], wanted[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_saved_model_that_keras_cannot_write_again_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="which Keras layers"):
+        cut(FIXTURES / "every_variable_twice", tmp_path / "small")
+    tensorflow = pytest.importorskip("tensorflow")
+    model = tf_keras.Sequential([tf_keras.Input((4,)), tf_keras.layers.Dense(3), tf_keras.layers.Dense(2)])
+    served = tensorflow.function(model.call, input_signature=[tensorflow.TensorSpec((None, 4), "float32")])
+    model.save(tmp_path / "net", signatures={"mine": served})
+    with pytest.raises(InputError, match="would lose its signatures mine"):
+        cut(tmp_path / "net", tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("which", LIBRARIES)
+def test_what_is_shown_comes_once_for_each_name_as_the_graph_has_it(which: str, tmp_path: Path) -> None:
+    source = read(open_model(saved(shared(LIBRARIES[which]), tmp_path / "net.keras")), Origin())
+    assert {name.partition("~")[0] for name in source.showable} == {"thin", "each_step/timed", "line", "last", "other"}
+    names = sorted(source.showable, reverse=True)
+    made = source.runner(source.with_weights({}), names)(source.feeds(np.random.default_rng(0)))
+    shapes = [source.graph.shapes[name] for name in names]
+    assert [np.shape(one) for one in made[2:]] == shapes
+    assert {(1, 6, 12, 12), (12, 10), (1, 8, 12)} <= set(shapes)

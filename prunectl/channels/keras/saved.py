@@ -1,0 +1,209 @@
+"""A SavedModel that Keras 2 wrote: read as the HDF5 file that it would write too, and written anew."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prunectl.channels.after import After
+from prunectl.channels.graph import Graph
+from prunectl.channels.keras import draft as drafts
+from prunectl.channels.keras.network import KerasSource, require_followable
+from prunectl.channels.keras.read import opened
+from prunectl.channels.keras.renamed import Renamed, renamed
+from prunectl.channels.source import Feeds, Removed, Runner
+from prunectl.errors import InputError, PrunectlError, WorkError, first_line
+from prunectl.formats.base import Array, ModelFile, Role
+from prunectl.formats.table import open_model
+from prunectl.formats.tensorflow import object_graph
+from prunectl.formats.tensorflow.bundle import read_bundle
+from prunectl.formats.tensorflow.saved_model_graph import read_graph
+from prunectl.formats.tensorflow.variable_names import VALUE_SUFFIX
+from prunectl.pruning import output as outputs
+from prunectl.training.keras.library import quietly
+from prunectl.training.keras.loading import Loaded, load
+from prunectl.training.keras.place import Place
+from prunectl.training.network import Origin
+
+_SIGNATURES = frozenset({"serving_default", "__saved_model_init_op"})
+_OWN = frozenset({"saved_model.pb", "keras_metadata.pb", "fingerprint.pb", "variables"})
+_INSTEAD = "load it in Keras, save it as .keras, and prune that"
+
+
+def read(model: ModelFile, origin: Origin) -> SavedSource:
+    """Return the network of a SavedModel that says which Keras layers it consists of."""
+    if model.about.keras is None:
+        raise InputError(
+            f"{model.path} does not say which Keras layers it consists of",
+            hint="prune the model that it was exported from, as .keras, or export it to ONNX",
+        )
+    require_followable(model, origin)
+    _refuse_losses(model)
+    scratch = Path(tempfile.mkdtemp(prefix="prunectl-"))
+    try:
+        return SavedSource(model, origin, scratch)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+class SavedSource:
+    """A SavedModel, as cutting sees it."""
+
+    def __init__(self, model: ModelFile, origin: Origin, scratch: Path) -> None:
+        self._model, self._origin, self._scratch = model, origin, scratch
+        weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+        path = scratch / "model.h5"
+        with self._named():
+            with quietly():
+                _save(load(model, origin, Place()), path)
+            inner = open_model(path)
+            self._opened = opened(inner)
+            self._names = _matched(model, inner)
+            self._source = KerasSource(self._opened, origin)
+
+    @cached_property
+    def graph(self) -> Graph:
+        """What can be followed; weights are called what the SavedModel calls them."""
+        found, names = self._source.graph, self._names
+        return replace(
+            found,
+            weights=Renamed(found.weights, {names[name]: name for name in found.weights}),
+            views={name: replace(view, tensor=names[view.tensor]) for name, view in found.views.items()},
+            uses={names[name]: count for name, count in found.uses.items()},
+        )
+
+    @property
+    def copies(self) -> Mapping[str, str]:
+        """Nothing: a layer that is called twice has its weights once."""
+        return {}
+
+    @property
+    def followers(self) -> Mapping[str, str]:
+        """Nothing: what the optimizer keeps is left out."""
+        return {}
+
+    @property
+    def dropped(self) -> frozenset[str]:
+        """What is no weight of a layer: the state of the optimizer, of metrics and of losses."""
+        return frozenset({tensor.name for tensor in self._model.tensors}.difference(self._names.values()))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a new SavedModel lacks."""
+        if not self.dropped and not self._model.about.training:
+            return ()
+        return ("Keras wrote the SavedModel anew, without the state of an optimizer, metrics, and how to train it.",)
+
+    @property
+    def showable(self) -> frozenset[str]:
+        """What layers that are called once make before their activations."""
+        return self._source.showable
+
+    def beside(self, target: Path) -> tuple[Path, ...]:
+        """Return nothing: a SavedModel is one folder."""
+        del target
+        return ()
+
+    def cut(self, removed: Removed, after: After, weights: Mapping[str, Array]) -> Any:
+        """Return what changes in the file."""
+        own = {outer: name for name, outer in self._names.items()}
+        inner = {(own[name], axis): indices for (name, axis), indices in removed.items()}
+        return self._source.cut(inner, after, renamed(weights, own))
+
+    def with_weights(self, weights: Mapping[str, Array]) -> Any:
+        """Return the network with other numbers in it."""
+        return self._source.with_weights(renamed(weights, {outer: name for name, outer in self._names.items()}))
+
+    def feeds(self, random: np.random.Generator) -> Feeds:
+        """Return random inputs."""
+        return self._source.feeds(random)
+
+    def runner(self, network: Any, shown: Iterable[str]) -> Runner:
+        """Return what Keras makes of a draft."""
+        with self._named():
+            return self._source.runner(network, shown)
+
+    def write(self, network: Any, folder: Path, target: Path) -> Path:
+        """Let Keras write the smaller network as a folder."""
+        places = outputs.places(self._model, folder, target)
+        written = places[self._model.path / "saved_model.pb"].parent
+        path = self._scratch / "small.h5"
+        with self._named():
+            drafts.write(self._opened, network, path)
+            _save(load(open_model(path), self._origin, Place()), written)
+        for source, place in places.items():
+            if source.relative_to(self._model.path).parts[0] not in _OWN:
+                shutil.copyfile(source, place)
+        return written
+
+    @contextmanager
+    def _named(self) -> Generator[None]:
+        """Say the name that the user knows, not that of a scratch file."""
+        try:
+            yield
+        except PrunectlError as error:
+            said = [str(self._scratch / name) for name in ("model.h5", "small.h5")]
+            message, hint = error.message, error.hint
+            for name in said:
+                message, hint = message.replace(name, str(self._model.path)), hint.replace(name, str(self._model.path))
+            raise type(error)(message, hint=hint) from error
+
+
+def _save(loaded: Loaded, path: Path) -> None:
+    """Write a model without its optimizer, as the name says."""
+    words = {"save_format": "h5" if path.suffix == ".h5" else "tf", "include_optimizer": False}
+    try:
+        with quietly():
+            loaded.model.save(str(path), **words)
+    except Exception as error:
+        raise WorkError(
+            f"{loaded.file.path} cannot be written again by Keras: {first_line(error)}; nothing was written",
+            hint=_INSTEAD,
+        ) from error
+
+
+def _refuse_losses(model: ModelFile) -> None:
+    """Refuse what Keras would leave out when it writes the folder anew."""
+    graph = read_graph(model.path / "saved_model.pb")
+    strange = sorted(set(graph.signatures) - _SIGNATURES)
+    lost = f"its signatures {', '.join(strange)}" if strange else ""
+    lost = lost or ("the files that its graph reads" if graph.assets else "")
+    lost = lost or ("all of its graphs but one" if len(graph.graphs) > 1 else "")
+    if lost:
+        raise InputError(f"{model.path} would lose {lost}, as Keras writes it anew", hint=_INSTEAD)
+
+
+def _matched(model: ModelFile, inner: ModelFile) -> dict[str, str]:
+    """Return what the SavedModel calls each weight of the HDF5 file that Keras made of it."""
+    names = object_graph.read(read_bundle(model.path / "variables" / "variables.index")).full_names
+    held = {tensor.name: tensor for tensor in model.tensors}
+    known: dict[str, list[str]] = {}
+    for name in held:
+        known.setdefault(names.get(f"{name}{VALUE_SUFFIX}", ""), []).append(name)
+    found = {}
+    for tensor in inner.tensors:
+        match known.get(tensor.name.removesuffix(":0"), ()):
+            case [name] if np.array_equal(model.read(held[name]), inner.read(tensor)):
+                found[tensor.name] = name
+            case _:
+                raise InputError(
+                    f"{model.path} calls its weights so that {tensor.name} cannot be told from others", hint=_INSTEAD
+                )
+    strange = [
+        tensor.name
+        for tensor in model.tensors
+        if tensor.is_float and tensor.role is not Role.OPTIMIZER and tensor.name not in found.values()
+    ]
+    if strange:
+        raise InputError(f"{model.path} would lose {strange[0]}, which is in no layer", hint=_INSTEAD)
+    return found

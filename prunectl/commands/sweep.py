@@ -1,0 +1,128 @@
+"""`prunectl sweep`: which way to prune keeps this model good on this data?"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prunectl.commands.options import panel
+from prunectl.commands.verb import verb
+from prunectl.errors import UsageError
+from prunectl.reporting.reporter import Reporter
+from prunectl.reporting.sweep_report import sweep_report, told
+from prunectl.reporting.words import parse_ratio
+from prunectl.sweeping.choices import Choices
+from prunectl.sweeping.limit import MaxDrop
+from prunectl.sweeping.sweep import sweep as run
+
+_ways = panel("What is tried")
+_data = panel("Data")
+_train = panel("Training")
+_file = panel("What the file does not say")
+_USUAL = "50%,80%,90%"
+_POINTS = "pp"
+
+
+def sweep(
+    ctx: typer.Context,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="File or folder.")],
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="For the models and sweep.jsonl.")],
+    data: Annotated[str, _data(metavar="SPEC", help="What to learn from, and to look at: train.npz, images/ …")],
+    val: Annotated[str, _data(metavar="SPEC", help="What to judge by; else the data itself.")] = "",
+    val_split: Annotated[str, _data(metavar="RATIO", help="Judge by this share of the data instead.")] = "",
+    batch_size: Annotated[int, _data(help="Examples in a batch.", min=1)] = 32,
+    samples: Annotated[int, _data(help="How many examples strategies look at.", min=1)] = 128,
+    metric: Annotated[str, _data(metavar="NAME", help="What decides, such as accuracy; else as the file says.")] = "",
+    strategies: Annotated[str, _ways(metavar="NAME,…", help="What goes first.")] = "magnitude",
+    scopes: Annotated[str, _ways(metavar="NAME,…", help="layer, global …, as in prune.")] = "layer",
+    sparsities: Annotated[
+        str, _ways(metavar="RATIO,…", help=f"How much goes.  [default: {_USUAL}, or what --max-drop finds]")
+    ] = "",
+    schedules: Annotated[
+        str, _ways(metavar="NAME,…", help="How it goes while training; constant is before the first step.")
+    ] = "constant",
+    max_drop: Annotated[
+        str, _ways(metavar="DROP", help="Find the largest sparsity that costs no more: 0.5pp, or 0.01 of a loss.")
+    ] = "",
+    policy: Annotated[str, _ways(metavar="NAME", help="Which tensors.")] = "default",
+    only: Annotated[str, _ways(metavar="GLOB", help="Only these tensors, whatever the policy.")] = "",
+    exclude: Annotated[list[str] | None, _ways(metavar="GLOB", help="Not these; may be repeated.")] = None,
+    epochs: Annotated[int, _train(help="Train each point so long; 0 prunes alone.", min=0)] = 0,
+    lr: Annotated[float | None, _train(help="Learning rate; else as the file says, or the framework.")] = None,
+    optimizer: Annotated[str, _train(metavar="NAME", help="Such as adam or sgd:momentum=0.9.")] = "",
+    loss: Annotated[str, _train(metavar="NAME", help="Such as cross-entropy or mse, or mod:fn.")] = "",
+    seed: Annotated[int, _train(help="Decides what is random.")] = 0,
+    jobs: Annotated[int, typer.Option("-j", "--jobs", metavar="N", help="Processes side by side.", min=1)] = 1,
+    build: Annotated[str, _file("--model", metavar="MOD:FN", help="Builds the model, for weights alone.")] = "",
+    custom_objects: Annotated[str, _file(metavar="MOD:DICT", help="Explains custom Keras layers.")] = "",
+    trust: Annotated[bool, _file("--trust", help="Let code that comes with the file run.")] = False,
+) -> int:
+    """Try strategies, scopes, sparsities and schedules on MODEL, and compare what comes of them.
+
+    Each point is kept in DIR as soon as it is made: the same command goes on where it was stopped.
+
+    [dim]$[/] prunectl sweep model.onnx -o points --data test.npz --strategies magnitude,lamp --scopes layer,global
+
+    [dim]$[/] prunectl sweep model.onnx -o within --data test.npz --max-drop 1pp
+
+    [dim]$[/] prunectl sweep net.pt -o tuned --model net.py:Net --data train.npz --epochs 1 --strategies magnitude,obs
+    """
+    reporter: Reporter = ctx.obj
+    choices = Choices(
+        data=data,
+        val=val,
+        val_split=parse_ratio(val_split) if val_split else 0.0,
+        strategies=_words(strategies, "strategies"),
+        scopes=_words(scopes, "scopes"),
+        sparsities=_ratios(sparsities or ("" if max_drop else _USUAL)),
+        schedules=_words(schedules, "schedules"),
+        epochs=epochs,
+        batch_size=batch_size,
+        samples=samples,
+        lr=lr,
+        optimizer=optimizer,
+        loss=loss,
+        metric=metric,
+        policy=policy,
+        only=only,
+        exclude=tuple(exclude or ()),
+        seed=seed,
+        model=build,
+        custom_objects=custom_objects,
+        is_trusted=trust,
+    )
+    limit = _drop(max_drop) if max_drop else None
+    found = run(model, choices, output, jobs=jobs, max_drop=limit, watcher=lambda *made: reporter.note(told(*made)))
+    return reporter.show(sweep_report(found, str(model)))
+
+
+def _words(text: str, what: str) -> tuple[str, ...]:
+    """Return the words in a list with commas, each once."""
+    words = tuple(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
+    if not words:
+        raise UsageError(f"--{what} names nothing")
+    return words
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    return tuple(sorted(dict.fromkeys(map(parse_ratio, filter(None, map(str.strip, text.split(",")))))))
+
+
+def _drop(text: str) -> MaxDrop:
+    """Return by how much the metric may be worse: in percentage points, or in what the metric counts."""
+    words = text.strip()
+    is_points = words.endswith(_POINTS)
+    try:
+        amount = float(words.removesuffix(_POINTS))
+    except ValueError:
+        raise UsageError(f"{text!r} is no drop", hint="write 0.5pp (percentage points), or 0.01 of a loss") from None
+    if not math.isfinite(amount) or amount < 0:
+        raise UsageError(f"{text!r} is no drop: it is a number from 0 up")
+    return MaxDrop(amount / 100 if is_points else amount, is_points)
+
+
+command = verb(sweep)

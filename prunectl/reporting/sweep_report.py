@@ -1,0 +1,199 @@
+"""What `sweep` says: how good and how big every point is, and which of them no other beats in both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prunectl.errors import PrunectlError
+from prunectl.reporting.curve_plot import in_dots
+from prunectl.reporting.report import Artifact, Failure, Report, Section
+from prunectl.reporting.table import Cell, Column, Table, Unit
+from prunectl.reporting.words import count, nbytes
+from prunectl.sweeping.front import front
+from prunectl.sweeping.limit import drop, is_share
+from prunectl.sweeping.point import BASE, Outcome, Point
+from prunectl.sweeping.sweep import Swept
+from prunectl.sweeping.versus import Versus, versus
+from prunectl.training.better import is_higher_better
+
+_COLUMNS, _ROWS = 60, 12
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def sweep_report(found: Swept, model: str) -> Report:
+    """Return the report on a sweep."""
+    best = front(found.outcomes)
+    table = Table("points", _columns(found), tuple(_row(found, point, best) for point in found.outcomes))
+    notes = dict.fromkeys(note for outcome in found.outcomes.values() for note in outcome.notes)
+    remarks = (*notes, *_judged_by(found), *(_compared(one, found) for one in versus(found.choices, found.outcomes)))
+    made = [(str(found.folder / outcome.path), outcome) for outcome in found.outcomes.values() if outcome.path]
+    metric = found.base.metric
+    return Report(
+        models=tuple(_json(found, point, best, model) for point in found.outcomes),
+        main=table,
+        sections=(
+            Section(f"{model}: {count(len(made))} ways to prune", tables=(table,), remarks=remarks),
+            *(
+                [Section(f"within a drop of {_limit(found)}", tables=(_held(found),))]
+                if found.max_drop is not None
+                else []
+            ),
+            *([Section(f"{metric} over gzip size", tables=(_plot(found, best),))] if made else []),
+        ),
+        failures=tuple(Failure(point.name, error) for point, error in found.failed.items()),
+        artifacts=tuple(Artifact(path, outcome.raw) for path, outcome in made),
+        bare=tuple(_file(found, point) for point in best if point != BASE),
+        more={"max_drop": _held_json(found)} if found.max_drop is not None else {},
+    )
+
+
+def told(point: Point, found: Outcome | PrunectlError) -> str:
+    """Return what became of a point, in a line."""
+    if isinstance(found, PrunectlError):
+        return f"{point.name}: {found.message}"
+    return f"{point.name}: {found.metric} {found.value:.4g}, gzip {nbytes(found.gzip)}"
+
+
+def _columns(found: Swept) -> tuple[Column, ...]:
+    return (
+        Column("strategy"),
+        Column("scope"),
+        Column("schedule", is_optional=True),
+        Column("asked", Unit.RATIO),
+        Column("sparsity", Unit.RATIO, is_optional=True),
+        Column(found.base.metric, Unit.NUMBER),
+        Column("drop", Unit.NUMBER),
+        Column("gzip", Unit.BYTES),
+        Column("front"),
+        Column("file", is_optional=True),
+    )
+
+
+def _row(found: Swept, point: Point, best: list[Point]) -> tuple[Cell, ...]:
+    outcome = found.outcomes[point]
+    return (
+        point.strategy or "as it is",
+        point.scope,
+        point.schedule,
+        point.sparsity if point != BASE else None,
+        outcome.sparsity,
+        outcome.value,
+        drop(outcome, found.base),
+        outcome.gzip,
+        "*" if point in best else "",
+        _file(found, point),
+    )
+
+
+def _file(found: Swept, point: Point) -> str:
+    path = found.outcomes[point].path
+    return str(found.folder / path) if path else ""
+
+
+def _held(found: Swept) -> Table:
+    """Return the largest sparsity of each way that keeps within the drop."""
+    rows: list[tuple[Cell, ...]] = []
+    for (strategy, scope, schedule), point in found.best.items():
+        row = _row(found, point, []) if point is not None else (strategy, scope, schedule, *[None] * 5, "", "none")
+        rows.append((*row[:8], row[9]))
+    columns = [column for column in _columns(found) if column.name != "front"]
+    return Table("within", tuple(columns), tuple(rows))
+
+
+def _held_json(found: Swept) -> list[dict[str, Any]]:
+    return [
+        {
+            "strategy": strategy,
+            "scope": scope,
+            "schedule": schedule or None,
+            "limit": found.max_drop.amount if found.max_drop is not None else None,
+            "sparsity": point.sparsity if point is not None else None,
+            "path": _file(found, point) if point is not None else None,
+        }
+        for (strategy, scope, schedule), point in found.best.items()
+    ]
+
+
+def _json(found: Swept, point: Point, best: list[Point], model: str) -> dict[str, Any]:
+    outcome = found.outcomes[point]
+    return {
+        "path": _file(found, point) or model,
+        "bytes": {"raw": outcome.raw, "packed": None, "compressed": outcome.gzip},
+        "sparsity": outcome.sparsity,
+        "point": {
+            "strategy": point.strategy or None,
+            "scope": point.scope or None,
+            "schedule": point.schedule or None,
+            "sparsity": point.sparsity,
+            "metric": outcome.metric,
+            "value": outcome.value,
+            "logs": outcome.logs,
+            "drop": drop(outcome, found.base),
+            "is_front": point in best,
+        },
+    }
+
+
+def _judged_by(found: Swept) -> tuple[str, ...]:
+    choices = found.choices
+    if choices.val or choices.val_split:
+        return ()
+    return (f"Judged by {choices.data} itself: say --val or --val-split to know what holds on other data.",)
+
+
+def _limit(found: Swept) -> str:
+    return _amount(found, found.max_drop.amount) if found.max_drop is not None else ""
+
+
+def _compared(one: Versus, found: Swept) -> str:
+    """Answer which of two schedules is better here, and say so where the pairs do not agree."""
+    ahead, behind = (one.other, one.one) if one.mean >= 0 else (one.one, one.other)
+    sign = 1 if one.mean >= 0 else -1
+    gains = sorted(sign * gain for gain in one.gains)
+    wins, losses = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    amount = f"{_amount(found, abs(one.mean))} of {found.base.metric} on average"
+    where = f"in {count(wins)} of {count(len(gains))} {'pair' if len(gains) == 1 else 'pairs'}"
+    question = f"{one.one} or {one.other}?"
+    if not wins and not losses:
+        return f"{question} It makes no difference to {found.base.metric} here."
+    if not losses:
+        same = f", and no worse in {count(len(gains) - wins)}" if wins < len(gains) else ""
+        return f"{question} {ahead} is better than {behind} {where}{same}, by {amount}."
+    span = f"from {_amount(found, gains[0])} to {_amount(found, gains[-1])}"
+    return f"{question} No clear answer: {ahead} is better {where}, by {amount} ({span})."
+
+
+def _amount(found: Swept, value: float) -> str:
+    """Return a difference: in percentage points where the metric is a share."""
+    return f"{100 * value:.3g} pp" if is_share(found.base) else f"{value:.4g}"
+
+
+def _plot(found: Swept, best: list[Point]) -> Table:
+    """Return the points as letters, a letter for each way, above the steps of the front."""
+    outcomes = found.outcomes
+    ways = list(dict.fromkeys(point.way for point in outcomes if point != BASE))
+    sizes = [outcome.gzip for outcome in outcomes.values()]
+    values = [outcome.value for outcome in outcomes.values()]
+    left, wide = min(sizes), max(max(sizes) - min(sizes), 1)
+    low, high = min(values), max(values)
+    tall = high - low or 1.0
+    is_up = is_higher_better(found.base.metric)
+    steps: list[float] = []
+    for x in range(2 * _COLUMNS):
+        size = left + x / (2 * _COLUMNS - 1) * wide
+        reached = [outcomes[point].value for point in best if outcomes[point].gzip <= size]
+        at = (max(reached) if is_up else min(reached)) if reached else (low if is_up else high)
+        steps.append((at - low) / tall)
+    grid = [list(line.ljust(_COLUMNS, "\u2800")) for line in in_dots(steps, _COLUMNS, _ROWS)]
+    for point, outcome in reversed(outcomes.items()):
+        column = round((outcome.gzip - left) / wide * (_COLUMNS - 1))
+        row = round((high - outcome.value) / tall * (_ROWS - 1))
+        letter = "=" if point == BASE else _LETTERS[ways.index(point.way) % len(_LETTERS)]
+        grid[row][column] = letter.upper() if point in best else letter
+    marks = [f"{high:.4g}", *[""] * (_ROWS - 2), f"{low:.4g}"]
+    ends = [nbytes(size) for size in (left, left + wide)]
+    names = [f"{_LETTERS[at % len(_LETTERS)]} {' '.join(filter(None, way))}" for at, way in enumerate(ways)]
+    rows: list[tuple[Cell, ...]] = [(mark, "".join(line)) for mark, line in zip(marks, grid, strict=True)]
+    rows.append(("gzip", f"{ends[0]}{ends[1]:>{_COLUMNS - len(ends[0])}}"))
+    rows += [("", name) for name in (*names, "= as it is", "capitals: no other is as good and smaller")]
+    return Table("plot", (Column(found.base.metric), Column("")), tuple(rows))

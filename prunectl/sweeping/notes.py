@@ -1,0 +1,121 @@
+"""What is known already: a line for each point that is done, kept as soon as it is."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from prunectl.errors import InputError, UsageError
+from prunectl.sweeping.choices import Choices
+from prunectl.sweeping.point import BASE, Outcome, Point
+
+FILE = "sweep.jsonl"
+_SCHEMA = "prunectl.sweep/1"
+_PATIENCE_SECONDS = 5.0
+"""How long the processes of a sweep that was killed may take to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """The points of a sweep that are done, and a file that is ready for more."""
+
+    fd: int
+    """Holds the lock on the file; whoever has it open may write points."""
+    threads: int
+    """Of each process, as in the first run: sums come out a little different with others."""
+    done: dict[Point, Outcome] = field(default_factory=dict)
+
+    def add(self, point: Point, outcome: Outcome) -> None:
+        """Note a point, on the disk before this returns."""
+        _write(self.fd, {"point": _point_json(point), "outcome": outcome.as_json})
+        self.done[point] = outcome
+
+
+@contextmanager
+def opened(folder: Path, choices: Choices, sha256: str, threads: int) -> Generator[Notes]:
+    """Yield the notes in a folder, which is made if it is not there; refuse those of another sweep."""
+    if not folder.parent.is_dir():
+        raise UsageError(f"{folder.parent} is not a folder", hint=f"mkdir -p {folder.parent}")
+    path = folder / FILE
+    if folder.exists() and not path.is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists, and holds no sweep", hint="name a folder that is not there yet")
+    folder.mkdir(exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    try:
+        _lock(fd, folder)
+        yield _read(fd, path, {"schema": _SCHEMA, "sha256": sha256, "choices": choices.as_json}, threads)
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, folder: Path) -> None:
+    until = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise UsageError(f"another sweep is at work in {folder}") from None
+            time.sleep(0.05)
+        else:
+            return
+
+
+def _read(fd: int, path: Path, head: dict[str, Any], threads: int) -> Notes:
+    *lines, torn = path.read_bytes().split(b"\n")
+    if torn:
+        # Of a run that was killed while it wrote.
+        os.ftruncate(fd, sum(len(line) + 1 for line in lines))
+    try:
+        noted: dict[str, Any]
+        noted, *points = map(json.loads, lines) if lines else [{}]
+        done = {Point(**line["point"]): Outcome.of_json(line["outcome"]) for line in points}
+        if head.items() <= noted.items():
+            return Notes(fd, int(noted["threads"]), done)
+        if done.keys() - {BASE}:
+            _compare(noted, head, path.parent)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is not what a sweep has noted: {error}", hint="sweep into another folder") from error
+    # Nothing was made yet: whoever said it may have thought better of it.
+    os.ftruncate(fd, 0)
+    _write(fd, {**head, "threads": threads})
+    return Notes(fd, threads)
+
+
+def _compare(noted: dict[str, Any], head: dict[str, Any], folder: Path) -> NoReturn:
+    """Say what is not the same."""
+    if noted["schema"] != head["schema"]:
+        raise InputError(f"{folder / FILE} has the schema {noted['schema']!r}, which this prunectl does not know")
+    if noted["sha256"] != head["sha256"]:
+        raise UsageError(f"{folder} holds a sweep of another model", hint="sweep this one into another folder")
+    then, now = noted["choices"], head["choices"]
+    name = next(name for name in {**now, **then} if then.get(name) != now.get(name))
+    raise UsageError(
+        f"{folder} holds a sweep with other choices: {name.replace('_', ' ')} was {_said(then.get(name))}, "
+        f"not {_said(now.get(name))}",
+        hint="say the same again to go on with it, or sweep into another folder",
+    )
+
+
+def _said(value: Any) -> str:
+    return (", ".join(map(str, value)) if isinstance(value, list) else str(value)) or "nothing"
+
+
+def _point_json(point: Point) -> dict[str, Any]:
+    strategy, scope, schedule = point.way
+    return {"strategy": strategy, "scope": scope, "schedule": schedule, "sparsity": point.sparsity}
+
+
+def _write(fd: int, line: dict[str, Any]) -> None:
+    # In one go, at the end whatever happens: a line is there whole, or is the torn end of the file.
+    data = json.dumps(line, sort_keys=True, allow_nan=False).encode() + b"\n"
+    while data:
+        data = data[os.write(fd, data) :]
+    os.fsync(fd)

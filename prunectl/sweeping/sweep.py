@@ -1,0 +1,115 @@
+"""A sweep, from its choices to all its points; what was noted before is not made again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from prunectl.errors import PrunectlError
+from prunectl.formats.table import open_model
+from prunectl.measuring import archive
+from prunectl.sweeping.choices import Choices
+from prunectl.sweeping.crew import Crew, share
+from prunectl.sweeping.limit import MaxDrop
+from prunectl.sweeping.limit import check as check_limit
+from prunectl.sweeping.next import bracket, wanted
+from prunectl.sweeping.notes import Notes, opened
+from prunectl.sweeping.point import BASE, Outcome, Point, Way, ways
+from prunectl.sweeping.requests import check
+
+Watcher = Callable[[Point, Outcome | PrunectlError], None]
+"""Told each point when it is made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What came of a sweep."""
+
+    choices: Choices
+    folder: Path
+    outcomes: dict[Point, Outcome]
+    """The model as it is, then way after way, from low to high sparsity."""
+    failed: dict[Point, PrunectlError]
+    max_drop: MaxDrop | None = None
+
+    @property
+    def base(self) -> Outcome:
+        """The model as it is."""
+        return self.outcomes[BASE]
+
+    @property
+    def best(self) -> dict[Way, Point | None]:
+        """The largest sparsity of each way that keeps within the drop; none where every one fell below it."""
+        if self.max_drop is None:
+            return {}
+        holds = {way: bracket(way, self.outcomes, self.max_drop.amount).holds for way in ways(self.choices)}
+        return {way: Point(*way, sparsity) if sparsity else None for way, sparsity in holds.items()}
+
+
+def sweep(
+    path: Path,
+    choices: Choices,
+    folder: Path,
+    *,
+    jobs: int = 1,
+    max_drop: MaxDrop | None = None,
+    watcher: Watcher = lambda *_: None,
+) -> Swept:
+    """Make every point that is not made yet, and return all that were asked for."""
+    check(choices)
+    model = open_model(path)
+    failed: dict[Point, PrunectlError] = {}
+    with (
+        opened(folder, choices, archive.sha256(model), share(jobs)) as notes,
+        closing(Crew(path, choices, folder, jobs=jobs, threads=notes.threads, lock=notes.fd)) as crew,
+    ):
+        if BASE not in notes.done:
+            _note_base(crew.attempt(BASE), notes)
+        if max_drop is not None:
+            check_limit(max_drop, notes.done[BASE])
+        todo = partial(wanted, choices, notes.done, failed, max_drop.amount if max_drop is not None else None)
+        for point, found in _made(crew, todo, jobs):
+            if isinstance(found, PrunectlError):
+                failed[point] = found
+            else:
+                notes.add(point, found)
+            watcher(point, found)
+        return Swept(choices, folder, _in_order(choices, notes.done), failed, max_drop)
+
+
+def _note_base(found: Outcome | PrunectlError, notes: Notes) -> None:
+    """Note the model as it is; without it there is nothing to compare with."""
+    if isinstance(found, PrunectlError):
+        raise found
+    notes.add(BASE, found)
+
+
+def _made(crew: Crew, todo: Callable[[], list[Point]], jobs: int) -> Iterator[tuple[Point, Outcome | PrunectlError]]:
+    """Yield points as they are made, until there are no more to make; each must be noted before the next is asked."""
+    running: dict[Future[Outcome | PrunectlError], Point] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            while True:
+                for point in todo():
+                    if point not in running.values():
+                        running[pool.submit(crew.attempt, point)] = point
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result()
+        except BaseException:
+            # Whoever gives up does not wait for hours of training.
+            pool.shutdown(wait=False, cancel_futures=True)
+            crew.close()
+            raise
+
+
+def _in_order(choices: Choices, done: dict[Point, Outcome]) -> dict[Point, Outcome]:
+    """Return the points as a table has them, in whatever order they were made."""
+    order = {way: at for at, way in enumerate(ways(choices))}
+    points = sorted((point for point in done if point != BASE), key=lambda point: (order[point.way], point.sparsity))
+    return {point: done[point] for point in (BASE, *points)}

@@ -1,0 +1,43 @@
+"""Small networks that go through steps in time, or look from each to all others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+STEPS = 6
+
+
+def seq2seq(k: Any) -> Any:
+    """A layer that begins with what another was left with, and two that run both ways."""
+    of = k.layers
+    i = k.Input((STEPS, 8))
+    x, *state = of.LSTM(6, return_sequences=True, return_state=True, name="enc")(i)
+    y = of.LSTM(6, return_sequences=True, name="dec")(of.Dense(10, name="mid")(i), initial_state=state)
+    z = of.Bidirectional(of.GRU(4, return_sequences=True), name="ways")(of.Concatenate()([x, y]))
+    z = of.Bidirectional(of.SimpleRNN(4, activation="relu"), merge_mode="sum", name="sum")(z)
+    return k.Model(i, of.Dense(3, name="last")(z))
+
+
+def attending(k: Any) -> Any:
+    """Attention to itself beside the stream, and to others with words, widths and an output of its own."""
+    of = k.layers
+    i = k.Input((STEPS, 8))
+    x = of.Dense(12, name="emb")(i)
+    x = of.Add()([x, of.MultiHeadAttention(4, 3, name="self")(x, x)])
+    q, key = of.Dense(7, name="q")(i), of.Dense(6, name="k")(i)
+    cross = of.MultiHeadAttention(4, 3, value_dim=2, use_bias=False, output_shape=10, name="cross")
+    f = of.Dense(16, activation="gelu", name="up")(cross(query=q, value=x, key=key))
+    groups = of.GroupNormalization(4, name="groups")
+    f = groups(of.LeakyReLU()(groups(f)))
+    f = of.MultiHeadAttention(2, 3, name="free")(f, f)
+    return k.Model(i, of.Dense(3, name="last")(of.GlobalAveragePooling1D()(f)))
+
+
+def inside(k: Any) -> Any:
+    """The same in a model inside a model."""
+    of = k.layers
+    j = k.Input((STEPS, 5))
+    x = of.MultiHeadAttention(2, 3, name="self")(of.GRU(6, reset_after=False, return_sequences=True, name="gru")(j), j)
+    inner = k.Model(j, of.Bidirectional(of.LSTM(4, name="ways"), name="both")(x), name="inner")
+    i = k.Input((STEPS, 8))
+    return k.Model(i, of.Dense(3, name="last")(inner(of.Dense(5, name="first")(i))))

@@ -1,0 +1,233 @@
+"""The page for a browser: one file, whole, with nothing in it that came from outside but text."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from prunectl.api import inspect
+from prunectl.commands import app
+from prunectl.measuring.gates import Gate
+from prunectl.reporting.html.page import page
+from prunectl.reporting.html.treemap import Box, squarified
+from prunectl.reporting.inspect_report import inspect_report
+from prunectl.reporting.report import Report, Section
+from prunectl.reporting.settings import Units
+from prunectl.reporting.table import Column, Table, Unit
+from tests.running import FIXTURES
+
+HOSTILE = "</title></svg><script>alert(1)</script><img src=x onerror=alert(2)>\"' onload='x\u202egnp.exe\x1b[2J"
+
+VOID = {"meta", "input", "link", "br", "img"}
+
+
+@dataclass
+class Element:
+    """A tag with its attributes, and the text in it."""
+
+    name: str
+    attributes: dict[str, str | None]
+    text: str = ""
+
+
+@dataclass
+class Page(HTMLParser):
+    """All elements of a page, in the order in which they begin."""
+
+    elements: list[Element] = field(default_factory=list)
+    open: list[Element] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        page = cls()
+        page.feed(text)
+        page.close()
+        assert not page.open, "every element is closed"
+        return page
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(Element(tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(self.elements[-1])
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(Element(tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop().name == tag
+
+    def handle_data(self, data: str) -> None:
+        for element in self.open:
+            element.text += data
+
+    def all(self, name: str) -> list[Element]:
+        return [element for element in self.elements if element.name == name]
+
+
+def written(*words: str | Path) -> tuple[int, str]:
+    """Run a command that writes a page, and return its exit code and the page."""
+    *_, place = words
+    code = app.run([str(word) for word in words])
+    return code, Path(place).read_text(encoding="utf-8")
+
+
+def rules(found: Page) -> dict[str, str]:
+    (meta,) = [one for one in found.all("meta") if one.attributes.get("http-equiv") == "Content-Security-Policy"]
+    content = meta.attributes["content"]
+    assert content is not None
+    return dict(rule.strip().split(" ", 1) for rule in content.split(";"))
+
+
+def sha256(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def of_names(tmp_path: Path, *names: str) -> Report:
+    path = tmp_path / "names.safetensors"
+    save_file({name: np.eye(8, dtype=np.float32) for name in names}, path)
+    return inspect_report([inspect(path)], [], has_flops=False)
+
+
+def test_a_model_is_shown_with_its_tables_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = written("inspect", FIXTURES / "digits_cnn.h5", "--html", tmp_path / "page.html")
+    found = Page.of(text)
+    assert code == 0
+    assert "fc1/kernel:0" in capsys.readouterr().out
+    assert text.startswith("<!doctype html>")
+    assert found.all("h2")[0].text.endswith("digits_cnn.h5")
+    assert {"parts", "tensors", "where the bytes lie", "sparsity by tensor"} <= {one.text for one in found.all("h3")}
+    labels = [one.attributes["aria-label"] for one in found.all("svg")]
+    assert labels == ["size of 9 tensors, 39.2 kB in all", "sparsity of 4 prunable tensors"]
+
+
+def test_nothing_is_fetched_and_only_its_own_style_and_script_are_allowed(tmp_path: Path) -> None:
+    text = page(of_names(tmp_path, "a", "b"), "inspect", Units.SI)
+    found = Page.of(text)
+    assert "://" not in text.replace("http-equiv", "")
+    assert not {"href", "src", "action", "style", "srcset"} & {key for one in found.elements for key in one.attributes}
+    assert not [key for one in found.elements for key in one.attributes if key.startswith("on")]
+    (style,), (script,) = found.all("style"), found.all("script")
+    assert rules(found) == {
+        "default-src": "'none'",
+        "style-src": sha256(style.text),
+        "script-src": sha256(script.text),
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    assert "prefers-color-scheme: dark" in style.text
+    assert not re.search(r"@import|url\(", style.text)
+
+
+def test_hostile_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
+    plain, hostile = of_names(tmp_path, "a"), of_names(tmp_path, HOSTILE)
+    spoiled = replace(
+        hostile,
+        remarks=(HOSTILE,),
+        gates=(Gate("max-raw", "raw", 1, 2, ok=False, model=HOSTILE),),
+        sections=(
+            *hostile.sections,
+            Section(HOSTILE, ((HOSTILE, HOSTILE),), (Table(HOSTILE, (Column(HOSTILE),), ((HOSTILE,),)),), (HOSTILE,)),
+            Section(HOSTILE, lines=(HOSTILE,)),
+        ),
+    )
+    for report in (hostile, spoiled):
+        text = page(report, "inspect", Units.SI)
+        found = Page.of(text)
+        assert {one.name for one in found.elements} <= {
+            one.name for one in Page.of(page(plain, "", Units.SI)).elements
+        } | {*("p", "ul", "li", "pre", "dl", "dt", "dd")}
+        assert len(found.all("script")) == 1
+        assert not [key for one in found.elements for key in one.attributes if key.startswith("on")]
+        assert "\x1b" not in text
+        assert "\u202e" not in text
+    cells = [one.text for one in found.all("td")]
+    assert any(cell.startswith("</title></svg><script>alert(1)") for cell in cells)
+
+
+def test_every_column_is_sorted_by_a_button_and_by_plain_numbers() -> None:
+    table = Table(
+        "sizes",
+        (Column("model"), Column("size", Unit.BYTES), Column("zero", Unit.RATIO), Column("")),
+        (("a", 2_000_000, 0.25, ""), ("b", 999, None, "x")),
+        total=("all", 2_000_999, None, ""),
+    )
+    found = Page.of(page(Report(models=(), main=table), "size", Units.SI))
+    heads = found.all("th")
+    assert [head.attributes["aria-sort"] for head in heads] == ["none"] * 3
+    assert [head.attributes["scope"] for head in heads] == ["col"] * 3
+    assert [button.text for button in found.all("button")] == ["model", "size", "zero"]
+    numbers = [one.attributes["data-v"] for one in found.all("td") if "data-v" in one.attributes]
+    assert numbers == ["2000000", "0.25", "999", "", "2000999", ""]
+
+
+def test_a_gate_that_says_no_is_on_the_page_too(tmp_path: Path) -> None:
+    model = FIXTURES / "digits_cnn.h5"
+    code, text = written("size", model, "--max-raw", "5kB", "--html", tmp_path / "page.html")
+    assert code == 1
+    assert "exit code 1" in text
+    assert "FAIL: max-raw" in text
+
+
+def test_check_and_diff_have_a_page(tmp_path: Path) -> None:
+    config = tmp_path / "prunectl.toml"
+    (tmp_path / "m.h5").write_bytes((FIXTURES / "digits_cnn.h5").read_bytes())
+    config.write_text('[[budget]]\npath = "m.h5"\nmax-raw = "5kB"\n')
+    place = tmp_path / "page.html"
+    code, text = written("check", "--config", config, "--json", "--html", place)
+    assert code == 1
+    assert any(one.text == "FAIL" for one in Page.of(text).all("td"))
+    code, text = written("diff", FIXTURES / "digits_cnn.onnx", FIXTURES / "digits_cnn.pt", "--html", place)
+    assert code == 0
+    assert "digits_cnn.pt -> " in Page.of(text).all("h2")[0].text
+
+
+def test_a_page_takes_the_place_of_an_earlier_one_and_of_nothing_else(tmp_path: Path) -> None:
+    model, place = FIXTURES / "two_of_four_zero.safetensors", tmp_path / "page.html"
+    assert written("size", model, "--html", place) == written("size", model, "--html", place)
+    precious = tmp_path / "notes.html"
+    precious.write_text("<p>mine")
+    for path, said in (
+        (precious, "no report of prunectl"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "a/b", "not a folder"),
+    ):
+        with pytest.raises(Exception, match=said):
+            app.run(["size", str(model), "--html", str(path)])
+    assert precious.read_text() == "<p>mine"
+
+
+def test_a_page_is_refused_where_there_is_no_report(tmp_path: Path) -> None:
+    for words in (["prune", "m.h5", "-s", "50%", "-o", "-"], ["check", "--report", "junit:-"]):
+        with pytest.raises(Exception, match="standard output is taken"):
+            app.run([*words, "--html", str(tmp_path / "page.html")])
+
+
+def test_five_hundred_layers_stay_under_a_megabyte(tmp_path: Path) -> None:
+    names = [f"model.encoder.layers.{at}.self_attention.projection.weight" for at in range(500)]
+    text = page(of_names(tmp_path, *names), "inspect", Units.SI)
+    assert len(text.encode()) < 1_000_000
+    assert len([one for one in Page.of(text).all("rect") if one.attributes["class"] == "bar"]) == 500
+
+
+def test_a_treemap_fills_its_box_in_proportion_and_overlaps_nowhere() -> None:
+    sizes = [500.0, 200.0, 100.0, 100.0, 50.0, 25.0, 20.0, 5.0]
+    boxes = squarified(sizes, Box(0, 0, 80, 40))
+    areas = [box.width * box.height for box in boxes]
+    assert areas == pytest.approx([size / sum(sizes) * 3200 for size in sizes])
+    held = np.zeros((400, 800), int)
+    for box in boxes:
+        left, right, top, bottom = (round(10 * at) for at in (box.x, box.x + box.width, box.y, box.y + box.height))
+        held[top:bottom, left:right] += 1
+    assert np.all(held == 1)
