@@ -199,11 +199,11 @@ class Groups(nn.Module):
 class Recurrent(nn.Module):
     """Rows of an image as the steps of a recurrent layer."""
 
-    def __init__(self, kind: str = "LSTM", *, is_both: bool = False) -> None:
+    def __init__(self, kind: str = "LSTM", *, is_both: bool = False, units: int = 8) -> None:
         super().__init__()
         self.first = nn.Linear(48, 6)
-        self.cell = getattr(nn, kind)(6, 8, batch_first=True, bidirectional=is_both)
-        self.head = nn.Linear(16 if is_both else 8, 5)
+        self.cell = getattr(nn, kind)(6, units, batch_first=True, bidirectional=is_both)
+        self.head = nn.Linear(2 * units if is_both else units, 5)
 
     def forward(self, x: Any) -> Any:
         return self.head(self.cell(self.first(x.transpose(1, 2).flatten(2)).relu())[0].mean(1))

@@ -151,3 +151,10 @@ def test_a_unit_goes_from_every_gate(kind: str, is_both: bool, tmp_path: Path) -
     np.testing.assert_allclose(run(output, images), wanted, rtol=1e-4, atol=1e-5)
     assert onnx.load(output).opset_import[0].version == 17
     assert found.dropped == 3 + 4
+
+
+def test_many_zeros_that_a_layer_begins_with_go_as_a_whole(tmp_path: Path) -> None:
+    path = export(lambda: Recurrent(units=80), tmp_path / "net.onnx", is_open=False, is_folded=True)
+    found = cut(path, tmp_path / "small.onnx")
+    onnx.checker.check_model(tmp_path / "small.onnx", full_check=True)
+    assert sorted(len(loss.dropped) for loss in found.losses) == [3, 40]

@@ -42,6 +42,7 @@ class OnnxSource:
     def __init__(self, model: ModelFile, source: Opened) -> None:
         self._model = model
         self._opened = source
+        self._dropped: frozenset[str] = frozenset()
 
     @property
     def graph(self) -> Graph:
@@ -60,8 +61,8 @@ class OnnxSource:
 
     @property
     def dropped(self) -> frozenset[str]:
-        """Nothing: all that the file holds is written."""
-        return frozenset()
+        """The zeros that recurrent layers began with: without a first state they begin so by themselves."""
+        return self._dropped
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -80,7 +81,12 @@ class OnnxSource:
 
     def cut(self, removed: Removed, after: After, weights: Mapping[str, Array]) -> Any:
         """Return the message of the smaller network."""
-        return cut(self._opened, removed, after, weights)
+        smaller = cut(self._opened, removed, after, weights)
+        left = {name for name, _ in views.tensors(smaller.graph)}
+        self._dropped = frozenset(
+            name for name, array in self.graph.weights.items() if name not in left and not array.any()
+        )
+        return smaller
 
     def with_weights(self, weights: Mapping[str, Array]) -> Any:
         """Return the message with some numbers replaced."""
