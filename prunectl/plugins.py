@@ -36,7 +36,8 @@ def find(kind: str, name: str, builtin: Mapping[str, Thing]) -> Thing | object:
 
 def group(kind: str) -> str:
     """Return the name of the entry points for a kind of plug-in."""
-    return {"policy": "prunectl.policies", "strategy": "prunectl.strategies"}.get(kind, f"prunectl.{kind}s")
+    own = {"policy": "policies", "strategy": "strategies", "channel strategy": "channels"}
+    return f"prunectl.{own.get(kind, f'{kind}s')}"
 
 
 def attribute(where: str, name: str) -> object:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 
 from prunectl.channels.goals import Goal, What, goal_of
+from prunectl.channels.plugged import KIND, as_measure
 from prunectl.channels.scores import MEASURES, RANDOM, Measure, Needs
 from prunectl.errors import UsageError
+from prunectl.plugins import find
 from prunectl.pruning.plan import Scope
 from prunectl.pruning.request import Request
 
@@ -122,14 +123,11 @@ def _check(request: Request) -> None:
 def _measure(request: Request) -> tuple[Measure | None, float | None]:
     """Return what channels are ranked by, and from which similarity on they go if that is said."""
     name = MEASURES[0].name if request.strategy == _DEFAULT else request.strategy
-    known = {measure.name: measure for measure in MEASURES}
-    if name != RANDOM and name not in known:
-        raise UsageError(
-            f"no strategy for channels is called {name}",
-            did_you_mean=tuple(get_close_matches(name, (*known, RANDOM))),
-            hint=f"known: {', '.join((*known, RANDOM))}",
-        )
-    found, threshold = known.get(name), None
+    known: dict[str, Measure | None] = {**{measure.name: measure for measure in MEASURES}, RANDOM: None}
+    meant = find(KIND, name, known)
+    if meant is not None and not isinstance(meant, Measure):
+        return as_measure(meant, name, request.params), None
+    found, threshold = meant, None
     for word in request.params:
         key, _, value = word.partition("=")
         if found is not None and found.has_threshold and key == "threshold":

@@ -48,17 +48,17 @@ class Measure:
 
 def absolute(weights: Array, axis: int) -> Scores:
     """Return the mean absolute value at each index."""
-    return np.asarray(np.abs(_rows(weights, axis)).mean(axis=1))
+    return np.asarray(np.abs(rows_of(weights, axis)).mean(axis=1))
 
 
 def squared(weights: Array, axis: int) -> Scores:
     """Return the mean square at each index."""
-    return np.asarray(np.square(_rows(weights, axis)).mean(axis=1))
+    return np.asarray(np.square(rows_of(weights, axis)).mean(axis=1))
 
 
 def to_the_others(weights: Array, axis: int) -> Scores:
     """Return how far each index is from all others: the nearer, the better they replace it (He et al. 2019)."""
-    rows = _rows(weights, axis)
+    rows = rows_of(weights, axis)
     squares = np.square(rows).sum(axis=1)
     apart = squares[:, None] + squares[None, :] - 2 * (rows @ rows.T)
     return np.asarray(np.sqrt(np.maximum(apart, 0)).sum(axis=1))
@@ -66,7 +66,7 @@ def to_the_others(weights: Array, axis: int) -> Scores:
 
 def summed(weights: Array, axis: int) -> Scores:
     """Return the absolute value of the sum at each index."""
-    return np.asarray(np.abs(_rows(weights, axis).sum(axis=1)))
+    return np.asarray(np.abs(rows_of(weights, axis).sum(axis=1)))
 
 
 MEASURES = (
@@ -135,5 +135,6 @@ def at_random(family: Family, seed: int) -> Scores:
     return (drawn >> np.uint64(11)).astype(np.float64) / 2**53
 
 
-def _rows(weights: Array, axis: int) -> NDArray[np.float64]:
+def rows_of(weights: Array, axis: int) -> NDArray[np.float64]:
+    """Return the weights at each index of an axis as a row."""
     return np.moveaxis(weights, axis, 0).reshape(weights.shape[axis], -1).astype(np.float64)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from prunectl.channels.named import measures
 from prunectl.commands.verb import verb
 from prunectl.errors import UsageError
 from prunectl.formats import outputs
@@ -24,6 +25,7 @@ class Kind(StrEnum):
     SCHEDULES = "schedules"
     POLICIES = "policies"
     FORMATS = "formats"
+    CHANNELS = "channels"
 
 
 def plugins(
@@ -34,7 +36,7 @@ def plugins(
     plot: Annotated[bool, typer.Option("--plot", help="Draw the curves of schedules.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a picture that exists.")] = False,
 ) -> int:
-    """List strategies, schedules, policies and formats: built in, and installed by other packages.
+    """List strategies, schedules, policies, formats and measures of channels: built in, and installed by others.
 
     [dim]$[/] prunectl plugins strategies
 
@@ -50,6 +52,8 @@ def plugins(
     if picture is not None:
         outputs.write_text(picture, svg(), is_forced=force)
     found = choices(str(kind) if kind is not None else "schedules" if plot else "")
+    if kind is Kind.CHANNELS or (kind is None and not plot):
+        found = (*found, *measures())
     return reporter.show(plugins_report(found, curves() if plot and picture is None else {}, picture))
 
 

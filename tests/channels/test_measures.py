@@ -10,11 +10,11 @@ import onnxruntime
 import pytest
 
 from prunectl.channels.prune import CutOut, prune_channels
-from prunectl.errors import UsageError
+from prunectl.errors import PrunectlError, UsageError
 from prunectl.pruning.output import Output
 from prunectl.pruning.request import Request
 from tests.channels.made import model, numpy_helper, onnx, op, saved
-from tests.running import FIXTURES
+from tests.running import FIXTURES, prunectl
 
 NET, DIGITS = FIXTURES / "digits_cnn.onnx", FIXTURES / "digits.npz"
 
@@ -84,3 +84,55 @@ def test_another_metric_sees_another_likeness(tmp_path: Path) -> None:
 def test_words_that_make_no_sense_are_refused(asked: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         cut(NET, None, **asked)
+
+
+OWN = """
+import numpy as np
+
+def last(rows, most: int = 2):
+    "The last ones go first."
+    return -np.arange(len(rows)) % (len(rows) * most)
+
+def largest(rows):
+    return -np.abs(rows).max(axis=1)
+
+def short(rows):
+    return rows[:1, 0]
+
+def broken(rows):
+    return rows / "x"
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    (tmp_path / "own.py").write_text(OWN)
+    return f"{tmp_path / 'own.py'}:"
+
+
+def test_a_function_of_ones_own_ranks_channels_by_their_rows(own: str, tmp_path: Path) -> None:
+    found = cut(NET, tmp_path / "small.onnx", sparsity=0.25, strategy=f"{own}largest")
+    (weights,) = [numpy_helper.to_array(one) for one in onnx.load(NET).graph.initializer if one.name == "conv1.weight"]
+    sizes = np.abs(weights.reshape(8, -1)).max(axis=1)
+    assert dropped(found, "conv1.weight") == sorted(np.argsort(-sizes)[:2].tolist())
+    assert found.cutting.measure is not None
+    assert cut(NET, None, sparsity=0.5, strategy=f"{own}last", params=("most=3",)).dropped == 28
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "said"),
+    [
+        ("short", (), "a finite number for each of 8 channels"),
+        ("broken", (), "broken fails: "),
+        ("missing", (), "has no missing"),
+        ("last", ("least=1",), "has no parameter least"),
+    ],
+)
+def test_a_function_that_does_not_fit_is_refused(own: str, name: str, params: tuple[str, ...], said: str) -> None:
+    with pytest.raises(PrunectlError, match=said):
+        cut(NET, None, sparsity=0.5, strategy=f"{own}{name}", params=params)
+
+
+def test_measures_are_listed_with_the_other_plugins() -> None:
+    rows = {name for kind, name, *_ in prunectl("plugins", "channels").rows}
+    assert {"channel-norm", "similarity", "taylor", "random"} <= rows

@@ -113,7 +113,7 @@ def test_limits_and_selectors_hold(tmp_path: Path) -> None:
     [
         ({"sparsity": None}, "how many channels"),
         ({"sparsity": 1.5}, "a share of channels"),
-        ({"strategy": "obs"}, "no strategy for channels is called obs"),
+        ({"strategy": "obs"}, "no channel strategy is called obs"),
         ({"params": ("norm=3",)}, "takes no --param norm=3"),
         ({"strategy": "random", "params": ("norm=1",)}, "takes no --param"),
         ({"policy": "all"}, "--policy does not go with channels"),

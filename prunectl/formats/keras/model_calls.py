@@ -55,9 +55,7 @@ def _graph(caller: Caller, found: Mapping[str, Any], inputs: Shapes, scope: Scop
     for call in ordered(every, resolve):
         if call.found.get("class_name") == "InputLayer":
             config = part(call.found, "config")
-            own = next(
-                (shape for key in SHAPE_KEYS for shape in shapes_in(config.get(key)) if shape is not None), None
-            )
+            own = next((shape for key in SHAPE_KEYS for shape in shapes_in(config.get(key)) if shape is not None), None)
             shape = given.get(call.layer)
             made[call.layer, call.node] = (own if shape is None else shape,)
             continue
