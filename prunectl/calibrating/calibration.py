@@ -76,28 +76,24 @@ class Calibration:
                 found.setdefault(part, Pairs(mine.use)).add(mine, theirs, mine.use.shape or tensor.shape)
         return found
 
-    def gradients(self, tensors: Sequence[Tensor]) -> dict[str, dict[str, Wide]]:
-        """Return the means over batches of g, of |g| and of g squared, weighted by the examples in each."""
+    def gradients(self, tensors: Sequence[Tensor], of: Callable[[Wide], Wide]) -> dict[str, Wide]:
+        """Return the means over batches of something of their gradients, weighted by the examples in each."""
         network = self.network
         if not isinstance(network, Graded):
             raise UsageError(
                 "gradients need a framework that can differentiate the model, and onnxruntime does not",
                 hint="--strategy activation-magnitude or obs, or prune the file that the ONNX model was made from",
             )
-        found: dict[str, dict[str, Wide]] = {}
+        found: dict[str, Wide] = {}
         examples = self.examples
         for batch in self.batches:
             share = len(each(batch.x)[0]) / examples
             for name, gradient in network.gradients([tensor.name for tensor in tensors], batch).items():
-                wide = gradient.astype(np.float64)
-                held = found.setdefault(
-                    name, {kind: np.zeros(wide.shape, np.float64) for kind in ("sum", "size", "square")}
-                )
-                held["sum"] += share * wide
-                held["size"] += share * np.abs(wide)
-                held["square"] += share * np.square(wide)
+                seen = of(gradient.astype(np.float64))
+                seen *= share
+                found[name] = np.add(found[name], seen, out=found[name]) if name in found else seen
         for name, held in found.items():
-            if not np.isfinite(held["sum"]).all():
+            if not np.isfinite(held).all():
                 raise WorkError(
                     f"the gradient of {name} is no finite number; nothing was written",
                     hint="is the data scaled as in training (?norm=unit), and is it the right --loss?",

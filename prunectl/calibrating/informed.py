@@ -28,7 +28,7 @@ def informed(
     """Return a method that knows the scores of all tensors, and those that it had to rank by magnitude."""
     strategy = method.strategy
     if strategy.needs is Needs.GRADIENTS:
-        found = calibration.gradients(tensors)
+        found = calibration.gradients(tensors, scores.of_gradients(strategy.name))
         known = {
             tensor.name: scores.with_gradients(strategy.name, model.read(tensor), found[tensor.name])
             for tensor in tensors

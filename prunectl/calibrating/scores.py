@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import numpy as np
 
@@ -48,13 +48,17 @@ def outputs_of(shape: tuple[int, ...], sums: Sums) -> int:
     return sum(math.prod(matrix(np.broadcast_to(np.False_, shape), use).shape[:2]) for use in sums.uses.values())
 
 
-def with_gradients(strategy: str, weights: Array, gradients: Mapping[str, Wide]) -> Wide:
-    """Return the scores of a strategy from means over batches: of g, of |g| and of g squared."""
+def of_gradients(strategy: str) -> Callable[[Wide], Wide]:
+    """Return what a strategy asks of the gradient g of each batch: |g|, g or its square."""
+    asked: dict[str, Callable[[Wide], Wide]] = {"snip": np.array, "fisher": np.square}
+    return asked.get(strategy, np.abs)
+
+
+def with_gradients(strategy: str, weights: Array, gradients: Wide) -> Wide:
+    """Return the scores of a strategy from the means over batches of what it asks for."""
     wide = weights.astype(np.float64)
     if strategy == "gradient":
-        return gradients["size"]
-    if strategy == "magnitude-gradient":
-        return np.asarray(np.abs(wide) * gradients["size"])
-    if strategy == "snip":
-        return np.asarray(np.abs(wide * gradients["sum"]))
-    return np.asarray(np.square(wide) * gradients["square"])
+        return gradients
+    if strategy == "fisher":
+        return np.asarray(np.square(wide) * gradients)
+    return np.asarray(np.abs(wide * gradients))

@@ -44,8 +44,8 @@ def looked_at(
         }
     found = opened(model, request, is_trusted=is_trusted, needs_targets=True, has_reference=False)
     with closing(found):
-        gradients = found.calibration.gradients(list(held.values()))
-        return {name: weights[name].astype(np.float64) * one["sum"] for name, one in gradients.items()}
+        gradients = found.calibration.gradients(list(held.values()), np.array)
+        return {name: weights[name].astype(np.float64) * one for name, one in gradients.items()}
 
 
 def _spread(line: Array, shape: tuple[int, ...], axis: int) -> Array:

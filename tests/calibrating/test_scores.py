@@ -153,7 +153,7 @@ def test_gradients_are_autograds_weighted_by_examples(
     assert isinstance(network, Graded)
     network.prepare(Means(optimizer="sgd", lr=0.0, example=batches[0], device="cpu"))
     tensors = [tensor for tensor in model.tensors if tensor.name in NAMES]
-    found = Calibration(network, tuple(batches)).gradients(tensors)
+    found = Calibration(network, tuple(batches)).gradients(tensors, scores.of_gradients(strategy))
     shares = [len(batch.x) / len(X) for batch in batches]
     for name, gradients in by_autograd(module, batches).items():
         weights = module.state_dict()[name].numpy().astype("f8")

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 
 from prunectl.channels.prune import CutOut, prune_channels
 from prunectl.errors import PrunectlError, UsageError
+from prunectl.plugins import attribute
 from prunectl.pruning.output import Output
 from prunectl.pruning.request import Request
 from tests.channels.made import model, numpy_helper, onnx, op, saved
@@ -84,6 +86,22 @@ def test_another_metric_sees_another_likeness(tmp_path: Path) -> None:
 def test_words_that_make_no_sense_are_refused(asked: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         cut(NET, None, **asked)
+
+
+def test_the_channels_go_that_the_loss_would_miss_least(tmp_path: Path) -> None:
+    path, net = FIXTURES / "digits_cnn.pt", attribute(str(FIXTURES / "digits_torch.py"), "DigitsCNN")
+    words = {"strategy": "taylor", "data": f"{DIGITS}?norm=/16", "model": f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"}
+    found = cut(path, None, sparsity=0.5, inputs=("1,1,8,8",), **words)
+    module = net().eval()
+    module.load_state_dict(torch.load(path, weights_only=True))
+    held = np.load(DIGITS)
+    rows = np.random.default_rng((0, 0)).permutation(len(held["x"]))[:128]
+    images = torch.from_numpy(held["x"][rows].reshape(-1, 1, 8, 8).astype("f4") / 16)
+    torch.nn.functional.cross_entropy(module(images), torch.from_numpy(held["y"][rows].astype("i8"))).backward()
+    for name in ("conv1", "conv2", "fc1"):
+        weight = getattr(module, name).weight
+        scores = (weight * weight.grad).reshape(len(weight), -1).sum(1).abs().detach().numpy()
+        assert dropped(found, f"{name}.weight") == sorted(np.argsort(scores)[: len(weight) // 2].tolist())
 
 
 OWN = """
