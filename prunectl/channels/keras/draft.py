@@ -14,15 +14,14 @@ import h5py
 import numpy as np
 
 from prunectl.channels.keras.read import Opened
-from prunectl.errors import InputError
 from prunectl.formats import zip_write
 from prunectl.formats.base import Array
 from prunectl.formats.isolated import in_child
 from prunectl.formats.keras import h5_edit
 from prunectl.formats.keras.archive import WEIGHTS
 from prunectl.formats.keras.edits import Edits
-from prunectl.formats.keras.hdf5_attributes import NotPortableError, copy_attributes
-from prunectl.formats.keras.pack_h5 import address_of, copied, rebuild
+from prunectl.formats.keras.h5_changed import made_like, rebuild_changed
+from prunectl.formats.keras.pack_h5 import address_of
 from prunectl.formats.zips import open_archive
 
 _CONFIG = "config.json"
@@ -81,27 +80,16 @@ def _write_h5(opened: Opened, draft: Draft, edits: Edits, target: Path) -> None:
 
 def _rebuilt(source: Path, target: Path, arrays: Mapping[str, Array], shown: Path) -> bytes:
     with h5py.File(source, "r", locking=False) as file:
-        changed = {address_of(file[path]): array for path, array in arrays.items()}
-
-    def copy_dataset(old: Any, parent: Any, key: str) -> Any:
-        array = changed.get(address_of(old))
-        return copied(old, parent, key) if array is None else _resized(old, parent, key, array)
-
-    try:
-        rebuild(source, target, copy_dataset)
-    except NotPortableError as error:
-        raise InputError(f"{shown} has references or types of its own ({error}), and cannot be built again") from error
+        makers = {address_of(file[path]): partial(_resized, array) for path, array in arrays.items()}
+    rebuild_changed(source, target, makers, shown)
     return b""
 
 
-def _resized(old: Any, parent: Any, key: str, array: Array) -> Any:
+def _resized(array: Array, old: Any, parent: Any, key: str) -> Any:
     """Return a dataset with other numbers, stored and compressed as the old one was."""
     plan = old.id.get_create_plist()
     if plan.get_layout() == h5py.h5d.CHUNKED:
         chunks = zip(plan.get_chunk(), array.shape, strict=True)
         plan.set_chunk(tuple(max(1, min(pair)) for pair in chunks))
-    kind, space = old.id.get_type().copy(), h5py.h5s.create_simple(array.shape)
-    new = h5py.Dataset(h5py.h5d.create(parent.id, key.encode("utf-8", "surrogateescape"), kind, space, plan))
-    new.id.write(h5py.h5s.ALL, h5py.h5s.ALL, array.view(np.uint8) if array.dtype.isbuiltin != 1 else array, mtype=kind)
-    copy_attributes(old, new)
-    return new
+    numbers = array.view(np.uint8) if array.dtype.isbuiltin != 1 else array
+    return made_like(old, parent, key, numbers, space=h5py.h5s.create_simple(array.shape), plan=plan)

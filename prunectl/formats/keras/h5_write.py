@@ -7,14 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
-from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.isolated import in_child
-from prunectl.formats.keras.hdf5_attributes import NotPortableError, copy_attributes
-from prunectl.formats.keras.pack_h5 import address_of, copied, rebuild
+from prunectl.formats.keras.h5_changed import made_like, rebuild_changed
 from prunectl.formats.writing import Rewrite, write_flat
 
 _BYTES_PER_SECOND = 1 << 20
@@ -41,21 +38,11 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewrit
 
 
 def _rebuild(source: Path, target: Path, changed: Mapping[int, Rewrite]) -> bytes:
-    def copy_dataset(old: Any, parent: Any, key: str) -> Any:
-        rewrite = changed.get(address_of(old))
-        return copied(old, parent, key) if rewrite is None else _with_new_numbers(old, parent, key, rewrite)
-
-    try:
-        rebuild(source, target, copy_dataset)
-    except NotPortableError as error:
-        raise InputError(f"{source} has references or types of its own ({error}), and cannot be built again") from error
+    makers = {address: partial(_with_new_numbers, rewrite) for address, rewrite in changed.items()}
+    rebuild_changed(source, target, makers, source)
     return b""
 
 
-def _with_new_numbers(old: Any, parent: Any, key: str, rewrite: Rewrite) -> Any:
-    kind, space, plan = old.id.get_type().copy(), old.id.get_space(), old.id.get_create_plist()
-    new = h5py.Dataset(h5py.h5d.create(parent.id, key.encode("utf-8", "surrogateescape"), kind, space, plan))
+def _with_new_numbers(rewrite: Rewrite, old: Any, parent: Any, key: str) -> Any:
     numbers = np.frombuffer(b"".join(rewrite.raw()), np.uint8)
-    new.id.write(h5py.h5s.ALL, h5py.h5s.ALL, numbers, mtype=kind)
-    copy_attributes(old, new)
-    return new
+    return made_like(old, parent, key, numbers, space=old.id.get_space(), plan=old.id.get_create_plist())
