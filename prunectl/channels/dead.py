@@ -10,7 +10,6 @@ import numpy as np
 from prunectl.channels.choose import Loss
 from prunectl.channels.couple import Family, Group
 from prunectl.channels.folding import fold
-from prunectl.channels.graph import Node
 from prunectl.channels.source import Source
 from prunectl.channels.trace import Part, Trace
 from prunectl.formats.base import Array
@@ -77,21 +76,20 @@ def _folded(
                     read.setdefault((member.place.tensor, member.place.axis), {})[group.label] = member.indices
     weights: dict[str, Array] = {}
     blocked: list[tuple[str, set[int]]] = []
+    notes = _readings(trace)
     for node in source.graph.nodes:
-        for place in _read_at(trace, node):
+        own = {trace.graph.views[name].tensor for name in node.inputs if name in trace.graph.views}
+        for place in (place for place in notes.get(node.name, {}) if place[0] in own):
             indices = [index for those in read.get(place, {}).values() for index in those]
             if indices and not fold(source, trace, node, place=place, indices=indices, weights=weights):
                 blocked.append((place[0], set(read[place])))
     return weights, blocked
 
 
-def _read_at(trace: Trace, node: Node) -> tuple[tuple[str, int], ...]:
-    """Return the axes of kernels on which an operation reads channels."""
-    own = {trace.graph.views[name].tensor for name in node.inputs if name in trace.graph.views}
-    return tuple(
-        dict.fromkeys(
-            (note.tensor, note.axis)
-            for note in trace.notes
-            if note.node == node.name and note.tensor in own and note.part is Part.IN and note.labels.any()
-        )
-    )
+def _readings(trace: Trace) -> dict[str, dict[tuple[str, int], None]]:
+    """Return the axes of kernels on which operations read channels, by the name of the operation, each once."""
+    found: dict[str, dict[tuple[str, int], None]] = {}
+    for note in trace.notes:
+        if note.part is Part.IN and note.labels.any():
+            found.setdefault(note.node, {})[note.tensor, note.axis] = None
+    return found

@@ -18,7 +18,7 @@ from prunectl.channels.goals import Goal, What, least
 from prunectl.channels.graph import Graph, Kind
 from prunectl.channels.macs import macs
 from prunectl.channels.select import candidates
-from prunectl.channels.source import Removed, Source
+from prunectl.channels.source import Removed, Source, shape_left
 from prunectl.channels.trace import Trace
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile
@@ -107,8 +107,7 @@ def _ratio(ground: Ground, chosen: Sequence[Candidate], cutting: Cutting, goal: 
 def _params(ground: Ground, plan: Plan) -> int:
     lost = 0
     for tensor in ground.model.tensors:
-        lengths = (length - len(plan.gone.get((tensor.name, axis), ())) for axis, length in enumerate(tensor.shape))
-        lost += tensor.size - math.prod(lengths)
+        lost += tensor.size - math.prod(shape_left(tensor.name, tensor.shape, plan.gone))
     return ground.before.params.total - lost
 
 

@@ -18,19 +18,18 @@ from prunectl.channels.macs import ShapeOf, macs
 from prunectl.channels.plan import Ground, Plan, planned
 from prunectl.channels.proof import prove
 from prunectl.channels.rules import follow
-from prunectl.channels.source import Removed, Source
+from prunectl.channels.source import Removed, Source, shape_left
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import Array, Can, ModelFile
 from prunectl.formats.table import by_name, load, open_model
 from prunectl.formats.table import require as require_can
 from prunectl.measuring import archive
-from prunectl.measuring.codecs import CodecName, pick
-from prunectl.measuring.sizes import measure
-from prunectl.measuring.survey import Survey, survey, with_macs
+from prunectl.measuring.survey import Survey, with_macs
 from prunectl.pruning import output as outputs
 from prunectl.pruning.output import Output
 from prunectl.pruning.plan import Skip
 from prunectl.pruning.request import Request
+from prunectl.pruning.strip import surveyed
 from prunectl.training.network import Origin
 
 
@@ -129,17 +128,14 @@ def _check(model: ModelFile, source: Source, written: Path, plan: Plan) -> None:
     found = {tensor.name: tensor.shape for tensor in open_model(written).tensors}
     for tensor in model.tensors:
         name = source.followers.get(tensor.name, tensor.name)
-        shape = tuple(length - len(plan.gone.get((name, axis), ())) for axis, length in enumerate(tensor.shape))
+        shape = shape_left(name, tensor.shape, plan.gone)
         # Lists of sizes may be others now; what is no float was not cut.
         if tensor.is_float and tensor.name not in source.dropped and found.get(tensor.name) != shape:
             raise WorkError(f"{tensor.name} of {model.path} came out with another shape than planned")
 
 
 def _measured(model: ModelFile) -> Survey:
-    if model.nbytes <= outputs.BIG_BYTES:
-        found = measure(model, pick(CodecName.GZIP, None))
-    else:
-        found = survey(model, model.tensors, has_channels=False)
+    found = surveyed(model)
     graph = by_name(model.format).graph
     return with_macs(found, load(graph)(model)) if graph else found
 

@@ -15,6 +15,8 @@ from prunectl.formats.base import Array
 
 Removed = Mapping[tuple[str, int], LabelArray]
 """The indices that go, by weight and axis."""
+Axes = Mapping[int, LabelArray]
+"""The indices that go from one weight, by axis."""
 Feeds = Mapping[str, Array]
 Runner = Callable[[Feeds], list[Any]]
 """From inputs by name to what comes out, and then what was asked to be shown besides."""
@@ -80,7 +82,20 @@ def made_by_weights(graph: Graph) -> frozenset[str]:
     return frozenset(node.outputs[0] for node in graph.nodes if node.kind in _MAKERS)
 
 
-def sliced(array: Array, axes: Mapping[int, LabelArray]) -> Array:
+def axes_of(removed: Removed) -> dict[str, dict[int, LabelArray]]:
+    """Return the indices that go from each axis, by weight."""
+    found: dict[str, dict[int, LabelArray]] = {}
+    for (name, axis), indices in removed.items():
+        found.setdefault(name, {})[axis] = indices
+    return found
+
+
+def shape_left(name: str, shape: Iterable[int], removed: Removed) -> tuple[int, ...]:
+    """Return the shape of a weight without what goes."""
+    return tuple(length - len(removed.get((name, axis), ())) for axis, length in enumerate(shape))
+
+
+def sliced(array: Array, axes: Axes) -> Array:
     """Return a weight without some indices of some axes."""
     for axis, indices in axes.items():
         array = np.delete(array, indices, axis)

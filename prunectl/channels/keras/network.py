@@ -17,7 +17,7 @@ from prunectl.channels.keras.read import Opened, opened
 from prunectl.channels.keras.run import feeds, runner
 from prunectl.channels.keras.settings import rewritten
 from prunectl.channels.keras.slots import check, matched
-from prunectl.channels.source import Feeds, Removed, Runner, sliced
+from prunectl.channels.source import Feeds, Removed, Runner, axes_of, sliced
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array, ModelFile
 from prunectl.pruning import output as outputs
@@ -91,9 +91,7 @@ class KerasSource:
         """Return what changes in the file."""
         if not self.followers:
             check(self._opened)
-        places: dict[str, dict[int, Any]] = {}
-        for (name, axis), indices in removed.items():
-            places.setdefault(name, {})[axis] = indices
+        places = axes_of(removed)
         arrays = dict(weights)
         for name, axes in places.items():
             arrays[name] = sliced(weights.get(name, self.graph.weights[name]), axes)

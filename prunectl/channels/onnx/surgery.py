@@ -12,7 +12,7 @@ from prunectl.channels.onnx import views
 from prunectl.channels.onnx.numbers import renumber
 from prunectl.channels.onnx.read import Opened
 from prunectl.channels.onnx.shared import retie
-from prunectl.channels.source import Removed, sliced
+from prunectl.channels.source import Removed, axes_of, sliced
 from prunectl.formats.base import Array
 from prunectl.formats.optional import require
 
@@ -21,9 +21,9 @@ def cut(source: Opened, removed: Removed, after: After, weights: Mapping[str, Ar
     """Return the message of the smaller model; everything else in it stays as it was."""
     proto = type(source.proto)()
     proto.CopyFrom(source.proto)
-    shapes = {}
+    shapes, places = {}, axes_of(removed)
     for name, slot in views.tensors(proto.graph):
-        axes = {axis: indices for (tensor, axis), indices in removed.items() if tensor == name}
+        axes = places.get(name, {})
         if axes or name in weights:
             smaller = sliced(weights[name] if name in weights else source.graph.weights[name], axes)
             put(slot, smaller)

@@ -8,14 +8,11 @@ from collections.abc import Mapping
 import torch
 
 from prunectl.channels.after import After
-from prunectl.channels.labels import LabelArray
-from prunectl.channels.source import Removed
+from prunectl.channels.source import Axes
 from prunectl.channels.torch.numbers import renumber
 from prunectl.channels.torch.opening import Opened
 from prunectl.channels.torch.run import Network
 from prunectl.channels.torch.tracing import quietly
-
-Axes = Mapping[int, LabelArray]
 
 
 def cut(found: Opened, axes: Mapping[str, Axes], after: After, replaced: Mapping[str, torch.Tensor]) -> Network:
@@ -30,14 +27,6 @@ def cut(found: Opened, axes: Mapping[str, Axes], after: After, replaced: Mapping
         renumber(graph, after)
         graph.lint()
         return Network(torch.fx.GraphModule(found.module, graph), values)
-
-
-def axes_of(removed: Removed) -> dict[str, dict[int, LabelArray]]:
-    """Return the indices that go from each axis, by weight."""
-    found: dict[str, dict[int, LabelArray]] = {}
-    for (name, axis), indices in removed.items():
-        found.setdefault(name, {})[axis] = indices
-    return found
 
 
 def sliced(tensor: torch.Tensor, axes: Axes) -> torch.Tensor:

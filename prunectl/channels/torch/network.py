@@ -12,9 +12,9 @@ import torch
 
 from prunectl.channels.after import After
 from prunectl.channels.graph import Graph
-from prunectl.channels.source import Feeds, Removed, Runner, made_by_weights
+from prunectl.channels.source import Feeds, Removed, Runner, axes_of, made_by_weights
 from prunectl.channels.torch.checkpoint import Change, kept_of
-from prunectl.channels.torch.cut import attribute, axes_of, cut
+from prunectl.channels.torch.cut import attribute, cut
 from prunectl.channels.torch.inputs import random_like
 from prunectl.channels.torch.opening import Opened, opened
 from prunectl.channels.torch.program import write_program
