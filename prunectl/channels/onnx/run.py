@@ -10,6 +10,7 @@ import numpy as np
 from prunectl.errors import WorkError, first_line
 from prunectl.formats.base import Array
 from prunectl.formats.optional import require
+from prunectl.training.onnx.session import with_outputs
 
 _MAX_MESSAGE_BYTES = (1 << 31) - 1
 _FATAL = 4
@@ -23,16 +24,11 @@ def session(proto: Any, shown: Sequence[str]) -> Any:
     runtime = require("onnxruntime", extra="onnx")
     if proto.ByteSize() > _MAX_MESSAGE_BYTES:
         raise WorkError("a network of more than 2 GB cannot be proved to be the same, and is not cut")
-    whole = type(proto)()
-    whole.CopyFrom(proto)
-    outputs = {port.name for port in proto.graph.output}
-    for name in shown:
-        if name not in outputs:
-            whole.graph.output.add().name = name
     options = runtime.SessionOptions()
     options.log_severity_level = _FATAL
     try:
-        return runtime.InferenceSession(whole.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        message = with_outputs(proto, shown).SerializeToString()
+        return runtime.InferenceSession(message, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise WorkError(
             f"the network cannot be loaded by onnxruntime: {first_line(error)}; nothing was written"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -46,19 +46,25 @@ def _session(proto: Any, inner: Collection[str], outside: Mapping[str, Array]) -
     options.log_severity_level = _FATAL
     # Else each weight would be kept once more, in the order of some kernel, after every assignment anew.
     options.add_session_config_entry("session.disable_prepacking", "1")
-    message = type(proto)()
-    message.CopyFrom(proto)
     if inner:
         # A value that is given out stands at the same place whatever is optimised; building is faster without.
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        known = {port.name for port in message.graph.output}
-        for name in inner:
-            if name not in known:
-                message.graph.output.add().name = name
     if outside:
         values = [runtime.OrtValue.ortvalue_from_numpy(array) for array in outside.values()]
         options.add_external_initializers(list(outside), values)
-    return runtime.InferenceSession(message.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    message = with_outputs(proto, inner).SerializeToString()
+    return runtime.InferenceSession(message, options, providers=["CPUExecutionProvider"])
+
+
+def with_outputs(proto: Any, names: Iterable[str]) -> Any:
+    """Return a copy of a message whose graph gives some inner values out as well."""
+    found = type(proto)()
+    found.CopyFrom(proto)
+    known = {port.name for port in proto.graph.output}
+    for name in names:
+        if name not in known:
+            found.graph.output.add().name = name
+    return found
 
 
 def _aligned(array: Array) -> Array:
