@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.channels_torch import RATIO, example_of
-from benchmarks.nets_torch import NETS, Known, lively
+from benchmarks.channels_torch import RATIO, example_of, print_rows
+from benchmarks.nets_torch import Known, lively
 from prunectl.channels.prune import prune_channels
 from prunectl.errors import PrunectlError
 from prunectl.pruning.output import Output
@@ -26,10 +26,7 @@ HEAD = ("network", "cut", "parameters left", "MACs left", "apart", "ms before", 
 
 def run(chosen: tuple[str, ...] = ()) -> None:
     """Print a row for each network."""
-    print("\t".join(HEAD))
-    for known in NETS:
-        if not chosen or known.name in chosen:
-            print("\t".join(_row(known)), flush=True)
+    print_rows(HEAD, _row, chosen)
 
 
 def _row(known: Known) -> list[str]:

@@ -10,6 +10,7 @@ import tempfile
 import time
 import types
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,15 @@ HEAD = ("network", "free", "parameters", "left", "MACs left", "error", "s", "Tor
 
 def run(chosen: tuple[str, ...] = ()) -> None:
     """Print a row for each network."""
-    print("\t".join(HEAD))
+    print_rows(HEAD, _row, chosen)
+
+
+def print_rows(head: Sequence[str], row: Callable[[Known], list[str]], chosen: tuple[str, ...]) -> None:
+    """Print what there is to say of each network that was chosen, or of all."""
+    print("\t".join(head))
     for known in NETS:
         if not chosen or known.name in chosen:
-            print("\t".join(_row(known)), flush=True)
+            print("\t".join(row(known)), flush=True)
 
 
 def _row(known: Known) -> list[str]:
