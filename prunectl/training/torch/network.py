@@ -17,7 +17,7 @@ from prunectl.training.evidence import Evidence
 from prunectl.training.network import Array, Logs, Means
 from prunectl.training.sights import See
 from prunectl.training.signature import Signature
-from prunectl.training.torch import losses, metrics, norms, processes, sharded
+from prunectl.training.torch import losses, metrics, norms, outputs, processes, sharded, state
 from prunectl.training.torch.arrays import to_numpy, to_torch
 from prunectl.training.torch.build import Built
 from prunectl.training.torch.distillation import distilled
@@ -28,7 +28,6 @@ from prunectl.training.torch.sharded import like, whole
 from prunectl.training.torch.sights import watching
 from prunectl.training.torch.signature import inputs_of, outputs_of
 
-_STATE = "torch.pt"
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -154,10 +153,10 @@ class TorchNetwork:
         except (AssertionError, RuntimeError, TypeError) as error:
             shapes = ", ".join("x".join(map(str, one.shape)) for one in each(x))
             raise UsageError(
-                f"the model does not take inputs of {shapes}: {_reason(error)}",
+                f"the model does not take inputs of {shapes}: {outputs.reason(error)}",
                 hint="?shape=1x28x28 (without the batch) reads the same numbers in another shape",
             ) from error
-        return _tensors(found)
+        return outputs.tensors(found)
 
     def _loss(self, outs: tuple[torch.Tensor, ...], y: Arrays | None, guide: Arrays | None) -> torch.Tensor:
         if y is None:
@@ -323,55 +322,18 @@ class TorchNetwork:
 
     def save(self, folder: Path | None) -> None:
         """Keep everything that the next step depends on; without a folder, only give others this process's part."""
-        state = {
-            "module": self._module.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "scaler": self._scaler.state_dict(),
-            "random": torch.get_rng_state(),
-            "evidence": self._gathered.sums,
-        }
-        state = sharded.whole_all(state)
-        if folder is not None:
-            torch.save(state, folder / _STATE)
+        state.save(folder, self._state)
         processes.wait(self._place)
 
     def restore(self, folder: Path) -> None:
         """Take up what was kept."""
-        state = torch.load(folder / _STATE, map_location=self._place.device, weights_only=True)
-        self._module.load_state_dict(sharded.all_like(state["module"], self._module.state_dict()))
-        self._restore_optimizer(state["optimizer"])
-        self._scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"].cpu())
-        for name, total in state["evidence"].items():
-            self._gathered.sums[name].copy_(like(total, self._gathered.sums[name]))
+        state.restore(folder, self._state, self._place.device)
         self._rate = float("nan")
 
-    def _restore_optimizer(self, state: dict[str, Any]) -> None:
-        weights = [weight for group in self._optimizer.param_groups for weight in group["params"]]
-        parts = {
-            at: {name: sharded.all_like(value, weights[at]) for name, value in slots.items()}
-            for at, slots in state["state"].items()
-        }
-        self._optimizer.load_state_dict({**state, "state": parts})
+    @property
+    def _state(self) -> state.State:
+        return state.State(self._module, self._optimizer, self._scaler, self._gathered.sums)
 
     def close(self) -> None:
         """Part from the other processes."""
         processes.leave()
-
-
-def _tensors(found: Any) -> tuple[torch.Tensor, ...]:
-    """Return the outputs in a row, whatever a module gives them in."""
-    if isinstance(found, torch.Tensor):
-        return (found,)
-    if isinstance(found, Mapping):
-        found = [found["logits"]] if "logits" in found else list(found.values())
-    outs = tuple(one for one in found if isinstance(one, torch.Tensor))
-    if not outs:
-        raise UsageError(f"the model gives a {type(found).__name__} without a tensor in it")
-    return outs
-
-
-def _reason(error: Exception) -> str:
-    """Return the line in which PyTorch comes to the point: the first, or the last where a script was interpreted."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1 if "TorchScript" in lines[0] else 0]

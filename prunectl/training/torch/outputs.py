@@ -1,0 +1,28 @@
+"""What comes out of a module, and why nothing does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from prunectl.errors import UsageError
+
+
+def tensors(found: Any) -> tuple[torch.Tensor, ...]:
+    """Return the outputs in a row, whatever a module gives them in."""
+    if isinstance(found, torch.Tensor):
+        return (found,)
+    if isinstance(found, Mapping):
+        found = [found["logits"]] if "logits" in found else list(found.values())
+    outs = tuple(one for one in found if isinstance(one, torch.Tensor))
+    if not outs:
+        raise UsageError(f"the model gives a {type(found).__name__} without a tensor in it")
+    return outs
+
+
+def reason(error: Exception) -> str:
+    """Return the line in which PyTorch comes to the point: the first, or the last where a script was interpreted."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if "TorchScript" in lines[0] else 0]
