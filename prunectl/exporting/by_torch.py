@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
-from prunectl.errors import UsageError, first_line
+from prunectl.errors import UsageError
 from prunectl.exporting.live import Flow
 from prunectl.formats.base import Array, ModelFile
 from prunectl.training.network import Origin
 from prunectl.training.torch.arrays import to_numpy, to_torch
 from prunectl.training.torch.build import Built, build
 from prunectl.training.torch.exported import Pieces
+from prunectl.training.torch.outputs import leaves, reason
 from prunectl.training.torch.signature import inputs_of
 
 
@@ -55,19 +55,14 @@ def answers(module: Any, inputs: tuple[Array, ...]) -> dict[str, Array]:
     """Return what a module makes of arrays: its tensors one by one, whatever they are packed in."""
     try:
         with torch.no_grad():
-            found = [one for one in tree_leaves(module(*map(to_torch, inputs))) if isinstance(one, torch.Tensor)]
+            found = leaves(module(*map(to_torch, inputs)))
     except Exception as error:
         shapes = ", ".join("x".join(map(str, one.shape)) for one in inputs)
         raise UsageError(
-            f"the model does not take inputs of {shapes}: {_reason(error)}",
+            f"the model does not take inputs of {shapes}: {reason(error)}",
             hint="--input x:1,3,224,224:f32 says what it takes, or --data SPEC shows it",
         ) from error
     return dict(zip(names_of(len(found)), [to_numpy(one) for one in found], strict=True))
-
-
-def _reason(error: Exception) -> str:
-    """Return what went wrong; TorchScript tells it last, behind where it was."""
-    return str(error).strip().rpartition("\n")[2] if isinstance(error, torch.jit.Error) else first_line(error)
 
 
 def names_of(count: int) -> list[str]:

@@ -13,6 +13,7 @@ from prunectl.channels.torch.run import Network, outcome
 from prunectl.channels.torch.seen import arguments, set_argument
 from prunectl.channels.torch.tracing import Examples, quietly
 from prunectl.training.torch.arrays import to_numpy
+from prunectl.training.torch.outputs import leaves
 
 _CLOSE = 1e-4
 _SIZES = ("size", "shape")
@@ -33,10 +34,9 @@ def any_batch(
     single = [random_like(with_batch(one, 1), generator) for one in examples]
     try:
         with quietly():
-            found = torch.utils._pytree.tree_leaves(original(*(one.clone() for one in single)))  # noqa: SLF001
+            expected = leaves(original(*(one.clone() for one in single)))
     except Exception:  # noqa: BLE001 - it is the user's code
         return None
-    expected = [one for one in found if isinstance(one, torch.Tensor)]
     (size,) = sizes
     return next((one for one in (module, _open(module, size)) if _says(one, single, expected)), None)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from prunectl.channels.torch.tracing import quietly
+from prunectl.training.torch.outputs import leaves
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,4 +58,4 @@ def outcome(network: Network, inputs: Iterable[torch.Tensor], see: Callable[[str
     """Return the tensors that come out."""
     with quietly():
         found = Steps(network, see).run(*inputs, enable_io_processing=False)
-    return [one for one in torch.utils._pytree.tree_leaves(found) if isinstance(one, torch.Tensor)]  # noqa: SLF001
+    return leaves(found)

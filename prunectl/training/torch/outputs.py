@@ -22,6 +22,12 @@ def tensors(found: Any) -> tuple[torch.Tensor, ...]:
     return outs
 
 
+def leaves(found: Any) -> list[torch.Tensor]:
+    """Return every tensor in what a module gives, whatever they are packed in."""
+    packed = torch.utils._pytree.tree_leaves(found)  # noqa: SLF001
+    return [one for one in packed if isinstance(one, torch.Tensor)]
+
+
 def reason(error: Exception) -> str:
     """Return the line in which PyTorch comes to the point: the first, or the last where a script was interpreted."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

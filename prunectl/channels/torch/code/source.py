@@ -22,6 +22,7 @@ from prunectl.channels.torch.run import Network, outcome, shapes_of
 from prunectl.channels.torch.tracing import quietly
 from prunectl.errors import WorkError, first_line
 from prunectl.training.torch.arrays import to_numpy
+from prunectl.training.torch.outputs import leaves
 
 MARK = "written by prunectl."
 _SMALL = 64
@@ -197,9 +198,9 @@ def _hold(found: Opened, network: Network, written: Written) -> None:
         generator = torch.Generator().manual_seed(0)
         inputs = [random_like(example, generator) for example in found.examples]
         with quietly():
-            out = torch.utils._pytree.tree_leaves(module(*[one.clone() for one in inputs]))  # noqa: SLF001
+            said = leaves(module(*[one.clone() for one in inputs]))
         expected = outcome(network, inputs, lambda *_: None)
-        pairs = zip([one for one in out if isinstance(one, torch.Tensor)], expected, strict=True)
+        pairs = zip(said, expected, strict=True)
         worst = max((apart(to_numpy(one), to_numpy(other)) for one, other in pairs), default=0.0)
     except Exception as error:
         raise WorkError(f"the cut network cannot be written as code: {first_line(error)}") from error
