@@ -109,7 +109,7 @@ def cut(name: str) -> None:
             found["error"] = error.message.replace(str(path), "it")
         else:
             found |= {"params": [done.before.params.total, done.after.params.total], "error": ""}
-            found |= {"macs": [done.before.macs, done.after.macs], "apart": done.error}
+            found |= {"macs": [done.before.macs, done.after.macs], "apart": done.proof.error}
         found["seconds"] = time.perf_counter() - begin
     print(json.dumps(found))
 

@@ -47,7 +47,7 @@ def _row(known: Known) -> list[str]:
         f"{found.dropped}/{found.channels}",
         f"{found.after.params.total / found.before.params.total:.1%}",
         f"{(found.after.macs or 0) / (found.before.macs or 1):.1%}",
-        f"{found.error:.0e}",
+        f"{found.proof.error:.0e}",
         *(f"{one * 1e3:.1f}" for one in found.seconds),
         f"{seconds:.1f}",
     ]

@@ -76,7 +76,7 @@ def _ours(known: Known, net: Any, folder: Path, example: Any, before: tuple[floa
         f"{before[0] / 1e6:.2f} M",
         f"{parameters / before[0]:.1%}",
         f"{(done.after.macs or 0) / (done.before.macs or 1):.1%}",
-        f"{done.error:.0e}",
+        f"{done.proof.error:.0e}",
         f"{seconds:.1f}",
     ]
 

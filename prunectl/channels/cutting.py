@@ -139,8 +139,6 @@ def _measure(request: Request) -> tuple[Measure | None, float | None]:
     needs_data = found is not None and found.needs is not Needs.NOTHING
     if needs_data and not request.data:
         raise UsageError(f"the strategy {name} looks at data: say which", hint="--data train.npz")
-    if request.data and not needs_data:
-        raise UsageError(f"the strategy {name} does not look at data", hint="leave out --data")
     return found, threshold
 
 

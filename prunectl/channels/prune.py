@@ -11,12 +11,13 @@ from typing import Any
 from prunectl.channels.choose import Loss
 from prunectl.channels.couple import Family
 from prunectl.channels.cutting import Cutting, cutting_of
+from prunectl.channels.given import given
 from prunectl.channels.informed import looked_at
 from prunectl.channels.languages import read
 from prunectl.channels.latency import latency
 from prunectl.channels.macs import ShapeOf, macs
 from prunectl.channels.plan import Ground, Plan, planned
-from prunectl.channels.proof import prove
+from prunectl.channels.proof import Proof, prove
 from prunectl.channels.rules import follow
 from prunectl.channels.source import Removed, Source, shape_left
 from prunectl.errors import UsageError, WorkError
@@ -44,8 +45,8 @@ class CutOut:
     """Families that were left alone, by their first maker."""
     before: Survey
     after: Survey
-    error: float
-    """How far the cut network is from the original with its channels silenced, relative to what comes out."""
+    proof: Proof
+    """How far the cut network is from the original with its channels silenced."""
     notes: tuple[str, ...] = ()
     """What a user should know about what was written."""
     seconds: tuple[float, float] | None = None
@@ -94,7 +95,8 @@ def prune_channels(
 
     plan = planned(Ground(model, source, trace, before), cutting, looks)
     smaller = source.cut(plan.gone, plan.after, plan.weights)
-    error = prove(source, smaller, plan, cutting.seed)
+    inputs, notes = given(model, source, request, cutting.measure)
+    proof = prove(source, smaller, plan, cutting.seed, inputs)
     seconds = latency(source, smaller, cutting.seed) if has_latency else None
     with outputs.workplace(model, output) as (folder, target):
         written = source.write(smaller, folder, target)
@@ -108,7 +110,15 @@ def prune_channels(
             after = replace(after, sha256=archive.sha256(open_model(written)))
     shown = str(target if output is not None else "the result")
     return CutOut(
-        request, cutting, plan.losses, plan.skips, before, replace(after, path=shown), error, source.notes, seconds
+        request,
+        cutting,
+        plan.losses,
+        plan.skips,
+        before,
+        replace(after, path=shown),
+        proof,
+        (*source.notes, *notes),
+        seconds,
     )
 
 

@@ -66,11 +66,16 @@ class Source(Protocol):
     def feeds(self, random: np.random.Generator) -> Feeds:
         """Return random inputs, of the shapes that the graph was worked out for."""
 
-    def runner(self, network: Any, shown: Iterable[str]) -> Runner:
+    @property
+    def has_float64(self) -> bool:
+        """Whether its runtime can calculate in float64, whatever the network itself does."""
+
+    def runner(self, network: Any, shown: Iterable[str], *, is_wide: bool = False) -> Runner:
         """Return what runs a network in its own runtime, and shows some inner values too, by their names in the graph.
 
         What comes out comes first, then one value for each name, in their order and as the graph has their axes. All
-        names are showable. WorkError if the runtime cannot load it.
+        names are showable. What is wide calculates in float64, where that can be. WorkError if the runtime cannot load
+        it.
         """
 
     def write(self, network: Any, folder: Path, target: Path) -> Path:

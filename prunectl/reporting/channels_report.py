@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import asdict
 
 from prunectl.channels.cutting import Cutting
+from prunectl.channels.proof import Proof
 from prunectl.channels.prune import CutOut
 from prunectl.measuring.survey import Survey
 from prunectl.reporting.report import Artifact, Report, Section
@@ -81,8 +82,13 @@ def _facts(found: CutOut) -> tuple[tuple[str, str], ...]:
         ("asked", _asked(found.cutting)),
         *(() if found.cutting.is_dead else (("how", f"{_measure(found.cutting)}, {found.cutting.scope} scope"),)),
         ("cut", f"{count(found.dropped)} of {count(found.channels)} channels that may go"),
-        ("proof", f"the same as {_reference(found.cutting)}, within {found.error:.1e}"),
+        ("proof", f"the same as {_reference(found.cutting)}, within {_proof(found.proof)}"),
     )
+
+
+def _proof(proof: Proof) -> str:
+    wide = f", {proof.wide:.1e} in float64" if proof.wide is not None else ""
+    return f"{proof.error:.1e}{wide}{', also on your data' if proof.batches else ''}"
 
 
 def _asked(cutting: Cutting) -> str:
@@ -123,7 +129,9 @@ def _json(found: CutOut) -> dict[str, object]:
     return {
         "total": found.channels,
         "dropped": found.dropped,
-        "error": found.error,
+        "error": found.proof.error,
+        "error_float64": found.proof.wide,
+        "data_batches": found.proof.batches,
         "seconds": None if found.seconds is None else dict(zip(("before", "after"), found.seconds, strict=True)),
         "families": [
             {"name": loss.family.name, "channels": len(loss.family.groups), "dropped": list(loss.dropped)}

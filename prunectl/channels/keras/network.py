@@ -111,9 +111,14 @@ class KerasSource:
         """Return random inputs."""
         return feeds(self._opened, random)
 
-    def runner(self, network: Any, shown: Iterable[str]) -> Runner:
+    @property
+    def has_float64(self) -> bool:
+        """Always: a configuration says of each layer what it calculates in."""
+        return True
+
+    def runner(self, network: Any, shown: Iterable[str], *, is_wide: bool = False) -> Runner:
         """Return what Keras makes of a draft."""
-        return runner(self._opened, network, self._origin, shown)
+        return runner(self._opened, network, self._origin, shown, precision="float64" if is_wide else "float32")
 
     def write(self, network: Any, folder: Path, target: Path) -> Path:
         """Write a draft as a file like the one that was read."""

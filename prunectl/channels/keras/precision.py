@@ -1,4 +1,4 @@
-"""A Keras configuration that calculates in 32-bit floats, whatever the model does."""
+"""A Keras configuration that calculates in floats long enough, whatever the model does."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 from prunectl.formats.keras.config import part, text
 
 _LOW = frozenset({"float16", "bfloat16", "mixed_float16", "mixed_bfloat16"})
-_WHOLE = "float32"
+_LOWER = {"float32": _LOW, "float64": _LOW | {"float32"}}
 
 
-def in_float32(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the configuration with every lower precision raised."""
-    return {str(key): _raised(value, str(key)) for key, value in config.items()}
+def calculating_in(precision: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the configuration with every lower precision raised to float32, or to float64."""
+    return {str(key): _changed(value, str(key), precision) for key, value in config.items()}
 
 
-def _raised(value: Any, key: str) -> Any:
-    if key == "dtype" and (value in _LOW if isinstance(value, str) else _policy(value) in _LOW):
-        return _WHOLE
+def _changed(value: Any, key: str, precision: str) -> Any:
+    if key == "dtype" and (value if isinstance(value, str) else _policy(value)) in _LOWER[precision]:
+        return precision
     if isinstance(value, Mapping):
-        return in_float32(value)
+        return calculating_in(precision, value)
     if isinstance(value, list):
-        return [_raised(one, "") for one in value]
+        return [_changed(one, "", precision) for one in value]
     return value
 
 

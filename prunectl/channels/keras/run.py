@@ -11,7 +11,7 @@ import numpy as np
 
 from prunectl.channels.graph import Kind
 from prunectl.channels.keras.draft import Draft, write
-from prunectl.channels.keras.precision import in_float32
+from prunectl.channels.keras.precision import calculating_in
 from prunectl.channels.keras.read import Opened
 from prunectl.channels.source import Feeds, Runner
 from prunectl.errors import PrunectlError, WorkError, first_line
@@ -34,9 +34,9 @@ def feeds(opened: Opened, random: np.random.Generator) -> Feeds:
     return {name: _feed(opened, name, words, random) for name in opened.graph.inputs}
 
 
-def runner(opened: Opened, draft: Draft, origin: Origin, shown: Iterable[str]) -> Runner:
+def runner(opened: Opened, draft: Draft, origin: Origin, shown: Iterable[str], *, precision: str) -> Runner:
     """Return what Keras makes of a draft: its outputs, and what some layers give before their activations."""
-    config = in_float32(opened.config if draft.config is None else draft.config)
+    config = calculating_in(precision, opened.config if draft.config is None else draft.config)
     with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
         path = Path(scratch) / f"draft{'.keras' if opened.model.format == 'keras' else '.h5'}"
         write(opened, Draft(config, draft.arrays), path)

@@ -128,10 +128,15 @@ class SavedSource:
         """Return random inputs."""
         return self._source.feeds(random)
 
-    def runner(self, network: Any, shown: Iterable[str]) -> Runner:
+    @property
+    def has_float64(self) -> bool:
+        """Always: a configuration says of each layer what it calculates in."""
+        return self._source.has_float64
+
+    def runner(self, network: Any, shown: Iterable[str], *, is_wide: bool = False) -> Runner:
         """Return what Keras makes of a draft."""
         with self._named():
-            return self._source.runner(network, shown)
+            return self._source.runner(network, shown, is_wide=is_wide)
 
     def write(self, network: Any, folder: Path, target: Path) -> Path:
         """Let Keras write the smaller network as a folder."""

@@ -103,8 +103,14 @@ class OnnxSource:
         ports = {port.name: port for port in proto.graph.input}
         return {name: feed(ports[name], shapes[name], random) for name in self.graph.inputs}
 
-    def runner(self, network: Any, shown: Iterable[str]) -> Runner:
+    @property
+    def has_float64(self) -> bool:
+        """Never: onnxruntime convolves in float32 alone."""
+        return False
+
+    def runner(self, network: Any, shown: Iterable[str], *, is_wide: bool = False) -> Runner:
         """Return what onnxruntime makes of a message."""
+        assert not is_wide
         names = tuple(shown)
         runtime = session(network, names)
         outputs = [port.name for port in network.graph.output]

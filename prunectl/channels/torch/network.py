@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,15 @@ class TorchSource:
         used = zip(self.graph.inputs, self._opened.light, strict=True)
         return {name: to_numpy(random_like(example, generator)) for name, example in used}
 
-    def runner(self, network: Network, shown: Iterable[str]) -> Runner:
+    @property
+    def has_float64(self) -> bool:
+        """Always: every step of a program takes it."""
+        return True
+
+    def runner(self, network: Network, shown: Iterable[str], *, is_wide: bool = False) -> Runner:
         """Return what PyTorch makes of a program, step by step."""
         names = tuple(shown)
+        network = replace(network, is_wide=is_wide)
 
         def run(feeds: Feeds) -> list[Any]:
             seen: dict[str, torch.Tensor] = {}
@@ -123,7 +130,10 @@ class TorchSource:
                     # A later step may work in place.
                     seen[name] = value.clone()
 
-            found = outcome(network, [to_torch(feeds[name]) for name in self.graph.inputs], see)
+            inputs = [to_torch(feeds[name]) for name in self.graph.inputs]
+            if is_wide:
+                inputs = [one.double() if one.is_floating_point() else one for one in inputs]
+            found = outcome(network, inputs, see)
             return [to_numpy(one) for one in (*found, *(seen[name] for name in names))]
 
         return run

@@ -1,0 +1,56 @@
+"""The user's data, as a network that is cut takes it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from prunectl.calibrating.calibration import taken
+from prunectl.channels.scores import Measure, Needs
+from prunectl.channels.source import Feeds, Source
+from prunectl.errors import UsageError
+from prunectl.formats.base import ModelFile
+from prunectl.pruning.request import Request
+from prunectl.training.data.adapt import adapt
+from prunectl.training.data.check import check
+from prunectl.training.data.source import Order, each
+from prunectl.training.data.spec import open_source
+from prunectl.training.signature import Port, Signature
+
+_BATCHES = 4
+"""Enough to see what random numbers do not show; each costs two runs of a network."""
+
+
+def given(
+    model: ModelFile, source: Source, request: Request, measure: Measure | None
+) -> tuple[tuple[Feeds, ...], tuple[str, ...]]:
+    """Return a few batches, as many examples in each as the network was followed with, and what is to be said of them.
+
+    Data that a strategy looks at may be of another length than the network was followed with; data that are given for
+    nothing but the proof may not.
+    """
+    if not request.data:
+        return (), ()
+    try:
+        return _batches(source, request, is_channels_first=model.about.keras is None), ()
+    except UsageError as error:
+        if measure is None or measure.needs is Needs.NOTHING:
+            raise
+        return (), (f"The cut network was tried on random inputs alone: {error.message}.",)
+
+
+def _batches(source: Source, request: Request, *, is_channels_first: bool) -> tuple[Feeds, ...]:
+    example = source.feeds(np.random.default_rng(request.seed))
+    names = source.graph.inputs
+    ports = tuple(Port(name, example[name].shape[1:], str(example[name].dtype)) for name in names)
+    signature = Signature(ports, (), is_channels_first=is_channels_first)
+    found, _ = adapt(open_source(request.data, signature=signature, seed=request.seed), signature)
+    size = len(example[names[0]])
+    count = min(request.samples, size * _BATCHES)
+    check(found.first(count), signature, needs_targets=False, classes=None)
+    order = Order(request.batch_size, request.seed, is_shuffled=found.count is not None)
+    parts = [each(batch.x) for batch in taken(found.batches(order), count)]
+    whole = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+    have = len(whole[0])
+    # The last batch is filled up with the first examples.
+    rows = np.arange(-(-have // size) * size).reshape(-1, size) % have
+    return tuple(dict(zip(names, (array[row] for array in whole), strict=True)) for row in rows)
