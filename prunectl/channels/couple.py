@@ -56,8 +56,9 @@ class Family:
 
 def families(trace: Trace) -> tuple[Family, ...]:
     """Return the channels of a network, in its order."""
-    found: dict[int, list[Member]] = defaultdict(list)
-    for note in _once(trace.notes):
+    found: dict[int, list[tuple[int, Member]]] = defaultdict(list)
+    notes = _once(trace.notes)
+    for number, note in enumerate(notes):
         roots = trace.labels.roots(note.labels)
         place = Place(note.tensor, note.axis, note.part)
         order = np.argsort(roots, kind="stable")
@@ -65,15 +66,17 @@ def families(trace: Trace) -> tuple[Family, ...]:
         indices, sorted_roots = order.tolist(), roots[order].tolist()
         for begin, end in pairwise([0, *bounds, len(indices)]):
             if end > begin and (root := sorted_roots[begin]) != FIXED:
-                found[root].append(Member(place, tuple(indices[begin:end])))
-    kin: dict[tuple[tuple[Place, ...], str], list[Group]] = defaultdict(list)
+                found[root].append((number, Member(place, tuple(indices[begin:end]))))
+    # By numbers of places: they are told apart for each channel, and there may be a hundred thousand.
+    kin: dict[tuple[tuple[int, ...], str], list[Group]] = defaultdict(list)
     for root, members in found.items():
-        key = tuple(member.place for member in members)
-        kin[key, trace.labels.reason(root)].append(Group(root, tuple(members)))
-    return tuple(_family(places, tuple(groups), reason) for (places, reason), groups in kin.items())
+        numbers, own = zip(*members, strict=True)
+        kin[numbers, trace.labels.reason(root)].append(Group(root, own))
+    return tuple(_family(tuple(groups), reason) for (_, reason), groups in kin.items())
 
 
-def _family(places: tuple[Place, ...], groups: tuple[Group, ...], reason: str) -> Family:
+def _family(groups: tuple[Group, ...], reason: str) -> Family:
+    places = tuple(member.place for member in groups[0].members)
     makers = [place.tensor for place in places if place.part is Part.OUT]
     return Family(next(iter(makers), places[0].tensor), places, groups, reason or _unmade(makers))
 

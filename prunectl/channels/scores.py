@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -123,8 +123,15 @@ def of_family(family: Family, weights: Mapping[str, Array], measure: Measure) ->
     for number in kept:
         place = family.places[number]
         line = measure.of(weights[place.tensor], place.axis)
-        found.append([line[list(group.members[number].indices)].mean() for group in family.groups])
+        found.append(_means(line, [group.members[number].indices for group in family.groups]))
     return np.asarray(np.mean(found, axis=0))
+
+
+def _means(line: Scores, indices: Sequence[tuple[int, ...]]) -> Scores:
+    """Return the mean of the scores at the indices of each channel."""
+    if all(len(own) == 1 for own in indices):
+        return line[[own[0] for own in indices]]
+    return np.asarray([line[list(own)].mean() for own in indices])
 
 
 def at_random(family: Family, seed: int) -> Scores:
