@@ -1,4 +1,4 @@
-"""Half of the channels of usual networks, cut out of their ONNX exports: what is left, and how long it takes to run.
+"""Half of the channels of usual networks, cut out of their ONNX exports by prunectl and by onnxsim: what is left.
 
 python -m benchmarks.channels_onnx [NAME ...]
 """
@@ -16,12 +16,17 @@ import torch
 
 from benchmarks.channels_torch import RATIO, example_of, print_rows
 from benchmarks.nets_torch import Known, lively
+from prunectl.api import inspect
 from prunectl.channels.prune import prune_channels
 from prunectl.errors import PrunectlError
+from prunectl.measuring.survey import Survey
 from prunectl.pruning.output import Output
 from prunectl.pruning.request import Request
 
-HEAD = ("network", "cut", "parameters left", "MACs left", "apart", "ms before", "ms after", "s")
+HEAD = (
+    *("network", "cut", "parameters left", "MACs left", "apart", "ms before", "ms after", "s"),
+    *("onnxsim left", "its MACs", "its s"),
+)
 
 
 def run(chosen: tuple[str, ...] = ()) -> None:
@@ -41,6 +46,7 @@ def _row(known: Known) -> list[str]:
         except PrunectlError as error:
             return [known.name, str(error)[:100]]
         seconds = time.perf_counter() - begin
+        theirs = _theirs(path, example_of(known.shape).numpy(), found.before)
     assert found.seconds is not None
     return [
         known.name,
@@ -50,7 +56,23 @@ def _row(known: Known) -> list[str]:
         f"{found.proof.error:.0e}",
         *(f"{one * 1e3:.1f}" for one in found.seconds),
         f"{seconds:.1f}",
+        *theirs,
     ]
+
+
+def _theirs(path: Path, example: Any, before: Survey) -> list[str]:
+    onnx, onnxsim, runtime = (__import__(name) for name in ("onnx", "onnxsim", "onnxruntime"))
+    small = path.with_name("theirs.onnx")
+    begin = time.perf_counter()
+    try:
+        onnx.save(onnxsim.apply_structured_pruning(onnx.load(path), RATIO, importance_norm="l1"), small)
+        seconds = time.perf_counter() - begin
+        runtime.InferenceSession(small, providers=["CPUExecutionProvider"]).run(None, {"x": example})
+    except Exception as error:  # noqa: BLE001 - a row for what it cannot do
+        return [f"{type(error).__name__}: {str(error)[:40]}".replace("\n", " "), "", ""]
+    after = inspect(small, flops=True)
+    params, macs = after.params.total / before.params.total, (after.macs or 0) / (before.macs or 1)
+    return [f"{params:.1%}", f"{macs:.1%}", f"{seconds:.1f}"]
 
 
 def _export(net: Any, example: Any, path: Path) -> None:
