@@ -12,7 +12,7 @@ from pathlib import Path
 from prunectl.errors import UsageError
 from prunectl.formats import outputs
 from prunectl.formats.base import ModelFile
-from prunectl.formats.table import by_name, load, open_model
+from prunectl.formats.table import FORMATS, by_name, load, open_model
 
 BIG_BYTES = 16 << 20
 """Above it, compressing for the report would take much longer than the work."""
@@ -32,7 +32,23 @@ class Output:
 def check(model: ModelFile, output: Output | None) -> None:
     """Refuse an output that may not be written, before any work begins."""
     if output is not None:
+        if not (output.is_stream or output.is_in_place):
+            _check_name(model, output.target)
         outputs.check_target(model, output.target, is_forced=output.is_forced, is_in_place=output.is_in_place)
+
+
+def _check_name(model: ModelFile, target: Path) -> None:
+    """Refuse a name that promises another format than the one that is kept."""
+    suffix, own = target.suffix.lower(), by_name(model.format)
+    if suffix in {"", model.path.suffix.lower(), *own.suffixes}:
+        return
+    others = [other for other in FORMATS if suffix in other.suffixes]
+    # A .pth.tar may be a PyTorch file of any age.
+    if others and not any(set(other.suffixes) & set(own.suffixes) for other in others):
+        raise UsageError(
+            f"{target} is named as {others[0].title}, and what {model.path} becomes stays {own.title}",
+            hint=f"end it in {model.path.suffix or own.suffixes[0] or 'nothing'}; `prunectl export` changes formats",
+        )
 
 
 def places(model: ModelFile, folder: Path, target: Path) -> dict[Path, Path]:

@@ -59,6 +59,20 @@ def test_an_output_that_exists_is_refused_and_replaced_by_force(model: Path, tmp
     assert sparsity(out) == 0.5
 
 
+@pytest.mark.parametrize("name", ["out.h5", "out.pt2", "out.onnx", "out.SAFETENSORS"])
+def test_a_name_that_promises_another_format_is_refused(name: str, model: Path, tmp_path: Path) -> None:
+    done = prunectl("prune", model, "-o", tmp_path / name, *HALF)
+    assert done.code == 2
+    assert "stays PyTorch" in done.err
+    assert "prunectl export" in done.err
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("name", ["out.pth", "out.pth.tar", "out.bin", "out.ckpt", "out"])
+def test_every_name_that_promises_none_or_the_same_is_taken(name: str, model: Path, tmp_path: Path) -> None:
+    assert prunectl("prune", model, "-o", tmp_path / name, *HALF).code == 0
+
+
 @pytest.mark.parametrize("link", ["itself", "symlink", "hard link"])
 def test_the_input_is_not_overwritten_under_any_name(link: str, model: Path, tmp_path: Path) -> None:
     out = {"itself": model, "symlink": tmp_path / "s.pt", "hard link": tmp_path / "h.pt"}[link]
