@@ -38,7 +38,7 @@ def prune(
         request,
         is_trusted=is_trusted,
         needs_targets=needs is Needs.GRADIENTS,
-        has_reference=request.is_repaired or (needs is Needs.PRODUCTS and method.pattern is not None),
+        has_reference=request.is_repaired or needs is Needs.PRODUCTS,
     )
     with closing(found):
         notes = found.notes

@@ -13,7 +13,7 @@ from prunectl.calibrating.bias import bias_of, corrected
 from prunectl.calibrating.bias import means as outputs
 from prunectl.calibrating.calibration import Calibration
 from prunectl.calibrating.columns import matrix, placed
-from prunectl.calibrating.moments import Sums, Wide
+from prunectl.calibrating.moments import Pairs, Part, Sums, Wide
 from prunectl.calibrating.refit import centred, refit
 from prunectl.formats.base import Array, ModelFile, Tensor
 from prunectl.formats.writing import in_storage_order
@@ -27,6 +27,7 @@ from prunectl.training.sights import Use
 
 DAMP = 0.01
 BLOCK = 128
+Met = Mapping[Part, Pairs]
 Fit = tuple[Wide, Mask]
 """New numbers, and what was dropped of the old ones."""
 
@@ -88,22 +89,21 @@ class Solver:
     def _fit(self, tensor: Tensor, weights: Array, dropped: Mask, method: Method, seen: Sums, *, has_bias: bool) -> Fit:
         """Return new numbers for a tensor of which it is known what it meets."""
         values: Wide = weights.astype(np.float64)
-        by_columns = self.is_obs and _goes_by_columns(tensor, method, seen)
-        if by_columns:
-            products = self.calibration.products(tensor)
-            found, dropped = self._operated(values, products, int(np.count_nonzero(dropped)), method)
-            if not self.is_repaired:
-                return found, dropped
-        return self._refitted(tensor, values, dropped, has_bias=has_bias), dropped
+        pairs, start = self.calibration.pairs(tensor), values
+        if self.is_obs and _goes_by_columns(tensor, method, seen):
+            start, dropped = self._operated(values, pairs, int(np.count_nonzero(dropped)), method)
+        return self._refitted(values, start, dropped, pairs, has_bias=has_bias), dropped
 
-    def _operated(self, values: Wide, products: Sums, drop: int, method: Method) -> Fit:
+    def _operated(self, values: Wide, met: Met, drop: int, method: Method) -> Fit:
+        """Return what is dropped column by column, and what the columns after each made of themselves for it."""
         dropped: Mask = np.zeros(values.shape, np.bool_)
         size, pattern = values.size, method.pattern
-        done = seen = 0
-        for part, use in products.uses.items():
+        found, done, seen = values, 0, 0
+        for pairs in met.values():
+            use = pairs.use
             rows = matrix(values, use)
             new, gone = np.empty_like(rows), np.zeros(rows.shape, np.bool_)
-            for group, total in enumerate(products.totals[part]):
+            for group, total in enumerate(pairs.among):
                 outputs, features = rows.shape[1:]
                 seen += outputs * features
                 here = drop * seen // size - done
@@ -114,19 +114,23 @@ class Solver:
                 else:
                     decided = obs.unstructured(outputs, features, here, self.block)
                 new[group], gone[group] = obs.prune(rows[group], total, decided, self.damp, self.block)
-            values, dropped = placed(new, use, values), placed(gone, use, dropped)
-        return values, dropped
+            found, dropped = placed(new, use, found), placed(gone, use, dropped)
+        return found, dropped
 
-    def _refitted(self, tensor: Tensor, values: Wide, dropped: Mask, *, has_bias: bool) -> Wide:
-        for pairs in self.calibration.pairs(tensor).values():
-            rows, kept = matrix(values, pairs.use), ~matrix(dropped, pairs.use)
+    def _refitted(self, values: Wide, start: Wide, dropped: Mask, met: Met, *, has_bias: bool) -> Wide:
+        """Return what stays so that the layer says what it said in the model as it was."""
+        found = start
+        for pairs in met.values():
+            rows, first, kept = matrix(values, pairs.use), matrix(start, pairs.use), ~matrix(dropped, pairs.use)
             among, across = pairs.among, pairs.across
             if has_bias:
                 among = centred(among, pairs.now, pairs.now, pairs.count)
                 across = centred(across, pairs.now, pairs.before, pairs.count)
-            new = [refit(rows[at], among[at], across[at], kept[at], self.damp) for at in range(len(rows))]
-            values = placed(np.stack(new), pairs.use, values)
-        return values
+            new = [
+                refit(rows[at], among[at], across[at], kept[at], self.damp, start=first[at]) for at in range(len(rows))
+            ]
+            found = placed(np.stack(new), pairs.use, found)
+        return found
 
 
 def _free_bias(model: ModelFile, tensor: Tensor, seen: Sums, pruned: Collection[str]) -> Tensor | None:

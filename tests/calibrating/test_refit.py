@@ -46,6 +46,24 @@ def test_it_is_least_squares_with_a_ridge_towards_the_old_weights(damp: float) -
     assert not found[~kept].any()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_where_it_starts_does_not_matter(seed: int) -> None:
+    rows, kept, now, before = layer(seed)
+    among, across = now.T @ now, now.T @ before
+    found = refit(rows, among, across, kept, 0.01, start=100 * normal(*rows.shape, seed=seed + 9))
+    np.testing.assert_allclose(found, refit(rows, among, across, kept, 0.01), rtol=1e-7, atol=1e-9)
+
+
+def test_many_features_that_depend_on_each_other_are_fitted_as_few() -> None:
+    now = normal(900, 20) @ normal(20, 300, seed=1) + 0.01 * normal(900, 300, seed=2)
+    rows, kept = normal(4, 300, seed=3), normal(4, 300, seed=4) > 0
+    found = refitted(rows, kept, now, now, 0.01)
+    pull = np.full(300, 0.01 * np.square(now).sum(axis=0).mean())
+    for number, keep in enumerate(kept):
+        at = np.flatnonzero(keep)
+        np.testing.assert_allclose(found[number, at], pulled(rows[number], at, now, now, pull), rtol=1e-5, atol=1e-7)
+
+
 def test_without_damping_it_is_least_squares_on_what_is_kept() -> None:
     rows, kept, now, before = layer()
     found = refitted(rows, kept, now, before, 1e-14)

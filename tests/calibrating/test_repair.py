@@ -63,6 +63,18 @@ def test_a_layer_is_fitted_anew_as_a_regression_with_an_intercept_and_a_ridge(on
     np.testing.assert_allclose(found["one.bias"], bias, rtol=1e-4, atol=1e-4)
 
 
+def test_obs_fits_all_that_stays_to_what_the_layer_said(one: Path) -> None:
+    old, found = numbers(one), run(one, "out", strategy="obs")
+    rows, x = old["one.weight"].astype("f8"), X.astype("f8")
+    ridge = np.sqrt(0.01 * np.square(x).sum(axis=0).mean())
+    for row, weights in zip(rows, found["one.weight"], strict=True):
+        at = np.flatnonzero(weights)
+        inputs = np.concatenate([x[:, at], ridge * np.eye(len(at))])
+        targets = np.concatenate([x @ row, ridge * row[at]])
+        np.testing.assert_allclose(weights[at], np.linalg.lstsq(inputs, targets, rcond=None)[0], rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(found["one.bias"], old["one.bias"])
+
+
 def test_by_magnitude_the_same_weights_go_as_without_repair(one: Path) -> None:
     prune_file(one, Request(sparsity=0.5), Output(one.parent / "plain.pt"))
     plain, found = numbers(one.parent / "plain.pt"), run(one, "out", strategy="magnitude", is_repaired=True)
