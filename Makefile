@@ -2,13 +2,14 @@
 # make test    every test (installs all extras into .venv first)
 # make check   what CI checks: lint, format, types, architecture, tests
 # make bench   speed and memory beside the scripts that it replaces
+# make man     the manual page, prunectl.1
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 JOBS ?= 2
 
-.PHONY: demo test check lint bench fixtures clean
+.PHONY: demo test check lint bench fixtures man clean
 
 demo: .venv/.full
 	@BIN=$(BIN) sh examples/demo.sh
@@ -27,6 +28,9 @@ lint: .venv/.full
 bench: .venv/.full
 	$(PIP) install -c constraints.txt --group bench
 	$(BIN)/python -m benchmarks
+
+man: .venv/.core
+	$(BIN)/prunectl help --man > prunectl.1
 
 fixtures: .venv/.full
 	$(BIN)/python fixtures/make.py

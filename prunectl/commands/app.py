@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "init": ("prunectl.commands.init", "Measure the models that are there, and write budgets a little above."),
     "doctor": ("prunectl.commands.doctor", "What is installed, what works, and what to install for the rest."),
     "plugins": ("prunectl.commands.plugins", "Strategies, schedules, policies and formats, also installed ones."),
+    "help": ("prunectl.commands.help", "What exit codes, selectors, patterns, data and the like are."),
 }
 
 _COMPLETE = "_PRUNECTL_COMPLETE"
@@ -45,7 +46,10 @@ class LazyGroup(TyperGroup):
         name, placeholder, rest = super().resolve_command(ctx, args)
         if name not in COMMANDS:
             return name, placeholder, rest
-        return name, importlib.import_module(COMMANDS[name][0]).command, rest
+        command = importlib.import_module(COMMANDS[name][0]).command
+        if ctx.resilient_parsing:  # nobody runs anything: a shell asks for words
+            importlib.import_module("prunectl.commands.completion").attach(command)
+        return name, command, rest
 
 
 def _version(is_wanted: bool) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from prunectl.commands.if_changed import Maker
 from prunectl.commands.inputs import STDIN, local
 from prunectl.commands.requests import destination, parts_of
 from prunectl.commands.verb import verb
@@ -44,4 +45,4 @@ def strip(
         return reporter.show(strip_report(found, str(place.target) if place is not None else ""))
 
 
-command = verb(strip)
+command = verb(strip, Maker)

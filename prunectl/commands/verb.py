@@ -18,7 +18,7 @@ from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.settings import Color, Layout, Settings, Units
 
 
-class _Verb(TyperCommand):
+class Verb(TyperCommand):
     """A command with the common options after its own, which it takes as a reporter in the context."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
@@ -30,12 +30,17 @@ class _Verb(TyperCommand):
         self.params.extend(self._common.params)
 
     def invoke(self, ctx: Any) -> Any:
+        """Take the common options out, and work with a reporter made of them."""
         chosen = {str(option.name): ctx.params.pop(option.name) for option in self._common.params}
         assert self._common.callback is not None
         html = Path(chosen["html"]) if chosen["html"] else None
         if html is not None:
             _check_page(html, ctx.params)
         ctx.obj = Reporter(self._common.callback(**chosen), command=str(self.name), html=html)
+        return self.work(ctx)
+
+    def work(self, ctx: Any) -> Any:
+        """Do what the command is for, and return its exit code."""
         return super().invoke(ctx)
 
 
@@ -46,10 +51,10 @@ def _check_page(html: Path, said: Mapping[str, Any]) -> None:
     importlib.import_module("prunectl.reporting.html.file").check(html)
 
 
-def verb(function: Callable[..., int]) -> TyperCommand:
+def verb(function: Callable[..., int], kind: type[Verb] = Verb) -> TyperCommand:
     """Make a command of a function that takes the context first and returns the exit code."""
     single = typer.Typer(context_settings=HELP_NAMES, rich_markup_mode="rich", add_completion=False)
-    single.command(cls=_Verb)(function)
+    single.command(cls=kind)(function)
     command = typer.main.get_command(single)
     assert isinstance(command, TyperCommand)
     return command
@@ -64,7 +69,7 @@ def _settings(
     layout: Annotated[
         Layout | None, _option("--format", help="How to print; a terminal gets human, a pipe plain.")
     ] = None,
-    html: Annotated[  # noqa: ARG001 - see _Verb
+    html: Annotated[  # noqa: ARG001 - see Verb
         Path | None, _option("--html", metavar="FILE", help="Also write the report as a page for a browser.")
     ] = None,
     quiet: Annotated[bool, _option("-q", "--quiet", help="No notes.")] = False,

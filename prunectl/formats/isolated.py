@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
-import re
-import resource
 import select
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 
-from prunectl.errors import NO_ROOM, InputError
+from prunectl.errors import InputError
+from prunectl.formats import isolated_child
+from prunectl.formats.isolated_kept import Kept
 
 _OUT_OF_TIME = "takes too long to read: it is damaged, or made to keep its reader busy"
 _PIECE_BYTES = 1 << 16
 _PATIENCE = 20
 """How much longer than it may reckon a child may take on a machine that is busy with other things."""
 _OVER_TIME = frozenset({signal.SIGPROF, signal.SIGXCPU})
-_DONE, _REFUSED, _FAILED, _NO_ROOM = b"D", b"R", b"F", b"N"
+_kept: list[Kept] = []
+"""The child that is kept, if any is."""
 
 
 def in_child(work: Callable[[], bytes], path: Path, *, seconds: float, extra_bytes: int) -> bytes:
@@ -27,6 +29,38 @@ def in_child(work: Callable[[], bytes], path: Path, *, seconds: float, extra_byt
     The seconds are of processor time, so that a busy machine is not taken for a hostile file. The answer is bytes that
     the caller must parse with care: a child that a file has taken over may say anything.
     """
+    found = _kept[-1].ask(work, seconds, extra_bytes, _PATIENCE * seconds) if _kept else None
+    answer, status = _in_a_new_one(work, seconds, extra_bytes) if found is None else found
+    if answer is None:
+        raise InputError(f"{path} {_OUT_OF_TIME}")
+    how, said = answer[:1], answer[1:]
+    if how == isolated_child.DONE:
+        return said
+    if how == isolated_child.REFUSED:
+        raise InputError(said.decode("utf-8", "backslashreplace"))
+    if how == isolated_child.OUT_OF_ROOM:
+        raise OSError(int(said), os.strerror(int(said)))
+    if how == isolated_child.FAILED:
+        raise InputError(f"{path} is truncated or damaged: {said.decode('utf-8', 'backslashreplace')}")
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) in _OVER_TIME:
+        raise InputError(f"{path} {_OUT_OF_TIME}")
+    raise InputError(f"{path} crashes the library that reads it: it is damaged or hostile")
+
+
+@contextmanager
+def one_child() -> Generator[None]:
+    """Keep one child for many files meanwhile; after one that kills it, a new one goes on with the next."""
+    kept = Kept()
+    _kept.append(kept)
+    try:
+        yield
+    finally:
+        _kept.remove(kept)
+        kept.close()
+
+
+def _in_a_new_one(work: Callable[[], bytes], seconds: float, extra_bytes: int) -> tuple[bytes | None, int]:
+    """Return what a child of its own says, or nothing where time is up, and how it ended."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -38,58 +72,17 @@ def in_child(work: Callable[[], bytes], path: Path, *, seconds: float, extra_byt
         os.close(reader)
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
-    if answer is None:
-        raise InputError(f"{path} {_OUT_OF_TIME}")
-    if answer[:1] == _DONE:
-        return answer[1:]
-    if answer[:1] == _REFUSED:
-        raise InputError(answer[1:].decode("utf-8", "backslashreplace"))
-    if answer[:1] == _NO_ROOM:
-        number = int(answer[1:])
-        raise OSError(number, os.strerror(number))
-    if answer[:1] == _FAILED:
-        reason = answer[1:].decode("utf-8", "backslashreplace")
-        raise InputError(f"{path} is truncated or damaged: {reason}")
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) in _OVER_TIME:
-        raise InputError(f"{path} {_OUT_OF_TIME}")
-    raise InputError(f"{path} crashes the library that reads it: it is damaged or hostile")
+    return answer, status
 
 
 def _be_child(work: Callable[[], bytes], writer: int, seconds: float, extra_bytes: int) -> None:
     # Nothing may leave this function: not an exception, not a word on a stream, not the parent's clean-up.
     try:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        # The second fence, which no library can take down.
-        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 2))
-        resource.setrlimit(resource.RLIMIT_AS, (_mapped_bytes() + extra_bytes,) * 2)
-        try:
-            answer = _DONE + work()
-        except InputError as error:
-            answer = _REFUSED + error.message.encode("utf-8", "backslashreplace")
-        except MemoryError:
-            answer = _FAILED + b"it asks for more memory than a file of its size can need"
-        except Exception as error:  # noqa: BLE001 - h5py raises what it likes on a damaged file
-            answer = _failure(error)
-        view = memoryview(answer)
-        while view:
-            view = view[os.write(writer, view) :]
+        isolated_child.hush()
+        isolated_child.fence(seconds, extra_bytes, is_last=True)
+        isolated_child.send(writer, isolated_child.answer_of(work))
     finally:
         os._exit(0)
-
-
-def _failure(error: Exception) -> bytes:
-    # libhdf5 tells only in words that a disk is full.
-    said = re.search(r"errno = (\d+)", str(error))
-    if said is not None and int(said[1]) in NO_ROOM:
-        return _NO_ROOM + said[1].encode()
-    return _FAILED + (str(error) or type(error).__name__).encode("utf-8", "backslashreplace")
 
 
 def _listen(reader: int, deadline: float) -> bytes | None:
@@ -103,11 +96,3 @@ def _listen(reader: int, deadline: float) -> bytes | None:
             return bytes(answer)
         answer += piece
     return None
-
-
-def _mapped_bytes() -> int:
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[0]) * resource.getpagesize()
-    except OSError:
-        return 1 << 34

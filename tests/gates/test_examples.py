@@ -120,24 +120,32 @@ def test_the_gitlab_job_writes_the_artifacts_that_it_names(tmp_path: Path, bin_f
     assert all((tmp_path / name).is_file() for name in job["artifacts"]["reports"].values())
 
 
-def make(folder: Path, bin_folder: Path, *words: str) -> list[str]:
-    """Run make, and return the models that it pruned."""
+def make(folder: Path, bin_folder: Path, *words: str) -> tuple[list[str], list[str]]:
+    """Run make, and return the models that it was about to prune, and those of them that were up to date."""
     done = run(f"make -f {ROOT / 'examples/Makefile'} {' '.join(words)}", folder, bin_folder)
     assert done.returncode == 0, done.stderr
-    return sorted(re.findall(r"^prunectl prune (\S+)", done.stdout, re.MULTILINE))
+    tried = re.findall(r"^prunectl prune (\S+)", done.stdout, re.MULTILINE)
+    return sorted(tried), sorted(re.findall(r"^note: (\S+) is up to date", done.stderr, re.MULTILINE))
 
 
 def test_make_rebuilds_only_what_has_changed(tmp_path: Path, bin_folder: Path) -> None:
     for name in ("a", "b"):
         shutil.copy(FIXTURES / "digits_cnn.h5", tmp_path / f"{name}.h5")
-    assert make(tmp_path, bin_folder, "-j2") == ["a.h5", "b.h5"]
-    assert make(tmp_path, bin_folder, "-j2") == []
-    later = time.time() + 10
-    os.utime(tmp_path / "b.h5", (later, later))
-    assert make(tmp_path, bin_folder, "-j2", "SPARSITY=90%") == ["b.h5"]
-    (tmp_path / "prunectl.toml").write_text("[[budget]]\npath = '*.p.h5'\nmin-sparsity = 0.8\nkeep-zeros = 'a.p.h5'\n")
-    os.utime(tmp_path / "b.p.h5", (later, later))
-    assert make(tmp_path, bin_folder, "check") == []
+    assert make(tmp_path, bin_folder, "-j2") == (["a.h5", "b.h5"], [])
+    assert make(tmp_path, bin_folder, "-j2") == ([], [])
+    # As after a checkout: all files are new, and only one of them is another.
+    pruned = {name: (tmp_path / f"{name}.p.h5").read_bytes() for name in "ab"}
+    for name in ("a.p.h5", "b.p.h5"):
+        os.utime(tmp_path / name, (1000, 1000))
+    with h5py.File(tmp_path / "b.h5", "r+") as file:
+        file["model_weights/fc2/fc2/kernel:0"][0, 0] = 7
+    assert make(tmp_path, bin_folder, "-j2") == (["a.h5", "b.h5"], ["a.p.h5"])
+    assert [(tmp_path / f"{name}.p.h5").read_bytes() == pruned[name] for name in "ab"] == [True, False]
+    assert make(tmp_path, bin_folder, "-j2") == ([], [])
+    (tmp_path / "prunectl.toml").write_text("[[budget]]\npath = '*.p.h5'\nmin-sparsity = 0.8\n")
+    assert make(tmp_path, bin_folder, "check") == ([], [])
+    assert make(tmp_path, bin_folder, "clean") == ([], [])
+    assert {path.name for path in tmp_path.iterdir()} == {"a.h5", "b.h5", "prunectl.toml"}
 
 
 def test_a_build_that_is_killed_leaves_no_half_file(tmp_path: Path, bin_folder: Path) -> None:
@@ -145,13 +153,25 @@ def test_a_build_that_is_killed_leaves_no_half_file(tmp_path: Path, bin_folder: 
         file.attrs["layer_names"] = [b"fc"]
         file.create_group("fc").attrs["weight_names"] = [b"fc/kernel:0"]
         file["fc/fc/kernel:0"] = np.random.default_rng(0).random((2048, 2048), np.float32)
-    words = [*COMMAND, "prune", "a.h5", "-o", "a.p.h5", "--sparsity", "80%", "--pack", "--force"]
+    words = [
+        *COMMAND,
+        "prune",
+        "a.h5",
+        "-o",
+        "a.p.h5",
+        "--sparsity",
+        "80%",
+        "--pack",
+        "--if-changed",
+        "--depfile",
+        "a.p.d",
+    ]
     building = subprocess.Popen(words, cwd=tmp_path, env=clean(PYTHONPATH=str(ROOT)), stderr=subprocess.DEVNULL)
     while not any(tmp_path.glob(".prunectl-*/new/*")):  # it has begun to write
         assert building.poll() is None
         time.sleep(0.001)
     building.send_signal(signal.SIGKILL)
     building.wait()
-    assert not (tmp_path / "a.p.h5").exists()
-    assert make(tmp_path, bin_folder) == ["a.h5"]
-    assert {path.name for path in tmp_path.iterdir()} == {"a.h5", "a.p.h5"}
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["a.h5"]
+    assert make(tmp_path, bin_folder) == (["a.h5"], [])
+    assert {path.name for path in tmp_path.iterdir()} == {"a.h5", "a.p.h5", "a.p.d", ".a.p.h5.prunectl"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from prunectl.gating.finding import Findings
+from prunectl.reporting.gates.as_html import as_html
 from prunectl.reporting.gates.as_json import as_json
 from prunectl.reporting.gates.github import github
 from prunectl.reporting.gates.gitlab import gitlab
@@ -25,4 +26,5 @@ FORMATS: dict[str, Callable[[Findings], str]] = {
     "github": github,
     "gitlab": gitlab,
     "openmetrics": openmetrics,
+    "html": as_html,
 }

@@ -1,0 +1,49 @@
+"""Which of the modules that a run imported are the user's own."""
+
+from __future__ import annotations
+
+import site
+import sys
+import sysconfig
+from collections.abc import Collection, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import prunectl
+from prunectl.plugins import group
+
+_KINDS = ("strategy", "channel strategy", "policy", "schedule", "loss", "metric", "step", "model")
+
+
+def imported(before: Collection[str], said: Mapping[str, Any]) -> tuple[Path, ...]:
+    """Return the files of the modules that came since, but for those of prunectl, Python and what is installed."""
+    named = _packages(said)
+    # What started Python comes again under other names where a framework has made processes ready.
+    start = getattr(sys.modules["__main__"], "__file__", None)
+    found = [
+        Path(file)
+        for name, module in sorted(sys.modules.items())
+        if name not in before
+        and (file := getattr(module, "__file__", None))
+        and file != start
+        and (name.partition(".")[0] in named or not _is_installed(Path(file).resolve()))
+    ]
+    return tuple(dict.fromkeys(path for path in found if path.is_file()))
+
+
+def _packages(said: Mapping[str, Any]) -> frozenset[str]:
+    """Return the packages that words name, as `package.module:function` or by an entry point."""
+    groups = [entry_points(group=group(kind)) for kind in _KINDS]
+    points = {point.name: point.value for points in groups for point in points}
+    values = [word for value in said.values() for word in (value if isinstance(value, list | tuple) else (value,))]
+    words = [points.get(word, word) for word in values if isinstance(word, str)]
+    modules = [word.partition(":")[0] for word in words if ":" in word]
+    return frozenset(module.partition(".")[0] for module in [*modules, *(said.get("imports") or ())])
+
+
+def _is_installed(path: Path) -> bool:
+    paths = sysconfig.get_paths()
+    folders = [paths["stdlib"], paths["platstdlib"], paths["purelib"], paths["platlib"]]
+    folders += [*site.getsitepackages(), site.getusersitepackages(), str(Path(prunectl.__file__).parent)]
+    return any(path.is_relative_to(Path(folder).resolve()) for folder in folders)

@@ -1,0 +1,75 @@
+"""`--depfile` and `--if-changed`: what makes a command fit into a build."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prunectl.commands import if_changed_stamp
+from prunectl.commands.if_changed_making import Making, check
+from prunectl.commands.options import panel
+from prunectl.commands.verb import Verb
+from prunectl.reporting.report import Artifact, Report
+from prunectl.reporting.reporter import Reporter
+from prunectl.reporting.table import Table
+
+_build = panel("In a build")
+
+
+class Maker(Verb):
+    """A command that makes one output of files, and can say of which, and whether it still is what they give."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        single = typer.Typer(add_completion=False)
+        single.command()(_options)
+        self._own = typer.main.get_command(single).params
+        self.params.extend(self._own)
+
+    def work(self, ctx: Any) -> Any:
+        """Do the work, unless the output is what it would give."""
+        word, if_changed = (ctx.params.pop(option.name) for option in self._own)
+        depfile = Path(word) if word is not None else None
+        if depfile is None and not if_changed:
+            return super().work(ctx)
+        reporter: Reporter = ctx.obj
+        making = Making.of(str(self.name), ctx.params, reporter.html)
+        check(making, depfile, has_stamp=if_changed)
+        old = if_changed_stamp.read(making.output) if if_changed else None
+        if old is not None:
+            new = making.stamp(if_changed_stamp.again(old.code, making.output))
+            reason = if_changed_stamp.difference(old, new)
+            if not reason:
+                making.leave_fragment(depfile, if_changed_stamp.paths(old.code, making.output))
+                return dataclasses.replace(reporter, html=None).show(_up_to_date(making.output))
+            reporter.note(f"{making.output} is made again: {reason}")
+            # What is there is what this command wrote: nothing of anybody else's is replaced.
+            ctx.params["force"] |= making.is_own(old)
+        code, imported = making.watch(lambda: int(super(Maker, self).work(ctx)))
+        if code == 0:
+            making.leave_fragment(depfile, imported)
+            making.leave_stamp(imported, is_wanted=if_changed)
+        return code
+
+
+def _options(
+    *,
+    depfile: Annotated[Path | None, _build(metavar="FILE", help="Write for make which files were read.")] = None,
+    if_changed: Annotated[bool, _build("--if-changed", help="Do nothing where the output is up to date.")] = False,
+) -> None:
+    """Lend a signature to options."""
+
+
+def _up_to_date(output: Path) -> Report:
+    nbytes = sum(path.stat().st_size for path in if_changed_stamp.files_of(output))
+    return Report(
+        models=(),
+        main=Table("", (), ()),
+        artifacts=(Artifact(str(output), nbytes),),
+        remarks=(f"{output} is up to date.",),
+        bare=(),
+        more={"up_to_date": True},
+    )

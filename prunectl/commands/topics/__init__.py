@@ -1,0 +1,1 @@
+"""Short texts about one idea each, with facts from where they are used."""

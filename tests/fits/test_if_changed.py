@@ -1,0 +1,167 @@
+"""Nothing is done where the output is what the same words would make of the same files."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import prunectl.commands.if_changed_making as making
+from prunectl.commands import depfile_inputs, if_changed_stamp
+from prunectl.commands.app import COMMANDS
+from prunectl.commands.if_changed import Maker
+from tests.fits.building import written
+from tests.gates.checking import MODEL, prunectl
+from tests.running import FIXTURES, Outcome
+
+OUT = "b.safetensors"
+WORDS = ("prune", "a.safetensors", "-o", OUT, "--if-changed")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a model that was pruned by half."""
+    (tmp_path / "a.safetensors").write_bytes(MODEL)
+    found = prunectl(tmp_path, *WORDS, "-s", "0.5")
+    assert (found.code, written(tmp_path, tmp_path)) == (0, [f".{OUT}.prunectl", "a.safetensors", OUT])
+    return tmp_path
+
+
+def age(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def reason(found: Outcome) -> str:
+    """Return why an output was made again, from the note that says so."""
+    head = f"{OUT} is made again: "
+    return next((line.removeprefix(head) for line in found.err.splitlines() if line.startswith(head)), "")
+
+
+def test_the_same_words_over_the_same_files_do_nothing(folder: Path) -> None:
+    before = age(folder / OUT)
+    found = prunectl(folder, *WORDS, "-s", "0.5", "--json")
+    assert (found.code, found.json["up_to_date"], found.json["artifacts"][0]["path"]) == (0, True, OUT)
+    assert prunectl(folder, *WORDS, "-s", "0.5").err == f"note: {OUT} is up to date.\n"
+    assert prunectl(folder, *WORDS, "-s", "0.5", "-q", "--force") == Outcome(0, "", "")
+    # Only what is in the files counts, and not how they are called from where.
+    (folder / "a.safetensors").write_bytes(MODEL)
+    path = folder / "a.safetensors"
+    elsewhere = prunectl(folder.parent, "prune", path, "-o", folder / OUT, "--if-changed", "-s", "0.5")
+    assert "is up to date" in elsewhere.err
+    assert age(folder / OUT) == before
+
+
+def test_what_has_changed_is_said_and_what_prunectl_wrote_is_replaced(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = prunectl(folder, *WORDS, "-s", "0.75")
+    assert (found.code, reason(found)) == (0, "--sparsity has changed")
+    (folder / "a.safetensors").write_bytes((folder / OUT).read_bytes())
+    found = prunectl(folder, *WORDS, "-s", "0.75")
+    assert (found.code, reason(found)) == (0, "a.safetensors has changed")
+    (folder / OUT).unlink()
+    found = prunectl(folder, *WORDS, "-s", "0.75")
+    assert (found.code, reason(found)) == (0, f"{OUT} is not there")
+    assert reason(prunectl(folder, "strip", *WORDS[1:])) == "it was made by prune"
+    assert prunectl(folder, "strip", *WORDS[1:]).err == f"note: {OUT} is up to date.\n"
+    monkeypatch.setattr(making, "__version__", "9.9")
+    assert reason(prunectl(folder, "strip", *WORDS[1:])) == "prunectl was 0.1.0"
+
+
+def test_what_somebody_else_wrote_is_noticed_and_stays(folder: Path) -> None:
+    (folder / OUT).write_text("a thing of value")
+    found = prunectl(folder, *WORDS, "-s", "0.5")
+    assert (found.code, reason(found)) == (2, f"{OUT} has changed")
+    assert (folder / OUT).read_text() == "a thing of value"
+    assert prunectl(folder, *WORDS, "-s", "0.5", "--force").code == 0
+    assert (folder / OUT).stat().st_size == len(MODEL)
+
+
+@pytest.mark.parametrize("stamp", [None, "", "[]", '{"schema": "prunectl.stamp/1"}', '{"schema": "other/1"}'])
+def test_without_a_stamp_nothing_is_known(stamp: str | None, folder: Path) -> None:
+    place = if_changed_stamp.place_of(folder / OUT)
+    place.unlink()
+    if stamp is not None:
+        place.write_text(stamp)
+    assert prunectl(folder, *WORDS, "-s", "0.5").code == 2
+    before = age(folder / OUT)
+    assert prunectl(folder, *WORDS, "-s", "0.5", "--force").code == 0
+    assert age(folder / OUT) != before
+    assert "is up to date" in prunectl(folder, *WORDS, "-s", "0.5").err
+
+
+def test_a_stamp_says_readably_what_an_output_was_made_of(folder: Path) -> None:
+    said = json.loads((folder / f".{OUT}.prunectl").read_text())
+    assert (said["command"], said["asked"]["sparsity"], list(said["read"])) == ("prune", "0.5", ["a.safetensors"])
+
+
+def test_a_run_that_fails_leaves_the_stamp_of_the_run_before(folder: Path) -> None:
+    assert prunectl(folder, *WORDS, "-s", "0.5", "--only", "nothing").code == 2
+    assert "is up to date" in prunectl(folder, *WORDS, "-s", "0.5").err
+
+
+def test_what_is_written_beside_counts_as_well(folder: Path) -> None:
+    words = (*WORDS, "-s", "0.5", "--manifest", "m.json", "--depfile", "b.d")
+    assert prunectl(folder, *words, "--html", "page.html").code == 0
+    (folder / "b.d").unlink()
+    page = age(folder / "page.html")
+    assert "is up to date" in prunectl(folder, *words, "--html", "page.html").err
+    assert (folder / "b.d").read_text() == f"{OUT}: a.safetensors\n"
+    assert age(folder / "page.html") == page
+    (folder / "m.json").unlink()
+    assert reason(prunectl(folder, *words, "--html", "page.html")) == "m.json is not there"
+    assert (folder / "m.json").exists()
+
+
+def test_code_of_the_users_counts_as_well(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(folder)
+    (folder / "fits_scores.py").write_text("import fits_helper\nscore = fits_helper.score\n")
+    (folder / "fits_helper.py").write_text("import numpy as np\ndef score(weights):\n    return np.abs(weights)\n")
+    words = (*WORDS, "-s", "0.5", "--strategy", "fits_scores:score")
+    assert reason(prunectl(folder, *words)) == "--strategy has changed"
+    assert "is up to date" in prunectl(folder, *words).err
+    (folder / "fits_helper.py").write_text("import numpy as np\ndef score(weights):\n    return -np.abs(weights)\n")
+    assert reason(prunectl(folder, *words)) == "fits_helper.py has changed"
+
+
+def test_every_file_of_a_folder_counts(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "digits_cnn_savedmodel", tmp_path / "model")
+    words = ("prune", "model", "-o", "out", "-s", "0.5", "--if-changed")
+    assert prunectl(tmp_path, *words).code == 0
+    assert prunectl(tmp_path, *words).err == "note: out is up to date.\n"
+    (tmp_path / "out" / "assets").mkdir(exist_ok=True)
+    (tmp_path / "out" / "assets" / "words.txt").write_text("one more")
+    found = prunectl(tmp_path, *words)
+    assert (found.code, "out/assets/words.txt has changed" in found.err) == (2, True)
+    assert (tmp_path / "out" / "assets" / "words.txt").exists()
+
+
+def test_every_option_that_names_a_file_is_known_to_be_read_or_written() -> None:
+    written_or_kept = {"output", "html", "depfile", *depfile_inputs.WRITTEN, "checkpoint_dir", "logdir", "tried"}
+    known = {*written_or_kept, *depfile_inputs.FILES, *depfile_inputs.SPECS, *depfile_inputs.MODELS, "model"}
+    for name in ("prune", "strip", "finetune", "export"):
+        command = importlib.import_module(COMMANDS[name][0]).command
+        assert isinstance(command, Maker)
+        for param in command.params:
+            if "path" in str(param.type.name) or param.metavar in {"SPEC", "TEACHER", "FILE", "DIR", "MODEL"}:
+                assert param.name in known, (name, param.name)
+
+
+def test_the_class_that_comes_with_weights_counts_as_well(tmp_path: Path) -> None:
+    (tmp_path / "a.b.py").touch()
+    (tmp_path / "a_b.py").touch()
+    (tmp_path / "a-b.py").touch()
+    output = tmp_path / "a-b.pt"
+    assert making._classes(output, {"code": True}) == (tmp_path / "a_b.py",)
+    assert making._classes(output, {"pattern": "channel"}) == (tmp_path / "a_b.py",)
+    assert making._classes(output, {"pattern": "2:4"}) == ()
+
+
+def test_what_data_a_function_gives_cannot_be_known(folder: Path) -> None:
+    (folder / "d.py").write_text("def load():\n    return None\n")
+    words = ("finetune", "a.safetensors", "-o", OUT, "--data", "./d.py:load", "--if-changed")
+    found = prunectl(folder, *words)
+    assert (found.code, found.err.splitlines()[0]) == (2, "error: --if-changed cannot know what ./d.py:load reads")
