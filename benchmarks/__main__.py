@@ -11,6 +11,8 @@ from benchmarks import (
     channels_keras,
     channels_onnx,
     channels_torch,
+    channels_training,
+    export_sizes,
     overhead,
     pruning,
     scripts,
@@ -30,6 +32,8 @@ ALL = {
     "channels_torch": channels_torch.run,
     "channels_onnx": channels_onnx.run,
     "channels_keras": channels_keras.run,
+    "channels_training": channels_training.run,
+    "export_sizes": export_sizes.run,
 }
 
 for name in sys.argv[1:] or ALL:

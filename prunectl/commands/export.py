@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from prunectl.commands.export_requests import export_of
+from prunectl.commands.if_changed import Maker
 from prunectl.commands.inputs import STDIN, local
 from prunectl.commands.options import panel
 from prunectl.commands.requests import destination
@@ -41,8 +42,12 @@ def export(
     atol: Annotated[float | None, _run(help="How far two outputs may be apart.  [default: 1e-4]")] = None,
     rtol: Annotated[float | None, _run(help="The same, as a share of the output.  [default: 1e-4]")] = None,
     half: Annotated[bool, _small("--half", help="Weights as 16-bit floats.")] = False,
+    bf16: Annotated[bool, _small("--bf16", help="Weights as bfloat16 (ONNX, safetensors, state dict).")] = False,
     int8: Annotated[bool, _small("--int8", help="Weights as 8-bit integers; with --data, activations too.")] = False,
     sparse: Annotated[bool, _small("--sparse", help="Leave zeros out (ONNX, TensorFlow Lite).")] = False,
+    code: Annotated[
+        bool, typer.Option("--code", help="Beside weights of PyTorch, OUT.py with the class that takes them.")
+    ] = False,
     pack: Annotated[bool, _small("--pack", help="Compress the output inside its container.")] = False,
     build: Annotated[str, _file("--model", metavar="MOD:FN", help="Builds the model, for weights alone.")] = "",
     custom_objects: Annotated[str, _file(metavar="MOD:DICT", help="Explains custom Keras layers.")] = "",
@@ -60,6 +65,8 @@ def export(
     [dim]$[/] prunectl export model.h5 -o small.tflite --int8 --data train.npz
 
     [dim]$[/] prunectl export net.pt -o net.onnx --model net.py:Net --input x:?,1,8,8
+
+    [dim]$[/] prunectl export net.pt -o weights.pt --code --model net.py:Net --input x:?,1,8,8
     """
     reporter: Reporter = ctx.obj
     asked = export_of(ctx)
@@ -72,4 +79,4 @@ def export(
         return reporter.show(export_report(found, str(place.target)))
 
 
-command = verb(export)
+command = verb(export, Maker)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from prunectl.errors import WorkError
+from prunectl.exporting import safetensors
 from prunectl.exporting.job import Job
 from prunectl.exporting.weights import arrays, check_types, chosen, dtype_of, same_bits, written
-from prunectl.formats.base import Array
-from prunectl.formats.safetensors import DTYPES, LENGTH_BYTES, open_model
+from prunectl.formats.base import Array, Tensor
+from prunectl.formats.safetensors import open_model
 
-_CODES = {dtype.name: code for code, dtype in DTYPES.items()}
-_ROUND_BYTES = 8
 _PLAIN = frozenset(np.dtype(code).name for code in "?bhiqBHIQefdFD")
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)
 _FRAMEWORKS = {"torch": "pt", "torch-legacy": "pt", "torch-tar": "pt", "torch-export": "pt", "shards": "pt"}
@@ -24,27 +21,18 @@ _FRAMEWORKS = {"torch": "pt", "torch-legacy": "pt", "torch-tar": "pt", "torch-ex
 
 def write_safetensors(job: Job, target: Path) -> tuple[str, ...]:
     """Write a safetensors file, wide numbers first and then by name."""
-    check_types(job, frozenset(_CODES), "safetensors")
-    tensors = sorted(chosen(job.file), key=lambda one: (-dtype_of(job, one).itemsize, one.name))
-    header: dict[str, Any] = {}
+    check_types(job, frozenset(safetensors.CODES), "safetensors")
     said = {"format": _FRAMEWORKS[job.file.format]} if job.file.format in _FRAMEWORKS else {}
-    if metadata := {**said, **dict(job.request.metadata)}:
-        header["__metadata__"] = dict(sorted(metadata.items()))
-    at = 0
-    for tensor in tensors:
-        dtype = dtype_of(job, tensor)
-        end = at + tensor.size * dtype.itemsize
-        header[tensor.name] = {"dtype": _CODES[dtype.name], "shape": list(tensor.shape), "data_offsets": [at, end]}
-        at = end
-    head = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % _ROUND_BYTES)
-    with target.open("xb") as file:
-        file.write(len(head).to_bytes(LENGTH_BYTES, "little") + head)
-        for tensor in tensors:
-            file.write(np.ascontiguousarray(written(job, tensor)).tobytes())
+    safetensors.write(
+        [_entry(job, tensor) for tensor in chosen(job.file)], {**said, **dict(job.request.metadata)}, target
+    )
     found = open_model(target)
     _compare(job, {tensor.name: found.read(tensor) for tensor in found.tensors})
     return _remarks(job)
+
+
+def _entry(job: Job, tensor: Tensor) -> safetensors.Entry:
+    return safetensors.Entry(tensor.name, tensor.shape, dtype_of(job, tensor), lambda: written(job, tensor))
 
 
 def write_npz(job: Job, target: Path) -> tuple[str, ...]:

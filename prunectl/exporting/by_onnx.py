@@ -7,6 +7,7 @@ from pathlib import Path
 from prunectl.errors import InputError, UsageError, WorkError, first_line
 from prunectl.exporting import onnx_finish
 from prunectl.exporting.job import Job
+from prunectl.exporting.onnx_opset import opset_of
 from prunectl.formats.optional import require
 
 
@@ -20,7 +21,7 @@ def write(job: Job, target: Path) -> tuple[str, ...]:
     except Exception as error:
         raise InputError(f"{job.file.path} cannot be read by onnx: {first_line(error)}") from error
     own = {entry.key: entry.value for entry in proto.metadata_props}
-    opset = onnx_finish.opset_of(proto)
+    opset = opset_of(proto)
     if job.request.opset is not None and job.request.opset != opset:
         try:
             proto = require("onnx.version_converter", extra="onnx").convert_version(proto, job.request.opset)
@@ -28,4 +29,9 @@ def write(job: Job, target: Path) -> tuple[str, ...]:
             raise WorkError(
                 f"onnx cannot bring {job.file.path} from opset {opset} to {job.request.opset}: {first_line(error)}"
             ) from error
-    return onnx_finish.finish(job, proto, target, kept=own)
+    try:
+        return onnx_finish.finish(job, proto, target, kept=own)
+    except WorkError as error:
+        if found := onnx_finish.flaw(job.file.path):
+            raise InputError(f"{job.file.path} is no valid ONNX itself: {found}") from error
+        raise

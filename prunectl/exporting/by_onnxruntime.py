@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from prunectl.errors import InputError, UsageError, WorkError, first_line
 from prunectl.exporting.job import Job
 from prunectl.exporting.live import Flow
@@ -38,7 +40,20 @@ class OnnxLive:
             raise UsageError(
                 f"the model cannot be run: {first_line(error)}", hint="--data SPEC shows what it takes"
             ) from error
-        return dict(zip(names, found, strict=True))
+        return {name: _array(name, value) for name, value in zip(names, found, strict=True)}
+
+
+def _array(name: str, value: Any) -> Array:
+    """Return an output as an array; classifiers of old give a list of what each class is worth."""
+    if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+        value = [[one[key] for key in value[0]] for one in value]
+    try:
+        found = np.asarray(value)
+    except ValueError:
+        found = np.empty((), object)
+    if found.dtype.kind == "O" and not isinstance(value, np.ndarray):
+        raise UsageError(f"the output {name} of the model is no tensor, and cannot be compared")
+    return found
 
 
 def open_live(model: ModelFile, origin: Origin) -> OnnxLive:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prunectl.errors import InputError, WorkError
+from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.job import Job
 from prunectl.exporting.live import Flow
 from prunectl.exporting.parity import Run
-from prunectl.exporting.tf_live import TfLive
-from prunectl.formats.base import ModelFile
+from prunectl.exporting.tf_live import TfLive, reason
+from prunectl.formats.base import Array, ModelFile
 from prunectl.training.keras.library import keras_two, quietly
 from prunectl.training.keras.loading import first_line
 from prunectl.training.network import Origin
@@ -100,5 +100,15 @@ def _variables(holder: Any) -> list[Any]:
 
 def runner(job: Job, target: Path) -> Run:
     """Return what runs the result, loaded from its folder."""
-    del job
-    return _served(target).run
+    live = _served(target)
+
+    def run(inputs: tuple[Array, ...]) -> dict[str, Array]:
+        try:
+            return live.run(inputs)
+        except UsageError as error:
+            why = reason(error.__cause__) if isinstance(error.__cause__, Exception) else error.message
+            raise WorkError(
+                f"TensorFlow cannot run the SavedModel that it made of {job.file.path}: {why}; nothing was written"
+            ) from error
+
+    return run

@@ -66,12 +66,17 @@ def _failed(job: Job, error: Exception) -> WorkError:
     # The converter says where in a file of its own it was, and in a later line what of TensorFlow it has no way for.
     told = re.search(r"'(tf\.[\w.]+)' op ([^\n]*)", str(error))
     reason = f"{told[1]} {told[2]}" if told else first_line(error)
-    is_open = any(flow.shape is None or None in flow.shape for flow in job.flows)
+    return WorkError(f"the converter of TensorFlow Lite cannot take {job.file.path}: {reason}", hint=_hint(job))
+
+
+def _hint(job: Job) -> str:
+    if not any(flow.shape is None or None in flow.shape for flow in job.flows):
+        return ""
     fixed = " ".join(f"--input {flow.name}:1,{text(flow.shape)[2:]}" for flow in job.flows)
-    return WorkError(
-        f"the converter of TensorFlow Lite cannot take {job.file.path}: {reason}",
-        hint=f"fixed shapes may help: {fixed}" if is_open else "",
-    )
+    if job.file.format == "saved-model" and job.file.about.keras is not None:
+        # What it serves keeps the open axes that it was traced with.
+        return f"fixed shapes may help, of what Keras builds: prunectl export {job.file.path} -o m.h5, and then {fixed}"
+    return f"fixed shapes may help: {fixed}"
 
 
 def runner(job: Job, target: Path) -> Run:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from prunectl.errors import UsageError
+from prunectl.exporting import by_torch_frozen
+from prunectl.exporting.by_torch_quiet import converting
 from prunectl.exporting.live import Flow
 from prunectl.formats.base import Array, ModelFile
 from prunectl.training.network import Origin
@@ -40,7 +43,11 @@ class TorchLive:
 
 def open_live(model: ModelFile, origin: Origin) -> TorchLive:
     """Return the module of a file, ready to predict."""
-    built = build(model, origin)
+    script = by_torch_frozen.frozen(model, origin)
+    if script is not None:
+        return TorchLive(Built(script, {}), by_torch_frozen.flows(script))
+    with converting():
+        built = build(model, origin)
     if built.has_modes:
         built.module.eval()
     size = built.module.size if isinstance(built.module, Pieces) else None
@@ -54,7 +61,9 @@ def open_live(model: ModelFile, origin: Origin) -> TorchLive:
 def answers(module: Any, inputs: tuple[Array, ...]) -> dict[str, Array]:
     """Return what a module makes of arrays: its tensors one by one, whatever they are packed in."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # What its authors would do otherwise today is not for who only holds the file.
+            warnings.simplefilter("ignore")
             found = leaves(module(*map(to_torch, inputs)))
     except Exception as error:
         shapes = ", ".join("x".join(map(str, one.shape)) for one in inputs)

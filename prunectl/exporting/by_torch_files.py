@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from prunectl.errors import UsageError, WorkError, first_line
 from prunectl.exporting.by_torch import TorchLive, answers
+from prunectl.exporting.by_torch_int8 import quantized
 from prunectl.exporting.by_torch_quiet import converting, unfused
 from prunectl.exporting.job import Job
 from prunectl.exporting.parity import Run
@@ -76,15 +78,20 @@ def write_script(job: Job, target: Path) -> tuple[str, ...]:
     check_names(job)
     live: TorchLive = job.live
     whole = io.BytesIO()
+    module, said = live.module, tuple[str, ...]()
+    if job.request.is_int8:
+        with converting():
+            module, said = quantized(job)
     try:
-        with converting(), torch.no_grad():
+        # What encoders do all at once reads weights as floats.
+        with converting(), unfused() if job.request.is_int8 else nullcontext(), torch.no_grad():
             trace: Any = torch.jit.trace
-            traced = live.module if is_script(live) else trace(live.module, example(job))
+            traced = module if is_script(live) else trace(module, example(job))
             torch.jit.save(traced, whole)
     except Exception as error:
         raise WorkError(f"PyTorch cannot trace {job.file.path}: {first_line(error)}") from error
     target.write_bytes(whole.getvalue())
-    return ("It was traced: the way that its code took for one batch is the way that it takes.",)
+    return (*said, "It was traced: the way that its code took for one batch is the way that it takes.")
 
 
 def run_program(job: Job, target: Path) -> Run:

@@ -75,6 +75,8 @@ def _parity(found: Exported) -> list[str]:
     what = "examples" if parity.is_data else "random inputs"
     apart = f"{parity.largest:.3g} at most, {parity.mean:.3g} on average"
     said = [f"On {parity.examples:,} {what} the outputs are apart by {apart}."]
+    if parity.tolerance.noise is not None:
+        said.append(f"By their root mean square the differences are {parity.noise:.2%} of the outputs.")
     if parity.top1 is not None:
         said.append(f"The largest answer is the same one for {parity.top1:.2%} of them.")
     return said

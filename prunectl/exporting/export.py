@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from prunectl.errors import UsageError
+from prunectl.errors import UsageError, WorkError
 from prunectl.exporting import card as cards
+from prunectl.exporting.checks import check, check_place
 from prunectl.exporting.job import Job
 from prunectl.exporting.measured import measured
+from prunectl.exporting.naming import naming
 from prunectl.exporting.pairs import Pair, load, pair_of
-from prunectl.exporting.parity import Parity, Tolerance, compare
+from prunectl.exporting.parity import Parity, compare
 from prunectl.exporting.request import Request
 from prunectl.exporting.result import Exported
 from prunectl.exporting.said import settled
 from prunectl.exporting.samples import check_known, samples
-from prunectl.exporting.targets import Target, check_options, target_of
+from prunectl.exporting.targets import Target, target_of
+from prunectl.exporting.tolerances import tolerance_of
 from prunectl.formats import outputs as places
 from prunectl.formats.base import PARAMETRIZATION, ModelFile
 from prunectl.formats.stripping import Wish
@@ -27,12 +29,6 @@ from prunectl.pruning import output as outputs
 from prunectl.pruning.output import Output
 from prunectl.pruning.strip import strip, surveyed
 
-_EXACT, _HALF, _INT8 = Tolerance(1e-4, 1e-4), Tolerance(1e-4, 1e-2, 1e-2), Tolerance(1e-4, 1e-2, 0.2)
-
-
-_FIRST_OPSET = 9
-"""Before it, weights had to be inputs as well."""
-
 
 def export(path: Path, request: Request, output: Output) -> Exported:
     """Write a model in another format, or nothing at all."""
@@ -40,10 +36,11 @@ def export(path: Path, request: Request, output: Output) -> Exported:
         raise UsageError("standard output has no suffix that names a format", hint="say it: --to onnx")
     target = target_of(request.to, output.target)
     request = replace(request, to=target.name)
-    check(request, target)
+    check(request, target, output)
     model = open_model(path)
-    pair = pair_of(model, target)
-    _check_place(model, output, target)
+    pair = pair_of(model, target, has_code=request.has_code)
+    beside = load(pair, pair.beside)(output.target) if pair.beside else ()
+    check_place(model, output, target, beside)
     cards.check(request, output)
     # Before any work, so that what is missing is said first.
     load(pair, pair.writer)
@@ -53,42 +50,23 @@ def export(path: Path, request: Request, output: Output) -> Exported:
     ):
         written = folder / output.target.name
         plain, stripped = _plain(model, Path(scratch))
-        job = _job(plain, request, pair, Path(scratch))
-        said = load(pair, pair.writer)(job, written)
+        with naming(path, plain.path):
+            job = _job(plain, request, pair, Path(scratch))
+            said = load(pair, pair.writer)(job, written)
+        if output.is_stream and len(list(folder.iterdir())) > 1:
+            raise WorkError(f"{path} becomes more than one file, which does not fit through standard output")
         if request.is_packed or request.is_sparse:
             _pack(written, folder, target)
-        parity = _compared(job, pair, written)
+        with naming(path, plain.path):
+            parity = _compared(job, pair, written)
         before, after = surveyed(model), replace(measured(written, target), path=str(output.target))
         remarks = (*stripped, *_remarks(job), *said, *_lost_zeros(before, after))
-        found = Exported(before, after, by_name(model.format).title, target.title, parity, remarks)
+        found = Exported(
+            before, after, by_name(model.format).title, target.title, parity, remarks, _beside(folder, output.target)
+        )
         text = cards.text(found)
     cards.write(request, text, output)
     return found
-
-
-def check(request: Request, target: Target) -> None:
-    """Refuse what contradicts itself, before a file is opened."""
-    check_options(target, request.typed)
-    if request.opset is not None and request.opset < _FIRST_OPSET:
-        raise UsageError(f"--opset {request.opset} is older than what prunectl writes", hint="it begins with 9")
-    if request.is_half and request.is_int8:
-        raise UsageError("--half and --int8 exclude each other")
-    for option, value in (("atol", request.atol), ("rtol", request.rtol)):
-        if value is not None and not value >= 0:
-            raise UsageError(f"--{option} takes a number that is not negative, and not {value:g}")
-    if not request.data and request.samples is not None and request.is_int8:
-        raise UsageError("--int8 with --samples needs examples", hint="add --data SPEC")
-
-
-def _check_place(model: ModelFile, output: Output, target: Target) -> None:
-    if output.is_stream:
-        if target.name == "saved-model":
-            raise UsageError("a SavedModel is a folder, and does not fit through standard output")
-        return
-    if any(os.path.lexists(output.target) and places.is_same(file, output.target) for file in model.files):
-        raise UsageError(f"{output.target} belongs to the input", hint="write elsewhere")
-    whole = model if model.path.is_dir() else replace(model, format=target.name, files=(model.path,))
-    places.check_target(whole, output.target, is_forced=output.is_forced, is_in_place=False)
 
 
 def _plain(model: ModelFile, scratch: Path) -> tuple[ModelFile, tuple[str, ...]]:
@@ -130,12 +108,12 @@ def _pack(written: Path, folder: Path, target: Target) -> None:
 def _compared(job: Job, pair: Pair, written: Path) -> Parity | None:
     if not pair.runner:
         return None
-    request = job.request
-    usual = _HALF if request.is_half else _INT8 if request.is_int8 else _EXACT
-    if request.atol is not None or request.rtol is not None:
-        atol = usual.atol if request.atol is None else request.atol
-        usual = Tolerance(atol, usual.rtol if request.rtol is None else request.rtol)
-    return compare(job.live, load(pair, pair.runner)(job, written), job.inputs, usual)
+    return compare(job.live, load(pair, pair.runner)(job, written), job.inputs, tolerance_of(job.request))
+
+
+def _beside(folder: Path, target: Path) -> tuple[tuple[str, int], ...]:
+    others = sorted(file for file in folder.iterdir() if file.name != target.name)
+    return tuple((str(target.parent / file.name), file.stat().st_size) for file in others)
 
 
 def _remarks(job: Job) -> tuple[str, ...]:

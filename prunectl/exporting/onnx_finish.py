@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.errors import WorkError, first_line
+from prunectl.exporting import onnx_beside
 from prunectl.exporting.job import Job
+from prunectl.exporting.onnx_opset import opset_of
 from prunectl.exporting.onnx_order import inner_graphs
 from prunectl.exporting.onnx_smaller import smaller
 from prunectl.formats.optional import require
-
-MAX_BYTES = (1 << 31) - 1
-"""Of a message of protobuf."""
 
 
 def finish(job: Job, proto: Any, target: Path, kept: Mapping[str, str] | None = None) -> tuple[str, ...]:
@@ -24,16 +23,11 @@ def finish(job: Job, proto: Any, target: Path, kept: Mapping[str, str] | None = 
     del found.metadata_props[:]
     for key, value in {**(kept or {}), **dict(job.request.metadata)}.items():
         found.metadata_props.add(key=key, value=value)
-    if found.ByteSize() > MAX_BYTES:
-        raise WorkError(f"{job.file.path} is more than 2 GB as ONNX, and does not fit in one file; nothing was written")
+    if onnx_beside.is_large(found):
+        said += (onnx_beside.put(job, found, target),)
     target.write_bytes(found.SerializeToString(deterministic=True))
     check(target)
     return said
-
-
-def opset_of(proto: Any) -> int | None:
-    """Return the version of ONNX's own operators."""
-    return next((one.version for one in proto.opset_import if one.domain in {"", "ai.onnx"}), None)
 
 
 def _check_opset(job: Job, proto: Any) -> None:
@@ -73,8 +67,15 @@ def _graphs(graph: Any) -> Iterator[Any]:
 
 def check(target: Path) -> None:
     """Hold a model against what ONNX says of its operators, types and shapes."""
+    if found := flaw(target):
+        raise WorkError(f"what was made is no ONNX: {found}; nothing was written")
+
+
+def flaw(path: Path) -> str:
+    """Return what ONNX finds wrong with a model, if anything."""
     onnx = require("onnx", extra="onnx")
     try:
-        onnx.checker.check_model(str(target), full_check=True)
-    except Exception as error:
-        raise WorkError(f"what was made is no ONNX: {first_line(error)}; nothing was written") from error
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # noqa: BLE001 - it raises what it likes
+        return first_line(error)
+    return ""

@@ -9,6 +9,7 @@ from typing import Any
 
 from prunectl.errors import WorkError, first_line
 from prunectl.exporting.job import Job
+from prunectl.exporting.onnx_bfloat import bfloat
 from prunectl.exporting.onnx_order import order
 from prunectl.formats.base import Array
 from prunectl.formats.optional import require
@@ -21,6 +22,8 @@ def smaller(job: Job, proto: Any) -> tuple[Any, tuple[str, ...]]:
     """Return a model with the weights that were asked for, and what the user should know of it."""
     if job.request.is_half:
         return _half(job, proto), ("Its weights are 16-bit floats; what goes in and comes out stays as it was.",)
+    if job.request.is_bf16:
+        return bfloat(proto, job.request), ("Its kernels are bfloat16, and widened where they are used.",)
     if job.request.is_int8:
         return (_static if job.request.data else _dynamic)(job, proto)
     return proto, ()

@@ -45,6 +45,8 @@ class Pair:
     """`module:function` that runs the result in its own."""
     needs: tuple[tuple[str, str], ...] = ()
     """Packages, each with the extra that brings it."""
+    beside: str = ""
+    """`module:function` that says which files with code are written beside the result, where there are some."""
 
 
 PAIRS = (
@@ -69,6 +71,14 @@ PAIRS = (
         (*_TENSORFLOW, *_ORT, _TF2ONNX),
     ),
     Pair(SAVED_MODEL, "tflite", "by_tflite:write", "by_tensorflow:open_live", "by_tflite:runner", _TENSORFLOW),
+    Pair(
+        SAVED_MODEL,
+        "saved-model",
+        "by_tensorflow:write",
+        "by_tensorflow:open_live",
+        "by_tensorflow:runner",
+        _TENSORFLOW,
+    ),
     Pair(SAVED_MODEL, "keras", "by_keras:write", "by_keras:open_live", "by_keras:runner", _TENSORFLOW),
     Pair(SAVED_MODEL, "h5", "by_keras:write", "by_keras:open_live", "by_keras:runner", _TENSORFLOW),
     Pair(
@@ -100,17 +110,34 @@ PAIRS = (
     ),
     Pair(ONNX, "onnx", "by_onnx:write", "by_onnxruntime:open_live", "by_onnxruntime:runner", _ORT),
     Pair((*TORCH, *PROGRAM), "torch", "by_torch_weights:write", needs=_TORCH),
+    *(
+        Pair(
+            (*TORCH, *PROGRAM),
+            target,
+            "by_torch_code:write",
+            "by_torch:open_live",
+            "by_torch_code_run:runner",
+            _TORCH,
+            "by_torch_code:beside",
+        )
+        for target in ("torch", "safetensors")
+    ),
     Pair(NUMBERS, "safetensors", "by_bytes:write_safetensors"),
     Pair(NUMBERS, "npz", "by_bytes:write_npz"),
 )
 
 
-def pair_of(model: ModelFile, target: Target) -> Pair:
+def pair_of(model: ModelFile, target: Target, *, has_code: bool = False) -> Pair:
     """Return the way from a model to a target, or say which way leads nearest to it."""
     title = by_name(model.format).title
-    if target.name in _already(model):
+    if target.name in _already(model) and not has_code:
         raise UsageError(f"{model.path} is {target.title} already", hint=_again(model))
-    found = _find(model.format, target.name)
+    found = _find(model.format, target.name, has_code=has_code)
+    if found is None and has_code:
+        raise UsageError(
+            f"--code writes a class of PyTorch, and {model.path} is {title}",
+            hint="leave out --code for its weights alone",
+        )
     if found is None:
         ways = [
             other.name for other in TARGETS if other.name not in _already(model) and _find(model.format, other.name)
@@ -128,8 +155,9 @@ def _again(model: ModelFile) -> str:
     return ""
 
 
-def _find(source: str, target: str) -> Pair | None:
-    return next((pair for pair in PAIRS if source in pair.sources and pair.target == target), None)
+def _find(source: str, target: str, *, has_code: bool = False) -> Pair | None:
+    ways = (pair for pair in PAIRS if bool(pair.beside) == has_code)
+    return next((pair for pair in ways if source in pair.sources and pair.target == target), None)
 
 
 def _already(model: ModelFile) -> frozenset[str]:
@@ -140,7 +168,8 @@ def _already(model: ModelFile) -> frozenset[str]:
     if model.format == "torch":
         # A whole module and TorchScript become a state dict; so do files of old.
         return frozenset() if model.about.code else frozenset({"torch"})
-    return frozenset({model.format} - {"onnx"})
+    # ONNX becomes ONNX of another version, and a SavedModel one that does nothing but serve.
+    return frozenset({model.format} - {"onnx", "saved-model"})
 
 
 def _around(target: Target) -> str:

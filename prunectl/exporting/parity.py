@@ -8,37 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from prunectl.errors import WorkError
+from prunectl.exporting.differences import OutputDifference, check_each, check_noise, check_top1, difference
 from prunectl.exporting.live import Live
 from prunectl.exporting.samples import Samples
+from prunectl.exporting.tolerances import Tolerance
 from prunectl.formats.base import Array
 
+_WORDS = frozenset("OSU")
 Run = Callable[[tuple[Array, ...]], dict[str, Array]]
-
-
-@dataclass(frozen=True, slots=True)
-class Tolerance:
-    """How far two numbers may be apart."""
-
-    atol: float
-    rtol: float
-    share: float = 0.0
-    """Of the largest number in the same output, for formats that round."""
-
-    def allowed(self, expected: Array) -> Array:
-        """Return how far each number may be away."""
-        with np.errstate(invalid="ignore"):
-            largest = float(np.max(np.abs(expected), initial=0.0, where=np.isfinite(expected)))
-            found: Array = np.maximum(self.atol + self.rtol * np.abs(expected), self.share * largest)
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class OutputDifference:
-    """How far one output is from that of the source."""
-
-    name: str
-    largest: float
-    mean: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +35,11 @@ class Parity:
         return max((one.largest for one in self.outputs), default=0.0)
 
     @property
+    def noise(self) -> float:
+        """The largest share that differences have of an output."""
+        return max((one.noise for one in self.outputs), default=0.0)
+
+    @property
     def mean(self) -> float:
         """The mean of the means of all outputs."""
         return float(np.mean([one.mean for one in self.outputs])) if self.outputs else 0.0
@@ -66,15 +48,18 @@ class Parity:
 def compare(source: Live, result: Run, samples: Samples, tolerance: Tolerance) -> Parity:
     """Run both on the same inputs; too far apart is an error that names the first output."""
     pairs = [list(_paired(source.run(batch), result(batch))) for batch in samples.batches]
-    found, top1 = [], None
+    has_classes = samples.is_data and bool(pairs[0]) and _is_classes(pairs[0][0][1])
+    top1 = _same_top1([pair[0] for pair in pairs]) if has_classes else None
+    found = []
     for at, (name, _, _) in enumerate(pairs[0]):
-        expected = np.concatenate([_rows(pair[at][1]) for pair in pairs])
-        answered = np.concatenate([_rows(pair[at][2]) for pair in pairs])
-        _check(name, expected, answered, tolerance)
-        apart = _apart(expected, answered)
-        found.append(OutputDifference(name, float(apart.max(initial=0.0)), float(apart.mean()) if apart.size else 0.0))
-        if at == 0 and samples.is_data and _is_classes(pairs[0][0][1]):
-            top1 = _same_top1([pair[0] for pair in pairs])
+        expected, answered = _numbers([pair[at][1] for pair in pairs], [pair[at][2] for pair in pairs])
+        found.append(difference(name, expected, answered))
+        if tolerance.noise is None:
+            check_each(name, expected, answered, tolerance)
+        elif at or top1 is None:
+            check_noise(found[-1], tolerance.noise)
+    if top1 is not None and tolerance.top1 is not None:
+        check_top1(top1, samples.examples, tolerance.top1)
     return Parity(samples.examples, samples.is_data, tolerance, tuple(found), top1)
 
 
@@ -91,29 +76,15 @@ def _paired(expected: dict[str, Array], answered: dict[str, Array]) -> Iterator[
         yield name, np.asarray(value), np.asarray(other)
 
 
-def _rows(array: Array) -> Array:
-    return array.astype(np.float64).reshape(-1)
-
-
-def _apart(expected: Array, answered: Array) -> Array:
-    with np.errstate(invalid="ignore"):
-        apart = np.abs(expected - answered)
-    is_same = (expected == answered) | (np.isnan(expected) & np.isnan(answered))
-    found: Array = np.where(is_same, 0.0, apart)
-    return found
-
-
-def _check(name: str, expected: Array, answered: Array, tolerance: Tolerance) -> None:
-    apart = _apart(expected, answered)
-    # A NaN beside a number is within no tolerance.
-    wrong = np.flatnonzero(~((apart == 0.0) | (apart <= tolerance.allowed(expected))))
-    if wrong.size:
-        first = int(wrong[0])
-        raise WorkError(
-            f"the output {name} differs: {answered[first]:.6g} and not {expected[first]:.6g} as in the source, "
-            f"in {wrong.size:,} of {apart.size:,} numbers, by {np.nanmax(apart):.3g} at most; nothing was written",
-            hint="--atol and --rtol say how far two numbers may be apart",
-        )
+def _numbers(expected: list[Array], answered: list[Array]) -> tuple[Array, Array]:
+    """Return two outputs as rows of numbers; words as the place that each has among all of them."""
+    one, other = (np.concatenate([part.reshape(-1) for part in parts]) for parts in (expected, answered))
+    if one.dtype.kind in _WORDS or other.dtype.kind in _WORDS:
+        _, places = np.unique(np.concatenate([one.astype(str), other.astype(str)]), return_inverse=True)
+        one, other = places[: len(one)], places[len(one) :]
+    if one.dtype.kind == other.dtype.kind == "c":
+        one, other = (part.astype(np.complex128).view(np.float64) for part in (one, other))
+    return one.astype(np.float64), other.astype(np.float64)
 
 
 def _is_classes(array: Array) -> bool:

@@ -27,9 +27,11 @@ class Request:
     rtol: float | None = None
     origin: Origin = field(default_factory=Origin)
     is_half: bool = False
+    is_bf16: bool = False
     is_int8: bool = False
     is_sparse: bool = False
     is_packed: bool = False
+    has_code: bool = False
     metadata: tuple[tuple[str, str], ...] = ()
     card: Path | None = None
 
@@ -50,9 +52,11 @@ class Request:
             "custom-objects": bool(origin.custom_objects),
             "trust": origin.is_trusted,
             "half": self.is_half,
+            "bf16": self.is_bf16,
             "int8": self.is_int8,
             "sparse": self.is_sparse,
             "pack": self.is_packed,
+            "code": self.has_code,
             "metadata": bool(self.metadata),
         }
         return tuple(name for name, is_said in said.items() if is_said)

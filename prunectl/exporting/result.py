@@ -20,3 +20,5 @@ class Exported:
     parity: Parity | None
     """None for weights alone, which are the same to the bit."""
     remarks: tuple[str, ...]
+    beside: tuple[tuple[str, int], ...] = ()
+    """Other files that were written: their paths, and their bytes."""

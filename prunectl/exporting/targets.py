@@ -25,15 +25,17 @@ class Target:
 
 
 TARGETS = (
-    Target("onnx", "ONNX", ".onnx", _RUN | {"opset", "half", "int8", "sparse", "pack", "metadata"}),
+    Target("onnx", "ONNX", ".onnx", _RUN | {"opset", "half", "bf16", "int8", "sparse", "pack", "metadata"}),
     Target("tflite", "TensorFlow Lite", ".tflite", _RUN | {"half", "int8", "sparse"}),
     Target("saved-model", "TensorFlow SavedModel", "", _RUN),
     Target("keras", "Keras archive", ".keras", _RUN | {"pack"}),
     Target("h5", "Keras HDF5", ".h5", _RUN | {"pack"}),
-    Target("torch", "PyTorch state dict", ".pt", frozenset({"half", "pack"}), is_weights=True),
-    Target("torchscript", "TorchScript", ".torchscript", _RUN | {"pack"}),
+    Target("torch", "PyTorch state dict", ".pt", frozenset({"half", "bf16", "pack", "code"}), is_weights=True),
+    Target("torchscript", "TorchScript", ".torchscript", _RUN | {"int8", "pack"}),
     Target("torch-export", "PyTorch exported program", ".pt2", _RUN | {"pack"}),
-    Target("safetensors", "safetensors", ".safetensors", frozenset({"half", "metadata"}), is_weights=True),
+    Target(
+        "safetensors", "safetensors", ".safetensors", frozenset({"half", "bf16", "metadata", "code"}), is_weights=True
+    ),
     Target("npz", "NumPy archive", ".npz", frozenset({"half", "pack"}), is_weights=True),
 )
 _ALSO = {".pth": "torch", ".hdf5": "h5", ".keras": "keras"}
@@ -64,10 +66,14 @@ def target_of(to: str, output: Path) -> Target:
 
 def check_options(target: Target, typed: tuple[str, ...]) -> None:
     """Refuse an option that the target does not have."""
+    # Code is run beside its source, and so it has the options of all that runs.
+    allowed = target.options | (_RUN if "code" in typed else frozenset())
     for name in typed:
-        if name not in target.options:
+        if name not in allowed:
             others = [other.name for other in TARGETS if name in other.options]
-            why = "holds weights alone, and nothing is run" if target.is_weights else "has no such thing"
+            why = "has no such thing"
+            if target.is_weights and name in _RUN:
+                why = "holds weights alone, and nothing is run" + (" without --code" * ("code" in target.options))
             raise UsageError(
                 f"--{name} does not go with {target.title}, which {why}", hint=f"it goes with {', '.join(others)}"
             )

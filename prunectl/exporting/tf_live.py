@@ -42,7 +42,7 @@ class TfLive:
         except Exception as error:
             shapes = ", ".join("x".join(map(str, one.shape)) for one in inputs)
             raise UsageError(
-                f"the model does not take inputs of {shapes}: {first_line(error)}",
+                f"the model does not take inputs of {shapes}: {reason(error)}",
                 hint="--data SPEC shows what it takes, or --input x:1,224,224,3:f32 says it",
             ) from error
         return {name: one.numpy() for name, one in zip(self.answers, found, strict=True)}
@@ -50,3 +50,13 @@ class TfLive:
     def specs(self, flows: tuple[Flow, ...]) -> list[Any]:
         """Return what goes in, as TensorFlow says it."""
         return [_tf.TensorSpec(flow.shape, flow.dtype or "float32", name=flow.name) for flow in flows]
+
+
+_WHERE = ("Graph execution error", "Detected at", "<stack", "[[", "File ", "Traceback")
+
+
+def reason(error: Exception) -> str:
+    """Return the line in which TensorFlow comes to the point, behind those that say where it was."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if line and not line.startswith(_WHERE)]
+    return told[0][:300].rstrip(".:") if told and lines[0].startswith(_WHERE) else first_line(error)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.job import Job
+from prunectl.exporting.request import Request
 from prunectl.formats.base import WEIGHTS, Array, ModelFile, Tensor
+
+_LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38}
 
 
 def chosen(model: ModelFile) -> tuple[Tensor, ...]:
@@ -26,21 +31,33 @@ def arrays(job: Job) -> Iterator[tuple[Tensor, Array]]:
 
 
 def written(job: Job, tensor: Tensor) -> Array:
-    """Return the numbers of a tensor as they are written: with --half, wider floats become 16-bit ones."""
-    array = job.file.read(tensor)
-    if not (job.request.is_half and tensor.is_float and tensor.dtype.itemsize > 2):
+    """Return the numbers of a tensor as they are written."""
+    return narrowed(job.request, tensor.name, job.file.read(tensor))
+
+
+def dtype_of(job: Job, tensor: Tensor) -> np.dtype[Any]:
+    """Return the type in which a tensor is written."""
+    return _narrow(job.request, tensor.dtype)
+
+
+def narrowed(request: Request, name: str, array: Array) -> Array:
+    """Return numbers as they are written: with --half or --bf16, wider floats become those of 16 bits."""
+    dtype = _narrow(request, array.dtype)
+    if dtype == array.dtype:
         return array
     with np.errstate(over="ignore"):
-        half = array.astype(np.float16)
-    if np.isinf(half).any() and not np.isinf(array).any():
-        raise WorkError(f"{tensor.name} holds numbers beyond 65504, which 16 bits do not hold")
-    return half
+        found = array.astype(dtype)
+    if not np.isfinite(found.astype(np.float32)).all() and np.isfinite(array).all():
+        largest = _LARGEST[dtype.name]
+        raise WorkError(f"{name} holds numbers beyond {largest:.5g}, which {dtype.name} does not hold")
+    return found
 
 
-def dtype_of(job: Job, tensor: Tensor) -> np.dtype[np.generic]:
-    """Return the type in which a tensor is written."""
-    is_halved = job.request.is_half and tensor.is_float and tensor.dtype.itemsize > 2
-    return np.dtype(np.float16) if is_halved else tensor.dtype
+def _narrow(request: Request, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    is_wide = dtype.kind == "f" and dtype.itemsize > 2
+    if is_wide and request.is_half:
+        return np.dtype(np.float16)
+    return np.dtype(ml_dtypes.bfloat16) if is_wide and request.is_bf16 else dtype
 
 
 def same_bits(one: Array, other: Array) -> bool:

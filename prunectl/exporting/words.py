@@ -26,9 +26,11 @@ DEFAULTS: Mapping[str, Any] = {
     "custom_objects": "",
     "trust": False,
     "half": False,
+    "bf16": False,
     "int8": False,
     "sparse": False,
     "pack": False,
+    "code": False,
     "metadata": (),
     "card": None,
 }
@@ -52,9 +54,11 @@ def request_of(words: Mapping[str, Any]) -> Request:
         rtol=said["rtol"],
         origin=Origin(said["model"], said["custom_objects"], said["trust"], said["seed"] or 0),
         is_half=said["half"],
+        is_bf16=said["bf16"],
         is_int8=said["int8"],
         is_sparse=said["sparse"],
         is_packed=said["pack"],
+        has_code=said["code"],
         metadata=tuple(map(_pair, said["metadata"])),
         card=Path(said["card"]) if said["card"] else None,
     )

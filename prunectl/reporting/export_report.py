@@ -11,7 +11,12 @@ from prunectl.reporting.report import Artifact, Report, Section
 from prunectl.reporting.survey_json import survey_json
 from prunectl.reporting.table import Column, Table, Unit
 
-_OUTPUTS = (Column("output"), Column("max difference", Unit.NUMBER), Column("mean difference", Unit.NUMBER))
+_OUTPUTS = (
+    Column("output"),
+    Column("max difference", Unit.NUMBER),
+    Column("mean difference", Unit.NUMBER),
+    Column("relative RMS", Unit.NUMBER),
+)
 
 
 def export_report(found: Exported, output: str) -> Report:
@@ -24,7 +29,7 @@ def export_report(found: Exported, output: str) -> Report:
         models=(survey_json(found.before), survey_json(found.after)),
         main=sizes,
         sections=(Section(f"{found.before.path} -> {output}", facts, tables, remarks),),
-        artifacts=(Artifact(output, found.after.bytes.raw),),
+        artifacts=(Artifact(output, found.after.bytes.raw), *(Artifact(*one) for one in found.beside)),
         bare=(),
         more={"parity": _parity(found.parity)},
     )
@@ -35,7 +40,7 @@ def _about_source(found: Exported) -> tuple[str, ...]:
 
 
 def _differences(parity: Parity) -> Table:
-    rows = tuple((one.name, one.largest, one.mean) for one in parity.outputs)
+    rows = tuple((one.name, one.largest, one.mean, one.noise) for one in parity.outputs)
     return Table("parity", _OUTPUTS, rows)
 
 
@@ -44,7 +49,9 @@ def _compared(parity: Parity | None) -> str:
         return "every number, to the bit"
     what = "examples" if parity.is_data else "random inputs"
     same = "" if parity.top1 is None else f", the same largest answer for {parity.top1:.2%}"
-    return f"on {parity.examples:,} {what}: {parity.largest:.3g} apart at most, {parity.mean:.3g} on average{same}"
+    noise = "" if parity.tolerance.noise is None else f", {parity.noise:.2%} of their size"
+    apart = f"{parity.largest:.3g} apart at most, {parity.mean:.3g} on average"
+    return f"on {parity.examples:,} {what}: {apart}{noise}{same}"
 
 
 def _parity(parity: Parity | None) -> dict[str, Any]:
@@ -61,8 +68,16 @@ def _parity(parity: Parity | None) -> dict[str, Any]:
             "atol": parity.tolerance.atol,
             "rtol": parity.tolerance.rtol,
             "share_of_largest": parity.tolerance.share,
+            "relative_rms": parity.tolerance.noise,
+            "top1": parity.tolerance.top1,
         },
         "outputs": [
-            {"name": one.name, "max_difference": one.largest, "mean_difference": one.mean} for one in parity.outputs
+            {
+                "name": one.name,
+                "max_difference": one.largest,
+                "mean_difference": one.mean,
+                "relative_rms": one.noise,
+            }
+            for one in parity.outputs
         ],
     }

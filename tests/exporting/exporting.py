@@ -15,7 +15,7 @@ from prunectl.exporting.result import Exported
 from tests.contract import Array
 from tests.running import FIXTURES
 
-DIGITS = f"{FIXTURES / 'digits.npz'}?norm=unit"
+DIGITS = f"{FIXTURES / 'digits.npz'}?norm=/16"
 NET = f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"
 
 

@@ -12,6 +12,7 @@ import pytest
 from prunectl.errors import MissingExtraError, UntrustedError, UsageError
 from prunectl.exporting import pairs
 from prunectl.exporting.export import export as run
+from prunectl.exporting.naming import naming
 from prunectl.exporting.pairs import PAIRS
 from prunectl.exporting.targets import TARGETS, target_of
 from prunectl.exporting.words import request_of
@@ -154,6 +155,27 @@ def test_the_command_reports_as_json_and_writes_a_card(tmp_path: Path) -> None:
     card = (tmp_path / "card.md").read_text()
     assert found.json["models"][1]["sha256"] in card
     assert "the same to the bit" in card
+
+
+def test_what_goes_wrong_with_a_copy_is_told_of_the_file_that_the_user_knows() -> None:
+    with pytest.raises(UsageError, match=r"^mine\.h5 is odd$") as caught, naming(Path("mine.h5"), Path("/copy/of.h5")):
+        raise UsageError("/copy/of.h5 is odd", hint="prunectl strip /copy/of.h5")
+    assert caught.value.hint == "prunectl strip mine.h5"
+
+
+def test_options_that_leave_fewer_bits_exclude_each_other_and_two_files_need_a_name(tmp_path: Path) -> None:
+    for words, message in (
+        ({"half": True, "bf16": True}, "--half and --bf16 exclude each other"),
+        ({"bf16": True, "int8": True}, "--bf16 and --int8 exclude each other"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            export("digits_cnn.onnx", tmp_path / "m.onnx", **words)
+    with pytest.raises(UsageError, match="--code writes a second file"):
+        run(
+            FIXTURES / "digits_cnn.pt2",
+            request_of({"to": "torch", "code": True}),
+            Output(tmp_path / "standard-output", is_stream=True),
+        )
 
 
 def test_standard_output_takes_a_file_and_asks_for_its_format(tmp_path: Path) -> None:

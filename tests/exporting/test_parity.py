@@ -12,8 +12,10 @@ from prunectl.errors import WorkError
 from prunectl.exporting import by_onnx
 from prunectl.exporting.job import Job
 from prunectl.exporting.live import Flow
-from prunectl.exporting.parity import Tolerance, compare
+from prunectl.exporting.parity import compare
+from prunectl.exporting.request import Request
 from prunectl.exporting.samples import Samples
+from prunectl.exporting.tolerances import INTEGERS, Tolerance, tolerance_of
 from tests.contract import Array
 from tests.exporting.exporting import DIGITS, export
 
@@ -96,3 +98,79 @@ def test_a_converter_that_gets_it_wrong_leaves_no_file(tmp_path: Path, monkeypat
     assert found.parity.examples == 50
     assert found.parity.largest == pytest.approx(1.0, abs=1e-5)
     assert found.parity.top1 == 1.0
+
+
+def answered(expected: Array, found: Array, tolerance: Tolerance, *, is_data: bool) -> float | None:
+    """Compare two tables of answers."""
+    source = Table(expected)
+    result = compare(source, lambda _: {"answers": found}, Samples(((expected,),), is_data), tolerance)
+    return result.top1
+
+
+@dataclass(frozen=True)
+class Table:
+    """A model that answers with what it knows."""
+
+    table: Array
+    inputs: tuple[Flow, ...] = ()
+    is_channels_first: bool = False
+    notes: tuple[str, ...] = ()
+
+    def run(self, inputs: tuple[Array, ...]) -> dict[str, Array]:
+        assert len(inputs) == 1
+        return {"answers": self.table}
+
+
+def test_of_integers_the_noise_counts_and_for_classes_the_largest_answer() -> None:
+    whole = np.random.default_rng(0).standard_normal((200, 5))
+    scale = np.linalg.norm(whole) / np.linalg.norm(np.ones_like(whole))
+    near, far = whole + 0.049 * scale, whole + 0.051 * scale
+    assert answered(whole, near, INTEGERS, is_data=False) is None
+    with pytest.raises(WorkError, match=r"the output answers differs by 5\.1% of its size"):
+        answered(whole, far, INTEGERS, is_data=False)
+    # With data the same numbers are classes, and moving all of them changes none.
+    assert answered(whole, whole + 3, INTEGERS, is_data=True) == 1.0
+    other = whole.copy()
+    other[:4] = other[:4, ::-1] * np.array([1, 1, 0, 1, 1])
+    wrong = int((other.argmax(1) != whole.argmax(1)).sum())
+    assert 2 < wrong <= 4
+    assert answered(whole, other, INTEGERS, is_data=True) == 1 - wrong / 200
+    other[4:14] = -other[4:14]
+    with pytest.raises(WorkError, match=r"the largest answer is the same one for 9\d\.\d% of 200 examples, and 98%"):
+        answered(whole, other, INTEGERS, is_data=True)
+
+
+def test_what_is_no_number_is_beyond_every_noise_and_what_is_zero_has_none() -> None:
+    whole = np.ones((3, 2))
+    for value in (np.nan, np.inf):
+        broken = whole.copy()
+        broken[1, 1] = value
+        with pytest.raises(WorkError, match="differs"):
+            answered(whole, broken, INTEGERS, is_data=False)
+    assert answered(whole * 0, whole * 0, INTEGERS, is_data=False) is None
+    with pytest.raises(WorkError, match="differs"):
+        answered(whole * 0, whole, INTEGERS, is_data=False)
+
+
+def test_of_a_few_examples_one_may_be_another() -> None:
+    whole = np.eye(4)
+    other = whole.copy()
+    other[0] = other[1]
+    assert answered(whole, other, INTEGERS, is_data=True) == 0.75
+    other[2] = other[1]
+    with pytest.raises(WorkError, match="the largest answer"):
+        answered(whole, other, INTEGERS, is_data=True)
+
+
+def test_what_the_user_allows_takes_the_place_of_what_is_usual() -> None:
+    assert tolerance_of(Request(is_int8=True)) is INTEGERS
+    assert tolerance_of(Request(is_int8=True, atol=0.5)) == Tolerance(0.5, 0.0)
+    assert tolerance_of(Request(rtol=0.5)) == Tolerance(1e-4, 0.5)
+
+
+def test_words_and_complex_numbers_are_compared_as_well() -> None:
+    words, numbers = np.array(["cat", "dog"], object), np.array([1 + 2j, 3 - 1j])
+    for whole, other in ((words, words[::-1]), (numbers, numbers.conj())):
+        answered(whole, whole.copy(), EXACT, is_data=False)
+        with pytest.raises(WorkError, match="differs"):
+            answered(whole, other, EXACT, is_data=False)

@@ -1,0 +1,124 @@
+"""Weights of PyTorch with a class beside them that takes them, and needs nothing else."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunectl.channels.torch.code.source import MARK, Written
+from prunectl.channels.torch.code.source import write as written_as
+from prunectl.channels.torch.code.text import literal
+from prunectl.channels.torch.opening import opened
+from prunectl.channels.torch.run import Network
+from prunectl.channels.torch.weights import beside as place_of
+from prunectl.channels.torch.weights import class_of
+from prunectl.errors import InputError, UsageError, WorkError
+from prunectl.exporting.by_torch_quiet import converting, unfused
+from prunectl.exporting.job import Job
+from prunectl.exporting.live import Flow, text
+from prunectl.exporting.safetensors import save
+from prunectl.exporting.weights import narrowed
+from prunectl.formats.base import Array
+from prunectl.training.torch.arrays import to_numpy, to_torch
+
+_KINDS = {
+    "float16": "f16",
+    "float32": "f32",
+    "float64": "f64",
+    "uint8": "u8",
+    "int32": "i32",
+    "int64": "i64",
+    "bool": "bool",
+}
+
+
+def beside(target: Path) -> tuple[Path, ...]:
+    """Return where the class goes whose weights go to a target."""
+    return (place_of(target),)
+
+
+def write(job: Job, target: Path) -> tuple[str, ...]:
+    """Write weights, and the class that was generated for them."""
+    code = _generated(job, _loading(job.request.to, target.name))
+    arrays = {name: narrowed(job.request, name, to_numpy(value)) for name, value in _typed(job, code).items()}
+    if job.request.to == "safetensors":
+        save(list(arrays.items()), {"format": "pt", **dict(job.request.metadata)}, target)
+    else:
+        whole = io.BytesIO()
+        torch.save(_tied(arrays, code), whole)
+        target.write_bytes(whole.getvalue())
+    place_of(target).write_text(code.text, encoding="utf-8")
+    return (
+        f"The class {code.name} in {place_of(target).name} takes the weights, and needs nothing but torch.",
+        *_lengths(job),
+    )
+
+
+def _generated(job: Job, loading: tuple[str, ...]) -> Written:
+    try:
+        with unfused(), converting():
+            found = opened(job.file, _origin(job))
+            # Of a program the module is all that there is of an original.
+            found = found if found.original is not None else replace(found, original=found.program.module())
+            made = written_as(found, Network(found.module), class_of(found), loading)
+    except (WorkError, InputError) as error:
+        reason = error.message.replace("the cut network, written as code,", "it").replace("the cut network", "it")
+        raise WorkError(f"no code can be generated for {job.file.path}: {reason}", hint=error.hint) from error
+    _, _, rest = made.text.partition("\n")
+    # The first line tells of cuts, and nothing is cut here.
+    return replace(made, text=f'"""{made.name}, with all that it takes to run, {MARK}\n{rest}')
+
+
+def _origin(job: Job) -> Any:
+    origin = job.request.origin
+    if job.file.format == "torch-export" and not origin.model:
+        return origin
+    return replace(origin, inputs=tuple(map(_word, job.flows, job.inputs.batches[0])))
+
+
+def _word(flow: Flow, example: Array) -> str:
+    """Return an input as one example of it: an open axis is as long as what it is tried on."""
+    if flow.dtype not in _KINDS:
+        raise UsageError(f"--code knows no inputs of {flow.dtype}, which {flow.name} is")
+    size = 1 if flow.shape is None or flow.shape[:1] == (None,) else len(example)
+    return f"{','.join(map(str, (size, *example.shape[1:])))}:{_KINDS[flow.dtype]}"
+
+
+def _lengths(job: Job) -> tuple[str, ...]:
+    """Return what to know of open axes: a length, once it was followed, may be a number like any other."""
+    tried = [
+        f"{flow.name}:{text((None, *example.shape[1:]))}"
+        for flow, example in zip(job.flows, job.inputs.batches[0], strict=True)
+        if flow.shape is not None and None in flow.shape[1:]
+    ]
+    return (f"The class was tried with {' and '.join(tried)} alone.",) if tried else ()
+
+
+def _typed(job: Job, code: Written) -> dict[str, torch.Tensor]:
+    """Return the weights in the types of the file: what is 16 bits wide is followed in 32."""
+    kinds = {tensor.dtype.name for tensor in job.file.tensors if tensor.is_float}
+    if kinds in ({"float16"}, {"bfloat16"}):
+        kind = getattr(torch, kinds.pop())
+        return {name: value.to(kind) if value.is_floating_point() else value for name, value in code.state.items()}
+    return dict(code.state)
+
+
+def _tied(arrays: dict[str, Array], code: Written) -> dict[str, torch.Tensor]:
+    known: dict[tuple[Any, ...], torch.Tensor] = {}
+    found: dict[str, torch.Tensor] = {}
+    for name, array in arrays.items():
+        own = code.state[name]
+        view = (own.data_ptr(), tuple(own.shape), own.stride(), own.dtype)
+        known.setdefault(view if own.numel() else (name,), to_torch(array))
+        found[name] = known[view if own.numel() else (name,)]
+    return found
+
+
+def _loading(to: str, name: str) -> tuple[str, ...]:
+    if to == "safetensors":
+        return (f"model.load_state_dict(safetensors.torch.load_file({literal(name)}))",)
+    return (f"model.load_state_dict(torch.load({literal(name)}, weights_only=True))",)
