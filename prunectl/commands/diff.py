@@ -14,6 +14,7 @@ from prunectl.formats.table import open_model
 from prunectl.gating.diff_gates import judge, parse
 from prunectl.gating.difference import difference
 from prunectl.gating.read import Words
+from prunectl.measuring.shading import shadings
 from prunectl.reporting.diff_report import diff_report
 from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.words import parse_ratio, parse_size
@@ -44,9 +45,14 @@ def diff(
     if new == old == "-":
         raise UsageError("standard input holds one model", hint="prunectl diff - OLD < NEW")
     with local(new) as path, local(old) as other:
-        found = difference(open_model(path), open_model(other), reporter.progress)
+        models = (open_model(path), open_model(other))
+        found = difference(*models, reporter.progress)
+        # Only a page has pictures.
+        pairs = zip((new, old), models, (found.new, found.old), strict=True) if reporter.html is not None else ()
+        masks = {name: shadings(model, survey) for name, model, survey in pairs}
     found = replace(found, new=replace(found.new, path=new), old=replace(found.old, path=old))
-    return reporter.show(diff_report(found, judge(found, forbidden), has_gates=reporter.is_json))
+    report = diff_report(found, judge(found, forbidden), has_gates=reporter.is_json)
+    return reporter.show(replace(report, masks=masks))
 
 
 command = verb(diff)

@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
+from prunectl.commands.if_changed import Maker
 from prunectl.commands.inputs import STDIN, local
+from prunectl.commands.max_drop_finetune import within
 from prunectl.commands.options import panel
 from prunectl.commands.requests import destination
 from prunectl.commands.training_requests import training_of
 from prunectl.commands.verb import verb
+from prunectl.errors import UsageError
 from prunectl.pruning.plan import Scope
 from prunectl.reporting.finetune_report import finetune_report
 from prunectl.reporting.reporter import Reporter
@@ -59,6 +62,8 @@ def finetune(
     shard: Annotated[bool, _train("--shard", help="Spread the model over processes (PyTorch).")] = False,
     seed: Annotated[int, _train(help="Decides what is random.")] = 0,
     sparsity: Annotated[str, _when("-s", "--sparsity", metavar="RATIO", help="Prune to this share of zeros.")] = "",
+    max_drop: Annotated[str, _when(metavar="DROP", help="Prune as much as costs 0.5pp; each try is a run.")] = "",
+    tried: Annotated[Path | None, _when(metavar="DIR", help="Keep what --max-drop tries, and go on from it.")] = None,
     schedule: Annotated[str, _when(metavar="NAME", help="How it gets there.  [default: polynomial]")] = "",
     schedule_param: Annotated[list[str] | None, _when(metavar="K=V", help="A parameter of the schedule.")] = None,
     initial_sparsity: Annotated[str, _when(metavar="RATIO", help="Where it begins.")] = "",
@@ -95,11 +100,18 @@ def finetune(
     [dim]$[/] prunectl finetune net.pt -o sparse.pt --model net.py:Net --data train.npz --val-split 10% -s 90%
 
     [dim]$[/] prunectl finetune model.keras -o sparse.keras --data train.npz -s 80% --schedule cosine --end 60%
+
+    [dim]$[/] prunectl finetune net.pt -o within.pt --model net.py:Net --data train.npz --epochs 1 --max-drop 1pp
     """
     reporter: Reporter = ctx.obj
     asked = training_of(ctx)
+    if tried is not None and not max_drop:
+        raise UsageError("--tried is about a search: add --max-drop 0.5pp")
     with local(model) as path, destination(path, output, force=force, in_place=in_place, dry_run=False) as place:
         assert place is not None
+        if max_drop:
+            report = within(ctx, asked)(path, place)
+            return reporter.pour(place.target) if output == STDIN else reporter.show(report)
         with TrainingProgress(reporter.settings, asked.checkpoint_dir) as progress:
             found = run(path, asked, place, progress.watch)
         if not found.is_chief:
@@ -109,4 +121,4 @@ def finetune(
         return reporter.show(finetune_report(found, model, str(place.target)))
 
 
-command = verb(finetune)
+command = verb(finetune, Maker)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from prunectl.formats.base import ModelFile
 from prunectl.formats.table import open_model
 from prunectl.measuring import patterns
 from prunectl.measuring.looking import Look, Order, look
+from prunectl.measuring.shading import Shading, shadings
 from prunectl.measuring.survey import Survey
 from prunectl.reporting.inspect_report import inspect_report
 from prunectl.reporting.reporter import Reporter
@@ -72,6 +74,7 @@ def inspect(
     asked |= {"model": build, "custom_objects": custom_objects}
     suffering: list[Sensitivity] = []
     families: list[Any] = []
+    shaded: list[tuple[Shading, ...]] = []
 
     def seen(path: Path) -> Survey:
         model = open_model(path)
@@ -84,10 +87,14 @@ def inspect(
             families.append(importlib.import_module("prunectl.channels.groups").groups(model, origin))
         if sensitivity:
             suffering.append(_measured(model, asked, layers=layers, is_trusted=trust, meter=reporter.progress))
+        # Only a page has pictures.
+        shaded.append(shadings(model, found) if reporter.html is not None else ())
         return found
 
     surveys, failures = survey_each(models, seen)
     report = inspect_report(surveys, failures, has_flops=flops)
+    masks = {survey.path: shown for survey, shown in zip(surveys, shaded, strict=True)}
+    report = replace(report, masks=masks)
     report = with_sensitivity(report, suffering) if sensitivity else report
     if groups:
         report = importlib.import_module("prunectl.reporting.groups_report").with_groups(report, families)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from prunectl.commands.if_changed import Maker
 from prunectl.commands.inputs import STDIN, local
 from prunectl.commands.options import panel
 from prunectl.commands.prune_ways import way_of
@@ -32,6 +33,9 @@ def prune(
     compression: Annotated[float | None, _much(metavar="X", min=1, help="All parameters over those kept.")] = None,
     target_gzip: Annotated[str, _much(metavar="SIZE", help="As sparse as this gzipped size needs.")] = "",
     target_packed: Annotated[str, _much(metavar="SIZE", help="As sparse as this packed size needs.")] = "",
+    max_drop: Annotated[str, _much(metavar="DROP", help="As much as costs 0.5pp of a metric on --data.")] = "",
+    metric: Annotated[str, _much(metavar="NAME", help="Of --max-drop: accuracy …; else as the file says.")] = "",
+    tried: Annotated[Path | None, _much(metavar="DIR", help="Keep what --max-drop tries, and go on from it.")] = None,
     strategy: Annotated[str, _which(metavar="NAME", help="What goes first.")] = "magnitude",
     param: Annotated[list[str] | None, _which(metavar="K=V", help="A parameter of the strategy.")] = None,
     scope: Annotated[Scope, _which(help="Ranked in each layer, or over all.")] = Scope.LAYER,
@@ -81,6 +85,8 @@ def prune(
 
     [dim]$[/] prunectl prune model.onnx -o fast.onnx --pattern 2:4 --exclude fc2
 
+    [dim]$[/] prunectl prune model.onnx -o within.onnx --max-drop 1pp --data test.npz
+
     [dim]$[/] prunectl prune model.onnx -o thin.onnx --pattern channel -s 50%
 
     [dim]$[/] prunectl prune net.pt -o thin.pt --pattern channel -s 50% --model net.py:Net --input 1,1,8,8
@@ -98,4 +104,4 @@ def prune(
         return reporter.show(report)
 
 
-command = verb(prune)
+command = verb(prune, Maker)

@@ -23,18 +23,27 @@ from prunectl.reporting.report import Report
 from prunectl.reporting.words import parse_ratio
 
 Way = Callable[[Path, Output | None], Report]
-_CHANNELS = "channel"
+CHANNELS = "channel"
 _LIMITS = ("min_channels", "round_to", "max_ratio", "params", "flops", "dead", "latency")
 
 
 def way_of(ctx: typer.Context, asked: Request) -> Way:
     """Return the way that was asked for, and refuse what does not go with it before a file is opened."""
+    if ctx.params["max_drop"]:
+        way: Way = _named("prunectl.commands.max_drop_prune:way_within")(ctx, asked)
+        return way
+    _refuse(ctx.params, ("metric", "tried"), "is about what a drop is judged by: add --max-drop 0.5pp")
+    return settled(ctx, asked)
+
+
+def settled(ctx: typer.Context, asked: Request) -> Way:
+    """Return the way where it is said how much goes."""
     said = ctx.params
-    is_cut = asked.pattern == _CHANNELS
+    is_cut = asked.pattern == CHANNELS
     if is_cut:
         _refuse(said, ("wrap", "schedule"), "does not go with channels that are cut out")
     # A network that is cut is opened, as one that looks at data is.
-    wrappers = wrappers_of(ctx, looks_at_data=is_cut or bool(asked.data))
+    wrappers = wrappers_of(ctx, looks_at_data=is_cut or bool(asked.data or said["max_drop"]))
     if is_cut:
         return partial(_channels, asked, said)
     _refuse(said, (*_LIMITS, "inputs"), "is about channels: add --pattern channel")
@@ -51,11 +60,17 @@ def _refuse(said: dict[str, Any], names: tuple[str, ...], why: str) -> None:
             raise UsageError(f"--{word} {why}")
 
 
-def _channels(asked: Request, said: dict[str, Any], path: Path, place: Output | None) -> Report:
-    manifests_of_cuts = importlib.import_module("prunectl.channels.manifest")
+def limits_of(said: dict[str, Any]) -> dict[str, Any]:
+    """Return the limits on channels that were typed."""
     limits = {name: said[name] for name in _LIMITS if said[name]}
     if "max_ratio" in limits:
         limits["max_ratio"] = parse_ratio(limits["max_ratio"])
+    return limits
+
+
+def _channels(asked: Request, said: dict[str, Any], path: Path, place: Output | None) -> Report:
+    manifests_of_cuts = importlib.import_module("prunectl.channels.manifest")
+    limits = limits_of(said)
     if said["recipe"] is not None:
         limits |= manifests_of_cuts.limits_in(Path(said["recipe"]))
     how = {"is_trusted": said["trust"], "has_latency": limits.pop("latency", False)}

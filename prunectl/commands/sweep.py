@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -15,15 +14,14 @@ from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.sweep_report import sweep_report, told
 from prunectl.reporting.words import parse_ratio
 from prunectl.sweeping.choices import Choices
-from prunectl.sweeping.limit import MaxDrop
 from prunectl.sweeping.sweep import sweep as run
+from prunectl.training.judging.drop import max_drop as parse_drop
 
 _ways = panel("What is tried")
 _data = panel("Data")
 _train = panel("Training")
 _file = panel("What the file does not say")
 _USUAL = "50%,80%,90%"
-_POINTS = "pp"
 
 
 def sweep(
@@ -39,6 +37,11 @@ def sweep(
     metric: Annotated[str, _data(metavar="NAME", help="What decides, such as accuracy; else as the file says.")] = "",
     strategies: Annotated[str, _ways(metavar="NAME,…", help="What goes first.")] = "magnitude",
     scopes: Annotated[str, _ways(metavar="NAME,…", help="layer, global …, as in prune.")] = "layer",
+    patterns: Annotated[str, _ways(metavar="NAME,…", help="unstructured, 2:4, block:1x4, channel …")] = "unstructured",
+    param: Annotated[
+        list[str] | None,
+        _ways(metavar="K=V,…", help="Values to try, for the strategies that have it; may be repeated."),
+    ] = None,
     sparsities: Annotated[
         str, _ways(metavar="RATIO,…", help=f"How much goes.  [default: {_USUAL}, or what --max-drop finds]")
     ] = "",
@@ -57,15 +60,18 @@ def sweep(
     loss: Annotated[str, _train(metavar="NAME", help="Such as cross-entropy or mse, or mod:fn.")] = "",
     seed: Annotated[int, _train(help="Decides what is random.")] = 0,
     jobs: Annotated[int, typer.Option("-j", "--jobs", metavar="N", help="Processes side by side.", min=1)] = 1,
+    on: Annotated[str, typer.Option("--on", metavar="PLACE", help="ray, or ray:ADDRESS: on a Ray cluster.")] = "",
     build: Annotated[str, _file("--model", metavar="MOD:FN", help="Builds the model, for weights alone.")] = "",
     custom_objects: Annotated[str, _file(metavar="MOD:DICT", help="Explains custom Keras layers.")] = "",
     trust: Annotated[bool, _file("--trust", help="Let code that comes with the file run.")] = False,
 ) -> int:
-    """Try strategies, scopes, sparsities and schedules on MODEL, and compare what comes of them.
+    """Try strategies, scopes, patterns, sparsities and schedules on MODEL, and compare what comes of them.
 
     Each point is kept in DIR as soon as it is made: the same command goes on where it was stopped.
 
     [dim]$[/] prunectl sweep model.onnx -o points --data test.npz --strategies magnitude,lamp --scopes layer,global
+
+    [dim]$[/] prunectl sweep model.onnx -o shapes --data test.npz --patterns unstructured,2:4,channel
 
     [dim]$[/] prunectl sweep model.onnx -o within --data test.npz --max-drop 1pp
 
@@ -78,6 +84,8 @@ def sweep(
         val_split=parse_ratio(val_split) if val_split else 0.0,
         strategies=_words(strategies, "strategies"),
         scopes=_words(scopes, "scopes"),
+        patterns=_words(patterns, "patterns"),
+        params=tuple(map(_param, param or ())),
         sparsities=_ratios(sparsities or ("" if max_drop else _USUAL)),
         schedules=_words(schedules, "schedules"),
         epochs=epochs,
@@ -95,8 +103,10 @@ def sweep(
         custom_objects=custom_objects,
         is_trusted=trust,
     )
-    limit = _drop(max_drop) if max_drop else None
-    found = run(model, choices, output, jobs=jobs, max_drop=limit, watcher=lambda *made: reporter.note(told(*made)))
+    limit = parse_drop(max_drop) if max_drop else None
+    found = run(
+        model, choices, output, jobs=jobs, place=on, max_drop=limit, watcher=lambda *made: reporter.note(told(*made))
+    )
     return reporter.show(sweep_report(found, str(model)))
 
 
@@ -108,21 +118,16 @@ def _words(text: str, what: str) -> tuple[str, ...]:
     return words
 
 
+def _param(text: str) -> tuple[str, tuple[str, ...]]:
+    """Return a parameter, and the values to try."""
+    name, sign, values = text.partition("=")
+    if not name or not sign:
+        raise UsageError(f"{text!r} is no parameter with values", hint="write --param damp=0.01,0.1")
+    return name, _words(values, f"param {name}")
+
+
 def _ratios(text: str) -> tuple[float, ...]:
     return tuple(sorted(dict.fromkeys(map(parse_ratio, filter(None, map(str.strip, text.split(",")))))))
-
-
-def _drop(text: str) -> MaxDrop:
-    """Return by how much the metric may be worse: in percentage points, or in what the metric counts."""
-    words = text.strip()
-    is_points = words.endswith(_POINTS)
-    try:
-        amount = float(words.removesuffix(_POINTS))
-    except ValueError:
-        raise UsageError(f"{text!r} is no drop", hint="write 0.5pp (percentage points), or 0.01 of a loss") from None
-    if not math.isfinite(amount) or amount < 0:
-        raise UsageError(f"{text!r} is no drop: it is a number from 0 up")
-    return MaxDrop(amount / 100 if is_points else amount, is_points)
 
 
 command = verb(sweep)

@@ -37,6 +37,19 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
+class Drop:
+    """How much worse a model may be than another, judged on data by a framework."""
+
+    limit: Limit
+    data: str
+    against: str
+    metric: str = ""
+    model: str = ""
+    custom_objects: str = ""
+    batch_size: int = 32
+
+
+@dataclass(frozen=True, slots=True)
 class LayerBudget:
     """Limits on the tensors that a selector matches."""
 
@@ -59,6 +72,7 @@ class Budget:
     """In bytes or as a share, which the metric says; at most one of each."""
     pattern: Wanted | None
     keep_zeros: Wanted | None
+    drop: Drop | None
     layers: tuple[LayerBudget, ...]
     message: str
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeGuard
 
 from prunectl.errors import PrunectlError, UsageError, attempt
+from prunectl.formats.isolated import one_child
 from prunectl.formats.names import select
 from prunectl.formats.table import open_model
 from prunectl.gating import baseline as baselines
@@ -28,7 +30,7 @@ Verdict = tuple[int, Callable[[Measured], Finding | list[Finding]]]
 """The line that asks, and what answers."""
 
 
-@dataclass(slots=True)
+@dataclass
 class _Work:
     """What is known so far."""
 
@@ -38,6 +40,13 @@ class _Work:
     measured: dict[str, Measured | PrunectlError] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     unusable: list[Unusable] = field(default_factory=list)
+
+    @cached_property
+    def keeps_quality(self) -> Callable[..., Finding]:
+        """What judges models on data, loaded when a budget asks for it: most look at files alone."""
+        quality = importlib.import_module("prunectl.gating.quality")
+        keeps: Callable[..., Finding] = quality.Quality(self.budgets.folder).keeps
+        return keeps
 
     def name_of(self, key: str) -> str:
         """Return a model's path as the report calls it."""
@@ -64,8 +73,8 @@ def check(
     chosen = named(budgets, names)
     work = _Work(budgets, baseline, file)
     keys = {budget: _keys(work, budget) for budget in chosen}
-    notes = _recorded(work, keys, reason)
-    with meter("checking", sum(map(len, keys.values()))) as bar:
+    with one_child(), meter("checking", sum(map(len, keys.values()))) as bar:
+        notes = _recorded(work, keys, reason)
         for budget, found in keys.items():
             for key in found:
                 _judge(work, budget, key)
@@ -136,6 +145,8 @@ def _verdicts(work: _Work, budget: Budget, key: str) -> Iterator[Verdict]:
     if budget.keep_zeros is not None:
         other = Path(work.name_of(budget.keep_zeros.value))
         yield budget.keep_zeros.line, partial(keeps_zeros, path=other, budget=budget, wanted=budget.keep_zeros)
+    if budget.drop is not None:
+        yield budget.drop.limit.line, partial(work.keeps_quality, drop=budget.drop, budget=budget)
     for layer in budget.layers:
         yield layer.line, partial(_of_layer, budget=budget, layer=layer)
 

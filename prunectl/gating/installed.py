@@ -23,6 +23,7 @@ BRINGS = {
     "zstd": "size --codec zstd; zstd inside of models",
     "images": "--data of folders with images",
     "parquet": "--data of Parquet files",
+    "ray": "sweep --on ray",
 }
 """What each extra is for; none is the core."""
 

@@ -18,6 +18,8 @@ class Kind(StrEnum):
     PATTERN = "pattern"
     CHOICE = "choice"
     TABLES = "tables"
+    TABLE = "table"
+    DROP = "drop"
 
 
 class Metric(StrEnum):
@@ -26,6 +28,9 @@ class Metric(StrEnum):
     BYTES = "bytes"
     COUNT = "count"
     RATIO = "ratio"
+    POINTS = "points"
+    """Of a share: 0.005 is half a percentage point."""
+    NUMBER = "number"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,7 @@ class Key:
     @property
     def is_gate(self) -> bool:
         """Whether it asks for anything, itself or by what is in it."""
-        return self.is_limit or self.kind is Kind.PATTERN or self.name in {"keep-zeros", "layer"}
+        return self.is_limit or self.kind in {Kind.PATTERN, Kind.TABLE} or self.name in {"keep-zeros", "layer"}
 
 
 LEVELS = ("fail", "warn")
@@ -68,7 +73,19 @@ BUDGET = (
     Key("min-nm", Kind.PATTERN, "A pattern such as 2:4 that every prunable tensor follows whose inputs divide."),
     Key("max-growth", Kind.GROWTH, "Growth of the compressed size over the baseline's.", is_limit=True),
     Key("keep-zeros", Kind.TEXT, "A model whose zeros, in prunable weights, must be zeros here."),
+    Key("max-drop", Kind.TABLE, "How much worse it may be on some data than another model."),
     Key("layer", Kind.TABLES, "Limits on single tensors."),
+)
+
+DROP = (
+    Key("fail", Kind.DROP, "The most that may be lost: 0.5pp of a share, or 0.01 of a loss."),
+    Key("warn", Kind.DROP, "From where on it warns."),
+    Key("data", Kind.TEXT, "What both are judged by, such as test.npz.", is_required=True),
+    Key("against", Kind.TEXT, "The model that it is held against.", is_required=True),
+    Key("metric", Kind.TEXT, "What decides, such as accuracy; else as the file says."),
+    Key("model", Kind.TEXT, "What builds both, for weights alone: net.py:Net."),
+    Key("custom-objects", Kind.TEXT, "What explains custom Keras layers: layers.py:OBJECTS."),
+    Key("batch-size", Kind.COUNT, "Examples in a batch; else 32."),
 )
 
 LAYER = (

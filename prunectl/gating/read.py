@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 
 from prunectl.errors import UsageError
 from prunectl.formats.names import nearest
-from prunectl.gating.budget import Budget, Budgets, LayerBudget, Limit, OnMissing, Wanted
+from prunectl.gating.budget import Budget, Budgets, Drop, LayerBudget, Limit, OnMissing, Wanted
 from prunectl.gating.find import Found
-from prunectl.gating.keys import BUDGET, LAYER, LEVELS, TOP, Key, Kind, Metric
+from prunectl.gating.keys import BUDGET, DROP, LAYER, LEVELS, TOP, Key, Kind, Metric
+from prunectl.gating.read_drop import EXAMPLE, drop_of
+from prunectl.gating.read_drop import NAME as MAX_DROP
 from prunectl.measuring import patterns
 from prunectl.measuring.patterns import ZerosOf
 
@@ -19,6 +21,7 @@ BASELINE = "prunectl-baseline.json"
 _METRICS = {Kind.SIZE: Metric.BYTES, Kind.COUNT: Metric.COUNT, Kind.RATIO: Metric.RATIO}
 _COUNT = re.compile(r"\d+(?:\.\d+)?\s*[kmgt]?", re.IGNORECASE)
 Place = tuple[str | int, ...]
+Said = TypeVar("Said")
 Understood = TypeVar("Understood")
 
 
@@ -93,6 +96,7 @@ class _Reading:
             growth=self._growth(table, (*place, "max-growth")),
             pattern=self._pattern(table, place),
             keep_zeros=self._wanted(table, "keep-zeros", place),
+            drop=self._drop(table, (*place, MAX_DROP)),
             layers=tuple(
                 self._layer(layer, (*place, "layer", at)) for at, layer in enumerate(self.tables(table, "layer", place))
             ),
@@ -123,6 +127,20 @@ class _Reading:
 
     def _wanted(self, table: dict[str, Any], name: str, place: Place) -> Wanted | None:
         return Wanted(self.text(table, name, place), self.found.line(*place, name)) if name in table else None
+
+    def _drop(self, table: dict[str, Any], spot: Place) -> Drop | None:
+        if MAX_DROP not in table:
+            return None
+        inner = table[MAX_DROP]
+        if not isinstance(inner, dict):
+            raise self.slip(f"{MAX_DROP} is a table", *spot, hint=f"write {MAX_DROP} = {EXAMPLE}")
+        self.check(inner, DROP, spot)
+        for key in DROP:
+            if key.kind is Kind.TEXT:
+                self.text(inner, key.name, spot)
+        size = inner.get("batch-size")
+        number = int(self._number(size, Kind.COUNT, (*spot, "batch-size"))) if size is not None else None
+        return self._understood(lambda it: drop_of(it, self.found.line(*spot), number), inner, spot)
 
     def _pattern(self, table: dict[str, Any], place: Place) -> Wanted | None:
         wanted = self._wanted(table, "min-nm", place)
@@ -191,8 +209,8 @@ class _Reading:
             raise self.slip(f"{value!r} is not a {kind}", *spot, hint="write 1000000 or '1M'")
         return self._understood(self.words.size, str(value), spot)
 
-    def _understood(self, parse: Callable[[str], Understood], text: str, spot: Place) -> Understood:
+    def _understood(self, parse: Callable[[Said], Understood], said: Said, spot: Place) -> Understood:
         try:
-            return parse(text)
+            return parse(said)
         except UsageError as error:
             raise self.slip(error.message, *spot, hint=error.hint) from error

@@ -6,7 +6,7 @@ import json
 from importlib import resources
 from typing import Any
 
-from prunectl.gating.keys import BUDGET, LAYER, LEVELS, TOP, Key, Kind
+from prunectl.gating.keys import BUDGET, DROP, LAYER, LEVELS, TOP, Key, Kind
 
 FILE = "budgets.schema.json"
 _SIZE = r"^\d+(\.\d+)?\s*([kKmMgGtT]?i?[bB]?)$"
@@ -29,13 +29,16 @@ _TYPES: dict[Kind, Any] = {
     Kind.GROWTH: {
         "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": f"{_SIZE}|{_RATIO}"}],
     },
+    Kind.DROP: {
+        "anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": r"^(\d+(\.\d+)?|\.\d+)\s*(pp)?$"}],
+    },
     Kind.PATTERN: {"type": "string", "pattern": r"^[1-9]\d*:[1-9]\d*$"},
 }
 
 
 def schema() -> dict[str, Any]:
     """Return the schema of `prunectl.toml`, and of `[tool.prunectl]`."""
-    whole = _table(TOP, {"budget": _table(BUDGET, {"layer": _table(LAYER, {})})})
+    whole = _table(TOP, {"budget": _table(BUDGET, {"layer": _table(LAYER, {}), "max-drop": _table(DROP, {})})})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Budgets of prunectl", **whole}
 
 
@@ -62,6 +65,9 @@ def _table(keys: tuple[Key, ...], inner: dict[str, Any]) -> dict[str, Any]:
 def _type(key: Key, inner: dict[str, Any]) -> dict[str, Any]:
     if key.kind is Kind.TABLES:
         return {"type": "array", "items": inner[key.name]}
+    if key.kind is Kind.TABLE:
+        table: dict[str, Any] = inner[key.name]
+        return table
     if key.kind is Kind.CHOICE:
         return {"enum": list(key.choices)}
     plain: dict[str, Any] = _TYPES[key.kind]

@@ -8,6 +8,7 @@ from typing import Any
 
 from prunectl.errors import PrunectlError
 from prunectl.measuring.gates import Gate
+from prunectl.measuring.shading import Shading
 from prunectl.reporting.table import Table
 
 
@@ -57,6 +58,8 @@ class Report:
     """What `--quiet` prints instead of everything else."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """What `--json` says beside the models."""
+    masks: Mapping[str, tuple[Shading, ...]] = field(default_factory=dict)
+    """Where the zeros of each model are, by its path: what a page shows."""
 
     @property
     def exit_code(self) -> int:

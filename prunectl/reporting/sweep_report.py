@@ -5,19 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from prunectl.errors import PrunectlError
-from prunectl.reporting.curve_plot import in_dots
 from prunectl.reporting.report import Artifact, Failure, Report, Section
+from prunectl.reporting.sweep_plot import plot
 from prunectl.reporting.table import Cell, Column, Table, Unit
-from prunectl.reporting.words import count, nbytes
+from prunectl.reporting.words import count, nbytes, percent
+from prunectl.sweeping.combined import UNSTRUCTURED, fixed, left_out, ways
 from prunectl.sweeping.front import front
-from prunectl.sweeping.limit import drop, is_share
-from prunectl.sweeping.point import BASE, Outcome, Point
+from prunectl.sweeping.limit import drop
+from prunectl.sweeping.point import BASE, Outcome, Point, Way
 from prunectl.sweeping.sweep import Swept
 from prunectl.sweeping.versus import Versus, versus
-from prunectl.training.better import is_higher_better
-
-_COLUMNS, _ROWS = 60, 12
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+from prunectl.training.judging.drop import amount
 
 
 def sweep_report(found: Swept, model: str) -> Report:
@@ -25,7 +23,12 @@ def sweep_report(found: Swept, model: str) -> Report:
     best = front(found.outcomes)
     table = Table("points", _columns(found), tuple(_row(found, point, best) for point in found.outcomes))
     notes = dict.fromkeys(note for outcome in found.outcomes.values() for note in outcome.notes)
-    remarks = (*notes, *_judged_by(found), *(_compared(one, found) for one in versus(found.choices, found.outcomes)))
+    remarks = (
+        *notes,
+        *_judged_by(found),
+        *_shapes(found),
+        *(_compared(one, found) for one in versus(found.choices, found.outcomes)),
+    )
     made = [(str(found.folder / outcome.path), outcome) for outcome in found.outcomes.values() if outcome.path]
     metric = found.base.metric
     return Report(
@@ -38,7 +41,7 @@ def sweep_report(found: Swept, model: str) -> Report:
                 if found.max_drop is not None
                 else []
             ),
-            *([Section(f"{metric} over gzip size", tables=(_plot(found, best),))] if made else []),
+            *([Section(f"{metric} over gzip size", tables=(plot(found, best),))] if made else []),
         ),
         failures=tuple(Failure(point.name, error) for point, error in found.failed.items()),
         artifacts=tuple(Artifact(path, outcome.raw) for path, outcome in made),
@@ -54,11 +57,26 @@ def told(point: Point, found: Outcome | PrunectlError) -> str:
     return f"{point.name}: {found.metric} {found.value:.4g}, gzip {nbytes(found.gzip)}"
 
 
+def _has(found: Swept) -> tuple[bool, bool]:
+    """Whether there are patterns to tell apart, and parameters."""
+    return found.choices.patterns != (UNSTRUCTURED,), bool(found.choices.params)
+
+
+def _named(found: Swept, way: Way) -> tuple[Cell, ...]:
+    has_patterns, has_params = _has(found)
+    pattern = way.pattern or (UNSTRUCTURED if way != BASE.way else "")
+    more = (*([pattern] if has_patterns else []), *([way.params] if has_params else []))
+    return (way.strategy or "as it is", way.scope, way.schedule, *more)
+
+
 def _columns(found: Swept) -> tuple[Column, ...]:
+    has_patterns, has_params = _has(found)
     return (
         Column("strategy"),
         Column("scope"),
         Column("schedule", is_optional=True),
+        *([Column("pattern")] if has_patterns else []),
+        *([Column("parameters")] if has_params else []),
         Column("asked", Unit.RATIO),
         Column("sparsity", Unit.RATIO, is_optional=True),
         Column(found.base.metric, Unit.NUMBER),
@@ -72,9 +90,7 @@ def _columns(found: Swept) -> tuple[Column, ...]:
 def _row(found: Swept, point: Point, best: list[Point]) -> tuple[Cell, ...]:
     outcome = found.outcomes[point]
     return (
-        point.strategy or "as it is",
-        point.scope,
-        point.schedule,
+        *_named(found, point.way),
         point.sparsity if point != BASE else None,
         outcome.sparsity,
         outcome.value,
@@ -93,9 +109,9 @@ def _file(found: Swept, point: Point) -> str:
 def _held(found: Swept) -> Table:
     """Return the largest sparsity of each way that keeps within the drop."""
     rows: list[tuple[Cell, ...]] = []
-    for (strategy, scope, schedule), point in found.best.items():
-        row = _row(found, point, []) if point is not None else (strategy, scope, schedule, *[None] * 5, "", "none")
-        rows.append((*row[:8], row[9]))
+    for way, point in found.best.items():
+        row = _row(found, point, []) if point is not None else (*_named(found, way), *[None] * 5, "", "none")
+        rows.append((*row[:-2], row[-1]))
     columns = [column for column in _columns(found) if column.name != "front"]
     return Table("within", tuple(columns), tuple(rows))
 
@@ -103,14 +119,16 @@ def _held(found: Swept) -> Table:
 def _held_json(found: Swept) -> list[dict[str, Any]]:
     return [
         {
-            "strategy": strategy,
-            "scope": scope,
-            "schedule": schedule or None,
+            "strategy": way.strategy,
+            "scope": way.scope,
+            "schedule": way.schedule or None,
+            "pattern": way.pattern or UNSTRUCTURED,
+            "params": way.params or None,
             "limit": found.max_drop.amount if found.max_drop is not None else None,
             "sparsity": point.sparsity if point is not None else None,
             "path": _file(found, point) if point is not None else None,
         }
-        for (strategy, scope, schedule), point in found.best.items()
+        for way, point in found.best.items()
     ]
 
 
@@ -124,6 +142,8 @@ def _json(found: Swept, point: Point, best: list[Point], model: str) -> dict[str
             "strategy": point.strategy or None,
             "scope": point.scope or None,
             "schedule": point.schedule or None,
+            "pattern": point.pattern or (UNSTRUCTURED if point != BASE else None),
+            "params": point.params or None,
             "sparsity": point.sparsity,
             "metric": outcome.metric,
             "value": outcome.value,
@@ -139,6 +159,21 @@ def _judged_by(found: Swept) -> tuple[str, ...]:
     if choices.val or choices.val_split:
         return ()
     return (f"Judged by {choices.data} itself: say --val or --val-split to know what holds on other data.",)
+
+
+def _shapes(found: Swept) -> tuple[str, ...]:
+    """Say which patterns decide the sparsity by themselves, and what was left out."""
+    fixed_by = {way.pattern: fixed(way.pattern) for way in ways(found.choices)}
+    decided = (
+        f"{pattern} decides the sparsity by itself: it is tried at {percent(share)} alone."
+        for pattern, share in fixed_by.items()
+        if share is not None
+    )
+    reasons: dict[str, list[str]] = {}
+    for way, reason in left_out(found.choices).items():
+        reasons.setdefault(reason, []).append(" ".join(filter(None, way)))
+    left = (f"Left out: {', '.join(names)}: {reason}." for reason, names in reasons.items())
+    return (*decided, *left)
 
 
 def _limit(found: Swept) -> str:
@@ -165,35 +200,4 @@ def _compared(one: Versus, found: Swept) -> str:
 
 def _amount(found: Swept, value: float) -> str:
     """Return a difference: in percentage points where the metric is a share."""
-    return f"{100 * value:.3g} pp" if is_share(found.base) else f"{value:.4g}"
-
-
-def _plot(found: Swept, best: list[Point]) -> Table:
-    """Return the points as letters, a letter for each way, above the steps of the front."""
-    outcomes = found.outcomes
-    ways = list(dict.fromkeys(point.way for point in outcomes if point != BASE))
-    sizes = [outcome.gzip for outcome in outcomes.values()]
-    values = [outcome.value for outcome in outcomes.values()]
-    left, wide = min(sizes), max(max(sizes) - min(sizes), 1)
-    low, high = min(values), max(values)
-    tall = high - low or 1.0
-    is_up = is_higher_better(found.base.metric)
-    steps: list[float] = []
-    for x in range(2 * _COLUMNS):
-        size = left + x / (2 * _COLUMNS - 1) * wide
-        reached = [outcomes[point].value for point in best if outcomes[point].gzip <= size]
-        at = (max(reached) if is_up else min(reached)) if reached else (low if is_up else high)
-        steps.append((at - low) / tall)
-    grid = [list(line.ljust(_COLUMNS, "\u2800")) for line in in_dots(steps, _COLUMNS, _ROWS)]
-    for point, outcome in reversed(outcomes.items()):
-        column = round((outcome.gzip - left) / wide * (_COLUMNS - 1))
-        row = round((high - outcome.value) / tall * (_ROWS - 1))
-        letter = "=" if point == BASE else _LETTERS[ways.index(point.way) % len(_LETTERS)]
-        grid[row][column] = letter.upper() if point in best else letter
-    marks = [f"{high:.4g}", *[""] * (_ROWS - 2), f"{low:.4g}"]
-    ends = [nbytes(size) for size in (left, left + wide)]
-    names = [f"{_LETTERS[at % len(_LETTERS)]} {' '.join(filter(None, way))}" for at, way in enumerate(ways)]
-    rows: list[tuple[Cell, ...]] = [(mark, "".join(line)) for mark, line in zip(marks, grid, strict=True)]
-    rows.append(("gzip", f"{ends[0]}{ends[1]:>{_COLUMNS - len(ends[0])}}"))
-    rows += [("", name) for name in (*names, "= as it is", "capitals: no other is as good and smaller")]
-    return Table("plot", (Column(found.base.metric), Column("")), tuple(rows))
+    return amount(found.base.metric, found.base.value, value)

@@ -16,6 +16,9 @@ class Choices:
     val_split: float = 0.0
     strategies: tuple[str, ...] = ("magnitude",)
     scopes: tuple[str, ...] = ("layer",)
+    patterns: tuple[str, ...] = ("unstructured",)
+    params: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Parameters of strategies that have them, each with the values to try."""
     sparsities: tuple[float, ...] = ()
     schedules: tuple[str, ...] = ("constant",)
     epochs: int = 0
@@ -44,7 +47,9 @@ class Choices:
     @classmethod
     def of_json(cls, said: dict[str, Any]) -> Choices:
         """Return the choices that were noted."""
-        found: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in said.items()
-        }
+        found: dict[str, Any] = {name: _frozen(value) for name, value in said.items()}
         return cls(**found)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from prunectl.sweeping.choices import Choices
+from prunectl.sweeping.combined import fixed, grid, ways
 from prunectl.sweeping.limit import drop
-from prunectl.sweeping.point import BASE, Outcome, Point, Way, grid, ways
+from prunectl.sweeping.point import BASE, Outcome, Point, Way
 
 _STEP, _DIGITS = 0.01, 2
 """How closely a sparsity is searched for."""
@@ -41,11 +42,11 @@ def wanted(
     if max_drop is None or BASE in asked:
         return asked
     for way in ways(choices):
-        if any(point.way == way for point in (*asked, *failed)):
+        if fixed(way.pattern) is not None or any(point.way == way for point in (*asked, *failed)):
             continue
         found = bracket(way, done, max_drop)
         if not found.is_closed:
-            asked.append(Point(*way, found.middle))
+            asked.append(way.at(found.middle))
     return asked
 
 

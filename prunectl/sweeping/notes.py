@@ -8,12 +8,11 @@ import os
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from prunectl.errors import InputError, UsageError
-from prunectl.sweeping.choices import Choices
 from prunectl.sweeping.point import BASE, Outcome, Point
 
 FILE = "sweep.jsonl"
@@ -34,12 +33,12 @@ class Notes:
 
     def add(self, point: Point, outcome: Outcome) -> None:
         """Note a point, on the disk before this returns."""
-        _write(self.fd, {"point": _point_json(point), "outcome": outcome.as_json})
+        _write(self.fd, {"point": asdict(point), "outcome": outcome.as_json})
         self.done[point] = outcome
 
 
 @contextmanager
-def opened(folder: Path, choices: Choices, sha256: str, threads: int) -> Generator[Notes]:
+def opened(folder: Path, choices: dict[str, Any], sha256: str, threads: int) -> Generator[Notes]:
     """Yield the notes in a folder, which is made if it is not there; refuse those of another sweep."""
     if not folder.parent.is_dir():
         raise UsageError(f"{folder.parent} is not a folder", hint=f"mkdir -p {folder.parent}")
@@ -50,7 +49,7 @@ def opened(folder: Path, choices: Choices, sha256: str, threads: int) -> Generat
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
     try:
         _lock(fd, folder)
-        yield _read(fd, path, {"schema": _SCHEMA, "sha256": sha256, "choices": choices.as_json}, threads)
+        yield _read(fd, path, {"schema": _SCHEMA, "sha256": sha256, "choices": choices}, threads)
     finally:
         os.close(fd)
 
@@ -106,11 +105,6 @@ def _compare(noted: dict[str, Any], head: dict[str, Any], folder: Path) -> NoRet
 
 def _said(value: Any) -> str:
     return (", ".join(map(str, value)) if isinstance(value, list) else str(value)) or "nothing"
-
-
-def _point_json(point: Point) -> dict[str, Any]:
-    strategy, scope, schedule = point.way
-    return {"strategy": strategy, "scope": scope, "schedule": schedule, "sparsity": point.sparsity}
 
 
 def _write(fd: int, line: dict[str, Any]) -> None:

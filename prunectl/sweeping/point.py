@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from prunectl.sweeping.choices import Choices
 
-Way = tuple[str, str, str]
-"""A strategy, a scope and a schedule: what a sparsity is reached by."""
+class Way(NamedTuple):
+    """What a sparsity is reached by."""
+
+    strategy: str
+    scope: str
+    schedule: str = ""
+    """Empty where nothing is trained."""
+    pattern: str = ""
+    """Empty for single weights."""
+    params: str = ""
+    """Of the strategy, with commas."""
+
+    def at(self, sparsity: float) -> Point:
+        """Return the point at a sparsity."""
+        return Point(self.strategy, self.scope, self.schedule, sparsity, self.pattern, self.params)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,17 +33,19 @@ class Point:
     schedule: str
     """Empty where nothing is trained."""
     sparsity: float
+    pattern: str = ""
+    params: str = ""
 
     @property
     def way(self) -> Way:
         """What the sparsity is reached by."""
-        return self.strategy, self.scope, self.schedule
+        return Way(self.strategy, self.scope, self.schedule, self.pattern, self.params)
 
     @property
     def name(self) -> str:
         """The folder of the point."""
-        words = (self.strategy, self.scope, self.schedule, f"{100 * self.sparsity:.4g}")
-        return "-".join(quote(word, safe=":") for word in words if word) if self != BASE else "base"
+        words = (*self.way, f"{100 * self.sparsity:.4g}")
+        return "-".join(quote(word, safe=":=,") for word in words if word) if self != BASE else "base"
 
 
 BASE = Point("", "", "", 0.0)
@@ -64,14 +77,3 @@ class Outcome:
     def of_json(cls, said: dict[str, Any]) -> Outcome:
         """Return the outcome that was noted."""
         return cls(**{**said, "notes": tuple(said["notes"])})
-
-
-def ways(choices: Choices) -> list[Way]:
-    """Return every way in which a sparsity is to be reached."""
-    schedules = choices.schedules if choices.epochs else ("",)
-    return list(product(choices.strategies, choices.scopes, schedules))
-
-
-def grid(choices: Choices) -> list[Point]:
-    """Return the points that are asked for, the model as it is before them."""
-    return [BASE, *(Point(*way, sparsity) for way in ways(choices) for sparsity in choices.sparsities)]

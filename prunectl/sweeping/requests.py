@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from prunectl.channels.cutting import cutting_of
 from prunectl.errors import UsageError
 from prunectl.plugins import find
 from prunectl.pruning import request as pruning
 from prunectl.pruning.curves import CURVES
-from prunectl.pruning.plan import Scope
 from prunectl.pruning.request import Request as Pruning
-from prunectl.pruning.strategies import Needs
 from prunectl.sweeping.choices import Choices
-from prunectl.sweeping.point import BASE, Point, grid, ways
+from prunectl.sweeping.point import BASE, Point
+from prunectl.sweeping.pruned import CHANNELS, looks
 from prunectl.training.evidence import WATCHED
 from prunectl.training.network import Means, Origin
 from prunectl.training.request import Ramping
@@ -22,19 +24,17 @@ AT_ONCE = "constant"
 
 def pruning_of(choices: Choices, point: Point) -> Pruning:
     """Return what `prune` is asked for."""
-    looks = looks_at_data(point)
-    return Pruning(
-        sparsity=point.sparsity,
-        strategy=point.strategy,
-        scope=point.scope,
+    does_look = looks_at_data(point)
+    return replace(
+        _plain(point),
         policy=choices.policy,
         only=choices.only,
         exclude=choices.exclude,
         seed=choices.seed,
-        data=choices.data if looks else "",
-        samples=choices.samples if looks else pruning.SAMPLES,
-        batch_size=choices.batch_size if looks else pruning.BATCH_SIZE,
-        loss=choices.loss if looks else "",
+        data=choices.data if does_look else "",
+        samples=choices.samples if does_look else pruning.SAMPLES,
+        batch_size=choices.batch_size if does_look else pruning.BATCH_SIZE,
+        loss=choices.loss if does_look else "",
         model=choices.model,
         custom_objects=choices.custom_objects,
     )
@@ -42,7 +42,7 @@ def pruning_of(choices: Choices, point: Point) -> Pruning:
 
 def training_of(choices: Choices, point: Point) -> Training:
     """Return what `finetune` is asked for; what was pruned before keeps its zeros."""
-    is_pruned = point == BASE or looks_at_data(point)
+    is_pruned = point == BASE or is_pruned_before(point)
     asked = Pruning(seed=choices.seed) if is_pruned else pruning_of(choices, point)
     return Training(
         data=choices.data,
@@ -65,32 +65,26 @@ def training_of(choices: Choices, point: Point) -> Training:
 
 def looks_at_data(point: Point) -> bool:
     """Whether weights go by what data does in the model before there is any training."""
-    if point == BASE or (point.schedule not in {"", AT_ONCE} and point.strategy in WATCHED):
+    if point == BASE or _is_watching(point):
         return False
-    needs = pruning.method_of(Pruning(strategy=point.strategy)).strategy.needs
-    return needs not in {Needs.NOTHING, Needs.TRAINING}
+    return looks(_plain(point))
 
 
-def check(choices: Choices) -> None:
-    """Refuse what contradicts itself, before a file is opened."""
-    if choices.val and choices.val_split:
-        raise UsageError("--val and --val-split exclude each other")
-    if choices.schedules != (AT_ONCE,) and not choices.epochs:
-        raise UsageError("a schedule needs training", hint="add --epochs 3, or leave out --schedules")
-    for scope in choices.scopes:
-        if scope not in set(Scope):
-            raise UsageError(f"no scope is called {scope}", hint=f"known: {', '.join(Scope)}")
-    for way in ways(choices):
-        _check_way(choices, Point(*way, 0.5))
-    for point in grid(choices)[1:]:
-        if not 0 <= point.sparsity < 1:
-            raise UsageError(f"a sparsity is a share from 0 up to 1, not {point.sparsity:g}", hint="write 0.8 or 80%")
+def is_pruned_before(point: Point) -> bool:
+    """Whether it is pruned before there is any training, by other means than those of training."""
+    return point.pattern == CHANNELS or looks_at_data(point)
 
 
-def _check_way(choices: Choices, point: Point) -> None:
+def check_way(choices: Choices, point: Point) -> None:
+    """Refuse a way that contradicts itself."""
     trains = bool(choices.epochs)
     if trains:
         find("schedule", point.schedule, CURVES)
+    if point.pattern == CHANNELS:
+        if trains and point.schedule != AT_ONCE:
+            raise UsageError(f"channels are cut before training: they have no schedule {point.schedule}")
+        check_cut(pruning_of(choices, point))
+        return
     if trains and looks_at_data(point) and point.schedule != AT_ONCE:
         raise UsageError(
             f"the strategy {point.strategy} prunes once, before training: it has no schedule {point.schedule}",
@@ -106,3 +100,31 @@ def _check_way(choices: Choices, point: Point) -> None:
         )
     else:
         pruning.check_shape(asked)
+
+
+def check_cut(asked: Pruning) -> None:
+    """Refuse channels of what could not be judged once they are cut."""
+    cutting_of(asked)
+    if asked.model:
+        raise UsageError(
+            "weights alone that lost channels fit no class but their own, so that they cannot be judged",
+            hint="search the same network as ONNX, which prunectl export writes",
+        )
+
+
+def _is_watching(point: Point) -> bool:
+    is_later = point.schedule not in {"", AT_ONCE}
+    return point.pattern != CHANNELS and is_later and point.strategy in WATCHED
+
+
+def _plain(point: Point) -> Pruning:
+    """Return how weights are ranked, and how much of them goes."""
+    return Pruning(
+        sparsity=point.sparsity,
+        strategy=point.strategy,
+        params=tuple(filter(None, point.params.split(","))),
+        scope=point.scope,
+        pattern=point.pattern,
+        # Asked before it is known whether there is a need for any.
+        data="any",
+    )

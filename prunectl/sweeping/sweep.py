@@ -12,14 +12,18 @@ from pathlib import Path
 from prunectl.errors import PrunectlError
 from prunectl.formats.table import open_model
 from prunectl.measuring import archive
+from prunectl.sweeping.answer import job_of
+from prunectl.sweeping.checked import check
 from prunectl.sweeping.choices import Choices
-from prunectl.sweeping.crew import Crew, share
-from prunectl.sweeping.limit import MaxDrop
+from prunectl.sweeping.combined import ways
+from prunectl.sweeping.crew import Crew, hands
+from prunectl.sweeping.crew import check as check_place
 from prunectl.sweeping.limit import check as check_limit
 from prunectl.sweeping.next import bracket, wanted
 from prunectl.sweeping.notes import Notes, opened
-from prunectl.sweeping.point import BASE, Outcome, Point, Way, ways
-from prunectl.sweeping.requests import check
+from prunectl.sweeping.point import BASE, Outcome, Point, Way
+from prunectl.sweeping.threads import share
+from prunectl.training.judging.drop import MaxDrop
 
 Watcher = Callable[[Point, Outcome | PrunectlError], None]
 """Told each point when it is made."""
@@ -47,7 +51,7 @@ class Swept:
         if self.max_drop is None:
             return {}
         holds = {way: bracket(way, self.outcomes, self.max_drop.amount).holds for way in ways(self.choices)}
-        return {way: Point(*way, sparsity) if sparsity else None for way, sparsity in holds.items()}
+        return {way: way.at(sparsity) if sparsity else None for way, sparsity in holds.items()}
 
 
 def sweep(
@@ -56,16 +60,18 @@ def sweep(
     folder: Path,
     *,
     jobs: int = 1,
+    place: str = "",
     max_drop: MaxDrop | None = None,
     watcher: Watcher = lambda *_: None,
 ) -> Swept:
-    """Make every point that is not made yet, and return all that were asked for."""
+    """Make every point that is not made yet, and return all that were asked for; the place is that of its workers."""
     check(choices)
-    model = open_model(path)
+    check_place(place)
+    model, job = open_model(path), job_of(path, choices, folder)
     failed: dict[Point, PrunectlError] = {}
     with (
-        opened(folder, choices, archive.sha256(model), share(jobs)) as notes,
-        closing(Crew(path, choices, folder, jobs=jobs, threads=notes.threads, lock=notes.fd)) as crew,
+        opened(folder, choices.as_json, archive.sha256(model), share(jobs)) as notes,
+        closing(Crew(hands(place, job, jobs=jobs, threads=notes.threads, lock=notes.fd))) as crew,
     ):
         if BASE not in notes.done:
             _note_base(crew.attempt(BASE), notes)

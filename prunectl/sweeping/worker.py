@@ -10,14 +10,8 @@ import os
 import queue
 import sys
 import threading
-import traceback
-from pathlib import Path
-from typing import Any
 
-from prunectl.errors import PrunectlError, translate
-from prunectl.sweeping.choices import Choices
-from prunectl.sweeping.point import Point
-from prunectl.sweeping.trial import attempt
+from prunectl.sweeping.answer import answer
 
 _GONE = 1
 
@@ -30,10 +24,8 @@ def main() -> None:
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(lines,), daemon=True).start()
     job = json.loads(lines.get())
-    path, folder, choices = Path(job["model"]), Path(job["folder"]), Choices.of_json(job["choices"])
     while True:
-        point = Point(**json.loads(lines.get()))
-        answers.write(json.dumps(_answer(path, choices, folder, point)) + "\n")
+        answers.write(json.dumps(answer(job, json.loads(lines.get()))) + "\n")
         answers.flush()
 
 
@@ -42,18 +34,6 @@ def _listen(lines: queue.SimpleQueue[str]) -> None:
     for line in sys.stdin:
         lines.put(line)
     os._exit(_GONE)
-
-
-def _answer(path: Path, choices: Choices, folder: Path, point: Point) -> dict[str, Any]:
-    try:
-        return {"outcome": attempt(path, choices, folder, point).as_json}
-    except Exception as error:  # noqa: BLE001 - the other points can do without this one
-        known = error if isinstance(error, PrunectlError) else translate(error)
-        if known is None:
-            traceback.print_exception(error)
-            return {"bug": f"{type(error).__name__}: {error}"}
-        said = {"message": known.message, "hint": known.hint, "did_you_mean": list(known.did_you_mean)}
-        return {"error": {"kind": known.kind, **said}}
 
 
 if __name__ == "__main__":

@@ -123,6 +123,7 @@ def test_nothing_is_fetched_and_only_its_own_style_and_script_are_allowed(tmp_pa
         "default-src": "'none'",
         "style-src": sha256(style.text),
         "script-src": sha256(script.text),
+        "img-src": "data:",
         "base-uri": "'none'",
         "form-action": "'none'",
     }

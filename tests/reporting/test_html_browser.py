@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from prunectl.api import inspect
+from prunectl.api import inspect, prune
 from tests.reporting.test_html import written
 from tests.running import FIXTURES
 
@@ -85,7 +85,8 @@ class Browser:
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 def test_a_browser_sorts_and_filters_without_an_error_or_a_request(tmp_path: Path) -> None:
     place = tmp_path / "page.html"
-    written("inspect", FIXTURES / "digits_cnn.h5", "--html", place)
+    prune(FIXTURES / "digits_cnn.h5", tmp_path / "sparse.h5", sparsity=0.5)
+    written("inspect", tmp_path / "sparse.h5", "--html", place)
     first = (
         "[...document.querySelectorAll('#t1 tbody tr')].filter(row => !row.hidden).map(row => row.cells[0].textContent)"
     )
@@ -107,10 +108,12 @@ def test_a_browser_sorts_and_filters_without_an_error_or_a_request(tmp_path: Pat
         assert sorted(browser.value(first)) == sorted(name for name in expected if "bias" in name)
         assert browser.value("document.querySelector('output').textContent") == "4 of 9 rows"
         assert browser.value("getComputedStyle(document.querySelector('main button')).cursor") == "pointer"
+        drawn = "[...document.images].map(image => image.complete && image.naturalWidth > 0)"
+        assert browser.value(drawn) == [True] * 4
         # What the page was not to do is seen by trying it.
         assert not browser.events("Log.entryAdded")
         assert not browser.events("Runtime.exceptionThrown")
         requests = [event["request"]["url"] for event in browser.events("Network.requestWillBeSent")]
-        assert requests == [place.as_uri()]
+        assert [url for url in requests if not url.startswith("data:image/png;")] == [place.as_uri()]
     finally:
         browser.close()

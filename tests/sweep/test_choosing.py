@@ -8,18 +8,20 @@ import numpy as np
 import pytest
 
 from prunectl.errors import UsageError
+from prunectl.sweeping.checked import check as check_choices
 from prunectl.sweeping.choices import Choices
+from prunectl.sweeping.combined import grid
 from prunectl.sweeping.front import front
-from prunectl.sweeping.limit import MaxDrop, check, drop
+from prunectl.sweeping.limit import check, drop
 from prunectl.sweeping.next import bracket, wanted
-from prunectl.sweeping.point import BASE, Outcome, Point, grid
-from prunectl.sweeping.requests import check as check_choices
+from prunectl.sweeping.point import BASE, Outcome, Point, Way
 from prunectl.sweeping.requests import pruning_of, training_of
-from prunectl.sweeping.scores import scored
 from prunectl.sweeping.versus import versus
 from prunectl.training.data.source import Batch
+from prunectl.training.judging.drop import MaxDrop
+from prunectl.training.judging.scores import scored
 
-WAY = ("magnitude", "layer", "")
+WAY = Way("magnitude", "layer")
 ONE_WAY = Choices(data="d.npz")
 
 
@@ -70,9 +72,9 @@ def test_points_of_the_grid_are_remembered_by_the_search() -> None:
 
 def test_a_point_that_failed_is_not_asked_for_again() -> None:
     choices = replace(ONE_WAY, sparsities=(0.5, 0.8))
-    failed = [Point(*WAY, 0.5)]
-    assert wanted(choices, {BASE: worth(0.9)}, failed, 0.01) == [Point(*WAY, 0.8)]
-    assert wanted(choices, {BASE: worth(0.9), Point(*WAY, 0.8): worth(0.9)}, failed, 0.01) == []
+    failed = [WAY.at(0.5)]
+    assert wanted(choices, {BASE: worth(0.9)}, failed, 0.01) == [WAY.at(0.8)]
+    assert wanted(choices, {BASE: worth(0.9), WAY.at(0.8): worth(0.9)}, failed, 0.01) == []
 
 
 def test_a_drop_of_just_so_much_is_within_the_limit() -> None:

@@ -14,6 +14,10 @@ def number(value: float, unit: Metric, units: Units = Units.SI) -> str:
         return f"-{percent(-value)}" if value < 0 else percent(value)
     if unit is Metric.BYTES:
         return f"-{nbytes(-int(value), units)}" if value < 0 else nbytes(int(value), units)
+    if unit is Metric.POINTS:
+        return f"{100 * value:.3g} pp"
+    if unit is Metric.NUMBER:
+        return f"{value:.4g}"
     return count(int(value))
 
 
@@ -28,6 +32,10 @@ def pair(found: Finding, units: Units = Units.SI) -> tuple[str, str]:
     if actual == limit and found.actual != found.limit:
         if found.unit is Metric.BYTES:
             return f"{count(int(found.actual))} B", f"{count(int(found.limit))} B"
+        if found.unit is Metric.POINTS:
+            return f"{100 * found.actual:.7g} pp", f"{100 * found.limit:.7g} pp"
+        if found.unit is Metric.NUMBER:
+            return f"{found.actual:.9g}", f"{found.limit:.9g}"
         return f"{found.actual:.6%}", f"{found.limit:.6%}"
     return actual, limit
 

@@ -9,8 +9,10 @@ from itertools import count as numbers
 
 from prunectl import __version__
 from prunectl.measuring.gates import Gate
+from prunectl.measuring.shading import Shading
 from prunectl.reporting.html.bars import bars
 from prunectl.reporting.html.curves import curves
+from prunectl.reporting.html.masks import masks
 from prunectl.reporting.html.pareto import pareto
 from prunectl.reporting.html.script import SCRIPT
 from prunectl.reporting.html.style import STYLE
@@ -31,7 +33,8 @@ def page(report: Report, command: str, units: Units) -> str:
     """Return a report as a whole file."""
     title = f"prunectl {command}"
     rules = (
-        f"default-src 'none'; style-src {_hash(STYLE)}; script-src {_hash(SCRIPT)}; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; style-src {_hash(STYLE)}; script-src {_hash(SCRIPT)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
     )
     head = (
         f'<meta charset="utf-8">{MARK}<meta http-equiv="Content-Security-Policy" content="{rules}">'
@@ -99,12 +102,18 @@ def _section(section: Section, units: Units, number: Iterable[int], *, has_plot:
 
 
 def _models(report: Report, units: Units) -> str:
-    return "".join(_model(model, units) for model in report.models if model.get("layers"))
+    return "".join(
+        _model(model, report.masks.get(str(model["path"]), ()), units) for model in report.models if model.get("layers")
+    )
 
 
-def _model(model: dict[str, object], units: Units) -> str:
+def _model(model: dict[str, object], found: Sequence[Shading], units: Units) -> str:
     layers = model["layers"]
     assert isinstance(layers, list)
-    parts = (("where the bytes lie", treemap(layers, units)), ("sparsity by tensor", bars(layers)))
+    parts = (
+        ("where the bytes lie", treemap(layers, units)),
+        ("sparsity by tensor", bars(layers)),
+        ("where the zeros are", masks(found)),
+    )
     pictures = "".join(f"<h3>{title}</h3>{picture}" for title, picture in parts if picture)
     return f"<section>{tag('h2', safe(str(model['path'])))}{pictures}</section>" if pictures else ""

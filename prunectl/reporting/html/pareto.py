@@ -10,6 +10,7 @@ from prunectl.reporting.html.axes import Scale
 from prunectl.reporting.html.text import safe
 from prunectl.reporting.settings import Units
 from prunectl.reporting.words import nbytes, percent
+from prunectl.sweeping.combined import UNSTRUCTURED
 
 
 def pareto(models: Sequence[dict[str, Any]], units: Units) -> str:
@@ -40,7 +41,8 @@ def _steps(best: Sequence[dict[str, Any]], x: Scale, y: Scale) -> str:
 
 def _dot(model: dict[str, Any], x: Scale, y: Scale, units: Units) -> str:
     point = model["point"]
-    words = [point[key] for key in ("strategy", "scope", "schedule") if point[key]]
+    words = [point[key] for key in ("strategy", "scope", "schedule", "pattern", "params")]
+    words = [word for word in words if word and word != UNSTRUCTURED]
     name = " ".join([*words, percent(point["sparsity"])]) if words else "as it is"
     told = f"{name}: {point['metric']} {point['value']:.4g}, {nbytes(_size(model), units)}"
     kind, radius = ("best", 5) if point["is_front"] else ("dot", 4)

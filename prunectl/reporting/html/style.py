@@ -38,6 +38,9 @@ svg .curve { fill: none; stroke-width: 2 }
 svg .c0 { stroke: #0072b2 } svg .c1 { stroke: #d55e00 } svg .c2 { stroke: #009e73 } svg .c3 { stroke: #cc79a7 }
 svg .c4 { stroke: #56b4e9 } svg .c5 { stroke: #e69f00 }
 svg .cell { fill: var(--bar); stroke: var(--back) }
+.masks { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-end }
+figure { margin: 0; max-width: 18rem } figcaption { font-size: .8rem; color: var(--dim); overflow-wrap: anywhere }
+img { image-rendering: pixelated; border: 1px solid var(--line); max-width: 100% }
 .tall { max-height: 32rem; overflow-y: auto }
 footer { margin-top: 3rem; color: var(--dim) }
 @media print { input, output { display: none } thead th { position: static } }

@@ -1,0 +1,61 @@
+"""Is a model still as good on data as the one that it was made of?"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from prunectl.errors import PrunectlError, attempt
+from prunectl.gating.budget import Budget, Drop
+from prunectl.gating.finding import Finding
+from prunectl.gating.keys import Metric
+from prunectl.gating.limits import judged
+from prunectl.gating.measured import Measured
+from prunectl.training.judging.drop import MaxDrop, check, gain
+from prunectl.training.judging.judge import Judged, judge
+from prunectl.training.network import Means, Origin
+from prunectl.training.request import Request
+
+
+class Quality:
+    """How good models are, each judged once on the same data."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        """Where paths in budgets begin."""
+        self._known: dict[tuple[str, Request], Judged | PrunectlError] = {}
+
+    def keeps(self, found: Measured, *, drop: Drop, budget: Budget) -> Finding:
+        """Return the verdict on how much worse a model is than the other one."""
+        request = self._request(drop)
+        against = os.path.relpath(self._folder / drop.against)
+        before, after = self._judged(against, request), self._judged(found.name, request)
+        limit = drop.limit
+        for bound in (limit.fail, limit.warn):
+            if bound is not None:
+                check(MaxDrop(bound, limit.metric is Metric.POINTS), before.metric, before.value)
+        lost = -gain(before.metric, before.value, after.value) or 0.0
+        note = f"{before.metric} is {before.value:.4g} for {drop.against}, and {after.value:.4g} here, on {drop.data}."
+        return judged(found.name, before.metric, lost, limit, budget=budget.name, message=budget.message, note=note)
+
+    def _judged(self, path: str, request: Request) -> Judged:
+        key = path, request
+        if key not in self._known:
+            self._known[key] = attempt(lambda place: judge(place, request), Path(path))
+        known = self._known[key]
+        if isinstance(known, PrunectlError):
+            raise known
+        return known
+
+    def _request(self, drop: Drop) -> Request:
+        means = Means(metrics=(drop.metric,) if drop.metric else ())
+        origin = Origin(self._place(drop.model), self._place(drop.custom_objects))
+        return replace(Request(self._place(drop.data)), batch_size=drop.batch_size, means=means, origin=origin)
+
+    def _place(self, word: str) -> str:
+        """Return a word that begins with the path of something as it is found from where we are."""
+        path = word.partition("?")[0]
+        file = path.rpartition(":")[0] or path
+        is_path = bool(file) and (self._folder / file).exists()
+        return os.path.join(os.path.relpath(self._folder), word) if is_path else word

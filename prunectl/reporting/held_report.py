@@ -1,0 +1,119 @@
+"""What `--max-drop` says: how much goes, what it costs, and what else was tried."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from prunectl.measuring.survey import Survey
+from prunectl.reporting.before_after import before_after
+from prunectl.reporting.report import Artifact, Report, Section
+from prunectl.reporting.survey_json import survey_json
+from prunectl.reporting.table import Cell, Column, Table, Unit
+from prunectl.reporting.words import count, percent
+from prunectl.sweeping.limit import drop
+from prunectl.sweeping.search import Held
+from prunectl.training.judging.drop import amount
+
+
+def with_held(report: Report, held: Held, judged_by: str, *, does_look: bool) -> Report:
+    """Return the report on pruning at the sparsity that was found, with how it was found."""
+    remarks = (
+        (f"Judged by {judged_by}, which the strategy looks at too: other data may say less.",) if does_look else ()
+    )
+    return replace(
+        report, sections=(_section(held, remarks), *report.sections), more={**report.more, "max_drop": _json(held)}
+    )
+
+
+def held_report(
+    held: Held, surveys: tuple[Survey, Survey], model: str, output: str, remarks: tuple[str, ...]
+) -> Report:
+    """Return the report on a search whose result is one of the models that were tried, with what it was before."""
+    before, after = surveys
+    section = _section(held, (*remarks, f"Next: prunectl size {output}"))
+    return Report(
+        models=(survey_json(before), survey_json(after)),
+        main=_result(held, surveys, output),
+        sections=(Section(f"{model} -> {output}", tables=(before_after(before, after),)), section),
+        artifacts=(Artifact(output, after.bytes.raw),),
+        bare=(),
+        more={"max_drop": _json(held)},
+    )
+
+
+def _section(held: Held, remarks: tuple[str, ...]) -> Section:
+    base, best = held.base, held.outcome
+    lost = amount(base.metric, base.value, drop(best, base))
+    facts = (
+        (base.metric, f"{base.value:.4g} -> {best.value:.4g}, a drop of {lost}; {held.limit.shown} is allowed"),
+        ("tried", f"{count(len(held.tried))} {'sparsity' if len(held.tried) == 1 else 'sparsities'}"),
+    )
+    found = f"The largest sparsity that holds is {percent(held.best.sparsity)}: {base.metric} is {best.value:.4g}."
+    notes = tuple(dict.fromkeys((found, *base.notes, *best.notes)))
+    return Section(f"within a drop of {held.limit.shown}", facts, (_tried(held),), (*notes, *remarks))
+
+
+def _tried(held: Held) -> Table:
+    columns = (
+        Column("asked", Unit.RATIO),
+        Column("sparsity", Unit.RATIO, is_optional=True),
+        Column(held.base.metric, Unit.NUMBER),
+        Column("drop", Unit.NUMBER),
+        Column("gzip", Unit.BYTES),
+        Column("verdict"),
+    )
+    rows: list[tuple[Cell, ...]] = [
+        (
+            point.sparsity,
+            outcome.sparsity,
+            outcome.value,
+            drop(outcome, held.base),
+            outcome.gzip,
+            "holds" if held.is_held(point) else "too much",
+        )
+        for point, outcome in held.tried.items()
+    ]
+    return Table("tried", columns, tuple(rows))
+
+
+def _result(held: Held, surveys: tuple[Survey, Survey], output: str) -> Table:
+    columns = (
+        Column("model"),
+        Column("metric"),
+        Column("before", Unit.NUMBER),
+        Column("after", Unit.NUMBER),
+        Column("asked", Unit.RATIO),
+        Column("sparsity", Unit.RATIO),
+        Column("gzip before", Unit.BYTES),
+        Column("gzip after", Unit.BYTES),
+        Column("tried", Unit.COUNT),
+    )
+    base, best, (before, after) = held.base, held.outcome, surveys
+    row: tuple[Cell, ...] = (
+        *(output, base.metric, base.value, best.value, held.best.sparsity, after.sparsity),
+        *(before.bytes.compressed, after.bytes.compressed, len(held.tried)),
+    )
+    return Table("result", columns, (row,))
+
+
+def _json(held: Held) -> dict[str, Any]:
+    base, best = held.base, held.outcome
+    return {
+        "limit": held.limit.amount,
+        "metric": base.metric,
+        "before": base.value,
+        "after": best.value,
+        "drop": drop(best, base),
+        "sparsity": held.best.sparsity,
+        "tried": [
+            {
+                "sparsity": point.sparsity,
+                "value": outcome.value,
+                "drop": drop(outcome, base),
+                "gzip": outcome.gzip,
+                "is_held": held.is_held(point),
+            }
+            for point, outcome in held.tried.items()
+        ],
+    }

@@ -1,0 +1,97 @@
+"""The largest sparsity that holds a metric, closed in on from both sides; what was tried before is not tried again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prunectl.errors import WorkError
+from prunectl.formats.table import open_model
+from prunectl.measuring import archive
+from prunectl.pruning.output import Output
+from prunectl.sweeping.limit import check as check_limit
+from prunectl.sweeping.limit import drop
+from prunectl.sweeping.next import bracket
+from prunectl.sweeping.notes import opened
+from prunectl.sweeping.point import BASE, Outcome, Point, Way
+from prunectl.sweeping.threads import share
+from prunectl.sweeping.weighing import weighed
+from prunectl.training.judging.drop import MaxDrop, amount
+from prunectl.training.request import Request
+
+Watcher = Callable[[Point, Outcome], None]
+"""Told each sparsity when it was tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What is searched."""
+
+    way: Way
+    limit: MaxDrop
+    judging: Request
+    """By which data and which metric."""
+    make: Callable[[Path, float, Output], None]
+    """Writes a model at a sparsity."""
+    choices: dict[str, Any]
+    """What decides the numbers, noted with what was tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What came of a search."""
+
+    limit: MaxDrop
+    base: Outcome
+    best: Point
+    tried: dict[Point, Outcome]
+    """From low to high sparsity."""
+    folder: Path
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the largest sparsity that holds came to."""
+        return self.tried[self.best]
+
+    @property
+    def path(self) -> Path:
+        """The model at that sparsity, as long as the folder is there."""
+        return self.folder / self.outcome.path
+
+    def is_held(self, point: Point) -> bool:
+        """Whether a sparsity is within the limit."""
+        return drop(self.tried[point], self.base) <= self.limit.amount
+
+
+def search(path: Path, asked: Search, folder: Path, watcher: Watcher) -> Held:
+    """Return the largest sparsity that holds, to a hundredth; each that is tried is kept in a folder."""
+    with opened(folder, asked.choices, archive.sha256(open_model(path)), share(1)) as notes:
+        if BASE not in notes.done:
+            notes.add(BASE, weighed(path, asked.judging, ""))
+        base = notes.done[BASE]
+        check_limit(asked.limit, base)
+        while not (found := bracket(asked.way, notes.done, asked.limit.amount)).is_closed:
+            point = asked.way.at(found.middle)
+            place = folder / point.name
+            place.mkdir(exist_ok=True)
+            output = Output(place / f"model{''.join(path.suffixes[-1:])}", is_forced=True)
+            asked.make(path, point.sparsity, output)
+            outcome = weighed(output.target, asked.judging, output.target.relative_to(folder).as_posix())
+            notes.add(point, outcome)
+            watcher(point, outcome)
+        tried = {point: notes.done[point] for point in sorted(notes.done.keys() - {BASE}, key=lambda it: it.sparsity)}
+    if not found.holds:
+        raise _out_of_reach(tried, base, asked.limit)
+    return Held(asked.limit, base, asked.way.at(found.holds), tried, folder)
+
+
+def _out_of_reach(tried: dict[Point, Outcome], base: Outcome, limit: MaxDrop) -> WorkError:
+    point, outcome = next(iter(tried.items()))
+    lost = amount(base.metric, base.value, drop(outcome, base))
+    return WorkError(
+        f"target out of reach: at a sparsity of {point.sparsity:.0%} already, {base.metric} is {lost} worse, "
+        f"and {limit.shown} is allowed; nothing was written",
+        hint="allow more, or take another --strategy or --scope",
+    )

@@ -1,0 +1,70 @@
+"""How much worse may a model become?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from prunectl.errors import UsageError
+from prunectl.training.better import is_higher_better
+
+POINTS = "pp"
+_DIGITS = 9
+"""Differences are rounded, as 0.98 - 0.975 is more than 0.005."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaxDrop:
+    """The most that a metric may lose, or a loss may rise."""
+
+    amount: float
+    is_points: bool
+    """Whether it was said in percentage points, which a share has."""
+
+    @property
+    def shown(self) -> str:
+        """The drop as it is written."""
+        return f"{100 * self.amount:g}{POINTS}" if self.is_points else f"{self.amount:g}"
+
+
+def max_drop(text: str) -> MaxDrop:
+    """Return by how much a metric may be worse: in percentage points, or in what the metric counts."""
+    words = text.strip()
+    is_points = words.endswith(POINTS)
+    try:
+        amount = float(words.removesuffix(POINTS))
+    except ValueError:
+        raise UsageError(f"{text!r} is no drop", hint="write 0.5pp (percentage points), or 0.01 of a loss") from None
+    if not math.isfinite(amount) or amount < 0:
+        raise UsageError(f"{text!r} is no drop: it is a number from 0 up")
+    return MaxDrop(amount / 100 if is_points else amount, is_points)
+
+
+def gain(metric: str, before: float, after: float) -> float:
+    """Return by how much one number is better than another."""
+    more = after - before
+    return round(more if is_higher_better(metric) else -more, _DIGITS)
+
+
+def is_share(metric: str, value: float) -> bool:
+    """Whether a metric is a share of the examples, of which percentage points can be lost."""
+    return is_higher_better(metric) and 0 <= value <= 1
+
+
+def amount(metric: str, of: float, difference: float) -> str:
+    """Return a difference as people read it: in percentage points where the metric is a share."""
+    return f"{100 * difference:.3g} {POINTS}" if is_share(metric, of) else f"{difference:.4g}"
+
+
+def check(limit: MaxDrop, metric: str, value: float) -> None:
+    """Refuse a limit that does not go with the metric, of which the model as it is has a value."""
+    if limit.is_points and not is_share(metric, value):
+        raise UsageError(
+            f"a drop of {limit.shown} is about a share, and {metric} is none ({value:.4g})",
+            hint=f"write a number, such as {abs(value) / 100:.2g}, or name another metric",
+        )
+    if not limit.is_points and is_share(metric, value):
+        raise UsageError(
+            f"a drop of {limit.shown} of {metric}: in which unit?",
+            hint=f"write {limit.shown}pp or {100 * limit.amount:g}pp",
+        )
