@@ -14,6 +14,8 @@ from prunectl.formats import outputs
 from prunectl.formats.base import ModelFile
 from prunectl.formats.table import FORMATS, by_name, load, open_model
 
+_ANYTHING = frozenset({"", ".bin", ".json", ".index"})
+"""Suffixes that promise nothing, though some formats have them."""
 BIG_BYTES = 16 << 20
 """Above it, compressing for the report would take much longer than the work."""
 
@@ -40,7 +42,7 @@ def check(model: ModelFile, output: Output | None) -> None:
 def _check_name(model: ModelFile, target: Path) -> None:
     """Refuse a name that promises another format than the one that is kept."""
     suffix, own = target.suffix.lower(), by_name(model.format)
-    if suffix in {"", model.path.suffix.lower(), *own.suffixes}:
+    if suffix in {model.path.suffix.lower(), *own.suffixes, *_ANYTHING}:
         return
     others = [other for other in FORMATS if suffix in other.suffixes]
     # A .pth.tar may be a PyTorch file of any age.

@@ -226,7 +226,7 @@ def test_what_is_frozen_is_the_same_in_the_file(tmp_path: Path) -> None:
 
 def test_any_file_may_be_the_teacher(tmp_path: Path) -> None:
     for name in ("digits_cnn.onnx", "digits_cnn_torchscript.pt"):
-        found = tuned(DIGITS, tmp_path / name, distill=str(FIXTURES / name), epochs=1)
+        found = tuned(DIGITS, tmp_path / f"of_{name}.pt", distill=str(FIXTURES / name), epochs=1)
         assert found.history
 
 
