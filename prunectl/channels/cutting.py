@@ -11,7 +11,7 @@ from prunectl.channels.scores import MEASURES, RANDOM, Measure, Needs
 from prunectl.errors import UsageError
 from prunectl.plugins import find
 from prunectl.pruning.plan import Scope
-from prunectl.pruning.request import Request
+from prunectl.pruning.request import BATCH_SIZE, SAMPLES, Request
 
 MIN_CHANNELS = 2
 _DEFAULT = "magnitude"
@@ -118,6 +118,8 @@ def _check(request: Request) -> None:
     for word, is_asked in _OTHERS:
         if is_asked(request):
             raise UsageError(f"{word} does not go with channels that are cut out", hint=f"leave out {word}")
+    if not request.data and (request.samples, request.batch_size) != (SAMPLES, BATCH_SIZE):
+        raise UsageError("--samples and --batch-size are about data", hint="add --data SPEC, or leave them out")
 
 
 def _measure(request: Request) -> tuple[Measure | None, float | None]:

@@ -31,26 +31,27 @@ def given(
     if not request.data:
         return (), ()
     try:
-        return _batches(source, request, is_channels_first=model.about.keras is None), ()
+        return _batches(source, request, is_channels_first=model.about.keras is None)
     except UsageError as error:
         if measure is None or measure.needs is Needs.NOTHING:
             raise
         return (), (f"The cut network was tried on random inputs alone: {error.message}.",)
 
 
-def _batches(source: Source, request: Request, *, is_channels_first: bool) -> tuple[Feeds, ...]:
+def _batches(source: Source, request: Request, *, is_channels_first: bool) -> tuple[tuple[Feeds, ...], tuple[str, ...]]:
     example = source.feeds(np.random.default_rng(request.seed))
     names = source.graph.inputs
     ports = tuple(Port(name, example[name].shape[1:], str(example[name].dtype)) for name in names)
     signature = Signature(ports, (), is_channels_first=is_channels_first)
-    found, _ = adapt(open_source(request.data, signature=signature, seed=request.seed), signature)
+    found, notes = adapt(open_source(request.data, signature=signature, seed=request.seed), signature)
     size = len(example[names[0]])
     count = min(request.samples, size * _BATCHES)
-    check(found.first(count), signature, needs_targets=False, classes=None)
+    notes += check(found.first(count), signature, needs_targets=False, classes=None)
     order = Order(request.batch_size, request.seed, is_shuffled=found.count is not None)
     parts = [each(batch.x) for batch in taken(found.batches(order), count)]
     whole = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
     have = len(whole[0])
     # The last batch is filled up with the first examples.
     rows = np.arange(-(-have // size) * size).reshape(-1, size) % have
-    return tuple(dict(zip(names, (array[row] for array in whole), strict=True)) for row in rows)
+    feeds = tuple(dict(zip(names, (array[row] for array in whole), strict=True)) for row in rows)
+    return feeds, tuple(dict.fromkeys(notes))

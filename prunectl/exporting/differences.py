@@ -10,6 +10,9 @@ from prunectl.errors import WorkError
 from prunectl.exporting.tolerances import Tolerance
 from prunectl.formats.base import Array
 
+FEW = 50
+"""Of fewer examples one alone is more than the share whose largest answer may be another."""
+
 
 @dataclass(frozen=True, slots=True)
 class OutputDifference:
@@ -73,9 +76,9 @@ def check_noise(found: OutputDifference, limit: float) -> None:
 
 def check_top1(same: float, examples: int, least: float) -> None:
     """Refuse too many examples whose largest answer is another one."""
-    # Of few examples one is more than the share.
+    # One of few may lie between two answers; how far all numbers are away is judged as well then.
     wrong = round((1 - same) * examples)
-    if wrong > max(1, int((1 - least) * examples)):
+    if wrong > max(int(examples < FEW), int((1 - least) * examples)):
         raise WorkError(
             f"the largest answer is the same one for {same:.1%} of {examples:,} examples, and {least:.0%} would do; "
             "nothing was written",

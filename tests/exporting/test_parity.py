@@ -152,14 +152,17 @@ def test_what_is_no_number_is_beyond_every_noise_and_what_is_zero_has_none() -> 
         answered(whole * 0, whole, INTEGERS, is_data=False)
 
 
-def test_of_a_few_examples_one_may_be_another() -> None:
-    whole = np.eye(4)
+def test_of_a_few_examples_one_may_be_another_if_all_numbers_are_near() -> None:
+    whole = np.tile([0.0, 1.0, 1.001], (4, 1))
     other = whole.copy()
-    other[0] = other[1]
+    other[0, 1] = 1.002
     assert answered(whole, other, INTEGERS, is_data=True) == 0.75
-    other[2] = other[1]
+    other[2, 1] = 1.002
     with pytest.raises(WorkError, match="the largest answer"):
         answered(whole, other, INTEGERS, is_data=True)
+    far = np.eye(2)
+    with pytest.raises(WorkError, match="of its size"):
+        answered(far, far[[0, 0]], INTEGERS, is_data=True)
 
 
 def test_what_the_user_allows_takes_the_place_of_what_is_usual() -> None:

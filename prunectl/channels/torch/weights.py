@@ -14,6 +14,7 @@ from prunectl.channels.torch.checkpoint import Change, home_of, smaller
 from prunectl.channels.torch.code import source
 from prunectl.channels.torch.code.source import MARK
 from prunectl.channels.torch.code.text import literal
+from prunectl.channels.torch.naming import code_beside
 from prunectl.channels.torch.opening import Opened
 from prunectl.channels.torch.run import Network
 from prunectl.errors import InputError, UntrustedError, UsageError, first_line
@@ -22,11 +23,10 @@ from prunectl.formats.base import ModelFile
 
 def beside(target: Path) -> Path:
     """Return where the class goes whose weights go to a target; never where somebody's own code is."""
-    stem = target.name.partition(".")[0]
-    code = target.with_name("".join(letter if letter.isalnum() else "_" for letter in stem) + ".py")
+    code = code_beside(target)
     if code.is_file() and MARK not in code.read_text(encoding="utf-8", errors="replace").partition("\n")[0]:
         raise UsageError(
-            f"{code} exists, and the class for the cut weights would take its place", hint="choose another --output"
+            f"{code} exists, and the class for the weights would take its place", hint="choose another --output"
         )
     return code
 
