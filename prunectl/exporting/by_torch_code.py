@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from prunectl.channels.torch.code.source import MARK, Written
+from prunectl.channels.torch.code.source import Written
 from prunectl.channels.torch.code.source import write as written_as
 from prunectl.channels.torch.code.text import literal
 from prunectl.channels.torch.opening import opened
@@ -64,13 +64,9 @@ def _generated(job: Job, loading: tuple[str, ...]) -> Written:
             found = opened(job.file, _origin(job))
             # Of a program the module is all that there is of an original.
             found = found if found.original is not None else replace(found, original=found.program.module())
-            made = written_as(found, Network(found.module), class_of(found), loading)
+            return written_as(found, Network(found.module), class_of(found), loading)
     except (WorkError, InputError) as error:
-        reason = error.message.replace("the cut network, written as code,", "it").replace("the cut network", "it")
-        raise WorkError(f"no code can be generated for {job.file.path}: {reason}", hint=error.hint) from error
-    _, _, rest = made.text.partition("\n")
-    # The first line tells of cuts, and nothing is cut here.
-    return replace(made, text=f'"""{made.name}, with all that it takes to run, {MARK}\n{rest}')
+        raise WorkError(f"no code can be generated for {job.file.path}: {error.message}", hint=error.hint) from error
 
 
 def _origin(job: Job) -> Any:

@@ -86,7 +86,7 @@ def _plainly(node: torch.fx.Node, words: list[str], named: list[tuple[str, str]]
     """Return an operation by the name that torch has for it inside."""
     namespace = str(getattr(node.target, "namespace", ""))
     if namespace != "aten":
-        raise WorkError(f"the cut network calls {node.target}, which cannot be written with torch alone")
+        raise WorkError(f"the network calls {node.target}, which cannot be written with torch alone")
     return call(f"torch.ops.{node.target}", words, named)
 
 

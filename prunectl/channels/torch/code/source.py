@@ -159,7 +159,7 @@ def _plain(value: Any) -> Any:
 
 def _opening(name: str, loading: Sequence[str], steps: Sequence[str]) -> list[str]:
     return [
-        f'"""{name} without some of its channels, {MARK}',
+        f'"""{name}, which takes the weights beside it, {MARK}',
         "",
         f"    model = {name}()",
         *(f"    {line}" for line in loading),
@@ -203,6 +203,6 @@ def _hold(found: Opened, network: Network, written: Written) -> None:
         pairs = zip(said, expected, strict=True)
         worst = max((apart(to_numpy(one), to_numpy(other)) for one, other in pairs), default=0.0)
     except Exception as error:
-        raise WorkError(f"the cut network cannot be written as code: {first_line(error)}") from error
+        raise WorkError(f"the network cannot be written as code: {first_line(error)}") from error
     if not worst <= TOLERANCE:
-        raise WorkError(f"the cut network, written as code, differs by {worst:.1e}; nothing was written")
+        raise WorkError(f"the network, written as code, differs by {worst:.1e}; nothing was written")
