@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from prunectl.channels.choose import removed
 from prunectl.channels.prune import CutOut
 from prunectl.errors import InputError
 from prunectl.formats.json_text import parse_object
-from prunectl.pruning.manifest import SCHEMA
+from prunectl.pruning.manifest import SCHEMA, keep
 
 LIMITS = frozenset({"min_channels", "round_to", "max_ratio", "params", "flops", "dead"})
 """Words about channels that a request does not have."""
@@ -37,7 +36,7 @@ def write(path: Path, found: CutOut, limits: Mapping[str, Any]) -> None:
             for (tensor, axis), indices in sorted(removed(found.losses).items())
         ],
     }
-    path.write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")
+    keep(path, whole)
 
 
 def limits_in(path: Path) -> dict[str, Any]:

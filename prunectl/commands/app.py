@@ -84,8 +84,8 @@ def prunectl(
 def run(words: list[str]) -> int:
     """Run what was typed, and return its exit code."""
     command = typer.main.get_command(app)
-    if _COMPLETE in os.environ:
-        command.main(words, prog_name="prunectl")
+    if os.environ.get(_COMPLETE):
+        return int(importlib.import_module("prunectl.commands.completion_shells").answer(command, _COMPLETE))
     # Not by command.main, which turns a closed pipe into exit code 1.
     try:
         with command.make_context("prunectl", words or ["--help"]) as context:

@@ -13,7 +13,7 @@ from typer.core import TyperArgument, TyperCommand
 
 from prunectl.commands.completion_offers import OFFERS, OFFERS_OF, Offer
 
-_LISTS = frozenset({"strategies", "scopes", "schedules", "fail_on", "strip --only"})
+_LISTS = frozenset({"strategies", "scopes", "patterns", "schedules", "fail_on", "strip --only"})
 """Options whose words commas separate: the last of them is completed."""
 
 

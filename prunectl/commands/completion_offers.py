@@ -81,6 +81,8 @@ OFFERS: Mapping[str, Offers] = {
     "policy": _known("policies"),
     "scopes": _these(map(str, Scope)),
     "pattern": _these(PATTERNS),
+    "patterns": _these(PATTERNS),
+    "on": _these({"ray": "workers on this machine", "ray:": "a cluster, by its address"}),
     "to": _these({target.name: target.title for target in TARGETS}),
     "report": _these(f"{name}:" for name in REPORTS),
     "fail_on": _these(map(str, Slip)),

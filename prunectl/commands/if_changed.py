@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from prunectl.commands import if_changed_stamp
+from prunectl.commands.if_changed_leaving import Leaving, leave
 from prunectl.commands.if_changed_making import Making, check
+from prunectl.commands.if_changed_own import check_own
 from prunectl.commands.options import panel
 from prunectl.commands.verb import Verb
+from prunectl.pruning import manifest
 from prunectl.reporting.report import Artifact, Report
 from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.table import Table
@@ -33,6 +37,7 @@ class Maker(Verb):
         """Do the work, unless the output is what it would give."""
         word, if_changed = (ctx.params.pop(option.name) for option in self._own)
         depfile = Path(word) if word is not None else None
+        _check_manifest(ctx.params)
         if depfile is None and not if_changed:
             return super().work(ctx)
         reporter: Reporter = ctx.obj
@@ -43,16 +48,27 @@ class Maker(Verb):
             new = making.stamp(if_changed_stamp.again(old.code, making.output))
             reason = if_changed_stamp.difference(old, new)
             if not reason:
-                making.leave_fragment(depfile, if_changed_stamp.paths(old.code, making.output))
-                return dataclasses.replace(reporter, html=None).show(_up_to_date(making.output))
+                said = leave(making, depfile, if_changed_stamp.paths(old.code, making.output), has_stamp=False)
+                return dataclasses.replace(reporter, html=None).show(_up_to_date(making.output, said))
+            if not ctx.params["force"]:
+                check_own(making, old)
+                # All that is there is what this command wrote: nothing of anybody else's is replaced.
+                ctx.params["force"] = True
             reporter.note(f"{making.output} is made again: {reason}")
-            # What is there is what this command wrote: nothing of anybody else's is replaced.
-            ctx.params["force"] |= making.is_own(old)
-        code, imported = making.watch(lambda: int(super(Maker, self).work(ctx)))
-        if code == 0:
-            making.leave_fragment(depfile, imported)
-            making.leave_stamp(imported, is_wanted=if_changed)
-        return code
+        imported = making.watch()
+        ctx.obj = Leaving(
+            reporter.settings,
+            reporter.command,
+            reporter.html,
+            lambda: leave(making, depfile, imported(), has_stamp=if_changed),
+        )
+        return super().work(ctx)
+
+
+def _check_manifest(said: Mapping[str, Any]) -> None:
+    if said.get("manifest") is not None and not said.get("dry_run"):
+        taken = [Path(said[name]) for name in ("model", "output") if said[name]]
+        manifest.check(Path(said["manifest"]), taken, is_forced=said["force"])
 
 
 def _options(
@@ -63,13 +79,13 @@ def _options(
     """Lend a signature to options."""
 
 
-def _up_to_date(output: Path) -> Report:
+def _up_to_date(output: Path, said: tuple[str, ...]) -> Report:
     nbytes = sum(path.stat().st_size for path in if_changed_stamp.files_of(output))
     return Report(
         models=(),
         main=Table("", (), ()),
         artifacts=(Artifact(str(output), nbytes),),
-        remarks=(f"{output} is up to date.",),
+        remarks=(f"{output} is up to date.", *said),
         bare=(),
         more={"up_to_date": True},
     )

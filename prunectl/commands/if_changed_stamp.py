@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prunectl.errors import PrunectlError, attempt
+from prunectl.errors import PrunectlError, UsageError, attempt
 from prunectl.formats import outputs
 from prunectl.formats.table import open_model
 
@@ -59,17 +59,30 @@ def write(output: Path, stamp: Stamp) -> None:
 
 def digests(paths: Iterable[Path], output: Path) -> dict[str, str]:
     """Return what files hold; one that is not there holds nothing."""
-    return {os.path.relpath(path, output.parent): _digest(path) for path in paths}
+    return {name_of(path, output): _digest(path) for path in paths}
+
+
+def name_of(path: Path, output: Path) -> str:
+    """Return a path as seen from the folder of the output, which .. leads out of, also where that is a link."""
+    return os.path.relpath(os.path.join(os.path.realpath(path.parent), path.name), os.path.realpath(output.parent))
 
 
 def paths(known: Iterable[str], output: Path) -> tuple[Path, ...]:
-    """Return where the files of a stamp lie."""
-    return tuple(output.parent / name for name in known)
+    """Return where the files of a stamp lie, in the way in which the output is named."""
+    places = [os.path.normpath(os.path.join(os.path.realpath(output.parent), name)) for name in known]
+    return tuple(Path(place if output.is_absolute() else os.path.relpath(place)) for place in places)
 
 
 def again(known: Digests, output: Path) -> dict[str, str]:
     """Return what the files of a stamp hold now."""
-    return {name: _digest(output.parent / name) for name in known}
+    return {name: _digest(path) for name, path in zip(known, paths(known, output), strict=True)}
+
+
+def check(output: Path) -> None:
+    """Refuse an output whose stamp has no place."""
+    place = place_of(output)
+    if os.path.lexists(place) and not place.is_file():
+        raise UsageError(f"{place} is where the stamp of {output} goes, and no file", hint="remove it")
 
 
 def files_of(output: Path) -> tuple[Path, ...]:

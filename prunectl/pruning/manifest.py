@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from prunectl import __version__
-from prunectl.errors import InputError
+from prunectl.errors import InputError, UsageError
 from prunectl.formats.json_text import parse_object
+from prunectl.formats.outputs import write_text
 from prunectl.pruning.prune import Pruned
 from prunectl.pruning.request import Request, from_json
 
 SCHEMA = "prunectl.manifest/1"
+
+
+def check(path: Path, taken: Iterable[Path], *, is_forced: bool) -> None:
+    """Refuse a place where no manifest can be written, or where something else is, before any work begins."""
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{path.parent} is not a folder", hint=f"mkdir -p {path.parent}")
+    is_there = os.path.lexists(path)
+    if (is_there and not path.is_file()) or path.resolve() in {other.resolve() for other in taken}:
+        raise UsageError(f"{path} is no place for a manifest", hint="--manifest run.json")
+    if is_there and not is_forced and not _is_ours(path.read_bytes()):
+        raise UsageError(
+            f"{path} exists, and is no manifest of prunectl", hint="write elsewhere, or replace it with --force"
+        )
 
 
 def write(path: Path, found: Pruned) -> None:
@@ -34,7 +51,12 @@ def write(path: Path, found: Pruned) -> None:
             for cut in found.plan.cuts
         ],
     }
-    path.write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")
+    keep(path, whole)
+
+
+def keep(path: Path, whole: Mapping[str, Any]) -> None:
+    """Write a manifest, whole or not at all."""
+    write_text(path, json.dumps(whole, indent=2, sort_keys=True) + "\n", is_forced=True)
 
 
 def read(path: Path) -> Request:
@@ -45,3 +67,12 @@ def read(path: Path) -> Request:
     if not isinstance(said, dict):
         raise InputError(f"{path} is JSON, but not a manifest of prunectl: it has no request")
     return from_json(said)
+
+
+def _is_ours(content: bytes) -> bool:
+    """Whether a file is a manifest, or empty."""
+    try:
+        said = json.loads(content or b"{}")
+    except ValueError:
+        return False
+    return not content or (isinstance(said, dict) and said.get("schema") == SCHEMA)

@@ -38,9 +38,8 @@ def offered(line: str, monkeypatch: pytest.MonkeyPatch, shell: str = "bash") -> 
     monkeypatch.setenv("_TYPER_COMPLETE_ARGS", f"prunectl {line}")
     monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
-        cli._run([])
-    assert (ended.value.code, err.getvalue()) == (0, "")
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert (cli._run([]), err.getvalue()) == (0, "")
     return out.getvalue().splitlines()
 
 
@@ -78,6 +77,8 @@ def test_layers_and_tensors_are_those_of_the_model(line: str, model: str, monkey
         ("check --report ", {"junit:", "sarif:"}),
         ("strip --only masks,", {"masks,optimizer"}),
         ("sweep x.h5 --scopes layer,", {"layer,global"}),
+        ("sweep x.h5 --patterns 2:4,", {"2:4,channel", "2:4,unstructured"}),
+        ("sweep x.h5 --on ", {"ray", "ray:"}),
         ("", set(COMMANDS)),
         ("plugins ", {"strategies", "schedules"}),
     ],
@@ -102,6 +103,36 @@ def test_zsh_and_fish_say_what_each_word_means(monkeypatch: pytest.MonkeyPatch) 
         """_arguments '*: :(("skip-first-last":"kernels, but those of the first and the last layer"))'"""
     ]
     assert offered("prune digits_cnn.h5 --layer conv1/k", monkeypatch, "fish") == ["conv1/kernel:0\t3x3x1x8 kernel"]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        # As bash breaks each line, and with what it puts behind what it has.
+        (["--layer", "="], ["conv1", "fc2/bias:0"]),
+        (["--layer", "=", "fc1/k"], ["fc1/kernel:0"]),
+        (["--layer", "fc1/kernel", ":"], ["0"]),
+        (["--layer", "fc1/kernel", ":", "0"], ["0"]),
+        (["--layer", "=", "fc1/kernel", ":"], ["0"]),
+        (["--layer", "'fc1/kernel:"], ["fc1/kernel:0"]),
+        (["--pattern", "block", ":", "4x4", ":"], ["max"]),
+        (["--pattern", "2", ":", "4", "--layer", "=", "fc1", "=", "0.5", "--layer", "fc1/b"], ["fc1/bias:0"]),
+        (["--pattern", "2", ":", "4", "--policy", ""], ["skip-first-last"]),
+    ],
+)
+def test_bash_goes_on_after_what_it_breaks_words_at(
+    words: list[str], found: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert set(found) <= set(offered(" ".join(["prune", "digits_cnn.h5", *words]), monkeypatch))
+
+
+@pytest.mark.parametrize("asking", ["bash", "complete_csh", "complete", "show_bash"])
+def test_what_no_shell_asks_is_refused(asking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_PRUNECTL_COMPLETE", asking)
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        assert cli._run([]) == 2
+    assert err.getvalue().startswith(f"error: _PRUNECTL_COMPLETE is {asking!r}, which no shell asks\n")
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")

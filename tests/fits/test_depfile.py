@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from prunectl.commands import depfile_inputs
+from prunectl.commands import depfile_code, depfile_inputs
 from prunectl.commands.app import COMMANDS
 from prunectl.commands.depfile import escaped, fragment
 from prunectl.errors import UsageError
@@ -23,6 +26,7 @@ ODD = "a b$c#d=e:f*g?h[i]&j'k(l)~m,n"
 
 def made(folder: Path, *words: str | Path) -> list[str]:
     """Run a command with --depfile, and return the fragment line by line."""
+    (folder / "out.d").unlink(missing_ok=True)
     found = prunectl(folder, *words, "--depfile", "out.d")
     assert found.code == 0, found.err
     return (folder / "out.d").read_text().splitlines()
@@ -134,6 +138,8 @@ def test_what_make_cannot_write_is_refused_before_any_work(name: str, tmp_path: 
         ["-o", "b.npz", "--depfile", "other.safetensors"],
         ["-o", "b.npz", "--depfile", "b.npz"],
         ["-o", "b.npz", "--depfile", "."],
+        ["-o", "b.npz", "--depfile", "-"],
+        ["-o", "b.safetensors", "--depfile", "/proc/out.d"],
     ],
 )
 def test_what_makes_no_file_of_files_is_refused(words: list[str], tmp_path: Path) -> None:
@@ -144,6 +150,91 @@ def test_what_makes_no_file_of_files_is_refused(words: list[str], tmp_path: Path
     assert found.err.startswith("error: ")
     assert written(tmp_path, tmp_path) == ["a.safetensors", "other.safetensors"]
     assert (tmp_path / "other.safetensors").read_bytes() == MODEL
+
+
+def test_folders_of_classes_may_be_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere/deeper").mkdir(parents=True)
+    for name in ("elsewhere/1.png", "elsewhere/.2.png", "elsewhere/notes.txt", "elsewhere/deeper/3.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/cat").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images/loop").symlink_to(tmp_path / "images")
+    (tmp_path / "images/gone").symlink_to(tmp_path / "nowhere")
+    # As far down as pictures are looked for, which ends every loop.
+    assert list(map(str, depfile_inputs.of_spec("images"))) == ["images/cat/1.png"]
+    folders = depfile_inputs.folders_of({"data": "images/"})
+    assert list(map(str, folders)) == ["images", "images/cat", "images/loop"]
+
+
+def test_what_only_a_recipe_names_is_a_prerequisite(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(MODEL)
+    for name in ("images/cat/1.png", "images/dog/2.png", "net.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    recipe = {"request": {"data": "images/", "model": "./net.py:Net", "strategy": "fits_found:score"}}
+    (tmp_path / "m.json").write_text(json.dumps(recipe))
+    with contextlib.chdir(tmp_path):
+        words = depfile_inputs.meant({"model": "a.safetensors", "recipe": Path("m.json"), "data": "", "build": ""})
+        found = [*depfile_inputs.files_of(words), *depfile_inputs.folders_of(words)]
+    pictures = ["images/cat/1.png", "images/dog/2.png"]
+    folders = ["images", "images/cat", "images/dog"]
+    assert sorted(map(str, found)) == sorted(["a.safetensors", "m.json", "net.py", *pictures, *folders])
+    assert "fits_found" in depfile_code._packages(words)
+
+
+def test_a_module_that_the_run_wrote_for_itself_is_no_prerequisite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "a.safetensors").write_bytes(MODEL)
+    (tmp_path / "fits_own.py").touch()
+    (tmp_path / "mine.py").write_text(
+        "import pathlib, runpy, time, fits_own\n"
+        "time.sleep(0.05)\n"
+        "pathlib.Path('__fits_generated.py').write_text('import numpy as np')\n"
+        "pathlib.Path('__fits_gone.py').touch()\n"
+        "import __fits_generated, __fits_gone\n"
+        "pathlib.Path('__fits_gone.py').unlink()\n"
+        "score = __fits_generated.np.abs\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ("prune", "a.safetensors", "-s", "0.8", "--strategy", "./mine.py:score", "-o", "b.safetensors")
+    # The project lies where such modules are written, and its own stay.
+    assert made(tmp_path, *words)[0] == "b.safetensors: a.safetensors mine.py fits_own.py"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "import torch\n",
+        "all: b.safetensors\n",
+        "b.safetensors: a.safetensors\n\tprunectl prune $< -o $@\n",
+        "b.safetensors: a.safetensors\n\nother:\n",
+    ],
+)
+def test_a_depfile_takes_the_place_of_nothing_else(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(MODEL)
+    (tmp_path / "Makefile").write_text(content)
+    words = ("prune", "a.safetensors", "-s", "0.8", "-o", "b.safetensors", "--depfile", "Makefile")
+    found = prunectl(tmp_path, *words)
+    assert (found.code, "is no depfile of b.safetensors" in found.err) == (2, True)
+    assert (tmp_path / "Makefile").read_text() == content
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_a_fragment_and_an_empty_file_are_replaced(tmp_path: Path) -> None:
+    model, out = f"a {ODD}.safetensors", f"b {ODD}.safetensors"
+    (tmp_path / model).write_bytes(MODEL)
+    (tmp_path / "mine=.py").write_text("import numpy as np\nscore = np.abs\n")
+    (tmp_path / "out.d").touch()
+    words = ("prune", model, "-s", "0.8", "-o", out, "--depfile", "out.d", "--force")
+    before = ""
+    for more in ((), ("--strategy", "./mine=.py:score"), ()):
+        assert prunectl(tmp_path, *words, *more).code == 0
+        after = (tmp_path / "out.d").read_text()
+        assert after != before
+        before = after
 
 
 def test_a_run_that_fails_leaves_no_fragment(tmp_path: Path) -> None:

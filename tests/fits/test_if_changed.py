@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 import prunectl.commands.if_changed_making as making
-from prunectl.commands import depfile_inputs, if_changed_stamp
+from prunectl.commands import depfile, depfile_inputs, if_changed_stamp
 from prunectl.commands.app import COMMANDS
 from prunectl.commands.if_changed import Maker
+from prunectl.commands.if_changed_own import check_own
+from prunectl.errors import UsageError
 from tests.fits.building import written
 from tests.gates.checking import MODEL, prunectl
 from tests.running import FIXTURES, Outcome
@@ -74,7 +78,7 @@ def test_what_has_changed_is_said_and_what_prunectl_wrote_is_replaced(
 def test_what_somebody_else_wrote_is_noticed_and_stays(folder: Path) -> None:
     (folder / OUT).write_text("a thing of value")
     found = prunectl(folder, *WORDS, "-s", "0.5")
-    assert (found.code, reason(found)) == (2, f"{OUT} has changed")
+    assert (found.code, found.err.splitlines()[0]) == (2, f"error: {OUT} has changed since prunectl wrote it")
     assert (folder / OUT).read_text() == "a thing of value"
     assert prunectl(folder, *WORDS, "-s", "0.5", "--force").code == 0
     assert (folder / OUT).stat().st_size == len(MODEL)
@@ -127,6 +131,128 @@ def test_code_of_the_users_counts_as_well(folder: Path, monkeypatch: pytest.Monk
     assert reason(prunectl(folder, *words)) == "fits_helper.py has changed"
 
 
+def test_what_was_changed_by_hand_beside_the_output_stays(folder: Path) -> None:
+    words = (*WORDS, "-s", "0.5", "--manifest", "m.json")
+    assert prunectl(folder, *words).code == 0
+    # Also where the output itself is gone, or could be replaced.
+    for is_gone in (False, True):
+        edited = (folder / "m.json").read_text().replace("}", "} ")
+        (folder / "m.json").write_text(edited)
+        if is_gone:
+            (folder / OUT).unlink()
+        found = prunectl(folder, *words)
+        assert (found.code, found.err.splitlines()[0]) == (2, "error: m.json has changed since prunectl wrote it")
+        assert (folder / "m.json").read_text() == edited
+        assert (folder / OUT).exists() is not is_gone
+        assert prunectl(folder, *words, "--force").code == 0
+
+
+def test_what_somebody_put_where_a_file_will_go_stays(folder: Path) -> None:
+    (folder / "m.json").write_text('{"schema": "prunectl.manifest/1"}')
+    found = prunectl(folder, *WORDS, "-s", "0.75", "--manifest", "m.json")
+    assert (found.code, found.err.splitlines()[0]) == (2, f"error: m.json was not written with {OUT}")
+    assert (folder / "m.json").stat().st_size == 33
+
+
+def test_the_shard_that_was_changed_is_named(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "two_shards", tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    index = "model.safetensors.index.json"
+    words = ("prune", f"in/{index}", "-o", f"out/{index}", "-s", "0.5", "--if-changed")
+    assert prunectl(tmp_path, *words).code == 0
+    shard = max((tmp_path / "out").glob("*.safetensors"))
+    shard.write_bytes(b"mine")
+    for is_gone in (False, True):
+        if is_gone:
+            (tmp_path / "out" / index).unlink()
+        found = prunectl(tmp_path, *words)
+        said = f"error: out/{shard.name} has changed since prunectl wrote it"
+        assert (found.code, found.err.splitlines()[0]) == (2, said)
+        assert shard.read_bytes() == b"mine"
+
+
+def test_an_output_folder_may_be_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "far/away/out").mkdir(parents=True)
+    (tmp_path / "out").symlink_to("far/away/out")
+    (tmp_path / "a.safetensors").write_bytes(MODEL)
+    (tmp_path / "fits_linked.py").write_text("import numpy as np\nscore = np.abs\n")
+    words = ("prune", "a.safetensors", "-o", f"out/{OUT}", "-s", "0.5", "--strategy", "fits_linked:score")
+    assert prunectl(tmp_path, *words, "--if-changed", "--depfile", "b.d").code == 0
+    assert prunectl(tmp_path, *words, "--if-changed").err == f"note: out/{OUT} is up to date.\n"
+    (tmp_path / "fits_linked.py").write_text("import numpy as np\nscore = np.square\n")
+    found = prunectl(tmp_path, *words, "--if-changed")
+    assert (found.code, "fits_linked.py has changed" in found.err) == (0, True)
+
+
+def test_pictures_behind_links_count(folder: Path) -> None:
+    (folder / "real").mkdir()
+    (folder / "real/1.png").write_bytes(b"one")
+    (folder / "images").mkdir()
+    (folder / "images/cat").symlink_to("../real")
+    said = {"model": str(folder / "a.safetensors"), "output": str(folder / OUT), "data": f"{folder}/images/"}
+    before = making.Making.of("finetune", said, None).digests
+    (folder / "real/1.png").write_bytes(b"two")
+    assert making.Making.of("finetune", said, None).digests != before
+
+
+def test_a_recipe_with_data_from_a_function_cannot_be_known(folder: Path) -> None:
+    (folder / "d.py").write_text("def load():\n    return None\n")
+    (folder / "m.json").write_text(json.dumps({"request": {"data": "./d.py:load"}}))
+    found = prunectl(folder, *WORDS, "--recipe", "m.json")
+    assert (found.code, found.err.splitlines()[0]) == (2, "error: --if-changed cannot know what ./d.py:load reads")
+
+
+def test_what_cannot_be_written_afterwards_is_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(depfile.outputs, "write_text", full)
+    found = prunectl(folder, *WORDS, "-s", "0.75", "--depfile", "b.d", "--json")
+    assert (found.code, found.json["exit_code"], found.json["error"]) == (0, 0, None)
+    assert found.json["warnings"][-2:] == [
+        "b.d could not be written, and make does not know what was read: no space left on the disk",
+        (
+            f".{OUT}.prunectl could not be written, and the next run needs --force to replace {OUT}: "
+            "no space left on the disk"
+        ),
+    ]
+    assert not (folder / "b.d").exists()
+    monkeypatch.undo()
+    assert prunectl(folder, *WORDS, "-s", "0.75").code == 2
+    assert prunectl(folder, *WORDS, "-s", "0.75", "--force").code == 0
+
+
+def test_a_stamp_without_a_place_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(MODEL)
+    (tmp_path / f".{OUT}.prunectl").mkdir()
+    found = prunectl(tmp_path, *WORDS, "-s", "0.5", "--json")
+    assert (found.code, found.json["error"]["kind"]) == (2, "usage")
+    assert written(tmp_path, tmp_path) == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("content", ["{}", '{"schema": "other"}', "[]", "all: b.h5\n"])
+def test_a_manifest_takes_the_place_of_nothing_else(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(MODEL)
+    (tmp_path / "m.json").write_text(content)
+    words = ("prune", "a.safetensors", "-s", "0.5", "--manifest", "m.json", "-o")
+    found = prunectl(tmp_path, *words, OUT)
+    assert (found.code, found.err.splitlines()[0]) == (2, "error: m.json exists, and is no manifest of prunectl")
+    assert (written(tmp_path, tmp_path), (tmp_path / "m.json").read_text()) == (["a.safetensors", "m.json"], content)
+    assert prunectl(tmp_path, *words, OUT, "--dry-run").code == 0
+    assert prunectl(tmp_path, *words, OUT, "--force").code == 0
+    # A manifest of ours is replaced.
+    assert prunectl(tmp_path, *words, "c.safetensors").code == 0
+
+
+@pytest.mark.parametrize("place", ["a.safetensors", OUT, ".", "no/m.json"])
+def test_a_manifest_without_a_place_is_refused_before_any_work(place: str, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(MODEL)
+    words = ("prune", "a.safetensors", "-s", "0.5", "-o", OUT, "--force", "--manifest", place)
+    assert prunectl(tmp_path, *words).code == 2
+    assert (written(tmp_path, tmp_path), (tmp_path / "a.safetensors").read_bytes()) == (["a.safetensors"], MODEL)
+
+
 def test_every_file_of_a_folder_counts(tmp_path: Path) -> None:
     shutil.copytree(FIXTURES / "digits_cnn_savedmodel", tmp_path / "model")
     words = ("prune", "model", "-o", "out", "-s", "0.5", "--if-changed")
@@ -135,7 +261,7 @@ def test_every_file_of_a_folder_counts(tmp_path: Path) -> None:
     (tmp_path / "out" / "assets").mkdir(exist_ok=True)
     (tmp_path / "out" / "assets" / "words.txt").write_text("one more")
     found = prunectl(tmp_path, *words)
-    assert (found.code, "out/assets/words.txt has changed" in found.err) == (2, True)
+    assert (found.code, found.err.splitlines()[0]) == (2, "error: out/assets/words.txt was not written with out")
     assert (tmp_path / "out" / "assets" / "words.txt").exists()
 
 
@@ -158,6 +284,18 @@ def test_the_class_that_comes_with_weights_counts_as_well(tmp_path: Path) -> Non
     assert making._classes(output, {"code": True}) == (tmp_path / "a_b.py",)
     assert making._classes(output, {"pattern": "channel"}) == (tmp_path / "a_b.py",)
     assert making._classes(output, {"pattern": "2:4"}) == ()
+
+
+def test_a_class_that_was_changed_by_hand_stays(folder: Path) -> None:
+    said = {"model": str(folder / "a.safetensors"), "output": str(folder / "w.pt"), "code": True}
+    run = making.Making.of("export", said, None)
+    (folder / "w.pt").write_bytes(b"weights")
+    (folder / "w.py").write_text("class Net: ...")
+    stamp = run.stamp({})
+    check_own(run, stamp)
+    (folder / "w.py").write_text("class Mine: ...")
+    with pytest.raises(UsageError, match=r"w\.py has changed since prunectl wrote it"):
+        check_own(run, stamp)
 
 
 def test_what_data_a_function_gives_cannot_be_known(folder: Path) -> None:

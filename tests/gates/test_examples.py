@@ -144,6 +144,14 @@ def test_make_rebuilds_only_what_has_changed(tmp_path: Path, bin_folder: Path) -
     assert make(tmp_path, bin_folder, "-j2") == ([], [])
     (tmp_path / "prunectl.toml").write_text("[[budget]]\npath = '*.p.h5'\nmin-sparsity = 0.8\n")
     assert make(tmp_path, bin_folder, "check") == ([], [])
+    # Another sparsity is another model, though no file is newer.
+    assert make(tmp_path, bin_folder, "SPARSITY=90%", "check") == (["a.h5", "b.h5"], [])
+    (tmp_path / "prunectl.toml").write_text("[[budget]]\npath = '*.p.h5'\nmin-sparsity = 0.9\n")
+    assert make(tmp_path, bin_folder, "SPARSITY=90%", "-j2", "check") == ([], [])
+    (tmp_path / "a.p.h5").write_text("a thing of value")
+    done = run(f"make -f {ROOT / 'examples/Makefile'} a.p.h5", tmp_path, bin_folder)
+    assert (done.returncode, "a.p.h5 has changed since prunectl wrote it" in done.stderr) == (2, True)
+    assert (tmp_path / "a.p.h5").read_text() == "a thing of value"
     assert make(tmp_path, bin_folder, "clean") == ([], [])
     assert {path.name for path in tmp_path.iterdir()} == {"a.h5", "b.h5", "prunectl.toml"}
 
@@ -174,4 +182,4 @@ def test_a_build_that_is_killed_leaves_no_half_file(tmp_path: Path, bin_folder: 
     building.wait()
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["a.h5"]
     assert make(tmp_path, bin_folder) == (["a.h5"], [])
-    assert {path.name for path in tmp_path.iterdir()} == {"a.h5", "a.p.h5", "a.p.d", ".a.p.h5.prunectl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a.h5", "a.p.h5", "a.p.d", ".a.p.h5.prunectl", ".sparsity"}

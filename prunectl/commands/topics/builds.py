@@ -23,9 +23,9 @@ prune, strip, finetune and export take:
 Up to date is an output that the same options of the same version made of files
 with the same content, and that nobody has changed since. .OUT.prunectl, beside
 the output, holds the digests: keep both in a cache, or neither. What prunectl
-wrote it may replace; for anything else say --force. What a function of --data
-reads cannot be known, and is refused with --if-changed. An output is there
-whole or not at all, also where a build is killed.
+wrote it may replace; what somebody changed since needs --force. What a function
+of --data reads cannot be known, and is refused with --if-changed. An output is
+there whole or not at all, also where a build is killed.
 
 prunectl init writes budgets, prunectl check holds models against them, and
 --report FORMAT:PATH writes what your CI shows:
