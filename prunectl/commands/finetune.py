@@ -45,7 +45,9 @@ def finetune(
     warmup: Annotated[str, _train(metavar="POINT", help="Until when the learning rate rises.")] = "0",
     optimizer: Annotated[str, _train(metavar="NAME", help="Such as adam or sgd:momentum=0.9,weight_decay=1e-4.")] = "",
     loss: Annotated[str, _train(metavar="NAME", help="Such as cross-entropy or mse, or mod:fn.")] = "",
-    metric: Annotated[list[str] | None, _train(metavar="NAME", help="Such as accuracy, or mod:fn.")] = None,
+    metric: Annotated[
+        list[str] | None, _train(metavar="NAME", help="accuracy, loss, mod:fn:max …: the first decides.")
+    ] = None,
     clip: Annotated[float | None, _train(metavar="NORM", help="Largest norm of all gradients together.")] = None,
     freeze: Annotated[list[str] | None, _train(metavar="GLOB", help="Tensors that stay as they are.")] = None,
     distill: Annotated[str, _train(metavar="TEACHER", help="A model to learn from as well.")] = "",

@@ -23,8 +23,10 @@ from prunectl.reporting.held_report import held_report
 from prunectl.reporting.report import Report
 from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.training_progress import TrainingProgress
+from prunectl.sweeping.inputs import digests
 from prunectl.sweeping.point import Way
 from prunectl.sweeping.search import Search
+from prunectl.training.better import check_direction
 from prunectl.training.finetune import finetune
 from prunectl.training.judging.drop import max_drop
 from prunectl.training.request import Request, check
@@ -51,13 +53,13 @@ def within(ctx: typer.Context, asked: Request) -> Callable[[Path, Output], Repor
     if isinstance(shape_of(pruning)[0], ZerosOf):
         raise UsageError(f"the pattern {pruning.pattern} decides the sparsity by itself", hint="leave out --max-drop")
     check(_at(asked, _LEAST))
+    check_direction(asked.means)
 
     def make(path: Path, sparsity: float, output: Output) -> None:
         with TrainingProgress(reporter.settings, None) as progress:
             finetune(path, _at(asked, sparsity), output, progress.watch)
 
     way = Way(pruning.strategy, pruning.scope, asked.ramping.name, pruning.pattern, ",".join(pruning.params))
-    searched = Search(way, limit, asked, make, noted(asked.choices, _FREE.__contains__))
 
     def run(path: Path, place: Output) -> Report:
         model = open_model(path)
@@ -65,6 +67,7 @@ def within(ctx: typer.Context, asked: Request) -> Callable[[Path, Output], Repor
         # As it is now: in place, the result takes its place.
         before = replace(surveyed(model), path=said["model"])
         tried = Path(said["tried"]) if said["tried"] else None
+        searched = Search(way, limit, asked, make, noted(asked.choices, _FREE.__contains__), _files(asked))
         with found(path, searched, tried, reporter) as held:
             _adopt(model, open_model(held.path), place)
         after = replace(surveyed(open_model(_written(model, place))), path=str(place.target))
@@ -76,6 +79,13 @@ def within(ctx: typer.Context, asked: Request) -> Callable[[Path, Output], Repor
 
 def _at(asked: Request, sparsity: float) -> Request:
     return replace(asked, pruning=replace(asked.pruning, sparsity=sparsity))
+
+
+def _files(asked: Request) -> dict[str, str]:
+    means, origin, pruning = asked.means, asked.origin, asked.pruning
+    words = (means.loss, *means.metrics, means.custom_step, origin.model, origin.custom_objects)
+    own = (pruning.strategy, pruning.policy, asked.ramping.name)
+    return digests(specs=(asked.data, asked.val), functions=(*words, *own), models=(asked.distill,))
 
 
 def _adopt(model: ModelFile, made: ModelFile, output: Output) -> None:

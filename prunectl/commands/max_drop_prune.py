@@ -19,9 +19,12 @@ from prunectl.reporting.held_report import with_held
 from prunectl.reporting.report import Report
 from prunectl.reporting.reporter import Reporter
 from prunectl.sweeping import point as points
+from prunectl.sweeping.inputs import digests
 from prunectl.sweeping.pruned import looks, pruned
 from prunectl.sweeping.requests import check_cut
 from prunectl.sweeping.search import Search
+from prunectl.training.asked import asked as metrics_of
+from prunectl.training.better import check_direction
 from prunectl.training.judging.drop import max_drop
 from prunectl.training.network import Means, Origin
 from prunectl.training.request import Request as Judging
@@ -45,7 +48,8 @@ def way_within(ctx: typer.Context, asked: Request) -> Way:
     if asked.pattern != CHANNELS and isinstance(shape_of(asked)[0], ZerosOf):
         raise UsageError(f"the pattern {asked.pattern} decides the sparsity by itself", hint="leave out --max-drop")
     origin = Origin(asked.model, asked.custom_objects, is_trusted=said["trust"], seed=asked.seed, inputs=asked.inputs)
-    means = Means(loss=asked.loss, metrics=(said["metric"],) if said["metric"] else (), seed=asked.seed)
+    means = Means(loss=asked.loss, seed=asked.seed, **metrics_of((said["metric"],)))
+    check_direction(means)
     judging = Judging(asked.data, batch_size=asked.batch_size, means=means, origin=origin)
     does_look = looks(replace(asked, sparsity=_LEAST))
     if not does_look and asked.samples != SAMPLES:
@@ -63,10 +67,12 @@ def way_within(ctx: typer.Context, asked: Request) -> Way:
 
     choices = noted({**asdict(asked), "metric": said["metric"], **limits}, {"sparsity", "is_packed"}.__contains__)
     name = points.Way(asked.strategy, asked.scope, "", asked.pattern, ",".join(asked.params))
-    searched = Search(name, limit, judging, make, choices)
+    words = (asked.strategy, asked.policy, asked.loss, asked.model, asked.custom_objects, *means.metrics)
 
     def within(path: Path, place: Output | None) -> Report:
         outputs.check(open_model(path), place)
+        files = digests(specs=(asked.data,), functions=words)
+        searched = Search(name, limit, judging, make, choices, files)
         with found(path, searched, Path(said["tried"]) if said["tried"] else None, reporter) as held:
             report = settled(ctx, replace(plain, sparsity=held.best.sparsity))(path, place)
             return with_held(report, held, asked.data, does_look=does_look)

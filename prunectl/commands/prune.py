@@ -34,7 +34,7 @@ def prune(
     target_gzip: Annotated[str, _much(metavar="SIZE", help="As sparse as this gzipped size needs.")] = "",
     target_packed: Annotated[str, _much(metavar="SIZE", help="As sparse as this packed size needs.")] = "",
     max_drop: Annotated[str, _much(metavar="DROP", help="As much as costs 0.5pp of a metric on --data.")] = "",
-    metric: Annotated[str, _much(metavar="NAME", help="Of --max-drop: accuracy …; else as the file says.")] = "",
+    metric: Annotated[str, _much(metavar="NAME", help="Of --max-drop: accuracy, loss, f.py:fn:max …")] = "",
     tried: Annotated[Path | None, _much(metavar="DIR", help="Keep what --max-drop tries, and go on from it.")] = None,
     strategy: Annotated[str, _which(metavar="NAME", help="What goes first.")] = "magnitude",
     param: Annotated[list[str] | None, _which(metavar="K=V", help="A parameter of the strategy.")] = None,

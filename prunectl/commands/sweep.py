@@ -34,7 +34,9 @@ def sweep(
     val_split: Annotated[str, _data(metavar="RATIO", help="Judge by this share of the data instead.")] = "",
     batch_size: Annotated[int, _data(help="Examples in a batch.", min=1)] = 32,
     samples: Annotated[int, _data(help="How many examples strategies look at.", min=1)] = 128,
-    metric: Annotated[str, _data(metavar="NAME", help="What decides, such as accuracy; else as the file says.")] = "",
+    metric: Annotated[
+        str, _data(metavar="NAME", help="What decides: accuracy, loss, f.py:fn:max …; else as the file says.")
+    ] = "",
     strategies: Annotated[str, _ways(metavar="NAME,…", help="What goes first.")] = "magnitude",
     scopes: Annotated[str, _ways(metavar="NAME,…", help="layer, global …, as in prune.")] = "layer",
     patterns: Annotated[str, _ways(metavar="NAME,…", help="unstructured, 2:4, block:1x4, channel …")] = "unstructured",

@@ -45,7 +45,7 @@ class _Work:
     def keeps_quality(self) -> Callable[..., Finding]:
         """What judges models on data, loaded when a budget asks for it: most look at files alone."""
         quality = importlib.import_module("prunectl.gating.quality")
-        keeps: Callable[..., Finding] = quality.Quality(self.budgets.folder).keeps
+        keeps: Callable[..., Finding] = quality.Quality(self.budgets.folder, self.file).keeps
         return keeps
 
     def name_of(self, key: str) -> str:

@@ -11,7 +11,7 @@ from prunectl.reporting.report import Artifact, Report, Section
 from prunectl.reporting.survey_json import survey_json
 from prunectl.reporting.table import Cell, Column, Table, Unit
 from prunectl.reporting.words import count
-from prunectl.training.better import judged_by
+from prunectl.training.better import first_of, judged_by
 from prunectl.training.finetune import Finetuned
 
 _RESULT = (
@@ -53,7 +53,7 @@ def finetune_report(found: Finetuned, model: str, output: str) -> Report:
 
 
 def _result(found: Finetuned, output: str) -> tuple[Cell, ...]:
-    name = judged_by(found.judged_after) if found.judged_after else ""
+    name = judged_by(found.judged_after, first_of(found.request.means)) if found.judged_after else ""
     return (
         output,
         name,

@@ -11,9 +11,10 @@ from prunectl.reporting.report import Artifact, Report, Section
 from prunectl.reporting.survey_json import survey_json
 from prunectl.reporting.table import Cell, Column, Table, Unit
 from prunectl.reporting.words import count, percent
-from prunectl.sweeping.limit import drop
+from prunectl.sweeping.limit import amount, drop, finite
+from prunectl.sweeping.point import Point
+from prunectl.sweeping.pruned import CHANNELS
 from prunectl.sweeping.search import Held
-from prunectl.training.judging.drop import amount
 
 
 def with_held(report: Report, held: Held, judged_by: str, *, does_look: bool) -> Report:
@@ -44,14 +45,43 @@ def held_report(
 
 def _section(held: Held, remarks: tuple[str, ...]) -> Section:
     base, best = held.base, held.outcome
-    lost = amount(base.metric, base.value, drop(best, base))
+    lost = amount(drop(best, base), base)
     facts = (
         (base.metric, f"{base.value:.4g} -> {best.value:.4g}, a drop of {lost}; {held.limit.shown} is allowed"),
         ("tried", f"{count(len(held.tried))} {'sparsity' if len(held.tried) == 1 else 'sparsities'}"),
     )
-    found = f"The largest sparsity that holds is {percent(held.best.sparsity)}: {base.metric} is {best.value:.4g}."
-    notes = tuple(dict.fromkeys((found, *base.notes, *best.notes)))
+    notes = tuple(dict.fromkeys((*_found(held), *held.again, *base.notes, *_gone_astray(held), *best.notes)))
     return Section(f"within a drop of {held.limit.shown}", facts, (_tried(held),), (*notes, *remarks))
+
+
+def _found(held: Held) -> tuple[str, ...]:
+    """Say which sparsity holds: the one that the file has, where it is not what was asked for."""
+    base, best = held.base, held.outcome
+    asked, worth = percent(held.best.sparsity), f"{base.metric} is {best.value:.4g}"
+    alike = [point for point, outcome in held.tried.items() if outcome.digest and outcome.digest == best.digest]
+    first = min((point.sparsity for point in alike), default=held.best.sparsity)
+    if first == held.best.sparsity:
+        return (f"The largest sparsity that holds is {asked}: {worth}.{_zeros(held)}",)
+    same = f"From {percent(first)} to {asked} the file is the same, so that more cannot go: {worth}."
+    return (f"{same}{_zeros(held)} What layers and limits of their own say goes before what is asked.",)
+
+
+def _zeros(held: Held) -> str:
+    """Say how sparse the file is; channels that were cut have left no zeros."""
+    if held.best.pattern == CHANNELS:
+        return ""
+    return f" Of all parameters, {percent(held.outcome.sparsity)} are zero."
+
+
+def _gone_astray(held: Held) -> tuple[str, ...]:
+    """Say why there is no model of a sparsity."""
+    return tuple(note for outcome in held.tried.values() if not outcome.path for note in outcome.notes)
+
+
+def _verdict(held: Held, point: Point) -> str:
+    if not held.tried[point].is_number:
+        return "no number" if held.tried[point].path else "went astray"
+    return "holds" if held.is_held(point) else "too much"
 
 
 def _tried(held: Held) -> Table:
@@ -66,11 +96,11 @@ def _tried(held: Held) -> Table:
     rows: list[tuple[Cell, ...]] = [
         (
             point.sparsity,
-            outcome.sparsity,
-            outcome.value,
-            drop(outcome, held.base),
-            outcome.gzip,
-            "holds" if held.is_held(point) else "too much",
+            outcome.sparsity if outcome.path else None,
+            finite(outcome.value),
+            finite(drop(outcome, held.base)),
+            outcome.gzip if outcome.path else None,
+            _verdict(held, point),
         )
         for point, outcome in held.tried.items()
     ]
@@ -109,9 +139,9 @@ def _json(held: Held) -> dict[str, Any]:
         "tried": [
             {
                 "sparsity": point.sparsity,
-                "value": outcome.value,
-                "drop": drop(outcome, base),
-                "gzip": outcome.gzip,
+                "value": finite(outcome.value),
+                "drop": finite(drop(outcome, base)),
+                "gzip": outcome.gzip if outcome.path else None,
                 "is_held": held.is_held(point),
             }
             for point, outcome in held.tried.items()

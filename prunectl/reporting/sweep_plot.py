@@ -7,7 +7,6 @@ from prunectl.reporting.table import Cell, Column, Table
 from prunectl.reporting.words import nbytes
 from prunectl.sweeping.point import BASE, Point
 from prunectl.sweeping.sweep import Swept
-from prunectl.training.better import is_higher_better
 
 _COLUMNS, _ROWS = 60, 12
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -15,14 +14,14 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 def plot(found: Swept, best: list[Point]) -> Table:
     """Return the points as letters, a letter for each way, above the steps of the front."""
-    outcomes = found.outcomes
+    outcomes = {point: outcome for point, outcome in found.outcomes.items() if outcome.is_number}
     tried = list(dict.fromkeys(point.way for point in outcomes if point != BASE))
     sizes = [outcome.gzip for outcome in outcomes.values()]
     values = [outcome.value for outcome in outcomes.values()]
     left, wide = min(sizes), max(max(sizes) - min(sizes), 1)
     low, high = min(values), max(values)
     tall = high - low or 1.0
-    is_up = is_higher_better(found.base.metric)
+    is_up = found.base.is_more_better
     steps: list[float] = []
     for x in range(2 * _COLUMNS):
         size = left + x / (2 * _COLUMNS - 1) * wide

@@ -11,11 +11,10 @@ from prunectl.reporting.table import Cell, Column, Table, Unit
 from prunectl.reporting.words import count, nbytes, percent
 from prunectl.sweeping.combined import UNSTRUCTURED, fixed, left_out, ways
 from prunectl.sweeping.front import front
-from prunectl.sweeping.limit import drop
+from prunectl.sweeping.limit import amount, drop, finite
 from prunectl.sweeping.point import BASE, Outcome, Point, Way
 from prunectl.sweeping.sweep import Swept
 from prunectl.sweeping.versus import Versus, versus
-from prunectl.training.judging.drop import amount
 
 
 def sweep_report(found: Swept, model: str) -> Report:
@@ -24,6 +23,7 @@ def sweep_report(found: Swept, model: str) -> Report:
     table = Table("points", _columns(found), tuple(_row(found, point, best) for point in found.outcomes))
     notes = dict.fromkeys(note for outcome in found.outcomes.values() for note in outcome.notes)
     remarks = (
+        *found.again,
         *notes,
         *_judged_by(found),
         *_shapes(found),
@@ -54,6 +54,8 @@ def told(point: Point, found: Outcome | PrunectlError) -> str:
     """Return what became of a point, in a line."""
     if isinstance(found, PrunectlError):
         return f"{point.name}: {found.message}"
+    if not found.is_number:
+        return f"{point.name}: {found.metric or 'what decides'} is no number"
     return f"{point.name}: {found.metric} {found.value:.4g}, gzip {nbytes(found.gzip)}"
 
 
@@ -89,13 +91,14 @@ def _columns(found: Swept) -> tuple[Column, ...]:
 
 def _row(found: Swept, point: Point, best: list[Point]) -> tuple[Cell, ...]:
     outcome = found.outcomes[point]
+    is_there = bool(outcome.path) or point == BASE
     return (
         *_named(found, point.way),
         point.sparsity if point != BASE else None,
-        outcome.sparsity,
-        outcome.value,
-        drop(outcome, found.base),
-        outcome.gzip,
+        outcome.sparsity if is_there else None,
+        finite(outcome.value),
+        finite(drop(outcome, found.base)),
+        outcome.gzip if is_there else None,
         "*" if point in best else "",
         _file(found, point),
     )
@@ -134,10 +137,15 @@ def _held_json(found: Swept) -> list[dict[str, Any]]:
 
 def _json(found: Swept, point: Point, best: list[Point], model: str) -> dict[str, Any]:
     outcome = found.outcomes[point]
+    is_there = bool(outcome.path) or point == BASE
     return {
-        "path": _file(found, point) or model,
-        "bytes": {"raw": outcome.raw, "packed": None, "compressed": outcome.gzip},
-        "sparsity": outcome.sparsity,
+        "path": _file(found, point) or (model if point == BASE else None),
+        "bytes": {
+            "raw": outcome.raw if is_there else None,
+            "packed": None,
+            "compressed": outcome.gzip if is_there else None,
+        },
+        "sparsity": outcome.sparsity if is_there else None,
         "point": {
             "strategy": point.strategy or None,
             "scope": point.scope or None,
@@ -146,9 +154,9 @@ def _json(found: Swept, point: Point, best: list[Point], model: str) -> dict[str
             "params": point.params or None,
             "sparsity": point.sparsity,
             "metric": outcome.metric,
-            "value": outcome.value,
+            "value": finite(outcome.value),
             "logs": outcome.logs,
-            "drop": drop(outcome, found.base),
+            "drop": finite(drop(outcome, found.base)),
             "is_front": point in best,
         },
     }
@@ -200,4 +208,4 @@ def _compared(one: Versus, found: Swept) -> str:
 
 def _amount(found: Swept, value: float) -> str:
     """Return a difference: in percentage points where the metric is a share."""
-    return amount(found.base.metric, found.base.value, value)
+    return amount(value, found.base)

@@ -6,7 +6,9 @@ from prunectl.errors import UsageError
 from prunectl.pruning.plan import Scope
 from prunectl.sweeping.choices import Choices
 from prunectl.sweeping.combined import grid, ways
-from prunectl.sweeping.requests import AT_ONCE
+from prunectl.sweeping.point import BASE
+from prunectl.sweeping.requests import AT_ONCE, training_of
+from prunectl.training.better import check_direction
 
 
 def check(choices: Choices) -> None:
@@ -19,6 +21,7 @@ def check(choices: Choices) -> None:
         if scope not in set(Scope):
             raise UsageError(f"no scope is called {scope}", hint=f"known: {', '.join(Scope)}")
     ways(choices)
+    check_direction(training_of(choices, BASE).means)
     for point in grid(choices)[1:]:
         if not 0 <= point.sparsity < 1:
             raise UsageError(f"a sparsity is a share from 0 up to 1, not {point.sparsity:g}", hint="write 0.8 or 80%")

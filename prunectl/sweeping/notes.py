@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from prunectl.errors import InputError, UsageError
 from prunectl.sweeping.point import BASE, Outcome, Point
 
 FILE = "sweep.jsonl"
-_SCHEMA = "prunectl.sweep/1"
+_SCHEMA = "prunectl.sweep/2"
 _PATIENCE_SECONDS = 5.0
 """How long the processes of a sweep that was killed may take to end."""
 
@@ -36,10 +36,17 @@ class Notes:
         _write(self.fd, {"point": asdict(point), "outcome": outcome.as_json})
         self.done[point] = outcome
 
+    def forget(self, points: Iterable[Point]) -> None:
+        """Take points for not done: the next line about one of them is what holds."""
+        for point in points:
+            del self.done[point]
+
 
 @contextmanager
-def opened(folder: Path, choices: dict[str, Any], sha256: str, threads: int) -> Generator[Notes]:
-    """Yield the notes in a folder, which is made if it is not there; refuse those of another sweep."""
+def opened(
+    folder: Path, choices: dict[str, Any], sha256: str, threads: int, files: Mapping[str, str]
+) -> Generator[Notes]:
+    """Yield the notes in a folder, which is made if it is not there; refuse those of another sweep, or other files."""
     if not folder.parent.is_dir():
         raise UsageError(f"{folder.parent} is not a folder", hint=f"mkdir -p {folder.parent}")
     path = folder / FILE
@@ -49,7 +56,7 @@ def opened(folder: Path, choices: dict[str, Any], sha256: str, threads: int) -> 
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
     try:
         _lock(fd, folder)
-        yield _read(fd, path, {"schema": _SCHEMA, "sha256": sha256, "choices": choices}, threads)
+        yield _read(fd, path, {"schema": _SCHEMA, "sha256": sha256, "files": {**files}, "choices": choices}, threads)
     finally:
         os.close(fd)
 
@@ -91,15 +98,30 @@ def _read(fd: int, path: Path, head: dict[str, Any], threads: int) -> Notes:
 def _compare(noted: dict[str, Any], head: dict[str, Any], folder: Path) -> NoReturn:
     """Say what is not the same."""
     if noted["schema"] != head["schema"]:
-        raise InputError(f"{folder / FILE} has the schema {noted['schema']!r}, which this prunectl does not know")
+        raise InputError(
+            f"{folder / FILE} has the schema {noted['schema']!r}, which this prunectl does not know",
+            hint="sweep into another folder",
+        )
     if noted["sha256"] != head["sha256"]:
         raise UsageError(f"{folder} holds a sweep of another model", hint="sweep this one into another folder")
     then, now = noted["choices"], head["choices"]
+    if then == now:
+        _compare_files(noted["files"], head["files"], folder)
     name = next(name for name in {**now, **then} if then.get(name) != now.get(name))
     raise UsageError(
         f"{folder} holds a sweep with other choices: {name.replace('_', ' ')} was {_said(then.get(name))}, "
         f"not {_said(now.get(name))}",
         hint="say the same again to go on with it, or sweep into another folder",
+    )
+
+
+def _compare_files(then: dict[str, str], now: dict[str, str], folder: Path) -> NoReturn:
+    """Say which file is not as it was."""
+    name = next(name for name in {**now, **then} if then.get(name) != now.get(name))
+    what = "is new" if name not in then else "is gone" if name not in now else "has changed"
+    raise UsageError(
+        f"{name} {what} since {folder} was begun: what was tried there tells nothing of what is now",
+        hint="sweep into another folder, or remove that one",
     )
 
 

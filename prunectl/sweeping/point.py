@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 from urllib.parse import quote
+
+from prunectl.errors import PrunectlError
+from prunectl.training.better import is_higher_better
 
 
 class Way(NamedTuple):
@@ -67,13 +71,33 @@ class Outcome:
     path: str
     """Relative to the folder of the sweep; empty for the model as it is."""
     notes: tuple[str, ...] = ()
+    is_up: bool | None = None
+    """Whether more of the metric is better; None is as its name says."""
+    digest: str = ""
+    """Of the model that was made."""
+
+    @property
+    def is_number(self) -> bool:
+        """Whether the metric came to anything: what goes too far may answer with numbers that are none."""
+        return math.isfinite(self.value)
+
+    @property
+    def is_more_better(self) -> bool:
+        """Whether more of the metric is better."""
+        return self.is_up if self.is_up is not None else is_higher_better(self.metric)
 
     @property
     def as_json(self) -> dict[str, Any]:
         """The outcome as it is noted."""
-        return asdict(self)
+        return {**asdict(self), "value": self.value if self.is_number else None}
 
     @classmethod
     def of_json(cls, said: dict[str, Any]) -> Outcome:
         """Return the outcome that was noted."""
-        return cls(**{**said, "notes": tuple(said["notes"])})
+        value = math.nan if said["value"] is None else said["value"]
+        return cls(**{**said, "value": value, "notes": tuple(said["notes"])})
+
+
+def diverged(point: Point, error: PrunectlError) -> Outcome:
+    """Return what came of a point whose training went astray: no model, and nothing to judge."""
+    return Outcome("", math.nan, {}, 0.0, 0, 0, "", (f"{point.name}: {error.message}; {error.hint}.",))

@@ -13,6 +13,7 @@ from prunectl.pruning.request import Request as Pruning
 from prunectl.sweeping.choices import Choices
 from prunectl.sweeping.point import BASE, Point
 from prunectl.sweeping.pruned import CHANNELS, looks
+from prunectl.training.asked import asked as asked_of
 from prunectl.training.evidence import WATCHED
 from prunectl.training.network import Means, Origin
 from prunectl.training.request import Ramping
@@ -54,8 +55,8 @@ def training_of(choices: Choices, point: Point) -> Training:
             loss=choices.loss,
             optimizer=choices.optimizer,
             lr=choices.lr,
-            metrics=(choices.metric,) if choices.metric else (),
             seed=choices.seed,
+            **asked_of((choices.metric,)),
         ),
         origin=Origin(choices.model, choices.custom_objects, choices.is_trusted, choices.seed),
         pruning=asked,

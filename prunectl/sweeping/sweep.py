@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from prunectl.sweeping.choices import Choices
 from prunectl.sweeping.combined import ways
 from prunectl.sweeping.crew import Crew, hands
 from prunectl.sweeping.crew import check as check_place
+from prunectl.sweeping.inputs import files_of
 from prunectl.sweeping.limit import check as check_limit
+from prunectl.sweeping.made import lost
 from prunectl.sweeping.next import bracket, wanted
 from prunectl.sweeping.notes import Notes, opened
 from prunectl.sweeping.point import BASE, Outcome, Point, Way
@@ -39,6 +41,8 @@ class Swept:
     """The model as it is, then way after way, from low to high sparsity."""
     failed: dict[Point, PrunectlError]
     max_drop: MaxDrop | None = None
+    again: tuple[str, ...] = ()
+    """What was made again, and why."""
 
     @property
     def base(self) -> Outcome:
@@ -70,21 +74,30 @@ def sweep(
     model, job = open_model(path), job_of(path, choices, folder)
     failed: dict[Point, PrunectlError] = {}
     with (
-        opened(folder, choices.as_json, archive.sha256(model), share(jobs)) as notes,
+        opened(folder, choices.as_json, archive.sha256(model), share(jobs), files_of(choices)) as notes,
         closing(Crew(hands(place, job, jobs=jobs, threads=notes.threads, lock=notes.fd))) as crew,
     ):
         if BASE not in notes.done:
             _note_base(crew.attempt(BASE), notes)
         if max_drop is not None:
             check_limit(max_drop, notes.done[BASE])
-        todo = partial(wanted, choices, notes.done, failed, max_drop.amount if max_drop is not None else None)
+        gone = lost(folder, notes.done)
+        notes.forget(gone)
+        more = partial(wanted, choices, notes.done, failed, max_drop.amount if max_drop is not None else None)
+
+        def todo() -> list[Point]:
+            again = [point for point in gone if point not in notes.done and point not in failed]
+            return again or more()
+
         for point, found in _made(crew, todo, jobs):
             if isinstance(found, PrunectlError):
                 failed[point] = found
             else:
-                notes.add(point, found)
+                base = notes.done[BASE]
+                # Training that went astray has nothing to say of what it is judged by.
+                notes.add(point, found if found.metric else replace(found, metric=base.metric, is_up=base.is_up))
             watcher(point, found)
-        return Swept(choices, folder, _in_order(choices, notes.done), failed, max_drop)
+        return Swept(choices, folder, _in_order(choices, notes.done), failed, max_drop, tuple(gone.values()))
 
 
 def _note_base(found: Outcome | PrunectlError, notes: Notes) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from prunectl.pruning.output import Output
 from prunectl.sweeping.choices import Choices
-from prunectl.sweeping.point import BASE, Outcome, Point
+from prunectl.sweeping.made import place_of
+from prunectl.sweeping.point import BASE, Outcome, Point, diverged
 from prunectl.sweeping.pruned import pruned
 from prunectl.sweeping.requests import is_pruned_before, pruning_of, training_of
 from prunectl.sweeping.weighing import weighed
+from prunectl.training.diverged import DivergedError
 from prunectl.training.finetune import finetune
 
 
@@ -18,10 +20,11 @@ def attempt(path: Path, choices: Choices, folder: Path, point: Point) -> Outcome
     """Make a point in its own folder, which only a noted point needs to keep, and return what came of it."""
     if point == BASE:
         return weighed(path, training_of(choices, BASE), "")
-    place = folder / point.name
-    place.mkdir(exist_ok=True)
-    output = Output(place / f"model{''.join(path.suffixes[-1:])}", is_forced=True)
-    _made(path, choices, point, output)
+    output = Output(place_of(folder, point) / f"model{''.join(path.suffixes[-1:])}", is_forced=True)
+    try:
+        _made(path, choices, point, output)
+    except DivergedError as error:
+        return diverged(point, error)
     return weighed(output.target, training_of(choices, BASE), output.target.relative_to(folder).as_posix())
 
 

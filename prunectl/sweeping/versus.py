@@ -32,6 +32,7 @@ def versus(choices: Choices, outcomes: Mapping[Point, Outcome]) -> list[Versus]:
     for one, other in combinations(choices.schedules if choices.epochs else (), 2):
         twins = {point: replace(point, schedule=other) for point in outcomes if point.schedule == one}
         pairs = [(outcomes[point], outcomes[twin]) for point, twin in twins.items() if twin in outcomes]
+        pairs = [pair for pair in pairs if all(one.is_number for one in pair)]
         if pairs:
             found.append(Versus(one, other, tuple(gain(*pair) for pair in pairs)))
     return found

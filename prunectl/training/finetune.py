@@ -20,6 +20,7 @@ from prunectl.pruning import output as outputs
 from prunectl.pruning.output import Output
 from prunectl.pruning.selection import Mask
 from prunectl.pruning.strip import surveyed
+from prunectl.training.better import Decider, check_direction, decider
 from prunectl.training.course import Course, course
 from prunectl.training.data.source import Order
 from prunectl.training.diary import Diary, Entry, Watcher
@@ -66,6 +67,8 @@ class Finetuned:
 def finetune(path: Path, request: Request, output: Output, watcher: Watcher | None = None) -> Finetuned:
     """Train a model, and write it into a copy of its file."""
     check(request)
+    if _has_best(request):
+        check_direction(request.means)
     model = open_model(path)
     outputs.check(model, output)
     saver = _saver(request)
@@ -84,10 +87,13 @@ def finetune(path: Path, request: Request, output: Output, watcher: Watcher | No
         keeper = keeper_of(network, rules, request, planned, first=first, held=held)
         check_wrappable(plain, request, keeper)
         judged_before = evaluated(network, found.val, planned.batch_size)
+        decides = _decider(request, judged_before, network)
         teacher = open_teacher(Path(request.distill), request.origin) if request.distill else None
         diary = _diary(network, keeper, request, watcher)
         progress = _train(
-            Lesson(network, Data(found.train, found.val, request.workers), planned, keeper, diary, saver, teacher)
+            Lesson(
+                network, Data(found.train, found.val, request.workers), planned, keeper, diary, saver, teacher, decides
+            )
         )
         if request.is_recalibrated:
             notes = (*notes, _recalibrated(network, found, planned))
@@ -148,6 +154,18 @@ def _saver(request: Request) -> Saver | None:
 
 def _frozen(model: ModelFile, request: Request) -> frozenset[str]:
     return frozenset(tensor.name for word in request.frozen for tensor in select(model, word))
+
+
+def _has_best(request: Request) -> bool:
+    """Whether the result depends on which epoch is the best."""
+    is_judged = bool(request.val or request.val_split)
+    return is_judged and (request.keep is Keep.BEST or request.early_stop is not None)
+
+
+def _decider(request: Request, logs: Logs, network: Network) -> Decider | None:
+    if not _has_best(request):
+        return None
+    return decider(logs, request.means, (port.name for port in network.signature.outputs))
 
 
 def _course(request: Request, found: Read) -> Course:

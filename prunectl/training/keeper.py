@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from prunectl.errors import WorkError
 from prunectl.formats.base import Array, ModelFile
 from prunectl.pruning import live
 from prunectl.pruning import plan as planning
@@ -15,6 +14,7 @@ from prunectl.pruning.execute import Method
 from prunectl.pruning.plan import Choice, Wish
 from prunectl.pruning.schedules import Schedule
 from prunectl.pruning.selection import Mask
+from prunectl.training.diverged import DivergedError
 from prunectl.training.evidence import Evidence, informed
 from prunectl.training.network import Network
 from prunectl.training.regrow import Regrowth, regrown
@@ -118,7 +118,7 @@ def _check_finite(weights: Mapping[str, Array], step: int) -> None:
     """Tell a training that went astray from a file that holds such numbers."""
     for name, array in weights.items():
         if not np.isfinite(array.astype(np.float32, copy=False)).all():
-            raise WorkError(
+            raise DivergedError(
                 f"{name} is no finite number any more after step {step}: training has gone astray",
                 hint="a lower --lr, --clip 1, or data that is scaled (?norm=unit) may help",
             )

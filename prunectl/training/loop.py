@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from prunectl.errors import WorkError
-from prunectl.training.better import is_better, judged_by
+from prunectl.training.better import Decider
 from prunectl.training.course import Course
 from prunectl.training.data.source import Arrays, Batch, Order, Source
 from prunectl.training.diary import Diary, Entry
+from prunectl.training.diverged import DivergedError
 from prunectl.training.keeper import Keeper
 from prunectl.training.network import Array, Logs, Network
 from prunectl.training.saver import Saver
@@ -54,6 +54,8 @@ class Lesson:
     diary: Diary
     saver: Saver | None = None
     teacher: Teacher | None = None
+    decider: Decider | None = None
+    """Which epoch is the best; none where nothing depends on it."""
 
 
 def train(lesson: Lesson, stopping: Stopping) -> Progress:
@@ -107,7 +109,7 @@ def _end_epoch(lesson: Lesson, progress: Progress, epoch: int) -> None:
         keeper.turn(network, progress.step)
     logs = network.logs()
     if not math.isfinite(logs.get("loss", 0.0)):
-        raise WorkError(
+        raise DivergedError(
             f"the loss is {logs['loss']:g} after epoch {epoch + 1}",
             hint="a lower --lr, --clip 1, or data that is scaled (?norm=unit) may help",
         )
@@ -122,11 +124,12 @@ def _end_epoch(lesson: Lesson, progress: Progress, epoch: int) -> None:
 
 def _judge(lesson: Lesson, progress: Progress, entry: Entry) -> None:
     """Remember the best epoch of those that are as sparse as was asked for."""
-    if not entry.val or _is_early(lesson.keeper, entry.step):
+    decider = lesson.decider
+    if decider is None or not entry.val or _is_early(lesson.keeper, entry.step):
         return
-    name = judged_by(entry.val)
-    if is_better(name, entry.val[name], progress.best):
-        progress.best, progress.best_epoch, progress.stale = entry.val[name], entry.epoch, 0
+    value = entry.val[decider.name]
+    if decider.is_better(value, progress.best):
+        progress.best, progress.best_epoch, progress.stale = value, entry.epoch, 0
         progress.best_tensors = lesson.network.tensors() if lesson.course.keeps_best else {}
     else:
         progress.stale += 1

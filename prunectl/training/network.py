@@ -27,6 +27,10 @@ class Means:
     """A name with parameters: `sgd:momentum=0.9,weight_decay=1e-4`."""
     lr: float | None = None
     metrics: tuple[str, ...] = ()
+    decides: str = ""
+    """The metric that decides, or `loss`; else the first of the metrics, or as the file says."""
+    goal: str = ""
+    """`max` or `min` where somebody said in which direction it is better; else its name tells."""
     frozen: frozenset[str] = frozenset()
     """Tensors that stay as they are."""
     clip: float | None = None

@@ -9,6 +9,7 @@ from typing import Any
 
 from prunectl.errors import UsageError
 from prunectl.pruning.request import Request as Pruning
+from prunectl.training.asked import asked
 from prunectl.training.network import Means, Origin
 from prunectl.training.request import Keep, MaskMode, Ramping, Request
 
@@ -108,7 +109,7 @@ def _means(said: Mapping[str, Any]) -> Means:
         loss=said["loss"],
         optimizer=said["optimizer"],
         lr=said["lr"],
-        metrics=tuple(said["metric"]),
+        **asked(said["metric"]),
         clip=said["clip"],
         precision=said["precision"],
         device=said["device"],

@@ -140,6 +140,38 @@ def test_what_cannot_be_judged_is_told_and_the_rest_is_judged(drop: str, code: i
     assert told in found.err
 
 
+@pytest.mark.parametrize(
+    ("drop", "code", "told"),
+    [
+        ("fail = '1pp', data = 'none.npz', against = 'dense.onnx'", 3, "none.npz"),
+        ("fail = '1pp', data = 'test.npz', against = 'none.onnx'", 3, "none.onnx"),
+        ("fail = 0.01, data = 'test.npz', against = 'dense.onnx'", 2, "in which unit"),
+        ("fail = 0.01, data = 'test.npz', against = 'dense.onnx', metric = 'mse'", 2, "the metric mse does not fit"),
+        ("fail = '1pp', data = 'test.npz', against = 'dense.onnx', metric = 'm.py:kappa'", 2, "better, or less"),
+    ],
+)
+def test_what_stops_a_drop_is_told_with_its_line_and_other_budgets_are_judged(
+    drop: str, code: int, told: str, models: Path
+) -> None:
+    put(
+        models,
+        f"[[budget]]\npath = 'small.onnx'\nmax-drop = {{{drop}}}\n\n[[budget]]\npath = 'dense.onnx'\nmax-raw = '9MB'\n",
+    )
+    found = prunectl(models, "check")
+    assert found.code == code
+    assert [row[:2] for row in found.rows] == [["pass", "max-raw"]]
+    assert "prunectl.toml:3: " in found.err
+    assert told in found.err
+
+
+def test_a_direction_that_is_said_turns_the_verdict(models: Path, lost: float) -> None:
+    judged(models, "fail = 0.0001", more=", metric = 'accuracy:min'")
+    found = prunectl(models, "check", "--json")
+    (gate,) = gates(found)
+    assert (gate["ok"], gate["metric"]) == (True, "accuracy")
+    assert gate["actual"] == pytest.approx(-lost / 100)
+
+
 def test_a_runtime_that_is_missing_is_an_extra_and_the_rest_is_judged(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from prunectl.errors import InputError, PrunectlError, UsageError, WorkError
 from prunectl.formats.table import open_model
 from prunectl.pruning.output import Output
 from prunectl.pruning.request import Request as Pruning
+from prunectl.training.asked import asked
 from prunectl.training.finetune import Finetuned, finetune
 from prunectl.training.network import Means, Origin
 from prunectl.training.request import Keep, MaskMode, Ramping, Request
@@ -476,3 +477,34 @@ def test_a_file_that_is_sparser_already_keeps_its_zeros_and_it_is_said(pruned: P
 def test_targets_of_another_shape_are_refused_with_both(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a target is a number for each example, and the model gives 10"):
         tuned(DIGITS, tmp_path / "out.pt", means=Means(loss="mse", device="cpu"))
+
+
+def test_the_best_epoch_is_not_guessed_from_the_name_of_a_function(tmp_path: Path) -> None:
+    (tmp_path / "laptop.py").write_text(
+        "def err(out, y):\n    return (out.argmax(1) != y.reshape(-1)).float().mean()\n"
+        "def same(out, y):\n    return 1 - err(out, y)\n"
+    )
+    name = f"{tmp_path / 'laptop.py'}"
+    words: dict[str, Any] = {"epochs": 4}
+    for keep in ({"keep": Keep.BEST}, {"keep": Keep.LAST, "early_stop": 1}):
+        with pytest.raises(UsageError, match="better, or less"):
+            tuned(DIGITS, tmp_path / "no.pt", means=Means(device="cpu", **asked([f"{name}:err"])), **words, **keep)
+    free = Means(lr=0.3, optimizer="sgd", device="cpu", **asked([f"{name}:err"]))
+    assert tuned(DIGITS, tmp_path / "last.pt", means=free, **words, keep=Keep.LAST).best_epoch is None
+    wanted = {"err:min": min, "same:max": max}
+    for word, best in wanted.items():
+        means = Means(lr=0.3, optimizer="sgd", device="cpu", **asked([f"{name}:{word}"]))
+        found = tuned(DIGITS, tmp_path / f"{best.__name__}.pt", means=means, **words)
+        numbers = [entry.val[means.decides] for entry in found.history]
+        assert found.best_epoch == numbers.index(best(numbers)) + 1
+        assert found.judged_after[means.decides] == best(numbers)
+
+
+def test_a_loss_of_the_users_with_labels_is_judged_by_accuracy(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "from torch.nn import functional\ndef loss(out, y):\n    return functional.cross_entropy(out, y.long())\n"
+    )
+    found = tuned(DIGITS, tmp_path / "out.pt", means=Means(loss=f"{tmp_path / 'own.py'}:loss", device="cpu"), epochs=1)
+    named = tuned(DIGITS, tmp_path / "named.pt", means=Means(loss="cross-entropy", device="cpu"), epochs=1)
+    assert found.judged_after == pytest.approx(named.judged_after)
+    assert set(found.judged_after) == {"loss", "accuracy"}

@@ -15,7 +15,8 @@ from prunectl.sweeping.combined import UNSTRUCTURED
 
 def pareto(models: Sequence[dict[str, Any]], units: Units) -> str:
     """Return a picture of the points; nothing where there is no sweep."""
-    points = [model for model in models if "point" in model]
+    # What came to no number has no place.
+    points = [model for model in models if "point" in model and model["point"]["value"] is not None]
     if not points:
         return ""
     x = axes.across([point["bytes"]["compressed"] for point in points])

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from prunectl.errors import UsageError
-from prunectl.training.better import is_higher_better
 
 POINTS = "pp"
 _DIGITS = 9
@@ -34,36 +33,38 @@ def max_drop(text: str) -> MaxDrop:
     try:
         amount = float(words.removesuffix(POINTS))
     except ValueError:
-        raise UsageError(f"{text!r} is no drop", hint="write 0.5pp (percentage points), or 0.01 of a loss") from None
+        raise UsageError(
+            f"{text!r} is no drop", hint="write 0.5pp (percentage points), or 0.01 of what is no share"
+        ) from None
     if not math.isfinite(amount) or amount < 0:
         raise UsageError(f"{text!r} is no drop: it is a number from 0 up")
     return MaxDrop(amount / 100 if is_points else amount, is_points)
 
 
-def gain(metric: str, before: float, after: float) -> float:
-    """Return by how much one number is better than another."""
+def gain(before: float, after: float, *, is_up: bool) -> float:
+    """Return by how much one number is better than another; more is better, or less."""
     more = after - before
-    return round(more if is_higher_better(metric) else -more, _DIGITS)
+    return round(more if is_up else -more, _DIGITS)
 
 
-def is_share(metric: str, value: float) -> bool:
+def is_share(value: float, *, is_up: bool) -> bool:
     """Whether a metric is a share of the examples, of which percentage points can be lost."""
-    return is_higher_better(metric) and 0 <= value <= 1
+    return is_up and 0 <= value <= 1
 
 
-def amount(metric: str, of: float, difference: float) -> str:
+def amount(difference: float, of: float, *, is_up: bool) -> str:
     """Return a difference as people read it: in percentage points where the metric is a share."""
-    return f"{100 * difference:.3g} {POINTS}" if is_share(metric, of) else f"{difference:.4g}"
+    return f"{100 * difference:.3g} {POINTS}" if is_share(of, is_up=is_up) else f"{difference:.4g}"
 
 
-def check(limit: MaxDrop, metric: str, value: float) -> None:
+def check(limit: MaxDrop, metric: str, value: float, *, is_up: bool) -> None:
     """Refuse a limit that does not go with the metric, of which the model as it is has a value."""
-    if limit.is_points and not is_share(metric, value):
+    if limit.is_points and not is_share(value, is_up=is_up):
         raise UsageError(
             f"a drop of {limit.shown} is about a share, and {metric} is none ({value:.4g})",
             hint=f"write a number, such as {abs(value) / 100:.2g}, or name another metric",
         )
-    if not limit.is_points and is_share(metric, value):
+    if not limit.is_points and is_share(value, is_up=is_up):
         raise UsageError(
             f"a drop of {limit.shown} of {metric}: in which unit?",
             hint=f"write {limit.shown}pp or {100 * limit.amount:g}pp",

@@ -10,7 +10,7 @@ from pathlib import Path
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.table import open_model
-from prunectl.training.better import judged_by
+from prunectl.training.better import check_direction, decider, first_of
 from prunectl.training.data.adapt import adapt
 from prunectl.training.data.check import check
 from prunectl.training.data.source import Order
@@ -31,29 +31,38 @@ class Judged:
     metric: str
     logs: dict[str, float]
     notes: tuple[str, ...]
+    is_up: bool
+    """Whether more of the metric is better."""
 
     @property
     def value(self) -> float:
         """The number that decides."""
         return self.logs[self.metric]
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether it is a number at all."""
+        return math.isfinite(self.value)
+
 
 def judge(path: Path, request: Request) -> Judged:
     """Return how good a model is on what it is judged by: the data itself, if nothing else is named."""
+    check_direction(request.means)
     model = open_model(path)
     if model.about.wrappers:
         raise UsageError(
             f"{path} has pruning wrappers",
             hint=f"prunectl strip {path} -o plain{path.suffix} first",
         )
-    found = _by_onnxruntime(model, request) if model.format == "onnx" else _by_framework(model, request)
-    if not math.isfinite(found.value):
+    return _by_onnxruntime(model, request) if model.format == "onnx" else _by_framework(model, request)
+
+
+def judge_whole(path: Path, request: Request) -> Judged:
+    """Return how good a model is of which a number is expected: one that nothing was taken from."""
+    found = judge(path, request)
+    if not found.is_finite:
         raise WorkError(f"{found.metric} is {found.value:g} for {path}", hint="is the data scaled as in training?")
     return found
-
-
-def _metric(request: Request) -> str:
-    return next(iter(request.means.metrics), "")
 
 
 def _by_framework(model: ModelFile, request: Request) -> Judged:
@@ -62,9 +71,8 @@ def _by_framework(model: ModelFile, request: Request) -> Judged:
         network.prepare(replace(request.means, example=found.example))
         notes = (*found.notes, *look_over(found, network.signature, request))
         logs = dict(evaluated(network, found.val or found.train, request.batch_size))
-        # A framework may have its own word for what was asked: then it comes first among the metrics.
-        asked = _metric(request)
-        return Judged(asked if asked in logs else judged_by(logs), logs, (*notes, *network.notes))
+        found_by = decider(logs, request.means, (port.name for port in network.signature.outputs))
+        return Judged(found_by.name, logs, (*notes, *network.notes), found_by.is_up)
 
 
 def _by_onnxruntime(model: ModelFile, request: Request) -> Judged:
@@ -83,5 +91,6 @@ def _by_onnxruntime(model: ModelFile, request: Request) -> Judged:
         source = split(source, request.val_split, seed)[1]
     notes += check(source, signature, needs_targets=True, classes=None)
     batches = source.batches(Order(request.batch_size))
-    metric, value = scored(network.predict, batches, _metric(request), source.name)
-    return Judged(metric, {metric: value}, tuple(dict.fromkeys(notes)))
+    metric, value = scored(network.predict, batches, first_of(request.means), source.name)
+    logs = {metric: value}
+    return Judged(metric, logs, tuple(dict.fromkeys(notes)), decider(logs, request.means).is_up)

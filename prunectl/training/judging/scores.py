@@ -10,6 +10,7 @@ import numpy as np
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array
 from prunectl.training.data.source import Arrays, Batch, each
+from prunectl.training.judging.fitting import unfitting
 
 _EVEN = 0.5
 Score = Callable[[Array, Array], Array]
@@ -26,13 +27,23 @@ def scored(predict: Callable[[Arrays], Arrays], batches: Iterable[Batch], metric
         chosen = chosen or _usual(found, targets)
         score = _score(chosen)
         if score is _accuracy and found.size == len(found):
+            if targets.size != found.size:
+                raise unfitting(chosen, found.shape, targets.shape)
             single.append((found.reshape(-1), targets.reshape(-1)))
         else:
-            total += float(score(found, targets).sum())
+            total += float(_fitting(chosen, score, found, targets).sum())
         count += len(found)
     if not count:
         raise InputError(f"{name} has no examples")
     return chosen, (_of_two_classes(single) if single else total / count)
+
+
+def _fitting(name: str, score: Score, found: Array, targets: Array) -> Array:
+    """Return a score of outputs and targets that fit it, and each other."""
+    try:
+        return score(found, targets)
+    except ValueError as error:
+        raise unfitting(name, found.shape, targets.shape, str(error)) from error
 
 
 def _of_two_classes(pieces: Sequence[tuple[Array, Array]]) -> float:
@@ -57,6 +68,8 @@ def _is_one_hot(found: Array, targets: Array) -> bool:
 
 
 def _accuracy(found: Array, targets: Array) -> Array:
+    if targets.dtype.kind == "f" and targets.shape != found.shape and not (targets == targets.round()).all():
+        raise ValueError("the targets are no labels")
     labels = targets.argmax(axis=-1) if targets.shape == found.shape else targets.reshape(found.shape[:-1])
     return _by_example(found.argmax(axis=-1) == labels)
 
@@ -81,6 +94,6 @@ def _score(name: str) -> Score:
         raise UsageError(
             f"no metric of a model that only predicts is called {name}",
             did_you_mean=tuple(get_close_matches(name, _SCORES)),
-            hint=f"known: {', '.join(_SCORES)}",
+            hint=f"known: {', '.join(_SCORES)}; a loss is known to files that can be trained",
         )
     return _SCORES[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -9,9 +10,12 @@ from typing import Any
 
 from prunectl.errors import UsageError
 from prunectl.formats.keras.config import part, text
+from prunectl.training.judging.fitting import unfitting
 from prunectl.training.keras import custom
+from prunectl.training.keras.answers import Answer
 from prunectl.training.keras.library import Library
 from prunectl.training.keras.losses import Kind, Loss
+from prunectl.training.network import Array
 
 ACCURACY = frozenset({"accuracy", "acc"})
 _ACCURACIES = ACCURACY | {"sparse_categorical_accuracy", "categorical_accuracy"}
@@ -19,17 +23,39 @@ _ACCURACIES = ACCURACY | {"sparse_categorical_accuracy", "categorical_accuracy"}
 _TOP = re.compile(r"top-?_?(\d+)(?:-?_?accuracy)?")
 
 
-def default(library: Library, loss: Loss | None) -> list[Any]:
+_NUMBER_BY_NUMBER = frozenset({"mae", "mse", "mape", "msle", "rmse", "logcosh", "r2_score"})
+"""What compares number with number, beside all that end with `_error`: Keras may stretch targets that are fewer."""
+
+
+def default(library: Library, loss: Loss | None, answer: Answer, y: Array | None) -> list[Any]:
     """Return what is looked at if nobody says."""
     if loss is None:
         return []
     if loss.kind.is_classification:
         return [accuracy(library, loss)]
+    if not _is_as_wide(answer, y):
+        is_label = y is not None and y.dtype.kind in "iub" and (answer.width or 0) > 1
+        return [library.keras.metrics.SparseCategoricalAccuracy(name="accuracy")] if is_label else []
     return [] if loss.name == "mean_absolute_error" else [library.keras.metrics.MeanAbsoluteError(name="mae")]
 
 
-def wanted(library: Library, name: str, loss: Loss | None) -> Any:
-    """Return the metric that a user asks for."""
+def check_shape(name: str, answer: Answer, y: Array | None) -> None:
+    """Refuse a metric that compares number with number where there are more of the one."""
+    word = name.strip().lower()
+    if y is not None and (word in _NUMBER_BY_NUMBER or word.endswith("_error")) and not _is_as_wide(answer, y):
+        raise unfitting(name, [0, *(size or 0 for size in answer.shape[1:])], y.shape)
+
+
+def _is_as_wide(answer: Answer, y: Array | None) -> bool:
+    """Whether a target has as many numbers as the output, as far as it is known."""
+    shape = answer.shape[1:]
+    if y is None or None in shape:
+        return True
+    return math.prod(y.shape[1:]) == math.prod(size or 1 for size in shape)
+
+
+def wanted(library: Library, name: str, loss: Loss | None, objects: Mapping[str, Any]) -> Any:
+    """Return the metric that a user asks for, by a name that Keras knows or the custom objects."""
     word = name.strip()
     if ":" in word:
         found = custom.function(word, "--metric")
@@ -42,7 +68,8 @@ def wanted(library: Library, name: str, loss: Loss | None) -> Any:
     if word.lower().replace("-", "") in classes:
         return classes[word.lower().replace("-", "")](name=word.lower())
     try:
-        found = library.keras.metrics.get(word)
+        with library.keras.utils.custom_object_scope(dict(objects)):
+            found = library.keras.metrics.get(word)
         if isinstance(found, str):  # Keras 2 hands back what it does not know
             raise ValueError(found)  # noqa: TRY004, TRY301
     except (ValueError, TypeError) as error:

@@ -44,7 +44,7 @@ def recipe(loaded: Loaded, means: Means, answers: Sequence[Answer]) -> Recipe:
     return Recipe(
         losses=found,
         chosen=_optimizer(case),
-        metrics=_metrics(case, found),
+        metrics=_metrics(case, found, targets),
         loss_weights=_weights(case.file.get("loss_weights"), answers),
         notes=tuple(dict.fromkeys(case.notes)),
     )
@@ -124,13 +124,17 @@ def _optimizer(case: _Case) -> Chosen:
     return optimizers.wanted(library, means.optimizer, lr=means.lr, clip=means.clip)
 
 
-def _metrics(case: _Case, found: Sequence[Loss | None]) -> tuple[list[Any], ...]:
-    library = case.library
-    if case.means.metrics:
-        return tuple([metrics.wanted(library, name, loss) for name in case.means.metrics] for loss in found)
+def _metrics(case: _Case, found: Sequence[Loss | None], targets: Sequence[Array | None]) -> tuple[list[Any], ...]:
+    library, names = case.library, case.means.metrics
+    if names:
+        for name in names:
+            for answer, y in zip(case.answers, targets, strict=True):
+                metrics.check_shape(name, answer, y)
+        return tuple([metrics.wanted(library, name, loss, case.loaded.objects) for name in names] for loss in found)
     parts = _metrics_per_output(case.file.get("metrics"), case.answers)
     if not any(parts):
-        return tuple(metrics.default(library, loss) for loss in found)
+        every = zip(found, case.answers, targets, strict=True)
+        return tuple(metrics.default(library, *one) for one in every)
     read = [[one for entry in part for one in _metric_of_file(case, entry)] for part in parts]
     return tuple(
         _distinct([metrics.accuracy(library, loss) if one == "accuracy" else one for one in part])

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from prunectl.errors import PrunectlError, first_line
 from prunectl.plugins import find
-from prunectl.training.torch.losses import Chosen
+from prunectl.training.judging.fitting import unfitting
+from prunectl.training.torch.losses import LOSSES, Chosen
 
 Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From outputs and targets to the mean over the examples."""
@@ -17,13 +19,21 @@ Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def _accuracy(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     if out.ndim == 3 and y.ndim == 2 and y.shape == out.shape[:2]:
         return (out.argmax(-1) == y).float().mean()
-    labels = y.argmax(1) if y.is_floating_point() and y.shape == out.shape else y.reshape(out.argmax(1).shape)
-    return (out.argmax(1) == labels).float().mean()
+    return (out.argmax(1) == _labels(out, y)).float().mean()
 
 
 def _top5(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     best = out.topk(min(5, out.shape[1]), 1).indices
-    return (best == y.reshape(-1, 1)).any(1).float().mean()
+    return (best == _labels(out, y).unsqueeze(1)).any(1).float().mean()
+
+
+def _labels(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return the number of the class of each example, which may be said as one-hot."""
+    if y.shape == out.shape and y.ndim > 1:
+        return y.argmax(1)
+    if y.is_floating_point() and not bool((y == y.round()).all()):
+        raise ValueError("the targets are no labels")
+    return y.reshape(out.shape[0], *out.shape[2:])
 
 
 METRICS: Mapping[str, Metric] = {
@@ -42,13 +52,45 @@ def _of_shares(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return ((out > 0.5) == (y.reshape(out.shape) > 0.5)).float().mean()
 
 
-def choose(names: tuple[str, ...], chosen: Chosen) -> dict[str, Metric]:
-    """Return metrics by name; without names, the one that people judge such a model by."""
-    wanted = names or (("accuracy",) if chosen.classifies or chosen.is_binary else ("mae",))
-    found: dict[str, Any] = {name: find("metric", name, METRICS) for name in wanted}
+def choose(names: tuple[str, ...], chosen: Chosen, out: torch.Tensor, y: torch.Tensor | None) -> dict[str, Metric]:
+    """Return metrics by name; without names, the one that people judge such outputs and targets by."""
+    found: dict[str, Any] = {name: find("metric", name, METRICS) for name in names or _usual(chosen, out, y)}
     if chosen.is_binary and "accuracy" in found:
         found["accuracy"] = _of_logits if chosen.name == "bce" else _of_shares
-    return found
+    return {name: _fitting(name, metric) for name, metric in found.items()}
+
+
+def _usual(chosen: Chosen, out: torch.Tensor, y: torch.Tensor | None) -> tuple[str, ...]:
+    if chosen.classifies or chosen.is_binary:
+        return ("accuracy",)
+    if y is None:
+        return ()
+    is_label = not y.is_floating_point()
+    if is_label and out.ndim >= 2 and out.shape[1] > 1 and y.numel() * out.shape[1] == out.numel():
+        return ("accuracy",)
+    if is_label and out.ndim == 3 and y.shape == out.shape[:2]:
+        return ("accuracy",)
+    return ("mae",) if y.numel() == out.numel() and not (is_label and chosen.name not in LOSSES) else ()
+
+
+def _fitting(name: str, metric: Metric) -> Metric:
+    """Return a metric that says so where it cannot compare outputs with targets."""
+
+    def measure(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        try:
+            return _one(torch.as_tensor(metric(out, y)))
+        except PrunectlError:
+            raise
+        except Exception as error:
+            raise unfitting(name, out.shape, y.shape, first_line(error)) from error
+
+    return measure
+
+
+def _one(found: torch.Tensor) -> torch.Tensor:
+    if found.numel() != 1:
+        raise ValueError(f"it returns {found.numel()} numbers, and one is due")
+    return found.reshape(())
 
 
 class Means:

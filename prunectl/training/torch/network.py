@@ -115,7 +115,8 @@ class TorchNetwork:
             losses.choose(self._means.loss, out.float(), targets[at] if targets else None)
             for at, out in enumerate(outs[: len(targets) or 1])
         ]
-        self._metrics = metrics.choose(self._means.metrics, self._losses[0])
+        target = targets[0] if targets else None
+        self._metrics = metrics.choose(self._means.metrics, self._losses[0], outs[0], target)
         if not self._means.loss:
             self._notes.append(f"The loss is {', '.join(one.name for one in self._losses)}, by outputs and targets.")
         if not self._means.optimizer:

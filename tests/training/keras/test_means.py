@@ -234,8 +234,24 @@ def test_metrics_have_names(k: Any, tmp_path: Path) -> None:
     assert found["accuracy"] == pytest.approx((order[:, :1] == labels).any(1).mean())
 
 
+@both
+def test_a_loss_of_the_users_with_labels_is_judged_by_accuracy(k: Any, tmp_path: Path) -> None:
+    home = k().__name__
+    (tmp_path / "own.py").write_text(
+        f"import {home} as k\ndef loss(y, out):\n    return k.losses.sparse_categorical_crossentropy(y, out)\n"
+    )
+    path = nets.saved(nets.dense(k()), tmp_path / "model.keras")
+    found = nets.prepared(path, loss=f"{tmp_path / 'own.py'}:loss").evaluate([nets.batches(1)[0]])
+    named = nets.prepared(path, metrics=("accuracy",)).evaluate([nets.batches(1)[0]])
+    assert found.keys() == {"loss", "accuracy"}
+    assert found == pytest.approx(named, rel=1e-5)
+
+
 def test_a_metric_that_does_not_fit_the_targets_is_refused(tmp_path: Path) -> None:
-    network = nets.prepared(nets.saved(nets.dense(keras()), tmp_path / "model.keras"), metrics=("mae",))
+    path = nets.saved(nets.dense(keras()), tmp_path / "model.keras")
+    with pytest.raises(UsageError, match="mae does not fit outputs of 4 and targets of one number"):
+        nets.prepared(path, metrics=("mae",))
+    network = nets.prepared(path, metrics=("categorical_crossentropy",))
     with pytest.raises(UsageError, match="cannot evaluate"):
         network.evaluate([nets.batches(1)[0]])
     with pytest.raises(UsageError, match="first batch"):

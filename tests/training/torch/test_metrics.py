@@ -1,0 +1,69 @@
+"""Metrics of PyTorch: those that fit outputs and targets, and a sentence where one does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from prunectl.errors import UsageError
+from prunectl.training.torch.losses import Chosen
+from prunectl.training.torch.metrics import METRICS, choose
+
+OUT = torch.tensor([[0.1, 0.7, 0.2, 0.0, 0.0, 0.0], [0.3, 0.1, 0.05, 0.2, 0.25, 0.1]])
+LABELS = torch.tensor([1, 2])
+OWN = Chosen("f.py:loss", lambda out, y: out.sum() * y.sum())
+
+
+@pytest.mark.parametrize(
+    ("metric", "out", "y", "shapes"),
+    [
+        ("mse", OUT, LABELS, "outputs of 6 and targets of one number"),
+        ("mae", OUT, LABELS, "outputs of 6 and targets of one number"),
+        ("mae", OUT, torch.zeros(2, 3), "outputs of 6 and targets of 3"),
+        ("accuracy", OUT, torch.zeros(2, 3), "outputs of 6 and targets of 3"),
+        ("accuracy", OUT, torch.tensor([0.5, 0.2]), "the targets are no labels"),
+        ("top5", OUT, torch.zeros(2, 3), "outputs of 6 and targets of 3"),
+    ],
+)
+def test_a_metric_that_does_not_fit_the_targets_says_so(
+    metric: str, out: torch.Tensor, y: torch.Tensor, shapes: str
+) -> None:
+    (measure,) = choose((metric,), OWN, out, y).values()
+    with pytest.raises(UsageError, match=f"the metric {metric} does not fit") as refused:
+        measure(out, y)
+    assert shapes in refused.value.message
+    assert refused.value.hint
+
+
+def test_the_best_five_take_labels_and_one_hot_alike() -> None:
+    hot = torch.nn.functional.one_hot(LABELS, 6)
+    # The second label has the least of its row.
+    assert METRICS["top5"](OUT, LABELS) == METRICS["top5"](OUT, hot) == METRICS["top5"](OUT, hot.float()) == 0.5
+
+
+def test_a_metric_of_the_users_that_gives_many_numbers_is_told(tmp_path: Path) -> None:
+    (tmp_path / "many.py").write_text("def score(out, y):\n    return out[:, 0]\ndef good(out, y):\n    return 0.25\n")
+    name = f"{tmp_path / 'many.py'}:score"
+    with pytest.raises(UsageError, match="it returns 2 numbers, and one is due"):
+        choose((name,), OWN, OUT, LABELS)[name](OUT, LABELS)
+    good = f"{tmp_path / 'many.py'}:good"
+    assert choose((good,), OWN, OUT, LABELS)[good](OUT, LABELS).item() == 0.25
+
+
+@pytest.mark.parametrize(
+    ("out", "y", "names"),
+    [
+        (OUT, LABELS, ["accuracy"]),
+        (torch.zeros(2, 5, 6), torch.zeros(2, 5, dtype=torch.int64), ["accuracy"]),
+        (OUT, torch.zeros(2, 6), ["mae"]),
+        (OUT[:, :1], LABELS, []),
+        (OUT, torch.zeros(2, 3), []),
+        (OUT, None, []),
+    ],
+)
+def test_a_loss_of_the_users_gets_a_metric_that_fits_or_none(
+    out: torch.Tensor, y: torch.Tensor | None, names: list[str]
+) -> None:
+    assert list(choose((), OWN, out, y)) == names
