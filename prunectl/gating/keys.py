@@ -82,7 +82,7 @@ DROP = (
     Key("warn", Kind.DROP, "From where on it warns."),
     Key("data", Kind.TEXT, "What both are judged by, such as test.npz.", is_required=True),
     Key("against", Kind.TEXT, "The model that it is held against.", is_required=True),
-    Key("metric", Kind.TEXT, "What decides, such as accuracy; else as the file says."),
+    Key("metric", Kind.TEXT, "What decides, such as accuracy, or ./f.py:fn:max; else as the file says."),
     Key("model", Kind.TEXT, "What builds both, for weights alone: net.py:Net."),
     Key("custom-objects", Kind.TEXT, "What explains custom Keras layers: layers.py:OBJECTS."),
     Key("batch-size", Kind.COUNT, "Examples in a batch; else 32."),
