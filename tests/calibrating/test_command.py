@@ -10,7 +10,7 @@ import torch
 
 from tests.calibrating.runs import DIGITS, KERNELS, data, kernels, numbers, saved
 from tests.contract import digest
-from tests.running import FIXTURES, prunectl
+from tests.running import FIXTURES, here
 from tests.training.torch import nets
 
 KERAS, TORCH, ONNX = (FIXTURES / f"digits_cnn.{suffix}" for suffix in ("keras", "pt", "onnx"))
@@ -28,9 +28,9 @@ SEEN = ("--data", DIGITS, "--samples", "32")
 )
 def test_a_manifest_replays_to_the_same_bytes(words: tuple[str, ...], tmp_path: Path) -> None:
     first, second, kept = tmp_path / "first.pt", tmp_path / "second.pt", tmp_path / "run.json"
-    done = prunectl("prune", TORCH, "-o", first, *SEEN, *BUILD, *words, "--manifest", kept)
+    done = here("prune", TORCH, "-o", first, *SEEN, *BUILD, *words, "--manifest", kept)
     assert done.code == 0, done.err
-    again = prunectl("prune", TORCH, "-o", second, "--recipe", kept, "--trust", "--manifest", tmp_path / "again.json")
+    again = here("prune", TORCH, "-o", second, "--recipe", kept, "--trust", "--manifest", tmp_path / "again.json")
     assert again.code == 0, again.err
     assert digest(first) == digest(second)
     assert kept.read_text() == (tmp_path / "again.json").read_text()
@@ -39,7 +39,7 @@ def test_a_manifest_replays_to_the_same_bytes(words: tuple[str, ...], tmp_path: 
 @pytest.mark.parametrize("model", [ONNX], ids=lambda path: path.suffix[1:])
 def test_the_report_counts_what_is_in_the_file(model: Path, tmp_path: Path) -> None:
     out = tmp_path / f"out{model.suffix}"
-    done = prunectl("prune", model, "-o", out, *SEEN, "-s", "75%", "--strategy", "obs", "--repair")
+    done = here("prune", model, "-o", out, *SEEN, "-s", "75%", "--strategy", "obs", "--repair")
     assert done.code == 0, done.err
     found = kernels(out)
     assert found.keys() == set(KERNELS)
@@ -50,7 +50,7 @@ def test_the_report_counts_what_is_in_the_file(model: Path, tmp_path: Path) -> N
 
 def test_made_up_data_is_called_made_up(tmp_path: Path) -> None:
     words = ("-s", "0.5", "--strategy", "activation-magnitude", "--data", "random:64")
-    done = prunectl("prune", ONNX, "-o", tmp_path / "out.onnx", *words)
+    done = here("prune", ONNX, "-o", tmp_path / "out.onnx", *words)
     assert done.code == 0
     assert "the data is made up" in done.err
 
@@ -85,7 +85,7 @@ REFUSED: dict[str, tuple[Path, tuple[str, ...], str]] = {
 def test_what_makes_no_sense_is_refused_in_a_sentence(case: str, tmp_path: Path) -> None:
     model, words, expected = REFUSED[case]
     out = tmp_path / f"out{model.suffix}"
-    done = prunectl("prune", model, "-o", out, "-s", "0.5", *words)
+    done = here("prune", model, "-o", out, "-s", "0.5", *words)
     assert done.code == 2, done.err
     assert expected in " ".join(done.err.split())
     assert done.out == ""
@@ -96,7 +96,7 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(case: str, tmp_path: Path)
 def test_what_looks_at_a_model_that_stands_still_is_no_way_to_train(strategy: str, tmp_path: Path) -> None:
     out = tmp_path / "out.pt"
     words = ("--data", DIGITS, *BUILD, "--epochs", "1", "-s", "0.5", "--strategy", strategy)
-    done = prunectl("finetune", TORCH, "-o", out, *words)
+    done = here("finetune", TORCH, "-o", out, *words)
     assert done.code == 2
     assert f"prunectl prune --strategy {strategy} --data" in done.err
     assert not out.exists()
@@ -106,7 +106,7 @@ def test_gradients_need_targets(tmp_path: Path) -> None:
     with np.load(FIXTURES / "digits.npz") as digits:
         source = data(tmp_path / "x.npz", x=digits["x"][:32])
     out = tmp_path / "out.keras"
-    done = prunectl("prune", KERAS, "-o", out, "-s", "0.5", "--strategy", "snip", "--data", f"{source}?norm=/16")
+    done = here("prune", KERAS, "-o", out, "-s", "0.5", "--strategy", "snip", "--data", f"{source}?norm=/16")
     assert done.code == 2
     assert "has no targets, and the strategy snip needs the loss" in " ".join(done.err.split())
     assert not out.exists()
@@ -116,7 +116,7 @@ def test_gradients_need_targets(tmp_path: Path) -> None:
 def test_inputs_of_the_wrong_shape_are_refused_with_both_shapes(model: Path, tmp_path: Path) -> None:
     source, out = data(tmp_path / "x.npz", x=np.zeros((8, 5, 7, 3), "f4")), tmp_path / f"out{model.suffix}"
     build = BUILD if model == TORCH else ()
-    done = prunectl("prune", model, "-o", out, "-s", "0.5", "--strategy", "obs", "--data", source, *build)
+    done = here("prune", model, "-o", out, "-s", "0.5", "--strategy", "obs", "--data", source, *build)
     assert done.code == 2, done.err
     assert "5x7x3" in done.err or "3x5x7" in done.err
     said = " ".join(done.err.split())
@@ -131,7 +131,7 @@ def test_data_that_is_no_number_is_refused(strategy: str, wrong: float, tmp_path
     source = data(tmp_path / "x.npz", x=x, y=np.arange(16) % 4)
     path, out = saved(nets.Plain(), tmp_path / "m.pt"), tmp_path / "out.pt"
     words = ("--strategy", strategy, "--data", source, "--model", "tests.training.torch.nets:Plain")
-    done = prunectl("prune", path, "-o", out, "-s", "0.5", *words)
+    done = here("prune", path, "-o", out, "-s", "0.5", *words)
     assert done.code in {3, 5}, done.err
     assert "not finite" in done.err or "no finite" in done.err
     assert not out.exists()
@@ -144,7 +144,7 @@ def test_several_inputs_are_given_by_their_names(tmp_path: Path) -> None:
     source = data(tmp_path / "x.npz", a=random.random((20, 6), "f4"), b=random.random((20, 6), "f4"))
     path, out = saved(module, tmp_path / "m.pt"), tmp_path / "out.pt"
     words = ("--strategy", "obs", "--data", f"{source}[a+b]", "--model", "tests.training.torch.nets:Forked")
-    done = prunectl("prune", path, "-o", out, "-s", "0.5", *words)
+    done = here("prune", path, "-o", out, "-s", "0.5", *words)
     assert done.code == 0, done.err
     for name, array in numbers(out).items():
         if name.endswith("weight"):
@@ -154,9 +154,9 @@ def test_several_inputs_are_given_by_their_names(tmp_path: Path) -> None:
 def test_the_only_way_to_the_same_output_is_to_say_so(tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
     words = ("prune", ONNX, "-o", out, "-s", "0.5", "--strategy", "obs", *SEEN)
-    assert prunectl(*words).code == 0
+    assert here(*words).code == 0
     before = digest(out)
-    assert prunectl(*words[:-1], "16").code == 2
+    assert here(*words[:-1], "16").code == 2
     assert digest(out) == before
-    assert prunectl(*words[:-1], "16", "--force").code == 0
+    assert here(*words[:-1], "16", "--force").code == 0
     assert digest(out) != before

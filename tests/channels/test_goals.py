@@ -17,7 +17,7 @@ from prunectl.pruning.output import Output
 from prunectl.pruning.request import Request
 from tests.channels.made import onnx
 from tests.channels.nets import NETS, export
-from tests.running import prunectl
+from tests.running import here
 
 
 def cut(path: Path, output: Path | None, limits: dict[str, Any] | None = None, **asked: Any) -> CutOut:
@@ -87,7 +87,7 @@ def test_a_size_in_bytes_is_that_of_the_compressed_file(net: Path, tmp_path: Pat
 
 
 def test_what_is_out_of_reach_is_said_and_nothing_written(net: Path, tmp_path: Path) -> None:
-    found = prunectl("prune", net, "-o", tmp_path / "small.onnx", "--pattern", "channel", "--params", "10")
+    found = here("prune", net, "-o", tmp_path / "small.onnx", "--pattern", "channel", "--params", "10")
     assert found.code == 5
     assert "out of reach" in found.err
     assert not (tmp_path / "small.onnx").exists()
@@ -110,7 +110,7 @@ def test_how_much_is_said_once(net: Path, limits: dict[str, Any], asked: dict[st
 
 def test_both_networks_are_timed_if_that_is_asked_for(net: Path) -> None:
     words = ("--pattern", "channel", "-s", "0.8", "--latency", "--dry-run")
-    seconds = prunectl("prune", net, *words, "--json").json["channels"]["seconds"]
+    seconds = here("prune", net, *words, "--json").json["channels"]["seconds"]
     assert 0 < seconds["before"] < 10
     assert 0 < seconds["after"] < 10
-    assert "ms" in prunectl("prune", net, *words, "--format", "human", COLUMNS="80").out.split()
+    assert "ms" in here("prune", net, *words, "--format", "human").out.split()

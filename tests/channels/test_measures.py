@@ -16,7 +16,7 @@ from prunectl.plugins import attribute
 from prunectl.pruning.output import Output
 from prunectl.pruning.request import Request
 from tests.channels.made import model, numpy_helper, onnx, op, saved
-from tests.running import FIXTURES, prunectl
+from tests.running import FIXTURES, here
 
 NET, DIGITS = FIXTURES / "digits_cnn.onnx", FIXTURES / "digits.npz"
 
@@ -152,5 +152,5 @@ def test_a_function_that_does_not_fit_is_refused(own: str, name: str, params: tu
 
 
 def test_measures_are_listed_with_the_other_plugins() -> None:
-    rows = {name for kind, name, *_ in prunectl("plugins", "channels").rows}
+    rows = {name for kind, name, *_ in here("plugins", "channels").rows}
     assert {"channel-norm", "similarity", "taylor", "random"} <= rows

@@ -19,7 +19,7 @@ from prunectl.formats.table import open_model
 from prunectl.training.network import Origin
 from tests.channels.made import model, numpy_helper, onnx, op, saved
 from tests.channels.test_prune import FIXTURE, cut
-from tests.running import prunectl
+from tests.running import here
 
 
 def test_a_cut_that_changes_the_outcome_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_the_report_says_what_was_compared(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=np.zeros((5, 8, 8, 1), np.float32))
     model, output = FIXTURE.with_suffix(".keras"), tmp_path / "small.keras"
-    done = prunectl(
+    done = here(
         "prune",
         model,
         "-o",

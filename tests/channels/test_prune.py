@@ -19,7 +19,7 @@ from prunectl.pruning.request import Request
 from prunectl.reporting.channels_report import channels_report
 from tests.channels.made import helper, model, numpy_helper, onnx, op, saved
 from tests.channels.masked import run
-from tests.running import prunectl
+from tests.running import here
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "digits_cnn.onnx"
 
@@ -258,7 +258,7 @@ def test_the_report_says_what_became_of_each_tensor(tmp_path: Path) -> None:
 def test_a_manifest_lists_what_went_and_repeats_the_cut(tmp_path: Path) -> None:
     first, again, record = tmp_path / "first.onnx", tmp_path / "again.onnx", tmp_path / "run.json"
     words = ("--pattern", "channel", "--params", "-60%", "--round-to", "2", "--scope", "global")
-    assert prunectl("prune", FIXTURE, "-o", first, *words, "--manifest", record).code == 0
+    assert here("prune", FIXTURE, "-o", first, *words, "--manifest", record).code == 0
     said = json.loads(record.read_text())
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(FIXTURE).graph.initializer}
     for tensor in onnx.load(first).graph.initializer:
@@ -270,7 +270,7 @@ def test_a_manifest_lists_what_went_and_repeats_the_cut(tmp_path: Path) -> None:
             assert np.array_equal(numpy_helper.to_array(tensor), wanted)
     assert said["limits"] == {"params": "-60%", "round_to": 2}
     assert said["output"]["sha256"] == hashlib.sha256(first.read_bytes()).hexdigest()
-    assert prunectl("prune", FIXTURE, "-o", again, "--recipe", record).code == 0
+    assert here("prune", FIXTURE, "-o", again, "--recipe", record).code == 0
     assert again.read_bytes() == first.read_bytes()
 
 
@@ -278,6 +278,6 @@ def test_a_manifest_lists_what_went_and_repeats_the_cut(tmp_path: Path) -> None:
 def test_a_record_that_makes_no_sense_is_refused(limits: str, tmp_path: Path) -> None:
     record = tmp_path / "run.json"
     record.write_text(f'{{"request": {{"pattern": "channel", "sparsity": 0.5}}, "limits": {limits}}}')
-    done = prunectl("prune", FIXTURE, "-o", tmp_path / "x.onnx", "--recipe", record)
+    done = here("prune", FIXTURE, "-o", tmp_path / "x.onnx", "--recipe", record)
     assert done.code == 3
     assert "limits of channels" in done.err

@@ -19,7 +19,7 @@ from prunectl.exporting.words import request_of
 from prunectl.formats.table import FORMATS
 from prunectl.pruning.output import Output
 from tests.exporting.exporting import NET, export
-from tests.running import FIXTURES, ROOT, prunectl
+from tests.running import FIXTURES, ROOT, here
 
 
 def test_every_pair_is_of_formats_that_there_are_and_names_things_that_exist() -> None:
@@ -145,7 +145,7 @@ def test_weights_alone_ask_for_what_builds_the_model(tmp_path: Path) -> None:
 
 def test_the_command_reports_as_json_and_writes_a_card(tmp_path: Path) -> None:
     model = FIXTURES / "digits_cnn.onnx"
-    found = prunectl("export", model, "-o", tmp_path / "w.npz", "--json", "--card", tmp_path / "card.md")
+    found = here("export", model, "-o", tmp_path / "w.npz", "--json", "--card", tmp_path / "card.md")
     assert found.code == 0
     assert found.err == ""
     assert found.json["command"] == "export"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from prunectl import cli
-from tests.running import Outcome
+from tests.running import Outcome, here
 
 WEIGHT = np.array([[0, 0, 1 + row, 2 + column] * 2 for row, column in ((0, 0), (1, 5), (2, 3), (3, 1))], np.float32)
 """Half of it zeros, two in every four along the inputs."""
@@ -26,10 +23,7 @@ PARAMS = WEIGHT.size + BIAS.size
 
 def prunectl(folder: Path, *words: str | Path) -> Outcome:
     """Run a command in a folder."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = cli._run(list(map(str, words)))
-    return Outcome(code, out.getvalue(), err.getvalue())
+    return here(*words, cwd=folder)
 
 
 def put(folder: Path, toml: str = "", **models: bytes) -> Path:

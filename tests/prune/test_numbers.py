@@ -16,7 +16,7 @@ from prunectl.formats.table import open_model
 from tests.contract import Array, raw
 from tests.prune import reference
 from tests.prune.reference import arrays, prune
-from tests.running import prunectl
+from tests.running import here
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore:invalid value")
 
@@ -170,7 +170,7 @@ def test_more_strangers_than_weights_to_go_are_zeroed_all(tmp_path: Path) -> Non
 def test_keeping_more_strangers_than_may_stay_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.pt"
     torch.save({"fc.weight": torch.full((4, 4), float("nan"))}, path)
-    done = prunectl("prune", path, "-o", tmp_path / "out.pt", "-s", "0.5", "--nan", "keep")
+    done = here("prune", path, "-o", tmp_path / "out.pt", "-s", "0.5", "--nan", "keep")
     assert done.code == 3
     assert done.err.startswith(f"error: {path}: fc.weight holds more weights that are not finite than may stay")
     assert not (tmp_path / "out.pt").exists()

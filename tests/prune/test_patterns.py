@@ -20,7 +20,7 @@ from tests.contract import Array
 from tests.networks import tf_keras
 from tests.prune import reference
 from tests.prune.reference import arrays, prune
-from tests.running import FIXTURES, prunectl
+from tests.running import FIXTURES, here
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -124,16 +124,16 @@ def test_groups_do_not_depend_on_how_a_tensor_is_read(
 
 
 def test_a_written_pattern_is_seen_by_inspect(tmp_path: Path) -> None:
-    done = prunectl("prune", FIXTURES / "digits_cnn.pt", "-o", tmp_path / "out.pt", "--pattern", "2:4")
+    done = here("prune", FIXTURES / "digits_cnn.pt", "-o", tmp_path / "out.pt", "--pattern", "2:4")
     assert done.code == 0, done.err
-    layers = prunectl("inspect", tmp_path / "out.pt", "--pattern", "2:4", "--json").json["models"][0]["layers"]
+    layers = here("inspect", tmp_path / "out.pt", "--pattern", "2:4", "--json").json["models"][0]["layers"]
     # The first kernel has one input, which makes no group.
     assert [row["conforming"] for row in layers if row["role"] == "kernel"] == [None, 1.0, 1.0, 1.0]
 
 
 def test_a_tensor_without_an_axis_of_inputs_is_left_alone_and_said(tmp_path: Path) -> None:
     words = ("--pattern", "2:4", "--policy", "all")
-    done = prunectl("prune", FIXTURES / "digits_cnn.safetensors", "-o", tmp_path / "out.safetensors", *words)
+    done = here("prune", FIXTURES / "digits_cnn.safetensors", "-o", tmp_path / "out.safetensors", *words)
     assert done.code == 0, done.err
     assert "without an axis of inputs for the pattern" in done.err
 

@@ -16,7 +16,7 @@ from prunectl.pruning import plan as planning
 from prunectl.pruning.request import Request, wish_of
 from tests.networks import keras, tf_keras
 from tests.prune.reference import MODELS, arrays, prune
-from tests.running import FIXTURES, prunectl
+from tests.running import FIXTURES, here
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -92,7 +92,7 @@ def test_of_two_ratios_for_a_layer_the_last_counts(tmp_path: Path) -> None:
 
 
 def test_without_an_amount_only_layers_with_their_own_lose_weights(tmp_path: Path) -> None:
-    done = prunectl("prune", DIGITS, "-o", tmp_path / "out.pt", "--layer", "fc1=50%")
+    done = here("prune", DIGITS, "-o", tmp_path / "out.pt", "--layer", "fc1=50%")
     assert done.code == 0, done.err
     zeros = {name: int((array == 0).sum()) for name, array in arrays(tmp_path / "out.pt").items()}
     assert zeros["fc1.weight"] == 8192 // 2
@@ -113,7 +113,7 @@ def test_without_an_amount_only_layers_with_their_own_lose_weights(tmp_path: Pat
     ],
 )
 def test_a_misspelt_name_is_answered_with_the_nearest(words: tuple[str, ...], nearest: str, tmp_path: Path) -> None:
-    done = prunectl("prune", DIGITS, "-o", tmp_path / "out.pt", "-s", "0.5", *words, "--json")
+    done = here("prune", DIGITS, "-o", tmp_path / "out.pt", "-s", "0.5", *words, "--json")
     assert done.code == 2
     assert any(nearest in word for word in done.json["error"]["did_you_mean"])
     assert not (tmp_path / "out.pt").exists()
@@ -122,13 +122,13 @@ def test_a_misspelt_name_is_answered_with_the_nearest(words: tuple[str, ...], ne
 @pytest.mark.parametrize("word", ["80", "-0.1", "1.2", "120%", "nan", "half", "fc1=80"])
 def test_a_ratio_out_of_range_is_refused(word: str, tmp_path: Path) -> None:
     option = "--layer" if "=" in word else "--sparsity"
-    done = prunectl("prune", DIGITS, "-o", tmp_path / "out.pt", f"{option}={word}")
+    done = here("prune", DIGITS, "-o", tmp_path / "out.pt", f"{option}={word}")
     assert done.code == 2
     assert done.err.startswith("error: ")
 
 
 def test_what_is_left_alone_is_said_with_the_reason(tmp_path: Path) -> None:
-    done = prunectl("prune", FIXTURES / "checkpoint_with_optimizer.pt", "-o", tmp_path / "out.pt", "-s", "0.5")
+    done = here("prune", FIXTURES / "checkpoint_with_optimizer.pt", "-o", tmp_path / "out.pt", "-s", "0.5")
     assert "Left alone: " in done.err
     assert "a bias (4)" in done.err
     assert "The optimizer's state of pruned weights is as it was" in done.err
@@ -147,7 +147,7 @@ def quantised(folder: Path) -> Path:
 
 
 def test_a_quantised_model_is_told_to_be_pruned_before(tmp_path: Path) -> None:
-    done = prunectl("prune", quantised(tmp_path), "-o", tmp_path / "out.tflite", "-s", "0.5")
+    done = here("prune", quantised(tmp_path), "-o", tmp_path / "out.tflite", "-s", "0.5")
     assert done.code == 2
     assert "has nothing to prune" in done.err
     assert "quantised to int8: prune it before" in done.err
@@ -225,7 +225,7 @@ def test_xnnpack_takes_what_has_no_configuration_at_its_word(tmp_path: Path) -> 
 
 def test_a_model_whose_graph_is_not_that_of_xnnpack_is_refused_on_the_command_line(tmp_path: Path) -> None:
     words = ("-s", "0.5", "--policy", "xnnpack")
-    done = prunectl("prune", FIXTURES / "digits_cnn.h5", "-o", tmp_path / "out.h5", *words)
+    done = here("prune", FIXTURES / "digits_cnn.h5", "-o", tmp_path / "out.h5", *words)
     assert done.code == 2
     assert "XNNPACK would not run" in done.err
 

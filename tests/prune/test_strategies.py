@@ -17,7 +17,7 @@ from prunectl.pruning.strategies import Place, lamp, random
 from tests.contract import Array
 from tests.prune import reference
 from tests.prune.reference import arrays, prune
-from tests.running import FIXTURES, prunectl
+from tests.running import FIXTURES, here
 
 DIGITS = FIXTURES / "digits_cnn.pt"
 PLACE = Place("w", 0, 0)
@@ -177,7 +177,7 @@ def test_seeds_draw_biases_with_the_odds_that_are_said() -> None:
 
 def test_a_drawn_bias_is_said(tmp_path: Path) -> None:
     words = ("-s", "0.5", "--strategy", "random-weighted", "--seed", "3")
-    done = prunectl("prune", DIGITS, "-o", tmp_path / "out.pt", *words)
+    done = here("prune", DIGITS, "-o", tmp_path / "out.pt", *words)
     assert done.code == 0, done.err
     assert f"The seed drew the bias {draw(3)}." in done.err
 

@@ -11,7 +11,7 @@ import torch
 from prunectl.errors import WorkError
 from prunectl.pruning.target import reach
 from tests.prune.reference import arrays, prune
-from tests.running import FIXTURES, prunectl
+from tests.running import FIXTURES, here
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -24,7 +24,7 @@ def test_a_gzipped_size_is_reached_from_below_within_a_percent(name: str, share:
     path = FIXTURES / name
     target = round(share * len(gzip.compress(path.read_bytes(), 6, mtime=0)))
     out = tmp_path / f"out{path.suffix}"
-    done = prunectl("prune", path, "-o", out, "--target-gzip", str(target))
+    done = here("prune", path, "-o", out, "--target-gzip", str(target))
     assert done.code == 0, done.err
     assert 0.99 * target <= len(gzip.compress(out.read_bytes(), 6, mtime=0)) <= target
 
@@ -34,7 +34,7 @@ def test_a_packed_size_is_that_of_the_packed_file(name: str, tmp_path: Path) -> 
     path = FIXTURES / name
     target = round(0.5 * path.stat().st_size)
     out = tmp_path / path.name
-    done = prunectl("prune", path, "-o", out, "--target-packed", str(target), "--pack")
+    done = here("prune", path, "-o", out, "--target-packed", str(target), "--pack")
     assert done.code == 0, done.err
     assert 0.99 * target <= out.stat().st_size <= target
 
@@ -46,7 +46,7 @@ def test_a_size_that_the_model_has_already_drops_nothing(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("option", ["--target-gzip", "--target-packed"])
 def test_a_size_out_of_reach_says_what_is_in_reach(option: str, tmp_path: Path) -> None:
-    done = prunectl("prune", DIGITS, "-o", tmp_path / "out.pt", option, "1KB")
+    done = here("prune", DIGITS, "-o", tmp_path / "out.pt", option, "1KB")
     assert done.code == 5
     assert "is out of reach: 99% sparsity gives" in done.err
     assert list(tmp_path.iterdir()) == []
@@ -54,7 +54,7 @@ def test_a_size_out_of_reach_says_what_is_in_reach(option: str, tmp_path: Path) 
 
 def test_a_container_without_compression_has_no_packed_size(tmp_path: Path) -> None:
     path = FIXTURES / "digits_cnn.safetensors"
-    done = prunectl("prune", path, "-o", tmp_path / "out.safetensors", "--target-packed", "10KB")
+    done = here("prune", path, "-o", tmp_path / "out.safetensors", "--target-packed", "10KB")
     assert done.code == 3
     assert "no compression of its own" in done.err
 
@@ -66,7 +66,7 @@ def test_a_container_without_compression_has_no_packed_size(tmp_path: Path) -> N
 def test_a_compression_counts_all_parameters_over_those_kept(
     factor: float, words: tuple[str, ...], tmp_path: Path
 ) -> None:
-    done = prunectl("prune", DIGITS, "-o", tmp_path / "out.pt", "--compression", str(factor), *words)
+    done = here("prune", DIGITS, "-o", tmp_path / "out.pt", "--compression", str(factor), *words)
     assert done.code == 0, done.err
     state = torch.load(tmp_path / "out.pt", weights_only=True)
     total = sum(tensor.numel() for tensor in state.values())
@@ -76,7 +76,7 @@ def test_a_compression_counts_all_parameters_over_those_kept(
 
 
 def test_a_compression_out_of_reach_says_how_far_it_goes(tmp_path: Path) -> None:
-    done = prunectl("prune", DIGITS, "-o", tmp_path / "out.pt", "--compression", "1000", "--only", "fc1.weight")
+    done = here("prune", DIGITS, "-o", tmp_path / "out.pt", "--compression", "1000", "--only", "fc1.weight")
     assert done.code == 2
     assert "out of reach" in done.err
     sizes = {name: array.size for name, array in arrays(DIGITS).items()}
@@ -105,8 +105,8 @@ def test_a_floor_is_named_by_the_search() -> None:
 
 def test_the_dry_run_says_the_size_that_the_run_has(tmp_path: Path) -> None:
     words = ("--target-gzip", "30KB", "--json")
-    planned = prunectl("prune", DIGITS, "--dry-run", *words).json["models"][1]
-    made = prunectl("prune", DIGITS, "-o", tmp_path / "out.pt", *words).json["models"][1]
+    planned = here("prune", DIGITS, "--dry-run", *words).json["models"][1]
+    made = here("prune", DIGITS, "-o", tmp_path / "out.pt", *words).json["models"][1]
     assert planned["bytes"] == made["bytes"]
     assert made["bytes"]["raw"] == (tmp_path / "out.pt").stat().st_size
     assert planned["sparsity"] == made["sparsity"]

@@ -18,7 +18,7 @@ from tests.channels import nets
 from tests.channels.nets import F, nn, torch
 from tests.channels.torch import nets as more
 from tests.channels.torch.cutting import cut, exported, saved
-from tests.running import prunectl
+from tests.running import here
 
 
 @pytest.mark.parametrize(
@@ -78,13 +78,13 @@ def test_what_is_not_known_locks_and_is_named(tmp_path: Path) -> None:
 def test_the_command_says_what_it_did_and_where(tmp_path: Path) -> None:
     path, output = saved(nets.built(nets.Vgg), tmp_path / "net.pt"), tmp_path / "small.pt"
     words = ("--model", "tests.channels.nets:Vgg", "--input", "1,3,16,16")
-    done = prunectl("prune", path, "-o", output, "--pattern", "channel", "-s", "50%", *words)
+    done = here("prune", path, "-o", output, "--pattern", "channel", "-s", "50%", *words)
     assert done.code == 0
     assert "The class Vgg that takes them is beside it" in done.err
     assert ["head.3.weight", "5x20", "5x10", "100", "50", "0.5"] in done.rows
-    no_channels = prunectl("prune", path, "-o", tmp_path / "x.pt", "-s", "50%", "--input", "1,3,16,16")
+    no_channels = here("prune", path, "-o", tmp_path / "x.pt", "-s", "50%", "--input", "1,3,16,16")
     assert (no_channels.code, "--input is about channels" in no_channels.err) == (2, True)
-    assert prunectl("inspect", path, "--input", "1,3,16,16").code == 2
+    assert here("inspect", path, "--input", "1,3,16,16").code == 2
 
 
 def test_two_files_do_not_fit_through_a_pipe(tmp_path: Path) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from prunectl.formats.table import open_model
-from tests.running import FIXTURES, prunectl
+from tests.running import FIXTURES, here
 
 H5, PT = FIXTURES / "digits_cnn.h5", FIXTURES / "digits_cnn.pt"
 
 
 def refused(*words: str | Path) -> str:
-    done = prunectl("prune", *words)
+    done = here("prune", *words)
     assert done.code == 2, done.err
     assert done.out == ""
     return done.err
@@ -21,7 +21,7 @@ def refused(*words: str | Path) -> str:
 
 def test_masks_are_written_and_named(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    done = prunectl("prune", PT, "-o", tmp_path / "w.pt", "-s", "80%", "--wrap", "--exclude", "conv1*")
+    done = here("prune", PT, "-o", tmp_path / "w.pt", "-s", "80%", "--wrap", "--exclude", "conv1*")
     assert done.code == 0, done.err
     assert "3 tensors got wrappers: masks that hold what is pruned." in done.err
     assert f"prunectl finetune {tmp_path / 'w.pt'}" in done.err
@@ -31,7 +31,7 @@ def test_masks_are_written_and_named(tmp_path: Path) -> None:
 def test_a_schedule_is_written_and_told(tmp_path: Path) -> None:
     pytest.importorskip("tensorflow_model_optimization")
     words = ("--schedule", "polynomial", "--initial-sparsity", "10%", "--begin", "100", "--end", "400", "--power", "2")
-    done = prunectl("prune", H5, "-o", tmp_path / "w.h5", "-s", "0.8", *words)
+    done = here("prune", H5, "-o", tmp_path / "w.h5", "-s", "0.8", *words)
     assert done.code == 0, done.err
     assert "nothing is pruned yet; polynomial 10.0 % to 80.0 %, from step 100 on until step 400." in done.err
     assert "The optimizer's state is not kept" not in done.err
@@ -40,7 +40,7 @@ def test_a_schedule_is_written_and_told(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
-    done = prunectl("prune", PT, "-s", "80%", "--wrap", "--dry-run", cwd=tmp_path)
+    done = here("prune", PT, "-s", "80%", "--wrap", "--dry-run", cwd=tmp_path)
     assert done.code == 0, done.err
     assert "dry run" in done.err
     assert not list(tmp_path.iterdir())
@@ -69,14 +69,14 @@ def test_what_makes_no_sense_is_refused_before_a_file_is_opened(words: tuple[str
 def test_a_schedule_of_ours_may_end_between_turns(tmp_path: Path) -> None:
     pytest.importorskip("tensorflow_model_optimization")
     words = ("--schedule", "cosine", "--end", "100", "--frequency", "30")
-    done = prunectl("prune", H5, "-o", tmp_path / "w.h5", "-s", "0.8", *words)
+    done = here("prune", H5, "-o", tmp_path / "w.h5", "-s", "0.8", *words)
     assert done.code == 0, done.err
 
 
 def test_turns_come_often_enough_on_a_short_way_and_reach_its_end(tmp_path: Path) -> None:
     pytest.importorskip("tensorflow_model_optimization")
     kept = pytest.importorskip("prunectl.training.wrap.kept").kept
-    done = prunectl("prune", H5, "-o", tmp_path / "w.h5", "-s", "0.8", "--schedule", "polynomial", "--end", "210")
+    done = here("prune", H5, "-o", tmp_path / "w.h5", "-s", "0.8", "--schedule", "polynomial", "--end", "210")
     assert done.code == 0, done.err
     schedule = kept(open_model(tmp_path / "w.h5")).schedules["fc1"]
     assert schedule.frequency == 10
