@@ -62,7 +62,7 @@ def prune(
     The words are those of the command line: ``sparsity=0.8``, ``scope="global"``, ``exclude=["fc*"]`` …; with
     ``pattern="channel"`` channels are cut out, and ``flops="-50%"`` is one of them.
     """
-    is_cut = words.get("pattern") == "channel"
+    is_cut = words.get("pattern") == patterns.CHANNELS
     own = {word: words.pop(word) for word in _OF_CHANNELS & words.keys()} if is_cut else {}
     said = {_FIELDS.get(word, word): list(value) if _is_list(value) else value for word, value in words.items()}
     request = requests.from_json(said)

@@ -33,17 +33,18 @@ def prune(
     outputs.check(model, output)
     wish, needs = wish_of(request), method.strategy.needs
     choice = planning.choose(model, wish, can_reencode=by_name(model.format).is_reencoded)
+    is_fitted = needs is Needs.PRODUCTS or request.is_repaired
     found = opened(
         model,
         request,
         is_trusted=is_trusted,
         needs_targets=needs is Needs.GRADIENTS,
-        has_reference=request.is_repaired or needs is Needs.PRODUCTS,
+        has_reference=is_fitted,
     )
     with closing(found):
         notes = found.notes
         solver: Solver | None = None
-        if needs is Needs.PRODUCTS or request.is_repaired:
+        if is_fitted:
             params = method.strategy.params
             solver = Solver(
                 found.calibration,

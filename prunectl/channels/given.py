@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from prunectl.calibrating.calibration import taken
+from prunectl.calibrating.whole import first_inputs, rows_of_batches
 from prunectl.channels.scores import Measure, Needs
 from prunectl.channels.source import Feeds, Source
 from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile
 from prunectl.pruning.request import Request
-from prunectl.training.data.adapt import adapt
-from prunectl.training.data.check import check
-from prunectl.training.data.source import Order, each
-from prunectl.training.data.spec import open_source
+from prunectl.training.data.source import Order
 from prunectl.training.signature import Port, Signature
 
 _BATCHES = 4
@@ -43,15 +40,9 @@ def _batches(source: Source, request: Request, *, is_channels_first: bool) -> tu
     names = source.graph.inputs
     ports = tuple(Port(name, example[name].shape[1:], str(example[name].dtype)) for name in names)
     signature = Signature(ports, (), is_channels_first=is_channels_first)
-    found, notes = adapt(open_source(request.data, signature=signature, seed=request.seed), signature)
     size = len(example[names[0]])
-    count = min(request.samples, size * _BATCHES)
-    notes += check(found.first(count), signature, needs_targets=False, classes=None)
-    order = Order(request.batch_size, request.seed, is_shuffled=found.count is not None)
-    parts = [each(batch.x) for batch in taken(found.batches(order), count)]
-    whole = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
-    have = len(whole[0])
-    # The last batch is filled up with the first examples.
-    rows = np.arange(-(-have // size) * size).reshape(-1, size) % have
+    order = Order(request.batch_size, request.seed, is_shuffled=True)
+    whole, notes = first_inputs(request.data, signature, min(request.samples, size * _BATCHES), order)
+    rows = rows_of_batches(len(whole[0]), size)
     feeds = tuple(dict(zip(names, (array[row] for array in whole), strict=True)) for row in rows)
-    return feeds, tuple(dict.fromkeys(notes))
+    return feeds, notes

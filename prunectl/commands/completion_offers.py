@@ -14,6 +14,7 @@ from prunectl.exporting.targets import TARGETS
 from prunectl.formats.stripping import Part
 from prunectl.formats.table import open_model
 from prunectl.gating.diff_gates import Slip
+from prunectl.measuring.patterns import CHANNELS
 from prunectl.pruning.plan import Scope
 from prunectl.reporting.gates.table import FORMATS as REPORTS
 from prunectl.training.choices import choices
@@ -94,6 +95,6 @@ OFFERS: Mapping[str, Offers] = {
 
 OFFERS_OF: Mapping[str, Offers] = {
     "strip --only": _these(map(str, Part)),
-    "finetune --pattern": _these({name: line for name, line in PATTERNS.items() if name != "channel"}),
+    "finetune --pattern": _these({name: line for name, line in PATTERNS.items() if name != CHANNELS}),
 }
 """Where a command means something else by it."""

@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from prunectl.commands import if_changed_stamp
 from prunectl.commands.if_changed_leaving import Leaving, leave
 from prunectl.commands.if_changed_making import Making, check
 from prunectl.commands.if_changed_own import check_own
 from prunectl.commands.options import panel
-from prunectl.commands.verb import Verb
+from prunectl.commands.verb import Verb, lent
 from prunectl.pruning import manifest
 from prunectl.reporting.report import Artifact, Report
 from prunectl.reporting.reporter import Reporter
@@ -28,9 +26,7 @@ class Maker(Verb):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        single = typer.Typer(add_completion=False)
-        single.command()(_options)
-        self._own = typer.main.get_command(single).params
+        self._own = lent(_options).params
         self.params.extend(self._own)
 
     def work(self, ctx: Any) -> Any:

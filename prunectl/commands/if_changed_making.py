@@ -19,6 +19,7 @@ from prunectl.commands.inputs import STDIN
 from prunectl.errors import UsageError
 from prunectl.formats import outputs
 from prunectl.formats.table import open_model
+from prunectl.measuring.patterns import CHANNELS
 
 _FREE = frozenset({"model", "output", "force", "in_place", "dry_run", *depfile_inputs.WRITTEN})
 """What does not decide the bytes, or is told by the files themselves."""
@@ -126,7 +127,7 @@ def check(making: Making, depfile: Path | None, *, has_stamp: bool) -> None:
 
 def _classes(output: Path, words: Mapping[str, Any]) -> tuple[Path, ...]:
     """Return the Python file that comes with weights of PyTorch: its class, where one is written."""
-    if not words.get("code") and words.get("pattern") != "channel":
+    if not words.get("code") and words.get("pattern") != CHANNELS:
         return ()
     place = code_beside(output)
     return (place,) if place.is_file() else ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 from prunectl.errors import PrunectlError, UsageError, attempt
 from prunectl.formats import outputs
 from prunectl.formats.table import open_model
+from prunectl.measuring import archive
 
 SCHEMA = "prunectl.stamp/1"
 Digests = Mapping[str, str]
@@ -112,7 +112,4 @@ def difference(old: Stamp, new: Stamp) -> str:
 
 
 def _digest(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return archive.sha256_of(path) if path.is_file() else ""

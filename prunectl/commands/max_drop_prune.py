@@ -8,10 +8,10 @@ from pathlib import Path
 import typer
 
 from prunectl.commands.max_drop import found, noted, refuse
-from prunectl.commands.prune_ways import CHANNELS, Way, limits_of, settled
+from prunectl.commands.prune_ways import Way, limits_of, settled
 from prunectl.errors import UsageError
 from prunectl.formats.table import open_model
-from prunectl.measuring.patterns import ZerosOf
+from prunectl.measuring.patterns import CHANNELS, ZerosOf
 from prunectl.pruning import output as outputs
 from prunectl.pruning.output import Output
 from prunectl.pruning.request import BATCH_SIZE, SAMPLES, Request, shape_of

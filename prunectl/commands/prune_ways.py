@@ -13,6 +13,7 @@ import typer
 
 from prunectl.commands.wrap_requests import Wrappers, wrappers_of
 from prunectl.errors import UsageError
+from prunectl.measuring.patterns import CHANNELS
 from prunectl.pruning import manifest as manifests
 from prunectl.pruning import request as requests
 from prunectl.pruning.output import Output
@@ -23,7 +24,6 @@ from prunectl.reporting.report import Report
 from prunectl.reporting.words import parse_ratio
 
 Way = Callable[[Path, Output | None], Report]
-CHANNELS = "channel"
 _LIMITS = ("min_channels", "round_to", "max_ratio", "params", "flops", "dead", "latency")
 
 

@@ -23,10 +23,7 @@ class Verb(TyperCommand):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        # Typer turns the signature of _settings into options, the same way as that of any command.
-        single = typer.Typer(add_completion=False)
-        single.command()(_settings)
-        self._common = typer.main.get_command(single)
+        self._common = lent(_settings)
         self.params.extend(self._common.params)
 
     def invoke(self, ctx: Any) -> Any:
@@ -49,6 +46,13 @@ def _check_page(html: Path, said: Mapping[str, Any]) -> None:
     if said.get("output") == STDIN or any(word.endswith(f":{STDIN}") for word in said.get("report") or ()):
         raise UsageError("--html writes the report, and standard output is taken by something else")
     importlib.import_module("prunectl.reporting.html.file").check(html)
+
+
+def lent(function: Callable[..., Any]) -> Any:
+    """Return a command that lends its options to others: typer makes them of a signature, as of any command's."""
+    single = typer.Typer(add_completion=False)
+    single.command()(function)
+    return typer.main.get_command(single)
 
 
 def verb(function: Callable[..., int], kind: type[Verb] = Verb) -> TyperCommand:

@@ -13,6 +13,7 @@ from prunectl.exporting.job import Job
 from prunectl.exporting.weights import arrays, check_types, chosen, dtype_of, same_bits, written
 from prunectl.formats.base import Array, Tensor
 from prunectl.formats.safetensors import open_model
+from prunectl.formats.safetensors_header import CODES
 
 _PLAIN = frozenset(np.dtype(code).name for code in "?bhiqBHIQefdFD")
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)
@@ -21,7 +22,7 @@ _FRAMEWORKS = {"torch": "pt", "torch-legacy": "pt", "torch-tar": "pt", "torch-ex
 
 def write_safetensors(job: Job, target: Path) -> tuple[str, ...]:
     """Write a safetensors file, wide numbers first and then by name."""
-    check_types(job, frozenset(safetensors.CODES), "safetensors")
+    check_types(job, frozenset(dtype.name for dtype in CODES), "safetensors")
     said = {"format": _FRAMEWORKS[job.file.format]} if job.file.format in _FRAMEWORKS else {}
     safetensors.write(
         [_entry(job, tensor) for tensor in chosen(job.file)], {**said, **dict(job.request.metadata)}, target

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,7 @@ from typing import Any
 import numpy as np
 
 from prunectl.formats.base import Array
-from prunectl.formats.safetensors import DTYPES, LENGTH_BYTES
-
-CODES = {dtype.name: code for code, dtype in DTYPES.items()}
-_ROUND_BYTES = 8
+from prunectl.formats.safetensors_header import CODES, framed
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +30,14 @@ def write(entries: Sequence[Entry], metadata: Mapping[str, str], target: Path) -
     at = 0
     for one in ordered:
         end = at + int(np.prod(one.shape, dtype=np.int64)) * one.dtype.itemsize
-        header[one.name] = {"dtype": CODES[one.dtype.name], "shape": list(one.shape), "data_offsets": [at, end]}
+        header[one.name] = {
+            "dtype": CODES[one.dtype.newbyteorder("=")],
+            "shape": list(one.shape),
+            "data_offsets": [at, end],
+        }
         at = end
-    head = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % _ROUND_BYTES)
     with target.open("xb") as file:
-        file.write(len(head).to_bytes(LENGTH_BYTES, "little") + head)
+        file.write(framed(header))
         for one in ordered:
             file.write(np.ascontiguousarray(one.read()).tobytes())
 

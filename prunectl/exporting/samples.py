@@ -6,15 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prunectl.calibrating.calibration import taken
+from prunectl.calibrating.whole import first_inputs, rows_of_batches
 from prunectl.errors import UsageError
 from prunectl.exporting.live import Flow, Live, signature_of, text
 from prunectl.exporting.request import BATCH_SIZE, SAMPLES, Request
 from prunectl.formats.base import Array
-from prunectl.training.data.adapt import adapt
-from prunectl.training.data.check import check
-from prunectl.training.data.source import Order, each
-from prunectl.training.data.spec import open_source
+from prunectl.training.data.source import Order
 
 _OPEN_LENGTH = 16
 """Of an axis that the user leaves open."""
@@ -54,12 +51,8 @@ def _size(flows: tuple[Flow, ...]) -> int | None:
 
 def _of_data(live: Live, flows: tuple[Flow, ...], request: Request) -> tuple[tuple[Array, ...], tuple[str, ...]]:
     signature = signature_of(flows, is_channels_first=live.is_channels_first)
-    source, notes = adapt(open_source(request.data, signature=signature, seed=request.seed or 0), signature)
-    count = request.samples or SAMPLES
-    notes += check(source.first(count), signature, needs_targets=False, classes=None)
     order = Order(request.batch_size or BATCH_SIZE, request.seed or 0, is_shuffled=False)
-    found = [each(batch.x) for batch in taken(source.batches(order), count)]
-    return tuple(np.concatenate(parts) for parts in zip(*found, strict=True)), tuple(dict.fromkeys(notes))
+    return first_inputs(request.data, signature, request.samples or SAMPLES, order)
 
 
 def _random(flows: tuple[Flow, ...], count: int, seed: int) -> tuple[Array, ...]:
@@ -99,8 +92,6 @@ def _filled(random: np.random.Generator, shape: tuple[int, ...], dtype: str) -> 
 def _batches(whole: tuple[Array, ...], size: int, *, is_fixed: bool) -> tuple[tuple[Array, ...], ...]:
     count = len(whole[0])
     if is_fixed and count % size:
-        # Filled up with the first ones, again and again.
-        more = np.arange(size - count % size) % count
-        whole = tuple(np.concatenate([one, one[more]]) for one in whole)
-        count = len(whole[0])
+        rows = rows_of_batches(count, size)
+        return tuple(tuple(one[own] for one in whole) for own in rows)
     return tuple(tuple(one[at : at + size] for one in whole) for at in range(0, count, size))

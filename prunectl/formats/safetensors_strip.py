@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,8 @@ from prunectl.errors import InputError
 from prunectl.formats import wrapped_names
 from prunectl.formats.base import Array, ModelFile, Role, Tensor
 from prunectl.formats.extents import blocks
-from prunectl.formats.json_text import parse_object
 from prunectl.formats.numbers_masked import HALF, HALVED, fitting, halved, masked
-from prunectl.formats.safetensors import DTYPES, LENGTH_BYTES
+from prunectl.formats.safetensors_header import CODES, begun, framed
 from prunectl.formats.state_dict import OPTIMIZER_ROOTS
 from prunectl.formats.stripping import Part, Removed, Wish
 from prunectl.formats.wrapped_names import Wrapped
@@ -24,8 +22,6 @@ from prunectl.formats.writing import write_flat
 
 _AVERAGES = ("ema.", "model_ema.", "ema_model.", "swa_model.")
 _GRADIENTS = (".grad", ".main_grad")
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-_ROUND_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,19 +121,15 @@ def _write(model: ModelFile, target: Path, written: list[_Written]) -> None:
     for one in laid:
         places[one.name] = [at, at + one.nbytes]
         at += one.nbytes
-    with model.path.open("rb") as file:
-        old = parse_object(file.read(int.from_bytes(file.read(LENGTH_BYTES), "little")), model.path, "its header")
-    header: dict[str, Any] = {"__metadata__": old["__metadata__"]} if "__metadata__" in old else {}
+    header = begun(model.path)
     for one in laid:
         header[one.name] = {
-            "dtype": _CODES[one.dtype],
+            "dtype": CODES[one.dtype],
             "shape": list(one.shape),
             "data_offsets": places[one.name],
         }
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ROUND_BYTES)
     with target.open("xb") as out:
-        out.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+        out.write(framed(header))
         for one in laid:
             for block in one.blocks():
                 out.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)

@@ -22,8 +22,17 @@ def stream(model: ModelFile) -> Iterator[bytes]:
 
 def sha256(model: ModelFile) -> str:
     """Return the hash of a model: of its file, or of the tar of its files."""
+    return _hashed(stream(model))
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hash of one file."""
+    return _hashed(pieces(path))
+
+
+def _hashed(content: Iterator[bytes]) -> str:
     digest = hashlib.sha256()
-    for piece in stream(model):
+    for piece in content:
         digest.update(piece)
     return digest.hexdigest()
 

@@ -78,9 +78,13 @@ class Channel:
 Pattern = ZerosOf | Block | Channel
 
 
+CHANNELS = "channel"
+"""The word for the pattern of whole channels."""
+
+
 def parse(text: str) -> Pattern:
     """Return the pattern that `2:4`, `block:1x4` or `channel` names."""
-    if text == "channel":
+    if text == CHANNELS:
         return Channel()
     if match := _BLOCK.fullmatch(text):
         return Block(int(match[1]), int(match[2]))

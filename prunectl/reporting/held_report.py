@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from prunectl.measuring.patterns import CHANNELS
 from prunectl.measuring.survey import Survey
 from prunectl.reporting.before_after import before_after
 from prunectl.reporting.report import Artifact, Report, Section
@@ -13,7 +14,6 @@ from prunectl.reporting.table import Cell, Column, Table, Unit
 from prunectl.reporting.words import count, percent
 from prunectl.sweeping.limit import amount, drop, finite
 from prunectl.sweeping.point import Point
-from prunectl.sweeping.pruned import CHANNELS
 from prunectl.sweeping.search import Held
 
 

@@ -10,13 +10,12 @@ from itertools import product
 from prunectl.channels.plugged import KIND
 from prunectl.channels.scores import MEASURES, RANDOM, Measure
 from prunectl.errors import UsageError
-from prunectl.measuring.patterns import ZerosOf
+from prunectl.measuring.patterns import CHANNELS, ZerosOf
 from prunectl.plugins import find
 from prunectl.pruning.request import Request, shape_of
 from prunectl.pruning.strategies import STRATEGIES, Strategy
 from prunectl.sweeping.choices import Choices
 from prunectl.sweeping.point import BASE, Point, Way
-from prunectl.sweeping.pruned import CHANNELS
 from prunectl.sweeping.requests import check_way
 
 UNSTRUCTURED = "unstructured"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ def digests(*, specs: Iterable[str], functions: Iterable[Any], models: Iterable[
         *_modules((*(spec.partition("?")[0] for spec in specs), *words)),
         *(file for model in models if model for file in open_model(Path(model)).files),
     ]
-    return {str(path): sha256(path) for path in dict.fromkeys(found) if path.is_file()}
+    return {str(path): archive.sha256_of(path) for path in dict.fromkeys(found) if path.is_file()}
 
 
 def files_of(choices: Choices) -> dict[str, str]:
@@ -33,14 +32,6 @@ def files_of(choices: Choices) -> dict[str, str]:
     means = training_of(choices, BASE).means
     words = (*choices.strategies, choices.policy, choices.loss, choices.model, choices.custom_objects, *means.metrics)
     return digests(specs=(choices.data, choices.val), functions=words)
-
-
-def sha256(path: Path) -> str:
-    """Return the hash of a file."""
-    digest = hashlib.sha256()
-    for piece in archive.pieces(path):
-        digest.update(piece)
-    return digest.hexdigest()
 
 
 def _modules(words: Iterable[Any]) -> Iterator[Path]:

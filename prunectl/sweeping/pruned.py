@@ -10,13 +10,11 @@ from prunectl.calibrating import prune as calibrating
 from prunectl.channels import prune as cutting
 from prunectl.channels.cutting import cutting_of
 from prunectl.channels.scores import Needs as Sees
+from prunectl.measuring.patterns import CHANNELS
 from prunectl.pruning import prune as pruning
 from prunectl.pruning.output import Output
 from prunectl.pruning.request import Request, method_of
 from prunectl.pruning.strategies import Needs
-
-CHANNELS = "channel"
-"""The pattern that cuts out what is zero."""
 
 
 def looks(request: Request) -> bool:

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 from prunectl.channels.cutting import cutting_of
 from prunectl.errors import UsageError
+from prunectl.measuring.patterns import CHANNELS
 from prunectl.plugins import find
 from prunectl.pruning import request as pruning
 from prunectl.pruning.curves import CURVES
 from prunectl.pruning.request import Request as Pruning
 from prunectl.sweeping.choices import Choices
 from prunectl.sweeping.point import BASE, Point
-from prunectl.sweeping.pruned import CHANNELS, looks
+from prunectl.sweeping.pruned import looks
 from prunectl.training.asked import asked as asked_of
 from prunectl.training.evidence import WATCHED
 from prunectl.training.network import Means, Origin

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.errors import WorkError
-from prunectl.formats.table import open_model
-from prunectl.measuring import archive
 from prunectl.pruning.output import Output
 from prunectl.sweeping.limit import amount, drop
 from prunectl.sweeping.limit import check as check_limit
-from prunectl.sweeping.made import lost, place_of
+from prunectl.sweeping.made import digest, lost, place_of
 from prunectl.sweeping.next import bracket
 from prunectl.sweeping.notes import opened
 from prunectl.sweeping.point import BASE, Outcome, Point, Way, diverged
@@ -73,7 +71,7 @@ class Held:
 
 def search(path: Path, asked: Search, folder: Path, watcher: Watcher) -> Held:
     """Return the largest sparsity that holds, to a hundredth; each that is tried is kept in a folder."""
-    with opened(folder, asked.choices, archive.sha256(open_model(path)), share(1), asked.files) as notes:
+    with opened(folder, asked.choices, digest(path), share(1), asked.files) as notes:
         if BASE not in notes.done:
             notes.add(BASE, weighed(path, asked.judging, ""))
         base = notes.done[BASE]

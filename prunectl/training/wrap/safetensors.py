@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from prunectl.formats.base import Array, ModelFile, Tensor
 from prunectl.formats.extents import blocks
-from prunectl.formats.json_text import parse_object
-from prunectl.formats.safetensors import DTYPES, LENGTH_BYTES
+from prunectl.formats.safetensors_header import CODES, begun, framed
 from prunectl.training.wrap.masks import MASK, ORIGINAL, masked
 from prunectl.training.wrap.wrapping import Wrapping
-
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-_ROUND_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +34,8 @@ def wrap(model: ModelFile, wrapping: Wrapping, target: Path) -> tuple[str, ...]:
             written.append(_Written(name + MASK, tensor, _given(mask)))
     # Wide numbers first, as the format's own library has it: each then begins at a multiple of its width.
     written.sort(key=lambda one: -one.tensor.dtype.itemsize)
-    header = _header(model, written)
     with target.open("xb") as out:
-        out.write(len(header).to_bytes(LENGTH_BYTES, "little") + header)
+        out.write(_header(model, written))
         for one in written:
             for block in one.blocks():
                 out.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
@@ -59,17 +52,14 @@ def _given(mask: Array) -> Callable[[], Iterator[Array]]:
 
 
 def _header(model: ModelFile, written: list[_Written]) -> bytes:
-    with model.path.open("rb") as file:
-        old = parse_object(file.read(int.from_bytes(file.read(LENGTH_BYTES), "little")), model.path, "its header")
-    header: dict[str, Any] = {"__metadata__": old["__metadata__"]} if "__metadata__" in old else {}
+    header = begun(model.path)
     at = 0
     for one in written:
         end = at + one.tensor.nbytes
         header[one.name] = {
-            "dtype": _CODES[one.tensor.dtype],
+            "dtype": CODES[one.tensor.dtype],
             "shape": list(one.tensor.shape),
             "data_offsets": [at, end],
         }
         at = end
-    found = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    return found + b" " * (-len(found) % _ROUND_BYTES)
+    return framed(header)
