@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import ClassVar, TypeVar
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+MAX_NAME_CHARACTERS = 80
 Subject = TypeVar("Subject")
 Result = TypeVar("Result")
 
@@ -24,12 +25,14 @@ class PrunectlError(Exception):
 
     exit_code: ClassVar[int] = 5
     kind: ClassVar[str] = "work"
+    max_characters: ClassVar[int] = 2000
 
     def __init__(self, message: str, *, hint: str = "", did_you_mean: tuple[str, ...] = ()) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-        self.did_you_mean = did_you_mean
+        # A name from a stranger's file may be as long as the file.
+        self.message = abbreviated(message, self.max_characters)
+        super().__init__(self.message)
+        self.hint = "\n".join(abbreviated(line, self.max_characters) for line in hint.split("\n"))
+        self.did_you_mean = tuple(abbreviated(name) for name in did_you_mean)
 
 
 class UsageError(PrunectlError):
@@ -44,6 +47,7 @@ class InputError(PrunectlError):
 
     exit_code = 3
     kind = "input"
+    max_characters = 300
 
 
 class UntrustedError(InputError):
@@ -72,6 +76,14 @@ def translate(error: Exception) -> PrunectlError | None:
     if isinstance(error, OSError) and error.errno is not None:
         return InputError(f"{error.filename or 'the input'} cannot be used: {error.strerror}")
     return None
+
+
+def abbreviated(text: str, most: int = MAX_NAME_CHARACTERS) -> str:
+    """Text of at most so many characters: what is longer loses its middle. For names that come from a file."""
+    if len(text) <= most:
+        return text
+    end = most // 3
+    return f"{text[: most - end - 1]}…{text[len(text) - end :]}"
 
 
 def first_line(error: Exception) -> str:
