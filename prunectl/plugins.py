@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TypeVar
 
-from prunectl.errors import UsageError
+from prunectl.errors import UntrustedError, UsageError, abbreviated
 
 Thing = TypeVar("Thing")
 
@@ -32,6 +32,19 @@ def find(kind: str, name: str, builtin: Mapping[str, Thing]) -> Thing | object:
         did_you_mean=tuple(get_close_matches(name, known, n=3, cutoff=0.5)),
         hint=f"known: {', '.join(known)}; or package.module:name, or ./file.py:name",
     )
+
+
+def check_untrusted(words: Iterable[str], place: str) -> None:
+    """Refuse to import what a file names as code: a recipe or a configuration may be a stranger's.
+
+    Any word with a colon counts: one too many is asked about rather than one too few.
+    """
+    named = list(dict.fromkeys(word for word in words if ":" in word))
+    if named:
+        raise UntrustedError(
+            f"{place} names code of its own: {', '.join(map(abbreviated, named[:3]))}",
+            hint="if you trust who wrote that file: --trust",
+        )
 
 
 def group(kind: str) -> str:

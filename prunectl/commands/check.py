@@ -36,6 +36,9 @@ def check(
         bool, typer.Option("--update-baseline", help="Take what models are now for their baseline.")
     ] = False,
     reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; kept in the baseline.")] = "",
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Let code run that the budgets name, or that comes with a model.")
+    ] = False,
 ) -> int:
     """Hold models against their budgets: size, growth, sparsity, zeros that must stay zero.
 
@@ -55,7 +58,8 @@ def check(
     budgets = budgets_of(config)
     earlier = baseline_of(budgets, baseline, is_new=update_baseline, reason=reason)
     reports.spare(budgets.path, earlier.path)
-    found = run(budgets, names or [], earlier, file=shown(budgets.path), reason=reason, meter=reporter.progress)
+    file, bar = shown(budgets.path), reporter.progress
+    found = run(budgets, names or [], earlier, file=file, reason=reason, is_trusted=trust, meter=bar)
     return reports.show(found, reporter)
 
 

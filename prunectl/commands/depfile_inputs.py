@@ -25,7 +25,7 @@ def meant(said: Mapping[str, Any]) -> dict[str, Any]:
     """Return what was typed together with what a recipe says: what that asks for may lie in files of its own."""
     if said.get("recipe") is None:
         return dict(said)
-    asked = asdict(manifest.read(Path(said["recipe"])))
+    asked = asdict(manifest.read(Path(said["recipe"]), is_trusted=said["trust"]))
     # What a recipe calls model builds one; MODEL is the file.
     return {**said, **{name: value for name, value in asked.items() if name != "model"}, "build": asked["model"]}
 

@@ -31,7 +31,7 @@ def request_of(ctx: typer.Context, recipe: Path | None) -> Request:
         typed = [name for name in said if name not in _FREE and is_typed(ctx, name)]
         if typed:
             raise UsageError(f"--recipe says all that decides the result: leave out --{typed[0].replace('_', '-')}")
-        return manifest.read(recipe)
+        return manifest.read(recipe, is_trusted=said["trust"])
     return Request(
         sparsity=parse_ratio(said["sparsity"]) if said["sparsity"] else None,
         compression=said["compression"],

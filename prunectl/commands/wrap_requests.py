@@ -40,7 +40,9 @@ def wrappers_of(ctx: typer.Context, *, looks_at_data: bool) -> Wrappers | None:
         return Wrappers(ramp, Origin(custom_objects=said["custom_objects"], is_trusted=said["trust"]))
     _refuse(said, _OF_A_SCHEDULE, "a schedule", "--schedule NAME")
     if not looks_at_data:
-        _refuse(said, _OF_WRAPPERS, "models that are opened, as for wrappers or data", "--wrap or --data SPEC")
+        # A recipe may name code as well, which is trusted or not.
+        names = tuple(name for name in _OF_WRAPPERS if name != "trust" or said["recipe"] is None)
+        _refuse(said, names, "models that are opened, as for wrappers or data", "--wrap or --data SPEC")
     return None
 
 

@@ -37,6 +37,7 @@ class _Work:
     budgets: Budgets
     baseline: Baseline
     file: str
+    is_trusted: bool = False
     measured: dict[str, Measured | PrunectlError] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     unusable: list[Unusable] = field(default_factory=list)
@@ -45,7 +46,8 @@ class _Work:
     def keeps_quality(self) -> Callable[..., Finding]:
         """What judges models on data, loaded when a budget asks for it: most look at files alone."""
         quality = importlib.import_module("prunectl.gating.quality")
-        keeps: Callable[..., Finding] = quality.Quality(self.budgets.folder, self.file).keeps
+        judge = quality.Quality(self.budgets.folder, self.file, is_trusted=self.is_trusted)
+        keeps: Callable[..., Finding] = judge.keeps
         return keeps
 
     def name_of(self, key: str) -> str:
@@ -67,11 +69,15 @@ def check(
     *,
     file: str,
     reason: str = "",
+    is_trusted: bool = False,
     meter: Meter = unwatched,
 ) -> Findings:
-    """Return the verdicts of all budgets, or of those named; with a reason, what is now becomes the baseline."""
+    """Return the verdicts of all budgets, or of those named; with a reason, what is now becomes the baseline.
+
+    Only budgets that are trusted may name code of their own: data, metrics and builders that are functions.
+    """
     chosen = named(budgets, names)
-    work = _Work(budgets, baseline, file)
+    work = _Work(budgets, baseline, file, is_trusted)
     keys = {budget: _keys(work, budget) for budget in chosen}
     with one_child(), meter("checking", sum(map(len, keys.values()))) as bar:
         notes = _recorded(work, keys, reason)

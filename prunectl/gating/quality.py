@@ -12,7 +12,9 @@ from prunectl.gating.finding import Finding
 from prunectl.gating.keys import Metric
 from prunectl.gating.limits import judged
 from prunectl.gating.measured import Measured
+from prunectl.plugins import check_untrusted
 from prunectl.training.asked import asked
+from prunectl.training.data import made_up
 from prunectl.training.judging.drop import MaxDrop, check, gain
 from prunectl.training.judging.judge import Judged, judge_whole
 from prunectl.training.network import Means, Origin
@@ -22,10 +24,12 @@ from prunectl.training.request import Request
 class Quality:
     """How good models are, each judged once on the same data."""
 
-    def __init__(self, folder: Path, file: str) -> None:
+    def __init__(self, folder: Path, file: str, *, is_trusted: bool = False) -> None:
         self._folder = folder
         """Where paths in budgets begin."""
         self._file = file
+        self._is_trusted = is_trusted
+        """Whether code may run that the budgets name, or that comes with a model."""
         self._known: dict[tuple[str, Request], Judged | PrunectlError] = {}
 
     def keeps(self, found: Measured, *, drop: Drop, budget: Budget) -> Finding:
@@ -59,8 +63,12 @@ class Quality:
 
     def _request(self, drop: Drop) -> Request:
         means = Means(**asked((drop.metric,)))
-        origin = Origin(self._place(drop.model), self._place(drop.custom_objects))
-        return replace(Request(self._place(drop.data)), batch_size=drop.batch_size, means=means, origin=origin)
+        data = self._place(drop.data)
+        if not self._is_trusted:
+            named = "" if made_up.fits(data) else data
+            check_untrusted((named, *means.metrics, means.decides, drop.model, drop.custom_objects), "max-drop")
+        origin = Origin(self._place(drop.model), self._place(drop.custom_objects), is_trusted=self._is_trusted)
+        return replace(Request(data), batch_size=drop.batch_size, means=means, origin=origin)
 
     def _place(self, word: str) -> str:
         """Return a word that begins with the path of something as it is found from where we are."""

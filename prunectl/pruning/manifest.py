@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,10 +14,13 @@ from prunectl import __version__
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.json_text import parse_object
 from prunectl.formats.outputs import write_text
+from prunectl.plugins import check_untrusted
+from prunectl.pruning.policies import MIN_SIZE
 from prunectl.pruning.prune import Pruned
 from prunectl.pruning.request import Request, from_json
 
 SCHEMA = "prunectl.manifest/1"
+_RANDOM_DATA = re.compile(r"random:\d+(\?|$)")
 
 
 def check(path: Path, taken: Iterable[Path], *, is_forced: bool) -> None:
@@ -59,14 +63,24 @@ def keep(path: Path, whole: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(whole, indent=2, sort_keys=True) + "\n", is_forced=True)
 
 
-def read(path: Path) -> Request:
-    """Return the request in a manifest."""
+def read(path: Path, *, is_trusted: bool = False) -> Request:
+    """Return the request in a manifest; what it names as code is not imported unless the user said so."""
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     said = parse_object(path.read_bytes(), path, "it").get("request")
     if not isinstance(said, dict):
         raise InputError(f"{path} is JSON, but not a manifest of prunectl: it has no request")
-    return from_json(said)
+    request = from_json(said)
+    if not is_trusted:
+        check_untrusted(_code_in(request), str(path))
+    return request
+
+
+def _code_in(request: Request) -> tuple[str, ...]:
+    """Every choice that may mean `package.module:name` or `./file.py:name`."""
+    policy = "" if request.policy.startswith(MIN_SIZE) else request.policy
+    data = "" if _RANDOM_DATA.match(request.data) else request.data
+    return request.strategy, policy, data, request.loss, request.model, request.custom_objects
 
 
 def _is_ours(content: bytes) -> bool:

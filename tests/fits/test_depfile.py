@@ -51,7 +51,7 @@ def test_every_file_that_the_words_name_is_a_prerequisite(tmp_path: Path) -> Non
         first, *rules = made(tmp_path, *words, "b.safetensors")
     assert first == "b.safetensors: a.safetensors mine.py helper.py"
     assert [rule for rule in rules if rule] == ["mine.py:", "helper.py:"]
-    first, *_ = made(tmp_path, "prune", "a.safetensors", "--recipe", "m.json", "-o", "c.safetensors")
+    first, *_ = made(tmp_path, "prune", "a.safetensors", "--recipe", "m.json", "--trust", "-o", "c.safetensors")
     assert first == "c.safetensors: a.safetensors m.json mine.py"
 
 
@@ -175,7 +175,8 @@ def test_what_only_a_recipe_names_is_a_prerequisite(tmp_path: Path) -> None:
     recipe = {"request": {"data": "images/", "model": "./net.py:Net", "strategy": "fits_found:score"}}
     (tmp_path / "m.json").write_text(json.dumps(recipe))
     with contextlib.chdir(tmp_path):
-        words = depfile_inputs.meant({"model": "a.safetensors", "recipe": Path("m.json"), "data": "", "build": ""})
+        said = {"model": "a.safetensors", "recipe": Path("m.json"), "data": "", "build": "", "trust": True}
+        words = depfile_inputs.meant(said)
         found = [*depfile_inputs.files_of(words), *depfile_inputs.folders_of(words)]
     pictures = ["images/cat/1.png", "images/dog/2.png"]
     folders = ["images", "images/cat", "images/dog"]
