@@ -79,6 +79,32 @@ def test_the_action_says_what_the_check_says(
         assert len((tmp_path / "p.txt").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize(
+    ("trust", "is_fork", "runs"),
+    [("true", "false", True), ("true", "", True), ("true", "true", False), ("false", "", False), ("", "", False)],
+)
+def test_the_action_trusts_no_fork(trust: str, is_fork: str, *, runs: bool, tmp_path: Path, bin_folder: Path) -> None:
+    (check,) = (step for step in yaml("action.yml")["runs"]["steps"] if step["name"] == "Check")
+    shutil.copy(FIXTURES / "digits_cnn.onnx", tmp_path / "a.onnx")
+    (tmp_path / "data.py").write_text(
+        "open('canary', 'w')\nimport numpy\ndef f(): return numpy.ones((4, 8, 8, 1)), numpy.ones(4, int)\n"
+    )
+    drop = "max-drop = {fail = '1pp', data = './data.py:f', against = 'a.onnx'}"
+    put(tmp_path, f"[[budget]]\npath = 'a.onnx'\n{drop}\n")
+    said = {**dict.fromkeys(check["env"], ""), "TRUST": trust, "IS_FORK": is_fork}
+    done = run(
+        check["run"],
+        tmp_path,
+        bin_folder,
+        GITHUB_OUTPUT=str(tmp_path / "output"),
+        **said,
+        RUNNER_TEMP=str(bin_folder.parent.parent),
+    )
+    assert (tmp_path / "canary").exists() is runs
+    assert done.returncode == (0 if runs else 3), done.stderr
+    assert ("a fork's code is not trusted" in done.stdout) is (trust == is_fork == "true")
+
+
 def test_the_hook_looks_at_every_file_that_may_change_the_verdict() -> None:
     (hook,) = yaml(".pre-commit-hooks.yaml")
     assert (hook["language"], hook["pass_filenames"]) == ("python", False)
