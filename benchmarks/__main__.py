@@ -13,6 +13,7 @@ from benchmarks import (
     channels_torch,
     channels_training,
     export_sizes,
+    fuzz,
     overhead,
     pruning,
     scripts,
@@ -36,5 +37,8 @@ ALL = {
     "export_sizes": export_sizes.run,
 }
 
+ON_REQUEST = {"fuzz": fuzz.run}
+"""No measurements, and long: only by their names."""
+
 for name in sys.argv[1:] or ALL:
-    ALL[name]()
+    (ALL | ON_REQUEST)[name]()
