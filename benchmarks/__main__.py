@@ -13,6 +13,7 @@ from benchmarks import (
     channels_torch,
     channels_training,
     export_sizes,
+    faults,
     fuzz,
     overhead,
     pruning,
@@ -37,7 +38,7 @@ ALL = {
     "export_sizes": export_sizes.run,
 }
 
-ON_REQUEST = {"fuzz": fuzz.run}
+ON_REQUEST = {"faults": faults.run, "fuzz": fuzz.run}
 """No measurements, and long: only by their names."""
 
 for name in sys.argv[1:] or ALL:
