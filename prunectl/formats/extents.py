@@ -14,6 +14,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from prunectl.errors import InputError
+from prunectl.formats.workers import check_stopped
 
 BYTE = np.dtype(np.uint8)
 BLOCK_BYTES = 1 << 20
@@ -86,6 +87,7 @@ def blocks(extent: Extent, dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
     try:
         done = 0
         while done < extent.nbytes:
+            check_stopped()
             want = min(buffer.size, extent.nbytes - done)
             got = os.preadv(fd, [buffer[:want].data], extent.offset + done)
             if got != want:

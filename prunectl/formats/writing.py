@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 from prunectl.errors import InputError
 from prunectl.formats.base import Array, ModelFile, Tensor
 from prunectl.formats.extents import Extent
+from prunectl.formats.workers import check_stopped, workers
 
 THREADS = 2
 """Enough to write while another block is reckoned; more would only hold more blocks."""
@@ -87,8 +87,8 @@ def splice(source: Path, target: Path, rewrites: Sequence[Rewrite]) -> None:
     try:
         at, end = 0, os.fstat(old).st_size
         # Each run is written in its own place, so that two can be written at once.
-        with ThreadPoolExecutor(THREADS) as workers:
-            writing = [workers.submit(_write_run, new, rewrite.run, rewrite.raw()) for rewrite in rewrites]
+        with workers(THREADS) as pool:
+            writing = [pool.submit(_write_run, new, rewrite.run, rewrite.raw()) for rewrite in rewrites]
             for run in (rewrite.run for rewrite in rewrites):
                 _copy(old, new, at, run.offset)
                 at = run.offset + run.nbytes
@@ -103,6 +103,7 @@ def splice(source: Path, target: Path, rewrites: Sequence[Rewrite]) -> None:
 def _write_run(new: int, run: Extent, pieces: Iterator[memoryview]) -> None:
     at = run.offset
     for view in pieces:
+        check_stopped()
         left = view
         while left:
             done = os.pwrite(new, left, at)

@@ -10,6 +10,7 @@ import numpy as np
 from prunectl.formats import extents
 from prunectl.formats.base import Array, ModelFile, Tensor
 from prunectl.formats.extents import Extent
+from prunectl.formats.workers import check_stopped
 
 
 def lies_flat(tensor: Tensor) -> bool:
@@ -29,12 +30,14 @@ def blocks(model: ModelFile, tensor: Tensor) -> Iterator[Array]:
 
 def pieces(array: Array) -> Iterator[Array]:
     """Yield an array in contiguous pieces of at most one block."""
+    check_stopped()
     if array.nbytes <= extents.BLOCK_BYTES or array.ndim == 0:
         yield np.ascontiguousarray(array)
         return
     height = extents.BLOCK_BYTES * len(array) // array.nbytes
     if height:
         for begin in range(0, len(array), height):
+            check_stopped()
             yield np.ascontiguousarray(array[begin : begin + height])
     else:
         for row in array:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from prunectl.formats.base import ModelFile
 from prunectl.formats.table import by_name, load
+from prunectl.formats.workers import check_stopped, workers
 from prunectl.measuring.archive import stream
 from prunectl.measuring.codecs import Codec, compress
 from prunectl.measuring.meter import Meter, unwatched
@@ -20,29 +20,19 @@ _PASSES = 3
 """Each byte is counted, compressed and packed."""
 
 
-class _StoppedError(Exception):
-    """The main thread gave up: so does a worker."""
-
-
 def measure(model: ModelFile, codec: Codec, meter: Meter = unwatched) -> Survey:
     """Return a survey with every size in it, compressing and packing side by side."""
-    is_stopped = False
     total = model.nbytes * _PASSES
-    with ThreadPoolExecutor(2) as workers, meter(f"measuring {model.path.name}", total) as bar:
+    with workers(2) as pool, meter(f"measuring {model.path.name}", total) as bar:
 
         def watched(nbytes: int) -> None:
-            if is_stopped:
-                raise _StoppedError
+            check_stopped()
             bar.advance(nbytes)
 
-        try:
-            compressing = workers.submit(compress, stream(model), codec, watched)
-            packing = workers.submit(packed_bytes, model, watched)
-            found = survey(model, model.tensors, tick=watched)
-            compressed, packed = compressing.result(), packing.result()
-        except BaseException:
-            is_stopped = True
-            raise
+        compressing = pool.submit(compress, stream(model), codec, watched)
+        packing = pool.submit(packed_bytes, model, watched)
+        found = survey(model, model.tensors, tick=watched)
+        compressed, packed = compressing.result(), packing.result()
     sizes = Bytes(raw=found.bytes.raw, packed=packed, compressed=compressed.nbytes)
     return replace(found, bytes=sizes, sha256=compressed.sha256)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from prunectl.errors import WorkError
 from prunectl.formats.base import Can, ModelFile
 from prunectl.formats.outputs import flush
 from prunectl.formats.table import by_name, open_model, require
+from prunectl.formats.workers import workers
 from prunectl.measuring import archive
 from prunectl.measuring.codecs import CodecName, compress, pick
 from prunectl.measuring.looking import Look, look
@@ -54,7 +54,7 @@ def prune(
     method, choice = together.scored(model, choice, method)
     sparsity = _sparsity(model, request, wish, choice, method)
     plan = planning.make(choice, wish, sparsity)
-    with outputs.workplace(model, output) as (folder, target), ThreadPoolExecutor(1) as aside:
+    with outputs.workplace(model, output) as (folder, target), workers(1) as aside:
         counting = aside.submit(survey, model, model.tensors, has_channels=False)
         written, tallies = _write(model, plan, method, folder, target, is_packed=request.is_packed)
         # What has to be on the disk before it may be renamed gets there while it is read back.

@@ -7,14 +7,16 @@ sixteen more of these bits into bins, and looks closer at the one bin in which t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from prunectl.formats.workers import workers
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
@@ -92,8 +94,9 @@ def quickly(sources: Sequence[Source], drop: int) -> tuple[int, int, int] | None
     first, last = guess
     low, high = np.uint32(first << _DIGIT_BITS), np.uint32((last << _DIGIT_BITS) + _BINS - 1)
     below, counts = 0, np.zeros((last - first + 1) * _BINS, np.int64)
-    for found in _each(partial(_count_between, low=low, high=high), sources):
-        below, counts = below + found[0], counts + found[1].counts()
+    with closing(_each(partial(_count_between, low=low, high=high), sources)) as counted:
+        for found in counted:
+            below, counts = below + found[0], counts + found[1].counts()
     rising = np.cumsum(counts)
     if not below < drop <= below + int(rising[-1]):
         return None
@@ -147,21 +150,22 @@ class Bins:
         return self._counts
 
 
-def _each(work: Callable[[Source], Found], sources: Sequence[Source]) -> Iterator[Found]:
+def _each(work: Callable[[Source], Found], sources: Sequence[Source]) -> Generator[Found]:
     """Yield what some work finds in each source, two at a time."""
-    with ThreadPoolExecutor(THREADS) as workers:
-        yield from workers.map(work, sources)
+    with workers(THREADS) as pool:
+        yield from pool.map(work, sources)
 
 
 def _guess(sources: Sequence[Source], drop: int) -> tuple[int, int] | None:
     """Return the first and the last bin of the upper bits in which the cut lies, if a sample tells."""
     counts = np.zeros(_BINS, np.int64)
     total = 0
-    for size, digits in _each(_sample, sources):
-        if digits is None:
-            return None
-        counts += digits.counts()
-        total += size
+    with closing(_each(_sample, sources)) as sampled_each:
+        for size, digits in sampled_each:
+            if digits is None:
+                return None
+            counts += digits.counts()
+            total += size
     sampled = int(counts.sum())
     if sampled < _SAMPLE_LEAST:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from prunectl.errors import PrunectlError
 from prunectl.formats.table import open_model
+from prunectl.formats.workers import workers
 from prunectl.measuring import archive
 from prunectl.sweeping.answer import job_of
 from prunectl.sweeping.checked import check
@@ -110,21 +111,16 @@ def _note_base(found: Outcome | PrunectlError, notes: Notes) -> None:
 def _made(crew: Crew, todo: Callable[[], list[Point]], jobs: int) -> Iterator[tuple[Point, Outcome | PrunectlError]]:
     """Yield points as they are made, until there are no more to make; each must be noted before the next is asked."""
     running: dict[Future[Outcome | PrunectlError], Point] = {}
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            while True:
-                for point in todo():
-                    if point not in running.values():
-                        running[pool.submit(crew.attempt, point)] = point
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future.result()
-        except BaseException:
-            # Whoever gives up does not wait for hours of training.
-            pool.shutdown(wait=False, cancel_futures=True)
-            crew.close()
-            raise
+    # Whoever gives up does not wait for hours of training.
+    with workers(jobs, on_failure=crew.close) as pool:
+        while True:
+            for point in todo():
+                if point not in running.values():
+                    running[pool.submit(crew.attempt, point)] = point
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
 
 
 def _in_order(choices: Choices, done: dict[Point, Outcome]) -> dict[Point, Outcome]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TypeVar
+
+from prunectl.formats.workers import workers
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -19,16 +21,13 @@ def ahead(make: Callable[[Item], Made], items: Iterable[Item], threads: int) -> 
         yield from map(make, items)
         return
     waiting: deque[Future[Made]] = deque()
-    with ThreadPoolExecutor(threads, "prunectl-data") as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(make, item))
-                if len(waiting) > threads * _DEPTH:
-                    yield waiting.popleft().result()
-            while waiting:
+    with workers(threads, "prunectl-data") as pool:
+        for item in items:
+            waiting.append(pool.submit(make, item))
+            if len(waiting) > threads * _DEPTH:
                 yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def read_ahead(items: Iterator[Made], threads: int) -> Iterator[Made]:
@@ -39,14 +38,11 @@ def read_ahead(items: Iterator[Made], threads: int) -> Iterator[Made]:
     end = object()
     waiting: deque[Future[Made | object]] = deque()
     # One thread, whatever is asked for: what comes in a row cannot be read in two places.
-    with ThreadPoolExecutor(1, "prunectl-data") as pool:
-        try:
-            while True:
-                while len(waiting) < _DEPTH:
-                    waiting.append(pool.submit(next, items, end))
-                found = waiting.popleft().result()
-                if found is end:
-                    return
-                yield found  # type: ignore[misc]
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    with workers(1, "prunectl-data") as pool:
+        while True:
+            while len(waiting) < _DEPTH:
+                waiting.append(pool.submit(next, items, end))
+            found = waiting.popleft().result()
+            if found is end:
+                return
+            yield found  # type: ignore[misc]

@@ -1,0 +1,99 @@
+"""A thread pool that gives up: after the first failure, or Ctrl-C, nothing more is begun, and what runs stops early."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+Given = ParamSpec("Given")
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+class StoppedError(Exception):
+    """Other work failed, or the user gave up: so does this."""
+
+
+class Workers:
+    """A pool of threads whose jobs ask now and then, by `check_stopped`, whether they are still wanted."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self.failure: BaseException | None = None
+        """What went wrong first."""
+        self._pool = pool
+        self._stopped = threading.Event()
+        # A pool that a job of another pool has opened stops with it.
+        self._outer = _current()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether its jobs should end."""
+        return self._stopped.is_set() or (self._outer is not None and self._outer.is_stopped)
+
+    def submit(self, work: Callable[Given, Made], /, *args: Given.args, **named: Given.kwargs) -> Future[Made]:
+        """Have a job done."""
+
+        def job() -> Made:
+            _of_thread.workers = self
+            try:
+                check_stopped()
+                return work(*args, **named)
+            except StoppedError:
+                raise
+            except BaseException as error:
+                self.failure = self.failure or error
+                self._stopped.set()
+                raise
+
+        return self._pool.submit(job)
+
+    def map(self, work: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+        """Yield what comes of each item, in their order."""
+        waiting = deque(self.submit(work, item) for item in items)
+        while waiting:
+            yield waiting.popleft().result()
+
+    def stop(self) -> None:
+        """Begin nothing more, and tell what runs to end."""
+        self._stopped.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+_of_thread = threading.local()
+
+
+def _current() -> Workers | None:
+    found: Workers | None = getattr(_of_thread, "workers", None)
+    return found
+
+
+def check_stopped() -> None:
+    """End the job that this thread does, if nobody wants its result any more: to be called for every block."""
+    workers = _current()
+    if workers is not None and workers.is_stopped:
+        raise StoppedError
+
+
+@contextmanager
+def workers(
+    threads: int, name: str = "prunectl", *, on_failure: Callable[[], None] | None = None
+) -> Generator[Workers]:
+    """Yield a pool of threads; leaving it by an exception waits for no more than the block that each is busy with.
+
+    What fails in a thread fails here. `on_failure` ends work that asks nobody, such as that of another process.
+    """
+    with ThreadPoolExecutor(threads, name) as pool:
+        found = Workers(pool)
+        try:
+            yield found
+        except BaseException as error:
+            found.stop()
+            if on_failure is not None:
+                on_failure()
+            if isinstance(error, StoppedError) and found.failure is not None:
+                raise found.failure from None
+            raise
