@@ -110,4 +110,4 @@ def _knowing(strategy: Strategy, known: Scores, usual: float) -> Strategy:
             return known[place.name]
         return magnitude(weights, place).astype(np.float64) * usual
 
-    return replace(strategy, score=score, is_elementwise=False, needs=Needs.NOTHING)
+    return replace(strategy, score=score, is_elementwise=False, is_known=True, needs=Needs.NOTHING)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,7 +13,9 @@ import numpy as np
 
 from prunectl.errors import WorkError
 from prunectl.formats.base import Array, ModelFile, Tensor
+from prunectl.formats.extents import BLOCK_BYTES
 from prunectl.formats.table import by_name, load, open_model
+from prunectl.formats.workers import check_stopped
 from prunectl.formats.writing import Rewrite, in_storage_order
 from prunectl.measuring.blocks import blocks, pieces, slabs
 from prunectl.measuring.patterns import Block, ZerosOf
@@ -22,6 +26,9 @@ from prunectl.pruning.not_finite import NotFinite, check_kept, rank
 from prunectl.pruning.plan import Cut, Plan
 from prunectl.pruning.selection import Dropper, Mask, Source, threshold
 from prunectl.pruning.strategies import Place, Strategy
+
+KEPT_BYTES = 256 << 20
+"""Scores beyond this lie in a file until they are needed: they may be twice the size of the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,10 @@ class Tally:
 def execute(model: ModelFile, plan: Plan, method: Method, targets: dict[Path, Path]) -> dict[str, Tally]:
     """Write the pruned copy, and return what is in it by tensor."""
     tallies = {cut.tensor.name: Tally() for cut in plan.cuts}
-    solution = method.solver(model, plan, method) if method.solver else Solution(makers(model, plan, method))
+    if method.solver is not None:
+        solution = method.solver(model, plan, method)
+    else:
+        solution = Solution(makers(model, plan, method, next(iter(targets.values())).parent))
     made = dict(zip(tallies, solution.made, strict=True))
     rewrites = [
         Rewrite(cut.tensor, partial(_counted, made[cut.tensor.name], tallies[cut.tensor.name])) for cut in plan.cuts
@@ -115,13 +125,14 @@ def _counted(make: Callable[[], Pruned], tally: Tally) -> Iterator[Array]:
         yield block
 
 
-def makers(model: ModelFile, plan: Plan, method: Method) -> Sequence[Callable[[], Pruned]]:
-    """Return what prunes each tensor of the plan."""
+def makers(model: ModelFile, plan: Plan, method: Method, scratch: Path | None = None) -> Sequence[Callable[[], Pruned]]:
+    """Return what prunes each tensor of the plan; scores that memory has no room for lie in the scratch folder."""
     if method.pattern is not None:
         return [partial(_in_a_pattern, model, cut, method) for cut in plan.cuts]
     joint = any(cut.drop is None for cut in plan.cuts)
     is_wide = joint and any(cut.tensor.dtype.itemsize == 8 for cut in plan.cuts)
-    sources = [partial(_scores, model, cut.tensor, method, is_wide=is_wide) for cut in plan.cuts]
+    scored = _Scored(model, method, plan, scratch, is_wide=is_wide, is_joint=joint)
+    sources = [partial(scored.scores, cut.tensor) for cut in plan.cuts]
     if joint:
         together = threshold(sources, plan.drop)
         droppers = [partial(together.drops, number) for number in range(len(sources))]
@@ -129,8 +140,7 @@ def makers(model: ModelFile, plan: Plan, method: Method) -> Sequence[Callable[[]
         # Each cut is found just before its tensor is written, while the tensor is still in the caches.
         droppers = [partial(_alone, source, cut) for source, cut in zip(sources, plan.cuts, strict=True)]
     return [
-        partial(_unstructured, model, cut.tensor, method, dropper, is_wide=is_wide)
-        for cut, dropper in zip(plan.cuts, droppers, strict=True)
+        partial(_unstructured, scored, cut.tensor, dropper) for cut, dropper in zip(plan.cuts, droppers, strict=True)
     ]
 
 
@@ -138,53 +148,137 @@ def _alone(source: Source, cut: Cut) -> Dropper:
     return threshold([source], cut.drop or 0).drops(0)
 
 
-def _scores(model: ModelFile, tensor: Tensor, method: Method, *, is_wide: bool) -> Iterator[Array]:
-    for _, ranked, _ in _ranked(model, tensor, method, is_wide=is_wide):
-        yield ranked
+class _Scored:
+    """The scores of the tensors of a plan, as often as they are asked for.
+
+    Scores of single weights are reckoned again each time, block by block. A strategy that sees a tensor whole scores
+    it once: the scores are kept until the tensor is pruned, beyond some megabytes in a file without a name.
+    """
+
+    def __init__(
+        self, model: ModelFile, method: Method, plan: Plan, scratch: Path | None, *, is_wide: bool, is_joint: bool
+    ) -> None:
+        self.model = model
+        self.method = method
+        self._is_wide = is_wide
+        self._is_joint = is_joint
+        self._decoded: dict[str, Array] = {}
+        self._scratch = scratch
+        self._kept: dict[str, Array] = {}
+        self._kept_bytes = 0
+        # How often each tensor is still to be pruned: once, and once for each copy in the file.
+        self._uses = {cut.tensor.name: 1 for cut in plan.cuts}
+        for original in model.copies.values():
+            if original in self._uses:
+                self._uses[original] += 1
+        self._locks = {name: threading.Lock() for name in self._uses}
+        self._count = threading.Lock()
+
+    def scores(self, tensor: Tensor) -> Iterator[Array]:
+        """Yield the scores of a tensor that can be ranked, block by block in storage order."""
+        if self.method.strategy.is_elementwise:
+            for _, scores in self._elementwise(tensor):
+                yield self._ranked(tensor, scores)[0]
+        else:
+            for scores in _slices(self._whole(tensor)):
+                yield self._ranked(tensor, scores)[0]
+
+    def blocks(self, tensor: Tensor) -> Iterator[tuple[Array, Array, Mask | None]]:
+        """Yield blocks of weights in storage order, their scores, and what goes whatever its score."""
+        if self.method.strategy.is_elementwise:
+            for block, scores in self._elementwise(tensor):
+                yield block, *self._ranked(tensor, scores)
+            self._let_go(tensor)
+            return
+        whole, begin = self._whole(tensor), 0
+        for block in self._weights(tensor):
+            scores = whole[begin : begin + block.size].reshape(block.shape)
+            yield block, *self._ranked(tensor, scores)
+            begin += block.size
+        self._let_go(tensor)
+
+    def _ranked(self, tensor: Tensor, scores: Array) -> tuple[Array, Mask | None]:
+        wide = scores.astype(np.float64) if self._is_wide else scores
+        return rank(wide, self.method.not_finite, _called(self.model, tensor))
+
+    def _elementwise(self, tensor: Tensor) -> Iterator[tuple[Array, Array]]:
+        begin = 0
+        for block in self._weights(tensor):
+            yield block, self.method.strategy.score(block, Place(tensor.name, begin, self.method.seed))
+            begin += block.size
+
+    def _weights(self, tensor: Tensor) -> Iterator[Array]:
+        """Yield the weights of a tensor block by block in storage order."""
+        if tensor.storage.extent is None:
+            yield from pieces(in_storage_order(tensor, self._read(tensor)))
+        else:
+            yield from blocks(self.model, replace(tensor, shape=(tensor.size,), strides=None))
+
+    def _read(self, tensor: Tensor) -> Array:
+        """Return a tensor whole; what has to be decoded is decoded once, if one tensor is pruned after the other."""
+        if tensor.storage.extent is not None or self._is_joint:
+            return self.model.read(tensor)
+        if tensor.name not in self._decoded:
+            array = self.model.read(tensor).view()
+            # What is zeroed later is a copy: a second copy in the file is pruned by the same weights.
+            array.flags.writeable = False
+            self._decoded[tensor.name] = array
+        return self._decoded[tensor.name]
+
+    def _whole(self, tensor: Tensor) -> Array:
+        """Return all scores of a tensor in storage order, reckoned if they are not kept."""
+        with self._locks[tensor.name]:
+            if tensor.name not in self._kept:
+                check_stopped()
+                place = Place(tensor.name, 0, self.method.seed)
+                scores = self.method.strategy.score(self._read(tensor), place)
+                self._kept[tensor.name] = self._keep(in_storage_order(tensor, scores))
+            return self._kept[tensor.name]
+
+    def _keep(self, scores: Array) -> Array:
+        if self.method.strategy.is_known:
+            return scores.reshape(-1)
+        with self._count:
+            is_full = self._kept_bytes + scores.nbytes > KEPT_BYTES
+            if not is_full:
+                self._kept_bytes += scores.nbytes
+        if not is_full:
+            return np.ascontiguousarray(scores).reshape(-1)
+        with tempfile.TemporaryFile(prefix="prunectl-", dir=self._scratch) as file:
+            for piece in pieces(scores):
+                file.write(piece.reshape(-1).view(np.uint8).data)
+            file.flush()
+            return np.memmap(file, scores.dtype, "r", shape=(scores.size,))
+
+    def _let_go(self, tensor: Tensor) -> None:
+        """Forget scores that nothing more is pruned by."""
+        with self._locks[tensor.name]:
+            self._uses[tensor.name] -= 1
+            if self._uses[tensor.name] <= 0:
+                self._decoded.pop(tensor.name, None)
+                gone = self._kept.pop(tensor.name, None)
+                if gone is not None and not (self.method.strategy.is_known or isinstance(gone, np.memmap)):
+                    with self._count:
+                        self._kept_bytes -= gone.nbytes
 
 
-def _ranked(
-    model: ModelFile, tensor: Tensor, method: Method, *, is_wide: bool
-) -> Iterator[tuple[Array, Array, Mask | None]]:
-    """Yield blocks of weights in storage order, their scores, and what goes whatever its score."""
-    for block, scores in _scored(model, tensor, method):
-        ranked, doomed = rank(
-            scores.astype(np.float64) if is_wide else scores, method.not_finite, _called(model, tensor)
-        )
-        yield block, ranked, doomed
-
-
-def _scored(model: ModelFile, tensor: Tensor, method: Method) -> Iterator[tuple[Array, Array]]:
-    """Yield blocks of weights in storage order with their scores; strategies that look at more get it in its shape."""
-    strategy, begin = method.strategy, 0
-    if not strategy.is_elementwise:
-        weights = model.read(tensor)
-        scores = strategy.score(weights, Place(tensor.name, 0, method.seed))
-        yield in_storage_order(tensor, weights), in_storage_order(tensor, scores)
-        return
-    for block in _blocks(model, tensor):
-        yield block, strategy.score(block, Place(tensor.name, begin, method.seed))
-        begin += block.size
+def _slices(scores: Array) -> Iterator[Array]:
+    """Yield an array in one dimension block by block."""
+    height = max(BLOCK_BYTES // scores.itemsize, 1)
+    for begin in range(0, len(scores), height):
+        check_stopped()
+        yield scores[begin : begin + height]
 
 
 def _called(model: ModelFile, tensor: Tensor) -> str:
     return f"{model.path}: {tensor.name}"
 
 
-def _blocks(model: ModelFile, tensor: Tensor) -> Iterator[Array]:
-    if tensor.storage.extent is None:
-        yield from pieces(in_storage_order(tensor, model.read(tensor)))
-    else:
-        yield from blocks(model, replace(tensor, shape=(tensor.size,), strides=None))
-
-
-def _unstructured(
-    model: ModelFile, tensor: Tensor, method: Method, make_dropper: Callable[[], Dropper], *, is_wide: bool
-) -> Pruned:
+def _unstructured(scored: _Scored, tensor: Tensor, make_dropper: Callable[[], Dropper]) -> Pruned:
     dropper = make_dropper()
-    for block, scores, doomed in _ranked(model, tensor, method, is_wide=is_wide):
+    for block, scores, doomed in scored.blocks(tensor):
         dropped = dropper.mark(scores)
-        check_kept(scores, dropped, method.not_finite, _called(model, tensor))
+        check_kept(scores, dropped, scored.method.not_finite, _called(scored.model, tensor))
         yield _zeroed(block, dropped if doomed is None else dropped | doomed), dropped
 
 

@@ -52,6 +52,8 @@ class Strategy:
     """What it does, in a line."""
     is_elementwise: bool = True
     """Whether a weight's score depends on that weight alone, so that blocks can be scored one by one."""
+    is_known: bool = False
+    """Whether the scores of all tensors lie in memory already, so that none need be kept."""
     score_all: Callable[[Mapping[str, Array]], Mapping[str, Array | None]] | None = None
     """Scores all tensors at once, in place of `score`; None for one that it leaves alone."""
     allocation: Callable[..., Sequence[int]] | None = None

@@ -30,5 +30,7 @@ def scored(model: ModelFile, choice: Choice, method: Method) -> tuple[Method, Ch
     tensors = tuple(tensor for tensor in choice.tensors if tensor.name in known)
     own = {name: sparsity for name, sparsity in choice.own.items() if name in known}
     # In the shape of the tensor, and therefore whole.
-    own_method = replace(method, strategy=replace(strategy, score=score, score_all=None, is_elementwise=False))
+    own_method = replace(
+        method, strategy=replace(strategy, score=score, score_all=None, is_elementwise=False, is_known=True)
+    )
     return own_method, Choice(tensors, (*choice.skips, *skips), own)

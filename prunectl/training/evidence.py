@@ -48,4 +48,4 @@ def informed(strategy: Strategy, found: Mapping[str, Array], kept: Mapping[str, 
     def score(_: Array, place: Place) -> Array:
         return scores[place.name]
 
-    return replace(strategy, score=score, is_elementwise=False)
+    return replace(strategy, score=score, is_elementwise=False, is_known=True)
