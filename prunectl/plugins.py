@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import os
 import sys
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 from prunectl.errors import UntrustedError, UsageError, abbreviated
 
 Thing = TypeVar("Thing")
+_modules: dict[Path, tuple[tuple[int, int], ModuleType]] = {}
+"""Modules in files, each with the time and the size of the file that was executed."""
+_importing = threading.RLock()
 
 
 def find(kind: str, name: str, builtin: Mapping[str, Thing]) -> Thing | object:
@@ -72,16 +80,47 @@ def _from_name(name: str) -> object:
 
 
 def _from_file(path: Path) -> object:
-    spec = importlib.util.spec_from_file_location(f"prunectl_plugin_{path.stem}", path)
-    if spec is None or spec.loader is None or not path.is_file():
+    """Return the module in a file, executed once for all that is asked of it, and again when the file has changed."""
+    if not path.is_file():
+        raise UsageError(f"{path} is not a Python file")
+    real, facts = path.resolve(), path.stat()
+    state = facts.st_mtime_ns, facts.st_size
+    with _importing:
+        known = _modules.get(real)
+        if known is None or known[0] != state:
+            known = _modules[real] = state, _executed(path, real)
+        return known[1]
+
+
+def _executed(path: Path, real: Path) -> ModuleType:
+    # Files of one name in two folders are two modules.
+    name = f"prunectl_plugin_{path.stem}_{hashlib.sha256(os.fsencode(real)).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
         raise UsageError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickling look their module up there
+    sys.modules[name] = module  # dataclasses and pickling look their module up there
     try:
-        spec.loader.exec_module(module)
+        with _beside(str(real.parent)):
+            spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[name]
         raise UsageError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     return module
+
+
+@contextmanager
+def _beside(folder: str) -> Generator[None]:
+    """Let a file import what lies beside it, as `python file.py` would."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):
+            sys.path.remove(folder)
+        # For what its functions import later; behind the rest, as it is not to hide what prunectl imports itself.
+        if folder not in sys.path:
+            sys.path.append(folder)
 
 
 def installed(kind: str) -> Mapping[str, str]:

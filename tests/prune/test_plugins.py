@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from prunectl.errors import PrunectlError
 from prunectl.formats.table import open_model
+from prunectl.plugins import attribute
 from prunectl.pruning.plugged import typed
 from tests.prune import reference
 from tests.prune.reference import arrays, prune
@@ -218,3 +220,54 @@ def test_a_strategy_that_watches_training_is_sent_to_finetune(tmp_path: Path) ->
     assert done.code == 2
     assert "prunectl finetune --strategy movement" in done.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_executed_once_for_all_that_is_asked_of_it(tmp_path: Path) -> None:
+    noting = "with open(__file__ + '.log', 'a') as log:\n    log.write('x')\n\n"
+    where = plug(tmp_path, f"{noting}def s(w):\n    return abs(w)\n\ndef p(tensor):\n    return None\n")
+    for name in "ab":
+        prune(DIGITS, tmp_path / name, sparsity=0.5, strategy=f"{where}:s", policy=f"{where}:p")
+    assert Path(f"{where}.log").read_text() == "x"
+
+
+def test_a_file_that_has_changed_is_executed_again(tmp_path: Path) -> None:
+    first = attribute(plug(tmp_path, "n = 1\n"), "n")
+    assert (first, attribute(plug(tmp_path, "n = 22\n"), "n")) == (1, 22)
+
+
+def test_a_file_that_failed_is_executed_again(tmp_path: Path) -> None:
+    where = plug(tmp_path, "import os\n\nif not os.path.exists(__file__ + '.ready'):\n    raise OSError\n\nn = 1\n")
+    with pytest.raises(PrunectlError, match="cannot be imported"):
+        attribute(where, "n")
+    Path(f"{where}.ready").touch()
+    assert attribute(where, "n") == 1
+
+
+def test_files_of_one_name_in_two_folders_are_two_modules(tmp_path: Path) -> None:
+    text = "import dataclasses\n\n@dataclasses.dataclass\nclass Thing:\n    pass\n"
+    made = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        thing: Any = attribute(plug(tmp_path / name, text), "Thing")
+        made.append(thing())
+    assert made[0] != made[1]
+    assert [type(pickle.loads(pickle.dumps(one))) for one in made] == [type(one) for one in made]
+
+
+def test_a_file_imports_what_lies_beside_it_at_once_and_later(tmp_path: Path) -> None:
+    (tmp_path / "beside_at_once.py").write_text("def scores(w):\n    return abs(w)\n")
+    (tmp_path / "beside_later.py").write_text("factor = 2\n")
+    text = "from beside_at_once import scores\n\ndef s(w):\n    import beside_later\n    return beside_later.factor * "
+    done = prunectl(
+        *("prune", DIGITS, "-o", tmp_path / "out.pt", "-s", "0.5"),
+        *("--strategy", f"{plug(tmp_path, f'{text}scores(w)')}:s"),
+    )
+    assert done.code == 0, done.err
+    assert prunectl("prune", DIGITS, "-o", tmp_path / "plain.pt", "-s", "0.5").code == 0
+    assert (tmp_path / "out.pt").read_bytes() == (tmp_path / "plain.pt").read_bytes()
+
+
+def test_what_lies_beside_a_file_hides_nothing_that_prunectl_imports_later(tmp_path: Path) -> None:
+    before = sys.path.copy()
+    attribute(plug(tmp_path, "n = 1\n"), "n")
+    assert sys.path in (before, [*before, str(tmp_path)])
