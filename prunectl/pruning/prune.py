@@ -7,6 +7,7 @@ from pathlib import Path
 
 from prunectl.errors import WorkError
 from prunectl.formats.base import Can, ModelFile
+from prunectl.formats.isolated import one_child
 from prunectl.formats.outputs import flush
 from prunectl.formats.table import by_name, open_model, require
 from prunectl.formats.workers import workers
@@ -44,7 +45,14 @@ def prune(
     path: Path, request: Request, output: Output | None, *, has_digests: bool = False, method: Method | None = None
 ) -> Pruned:
     """Prune a model; without an output, into a scratch file that is measured and thrown away."""
-    model = open_model(path)
+    # The input and what was written are read by one child, where it takes a child to read them.
+    with one_child():
+        return _prune(open_model(path), request, output, has_digests=has_digests, method=method)
+
+
+def _prune(
+    model: ModelFile, request: Request, output: Output | None, *, has_digests: bool, method: Method | None
+) -> Pruned:
     method = method or method_of(request)
     if request.is_packed:
         require(model, Can.PACK)

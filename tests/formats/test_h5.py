@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,16 @@ import h5py
 import numpy as np
 import pytest
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, WorkError
 from prunectl.formats.base import ModelFile, Tensor
+from prunectl.formats.keras import hdf5
 from prunectl.formats.table import open_model
 from tests.contract import Array, FormatContract, raw
 from tests.networks import keras, small_keras, tf_keras
+from tests.prune import reference
+from tests.running import FIXTURES
+
+CHUNKED = FIXTURES / "chunked_and_gzipped.h5"
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -323,3 +330,65 @@ def test_a_configuration_nested_a_hundred_thousand_deep_is_refused(tmp_path: Pat
         file.attrs["model_config"] = '{"config": ' * 100_000
     with pytest.raises(InputError, match="nested too deep"):
         open_model(path)
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the children that are made."""
+    made, fork = [], os.fork
+
+    def counted() -> int:
+        child = fork()
+        made.append(child)
+        return child
+
+    monkeypatch.setattr(os, "fork", counted)
+    return made
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_file_in_chunks_is_pruned_with_few_children(scope: str, forks: list[int], tmp_path: Path) -> None:
+    found, written = reference.prune(CHUNKED, tmp_path / "out", sparsity=0.5, scope=scope)
+    assert 1 <= len(forks) <= 3
+    before, after = reference.arrays(CHUNKED), reference.arrays(written)
+    kernels = {cut.tensor.name: before[cut.tensor.name] for cut in found.plan.cuts}
+    marks = (reference.layerwise if scope == "layer" else reference.together)(kernels, 0.5)
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], np.where(marks[name], 0, array) if name in marks else array)
+    assert {name: tally.dropped for name, tally in found.tallies.items()} == {
+        name: np.count_nonzero(mark) for name, mark in marks.items()
+    }
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == [written.name]
+
+
+def test_a_dataset_in_chunks_is_decoded_no_more_often_than_it_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+    decode = hdf5.decode
+
+    def counted(place: Any, name: str, *words: Any) -> Any:
+        decoded.append(name)
+        return decode(place, name, *words)
+
+    monkeypatch.setattr(hdf5, "decode", counted)
+    reference.prune(CHUNKED, tmp_path / "out", sparsity=0.5)
+    # Counted before and after, each time with a second look at its channels, and pruned in between.
+    assert max(Counter(decoded).values()) <= 5
+
+
+def test_a_plug_in_scores_what_is_in_chunks_once_and_fails_in_its_own_name(tmp_path: Path) -> None:
+    text = "with open(__file__ + '.log', 'a') as log:\n        log.write(f'{w.shape}\\n')\n    return abs(w)"
+    (tmp_path / "mine.py").write_text(f"def s(w):\n    {text}\n\ndef bad(w):\n    return w - 9\n")
+    found, _ = reference.prune(CHUNKED, tmp_path / "out", sparsity=0.5, strategy=f"{tmp_path / 'mine.py'}:s")
+    assert len((tmp_path / "mine.py.log").read_text().splitlines()) == len(found.plan.cuts)
+    with pytest.raises(WorkError, match="a negative score"):
+        reference.prune(CHUNKED, tmp_path / "bad", sparsity=0.5, strategy=f"{tmp_path / 'mine.py'}:bad")
+    assert not list((tmp_path / "bad").iterdir())
+
+
+def test_a_dataset_too_big_to_be_sent_is_read_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hdf5, "_SENT_BYTES", 0)
+    with h5py.File(CHUNKED) as file:
+        wanted = file["model_weights/fc1/fc1/kernel:0"][()]
+    np.testing.assert_array_equal(reference.arrays(CHUNKED)["fc1/kernel:0"], wanted)

@@ -16,6 +16,8 @@ from prunectl.formats.writing import Rewrite, write_flat
 
 _BYTES_PER_SECOND = 1 << 20
 _ROOM = 512 << 20
+Run = tuple[int, int]
+"""Where bytes begin, and how many there are."""
 
 
 def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewrite]) -> None:
@@ -23,26 +25,41 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewrit
     if all(rewrite.tensor.storage.extent is not None for rewrite in rewrites):
         write_flat(model, targets, rewrites)
         return
+    target = targets[model.path]
     nbytes = sum(tensor.storage.nbytes for tensor in model.tensors)
-    changed = {int(rewrite.tensor.storage.key): rewrite for rewrite in rewrites}
-    in_child(
-        partial(_rebuild, model.path, targets[model.path], changed),
-        model.path,
-        seconds=10 + nbytes / _BYTES_PER_SECOND,
-        extra_bytes=_ROOM + 3 * max((tensor.nbytes for tensor in model.tensors), default=0),
-    )
-    for rewrite in rewrites:
-        # What a block tells whoever made it, it has told in the child: here it is told again.
-        for _ in rewrite.blocks():
-            pass
+    # The numbers are made here, once: what makes them counts, may fail with an error of its own, and may be a plug-in
+    # that cannot run in a child which has so much memory and no more. The child gets them in a file.
+    numbers = target.with_name(f"{target.name}.numbers")
+    try:
+        runs = _written(numbers, rewrites)
+        in_child(
+            partial(_rebuild, model.path, target, numbers, runs),
+            model.path,
+            seconds=10 + nbytes / _BYTES_PER_SECOND,
+            extra_bytes=_ROOM + 3 * max((tensor.nbytes for tensor in model.tensors), default=0),
+        )
+    finally:
+        numbers.unlink(missing_ok=True)
 
 
-def _rebuild(source: Path, target: Path, changed: Mapping[int, Rewrite]) -> bytes:
-    makers = {address: partial(_with_new_numbers, rewrite) for address, rewrite in changed.items()}
+def _written(numbers: Path, rewrites: Sequence[Rewrite]) -> dict[int, Run]:
+    """Write all new numbers to a file, and return where those of each dataset lie, by its address."""
+    runs = {}
+    with numbers.open("xb") as file:
+        for rewrite in rewrites:
+            begin = file.tell()
+            file.writelines(rewrite.raw())
+            runs[int(rewrite.tensor.storage.key)] = begin, file.tell() - begin
+    return runs
+
+
+def _rebuild(source: Path, target: Path, numbers: Path, runs: Mapping[int, Run]) -> bytes:
+    makers = {address: partial(_with_new_numbers, numbers, run) for address, run in runs.items()}
     rebuild_changed(source, target, makers, source)
     return b""
 
 
-def _with_new_numbers(rewrite: Rewrite, old: Any, parent: Any, key: str) -> Any:
-    numbers = np.frombuffer(b"".join(rewrite.raw()), np.uint8)
+def _with_new_numbers(path: Path, run: Run, old: Any, parent: Any, key: str) -> Any:
+    begin, nbytes = run
+    numbers = np.fromfile(path, np.uint8, nbytes, offset=begin)
     return made_like(old, parent, key, numbers, space=old.id.get_space(), plan=old.id.get_create_plist())

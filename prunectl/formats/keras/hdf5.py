@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, abbreviated
 from prunectl.formats import extents
 from prunectl.formats.base import Storage
 from prunectl.formats.extents import Extent, check_inside
@@ -30,6 +30,8 @@ _WALK_BYTES = 200 << 20
 _MAX_RATIO = 1100
 """No filter of HDF5 compresses better than deflate does at its best."""
 _ROOM = 16 << 20
+_SENT_BYTES = 16 << 20
+"""Datasets up to this are sent through a pipe, by a child that goes on to the next; to share memory takes a new one."""
 _MAX_BLOWN_UP_BYTES = 128 << 20
 """A dataset that unfolds to more than this, and more than _BOMB_RATIO times itself, is a bomb."""
 _BOMB_RATIO = 200
@@ -83,15 +85,22 @@ def read_contents(place: Place) -> Contents:
 
 
 def decode(place: Place, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """Return a dataset that does not lie flat, read by libhdf5 in a child into shared memory."""
+    """Return a dataset that does not lie flat, read by libhdf5 in a child: a big one into memory that it shares."""
     nbytes = math.prod(shape) * dtype.itemsize
     if not nbytes:
         return np.zeros(shape, dtype)
+    seconds = _SECONDS + nbytes / _BYTES_PER_SECOND
+    if nbytes <= _SENT_BYTES:
+        read = partial(_read, place, name, _as_stored(dtype), shape)
+        answer = in_child(read, place.path, seconds=seconds, extra_bytes=_WALK_BYTES + 4 * nbytes + place.nbytes)
+        if len(answer) != nbytes:
+            raise InputError(f"{place.path} is damaged: {abbreviated(name)} is not of the size that it claims")
+        return extents.arrange(np.frombuffer(answer, np.uint8), dtype=dtype, shape=shape)
     raw: NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
     in_child(
         partial(_fill, place, name, raw.view(_as_stored(dtype)).reshape(shape)),
         place.path,
-        seconds=_SECONDS + nbytes / _BYTES_PER_SECOND,
+        seconds=seconds,
         extra_bytes=_WALK_BYTES + 2 * nbytes + place.nbytes,
     )
     return extents.arrange(raw, dtype=dtype, shape=shape)
@@ -105,6 +114,12 @@ def _walk(place: Place) -> bytes:
         reason = re.search(r"\((.+)\)", str(error))
         said = reason[1] if reason else "its structure cannot be followed"
         raise InputError(f"{place.path} is truncated or damaged: {said}") from error
+
+
+def _read(place: Place, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    found = np.empty(shape, dtype)
+    fill(place, name, found)
+    return found.tobytes()
 
 
 def _fill(place: Place, name: str, target: NDArray[Any]) -> bytes:
