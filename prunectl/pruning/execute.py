@@ -14,7 +14,7 @@ import numpy as np
 from prunectl.errors import WorkError
 from prunectl.formats.base import Array, ModelFile, Tensor
 from prunectl.formats.extents import BLOCK_BYTES
-from prunectl.formats.table import by_name, load, open_model
+from prunectl.formats.table import by_name, load
 from prunectl.formats.workers import check_stopped
 from prunectl.formats.writing import Rewrite, in_storage_order
 from prunectl.measuring.blocks import blocks, pieces, slabs
@@ -82,15 +82,14 @@ def execute(model: ModelFile, plan: Plan, method: Method, targets: dict[Path, Pa
     return tallies
 
 
-def verify(model: ModelFile, written: Path, tallies: dict[str, Tally]) -> Survey:
-    """Open what was written, hold it against the input and the counts, and return what is in it."""
-    found = open_model(written)
+def verify(model: ModelFile, found: ModelFile, tallies: dict[str, Tally], *, has_channels: bool) -> Survey:
+    """Hold what was written against the input and the counts, and return what is in it."""
     # Not in their order: what was packed meanwhile may be listed behind the rest.
     if {(tensor.name, tensor.shape, tensor.dtype) for tensor in found.tensors} != {
         (tensor.name, tensor.shape, tensor.dtype) for tensor in model.tensors
     }:
         raise WorkError(f"{model.path} came out with other tensors than it had")
-    seen = survey(found, found.tensors, has_channels=False)
+    seen = survey(found, found.tensors, has_channels=has_channels)
     for row in seen.layers:
         if row.name in tallies and row.zeros != tallies[row.name].zeros:
             raise WorkError(f"{row.name} of {model.path} came out with another number of zeros than planned")

@@ -63,20 +63,24 @@ def _prune(
     sparsity = _sparsity(model, request, wish, choice, method)
     plan = planning.make(choice, wish, sparsity)
     with outputs.workplace(model, output) as (folder, target), workers(1) as aside:
-        counting = aside.submit(survey, model, model.tensors, has_channels=False)
+        is_small = model.nbytes <= outputs.BIG_BYTES
+        counting = aside.submit(survey, model, model.tensors, has_channels=is_small)
         written, tallies = _write(model, plan, method, folder, target, is_packed=request.is_packed)
         # What has to be on the disk before it may be renamed gets there while it is read back.
-        flushing = aside.submit(flush, folder)
-        before, after = counting.result(), verify(model, written, tallies)
-        _check_pattern(written, plan, method)
-        flushing.result()
-        if output is None or after.bytes.raw <= outputs.BIG_BYTES:
+        flushing = aside.submit(flush, folder) if output is not None else None
+        result = open_model(written)
+        before, after = counting.result(), verify(model, result, tallies, has_channels=is_small)
+        _check_pattern(result, plan, method)
+        if flushing is not None:
+            flushing.result()
+        if after.bytes.raw <= outputs.BIG_BYTES:
             codec = pick(CodecName.GZIP, None)
-            before, after = measure(model, codec), measure(open_model(written), codec)
+            before = measure(model, codec, known=before if is_small else None)
+            after = measure(result, codec, known=after if is_small else None)
         elif has_digests:
             # Now, as an output in place takes the input's.
             before = replace(before, sha256=archive.sha256(model))
-            after = replace(after, sha256=archive.sha256(open_model(written)))
+            after = replace(after, sha256=archive.sha256(result))
     shown = str(target if output is not None else "the result")
     return Pruned(request, sparsity, plan, tallies, before, replace(after, path=shown))
 
@@ -93,12 +97,12 @@ def _write(
     return written, tallies
 
 
-def _check_pattern(written: Path, plan: Plan, method: Method) -> None:
+def _check_pattern(written: ModelFile, plan: Plan, method: Method) -> None:
     """Look for the pattern in the file itself."""
     if not isinstance(method.pattern, ZerosOf):
         return
     names = {cut.tensor.name for cut in plan.cuts}
-    found = look(open_model(written), Look(), method.pattern)
+    found = look(written, Look(), method.pattern)
     broken = [row.name for row in found.layers if row.name in names and (row.conforming or 1.0) < 1.0]
     if broken:
         raise WorkError(f"{broken[0]} came out without the pattern that was asked for")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prunectl.errors import UsageError
-from prunectl.pruning import output
+from prunectl.measuring import sizes
+from prunectl.pruning import execute, output
+from prunectl.pruning import prune as pruning
 from prunectl.pruning.output import Output
 from prunectl.pruning.prune import prune
 from prunectl.pruning.request import Request, from_json
@@ -114,6 +117,34 @@ def test_a_dry_run_writes_nothing_and_says_so(tmp_path: Path) -> None:
     assert "nothing was written" in done.err
     assert [file.name for file in tmp_path.iterdir()] == ["m.pt"]
     assert done.rows[0][0] == "conv1.weight"
+
+
+@pytest.mark.parametrize("is_big", [False, True], ids=["small", "big"])
+def test_a_dry_run_looks_at_no_more_than_the_run(is_big: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[str] = []
+
+    def counted(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def called(*words: Any, **named: Any) -> Any:
+            looks.append(name)
+            return real(*words, **named)
+
+        monkeypatch.setattr(module, name, called)
+
+    counted(pruning, "survey")
+    counted(execute, "survey")
+    for name in ("survey", "compress", "packed_bytes"):
+        counted(sizes, name)
+    monkeypatch.setattr(output, "BIG_BYTES", 0 if is_big else 1 << 24)
+    found = [prune(DIGITS, Request(sparsity=0.5), where) for where in (None, Output(tmp_path / "out.pt"))]
+    half = len(looks) // 2
+    assert Counter(looks[:half]) == Counter(looks[half:])
+    # One before and one after.
+    assert looks.count("survey") == 4
+    assert looks.count("compress") == looks.count("packed_bytes") == (0 if is_big else 4)
+    assert found[0].after.bytes == found[1].after.bytes
+    assert found[0].after.bytes.raw == (tmp_path / "out.pt").stat().st_size
 
 
 def test_the_plan_of_a_dry_run_is_that_of_the_run(tmp_path: Path) -> None:
