@@ -65,9 +65,9 @@ def cutting_of(
     for ratio in (request.sparsity or 0.0, max_ratio, *(own for _, own in request.layers)):
         if not 0 <= ratio <= 1:
             raise UsageError(f"a share of channels is from 0 to 1, not {ratio:g}", hint="write 0.5 or 50%")
-    for word, number in (("min-channels", min_channels), ("round-to", round_to)):
+    for option, number in (("--min-channels", min_channels), ("--round-to", round_to)):
         if number < 1:
-            raise UsageError(f"--{word} is at least 1")
+            raise UsageError(f"{option} is at least 1")
     scope = Scope(request.scope)
     if scope is Scope.ERK:
         raise UsageError("channels are chosen in --scope layer or global")

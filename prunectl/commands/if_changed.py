@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from prunectl.commands import if_changed_stamp
 from prunectl.commands.if_changed_leaving import Leaving, leave
 from prunectl.commands.if_changed_making import Making, check
 from prunectl.commands.if_changed_own import check_own
-from prunectl.commands.options import panel
+from prunectl.commands.options import panel, spelled
 from prunectl.commands.verb import Verb, lent
 from prunectl.pruning import manifest
 from prunectl.reporting.report import Artifact, Report
@@ -42,7 +43,7 @@ class Maker(Verb):
         old = if_changed_stamp.read(making.output) if if_changed else None
         if old is not None:
             new = making.stamp(if_changed_stamp.again(old.code, making.output))
-            reason = if_changed_stamp.difference(old, new)
+            reason = if_changed_stamp.difference(old, new, partial(spelled, ctx))
             if not reason:
                 said = leave(making, depfile, if_changed_stamp.paths(old.code, making.output), has_stamp=False)
                 return dataclasses.replace(reporter, html=None).show(_up_to_date(making.output, said))

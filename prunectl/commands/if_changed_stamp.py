@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,15 +94,15 @@ def files_of(output: Path) -> tuple[Path, ...]:
     return (output,) if isinstance(found, PrunectlError) else found.files
 
 
-def difference(old: Stamp, new: Stamp) -> str:
-    """Return in words what is not as it was; nothing if all is."""
+def difference(old: Stamp, new: Stamp, spell: Callable[[str], str]) -> str:
+    """Return in words what is not as it was, options as they are typed; nothing if all is."""
     if old.version != new.version:
         return f"prunectl was {old.version}"
     if old.command != new.command:
         return f"it was made by {old.command}"
     changed = [name for name in {**old.asked, **new.asked} if old.asked.get(name) != new.asked.get(name)]
     if changed:
-        return f"--{min(changed).replace('_', '-')} has changed"
+        return f"{spell(min(changed))} has changed"
     pairs = ((old.read, new.read), (old.code, new.code), (old.written, new.written))
     for before, now in pairs:
         for name in sorted({**before, **now}):

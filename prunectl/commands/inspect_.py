@@ -11,7 +11,7 @@ import typer
 
 from prunectl.calibrating.sensitivity.found import Sensitivity
 from prunectl.commands.inputs import survey_each
-from prunectl.commands.options import is_typed, panel
+from prunectl.commands.options import is_typed, panel, spelled
 from prunectl.commands.verb import verb
 from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile
@@ -118,8 +118,9 @@ def _check(ctx: typer.Context) -> None:
         raise UsageError("--input is about channels", hint="add --groups, or leave out --input")
     typed = [name for name in _ABOUT_DATA if is_typed(ctx, name) and not (said["groups"] and name in _OPENING)]
     if typed and not said["data"]:
-        word = "model" if typed[0] == "build" else typed[0].replace("_", "-")
-        raise UsageError(f"--{word} is about data, and there is none", hint="such as --sensitivity --data train.npz")
+        raise UsageError(
+            f"{spelled(ctx, typed[0])} is about data, and there is none", hint="such as --sensitivity --data train.npz"
+        )
 
 
 command = verb(inspect)

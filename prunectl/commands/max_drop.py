@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import typer
+
+from prunectl.commands.options import spelled
 from prunectl.errors import UsageError
 from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.sweep_report import told
@@ -17,16 +20,15 @@ from prunectl.sweeping.search import Held, Search, search
 _AMOUNTS = ("sparsity", "compression", "target_gzip", "target_packed", "params", "flops", "dead")
 
 
-def refuse(said: Mapping[str, Any], others: Mapping[str, str]) -> None:
+def refuse(ctx: typer.Context, others: Mapping[str, str]) -> None:
     """Refuse what says how much goes as well, and others with the reason why."""
     for name in _AMOUNTS:
-        if said.get(name):
-            raise UsageError(
-                f"--{_word(name)} and --max-drop both say how much goes", hint=f"leave out --{_word(name)}"
-            )
+        if ctx.params.get(name):
+            option = spelled(ctx, name)
+            raise UsageError(f"{option} and --max-drop both say how much goes", hint=f"leave out {option}")
     for name, why in others.items():
-        if said.get(name):
-            raise UsageError(f"--{_word(name)} does not go with --max-drop: {why}")
+        if ctx.params.get(name):
+            raise UsageError(f"{spelled(ctx, name)} does not go with --max-drop: {why}")
 
 
 @contextmanager
@@ -51,7 +53,3 @@ def noted(words: Mapping[str, Any], is_free: Callable[[str], bool]) -> dict[str,
         flat |= {key: one for key, one in inner.items() if not is_free(key)}
     plain: dict[str, Any] = json.loads(json.dumps(flat))
     return plain
-
-
-def _word(name: str) -> str:
-    return name.replace("_", "-")

@@ -46,7 +46,7 @@ def within(ctx: typer.Context, asked: Request) -> Callable[[Path, Output], Repor
     said, reporter = ctx.params, ctx.obj
     assert isinstance(reporter, Reporter)
     limit = max_drop(said["max_drop"])
-    refuse(said, _OTHERS)
+    refuse(ctx, _OTHERS)
     if os.environ.get(_PROCESSES, "1") != "1":
         raise UsageError("--max-drop trains in one process", hint="search without torchrun, then train with --sparsity")
     pruning = asked.pruning

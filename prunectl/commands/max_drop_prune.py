@@ -42,7 +42,7 @@ def way_within(ctx: typer.Context, asked: Request) -> Way:
     said, reporter = ctx.params, ctx.obj
     assert isinstance(reporter, Reporter)
     limit = max_drop(said["max_drop"])
-    refuse(said, _OTHERS)
+    refuse(ctx, _OTHERS)
     if not asked.data:
         raise UsageError("--max-drop is judged on data, and there is none", hint="such as --data test.npz")
     if asked.pattern != CHANNELS and isinstance(shape_of(asked)[0], ZerosOf):

@@ -14,6 +14,13 @@ def panel(title: str) -> Callable[..., Any]:
     return partial(typer.Option, rich_help_panel=title)
 
 
+def spelled(ctx: typer.Context, name: str) -> str:
+    """Return how an option is typed, in its longest form, by the name of its parameter: `--model` for `build`."""
+    found = [word for param in ctx.command.params if param.name == name for word in param.opts]
+    # A name that comes from a file may be that of no option.
+    return max(found, key=len, default=name)
+
+
 def is_typed(ctx: typer.Context, name: str) -> bool:
     """Whether an option was typed, and has its value not by default."""
     source: Any = ctx.get_parameter_source(name)

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from prunectl.commands.options import spelled
 from prunectl.commands.wrap_requests import Wrappers, wrappers_of
 from prunectl.errors import UsageError
 from prunectl.measuring.patterns import CHANNELS
@@ -32,7 +33,7 @@ def way_of(ctx: typer.Context, asked: Request) -> Way:
     if ctx.params["max_drop"]:
         way: Way = _named("prunectl.commands.max_drop_prune:way_within")(ctx, asked)
         return way
-    _refuse(ctx.params, ("metric", "tried"), "is about what a drop is judged by: add --max-drop 0.5pp")
+    _refuse(ctx, ("metric", "tried"), "is about what a drop is judged by: add --max-drop 0.5pp")
     return settled(ctx, asked)
 
 
@@ -41,23 +42,22 @@ def settled(ctx: typer.Context, asked: Request) -> Way:
     said = ctx.params
     is_cut = asked.pattern == CHANNELS
     if is_cut:
-        _refuse(said, ("wrap", "schedule"), "does not go with channels that are cut out")
+        _refuse(ctx, ("wrap", "schedule"), "does not go with channels that are cut out")
     # A network that is cut is opened, as one that looks at data is.
     wrappers = wrappers_of(ctx, looks_at_data=is_cut or bool(asked.data or said["max_drop"]))
     if is_cut:
         return partial(_channels, asked, said)
-    _refuse(said, (*_LIMITS, "inputs"), "is about channels: add --pattern channel")
+    _refuse(ctx, (*_LIMITS, "inputs"), "is about channels: add --pattern channel")
     requests.check(asked)
     if wrappers is not None:
         return partial(_wrapped, asked, wrappers)
     return partial(_weights, asked, said)
 
 
-def _refuse(said: dict[str, Any], names: tuple[str, ...], why: str) -> None:
+def _refuse(ctx: typer.Context, names: tuple[str, ...], why: str) -> None:
     for name in names:
-        if said[name]:
-            word = "input" if name == "inputs" else name.replace("_", "-")
-            raise UsageError(f"--{word} {why}")
+        if ctx.params[name]:
+            raise UsageError(f"{spelled(ctx, name)} {why}")
 
 
 def limits_of(said: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 
 from prunectl.commands.inputs import STDIN
-from prunectl.commands.options import is_typed
+from prunectl.commands.options import is_typed, spelled
 from prunectl.errors import UsageError
 from prunectl.formats.stripping import Part
 from prunectl.pruning import manifest
@@ -30,7 +30,7 @@ def request_of(ctx: typer.Context, recipe: Path | None) -> Request:
     if recipe is not None:
         typed = [name for name in said if name not in _FREE and is_typed(ctx, name)]
         if typed:
-            raise UsageError(f"--recipe says all that decides the result: leave out --{typed[0].replace('_', '-')}")
+            raise UsageError(f"--recipe says all that decides the result: leave out {spelled(ctx, typed[0])}")
         return manifest.read(recipe, is_trusted=said["trust"])
     return Request(
         sparsity=parse_ratio(said["sparsity"]) if said["sparsity"] else None,

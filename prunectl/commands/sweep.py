@@ -84,12 +84,12 @@ def sweep(
         data=data,
         val=val,
         val_split=parse_ratio(val_split) if val_split else 0.0,
-        strategies=_words(strategies, "strategies"),
-        scopes=_words(scopes, "scopes"),
-        patterns=_words(patterns, "patterns"),
+        strategies=_words(strategies, "--strategies"),
+        scopes=_words(scopes, "--scopes"),
+        patterns=_words(patterns, "--patterns"),
         params=tuple(map(_param, param or ())),
         sparsities=_ratios(sparsities or ("" if max_drop else _USUAL)),
-        schedules=_words(schedules, "schedules"),
+        schedules=_words(schedules, "--schedules"),
         epochs=epochs,
         batch_size=batch_size,
         samples=samples,
@@ -112,11 +112,11 @@ def sweep(
     return reporter.show(sweep_report(found, str(model)))
 
 
-def _words(text: str, what: str) -> tuple[str, ...]:
+def _words(text: str, option: str) -> tuple[str, ...]:
     """Return the words in a list with commas, each once."""
     words = tuple(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
     if not words:
-        raise UsageError(f"--{what} names nothing")
+        raise UsageError(f"{option} names nothing")
     return words
 
 
@@ -125,7 +125,7 @@ def _param(text: str) -> tuple[str, tuple[str, ...]]:
     name, sign, values = text.partition("=")
     if not name or not sign:
         raise UsageError(f"{text!r} is no parameter with values", hint="write --param damp=0.01,0.1")
-    return name, _words(values, f"param {name}")
+    return name, _words(values, f"--param {name}")
 
 
 def _ratios(text: str) -> tuple[float, ...]:

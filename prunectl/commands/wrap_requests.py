@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from prunectl.commands.options import spelled
 from prunectl.errors import UsageError
 from prunectl.pruning.schedules import Ramp
 from prunectl.reporting.words import parse_ratio
@@ -36,26 +37,26 @@ def wrappers_of(ctx: typer.Context, *, looks_at_data: bool) -> Wrappers | None:
         if said["manifest"] is not None:
             raise UsageError("a manifest repeats a run to the same bytes, and frameworks write wrappers as they like")
         ramp = _ramp(said) if said["schedule"] else None
-        _refuse(said, () if ramp is not None else _OF_A_SCHEDULE, "a schedule", "--schedule NAME")
+        _refuse(ctx, () if ramp is not None else _OF_A_SCHEDULE, "a schedule", "--schedule NAME")
         return Wrappers(ramp, Origin(custom_objects=said["custom_objects"], is_trusted=said["trust"]))
-    _refuse(said, _OF_A_SCHEDULE, "a schedule", "--schedule NAME")
+    _refuse(ctx, _OF_A_SCHEDULE, "a schedule", "--schedule NAME")
     if not looks_at_data:
         # A recipe may name code as well, which is trusted or not.
         names = tuple(name for name in _OF_WRAPPERS if name != "trust" or said["recipe"] is None)
-        _refuse(said, names, "models that are opened, as for wrappers or data", "--wrap or --data SPEC")
+        _refuse(ctx, names, "models that are opened, as for wrappers or data", "--wrap or --data SPEC")
     return None
 
 
-def _refuse(said: dict[str, Any], names: tuple[str, ...], what: str, hint: str) -> None:
+def _refuse(ctx: typer.Context, names: tuple[str, ...], what: str, hint: str) -> None:
     for name in names:
-        if said[name]:
-            raise UsageError(f"--{name.replace('_', '-')} is about {what}", hint=f"add {hint}")
+        if ctx.params[name]:
+            raise UsageError(f"{spelled(ctx, name)} is about {what}", hint=f"add {hint}")
 
 
 def _ramp(said: dict[str, Any]) -> Ramp:
-    name, begin, end = said["schedule"], _step("begin", said["begin"] or "0"), None
+    name, begin, end = said["schedule"], _step("--begin", said["begin"] or "0"), None
     if said["end"]:
-        end = _step("end", said["end"])
+        end = _step("--end", said["end"])
     elif name != "constant":
         raise UsageError(
             f"the schedule {name} needs an end, a number of batches", hint="such as --end 2000, or finetune --schedule"
@@ -80,11 +81,11 @@ def _ramp(said: dict[str, Any]) -> Ramp:
     return ramp
 
 
-def _step(name: str, text: str) -> int:
+def _step(option: str, text: str) -> int:
     point = parse_point(text)
     if point.unit is not Unit.STEPS:
         raise UsageError(
-            f"--{name} {text} depends on how long training takes, which a file does not know",
+            f"{option} {text} depends on how long training takes, which a file does not know",
             hint="write a number of steps, one for each batch, or give the schedule to prunectl finetune",
         )
     return int(point.amount)

@@ -26,9 +26,9 @@ def check(request: Request, target: Target, output: Output) -> None:
     fewer = [f"--{name}" for name in ("half", "bf16", "int8") if name in request.typed]
     if len(fewer) > 1:
         raise UsageError(f"{' and '.join(fewer)} exclude each other")
-    for option, value in (("atol", request.atol), ("rtol", request.rtol)):
+    for option, value in (("--atol", request.atol), ("--rtol", request.rtol)):
         if value is not None and not value >= 0:
-            raise UsageError(f"--{option} takes a number that is not negative, and not {value:g}")
+            raise UsageError(f"{option} takes a number that is not negative, and not {value:g}")
     if not request.data and request.samples is not None and request.is_int8:
         raise UsageError("--int8 with --samples needs examples", hint="add --data SPEC")
     if request.has_code and output.is_stream:

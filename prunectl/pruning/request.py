@@ -159,9 +159,9 @@ def check(request: Request) -> None:
         )
     if not request.data and (request.loss, request.samples, request.batch_size) != ("", SAMPLES, BATCH_SIZE):
         raise UsageError("--samples, --batch-size and --loss are about data", hint="add --data SPEC, or leave them out")
-    for name in ("samples", "batch_size"):
-        if getattr(request, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is at least 1")
+    for option, number in (("--samples", request.samples), ("--batch-size", request.batch_size)):
+        if number < 1:
+            raise UsageError(f"{option} is at least 1")
     check_shape(request)
 
 

@@ -103,9 +103,13 @@ def check(request: Request) -> None:
         raise UsageError("--early-stop needs something to judge by", hint="add --val or --val-split")
     if not request.prunes:
         _check_unpruned(request)
-    for name, value in (("epochs", request.epochs), ("steps", request.steps), ("early-stop", request.early_stop)):
+    for option, value in (
+        ("--epochs", request.epochs),
+        ("--steps", request.steps),
+        ("--early-stop", request.early_stop),
+    ):
         if value is not None and value < 0:
-            raise UsageError(f"--{name} cannot be negative")
+            raise UsageError(f"{option} cannot be negative")
 
 
 def _check_unpruned(request: Request) -> None:

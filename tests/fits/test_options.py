@@ -1,0 +1,141 @@
+"""What a message calls an option is what one types."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import typer
+
+from prunectl.commands.app import COMMANDS
+from prunectl.commands.if_changed_stamp import Stamp, difference
+from prunectl.commands.options import spelled
+from prunectl.exporting.targets import TARGETS
+from tests.running import FIXTURES, ROOT, here, without_colors
+
+FOREIGN = {
+    "cli.py": {"--version"},
+    "commands/app.py": {"--version"},
+    "commands/completion_shells.py": {"--show-completion"},
+    "commands/topics/completion.py": {"--install-completion", "--show-completion"},
+    "gating/baseline.py": {"--verify", "--quiet", "--end-of-options", "--depth"},
+    "gating/installed.py": {"--force-reinstall"},
+    "sweeping/on_ray.py": {"--head"},
+    "training/torch/sharded.py": {"--nproc-per-node"},
+}
+"""What is no option of a command: of prunectl itself, of git, pip, Ray and torchrun."""
+BY_NAME = {"commands/completion.py", "exporting/checks.py", "exporting/targets.py", "training/rules.py"}
+"""Modules that put two dashes before a name that is held against the options elsewhere, or not shown."""
+PT, SPEC = FIXTURES / "digits_cnn.pt", ("-s", "50%", "--dry-run")
+
+
+def context(command: str) -> typer.Context:
+    return typer.Context(importlib.import_module(COMMANDS[command][0]).command)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_option_is_spelled_as_the_help_shows_it(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 250)
+    shown = without_colors(here(command, "--help").out).split()
+    ctx = context(command)
+    options = [param for param in ctx.command.params if param.param_type_name == "option"]
+    assert options
+    for param in options:
+        assert param.name is not None
+        assert spelled(ctx, param.name).startswith("--")
+        assert spelled(ctx, param.name) in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--model", "net.py:Net"), "--model is about models that are opened"),
+        (("--custom-objects", "net.py:X"), "--custom-objects is about models that are opened"),
+        (("--schedule-param", "a=1"), "--schedule-param is about a schedule"),
+        (("--input", "1,8,8"), "--input is about channels"),
+        (("--min-channels", "2"), "--min-channels is about channels"),
+        (("--max-drop", "1pp", "--data", "x.npz"), "--sparsity and --max-drop both say how much goes"),
+    ],
+)
+def test_what_does_not_go_together_is_named_as_it_was_typed(words: tuple[str, ...], says: str) -> None:
+    done = here("prune", PT, *SPEC, *words)
+    assert done.code == 2
+    assert says in done.err
+
+
+@pytest.mark.parametrize("words", [("--model", "net.py:Net"), ("--input", "1,8,8"), ("--custom-objects", "a:B")])
+def test_what_a_recipe_says_itself_is_named_as_it_was_typed(words: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({}))
+    done = here("prune", PT, "-o", tmp_path / "out.pt", "--recipe", tmp_path / "run.json", *words)
+    assert done.code == 2
+    assert f"leave out {words[0]}" in done.err
+
+
+def test_what_inspect_has_no_data_for_is_named_as_it_was_typed() -> None:
+    done = here("inspect", PT, "--model", "net.py:Net")
+    assert "--model is about data" in done.err
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "option"),
+    [
+        ("export", "input_", "--input"),
+        ("export", "build", "--model"),
+        ("finetune", "compile_", "--compile"),
+        ("finetune", "imports", "--import"),
+        ("prune", "inputs", "--input"),
+        ("prune", "sparsity", "--sparsity"),
+    ],
+)
+def test_an_option_that_has_changed_is_named_as_it_is_typed(command: str, name: str, option: str) -> None:
+    old, new = (Stamp("1", command, {name: value}, {}, {}, {}) for value in ("a", "b"))
+    assert difference(old, new, partial(spelled, context(command))) == f"{option} has changed"
+
+
+def test_an_option_that_nobody_has_is_not_made_up() -> None:
+    old, new = (Stamp("1", "prune", asked, {}, {}, {}) for asked in ({"no_such_thing": 1}, {}))
+    assert difference(old, new, partial(spelled, context("prune"))) == "no_such_thing has changed"
+
+
+def modules() -> Iterator[tuple[str, ast.AST]]:
+    """Yield every module by its path, but for style sheets, whose variables look like options."""
+    home = ROOT / "prunectl"
+    for path in home.rglob("*.py"):
+        if path.name != "style.py":
+            yield path.relative_to(home).as_posix(), ast.parse(path.read_bytes())
+
+
+def test_no_message_names_an_option_that_no_command_has() -> None:
+    params = [param for command in COMMANDS for param in context(command).command.params]
+    known = {"--help"}.union(*((*param.opts, *param.secondary_opts) for param in params))
+    for name, tree in modules():
+        texts = [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        found = {word for text in texts for word in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
+        assert found - known <= FOREIGN.get(name, set()), name
+
+
+def test_no_option_is_made_of_a_name() -> None:
+    made = {
+        name
+        for name, tree in modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+        for part in node.values[:-1]
+        if isinstance(part, ast.Constant) and str(part.value).endswith("--")
+    }
+    assert made == BY_NAME
+
+
+def test_targets_of_an_export_name_its_options() -> None:
+    ctx = context("export")
+    known = {spelled(ctx, str(param.name)) for param in ctx.command.params}
+    assert {f"--{name}" for target in TARGETS for name in target.options} <= known
