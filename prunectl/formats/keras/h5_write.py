@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from prunectl.formats.writing import Rewrite, write_flat
 _BYTES_PER_SECOND = 1 << 20
 _ROOM = 512 << 20
 Run = tuple[int, int]
-"""Where bytes begin, and how many there are."""
+"""Where the numbers of a dataset begin, and how many bytes they are."""
 
 
 def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewrite]) -> None:
@@ -29,28 +30,19 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewrit
     nbytes = sum(tensor.storage.nbytes for tensor in model.tensors)
     # The numbers are made here, once: what makes them counts, may fail with an error of its own, and may be a plug-in
     # that cannot run in a child which has so much memory and no more. The child gets them in a file.
-    numbers = target.with_name(f"{target.name}.numbers")
-    try:
-        runs = _written(numbers, rewrites)
+    with tempfile.NamedTemporaryFile(prefix="prunectl-", dir=target.parent) as numbers:
+        runs: dict[int, Run] = {}
+        for rewrite in rewrites:
+            begin = numbers.tell()
+            numbers.writelines(rewrite.raw())
+            runs[int(rewrite.tensor.storage.key)] = begin, numbers.tell() - begin
+        numbers.flush()
         in_child(
-            partial(_rebuild, model.path, target, numbers, runs),
+            partial(_rebuild, model.path, target, Path(numbers.name), runs),
             model.path,
             seconds=10 + nbytes / _BYTES_PER_SECOND,
             extra_bytes=_ROOM + 3 * max((tensor.nbytes for tensor in model.tensors), default=0),
         )
-    finally:
-        numbers.unlink(missing_ok=True)
-
-
-def _written(numbers: Path, rewrites: Sequence[Rewrite]) -> dict[int, Run]:
-    """Write all new numbers to a file, and return where those of each dataset lie, by its address."""
-    runs = {}
-    with numbers.open("xb") as file:
-        for rewrite in rewrites:
-            begin = file.tell()
-            file.writelines(rewrite.raw())
-            runs[int(rewrite.tensor.storage.key)] = begin, file.tell() - begin
-    return runs
 
 
 def _rebuild(source: Path, target: Path, numbers: Path, runs: Mapping[int, Run]) -> bytes:
