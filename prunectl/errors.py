@@ -11,7 +11,9 @@ PrunectlError
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import ClassVar, TypeVar
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -76,6 +78,12 @@ def translate(error: Exception) -> PrunectlError | None:
     if isinstance(error, OSError) and error.errno is not None:
         return InputError(f"{error.filename or 'the input'} cannot be used: {error.strerror}")
     return None
+
+
+def is_about(error: OSError, folder: Path) -> bool:
+    """Whether an error of the system names something in a folder."""
+    name = error.filename
+    return isinstance(name, str | bytes) and Path(os.fsdecode(name)).is_relative_to(folder)
 
 
 def abbreviated(text: str, most: int = MAX_NAME_CHARACTERS) -> str:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 from prunectl.channels.after import After
 from prunectl.channels.choose import Candidate, Loss, choose, removed
@@ -22,6 +20,7 @@ from prunectl.channels.source import Removed, Source, shape_left
 from prunectl.channels.trace import Trace
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile
+from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.table import open_model
 from prunectl.measuring.codecs import CodecName, pick
 from prunectl.measuring.sizes import measure
@@ -112,8 +111,7 @@ def _params(ground: Ground, plan: Plan) -> int:
 
 
 def _gzipped(ground: Ground, plan: Plan) -> int:
-    with tempfile.TemporaryDirectory(prefix="prunectl-") as name:
-        folder = Path(name)
+    with temporary_folder() as folder:
         smaller = ground.source.cut(plan.gone, plan.after, plan.weights)
         written = ground.source.write(smaller, folder, folder / ground.model.path.name)
         return measure(open_model(written), pick(CodecName.GZIP, None)).bytes.compressed or 0

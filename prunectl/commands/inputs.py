@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from prunectl.errors import PrunectlError, UsageError, attempt
+from prunectl.formats.scratch import temporary_folder
 from prunectl.measuring.survey import Survey
 from prunectl.reporting.report import Failure
 
@@ -46,8 +46,8 @@ def local(word: str) -> Generator[Path]:
         return
     if sys.stdin.isatty():
         raise UsageError("- reads a model from standard input, which is a terminal", hint="prunectl inspect - < MODEL")
-    with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
-        copy = Path(scratch) / "standard-input"
+    with temporary_folder() as scratch:
+        copy = scratch / "standard-input"
         with copy.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
         try:

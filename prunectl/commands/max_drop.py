@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 
 from prunectl.commands.options import spelled
 from prunectl.errors import UsageError
+from prunectl.formats.scratch import temporary_folder
 from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.sweep_report import told
 from prunectl.sweeping.search import Held, Search, search
@@ -41,8 +41,8 @@ def found(path: Path, asked: Search, tried: Path | None, reporter: Reporter) -> 
     if tried is not None:
         yield run(tried)
     else:
-        with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
-            yield run(Path(scratch))
+        with temporary_folder() as scratch:
+            yield run(scratch)
 
 
 def noted(words: Mapping[str, Any], is_free: Callable[[str], bool]) -> dict[str, Any]:

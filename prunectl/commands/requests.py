@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -14,6 +13,7 @@ import typer
 from prunectl.commands.inputs import STDIN
 from prunectl.commands.options import is_typed, spelled
 from prunectl.errors import UsageError
+from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.stripping import Part
 from prunectl.pruning import manifest
 from prunectl.pruning.output import Output
@@ -77,8 +77,8 @@ def destination(model: Path, output: str, *, force: bool, in_place: bool, dry_ru
             "-o - writes a model to standard output, which is a terminal", hint="send it to a file or a pipe"
         )
     else:
-        with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
-            yield Output(Path(scratch) / f"standard-output{model.suffix}", is_stream=True)
+        with temporary_folder() as scratch:
+            yield Output(scratch / f"standard-output{model.suffix}", is_stream=True)
 
 
 def parts_of(words: str) -> frozenset[Part]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from prunectl.exporting.targets import Target, target_of
 from prunectl.exporting.tolerances import tolerance_of
 from prunectl.formats import outputs as places
 from prunectl.formats.base import PARAMETRIZATION, ModelFile
+from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.stripping import Wish
 from prunectl.formats.table import by_name, open_model
 from prunectl.measuring.survey import Survey
@@ -45,13 +45,13 @@ def export(path: Path, request: Request, output: Output) -> Exported:
     # Before any work, so that what is missing is said first.
     load(pair, pair.writer)
     with (
-        tempfile.TemporaryDirectory(prefix="prunectl-") as scratch,
-        places.replacing(output.target, may_replace=output.is_forced) as folder,
+        temporary_folder() as scratch,
+        places.replacing(output.target, may_replace=output.is_forced, model=model) as folder,
     ):
         written = folder / output.target.name
-        plain, stripped = _plain(model, Path(scratch))
+        plain, stripped = _plain(model, scratch)
         with naming(path, plain.path):
-            job = _job(plain, request, pair, Path(scratch))
+            job = _job(plain, request, pair, scratch)
             said = load(pair, pair.writer)(job, written)
         if output.is_stream and len(list(folder.iterdir())) > 1:
             raise WorkError(f"{path} becomes more than one file, which does not fit through standard output")

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import secrets
-import shutil
+import signal
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from prunectl.errors import NO_ROOM, UsageError, WorkError
+from prunectl.errors import NO_ROOM, UsageError, WorkError, is_about
+from prunectl.formats import exchange, permissions, scratch
 from prunectl.formats.base import ModelFile
-from prunectl.formats.exchange import exchange
 
-PREFIX = ".prunectl-"
 _MODEL_FOLDERS = ("saved_model.pb", "model.safetensors.index.json", "pytorch_model.bin.index.json")
-_LOCK, _INSIDE = "lock", "new"
 
 
 def check_target(model: ModelFile, target: Path, *, is_forced: bool, is_in_place: bool) -> None:
@@ -71,21 +68,21 @@ def write_text(target: Path, text: str, *, is_forced: bool) -> None:
 
 
 @contextmanager
-def replacing(target: Path, *, may_replace: bool) -> Generator[Path]:
-    """Yield a scratch folder beside the target; what is in it at the end takes its place, if nothing fails."""
+def replacing(target: Path, *, may_replace: bool, model: ModelFile | None = None) -> Generator[Path]:
+    """Yield a scratch folder beside the target; what is in it at the end takes its place, if nothing fails.
+
+    What is made from a model is readable by those who may read that model, or what it replaces.
+    """
     with _scratch(target.parent) as folder:
         yield folder
-        placed: list[Path] = []
-        try:
-            for new, place in _placements(folder, target):
-                flush(new)
-                _place(new, place, folder.parent, may_replace=may_replace)
-                placed.append(place)
-        except WorkError:
-            # What replaced something cannot be undone: what did not is not left half there.
-            for path in placed if not may_replace else ():
-                path.unlink()
-            raise
+        placements = _placements(folder, target)
+        for new, _ in placements:
+            flush(new)
+        origins = {} if model is None else {name: source for source, name in targets(model, target).items()}
+        permissions.give(folder, target.parent, origins, model)
+        # Between two files of one model no signal is heard: they come together.
+        with _deferred():
+            _place_all(placements, folder.parent, may_replace=may_replace)
         _sync_folder(target.parent)
 
 
@@ -100,71 +97,71 @@ def _placements(folder: Path, target: Path) -> list[tuple[Path, Path]]:
 @contextmanager
 def _scratch(parent: Path) -> Generator[Path]:
     # Beside the target, because a rename is atomic only within one filesystem.
-    _clear_stale(parent)
-    made: list[Path] = []
-    lock = -1
+    scratch.clear_stale(parent, scratch.HIDDEN)
+    held = scratch.Held()
     try:
-        lock = _locked_folder(parent, made)
-        yield made[-1] / _INSIDE
+        held.take(parent, scratch.HIDDEN)
+        yield held.inside
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno in NO_ROOM:
+            raise WorkError(f"{parent} has no room for the result: {error.strerror}; nothing was written") from error
+        if error.errno is None or not is_about(error, held.inside):
             raise
-        raise WorkError(f"{parent} has no room for the result: {error.strerror}; nothing was written") from error
+        raise WorkError(f"{parent} cannot be written to: {error.strerror}; nothing was written") from error
     finally:
-        for folder in made:
-            shutil.rmtree(folder, ignore_errors=True)
-        if lock >= 0:
-            os.close(lock)
+        held.release()
 
 
-def _locked_folder(parent: Path, made: list[Path]) -> int:
-    """Make a folder, noted before it is there, so that no signal finds it unknown; return the lock of who is alive."""
-    while True:
-        folder = parent / f"{PREFIX}{secrets.token_hex(8)}"
-        made.append(folder)
-        try:
-            os.mkdir(folder, 0o700)
-        except FileExistsError:
-            made.pop()
-            continue
-        except OSError as error:
-            raise WorkError(f"{parent} cannot be written to: {error.strerror}") from error
-        # Before it is locked, another run may take it for stale and remove it.
-        with suppress(FileNotFoundError):
-            lock = os.open(folder / _LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with suppress(FileNotFoundError):
-                os.mkdir(folder / _INSIDE)
-                return lock
-            os.close(lock)
+@contextmanager
+def _deferred() -> Generator[None]:
+    """Hear of a request to stop only afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda heard_one, _: heard.append(heard_one))
+        yield
+    finally:
+        for number, how in before.items():
+            signal.signal(number, how)
+        for one in dict.fromkeys(heard):
+            signal.raise_signal(one)
 
 
-def _clear_stale(parent: Path) -> None:
-    """Remove what a run that was killed has left; one that is alive holds its lock."""
-    for folder in parent.glob(f"{PREFIX}*"):
-        with suppress(OSError):
-            lock = os.open(folder / _LOCK, os.O_WRONLY | os.O_CLOEXEC | os.O_CREAT)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(lock)
+def _place_all(placements: list[tuple[Path, Path]], folder: Path, *, may_replace: bool) -> None:
+    made: dict[Path, os.stat_result] = {}
+    try:
+        for new, place in placements:
+            made[place] = os.lstat(new)
+            _place(new, place, folder, may_replace=may_replace)
+    except BaseException:
+        # What replaced something cannot be undone: what did not is not left half there.
+        for place, facts in made.items() if not may_replace else ():
+            with suppress(OSError):
+                if os.path.samestat(os.lstat(place), facts):
+                    place.unlink()
+        raise
 
 
-def _place(new: Path, target: Path, scratch: Path, *, may_replace: bool) -> None:
+def _place(new: Path, target: Path, scratch_folder: Path, *, may_replace: bool) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not may_replace:
-            if new.is_dir():
-                os.rename(new, target)
-            else:
-                os.link(new, target)  # which, unlike a rename, does not replace what came to be there meanwhile
-        elif not target.is_dir():
+            exchange.place(new, target)
+        elif not target.is_dir() or target.is_symlink():
             os.replace(new, target)
-        elif not exchange(new, target):
+        elif not exchange.exchange(new, target):
             # A folder cannot take the place of one that is not empty.
-            os.rename(target, scratch / "old")
-            os.rename(new, target)
+            old = scratch_folder / scratch.OLD
+            os.rename(target, old)
+            try:
+                os.rename(new, target)
+            except BaseException:
+                os.rename(old, target)
+                raise
     except FileExistsError as error:
         raise WorkError(f"{target} came to be there meanwhile", hint="another run may have written it") from error
     except OSError as error:

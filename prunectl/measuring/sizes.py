@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from prunectl.formats.base import ModelFile
+from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.table import by_name, load
 from prunectl.formats.workers import check_stopped, workers
 from prunectl.measuring.archive import stream
@@ -42,8 +41,8 @@ def packed_bytes(model: ModelFile, tick: Tick) -> int:
     row = by_name(model.format)
     if not row.packer:
         return model.nbytes
-    with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
-        target = Path(scratch) / model.path.name
+    with temporary_folder() as scratch:
+        target = scratch / model.path.name
         load(row.packer)(model, target, tick)
         # Files beside the model, such as weights of ONNX, are not packed.
         return model.nbytes - max(model.path.stat().st_size - target.stat().st_size, 0)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from prunectl.errors import UsageError
-from prunectl.formats import outputs
+from prunectl.formats import outputs, scratch
 from prunectl.formats.base import ModelFile
 from prunectl.formats.table import FORMATS, by_name, load, open_model
 
@@ -64,7 +63,7 @@ def places(model: ModelFile, folder: Path, target: Path) -> dict[Path, Path]:
 def pack(written: Path, folder: Path) -> None:
     """Compress what was written inside its container, in its place."""
     model = open_model(written)
-    packed = folder.parent / "packed"
+    packed = folder.parent / scratch.PACKED
     load(by_name(model.format).packer)(model, packed, lambda _: None)
     os.replace(packed, written)
 
@@ -73,13 +72,14 @@ def pack(written: Path, folder: Path) -> None:
 def workplace(model: ModelFile, output: Output | None) -> Generator[tuple[Path, Path]]:
     """Yield the folder to write into, and the path that the result is named after."""
     if output is None:
-        with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
-            yield Path(scratch), Path(scratch) / model.path.name
+        with scratch.temporary_folder() as folder:
+            yield folder, folder / model.path.name
     else:
         if output.is_stream and (model.path.is_dir() or len(model.files) > 1):
             raise UsageError(f"{model.path} is more than one file, and does not fit through standard output")
         # In place is where the file itself lies: not a link to it, nor the folder or the prefix that it was named by.
         target = model.path.resolve() if output.is_in_place else output.target
         # The output appears when this ends without an error.
-        with outputs.replacing(target, may_replace=output.is_forced or output.is_in_place) as folder:
+        may_replace = output.is_forced or output.is_in_place
+        with outputs.replacing(target, may_replace=may_replace, model=model) as folder:
             yield folder, target

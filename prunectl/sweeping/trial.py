@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
+from prunectl.formats.scratch import temporary_folder
 from prunectl.pruning.output import Output
 from prunectl.sweeping.choices import Choices
 from prunectl.sweeping.made import place_of
@@ -32,8 +32,8 @@ def _made(path: Path, choices: Choices, point: Point, output: Output) -> None:
     if not choices.epochs:
         _pruned(path, choices, point, output)
     elif is_pruned_before(point):
-        with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
-            between = Output(Path(scratch) / path.name)
+        with temporary_folder() as scratch:
+            between = Output(scratch / path.name)
             _pruned(path, choices, point, between)
             finetune(between.target, training_of(choices, point), output)
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import numpy as np
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile
 from prunectl.formats.names import select
+from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.table import open_model
 from prunectl.measuring.survey import Survey
 from prunectl.pruning import output as outputs
@@ -131,8 +131,8 @@ def _unwrapped(model: ModelFile) -> Generator[ModelFile]:
     if all(wrapper.kind == PARAMETRIZATION for wrapper in model.about.wrappers):
         yield model
         return
-    with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
-        yield unwrapped(model, Path(scratch))
+    with temporary_folder() as scratch:
+        yield unwrapped(model, scratch)
 
 
 def _already(path: Path, rules: Rules, first: Mapping[str, Mask]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from prunectl.errors import WorkError
 from prunectl.formats import exchange as exchanging
-from prunectl.formats import outputs
+from prunectl.formats import outputs, scratch
 from prunectl.formats.table import open_model
 from prunectl.pruning.output import Output
 from prunectl.pruning.prune import prune as run
@@ -189,7 +189,7 @@ def test_whatever_the_moment_of_its_death_the_target_is_absent_or_whole(big: Pat
         process.send_signal(signal.SIGKILL)
         process.wait()
         left = [file.name for file in tmp_path.iterdir() if file != out]
-        assert all(name.startswith(outputs.PREFIX) for name in left)
+        assert all(name.startswith(scratch.HIDDEN) for name in left)
         assert len(left) <= 1  # each run clears what the one before it left
         stale += len(left)
         if out.exists():
@@ -242,7 +242,7 @@ def test_a_scratch_folder_that_is_taken_for_stale_is_made_again(
         real(path, mode)
         made.append(path)
         if len(made) == 1:
-            outputs._clear_stale(tmp_path)
+            scratch.clear_stale(tmp_path, scratch.HIDDEN)
 
     monkeypatch.setattr(os, "mkdir", robbed)
     with outputs.replacing(tmp_path / "out", may_replace=False) as folder:
@@ -260,7 +260,7 @@ def test_a_scratch_folder_that_is_removed_before_it_is_locked_is_made_again(
     def late(lock: int, how: int) -> None:
         if how == fcntl.LOCK_EX and not robbed:
             robbed.append(lock)
-            outputs._clear_stale(tmp_path)
+            scratch.clear_stale(tmp_path, scratch.HIDDEN)
         real(lock, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
@@ -272,7 +272,7 @@ def test_a_scratch_folder_that_is_removed_before_it_is_locked_is_made_again(
 
 def test_a_living_run_keeps_its_scratch_folder(tmp_path: Path) -> None:
     with outputs.replacing(tmp_path / "out", may_replace=False) as folder:
-        outputs._clear_stale(tmp_path)
+        scratch.clear_stale(tmp_path, scratch.HIDDEN)
         (folder / "out").write_text("done")
     assert (tmp_path / "out").read_text() == "done"
 
@@ -293,7 +293,7 @@ def test_a_folder_comes_out_as_a_folder(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_a_folder_is_replaced_in_place(can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not can_exchange:
-        monkeypatch.setattr(outputs, "exchange", lambda *_: False)
+        monkeypatch.setattr(exchanging, "exchange", lambda *_: False)
     own = copy_of("digits_cnn_savedmodel", tmp_path / "sm")
     (own / "notes.txt").write_text("kept")
     run(own, Request(sparsity=0.5), Output(own, is_in_place=True))
@@ -396,14 +396,14 @@ def test_external_data_in_a_folder_leaves_its_neighbours_alone(tmp_path: Path) -
 def test_a_failure_between_two_files_takes_the_first_away_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = os.link
+    real = exchanging.place
 
-    def second_fails(old: Path, new: Path) -> None:
-        if new.suffix == ".index":
+    def second_fails(new: Path, target: Path) -> None:
+        if target.suffix == ".index":
             raise OSError(errno.EIO, "Input/output error")
-        real(old, new)
+        real(new, target)
 
-    monkeypatch.setattr(os, "link", second_fails)
+    monkeypatch.setattr(exchanging, "place", second_fails)
     with pytest.raises(WorkError, match="Input/output error"):
         run(FIXTURES / "digits_cnn_checkpoint.index", Request(sparsity=0.5), Output(tmp_path / "new"))
     assert list(tmp_path.iterdir()) == []

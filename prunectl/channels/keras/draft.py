@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +21,7 @@ from prunectl.formats.keras.archive import WEIGHTS
 from prunectl.formats.keras.edits import Edits
 from prunectl.formats.keras.h5_changed import made_like, rebuild_changed
 from prunectl.formats.keras.pack_h5 import address_of
+from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.zips import open_archive
 
 _CONFIG = "config.json"
@@ -48,8 +48,8 @@ def write(opened: Opened, draft: Draft, target: Path) -> None:
         )
         _write_h5(opened, draft, Edits(attributes=attributes), target)
         return
-    with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
-        weights = Path(scratch) / WEIGHTS
+    with temporary_folder() as scratch:
+        weights = scratch / WEIGHTS
         _write_h5(opened, draft, Edits(), weights)
         with weights.open("rb") as file:
             pieces = iter(partial(file.read, _PIECE), b"")

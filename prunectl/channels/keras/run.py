@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ from prunectl.channels.keras.read import Opened
 from prunectl.channels.source import Feeds, Runner
 from prunectl.errors import PrunectlError, WorkError, first_line
 from prunectl.formats.base import Array
+from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.table import open_model
 from prunectl.training.keras import packing
 from prunectl.training.keras.answers import flat
@@ -37,8 +36,8 @@ def feeds(opened: Opened, random: np.random.Generator) -> Feeds:
 def runner(opened: Opened, draft: Draft, origin: Origin, shown: Iterable[str], *, precision: str) -> Runner:
     """Return what Keras makes of a draft: its outputs, and what some layers give before their activations."""
     config = calculating_in(precision, opened.config if draft.config is None else draft.config)
-    with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
-        path = Path(scratch) / f"draft{'.keras' if opened.model.format == 'keras' else '.h5'}"
+    with temporary_folder() as scratch:
+        path = scratch / f"draft{'.keras' if opened.model.format == 'keras' else '.h5'}"
         write(opened, Draft(config, draft.arrays), path)
         try:
             loaded = load(open_model(path), origin, Place())

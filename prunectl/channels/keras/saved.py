@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-import weakref
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +21,7 @@ from prunectl.channels.keras.renamed import Renamed, renamed
 from prunectl.channels.source import Feeds, Removed, Runner
 from prunectl.errors import InputError, PrunectlError, WorkError, first_line
 from prunectl.formats.base import Array, ModelFile, Role
+from prunectl.formats.scratch import Scratch
 from prunectl.formats.table import open_model
 from prunectl.formats.tensorflow import object_graph
 from prunectl.formats.tensorflow.bundle import read_bundle
@@ -48,21 +47,17 @@ def read(model: ModelFile, origin: Origin) -> SavedSource:
         )
     require_followable(model, origin)
     _refuse_losses(model)
-    scratch = Path(tempfile.mkdtemp(prefix="prunectl-"))
-    try:
-        return SavedSource(model, origin, scratch)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    return SavedSource(model, origin)
 
 
 class SavedSource:
     """A SavedModel, as cutting sees it."""
 
-    def __init__(self, model: ModelFile, origin: Origin, scratch: Path) -> None:
-        self._model, self._origin, self._scratch = model, origin, scratch
-        weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
-        path = scratch / "model.h5"
+    def __init__(self, model: ModelFile, origin: Origin) -> None:
+        self._model, self._origin = model, origin
+        self._held = Scratch()
+        self._scratch = self._held.path
+        path = self._scratch / "model.h5"
         with self._named():
             with quietly():
                 _save(load(model, origin, Place()), path)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +13,7 @@ from prunectl.formats.keras.archive import WEIGHTS
 from prunectl.formats.keras.hdf5 import Contents
 from prunectl.formats.keras.hdf5_walk import Place
 from prunectl.formats.keras.leftovers_named import root_of
+from prunectl.formats.scratch import Scratch
 from prunectl.formats.zips import open_archive
 
 _CONTAINERS = ("layers", "_layer_checkpoint_dependencies")
@@ -26,18 +24,19 @@ class Stored:
 
     def __init__(self, model: ModelFile) -> None:
         self.model = model
+        self._scratch: Scratch | None = None
         self.file = model.path if model.format == "keras-h5" else self._taken_out()
         self.contents: Contents = hdf5.read_contents(Place(self.file, 0, self.file.stat().st_size))
         self.root = root_of(self.contents)
         self._keys = {found.storage.key: found.name for found in self.contents.datasets}
 
     def _taken_out(self) -> Path:
-        scratch = Path(tempfile.mkdtemp(prefix="prunectl-"))
-        weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+        self._scratch = Scratch()
+        weights = self._scratch.path / WEIGHTS
         archive = open_archive(self.model.path)
-        with (scratch / WEIGHTS).open("wb") as file:
+        with weights.open("wb") as file:
             file.writelines(archive.pieces(archive.entries[WEIGHTS]))
-        return scratch / WEIGHTS
+        return weights
 
     def path(self, tensor: Tensor) -> str:
         """Return where a tensor stands in the HDF5 file."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from prunectl.formats.json_text import parse_object
 from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras import h5, hdf5
 from prunectl.formats.keras.hdf5_walk import Place
+from prunectl.formats.scratch import Scratch
 from prunectl.formats.zips import Archive, Entry, open_archive
 
 WEIGHTS = "model.weights.h5"
@@ -37,15 +36,15 @@ def _stored(path: Path, weights: Entry, config: dict[str, Any]) -> ModelFile:
 
 def _deflated(path: Path, archive: Archive, weights: Entry, config: dict[str, Any]) -> ModelFile:
     # Libhdf5 must be able to seek: the weights are inflated into a file that lives as long as the model.
-    scratch = Path(tempfile.mkdtemp(prefix="prunectl-"))
-    inside = inflate(archive, config, scratch / WEIGHTS)
+    scratch = Scratch()
+    inside = inflate(archive, config, scratch.path / WEIGHTS)
     inner = {tensor.storage.key: tensor for tensor in inside.tensors}
     share = weights.extent.nbytes / max(weights.nbytes, 1)
 
     def decode(tensor: Tensor) -> Array:
         return inside.read(inner[tensor.storage.key])
 
-    weakref.finalize(decode, shutil.rmtree, scratch, ignore_errors=True)
+    weakref.finalize(decode, scratch.remove)
     return _model(path, tuple(_hidden(tensor, share) for tensor in inner.values()), decode)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,6 +11,7 @@ from prunectl.formats import zip_write
 from prunectl.formats.base import ModelFile
 from prunectl.formats.keras import h5_write
 from prunectl.formats.keras.archive import WEIGHTS, inflate
+from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.writing import Rewrite
 from prunectl.formats.zips import open_archive
 
@@ -24,10 +24,10 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewrit
         zip_write.write(model, targets, rewrites)
         return
     archive = open_archive(model.path)
-    with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
-        inside = inflate(archive, dict(model.about.keras or {}), Path(scratch) / WEIGHTS)
+    with temporary_folder() as scratch:
+        inside = inflate(archive, dict(model.about.keras or {}), scratch / WEIGHTS)
         own = {tensor.storage.key: tensor for tensor in inside.tensors}
-        changed = Path(scratch) / "changed.h5"
+        changed = scratch / "changed.h5"
         inner = [replace(rewrite, tensor=own[rewrite.tensor.storage.key]) for rewrite in rewrites]
         h5_write.write(inside, {inside.path: changed}, inner)
         with changed.open("rb") as weights:

@@ -23,7 +23,7 @@ _CONFIG = "config.json"
 def strip(model: ModelFile, wish: Wish, targets: dict[Path, Path]) -> tuple[Removed, ...]:
     """Write the archive without what the wish names, and return what went."""
     archive, target = open_archive(model.path), targets[model.path]
-    with tempfile.TemporaryDirectory(prefix=".prunectl-", dir=target.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".weights-", dir=target.parent) as scratch:
         weights, edited = Path(scratch) / WEIGHTS, Path(scratch) / "edited.h5"
         with weights.open("wb") as file:
             file.writelines(archive.pieces(archive.entries[WEIGHTS]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from prunectl.errors import InputError, PrunectlError, UsageError
 from prunectl.formats.base import ModelFile
+from prunectl.formats.scratch import temporary_folder
 from prunectl.training.keras import custom, trust
 from prunectl.training.keras.layout import Layout, layout, linked
 from prunectl.training.keras.library import Library, keras_three, keras_two, quietly
@@ -102,8 +102,8 @@ def _from_file(library: Library, file: ModelFile, kind: Layout, origin: Origin, 
     words: dict[str, Any] = {"compile": False, "custom_objects": dict(objects)}
     if kind is not Layout.FOLDER:
         words["safe_mode"] = not origin.is_trusted
-    with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
-        place = linked(file.path, kind, Path(scratch))
+    with temporary_folder() as scratch:
+        place = linked(file.path, kind, scratch)
         try:
             return library.keras.models.load_model(str(place), **words)
         except PrunectlError:
@@ -121,9 +121,9 @@ def _filler(model: Any, kind: Layout) -> Callable[[Path], None]:
             status = model.load_weights(str(path / "variables" / "variables"))
             status.expect_partial()
             return
-        with tempfile.TemporaryDirectory(prefix="prunectl-") as folder:
+        with temporary_folder() as folder:
             try:
-                model.load_weights(str(linked(path, kind, Path(folder))))
+                model.load_weights(str(linked(path, kind, folder)))
             except (ValueError, KeyError, OSError) as error:
                 raise InputError(f"{path} does not fit the model: {first_line(error)}") from error
 

@@ -6,7 +6,6 @@ whichever number a variable then holds tells its name. It does not matter which 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from prunectl.errors import InputError
 from prunectl.formats.base import Array, ModelFile, Role, Tensor
+from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.table import by_name, load
 from prunectl.formats.writing import Rewrite
 from prunectl.training.keras import numbers
@@ -58,8 +58,8 @@ def _marks(
         for variable in held:
             numbers.write(library, variable, np.zeros(numbers.shape(variable), numbers.dtype(variable)))
         digits = {tensor.name: (at + 1) // weight % base for at, tensor in enumerate(tensors)}
-        with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch, quietly():
-            fill(_marked(file, tensors, digits, Path(scratch)))
+        with temporary_folder() as scratch, quietly():
+            fill(_marked(file, tensors, digits, scratch))
         for at, variable in enumerate(held):
             marks[at] = _mark(marks[at], numbers.read(library, variable), weight)
         weight *= base

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile, Role
+from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.table import open_model
 from prunectl.measuring.patterns import Block
 from prunectl.measuring.zeros import count_zeros
@@ -47,8 +47,8 @@ def prune_wrapped(path: Path, request: Request, ramp: Ramp | None, origin: Origi
     model = open_model(path)
     wrapper_of(model, has_schedule=ramp is not None)
     outputs.check(model, output)
-    with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
-        plain = Path(scratch) / path.resolve().name
+    with temporary_folder() as scratch:
+        plain = scratch / path.resolve().name
         pruned = prune(path, replace(request, is_packed=False), Output(plain))
         found = open_model(plain)
         wrapping = _wrapping(found, pruned, ramp, origin)

@@ -43,8 +43,7 @@ def wrapping_of(keeper: Keeper, request: Request, held: Kept | None, steps: int)
 def wrap_in_place(written: Path, wrapping: Wrapping) -> tuple[str, ...]:
     """Put wrappers into a result that was just written, and return which tensors could get none."""
     plain = open_model(written)
-    folder = written.parent.parent
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".prunectl-") as scratch:
+    with tempfile.TemporaryDirectory(dir=written.parent, prefix=".wrapped-") as scratch:
         target = Path(scratch) / written.name
         bare = wrap(plain, wrapping, target)
         check_stripped(plain, target)

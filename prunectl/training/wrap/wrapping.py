@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.formats.base import PARAMETRIZATION, WEIGHTS, ModelFile
+from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.stripping import Part, Wish
 from prunectl.formats.table import by_name, open_model
 from prunectl.measuring.blocks import same_numbers
@@ -124,8 +124,8 @@ def unwrapped(model: ModelFile, folder: Path) -> ModelFile:
 
 def check_stripped(plain: ModelFile, wrapped: Path) -> None:
     """Refuse a wrapped file whose wrappers, taken off again, do not leave what they should."""
-    with tempfile.TemporaryDirectory(prefix="prunectl-") as scratch:
-        found = unwrapped(open_model(wrapped), Path(scratch))
+    with temporary_folder() as scratch:
+        found = unwrapped(open_model(wrapped), scratch)
         held = {tensor.name: tensor for tensor in found.tensors}
         for tensor in plain.tensors:
             if tensor.role not in WEIGHTS:
