@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
+from zipfile import ZIP_DEFLATED, ZipFile
 
 from prunectl.formats.base import ModelFile
-from prunectl.formats.zips import open_archive
+from prunectl.formats.zips import open_archive, written_again
 
 LEVEL = 6
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-"""The same time for every entry, or the same model would not give the same bytes."""
-_UNIX = 3
+"""The same time for every entry (extra records hold times too), or the same model would not give the same bytes."""
 PROMISE = "/.format_version"
 """With it PyTorch promises itself where each record lies, which no longer holds."""
 
@@ -25,8 +24,8 @@ def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
         for name in old.namelist():
             if name.endswith(PROMISE):
                 continue
-            info = ZipInfo(name, _EPOCH)
-            info.create_system = _UNIX
+            info = written_again(old.getinfo(name))
+            info.date_time, info.extra = _EPOCH, b""
             if info.is_dir():
                 packed.writestr(info, b"")
                 continue

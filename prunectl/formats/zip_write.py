@@ -5,14 +5,15 @@ from __future__ import annotations
 import mmap
 import os
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 from prunectl.formats.base import ModelFile
 from prunectl.formats.pack_zip import LEVEL, PROMISE
 from prunectl.formats.writing import Rewrite, splice
-from prunectl.formats.zips import Archive, Entry, open_archive
+from prunectl.formats.zips import Archive, Entry, open_archive, written_again
 
 _CENTRAL, _DESCRIPTOR = b"PK\x01\x02", b"PK\x07\x08"
 _CENTRAL_BYTES = 46
@@ -26,7 +27,7 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewrit
     target = targets[model.path]
     if all(rewrite.tensor.storage.extent is not None for rewrite in rewrites):
         splice(model.path, target, sorted(rewrites, key=lambda rewrite: rewrite.run.offset))
-        seal(target, [entry for entry in archive.entries.values() if _is_touched(entry, rewrites)])
+        seal(target, _touched(archive.entries.values(), [rewrite.run.offset for rewrite in rewrites]))
     else:
         changed = {found.tensor.storage.key: (found.tensor.storage.nbytes, found.raw()) for found in rewrites}
         rebuild(archive, target, changed)
@@ -48,9 +49,12 @@ def seal(path: Path, entries: Iterable[Entry]) -> None:
                 os.pwrite(file.fileno(), crc, header_offset + 14)
 
 
-def _is_touched(entry: Entry, rewrites: Sequence[Rewrite]) -> bool:
-    begin, end = entry.extent.offset, entry.extent.offset + entry.extent.nbytes
-    return any(begin <= rewrite.run.offset < end for rewrite in rewrites)
+def _touched(entries: Iterable[Entry], offsets: Iterable[int]) -> list[Entry]:
+    """Return the entries that hold any of these places."""
+    ordered = sorted(entries, key=lambda entry: entry.extent.offset)
+    begins = [entry.extent.offset for entry in ordered]
+    found = {bisect_right(begins, offset) - 1 for offset in offsets}
+    return [ordered[index] for index in sorted(found) if index >= 0]
 
 
 def _crc(fd: int, entry: Entry) -> int:
@@ -80,10 +84,15 @@ def _records(path: Path) -> dict[str, tuple[int, int, int]]:
 def rebuild(archive: Archive, target: Path, changed: Mapping[str, tuple[int, Iterable[bytes | memoryview]]]) -> None:
     """Write an archive again, compressed where it was, with other bytes (so many of them) in some entries."""
     with ZipFile(archive.path) as old, ZipFile(target, "w", compresslevel=LEVEL) as new:
-        for entry in archive.entries.values():
-            if entry.name.endswith(PROMISE):
+        new.comment = old.comment
+        for before in old.infolist():
+            if before.filename.endswith(PROMISE):
                 continue
-            info = ZipInfo(entry.name, old.getinfo(entry.name).date_time)
+            info = written_again(before)
+            if before.is_dir():
+                new.writestr(info, b"")
+                continue
+            entry = archive.entries[before.filename]
             info.compress_type = ZIP_STORED if entry.is_stored else ZIP_DEFLATED
             info.file_size, content = changed.get(entry.name, (entry.nbytes, archive.pieces(entry)))
             with new.open(info, "w") as out:

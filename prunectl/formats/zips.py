@@ -21,6 +21,8 @@ MAX_BLOWN_UP_BYTES = 256 << 20
 """An archive that inflates to more than this, and more than BOMB_RATIO times itself, is a bomb."""
 BOMB_RATIO = 200
 _LOCAL_HEADER_BYTES = 30
+_RECORD_BYTES, _ZIP64 = 4, b"\x01\x00"
+"""How long the head of an extra record is, and the kind that holds 64-bit lengths."""
 _PIECE_BYTES = 1 << 20
 
 
@@ -110,6 +112,26 @@ def open_archive(path: Path) -> Archive:
         raise InputError(f"{path} is truncated or damaged: there are {begin} bytes before its first entry")
     _refuse_lies(path, entries, end)
     return Archive(path, {entry.name: entry for entry in entries})
+
+
+def written_again(old: ZipInfo) -> ZipInfo:
+    """Return what an entry is written again with: all that its directory says, but for lengths and compression."""
+    new = ZipInfo(old.filename, old.date_time)
+    new.comment, new.create_system = old.comment, old.create_system
+    new.internal_attr, new.external_attr = old.internal_attr, old.external_attr
+    new.extra = _without_lengths(old.extra)
+    return new
+
+
+def _without_lengths(extra: bytes) -> bytes:
+    """Drop the record of 64-bit lengths, which is written anew where it is needed."""
+    kept, at = b"", 0
+    while at + _RECORD_BYTES <= len(extra):
+        end = at + _RECORD_BYTES + int.from_bytes(extra[at + 2 : at + 4], "little")
+        if extra[at : at + 2] != _ZIP64 and end <= len(extra):
+            kept += extra[at:end]
+        at = end
+    return kept
 
 
 def _locate(path: Path, file: BinaryIO, info: ZipInfo) -> Entry:

@@ -21,6 +21,9 @@ from prunectl.pruning.request import Request, from_json
 
 SCHEMA = "prunectl.manifest/1"
 _RANDOM_DATA = re.compile(r"random:\d+(\?|$)")
+_SCHEMA = re.compile(rb'"schema"\s*:\s*"%b"' % re.escape(SCHEMA.encode()))
+_END_BYTES = 512
+"""Keys are sorted: of a manifest, `schema` is one of the last."""
 
 
 def check(path: Path, taken: Iterable[Path], *, is_forced: bool) -> None:
@@ -30,7 +33,7 @@ def check(path: Path, taken: Iterable[Path], *, is_forced: bool) -> None:
     is_there = os.path.lexists(path)
     if (is_there and not path.is_file()) or path.resolve() in {other.resolve() for other in taken}:
         raise UsageError(f"{path} is no place for a manifest", hint="--manifest run.json")
-    if is_there and not is_forced and not _is_ours(path.read_bytes()):
+    if is_there and not is_forced and not _is_ours(path):
         raise UsageError(
             f"{path} exists, and is no manifest of prunectl", hint="write elsewhere, or replace it with --force"
         )
@@ -83,10 +86,10 @@ def _code_in(request: Request) -> tuple[str, ...]:
     return request.strategy, policy, data, request.loss, request.model, request.custom_objects
 
 
-def _is_ours(content: bytes) -> bool:
-    """Whether a file is a manifest, or empty."""
-    try:
-        said = json.loads(content or b"{}")
-    except ValueError:
-        return False
-    return not content or (isinstance(said, dict) and said.get("schema") == SCHEMA)
+def _is_ours(path: Path) -> bool:
+    """Whether a file is a manifest, or empty: it begins and ends as one; models lie there too, as big as they like."""
+    with path.open("rb") as file:
+        head = file.read(_END_BYTES)
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _END_BYTES))
+        tail = file.read()
+    return not head or (head.lstrip().startswith(b"{") and _SCHEMA.search(head + tail) is not None)

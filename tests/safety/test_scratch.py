@@ -149,7 +149,7 @@ def without_renameat2(*_: object) -> int:
 
 
 @pytest.fixture(params=["renameat2", "links", "neither"])
-def placing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def placing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the filesystem offers to take a free place."""
 
     def refuse(*_: object) -> None:
@@ -159,7 +159,7 @@ def placing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(exchange, "_renameat2", without_renameat2)
     if request.param == "neither":
         monkeypatch.setattr(os, "link", refuse)
-    yield request.param
+    return str(request.param)
 
 
 @pytest.mark.usefixtures("placing")

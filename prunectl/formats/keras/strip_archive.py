@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 from prunectl.formats.base import ModelFile
 from prunectl.formats.keras import h5_edit, hdf5, leftovers
@@ -15,7 +15,7 @@ from prunectl.formats.keras.archive import WEIGHTS
 from prunectl.formats.keras.hdf5_walk import Place
 from prunectl.formats.pack_zip import LEVEL
 from prunectl.formats.stripping import Removed, Wish
-from prunectl.formats.zips import Archive, open_archive
+from prunectl.formats.zips import Archive, open_archive, written_again
 
 _CONFIG = "config.json"
 
@@ -48,7 +48,7 @@ def _write(archive: Archive, target: Path, changed: Mapping[str, Path]) -> None:
     with ZipFile(archive.path) as old, ZipFile(target, "w", compresslevel=LEVEL) as new:
         new.comment = old.comment
         for before in old.infolist():
-            info = ZipInfo(before.filename, before.date_time)
+            info = written_again(before)
             if info.is_dir():
                 new.writestr(info, b"")
                 continue

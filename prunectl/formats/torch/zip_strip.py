@@ -14,7 +14,7 @@ from prunectl.formats.torch.recipe import Bytes
 from prunectl.formats.torch.record import record
 from prunectl.formats.torch.storages import Container, Contents
 from prunectl.formats.torch.zip_file import MAX_MARK_BYTES, MAX_PICKLE_BYTES, top_folder
-from prunectl.formats.zips import Archive
+from prunectl.formats.zips import Archive, written_again
 
 ALIGNMENT = 64
 MAX_ALIGNMENT = 1 << 16
@@ -75,6 +75,7 @@ def _write(archive: Archive, folder: str, target: Path, contents: Contents) -> N
     alignment = _alignment(archive, folder)
     pickle = b"".join(emit(contents.recipe))
     with ZipFile(archive.path) as old, ZipFile(target, "w", compresslevel=LEVEL) as new:
+        new.comment = old.comment
         for name in names:
             entry = archive.entries.get(name)
             info = _info(old, name)
@@ -99,10 +100,7 @@ def _write(archive: Archive, folder: str, target: Path, contents: Contents) -> N
 def _info(old: ZipFile, name: str) -> ZipInfo:
     if name not in old.NameToInfo:
         return ZipInfo(name, _EPOCH)
-    known = old.getinfo(name)
-    info = ZipInfo(name, known.date_time)
-    info.create_system, info.external_attr = known.create_system, known.external_attr
-    return info
+    return written_again(old.getinfo(name))
 
 
 def _alignment(archive: Archive, folder: str) -> int:
