@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_ONLY_WRITING = NO_ROOM | {errno.EROFS}
+SCRATCH = re.compile(r"\.?prunectl-[0-9a-f]{16}")
+"""What scratch folders are called, see `formats.scratch`."""
 MAX_NAME_CHARACTERS = 80
 Subject = TypeVar("Subject")
 Result = TypeVar("Result")
@@ -84,6 +88,14 @@ def is_about(error: OSError, folder: Path) -> bool:
     """Whether an error of the system names something in a folder."""
     name = error.filename
     return isinstance(name, str | bytes) and Path(os.fsdecode(name)).is_relative_to(folder)
+
+
+def is_of_output(error: OSError) -> bool:
+    """Whether an error of the system is about what is being written, as far as it says."""
+    if error.errno in _ONLY_WRITING:
+        return True
+    name = error.filename
+    return isinstance(name, str | bytes) and any(map(SCRATCH.fullmatch, Path(os.fsdecode(name)).parts))
 
 
 def abbreviated(text: str, most: int = MAX_NAME_CHARACTERS) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
 import secrets
 import shutil
 import stat
@@ -16,11 +15,10 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from prunectl.errors import WorkError
+from prunectl.errors import SCRATCH, WorkError
 
 HIDDEN, SHOWN = ".prunectl-", "prunectl-"
 """How the names begin: beside an output, and in the temporary folder."""
-NAME = re.compile(r"\.?prunectl-[0-9a-f]{16}")
 LOCK, INSIDE, PACKED, OLD = "lock", "new", "packed", "old"
 """All that a folder of ours holds: its lock, what is being made, the same compressed, and what it has replaced."""
 NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
@@ -116,7 +114,7 @@ def clear_stale(parent: Path, prefix: str) -> None:
     A folder is ours if its name, its owner, its mode and all that is in it say so; nothing else is ever touched.
     """
     with suppress(OSError):
-        names = [name for name in os.listdir(parent) if name.startswith(prefix) and NAME.fullmatch(name)]
+        names = [name for name in os.listdir(parent) if name.startswith(prefix) and SCRATCH.fullmatch(name)]
         for name in names:
             with suppress(OSError):
                 _clear(parent / name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import shutil
 import signal
@@ -10,9 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from prunectl.errors import InputError
@@ -58,11 +55,6 @@ def refuse() -> bytes:
     raise InputError("m.h5 is refused")
 
 
-def fill(target: Any) -> bytes:
-    target[:] = 7
-    return b""
-
-
 def test_one_child_does_the_work_of_many_and_is_gone_afterwards() -> None:
     answer = bytes(range(256)) * 2000
     with one_child():
@@ -102,21 +94,13 @@ def test_processor_time_is_counted_for_each_file_anew() -> None:
         assert sum(len(ask(partial(echo, bytes(1 << 20)), 0.2)) for _ in range(20)) == 20 << 20
 
 
-def test_work_that_shares_memory_gets_a_child_of_its_own() -> None:
-    shared = np.frombuffer(mmap.mmap(-1, 8), np.uint8)
-    with one_child():
-        assert ask(partial(fill, shared)) == b""
-        assert shared.tolist() == [7] * 8
-        assert ask(lambda: b"not to be sent") == b"not to be sent"
-
-
 def test_two_hundred_models_take_one_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(200):
         shutil.copy(FIXTURES / "digits_cnn.h5", tmp_path / f"{number}.h5")
     (tmp_path / "broken.h5").write_bytes((FIXTURES / "digits_cnn.h5").read_bytes()[:3000])
     (tmp_path / "prunectl.toml").write_text(BUDGET)
-    fork, forks = os.fork, []
-    monkeypatch.setattr(isolated.os, "fork", lambda: forks.append(1) or fork())
+    fork, forks = isolated._server.fork, []
+    monkeypatch.setattr(isolated._server, "fork", lambda module: forks.append(1) or fork(module))
 
     found = prunectl(tmp_path, "check", "--json")
     assert (found.code, len(found.json["gates"]), len(forks)) == (3, 600, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +29,6 @@ _WALK_BYTES = 200 << 20
 _MAX_RATIO = 1100
 """No filter of HDF5 compresses better than deflate does at its best."""
 _ROOM = 16 << 20
-_SENT_BYTES = 16 << 20
-"""Datasets up to this are sent through a pipe, by a child that goes on to the next; to share memory takes a new one."""
 _MAX_BLOWN_UP_BYTES = 128 << 20
 """A dataset that unfolds to more than this, and more than _BOMB_RATIO times itself, is a bomb."""
 _BOMB_RATIO = 200
@@ -85,24 +82,19 @@ def read_contents(place: Place) -> Contents:
 
 
 def decode(place: Place, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """Return a dataset that does not lie flat, read by libhdf5 in a child: a big one into memory that it shares."""
+    """Return a dataset that does not lie flat, read by libhdf5 in a child."""
     nbytes = math.prod(shape) * dtype.itemsize
     if not nbytes:
         return np.zeros(shape, dtype)
-    seconds = _SECONDS + nbytes / _BYTES_PER_SECOND
-    if nbytes <= _SENT_BYTES:
-        read = partial(_read, place, name, _as_stored(dtype), shape)
-        answer = in_child(read, place.path, seconds=seconds, extra_bytes=_WALK_BYTES + 4 * nbytes + place.nbytes)
-        if len(answer) != nbytes:
-            raise InputError(f"{place.path} is damaged: {abbreviated(name)} is not of the size that it claims")
-        return extents.arrange(np.frombuffer(answer, np.uint8), dtype=dtype, shape=shape)
-    raw: NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
-    in_child(
-        partial(_fill, place, name, raw.view(_as_stored(dtype)).reshape(shape)),
+    answer = in_child(
+        partial(_read, place, name, _as_stored(dtype), shape),
         place.path,
-        seconds=seconds,
+        seconds=_SECONDS + nbytes / _BYTES_PER_SECOND,
         extra_bytes=_WALK_BYTES + 2 * nbytes + place.nbytes,
     )
+    if len(answer) != nbytes:
+        raise InputError(f"{place.path} is damaged: {abbreviated(name)} is not read as it is described")
+    raw: NDArray[np.uint8] = np.frombuffer(answer, np.uint8)
     return extents.arrange(raw, dtype=dtype, shape=shape)
 
 
@@ -116,15 +108,10 @@ def _walk(place: Place) -> bytes:
         raise InputError(f"{place.path} is truncated or damaged: {said}") from error
 
 
-def _read(place: Place, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    found = np.empty(shape, dtype)
-    fill(place, name, found)
-    return found.tobytes()
-
-
-def _fill(place: Place, name: str, target: NDArray[Any]) -> bytes:
+def _read(place: Place, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> memoryview:
+    target = np.empty(shape, dtype)
     fill(place, name, target)
-    return b""
+    return target.reshape(-1).view(np.uint8).data
 
 
 def _as_stored(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -178,7 +178,7 @@ def _plain(value: Any) -> Any:
 
 
 def fill(place: Place, name: str, target: Any) -> None:
-    """Read one dataset into memory that the parent shares."""
+    """Read one dataset into an array of its shape."""
     with place.open() as file:
         dataset = file[name]
         if dataset.shape == ():
