@@ -13,7 +13,8 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -77,17 +78,43 @@ def translate(error: Exception) -> PrunectlError | None:
     """Return what an error of the system means to the user; None for what is our own fault."""
     if isinstance(error, MemoryError):
         return WorkError("out of memory")
-    if isinstance(error, OSError) and error.errno in NO_ROOM:
+    if not isinstance(error, OSError):
+        return None
+    if isinstance(reason := getattr(error, "reason", None), OSError):
+        # Of urllib, which wraps what the network said.
+        return translate(reason)
+    if error.errno in NO_ROOM:
         return WorkError(f"no space left on the disk{_where(error)}; nothing was written")
-    if isinstance(error, OSError) and error.errno is not None:
-        return InputError(f"{error.filename or 'the input'} cannot be used: {error.strerror}")
+    if error.errno is not None and is_of_output(error):
+        return WorkError(f"{error.filename or 'the output'} cannot be written: {error.strerror}; nothing was written")
+    if error.errno is not None and error.filename:
+        return InputError(f"{_text(error.filename)} cannot be used: {error.strerror}")
+    if error.errno is not None or isinstance(error, TimeoutError):
+        # What was being read says so itself (see `reading`): this is the network, a pipe, or what is written.
+        return WorkError(f"the system refused: {error.strerror or first_line(error)}; nothing was written")
     return None
 
 
-def is_about(error: OSError, folder: Path) -> bool:
-    """Whether an error of the system names something in a folder."""
-    name = error.filename
-    return isinstance(name, str | bytes) and Path(os.fsdecode(name)).is_relative_to(folder)
+@contextmanager
+def reading(path: Path) -> Generator[None]:
+    """Whatever the system refuses meanwhile, it is this input's fault: a disk that is broken, a file that went."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or is_of_output(error):
+            raise
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def writing(path: Path) -> Generator[None]:
+    """Whatever the system refuses meanwhile, it is about this place, which is written to."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise WorkError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def is_of_output(error: OSError) -> bool:
@@ -127,4 +154,8 @@ def attempt(action: Callable[[Subject], Result], subject: Subject) -> Result | P
 
 
 def _where(error: OSError) -> str:
-    return f" that holds {error.filename}" if error.filename else ""
+    return f" that holds {_text(error.filename)}" if error.filename else ""
+
+
+def _text(name: object) -> str:
+    return os.fsdecode(name) if isinstance(name, str | bytes) else str(name)

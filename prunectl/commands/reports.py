@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prunectl.commands.inputs import STDIN
-from prunectl.errors import PrunectlError, UsageError, attempt
+from prunectl.errors import PrunectlError, UsageError, attempt, writing
 from prunectl.formats import outputs
 from prunectl.formats.names import nearest
 from prunectl.formats.table import recognise
@@ -61,7 +61,8 @@ class Reports:
             else:
                 _write(Path(place), text)
             if name == "github" and os.environ.get(_SUMMARY):
-                with Path(os.environ[_SUMMARY]).open("a", encoding="utf-8") as summary:
+                where = Path(os.environ[_SUMMARY])
+                with writing(where), where.open("a", encoding="utf-8") as summary:
                     summary.write(FORMATS["markdown"](found))
         report = check_report(found, has_gates=reporter.is_json)
         if STDOUT not in {place for _, place in self.wanted}:
@@ -98,6 +99,7 @@ def _is_precious(path: Path) -> bool:
 def _write(path: Path, text: str) -> None:
     if path.exists() and not path.is_file():
         # A pipe or a device has no place that could be taken.
-        path.write_text(text, encoding="utf-8")
+        with writing(path):
+            path.write_text(text, encoding="utf-8")
         return
     outputs.write_text(path, text, is_forced=True)

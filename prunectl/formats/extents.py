@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, reading
 from prunectl.formats.workers import check_stopped
 
 BYTE = np.dtype(np.uint8)
@@ -89,7 +89,8 @@ def blocks(extent: Extent, dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
         while done < extent.nbytes:
             check_stopped()
             want = min(buffer.size, extent.nbytes - done)
-            got = os.preadv(fd, [buffer[:want].data], extent.offset + done)
+            with reading(extent.path):
+                got = os.preadv(fd, [buffer[:want].data], extent.offset + done)
             if got != want:
                 raise InputError(f"{extent.path} ended early: it became shorter while it was read")
             yield buffer[:got].view(dtype)

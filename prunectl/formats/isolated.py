@@ -29,6 +29,7 @@ from prunectl.formats.isolated_child import HEAD, Request
 
 _OUT_OF_TIME = "takes too long to read: it is damaged, or made to keep its reader busy"
 _PIECE_BYTES = 1 << 20
+_PROBE = bytes(1 << 16)
 _PATIENCE = 20
 """How much longer than it may reckon a child may take on a machine that is busy with other things."""
 _OVER_TIME = frozenset({signal.SIGPROF, signal.SIGXCPU})
@@ -52,12 +53,19 @@ policy = Policy.SANDBOX
 """What holds for the whole process."""
 
 
-def in_child(work: Callable[[], bytes | memoryview], path: Path, *, seconds: float, extra_bytes: int) -> bytes:
+def in_child(
+    work: Callable[[], bytes | memoryview],
+    path: Path,
+    *,
+    seconds: float,
+    extra_bytes: int,
+    written: tuple[Path, ...] = (),
+) -> bytes:
     """Return what ``work`` returns in a child of its own; whatever kills the child is the file's fault.
 
     The work must be such that pickle can send it. The seconds are of processor time, so that a busy machine is not
     taken for a hostile file. The answer is bytes that the caller must parse with care: a child that a file has taken
-    over may say anything.
+    over may say anything. Of files that it writes it may be that they found no room: then they are at fault.
     """
     if policy is Policy.HERE:
         return bytes(work())
@@ -80,11 +88,28 @@ def in_child(work: Callable[[], bytes | memoryview], path: Path, *, seconds: flo
     if how == isolated_child.NOT_WRITTEN:
         number, _, name = said.partition(b" ")
         raise OSError(int(number), os.strerror(int(number)), os.fsdecode(name) or None)
+    for file in written:
+        _need_room(file)
     if how == isolated_child.FAILED:
         raise InputError(f"{path} is truncated or damaged: {said.decode('utf-8', 'backslashreplace')}")
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) in _OVER_TIME:
         raise InputError(f"{path} {_OUT_OF_TIME}")
     raise InputError(f"{path} crashes the library that reads it: it is damaged or hostile")
+
+
+def _need_room(path: Path) -> None:
+    """Raise what the system says where a file, which is thrown away now, could not have become longer.
+
+    A library that finds no room says so in words of its own, or crashes while it tidies up.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        left = len(_PROBE)
+        while left:
+            left -= os.write(fd, _PROBE[:left])
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from prunectl.errors import NO_ROOM, UsageError, WorkError, is_about
+from prunectl.errors import NO_ROOM, UsageError, WorkError, is_of_output
 from prunectl.formats import exchange, permissions, scratch
 from prunectl.formats.base import ModelFile
 
@@ -105,7 +105,8 @@ def _scratch(parent: Path) -> Generator[Path]:
     except OSError as error:
         if error.errno in NO_ROOM:
             raise WorkError(f"{parent} has no room for the result: {error.strerror}; nothing was written") from error
-        if error.errno is None or not is_about(error, held.inside):
+        # What is read says so itself, and what has no name was being written.
+        if error.errno is None or not (error.filename is None or is_of_output(error)):
             raise
         raise WorkError(f"{parent} cannot be written to: {error.strerror}; nothing was written") from error
     finally:

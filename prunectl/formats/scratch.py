@@ -15,7 +15,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from prunectl.errors import SCRATCH, WorkError
+from prunectl.errors import NO_ROOM, SCRATCH, WorkError
 
 HIDDEN, SHOWN = ".prunectl-", "prunectl-"
 """How the names begin: beside an output, and in the temporary folder."""
@@ -25,6 +25,7 @@ NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL
 """What a filesystem without locks says, as some of NFS and FUSE are."""
 _DAY = 24 * 3600
 """Where nobody can lock, a run counts as dead when nothing has been touched for so many seconds."""
+_LITTLE = 1 << 20
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _cleared: set[str] = set()
 
@@ -58,6 +59,15 @@ def temporary_folder() -> Generator[Path]:
     held = Scratch()
     try:
         yield held.path
+    except OSError as error:
+        # A write does not say where to: it was here if there is no room here.
+        parent = held.path.parent.parent
+        if error.errno not in NO_ROOM or shutil.disk_usage(parent).free > _LITTLE:
+            raise
+        raise WorkError(
+            f"the temporary folder {parent} has no room: {error.strerror}; nothing was written",
+            hint="name one with more: TMPDIR=/path/to/folder",
+        ) from error
     finally:
         held.remove()
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, reading
 from prunectl.formats import sniff, strangers
 from prunectl.formats.base import Can, Format, ModelFile
 from prunectl.formats.peek import Peek
@@ -172,7 +172,8 @@ def resolve(path: Path) -> Path:
 def open_model(path: Path) -> ModelFile:
     """Open a model of any format, or say in one sentence why not."""
     real = resolve(path)
-    model: ModelFile = load(recognise(real).opener)(real)
+    with reading(real):
+        model: ModelFile = load(recognise(real).opener)(real)
     for tensor in model.tensors:
         if len(tensor.shape) > MAX_AXES:
             raise InputError(f"{real} is refused: {tensor.name} claims {len(tensor.shape)} axes, NumPy has {MAX_AXES}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prunectl.errors import InputError
+from prunectl.errors import NO_ROOM, InputError, reading
 from prunectl.formats.base import Array, ModelFile, Tensor
 from prunectl.formats.extents import Extent
 from prunectl.formats.workers import check_stopped, workers
@@ -18,7 +17,6 @@ from prunectl.formats.workers import check_stopped, workers
 THREADS = 2
 """Enough to write while another block is reckoned; more would only hold more blocks."""
 _COPY_BYTES = 1 << 28
-_REAL_FAILURES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG})
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +88,9 @@ def splice(source: Path, target: Path, rewrites: Sequence[Rewrite]) -> None:
         with workers(THREADS) as pool:
             writing = [pool.submit(_write_run, new, rewrite.run, rewrite.raw()) for rewrite in rewrites]
             for run in (rewrite.run for rewrite in rewrites):
-                _copy(old, new, at, run.offset)
+                _copy(source, old, new, at, run.offset)
                 at = run.offset + run.nbytes
-            _copy(old, new, at, end)
+            _copy(source, old, new, at, end)
             for done in writing:
                 done.result()
     finally:
@@ -112,16 +110,18 @@ def _write_run(new: int, run: Extent, pieces: Iterator[memoryview]) -> None:
         raise ValueError(f"{at - run.offset} bytes were written in the place of {run.nbytes}")
 
 
-def _copy(old: int, new: int, begin: int, end: int) -> None:
+def _copy(source: Path, old: int, new: int, begin: int, end: int) -> None:
     """Copy a range of bytes, by the kernel and without moving them where it can."""
     while begin < end:
         try:
             done = os.copy_file_range(old, new, min(end - begin, _COPY_BYTES), begin, begin)
         except (AttributeError, OSError) as error:
-            if isinstance(error, OSError) and error.errno in _REAL_FAILURES:
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
                 raise
-            # Another filesystem, or a system that cannot.
-            done = os.pwrite(new, os.pread(old, min(end - begin, 1 << 20), begin), begin)
+            # Another filesystem, a system that cannot, or a disk that is broken: then it shows which of the two.
+            with reading(source):
+                piece = os.pread(old, min(end - begin, 1 << 20), begin)
+            done = os.pwrite(new, piece, begin)
         if not done:
-            raise InputError("the input became shorter while it was copied")
+            raise InputError(f"{source} became shorter while it was copied")
         begin += done

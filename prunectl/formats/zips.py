@@ -12,7 +12,7 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 import numpy as np
 from numpy.typing import NDArray
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, reading
 from prunectl.formats.extents import Extent
 
 MAX_RATIO = 1100
@@ -81,7 +81,8 @@ def _inflated(file: BinaryIO, entry: Entry) -> Iterator[bytes]:
     left = entry.extent.nbytes
     inflate = zlib.decompressobj(-zlib.MAX_WBITS)
     while left:
-        raw = file.read(min(_PIECE_BYTES, left))
+        with reading(entry.extent.path):
+            raw = file.read(min(_PIECE_BYTES, left))
         if not raw:
             return
         left -= len(raw)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from prunectl.errors import PrunectlError, attempt
+from prunectl.errors import PrunectlError, attempt, writing
 from prunectl.formats.table import open_model
 from prunectl.measuring import archive
 from prunectl.sweeping.point import Outcome, Point
@@ -33,7 +33,8 @@ def lost(folder: Path, done: Mapping[Point, Outcome]) -> dict[Point, str]:
 def place_of(folder: Path, point: Point) -> Path:
     """Return the folder of a point, which is made if it is not there."""
     place = folder / point.name
-    place.mkdir(exist_ok=True)
+    with writing(place):
+        place.mkdir(exist_ok=True)
     return place
 
 

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from prunectl.errors import InputError, UsageError
+from prunectl.errors import InputError, UsageError, writing
+from prunectl.formats.scratch import NO_LOCKS
 from prunectl.sweeping.point import BASE, Outcome, Point
 
 FILE = "sweep.jsonl"
@@ -52,8 +53,9 @@ def opened(
     path = folder / FILE
     if folder.exists() and not path.is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists, and holds no sweep", hint="name a folder that is not there yet")
-    folder.mkdir(exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
     try:
         _lock(fd, folder)
         yield _read(fd, path, {"schema": _SCHEMA, "sha256": sha256, "files": {**files}, "choices": choices}, threads)
@@ -70,6 +72,11 @@ def _lock(fd: int, folder: Path) -> None:
             if time.monotonic() > until:
                 raise UsageError(f"another sweep is at work in {folder}") from None
             time.sleep(0.05)
+        except OSError as error:
+            # Where nobody can lock, nobody is known to be at work either.
+            if error.errno not in NO_LOCKS:
+                raise
+            return
         else:
             return
 

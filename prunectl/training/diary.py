@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from prunectl.errors import writing
 from prunectl.training.course import Course
 from prunectl.training.events import Events
 from prunectl.training.network import Logs
@@ -65,12 +66,13 @@ class Diary:
         self._course = course
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / METRICS
-        kept = _up_to(path, step) if step else []
-        path.write_text("".join(kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
-        self._events = Events(self.folder)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / METRICS
+            kept = _up_to(path, step) if step else []
+            path.write_text("".join(kept), encoding="utf-8")
+            self._file = path.open("a", encoding="utf-8")
+            self._events = Events(self.folder)
 
     def step(self, step: int, sparsity: float) -> None:
         """Note that a step is done."""

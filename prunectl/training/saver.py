@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunectl.errors import InputError, UsageError
+from prunectl.errors import InputError, UsageError, writing
 from prunectl.training.diary import Entry
 
 if TYPE_CHECKING:
@@ -56,6 +56,10 @@ class Saver:
         if not network.is_chief:
             network.save(None)
             return
+        with writing(self.folder):
+            self._write(network, keeper, progress)
+
+    def _write(self, network: Network, keeper: Keeper, progress: Progress) -> None:
         scratch = self.folder / _NEXT
         shutil.rmtree(scratch, ignore_errors=True)
         (scratch / _NETWORK).mkdir(parents=True)

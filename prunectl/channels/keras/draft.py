@@ -73,6 +73,7 @@ def _write_h5(opened: Opened, draft: Draft, edits: Edits, target: Path) -> None:
             opened.model.path,
             seconds=10 + nbytes / _BYTES_PER_SECOND,
             extra_bytes=_ROOM + 2 * nbytes,
+            written=(target,),
         )
     finally:
         edited.unlink(missing_ok=True)

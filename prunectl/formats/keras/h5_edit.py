@@ -41,6 +41,7 @@ def edit(source: Path, target: Path, edits: Edits, contents: Contents, shown: Pa
             shown,
             seconds=10 + source.stat().st_size / _BYTES_PER_SECOND,
             extra_bytes=_ROOM + 5 * largest,
+            written=(draft, target),
         )
     finally:
         draft.unlink(missing_ok=True)

@@ -39,6 +39,7 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewrit
             model.path,
             seconds=10 + nbytes / _BYTES_PER_SECOND,
             extra_bytes=_ROOM + 3 * max((tensor.nbytes for tensor in model.tensors), default=0),
+            written=(target,),
         )
 
 

@@ -34,6 +34,7 @@ def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
         model.path,
         seconds=10 + nbytes / _BYTES_PER_SECOND,
         extra_bytes=_ROOM + 2 * nbytes,
+        written=(target,),
     )
     tick(nbytes)
 
@@ -51,6 +52,7 @@ def rebuild(source: Path, target: Path, copy_dataset: CopyDataset) -> None:
     with h5py.File(source, "r", locking=False) as old, _created(target, old["/"]) as new:
         copy_attributes(old, new)
         _copy_members(old, new, {address_of(old["/"]): new["/"]}, copy_dataset)
+        new.flush()
 
 
 def _copy_members(old: Any, new: Any, copies: Copies, copy_dataset: CopyDataset) -> None:
@@ -69,6 +71,8 @@ def _copy_members(old: Any, new: Any, copies: Copies, copy_dataset: CopyDataset)
             _copy_members(thing, group, copies, copy_dataset)
         elif isinstance(thing, h5py.Dataset):
             copies[address] = copy_dataset(thing, new, key)
+            # Libhdf5 writes late, and a dataset that is closed does not say that its disk was full.
+            copies[address].id.flush()
         else:
             raise NotPortableError(key)
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from prunectl import errors
+from prunectl.errors import InputError
 from prunectl.formats import protobuf
 from prunectl.formats.onnx.proto import Span
 from prunectl.formats.onnx.wire import Reader, place, reading
@@ -71,6 +73,9 @@ def _copy(source: BinaryIO, run: Span, out: BinaryIO) -> None:
     source.seek(run.begin)
     left = run.end - run.begin
     while left:
-        piece = source.read(min(_PIECE_BYTES, left))
+        with errors.reading(Path(source.name)):
+            piece = source.read(min(_PIECE_BYTES, left))
+        if not piece:
+            raise InputError(f"{source.name} became shorter while it was copied")
         out.write(piece)
         left -= len(piece)

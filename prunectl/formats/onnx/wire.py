@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from prunectl import errors
 from prunectl.errors import InputError
 from prunectl.formats import protobuf
 from prunectl.formats.onnx.proto import Span
@@ -95,14 +96,11 @@ def place(field: Field) -> Span:
 @contextmanager
 def reading(path: Path) -> Iterator[Reader]:
     """Map a model into memory, so that only what is looked at is read."""
+    with errors.reading(path), path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    # What is done with it may write, on a disk that is full: that is not this file's fault.
     try:
-        with (
-            path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-            memoryview(mapped) as data,
-        ):
+        with mapped, memoryview(mapped) as data:
             yield Reader(data)
     except WireError as error:
         raise InputError(f"{path} is damaged, or not an ONNX model: {error}") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
