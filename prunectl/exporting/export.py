@@ -28,6 +28,7 @@ from prunectl.measuring.survey import Survey
 from prunectl.pruning import output as outputs
 from prunectl.pruning.output import Output
 from prunectl.pruning.strip import strip, surveyed
+from prunectl.training import trusted
 
 
 def export(path: Path, request: Request, output: Output) -> Exported:
@@ -42,6 +43,10 @@ def export(path: Path, request: Request, output: Output) -> Exported:
     beside = load(pair, pair.beside)(output.target) if pair.beside else ()
     check_place(model, output, target, beside)
     cards.check(request, output)
+    if pair.opener:
+        # A graph is run as it is; what Keras rebuilds may be built by the user's own function instead.
+        is_run = pair.opener == "by_tensorflow:open_live"
+        trusted.check(model, replace(request.origin, model="") if is_run else request.origin)
     # Before any work, so that what is missing is said first.
     load(pair, pair.writer)
     with (

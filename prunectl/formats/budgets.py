@@ -5,3 +5,6 @@ less than 2 seconds and 300 MB, whatever stands in it. Beyond any real model, an
 """
 
 from __future__ import annotations
+
+MAX_GRAPH_FIELDS = 2_000_000
+"""Fields of all nodes in the graph of a SavedModel, when its operations are held against what is allowed."""

@@ -13,17 +13,21 @@ MAX_FIELDS = 1_000_000
 class Walk:
     """The fields of a file, counted as they are looked at."""
 
-    def __init__(self, data: memoryview) -> None:
+    def __init__(self, data: memoryview, most: int = MAX_FIELDS) -> None:
         self.data = data
-        self._left = MAX_FIELDS
+        self._most = self._left = most
+
+    def spend(self, count: int) -> None:
+        """Count fields that were looked at in another way."""
+        self._left -= count
+        if self._left < 0:
+            raise WireError(f"more than {self._most} fields")
 
     def fields(self, inside: Field | None = None) -> Iterator[Field]:
         """Yield the fields of a message, or of the whole file."""
         begin, end = (0, None) if inside is None else (inside.begin, inside.end)
         for field in fields(self.data, begin, end):
-            self._left -= 1
-            if self._left < 0:
-                raise WireError(f"more than {MAX_FIELDS} fields")
+            self.spend(1)
             yield field
 
     def messages(self, inside: Field | None, number: int) -> Iterator[Field]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.table import by_name
+from prunectl.training import trusted
 from prunectl.training.network import Network, Origin
 
 
@@ -46,6 +47,7 @@ def open_network(model: ModelFile, origin: Origin) -> Network:
     """Load a model in the framework that trains such files, or say that there is none."""
     for runtime in RUNTIMES:
         if runtime.trains(model):
+            trusted.check(model, origin)
             module, _, name = runtime.opener.partition(":")
             found: Network = getattr(importlib.import_module(f"prunectl.training.{module}"), name)(model, origin)
             return found

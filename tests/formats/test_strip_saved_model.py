@@ -16,7 +16,6 @@ from prunectl.formats.stripping import Part, Wish
 from prunectl.formats.table import open_model
 from prunectl.formats.tensorflow import saved_model_unwrap, unwrapped_weights
 from prunectl.formats.tensorflow.bundle import read_bundle
-from prunectl.formats.tensorflow.keras_config_check import code_in
 from prunectl.formats.tensorflow.leveldb_table import masked_crc
 from prunectl.pruning.output import Output
 from prunectl.pruning.strip import Stripped
@@ -307,38 +306,6 @@ def test_a_lambda_layer_is_named_and_nothing_is_rebuilt(tmp_path: Path) -> None:
         strip(tmp_path / "m")
     assert caught.value.exit_code == 3
     assert not (tmp_path / "stripped_m").exists()
-
-
-@pytest.mark.parametrize(
-    ("layer", "named"),
-    [
-        (
-            {"class_name": "TFOpLambda", "config": {"name": "a", "function": "io.gfile.remove"}},
-            "operation io.gfile.remove",
-        ),
-        ({"class_name": "TensorFlowOpLayer", "config": {"name": "a"}}, "TensorFlowOpLayer layer a"),
-        ({"class_name": "Mine>Net", "config": {"name": "a"}}, "custom class Net"),
-        (
-            {"class_name": "Dense", "config": {"activation": {"module": "os", "class_name": "function"}}},
-            "function of os",
-        ),
-        (
-            {"class_name": "Dense", "config": {"a": [{"module": "keras.utils", "class_name": "function"}]}},
-            "function of keras.utils",
-        ),
-        (
-            {"class_name": "Dense", "config": {"cell": {"class_name": "Lambda", "config": {"name": "b"}}}},
-            "Lambda layer b",
-        ),
-    ],
-)
-def test_whatever_might_be_code_is_named(layer: Any, named: str) -> None:
-    assert code_in({"class_name": "Functional", "config": {"layers": [layer]}}) == (named,)
-
-
-def test_operations_that_only_reckon_are_no_code() -> None:
-    layer = {"class_name": "TFOpLambda", "config": {"name": "a", "function": "math.multiply"}}
-    assert code_in({"class_name": "Functional", "config": {"layers": [layer]}}) == ()
 
 
 def test_a_class_that_keras_does_not_know_is_named(tmp_path: Path) -> None:

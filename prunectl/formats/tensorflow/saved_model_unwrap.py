@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.errors import InputError, MissingExtraError, UntrustedError, UsageError, WorkError
-from prunectl.formats import optional
+from prunectl.formats import optional, trust
 from prunectl.formats.base import ModelFile, Role
 from prunectl.formats.stripping import Part, Removed, Wish
 from prunectl.formats.tensorflow import keras_metadata_write, removals, unwrapped_weights
-from prunectl.formats.tensorflow.keras_config_check import code_in
 from prunectl.formats.tensorflow.saved_model_graph import read_graph
 from prunectl.formats.tensorflow.saved_model_rebuild import EXTRA, MODULES
 
@@ -58,9 +57,9 @@ def _refuse(model: ModelFile, wish: Wish) -> None:
         )
     if model.about.keras is None:
         raise InputError(f"{model.path} has wrappers, but no configuration to rebuild the model from", hint=_REST)
-    if code := code_in(model.about.keras):
+    if facts := trust.facts_in(model.about.keras):
         raise UntrustedError(
-            f"{model.path} is not rebuilt without its wrappers, since that might run code: {', '.join(code)}",
+            f"{model.path} is not rebuilt without its wrappers, since that might run code: {trust.worded(facts)}",
             hint=_REST,
         )
     if strange := set(graph.signatures) - _SIGNATURES:

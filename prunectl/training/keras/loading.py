@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.errors import InputError, PrunectlError, UsageError
+from prunectl.formats import trust
 from prunectl.formats.base import ModelFile
 from prunectl.formats.scratch import temporary_folder
-from prunectl.training.keras import custom, trust
+from prunectl.training import custom, trusted
 from prunectl.training.keras.layout import Layout, layout, linked
 from prunectl.training.keras.library import Library, keras_three, keras_two, quietly
 from prunectl.training.keras.place import Place
@@ -30,12 +31,19 @@ class Loaded:
     fill: Callable[[Path], None]
     is_whole: bool
     """Whether the file itself says what the model is."""
+    is_trusted: bool = False
+
+    def vouch_for(self, entry: Any) -> None:
+        """Refuse a part of how the file was trained that names code; ValueError, as Keras has it for unknown names."""
+        facts = () if self.is_trusted else trust.unknown(trust.facts_in(entry), self.objects)
+        if facts:
+            raise ValueError(facts[0].words)
 
 
 def load(file: ModelFile, origin: Origin, place: Place) -> Loaded:
     """Return the model of a file, made in some place."""
+    trusted.check(file, origin)
     objects = custom.objects(origin)
-    trust.check(file, origin, objects)
     kind = layout(file)
     built = custom.function(origin.model, "--model") if origin.model else None
     if built is None and (kind in {Layout.NAMED, Layout.NUMBERED} or file.about.keras is None):
@@ -50,7 +58,7 @@ def load(file: ModelFile, origin: Origin, place: Place) -> Loaded:
     if built is not None:
         with place.scope(library), quietly():
             fill(file.path)
-    return Loaded(model, library, file, objects, fill, built is None)
+    return Loaded(model, library, file, objects, fill, built is None, origin.is_trusted)
 
 
 def _nothing_to_build(file: ModelFile, kind: Layout) -> PrunectlError:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from prunectl.errors import UsageError
-from prunectl.training.keras import custom
+from prunectl.training import custom
 from prunectl.training.keras.answers import Answer, Ending
 from prunectl.training.keras.library import Library
 from prunectl.training.network import Array

@@ -10,8 +10,8 @@ from typing import Any
 
 from prunectl.errors import UsageError
 from prunectl.formats.keras.config import part, text
+from prunectl.training import custom
 from prunectl.training.judging.fitting import unfitting
-from prunectl.training.keras import custom
 from prunectl.training.keras.answers import Answer
 from prunectl.training.keras.library import Library
 from prunectl.training.keras.losses import Kind, Loss

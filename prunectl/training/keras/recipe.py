@@ -100,6 +100,7 @@ def _losses(case: _Case, targets: Sequence[Array | None]) -> tuple[Loss | None, 
 
 def _loss_of_file(loaded: Loaded, entry: Any) -> Loss:
     try:
+        loaded.vouch_for(entry)
         return losses.known(losses.of_file(loaded.library, entry, loaded.objects))
     except _UNKNOWN as error:
         raise UsageError(
@@ -112,6 +113,7 @@ def _optimizer(case: _Case) -> Chosen:
     library, means, entry = case.library, case.means, case.file.get("optimizer")
     if not means.optimizer and entry:
         try:
+            case.loaded.vouch_for(entry)
             chosen = optimizers.of_file(library, entry, case.loaded.objects, lr=means.lr, clip=means.clip)
         except _UNKNOWN as error:
             case.notes.append(
@@ -145,6 +147,7 @@ def _metrics(case: _Case, found: Sequence[Loss | None], targets: Sequence[Array 
 def _metric_of_file(case: _Case, entry: Any) -> list[Any]:
     """Return a metric, or nothing where it is not known."""
     try:
+        case.loaded.vouch_for(entry)
         return [metrics.of_file(case.library, entry, case.loaded.objects)]
     except _UNKNOWN as error:
         case.notes.append(f"A metric of the file is left out, it is not known here: {first_line(error)}.")

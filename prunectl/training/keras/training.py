@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from prunectl.errors import UsageError, WorkError
+from prunectl.training import custom
 from prunectl.training.data.source import Arrays, Batch, each
 from prunectl.training.evidence import Evidence
-from prunectl.training.keras import answers, custom, frozen, guide, numbers, packing
+from prunectl.training.keras import answers, frozen, guide, numbers, packing
 from prunectl.training.keras.answers import Ending
 from prunectl.training.keras.compiling import compiled
 from prunectl.training.keras.guide import Guidance, Manner

@@ -15,6 +15,7 @@ from prunectl.formats.base import ModelFile
 from prunectl.formats.optional import require
 from prunectl.measuring.patterns import Block
 from prunectl.pruning.schedules import Schedule
+from prunectl.training import trusted
 from prunectl.training.keras import numbers
 from prunectl.training.keras.layout import Layout, layout
 from prunectl.training.keras.library import keras_two, quietly
@@ -58,6 +59,7 @@ def wrap(model: ModelFile, wrapping: Wrapping, target: Path) -> tuple[str, ...]:
 
 
 def _loaded(model: ModelFile, wrapping: Wrapping) -> Loaded:
+    trusted.check(model, wrapping.origin)
     keras_two()
     tfmot()
     if model.about.keras is None:
@@ -125,6 +127,7 @@ def _compile(loaded: Loaded, found: Around) -> None:
     config["optimizer_config"] = {"class_name": optimizer, "config": {}} if isinstance(optimizer, str) else optimizer
     saving = require("tf_keras.src.saving.legacy.saving_utils", extra="tensorflow")
     try:
+        loaded.vouch_for(parts)
         with quietly():
             words = saving.compile_args_from_training_config(config, dict(loaded.objects))
             if isinstance(parts["loss"], str):

@@ -22,6 +22,7 @@ from prunectl.pruning.request import Request, shape_of
 from prunectl.pruning.schedules import Ramp, Schedule
 from prunectl.pruning.selection import Mask
 from prunectl.pruning.strip import surveyed
+from prunectl.training import trusted
 from prunectl.training.network import Origin
 from prunectl.training.wrap.wrapping import Wrapping, check_stripped, wrap, wrapper_of
 
@@ -47,6 +48,7 @@ def prune_wrapped(path: Path, request: Request, ramp: Ramp | None, origin: Origi
     model = open_model(path)
     wrapper_of(model, has_schedule=ramp is not None)
     outputs.check(model, output)
+    trusted.check(model, origin)
     with temporary_folder() as scratch:
         plain = scratch / path.resolve().name
         pruned = prune(path, replace(request, is_packed=False), Output(plain))

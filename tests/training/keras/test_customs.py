@@ -11,7 +11,6 @@ import pytest
 
 from prunectl.errors import InputError, UntrustedError, UsageError, WorkError
 from prunectl.training.evidence import Evidence
-from prunectl.training.keras.trust import found_in
 from prunectl.training.network import Means
 from tests.networks import keras, tf_keras
 from tests.running import FIXTURES
@@ -67,22 +66,6 @@ def test_a_lambda_runs_only_with_trust(name: str, k: Any, tmp_path: Path) -> Non
 def test_a_lambda_of_a_fixture_is_refused() -> None:
     with pytest.raises(UntrustedError, match="Lambda"):
         nets.opened(FIXTURES / "lambda_layer.keras")
-
-
-@pytest.mark.parametrize(
-    ("config", "found"),
-    [
-        ({"config": {"anything": [{"class_name": "Lambda", "config": {"name": "x"}}]}}, ("Lambda layer x",)),
-        ({"config": {"activation": {"class_name": "__lambda__", "config": {}}}}, ("a function",)),
-        ({"class_name": "TFOpLambda", "config": {"function": "io.write_file"}}, ("operation io.write_file",)),
-        ({"class_name": "TFOpLambda", "config": {"function": "math.add"}}, ()),
-        ({"class_name": "system", "module": "os", "config": {}}, ("custom class system",)),
-        ({"class_name": "Dense", "module": "keras.layers", "config": {}}, ()),
-        ({"class_name": "Dense", "module": "keras_evil.layers", "config": {}}, ("custom class Dense",)),
-    ],
-)
-def test_code_is_found_wherever_a_configuration_hides_it(config: Any, found: tuple[str, ...]) -> None:
-    assert found_in(config) == found
 
 
 @both

@@ -1,0 +1,348 @@
+"""What would the graph of a SavedModel do besides reckoning, if TensorFlow loaded and ran it?
+
+`tf.saved_model.load` runs initializers, and whoever calls a signature runs the rest; so every node counts, of the graph
+and of each function in its library. Operations are held against a list of what is allowed (`pure_operations`). Two
+kinds depend on who calls them: those that save variables have to belong to the saver, which loading does not run, and
+tables that are filled from a file have to be filled from an asset of the SavedModel.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from prunectl.errors import InputError
+from prunectl.formats import budgets
+from prunectl.formats.mapped import map_file
+from prunectl.formats.protobuf import BYTES, Field, WireError, fields, varint
+from prunectl.formats.tensorflow.assets import Assets
+from prunectl.formats.tensorflow.pure_operations import BY_ATTRIBUTE, FROM_FILES, PURE, SAVING
+from prunectl.formats.walk import Walk
+
+_META_GRAPHS = 2
+_GRAPH, _SAVER, _COLLECTIONS, _SIGNATURES, _OBJECTS = 2, 3, 4, 5, 7
+_NODES, _LIBRARY, _FUNCTIONS = 1, 2, 1
+_SIGNATURE, _FUNCTION_NODES, _NAME = 1, 3, 1
+_OPERATION, _INPUT, _ATTRIBUTES = 2, 3, 5
+_KEY, _VALUE, _STRING = 1, 2, 2
+_OPERATION_TAG = _OPERATION << 3 | BYTES
+_OUTPUTS, _TENSOR_NAME, _SPARSE, _COMPOSITE = 2, 1, 4, 5
+_NODE_LIST, _BYTES_LIST = 1, 2
+_RESTORE = 3
+_MANY = 100
+_RESTORING = b"RestoreV2"
+_PURE = frozenset(name.encode() for name in PURE)
+_SAVING = frozenset(name.encode() for name in SAVING)
+_FROM_FILES = frozenset(name.encode() for name in FROM_FILES)
+_BY_ATTRIBUTE = {
+    name.encode(): (key.encode(), re.compile(pattern.encode(), re.DOTALL))
+    for name, (key, pattern) in BY_ATTRIBUTE.items()
+}
+
+
+class Node(NamedTuple):
+    """A node whose operation is not harmless by itself."""
+
+    operation: bytes
+    place: Field
+
+
+class Function(NamedTuple):
+    """A function of the library."""
+
+    name: bytes
+    place: Field
+    nodes: tuple[Node, ...]
+    """Those that have to be looked at."""
+
+
+def code_in(folder: Path) -> tuple[str, ...]:
+    """Return what the graph of a SavedModel would do beside reckoning, each in words."""
+    path = folder / "saved_model.pb"
+    walk = Walk(map_file(path), budgets.MAX_GRAPH_FIELDS)
+    try:
+        metas = tuple(walk.messages(None, _META_GRAPHS))
+        found = [fact for meta in metas for fact in _MetaGraph(walk, meta, folder, is_alone=len(metas) == 1).facts()]
+    except WireError as error:
+        raise InputError(f"{path} is refused: its graph holds {error}") from error
+    return tuple(dict.fromkeys(found))
+
+
+class _MetaGraph:
+    """A graph with its functions, and what of them is run."""
+
+    def __init__(self, walk: Walk, meta: Field, folder: Path, *, is_alone: bool) -> None:
+        self._walk, self._meta, self._folder = walk, meta, folder
+        self._is_of_objects = is_alone and any(True for _ in walk.messages(meta, _OBJECTS))
+        """Whether TensorFlow loads it by its objects and functions, and runs no node of the graph itself."""
+        self._graphs = tuple(walk.messages(meta, _GRAPH))
+        self._main: list[Field] = []
+        self._special: list[Node] = []
+        """Nodes of the graph itself that have to be looked at."""
+        self._functions: list[Function] = []
+        self._operations: set[bytes] = set()
+        for graph in self._graphs:
+            for field in walk.fields(graph):
+                if field.number == _NODES and field.wire == BYTES:
+                    self._main.append(field)
+                elif field.number == _LIBRARY and field.wire == BYTES:
+                    self._functions.extend(self._function(found) for found in walk.messages(field, _FUNCTIONS))
+        self._special.extend(self._looked_at(self._main))
+
+    def facts(self) -> Iterator[str]:
+        """Yield whatever is not harmless."""
+        # Registered operations begin with a capital: a function that looks like one is not taken for itself.
+        own = {function.name for function in self._functions if re.match(rb"[a-z]|__", function.name)}
+        known = _PURE | _SAVING | _FROM_FILES | _BY_ATTRIBUTE.keys() | own
+        yield from (_worded(operation) for operation in sorted(self._operations - known))
+        nodes = [*self._special, *(node for function in self._functions for node in function.nodes)]
+        yield from (_worded(node.operation) for node in nodes if not self._is_harmless_by_attribute(node))
+        if self._is_saved_by_others():
+            yield f"operation {_some(nodes, _SAVING)} outside of what saves the model"
+        if any(node.operation in _FROM_FILES for node in nodes) and not self._is_filled_from_assets():
+            yield f"operation {_some(nodes, _FROM_FILES)} on a file that is no asset of the model"
+
+    def _function(self, place: Field) -> Function:
+        name, nodes = b"", []
+        for field in self._walk.fields(place):
+            if field.number == _SIGNATURE and field.wire == BYTES:
+                name = _last(self._walk, field, _NAME) or name
+            elif field.number == _FUNCTION_NODES and field.wire == BYTES:
+                nodes.append(field)
+        return Function(name, place, tuple(self._looked_at(nodes)))
+
+    def _looked_at(self, nodes: Iterable[Field]) -> Iterator[Node]:
+        """Yield the nodes that are not harmless by themselves, and note the operations of all."""
+        for place in nodes:
+            operation = operation_of(self._walk, place)
+            self._operations.add(operation)
+            if operation in _SAVING or operation in _FROM_FILES or operation in _BY_ATTRIBUTE:
+                yield Node(operation, place)
+
+    def _is_harmless_by_attribute(self, node: Node) -> bool:
+        if node.operation not in _BY_ATTRIBUTE:
+            return True
+        key, pattern = _BY_ATTRIBUTE[node.operation]
+        said = [
+            [bytes(self._walk.data[one.begin : one.end]) for one in self._walk.messages(value, _STRING)]
+            for attribute in self._walk.messages(node.place, _ATTRIBUTES)
+            if _last(self._walk, attribute, _KEY) == key
+            for value in self._walk.messages(attribute, _VALUE)
+        ]
+        return all(found and all(map(pattern.fullmatch, found)) for found in said)
+
+    def _is_saved_by_others(self) -> bool:
+        """Whether something that is run, or could be called, saves or restores variables."""
+        functions = {
+            function.name: {node.operation for node in function.nodes} & _SAVING for function in self._functions
+        }
+        kinds = {name: kinds for name, kinds in functions.items() if kinds}
+        nodes = {node.place: {node.operation} for node in self._special if node.operation in _SAVING}
+        if not kinds and not nodes:
+            return False
+        if not self._follow(kinds, nodes):
+            return True
+        names = {place: _last(self._walk, place, _NAME) for place in nodes}
+        after = self._after()
+        touched = _closure(after, names.values())
+        saved = _closure(after, (names[place] for place, operations in nodes.items() if operations != {_RESTORING}))
+        return bool(touched & self._run()) or bool(saved & self._restored())
+
+    def _follow(self, kinds: dict[bytes, set[bytes]], nodes: dict[Field, set[bytes]]) -> bool:
+        """Find who calls functions that save, however deep; whether all of them stand in the graph or its library."""
+        names = {function.place: function.name for function in self._functions}
+        library, main = _Spans(names), _Spans(self._main)
+        pending = list(kinds)
+        while pending:
+            name = pending.pop()
+            if len(kinds) > _MANY or not name:
+                return False
+            for at in self._mentions(name):
+                inside, node = library.around(at), main.around(at)
+                if inside is not None:
+                    caller = names[inside]
+                    if not kinds.get(caller, set()) >= kinds[name]:
+                        kinds[caller] = kinds.get(caller, set()) | kinds[name]
+                        pending.append(caller)
+                elif node is not None:
+                    nodes[node] = nodes.get(node, set()) | kinds[name]
+                else:
+                    return False
+        return True
+
+    def _is_filled_from_assets(self) -> bool:
+        """Whether every table that is filled from a file is filled from an asset, whoever asks for it."""
+        assets = Assets(self._walk, self._meta, self._folder)
+        filling = {
+            function: [node.place for node in function.nodes if node.operation in _FROM_FILES]
+            for function in self._functions
+        }
+        paths = (node.place for node in self._special if node.operation in _FROM_FILES)
+        return (
+            assets.are_inside
+            and (self._is_of_objects or all(map(assets.is_path, paths)))
+            and all(self._is_given_assets(assets, function, node) for function in filling for node in filling[function])
+        )
+
+    def _is_given_assets(self, assets: Assets, function: Function, node: Field) -> bool:
+        argument = assets.argument(function.place, node)
+        if argument is None or not assets.is_bound(function.name, argument):
+            return False
+        library = _Spans([other.place for other in self._functions if other.place != function.place])
+        main = _Spans(self._main)
+        for at in self._mentions(function.name):
+            call = None if self._is_of_objects else main.around(at)
+            if library.around(at) is not None or (call is not None and not assets.is_given(call, argument)):
+                return False
+        return True
+
+    def _mentions(self, name: bytes) -> Iterator[int]:
+        """Yield where a name stands as a string of its own, not as the beginning of a longer one."""
+        data, begin = self._walk.data, self._meta.begin
+        length = _varint(len(name))
+        for found in re.finditer(re.escape(name), data[begin : self._meta.end]):
+            at, end = begin + found.start(), begin + found.end()
+            goes_on = end < self._meta.end and re.match(rb"[\w./-]", data[end : end + 1]) is not None
+            before = bytes(data[max(0, at - len(length)) : at])
+            # A length may also be written with more bytes than it takes, the last of which is then zero.
+            if not goes_on or before == length or before.endswith(b"\0"):
+                yield at
+
+    def _after(self) -> dict[bytes, list[bytes]]:
+        """Return the nodes that take what a node gives, or wait for it."""
+        found: defaultdict[bytes, list[bytes]] = defaultdict(list)
+        for place in self._main:
+            name = _last(self._walk, place, _NAME)
+            for given in self._walk.messages(place, _INPUT):
+                found[_plain(bytes(self._walk.data[given.begin : given.end]))].append(name)
+        return found
+
+    def _run(self) -> set[bytes]:
+        """Return the nodes that loading or a caller runs, those of the saver left aside."""
+        walk, found = self._walk, set[bytes]()
+        for signature in walk.messages(self._meta, _SIGNATURES):
+            for inner in walk.messages(signature, _VALUE):
+                for output in walk.messages(inner, _OUTPUTS):
+                    found.update(name for info in walk.messages(output, _VALUE) for name in _tensors(walk, info, 0))
+        for collection in walk.messages(self._meta, _COLLECTIONS):
+            if _last(walk, collection, _KEY) == b"savers":
+                continue
+            for value in walk.messages(collection, _VALUE):
+                for listed in walk.messages(value, _NODE_LIST):
+                    found.update(_plain(text) for text in _texts(walk, walk.messages(listed, _NAME)))
+                for listed in walk.messages(value, _BYTES_LIST):
+                    for described in walk.messages(listed, _NAME):
+                        found.update(_plain(text) for text in _described(walk, described))
+        return found
+
+    def _restored(self) -> set[bytes]:
+        savers = self._walk.messages(self._meta, _SAVER)
+        return {_plain(_last(self._walk, saver, _RESTORE)) for saver in savers}
+
+
+class _Spans:
+    """Messages, to be found by a place inside them."""
+
+    def __init__(self, places: Iterable[Field]) -> None:
+        self._sorted = sorted(places, key=lambda place: place.begin)
+        self._begins = [place.begin for place in self._sorted]
+
+    def around(self, at: int) -> Field | None:
+        """Return the message around a place."""
+        index = bisect_right(self._begins, at) - 1
+        return self._sorted[index] if index >= 0 and at < self._sorted[index].end else None
+
+
+def operation_of(walk: Walk, node: Field) -> bytes:
+    """Return the operation of a node, the last one that it names as protobuf reads it; called for every node."""
+    data, at, end, count = walk.data, node.begin, node.end, 0
+    begin = stop = 0
+    while at < end:
+        tag = data[at]
+        at += 1
+        count += 1
+        if tag & 0x87 != BYTES or tag < 8:
+            # An uncommon field.
+            field = next(fields(data, at - 1, end))
+            if field.number == _OPERATION and field.wire == BYTES:
+                begin, stop = field.begin, field.end
+            at = field.end
+            continue
+        length = data[at] if at < end else 0x80
+        at += 1
+        if length >= 0x80:
+            length, at = varint(data, at - 1, end)
+        if tag == _OPERATION_TAG:
+            begin, stop = at, at + length
+        at += length
+    if at > end:
+        raise WireError("a field reaches past the end of its message")
+    walk.spend(count)
+    return bytes(data[begin:stop])
+
+
+def _closure(after: dict[bytes, list[bytes]], names: Iterable[bytes]) -> set[bytes]:
+    found, pending = set(), list(names)
+    while pending:
+        name = pending.pop()
+        if name not in found:
+            found.add(name)
+            pending.extend(after.get(name, ()))
+    return found
+
+
+def _tensors(walk: Walk, info: Field, depth: int) -> Iterator[bytes]:
+    """Yield the nodes behind a tensor of a signature, which may consist of several."""
+    if depth > 2:
+        raise WireError("a signature that is nested too deep")
+    yield from (_plain(name) for name in _texts(walk, walk.messages(info, _TENSOR_NAME)))
+    for sparse in walk.messages(info, _SPARSE):
+        yield from (_plain(name) for name in _described(walk, sparse))
+    for composite in walk.messages(info, _COMPOSITE):
+        for part in walk.messages(composite, _VALUE):
+            yield from _tensors(walk, part, depth + 1)
+
+
+def _described(walk: Walk, message: Field) -> Iterator[bytes]:
+    """Yield the strings of a message, such as the names that the description of a variable holds."""
+    try:
+        yield from _texts(walk, (field for field in walk.fields(message) if field.wire == BYTES))
+    except WireError:
+        # No message, but text: nothing that TensorFlow would look for a node in.
+        return
+
+
+def _texts(walk: Walk, places: Iterable[Field]) -> Iterator[bytes]:
+    return (bytes(walk.data[place.begin : place.end]) for place in places)
+
+
+def _last(walk: Walk, message: Field, number: int) -> bytes:
+    found = b""
+    for found in _texts(walk, walk.messages(message, number)):  # noqa: B007 - the last one counts
+        pass
+    return found
+
+
+def _plain(name: bytes) -> bytes:
+    """Return the node that an input or a tensor is of."""
+    return name.removeprefix(b"^").partition(b":")[0]
+
+
+def _varint(number: int) -> bytes:
+    found = bytearray()
+    while number >= 0x80:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes((*found, number))
+
+
+def _some(nodes: Iterable[Node], operations: Collection[bytes]) -> str:
+    return next(node.operation.decode() for node in nodes if node.operation in operations)
+
+
+def _worded(operation: bytes) -> str:
+    return f"operation {operation.decode('utf-8', 'backslashreplace')}"
