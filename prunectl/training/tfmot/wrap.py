@@ -12,6 +12,7 @@ import numpy as np
 
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import ModelFile
+from prunectl.formats.keras import fit
 from prunectl.formats.optional import require
 from prunectl.measuring.patterns import Block
 from prunectl.pruning.schedules import Schedule
@@ -59,9 +60,8 @@ def wrap(model: ModelFile, wrapping: Wrapping, target: Path) -> tuple[str, ...]:
 
 
 def _loaded(model: ModelFile, wrapping: Wrapping) -> Loaded:
+    # Whatever can be told by the file itself is told before TensorFlow is imported.
     trusted.check(model, wrapping.origin)
-    keras_two()
-    tfmot()
     if model.about.keras is None:
         raise InputError(
             f"{model.path} holds weights alone, and a wrapper is part of a model",
@@ -72,13 +72,15 @@ def _loaded(model: ModelFile, wrapping: Wrapping) -> Loaded:
             "in a SavedModel, tfmot can keep a constant or a polynomial schedule alone",
             hint="save the model as .h5, or give the schedule to prunectl finetune",
         )
-    loaded = load(model, wrapping.origin, Place())
-    if not loaded.library.is_two:
+    if "keras 3" in model.about.producer:
         raise InputError(
             f"{model.path} is of Keras 3, and tfmot prunes models of Keras 2 only",
             hint="prune without --wrap: prunectl finetune takes a --schedule for any Keras",
         )
-    return loaded
+    fit.check(model)
+    keras_two()
+    tfmot()
+    return load(model, wrapping.origin, Place())
 
 
 def _held(weights: Mapping[str, Any], wrapping: Wrapping) -> Settings:
