@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import typer
 from prunectl.commands.max_drop import found, noted, refuse
 from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile
-from prunectl.formats.table import open_model
+from prunectl.formats.table import by_name, load, open_model
 from prunectl.measuring.patterns import ZerosOf
 from prunectl.pruning import output as outputs
 from prunectl.pruning.output import Output
@@ -91,8 +90,13 @@ def _files(asked: Request) -> dict[str, str]:
 def _adopt(model: ModelFile, made: ModelFile, output: Output) -> None:
     """Put what was made elsewhere where the result goes."""
     with outputs.workplace(model, output) as (folder, target):
-        for file, place in outputs.places(made, folder, target).items():
-            shutil.copyfile(file, place)
+        places = outputs.places(made, folder, target)
+        if output.is_in_place and not model.path.is_dir():
+            # File by file under the names that are there.
+            own = outputs.places(model, folder, target)
+            files = zip(dict.fromkeys(made.files), dict.fromkeys(model.files), strict=True)
+            places = {new: own[old] for new, old in files}
+        load(by_name(made.format).writer)(made, places, ())
 
 
 def _written(model: ModelFile, output: Output) -> Path:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from prunectl.formats import exchange, permissions, scratch
 from prunectl.formats.base import ModelFile
 
 _MODEL_FOLDERS = ("saved_model.pb", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+_INDEX = ".index.json"
+_SHARD_TAIL = re.compile(r"-\d+-of-\d+\.\w+$")
 
 
 def check_target(model: ModelFile, target: Path, *, is_forced: bool, is_in_place: bool) -> None:
@@ -44,17 +47,39 @@ def is_same(one: Path, other: Path) -> bool:
 
 
 def targets(model: ModelFile, target: Path) -> dict[Path, Path]:
-    """Return where each file of a model goes, relative to the folder that it is written in."""
+    """Return where each file of a model goes, relative to the folder that it is written in.
+
+    Data beside a model is named after the output, so that two outputs in one folder never share it: that of `out.onnx`
+    is `out.onnx.data`, then `out.onnx.1.data`; the shards of `out.safetensors.index.json` are
+    `out-00001-of-00002.safetensors` and so on. In place, and in a folder of its own, every file keeps its name.
+    """
     if model.path.is_dir():
         return {file: Path(target.name) / file.relative_to(model.path) for file in model.files}
-    if model.format == "shards" and not target.name.endswith(".index.json"):
+    if model.format == "shards" and not target.name.endswith(_INDEX):
         return {file: Path(target.name) / file.name for file in model.files}
     if model.format == "tf-checkpoint":
         old, new = model.path.name.removesuffix(".index"), target.name.removesuffix(".index")
         return {file: Path(new + file.name.removeprefix(old)) for file in model.files}
-    return {
-        file: Path(target.name) if file == model.path else file.relative_to(model.path.parent) for file in model.files
-    }
+    if is_same(model.path, target):
+        own = {file: file.relative_to(model.path.parent) for file in model.files}
+    else:
+        beside = tuple(dict.fromkeys(file for file in model.files if file != model.path))
+        name = _shard_names if model.format == "shards" else _data_names
+        own = dict(zip(beside, name(beside, target.name), strict=True))
+    return {**own, model.path: Path(target.name)}
+
+
+def _data_names(files: Sequence[Path], name: str) -> list[Path]:
+    return [Path(f"{name}.{number}.data" if number else f"{name}.data") for number in range(len(files))]
+
+
+def _shard_names(shards: Sequence[Path], index: str) -> list[Path]:
+    """Return names for shards that keep their numbers, where all of them have one."""
+    stem = index.removesuffix(_INDEX).removesuffix(shards[0].suffix if shards else "")
+    tails = [found.group() for shard in shards if (found := _SHARD_TAIL.search(shard.name))]
+    if len(set(tails)) < len(shards):
+        tails = [f"-{number:05}-of-{len(shards):05}{shard.suffix}" for number, shard in enumerate(shards, 1)]
+    return [Path(f"{stem}{tail}") for tail in tails]
 
 
 def write_text(target: Path, text: str, *, is_forced: bool) -> None:

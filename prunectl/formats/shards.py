@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from prunectl.errors import InputError
 from prunectl.formats import state_dict, table
 from prunectl.formats.base import About, Array, ModelFile, Tensor
 from prunectl.formats.json_text import parse_object
+from prunectl.formats.writing import Rewrite, write_flat
 
 
 def open_model(path: Path) -> ModelFile:
@@ -42,6 +45,18 @@ def open_model(path: Path) -> ModelFile:
         files=(path, *(shard.path for shard in shards)),
         decode=decode,
     )
+
+
+def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewrite]) -> None:
+    """Write every shard with new numbers in it, and an index that names them as they are called now."""
+    names = {source.name: target.name for source, target in targets.items() if source != model.path}
+    if all(old == new for old, new in names.items()):
+        write_flat(model, targets, rewrites)
+        return
+    write_flat(model, {source: target for source, target in targets.items() if source != model.path}, rewrites)
+    index = parse_object(model.path.read_bytes(), model.path, "the index")
+    index["weight_map"] = {tensor: names[shard] for tensor, shard in index["weight_map"].items()}
+    targets[model.path].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _open_shard(index: Path, name: str) -> ModelFile:

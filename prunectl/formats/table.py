@@ -79,7 +79,14 @@ FORMATS = (
         stripper="torch.strip:strip",
     ),
     Format("torch-tar", "PyTorch before 0.2", (".pt", ".pth", ".tar"), sniff.is_torch_tar, "torch.tar:open_model"),
-    Format("shards", "sharded checkpoint", (".json",), sniff.is_shard_index, "shards:open_model"),
+    Format(
+        "shards",
+        "sharded checkpoint",
+        (".json",),
+        sniff.is_shard_index,
+        "shards:open_model",
+        writer="shards:write",
+    ),
     Format(
         "safetensors",
         "safetensors",

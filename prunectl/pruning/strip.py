@@ -9,7 +9,6 @@ from prunectl.errors import WorkError
 from prunectl.formats.base import PARAMETRIZATION, Can, ModelFile, Role
 from prunectl.formats.stripping import Part, Removed, Wish
 from prunectl.formats.table import by_name, load, open_model, require
-from prunectl.formats.writing import write_flat
 from prunectl.measuring.blocks import same_numbers
 from prunectl.measuring.codecs import CodecName, pick
 from prunectl.measuring.sizes import measure
@@ -33,15 +32,15 @@ def strip(path: Path, wish: Wish, output: Output | None, *, is_packed: bool) -> 
     model = open_model(path)
     # What has nothing to strip may still be packed.
     require(model, Can.PACK if is_packed else Can.STRIP)
-    stripper = by_name(model.format).stripper
+    row = by_name(model.format)
     outputs.check(model, output)
     with outputs.workplace(model, output) as (folder, target):
         places = outputs.places(model, folder, target)
         removed: tuple[Removed, ...] = ()
-        if stripper:
-            removed = load(stripper)(model, wish, places)
+        if row.stripper:
+            removed = load(row.stripper)(model, wish, places)
         else:
-            write_flat(model, places, ())
+            load(row.writer)(model, places, ())
         written = places.get(model.path, folder / target.name)
         if is_packed:
             outputs.pack(written, folder)

@@ -214,15 +214,26 @@ def test_weights_that_are_also_inputs_get_their_new_shape_there(tmp_path: Path) 
     assert ports["first"] == [3, 3, 3, 3]
 
 
-def test_data_beside_the_model_stays_beside_it(tmp_path: Path) -> None:
+def test_data_beside_the_model_is_named_after_the_output_in_any_folder(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     path = tmp_path / "in" / "net.onnx"
     onnx.save(chain(), path, save_as_external_data=True, location="net.data", size_threshold=100)
+    before = (path.parent / "net.data").read_bytes()
     (tmp_path / "out").mkdir()
-    output = tmp_path / "out" / "small.onnx"
-    check_chain(path, output)
-    assert sorted(child.name for child in output.parent.iterdir()) == ["net.data", "small.onnx"]
-    assert (output.parent / "net.data").stat().st_size < (path.parent / "net.data").stat().st_size
+    for output in (tmp_path / "out" / "small.onnx", tmp_path / "in" / "small.onnx"):
+        check_chain(path, output)
+        assert {child.name for child in output.parent.glob("small*")} == {"small.onnx", "small.onnx.data"}
+        assert (output.parent / "small.onnx.data").stat().st_size < len(before)
+    assert (path.parent / "net.data").read_bytes() == before
+
+
+def test_data_beside_the_model_keeps_its_name_in_place(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    onnx.save(chain(), path, save_as_external_data=True, location="net.data", size_threshold=100)
+    before = onnx.load(path)
+    prune_channels(path, Request(sparsity=0.5, pattern="channel"), Output(path, is_in_place=True))
+    assert sorted(child.name for child in tmp_path.iterdir()) == ["net.data", "net.onnx"]
+    assert shapes(path)["first"][0] * 2 == before.graph.initializer[0].dims[0]
 
 
 def test_shapes_of_inner_values_that_no_longer_hold_are_left_out(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import random
 import resource
@@ -15,9 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
+from prunectl.commands.max_drop_finetune import _adopt
 from prunectl.errors import WorkError
 from prunectl.formats import exchange as exchanging
 from prunectl.formats import outputs, scratch
@@ -27,7 +30,7 @@ from prunectl.pruning.prune import prune as run
 from prunectl.pruning.request import Request
 from tests.contract import digest, read_all
 from tests.prune import stock
-from tests.running import COMMAND, FIXTURES, ROOT, clean, prunectl
+from tests.running import COMMAND, FIXTURES, ROOT, clean, here, prunectl
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -358,23 +361,135 @@ def test_a_checkpoint_is_replaced_in_place_under_its_prefix(tmp_path: Path) -> N
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_graph_takes_its_external_data_along(tmp_path: Path) -> None:
+def test_external_data_is_named_after_its_graph(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     assert prunectl("prune", FIXTURES / "external_data" / "model.onnx", "-o", out / "small.onnx", *HALF).code == 0
-    assert {file.name for file in out.iterdir()} == {"small.onnx", "weights.bin"}
+    assert {file.name for file in out.iterdir()} == {"small.onnx", "small.onnx.data"}
     assert stock.load(out / "small.onnx")
     assert sparsity(out / "small.onnx") == 0.5
 
 
-def test_external_data_of_the_input_is_never_overwritten(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [("prune", "-s", "0.5", "--pack"), ("prune", "-s", "0.5"), ("strip", "--pack")])
+def test_a_graph_with_external_data_is_written_into_its_own_folder(words: tuple[str, ...], tmp_path: Path) -> None:
     own = copy_of("external_data", tmp_path / "own")
     before = digest(own)
-    for more in ((), ("--force",)):
-        done = prunectl("prune", own / "model.onnx", "-o", own / "small.onnx", *HALF, *more)
-        assert done.code == 2
-        assert "weights.bin belongs to the input" in done.err
+    done = here(words[0], own / "model.onnx", "-o", own / "small.onnx", *words[1:])
+    assert done.code == 0, done.err
+    assert stock.load(own / "small.onnx")
+    if words[0] == "prune":
+        assert sparsity(own / "small.onnx") == 0.5
+    for name in ("small.onnx", "small.onnx.data"):
+        (own / name).unlink()
     assert digest(own) == before
+
+
+def test_a_second_output_in_a_folder_leaves_the_data_of_the_first_alone(tmp_path: Path) -> None:
+    for share in ("0.5", "0.8"):
+        words = ("prune", FIXTURES / "external_data" / "model.onnx", "-o", tmp_path / f"{share}.onnx", "-s", share)
+        assert here(*words, "--force").code == 0
+    assert sparsity(tmp_path / "0.5.onnx") == 0.5
+    assert sparsity(tmp_path / "0.8.onnx") > 0.75
+
+
+def test_data_that_is_the_inputs_own_is_never_overwritten(tmp_path: Path) -> None:
+    own = copy_of("external_data", tmp_path / "own")
+    graph = onnx.load(own / "model.onnx")
+    onnx.save(graph, own / "model.onnx", save_as_external_data=True, location="small.onnx.data", size_threshold=0)
+    before = digest(own)
+    for more in ((), ("--force",)):
+        done = here("prune", own / "model.onnx", "-o", own / "small.onnx", *HALF, *more)
+        assert done.code == 2
+        assert "small.onnx.data belongs to the input" in done.err
+    assert digest(own) == before
+
+
+def in_many_files(folder: Path) -> Path:
+    """A graph whose tensors, of which some stand in a branch and in a constant, lie in a file each."""
+    numbers = np.random.default_rng(0)
+    weights = {name: numbers.standard_normal((8, 8)).astype(np.float32) for name in ("first", "second", "third")}
+    held = {name: onnx.numpy_helper.from_array(array, name) for name, array in weights.items()}
+    for name, tensor in held.items():
+        onnx.external_data_helper.set_external_data(tensor, f"{name}.bin")
+    (value, floats) = (onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT)
+    branch = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["hidden", "second"], ["inside"])],
+        "branch",
+        [],
+        [value("inside", floats, [1, 8])],
+        [held["second"]],
+    )
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "first"], ["hidden"]),
+        onnx.helper.make_node("If", ["so"], ["chosen"], then_branch=branch, else_branch=branch),
+        onnx.helper.make_node("Constant", [], ["third"], value=held["third"]),
+        onnx.helper.make_node("MatMul", ["chosen", "third"], ["y"]),
+    ]
+    ports = [value("x", floats, [1, 8]), value("so", onnx.TensorProto.BOOL, [])]
+    graph = onnx.helper.make_graph(nodes, "g", ports, [value("y", floats, [1, 8])], [held["first"]])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    for name, tensor in held.items():
+        (folder / f"{name}.bin").write_bytes(tensor.raw_data)
+    for tensor in (graph.initializer[0], *(one for one in onnx_tensors(model) if one.external_data)):
+        tensor.ClearField("raw_data")
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    return folder / "model.onnx"
+
+
+def onnx_tensors(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    return list(onnx.external_data_helper._get_all_tensors(model))
+
+
+def test_tensors_in_files_of_their_own_get_names_of_their_own_wherever_they_stand(tmp_path: Path) -> None:
+    source = in_many_files(tmp_path)
+    assert here("prune", source, "-o", tmp_path / "out.onnx", *HALF).code == 0
+    names = {
+        entry.value
+        for tensor in onnx_tensors(onnx.load(tmp_path / "out.onnx", load_external_data=False))
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    assert names == {"out.onnx.data", "out.onnx.1.data", "out.onnx.2.data"}
+    assert sparsity(tmp_path / "out.onnx") == 0.5
+    session = onnxruntime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
+    assert session.run(None, {"x": np.ones((1, 8), np.float32), "so": np.array(True)})[0].shape == (1, 8)
+
+
+def test_shards_are_named_after_their_index(tmp_path: Path) -> None:
+    own = copy_of("two_shards", tmp_path / "own")
+    before = digest(own)
+    for share in ("0.5", "0.75"):
+        index = own / f"sparse_{share}.safetensors.index.json"
+        done = here("prune", own, "-o", index, "-s", share, "--force")
+        assert done.code == 0, done.err
+    for share in ("0.5", "0.75"):
+        index = own / f"sparse_{share}.safetensors.index.json"
+        shards = [own / f"sparse_{share}-0000{number}-of-00002.safetensors" for number in (1, 2)]
+        said = json.loads(index.read_text())
+        assert set(said["weight_map"].values()) == {shard.name for shard in shards}
+        assert said["metadata"] == json.loads((own / "model.safetensors.index.json").read_text())["metadata"]
+        held = {name: array for shard in shards for name, array in load_file(shard).items()}
+        assert held.keys() == said["weight_map"].keys()
+        zeros = np.concatenate([array.reshape(-1) for array in held.values() if array.ndim > 1]) == 0
+        assert zeros.mean() == float(share)
+        for path in (index, *shards):
+            path.unlink()
+    assert digest(own) == before
+
+
+@pytest.mark.parametrize("is_in_place", [True, False])
+def test_shards_that_a_search_has_made_take_the_names_of_where_they_go(is_in_place: bool, tmp_path: Path) -> None:
+    own = copy_of("two_shards", tmp_path / "own")
+    made = tmp_path / "made" / "other.safetensors.index.json"
+    made.parent.mkdir()
+    assert here("prune", own, "-o", made, *HALF).code == 0
+    before = {file.name for file in own.iterdir()}
+    index = own / ("model" if is_in_place else "new")
+    target = index.with_name(f"{index.name}.safetensors.index.json")
+    _adopt(open_model(own), open_model(made), Output(target, is_in_place=is_in_place))
+    new = {"new.safetensors.index.json", "new-00001-of-00002.safetensors", "new-00002-of-00002.safetensors"}
+    assert {file.name for file in own.iterdir()} == before | (set() if is_in_place else new)
+    assert sparsity(target) == 0.5
 
 
 def test_external_data_in_a_folder_leaves_its_neighbours_alone(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from prunectl.channels.onnx.surgery import cut, put
 from prunectl.channels.source import Feeds, Removed, Runner, made_by_weights
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile
+from prunectl.formats.onnx.write import relocated
 from prunectl.formats.optional import require
 from prunectl.pruning import output as outputs
 from prunectl.training.network import Origin
@@ -119,9 +120,12 @@ class OnnxSource:
     def write(self, network: Any, folder: Path, target: Path) -> Path:
         """Write a message, with the data beside it that was beside the original's."""
         onnx = require("onnx", extra="onnx")
-        written = outputs.places(self._model, folder, target)[self._model.path]
+        places = outputs.places(self._model, folder, target)
+        written = places[self._model.path]
         for tensor in network.graph.initializer:
             if tensor.name in self._opened.locations:
-                onnx.external_data_helper.set_external_data(tensor, self._opened.locations[tensor.name])
+                location = self._opened.locations[tensor.name]
+                name = relocated(self._model, places, location) or location
+                onnx.external_data_helper.set_external_data(tensor, name)
         onnx.save_model(network, written)
         return written
