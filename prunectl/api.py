@@ -32,7 +32,7 @@ from prunectl.training.words import request_of
 
 _FIELDS = {"pack": "is_packed", "input": "inputs", "param": "params", "repair": "is_repaired", "layer": "layers"}
 """Words of the command line that a request has another name for."""
-_OF_CHANNELS = frozenset({"min_channels", "round_to", "max_ratio", "params", "flops", "dead"})
+_OF_CHANNELS = frozenset({"min_channels", "round_to", "max_ratio", "params", "flops", "dead", "allow_empty"})
 AnyPath = str | os.PathLike[str]
 
 

@@ -44,6 +44,12 @@ class Cutting:
     is_dead: bool = False
     """Whether only channels go that make no difference."""
 
+    @property
+    def is_nothing(self) -> bool:
+        """Whether it was said that no channel goes."""
+        is_told = self.goal is not None or self.is_dead or self.threshold is not None
+        return not is_told and not self.ratio and not any(ratio for _, ratio in self.layers)
+
 
 def cutting_of(
     request: Request,

@@ -51,6 +51,8 @@ class CutOut:
     """What a user should know about what was written."""
     seconds: tuple[float, float] | None = None
     """How long both take for one example, if that was measured."""
+    beside: tuple[tuple[str, int], ...] = ()
+    """Files that were written with the model, such as its class, and their bytes."""
 
     @property
     def channels(self) -> int:
@@ -71,11 +73,13 @@ def prune_channels(
     has_digests: bool = False,
     is_trusted: bool = False,
     has_latency: bool = False,
+    allow_empty: bool = False,
     **limits: Any,
 ) -> CutOut:
     """Cut channels out of a model; without an output, into a scratch file that is measured and thrown away.
 
-    The limits are those of `cutting_of`.
+    The limits are those of `cutting_of`. A cut that removes nothing is refused, unless none was asked for or it is
+    allowed to be empty.
     """
     cutting = cutting_of(request, **limits)
     model = open_model(path)
@@ -94,6 +98,8 @@ def prune_channels(
         return looked_at(model, found, weights, cutting.measure, request, is_trusted=is_trusted)
 
     plan = planned(Ground(model, source, trace, before), cutting, looks)
+    if not plan.gone and not allow_empty and not cutting.is_nothing:
+        raise _empty(path, plan, cutting)
     smaller = source.cut(plan.gone, plan.after, plan.weights)
     inputs, notes = given(model, source, request, cutting.measure)
     proof = prove(source, smaller, plan, cutting.seed, inputs)
@@ -108,6 +114,7 @@ def prune_channels(
         if has_digests:
             before = replace(before, sha256=archive.sha256(model))
             after = replace(after, sha256=archive.sha256(open_model(written)))
+        beside = tuple((str(path), (folder / path.name).stat().st_size) for path in source.beside(target))
     shown = str(target if output is not None else "the result")
     return CutOut(
         request,
@@ -117,8 +124,24 @@ def prune_channels(
         before,
         replace(after, path=shown),
         proof,
-        (*source.notes, *notes),
+        (*source.notes, *notes, *(() if plan.gone else ("The cut removed nothing.",))),
         seconds,
+        beside if output is not None else (),
+    )
+
+
+def _empty(path: Path, plan: Plan, cutting: Cutting) -> WorkError:
+    """Return why a cut that removes nothing was not made."""
+    may = sum(len(loss.family.groups) for loss in plan.losses)
+    if cutting.is_dead:
+        return WorkError(
+            f"{path} has no channels that make no difference; nothing was written",
+            hint="--allow-empty writes it as it is",
+        )
+    locked = f", {len(plan.skips)} groups of layers are left alone" if plan.skips else ""
+    return WorkError(
+        f"this cut removes nothing from {path}: none of {may} channels that may go{locked}; nothing was written",
+        hint="ask for more, lower --min-channels or --round-to, or say --allow-empty",
     )
 
 

@@ -53,6 +53,7 @@ def prune(
     flops: Annotated[str, _cut(metavar="-R|N", help="The same of operations.")] = "",
     latency: Annotated[bool, _cut("--latency", help="Time both networks in their runtime.")] = False,
     dead: Annotated[bool, _cut("--dead", help="Only channels that make no difference.")] = False,
+    allow_empty: Annotated[bool, _cut("--allow-empty", help="Write it even if no channel goes.")] = False,
     data: Annotated[str, _data(metavar="SPEC", help="What strategies, --max-drop and cuts look at: train.npz …")] = "",
     samples: Annotated[int, _data(help="How many examples of it.", min=1)] = 128,
     batch_size: Annotated[int, _data(help="How many at a time.", min=1)] = 32,

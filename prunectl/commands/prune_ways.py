@@ -47,7 +47,7 @@ def settled(ctx: typer.Context, asked: Request) -> Way:
     wrappers = wrappers_of(ctx, looks_at_data=is_cut or bool(asked.data or said["max_drop"]))
     if is_cut:
         return partial(_channels, asked, said)
-    _refuse(ctx, (*_LIMITS, "inputs"), "is about channels: add --pattern channel")
+    _refuse(ctx, (*_LIMITS, "allow_empty", "inputs"), "is about channels: add --pattern channel")
     requests.check(asked)
     if wrappers is not None:
         return partial(_wrapped, asked, wrappers)
@@ -73,7 +73,7 @@ def _channels(asked: Request, said: dict[str, Any], path: Path, place: Output | 
     limits = limits_of(said)
     if said["recipe"] is not None:
         limits |= manifests_of_cuts.limits_in(Path(said["recipe"]))
-    how = {"is_trusted": said["trust"], "has_latency": limits.pop("latency", False)}
+    how = {"is_trusted": said["trust"], "has_latency": limits.pop("latency", False), "allow_empty": said["allow_empty"]}
     manifest = Path(said["manifest"]) if said["manifest"] is not None else None
     found = _named("prunectl.channels.prune:prune_channels")(
         path, asked, place, has_digests=manifest is not None, **how, **limits

@@ -55,7 +55,9 @@ def channels_report(found: CutOut, output: str) -> Report:
         sections=(
             Section(f"{found.before.path} -> {output or 'nowhere'}", _facts(found), (cuts, sizes), tuple(remarks)),
         ),
-        artifacts=(Artifact(output, found.after.bytes.raw),) if output else (),
+        artifacts=(Artifact(output, found.after.bytes.raw), *(Artifact(*one) for one in found.beside))
+        if output
+        else (),
         bare=(),
         more={"channels": _json(found)},
     )

@@ -147,6 +147,26 @@ def test_a_dry_run_writes_nothing_and_knows_the_outcome(tmp_path: Path) -> None:
     assert dry.after.bytes == wet.after.bytes
 
 
+@pytest.mark.parametrize("words", [("-s", "1%"), ("-s", "50%", "--min-channels", "64"), ("--dead",)])
+def test_a_cut_that_removes_nothing_is_refused_unless_it_may(words: tuple[str, ...], tmp_path: Path) -> None:
+    output = tmp_path / "small.onnx"
+    done = here("prune", FIXTURE, "-o", output, "--pattern", "channel", *words)
+    assert done.code == 5
+    assert "nothing was written" in done.err
+    assert "--allow-empty" in done.err
+    assert not output.exists()
+    done = here("prune", FIXTURE, "-o", output, "--pattern", "channel", *words, "--allow-empty")
+    assert done.code == 0
+    assert "The cut removed nothing" in done.err
+    assert shapes(output) == shapes(FIXTURE)
+
+
+def test_to_allow_an_empty_cut_is_about_channels(tmp_path: Path) -> None:
+    done = here("prune", FIXTURE, "-o", tmp_path / "x.onnx", "-s", "0.5", "--allow-empty")
+    assert done.code == 2
+    assert "--pattern channel" in done.err
+
+
 def chain(**more: Any) -> Any:
     """Two convolutions with a reshape to a said shape between them."""
     nodes = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +17,12 @@ from prunectl.channels.keras.draft import Draft
 from prunectl.channels.keras.read import Opened, opened
 from prunectl.channels.keras.run import feeds, runner
 from prunectl.channels.keras.settings import rewritten
-from prunectl.channels.keras.slots import check, matched
+from prunectl.channels.keras.slots import matched, strange
 from prunectl.channels.source import Feeds, Removed, Runner, axes_of, sliced
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array, ModelFile
+from prunectl.formats.stripping import Part, Wish
+from prunectl.formats.table import by_name, load, open_model
 from prunectl.pruning import output as outputs
 from prunectl.training.network import Origin
 
@@ -67,15 +70,17 @@ class KerasSource:
         """What the optimizer keeps of each weight, where that can be told."""
         return matched(self._opened) or {}
 
-    @property
+    @cached_property
     def dropped(self) -> frozenset[str]:
-        """Nothing: all that the file holds is written."""
-        return frozenset()
+        """The state of an optimizer that cannot be cut as its weights are."""
+        return strange(self._opened)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Nothing that the file does not say."""
-        return ()
+        """What is left out."""
+        if not self.dropped:
+            return ()
+        return ("The state of the optimizer was left out: which weights it belongs to cannot be told.",)
 
     @property
     def showable(self) -> frozenset[str]:
@@ -89,8 +94,6 @@ class KerasSource:
 
     def cut(self, removed: Removed, after: After, weights: Mapping[str, Array]) -> Any:
         """Return what changes in the file."""
-        if not self.followers:
-            check(self._opened)
         places = axes_of(removed)
         arrays = dict(weights)
         for name, axes in places.items():
@@ -124,4 +127,10 @@ class KerasSource:
         """Write a draft as a file like the one that was read."""
         written = outputs.places(self._opened.model, folder, target)[self._opened.model.path]
         drafts.write(self._opened, network, written)
+        if self.dropped:
+            whole = written.with_name(f"{written.name}.whole")
+            os.replace(written, whole)
+            wish = Wish(frozenset({Part.OPTIMIZER}))
+            load(by_name(self._opened.model.format).stripper)(open_model(whole), wish, {whole: written})
+            whole.unlink()
         return written

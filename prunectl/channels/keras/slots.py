@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from prunectl.channels.keras.read import Opened
-from prunectl.errors import WorkError
 from prunectl.formats.base import Role, Tensor
 from prunectl.formats.keras.config import part
 
@@ -20,13 +19,11 @@ def matched(opened: Opened) -> Mapping[str, str] | None:
     return _by_name(slots, weights) or _by_place(opened, slots, weights)
 
 
-def check(opened: Opened) -> None:
-    """Refuse a file that has slots that nobody knows the weights of."""
-    if _slots(opened) and matched(opened) is None:
-        raise WorkError(
-            f"{opened.model.path} has an optimizer whose state cannot be matched with the weights; nothing was written",
-            hint=f"leave it out first: prunectl strip {opened.model.path} --only optimizer,training",
-        )
+def strange(opened: Opened) -> frozenset[str]:
+    """Return the whole state of an optimizer of which nobody can tell which weights it belongs to."""
+    if not _slots(opened) or matched(opened) is not None:
+        return frozenset()
+    return frozenset(tensor.name for tensor in opened.model.tensors if tensor.role is Role.OPTIMIZER)
 
 
 def _slots(opened: Opened) -> list[Tensor]:

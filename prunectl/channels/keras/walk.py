@@ -21,7 +21,7 @@ from prunectl.formats.keras.dialect import modern_kind, modern_settings
 from prunectl.formats.keras.inbound import Call, Source, ends, name_of
 from prunectl.formats.keras.layer_calls import Caller
 from prunectl.formats.keras.model_calls import SHAPE_KEYS, Resolver, first_shape, ordered
-from prunectl.formats.keras.shapes import UnknownShapeError, shape_in
+from prunectl.formats.keras.shapes import UnknownShapeError, plain, shape_in
 from prunectl.formats.keras.step import Step
 
 _FUNCTIONS = frozenset({"TFOpLambda", "TensorFlowOpLayer"})
@@ -55,6 +55,8 @@ class Walker:
         """What open axes are taken to be long."""
         self.is_open = False
         """Whether there are any."""
+        self._guessed: set[str] = set()
+        """Values whose shapes nothing in the file has confirmed."""
 
     def model(self, found: Mapping[str, Any], inputs: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
         """Return what a model gives; without inputs, it has its own."""
@@ -71,6 +73,8 @@ class Walker:
             if layer.get("class_name") == "InputLayer":
                 self._meet(layer, names, current, current)
             else:
+                # Keras 3 says of each layer what it was built for.
+                self._confirm(current[0], shape_in(part(layer, "build_config").get("input_shape")))
                 current = self._call(layer, current, names)
         return current
 
@@ -109,9 +113,8 @@ class Walker:
                 raise InputError(f"the configuration refers to {source.layer}, which gives nothing there")
             found = outputs[source.tensor]
             self._net.said[spot, source.layer, source.node, source.tensor] = found
-            if found not in self._net.shapes and source.shape is not None and None not in source.shape:
-                # Keras 3 says the shape of what a layer gives that nothing is known of.
-                self._net.shapes[found] = whole(source.shape, 1)
+            # Keras 3 says the shape of what a layer gives that nothing is known of.
+            self._confirm(found, source.shape)
             return found
 
         for call in ordered(every, resolve):
@@ -132,6 +135,12 @@ class Walker:
             first = [made[resolve.key(source)][0] for source in ends(model, "input_layers")]
             self._net.inputs = {own: self._net.inputs[own] for own in (*first, *self._net.inputs)}
         return tuple(value(source) for source in ends(model, "output_layers"))
+
+    def _confirm(self, value: str, shape: Sequence[int | None] | None) -> None:
+        """Take what the file says of a value of which nothing is known for sure."""
+        if shape is not None and None not in shape and (value not in self._net.shapes or value in self._guessed):
+            self._guessed.discard(value)
+            self._net.shapes[value] = whole(shape, 1)
 
     def _own_input(self, call: Call, names: tuple[str, ...]) -> str:
         config = part(call.found, "config")
@@ -215,9 +224,14 @@ class Walker:
             except (UnknownShapeError, LookupError):
                 pass
         made = rules.output(step)
+        is_lambda = step.kind == "Lambda" and made is None
+        if is_lambda:
+            made = _of_lambda(step)
         shapes = recurrent.outputs(step, made) if recurrent.is_recurrent(step.kind) else (made,)
         shapes += (None,) * (said.outputs - len(shapes))
-        return self._unknown(found, inputs, names, tuple(self._whole(shape, inputs) for shape in shapes))
+        outputs = self._unknown(found, inputs, names, tuple(self._whole(shape, inputs) for shape in shapes))
+        self._guessed.update(outputs if is_lambda else ())
+        return outputs
 
     def _step(self, found: Mapping[str, Any], inputs: tuple[str, ...], said: Said) -> tuple[Step, bool]:
         """Return a call in the words of Keras 2, and whether it is a bare function."""
@@ -272,6 +286,17 @@ class Walker:
             return None if shape is None else whole(shape, batch)
         except UnknownShapeError:
             return None
+
+
+def _of_lambda(step: Step) -> Sequence[int | None] | None:
+    """Return the shape that a Lambda layer says, else that of its input: most only scale.
+
+    What it computes is unknown, so it locks what it meets; what is behind it is followed all the same. A shape that is
+    wrong does not fit the next weights, which lock then, or shows when the cut network is run beside the original.
+    """
+    said = plain(step.config.get("output_shape"))
+    shape = shape_in([None, *said]) if isinstance(said, list) else None
+    return step.inputs[0] if shape is None and len(step.inputs) == 1 else shape
 
 
 def _enough(made: str | tuple[str, ...], count: int) -> tuple[str, ...]:

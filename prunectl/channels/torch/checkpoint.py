@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,30 +19,48 @@ Axes = Mapping[str, Mapping[int, LabelArray]]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def kept_of(root: Any, order: Mapping[str, str], shapes: Shapes, path: str) -> dict[str, str]:
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What optimizers in a checkpoint keep of weights."""
+
+    owners: Mapping[str, str] = field(default_factory=dict)
+    """The weight of each tensor of their states, both by their names in the file."""
+    unmatched: tuple[str, ...] = ()
+    """Optimizers of which nobody can tell which weights their states belong to, by their place."""
+
+
+def kept_of(root: Any, order: Mapping[str, str], shapes: Shapes) -> Kept:
     """Return what optimizers keep of each weight, by its name in the file; they know weights by numbers.
 
     The order is that of the parameters of the module, with their names in the file.
     """
     found: dict[str, str] = {}
+    unmatched: list[str] = []
     for name, optimizer in _optimizers(root, ""):
         groups = optimizer["param_groups"]
         numbers = [number for group in groups for number in group.get("params", ())]
         said = [word for group in groups for word in group.get("param_names", ())]
         words = said if len(said) == len(numbers) and set(said) <= order.keys() else list(order)
         owners = {number: order[word] for number, word in zip(numbers, words, strict=False)}
-        for number, state in optimizer["state"].items():
-            for key, value in state.items() if isinstance(state, dict) else ():
-                # A count of steps is a tensor as well.
-                if isinstance(value, torch.Tensor) and value.numel() > 1:
-                    if tuple(value.shape) != shapes.get(owners.get(number, "")):
-                        raise InputError(
-                            f"{path} holds the state of an optimizer, and which weight is number {number} in it "
-                            "cannot be told",
-                            hint=f"leave it out first: prunectl strip {path} -o weights.pt --only optimizer",
-                        )
-                    found[_below(_below(_below(name, "state"), number), key)] = owners[number]
-    return found
+        own = {
+            _below(_below(_below(name, "state"), number), key): (owners.get(number, ""), tuple(value.shape))
+            for number, state in optimizer["state"].items()
+            for key, value in (state.items() if isinstance(state, dict) else ())
+            # A count of steps is a tensor as well.
+            if isinstance(value, torch.Tensor) and value.numel() > 1
+        }
+        if all(shape == shapes.get(owner) for owner, shape in own.values()):
+            found |= {slot: owner for slot, (owner, _) in own.items()}
+        else:
+            unmatched.append(name)
+    return Kept(found, tuple(unmatched))
+
+
+def leave_out(root: Any, optimizers: Collection[str]) -> None:
+    """Empty the states of optimizers, as they are before the first step."""
+    for name, optimizer in _optimizers(root, ""):
+        if name in optimizers:
+            optimizer["state"].clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +70,8 @@ class Change:
     axes: Axes
     numbers: Mapping[str, Array]
     """What takes the place of some before they are cut."""
+    left_out: tuple[str, ...] = ()
+    """Optimizers whose states are not written, by their place."""
 
 
 def smaller(value: Any, change: Change, path: str, name: str = "") -> Any:

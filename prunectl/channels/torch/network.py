@@ -14,7 +14,7 @@ import torch
 from prunectl.channels.after import After
 from prunectl.channels.graph import Graph
 from prunectl.channels.source import Feeds, Removed, Runner, axes_of, made_by_weights
-from prunectl.channels.torch.checkpoint import Change, kept_of
+from prunectl.channels.torch.checkpoint import Change, Kept, kept_of
 from prunectl.channels.torch.cut import attribute, cut
 from prunectl.channels.torch.inputs import random_like
 from prunectl.channels.torch.opening import Opened, opened
@@ -56,18 +56,24 @@ class TorchSource:
 
     @property
     def dropped(self) -> frozenset[str]:
-        """Nothing: all that the file holds is written."""
-        return frozenset()
+        """The states of optimizers that cannot be cut as their weights are."""
+        places = tuple(f"{name}.state." if name else "state." for name in self._kept.unmatched)
+        return frozenset(tensor.name for tensor in self._model.tensors if tensor.name.startswith(places))
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What is written in place of a module."""
         if self._is_program:
             return ()
+        lost = ", ".join(name or "the file" for name in self._kept.unmatched)
+        state = f"The state of {lost} was left out: which weights it belongs to cannot be told."
         held = "The file holds weights alone now; the" if self._opened.holds_module else "The"
         batch = len(self._opened.light[0])
         more = f", for {batch} at a time, as its steps name this number" if batch > 1 else ""
-        return (f"{held} class {class_of(self._opened)} that takes them is beside it{more}.",)
+        return (
+            f"{held} class {class_of(self._opened)} that takes them is beside it{more}.",
+            *([state] if lost else []),
+        )
 
     @property
     def showable(self) -> frozenset[str]:
@@ -81,12 +87,15 @@ class TorchSource:
     @cached_property
     def followers(self) -> Mapping[str, str]:
         """Second names of shared weights, and what optimizers keep of each."""
-        found = dict(self._opened.aliases)
-        if not self._is_program and not self._opened.holds_module and self._model.format != "safetensors":
-            shapes = {tensor.name: tensor.shape for tensor in self._model.tensors}
-            root = load(self._model, self._opened)
-            found |= kept_of(root, parameters(self._opened), shapes, str(self._model.path))
+        found = {**self._opened.aliases, **self._kept.owners}
         return {name: self._opened.aliases.get(of, of) for name, of in found.items()}
+
+    @cached_property
+    def _kept(self) -> Kept:
+        if self._is_program or self._opened.holds_module or self._model.format == "safetensors":
+            return Kept()
+        shapes = {tensor.name: tensor.shape for tensor in self._model.tensors}
+        return kept_of(load(self._model, self._opened), parameters(self._opened), shapes)
 
     @property
     def _is_program(self) -> bool:
@@ -145,4 +154,5 @@ class TorchSource:
         axes, numbers = self._change.axes, self._change.numbers
         axes = {**axes, **{name: axes[of] for name, of in self.followers.items() if of in axes}}
         numbers = {**numbers, **{name: numbers[of] for name, of in self._opened.aliases.items() if of in numbers}}
-        return write_weights(self._model, self._opened, network, Change(axes, numbers), folder, target=target)
+        change = Change(axes, numbers, self._kept.unmatched)
+        return write_weights(self._model, self._opened, network, change, folder, target=target)

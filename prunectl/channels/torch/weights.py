@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from prunectl.channels.torch import safetensors
-from prunectl.channels.torch.checkpoint import Change, home_of, smaller
+from prunectl.channels.torch.checkpoint import Change, home_of, leave_out, smaller
 from prunectl.channels.torch.code import source
 from prunectl.channels.torch.code.source import MARK
 from prunectl.channels.torch.code.text import literal
@@ -46,7 +46,9 @@ def write_weights(
         extras = {prefix + name: value for name, value in written.extras.items()}
         safetensors.write(model, change, extras, path)
     else:
-        root = smaller(load(model, found), change, str(model.path))
+        root = load(model, found)
+        leave_out(root, change.left_out)
+        root = smaller(root, change, str(model.path))
         first, of = next(iter(found.names.items()))
         home, key = home_of(root, of)
         prefix = key.removesuffix(first)

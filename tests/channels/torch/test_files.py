@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.errors import InputError, UntrustedError, UsageError
+from prunectl.errors import UntrustedError, UsageError
 from prunectl.formats.table import open_model
 from prunectl.pruning.output import Output
 from prunectl.training.finetune import finetune
@@ -19,6 +19,7 @@ from tests.channels.masked import masked
 from tests.channels.nets import nn, torch
 from tests.channels.torch import nets as more
 from tests.channels.torch.cutting import built, cut, exported, loaded, said, saved
+from tests.running import here
 
 BATCH = {0: torch.export.Dim("batch", min=1, max=64)}
 
@@ -98,16 +99,31 @@ def lost(found: Any, name: str) -> list[int]:
     ]
 
 
-def test_an_optimizer_with_weights_in_an_order_of_its_own_is_refused(tmp_path: Path) -> None:
+def test_the_state_of_an_optimizer_with_weights_in_an_order_of_its_own_is_left_out(tmp_path: Path) -> None:
     net, path = nets.built(nets.Residual), tmp_path / "net.pt"
     weights = sorted(net.parameters(), key=lambda weight: -weight.ndim)
     optimizer = torch.optim.Adam([{"params": weights[:4]}, {"params": weights[4:], "lr": 0.1}])
     net.train()(torch.randn(4, 3, 16, 16)).sum().backward()
     optimizer.step()
     torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, path)
-    with pytest.raises(InputError, match="cannot be told"):
-        cut(path, tmp_path / "small.pt", model="tests.channels.nets:Residual")
-    assert [child.name for child in tmp_path.iterdir()] == ["net.pt"]
+    found = cut(path, tmp_path / "small.pt", model="tests.channels.nets:Residual")
+    assert any("The state of optimizer was left out" in note for note in found.notes)
+    written = torch.load(tmp_path / "small.pt", weights_only=True)
+    assert written["optimizer"]["state"] == {}
+    assert written["optimizer"]["param_groups"][1]["lr"] == 0.1
+    left = [torch.zeros(1, requires_grad=True) for _ in weights]
+    torch.optim.Adam([{"params": left[:4]}, {"params": left[4:]}]).load_state_dict(written["optimizer"])
+    assert written["model"]["stem.0.weight"].shape[0] * 2 == net.stem[0].weight.shape[0]
+
+
+def test_the_class_beside_a_cut_is_among_what_was_written(tmp_path: Path) -> None:
+    path, output = tmp_path / "net.pt", tmp_path / "small.pt"
+    torch.save(nets.built(nets.Residual).state_dict(), path)
+    words = ("--pattern", "channel", "-s", "0.5", "--model", "tests.channels.nets:Residual", "--input", "1,3,16,16")
+    done = here("prune", path, "-o", output, *words, "--json")
+    assert done.json["artifacts"] == [
+        {"path": str(file), "bytes": file.stat().st_size} for file in (output, tmp_path / "small.py")
+    ]
 
 
 def test_a_whole_module_becomes_weights_and_a_class(tmp_path: Path) -> None:
