@@ -33,7 +33,8 @@ def write(job: Job, target: Path) -> tuple[str, ...]:
             hint="another --opset may know the operator",
         ) from error
     inputs = [flow.name for flow in job.flows]
-    onnx_names.rename(proto, job.file, inputs, outputs)
+    parameters = {name: of for of, name in live.built.names.items()}
+    onnx_names.rename(proto, job.file, inputs, outputs, parameters)
     return (*said, *onnx_finish.finish(job, proto, target))
 
 

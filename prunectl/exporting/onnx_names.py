@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prunectl.exporting.onnx_order import inner_graphs, order
@@ -12,6 +12,10 @@ from prunectl.formats.base import ModelFile
 from prunectl.formats.optional import require
 
 BATCH = "batch"
+_FOLDED = "_bias"
+"""What the exporter of PyTorch puts behind the name of a weight whose layer had no bias."""
+_LAYERS = frozenset({"Conv", "ConvTranspose"})
+_NUMBERED = "onnx::"
 
 
 class _Names:
@@ -31,9 +35,25 @@ class _Names:
         return found
 
 
-def rename(proto: Any, file: ModelFile, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-    """Name weights as the source does, inputs and outputs as said, and everything else by what makes it."""
+def rename(
+    proto: Any,
+    file: ModelFile,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    parameters: Mapping[str, str] | None = None,
+) -> None:
+    """Name weights as the source does, inputs and outputs as said, and everything else by what makes it.
+
+    Weights are told by their numbers; where a converter has changed them, as it folds a batch normalisation into a
+    convolution, by the names of parameters that it kept, given with what the file calls them.
+    """
     graph = proto.graph
+    known, kept = known_weights(file), _kept(graph, parameters or {})
+    to_array = require("onnx.numpy_helper", extra="onnx").to_array
+
+    def weight(one: Any) -> str:
+        return known.get(mark(to_array(one))) or kept.get(one.name, "constant")
+
     order(graph)
     names = {port.name: name for port, name in zip(graph.input, inputs, strict=True)}
     for port, name in zip(graph.output, outputs, strict=True):
@@ -41,9 +61,36 @@ def rename(proto: Any, file: ModelFile, inputs: Sequence[str], outputs: Sequence
             # An output is also an input, or another output: it is handed on under a name of its own.
             port.name = _handed_on(graph, port.name, name)
         names[port.name] = name
-    _rename(graph, names, _Names([*inputs, *outputs]), known_weights(file))
+    _rename(graph, names, _Names([*inputs, *outputs]), weight)
     graph.name = file.path.stem
     _name_axes(graph)
+
+
+def _kept(graph: Any, parameters: Mapping[str, str]) -> dict[str, str]:
+    """Return what initializers are called whose names are those of parameters, or begin so."""
+    found: dict[str, str] = {}
+    for one in _initializers(graph):
+        # What a convolution without a bias gets from the normalisation behind it is its bias now.
+        weight = one.name.removesuffix(_FOLDED)
+        if one.name in parameters:
+            found[one.name] = parameters[one.name]
+        elif one.name.endswith(_FOLDED) and weight in parameters:
+            found[one.name] = f"{parameters[weight].removesuffix('weight')}bias"
+    for node in graph.node:
+        # The older exporter names nodes after their modules, and what it has folded by numbers.
+        scope = ".".join(node.name.strip("/").split("/")[:-1])
+        for name, leaf in zip(node.input[1:], ("weight", "bias"), strict=False):
+            own = parameters.get(f"{scope}.weight") if node.op_type in _LAYERS else None
+            if own is not None and name.startswith(_NUMBERED) and name not in found:
+                found[name] = own if leaf == "weight" else f"{own.removesuffix('weight')}bias"
+    return found
+
+
+def _initializers(graph: Any) -> Iterator[Any]:
+    yield from graph.initializer
+    for node in graph.node:
+        for inner in inner_graphs(node):
+            yield from _initializers(inner)
 
 
 def _handed_on(graph: Any, old: str, name: str) -> str:
@@ -53,12 +100,11 @@ def _handed_on(graph: Any, old: str, name: str) -> str:
     return own
 
 
-def _rename(graph: Any, outer: Mapping[str, str], fresh: _Names, known: Mapping[str, str]) -> None:
+def _rename(graph: Any, outer: Mapping[str, str], fresh: _Names, weight: Callable[[Any], str]) -> None:
     names = dict(outer)
-    helper = require("onnx.numpy_helper", extra="onnx")
     for one in graph.initializer:
         if one.name not in names:
-            names[one.name] = fresh.free(known.get(mark(helper.to_array(one)), "constant"))
+            names[one.name] = fresh.free(weight(one))
     for port in graph.input:
         if port.name not in names:
             names[port.name] = fresh.free("inner")
@@ -72,7 +118,7 @@ def _rename(graph: Any, outer: Mapping[str, str], fresh: _Names, known: Mapping[
             # A name inside may be that of a value around it, which it hides.
             own = {one.name for one in (*inner.input, *inner.initializer)}
             own |= {value for one in inner.node for value in one.output}
-            _rename(inner, {old: new for old, new in names.items() if old not in own}, fresh, known)
+            _rename(inner, {old: new for old, new in names.items() if old not in own}, fresh, weight)
             inner.name = fresh.free("body")
     _apply(graph, names)
     del graph.value_info[:]
