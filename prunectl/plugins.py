@@ -63,11 +63,16 @@ def group(kind: str) -> str:
 
 def attribute(where: str, name: str) -> object:
     """Return what a module, or a file `./file.py`, calls by a name."""
-    module = _from_file(Path(where)) if where.endswith(".py") else _from_name(where)
+    module = imported(where)
     if not hasattr(module, name):
         public = [known for known in vars(module) if not known.startswith("_")]
         raise UsageError(f"{where} has no {name}", did_you_mean=tuple(get_close_matches(name, public, n=3)))
     return getattr(module, name)
+
+
+def imported(where: str) -> object:
+    """Return a module by its name, or that of a file `./file.py`."""
+    return _from_file(Path(where)) if where.endswith(".py") else _from_name(where)
 
 
 def _from_name(name: str) -> object:

@@ -116,6 +116,7 @@ _OTHERS: tuple[tuple[str, Callable[[Request], bool]], ...] = (
     ("--policy", lambda asked: asked.policy != "default"),
     ("--nan", lambda asked: asked.nan != "error"),
     ("--repair", lambda asked: asked.is_repaired),
+    ("--cluster", lambda asked: bool(asked.cluster)),
     ("--loss", lambda asked: bool(asked.loss) and asked.strategy != "taylor"),
 )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from prunectl.channels.source import Source
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile
+from prunectl.formats.optional import require
 from prunectl.training.network import Origin
 
 
@@ -19,6 +20,8 @@ class Language:
     formats: frozenset[str]
     reader: str
     """`module:function` in this package that makes a source of a model and its origin."""
+    needs: str = ""
+    """The package that this module imports, which is called as the extra that brings it."""
 
 
 LANGUAGES = (
@@ -29,6 +32,7 @@ LANGUAGES = (
         "PyTorch",
         frozenset({"torch", "torch-legacy", "torch-export", "safetensors"}),
         "torch.network:read",
+        "torch",
     ),
 )
 
@@ -37,6 +41,8 @@ def read(model: ModelFile, origin: Origin) -> Source:
     """Return a network that can be followed and cut, or say that its graph cannot be read."""
     for language in LANGUAGES:
         if model.format in language.formats:
+            if language.needs:
+                require(language.needs, extra=language.needs)
             module, _, name = language.reader.partition(":")
             found: Source = getattr(importlib.import_module(f"prunectl.channels.{module}"), name)(model, origin)
             return found

@@ -40,6 +40,7 @@ def prune(
     param: Annotated[list[str] | None, _which(metavar="K=V", help="A parameter of the strategy.")] = None,
     scope: Annotated[Scope, _which(help="Ranked in each layer, or over all.")] = Scope.LAYER,
     pattern: Annotated[str, _which(metavar="PATTERN", help="2:4, block:1x4, block:4x4:max or channel.")] = "",
+    cluster: Annotated[str, _which(metavar="K[:START]", help="Leave K distinct values in each tensor.")] = "",
     policy: Annotated[str, _which(metavar="NAME", help="Which tensors.")] = "default",
     only: Annotated[str, _which(metavar="GLOB", help="Only these tensors, whatever the policy.")] = "",
     exclude: Annotated[list[str] | None, _which(metavar="GLOB", help="Not these; may be repeated.")] = None,
@@ -85,6 +86,8 @@ def prune(
     [dim]$[/] prunectl prune model.pt -o small.pt -s 0.9 --scope global --pack
 
     [dim]$[/] prunectl prune model.onnx -o fast.onnx --pattern 2:4 --exclude fc2
+
+    [dim]$[/] prunectl prune model.tflite -o few.tflite -s 50% --cluster 16
 
     [dim]$[/] prunectl prune model.onnx -o within.onnx --max-drop 1pp --data test.npz
 

@@ -49,6 +49,8 @@ def settled(ctx: typer.Context, asked: Request) -> Way:
         return partial(_channels, asked, said)
     _refuse(ctx, (*_LIMITS, "allow_empty", "inputs"), "is about channels: add --pattern channel")
     requests.check(asked)
+    if wrappers is not None and asked.cluster:
+        raise UsageError("--cluster does not go with wrappers: training would part the clusters again")
     if wrappers is not None:
         return partial(_wrapped, asked, wrappers)
     return partial(_weights, asked, said)

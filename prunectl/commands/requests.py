@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from types import ModuleType
+from typing import cast
 
 import typer
 
@@ -15,6 +18,7 @@ from prunectl.commands.options import is_typed, spelled
 from prunectl.errors import UsageError
 from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.stripping import Part
+from prunectl.plugins import imported
 from prunectl.pruning import manifest
 from prunectl.pruning.output import Output
 from prunectl.pruning.request import Request
@@ -56,6 +60,7 @@ def request_of(ctx: typer.Context, recipe: Path | None) -> Request:
         custom_objects=said["custom_objects"],
         inputs=tuple(said["inputs"] or ()),
         is_repaired=said["repair"],
+        cluster=said["cluster"],
     )
 
 
@@ -92,6 +97,21 @@ def parts_of(words: str) -> frozenset[Part]:
                 hint=f"parts: {', '.join(known)}",
             )
     return frozenset(known[word] for word in words.split(",")) if words else frozenset(Part)
+
+
+def import_first(names: Sequence[str]) -> None:
+    """Import what `--import` names: modules, or files, whose classes a pickle then finds under the file's name."""
+    for name in names:
+        try:
+            module = imported(name)
+        except ImportError as error:
+            raise UsageError(f"--import {name}: {error}", hint="is its folder in PYTHONPATH?") from error
+        except UsageError as error:
+            beside = Path(f"{name}.py")
+            where = f"--import ./{beside}" if beside.is_file() else "is its folder in PYTHONPATH?"
+            raise UsageError(f"--import {name}: {error.message}", hint=where) from error
+        if name.endswith(".py") and importlib.util.find_spec(Path(name).stem) is None:
+            sys.modules[Path(name).stem] = cast("ModuleType", module)
 
 
 def layer_ratio(word: str) -> tuple[str, float]:

@@ -23,6 +23,8 @@ def check_target(model: ModelFile, target: Path, *, is_forced: bool, is_in_place
     """Refuse a target that is there already, or that is the input, unless the user said so."""
     if is_in_place:
         return
+    if not target.name:
+        raise UsageError(f"{target} names no file", hint=f"such as {target / model.path.name}")
     if is_same(model.path, target):
         raise UsageError(f"{target} is the input itself", hint="write elsewhere, or say --in-place")
     if not target.parent.is_dir():

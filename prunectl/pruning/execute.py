@@ -21,6 +21,7 @@ from prunectl.measuring.blocks import blocks, pieces, slabs
 from prunectl.measuring.patterns import Block, ZerosOf
 from prunectl.measuring.survey import Survey, survey
 from prunectl.measuring.zeros import nonzero
+from prunectl.pruning.clustering import Clustering, clustered
 from prunectl.pruning.masks import Pool, lowest_blocks, lowest_of_each
 from prunectl.pruning.not_finite import NotFinite, check_kept, rank
 from prunectl.pruning.plan import Cut, Plan
@@ -42,6 +43,8 @@ class Method:
     pool: Pool = Pool.AVG
     solver: Solver | None = None
     """What makes new numbers where zeros alone will not do."""
+    clustering: Clustering | None = None
+    """How many distinct values what stays of each tensor is brought to."""
 
 
 @dataclass(slots=True)
@@ -60,6 +63,8 @@ def execute(model: ModelFile, plan: Plan, method: Method, targets: dict[Path, Pa
     else:
         solution = Solution(makers(model, plan, method, next(iter(targets.values())).parent))
     made = dict(zip(tallies, solution.made, strict=True))
+    if method.clustering is not None:
+        made = {name: partial(clustered, make, method.clustering, name, method.seed) for name, make in made.items()}
     rewrites = [
         Rewrite(cut.tensor, partial(_counted, made[cut.tensor.name], tallies[cut.tensor.name])) for cut in plan.cuts
     ]

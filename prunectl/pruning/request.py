@@ -12,6 +12,7 @@ from prunectl.measuring import patterns
 from prunectl.measuring.patterns import Block, ZerosOf
 from prunectl.plugins import find
 from prunectl.pruning.allocation import Allocation, erk
+from prunectl.pruning.clustering import parse as clusters
 from prunectl.pruning.execute import Method
 from prunectl.pruning.masks import Pool
 from prunectl.pruning.not_finite import NotFinite
@@ -55,6 +56,8 @@ class Request:
     """Shapes of what goes in, where a network has to be run and its file does not say them."""
     is_repaired: bool = False
     """Whether the weights that stay are fitted anew to make up for those that go."""
+    cluster: str = ""
+    """How many distinct values each tensor keeps, and where they are sought first: `16:linear`."""
 
 
 def from_json(said: dict[str, Any]) -> Request:
@@ -108,7 +111,8 @@ def shape_of(request: Request) -> tuple[ZerosOf | Block | None, Pool]:
 def method_of(request: Request) -> Method:
     """Return how weights are ranked."""
     pattern, pool = shape_of(request)
-    return Method(_strategy(request), request.seed, NotFinite(request.nan), pattern, pool)
+    clustering = clusters(request.cluster) if request.cluster else None
+    return Method(_strategy(request), request.seed, NotFinite(request.nan), pattern, pool, clustering=clustering)
 
 
 def wish_of(request: Request) -> Wish:
@@ -166,7 +170,9 @@ def check(request: Request) -> None:
 
 
 def check_shape(request: Request) -> None:
-    """Refuse amounts, scopes and patterns that contradict each other."""
+    """Refuse amounts, scopes, patterns and clusters that contradict each other."""
+    if request.cluster:
+        clusters(request.cluster)
     pattern, _ = shape_of(request)
     _check_amounts(request, pattern)
     is_by_layer = request.scope == Scope.LAYER
@@ -199,5 +205,5 @@ def _check_amounts(request: Request, pattern: ZerosOf | Block | None) -> None:
             )
     elif given > 1:
         raise UsageError("--sparsity, --compression and the targets exclude each other")
-    elif not given and not request.layers:
+    elif not given and not request.layers and not request.cluster:
         raise UsageError("how much? say --sparsity, --compression or a target", hint="such as --sparsity 0.8")

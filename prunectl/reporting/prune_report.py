@@ -64,6 +64,7 @@ def _facts(found: Pruned) -> tuple[tuple[str, str], ...]:
     return (
         ("asked", percent(found.sparsity)),
         ("how", how),
+        *([("clusters", f"{asked.cluster} values in each tensor at most, by k-means")] if asked.cluster else []),
         ("planned", f"{count(found.plan.drop)} of {count(found.plan.size)} weights"),
     )
 

@@ -266,3 +266,67 @@ def test_a_script_without_weights_becomes_onnx_as_well(kind: type[torch.nn.Modul
     export(tmp_path / "script.pt", tmp_path / "m.onnx", input=["2,3:f32"] * len(inputs))
     found = by_onnxruntime(tmp_path / "m.onnx", *inputs)
     np.testing.assert_allclose(found[0], answers(kind(), inputs)[0], atol=1e-6)
+
+
+class Block(torch.nn.Module):
+    """Convolutions with and without a bias, each in front of a batch normalisation, and a sum."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(outputs)
+        self.down = torch.nn.Sequential(torch.nn.Conv2d(inputs, outputs, 1), torch.nn.BatchNorm2d(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.bn1(self.conv1(x))) + self.down(x)
+
+
+class Folded(torch.nn.Module):
+    """What exporters fold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer1, self.layer2, self.fc = Block(1, 4), Block(4, 8), torch.nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.fc(self.layer2(self.layer1(x)).mean((2, 3)))
+        return found
+
+
+def folded(folder: Path) -> tuple[Path, torch.nn.Module]:
+    torch.manual_seed(0)
+    net = Folded()
+    net.train()(torch.randn(8, 1, 8, 8))
+    torch.save(net.eval().state_dict(), folder / "folded.pt")
+    return folder / "folded.pt", net
+
+
+@pytest.mark.parametrize("way", ["weights", "program", "script"])
+def test_weights_that_a_batch_normalisation_is_folded_into_keep_their_names(way: str, tmp_path: Path) -> None:
+    place, net = folded(tmp_path)
+    words: dict[str, object] = {"model": "tests.exporting.test_torch:Folded", "input": ["1,1,8,8"]}
+    if way != "weights":
+        other = tmp_path / ("other.pt2" if way == "program" else "other.pt")
+        export(place, other, **words, **({"to": "torchscript"} if way == "script" else {}))
+        place, words = other, {"input": ["1,1,8,8"]} if way == "script" else {}
+    export(place, tmp_path / "m.onnx", **words)
+    held = {tensor.name: tensor.shape for tensor in open_model(tmp_path / "m.onnx").tensors}
+    named = {f"layer{number}.{name}" for number in (1, 2) for name in ("conv1", "down.0")}
+    assert {f"{name}.{leaf}" for name in named for leaf in ("weight", "bias")} | {"fc.weight", "fc.bias"} <= held.keys()
+    shapes = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    assert all(shape == shapes.get(name, shape) for name, shape in held.items())
+
+
+def test_stock_onnx_of_pytorch_becomes_8_bit_whatever_its_shapes_between_say(tmp_path: Path) -> None:
+    _, net = folded(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(net, (torch.randn(1, 1, 8, 8),), str(tmp_path / "stock.onnx"), dynamo=True, verbose=False)
+    stock = onnx.load(tmp_path / "stock.onnx")
+    stock.graph.value_info.append(onnx.helper.make_tensor_value_info("fc.weight", onnx.TensorProto.FLOAT, [64, 8]))
+    onnx.save(stock, tmp_path / "stale.onnx")
+    for name in ("stock", "stale"):
+        found = export(tmp_path / f"{name}.onnx", tmp_path / f"{name}8.onnx", int8=True)
+        assert any("8-bit" in remark for remark in found.remarks)
+        kinds = {one.data_type for one in onnx.load(tmp_path / f"{name}8.onnx").graph.initializer}
+        assert onnx.TensorProto.INT8 in kinds

@@ -13,6 +13,7 @@ from prunectl.formats import trust
 from prunectl.formats.base import ModelFile
 from prunectl.formats.scratch import temporary_folder
 from prunectl.training import custom, trusted
+from prunectl.training.builders import builder, built
 from prunectl.training.keras.layout import Layout, layout, linked
 from prunectl.training.keras.library import Library, keras_three, keras_two, quietly
 from prunectl.training.keras.place import Place
@@ -45,20 +46,20 @@ def load(file: ModelFile, origin: Origin, place: Place) -> Loaded:
     trusted.check(file, origin)
     objects = custom.objects(origin)
     kind = layout(file)
-    built = custom.function(origin.model, "--model") if origin.model else None
-    if built is None and (kind in {Layout.NAMED, Layout.NUMBERED} or file.about.keras is None):
+    make = builder(origin.model) if origin.model else None
+    if make is None and (kind in {Layout.NAMED, Layout.NUMBERED} or file.about.keras is None):
         raise _nothing_to_build(file, kind)
-    library = _library_of_file(file) if built is None else _library_of_code(file)
+    library = _library_of_file(file) if make is None else _library_of_code(file)
     with place.scope(library), quietly():
-        model = _from_file(library, file, kind, origin, objects) if built is None else built()
-    if built is not None:
+        model = _from_file(library, file, kind, origin, objects) if make is None else built(make, origin.model)
+    if make is not None:
         library = _library_of_model(model, origin.model)
         _check_built(model, origin.model)
     fill = _filler(model, kind)
-    if built is not None:
+    if make is not None:
         with place.scope(library), quietly():
             fill(file.path)
-    return Loaded(model, library, file, objects, fill, built is None, origin.is_trusted)
+    return Loaded(model, library, file, objects, fill, make is None, origin.is_trusted)
 
 
 def _nothing_to_build(file: ModelFile, kind: Layout) -> PrunectlError:

@@ -6,13 +6,12 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from prunectl.errors import InputError, UntrustedError, UsageError, first_line
 from prunectl.formats.base import ModelFile
-from prunectl.plugins import find
+from prunectl.training.builders import builder, built
 from prunectl.training.network import Origin
 from prunectl.training.torch.arrays import to_torch
 from prunectl.training.torch.exported import Pieces, shapes_of
@@ -51,8 +50,8 @@ def build(model: ModelFile, origin: Origin) -> Built:
 
 
 def _of_function(model: ModelFile, origin: Origin) -> Built:
-    make: Any = find("model", origin.model, {})
-    made = make if isinstance(make, torch.nn.Module) else make()
+    make = builder(origin.model)
+    made = make if isinstance(make, torch.nn.Module) else built(make, origin.model)
     if not isinstance(made, torch.nn.Module):
         raise UsageError(f"{origin.model} gives a {type(made).__name__}, and no torch.nn.Module")
     names = matched(model, made, origin.model)

@@ -1,0 +1,202 @@
+"""Weight clustering: few distinct values a tensor, found by Lloyd's k-means (Han et al. 2016, Deep Compression).
+
+A tensor of K values compresses well, and zeros stay zeros. The first centroids are those of tfmot's clustering, which
+stops there and lets training move them; here Lloyd's iterations (Lloyd 1982) move each to the mean of its weights
+until none changes its cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunectl.errors import UsageError
+from prunectl.formats.base import Array
+from prunectl.measuring.zeros import nonzero
+from prunectl.pruning.hashing import hashed, mixed
+from prunectl.pruning.selection import Mask
+
+MAX_CLUSTERS = 1 << 16
+"""A code of 16 bits; more values than that are no code book."""
+MAX_ITERATIONS = 300
+_GRID, _GAP, _LEAST_SHARE = 30, 0.01, 0.01
+"""Of tfmot's cumulative distribution: how many points it is taken at, how far it reaches beyond the weights, and the
+share that the first centroid stands for."""
+Wide = NDArray[np.float64]
+Blocks = Iterator[tuple[Array, Mask]]
+
+
+class Start(StrEnum):
+    """Where the centroids begin."""
+
+    LINEAR = "linear"
+    """Evenly from the smallest weight to the largest, as Han et al. found best."""
+    RANDOM = "random"
+    """Uniformly between the smallest weight and the largest."""
+    DENSITY = "density"
+    """Where the cumulative distribution of the weights passes even steps."""
+    KMEANS_PLUS_PLUS = "kmeans++"
+    """At weights, each drawn by its squared distance from those before (Arthur & Vassilvitskii 2007)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clustering:
+    """How many distinct values each tensor keeps, and where they are sought first."""
+
+    count: int
+    """Zero is one of them in a tensor that has zeros."""
+    start: Start = Start.LINEAR
+
+
+def parse(text: str) -> Clustering:
+    """Return what `16` or `16:kmeans++` asks for."""
+    number, sign, start = text.partition(":")
+    starts = [str(one) for one in Start]
+    if (sign and start not in starts) or not (number.isascii() and number.isdecimal()):
+        raise UsageError(f"{text!r} is no number of clusters", hint=f"16, or 16:START with {', '.join(starts)}")
+    if not 2 <= int(number) <= MAX_CLUSTERS:
+        raise UsageError(f"a tensor has from 2 to {MAX_CLUSTERS} clusters, not {int(number)}", hint="such as 16")
+    return Clustering(int(number), Start(start) if sign else Start.LINEAR)
+
+
+def clustered(make: Callable[[], Blocks], asked: Clustering, name: str, seed: int) -> Blocks:
+    """Yield the blocks of a tensor with every weight that is kept replaced by the centroid nearest to it."""
+    kept: list[Array] = []
+    size = 0
+    for block, _ in make():
+        size += block.size
+        kept.append(block[_movable(block)])
+    values = np.sort(np.concatenate(kept).astype(np.float64)) if kept else np.empty(0)
+    if not values.size:
+        yield from make()
+        return
+    stored = kept[0].dtype
+    del kept
+    chance = _uniform(asked.count, f"{seed}/{name}/clusters")
+    book = codebook(values, asked, chance, has_zeros=values.size < size, stored=stored)
+    codes = book.astype(stored)
+    for block, dropped in make():
+        movable = _movable(block)
+        found = block.copy(order="C")
+        found[movable] = codes[nearest(block[movable].astype(np.float64), book)]
+        yield found, dropped
+
+
+def codebook(
+    values: Wide,
+    asked: Clustering,
+    chance: Wide,
+    *,
+    has_zeros: bool,
+    stored: np.dtype[Any],
+    iterations: int = MAX_ITERATIONS,
+) -> Wide:
+    """Return the centroids of sorted weights in rising order, none of them zero as it is stored.
+
+    Chance is a number from 0 to 1 for each centroid, for those that begin at random.
+    """
+    count = asked.count - has_zeros
+    distinct = np.unique(values)
+    if distinct.size <= count:
+        return distinct
+    centroids = np.sort(first(values, asked, chance, has_zeros=has_zeros))
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    bounds = _bounds(values, centroids)
+    for _ in range(iterations):
+        counts = np.diff(bounds)
+        means = np.divide(np.diff(sums[bounds]), counts, out=centroids.copy(), where=counts > 0)
+        # A cluster that has no weights stays where it was, which may be behind its neighbours now.
+        centroids = np.sort(means)
+        moved = _bounds(values, centroids)
+        if np.array_equal(moved, bounds):
+            break
+        bounds = moved
+    return _without_zero(values, centroids, bounds, stored)
+
+
+def first(values: Wide, asked: Clustering, chance: Wide, *, has_zeros: bool) -> Wide:
+    """Return the first centroids, as tfmot has them: beside a zero, negative and positive weights get their share."""
+    start = _STARTS[asked.start]
+    if not has_zeros:
+        return start(values, chance, _GAP)
+    negative, positive = values[values < 0], values[values > 0]
+    below = round((asked.count - 1) * negative.size / values.size)
+    parts = ((negative, chance[:below]), (positive, chance[below:-1]))
+    return np.concatenate([start(part, own, _gap(part)) for part, own in parts if part.size and own.size])
+
+
+def nearest(values: Wide, centroids: Wide) -> NDArray[np.intp]:
+    """Return the centroid nearest to each weight; half way, the lower one."""
+    return np.searchsorted((centroids[:-1] + centroids[1:]) / 2, values, side="left")
+
+
+def _movable(block: Array) -> Mask:
+    """Mark what is kept and is a number: zeros stay zeros, and NaN and infinity what they are."""
+    found: Mask = nonzero(block) & np.isfinite(block)
+    return found
+
+
+def _bounds(values: Wide, centroids: Wide) -> NDArray[np.intp]:
+    """Return where in the sorted weights each cluster begins, and where the last one ends."""
+    inner = np.searchsorted(values, (centroids[:-1] + centroids[1:]) / 2, side="right")
+    return np.concatenate(([0], inner, [values.size]))
+
+
+def _without_zero(values: Wide, centroids: Wide, bounds: NDArray[np.intp], stored: np.dtype[Any]) -> Wide:
+    """Move a centroid that is zero to its smallest weight: what was kept stays kept."""
+    for at in np.flatnonzero(centroids.astype(stored).astype(np.float64) == 0):
+        own = values[bounds[at] : bounds[at + 1]]
+        if own.size:
+            centroids[at] = own[np.argmin(np.abs(own))]
+    return centroids
+
+
+def _uniform(count: int, key: str) -> Wide:
+    """Return numbers from 0 up to 1 that only a key decides, on any machine and with any NumPy."""
+    found = mixed(np.arange(count, dtype=np.uint64) + np.uint64(hashed(key)))
+    return (found >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _linear(values: Wide, chance: Wide, _: float) -> Wide:
+    return np.linspace(values[0], values[-1], chance.size)
+
+
+def _random(values: Wide, chance: Wide, _: float) -> Wide:
+    return np.asarray(values[0] + (values[-1] - values[0]) * chance)
+
+
+def _by_density(values: Wide, chance: Wide, gap: float) -> Wide:
+    grid = np.linspace(values[0] - gap, values[-1] + gap, _GRID)
+    shares = np.searchsorted(values, grid, side="right") / values.size
+    places = np.searchsorted(shares, np.linspace(_LEAST_SHARE, 1, chance.size), side="right")
+    return np.asarray(grid[np.minimum(places, _GRID - 1)])
+
+
+def _gap(values: Wide) -> float:
+    """Return how far beyond the weights of one sign the distribution is taken: never beyond zero."""
+    return float(min(_GAP, *np.abs(values[[0, -1]]) / 2)) if values.size else _GAP
+
+
+def _plus_plus(values: Wide, chance: Wide, _: float) -> Wide:
+    found = np.empty(chance.size)
+    found[0] = values[int(chance[0] * values.size)]
+    distances = np.square(values - found[0])
+    for at in range(1, chance.size):
+        shares = np.cumsum(distances)
+        drawn = np.searchsorted(shares, chance[at] * shares[-1], side="right")
+        found[at] = values[min(drawn, values.size - 1)]
+        np.minimum(distances, np.square(values - found[at]), out=distances)
+    return found
+
+
+_STARTS: Mapping[Start, Callable[[Wide, Wide, float], Wide]] = {
+    Start.LINEAR: _linear,
+    Start.RANDOM: _random,
+    Start.DENSITY: _by_density,
+    Start.KMEANS_PLUS_PLUS: _plus_plus,
+}

@@ -1,0 +1,119 @@
+"""Mistakes that users make are told as theirs, with the way to mend them, and never as bugs of prunectl."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.running import FIXTURES, here, prunectl
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+NET = """
+import torch
+
+
+class Block(torch.nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.line = torch.nn.Linear(inputs, outputs)
+
+    def forward(self, x):
+        return self.line(x)
+
+
+class Net(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(Block(4, 8), Block(8, 2))
+
+
+def unset():
+    raise ValueError("please set NUM_CLASSES")
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Path:
+    """Weights, and beside them the code that builds the network."""
+    (tmp_path / "own_net.py").write_text(NET)
+    lines = {"0.line": torch.nn.Linear(4, 8), "1.line": torch.nn.Linear(8, 2)}
+    state = {f"{name}.{leaf}": value for name, line in lines.items() for leaf, value in line.state_dict().items()}
+    torch.save(state, tmp_path / "net.pt")
+    return tmp_path / "net.pt"
+
+
+EXPORT = ("export", "net.pt", "-o", "out.onnx", "--input", "1,4")
+PRUNE = ("prune", "net.pt", "-o", "out.pt", "--pattern", "channel", "-s", "50%", "--input", "1,4")
+
+
+@pytest.mark.parametrize("words", [EXPORT, PRUNE])
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("own_net.py:Block", "cannot be called without arguments: missing a required argument: 'inputs'"),
+        ("own_net.py:unset", "raises ValueError: please set NUM_CLASSES"),
+        ("own_net.py:number", "is a int, not a function"),
+        ("own_net.py", "own_net.py has Block, Net, unset: which of them builds the model?"),
+        ("no_net.py", "no_net.py is not a Python file"),
+    ],
+)
+def test_a_builder_that_builds_nothing_is_the_users_to_mend(
+    words: tuple[str, ...], model: str, said: str, net: Path
+) -> None:
+    done = here(*words, "--model", model, cwd=net.parent)
+    assert done.code == 2
+    assert said in done.err
+    assert "a bug in" not in done.err
+    if model == "own_net.py":
+        assert "own_net.py:Block" in done.err
+
+
+def test_a_keras_builder_that_raises_is_the_users_to_mend(tmp_path: Path) -> None:
+    (tmp_path / "own_net.py").write_text("def unset():\n    raise ValueError('please set NUM_CLASSES')\n")
+    words = ("finetune", FIXTURES / "weights_only.h5", "-o", "out.h5", "--data", FIXTURES / "digits.npz")
+    done = here(*words, "--model", "own_net.py:unset", cwd=tmp_path)
+    assert done.code == 2
+    assert "raises ValueError: please set NUM_CLASSES" in done.err
+
+
+@pytest.mark.parametrize(
+    "words", [PRUNE, ("inspect", "net.pt", "--groups", "--input", "1,4")], ids=["prune", "inspect"]
+)
+def test_channels_without_torch_say_which_extra_brings_it(
+    words: tuple[str, ...], net: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    done = here(*words, "--model", "own_net.py:Net", cwd=net.parent)
+    assert done.code == 4
+    assert "prunectl[torch]" in done.err
+
+
+def test_code_to_import_first_may_be_a_file_under_whose_name_a_pickle_finds_it(net: Path) -> None:
+    save = "import torch, own_net; torch.save(own_net.Net(), 'whole.pt')"
+    script = net.parent / "save.py"
+    script.write_text(save)
+    subprocess.run([sys.executable, "save.py"], cwd=net.parent, check=True)
+    words = ("export", "whole.pt", "-o", "out.onnx", "--trust", "--input", "1,4")
+    done = prunectl(*words, "--import", "./own_net.py", cwd=net.parent)
+    assert done.code == 0, done.err
+    assert (net.parent / "out.onnx").is_file()
+
+
+def test_a_module_that_is_not_found_but_lies_here_is_named_as_a_file(net: Path) -> None:
+    words = ("export", "net.pt", "-o", "out.onnx", "--input", "1,4", "--import", "own_net")
+    done = here(*words, cwd=net.parent)
+    assert done.code == 2
+    assert "--import ./own_net.py" in done.err
+
+
+@pytest.mark.parametrize("command", [("prune", "-s", "0.5"), ("strip", "--half"), ("export", "--to", "safetensors")])
+def test_the_root_is_no_file_to_write_to(command: tuple[str, ...], net: Path) -> None:
+    done = here(command[0], net, "-o", "/", *command[1:])
+    assert done.code == 2
+    assert "a bug in" not in done.err
