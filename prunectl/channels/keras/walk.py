@@ -288,7 +288,7 @@ class Walker:
             return None
 
 
-def _of_lambda(step: Step) -> Sequence[int | None] | None:
+def _of_lambda(step: Step) -> tuple[int | None, ...] | None:
     """Return the shape that a Lambda layer says, else that of its input: most only scale.
 
     What it computes is unknown, so it locks what it meets; what is behind it is followed all the same. A shape that is
@@ -296,7 +296,8 @@ def _of_lambda(step: Step) -> Sequence[int | None] | None:
     """
     said = plain(step.config.get("output_shape"))
     shape = shape_in([None, *said]) if isinstance(said, list) else None
-    return step.inputs[0] if shape is None and len(step.inputs) == 1 else shape
+    found = step.inputs[0] if shape is None and len(step.inputs) == 1 else shape
+    return None if found is None else tuple(found)
 
 
 def _enough(made: str | tuple[str, ...], count: int) -> tuple[str, ...]:
