@@ -20,6 +20,7 @@ from prunectl.pruning import output as outputs
 from prunectl.pruning.output import Output
 from prunectl.pruning.selection import Mask
 from prunectl.pruning.strip import surveyed
+from prunectl.training import trusted
 from prunectl.training.better import Decider, check_direction, decider
 from prunectl.training.course import Course, course
 from prunectl.training.data.source import Order
@@ -71,6 +72,8 @@ def finetune(path: Path, request: Request, output: Output, watcher: Watcher | No
         check_direction(request.means)
     model = open_model(path)
     outputs.check(model, output)
+    if request.distill:
+        trusted.check(open_model(Path(request.distill)), request.origin)
     saver = _saver(request)
     with _unwrapped(model) as plain, closing(open_network(plain, request.origin)) as network:
         found = read(network, request)
