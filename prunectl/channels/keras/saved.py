@@ -28,6 +28,7 @@ from prunectl.formats.tensorflow.bundle import read_bundle
 from prunectl.formats.tensorflow.saved_model_graph import read_graph
 from prunectl.formats.tensorflow.variable_names import VALUE_SUFFIX
 from prunectl.pruning import output as outputs
+from prunectl.training import trusted
 from prunectl.training.keras.library import quietly
 from prunectl.training.keras.loading import Loaded, load
 from prunectl.training.keras.place import Place
@@ -46,6 +47,7 @@ def read(model: ModelFile, origin: Origin) -> SavedSource:
             hint="prune the model that it was exported from, as .keras, or export it to ONNX",
         )
     require_followable(model, origin)
+    trusted.check(model, origin)
     _refuse_losses(model)
     return SavedSource(model, origin)
 
