@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+
+TYPE_CHECKING = False
+"""As `typing` has it, which takes long to import: nobody could interrupt that without a traceback."""
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from prunectl.api import export as export
     from prunectl.api import finetune as finetune
     from prunectl.api import inspect as inspect

@@ -24,11 +24,14 @@ class Terminated(BaseException):
 def main() -> int:
     """Run the command that the user typed, and return its exit code."""
     words = sys.argv[1:]
-    _open_what_is_closed()
-    signal.signal(signal.SIGTERM, _terminate)
-    # The pools that NumPy's libraries start at import serve nothing here, and cost start-up time.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    is_heard = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
     try:
+        if is_heard:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        _open_what_is_closed()
+        signal.signal(signal.SIGTERM, _terminate)
+        # The pools that NumPy's libraries start at import serve nothing here, and cost start-up time.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         code = _run(words)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -39,6 +42,10 @@ def main() -> int:
         return TERMINATED
     except OSError as error:
         return _give_up(error)
+    finally:
+        if is_heard:
+            # All is done that can be half done: what is left is Python's own clean-up.
+            signal.signal(signal.SIGINT, _leave)
     return code
 
 
@@ -71,6 +78,10 @@ def _explain(error: Exception, words: list[str]) -> int:
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
     raise Terminated
+
+
+def _leave(_signal: int, _frame: FrameType | None) -> None:
+    os._exit(CANCELLED)
 
 
 def _hang_up() -> int:

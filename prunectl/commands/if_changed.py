@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from prunectl.commands.if_changed_making import Making, check
 from prunectl.commands.if_changed_own import check_own
 from prunectl.commands.options import panel, spelled
 from prunectl.commands.verb import Verb, lent
+from prunectl.formats import outputs
 from prunectl.pruning import manifest
 from prunectl.reporting.report import Artifact, Report
 from prunectl.reporting.reporter import Reporter
@@ -41,6 +43,7 @@ class Maker(Verb):
         making = Making.of(str(self.name), ctx.params, reporter.html)
         check(making, depfile, has_stamp=if_changed)
         old = if_changed_stamp.read(making.output) if if_changed else None
+        guard: AbstractContextManager[None] = nullcontext()
         if old is not None:
             new = making.stamp(if_changed_stamp.again(old.code, making.output))
             reason = if_changed_stamp.difference(old, new, partial(spelled, ctx))
@@ -51,6 +54,8 @@ class Maker(Verb):
                 check_own(making, old)
                 # All that is there is what this command wrote: nothing of anybody else's is replaced.
                 ctx.params["force"] = True
+                # So it still has to be when the work is done.
+                guard = outputs.guarded(partial(check_own, making, old))
             reporter.note(f"{making.output} is made again: {reason}")
         imported = making.watch()
         ctx.obj = Leaving(
@@ -59,7 +64,8 @@ class Maker(Verb):
             reporter.html,
             lambda: leave(making, depfile, imported(), has_stamp=if_changed),
         )
-        return super().work(ctx)
+        with guard:
+            return super().work(ctx)
 
 
 def _check_manifest(said: Mapping[str, Any]) -> None:

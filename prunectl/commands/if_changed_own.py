@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from prunectl.commands import if_changed_stamp
 from prunectl.commands.if_changed_making import Making
@@ -10,12 +11,17 @@ from prunectl.commands.if_changed_stamp import Stamp
 from prunectl.errors import UsageError
 
 
-def check_own(making: Making, old: Stamp) -> None:
-    """Refuse to replace what is not as it was written with a stamp: of the output, or of what is beside it."""
+def check_own(making: Making, old: Stamp, place: Path | None = None) -> None:
+    """Refuse to replace what is not as it was written with a stamp: of the output, or of what is beside it.
+
+    With a place, only what is there is looked at.
+    """
     known = if_changed_stamp.paths(old.written, making.output)
     inputs = {path.resolve() for path in making.files}
     for path in (*making.whole(), *making.places(), *known):
         if not os.path.lexists(path) or path.resolve() in inputs:
+            continue
+        if place is not None and not path.absolute().is_relative_to(place.absolute()):
             continue
         ((name, digest),) = if_changed_stamp.digests([path], making.output).items()
         if digest != old.written.get(name):

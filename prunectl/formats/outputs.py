@@ -6,8 +6,9 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from prunectl.errors import NO_ROOM, UsageError, WorkError, is_of_output
@@ -159,9 +160,26 @@ def _deferred() -> Generator[None]:
             signal.raise_signal(one)
 
 
+_guard: ContextVar[Callable[[Path], None] | None] = ContextVar("guard", default=None)
+
+
+@contextmanager
+def guarded(check: Callable[[Path], None]) -> Generator[None]:
+    """Ask once more of everything that is there whether it may be replaced, right before it is."""
+    token = _guard.set(check)
+    try:
+        yield
+    finally:
+        _guard.reset(token)
+
+
 def _place_all(placements: list[tuple[Path, Path]], folder: Path, *, may_replace: bool) -> None:
     made: dict[Path, os.stat_result] = {}
     try:
+        check = _guard.get()
+        if check is not None:
+            for place in (place for _, place in placements if os.path.lexists(place)):
+                check(place)
         for new, place in placements:
             made[place] = os.lstat(new)
             _place(new, place, folder, may_replace=may_replace)

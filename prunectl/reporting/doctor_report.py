@@ -25,7 +25,7 @@ def doctor_report(extras: tuple[Extra, ...]) -> Report:
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         *libraries(),
     )
-    missing = tuple(f"For {extra.brings}: {extra.remedy}" for extra in extras if extra.remedy)
+    missing = (*(f"For {extra.brings}: {extra.remedy}" for extra in extras if extra.remedy), *_weaknesses())
     return Report(
         models=(),
         main=table,
@@ -33,6 +33,15 @@ def doctor_report(extras: tuple[Extra, ...]) -> Report:
         bare=tuple(extra.remedy for extra in extras if extra.remedy),
         more={"python": platform.python_version(), "extras": [_json(extra) for extra in extras]},
     )
+
+
+def _weaknesses() -> tuple[str, ...]:
+    """Say what protects less than on Linux."""
+    system = platform.system()
+    if system == "Linux":
+        return ()
+    said = f"On {system} the child that reads HDF5 has no limit on its memory, only on its time"
+    return (f"{said}: read files of strangers on Linux, or in a container.",)
 
 
 def _row(extra: Extra) -> tuple[str, ...]:
