@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -109,7 +107,7 @@ def replacing(target: Path, *, may_replace: bool, model: ModelFile | None = None
         origins = {} if model is None else {name: source for source, name in targets(model, target).items()}
         permissions.give(folder, target.parent, origins, model)
         # Between two files of one model no signal is heard: they come together.
-        with _deferred():
+        with scratch.deferred():
             _place_all(placements, folder.parent, may_replace=may_replace)
         _sync_folder(target.parent)
 
@@ -139,25 +137,6 @@ def _scratch(parent: Path) -> Generator[Path]:
         raise WorkError(f"{parent} cannot be written to: {error.strerror}; nothing was written") from error
     finally:
         held.release()
-
-
-@contextmanager
-def _deferred() -> Generator[None]:
-    """Hear of a request to stop only afterwards."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    heard: list[int] = []
-    before = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, lambda heard_one, _: heard.append(heard_one))
-        yield
-    finally:
-        for number, how in before.items():
-            signal.signal(number, how)
-        for one in dict.fromkeys(heard):
-            signal.raise_signal(one)
 
 
 _guard: ContextVar[Callable[[Path], None] | None] = ContextVar("guard", default=None)

@@ -7,8 +7,10 @@ import fcntl
 import os
 import secrets
 import shutil
+import signal
 import stat
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Generator
@@ -111,11 +113,31 @@ class Held:
         """Remove the folder, unless this is a child of the process that made it."""
         if os.getpid() != self._owner:
             return
-        for folder in self._made:
-            shutil.rmtree(folder, ignore_errors=True)
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        with deferred():
+            for folder in self._made:
+                _remove(folder)
+            if self._lock >= 0:
+                os.close(self._lock)
+                self._lock = -1
+
+
+@contextmanager
+def deferred() -> Generator[None]:
+    """Hear of a request to stop only afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda heard_one, _: heard.append(heard_one))
+        yield
+    finally:
+        for number, how in before.items():
+            signal.signal(number, how)
+        for one in dict.fromkeys(heard):
+            signal.raise_signal(one)
 
 
 def clear_stale(parent: Path, prefix: str) -> None:
@@ -143,9 +165,18 @@ def _clear(folder: Path) -> None:
     lock = os.open(folder / LOCK, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         if _lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) or time.time() - _touched(folder) > _DAY:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
     finally:
         os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, its lock last: whoever is killed meanwhile leaves what can still be told to be ours."""
+    for name in (INSIDE, PACKED, OLD):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        with suppress(OSError):
+            os.unlink(folder / name)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _lock(fd: int, how: int) -> bool:
