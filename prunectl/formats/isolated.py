@@ -60,7 +60,7 @@ def in_child(
     seconds: float,
     extra_bytes: int,
     written: tuple[Path, ...] = (),
-) -> bytes:
+) -> bytes | bytearray:
     """Return what ``work`` returns in a child of its own; whatever kills the child is the file's fault.
 
     The work must be such that pickle can send it. The seconds are of processor time, so that a busy machine is not
@@ -87,7 +87,7 @@ def in_child(
         raise InputError(said.decode("utf-8", "backslashreplace"))
     if how == isolated_child.NOT_WRITTEN:
         number, _, name = said.partition(b" ")
-        raise OSError(int(number), os.strerror(int(number)), os.fsdecode(name) or None)
+        raise OSError(int(number), os.strerror(int(number)), os.fsdecode(bytes(name)) or None)
     for file in written:
         _need_room(file)
     if how == isolated_child.FAILED:
@@ -138,7 +138,7 @@ class Child:
 
     def ask(
         self, work: Callable[[], bytes | memoryview], seconds: float, extra_bytes: int
-    ) -> tuple[tuple[bytes, bytes] | None, int]:
+    ) -> tuple[tuple[bytes, bytes | bytearray] | None, int]:
         """Return the answer, or nothing where time is up, and how the child ended if it did."""
         request = pickle.dumps(Request(work, seconds, extra_bytes, _folder(), is_last=not self._is_kept))
         with self._lock:
@@ -286,7 +286,7 @@ def _spawned_server(control: socket.socket) -> int:
     )
 
 
-def _exchange(channel: socket.socket, request: bytes, deadline: float) -> tuple[bytes, bytes] | None:
+def _exchange(channel: socket.socket, request: bytes, deadline: float) -> tuple[bytes, bytes | bytearray] | None:
     """Send a request and return its answer; None if it does not come in time, empty bytes if the child has died."""
     try:
         channel.sendall(HEAD.pack(b"?", len(request)))
@@ -307,7 +307,9 @@ def _exchange(channel: socket.socket, request: bytes, deadline: float) -> tuple[
         if len(answer) >= HEAD.size:
             how, nbytes = HEAD.unpack_from(answer)
             if len(answer) >= HEAD.size + nbytes:
-                return how, bytes(memoryview(answer)[HEAD.size :])
+                # In place: it may be as big as a tensor.
+                del answer[: HEAD.size]
+                return how, answer
     return None
 
 

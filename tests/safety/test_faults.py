@@ -171,11 +171,9 @@ def _is_written(given: tuple[Any, ...]) -> bool:
 
 
 WRITERS = {
-    "prune": ("digits_cnn.safetensors", ["prune", "m", "-o", "out", *HALF]),
     "prune in place": ("digits_cnn.pt", ["prune", "m", "--in-place", *HALF]),
     "pack": ("digits_cnn.onnx", ["prune", "m", "-o", "out", "--pack", "--manifest", "run.json", *HALF]),
     "prune a folder": ("digits_cnn_savedmodel", ["prune", "m", "-o", "out", *HALF]),
-    "strip": ("digits_cnn.h5", ["strip", "m", "-o", "out", "-q"]),
     "strip an archive": ("deflated.keras", ["strip", "m", "-o", "out", "-q"]),
     "export": ("digits_cnn.pt", ["export", "m", "-o", "out", "--to", "npz", "-q"]),
 }

@@ -74,7 +74,7 @@ def read_contents(place: Place) -> Contents:
         seconds=_SECONDS + place.nbytes / _BYTES_PER_SECOND,
         extra_bytes=_WALK_BYTES + place.nbytes,
     )
-    found = parse_object(answer, place.path, "what libhdf5 says of it")
+    found = parse_object(bytes(answer), place.path, "what libhdf5 says of it")
     rows = found["datasets"]
     datasets = tuple(_dataset(place, row) for row in rows)
     _refuse_overlaps(place.path, datasets)
