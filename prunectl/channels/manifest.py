@@ -11,7 +11,7 @@ from prunectl import __version__
 from prunectl.channels.choose import removed
 from prunectl.channels.prune import CutOut
 from prunectl.errors import InputError
-from prunectl.formats.json_text import parse_object
+from prunectl.formats.json_text import read_object
 from prunectl.pruning.manifest import SCHEMA, keep
 
 LIMITS = frozenset({"min_channels", "round_to", "max_ratio", "params", "flops", "dead"})
@@ -41,7 +41,7 @@ def write(path: Path, found: CutOut, limits: Mapping[str, Any]) -> None:
 
 def limits_in(path: Path) -> dict[str, Any]:
     """Return the words about channels in a manifest, whose request is known to be sound."""
-    said = parse_object(path.read_bytes(), path, "it").get("limits", {})
+    said = read_object(path, "it").get("limits", {})
     if not isinstance(said, dict) or not said.keys() <= LIMITS or not all(map(_is_plain, said.values())):
         raise InputError(f"{path} holds limits of channels that make no sense")
     return said

@@ -1,22 +1,97 @@
-"""JSON from strangers: one sentence for whatever is wrong with it."""
+"""JSON from strangers: one sentence for whatever is wrong with it, and nothing made of what would take too much."""
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prunectl.errors import InputError
+from prunectl.formats import budgets
+
+_MADE_BYTES = (("{", 200), ("[", 90), (":", 70), (",", 50), ('"', 20))
+"""What Python makes of a text for each of these characters: between half of this and all of it.
+
+Those inside strings count as well: looking for the ends of strings would take as long as parsing does.
+"""
 
 
-def parse_object(text: bytes | str, path: Path, what: str) -> dict[str, Any]:
-    """Return the object that a JSON text holds."""
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """Return the object that a file of JSON holds, of which no more is read than may be parsed."""
+    with path.open("rb") as file:
+        return parse_object(file.read(budgets.MAX_JSON_BYTES + 1), path, what)
+
+
+def parse_object(text: bytes | str, path: Path, what: str, most: int = budgets.MAX_JSON_OBJECT_BYTES) -> dict[str, Any]:
+    """Return the object that a JSON text holds, which may take so much memory at most."""
+    refuse_too_much([text], path, what, most)
     try:
-        value = json.loads(text)
+        with _uncollected():
+            value = json.loads(text)
     except RecursionError as error:
         raise InputError(f"{path} is refused: {what} is nested too deep") from error
     except (ValueError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is damaged: {what} is not JSON") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is damaged: {what} is not a JSON object")
+    if _is_deeper(value, budgets.MAX_JSON_DEPTH):
+        raise InputError(f"{path} is refused: {what} is nested too deep")
     return value
+
+
+@contextmanager
+def _uncollected() -> Generator[None]:
+    """Look for no garbage meanwhile: among many new objects, none of which is any, that takes as long as the work."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def refuse_too_much(
+    texts: Iterable[bytes | str], path: Path, what: str, most: int = budgets.MAX_JSON_OBJECT_BYTES
+) -> None:
+    """Refuse JSON texts that would take too much together, before the first of them is parsed."""
+    nbytes = made_bytes = 0
+    for text in texts:
+        nbytes += len(text)
+        if nbytes > budgets.MAX_JSON_BYTES:
+            raise InputError(f"{path} is refused: {what} is longer than {budgets.MAX_JSON_BYTES} bytes of JSON")
+        made_bytes += _made_bytes(text)
+        if made_bytes > most:
+            raise InputError(f"{path} is refused: {what} would become more objects than any model needs")
+
+
+def _made_bytes(text: bytes | str) -> int:
+    """An upper bound of the memory that a text takes once it is parsed, told without parsing it."""
+    if isinstance(text, str):
+        decoded = 0 if text.isascii() else 3 * len(text)
+        structure = sum(each * text.count(mark) for mark, each in _MADE_BYTES)
+        has_escapes = "\\u" in text
+    else:
+        decoded = len(text) if text.isascii() else 4 * len(text)
+        structure = sum(each * text.count(mark.encode()) for mark, each in _MADE_BYTES)
+        has_escapes = b"\\u" in text
+    # One wide character makes its whole string four bytes a character.
+    return structure + decoded + len(text) * (4 if has_escapes or not text.isascii() else 1)
+
+
+def _is_deeper(value: dict[str, Any], most: int) -> bool:
+    """Whether lists and objects stand in each other more than so deep, found breadth first."""
+    level: list[Any] = [value]
+    for _ in range(most):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True

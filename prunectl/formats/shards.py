@@ -8,17 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from prunectl.errors import InputError
-from prunectl.formats import state_dict, table
+from prunectl.formats import budgets, state_dict, table
 from prunectl.formats.base import About, Array, ModelFile, Tensor
-from prunectl.formats.json_text import parse_object
+from prunectl.formats.json_text import read_object
 from prunectl.formats.writing import Rewrite, write_flat
 
 
 def open_model(path: Path) -> ModelFile:
     """Open the shards that an index names, as one model."""
-    weight_map = parse_object(path.read_bytes(), path, "the index").get("weight_map")
+    weight_map = read_object(path, "the index").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(f"{path} is JSON, but not the index of a sharded checkpoint: it has no weight_map")
+    if len(weight_map) > budgets.MAX_INDEX_NAMES:
+        raise InputError(f"{path} is refused: it names more than {budgets.MAX_INDEX_NAMES} tensors")
     shards = [_open_shard(path, name) for name in dict.fromkeys(weight_map.values())]
     tensors = [_tagged(shard, tensor) for shard in shards for tensor in shard.tensors]
     held = {tensor.name for tensor in tensors}
@@ -54,7 +56,7 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewrit
         write_flat(model, targets, rewrites)
         return
     write_flat(model, {source: target for source, target in targets.items() if source != model.path}, rewrites)
-    index = parse_object(model.path.read_bytes(), model.path, "the index")
+    index = read_object(model.path, "the index")
     index["weight_map"] = {tensor: names[shard] for tensor, shard in index["weight_map"].items()}
     targets[model.path].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

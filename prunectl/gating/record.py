@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.errors import InputError
-from prunectl.formats.json_text import parse_object
+from prunectl.formats.json_text import read_object
 from prunectl.pruning.manifest import SCHEMA
 
 
@@ -37,7 +37,7 @@ def read(path: Path) -> Record:
     """Return what a manifest says of its run."""
     if not path.is_file():
         raise InputError(f"{path} does not exist")
-    whole = parse_object(path.read_bytes(), path, "it")
+    whole = read_object(path, "it")
     if whole.get("schema") != SCHEMA:
         raise InputError(f"{path} is JSON, but not a manifest of prunectl", hint="prunectl prune … --manifest FILE")
     try:

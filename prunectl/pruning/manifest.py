@@ -12,7 +12,7 @@ from typing import Any
 
 from prunectl import __version__
 from prunectl.errors import InputError, UsageError
-from prunectl.formats.json_text import parse_object
+from prunectl.formats.json_text import read_object
 from prunectl.formats.outputs import write_text
 from prunectl.plugins import check_untrusted
 from prunectl.pruning.policies import MIN_SIZE
@@ -70,7 +70,7 @@ def read(path: Path, *, is_trusted: bool = False) -> Request:
     """Return the request in a manifest; what it names as code is not imported unless the user said so."""
     if not path.is_file():
         raise InputError(f"{path} does not exist")
-    said = parse_object(path.read_bytes(), path, "it").get("request")
+    said = read_object(path, "it").get("request")
     if not isinstance(said, dict):
         raise InputError(f"{path} is JSON, but not a manifest of prunectl: it has no request")
     request = from_json(said)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.errors import InputError
+from prunectl.formats import budgets
 from prunectl.formats.base import About, Array, ModelFile, Tensor
 from prunectl.formats.json_text import parse_object
 from prunectl.formats.keras import config as keras_config
@@ -17,13 +18,14 @@ from prunectl.formats.scratch import Scratch
 from prunectl.formats.zips import Archive, Entry, open_archive
 
 WEIGHTS = "model.weights.h5"
-_MAX_CONFIG_BYTES = 64 << 20
 
 
 def open_model(path: Path) -> ModelFile:
     """Open a `.keras` archive."""
     archive = open_archive(path)
-    config = parse_object(archive.read("config.json", _MAX_CONFIG_BYTES), path, "its config.json")
+    said = archive.read("config.json", budgets.MAX_JSON_BYTES)
+    config = parse_object(said, path, "its config.json", budgets.MAX_KERAS_OBJECT_BYTES)
+    keras_config.measured(config, path)
     weights = archive.entries[WEIGHTS]
     model = _stored(path, weights, config) if weights.is_stored else _deflated(path, archive, weights, config)
     return replace(model, about=_about(path, archive, config, is_compressed=not weights.is_stored))
@@ -37,7 +39,11 @@ def _stored(path: Path, weights: Entry, config: dict[str, Any]) -> ModelFile:
 def _deflated(path: Path, archive: Archive, weights: Entry, config: dict[str, Any]) -> ModelFile:
     # Libhdf5 must be able to seek: the weights are inflated into a file that lives as long as the model.
     scratch = Scratch()
-    inside = inflate(archive, config, scratch.path / WEIGHTS)
+    try:
+        inside = inflate(archive, config, scratch.path / WEIGHTS)
+    except BaseException:
+        scratch.remove()
+        raise
     inner = {tensor.storage.key: tensor for tensor in inside.tensors}
     share = weights.extent.nbytes / max(weights.nbytes, 1)
 
@@ -74,7 +80,8 @@ def _model(path: Path, tensors: tuple[Tensor, ...], decode: Any) -> ModelFile:
 def _about(path: Path, archive: Archive, config: dict[str, Any], *, is_compressed: bool) -> About:
     metadata: dict[str, Any] = {}
     if "metadata.json" in archive.entries:
-        metadata = parse_object(archive.read("metadata.json", _MAX_CONFIG_BYTES), path, "its metadata.json")
+        said = archive.read("metadata.json", budgets.MAX_JSON_BYTES)
+        metadata = parse_object(said, path, "its metadata.json", budgets.MAX_KERAS_OBJECT_BYTES)
     compiled = keras_config.part(config, "compile_config")
     version = keras_config.text(metadata, "keras_version")
     return About(

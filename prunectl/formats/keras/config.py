@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from prunectl.errors import InputError
+from prunectl.formats import budgets
 from prunectl.formats.base import Wrapper
 
 PRUNED_PREFIX = "prune_low_magnitude_"
@@ -24,6 +28,22 @@ class Layer:
     path: tuple[str, ...]
     """Names of the models and wrappers around it."""
     is_custom: bool = False
+
+
+def measured(config: dict[str, Any] | None, path: Path) -> dict[str, Any] | None:
+    """A configuration that is known to hold no more layers, and no longer names, than walks through it can bear."""
+    count = characters = 0
+    waiting: list[tuple[Any, int]] = [(config, 0)]
+    while waiting:
+        found, around = waiting.pop()
+        if isinstance(found, dict) and found.get("class_name"):
+            around += len(text(found, "class_name")) + len(text(found, "name") or text(part(found, "config"), "name"))
+            count, characters = count + 1, characters + around
+            if count > budgets.MAX_KERAS_OBJECTS or characters > budgets.MAX_KERAS_NAME_CHARACTERS:
+                raise InputError(f"{path} is refused: its configuration holds more layers than any model has")
+        inside = found.values() if isinstance(found, dict) else found or ()
+        waiting += [(inner, around) for inner in inside if isinstance(inner, (dict, list))]
+    return config
 
 
 def layers(config: Any, path: tuple[str, ...] = ()) -> Iterator[Layer]:
@@ -53,8 +73,8 @@ def children(config: Any) -> Iterator[Layer]:
 
 def listed(found: Any) -> tuple[Mapping[str, Any], ...]:
     """Return the layers in a model: in its configuration, or, for Keras 1, that configuration itself."""
-    config = found.get("config") if isinstance(found, Mapping) else None
-    entries = config.get("layers") if isinstance(config, Mapping) else config
+    config = found.get("config") if isinstance(found, (dict, Mapping)) else None
+    entries = config.get("layers") if isinstance(config, (dict, Mapping)) else config
     return tuple(entry for entry in entries if isinstance(entry, dict)) if isinstance(entries, list) else ()
 
 
@@ -110,16 +130,17 @@ def named(value: Any) -> str:
 
 def part(facts: Any, key: str) -> Mapping[str, Any]:
     """Return an object inside another, empty if it is not there."""
-    value = facts.get(key) if isinstance(facts, Mapping) else None
+    value = facts.get(key) if isinstance(facts, (dict, Mapping)) else None
     return value if isinstance(value, dict) else {}
 
 
 def text(facts: Any, key: str) -> str:
     """Return a string inside an object, empty if it is not there."""
-    value = facts.get(key) if isinstance(facts, Mapping) else None
+    value = facts.get(key) if isinstance(facts, (dict, Mapping)) else None
     return value if isinstance(value, str) else ""
 
 
+@lru_cache(1024)
 def snake_case(name: str) -> str:
     """Return the name that Keras gives to layers of a class that were not named."""
     name = re.sub(r"\W+", "", name)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.errors import InputError
+from prunectl.formats import budgets
 from prunectl.formats.base import About, Array, ModelFile, Tensor
 from prunectl.formats.json_text import parse_object
 from prunectl.formats.keras import config as keras_config
@@ -17,7 +18,7 @@ from prunectl.formats.keras.hdf5_walk import Place
 def open_model(path: Path) -> ModelFile:
     """Open an HDF5 file that Keras wrote."""
     contents = hdf5.read_contents(Place(path, 0, path.stat().st_size))
-    config = _parsed(contents, "model_config")
+    config = keras_config.measured(_parsed(contents, "model_config"), path)
     tensors = describe(contents, config)
     root = _root(contents)
     training = _parsed(contents, "training_config") or {}
@@ -70,7 +71,9 @@ def decoder(contents: Contents) -> Any:
 
 def _parsed(contents: Contents, key: str) -> dict[str, Any] | None:
     said = contents.attribute("", key)
-    return parse_object(said, contents.place.path, key) if isinstance(said, str) else None
+    if not isinstance(said, str):
+        return None
+    return parse_object(said, contents.place.path, key, budgets.MAX_KERAS_OBJECT_BYTES)
 
 
 def _producer(contents: Contents) -> str:

@@ -14,6 +14,8 @@ from prunectl.formats.keras.roles import looks_channels_first, meaning, modern_n
 
 _OPTIMIZER_GROUP = "optimizer_weights"
 _ANYWHERE = ""
+_MAX_STEPS, _MAX_SLASHES = 40, 8
+"""Models around a layer, and slashes in its name: more than any model has."""
 
 
 def describe(contents: Contents, root: str, config: Mapping[str, Any] | None) -> tuple[Tensor, ...]:
@@ -91,8 +93,8 @@ def _tensor(found: Dataset, group: str, name: str, known: Mapping[str, Layer]) -
 
 def _layer(steps: list[str], known: Mapping[str, Layer]) -> Layer | None:
     """Return the innermost layer on the way to a weight; some layers have a slash in their name."""
-    for end in range(len(steps), 0, -1):
-        for begin in range(end):
+    for end in range(len(steps), max(len(steps) - _MAX_STEPS, 0), -1):
+        for begin in range(max(end - _MAX_SLASHES, 0), end):
             if (name := "/".join(steps[begin:end])) in known:
                 return known[name]
     return None

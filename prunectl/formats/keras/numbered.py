@@ -46,7 +46,7 @@ class _Owner:
 
 def describe(contents: Contents, config: Mapping[str, Any] | None) -> tuple[Tensor, ...]:
     """Return the weights under the names that Keras gives to variables: `dense/kernel`."""
-    slots = dict(_slots(config))
+    slots = {path: layer for container in _CONTAINERS for path, layer in _slots(config, container)}
     siblings = Counter(found.name.rpartition("/")[0] for found in contents.datasets)
     tensors = [_tensor(found, contents, slots, siblings) for found in contents.datasets]
     repeated = Counter(tensor.name for tensor in tensors)
@@ -56,18 +56,17 @@ def describe(contents: Contents, config: Mapping[str, Any] | None) -> tuple[Tens
     )
 
 
-def _slots(config: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Layer]]:
+def _slots(config: Any, container: str, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Layer]]:
     """Yield the path that Keras gives to each layer of a configuration, with the layer."""
     used: Counter[str] = Counter()
     for layer in keras_config.children(config):
         slug = keras_config.snake_case(layer.kind)
         numbered = f"{slug}_{used[slug]}" if used[slug] else slug
         used[slug] += 1
-        for container in _CONTAINERS:
-            path = f"{prefix}{container}/{numbered}"
-            yield path, layer
-            if depth < keras_config.MAX_DEPTH:
-                yield from _slots({"config": layer.config}, f"{path}/", depth + 1)
+        path = f"{prefix}{container}/{numbered}"
+        yield path, layer
+        if depth < keras_config.MAX_DEPTH:
+            yield from _slots({"config": layer.config}, container, f"{path}/", depth + 1)
 
 
 def _tensor(found: Dataset, contents: Contents, slots: Mapping[str, Layer], siblings: Mapping[str, int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,9 +80,10 @@ def _new_names(layers: list[Any]) -> dict[str, str]:
     """Return what the wrapped layers of a model are called, by the names of their wrappers."""
     inner = {_name(layer): inner_of(layer) for layer in layers}
     names = {name: _name(layer) for name, layer in inner.items() if layer is not None}
+    counts = Counter(names.values())
     for wrapper, name in names.items():
         # A wrapper that already has the name of its layer stands in nobody's way but its own.
-        if (name in inner and name != wrapper) or list(names.values()).count(name) > 1:
+        if (name in inner and name != wrapper) or counts[name] > 1:
             raise TwoLayersError(name)
     return names
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prunectl.formats import budgets
 from prunectl.formats.base import Wrapper
-from prunectl.formats.json_text import parse_object
+from prunectl.formats.json_text import parse_object, refuse_too_much
 from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras.config import PRUNED_PREFIX, part, schedule, text
 from prunectl.formats.tensorflow.saved_model_graph import KerasObject
@@ -38,9 +39,9 @@ def read_facts(path: Path, objects: Iterable[KerasObject]) -> KerasFacts:
     model: Mapping[str, Any] = {}
     wrappers: dict[Wrapper, None] = {}
     code: dict[str, None] = {}
-    for found in objects:
-        if not found.identifier.startswith("_tf_keras") or not found.metadata:
-            continue
+    described = [found for found in objects if found.identifier.startswith("_tf_keras") and found.metadata]
+    refuse_too_much((found.metadata for found in described), path, "its Keras metadata", budgets.MAX_KERAS_OBJECT_BYTES)
+    for found in described:
         facts = parse_object(found.metadata, path, "its Keras metadata")
         name, kind = text(facts, "name"), text(facts, "class_name")
         if found.identifier in _MODELS:
@@ -57,7 +58,9 @@ def read_facts(path: Path, objects: Iterable[KerasObject]) -> KerasFacts:
     training = part(model, "training_config")
     return KerasFacts(
         classes=classes,
-        model={"class_name": model["class_name"], "config": model["config"]} if _has_config(model) else None,
+        model=keras_config.measured(
+            {"class_name": model["class_name"], "config": model["config"]} if _has_config(model) else None, path
+        ),
         version=text(model, "keras_version"),
         optimizer=keras_config.optimizer(training),
         training=keras_config.training(training),

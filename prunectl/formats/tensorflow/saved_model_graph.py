@@ -14,6 +14,7 @@ from prunectl.formats.walk import Walk
 MAX_METADATA_BYTES = 8 << 20
 """Of one object; once parsed it takes many times as much."""
 MAX_ALL_METADATA_BYTES = 64 << 20
+MAX_IDENTIFIER_BYTES = 1 << 10
 
 _META_GRAPHS = 2
 _INFO, _GRAPH, _SIGNATURES, _ASSETS, _OBJECTS = 1, 2, 5, 6, 7
@@ -29,7 +30,7 @@ class KerasObject:
     """A Keras model, layer or metric, as TensorFlow describes it."""
 
     identifier: str
-    metadata: str
+    metadata: bytes
     """A JSON object."""
 
 
@@ -87,6 +88,10 @@ def _keras_objects(walk: Walk, nodes: Iterable[Field], identifier: int, metadata
         total += nbytes
         if nbytes > MAX_METADATA_BYTES or total > MAX_ALL_METADATA_BYTES:
             raise WireError(f"a description of {nbytes} bytes")
-        if nbytes and identifier in texts and texts[identifier].value <= MAX_METADATA_BYTES:
-            found.append(KerasObject(text(walk.data, texts[identifier]), text(walk.data, texts[metadata])))
+        if nbytes and identifier in texts and texts[identifier].value <= MAX_IDENTIFIER_BYTES:
+            found.append(
+                KerasObject(
+                    text(walk.data, texts[identifier]), bytes(walk.data[texts[metadata].begin : texts[metadata].end])
+                )
+            )
     return tuple(found)
