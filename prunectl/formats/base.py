@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, StrEnum, auto
 from functools import reduce
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prunectl.errors import MAX_NAME_CHARACTERS, abbreviated
 from prunectl.formats import extents
 from prunectl.formats.extents import Extent
 
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from prunectl.formats.peek import Peek
 
 Array = NDArray[Any]
+
+
+def shown(shape: Sequence[int]) -> str:
+    """A shape as a sentence has room for it."""
+    return abbreviated(str(list(shape[:MAX_NAME_CHARACTERS])))
 
 
 class Role(StrEnum):

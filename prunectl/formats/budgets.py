@@ -23,3 +23,16 @@ MAX_KERAS_OBJECTS = 50_000
 """Layers, initializers and all else in a Keras configuration that has a class; the biggest have about 10,000."""
 MAX_KERAS_NAME_CHARACTERS = 32_000_000
 """Names and classes in a Keras configuration, each with those of all models around it."""
+
+MAX_AXES = 64
+"""Axes of a tensor; the limit of NumPy."""
+MAX_ELEMENTS = 1 << 48
+"""Elements of a tensor, its axes of length 0 left out."""
+MAX_UNFOLDED_BYTES = 256 << 20
+"""What all tensors that do not lie flat may unfold to, in however small a file."""
+MAX_UNFOLDING = 400
+"""How many times bigger than its file they may be together, where that is more."""
+MAX_TIED = 10_000
+"""Tensors whose bytes are, or are among, those of another; each is looked at by itself."""
+MAX_READINGS = 16
+"""How many times tensors that share bytes, each in its own way, may show those that a disk has."""

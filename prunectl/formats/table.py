@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prunectl.errors import InputError, reading
-from prunectl.formats import sniff, strangers
-from prunectl.formats.base import Can, Format, ModelFile
+from prunectl.errors import InputError, abbreviated, reading
+from prunectl.formats import budgets, sniff, strangers
+from prunectl.formats.base import Can, Format, ModelFile, Tensor, shown
 from prunectl.formats.peek import Peek
 
 FORMATS = (
@@ -140,8 +141,8 @@ _CANNOT = {
 }
 
 
-MAX_AXES = 64
-"""The limit of NumPy."""
+_BLOCK_BYTES = 512
+"""What `stat` counts in."""
 
 
 def by_name(name: str) -> Format:
@@ -182,9 +183,38 @@ def open_model(path: Path) -> ModelFile:
     with reading(real):
         model: ModelFile = load(recognise(real).opener)(real)
     for tensor in model.tensors:
-        if len(tensor.shape) > MAX_AXES:
-            raise InputError(f"{real} is refused: {tensor.name} claims {len(tensor.shape)} axes, NumPy has {MAX_AXES}")
+        _refuse_impossible(real, tensor)
+    _refuse_blown_up(real, model)
     return model
+
+
+def _refuse_impossible(path: Path, tensor: Tensor) -> None:
+    """Refuse a shape that no array can have, empty or not."""
+    name, shape = abbreviated(tensor.name), tensor.shape
+    if len(shape) > budgets.MAX_AXES:
+        raise InputError(f"{path} is refused: {name} claims {len(shape)} axes, NumPy has {budgets.MAX_AXES}")
+    if math.prod(length for length in shape if length) > budgets.MAX_ELEMENTS:
+        raise InputError(f"{path} is refused: {name} claims the shape {shown(shape)}, beyond any memory")
+
+
+def _refuse_blown_up(path: Path, model: ModelFile) -> None:
+    """Refuse tensors that take far more reading together than the files are worth, by unfolding or by sharing."""
+    facts = [file.stat() for file in model.files]
+    whole = sum(fact.st_size for fact in facts)
+    unfolded = sum(tensor.nbytes for tensor in model.tensors if tensor.storage.extent is None)
+    if unfolded > max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_UNFOLDING * whole):
+        raise InputError(f"{path} is refused: its tensors would unfold to {unfolded} bytes, like a bomb")
+    flat = [tensor for tensor in model.tensors if tensor.storage.extent is not None]
+    if len(flat) - len({tensor.storage.key for tensor in flat}) > budgets.MAX_TIED:
+        raise InputError(
+            f"{path} is refused: more than {budgets.MAX_TIED} of its tensors share their bytes with others"
+        )
+    # What is the same in every way is read once, and holes in a file cost their maker nothing.
+    seen = {(tensor.storage.key, tensor.start, tensor.shape, tensor.strides, tensor.dtype): tensor for tensor in flat}
+    shown_bytes = sum(min(tensor.nbytes, tensor.storage.nbytes) for tensor in seen.values())
+    allocated = sum(min(fact.st_size, fact.st_blocks * _BLOCK_BYTES) for fact in facts)
+    if shown_bytes > whole + max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_READINGS * allocated):
+        raise InputError(f"{path} is refused: its tensors show the bytes that they share again and again")
 
 
 def require(model: ModelFile, needs: Can) -> None:

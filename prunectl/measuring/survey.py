@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from prunectl.formats.base import PRUNABLE, WEIGHTS, About, ModelFile, Operation, Role, Tensor
 from prunectl.measuring.histogram import Histogram
@@ -123,11 +124,18 @@ def survey(
     rows = []
     chosen = tuple(chosen)
     tied_to = ties(chosen)
+    known: dict[tuple[Any, ...], LayerRow] = {}
     for tensor in chosen:
         row = _row(tensor, tied_to.get(tensor.name, ""))
-        if has_zeros:
+        same = _identity(tensor)
+        if has_zeros and same in known:
+            twin = known[same]
+            row = replace(row, zeros=twin.zeros, dead_channels=twin.dead_channels, conforming=twin.conforming)
+        elif has_zeros:
             row = replace(row, zeros=count_zeros(model, tensor))
             row = _looked_at_again(model, tensor, row, pattern) if has_channels else row
+            if same is not None:
+                known[same] = row
         rows.append(row)
         tick(tensor.storage.stored_bytes)
     raw = model.nbytes
@@ -140,6 +148,14 @@ def survey(
         layers=tuple(rows),
         about=model.about,
     )
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...] | None:
+    """What two tensors have in common that are measured alike; None where its bytes do not lie flat."""
+    if tensor.storage.extent is None:
+        return None
+    seen = (tensor.storage.key, tensor.start, tensor.shape, tensor.strides, tensor.dtype)
+    return (*seen, tensor.out_axis, tensor.inputs_axis, tensor.is_prunable)
 
 
 def totals(rows: Iterable[LayerRow]) -> Params:

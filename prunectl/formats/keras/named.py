@@ -68,7 +68,7 @@ def _promised(contents: Contents, root: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _tensor(found: Dataset, group: str, name: str, known: Mapping[str, Layer]) -> Tensor:
-    parts = name.removesuffix(":0").split("/")
+    parts = name.removesuffix(":0").rsplit("/", _MAX_STEPS)
     layer = _layer(parts[:-1], known) or known.get(group)
     if layer is not None and layer.kind == "PruneLowMagnitude":
         layer = known.get(layer.name.removeprefix(PRUNED_PREFIX), layer)
@@ -93,7 +93,7 @@ def _tensor(found: Dataset, group: str, name: str, known: Mapping[str, Layer]) -
 
 def _layer(steps: list[str], known: Mapping[str, Layer]) -> Layer | None:
     """Return the innermost layer on the way to a weight; some layers have a slash in their name."""
-    for end in range(len(steps), max(len(steps) - _MAX_STEPS, 0), -1):
+    for end in range(len(steps), 0, -1):
         for begin in range(max(end - _MAX_SLASHES, 0), end):
             if (name := "/".join(steps[begin:end])) in known:
                 return known[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile, Tensor
 from prunectl.formats.onnx import messages, parts
 from prunectl.formats.onnx.proto import Span
@@ -27,6 +28,8 @@ def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
         has_sparse = messages.model(reader).ir_version >= _FIRST_WITH_SPARSE
         inputs = _inputs(reader)
 
+    spent = [0, 0]
+
     def sparse(reader: Reader, whole: Span, field: Field) -> Part | None:
         if field.number != INITIALIZER or not has_sparse:
             return None
@@ -35,7 +38,13 @@ def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
         if tensor is None or proto.external is not None or proto.name in inputs or not _may_be_sparse(tensor):
             return None
         found = without_zeros(model, tensor, reader.data, place(field))
-        return found if found.nbytes < whole.end - whole.begin and not found.is_too_good else None
+        unfolded, stored = spent[0] + tensor.nbytes, spent[1] + found.nbytes
+        # What would be refused when it is opened again stays dense.
+        is_bomb = found.is_too_good or unfolded > max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_UNFOLDING * stored)
+        if is_bomb or found.nbytes >= whole.end - whole.begin:
+            return None
+        spent[:] = unfolded, stored
+        return found
 
     rebuild(model.path, target, sparse, tick)
 
