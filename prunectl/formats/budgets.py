@@ -36,3 +36,12 @@ MAX_TIED = 10_000
 """Tensors whose bytes are, or are among, those of another; each is looked at by itself."""
 MAX_READINGS = 16
 """How many times tensors that share bytes, each in its own way, may show those that a disk has."""
+
+MAX_PROTOBUF_FIELDS = 1_000_000
+"""Fields of a protobuf file that are looked at, however they are nested."""
+MAX_OBJECT_GRAPH_BYTES = 16 << 20
+"""The graph of objects of a TensorFlow checkpoint; a variable takes about 250 bytes of it."""
+MAX_OBJECT_GRAPH_FIELDS = 500_000
+"""Its fields; a variable takes about a dozen."""
+MAX_BROKEN_TEXT_BYTES = 256
+"""A name that is not UTF-8, which is shown byte by byte."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,7 @@ def parse_object(text: bytes | str, path: Path, what: str, most: int = budgets.M
     """Return the object that a JSON text holds, which may take so much memory at most."""
     refuse_too_much([text], path, what, most)
     try:
-        with _uncollected():
-            value = json.loads(text)
+        value = json.loads(text)
     except RecursionError as error:
         raise InputError(f"{path} is refused: {what} is nested too deep") from error
     except (ValueError, UnicodeDecodeError) as error:
@@ -40,18 +37,6 @@ def parse_object(text: bytes | str, path: Path, what: str, most: int = budgets.M
     if _is_deeper(value, budgets.MAX_JSON_DEPTH):
         raise InputError(f"{path} is refused: {what} is nested too deep")
     return value
-
-
-@contextmanager
-def _uncollected() -> Generator[None]:
-    """Look for no garbage meanwhile: among many new objects, none of which is any, that takes as long as the work."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def refuse_too_much(

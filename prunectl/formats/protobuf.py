@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from prunectl.formats import budgets
+
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 _FIXED_BYTES = {FIXED64: 8, FIXED32: 4}
 _MAX_SHIFT = 63
@@ -37,19 +39,28 @@ def fields(data: memoryview, begin: int = 0, end: int | None = None) -> Iterator
     """Yield the fields of the message that lies at ``begin``..``end`` of a buffer."""
     at, stop = begin, len(data) if end is None else end
     while at < stop:
-        tag, at = varint(data, at, stop)
+        # Most numbers have one byte; a call for each would take as long as all the rest.
+        tag = data[at]
+        if tag < 0x80:
+            at += 1
+        else:
+            tag, at = varint(data, at, stop)
         number, wire = tag >> 3, tag & 7
         if number == 0:
             raise WireError("field 0")
         value, payload = 0, at
-        if wire in _FIXED_BYTES:
-            at += _FIXED_BYTES[wire]
-            value = int.from_bytes(data[payload:at], "little")
-        elif wire in {VARINT, BYTES}:
-            value, at = varint(data, at, stop)
+        if wire == BYTES or wire == VARINT:  # noqa: PLR1714 - for each field, a set would be asked
+            if at < stop and data[at] < 0x80:
+                value = data[at]
+                at += 1
+            else:
+                value, at = varint(data, at, stop)
             if wire == BYTES:
                 payload = at
                 at += value
+        elif wire in _FIXED_BYTES:
+            at += _FIXED_BYTES[wire]
+            value = int.from_bytes(data[payload:at], "little")
         else:
             raise WireError(f"wire type {wire}")
         if at > stop:
@@ -88,7 +99,14 @@ def packed(data: memoryview, field: Field) -> list[int]:
 
 def text(data: memoryview, field: Field) -> str:
     """Return the string in a field."""
-    return str(data[field.begin : field.end], "utf-8", "backslashreplace")
+    raw = bytes(data[field.begin : field.end])
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        # What is not UTF-8 becomes four characters a byte, and slowly.
+        if len(raw) > budgets.MAX_BROKEN_TEXT_BYTES:
+            raise WireError(f"a name of {len(raw)} bytes that is not text") from error
+        return raw.decode("utf-8", "backslashreplace")
 
 
 def varints(raw: bytes) -> NDArray[np.uint64]:

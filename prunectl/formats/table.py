@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -180,12 +182,24 @@ def resolve(path: Path) -> Path:
 def open_model(path: Path) -> ModelFile:
     """Open a model of any format, or say in one sentence why not."""
     real = resolve(path)
-    with reading(real):
+    with reading(real), _uncollected():
         model: ModelFile = load(recognise(real).opener)(real)
-    for tensor in model.tensors:
-        _refuse_impossible(real, tensor)
-    _refuse_blown_up(real, model)
+        for tensor in model.tensors:
+            _refuse_impossible(real, tensor)
+        _refuse_blown_up(real, model)
     return model
+
+
+@contextmanager
+def _uncollected() -> Generator[None]:
+    """Look for no garbage meanwhile: among many new objects, none of which is any, that takes as long as the work."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _refuse_impossible(path: Path, tensor: Tensor) -> None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from prunectl.formats import budgets
 from prunectl.formats.protobuf import BYTES, Field, WireError, fields
-
-MAX_FIELDS = 1_000_000
-"""Beyond any model, and little enough to refuse within a second or two."""
 
 
 class Walk:
     """The fields of a file, counted as they are looked at."""
 
-    def __init__(self, data: memoryview, most: int = MAX_FIELDS) -> None:
+    def __init__(self, data: memoryview, most: int = budgets.MAX_PROTOBUF_FIELDS) -> None:
         self.data = data
         self._most = self._left = most
 
@@ -26,6 +24,8 @@ class Walk:
     def fields(self, inside: Field | None = None) -> Iterator[Field]:
         """Yield the fields of a message, or of the whole file."""
         begin, end = (0, None) if inside is None else (inside.begin, inside.end)
+        # To look into a message takes as long as a field does, also where it is empty.
+        self.spend(1)
         for field in fields(self.data, begin, end):
             self.spend(1)
             yield field

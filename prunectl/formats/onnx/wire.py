@@ -22,6 +22,7 @@ MAX_NAME_BYTES = 1 << 12
 MAX_TEXT_BYTES = 32 << 20
 """Bytes of all names together: they are what a graph costs in memory."""
 SHOWN_BYTES = 200
+_BROKEN = 31
 
 LENGTH, NUMBER = (BYTES,), (VARINT,)
 NUMBERS, FLOAT, FLOATS, DOUBLES = (VARINT, BYTES), (FIXED32,), (FIXED32, BYTES), (FIXED64, BYTES)
@@ -63,7 +64,11 @@ class Reader:
         self._text_left -= field.value
         if self._text_left < 0:
             raise WireError(f"its names have more than {MAX_TEXT_BYTES} bytes")
-        return protobuf.text(self.data, field)
+        found = protobuf.text(self.data, field)
+        if len(found) > field.value:
+            # Broken text takes longer to decode by as much.
+            self._text_left -= _BROKEN * field.value
+        return found
 
     def shown(self, field: Field) -> str:
         """Return the beginning of a text that may be long."""

@@ -23,6 +23,8 @@ MAX_RECORDS = 100_000
 """Beyond any model, and little enough to refuse within a second or two."""
 MAX_KEY_BYTES = 16 << 20
 """All keys together: each repeats a part of the one before, so a few bytes in the file can claim many."""
+_BROKEN = 8
+"""How much longer it takes to decode a key that may not be text."""
 _PLAIN, _PACKED = 0, 1
 _MASK_DELTA = 0xA282EAD8
 
@@ -101,7 +103,8 @@ def _checked(path: Path, data: memoryview) -> Iterator[Record]:
                 raise InputError(f"{path} is damaged: the keys of its index are out of order")
             if record.block.is_packed and packed_bytes > MAX_PACKED_BYTES:
                 raise InputError(f"{path} is refused: its compressed index is too long")
-            last, count, key_bytes = record.key, count + 1, key_bytes + len(record.key)
+            last, count = record.key, count + 1
+            key_bytes += len(record.key) * (1 if record.key.isascii() else _BROKEN)
             if count > MAX_RECORDS or key_bytes > MAX_KEY_BYTES:
                 raise InputError(f"{path} is refused: it claims more than {count - 1} tensors")
             yield record

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prunectl.errors import InputError
+from prunectl.formats import budgets
 from prunectl.formats.protobuf import BYTES, VARINT, Field, WireError, text
 from prunectl.formats.tensorflow.bundle import Bundle
 from prunectl.formats.walk import Walk
 
 KEY = b"_CHECKPOINTABLE_OBJECT_GRAPH"
-MAX_BYTES = 64 << 20
 NODES, CHILDREN, ATTRIBUTES, SLOTS = 1, 1, 2, 3
 NODE_ID, _LOCAL_NAME = 1, 2
 _FULL_NAME, CHECKPOINT_KEY = 2, 3
@@ -46,7 +46,7 @@ class ObjectGraph:
 
 def read(bundle: Bundle) -> ObjectGraph:
     """Return the graph of objects; one without objects for a checkpoint that has names only."""
-    walk = Walk(memoryview(bundle.text(KEY, MAX_BYTES)))
+    walk = Walk(memoryview(bundle.text(KEY, budgets.MAX_OBJECT_GRAPH_BYTES)), budgets.MAX_OBJECT_GRAPH_FIELDS)
     try:
         return ObjectGraph(walk.data, tuple(_node(walk, node) for node in walk.messages(None, NODES)))
     except WireError as error:
@@ -54,7 +54,9 @@ def read(bundle: Bundle) -> ObjectGraph:
 
 
 def _node(walk: Walk, node: Field) -> Node:
-    names, children, slots = {}, [], []
+    names: dict[str, str] = {}
+    children: list[tuple[str, int]] = []
+    slots: list[tuple[int, int]] = []
     for field in walk.fields(node):
         if field.wire != BYTES:
             continue

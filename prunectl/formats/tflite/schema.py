@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from prunectl.errors import InputError
+from prunectl.formats import budgets
 from prunectl.formats.mapped import map_file
 from prunectl.formats.tflite.flatbuffer import FlatBufferError, Table, root
 from prunectl.formats.tflite.operators import CUSTOM, OPERATORS
 
 MAX_PARTS = 100_000
 """Tensors, operators or buffers: beyond any model, and little enough to refuse within a second or two."""
+_PART_BYTES, _FEW_PARTS = 24, 1000
+"""What a tensor or an operator takes in a file at least, and how many may be told in however small a file."""
 MAX_KINDS = 1000
 """Kinds of operators in one model."""
 MAX_NAMES_BYTES = 32 << 20
@@ -86,7 +90,10 @@ def _read(path: Path, data: memoryview, model: Table) -> LiteFile:
     for number, (offset, nbytes) in enumerate(buffers):
         if offset + nbytes > len(data):
             raise FlatBufferError(f"buffer {number} should end at byte {offset + nbytes}, the file has {len(data)}")
-    spend = _Budget().spend
+    runs = [run for run in buffers if run[1]]
+    if len(runs) - len(set(runs)) > budgets.MAX_TIED:
+        raise FlatBufferError(f"more than {budgets.MAX_TIED} buffers are the same bytes")
+    spend = _Budget(len(data)).spend
     graphs = tuple(_graph(graph, codes, spend) for graph in model.children(2, MAX_PARTS))
     names = {facts.text(0): facts.number(1, 4) for facts in model.children(6, MAX_KINDS)}
     runtime = ""
@@ -99,15 +106,20 @@ def _read(path: Path, data: memoryview, model: Table) -> LiteFile:
 class _Budget:
     """What all graphs together may hold: several of them may point to the same long vector."""
 
-    def __init__(self) -> None:
+    def __init__(self, file_bytes: int) -> None:
         self.parts, self.names_bytes = 0, 0
+        self.most = min(MAX_PARTS, max(file_bytes // _PART_BYTES, _FEW_PARTS))
+        self.buffers: Counter[int] = Counter()
 
-    def spend(self, name_bytes: int) -> None:
-        """Count one part, with its name."""
+    def spend(self, name_bytes: int, buffer: int = 0) -> None:
+        """Count one part, with its name and the buffer that it lies in."""
         self.parts += 1
         self.names_bytes += name_bytes
-        if self.parts > MAX_PARTS or self.names_bytes > MAX_NAMES_BYTES:
+        self.buffers[buffer] += buffer > 0
+        if self.parts > self.most or self.names_bytes > MAX_NAMES_BYTES:
             raise FlatBufferError(f"it claims more than {self.parts - 1} tensors and operators")
+        if self.buffers[buffer] > budgets.MAX_TIED:
+            raise FlatBufferError(f"more than {budgets.MAX_TIED} tensors share buffer {buffer}")
 
 
 def _operator_name(code: Table) -> str:
@@ -127,11 +139,11 @@ def _buffer(buffer: Table) -> tuple[int, int]:
     return run.begin, run.count
 
 
-def _graph(graph: Table, codes: tuple[str, ...], spend: Callable[[int], None]) -> LiteGraph:
+def _graph(graph: Table, codes: tuple[str, ...], spend: Callable[..., None]) -> LiteGraph:
     tensors = []
     for table in graph.children(0, MAX_PARTS):
         tensor = _tensor(table)
-        spend(len(tensor.name))
+        spend(len(tensor.name), tensor.buffer)
         tensors.append(tensor)
     operators = []
     for table in graph.children(3, MAX_PARTS):
