@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from prunectl.errors import InputError, reading
+from prunectl.errors import InputError, abbreviated, reading
 from prunectl.formats.workers import check_stopped
 
 BYTE = np.dtype(np.uint8)
@@ -34,7 +34,7 @@ def check_inside(path: Path, offset: int, nbytes: int, file_bytes: int, what: st
     """Reject a run of bytes that is not wholly inside its file."""
     if offset < 0 or nbytes < 0 or offset + nbytes > file_bytes:
         raise InputError(
-            f"{path} is truncated or damaged: {what} should lie at bytes {offset}..{offset + nbytes}, "
+            f"{path} is truncated or damaged: {abbreviated(what)} should lie at bytes {offset}..{offset + nbytes}, "
             f"the file has {file_bytes}"
         )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, abbreviated
 from prunectl.formats.base import Array
 from prunectl.formats.extents import BLOCK_BYTES
 
@@ -55,7 +55,8 @@ def halved(blocks: Iterable[Array], path: object, name: str) -> Iterator[Array]:
             if np.any((sizes > HALF_MAX) & np.isfinite(piece)):
                 biggest = float(sizes[np.isfinite(piece)].max())
                 raise InputError(
-                    f"{path} holds {biggest:g} in {name}, and a 16-bit float reaches no further than {HALF_MAX:g}",
+                    f"{path} holds {biggest:g} in {abbreviated(name)}, "
+                    f"and a 16-bit float reaches no further than {HALF_MAX:g}",
                     hint="leave out --half",
                 )
             yield piece.astype(HALF)

@@ -49,7 +49,7 @@ def fields(data: memoryview, begin: int = 0, end: int | None = None) -> Iterator
         if number == 0:
             raise WireError("field 0")
         value, payload = 0, at
-        if wire == BYTES or wire == VARINT:  # noqa: PLR1714 - for each field, a set would be asked
+        if wire in (BYTES, VARINT):
             if at < stop and data[at] < 0x80:
                 value = data[at]
                 at += 1

@@ -9,9 +9,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from prunectl.errors import InputError
-from prunectl.formats import state_dict
-from prunectl.formats.base import About, ModelFile, Role, Storage, Tensor
+from prunectl.errors import InputError, abbreviated
+from prunectl.formats import budgets, state_dict
+from prunectl.formats.base import About, ModelFile, Role, Storage, Tensor, shown
 from prunectl.formats.extents import Extent
 from prunectl.formats.json_text import parse_object
 
@@ -19,6 +19,7 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the format's own library."""
 
+_MAX_BITS = 63
 MAX_TENSORS = 100_000
 """Far beyond any one file of a model, and little enough to tell within seconds."""
 
@@ -77,14 +78,20 @@ def _tensor(path: Path, name: str, facts: Any, start: int) -> Tensor:
     try:
         (begin, end), shape, code = facts["data_offsets"], tuple(facts["shape"]), facts["dtype"]
     except (TypeError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is damaged: its header does not say where {name} lies") from error
+        raise InputError(f"{path} is damaged: its header does not say where {abbreviated(name)} lies") from error
     if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
-        raise InputError(f"{path} is damaged: its header does not say where {name} lies")
+        raise InputError(f"{path} is damaged: its header does not say where {abbreviated(name)} lies")
+    if len(shape) > budgets.MAX_AXES or any(number.bit_length() > _MAX_BITS for number in (begin, end, *shape)):
+        raise InputError(f"{path} is refused: {abbreviated(name)} claims the shape {shown(shape)}, beyond any memory")
     dtype = DTYPES.get(code) if isinstance(code, str) else None
     if dtype is None:
-        raise InputError(f"{path} holds {name} as {code}, a type that prunectl does not read")
+        raise InputError(
+            f"{path} holds {abbreviated(name)} as {abbreviated(str(code))}, a type that prunectl does not read"
+        )
     if end - begin != math.prod(shape) * dtype.itemsize:
-        raise InputError(f"{path} is damaged: {name} of shape {list(shape)} does not fill bytes {begin}..{end}")
+        raise InputError(
+            f"{path} is damaged: {abbreviated(name)} of shape {shown(shape)} does not fill bytes {begin}..{end}"
+        )
     storage = Storage(name, end - begin, Extent(path, start + begin, end - begin), end - begin)
     return Tensor(name, "", shape, dtype, Role.OTHER, storage)
 
@@ -93,7 +100,7 @@ def _check_layout(path: Path, tensors: list[Tensor], start: int, file_bytes: int
     at = start
     for extent, name in sorted((_extent(tensor), tensor.name) for tensor in tensors):
         if extent[0] != at:
-            raise InputError(f"{path} is damaged: {name} overlaps another tensor or leaves a gap")
+            raise InputError(f"{path} is damaged: {abbreviated(name)} overlaps another tensor or leaves a gap")
         at += extent[1]
     if at != file_bytes:
         raise InputError(f"{path} is truncated or damaged: its tensors end at byte {at}, the file at {file_bytes}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, abbreviated
 from prunectl.formats import wrapped_names
 from prunectl.formats.base import Array, ModelFile, Role, Tensor
 from prunectl.formats.extents import blocks
@@ -79,7 +79,7 @@ def _refuse_others(model: ModelFile, kept: Mapping[str, Tensor], wrapped: tuple[
     known = {mask for weight in wrapped for mask in weight.masks}
     for name, tensor in kept.items():
         if tensor.role == Role.MASK and name not in known:
-            raise InputError(f"{model.path} holds {name}, a mask that does not fit its weight")
+            raise InputError(f"{model.path} holds {abbreviated(name)}, a mask that does not fit its weight")
 
 
 def _written(model: ModelFile, kept: Mapping[str, Tensor], wrapped: tuple[Wrapped, ...]) -> Iterator[_Written]:

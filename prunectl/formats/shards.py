@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, abbreviated
 from prunectl.formats import budgets, state_dict, table
 from prunectl.formats.base import About, Array, ModelFile, Tensor
 from prunectl.formats.json_text import read_object
@@ -25,7 +25,10 @@ def open_model(path: Path) -> ModelFile:
     tensors = [_tagged(shard, tensor) for shard in shards for tensor in shard.tensors]
     held = {tensor.name for tensor in tensors}
     if missing := [name for name in weight_map if name not in held]:
-        raise InputError(f"{path} is damaged: it promises {missing[0]}, which {weight_map[missing[0]]} does not hold")
+        raise InputError(
+            f"{path} is damaged: "
+            f"it promises {abbreviated(missing[0])}, which {abbreviated(weight_map[missing[0]])} does not hold"
+        )
     described = state_dict.describe(tensors)
     owners = {shard.path.name: shard for shard in shards}
 
@@ -63,12 +66,12 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewrit
 
 def _open_shard(index: Path, name: str) -> ModelFile:
     if "/" in name or "\\" in name or name in {"", ".", ".."}:
-        raise InputError(f"{index} is refused: it names a shard outside its folder: {name}")
+        raise InputError(f"{index} is refused: it names a shard outside its folder: {abbreviated(name)}")
     shard = index.parent / name
     if not shard.is_file():
-        raise InputError(f"{index} is incomplete: its shard {name} is missing")
+        raise InputError(f"{index} is incomplete: its shard {abbreviated(name)} is missing")
     if table.recognise(shard).name == "shards":
-        raise InputError(f"{index} is refused: its shard {name} is itself an index")
+        raise InputError(f"{index} is refused: its shard {abbreviated(name)} is itself an index")
     return table.open_model(shard)
 
 

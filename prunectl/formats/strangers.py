@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prunectl.errors import abbreviated
 from prunectl.formats.peek import Peek
 
 _MAGICS = (
@@ -68,8 +69,9 @@ def _describe_zip(peek: Peek) -> str:
         return "is a NumPy archive (.npz), not a model"
     inner = [name for name in peek.entries if name.endswith((".pt", ".pth", ".h5", ".keras", ".onnx", ".safetensors"))]
     if inner:
-        return f"is a zip with models inside, not a model: unpack it and name one of {', '.join(inner[:3])}"
-    return f"is a zip, but no model: it holds {', '.join(peek.entries[:3])}"
+        some = ", ".join(map(abbreviated, inner[:3]))
+        return f"is a zip with models inside, not a model: unpack it and name one of {some}"
+    return f"is a zip, but no model: it holds {', '.join(map(abbreviated, peek.entries[:3]))}"
 
 
 def _describe_part(peek: Peek) -> str:

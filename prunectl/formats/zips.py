@@ -12,7 +12,7 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 import numpy as np
 from numpy.typing import NDArray
 
-from prunectl.errors import InputError, reading
+from prunectl.errors import InputError, abbreviated, reading
 from prunectl.formats.extents import Extent
 
 MAX_RATIO = 1100
@@ -50,7 +50,7 @@ class Archive:
         """Return a whole entry that is known to be small, such as a configuration."""
         entry = self.entries[name]
         if entry.nbytes > limit:
-            raise InputError(f"{self.path} is damaged: its entry {name} claims {entry.nbytes} bytes")
+            raise InputError(f"{self.path} is damaged: its entry {abbreviated(name)} claims {entry.nbytes} bytes")
         return b"".join(self.pieces(entry))
 
     def inflated(self, entry: Entry) -> NDArray[np.uint8]:
@@ -73,7 +73,9 @@ class Archive:
                     break
                 yield piece
         if done != entry.nbytes or crc != entry.crc:
-            raise InputError(f"{self.path} is damaged: its entry {entry.name} is not what its checksum says")
+            raise InputError(
+                f"{self.path} is damaged: its entry {abbreviated(entry.name)} is not what its checksum says"
+            )
 
 
 def _inflated(file: BinaryIO, entry: Entry) -> Iterator[bytes]:
@@ -94,7 +96,9 @@ def _inflated(file: BinaryIO, entry: Entry) -> Iterator[bytes]:
                 yield inflate.decompress(raw, _PIECE_BYTES)
                 raw = inflate.unconsumed_tail
         except zlib.error as error:
-            raise InputError(f"{file.name} is damaged: its entry {entry.name} cannot be inflated") from error
+            raise InputError(
+                f"{file.name} is damaged: its entry {abbreviated(entry.name)} cannot be inflated"
+            ) from error
 
 
 def open_archive(path: Path) -> Archive:
@@ -137,18 +141,20 @@ def _without_lengths(extra: bytes) -> bytes:
 
 def _locate(path: Path, file: BinaryIO, info: ZipInfo) -> Entry:
     if info.compress_type not in {ZIP_STORED, ZIP_DEFLATED}:
-        raise InputError(f"{path} compresses its entry {info.filename} in a way that no model does")
+        raise InputError(f"{path} compresses its entry {abbreviated(info.filename)} in a way that no model does")
     if info.flag_bits & 1:
         raise InputError(f"{path} is encrypted")
     file.seek(max(0, info.header_offset))
     header = file.read(_LOCAL_HEADER_BYTES)
     if info.header_offset < 0 or len(header) < _LOCAL_HEADER_BYTES or header[:4] != b"PK\x03\x04":
-        raise InputError(f"{path} is a damaged zip: its entry {info.filename} does not lie where the directory says")
+        raise InputError(
+            f"{path} is a damaged zip: its entry {abbreviated(info.filename)} does not lie where the directory says"
+        )
     names_bytes = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     offset = info.header_offset + _LOCAL_HEADER_BYTES + names_bytes
     is_stored = info.compress_type == ZIP_STORED
     if is_stored and info.compress_size != info.file_size:
-        raise InputError(f"{path} is a damaged zip: its entry {info.filename} has two lengths")
+        raise InputError(f"{path} is a damaged zip: its entry {abbreviated(info.filename)} has two lengths")
     return Entry(info.filename, info.file_size, Extent(path, offset, info.compress_size), is_stored, info.CRC)
 
 
@@ -157,16 +163,18 @@ def _refuse_lies(path: Path, entries: list[Entry], end: int) -> None:
     for entry in entries:
         name = PurePosixPath(entry.name)
         if entry.name in seen:
-            raise InputError(f"{path} is refused: it holds two entries named {entry.name}")
+            raise InputError(f"{path} is refused: it holds two entries named {abbreviated(entry.name)}")
         if name.is_absolute() or ".." in name.parts or "\\" in entry.name:
-            raise InputError(f"{path} is refused: its entry {entry.name} points out of the archive")
+            raise InputError(f"{path} is refused: its entry {abbreviated(entry.name)} points out of the archive")
         if entry.nbytes > entry.extent.nbytes * MAX_RATIO:
-            raise InputError(f"{path} is refused: its entry {entry.name} claims to inflate beyond what deflate can do")
+            raise InputError(
+                f"{path} is refused: its entry {abbreviated(entry.name)} claims to inflate beyond what deflate can do"
+            )
         seen.add(entry.name)
     last = 0
     for entry in sorted(entries, key=lambda found: found.extent.offset):
         if entry.extent.offset < last:
-            raise InputError(f"{path} is refused: its entry {entry.name} overlaps another")
+            raise InputError(f"{path} is refused: its entry {abbreviated(entry.name)} overlaps another")
         last = entry.extent.offset + entry.extent.nbytes
     if last > end:
         raise InputError(f"{path} is a damaged zip: its entries reach beyond their directory")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from prunectl.errors import abbreviated
 from prunectl.formats.table import by_name
 from prunectl.measuring.histogram import Histogram
 from prunectl.measuring.survey import LayerRow, Survey, totals
@@ -13,6 +14,8 @@ from prunectl.reporting.table import Cell, Column, Table, Unit
 from prunectl.reporting.words import count, percent
 
 _BAR_WIDTH = 40
+_MAX_FACT = 500
+"""Characters of what a file says of itself."""
 
 
 def inspect_report(surveys: Sequence[Survey], failures: Sequence[Failure], *, has_flops: bool) -> Report:
@@ -106,7 +109,7 @@ def _facts(found: Survey) -> tuple[tuple[str, str], ...]:
         facts.append(
             ("code", ", ".join(about.code[:3]) + (f" and {len(about.code) - 3} more" if len(about.code) > 3 else ""))
         )
-    return tuple(facts)
+    return tuple((name, abbreviated(fact, _MAX_FACT)) for name, fact in facts)
 
 
 def _parts(found: Survey) -> Table:

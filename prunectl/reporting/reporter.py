@@ -50,7 +50,8 @@ class Reporter:
         """Print what a command found, and return its exit code."""
         never_fail(sys.stdout)
         layout = self.settings.chosen_layout
-        if self.html is not None:
+        # Of nothing but failures there is nothing to see on a page.
+        if self.html is not None and (report.models or report.sections or not report.failures):
             report = self._paged(report, self.html)
         if self.settings.is_quiet and layout is not Layout.JSON:
             report = _without_remarks(report)

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from prunectl.errors import abbreviated
 from prunectl.reporting import words
 from prunectl.reporting.settings import Units
 
 Cell = str | int | float | None
+_MAX_SHOWN, _MAX_WRITTEN = 200, 1000
+"""Characters of a cell for people, and for programs: a name from a file may be as long as the file."""
 
 
 class Unit(StrEnum):
@@ -51,7 +54,7 @@ class Column:
             return f"{cell:.2f}x"
         if self.unit is Unit.NUMBER and isinstance(cell, int | float):
             return f"{cell:.4g}"
-        return words.printable(str(cell))
+        return words.printable(abbreviated(str(cell), _MAX_SHOWN))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,4 +75,4 @@ class Table:
 def _plain(cell: str | int | float) -> str:  # noqa: PYI041 - the three kinds of cell, spelled out
     if isinstance(cell, float):
         return f"{cell:.6g}"
-    return words.printable(cell) if isinstance(cell, str) else str(cell)
+    return words.printable(abbreviated(cell, _MAX_WRITTEN)) if isinstance(cell, str) else str(cell)

@@ -128,7 +128,7 @@ def _dataset(place: Place, row: dict[str, Any]) -> Dataset:
         check_inside(place.path, row["offset"], nbytes, place.nbytes, name)
         extent = Extent(place.path, place.offset + row["offset"], nbytes)
     elif nbytes > stored * _MAX_RATIO + _ROOM or nbytes > max(_MAX_BLOWN_UP_BYTES, stored * _BOMB_RATIO):
-        raise InputError(f"{place.path} is refused: {name} claims {nbytes} bytes, but {stored} are stored")
+        raise InputError(f"{place.path} is refused: {abbreviated(name)} claims {nbytes} bytes, but {stored} are stored")
     storage = Storage(str(row["address"]), nbytes, extent, stored, bool(row["is_big_endian"]))
     return Dataset(name, shape, dtype, storage)
 
@@ -137,7 +137,9 @@ def _dtype(path: Path, name: str, said: str) -> np.dtype[Any]:
     try:
         return np.dtype(getattr(ml_dtypes, said)) if said.startswith(("bfloat", "float8")) else np.dtype(said)
     except (TypeError, AttributeError) as error:
-        raise InputError(f"{path} holds {name} as {said}, a type that prunectl does not read") from error
+        raise InputError(
+            f"{path} holds {abbreviated(name)} as {abbreviated(said)}, a type that prunectl does not read"
+        ) from error
 
 
 def _refuse_overlaps(path: Path, datasets: tuple[Dataset, ...]) -> None:
@@ -149,5 +151,5 @@ def _refuse_overlaps(path: Path, datasets: tuple[Dataset, ...]) -> None:
     end = 0
     for (offset, nbytes), name in sorted(runs.items()):
         if offset < end:
-            raise InputError(f"{path} is damaged: {name} overlaps another dataset")
+            raise InputError(f"{path} is damaged: {abbreviated(name)} overlaps another dataset")
         end = offset + nbytes

@@ -13,7 +13,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, abbreviated
+from prunectl.formats.base import shown
 
 MAX_OBJECTS = 1_000_000
 MAX_DEPTH = 200
@@ -119,19 +120,26 @@ def _own(group: Any, key: str, name: str, path: Path) -> Any:
     """Return what a group itself holds under a key; None for an alias of something else in the file."""
     link = group.get(key, getlink=True)
     if isinstance(link, h5py.ExternalLink):
-        raise InputError(f"{path} is refused: {name} links to another file, {link.filename}")
+        raise InputError(
+            f"{path} is refused: {abbreviated(name)} links to another file, {abbreviated(str(link.filename))}"
+        )
     if not isinstance(link, h5py.SoftLink):
         return group[key]
     if group.get(key) is None:
-        raise InputError(f"{path} is refused: {name} links to {link.path}, which is not in the file")
+        raise InputError(
+            f"{path} is refused: {abbreviated(name)} links to {abbreviated(str(link.path))}, which is not in the file"
+        )
     return None
 
 
 def _dataset(name: str, dataset: Any, path: Path) -> dict[str, Any] | None:
     if dataset.external:
-        raise InputError(f"{path} is refused: {name} keeps its numbers in another file, {dataset.external[0][0]}")
+        raise InputError(
+            f"{path} is refused: "
+            f"{abbreviated(name)} keeps its numbers in another file, {abbreviated(str(dataset.external[0][0]))}"
+        )
     if dataset.is_virtual:
-        raise InputError(f"{path} is refused: {name} is put together from other files")
+        raise InputError(f"{path} is refused: {abbreviated(name)} is put together from other files")
     dtype = dataset.dtype
     said = dataset.attrs.get("dtype")
     if dtype.kind == "V" and dtype.names is None and isinstance(said, str):
@@ -160,7 +168,9 @@ def _attributes(group: Any, path: Path) -> dict[str, Any]:
         if kind.shape is None:
             continue  # an attribute without a value
         if math.prod(kind.shape) * kind.dtype.itemsize > _MAX_ATTRIBUTE_BYTES:
-            raise InputError(f"{path} is refused: its attribute {key} claims the shape {kind.shape}")
+            raise InputError(
+                f"{path} is refused: its attribute {abbreviated(key)} claims the shape {shown(kind.shape)}"
+            )
         value = _plain(group.attrs[key])
         if value is not None:
             found[key] = value

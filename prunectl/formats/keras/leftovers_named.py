@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
+from prunectl.errors import abbreviated
 from prunectl.formats.keras.config import PRUNED_PREFIX
 from prunectl.formats.keras.edits import Edits, merged
 from prunectl.formats.keras.hdf5 import Contents, Dataset
@@ -65,7 +66,7 @@ def _unwrapped(contents: Contents, root: str, names: dict[str, list[str]]) -> It
         inside = _joined(root, group)
         for weight in weights:
             if f"{inside}/{weight}" not in held:
-                raise IncompleteError(f"the file is incomplete, it names {weight}, but does not hold it")
+                raise IncompleteError(f"the file is incomplete, it names {abbreviated(weight)}, but does not hold it")
         here = {weight: held[f"{inside}/{weight}"] for weight in weights}
         scopes = _scopes(weights)
         own = [weight for weight in here if _is_own(weight, scopes)]

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from prunectl.errors import abbreviated
 from prunectl.formats.base import Role, Tensor
 from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras.config import PRUNED_PREFIX, Layer
@@ -54,7 +55,7 @@ def broken_promises(contents: Contents, root: str) -> tuple[str, ...]:
     if not missing:
         return ()
     lacking = "a weight" if len(missing) == 1 else f"{len(missing)} weights"
-    return (f"The file is incomplete: it names {lacking} that it does not hold, such as {missing[0]}.",)
+    return (f"The file is incomplete: it names {lacking} that it does not hold, such as {abbreviated(missing[0])}.",)
 
 
 def _promised(contents: Contents, root: str) -> Iterator[tuple[str, str, str]]:

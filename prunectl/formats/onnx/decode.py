@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, abbreviated
 from prunectl.formats import protobuf
-from prunectl.formats.base import Array
+from prunectl.formats.base import Array, shown
 from prunectl.formats.extents import Extent
 
 
@@ -55,7 +55,9 @@ def dense(source: Source, path: Path) -> Array:
     if source.is_varint:
         stored = _narrowed(raw, source, path)
     if stored.size != source.raw_bytes:
-        raise InputError(f"{path} is damaged: {source.name} of shape {list(source.shape)} does not fill its data")
+        raise InputError(
+            f"{path} is damaged: {abbreviated(source.name)} of shape {shown(source.shape)} does not fill its data"
+        )
     if source.bits < 8:
         stored = _unpacked(stored, source)
     array = stored.view(source.dtype).reshape(source.shape)
@@ -74,7 +76,9 @@ def scattered(source: Scattered, path: Path) -> Array:
         steps = np.array([math.prod(source.shape[axis + 1 :]) for axis in range(len(source.shape))], np.int64)
         flat = np.where(is_inside, (indices * steps).sum(axis=1), -1)
     if flat.size and (flat.min() < 0 or flat.max() >= array.size):
-        raise InputError(f"{path} is damaged: {source.values.name} has a value outside its shape {list(source.shape)}")
+        raise InputError(
+            f"{path} is damaged: {abbreviated(source.values.name)} has a value outside its shape {shown(source.shape)}"
+        )
     array.reshape(-1)[flat] = values
     array.flags.writeable = False
     return array
@@ -96,7 +100,7 @@ def _narrowed(raw: bytes, source: Source, path: Path) -> NDArray[np.uint8]:
     try:
         numbers = protobuf.varints(raw)
     except protobuf.WireError as error:
-        raise InputError(f"{path} is damaged: {source.name} holds {error}") from error
+        raise InputError(f"{path} is damaged: {abbreviated(source.name)} holds {error}") from error
     width = 1 if source.bits < 8 else source.dtype.itemsize
     return numbers.astype(f"u{width}").view(np.uint8)
 

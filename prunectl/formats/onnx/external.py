@@ -6,7 +6,7 @@ import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, abbreviated
 from prunectl.formats.extents import Extent, check_inside
 
 _MAX_DIGITS = 19
@@ -32,14 +32,18 @@ class Neighbours:
         offset = self._number(name, facts.get("offset", "0"))
         length = self._number(name, facts.get("length", str(nbytes)))
         if length != nbytes:
-            raise InputError(f"{self._model} is damaged: {name} needs {nbytes} bytes, its external data has {length}")
+            raise InputError(
+                f"{self._model} is damaged: {abbreviated(name)} needs {nbytes} bytes, its external data has {length}"
+            )
         path = self._model.parent / location
         check_inside(path, offset, nbytes, self._sizes[location], f"{name} of {self._model.name}")
         return Extent(path, offset, nbytes)
 
     def _number(self, name: str, text: str) -> int:
         if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
-            raise InputError(f"{self._model} is damaged: the place of {name} in its external data is no number")
+            raise InputError(
+                f"{self._model} is damaged: the place of {abbreviated(name)} in its external data is no number"
+            )
         return int(text)
 
     def _size(self, location: str) -> int:
@@ -74,5 +78,7 @@ def refuse_overlaps(model: Path, places: Iterable[tuple[str, Extent]]) -> None:
         this = (extent.offset, extent.offset + extent.nbytes)
         if extent.nbytes and this != (begin, end):
             if extent.offset < end:
-                raise InputError(f"{model} is damaged: {name} overlaps another tensor in {extent.path.name}")
+                raise InputError(
+                    f"{model} is damaged: {abbreviated(name)} overlaps another tensor in {extent.path.name}"
+                )
             last[extent.path] = this

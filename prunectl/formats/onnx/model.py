@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, abbreviated
 from prunectl.formats.base import Array, ModelFile, Role, Tensor
 from prunectl.formats.onnx import decode as onnx_decode
 from prunectl.formats.onnx import messages
@@ -81,7 +81,7 @@ def _found(scopes: tuple[Scope, ...], locator: Locator) -> Iterator[_Found]:
             if not name:
                 raise InputError(f"{locator.path} is damaged: it holds a tensor without a name")
             if name in seen:
-                raise InputError(f"{locator.path} is damaged: it holds two tensors named {name}")
+                raise InputError(f"{locator.path} is damaged: it holds two tensors named {abbreviated(name)}")
             seen.add(name)
             located = locator.locate(proto, full_name)
             yield _Found(scope, name, full_name, located, is_constant)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.errors import InputError
-from prunectl.formats.base import Storage
+from prunectl.errors import InputError, abbreviated
+from prunectl.formats.base import Storage, shown
 from prunectl.formats.extents import Extent
 from prunectl.formats.onnx.decode import Scattered, Source
 from prunectl.formats.onnx.dtypes import CODES, Code
@@ -50,7 +50,9 @@ class Locator:
         """Return where a tensor lies."""
         code = CODES.get(proto.data_type)
         if code is None:
-            raise InputError(f"{self.path} holds {name} as type {proto.data_type}, which prunectl does not read")
+            raise InputError(
+                f"{self.path} holds {abbreviated(name)} as type {proto.data_type}, which prunectl does not read"
+            )
         self._check_shape(name, proto.dims)
         empty = Source(name, proto.dims, code.dtype, code.bits, ())
         key, source = self._source(empty, proto, code)
@@ -66,18 +68,18 @@ class Locator:
         count = math.prod(values.shape)
         is_list = indices.shape in {(count,), (count, len(proto.dims))}
         if len(values.shape) != 1 or not is_list or indices.dtype.kind != "i" or indices.dtype.itemsize < 4:
-            raise InputError(f"{self.path} is damaged: the indices of {name} do not match its values")
+            raise InputError(f"{self.path} is damaged: the indices of {abbreviated(name)} do not match its values")
         stored = values.storage.stored_bytes + indices.storage.stored_bytes
         nbytes = math.prod(proto.dims) * values.dtype.itemsize
         if nbytes > max(MAX_BLOWN_UP_BYTES, BOMB_RATIO * stored):
-            raise InputError(f"{self.path} is refused: {name} would unfold to {nbytes} bytes, like a bomb")
+            raise InputError(f"{self.path} is refused: {abbreviated(name)} would unfold to {nbytes} bytes, like a bomb")
         source = Scattered(_dense(values), _dense(indices), proto.dims)
         return Located(proto.dims, values.dtype, Storage(name, nbytes, None, stored), source)
 
     def _source(self, empty: Source, proto: TensorProto, code: Code) -> tuple[str, Source]:
         name = empty.name
         if proto.is_segment:
-            raise InputError(f"{self.path} holds {name} in segments, which prunectl does not read")
+            raise InputError(f"{self.path} holds {abbreviated(name)} in segments, which prunectl does not read")
         if proto.external is not None:
             extent = self.neighbours.extent(name, proto.external, empty.raw_bytes)
             # Tensors in the same place are one, but an empty one is not what begins there.
@@ -92,20 +94,21 @@ class Locator:
     def _check_length(self, source: Source) -> None:
         stored, expected = source.stored_bytes, source.raw_bytes
         if expected and not stored:
-            raise InputError(f"{self.path} is incomplete: {source.name} has a shape but no data in it")
+            raise InputError(f"{self.path} is incomplete: {abbreviated(source.name)} has a shape but no data in it")
         # A varint takes one byte to ten; how many there are is found when they are read.
         elements = math.prod(source.shape) if source.bits >= 8 else expected
         is_right = elements <= stored <= 10 * elements if source.is_varint else stored == expected
         if not is_right:
             raise InputError(
-                f"{self.path} is damaged: {source.name} of shape {list(source.shape)} does not fit its {stored} bytes"
+                f"{self.path} is damaged: {abbreviated(source.name)} of shape {shown(source.shape)} "
+                f"does not fit its {stored} bytes"
             )
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         if len(shape) > MAX_AXES or any(length < 0 for length in shape):
-            raise InputError(f"{self.path} is damaged: {name} has an impossible shape")
+            raise InputError(f"{self.path} is damaged: {abbreviated(name)} has an impossible shape")
         if math.prod(length for length in shape if length) > MAX_ELEMENTS:
-            raise InputError(f"{self.path} is damaged: {name} has an impossible shape")
+            raise InputError(f"{self.path} is damaged: {abbreviated(name)} has an impossible shape")
 
 
 def _dense(located: Located) -> Source:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, abbreviated
+from prunectl.formats.base import shown
 from prunectl.formats.extents import Extent, check_inside
 from prunectl.formats.tensorflow.bundle_index import Entry, Index, read_index
 from prunectl.formats.tensorflow.dtypes import DTYPES, NOT_NUMBERS, STRING
@@ -79,7 +80,7 @@ def _find_shards(index: Index) -> dict[int, Path]:
     shards = {number: path.with_name(f"{prefix}.data-{number:05d}-of-{count:05d}") for number in used}
     for shard in shards.values():
         if not shard.is_file():
-            raise InputError(f"{path} is incomplete: its data shard {shard.name} is missing")
+            raise InputError(f"{path} is incomplete: its data shard {abbreviated(shard.name)} is missing")
     return shards
 
 
@@ -98,16 +99,19 @@ def _check_extents(bundle: Bundle, sizes: Mapping[int, int]) -> None:
     ):
         name = entry.key.decode("utf-8", "backslashreplace")
         if entry.code not in DTYPES and entry.code not in NOT_NUMBERS:
-            raise InputError(f"{bundle.index} holds {name} as type {entry.code}, which prunectl does not read")
+            raise InputError(
+                f"{bundle.index} holds {abbreviated(name)} as type {entry.code}, which prunectl does not read"
+            )
         if entry.slices:
             continue
         check_inside(bundle.shards[entry.shard], entry.offset, entry.nbytes, sizes[entry.shard], name)
         if entry.code in DTYPES and entry.nbytes != math.prod(entry.shape) * entry.dtype.itemsize:
             raise InputError(
-                f"{bundle.index} is damaged: {name} of shape {list(entry.shape)} does not fill {entry.nbytes} bytes"
+                f"{bundle.index} is damaged: {abbreviated(name)} of shape {shown(entry.shape)} "
+                f"does not fill {entry.nbytes} bytes"
             )
         if entry.nbytes and entry.offset < reached[entry.shard] and entry.key not in bundle.shared:
-            raise InputError(f"{bundle.index} is damaged: {name} overlaps another tensor")
+            raise InputError(f"{bundle.index} is damaged: {abbreviated(name)} overlaps another tensor")
         reached[entry.shard] = max(reached[entry.shard], entry.offset + entry.nbytes)
 
 
@@ -117,13 +121,15 @@ def _check_slices(bundle: Bundle) -> None:
         for bounds in entry.slices:
             piece = bundle.entries.get(slice_key(entry.key, bounds))
             if piece is None or piece.code != entry.code or piece.slices:
-                raise InputError(f"{bundle.index} is incomplete: a slice of {name} is missing")
+                raise InputError(f"{bundle.index} is incomplete: a slice of {abbreviated(name)} is missing")
             if len(bounds) != len(entry.shape) or piece.shape != _sizes(entry.shape, bounds):
-                raise InputError(f"{bundle.index} is damaged: a slice of {name} does not fit into it")
+                raise InputError(f"{bundle.index} is damaged: a slice of {abbreviated(name)} does not fit into it")
         if entry.slices and sum(math.prod(_sizes(entry.shape, bounds)) for bounds in entry.slices) != math.prod(
             entry.shape
         ):
-            raise InputError(f"{bundle.index} is incomplete: the slices of {name} do not make up the whole")
+            raise InputError(
+                f"{bundle.index} is incomplete: the slices of {abbreviated(name)} do not make up the whole"
+            )
 
 
 def _sizes(shape: tuple[int, ...], bounds: tuple[tuple[int, int], ...]) -> tuple[int, ...]:

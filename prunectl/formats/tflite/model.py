@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from prunectl.errors import InputError
-from prunectl.formats.base import About, Array, ModelFile, Role, Storage, Tensor
+from prunectl.errors import InputError, abbreviated
+from prunectl.formats.base import About, Array, ModelFile, Role, Storage, Tensor, shown
 from prunectl.formats.distinct import Distinct
 from prunectl.formats.extents import Extent, check_inside
 from prunectl.formats.tflite.dtypes import BITS, DTYPES, NOT_NUMBERS, stored_bytes, unpack
@@ -58,7 +58,9 @@ def constants(lite: LiteFile) -> Iterator[tuple[tuple[int, int], tuple[Tensor, L
 
 def _has_values(lite: LiteFile, source: LiteTensor) -> bool:
     if source.buffer >= len(lite.buffers):
-        raise InputError(f"{lite.path} is damaged: {source.name} lies in buffer {source.buffer}, which is not there")
+        raise InputError(
+            f"{lite.path} is damaged: {abbreviated(source.name)} lies in buffer {source.buffer}, which is not there"
+        )
     return lite.buffers[source.buffer][1] > 0 and not source.is_elsewhere and source.code not in NOT_NUMBERS
 
 
@@ -66,14 +68,18 @@ def _tensor(lite: LiteFile, name: str, source: LiteTensor, meaning: Meaning) -> 
     offset, nbytes = lite.buffers[source.buffer]
     check_inside(lite.path, offset, nbytes, len(lite.data), name)
     if source.code not in DTYPES:
-        raise InputError(f"{lite.path} holds {name} as type {source.code}, which prunectl does not read")
+        raise InputError(f"{lite.path} holds {abbreviated(name)} as type {source.code}, which prunectl does not read")
     dtype, size = DTYPES[source.code], math.prod(source.shape)
     if any(axis < 0 for axis in source.shape):
-        raise InputError(f"{lite.path} is damaged: {name} has values, but no fixed shape")
+        raise InputError(f"{lite.path} is damaged: {abbreviated(name)} has values, but no fixed shape")
     if source.sparsity is None and nbytes != stored_bytes(source.code, size):
-        raise InputError(f"{lite.path} is damaged: {name} of shape {list(source.shape)} does not fill {nbytes} bytes")
+        raise InputError(
+            f"{lite.path} is damaged: {abbreviated(name)} of shape {shown(source.shape)} does not fill {nbytes} bytes"
+        )
     if size * dtype.itemsize > max(SMALL_BYTES, MAX_UNFOLDING * nbytes):
-        raise InputError(f"{lite.path} is refused: {name} claims to unfold {nbytes} bytes to {size * dtype.itemsize}")
+        raise InputError(
+            f"{lite.path} is refused: {abbreviated(name)} claims to unfold {nbytes} bytes to {size * dtype.itemsize}"
+        )
     is_flat = source.sparsity is None and source.code not in BITS
     return Tensor(
         name=name,
@@ -105,7 +111,7 @@ def _decoder(lite: LiteFile, sources: dict[str, LiteTensor]) -> Callable[[Tensor
         try:
             dense = unfold(source.sparsity, tensor.shape, array) if source.sparsity else array.reshape(tensor.shape)
         except FlatBufferError as error:
-            raise InputError(f"{lite.path} is damaged: {tensor.name}: {error}") from error
+            raise InputError(f"{lite.path} is damaged: {abbreviated(tensor.name)}: {error}") from error
         dense.flags.writeable = False
         return dense
 
