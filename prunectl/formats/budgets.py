@@ -45,3 +45,12 @@ MAX_OBJECT_GRAPH_FIELDS = 500_000
 """Its fields; a variable takes about a dozen."""
 MAX_BROKEN_TEXT_BYTES = 256
 """A name that is not UTF-8, which is shown byte by byte."""
+
+MAX_ZIP_ENTRIES = 200_000
+"""Files in a zip; PyTorch writes one for each tensor."""
+MAX_ZIP_DIRECTORY_BYTES = 32 << 20
+"""The directory of a zip, of about 100 bytes for each of them."""
+MAX_ATTRIBUTE_ELEMENTS = 500_000
+"""Names and numbers in all attributes of an HDF5 file."""
+MAX_ATTRIBUTE_CHARACTERS = 32 << 20
+"""Texts in all attributes of an HDF5 file, the configuration of its model among them."""

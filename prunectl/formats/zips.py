@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from prunectl.errors import InputError, abbreviated, reading
 from prunectl.formats.extents import Extent
+from prunectl.formats.peek import refuse_long_directory
 
 MAX_RATIO = 1100
 """Deflate cannot do better than 1032 to 1: an entry that claims more lies."""
@@ -104,6 +105,7 @@ def _inflated(file: BinaryIO, entry: Entry) -> Iterator[bytes]:
 def open_archive(path: Path) -> Archive:
     """Read the directory of a zip, refusing one that lies."""
     try:
+        refuse_long_directory(path)
         with ZipFile(path) as archive, path.open("rb") as file:
             entries = [_locate(path, file, info) for info in archive.infolist() if not info.filename.endswith("/")]
             begin = min((info.header_offset for info in archive.infolist()), default=0)

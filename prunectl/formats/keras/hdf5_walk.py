@@ -14,11 +14,11 @@ import h5py
 import numpy as np
 
 from prunectl.errors import InputError, abbreviated
+from prunectl.formats import budgets
 from prunectl.formats.base import shown
 
 MAX_OBJECTS = 1_000_000
 MAX_DEPTH = 200
-_MAX_ATTRIBUTE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +76,14 @@ def walk(place: Place) -> dict[str, Any]:
     with place.open() as file:
         datasets: list[dict[str, Any]] = []
         attributes: dict[str, dict[str, Any]] = {}
+        spent = Spent(place.path)
         for name, thing in _objects(file, place.path):
             if isinstance(thing, h5py.Dataset):
                 facts = _dataset(name, thing, place.path)
                 if facts:
                     datasets.append(facts)
             else:
-                found = _attributes(thing, place.path)
+                found = _attributes(thing, spent)
                 if found:
                     attributes[name] = found
         return {"datasets": datasets, "attributes": attributes}
@@ -161,17 +162,38 @@ def _dataset(name: str, dataset: Any, path: Path) -> dict[str, Any] | None:
     }
 
 
-def _attributes(group: Any, path: Path) -> dict[str, Any]:
+class Spent:
+    """What the attributes of a file take together, counted before they are read as far as their shapes tell."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._elements, self._characters = budgets.MAX_ATTRIBUTE_ELEMENTS, budgets.MAX_ATTRIBUTE_CHARACTERS
+
+    def elements(self, key: str, shape: tuple[int, ...], itemsize: int) -> None:
+        """Count the elements of an attribute that is to be read."""
+        self._elements -= math.prod(shape)
+        if self._elements < 0 or math.prod(shape) * itemsize > self._characters:
+            raise InputError(
+                f"{self.path} is refused: its attribute {abbreviated(key)} claims the shape {shown(shape)}"
+            )
+
+    def text(self, key: str, value: Any) -> None:
+        """Count the characters of an attribute that was read."""
+        texts = value if isinstance(value, list) else [value]
+        self._characters -= sum(len(text) for text in texts if isinstance(text, str))
+        if self._characters < 0:
+            raise InputError(f"{self.path} is refused: its attribute {abbreviated(key)} is longer than any model needs")
+
+
+def _attributes(group: Any, spent: Spent) -> dict[str, Any]:
     found = {}
     for key in group.attrs:
         kind = group.attrs.get_id(key)
         if kind.shape is None:
             continue  # an attribute without a value
-        if math.prod(kind.shape) * kind.dtype.itemsize > _MAX_ATTRIBUTE_BYTES:
-            raise InputError(
-                f"{path} is refused: its attribute {abbreviated(key)} claims the shape {shown(kind.shape)}"
-            )
+        spent.elements(key, kind.shape, kind.dtype.itemsize)
         value = _plain(group.attrs[key])
+        spent.text(key, value)
         if value is not None:
             found[key] = value
     return found
