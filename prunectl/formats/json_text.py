@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import sys
+import threading
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prunectl.errors import InputError
 from prunectl.formats import budgets
 
+_LOCK = threading.Lock()
+"""The limit on digits is one for all threads."""
 _MADE_BYTES = (("{", 200), ("[", 90), (":", 70), (",", 50), ('"', 20))
 """What Python makes of a text for each of these characters: between half of this and all of it.
 
@@ -27,7 +32,8 @@ def parse_object(text: bytes | str, path: Path, what: str, most: int = budgets.M
     """Return the object that a JSON text holds, which may take so much memory at most."""
     refuse_too_much([text], path, what, most)
     try:
-        value = json.loads(text)
+        with _short_numbers():
+            value = json.loads(text)
     except RecursionError as error:
         raise InputError(f"{path} is refused: {what} is nested too deep") from error
     except (ValueError, UnicodeDecodeError) as error:
@@ -37,6 +43,18 @@ def parse_object(text: bytes | str, path: Path, what: str, most: int = budgets.M
     if _is_deeper(value, budgets.MAX_JSON_DEPTH):
         raise InputError(f"{path} is refused: {what} is nested too deep")
     return value
+
+
+@contextmanager
+def _short_numbers() -> Generator[None]:
+    """Take no number of more than some hundred digits meanwhile: the time for each grows with their square."""
+    with _LOCK:
+        usual = sys.get_int_max_str_digits()
+        sys.set_int_max_str_digits(sys.int_info.str_digits_check_threshold)
+        try:
+            yield
+        finally:
+            sys.set_int_max_str_digits(usual)
 
 
 def refuse_too_much(
