@@ -41,8 +41,8 @@ MAX_PROTOBUF_FIELDS = 1_000_000
 """Fields of a protobuf file that are looked at, however they are nested."""
 MAX_OBJECT_GRAPH_BYTES = 16 << 20
 """The graph of objects of a TensorFlow checkpoint; a variable takes about 250 bytes of it."""
-MAX_OBJECT_GRAPH_FIELDS = 500_000
-"""Its fields; a variable takes about a dozen."""
+MAX_OBJECT_GRAPH_FIELDS = 300_000
+"""Its fields and messages; a variable takes about a dozen."""
 MAX_BROKEN_TEXT_BYTES = 256
 """A name that is not UTF-8, which is shown byte by byte."""
 

@@ -60,20 +60,23 @@ def _node(walk: Walk, node: Field) -> Node:
     for field in walk.fields(node):
         if field.wire != BYTES:
             continue
+        if field.number not in {CHILDREN, ATTRIBUTES, SLOTS}:
+            continue
+        facts = {(fact.number, fact.wire): fact for fact in walk.fields(field)}
         if field.number == CHILDREN:
-            children.append((_text(walk, field, _LOCAL_NAME), _number(walk, field, NODE_ID)))
+            children.append((_text(walk, facts, _LOCAL_NAME), _number(facts, NODE_ID)))
         elif field.number == ATTRIBUTES:
-            names[_text(walk, field, CHECKPOINT_KEY)] = _text(walk, field, _FULL_NAME)
-        elif field.number == SLOTS:
-            slots.append((_number(walk, field, ORIGINAL_ID), _number(walk, field, SLOT_ID)))
+            names[_text(walk, facts, CHECKPOINT_KEY)] = _text(walk, facts, _FULL_NAME)
+        else:
+            slots.append((_number(facts, ORIGINAL_ID), _number(facts, SLOT_ID)))
     return Node(node.begin, node.end, names, tuple(children), tuple(slots))
 
 
-def _text(walk: Walk, message: Field, number: int) -> str:
-    found = [text(walk.data, field) for field in walk.messages(message, number)]
-    return found[-1] if found else ""
+def _text(walk: Walk, facts: Mapping[tuple[int, int], Field], number: int) -> str:
+    found = facts.get((number, BYTES))
+    return text(walk.data, found) if found is not None else ""
 
 
-def _number(walk: Walk, message: Field, number: int) -> int:
-    found = [field.value for field in walk.fields(message) if field.number == number and field.wire == VARINT]
-    return found[-1] if found else 0
+def _number(facts: Mapping[tuple[int, int], Field], number: int) -> int:
+    found = facts.get((number, VARINT))
+    return found.value if found is not None else 0
