@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from typing import Any
 
 import torch
@@ -12,12 +11,14 @@ from prunectl.exporting.by_torch_quiet import converting
 from prunectl.exporting.live import Flow
 from prunectl.formats.base import ModelFile
 from prunectl.training.network import Origin
+from prunectl.training.torch import trust
 
 
 def frozen(model: ModelFile, origin: Origin) -> torch.nn.Module | None:
     """Return a script that has no parameters, ready to predict; None of what has some."""
-    if model.format != "torch" or origin.model or not _is_script(model):
+    if origin.model or not trust.is_script(model):
         return None
+    trust.check(model, origin)
     try:
         with converting():
             found: Any = torch.jit.load(str(model.path), map_location="cpu")  # type: ignore[no-untyped-call]
@@ -29,11 +30,6 @@ def frozen(model: ModelFile, origin: Origin) -> torch.nn.Module | None:
     if not hasattr(script, "forward"):
         raise InputError(f"{model.path} is a script without forward, and nothing says how it is called")
     return script
-
-
-def _is_script(model: ModelFile) -> bool:
-    with zipfile.ZipFile(model.path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def flows(module: Any) -> tuple[Flow, ...]:

@@ -14,6 +14,7 @@ from prunectl.exporting.by_torch_files import example, is_script, program_of
 from prunectl.exporting.by_torch_quiet import converting, unfused
 from prunectl.exporting.job import Job
 from prunectl.formats.optional import require
+from prunectl.training.torch.exported import load_program
 
 OPSET = 18
 
@@ -48,7 +49,7 @@ def _reason(error: Exception) -> str:
 def _of_program(job: Job, outputs: list[str]) -> tuple[Any, tuple[str, ...]]:
     del outputs
     is_program = job.file.format == "torch-export" and not job.request.origin.model
-    program = torch.export.load(job.file.path) if is_program else program_of(job)
+    program = load_program(job.file, job.request.origin) if is_program else program_of(job)
     found = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=job.request.opset or OPSET)
     if found is None:
         raise WorkError(f"PyTorch made nothing of {job.file.path}")

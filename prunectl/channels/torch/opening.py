@@ -14,10 +14,11 @@ from prunectl.channels.torch.inputs import examples, with_batch
 from prunectl.channels.torch.packed import unpack
 from prunectl.channels.torch.run import Network, shapes_of
 from prunectl.channels.torch.tracing import Examples, quietly, trace
-from prunectl.errors import InputError, UsageError, first_line
+from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import ModelFile
 from prunectl.training.network import Origin
 from prunectl.training.torch.build import build
+from prunectl.training.torch.exported import load_program
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,11 +69,8 @@ def _program(model: ModelFile, origin: Origin) -> Opened:
     for word, said in (("--model", origin.model), ("--input", origin.inputs)):
         if said:
             raise UsageError(f"{word} does not go with a .pt2, which says all by itself", hint=f"leave out {word}")
-    try:
-        with quietly():
-            program = torch.export.load(str(model.path))
-    except Exception as error:
-        raise InputError(f"{model.path} cannot be loaded by this PyTorch: {first_line(error)}") from error
+    with quietly():
+        program = load_program(model, origin)
     given, named = program.example_inputs, {tensor.name: tensor.name for tensor in model.tensors}
     if given is None or given[1] or not all(isinstance(one, torch.Tensor) for one in given[0]):
         used = _placeholders(program)

@@ -19,6 +19,7 @@ from prunectl.channels.torch.opening import Opened
 from prunectl.channels.torch.run import Network
 from prunectl.errors import InputError, UntrustedError, UsageError, first_line
 from prunectl.formats.base import ModelFile
+from prunectl.training.torch import trust
 
 
 def beside(target: Path) -> Path:
@@ -70,6 +71,8 @@ def class_of(found: Opened) -> str:
 
 def load(model: ModelFile, found: Opened) -> Any:
     """Return what is in a checkpoint."""
+    if not found.is_trusted:
+        trust.check_checkpoint(model)
     try:
         return torch.load(model.path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
-from prunectl.errors import InputError, UntrustedError, UsageError, first_line
+from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import ModelFile
 from prunectl.training.builders import builder, built
 from prunectl.training.network import Origin
+from prunectl.training.torch import trust
 from prunectl.training.torch.arrays import to_torch
-from prunectl.training.torch.exported import Pieces, shapes_of
+from prunectl.training.torch.exported import Pieces, load_program, shapes_of
 from prunectl.training.torch.names import matched
 
 
@@ -34,15 +34,16 @@ class Built:
 
 def build(model: ModelFile, origin: Origin) -> Built:
     """Return the module in a file, or that of a function with the file's weights."""
+    trust.check(model, origin)
     torch.manual_seed(origin.seed)
     if origin.model:
         return _of_function(model, origin)
     if model.format == "torch-export":
-        return _exported(model)
-    if model.format == "torch" and _is_script(model):
+        return _exported(model, origin)
+    if trust.is_script(model):
         return _scripted(model)
     if model.about.code:
-        return _trusted(model, origin)
+        return _trusted(model)
     raise UsageError(
         f"{model.path} holds weights alone, and nothing says how they are connected",
         hint="name a function that builds the model: --model package.module:function, or ./file.py:function",
@@ -60,11 +61,6 @@ def _of_function(model: ModelFile, origin: Origin) -> Built:
     return Built(made, names)
 
 
-def _is_script(model: ModelFile) -> bool:
-    with zipfile.ZipFile(model.path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
 def _scripted(model: ModelFile) -> Built:
     try:
         with warnings.catch_warnings():
@@ -76,11 +72,8 @@ def _scripted(model: ModelFile) -> Built:
     return _whole(model, module)
 
 
-def _exported(model: ModelFile) -> Built:
-    try:
-        program = torch.export.load(str(model.path))
-    except Exception as error:
-        raise InputError(f"{model.path} cannot be loaded by this PyTorch: {first_line(error)}") from error
+def _exported(model: ModelFile, origin: Origin) -> Built:
+    program = load_program(model, origin)
     module: torch.nn.Module = program.module()
     shapes = shapes_of(program)
     size = shapes[0][0] if shapes and shapes[0] else None
@@ -94,13 +87,7 @@ def _exported(model: ModelFile) -> Built:
     return replace(built, has_modes=False, notes=notes, shapes=tuple(shape[1:] for shape in shapes))
 
 
-def _trusted(model: ModelFile, origin: Origin) -> Built:
-    if not origin.is_trusted:
-        raise UntrustedError(
-            f"{model.path} holds a whole Python module ({model.about.code[0]}): opening it would run code",
-            hint="if you trust it: --trust --import MODULE\n"
-            "better: torch.save(model.state_dict(), ...) once, then --model module:function",
-        )
+def _trusted(model: ModelFile) -> Built:
     try:
         module = torch.load(str(model.path), map_location="cpu", weights_only=False)
     except (AttributeError, ModuleNotFoundError) as error:

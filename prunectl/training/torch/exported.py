@@ -2,10 +2,44 @@
 
 from __future__ import annotations
 
+import io
+import tempfile
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
+
+from prunectl.errors import InputError, first_line
+from prunectl.formats.base import ModelFile
+from prunectl.formats.torch import exported_trust
+from prunectl.training.network import Origin
+
+
+def load_program(model: ModelFile, origin: Origin) -> torch.export.ExportedProgram:
+    """The program in a file; without trust, in an archive of our own that holds what is on the lists and no more."""
+    safe = None if origin.is_trusted else exported_trust.checked(model.path)
+    try:
+        if safe is None:
+            return torch.export.load(str(model.path))
+        with tempfile.TemporaryFile(prefix="prunectl-") as file:
+            safe.write(file, _example_inputs(safe.inputs))
+            file.seek(0)
+            return torch.export.load(file)
+    except Exception as error:
+        raise InputError(f"{model.path} cannot be loaded by this PyTorch: {first_line(error)}") from error
+
+
+def _example_inputs(found: bytes) -> bytes:
+    """Example inputs as torch.export.load, which falls back to unpickling anything, does not have to fall back for."""
+    try:
+        inputs = torch.load(io.BytesIO(found), map_location="cpu", weights_only=True) if found else None
+    except Exception:  # noqa: BLE001 - PyTorch raises what it likes; the shapes of the program say what goes in
+        return b""
+    if not isinstance(inputs, tuple):
+        return b""
+    whole = io.BytesIO()
+    torch.save(inputs, whole)
+    return whole.getvalue()
 
 
 class Pieces(torch.nn.Module):

@@ -1,0 +1,378 @@
+"""What an exported program (.pt2) may hold for `torch.export.load` to see it without `--trust`: an allow-list.
+
+Loading one is not reading one. PyTorch evaluates the symbolic shapes, resolves operators with getattr from `torch` on,
+imports what a tree specification names, writes the names of nodes and weights into Python source that it executes, and
+unpickles example inputs, constants and tensor subclasses. So nothing of the archive goes there that is not on a list
+here: its JSON is parsed, held against the lists and written anew, and the rest are the bytes of plain weights.
+
+The layout is that of torch/_export/serde/schema.py; every place that evaluates a text is in serialize.py beside it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from zipfile import BadZipFile, ZipFile
+
+from prunectl.errors import InputError, UntrustedError, abbreviated
+from prunectl.formats import zips
+from prunectl.formats.budgets import (
+    MAX_EXPORTED_DEPTH,
+    MAX_EXPORTED_JSON_BYTES,
+    MAX_EXPRESSION_CHARACTERS,
+    MAX_SAMPLE_INPUTS_BYTES,
+)
+from prunectl.formats.json_text import parse_object
+from prunectl.formats.torch.program import follow
+from prunectl.formats.zips import Archive
+
+NAMESPACES = frozenset({"aten", "prims", "quantized_decomposed"})
+"""Libraries of operators that compute and do nothing else."""
+WRITING = frozenset({"from_file", "save"})
+"""Operators of aten that open or write a file by name."""
+HIGHER_ORDER = frozenset(
+    {
+        *("cond", "while_loop", "map_impl", "scan", "associative_scan", "out_dtype", "flex_attention"),
+        *(
+            "wrap_with_set_grad_enabled",
+            "wrap_with_autocast",
+            "wrap_activation_checkpoint",
+            "tag_activation_checkpoint",
+        ),
+        *("strict_mode", "invoke_subgraph", "hints_wrapper"),
+    }
+)
+"""Operators that run a graph of the program itself."""
+SCALARS = frozenset(
+    {
+        *(f"torch.{name}" for name in ("sym_float", "sym_int", "sym_ite", "sym_max", "sym_min", "sym_not", "sym_sum")),
+        *(f"torch._sym_{name}" for name in ("sqrt", "abs", "log2")),
+        *(f"math.{name}" for name in ("ceil", "floor", "sqrt", "trunc")),
+        *(f"_operator.{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "pos")),
+        *(f"_operator.{name}" for name in ("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "lshift", "rshift")),
+        "_operator.getitem",
+    }
+)
+"""Functions of numbers, as PyTorch lists them for sizes."""
+FUNCTIONS = frozenset(
+    {
+        *("Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Max", "Min", "Abs", "Mod", "Piecewise"),
+        *("FloorDiv", "ModularIndexing", "Where", "PythonMod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv"),
+        *("LShift", "RShift", "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv", "TruncToFloat", "TruncToInt"),
+        *("IsNonOverlappingAndDenseIndicator", "RoundToInt", "RoundDecimal", "ToFloat", "Identity", "ceiling", "floor"),
+        *("Eq", "Ne", "Gt", "Ge", "Lt", "Le", "Equality", "Unequality", "GreaterThan", "LessThan", "StrictGreaterThan"),
+        *("StrictLessThan", "And", "Or", "Not", "true", "false", "True", "False", "oo", "int_oo"),
+        *("positive", "integer", "nonnegative", "negative", "real", "precision", "evaluate"),
+    }
+)
+"""Words of a symbolic size."""
+CONTAINERS = frozenset(
+    {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", "collections.namedtuple"}
+)
+"""What inputs and outputs may be packed in."""
+
+_MAX_MARK_BYTES = 1024
+_MARKS = ("archive_format", "archive_version", "byteorder", "version", ".data/version", ".data/serialization_id")
+_MODEL = "model"
+"""The program of an archive that torch.export.load gives back."""
+_MAX_POWERS = 2
+_POWERS = re.compile(r"\*\*|\b(?:Pow|PowByNatural|FloatPow|LShift)\b|<<")
+_BIG = re.compile(r"\d{4}")
+_IS_SYMBOL = re.compile(r"[a-z]{1,5}\d{1,9}", re.ASCII)
+_TOKEN = re.compile(
+    r"\s+|'(?:[a-z]{1,5}\d{1,9}|-?\d+(?:\.\d*)?(?:e[+-]?\d+)?)'"
+    r"|(?P<word>[A-Za-z_]\w*)|\d+(?:\.\d*)?(?:e[+-]?\d+)?(?!\w)|[+\-*/%<>=!(),&|~]",
+    re.ASCII,
+)
+_IDENTIFIER = re.compile(r"[A-Za-z_]\w{0,500}|", re.ASCII)
+_ATTRIBUTE = re.compile(r"[\w.:/@+<>\- ]{0,1000}")
+_VERSION = re.compile(r"[\w.+<=\-]{0,100}", re.ASCII)
+_STACK = re.compile(r"(?:[\w.@]*,[\w.@]*,[\w.]*)(?:;[\w.@]*,[\w.@]*,[\w.]*)*", re.ASCII)
+"""The modules around an operation: of each a key, a path and a class."""
+_OPERATOR = re.compile(r"torch\.ops\.(\w+)\.((?!__)\w+|__[a-z]+__)(?:\.((?!_)\w+))?", re.ASCII)
+_DUNDERS = frozenset({f"__{of}{name}__" for of in ("", "i") for name in ("and", "or", "xor", "lshift", "rshift")})
+_ENTRY = re.compile(r"(?:weight|tensor)_\d{1,9}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Safe:
+    """What PyTorch may be given of an archive."""
+
+    archive: Archive
+    folder: str
+    texts: Mapping[str, bytes]
+    """The JSON of the program, written anew."""
+    weights: tuple[str, ...]
+    """The entries that are bytes of weights."""
+    inputs: bytes
+    """Example inputs, a checkpoint of plain tensors; none where there are none."""
+
+    def write(self, file: IO[bytes], inputs: bytes) -> None:
+        """Write an archive that holds this and nothing else, with other example inputs."""
+        with ZipFile(file, "w") as out:
+            written = {**self.texts, f"data/sample_inputs/{_MODEL}.pt": inputs}
+            for name, content in written.items():
+                out.writestr(f"{_MODEL}/{name}", content)
+            for name in self.weights:
+                entry = self.archive.entries[self.folder + name]
+                with out.open(f"{_MODEL}/{name}", "w", force_zip64=True) as into:
+                    into.writelines(self.archive.pieces(entry))
+
+
+def checked(path: Path) -> Safe:
+    """Hold an exported program against the lists; UntrustedError where it holds anything that is not on them."""
+    archive = zips.open_archive(path)
+    folder = _folder(archive)
+    texts = {name: archive.read(folder + name, _MAX_MARK_BYTES) for name in _MARKS if folder + name in archive.entries}
+    program = _json(archive, f"{folder}models/{_MODEL}.json")
+    # Checks of inputs are Python source that PyTorch executes; what they ask follows from the shapes.
+    if "guards_code" in program:
+        program["guards_code"] = []
+    _Lists(path).check(_without_remarks(program))
+    texts[f"models/{_MODEL}.json"] = json.dumps(program).encode()
+    weights: dict[str, None] = {}
+    for part, kind in (("data/weights/", "weights"), ("data/constants/", "constants")):
+        config = _json(archive, f"{folder}{part}{_MODEL}_{kind}_config.json")
+        for name, facts in _payloads(path, config):
+            weights[part + _entry(archive, folder + part, name, facts)] = None
+        _Lists(path).check(config)
+        texts[f"{part}{_MODEL}_{kind}_config.json"] = json.dumps(config).encode()
+    return Safe(archive, folder, texts, tuple(weights), _inputs(archive, f"{folder}data/sample_inputs/{_MODEL}.pt"))
+
+
+def _folder(archive: Archive) -> str:
+    folders = {name.partition("/")[0] for name in archive.entries}
+    if len(folders) != 1:
+        raise InputError(f"{archive.path} is damaged: its entries do not lie in one folder")
+    return f"{folders.pop()}/"
+
+
+def _json(archive: Archive, name: str) -> dict[str, Any]:
+    if name not in archive.entries:
+        raise InputError(
+            f"{archive.path} is not laid out as torch.export.save does: it has no entry {abbreviated(name)}"
+        )
+    return parse_object(archive.read(name, MAX_EXPORTED_JSON_BYTES), archive.path, f"its entry {abbreviated(name)}")
+
+
+def _without_remarks(program: dict[str, Any]) -> dict[str, Any]:
+    """Leave out, in place, what was noted for people: PyTorch looks up the functions that are named there."""
+    todo: list[Any] = [program]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            remarks = value.get("metadata")
+            if isinstance(remarks, dict) and ("target" in value or "module_call_graph" in value):
+                stack = remarks.get("nn_module_stack")
+                value["metadata"] = {"nn_module_stack": stack} if isinstance(stack, str) and _is_stack(stack) else {}
+            todo += value.values()
+        elif isinstance(value, list):
+            todo += value
+    return program
+
+
+def _payloads(path: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    listed = config.get("config")
+    if not isinstance(listed, dict) or not all(isinstance(facts, dict) for facts in listed.values()):
+        raise InputError(f"{path} is damaged: it does not list its tensors")
+    yield from listed.items()
+
+
+def _entry(archive: Archive, folder: str, name: str, facts: Mapping[str, Any]) -> str:
+    """Return the entry of a tensor that is written as its bytes."""
+    entry = facts.get("path_name")
+    if facts.get("use_pickle") is not False or not isinstance(entry, str) or not _ENTRY.fullmatch(entry):
+        raise _untrusted(archive.path, f"PyTorch would unpickle {abbreviated(name)}")
+    if folder + entry not in archive.entries:
+        raise InputError(f"{archive.path} is damaged: it has no entry {abbreviated(folder + entry)}")
+    return entry
+
+
+def _inputs(archive: Archive, name: str) -> bytes:
+    """Return example inputs, of which the pickle VM says that they are plain."""
+    if name not in archive.entries or not archive.entries[name].nbytes:
+        return b""
+    if archive.entries[name].nbytes > MAX_SAMPLE_INPUTS_BYTES:
+        return b""
+    whole = archive.read(name, MAX_SAMPLE_INPUTS_BYTES)
+    what, again = "its entry of example inputs", io.BytesIO()
+    try:
+        with ZipFile(io.BytesIO(whole)) as inner:
+            infos = inner.infolist()
+            pickles = [info for info in infos if info.filename.casefold().endswith(".pkl")]
+            total = sum(info.file_size for info in infos)
+            if len(pickles) != 1 or total > MAX_SAMPLE_INPUTS_BYTES or not all(info.filename for info in infos):
+                raise _untrusted(archive.path, f"{what} is not one pickle of tensors")
+            strangers = follow(inner.read(pickles[0]), archive.path, what).strangers
+            # Written anew, so that PyTorch finds the pickle that was followed, whichever way it looks for it.
+            with ZipFile(again, "w") as out:
+                for info in infos:
+                    out.writestr(info.filename, inner.read(info))
+    except (BadZipFile, NotImplementedError, EOFError, UnicodeDecodeError, RuntimeError) as error:
+        raise _untrusted(archive.path, f"{what} is not a checkpoint that can be followed") from error
+    if strangers:
+        raise _untrusted(archive.path, f"{what} {strangers[0]}")
+    return again.getvalue()
+
+
+def _untrusted(path: Path, why: str) -> UntrustedError:
+    return UntrustedError(f"{path} holds more than a program and its numbers: {why}", hint="if you trust it: --trust")
+
+
+class _Lists:
+    """The lists, for every text by the key that it stands under."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: set[tuple[str, str]] = set()
+
+    def check(self, program: Mapping[str, Any]) -> None:
+        """Refuse whatever is on no list."""
+        self._value("", program, 0)
+
+    def _value(self, key: str, value: Any, depth: int) -> None:
+        if depth > MAX_EXPORTED_DEPTH:
+            raise InputError(f"{self.path} is refused: its program is nested more than {MAX_EXPORTED_DEPTH} deep")
+        if isinstance(value, str):
+            self._text(key, value)
+        elif isinstance(value, list):
+            for one in value:
+                self._value(key, one, depth + 1)
+        elif isinstance(value, dict):
+            is_name = _KEYS.get(key, _is_identifier)
+            for name, one in value.items():
+                if not is_name(name):
+                    self._refuse(key or "key", name)
+                self._value("" if key in _TABLES else name, one, depth + 1)
+
+    def _text(self, key: str, text: str) -> None:
+        if (key, text) not in self.known:
+            is_listed = _TEXTS.get(key)
+            if is_listed is None or not is_listed(text):
+                self._refuse(key, text)
+            self.known.add((key, text))
+
+    def _refuse(self, key: str, text: str) -> None:
+        raise _untrusted(self.path, f"its {abbreviated(key)} {abbreviated(text)} is on no list of what is harmless")
+
+
+def is_operator(target: str) -> bool:
+    """Whether an operation of a graph computes, and does nothing else."""
+    if target in SCALARS:
+        return True
+    found = _OPERATOR.fullmatch(target)
+    if not found:
+        return False
+    library, name, _ = found.groups()
+    if library == "higher_order":
+        return name in HIGHER_ORDER
+    return library in NAMESPACES and name not in WRITING and (not name.startswith("__") or name in _DUNDERS)
+
+
+def is_expression(text: str) -> bool:
+    """Whether a symbolic size is made of symbols, numbers and the functions of sizes: sympify evaluates it."""
+    if len(text) > MAX_EXPRESSION_CHARACTERS:
+        return False
+    powers = len(_POWERS.findall(text))
+    if powers > _MAX_POWERS or (powers and _BIG.search(text)):
+        return False
+    at = 0
+    while at < len(text):
+        token = _TOKEN.match(text, at)
+        if token is None:
+            return False
+        word = token["word"]
+        if word is not None and word not in FUNCTIONS and not _IS_SYMBOL.fullmatch(word):
+            return False
+        at = token.end()
+    return True
+
+
+def is_tree(text: str) -> bool:
+    """Whether a specification of nested values names plain containers only: PyTorch imports what others name."""
+    return _nodes(text) is not None
+
+
+def is_tree_of_inputs(text: str) -> bool:
+    """Whether it does, and the names of keyword arguments are names: they become those of parameters."""
+    nodes = _nodes(text)
+    return nodes is not None and all(_is_identifier(str(key)) for depth, keys in nodes if depth == 1 for key in keys)
+
+
+def _nodes(text: str) -> list[tuple[int, list[Any]]] | None:
+    """Return the depth and the keys of each container; None where one is not on the list."""
+    found = []
+    try:
+        version, root = json.loads(text)
+        todo = [(0, root)]
+        while todo:
+            depth, node = todo.pop()
+            context = None if node["context"] is None else json.loads(node["context"])
+            keys = context if isinstance(context, list) else [] if context is None else [context]
+            if version != 1 or (node["type"] is not None and node["type"] not in CONTAINERS):
+                return None
+            if not all(type(key) is int or (isinstance(key, str) and _is_attribute(key)) for key in keys):
+                return None
+            found.append((depth, keys))
+            todo += [(depth + 1, child) for child in node["children_spec"]]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return found
+
+
+def _is_identifier(text: str) -> bool:
+    return bool(_IDENTIFIER.fullmatch(text))
+
+
+def _is_attribute(text: str) -> bool:
+    return bool(_ATTRIBUTE.fullmatch(text))
+
+
+def _is_symbol(text: str) -> bool:
+    return bool(_IS_SYMBOL.fullmatch(text))
+
+
+def _is_anything(_text: str) -> bool:
+    return True
+
+
+def _is_version(text: str) -> bool:
+    return bool(_VERSION.fullmatch(text))
+
+
+def _is_stack(text: str) -> bool:
+    return bool(_STACK.fullmatch(text))
+
+
+_TABLES = frozenset(
+    {
+        *("config", "range_constraints", "tensor_values", "sym_int_values", "sym_float_values", "sym_bool_values"),
+        *("custom_obj_values", "opset_version", "treespec_namedtuple_fields", "as_string_to_argument"),
+    }
+)
+"""Keys of objects whose own keys are the file's."""
+_KEYS: Mapping[str, Callable[[str], bool]] = {
+    "config": _is_attribute,
+    "range_constraints": _is_symbol,
+    "treespec_namedtuple_fields": _is_attribute,
+}
+_TEXTS: Mapping[str, Callable[[str], bool]] = {
+    "target": is_operator,
+    "as_operator": is_operator,
+    "expr_str": is_expression,
+    "in_spec": is_tree_of_inputs,
+    "out_spec": is_tree,
+    **dict.fromkeys(("name", "as_name", "forward_arg_names", "field_names", "verifiers", "type"), _is_identifier),
+    **dict.fromkeys(("parameter_name", "buffer_name", "tensor_constant_name", "user_input_name"), _is_attribute),
+    **dict.fromkeys(("fqn", "path_name"), _is_attribute),
+    "torch_version": _is_version,
+    # Arguments of operators that are texts, such as a mode; PyTorch quotes them.
+    **dict.fromkeys(("as_string", "as_strings"), _is_anything),
+    "nn_module_stack": _is_stack,
+}
+"""By key, what a text may be; a key that is not here holds no text."""
