@@ -164,6 +164,9 @@ def _refuse_lies(path: Path, entries: list[Entry], end: int) -> None:
     seen: set[str] = set()
     for entry in entries:
         name = PurePosixPath(entry.name)
+        if not entry.name:
+            # Whoever writes such an archive again would look at the last letter of the name.
+            raise InputError(f"{path} is a damaged zip: one of its entries has no name")
         if entry.name in seen:
             raise InputError(f"{path} is refused: it holds two entries named {abbreviated(entry.name)}")
         if name.is_absolute() or ".." in name.parts or "\\" in entry.name:
