@@ -96,6 +96,11 @@ class Tensor:
         return self.size * self.dtype.itemsize
 
     @property
+    def view(self) -> tuple[object, ...]:
+        """What it shows of which storage: tensors of the same view hold the same numbers, and need be read once."""
+        return self.storage.key, self.start, self.shape, self.strides, self.dtype
+
+    @property
     def is_float(self) -> bool:
         """Whether its elements are real floating-point numbers, bfloat16 and float8 included."""
         return self.dtype.kind == "f" or self.dtype.name.startswith(("bfloat", "float"))

@@ -94,6 +94,7 @@ def build(
         found += more
         missing += left_out
     root = sources[0].program.value
+    torch_views.refuse_rereading(path, found)
     strangers = tuple(dict.fromkeys(deed for source in sources for deed in source.program.strangers))
     if not found and not about.code:
         refuse_without_tensors(path, strangers)

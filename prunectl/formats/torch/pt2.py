@@ -42,6 +42,7 @@ def open_model(path: Path) -> ModelFile:
         tensors += [replace(tensor, name=prefix + tensor.name, kind=kinds.get(tensor.name, "")) for tensor in found]
     if not tensors:
         raise InputError(f"{path} holds no tensors")
+    views.refuse_rereading(path, tensors)
     described = state_dict.describe(tensors)
     code = [entry for entry in archive.entries.values() if entry.name.startswith(f"{folder}data/aotinductor/")]
     return ModelFile(

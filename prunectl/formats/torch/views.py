@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, abbreviated
+from prunectl.formats.base import Tensor
+from prunectl.formats.budgets import MAX_VIEWED_BYTES, MAX_VIEWED_TIMES
 from prunectl.formats.torch.dtypes import DTYPES, STORAGES
 from prunectl.formats.torch.values import Global, Made, Persistent, shown
 
@@ -106,6 +110,24 @@ def see(path: Path, name: str, found: Stored, dtype: np.dtype[Any], place: tuple
         raise InputError(f"{path} is refused: {shown(name)} claims {size} elements of a storage that has {elements}")
     is_dense = size == 0 or _is_dense(shape, strides)
     return View(found, dtype, start if size else 0, tuple(shape), None if is_dense else tuple(strides))
+
+
+def refuse_rereading(path: Path, tensors: Iterable[Tensor]) -> None:
+    """Refuse a file whose tensors show the same stored bytes again and again, each in a way of its own."""
+    seen: set[object] = set()
+    viewed: Counter[str] = Counter()
+    for tensor in tensors:
+        if tensor.view in seen:
+            continue
+        seen.add(tensor.view)
+        steps = tensor.strides or (1,) * len(tensor.shape)
+        read = math.prod(length for length, step in zip(tensor.shape, steps, strict=True) if step)
+        viewed[tensor.storage.key] += read * tensor.dtype.itemsize
+        if viewed[tensor.storage.key] > max(MAX_VIEWED_TIMES * tensor.storage.nbytes, MAX_VIEWED_BYTES):
+            raise InputError(
+                f"{path} is refused: its tensors show the {tensor.storage.nbytes} bytes of storage "
+                f"{abbreviated(tensor.storage.key)} more than {MAX_VIEWED_TIMES} times"
+            )
 
 
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
