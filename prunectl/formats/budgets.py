@@ -54,3 +54,27 @@ MAX_ATTRIBUTE_ELEMENTS = 500_000
 """Names and numbers in all attributes of an HDF5 file."""
 MAX_ATTRIBUTE_CHARACTERS = 32 << 20
 """Texts in all attributes of an HDF5 file, the configuration of its model among them."""
+
+MAX_EXPORTED_JSON_BYTES = 64 << 20
+"""The JSON of a program of torch.export: a model of a hundred layers takes 5 MB, most of it remarks."""
+MAX_EXPORTED_DEPTH = 100
+"""Nesting in the JSON of a program of torch.export: a graph inside a graph takes ten levels."""
+MAX_EXPRESSION_CHARACTERS = 2000
+"""A symbolic size in a program of torch.export, which PyTorch has sympy evaluate."""
+MAX_SAMPLE_INPUTS_BYTES = 256 << 20
+"""Example inputs in a program of torch.export: bigger ones are left out when it is loaded."""
+MAX_SCRIPT_CODE_BYTES = 16 << 20
+"""The code of TorchScript, whose operators are looked at before it is loaded: a detector takes 2 MB."""
+
+MAX_PICKLE_COPIES = 1_000_000
+"""Elements that calls such as `list(x)` copy while a pickle is followed: a tensor of a checkpoint copies none."""
+MAX_PICKLE_TEXT_BYTES = 64 << 20
+"""Memory for the text of a pickle: 100,000 tensors with names of a hundred letters take 10 MB."""
+MAX_PICKLE_NAME_CHARACTERS = 2000
+"""A function or class that a pickle names, with its module."""
+BROKEN_TEXT_COST = 32
+"""How much more than its bytes a text counts that is not UTF-8: each bad byte takes as long as many good ones."""
+MAX_VIEWED_TIMES = 8
+"""How often the different views of one storage may show its bytes: tied weights and their transposes take two."""
+MAX_VIEWED_BYTES = 64 << 20
+"""Bytes that views may show in any case, however small their storage."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from prunectl.formats.budgets import MAX_PICKLE_COPIES, MAX_PICKLE_NAME_CHARACTERS
 from prunectl.formats.torch import plain
 from prunectl.formats.torch.opcodes import Reader
 from prunectl.formats.torch.values import Global, Made, Persistent, shown
@@ -25,6 +26,7 @@ class Machine:
         self.named: dict[Global, None] = {}
         self.deeds: dict[str, None] = {}
         self.things = 0
+        self.copies = 0
 
     def strangers(self) -> tuple[str, ...]:
         """Say what is called or made, then what is only named."""
@@ -34,6 +36,10 @@ class Machine:
 
     def do(self, verb: str, function: Any, args: Any) -> None:
         """Push what a call would return, and remember the deed if it is a strange one."""
+        # What is copied counts, not what is named: one list of the memo may be the argument of every call.
+        self.copies += plain.copied(function, args)
+        if self.copies > MAX_PICKLE_COPIES:
+            raise ValueError("it copies more elements than any model needs")
         made = plain.call(function, args)
         called = made.function if isinstance(made, Made) else function
         if isinstance(called, Global) and not plain.is_plain(called):
@@ -52,6 +58,8 @@ class Machine:
         """Push what an import would return."""
         if not isinstance(module, str) or not isinstance(name, str):
             raise TypeError
+        if len(module) + len(name) > MAX_PICKLE_NAME_CHARACTERS:
+            raise ValueError("it names a function by more letters than any has")
         found = Global(module, name)
         self.named[found] = None
         if len(self.named) > MAX_NAMES:
@@ -67,6 +75,8 @@ class Machine:
 
     def persist(self, key: Any) -> None:
         """Push what the container would provide: a class stands for itself, the rest for a storage."""
+        if not isinstance(key, tuple | str | int):
+            raise TypeError
         if isinstance(key, tuple) and key:
             known = key[1] if key[0] == "module" and len(key) > 1 else key[0]
             if isinstance(known, Global):

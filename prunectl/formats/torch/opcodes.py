@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import mmap
 import struct
+import sys
 from dataclasses import dataclass
 from typing import Any
 
+from prunectl.formats.budgets import BROKEN_TEXT_COST, MAX_PICKLE_TEXT_BYTES
 from prunectl.formats.torch.values import Raw
 
 MAX_TEXT_BYTES = 1 << 16
 """No name of a tensor is longer: what is stays where it lies."""
-MAX_ALL_TEXT_BYTES = 1 << 26
 MAX_NUMBER_BYTES = 1024
 MAX_LINE_BYTES = 1 << 16
 
@@ -31,6 +32,9 @@ SKIPPED = {0x80: 1, 0x95: 8}
 EXTENSIONS = {0x82: "<B", 0x83: "<H", 0x84: "<i"}
 
 
+_EMPTY_TEXT_BYTES = sys.getsizeof("")
+
+
 @dataclass(slots=True)
 class Reader:
     """A place in the bytes of a program; whatever reaches past their end is a ValueError."""
@@ -39,7 +43,13 @@ class Reader:
     at: int
     end: int
     taken_bytes: int = 0
-    """Bytes of text taken so far."""
+    """Bytes of memory that text takes so far: what it is decoded to, not what it is read from."""
+
+    def take(self, nbytes: int) -> None:
+        """Count bytes of memory."""
+        self.taken_bytes += nbytes
+        if self.taken_bytes > MAX_PICKLE_TEXT_BYTES:
+            raise ValueError("it holds more text than any model")
 
     def skip(self, nbytes: int) -> None:
         """Go past some bytes."""
@@ -60,9 +70,6 @@ class Reader:
             raise ValueError("it ends early")
         found = self.data[self.at : self.at + nbytes]
         self.at += nbytes
-        self.taken_bytes += nbytes
-        if self.taken_bytes > MAX_ALL_TEXT_BYTES:
-            raise ValueError("it holds more text than any model")
         return found
 
     def raw(self, nbytes: int) -> Raw:
@@ -70,7 +77,10 @@ class Reader:
         if nbytes < 0 or self.at + nbytes > self.end:
             raise ValueError("it ends early")
         at = self.at
-        head = self.run(nbytes) if nbytes <= MAX_TEXT_BYTES else b""
+        head = b""
+        if nbytes <= MAX_TEXT_BYTES:
+            self.take(nbytes)
+            head = self.run(nbytes)
         self.at = at + nbytes
         return Raw(at, nbytes, head)
 
@@ -78,8 +88,15 @@ class Reader:
         """Return a text; one that is too long to be a name only by its place."""
         if nbytes > MAX_TEXT_BYTES:
             return self.raw(nbytes)
-        # Unpaired surrogates would be a trap for whoever prints the name.
-        return self.run(nbytes).decode("utf-8", "backslashreplace")
+        raw = self.run(nbytes)
+        try:
+            found = raw.decode()
+        except UnicodeDecodeError:
+            self.take(BROKEN_TEXT_COST * nbytes)
+            # Unpaired surrogates would be a trap for whoever prints the name.
+            found = raw.decode("utf-8", "backslashreplace")
+        self.take(sys.getsizeof(found) - _EMPTY_TEXT_BYTES)
+        return found
 
     def string(self, nbytes: int) -> str | Raw:
         """Return a string of Python 2: text where it is UTF-8."""
@@ -101,6 +118,7 @@ class Reader:
         if stop < 0:
             raise ValueError("it ends early")
         found = self.data[self.at : stop]
+        self.take(len(found))
         self.at = stop + 1
         return found
 

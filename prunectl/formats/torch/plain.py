@@ -46,6 +46,7 @@ _HARMLESS = frozenset(
     | _SEQUENCES
 )
 _NUMPY = frozenset({"_frombuffer", "_reconstruct", "bool_", "dtype", "ndarray", "scalar"})
+_COPYING = _DICTIONARIES | _SEQUENCES
 _RECONSTRUCTORS = frozenset({"copyreg._reconstructor", "copy_reg._reconstructor"})
 
 
@@ -74,6 +75,15 @@ _TORCH_VALUES = frozenset(
         *("IntTensor", "ShortTensor", "CharTensor", "ByteTensor", "BoolTensor", "BFloat16Tensor"),
     }
 )
+
+
+def copied(function: Any, args: Any) -> int:
+    """How many elements a call would copy into a container of its own."""
+    first = args[0] if isinstance(args, tuple) and args else None
+    if not isinstance(function, Global) or function.path not in _COPYING:
+        return 0
+    items = first.items if isinstance(first, Pairs) else first
+    return len(items) if isinstance(items, list | tuple) else 0
 
 
 def call(function: Any, args: Any) -> Any:

@@ -61,6 +61,8 @@ def ask_of(node: Node) -> Ask | None:
     place = node.parts[0]
     if text(place.parts[0]) != "storage":
         return None
+    if not place.parts[_KEY].is_atom:
+        return None
     key = text(place.parts[_KEY])
     return Ask(place, key if key is not None else str(value(place.parts[_KEY])))
 

@@ -14,11 +14,11 @@ class Global:
 
     module: str
     name: str
+    path: str = field(init=False, repr=False, compare=False)
+    """The dotted path that Python would import; made once, since a program may call one function 500,000 times."""
 
-    @property
-    def path(self) -> str:
-        """The dotted path that Python would import."""
-        return f"{self.module}.{self.name}"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", f"{self.module}.{self.name}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,14 +31,14 @@ class Raw:
     """All of it when it is short, nothing when it is long."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Persistent:
     """Something that the pickle leaves to the container, such as a storage."""
 
     id: Any
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Pairs:
     """A dictionary as the program fills it: hashing a stranger's keys could take for ever."""
 

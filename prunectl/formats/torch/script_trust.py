@@ -1,0 +1,92 @@
+"""What TorchScript may do for PyTorch to load it without `--trust`: an allow-list of operators and classes.
+
+TorchScript is a language of its own, without imports and without Python; it computes. But some of its operators write
+files by name (aten::save, aten::from_file), some of its classes open connections, and `__setstate__` runs on loading.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from prunectl.errors import InputError, UntrustedError, abbreviated
+from prunectl.formats import zips
+from prunectl.formats.budgets import MAX_SCRIPT_CODE_BYTES
+from prunectl.formats.torch.exported_trust import WRITING
+
+LIBRARIES = frozenset({"aten", "prim", "quantized", "_quantized", "prepacked", "mkldnn_prepacked", "torchvision"})
+"""Libraries of operators that compute and do nothing else, but for those in WRITING."""
+CLASSES = frozenset({"quantized", "xnnpack"})
+"""Libraries of classes that hold packed weights."""
+
+_TOKEN = re.compile(r"""(?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')|#[^\n]*|(?P<word>[A-Za-z_]\w*)|\S""")
+_DIRECTORY_END, _DIRECTORY_END_64 = b"PK\x05\x06", b"PK\x06\x06"
+_END_BYTES, _LOCATOR_BYTES, _END_64_BYTES = 22, 20, 56
+
+
+def check(path: Path) -> None:
+    """Refuse TorchScript that names an operator or a class that is on no list."""
+    archive = zips.open_archive(path)
+    if len({name.casefold() for name in archive.entries}) < len(archive.entries) or not _has_one_directory(path):
+        # PyTorch looks entries up whatever their case, and finds the directory in its own way.
+        raise InputError(f"{path} is refused: not every reader would find the same entries in it")
+    left = MAX_SCRIPT_CODE_BYTES
+    for name, entry in archive.entries.items():
+        if "/code/" not in f"/{name.casefold()}" or name.casefold().endswith(".debug_pkl"):
+            continue
+        left -= entry.nbytes
+        if left < 0:
+            raise InputError(f"{path} is refused: it has more than {MAX_SCRIPT_CODE_BYTES} bytes of code")
+        found = stranger(archive.read(name, MAX_SCRIPT_CODE_BYTES).decode("utf-8", "replace"))
+        if found:
+            raise UntrustedError(
+                f"{path} holds TorchScript that does more than compute: {abbreviated(found)}",
+                hint="if you trust it: --trust",
+            )
+
+
+def stranger(code: str) -> str:
+    """The first operator or class in some code that is on no list, as it is written; nothing if there is none."""
+    if '"""' in code or "'''" in code:
+        return "a text of several lines"
+    tokens = [found[0] for found in _TOKEN.finditer(code) if not found[0].startswith("#")]
+    tokens += [""] * 3
+    for at in range(len(tokens) - 3):
+        first, dot, name = tokens[at], tokens[at + 1], tokens[at + 2]
+        if first == "ops" and (at == 0 or tokens[at - 1] != "."):
+            if dot != "." or name not in LIBRARIES:
+                return f"ops.{name}"
+        elif first == "classes" and tokens[at - 1] == ".":
+            if dot != "." or name not in CLASSES:
+                return f"torch.classes.{name}"
+        elif first == "." and (dot in WRITING or dot.startswith("rpc_")):
+            return f"{tokens[at - 1]}.{dot}"
+        elif first == "getattr" and not _is_plain_getattr(tokens[at + 1 : at + 64]):
+            return "getattr"
+    return ""
+
+
+def _is_plain_getattr(tokens: list[str]) -> bool:
+    """Whether an attribute is looked up by a plain name: `getattr(self.layers, "0")`."""
+    if ")" not in tokens:
+        return False
+    *owner, comma, name, _ = tokens[: tokens.index(")") + 1] if tokens.index(")") > 2 else ["", "", "", ""]
+    is_text = name[:1] in {'"', "'"} and "\\" not in name and name[1:-1] not in WRITING
+    return comma == "," and is_text and not {"ops", "torch"} & set(owner)
+
+
+def _has_one_directory(path: Path) -> bool:
+    """Whether the directory of a zip is where its end says, and nothing follows."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _END_BYTES - _LOCATOR_BYTES - _END_64_BYTES))
+        tail = file.read()
+    end = tail[-_END_BYTES:]
+    if end[:4] != _DIRECTORY_END or end[20:] != bytes(2):
+        return False
+    length, offset = int.from_bytes(end[12:16], "little"), int.from_bytes(end[16:20], "little")
+    place = size - _END_BYTES
+    if len(tail) > _END_BYTES and tail.startswith(_DIRECTORY_END_64):
+        length, offset = int.from_bytes(tail[40:48], "little"), int.from_bytes(tail[48:56], "little")
+        place -= _LOCATOR_BYTES + _END_64_BYTES
+    return offset + length == place
