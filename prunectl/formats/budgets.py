@@ -78,3 +78,5 @@ MAX_VIEWED_TIMES = 8
 """How often the different views of one storage may show its bytes: tied weights and their transposes take two."""
 MAX_VIEWED_BYTES = 64 << 20
 """Bytes that views may show in any case, however small their storage."""
+MAX_STORAGE_TENSORS = 20_000
+"""Tensors that see one storage of a pickle: the biggest buffers of parameters are shared by some thousands."""

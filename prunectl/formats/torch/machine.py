@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
-from prunectl.formats.budgets import MAX_PICKLE_COPIES, MAX_PICKLE_NAME_CHARACTERS
+from prunectl.formats.budgets import MAX_PICKLE_COPIES, MAX_PICKLE_NAME_CHARACTERS, MAX_STORAGE_TENSORS
 from prunectl.formats.torch import plain
 from prunectl.formats.torch.opcodes import Reader
 from prunectl.formats.torch.values import Global, Made, Persistent, shown
@@ -12,6 +13,7 @@ from prunectl.formats.torch.values import Global, Made, Persistent, shown
 MAX_THINGS = 500_000
 MAX_NAMES = 20_000
 """Distinct functions and classes that a program may name."""
+_TENSORS = "torch._utils._rebuild_tensor"
 
 
 class Machine:
@@ -27,6 +29,8 @@ class Machine:
         self.deeds: dict[str, None] = {}
         self.things = 0
         self.copies = 0
+        self.views: Counter[str] = Counter()
+        """How many tensors see each storage."""
 
     def strangers(self) -> tuple[str, ...]:
         """Say what is called or made, then what is only named."""
@@ -45,7 +49,20 @@ class Machine:
         if isinstance(called, Global) and not plain.is_plain(called):
             is_class = isinstance(made, Made) and called is not function
             self.deeds[f"{'class' if is_class else verb} {shown(called.path)}"] = None
+        if isinstance(called, Global) and called.path.startswith(_TENSORS):
+            self.count_view(args)
         self.keep(made)
+
+    def count_view(self, args: Any) -> None:
+        """Count a tensor to its storage."""
+        place = args[0] if isinstance(args, tuple) and args else None
+        key = (
+            place.id[2] if isinstance(place, Persistent) and isinstance(place.id, tuple) and len(place.id) > 2 else None
+        )
+        if isinstance(key, str):
+            self.views[key] += 1
+            if self.views[key] > MAX_STORAGE_TENSORS:
+                raise ValueError("more tensors share one storage than in any model")
 
     def keep(self, thing: Any) -> None:
         """Push a thing that takes memory of its own."""
