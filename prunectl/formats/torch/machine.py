@@ -56,9 +56,8 @@ class Machine:
     def count_view(self, args: Any) -> None:
         """Count a tensor to its storage."""
         place = args[0] if isinstance(args, tuple) and args else None
-        key = (
-            place.id[2] if isinstance(place, Persistent) and isinstance(place.id, tuple) and len(place.id) > 2 else None
-        )
+        names = place.id if isinstance(place, Persistent) and isinstance(place.id, tuple) else ()
+        key = names[2] if len(names) > 2 else None  # ("storage", class, key, location, count)
         if isinstance(key, str):
             self.views[key] += 1
             if self.views[key] > MAX_STORAGE_TENSORS:
