@@ -9,8 +9,8 @@ from prunectl.channels.source import Source
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.optional import require
+from prunectl.training import trusted
 from prunectl.training.network import Origin
-from prunectl.training.torch import trust
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ def read(model: ModelFile, origin: Origin) -> Source:
     """Return a network that can be followed and cut, or say that its graph cannot be read."""
     for language in LANGUAGES:
         if model.format in language.formats:
-            trust.check(model, origin)
+            trusted.check(model, origin)
             if language.needs:
                 require(language.needs, extra=language.needs)
             module, _, name = language.reader.partition(":")

@@ -10,15 +10,15 @@ from prunectl.errors import InputError, first_line
 from prunectl.exporting.by_torch_quiet import converting
 from prunectl.exporting.live import Flow
 from prunectl.formats.base import ModelFile
+from prunectl.training import trusted
 from prunectl.training.network import Origin
-from prunectl.training.torch import trust
 
 
 def frozen(model: ModelFile, origin: Origin) -> torch.nn.Module | None:
     """Return a script that has no parameters, ready to predict; None of what has some."""
-    if origin.model or not trust.is_script(model):
+    if origin.model or not trusted.is_script(model):
         return None
-    trust.check(model, origin)
+    trusted.check(model, origin)
     try:
         with converting():
             found: Any = torch.jit.load(str(model.path), map_location="cpu")  # type: ignore[no-untyped-call]

@@ -29,7 +29,6 @@ from prunectl.pruning import output as outputs
 from prunectl.pruning.output import Output
 from prunectl.pruning.strip import strip, surveyed
 from prunectl.training import trusted
-from prunectl.training.torch import trust
 
 
 def export(path: Path, request: Request, output: Output) -> Exported:
@@ -89,7 +88,6 @@ def _plain(model: ModelFile, scratch: Path) -> tuple[ModelFile, tuple[str, ...]]
 def _job(model: ModelFile, request: Request, pair: Pair, scratch: Path) -> Job:
     if not pair.opener:
         return Job(model, request, scratch=scratch)
-    trust.check(model, request.origin)
     live = load(pair, pair.opener)(model, request.origin)
     flows = settled(live.inputs, request.inputs)
     check_known(flows, request)

@@ -1,20 +1,62 @@
-"""May a model be opened by its framework? Its code does not run unless the user says so."""
+"""May a model be opened by its framework? Its code does not run unless the user says so.
+
+The one door before every framework, asked before it is imported; what each kind of file may name stands in
+`formats/trust.py` (Keras and TensorFlow), `formats/torch/exported_trust.py` and `formats/torch/script_trust.py`.
+"""
 
 from __future__ import annotations
 
-from prunectl.formats import trust
+import tarfile
+
+from prunectl.errors import InputError, UntrustedError
+from prunectl.formats import trust, zips
 from prunectl.formats.base import ModelFile
+from prunectl.formats.torch import exported_trust, script_trust
 from prunectl.training import custom
 from prunectl.training.network import Origin
 
-_LOOKED_AT = frozenset({"keras", "keras-h5", "saved-model"})
+_KERAS = frozenset({"keras", "keras-h5", "saved-model"})
+_TORCH = frozenset({"torch", "torch-legacy", "torch-tar"})
 
 
 def check(model: ModelFile, origin: Origin) -> None:
-    """Refuse a Keras or TensorFlow file that brings code, or names code that nobody vouched for.
+    """Refuse a file that brings code, or names code that nobody vouched for.
 
-    Asked before a framework is imported. Where the user's own function builds the model, nothing in the file is looked
-    at but numbers.
+    Where the user's own function builds the model, nothing in the file is looked at but numbers.
     """
-    if model.format in _LOOKED_AT and not origin.is_trusted and not origin.model:
+    if origin.is_trusted or origin.model:
+        return
+    if model.format in _KERAS:
         trust.check(model, lambda: custom.objects(origin))
+    elif model.format == "torch-export":
+        exported_trust.checked(model.path)
+    elif is_script(model):
+        script_trust.check(model.path)
+    elif model.format in _TORCH and model.about.code:
+        raise UntrustedError(
+            f"{model.path} holds a whole Python module ({model.about.code[0]}): opening it would run code",
+            hint="if you trust it: --trust --import MODULE\n"
+            "better: torch.save(model.state_dict(), ...) once, then --model module:function",
+        )
+
+
+def is_script(model: ModelFile) -> bool:
+    """Whether it is TorchScript: then torch.load gives it to torch.jit.load, which runs what stands there."""
+    if model.format != "torch":
+        return False
+    names = [f"/{name.casefold()}" for name in zips.open_archive(model.path).entries]
+    return any(name.endswith("/constants.pkl") for name in names)
+
+
+def check_checkpoint(model: ModelFile) -> None:
+    """Refuse what torch.load, as PyTorch 2.5 and earlier have it, takes for more than weights with weights_only=True.
+
+    CVE-2025-32434: a tar and TorchScript got past the restricted unpickler.
+    """
+    is_tar = model.format != "torch" and tarfile.is_tarfile(model.path)
+    if is_tar or is_script(model):
+        kind = "a tar" if is_tar else "TorchScript"
+        raise InputError(
+            f"{model.path} is {kind}, which PyTorch does not load as weights alone",
+            hint="torch.save(model.state_dict(), ...) writes a file that it does",
+        )

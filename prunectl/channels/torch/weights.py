@@ -19,7 +19,7 @@ from prunectl.channels.torch.opening import Opened
 from prunectl.channels.torch.run import Network
 from prunectl.errors import InputError, UntrustedError, UsageError, first_line
 from prunectl.formats.base import ModelFile
-from prunectl.training.torch import trust
+from prunectl.training import trusted
 
 
 def beside(target: Path) -> Path:
@@ -72,7 +72,7 @@ def class_of(found: Opened) -> str:
 def load(model: ModelFile, found: Opened) -> Any:
     """Return what is in a checkpoint."""
     if not found.is_trusted:
-        trust.check_checkpoint(model)
+        trusted.check_checkpoint(model)
     try:
         return torch.load(model.path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -10,9 +10,9 @@ import torch
 
 from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import ModelFile
+from prunectl.training import trusted
 from prunectl.training.builders import builder, built
 from prunectl.training.network import Origin
-from prunectl.training.torch import trust
 from prunectl.training.torch.arrays import to_torch
 from prunectl.training.torch.exported import Pieces, load_program, shapes_of
 from prunectl.training.torch.names import matched
@@ -34,13 +34,13 @@ class Built:
 
 def build(model: ModelFile, origin: Origin) -> Built:
     """Return the module in a file, or that of a function with the file's weights."""
-    trust.check(model, origin)
+    trusted.check(model, origin)
     torch.manual_seed(origin.seed)
     if origin.model:
         return _of_function(model, origin)
     if model.format == "torch-export":
         return _exported(model, origin)
-    if trust.is_script(model):
+    if trusted.is_script(model):
         return _scripted(model)
     if model.about.code:
         return _trusted(model)
