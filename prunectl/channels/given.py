@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from prunectl.calibrating.whole import first_inputs, rows_of_batches
+from prunectl.channels.lengths import Shapes
 from prunectl.channels.scores import Measure, Needs
 from prunectl.channels.source import Feeds, Source
 from prunectl.errors import UsageError
@@ -13,6 +16,7 @@ from prunectl.pruning.request import Request
 from prunectl.training.data.source import Order
 from prunectl.training.signature import Port, Signature
 
+_MADE_UP = "random:"
 _BATCHES = 4
 """Enough to see what random numbers do not show; each costs two runs of a network."""
 
@@ -33,6 +37,19 @@ def given(
         if measure is None or measure.needs is Needs.NOTHING:
             raise
         return (), (f"The cut network was tried on random inputs alone: {error.message}.",)
+
+
+def shapes_of_data(request: Request) -> Shapes | None:
+    """Return what looks up the shapes of data, for models that leave axes open."""
+    if not request.data or (request.data.startswith(_MADE_UP) and "shape=" not in request.data):
+        # What is made up has the shapes of the model.
+        return None
+
+    def shapes(signature: Signature) -> Sequence[tuple[int, ...]]:
+        whole, _ = first_inputs(request.data, signature, 1, Order(1, request.seed, is_shuffled=False))
+        return [array.shape[1:] for array in whole]
+
+    return shapes
 
 
 def _batches(source: Source, request: Request, *, is_channels_first: bool) -> tuple[tuple[Feeds, ...], tuple[str, ...]]:

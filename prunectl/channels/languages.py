@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 
+from prunectl.channels.lengths import Shapes
 from prunectl.channels.source import Source
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile
@@ -20,7 +21,7 @@ class Language:
     name: str
     formats: frozenset[str]
     reader: str
-    """`module:function` in this package that makes a source of a model and its origin."""
+    """`module:function` in this package that makes a source of a model, its origin and the shapes of data."""
     needs: str = ""
     """The package that this module imports, which is called as the extra that brings it."""
 
@@ -38,15 +39,18 @@ LANGUAGES = (
 )
 
 
-def read(model: ModelFile, origin: Origin) -> Source:
-    """Return a network that can be followed and cut, or say that its graph cannot be read."""
+def read(model: ModelFile, origin: Origin, data: Shapes | None = None) -> Source:
+    """Return a network that can be followed and cut, or say that its graph cannot be read.
+
+    What data goes in tells how long the axes are that a file leaves open.
+    """
     for language in LANGUAGES:
         if model.format in language.formats:
             trusted.check(model, origin)
             if language.needs:
                 require(language.needs, extra=language.needs)
             module, _, name = language.reader.partition(":")
-            found: Source = getattr(importlib.import_module(f"prunectl.channels.{module}"), name)(model, origin)
+            found: Source = getattr(importlib.import_module(f"prunectl.channels.{module}"), name)(model, origin, data)
             return found
     names = ", ".join(language.name for language in LANGUAGES)
     raise InputError(

@@ -11,7 +11,7 @@ from typing import Any
 from prunectl.channels.choose import Loss
 from prunectl.channels.couple import Family
 from prunectl.channels.cutting import Cutting, cutting_of
-from prunectl.channels.given import given
+from prunectl.channels.given import given, shapes_of_data
 from prunectl.channels.informed import looked_at
 from prunectl.channels.languages import read
 from prunectl.channels.latency import latency
@@ -89,7 +89,7 @@ def prune_channels(
     origin = Origin(
         request.model, request.custom_objects, is_trusted=is_trusted, seed=request.seed, inputs=request.inputs
     )
-    source = read(model, origin)
+    source = read(model, origin, shapes_of_data(request))
     _check_beside(source, output)
     trace = follow(source.graph)
     before = with_own_macs(_measured(model), source, trace.shape)
@@ -97,7 +97,10 @@ def prune_channels(
     def looks(found: Sequence[Family], weights: Mapping[str, Array]) -> Mapping[str, Array]:
         return looked_at(model, found, weights, cutting.measure, request, is_trusted=is_trusted)
 
-    plan = planned(Ground(model, source, trace, before), cutting, looks)
+    try:
+        plan = planned(Ground(model, source, trace, before), cutting, looks)
+    except UsageError as error:
+        raise UsageError(error.message, hint="\n".join(filter(None, (*source.doubts, error.hint)))) from error
     if not plan.gone and not allow_empty and not cutting.is_nothing:
         raise _empty(path, plan, cutting)
     smaller = source.cut(plan.gone, plan.after, plan.weights)
@@ -124,7 +127,7 @@ def prune_channels(
         before,
         replace(after, path=shown),
         proof,
-        (*source.notes, *notes, *(() if plan.gone else ("The cut removed nothing.",))),
+        (*source.notes, *source.doubts, *notes, *(() if plan.gone else ("The cut removed nothing.",))),
         seconds,
         beside if output is not None else (),
     )

@@ -51,6 +51,10 @@ class Source(Protocol):
         """What a user should know about what is written."""
 
     @property
+    def doubts(self) -> tuple[str, ...]:
+        """What was guessed where the file does not say it and it made a difference, with how to say it."""
+
+    @property
     def showable(self) -> frozenset[str]:
         """The inner values that `runner` can show: what convolutions and dense layers make, as far as it is at hand."""
 

@@ -13,8 +13,10 @@ from prunectl.formats.optional import require
 
 def write(job: Job, target: Path) -> tuple[str, ...]:
     """Write a model again, all its numbers in one file."""
-    if job.request.inputs:
+    is_open = any(flow.shape is None or None in flow.shape[1:] for flow in job.live.inputs)
+    if job.request.inputs and not is_open:
         raise UsageError("--input does not change what an ONNX model takes", hint="export its source again")
+    tried = ("It was tried on what --input says; what it takes is as open as it was.",) if job.request.inputs else ()
     onnx = require("onnx", extra="onnx")
     try:
         proto = onnx.load(str(job.file.path))
@@ -30,7 +32,7 @@ def write(job: Job, target: Path) -> tuple[str, ...]:
                 f"onnx cannot bring {job.file.path} from opset {opset} to {job.request.opset}: {first_line(error)}"
             ) from error
     try:
-        return onnx_finish.finish(job, proto, target, kept=own)
+        return (*tried, *onnx_finish.finish(job, proto, target, kept=own))
     except WorkError as error:
         if found := onnx_finish.flaw(job.file.path):
             raise InputError(f"{job.file.path} is no valid ONNX itself: {found}") from error

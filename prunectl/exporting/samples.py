@@ -13,6 +13,7 @@ from prunectl.exporting.request import BATCH_SIZE, SAMPLES, Request
 from prunectl.formats.base import Array
 from prunectl.training.data.source import Order
 
+_IMAGE_LENGTH, _SEQUENCE_LENGTH = 224, 128
 _OPEN_LENGTH = 16
 """Of an axis that the user leaves open."""
 
@@ -76,8 +77,17 @@ def check_known(flows: tuple[Flow, ...], request: Request) -> None:
             continue
         raise UsageError(
             f"the input {flow.name} of the model is {text(flow.shape)}: it does not say how long each axis is",
-            hint=f"--input {flow.name}:1,3,224,224 says it (? leaves an axis open); or --data SPEC",
+            hint=f"--input {flow.name}:{_example(flow)} says it (? leaves an axis open); or --data SPEC",
         )
+
+
+def _example(flow: Flow) -> str:
+    """Return a shape of as many axes as the model has, those that are open as images or sequences often are."""
+    if flow.shape is None:
+        return "1,3,224,224"
+    open_length = _IMAGE_LENGTH if len(flow.shape) > 3 else _SEQUENCE_LENGTH
+    batch, *others = flow.shape
+    return ",".join(map(str, (batch or 1, *(length or open_length for length in others))))
 
 
 def _filled(random: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:

@@ -18,6 +18,7 @@ from prunectl.channels.keras.read import Opened, opened
 from prunectl.channels.keras.run import feeds, runner
 from prunectl.channels.keras.settings import rewritten
 from prunectl.channels.keras.slots import matched, strange
+from prunectl.channels.lengths import Lengths, Shapes
 from prunectl.channels.source import Feeds, Removed, Runner, axes_of, sliced
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array, ModelFile
@@ -27,10 +28,10 @@ from prunectl.pruning import output as outputs
 from prunectl.training.network import Origin
 
 
-def read(model: ModelFile, origin: Origin) -> KerasSource:
+def read(model: ModelFile, origin: Origin, data: Shapes | None = None) -> KerasSource:
     """Return the network of a Keras file, which says itself how it is built."""
     require_followable(model, origin)
-    return KerasSource(opened(model), origin)
+    return KerasSource(opened(model, Lengths(origin.inputs, data)), origin)
 
 
 def require_followable(model: ModelFile, origin: Origin) -> None:
@@ -40,8 +41,6 @@ def require_followable(model: ModelFile, origin: Origin) -> None:
             "--model does not go with channels of a Keras file, whose own configuration is followed",
             hint="save the model that it builds as .keras, and prune that",
         )
-    if origin.inputs:
-        raise UsageError("--input does not go with a Keras model, which says it itself", hint="leave out --input")
     if model.about.wrappers:
         raise InputError(
             f"{model.path} has its layers in wrappers of tfmot, which hide them",
@@ -81,6 +80,15 @@ class KerasSource:
         if not self.dropped:
             return ()
         return ("The state of the optimizer was left out: which weights it belongs to cannot be told.",)
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """How long open axes were taken to be, where some layers do not fit that."""
+        guessed = self._opened.guessed
+        if not guessed:
+            return ()
+        how = "--input or --data says how long they are"
+        return (f"Open axes were taken to be {guessed} long, and layers that do not fit lock their channels: {how}.",)
 
     @property
     def showable(self) -> frozenset[str]:

@@ -8,18 +8,17 @@ from typing import Any
 
 from prunectl.channels.graph import Graph, Kind
 from prunectl.channels.keras.bind import bound
-from prunectl.channels.keras.net import Net
+from prunectl.channels.keras.net import Net, Shape
 from prunectl.channels.keras.spots import Located, located
 from prunectl.channels.keras.stored import Stored
 from prunectl.channels.keras.walk import Walker
+from prunectl.channels.lengths import NOTHING, TRIED, Lengths
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.keras.config import listed
 from prunectl.formats.keras.layer_calls import Caller
 from prunectl.formats.keras.model_calls import run
-
-_OPEN_LENGTHS = (64, 224)
-"""Lengths to try for axes other than the batch that the file leaves open."""
+from prunectl.training.signature import Port, Signature
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +31,11 @@ class Opened:
     layers: tuple[Located, ...]
     net: Net
     graph: Graph
+    guessed: int = 0
+    """How long open axes were taken to be where some layers did not fit that; 0 where all fit, or it was said."""
 
 
-def opened(model: ModelFile) -> Opened:
+def opened(model: ModelFile, lengths: Lengths = NOTHING) -> Opened:
     """Read the configuration of a Keras file as a graph."""
     config = model.about.keras
     if config is None:
@@ -50,21 +51,42 @@ def opened(model: ModelFile) -> Opened:
     stored = Stored(model)
     layers = located(config, stored.container)
     leaves = bound(stored, layers)
-    found: list[tuple[int, Net, tuple[str, ...]]] = []
-    for length in _OPEN_LENGTHS:
+
+    def followed(length: int, said: Mapping[str, Shape]) -> _Followed:
         net = Net(model)
-        walker = Walker(net, Caller(model.path, (), run), layers, leaves, length)
+        walker = Walker(net, Caller(model.path, (), run), layers, leaves, length, said=said)
         try:
             outputs = walker.model(config, (), ())
         except InputError as error:
             raise InputError(f"{model.path}: {error.message}", hint=error.hint) from error
         unknown = sum(node.kind is Kind.UNKNOWN for node in net.nodes)
-        found.append((unknown, net, outputs))
-        if not walker.is_open:
-            break
-    _, net, outputs = min(found, key=_unknown)
-    return Opened(model, stored, config, layers, net, net.graph(outputs))
+        return _Followed(unknown, net, outputs, walker.open, length)
+
+    tries = [followed(TRIED[0], {})]
+    said = lengths.of(_signature(tries[0]))
+    if said and tries[0].open:
+        tries = [followed(TRIED[0], said)]
+    elif tries[0].open:
+        tries += [followed(length, {}) for length in TRIED[1:]]
+    best = min(tries, key=lambda one: one.unknown)
+    guessed = best.length if best.open and best.unknown and not said else 0
+    return Opened(model, stored, config, layers, best.net, best.net.graph(best.outputs), guessed)
 
 
-def _unknown(found: tuple[int, Net, tuple[str, ...]]) -> int:
-    return found[0]
+@dataclass(frozen=True, slots=True)
+class _Followed:
+    """A configuration that was followed with open axes of some length."""
+
+    unknown: int
+    """How many operations nothing is known of."""
+    net: Net
+    outputs: tuple[str, ...]
+    open: Mapping[str, tuple[int | None, ...]]
+    """The shapes of inputs as the file says them, without the batch, where that is not all."""
+    length: int
+
+
+def _signature(found: _Followed) -> Signature:
+    shapes = {name: found.open.get(name, found.net.shapes[name][1:]) for name in found.net.inputs}
+    ports = tuple(Port(name, shapes[name], kind) for name, kind in found.net.inputs.items())
+    return Signature(ports, (), is_channels_first=False)

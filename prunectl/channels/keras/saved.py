@@ -18,6 +18,7 @@ from prunectl.channels.keras import draft as drafts
 from prunectl.channels.keras.network import KerasSource, require_followable
 from prunectl.channels.keras.read import opened
 from prunectl.channels.keras.renamed import Renamed, renamed
+from prunectl.channels.lengths import Lengths, Shapes
 from prunectl.channels.source import Feeds, Removed, Runner
 from prunectl.errors import InputError, PrunectlError, WorkError, first_line
 from prunectl.formats.base import Array, ModelFile, Role
@@ -39,7 +40,7 @@ _OWN = frozenset({"saved_model.pb", "keras_metadata.pb", "fingerprint.pb", "vari
 _INSTEAD = "load it in Keras, save it as .keras, and prune that"
 
 
-def read(model: ModelFile, origin: Origin) -> SavedSource:
+def read(model: ModelFile, origin: Origin, data: Shapes | None = None) -> SavedSource:
     """Return the network of a SavedModel that says which Keras layers it consists of."""
     if model.about.keras is None:
         raise InputError(
@@ -49,13 +50,13 @@ def read(model: ModelFile, origin: Origin) -> SavedSource:
     require_followable(model, origin)
     trusted.check(model, origin)
     _refuse_losses(model)
-    return SavedSource(model, origin)
+    return SavedSource(model, origin, Lengths(origin.inputs, data))
 
 
 class SavedSource:
     """A SavedModel, as cutting sees it."""
 
-    def __init__(self, model: ModelFile, origin: Origin) -> None:
+    def __init__(self, model: ModelFile, origin: Origin, lengths: Lengths) -> None:
         self._model, self._origin = model, origin
         self._held = Scratch()
         self._scratch = self._held.path
@@ -64,7 +65,7 @@ class SavedSource:
             with quietly():
                 _save(load(model, origin, Place()), path)
             inner = open_model(path)
-            self._opened = opened(inner)
+            self._opened = opened(inner, lengths)
             self._names = _matched(model, inner)
             self._source = KerasSource(self._opened, origin)
 
@@ -100,6 +101,11 @@ class SavedSource:
         if not self.dropped and not self._model.about.training:
             return ()
         return ("Keras wrote the SavedModel anew, without the state of an optimizer, metrics, and how to train it.",)
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """How long open axes were taken to be, where some layers do not fit that."""
+        return self._source.doubts
 
     @property
     def showable(self) -> frozenset[str]:

@@ -46,15 +46,24 @@ class Walker:
     """Calls layers on values."""
 
     def __init__(
-        self, net: Net, caller: Caller, layers: Sequence[Located], leaves: Mapping[Spot, Leaves], length: int
+        self,
+        net: Net,
+        caller: Caller,
+        layers: Sequence[Located],
+        leaves: Mapping[Spot, Leaves],
+        length: int,
+        *,
+        said: Mapping[str, Shape],
     ) -> None:
         self._net, self._caller = net, caller
         self._located = {id(one.found): one for one in layers}
         self._leaves = leaves
         self._length = length
         """What open axes are taken to be long."""
-        self.is_open = False
-        """Whether there are any."""
+        self._shapes = said
+        """The shapes of inputs, without the batch, where they are said."""
+        self.open: dict[str, tuple[int | None, ...]] = {}
+        """Inputs that have some."""
         self._guessed: set[str] = set()
         """Values whose shapes nothing in the file has confirmed."""
 
@@ -90,9 +99,10 @@ class Walker:
         return self._input("/".join((*names, name)), shape, first)
 
     def _input(self, name: str, shape: Sequence[int | None], found: Mapping[str, Any]) -> str:
-        whole: Shape = (1, *(self._length if length is None else length for length in shape))
-        self.is_open |= None in shape
-        value = self._net.fresh(name, whole)
+        own = self._shapes.get(name) or tuple(self._length if length is None else length for length in shape)
+        value = self._net.fresh(name, (1, *own))
+        if None in shape:
+            self.open[value] = tuple(shape)
         said = part(found, "config").get("dtype")
         self._net.inputs[value] = said if isinstance(said, str) else _DEFAULT_DTYPE
         return value

@@ -10,6 +10,7 @@ import numpy as np
 
 from prunectl.channels.after import After
 from prunectl.channels.graph import Graph
+from prunectl.channels.lengths import Lengths, Shapes
 from prunectl.channels.onnx import views
 from prunectl.channels.onnx.read import Opened, opened
 from prunectl.channels.onnx.run import feed, session
@@ -23,18 +24,14 @@ from prunectl.pruning import output as outputs
 from prunectl.training.network import Origin
 
 
-def read(model: ModelFile, origin: Origin) -> OnnxSource:
-    """Return the network of an ONNX file, which needs nothing else."""
-    for word, said in (
-        ("--model", origin.model),
-        ("--custom-objects", origin.custom_objects),
-        ("--input", origin.inputs),
-    ):
+def read(model: ModelFile, origin: Origin, data: Shapes | None = None) -> OnnxSource:
+    """Return the network of an ONNX file, which needs nothing else but the lengths of axes that it leaves open."""
+    for word, said in (("--model", origin.model), ("--custom-objects", origin.custom_objects)):
         if said:
             raise UsageError(
                 f"{word} does not go with an ONNX file, which says all by itself", hint=f"leave out {word}"
             )
-    return OnnxSource(model, opened(model))
+    return OnnxSource(model, opened(model, Lengths(origin.inputs, data)))
 
 
 class OnnxSource:
@@ -68,6 +65,11 @@ class OnnxSource:
     @property
     def notes(self) -> tuple[str, ...]:
         """Nothing that the file does not say."""
+        return ()
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Nothing: what does not fit is refused."""
         return ()
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from prunectl.channels.graph import Graph, Kind, Node
+from prunectl.channels.lengths import NOTHING, Lengths
 from prunectl.channels.onnx import views as seen_as
 from prunectl.channels.onnx.kinds import Seen, facts
 from prunectl.channels.onnx.shapes import STANDARD, Known, known
@@ -30,7 +31,7 @@ class Opened:
     """What each copy of a shared weight is a copy of."""
 
 
-def opened(model: ModelFile) -> Opened:
+def opened(model: ModelFile, lengths: Lengths = NOTHING) -> Opened:
     """Read an ONNX model; its handler has checked where its numbers lie."""
     onnx = require("onnx", extra="onnx")
     try:
@@ -49,7 +50,7 @@ def opened(model: ModelFile) -> Opened:
     _fill(proto, model)
     copies = untie(proto)
     locations |= {copy: locations[name] for copy, name in copies.items() if name in locations}
-    found = known(proto, str(model.path))
+    found = known(proto, str(model.path), lengths)
     return Opened(proto, graph_of(proto, found), found, locations, copies)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from prunectl.channels.lengths import NOTHING, TRIED, Lengths
 from prunectl.errors import InputError, first_line
 from prunectl.formats.base import Array
 from prunectl.formats.optional import require
+from prunectl.training.signature import Port, Signature
 
 STANDARD = frozenset({"", "ai.onnx"})
 _SMALL = 64
@@ -19,8 +21,6 @@ _SMALL = 64
 _FOLDED = 4096
 _FLOAT = 1
 _CHANCE = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial"})
-_OPEN_LENGTHS = (64, 224)
-"""Lengths to try for axes other than the batch that the file leaves open."""
 
 
 @dataclass(slots=True)
@@ -31,16 +31,40 @@ class Known:
     constants: dict[str, Array] = field(default_factory=dict)
 
 
-def known(proto: Any, name: str) -> Known:
+def known(proto: Any, name: str, lengths: Lengths = NOTHING) -> Known:
     """Return what can be known of the main graph, an open batch counted as 1."""
     trouble = ""
-    for length in _OPEN_LENGTHS:
-        light = _light(proto, length)
+    given = {tensor.name for tensor in proto.graph.initializer}
+    ports = [port for port in proto.graph.input if port.name not in given]
+    said = lengths.of(Signature(tuple(map(_port, ports)), (), is_channels_first=True))
+    for length in TRIED[: 1 if said else None]:
+        light = _light(proto, length, said)
         try:
             return _inferred(light, _constants(proto))
         except Exception as error:  # noqa: BLE001 - onnx raises what it likes
             trouble = first_line(error)
-    raise InputError(f"the shapes in {name} cannot be worked out: {trouble}")
+    is_open = any(None in (port.shape or ()) for port in map(_port, ports))
+    raise InputError(
+        f"the shapes in {name} cannot be worked out: {trouble}",
+        hint=f"--input {_example(ports)} says how long open axes are, or --data SPEC" if is_open else "",
+    )
+
+
+def _port(port: Any) -> Port:
+    """Return an input as the file says it, its batch left out."""
+    axes = port.type.tensor_type.shape.dim
+    shape = tuple(axis.dim_value if axis.dim_value > 0 else None for axis in axes)
+    helper = require("onnx.helper", extra="onnx")
+    kind = port.type.tensor_type.elem_type
+    dtype = helper.tensor_dtype_to_np_dtype(kind).name if kind in helper.get_all_tensor_dtypes() else ""
+    return Port(port.name, shape[1:] if port.type.tensor_type.HasField("shape") else None, dtype)
+
+
+def _example(ports: Iterable[Any]) -> str:
+    return " --input ".join(
+        f"{port.name}:{','.join(map(str, (1, *(length or TRIED[-1] * 2 for length in port.shape or ()))))}"
+        for port in map(_port, ports)
+    )
 
 
 def shape_of(port: Any) -> tuple[int, ...] | None:
@@ -72,7 +96,7 @@ def _is_zero(tensor: Any) -> bool:
     return not tensor.external_data and not any(tensor.raw_data) and not any(tensor.float_data)
 
 
-def _light(proto: Any, length: int) -> Any:
+def _light(proto: Any, length: int, said: Mapping[str, tuple[int, ...]]) -> Any:
     """Return the graph without its big weights, and with every length of its inputs said."""
     light = type(proto)()
     light.CopyFrom(_without_data(proto))
@@ -87,7 +111,8 @@ def _light(proto: Any, length: int) -> Any:
             if number == 0:
                 batches.add(axis.dim_param)
             is_batch = number == 0 or (axis.dim_param and axis.dim_param in batches)
-            axis.dim_value = 1 if is_batch else length
+            own = said.get(port.name, ())
+            axis.dim_value = own[number - 1] if number and own else 1 if is_batch else length
     for port in light.graph.output:
         port.type.tensor_type.ClearField("shape")
     return light

@@ -13,6 +13,7 @@ import torch
 
 from prunectl.channels.after import After
 from prunectl.channels.graph import Graph
+from prunectl.channels.lengths import Shapes
 from prunectl.channels.source import Feeds, Removed, Runner, axes_of, made_by_weights
 from prunectl.channels.torch.checkpoint import Change, Kept, kept_of
 from prunectl.channels.torch.cut import attribute, cut
@@ -28,8 +29,12 @@ from prunectl.training.network import Origin
 from prunectl.training.torch.arrays import to_numpy, to_torch
 
 
-def read(model: ModelFile, origin: Origin) -> TorchSource:
-    """Return the network of a file of PyTorch, with what builds it where the file holds weights alone."""
+def read(model: ModelFile, origin: Origin, data: Shapes | None = None) -> TorchSource:
+    """Return the network of a file of PyTorch, with what builds it where the file holds weights alone.
+
+    It is traced on the shapes that were typed, whatever data there is.
+    """
+    del data
     if origin.custom_objects:
         raise UsageError("--custom-objects explains layers of Keras", hint="leave out --custom-objects")
     return TorchSource(model, opened(model, origin))
@@ -74,6 +79,11 @@ class TorchSource:
             f"{held} class {class_of(self._opened)} that takes them is beside it{more}.",
             *([state] if lost else []),
         )
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Nothing: what does not fit is refused."""
+        return ()
 
     @property
     def showable(self) -> frozenset[str]:
