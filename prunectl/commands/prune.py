@@ -87,7 +87,7 @@ def prune(
 
     [dim]$[/] prunectl prune model.onnx -o fast.onnx --pattern 2:4 --exclude fc2
 
-    [dim]$[/] prunectl prune model.tflite -o few.tflite -s 50% --cluster 16
+    [dim]$[/] prunectl prune model.pt -o few.pt -s 50% --cluster 16
 
     [dim]$[/] prunectl prune model.onnx -o within.onnx --max-drop 1pp --data test.npz
 
