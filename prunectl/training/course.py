@@ -49,14 +49,22 @@ class Course:
 
 
 def course(
-    examples: int, batch_size: int, *, epochs: int | None, steps: int | None, default_epochs: int
+    examples: int, batch_size: int, *, epochs: int | None, steps: int | None, default_epochs: int, ranks: int = 1
 ) -> tuple[int, int]:
-    """Return the number of steps in all and in an epoch."""
+    """Return the number of steps in all and in an epoch, which is the same in each of several processes."""
     if epochs is not None and steps is not None:
         raise UsageError("--epochs and --steps exclude each other")
     if batch_size < 1:
         raise UsageError(f"a batch has at least one example, not {batch_size}")
-    per_epoch = math.ceil(examples / batch_size)
+    if batch_size % ranks:
+        raise UsageError(
+            f"a batch of {batch_size} examples cannot be shared evenly by {ranks} processes",
+            hint=f"--batch-size {math.ceil(batch_size / ranks) * ranks}",
+        )
+    if examples < ranks:
+        raise UsageError(f"{examples} examples are too few for {ranks} processes: some would have none")
+    # What is left over when the examples are shared out is not in this epoch (see `Rows` and `shared_out`).
+    per_epoch = math.ceil(examples // ranks / (batch_size // ranks))
     if steps is not None:
         return steps, per_epoch
     return (default_epochs if epochs is None else epochs) * per_epoch, per_epoch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -79,8 +78,7 @@ def finetune(path: Path, request: Request, output: Output, watcher: Watcher | No
         found = read(network, request)
         network.prepare(replace(request.means, frozen=_frozen(plain, request), example=found.example))
         notes = (*found.notes, *look_over(found, network.signature, request))
-        planned = _course(request, found)
-        _check_ranks(network, planned)
+        planned = _course(request, found, network.ranks[1])
         rules = rules_of(plain, request, planned)
         first = zeros_of(rules.choice, network.weights(rules.names))
         if request.mask is MaskMode.REGROW and not first and rules.schedule is None:
@@ -171,13 +169,14 @@ def _decider(request: Request, logs: Logs, network: Network) -> Decider | None:
     return decider(logs, request.means, (port.name for port in network.signature.outputs))
 
 
-def _course(request: Request, found: Read) -> Course:
+def _course(request: Request, found: Read, ranks: int) -> Course:
     steps, per_epoch = course(
         count(found.train),
         request.batch_size,
         epochs=request.epochs,
         steps=request.steps,
         default_epochs=DEFAULT_EPOCHS,
+        ranks=ranks,
     )
     return Course(
         steps,
@@ -189,15 +188,6 @@ def _course(request: Request, found: Read) -> Course:
         request.early_stop,
         request.keep is Keep.BEST,
     )
-
-
-def _check_ranks(network: Network, planned: Course) -> None:
-    ranks = network.ranks[1]
-    if planned.batch_size % ranks:
-        raise UsageError(
-            f"a batch of {planned.batch_size} examples cannot be shared evenly by {ranks} processes",
-            hint=f"--batch-size {math.ceil(planned.batch_size / ranks) * ranks}",
-        )
 
 
 def _train(lesson: Lesson) -> Progress:

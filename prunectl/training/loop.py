@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
+from prunectl.errors import InputError
 from prunectl.training.better import Decider
 from prunectl.training.course import Course
+from prunectl.training.data.rows import Rows
 from prunectl.training.data.source import Arrays, Batch, Order, Source
 from prunectl.training.diary import Diary, Entry
 from prunectl.training.diverged import DivergedError
@@ -42,6 +44,16 @@ class Progress:
     best_tensors: dict[str, Array] = field(default_factory=dict)
     history: list[Entry] = field(default_factory=list)
 
+    @property
+    def epoch(self) -> int:
+        """The epoch under way, counted from zero."""
+        return len(self.history)
+
+    @property
+    def epoch_began(self) -> int:
+        """The step at which it began: a stream may give fewer examples than were counted, and end an epoch early."""
+        return self.history[-1].step if self.history else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
@@ -67,10 +79,11 @@ def train(lesson: Lesson, stopping: Stopping) -> Progress:
         lesson.saver.resume(network, keeper, progress)
     lesson.diary.begin(course, progress.step)
     while progress.step < course.steps and not _is_over(lesson, progress):
-        epoch, done = divmod(progress.step, course.steps_per_epoch)
+        done = progress.step - progress.epoch_began
         if not done:
-            network.reseed(course.seed * 1_000_003 + epoch)
-        for batch in islice(_batches(lesson, epoch, done), course.steps - progress.step):
+            network.reseed(course.seed * 1_000_003 + progress.epoch)
+        left = min(course.steps - progress.step, course.steps_per_epoch - done)
+        for batch in islice(_batches(lesson, progress.epoch, done), left):
             if stopping.is_wanted:
                 break
             keeper.turn(network, progress.step)
@@ -82,7 +95,9 @@ def train(lesson: Lesson, stopping: Stopping) -> Progress:
             if lesson.saver is not None:
                 lesson.saver.save(network, keeper, progress)
             raise KeyboardInterrupt
-        _end_epoch(lesson, progress, epoch)
+        if progress.step == progress.epoch_began:
+            _refuse_empty_epoch(lesson, progress.epoch)
+        _end_epoch(lesson, progress)
     keeper.turn(network, progress.step)
     if course.keeps_best and progress.best_tensors and progress.stale:
         network.assign(progress.best_tensors)
@@ -99,10 +114,28 @@ def _batches(lesson: Lesson, epoch: int, done: int) -> Iterator[Batch]:
     course = lesson.course
     batch_size, workers = course.batch_size // ranks, lesson.data.workers
     order = Order(batch_size, course.seed, epoch, is_shuffled=True, skip=done, rank=rank, ranks=ranks, workers=workers)
-    yield from lesson.data.train.batches(order)
+    batches = lesson.data.train.batches(order)
+    # Examples with numbers are as many in every process; a stream may end earlier in one, and the others would wait.
+    return batches if ranks == 1 or isinstance(lesson.data.train, Rows) else _while_all_have_one(lesson, batches)
 
 
-def _end_epoch(lesson: Lesson, progress: Progress, epoch: int) -> None:
+def _while_all_have_one(lesson: Lesson, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield batches until the stream of any process ends."""
+    while True:
+        batch = next(batches, None)
+        if not lesson.network.is_true_everywhere(batch is not None) or batch is None:
+            return
+        yield batch
+
+
+def _refuse_empty_epoch(lesson: Lesson, epoch: int) -> None:
+    raise InputError(
+        f"{lesson.data.train.name} has no examples in epoch {epoch + 1}",
+        hint="a function has to return a new iterator whenever it is called; --epochs 1 goes through the data once",
+    )
+
+
+def _end_epoch(lesson: Lesson, progress: Progress) -> None:
     network, keeper = lesson.network, lesson.keeper
     if progress.step == lesson.course.steps:
         # A ramp that ends with training has its last turn before the model is judged.
@@ -110,11 +143,11 @@ def _end_epoch(lesson: Lesson, progress: Progress, epoch: int) -> None:
     logs = network.logs()
     if not math.isfinite(logs.get("loss", 0.0)):
         raise DivergedError(
-            f"the loss is {logs['loss']:g} after epoch {epoch + 1}",
+            f"the loss is {logs['loss']:g} after epoch {progress.epoch + 1}",
             hint="a lower --lr, --clip 1, or data that is scaled (?norm=unit) may help",
         )
     seen = evaluated(network, lesson.data.val, lesson.course.batch_size)
-    entry = Entry(epoch + 1, progress.step, keeper.sparsity, dict(logs), dict(seen))
+    entry = Entry(progress.epoch + 1, progress.step, keeper.sparsity, dict(logs), dict(seen))
     progress.history.append(entry)
     lesson.diary.epoch(entry)
     _judge(lesson, progress, entry)

@@ -85,6 +85,9 @@ class Network(Protocol):
     def is_chief(self) -> bool:
         """Whether this process writes and speaks."""
 
+    def is_true_everywhere(self, mine: bool) -> bool:  # noqa: FBT001 - the value is what is asked about
+        """Whether something is true in every process; all of them have to ask."""
+
     def prepare(self, means: Means) -> None:
         """Choose loss, optimizer and metrics, before anything is trained or evaluated."""
 

@@ -69,6 +69,10 @@ class KerasNetwork:
         """Whether this process writes and speaks."""
         return self._place.processes[0] == 0
 
+    def is_true_everywhere(self, mine: bool) -> bool:  # noqa: FBT001 - see `Network`
+        """What is true here: every process goes through the same batches."""
+        return mine
+
     def prepare(self, means: Means) -> None:
         """Compile the model."""
         if means.precision != "fp32":

@@ -66,6 +66,10 @@ class TorchNetwork:
         """Whether it is the first process."""
         return self._place.rank == 0
 
+    def is_true_everywhere(self, mine: bool) -> bool:  # noqa: FBT001 - see `Network`
+        """Whether something is true in every process."""
+        return processes.all_true(self._place, mine)
+
     def prepare(self, means: Means) -> None:
         """Choose a device, a loss, metrics and an optimizer."""
         if means.precision not in _PRECISIONS:

@@ -36,6 +36,15 @@ def wait(place: Place) -> None:
         torch.distributed.barrier()
 
 
+def all_true(place: Place, mine: bool) -> bool:  # noqa: FBT001 - the value is what is asked about
+    """Whether something is true in every process (an all-reduce by the minimum)."""
+    if place.ranks == 1:
+        return mine
+    found = torch.tensor(int(mine), device=place.device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN)
+    return bool(found)
+
+
 def leave() -> None:
     """Part from the other processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -1,0 +1,126 @@
+"""The training loop: it comes to its end whatever the number of examples, batches and processes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prunectl.errors import InputError, UsageError
+from prunectl.training.course import Course, course
+from prunectl.training.data.source import Batch, Source, each
+from prunectl.training.data.stream import Stream
+from prunectl.training.diary import Diary
+from prunectl.training.loop import Data, Lesson, Progress, train
+from prunectl.training.stopping import Stopping
+from tests.training.data.sources import numbered, streamed
+
+TOO_MANY = 50
+
+
+class Counting:
+    """A network that learns nothing, and counts; it refuses to do so for ever."""
+
+    is_chief = True
+
+    def __init__(self, ranks: tuple[int, int] = (0, 1), others_have: int = TOO_MANY) -> None:
+        self.ranks = ranks
+        self.sizes: list[int] = []
+        self.seeds: list[int] = []
+        self._epochs, self._others_have = 0, others_have
+
+    def step(self, batch: Batch, _rate: float, _guide: Any = None) -> None:
+        self.sizes.append(len(each(batch.x)[0]))
+
+    def logs(self) -> dict[str, float]:
+        self._epochs += 1
+        assert self._epochs < TOO_MANY, "the loop does not end"
+        return {}
+
+    def reseed(self, number: int) -> None:
+        self.seeds.append(number)
+
+    def is_true_everywhere(self, mine: bool) -> bool:
+        self._others_have -= 1
+        return mine and self._others_have >= 0
+
+
+def trained(source: Source, network: Counting, steps: int, per_epoch: int, batch_size: int) -> Progress:
+    """Go through the loop with no masks."""
+    keeper: Any = SimpleNamespace(begin=lambda _: None, turn=lambda *_: None, sparsity=0.0)
+    model: Any = network
+    return train(
+        Lesson(model, Data(source, None), Course(steps, per_epoch, batch_size), keeper, Diary()), Stopping()
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 70), st.integers(1, 12), st.integers(1, 4))
+def test_every_process_makes_the_planned_steps_in_every_epoch(count: int, per_rank: int, ranks: int) -> None:
+    batch_size = per_rank * ranks
+    for source in (numbered(count), streamed(count, 5)):
+        if count < ranks:
+            with pytest.raises(UsageError, match="too few for"):
+                course(count, batch_size, epochs=2, steps=None, default_epochs=3, ranks=ranks)
+            continue
+        steps, per_epoch = course(count, batch_size, epochs=2, steps=None, default_epochs=3, ranks=ranks)
+        assert steps == 2 * per_epoch
+        runs = [Counting((rank, ranks)) for rank in range(ranks)]
+        for network in runs:
+            progress = trained(source, network, steps, per_epoch, batch_size)
+            assert [entry.step for entry in progress.history] == [per_epoch, steps]
+            assert network.sizes == runs[0].sizes
+            assert sum(network.sizes) == 2 * (count // ranks)
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused_with_one_that_they_can() -> None:
+    with pytest.raises(UsageError, match="a batch of 10 examples cannot be shared evenly by 4 processes") as caught:
+        course(100, 10, epochs=1, steps=None, default_epochs=3, ranks=4)
+    assert caught.value.hint == "--batch-size 12"
+
+
+def shrinking(*counts: int) -> Stream:
+    """A stream that gives another number of examples each time that it is read."""
+    left = itertools.chain(counts, itertools.repeat(counts[-1]))
+
+    def read() -> Iterator[Batch]:
+        numbers = np.arange(next(left))
+        if numbers.size:
+            yield Batch(numbers, -numbers)
+
+    return Stream("shrinking", None, True, read)
+
+
+def test_a_stream_that_gives_fewer_examples_later_ends_its_epochs_early_and_all_steps_are_made() -> None:
+    network = Counting()
+    progress = trained(shrinking(40, 20, 30), network, steps=12, per_epoch=4, batch_size=10)
+    assert len(network.sizes) == progress.step == 12
+    assert [entry.step for entry in progress.history] == [4, 6, 9, 12]
+    assert network.seeds == [0, 1, 2, 3]
+
+
+def test_a_stream_that_gives_more_examples_later_ends_its_epochs_where_they_were_planned() -> None:
+    network = Counting()
+    progress = trained(shrinking(40, 90), network, steps=8, per_epoch=4, batch_size=10)
+    assert [entry.step for entry in progress.history] == [4, 8]
+    assert network.sizes == [10] * 8
+
+
+def test_a_stream_that_can_be_read_only_once_is_told_in_its_second_epoch() -> None:
+    with pytest.raises(InputError, match="shrinking has no examples in epoch 2"):
+        trained(shrinking(40, 0), Counting(), steps=8, per_epoch=4, batch_size=10)
+
+
+def test_an_epoch_ends_in_every_process_when_the_stream_of_one_does() -> None:
+    network = Counting((0, 2), others_have=3)
+    with pytest.raises(InputError, match="no examples in epoch 2"):  # the other process never has any again
+        trained(streamed(80, 10), network, steps=8, per_epoch=4, batch_size=20)
+    assert network.sizes == [10] * 3
+
+
