@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 import time
@@ -42,7 +43,11 @@ class Events:
 
 
 def _scalar(tag: str, value: float) -> bytes:
-    return _field(_TAG, tag.encode()) + struct.pack("<Bf", _SIMPLE_VALUE, value)
+    try:
+        packed = struct.pack("<Bf", _SIMPLE_VALUE, value)
+    except OverflowError:  # TensorBoard's numbers are 32-bit
+        packed = struct.pack("<Bf", _SIMPLE_VALUE, math.copysign(math.inf, value))
+    return _field(_TAG, tag.encode()) + packed
 
 
 def _field(where: int, content: bytes) -> bytes:
