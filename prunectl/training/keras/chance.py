@@ -78,5 +78,9 @@ def _stateful(library: Library, model: Any) -> Iterator[Any]:
         yield random._generator  # noqa: SLF001
 
 
+_KNOWN = frozenset({"tf_keras", "tensorflow_model_optimization"})
+"""Whose layers have random generators that can be set, or nothing random."""
+
+
 def _has_own_code(model: Any) -> bool:
-    return any(type(layer).__module__.partition(".")[0] != "tf_keras" for layer in model._flatten_layers())  # noqa: SLF001
+    return any(type(layer).__module__.partition(".")[0] not in _KNOWN for layer in model._flatten_layers())  # noqa: SLF001
