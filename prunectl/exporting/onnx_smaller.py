@@ -94,13 +94,14 @@ def _through_files(job: Job, proto: Any, quantize: Any) -> Any:
     # It trusts what is said of the values between, and exporters leave shapes there that no longer hold.
     del proto.graph.value_info[:]
     onnx.save(proto, str(before))
-    logging.disable(logging.WARNING)
+    before_disabled = logging.root.manager.disable
+    logging.disable(max(logging.WARNING, before_disabled))
     try:
         quantize(before, after)
     except Exception as error:
         raise _failed(job, "--int8", error) from error
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before_disabled)
     return onnx.load(str(after))
 
 

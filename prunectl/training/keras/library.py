@@ -44,7 +44,11 @@ class Library:
     @property
     def jax(self) -> Any:
         """JAX, where it does the work."""
-        return require("jax", extra="tensorflow")
+        try:
+            return require("jax", extra="jax")
+        except MissingExtraError as error:
+            # Nothing but Keras 3 on its own backend asks for it, and prunectl has no extra that brings it.
+            raise MissingExtraError(str(error), hint="pip install jax") from error
 
 
 def keras_two() -> Library:

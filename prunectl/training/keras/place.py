@@ -21,8 +21,8 @@ class Place:
     """The device and the strategy under which variables are made and steps are taken."""
 
     strategy: Any = None
-    is_on_cpu: bool = False
-    """Whether it stays on the processor although there is more."""
+    device: str = ""
+    """Where it stays although there is more, such as `cpu:0` or `gpu:1`; empty leaves it to the framework."""
 
     @contextmanager
     def scope(self, library: Library) -> Iterator[None]:
@@ -32,8 +32,8 @@ class Place:
                 self.strategy = _together(library)
             if self.strategy is not None:
                 stack.enter_context(self.strategy.scope())
-            if self.is_on_cpu:
-                stack.enter_context(_on_cpu(library))
+            if self.device:
+                stack.enter_context(_upon(library, self.device))
             yield
 
     @property
@@ -42,18 +42,22 @@ class Place:
         return (_worker(), _workers()) if self.strategy is not None else (0, 1)
 
 
-def check(library: Library, device: str) -> bool:
-    """Return whether a device is the processor where there is more; refuse what there is not."""
-    name = device.strip().lower().partition(":")[0]
+def check(library: Library, device: str) -> str:
+    """Return the device to stay on where the framework would take another; refuse what there is not."""
+    name, _, number = device.strip().lower().partition(":")
     if name in {"", _AUTO}:
-        return False
+        return ""
+    if name not in {_CPU, *_ACCELERATORS} or not (number.isdecimal() or not number):
+        raise UsageError(f"Keras has no device {device}", hint="known: auto, cpu, gpu, gpu:1")
+    found = _accelerators(library)
     if name == _CPU:
-        return _has_accelerator(library)
-    if name not in _ACCELERATORS:
-        raise UsageError(f"Keras has no device {device}", hint="known: auto, cpu, gpu")
-    if not _has_accelerator(library):
+        return "cpu:0" if found else ""
+    if not found:
         raise UsageError(f"{library.backend} finds no GPU here", hint="say --device cpu, or auto")
-    return False
+    at = int(number or 0)
+    if at >= found:
+        raise UsageError(f"{library.backend} finds no {device}: {found} GPU here, counted from 0")
+    return f"gpu:{at}" if at else ""
 
 
 def _together(library: Library) -> Any:
@@ -65,16 +69,16 @@ def _together(library: Library) -> Any:
     return library.tensorflow.distribute.MultiWorkerMirroredStrategy()
 
 
-def _has_accelerator(library: Library) -> bool:
+def _accelerators(library: Library) -> int:
     if library.is_on_tensorflow:
-        return bool(library.tensorflow.config.list_physical_devices("GPU"))
+        return len(library.tensorflow.config.list_physical_devices("GPU"))
     if library.backend == "torch":
-        return bool(library.torch.cuda.is_available())
-    return any(device.platform != _CPU for device in library.jax.devices())
+        return int(library.torch.cuda.device_count())
+    return sum(device.platform != _CPU for device in library.jax.devices())
 
 
-def _on_cpu(library: Library) -> Any:
-    return library.tensorflow.device("/CPU:0") if library.is_two else library.keras.device("cpu:0")
+def _upon(library: Library, device: str) -> Any:
+    return library.tensorflow.device(f"/{device.upper()}") if library.is_two else library.keras.device(device)
 
 
 def _cluster() -> dict[str, Any]:

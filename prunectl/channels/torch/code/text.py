@@ -15,7 +15,8 @@ from prunectl.errors import WorkError
 def literal(value: Any) -> str:
     """Return a value of plain Python, or a word of torch, as code."""
     if isinstance(value, str):
-        return json.dumps(value)
+        # JSON writes what lies beyond the BMP as two halves, which are two other characters in Python.
+        return json.dumps(value) if value.isascii() else repr(value)
     if isinstance(value, bool | int) or value is None:
         return repr(value)
     if isinstance(value, float):
