@@ -44,13 +44,14 @@ def finetune(
     lr_schedule: Annotated[str, _train(help="constant, linear, cosine or step.")] = "constant",
     warmup: Annotated[str, _train(metavar="POINT", help="Until when the learning rate rises.")] = "0",
     optimizer: Annotated[str, _train(metavar="NAME", help="Such as adam or sgd:momentum=0.9,weight_decay=1e-4.")] = "",
-    loss: Annotated[str, _train(metavar="NAME", help="Such as cross-entropy or mse, or mod:fn.")] = "",
+    loss: Annotated[str, _train(metavar="NAME", help="Such as cross-entropy, mse, or mod:fn (see below).")] = "",
     metric: Annotated[
         list[str] | None, _train(metavar="NAME", help="accuracy, loss, mod:fn:max …: the first decides.")
     ] = None,
     clip: Annotated[float | None, _train(metavar="NORM", help="Largest norm of all gradients together.")] = None,
     freeze: Annotated[list[str] | None, _train(metavar="GLOB", help="Tensors that stay as they are.")] = None,
     distill: Annotated[str, _train(metavar="TEACHER", help="A model to learn from as well.")] = "",
+    distill_model: Annotated[str, _train(metavar="MOD:FN", help="Builds the teacher, where not as --model.")] = "",
     distill_share: Annotated[float, _train(help="How much of the loss is the teacher's.", min=0, max=1)] = 0.5,
     temperature: Annotated[float, _train(help="How soft the teacher's classes are taken.", min=0.01)] = 2.0,
     early_stop: Annotated[int | None, _train(metavar="EPOCHS", help="Stop when nothing improves for so long.")] = None,
@@ -104,6 +105,9 @@ def finetune(
     [dim]$[/] prunectl finetune model.keras -o sparse.keras --data train.npz -s 80% --schedule cosine --end 60%
 
     [dim]$[/] prunectl finetune net.pt -o within.pt --model net.py:Net --data train.npz --epochs 1 --max-drop 1pp
+
+    Losses mean the same in every framework: cross-entropy, bce, kl (of the targets' probabilities from the model's,
+    whether it ends in logits or in softmax), mse, mae, huber, hinge (targets 0 and 1, or -1 and 1).
     """
     reporter: Reporter = ctx.obj
     asked = training_of(ctx)

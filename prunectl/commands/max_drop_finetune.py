@@ -82,7 +82,7 @@ def _at(asked: Request, sparsity: float) -> Request:
 
 def _files(asked: Request) -> dict[str, str]:
     means, origin, pruning = asked.means, asked.origin, asked.pruning
-    words = (means.loss, *means.metrics, means.custom_step, origin.model, origin.custom_objects)
+    words = (means.loss, *means.metrics, means.custom_step, origin.model, origin.custom_objects, asked.distill_model)
     own = (pruning.strategy, pruning.policy, asked.ramping.name)
     return digests(specs=(asked.data, asked.val), functions=(*words, *own), models=(asked.distill,))
 

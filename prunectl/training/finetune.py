@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from prunectl.training.rules import rules_of, zeros_of
 from prunectl.training.runtimes import open_network
 from prunectl.training.saver import Saver
 from prunectl.training.stopping import Stopping
-from prunectl.training.teachers import open_teacher
+from prunectl.training.teachers import Teacher, open_teacher
 from prunectl.training.wrap.kept import kept
 from prunectl.training.wrap.result import check_wrappable, wrap_in_place, wrapping_of
 from prunectl.training.wrap.wrapping import Wrapping, unwrapped
@@ -74,7 +74,11 @@ def finetune(path: Path, request: Request, output: Output, watcher: Watcher | No
     if request.distill:
         trusted.check(open_model(Path(request.distill)), request.origin)
     saver = _saver(request)
-    with _unwrapped(model) as plain, closing(open_network(plain, request.origin)) as network:
+    with (
+        _unwrapped(model) as plain,
+        closing(open_network(plain, request.origin)) as network,
+        ExitStack() as at_the_end,
+    ):
         found = read(network, request)
         network.prepare(replace(request.means, frozen=_frozen(plain, request), example=found.example))
         notes = (*found.notes, *look_over(found, network.signature, request))
@@ -89,7 +93,11 @@ def finetune(path: Path, request: Request, output: Output, watcher: Watcher | No
         check_wrappable(plain, request, keeper)
         judged_before = evaluated(network, found.val, planned.batch_size)
         decides = _decider(request, judged_before, network)
-        teacher = open_teacher(Path(request.distill), request.origin) if request.distill else None
+        teacher = _teacher(request, network, found)
+        if teacher is not None:
+            # Its runtime may share what joins the processes with the pupil's: it is let go of when all is done.
+            at_the_end.callback(teacher.close)
+            notes += teacher.notes
         diary = _diary(network, keeper, request, watcher)
         progress = _train(
             Lesson(
@@ -167,6 +175,13 @@ def _decider(request: Request, logs: Logs, network: Network) -> Decider | None:
     if not _has_best(request):
         return None
     return decider(logs, request.means, (port.name for port in network.signature.outputs))
+
+
+def _teacher(request: Request, network: Network, found: Read) -> Teacher | None:
+    if not request.distill:
+        return None
+    origin = replace(request.origin, model=request.distill_model or request.origin.model)
+    return open_teacher(Path(request.distill), origin, request.means.device, network.signature, found.example)
 
 
 def _course(request: Request, found: Read, ranks: int) -> Course:

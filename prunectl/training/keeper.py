@@ -67,6 +67,7 @@ class Keeper:
         if step:
             _check_finite(weights, step)
         seen = network.evidence() if self._watched is not Evidence.NONE else {}
+        _check_finite({f"the gradient of {name}": array for name, array in seen.items()}, step)
         if self.rules.schedule is not None:
             self.masks = self._cut(step, weights, seen)
         growth = self.rules.regrowth

@@ -85,8 +85,11 @@ class Network(Protocol):
     def is_chief(self) -> bool:
         """Whether this process writes and speaks."""
 
-    def is_true_everywhere(self, mine: bool) -> bool:  # noqa: FBT001 - the value is what is asked about
+    def is_true_everywhere(self, mine: bool) -> bool:
         """Whether something is true in every process; all of them have to ask."""
+
+    def place(self, device: str) -> None:
+        """Choose where a model runs that is asked for its outputs alone, and never prepared."""
 
     def prepare(self, means: Means) -> None:
         """Choose loss, optimizer and metrics, before anything is trained or evaluated."""
@@ -113,7 +116,10 @@ class Network(Protocol):
         """Begin to gather anew."""
 
     def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
-        """Train on a batch with a share of the learning rate, also towards what a teacher makes of it."""
+        """Train on a batch with a share of the learning rate, also towards what a teacher makes of it.
+
+        The teacher's outputs come as this model would give them: in their shapes, as probabilities where it ends so.
+        """
 
     def logs(self) -> Logs:
         """Return the means of loss and metrics over the examples since the last call."""

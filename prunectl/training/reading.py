@@ -33,7 +33,7 @@ def read(network: Network, request: Request) -> Read:
     """Open what is learned from and what is judged by."""
     seed, val, val_split = request.means.seed, request.val, request.val_split
     train, notes = _fitted(request.data, network, seed)
-    if not request.means.custom_step:
+    if request.needs_targets:
         require_targets(train)
     judged: Source | None = None
     if val:
@@ -41,6 +41,8 @@ def read(network: Network, request: Request) -> Read:
         notes += more
     elif val_split:
         train, judged = split(train, val_split, seed)
+    if judged is not None and not request.means.custom_step:
+        require_targets(judged)
     example = peek(train)
     if example is None:
         raise InputError(f"{train.name} has no examples")
@@ -52,7 +54,7 @@ def look_over(found: Read, signature: Signature, request: Request) -> tuple[str,
     notes: list[str] = []
     for source in filter(None, (found.train, found.val)):
         classes = _classes(signature, found.example)
-        notes += check(source, signature, needs_targets=not request.means.custom_step, classes=classes)
+        notes += check(source, signature, needs_targets=request.needs_targets, classes=classes)
     return tuple(dict.fromkeys(notes))
 
 

@@ -65,6 +65,8 @@ class Request:
     frozen: tuple[str, ...] = ()
     """Selectors of what stays as it is."""
     distill: str = ""
+    distill_model: str = ""
+    """What builds the teacher, for one that holds weights alone; else what builds the model."""
     is_recalibrated: bool = False
     keeps_wrappers: bool = False
     workers: int = 1
@@ -77,6 +79,11 @@ class Request:
     def prunes(self) -> bool:
         """Whether weights become zero in this run, beside those that are."""
         return self.pruning.sparsity is not None or bool(self.pruning.layers) or bool(self.pruning.pattern)
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether anything is learned from targets: a teacher may be all that there is."""
+        return not self.means.custom_step and not (self.distill and self.means.teacher_share == 1)
 
     @property
     def choices(self) -> dict[str, Any]:
@@ -101,6 +108,8 @@ def check(request: Request) -> None:
         raise UsageError("--resume needs the folder of the checkpoint", hint="--checkpoint-dir DIR --resume")
     if request.early_stop is not None and not (request.val or request.val_split):
         raise UsageError("--early-stop needs something to judge by", hint="add --val or --val-split")
+    if request.distill_model and not request.distill:
+        raise UsageError("--distill-model builds the teacher, and there is none", hint="--distill TEACHER")
     if not request.prunes:
         _check_unpruned(request)
     for option, value in (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.table import by_name
-from prunectl.training import trusted
+from prunectl.training import randomness, trusted
 from prunectl.training.network import Network, Origin
 
 
@@ -48,6 +48,7 @@ def open_network(model: ModelFile, origin: Origin) -> Network:
     for runtime in RUNTIMES:
         if runtime.trains(model):
             trusted.check(model, origin)
+            randomness.seed(origin.seed)
             module, _, name = runtime.opener.partition(":")
             found: Network = getattr(importlib.import_module(f"prunectl.training.{module}"), name)(model, origin)
             return found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prunectl.training.ending import Ending
+
 
 @dataclass(frozen=True, slots=True)
 class Port:
@@ -14,6 +16,8 @@ class Port:
     """Without the batch axis; None where an axis, or all of it, is unknown."""
     dtype: str
     """Such as float32 or int64; empty if unknown."""
+    ending: Ending = Ending.UNKNOWN
+    """The activation that an output ends with."""
 
 
 @dataclass(frozen=True, slots=True)

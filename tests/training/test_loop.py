@@ -55,9 +55,7 @@ def trained(source: Source, network: Counting, steps: int, per_epoch: int, batch
     """Go through the loop with no masks."""
     keeper: Any = SimpleNamespace(begin=lambda _: None, turn=lambda *_: None, sparsity=0.0)
     model: Any = network
-    return train(
-        Lesson(model, Data(source, None), Course(steps, per_epoch, batch_size), keeper, Diary()), Stopping()
-    )
+    return train(Lesson(model, Data(source, None), Course(steps, per_epoch, batch_size), keeper, Diary()), Stopping())
 
 
 @settings(deadline=None, max_examples=60)
@@ -122,5 +120,3 @@ def test_an_epoch_ends_in_every_process_when_the_stream_of_one_does() -> None:
     with pytest.raises(InputError, match="no examples in epoch 2"):  # the other process never has any again
         trained(streamed(80, 10), network, steps=8, per_epoch=4, batch_size=20)
     assert network.sizes == [10] * 3
-
-

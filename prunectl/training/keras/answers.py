@@ -4,26 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
-import numpy as np
-
 from prunectl.training.data.source import Batch, each
+from prunectl.training.ending import Ending, by_numbers
 from prunectl.training.keras import numbers, packing
 from prunectl.training.network import Array
 
 _MAX_NESTED = 20
-_SUM_TOLERANCE = 1e-3
 _NAMELESS = "keras_tensor"
-
-
-class Ending(StrEnum):
-    """What the last activation makes of its numbers."""
-
-    SOFTMAX = "softmax"
-    SIGMOID = "sigmoid"
-    RAW = "raw"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +34,7 @@ def answers(model: Any, example: Batch | None) -> tuple[Answer, ...]:
     """Return what each output is: by the layers that make it, else by what comes out for some examples."""
     outputs = flat(getattr(model, "outputs", None) or ())
     names = names_of(model, outputs)
-    endings = [_ending(_layer_of(tensor)) for tensor in outputs]
+    endings = [ending_of(tensor) for tensor in outputs]
     if (outputs and all(endings)) or example is None:
         shapes = [tuple(tensor.shape) for tensor in outputs]
         return _answers(names, [ending or Ending.RAW for ending in endings], shapes)
@@ -107,6 +96,11 @@ def _layer_of(tensor: Any) -> Any:
     return layer
 
 
+def ending_of(tensor: Any) -> Ending | None:
+    """Return the activation of the layer that makes a symbolic tensor, if it says so."""
+    return _ending(_layer_of(tensor))
+
+
 def _ending(layer: Any) -> Ending | None:
     """Return the activation that a layer ends with, if it says so."""
     if layer is None:
@@ -126,9 +120,6 @@ def _ending(layer: Any) -> Ending | None:
 
 
 def _judged(array: Array) -> Ending:
-    whole = array.astype(np.float64)
-    if not whole.size or whole.min() < 0.0 or whole.max() > 1.0:
-        return Ending.RAW
-    if whole.shape[-1] > 1 and np.all(np.abs(whole.sum(axis=-1) - 1.0) < _SUM_TOLERANCE):
-        return Ending.SOFTMAX
-    return Ending.SIGMOID
+    found = by_numbers(array, -1)
+    # The logarithms of probabilities are logits as good as any.
+    return Ending.RAW if found is Ending.LOG_SOFTMAX else found

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prunectl.training.keras.answers import Ending, flat
+from prunectl.training.ending import Ending
+from prunectl.training.keras.answers import flat
 from prunectl.training.keras.library import Library
 
 TARGETS, GUIDE = "targets", "guide"

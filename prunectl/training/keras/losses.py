@@ -13,7 +13,8 @@ import numpy as np
 
 from prunectl.errors import UsageError
 from prunectl.training import custom
-from prunectl.training.keras.answers import Answer, Ending
+from prunectl.training.ending import Ending
+from prunectl.training.keras.answers import Answer
 from prunectl.training.keras.library import Library
 from prunectl.training.network import Array
 
@@ -88,12 +89,24 @@ def wanted(library: Library, name: str, answer: Answer, y: Array | None) -> Loss
         return cross_entropy(library, _form(answer, y), answer)
     if word.lower() == "bce":
         return cross_entropy(library, Kind.BINARY, answer)
+    if word.lower() == "kl" and answer.ending is Ending.RAW:
+        return Loss(Kind.OTHER, _kl_of_logits(library), name="kl_divergence")
     if word.lower() in _SHORT:
         return _instance(library, _SHORT[word.lower()])
     found = known(_by_name(library, word))
     if found.kind.is_classification:
         return cross_entropy(library, found.kind, answer)
     return found
+
+
+def _kl_of_logits(library: Library) -> Any:
+    """Return the divergence of the model's probabilities from those of the targets, for a model that ends in logits."""
+    keras = library.keras
+
+    def kl_divergence_of_logits(y_true: Any, y_pred: Any) -> Any:
+        return keras.losses.kl_divergence(y_true, keras.activations.softmax(y_pred))
+
+    return kl_divergence_of_logits
 
 
 def known(what: Any) -> Loss:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,17 @@ class KerasNetwork:
     @property
     def signature(self) -> Signature:
         """What goes in and comes out, as far as it is known."""
-        return ports.signature(self._model)
+        return self._ended(ports.signature(self._model))
+
+    def _ended(self, found: Signature) -> Signature:
+        """Return a signature with what each output ends in, once that is known."""
+        endings = self._training.endings if self._training is not None else ()
+        if len(endings) != len(found.outputs):
+            return found
+        return replace(
+            found,
+            outputs=tuple(replace(port, ending=one) for port, one in zip(found.outputs, endings, strict=True)),
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -69,7 +80,7 @@ class KerasNetwork:
         """Whether this process writes and speaks."""
         return self._place.processes[0] == 0
 
-    def is_true_everywhere(self, mine: bool) -> bool:  # noqa: FBT001 - see `Network`
+    def is_true_everywhere(self, mine: bool) -> bool:
         """What is true here: every process goes through the same batches."""
         return mine
 
@@ -87,17 +98,20 @@ class KerasNetwork:
         unknown = sorted(means.frozen - self._variables.keys())
         if unknown:
             raise UsageError(f"{unknown[0]} cannot be frozen: Keras loads no such weight")
-        if check(self._library, means.device) and not self._place.is_on_cpu:
-            self._move_to_cpu()
+        self.place(means.device)
         self._chance.reseed(means.seed)
         self._frozen = means.frozen
         with self._place.scope(self._library), quietly():
             held = [self._variables[name] for name in sorted(means.frozen)]
             self._training = Training(self._loaded, self._place, means, held)
 
-    def _move_to_cpu(self) -> None:
+    def place(self, device: str) -> None:
+        """Load the model anew where it is to run, if that is elsewhere."""
+        wanted = check(self._library, device)
+        if wanted == self._place.device:
+            return
         values = self.tensors()
-        self._place.is_on_cpu = True
+        self._place.device = wanted
         self._begin()
         self.assign(values)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from prunectl.training.keras.answers import flat, names_of
+from prunectl.training.ending import Ending
+from prunectl.training.keras.answers import ending_of, flat, names_of
 from prunectl.training.signature import Port, Signature
 
 
@@ -15,7 +16,10 @@ def signature(model: Any) -> Signature:
     names = names_of(model, outputs)
     return Signature(
         inputs=tuple(_port(tensor, f"input_{at + 1}") for at, tensor in enumerate(inputs)) or (_from_build(model),),
-        outputs=tuple(replace(_port(tensor, name), name=name) for tensor, name in zip(outputs, names, strict=True))
+        outputs=tuple(
+            replace(_port(tensor, name), name=name, ending=ending_of(tensor) or Ending.UNKNOWN)
+            for tensor, name in zip(outputs, names, strict=True)
+        )
         or (Port("output_1", None, ""),),
         is_channels_first=_is_channels_first(model),
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from prunectl.errors import InputError
+from prunectl.training import randomness
 from prunectl.training.keras import numbers
 from prunectl.training.keras.chance import Chance
 from prunectl.training.keras.compiling import optimizer_variables
@@ -15,7 +17,7 @@ from prunectl.training.keras.library import Library
 from prunectl.training.keras.training import Training
 from prunectl.training.network import Array
 
-_FILE = "keras.npz"
+_FILE, _RANDOM = "keras.npz", "random.json"
 _WEIGHT, _OPTIMIZER, _CHANCE, _EVIDENCE = "weight", "optimizer", "chance", "evidence"
 
 
@@ -25,6 +27,7 @@ def save(folder: Path, library: Library, training: Training, chance: Chance, evi
     parts.update({f"{_CHANCE}/{at}": one for at, one in enumerate(chance.states())})
     parts.update({f"{_EVIDENCE}/{name}": total for name, total in evidence.items()})
     keep(folder / _FILE, parts)
+    (folder / _RANDOM).write_text(json.dumps(randomness.state()), encoding="utf-8")
 
 
 def restore(folder: Path, library: Library, training: Training, chance: Chance) -> dict[str, Array]:
@@ -46,6 +49,8 @@ def restore(folder: Path, library: Library, training: Training, chance: Chance) 
             raise InputError(f"{folder / _FILE} is of another model: {kind} {at} has the shape {array.shape}")
         numbers.write(library, variable, array)
     chance.resume([generators[f"{_CHANCE}/{at}"] for at in range(len(generators))])
+    if (folder / _RANDOM).is_file():
+        randomness.restore(json.loads((folder / _RANDOM).read_text(encoding="utf-8")))
     training.begin_anew()
     return evidence
 

@@ -8,9 +8,9 @@ from typing import Any
 from prunectl.errors import UsageError, WorkError
 from prunectl.training import custom
 from prunectl.training.data.source import Arrays, Batch, each
+from prunectl.training.ending import Ending
 from prunectl.training.evidence import Evidence
 from prunectl.training.keras import answers, frozen, guide, numbers, packing
-from prunectl.training.keras.answers import Ending
 from prunectl.training.keras.compiling import compiled
 from prunectl.training.keras.guide import Guidance, Manner
 from prunectl.training.keras.library import quietly
@@ -53,6 +53,7 @@ class Training:
             Manner(loss.kind.is_classification if loss is not None else answer.ending is not Ending.RAW, answer.ending)
             for loss, answer in zip(said.losses, found, strict=True)
         ]
+        self.endings = tuple(answer.ending for answer in found)
         self._is_guided = self._is_begun = False
         # Keras 3 forgets what it counted at every batch; here that is done when the numbers are asked for.
         self._reset_metrics: Callable[[], None] = self.model.reset_metrics

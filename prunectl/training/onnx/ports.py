@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from prunectl.errors import UsageError
 from prunectl.formats.base import Array
 from prunectl.formats.onnx.dtypes import CODES
 from prunectl.training.data.source import Arrays, each
+from prunectl.training.ending import Ending
 from prunectl.training.signature import Port, Signature
 
 Shape = tuple[int | None, ...]
@@ -18,7 +20,25 @@ Shape = tuple[int | None, ...]
 
 def signature(graph: Any) -> Signature:
     """Return the ports of a graph, without the axis that counts the examples."""
-    return Signature(tuple(map(_port, graph.input)), tuple(map(_port, graph.output)), is_channels_first=True)
+    makers = {name: node for node in graph.node for name in node.output}
+    outputs = tuple(replace(_port(port), ending=_ending(makers, port.name)) for port in graph.output)
+    return Signature(tuple(map(_port, graph.input)), outputs, is_channels_first=True)
+
+
+_PASSED_ON = frozenset({"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Cast"})
+_ENDINGS = {"Softmax": Ending.SOFTMAX, "LogSoftmax": Ending.LOG_SOFTMAX, "Sigmoid": Ending.SIGMOID}
+_RAW = frozenset({"Gemm", "MatMul", "Conv", "Add", "Relu", "BatchNormalization", "Tanh", "GlobalAveragePool"})
+
+
+def _ending(makers: Mapping[str, Any], name: str) -> Ending:
+    """The last activation, by the node that makes an output; unknown where that does not tell."""
+    for _ in range(len(makers)):
+        node = makers.get(name)
+        if node is None or not node.input or node.op_type not in _PASSED_ON:
+            break
+        name = node.input[0]
+    kind = node.op_type if (node := makers.get(name)) is not None else ""
+    return _ENDINGS.get(kind, Ending.RAW if kind in _RAW else Ending.UNKNOWN)
 
 
 def piece(graph: Any) -> int | None:

@@ -38,7 +38,7 @@ class ServedNetwork(KerasNetwork):
     def signature(self) -> Signature:
         """What goes in and comes out, as the file says."""
         inputs, outputs = self._model.ports
-        return Signature(inputs, outputs, is_channels_first=False)
+        return self._ended(Signature(inputs, outputs, is_channels_first=False))
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -54,17 +54,23 @@ class Gathered:
         self.sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
 
     @torch.no_grad()
-    def add(self) -> None:
-        """Count the gradients of a step."""
+    def add(self, is_taken: torch.Tensor | None = None) -> None:
+        """Count the gradients of a step; on the device it is told whether the step is taken, None where it always is.
+
+        The gradients of an fp16 step that overflowed are infinite, and GradScaler skips it.
+        """
         for name, weight in self._weights.items():
             if weight.grad is None:
                 continue
             if self.kind is Evidence.GRADIENT:
-                self.sums[name] += weight.grad
+                found = weight.grad
             elif self.kind is Evidence.SALIENCE:
-                self.sums[name] += (weight * weight.grad).abs()
+                found = (weight * weight.grad).abs()
             elif self.kind is Evidence.MOVEMENT:
-                self.sums[name] -= weight * weight.grad
+                found = -(weight * weight.grad)
+            else:
+                continue
+            self.sums[name] += found if is_taken is None else torch.where(is_taken, found, torch.zeros_like(found))
 
     def forget(self) -> None:
         """Begin anew."""

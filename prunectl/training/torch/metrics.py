@@ -93,6 +93,11 @@ def _one(found: torch.Tensor) -> torch.Tensor:
     return found.reshape(())
 
 
+def _wide(found: torch.Tensor) -> torch.Tensor:
+    """A number in double precision, where its device has that: Apple's GPUs have not."""
+    return found.float() if found.device.type == "mps" else found.double()
+
+
 class Means:
     """Means over examples, kept as sums."""
 
@@ -104,7 +109,7 @@ class Means:
         """Count some examples with their means."""
         self._count += count
         for name, mean in means.items():
-            value = mean.detach().double() * count
+            value = _wide(mean.detach()) * count
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def take(self) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prunectl.errors import UsageError, WorkError
 from prunectl.plugins import find
+from prunectl.training import randomness
 from prunectl.training.data.source import Arrays, Batch, each
+from prunectl.training.ending import Ending, by_numbers
 from prunectl.training.evidence import Evidence
 from prunectl.training.network import Array, Logs, Means
 from prunectl.training.sights import See
-from prunectl.training.signature import Signature
+from prunectl.training.signature import Port, Signature
 from prunectl.training.torch import losses, metrics, norms, outputs, processes, sharded, state
 from prunectl.training.torch.arrays import to_numpy, to_torch
 from prunectl.training.torch.build import Built
@@ -66,7 +69,7 @@ class TorchNetwork:
         """Whether it is the first process."""
         return self._place.rank == 0
 
-    def is_true_everywhere(self, mine: bool) -> bool:  # noqa: FBT001 - see `Network`
+    def is_true_everywhere(self, mine: bool) -> bool:
         """Whether something is true in every process."""
         return processes.all_true(self._place, mine)
 
@@ -106,32 +109,51 @@ class TorchNetwork:
     def _choose(self, example: Batch) -> None:
         """Choose by what comes out for an example, and leave out what its gradient does not reach."""
         self._mode(training=False)
-        with torch.no_grad():
-            outs = self._forward(self._module, example.x)
-        self._signature = Signature(self._signature.inputs, outputs_of(outs), is_channels_first=True)
+        # With gradients: by them autograd tells which activation came last.
+        outs = self._forward(self._module, example.x)
+        found = outputs_of(outs)
+        outs = tuple(out.detach() for out in outs)
+        self._signature = Signature(self._signature.inputs, found, is_channels_first=True)
         targets = [] if example.y is None else [self._on_device(one) for one in each(example.y)]
+        self._metrics: dict[str, metrics.Metric] = {}
         if self._custom is not None and not self._means.loss and not targets:
-            self._losses, self._metrics = [], {}
+            self._losses = []
             return
         if targets and len(targets) > len(outs):
             raise UsageError(f"there are {len(targets)} targets, and the model gives {len(outs)} outputs")
-        self._losses = [
-            losses.choose(self._means.loss, out.float(), targets[at] if targets else None)
-            for at, out in enumerate(outs[: len(targets) or 1])
-        ]
-        target = targets[0] if targets else None
-        self._metrics = metrics.choose(self._means.metrics, self._losses[0], outs[0], target)
+        if not targets and not self._means.loss and self._means.teacher_share == 1:
+            self._losses = [losses.without_targets(out, port.ending) for out, port in zip(outs, found, strict=True)]
+        else:
+            self._losses = [
+                losses.choose(self._means.loss, out.float(), targets[at] if targets else None, found[at].ending)
+                for at, out in enumerate(outs[: len(targets) or 1])
+            ]
+            target = targets[0] if targets else None
+            self._metrics = metrics.choose(self._means.metrics, self._losses[0], outs[0], target)
+        self._signature = replace(self._signature, outputs=self._ended(found, outs))
         if not self._means.loss:
-            self._notes.append(f"The loss is {', '.join(one.name for one in self._losses)}, by outputs and targets.")
+            self._notes.append(f"The loss is {', '.join(one.name for one in self._losses)}, {_known_by(found)}.")
+        if len(outs) > 1 and self._metrics:
+            self._notes.append(f"The metrics judge the first of the model's {len(outs)} outputs alone.")
         if not self._means.optimizer:
             self._notes.append("The optimizer is adam, as PyTorch's files do not say which.")
         if self._place.ranks > 1 and not self._means.is_sharded:
             self._leave_out_unreached(example)
 
+    def _ended(self, found: Sequence[Port], outs: Sequence[torch.Tensor]) -> tuple[Port, ...]:
+        """Return the outputs with what each ends in, also where only the loss or the numbers tell."""
+        by_loss = [one.ending for one in self._losses] + [Ending.UNKNOWN] * len(outs)
+        return tuple(
+            replace(port, ending=told or port.ending or by_numbers(to_numpy(out.float()), 1))
+            for port, out, told in zip(found, outs, by_loss, strict=False)
+        )
+
     def _leave_out_unreached(self, example: Batch) -> None:
         """DDP waits for ever for gradients of parameters that take no part."""
         self._mode(training=True)
-        self._loss(self._forward(self._module, example.x), example.y, None).backward()  # type: ignore[no-untyped-call]
+        outs = self._forward(self._module, example.x)
+        loss = torch.stack([out.float().sum() for out in outs]).sum()
+        (self._loss(outs, example.y, None) if example.y is not None else loss).backward()  # type: ignore[no-untyped-call]
         for weight in self._trained():
             weight.requires_grad_(weight.grad is not None)
             weight.grad = None
@@ -153,7 +175,7 @@ class TorchNetwork:
         half = self._half
         context = torch.autocast(self._place.device.type, half) if half is not None else nullcontext()
         try:
-            with context:
+            with processes.failures(self._place.device), context:
                 found = module(*(self._as_taken(one) for one in each(x)))
         except (AssertionError, RuntimeError, TypeError) as error:
             shapes = ", ".join("x".join(map(str, one.shape)) for one in each(x))
@@ -164,20 +186,20 @@ class TorchNetwork:
         return outputs.tensors(found)
 
     def _loss(self, outs: tuple[torch.Tensor, ...], y: Arrays | None, guide: Arrays | None) -> torch.Tensor:
-        if y is None:
+        share = self._means.teacher_share if guide is not None else 0.0
+        targets = [] if y is None else [self._on_device(one) for one in each(y)]
+        self._last = (outs, targets)
+        if not targets and share < 1:
             raise UsageError("there is no target to learn from")
-        targets = [self._on_device(one) for one in each(y)]
-        total = torch.stack(
+        if guide is None:
+            return self._loss_of_targets(outs, targets)
+        taught = distilled(self._losses, outs, [self._on_device(one) for one in each(guide)], self._means.temperature)
+        return share * taught + (1 - share) * self._loss_of_targets(outs, targets) if share < 1 else taught
+
+    def _loss_of_targets(self, outs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(
             [one.loss(out.float(), target) for one, out, target in zip(self._losses, outs, targets, strict=False)]
         ).sum()
-        self._last = (outs, targets)
-        if guide is not None:
-            share = self._means.teacher_share
-            taught = distilled(
-                self._losses, outs, [self._on_device(one) for one in each(guide)], self._means.temperature
-            )
-            total = share * taught + (1 - share) * total
-        return total
 
     def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
         """Train on a batch."""
@@ -191,10 +213,17 @@ class TorchNetwork:
             loss = self._loss(self._forward(self._run, batch.x), batch.y, guide)
             outs, targets = self._last
             with torch.no_grad():
-                numbers = {name: metric(outs[0].detach().float(), targets[0]) for name, metric in self._metrics.items()}
-        self._scaler.scale(loss).backward()
+                judged = self._metrics if targets else {}
+                numbers = {name: metric(outs[0].detach().float(), targets[0]) for name, metric in judged.items()}
+        with processes.failures(self._place.device):
+            self._learn(loss)
+        self._seen.add(len(each(batch.x)[0]), loss=loss, **numbers)
+
+    def _learn(self, loss: torch.Tensor) -> None:
+        """Take a step down the gradient of a loss."""
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self._scaler.unscale_(self._optimizer)
-        self._gathered.add()
+        self._gathered.add(self._is_taken())
         self._masks.calm()
         if self._means.clip is not None:
             torch.nn.utils.clip_grad_norm_(self._trained(), self._means.clip)
@@ -203,7 +232,13 @@ class TorchNetwork:
         self._masks.hold()
         if self._means.is_sharded:
             sharded.agree(self._module)
-        self._seen.add(len(each(batch.x)[0]), loss=loss, **numbers)
+
+    def _is_taken(self) -> torch.Tensor | None:
+        """Whether GradScaler takes this step; none where it takes every one, or nobody asks."""
+        gradients = [weight.grad for weight in self._trained() if weight.grad is not None]
+        if not self._scaler.is_enabled() or not self._gathered.sums or not gradients:
+            return None
+        return sharded.are_finite(gradients)
 
     def _moved(self, arrays: Arrays) -> Any:
         found = tuple(self._on_device(one) for one in each(arrays))
@@ -249,9 +284,13 @@ class TorchNetwork:
     def _rest(self) -> None:
         """Get ready to predict; a teacher is asked before, and without, any preparation."""
         if not hasattr(self, "_place"):
-            self._place, self._half = processes.take_place("auto"), None
-            self._module.to(self._place.device)
+            self.place("auto")
         self._mode(training=False)
+
+    def place(self, device: str) -> None:
+        """Choose the device of a model that is asked for its outputs alone."""
+        self._place, self._half = processes.take_place(device), None
+        self._module.to(self._place.device)
 
     def observe(self, names: Collection[str], x: Arrays, see: See) -> None:
         """Run a batch through, and show what these weights meet."""
@@ -323,7 +362,9 @@ class TorchNetwork:
 
     def reseed(self, number: int) -> None:
         """Make what is random depend on a number alone, and on the process."""
-        torch.manual_seed((number * 4099 + self._place.rank) % (1 << 63))
+        own = number * 4099 + self._place.rank
+        torch.manual_seed(own % (1 << 63))
+        randomness.seed(own)
 
     def save(self, folder: Path | None) -> None:
         """Keep everything that the next step depends on; without a folder, only give others this process's part."""
@@ -332,13 +373,21 @@ class TorchNetwork:
 
     def restore(self, folder: Path) -> None:
         """Take up what was kept."""
-        state.restore(folder, self._state, self._place.device)
+        state.restore(folder, self._state)
         self._rate = float("nan")
 
     @property
     def _state(self) -> state.State:
-        return state.State(self._module, self._optimizer, self._scaler, self._gathered.sums)
+        return state.State(self._module, self._optimizer, self._scaler, self._place, self._gathered.sums)
 
     def close(self) -> None:
         """Part from the other processes."""
         processes.leave()
+
+
+def _known_by(outputs: Sequence[Port]) -> str:
+    """What told which loss it is."""
+    if any(port.ending is Ending.UNKNOWN for port in outputs):
+        return "by targets and the numbers that come out for some examples"
+    last = ", ".join(dict.fromkeys("logits" if port.ending is Ending.RAW else port.ending for port in outputs))
+    return f"by targets and by what the model ends in ({last})"

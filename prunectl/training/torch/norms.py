@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from prunectl.training.data.source import Arrays
+from prunectl.training.data.source import Arrays, each
 
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - the only name of what all of them are
 
@@ -21,16 +21,19 @@ def still(module: torch.nn.Module, frozen: set[str]) -> list[torch.nn.Module]:
 
 
 def recalibrate(module: torch.nn.Module, inputs: Iterable[Arrays], run: Callable[[Arrays], None]) -> int:
-    """Average the statistics over all batches, and return how many layers have some."""
+    """Average the statistics over all examples, and return how many layers have some."""
     layers = [one for one in module.modules() if isinstance(one, BatchNorm) and one.track_running_stats]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None  # every batch counts the same
         layer.train()
-    if layers:
-        for x in inputs:
-            run(x)
+    seen = 0
+    for x in inputs if layers else ():
+        count = len(each(x)[0])
+        seen += count
+        for layer in layers:
+            layer.momentum = count / seen  # every example counts the same: the last batch may be a smaller one
+        run(x)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
         layer.eval()

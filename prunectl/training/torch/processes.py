@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from prunectl.errors import UsageError
+from prunectl.errors import UsageError, WorkError, first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +39,44 @@ def wait(place: Place) -> None:
         torch.distributed.barrier()
 
 
-def all_true(place: Place, mine: bool) -> bool:  # noqa: FBT001 - the value is what is asked about
+def all_true(place: Place, mine: bool) -> bool:
     """Whether something is true in every process (an all-reduce by the minimum)."""
     if place.ranks == 1:
         return mine
     found = torch.tensor(int(mine), device=place.device)
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN)
     return bool(found)
+
+
+_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+_DEVICE = ("CUDA error", "CUDA driver", "cuDNN error", "CUBLAS", "cublas", "NCCL", "HIP error", "MPS")
+
+
+@contextmanager
+def failures(device: torch.device) -> Iterator[None]:
+    """Tell a device that fails, or has no memory left, from arrays that do not fit together."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = first_line(error)
+        if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _MEMORY):
+            raise WorkError(
+                f"out of memory on {device}", hint="a smaller --batch-size, or --precision bf16, takes less"
+            ) from error
+        if isinstance(error, torch.distributed.DistError):
+            raise WorkError(f"the processes lost each other: {text}", hint="see what the others say") from error
+        if any(words in text for words in _DEVICE):
+            raise WorkError(f"{device} failed: {text}") from error
+        raise
+
+
+def gathered(place: Place, mine: Any) -> list[Any]:
+    """What each process holds, in the order of their ranks."""
+    found: list[Any] = [mine]
+    if place.ranks > 1:
+        found = [None] * place.ranks
+        torch.distributed.all_gather_object(found, mine)
+    return found
 
 
 def leave() -> None:

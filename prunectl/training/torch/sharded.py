@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,6 +75,17 @@ def all_like(state: Any, models: Any) -> Any:
     if isinstance(state, dict) and isinstance(models, dict):
         return {key: all_like(value, models.get(key)) for key, value in state.items()}
     return state
+
+
+def are_finite(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Whether all gradients are finite numbers, in every process; a tensor, so that no step waits for it."""
+    mine = [one.to_local() if isinstance(one, DTensor) else one for one in gradients]
+    found = torch.stack([one.isfinite().all() for one in mine]).all()
+    if any(isinstance(one, DTensor) for one in gradients):
+        whole = found.to(torch.int32)
+        torch.distributed.all_reduce(whole, torch.distributed.ReduceOp.MIN)
+        found = whole.bool()
+    return found
 
 
 def agree(module: torch.nn.Module) -> None:

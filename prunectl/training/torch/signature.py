@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from prunectl.training.signature import Port
+from prunectl.training.torch.outputs import ending
 
 _CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
@@ -27,7 +28,12 @@ def inputs_of(module: torch.nn.Module, shapes: tuple[tuple[int | None, ...], ...
 def outputs_of(outputs: tuple[torch.Tensor, ...]) -> tuple[Port, ...]:
     """Return the outputs, seen on an example."""
     return tuple(
-        Port(f"output{at}" if len(outputs) > 1 else "output", tuple(one.shape[1:]), str(one.dtype).rpartition(".")[2])
+        Port(
+            f"output{at}" if len(outputs) > 1 else "output",
+            tuple(one.shape[1:]),
+            str(one.dtype).rpartition(".")[2],
+            ending(one),
+        )
         for at, one in enumerate(outputs)
     )
 

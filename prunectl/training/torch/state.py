@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
-from prunectl.training.torch import sharded
+from prunectl.errors import UsageError
+from prunectl.training import randomness
+from prunectl.training.torch import processes, sharded
+from prunectl.training.torch.processes import Place
 from prunectl.training.torch.sharded import like
 
 _FILE = "torch.pt"
@@ -22,6 +25,7 @@ class State:
     module: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: Any
+    place: Place
     evidence: Mapping[str, torch.Tensor]
     """What was added up, by tensor."""
 
@@ -33,7 +37,7 @@ def save(folder: Path | None, state: State) -> None:
             "module": state.module.state_dict(),
             "optimizer": state.optimizer.state_dict(),
             "scaler": state.scaler.state_dict(),
-            "random": torch.get_rng_state(),
+            "random": processes.gathered(state.place, _random_states(state.place)),
             "evidence": state.evidence,
         }
     )
@@ -41,15 +45,41 @@ def save(folder: Path | None, state: State) -> None:
         torch.save(parts, folder / _FILE)
 
 
-def restore(folder: Path, state: State, device: torch.device) -> None:
+def restore(folder: Path, state: State) -> None:
     """Take everything up again."""
-    parts = torch.load(folder / _FILE, map_location=device, weights_only=True)
+    place = state.place
+    parts = torch.load(folder / _FILE, map_location=place.device, weights_only=True)
+    if len(parts["random"]) != place.ranks:
+        raise UsageError(
+            f"the run was made by {len(parts['random'])} processes, and is resumed by {place.ranks}",
+            hint="start as many processes as before",
+        )
     state.module.load_state_dict(sharded.all_like(parts["module"], state.module.state_dict()))
     state.optimizer.load_state_dict(_slots(parts["optimizer"], state.optimizer))
     state.scaler.load_state_dict(parts["scaler"])
-    torch.set_rng_state(parts["random"].cpu())
+    _resume_random(parts["random"][place.rank], place)
     for name, total in parts["evidence"].items():
         state.evidence[name].copy_(like(total, state.evidence[name]))
+
+
+def _random_states(place: Place) -> dict[str, Any]:
+    """Where each generator of this process is: no two processes drop out the same."""
+    found = {"cpu": torch.get_rng_state(), **randomness.state()}
+    if place.device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(place.device)
+    elif place.device.type == "mps":
+        found["mps"] = torch.mps.get_rng_state()
+    return found
+
+
+def _resume_random(found: Mapping[str, Any], place: Place) -> None:
+    torch.set_rng_state(found["cpu"].cpu())
+    randomness.restore(found)
+    # A run that goes on upon another kind of device cannot be the same to the bit.
+    if place.device.type == "cuda" and "cuda" in found:
+        torch.cuda.set_rng_state(found["cuda"].cpu(), place.device)
+    elif place.device.type == "mps" and "mps" in found:
+        torch.mps.set_rng_state(found["mps"].cpu())
 
 
 def _slots(kept: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

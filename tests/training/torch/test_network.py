@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
-from prunectl.errors import InputError, UntrustedError, UsageError
+from prunectl.errors import InputError, UntrustedError, UsageError, WorkError
 from prunectl.formats.table import open_model
 from prunectl.training.data.source import Batch
+from prunectl.training.diverged import DivergedError
 from prunectl.training.evidence import Evidence
+from prunectl.training.keeper import Keeper, Rules
 from prunectl.training.network import Means, Origin
+from prunectl.training.torch import losses, metrics
+from prunectl.training.torch.build import Built
 from prunectl.training.torch.network import TorchNetwork
 from prunectl.training.torch.open import open_network
 from tests.running import FIXTURES
@@ -366,3 +373,235 @@ def test_an_exported_program_for_one_example_takes_any_batch(tmp_path: Path) -> 
     optimizer.step()
     for name, value in network.tensors().items():
         assert np.allclose(value, other.state_dict()[name].numpy(), atol=1e-5), name
+
+
+@pytest.mark.parametrize("kind", [Evidence.GRADIENT, Evidence.SALIENCE, Evidence.MOVEMENT])
+def test_gradients_of_half_precision_steps_that_overflow_are_no_evidence(
+    kind: Evidence, plain: tuple[nets.Plain, Path]
+) -> None:
+    batch = examples()
+    network = opened(plain[1], "Plain", batch, precision="fp16", lr=0.01)
+    network.watch(kind, ["one.weight", "two.weight"])
+    network._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = network.tensors()
+    network.step(batch, 1.0)
+    assert all(np.array_equal(one, before[name]) for name, one in network.tensors().items()), "the step was skipped"
+    assert not any(one.any() for one in network.evidence().values())
+    for _ in range(40):
+        network.step(batch, 1.0)
+    found = network.evidence()
+    assert all(np.isfinite(one).all() and one.any() for one in found.values())
+
+
+def test_evidence_that_is_not_finite_ends_the_run(
+    plain: tuple[nets.Plain, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = opened(plain[1], "Plain", examples(), lr=0.01)
+    network.watch(Evidence.MOVEMENT, ["one.weight"])
+    keeper = Keeper(
+        cast("Rules", SimpleNamespace(names=("one.weight",), evidence=Evidence.MOVEMENT, schedule=None, regrowth=None))
+    )
+    network._gathered.sums["one.weight"][0, 0] = float("inf")
+    monkeypatch.setattr(Keeper, "_is_turn", lambda *_: True)
+    with pytest.raises(DivergedError, match=r"gradient of one\.weight"):
+        keeper.turn(network, 5)
+
+
+def test_recalibration_weighs_a_smaller_last_batch_by_its_examples(tmp_path: Path) -> None:
+    path = saved(nets.Noisy(), tmp_path / "noisy.pt")
+    x = np.random.default_rng(0).normal(3, 2, (36, 1, 8, 8)).astype("f4")
+    x[32:] += 5
+    y = np.zeros(36, np.int64)
+    network = opened(path, "Noisy", Batch(x, y))
+    before = network.tensors()
+    network.recalibrate([Batch(x[:32], y[:32]), Batch(x[32:], y[32:])])
+    conv = torch.nn.functional.conv2d(
+        torch.from_numpy(x), torch.from_numpy(before["conv.weight"]), torch.from_numpy(before["conv.bias"])
+    )
+    assert np.allclose(network.tensors()["norm.running_mean"], conv.numpy().mean((0, 2, 3)), atol=1e-4)
+
+
+def drawn() -> tuple[float, float, float]:
+    """A number of each generator that a user's code may use."""
+    return random.random(), np.random.random(), torch.rand(1).item()  # noqa: NPY002 - the global one is meant
+
+
+def test_python_and_numpy_go_on_from_what_was_saved_too(tmp_path: Path) -> None:
+    network = opened(saved(nets.Plain(), tmp_path / "plain.pt"), "Plain", examples())
+    network.reseed(3)
+    first = drawn()
+    network.save(tmp_path)
+    expected = drawn()
+    network.reseed(3)
+    assert drawn() == first
+    network.restore(tmp_path)
+    assert drawn() == expected
+
+
+def test_every_process_goes_on_with_its_own_random_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(nets.Noisy(), tmp_path / "noisy.pt")
+    batch = Batch(np.ones((16, 1, 8, 8), "f4"), np.arange(16) % 10)
+    torch.manual_seed(77)
+    of_the_other = torch.get_rng_state()
+
+    def gathered(_: Any, mine: Any) -> list[Any]:
+        return [mine, {**mine, "cpu": of_the_other}]
+
+    first = opened(path, "Noisy", batch)
+    first._place = replace(first._place, ranks=2)
+    monkeypatch.setattr("prunectl.training.torch.processes.gathered", gathered)
+    monkeypatch.setattr("prunectl.training.torch.processes.wait", lambda _: None)
+    first.reseed(1)
+    first.save(tmp_path)
+    own = torch.get_rng_state()
+    for rank, wanted in ((0, own), (1, of_the_other)):
+        again = opened(path, "Noisy", batch)
+        again._place = replace(again._place, rank=rank, ranks=2)
+        again.restore(tmp_path)
+        assert torch.equal(torch.get_rng_state(), wanted)
+    with pytest.raises(UsageError, match="made by 2 processes, and is resumed by 1"):
+        opened(path, "Noisy", batch).restore(tmp_path)
+
+
+def test_the_random_numbers_of_a_gpu_go_on_from_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, batch = saved(nets.Noisy(), tmp_path / "noisy.pt"), Batch(np.ones((4, 1, 8, 8), "f4"), np.arange(4))
+    state = torch.arange(16, dtype=torch.uint8)
+    found: list[tuple[torch.Tensor, torch.device]] = []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda _device: state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda one, device: found.append((one, device)))
+    network = opened(path, "Noisy", batch)
+    on_cpu, on_gpu = network._place, replace(network._place, device=torch.device("cuda", 1))
+    network._place = on_gpu
+    network.save(tmp_path)
+    parts = torch.load(tmp_path / "torch.pt", weights_only=True)
+    assert torch.equal(parts["random"][0]["cuda"], state)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: parts)
+    network.restore(tmp_path)
+    assert len(found) == 1
+    assert torch.equal(found[0][0], state)
+    assert found[0][1] == torch.device("cuda", 1)
+    network._place = on_cpu
+    network.restore(tmp_path)
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out of memory on cpu"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory on cpu"),
+        (RuntimeError("CUDA error: device-side assert triggered"), "cpu failed: CUDA error"),
+        (torch.distributed.DistBackendError("NCCL error in: ..."), "the processes lost each other: NCCL error"),
+    ],
+)
+def test_a_device_that_fails_is_not_told_as_a_wrong_shape(
+    error: RuntimeError, said: str, plain: tuple[nets.Plain, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = opened(plain[1], "Plain", examples())
+
+    def failing(*_: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(network._module, "forward", failing)
+        with pytest.raises(WorkError, match=said) as caught:
+            network.predict(examples().x)
+    assert ("--batch-size" in caught.value.hint) == said.startswith("out of memory")
+    monkeypatch.setattr(torch.Tensor, "backward", failing)
+    with pytest.raises(WorkError, match=said):
+        network.step(examples(), 1.0)
+
+
+class Ended(torch.nn.Module):
+    """A matrix, and some activation after it."""
+
+    def __init__(self, last: Callable[[torch.Tensor], torch.Tensor], classes: int = 4) -> None:
+        super().__init__()
+        self.two = torch.nn.Linear(12, classes)
+        self.last = last
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.two(x))
+
+
+def network_of(module: torch.nn.Module, example: Batch, **means: Any) -> TorchNetwork:
+    network = TorchNetwork(Built(module, {name: name for name in module.state_dict()}))
+    network.prepare(Means(example=example, device="cpu", **means))
+    return network
+
+
+def one_hot_relu(out: torch.Tensor) -> torch.Tensor:
+    """Numbers that look like probabilities on every batch, and come of a ReLU."""
+    return torch.relu(out * 0 + torch.nn.functional.one_hot(out.argmax(1), 4))
+
+
+@pytest.mark.parametrize(
+    ("last", "loss"),
+    [
+        (lambda out: out, "cross-entropy"),
+        (lambda out: torch.softmax(out, 1), "probabilities"),
+        (lambda out: torch.log_softmax(out, 1).reshape(-1, 4), "nll"),
+        (one_hot_relu, "cross-entropy"),
+        (lambda out: out.exp() / out.exp().sum(1, keepdim=True), "probabilities"),
+    ],
+    ids=["logits", "softmax", "log-softmax", "relu that looks like softmax", "softmax by hand"],
+)
+def test_the_loss_goes_by_the_last_activation_before_it_goes_by_numbers(last: Any, loss: str) -> None:
+    network = network_of(Ended(last), examples())
+    assert network.notes[0].startswith(f"The loss is {loss}, by targets and")
+
+
+def test_a_model_that_is_surely_wrong_still_has_a_gradient() -> None:
+    out = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    losses.LOSSES["probabilities"](out, torch.tensor([1])).backward()
+    assert out.grad is not None
+    assert torch.isfinite(out.grad).all()
+    assert out.grad[0, 1] < 0
+
+
+@pytest.mark.parametrize("last", ["logits", "softmax"])
+def test_kl_compares_probabilities_whatever_the_model_ends_in(last: str) -> None:
+    y = np.random.default_rng(0).dirichlet(np.ones(4), 16).astype("f4")
+    x = np.random.default_rng(1).normal(size=(16, 12)).astype("f4")
+    module = Ended((lambda out: torch.softmax(out, 1)) if last == "softmax" else (lambda out: out))
+    network = network_of(module, Batch(x, y), loss="kl")
+    shares = torch.softmax(module.two(torch.from_numpy(x)), 1).detach().numpy().astype("f8")
+    assert network.evaluate([Batch(x, y)])["loss"] == pytest.approx((y * np.log(y / shares)).sum(1).mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("signs", [(0, 1), (-1, 1)])
+def test_hinge_takes_targets_of_zero_and_one_for_signs(signs: tuple[int, int]) -> None:
+    y = np.array(signs, "f4")[np.arange(16) % 2][:, None]
+    x = np.random.default_rng(1).normal(size=(16, 12)).astype("f4")
+    module = Ended(lambda out: out, 1)
+    out = module.two(torch.from_numpy(x)).detach().numpy()
+    expected = np.maximum(0, 1 - out * np.where(y > 0, 1, -1)).mean()
+    assert network_of(module, Batch(x, y), loss="hinge").evaluate([Batch(x, y)])["loss"] == pytest.approx(expected)
+
+
+def test_that_metrics_judge_the_first_output_alone_is_said(tmp_path: Path) -> None:
+    a, b = (np.ones((8, 6), "f4"),) * 2
+    batch = Batch((a, b), (np.zeros(8, np.int64), np.ones((8, 1), "f4")))
+    network = opened(saved(nets.Forked(), tmp_path / "forked.pt"), "Forked", batch)
+    assert "The metrics judge the first of the model's 2 outputs alone." in network.notes
+
+
+def test_a_teacher_alone_needs_no_targets(plain: tuple[nets.Plain, Path]) -> None:
+    batch = Batch(examples().x)
+    network = opened(plain[1], "Plain", batch, teacher_share=1.0, optimizer="sgd", lr=0.1)
+    guide = np.zeros((48, 4), "f4")
+    before = network.logs()
+    network.step(batch, 1.0, guide)
+    first = network.logs()["loss"]
+    for _ in range(20):
+        network.step(batch, 1.0, guide)
+    assert before == {}
+    assert network.logs()["loss"] < first
+    with pytest.raises(UsageError, match="no target to learn from"):
+        network.step(batch, 1.0)
+
+
+def test_means_are_added_up_without_double_precision_where_a_device_has_none() -> None:
+    on_mps = cast("torch.Tensor", SimpleNamespace(device=SimpleNamespace(type="mps"), float=lambda: "single"))
+    assert metrics._wide(on_mps) == "single"
+    assert metrics._wide(torch.ones(())).dtype == torch.float64
