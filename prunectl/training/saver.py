@@ -42,14 +42,12 @@ class Saver:
             )
         if there is None:
             return
-        old = _read(there / _FACTS)["choices"]
-        for name in sorted(old.keys() | self.choices.keys()):
-            if old.get(name) != self.choices.get(name):
-                raise UsageError(
-                    f"the run in {self.folder} had {name.replace('_', ' ')} {old.get(name)!r}, "
-                    f"not {self.choices.get(name)!r}",
-                    hint="go on with the same choices, or start in another folder",
-                )
+        differing = differences(_read(there / _FACTS)["choices"], self.choices)
+        if differing:
+            raise UsageError(
+                f"the run in {self.folder} had {'; '.join(differing)}",
+                hint="go on with the same choices, or start in another folder",
+            )
 
     def save(self, network: Network, keeper: Keeper, progress: Progress) -> None:
         """Keep where a run is; only the first process writes it."""
@@ -103,6 +101,56 @@ class Saver:
     def _found(self) -> Path | None:
         places = (self.folder / _LAST, self.folder / _OLD)
         return next((place for place in places if (place / _FACTS).is_file()), None)
+
+
+_OPTIONS = {
+    "means.metrics": "--metric",
+    "means.decides": "--metric (the one that decides)",
+    "means.goal": "--metric (max or min)",
+    "means.is_compiled": "--compile",
+    "means.is_sharded": "--shard",
+    "means.custom_step": "--step",
+    "means.teacher_share": "--distill-share",
+    "origin.is_trusted": "--trust",
+    "origin.inputs": "--input",
+    "pruning.params": "--param",
+    "pruning.layers": "--layer",
+    "ramping.name": "--schedule",
+    "ramping.initial": "--initial-sparsity",
+    "ramping.params": "--schedule-param",
+    "frozen": "--freeze",
+    "rate": "--lr-schedule",
+    "is_recalibrated": "--recalibrate",
+}
+"""What a choice is called on the command line, where not by its own name."""
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What a run had and what is asked for now, as options: `--lr 0.0001, not 0.001`; all that differ."""
+    before, now = _flat(old), _flat(new)
+    found: dict[str, str] = {}
+    # A choice that a version did not have yet is what it is where nobody makes it.
+    for name in sorted(before.keys() & now.keys()):
+        option = _OPTIONS.get(name, f"--{name.rpartition('.')[2].replace('_', '-')}")
+        if before[name] != now[name]:
+            found.setdefault(option, f"{option} {_shown(before[name])}, not {_shown(now[name])}")
+    return list(found.values())
+
+
+def _flat(choices: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in choices.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
+def _shown(value: Any) -> str:
+    """A value as it is typed."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return " ".join(_shown(one) for one in value) or "(none)"
+    return "(none)" if value is None or value == "" else str(value)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -19,9 +19,11 @@ from prunectl.formats.table import open_model
 from prunectl.pruning.output import Output
 from prunectl.pruning.request import Request as Pruning
 from prunectl.training.asked import asked
+from prunectl.training.events import Events
 from prunectl.training.finetune import Finetuned, finetune
 from prunectl.training.network import Means, Origin
 from prunectl.training.request import Keep, MaskMode, Ramping, Request
+from prunectl.training.saver import differences
 from prunectl.training.torch.network import TorchNetwork
 from tests.prune import reference
 from tests.running import COMMAND, FIXTURES, ROOT, clean, prunectl
@@ -168,7 +170,7 @@ def test_a_run_is_not_resumed_with_other_choices_nor_overwritten(tmp_path: Path)
     tuned(DIGITS, tmp_path / "a.pt", checkpoint_dir=tmp_path / "kept", epochs=1)
     with pytest.raises(UsageError, match="holds the checkpoint of a run"):
         tuned(DIGITS, tmp_path / "b.pt", checkpoint_dir=tmp_path / "kept", epochs=1)
-    with pytest.raises(UsageError, match="had batch size 32, not 16"):
+    with pytest.raises(UsageError, match=r"had --batch-size 32, not 16$"):
         tuned(DIGITS, tmp_path / "b.pt", checkpoint_dir=tmp_path / "kept", epochs=1, is_resumed=True, batch_size=16)
 
 
@@ -229,6 +231,34 @@ def test_any_file_may_be_the_teacher(tmp_path: Path) -> None:
     for name in ("digits_cnn.onnx", "digits_cnn_torchscript.pt"):
         found = tuned(DIGITS, tmp_path / f"of_{name}.pt", distill=str(FIXTURES / name), epochs=1)
         assert found.history
+
+
+def test_a_run_that_is_not_resumed_says_every_choice_that_differs_and_nothing_else(tmp_path: Path) -> None:
+    words: dict[str, Any] = {"checkpoint_dir": tmp_path / "kept", "epochs": 1}
+    tuned(DIGITS, tmp_path / "a.pt", **words)
+    other = {"means": Means(lr=0.1, clip=1.0, device="cpu", is_compiled=True), "frozen": ("fc*",), "epochs": 1}
+    with pytest.raises(UsageError) as caught:
+        tuned(DIGITS, tmp_path / "b.pt", is_resumed=True, **{**words, **other})
+    _, _, said = str(caught.value).partition("had ")
+    assert sorted(said.split("; ")) == [
+        "--clip (none), not 1.0",
+        "--compile off, not on",
+        "--freeze (none), not fc*",
+        "--lr 0.002, not 0.1",
+    ]
+
+
+def test_a_choice_that_an_older_checkpoint_does_not_know_differs_in_nothing() -> None:
+    assert differences({"batch_size": 32}, {"batch_size": 32, "means": {"lr": None}}) == []
+
+
+def test_a_number_beyond_single_precision_does_not_end_the_run(tmp_path: Path) -> None:
+    events = Events(tmp_path)
+    events.scalars(1, {"loss": 1e39, "other": -1e39, "small": 0.5})
+    events.close()
+    (path,) = tmp_path.iterdir()
+    for value in (np.inf, -np.inf, 0.5):
+        assert np.float32(value).tobytes() in path.read_bytes()
 
 
 def test_tensorboard_reads_what_was_logged(tmp_path: Path) -> None:
