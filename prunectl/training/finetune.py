@@ -180,8 +180,14 @@ def _decider(request: Request, logs: Logs, network: Network) -> Decider | None:
 def _teacher(request: Request, network: Network, found: Read) -> Teacher | None:
     if not request.distill:
         return None
-    origin = replace(request.origin, model=request.distill_model or request.origin.model)
-    return open_teacher(Path(request.distill), origin, request.means.device, network.signature, found.example)
+    return open_teacher(
+        Path(request.distill),
+        replace(request.origin, model=request.distill_model),
+        request.means.device,
+        network.signature,
+        found.example,
+        builder=request.origin.model,
+    )
 
 
 def _course(request: Request, found: Read, ranks: int) -> Course:

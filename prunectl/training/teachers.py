@@ -64,9 +64,16 @@ def _asked(teacher: Teacher, x: Arrays) -> tuple[Array, ...]:
     return each(teacher.predict(_fitted(teacher._inputs, x)))  # noqa: SLF001
 
 
-def open_teacher(path: Path, origin: Origin, device: str, pupil: Signature, example: Batch) -> Teacher:
-    """Return a model that answers for the batches of a pupil, of which one example is given."""
+def open_teacher(
+    path: Path, origin: Origin, device: str, pupil: Signature, example: Batch, *, builder: str = ""
+) -> Teacher:
+    """Return a model that answers for the batches of a pupil, of which one example is given.
+
+    The builder is the pupil's; it serves a teacher that holds weights alone and has none of its own.
+    """
     model = open_model(path)
+    if not origin.model and not _is_complete(model):
+        origin = replace(origin, model=builder)
     predict, close, theirs = _opened(model, origin, device)
     try:
         inputs = _input_fits(path, theirs, pupil, each(example.x))
@@ -87,7 +94,7 @@ def _opened(
     if model.format == "onnx":
         observed = open_observed(model, origin)
         return observed.predict, _nothing, observed.signature
-    network = open_network(model, replace(origin, model="") if _is_complete(model) else origin)
+    network = open_network(model, origin)
     network.place(device)
     return network.predict, network.close, network.signature
 
@@ -97,8 +104,8 @@ def _nothing() -> None:
 
 
 def _is_complete(model: ModelFile) -> bool:
-    """Whether a file of PyTorch says how its weights are connected: then nothing else has to build it."""
-    if model.format == "torch-export":
+    """Whether a file says how its weights are connected: then what builds the pupil has nothing to do with it."""
+    if model.format in {"torch-export", "saved-model"} or model.about.keras is not None:
         return True
     if model.format != "torch" or not zipfile.is_zipfile(model.path):
         return False

@@ -23,6 +23,7 @@ from prunectl.pruning.schedules import Ramp, Schedule
 from prunectl.pruning.selection import Mask
 from prunectl.pruning.strip import surveyed
 from prunectl.training import trusted
+from prunectl.training.keras.said import said
 from prunectl.training.network import Origin
 from prunectl.training.wrap.wrapping import Wrapping, check_stripped, wrap, wrapper_of
 
@@ -39,6 +40,8 @@ class Wrapped:
     bare: tuple[str, ...]
     """Those that the framework has no wrapper for."""
     ramp: Ramp | None
+    loses_compilation: bool
+    """Whether the file says how it was compiled, and the result does not."""
     loses_optimizer: bool
     """Whether the file had the state of an optimizer that is not in the result."""
 
@@ -62,11 +65,12 @@ def prune_wrapped(path: Path, request: Request, ramp: Ramp | None, origin: Origi
                 outputs.pack(written, folder)
             result = open_model(written)
             after, lost = surveyed(result), _has_optimizer(model) and not _has_optimizer(result)
+            is_bare = _is_compiled(model) and not _is_compiled(result)
     if ramp is not None:
         pruned = replace(pruned, tallies=_untouched(model, pruned))
     shown = str(output.target if output is not None else "the result")
     pruned = replace(pruned, request=request, after=replace(after, path=shown))
-    return Wrapped(pruned, len(wrapping.names) - len(bare), bare, ramp, lost)
+    return Wrapped(pruned, len(wrapping.names) - len(bare), bare, ramp, is_bare, lost)
 
 
 def _wrapping(found: ModelFile, pruned: Pruned, ramp: Ramp | None, origin: Origin) -> Wrapping:
@@ -87,6 +91,10 @@ def _wrapping(found: ModelFile, pruned: Pruned, ramp: Ramp | None, origin: Origi
 
 def _has_optimizer(model: ModelFile) -> bool:
     return any(tensor.role == Role.OPTIMIZER and tensor.size > 1 for tensor in model.tensors)
+
+
+def _is_compiled(model: ModelFile) -> bool:
+    return model.about.keras is not None and bool(said(model).get("loss"))
 
 
 def _masks(found: ModelFile, pruned: Pruned) -> dict[str, Mask]:

@@ -102,6 +102,19 @@ class TestTheNetwork:
         for name, mask in network.masks().items():
             assert np.array_equal(mask, found[name] != 0)
 
+    def test_its_step_is_traced_once_and_not_at_every_epoch(self, path: Path) -> None:
+        network = open_network(open_model(path), Origin())
+        network.prepare(Means(optimizer=SGD, loss=LOSS, example=BATCHES[0]))
+        network.prune_by(Native({"hidden/kernel:0": Ramp("polynomial", 0.8, 0, 8, 0.0, 2)}))
+        traced = []
+        step = network._model.train_step
+        network._model.train_step = lambda data: (traced.append(1), step(data))[1]
+        for epoch in range(3):
+            network.reseed(epoch)
+            for batch in BATCHES[:2]:
+                network.step(batch, 1.0)
+        assert len(traced) == 1
+
     def test_is_masked_when_it_is_looked_at_though_tfmot_masks_at_the_end_of_an_epoch(self, path: Path) -> None:
         network = open_network(open_model(path), Origin())
         network.prepare(Means(optimizer=SGD, loss=LOSS, example=BATCHES[0]))

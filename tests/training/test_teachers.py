@@ -1,0 +1,229 @@
+"""A teacher answers for its pupil's batches as its own framework does for its own, whatever the two are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from prunectl.errors import UsageError
+from prunectl.pruning.output import Output
+from prunectl.training.data.source import Batch
+from prunectl.training.ending import Ending, by_numbers, converted
+from prunectl.training.finetune import Finetuned, finetune
+from prunectl.training.network import Means, Origin
+from prunectl.training.request import Request
+from prunectl.training.signature import Port, Signature
+from prunectl.training.teachers import Teacher, open_teacher
+from prunectl.training.torch.network import TorchNetwork
+from tests.networks import keras
+from tests.running import FIXTURES
+
+HERE = "tests.training.test_teachers"
+SCRIPT_IS_OLD = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [SCRIPT_IS_OLD, pytest.mark.filterwarnings("ignore::UserWarning")]
+Array = NDArray[Any]
+CLASSES, SHAPE = 4, (3, 5, 7)
+RANDOM = np.random.default_rng(3)
+KERNEL = RANDOM.normal(size=(CLASSES, 3, 3, 3)).astype(np.float32)
+IMAGES = RANDOM.normal(size=(6, *SHAPE)).astype(np.float32)
+
+
+def logits() -> Array:
+    """What a convolution and a mean over all places make of the images, by PyTorch's functions alone."""
+    seen = torch.nn.functional.conv2d(torch.from_numpy(IMAGES), torch.from_numpy(KERNEL))
+    return seen.mean((2, 3)).numpy().astype(np.float64)
+
+
+def shares(found: Array) -> Array:
+    exact = np.exp(found - found.max(1, keepdims=True))
+    return exact / exact.sum(1, keepdims=True)
+
+
+class Convolution(torch.nn.Module):
+    """Channels first, and logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, CLASSES, 3, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).mean((2, 3))
+
+
+class Shares(Convolution):
+    """The same, ending in probabilities."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(super().forward(x), 1)
+
+
+def filled(module: torch.nn.Module) -> torch.nn.Module:
+    module.load_state_dict({"conv.weight": torch.from_numpy(KERNEL)})
+    return module
+
+
+def as_state_dict(folder: Path) -> Path:
+    torch.save({"conv.weight": torch.from_numpy(KERNEL)}, folder / "m.pt")
+    return folder / "m.pt"
+
+
+def as_script(folder: Path) -> Path:
+    torch.jit.trace(filled(Convolution()), torch.from_numpy(IMAGES)).save(folder / "m.pt")
+    return folder / "m.pt"
+
+
+def as_script_of_shares(folder: Path) -> Path:
+    torch.jit.trace(filled(Shares()), torch.from_numpy(IMAGES)).save(folder / "m.pt")
+    return folder / "m.pt"
+
+
+def as_onnx(folder: Path) -> Path:
+    """Takes two examples at a time, and ends in a softmax behind a change of shape."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("GlobalAveragePool", ["c"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["f"]),
+        helper.make_node("Softmax", ["f"], ["s"], axis=1),
+        helper.make_node("Identity", ["s"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, (2, *SHAPE))],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, (2, CLASSES))],
+        [numpy_helper.from_array(KERNEL, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, folder / "m.onnx")
+    return folder / "m.onnx"
+
+
+def as_keras(folder: Path) -> Path:
+    """Channels last, and probabilities."""
+    k = keras()
+    model = k.Sequential(
+        [
+            k.layers.Input((5, 7, 3)),
+            k.layers.Conv2D(CLASSES, 3, use_bias=False),
+            k.layers.GlobalAveragePooling2D(),
+            k.layers.Softmax(),
+        ]
+    )
+    model.layers[0].set_weights([KERNEL.transpose(2, 3, 1, 0)])
+    model.save(folder / "m.keras")
+    return folder / "m.keras"
+
+
+FIRST = Signature((Port("x", SHAPE, "float32"),), (Port("y", (CLASSES,), "float32", Ending.RAW),), True)
+LAST = Signature((Port("x", (5, 7, 3), "float32"),), (Port("y", (CLASSES,), "float32", Ending.SOFTMAX),), False)
+
+
+def opened(path: Path, pupil: Signature, x: Array | None = None) -> tuple[Teacher, Array]:
+    given = IMAGES if pupil.is_channels_first else np.ascontiguousarray(IMAGES.transpose(0, 2, 3, 1))
+    given = given if x is None else x
+    builder = f"{HERE}:Convolution"
+    return open_teacher(path, Origin(), "cpu", pupil, Batch(given[:4]), builder=builder), given
+
+
+@pytest.mark.parametrize("pupil", [FIRST, LAST], ids=["a pupil of PyTorch", "a pupil of Keras"])
+@pytest.mark.parametrize("make", [as_state_dict, as_script, as_script_of_shares, as_onnx, as_keras])
+def test_teachers_of_every_framework_answer_pupils_of_every_other(
+    make: Callable[[Path], Path], pupil: Signature, tmp_path: Path
+) -> None:
+    teacher, x = opened(make(tmp_path), pupil)
+    found = np.asarray(teacher(x))
+    expected = shares(logits()) if pupil is LAST else logits()
+    if pupil is FIRST:
+        # Logits are told but for a number that all classes share.
+        found, expected = found - found.mean(1, keepdims=True), expected - expected.mean(1, keepdims=True)
+    assert np.allclose(found, expected, atol=2e-4)
+    teacher.close()
+
+
+def test_a_teacher_that_takes_other_images_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="takes 5x7x3 for each example, and the model 3x9x9"):
+        opened(as_keras(tmp_path), FIRST, x=np.zeros((4, 3, 9, 9), np.float32))
+
+
+def test_a_teacher_of_other_classes_is_refused_before_training(tmp_path: Path) -> None:
+    pupil = Signature(FIRST.inputs, (Port("y", (9,), "float32"),), True)
+    with pytest.raises(UsageError, match="gives 4 for each example, and the model 9"):
+        opened(as_onnx(tmp_path), pupil)
+
+
+@pytest.mark.parametrize("theirs", [Ending.SOFTMAX, Ending.LOG_SOFTMAX, Ending.RAW])
+@pytest.mark.parametrize("ours", [Ending.SOFTMAX, Ending.LOG_SOFTMAX, Ending.RAW])
+def test_probabilities_their_logarithms_and_logits_are_one_thing(theirs: Ending, ours: Ending) -> None:
+    forms = {Ending.RAW: logits(), Ending.SOFTMAX: shares(logits()), Ending.LOG_SOFTMAX: np.log(shares(logits()))}
+    found = converted(forms[theirs], theirs, ours, 1)
+    as_shares = found if ours is Ending.SOFTMAX else shares(found)
+    assert np.allclose(as_shares, forms[Ending.SOFTMAX], atol=1e-5)
+
+
+def test_the_numbers_tell_how_a_model_ends_where_nothing_else_does() -> None:
+    assert by_numbers(logits(), 1) is Ending.RAW
+    assert by_numbers(shares(logits()), 1) is Ending.SOFTMAX
+    assert by_numbers(np.log(shares(logits())), 1) is Ending.LOG_SOFTMAX
+    assert by_numbers(RANDOM.random((8, 1)), 1) is Ending.SIGMOID
+    assert by_numbers(np.array([[np.nan, 0.5]]), 1) is Ending.RAW
+
+
+def taught(model: str, teacher: str, target: Path, data: str = "", **words: Any) -> Finetuned:
+    own = {"means": Means(device="cpu", teacher_share=words.pop("share", 0.5)), "epochs": 1, **words}
+    spec = data or f"{FIXTURES / 'digits.npz'}?limit=64"
+    return finetune(FIXTURES / model, Request(spec, distill=str(FIXTURES / teacher), **own), Output(target))
+
+
+@pytest.mark.parametrize("teacher", ["digits_cnn.onnx", "digits_cnn_torchscript.pt"])
+def test_a_model_of_keras_learns_images_from_a_teacher_of_another_framework(teacher: str, tmp_path: Path) -> None:
+    assert taught("digits_cnn.keras", teacher, tmp_path / "out.keras").history
+
+
+def test_a_model_of_pytorch_learns_images_from_one_of_keras_and_both_are_let_go_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr("prunectl.training.keras.network.KerasNetwork.close", lambda _: closed.append("teacher"))
+    monkeypatch.setattr(TorchNetwork, "close", lambda _: closed.append("pupil"))
+    origin = Origin(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN")
+    assert taught("digits_cnn.pt", "digits_cnn.keras", tmp_path / "out.pt", origin=origin).history
+    assert closed == ["teacher", "pupil"]
+
+
+class Wide(torch.nn.Module):
+    """Another network for the same images, whose weights no other class takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = torch.nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.only(x.flatten(1))
+
+
+def test_a_teacher_that_holds_weights_alone_is_built_by_a_function_of_its_own(tmp_path: Path) -> None:
+    torch.save(Wide().state_dict(), tmp_path / "wide.pt")
+    origin, words = Origin(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"), {"distill_model": f"{HERE}:Wide"}
+    assert taught("digits_cnn.pt", str(tmp_path / "wide.pt"), tmp_path / "out.pt", origin=origin, **words).history
+    with pytest.raises(UsageError, match="--distill-model builds the teacher, and there is none"):
+        finetune(FIXTURES / "digits_cnn.pt", Request("d.npz", **words), Output(tmp_path / "none.pt"))
+
+
+@pytest.mark.parametrize("model", ["digits_cnn.pt", "digits_cnn.keras"])
+def test_what_only_a_teacher_tells_needs_no_targets(model: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.load(FIXTURES / "digits.npz")["x"][:64])
+    origin = Origin(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN" if model.endswith(".pt") else "")
+    words: dict[str, Any] = {"data": str(tmp_path / "x.npz"), "origin": origin}
+    found = taught(model, "digits_cnn.onnx", tmp_path / f"out_{model}", share=1.0, **words)
+    assert found.history[0].train["loss"] >= 0
+    for more in ({"share": 0.9}, {"share": 1.0, "val_split": 0.5}):
+        with pytest.raises(UsageError, match="has inputs and no targets"):
+            taught(model, "digits_cnn.onnx", tmp_path / "none", **words, **more)
