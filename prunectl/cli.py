@@ -14,6 +14,8 @@ from typing import TextIO
 
 from prunectl import __version__
 
+_WITH_DATA = ("--data", "--recipe", "--repair", "--sensitivity")
+"""Options, or their beginnings, by which data goes through a model; a recipe may name data."""
 FAILED, CANCELLED, BROKEN_PIPE, TERMINATED = 5, 130, 141, 143
 
 
@@ -30,8 +32,9 @@ def main() -> int:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         _open_what_is_closed()
         signal.signal(signal.SIGTERM, _terminate)
-        # The pools that NumPy's libraries start at import serve nothing here, and cost start-up time.
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        if not _may_calibrate(words):
+            # The pools that NumPy's libraries start at import serve nothing here, and cost start-up time.
+            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         code = _run(words)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -47,6 +50,11 @@ def main() -> int:
             # All is done that can be half done: what is left is Python's own clean-up.
             signal.signal(signal.SIGINT, _leave)
     return code
+
+
+def _may_calibrate(words: list[str]) -> bool:
+    """Whether data may go through a model, after which NumPy multiplies, inverts and factorises Gram matrices."""
+    return words[:1] == ["sweep"] or any(word.startswith(_WITH_DATA) for word in words)
 
 
 def _open_what_is_closed() -> None:

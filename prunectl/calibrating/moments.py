@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prunectl.calibrating.columns import columns
+from prunectl.errors import WorkError
 from prunectl.formats.base import Array
 from prunectl.training.sights import Sight, Use
 
@@ -75,6 +78,8 @@ def products(sight: Sight, kernel: tuple[int, ...]) -> tuple[Wide, int]:
     total: Any = 0.0
     count = 0
     for seen in columns(sight.inputs, sight.use, kernel):
+        if not count:
+            check_memory(sight.name, groups=seen.shape[1], features=seen.shape[2], kept=1)
         by_group = _by_group(seen)
         total = total + np.matmul(by_group.transpose(0, 2, 1), by_group).astype(np.float64)
         count += len(seen)
@@ -100,12 +105,53 @@ class Pairs:
         for mine, theirs in zip(
             columns(now.inputs, now.use, kernel), columns(before.inputs, before.use, kernel), strict=True
         ):
+            if not self.count:
+                check_memory(now.name, groups=mine.shape[1], features=mine.shape[2], kept=2)
             self.count += len(mine)
             self.now = self.now + mine.sum(axis=0, dtype=np.float64)
             self.before = self.before + theirs.sum(axis=0, dtype=np.float64)
             turned = np.ascontiguousarray(mine.transpose(1, 2, 0), np.float32)
             self.among = self.among + np.matmul(turned, _by_group(mine))
             self.across = self.across + np.matmul(turned, _by_group(theirs))
+
+
+_WORKING_COPIES = 3
+"""Of a group's Gram matrix, while it is solved for: damped, inverted, factorised."""
+
+
+def check_memory(name: str, *, groups: int, features: int, kept: int) -> None:
+    """Refuse a layer whose Gram matrices, features by features in float64, would not fit in memory."""
+    needed = 8 * features**2 * (groups * kept + _WORKING_COPIES)
+    there = available_bytes()
+    if there is not None and needed > there:
+        raise WorkError(
+            f"{name} has {features:,} features: the products of every two of them take "
+            f"{needed / 1e9:,.1f} GB of memory, and {there / 1e9:,.1f} GB are free",
+            hint=f"--exclude {name}, or a strategy that needs no such products, as activation-magnitude",
+        )
+
+
+def available_bytes() -> int | None:
+    """Memory that the system can give without swapping; None where it does not tell."""
+    found = []
+    for path, line in _TOLD:
+        try:
+            text = path.read_text(encoding="ascii")
+        except (OSError, UnicodeDecodeError):
+            continue
+        number = re.search(line, text)
+        if number is not None:
+            found.append(int(number[1]) * (1024 if path.name == "meminfo" else 1))
+    if len(found) == len(_TOLD):  # a container's limit less what it uses
+        return min(found[0], max(found[1] - found[2], 0))
+    return found[0] if found else None
+
+
+_TOLD = (
+    (Path("/proc/meminfo"), r"MemAvailable:\s*(\d+) kB"),
+    (Path("/sys/fs/cgroup/memory.max"), r"^(\d+)$"),
+    (Path("/sys/fs/cgroup/memory.current"), r"^(\d+)$"),
+)
 
 
 def _by_group(seen: Array) -> Array:

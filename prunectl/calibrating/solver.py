@@ -53,6 +53,10 @@ class Solver:
         kept = live.kept(model, plan, method, Choice(tuple(tensors.values()), (), {}), dict(old))
         self._begin(model, old)
         means = self.calibration.sums(list(tensors.values()), moments.sums)
+        for name, seen in means.items():
+            # Before the first layer is solved, and not after an hour.
+            for total in seen.totals.values():
+                moments.check_memory(name, groups=total.shape[0], features=total.shape[1], kept=2)
         new: dict[str, tuple[Array, Mask]] = {}
         # In the order in which data meets them; what it never meets comes last.
         for name in (*means, *(name for name in tensors if name not in means)):

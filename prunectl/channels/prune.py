@@ -106,6 +106,8 @@ def prune_channels(
     smaller = source.cut(plan.gone, plan.after, plan.weights)
     inputs, notes = given(model, source, request, cutting.measure)
     proof = prove(source, smaller, plan, cutting.seed, inputs)
+    if source.has_float64 and proof.wide is None:
+        notes = (*notes, "The two networks were compared in their own precision alone: the original fails in float64.")
     seconds = latency(source, smaller, cutting.seed) if has_latency else None
     with outputs.workplace(model, output) as (folder, target):
         written = source.write(smaller, folder, target)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from functools import cached_property
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, abbreviated
 from prunectl.formats import budgets
 
 HEAD_BYTES = 4096
@@ -39,6 +40,25 @@ def refuse_long_directory(path: Path) -> None:
     raise InputError(f"{path} is refused: it holds more than {budgets.MAX_ZIP_ENTRIES} entries")
 
 
+_URL = re.compile(r"(https?|ftp|hf|s3|gs):/+(.+)")
+_FETCH = {
+    "hf": "hf download {rest}",
+    "s3": "aws s3 cp {url} .",
+    "gs": "gcloud storage cp {url} .",
+}
+
+
+def missing(path: Path) -> InputError:
+    """The error for a file that is not there; an address gets a sentence of its own: nothing is downloaded here."""
+    found = _URL.fullmatch(str(path))
+    if found is None:
+        return InputError(f"{path} does not exist")
+    scheme, rest = found.groups()
+    url = f"{scheme}://{rest}"
+    fetch = _FETCH.get(scheme, "curl -LO {url}").format(url=url, rest=rest)
+    return InputError(f"{abbreviated(url)} is a URL, and prunectl reads files: download it first", hint=fetch)
+
+
 class Peek:
     """The head, the tail and the entry names of a file or folder."""
 
@@ -48,7 +68,7 @@ class Peek:
         try:
             facts = path.stat()
         except FileNotFoundError as error:
-            raise InputError(f"{path} does not exist") from error
+            raise missing(path) from error
         except NotADirectoryError as error:
             raise InputError(f"{path} does not exist: a part of the path is a file") from error
         except PermissionError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from prunectl.formats.base import PARAMETRIZATION, Role, Tensor, Wrapper
 
@@ -57,6 +59,60 @@ def describe(tensors: Iterable[Tensor], sections: frozenset[str] = frozenset()) 
     model = f"{models.pop()}." if len(models) == 1 else ""
     names = _Names(frozenset(tensor.name for tensor in tensors), training, model)
     return tuple(_describe(tensor, names) for tensor in tensors)
+
+
+_AVERAGE = re.compile(r"(^|_)(ema|swa|averaged)(_|$)")
+_MOST_ROOTS = 3
+
+
+class Named(Protocol):
+    """A tensor, or a row about one."""
+
+    @property
+    def name(self) -> str:
+        """What the file calls it."""
+
+    @property
+    def role(self) -> Role:
+        """What it is for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its axes."""
+
+
+def averaged_copies(tensors: Iterable[Named]) -> tuple[str, str, int] | None:
+    """Where a file holds its weights twice, as trained and as an average (EMA, SWA): both places, and how many.
+
+    A copy is known by a part of its names, and by the rest of them: `ema_model_state_dict.ema_model.a.weight` beside
+    `model_state_dict.a.weight`, `model_ema.aweight` beside `model.a.weight`.
+    """
+    averages: dict[str, list[Named]] = {}
+    others: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for tensor in tensors:
+        if tensor.role in {Role.OPTIMIZER, Role.MASK}:
+            continue
+        parts = tensor.name.split(".")
+        at = next((at for at, part in enumerate(parts[:_MOST_ROOTS]) if _AVERAGE.search(part.lower())), None)
+        if at is not None:
+            averages.setdefault(".".join(parts[: at + 1]), []).append(tensor)
+            continue
+        for skip in range(min(_MOST_ROOTS, len(parts))):
+            others.setdefault("".join(parts[skip:]), (".".join(parts[:skip]), tensor.shape))
+    for place, held in averages.items():
+        found = [other for tensor in held if (other := _other(tensor, place, others)) is not None]
+        if 2 * len(found) >= len(held):
+            return max(set(found), key=found.count), place, len(found)
+    return None
+
+
+def _other(tensor: Named, place: str, others: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
+    parts = tensor.name.removeprefix(f"{place}.").split(".")
+    for skip in range(min(_MOST_ROOTS, len(parts))):
+        where, shape = others.get("".join(parts[skip:]), ("", None))
+        if shape == tensor.shape:
+            return where
+    return None
 
 
 def _is_for_training(section: str, sections: frozenset[str]) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from prunectl.errors import abbreviated
 from prunectl.formats.base import Can
+from prunectl.formats.state_dict import averaged_copies
 from prunectl.formats.table import by_name
 from prunectl.measuring.survey import Survey
 
@@ -30,7 +32,18 @@ def advise(found: Survey) -> tuple[str, ...]:
             f"The optimizer's state takes {_percent(shares['optimizer'])} of the file; predictions do not need it. "
             "`prunectl strip` takes it out."
         )
-    return tuple(sentences)
+    return (*sentences, *about_copies(found))
+
+
+def about_copies(found: Survey) -> tuple[str, ...]:
+    """Say it where a file holds its weights twice: as they were trained, and averaged (EMA, SWA)."""
+    copies = averaged_copies(found.layers)
+    if copies is None:
+        return ()
+    trained, average, count = copies
+    places = f"{abbreviated(trained) or 'at the top'} and {abbreviated(average)}"
+    said = f"The weights are in the file twice: {places}, an average of them ({count} tensors). "
+    return (said + "Both are pruned, each by its own numbers; the code that loads the file chooses one.",)
 
 
 def _percent(share: float) -> str:

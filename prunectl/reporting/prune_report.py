@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from prunectl.measuring.advice import about_copies
 from prunectl.pruning.allocation import draw
 from prunectl.pruning.prune import Pruned
 from prunectl.reporting.before_after import before_after
@@ -29,7 +30,7 @@ def prune_report(found: Pruned, output: str) -> Report:
     zeros = sum(tally.zeros for tally in found.tallies.values())
     size = found.plan.size
     cuts = Table("cuts", _COLUMNS, rows, total=("all", "", size, dropped, zeros, zeros / size if size else 0.0))
-    remarks = [*([_skipped(found)] if found.plan.skips else []), *found.notes]
+    remarks = [*([_skipped(found)] if found.plan.skips else []), *found.notes, *about_copies(found.before)]
     if any(skip.reason == "optimizer state" for skip in found.plan.skips):
         remarks.append(
             "The optimizer's state of pruned weights is as it was: training goes on from it as from dense weights."

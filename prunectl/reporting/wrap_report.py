@@ -29,6 +29,8 @@ def _remarks(found: Wrapped) -> tuple[str, ...]:
         names = ", ".join(found.bare[:_SHOWN]) + (" …" if len(found.bare) > _SHOWN else "")
         what = "is pruned without one" if found.ramp is None else "stays dense"
         remarks.append(f"The framework has no wrapper for {names}: what is there {what}.")
+    if found.loses_compilation:
+        remarks.append("The result is not compiled: the file's loss or a metric is code that is not known here.")
     if found.loses_optimizer:
         remarks.append("The optimizer's state is not kept: wrapped weights are trained by a new one.")
     return tuple(remarks)

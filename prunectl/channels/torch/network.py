@@ -48,6 +48,7 @@ class TorchSource:
         self._opened = found
         self._graph = graph_of(model, found)
         self._change = Change({}, {})
+        self._written_notes: tuple[str, ...] = ()
 
     @property
     def graph(self) -> Graph:
@@ -69,7 +70,7 @@ class TorchSource:
     def notes(self) -> tuple[str, ...]:
         """What is written in place of a module."""
         if self._is_program:
-            return ()
+            return self._written_notes
         lost = ", ".join(name or "the file" for name in self._kept.unmatched)
         state = f"The state of {lost} was left out: which weights it belongs to cannot be told."
         held = "The file holds weights alone now; the" if self._opened.holds_module else "The"
@@ -160,7 +161,8 @@ class TorchSource:
     def write(self, network: Network, folder: Path, target: Path) -> Path:
         """Write a program as a program, all else as weights with a class beside them that takes them."""
         if self._is_program:
-            return write_program(self._opened, network, folder / target.name)
+            self._written_notes = write_program(self._opened, network, folder / target.name)
+            return folder / target.name
         axes, numbers = self._change.axes, self._change.numbers
         axes = {**axes, **{name: axes[of] for name, of in self.followers.items() if of in axes}}
         numbers = {**numbers, **{name: numbers[of] for name, of in self._opened.aliases.items() if of in numbers}}

@@ -18,24 +18,30 @@ from prunectl.errors import WorkError, first_line
 _ENDLESS = 1 << 62
 
 
-def write_program(found: Opened, network: Network, path: Path) -> Path:
-    """Trace a smaller program anew, so that every shape in it is right, and write it."""
+def write_program(found: Opened, network: Network, path: Path) -> tuple[str, ...]:
+    """Trace a smaller program anew, so that every shape in it is right, write it, and return what has to be said."""
     with quietly():
         try:
-            torch.export.save(_traced(found, whole(found, network)), path)
+            program, notes = _traced(found, whole(found, network))
+            torch.export.save(program, path)
         except Exception as error:
             raise WorkError(f"the cut program cannot be exported: {first_line(error)}; nothing was written") from error
-    return path
+    return notes
 
 
-def _traced(found: Opened, module: torch.nn.Module) -> ExportedProgram:
+def _traced(found: Opened, module: torch.nn.Module) -> tuple[ExportedProgram, tuple[str, ...]]:
     """Return a program with the bounds of the one that was read, or with those that its steps ask for."""
+    bounds = _bounds(found)
     try:
-        return torch.export.export(
-            module, found.examples, dynamic_shapes=_open_axes(found, _bounds(found)), strict=False
-        )
-    except Exception:  # noqa: BLE001 - PyTorch raises what it likes
-        return torch.export.export(module, found.examples, dynamic_shapes=_open_axes(found, {}), strict=False)
+        axes = _open_axes(found, bounds)
+        return torch.export.export(module, found.examples, dynamic_shapes=axes, strict=False), ()
+    except Exception as error:
+        if not bounds:
+            raise
+        axes = _open_axes(found, {})
+        program = torch.export.export(module, found.examples, dynamic_shapes=axes, strict=False)
+        reason = first_line(error)
+        return program, (f"The bounds of the program's sizes are not those of the file, but PyTorch's own: {reason}.",)
 
 
 def whole(found: Opened, network: Network) -> torch.fx.GraphModule:
