@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from prunectl.formats.table import open_model
-from tests.running import FIXTURES, at_terminal, prunectl, without_colors
+from tests.running import FIXTURES, at_terminal, here, prunectl, without_colors
 
 DIGITS = sorted(
     path for path in FIXTURES.glob("digits_cnn*") if path.suffix not in {".py", ".tflite"} and ".data-" not in path.name
@@ -221,3 +221,67 @@ def test_what_is_not_all_zero_is_never_called_a_hundred_percent(tmp_path: Path) 
         weights[0, 0] = one
         save_file({"a.weight": weights}, tmp_path / "m.safetensors")
         assert f"{share} of the prunable weights are zero" in prunectl("inspect", tmp_path / "m.safetensors").err
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("https://example.org/a/model.h5", "curl -LO https://example.org/a/model.h5"),
+        ("hf://org/name", "hf download org/name"),
+        ("s3://bucket/model.pt", "aws s3 cp s3://bucket/model.pt ."),
+    ],
+)
+@pytest.mark.parametrize("command", [("inspect",), ("prune", "-s", "50%", "-o", "out.pt")], ids=lambda words: words[0])
+def test_a_url_is_told_from_a_file_that_is_not_there(
+    command: tuple[str, ...], word: str, hint: str, tmp_path: Path
+) -> None:
+    done = here(command[0], word, *command[1:], cwd=tmp_path)
+    assert done.code == 3
+    assert f"{word} is a URL, and prunectl reads files: download it first" in done.err
+    assert hint in done.err
+
+
+WEIGHTS = {"a.weight": torch.ones(8, 4), "a.bias": torch.ones(8), "b.weight": torch.ones(2, 8)}
+TWICE: dict[str, tuple[Any, str, str]] = {
+    "F5-TTS": (
+        {
+            "model_state_dict": WEIGHTS,
+            "ema_model_state_dict": {f"ema_model.{name}": one * 2 for name, one in WEIGHTS.items()},
+            "optimizer_state_dict": {"state": {}, "param_groups": []},
+        },
+        "model_state_dict",
+        "ema_model_state_dict",
+    ),
+    "timm": ({"state_dict": WEIGHTS, "state_dict_ema": WEIGHTS}, "state_dict", "state_dict_ema"),
+    "Stable Diffusion": (
+        {
+            "state_dict": {
+                **{f"model.{name}": one for name, one in WEIGHTS.items()},
+                **{f"model_ema.{name.replace('.', '')}": one * 2 for name, one in WEIGHTS.items()},
+            }
+        },
+        "state_dict.model",
+        "state_dict.model_ema",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", TWICE)
+def test_weights_that_are_in_a_file_twice_are_named_with_both_places(layout: str, tmp_path: Path) -> None:
+    root, trained, average = TWICE[layout]
+    torch.save({name: _copied(one) for name, one in root.items()}, tmp_path / "m.pt")
+    found = here("inspect", tmp_path / "m.pt", "--format", "human")
+    pruned = here("prune", tmp_path / "m.pt", "-s", "50%", "-o", tmp_path / "out.pt", "--format", "human")
+    for done in (found, pruned):
+        assert done.code == 0, done.err
+        text = " ".join(f"{done.out} {done.err}".split())
+        assert f"The weights are in the file twice: {trained} and {average}, an average of them (3 tensors)" in text
+
+
+def _copied(held: Any) -> Any:
+    return {name: one.clone() if isinstance(one, torch.Tensor) else one for name, one in held.items()}
+
+
+def test_one_copy_of_the_weights_is_not_called_two(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"ema.weight": torch.ones(3, 4), **WEIGHTS}}, tmp_path / "m.pt")
+    assert "twice" not in here("inspect", tmp_path / "m.pt", "--format", "human").out

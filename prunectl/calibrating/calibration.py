@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from prunectl.calibrating.moments import Pairs, Part, Sums, Wide, products
+from prunectl.calibrating.columns import columns
+from prunectl.calibrating.moments import Pairs, Part, Sums, Wide, check_memory, products
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import Array, Tensor
 from prunectl.training.data.source import Batch, each, mapped
@@ -63,7 +64,16 @@ class Calibration:
 
     def products(self, tensor: Tensor) -> Sums:
         """Return how the inputs of one tensor go together: one at a time, since they are as big as it is squared."""
-        return self.sums([tensor], products).get(tensor.name, Sums())
+        checked: list[Sight] = []
+
+        def adder(sight: Sight, kernel: tuple[int, ...]) -> tuple[Wide, int]:
+            if not checked:
+                checked.append(sight)
+                _, groups, features = next(columns(sight.inputs[:1], sight.use, kernel)).shape
+                check_memory(sight.name, groups=groups, features=features, kept=1)
+            return products(sight, kernel)
+
+        return self.sums([tensor], adder).get(tensor.name, Sums())
 
     def pairs(self, tensor: Tensor) -> dict[Part, Pairs]:
         """Return how what a tensor meets now goes together with what it met in the model as it was."""

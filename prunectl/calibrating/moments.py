@@ -78,8 +78,6 @@ def products(sight: Sight, kernel: tuple[int, ...]) -> tuple[Wide, int]:
     total: Any = 0.0
     count = 0
     for seen in columns(sight.inputs, sight.use, kernel):
-        if not count:
-            check_memory(sight.name, groups=seen.shape[1], features=seen.shape[2], kept=1)
         by_group = _by_group(seen)
         total = total + np.matmul(by_group.transpose(0, 2, 1), by_group).astype(np.float64)
         count += len(seen)

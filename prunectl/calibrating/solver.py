@@ -55,8 +55,9 @@ class Solver:
         means = self.calibration.sums(list(tensors.values()), moments.sums)
         for name, seen in means.items():
             # Before the first layer is solved, and not after an hour.
-            for total in seen.totals.values():
-                moments.check_memory(name, groups=total.shape[0], features=total.shape[1], kept=2)
+            sizes = [total.shape for total in seen.totals.values()]
+            features = max((size[1] for size in sizes), default=0)
+            moments.check_memory(name, groups=sum(size[0] for size in sizes), features=features, kept=2)
         new: dict[str, tuple[Array, Mask]] = {}
         # In the order in which data meets them; what it never meets comes last.
         for name in (*means, *(name for name in tensors if name not in means)):

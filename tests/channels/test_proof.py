@@ -124,6 +124,18 @@ def test_onnxruntime_has_no_float64() -> None:
     assert cut(FIXTURE, None).proof.wide is None
 
 
+def test_an_original_that_fails_in_float64_is_not_passed_over_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    path, runners = FIXTURE.with_suffix(".keras"), proof._Pair.runners
+
+    def narrow(self: Any, *, is_wide: bool) -> Any:
+        if is_wide:
+            raise TypeError("this layer takes 32 bits alone")
+        return runners(self, is_wide=is_wide)
+
+    monkeypatch.setattr(proof._Pair, "runners", narrow)
+    assert "the original fails in float64" in cut(path, None).notes[-1]
+
+
 def test_what_float32_hides_is_seen_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = FIXTURE.with_suffix(".keras")
     found = cut(path, None)

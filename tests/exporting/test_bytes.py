@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 from zipfile import ZipFile
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.numpy import load_file
 
 from prunectl.errors import UsageError, WorkError
+from prunectl.exporting import onnx_smaller
 from tests.exporting.exporting import export
 from tests.running import FIXTURES, ROOT
 
@@ -134,3 +139,17 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
         (tmp_path / "other").mkdir(exist_ok=True)
         export("digits_cnn_torchscript.pt", tmp_path / "other" / f"x{name}")
         assert (tmp_path / name).read_bytes() == (tmp_path / "other" / f"x{name}").read_bytes()
+
+
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.CRITICAL])
+def test_logging_is_as_disabled_after_quantising_as_it_was_before(
+    level: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    silent = cast("Any", SimpleNamespace(scratch=tmp_path))
+    monkeypatch.setattr(onnx, "save", lambda *_: None)
+    monkeypatch.setattr(onnx, "load", lambda _: "loaded")
+    monkeypatch.setattr(logging.root.manager, "disable", level)
+    found = onnx_smaller._through_files(silent, None, lambda *_: seen.append(logging.root.manager.disable))
+    assert (found, seen) == ("loaded", [max(level, logging.WARNING)])
+    assert logging.root.manager.disable == level

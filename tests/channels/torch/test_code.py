@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from prunectl.channels.prune import CutOut
+from prunectl.channels.torch.code.text import literal
 from tests.channels import nets
 from tests.channels.masked import masked
 from tests.channels.nets import torch
@@ -145,3 +147,9 @@ def test_the_code_reads_as_people_write_it_and_is_the_same_every_time(tmp_path: 
         "        x = F.adaptive_avg_pool2d(x, 1)\n"
         "        return x.flatten(1)\n"
     )
+
+
+@pytest.mark.parametrize("name", ["plain", "tab\t and 'quotes'", "über", "\U0001d499", "\ud800"])
+def test_every_text_is_written_as_python_reads_it(name: str) -> None:
+    assert ast.literal_eval(literal(name)) == name
+    literal(name).encode()

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.errors import UntrustedError, UsageError
+from prunectl.channels.torch import program
+from prunectl.errors import InputError, UntrustedError, UsageError
 from prunectl.formats.table import open_model
 from prunectl.pruning.output import Output
 from prunectl.training.finetune import finetune
@@ -35,19 +36,37 @@ def test_a_program_stays_one_and_says_what_it_should(kind: Any, tmp_path: Path) 
     assert found.proof.wide is not None
     assert found.proof.wide < 1e-12
     assert [child.name for child in tmp_path.iterdir() if child.stem == "small"] == ["small.pt2"]
-    program = torch.export.load(output)
+    written = torch.export.load(output)
     images = torch.randn(7 if is_open else 3, 3, 16, 16)
-    np.testing.assert_allclose(said(program.module(), images)[0], masked(net, found, images), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(said(written.module(), images)[0], masked(net, found, images), rtol=1e-4, atol=1e-5)
     if is_open:
-        assert [(int(one.lower), int(one.upper)) for one in program.range_constraints.values()] == [(1, 64)]
+        assert [(int(one.lower), int(one.upper)) for one in written.range_constraints.values()] == [(1, 64)]
+
+
+def test_bounds_that_pytorch_does_not_take_again_are_told_when_they_are_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = nets.built(nets.Residual)
+    path = exported(net, tmp_path / "net.pt2", torch.randn(3, 3, 16, 16), dynamic_shapes=(BATCH,))
+    assert not cut(path, tmp_path / "kept.pt2", inputs=()).notes
+    axes = program._open_axes
+
+    def failing(found: Any, bounds: Any) -> Any:
+        if bounds:
+            raise RuntimeError("no such bounds")
+        return axes(found, bounds)
+
+    monkeypatch.setattr(program, "_open_axes", failing)
+    (note,) = cut(path, tmp_path / "small.pt2", inputs=()).notes
+    assert note.startswith("The bounds of the program's sizes are not those of the file, but PyTorch's own: no such")
 
 
 def test_a_decomposed_program_is_read_as_well(tmp_path: Path) -> None:
     net, output = nets.built(nets.Residual), tmp_path / "small.pt2"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(net, (torch.randn(2, 3, 16, 16),)).run_decompositions()
-        torch.export.save(program, tmp_path / "net.pt2")
+        whole = torch.export.export(net, (torch.randn(2, 3, 16, 16),)).run_decompositions()
+        torch.export.save(whole, tmp_path / "net.pt2")
     found = cut(tmp_path / "net.pt2", output, inputs=())
     assert (found.channels, found.dropped) == (40, 20)
     images = torch.randn(2, 3, 16, 16)

@@ -144,6 +144,26 @@ def test_losses_have_names(name: str, k: Any, tmp_path: Path) -> None:
 
 
 @both
+@pytest.mark.parametrize("activation", ["softmax", "linear"])
+def test_kl_compares_probabilities_whatever_the_model_ends_in(activation: str, k: Any, tmp_path: Path) -> None:
+    y = np.random.default_rng(0).dirichlet(np.ones(3), nets.EXAMPLES).astype(np.float32)
+    network = nets.prepared(ending(k(), 3, activation, tmp_path / "model.keras"), batch(y), loss="kl")
+    out = np.asarray(network.predict(batch(y).x)).astype(np.float64)
+    shares = out if activation == "softmax" else np.exp(out) / np.exp(out).sum(1, keepdims=True)
+    assert loss_of(network, batch(y)) == pytest.approx((y * np.log(y / shares)).sum(1).mean(), rel=1e-3)
+
+
+@both
+@pytest.mark.parametrize("low", [0, -1])
+def test_hinge_takes_targets_of_zero_and_one_for_signs(low: int, k: Any, tmp_path: Path) -> None:
+    y = np.where(BITS > 0, 1, low).astype(np.float32)[:, None]
+    network = nets.prepared(ending(k(), 1, "linear", tmp_path / "model.keras"), batch(y), loss="hinge")
+    out = np.asarray(network.predict(batch(y).x)).astype(np.float64)
+    expected = np.maximum(0, 1 - out * np.where(BITS > 0, 1, -1)[:, None]).mean()
+    assert loss_of(network, batch(y)) == pytest.approx(expected, rel=1e-4)
+
+
+@both
 def test_each_output_has_the_loss_that_fits_it(k: Any, tmp_path: Path) -> None:
     source = k()
     x = source.layers.Input((nets.FEATURES,))

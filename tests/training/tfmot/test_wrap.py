@@ -16,6 +16,7 @@ from prunectl.pruning.prune import prune
 from prunectl.pruning.request import Request
 from prunectl.pruning.schedules import Ramp
 from prunectl.pruning.strip import strip
+from prunectl.reporting.wrap_report import wrap_report
 from prunectl.training.network import Origin
 from prunectl.training.wrap.prune import Wrapped, prune_wrapped
 from tests.networks import tf_keras
@@ -194,6 +195,15 @@ class TestModels:
         assert [tuple(mask.shape) for _, mask, _ in layer.pruning_vars] == [(6, 8)]
         assert layer.pruning_vars[0][1].numpy().mean() == 0.25
         sys.modules.pop("own_layers")
+
+    def test_that_cannot_be_compiled_again_are_said_not_to_be(self, tmp_path: Path) -> None:
+        model = k.Sequential([k.layers.Input((6,)), k.layers.Dense(8)])
+        model.compile(loss=lambda y, out: k.backend.mean(y - out), optimizer="adam")
+        model.save(tmp_path / "m.h5")
+        found = wrapped(tmp_path / "m.h5", tmp_path / "w.h5")
+        assert found.loses_compilation
+        assert any("The result is not compiled" in one for one in wrap_report(found, "w.h5").sections[0].remarks)
+        assert not wrapped(saved(convolutional(k), tmp_path / "known.h5"), tmp_path / "out.h5").loses_compilation
 
     def test_for_xnnpack_get_wrappers_where_tfmots_policy_puts_them(self, tmp_path: Path) -> None:
         model = mobile(k)
