@@ -10,6 +10,7 @@ from prunectl.calibrating.calibration import Calibration, taken
 from prunectl.errors import UsageError
 from prunectl.formats.base import PARAMETRIZATION, ModelFile
 from prunectl.pruning.request import Request
+from prunectl.training import randomness
 from prunectl.training.data.adapt import adapt
 from prunectl.training.data.check import check
 from prunectl.training.data.source import Order
@@ -41,6 +42,7 @@ def opened(model: ModelFile, request: Request, *, is_trusted: bool, needs_target
             f"{model.path} has pruning wrappers, and no model runs with them and without them alike",
             hint=f"prunectl strip {model.path} -o plain{model.path.suffix} first",
         )
+    randomness.seed(request.seed)
     origin = Origin(request.model, request.custom_objects, is_trusted, request.seed)
     network, trained = _network(model, origin)
     source, notes = adapt(open_source(request.data, signature=network.signature, seed=request.seed), network.signature)

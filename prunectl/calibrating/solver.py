@@ -53,9 +53,9 @@ class Solver:
         kept = live.kept(model, plan, method, Choice(tuple(tensors.values()), (), {}), dict(old))
         self._begin(model, old)
         means = self.calibration.sums(list(tensors.values()), moments.sums)
-        for name, seen in means.items():
+        for name, met in means.items():
             # Before the first layer is solved, and not after an hour.
-            sizes = [total.shape for total in seen.totals.values()]
+            sizes = [total.shape for total in met.totals.values()]
             features = max((size[1] for size in sizes), default=0)
             moments.check_memory(name, groups=sum(size[0] for size in sizes), features=features, kept=2)
         new: dict[str, tuple[Array, Mask]] = {}

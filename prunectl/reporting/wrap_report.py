@@ -30,7 +30,7 @@ def _remarks(found: Wrapped) -> tuple[str, ...]:
         what = "is pruned without one" if found.ramp is None else "stays dense"
         remarks.append(f"The framework has no wrapper for {names}: what is there {what}.")
     if found.loses_compilation:
-        remarks.append("The result is not compiled: the file's loss or a metric is code that is not known here.")
+        remarks.append("The result is not compiled: the file's loss, optimizer or a metric is code unknown here.")
     if found.loses_optimizer:
         remarks.append("The optimizer's state is not kept: wrapped weights are trained by a new one.")
     return tuple(remarks)

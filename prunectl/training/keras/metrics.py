@@ -6,13 +6,14 @@ import math
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
+from functools import wraps
 from typing import Any
 
 from prunectl.errors import UsageError
 from prunectl.formats.keras.config import part, text
 from prunectl.training import custom
 from prunectl.training.judging.fitting import unfitting
-from prunectl.training.keras.answers import Answer
+from prunectl.training.keras.answers import Answer, flat
 from prunectl.training.keras.library import Library
 from prunectl.training.keras.losses import Kind, Loss
 from prunectl.training.network import Array
@@ -59,7 +60,7 @@ def wanted(library: Library, name: str, loss: Loss | None, objects: Mapping[str,
     word = name.strip()
     if ":" in word:
         found = custom.function(word, "--metric")
-        return found() if isinstance(found, type) else found
+        return found() if isinstance(found, type) else _by_example(library, found)
     if word.lower() in ACCURACY:
         return accuracy(library, loss)
     if top := _TOP.fullmatch(word.lower()):
@@ -81,6 +82,22 @@ def wanted(library: Library, name: str, loss: Loss | None, objects: Mapping[str,
         ) from error
     # A function gets the name that the user knows it by, a metric object has its own.
     return library.keras.metrics.MeanMetricWrapper(found, name=word) if not hasattr(found, "result") else found
+
+
+def _by_example(library: Library, function: Any) -> Any:
+    """Return a function whose one number for a batch counts for each example of it: the last batch may be smaller."""
+    maths = library.tensorflow if library.is_two else library.keras.ops
+
+    @wraps(function)
+    def measured(y_true: Any, y_pred: Any) -> Any:
+        found = function(y_true, y_pred)
+        if len(getattr(found, "shape", ())):
+            return found
+        first = flat(y_pred)[0]
+        each = first[(slice(None), *([0] * (len(first.shape) - 1)))]
+        return found + maths.cast(maths.zeros_like(each), getattr(found, "dtype", "float32"))
+
+    return measured
 
 
 def accuracy(library: Library, loss: Loss | None) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prunectl.channels.torch import program
-from prunectl.errors import InputError, UntrustedError, UsageError
+from prunectl.errors import UntrustedError, UsageError
 from prunectl.formats.table import open_model
 from prunectl.pruning.output import Output
 from prunectl.training.finetune import finetune

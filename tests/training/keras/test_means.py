@@ -312,3 +312,14 @@ def test_a_trained_network_goes_on_as_good_as_its_file_says(name: str) -> None:
     given = Batch(x[:200], y[:200].astype(np.int64))
     network = nets.prepared(FIXTURES / name, given)
     assert network.evaluate([given])["accuracy"] > 0.9
+
+
+@both
+def test_one_number_for_a_batch_counts_for_each_of_its_examples(k: Any, tmp_path: Path) -> None:
+    network = nets.prepared(
+        ending(k(), 3, "linear", tmp_path / "model.keras"), batch(LABELS % 3), metrics=(f"{HERE}:spread",)
+    )
+    x = batch(LABELS).x * np.linspace(1, 9, nets.EXAMPLES, dtype=np.float32)[:, None]
+    parts = [Batch(x[:10], LABELS[:10] % 3), Batch(x[10:], LABELS[10:] % 3)]
+    expected = np.square(np.asarray(network.predict(x)).astype(np.float64)).mean()
+    assert network.evaluate(parts)["spread"] == pytest.approx(expected, rel=1e-4)
