@@ -105,13 +105,6 @@ def test_code_to_import_first_may_be_a_file_under_whose_name_a_pickle_finds_it(n
     assert (net.parent / "out.onnx").is_file()
 
 
-def test_a_module_that_is_not_found_but_lies_here_is_named_as_a_file(net: Path) -> None:
-    words = ("export", "net.pt", "-o", "out.onnx", "--input", "1,4", "--import", "own_net")
-    done = here(*words, cwd=net.parent)
-    assert done.code == 2
-    assert "--import ./own_net.py" in done.err
-
-
 @pytest.mark.parametrize("command", [("prune", "-s", "0.5"), ("strip", "--half"), ("export", "--to", "safetensors")])
 def test_the_root_is_no_file_to_write_to(command: tuple[str, ...], net: Path) -> None:
     done = here(command[0], net, "-o", "/", *command[1:])

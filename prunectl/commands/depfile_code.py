@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import prunectl
+from prunectl.commands.requests import module_of
 from prunectl.plugins import group
 
 _KINDS = ("strategy", "channel strategy", "policy", "schedule", "loss", "metric", "step", "model")
@@ -47,7 +48,7 @@ def _packages(words: Mapping[str, Any]) -> frozenset[str]:
     values = [word for value in words.values() for word in (value if isinstance(value, list | tuple) else (value,))]
     targets = [points.get(word, word) for word in values if isinstance(word, str)]
     modules = [word.partition(":")[0] for word in targets if ":" in word]
-    return frozenset(module.partition(".")[0] for module in [*modules, *(words.get("imports") or ())])
+    return frozenset(module.partition(".")[0] for module in [*modules, *map(module_of, words.get("imports") or ())])
 
 
 def _is_installed(path: Path) -> bool:

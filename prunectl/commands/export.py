@@ -51,7 +51,7 @@ def export(
     pack: Annotated[bool, _small("--pack", help="Compress the output inside its container.")] = False,
     build: Annotated[str, _file("--model", metavar="MOD:FN", help="Builds the model, for weights alone.")] = "",
     custom_objects: Annotated[str, _file(metavar="MOD:DICT", help="Explains custom Keras layers.")] = "",
-    imports: Annotated[list[str] | None, _file("--import", metavar="MOD", help="Imported first.")] = None,
+    imports: Annotated[list[str] | None, _file("--import", metavar="MOD", help="Imported first; or ./net.py.")] = None,
     trust: Annotated[bool, _file("--trust", help="Let code that comes with the file run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
 ) -> int:

@@ -91,7 +91,7 @@ def finetune(
     logdir: Annotated[Path | None, _long(metavar="DIR", help="metrics.jsonl, and events for TensorBoard.")] = None,
     build: Annotated[str, _file("--model", metavar="MOD:FN", help="Builds the model, for weights alone.")] = "",
     custom_objects: Annotated[str, _file(metavar="MOD:DICT", help="Explains custom Keras layers.")] = "",
-    imports: Annotated[list[str] | None, _file("--import", metavar="MOD", help="Imported first.")] = None,
+    imports: Annotated[list[str] | None, _file("--import", metavar="MOD", help="Imported first; or ./net.py.")] = None,
     trust: Annotated[bool, _file("--trust", help="Let code that comes with the file run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
     in_place: Annotated[bool, typer.Option("--in-place", help="Replace the input.")] = False,
@@ -106,8 +106,9 @@ def finetune(
 
     [dim]$[/] prunectl finetune net.pt -o within.pt --model net.py:Net --data train.npz --epochs 1 --max-drop 1pp
 
-    Losses mean the same in every framework: cross-entropy, bce, kl (of the targets' probabilities from the model's,
-    whether it ends in logits or in softmax), mse, mae, huber, hinge (targets 0 and 1, or -1 and 1).
+    Losses mean the same in every framework: cross-entropy, bce, mse, mae, huber,
+    kl (of probabilities, whether the model ends in logits or in softmax),
+    hinge (targets 0 and 1, or -1 and 1).
     """
     reporter: Reporter = ctx.obj
     asked = training_of(ctx)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from types import ModuleType
-from typing import cast
 
 import typer
 
@@ -18,7 +16,6 @@ from prunectl.commands.options import is_typed, spelled
 from prunectl.errors import UsageError
 from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.stripping import Part
-from prunectl.plugins import imported
 from prunectl.pruning import manifest
 from prunectl.pruning.output import Output
 from prunectl.pruning.request import Request
@@ -99,24 +96,46 @@ def parts_of(words: str) -> frozenset[Part]:
     return frozenset(known[word] for word in words.split(",")) if words else frozenset(Part)
 
 
-def import_first(names: Sequence[str]) -> None:
-    """Import what `--import` names: modules, or files, whose classes a pickle then finds under the file's name."""
-    for name in names:
-        try:
-            module = imported(name)
-        except ImportError as error:
-            raise UsageError(f"--import {name}: {error}", hint="is its folder in PYTHONPATH?") from error
-        except UsageError as error:
-            beside = Path(f"{name}.py")
-            where = f"--import ./{beside}" if beside.is_file() else "is its folder in PYTHONPATH?"
-            raise UsageError(f"--import {name}: {error.message}", hint=where) from error
-        if name.endswith(".py") and importlib.util.find_spec(Path(name).stem) is None:
-            sys.modules[Path(name).stem] = cast("ModuleType", module)
-
-
 def layer_ratio(word: str) -> tuple[str, float]:
     """Return a selector and its ratio, written GLOB=R."""
     selector, sign, ratio = word.rpartition("=")
     if not sign or not selector:
         raise UsageError(f"{word!r} is not a selector and a ratio", hint="write --layer 'conv*=0.5'")
     return selector, parse_ratio(ratio)
+
+
+def module_of(name: str) -> str:
+    """The module that `--import` means, also by its file."""
+    return Path(name).stem if name.endswith(".py") else name
+
+
+def import_first(names: Iterable[str]) -> None:
+    """Import modules before anything is opened: what a file refers to is then known under their names.
+
+    A module is looked for in the current folder as well, after all others, so that nothing there takes the place of a
+    library. `./net.py` is imported as `net`, as a script beside it would import it.
+    """
+    for name in names:
+        path = Path(name)
+        is_file = path.suffix == ".py"
+        if is_file and not path.is_file():
+            raise UsageError(f"--import {name}: there is no such file")
+        folder = str(path.resolve().parent if is_file else Path.cwd())
+        if folder not in sys.path:
+            sys.path.append(folder)
+        module = module_of(name)
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module.partition(".")[0]:
+                raise UsageError(f"--import {name}: it needs a module {error.name}, which is not here") from error
+            raise UsageError(
+                f"--import {name}: there is no such module, neither installed nor in this folder",
+                hint="for a file elsewhere, write --import folder/net.py",
+            ) from error
+        except Exception as error:
+            raise UsageError(f"--import {name}: {type(error).__name__}: {error}") from error
+        if is_file and getattr(found, "__file__", None) is not None and not path.samefile(str(found.__file__)):
+            raise UsageError(
+                f"--import {name}: {module} is the name of another module, {found.__file__}", hint="rename the file"
+            )
