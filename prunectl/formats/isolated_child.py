@@ -48,16 +48,12 @@ def settle(control: int) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    # A pipe or a lock of the parent's that were kept open here would never be seen to end.
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > _LAST_STREAM:
-            with suppress(OSError):
-                os.close(int(name))
 
 
 def serve() -> None:
     """Fork children, and end them, until whoever asks is gone."""
     gc.disable()
+    _close_what_is_others()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
@@ -84,6 +80,15 @@ def serve() -> None:
             with suppress(OSError):
                 _ended(child)
         os._exit(0)
+
+
+def _close_what_is_others() -> None:
+    """Close all but the streams: a pipe or a lock that were kept open here would never be seen to end."""
+    with suppress(OSError):
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) > _LAST_STREAM:
+                with suppress(OSError):
+                    os.close(int(name))
 
 
 def _question(control: socket.socket) -> tuple[bytes, int, list[int]] | None:

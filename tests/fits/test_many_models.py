@@ -23,7 +23,7 @@ BUDGET = "[[budget]]\npath = '*.h5'\nmax-gzip = '400KB'\nmin-sparsity = '0%'\nma
 
 
 def ask(work: Callable[[], bytes], seconds: float = 5.0) -> bytes:
-    return in_child(work, Path("m.h5"), seconds=seconds, extra_bytes=MEGABYTES)
+    return bytes(in_child(work, Path("m.h5"), seconds=seconds, extra_bytes=MEGABYTES))
 
 
 def who() -> bytes:

@@ -25,7 +25,7 @@ MEGABYTES = 200 << 20
 
 
 def child(work: Callable[[], bytes], seconds: float = 5.0) -> bytes:
-    return in_child(work, Path("m.h5"), seconds=seconds, extra_bytes=MEGABYTES)
+    return bytes(in_child(work, Path("m.h5"), seconds=seconds, extra_bytes=MEGABYTES))
 
 
 def echo(answer: bytes) -> bytes:
