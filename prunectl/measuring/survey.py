@@ -124,11 +124,13 @@ def survey(
     rows = []
     chosen = tuple(chosen)
     tied_to = ties(chosen)
+    # Of tensors that are measured alike, all but the first are told from it.
     known: dict[tuple[Any, ...], LayerRow] = {}
+    uses = Counter(tensor.storage.key for tensor in chosen)
     for tensor in chosen:
         row = _row(tensor, tied_to.get(tensor.name, ""))
-        same = _identity(tensor)
-        if has_zeros and same in known:
+        same = _identity(tensor) if has_zeros and uses[tensor.storage.key] > 1 else None
+        if same is not None and same in known:
             twin = known[same]
             row = replace(row, zeros=twin.zeros, dead_channels=twin.dead_channels, conforming=twin.conforming)
         elif has_zeros:
