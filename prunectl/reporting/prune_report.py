@@ -37,6 +37,11 @@ def prune_report(found: Pruned, output: str) -> Report:
         )
     if found.request.strategy == "random-weighted" and not found.request.params:
         remarks.append(f"The seed drew the bias {draw(found.request.seed)}.")
+    if found.request.cluster:
+        count_of = found.request.cluster.partition(":")[0]
+        remarks.append(
+            f"Each of these tensors has at most {count_of} distinct values: what compresses files finds them."
+        )
     if not output:
         remarks.append("This was a dry run: nothing was written.")
     else:
