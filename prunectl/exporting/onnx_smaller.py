@@ -42,6 +42,8 @@ def _half(job: Job, proto: Any) -> Any:
 
 def _dynamic(job: Job, proto: Any) -> tuple[Any, tuple[str, ...]]:
     tools = require("onnxruntime.quantization", extra="onnx")
+    # It infers every shape anew, and exporters leave some between that no longer hold, which it would stumble over.
+    del proto.graph.value_info[:]
 
     def quantize(before: Path, after: Path) -> None:
         tools.quantize_dynamic(
@@ -91,8 +93,6 @@ def _static(job: Job, proto: Any) -> tuple[Any, tuple[str, ...]]:
 def _through_files(job: Job, proto: Any, quantize: Any) -> Any:
     onnx = require("onnx", extra="onnx")
     before, after = job.scratch / "floats.onnx", job.scratch / "integers.onnx"
-    # It trusts what is said of the values between, and exporters leave shapes there that no longer hold.
-    del proto.graph.value_info[:]
     onnx.save(proto, str(before))
     before_disabled = logging.root.manager.disable
     logging.disable(max(logging.WARNING, before_disabled))
