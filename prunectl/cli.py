@@ -54,7 +54,9 @@ def main() -> int:
 
 def _may_calibrate(words: list[str]) -> bool:
     """Whether data may go through a model, after which NumPy multiplies, inverts and factorises Gram matrices."""
-    return words[:1] == ["sweep"] or any(word.startswith(_WITH_DATA) for word in words)
+    return words[:1] == ["sweep"] or (
+        words[:1] in (["prune"], ["inspect"]) and any(word.startswith(_WITH_DATA) for word in words)
+    )
 
 
 def _open_what_is_closed() -> None:
