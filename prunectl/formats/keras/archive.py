@@ -12,7 +12,7 @@ from prunectl.formats import budgets
 from prunectl.formats.base import About, Array, ModelFile, Tensor
 from prunectl.formats.json_text import parse_object
 from prunectl.formats.keras import config as keras_config
-from prunectl.formats.keras import h5, hdf5
+from prunectl.formats.keras import h5, hdf5, numbered
 from prunectl.formats.keras.hdf5_walk import Place
 from prunectl.formats.scratch import Scratch
 from prunectl.formats.zips import Archive, Entry, open_archive
@@ -28,7 +28,8 @@ def open_model(path: Path) -> ModelFile:
     keras_config.measured(config, path)
     weights = archive.entries[WEIGHTS]
     model = _stored(path, weights, config) if weights.is_stored else _deflated(path, archive, weights, config)
-    return replace(model, about=_about(path, archive, config, is_compressed=not weights.is_stored))
+    about = _about(path, archive, config, is_compressed=not weights.is_stored)
+    return replace(model, about=replace(about, notes=numbered.notes(model.tensors)))
 
 
 def _stored(path: Path, weights: Entry, config: dict[str, Any]) -> ModelFile:

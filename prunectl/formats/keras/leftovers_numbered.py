@@ -13,12 +13,12 @@ from prunectl.formats.keras.config import PRUNED_PREFIX, part, text
 from prunectl.formats.keras.edits import Edits, merged
 from prunectl.formats.keras.hdf5 import Contents, Dataset
 from prunectl.formats.keras.masked import Weight, matched
+from prunectl.formats.keras.numbering import CONTAINERS, TWICE
 from prunectl.formats.keras.roles import positional_name
 from prunectl.formats.keras.unwrapped import inner_of
 from prunectl.formats.stripping import Part, Removed, Wish
 
-_CONTAINERS = ("layers", "_layer_checkpoint_dependencies")
-_MODEL = rf"(?:(?:{'|'.join(_CONTAINERS)})/[^/]+/)*"
+_MODEL = rf"(?:(?:{'|'.join(CONTAINERS)})/[^/]+/)*"
 _PARTS = {
     Part.OPTIMIZER: re.compile(rf"{_MODEL}optimizer(?=/)"),
     Part.TRAINING: re.compile(rf"{_MODEL}(?:_?metrics|_?compile_metrics|_loss_tracker|_loss)(?=/)"),
@@ -66,13 +66,15 @@ def _dropped(contents: Contents, kind: Part, pattern: re.Pattern[str]) -> Edits:
 
 
 def _unwrapped(contents: Contents, config: Mapping[str, Any] | None) -> Iterator[Edits]:
-    container = next((name for name in reversed(_CONTAINERS) if _holds(contents, name)), "")
+    container = next((name for name in reversed(CONTAINERS) if _holds(contents, name)), "")
     slots = list(_slots(config, container)) if config is not None else []
     if not any(slot.wrapped for slot in slots):
         if config is None and any(PRUNED_PREFIX.rstrip("_") in found.name for found in contents.datasets):
             raise UnknownLayerError("the file holds weights alone, and does not say what its wrapped layers are")
         return
     below = _below(contents)
+    if container == TWICE and any(slot.wrapped and not below.get(f"{slot.old}/layer") for slot in slots):
+        raise UnknownLayerError("its layers are numbered as Keras 2.13 did it, twice for each that has weights")
     for slot in slots:
         if slot.wrapped is None:
             yield Edits(moves={slot.old: slot.new})

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from prunectl.formats.base import Role, Tensor
-from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras.config import PRUNED_PREFIX, Layer
 from prunectl.formats.keras.hdf5 import Contents, Dataset
+from prunectl.formats.keras.numbering import CONTAINERS, doubtful, slots_of
 from prunectl.formats.keras.roles import meaning, positional_name, without_cells
 
 _COUNTER = re.compile(r"_\d+$")
 _TRAINING = frozenset({"optimizer", "metrics", "_metrics", "compile_metrics"})
-_CONTAINERS = ("layers", "_layer_checkpoint_dependencies")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +45,10 @@ class _Owner:
 
 def describe(contents: Contents, config: Mapping[str, Any] | None) -> tuple[Tensor, ...]:
     """Return the weights under the names that Keras gives to variables: `dense/kernel`."""
-    slots = {path: layer for container in _CONTAINERS for path, layer in _slots(config, container)}
+    slots = slots_of(config, contents.datasets)
     siblings = Counter(found.name.rpartition("/")[0] for found in contents.datasets)
-    tensors = [_tensor(found, contents, slots, siblings) for found in contents.datasets]
+    unclear = doubtful(config, slots, [found.name for found in contents.datasets])
+    tensors = [_tensor(found, contents, slots, siblings, unclear) for found in contents.datasets]
     repeated = Counter(tensor.name for tensor in tensors)
     return tuple(
         replace(tensor, name=found.name) if repeated[tensor.name] > 1 else tensor
@@ -56,25 +56,27 @@ def describe(contents: Contents, config: Mapping[str, Any] | None) -> tuple[Tens
     )
 
 
-def _slots(config: Any, container: str, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Layer]]:
-    """Yield the path that Keras gives to each layer of a configuration, with the layer."""
-    used: Counter[str] = Counter()
-    for layer in keras_config.children(config):
-        slug = keras_config.snake_case(layer.kind)
-        numbered = f"{slug}_{used[slug]}" if used[slug] else slug
-        used[slug] += 1
-        path = f"{prefix}{container}/{numbered}"
-        yield path, layer
-        if depth < keras_config.MAX_DEPTH:
-            yield from _slots({"config": layer.config}, container, f"{path}/", depth + 1)
+def notes(tensors: Iterable[Tensor]) -> tuple[str, ...]:
+    """Say it where weights have the names of folders, for nobody knows whose they are."""
+    if not any(tensor.name.startswith(tuple(f"{one}/" for one in CONTAINERS)) for tensor in tensors):
+        return ()
+    return (
+        "Its weights do not fit the layers of its configuration by number and shape: they keep their paths for names.",
+    )
 
 
-def _tensor(found: Dataset, contents: Contents, slots: Mapping[str, Layer], siblings: Mapping[str, int]) -> Tensor:
+def _tensor(
+    found: Dataset,
+    contents: Contents,
+    slots: Mapping[str, Layer],
+    siblings: Mapping[str, int],
+    unclear: frozenset[str],
+) -> Tensor:
     steps = found.name.split("/")
     if steps[0] in _TRAINING or "vars" not in steps:
         role = Role.OPTIMIZER if steps[0] in _TRAINING else Role.OTHER
         return Tensor(found.name, "/".join(steps[:-1]), found.shape, found.dtype, role, found.storage)
-    owner = _owner(steps[: steps.index("vars")], contents, slots)
+    owner = _owner(steps[: steps.index("vars")], contents, slots, unclear)
     index = int(steps[-1]) if steps[-1].isdecimal() else 0
     settings = owner.layer.config if owner.layer is not None and owner.is_layer else {}
     leaf = positional_name(owner.slug, index, siblings["/".join(steps[:-1])], found.shape, settings)
@@ -92,7 +94,7 @@ def _tensor(found: Dataset, contents: Contents, slots: Mapping[str, Layer], sibl
     )
 
 
-def _owner(steps: list[str], contents: Contents, slots: Mapping[str, Layer]) -> _Owner:
+def _owner(steps: list[str], contents: Contents, slots: Mapping[str, Layer], unclear: frozenset[str]) -> _Owner:
     names: list[str] = []
     layer, is_layer = None, False
     for end in range(1, len(steps) + 1):
@@ -104,7 +106,7 @@ def _owner(steps: list[str], contents: Contents, slots: Mapping[str, Layer]) -> 
             names.append(layer.name)
         elif isinstance(said, str):
             names.append(said)
-        elif steps[end - 1] not in _CONTAINERS:
+        elif steps[end - 1] not in CONTAINERS or path in unclear:
             names.append(steps[end - 1])
     slug = _COUNTER.sub("", steps[-1]) if steps else ""
     return _Owner(tuple(name.removeprefix(PRUNED_PREFIX) for name in names) or ("",), slug, layer, is_layer)
