@@ -16,11 +16,13 @@ import tensorflow as tf
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile, Tensor, Wrapper
 from prunectl.formats.table import open_model, recognise
+from prunectl.formats.tensorflow import leveldb_write
 from prunectl.formats.tensorflow.bundle import read_bundle
 from prunectl.formats.tensorflow.bundle_index import read_index
-from prunectl.formats.tensorflow.leveldb_table import masked_crc
+from prunectl.formats.tensorflow.leveldb_table import masked_crc, read_file, records
 from prunectl.formats.tensorflow.slice_keys import slice_key
 from tests.contract import Array, FormatContract, raw, read_all, sample
+from tests.running import FIXTURES, here
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
@@ -249,6 +251,48 @@ def test_an_index_that_is_compressed_with_snappy_is_read(tmp_path: Path) -> None
     (tensor,) = open_model(path).tensors
     assert (tensor.name, tensor.shape, tensor.dtype) == ("aaaaaaaaaa", (), np.uint8)
     assert {entry.crc_at for entry in read_bundle(path).numbers()} == {-1}
+
+
+def snappy(data: bytes) -> bytes:
+    """Return some bytes as snappy packs what has no repetitions: literals, with their lengths."""
+    pieces = [data[at : at + 65_536] for at in range(0, len(data), 65_536)]
+    return number(len(data)) + b"".join(b"\xf4" + (len(one) - 1).to_bytes(2, "little") + one for one in pieces)
+
+
+def compress(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write an index again as the builds inside of Google write it: every block is compressed."""
+
+    def append(out: bytearray, block: bytes) -> bytes:
+        packed = snappy(block)
+        handle = number(len(out)) + number(len(packed))
+        out += packed + b"\1" + masked_crc(packed + b"\1").to_bytes(4, "little")
+        return handle
+
+    with monkeypatch.context() as patched:
+        patched.setattr(leveldb_write, "_append", append)
+        found = list(records(index, read_file(index)))
+        index.write_bytes(leveldb_write.table((one.key, bytes(one.data[one.begin : one.end])) for one in found))
+
+
+@pytest.mark.parametrize("verb", ["prune", "strip"])
+def test_a_model_whose_index_is_compressed_is_written_with_one_that_is_not(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = tmp_path / "m", tmp_path / "out"
+    shutil.copytree(FIXTURES / "digits_cnn_savedmodel", model)
+    index = model / "variables" / "variables.index"
+    before = stock(index)
+    compress(index, monkeypatch)
+    assert {entry.crc_at for entry in read_bundle(index).numbers()} == {-1}
+    words = ("--sparsity", "0.8") if verb == "prune" else ()
+    done = here(verb, model, "-o", out, *words)
+    assert done.code == 0, done.err
+    after = stock(out / "variables" / "variables.index")
+    for name in after:
+        kept = after[name] != 0
+        np.testing.assert_array_equal(after[name][kept], before[name][kept])
+    assert any((array == 0).mean() > 0.7 for array in after.values()) == (verb == "prune")
+    assert tf.saved_model.load(str(out)).signatures
 
 
 @pytest.mark.parametrize(

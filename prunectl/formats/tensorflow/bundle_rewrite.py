@@ -37,7 +37,7 @@ class Changes:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """Where the bytes of an entry lie in the new shards."""
 
     shard: int
@@ -48,17 +48,17 @@ class _Place:
 
 def rewrite(bundle: Bundle, changes: Changes, targets: Mapping[Path, Path]) -> None:
     """Write the index and every shard of a bundle to their targets."""
-    places: dict[bytes, _Place] = {}
+    places: dict[bytes, Place] = {}
     for shard, path in bundle.shards.items():
         with targets[path].open("xb") as out:
             places.update(_write_shard(bundle, shard, changes, out))
     kept = (record for record in records(bundle.index, read_file(bundle.index)) if record.key not in changes.drops)
-    table = leveldb_write.table((record.key, _value(record, places.get(record.key))) for record in kept)
+    table = leveldb_write.table((record.key, value_of(record, places.get(record.key))) for record in kept)
     with targets[bundle.index].open("xb") as out:
         out.write(table)
 
 
-def _write_shard(bundle: Bundle, shard: int, changes: Changes, out: BinaryIO) -> dict[bytes, _Place]:
+def _write_shard(bundle: Bundle, shard: int, changes: Changes, out: BinaryIO) -> dict[bytes, Place]:
     entries = [
         entry
         for entry in bundle.entries.values()
@@ -75,21 +75,21 @@ def _write_shard(bundle: Bundle, shard: int, changes: Changes, out: BinaryIO) ->
     at = out.tell()
     resting = [entry for entry in entries if entry.key in empty]
     out.writelines(zeros(max((entry.nbytes for entry in resting), default=0)))
-    return places | {entry.key: _Place(shard, at, entry.nbytes, crc_of_zeros(entry.nbytes)) for entry in resting}
+    return places | {entry.key: Place(shard, at, entry.nbytes, crc_of_zeros(entry.nbytes)) for entry in resting}
 
 
-def _write(bundle: Bundle, entry: Entry, changes: Changes, out: BinaryIO) -> _Place:
+def _write(bundle: Bundle, entry: Entry, changes: Changes, out: BinaryIO) -> Place:
     at = out.tell()
     if entry.key in changes.texts:
         stored, crc = string_tensor.stored(changes.texts[entry.key])
         out.write(stored)
-        return _Place(entry.shard, at, len(stored), crc)
+        return Place(entry.shard, at, len(stored), crc)
     extent = Extent(bundle.shards[entry.shard], entry.offset, entry.nbytes)
     out.writelines(block.data for block in extents.blocks(extent, extents.BYTE))
-    return _Place(entry.shard, at, entry.nbytes, entry.crc)
+    return Place(entry.shard, at, entry.nbytes, entry.crc)
 
 
-def _value(record: Record, place: _Place | None) -> bytes:
+def value_of(record: Record, place: Place | None) -> bytes:
     """Return what the index says of an entry, with its new place; the header and wholes of slices have none."""
     if place is None:
         return bytes(record.data[record.begin : record.end])

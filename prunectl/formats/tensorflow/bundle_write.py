@@ -8,13 +8,14 @@ from pathlib import Path
 
 import google_crc32c
 
-from prunectl.errors import InputError
 from prunectl.formats import extents
 from prunectl.formats.base import ModelFile
 from prunectl.formats.extents import Extent
+from prunectl.formats.tensorflow import leveldb_write
 from prunectl.formats.tensorflow.bundle import read_bundle
 from prunectl.formats.tensorflow.bundle_index import Entry
-from prunectl.formats.tensorflow.leveldb_table import mask, masked_crc
+from prunectl.formats.tensorflow.bundle_rewrite import Place, value_of
+from prunectl.formats.tensorflow.leveldb_table import mask, masked_crc, read_file, records
 from prunectl.formats.writing import Rewrite, write_flat
 
 
@@ -24,10 +25,23 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewrit
     bundle = read_bundle(index)
     places = {(bundle.extent(entry).path, entry.offset): entry for entry in bundle.numbers() if not entry.slices}
     changed = [places[rewrite.run.path, rewrite.run.offset] for rewrite in rewrites if rewrite.tensor.size]
-    if any(entry.crc_at < 0 for entry in changed):
-        raise InputError(f"{index} is compressed, so that its checksums cannot be mended in place")
     write_flat(model, targets, rewrites)
-    _mend(targets[index], [(entry, targets[bundle.extent(entry).path]) for entry in changed])
+    shards = [(entry, targets[bundle.extent(entry).path]) for entry in changed]
+    if any(entry.crc_at < 0 for entry in changed):
+        _renew(index, targets[index], shards)
+    else:
+        _mend(targets[index], shards)
+
+
+def _renew(index: Path, target: Path, changed: Iterable[tuple[Entry, Path]]) -> None:
+    """Write an index again, uncompressed: inside a compressed block no checksum can be mended."""
+    places = {
+        entry.key: Place(entry.shard, entry.offset, entry.nbytes, mask(_crc(Extent(shard, entry.offset, entry.nbytes))))
+        for entry, shard in changed
+    }
+    found = records(index, read_file(index))
+    table = leveldb_write.table((record.key, value_of(record, places.get(record.key))) for record in found)
+    target.write_bytes(table)
 
 
 def _mend(index: Path, changed: Iterable[tuple[Entry, Path]]) -> None:
