@@ -12,6 +12,7 @@ import pytest
 
 from prunectl import cli
 from prunectl.commands.app import COMMANDS
+from prunectl.commands.help_man import man
 from tests.running import COMMAND, FIXTURES, HANG_SECONDS, at_terminal, clean, prunectl, without_colors
 
 MODEL = FIXTURES / "digits_cnn.h5"
@@ -280,3 +281,11 @@ def test_an_output_that_cannot_be_written_is_a_failure_and_not_a_no(words: str, 
     done = subprocess.run(line, shell=True, capture_output=True, text=True, env=clean(), check=False)
     assert done.returncode == 5
     assert "Traceback" not in done.stderr
+
+
+def test_what_stands_in_square_brackets_is_no_markup() -> None:
+    assert "[tool.prunectl] in pyproject.toml" in " ".join(prunectl("check", "--help", COLUMNS="200").out.split())
+    assert "under [tool.prunectl]" in man()
+    usage = prunectl("plugins", "--help", COLUMNS="200").out
+    assert "plugins [OPTIONS] [KIND] [FILE.svg]" in usage
+    assert "strategies, schedules, policies, formats, channels" in usage

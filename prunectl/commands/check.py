@@ -40,10 +40,10 @@ def check(
         bool, typer.Option("--trust", help="Let code run that the budgets name, or that comes with a model.")
     ] = False,
 ) -> int:
-    """Hold models against their budgets: size, growth, sparsity, zeros that must stay zero.
+    r"""Hold models against their budgets: size, growth, sparsity, zeros that must stay zero.
 
-    Budgets stand in prunectl.toml, or under [tool.prunectl] in pyproject.toml. A limit that says no is exit code 1; one
-    that only warns is not.
+    Budgets stand in prunectl.toml, or under \[tool.prunectl] in pyproject.toml. A limit that says no is exit code 1;
+    one that only warns is not.
 
     [dim]$[/] prunectl init
 

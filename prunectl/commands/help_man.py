@@ -15,7 +15,7 @@ from prunectl.commands.app import COMMANDS
 from prunectl.commands.topics.exit_codes import MEANINGS
 from prunectl.commands.topics.table import TOPICS, lines_of
 
-_MARKUP = re.compile(r"\[/?(?:dim|bold|italic)?\]")
+_MARKUP = re.compile(r"\[/?(?:dim|bold|italic)?\]|\\(?=\[)")
 _COMMON = "Options of every command"
 _HELP = (".TP", "\\fB\\-h\\fR, \\fB\\-\\-help\\fR", "Show what a command takes.")
 _ESCAPED = {"\\": "\\e", "-": "\\-", "…": "...", "“": '"', "”": '"'}

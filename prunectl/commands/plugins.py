@@ -30,7 +30,7 @@ class Kind(StrEnum):
 
 def plugins(
     ctx: typer.Context,
-    kind: Annotated[Kind | None, typer.Argument(help="Only these.")] = None,
+    kind: Annotated[Kind | None, typer.Argument(metavar="[KIND]", help=f"One of {', '.join(Kind)}.")] = None,
     picture: Annotated[Path | None, typer.Argument(metavar="FILE.svg", help="Where --plot draws to.")] = None,
     *,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the curves of schedules.")] = False,
