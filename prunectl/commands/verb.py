@@ -15,7 +15,7 @@ from prunectl.commands.inputs import STDIN
 from prunectl.commands.options import panel
 from prunectl.errors import UsageError
 from prunectl.reporting.reporter import Reporter
-from prunectl.reporting.settings import Color, Layout, Settings, Units
+from prunectl.reporting.settings import DEFAULT_ROWS, Color, Layout, Settings, Units
 
 
 class Verb(TyperCommand):
@@ -81,7 +81,9 @@ def _settings(
     debug: Annotated[bool, _option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - see failure.py
     color: Annotated[Color, _option("--color", help="When to colour.")] = Color.AUTO,
     no_progress: Annotated[bool, _option("--no-progress", help="No progress bars.")] = False,
-    rows: Annotated[int, _option("-n", "--rows", help="Rows of a table on a terminal; 0 is all.", min=0)] = 40,
+    rows: Annotated[
+        int, _option("-n", "--rows", help="Rows of the main table on a terminal; 0 is all.", min=0)
+    ] = DEFAULT_ROWS,
     units: Annotated[Units, _option("--units", help="How to write bytes.")] = Units.SI,
 ) -> Settings:
     return Settings(

@@ -198,6 +198,10 @@ def _check_amounts(request: Request, pattern: ZerosOf | Block | None) -> None:
     for ratio in (request.sparsity, *(own for _, own in request.layers)):
         if ratio is not None and not 0 <= ratio <= 1:
             raise UsageError(f"a sparsity is a share from 0 to 1, not {ratio:g}", hint="write 0.8 or 80%")
+    if request.sparsity == 1:
+        raise UsageError(
+            "a sparsity is a share from 0 up to 1, not 1: no weight would be left", hint="1 % is written 1%"
+        )
     if isinstance(pattern, ZerosOf):
         if given and request.sparsity != pattern.zeros / pattern.group:
             raise UsageError(

@@ -15,9 +15,9 @@ _COLUMNS = (
 
 
 def before_after(before: Survey, after: Survey) -> Table:
-    """Return the sizes of a model before and after."""
+    """Return the sizes of a model before and after, and how many of its prunable weights are zero."""
     return Table("sizes", _COLUMNS, (_row("before", before), _row("after", after)))
 
 
 def _row(name: str, found: Survey) -> tuple[Cell, ...]:
-    return (name, found.sparsity, found.bytes.raw, found.bytes.packed, found.bytes.compressed)
+    return (name, found.prunable_sparsity, found.bytes.raw, found.bytes.packed, found.bytes.compressed)

@@ -59,7 +59,7 @@ def _result(found: Finetuned, output: str) -> tuple[Cell, ...]:
         name,
         found.judged_before.get(name),
         found.judged_after.get(name),
-        found.after.sparsity,
+        found.after.prunable_sparsity,
         found.after.bytes.raw,
         found.before.bytes.compressed,
         found.after.bytes.compressed,

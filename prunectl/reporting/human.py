@@ -5,6 +5,7 @@ from __future__ import annotations
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
+from prunectl.reporting.settings import DEFAULT_ROWS
 from prunectl.reporting.words import count, gate_sentence, printable
 
 if TYPE_CHECKING:
@@ -24,9 +25,9 @@ def show(report: Report, console: Console, settings: Settings) -> None:
     for number, section in enumerate(report.sections):
         if number:
             console.print()
-        _show_section(section, console, settings)
+        _show_section(section, report.main.name, console, settings)
     if not report.sections and report.main.rows:
-        _show_table(report.main, console, settings)
+        _show_table(report.main, console, settings, settings.rows)
     for remark in report.remarks:
         _remark(remark, console)
     for gate in report.gates:
@@ -35,7 +36,7 @@ def show(report: Report, console: Console, settings: Settings) -> None:
         console.print(gate_sentence(gate, settings.units), soft_wrap=True)
 
 
-def _show_section(section: Section, console: Console, settings: Settings) -> None:
+def _show_section(section: Section, main: str, console: Console, settings: Settings) -> None:
     if section.title:
         console.print(printable(section.title), style="bold", soft_wrap=True)
     width = max((len(name) for name, _ in section.facts), default=0)
@@ -47,7 +48,9 @@ def _show_section(section: Section, console: Console, settings: Settings) -> Non
     for number, table in enumerate(section.tables):
         if section.title or number:
             console.print()
-        _show_table(table, console, settings)
+        # What -n cuts is the list of tensors, not the few rows that sum it up.
+        least = 0 if table.name == main else DEFAULT_ROWS
+        _show_table(table, console, settings, settings.rows and max(settings.rows, least))
     if section.remarks:
         console.print()
     for remark in section.remarks:
@@ -61,8 +64,8 @@ def _remark(text: str, console: Console) -> None:
         console.print(line, soft_wrap=True)
 
 
-def _show_table(table: Table, console: Console, settings: Settings) -> None:
-    shown = table.rows[: settings.rows] if settings.rows else table.rows
+def _show_table(table: Table, console: Console, settings: Settings, rows: int) -> None:
+    shown = table.rows[:rows] if rows else table.rows
     spelled = [_spell(table, row, settings.units) for row in (*shown, *([table.total] if table.total else []))]
     columns = _fitting(table, spelled, console.width)
     rich = _grid(table, columns)

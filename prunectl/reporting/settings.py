@@ -7,6 +7,9 @@ import sys
 from dataclasses import dataclass
 from enum import StrEnum
 
+DEFAULT_ROWS = 40
+"""How many rows of a table are shown on a terminal unless the user says so."""
+
 
 class Layout(StrEnum):
     """How a report is printed."""
@@ -43,7 +46,7 @@ class Settings:
     is_verbose: bool = False
     color: Color = Color.AUTO
     has_progress: bool = True
-    rows: int = 40
+    rows: int = DEFAULT_ROWS
     units: Units = Units.SI
 
     @property
