@@ -50,6 +50,9 @@ WEIGHTS = frozenset({Role.KERNEL, Role.RECURRENT, Role.EMBEDDING, Role.BIAS, Rol
 PRUNABLE = frozenset({Role.KERNEL, Role.RECURRENT})
 """Roles that a policy prunes unless it is told otherwise."""
 
+QUANTISED = frozenset({"int8", "uint8", "int4", "uint4", "int2", "uint2", "int16", "uint16"})
+"""Types of numbers that kernels are quantised to: what is no float is pruned before."""
+
 
 @dataclass(frozen=True, slots=True)
 class Storage:
@@ -146,6 +149,8 @@ class About:
     code: tuple[str, ...] = ()
     """Code that a framework would run on loading: `class models.Net`, `Lambda layer crop`."""
     code_bytes: int = 0
+    example_bytes: int = 0
+    """Bytes of the inputs that a program was exported with."""
     notes: tuple[str, ...] = ()
     """What a user should know, each a full sentence."""
     is_compressed: bool = False

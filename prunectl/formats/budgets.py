@@ -80,3 +80,8 @@ MAX_VIEWED_BYTES = 64 << 20
 """Bytes that views may show in any case, however small their storage."""
 MAX_STORAGE_TENSORS = 20_000
 """Tensors that see one storage of a pickle: the biggest buffers of parameters are shared by some thousands."""
+
+MAX_SCRIPT_TOKENS = 300_000
+"""Words and signs of TorchScript code that are read for what it does with its weights; longer code is not."""
+MAX_SCRIPT_DEPTH = 60
+"""How deep calls stand in each other in one line of such code."""

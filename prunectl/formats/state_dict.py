@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from prunectl.formats.base import PARAMETRIZATION, Role, Tensor, Wrapper
+from prunectl.formats import kernel_names
+from prunectl.formats.base import PARAMETRIZATION, PRUNABLE, Role, Tensor, Wrapper
 
 OPTIMIZER_ROOTS = frozenset(
     {"optimizer", "optimizers", "optimizer_state", "optimizer_state_dict", "optimizer_states", "optim"}
@@ -26,12 +27,27 @@ MODEL_ROOTS = frozenset(
     }
 )
 """Entries of a checkpoint that say nothing but `here is the model`."""
-_STATE_LEAVES = frozenset({"running_mean", "running_var", "num_batches_tracked", "position_ids", "inv_freq"})
 _EMBEDDING_PARTS = ("embed", "emb.", "wte", "wpe", "lookup")
 _NORM_PARTS = ("norm", "bn", "ln_", ".ln")
 _NORM_KINDS = ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm", "SyncBatchNorm")
 _EMBEDDING_KINDS = ("Embedding", "embedding")
+_KERNEL_KINDS = (
+    *("Conv1d", "Conv2d", "Conv3d", "ConvTranspose", "Linear", "Bilinear", "NonDynamicallyQuantizableLinear"),
+    *("LSTM", "GRU", "RNN", "MultiheadAttention"),
+)
 _TRANSPOSED_KINDS = ("ConvTranspose", "LazyConvTranspose", "conv_transpose")
+
+
+class Use(NamedTuple):
+    """What a graph or a code does with a tensor."""
+
+    role: Role
+    kind: str
+    """The operation."""
+    out_axis: int | None = None
+    """Axis of the outputs, where it is not that of the layer's kind."""
+    is_weak: bool = False
+    """Whether it was calculated with before, as with a mask: then its name must say the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +57,32 @@ class _Names:
     all: frozenset[str]
     training: frozenset[str]
     model: str
+    shapes: Mapping[str, tuple[int, ...]]
+    uses: Mapping[str, Use | None]
 
     def has_beside(self, prefix: str, leaf: str) -> bool:
         return (f"{prefix}.{leaf}" if prefix else leaf) in self.all
 
 
-def describe(tensors: Iterable[Tensor], sections: frozenset[str] = frozenset()) -> tuple[Tensor, ...]:
+def describe(
+    tensors: Iterable[Tensor],
+    sections: frozenset[str] = frozenset(),
+    uses: Mapping[str, Use | None] | None = None,
+) -> tuple[Tensor, ...]:
     """Return the tensors with the layer, the role and the output axis that their names tell.
 
     What already has the role of a state, because the file says so, keeps it unless it is a mask.
     The sections are the entries of a checkpoint that hold further entries, such as `state_dict`.
+    Where a graph tells what its tensors are used for, it decides what is a kernel; a tensor that is not among its
+    uses is judged by its name.
     """
     tensors = tuple(tensors)
     training = OPTIMIZER_ROOTS | {section for section in sections if _is_for_training(section, sections)}
     models = {tensor.name.split(".", 1)[0] for tensor in tensors} & MODEL_ROOTS & sections
     # With two models in one checkpoint, only the whole name tells their layers apart.
     model = f"{models.pop()}." if len(models) == 1 else ""
-    names = _Names(frozenset(tensor.name for tensor in tensors), training, model)
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    names = _Names(frozenset(shapes), training, model, shapes, uses or {})
     return tuple(_describe(tensor, names) for tensor in tensors)
 
 
@@ -151,13 +176,19 @@ def _describe(tensor: Tensor, names: _Names) -> Tensor:
             return replace(tensor, layer=layer.removeprefix(names.model), role=Role.MASK)
     role = _role(tensor, layer, leaf, names)
     layer = layer.removeprefix(names.model) if layer != names.model.rstrip(".") else layer
-    return replace(tensor, layer=layer, role=role, out_axis=_out_axis(tensor, role))
+    use = names.uses.get(tensor.name)
+    kind = tensor.kind or (use.kind if use is not None else "")
+    tensor = replace(tensor, layer=layer, role=role, kind=kind)
+    return replace(tensor, out_axis=_out_axis(tensor, role, use))
 
 
-def _out_axis(tensor: Tensor, role: Role) -> int | None:
-    if role not in {Role.KERNEL, Role.RECURRENT} or len(tensor.shape) < 2:
+def _out_axis(tensor: Tensor, role: Role, use: Use | None) -> int | None:
+    if role not in PRUNABLE or len(tensor.shape) < 2:
         return None
-    return 1 if tensor.kind.startswith(_TRANSPOSED_KINDS) else 0
+    if use is not None and use.out_axis is not None:
+        return use.out_axis % len(tensor.shape)
+    is_transposed = tensor.kind.startswith(_TRANSPOSED_KINDS) or (use is not None and use.kind == "conv_transpose")
+    return 1 if is_transposed else 0
 
 
 def _role(tensor: Tensor, layer: str, leaf: str, names: _Names) -> Role:
@@ -165,7 +196,7 @@ def _role(tensor: Tensor, layer: str, leaf: str, names: _Names) -> Role:
         return Role.OPTIMIZER
     if leaf.endswith("_mask") and _is_masked(layer, leaf.removesuffix("_mask"), names):
         return Role.MASK
-    if leaf in _STATE_LEAVES or tensor.role == Role.STATE:
+    if tensor.role == Role.STATE or kernel_names.is_constant(tensor.name):
         return Role.STATE
     plain = leaf.removesuffix("_orig")
     is_norm = names.has_beside(layer, "running_mean") or any(part in layer.lower() for part in _NORM_PARTS)
@@ -175,18 +206,35 @@ def _role(tensor: Tensor, layer: str, leaf: str, names: _Names) -> Role:
         return Role.BIAS
     if not tensor.is_float:
         return Role.OTHER
-    return _role_of_numbers(tensor, plain)
+    return _role_of_numbers(tensor, plain, names)
 
 
 def _is_masked(layer: str, plain: str, names: _Names) -> bool:
     return names.has_beside(layer, f"{plain}_orig") or names.has_beside(layer, f"module.{plain}")
 
 
-def _role_of_numbers(tensor: Tensor, leaf: str) -> Role:
+def _role_of_numbers(tensor: Tensor, leaf: str, names: _Names) -> Role:
     if len(tensor.shape) < 2:
+        use = names.uses.get(tensor.name)
+        if use is not None and use.role is not Role.EMBEDDING:
+            return Role.BIAS if use.role in PRUNABLE else use.role
         return Role.NORM if leaf == "weight" else Role.OTHER
-    if leaf.startswith("weight_hh"):
-        return Role.RECURRENT
-    is_named_so = any(part in tensor.name.lower() for part in _EMBEDDING_PARTS)
-    is_embedding = tensor.kind.startswith(_EMBEDDING_KINDS) or is_named_so
-    return Role.EMBEDDING if is_embedding else Role.KERNEL
+    if tensor.kind.startswith(_EMBEDDING_KINDS) or any(part in tensor.name.lower() for part in _EMBEDDING_PARTS):
+        return Role.EMBEDDING
+    if not _is_used_as_kernel(tensor, names):
+        use = names.uses.get(tensor.name)
+        return Role.EMBEDDING if use is not None and use.role is Role.EMBEDDING else Role.OTHER
+    return Role.RECURRENT if leaf.startswith("weight_hh") else Role.KERNEL
+
+
+def _is_used_as_kernel(tensor: Tensor, names: _Names) -> bool:
+    """Whether a layer multiplies by it: as the graph says, else as the names of a layer say; never by rank alone."""
+    if tensor.name not in names.uses:
+        return kernel_names.is_kernel(tensor, names.shapes)
+    use = names.uses[tensor.name]
+    if use is not None and use.role in PRUNABLE and not use.is_weak:
+        return True
+    if use is None and not tensor.kind.startswith(_KERNEL_KINDS):
+        # No product takes it, and it is no layer of PyTorch's own, whose code may be left out of a trace.
+        return False
+    return (use is None or use.role in PRUNABLE) and kernel_names.is_kernel(tensor, names.shapes)

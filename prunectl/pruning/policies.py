@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from prunectl.errors import UsageError
-from prunectl.formats.base import PRUNABLE, ModelFile, Role, Tensor
+from prunectl.formats.base import PRUNABLE, QUANTISED, ModelFile, Role, Tensor
 from prunectl.pruning.xnnpack import check_sparse_inference
 
 MIN_SIZE = "min-size:"
-_QUANTISED = frozenset({"int8", "uint8", "int4", "uint4", "int2", "uint2", "int16", "uint16"})
+UNKNOWN = "not known to be a kernel"
+"""Why a tensor is left alone whose name and use do not tell what it is for."""
 _SAID = {
     Role.EMBEDDING: "an embedding",
     Role.OPTIMIZER: "optimizer state",
-    Role.OTHER: "not known to be a kernel",
+    Role.OTHER: UNKNOWN,
 }
 Verdict = str
 """Why not; empty if it may be pruned."""
@@ -99,7 +100,7 @@ def integers(tensor: Tensor) -> Verdict:
     name = tensor.dtype.name
     if tensor.is_float:
         return ""
-    return f"quantised to {name}: prune it before" if name in _QUANTISED else f"numbers of type {name}"
+    return f"quantised to {name}: prune it before" if name in QUANTISED else f"numbers of type {name}"
 
 
 def _unfit(tensor: Tensor) -> Verdict:

@@ -6,6 +6,7 @@ from collections import Counter
 
 from prunectl.measuring.advice import about_copies
 from prunectl.pruning.allocation import draw
+from prunectl.pruning.policies import UNKNOWN
 from prunectl.pruning.prune import Pruned
 from prunectl.reporting.before_after import before_after
 from prunectl.reporting.report import Artifact, Report, Section
@@ -31,6 +32,8 @@ def prune_report(found: Pruned, output: str) -> Report:
     size = found.plan.size
     cuts = Table("cuts", _COLUMNS, rows, total=("all", "", size, dropped, zeros, zeros / size if size else 0.0))
     remarks = [*([_skipped(found)] if found.plan.skips else []), *found.notes, *about_copies(found.before)]
+    if any(skip.reason == UNKNOWN for skip in found.plan.skips):
+        remarks.append(f"What is {UNKNOWN} is pruned when --only names it.")
     if any(skip.reason == "optimizer state" for skip in found.plan.skips):
         remarks.append(
             "The optimizer's state of pruned weights is as it was: training goes on from it as from dense weights."

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prunectl.errors import InputError, abbreviated
-from prunectl.formats.base import Array, ModelFile, Role, Tensor
+from prunectl.formats import kernel_names
+from prunectl.formats.base import PRUNABLE, Array, ModelFile, Role, Tensor
 from prunectl.formats.onnx import decode as onnx_decode
 from prunectl.formats.onnx import messages
 from prunectl.formats.onnx import scopes as onnx_scopes
@@ -108,11 +109,18 @@ def _described(tensor: _Found, uses: Uses) -> Tensor:
         layer=layer_of(tensor.full_name, purpose.layer),
         shape=located.shape,
         dtype=located.dtype,
-        role=Role.OPTIMIZER if tensor.scope.is_training else purpose.role,
+        role=_role(tensor, purpose.role),
         storage=located.storage,
         kind=purpose.kind,
         out_axis=purpose.out_axis,
     )
+
+
+def _role(tensor: _Found, role: Role) -> Role:
+    """Return what a tensor is for: a fixed basis is none to prune, although a product takes it."""
+    if tensor.scope.is_training:
+        return Role.OPTIMIZER
+    return Role.STATE if role in PRUNABLE and kernel_names.is_constant(tensor.full_name) else role
 
 
 def _is_parameter(tensor: Tensor) -> bool:

@@ -10,11 +10,13 @@ from prunectl.errors import InputError, UntrustedError
 from prunectl.formats import state_dict
 from prunectl.formats.base import About, Array, ModelFile, Role, Storage, Tensor
 from prunectl.formats.extents import Extent
+from prunectl.formats.state_dict import Use
 from prunectl.formats.torch import arrays as torch_numpy
 from prunectl.formats.torch import facts as torch_facts
 from prunectl.formats.torch import tree
 from prunectl.formats.torch import views as torch_views
 from prunectl.formats.torch.program import Program
+from prunectl.formats.torch.script_code import CONSTANTS
 from prunectl.formats.torch.values import Made, Persistent
 from prunectl.formats.torch.views import Stored, View
 
@@ -34,12 +36,14 @@ class Source:
     """What the names begin with."""
     parameters: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """The trained attributes of classes that declare them."""
+    uses: Mapping[tuple[str, str], Use] | None = None
+    """What the code beside the program does with the attributes of its classes, where there is such code."""
     is_flat: bool = True
     """Whether the pickle lies in the file as it is, so that its places are places in the file."""
 
 
-def tensors(path: Path, source: Source) -> tuple[list[Tensor], int]:
-    """Return the tensors of a program, and how many NumPy arrays are not to be had."""
+def tensors(path: Path, source: Source, uses: dict[str, Use | None]) -> tuple[list[Tensor], int]:
+    """Return the tensors of a program, and how many NumPy arrays are not to be had; fill in what code uses them for."""
     found: list[Tensor] = []
     names: dict[str, int] = {}
     storages: dict[Stored, Storage] = {}
@@ -65,6 +69,10 @@ def tensors(path: Path, source: Source) -> tuple[list[Tensor], int]:
             if view.stored not in storages:
                 storages[view.stored] = source.find(view.stored)
             found.append(replace(_of_view(name, view, storages[view.stored]), kind=leaf.kind, role=role))
+            if source.uses is not None:
+                uses[name] = source.uses.get(
+                    (leaf.owner, leaf.attribute) if leaf.owner else (CONSTANTS, f"c{leaf.name}")
+                )
     return found, missing
 
 
@@ -89,8 +97,9 @@ def build(
     """Return the model that one program or several rebuild; the first is the one that the facts come from."""
     found: list[Tensor] = []
     missing = 0
+    uses: dict[str, Use | None] = {}
     for source in sources:
-        more, left_out = tensors(path, source)
+        more, left_out = tensors(path, source, uses)
         found += more
         missing += left_out
     root = sources[0].program.value
@@ -98,7 +107,7 @@ def build(
     strangers = tuple(dict.fromkeys(deed for source in sources for deed in source.program.strangers))
     if not found and not about.code:
         refuse_without_tensors(path, strangers)
-    described = state_dict.describe(found, torch_facts.sections(root))
+    described = state_dict.describe(found, torch_facts.sections(root), uses)
     return ModelFile(
         path=path,
         format=format_name,

@@ -50,6 +50,13 @@ def argument_names(specs: Any) -> dict[str, str]:
     return found
 
 
+def parameters(graph: dict[str, Any]) -> frozenset[str]:
+    """Return the weights that are trained; buffers and constants are not."""
+    specs = as_list(as_dict(as_dict(graph.get("graph_module")).get("signature")).get("input_specs"))
+    names = (as_dict(as_dict(spec).get("parameter")).get("parameter_name") for spec in specs)
+    return frozenset(name for name in names if isinstance(name, str))
+
+
 def as_dict(value: Any) -> dict[str, Any]:
     """Return what should be an object, empty if it is none."""
     return value if isinstance(value, dict) else {}

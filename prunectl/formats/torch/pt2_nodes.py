@@ -104,9 +104,14 @@ def main_graph(program: Mapping[str, Any]) -> Graph:
 
 def inner_graph(graph: Mapping[str, Any], operands: tuple[str, ...], outer: Graph) -> Graph:
     """Return a graph that a node of another one runs on some operands."""
-    taken = [_text(as_dict(as_dict(one).get("as_tensor")).get("name")) for one in as_list(graph.get("inputs"))]
+    taken = input_names(graph)
     weights = {inner: outer.weight(name) for inner, name in zip(taken, operands, strict=False) if outer.weight(name)}
     return _graph(graph, outer.ones, weights)
+
+
+def input_names(graph: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what a graph that a node runs calls its inputs."""
+    return tuple(_text(as_dict(as_dict(one).get("as_tensor")).get("name")) for one in as_list(graph.get("inputs")))
 
 
 def _graph(graph: Mapping[str, Any], ones: frozenset[str], weights: Mapping[str, str]) -> Graph:
@@ -119,10 +124,16 @@ def _node(found: Mapping[str, Any]) -> Node:
     named = [(_text(as_dict(one).get("name")), as_dict(one).get("arg")) for one in as_list(found.get("inputs"))]
     # What higher operations run and pass on has no names.
     arguments = {name or str(place): value for place, (name, value) in enumerate(named)}
-    outputs = tuple(_text(as_dict(as_dict(one).get("as_tensor")).get("name")) for one in as_list(found.get("outputs")))
+    outputs = tuple(_text(as_dict(one).get("name")) for made in as_list(found.get("outputs")) for one in _made(made))
     stack = _text(as_dict(found.get("metadata")).get("nn_module_stack"))
     module = stack.rpartition(";")[2].split(",")
     return Node(operation(_text(found.get("target"))), arguments, outputs, shown(module[1]) if len(module) > 1 else "")
+
+
+def _made(output: Any) -> list[Any]:
+    """Return the tensor that an output is, or those that it lists."""
+    listed = as_list(as_dict(output).get("as_tensors"))
+    return listed or [as_dict(output).get("as_tensor")]
 
 
 def _is_graph(argument: Any) -> bool:

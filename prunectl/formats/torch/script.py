@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from prunectl.formats.zips import Archive
 
@@ -14,17 +14,28 @@ _PARAMETERS = re.compile(r"^  __parameters__ = \[(.*)\]$")
 _NAME = re.compile(r'"([^"]*)"')
 
 
-def parameters(archive: Archive, folder: str) -> Mapping[str, frozenset[str]]:
-    """Return the parameters of each class of module, by the dotted path of the class."""
-    found: dict[str, frozenset[str]] = {}
-    left = MAX_CODE_BYTES
+def code(archive: Archive, folder: str) -> tuple[Sequence[tuple[str, str]], bool]:
+    """Return the code as pairs of a dotted path and a text, and whether it is there and all of it."""
+    found: list[tuple[str, str]] = []
+    left, is_whole = MAX_CODE_BYTES, True
     for name, entry in archive.entries.items():
-        if not name.startswith(f"{folder}code/") or not name.endswith(".py") or entry.nbytes > left:
+        if not name.startswith(f"{folder}code/") or not name.endswith(".py"):
+            continue
+        if entry.nbytes > left:
+            is_whole = False
             continue
         left -= entry.nbytes
         module = name.removeprefix(f"{folder}code/").removesuffix(".py").replace("/", ".")
+        found.append((module, archive.read(name, entry.nbytes).decode("utf-8", "replace")))
+    return found, is_whole and bool(found)
+
+
+def parameters(modules: Sequence[tuple[str, str]]) -> Mapping[str, frozenset[str]]:
+    """Return the parameters of each class of module, by the dotted path of the class."""
+    found: dict[str, frozenset[str]] = {}
+    for module, text in modules:
         owner = ""
-        for line in archive.read(name, entry.nbytes).decode("utf-8", "replace").splitlines():
+        for line in text.splitlines():
             if is_class := _CLASS.match(line):
                 owner = f"{module}.{is_class[1]}"
             elif owner and (declared := _PARAMETERS.match(line)):

@@ -32,6 +32,9 @@ class Leaf:
     """Class of the module that owns it."""
     is_buffer: bool
     """Whether the file says that it is not trained."""
+    owner: str = ""
+    """The dotted path of the class of the object whose attribute it is, alone or in a list."""
+    attribute: str = ""
 
 
 @dataclass(slots=True, eq=False)  # Not frozen: it takes three times as long to make one that is.
@@ -61,6 +64,16 @@ class _Node:
             node = node.above
         return ".".join(reversed(keys))
 
+    def owner(self) -> tuple[str, str]:
+        """Return the class of the object that it lies in, and the attribute; nothing if it lies in none."""
+        attribute, node = self.key, self.above
+        while node is not None:
+            if isinstance(node.value, Made):
+                return node.value.path, attribute
+            attribute = node.key or attribute
+            node = node.above
+        return "", ""
+
     def is_inside_itself(self) -> bool:
         node = self.above
         while node is not None:
@@ -89,7 +102,15 @@ def leaves(path: Path, root: Any, parameters: Parameters) -> list[Leaf]:
             continue
         work += node.cost()
         if torch_leaves.is_leaf(node.value):
-            found.append(Leaf(node.name() or "tensor", node.value, node.kind, node.is_buffer))
+            found.append(
+                Leaf(
+                    node.name() or "tensor",
+                    node.value,
+                    node.kind,
+                    node.is_buffer,
+                    *(node.owner() if parameters else ()),
+                )
+            )
             characters += len(found[-1].name)
         elif id(node.value) in seen:
             work += node.depth

@@ -14,7 +14,7 @@ from prunectl.errors import InputError
 from prunectl.formats import extents, zips
 from prunectl.formats.base import About, Array, ModelFile, Storage, Tensor
 from prunectl.formats.torch import model as torch_model
-from prunectl.formats.torch import script
+from prunectl.formats.torch import script, script_code
 from prunectl.formats.torch.model import Source
 from prunectl.formats.torch.program import Program, follow
 from prunectl.formats.torch.values import shown
@@ -43,8 +43,11 @@ def open_model(path: Path) -> ModelFile:
         is_compressed=any(not entry.is_stored for entry in archive.entries.values() if entry not in code),
     )
     if is_script:
-        declared = script.parameters(archive, folder)
-        sources = [replace(found, program=_without_classes(found.program), parameters=declared) for found in sources]
+        texts, is_whole = script.code(archive, folder)
+        declared, uses = script.parameters(texts), script_code.uses(texts) if is_whole else None
+        sources = [
+            replace(found, program=_without_classes(found.program), parameters=declared, uses=uses) for found in sources
+        ]
     return torch_model.build(path, "torch", sources, about, decoder(archive))
 
 

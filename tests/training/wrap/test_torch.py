@@ -187,13 +187,13 @@ class TestSafetensors:
 
     def test_keep_their_metadata_and_their_alignment(self, tmp_path: Path) -> None:
         held = {
-            "a": torch.randn(3, 3, dtype=torch.bfloat16),
-            "b": torch.randn(4, 4),
+            "a.weight": torch.randn(3, 3, dtype=torch.bfloat16),
+            "b.weight": torch.randn(4, 4),
             "c": torch.ones(3, dtype=torch.int8),
         }
         safetensors.save_file(held, tmp_path / "net.safetensors", metadata={"format": "pt", "by": "me"})
         wrapped(tmp_path / "net.safetensors", tmp_path / "wrapped.safetensors")
         with safetensors.safe_open(tmp_path / "wrapped.safetensors", "pt") as file:
             assert file.metadata() == {"format": "pt", "by": "me"}
-            assert set(file.keys()) == {"a_orig", "a_mask", "b_orig", "b_mask", "c"}
+            assert set(file.keys()) == {"a.weight_orig", "a.weight_mask", "b.weight_orig", "b.weight_mask", "c"}
         assert_strips_to_what_prune_gives(tmp_path / "net.safetensors", tmp_path / "wrapped.safetensors", tmp_path)
