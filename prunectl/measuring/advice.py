@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prunectl.errors import abbreviated
-from prunectl.formats.base import Can
+from prunectl.formats.base import PRUNABLE, QUANTISED, Can
 from prunectl.formats.state_dict import averaged_copies
 from prunectl.formats.table import by_name
 from prunectl.measuring.survey import Survey
@@ -32,7 +32,12 @@ def advise(found: Survey) -> tuple[str, ...]:
             f"The optimizer's state takes {_percent(shares['optimizer'])} of the file; predictions do not need it. "
             "`prunectl strip` takes it out."
         )
-    return (*sentences, *about_copies(found))
+    if shares.get("example inputs", 0) > _WORTH_A_WORD:
+        sentences.append(
+            f"The inputs that it was exported with take {_percent(shares['example inputs'])} of the file; predictions "
+            "do not need them. `prunectl strip` takes them out."
+        )
+    return (*sentences, *quantised(found), *about_copies(found))
 
 
 def about_copies(found: Survey) -> tuple[str, ...]:
@@ -44,6 +49,14 @@ def about_copies(found: Survey) -> tuple[str, ...]:
     places = f"{abbreviated(trained) or 'at the top'} and {abbreviated(average)}"
     said = f"The weights are in the file twice: {places}, an average of them ({count} tensors). "
     return (said + "Both are pruned, each by its own numbers; the code that loads the file chooses one.",)
+
+
+def quantised(found: Survey) -> list[str]:
+    """Say what `prune` will not do, although the zeros of these kernels are counted."""
+    dtypes = sorted({row.dtype for row in found.layers if row.role in PRUNABLE and row.dtype in QUANTISED})
+    if not dtypes:
+        return []
+    return [f"Its kernels are quantised to {' and '.join(dtypes)}, which `prunectl prune` refuses: prune before that."]
 
 
 def _percent(share: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -111,8 +111,13 @@ def make(choice: Choice, wish: Wish, sparsity: float) -> Plan:
 
 def _nothing_left(model: ModelFile, skips: Iterable[Skip]) -> str:
     reasons = Counter(skip.reason for skip in skips)
-    told = ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3))
+    # That kernels are no floats tells more than that biases are no kernels.
+    told = ", ".join(f"{reason} ({reasons[reason]})" for reason in sorted(reasons, key=_telling(reasons))[:3])
     return f"{model.path} has nothing to prune: {told or 'it holds no tensors'}"
+
+
+def _telling(reasons: Counter[str]) -> Callable[[str], tuple[bool, int]]:
+    return lambda reason: (not reason.startswith("quantised"), -reasons[reason])
 
 
 def _in_groups(tensor: Tensor, pattern: ZerosOf) -> int:

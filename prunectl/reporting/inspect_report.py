@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prunectl.errors import abbreviated
+from prunectl.formats.base import QUANTISED
 from prunectl.formats.table import by_name
 from prunectl.measuring.histogram import Histogram
 from prunectl.measuring.survey import LayerRow, Survey, totals
@@ -84,15 +85,24 @@ def _total(found: Survey, columns: tuple[Column, ...], *, has_flops: bool) -> tu
     return tuple(sums.get(column.name, "" if not column.is_number else None) for column in columns)
 
 
+def _prunable(found: Survey) -> str:
+    """Return what the kernels are, whose zeros are counted also where `prune` came too late."""
+    kernels = [row for row in found.layers if row.is_prunable]
+    return "in quantised kernels" if kernels and all(row.dtype in QUANTISED for row in kernels) else "prunable"
+
+
 def _facts(found: Survey) -> tuple[tuple[str, str], ...]:
     about = found.about
     facts = [
         ("format", ", ".join(filter(None, (by_name(found.format).title, about.producer)))),
-        ("params", f"{count(found.params.total)}, of which {count(found.params.prunable)} prunable"),
+        ("params", f"{count(found.params.total)}, of which {count(found.params.prunable)} {_prunable(found)}"),
     ]
     if found.sparsity is not None and found.prunable_sparsity is not None:
         facts.append(
-            ("sparsity", f"{percent(found.sparsity)} of all, {percent(found.prunable_sparsity)} of the prunable")
+            (
+                "sparsity",
+                f"{percent(found.prunable_sparsity)} of the prunable, {percent(found.sparsity)} of all parameters",
+            )
         )
     if found.macs is not None:
         unknown = f", without {len(found.macs_unknown)} operations of unknown shape" if found.macs_unknown else ""

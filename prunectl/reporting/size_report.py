@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from prunectl.measuring.advice import quantised
 from prunectl.measuring.codecs import Codec
 from prunectl.measuring.gates import Gate
 from prunectl.measuring.survey import Survey
@@ -30,6 +31,7 @@ def size_report(surveys: Sequence[Survey], gates: Sequence[Gate], failures: Sequ
         main=Table("sizes", tuple(columns), tuple(_cells(found, first)[: len(columns)] for found in surveys)),
         gates=tuple(gates),
         failures=tuple(failures),
+        remarks=tuple(f"{found.path}: {sentence}" for found in surveys for sentence in quantised(found)),
         bare=tuple(str(found.bytes.compressed) for found in surveys),
     )
 

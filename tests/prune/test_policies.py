@@ -16,7 +16,7 @@ from prunectl.pruning import plan as planning
 from prunectl.pruning.request import Request, wish_of
 from tests.networks import keras, tf_keras
 from tests.prune.reference import MODELS, arrays, prune
-from tests.running import FIXTURES, here
+from tests.running import FIXTURES, at_terminal, here
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -151,6 +151,42 @@ def test_a_quantised_model_is_told_to_be_pruned_before(tmp_path: Path) -> None:
     assert done.code == 2
     assert "has nothing to prune" in done.err
     assert "quantised to int8: prune it before" in done.err
+
+
+def test_what_is_quantised_is_said_wherever_its_kernels_are_counted(tmp_path: Path) -> None:
+    path = quantised(tmp_path)
+    (model,) = here("inspect", path, "--json").json["models"]
+    assert model["params"]["prunable"] == 4 * 64 + 64 * 32
+    refused = [word for word in model["advice"] if "`prunectl prune` refuses" in word]
+    assert refused == ["Its kernels are quantised to int8, which `prunectl prune` refuses: prune before that."]
+    assert refused[0] in here("size", path).err
+    assert "in quantised kernels" in at_terminal("inspect", path).out
+
+
+def test_to_prune_everything_is_refused_as_a_slip(tmp_path: Path) -> None:
+    done = here("prune", DIGITS, "-o", tmp_path / "out.pt", "-s", "1")
+    assert done.code == 2
+    assert "from 0 up to 1" in done.err
+    assert "1 % is written 1%" in done.err
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_the_sparsity_after_is_that_of_the_prunable_weights_as_size_says(tmp_path: Path) -> None:
+    out = tmp_path / "out.pt"
+    shown = at_terminal("prune", DIGITS, "-o", out, "-s", "80%", columns=200).out
+    (model,) = here("size", out, "--json").json["models"]
+    (row,) = [line for line in shown.splitlines() if line.lstrip().startswith("after")]
+    assert row.split()[1] == f"{100 * model['prunable_sparsity']:.1f}"
+    assert model["sparsity"] < model["prunable_sparsity"]
+
+
+def test_rows_cut_the_list_of_tensors_and_not_what_sums_it_up(tmp_path: Path) -> None:
+    shown = at_terminal("prune", DIGITS, "-o", tmp_path / "out.pt", "-s", "80%", "-n", "1", columns=200).out
+    assert "more rows: -n 0 shows all" in shown
+    assert [line.split()[0] for line in shown.splitlines() if line.lstrip().startswith(("before", "after"))] == [
+        "before",
+        "after",
+    ]
 
 
 def mobile(k: Any, *, stride: int = 2, has_pooling: bool = True, extra: str = "") -> Any:
