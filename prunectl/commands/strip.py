@@ -10,7 +10,7 @@ from prunectl.commands.if_changed import Maker
 from prunectl.commands.inputs import STDIN, local
 from prunectl.commands.requests import destination, parts_of
 from prunectl.commands.verb import verb
-from prunectl.formats.stripping import Wish
+from prunectl.formats.stripping import Part, Wish
 from prunectl.pruning.strip import strip as run
 from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.strip_report import strip_report
@@ -21,14 +21,14 @@ def strip(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="File or folder; - is standard input.")],
     *,
     output: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="Where to; - is standard output.")] = "",
-    only: Annotated[str, typer.Option(metavar="PARTS", help="Of masks,wrappers,optimizer,training,gradients.")] = "",
+    only: Annotated[str, typer.Option(metavar="PARTS", help=f"Of {','.join(Part)}.")] = "",
     half: Annotated[bool, typer.Option("--half", help="Store weights as 16-bit floats.")] = False,
     pack: Annotated[bool, typer.Option("--pack", help="Compress the output inside its container.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would come of it; write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
     in_place: Annotated[bool, typer.Option("--in-place", help="Replace the input.")] = False,
 ) -> int:
-    """Drop pruning masks and wrappers, optimizer state and training configuration from MODEL.
+    """Drop pruning masks and wrappers, optimizer state, training configuration and example inputs from MODEL.
 
     Pruned weights come out as weight times mask. What is left loads as a model that was never pruned or compiled.
 

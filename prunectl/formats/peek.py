@@ -6,7 +6,9 @@ import os
 import re
 import stat
 from functools import cached_property
+from io import BufferedReader
 from pathlib import Path
+from typing import BinaryIO
 from zipfile import BadZipFile, ZipFile
 
 from prunectl.errors import InputError, abbreviated
@@ -19,24 +21,23 @@ _END_HEAD_BYTES, _END64_BYTES = 22, 20 + 56
 _END_BYTES = _END64_BYTES + _END_HEAD_BYTES + (1 << 16)
 
 
-def refuse_long_directory(path: Path) -> None:
+def refuse_long_directory(path: Path, file: BinaryIO | BufferedReader) -> None:
     """Refuse a zip of more entries than any model has, before an object is made of each of them."""
-    with path.open("rb") as file:
-        file_bytes = file.seek(0, os.SEEK_END)
-        file.seek(max(file_bytes - _END_BYTES, 0))
-        end = file.read()
-        at = end.rfind(b"PK\x05\x06")
-        if at < 0 or at + _END_HEAD_BYTES > len(end):
-            return  # no directory at all, which has its own sentence
-        nbytes = int.from_bytes(end[at + 12 : at + 16], "little")
-        if at >= _END64_BYTES and end[at - 20 : at - 16] == b"PK\x06\x07":
-            nbytes = int.from_bytes(end[at - 36 : at - 28], "little")
-        if nbytes <= budgets.MAX_ZIP_DIRECTORY_BYTES:
-            behind = file_bytes - len(end) + at
-            begin = max(behind - nbytes - _END64_BYTES, 0)
-            file.seek(begin)
-            if file.read(behind - begin).count(b"PK\x01\x02") <= budgets.MAX_ZIP_ENTRIES:
-                return
+    file_bytes = file.seek(0, os.SEEK_END)
+    file.seek(max(file_bytes - _END_BYTES, 0))
+    end = file.read()
+    at = end.rfind(b"PK\x05\x06")
+    if at < 0 or at + _END_HEAD_BYTES > len(end):
+        return  # no directory at all, which has its own sentence
+    nbytes = int.from_bytes(end[at + 12 : at + 16], "little")
+    if at >= _END64_BYTES and end[at - 20 : at - 16] == b"PK\x06\x07":
+        nbytes = int.from_bytes(end[at - 36 : at - 28], "little")
+    if nbytes <= budgets.MAX_ZIP_DIRECTORY_BYTES:
+        behind = file_bytes - len(end) + at
+        begin = max(behind - nbytes - _END64_BYTES, 0)
+        file.seek(begin)
+        if file.read(behind - begin).count(b"PK\x01\x02") <= budgets.MAX_ZIP_ENTRIES:
+            return
     raise InputError(f"{path} is refused: it holds more than {budgets.MAX_ZIP_ENTRIES} entries")
 
 
@@ -115,10 +116,11 @@ class Peek:
         """Names in a zip, as its central directory has them; none when it is no zip."""
         if not self.head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
             return ()
-        refuse_long_directory(self.path)
         try:
-            with ZipFile(self.path) as archive:
-                return tuple(archive.namelist())
+            with self.path.open("rb") as file:
+                refuse_long_directory(self.path, file)
+                with ZipFile(file) as archive:
+                    return tuple(archive.namelist())
         except (BadZipFile, OSError, ValueError, NotImplementedError, UnicodeDecodeError):
             return ()
 

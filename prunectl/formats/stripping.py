@@ -17,6 +17,8 @@ class Part(StrEnum):
     TRAINING = "training"
     """Losses, metrics, epochs, schedulers, callbacks, averaged copies of the weights."""
     GRADIENTS = "gradients"
+    EXAMPLES = "examples"
+    """Inputs that a program was exported with, which it keeps to be tried."""
 
 
 @dataclass(frozen=True, slots=True)

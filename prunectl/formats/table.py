@@ -61,6 +61,7 @@ FORMATS = (
         is_reencoded=True,
         packer="pack_zip:pack",
         graph="torch.pt2_operations:operations",
+        stripper="torch.pt2_strip:strip",
     ),
     Format(
         "torch",

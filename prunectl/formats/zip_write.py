@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import mmap
 import os
 import zlib
@@ -11,11 +12,12 @@ from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 from prunectl.formats.base import ModelFile
+from prunectl.formats.extents import Extent
 from prunectl.formats.pack_zip import LEVEL, PROMISE
 from prunectl.formats.writing import Rewrite, splice
-from prunectl.formats.zips import Archive, Entry, open_archive, written_again
+from prunectl.formats.zips import Archive, Entry, Window, open_archive, open_inside, written_again
 
-_CENTRAL, _DESCRIPTOR = b"PK\x01\x02", b"PK\x07\x08"
+_HEADER, _CENTRAL, _DESCRIPTOR = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
 _CENTRAL_BYTES = 46
 _HAS_DESCRIPTOR = 1 << 3
 _PIECE_BYTES = 1 << 20
@@ -27,15 +29,21 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewrit
     target = targets[model.path]
     if all(rewrite.tensor.storage.extent is not None for rewrite in rewrites):
         splice(model.path, target, sorted(rewrites, key=lambda rewrite: rewrite.run.offset))
-        seal(target, _touched(archive.entries.values(), [rewrite.run.offset for rewrite in rewrites]))
+        offsets = [rewrite.run.offset for rewrite in rewrites]
+        touched = _touched(archive.entries.values(), offsets)
+        for outer in touched:
+            # A zip in the zip has checksums of its own, and is itself guarded by one.
+            if _is_zip(outer) and _is_around(outer, rewrites):
+                seal(target, _touched(open_inside(archive, outer).entries.values(), offsets), outer.extent)
+        seal(target, touched)
     else:
         changed = {found.tensor.storage.key: (found.tensor.storage.nbytes, found.raw()) for found in rewrites}
         rebuild(archive, target, changed)
 
 
-def seal(path: Path, entries: Iterable[Entry]) -> None:
+def seal(path: Path, entries: Iterable[Entry], within: Extent | None = None) -> None:
     """Mend the CRC-32 of entries whose bytes have changed: in the directory, and beside the bytes."""
-    records = _records(path)
+    records = _records(path, within)
     with path.open("r+b") as file:
         for entry in entries:
             crc = _crc(file.fileno(), entry).to_bytes(4, "little")
@@ -57,6 +65,20 @@ def _touched(entries: Iterable[Entry], offsets: Iterable[int]) -> list[Entry]:
     return [ordered[index] for index in sorted(found) if index >= 0]
 
 
+def _is_zip(entry: Entry) -> bool:
+    with entry.extent.path.open("rb") as file:
+        return os.pread(file.fileno(), len(_HEADER), entry.extent.offset) == _HEADER
+
+
+def _is_around(entry: Entry, rewrites: Sequence[Rewrite]) -> bool:
+    inside = [found for found in rewrites if entry.extent.offset <= found.run.offset < _end(entry)]
+    return any(found.tensor.storage.extent != entry.extent for found in inside)
+
+
+def _end(entry: Entry) -> int:
+    return entry.extent.offset + entry.extent.nbytes
+
+
 def _crc(fd: int, entry: Entry) -> int:
     crc, at, end = 0, entry.extent.offset, entry.extent.offset + entry.extent.nbytes
     while at < end:
@@ -65,17 +87,18 @@ def _crc(fd: int, entry: Entry) -> int:
     return crc
 
 
-def _records(path: Path) -> dict[str, tuple[int, int, int]]:
+def _records(path: Path, within: Extent | None) -> dict[str, tuple[int, int, int]]:
     """Return where each entry's record lies in the directory, its flags, and where its header lies."""
-    with ZipFile(path) as archive:
-        at = archive.start_dir
+    base, nbytes = (within.offset, within.nbytes) if within is not None else (0, path.stat().st_size)
+    with Window(path, base, nbytes) as part, ZipFile(io.BufferedReader(part)) as archive:
+        at = base + archive.start_dir
         infos = archive.infolist()
     found = {}
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for info in infos:
             if data[at : at + 4] != _CENTRAL:
                 raise ValueError(f"{path} has no record at {at}")
-            found[info.filename] = (at, info.flag_bits, info.header_offset)
+            found[info.filename] = (at, info.flag_bits, base + info.header_offset)
             lengths = (int.from_bytes(data[at + place : at + place + 2], "little") for place in (28, 30, 32))
             at += _CENTRAL_BYTES + sum(lengths)
     return found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
@@ -104,12 +106,69 @@ def _inflated(file: BinaryIO, entry: Entry) -> Iterator[bytes]:
 
 def open_archive(path: Path) -> Archive:
     """Read the directory of a zip, refusing one that lies."""
+    return _opened(path, None)
+
+
+def open_inside(archive: Archive, entry: Entry) -> Archive:
+    """Read the directory of a zip that is stored in a zip; its entries lie where they lie in the outer file."""
+    return _opened(archive.path, entry.extent)
+
+
+class Window(io.RawIOBase):
+    """A part of a file, as if it were one."""
+
+    def __init__(self, path: Path, begin: int, nbytes: int) -> None:
+        self._file = path.open("rb")
+        self._begin, self._nbytes, self._at = begin, nbytes, 0
+
+    def readable(self) -> bool:
+        """Whether it can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Whether any place in it can be read."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place, counted from the start, the current place or the end of the part."""
+        start = (0, self._at, self._nbytes)[whence]
+        if start + offset < 0:
+            raise OSError(errno.EINVAL, "a place before the start")
+        self._at = start + offset
+        return self._at
+
+    def tell(self) -> int:
+        """Return the current place."""
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what fits, up to the end of the part."""
+        self._file.seek(self._begin + self._at)
+        piece = self._file.read(min(len(buffer), max(self._nbytes - self._at, 0)))
+        buffer[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+    def close(self) -> None:
+        """Close the file behind it."""
+        self._file.close()
+        super().close()
+
+
+def _opened(path: Path, within: Extent | None) -> Archive:
+    base = within.offset if within is not None else 0
     try:
-        refuse_long_directory(path)
-        with ZipFile(path) as archive, path.open("rb") as file:
-            entries = [_locate(path, file, info) for info in archive.infolist() if not info.filename.endswith("/")]
+        with (
+            Window(path, base, within.nbytes if within is not None else path.stat().st_size) as part,
+            path.open("rb") as file,
+        ):
+            buffered = io.BufferedReader(part)
+            refuse_long_directory(path, buffered)
+            with ZipFile(buffered) as archive:
+                infos = [info for info in archive.infolist() if not info.filename.endswith("/")]
+                entries = [_locate(path, file, info, base) for info in infos]
             begin = min((info.header_offset for info in archive.infolist()), default=0)
-            end = archive.start_dir
+            end = base + archive.start_dir
     except (BadZipFile, NotImplementedError, UnicodeDecodeError, EOFError) as error:
         raise InputError(f"{path} is a damaged zip: {error}") from error
     except PermissionError as error:
@@ -141,19 +200,19 @@ def _without_lengths(extra: bytes) -> bytes:
     return kept
 
 
-def _locate(path: Path, file: BinaryIO, info: ZipInfo) -> Entry:
+def _locate(path: Path, file: BinaryIO, info: ZipInfo, base: int) -> Entry:
     if info.compress_type not in {ZIP_STORED, ZIP_DEFLATED}:
         raise InputError(f"{path} compresses its entry {abbreviated(info.filename)} in a way that no model does")
     if info.flag_bits & 1:
         raise InputError(f"{path} is encrypted")
-    file.seek(max(0, info.header_offset))
+    file.seek(max(0, base + info.header_offset))
     header = file.read(_LOCAL_HEADER_BYTES)
     if info.header_offset < 0 or len(header) < _LOCAL_HEADER_BYTES or header[:4] != b"PK\x03\x04":
         raise InputError(
             f"{path} is a damaged zip: its entry {abbreviated(info.filename)} does not lie where the directory says"
         )
     names_bytes = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    offset = info.header_offset + _LOCAL_HEADER_BYTES + names_bytes
+    offset = base + info.header_offset + _LOCAL_HEADER_BYTES + names_bytes
     is_stored = info.compress_type == ZIP_STORED
     if is_stored and info.compress_size != info.file_size:
         raise InputError(f"{path} is a damaged zip: its entry {abbreviated(info.filename)} has two lengths")

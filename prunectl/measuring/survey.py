@@ -231,6 +231,7 @@ def _parts(model: ModelFile, raw: int) -> tuple[Part, ...]:
             seen.add(tensor.storage.key)
             sizes[part_of.get(tensor.role, "weights")] += tensor.storage.stored_bytes
     sizes["code"] = model.about.code_bytes
+    sizes["example inputs"] = model.about.example_bytes
     sizes["other"] = max(raw - sum(sizes.values()), 0)
-    dead = {"masks", "optimizer"}
+    dead = {"masks", "optimizer", "example inputs"}
     return tuple(Part(name, size, name in dead) for name, size in sizes.items() if size or name == "weights")

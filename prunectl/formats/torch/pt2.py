@@ -11,11 +11,12 @@ from prunectl.errors import InputError
 from prunectl.formats import state_dict, zips
 from prunectl.formats.base import About, ModelFile, Role, Storage, Tensor
 from prunectl.formats.json_text import parse_object
-from prunectl.formats.torch import pt2_graph, views, zip_file
+from prunectl.formats.state_dict import Use
+from prunectl.formats.torch import pt2_graph, pt2_nested, pt2_uses, views, zip_file
 from prunectl.formats.torch.dtypes import DTYPES, SCALAR_TYPES
 from prunectl.formats.torch.values import shown
 from prunectl.formats.torch.views import Stored
-from prunectl.formats.zips import Archive
+from prunectl.formats.zips import Archive, Entry
 
 MAX_JSON_BYTES = 12 << 20
 STRIDED = 7
@@ -28,22 +29,30 @@ def open_model(path: Path) -> ModelFile:
     archive = zips.open_archive(path)
     folder = _top_folder(archive)
     models = [name for name in archive.entries if name.startswith(f"{folder}models/") and name.endswith(".json")]
+    is_old = not models and pt2_nested.PROGRAM in archive.entries
+    models = [pt2_nested.PROGRAM] if is_old else models
     if not models:
         raise InputError(f"{path} is damaged: it has no model in its folder models")
     tensors: list[Tensor] = []
+    uses: dict[str, Use | None] = {}
     about = About(producer="pytorch")
     for entry in models:
         name = PurePosixPath(entry).stem
         graph = _graph(archive, entry)
         about = replace(about, producer=pt2_graph.producer(graph) or about.producer)
         prefix = f"{name}." if len(models) > 1 else ""
-        found = [tensor for part, end in _CONFIGS for tensor in _tensors(archive, folder, part, f"{name}{end}")]
+        found = list(
+            pt2_nested.tensors(archive, graph)
+            if is_old
+            else (one for part, end in _CONFIGS for one in _tensors(archive, folder, part, f"{name}{end}", graph))
+        )
         kinds = pt2_graph.kinds(graph)
+        uses |= {prefix + tensor: use for tensor, use in pt2_uses.uses(graph, found).items()}
         tensors += [replace(tensor, name=prefix + tensor.name, kind=kinds.get(tensor.name, "")) for tensor in found]
     if not tensors:
         raise InputError(f"{path} holds no tensors")
     views.refuse_rereading(path, tensors)
-    described = state_dict.describe(tensors)
+    described = state_dict.describe(tensors, uses=uses)
     code = [entry for entry in archive.entries.values() if entry.name.startswith(f"{folder}data/aotinductor/")]
     return ModelFile(
         path=path,
@@ -54,6 +63,7 @@ def open_model(path: Path) -> ModelFile:
             wrappers=state_dict.wrappers(described),
             code=("compiled code",) if code else (),
             code_bytes=sum(entry.extent.nbytes for entry in code),
+            example_bytes=sum(entry.extent.nbytes for entry in examples(archive)),
             notes=_notes(archive, folder),
             is_compressed=any(tensor.storage.extent is None for tensor in described),
         ),
@@ -62,14 +72,16 @@ def open_model(path: Path) -> ModelFile:
     )
 
 
+def examples(archive: Archive) -> tuple[Entry, ...]:
+    """Return the inputs that the programs were exported with, where they are not empty."""
+    folder = f"{_top_folder(archive)}data/sample_inputs/"
+    starts = (folder, pt2_nested.EXAMPLES)
+    return tuple(entry for name, entry in archive.entries.items() if name.startswith(starts) and entry.nbytes)
+
+
 def _top_folder(archive: Archive) -> str:
     formats = [name for name in archive.entries if name == "archive_format" or name.endswith("/archive_format")]
-    if formats:
-        return min(formats, key=lambda name: (name.count("/"), name)).removesuffix("archive_format")
-    raise InputError(
-        f"{archive.path} is an exported program of PyTorch 2.7 or earlier, whose weights lie in a zip inside the zip",
-        hint="load it with that version of PyTorch and save it with a newer one",
-    )
+    return min(formats, key=lambda name: (name.count("/"), name), default="").removesuffix("archive_format")
 
 
 def _graph(archive: Archive, entry: str) -> dict[str, Any]:
@@ -79,16 +91,15 @@ def _graph(archive: Archive, entry: str) -> dict[str, Any]:
     return parse_object(archive.read(entry, MAX_JSON_BYTES), archive.path, f"its entry {entry}")
 
 
-def _tensors(archive: Archive, folder: str, part: str, config: str) -> Iterator[Tensor]:
+def _tensors(archive: Archive, folder: str, part: str, config: str, graph: dict[str, Any]) -> Iterator[Tensor]:
     """Yield the tensors that one configuration lists."""
     name = f"{folder}{part}{config}"
     if name not in archive.entries:
-        old = f"{folder}{part}{config.partition('_')[0]}.pt"
+        # PyTorch 2.8 put all weights into one entry.
+        old = f"{folder}{part}{config.removesuffix('_weights_config.json').removesuffix('_constants_config.json')}.pt"
         if old in archive.entries:
-            raise InputError(
-                f"{archive.path} is an exported program of PyTorch 2.8, whose weights lie in a zip inside the zip",
-                hint="load it with that version of PyTorch and save it with a newer one",
-            )
+            yield from pt2_nested.inside(archive, old, graph)
+            return
         raise InputError(f"{archive.path} is damaged: it has no entry {name}")
     is_big = archive.entries.get(f"{folder}byteorder") and archive.read(f"{folder}byteorder", 64) == b"big"
     listed = parse_object(archive.read(name, MAX_JSON_BYTES), archive.path, f"its entry {name}").get("config")

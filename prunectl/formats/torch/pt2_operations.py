@@ -13,10 +13,11 @@ from prunectl.formats.base import ModelFile, Operation
 from prunectl.formats.json_text import parse_object
 from prunectl.formats.lengths import Shape, product
 from prunectl.formats.torch.pt2 import MAX_JSON_BYTES
+from prunectl.formats.torch.pt2_nested import PROGRAM
 from prunectl.formats.torch.pt2_nodes import Graph, Node, inner_graph, main_graph
 
 MAX_DEPTH = 20
-_PROGRAM = re.compile(r"([^/]+/)?models/[^/]+\.json")
+_PROGRAM = re.compile(rf"([^/]+/)?models/[^/]+\.json|{re.escape(PROGRAM)}")
 _RUN_ONCE = "wrap_with_"
 """How operations begin that run their graph as it stands, such as `wrap_with_set_grad_enabled`."""
 
