@@ -28,6 +28,8 @@ def rebuild_changed(source: Path, target: Path, changed: Mapping[int, CopyDatase
 def made_like(old: Any, parent: Any, key: str, numbers: Any, *, space: Any, plan: Any) -> Any:
     """Return a dataset of the type of an old one, with its attributes, and other numbers."""
     kind = old.id.get_type().copy()
+    # The time of its making would make two runs differ.
+    plan.set_obj_track_times(False)
     new = h5py.Dataset(h5py.h5d.create(parent.id, key.encode("utf-8", "surrogateescape"), kind, space, plan))
     new.id.write(h5py.h5s.ALL, h5py.h5s.ALL, numbers, mtype=kind)
     copy_attributes(old, new)

@@ -72,6 +72,7 @@ def _copy_dataset(changes: dict[int, Callable[[Any], Array]], old: Any, parent: 
     numbers = change(old)
     kind = _HALF if numbers.dtype == np.float16 and old.dtype != np.float16 else old.id.get_type()
     space, plan = old.id.get_space(), old.id.get_create_plist()
+    plan.set_obj_track_times(False)
     new = h5py.Dataset(h5py.h5d.create(parent.id, key.encode("utf-8", "surrogateescape"), kind.copy(), space, plan))
     new.id.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ascontiguousarray(numbers))
     copy_attributes(old, new)
