@@ -177,5 +177,13 @@ def _of_module(node: _Node, state: dict[str, Any], kind: str) -> Iterator[_Node]
 
 
 def _is_container(value: Any) -> bool:
+    """Whether there may be a tensor in a value: what is empty need not be looked at, however many there are of it."""
     kind = type(value)
-    return bool(value) if kind is list or kind is tuple else kind is Made or kind is Pairs or kind is Persistent
+    if kind is list or kind is tuple:
+        return bool(value)
+    if kind is Pairs:
+        return bool(value.items)
+    if kind is Made:
+        insides = value.args, value.state, value.pairs, value.items
+        return any(inside is not None and inside != () for inside in insides) or torch_leaves.is_leaf(value)
+    return kind is Persistent
