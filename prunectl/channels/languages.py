@@ -46,8 +46,9 @@ def read(model: ModelFile, origin: Origin, data: Shapes | None = None) -> Source
     """
     for language in LANGUAGES:
         if model.format in language.formats:
-            trusted.check(model, origin)
             if language.needs:
+                # The others are followed without their framework, and ask before they load it.
+                trusted.check(model, origin)
                 require(language.needs, extra=language.needs)
             module, _, name = language.reader.partition(":")
             found: Source = getattr(importlib.import_module(f"prunectl.channels.{module}"), name)(model, origin, data)
