@@ -216,7 +216,9 @@ def _refuse_blown_up(path: Path, model: ModelFile) -> None:
     """Refuse tensors that take far more reading together than the files are worth, by unfolding or by sharing."""
     facts = [file.stat() for file in model.files]
     whole = sum(fact.st_size for fact in facts)
-    unfolded = sum(tensor.nbytes for tensor in model.tensors if tensor.storage.extent is None)
+    # What is the same in every way is read once, and holes in a file cost their maker nothing.
+    views = {tensor.view: tensor for tensor in model.tensors}.values()
+    unfolded = sum(tensor.nbytes for tensor in views if tensor.storage.extent is None)
     if unfolded > max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_UNFOLDING * whole):
         raise InputError(f"{path} is refused: its tensors would unfold to {unfolded} bytes, like a bomb")
     flat = [tensor for tensor in model.tensors if tensor.storage.extent is not None]
@@ -224,9 +226,8 @@ def _refuse_blown_up(path: Path, model: ModelFile) -> None:
         raise InputError(
             f"{path} is refused: more than {budgets.MAX_TIED} of its tensors share their bytes with others"
         )
-    # What is the same in every way is read once, and holes in a file cost their maker nothing.
-    seen = {(tensor.storage.key, tensor.start, tensor.shape, tensor.strides, tensor.dtype): tensor for tensor in flat}
-    shown_bytes = sum(min(tensor.nbytes, tensor.storage.nbytes) for tensor in seen.values())
+    flat = [tensor for tensor in views if tensor.storage.extent is not None]
+    shown_bytes = sum(min(tensor.nbytes, tensor.storage.nbytes) for tensor in flat)
     allocated = sum(min(fact.st_size, fact.st_blocks * _BLOCK_BYTES) for fact in facts)
     if shown_bytes > whole + max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_READINGS * allocated):
         raise InputError(f"{path} is refused: its tensors show the bytes that they share again and again")

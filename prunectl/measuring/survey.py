@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from prunectl.formats.base import PRUNABLE, WEIGHTS, About, ModelFile, Operation, Role, Tensor
 from prunectl.measuring.histogram import Histogram
@@ -125,7 +124,7 @@ def survey(
     chosen = tuple(chosen)
     tied_to = ties(chosen)
     # Of tensors that are measured alike, all but the first are told from it.
-    known: dict[tuple[Any, ...], LayerRow] = {}
+    known: dict[tuple[object, ...], LayerRow] = {}
     uses = Counter(tensor.storage.key for tensor in chosen)
     for tensor in chosen:
         row = _row(tensor, tied_to.get(tensor.name, ""))
@@ -152,12 +151,9 @@ def survey(
     )
 
 
-def _identity(tensor: Tensor) -> tuple[Any, ...] | None:
-    """What two tensors have in common that are measured alike; None where its bytes do not lie flat."""
-    if tensor.storage.extent is None:
-        return None
-    seen = (tensor.storage.key, tensor.start, tensor.shape, tensor.strides, tensor.dtype)
-    return (*seen, tensor.out_axis, tensor.inputs_axis, tensor.is_prunable)
+def _identity(tensor: Tensor) -> tuple[object, ...]:
+    """What two tensors have in common that are measured alike."""
+    return tensor.view, tensor.out_axis, tensor.inputs_axis, tensor.is_prunable
 
 
 def totals(rows: Iterable[LayerRow]) -> Params:

@@ -237,8 +237,13 @@ def test_a_change_of_mind_between_two_files_comes_before_or_after_both(tmp_path:
             for name in ("a", "b"):
                 (folder / name).write_text(name)
 
-    with pytest.raises(KeyboardInterrupt):
-        write()
+    # A process of pytest-xdist does not listen to it.
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    finally:
+        signal.signal(signal.SIGINT, heard)
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 

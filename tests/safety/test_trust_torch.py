@@ -187,7 +187,7 @@ def planted_script(target: Path, canary: Path) -> Path:
 
 
 def planted_module(target: Path, canary: Path) -> Path:
-    torch.save({"net": Planted(canary), "w": torch.ones(4, 4)}, target)
+    torch.save({"net": Planted(canary), "fc.weight": torch.ones(4, 4), "fc.bias": torch.ones(4)}, target)
     return target
 
 

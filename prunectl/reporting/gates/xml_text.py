@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
-_NEVER = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""What XML 1.0 has no way to write."""
 _NAMED = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "\n": "&#10;", "\r": "&#13;", "\t": "&#9;"}
 
 
@@ -16,5 +12,5 @@ def element(tag: str, inner: str = "", **attributes: str | int) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return text that can stand anywhere in XML."""
-    return "".join(_NAMED.get(letter, letter) for letter in _NEVER.sub("\ufffd", text))
+    """Return text that can stand anywhere in XML; what is not printable is marked as such."""
+    return "".join(_NAMED.get(letter) or (letter if letter.isprintable() else "\ufffd") for letter in text)
