@@ -232,7 +232,7 @@ def test_a_graph_inside_itself_many_times_ends(tmp_path: Path) -> None:
 
     def change(program: dict[str, Any]) -> None:
         graph = program["graph_module"]["graph"]
-        for _ in range(60):
+        for _ in range(40):
             argument = {"name": "", "arg": {"as_graph": {"name": "g", "graph": graph}}, "kind": 1}
             graph = {"nodes": [{"target": "torch.ops.higher_order.cond", "inputs": [argument], "outputs": []}]}
         program["graph_module"]["graph"] = graph

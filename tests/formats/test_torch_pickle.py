@@ -133,7 +133,8 @@ def test_a_bomb_is_followed_or_refused_in_bounded_time(program: bytes) -> None:
         tree.leaves(WHERE, follow(program, WHERE, "it").value, {})
     except InputError as error:
         assert str(error).startswith("m.pt is")  # noqa: PT017 (some are followed to their end)
-    assert time.process_time() - begin < 5
+    # Far above what it takes, and far below what it would take unbounded.
+    assert time.process_time() - begin < 15
 
 
 def test_a_billion_laughs_of_dictionaries_is_refused() -> None:
