@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import ParamSpec, TypeVar
 
 Given = ParamSpec("Given")
@@ -49,7 +50,8 @@ class Workers:
                 self._stopped.set()
                 raise
 
-        return self._pool.submit(job)
+        # What holds in the context of who asks, such as the child that is kept for its reading, holds for the job.
+        return self._pool.submit(copy_context().run, job)
 
     def map(self, work: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
         """Yield what comes of each item, in their order."""
