@@ -88,8 +88,8 @@ def _static(job: Job, proto: Any) -> tuple[Any, tuple[str, ...]]:
         )
 
     return _through_files(job, proto, quantize), (
-        f"Weights and activations are 8-bit integers, their ranges by {job.inputs.examples} examples; weights use 7 of the "
-        "bits, so that no processor overflows.",
+        f"Weights and activations are 8-bit integers, their ranges by {job.inputs.examples} examples.",
+        "Weights use 7 of the 8 bits, so that sums overflow on no processor.",
     )
 
 

@@ -83,6 +83,8 @@ def test_ctrl_c_ends_a_run_before_all_is_done(slow: Path, tmp_path: Path) -> Non
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env=clean(PYTHONPATH=str(ROOT)),
+        # A process of pytest-xdist does not listen to it, and what it starts would not either.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no lock is taken
     )
     while not calls(slow) and process.poll() is None:
         time.sleep(0.002)
