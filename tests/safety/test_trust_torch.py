@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -202,7 +203,19 @@ def words(path: Path, data: Path, plain: Path, out: Path) -> list[list[str | Pat
         ["export", path, "-o", out / "d.onnx", "--input", "2,1,4,4"],
         ["finetune", path, "-o", out / f"e{path.suffix}", "--data", data, "--epochs", "1"],
         ["finetune", plain, "-o", out / "f.pt2", "--data", data, "--epochs", "1", "--distill", path],
+        ["sweep", path, "-o", out / "points", "--data", data, "--sparsities", "50%"],
+        ["check", "--config", budget(path, data, path), "judged"],
+        ["check", "--config", budget(plain, data, path), "judged"],
     ]
+
+
+def budget(path: Path, data: Path, against: Path) -> Path:
+    """A file of budgets that judges a model against another."""
+    config = against.parent / f"{path.stem}_{path.suffix[1:]}.toml"
+    names = {name: os.path.relpath(place, against.parent) for name, place in (("path", path), ("data", data))}
+    drop = f"max-drop = {{fail = '50pp', data = '{names['data']}', against = '{against.name}'}}"
+    config.write_text(f"[[budget]]\nname = 'judged'\npath = '{names['path']}'\n{drop}\n")
+    return config
 
 
 def test_no_command_runs_what_stands_in_example_inputs(plain: Path, data: Path, canary: Path, tmp_path: Path) -> None:
