@@ -30,7 +30,13 @@ FOREIGN = {
     "training/torch/sharded.py": {"--nproc-per-node"},
 }
 """What is no option of a command: of prunectl itself, of git, pip, Ray and torchrun."""
-BY_NAME = {"commands/completion.py", "exporting/checks.py", "exporting/targets.py", "training/rules.py"}
+BY_NAME = {
+    "commands/completion.py",
+    "exporting/checks.py",
+    "exporting/targets.py",
+    "training/rules.py",
+    "training/saver.py",
+}
 """Modules that put two dashes before a name that is held against the options elsewhere, or not shown."""
 PT, SPEC = FIXTURES / "digits_cnn.pt", ("-s", "50%", "--dry-run")
 

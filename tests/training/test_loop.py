@@ -29,7 +29,7 @@ class Counting:
 
     is_chief = True
 
-    def __init__(self, ranks: tuple[int, int] = (0, 1), others_have: int = TOO_MANY) -> None:
+    def __init__(self, ranks: tuple[int, int] = (0, 1), others_have: int = 1 << 30) -> None:
         self.ranks = ranks
         self.sizes: list[int] = []
         self.seeds: list[int] = []

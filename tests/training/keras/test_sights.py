@@ -80,6 +80,13 @@ def test_a_convolution_is_that_of_what_is_shown(k: Callable[[], Any], name: str,
     build, shape = WINDOWS[name]
     model = alone(k(), build(k()), shape, tmp_path / "model.keras")
     x = numbers(2, *shape)
+    try:
+        model.predict_on_batch(x)
+    except Exception as error:
+        # TensorFlow takes it on some processors only.
+        if "do not yet support dilation" not in str(error):
+            raise
+        pytest.skip("TensorFlow cannot do it on this processor")
     (sight,), weights = looked_at(tmp_path / "model.keras", x)
     found = np.moveaxis(slid(sight, weights[sight.name]), 1, -1)
     np.testing.assert_allclose(found, np.asarray(model(x)), rtol=1e-4, atol=TOLERANCE)

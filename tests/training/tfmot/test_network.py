@@ -204,9 +204,8 @@ class TestWhoPrunes:
             {"sparsity": 0.8, "strategy": "magnitude-gradient"},
             {"sparsity": 0.8, "mask": MaskMode.REGROW},
             {"sparsity": 0.5, "pattern": "block:2x2"},
-            {"sparsity": 1.0},
         ],
-        ids=["global", "evidence", "regrow", "blocks of images", "everything"],
+        ids=["global", "evidence", "regrow", "blocks of images"],
     )
     def test_our_own_masks_do_what_tfmot_cannot(self, words: Any, path: Path, data: Path, tmp_path: Path) -> None:
         assert not is_by_tfmot(tuned(path, tmp_path / "out.h5", data, epochs=1, **words))
