@@ -160,7 +160,9 @@ def _facts_of_one(one: Mapping[str, Any], *, is_saved_model: bool) -> Iterator[F
             yield Fact(f"operation {abbreviated(operation)}{whose}")
     elif kind == "function":
         name = config if isinstance(config, str) else ""
-        if name not in FUNCTIONS or not _is_of_keras(one, is_function=True):
+        # Where it is registered under another name, Keras takes what has that name.
+        is_itself = text(one, "registered_name") in {"", name, "function"}
+        if name not in FUNCTIONS or not is_itself or not _is_of_keras(one, is_function=True):
             yield _custom("function", name)
     elif not (_is_value(one, kind) or _is_known(one, kind, is_saved_model=is_saved_model)):
         yield _custom("class", kind)
@@ -168,8 +170,13 @@ def _facts_of_one(one: Mapping[str, Any], *, is_saved_model: bool) -> Iterator[F
 
 def _is_value(one: Mapping[str, Any], kind: str) -> bool:
     """Whether it is a plain value, such as a shape, or the type of a tensor."""
-    if kind in {"TypeSpec", "__typespec__"}:
-        return (text(one, "type_spec") or text(one, "spec_name")).rpartition(".")[2] in TYPES
+    if kind == "__typespec__":
+        # Keras takes the class of that name from the module that is named, and nothing else may stand in for it.
+        module, registered = one.get("module"), one.get("registered_name")
+        is_of_tensorflow = module is None or (isinstance(module, str) and module.partition(".")[0] == "tensorflow")
+        return text(one, "spec_name") in TYPES and is_of_tensorflow and not registered
+    if kind == "TypeSpec":
+        return text(one, "type_spec").rpartition(".")[2] in TYPES
     return kind in _VALUES
 
 
@@ -185,6 +192,9 @@ def _of(kind: str, layer: str) -> str:
 def _is_known(one: Mapping[str, Any], kind: str, *, is_saved_model: bool) -> bool:
     """Whether a class is one of Keras or tfmot."""
     package, registered, name = kind.rpartition(">")
+    if text(one, "registered_name").rpartition(">")[2] not in {"", name}:
+        # Keras would look for what has that name instead.
+        return False
     if registered:
         # Looked for among registered classes alone.
         return package in _PACKAGES_OF_TFMOT or (package == _REGISTERED_BY_KERAS and name in CLASSES)

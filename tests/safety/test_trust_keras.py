@@ -229,6 +229,26 @@ def test_no_command_looks_for_what_an_archive_names(command: str, evil: Any, tmp
             "custom class __typespec__",
         ),
         (
+            {"class_name": "__typespec__", "type_spec": "TensorSpec", "spec_name": "Lambda", "module": "tensorflow"},
+            "custom class __typespec__",
+        ),
+        (
+            {"class_name": "__typespec__", "spec_name": "TensorSpec", "module": "evil", "config": []},
+            "custom class __typespec__",
+        ),
+        (
+            {"class_name": "__typespec__", "spec_name": "TensorSpec", "registered_name": "zz", "config": []},
+            "custom class __typespec__",
+        ),
+        (
+            {"class_name": "Dense", "module": "keras.src.layers.core.lambda_layer", "registered_name": "Lambda"},
+            "custom class Dense",
+        ),
+        (
+            {"class_name": "function", "config": "relu", "module": "keras.activations", "registered_name": "get_file"},
+            "custom function relu",
+        ),
+        (
             {"class_name": "StringLookup", "config": {"name": "s", "vocabulary": "/etc/passwd"}},
             "file /etc/passwd of StringLookup s",
         ),

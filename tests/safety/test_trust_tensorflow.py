@@ -254,6 +254,16 @@ def test_what_saves_the_model_is_allowed(tmp_path: Path) -> None:
             "SaveV2",
             id="an object of its own",
         ),
+        pytest.param(
+            SAVER
+            + graph(
+                node("PartitionedCall", "Caller", f=calling("a" * 97)),
+                functions=[function("a" * 97, node("SaveV2", "mine"))],
+            )
+            + serving("Caller:0"),
+            "SaveV2",
+            id="a name that begins inside itself",
+        ),
         pytest.param(graph(node("SaveV2", "mine")) + serving("mine:0"), "SaveV2", id="in the graph"),
         pytest.param(
             graph(node("RestoreV2", "mine"), node("Identity", "r", ["mine:1"])) + serving("r:0"), "SaveV2", id="a read"

@@ -312,6 +312,10 @@ def test_sizes_that_do_more_are_not(text: str) -> None:
         "o = ops",
         'getattr(torch, "sa\\x76e")(x, y)',
         "x : __torch__.torch.classes.c10d.FileStore",
+        'q = ("a\\\nb", torch.save(x, "/a"))',
+        'q = ("a\\\r\nb", torch.save(x, "/a"))',
+        'q = "a\nb"',
+        "q = \\",
     ],
 )
 def test_operators_of_scripts_that_do_more_than_compute_are_found(code: str) -> None:

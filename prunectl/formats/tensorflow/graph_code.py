@@ -12,6 +12,7 @@ import re
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -200,12 +201,20 @@ class _MetaGraph:
                 return False
         return True
 
+    @cached_property
+    def _bytes(self) -> bytes:
+        """All that a name may be mentioned in."""
+        return bytes(self._walk.data[self._meta.begin : self._meta.end])
+
     def _mentions(self, name: bytes) -> Iterator[int]:
         """Yield where a name stands as a string of its own, not as the beginning of a longer one."""
         data, begin = self._walk.data, self._meta.begin
         length = _varint(len(name))
-        for found in re.finditer(re.escape(name), data[begin : self._meta.end]):
-            at, end = begin + found.start(), begin + found.end()
+        at = begin - 1
+        # One may begin inside another.
+        while (found := self._bytes.find(name, at + 1 - begin)) >= 0:
+            self._walk.spend(1)
+            at, end = begin + found, begin + found + len(name)
             goes_on = end < self._meta.end and re.match(rb"[\w./-]", data[end : end + 1]) is not None
             before = bytes(data[max(0, at - len(length)) : at])
             # A length may also be written with more bytes than it takes, the last of which is then zero.

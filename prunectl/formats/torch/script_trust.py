@@ -19,7 +19,9 @@ LIBRARIES = frozenset({"aten", "prim", "quantized", "_quantized", "prepacked", "
 CLASSES = frozenset({"quantized", "xnnpack"})
 """Libraries of classes that hold packed weights."""
 
-_TOKEN = re.compile(r"""(?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')|#[^\n]*|(?P<word>[A-Za-z_]\w*)|\S""")
+_TOKEN = re.compile(
+    r"""(?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')|#[^\n]*|(?P<word>[A-Za-z_]\w*)|\S""", re.DOTALL
+)
 _DIRECTORY_END, _DIRECTORY_END_64 = b"PK\x05\x06", b"PK\x06\x06"
 _END_BYTES, _LOCATOR_BYTES, _END_64_BYTES = 22, 20, 56
 
@@ -50,6 +52,9 @@ def stranger(code: str) -> str:
     if '"""' in code or "'''" in code:
         return "a text of several lines"
     tokens = [found[0] for found in _TOKEN.finditer(code) if not found[0].startswith("#")]
+    if not {'"', "'", "\\"}.isdisjoint(tokens):
+        # Whoever loses step here takes code for a text.
+        return "a text that does not end"
     tokens += [""] * 3
     for at in range(len(tokens) - 3):
         first, dot, name = tokens[at], tokens[at + 1], tokens[at + 2]

@@ -153,3 +153,13 @@ def test_the_code_reads_as_people_write_it_and_is_the_same_every_time(tmp_path: 
 def test_every_text_is_written_as_python_reads_it(name: str) -> None:
     assert ast.literal_eval(literal(name)) == name
     literal(name).encode()
+
+
+@pytest.mark.parametrize("name", ['é"""; print(1); """', '"""', "\\", 'a\\"""b', "é\n", "\U0001d54f'\"", "a", "\u202e"])
+def test_a_name_from_a_file_stays_a_name_in_code_and_in_the_text_that_opens_it(name: str) -> None:
+    written = literal(name)
+    assert ast.literal_eval(written) == name
+    (opening,) = ast.parse(f'"""Net.\n\n    model[{written}]\n"""').body
+    assert isinstance(opening, ast.Expr)
+    assert isinstance(opening.value, ast.Constant)
+    assert written.isprintable()

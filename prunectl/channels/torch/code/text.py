@@ -15,8 +15,7 @@ from prunectl.errors import WorkError
 def literal(value: Any) -> str:
     """Return a value of plain Python, or a word of torch, as code."""
     if isinstance(value, str):
-        # JSON writes what lies beyond the BMP as two halves, which are two other characters in Python.
-        return json.dumps(value) if value.isascii() else repr(value)
+        return f'"{"".join(map(_letter, value))}"'
     if isinstance(value, bool | int) or value is None:
         return repr(value)
     if isinstance(value, float):
@@ -28,6 +27,16 @@ def literal(value: Any) -> str:
     if isinstance(value, list | tuple):
         return sequence(map(literal, value))
     raise WorkError(f"the network holds a {type(value).__name__}, which cannot be written as code")
+
+
+def _letter(letter: str) -> str:
+    """Return a letter as it stands in a text in double quotes, also in one of three: no quote is ever bare.
+
+    JSON writes what lies beyond the BMP as two halves, which are two other characters in Python.
+    """
+    if letter.isascii():
+        return json.dumps(letter)[1:-1]
+    return letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode()
 
 
 def sequence(parts: Iterable[str]) -> str:

@@ -85,7 +85,7 @@ def _written(branch: Branch) -> str | None:
     if any(written is None for written in inside.values()):
         return None
     is_list = branch.holder is Holder.LIST
-    lines = [f"{written}," if is_list else f'"{name}": {written},' for name, written in inside.items()]
+    lines = [f"{written}," if is_list else f"{literal(name)}: {written}," for name, written in inside.items()]
     body = "\n".join(f"    {line}" for text in lines for line in text.split("\n"))
     start, end = "[]" if is_list else "{}"
     return f"{branch.holder}({start}\n{body}\n{end})"
@@ -110,7 +110,7 @@ def _child(place: str, holder: Holder, name: str) -> str:
     if holder is Holder.LIST:
         return f"{place}[{name}]"
     if holder is Holder.WORDS:
-        return f'{place}["{name}"]'
+        return f"{place}[{literal(name)}]"
     if name.isidentifier() and not keyword.iskeyword(name):
         return f"{place}.{name}"
     return f"getattr({place}, {literal(name)})"
