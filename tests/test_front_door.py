@@ -130,7 +130,7 @@ def test_a_signal_ends_it_with_its_code_and_leaves_nothing(sent: signal.Signals,
         env=clean(TMPDIR=str(tmp_path), PYTHONUNBUFFERED="1"),
     )
     assert waiting.stdin is not None
-    while not any(tmp_path.glob("*/standard-input")):  # it has begun to keep its input
+    while not any(tmp_path.rglob("standard-input")):  # it has begun to keep its input
         assert waiting.poll() is None
     waiting.send_signal(sent)
     assert waiting.wait(HANG_SECONDS) == code
