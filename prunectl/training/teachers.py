@@ -6,7 +6,6 @@ type, and classes come as logits here and as probabilities there: all of this is
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.table import open_model
+from prunectl.training import trusted
 from prunectl.training.data import casts, layout
 from prunectl.training.data.adapt import Fit
 from prunectl.training.data.layout import Layout, matches, text
@@ -107,10 +107,7 @@ def _is_complete(model: ModelFile) -> bool:
     """Whether a file says how its weights are connected: then what builds the pupil has nothing to do with it."""
     if model.format in {"torch-export", "saved-model"} or model.about.keras is not None:
         return True
-    if model.format != "torch" or not zipfile.is_zipfile(model.path):
-        return False
-    with zipfile.ZipFile(model.path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    return trusted.is_script(model)
 
 
 def _input_fits(path: Path, theirs: Signature, pupil: Signature, arrays: Sequence[Array]) -> list[Fit]:

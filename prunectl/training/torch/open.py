@@ -6,13 +6,11 @@ import importlib
 
 from prunectl.formats.base import ModelFile
 from prunectl.formats.optional import require
-from prunectl.training import trusted
 from prunectl.training.network import Network, Origin
 
 
 def open_network(model: ModelFile, origin: Origin) -> Network:
     """Return a model as PyTorch trains it."""
-    trusted.check(model, origin)
     require("torch", extra="torch")
     build = importlib.import_module("prunectl.training.torch.build").build
     network = importlib.import_module("prunectl.training.torch.network").TorchNetwork
