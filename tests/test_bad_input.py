@@ -340,7 +340,8 @@ def test_it_is_refused_in_one_sentence(folder: Path, tmp_path: Path, make: Maker
     first, *rest = ran.err.splitlines()
     assert first.startswith("error: ")
     name = path.name.split("\x1b")[0]
-    assert name in first
+    assert name[:40] in first
+    assert len(first) <= 7 + InputError.max_characters
     assert all(line.startswith(("  ", "hint: ")) for line in rest), ran.err
     assert "Traceback" not in ran.err
     assert not any(character in ran.err for character in "\x1b\x07\u202e")
@@ -353,7 +354,7 @@ def test_from_python_it_is_an_input_error_that_names_the_file(folder: Path, make
     path = make(folder)
     with pytest.raises(InputError) as caught:
         open_model(path)
-    assert path.name in caught.value.message
+    assert path.name[:40] in caught.value.message
     assert not (folder / "canary").exists()
 
 

@@ -96,7 +96,7 @@ def test_the_source_is_left_as_it_was_and_a_packed_file_can_be_packed_again(sour
     again = pack(once, once.with_name(f"again-{once.name}"))
     assert source.read_bytes() == before
     assert_same(read_all(once), read_all(again))
-    assert again.stat().st_size <= once.stat().st_size
+    assert again.stat().st_size <= 1.01 * once.stat().st_size  # Libhdf5 may leave other gaps
 
 
 def test_packing_gives_the_same_bytes_a_second_later(tmp_path: Path) -> None:
