@@ -10,7 +10,7 @@ from prunectl.gating import baseline, find
 from prunectl.gating.baseline import GIT, Baseline
 from prunectl.gating.budget import Budgets
 from prunectl.gating.read import Words, read
-from prunectl.reporting.words import parse_ratio, parse_size
+from prunectl.units import parse_ratio, parse_size
 
 _ROOTS = ("GITHUB_WORKSPACE", "CI_PROJECT_DIR")
 """Where services that run checks have the repository, from which they name files."""

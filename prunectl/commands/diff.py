@@ -17,7 +17,7 @@ from prunectl.gating.read import Words
 from prunectl.measuring.shading import shadings
 from prunectl.reporting.diff_report import diff_report
 from prunectl.reporting.reporter import Reporter
-from prunectl.reporting.words import parse_ratio, parse_size
+from prunectl.units import parse_ratio, parse_size
 
 
 def diff(

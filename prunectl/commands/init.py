@@ -20,7 +20,7 @@ from prunectl.gating.read import BASELINE
 from prunectl.reporting.init_report import init_report
 from prunectl.reporting.report import Failure
 from prunectl.reporting.reporter import Reporter
-from prunectl.reporting.words import parse_ratio
+from prunectl.units import parse_ratio
 
 
 def init(

@@ -9,7 +9,7 @@ from prunectl.formats.table import open_model
 from prunectl.measuring.codecs import Codec
 from prunectl.measuring.gates import Limits
 from prunectl.measuring.sizes import measure
-from prunectl.reporting.words import parse_ratio, parse_size
+from prunectl.units import parse_ratio, parse_size
 
 
 def limits_of(

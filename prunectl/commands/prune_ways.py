@@ -22,7 +22,7 @@ from prunectl.pruning.prune import prune
 from prunectl.pruning.request import Request
 from prunectl.reporting.prune_report import prune_report
 from prunectl.reporting.report import Report
-from prunectl.reporting.words import parse_ratio
+from prunectl.units import parse_ratio
 
 Way = Callable[[Path, Output | None], Report]
 _LIMITS = ("min_channels", "round_to", "max_ratio", "params", "flops", "dead", "latency")

@@ -19,7 +19,7 @@ from prunectl.formats.stripping import Part
 from prunectl.pruning import manifest
 from prunectl.pruning.output import Output
 from prunectl.pruning.request import Request
-from prunectl.reporting.words import parse_ratio, parse_size
+from prunectl.units import parse_ratio, parse_size
 
 _FREE = frozenset({"model", "output", "dry_run", "manifest", "recipe", "force", "in_place", "trust", "allow_empty"})
 """What a recipe leaves open."""

@@ -12,10 +12,10 @@ from prunectl.commands.verb import verb
 from prunectl.errors import UsageError
 from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.sweep_report import sweep_report, told
-from prunectl.reporting.words import parse_ratio
 from prunectl.sweeping.choices import Choices
 from prunectl.sweeping.sweep import sweep as run
 from prunectl.training.judging.drop import max_drop as parse_drop
+from prunectl.units import parse_ratio
 
 _ways = panel("What is tried")
 _data = panel("Data")

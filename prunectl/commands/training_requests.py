@@ -5,9 +5,9 @@ from __future__ import annotations
 import typer
 
 from prunectl.commands.requests import import_first, layer_ratio
-from prunectl.reporting.words import parse_ratio
 from prunectl.training.request import Request
 from prunectl.training.words import DEFAULTS, request_of
+from prunectl.units import parse_ratio
 
 _RATIOS = ("sparsity", "initial_sparsity", "val_split")
 

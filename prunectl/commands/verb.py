@@ -15,7 +15,8 @@ from prunectl.commands.inputs import STDIN
 from prunectl.commands.options import panel
 from prunectl.errors import UsageError
 from prunectl.reporting.reporter import Reporter
-from prunectl.reporting.settings import DEFAULT_ROWS, Color, Layout, Settings, Units
+from prunectl.reporting.settings import DEFAULT_ROWS, Color, Layout, Settings
+from prunectl.units import Units
 
 
 class Verb(TyperCommand):

@@ -10,10 +10,10 @@ import typer
 from prunectl.commands.options import spelled
 from prunectl.errors import UsageError
 from prunectl.pruning.schedules import Ramp
-from prunectl.reporting.words import parse_ratio
 from prunectl.training.network import Origin
 from prunectl.training.points import MOST_FREQUENCY, Unit, parse_point, usual_frequency
 from prunectl.training.wrap.schedules import is_tfmots
+from prunectl.units import parse_ratio
 
 _OF_A_SCHEDULE = ("schedule_param", "initial_sparsity", "begin", "end", "frequency", "power")
 _OF_WRAPPERS = ("custom_objects", "trust", "build")

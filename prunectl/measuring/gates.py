@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prunectl.measuring.survey import Survey
+from prunectl.units import Units, nbytes, percent, printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +61,10 @@ def _at_most(found: Survey, name: str, metric: str, limit: float | None, actual:
     if limit is None or actual is None:
         return None
     return Gate(name, metric, limit, actual, actual <= limit, found.path)
+
+
+def gate_sentence(gate: Gate, units: Units) -> str:
+    """Return a limit and what was found, as people read them."""
+    is_bytes = isinstance(gate.limit, int)
+    found, limit = (nbytes(int(value), units) if is_bytes else percent(value) for value in (gate.actual, gate.limit))
+    return f"{gate.id}: {printable(gate.model)} has {found}, the limit is {limit}"

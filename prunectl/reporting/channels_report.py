@@ -12,7 +12,7 @@ from prunectl.measuring.survey import Survey
 from prunectl.reporting.report import Artifact, Report, Section
 from prunectl.reporting.survey_json import survey_json
 from prunectl.reporting.table import Cell, Column, Table, Unit
-from prunectl.reporting.words import count, percent
+from prunectl.units import count, percent
 
 _CUTS = (
     Column("tensor"),

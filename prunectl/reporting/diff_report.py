@@ -14,7 +14,7 @@ from prunectl.reporting.gates.words import sentence
 from prunectl.reporting.report import Report, Section
 from prunectl.reporting.survey_json import survey_json
 from prunectl.reporting.table import Cell, Column, Table, Unit
-from prunectl.reporting.words import count, percent
+from prunectl.units import count, percent
 
 _COLUMNS = (
     Column("tensor"),

@@ -10,9 +10,9 @@ from prunectl.reporting.before_after import before_after
 from prunectl.reporting.report import Artifact, Report, Section
 from prunectl.reporting.survey_json import survey_json
 from prunectl.reporting.table import Cell, Column, Table, Unit
-from prunectl.reporting.words import count
 from prunectl.training.better import first_of, judged_by
 from prunectl.training.finetune import Finetuned
+from prunectl.units import count
 
 _RESULT = (
     Column("model"),

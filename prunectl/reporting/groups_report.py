@@ -9,7 +9,7 @@ from prunectl.channels.couple import Family
 from prunectl.channels.groups import Groups
 from prunectl.reporting.report import Report
 from prunectl.reporting.table import Cell, Column, Table, Unit
-from prunectl.reporting.words import count
+from prunectl.units import count
 
 _COLUMNS = (
     Column("channels of"),

@@ -11,10 +11,10 @@ from prunectl.reporting.before_after import before_after
 from prunectl.reporting.report import Artifact, Report, Section
 from prunectl.reporting.survey_json import survey_json
 from prunectl.reporting.table import Cell, Column, Table, Unit
-from prunectl.reporting.words import count, percent
 from prunectl.sweeping.limit import amount, drop, finite
 from prunectl.sweeping.point import Point
 from prunectl.sweeping.search import Held
+from prunectl.units import count, percent
 
 
 def with_held(report: Report, held: Held, judged_by: str, *, does_look: bool) -> Report:

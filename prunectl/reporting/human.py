@@ -5,16 +5,18 @@ from __future__ import annotations
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
+from prunectl.measuring.gates import gate_sentence
 from prunectl.reporting.settings import DEFAULT_ROWS
-from prunectl.reporting.words import count, gate_sentence, printable
+from prunectl.units import count, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table as RichTable
 
     from prunectl.reporting.report import Report, Section
-    from prunectl.reporting.settings import Settings, Units
+    from prunectl.reporting.settings import Settings
     from prunectl.reporting.table import Table
+    from prunectl.units import Units
 
 _GAP = 2
 _NARROWEST_NAME = 16

@@ -10,13 +10,15 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from prunectl import units as words
 from prunectl.errors import PrunectlError
-from prunectl.reporting import envelope, human, rows, words
+from prunectl.measuring.gates import gate_sentence
+from prunectl.reporting import envelope, human, rows
 from prunectl.reporting.progress import Progress
 from prunectl.reporting.report import Artifact, Report
 from prunectl.reporting.settings import Layout, Settings
 from prunectl.reporting.streams import console, never_fail
-from prunectl.reporting.words import gate_sentence, printable
+from prunectl.units import printable
 
 _BEGAN = time.time()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 
-from prunectl.reporting.settings import Units
 from prunectl.reporting.table import Table
+from prunectl.units import Units
 
 
 def plain(table: Table) -> str:

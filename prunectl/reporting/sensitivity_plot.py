@@ -5,7 +5,7 @@ from __future__ import annotations
 from prunectl.calibrating.sensitivity.found import SPARSITIES, LayerSensitivity, Sensitivity
 from prunectl.reporting.sensitivity_measures import Measure, measures
 from prunectl.reporting.table import Cell, Column, Table
-from prunectl.reporting.words import percent
+from prunectl.units import percent
 
 _AT = SPARSITIES.index(0.8)
 _MOST = 8

@@ -12,7 +12,7 @@ from prunectl.reporting.report import Report, Section
 from prunectl.reporting.sensitivity_measures import Measure, measures
 from prunectl.reporting.sensitivity_plot import plot
 from prunectl.reporting.table import Cell, Column, Table, Unit
-from prunectl.reporting.words import count, percent
+from prunectl.units import count, percent
 
 _SHOWN = 5
 

@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 from enum import StrEnum
 
+from prunectl.units import Units
+
 DEFAULT_ROWS = 40
 """How many rows of a table are shown on a terminal unless the user says so."""
 
@@ -27,14 +29,6 @@ class Color(StrEnum):
     AUTO = "auto"
     ALWAYS = "always"
     NEVER = "never"
-
-
-class Units(StrEnum):
-    """How bytes are written for people."""
-
-    SI = "si"
-    IEC = "iec"
-    BYTES = "bytes"
 
 
 @dataclass(frozen=True, slots=True)

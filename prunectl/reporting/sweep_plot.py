@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from prunectl.reporting.curve_plot import in_dots
 from prunectl.reporting.table import Cell, Column, Table
-from prunectl.reporting.words import nbytes
 from prunectl.sweeping.point import BASE, Point
 from prunectl.sweeping.sweep import Swept
+from prunectl.units import nbytes
 
 _COLUMNS, _ROWS = 60, 12
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -8,13 +8,13 @@ from prunectl.errors import PrunectlError
 from prunectl.reporting.report import Artifact, Failure, Report, Section
 from prunectl.reporting.sweep_plot import plot
 from prunectl.reporting.table import Cell, Column, Table, Unit
-from prunectl.reporting.words import count, nbytes, percent
 from prunectl.sweeping.combined import UNSTRUCTURED, fixed, left_out, ways
 from prunectl.sweeping.front import front
 from prunectl.sweeping.limit import amount, drop, finite
 from prunectl.sweeping.point import BASE, Outcome, Point, Way
 from prunectl.sweeping.sweep import Swept
 from prunectl.sweeping.versus import Versus, versus
+from prunectl.units import count, nbytes, percent
 
 
 def sweep_report(found: Swept, model: str) -> Report:

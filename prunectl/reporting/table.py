@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from prunectl import units as words
 from prunectl.errors import abbreviated
-from prunectl.reporting import words
-from prunectl.reporting.settings import Units
+from prunectl.units import Units
 
 Cell = str | int | float | None
 _MAX_SHOWN, _MAX_WRITTEN = 200, 1000

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Self
 
 from prunectl.reporting.settings import Settings
 from prunectl.reporting.streams import console, never_fail
-from prunectl.reporting.words import percent
 from prunectl.training.diary import Entry, Moment
+from prunectl.units import percent
 
 if TYPE_CHECKING:
     from rich.progress import Progress

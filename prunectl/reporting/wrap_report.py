@@ -7,8 +7,8 @@ from dataclasses import replace
 from prunectl.pruning.schedules import Ramp
 from prunectl.reporting.prune_report import prune_report
 from prunectl.reporting.report import Report
-from prunectl.reporting.words import percent
 from prunectl.training.wrap.prune import Wrapped
+from prunectl.units import percent
 
 _SHOWN = 6
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save
 
 from prunectl.gating.limits import is_within
-from prunectl.reporting.words import parse_ratio
+from prunectl.units import parse_ratio
 from tests.gates.checking import BIAS, GZIP, MODEL, PARAMS, RAW, WEIGHT, baseline, gates, prunectl, put
 from tests.running import FIXTURES, ROOT, clean
 from tests.running import prunectl as in_its_own_process

@@ -21,8 +21,8 @@ from prunectl.reporting.html.page import page
 from prunectl.reporting.html.treemap import Box, squarified
 from prunectl.reporting.inspect_report import inspect_report
 from prunectl.reporting.report import Report, Section
-from prunectl.reporting.settings import Units
 from prunectl.reporting.table import Column, Table, Unit
+from prunectl.units import Units
 from tests.running import FIXTURES
 
 HOSTILE = "</title></svg><script>alert(1)</script><img src=x onerror=alert(2)>\"' onload='x\u202egnp.exe\x1b[2J"

@@ -6,7 +6,7 @@ import importlib
 
 from prunectl.gating.finding import Findings
 from prunectl.reporting.check_report import check_report
-from prunectl.reporting.settings import Units
+from prunectl.units import Units
 
 
 def as_html(found: Findings) -> str:

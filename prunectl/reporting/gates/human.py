@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prunectl.gating.finding import Findings
 from prunectl.reporting.gates.words import sentence, summary
-from prunectl.reporting.words import printable
+from prunectl.units import printable
 
 
 def human(found: Findings) -> str:

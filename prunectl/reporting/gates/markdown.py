@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from prunectl.gating.finding import Finding, Findings
 from prunectl.reporting.gates.words import pair, subject, summary
-from prunectl.reporting.words import printable
+from prunectl.units import printable
 
 MARKER = "<!-- prunectl check -->"
 """By which a bot finds its own comment, to write it again."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from prunectl.gating.finding import Finding, Findings
 from prunectl.gating.keys import Metric
-from prunectl.reporting.settings import Units
-from prunectl.reporting.words import count, nbytes, percent
+from prunectl.units import Units, count, nbytes, percent
 
 
 def number(value: float, unit: Metric, units: Units = Units.SI) -> str:

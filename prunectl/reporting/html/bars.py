@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prunectl.reporting.html.text import safe, short
-from prunectl.reporting.words import count, percent
+from prunectl.units import count, percent
 
 _MOST = 1000
 _NAMES, _WIDTH, _LINE, _NUMBERS = 330, 400, 16, 70

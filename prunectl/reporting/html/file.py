@@ -8,7 +8,7 @@ from prunectl.errors import UsageError
 from prunectl.formats import outputs
 from prunectl.reporting.html.page import MARK, page
 from prunectl.reporting.report import Report
-from prunectl.reporting.settings import Units
+from prunectl.units import Units
 
 _HEAD_BYTES = 512
 

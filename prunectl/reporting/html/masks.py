@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from prunectl.measuring.shading import Shading
 from prunectl.reporting.html.png import LEVELS, Color, data_uri
 from prunectl.reporting.html.text import safe, short
-from prunectl.reporting.words import count, percent
+from prunectl.units import count, percent
 
 _PIXELS, _LEAST, _MOST = 4, 24, 256
 """Of the screen, for a field; and for a side."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import count as numbers
 
 from prunectl import __version__
-from prunectl.measuring.gates import Gate
+from prunectl.measuring.gates import Gate, gate_sentence
 from prunectl.measuring.shading import Shading
 from prunectl.reporting.html.bars import bars
 from prunectl.reporting.html.curves import curves
@@ -20,8 +20,7 @@ from prunectl.reporting.html.tables import table_html
 from prunectl.reporting.html.text import safe, tag
 from prunectl.reporting.html.treemap import treemap
 from prunectl.reporting.report import Failure, Report, Section
-from prunectl.reporting.settings import Units
-from prunectl.reporting.words import gate_sentence
+from prunectl.units import Units
 
 MARK = '<meta name="generator" content="prunectl">'
 """By which one of our pages is known again."""

@@ -8,9 +8,8 @@ from typing import Any
 from prunectl.reporting.html import axes
 from prunectl.reporting.html.axes import Scale
 from prunectl.reporting.html.text import safe
-from prunectl.reporting.settings import Units
-from prunectl.reporting.words import nbytes, percent
 from prunectl.sweeping.combined import UNSTRUCTURED
+from prunectl.units import Units, nbytes, percent
 
 
 def pareto(models: Sequence[dict[str, Any]], units: Units) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from prunectl.reporting.html.text import safe, tag
-from prunectl.reporting.settings import Units
 from prunectl.reporting.table import Cell, Column, Table
+from prunectl.units import Units
 
 _FILTERED_FROM = 9
 """Rows that are seen at a glance need no filter."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from prunectl.errors import abbreviated
-from prunectl.reporting.words import printable
+from prunectl.units import printable
 
 _LONGEST = 46
 _LONGEST_TEXT = 2000

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunectl.reporting.html.text import safe, short
-from prunectl.reporting.settings import Units
-from prunectl.reporting.words import count, nbytes, percent
+from prunectl.units import Units, count, nbytes, percent
 
 _WIDTH, _HEIGHT = 800.0, 360.0
 _LEAST_SHARE = 0.0003

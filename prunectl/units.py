@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from enum import StrEnum
 
 from prunectl.errors import UsageError
-from prunectl.measuring.gates import Gate
-from prunectl.reporting.settings import Units
 
 _SI = ("B", "kB", "MB", "GB", "TB", "PB")
 _IEC = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -16,6 +15,14 @@ _FACTORS |= {f"{letter}{end}": 1000**power for power, letter in enumerate("kmgt"
 _FACTORS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 _RATIO = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(%?)")
+
+
+class Units(StrEnum):
+    """How bytes are written for people."""
+
+    SI = "si"
+    IEC = "iec"
+    BYTES = "bytes"
 
 
 def nbytes(value: int, units: Units = Units.SI) -> str:
@@ -44,13 +51,6 @@ def percent(value: float) -> str:
     if shown == "0.0" and value > 0:
         return "< 0.1 %"
     return f"{shown} %"
-
-
-def gate_sentence(gate: Gate, units: Units) -> str:
-    """Return a limit and what was found, as people read them."""
-    is_bytes = isinstance(gate.limit, int)
-    found, limit = (nbytes(int(value), units) if is_bytes else percent(value) for value in (gate.actual, gate.limit))
-    return f"{gate.id}: {printable(gate.model)} has {found}, the limit is {limit}"
 
 
 def parse_size(text: str) -> int:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prunectl import units as words
 from prunectl.errors import UsageError
-from prunectl.reporting import words
-from prunectl.reporting.settings import Units
+from prunectl.units import Units
 
 
 @pytest.mark.parametrize(
