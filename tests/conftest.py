@@ -10,7 +10,7 @@ import pytest
 from prunectl.formats import isolated
 from prunectl.formats.isolated import Policy
 
-TRUSTED = frozenset({"calibrating", "channels", "exporting", "gates", "measuring", "prune", "training"})
+TRUSTED = frozenset({"calibrating", "channels", "exporting", "gates", "golden", "measuring", "prune", "training"})
 """Folders of tests whose files are sound: what is asked of them is not how files are read."""
 TRUSTED_FILES = frozenset({"test_packing.py", "test_strip_keras.py", "test_strip_saved_model.py", "test_inspect.py"})
 
