@@ -66,24 +66,28 @@ def is_there(name: str) -> bool:
     for count in range(len(parts), 0, -1):
         module = ".".join(parts[:count])
         if source(module) is not None:
-            return count == len(parts) or (count > 1 and defines(module, parts[count]))
+            return count == len(parts) or defines(module, parts[count])
     return False
 
 
 @cache
 def bound(path: Path) -> frozenset[str]:
-    """Return what a module binds at its top."""
-    names = set()
-    for node in ast.parse(path.read_text()).body:
+    """Return what a module binds at its top, and what it offers and binds when it is asked."""
+    names: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
         match node:
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
                 names.add(name)
-            case ast.Assign(targets=targets):
-                names |= {target.id for target in targets if isinstance(target, ast.Name)}
-            case ast.AnnAssign(target=ast.Name(id=name)):
+            case ast.Name(id=name, ctx=ast.Store()):
                 names.add(name)
-            case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
-                names |= {(alias.asname or alias.name).partition(".")[0] for alias in aliases}
+            case ast.alias(name=name, asname=other):
+                names.add((other or name).partition(".")[0])
+            case ast.Assign(targets=[ast.Name(id="__all__")], value=ast.List(elts=offered) | ast.Tuple(elts=offered)):
+                names |= {str(item.value) for item in offered if isinstance(item, ast.Constant)}
+            case _:
+                waiting.extend(ast.iter_child_nodes(node))
     return frozenset(names)
 
 
