@@ -143,7 +143,8 @@ def _empty(path: Path, plan: Plan, cutting: Cutting) -> WorkError:
             f"{path} has no channels that make no difference; nothing was written",
             hint="--allow-empty writes it as it is",
         )
-    locked = f", {len(plan.skips)} groups of layers are left alone" if plan.skips else ""
+    left = len(plan.skips)
+    locked = f", {left} {'groups of layers are' if left > 1 else 'group of layers is'} left alone" if left else ""
     return WorkError(
         f"this cut removes nothing from {path}: none of {may} channels that may go{locked}; nothing was written",
         hint="ask for more, lower --min-channels or --round-to, or say --allow-empty",

@@ -22,7 +22,8 @@ _CONSTANTS = frozenset(
         *("anchors", "anchor_grid", "grid", "grids", "strides", "stride", "priors", "prior_boxes"),
         *("mel", "mel_filters", "mel_basis", "mel_fb", "melW", "mel_filterbank", "fb", "filterbank", "dct_mat"),
         *("window", "hann_window", "fourier", "fourier_basis", "forward_basis", "inverse_basis"),
-        *("forward_basis_buffer", "inverse_basis_buffer", "dft", "idft", "window_sum"),
+        *("forward_basis_buffer", "inverse_basis_buffer", "dft", "idft", "window_sum", "wsin", "wcos"),
+        *("cqt_kernels_real", "cqt_kernels_imag", "lowpass_filter", "early_downsample_filter"),
         *("sinusoidal", "sinusoid", "pe", "pos_table", "position_table", "sinusoid_table"),
         *("mean", "std", "pixel_mean", "pixel_std", "input_mean", "input_std", "image_mean", "image_std", "img_mean"),
         *("img_std", "mean_buf", "std_buf", "norm_mean", "norm_std", "rgb_mean", "rgb_std"),
@@ -31,9 +32,12 @@ _CONSTANTS = frozenset(
 """What attributes of modules are called that training does not learn: statistics, tables, grids, bases."""
 _CONSTANT_LAYERS = re.compile(
     r"(^|[./])(stft|istft|mel_?spec(trogram)?|(spectrogram|logmel)_extractor|sub_mean|add_mean|dfl[./]conv"
-    r"|blur_?pool\d*|relative_attention_bias)[./]"
+    r"|blur_?pool\d*|relative_attention_bias)[./]|(^|[./])cq_?t(1992|2010)(v2)?(_\d+)?[./]",
+    re.IGNORECASE,
 )
-"""Layers of fixed weights: bases of Fourier and mel transforms, shifts by a mean, the integral of a distribution."""
+"""Layers of fixed weights: bases of Fourier and mel transforms, shifts by a mean, the integral of a distribution.
+
+Of the constant-Q transform only the classes of nnAudio, also as Keras and TensorFlow write them, `cq_t2010v2_1`."""
 _LAYER_KERNELS = frozenset(
     {
         *("weight", "weight_ih", "weight_hh", "weight_bar", "in_proj_weight", "q_proj_weight", "k_proj_weight"),
@@ -56,10 +60,15 @@ _MAX_RANK = 5
 """That of a convolution over three axes."""
 
 
-def is_constant(name: str) -> bool:
-    """Whether a name is that of a table, a statistic or a fixed basis, which no policy prunes."""
+def is_constant(name: str, layer: str = "") -> bool:
+    """Whether a name is that of a table, a statistic or a fixed basis, which no policy prunes.
+
+    A converter may have renamed the tensor, but not the operations that take it, with semicolons between them.
+    """
     leaf = re.split(r"[./]", name)[-1]
-    return leaf in _CONSTANTS or _CONSTANT_LAYERS.search(name) is not None
+    if leaf in _CONSTANTS or _CONSTANT_LAYERS.search(name):
+        return True
+    return all(_CONSTANT_LAYERS.search(f"{part}/") for part in layer.split(";"))
 
 
 def is_kernel(tensor: Tensor, shapes: Shapes) -> bool:

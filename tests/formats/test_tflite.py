@@ -286,6 +286,14 @@ def test_strings_are_no_tensors_and_matrix_products_have_kernels(tmp_path: Path)
     assert [operation.macs for operation in operations(model)] == [2 * 4 * 3]
 
 
+def test_a_fixed_basis_is_no_kernel_although_a_product_takes_it(tmp_path: Path) -> None:
+    builder = Builder()
+    basis = dense(builder, builder.tensor("x", (1, 4)), "net/cq_t2010v2/conv1d", np.ones((4, 4), np.float32))
+    dense(builder, basis, "net/dense/MatMul", np.ones((4, 4), np.float32))
+    model = open_model(builder.write(tmp_path / "m.tflite"))
+    assert [str(tensor.role) for tensor in model.tensors] == ["state", "kernel"]
+
+
 @pytest.mark.parametrize(
     ("shape", "data", "code", "complaint"),
     [

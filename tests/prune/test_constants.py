@@ -161,6 +161,23 @@ def test_a_recurrent_network_and_attention_are_told_from_the_code(tmp_path: Path
     assert named["slow.parametrizations.weight.original1"] is Role.KERNEL
 
 
+def test_a_fixed_basis_that_a_converter_renamed_is_told_by_the_operation_that_takes_it(tmp_path: Path) -> None:
+    helper = pytest.importorskip("onnx").helper
+    bases = ["net/cq_t2010v2_1/conv1d;net/cq_t2010v2_1/conv1d", "/front/stft/Conv"]
+    layers = [*bases, "net/conv1d_1/Conv;net/cq_t2010v2_1/Relu"]
+    names = [f"const_fold_opt__{place}" for place in range(3)]
+    values = ["x", "a", "b", "y"]
+    nodes = [
+        helper.make_node("Conv", [values[place], names[place]], [values[place + 1]], name=layer, pads=[1, 1])
+        for place, layer in enumerate(layers)
+    ]
+    kernels = [helper.make_tensor(name, 1, (4, 4, 3), np.ones(48, np.float32)) for name in names]
+    ends = [helper.make_tensor_value_info(name, 1, (1, 4, 9)) for name in "xy"]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], kernels)
+    (tmp_path / "m.onnx").write_bytes(helper.make_model(graph).SerializeToString())
+    assert [t.name for t in open_model(tmp_path / "m.onnx").tensors if t.is_prunable] == names[2:]
+
+
 def described(tmp_path: Path, shapes: dict[str, tuple[int, ...]]) -> set[str]:
     """Names of what is prunable among tensors of these names and shapes."""
     path = tmp_path / "m.safetensors"
@@ -190,6 +207,7 @@ def test_what_layers_call_their_kernels_is_pruned(name: str, tmp_path: Path) -> 
         *("front.stft.conv_real.weight", "melspec.mel_scale.fb", "model.22.dfl.conv.weight", "sub_mean.weight"),
         *("block.relative_attention_bias.weight", "blur.kernel", "tensor", "a", "norm.weight", "fc.weight_v"),
         *("q_proj.lora_magnitude_vector.default.weight", "quantizer.codebook", "grid", "pos_embed", "wte.weight"),
+        *("front.cqt_kernels_real", "front.wsin", "front.lowpass_filter", "front.CQT2010v2.weight"),
     ],
 )
 def test_what_may_be_a_table_or_a_scale_is_left_alone(name: str, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from prunectl.formats.onnx.names import Names, layer_of
 from prunectl.formats.onnx.proto import SparseProto, TensorProto
 from prunectl.formats.onnx.scopes import Scope
 from prunectl.formats.onnx.tensors import Located, Locator
-from prunectl.formats.onnx.uses import Uses
+from prunectl.formats.onnx.uses import Purpose, Uses
 from prunectl.formats.onnx.wire import reading
 
 
@@ -109,18 +109,19 @@ def _described(tensor: _Found, uses: Uses) -> Tensor:
         layer=layer_of(tensor.full_name, purpose.layer),
         shape=located.shape,
         dtype=located.dtype,
-        role=_role(tensor, purpose.role),
+        role=_role(tensor, purpose),
         storage=located.storage,
         kind=purpose.kind,
         out_axis=purpose.out_axis,
     )
 
 
-def _role(tensor: _Found, role: Role) -> Role:
+def _role(tensor: _Found, purpose: Purpose) -> Role:
     """Return what a tensor is for: a fixed basis is none to prune, although a product takes it."""
     if tensor.scope.is_training:
         return Role.OPTIMIZER
-    return Role.STATE if role in PRUNABLE and kernel_names.is_constant(tensor.full_name) else role
+    is_fixed = purpose.role in PRUNABLE and kernel_names.is_constant(tensor.full_name, purpose.layer)
+    return Role.STATE if is_fixed else purpose.role
 
 
 def _is_parameter(tensor: Tensor) -> bool:

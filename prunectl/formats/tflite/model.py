@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from prunectl.errors import InputError, abbreviated
-from prunectl.formats.base import About, Array, ModelFile, Role, Storage, Tensor, shown
+from prunectl.formats import kernel_names
+from prunectl.formats.base import PRUNABLE, About, Array, ModelFile, Role, Storage, Tensor, shown
 from prunectl.formats.distinct import Distinct
 from prunectl.formats.extents import Extent, check_inside
 from prunectl.formats.tflite.dtypes import BITS, DTYPES, NOT_NUMBERS, stored_bytes, unpack
@@ -64,6 +65,12 @@ def _has_values(lite: LiteFile, source: LiteTensor) -> bool:
     return lite.buffers[source.buffer][1] > 0 and not source.is_elsewhere and source.code not in NOT_NUMBERS
 
 
+def _role(name: str, meaning: Meaning) -> Role:
+    """Return what a tensor is for: a fixed basis is none to prune, although a convolution takes it."""
+    is_fixed = meaning.use.role in PRUNABLE and kernel_names.is_constant(name, meaning.layer)
+    return Role.STATE if is_fixed else meaning.use.role
+
+
 def _tensor(lite: LiteFile, name: str, source: LiteTensor, meaning: Meaning) -> Tensor:
     offset, nbytes = lite.buffers[source.buffer]
     check_inside(lite.path, offset, nbytes, len(lite.data), name)
@@ -86,7 +93,7 @@ def _tensor(lite: LiteFile, name: str, source: LiteTensor, meaning: Meaning) -> 
         layer=meaning.layer or source.name.rpartition("/")[0] or source.name,
         shape=source.shape,
         dtype=dtype,
-        role=meaning.use.role,
+        role=_role(name, meaning),
         storage=Storage(
             f"buffer {source.buffer}",
             size * dtype.itemsize,
