@@ -47,7 +47,7 @@ def _check_name(model: ModelFile, target: Path) -> None:
     # A .pth.tar may be a PyTorch file of any age.
     if others and not any(set(other.suffixes) & set(own.suffixes) for other in others):
         raise UsageError(
-            f"{target} is named as {others[0].title}, and what {model.path} becomes stays {own.title}",
+            f"{target} is named as {others[0].title}, but {model.path} keeps its format: {own.title}",
             hint=f"end it in {model.path.suffix or own.suffixes[0] or 'nothing'}; `prunectl export` changes formats",
         )
 

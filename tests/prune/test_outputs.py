@@ -66,7 +66,7 @@ def test_an_output_that_exists_is_refused_and_replaced_by_force(model: Path, tmp
 def test_a_name_that_promises_another_format_is_refused(name: str, model: Path, tmp_path: Path) -> None:
     done = prunectl("prune", model, "-o", tmp_path / name, *HALF)
     assert done.code == 2
-    assert "stays PyTorch" in done.err
+    assert "keeps its format: PyTorch" in done.err
     assert "prunectl export" in done.err
     assert not (tmp_path / name).exists()
 
