@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunectl.channels.graph import Graph, Kind
-from prunectl.channels.keras.bind import bound
+from prunectl.channels.keras.bind import bound, expected
 from prunectl.channels.keras.net import Net, Shape
 from prunectl.channels.keras.spots import Located, located
 from prunectl.channels.keras.stored import Stored
@@ -15,9 +15,10 @@ from prunectl.channels.keras.walk import Walker
 from prunectl.channels.lengths import NOTHING, TRIED, Lengths
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile
-from prunectl.formats.keras.config import listed
+from prunectl.formats.keras.config import Layer, listed
 from prunectl.formats.keras.layer_calls import Caller
 from prunectl.formats.keras.model_calls import run
+from prunectl.formats.keras.numbering import doubtful, slots_of
 from prunectl.training.signature import Port, Signature
 
 
@@ -49,7 +50,10 @@ def opened(model: ModelFile, lengths: Lengths = NOTHING) -> Opened:
             hint="build it from layers with keras.Model(inputs, outputs), or export it to ONNX",
         )
     stored = Stored(model)
-    layers = located(config, stored.container)
+    slots = slots_of(config, stored.contents.datasets)
+    layers = located(config, slots)
+    if stored.root is None and any(expected(layer.found) and not layer.slots for layer in layers):
+        _refuse_doubt(stored, config, slots)
     leaves = bound(stored, layers)
 
     def followed(length: int, said: Mapping[str, Shape]) -> _Followed:
@@ -71,6 +75,15 @@ def opened(model: ModelFile, lengths: Lengths = NOTHING) -> Opened:
     best = min(tries, key=lambda one: one.unknown)
     guessed = best.length if best.open and best.unknown and not said else 0
     return Opened(model, stored, config, layers, best.net, best.net.graph(best.outputs), guessed)
+
+
+def _refuse_doubt(stored: Stored, config: Mapping[str, Any], slots: Mapping[str, Layer]) -> None:
+    """Refuse weights that belong to layers of the configuration, and nobody knows to which."""
+    if doubtful(config, slots, [found.name for found in stored.contents.datasets]):
+        raise InputError(
+            f"{stored.model.path} holds weights that do not fit the layers of its configuration by number and shape",
+            hint="load it in the Keras that wrote it, save it again, and prune that file",
+        )
 
 
 @dataclass(frozen=True, slots=True)

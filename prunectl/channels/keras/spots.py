@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prunectl.formats.keras.config import part, snake_case, text
+from prunectl.formats.keras.config import Layer, part, text
 from prunectl.formats.keras.inbound import name_of
 
 Spot = tuple[str | int, ...]
@@ -31,9 +30,12 @@ class Located:
     """Paths that Keras may keep its weights under where these have only numbers."""
 
 
-def located(config: Mapping[str, Any], container: str) -> tuple[Located, ...]:
-    """Return every layer of a model in the order of Keras, which calls its list of layers by some word."""
-    return tuple(_inside(config, Located(ROOT, config, (), ("",)), container))
+def located(config: Mapping[str, Any], slots: Mapping[str, Layer]) -> tuple[Located, ...]:
+    """Return every layer of a model in the order of Keras; the slots are the folders that weights have only numbers in.
+
+    Which folder is whose, `formats/keras/numbering.py` knows; the rest have none.
+    """
+    return tuple(_inside(config, (), (), {id(layer.config): path for path, layer in slots.items()}))
 
 
 def at(config: Any, spot: Spot) -> Any:
@@ -50,31 +52,26 @@ def is_operation(found: Mapping[str, Any]) -> bool:
     return found.get("config", {}).keys() == _PLAIN if isinstance(found.get("config"), dict) else False
 
 
-def _inside(model: Mapping[str, Any], around: Located, container: str) -> Iterator[Located]:
-    used: Counter[str] = Counter()
+def _inside(
+    model: Mapping[str, Any], around: Spot, names: tuple[str, ...], folders: Mapping[int, str]
+) -> Iterator[Located]:
     entries = part(model, "config").get("layers")
     for number, found in enumerate(entries if isinstance(entries, list) else ()):
-        if not isinstance(found, dict):
-            continue
-        slots: tuple[str, ...] = ()
-        if not is_operation(found):
-            slug = snake_case(text(found, "class_name").rpartition(">")[2])
-            own = f"{slug}_{used[slug]}" if used[slug] else slug
-            used[slug] += 1
-            slots = tuple(f"{slot}{container}/{own}" for slot in around.slots)
-        spot = (*around.spot, "config", "layers", number)
-        yield from _with_inner(Located(spot, found, (*around.names, name_of(found)), slots), container)
+        if isinstance(found, dict):
+            folder = folders.get(id(found.get("config")))
+            spot = (*around, "config", "layers", number)
+            slots = () if folder is None else (folder,)
+            yield from _with_inner(Located(spot, found, (*names, name_of(found)), slots), folders)
 
 
-def _with_inner(one: Located, container: str) -> Iterator[Located]:
+def _with_inner(one: Located, folders: Mapping[int, str]) -> Iterator[Located]:
     yield one
     if len(one.names) > _MAX_DEPTH:
         return
-    below = Located(one.spot, one.found, one.names, tuple(f"{slot}/" for slot in one.slots))
-    yield from _inside(one.found, below, container)
+    yield from _inside(one.found, one.spot, one.names, folders)
     for key, attributes in _WRAPPED:
         inner = part(part(one.found, "config"), key)
         if text(inner, "class_name"):
             slots = tuple(f"{slot}/{attribute}" for slot in one.slots for attribute in attributes)
             names = (*one.names, name_of(inner))
-            yield from _with_inner(Located((*one.spot, "config", key), inner, names, slots), container)
+            yield from _with_inner(Located((*one.spot, "config", key), inner, names, slots), folders)

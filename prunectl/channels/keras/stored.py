@@ -16,8 +16,6 @@ from prunectl.formats.keras.leftovers_named import root_of
 from prunectl.formats.scratch import Scratch
 from prunectl.formats.zips import open_archive
 
-_CONTAINERS = ("layers", "_layer_checkpoint_dependencies")
-
 
 class Stored:
     """What a file holds: a scratch copy of the weights of an archive lives as long as this."""
@@ -41,12 +39,6 @@ class Stored:
     def path(self, tensor: Tensor) -> str:
         """Return where a tensor stands in the HDF5 file."""
         return self._keys[tensor.storage.key]
-
-    @property
-    def container(self) -> str:
-        """What Keras called the list of layers."""
-        held = {found.name.partition("/")[0] for found in self.contents.datasets}
-        return next((name for name in reversed(_CONTAINERS) if name in held), _CONTAINERS[0])
 
     @property
     def numbered(self) -> Mapping[str, tuple[Tensor, ...]]:

@@ -8,7 +8,7 @@ that the configuration says; what fits neither keeps its folder for a name.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +60,24 @@ def slots_of(config: Any, datasets: Sequence[Dataset]) -> Mapping[str, Layer]:
     return {path: layer for path, layer in once.layers.items() if twice.layers.get(path) == layer}
 
 
+def folders_today(config: Any, slots: Mapping[str, Layer]) -> Mapping[str, str]:
+    """The folder in which Keras looks for each layer now, by the one that a file has: every layer counted once."""
+    old = {id(layer.config): path for path, layer in slots.items()}
+    found: dict[str, str] = {}
+    todo = [("", config, 0)]
+    while todo:
+        prefix, model, depth = todo.pop()
+        used: Counter[str] = Counter()
+        for layer in keras_config.children(model):
+            slug = keras_config.snake_case(layer.kind)
+            new = f"{prefix}{CONTAINERS[0]}/{slug}_{used[slug]}" if used[slug] else f"{prefix}{CONTAINERS[0]}/{slug}"
+            used[slug] += 1
+            if id(layer.config) in old:
+                found[old[id(layer.config)]] = new
+                todo += _models_in(layer, new, depth)
+    return found
+
+
 def doubtful(config: Any, slots: Mapping[str, Layer], names: Iterable[str]) -> frozenset[str]:
     """Return the containers with folders that belong to a layer of the configuration, and nobody knows to which."""
     kinds = {keras_config.snake_case(layer.kind) for layer in keras_config.layers(config)}
@@ -109,9 +127,17 @@ def _assigned(config: Any, held: _Held, *, is_twice: bool) -> _Slots:
                         found.misfits.add(path)
                         continue
                     found.layers[folder] = layers[at]
-                    if depth < keras_config.MAX_DEPTH:
-                        todo.append((f"{folder}/", {"config": layers[at].config}, depth + 1))
+                    todo += _models_in(layers[at], folder, depth)
     return found
+
+
+def _models_in(layer: Layer, folder: str, depth: int) -> Iterator[tuple[str, Any, int]]:
+    """Yield a layer as the model that it may be, and the one that it may be wrapped around, each with its prefix."""
+    if depth < keras_config.MAX_DEPTH:
+        yield f"{folder}/", {"config": layer.config}, depth + 1
+        wrapped = keras_config.part(layer.config, "layer")
+        if wrapped:
+            yield f"{folder}/layer/", wrapped, depth + 1
 
 
 def _numbers(slug: str, folders: Iterable[str]) -> Iterator[int]:

@@ -10,6 +10,7 @@ import h5py
 
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile
+from prunectl.formats.keras.archive_write import renumber
 
 
 class Layout(StrEnum):
@@ -39,12 +40,15 @@ def layout(model: ModelFile) -> Layout:
     return Layout.NAMED if _is_named(model) else Layout.NUMBERED
 
 
-def linked(path: Path, kind: Layout, folder: Path) -> Path:
-    """Return a path to a file under the name by which Keras recognises it."""
+def linked(path: Path, kind: Layout, folder: Path, *, is_old: bool) -> Path:
+    """Return a path to a file under the name by which Keras recognises it.
+
+    An old archive, of Keras 2, is copied where its layers lie in other folders than those where Keras looks now.
+    """
     if kind is Layout.FOLDER:
         return path
     link = folder / kind.value
-    if not link.exists():
+    if not link.exists() and not (is_old and kind is Layout.ARCHIVE and renumber(path, link)):
         os.symlink(path.resolve(), link)
     return link
 

@@ -20,6 +20,10 @@ from prunectl.training.keras.place import Place
 from prunectl.training.network import Origin
 
 
+_THREE = 3
+"""The version that numbers the layers of an archive as Keras does now, and of another library."""
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """A Keras model, and how to fill it from a file that is laid out like its own."""
@@ -55,7 +59,7 @@ def load(file: ModelFile, origin: Origin, place: Place) -> Loaded:
     if make is not None:
         library = _library_of_model(model, origin.model)
         _check_built(model, origin.model)
-    fill = _filler(model, kind)
+    fill = _filler(model, kind, is_old=_keras_version(file) < _THREE)
     if make is not None:
         with place.scope(library), quietly():
             fill(file.path)
@@ -74,7 +78,7 @@ def _nothing_to_build(file: ModelFile, kind: Layout) -> PrunectlError:
 
 
 def _library_of_file(file: ModelFile) -> Library:
-    return keras_three() if _keras_version(file) >= 3 else keras_two()
+    return keras_three() if _keras_version(file) >= _THREE else keras_two()
 
 
 def _library_of_code(file: ModelFile) -> Library:
@@ -112,7 +116,7 @@ def _from_file(library: Library, file: ModelFile, kind: Layout, origin: Origin, 
     if kind is not Layout.FOLDER:
         words["safe_mode"] = not origin.is_trusted
     with temporary_folder() as scratch:
-        place = linked(file.path, kind, scratch)
+        place = linked(file.path, kind, scratch, is_old=_keras_version(file) < _THREE)
         try:
             return library.keras.models.load_model(str(place), **words)
         except PrunectlError:
@@ -124,7 +128,7 @@ def _from_file(library: Library, file: ModelFile, kind: Layout, origin: Origin, 
             ) from error
 
 
-def _filler(model: Any, kind: Layout) -> Callable[[Path], None]:
+def _filler(model: Any, kind: Layout, *, is_old: bool) -> Callable[[Path], None]:
     def fill(path: Path) -> None:
         if kind is Layout.FOLDER:
             status = model.load_weights(str(path / "variables" / "variables"))
@@ -132,7 +136,7 @@ def _filler(model: Any, kind: Layout) -> Callable[[Path], None]:
             return
         with temporary_folder() as folder:
             try:
-                model.load_weights(str(linked(path, kind, folder)))
+                model.load_weights(str(linked(path, kind, folder, is_old=is_old)))
             except (ValueError, KeyError, OSError) as error:
                 raise InputError(f"{path} does not fit the model: {first_line(error)}") from error
 

@@ -21,6 +21,7 @@ def layers(model: Any) -> Iterator[Any]:
         yield from layers(layer)
         if hasattr(layer, "layer"):
             yield layer.layer
+            yield from layers(layer.layer)
 
 
 def silence(model: Any, found: CutOut) -> Any:
