@@ -19,7 +19,6 @@ from prunectl.training.keras.library import Library, keras_three, keras_two, qui
 from prunectl.training.keras.place import Place
 from prunectl.training.network import Origin
 
-
 _THREE = 3
 """The version that numbers the layers of an archive as Keras does now, and of another library."""
 
