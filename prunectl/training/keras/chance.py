@@ -14,6 +14,7 @@ from prunectl.training.network import Array
 
 _WORDS = 1 << 32
 _PLAIN_SEEDS = 1 << 31
+_SHARED = "global_seed_generator"
 
 
 class Chance:
@@ -28,10 +29,14 @@ class Chance:
 
     def reseed(self, number: int) -> None:
         """Begin anew from a number."""
+        shared = self._shared()
         with hushed():  # it seeds, and for that imports, whatever framework there is
             self._library.keras.utils.set_random_seed(number % _PLAIN_SEEDS)
+        for generator in shared:
+            # Keras forgets it when it seeds, but steps that are traced already go on with it.
+            self._global_state.set_global_attribute(_SHARED, generator)
         source = np.random.default_rng(number % _WORDS)
-        for generator in [*self._generators, *self._shared()]:
+        for generator in [*self._generators, *shared]:
             seed = int(source.integers(1, _PLAIN_SEEDS))
             if self._library.is_two:
                 generator.reset_from_seed(seed)
@@ -39,21 +44,33 @@ class Chance:
                 numbers.write(self._library, generator.state, np.array([seed, 0]))
 
     def states(self) -> list[Array]:
-        """Return where each generator is."""
-        return [numbers.read(self._library, generator.state) for generator in self._generators]
+        """Return where each generator is; the one that Keras 3 shares comes last, once there is one."""
+        return [numbers.read(self._library, generator.state) for generator in [*self._generators, *self._shared()]]
 
     def resume(self, states: list[Array]) -> None:
         """Bring each generator to where it was."""
-        for generator, state in zip(self._generators, states, strict=True):
+        own = len(self._generators)
+        if len(states) not in ((own,) if self._library.is_two else (own, own + 1)):
+            raise ValueError(f"a model with {own} random generators cannot go on from {len(states)} states")
+        shared = self._shared()
+        if len(states) > own and not shared:
+            shared = [self._library.keras.random.SeedGenerator(1)]
+            self._global_state.set_global_attribute(_SHARED, shared[0])
+        # One that there was not yet, when the states were taken, goes on from where it is.
+        for generator, state in zip([*self._generators, *shared], states, strict=False):
             numbers.write(self._library, generator.state, state)
 
     def _shared(self) -> list[Any]:
         """Return the generator of Keras 3 for layers that have none of their own, once there is one."""
         if self._library.is_two:
             return []
-        state = require("keras.src.backend.common.global_state", extra="tensorflow")
-        found = state.get_global_attribute("global_seed_generator")
+        found = self._global_state.get_global_attribute(_SHARED)
         return [found] if found is not None else []
+
+    @property
+    def _global_state(self) -> Any:
+        """Where Keras 3 keeps what belongs to no model."""
+        return require("keras.src.backend.common.global_state", extra="tensorflow")
 
 
 def _seeded(model: Any) -> Iterator[Any]:

@@ -218,7 +218,8 @@ class KerasNetwork:
 
     def restore(self, folder: Path) -> None:
         """Take up what `save` kept."""
-        evidence = state.restore(folder, self._library, self._trained, self._chance)
+        with self._place.scope(self._library):
+            evidence = state.restore(folder, self._library, self._trained, self._chance)
         for name, total in evidence.items():
             self._trained.grip.remember(self._variables[name], total)
 

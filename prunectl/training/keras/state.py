@@ -48,7 +48,12 @@ def restore(folder: Path, library: Library, training: Training, chance: Chance) 
         if array.shape != numbers.shape(variable):
             raise InputError(f"{folder / _FILE} is of another model: {kind} {at} has the shape {array.shape}")
         numbers.write(library, variable, array)
-    chance.resume([generators[f"{_CHANCE}/{at}"] for at in range(len(generators))])
+    try:
+        chance.resume([generators[f"{_CHANCE}/{at}"] for at in range(len(generators))])
+    except ValueError as error:
+        raise InputError(
+            f"{folder / _FILE} is of another model: {error}", hint="start again in another folder"
+        ) from error
     if (folder / _RANDOM).is_file():
         randomness.restore(json.loads((folder / _RANDOM).read_text(encoding="utf-8")))
     training.begin_anew()

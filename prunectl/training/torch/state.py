@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
-from prunectl.errors import UsageError
+from prunectl.errors import InputError, UsageError
 from prunectl.training import randomness
 from prunectl.training.torch import processes, sharded
 from prunectl.training.torch.processes import Place
 from prunectl.training.torch.sharded import like
 
 _FILE = "torch.pt"
+_OWN = ("numpy", "python")
+"""The random states that belong to no framework."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ def restore(folder: Path, state: State) -> None:
     """Take everything up again."""
     place = state.place
     parts = torch.load(folder / _FILE, map_location=place.device, weights_only=True)
+    _check_version(folder / _FILE, parts)
     if len(parts["random"]) != place.ranks:
         raise UsageError(
             f"the run was made by {len(parts['random'])} processes, and is resumed by {place.ranks}",
@@ -60,6 +63,17 @@ def restore(folder: Path, state: State) -> None:
     _resume_random(parts["random"][place.rank], place)
     for name, total in parts["evidence"].items():
         state.evidence[name].copy_(like(total, state.evidence[name]))
+
+
+def _check_version(path: Path, parts: Any) -> None:
+    """Refuse what another version kept: at first that was one random state, of the first process."""
+    random = parts.get("random") if isinstance(parts, dict) else None
+    if isinstance(random, list) and all(isinstance(one, dict) and one.keys() >= {"cpu", *_OWN} for one in random):
+        return
+    raise InputError(
+        f"{path} was made by another version of prunectl, whose runs this one cannot resume",
+        hint="end the run with that version, or start it again in another folder",
+    )
 
 
 def _random_states(place: Place) -> dict[str, Any]:

@@ -32,10 +32,21 @@ def _own_step(k: Any) -> Any:
     return OwnStep
 
 
+def _unseeded(k: Any) -> Any:
+    class Unseeded(k.layers.Layer):  # type: ignore[misc]
+        """Drops out by the generator that Keras 3 shares among all that have none of their own."""
+
+        def call(self, x: Any, training: bool = False) -> Any:
+            return k.random.dropout(x, 0.4) if training else x
+
+    return Unseeded
+
+
 SCALE = {tf_keras: _scale(tf_keras()), keras: _scale(keras())}
 OWN_STEP = {tf_keras: _own_step(tf_keras()), keras: _own_step(keras())}
+UNSEEDED = _unseeded(keras())
 TWO = {"Scale": SCALE[tf_keras], "OwnStep": OWN_STEP[tf_keras]}
-THREE = {"Scale": SCALE[keras], "OwnStep": OWN_STEP[keras]}
+THREE = {"Scale": SCALE[keras], "OwnStep": OWN_STEP[keras], "Unseeded": UNSEEDED}
 NO_DICTIONARY = 3
 
 

@@ -11,9 +11,10 @@ import pytest
 from prunectl.errors import InputError
 from prunectl.training.evidence import Evidence
 from prunectl.training.keras.network import KerasNetwork
+from prunectl.training.network import Means
 from tests.contract import raw
-from tests.training.keras import nets
-from tests.training.keras.nets import both
+from tests.training.keras import customs, nets
+from tests.training.keras.nets import both, keras
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -72,6 +73,38 @@ def test_the_rate_of_a_restored_run_is_that_of_its_next_step(k: Any, tmp_path: P
     for network in (whole, again):
         nets.train(network, nets.batches(2, seed=1))
     assert state(again) == state(whole)
+
+
+@pytest.mark.parametrize("is_within_an_epoch", [True, False])
+def test_what_all_layers_share_is_random_as_in_an_unbroken_run(is_within_an_epoch: bool, tmp_path: Path) -> None:
+    k = keras()
+    layers = [k.layers.Input((6,)), k.layers.Dense(8), customs.UNSEEDED(), k.layers.Dropout(0.4)]
+    model = k.Sequential([*layers, k.layers.Dense(4, activation="softmax")])
+    model.compile(optimizer="adam", loss="sparse_categorical_crossentropy")
+    path = nets.saved(model, tmp_path / "model.keras")
+    given = nets.batches(6)
+
+    def begun() -> KerasNetwork:
+        # As it is in another process.
+        k.src.backend.common.global_state.set_global_attribute("global_seed_generator", None)
+        network = nets.opened(path, custom_objects="tests.training.keras.customs:THREE")
+        network.prepare(Means(example=given[0]))
+        return network
+
+    def went_on(network: KerasNetwork) -> dict[str, bytes]:
+        if not is_within_an_epoch:
+            network.reseed(2)
+        nets.train(network, given[3:])
+        return state(network)
+
+    whole = begun()
+    whole.reseed(1)
+    nets.train(whole, given[:3])
+    whole.save(tmp_path)
+    expected = went_on(whole)
+    again = begun()
+    again.restore(tmp_path)
+    assert went_on(again) == expected
 
 
 @both

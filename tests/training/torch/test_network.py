@@ -605,3 +605,13 @@ def test_means_are_added_up_without_double_precision_where_a_device_has_none() -
     on_mps = cast("torch.Tensor", SimpleNamespace(device=SimpleNamespace(type="mps"), float=lambda: "single"))
     assert metrics._wide(on_mps) == "single"
     assert metrics._wide(torch.ones(())).dtype == torch.float64
+
+
+def test_a_run_of_an_older_version_is_said_to_be_one(tmp_path: Path) -> None:
+    network = opened(saved(nets.Plain(), tmp_path / "plain.pt"), "Plain", examples())
+    network.save(tmp_path)
+    parts = torch.load(tmp_path / "torch.pt", weights_only=True)
+    torch.save({**parts, "random": torch.get_rng_state()}, tmp_path / "torch.pt")
+    with pytest.raises(InputError, match="made by another version of prunectl") as caught:
+        network.restore(tmp_path)
+    assert "another folder" in caught.value.hint
