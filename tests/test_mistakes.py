@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -110,3 +111,43 @@ def test_the_root_is_no_file_to_write_to(command: tuple[str, ...], net: Path) ->
     done = here(command[0], net, "-o", "/", *command[1:])
     assert done.code == 2
     assert "a bug in" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--data", "https://x.org/train.npz?limit=3"), "https://x.org/train.npz?limit=3 is a URL, and prunectl reads"),
+        (("--data", "d.npz", "--val", "s3://bucket/val.csv"), "s3://bucket/val.csv is a URL, and prunectl reads"),
+        (("--data", "d.npz", "--distill", "hf://org/big"), "hf://org/big is a URL, and prunectl reads"),
+        (("--data", "d.npz", "--model", "https://x.org/net.py:Net"), "https://x.org/net.py is a URL, and prunectl"),
+        (("--data", "d.npz", "--import", "https://x.org/net.py"), "https://x.org/net.py is a URL, and prunectl reads"),
+        (("--data", "d.npz", "-o", "gs://bucket/out.h5"), "gs://bucket/out.h5 is a URL, and prunectl writes files"),
+    ],
+    ids=["data", "val", "distill", "model", "import", "output"],
+)
+def test_no_option_fetches_what_a_url_names(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    output = () if "-o" in words else ("-o", "out.h5")
+    done = here("finetune", FIXTURES / "digits_cnn.h5", *output, *words, cwd=tmp_path)
+    assert done.code == 3
+    assert said in done.err
+
+
+def test_a_whole_module_says_which_file_its_class_is_in(tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "net_beside.py").write_text(NET)
+    make = "import net_beside, torch; torch.save(net_beside.Net(), 'whole.pt')"
+    subprocess.run([sys.executable, "-c", make], cwd=folder, check=True)
+    np.savez(tmp_path / "d.npz", x=np.ones((8, 4), "f4"), y=np.zeros(8, "i8"))
+    words = ("-o", "out.pt", "--data", "d.npz", "--epochs", "1")
+    beside = f"--import {Path('models', 'net_beside.py')}"
+    refused = prunectl("finetune", "models/whole.pt", *words, cwd=tmp_path)
+    assert refused.code == 3
+    assert f"--trust {beside}" in refused.err
+    missing = prunectl("finetune", "models/whole.pt", *words, "--trust", cwd=tmp_path)
+    assert f"{beside} loads it first" in missing.err
+    done = prunectl("finetune", "models/whole.pt", *words, "--trust", *beside.split(), cwd=tmp_path)
+    assert done.code == 0, done.err
+    (folder / "net_beside.py").rename(tmp_path / "net_beside.py")
+    here_now = prunectl("finetune", "models/whole.pt", *words, "--trust", "--force", cwd=tmp_path)
+    assert "--import ./net_beside.py loads it first" in here_now.err

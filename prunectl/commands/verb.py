@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +14,7 @@ from prunectl.commands.app import HELP_NAMES
 from prunectl.commands.inputs import STDIN
 from prunectl.commands.options import panel
 from prunectl.errors import UsageError
+from prunectl.formats.peek import address
 from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.settings import DEFAULT_ROWS, Color, Layout, Settings
 from prunectl.units import Units
@@ -29,6 +30,7 @@ class Verb(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Take the common options out, and work with a reporter made of them."""
+        _check_addresses(self.params, ctx.params)
         chosen = {str(option.name): ctx.params.pop(option.name) for option in self._common.params}
         assert self._common.callback is not None
         html = Path(chosen["html"]) if chosen["html"] else None
@@ -40,6 +42,21 @@ class Verb(TyperCommand):
     def work(self, ctx: Any) -> Any:
         """Do what the command is for, and return its exit code."""
         return super().invoke(ctx)
+
+
+_WRITTEN = frozenset({"output", "html", "card", "manifest", "depfile", "logdir", "checkpoint_dir", "tried"})
+"""Options that say where something is written."""
+
+
+def _check_addresses(params: Iterable[Any], said: Mapping[str, Any]) -> None:
+    """Refuse addresses, whatever the option: nothing is fetched. Those of models are left to who opens them."""
+    for param in params:
+        value = said.get(param.name)
+        for word in value if isinstance(value, list | tuple) else (value,):
+            if param.param_type_name == "option" and isinstance(word, str | Path):
+                error = address(str(word), is_written=param.name in _WRITTEN)
+                if error is not None:
+                    raise error
 
 
 def _check_page(html: Path, said: Mapping[str, Any]) -> None:

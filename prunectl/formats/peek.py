@@ -51,11 +51,20 @@ _FETCH = {
 
 def missing(path: Path) -> InputError:
     """The error for a file that is not there; an address gets a sentence of its own: nothing is downloaded here."""
-    found = _URL.fullmatch(str(path))
-    if found is None:
-        return InputError(f"{path} does not exist")
+    return address(str(path)) or InputError(f"{path} does not exist")
+
+
+def address(word: str, *, is_written: bool = False) -> InputError | None:
+    """The error for a word that is an address, whether of what is to be read or of what is to be written."""
+    found = _URL.fullmatch(word)
+    if found is None or os.path.lexists(word):
+        return None
     scheme, rest = found.groups()
     url = f"{scheme}://{rest}"
+    if is_written:
+        return InputError(f"{abbreviated(url)} is a URL, and prunectl writes files", hint="write a file, and upload it")
+    # What follows a file with code is the name of a function.
+    url, rest = (re.sub(r"(?<=\.py):\w.*", "", one) for one in (url, rest))
     fetch = _FETCH.get(scheme, "curl -LO {url}").format(url=url, rest=rest)
     return InputError(f"{abbreviated(url)} is a URL, and prunectl reads files: download it first", hint=fetch)
 

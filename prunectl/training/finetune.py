@@ -36,7 +36,7 @@ from prunectl.training.rules import rules_of, zeros_of
 from prunectl.training.runtimes import open_network
 from prunectl.training.saver import Saver
 from prunectl.training.stopping import Stopping
-from prunectl.training.teachers import Teacher, open_teacher
+from prunectl.training.teachers import Teacher, open_teacher, origin_of
 from prunectl.training.wrap.kept import kept
 from prunectl.training.wrap.result import check_wrappable, wrap_in_place, wrapping_of
 from prunectl.training.wrap.wrapping import Wrapping, unwrapped
@@ -72,7 +72,8 @@ def finetune(path: Path, request: Request, output: Output, watcher: Watcher | No
     model = open_model(path)
     outputs.check(model, output)
     if request.distill:
-        trusted.check(open_model(Path(request.distill)), request.origin)
+        teaching = open_model(Path(request.distill))
+        trusted.check(teaching, origin_of(teaching, request.origin, request.distill_model))
     saver = _saver(request)
     with (
         _unwrapped(model) as plain,
@@ -182,11 +183,11 @@ def _teacher(request: Request, network: Network, found: Read) -> Teacher | None:
         return None
     return open_teacher(
         Path(request.distill),
-        replace(request.origin, model=request.distill_model),
+        request.origin,
         request.means.device,
         network.signature,
         found.example,
-        builder=request.origin.model,
+        builder=request.distill_model,
     )
 
 

@@ -69,12 +69,10 @@ def open_teacher(
 ) -> Teacher:
     """Return a model that answers for the batches of a pupil, of which one example is given.
 
-    The builder is the pupil's; it serves a teacher that holds weights alone and has none of its own.
+    The origin is the pupil's; the builder is the teacher's own.
     """
     model = open_model(path)
-    if not origin.model and not _is_complete(model):
-        origin = replace(origin, model=builder)
-    predict, close, theirs = _opened(model, origin, device)
+    predict, close, theirs = _opened(model, origin_of(model, origin, builder), device)
     try:
         inputs = _input_fits(path, theirs, pupil, each(example.x))
         seen = [np.asarray(array) for array in each(predict(_fitted(inputs, example.x)))]
@@ -86,6 +84,11 @@ def open_teacher(
     if len(seen) > len(outputs):
         notes += (f"{path} gives {len(seen)} outputs: the first {len(outputs)} teach.",)
     return Teacher(predict, close, notes, inputs, outputs)
+
+
+def origin_of(model: ModelFile, pupil: Origin, builder: str) -> Origin:
+    """How a teacher becomes a network: by its own builder, else by the pupil's if it holds weights alone."""
+    return replace(pupil, model=builder or ("" if _is_complete(model) else pupil.model))
 
 
 def _opened(

@@ -7,8 +7,9 @@ The one door before every framework, asked before it is imported; what each kind
 from __future__ import annotations
 
 import tarfile
+from pathlib import Path
 
-from prunectl.errors import InputError, UntrustedError
+from prunectl.errors import InputError, UntrustedError, abbreviated
 from prunectl.formats import trust, zips
 from prunectl.formats.base import ModelFile
 from prunectl.formats.torch import exported_trust, script_trust
@@ -35,9 +36,26 @@ def check(model: ModelFile, origin: Origin) -> None:
     elif model.format in _TORCH and model.about.code:
         raise UntrustedError(
             f"{model.path} holds a whole Python module ({model.about.code[0]}): opening it would run code",
-            hint="if you trust it: --trust --import MODULE\n"
+            hint=f"if you trust it: --trust {way_to(model, _module_of(model.about.code[0]))}\n"
             "better: torch.save(model.state_dict(), ...) once, then --model module:function",
         )
+
+
+def way_to(model: ModelFile, module: str) -> str:
+    """The option that imports a module which a file names: by its file, where that lies beside the model or here."""
+    name = module.partition(".")[0]
+    if not name.isidentifier() or name == "__main__":
+        return "--import MODULE"
+    places = (Path(f"{name}.py"), model.path.parent / f"{name}.py")
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        return f"--import {abbreviated(module)}"
+    return f"--import {found}" if found.is_absolute() or found.parent != Path() else f"--import ./{found}"
+
+
+def _module_of(code: str) -> str:
+    """The module in `class net.Net`."""
+    return code.rpartition(" ")[2].rpartition(".")[0]
 
 
 def is_script(model: ModelFile) -> bool:

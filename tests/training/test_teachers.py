@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from prunectl.errors import UsageError
+from prunectl.errors import UntrustedError, UsageError
 from prunectl.pruning.output import Output
 from prunectl.training.data.source import Batch
 from prunectl.training.ending import Ending, by_numbers, converted
@@ -215,6 +215,24 @@ def test_a_teacher_that_holds_weights_alone_is_built_by_a_function_of_its_own(tm
     assert taught("digits_cnn.pt", str(tmp_path / "wide.pt"), tmp_path / "out.pt", origin=origin, **words).history
     with pytest.raises(UsageError, match="--distill-model builds the teacher, and there is none"):
         finetune(FIXTURES / "digits_cnn.pt", Request("d.npz", **words), Output(tmp_path / "none.pt"))
+
+
+def test_a_teacher_with_code_of_its_own_is_built_by_a_function_and_its_code_is_left_alone(tmp_path: Path) -> None:
+    torch.save(Wide(), tmp_path / "wide.pt")
+    with pytest.raises(UntrustedError, match="holds a whole Python module"):
+        taught("digits_cnn.keras", str(tmp_path / "wide.pt"), tmp_path / "out.keras")
+    words = {"distill_model": f"{HERE}:Wide"}
+    assert taught("digits_cnn.keras", str(tmp_path / "wide.pt"), tmp_path / "out.keras", **words).history
+
+
+def test_what_builds_the_pupil_vouches_for_no_teacher_that_says_itself_what_it_is(tmp_path: Path) -> None:
+    k = keras()
+    layers = [k.layers.Input((8, 8, 1)), k.layers.Flatten(), k.layers.Dense(10), k.layers.Lambda(lambda x: x)]
+    k.Sequential(layers).save(tmp_path / "code.keras")
+    origin = Origin(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN")
+    request = Request("no-such-data.npz", origin=origin, distill=str(tmp_path / "code.keras"))
+    with pytest.raises(UntrustedError):
+        finetune(FIXTURES / "digits_cnn.pt", request, Output(tmp_path / "out.pt"))
 
 
 @pytest.mark.parametrize("model", ["digits_cnn.pt", "digits_cnn.keras"])

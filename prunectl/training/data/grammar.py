@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from prunectl.errors import InputError, UsageError
+from prunectl.formats.peek import address
 
 GRAMMAR = (
     "a SPEC is train.npz, train.npz[x,y], x.npy,y.npy, images/, table.csv?target=label, table.parquet?target=label, "
@@ -99,7 +100,7 @@ def axes(name: str, text: str) -> tuple[int, ...]:
 def existing(path: Path) -> Path:
     """Return a path that is there, or say that it is not."""
     if not os.path.lexists(path):
-        raise InputError(f"{path} does not exist", hint=_quoting(str(path)))
+        raise address(str(path)) or InputError(f"{path} does not exist", hint=_quoting(str(path)))
     return path
 
 

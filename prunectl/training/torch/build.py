@@ -91,9 +91,9 @@ def _trusted(model: ModelFile) -> Built:
     try:
         module = torch.load(str(model.path), map_location="cpu", weights_only=False)
     except (AttributeError, ModuleNotFoundError) as error:
-        raise InputError(
-            f"{model.path} names code that is not here: {first_line(error)}", hint="--import MODULE loads it first"
-        ) from error
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        hint = f"{trusted.way_to(model, missing)} loads it first" if missing else "say what builds the model: --model"
+        raise InputError(f"{model.path} names code that is not here: {first_line(error)}", hint=hint) from error
     if not isinstance(module, torch.nn.Module):
         raise UsageError(f"{model.path} holds a {type(module).__name__}", hint="say what builds the model: --model")
     return _whole(model, module)
