@@ -149,5 +149,5 @@ def test_a_whole_module_says_which_file_its_class_is_in(tmp_path: Path) -> None:
     done = prunectl("finetune", "models/whole.pt", *words, "--trust", *beside.split(), cwd=tmp_path)
     assert done.code == 0, done.err
     (folder / "net_beside.py").rename(tmp_path / "net_beside.py")
-    here_now = prunectl("finetune", "models/whole.pt", *words, "--trust", "--force", cwd=tmp_path)
-    assert "--import ./net_beside.py loads it first" in here_now.err
+    here_now = prunectl("finetune", "models/whole.pt", *words, "--force", cwd=tmp_path)
+    assert "--trust --import ./net_beside.py" in here_now.err
