@@ -18,7 +18,7 @@ from prunectl.training.keras.training import Training
 from prunectl.training.network import Array
 
 _FILE, _RANDOM = "keras.npz", "random.json"
-_WEIGHT, _OPTIMIZER, _CHANCE, _EVIDENCE = "weight", "optimizer", "chance", "evidence"
+_WEIGHT, _OPTIMIZER, _CHANCE, _EVIDENCE, _TORCH = "weight", "optimizer", "chance", "evidence", "torch"
 
 
 def save(folder: Path, library: Library, training: Training, chance: Chance, evidence: Mapping[str, Array]) -> None:
@@ -26,6 +26,7 @@ def save(folder: Path, library: Library, training: Training, chance: Chance, evi
     parts = {f"{kind}/{at}": numbers.read(library, one) for (kind, at), one in _variables(training).items()}
     parts.update({f"{_CHANCE}/{at}": one for at, one in enumerate(chance.states())})
     parts.update({f"{_EVIDENCE}/{name}": total for name, total in evidence.items()})
+    parts.update({f"{_TORCH}/{kind}": module.get_rng_state().numpy() for kind, module in _of_torch(library).items()})
     keep(folder / _FILE, parts)
     (folder / _RANDOM).write_text(json.dumps(randomness.state()), encoding="utf-8")
 
@@ -33,6 +34,7 @@ def save(folder: Path, library: Library, training: Training, chance: Chance, evi
 def restore(folder: Path, library: Library, training: Training, chance: Chance) -> dict[str, Array]:
     """Take everything up again, and return the evidence that there was."""
     held = take(folder / _FILE)
+    of_torch = {name: held.pop(name) for name in list(held) if name.startswith(f"{_TORCH}/")}
     wanted = _variables(training)
     generators = {name: array for name, array in held.items() if name.startswith(f"{_CHANCE}/")}
     evidence = {
@@ -54,10 +56,22 @@ def restore(folder: Path, library: Library, training: Training, chance: Chance) 
         raise InputError(
             f"{folder / _FILE} is of another model: {error}", hint="start again in another folder"
         ) from error
+    for kind, module in _of_torch(library).items():
+        # A run that goes on upon another kind of device cannot be the same to the bit.
+        if f"{_TORCH}/{kind}" in of_torch:
+            module.set_rng_state(library.torch.from_numpy(of_torch[f"{_TORCH}/{kind}"].copy()))
     if (folder / _RANDOM).is_file():
         randomness.restore(json.loads((folder / _RANDOM).read_text(encoding="utf-8")))
     training.begin_anew()
     return evidence
+
+
+def _of_torch(library: Library) -> dict[str, Any]:
+    """What of PyTorch has a random state: as a backend it drops out by that, and by no generator of Keras."""
+    if library.backend != "torch":
+        return {}
+    torch = library.torch
+    return {"cpu": torch, **({"cuda": torch.cuda} if torch.cuda.is_available() else {})}
 
 
 def _variables(training: Training) -> dict[tuple[str, int], Any]:
