@@ -1,8 +1,9 @@
 """Mutants of model files through the commands: which exit codes, what they cost, what they leave behind.
 
 `python -m benchmarks fuzz` runs 1,000 mutants of each kind through `inspect` and 200 through each of the others.
-`python -m benchmarks.fuzz [--inspect N] [--others N] [--kinds A,B] [--commands A,B] [--keep DIR]` runs some of it, and
-keeps the mutants that were handled wrongly. The same numbers give the same mutants, on any machine.
+`python -m benchmarks.fuzz [--inspect N] [--others N] [--kinds A,B] [--commands A,B] [--keep DIR] [--first N]` runs some
+of it, from a number on, and keeps the mutants that were handled wrongly. The same numbers give the same mutants, on any
+machine.
 
 Every command runs in a worker that has run others before, as a process of its own for each would take a day; one that
 dies or hangs is told, and replaced.
@@ -26,6 +27,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -175,24 +177,46 @@ def worker() -> None:
         job = json.loads(line)
         os.chdir(job["folder"])
         out, err = io.StringIO(), io.StringIO()
-        before, used = _peak(reset=True), time.process_time()
+        before, used = _peaks(reset=True), _seconds()
         sys.stdout, sys.stderr = out, err
         try:
             code: Any = cli._run(job["words"])  # noqa: SLF001
         except BaseException as error:  # noqa: BLE001
             code = repr(error)[:300]
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-        told = {"code": code, "err": err.getvalue()[:5000], "seconds": time.process_time() - used}
-        answers.write(json.dumps({**told, "bytes": _peak() - before}) + "\n")
+        told = {"code": code, "err": err.getvalue()[:5000], "seconds": _seconds() - used}
+        grown = max(peak - before.get(pid, 0) for pid, peak in _peaks().items())
+        answers.write(json.dumps({**told, "bytes": grown}) + "\n")
         answers.flush()
 
 
-def _peak(*, reset: bool = False) -> int:
-    """What this process held at most since the last reset, in bytes."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+def _family() -> list[int]:
+    """This process and its children, of which the sandbox stays from file to file."""
+    lists = Path("/proc/self/task").glob("*/children")
+    return [os.getpid(), *(int(pid) for path in lists for pid in path.read_text().split())]
+
+
+def _seconds() -> float:
+    """Processor time of this process and its children, those that have ended among them."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = time.process_time() + ended.ru_utime + ended.ru_stime
+    for pid in _family()[1:]:
+        with suppress(OSError):
+            ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+            found += sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    return found
+
+
+def _peaks(*, reset: bool = False) -> dict[int, int]:
+    """What this process and its children held at most since the last reset, in bytes."""
+    found = {}
+    for pid in _family():
+        with suppress(OSError):
+            if reset:
+                Path(f"/proc/{pid}/clear_refs").write_text("5")
+            if kilobytes := Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2].split()[:1]:
+                found[pid] = int(kilobytes[0]) * 1024
+    return found
 
 
 @dataclass
@@ -269,13 +293,13 @@ def judge(found: dict[str, Any], command: str, folder: Path, temporary: Path, kn
         yield f"takes {found['bytes'] / 1e6:.0f} MB"
 
 
-def fuzz(kind: str, command: str, count: int, keep: Path | None) -> Tally:
+def fuzz(kind: str, command: str, numbers: range, keep: Path | None) -> Tally:
     tally = Tally()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         temporary, folder = Path(scratch, "temporary"), Path(scratch, "work")
         temporary.mkdir()
         worker = Worker(temporary)
-        for number in range(count):
+        for number in numbers:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             model = mutant(kind, number, folder)
@@ -298,11 +322,11 @@ def fuzz(kind: str, command: str, count: int, keep: Path | None) -> Tally:
 
 def run(
     inspected: int = 1000, others: int = 200, kinds: list[str] | None = None, commands: list[str] | None = None,
-    keep: Path | None = None,
+    keep: Path | None = None, first: int = 0,
 ) -> list[str]:  # fmt: skip
     """Run it all, show a table, and return what was handled wrongly."""
     jobs = [
-        (kind, command, inspected if command == "inspect" else others)
+        (kind, command, range(first, first + (inspected if command == "inspect" else others)))
         for command in commands or COMMANDS
         for kind in kinds or KINDS
         if command != "wrap" or "h5" in kind or "keras" in kind or kind.startswith("pt")
@@ -315,7 +339,7 @@ def run(
         for (kind, command, _), tally in zip(jobs, tallies, strict=True)
     ]  # fmt: skip
     head = ("kind", "command", *(f"exit {code}" for code in sorted(ALLOWED)), "faults", "longest", "most memory")
-    total = sum(count for _, _, count in jobs)
+    total = sum(len(numbers) for _, _, numbers in jobs)
     faults = [fault for tally in tallies for fault in tally.faults]
     show(f"{total} mutants, {len(faults)} handled wrongly", head, rows)
     return faults
@@ -330,12 +354,13 @@ def main() -> None:
     parser.add_argument("--kinds", default="")
     parser.add_argument("--commands", default="")
     parser.add_argument("--keep", type=Path)
+    parser.add_argument("--first", type=int, default=0)
     said = parser.parse_args()
     if said.worker:
         worker()
         return
     names = [list(filter(None, text.split(","))) or None for text in (said.kinds, said.commands)]
-    sys.exit(bool(run(said.inspect, said.others, *names, said.keep)))
+    sys.exit(bool(run(said.inspect, said.others, *names, said.keep, said.first)))
 
 
 if __name__ == "__main__":
