@@ -192,8 +192,11 @@ def worker() -> None:
 
 def _family() -> list[int]:
     """This process and its children, of which the sandbox stays from file to file."""
-    lists = Path("/proc/self/task").glob("*/children")
-    return [os.getpid(), *(int(pid) for path in lists for pid in path.read_text().split())]
+    found = [os.getpid()]
+    for path in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # a thread that has ended meanwhile
+            found += map(int, path.read_text().split())
+    return found
 
 
 def _seconds() -> float:
@@ -244,9 +247,11 @@ class Worker:
         line = _line(self.process.stdout, HANG_SECONDS)
         if line:
             return json.loads(line)
-        is_hung = self.process.poll() is None
-        self.process.kill()
-        code = self.process.wait()
+        try:
+            code, is_hung = self.process.wait(timeout=1), False
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code, is_hung = self.process.wait(), True
         self.process = None
         return {"code": "hangs" if is_hung else f"signal {-code}", "err": "", "seconds": 0.0, "bytes": 0}
 
