@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from prunectl.errors import InputError
+from prunectl.formats.table import open_model
 from tests.running import FIXTURES, here
 from tests.safety import makers
 from tests.safety.cost import assert_refused_cheaply, cost
@@ -50,6 +53,22 @@ def test_a_sound_deflated_archive_leaves_nothing_either(tmp_path: Path) -> None:
     found = cost("inspect", FIXTURES / "deflated.keras", scratch=tmp_path)
     assert found.outcome.code == 0
     assert not found.left
+
+
+def test_nothing_is_inflated_of_an_archive_whose_metadata_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, temporary = tmp_path / "damaged.keras", tmp_path / "temporary"
+    with zipfile.ZipFile(FIXTURES / "deflated.keras") as old, zipfile.ZipFile(path, "w") as new:
+        for info in old.infolist():
+            content = b"{" if info.filename == "metadata.json" else old.read(info)
+            new.writestr(info.filename, content, zipfile.ZIP_DEFLATED)
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    with pytest.raises(InputError, match=r"metadata\.json") as held:
+        open_model(path)
+    assert held.traceback
+    assert not list(temporary.iterdir()), "while the error is held"
 
 
 @pytest.mark.parametrize("command", ["inspect", "size"])

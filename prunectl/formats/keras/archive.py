@@ -27,8 +27,9 @@ def open_model(path: Path) -> ModelFile:
     config = parse_object(said, path, "its config.json", budgets.MAX_KERAS_OBJECT_BYTES)
     keras_config.measured(config, path)
     weights = archive.entries[WEIGHTS]
-    model = _stored(path, weights, config) if weights.is_stored else _deflated(path, archive, weights, config)
+    # Before the weights are inflated, lest they stay for as long as somebody holds on to what is wrong with the rest.
     about = _about(path, archive, config, is_compressed=not weights.is_stored)
+    model = _stored(path, weights, config) if weights.is_stored else _deflated(path, archive, weights, config)
     return replace(model, about=replace(about, notes=numbered.notes(model.tensors)))
 
 
