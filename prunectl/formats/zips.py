@@ -27,6 +27,8 @@ _LOCAL_HEADER_BYTES = 30
 _RECORD_BYTES, _ZIP64 = 4, b"\x01\x00"
 """How long the head of an extra record is, and the kind that holds 64-bit lengths."""
 _PIECE_BYTES = 1 << 20
+_END, _LOCATOR_64, _END_64 = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
+_END_BYTES, _LOCATOR_BYTES, _END_64_BYTES, _MAX_COMMENT_BYTES = 22, 20, 56, (1 << 16) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +171,7 @@ def _opened(path: Path, within: Extent | None) -> Archive:
                 entries = [_locate(path, file, info, base) for info in infos]
             begin = min((info.header_offset for info in archive.infolist()), default=0)
             end = base + archive.start_dir
+            has_one_directory = _has_one_directory(buffered)
     except (BadZipFile, NotImplementedError, UnicodeDecodeError, EOFError) as error:
         raise InputError(f"{path} is a damaged zip: {error}") from error
     except PermissionError as error:
@@ -176,8 +179,35 @@ def _opened(path: Path, within: Extent | None) -> Archive:
     if begin:
         # A cut zip can end in a zip that was one of its entries, whose directory is then found instead.
         raise InputError(f"{path} is truncated or damaged: there are {begin} bytes before its first entry")
+    if not has_one_directory:
+        raise InputError(f"{path} is refused: not every reader would find the same entries in it")
     _refuse_lies(path, entries, end)
     return Archive(path, {entry.name: entry for entry in entries})
+
+
+def _has_one_directory(file: BinaryIO | io.BufferedReader) -> bool:
+    """Whether all that the end of a zip says about its directory leads to the same place: right before that end.
+
+    Python looks for the 64-bit end before its locator, PyTorch where the locator says (see CVE-2025-8291).
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - _MAX_COMMENT_BYTES - _END_BYTES - _LOCATOR_BYTES - _END_64_BYTES))
+    tail = file.read()
+    at = tail.rfind(_END)
+    place = size - len(tail) + at
+    length, offset = (
+        int.from_bytes(tail[at + 12 : at + 16], "little"),
+        int.from_bytes(tail[at + 16 : at + 20], "little"),
+    )
+    locator = tail[max(at - _LOCATOR_BYTES, 0) : at]
+    if locator.startswith(_LOCATOR_64):
+        at -= _LOCATOR_BYTES + _END_64_BYTES
+        place -= _LOCATOR_BYTES + _END_64_BYTES
+        if at < 0 or int.from_bytes(locator[8:16], "little") != place or not tail.startswith(_END_64, at):
+            return False
+        length = int.from_bytes(tail[at + 40 : at + 48], "little")
+        offset = int.from_bytes(tail[at + 48 : at + 56], "little")
+    return offset + length == place
 
 
 def written_again(old: ZipInfo) -> ZipInfo:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -320,6 +321,49 @@ def test_sizes_that_do_more_are_not(text: str) -> None:
 )
 def test_operators_of_scripts_that_do_more_than_compute_are_found(code: str) -> None:
     assert script_trust.stranger(code)
+
+
+def prefixed(target: io.BytesIO, script: Path) -> tuple[int, int, bytes]:
+    """Write the entries of a script behind what is there; where its directory lies, of how many, and the directory."""
+    with zipfile.ZipFile(script) as old, zipfile.ZipFile(target, "w") as new:
+        for info in old.infolist():
+            new.writestr("net/" + info.filename.partition("/")[2], old.read(info))
+    whole = target.getvalue()
+    count, length, offset = struct.unpack("<10xHII2x", whole[-22:])
+    target.seek(offset)
+    target.truncate()
+    return offset, count, whole[offset : offset + length]
+
+
+@pytest.mark.parametrize("where", ["beside", "in-a-comment"])
+def test_a_second_directory_that_pytorch_alone_finds_is_refused(where: str, canary: Path, tmp_path: Path) -> None:
+    torch.jit.script(torch.nn.Sequential(torch.nn.Linear(16, 4))).save(str(tmp_path / "plain.pt"))
+    out = io.BytesIO()
+    _, count, shown = prefixed(out, tmp_path / "plain.pt")
+    offset, hidden_count, hidden = prefixed(out, planted_script(tmp_path / "planted.pt", canary))
+
+    def end_64(count: int, length: int, offset: int) -> bytes:
+        return struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, length, offset)
+
+    content = out.getvalue() + hidden
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, len(content), 1)
+    content += end_64(hidden_count, len(hidden), offset)
+    begin = len(content)
+    if where == "beside":
+        content += shown + end_64(count, len(shown), begin) + locator
+    else:
+        comment = bytes(40) + locator
+        last = shown.rindex(b"PK\x01\x02") + 32
+        shown = shown[:last] + struct.pack("<H", len(comment)) + shown[last + 2 :] + comment
+        content += shown
+    content += struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, count, count, len(shown), begin, 0)
+    path = tmp_path / "m.pt"
+    path.write_bytes(content)
+
+    assert "torch.save" in torch.jit.load(path).code, "PyTorch reads the other directory"
+    done = here("export", path, "-o", tmp_path / "m.onnx", "--input", "2,16")
+    assert (done.code, canary.exists()) == (3, False), done.err
+    assert "not every reader" in done.err
 
 
 def test_ordinary_scripts_pass(tmp_path: Path) -> None:

@@ -22,15 +22,13 @@ CLASSES = frozenset({"quantized", "xnnpack"})
 _TOKEN = re.compile(
     r"""(?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')|#[^\n]*|(?P<word>[A-Za-z_]\w*)|\S""", re.DOTALL
 )
-_DIRECTORY_END, _DIRECTORY_END_64 = b"PK\x05\x06", b"PK\x06\x06"
-_END_BYTES, _LOCATOR_BYTES, _END_64_BYTES = 22, 20, 56
 
 
 def check(path: Path) -> None:
     """Refuse TorchScript that names an operator or a class that is on no list."""
     archive = zips.open_archive(path)
-    if len({name.casefold() for name in archive.entries}) < len(archive.entries) or not _has_one_directory(path):
-        # PyTorch looks entries up whatever their case, and finds the directory in its own way.
+    if len({name.casefold() for name in archive.entries}) < len(archive.entries):
+        # PyTorch looks entries up whatever their case.
         raise InputError(f"{path} is refused: not every reader would find the same entries in it")
     left = MAX_SCRIPT_CODE_BYTES
     for name, entry in archive.entries.items():
@@ -78,20 +76,3 @@ def _is_plain_getattr(tokens: list[str]) -> bool:
     *owner, comma, name, _ = tokens[: tokens.index(")") + 1] if tokens.index(")") > 2 else ["", "", "", ""]
     is_text = name[:1] in {'"', "'"} and "\\" not in name and name[1:-1] not in WRITING
     return comma == "," and is_text and not {"ops", "torch"} & set(owner)
-
-
-def _has_one_directory(path: Path) -> bool:
-    """Whether the directory of a zip is where its end says, and nothing follows."""
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - _END_BYTES - _LOCATOR_BYTES - _END_64_BYTES))
-        tail = file.read()
-    end = tail[-_END_BYTES:]
-    if end[:4] != _DIRECTORY_END or end[20:] != bytes(2):
-        return False
-    length, offset = int.from_bytes(end[12:16], "little"), int.from_bytes(end[16:20], "little")
-    place = size - _END_BYTES
-    if len(tail) > _END_BYTES and tail.startswith(_DIRECTORY_END_64):
-        length, offset = int.from_bytes(tail[40:48], "little"), int.from_bytes(tail[48:56], "little")
-        place -= _LOCATOR_BYTES + _END_64_BYTES
-    return offset + length == place
