@@ -14,8 +14,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from prunectl.errors import UntrustedError, abbreviated
+from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile
-from prunectl.formats.json_text import parse_object
+from prunectl.formats.json_text import parse_object, refuse_too_much
 from prunectl.formats.keras.config import text
 from prunectl.formats.keras.pure_names import (
     CLASSES,
@@ -126,7 +127,9 @@ def _metadata(model: ModelFile) -> list[Any]:
     else:
         path = graph
         objects = tuple(one for one in read_graph(graph).objects if one.identifier.startswith("_tf_keras"))
-    found = (parse_object(one.metadata, path, "its Keras metadata") for one in objects if one.metadata)
+    texts = [one.metadata for one in objects if one.metadata]
+    refuse_too_much(texts, path, "its Keras metadata", budgets.MAX_KERAS_OBJECT_BYTES)
+    found = (parse_object(one, path, "its Keras metadata") for one in texts)
     return [{key: value for key, value in one.items() if key != "training_config"} for one in found]
 
 

@@ -94,14 +94,30 @@ def test_no_command_runs_an_operation_that_writes_a_file(fixture: str, command: 
     assert_refused_cheaply(found)
 
 
-def test_what_keras_would_rebuild_of_a_savedmodel_is_looked_at_too(tmp_path: Path) -> None:
+def test_descriptions_that_keras_alone_would_read_cost_no_more_than_others(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    shutil.copytree(FIXTURES / KERAS, path)
+    lists = field(1, field(4, "x") + field(5, b'{"a": [' + b"[]," * 700_000 + b"0]}"))
+    with (path / "keras_metadata.pb").open("ab") as file:
+        file.write(lists * 20)
+    found = cost("export", path, "-o", tmp_path / "o.onnx", scratch=tmp_path / "scratch")
+    assert "more objects than any model needs" in found.outcome.err
+    assert_refused_cheaply(found)
+
+
+@pytest.mark.parametrize(
+    "identifier",
+    [field(4, "_tf_keras_layer"), b"", field(4, "x" * 2000), field(4, "_tf_keras_layer") + field(4, "x")],
+    ids=["named", "nameless", "long", "twice"],
+)
+def test_what_keras_would_rebuild_of_a_savedmodel_is_looked_at_too(identifier: bytes, tmp_path: Path) -> None:
     path = tmp_path / "m"
     shutil.copytree(FIXTURES / KERAS, path)
     metadata = (path / "keras_metadata.pb").read_bytes()
     import json  # noqa: PLC0415 - as Keras keeps it
 
     evil = {**wrapped("io.write_file"), "name": "deed"}
-    one = field(4, "_tf_keras_layer") + field(5, json.dumps(evil))
+    one = identifier + field(5, json.dumps(evil))
     (path / "keras_metadata.pb").write_bytes(metadata + field(1, one))
     found = cost("export", path, "-o", tmp_path / "o.onnx", scratch=tmp_path / "scratch")
     assert "operation io.write_file of TFOpLambda deed" in found.outcome.err

@@ -30,6 +30,7 @@ class KerasObject:
     """A Keras model, layer or metric, as TensorFlow describes it."""
 
     identifier: str
+    """What kind it is; nothing if that is not said, or in a text too long to be one."""
     metadata: bytes
     """A JSON object."""
 
@@ -88,10 +89,9 @@ def _keras_objects(walk: Walk, nodes: Iterable[Field], identifier: int, metadata
         total += nbytes
         if nbytes > MAX_METADATA_BYTES or total > MAX_ALL_METADATA_BYTES:
             raise WireError(f"a description of {nbytes} bytes")
-        if nbytes and identifier in texts and texts[identifier].value <= MAX_IDENTIFIER_BYTES:
-            found.append(
-                KerasObject(
-                    text(walk.data, texts[identifier]), bytes(walk.data[texts[metadata].begin : texts[metadata].end])
-                )
-            )
+        if nbytes:
+            # Keras rebuilds what is described in a file of its own, whatever it is called there, or if it is not.
+            is_named = identifier in texts and texts[identifier].value <= MAX_IDENTIFIER_BYTES
+            name = text(walk.data, texts[identifier]) if is_named else ""
+            found.append(KerasObject(name, bytes(walk.data[texts[metadata].begin : texts[metadata].end])))
     return tuple(found)
