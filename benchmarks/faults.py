@@ -167,7 +167,7 @@ def signalled(place: Place, number: int, whole: dict[str, bytes], seconds: float
             continue
         found = list(place.faults(whole, is_caught=number != signal.SIGKILL))
         if "Traceback" in err:
-            found.append("traceback")
+            found.append(f"traceback: {err.splitlines()[-3:]}")
         if number != signal.SIGKILL and process.returncode not in (0, 130, 143, -number):
             found.append(f"exit {process.returncode}")
         if number == signal.SIGKILL:
@@ -184,6 +184,7 @@ def full_disk(place: Place, whole: dict[str, bytes]) -> list[str]:
     """Run where there is room for the input, and for parts of the output."""
     faults, parent = [], place.root.parent / "small"
     parent.mkdir(exist_ok=True)
+    place.make()
     size = sum(map(len, place.before.values()))
     for share in (0.02, 0.3, 0.6, 0.9):
         room = int(size + 40_000 + share * max(size, sum(map(len, whole.values()))))

@@ -54,14 +54,14 @@ KINDS = {
     "shards": "two_shards",
     "TFLite": "digits_cnn.tflite",
 }
-COMMANDS: dict[str, Callable[[str], list[str]]] = {
-    "inspect": lambda model: ["inspect", model],
-    "prune": lambda model: ["prune", model, "-o", "out", "-s", "50%"],
-    "strip": lambda model: ["strip", model, "-o", "out"],
-    "size": lambda model: ["size", model],
-    "diff": lambda model: ["diff", model, "sound"],
-    "wrap": lambda model: ["prune", model, "-o", "out", "-s", "50%", "--wrap"],
-    "export": lambda model: ["export", model, "-o", "out.onnx"],
+COMMANDS: dict[str, Callable[[str, str], list[str]]] = {
+    "inspect": lambda model, _: ["inspect", model],
+    "prune": lambda model, _: ["prune", model, "-o", "out", "-s", "50%"],
+    "strip": lambda model, _: ["strip", model, "-o", "out"],
+    "size": lambda model, _: ["size", model],
+    "diff": lambda model, sound: ["diff", model, sound],
+    "wrap": lambda model, _: ["prune", model, "-o", "out", "-s", "50%", "--wrap"],
+    "export": lambda model, _: ["export", model, "-o", "out.onnx"],
 }
 ALLOWED = {0, 2, 3, 5}
 MAX_SECONDS, MAX_BYTES, MAX_CHARACTERS, HANG_SECONDS = 2.0, 300_000_000, 300, 120.0
@@ -308,9 +308,10 @@ def fuzz(kind: str, command: str, numbers: range, keep: Path | None) -> Tally:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             model = mutant(kind, number, folder)
-            os.symlink(ROOT / "fixtures" / KINDS[kind], folder / "sound")
+            source = ROOT / "fixtures" / KINDS[kind]
+            sound = source / Path(model).relative_to("model") if source.is_dir() else source
             known = {path.name for path in folder.iterdir()}
-            found = worker.run(COMMANDS[command](model), folder)
+            found = worker.run(COMMANDS[command](model, str(sound)), folder)
             tally.codes[str(found["code"])] += 1
             tally.seconds = max(tally.seconds, found["seconds"])
             tally.nbytes = max(tally.nbytes, found["bytes"])
