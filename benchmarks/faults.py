@@ -166,9 +166,11 @@ def signalled(place: Place, number: int, whole: dict[str, bytes], seconds: float
             faults.append(f"moment {moment}: does not end")
             continue
         found = list(place.faults(whole, is_caught=number != signal.SIGKILL))
-        if "Traceback" in err:
+        # Python itself, interrupted before the first line of ours, ends like that.
+        is_early = "KeyboardInterrupt" in err and f"{ROOT / 'prunectl'}{os.sep}" not in err
+        if "Traceback" in err and not is_early:
             found.append(f"traceback: {err.splitlines()[-3:]}")
-        if number != signal.SIGKILL and process.returncode not in (0, 130, 143, -number):
+        if number != signal.SIGKILL and not is_early and process.returncode not in (0, 130, 143, -number):
             found.append(f"exit {process.returncode}")
         if number == signal.SIGKILL:
             # The next run clears up what this one could not.
