@@ -70,7 +70,7 @@ JOBS_OF_A_WORKER = 400
 
 
 def flipped(data: bytearray, chance: random.Random) -> bytearray:
-    for _ in range(chance.choice((1, 1, 2, 8))):
+    for _ in range(chance.choice((1, 1, 2, 8)) if data else 0):
         data[_place(data, chance)] ^= 1 << chance.randrange(8)
     return data
 
