@@ -79,12 +79,12 @@ def _quiet() -> dict[str, str]:
 
 def cut(name: str) -> None:
     """Build an architecture, cut half of its channels and print what came of it as JSON."""
-    from prunectl.channels.groups import groups
+    from prunectl.channels.groups import channel_groups as groups
     from prunectl.channels.prune import prune_channels
     from prunectl.errors import PrunectlError
-    from prunectl.formats.table import open_model
-    from prunectl.pruning.output import Output
-    from prunectl.pruning.request import Request
+    from prunectl.formats.registry import open_model
+    from prunectl.pruning.destination import Destination
+    from prunectl.pruning.request import PruneRequest as Request
 
     library, _, kind = name.partition(":")
     keras = importlib.import_module(library)
@@ -104,7 +104,7 @@ def cut(name: str) -> None:
         try:
             custom = "benchmarks.channels_keras:CUSTOM" if own else ""
             request = Request(sparsity=0.5, pattern="channel", custom_objects=custom)
-            done = prune_channels(path, request, Output(output), is_trusted=True)
+            done = prune_channels(path, request, Destination(output), is_trusted=True)
         except PrunectlError as error:
             found["error"] = error.message.replace(str(path), "it")
         else:

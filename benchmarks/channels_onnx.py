@@ -16,12 +16,12 @@ import torch
 
 from benchmarks.channels_torch import RATIO, example_of, print_rows
 from benchmarks.nets_torch import Known, lively
+from prunectl.analysis.stats import ModelStats
 from prunectl.api import inspect
 from prunectl.channels.prune import prune_channels
 from prunectl.errors import PrunectlError
-from prunectl.measuring.survey import Survey
-from prunectl.pruning.output import Output
-from prunectl.pruning.request import Request
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.request import PruneRequest
 
 HEAD = (
     *("network", "cut", "parameters left", "MACs left", "apart", "ms before", "ms after", "s"),
@@ -41,8 +41,8 @@ def _row(known: Known) -> list[str]:
         _export(lively(known.make()), example_of(known.shape), path)
         begin = time.perf_counter()
         try:
-            request = Request(sparsity=RATIO, pattern="channel")
-            found = prune_channels(path, request, Output(Path(name) / "small.onnx"), has_latency=True)
+            request = PruneRequest(sparsity=RATIO, pattern="channel")
+            found = prune_channels(path, request, Destination(Path(name) / "small.onnx"), has_latency=True)
         except PrunectlError as error:
             return [known.name, str(error)[:100]]
         seconds = time.perf_counter() - begin
@@ -60,7 +60,7 @@ def _row(known: Known) -> list[str]:
     ]
 
 
-def _theirs(path: Path, example: Any, before: Survey) -> list[str]:
+def _theirs(path: Path, example: Any, before: ModelStats) -> list[str]:
     onnx, onnxsim, runtime = (__import__(name) for name in ("onnx", "onnxsim", "onnxruntime"))
     small = path.with_name("theirs.onnx")
     begin = time.perf_counter()

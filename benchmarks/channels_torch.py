@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from benchmarks.nets_torch import NETS, Known, lively
-from prunectl.channels.groups import groups
+from prunectl.channels.groups import channel_groups
 from prunectl.channels.prune import prune_channels
 from prunectl.errors import PrunectlError
-from prunectl.formats.table import open_model
-from prunectl.pruning.output import Output
-from prunectl.pruning.request import Request
-from prunectl.training.network import Origin
+from prunectl.formats.registry import open_model
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.request import PruneRequest
+from prunectl.training.backend import ModelOrigin
 
 RATIO = 0.5
 HEAD = ("network", "free", "parameters", "left", "MACs left", "error", "s", "Torch-Pruning left", "its MACs", "its s")
@@ -56,12 +56,12 @@ def _ours(known: Known, net: Any, folder: Path, example: Any, before: tuple[floa
     path, output = folder / "net.pt", folder / "small.pt"
     torch.save(net.state_dict(), path)
     model = f"benchmarks.nets_torch:{known.make.__name__}"
-    found = groups(open_model(path), Origin(model, inputs=(known.shape,)))
+    found = channel_groups(open_model(path), ModelOrigin(model, inputs=(known.shape,)))
     free = f"{found.free / found.channels:.0%}"
     begin = time.perf_counter()
     try:
-        request = Request(sparsity=RATIO, pattern="channel", model=model, inputs=(known.shape,))
-        done = prune_channels(path, request, Output(output))
+        request = PruneRequest(sparsity=RATIO, pattern="channel", model=model, inputs=(known.shape,))
+        done = prune_channels(path, request, Destination(output))
     except PrunectlError as error:
         return [free, str(error)[:60], "", "", "", ""]
     seconds = time.perf_counter() - begin

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.timing import PRUNECTL, QUIET
 from prunectl.errors import PrunectlError
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
 
 _SECONDS, _FAILED = 240, 5
 _WIDTH = 300

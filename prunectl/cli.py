@@ -81,7 +81,7 @@ def _run(words: list[str]) -> int:
 
 
 def _explain(error: Exception, words: list[str]) -> int:
-    from prunectl.reporting.failure import explain  # noqa: PLC0415 - see _run
+    from prunectl.reporting.reporter import report_error as explain  # noqa: PLC0415 - see _run
 
     return explain(error, words)
 

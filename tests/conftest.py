@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from prunectl.formats import isolated
-from prunectl.formats.isolated import Policy
+from prunectl.formats import sandbox
+from prunectl.formats.sandbox import SandboxPolicy
 
 TRUSTED = frozenset({"calibrating", "channels", "exporting", "gates", "golden", "measuring", "prune", "training"})
 """Folders of tests whose files are sound: what is asked of them is not how files are read."""
@@ -21,5 +21,5 @@ def _policy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     folder, *_ = request.path.relative_to(Path(__file__).parent).parts
     is_trusted = folder in TRUSTED or request.path.name in TRUSTED_FILES
     with monkeypatch.context() as patched:
-        patched.setattr(isolated, "policy", Policy.HERE if is_trusted else Policy.SANDBOX)
+        patched.setattr(sandbox, "policy", SandboxPolicy.HERE if is_trusted else SandboxPolicy.SANDBOX)
         yield

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile
-from prunectl.formats.table import open_model, recognise
+from prunectl.formats.registry import open_model, recognise
 
 Array = NDArray[Any]
 

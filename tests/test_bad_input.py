@@ -21,7 +21,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from prunectl.errors import InputError
-from prunectl.formats.table import FORMATS, open_model
+from prunectl.formats.registry import FORMATS, open_model
 
 SUFFIXES = sorted({suffix for row in FORMATS for suffix in row.suffixes if suffix} | {".npz", ".dat"})
 MAX_MEMORY_BYTES = 300 << 20

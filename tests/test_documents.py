@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from prunectl.commands.app import COMMANDS
-from prunectl.formats.table import FORMATS
+from prunectl.formats.registry import FORMATS
 from tests.running import FIXTURES, HANG_SECONDS, ROOT, clean, prunectl
 
 README = (ROOT / "README.md").read_text()
@@ -101,7 +101,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "prunectl").rglob("*.py")}
-    assert held == modules | {"prunectl/py.typed", "prunectl/gating/budgets.schema.json"}
+    assert held == modules | {"prunectl/py.typed", "prunectl/checks/budgets.schema.json"}
 
 
 def test_the_dependencies_are_pinned() -> None:

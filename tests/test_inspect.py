@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
 from tests.running import FIXTURES, at_terminal, here, prunectl, without_colors
 
 DIGITS = sorted(

@@ -13,11 +13,11 @@ import h5py
 import numpy as np
 import pytest
 
+from prunectl.analysis.sizes import packed_bytes
 from prunectl.errors import InputError
-from prunectl.formats.base import About, Can, ModelFile
-from prunectl.formats.keras import hdf5_chunks, pack_h5
-from prunectl.formats.table import FORMATS, by_name, load, open_model
-from prunectl.measuring.sizes import packed_bytes
+from prunectl.formats.base import Capability, ModelFile, ModelInfo
+from prunectl.formats.keras.hdf5 import rebuild
+from prunectl.formats.registry import FORMATS, by_name, load, open_model
 from tests.contract import Array, raw, read_all
 from tests.networks import keras, small_keras, tf_keras
 from tests.running import FIXTURES
@@ -44,7 +44,7 @@ def pack(path: Path, target: Path) -> Path:
 def packed_hdf5(path: Path) -> Path:
     """Pack an HDF5 file that no Keras wrote, and that we would not open."""
     target = path.with_name("packed.h5")
-    pack_h5.pack(ModelFile(path, "keras-h5", (), About(), (path,)), target, lambda _: None)
+    rebuild.pack(ModelFile(path, "keras-h5", (), ModelInfo(), (path,)), target, lambda _: None)
     return target
 
 
@@ -68,7 +68,7 @@ def source(request: pytest.FixtureRequest) -> Path:
 
 def test_every_packable_format_is_tried_here() -> None:
     tried = {open_model(FIXTURES / name).format for name in PACKABLE}
-    assert tried == {row.name for row in FORMATS if row.can & Can.PACK}
+    assert tried == {row.name for row in FORMATS if row.can & Capability.PACK}
 
 
 def test_we_read_the_same_tensors_and_facts_from_the_packed_file(source: Path, tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_a_file_with_references_stays_as_it_is(tmp_path: Path) -> None:
 
 
 def test_datasets_of_many_chunks_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hdf5_chunks, "_CHUNK_BYTES", 500)
+    monkeypatch.setattr(rebuild, "_CHUNK_BYTES", 500)
     path = tmp_path / "m.h5"
     with h5py.File(path, "w") as file:
         for number, shape in enumerate([(1000,), (3, 400), (400, 3), (7, 11, 13), (2, 3, 4, 50)]):
@@ -321,12 +321,12 @@ def test_datasets_of_many_chunks_come_back(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 5), (1, 1), (7,)])
 @pytest.mark.parametrize("room", [1, 2, 7, 100])
 def test_chunks_cover_each_element_once(shape: tuple[int, ...], room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hdf5_chunks, "_CHUNK_BYTES", room)
-    chunk = hdf5_chunks.chunk_of(shape, 1)
+    monkeypatch.setattr(rebuild, "_CHUNK_BYTES", room)
+    chunk = rebuild.chunk_of(shape, 1)
     assert chunk is not None
     assert np.prod(chunk) <= room
     covered = np.zeros(shape, int)
-    for begin, lengths in hdf5_chunks.boxes(shape, chunk):
+    for begin, lengths in rebuild.boxes(shape, chunk):
         covered[tuple(slice(start, start + length) for start, length in zip(begin, lengths, strict=True))] += 1
     assert (covered == 1).all()
 

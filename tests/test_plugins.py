@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from prunectl.pruning.curves import CURVES
 from prunectl.pruning.policies import POLICIES
+from prunectl.pruning.schedules import CURVES
 from prunectl.pruning.strategies import STRATEGIES
-from prunectl.reporting.curve_plot import as_svg, in_dots
+from prunectl.reporting.plots import braille_plot, svg_plot
 from tests.running import at_terminal, prunectl
 
 
@@ -52,12 +52,12 @@ def test_what_makes_no_sense_is_refused(words: list[str], tmp_path: Path) -> Non
 
 
 def test_a_line_that_rises_goes_from_the_lower_left_to_the_upper_right() -> None:
-    lines = in_dots([0.0, 0.5, 1.0], 10, 5)
+    lines = braille_plot([0.0, 0.5, 1.0], 10, 5)
     assert lines[-1][0] not in {"\u2800", " "}
     assert lines[0][-1] not in {"\u2800", " "}
     assert lines[0][0] == "\u2800"
 
 
 def test_names_are_text_in_a_picture_whatever_is_in_them() -> None:
-    root = ET.fromstring(as_svg({"<a&b>": [0.0, 1.0]}, across="x", up="y"))
+    root = ET.fromstring(svg_plot({"<a&b>": [0.0, 1.0]}, across="x", up="y"))
     assert any(one.text == "<a&b>" for one in root.iter("{http://www.w3.org/2000/svg}text"))

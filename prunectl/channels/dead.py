@@ -7,57 +7,151 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prunectl.channels.choose import Loss
-from prunectl.channels.couple import Family, Group
-from prunectl.channels.folding import fold
-from prunectl.channels.source import Source
-from prunectl.channels.trace import Part, Trace
+from prunectl.channels.adapter import GraphAdapter
+from prunectl.channels.graph import OpKind, OpNode
+from prunectl.channels.groups import Channel, ChannelGroup
+from prunectl.channels.labels import AxisRole, LabelTrace
+from prunectl.channels.selection import PrunedGroup
 from prunectl.formats.base import Array
-from prunectl.pruning.plan import Skip
+from prunectl.pruning.plan import SkippedTensor
+
+_INPUTS = 2
+"""What is always the same is so for different ones."""
+_CLOSE = 1e-5
+"""How far numbers may be apart that are one, relative to the largest that comes out."""
+
+
+def fold_into_bias(
+    source: GraphAdapter,
+    trace: LabelTrace,
+    node: OpNode,
+    *,
+    place: tuple[str, int],
+    indices: Sequence[int],
+    weights: dict[str, Array],
+) -> bool:
+    """Let a layer read nothing at some indices, and keep what it read there in its bias; False where it cannot.
+
+    The weights are those that were changed before, and get what changes here.
+    """
+    if node.outputs[0] not in source.showable:
+        return False
+    name, axis = place
+    kernel = np.array(weights.get(name, source.graph.weights[name]))
+    np.moveaxis(kernel, axis, 0)[list(indices)] = 0
+    difference, scale = _difference(source, node, weights, {**weights, name: kernel})
+    constant = _constant(node, difference, scale)
+    if constant is None or (constant.any() and not _keep(trace, node, constant, weights)):
+        return False
+    weights[name] = kernel
+    return True
+
+
+def _difference(
+    source: GraphAdapter, node: OpNode, before: dict[str, Array], after: dict[str, Array]
+) -> tuple[Array, float]:
+    """Return what it makes of a difference, for several inputs behind one another, and the largest number there."""
+    runners = [source.runner(source.with_weights(weights), node.outputs[:1]) for weights in (before, after)]
+    random = np.random.default_rng(0)
+    given = [source.feeds(random) for _ in range(_INPUTS)]
+    one, other = (np.stack([np.asarray(run(feeds)[-1], np.float64) for feeds in given]) for run in runners)
+    return one - other, float(np.abs(one).max(initial=0.0)) or 1.0
+
+
+def _constant(node: OpNode, difference: Array, scale: float) -> Array | None:
+    """Return one number for each channel that comes out; None if it depends on what goes in, or on the position."""
+    # In front of the axes of the operation is that of the inputs.
+    axis = 2 if node.kind is OpKind.CONVOLUTION else difference.ndim - 1
+    rows = np.moveaxis(difference, axis, 0).reshape(difference.shape[axis], -1)
+    if node.kind is OpKind.RECURRENT:
+        # What comes out is no sum: it cannot make up for anything.
+        return np.zeros(len(rows)) if np.abs(rows).max(initial=0.0) <= _CLOSE * scale else None
+    if np.ptp(rows, axis=1).max(initial=0.0) > _CLOSE * scale:
+        return None
+    found: Array = rows.mean(axis=1)
+    return found if np.abs(found).max(initial=0.0) > _CLOSE * scale else np.zeros_like(found)
+
+
+def _keep(trace: LabelTrace, node: OpNode, constant: Array, weights: dict[str, Array]) -> bool:
+    """Add a constant to a bias, or to what is added next, or take it from the mean that is subtracted next."""
+    if trace.is_view(node, 2):
+        return _add(trace, node.inputs[2], constant, weights)
+    reader, axis, is_turned = _single_consumer(trace, node)
+    if reader is None:
+        return False
+    if reader.kind is OpKind.NORM and trace.is_view(reader, 3) and axis == 1:
+        return _add(trace, reader.inputs[3], -constant, weights)
+    if not is_turned and reader.kind is OpKind.EACH and reader.op.lower() == "add":
+        held = [name for name in reader.inputs if name in trace.graph.views]
+        return len(held) == 1 and _add(trace, held[0], constant, weights)
+    return False
+
+
+def _single_consumer(trace: LabelTrace, node: OpNode) -> tuple[OpNode | None, int, bool]:
+    """Return the only operation that reads an output, the axis of its channels there, and if its axes were turned."""
+    axis = 1 if node.kind is OpKind.CONVOLUTION else len(trace.shape(node.outputs[0])) - 1
+    is_turned = False
+    while len(readers := trace.readers(node)) == 1:
+        (node,) = readers
+        if node.kind is not OpKind.TRANSPOSE:
+            return node, axis, is_turned
+        axis, is_turned = list(node.attributes["order"]).index(axis), True
+    return None, axis, is_turned
+
+
+def _add(trace: LabelTrace, name: str, constant: Array, weights: dict[str, Array]) -> bool:
+    tensor = trace.graph.views[name].tensor
+    array = weights.get(tensor, trace.graph.weights[tensor])
+    if array.size != constant.size or trace.graph.uses[tensor] != 1:
+        return False
+    weights[tensor] = (array.astype(np.float64) + constant.reshape(array.shape)).astype(array.dtype)
+    return True
 
 
 @dataclass(frozen=True, slots=True)
-class Dead:
+class DeadChannels:
     """Channels that make no difference."""
 
-    losses: tuple[Loss, ...]
-    skips: tuple[Skip, ...]
+    losses: tuple[PrunedGroup, ...]
+    skips: tuple[SkippedTensor, ...]
     weights: Mapping[str, Array]
     """Weights that take over what these channels always said."""
 
 
-def dead(source: Source, trace: Trace, found: Sequence[Family], wanted: Sequence[Family]) -> Dead:
+def find_dead(
+    source: GraphAdapter, trace: LabelTrace, found: Sequence[ChannelGroup], wanted: Sequence[ChannelGroup]
+) -> DeadChannels:
     """Return which channels of the wanted families are dead; what they always say is folded into what reads them.
 
     A channel that says something else at the borders, as behind a padding, stays, and that is said.
     """
     weights = source.graph.weights
-    unread = {group.label for family in wanted for group in family.groups if _are_zero(group, Part.IN, weights)}
+    unread = {group.label for family in wanted for group in family.groups if _are_zero(group, AxisRole.IN, weights)}
     unmade = {
         group.label
         for family in wanted
         for group in family.groups
-        if group.label not in unread and _are_zero(group, Part.OUT, weights)
+        if group.label not in unread and _are_zero(group, AxisRole.OUT, weights)
     }
-    skips: list[Skip] = []
+    skips: list[SkippedTensor] = []
     while True:
         folded, blocked = _folded(source, trace, found, unmade)
         if not blocked:
             break
         for reader, labels in blocked:
-            skips.append(Skip(reader, "it reads what is always the same, and has nowhere to keep it"))
+            skips.append(SkippedTensor(reader, "it reads what is always the same, and has nowhere to keep it"))
             unmade -= labels
     gone = unread | unmade
-    return Dead(tuple(_loss(family, gone) for family in wanted), tuple(skips), folded)
+    return DeadChannels(tuple(_loss(family, gone) for family in wanted), tuple(skips), folded)
 
 
-def _loss(family: Family, gone: set[int]) -> Loss:
+def _loss(family: ChannelGroup, gone: set[int]) -> PrunedGroup:
     dropped = [number for number, group in enumerate(family.groups) if group.label in gone]
     # A tensor without channels is none.
-    return Loss(family, tuple(dropped if len(dropped) < len(family.groups) else dropped[1:]))
+    return PrunedGroup(family, tuple(dropped if len(dropped) < len(family.groups) else dropped[1:]))
 
 
-def _are_zero(group: Group, part: Part, weights: Mapping[str, Array]) -> bool:
+def _are_zero(group: Channel, part: AxisRole, weights: Mapping[str, Array]) -> bool:
     members = [member for member in group.members if member.place.part is part]
     return bool(members) and not any(
         np.take(weights[member.place.tensor], member.indices, member.place.axis).any() for member in members
@@ -65,14 +159,14 @@ def _are_zero(group: Group, part: Part, weights: Mapping[str, Array]) -> bool:
 
 
 def _folded(
-    source: Source, trace: Trace, found: Iterable[Family], unmade: set[int]
+    source: GraphAdapter, trace: LabelTrace, found: Iterable[ChannelGroup], unmade: set[int]
 ) -> tuple[dict[str, Array], list[tuple[str, set[int]]]]:
     """Fold what reads these channels, one operation after the other; return what could not be folded too."""
     read: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {}
     for family in found:
         for group in family.groups:
             for member in group.members if group.label in unmade else ():
-                if member.place.part is Part.IN:
+                if member.place.part is AxisRole.IN:
                     read.setdefault((member.place.tensor, member.place.axis), {})[group.label] = member.indices
     weights: dict[str, Array] = {}
     blocked: list[tuple[str, set[int]]] = []
@@ -81,15 +175,15 @@ def _folded(
         own = {trace.graph.views[name].tensor for name in node.inputs if name in trace.graph.views}
         for place in (place for place in notes.get(node.name, {}) if place[0] in own):
             indices = [index for those in read.get(place, {}).values() for index in those]
-            if indices and not fold(source, trace, node, place=place, indices=indices, weights=weights):
+            if indices and not fold_into_bias(source, trace, node, place=place, indices=indices, weights=weights):
                 blocked.append((place[0], set(read[place])))
     return weights, blocked
 
 
-def _readings(trace: Trace) -> dict[str, dict[tuple[str, int], None]]:
+def _readings(trace: LabelTrace) -> dict[str, dict[tuple[str, int], None]]:
     """Return the axes of kernels on which operations read channels, by the name of the operation, each once."""
     found: dict[str, dict[tuple[str, int], None]] = {}
     for note in trace.notes:
-        if note.part is Part.IN and note.labels.any():
+        if note.part is AxisRole.IN and note.labels.any():
             found.setdefault(note.node, {})[note.tensor, note.axis] = None
     return found

@@ -10,7 +10,7 @@ from typing import Any
 from prunectl.formats.base import Array
 
 
-class Kind(StrEnum):
+class OpKind(StrEnum):
     """What an operation does to channels."""
 
     CONVOLUTION = "convolution"
@@ -52,13 +52,13 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class OpNode:
     """An operation."""
 
     name: str
     op: str
     """As the file calls it."""
-    kind: Kind
+    kind: OpKind
     inputs: tuple[str, ...]
     """Those that carry numbers; an empty name is left out."""
     outputs: tuple[str, ...]
@@ -66,7 +66,7 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class WeightView:
     """A weight as an operation sees it."""
 
     tensor: str
@@ -75,13 +75,13 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
-class Graph:
+class ChannelGraph:
     """A network that can be followed."""
 
-    nodes: tuple[Node, ...]
+    nodes: tuple[OpNode, ...]
     """In an order in which they can run."""
     weights: Mapping[str, Array]
-    views: Mapping[str, View]
+    views: Mapping[str, WeightView]
     """By the name of the value."""
     uses: Mapping[str, int]
     """How often each weight meets an operation."""

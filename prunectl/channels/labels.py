@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from prunectl.channels.graph import ChannelGraph, OpNode
 
 LabelArray: TypeAlias = NDArray[np.int64]
 FIXED = 0
 """The label of what is no channel, or none that could go."""
 
 
-class Labels:
+class UnionFind:
     """Labels of channels, united as operations tie them together."""
 
     def __init__(self) -> None:
@@ -96,3 +101,93 @@ def spread(line: LabelArray, axis: int, shape: tuple[int, ...]) -> LabelArray:
     place = [1] * len(shape)
     place[axis] = len(line)
     return np.broadcast_to(line.reshape(place), shape)
+
+
+class AxisRole(StrEnum):
+    """What an index of a weight does for its channel."""
+
+    OUT = "out"
+    """Makes it."""
+    IN = "in"
+    """Reads it."""
+    BIAS = "bias"
+    SCALE = "scale"
+    SHIFT = "shift"
+    STATE = "state"
+    """Means and variances."""
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class AxisLabels:
+    """The labels along an axis of a weight."""
+
+    tensor: str
+    axis: int
+    part: AxisRole
+    labels: LabelArray
+    node: str
+
+
+class LabelTrace:
+    """What is known of a network while it is followed."""
+
+    def __init__(self, graph: ChannelGraph) -> None:
+        self.graph = graph
+        self.labels = UnionFind()
+        self.values: dict[str, LabelArray] = {}
+        self.notes: list[AxisLabels] = []
+        self._readers: dict[str, list[OpNode]] = defaultdict(list)
+        for node in graph.nodes:
+            for name in node.inputs:
+                self._readers[name].append(node)
+
+    def readers(self, node: OpNode) -> list[OpNode]:
+        """Return the operations that read what one gives."""
+        return [reader for name in node.outputs for reader in self._readers[name]]
+
+    def of(self, name: str) -> LabelArray:
+        """Return the labels of a value; those of inputs and constants are fixed."""
+        found = self.values.get(name)
+        return fixed(self.graph.shapes.get(name, ())) if found is None else found
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a value."""
+        return self.graph.shapes[name]
+
+    def note(self, node: OpNode, name: str, axis: int, part: AxisRole, labels: LabelArray) -> None:
+        """Note which channel each index of a weight is, on an axis as the operation sees it."""
+        view = self.graph.views[name]
+        own = view.axes[axis]
+        if own is None:
+            self.labels.lock(labels, op_title(node))
+        else:
+            self.notes.append(AxisLabels(view.tensor, own, part, labels, node.name))
+
+    def is_view(self, node: OpNode, place: int) -> bool:
+        """Whether an input of an operation is a weight."""
+        return place < len(node.inputs) and node.inputs[place] in self.graph.views
+
+    def line(self, node: OpNode, labels: LabelArray, axis: int) -> LabelArray:
+        """Return one label for each index of an axis; where there are more, they are locked."""
+        found = self.labels.along(labels, axis)
+        if found is None:
+            self.labels.lock(labels, f"{op_title(node)} mixes channels with positions")
+            return np.array(fixed((labels.shape[axis],)))
+        return found
+
+    def settle(self) -> None:
+        """Unite what several uses of a weight say of it, and lock what only some of them say."""
+        said: dict[tuple[str, int], list[AxisLabels]] = {}
+        for note in self.notes:
+            said.setdefault((note.tensor, note.axis), []).append(note)
+        for (tensor, _), notes in said.items():
+            for note in notes[1:]:
+                self.labels.unite(notes[0].labels, note.labels, f"{tensor} is shared")
+            if len(notes) != self.graph.uses[tensor]:
+                self.labels.lock(notes[0].labels, f"{tensor} is used elsewhere in another way")
+
+
+def op_title(node: OpNode) -> str:
+    """Return an operation as the reason why channels are locked."""
+    return f"{node.op} {node.name}"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from prunectl.errors import UsageError
-from prunectl.training.signature import Signature
+from prunectl.training.backend import Signature
 
 Shape = tuple[int, ...]
 Shapes = Callable[[Signature], Sequence[Shape] | None]

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from prunectl import __version__
-from prunectl.channels.choose import removed
-from prunectl.channels.prune import CutOut
+from prunectl.channels.prune import ChannelPruneResult
+from prunectl.channels.selection import removed_indices
 from prunectl.errors import InputError
-from prunectl.formats.json_text import read_object
-from prunectl.pruning.manifest import SCHEMA, keep
+from prunectl.formats.safe_json import read_object
+from prunectl.pruning.manifest import SCHEMA, write_json
 
 LIMITS = frozenset({"min_channels", "round_to", "max_ratio", "params", "flops", "dead"})
 """Words about channels that a request does not have."""
 
 
-def write(path: Path, found: CutOut, limits: Mapping[str, Any]) -> None:
+def write(path: Path, found: ChannelPruneResult, limits: Mapping[str, Any]) -> None:
     """Write the manifest of a cut that has hashed what it read and what it wrote."""
     whole = {
         "schema": SCHEMA,
@@ -33,10 +33,10 @@ def write(path: Path, found: CutOut, limits: Mapping[str, Any]) -> None:
         ],
         "removed": [
             {"tensor": tensor, "axis": axis, "indices": indices.tolist()}
-            for (tensor, axis), indices in sorted(removed(found.losses).items())
+            for (tensor, axis), indices in sorted(removed_indices(found.losses).items())
         ],
     }
-    keep(path, whole)
+    write_json(path, whole)
 
 
 def limits_in(path: Path) -> dict[str, Any]:

@@ -3,51 +3,421 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 
-from prunectl.channels.graph import Graph, Kind, Node
-from prunectl.channels.labels import fixed
-from prunectl.channels.rules_each import each
-from prunectl.channels.rules_heads import heads
-from prunectl.channels.rules_moving import concat, cut_off, split, stretch, transpose
-from prunectl.channels.rules_product import product
-from prunectl.channels.rules_recurrent import recurrent
-from prunectl.channels.rules_reshape import reshape
-from prunectl.channels.rules_weights import convolution, embedding, linear, norm
-from prunectl.channels.trace import Trace, blame
+import numpy as np
 
-Rule = Callable[[Trace, Node], None]
+from prunectl.channels.graph import ChannelGraph, OpKind, OpNode
+from prunectl.channels.labels import AxisRole, LabelArray, LabelTrace, fixed, op_title, spread
 
 
-def unknown(trace: Trace, node: Node) -> None:
+def elementwise(trace: LabelTrace, node: OpNode) -> None:
+    """Unite the labels of what is added, multiplied or compared, and note the weights among it."""
+    shape = trace.shape(node.outputs[0])
+    names = [name for name in node.inputs if name]
+    values = [_aligned(trace.of(name), len(shape)) for name in names if name not in trace.graph.views]
+    joined = _joined(trace, node, values, shape)
+    for name in names:
+        if name in trace.graph.views:
+            _weight(trace, node, name, joined)
+    for name in node.outputs:
+        trace.values[name] = joined
+
+
+def _joined(trace: LabelTrace, node: OpNode, values: list[LabelArray], shape: tuple[int, ...]) -> LabelArray:
+    """Return the labels of the outcome."""
+    kept = values
+    for axis in (axis for axis, length in enumerate(shape) if length > 1):
+        if any(trace.labels.varies(value, axis) for value in kept):
+            # One channel for all of an axis of channels: it has to stay.
+            for value in kept:
+                if value.shape[axis] == 1:
+                    trace.labels.lock(value, f"{op_title(node)} takes it for many channels")
+            kept = [value for value in kept if value.shape[axis] > 1]
+    whole = [np.broadcast_to(value, shape) for value in kept]
+    for other in whole[1:]:
+        trace.labels.unite(whole[0], other, f"{op_title(node)} joins it with what stays")
+    labelled = [value for value in whole if value.any()]
+    return next(iter(labelled), fixed(shape))
+
+
+def _weight(trace: LabelTrace, node: OpNode, name: str, joined: LabelArray) -> None:
+    """Note a weight that has a number for each channel, whichever its axis."""
+    shape = trace.shape(name)
+    behind = joined.ndim - len(shape)
+    axes = [axis for axis, length in enumerate(shape) if length > 1 and trace.labels.varies(joined, axis + behind)]
+    if not axes:
+        return
+    line = trace.labels.along(joined, axes[0] + behind)
+    if line is None:
+        trace.labels.lock(joined, f"{op_title(node)} mixes channels with positions")
+    else:
+        trace.note(node, name, axes[0], AxisRole.OTHER, line)
+
+
+def _aligned(labels: LabelArray, rank: int) -> LabelArray:
+    return labels.reshape((1,) * (rank - labels.ndim) + labels.shape)
+
+
+_DATA, _KERNELS, _BIASES = slice(0, 3), slice(3, 6), slice(7, 10)
+_OUT, _OUT_BIAS = 6, 10
+
+
+def attention(trace: LabelTrace, node: OpNode) -> None:
+    """Read the channels of the last axes, put heads in between, and make new channels."""
+    kernel, bias, *masks = node.inputs[_OUT], node.inputs[_OUT_BIAS], *node.inputs[_OUT_BIAS + 1 :]
+    between = trace.labels.fresh(trace.shape(kernel)[0])
+    for data, own in zip(node.inputs[_DATA], node.inputs[_KERNELS], strict=True):
+        trace.note(node, own, 0, AxisRole.IN, trace.line(node, trace.of(data), -1))
+        trace.note(node, own, 1, AxisRole.OUT, between)
+    for own in filter(None, node.inputs[_BIASES]):
+        trace.note(node, own, 0, AxisRole.BIAS, between)
+    for mask in masks:
+        trace.labels.lock(trace.of(mask), f"{op_title(node)} has a mask that is calculated")
+    shape = trace.shape(node.outputs[0])
+    made = trace.labels.fresh(shape[-1])
+    trace.note(node, kernel, 0, AxisRole.IN, between)
+    trace.note(node, kernel, 2, AxisRole.OUT, made)
+    if bias:
+        trace.note(node, bias, 0, AxisRole.BIAS, made)
+    trace.values[node.outputs[0]] = spread(made, len(shape) - 1, shape)
+
+
+def concat(trace: LabelTrace, node: OpNode) -> None:
+    """Put labels one behind the other; along another axis than theirs, they are one and the same."""
+    shape = trace.shape(node.outputs[0])
+    axis = node.attributes["axis"] % len(shape)
+    arrays = [trace.of(name) for name in node.inputs]
+    across = [array for array in arrays if set(trace.labels.varying(array)) - {axis}]
+    if not across:
+        # Along the other axes, one position says all.
+        first = tuple(slice(None) if number == axis else slice(0, 1) for number in range(len(shape)))
+        _put(trace, node, np.broadcast_to(np.concatenate([array[first] for array in arrays], axis), shape))
+        return
+    if any(trace.labels.varies(array, axis) for array in arrays):
+        for array in arrays:
+            trace.labels.lock(array, op_title(node))
+        _put(trace, node, fixed(shape))
+        return
+    heads = [first_along(array, axis) for array in arrays]
+    for head in heads[1:]:
+        trace.labels.unite(heads[0], head, f"{op_title(node)} joins it with what stays")
+    _put(trace, node, np.broadcast_to(next((head for head in heads if head.any()), heads[0]), shape))
+
+
+def split(trace: LabelTrace, node: OpNode) -> None:
+    """Take labels apart."""
+    labels, axis = trace.of(node.inputs[0]), node.attributes["axis"]
+    bounds = np.cumsum(node.attributes["sizes"])[:-1]
+    for name, part in zip(node.outputs, np.split(labels, bounds, axis), strict=True):
+        trace.values[name] = part
+
+
+def slice_axes(trace: LabelTrace, node: OpNode) -> None:
+    """Take a part of some axes."""
+    labels = trace.of(node.inputs[0])
+    for axis, start, stop, step in node.attributes["slices"]:
+        if step != 1 and trace.labels.varies(labels, axis):
+            trace.labels.lock(labels, f"{op_title(node)} takes channels in another order")
+            _put(trace, node, fixed(trace.shape(node.outputs[0])))
+            return
+        part = slice(start, None if stop < 0 else stop, step)
+        labels = labels[(slice(None),) * axis + (part,)]
+    _put(trace, node, labels)
+
+
+def transpose(trace: LabelTrace, node: OpNode) -> None:
+    """Put the axes of labels in another order."""
+    _put(trace, node, trace.of(node.inputs[0]).transpose(node.attributes["order"]))
+
+
+def along_axes(trace: LabelTrace, node: OpNode) -> None:
+    """Change the lengths of axes, or take one off, as pooling, padding, slices and upsampling do."""
+    labels, shape = trace.of(node.inputs[0]), trace.shape(node.outputs[0])
+    axes = node.attributes["axes"]
+    if any(trace.labels.varies(labels, axis) for axis in axes):
+        trace.labels.lock(labels, f"{op_title(node)} reaches over channels")
+        for name in node.outputs:
+            trace.values[name] = fixed(trace.graph.shapes.get(name, ()))
+        return
+    for axis in axes:
+        labels = first_along(labels, axis)
+    if len(shape) < labels.ndim:
+        labels = labels.reshape(tuple(length for axis, length in enumerate(labels.shape) if axis not in axes))
+    for name in node.outputs:
+        trace.values[name] = np.broadcast_to(labels, shape)
+
+
+def first_along(labels: LabelArray, axis: int) -> LabelArray:
+    """Return labels with one position of an axis that they do not differ along."""
+    return labels[tuple(slice(0, 1) if number == axis % labels.ndim else slice(None) for number in range(labels.ndim))]
+
+
+def _put(trace: LabelTrace, node: OpNode, labels: LabelArray) -> None:
+    trace.values[node.outputs[0]] = labels
+
+
+class ChannelAxis(StrEnum):
+    """Which axis of a matrix the channels lie on."""
+
+    NONE = "none"
+    FRONT = "front"
+    """One channel for a whole matrix, as a head of an attention is."""
+    KEPT = "kept"
+    SUMMED = "summed"
+    SEVERAL = "several"
+
+
+def product(trace: LabelTrace, node: OpNode) -> None:
+    """Unite what is summed over together, and the matrices that meet."""
+    shape = trace.shape(node.outputs[0])
+    values = [_padded(trace.of(name), len(shape)) for name in node.inputs]
+    if min(len(trace.shape(name)) for name in node.inputs) < 2:
+        _lock_product(trace, node, *values)
+        return
+    one, other = values
+    # Both with what is summed over on their last axis.
+    turned = (one, other.swapaxes(-1, -2))
+    along = [_along(trace, value) for value in turned]
+    match along:
+        case [ChannelAxis.SUMMED, ChannelAxis.SUMMED]:
+            first, second = (first_along(value, -2) for value in turned)
+            trace.labels.unite(first, second, op_title(node))
+            trace.values[node.outputs[0]] = fixed(shape)
+        case [ChannelAxis.FRONT, ChannelAxis.FRONT]:
+            _unite_fronts(trace, node, one, other)
+            _put_product(trace, node, one[..., :1, :1], shape)
+        case [ChannelAxis.FRONT | ChannelAxis.KEPT, ChannelAxis.NONE]:
+            _unite_fronts(trace, node, one, other)
+            _put_product(trace, node, first_along(one, -1), shape)
+        case [ChannelAxis.NONE, ChannelAxis.FRONT | ChannelAxis.KEPT]:
+            _unite_fronts(trace, node, one, other)
+            _put_product(trace, node, first_along(other, -2), shape)
+        case _:
+            _lock_product(trace, node, one, other)
+
+
+def _along(trace: LabelTrace, value: LabelArray) -> ChannelAxis:
+    axes = trace.labels.varying(value)
+    named = {value.ndim - 1: ChannelAxis.SUMMED, value.ndim - 2: ChannelAxis.KEPT}
+    found = {named.get(axis, ChannelAxis.FRONT) for axis in axes}
+    return found.pop() if len(found) == 1 else ChannelAxis.SEVERAL if found else ChannelAxis.NONE
+
+
+def _unite_fronts(trace: LabelTrace, node: OpNode, one: LabelArray, other: LabelArray) -> None:
+    """Unite the matrices that meet, unless there is one for all."""
+    first, second = one[..., 0, 0], other[..., 0, 0]
+    axes = {*trace.labels.varying(first), *trace.labels.varying(second)}
+    if any(first.shape[axis] > 1 and second.shape[axis] > 1 for axis in axes):
+        trace.labels.unite(first, second, op_title(node))
+
+
+def _lock_product(trace: LabelTrace, node: OpNode, *values: LabelArray) -> None:
+    for value in values:
+        trace.labels.lock(value, f"{op_title(node)} multiplies it by what is calculated")
+    trace.values[node.outputs[0]] = fixed(trace.shape(node.outputs[0]))
+
+
+def _put_product(trace: LabelTrace, node: OpNode, labels: LabelArray, shape: tuple[int, ...]) -> None:
+    trace.values[node.outputs[0]] = np.broadcast_to(labels, shape)
+
+
+def _padded(labels: LabelArray, rank: int) -> LabelArray:
+    return labels.reshape((1,) * (rank - labels.ndim) + labels.shape)
+
+
+def recurrent(trace: LabelTrace, node: OpNode) -> None:
+    """Read the channels of the last axis and the units of the step before, and make units."""
+    data, kernel, inner, *others = node.inputs
+    units, gates = node.attributes["units"], node.attributes["gates"]
+    made = trace.labels.fresh(units)
+    trace.note(node, kernel, -2, AxisRole.OUT, np.tile(made, gates))
+    trace.note(node, kernel, -1, AxisRole.IN, trace.line(node, trace.of(data), -1))
+    trace.note(node, inner, -2, AxisRole.OUT, np.tile(made, gates))
+    trace.note(node, inner, -1, AxisRole.IN, made)
+    for name in filter(None, others):
+        _beside(trace, node, name, made)
+    for name in node.outputs:
+        shape = trace.shape(name)
+        trace.values[name] = spread(made, len(shape) - 1, shape)
+
+
+def _beside(trace: LabelTrace, node: OpNode, name: str, made: LabelArray) -> None:
+    """Note a bias or a first state."""
+    if name not in trace.graph.views:
+        trace.labels.unite(_last(trace.of(name)), made, f"{op_title(node)} begins with what is calculated")
+        return
+    times = trace.shape(name)[-1] // len(made)
+    # A state that is not zero would speak for a unit that is silent.
+    trace.note(node, name, -1, AxisRole.BIAS, np.tile(made, times))
+
+
+def _last(labels: LabelArray) -> LabelArray:
+    return np.array(labels.reshape(-1, labels.shape[-1])[0])
+
+
+_FUSED = frozenset({2, 3})
+"""Queries, keys and values in one matrix; or keys and values."""
+
+
+def reshape(trace: LabelTrace, node: OpNode) -> None:
+    """Give labels another shape; a channel that goes must leave a block behind on both sides."""
+    labels, shape = trace.of(node.inputs[0]), trace.shape(node.outputs[0])
+    found = np.reshape(labels, shape)
+    axes = trace.labels.varying(found)
+    if len(axes) > 1 and len(trace.labels.varying(labels)) == 1:
+        stays = _staying(trace, node, axes, shape)
+        for axis in axes:
+            if axis != stays:
+                trace.labels.unite(found, found.take([0], axis=axis), op_title(node))
+    left = trace.labels.varying(found)
+    if max(len(trace.labels.varying(labels)), len(left)) > 1 or (axes and not left):
+        trace.labels.lock(labels, f"{op_title(node)} takes channels apart")
+        found = np.array(fixed(shape))
+    trace.values[node.outputs[0]] = found
+
+
+def _staying(trace: LabelTrace, node: OpNode, axes: tuple[int, ...], shape: tuple[int, ...]) -> int:
+    """Return the axis along which channels still differ.
+
+    In a shuffle of channels it is the last, as the same number of each group must stay. Otherwise whole blocks go,
+    such as the heads of an attention.
+    """
+    if _is_shuffle(trace, node):
+        return axes[-1]
+    heads = [axis for axis in axes[:-1] if len(axes) == 2 or shape[axis] not in _FUSED]
+    return heads[0] if heads else axes[0]
+
+
+def _is_shuffle(trace: LabelTrace, node: OpNode) -> bool:
+    """Whether all that follows is another order of the axes, and the old shape again."""
+    readers = trace.readers(node)
+    if not readers or any(reader.kind is not OpKind.TRANSPOSE for reader in readers):
+        return False
+    behind = [after for reader in readers for after in trace.readers(reader)]
+    before = trace.shape(node.inputs[0])
+    return bool(behind) and all(
+        after.kind is OpKind.RESHAPE and trace.graph.shapes.get(after.outputs[0]) == before for after in behind
+    )
+
+
+def convolution(trace: LabelTrace, node: OpNode) -> None:
+    """Read the channels of axis 1, and make new ones; one by one if each is a group by itself."""
+    labels, shape = trace.of(node.inputs[0]), trace.shape(node.outputs[0])
+    if not trace.is_view(node, 1):
+        _lock(trace, node)
+        return
+    groups, is_transposed = node.attributes["groups"], node.attributes["is_transposed"]
+    kernel, inputs = node.inputs[1], trace.line(node, labels, 1)
+    in_axis, out_axis = (0, 1) if is_transposed else (1, 0)
+    if groups > 1 and groups == len(inputs):
+        made = np.repeat(inputs, shape[1] // groups)
+        # Axis 0 runs over the groups, and with them over what goes in and what comes out.
+        trace.note(node, kernel, 0, AxisRole.OUT, inputs if is_transposed else made)
+    else:
+        per_group = inputs.reshape(groups, -1)
+        for others in per_group[1:]:
+            trace.labels.unite(per_group[0], others, op_title(node))
+        fresh = trace.labels.fresh(shape[1] // groups)
+        made = np.tile(fresh, groups)
+        trace.note(node, kernel, out_axis, AxisRole.OUT, fresh if is_transposed else made)
+        trace.note(node, kernel, in_axis, AxisRole.IN, inputs if is_transposed else per_group[0])
+    _bias(trace, node, made)
+    trace.values[node.outputs[0]] = spread(made, 1, shape)
+
+
+def linear(trace: LabelTrace, node: OpNode) -> None:
+    """Read the channels of the last axis, and make new ones."""
+    labels, shape = trace.of(node.inputs[0]), trace.shape(node.outputs[0])
+    if not trace.is_view(node, 1):
+        _lock(trace, node)
+        return
+    in_axis = node.attributes["in_axis"]
+    inputs = trace.line(node, labels, -1)
+    made = trace.labels.fresh(shape[-1])
+    trace.note(node, node.inputs[1], 1 - in_axis, AxisRole.OUT, made)
+    trace.note(node, node.inputs[1], in_axis, AxisRole.IN, inputs)
+    _bias(trace, node, made)
+    trace.values[node.outputs[0]] = spread(made, len(shape) - 1, shape)
+
+
+def embedding(trace: LabelTrace, node: OpNode) -> None:
+    """Make channels on the last axis; the rows are words, of which none goes."""
+    shape = trace.shape(node.outputs[0])
+    trace.labels.lock(trace.of(node.inputs[1]), op_title(node))
+    made = trace.labels.fresh(shape[-1])
+    table = node.inputs[0]
+    trace.note(node, table, 1, AxisRole.OUT, made)
+    trace.note(node, table, 0, AxisRole.OTHER, np.array(fixed((trace.shape(table)[0],))))
+    trace.values[node.outputs[0]] = spread(made, len(shape) - 1, shape)
+
+
+def norm(trace: LabelTrace, node: OpNode) -> None:
+    """Scale and shift each channel by itself."""
+    labels = trace.of(node.inputs[0])
+    line = trace.line(node, labels, 1)
+    for place, part in enumerate((AxisRole.SCALE, AxisRole.SHIFT, AxisRole.STATE, AxisRole.STATE), 1):
+        if trace.is_view(node, place):
+            trace.note(node, node.inputs[place], 0, part, line)
+        elif place < len(node.inputs) and node.inputs[place]:
+            trace.labels.lock(labels, f"{op_title(node)} has weights that are calculated")
+    trace.values[node.outputs[0]] = labels
+
+
+def _bias(trace: LabelTrace, node: OpNode, made: LabelArray) -> None:
+    if len(node.inputs) < 3 or not node.inputs[2]:
+        return
+    name = node.inputs[2]
+    if not trace.is_view(node, 2):
+        trace.labels.lock(made, f"{op_title(node)} has a bias that is calculated")
+        return
+    shape = trace.shape(name)
+    if shape and shape[-1] == len(made) and len(shape) == sum(length == 1 for length in shape[:-1]) + 1:
+        trace.note(node, name, len(shape) - 1, AxisRole.BIAS, made)
+    elif any(length > 1 for length in shape):
+        trace.labels.lock(made, f"{op_title(node)} has a bias for more than channels")
+
+
+def _lock(trace: LabelTrace, node: OpNode) -> None:
+    """Lock what meets weights that are calculated."""
+    for name in node.inputs:
+        trace.labels.lock(trace.of(name), f"{op_title(node)} has weights that are calculated")
+    trace.values[node.outputs[0]] = fixed(trace.shape(node.outputs[0]))
+
+
+Rule = Callable[[LabelTrace, OpNode], None]
+
+
+def lock_all(trace: LabelTrace, node: OpNode) -> None:
     """Lock whatever meets an operation of which nothing is known."""
     for name in node.inputs:
-        trace.labels.lock(trace.of(name), blame(node))
+        trace.labels.lock(trace.of(name), op_title(node))
     for name in node.outputs:
         trace.values[name] = fixed(trace.graph.shapes.get(name, ()))
 
 
-RULES: Mapping[Kind, Rule] = {
-    Kind.CONVOLUTION: convolution,
-    Kind.LINEAR: linear,
-    Kind.EMBEDDING: embedding,
-    Kind.PRODUCT: product,
-    Kind.RECURRENT: recurrent,
-    Kind.HEADS: heads,
-    Kind.NORM: norm,
-    Kind.EACH: each,
-    Kind.CONCAT: concat,
-    Kind.SPLIT: split,
-    Kind.SLICE: cut_off,
-    Kind.TRANSPOSE: transpose,
-    Kind.RESHAPE: reshape,
-    Kind.STRETCH: stretch,
-    Kind.UNKNOWN: unknown,
+RULES: Mapping[OpKind, Rule] = {
+    OpKind.CONVOLUTION: convolution,
+    OpKind.LINEAR: linear,
+    OpKind.EMBEDDING: embedding,
+    OpKind.PRODUCT: product,
+    OpKind.RECURRENT: recurrent,
+    OpKind.HEADS: attention,
+    OpKind.NORM: norm,
+    OpKind.EACH: elementwise,
+    OpKind.CONCAT: concat,
+    OpKind.SPLIT: split,
+    OpKind.SLICE: slice_axes,
+    OpKind.TRANSPOSE: transpose,
+    OpKind.RESHAPE: reshape,
+    OpKind.STRETCH: along_axes,
+    OpKind.UNKNOWN: lock_all,
 }
 
 
-def follow(graph: Graph) -> Trace:
+def propagate(graph: ChannelGraph) -> LabelTrace:
     """Return what a network does to channels, from its inputs to its outputs."""
-    trace = Trace(graph)
+    trace = LabelTrace(graph)
     for node in graph.nodes:
         RULES[node.kind](trace, node)
     for name in graph.outputs:

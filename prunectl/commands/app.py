@@ -12,7 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 from prunectl import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "inspect": ("prunectl.commands.inspect_", "What is in a model file: layers, sparsity, dead weight."),
+    "inspect": ("prunectl.commands.inspect", "What is in a model file: layers, sparsity, dead weight."),
     "prune": ("prunectl.commands.prune", "Zero the least important weights; all else stays byte for byte."),
     "finetune": ("prunectl.commands.finetune", "Train with the zeros kept, or prune on the way."),
     "strip": ("prunectl.commands.strip", "Drop masks, wrappers, optimizer state and training configuration."),
@@ -25,7 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "init": ("prunectl.commands.init", "Measure the models that are there, and write budgets a little above."),
     "doctor": ("prunectl.commands.doctor", "What is installed, what works, and what to install for the rest."),
     "plugins": ("prunectl.commands.plugins", "Strategies, schedules, policies and formats, also installed ones."),
-    "help": ("prunectl.commands.help", "What exit codes, selectors, patterns, data and the like are."),
+    "help": ("prunectl.commands.help.command", "What exit codes, selectors, patterns, data and the like are."),
 }
 
 _COMPLETE = "_PRUNECTL_COMPLETE"
@@ -85,7 +85,7 @@ def run(words: list[str]) -> int:
     """Run what was typed, and return its exit code."""
     command = typer.main.get_command(app)
     if os.environ.get(_COMPLETE):
-        return int(importlib.import_module("prunectl.commands.completion_shells").answer(command, _COMPLETE))
+        return int(importlib.import_module("prunectl.commands.completion").complete(command, _COMPLETE))
     # Not by command.main, which turns a closed pipe into exit code 1.
     try:
         with command.make_context("prunectl", words or ["--help"]) as context:

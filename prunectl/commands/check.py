@@ -2,17 +2,147 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from prunectl.commands.check_requests import baseline_of, budgets_of, shown
-from prunectl.commands.reports import Reports
-from prunectl.commands.verb import verb
-from prunectl.gating.check import check as run
-from prunectl.reporting.gates.table import FORMATS
-from prunectl.reporting.reporter import Reporter
+from prunectl.checks import baseline
+from prunectl.checks import config as checks_config
+from prunectl.checks.baseline import GIT, Baseline
+from prunectl.checks.check import check as run
+from prunectl.checks.parse import Budgets, Words, read
+from prunectl.checks.rules import Findings
+from prunectl.commands._command import STDIN, make_command
+from prunectl.errors import PrunectlError, UsageError, attempt, writing
+from prunectl.formats import atomic
+from prunectl.formats.registry import recognise
+from prunectl.formats.selectors import close_matches
+from prunectl.reporting.checks.ci import REPORT_FORMATS
+from prunectl.reporting.checks.text import check_report
+from prunectl.reporting.reporter import Reporter, print_error
+from prunectl.units import parse_ratio, parse_size
+
+_ROOTS = ("GITHUB_WORKSPACE", "CI_PROJECT_DIR")
+"""Where services that run checks have the repository, from which they name files."""
+
+
+def load_budgets(config: Path | None) -> Budgets:
+    """Return the budgets of the file that was named, or of the nearest one."""
+    found = checks_config.find_config(Path.cwd()) if config is None else checks_config.load_config(config)
+    return read(found, Words(parse_size, parse_ratio))
+
+
+def load_baseline(budgets: Budgets, word: str, *, is_new: bool, reason: str) -> Baseline:
+    """Return what models were, or where that is to be written."""
+    if is_new and word.startswith(GIT):
+        raise UsageError("a baseline in git is not written to", hint="--baseline FILE, and commit it")
+    if is_new != bool(reason.strip()):
+        raise UsageError(
+            "--update-baseline and --reason go together", hint="--update-baseline --reason 'a better tokenizer'"
+        )
+    usual = budgets.folder / budgets.baseline
+    return baseline.read(word, usual if not word or word.startswith(GIT) else Path(word))
+
+
+def ci_path(path: Path) -> str:
+    """Return a path as a service finds it in the repository; else from where we are."""
+    for name in _ROOTS:
+        root = os.environ.get(name, "")
+        if root and path.absolute().is_relative_to(root):
+            return path.absolute().relative_to(root).as_posix()
+    return os.path.relpath(path)
+
+
+STDOUT = STDIN
+_SUMMARY = "GITHUB_STEP_SUMMARY"
+"""The file that GitHub shows at the end of a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reports:
+    """Which reports go where."""
+
+    wanted: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, words: list[str], *, is_json: bool) -> Reports:
+        """Return what was typed, understood before any work begins."""
+        wanted = tuple(map(_split, words))
+        places = [place for _, place in wanted]
+        for place in places:
+            if places.count(place) > 1:
+                raise UsageError(f"two reports go to {place}")
+            if place != STDOUT and not Path(place).absolute().parent.is_dir():
+                raise UsageError(f"{Path(place).parent} is not a folder", hint=f"mkdir -p {Path(place).parent}")
+            if place != STDOUT and _is_precious(Path(place)):
+                raise UsageError(f"{place} is no place for a report", hint="--report junit:check.xml")
+        if is_json and STDOUT in places:
+            raise UsageError("--json has standard output for itself", hint="--report json:FILE, or without --json")
+        return cls(wanted)
+
+    def spare(self, *paths: Path | None) -> None:
+        """Refuse a report in the place of a file that is read."""
+        taken = {path.resolve() for path in paths if path is not None}
+        for _, place in self.wanted:
+            if place != STDOUT and Path(place).resolve() in taken:
+                raise UsageError(f"{place} is no place for a report", hint="--report json:check.json")
+
+    def show(self, found: Findings, reporter: Reporter) -> int:
+        """Write all reports; what is printed otherwise is left out if one of them goes to standard output."""
+        poured = ""
+        for name, place in self.wanted:
+            text = REPORT_FORMATS[name](found)
+            if place == STDOUT:
+                poured = text
+            else:
+                _write(Path(place), text)
+            if name == "github" and os.environ.get(_SUMMARY):
+                where = Path(os.environ[_SUMMARY])
+                with writing(where), where.open("a", encoding="utf-8") as summary:
+                    summary.write(REPORT_FORMATS["markdown"](found))
+        report = check_report(found, has_gates=reporter.is_json)
+        if STDOUT not in {place for _, place in self.wanted}:
+            return reporter.show(report)
+        sys.stdout.write(poured)
+        sys.stdout.flush()
+        for failure in report.failures:
+            print_error(failure.error)
+        return report.exit_code
+
+
+def _split(word: str) -> tuple[str, str]:
+    name, sign, place = word.partition(":")
+    if name not in REPORT_FORMATS:
+        raise UsageError(
+            f"there is no report {name!r}",
+            did_you_mean=close_matches(name, list(REPORT_FORMATS)),
+            hint=f"reports: {', '.join(REPORT_FORMATS)}",
+        )
+    if not sign or not place:
+        raise UsageError(f"where to? --report {name}:PATH", hint=f"--report {name}:- is standard output")
+    return name, place
+
+
+def _is_precious(path: Path) -> bool:
+    """Whether something is there that no report should take the place of."""
+    return (
+        path.is_dir()
+        or path.suffix == ".toml"
+        or (path.is_file() and not isinstance(attempt(recognise, path), PrunectlError))
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    if path.exists() and not path.is_file():
+        # A pipe or a device has no place that could be taken.
+        with writing(path):
+            path.write_text(text, encoding="utf-8")
+        return
+    atomic.write_text(path, text, is_forced=True)
 
 
 def check(
@@ -26,7 +156,7 @@ def check(
         list[str] | None,
         typer.Option(
             metavar="FORMAT:PATH",
-            help=f"Also write {', '.join(FORMATS)}; - is standard output.",
+            help=f"Also write {', '.join(REPORT_FORMATS)}; - is standard output.",
         ),
     ] = None,
     baseline: Annotated[
@@ -55,12 +185,12 @@ def check(
     """
     reporter: Reporter = ctx.obj
     reports = Reports.of(report or [], is_json=reporter.is_json)
-    budgets = budgets_of(config)
-    earlier = baseline_of(budgets, baseline, is_new=update_baseline, reason=reason)
+    budgets = load_budgets(config)
+    earlier = load_baseline(budgets, baseline, is_new=update_baseline, reason=reason)
     reports.spare(budgets.path, earlier.path)
-    file, bar = shown(budgets.path), reporter.progress
+    file, bar = ci_path(budgets.path), reporter.progress
     found = run(budgets, names or [], earlier, file=file, reason=reason, is_trusted=trust, meter=bar)
     return reports.show(found, reporter)
 
 
-command = verb(check)
+command = make_command(check)

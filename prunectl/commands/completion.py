@@ -1,17 +1,120 @@
 """What a shell offers after an option: names in the model that was typed, and names that prunectl knows.
 
 Imported only where a shell asks, which is while somebody waits for a key: no weight is read, and nothing is said.
+
+What bash asks and is answered: it breaks words at = and :, and puts words back together by what comes after.
+
+`--layer=fc1/kernel:0` arrives as `--layer = fc1/kernel : 0`, of which only the 0 is what it completes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+import contextlib
+import io
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from typer.core import TyperArgument, TyperCommand
 
-from prunectl.commands.completion_offers import OFFERS, OFFERS_OF, Offer
+from prunectl.analysis.patterns import CHANNEL
+from prunectl.channels.config import list_importances
+from prunectl.checks.diff import DiffRule
+from prunectl.commands.app import COMMANDS
+from prunectl.commands.help.table import TOPICS
+from prunectl.errors import PrunectlError, UsageError, attempt
+from prunectl.exporting.routes import TARGETS
+from prunectl.formats.base import StripPart
+from prunectl.formats.registry import open_model
+from prunectl.pruning.plan import Scope
+from prunectl.reporting.checks.ci import REPORT_FORMATS as REPORTS
+from prunectl.training.course import RATES
+from prunectl.training.request import choices
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A word that a shell may complete to, as Typer hands it on."""
+
+    value: str
+    help: str = ""
+    type: str = "plain"
+
+
+Offers = Callable[[Iterable[str]], Iterable[Completion]]
+"""Given the arguments that were typed."""
+
+PATTERNS = {
+    "unstructured": "any weights",
+    "2:4": "two zeros in every four",
+    "1:4": "one zero in every four",
+    "block:1x4": "four in a row go together",
+    "block:4x4": "squares of sixteen go together",
+    "block:4x4:max": "the same, by the largest weight of each",
+    "channel": "whole channels, which are cut out",
+}
+
+
+def tensor_names(words: Iterable[str]) -> list[Completion]:
+    """Return the layers and tensors of the first model among some words."""
+    for word in words:
+        model = attempt(open_model, Path(word))
+        if not isinstance(model, PrunectlError):
+            layers = {tensor.layer: tensor.kind or "layer" for tensor in model.tensors if tensor.layer}
+            tensors = {tensor.name: f"{'x'.join(map(str, tensor.shape))} {tensor.role}" for tensor in model.tensors}
+            return [Completion(name, line) for name, line in {**layers, **tensors}.items()]
+    return []
+
+
+def _known(kind: str) -> Offers:
+    return lambda _: [Completion(choice.name, choice.line) for choice in choices(kind)]
+
+
+def _strategies(_: Iterable[str]) -> list[Completion]:
+    named = {choice.name: choice.line for choice in (*choices("strategies"), *list_importances())}
+    return [Completion(name, line) for name, line in named.items()]
+
+
+def _matching(words: Iterable[str] | Mapping[str, str]) -> Offers:
+    lines = words if isinstance(words, Mapping) else dict.fromkeys(words, "")
+    return lambda _: [Completion(word, line) for word, line in lines.items()]
+
+
+OFFERS: Mapping[str, Offers] = {
+    "layer": tensor_names,
+    "layers": tensor_names,
+    "only": tensor_names,
+    "exclude": tensor_names,
+    "freeze": tensor_names,
+    "strategy": _strategies,
+    "strategies": _strategies,
+    "schedule": _known("schedules"),
+    "schedules": _known("schedules"),
+    "policy": _known("policies"),
+    "scopes": _matching(map(str, Scope)),
+    "pattern": _matching(PATTERNS),
+    "patterns": _matching(PATTERNS),
+    "on": _matching({"ray": "workers on this machine", "ray:": "a cluster, by its address"}),
+    "to": _matching({target.name: target.title for target in TARGETS}),
+    "report": _matching(f"{name}:" for name in REPORTS),
+    "fail_on": _matching(map(str, DiffRule)),
+    "lr_schedule": _matching(RATES),
+    "topic": _matching({name: line for name, (_, line) in {**TOPICS, **COMMANDS}.items()}),
+    "precision": _matching(("fp32", "bf16", "fp16")),
+}
+"""By the name of the option."""
+
+OFFERS_OF: Mapping[str, Offers] = {
+    "strip --only": _matching(map(str, StripPart)),
+    "finetune --pattern": _matching({name: line for name, line in PATTERNS.items() if name != CHANNEL}),
+}
+"""Where a command means something else by it."""
+
 
 _LISTS = frozenset({"strategies", "scopes", "patterns", "schedules", "fail_on", "strip --only"})
 """Options whose words commas separate: the last of them is completed."""
@@ -27,8 +130,8 @@ def attach(command: TyperCommand) -> None:
             setattr(param, "shell_complete", _completer(offers, is_list=is_list))  # noqa: B010 - a method, to mypy
 
 
-def _completer(offers: Callable[[Iterable[str]], Iterable[Offer]], *, is_list: bool) -> Callable[[Any, str], Any]:
-    def complete(ctx: Any, incomplete: str) -> list[Offer]:
+def _completer(offers: Callable[[Iterable[str]], Iterable[Completion]], *, is_list: bool) -> Callable[[Any, str], Any]:
+    def complete(ctx: Any, incomplete: str) -> list[Completion]:
         head, comma, last = incomplete.rpartition(",") if is_list else ("", "", incomplete)
         try:
             found = [offer for offer in offers(_arguments(ctx)) if offer.value.startswith(last)]
@@ -45,3 +148,98 @@ def _arguments(ctx: Any) -> list[str]:
     words = [word for value in given for word in (value if isinstance(value, list | tuple) else (value,))]
     # An option that has no value yet ends the parsing before any argument has its place.
     return [str(word) for word in (*words, *ctx.args) if word]
+
+
+BREAKS = frozenset("=:")
+
+
+@dataclass(frozen=True, slots=True)
+class BashWords:
+    """The words of a line up to the cursor, put together again."""
+
+    words: tuple[str, ...]
+    """The last of them is the one to complete."""
+    head: str
+    """What bash has of an answer already, and leaves where it is."""
+
+    @classmethod
+    def of(cls, line: str, cursor: int) -> BashWords:
+        """Return what COMP_WORDS and COMP_CWORD mean."""
+        parts = _parts(line)[: cursor + 1]
+        # A new word is empty, and gets lost between spaces.
+        parts += [""] * (cursor + 1 - len(parts))
+        words: list[str] = []
+        for place, part in enumerate(parts):
+            if place > 1 and part and (part in BREAKS or parts[place - 1] in BREAKS):
+                words[-1] += part
+            else:
+                words.append(part)
+        last = "" if parts[-1] in BREAKS else parts[-1]
+        return cls(tuple(words), _value(words[-1]).removesuffix(last))
+
+    @property
+    def line(self) -> str:
+        """The words as one line, which is taken apart as a shell does."""
+        return shlex.join(self.words)
+
+    @property
+    def cursor(self) -> int:
+        """Where among them the last word is."""
+        return len(self.words) - 1
+
+    def rest(self, answer: str) -> str:
+        """Return what bash puts behind what it has."""
+        return answer.removeprefix(self.head)
+
+
+def _parts(line: str) -> list[str]:
+    """Return words as a shell has them, also where a quotation has not ended yet."""
+    lexer = shlex.shlex(line, posix=True)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    found: list[str] = []
+    try:
+        found.extend(lexer)
+    except ValueError:
+        found.append(lexer.token)
+    return found
+
+
+def _value(word: str) -> str:
+    """Return what follows an option in one word with it, which is what answers are about."""
+    name, sign, value = word.partition("=")
+    return value if sign and name.startswith("-") else word
+
+
+SHELLS = ("bash", "zsh", "fish", "powershell", "pwsh")
+_ASKING = "complete_bash"
+KNOWN = tuple(f"{what}_{shell}" for shell in SHELLS for what in ("complete", "source"))
+
+
+def complete(command: Any, variable: str) -> int:
+    """Answer what the script of a shell asks through a variable, and return the exit code."""
+    asking = os.environ[variable]
+    if asking not in KNOWN:
+        raise UsageError(
+            f"{variable} is {asking!r}, which no shell asks",
+            did_you_mean=tuple(get_close_matches(asking, KNOWN)),
+            hint="prunectl --show-completion prints what a shell needs",
+        )
+    return _answer_bash(command) if asking == _ASKING else _exit_code(command)
+
+
+def _answer_bash(command: Any) -> int:
+    asked = BashWords.of(os.environ["COMP_WORDS"], int(os.environ["COMP_CWORD"]))
+    os.environ |= {"COMP_WORDS": asked.line, "COMP_CWORD": str(asked.cursor)}
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        code = _exit_code(command)
+    sys.stdout.writelines(f"{asked.rest(line)}\n" for line in said.getvalue().splitlines())
+    return code
+
+
+def _exit_code(command: Any) -> int:
+    try:
+        command.main([], prog_name="prunectl")
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0

@@ -2,12 +2,169 @@
 
 from __future__ import annotations
 
+import platform
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
 import typer
 
-from prunectl.commands.verb import verb
-from prunectl.gating.installed import extras
-from prunectl.reporting.doctor_report import doctor_report
+from prunectl import __version__
+from prunectl.commands._command import make_command
+from prunectl.errors import InputError
+from prunectl.formats.base import Capability
+from prunectl.formats.registry import FORMATS
+from prunectl.reporting.report import Column, Report, Section, Table
 from prunectl.reporting.reporter import Reporter
+
+_REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*([^;]*)(?:;.*extra\s*==\s*['\"]([^'\"]+)['\"])?")
+_BOUND = re.compile(r"(>=|<)\s*([0-9.]+)")
+_EVERYTHING = "all"
+
+BRINGS = {
+    "": "inspect, size, check, diff, verify, strip and prune of every format",
+    "tensorflow": "finetune, export and prune --data of Keras and TensorFlow; prune --wrap",
+    "torch": "finetune, export and prune --data of PyTorch",
+    "onnx": "prune --data and --pattern channel of ONNX; export from ONNX",
+    "export": "export to ONNX",
+    "zstd": "size --codec zstd; zstd inside of models",
+    "images": "--data of folders with images",
+    "parquet": "--data of Parquet files",
+    "ray": "sweep --on ray",
+}
+"""What each extra is for; none is the core."""
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A package that something needs."""
+
+    name: str
+    extra: str
+    wanted: str
+    """As the requirement says it: `>=1.17`."""
+    version: str
+    """What is installed; empty if it is not."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is there, and new enough."""
+        if not self.version:
+            return False
+        found = _numbers(self.version)
+        return all(
+            found >= _numbers(bound) if sign == ">=" else found < _numbers(bound)
+            for sign, bound in _BOUND.findall(self.wanted)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """What comes with an extra, and whether it works."""
+
+    name: str
+    brings: str
+    packages: tuple[Package, ...]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all of its packages are."""
+        return all(package.is_ready for package in self.packages)
+
+    @property
+    def remedy(self) -> str:
+        """What to type, where it is not."""
+        if self.is_ready:
+            return ""
+        return f"pip install 'prunectl[{self.name}]'" if self.name else "pip install --force-reinstall prunectl"
+
+
+def extras() -> tuple[Extra, ...]:
+    """Return the core, then every extra."""
+    packages = list(_packages())
+    return tuple(
+        Extra(name, brings, tuple(one for one in packages if one.extra == name)) for name, brings in BRINGS.items()
+    )
+
+
+def libraries() -> tuple[tuple[str, str], ...]:
+    """Return what else decides results to the byte."""
+    return (("zlib", zlib.ZLIB_RUNTIME_VERSION),)
+
+
+def _packages() -> Iterator[Package]:
+    try:
+        lines = metadata.requires("prunectl") or []
+    except metadata.PackageNotFoundError as error:
+        raise InputError("prunectl is not installed: it runs from its sources", hint="pip install -e .") from error
+    for line in lines:
+        match = _REQUIREMENT.match(line)
+        if match and match[3] != _EVERYTHING:
+            yield Package(match[1], match[3] or "", match[2].strip(), _version(match[1]))
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+_EXTRAS = (Column("extra"), Column("works"), Column("packages"), Column("brings"), Column("to install"))
+_FORMATS = (Column("format"), Column("suffixes"), Column("strip"), Column("pack"), Column("FLOPs"))
+
+
+def doctor_report(extras: tuple[Extra, ...]) -> Report:
+    """Return the report on what is installed."""
+    table = Table("extras", _EXTRAS, tuple(map(_row, extras)))
+    formats = Table("formats", _FORMATS, tuple(_format(row.title, row.suffixes, row.can) for row in FORMATS))
+    facts = (
+        ("prunectl", __version__),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        *libraries(),
+    )
+    missing = (*(f"For {extra.brings}: {extra.remedy}" for extra in extras if extra.remedy), *_weaknesses())
+    return Report(
+        models=(),
+        main=table,
+        sections=(Section("What is installed", facts, (table,), missing), Section("Formats", (), (formats,))),
+        bare=tuple(extra.remedy for extra in extras if extra.remedy),
+        more={"python": platform.python_version(), "extras": [_json(extra) for extra in extras]},
+    )
+
+
+def _weaknesses() -> tuple[str, ...]:
+    """Say what protects less than on Linux."""
+    system = platform.system()
+    if system == "Linux":
+        return ()
+    said = f"On {system} the child that reads HDF5 has no limit on its memory, only on its time"
+    return (f"{said}: read files of strangers on Linux, or in a container.",)
+
+
+def _row(extra: Extra) -> tuple[str, ...]:
+    packages = ", ".join(f"{one.name} {one.version or 'missing'}" for one in extra.packages)
+    return (extra.name or "(core)", "yes" if extra.is_ready else "no", packages, extra.brings, extra.remedy)
+
+
+def _format(title: str, suffixes: tuple[str, ...], can: Capability) -> tuple[str, ...]:
+    offers = ("yes" if flag & can else "" for flag in (Capability.STRIP, Capability.PACK, Capability.FLOPS))
+    return (title, " ".join(filter(None, suffixes)) or "folder", *offers)
+
+
+def _json(extra: Extra) -> dict[str, Any]:
+    packages = [
+        {"name": one.name, "wanted": one.wanted, "version": one.version or None, "is_ready": one.is_ready}
+        for one in extra.packages
+    ]
+    return {"name": extra.name or None, "is_ready": extra.is_ready, "remedy": extra.remedy, "packages": packages}
 
 
 def doctor(ctx: typer.Context) -> int:
@@ -23,4 +180,4 @@ def doctor(ctx: typer.Context) -> int:
     return reporter.show(doctor_report(extras()))
 
 
-command = verb(doctor)
+command = make_command(doctor)

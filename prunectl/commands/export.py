@@ -3,24 +3,105 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from prunectl.commands.export_requests import export_of
-from prunectl.commands.if_changed import Maker
-from prunectl.commands.inputs import STDIN, local
-from prunectl.commands.options import panel
-from prunectl.commands.requests import destination
-from prunectl.commands.verb import verb
+from prunectl.commands._command import STDIN, make_command, option_group, resolve_stdin
+from prunectl.commands._requests import import_first, open_destination
+from prunectl.commands.build.command import BuildCommand
+from prunectl.exporting.compare import Comparison, ExportResult
 from prunectl.exporting.export import export as run
-from prunectl.exporting.targets import suffix_of
-from prunectl.reporting.export_report import export_report
+from prunectl.exporting.request import DEFAULTS, ExportRequest, request_of
+from prunectl.exporting.routes import suffix_of
+from prunectl.reporting.prune import before_after
+from prunectl.reporting.report import Artifact, Column, Report, Section, Table, Unit
 from prunectl.reporting.reporter import Reporter
+from prunectl.reporting.serialize import survey_json
 
-_run = panel("What goes in, and how the result is judged")
-_small = panel("Smaller")
-_file = panel("What the file does not say")
+
+def export_of(ctx: typer.Context) -> ExportRequest:
+    """Return the request that was typed; what is to be imported first is imported."""
+    import_first(ctx.params["imports"] or ())
+    said = {**ctx.params, "model": ctx.params["build"], "input": ctx.params["input_"]}
+    return request_of({name: said[name] for name in DEFAULTS if said[name] is not None})
+
+
+_OUTPUTS = (
+    Column("output"),
+    Column("max difference", Unit.NUMBER),
+    Column("mean difference", Unit.NUMBER),
+    Column("relative RMS", Unit.NUMBER),
+)
+
+
+def export_report(found: ExportResult, output: str) -> Report:
+    """Return the report on a run."""
+    sizes = before_after(found.before, found.after)
+    tables = (sizes,) if found.parity is None else (_differences(found.parity), sizes)
+    facts = (("from", found.source), ("to", found.target), ("compared", _compared(found.parity)))
+    remarks = (*found.remarks, *_about_source(found), f"Next: prunectl size {output}")
+    return Report(
+        models=(survey_json(found.before), survey_json(found.after)),
+        main=sizes,
+        sections=(Section(f"{found.before.path} -> {output}", facts, tables, remarks),),
+        artifacts=(Artifact(output, found.after.bytes.raw), *(Artifact(*one) for one in found.beside)),
+        bare=(),
+        more={"parity": _parity(found.parity)},
+    )
+
+
+def _about_source(found: ExportResult) -> tuple[str, ...]:
+    return tuple(note for note in found.before.about.notes if note not in found.remarks)
+
+
+def _differences(parity: Comparison) -> Table:
+    rows = tuple((one.name, one.largest, one.mean, one.noise) for one in parity.outputs)
+    return Table("parity", _OUTPUTS, rows)
+
+
+def _compared(parity: Comparison | None) -> str:
+    if parity is None:
+        return "every number, to the bit"
+    what = "examples" if parity.is_data else "random inputs"
+    same = "" if parity.top1 is None else f", the same largest answer for {parity.top1:.2%}"
+    noise = "" if parity.tolerance.noise is None else f", {parity.noise:.2%} of their size"
+    apart = f"{parity.largest:.3g} apart at most, {parity.mean:.3g} on average"
+    return f"on {parity.examples:,} {what}: {apart}{noise}{same}"
+
+
+def _parity(parity: Comparison | None) -> dict[str, Any]:
+    if parity is None:
+        return {"kind": "bits", "equal": True}
+    return {
+        "kind": "outputs",
+        "examples": parity.examples,
+        "inputs": "data" if parity.is_data else "random",
+        "max_difference": parity.largest,
+        "mean_difference": parity.mean,
+        "same_top1": parity.top1,
+        "tolerance": {
+            "atol": parity.tolerance.atol,
+            "rtol": parity.tolerance.rtol,
+            "share_of_largest": parity.tolerance.share,
+            "relative_rms": parity.tolerance.noise,
+            "top1": parity.tolerance.top1,
+        },
+        "outputs": [
+            {
+                "name": one.name,
+                "max_difference": one.largest,
+                "mean_difference": one.mean,
+                "relative_rms": one.noise,
+            }
+            for one in parity.outputs
+        ],
+    }
+
+
+_run = option_group("What goes in, and how the result is judged")
+_small = option_group("Smaller")
+_file = option_group("What the file does not say")
 
 
 def export(
@@ -71,7 +152,10 @@ def export(
     reporter: Reporter = ctx.obj
     asked = export_of(ctx)
     named = Path(f"model{suffix_of(asked.to)}")
-    with local(model) as path, destination(named, output, force=force, in_place=False, dry_run=False) as place:
+    with (
+        resolve_stdin(model) as path,
+        open_destination(named, output, force=force, in_place=False, dry_run=False) as place,
+    ):
         assert place is not None
         found = run(path, asked, place)
         if output == STDIN:
@@ -79,4 +163,4 @@ def export(
         return reporter.show(export_report(found, str(place.target)))
 
 
-command = verb(export, Maker)
+command = make_command(export, BuildCommand)

@@ -7,26 +7,38 @@ from typing import Annotated
 
 import typer
 
-from prunectl.commands.if_changed import Maker
-from prunectl.commands.inputs import STDIN, local
-from prunectl.commands.max_drop_finetune import within
-from prunectl.commands.options import panel
-from prunectl.commands.requests import destination
-from prunectl.commands.training_requests import training_of
-from prunectl.commands.verb import verb
+from prunectl.commands._command import STDIN, make_command, option_group, resolve_stdin
+from prunectl.commands._requests import import_first, open_destination, parse_layer_ratio
+from prunectl.commands.build.command import BuildCommand
+from prunectl.commands.max_drop import within
 from prunectl.errors import UsageError
 from prunectl.pruning.plan import Scope
-from prunectl.reporting.finetune_report import finetune_report
+from prunectl.reporting.finetune import finetune_report
+from prunectl.reporting.progress import TrainingProgress
 from prunectl.reporting.reporter import Reporter
-from prunectl.reporting.training_progress import TrainingProgress
 from prunectl.training.finetune import finetune as run
-from prunectl.training.request import Keep, MaskMode
+from prunectl.training.request import DEFAULTS, FinetuneRequest, Keep, MaskMode, request_of
+from prunectl.units import parse_ratio
 
-_data = panel("Data")
-_train = panel("Training")
-_when = panel("Pruning on the way")
-_long = panel("Long runs")
-_file = panel("What the file does not say")
+_RATIOS = ("sparsity", "initial_sparsity", "val_split")
+
+
+def training_of(ctx: typer.Context) -> FinetuneRequest:
+    """Return the request that was typed; what is to be imported first is imported."""
+    import_first(ctx.params["imports"] or ())
+    said = {**ctx.params, "model": ctx.params["build"], "compile": ctx.params["compile_"]}
+    words = {name: said[name] for name in DEFAULTS if said[name] is not None}
+    ratios = {name: parse_ratio(words[name]) for name in _RATIOS if words[name]}
+    unsaid = {name: DEFAULTS[name] for name in _RATIOS}
+    layers = tuple(map(parse_layer_ratio, words.get("layer", ())))
+    return request_of({**words, **unsaid, **ratios, "layer": layers})
+
+
+_data = option_group("Data")
+_train = option_group("Training")
+_when = option_group("Pruning on the way")
+_long = option_group("Long runs")
+_file = option_group("What the file does not say")
 
 
 def finetune(
@@ -114,7 +126,10 @@ def finetune(
     asked = training_of(ctx)
     if tried is not None and not max_drop:
         raise UsageError("--tried is about a search: add --max-drop 0.5pp")
-    with local(model) as path, destination(path, output, force=force, in_place=in_place, dry_run=False) as place:
+    with (
+        resolve_stdin(model) as path,
+        open_destination(path, output, force=force, in_place=in_place, dry_run=False) as place,
+    ):
         assert place is not None
         if max_drop:
             report = within(ctx, asked)(path, place)
@@ -128,4 +143,4 @@ def finetune(
         return reporter.show(finetune_report(found, model, str(place.target)))
 
 
-command = verb(finetune, Maker)
+command = make_command(finetune, BuildCommand)

@@ -8,19 +8,39 @@ from typing import Annotated
 
 import typer
 
-from prunectl.commands.verb import verb
+from prunectl.checks.config import OWN, SHARED, load_config
+from prunectl.checks.lazy_stats import LazyModelStats
+from prunectl.checks.parse import BASELINE
+from prunectl.checks.suggest import Proposal, as_toml, discover_models, propose
+from prunectl.commands._command import make_command
 from prunectl.errors import PrunectlError, UsageError, attempt
-from prunectl.formats import outputs
-from prunectl.formats.table import open_model
-from prunectl.gating.find import OWN, SHARED, opened
-from prunectl.gating.found import models
-from prunectl.gating.measured import Measured
-from prunectl.gating.propose import Proposal, as_toml, propose
-from prunectl.gating.read import BASELINE
-from prunectl.reporting.init_report import init_report
-from prunectl.reporting.report import Failure
+from prunectl.formats import atomic
+from prunectl.formats.registry import open_model
+from prunectl.reporting.report import Artifact, Column, Failure, Report, Section, Table, Unit
 from prunectl.reporting.reporter import Reporter
 from prunectl.units import parse_ratio
+
+_COLUMNS = (
+    Column("model"),
+    Column("max-raw", Unit.BYTES),
+    Column("max-gzip", Unit.BYTES),
+    Column("max-params", Unit.COUNT),
+    Column("min-sparsity", Unit.RATIO),
+)
+
+
+def init_report(path: Path, proposals: list[Proposal], failures: list[Failure]) -> Report:
+    """Return the report on a file of budgets that was written."""
+    rows = tuple((one.path, one.max_raw, one.max_gzip, one.max_params, one.min_sparsity) for one in proposals)
+    table = Table("budgets", _COLUMNS, rows)
+    return Report(
+        models=(),
+        main=table,
+        sections=(Section(str(path), tables=(table,), remarks=("Next: prunectl check",)),),
+        failures=tuple(failures),
+        artifacts=(Artifact(str(path), path.stat().st_size),),
+        bare=(),
+    )
 
 
 def init(
@@ -45,18 +65,18 @@ def init(
         raise UsageError(f"{folder} is not a folder", hint="prunectl init, where the models are")
     if target.exists():
         raise UsageError(f"{target} exists", hint="change it, or remove it first")
-    if (folder / SHARED).is_file() and opened(folder / SHARED).table:
+    if (folder / SHARED).is_file() and load_config(folder / SHARED).table:
         raise UsageError(f"{folder / SHARED} has budgets already", hint="change them there")
     proposals, failures = _proposals(folder, room)
     if not proposals:
         raise UsageError(f"there is no model in {folder}", hint="prunectl init FOLDER")
-    outputs.write_text(target, as_toml(proposals, BASELINE), is_forced=False)
+    atomic.write_text(target, as_toml(proposals, BASELINE), is_forced=False)
     return reporter.show(init_report(target, proposals, failures))
 
 
 def _proposals(folder: Path, room: float) -> tuple[list[Proposal], list[Failure]]:
     proposals, failures = [], []
-    for path in models(folder):
+    for path in discover_models(folder):
         found = attempt(partial(_proposal, folder=folder, room=room), path)
         if isinstance(found, PrunectlError):
             failures.append(Failure(str(path), found))
@@ -66,7 +86,7 @@ def _proposals(folder: Path, room: float) -> tuple[list[Proposal], list[Failure]
 
 
 def _proposal(path: Path, folder: Path, room: float) -> Proposal:
-    return propose(Measured(open_model(path), str(path)), path.relative_to(folder).as_posix(), room)
+    return propose(LazyModelStats(open_model(path), str(path)), path.relative_to(folder).as_posix(), room)
 
 
-command = verb(init)
+command = make_command(init)

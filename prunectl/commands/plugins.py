@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from prunectl.channels.named import measures
-from prunectl.commands.verb import verb
+from prunectl.channels.config import list_importances
+from prunectl.commands._command import make_command
 from prunectl.errors import UsageError
-from prunectl.formats import outputs
-from prunectl.reporting.plugins_report import plugins_report
+from prunectl.formats import atomic
+from prunectl.reporting.plots import braille_plot, curves, svg
+from prunectl.reporting.report import Artifact, Column, Report, Section, Table
 from prunectl.reporting.reporter import Reporter
-from prunectl.reporting.schedule_plot import curves, svg
-from prunectl.training.choices import choices
+from prunectl.training.request import Choice, choices
+
+_COLUMNS = (Column("kind"), Column("name"), Column("from", is_optional=True), Column("what"))
+_LETTERS, _LINES = 48, 5
 
 
-class Kind(StrEnum):
+def plugins_report(found: Sequence[Choice], curves: Mapping[str, Sequence[float]], picture: Path | None) -> Report:
+    """Return the list, with pictures of curves if there are any."""
+    rows = tuple((one.kind, one.name, one.source, one.line) for one in found)
+    main = Table("plugins", _COLUMNS, rows)
+    drawn = tuple(Section(name, lines=tuple(_framed(curve))) for name, curve in curves.items())
+    sections = (Section("", (), (main,)), *drawn) if drawn else ()
+    return Report(
+        models=(),
+        main=main,
+        sections=sections,
+        artifacts=(Artifact(str(picture), picture.stat().st_size),) if picture is not None else (),
+        remarks=(f"The curves are in {picture}.",) if picture is not None else (),
+        bare=tuple(one.name for one in found),
+        more={"plugins": [dict(zip(("kind", "name", "from", "what"), row, strict=True)) for row in rows]},
+    )
+
+
+def _framed(curve: Sequence[float]) -> list[str]:
+    scale = ["100 %", *([""] * (_LINES - 2)), "  0 %"]
+    return [f"{left:>5} {line}" for left, line in zip(scale, braille_plot(curve, _LETTERS, _LINES), strict=True)]
+
+
+class PluginKind(StrEnum):
     """Kinds of things that have names."""
 
     STRATEGIES = "strategies"
@@ -30,7 +56,9 @@ class Kind(StrEnum):
 
 def plugins(
     ctx: typer.Context,
-    kind: Annotated[Kind | None, typer.Argument(metavar="[KIND]", help=f"One of {', '.join(Kind)}.")] = None,
+    kind: Annotated[
+        PluginKind | None, typer.Argument(metavar="[KIND]", help=f"One of {', '.join(PluginKind)}.")
+    ] = None,
     picture: Annotated[Path | None, typer.Argument(metavar="FILE.svg", help="Where --plot draws to.")] = None,
     *,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the curves of schedules.")] = False,
@@ -45,16 +73,16 @@ def plugins(
     [dim]$[/] prunectl plugins schedules --plot curves.svg
     """
     reporter: Reporter = ctx.obj
-    if plot and kind not in {None, Kind.SCHEDULES}:
+    if plot and kind not in {None, PluginKind.SCHEDULES}:
         raise UsageError("only schedules have curves", hint="prunectl plugins schedules --plot")
     if picture is not None and not plot:
         raise UsageError(f"what is {picture} for?", hint="prunectl plugins schedules --plot FILE.svg")
     if picture is not None:
-        outputs.write_text(picture, svg(), is_forced=force)
+        atomic.write_text(picture, svg(), is_forced=force)
     found = choices(str(kind) if kind is not None else "schedules" if plot else "")
-    if kind is Kind.CHANNELS or (kind is None and not plot):
-        found = (*found, *measures())
+    if kind is PluginKind.CHANNELS or (kind is None and not plot):
+        found = (*found, *list_importances())
     return reporter.show(plugins_report(found, curves() if plot and picture is None else {}, picture))
 
 
-command = verb(plugins)
+command = make_command(plugins)

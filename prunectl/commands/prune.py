@@ -7,21 +7,19 @@ from typing import Annotated
 
 import typer
 
-from prunectl.commands.if_changed import Maker
-from prunectl.commands.inputs import STDIN, local
-from prunectl.commands.options import panel
-from prunectl.commands.prune_ways import way_of
-from prunectl.commands.requests import destination, request_of
-from prunectl.commands.verb import verb
-from prunectl.pruning.not_finite import NotFinite
+from prunectl.commands._command import STDIN, make_command, option_group, resolve_stdin
+from prunectl.commands._requests import open_destination, prune_request
+from prunectl.commands.build.command import BuildCommand
+from prunectl.commands.prune_modes import select_mode
+from prunectl.pruning.masks import NonFinitePolicy
 from prunectl.pruning.plan import Scope
 from prunectl.reporting.reporter import Reporter
 
-_much = panel("How much")
-_which = panel("Which weights")
-_later = panel("Wrappers for later training")
-_cut = panel("Channels (--pattern channel)")
-_data = panel("With data")
+_much = option_group("How much")
+_which = option_group("Which weights")
+_later = option_group("Wrappers for later training")
+_cut = option_group("Channels (--pattern channel)")
+_data = option_group("With data")
 
 
 def prune(
@@ -46,7 +44,7 @@ def prune(
     exclude: Annotated[list[str] | None, _which(metavar="GLOB", help="Not these; may be repeated.")] = None,
     layer: Annotated[list[str] | None, _which(metavar="GLOB=R", help="A ratio of their own; the last wins.")] = None,
     seed: Annotated[int, _which(help="Decides what is random.")] = 0,
-    nan: Annotated[NotFinite, _which(help="What becomes of NaN and infinity.")] = NotFinite.ERROR,
+    nan: Annotated[NonFinitePolicy, _which(help="What becomes of NaN and infinity.")] = NonFinitePolicy.ERROR,
     min_channels: Annotated[int | None, _cut(help="So many stay in each layer.  [default: 2]", min=1)] = None,
     round_to: Annotated[int | None, _cut(help="What stays is a multiple of this.", min=1)] = None,
     max_ratio: Annotated[str, _cut(metavar="RATIO", help="No layer loses more than this.")] = "",
@@ -100,12 +98,15 @@ def prune(
     [dim]$[/] prunectl prune model.h5 -o wrapped.h5 -s 80% --schedule polynomial --end 2000
     """
     reporter: Reporter = ctx.obj
-    way = way_of(ctx, request_of(ctx, recipe))
-    with local(model) as path, destination(path, output, force=force, in_place=in_place, dry_run=dry_run) as place:
+    way = select_mode(ctx, prune_request(ctx, recipe))
+    with (
+        resolve_stdin(model) as path,
+        open_destination(path, output, force=force, in_place=in_place, dry_run=dry_run) as place,
+    ):
         report = way(path, place)
         if output == STDIN and place is not None:
             return reporter.pour(place.target)
         return reporter.show(report)
 
 
-command = verb(prune, Maker)
+command = make_command(prune, BuildCommand)

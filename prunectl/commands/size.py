@@ -2,20 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from prunectl.commands.inputs import survey_each
-from prunectl.commands.limits import limits_of
-from prunectl.commands.verb import verb
-from prunectl.formats.table import open_model
-from prunectl.measuring import codecs
-from prunectl.measuring.codecs import CodecName
-from prunectl.measuring.gates import judge
-from prunectl.measuring.sizes import measure
+from prunectl.analysis import sizes
+from prunectl.analysis.inspect import quantised
+from prunectl.analysis.sizes import Codec, CodecName, LimitCheck, SizeLimits, check_limits, measure
+from prunectl.analysis.stats import ModelStats
+from prunectl.commands._command import inspect_each, make_command
+from prunectl.errors import UsageError
+from prunectl.formats.registry import open_model
+from prunectl.reporting.report import Cell, Column, Failure, Report, Table, Unit
 from prunectl.reporting.reporter import Reporter
-from prunectl.reporting.size_report import size_report
+from prunectl.reporting.serialize import survey_json
+from prunectl.units import parse_ratio, parse_size
+
+
+def size_limits(
+    *, raw: str, packed: str, compressed: str, sparsity: str, baseline: str, growth: str, codec: Codec
+) -> SizeLimits:
+    """Return the limits, each understood before any work begins."""
+    if bool(baseline) != bool(growth):
+        raise UsageError("--baseline and --max-growth go together", hint="--baseline old.h5 --max-growth 2%")
+    is_share = growth.endswith("%")
+    return SizeLimits(
+        max_raw=parse_size(raw) if raw else None,
+        max_packed=parse_size(packed) if packed else None,
+        max_compressed=parse_size(compressed) if compressed else None,
+        min_sparsity=parse_ratio(sparsity) if sparsity else None,
+        max_growth_ratio=parse_ratio(growth) if is_share else None,
+        max_growth_bytes=parse_size(growth) if growth and not is_share else None,
+        baseline=measure(open_model(Path(baseline)), codec) if baseline else None,
+    )
+
+
+def size_report(
+    surveys: Sequence[ModelStats], gates: Sequence[LimitCheck], failures: Sequence[Failure], codec: Codec
+) -> Report:
+    """Return the report on the sizes of some models."""
+    columns = [
+        Column("path"),
+        Column("raw", Unit.BYTES),
+        Column("packed", Unit.BYTES),
+        Column(codec.name.value if codec.level else "stream", Unit.BYTES),
+        Column("sparsity", Unit.RATIO),
+    ]
+    if len(surveys) > 1:
+        columns.append(Column("ratio", Unit.FACTOR))
+    first = surveys[0].bytes.compressed if surveys else None
+    return Report(
+        models=tuple({**survey_json(found), "codec": asdict(codec)} for found in surveys),
+        main=Table("sizes", tuple(columns), tuple(_cells(found, first)[: len(columns)] for found in surveys)),
+        gates=tuple(gates),
+        failures=tuple(failures),
+        remarks=tuple(f"{found.path}: {sentence}" for found in surveys for sentence in quantised(found)),
+        bare=tuple(str(found.bytes.compressed) for found in surveys),
+    )
+
+
+def _cells(found: ModelStats, first: int | None) -> tuple[Cell, ...]:
+    sizes = found.bytes
+    ratio = first / sizes.compressed if first is not None and sizes.compressed else None
+    return (found.path, sizes.raw, sizes.packed, sizes.compressed, found.prunable_sparsity, ratio)
+
 
 _LIMITS = "Limits: with any of them, exit code 1 says that a model is over it"
 
@@ -49,14 +102,14 @@ def size(
     [dim]$[/] prunectl size -q model.pt
     """
     reporter: Reporter = ctx.obj
-    chosen = codecs.pick(codec, level)
-    limits = limits_of(
+    chosen = sizes.get_codec(codec, level)
+    limits = size_limits(
         raw=max_raw, packed=max_packed, compressed=max_gzip, sparsity=min_sparsity,
         baseline=baseline, growth=max_growth, codec=chosen,
     )  # fmt: skip
-    surveys, failures = survey_each(paths, lambda path: measure(open_model(path), chosen, reporter.progress))
-    gates = [gate for found in surveys for gate in judge(found, limits)]
+    surveys, failures = inspect_each(paths, lambda path: measure(open_model(path), chosen, reporter.progress))
+    gates = [gate for found in surveys for gate in check_limits(found, limits)]
     return reporter.show(size_report(surveys, gates, failures, chosen))
 
 
-command = verb(size)
+command = make_command(size)

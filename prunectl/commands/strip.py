@@ -6,14 +6,45 @@ from typing import Annotated
 
 import typer
 
-from prunectl.commands.if_changed import Maker
-from prunectl.commands.inputs import STDIN, local
-from prunectl.commands.requests import destination, parts_of
-from prunectl.commands.verb import verb
-from prunectl.formats.stripping import Part, Wish
+from prunectl.commands._command import STDIN, make_command, resolve_stdin
+from prunectl.commands._requests import open_destination, parse_parts
+from prunectl.commands.build.command import BuildCommand
+from prunectl.formats.base import StripOptions, StripPart
+from prunectl.pruning.strip import Stripped
 from prunectl.pruning.strip import strip as run
+from prunectl.reporting.prune import before_after
+from prunectl.reporting.report import Artifact, Column, Report, Section, Table, Unit
 from prunectl.reporting.reporter import Reporter
-from prunectl.reporting.strip_report import strip_report
+from prunectl.reporting.serialize import survey_json
+
+_THINGS = (Column("removed"), Column("part"), Column("bytes", Unit.BYTES))
+_PARTS = (Column("part"), Column("removed", Unit.COUNT), Column("bytes", Unit.BYTES))
+
+
+def strip_report(found: Stripped, output: str) -> Report:
+    """Return the report on a run; without an output it was a dry run."""
+    rows = tuple((thing.name, str(thing.part), thing.bytes) for thing in found.removed)
+    things = Table("removed", _THINGS, rows, total=("all", "", sum(thing.bytes for thing in found.removed)))
+    has_shrunk = found.after.bytes.raw < found.before.bytes.raw
+    remarks = [*found.after.about.notes]
+    remarks += [] if rows or has_shrunk else ["There was nothing to strip: the output has all that the input had."]
+    remarks += [f"Next: prunectl size {output}" if output else "This was a dry run: nothing was written."]
+    tables = (*([_by_part(found)] if rows else []), before_after(found.before, found.after))
+    return Report(
+        models=(survey_json(found.before), survey_json(found.after)),
+        main=things,
+        sections=(Section(f"{found.before.path} -> {output or 'nowhere'}", (), tables, tuple(remarks)),),
+        artifacts=(Artifact(output, found.after.bytes.raw),) if output else (),
+        bare=(),
+    )
+
+
+def _by_part(found: Stripped) -> Table:
+    kinds = [part for part in StripPart if any(thing.part is part for thing in found.removed)]
+    of = {part: [thing.bytes for thing in found.removed if thing.part is part] for part in kinds}
+    rows = tuple((str(part), len(sizes), sum(sizes)) for part, sizes in of.items())
+    total = ("all", len(found.removed), sum(thing.bytes for thing in found.removed))
+    return Table("parts", _PARTS, rows, total=total)
 
 
 def strip(
@@ -21,7 +52,7 @@ def strip(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="File or folder; - is standard input.")],
     *,
     output: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="Where to; - is standard output.")] = "",
-    only: Annotated[str, typer.Option(metavar="PARTS", help=f"Of {','.join(Part)}.")] = "",
+    only: Annotated[str, typer.Option(metavar="PARTS", help=f"Of {','.join(StripPart)}.")] = "",
     half: Annotated[bool, typer.Option("--half", help="Store weights as 16-bit floats.")] = False,
     pack: Annotated[bool, typer.Option("--pack", help="Compress the output inside its container.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would come of it; write nothing.")] = False,
@@ -37,12 +68,15 @@ def strip(
     [dim]$[/] prunectl strip model.pt -o small.pt --only masks,optimizer --pack
     """
     reporter: Reporter = ctx.obj
-    wish = Wish(parts_of(only), is_half=half)
-    with local(model) as path, destination(path, output, force=force, in_place=in_place, dry_run=dry_run) as place:
+    wish = StripOptions(parse_parts(only), is_half=half)
+    with (
+        resolve_stdin(model) as path,
+        open_destination(path, output, force=force, in_place=in_place, dry_run=dry_run) as place,
+    ):
         found = run(path, wish, place, is_packed=pack)
         if output == STDIN and place is not None:
             return reporter.pour(place.target)
         return reporter.show(strip_report(found, str(place.target) if place is not None else ""))
 
 
-command = verb(strip, Maker)
+command = make_command(strip, BuildCommand)

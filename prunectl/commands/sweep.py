@@ -7,20 +7,19 @@ from typing import Annotated
 
 import typer
 
-from prunectl.commands.options import panel
-from prunectl.commands.verb import verb
+from prunectl.commands._command import make_command, option_group
 from prunectl.errors import UsageError
 from prunectl.reporting.reporter import Reporter
-from prunectl.reporting.sweep_report import sweep_report, told
-from prunectl.sweeping.choices import Choices
+from prunectl.reporting.sweep import sweep_report, trial_line
 from prunectl.sweeping.sweep import sweep as run
-from prunectl.training.judging.drop import max_drop as parse_drop
+from prunectl.sweeping.trial import SweepConfig
+from prunectl.training.evaluation.max_drop import max_drop as parse_drop
 from prunectl.units import parse_ratio
 
-_ways = panel("What is tried")
-_data = panel("Data")
-_train = panel("Training")
-_file = panel("What the file does not say")
+_ways = option_group("What is tried")
+_data = option_group("Data")
+_train = option_group("Training")
+_file = option_group("What the file does not say")
 _USUAL = "50%,80%,90%"
 
 
@@ -80,7 +79,7 @@ def sweep(
     [dim]$[/] prunectl sweep net.pt -o tuned --model net.py:Net --data train.npz --epochs 1 --strategies magnitude,obs
     """
     reporter: Reporter = ctx.obj
-    choices = Choices(
+    choices = SweepConfig(
         data=data,
         val=val,
         val_split=parse_ratio(val_split) if val_split else 0.0,
@@ -107,7 +106,13 @@ def sweep(
     )
     limit = parse_drop(max_drop) if max_drop else None
     found = run(
-        model, choices, output, jobs=jobs, place=on, max_drop=limit, watcher=lambda *made: reporter.note(told(*made))
+        model,
+        choices,
+        output,
+        jobs=jobs,
+        place=on,
+        max_drop=limit,
+        watcher=lambda *made: reporter.note(trial_line(*made)),
     )
     return reporter.show(sweep_report(found, str(model)))
 
@@ -132,4 +137,4 @@ def _ratios(text: str) -> tuple[float, ...]:
     return tuple(sorted(dict.fromkeys(map(parse_ratio, filter(None, map(str.strip, text.split(",")))))))
 
 
-command = verb(sweep)
+command = make_command(sweep)

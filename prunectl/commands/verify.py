@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from prunectl.commands.inputs import local
-from prunectl.commands.verb import verb
+from prunectl.checks.rules import Finding
+from prunectl.checks.verify import verify as run
+from prunectl.commands._command import make_command, resolve_stdin
 from prunectl.errors import UsageError
-from prunectl.formats.table import open_model
-from prunectl.gating import record
-from prunectl.gating.verify import verify as run
+from prunectl.formats.registry import open_model
+from prunectl.pruning import manifest as pruning_manifest
+from prunectl.reporting.checks.text import CheckReport
+from prunectl.reporting.report import Column, Report, Section, Table, Unit
 from prunectl.reporting.reporter import Reporter
-from prunectl.reporting.verify_report import verify_report
+
+_COLUMNS = (Column("verdict"), Column("what"), Column("differences", Unit.COUNT), Column("note"))
+_SENTENCES = {
+    "digest": "the bytes are those of the manifest",
+    "zeros": "every tensor has the zeros of the manifest",
+    "architecture": "tensors, configuration and graph are those of the source",
+    "kept-weights": "every weight that is left is the source's, to the bit",
+    "kept-zeros": "every zero of the source is still a zero",
+    "other-tensors": "what was not to be pruned has no new zeros",
+    "source-digest": "the source is the one of the manifest",
+    "dropped": "no tensor lost more weights than were dropped",
+}
+
+
+def verify_report(path: str, findings: tuple[Finding, ...], *, has_gates: bool) -> Report:
+    """Return the report on a file; gates are for scripts, as people see them in a table."""
+    named = tuple(replace(finding, model=path) for finding in findings)
+    failed = [finding for finding in named if finding.is_failure]
+    held = Table(
+        "checks", _COLUMNS, tuple((one.verdict, _SENTENCES[one.id], int(one.actual), one.note) for one in named)
+    )
+    title = f"{path}: {f'{len(failed)} of {len(named)} do not hold' if failed else 'all holds'}"
+    return CheckReport(
+        models=(),
+        main=Table("checks", _COLUMNS, tuple((one.verdict, one.id, int(one.actual), one.note) for one in named)),
+        sections=(Section(title, tables=(held,)),),
+        gates=named if has_gates else (),
+        bare=tuple(f"{one.id}: {one.note}" for one in failed),
+        code=int(bool(failed)),
+    )
 
 
 def verify(
@@ -39,11 +71,11 @@ def verify(
     reporter: Reporter = ctx.obj
     if manifest is None and against is None:
         raise UsageError("what is it to be held against?", hint="--manifest FILE, or --against SRC, or both")
-    known = record.read(manifest) if manifest is not None else None
-    with local(out) as path:
+    known = pruning_manifest.read_record(manifest) if manifest is not None else None
+    with resolve_stdin(out) as path:
         source = open_model(against) if against is not None else None
         found = run(open_model(path), known, source, reporter.progress)
     return reporter.show(verify_report(out, found, has_gates=reporter.is_json))
 
 
-command = verb(verify)
+command = make_command(verify)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, StrEnum, auto
 from functools import reduce
@@ -19,7 +20,8 @@ from prunectl.formats import extents
 from prunectl.formats.extents import Extent
 
 if TYPE_CHECKING:
-    from prunectl.formats.peek import Peek
+    from prunectl.formats.detect import FileProbe
+
 
 Array = NDArray[Any]
 
@@ -126,7 +128,7 @@ PARAMETRIZATION = "parametrization"
 
 
 @dataclass(frozen=True, slots=True)
-class Wrapper:
+class PruningWrapper:
     """A training-time wrapper that a framework left around a layer."""
 
     kind: str
@@ -137,12 +139,12 @@ class Wrapper:
 
 
 @dataclass(frozen=True, slots=True)
-class About:
+class ModelInfo:
     """Facts around the tensors."""
 
     producer: str = ""
     """Who wrote the file, with the version: `keras 2.4.0`, `pytorch 1.13`."""
-    wrappers: tuple[Wrapper, ...] = ()
+    wrappers: tuple[PruningWrapper, ...] = ()
     optimizer: str = ""
     training: tuple[str, ...] = ()
     """Training configuration that predictions do not need: `loss mse`, `epoch 12`."""
@@ -170,7 +172,7 @@ class Operation:
     """Name of the tensor it multiplies by."""
 
 
-class Can(Flag):
+class Capability(Flag):
     """What a format supports beyond reading."""
 
     NOTHING = 0
@@ -186,14 +188,14 @@ class Format:
     name: str
     title: str
     suffixes: tuple[str, ...]
-    looks_right: Callable[[Peek], bool]
+    looks_right: Callable[[FileProbe], bool]
     opener: str
     """`module:function` in this package that opens a path as a ModelFile."""
     packer: str = ""
     """`module:function` that writes a model again with the container's own compression."""
     graph: str = ""
     """`module:function` that lists the operations of a model."""
-    writer: str = "writing:write_flat"
+    writer: str = "patch:patch_files"
     """`module:function` that writes a copy with other numbers in it."""
     stripper: str = ""
     """`module:function` that writes a copy without what a trained model does not need."""
@@ -201,10 +203,10 @@ class Format:
     """Whether the writer can change what does not lie flat."""
 
     @property
-    def can(self) -> Can:
+    def can(self) -> Capability:
         """What is there to do with such a file."""
-        offers = ((self.packer, Can.PACK), (self.graph, Can.FLOPS), (self.stripper, Can.STRIP))
-        return reduce(or_, (can for module, can in offers if module), Can.NOTHING)
+        offers = ((self.packer, Capability.PACK), (self.graph, Capability.FLOPS), (self.stripper, Capability.STRIP))
+        return reduce(or_, (can for module, can in offers if module), Capability.NOTHING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +216,7 @@ class ModelFile:
     path: Path
     format: str
     tensors: tuple[Tensor, ...]
-    about: About
+    about: ModelInfo
     files: tuple[Path, ...]
     """Every file that the model consists of."""
     decode: Callable[[Tensor], Array] | None = None
@@ -241,3 +243,68 @@ class ModelFile:
         if self.decode is None:
             raise ValueError(f"{self.format} gives {tensor.name} neither an extent nor a decoder")
         return self.decode(tensor)
+
+
+class Distinct:
+    """Gives each name out once: `a`, `a#2`, `a#3`."""
+
+    def __init__(self) -> None:
+        self._seen: Counter[str] = Counter()
+
+    def name(self, wanted: str) -> str:
+        """Return the name that was asked for, with a number if it is taken."""
+        found = wanted
+        while found in self._seen:
+            self._seen[wanted] += 1
+            found = f"{wanted}#{self._seen[wanted]}"
+        self._seen[found] = 1
+        return found
+
+
+Length = int | None
+Shape = tuple[Length, ...]
+MAX_LENGTH = 1 << 48
+"""An axis longer than this is a lie."""
+MAX_COUNT = 1 << 62
+
+
+def numel(lengths: Iterable[Length]) -> int | None:
+    """Return the product of lengths, if they are all known and it is one that a model can have."""
+    known = tuple(lengths)
+    if any(length is None for length in known):
+        return None
+    found = math.prod(length for length in known if length is not None)
+    return found if found <= MAX_COUNT else None
+
+
+class StripPart(StrEnum):
+    """A kind of dead weight."""
+
+    MASKS = "masks"
+    """Masks of pruning; the weights come out as weight times mask."""
+    WRAPPERS = "wrappers"
+    """What pruning has put around layers: thresholds, steps, names, classes."""
+    OPTIMIZER = "optimizer"
+    TRAINING = "training"
+    """Losses, metrics, epochs, schedulers, callbacks, averaged copies of the weights."""
+    GRADIENTS = "gradients"
+    EXAMPLES = "examples"
+    """Inputs that a program was exported with, which it keeps to be tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class StripOptions:
+    """What is to go."""
+
+    parts: frozenset[StripPart] = frozenset(StripPart)
+    is_half: bool = False
+    """Whether 32-bit and wider floats become 16-bit ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemovedItem:
+    """Something that went."""
+
+    name: str
+    part: StripPart
+    bytes: int

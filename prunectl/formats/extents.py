@@ -97,3 +97,13 @@ def blocks(extent: Extent, dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
             done += got
     finally:
         os.close(fd)
+
+
+def mmap_file(path: Path) -> memoryview:
+    """Return the bytes of a file without reading them."""
+    try:
+        if path.stat().st_size == 0:
+            raise InputError(f"{path} is truncated or damaged: it is empty")
+        return np.memmap(path, np.uint8, "r").data
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error

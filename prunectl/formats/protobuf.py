@@ -44,7 +44,7 @@ def fields(data: memoryview, begin: int = 0, end: int | None = None) -> Iterator
         if tag < 0x80:
             at += 1
         else:
-            tag, at = varint(data, at, stop)
+            tag, at = read_varint(data, at, stop)
         number, wire = tag >> 3, tag & 7
         if number == 0:
             raise WireError("field 0")
@@ -54,7 +54,7 @@ def fields(data: memoryview, begin: int = 0, end: int | None = None) -> Iterator
                 value = data[at]
                 at += 1
             else:
-                value, at = varint(data, at, stop)
+                value, at = read_varint(data, at, stop)
             if wire == BYTES:
                 payload = at
                 at += value
@@ -68,7 +68,7 @@ def fields(data: memoryview, begin: int = 0, end: int | None = None) -> Iterator
         yield Field(number, wire, value, payload, at)
 
 
-def varint(data: memoryview, at: int, end: int) -> tuple[int, int]:
+def read_varint(data: memoryview, at: int, end: int) -> tuple[int, int]:
     """Return the number that begins at ``at``, and where the next byte is."""
     value = shift = 0
     while at < end and shift <= _MAX_SHIFT:
@@ -92,7 +92,7 @@ def packed(data: memoryview, field: Field) -> list[int]:
         return [field.value]
     numbers, at = [], field.begin
     while at < field.end:
-        number, at = varint(data, at, field.end)
+        number, at = read_varint(data, at, field.end)
         numbers.append(number)
     return numbers
 
@@ -125,3 +125,52 @@ def varints(raw: bytes) -> NDArray[np.uint64]:
         digits = (data[begins[has] + place] & 0x7F).astype(np.uint64)
         numbers[has] |= digits << np.uint64(7 * place)
     return numbers
+
+
+def encode_varint(value: int) -> bytes:
+    """Return a number that is not negative, seven bits to a byte, the lowest first."""
+    digits = bytearray()
+    while value > 0x7F:
+        digits.append(value & 0x7F | 0x80)
+        value >>= 7
+    digits.append(value)
+    return bytes(digits)
+
+
+def number(field: int, value: int) -> bytes:
+    """Return a field that is a number."""
+    return encode_varint(field << 3 | VARINT) + encode_varint(value)
+
+
+def length_prefix(field: int, nbytes: int) -> bytes:
+    """Return what stands before the bytes of a field."""
+    return encode_varint(field << 3 | BYTES) + encode_varint(nbytes)
+
+
+class BudgetedReader:
+    """The fields of a file, counted as they are looked at."""
+
+    def __init__(self, data: memoryview, most: int = budgets.MAX_PROTOBUF_FIELDS) -> None:
+        self.data = data
+        self._most = self._left = most
+
+    def spend(self, count: int) -> None:
+        """Count fields that were looked at in another way."""
+        self._left -= count
+        if self._left < 0:
+            raise WireError(f"more than {self._most} fields")
+
+    def fields(self, inside: Field | None = None) -> Iterator[Field]:
+        """Yield the fields of a message, or of the whole file."""
+        begin, end = (0, None) if inside is None else (inside.begin, inside.end)
+        # To look into a message takes as long as a field does, also where it is empty.
+        self.spend(1)
+        for field in fields(self.data, begin, end):
+            self.spend(1)
+            yield field
+
+    def messages(self, inside: Field | None, number: int) -> Iterator[Field]:
+        """Yield the fields of one number that are messages, texts or bytes."""
+        for field in self.fields(inside):
+            if field.number == number and field.wire == BYTES:
+                yield field

@@ -1,14 +1,132 @@
-"""What the names in a state dict tell: layers and roles, by PyTorch's habits."""
+"""What the names in a state dict tell: layers and roles, by PyTorch's habits.
+
+Which names are a layer's kernel, and which a constant's? For state dicts, which hold nothing but names and shapes.
+
+A kernel is what its layer calls so; a tensor of two axes with any other name may be a position table, a grid of anchors
+or a mel filter bank, and is left alone.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
-from prunectl.formats import kernel_names
-from prunectl.formats.base import PARAMETRIZATION, PRUNABLE, Role, Tensor, Wrapper
+from prunectl.formats.base import PARAMETRIZATION, PRUNABLE, PruningWrapper, Role, Tensor
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""The shapes of all tensors of a model, by their names."""
+
+_CONSTANTS = frozenset(
+    {
+        *("running_mean", "running_var", "num_batches_tracked"),
+        *("position_ids", "relative_position_index", "relative_coords_table", "attn_mask", "causal_mask"),
+        *("inv_freq", "freqs", "freqs_cis", "freqs_cos", "freqs_sin", "cos_cached", "sin_cached", "rope"),
+        *("anchors", "anchor_grid", "grid", "grids", "strides", "stride", "priors", "prior_boxes"),
+        *("mel", "mel_filters", "mel_basis", "mel_fb", "melW", "mel_filterbank", "fb", "filterbank", "dct_mat"),
+        *("window", "hann_window", "fourier", "fourier_basis", "forward_basis", "inverse_basis"),
+        *("forward_basis_buffer", "inverse_basis_buffer", "dft", "idft", "window_sum", "wsin", "wcos"),
+        *("cqt_kernels_real", "cqt_kernels_imag", "lowpass_filter", "early_downsample_filter"),
+        *("sinusoidal", "sinusoid", "pe", "pos_table", "position_table", "sinusoid_table"),
+        *("mean", "std", "pixel_mean", "pixel_std", "input_mean", "input_std", "image_mean", "image_std", "img_mean"),
+        *("img_std", "mean_buf", "std_buf", "norm_mean", "norm_std", "rgb_mean", "rgb_std"),
+    }
+)
+"""What attributes of modules are called that training does not learn: statistics, tables, grids, bases."""
+_CONSTANT_LAYERS = re.compile(
+    r"(^|[./])(stft|istft|mel_?spec(trogram)?|(spectrogram|logmel)_extractor|sub_mean|add_mean|dfl[./]conv"
+    r"|blur_?pool\d*|relative_attention_bias)[./]|(^|[./])cq_?t(1992|2010)(v2)?(_\d+)?[./]",
+    re.IGNORECASE,
+)
+"""Layers of fixed weights: bases of Fourier and mel transforms, shifts by a mean, the integral of a distribution.
+
+Of the constant-Q transform only the classes of nnAudio, also as Keras and TensorFlow write them, `cq_t2010v2_1`."""
+_LAYER_KERNELS = frozenset(
+    {
+        *("weight", "weight_ih", "weight_hh", "weight_bar", "in_proj_weight", "q_proj_weight", "k_proj_weight"),
+        *("v_proj_weight", "out_proj_weight", "fc1_weight", "fc2_weight", "lora_A", "lora_B", "lora_down", "lora_up"),
+    }
+)
+"""What layers of PyTorch and of its best known libraries call their kernels."""
+_RECURRENT = re.compile(r"weight_(ih|hh|hr)_l\d+(_reverse)?")
+_EXPERTS = re.compile(r"(^|[./])\w*experts?([./]|$)")
+_EXPERT_KERNELS = frozenset(
+    {"gate_up_proj", "down_proj", "gate_proj", "up_proj", "w1", "w2", "w3", "wi", "wo", "wi_0", "wi_1", "v1"}
+)
+"""What mixtures of experts call their stacks of matrices."""
+_NORMS = re.compile(
+    r"(^|[./])(\w*_)?(layer|batch|group|rms|instance)?_?norm_?\d*$|(^|[./])(ln_?(\d+|f|pre|post|final|attn|mlp|in|out)?|bn_?\d*)$"
+)
+_MAGNITUDES = re.compile(r"(^|[./])lora_magnitude_vector[./]")
+_SWITCHED = (("weight", "bias"), ("kernel", "bias"), ("W", "b"), ("w", "b"))
+_MAX_RANK = 5
+"""That of a convolution over three axes."""
+
+
+def is_constant(name: str, layer: str = "") -> bool:
+    """Whether a name is that of a table, a statistic or a fixed basis, which no policy prunes.
+
+    A converter may have renamed the tensor, but not the operations that take it, with semicolons between them.
+    """
+    leaf = re.split(r"[./]", name)[-1]
+    if leaf in _CONSTANTS or _CONSTANT_LAYERS.search(name):
+        return True
+    return all(_CONSTANT_LAYERS.search(f"{part}/") for part in layer.split(";"))
+
+
+def is_kernel(tensor: Tensor, shapes: Shapes) -> bool:
+    """Whether the names and shapes say that a layer multiplies by a tensor."""
+    if not 2 <= len(tensor.shape) <= _MAX_RANK or is_constant(tensor.name):
+        return False
+    prefix, leaf = _parted(tensor.name, shapes)
+    if leaf in {"weight_v", "weight_v_orig"}:
+        # Of weight_norm; spectral_norm has a vector of this name.
+        return f"{prefix}weight_g" in shapes
+    plain = leaf.removesuffix("_orig")
+    if plain in _LAYER_KERNELS or _RECURRENT.fullmatch(plain):
+        return not _is_norm(tensor, prefix, shapes) and _MAGNITUDES.search(tensor.name) is None
+    if _EXPERTS.search(prefix) and plain in _EXPERT_KERNELS:
+        return True
+    return _has_bias(prefix, plain, tensor.shape, shapes) or _is_of_flax(plain, shapes)
+
+
+def _parted(name: str, shapes: Shapes) -> tuple[str, str]:
+    """Return the layer with its dot, and the name in it: the weight itself for what a parametrization keeps."""
+    inside = ".parametrizations."
+    if inside in f".{name}":
+        before, _, rest = f".{name}".partition(inside)
+        leaf, _, part = rest.partition(".")
+        # weight_norm keeps the lengths as original0, and what is multiplied by them as original1.
+        is_weight = part == "original" or (part == "original1" and f"{name.removesuffix('1')}0" in shapes)
+        return f"{before.removeprefix('.')}." if before else "", leaf if is_weight else f"{leaf} {part}"
+    at = max(name.rfind("."), name.rfind("/")) + 1
+    return name[:at], name[at:]
+
+
+def _is_norm(tensor: Tensor, prefix: str, shapes: Shapes) -> bool:
+    """Whether it scales what it stands beside: a norm over several axes has a bias of the same shape."""
+    if shapes.get(f"{prefix}bias") == tensor.shape:
+        return True
+    is_window = len(tensor.shape) > 3 and tensor.shape[0] > 1
+    return not is_window and _NORMS.search(prefix.rstrip("./")) is not None
+
+
+def _has_bias(prefix: str, leaf: str, shape: tuple[int, ...], shapes: Shapes) -> bool:
+    """Whether a vector of as many outputs has the name that the bias of such a weight would have."""
+    for weight, bias in _SWITCHED:
+        if not re.fullmatch(rf"(.*_)?{weight}(_?\d+)?", leaf):
+            continue
+        head, _, tail = leaf.rpartition(weight)
+        if shapes.get(f"{prefix}{head}{bias}{tail}") in {(shape[0],), (shape[-1],)}:
+            return True
+    return False
+
+
+def _is_of_flax(leaf: str, shapes: Shapes) -> bool:
+    """Whether it is called kernel in a model of Flax, where nothing is called weight."""
+    return leaf == "kernel" and not any(name.endswith(".weight") for name in shapes)
+
 
 OPTIMIZER_ROOTS = frozenset(
     {"optimizer", "optimizers", "optimizer_state", "optimizer_state_dict", "optimizer_states", "optim"}
@@ -38,7 +156,7 @@ _KERNEL_KINDS = (
 _TRANSPOSED_KINDS = ("ConvTranspose", "LazyConvTranspose", "conv_transpose")
 
 
-class Use(NamedTuple):
+class StateUse(NamedTuple):
     """What a graph or a code does with a tensor."""
 
     role: Role
@@ -58,7 +176,7 @@ class _Names:
     training: frozenset[str]
     model: str
     shapes: Mapping[str, tuple[int, ...]]
-    uses: Mapping[str, Use | None]
+    uses: Mapping[str, StateUse | None]
 
     def has_beside(self, prefix: str, leaf: str) -> bool:
         return (f"{prefix}.{leaf}" if prefix else leaf) in self.all
@@ -67,7 +185,7 @@ class _Names:
 def describe(
     tensors: Iterable[Tensor],
     sections: frozenset[str] = frozenset(),
-    uses: Mapping[str, Use | None] | None = None,
+    uses: Mapping[str, StateUse | None] | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the tensors with the layer, the role and the output axis that their names tell.
 
@@ -146,21 +264,21 @@ def _is_for_training(section: str, sections: frozenset[str]) -> bool:
     return is_bare or section in TRAINING_ROOTS or "optim" in section.lower()
 
 
-def wrappers(tensors: Iterable[Tensor]) -> tuple[Wrapper, ...]:
+def wrappers(tensors: Iterable[Tensor]) -> tuple[PruningWrapper, ...]:
     """Return the wrappers that the names give away, those that prune first."""
     found = []
     names = {tensor.name: tensor for tensor in tensors}
     for name, tensor in names.items():
         if ".parametrizations." in f".{name}":
             is_mask = name.endswith(".mask")
-            found.append(Wrapper("torch.ao.pruning" if is_mask else PARAMETRIZATION, tensor.layer))
+            found.append(PruningWrapper("torch.ao.pruning" if is_mask else PARAMETRIZATION, tensor.layer))
         elif name.endswith("_mask"):
             owner, _, leaf = name.rpartition(".")
             plain = leaf.removesuffix("_mask")
             if f"{name.removesuffix('_mask')}_orig" in names:
-                found.append(Wrapper("torch.nn.utils.prune", tensor.layer))
+                found.append(PruningWrapper("torch.nn.utils.prune", tensor.layer))
             elif f"{owner}.module.{plain}" in names:
-                found.append(Wrapper("nni", tensor.layer))
+                found.append(PruningWrapper("nni", tensor.layer))
     pruning = {wrapper.layer for wrapper in found if wrapper.kind != "parametrization"}
     unique = dict.fromkeys(found)
     return tuple(wrapper for wrapper in unique if wrapper.kind != "parametrization" or wrapper.layer not in pruning)
@@ -182,7 +300,7 @@ def _describe(tensor: Tensor, names: _Names) -> Tensor:
     return replace(tensor, out_axis=_out_axis(tensor, role, use))
 
 
-def _out_axis(tensor: Tensor, role: Role, use: Use | None) -> int | None:
+def _out_axis(tensor: Tensor, role: Role, use: StateUse | None) -> int | None:
     if role not in PRUNABLE or len(tensor.shape) < 2:
         return None
     if use is not None and use.out_axis is not None:
@@ -196,7 +314,7 @@ def _role(tensor: Tensor, layer: str, leaf: str, names: _Names) -> Role:
         return Role.OPTIMIZER
     if leaf.endswith("_mask") and _is_masked(layer, leaf.removesuffix("_mask"), names):
         return Role.MASK
-    if tensor.role == Role.STATE or kernel_names.is_constant(tensor.name):
+    if tensor.role == Role.STATE or is_constant(tensor.name):
         return Role.STATE
     plain = leaf.removesuffix("_orig")
     is_norm = names.has_beside(layer, "running_mean") or any(part in layer.lower() for part in _NORM_PARTS)
@@ -230,11 +348,93 @@ def _role_of_numbers(tensor: Tensor, leaf: str, names: _Names) -> Role:
 def _is_used_as_kernel(tensor: Tensor, names: _Names) -> bool:
     """Whether a layer multiplies by it: as the graph says, else as the names of a layer say; never by rank alone."""
     if tensor.name not in names.uses:
-        return kernel_names.is_kernel(tensor, names.shapes)
+        return is_kernel(tensor, names.shapes)
     use = names.uses[tensor.name]
     if use is not None and use.role in PRUNABLE and not use.is_weak:
         return True
     if use is None and not tensor.kind.startswith(_KERNEL_KINDS):
         # No product takes it, and it is no layer of PyTorch's own, whose code may be left out of a trace.
         return False
-    return (use is None or use.role in PRUNABLE) and kernel_names.is_kernel(tensor, names.shapes)
+    return (use is None or use.role in PRUNABLE) and is_kernel(tensor, names.shapes)
+
+
+_BETWEEN = ".parametrizations."
+_MASK = "_mask"
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedParam:
+    """A weight as pruning keeps it."""
+
+    plain: str
+    """What it is called without a wrapper."""
+    original: str
+    masks: tuple[str, ...]
+    wrapper: str
+    """What the names of the wrapper begin with."""
+
+
+def find(names: Collection[str], others: Mapping[str, str]) -> tuple[MaskedParam, ...]:
+    """Return the weights of one state dict that are kept beside their masks.
+
+    The others are masks that a sparsifier keeps elsewhere, by the name of the weight that they belong to.
+    """
+    there = frozenset(names)
+    found = [*_of_torch_prune(there), *_of_parametrize(there, others), *_of_nni(there)]
+    return tuple(weight for weight in found if weight.plain not in there)
+
+
+def _of_torch_prune(names: frozenset[str]) -> list[MaskedParam]:
+    plain = [name.removesuffix(_MASK) for name in sorted(names) if name.endswith(_MASK)]
+    return [
+        MaskedParam(name, f"{name}_orig", (f"{name}{_MASK}",), f"{name}_orig")
+        for name in plain
+        if f"{name}_orig" in names
+    ]
+
+
+def _of_parametrize(names: frozenset[str], others: Mapping[str, str]) -> list[MaskedParam]:
+    """Return weights with masks and nothing else between them and their layer."""
+    beside: dict[str, list[str]] = {}
+    for name in sorted(names):
+        layer, between, rest = f".{name}".partition(_BETWEEN)
+        if between:
+            tensor, _, leaf = rest.partition(".")
+            beside.setdefault(f"{layer}{between}{tensor}"[1:], []).append(leaf)
+    found = []
+    for wrapper, leaves in beside.items():
+        layer, _, tensor = f".{wrapper}".partition(_BETWEEN)
+        plain = f"{layer}.{tensor}".lstrip(".")
+        masks = [leaf for leaf in leaves if leaf != "original"]
+        kept = [f"{wrapper}.{leaf}" for leaf in masks] or ([others[plain]] if plain in others else [])
+        is_masked = all(leaf.split(".", 1)[0].isdigit() and leaf.endswith(".mask") for leaf in masks)
+        if "original" in leaves and is_masked and kept:
+            found.append(MaskedParam(plain, f"{wrapper}.original", tuple(kept), wrapper))
+    return found
+
+
+def _of_nni(names: frozenset[str]) -> list[MaskedParam]:
+    found = []
+    for name in sorted(names):
+        layer, dot, leaf = name.removesuffix(_MASK).rpartition(".")
+        inner = f"{layer}{dot}module.{leaf}"
+        if name.endswith(_MASK) and inner in names:
+            found.append(MaskedParam(f"{layer}{dot}{leaf}", inner, (name,), f"{layer}{dot}module"))
+    return found
+
+
+def renamed(names: Collection[str], wrapped: Collection[MaskedParam]) -> dict[str, str]:
+    """Return what names are called once the wrappers are gone: NNI's stand in every name of their layer."""
+    plain = {weight.original: weight.plain for weight in wrapped}
+    inside = {weight.wrapper for weight in wrapped if weight.wrapper == f"{_owner(weight.plain)}module"}
+    for name in names:
+        owner, between, leaf = name.partition("module.") if name.startswith("module.") else name.partition(".module.")
+        wrapper = f"{owner}{between.rstrip('.')}"
+        if name not in plain and between and wrapper in inside:
+            plain[name] = f"{owner}.{leaf}".lstrip(".")
+    return {name: plain.get(name, name) for name in names}
+
+
+def _owner(name: str) -> str:
+    owner, dot, _ = name.rpartition(".")
+    return f"{owner}{dot}"

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from prunectl.errors import UntrustedError, abbreviated
 from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile
-from prunectl.formats.json_text import parse_object, refuse_too_much
 from prunectl.formats.keras.config import text
 from prunectl.formats.keras.pure_names import (
     CLASSES,
@@ -28,9 +27,10 @@ from prunectl.formats.keras.pure_names import (
     TYPES,
 )
 from prunectl.formats.protobuf import BYTES, WireError, fields
+from prunectl.formats.safe_json import parse_object, refuse_too_much
 from prunectl.formats.tensorflow import graph_code
+from prunectl.formats.tensorflow.graph_def import KerasObject, read_graph, read_keras_metadata
 from prunectl.formats.tensorflow.pure_operations import PURE
-from prunectl.formats.tensorflow.saved_model_graph import KerasObject, read_graph, read_keras_metadata
 
 _VALUES = frozenset(
     {
@@ -95,7 +95,7 @@ def check(model: ModelFile, known: Callable[[], Collection[str]]) -> None:
 def facts_of(model: ModelFile) -> tuple[Fact, ...]:
     """Return what would run if the framework of a file opened it."""
     if model.format == "saved-model":
-        graph = tuple(Fact(words) for words in graph_code.code_in(model.path))
+        graph = tuple(Fact(words) for words in graph_code.find_code(model.path))
         return (*_facts(_metadata(model), is_saved_model=True), *graph)
     # How it was trained is not rebuilt with the model: what that names is looked at when it is used.
     config = {key: value for key, value in (model.about.keras or {}).items() if key != "compile_config"}
@@ -167,7 +167,7 @@ def _facts_of_one(one: Mapping[str, Any], *, is_saved_model: bool) -> Iterator[F
         is_itself = text(one, "registered_name") in {"", name, "function"}
         if name not in FUNCTIONS or not is_itself or not _is_of_keras(one, is_function=True):
             yield _custom("function", name)
-    elif not (_is_value(one, kind) or _is_known(one, kind, is_saved_model=is_saved_model)):
+    elif not (_is_value(one, kind) or _is_builtin(one, kind, is_saved_model=is_saved_model)):
         yield _custom("class", kind)
 
 
@@ -192,7 +192,7 @@ def _of(kind: str, layer: str) -> str:
     return f" of {abbreviated(kind)} {abbreviated(layer)}" if layer else f" of {abbreviated(kind)}"
 
 
-def _is_known(one: Mapping[str, Any], kind: str, *, is_saved_model: bool) -> bool:
+def _is_builtin(one: Mapping[str, Any], kind: str, *, is_saved_model: bool) -> bool:
     """Whether a class is one of Keras or tfmot."""
     package, registered, name = kind.rpartition(">")
     if text(one, "registered_name").rpartition(">")[2] not in {"", name}:

@@ -7,15 +7,43 @@ import mmap
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 from prunectl.formats.base import ModelFile
 from prunectl.formats.extents import Extent
-from prunectl.formats.pack_zip import LEVEL, PROMISE
-from prunectl.formats.writing import Rewrite, splice
-from prunectl.formats.zips import Archive, Entry, Window, open_archive, open_inside, written_again
+from prunectl.formats.patch import TensorUpdate, copy_with_patches
+from prunectl.formats.zip_read import Archive, FileWindow, ZipEntry, open_archive, open_inside, written_again
+
+LEVEL = 6
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+"""The same time for every entry (extra records hold times too), or the same model would not give the same bytes."""
+FORMAT_VERSION_ENTRY = "/.format_version"
+"""With it PyTorch promises itself where each record lies, which no longer holds."""
+
+
+def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
+    """Write a zip again, entry by entry in the same order."""
+    archive = open_archive(model.path)
+    with ZipFile(model.path) as old, ZipFile(target, "w", ZIP_DEFLATED, compresslevel=LEVEL) as packed:
+        packed.comment = old.comment
+        for name in old.namelist():
+            if name.endswith(FORMAT_VERSION_ENTRY):
+                continue
+            info = written_again(old.getinfo(name))
+            info.date_time, info.extra = _EPOCH, b""
+            if info.is_dir():
+                packed.writestr(info, b"")
+                continue
+            entry = archive.entries[name]
+            info.compress_type = ZIP_DEFLATED
+            info.file_size = entry.nbytes
+            with packed.open(info, "w") as out:
+                for piece in archive.pieces(entry):
+                    out.write(piece)
+                    tick(len(piece))
+
 
 _HEADER, _CENTRAL, _DESCRIPTOR = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
 _CENTRAL_BYTES = 46
@@ -23,25 +51,25 @@ _HAS_DESCRIPTOR = 1 << 3
 _PIECE_BYTES = 1 << 20
 
 
-def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewrite]) -> None:
+def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[TensorUpdate]) -> None:
     """Write the archive with new numbers in it."""
     archive = open_archive(model.path)
     target = targets[model.path]
     if all(rewrite.tensor.storage.extent is not None for rewrite in rewrites):
-        splice(model.path, target, sorted(rewrites, key=lambda rewrite: rewrite.run.offset))
+        copy_with_patches(model.path, target, sorted(rewrites, key=lambda rewrite: rewrite.run.offset))
         offsets = [rewrite.run.offset for rewrite in rewrites]
         touched = _touched(archive.entries.values(), offsets)
         for outer in touched:
             # A zip in the zip has checksums of its own, and is itself guarded by one.
             if _is_zip(outer) and _is_around(outer, rewrites):
-                seal(target, _touched(open_inside(archive, outer).entries.values(), offsets), outer.extent)
-        seal(target, touched)
+                fix_crcs(target, _touched(open_inside(archive, outer).entries.values(), offsets), outer.extent)
+        fix_crcs(target, touched)
     else:
         changed = {found.tensor.storage.key: (found.tensor.storage.nbytes, found.raw()) for found in rewrites}
-        rebuild(archive, target, changed)
+        rewrite_zip(archive, target, changed)
 
 
-def seal(path: Path, entries: Iterable[Entry], within: Extent | None = None) -> None:
+def fix_crcs(path: Path, entries: Iterable[ZipEntry], within: Extent | None = None) -> None:
     """Mend the CRC-32 of entries whose bytes have changed: in the directory, and beside the bytes."""
     records = _records(path, within)
     with path.open("r+b") as file:
@@ -57,7 +85,7 @@ def seal(path: Path, entries: Iterable[Entry], within: Extent | None = None) -> 
                 os.pwrite(file.fileno(), crc, header_offset + 14)
 
 
-def _touched(entries: Iterable[Entry], offsets: Iterable[int]) -> list[Entry]:
+def _touched(entries: Iterable[ZipEntry], offsets: Iterable[int]) -> list[ZipEntry]:
     """Return the entries that hold any of these places."""
     ordered = sorted(entries, key=lambda entry: entry.extent.offset)
     begins = [entry.extent.offset for entry in ordered]
@@ -65,21 +93,21 @@ def _touched(entries: Iterable[Entry], offsets: Iterable[int]) -> list[Entry]:
     return [ordered[index] for index in sorted(found) if index >= 0]
 
 
-def _is_zip(entry: Entry) -> bool:
+def _is_zip(entry: ZipEntry) -> bool:
     with entry.extent.path.open("rb") as file:
         return os.pread(file.fileno(), len(_HEADER), entry.extent.offset) == _HEADER
 
 
-def _is_around(entry: Entry, rewrites: Sequence[Rewrite]) -> bool:
+def _is_around(entry: ZipEntry, rewrites: Sequence[TensorUpdate]) -> bool:
     inside = [found for found in rewrites if entry.extent.offset <= found.run.offset < _end(entry)]
     return any(found.tensor.storage.extent != entry.extent for found in inside)
 
 
-def _end(entry: Entry) -> int:
+def _end(entry: ZipEntry) -> int:
     return entry.extent.offset + entry.extent.nbytes
 
 
-def _crc(fd: int, entry: Entry) -> int:
+def _crc(fd: int, entry: ZipEntry) -> int:
     crc, at, end = 0, entry.extent.offset, entry.extent.offset + entry.extent.nbytes
     while at < end:
         piece = os.pread(fd, min(_PIECE_BYTES, end - at), at)
@@ -90,7 +118,7 @@ def _crc(fd: int, entry: Entry) -> int:
 def _records(path: Path, within: Extent | None) -> dict[str, tuple[int, int, int]]:
     """Return where each entry's record lies in the directory, its flags, and where its header lies."""
     base, nbytes = (within.offset, within.nbytes) if within is not None else (0, path.stat().st_size)
-    with Window(path, base, nbytes) as part, ZipFile(io.BufferedReader(part)) as archive:
+    with FileWindow(path, base, nbytes) as part, ZipFile(io.BufferedReader(part)) as archive:
         at = base + archive.start_dir
         infos = archive.infolist()
     found = {}
@@ -104,12 +132,14 @@ def _records(path: Path, within: Extent | None) -> dict[str, tuple[int, int, int
     return found
 
 
-def rebuild(archive: Archive, target: Path, changed: Mapping[str, tuple[int, Iterable[bytes | memoryview]]]) -> None:
+def rewrite_zip(
+    archive: Archive, target: Path, changed: Mapping[str, tuple[int, Iterable[bytes | memoryview]]]
+) -> None:
     """Write an archive again, compressed where it was, with other bytes (so many of them) in some entries."""
     with ZipFile(archive.path) as old, ZipFile(target, "w", compresslevel=LEVEL) as new:
         new.comment = old.comment
         for before in old.infolist():
-            if before.filename.endswith(PROMISE):
+            if before.filename.endswith(FORMAT_VERSION_ENTRY):
                 continue
             info = written_again(before)
             if before.is_dir():

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prunectl.analysis.tensor_io import nonzero_mask
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array
-from prunectl.measuring.zeros import nonzero
-from prunectl.pruning.hashing import hashed, mixed
-from prunectl.pruning.selection import Mask
+from prunectl.pruning.hashing import fnv1a, mixed
+from prunectl.pruning.threshold import Mask
 
 MAX_CLUSTERS = 1 << 16
 """A code of 16 bits; more values than that are no code book."""
@@ -137,7 +137,7 @@ def nearest(values: Wide, centroids: Wide) -> NDArray[np.intp]:
 
 def _movable(block: Array) -> Mask:
     """Mark what is kept and is a number: zeros stay zeros, and NaN and infinity what they are."""
-    found: Mask = nonzero(block) & np.isfinite(block)
+    found: Mask = nonzero_mask(block) & np.isfinite(block)
     return found
 
 
@@ -158,7 +158,7 @@ def _without_zero(values: Wide, centroids: Wide, bounds: NDArray[np.intp], store
 
 def _uniform(count: int, key: str) -> Wide:
     """Return numbers from 0 up to 1 that only a key decides, on any machine and with any NumPy."""
-    found = mixed(np.arange(count, dtype=np.uint64) + np.uint64(hashed(key)))
+    found = mixed(np.arange(count, dtype=np.uint64) + np.uint64(fnv1a(key)))
     return (found >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

@@ -23,7 +23,7 @@ def mixed(numbers: int | NDArray[np.uint64]) -> int | NDArray[np.uint64]:
     return found ^ (found >> np.uint64(31))
 
 
-def hashed(text: str) -> int:
+def fnv1a(text: str) -> int:
     """Return the FNV-1a hash of a text, in 62 bits to leave room for indices."""
     found = 0xCBF29CE484222325
     for byte in text.encode():

@@ -6,18 +6,18 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from prunectl import __version__
 from prunectl.errors import InputError, UsageError
-from prunectl.formats.json_text import read_object
-from prunectl.formats.outputs import write_text
+from prunectl.formats.atomic import write_text
+from prunectl.formats.safe_json import read_object
 from prunectl.plugins import check_untrusted
 from prunectl.pruning.policies import MIN_SIZE
 from prunectl.pruning.prune import Pruned
-from prunectl.pruning.request import Request, from_json
+from prunectl.pruning.request import PruneRequest, from_json
 
 SCHEMA = "prunectl.manifest/1"
 _RANDOM_DATA = re.compile(r"random:\d+(\?|$)")
@@ -58,15 +58,15 @@ def write(path: Path, found: Pruned) -> None:
             for cut in found.plan.cuts
         ],
     }
-    keep(path, whole)
+    write_json(path, whole)
 
 
-def keep(path: Path, whole: Mapping[str, Any]) -> None:
+def write_json(path: Path, whole: Mapping[str, Any]) -> None:
     """Write a manifest, whole or not at all."""
     write_text(path, json.dumps(whole, indent=2, sort_keys=True) + "\n", is_forced=True)
 
 
-def read(path: Path, *, is_trusted: bool = False) -> Request:
+def read(path: Path, *, is_trusted: bool = False) -> PruneRequest:
     """Return the request in a manifest; what it names as code is not imported unless the user said so."""
     if not path.is_file():
         raise InputError(f"{path} does not exist")
@@ -79,7 +79,7 @@ def read(path: Path, *, is_trusted: bool = False) -> Request:
     return request
 
 
-def _code_in(request: Request) -> tuple[str, ...]:
+def _code_in(request: PruneRequest) -> tuple[str, ...]:
     """Every choice that may mean `package.module:name` or `./file.py:name`."""
     policy = "" if request.policy.startswith(MIN_SIZE) else request.policy
     data = "" if _RANDOM_DATA.match(request.data) else request.data
@@ -93,3 +93,44 @@ def _is_ours(path: Path) -> bool:
         file.seek(max(0, os.fstat(file.fileno()).st_size - _END_BYTES))
         tail = file.read()
     return not head or (head.lstrip().startswith(b"{") and _SCHEMA.search(head + tail) is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedTensor:
+    """What was written of a tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dropped: int
+    zeros: int
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestRecord:
+    """What a run read and wrote."""
+
+    path: Path
+    input_sha256: str
+    output_sha256: str
+    cuts: tuple[RecordedTensor, ...]
+    has_doomed: bool
+    """Whether NaN became zero beside what was dropped."""
+
+
+def read_record(path: Path) -> ManifestRecord:
+    """Return what a manifest says of its run."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    whole = read_object(path, "it")
+    if whole.get("schema") != SCHEMA:
+        raise InputError(f"{path} is JSON, but not a manifest of prunectl", hint="prunectl prune … --manifest FILE")
+    try:
+        doomed = whole["request"].get("nan") == "zero"
+        cuts = tuple(map(_cut, whole["cuts"]))
+        return ManifestRecord(path, str(whole["input"]["sha256"]), str(whole["output"]["sha256"]), cuts, doomed)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged: it does not say what was cut") from error
+
+
+def _cut(said: dict[str, Any]) -> RecordedTensor:
+    return RecordedTensor(str(said["name"]), tuple(map(int, said["shape"])), int(said["dropped"]), int(said["zeros"]))

@@ -6,19 +6,20 @@ from enum import StrEnum
 
 import numpy as np
 
-from prunectl.pruning.selection import Array, Mask
+from prunectl.errors import InputError
+from prunectl.pruning.threshold import Array, Mask
 
 _FEW = 16
 
 
-class Pool(StrEnum):
+class Pooling(StrEnum):
     """How a block's score comes from those of its weights."""
 
     AVG = "avg"
     MAX = "max"
 
 
-def lowest_of_each(scores: Array, axis: int, zeros: int, group: int) -> Mask:
+def lowest_per_group(scores: Array, axis: int, zeros: int, group: int) -> Mask:
     """Mark the lowest of every so many consecutive scores along an axis, ties from the beginning.
 
     What does not divide is padded with scores that go first, as tfmot pads it: a short group at the end
@@ -49,11 +50,11 @@ def _lowest(groups: Array, count: int) -> Mask:
     return dropped
 
 
-def lowest_blocks(scores: Array, out_axis: int, size: tuple[int, int], pool: Pool, sparsity: float) -> Mask:
+def lowest_blocks(scores: Array, out_axis: int, size: tuple[int, int], pool: Pooling, sparsity: float) -> Mask:
     """Mark the lowest share of the blocks of a kernel, seen as a matrix of inputs by outputs."""
     moved = np.moveaxis(scores, out_axis, -1)
     matrix = moved.reshape(-1, moved.shape[-1])
-    pooled = _pooled(matrix, size, pool)
+    pooled = _block_scores(matrix, size, pool)
     dropped = np.zeros(pooled.size, np.bool_)
     dropped[np.argsort(pooled, axis=None, kind="stable")[: round(sparsity * pooled.size)]] = True
     spread = np.repeat(np.repeat(dropped.reshape(pooled.shape), size[0], axis=0), size[1], axis=1)
@@ -61,12 +62,40 @@ def lowest_blocks(scores: Array, out_axis: int, size: tuple[int, int], pool: Poo
     return np.ascontiguousarray(np.moveaxis(inside, -1, out_axis))
 
 
-def _pooled(matrix: Array, size: tuple[int, int], pool: Pool) -> Array:
+def _block_scores(matrix: Array, size: tuple[int, int], pool: Pooling) -> Array:
     """Return one score for each block; a block at the edge counts what it has."""
     starts = [np.arange(0, length, step) for length, step in zip(matrix.shape, size, strict=True)]
     wide = matrix.astype(np.float64)
-    if pool is Pool.MAX:
+    if pool is Pooling.MAX:
         return np.maximum.reduceat(np.maximum.reduceat(wide, starts[0], axis=0), starts[1], axis=1)
     sums = np.add.reduceat(np.add.reduceat(wide, starts[0], axis=0), starts[1], axis=1)
     lengths = [np.diff([*start, length]) for start, length in zip(starts, matrix.shape, strict=True)]
     return np.asarray(sums / np.outer(*lengths))
+
+
+class NonFinitePolicy(StrEnum):
+    """What to do with them."""
+
+    ERROR = "error"
+    ZERO = "zero"
+    KEEP = "keep"
+
+
+def rank_nonfinite(scores: Array, what: NonFinitePolicy, name: str) -> tuple[Array, Mask | None]:
+    """Return scores that can be ranked, and what is dropped whatever its rank."""
+    finite = np.isfinite(scores)
+    if finite.all():
+        return scores, None
+    if what is NonFinitePolicy.ERROR:
+        raise InputError(
+            f"{name} holds weights that are not finite numbers", hint="--nan zero drops them, --nan keep leaves them"
+        )
+    if what is NonFinitePolicy.ZERO:
+        return np.where(finite, scores, scores.dtype.type(0)), ~finite
+    return np.where(finite, scores, scores.dtype.type(np.inf)), None
+
+
+def check_pruned_nonfinite(scores: Array, dropped: Mask, what: NonFinitePolicy, name: str) -> None:
+    """Refuse a cut that takes weights which are to be kept because they are not finite."""
+    if what is NonFinitePolicy.KEEP and not np.isfinite(scores[dropped]).all():
+        raise InputError(f"{name} holds more weights that are not finite than may stay", hint="--nan zero drops them")

@@ -7,14 +7,66 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from prunectl.analysis.patterns import BlockPattern, NMPattern
+from prunectl.analysis.stats import find_tied_tensors
 from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile, Tensor
-from prunectl.formats.names import select
-from prunectl.formats.writing import is_writable
-from prunectl.measuring.patterns import Block, ZerosOf
-from prunectl.measuring.ties import ties
-from prunectl.pruning.allocation import Allocation
-from prunectl.pruning.policies import Policy, integers
+from prunectl.formats.patch import is_writable
+from prunectl.formats.selectors import select_names
+from prunectl.pruning.hashing import fnv1a, mixed
+from prunectl.pruning.policies import Policy, non_float_reason
+
+Allocation = Callable[[Sequence[Tensor], int], Sequence[int]]
+"""From the tensors and how many weights go in all to how many go in each."""
+
+BIASES = ("late", "early", "uniform")
+_ODDS = (0.3, 0.6)
+"""Up to the first of these numbers late layers lose most, up to the second early ones."""
+
+
+def proportional_counts(sizes: Sequence[int], rates: Sequence[float], total: int) -> list[int]:
+    """Return counts that go with size times rate, none above its size, that add up to the total exactly."""
+    full: set[int] = set()
+    while True:
+        rest = [place for place in range(len(sizes)) if place not in full]
+        left = total - sum(sizes[place] for place in full)
+        mass = sum(sizes[place] * rates[place] for place in rest)
+        above = {place for place in rest if rates[place] * left > mass}
+        if not above:
+            break
+        full |= above
+    ideal = {place: sizes[place] * rates[place] * left / mass for place in rest} if left else dict.fromkeys(rest, 0.0)
+    counts = [sizes[place] if place in full else int(ideal[place]) for place in range(len(sizes))]
+    # What rounding down left over goes to the largest remainders.
+    for place in sorted(rest, key=lambda place: (int(ideal[place]) - ideal[place], place))[: total - sum(counts)]:
+        counts[place] += 1
+    return counts
+
+
+def erk(tensors: Sequence[Tensor], drop: int) -> Sequence[int]:
+    """Return counts by Erdos-Renyi-Kernel: a layer's density goes with the sum of its lengths over their product."""
+    sizes = [tensor.size for tensor in tensors]
+    densities = [(sum(tensor.shape) or 1) / tensor.size for tensor in tensors]
+    kept = proportional_counts(sizes, densities, sum(sizes) - drop)
+    return [size - keep for size, keep in zip(sizes, kept, strict=True)]
+
+
+def depth_biased(tensors: Sequence[Tensor], drop: int, *, seed: int, bias: str = "") -> Sequence[int]:
+    """Return counts that rise or fall evenly from the first layer to the last, or that are the same share of each."""
+    layers = list(dict.fromkeys(tensor.layer for tensor in tensors))
+    places = [layers.index(tensor.layer) for tensor in tensors]
+    rates = {
+        "late": [1.0 + place for place in places],
+        "early": [float(len(layers) - place) for place in places],
+        "uniform": [1.0] * len(places),
+    }[bias or sample_depth_bias(seed)]
+    return proportional_counts([tensor.size for tensor in tensors], rates, drop)
+
+
+def sample_depth_bias(seed: int) -> str:
+    """Return the bias that a seed stands for: late or early with odds of 30 % each, else uniform."""
+    number = float(mixed(fnv1a(f"{seed}/bias")) >> 11) / (1 << 53)
+    return BIASES[sum(number >= odds for odds in _ODDS)]
 
 
 class Scope(StrEnum):
@@ -27,7 +79,7 @@ class Scope(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class TensorPlan:
     """How many weights of a tensor go."""
 
     tensor: Tensor
@@ -36,7 +88,7 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class Skip:
+class SkippedTensor:
     """A tensor that is left alone, and why."""
 
     name: str
@@ -47,8 +99,8 @@ class Skip:
 class Plan:
     """Every cut that will be made."""
 
-    cuts: tuple[Cut, ...]
-    skips: tuple[Skip, ...]
+    cuts: tuple[TensorPlan, ...]
+    skips: tuple[SkippedTensor, ...]
     drop: int
     """How many weights go in all."""
 
@@ -59,57 +111,57 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Selection:
     """The tensors that are pruned, and why the others are not."""
 
     tensors: tuple[Tensor, ...]
-    skips: tuple[Skip, ...]
+    skips: tuple[SkippedTensor, ...]
     own: Mapping[str, float]
     """Sparsities of their own, by tensor."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class PruneSelection:
     """What the user asks for, apart from how much."""
 
     scope: Scope
     policy: Policy
     only: str = ""
     exclude: tuple[str, ...] = ()
-    pattern: ZerosOf | Block | None = None
+    pattern: NMPattern | BlockPattern | None = None
     layers: tuple[tuple[str, float], ...] = ()
     """Sparsities of their own for what selectors match; the last that matches wins."""
     allocation: Allocation | None = None
     """How many weights go in each tensor, if not the same share of each."""
 
 
-def choose(model: ModelFile, wish: Wish, *, can_reencode: bool) -> Choice:
+def select_tensors(model: ModelFile, wish: PruneSelection, *, can_reencode: bool) -> Selection:
     """Return what a wish is about; a container that re-encodes can change what does not lie flat."""
-    own = {tensor.name: sparsity for selector, sparsity in wish.layers for tensor in select(model, selector)}
-    tensors, skips = _sorted_out(model, wish, own, can_reencode=can_reencode)
+    own = {tensor.name: sparsity for selector, sparsity in wish.layers for tensor in select_names(model, selector)}
+    tensors, skips = _partition(model, wish, own, can_reencode=can_reencode)
     if not tensors:
         raise UsageError(
-            _nothing_left(model, skips), hint=f"--only and --policy choose; see: prunectl inspect {model.path}"
+            _reject_empty(model, skips), hint=f"--only and --policy choose; see: prunectl inspect {model.path}"
         )
-    return Choice(tensors, skips, {tensor.name: own[tensor.name] for tensor in tensors if tensor.name in own})
+    return Selection(tensors, skips, {tensor.name: own[tensor.name] for tensor in tensors if tensor.name in own})
 
 
-def make(choice: Choice, wish: Wish, sparsity: float) -> Plan:
+def make_plan(choice: Selection, wish: PruneSelection, sparsity: float) -> Plan:
     """Return the plan that grants a wish at a sparsity."""
     drop = round(sparsity * sum(tensor.size for tensor in choice.tensors))
     if wish.scope is Scope.GLOBAL:
-        return Plan(tuple(Cut(tensor, None) for tensor in choice.tensors), choice.skips, drop)
-    if isinstance(wish.pattern, ZerosOf):
+        return Plan(tuple(TensorPlan(tensor, None) for tensor in choice.tensors), choice.skips, drop)
+    if isinstance(wish.pattern, NMPattern):
         counts: Sequence[int] = [_in_groups(tensor, wish.pattern) for tensor in choice.tensors]
     elif wish.allocation is not None:
         counts = wish.allocation(choice.tensors, drop)
     else:
         counts = [round(choice.own.get(tensor.name, sparsity) * tensor.size) for tensor in choice.tensors]
-    cuts = tuple(Cut(tensor, count) for tensor, count in zip(choice.tensors, counts, strict=True))
+    cuts = tuple(TensorPlan(tensor, count) for tensor, count in zip(choice.tensors, counts, strict=True))
     return Plan(cuts, choice.skips, sum(counts))
 
 
-def _nothing_left(model: ModelFile, skips: Iterable[Skip]) -> str:
+def _reject_empty(model: ModelFile, skips: Iterable[SkippedTensor]) -> str:
     reasons = Counter(skip.reason for skip in skips)
     # That kernels are no floats tells more than that biases are no kernels.
     told = ", ".join(f"{reason} ({reasons[reason]})" for reason in sorted(reasons, key=_telling(reasons))[:3])
@@ -120,7 +172,7 @@ def _telling(reasons: Counter[str]) -> Callable[[str], tuple[bool, int]]:
     return lambda reason: (not reason.startswith("quantised"), -reasons[reason])
 
 
-def _in_groups(tensor: Tensor, pattern: ZerosOf) -> int:
+def _in_groups(tensor: Tensor, pattern: NMPattern) -> int:
     """Return how many weights go; a short group at the end is filled up with zeros that count as gone."""
     length = tensor.shape[tensor.inputs_axis or 0]
     whole, rest = divmod(length, pattern.group)
@@ -128,12 +180,12 @@ def _in_groups(tensor: Tensor, pattern: ZerosOf) -> int:
     return (whole * pattern.zeros + short) * (tensor.size // length)
 
 
-def _sorted_out(
-    model: ModelFile, wish: Wish, own: Mapping[str, float], *, can_reencode: bool
-) -> tuple[tuple[Tensor, ...], tuple[Skip, ...]]:
+def _partition(
+    model: ModelFile, wish: PruneSelection, own: Mapping[str, float], *, can_reencode: bool
+) -> tuple[tuple[Tensor, ...], tuple[SkippedTensor, ...]]:
     judge = wish.policy.judge(model)
-    only = {tensor.name for tensor in select(model, wish.only)} if wish.only else None
-    excluded = {tensor.name for selector in wish.exclude for tensor in select(model, selector)}
+    only = {tensor.name for tensor in select_names(model, wish.only)} if wish.only else None
+    excluded = {tensor.name for selector in wish.exclude for tensor in select_names(model, selector)}
     reasons: dict[str, str] = {}
     for tensor in model.tensors:
         if tensor.name in excluded:
@@ -143,24 +195,24 @@ def _sorted_out(
             reasons[tensor.name] = judge(tensor) if only is None else "" if tensor.name in only else "not among --only"
         if tensor.name in model.copies:
             reasons[tensor.name] = "a second copy of a variable, changed as the first is"
-        reasons[tensor.name] = reasons.get(tensor.name) or _impossible(tensor, wish, can_reencode=can_reencode)
+        reasons[tensor.name] = reasons.get(tensor.name) or _reject_impossible(tensor, wish, can_reencode=can_reencode)
     willing = {tensor.name for tensor in model.tensors if not reasons[tensor.name]}
     # Also what nobody wants pruned is, if it shares its numbers with what is.
-    tied = {name: other for name, other in ties(model.tensors, willing).items() if other in willing}
+    tied = {name: other for name, other in find_tied_tensors(model.tensors, willing).items() if other in willing}
     reasons |= {name: f"tied to {other}, which is pruned" for name, other in tied.items()}
     chosen = tuple(tensor for tensor in model.tensors if not reasons[tensor.name])
-    return chosen, tuple(Skip(name, reason) for name, reason in reasons.items() if reason)
+    return chosen, tuple(SkippedTensor(name, reason) for name, reason in reasons.items() if reason)
 
 
-def _impossible(tensor: Tensor, wish: Wish, *, can_reencode: bool) -> str:
+def _reject_impossible(tensor: Tensor, wish: PruneSelection, *, can_reencode: bool) -> str:
     """Return why a tensor cannot be pruned whatever the user wants."""
     if not tensor.is_float:
-        return integers(tensor)
+        return non_float_reason(tensor)
     if not tensor.size:
         return "empty"
-    if isinstance(wish.pattern, ZerosOf) and tensor.inputs_axis is None:
+    if isinstance(wish.pattern, NMPattern) and tensor.inputs_axis is None:
         return "without an axis of inputs for the pattern"
-    if isinstance(wish.pattern, Block) and tensor.out_axis is None:
+    if isinstance(wish.pattern, BlockPattern) and tensor.out_axis is None:
         return "no matrix of inputs by outputs"
     if tensor.storage.extent is None:
         covers = tensor.start == 0 and tensor.nbytes == tensor.storage.nbytes

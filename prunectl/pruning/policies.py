@@ -32,21 +32,21 @@ class Policy:
 
 
 def _default(_: ModelFile) -> Callable[[Tensor], Verdict]:
-    return lambda tensor: "" if tensor.is_prunable else _unfit(tensor)
+    return lambda tensor: "" if tensor.is_prunable else _ineligible(tensor)
 
 
 def _all(_: ModelFile) -> Callable[[Tensor], Verdict]:
     dead = {Role.MASK, Role.SCHEDULE, Role.OPTIMIZER}
-    return lambda tensor: _unfit(tensor) if tensor.role in dead else ""
+    return lambda tensor: _ineligible(tensor) if tensor.role in dead else ""
 
 
 def _skip_first_last(model: ModelFile) -> Callable[[Tensor], Verdict]:
     layers = _prunable_layers(model)
-    return _but(dict.fromkeys(layers[:1], "the first layer") | dict.fromkeys(layers[-1:], "the last layer"))
+    return _all_except(dict.fromkeys(layers[:1], "the first layer") | dict.fromkeys(layers[-1:], "the last layer"))
 
 
 def _skip_classifier(model: ModelFile) -> Callable[[Tensor], Verdict]:
-    return _but(dict.fromkeys(_prunable_layers(model)[-1:], "the classifier"))
+    return _all_except(dict.fromkeys(_prunable_layers(model)[-1:], "the classifier"))
 
 
 def _xnnpack(model: ModelFile) -> Callable[[Tensor], Verdict]:
@@ -54,7 +54,7 @@ def _xnnpack(model: ModelFile) -> Callable[[Tensor], Verdict]:
 
     def judge(tensor: Tensor) -> Verdict:
         if not tensor.is_prunable:
-            return _unfit(tensor)
+            return _ineligible(tensor)
         return "" if is_pointwise(tensor) else "no 1x1 convolution"
 
     return judge
@@ -76,16 +76,16 @@ def min_size(word: str) -> Policy:
 
     def judge(tensor: Tensor) -> Verdict:
         if not tensor.is_prunable:
-            return _unfit(tensor)
+            return _ineligible(tensor)
         return f"fewer than {least:,} weights" if tensor.size < least else ""
 
     return Policy(word, lambda _: judge, f"kernels of {least:,} weights and more")
 
 
-def _but(left_out: dict[str, str]) -> Callable[[Tensor], Verdict]:
+def _all_except(left_out: dict[str, str]) -> Callable[[Tensor], Verdict]:
     def judge(tensor: Tensor) -> Verdict:
         if not tensor.is_prunable:
-            return _unfit(tensor)
+            return _ineligible(tensor)
         return left_out.get(tensor.layer, "")
 
     return judge
@@ -95,7 +95,7 @@ def _prunable_layers(model: ModelFile) -> Sequence[str]:
     return list(dict.fromkeys(tensor.layer for tensor in model.tensors if tensor.is_prunable))
 
 
-def integers(tensor: Tensor) -> Verdict:
+def non_float_reason(tensor: Tensor) -> Verdict:
     """Return what a tensor consists of that cannot be pruned, if it is no floating-point numbers."""
     name = tensor.dtype.name
     if tensor.is_float:
@@ -103,11 +103,11 @@ def integers(tensor: Tensor) -> Verdict:
     return f"quantised to {name}: prune it before" if name in QUANTISED else f"numbers of type {name}"
 
 
-def _unfit(tensor: Tensor) -> Verdict:
+def _ineligible(tensor: Tensor) -> Verdict:
     """Return why a tensor is not among those that are pruned by default."""
     role = tensor.role
     if role in PRUNABLE:
-        return integers(tensor) or "a kernel with a single axis"
+        return non_float_reason(tensor) or "a kernel with a single axis"
     return _SAID.get(role, f"a {role}")
 
 

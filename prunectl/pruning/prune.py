@@ -2,69 +2,127 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from prunectl.errors import WorkError
-from prunectl.formats.base import Can, ModelFile
-from prunectl.formats.isolated import one_child
-from prunectl.formats.outputs import flush
-from prunectl.formats.table import by_name, open_model, require
+from prunectl.analysis import sizes
+from prunectl.analysis.inspect import InspectOptions, inspect_model
+from prunectl.analysis.patterns import NMPattern
+from prunectl.analysis.sizes import CodecName, compress, get_codec, measure, packed_bytes
+from prunectl.analysis.stats import ModelStats, measure_stats
+from prunectl.errors import UsageError, WorkError
+from prunectl.formats.atomic import flush
+from prunectl.formats.base import Capability, ModelFile
+from prunectl.formats.registry import by_name, open_model, require
+from prunectl.formats.sandbox import reuse_worker
 from prunectl.formats.workers import workers
-from prunectl.measuring import archive
-from prunectl.measuring.codecs import CodecName, compress, pick
-from prunectl.measuring.looking import Look, look
-from prunectl.measuring.patterns import ZerosOf
-from prunectl.measuring.sizes import measure, packed_bytes
-from prunectl.measuring.survey import Survey, survey
-from prunectl.pruning import output as outputs
+from prunectl.pruning import destination as outputs
+from prunectl.pruning import engine
 from prunectl.pruning import plan as planning
-from prunectl.pruning import target as targets
-from prunectl.pruning import together
-from prunectl.pruning.execute import Method, Tally, execute, verify
-from prunectl.pruning.output import Output
-from prunectl.pruning.plan import Choice, Plan, Wish
-from prunectl.pruning.request import Request, method_of, wish_of
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.engine import PruningMethod, TensorCounts, execute, verify
+from prunectl.pruning.plan import Plan, PruneSelection, Selection
+from prunectl.pruning.request import PruneRequest, resolve_method, selection_of
+
+SPARSEST = 0.99
+"""Beyond it whole layers go out, whatever the size."""
+CLOSE = 0.99
+"""A result between this share of the target and the target itself is good enough."""
+_TRIES = 40
+
+
+def bisect_sparsity(size_at: Callable[[float], int], target: int, what: str) -> float:
+    """Return a sparsity whose size is at most the target, and hardly below it."""
+    low, high = 0.0, SPARSEST
+    dense = size_at(low)
+    if dense <= target:
+        return low
+    floor = size_at(high)
+    if floor > target:
+        raise WorkError(
+            f"a {what} size of {target} bytes is out of reach: {SPARSEST:.0%} sparsity gives {floor}",
+            hint="what is left are biases, norms and excluded layers; try --policy all or --only '*'",
+        )
+    above, below = dense, floor
+    for turn in range(_TRIES):
+        if below >= CLOSE * target or high - low < 1e-9:
+            break
+        # Straight lines between the ends find smooth curves fast; every third guess halves, so that a bent one ends.
+        share = 0.5 if turn % 3 == 2 else (above - CLOSE * target) / (above - below)
+        middle = low + (high - low) * min(max(share, 0.02), 0.98)
+        size = size_at(middle)
+        if size <= target:
+            high, below = middle, size
+        else:
+            low, above = middle, size
+    return high
+
+
+def sparsity_for_compression(path: Path, choice: Selection, total: int, factor: float) -> float:
+    """Return the sparsity at which all parameters of a model are so many times those that are kept."""
+    sizes = {tensor.name: tensor.size for tensor in choice.tensors}
+    settled = sum(round(share * sizes[name]) for name, share in choice.own.items())
+    free = sum(sizes.values()) - sum(sizes[name] for name in choice.own)
+    drop = max(total - total / factor - settled, 0)
+    if drop > free:
+        most = total / max(total - settled - free, 1)
+        raise UsageError(
+            f"a compression of {factor:g} is out of reach in {path}: without all {free + settled:,} weights "
+            f"that may go it is {most:.3g}",
+            hint="--policy all prunes biases, norms and embeddings as well",
+        )
+    return drop / free if free else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
     """What was planned and what came of it."""
 
-    request: Request
+    request: PruneRequest
     sparsity: float
     plan: Plan
-    tallies: dict[str, Tally]
-    before: Survey
-    after: Survey
+    tallies: dict[str, TensorCounts]
+    before: ModelStats
+    after: ModelStats
     notes: tuple[str, ...] = ()
     """What the user should know of how it came about, each a full sentence."""
 
 
 def prune(
-    path: Path, request: Request, output: Output | None, *, has_digests: bool = False, method: Method | None = None
+    path: Path,
+    request: PruneRequest,
+    output: Destination | None,
+    *,
+    has_digests: bool = False,
+    method: PruningMethod | None = None,
 ) -> Pruned:
     """Prune a model; without an output, into a scratch file that is measured and thrown away."""
     # The input and what was written are read by one child, where it takes a child to read them.
-    with one_child():
+    with reuse_worker():
         return _prune(open_model(path), request, output, has_digests=has_digests, method=method)
 
 
 def _prune(
-    model: ModelFile, request: Request, output: Output | None, *, has_digests: bool, method: Method | None
+    model: ModelFile,
+    request: PruneRequest,
+    output: Destination | None,
+    *,
+    has_digests: bool,
+    method: PruningMethod | None,
 ) -> Pruned:
-    method = method or method_of(request)
+    method = method or resolve_method(request)
     if request.is_packed:
-        require(model, Can.PACK)
+        require(model, Capability.PACK)
     outputs.check(model, output)
-    wish = wish_of(request)
-    choice = planning.choose(model, wish, can_reencode=by_name(model.format).is_reencoded)
-    method, choice = together.scored(model, choice, method)
+    wish = selection_of(request)
+    choice = planning.select_tensors(model, wish, can_reencode=by_name(model.format).is_reencoded)
+    method, choice = engine.with_model_scores(model, choice, method)
     sparsity = _sparsity(model, request, wish, choice, method)
-    plan = planning.make(choice, wish, sparsity)
-    with outputs.workplace(model, output) as (folder, target), workers(1) as aside:
+    plan = planning.make_plan(choice, wish, sparsity)
+    with outputs.staging_dir(model, output) as (folder, target), workers(1) as aside:
         is_small = model.nbytes <= outputs.BIG_BYTES
-        counting = aside.submit(survey, model, model.tensors, has_channels=is_small)
+        counting = aside.submit(measure_stats, model, model.tensors, has_channels=is_small)
         written, tallies = _write(model, plan, method, folder, target, is_packed=request.is_packed)
         # What has to be on the disk before it may be renamed gets there while it is read back.
         flushing = aside.submit(flush, folder) if output is not None else None
@@ -74,22 +132,22 @@ def _prune(
         if flushing is not None:
             flushing.result()
         if after.bytes.raw <= outputs.BIG_BYTES:
-            codec = pick(CodecName.GZIP, None)
+            codec = get_codec(CodecName.GZIP, None)
             before = measure(model, codec, known=before if is_small else None)
             after = measure(result, codec, known=after if is_small else None)
         elif has_digests:
             # Now, as an output in place takes the input's.
-            before = replace(before, sha256=archive.sha256(model))
-            after = replace(after, sha256=archive.sha256(result))
+            before = replace(before, sha256=sizes.sha256(model))
+            after = replace(after, sha256=sizes.sha256(result))
     shown = str(target if output is not None else "the result")
     return Pruned(request, sparsity, plan, tallies, before, replace(after, path=shown))
 
 
 def _write(
-    model: ModelFile, plan: Plan, method: Method, folder: Path, target: Path, *, is_packed: bool
-) -> tuple[Path, dict[str, Tally]]:
+    model: ModelFile, plan: Plan, method: PruningMethod, folder: Path, target: Path, *, is_packed: bool
+) -> tuple[Path, dict[str, TensorCounts]]:
     """Write the pruned model into a folder, and return by which path it is opened."""
-    places = outputs.places(model, folder, target)
+    places = outputs.staged_paths(model, folder, target)
     tallies = execute(model, plan, method, places)
     written = places.get(model.path, folder / target.name)
     if is_packed:
@@ -97,38 +155,40 @@ def _write(
     return written, tallies
 
 
-def _check_pattern(written: ModelFile, plan: Plan, method: Method) -> None:
+def _check_pattern(written: ModelFile, plan: Plan, method: PruningMethod) -> None:
     """Look for the pattern in the file itself."""
-    if not isinstance(method.pattern, ZerosOf):
+    if not isinstance(method.pattern, NMPattern):
         return
     names = {cut.tensor.name for cut in plan.cuts}
-    found = look(written, Look(), method.pattern)
+    found = inspect_model(written, InspectOptions(), method.pattern)
     broken = [row.name for row in found.layers if row.name in names and (row.conforming or 1.0) < 1.0]
     if broken:
         raise WorkError(f"{broken[0]} came out without the pattern that was asked for")
 
 
-def _sparsity(model: ModelFile, request: Request, wish: Wish, choice: Choice, method: Method) -> float:
+def _sparsity(
+    model: ModelFile, request: PruneRequest, wish: PruneSelection, choice: Selection, method: PruningMethod
+) -> float:
     """Return the sparsity that was asked for, or that gives the size that was asked for."""
-    if isinstance(wish.pattern, ZerosOf):
+    if isinstance(wish.pattern, NMPattern):
         return wish.pattern.zeros / wish.pattern.group
     if request.compression is not None:
-        total = survey(model, model.tensors, has_zeros=False).params.total
-        return targets.at_compression(model.path, choice, total, request.compression)
+        total = measure_stats(model, model.tensors, has_zeros=False).params.total
+        return sparsity_for_compression(model.path, choice, total, request.compression)
     target, what = request.target_gzip, "gzip"
     if target is None:
         target, what = request.target_packed, "packed"
     if target is None:
         return request.sparsity or 0.0
     if what == "packed":
-        require(model, Can.PACK)
+        require(model, Capability.PACK)
 
     def size_at(sparsity: float) -> int:
-        with outputs.workplace(model, None) as (folder, target):
-            plan = planning.make(choice, wish, sparsity)
+        with outputs.staging_dir(model, None) as (folder, target):
+            plan = planning.make_plan(choice, wish, sparsity)
             written = open_model(_write(model, plan, method, folder, target, is_packed=False)[0])
             if what == "packed":
                 return packed_bytes(written, lambda _: None)
-            return compress(archive.stream(written), pick(CodecName.GZIP, None)).nbytes
+            return compress(sizes.iter_model_bytes(written), get_codec(CodecName.GZIP, None)).nbytes
 
-    return targets.reach(size_at, target, what)
+    return bisect_sparsity(size_at, target, what)

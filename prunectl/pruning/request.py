@@ -7,25 +7,23 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
+from prunectl.analysis import patterns
+from prunectl.analysis.patterns import BlockPattern, NMPattern
 from prunectl.errors import UsageError
-from prunectl.measuring import patterns
-from prunectl.measuring.patterns import Block, ZerosOf
 from prunectl.plugins import find
-from prunectl.pruning.allocation import Allocation, erk
 from prunectl.pruning.clustering import parse as clusters
-from prunectl.pruning.execute import Method
-from prunectl.pruning.masks import Pool
-from prunectl.pruning.not_finite import NotFinite
-from prunectl.pruning.plan import Scope, Wish
-from prunectl.pruning.plugged import as_policy, as_strategy
+from prunectl.pruning.engine import PruningMethod
+from prunectl.pruning.masks import NonFinitePolicy, Pooling
+from prunectl.pruning.plan import Allocation, PruneSelection, Scope, erk
+from prunectl.pruning.plugin_adapters import adapt_strategy, as_policy
 from prunectl.pruning.policies import MIN_SIZE, POLICIES, Policy, min_size
-from prunectl.pruning.strategies import STRATEGIES, Needs, Strategy
+from prunectl.pruning.strategies import STRATEGIES, Requires, Strategy
 
 SAMPLES, BATCH_SIZE = 128, 32
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class PruneRequest:
     """Every choice that decides the numbers in the output."""
 
     sparsity: float | None = None
@@ -60,23 +58,23 @@ class Request:
     """How many distinct values each tensor keeps, and where they are sought first: `16:linear`."""
 
 
-def from_json(said: dict[str, Any]) -> Request:
+def from_json(said: dict[str, Any]) -> PruneRequest:
     """Return the request in a recipe."""
-    known = {field.name: field.default for field in fields(Request)}
+    known = {field.name: field.default for field in fields(PruneRequest)}
     if unknown := sorted(set(said) - known.keys()):
         raise UsageError(f"no choice is called {unknown[0]}", did_you_mean=tuple(get_close_matches(unknown[0], known)))
-    lists = {name: tuple(map(_frozen, value)) for name, value in said.items() if isinstance(value, list)}
+    lists = {name: tuple(map(_to_tuple, value)) for name, value in said.items() if isinstance(value, list)}
     found = {**said, **lists}
     for name, value in found.items():
-        if not _fits(name, value, known[name]):
+        if not _check_type(name, value, known[name]):
             raise UsageError(f"{value!r} is no {name.replace('_', ' ')}")
-    return Request(**found)
+    return PruneRequest(**found)
 
 
-def _fits(name: str, value: Any, default: Any) -> bool:
+def _check_type(name: str, value: Any, default: Any) -> bool:
     """Whether a value is of the type that a choice takes."""
     if name in {"scope", "nan"}:
-        return value in {str(choice) for choice in (Scope if name == "scope" else NotFinite)}
+        return value in {str(choice) for choice in (Scope if name == "scope" else NonFinitePolicy)}
     if name == "layers":
         return isinstance(value, tuple) and all(
             isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], int | float)
@@ -90,50 +88,52 @@ def _fits(name: str, value: Any, default: Any) -> bool:
     return type(value) is type(default)
 
 
-def _frozen(value: Any) -> Any:
+def _to_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def shape_of(request: Request) -> tuple[ZerosOf | Block | None, Pool]:
+def parse_pattern(request: PruneRequest) -> tuple[NMPattern | BlockPattern | None, Pooling]:
     """Return the pattern, and how its blocks are scored."""
     if request.pattern in {"", "unstructured"}:
-        return None, Pool.AVG
-    text, pool = request.pattern, Pool.AVG
-    for choice in Pool:
+        return None, Pooling.AVG
+    text, pool = request.pattern, Pooling.AVG
+    for choice in Pooling:
         if text.startswith("block:") and text.endswith(f":{choice}"):
             text, pool = text.removesuffix(f":{choice}"), choice
     found = patterns.parse(text)
-    if isinstance(found, ZerosOf | Block):
+    if isinstance(found, NMPattern | BlockPattern):
         return found, pool
     raise UsageError("channels are not cut yet", hint="write 2:4, block:1x4 or unstructured")
 
 
-def method_of(request: Request) -> Method:
+def resolve_method(request: PruneRequest) -> PruningMethod:
     """Return how weights are ranked."""
-    pattern, pool = shape_of(request)
+    pattern, pool = parse_pattern(request)
     clustering = clusters(request.cluster) if request.cluster else None
-    return Method(_strategy(request), request.seed, NotFinite(request.nan), pattern, pool, clustering=clustering)
+    return PruningMethod(
+        _strategy(request), request.seed, NonFinitePolicy(request.nan), pattern, pool, clustering=clustering
+    )
 
 
-def wish_of(request: Request) -> Wish:
+def selection_of(request: PruneRequest) -> PruneSelection:
     """Return what is asked, apart from how much."""
     strategy = _strategy(request)
     allocation: Allocation | None = erk if request.scope == Scope.ERK else None
     if strategy.allocation is not None:
         allocation = partial(strategy.allocation, seed=request.seed, **strategy.params)
-    return Wish(
+    return PruneSelection(
         scope=Scope(request.scope),
         policy=_policy(request.policy),
         only=request.only,
         exclude=request.exclude,
-        pattern=shape_of(request)[0],
+        pattern=parse_pattern(request)[0],
         layers=request.layers,
         allocation=allocation,
     )
 
 
-def _strategy(request: Request) -> Strategy:
-    return as_strategy(find("strategy", request.strategy, {known.name: known for known in STRATEGIES}), request)
+def _strategy(request: PruneRequest) -> Strategy:
+    return adapt_strategy(find("strategy", request.strategy, {known.name: known for known in STRATEGIES}), request)
 
 
 def _policy(name: str) -> Policy:
@@ -145,14 +145,14 @@ def _policy(name: str) -> Policy:
     return as_policy(find("policy", name, builtin))
 
 
-def check(request: Request) -> None:
+def check(request: PruneRequest) -> None:
     """Refuse what contradicts itself, before a file is opened."""
     needs = _strategy(request).needs
-    if needs is Needs.TRAINING:
+    if needs is Requires.TRAINING:
         raise UsageError(
             f"the strategy {request.strategy} watches training", hint=f"prunectl finetune --strategy {request.strategy}"
         )
-    looks_at_data = needs is not Needs.NOTHING or request.is_repaired
+    looks_at_data = needs is not Requires.NOTHING or request.is_repaired
     if looks_at_data and not request.data:
         who = "--repair" if request.is_repaired else f"the strategy {request.strategy}"
         raise UsageError(f"{who} looks at data, and there is none", hint="such as --data train.npz")
@@ -169,19 +169,19 @@ def check(request: Request) -> None:
     check_shape(request)
 
 
-def check_shape(request: Request) -> None:
+def check_shape(request: PruneRequest) -> None:
     """Refuse amounts, scopes, patterns and clusters that contradict each other."""
     if request.cluster:
         clusters(request.cluster)
-    pattern, _ = shape_of(request)
+    pattern, _ = parse_pattern(request)
     _check_amounts(request, pattern)
     is_by_layer = request.scope == Scope.LAYER
-    if isinstance(pattern, ZerosOf):
+    if isinstance(pattern, NMPattern):
         if not is_by_layer:
             raise UsageError(f"the pattern {request.pattern} is the same in every layer", hint="leave out --scope")
         if request.layers:
             raise UsageError(f"the pattern {request.pattern} decides the sparsity by itself", hint="leave out --layer")
-    if isinstance(pattern, Block) and not is_by_layer:
+    if isinstance(pattern, BlockPattern) and not is_by_layer:
         raise UsageError("blocks are ranked within each layer", hint="leave out --scope")
     if request.layers and not is_by_layer:
         raise UsageError(f"--layer sets the sparsity of a layer, --scope {request.scope} ranks or weighs all together")
@@ -192,7 +192,7 @@ def check_shape(request: Request) -> None:
         )
 
 
-def _check_amounts(request: Request, pattern: ZerosOf | Block | None) -> None:
+def _check_amounts(request: PruneRequest, pattern: NMPattern | BlockPattern | None) -> None:
     amounts = [request.sparsity, request.compression, request.target_gzip, request.target_packed]
     given = sum(amount is not None for amount in amounts)
     for ratio in (request.sparsity, *(own for _, own in request.layers)):
@@ -202,7 +202,7 @@ def _check_amounts(request: Request, pattern: ZerosOf | Block | None) -> None:
         raise UsageError(
             "a sparsity is a share from 0 up to 1, not 1: no weight would be left", hint="1 % is written 1%"
         )
-    if isinstance(pattern, ZerosOf):
+    if isinstance(pattern, NMPattern):
         if given and request.sparsity != pattern.zeros / pattern.group:
             raise UsageError(
                 f"the pattern {request.pattern} decides the sparsity by itself", hint="leave out --sparsity"

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunectl.pruning.allocation import BIASES, biased
-from prunectl.pruning.hashing import hashed, mixed
+from prunectl.pruning.hashing import fnv1a, mixed
+from prunectl.pruning.plan import BIASES, depth_biased
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class BlockContext:
     """Where a block of weights stands, for strategies that need to know."""
 
     name: str
@@ -27,7 +27,7 @@ class Place:
     seed: int
 
 
-class Needs(StrEnum):
+class Requires(StrEnum):
     """What a strategy looks at, beside the weights."""
 
     NOTHING = ""
@@ -39,7 +39,7 @@ class Needs(StrEnum):
     """How the inputs of a layer go together."""
 
 
-Score = Callable[[Array, Place], Array]
+Score = Callable[[Array, BlockContext], Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +62,16 @@ class Strategy:
     """Parameters of a built-in strategy, with the words that they take, the first of them if nothing is said; or with
     the number that they are then."""
     params: Mapping[str, Any] = field(default_factory=dict)
-    needs: Needs = Needs.NOTHING
+    needs: Requires = Requires.NOTHING
 
 
-def magnitude(weights: Array, _: Place) -> Array:
+def magnitude(weights: Array, _: BlockContext) -> Array:
     """Score each weight by its absolute value."""
     wide = weights.astype(np.float32, copy=False) if weights.dtype.itemsize < 4 else weights
     return np.asarray(np.abs(wide))
 
 
-def lamp(weights: Array, place: Place) -> Array:
+def lamp(weights: Array, place: BlockContext) -> Array:
     """Score each weight by its square over the sum of the squares of those that are not smaller (Lee et al. 2021)."""
     squares = np.square(magnitude(weights, place).astype(np.float64)).reshape(-1)
     order = np.argsort(squares, kind="stable")
@@ -82,15 +82,15 @@ def lamp(weights: Array, place: Place) -> Array:
     return scores.reshape(weights.shape)
 
 
-def random(weights: Array, place: Place) -> Array:
+def random(weights: Array, place: BlockContext) -> Array:
     """Score each weight by a number that only its place and the seed decide."""
     indices = np.arange(place.begin, place.begin + weights.size, dtype=np.uint64)
-    found = mixed(indices + np.uint64(hashed(f"{place.seed}/{place.name}")))
+    found = mixed(indices + np.uint64(fnv1a(f"{place.seed}/{place.name}")))
     # The upper 24 bits are as many as a float32 holds exactly.
     return (found >> np.uint64(40)).astype(np.float32).reshape(weights.shape)
 
 
-def _unseen(_: Array, place: Place) -> Array:
+def _unseen(_: Array, place: BlockContext) -> Array:
     raise ValueError(f"{place.name} is scored by what nobody has looked at")
 
 
@@ -101,32 +101,32 @@ STRATEGIES = (
         "random-weighted",
         random,
         "any, more of them in early or in late layers, decided by the seed",
-        allocation=biased,
+        allocation=depth_biased,
         choices={"bias": BIASES},
     ),
     Strategy("lamp", lamp, "the smallest shares of what is left of their layer", is_elementwise=False),
-    Strategy("gradient", _unseen, "the smallest mean |gradient|", needs=Needs.GRADIENTS),
+    Strategy("gradient", _unseen, "the smallest mean |gradient|", needs=Requires.GRADIENTS),
     Strategy(
         "magnitude-gradient",
         _unseen,
         "the smallest |weight| times mean |gradient|; in finetune since the last turn",
-        needs=Needs.GRADIENTS,
+        needs=Requires.GRADIENTS,
     ),
-    Strategy("snip", _unseen, "the smallest |weight times mean gradient| (Lee et al. 2019)", needs=Needs.GRADIENTS),
-    Strategy("fisher", _unseen, "the smallest weight squared times mean gradient squared", needs=Needs.GRADIENTS),
+    Strategy("snip", _unseen, "the smallest |weight times mean gradient| (Lee et al. 2019)", needs=Requires.GRADIENTS),
+    Strategy("fisher", _unseen, "the smallest weight squared times mean gradient squared", needs=Requires.GRADIENTS),
     Strategy(
         "activation-magnitude",
         _unseen,
         "the smallest |weight| times the norm of its input, output by output (Wanda)",
         choices={"norm": ("2", "1")},
-        needs=Needs.INPUTS,
+        needs=Requires.INPUTS,
     ),
     Strategy(
         "obs",
         _unseen,
         "what the others can best make up for, and they do (SparseGPT)",
         choices={"damp": 0.01, "blocksize": 128},
-        needs=Needs.PRODUCTS,
+        needs=Requires.PRODUCTS,
     ),
-    Strategy("movement", _unseen, "those that finetune moves towards zero (Sanh et al. 2020)", needs=Needs.TRAINING),
+    Strategy("movement", _unseen, "those that finetune moves towards zero (Sanh et al. 2020)", needs=Requires.TRAINING),
 )

@@ -12,7 +12,7 @@ from typing import Any
 from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile, Role
 from prunectl.formats.keras.config import PRUNED_PREFIX, listed, part
-from prunectl.formats.keras.inbound import calls, ends, name_of
+from prunectl.formats.keras.inbound import model_ends, name_of, parse_calls
 
 _ALWAYS = frozenset({"Add", "Multiply", "ZeroPadding2D", "ReLU", "LeakyReLU", "ELU", "Dropout", "SpatialDropout2D"})
 _ACTIVATIONS = frozenset({"relu", "relu6", "leaky_relu", "elu", "sigmoid"})
@@ -50,22 +50,26 @@ def check_sparse_inference(model: ModelFile) -> None:
         for producer in layer.producers:
             consumers[producer].append(layer.name)
     inputs = [name for name, layer in layers.items() if not layer.producers]
-    starts = _reached(inputs, lambda name: _is_stem(layers[name], layers, channels), consumers.__getitem__)
+    starts = _first_matches(inputs, lambda name: _is_first_conv(layers[name], layers, channels), consumers.__getitem__)
     if not starts:
-        raise _refused(model, "a 3x3 convolution of 3 channels, strides 2, padding valid, behind a ZeroPadding2D of 1")
-    outputs = [source.layer for source in ends(config, "output_layers") if source.layer in layers] or [list(layers)[-1]]
-    stops = _reached(
+        raise _unsupported(
+            model, "a 3x3 convolution of 3 channels, strides 2, padding valid, behind a ZeroPadding2D of 1"
+        )
+    outputs = [source.layer for source in model_ends(config, "output_layers") if source.layer in layers] or [
+        list(layers)[-1]
+    ]
+    stops = _first_matches(
         outputs, lambda name: layers[name].kind == "GlobalAveragePooling2D", lambda name: layers[name].producers
     )
     if not stops:
-        raise _refused(model, "a GlobalAveragePooling2D before each output")
+        raise _unsupported(model, "a GlobalAveragePooling2D before each output")
     between = [name for start in starts for name in consumers[start]]
-    for name in _between(between, stops, consumers):
+    for name in _nodes_between(between, stops, consumers):
         if not _is_supported(layers[name], layers):
-            raise _refused(model, f"another layer than {name} ({layers[name].kind})")
+            raise _unsupported(model, f"another layer than {name} ({layers[name].kind})")
 
 
-def _refused(model: ModelFile, missing: str) -> UsageError:
+def _unsupported(model: ModelFile, missing: str) -> UsageError:
     return UsageError(
         f"XNNPACK would not run {model.path} sparsely: it needs {missing}",
         hint="prune without --policy xnnpack, or with --only",
@@ -81,7 +85,7 @@ def _layers(config: Mapping[str, Any]) -> Mapping[str, _Layer]:
     found: dict[str, _Layer] = {}
     is_graph = any(layer.get("inbound_nodes") for layer in listed(config))
     if is_graph:
-        for call in calls(config):
+        for call in parse_calls(config):
             before = found[call.layer].producers if call.layer in found else ()
             producers = dict.fromkeys((*before, *(source.layer for source in call.sources)))
             found[call.layer] = _layer(call.layer, call.found, tuple(producers))
@@ -100,7 +104,9 @@ def _layer(name: str, said: Mapping[str, Any], producers: tuple[str, ...]) -> _L
     return _Layer(name, str(inner.get("class_name")), part(inner, "config"), producers)
 
 
-def _reached(begin: Iterable[str], is_end: Callable[[str], bool], after: Callable[[str], Iterable[str]]) -> set[str]:
+def _first_matches(
+    begin: Iterable[str], is_end: Callable[[str], bool], after: Callable[[str], Iterable[str]]
+) -> set[str]:
     """Return the first layers of a sort on all ways from some; none if one way leads past them."""
     waiting, seen, found = list(begin), set(begin), set()
     while waiting:
@@ -116,7 +122,7 @@ def _reached(begin: Iterable[str], is_end: Callable[[str], bool], after: Callabl
     return found
 
 
-def _between(begin: Iterable[str], stops: set[str], after: Mapping[str, Iterable[str]]) -> list[str]:
+def _nodes_between(begin: Iterable[str], stops: set[str], after: Mapping[str, Iterable[str]]) -> list[str]:
     """Return the layers from some to those that stop."""
     waiting, seen = list(dict.fromkeys(begin))[::-1], set[str]()
     order = []
@@ -130,7 +136,7 @@ def _between(begin: Iterable[str], stops: set[str], after: Mapping[str, Iterable
     return order
 
 
-def _is_stem(layer: _Layer, layers: Mapping[str, _Layer], channels: Mapping[str, int]) -> bool:
+def _is_first_conv(layer: _Layer, layers: Mapping[str, _Layer], channels: Mapping[str, int]) -> bool:
     said = layer.config
     return (
         layer.kind == "Conv2D"

@@ -2,14 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
-from prunectl.errors import PrunectlError
-from prunectl.measuring.gates import Gate
-from prunectl.measuring.shading import Shading
-from prunectl.reporting.table import Table
+from prunectl import units as words
+from prunectl.analysis.sizes import LimitCheck
+from prunectl.analysis.sparsity_map import SparsityMap
+from prunectl.errors import PrunectlError, abbreviated
+from prunectl.units import Units
+
+Cell = str | int | float | None
+_MAX_SHOWN, _MAX_WRITTEN = 200, 1000
+"""Characters of a cell for people, and for programs: a name from a file may be as long as the file."""
+
+
+class Unit(StrEnum):
+    """What the numbers of a column count."""
+
+    TEXT = "text"
+    COUNT = "count"
+    BYTES = "bytes"
+    RATIO = "ratio"
+    FACTOR = "factor"
+    NUMBER = "number"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """The head of a column."""
+
+    name: str
+    unit: Unit = Unit.TEXT
+    is_optional: bool = False
+    """The first to go when a terminal is too narrow."""
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is set to the right."""
+        return self.unit is not Unit.TEXT
+
+    def spell(self, cell: Cell, units: Units) -> str:
+        """Return a cell as people read it."""
+        if cell is None:
+            return "-"
+        if self.unit is Unit.COUNT and isinstance(cell, int):
+            return words.count(cell)
+        if self.unit is Unit.BYTES and isinstance(cell, int):
+            return words.nbytes(cell, units)
+        if self.unit is Unit.RATIO and isinstance(cell, int | float):
+            return words.percent(cell)
+        if self.unit is Unit.FACTOR and isinstance(cell, int | float):
+            return f"{cell:.2f}x"
+        if self.unit is Unit.NUMBER and isinstance(cell, int | float):
+            return f"{cell:.4g}"
+        return words.printable(abbreviated(str(cell), _MAX_SHOWN))
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Columns, rows, and a last row of totals."""
+
+    name: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    total: tuple[Cell, ...] | None = None
+    title: str = ""
+
+    def raw(self, row: Sequence[Cell]) -> list[str]:
+        """Return a row as programs read it: plain numbers, ratios from 0 to 1."""
+        return ["" if cell is None else _plain(cell) for cell in row]
+
+
+def _plain(cell: str | int | float) -> str:  # noqa: PYI041 - the three kinds of cell, spelled out
+    if isinstance(cell, float):
+        return f"{cell:.6g}"
+    return words.printable(abbreviated(cell, _MAX_WRITTEN)) if isinstance(cell, str) else str(cell)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +121,7 @@ class Report:
     """The rows that pipes, CSV and Markdown get."""
     sections: tuple[Section, ...] = ()
     """What people get; the main table alone when there is none."""
-    gates: tuple[Gate, ...] = ()
+    gates: tuple[LimitCheck, ...] = ()
     failures: tuple[Failure, ...] = ()
     artifacts: tuple[Artifact, ...] = ()
     remarks: tuple[str, ...] = ()
@@ -58,7 +129,7 @@ class Report:
     """What `--quiet` prints instead of everything else."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """What `--json` says beside the models."""
-    masks: Mapping[str, tuple[Shading, ...]] = field(default_factory=dict)
+    masks: Mapping[str, tuple[SparsityMap, ...]] = field(default_factory=dict)
     """Where the zeros of each model are, by its path: what a page shows."""
 
     @property
@@ -66,3 +137,53 @@ class Report:
         """The worst of what happened."""
         codes = [failure.error.exit_code for failure in self.failures]
         return max([*codes, 0 if all(gate.ok for gate in self.gates) else 1])
+
+
+DEFAULT_ROWS = 40
+"""How many rows of a table are shown on a terminal unless the user says so."""
+
+
+class Layout(StrEnum):
+    """How a report is printed."""
+
+    HUMAN = "human"
+    PLAIN = "plain"
+    JSON = "json"
+    CSV = "csv"
+    MARKDOWN = "markdown"
+
+
+class Color(StrEnum):
+    """When to colour."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Every choice about output, made once."""
+
+    layout: Layout | None = None
+    is_quiet: bool = False
+    is_verbose: bool = False
+    color: Color = Color.AUTO
+    has_progress: bool = True
+    rows: int = DEFAULT_ROWS
+    units: Units = Units.SI
+
+    @property
+    def chosen_layout(self) -> Layout:
+        """The layout asked for; else tables for a terminal, rows for a pipe."""
+        return self.layout or (Layout.HUMAN if sys.stdout.isatty() else Layout.PLAIN)
+
+    def colors(self, *, is_terminal: bool) -> bool:
+        """Whether a stream gets colours: the option first, then the habits of the environment."""
+        if self.color is not Color.AUTO:
+            return self.color is Color.ALWAYS
+        if os.environ.get("NO_COLOR"):
+            return False
+        if os.environ.get("FORCE_COLOR"):
+            return True
+        return is_terminal and os.environ.get("TERM") != "dumb"

@@ -6,18 +6,21 @@ import resource
 import shutil
 import sys
 import time
+import traceback
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
+from typer import Abort, TyperException
+
 from prunectl import units as words
-from prunectl.errors import PrunectlError
-from prunectl.measuring.gates import gate_sentence
-from prunectl.reporting import envelope, human, rows
-from prunectl.reporting.progress import Progress
-from prunectl.reporting.report import Artifact, Report
-from prunectl.reporting.settings import Layout, Settings
-from prunectl.reporting.streams import console, never_fail
+from prunectl.analysis.sizes import gate_sentence
+from prunectl.errors import PrunectlError, UsageError, translate
+from prunectl.reporting import serialize, terminal
+from prunectl.reporting.progress import ProgressBars
+from prunectl.reporting.report import Artifact, Layout, Report, Settings
+from prunectl.reporting.terminal import escape_unencodable, make_console
 from prunectl.units import printable
 
 _BEGAN = time.time()
@@ -37,20 +40,20 @@ class Reporter:
         """Whether a script is listening."""
         return self.settings.chosen_layout is Layout.JSON
 
-    def progress(self, label: str, total_bytes: int) -> AbstractContextManager[Progress]:
+    def progress(self, label: str, total_bytes: int) -> AbstractContextManager[ProgressBars]:
         """Return a bar that appears when work takes longer than a second."""
-        return Progress(label, total_bytes, self.settings)
+        return ProgressBars(label, total_bytes, self.settings)
 
     def note(self, text: str) -> None:
         """Say on stderr how far work has come."""
         if not self.settings.is_quiet:
-            never_fail(sys.stderr)
+            escape_unencodable(sys.stderr)
             sys.stderr.write(f"{printable(text)}\n")
             sys.stderr.flush()
 
     def show(self, report: Report) -> int:
         """Print what a command found, and return its exit code."""
-        never_fail(sys.stdout)
+        escape_unencodable(sys.stdout)
         layout = self.settings.chosen_layout
         # Of nothing but failures there is nothing to see on a page.
         if self.html is not None and (report.models or report.sections or not report.failures):
@@ -58,18 +61,18 @@ class Reporter:
         if self.settings.is_quiet and layout is not Layout.JSON:
             report = _without_remarks(report)
         if layout is Layout.JSON:
-            sys.stdout.write(envelope.of_report(report, self.command))
+            sys.stdout.write(serialize.report_json(report, self.command))
             return report.exit_code
         if self.settings.is_quiet and report.bare is not None:
             sys.stdout.writelines(f"{line}\n" for line in report.bare)
         elif layout is Layout.HUMAN:
-            human.show(report, console(sys.stdout, self.settings), self.settings)
+            terminal.render(report, make_console(sys.stdout, self.settings), self.settings)
         else:
             sys.stdout.write(_as_rows(report, layout, self.settings))
             self._note_aside(report)
         sys.stdout.flush()
         for failure in report.failures:
-            complain(failure.error)
+            print_error(failure.error)
         if self.settings.is_verbose:
             sys.stderr.write(
                 f"took {_seconds():.2f} s and {words.nbytes(_peak_bytes(), self.settings.units)} of memory\n"
@@ -85,14 +88,14 @@ class Reporter:
 
     def _paged(self, report: Report, path: Path) -> Report:
         """Write a report as a page, and return it with the page among what was written."""
-        from prunectl.reporting.html.file import write  # noqa: PLC0415 - most reports are for terminals and scripts
+        from prunectl.reporting.html.page import write  # noqa: PLC0415 - most reports are for terminals and scripts
 
         nbytes = write(path, report, self.command, self.settings.units)
         return replace(report, artifacts=(*report.artifacts, Artifact(str(path), nbytes)))
 
     def _note_aside(self, report: Report) -> None:
         """Say on stderr what the rows on stdout have no place for."""
-        never_fail(sys.stderr)
+        escape_unencodable(sys.stderr)
         lines = [
             f"{'pass' if gate.ok else 'FAIL'}: {gate_sentence(gate, self.settings.units)}" for gate in report.gates
         ]
@@ -116,9 +119,9 @@ def _peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def complain(error: PrunectlError) -> None:
+def print_error(error: PrunectlError) -> None:
     """Print an error and what to do about it on stderr."""
-    never_fail(sys.stderr)
+    escape_unencodable(sys.stderr)
     lines = [f"error: {printable(error.message)}"]
     if error.did_you_mean:
         lines.append(f"  did you mean: {printable(', '.join(error.did_you_mean))} ?")
@@ -128,8 +131,63 @@ def complain(error: PrunectlError) -> None:
 
 def _as_rows(report: Report, layout: Layout, settings: Settings) -> str:
     if layout is Layout.CSV:
-        return rows.comma_separated(report.main)
+        return serialize.comma_separated(report.main)
     if layout is Layout.MARKDOWN:
-        return rows.markdown(report.main, settings.units)
+        return serialize.markdown(report.main, settings.units)
     drawings = (line for section in report.sections if section.lines for line in (section.title, *section.lines))
-    return rows.plain(report.main) + "".join(f"{line}\n" for line in drawings)
+    return serialize.plain(report.main) + "".join(f"{line}\n" for line in drawings)
+
+
+CANCELLED, BUG = 130, 70
+
+
+class _BugError(PrunectlError):
+    """Prunectl itself is at fault."""
+
+    exit_code = BUG
+    kind = "bug"
+
+
+def report_error(error: Exception, words: list[str]) -> int:
+    """Tell the user, or the script, what went wrong, and return the exit code."""
+    if isinstance(error, Abort):
+        return CANCELLED
+    ours = _to_prunectl_error(error)
+    if "--debug" in words:
+        traceback.print_exception(error)
+    if wants_json(words):
+        command = next((word for word in words if not word.startswith("-")), "")
+        sys.stdout.write(serialize.failure_json(ours, command))
+        sys.stdout.flush()
+    else:
+        print_error(ours)
+    return ours.exit_code
+
+
+def wants_json(words: list[str]) -> bool:
+    """Whether the command line asks for JSON, even if the rest of it cannot be understood."""
+    return not {"--json", "--format=json"}.isdisjoint(words) or ("--format", "json") in pairwise(words)
+
+
+def _to_prunectl_error(error: Exception) -> PrunectlError:
+    if isinstance(error, PrunectlError):
+        return error
+    if isinstance(error, TyperException):
+        return UsageError(_sentence(error.format_message()), hint=_help_hint(error))
+    known = translate(error)
+    if known is not None:
+        return known
+    return _BugError(
+        f"this is a bug in prunectl: {type(error).__name__}: {error}",
+        hint="please report it, with the traceback that --debug shows",
+    )
+
+
+def _sentence(message: str) -> str:
+    return " ".join(message.split()).rstrip(".")
+
+
+def _help_hint(error: TyperException) -> str:
+    """Return what explains the command that was understood so far: after a slip in its name, all of them."""
+    context = getattr(error, "ctx", None)
+    return f"see: {context.command_path if context is not None else 'prunectl'} --help"

@@ -2,29 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from prunectl.channels.cutting import cutting_of
+from prunectl.analysis.patterns import CHANNEL
+from prunectl.calibration import prune as calibrating
+from prunectl.channels import prune as cutting
+from prunectl.channels.config import parse_config
+from prunectl.channels.importance import RequiredData as Sees
 from prunectl.errors import UsageError
-from prunectl.measuring.patterns import CHANNELS
 from prunectl.plugins import find
-from prunectl.pruning import request as pruning
-from prunectl.pruning.curves import CURVES
-from prunectl.pruning.request import Request as Pruning
-from prunectl.sweeping.choices import Choices
-from prunectl.sweeping.point import BASE, Point
-from prunectl.sweeping.pruned import looks
-from prunectl.training.asked import asked as asked_of
-from prunectl.training.evidence import WATCHED
-from prunectl.training.network import Means, Origin
+from prunectl.pruning import prune as pruning
+from prunectl.pruning import request
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.request import PruneRequest, resolve_method
+from prunectl.pruning.request import PruneRequest as Pruning
+from prunectl.pruning.schedules import CURVES
+from prunectl.pruning.strategies import Requires
+from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial
+from prunectl.training.backend import WATCHED, Means, ModelOrigin
+from prunectl.training.request import FinetuneRequest as Training
 from prunectl.training.request import Ramping
-from prunectl.training.request import Request as Training
+from prunectl.training.request import asked as asked_of
 
-AT_ONCE = "constant"
+
+def needs_data(request: PruneRequest) -> bool:
+    """Whether weights or channels go, or are fitted anew, by what data does in the model."""
+    if request.pattern == CHANNEL:
+        measure = parse_config(request).measure
+        return measure is not None and measure.needs is not Sees.NOTHING
+    return request.is_repaired or resolve_method(request).strategy.needs not in {Requires.NOTHING, Requires.TRAINING}
+
+
+def prune_to(
+    path: Path, request: PruneRequest, output: Destination, *, is_trusted: bool, limits: Mapping[str, Any] | None = None
+) -> None:
+    """Write what a request asks for; limits are about channels."""
+    if request.pattern == CHANNEL:
+        # A small step may be less than a channel.
+        cutting.prune_channels(path, request, output, is_trusted=is_trusted, allow_empty=True, **(limits or {}))
+    elif request.data:
+        calibrating.prune(path, request, output, is_trusted=is_trusted)
+    else:
+        pruning.prune(path, request, output)
+
+
+ONE_SHOT = "constant"
 """The schedule that prunes before the first step."""
 
 
-def pruning_of(choices: Choices, point: Point) -> Pruning:
+def pruning_of(choices: SweepConfig, point: Trial) -> Pruning:
     """Return what `prune` is asked for."""
     does_look = looks_at_data(point)
     return replace(
@@ -34,17 +63,17 @@ def pruning_of(choices: Choices, point: Point) -> Pruning:
         exclude=choices.exclude,
         seed=choices.seed,
         data=choices.data if does_look else "",
-        samples=choices.samples if does_look else pruning.SAMPLES,
-        batch_size=choices.batch_size if does_look else pruning.BATCH_SIZE,
+        samples=choices.samples if does_look else request.SAMPLES,
+        batch_size=choices.batch_size if does_look else request.BATCH_SIZE,
         loss=choices.loss if does_look else "",
         model=choices.model,
         custom_objects=choices.custom_objects,
     )
 
 
-def training_of(choices: Choices, point: Point) -> Training:
+def training_of(choices: SweepConfig, point: Trial) -> Training:
     """Return what `finetune` is asked for; what was pruned before keeps its zeros."""
-    is_pruned = point == BASE or is_pruned_before(point)
+    is_pruned = point == BASELINE or is_one_shot(point)
     asked = Pruning(seed=choices.seed) if is_pruned else pruning_of(choices, point)
     return Training(
         data=choices.data,
@@ -59,54 +88,54 @@ def training_of(choices: Choices, point: Point) -> Training:
             seed=choices.seed,
             **asked_of((choices.metric,)),
         ),
-        origin=Origin(choices.model, choices.custom_objects, choices.is_trusted, choices.seed),
+        origin=ModelOrigin(choices.model, choices.custom_objects, choices.is_trusted, choices.seed),
         pruning=asked,
         ramping=Ramping() if is_pruned else Ramping(name=point.schedule),
     )
 
 
-def looks_at_data(point: Point) -> bool:
+def looks_at_data(point: Trial) -> bool:
     """Whether weights go by what data does in the model before there is any training."""
-    if point == BASE or _is_watching(point):
+    if point == BASELINE or _needs_training_scores(point):
         return False
-    return looks(_plain(point))
+    return needs_data(_plain(point))
 
 
-def is_pruned_before(point: Point) -> bool:
+def is_one_shot(point: Trial) -> bool:
     """Whether it is pruned before there is any training, by other means than those of training."""
-    return point.pattern == CHANNELS or looks_at_data(point)
+    return point.pattern == CHANNEL or looks_at_data(point)
 
 
-def check_way(choices: Choices, point: Point) -> None:
+def check_variant(choices: SweepConfig, point: Trial) -> None:
     """Refuse a way that contradicts itself."""
     trains = bool(choices.epochs)
     if trains:
         find("schedule", point.schedule, CURVES)
-    if point.pattern == CHANNELS:
-        if trains and point.schedule != AT_ONCE:
+    if point.pattern == CHANNEL:
+        if trains and point.schedule != ONE_SHOT:
             raise UsageError(f"channels are cut before training: they have no schedule {point.schedule}")
-        check_cut(pruning_of(choices, point))
+        check_channels(pruning_of(choices, point))
         return
-    if trains and looks_at_data(point) and point.schedule != AT_ONCE:
+    if trains and looks_at_data(point) and point.schedule != ONE_SHOT:
         raise UsageError(
             f"the strategy {point.strategy} prunes once, before training: it has no schedule {point.schedule}",
-            hint=f"sweep it with --schedules {AT_ONCE}",
+            hint=f"sweep it with --schedules {ONE_SHOT}",
         )
     asked = pruning_of(choices, point)
     if not trains or point.strategy not in WATCHED or looks_at_data(point):
-        pruning.check(asked)
-    elif point.schedule == AT_ONCE:
+        request.check(asked)
+    elif point.schedule == ONE_SHOT:
         raise UsageError(
-            f"the strategy {point.strategy} watches training, and the schedule {AT_ONCE} prunes before there is any",
+            f"the strategy {point.strategy} watches training, and the schedule {ONE_SHOT} prunes before there is any",
             hint="such as --schedules polynomial",
         )
     else:
-        pruning.check_shape(asked)
+        request.check_shape(asked)
 
 
-def check_cut(asked: Pruning) -> None:
+def check_channels(asked: Pruning) -> None:
     """Refuse channels of what could not be judged once they are cut."""
-    cutting_of(asked)
+    parse_config(asked)
     if asked.model:
         raise UsageError(
             "weights alone that lost channels fit no class but their own, so that they cannot be judged",
@@ -114,12 +143,12 @@ def check_cut(asked: Pruning) -> None:
         )
 
 
-def _is_watching(point: Point) -> bool:
-    is_later = point.schedule not in {"", AT_ONCE}
-    return point.pattern != CHANNELS and is_later and point.strategy in WATCHED
+def _needs_training_scores(point: Trial) -> bool:
+    is_later = point.schedule not in {"", ONE_SHOT}
+    return point.pattern != CHANNEL and is_later and point.strategy in WATCHED
 
 
-def _plain(point: Point) -> Pruning:
+def _plain(point: Trial) -> Pruning:
     """Return how weights are ranked, and how much of them goes."""
     return Pruning(
         sparsity=point.sparsity,

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
+from prunectl.analysis import sizes
 from prunectl.errors import PrunectlError
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
 from prunectl.formats.workers import workers
-from prunectl.measuring import archive
-from prunectl.sweeping.answer import job_of
-from prunectl.sweeping.checked import check
-from prunectl.sweeping.choices import Choices
-from prunectl.sweeping.combined import ways
-from prunectl.sweeping.crew import Crew, hands
-from prunectl.sweeping.crew import check as check_place
-from prunectl.sweeping.inputs import files_of
-from prunectl.sweeping.limit import check as check_limit
-from prunectl.sweeping.made import lost
-from prunectl.sweeping.next import bracket, wanted
-from prunectl.sweeping.notes import Notes, opened
-from prunectl.sweeping.point import BASE, Outcome, Point, Way
-from prunectl.sweeping.threads import share
-from prunectl.training.judging.drop import MaxDrop
+from prunectl.sweeping.bisection import check as check_limit
+from prunectl.sweeping.bisection import gain, make_bracket, next_trials
+from prunectl.sweeping.grid import check, variants
+from prunectl.sweeping.journal import Journal, files_of, find_stale, open_journal
+from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial, TrialResult, Variant
+from prunectl.sweeping.workers import WorkerPool, encode_job, make_workers, threads_per_worker
+from prunectl.sweeping.workers import check as check_place
+from prunectl.training.evaluation.max_drop import MaxDrop
 
-Watcher = Callable[[Point, Outcome | PrunectlError], None]
+Watcher = Callable[[Trial, TrialResult | PrunectlError], None]
 """Told each point when it is made."""
 
 
@@ -36,32 +31,32 @@ Watcher = Callable[[Point, Outcome | PrunectlError], None]
 class Swept:
     """What came of a sweep."""
 
-    choices: Choices
+    choices: SweepConfig
     folder: Path
-    outcomes: dict[Point, Outcome]
+    outcomes: dict[Trial, TrialResult]
     """The model as it is, then way after way, from low to high sparsity."""
-    failed: dict[Point, PrunectlError]
+    failed: dict[Trial, PrunectlError]
     max_drop: MaxDrop | None = None
     again: tuple[str, ...] = ()
     """What was made again, and why."""
 
     @property
-    def base(self) -> Outcome:
+    def base(self) -> TrialResult:
         """The model as it is."""
-        return self.outcomes[BASE]
+        return self.outcomes[BASELINE]
 
     @property
-    def best(self) -> dict[Way, Point | None]:
+    def best(self) -> dict[Variant, Trial | None]:
         """The largest sparsity of each way that keeps within the drop; none where every one fell below it."""
         if self.max_drop is None:
             return {}
-        holds = {way: bracket(way, self.outcomes, self.max_drop.amount).holds for way in ways(self.choices)}
+        holds = {way: make_bracket(way, self.outcomes, self.max_drop.amount).holds for way in variants(self.choices)}
         return {way: way.at(sparsity) if sparsity else None for way, sparsity in holds.items()}
 
 
 def sweep(
     path: Path,
-    choices: Choices,
+    choices: SweepConfig,
     folder: Path,
     *,
     jobs: int = 1,
@@ -72,21 +67,23 @@ def sweep(
     """Make every point that is not made yet, and return all that were asked for; the place is that of its workers."""
     check(choices)
     check_place(place)
-    model, job = open_model(path), job_of(path, choices, folder)
-    failed: dict[Point, PrunectlError] = {}
+    model, job = open_model(path), encode_job(path, choices, folder)
+    failed: dict[Trial, PrunectlError] = {}
     with (
-        opened(folder, choices.as_json, archive.sha256(model), share(jobs), files_of(choices)) as notes,
-        closing(Crew(hands(place, job, jobs=jobs, threads=notes.threads, lock=notes.fd))) as crew,
+        open_journal(
+            folder, choices.as_json, sizes.sha256(model), threads_per_worker(jobs), files_of(choices)
+        ) as notes,
+        closing(WorkerPool(make_workers(place, job, jobs=jobs, threads=notes.threads, lock=notes.fd))) as crew,
     ):
-        if BASE not in notes.done:
-            _note_base(crew.attempt(BASE), notes)
+        if BASELINE not in notes.done:
+            _run_baseline(crew.attempt(BASELINE), notes)
         if max_drop is not None:
-            check_limit(max_drop, notes.done[BASE])
-        gone = lost(folder, notes.done)
+            check_limit(max_drop, notes.done[BASELINE])
+        gone = find_stale(folder, notes.done)
         notes.forget(gone)
-        more = partial(wanted, choices, notes.done, failed, max_drop.amount if max_drop is not None else None)
+        more = partial(next_trials, choices, notes.done, failed, max_drop.amount if max_drop is not None else None)
 
-        def todo() -> list[Point]:
+        def todo() -> list[Trial]:
             again = [point for point in gone if point not in notes.done and point not in failed]
             return again or more()
 
@@ -94,23 +91,25 @@ def sweep(
             if isinstance(found, PrunectlError):
                 failed[point] = found
             else:
-                base = notes.done[BASE]
+                base = notes.done[BASELINE]
                 # Training that went astray has nothing to say of what it is judged by.
                 notes.add(point, found if found.metric else replace(found, metric=base.metric, is_up=base.is_up))
             watcher(point, found)
         return Swept(choices, folder, _in_order(choices, notes.done), failed, max_drop, tuple(gone.values()))
 
 
-def _note_base(found: Outcome | PrunectlError, notes: Notes) -> None:
+def _run_baseline(found: TrialResult | PrunectlError, notes: Journal) -> None:
     """Note the model as it is; without it there is nothing to compare with."""
     if isinstance(found, PrunectlError):
         raise found
-    notes.add(BASE, found)
+    notes.add(BASELINE, found)
 
 
-def _made(crew: Crew, todo: Callable[[], list[Point]], jobs: int) -> Iterator[tuple[Point, Outcome | PrunectlError]]:
+def _made(
+    crew: WorkerPool, todo: Callable[[], list[Trial]], jobs: int
+) -> Iterator[tuple[Trial, TrialResult | PrunectlError]]:
     """Yield points as they are made, until there are no more to make; each must be noted before the next is asked."""
-    running: dict[Future[Outcome | PrunectlError], Point] = {}
+    running: dict[Future[TrialResult | PrunectlError], Trial] = {}
     # Whoever gives up does not wait for hours of training.
     with workers(jobs, on_failure=crew.close) as pool:
         while True:
@@ -123,8 +122,51 @@ def _made(crew: Crew, todo: Callable[[], list[Point]], jobs: int) -> Iterator[tu
                 yield running.pop(future), future.result()
 
 
-def _in_order(choices: Choices, done: dict[Point, Outcome]) -> dict[Point, Outcome]:
+def _in_order(choices: SweepConfig, done: dict[Trial, TrialResult]) -> dict[Trial, TrialResult]:
     """Return the points as a table has them, in whatever order they were made."""
-    order = {way: at for at, way in enumerate(ways(choices))}
-    points = sorted((point for point in done if point != BASE), key=lambda point: (order[point.way], point.sparsity))
-    return {point: done[point] for point in (BASE, *points)}
+    order = {way: at for at, way in enumerate(variants(choices))}
+    points = sorted(
+        (point for point in done if point != BASELINE), key=lambda point: (order[point.way], point.sparsity)
+    )
+    return {point: done[point] for point in (BASELINE, *points)}
+
+
+def pareto_front(outcomes: Mapping[Trial, TrialResult]) -> list[Trial]:
+    """Return the Pareto front of the metric against the gzip size, from small to big."""
+    sign = 1.0 if outcomes[BASELINE].is_more_better else -1.0
+    known = {point: outcome for point, outcome in outcomes.items() if outcome.is_number}
+    found: list[Trial] = []
+    best = float("-inf")
+    # Of two that are as good, the smaller; of two alike, the one that comes first.
+    for point, outcome in sorted(known.items(), key=lambda item: (item[1].gzip, -sign * item[1].value)):
+        if sign * outcome.value > best:
+            best = sign * outcome.value
+            found.append(point)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleComparison:
+    """Two schedules, and how they compare."""
+
+    one: str
+    other: str
+    gains: tuple[float, ...]
+    """How much better the other is, pair by pair."""
+
+    @property
+    def mean(self) -> float:
+        """How much better the other is on average."""
+        return sum(self.gains) / len(self.gains)
+
+
+def compare_schedules(choices: SweepConfig, outcomes: Mapping[Trial, TrialResult]) -> list[ScheduleComparison]:
+    """Return how every two schedules compare that have points in common."""
+    found: list[ScheduleComparison] = []
+    for one, other in combinations(choices.schedules if choices.epochs else (), 2):
+        twins = {point: replace(point, schedule=other) for point in outcomes if point.schedule == one}
+        pairs = [(outcomes[point], outcomes[twin]) for point, twin in twins.items() if twin in outcomes]
+        pairs = [pair for pair in pairs if all(one.is_number for one in pair)]
+        if pairs:
+            found.append(ScheduleComparison(one, other, tuple(gain(*pair) for pair in pairs)))
+    return found

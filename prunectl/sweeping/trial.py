@@ -1,44 +1,152 @@
-"""One point of a sweep, from a file to a file: pruned, trained, judged, weighed."""
+"""One way to prune, and what came of it."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
-from prunectl.formats.scratch import temporary_folder
-from prunectl.pruning.output import Output
-from prunectl.sweeping.choices import Choices
-from prunectl.sweeping.made import place_of
-from prunectl.sweeping.point import BASE, Outcome, Point, diverged
-from prunectl.sweeping.pruned import pruned
-from prunectl.sweeping.requests import is_pruned_before, pruning_of, training_of
-from prunectl.sweeping.weighing import weighed
-from prunectl.training.diverged import DivergedError
-from prunectl.training.finetune import finetune
+from prunectl.errors import PrunectlError
+from prunectl.training.monitor import is_higher_better
 
 
-def attempt(path: Path, choices: Choices, folder: Path, point: Point) -> Outcome:
-    """Make a point in its own folder, which only a noted point needs to keep, and return what came of it."""
-    if point == BASE:
-        return weighed(path, training_of(choices, BASE), "")
-    output = Output(place_of(folder, point) / f"model{''.join(path.suffixes[-1:])}", is_forced=True)
-    try:
-        _made(path, choices, point, output)
-    except DivergedError as error:
-        return diverged(point, error)
-    return weighed(output.target, training_of(choices, BASE), output.target.relative_to(folder).as_posix())
+class Variant(NamedTuple):
+    """What a sparsity is reached by."""
+
+    strategy: str
+    scope: str
+    schedule: str = ""
+    """Empty where nothing is trained."""
+    pattern: str = ""
+    """Empty for single weights."""
+    params: str = ""
+    """Of the strategy, with commas."""
+
+    def at(self, sparsity: float) -> Trial:
+        """Return the point at a sparsity."""
+        return Trial(self.strategy, self.scope, self.schedule, sparsity, self.pattern, self.params)
 
 
-def _made(path: Path, choices: Choices, point: Point, output: Output) -> None:
-    if not choices.epochs:
-        _pruned(path, choices, point, output)
-    elif is_pruned_before(point):
-        with temporary_folder() as scratch:
-            between = Output(scratch / path.name)
-            _pruned(path, choices, point, between)
-            finetune(between.target, training_of(choices, point), output)
-    else:
-        finetune(path, training_of(choices, point), output)
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A way to prune, and how much of the model goes."""
+
+    strategy: str
+    scope: str
+    schedule: str
+    """Empty where nothing is trained."""
+    sparsity: float
+    pattern: str = ""
+    params: str = ""
+
+    @property
+    def way(self) -> Variant:
+        """What the sparsity is reached by."""
+        return Variant(self.strategy, self.scope, self.schedule, self.pattern, self.params)
+
+    @property
+    def name(self) -> str:
+        """The folder of the point."""
+        words = (*self.way, f"{100 * self.sparsity:.4g}")
+        return "-".join(quote(word, safe=":=,") for word in words if word) if self != BASELINE else "base"
 
 
-def _pruned(path: Path, choices: Choices, point: Point, output: Output) -> None:
-    pruned(path, pruning_of(choices, point), output, is_trusted=choices.is_trusted)
+BASELINE = Trial("", "", "", 0.0)
+"""The model as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrialResult:
+    """How good a model is, and how big."""
+
+    metric: str
+    value: float
+    logs: dict[str, float]
+    """The loss and every metric."""
+    sparsity: float
+    """Of all parameters."""
+    raw: int
+    gzip: int
+    path: str
+    """Relative to the folder of the sweep; empty for the model as it is."""
+    notes: tuple[str, ...] = ()
+    is_up: bool | None = None
+    """Whether more of the metric is better; None is as its name says."""
+    digest: str = ""
+    """Of the model that was made."""
+
+    @property
+    def is_number(self) -> bool:
+        """Whether the metric came to anything: what goes too far may answer with numbers that are none."""
+        return math.isfinite(self.value)
+
+    @property
+    def is_more_better(self) -> bool:
+        """Whether more of the metric is better."""
+        return self.is_up if self.is_up is not None else is_higher_better(self.metric)
+
+    @property
+    def as_json(self) -> dict[str, Any]:
+        """The outcome as it is noted."""
+        return {**asdict(self), "value": self.value if self.is_number else None}
+
+    @classmethod
+    def of_json(cls, said: dict[str, Any]) -> TrialResult:
+        """Return the outcome that was noted."""
+        value = math.nan if said["value"] is None else said["value"]
+        return cls(**{**said, "value": value, "notes": tuple(said["notes"])})
+
+
+def diverged(point: Trial, error: PrunectlError) -> TrialResult:
+    """Return what came of a point whose training went astray: no model, and nothing to judge."""
+    return TrialResult("", math.nan, {}, 0.0, 0, 0, "", (f"{point.name}: {error.message}; {error.hint}.",))
+
+
+@dataclass(frozen=True, slots=True)
+class SweepConfig:
+    """What is tried, on which data, and how it is trained in between."""
+
+    data: str
+    val: str = ""
+    val_split: float = 0.0
+    strategies: tuple[str, ...] = ("magnitude",)
+    scopes: tuple[str, ...] = ("layer",)
+    patterns: tuple[str, ...] = ("unstructured",)
+    params: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Parameters of strategies that have them, each with the values to try."""
+    sparsities: tuple[float, ...] = ()
+    schedules: tuple[str, ...] = ("constant",)
+    epochs: int = 0
+    batch_size: int = 32
+    samples: int = 128
+    """Examples for strategies that look at data."""
+    lr: float | None = None
+    optimizer: str = ""
+    loss: str = ""
+    metric: str = ""
+    policy: str = "default"
+    only: str = ""
+    exclude: tuple[str, ...] = ()
+    seed: int = 0
+    model: str = ""
+    """What builds the model, for weights alone."""
+    custom_objects: str = ""
+    is_trusted: bool = False
+
+    @property
+    def as_json(self) -> dict[str, Any]:
+        """The choices as they are noted."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    @classmethod
+    def of_json(cls, said: dict[str, Any]) -> SweepConfig:
+        """Return the choices that were noted."""
+        found: dict[str, Any] = {name: _frozen(value) for name, value in said.items()}
+        return cls(**found)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -11,7 +11,7 @@ import queue
 import sys
 import threading
 
-from prunectl.sweeping.answer import answer
+from prunectl.sweeping.workers import handle
 
 _GONE = 1
 
@@ -25,7 +25,7 @@ def main() -> None:
     threading.Thread(target=_listen, args=(lines,), daemon=True).start()
     job = json.loads(lines.get())
     while True:
-        answers.write(json.dumps(answer(job, json.loads(lines.get()))) + "\n")
+        answers.write(json.dumps(handle(job, json.loads(lines.get()))) + "\n")
         answers.flush()
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from prunectl.errors import UsageError
+from prunectl.errors import UsageError, WorkError
 
 Rate = Callable[[float], float]
 """From the part of training that is done to a share of the learning rate."""
@@ -68,3 +68,7 @@ def course(
     if steps is not None:
         return steps, per_epoch
     return (default_epochs if epochs is None else epochs) * per_epoch, per_epoch
+
+
+class DivergedError(WorkError):
+    """Training went astray: its loss or its weights are finite numbers no more."""

@@ -2,59 +2,149 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from prunectl.errors import UsageError, WorkError
-from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile
-from prunectl.formats.names import select
+from prunectl.analysis.stats import ModelStats
+from prunectl.analysis.tensor_io import iter_blocks
+from prunectl.errors import InputError, UsageError, WorkError
+from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile, Tensor
+from prunectl.formats.patch import TensorUpdate, in_storage_order, is_writable
+from prunectl.formats.registry import by_name, load, open_model
 from prunectl.formats.scratch import temporary_folder
-from prunectl.formats.table import open_model
-from prunectl.measuring.survey import Survey
-from prunectl.pruning import output as outputs
-from prunectl.pruning.output import Output
-from prunectl.pruning.selection import Mask
+from prunectl.formats.selectors import select_names
+from prunectl.pruning import destination as outputs
+from prunectl.pruning.destination import Destination
 from prunectl.pruning.strip import surveyed
-from prunectl.training import trusted
-from prunectl.training.better import Decider, check_direction, decider
+from prunectl.pruning.threshold import Mask
+from prunectl.training import user_code
+from prunectl.training.backend import Logs, Network, Signature
+from prunectl.training.checkpoint import Saver
 from prunectl.training.course import Course, course
-from prunectl.training.data.source import Order
-from prunectl.training.diary import Diary, Entry, Watcher
-from prunectl.training.keeper import Keeper, Rules
-from prunectl.training.loop import Data, Lesson, Progress, evaluated, train
-from prunectl.training.memory import keep_freed
-from prunectl.training.native_rules import keeper_of
-from prunectl.training.network import Logs, Network
-from prunectl.training.points import parse_point
-from prunectl.training.reading import Read, count, look_over, read
-from prunectl.training.request import DEFAULT_EPOCHS, Keep, MaskMode, Request, check
-from prunectl.training.rules import rules_of, zeros_of
+from prunectl.training.data.adapt import adapt
+from prunectl.training.data.batching import length
+from prunectl.training.data.registry import open_source
+from prunectl.training.data.source import Batch, Order, Source, each, peek, split
+from prunectl.training.data.validate import check_batches, require_targets
+from prunectl.training.distillation import Teacher, open_teacher, origin_of
+from prunectl.training.logger import Diary, LogEntry, Watcher
+from prunectl.training.loop import Data, Lesson, LoopState, Stopping, evaluated, keep_freed, train
+from prunectl.training.mask_schedule import Keeper, Rules, rules_of, zeros_of
+from prunectl.training.monitor import Decider, check_direction, decider
+from prunectl.training.native_pruning import keeper_of
+from prunectl.training.request import DEFAULT_EPOCHS, FinetuneRequest, Keep, MaskMode, check, parse_point
 from prunectl.training.runtimes import open_network
-from prunectl.training.saver import Saver
-from prunectl.training.stopping import Stopping
-from prunectl.training.teachers import Teacher, open_teacher, origin_of
-from prunectl.training.wrap.kept import kept
-from prunectl.training.wrap.result import check_wrappable, wrap_in_place, wrapping_of
-from prunectl.training.wrap.wrapping import Wrapping, unwrapped
-from prunectl.training.write_back import write_back
+from prunectl.training.wrap.wrappers import Wrapping, check_wrappable, kept, unwrapped, wrap_in_place, wrapping_of
+
+_COUNTED_BY = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Examples that fit a model."""
+
+    train: Source
+    val: Source | None
+    example: Batch
+    notes: tuple[str, ...]
+
+
+def read(network: Network, request: FinetuneRequest) -> Read:
+    """Open what is learned from and what is judged by."""
+    seed, val, val_split = request.means.seed, request.val, request.val_split
+    train, notes = _fitted(request.data, network, seed)
+    if request.needs_targets:
+        require_targets(train)
+    judged: Source | None = None
+    if val:
+        judged, more = _fitted(val, network, seed)
+        notes += more
+    elif val_split:
+        train, judged = split(train, val_split, seed)
+    if judged is not None and not request.means.custom_step:
+        require_targets(judged)
+    example = peek(train)
+    if example is None:
+        raise InputError(f"{train.name} has no examples")
+    return Read(train, judged, example, tuple(dict.fromkeys(notes)))
+
+
+def look_over(found: Read, signature: Signature, request: FinetuneRequest) -> tuple[str, ...]:
+    """Refuse examples that the model cannot learn from, now that it is known what comes out of it."""
+    notes: list[str] = []
+    for source in filter(None, (found.train, found.val)):
+        classes = _classes(signature, found.example)
+        notes += check_batches(source, signature, needs_targets=request.needs_targets, classes=classes)
+    return tuple(dict.fromkeys(notes))
+
+
+def count(source: Source) -> int:
+    """Return how many examples there are; those of a stream are counted by going through them once."""
+    if source.count is not None:
+        return source.count
+    return sum(length(batch) for batch in source.batches(Order(_COUNTED_BY)))
+
+
+def _fitted(spec: str, network: Network, seed: int) -> tuple[Source, tuple[str, ...]]:
+    return adapt(open_source(spec, signature=network.signature, seed=seed), network.signature)
+
+
+def _classes(signature: Signature, example: Batch) -> int | None:
+    """Return how many classes labels may name; None where the targets are no labels."""
+    if example.y is None or isinstance(example.y, tuple) or not signature.outputs:
+        return None
+    shape: Sequence[int | None] = signature.outputs[0].shape or ()
+    targets = each(example.y)[0]
+    is_label = targets.dtype.kind in "iu" and (targets.ndim == len(shape) or targets.shape[1:] == (1,))
+    return shape[-1] if is_label and shape and (shape[-1] or 0) > 1 else None
+
+
+def write_back(model: ModelFile, values: Mapping[str, Array], places: dict[Path, Path]) -> int:
+    """Write a copy with new numbers in it, and return how many tensors have some."""
+    given = {**values, **{name: values[of] for name, of in model.copies.items() if of in values}}
+    rewrites: dict[tuple[str, int], TensorUpdate] = {}
+    for tensor in model.tensors:
+        if tensor.name not in given or _is_same(model, tensor, given[tensor.name]):
+            continue
+        _check(model, tensor, given[tensor.name])
+        # Tied tensors share their bytes, which are written once.
+        rewrites[tensor.storage.key, tensor.start] = TensorUpdate(tensor, partial(_blocks, tensor, given[tensor.name]))
+    load(by_name(model.format).writer)(model, places, tuple(rewrites.values()))
+    return len(rewrites)
+
+
+def _is_same(model: ModelFile, tensor: Tensor, value: Array) -> bool:
+    return value.shape == tensor.shape and value.astype(tensor.dtype).tobytes() == model.read(tensor).tobytes()
+
+
+def _check(model: ModelFile, tensor: Tensor, value: Array) -> None:
+    if value.shape != tensor.shape:
+        raise WorkError(f"{tensor.name} came out of training as {value.shape}, {model.path} has {tensor.shape}")
+    if not by_name(model.format).is_reencoded and not is_writable(tensor):
+        raise WorkError(f"{tensor.name} of {model.path} does not lie in one run of bytes, and cannot be replaced")
+
+
+def _blocks(tensor: Tensor, value: Array) -> Iterator[Array]:
+    yield from iter_blocks(in_storage_order(tensor, np.asarray(value).astype(tensor.dtype, copy=False)))
 
 
 @dataclass(frozen=True, slots=True)
 class Finetuned:
     """What came of a run."""
 
-    request: Request
+    request: FinetuneRequest
     course: Course
-    before: Survey
-    after: Survey
+    before: ModelStats
+    after: ModelStats
     judged_before: Logs
     """Loss and metrics on the validation data, before training."""
     judged_after: Logs
-    history: tuple[Entry, ...]
+    history: tuple[LogEntry, ...]
     best_epoch: int | None
     masked: int
     """How many weights the masks hold at zero."""
@@ -64,7 +154,7 @@ class Finetuned:
     is_chief: bool = True
 
 
-def finetune(path: Path, request: Request, output: Output, watcher: Watcher | None = None) -> Finetuned:
+def finetune(path: Path, request: FinetuneRequest, output: Destination, watcher: Watcher | None = None) -> Finetuned:
     """Train a model, and write it into a copy of its file."""
     check(request)
     if _has_best(request):
@@ -73,7 +163,7 @@ def finetune(path: Path, request: Request, output: Output, watcher: Watcher | No
     outputs.check(model, output)
     if request.distill:
         teaching = open_model(Path(request.distill))
-        trusted.check(teaching, origin_of(teaching, request.origin, request.distill_model))
+        user_code.check(teaching, origin_of(teaching, request.origin, request.distill_model))
     saver = _saver(request)
     with (
         _unwrapped(model) as plain,
@@ -154,7 +244,7 @@ def _already(path: Path, rules: Rules, first: Mapping[str, Mask]) -> tuple[str, 
     return (f"{path} is sparser already than {schedule.final:.1%}: its zeros ({share:.1%}) are kept.",)
 
 
-def _saver(request: Request) -> Saver | None:
+def _saver(request: FinetuneRequest) -> Saver | None:
     if request.checkpoint_dir is None:
         return None
     saver = Saver(request.checkpoint_dir, request.choices, request.is_resumed)
@@ -162,23 +252,23 @@ def _saver(request: Request) -> Saver | None:
     return saver
 
 
-def _frozen(model: ModelFile, request: Request) -> frozenset[str]:
-    return frozenset(tensor.name for word in request.frozen for tensor in select(model, word))
+def _frozen(model: ModelFile, request: FinetuneRequest) -> frozenset[str]:
+    return frozenset(tensor.name for word in request.frozen for tensor in select_names(model, word))
 
 
-def _has_best(request: Request) -> bool:
+def _has_best(request: FinetuneRequest) -> bool:
     """Whether the result depends on which epoch is the best."""
     is_judged = bool(request.val or request.val_split)
     return is_judged and (request.keep is Keep.BEST or request.early_stop is not None)
 
 
-def _decider(request: Request, logs: Logs, network: Network) -> Decider | None:
+def _decider(request: FinetuneRequest, logs: Logs, network: Network) -> Decider | None:
     if not _has_best(request):
         return None
     return decider(logs, request.means, (port.name for port in network.signature.outputs))
 
 
-def _teacher(request: Request, network: Network, found: Read) -> Teacher | None:
+def _teacher(request: FinetuneRequest, network: Network, found: Read) -> Teacher | None:
     if not request.distill:
         return None
     return open_teacher(
@@ -191,7 +281,7 @@ def _teacher(request: Request, network: Network, found: Read) -> Teacher | None:
     )
 
 
-def _course(request: Request, found: Read, ranks: int) -> Course:
+def _course(request: FinetuneRequest, found: Read, ranks: int) -> Course:
     steps, per_epoch = course(
         count(found.train),
         request.batch_size,
@@ -212,13 +302,13 @@ def _course(request: Request, found: Read, ranks: int) -> Course:
     )
 
 
-def _train(lesson: Lesson) -> Progress:
+def _train(lesson: Lesson) -> LoopState:
     keep_freed()
     with closing(lesson.diary), Stopping() as stopping:
         return train(lesson, stopping)
 
 
-def _diary(network: Network, keeper: Keeper, request: Request, watcher: Watcher | None) -> Diary:
+def _diary(network: Network, keeper: Keeper, request: FinetuneRequest, watcher: Watcher | None) -> Diary:
     folder = (request.logdir or request.checkpoint_dir) if network.is_chief else None
     diary = Diary(folder, layers=lambda: _by_layer(keeper))
     if watcher is not None and network.is_chief:
@@ -238,11 +328,11 @@ def _recalibrated(network: Network, found: Read, planned: Course) -> str:
 
 
 def _written(
-    model: ModelFile, values: Mapping[str, Array], keeper: Keeper, output: Output, wrapping: Wrapping | None
-) -> tuple[Survey, int]:
+    model: ModelFile, values: Mapping[str, Array], keeper: Keeper, output: Destination, wrapping: Wrapping | None
+) -> tuple[ModelStats, int]:
     """Write the result, and return what is in it and how many of the masks' zeros are."""
-    with outputs.workplace(model, output) as (folder, target):
-        places = outputs.places(model, folder, target)
+    with outputs.staging_dir(model, output) as (folder, target):
+        places = outputs.staged_paths(model, folder, target)
         write_back(model, values, places)
         found = open_model(places.get(model.path, folder / target.name))
         kept = _zeros_in(found, keeper.masks)

@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 from prunectl.errors import InputError
-from prunectl.training.better import Decider
-from prunectl.training.course import Course
-from prunectl.training.data.rows import Rows
+from prunectl.training.backend import Array, Logs, Network
+from prunectl.training.checkpoint import Saver
+from prunectl.training.course import Course, DivergedError
+from prunectl.training.data.readers import Rows
 from prunectl.training.data.source import Arrays, Batch, Order, Source
-from prunectl.training.diary import Diary, Entry
-from prunectl.training.diverged import DivergedError
-from prunectl.training.keeper import Keeper
-from prunectl.training.network import Array, Logs, Network
-from prunectl.training.saver import Saver
-from prunectl.training.stopping import Stopping
+from prunectl.training.logger import Diary, LogEntry
+from prunectl.training.mask_schedule import Keeper
+from prunectl.training.monitor import Decider
+
+
+@dataclass(slots=True)
+class Stopping:
+    """Whether the user wants training to end, while this is entered."""
+
+    is_wanted: bool = False
+    _before: Any = None
+
+    def __enter__(self) -> Self:
+        # Python lets only the main thread do this; elsewhere Ctrl-C is somebody else's business.
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, _signal: int, _frame: FrameType | None) -> None:
+        if self.is_wanted:
+            raise KeyboardInterrupt
+        self.is_wanted = True
+
 
 Teacher = Callable[[Arrays], Arrays]
 
@@ -33,7 +62,7 @@ class Data:
 
 
 @dataclass(slots=True)
-class Progress:
+class LoopState:
     """How far training has come; kept with a checkpoint."""
 
     step: int = 0
@@ -42,7 +71,7 @@ class Progress:
     best: float | None = None
     best_epoch: int | None = None
     best_tensors: dict[str, Array] = field(default_factory=dict)
-    history: list[Entry] = field(default_factory=list)
+    history: list[LogEntry] = field(default_factory=list)
 
     @property
     def epoch(self) -> int:
@@ -70,10 +99,10 @@ class Lesson:
     """Which epoch is the best; none where nothing depends on it."""
 
 
-def train(lesson: Lesson, stopping: Stopping) -> Progress:
+def train(lesson: Lesson, stopping: Stopping) -> LoopState:
     """Train to the end of the course, from the last checkpoint if there is one to go on from."""
     network, course, keeper = lesson.network, lesson.course, lesson.keeper
-    progress = Progress()
+    progress = LoopState()
     keeper.begin(network)
     if lesson.saver is not None:
         lesson.saver.resume(network, keeper, progress)
@@ -104,7 +133,7 @@ def train(lesson: Lesson, stopping: Stopping) -> Progress:
     return progress
 
 
-def _is_over(lesson: Lesson, progress: Progress) -> bool:
+def _is_over(lesson: Lesson, progress: LoopState) -> bool:
     patience = lesson.course.patience
     return patience is not None and progress.stale >= patience
 
@@ -135,7 +164,7 @@ def _refuse_empty_epoch(lesson: Lesson, epoch: int) -> None:
     )
 
 
-def _end_epoch(lesson: Lesson, progress: Progress) -> None:
+def _end_epoch(lesson: Lesson, progress: LoopState) -> None:
     network, keeper = lesson.network, lesson.keeper
     if progress.step == lesson.course.steps:
         # A ramp that ends with training has its last turn before the model is judged.
@@ -147,7 +176,7 @@ def _end_epoch(lesson: Lesson, progress: Progress) -> None:
             hint="a lower --lr, --clip 1, or data that is scaled (?norm=unit) may help",
         )
     seen = evaluated(network, lesson.data.val, lesson.course.batch_size)
-    entry = Entry(progress.epoch + 1, progress.step, keeper.sparsity, dict(logs), dict(seen))
+    entry = LogEntry(progress.epoch + 1, progress.step, keeper.sparsity, dict(logs), dict(seen))
     progress.history.append(entry)
     lesson.diary.epoch(entry)
     _judge(lesson, progress, entry)
@@ -155,7 +184,7 @@ def _end_epoch(lesson: Lesson, progress: Progress) -> None:
         lesson.saver.save(network, keeper, progress)
 
 
-def _judge(lesson: Lesson, progress: Progress, entry: Entry) -> None:
+def _judge(lesson: Lesson, progress: LoopState, entry: LogEntry) -> None:
     """Remember the best epoch of those that are as sparse as was asked for."""
     decider = lesson.decider
     if decider is None or not entry.val or _is_early(lesson.keeper, entry.step):
@@ -179,3 +208,18 @@ def _is_early(keeper: Keeper, step: int) -> bool:
 def evaluated(network: Network, source: Source | None, batch_size: int) -> Logs:
     """Return loss and metrics over all of a source; nothing without one."""
     return network.evaluate(source.batches(Order(batch_size))) if source is not None else {}
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES = 1 << 30
+_MAPPED_BYTES = 32 << 20
+"""As many as glibc lets a block have that does not come from the system each time."""
+
+
+def keep_freed() -> None:
+    """Have freed memory kept for the next step: given back, every page of it costs a fault when it is wanted again."""
+    library = ctypes.CDLL(None)
+    # A library without such a knob, as musl, does what it does.
+    if hasattr(library, "mallopt"):
+        library.mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
+        library.mallopt(_MMAP_THRESHOLD, _MAPPED_BYTES)

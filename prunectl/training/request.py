@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from prunectl.errors import UsageError
-from prunectl.pruning.request import Request as Pruning
+from prunectl.formats.registry import FORMATS
+from prunectl.plugins import installed
+from prunectl.pruning.policies import MIN_SIZE, POLICIES
+from prunectl.pruning.request import PruneRequest as Pruning
+from prunectl.pruning.schedules import CURVES, line_of
+from prunectl.pruning.strategies import STRATEGIES
+from prunectl.training.backend import Means, ModelOrigin
 from prunectl.training.course import RATES
-from prunectl.training.network import Means, Origin
 
 DEFAULT_EPOCHS = 3
 
@@ -44,7 +53,7 @@ class Ramping:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class FinetuneRequest:
     """Every choice of a run."""
 
     data: str
@@ -54,7 +63,7 @@ class Request:
     steps: int | None = None
     batch_size: int = 32
     means: Means = field(default_factory=Means)
-    origin: Origin = field(default_factory=Origin)
+    origin: ModelOrigin = field(default_factory=ModelOrigin)
     pruning: Pruning = field(default_factory=Pruning)
     ramping: Ramping = field(default_factory=Ramping)
     mask: MaskMode = MaskMode.KEEP
@@ -96,7 +105,7 @@ class Request:
         return plain
 
 
-def check(request: Request) -> None:
+def check(request: FinetuneRequest) -> None:
     """Refuse what contradicts itself, before a file is opened."""
     if request.val and request.val_split:
         raise UsageError("--val and --val-split exclude each other")
@@ -121,7 +130,7 @@ def check(request: Request) -> None:
             raise UsageError(f"{option} cannot be negative")
 
 
-def _check_unpruned(request: Request) -> None:
+def _check_unpruned(request: FinetuneRequest) -> None:
     """Refuse what is about pruning where nothing is pruned."""
     ramping, pruning = request.ramping, request.pruning
     if request.mask is MaskMode.REGROW:
@@ -134,3 +143,275 @@ def _check_unpruned(request: Request) -> None:
             "without a sparsity the zeros of the file are kept, and nothing is ranked",
             hint="add --sparsity 80%, or leave out --strategy, --param and --scope",
         )
+
+
+MAX, MIN, LOSS = "max", "min", "loss"
+
+
+class Asked(TypedDict):
+    """The part of `Means` that is about metrics."""
+
+    metrics: tuple[str, ...]
+    """What is measured beside the loss."""
+    decides: str
+    """The first that was named; it may be the loss."""
+    goal: str
+    """`max` or `min`, where it was said."""
+
+
+def asked(words: Iterable[str]) -> Asked:
+    """Return what `accuracy`, `loss`, `./file.py:score:max` … ask for; the first of them decides."""
+    parts = [_parted(word.strip()) for word in words if word.strip()]
+    for name, goal in parts[1:]:
+        if goal:
+            raise UsageError(
+                f"{name} does not decide: the first metric does, which is {parts[0][0]}",
+                hint=f"leave out :{goal}, or name it first",
+            )
+    decides, goal = parts[0] if parts else ("", "")
+    return Asked(metrics=tuple(name for name, _ in parts if name != LOSS), decides=decides, goal=goal)
+
+
+def _parted(word: str) -> tuple[str, str]:
+    """Return a name, and what stands behind it of the direction; `./file.py:max` is a function called max."""
+    name, _, goal = word.rpartition(":")
+    return (name, goal) if goal in {MAX, MIN} and name and not name.endswith(".py") else (word, "")
+
+
+DEFAULTS: Mapping[str, Any] = {
+    "data": "",
+    "val": "",
+    "val_split": 0.0,
+    "epochs": None,
+    "steps": None,
+    "batch_size": 32,
+    "lr": None,
+    "lr_schedule": "constant",
+    "warmup": "0",
+    "optimizer": "",
+    "loss": "",
+    "metric": (),
+    "clip": None,
+    "freeze": (),
+    "distill": "",
+    "distill_model": "",
+    "distill_share": 0.5,
+    "temperature": 2.0,
+    "early_stop": None,
+    "keep": "best",
+    "recalibrate": False,
+    "step": "",
+    "precision": "fp32",
+    "device": "auto",
+    "compile": False,
+    "shard": False,
+    "workers": 1,
+    "seed": 0,
+    "sparsity": None,
+    "schedule": "",
+    "schedule_param": (),
+    "initial_sparsity": 0.0,
+    "begin": "0",
+    "end": "",
+    "frequency": None,
+    "power": None,
+    "strategy": "magnitude",
+    "param": (),
+    "scope": "layer",
+    "pattern": "",
+    "policy": "default",
+    "only": "",
+    "exclude": (),
+    "layer": (),
+    "mask": "keep",
+    "keep_wrappers": False,
+    "checkpoint_dir": None,
+    "resume": False,
+    "logdir": None,
+    "model": "",
+    "custom_objects": "",
+    "trust": False,
+}
+
+
+def request_of(words: Mapping[str, Any]) -> FinetuneRequest:
+    """Return the request; what is not said has its default."""
+    if unknown := sorted(words.keys() - DEFAULTS.keys()):
+        raise UsageError(
+            f"finetune has no choice {unknown[0]}", did_you_mean=tuple(get_close_matches(unknown[0], DEFAULTS))
+        )
+    said = {**DEFAULTS, **words}
+    if not said["data"]:
+        raise UsageError("what is there to learn from? say --data", hint="such as --data train.npz")
+    return FinetuneRequest(
+        data=said["data"],
+        val=said["val"],
+        val_split=said["val_split"],
+        epochs=said["epochs"],
+        steps=said["steps"],
+        batch_size=said["batch_size"],
+        means=_means(said),
+        origin=ModelOrigin(said["model"], said["custom_objects"], is_trusted=said["trust"], seed=said["seed"]),
+        pruning=_pruning(said),
+        ramping=_ramping(said),
+        mask=MaskMode(said["mask"]),
+        keep=Keep(said["keep"]),
+        rate=said["lr_schedule"],
+        warmup=str(said["warmup"]),
+        early_stop=said["early_stop"],
+        frozen=tuple(said["freeze"]),
+        distill=str(said["distill"]),
+        distill_model=said["distill_model"],
+        is_recalibrated=said["recalibrate"],
+        keeps_wrappers=said["keep_wrappers"],
+        checkpoint_dir=_path(said["checkpoint_dir"]),
+        workers=said["workers"],
+        is_resumed=said["resume"],
+        logdir=_path(said["logdir"]),
+    )
+
+
+def _means(said: Mapping[str, Any]) -> Means:
+    return Means(
+        loss=said["loss"],
+        optimizer=said["optimizer"],
+        lr=said["lr"],
+        **asked(said["metric"]),
+        clip=said["clip"],
+        precision=said["precision"],
+        device=said["device"],
+        is_compiled=said["compile"],
+        is_sharded=said["shard"],
+        custom_step=said["step"],
+        seed=said["seed"],
+        teacher_share=said["distill_share"],
+        temperature=said["temperature"],
+    )
+
+
+def _pruning(said: Mapping[str, Any]) -> Pruning:
+    layers: Iterable[tuple[str, float]] = said["layer"]
+    return Pruning(
+        sparsity=said["sparsity"],
+        strategy=said["strategy"],
+        params=tuple(said["param"]),
+        scope=str(said["scope"]),
+        pattern=said["pattern"],
+        policy=said["policy"],
+        only=said["only"],
+        exclude=tuple(said["exclude"]),
+        layers=tuple((selector, ratio) for selector, ratio in layers),
+        seed=said["seed"],
+    )
+
+
+def _ramping(said: Mapping[str, Any]) -> Ramping:
+    params = tuple(said["schedule_param"])
+    if said["power"] is not None:
+        params += (f"power={said['power']:g}",)
+    return Ramping(
+        name=said["schedule"],
+        initial=said["initial_sparsity"],
+        begin=str(said["begin"]),
+        end=str(said["end"]),
+        frequency=said["frequency"],
+        params=params,
+    )
+
+
+def _path(word: Any) -> Path | None:
+    return None if word is None else Path(word)
+
+
+_POINT = re.compile(r"(\d+(?:\.\d+)?)\s*(%|ep|epochs?|steps?)?")
+
+
+MOST_FREQUENCY = 100
+"""Steps from one turn to the next on a long way, as in tfmot."""
+_TURNS = 20
+"""At least so many turns are taken on the way, however short it is."""
+
+
+class PointUnit(StrEnum):
+    """What a point is counted in."""
+
+    STEPS = "steps"
+    PERCENT = "%"
+    EPOCHS = "ep"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPoint:
+    """A point in the course of training, before it is known how long that is."""
+
+    amount: float
+    unit: PointUnit
+
+    def step(self, steps: int, steps_per_epoch: int) -> int:
+        """Return the step that it is; one step is one batch."""
+        # Rounded before it is cut off: 0.29 * 100 is 28.999999999999996.
+        if self.unit is PointUnit.PERCENT:
+            return math.floor(round(self.amount * steps / 100, 6))
+        if self.unit is PointUnit.EPOCHS:
+            return math.floor(round(self.amount * steps_per_epoch, 6))
+        return int(self.amount)
+
+
+def parse_point(text: str) -> TrainingPoint:
+    """Return the point that is meant."""
+    found = _POINT.fullmatch(text.strip())
+    if found is None:
+        raise UsageError(f"{text!r} is no point in time", hint="write 2000 (steps), 20% (of all steps) or 3ep (epochs)")
+    amount, word = float(found[1]), found[2] or "steps"
+    unit = PointUnit.PERCENT if word == "%" else PointUnit.EPOCHS if word.startswith("ep") else PointUnit.STEPS
+    if unit is PointUnit.STEPS and not amount.is_integer():
+        raise UsageError(f"{text!r} is no whole number of steps", hint="a share is written 20%")
+    if unit is PointUnit.PERCENT and amount > 100:
+        raise UsageError(f"{text} is more than all steps")
+    return TrainingPoint(amount, unit)
+
+
+def usual_frequency(steps: int) -> int:
+    """Return how many steps lie between two turns on a way of so many, if nobody says."""
+    return max(min(MOST_FREQUENCY, steps // _TURNS), 1)
+
+
+_KINDS = {"strategies": "strategy", "schedules": "schedule", "policies": "policy"}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A name, and what is behind it."""
+
+    kind: str
+    name: str
+    source: str
+    line: str
+
+
+def choices(kind: str = "") -> tuple[Choice, ...]:
+    """Return all names of a kind, or of all kinds."""
+    found = [*_strategies(), *_schedules(), *_policies(), *_formats()]
+    for plural, singular in _KINDS.items():
+        found += [Choice(plural, name, package, "") for name, package in installed(singular).items()]
+    return tuple(choice for choice in found if not kind or choice.kind == kind)
+
+
+def _strategies() -> list[Choice]:
+    return [Choice("strategies", one.name, "built in", one.line) for one in STRATEGIES]
+
+
+def _schedules() -> list[Choice]:
+    return [Choice("schedules", name, "built in", line_of(curve)) for name, curve in CURVES.items()]
+
+
+def _policies() -> list[Choice]:
+    own = Choice("policies", f"{MIN_SIZE}N", "built in", "what policy default takes, if it has N weights or more")
+    return [*(Choice("policies", one.name, "built in", one.line) for one in POLICIES), own]
+
+
+def _formats() -> list[Choice]:
+    return [
+        Choice("formats", row.name, "built in", f"{row.title} {' '.join(filter(None, row.suffixes))}".strip())
+        for row in FORMATS
+    ]

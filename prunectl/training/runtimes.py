@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile
-from prunectl.formats.table import by_name
-from prunectl.training import randomness, trusted
-from prunectl.training.network import Network, Origin
+from prunectl.formats.registry import by_name
+from prunectl.training import random_state, user_code
+from prunectl.training.backend import ModelOrigin, Network
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +32,23 @@ def _is_keras_2(model: ModelFile) -> bool:
 
 
 RUNTIMES = (
-    Runtime("tfmot", _is_keras_2, "tfmot.open:open_network"),
-    Runtime("Keras", _is_keras, "keras.open:open_network"),
-    Runtime("TensorFlow", lambda model: model.format == "saved-model", "tensorflow.open:open_network"),
+    Runtime("tfmot", _is_keras_2, "tfmot.model:open_network"),
+    Runtime("Keras", _is_keras, "keras.model:open_network"),
+    Runtime("TensorFlow", lambda model: model.format == "saved-model", "tensorflow:open_network"),
     Runtime(
         "PyTorch",
         lambda model: model.format in {"torch", "torch-legacy", "torch-tar", "torch-export", "safetensors", "shards"},
-        "torch.open:open_network",
+        "torch.build:open_network",
     ),
 )
 
 
-def open_network(model: ModelFile, origin: Origin) -> Network:
+def open_network(model: ModelFile, origin: ModelOrigin) -> Network:
     """Load a model in the framework that trains such files, or say that there is none."""
     for runtime in RUNTIMES:
         if runtime.trains(model):
-            trusted.check(model, origin)
-            randomness.seed(origin.seed)
+            user_code.check(model, origin)
+            random_state.seed(origin.seed)
             module, _, name = runtime.opener.partition(":")
             found: Network = getattr(importlib.import_module(f"prunectl.training.{module}"), name)(model, origin)
             return found

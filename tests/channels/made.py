@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.channels.groups import Groups, groups
-from prunectl.formats.table import open_model
+from prunectl.channels.groups import ChannelGroups, channel_groups
+from prunectl.formats.registry import open_model
 
 onnx = pytest.importorskip("onnx")
 helper, numpy_helper = onnx.helper, onnx.numpy_helper
@@ -57,17 +57,17 @@ def saved(made: Any, folder: Path) -> Path:
     return path
 
 
-def seen(made: Any, folder: Path) -> Groups:
+def seen(made: Any, folder: Path) -> ChannelGroups:
     """The channels of a model."""
-    return groups(open_model(saved(made, folder)))
+    return channel_groups(open_model(saved(made, folder)))
 
 
-def places(found: Groups, name: str) -> set[str]:
+def places(found: ChannelGroups, name: str) -> set[str]:
     """Where the channels of a weight live, as `tensor[axis]`."""
     (family,) = [family for family in found.families if family.name == name]
     return {f"{place.tensor}[{place.axis}]" for place in family.places}
 
 
-def locks(found: Groups) -> dict[str, str]:
+def locks(found: ChannelGroups) -> dict[str, str]:
     """Why channels are locked, by the weight that makes them."""
     return {family.name: family.reason for family in found.families if family.reason}

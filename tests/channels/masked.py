@@ -9,13 +9,13 @@ import numpy as np
 import onnxruntime
 import torch
 
-from prunectl.channels.prune import CutOut
+from prunectl.channels.prune import ChannelPruneResult
 from tests.channels.nets import nn
 
 MAKERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d)
 
 
-def lost(found: CutOut) -> dict[str, list[int]]:
+def lost(found: ChannelPruneResult) -> dict[str, list[int]]:
     """The numbers of the outputs that went, by the name of a weight."""
     gone: dict[str, list[int]] = {}
     for loss in found.losses:
@@ -26,7 +26,7 @@ def lost(found: CutOut) -> dict[str, list[int]]:
     return gone
 
 
-def masked(net: Any, found: CutOut, images: Any) -> Any:
+def masked(net: Any, found: ChannelPruneResult, images: Any) -> Any:
     """What a network says when these channels say nothing."""
     gone = lost(found)
     names = set(dict(net.named_parameters()))

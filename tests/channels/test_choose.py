@@ -7,27 +7,27 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from prunectl.channels.choose import Candidate, choose, droppable, removed
-from prunectl.channels.couple import Family, Group, Member, Place
-from prunectl.channels.cutting import Cutting
-from prunectl.channels.scores import MEASURES, at_random, of_family
-from prunectl.channels.trace import Part
+from prunectl.channels.config import ChannelConfig
+from prunectl.channels.groups import Channel, ChannelGroup, ChannelSlice, TensorAxis
+from prunectl.channels.importance import MEASURES, group_importance, random_importance
+from prunectl.channels.labels import AxisRole
+from prunectl.channels.selection import Candidate, choose, prunable_count, removed_indices
 from prunectl.pruning.plan import Scope
 
-MAKER, READER = Place("maker", 0, Part.OUT), Place("reader", 1, Part.IN)
+MAKER, READER = TensorAxis("maker", 0, AxisRole.OUT), TensorAxis("reader", 1, AxisRole.IN)
 RANDOM = np.random.default_rng(5)
 WEIGHTS = {"maker": RANDOM.normal(size=(4, 3, 3, 3)), "reader": RANDOM.normal(size=(2, 8))}
 BY_NAME = {measure.name: measure for measure in MEASURES}
 
 
-def family(count: int = 4, each: int = 2, name: str = "maker") -> Family:
+def family(count: int = 4, each: int = 2, name: str = "maker") -> ChannelGroup:
     """Channels that are one output of one weight, and some inputs of another."""
-    maker = Place(name, 0, Part.OUT)
+    maker = TensorAxis(name, 0, AxisRole.OUT)
     groups = tuple(
-        Group(at + 1, (Member(maker, (at,)), Member(READER, tuple(range(at * each, at * each + each)))))
+        Channel(at + 1, (ChannelSlice(maker, (at,)), ChannelSlice(READER, tuple(range(at * each, at * each + each)))))
         for at in range(count)
     )
-    return Family(name, (maker, READER), groups)
+    return ChannelGroup(name, (maker, READER), groups)
 
 
 def ranked(*scores: Sequence[float], ratio: float = 0.5) -> list[Candidate]:
@@ -37,8 +37,8 @@ def ranked(*scores: Sequence[float], ratio: float = 0.5) -> list[Candidate]:
     ]
 
 
-def cutting(ratio: float = 0.5, **more: object) -> Cutting:
-    return Cutting(ratio, None, **({"min_channels": 1} | more))  # type: ignore[arg-type]
+def cutting(ratio: float = 0.5, **more: object) -> ChannelConfig:
+    return ChannelConfig(ratio, None, **({"min_channels": 1} | more))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("norm", ["1", "2"])
@@ -52,31 +52,34 @@ def test_the_norm_is_the_mean_over_all_that_makes_or_reads_a_channel(norm: str) 
     line = measure(WEIGHTS["maker"], 0), measure(WEIGHTS["reader"], 1)
     np.testing.assert_allclose((line[0] + line[1].reshape(4, 2).mean(1)) / 2, wanted)
     if norm == "1":
-        np.testing.assert_allclose(of_family(family(), WEIGHTS, BY_NAME["channel-norm"]), wanted)
+        np.testing.assert_allclose(group_importance(family(), WEIGHTS, BY_NAME["channel-norm"]), wanted)
 
 
 def test_the_geometric_median_is_nearest_to_all_others() -> None:
     rows = WEIGHTS["maker"].reshape(4, -1)
     wanted = [sum(np.linalg.norm(one - other) for other in rows) for one in rows]
-    np.testing.assert_allclose(of_family(family(), WEIGHTS, BY_NAME["geometric-median"]), wanted)
+    np.testing.assert_allclose(group_importance(family(), WEIGHTS, BY_NAME["geometric-median"]), wanted)
 
 
 def test_a_family_without_normalisation_has_no_scale_to_look_at() -> None:
-    assert of_family(family(), WEIGHTS, BY_NAME["bn-scale"]) is None
-    scaled = Family(
+    assert group_importance(family(), WEIGHTS, BY_NAME["bn-scale"]) is None
+    scaled = ChannelGroup(
         "maker",
-        (MAKER, Place("scale", 0, Part.SCALE)),
-        tuple(Group(at + 1, (Member(MAKER, (at,)), Member(Place("scale", 0, Part.SCALE), (at,)))) for at in range(4)),
+        (MAKER, TensorAxis("scale", 0, AxisRole.SCALE)),
+        tuple(
+            Channel(at + 1, (ChannelSlice(MAKER, (at,)), ChannelSlice(TensorAxis("scale", 0, AxisRole.SCALE), (at,))))
+            for at in range(4)
+        ),
     )
     weights = {"scale": np.array([-3.0, 1.0, 2.0, -0.5])}
-    np.testing.assert_allclose(of_family(scaled, weights, BY_NAME["bn-scale"]), [3, 1, 2, 0.5])
+    np.testing.assert_allclose(group_importance(scaled, weights, BY_NAME["bn-scale"]), [3, 1, 2, 0.5])
 
 
 def test_chance_is_the_same_for_the_same_seed_alone() -> None:
-    assert at_random(family(50), 1).tolist() == at_random(family(50), 1).tolist()
-    assert at_random(family(50), 1).tolist() != at_random(family(50), 2).tolist()
-    assert at_random(family(50), 1).tolist() != at_random(family(50, name="other"), 1).tolist()
-    assert abs(at_random(family(2000), 3).mean() - 0.5) < 0.03
+    assert random_importance(family(50), 1).tolist() == random_importance(family(50), 1).tolist()
+    assert random_importance(family(50), 1).tolist() != random_importance(family(50), 2).tolist()
+    assert random_importance(family(50), 1).tolist() != random_importance(family(50, name="other"), 1).tolist()
+    assert abs(random_importance(family(2000), 3).mean() - 0.5) < 0.03
 
 
 def test_each_family_loses_its_share_of_the_lowest() -> None:
@@ -120,11 +123,11 @@ def test_no_family_loses_all_however_low_its_scores() -> None:
 def test_what_stays_is_rounded_up_and_never_too_little(
     count: int, asked: int, limits: dict[str, float], dropped: int
 ) -> None:
-    assert droppable(count, asked, cutting(**limits)) == dropped
+    assert prunable_count(count, asked, cutting(**limits)) == dropped
 
 
 def test_a_channel_goes_wherever_it_is() -> None:
     losses = choose(ranked([4, 1, 3, 2]), cutting())
-    gone = removed(losses)
+    gone = removed_indices(losses)
     assert gone["maker0", 0].tolist() == [1, 3]
     assert gone["reader", 1].tolist() == [2, 3, 6, 7]

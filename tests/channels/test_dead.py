@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.channels.prune import CutOut, prune_channels
-from prunectl.pruning.output import Output
-from prunectl.pruning.request import Request
+from prunectl.channels.prune import ChannelPruneResult, prune_channels
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.request import PruneRequest
 from tests.channels.made import model, numpy_helper, onnx, op, saved
 from tests.channels.masked import run
 
@@ -28,9 +28,9 @@ def changed(made: Any, **zeros: Any) -> Any:
     return made
 
 
-def cut_dead(made: Any, tmp_path: Path) -> tuple[CutOut, Path]:
+def cut_dead(made: Any, tmp_path: Path) -> tuple[ChannelPruneResult, Path]:
     path, output = saved(made, tmp_path), tmp_path / "small.onnx"
-    found = prune_channels(path, Request(pattern="channel"), Output(output), dead=True, allow_empty=True)
+    found = prune_channels(path, PruneRequest(pattern="channel"), Destination(output), dead=True, allow_empty=True)
     images = np.random.default_rng(5).standard_normal((2, 3, 8, 8)).astype(np.float32)
     np.testing.assert_allclose(run(output, images), run(path, images), rtol=1e-5, atol=1e-5)
     return found, output

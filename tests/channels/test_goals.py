@@ -10,19 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunectl.channels.goals import Goal, What, goal_of, least
-from prunectl.channels.prune import CutOut, prune_channels
+from prunectl.channels.config import SizeTarget, TargetKind, parse_target, smallest_ratio
+from prunectl.channels.prune import ChannelPruneResult, prune_channels
 from prunectl.errors import UsageError, WorkError
-from prunectl.pruning.output import Output
-from prunectl.pruning.request import Request
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.request import PruneRequest
 from tests.channels.made import onnx
 from tests.channels.nets import NETS, export
 from tests.running import here
 
 
-def cut(path: Path, output: Path | None, limits: dict[str, Any] | None = None, **asked: Any) -> CutOut:
-    request = Request(**{"pattern": "channel", **asked})
-    return prune_channels(path, request, Output(output) if output else None, **(limits or {}))
+def cut(path: Path, output: Path | None, limits: dict[str, Any] | None = None, **asked: Any) -> ChannelPruneResult:
+    request = PruneRequest(**{"pattern": "channel", **asked})
+    return prune_channels(path, request, Destination(output) if output else None, **(limits or {}))
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,13 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [("-50%", 0, 0.5), ("-12.5%", 0, 0.875), ("1.5M", 1_500_000, None), ("200k", 200_000, None), ("7", 7, None)],
 )
 def test_a_goal_is_a_share_less_or_a_number(text: str, number: int, share: float | None) -> None:
-    assert goal_of(What.PARAMS, text) == Goal(What.PARAMS, number, share)
+    assert parse_target(TargetKind.PARAMS, text) == SizeTarget(TargetKind.PARAMS, number, share)
 
 
 @pytest.mark.parametrize("text", ["50%", "-150%", "half", "-3", "", "1.5MB"])
 def test_anything_else_is_no_goal(text: str) -> None:
     with pytest.raises(UsageError, match="is no number of FLOPs"):
-        goal_of(What.FLOPS, text)
+        parse_target(TargetKind.FLOPS, text)
 
 
 @given(st.integers(1, 300), st.integers(0, 300), st.integers(0, 50))
@@ -51,12 +51,12 @@ def test_no_smaller_share_reaches_a_goal(channels: int, number: int, floor: int)
     def left(ratio: float) -> int:
         return before - round(ratio * channels)
 
-    goal = Goal(What.PARAMS, number)
+    goal = SizeTarget(TargetKind.PARAMS, number)
     if left(1.0) > number:
         with pytest.raises(WorkError, match="out of reach"):
-            least(goal, before, channels, left, 40)
+            smallest_ratio(goal, before, channels, left, 40)
         return
-    found = least(goal, before, channels, left, 40)
+    found = smallest_ratio(goal, before, channels, left, 40)
     assert left(found) <= number
     assert found == 0 or left(found - 1 / channels) > number
 

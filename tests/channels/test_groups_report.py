@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunectl.channels.groups import groups
-from prunectl.formats.table import open_model
-from prunectl.measuring.survey import survey
-from prunectl.reporting.groups_report import with_groups
-from prunectl.reporting.inspect_report import inspect_report
+from prunectl.analysis.stats import measure_stats
+from prunectl.channels.groups import channel_groups
+from prunectl.formats.registry import open_model
+from prunectl.reporting.inspect import add_channel_groups, inspect_report
 from tests.channels.test_prune import FIXTURE
 
 
 def test_the_report_lists_what_goes_together_and_what_is_locked(tmp_path: Path) -> None:
     model = open_model(FIXTURE)
-    report = with_groups(inspect_report([survey(model, model.tensors)], [], has_flops=False), [groups(model)])
+    report = add_channel_groups(
+        inspect_report([measure_stats(model, model.tensors)], [], has_flops=False), [channel_groups(model)]
+    )
     (section,) = report.sections
     assert ("channels", "56 of 66 may go") in section.facts
     table = section.tables[-1]

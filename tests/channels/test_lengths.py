@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
 from tests.channels.keras.nets import LIBRARIES, filled
 from tests.channels.made import numpy_helper, onnx, op, saved
 from tests.exporting.exporting import save

@@ -10,22 +10,24 @@ import onnxruntime
 import pytest
 import torch
 
-from prunectl.channels.prune import CutOut, prune_channels
+from prunectl.channels.prune import ChannelPruneResult, prune_channels
 from prunectl.errors import PrunectlError, UsageError
 from prunectl.plugins import attribute
-from prunectl.pruning.output import Output
-from prunectl.pruning.request import Request
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.request import PruneRequest
 from tests.channels.made import model, numpy_helper, onnx, op, saved
 from tests.running import FIXTURES, here
 
 NET, DIGITS = FIXTURES / "digits_cnn.onnx", FIXTURES / "digits.npz"
 
 
-def cut(path: Path, output: Path | None, **asked: Any) -> CutOut:
-    return prune_channels(path, Request(**{"pattern": "channel", **asked}), Output(output) if output else None)
+def cut(path: Path, output: Path | None, **asked: Any) -> ChannelPruneResult:
+    return prune_channels(
+        path, PruneRequest(**{"pattern": "channel", **asked}), Destination(output) if output else None
+    )
 
 
-def dropped(found: CutOut, name: str) -> list[int]:
+def dropped(found: ChannelPruneResult, name: str) -> list[int]:
     (loss,) = [loss for loss in found.losses if loss.family.name == name]
     return [loss.family.groups[number].members[0].indices[0] for number in loss.dropped]
 

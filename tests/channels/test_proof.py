@@ -9,33 +9,33 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.channels import proof
-from prunectl.channels.after import After
-from prunectl.channels.languages import read
-from prunectl.channels.plan import Plan
-from prunectl.channels.rules import follow
+from prunectl.channels import verify
+from prunectl.channels.adapter import PrunedShapes
+from prunectl.channels.frontends import open_adapter
+from prunectl.channels.plan import ChannelPlan
+from prunectl.channels.rules import propagate
 from prunectl.errors import UsageError, WorkError
-from prunectl.formats.table import open_model
-from prunectl.training.network import Origin
+from prunectl.formats.registry import open_model
+from prunectl.training.backend import ModelOrigin
 from tests.channels.made import model, numpy_helper, onnx, op, saved
 from tests.channels.test_prune import FIXTURE, cut
 from tests.running import here
 
 
 def test_a_cut_that_changes_the_outcome_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "_SILENT", frozenset())
+    monkeypatch.setattr(verify, "_ZEROED", frozenset())
     with pytest.raises(WorkError, match="differs from the original"):
         cut(FIXTURE, tmp_path / "small.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_cut_that_cannot_run_is_not_written(tmp_path: Path) -> None:
-    source = read(open_model(FIXTURE), Origin())
-    trace = follow(source.graph)
+    source = open_adapter(open_model(FIXTURE), ModelOrigin())
+    trace = propagate(source.graph)
     broken = source.with_weights({})
     broken.graph.initializer[0].dims[0] -= 1
     with pytest.raises(WorkError, match="nothing was written"):
-        proof.prove(source, broken, Plan((), {}, After(trace, ())), 0)
+        verify.verify(source, broken, ChannelPlan((), {}, PrunedShapes(trace, ())), 0)
 
 
 def test_what_a_softmax_would_hide_is_seen(tmp_path: Path) -> None:
@@ -47,47 +47,47 @@ def test_what_a_softmax_would_hide_is_seen(tmp_path: Path) -> None:
         if tensor.name == "last":
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1e-9), "last"))
     onnx.save(made, path)
-    source = read(open_model(path), Origin())
-    trace = follow(source.graph)
+    source = open_adapter(open_model(path), ModelOrigin())
+    trace = propagate(source.graph)
     label = int(trace.notes[0].labels[0])
     gone = {("first", 0): np.array([0]), ("last", 0): np.array([0])}
     wrong = {("first", 0): np.array([0]), ("last", 0): np.array([1])}
-    after = After(trace, [label])
-    assert proof.prove(source, source.cut(gone, after, {}), Plan((), gone, after), 0).error < 1e-6
+    after = PrunedShapes(trace, [label])
+    assert verify.verify(source, source.cut(gone, after, {}), ChannelPlan((), gone, after), 0).error < 1e-6
     with pytest.raises(WorkError, match="differs from the original"):
-        proof.prove(source, source.cut(wrong, after, {}), Plan((), gone, after), 0)
+        verify.verify(source, source.cut(wrong, after, {}), ChannelPlan((), gone, after), 0)
 
 
-def blind(folder: Path) -> tuple[Any, Any, Plan]:
+def blind(folder: Path) -> tuple[Any, Any, ChannelPlan]:
     """A network whose channels say nothing below 99, and a cut of it that mixes two of them up."""
     nodes = [op("Conv", "x first bias", "a"), op("Relu", "a", "b"), op("Conv", "b last", "y")]
     made = model(nodes, {"first": (8, 3, 3, 3), "bias": (8,), "last": (2, 8, 1, 1)})
     for tensor in made.graph.initializer:
         if tensor.name == "bias":
             tensor.CopyFrom(numpy_helper.from_array(np.full(8, -99, np.float32), "bias"))
-    source = read(open_model(saved(made, folder)), Origin())
-    trace = follow(source.graph)
+    source = open_adapter(open_model(saved(made, folder)), ModelOrigin())
+    trace = propagate(source.graph)
     right = {("first", 0): np.array([0]), ("bias", 0): np.array([0]), ("last", 1): np.array([0])}
     wrong = right | {("last", 1): np.array([1])}
-    after = After(trace, [int(trace.notes[0].labels[0])])
-    return source, source.cut(wrong, after, {}), Plan((), right, after)
+    after = PrunedShapes(trace, [int(trace.notes[0].labels[0])])
+    return source, source.cut(wrong, after, {}), ChannelPlan((), right, after)
 
 
 def test_what_random_numbers_do_not_show_the_users_data_do(tmp_path: Path) -> None:
     source, smaller, plan = blind(tmp_path)
     # Only what comes out is compared: the layers within would show it at once.
     plan = replace(plan, is_lossless=True)
-    assert proof.prove(source, smaller, plan, 0).error == 0
+    assert verify.verify(source, smaller, plan, 0).error == 0
     usual = source.feeds(np.random.default_rng(0))
     given = {name: array * 1000 for name, array in usual.items()}
     with pytest.raises(WorkError, match="differs from the original"):
-        proof.prove(source, smaller, plan, 0, [given])
+        verify.verify(source, smaller, plan, 0, [given])
 
 
 def test_data_are_taken_in_batches_as_the_network_has_them(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).random((5, 1, 8, 8), np.float32))
     found = cut(FIXTURE, tmp_path / "small.onnx", data=str(tmp_path / "x.npz"))
-    size = len(next(iter(read(open_model(FIXTURE), Origin()).feeds(np.random.default_rng(0)).values())))
+    size = len(next(iter(open_adapter(open_model(FIXTURE), ModelOrigin()).feeds(np.random.default_rng(0)).values())))
     assert found.proof.batches == -(-min(5, 4 * size) // size)
     assert found.proof.error < 1e-5
 
@@ -125,14 +125,14 @@ def test_onnxruntime_has_no_float64() -> None:
 
 
 def test_an_original_that_fails_in_float64_is_not_passed_over_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    path, runners = FIXTURE.with_suffix(".keras"), proof._Pair.runners
+    path, runners = FIXTURE.with_suffix(".keras"), verify._Pair.runners
 
     def narrow(self: Any, *, is_wide: bool) -> Any:
         if is_wide:
             raise TypeError("this layer takes 32 bits alone")
         return runners(self, is_wide=is_wide)
 
-    monkeypatch.setattr(proof._Pair, "runners", narrow)
+    monkeypatch.setattr(verify._Pair, "runners", narrow)
     assert "the original fails in float64" in cut(path, None).notes[-1]
 
 
@@ -141,7 +141,7 @@ def test_what_float32_hides_is_seen_in_float64(tmp_path: Path, monkeypatch: pyte
     found = cut(path, None)
     assert found.proof.wide is not None
     assert found.proof.wide < 1e-12
-    monkeypatch.setattr(proof, "TOLERANCE_WIDE", found.proof.wide / 2)
+    monkeypatch.setattr(verify, "TOLERANCE_WIDE", found.proof.wide / 2)
     with pytest.raises(WorkError, match="in float64"):
         cut(path, tmp_path / "small.keras")
     assert not list(tmp_path.iterdir())

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.channels.prune import CutOut, prune_channels
+from prunectl.channels.prune import ChannelPruneResult, prune_channels
 from prunectl.errors import InputError, UsageError
-from prunectl.formats.table import open_model
-from prunectl.pruning.output import Output
+from prunectl.formats.registry import open_model
+from prunectl.pruning.destination import Destination
 from prunectl.pruning.prune import prune
-from prunectl.pruning.request import Request
-from prunectl.reporting.channels_report import channels_report
+from prunectl.pruning.request import PruneRequest
+from prunectl.reporting.channels import channels_report
 from tests.channels.made import helper, model, numpy_helper, onnx, op, saved
 from tests.channels.masked import run
 from tests.running import here
@@ -24,9 +24,9 @@ from tests.running import here
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "digits_cnn.onnx"
 
 
-def cut(path: Path, output: Path | None, *, limits: dict[str, Any] | None = None, **asked: Any) -> CutOut:
-    request = Request(**{"sparsity": 0.5, "pattern": "channel"} | asked)
-    return prune_channels(path, request, Output(output) if output else None, **(limits or {}))
+def cut(path: Path, output: Path | None, *, limits: dict[str, Any] | None = None, **asked: Any) -> ChannelPruneResult:
+    request = PruneRequest(**{"sparsity": 0.5, "pattern": "channel"} | asked)
+    return prune_channels(path, request, Destination(output) if output else None, **(limits or {}))
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -251,7 +251,7 @@ def test_data_beside_the_model_keeps_its_name_in_place(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     onnx.save(chain(), path, save_as_external_data=True, location="net.data", size_threshold=100)
     before = onnx.load(path)
-    prune_channels(path, Request(sparsity=0.5, pattern="channel"), Output(path, is_in_place=True))
+    prune_channels(path, PruneRequest(sparsity=0.5, pattern="channel"), Destination(path, is_in_place=True))
     assert sorted(child.name for child in tmp_path.iterdir()) == ["net.data", "net.onnx"]
     assert shapes(path)["first"][0] * 2 == before.graph.initializer[0].dims[0]
 
@@ -266,7 +266,7 @@ def test_shapes_of_inner_values_that_no_longer_hold_are_left_out(tmp_path: Path)
 
 def test_one_that_was_packed_comes_out_packed(tmp_path: Path) -> None:
     packed, output = tmp_path / "packed.onnx", tmp_path / "small.onnx"
-    prune(FIXTURE, Request(sparsity=0.9, is_packed=True), Output(packed))
+    prune(FIXTURE, PruneRequest(sparsity=0.9, is_packed=True), Destination(packed))
     cut(packed, output)
     assert shapes(output)["fc1.weight"] == (16, 128)
     assert onnx.load(output).graph.sparse_initializer

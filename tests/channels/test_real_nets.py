@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.channels.groups import groups as groups_of
-from prunectl.channels.prune import CutOut, prune_channels
-from prunectl.formats.table import open_model
-from prunectl.pruning.output import Output
-from prunectl.pruning.request import Request
+from prunectl.channels.groups import channel_groups as groups_of
+from prunectl.channels.prune import ChannelPruneResult, prune_channels
+from prunectl.formats.registry import open_model
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.request import PruneRequest
 from tests.channels.made import onnx
 from tests.channels.masked import masked, run
 from tests.channels.nets import NETS, Attention, Groups, Recurrent, Shuffle, built, export, torch
@@ -29,8 +29,8 @@ SHAPES = {
 }
 
 
-def cut(path: Path, output: Path, **asked: Any) -> CutOut:
-    return prune_channels(path, Request(**{"sparsity": 0.5, "pattern": "channel"} | asked), Output(output))
+def cut(path: Path, output: Path, **asked: Any) -> ChannelPruneResult:
+    return prune_channels(path, PruneRequest(**{"sparsity": 0.5, "pattern": "channel"} | asked), Destination(output))
 
 
 @pytest.mark.parametrize("is_open", [True, False], ids=["open", "fixed"])
@@ -82,7 +82,7 @@ def test_any_opset_will_do(opset: int, tmp_path: Path) -> None:
         assert onnx.load(output).opset_import[0].version == opset
 
 
-def check_like(kind: Any, path: Path, output: Path, **asked: Any) -> CutOut:
+def check_like(kind: Any, path: Path, output: Path, **asked: Any) -> ChannelPruneResult:
     """Hold a cut network against PyTorch's, whose channels are silent."""
     found = cut(path, output, **asked)
     onnx.checker.check_model(output, full_check=True)

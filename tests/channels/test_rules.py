@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prunectl.channels.groups import Groups
+from prunectl.channels.groups import ChannelGroups
 from tests.channels.made import helper, locks, model, op, places, seen
 
 Weights = dict[str, tuple[int, ...]]
@@ -24,7 +24,7 @@ def between(
     numbers: Numbers | None = None,
     channels: int = 4,
     width: int | None = None,
-) -> Groups:
+) -> ChannelGroups:
     """What is seen of a convolution `first`, some nodes from `a` to `last_in`, and a convolution `last`."""
     own = {"first": (channels, 3, 3, 3), "last": (2, width or channels, 1, 1)} | (weights or {})
     first = op("Conv", "x first", "a", pads=[1, 1, 1, 1])

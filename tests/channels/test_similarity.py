@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from scipy.spatial.distance import cdist
 
-from prunectl.channels import similarity as module
-from prunectl.channels.similarity import METRICS, cosine, difference, euclidean, first_of_each, iou, replaced
+from prunectl.channels import importance as module
+from prunectl.channels.importance import METRICS, cosine, dissimilarity, euclidean, first_of_each, iou, redundancy
 from tests.contract import Array
 
 
@@ -96,25 +96,25 @@ def one_by_one(alike: Array) -> Array:
 )
 def test_of_the_most_alike_pair_the_later_goes_again_and_again(values: Array) -> None:
     alike = (values + values.T) / 8
-    np.testing.assert_array_equal(replaced(alike), one_by_one(alike))
+    np.testing.assert_array_equal(redundancy(alike), one_by_one(alike))
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_of_real_rows_the_later_of_the_most_alike_goes(metric: str) -> None:
     alike = METRICS[metric](ROWS)
-    np.testing.assert_array_equal(replaced(alike), one_by_one(alike))
+    np.testing.assert_array_equal(redundancy(alike), one_by_one(alike))
 
 
 def test_of_many_that_are_the_same_the_first_stays() -> None:
     rows = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    np.testing.assert_array_equal(replaced(cosine(rows)), [-1, 0, 1, 1, 1])
+    np.testing.assert_array_equal(redundancy(cosine(rows)), [-1, 0, 1, 1, 1])
     np.testing.assert_array_equal(first_of_each(cosine(rows)), [True, True, False, False, False])
 
 
 def test_a_row_goes_only_for_one_that_stays() -> None:
     # A chain: the first is like the second and the second like the third, but not the first like the third.
     alike = np.array([[1.0, 0.95, 0.2], [0.95, 1.0, 0.92], [0.2, 0.92, 1.0]])
-    np.testing.assert_array_equal(replaced(alike), [-1.0, 0.95, 0.2])
+    np.testing.assert_array_equal(redundancy(alike), [-1.0, 0.95, 0.2])
     np.testing.assert_array_equal(first_of_each(alike), [True, False, True])
     np.testing.assert_array_equal(first_of_each(alike, 0.99), [True, True, True])
 
@@ -133,25 +133,25 @@ def test_those_that_stay_are_not_alike_and_those_that_go_are_like_one_that_stays
 def test_channels_lie_along_any_axis_of_a_kernel(axis: int) -> None:
     kernel = normal(4, 5, 3, 6).astype("f4")
     rows = np.stack([kernel.take(at, axis).reshape(-1) for at in range(kernel.shape[axis])]).astype("f8")
-    expected = 1 - replaced(1 - cdist(rows, rows, "cosine"))
-    np.testing.assert_allclose(difference(kernel, axis), expected, atol=1e-12)
+    expected = 1 - redundancy(1 - cdist(rows, rows, "cosine"))
+    np.testing.assert_allclose(dissimilarity(kernel, axis), expected, atol=1e-12)
 
 
 def test_the_copy_of_a_channel_goes_first() -> None:
     kernel = normal(3, 3, 4, 8)
     kernel[..., 5] = kernel[..., 1]
     for metric in METRICS:
-        found = difference(kernel, 3, metric)
+        found = dissimilarity(kernel, 3, metric)
         assert int(np.argmin(found)) == 5
         assert found[5] == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_single_channel_has_nothing_to_replace_it(metric: str) -> None:
-    np.testing.assert_array_equal(difference(normal(4, 1), 1, metric), [2.0])
+    np.testing.assert_array_equal(dissimilarity(normal(4, 1), 1, metric), [2.0])
 
 
 def test_many_channels_take_no_more_memory_than_their_pairs() -> None:
-    found = difference(normal(600, 40), 0, "iou")
+    found = dissimilarity(normal(600, 40), 0, "iou")
     assert found.shape == (600,)
     assert np.count_nonzero(found == 2.0) == 1

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from prunectl import api
-from prunectl.exporting.result import Exported
+from prunectl.exporting.compare import ExportResult
 from tests.contract import Array
 from tests.running import FIXTURES
 
@@ -19,7 +19,7 @@ DIGITS = f"{FIXTURES / 'digits.npz'}?norm=/16"
 NET = f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"
 
 
-def export(source: str | Path, output: Path, /, **words: Any) -> Exported:
+def export(source: str | Path, output: Path, /, **words: Any) -> ExportResult:
     """Export, deaf to what frameworks warn of."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import load_file
 
 from prunectl.errors import UsageError, WorkError
-from prunectl.exporting import onnx_smaller
+from prunectl.exporting import onnx_finish
 from tests.exporting.exporting import export
 from tests.running import FIXTURES, ROOT
 
@@ -150,6 +150,6 @@ def test_logging_is_as_disabled_after_quantising_as_it_was_before(
     monkeypatch.setattr(onnx, "save", lambda *_: None)
     monkeypatch.setattr(onnx, "load", lambda _: "loaded")
     monkeypatch.setattr(logging.root.manager, "disable", level)
-    found = onnx_smaller._through_files(silent, None, lambda *_: seen.append(logging.root.manager.disable))
+    found = onnx_finish._through_files(silent, None, lambda *_: seen.append(logging.root.manager.disable))
     assert (found, seen) == ("loaded", [max(level, logging.WARNING)])
     assert logging.root.manager.disable == level

@@ -10,7 +10,7 @@ import pytest
 
 from prunectl import api
 from prunectl.errors import InputError, UntrustedError, UsageError, WorkError
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
 from tests.contract import Array
 from tests.exporting import nets_keras
 from tests.exporting.exporting import DIGITS, by_onnxruntime, by_tflite, digits, export, random, save, zeros

@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 
 from prunectl.errors import MissingExtraError, UntrustedError, UsageError
-from prunectl.exporting import pairs
+from prunectl.exporting import routes
 from prunectl.exporting.export import export as run
-from prunectl.exporting.naming import naming
-from prunectl.exporting.pairs import PAIRS
-from prunectl.exporting.targets import TARGETS, target_of
-from prunectl.exporting.words import request_of
-from prunectl.formats.table import FORMATS
-from prunectl.pruning.output import Output
+from prunectl.exporting.export import naming_original
+from prunectl.exporting.request import request_of
+from prunectl.exporting.routes import PAIRS, TARGETS, target_of
+from prunectl.formats.registry import FORMATS
+from prunectl.pruning.destination import Destination
 from tests.exporting.exporting import NET, export
 from tests.running import FIXTURES, ROOT, here
 
@@ -28,7 +27,7 @@ def test_every_pair_is_of_formats_that_there_are_and_names_things_that_exist() -
         assert pair.target in {target.name for target in TARGETS}
         for reference in filter(None, (pair.writer, pair.opener, pair.runner)):
             module, _, name = reference.partition(":")
-            assert f"\ndef {name}(" in (Path(pairs.__file__).parent / f"{module}.py").read_text()
+            assert f"\ndef {name}(" in (Path(routes.__file__).parent / f"{module}.py").read_text()
 
 
 def test_the_table_loads_no_converter() -> None:
@@ -125,7 +124,7 @@ def test_a_package_that_is_missing_is_named_before_any_work(tmp_path: Path, monk
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return real(name, *more)
 
-    monkeypatch.setattr("prunectl.formats.optional.importlib.import_module", without)
+    monkeypatch.setattr("prunectl.formats.safe_json.importlib.import_module", without)
     with pytest.raises(MissingExtraError, match="onnxruntime is not installed") as caught:
         export("digits_cnn.onnx", tmp_path / "m.onnx")
     assert caught.value.exit_code == 4
@@ -158,7 +157,10 @@ def test_the_command_reports_as_json_and_writes_a_card(tmp_path: Path) -> None:
 
 
 def test_what_goes_wrong_with_a_copy_is_told_of_the_file_that_the_user_knows() -> None:
-    with pytest.raises(UsageError, match=r"^mine\.h5 is odd$") as caught, naming(Path("mine.h5"), Path("/copy/of.h5")):
+    with (
+        pytest.raises(UsageError, match=r"^mine\.h5 is odd$") as caught,
+        naming_original(Path("mine.h5"), Path("/copy/of.h5")),
+    ):
         raise UsageError("/copy/of.h5 is odd", hint="prunectl strip /copy/of.h5")
     assert caught.value.hint == "prunectl strip mine.h5"
 
@@ -174,16 +176,16 @@ def test_options_that_leave_fewer_bits_exclude_each_other_and_two_files_need_a_n
         run(
             FIXTURES / "digits_cnn.pt2",
             request_of({"to": "torch", "code": True}),
-            Output(tmp_path / "standard-output", is_stream=True),
+            Destination(tmp_path / "standard-output", is_stream=True),
         )
 
 
 def test_standard_output_takes_a_file_and_asks_for_its_format(tmp_path: Path) -> None:
     model = FIXTURES / "digits_cnn.onnx"
     with pytest.raises(UsageError, match="standard output has no suffix"):
-        run(model, request_of({}), Output(tmp_path / "standard-output", is_stream=True))
+        run(model, request_of({}), Destination(tmp_path / "standard-output", is_stream=True))
     with pytest.raises(UsageError, match="SavedModel is a folder"):
-        run(FIXTURES / "digits_cnn.h5", request_of({"to": "saved-model"}), Output(tmp_path / "s", is_stream=True))
-    run(model, request_of({"to": "npz"}), Output(tmp_path / "standard-output", is_stream=True))
+        run(FIXTURES / "digits_cnn.h5", request_of({"to": "saved-model"}), Destination(tmp_path / "s", is_stream=True))
+    run(model, request_of({"to": "npz"}), Destination(tmp_path / "standard-output", is_stream=True))
     export(model, tmp_path / "w.npz")
     assert (tmp_path / "standard-output").read_bytes() == (tmp_path / "w.npz").read_bytes()

@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 
 from prunectl.errors import WorkError
-from prunectl.exporting import by_onnx
-from prunectl.exporting.job import Job
-from prunectl.exporting.live import Flow
-from prunectl.exporting.parity import compare
-from prunectl.exporting.request import Request
-from prunectl.exporting.samples import Samples
-from prunectl.exporting.tolerances import INTEGERS, Tolerance, tolerance_of
+from prunectl.exporting import onnx as exporting_onnx
+from prunectl.exporting.compare import INTEGERS, Tolerance, compare, tolerance_of
+from prunectl.exporting.inputs import InputSpec
+from prunectl.exporting.job import ExportJob, Samples
+from prunectl.exporting.request import ExportRequest
 from tests.contract import Array
 from tests.exporting.exporting import DIGITS, export
 
@@ -24,7 +22,7 @@ from tests.exporting.exporting import DIGITS, export
 class Made:
     """A model that doubles."""
 
-    inputs: tuple[Flow, ...] = ()
+    inputs: tuple[InputSpec, ...] = ()
     is_channels_first: bool = False
     notes: tuple[str, ...] = ()
 
@@ -80,7 +78,7 @@ def test_other_shapes_and_fewer_outputs_are_differences() -> None:
 def test_a_converter_that_gets_it_wrong_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     onnx = pytest.importorskip("onnx")
 
-    def wrong(job: Job, target: Path) -> tuple[str, ...]:
+    def wrong(job: ExportJob, target: Path) -> tuple[str, ...]:
         proto = onnx.load(str(job.file.path))
         for one in proto.graph.initializer:
             if one.name == "fc2.bias":
@@ -88,7 +86,7 @@ def test_a_converter_that_gets_it_wrong_leaves_no_file(tmp_path: Path, monkeypat
         onnx.save(proto, str(target))
         return ()
 
-    monkeypatch.setattr(by_onnx, "write", wrong)
+    monkeypatch.setattr(exporting_onnx, "write", wrong)
     with pytest.raises(WorkError, match="the output scores differs") as caught:
         export("digits_cnn.onnx", tmp_path / "wrong.onnx", data=DIGITS)
     assert caught.value.exit_code == 5
@@ -112,7 +110,7 @@ class Table:
     """A model that answers with what it knows."""
 
     table: Array
-    inputs: tuple[Flow, ...] = ()
+    inputs: tuple[InputSpec, ...] = ()
     is_channels_first: bool = False
     notes: tuple[str, ...] = ()
 
@@ -166,9 +164,9 @@ def test_of_a_few_examples_one_may_be_another_if_all_numbers_are_near() -> None:
 
 
 def test_what_the_user_allows_takes_the_place_of_what_is_usual() -> None:
-    assert tolerance_of(Request(is_int8=True)) is INTEGERS
-    assert tolerance_of(Request(is_int8=True, atol=0.5)) == Tolerance(0.5, 0.0)
-    assert tolerance_of(Request(rtol=0.5)) == Tolerance(1e-4, 0.5)
+    assert tolerance_of(ExportRequest(is_int8=True)) is INTEGERS
+    assert tolerance_of(ExportRequest(is_int8=True, atol=0.5)) == Tolerance(0.5, 0.0)
+    assert tolerance_of(ExportRequest(rtol=0.5)) == Tolerance(1e-4, 0.5)
 
 
 def test_words_and_complex_numbers_are_compared_as_well() -> None:

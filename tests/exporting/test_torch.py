@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from prunectl.errors import InputError, UsageError, WorkError
-from prunectl.exporting import onnx_beside
+from prunectl.exporting import onnx_finish
 from prunectl.exporting.export import export as run
-from prunectl.exporting.words import request_of
-from prunectl.formats.table import open_model
-from prunectl.pruning.output import Output
+from prunectl.exporting.request import request_of
+from prunectl.formats.registry import open_model
+from prunectl.pruning.destination import Destination
 from tests.contract import Array
 from tests.exporting import nets_torch
 from tests.exporting.exporting import DIGITS, NET, by_onnxruntime, export, random, zeros
@@ -186,7 +186,7 @@ def test_onnx_becomes_onnx_of_another_version_and_keeps_what_is_said_of_it(tmp_p
 def test_what_is_too_large_for_one_file_has_its_numbers_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_beside, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(onnx_finish, "MAX_BYTES", 10_000)
     found = export("digits_cnn.pt", tmp_path / "m.onnx", model=NET, input=["?,1,8,8"])
     assert any("in m.onnx.data beside it" in remark for remark in found.remarks)
     assert (tmp_path / "m.onnx").stat().st_size < 10_000
@@ -196,7 +196,7 @@ def test_what_is_too_large_for_one_file_has_its_numbers_beside_it(
     with pytest.raises(WorkError, match="more than 2 GB as ONNX"):
         export("digits_cnn.onnx", tmp_path / "n.onnx", sparse=True)
     with pytest.raises(WorkError, match="more than one file"):
-        run(FIXTURES / "digits_cnn.onnx", request_of({"to": "onnx"}), Output(tmp_path / "out", is_stream=True))
+        run(FIXTURES / "digits_cnn.onnx", request_of({"to": "onnx"}), Destination(tmp_path / "out", is_stream=True))
     assert {file.name for file in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
 
 

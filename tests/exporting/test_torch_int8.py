@@ -12,7 +12,7 @@ import torch
 
 from prunectl import api
 from prunectl.errors import UsageError, WorkError
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
 from tests.exporting import nets_torch
 from tests.exporting.exporting import DIGITS, NET, export, random
 from tests.exporting.test_torch import answers, saved, shapes_of, words_of

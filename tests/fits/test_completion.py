@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from prunectl import cli
+from prunectl.analysis import patterns
 from prunectl.commands.app import COMMANDS
-from prunectl.commands.completion_offers import PATTERNS
-from prunectl.exporting.targets import TARGETS
-from prunectl.measuring import patterns
-from prunectl.pruning.curves import CURVES
+from prunectl.commands.completion import PATTERNS
+from prunectl.exporting.routes import TARGETS
 from prunectl.pruning.policies import POLICIES
-from prunectl.pruning.request import Request, shape_of
+from prunectl.pruning.request import PruneRequest, parse_pattern
+from prunectl.pruning.schedules import CURVES
 from prunectl.pruning.strategies import STRATEGIES
 from tests.running import FIXTURES, clean, prunectl
 
@@ -88,7 +88,7 @@ def test_values_are_those_that_prunectl_knows(line: str, words: set[str], monkey
 
 
 def test_no_pattern_is_offered_that_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert all(shape_of(Request(pattern=pattern)) for pattern in PATTERNS if pattern != "channel")
+    assert all(parse_pattern(PruneRequest(pattern=pattern)) for pattern in PATTERNS if pattern != "channel")
     assert patterns.parse("channel")
     assert "channel" not in offered("finetune --pattern ", monkeypatch)
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prunectl.commands import depfile_code, depfile_inputs
 from prunectl.commands.app import COMMANDS
-from prunectl.commands.depfile import escaped, fragment
+from prunectl.commands.build import depfile
+from prunectl.commands.build.depfile import make_escaped, make_rule
 from prunectl.errors import UsageError
+from tests.checks.checking import MODEL, prunectl
 from tests.fits.building import written
-from tests.gates.checking import MODEL, prunectl
 from tests.running import FIXTURES
 
 ODD = "a b$c#d=e:f*g?h[i]&j'k(l)~m,n"
@@ -80,10 +80,10 @@ def test_examples_lie_in_the_files_that_a_spec_means(tmp_path: Path, monkeypatch
         "package.module:load": [],
         "random:64": [],
     }
-    assert {text: list(map(str, depfile_inputs.of_spec(text))) for text in meant} == meant
-    assert list(filter(depfile_inputs.is_code, meant)) == ["./d.py:load", "package.module:load"]
+    assert {text: list(map(str, depfile.of_spec(text))) for text in meant} == meant
+    assert list(filter(depfile.is_callable_spec, meant)) == ["./d.py:load", "package.module:load"]
     # A picture that is added or gone changes its folder.
-    folders = depfile_inputs.folders_of({"data": "images/", "val": "t.npz"})
+    folders = depfile.folders_of({"data": "images/", "val": "t.npz"})
     assert sorted(map(str, folders)) == ["images", "images/cat", "images/dog"]
 
 
@@ -93,8 +93,8 @@ def test_make_reads_odd_names_as_they_are(tmp_path: Path) -> None:
     for name in (*names, ODD + ".out"):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (1000, 1000))
-    (tmp_path / "out.d").write_text(fragment(f"{ODD}.out", names, main=names[0]))
-    target = escaped(f"{ODD}.out")
+    (tmp_path / "out.d").write_text(make_rule(f"{ODD}.out", names, main=names[0]))
+    target = make_escaped(f"{ODD}.out")
     (tmp_path / "Makefile").write_text(f"include out.d\n{target}:\n\t@echo built\n")
 
     def make() -> str:
@@ -119,7 +119,7 @@ def test_make_reads_odd_names_as_they_are(tmp_path: Path) -> None:
 def test_what_make_cannot_write_is_refused_before_any_work(name: str, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(MODEL)
     with pytest.raises(UsageError, match="make has no way"):
-        escaped(name)
+        make_escaped(name)
     if not name.startswith("~"):
         words = ("prune", "a.safetensors", "-s", "0.8", "-o", name, "--depfile", "out.d")
         assert prunectl(tmp_path, *words).code == 2
@@ -162,8 +162,8 @@ def test_folders_of_classes_may_be_links(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "images/loop").symlink_to(tmp_path / "images")
     (tmp_path / "images/gone").symlink_to(tmp_path / "nowhere")
     # As far down as pictures are looked for, which ends every loop.
-    assert list(map(str, depfile_inputs.of_spec("images"))) == ["images/cat/1.png"]
-    folders = depfile_inputs.folders_of({"data": "images/"})
+    assert list(map(str, depfile.of_spec("images"))) == ["images/cat/1.png"]
+    folders = depfile.folders_of({"data": "images/"})
     assert list(map(str, folders)) == ["images", "images/cat", "images/loop"]
 
 
@@ -176,12 +176,12 @@ def test_what_only_a_recipe_names_is_a_prerequisite(tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text(json.dumps(recipe))
     with contextlib.chdir(tmp_path):
         said = {"model": "a.safetensors", "recipe": Path("m.json"), "data": "", "build": "", "trust": True}
-        words = depfile_inputs.meant(said)
-        found = [*depfile_inputs.files_of(words), *depfile_inputs.folders_of(words)]
+        words = depfile.with_recipe(said)
+        found = [*depfile.files_of(words), *depfile.folders_of(words)]
     pictures = ["images/cat/1.png", "images/dog/2.png"]
     folders = ["images", "images/cat", "images/dog"]
     assert sorted(map(str, found)) == sorted(["a.safetensors", "m.json", "net.py", *pictures, *folders])
-    assert "fits_found" in depfile_code._packages(words)
+    assert "fits_found" in depfile._packages(words)
 
 
 def test_a_module_that_the_run_wrote_for_itself_is_no_prerequisite(

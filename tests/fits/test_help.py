@@ -14,20 +14,19 @@ from pathlib import Path
 import pytest
 
 from prunectl import cli, errors
+from prunectl.analysis.sizes import CodecName
 from prunectl.commands.app import COMMANDS
-from prunectl.commands.help_man import man, roff
-from prunectl.commands.topics.envelope import KEYS
-from prunectl.commands.topics.exit_codes import MEANINGS
-from prunectl.commands.topics.table import TOPICS, WIDTH, lines_of
-from prunectl.exporting.targets import TARGETS
-from prunectl.formats.table import FORMATS
-from prunectl.measuring.codecs import CodecName
-from prunectl.pruning.curves import CURVES
+from prunectl.commands.help.command import man, roff
+from prunectl.commands.help.table import TOPICS, WIDTH, lines_of
+from prunectl.commands.help.topics import KEYS, MEANINGS
+from prunectl.exporting.routes import TARGETS
+from prunectl.formats.registry import FORMATS
 from prunectl.pruning.policies import POLICIES
+from prunectl.pruning.schedules import CURVES
 from prunectl.pruning.strategies import STRATEGIES
-from prunectl.reporting.gates.table import FORMATS as REPORTS
-from prunectl.training.data import columns, grammar, images, records
-from tests.gates.checking import MODEL, prunectl
+from prunectl.reporting.checks.ci import REPORT_FORMATS as REPORTS
+from prunectl.training.data import images, spec, tables, tfrecord
+from tests.checks.checking import MODEL, prunectl
 from tests.running import ROOT
 
 PAGE = man()
@@ -78,7 +77,7 @@ def test_the_topics_name_everything_that_the_tables_hold() -> None:
         "formats": [*(row.title for row in FORMATS), *(target.name for target in TARGETS)],
         "sizes": list(map(str, CodecName)),
         "builds": list(REPORTS),
-        "data": [*grammar.GENERAL, *columns.OPTIONS, *images.OPTIONS, *records.OPTIONS],
+        "data": [*spec.GENERAL, *tables.OPTIONS, *images.OPTIONS, *tfrecord.OPTIONS],
         "json": list(KEYS),
     }
     for topic, names in held.items():

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-import prunectl.commands.if_changed_making as making
-from prunectl.commands import depfile, depfile_inputs, if_changed_stamp
 from prunectl.commands.app import COMMANDS
-from prunectl.commands.if_changed import Maker
-from prunectl.commands.if_changed_own import check_own
+from prunectl.commands.build import depfile
+from prunectl.commands.build import stamp as build_stamp
+from prunectl.commands.build import stamp as making
+from prunectl.commands.build.command import BuildCommand
+from prunectl.commands.build.stamp import check_unmodified
 from prunectl.errors import UsageError
+from tests.checks.checking import MODEL, prunectl
 from tests.fits.building import written
-from tests.gates.checking import MODEL, prunectl
 from tests.running import FIXTURES, Outcome
 
 OUT = "b.safetensors"
@@ -86,7 +87,7 @@ def test_what_somebody_else_wrote_is_noticed_and_stays(folder: Path) -> None:
 
 @pytest.mark.parametrize("stamp", [None, "", "[]", '{"schema": "prunectl.stamp/1"}', '{"schema": "other/1"}'])
 def test_without_a_stamp_nothing_is_known(stamp: str | None, folder: Path) -> None:
-    place = if_changed_stamp.place_of(folder / OUT)
+    place = build_stamp.stamp_path(folder / OUT)
     place.unlink()
     if stamp is not None:
         place.write_text(stamp)
@@ -191,9 +192,9 @@ def test_pictures_behind_links_count(folder: Path) -> None:
     (folder / "images").mkdir()
     (folder / "images/cat").symlink_to("../real")
     said = {"model": str(folder / "a.safetensors"), "output": str(folder / OUT), "data": f"{folder}/images/"}
-    before = making.Making.of("finetune", said, None).digests
+    before = making.BuildStep.of("finetune", said, None).digests
     (folder / "real/1.png").write_bytes(b"two")
-    assert making.Making.of("finetune", said, None).digests != before
+    assert making.BuildStep.of("finetune", said, None).digests != before
 
 
 def test_a_recipe_with_data_from_a_function_cannot_be_known(folder: Path) -> None:
@@ -266,11 +267,11 @@ def test_every_file_of_a_folder_counts(tmp_path: Path) -> None:
 
 
 def test_every_option_that_names_a_file_is_known_to_be_read_or_written() -> None:
-    written_or_kept = {"output", "html", "depfile", *depfile_inputs.WRITTEN, "checkpoint_dir", "logdir", "tried"}
-    known = {*written_or_kept, *depfile_inputs.FILES, *depfile_inputs.SPECS, *depfile_inputs.MODELS, "model"}
+    written_or_kept = {"output", "html", "depfile", *depfile.OUTPUT_OPTIONS, "checkpoint_dir", "logdir", "tried"}
+    known = {*written_or_kept, *depfile.FILES, *depfile.CALLABLE_OPTIONS, *depfile.MODELS, "model"}
     for name in ("prune", "strip", "finetune", "export"):
         command = importlib.import_module(COMMANDS[name][0]).command
-        assert isinstance(command, Maker)
+        assert isinstance(command, BuildCommand)
         for param in command.params:
             if "path" in str(param.type.name) or param.metavar in {"SPEC", "TEACHER", "FILE", "DIR", "MODEL"}:
                 assert param.name in known, (name, param.name)
@@ -288,14 +289,14 @@ def test_the_class_that_comes_with_weights_counts_as_well(tmp_path: Path) -> Non
 
 def test_a_class_that_was_changed_by_hand_stays(folder: Path) -> None:
     said = {"model": str(folder / "a.safetensors"), "output": str(folder / "w.pt"), "code": True}
-    run = making.Making.of("export", said, None)
+    run = making.BuildStep.of("export", said, None)
     (folder / "w.pt").write_bytes(b"weights")
     (folder / "w.py").write_text("class Net: ...")
     stamp = run.stamp({})
-    check_own(run, stamp)
+    check_unmodified(run, stamp)
     (folder / "w.py").write_text("class Mine: ...")
     with pytest.raises(UsageError, match=r"w\.py has changed since prunectl wrote it"):
-        check_own(run, stamp)
+        check_unmodified(run, stamp)
 
 
 def test_what_data_a_function_gives_cannot_be_known(folder: Path) -> None:

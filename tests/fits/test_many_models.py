@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from prunectl.errors import InputError
-from prunectl.formats import isolated
-from prunectl.formats.isolated import in_child, one_child
-from tests.gates.checking import prunectl
+from prunectl.formats import sandbox
+from prunectl.formats.sandbox import reuse_worker, run_sandboxed
+from tests.checks.checking import prunectl
 from tests.running import FIXTURES
 
 MEGABYTES = 200 << 20
@@ -23,7 +23,7 @@ BUDGET = "[[budget]]\npath = '*.h5'\nmax-gzip = '400KB'\nmin-sparsity = '0%'\nma
 
 
 def ask(work: Callable[[], bytes], seconds: float = 5.0) -> bytes:
-    return bytes(in_child(work, Path("m.h5"), seconds=seconds, extra_bytes=MEGABYTES))
+    return bytes(run_sandboxed(work, Path("m.h5"), seconds=seconds, extra_bytes=MEGABYTES))
 
 
 def who() -> bytes:
@@ -57,7 +57,7 @@ def refuse() -> bytes:
 
 def test_one_child_does_the_work_of_many_and_is_gone_afterwards() -> None:
     answer = bytes(range(256)) * 2000
-    with one_child():
+    with reuse_worker():
         first = ask(who)
         assert ask(partial(echo, answer)) == answer
         assert ask(partial(echo, b"")) == b""
@@ -79,7 +79,7 @@ def test_one_child_does_the_work_of_many_and_is_gone_afterwards() -> None:
 def test_what_one_file_does_is_its_own_fault(
     work: Callable[[], bytes], seconds: float, said: str, is_fatal: bool
 ) -> None:
-    with one_child():
+    with reuse_worker():
         before = ask(who)
         with pytest.raises(InputError, match=said):
             ask(work, seconds)
@@ -87,7 +87,7 @@ def test_what_one_file_does_is_its_own_fault(
 
 
 def test_processor_time_is_counted_for_each_file_anew() -> None:
-    with one_child():
+    with reuse_worker():
         for _ in range(5):
             with pytest.raises(InputError, match="is refused"):
                 ask(refuse, 0.2)
@@ -99,8 +99,8 @@ def test_two_hundred_models_take_one_child(tmp_path: Path, monkeypatch: pytest.M
         shutil.copy(FIXTURES / "digits_cnn.h5", tmp_path / f"{number}.h5")
     (tmp_path / "broken.h5").write_bytes((FIXTURES / "digits_cnn.h5").read_bytes()[:3000])
     (tmp_path / "prunectl.toml").write_text(BUDGET)
-    fork, forks = isolated._server.fork, []
-    monkeypatch.setattr(isolated._server, "fork", lambda module: forks.append(1) or fork(module))
+    fork, forks = sandbox._server.fork, []
+    monkeypatch.setattr(sandbox._server, "fork", lambda module: forks.append(1) or fork(module))
 
     found = prunectl(tmp_path, "check", "--json")
     assert (found.code, len(found.json["gates"]), len(forks)) == (3, 600, 1)

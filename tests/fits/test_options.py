@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import typer
 
+from prunectl.commands._command import spelled
 from prunectl.commands.app import COMMANDS
-from prunectl.commands.if_changed_stamp import Stamp, difference
-from prunectl.commands.options import spelled
-from prunectl.exporting.targets import TARGETS
+from prunectl.commands.build.stamp import Stamp, first_difference
+from prunectl.exporting.routes import TARGETS
 from tests.running import FIXTURES, ROOT, here, without_colors
 
 FOREIGN = {
@@ -102,12 +102,12 @@ def test_what_inspect_has_no_data_for_is_named_as_it_was_typed() -> None:
 )
 def test_an_option_that_has_changed_is_named_as_it_is_typed(command: str, name: str, option: str) -> None:
     old, new = (Stamp("1", command, {name: value}, {}, {}, {}) for value in ("a", "b"))
-    assert difference(old, new, partial(spelled, context(command))) == f"{option} has changed"
+    assert first_difference(old, new, partial(spelled, context(command))) == f"{option} has changed"
 
 
 def test_an_option_that_nobody_has_is_not_made_up() -> None:
     old, new = (Stamp("1", "prune", asked, {}, {}, {}) for asked in ({"no_such_thing": 1}, {}))
-    assert difference(old, new, partial(spelled, context("prune"))) == "no_such_thing has changed"
+    assert first_difference(old, new, partial(spelled, context("prune"))) == "no_such_thing has changed"
 
 
 def modules() -> Iterator[tuple[str, ast.AST]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gates.checking import MODEL, prunectl, put
+from tests.checks.checking import MODEL, prunectl, put
 from tests.reporting.test_html_browser import CHROMIUM, Browser
 
 TITLES = ("check", "report", "size", "diff", "prune", "strip", "verify", "inspect")

@@ -14,13 +14,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import tensorflow as tf
 
 from prunectl.errors import InputError
-from prunectl.formats.base import ModelFile, Tensor, Wrapper
-from prunectl.formats.table import open_model, recognise
-from prunectl.formats.tensorflow import leveldb_write
-from prunectl.formats.tensorflow.bundle import read_bundle
-from prunectl.formats.tensorflow.bundle_index import read_index
-from prunectl.formats.tensorflow.leveldb_table import masked_crc, read_file, records
-from prunectl.formats.tensorflow.slice_keys import slice_key
+from prunectl.formats.base import ModelFile, PruningWrapper, Tensor
+from prunectl.formats.registry import open_model, recognise
+from prunectl.formats.tensorflow import leveldb
+from prunectl.formats.tensorflow.bundle import read_bundle, read_index, slice_key
+from prunectl.formats.tensorflow.leveldb import masked_crc, read_file, records
 from tests.contract import Array, FormatContract, raw, read_all, sample
 from tests.running import FIXTURES, here
 
@@ -187,7 +185,7 @@ def test_wrappers_of_pruning_are_told_by_their_variables(tmp_path: Path) -> None
     names = [f"prune_low_magnitude_fc/{leaf}" for leaf in ("mask", "threshold", "pruning_step")]
     model = open_model(save(tmp_path / "x", dict.fromkeys(names, np.ones((2, 3), np.float32))))
     assert {tensor.role: tensor.layer for tensor in model.tensors} == {"mask": "fc", "schedule": "fc"}
-    assert model.about.wrappers == (Wrapper("tfmot", "fc"),)
+    assert model.about.wrappers == (PruningWrapper("tfmot", "fc"),)
 
 
 def test_the_checksum_of_a_tensor_stands_where_the_entry_says(tmp_path: Path) -> None:
@@ -269,9 +267,9 @@ def compress(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return handle
 
     with monkeypatch.context() as patched:
-        patched.setattr(leveldb_write, "_append", append)
+        patched.setattr(leveldb, "_append", append)
         found = list(records(index, read_file(index)))
-        index.write_bytes(leveldb_write.table((one.key, bytes(one.data[one.begin : one.end])) for one in found))
+        index.write_bytes(leveldb.table((one.key, bytes(one.data[one.begin : one.end])) for one in found))
 
 
 @pytest.mark.parametrize("verb", ["prune", "strip"])

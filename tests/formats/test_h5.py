@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError, WorkError
-from prunectl.formats import isolated
+from prunectl.formats import sandbox
 from prunectl.formats.base import ModelFile, Tensor
-from prunectl.formats.keras import hdf5
-from prunectl.formats.table import open_model
+from prunectl.formats.keras.hdf5 import read
+from prunectl.formats.registry import open_model
 from tests.contract import Array, FormatContract, raw
 from tests.networks import keras, small_keras, tf_keras
-from tests.prune import reference
+from tests.pruning import reference
 from tests.running import FIXTURES
 
 CHUNKED = FIXTURES / "chunked_and_gzipped.h5"
@@ -335,14 +335,14 @@ def test_a_configuration_nested_a_hundred_thousand_deep_is_refused(tmp_path: Pat
 @pytest.fixture
 def forks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the children that are made."""
-    made, fork = [], isolated._server.fork
+    made, fork = [], sandbox._server.fork
 
     def counted(module: str) -> Any:
         child = fork(module)
         made.append(child[0])
         return child
 
-    monkeypatch.setattr(isolated._server, "fork", counted)
+    monkeypatch.setattr(sandbox._server, "fork", counted)
     return made
 
 
@@ -365,13 +365,13 @@ def test_a_dataset_in_chunks_is_decoded_no_more_often_than_it_is_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[str] = []
-    decode = hdf5.decode
+    decode = read.decode
 
     def counted(place: Any, name: str, *words: Any) -> Any:
         decoded.append(name)
         return decode(place, name, *words)
 
-    monkeypatch.setattr(hdf5, "decode", counted)
+    monkeypatch.setattr(read, "decode", counted)
     reference.prune(CHUNKED, tmp_path / "out", sparsity=0.5)
     # Counted before and after, each time with a second look at its channels, and pruned in between.
     assert max(Counter(decoded).values()) <= 5

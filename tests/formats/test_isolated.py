@@ -17,15 +17,15 @@ from pathlib import Path
 import pytest
 
 from prunectl.errors import InputError
-from prunectl.formats import isolated
-from prunectl.formats.isolated import in_child, one_child
+from prunectl.formats import sandbox
+from prunectl.formats.sandbox import reuse_worker, run_sandboxed
 from tests.running import ROOT, clean
 
 MEGABYTES = 200 << 20
 
 
 def child(work: Callable[[], bytes], seconds: float = 5.0) -> bytes:
-    return bytes(in_child(work, Path("m.h5"), seconds=seconds, extra_bytes=MEGABYTES))
+    return bytes(run_sandboxed(work, Path("m.h5"), seconds=seconds, extra_bytes=MEGABYTES))
 
 
 def echo(answer: bytes) -> bytes:
@@ -76,9 +76,9 @@ def quit_at_once() -> bytes:
 
 @pytest.fixture
 def _afresh() -> Iterator[None]:
-    isolated._server.stop()
+    sandbox._server.stop()
     yield
-    isolated._server.stop()
+    sandbox._server.stop()
 
 
 def test_it_answers_with_any_number_of_bytes() -> None:
@@ -172,7 +172,7 @@ def test_beside_threads_nothing_is_forked_in_this_process(monkeypatch: pytest.Mo
 
 
 def test_what_one_thread_keeps_does_not_serve_the_others() -> None:
-    with one_child(), ThreadPoolExecutor(1) as workers:
+    with reuse_worker(), ThreadPoolExecutor(1) as workers:
         assert child(who) == child(who)
         assert workers.submit(child, who).result() != child(who)
 
@@ -189,7 +189,7 @@ def test_a_process_that_was_forked_has_a_server_of_its_own() -> None:
     if forked == 0:
         try:
             os.write(writer, child(parent))
-            isolated._server.stop()
+            sandbox._server.stop()
         finally:
             os._exit(0)
     os.waitpid(forked, 0)

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError
-from prunectl.formats.base import About, ModelFile, Operation, Role, Storage, Tensor
-from prunectl.formats.keras.graph import operations, trace
-from prunectl.formats.lengths import Shape
-from prunectl.formats.table import open_model
+from prunectl.formats.base import ModelFile, ModelInfo, Operation, Role, Shape, Storage, Tensor
+from prunectl.formats.keras.flops.trace import operations, trace_shapes
+from prunectl.formats.registry import open_model
 from tests.networks import keras, tf_keras
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -167,7 +166,7 @@ def test_shapes_and_counts_are_those_of_the_framework(
 ) -> None:
     network = build(version())
     model = saved(network, tmp_path / f"m{suffix}")
-    found = trace(model)
+    found = trace_shapes(model)
     for layer in network.layers:
         if type(layer).__name__ != "InputLayer":
             assert found.shapes[layer.name][0] == shapes(layer), layer.name
@@ -180,7 +179,7 @@ def test_shapes_and_counts_are_those_of_the_framework(
 
 def test_the_layers_of_a_nested_model_have_the_shapes_that_keras_gives_them(tmp_path: Path) -> None:
     network = shared_and_nested(keras())
-    found = trace(saved(network, tmp_path / "m.keras"))
+    found = trace_shapes(saved(network, tmp_path / "m.keras"))
     for name in ("tower", "body"):
         for layer in network.get_layer(name).layers:
             if type(layer).__name__ != "InputLayer":
@@ -210,7 +209,7 @@ def test_a_film_is_convolved_by_both_kernels_at_each_step(tmp_path: Path, versio
     k = version()
     layer = k.layers.ConvLSTM2D(4, 3, strides=2, return_sequences=True, name="film")
     network = k.Sequential([k.layers.Input((5, 9, 9, 2)), layer, k.layers.TimeDistributed(k.layers.MaxPooling2D())])
-    found = trace(saved(network, tmp_path / "m.h5"))
+    found = trace_shapes(saved(network, tmp_path / "m.h5"))
     assert found.shapes["film"] == [shapes(layer)] == [((5, 4, 4, 4),)]
     assert [one.macs for one in found.operations] == [5 * 16 * 9 * 2 * 16, 5 * 16 * 9 * 4 * 16]
 
@@ -223,7 +222,7 @@ def test_dilation_channels_first_and_states_are_followed(tmp_path: Path, version
     x = k.layers.MaxPooling2D(data_format="channels_first", name="pool")(x)
     states = k.layers.LSTM(6, return_state=True, return_sequences=True, name="states")(series)
     network = k.Model([image, series], [k.layers.Flatten(name="flat")(x), *states])
-    found = trace(saved(network, tmp_path / "m.keras"))
+    found = trace_shapes(saved(network, tmp_path / "m.keras"))
     for layer in (one for one in network.layers if type(one).__name__ != "InputLayer"):
         assert found.shapes[layer.name][0] == shapes(layer)
     macs = {one.weight: one.macs for one in found.operations}
@@ -257,7 +256,7 @@ def described(layers: Any, shape: tuple[int, ...] = (), weight: str = "w", kind:
     """A model of which nothing but its description and one weight is there."""
     storage = Storage("k", 0, None, 0)
     tensor = Tensor(weight, weight.rpartition("/")[0], shape, np.dtype(np.float32), Role.KERNEL, storage)
-    about = About(keras={"class_name": kind, "config": layers})
+    about = ModelInfo(keras={"class_name": kind, "config": layers})
     return ModelFile(Path("m.h5"), "keras-h5", (tensor,), about, ())
 
 
@@ -270,7 +269,7 @@ def test_the_words_of_keras_1_are_understood() -> None:
         {"class_name": "Flatten", "config": {"name": "f"}},
         {"class_name": "Dense", "config": {"name": "d", "output_dim": 7}},
     ]
-    found = trace(described(layers, (4, 3, 3, 5), "c/c_W:0"))
+    found = trace_shapes(described(layers, (4, 3, 3, 5), "c/c_W:0"))
     assert found.shapes == {"c": [((4, 9, 17),)], "p": [((4, 3, 8),)], "f": [((96,),)], "d": [((7,),)]}
     assert [one.macs for one in found.operations] == [4 * 9 * 17 * 45, 96 * 7]
     assert found.operations[0].weight == "c/c_W:0"
@@ -299,7 +298,7 @@ def test_wrappers_of_training_count_what_they_wrap() -> None:
 
 @pytest.mark.parametrize("config", [None, {}, {"class_name": "VAE", "config": {}}, {"config": {"layers": 7}}])
 def test_a_model_without_a_configuration_is_refused(config: Any) -> None:
-    model = ModelFile(Path("m.h5"), "keras-h5", (), About(keras=config), ())
+    model = ModelFile(Path("m.h5"), "keras-h5", (), ModelInfo(keras=config), ())
     with pytest.raises(InputError, match=r"m\.h5 holds weights, but no configuration to count operations in"):
         operations(model)
 
@@ -342,7 +341,7 @@ def test_a_layer_is_told_by_its_whole_name_where_that_has_a_slash() -> None:
     tensors = tuple(
         Tensor(f"{name}/kernel:0", "c", (4, 4), np.dtype(np.float32), Role.KERNEL, storage) for name in ("b/c", "c")
     )
-    about = About(keras={"class_name": "Sequential", "config": described_as})
+    about = ModelInfo(keras={"class_name": "Sequential", "config": described_as})
     counted = operations(ModelFile(Path("m.h5"), "keras-h5", tensors, about, ()))
     assert [one.weight for one in counted] == ["c/kernel:0", "b/c/kernel:0"]
 

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
 from tests.running import here
 
 LAYERS: tuple[tuple[str, dict[str, Any], tuple[tuple[int, ...], ...]], ...] = (

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
 from tests.contract import Array, FormatContract, read_all
 from tests.networks import keras, small_keras, tf_keras
 

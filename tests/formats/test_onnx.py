@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from prunectl.errors import InputError
 from prunectl.formats.base import Role, Tensor
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
 from tests.contract import Array, FormatContract, raw, read_all
 
 

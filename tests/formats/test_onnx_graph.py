@@ -12,11 +12,10 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from prunectl.formats.base import Operation
 from prunectl.formats.onnx import messages
-from prunectl.formats.onnx.graph import operations
-from prunectl.formats.onnx.infer import Shapes
-from prunectl.formats.onnx.tensors import Locator
-from prunectl.formats.onnx.wire import reading
-from prunectl.formats.table import open_model
+from prunectl.formats.onnx.flops.trace import Shapes, operations
+from prunectl.formats.onnx.proto import parsing
+from prunectl.formats.onnx.tensors import TensorLocator
+from prunectl.formats.registry import open_model
 
 OPSET = [helper.make_opsetid("", 17)]
 
@@ -182,9 +181,9 @@ def test_shapes_are_those_that_onnx_infers(tmp_path: Path) -> None:
         for value in inferred.graph.value_info
     }
     assert len(expected) >= 10
-    with reading(path) as reader:
+    with parsing(path) as reader:
         graph = messages.graph(reader, messages.model(reader).graph)
-        shapes = Shapes(reader, Locator(path), graph)
+        shapes = Shapes(reader, TensorLocator(path), graph)
         assert {name: shapes.of(name) for name in expected} == expected
 
 

@@ -14,9 +14,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from prunectl.formats import extents
-from prunectl.formats.onnx import sparse
-from prunectl.formats.onnx.pack import pack
-from prunectl.formats.table import open_model
+from prunectl.formats.onnx import rewrite
+from prunectl.formats.onnx.rewrite import pack
+from prunectl.formats.registry import open_model
 from tests.contract import Array, raw, read_all
 from tests.running import FIXTURES
 
@@ -311,7 +311,7 @@ def test_a_tensor_that_a_reader_would_take_for_a_bomb_stays_dense(
 ) -> None:
     path = saved(one_node(numpy_helper.from_array(np.zeros((30, 40), np.float32), "w")), tmp_path)
     assert scattered(packed(path)) == {"w"}
-    monkeypatch.setattr(sparse, "MAX_BLOWN_UP_BYTES", 1000)
+    monkeypatch.setattr(rewrite, "MAX_BLOWN_UP_BYTES", 1000)
     assert dense(packed(path)) == {"w"}
 
 

@@ -13,7 +13,7 @@ import torch
 
 from prunectl.errors import InputError
 from prunectl.formats.base import Role
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
 from tests.contract import Array, FormatContract, raw
 from tests.running import here
 

@@ -12,9 +12,9 @@ import pytest
 
 from prunectl.errors import InputError
 from prunectl.formats.base import Operation
-from prunectl.formats.table import open_model
-from prunectl.formats.torch import pt2_operations
-from prunectl.formats.torch.pt2_operations import operations
+from prunectl.formats.registry import open_model
+from prunectl.formats.torch import exported_flops
+from prunectl.formats.torch.exported_flops import operations
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -242,6 +242,6 @@ def test_a_graph_inside_itself_many_times_ends(tmp_path: Path) -> None:
 
 def test_a_graph_too_big_to_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = open_model(exported(nn.Linear(4, 3), torch.ones(2, 4), tmp_path / "m.pt2"))
-    monkeypatch.setattr(pt2_operations, "MAX_JSON_BYTES", 100)
+    monkeypatch.setattr(exported_flops, "MAX_JSON_BYTES", 100)
     with pytest.raises(InputError, match=r"m\.pt2 has a graph of \d+ bytes"):
         operations(model)

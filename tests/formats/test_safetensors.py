@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from prunectl.errors import InputError
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
 from tests.contract import Array, FormatContract, raw
 
 

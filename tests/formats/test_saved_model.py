@@ -17,8 +17,8 @@ import tf_keras
 from tensorflow.core.protobuf import saved_model_pb2
 
 from prunectl.errors import InputError
-from prunectl.formats.base import Wrapper
-from prunectl.formats.table import open_model
+from prunectl.formats.base import PruningWrapper
+from prunectl.formats.registry import open_model
 from tests.contract import Array, FormatContract, raw, read_all
 from tests.formats.test_checkpoint import by_name, stock
 
@@ -152,7 +152,7 @@ def test_pruning_wrappers_are_told_with_their_schedule(tmp_path: Path) -> None:
     wrapped.save(tmp_path / "m", save_format="tf")
     model = open_model(tmp_path / "m")
     schedule = "PolynomialDecay(0.5 -> 0.8, steps 0-1000)"
-    assert model.about.wrappers == (Wrapper("tfmot", "fc", schedule), Wrapper("tfmot", "out", schedule))
+    assert model.about.wrappers == (PruningWrapper("tfmot", "fc", schedule), PruningWrapper("tfmot", "out", schedule))
     roles = sorted((tensor.layer, str(tensor.role)) for tensor in model.tensors)
     one = ["bias", "kernel", "mask", "schedule", "schedule"]
     assert roles == [(layer, role) for layer in ("fc", "out") for role in one]

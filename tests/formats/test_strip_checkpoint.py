@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prunectl.errors import InputError, UsageError
-from prunectl.formats.stripping import Part, Wish
-from prunectl.formats.table import open_model
-from prunectl.formats.tensorflow import leveldb_table, leveldb_write, string_tensor
+from prunectl.formats.base import StripOptions, StripPart
+from prunectl.formats.registry import open_model
+from prunectl.formats.tensorflow import bundle_write, leveldb
 from prunectl.formats.tensorflow.bundle import read_bundle
-from prunectl.pruning.output import Output
+from prunectl.pruning.destination import Destination
 from prunectl.pruning.strip import Stripped
 from prunectl.pruning.strip import strip as run
 from tests.contract import Array, raw
@@ -25,11 +25,11 @@ tf: Any = pytest.importorskip("tensorflow")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def strip(prefix: Path, *parts: Part, is_half: bool = False) -> tuple[str, Stripped]:
+def strip(prefix: Path, *parts: StripPart, is_half: bool = False) -> tuple[str, Stripped]:
     """Strip some parts, or all of them, of a checkpoint, and return the prefix of another."""
     target = prefix.with_name("stripped.index")
-    wish = Wish(frozenset(parts or Part), is_half=is_half)
-    return str(target).removesuffix(".index"), run(prefix, wish, Output(target), is_packed=False)
+    wish = StripOptions(frozenset(parts or StripPart), is_half=is_half)
+    return str(target).removesuffix(".index"), run(prefix, wish, Destination(target), is_packed=False)
 
 
 def stock(prefix: Path | str) -> dict[str, Array]:
@@ -104,7 +104,7 @@ def test_saved_weights_load_into_the_model(tmp_path: Path) -> None:
     again = small_keras(tf_keras(), {})
     again.load_weights(target).assert_consumed()
     assert bits(again.get_weights()) == bits(model.get_weights())
-    assert {thing.part for thing in found.removed} == {Part.OPTIMIZER}
+    assert {thing.part for thing in found.removed} == {StripPart.OPTIMIZER}
     assert found.after.about.optimizer == ""
 
 
@@ -143,7 +143,7 @@ def test_what_bert_calls_the_state_of_its_optimizer_goes(tmp_path: Path) -> None
 
 def test_the_optimizer_stays_unless_it_is_named(tmp_path: Path) -> None:
     trained(tf_keras()).save_weights(tmp_path / "w")
-    target, found = strip(tmp_path / "w", Part.TRAINING)
+    target, found = strip(tmp_path / "w", StripPart.TRAINING)
     assert found.removed == ()
     assert Path(f"{target}.index").read_bytes() == (tmp_path / "w.index").read_bytes()
 
@@ -163,7 +163,7 @@ def test_wrappers_are_refused_and_the_rest_can_go(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has pruning wrappers, around first") as caught:
         strip(tmp_path / "w")
     assert "--only optimizer" in caught.value.hint
-    target, _ = strip(tmp_path / "w", Part.OPTIMIZER, Part.TRAINING)
+    target, _ = strip(tmp_path / "w", StripPart.OPTIMIZER, StripPart.TRAINING)
     assert len(stock(target)) == len(model.weights)
 
 
@@ -186,10 +186,8 @@ keys = st.lists(st.binary(min_size=1, max_size=40), unique=True, max_size=60)
 @given(keys, st.integers(0, 300_000))
 def test_a_table_is_read_back_as_it_was_written(names: list[bytes], nbytes: int) -> None:
     records = [(name, bytes([len(name)]) * (nbytes if place == 0 else 9)) for place, name in enumerate(sorted(names))]
-    data = memoryview(leveldb_write.table(records))
-    found = [
-        (record.key, bytes(record.data[record.begin : record.end])) for record in leveldb_table.records(Path("x"), data)
-    ]
+    data = memoryview(leveldb.table(records))
+    found = [(record.key, bytes(record.data[record.begin : record.end])) for record in leveldb.records(Path("x"), data)]
     assert found == records
 
 
@@ -201,9 +199,9 @@ def test_a_table_is_written_as_tensorflow_writes_it(tmp_path: Path) -> None:
     path = tmp_path / "x.index"
     found = [
         (record.key, bytes(record.data[record.begin : record.end]))
-        for record in leveldb_table.records(path, leveldb_table.read_file(path))
+        for record in leveldb.records(path, leveldb.read_file(path))
     ]
-    own = leveldb_write.table(found)
+    own = leveldb.table(found)
     first = read_bundle(path).entries[b"layer_0/kernel"].block
     assert own[: first.crc_at + 4] == path.read_bytes()[: first.crc_at + 4]
 
@@ -214,4 +212,4 @@ def test_a_string_is_stored_as_tensorflow_stores_it(text: bytes, tmp_path: Path)
         prefix=str(tmp_path / "x"), tensor_names=["text"], shape_and_slices=[""], tensors=[tf.constant(text)]
     )
     entry = read_bundle(tmp_path / "x.index").entries[b"text"]
-    assert string_tensor.stored(text) == ((tmp_path / "x.data-00000-of-00001").read_bytes(), entry.crc)
+    assert bundle_write.string_bytes(text) == ((tmp_path / "x.data-00000-of-00001").read_bytes(), entry.crc)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError, PrunectlError, attempt
-from prunectl.formats.stripping import Part, Removed, Wish
-from prunectl.formats.table import by_name, load, open_model
+from prunectl.formats.base import RemovedItem, StripOptions, StripPart
+from prunectl.formats.registry import by_name, load, open_model
 from tests.contract import Array, raw, read_all
 from tests.networks import keras, small_keras, tf_keras
 from tests.running import FIXTURES
@@ -27,12 +27,12 @@ pytestmark = [
 ]
 
 
-def strip(path: Path, *parts: Part, is_half: bool = False) -> tuple[Path, tuple[Removed, ...]]:
+def strip(path: Path, *parts: StripPart, is_half: bool = False) -> tuple[Path, tuple[RemovedItem, ...]]:
     """Strip some parts, or all of them, into another file of the same kind."""
     model = open_model(path)
     target = path.with_name(f"stripped_{path.name}")
-    wish = Wish(frozenset(parts or Part), is_half=is_half)
-    removed: tuple[Removed, ...] = load(by_name(model.format).stripper)(model, wish, {path: target})
+    wish = StripOptions(frozenset(parts or StripPart), is_half=is_half)
+    removed: tuple[RemovedItem, ...] = load(by_name(model.format).stripper)(model, wish, {path: target})
     return target, removed
 
 
@@ -185,9 +185,14 @@ def test_a_pruned_model_is_what_tfmot_strips_it_to(make: Callable[[], Any], suff
     assert found.optimizer is None
     for one, other in zip(outputs(found), outputs(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
-    assert {thing.part for thing in removed} == {Part.MASKS, Part.WRAPPERS, Part.OPTIMIZER, Part.TRAINING}
+    assert {thing.part for thing in removed} == {
+        StripPart.MASKS,
+        StripPart.WRAPPERS,
+        StripPart.OPTIMIZER,
+        StripPart.TRAINING,
+    }
     assert target.stat().st_size < (tmp_path / f"m{suffix}").stat().st_size - sum(
-        thing.bytes for thing in removed if thing.part is Part.MASKS
+        thing.bytes for thing in removed if thing.part is StripPart.MASKS
     )
     assert not open_model(target).about.wrappers
     assert not any("prune_low_magnitude" in path for path in groups(target))
@@ -238,10 +243,10 @@ def test_pruned_weights_alone_load_into_the_plain_model(make: Callable[[], Any],
     assert bits(plain.get_weights()) == bits(expected.get_weights())
 
 
-@pytest.mark.parametrize("parts", [(Part.MASKS,), (Part.WRAPPERS,)])
+@pytest.mark.parametrize("parts", [(StripPart.MASKS,), (StripPart.WRAPPERS,)])
 @pytest.mark.parametrize("suffix", [".h5", ".keras"])
 def test_masks_and_wrappers_go_together_and_the_optimizer_can_stay(
-    parts: tuple[Part, ...], suffix: str, tmp_path: Path
+    parts: tuple[StripPart, ...], suffix: str, tmp_path: Path
 ) -> None:
     model = pruned(branched)
     for variable in model.optimizer.variables:
@@ -252,7 +257,7 @@ def test_masks_and_wrappers_go_together_and_the_optimizer_can_stay(
     assert bits(found.get_weights()) == bits(reference(model).get_weights())
     assert found.loss.__name__ == "mean_squared_error" if suffix == ".h5" else found.loss == "mse"
     assert bits(found.optimizer.variables) == bits(model.optimizer.variables)
-    assert {thing.part for thing in removed} == {Part.MASKS, Part.WRAPPERS}
+    assert {thing.part for thing in removed} == {StripPart.MASKS, StripPart.WRAPPERS}
 
 
 @pytest.mark.parametrize("suffix", [".h5", ".keras"])
@@ -274,7 +279,7 @@ def test_the_fixture_with_wrappers_holds_its_plain_layers_afterwards(tmp_path: P
     found = tf_keras().models.load_model(target)
     assert bits(found.get_weights()) == bits(reference(model).get_weights())
     lost = {tensor.name: tensor.storage.stored_bytes for tensor in open_model(path).tensors}
-    assert all(thing.bytes == lost[thing.name] for thing in removed if thing.part is Part.MASKS)
+    assert all(thing.bytes == lost[thing.name] for thing in removed if thing.part is StripPart.MASKS)
 
 
 def test_a_mask_that_fits_no_weight_is_refused(tmp_path: Path) -> None:
@@ -297,7 +302,7 @@ def test_a_mask_that_is_named_but_missing_is_told_and_the_rest_can_go(tmp_path: 
         file.attrs["training_config"] = "{}"
     with pytest.raises(InputError, match="incomplete, it names prune_low_magnitude_fc1/mask:0"):
         strip(path)
-    _, removed = strip(path, Part.OPTIMIZER, Part.TRAINING)
+    _, removed = strip(path, StripPart.OPTIMIZER, StripPart.TRAINING)
     assert [thing.name for thing in removed] == ["training_config"]
 
 
@@ -383,9 +388,9 @@ def test_without_the_state_of_its_optimizer_a_model_is_still_compiled(
     k = library()
     model, path = trained(k), tmp_path / f"m{suffix}"
     model.save(path)
-    target, removed = strip(path, Part.OPTIMIZER)
+    target, removed = strip(path, StripPart.OPTIMIZER)
     found = k.models.load_model(target)
-    assert {thing.part for thing in removed} == {Part.OPTIMIZER}
+    assert {thing.part for thing in removed} == {StripPart.OPTIMIZER}
     assert "MeanSquaredError" in str(found.loss) or "mean_squared_error" in str(found.loss)
     assert float(found.optimizer.learning_rate) == pytest.approx(0.01)
     assert int(found.optimizer.iterations) == 0
@@ -399,8 +404,8 @@ def test_without_its_training_configuration_a_model_loads(
     k = library()
     model, path = trained(k), tmp_path / f"m{suffix}"
     model.save(path)
-    target, removed = strip(path, Part.TRAINING)
-    assert {thing.part for thing in removed} == {Part.TRAINING}
+    target, removed = strip(path, StripPart.TRAINING)
+    assert {thing.part for thing in removed} == {StripPart.TRAINING}
     assert optimizer_of(k.models.load_model(target)) is None
     assert any(tensor.role == "optimizer" for tensor in open_model(target).tensors)
 
@@ -469,7 +474,7 @@ def test_masks_are_applied_before_weights_are_halved(tmp_path: Path) -> None:
 def test_the_optimizer_is_not_halved(library: Callable[[], Any], suffix: str, tmp_path: Path) -> None:
     model = trained(library())
     model.save(tmp_path / f"m{suffix}")
-    target, _ = strip(tmp_path / f"m{suffix}", Part.GRADIENTS, is_half=True)
+    target, _ = strip(tmp_path / f"m{suffix}", StripPart.GRADIENTS, is_half=True)
     found = library().models.load_model(target)
     assert bits(found.optimizer.variables) == bits(
         library().models.load_model(tmp_path / f"m{suffix}").optimizer.variables

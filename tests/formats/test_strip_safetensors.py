@@ -14,16 +14,16 @@ from torch import nn
 from torch.nn.utils import prune
 
 from prunectl.errors import InputError
-from prunectl.formats.safetensors_strip import strip
-from prunectl.formats.stripping import Part, Removed, Wish
-from prunectl.formats.table import open_model
+from prunectl.formats.base import RemovedItem, StripOptions, StripPart
+from prunectl.formats.registry import open_model
+from prunectl.formats.safetensors.strip import strip
 
-EVERYTHING = Wish()
+EVERYTHING = StripOptions()
 
 
 def stripped(
-    tensors: dict[str, torch.Tensor], tmp_path: Path, wish: Wish = EVERYTHING
-) -> tuple[dict[str, torch.Tensor], tuple[Removed, ...]]:
+    tensors: dict[str, torch.Tensor], tmp_path: Path, wish: StripOptions = EVERYTHING
+) -> tuple[dict[str, torch.Tensor], tuple[RemovedItem, ...]]:
     path, target = tmp_path / "m.safetensors", tmp_path / "out.safetensors"
     safe_torch.save_file(tensors, path, {"format": "pt"})
     removed = strip(open_model(path), wish, {path: target})
@@ -47,10 +47,10 @@ def test_pruned_weights_come_out_as_prune_remove_leaves_them(tmp_path: Path) -> 
     prune.remove(net[1], "bias")
     assert_same(found, net.state_dict())
     assert set(removed) == {
-        Removed("0.weight_mask", Part.MASKS, 64 * 33 * 4),
-        Removed("1.bias_mask", Part.MASKS, 8),
-        Removed("0.weight_orig", Part.WRAPPERS, 0),
-        Removed("1.bias_orig", Part.WRAPPERS, 0),
+        RemovedItem("0.weight_mask", StripPart.MASKS, 64 * 33 * 4),
+        RemovedItem("1.bias_mask", StripPart.MASKS, 8),
+        RemovedItem("0.weight_orig", StripPart.WRAPPERS, 0),
+        RemovedItem("1.bias_orig", StripPart.WRAPPERS, 0),
     }
 
 
@@ -80,7 +80,7 @@ def test_parametrizations_and_wrappers_of_nni_go(tmp_path: Path) -> None:
             "d.bias": tensors["d.module.bias"],
         },
     )
-    assert {row.name for row in removed if row.part is Part.WRAPPERS} == {
+    assert {row.name for row in removed if row.part is StripPart.WRAPPERS} == {
         "a.parametrizations.weight",
         "b.parametrizations.weight",
         "d.module",
@@ -93,12 +93,12 @@ def test_optimizer_gradients_and_averages_go(tmp_path: Path) -> None:
     found, removed = stripped(tensors, tmp_path)
     assert_same(found, {name: tensors[name] for name in ("w", "ema.alone")})
     assert {row.name: row.part for row in removed} == {
-        "w.grad": Part.GRADIENTS,
-        "optimizer.state.0": Part.OPTIMIZER,
-        "ema.w": Part.TRAINING,
+        "w.grad": StripPart.GRADIENTS,
+        "optimizer.state.0": StripPart.OPTIMIZER,
+        "ema.w": StripPart.TRAINING,
     }
     (tmp_path / "out.safetensors").unlink()
-    found, removed = stripped(tensors, tmp_path, Wish(frozenset({Part.GRADIENTS})))
+    found, removed = stripped(tensors, tmp_path, StripOptions(frozenset({StripPart.GRADIENTS})))
     assert [row.name for row in removed] == ["w.grad"]
 
 
@@ -106,7 +106,7 @@ def test_optimizer_gradients_and_averages_go(tmp_path: Path) -> None:
 def test_half_is_each_float_rounded_once(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {"odd": torch.rand(3, dtype=dtype), "counts": torch.arange(5), "brain": torch.rand(3).bfloat16()}
     tensors["wide"] = torch.rand(300, 500, dtype=dtype)
-    found, removed = stripped(tensors, tmp_path, Wish(is_half=True))
+    found, removed = stripped(tensors, tmp_path, StripOptions(is_half=True))
     assert removed == ()
     # Rounded once; PyTorch takes 64-bit floats to 32 bits on the way.
     expected = {
@@ -118,7 +118,7 @@ def test_half_is_each_float_rounded_once(tmp_path: Path, dtype: torch.dtype) -> 
 
 def test_a_number_too_big_for_half_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"m\.safetensors holds 1e\+06 in w, and a 16-bit float"):
-        stripped({"w": torch.tensor([1.0, 1e6])}, tmp_path, Wish(is_half=True))
+        stripped({"w": torch.tensor([1.0, 1e6])}, tmp_path, StripOptions(is_half=True))
 
 
 def test_a_mask_of_another_shape_is_refused(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_metadata_and_alignment_are_kept(tmp_path: Path) -> None:
         "e": np.ones(0),
     }
     safe_numpy.save_file(arrays, path, {"format": "np", "note": "é"})
-    strip(open_model(path), Wish(is_half=True), {path: target})
+    strip(open_model(path), StripOptions(is_half=True), {path: target})
     raw = target.read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert header.pop("__metadata__") == {"format": "np", "note": "é"}

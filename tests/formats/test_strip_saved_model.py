@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError, MissingExtraError, UntrustedError, UsageError, WorkError
-from prunectl.formats.stripping import Part, Wish
-from prunectl.formats.table import open_model
-from prunectl.formats.tensorflow import saved_model_unwrap, unwrapped_weights
+from prunectl.formats.base import StripOptions, StripPart
+from prunectl.formats.registry import open_model
+from prunectl.formats.tensorflow import unwrap
 from prunectl.formats.tensorflow.bundle import read_bundle
-from prunectl.formats.tensorflow.leveldb_table import masked_crc
-from prunectl.pruning.output import Output
+from prunectl.formats.tensorflow.leveldb import masked_crc
+from prunectl.pruning.destination import Destination
 from prunectl.pruning.strip import Stripped
 from prunectl.pruning.strip import strip as run
 from tests.contract import Array, raw
@@ -28,11 +28,11 @@ tf: Any = pytest.importorskip("tensorflow")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def strip(path: Path, *parts: Part, is_half: bool = False) -> tuple[Path, Stripped]:
+def strip(path: Path, *parts: StripPart, is_half: bool = False) -> tuple[Path, Stripped]:
     """Strip some parts, or all of them, into another folder."""
     target = path.with_name(f"stripped_{path.name}")
-    wish = Wish(frozenset(parts or Part), is_half=is_half)
-    return target, run(path, wish, Output(target), is_packed=False)
+    wish = StripOptions(frozenset(parts or StripPart), is_half=is_half)
+    return target, run(path, wish, Destination(target), is_packed=False)
 
 
 def bits(weights: Any) -> list[bytes]:
@@ -102,8 +102,8 @@ def test_the_bytes_that_are_said_to_go_are_gone(saved: tuple[Any, Path]) -> None
 
 def test_without_its_state_a_compiled_model_goes_on_from_the_start(saved: tuple[Any, Path]) -> None:
     model, path = saved
-    target, found = strip(path, Part.OPTIMIZER)
-    assert {thing.part for thing in found.removed} == {Part.OPTIMIZER}
+    target, found = strip(path, StripPart.OPTIMIZER)
+    assert {thing.part for thing in found.removed} == {StripPart.OPTIMIZER}
     again = tf_keras().models.load_model(target)
     assert bits(again.get_weights()) == bits(model.get_weights())
     assert int(again.optimizer.iterations) == 0
@@ -119,7 +119,7 @@ def test_without_its_state_a_compiled_model_goes_on_from_the_start(saved: tuple[
 
 def test_without_its_training_configuration_the_state_stays(saved: tuple[Any, Path]) -> None:
     _, path = saved
-    target, found = strip(path, Part.TRAINING)
+    target, found = strip(path, StripPart.TRAINING)
     assert {thing.name for thing in found.removed if thing.bytes} >= {"training_config"}
     assert not tf_keras().models.load_model(target)._is_compiled
     moments = [tensor for tensor in open_model(path).tensors if tensor.role == "optimizer" and tensor.shape]
@@ -267,7 +267,7 @@ def test_a_pruned_model_is_what_tfmot_strips_it_to(make: Any, tmp_path: Path) ->
     assert new.structured_input_signature[1].keys() == old.structured_input_signature[1].keys()
     assert new.structured_outputs == old.structured_outputs
     parts = {thing.part for thing in found.removed}
-    assert parts == {Part.MASKS, Part.WRAPPERS, Part.OPTIMIZER, Part.TRAINING}
+    assert parts == {StripPart.MASKS, StripPart.WRAPPERS, StripPart.OPTIMIZER, StripPart.TRAINING}
     assert (target / "readme.txt").read_text() == "kept"
     assert not open_model(target).about.wrappers
 
@@ -286,14 +286,14 @@ def pruned_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wrappers_do_not_go_alone(pruned_folder: Path) -> None:
     with pytest.raises(UsageError, match="no optimizer, no training") as caught:
-        strip(pruned_folder, Part.MASKS)
+        strip(pruned_folder, StripPart.MASKS)
     assert caught.value.hint == "--only masks,wrappers,optimizer,training"
 
 
 def test_the_optimizer_may_go_alone(pruned_folder: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(pruned_folder, tmp_path / "m"))
-    target, found = strip(path, Part.OPTIMIZER, Part.TRAINING)
-    assert {thing.part for thing in found.removed} == {Part.OPTIMIZER, Part.TRAINING}
+    target, found = strip(path, StripPart.OPTIMIZER, StripPart.TRAINING)
+    assert {thing.part for thing in found.removed} == {StripPart.OPTIMIZER, StripPart.TRAINING}
     assert open_model(target).about.wrappers == open_model(path).about.wrappers
     assert served(target, X) == served(path, X)
 
@@ -364,7 +364,7 @@ def test_a_missing_framework_is_named_with_its_extra(pruned_folder: Path, monkey
 
 def test_keras_that_gives_up_is_told(pruned_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = subprocess.CompletedProcess([], 1, stdout=b"")
-    monkeypatch.setattr(saved_model_unwrap.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(unwrap.subprocess, "run", lambda *_, **__: done)
     with pytest.raises(WorkError, match="Keras gave up"):
         strip(pruned_folder)
 
@@ -380,4 +380,4 @@ def test_a_rebuilt_model_with_another_number_is_not_handed_out(
     data[extent.offset + 3] ^= 1
     extent.path.write_bytes(data)
     with pytest.raises(WorkError, match="came out with other numbers"):
-        unwrapped_weights.check(open_model(path), target)
+        unwrap.check(open_model(path), target)

@@ -16,14 +16,13 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from prunectl.errors import InputError
-from prunectl.formats.base import Can
-from prunectl.formats.stripping import Part, Removed, Wish
-from prunectl.formats.table import by_name, load, open_model
+from prunectl.formats.base import Capability, RemovedItem, StripOptions, StripPart
+from prunectl.formats.registry import by_name, load, open_model
 from tests.running import FIXTURES
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
-EVERYTHING = Wish()
+EVERYTHING = StripOptions()
 LAYOUTS = ["zip", "legacy"]
 
 
@@ -32,14 +31,14 @@ def save(value: object, path: Path, layout: str = "zip") -> Path:
     return path
 
 
-def strip(path: Path, wish: Wish = EVERYTHING) -> tuple[Path, tuple[Removed, ...]]:
+def strip(path: Path, wish: StripOptions = EVERYTHING) -> tuple[Path, tuple[RemovedItem, ...]]:
     model = open_model(path)
     target = path.with_name("out.pt")
     removed = load(by_name(model.format).stripper)(model, wish, {path: target})
     return target, removed
 
 
-def stripped(value: object, tmp_path: Path, layout: str = "zip", wish: Wish = EVERYTHING) -> Any:
+def stripped(value: object, tmp_path: Path, layout: str = "zip", wish: StripOptions = EVERYTHING) -> Any:
     target, _ = strip(save(value, tmp_path / "m.pt", layout), wish)
     return torch.load(target, weights_only=True)
 
@@ -103,31 +102,31 @@ def test_no_minus_zero_and_no_nan_stays_where_a_mask_is_zero(tmp_path: Path) -> 
 def test_what_went_is_listed_with_the_bytes_that_it_took(tmp_path: Path) -> None:
     path = save(pruned().state_dict(), tmp_path / "m.pt")
     target, removed = strip(path)
-    assert {(row.name, row.bytes) for row in removed if row.part is Part.MASKS} == {
+    assert {(row.name, row.bytes) for row in removed if row.part is StripPart.MASKS} == {
         ("0.weight_mask", 8 * 3 * 9 * 4),
         ("0.bias_mask", 8 * 4),
         ("3.weight_mask", 40 * 4),
     }
-    assert {row.name for row in removed if row.part is Part.WRAPPERS} == {
+    assert {row.name for row in removed if row.part is StripPart.WRAPPERS} == {
         "0.weight_orig",
         "0.bias_orig",
         "3.weight_orig",
     }
-    assert sum(row.bytes for row in removed if row.part is Part.WRAPPERS) == 0
+    assert sum(row.bytes for row in removed if row.part is StripPart.WRAPPERS) == 0
     assert target.stat().st_size < path.stat().st_size
 
 
-@pytest.mark.parametrize("part", [Part.MASKS, Part.WRAPPERS])
-def test_masks_and_wrappers_go_together(tmp_path: Path, part: Part) -> None:
+@pytest.mark.parametrize("part", [StripPart.MASKS, StripPart.WRAPPERS])
+def test_masks_and_wrappers_go_together(tmp_path: Path, part: StripPart) -> None:
     made = pruned()
-    found = stripped(made.state_dict(), tmp_path, wish=Wish(frozenset({part})))
+    found = stripped(made.state_dict(), tmp_path, wish=StripOptions(frozenset({part})))
     assert_same(dict(found), removed_by_torch(made))
 
 
 def test_masks_stay_when_only_the_optimizer_is_to_go(tmp_path: Path) -> None:
     made = pruned()
     value = {"state_dict": made.state_dict(), "optimizer": optimized(made).state_dict()}
-    found = stripped(value, tmp_path, wish=Wish(frozenset({Part.OPTIMIZER})))
+    found = stripped(value, tmp_path, wish=StripOptions(frozenset({StripPart.OPTIMIZER})))
     assert_same(found, {"state_dict": made.state_dict()})
 
 
@@ -230,7 +229,7 @@ def test_views_stay_views_when_a_part_goes(tmp_path: Path) -> None:
     target, removed = strip(save(value, tmp_path / "m.pt"))
     found = torch.load(target, weights_only=True)["model"]
     assert found["part"].untyped_storage().data_ptr() == found["whole"].untyped_storage().data_ptr()
-    assert removed == (Removed("optimizer", Part.OPTIMIZER, 0),)
+    assert removed == (RemovedItem("optimizer", StripPart.OPTIMIZER, 0),)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -254,9 +253,9 @@ def test_a_checkpoint_keeps_its_model_and_its_settings(tmp_path: Path, layout: s
     found = torch.load(target, weights_only=True)
     assert_same(found, {name: value[name] for name in ("arch", "args", "state_dict", "normalizer")})
     of = {row.name: row for row in removed}
-    assert of["optimizer"].part is Part.OPTIMIZER
+    assert of["optimizer"].part is StripPart.OPTIMIZER
     assert of["optimizer"].bytes == sum(4 + 8 * p.numel() for p in made.parameters())
-    assert {name for name, row in of.items() if row.part is Part.TRAINING} == (
+    assert {name for name, row in of.items() if row.part is StripPart.TRAINING} == (
         {"epoch", "best_acc1", "scheduler", "scaler", "rng_state", "model_ema"}
     )
 
@@ -280,10 +279,10 @@ def test_a_checkpoint_of_lightning_keeps_what_its_loader_asks_for(tmp_path: Path
     target, removed = strip(save(kept | training, tmp_path / "m.pt"))
     assert_same(torch.load(target, weights_only=True), kept)
     assert {row.name: row.part for row in removed} == {
-        "loops": Part.TRAINING,
-        "callbacks": Part.TRAINING,
-        "optimizer_states": Part.OPTIMIZER,
-        "lr_schedulers": Part.TRAINING,
+        "loops": StripPart.TRAINING,
+        "callbacks": StripPart.TRAINING,
+        "optimizer_states": StripPart.OPTIMIZER,
+        "lr_schedulers": StripPart.TRAINING,
     }
 
 
@@ -336,8 +335,8 @@ def test_gradients_go_beside_their_weights_and_inside_of_parameters(tmp_path: Pa
     assert set(found) == {"w", "p", "odd.grad"}
     assert not hasattr(found["p"], "main_grad")
     assert {(row.name, row.part, row.bytes) for row in removed} == {
-        ("w.grad", Part.GRADIENTS, 12),
-        ("main_grad", Part.GRADIENTS, 16),
+        ("w.grad", StripPart.GRADIENTS, 12),
+        ("main_grad", StripPart.GRADIENTS, 16),
     }
 
 
@@ -354,19 +353,19 @@ def test_half_is_what_torch_makes_of_every_float(tmp_path: Path, layout: str) ->
         name: tensor.half() if tensor.dtype in {torch.float32, torch.float64} else tensor
         for name, tensor in state.items()
     }
-    assert_same(stripped(state, tmp_path, layout, Wish(is_half=True)), expected)
+    assert_same(stripped(state, tmp_path, layout, StripOptions(is_half=True)), expected)
 
 
 def test_half_and_masks_go_in_one_step(tmp_path: Path) -> None:
     made = pruned()
-    found = stripped(made.state_dict(), tmp_path, wish=Wish(is_half=True))
+    found = stripped(made.state_dict(), tmp_path, wish=StripOptions(is_half=True))
     expected = {name: t.half() if t.is_floating_point() else t for name, t in removed_by_torch(made).items()}
     assert_same(dict(found), expected)
 
 
 def test_half_of_a_pickled_module_is_module_half(tmp_path: Path) -> None:
     made = net().eval()
-    target, _ = strip(save(made, tmp_path / "m.pt"), Wish(is_half=True))
+    target, _ = strip(save(made, tmp_path / "m.pt"), StripOptions(is_half=True))
     found = torch.load(target, weights_only=False)
     assert_same(dict(found.state_dict()), dict(made.half().state_dict()))
 
@@ -374,13 +373,13 @@ def test_half_of_a_pickled_module_is_module_half(tmp_path: Path) -> None:
 def test_a_number_too_big_for_half_is_refused_by_name(tmp_path: Path) -> None:
     path = save({"fine": torch.tensor([float("inf")]), "wide": torch.tensor([1.0, -70000.0])}, tmp_path / "m.pt")
     with pytest.raises(InputError, match=r"m\.pt holds 70000 in wide"):
-        strip(path, Wish(is_half=True))
+        strip(path, StripOptions(is_half=True))
 
 
 def test_scales_of_quantized_weights_keep_their_width(tmp_path: Path) -> None:
     scales, zeros = torch.rand(2).double() + 0.1, torch.zeros(2, dtype=torch.int64)
     weight = torch.quantize_per_channel(torch.rand(2, 3), scales, zeros, 0, torch.qint8)
-    found = stripped({"q": weight, "w": torch.ones(2)}, tmp_path, wish=Wish(is_half=True))
+    found = stripped({"q": weight, "w": torch.ones(2)}, tmp_path, wish=StripOptions(is_half=True))
     assert torch.equal(found["q"].int_repr(), weight.int_repr())
     assert found["q"].q_per_channel_scales().dtype == torch.float64
     assert found["w"].dtype == torch.float16
@@ -391,7 +390,7 @@ def test_a_wrapped_pickled_module_is_refused_and_the_rest_of_it_can_go(tmp_path:
     path = save({"model": made, "optimizer": optimized(made).state_dict()}, tmp_path / "m.pt")
     with pytest.raises(InputError, match=r"m\.pt holds model\.\S+_mask, a mask that code from the file"):
         strip(path)
-    target, removed = strip(path, Wish(frozenset({Part.OPTIMIZER})))
+    target, removed = strip(path, StripOptions(frozenset({StripPart.OPTIMIZER})))
     assert [row.name for row in removed] == ["optimizer"]
     found = torch.load(target, weights_only=False)["model"]
     assert torch.equal(found(torch.ones(1, 3, 3, 3)), made(torch.ones(1, 3, 3, 3)))
@@ -403,7 +402,7 @@ def test_torchscript_comes_out_as_it_was(tmp_path: Path) -> None:
     assert removed == ()
     assert target.read_bytes() == (tmp_path / "m.pt").read_bytes()
     with pytest.raises(InputError, match=r"m\.pt is a TorchScript program"):
-        strip(tmp_path / "m.pt", Wish(is_half=True))
+        strip(tmp_path / "m.pt", StripOptions(is_half=True))
 
 
 class TestTheZip:
@@ -464,7 +463,7 @@ def test_big_endian_numbers_stay_big_endian(tmp_path: Path) -> None:
             if name.startswith("m/data/"):
                 raw = np.frombuffer(raw, "<f4").astype(">f4").tobytes()
             new.writestr(name, b"big" if name.endswith("byteorder") else raw)
-    target, _ = strip(big, Wish(is_half=True))
+    target, _ = strip(big, StripOptions(is_half=True))
     with zipfile.ZipFile(target) as archive:
         assert np.frombuffer(archive.read("m/data/0"), ">f2").tolist() == [1.5, 0.0]
     assert torch.load(target, weights_only=True)["w"].tolist() == [1.5, 0.0]
@@ -488,12 +487,12 @@ def test_what_no_one_has_heard_of_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("checkpoint_with_optimizer.pt", Part.OPTIMIZER), ("masks_of_torch_prune.pt", Part.MASKS)],
+    [("checkpoint_with_optimizer.pt", StripPart.OPTIMIZER), ("masks_of_torch_prune.pt", StripPart.MASKS)],
 )
-def test_the_fixtures_come_out_smaller(tmp_path: Path, name: str, expected: Part) -> None:
+def test_the_fixtures_come_out_smaller(tmp_path: Path, name: str, expected: StripPart) -> None:
     path = tmp_path / name
     path.write_bytes((FIXTURES / name).read_bytes())
-    assert Can.STRIP in by_name("torch").can
+    assert Capability.STRIP in by_name("torch").can
     target, removed = strip(path)
     assert expected in {row.part for row in removed}
     assert not open_model(target).about.wrappers

@@ -24,12 +24,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 from prunectl.errors import InputError
-from prunectl.formats.torch.emit import emit
-from prunectl.formats.torch.entries import entries, items, number_node, replace_entries, text, text_node, texts, value
-from prunectl.formats.torch.program import follow
-from prunectl.formats.torch.recipe import Recipe
-from prunectl.formats.torch.record import record
-from prunectl.formats.torch.values import Made, Pairs, Persistent, Raw
+from prunectl.formats.torch.pickle.edit import (
+    entries,
+    items,
+    number_node,
+    replace_entries,
+    text,
+    text_node,
+    texts,
+    value,
+)
+from prunectl.formats.torch.pickle.ir import PickleIR, emit_pickle, parse_ir
+from prunectl.formats.torch.pickle.opcodes import OpaqueCall, Persistent, PickleDict, RawBytes
+from prunectl.formats.torch.pickle.vm import interpret
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -73,21 +80,21 @@ class Growing(list[Any]):
 
 
 def again(program: bytes) -> bytes:
-    return b"".join(emit(record(program, WHERE)))
+    return b"".join(emit_pickle(parse_ir(program, WHERE)))
 
 
 def shape_of(thing: Any, seen: dict[int, int] | None = None) -> Any:
     """Tell what the restricted machine made in plain words; what was met before by its number."""
     seen = {} if seen is None else seen
-    if isinstance(thing, list | Pairs | Made | Persistent):
+    if isinstance(thing, list | PickleDict | OpaqueCall | Persistent):
         if id(thing) in seen:
             return f"same as {seen[id(thing)]}"
         seen[id(thing)] = len(seen)
-    if isinstance(thing, Raw):
+    if isinstance(thing, RawBytes):
         return "raw", thing.nbytes, thing.head
-    if isinstance(thing, Pairs):
+    if isinstance(thing, PickleDict):
         return "pairs", [(shape_of(key, seen), shape_of(item, seen)) for key, item in thing.items]
-    if isinstance(thing, Made):
+    if isinstance(thing, OpaqueCall):
         insides = (thing.function, thing.args, thing.state, thing.pairs, thing.items)
         return "made", [shape_of(inside, seen) for inside in insides]
     if isinstance(thing, Persistent):
@@ -98,7 +105,7 @@ def shape_of(thing: Any, seen: dict[int, int] | None = None) -> Any:
 
 
 def same_program(first: bytes, second: bytes) -> None:
-    assert shape_of(follow(second, WHERE, "it").value) == shape_of(follow(first, WHERE, "it").value)
+    assert shape_of(interpret(second, WHERE, "it").value) == shape_of(interpret(first, WHERE, "it").value)
     assert again(second) == second
     pickletools.dis(second, out=io.StringIO())
 
@@ -228,7 +235,7 @@ def test_deep_values_take_no_recursion() -> None:
 )
 def test_a_broken_program_is_refused_in_a_sentence(program: bytes) -> None:
     with pytest.raises(InputError, match=r"m\.pt is truncated or damaged"):
-        record(program, WHERE)
+        parse_ir(program, WHERE)
 
 
 class TestChangedEntries:
@@ -238,23 +245,23 @@ class TestChangedEntries:
     def test_a_dictionary_with_other_entries_keeps_its_kind(self, make: Any) -> None:
         made = make([("a", [1]), ("b", 2), ("c", 3)])
         for protocol in PROTOCOLS:
-            recipe = record(pickle.dumps(made, protocol), WHERE)
+            recipe = parse_ir(pickle.dumps(made, protocol), WHERE)
             inside = entries(recipe.root)
             assert inside is not None
             replace_entries(recipe.root, [inside[0], (text_node("é"), number_node(2**40)), inside[2]])
-            found = pickle.loads(b"".join(emit(recipe)))
+            found = pickle.loads(b"".join(emit_pickle(recipe)))
             assert found == {"a": [1], "é": 2**40, "c": 3}
             assert type(found) is type(made)
 
     def test_an_ordered_dictionary_of_python_2_has_entries_too(self) -> None:
         program = b"ccollections\nOrderedDict\n(](](S'a'\nI1\ne](S'b'\nI2\neetR."
-        root = record(program, WHERE).root
+        root = parse_ir(program, WHERE).root
         assert {name: value(item) for name, item in texts(root).items()} == {"a": 1, "b": 2}
         replace_entries(root, [entry for entry in entries(root) or () if text(entry[0]) == "b"])
-        assert pickle.loads(b"".join(emit(Recipe(root, b"", 0)))) == {"b": 2}
+        assert pickle.loads(b"".join(emit_pickle(PickleIR(root, b"", 0)))) == {"b": 2}
 
     def test_items_are_those_of_lists_and_tuples(self) -> None:
-        root = record(pickle.dumps([["a", "b"], ("c",)], 2), WHERE).root
+        root = parse_ir(pickle.dumps([["a", "b"], ("c",)], 2), WHERE).root
         assert [[text(item) for item in items(inner)] for inner in items(root)] == [["a", "b"], ["c"]]
 
 

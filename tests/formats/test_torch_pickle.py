@@ -12,19 +12,19 @@ import pytest
 
 from prunectl.errors import InputError
 from prunectl.formats.torch import tree
-from prunectl.formats.torch.program import follow
-from prunectl.formats.torch.values import Global, Made, Pairs, Persistent, Raw
+from prunectl.formats.torch.pickle.opcodes import Global, OpaqueCall, Persistent, PickleDict, RawBytes
+from prunectl.formats.torch.pickle.vm import interpret
 
 WHERE = Path("m.pt")
 
 
 def plain(value: Any) -> Any:
     """Turn what the interpreter makes of plain data back into that data."""
-    if isinstance(value, Pairs):
+    if isinstance(value, PickleDict):
         return {plain(key): plain(item) for key, item in value.items}
     if isinstance(value, list | tuple):
         return type(value)(plain(item) for item in value)
-    return value.head if isinstance(value, Raw) else value
+    return value.head if isinstance(value, RawBytes) else value
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -36,21 +36,26 @@ def test_plain_data_comes_back_in_every_protocol(protocol: int) -> None:
         "nested": [[], (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), {}, shared, shared],
         "ordered": collections.OrderedDict(a=1, b=2),
     }
-    assert plain(follow(pickle.dumps(data, protocol), WHERE, "it").value) == data
+    assert plain(interpret(pickle.dumps(data, protocol), WHERE, "it").value) == data
 
 
 def test_bytes_and_sets_come_back() -> None:
-    value = follow(pickle.dumps([b"abc", {1, 2}, frozenset({3}), bytearray(b"x")], 5), WHERE, "it").value
-    assert [plain(item) if isinstance(item, Raw) else sorted(item) for item in value] == [b"abc", [1, 2], [3], b"x"]
+    value = interpret(pickle.dumps([b"abc", {1, 2}, frozenset({3}), bytearray(b"x")], 5), WHERE, "it").value
+    assert [plain(item) if isinstance(item, RawBytes) else sorted(item) for item in value] == [
+        b"abc",
+        [1, 2],
+        [3],
+        b"x",
+    ]
 
 
 def test_strings_of_python_2_are_text() -> None:
-    assert follow(b"(U\x03abcT\x03\x00\x00\x00defS'ghi'\nt.", WHERE, "it").value == ("abc", "def", "ghi")
+    assert interpret(b"(U\x03abcT\x03\x00\x00\x00defS'ghi'\nt.", WHERE, "it").value == ("abc", "def", "ghi")
 
 
 def test_an_instance_is_told_and_not_made() -> None:
-    program = follow(b"(imodels\nNet\n}S'a'\nI1\nsb.", WHERE, "it")
-    assert isinstance(program.value, Made)
+    program = interpret(b"(imodels\nNet\n}S'a'\nI1\nsb.", WHERE, "it")
+    assert isinstance(program.value, OpaqueCall)
     assert program.value.path == "models.Net"
     assert program.strangers == ("class models.Net",)
 
@@ -69,11 +74,11 @@ def test_an_instance_is_told_and_not_made() -> None:
     ],
 )
 def test_whatever_would_run_is_named(program: bytes, fact: str) -> None:
-    assert follow(program, WHERE, "it").strangers == (fact,)
+    assert interpret(program, WHERE, "it").strangers == (fact,)
 
 
 def test_what_the_container_provides_is_listed() -> None:
-    program = follow(b"(S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nI4\ntQ.", WHERE, "it")
+    program = interpret(b"(S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nI4\ntQ.", WHERE, "it")
     assert isinstance(program.value, Persistent)
     assert program.storages == (("storage", Global("torch", "FloatStorage"), "0", "cpu", 4),)
 
@@ -107,7 +112,7 @@ def test_what_the_container_provides_is_listed() -> None:
 )
 def test_a_broken_program_is_refused_in_a_sentence(program: bytes) -> None:
     with pytest.raises(InputError, match=r"m\.pt is truncated or damaged: its pickle is not"):
-        follow(program, WHERE, "its pickle")
+        interpret(program, WHERE, "its pickle")
 
 
 MANY = 1_900_000
@@ -130,7 +135,7 @@ MANY = 1_900_000
 def test_a_bomb_is_followed_or_refused_in_bounded_time(program: bytes) -> None:
     begin = time.process_time()
     try:
-        tree.leaves(WHERE, follow(program, WHERE, "it").value, {})
+        tree.iter_tensors(WHERE, interpret(program, WHERE, "it").value, {})
     except InputError as error:
         assert str(error).startswith("m.pt is")  # noqa: PT017 (some are followed to their end)
     # Far above what it takes, and far below what it would take unbounded.
@@ -140,8 +145,8 @@ def test_a_bomb_is_followed_or_refused_in_bounded_time(program: bytes) -> None:
 def test_a_billion_laughs_of_dictionaries_is_refused() -> None:
     program = b"}q\x00" + b"0}(S'a'\nh\x00S'b'\nh\x00uq\x00" * 60 + b"."
     with pytest.raises(InputError, match="share each other without end"):
-        tree.leaves(WHERE, follow(program, WHERE, "it").value, {})
+        tree.iter_tensors(WHERE, interpret(program, WHERE, "it").value, {})
 
 
 def test_a_value_inside_itself_is_walked_once() -> None:
-    assert tree.leaves(WHERE, follow(b"}q\x00S'me'\nh\x00s.", WHERE, "it").value, {}) == []
+    assert tree.iter_tensors(WHERE, interpret(b"}q\x00S'me'\nh\x00s.", WHERE, "it").value, {}) == []

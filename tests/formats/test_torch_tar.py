@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from prunectl.errors import InputError
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
 from tests.contract import Array, FormatContract
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

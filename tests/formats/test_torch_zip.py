@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize, prune
 
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile, Role, Tensor
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
 from tests.contract import Array, FormatContract, raw
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

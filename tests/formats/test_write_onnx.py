@@ -14,10 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from prunectl.errors import InputError
 from prunectl.formats.base import Array, ModelFile
-from prunectl.formats.onnx.pack import pack
-from prunectl.formats.onnx.write import write
-from prunectl.formats.table import open_model
-from prunectl.formats.writing import Rewrite
+from prunectl.formats.onnx.rewrite import pack, write
+from prunectl.formats.patch import TensorUpdate
+from prunectl.formats.registry import open_model
 from tests.running import FIXTURES
 
 
@@ -32,12 +31,12 @@ def one_matmul(path: Path, weight: onnx.TensorProto, kind: int) -> Path:
     return path
 
 
-def doubled(model: ModelFile, names: set[str]) -> list[Rewrite]:
+def doubled(model: ModelFile, names: set[str]) -> list[TensorUpdate]:
     def blocks(array: Array) -> Iterator[Array]:
         yield np.asarray(array * array.dtype.type(2))
 
     found = [tensor for tensor in model.tensors if tensor.name in names]
-    return [Rewrite(tensor, partial(blocks, model.read(tensor))) for tensor in found]
+    return [TensorUpdate(tensor, partial(blocks, model.read(tensor))) for tensor in found]
 
 
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.FLOAT, TensorProto.DOUBLE])

@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from prunectl.analysis.sizes import LimitCheck
 from prunectl.api import inspect
 from prunectl.commands import app
-from prunectl.measuring.gates import Gate
+from prunectl.reporting.html.charts import Box, squarified
 from prunectl.reporting.html.page import page
-from prunectl.reporting.html.treemap import Box, squarified
-from prunectl.reporting.inspect_report import inspect_report
-from prunectl.reporting.report import Report, Section
-from prunectl.reporting.table import Column, Table, Unit
+from prunectl.reporting.inspect import inspect_report
+from prunectl.reporting.report import Column, Report, Section, Table, Unit
 from prunectl.units import Units
 from tests.running import FIXTURES
 
@@ -136,7 +135,7 @@ def test_hostile_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
     spoiled = replace(
         hostile,
         remarks=(HOSTILE,),
-        gates=(Gate("max-raw", "raw", 1, 2, ok=False, model=HOSTILE),),
+        gates=(LimitCheck("max-raw", "raw", 1, 2, ok=False, model=HOSTILE),),
         sections=(
             *hostile.sections,
             Section(HOSTILE, ((HOSTILE, HOSTILE),), (Table(HOSTILE, (Column(HOSTILE),), ((HOSTILE,),)),), (HOSTILE,)),

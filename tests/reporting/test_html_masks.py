@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from prunectl import api
+from prunectl.analysis.sparsity_map import FIELDS, sparsity_map, sparsity_maps
 from prunectl.commands import app
 from prunectl.formats import extents
 from prunectl.formats.base import ModelFile
-from prunectl.formats.table import open_model
-from prunectl.measuring.shading import FIELDS, shading, shadings
-from prunectl.reporting.html.masks import COLORS, levels, masks
+from prunectl.formats.registry import open_model
+from prunectl.reporting.html.charts import COLORS, masks, quantise
 from tests.reporting.test_html import Page
 from tests.running import FIXTURES
 
@@ -72,7 +72,7 @@ def of_numbers(path: Path, **arrays: NDArray[np.float32]) -> ModelFile:
 def test_a_picture_shows_the_share_of_zeros_of_each_field(shape: tuple[int, ...], tmp_path: Path) -> None:
     weights = sparse(*shape)
     model = of_numbers(tmp_path / "m.safetensors", **{"fc.weight": weights})
-    found = shading(model, model.tensors[0])
+    found = sparsity_map(model, model.tensors[0])
     matrix = weights.reshape(shape[0], -1) == 0
     by_hand = fields_by_hand(matrix)
     assert np.allclose(found.zeros / found.sizes, by_hand)
@@ -95,7 +95,7 @@ def test_it_is_the_same_whichever_way_the_file_stores_it_and_however_small_the_p
         for name in ("digits_cnn.h5", "digits_cnn.pt"):
             model = open_model(FIXTURES / name)
             tensor = next(one for one in model.tensors if "fc1" in one.name and len(one.shape) == 2)
-            found = shading(model, tensor)
+            found = sparsity_map(model, tensor)
             assert (found.rows, found.columns) == (32, 256)
             assert np.array_equal(found.zeros, whole.setdefault(name, found.zeros))
 
@@ -105,10 +105,10 @@ def test_outputs_are_rows_in_keras_and_in_pytorch(tmp_path: Path) -> None:
         out = tmp_path / name
         api.prune(FIXTURES / name, out, sparsity=0.7)
     one, other = (
-        next(shown for shown in shadings(model, api.inspect(model.path)) if "fc1" in shown.name)
+        next(shown for shown in sparsity_maps(model, api.inspect(model.path)) if "fc1" in shown.name)
         for model in (open_model(tmp_path / "digits_cnn.h5"), open_model(tmp_path / "digits_cnn.onnx"))
     )
-    assert np.array_equal(levels(one), levels(other))
+    assert np.array_equal(quantise(one), quantise(other))
 
 
 def test_rows_without_any_weight_are_counted_and_told(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_rows_without_any_weight_are_counted_and_told(tmp_path: Path) -> None:
     weights[3:15] = 0
     weights[20, 0] = -0.0
     model = of_numbers(tmp_path / "m.safetensors", **{"fc.weight": weights})
-    (found,) = shadings(model, api.inspect(model.path))
+    (found,) = sparsity_maps(model, api.inspect(model.path))
     assert found.empty_rows == 12
     (image,) = Page.of(masks([found])).all("img")
     assert image.attributes["alt"] == "fc.weight, 40 x 10: 30.2 % zero; 12 empty rows"
@@ -124,7 +124,7 @@ def test_rows_without_any_weight_are_counted_and_told(tmp_path: Path) -> None:
 
 def test_what_is_dense_has_no_picture(tmp_path: Path) -> None:
     model = of_numbers(tmp_path / "m.safetensors", **{"fc.weight": np.ones((8, 8), np.float32)})
-    assert shadings(model, api.inspect(model.path)) == ()
+    assert sparsity_maps(model, api.inspect(model.path)) == ()
     assert masks([]) == ""
 
 

@@ -7,8 +7,8 @@ import io
 import pytest
 
 from prunectl.reporting import progress
-from prunectl.reporting.progress import Progress
-from prunectl.reporting.settings import Settings
+from prunectl.reporting.progress import ProgressBars
+from prunectl.reporting.report import Settings
 
 
 class Terminal(io.StringIO):
@@ -27,7 +27,7 @@ def at_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 
 
 def work(settings: Settings) -> None:
-    with Progress("reading big.pt", 1000, settings) as bar:
+    with ProgressBars("reading big.pt", 1000, settings) as bar:
         bar.advance(400)
         bar.advance(600)
 

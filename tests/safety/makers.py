@@ -13,8 +13,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from prunectl.formats.protobuf_write import head, number
-from prunectl.formats.tensorflow import leveldb_write
+from prunectl.formats import protobuf
+from prunectl.formats.protobuf import length_prefix, number
+from prunectl.formats.tensorflow import leveldb
 
 Maker = Callable[[Path], Path]
 MEGABYTE = 1 << 20
@@ -23,7 +24,7 @@ DENSE: dict[str, Any] = {"class_name": "Dense", "config": {"name": "dense", "uni
 
 def field(key: int, content: bytes) -> bytes:
     """A protobuf field of bytes."""
-    return head(key, len(content)) + content
+    return length_prefix(key, len(content)) + content
 
 
 def filled(nbytes: int, piece: bytes, before: bytes = b"", after: bytes = b"") -> bytes:
@@ -159,11 +160,11 @@ def checkpoint(objects: bytes) -> Maker:
     """A checkpoint of TensorFlow with an object graph."""
 
     def make(folder: Path) -> Path:
-        stored = leveldb_write.varint(len(objects)) + bytes(4) + objects
+        stored = protobuf.encode_varint(len(objects)) + bytes(4) + objects
         (folder / "m.data-00000-of-00001").write_bytes(stored)
         entry = number(1, 7) + field(2, b"") + number(5, len(stored))
         records = [(b"", number(1, 1)), (b"_CHECKPOINTABLE_OBJECT_GRAPH", entry)]
-        (folder / "m.index").write_bytes(leveldb_write.table(records))
+        (folder / "m.index").write_bytes(leveldb.table(records))
         return folder / "m.index"
 
     return make

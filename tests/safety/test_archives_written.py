@@ -10,7 +10,7 @@ import pytest
 
 from prunectl.formats import zip_write
 from prunectl.formats.extents import Extent
-from prunectl.formats.zips import Entry
+from prunectl.formats.zip_read import ZipEntry
 from tests.running import FIXTURES, here, prunectl
 
 HALF = ("-s", "0.5", "-q")
@@ -73,7 +73,7 @@ def test_packing_keeps_all_but_times(tmp_path: Path) -> None:
 
 
 def test_the_entries_that_changed_are_found_without_asking_each_of_each() -> None:
-    entries = [Entry(str(index), 8, Extent(Path("m"), 100 + 10 * index, 8), True, 0) for index in range(100_000)]
+    entries = [ZipEntry(str(index), 8, Extent(Path("m"), 100 + 10 * index, 8), True, 0) for index in range(100_000)]
     # To ask each of each takes minutes.
     assert zip_write._touched(entries, [entry.extent.offset + 4 for entry in entries[::2]]) == entries[::2]
 

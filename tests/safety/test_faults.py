@@ -27,10 +27,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from prunectl.errors import InputError, PrunectlError, WorkError, translate
-from prunectl.formats import extents, outputs, scratch, writing
-from prunectl.formats.onnx import rebuild
-from prunectl.formats.table import open_model
-from prunectl.formats.writing import Rewrite
+from prunectl.formats import atomic, extents, patch, scratch
+from prunectl.formats.onnx import proto, rewrite
+from prunectl.formats.patch import TensorUpdate
+from prunectl.formats.registry import open_model
 from tests.contract import digest
 from tests.running import COMMAND, FIXTURES, ROOT, clean, here
 
@@ -223,7 +223,7 @@ def test_whatever_the_moment_the_output_is_whole_or_absent_and_the_next_run_tidi
 
 
 def test_a_change_of_mind_between_two_files_comes_before_or_after_both(tmp_path: Path) -> None:
-    real, seen = outputs._place, []
+    real, seen = atomic._move_into_place, []
 
     def interrupted(*words: Any, **more: Any) -> None:
         real(*words, **more)
@@ -232,8 +232,11 @@ def test_a_change_of_mind_between_two_files_comes_before_or_after_both(tmp_path:
             signal.raise_signal(signal.SIGINT)
 
     def write() -> None:
-        with pytest.MonkeyPatch.context() as patched, outputs.replacing(tmp_path / "a", may_replace=False) as folder:
-            patched.setattr(outputs, "_place", interrupted)
+        with (
+            pytest.MonkeyPatch.context() as patched,
+            atomic.atomic_replace(tmp_path / "a", may_replace=False) as folder,
+        ):
+            patched.setattr(atomic, "_move_into_place", interrupted)
             for name in ("a", "b"):
                 (folder / name).write_text(name)
 
@@ -302,13 +305,13 @@ def test_what_somebody_writes_while_if_changed_works_is_not_replaced(
     model, out = put("digits_cnn.safetensors", tmp_path), tmp_path / "out.safetensors"
     words = ("prune", model, "-o", out, "--if-changed", "-q")
     assert here(*words, "-s", "0.5").code == 0
-    real = outputs._placements
+    real = atomic._move_order
 
     def late(*given: Any) -> Any:
         out.write_text("mine")
         return real(*given)
 
-    monkeypatch.setattr(outputs, "_placements", late)
+    monkeypatch.setattr(atomic, "_move_order", late)
     done = here(*words, "-s", "0.6")
     assert (done.code, "has changed since prunectl wrote it" in done.err) == (2, True), done.err
     assert out.read_text() == "mine"
@@ -333,16 +336,16 @@ def test_an_input_that_becomes_shorter_while_it_is_copied_is_the_inputs_fault(
     path = tmp_path / "m.safetensors"
     save_file({"a.weight": np.ones((64, 64), np.float32), "b.weight": np.ones((64, 64), np.float32)}, path)
     first, *_ = sorted(open_model(path).tensors, key=lambda tensor: tensor.storage.extent.offset)
-    rewrite = Rewrite(first, lambda: iter([np.zeros((64, 64), np.float32)]))
-    real = writing._copy
+    rewrite = TensorUpdate(first, lambda: iter([np.zeros((64, 64), np.float32)]))
+    real = patch._copy
 
     def late(*given: Any) -> None:
         os.truncate(path, 1000)
         real(*given)
 
-    monkeypatch.setattr(writing, "_copy", late)
+    monkeypatch.setattr(patch, "_copy", late)
     with pytest.raises(InputError, match="became shorter while it was copied"):
-        writing.splice(path, tmp_path / "out", [rewrite])
+        patch.copy_with_patches(path, tmp_path / "out", [rewrite])
 
 
 def test_a_graph_that_becomes_shorter_while_it_is_copied_does_not_keep_the_copy_busy(tmp_path: Path) -> None:
@@ -353,7 +356,7 @@ def test_a_graph_that_becomes_shorter_while_it_is_copied_does_not_keep_the_copy_
         (tmp_path / "out").open("wb") as out,
         pytest.raises(InputError, match="became shorter while it was copied"),
     ):
-        rebuild._copy(source, rebuild.Span(0, 10), out)
+        rewrite._copy(source, proto.Span(0, 10), out)
 
 
 def broken(number: int) -> Callable[..., Any]:

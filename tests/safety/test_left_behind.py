@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from prunectl.errors import InputError
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
 from tests.running import FIXTURES, here
 from tests.safety import makers
 from tests.safety.cost import assert_refused_cheaply, cost

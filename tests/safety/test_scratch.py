@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from prunectl.errors import WorkError
-from prunectl.formats import exchange, outputs, scratch
-from prunectl.formats.scratch import HIDDEN, SHOWN, Held, Scratch, temporary_folder
+from prunectl.formats import atomic, scratch
+from prunectl.formats.scratch import HIDDEN, SHOWN, LockedFolder, Scratch, temporary_folder
 from tests.running import FIXTURES, here
 
 OURS = f"{HIDDEN}0123456789abcdef"
@@ -58,7 +58,7 @@ def test_a_folder_of_the_users_own_stays_whatever_it_is_called(
     name: str, inside: tuple[str, ...], tmp_path: Path
 ) -> None:
     folder = make(tmp_path, name, *inside)
-    outputs.write_text(tmp_path / "out", "done", is_forced=False)
+    atomic.write_text(tmp_path / "out", "done", is_forced=False)
     assert sorted(os.listdir(folder)) == sorted(inside)
 
 
@@ -75,14 +75,14 @@ def test_a_link_or_a_folder_that_others_write_to_is_not_taken_for_a_dead_run(tmp
 @pytest.mark.parametrize("inside", [("lock", "new"), ("lock", "new", "old"), ("lock", "packed"), ("lock",), ()])
 def test_what_a_dead_run_has_left_is_cleared(inside: tuple[str, ...], tmp_path: Path) -> None:
     make(tmp_path, OURS, *inside)
-    outputs.write_text(tmp_path / "out", "done", is_forced=False)
+    atomic.write_text(tmp_path / "out", "done", is_forced=False)
     assert os.listdir(tmp_path) == ["out"]
 
 
 def test_the_temporary_folder_is_cleared_of_dead_runs_and_of_nothing_else(temporary: Path) -> None:
     make(temporary, f"{SHOWN}0123456789abcdef", "lock", "new")
     make(temporary, f"{SHOWN}mine", "notes.txt")
-    alive = Held()
+    alive = LockedFolder()
     alive.take(temporary, SHOWN)
     with temporary_folder() as folder:
         (folder / "weights").write_text("much")
@@ -140,7 +140,7 @@ def test_without_locks_the_output_is_written_and_only_what_is_a_day_old_is_clear
     long_ago = time.time() - 2 * 24 * 3600
     for path in (old / "lock", old / "new", old):
         os.utime(path, (long_ago, long_ago))
-    outputs.write_text(tmp_path / "out", "done", is_forced=False)
+    atomic.write_text(tmp_path / "out", "done", is_forced=False)
     assert {path.name for path in tmp_path.iterdir()} == {"out", young.name}
 
 
@@ -156,7 +156,7 @@ def placing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     if request.param != "renameat2":
-        monkeypatch.setattr(exchange, "_renameat2", without_renameat2)
+        monkeypatch.setattr(atomic, "_renameat2", without_renameat2)
     if request.param == "neither":
         monkeypatch.setattr(os, "link", refuse)
     return str(request.param)
@@ -165,7 +165,7 @@ def placing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("placing")
 @pytest.mark.parametrize("is_folder", [False, True])
 def test_a_free_place_is_taken(is_folder: bool, tmp_path: Path) -> None:
-    with outputs.replacing(tmp_path / "out", may_replace=False) as folder:
+    with atomic.atomic_replace(tmp_path / "out", may_replace=False) as folder:
         if is_folder:
             (folder / "out").mkdir()
         (folder / "out" / "inside" if is_folder else folder / "out").write_text("done")
@@ -178,7 +178,7 @@ def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def write() -> None:
-        with outputs.replacing(out, may_replace=False) as folder:
+        with atomic.atomic_replace(out, may_replace=False) as folder:
             (folder / "out").write_text("ours")
             out.write_text("theirs")
 
@@ -195,7 +195,7 @@ def test_a_folder_that_came_meanwhile_is_not_replaced_even_if_it_is_empty(
     out = tmp_path / "out"
 
     def write() -> None:
-        with outputs.replacing(out, may_replace=False) as folder:
+        with atomic.atomic_replace(out, may_replace=False) as folder:
             (folder / "out").mkdir()
             out.mkdir()
             if come == "full":
@@ -257,7 +257,7 @@ def test_a_group_that_cannot_be_kept_gains_nothing(tmp_path: Path, monkeypatch: 
     else:
         pytest.skip("only root gives a file away")
     monkeypatch.setattr(os, "chown", refuse)
-    outputs.write_text(out, "new", is_forced=True)
+    atomic.write_text(out, "new", is_forced=True)
     assert (out.read_text(), mode(out)) == ("new", 0o644)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from prunectl.formats.table import open_model
-from prunectl.measuring.survey import survey
-from prunectl.measuring.zeros import count_zeros
+from prunectl.analysis.stats import measure_stats
+from prunectl.analysis.tensor_io import count_zeros
+from prunectl.formats.registry import open_model
 from tests.safety.cost import assert_refused_cheaply, cost
 
 PROTOCOL, KEPT, POPPED = b"\x80\x02", 40, b"0"
@@ -117,8 +117,8 @@ def test_tied_tensors_are_counted_once(tmp_path: Path, monkeypatch: pytest.Monke
     storage = struct.pack("<4f", 0, 1, 2, 3) * (count // 4)
     path = checkpoint(tmp_path / "m.pt", views([(0, 1000, 1000)] * 400, count), storages={"0": storage})
     model, reads = open_model(path), []
-    monkeypatch.setattr("prunectl.measuring.survey.count_zeros", lambda *of: reads.append(of) or count_zeros(*of))
-    assert {row.zeros for row in survey(model, model.tensors).layers} == {count // 4}
+    monkeypatch.setattr("prunectl.analysis.tensor_io.count_zeros", lambda *of: reads.append(of) or count_zeros(*of))
+    assert {row.zeros for row in measure_stats(model, model.tensors).layers} == {count // 4}
     assert len(reads) == 1
 
 

@@ -16,7 +16,7 @@ import pytest
 from prunectl.errors import InputError, UntrustedError, UsageError
 from prunectl.formats import trust
 from prunectl.formats.keras.pure_names import CLASSES, FUNCTIONS_OF_TENSORFLOW
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
 from tests.networks import keras, tf_keras
 from tests.running import FIXTURES
 from tests.safety.cost import MAX_BYTES, assert_refused_cheaply, cost

@@ -12,10 +12,10 @@ import pytest
 from prunectl.errors import InputError, UntrustedError
 from prunectl.formats import budgets, trust
 from prunectl.formats.protobuf import fields
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
 from prunectl.formats.tensorflow import graph_code
 from prunectl.formats.tensorflow.pure_operations import BY_ATTRIBUTE, PURE
-from prunectl.training.network import Origin
+from prunectl.training.backend import ModelOrigin
 from prunectl.training.runtimes import open_network
 from tests.networks import tf_keras
 from tests.running import FIXTURES, here
@@ -78,7 +78,7 @@ def alone(path: Path, more: bytes) -> tuple[str, ...]:
     """Return what is said of a SavedModel that holds a MetaGraphDef alone."""
     path.mkdir(exist_ok=True)
     (path / "saved_model.pb").write_bytes(field(_META, more))
-    return graph_code.code_in(path)
+    return graph_code.find_code(path)
 
 
 @pytest.mark.parametrize("command", ["data", "onnx", "finetune", "distill", "sensitivity", "check", "channels", "wrap"])
@@ -385,7 +385,7 @@ def test_the_canary_sings_for_those_who_trust_the_graph(tmp_path: Path) -> None:
     found = here("export", path, "-o", tmp_path / "o.tflite")
     assert (found.code, "operation PrintV2" in found.err) == (3, True)
     with pytest.raises(UntrustedError, match="PrintV2"):
-        open_network(open_model(path), Origin())
+        open_network(open_model(path), ModelOrigin())
     assert not canary.exists()
     here("export", path, "-o", tmp_path / "saved", "--to", "saved-model", "--trust")
     assert canary.exists()

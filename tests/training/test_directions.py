@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from prunectl.errors import UsageError
-from prunectl.training.asked import asked
-from prunectl.training.better import Decider, check_direction, decider, is_higher_better
-from prunectl.training.directions import is_up
-from prunectl.training.network import Means
+from prunectl.training.backend import Means
+from prunectl.training.monitor import Decider, check_direction, decider, is_higher_better, is_up
+from prunectl.training.request import asked
 
 UP = """
 accuracy val_accuracy acc top5 top-3 top_k_categorical_accuracy sparse_top_k_categorical_accuracy binary_accuracy

@@ -15,17 +15,16 @@ import pytest
 import torch
 
 from prunectl.errors import InputError, PrunectlError, UsageError, WorkError
-from prunectl.formats.table import open_model
-from prunectl.pruning.output import Output
-from prunectl.pruning.request import Request as Pruning
-from prunectl.training.asked import asked
-from prunectl.training.events import Events
+from prunectl.formats.registry import open_model
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.request import PruneRequest as Pruning
+from prunectl.training.backend import Means, ModelOrigin
+from prunectl.training.checkpoint import differences
 from prunectl.training.finetune import Finetuned, finetune
-from prunectl.training.network import Means, Origin
-from prunectl.training.request import Keep, MaskMode, Ramping, Request
-from prunectl.training.saver import differences
-from prunectl.training.torch.network import TorchNetwork
-from tests.prune import reference
+from prunectl.training.logger import Events
+from prunectl.training.request import FinetuneRequest, Keep, MaskMode, Ramping, asked
+from prunectl.training.torch.model import TorchNetwork
+from tests.pruning import reference
 from tests.running import COMMAND, FIXTURES, ROOT, clean, prunectl
 
 DIGITS = FIXTURES / "digits_cnn.pt"
@@ -40,8 +39,8 @@ def _few_threads() -> None:
 
 def tuned(path: Path, target: Path, **words: Any) -> Finetuned:
     """Fine-tune a digits network briefly."""
-    own = {"means": Means(lr=0.002, device="cpu"), "origin": Origin(NET), "val_split": 0.25, "epochs": 2, **words}
-    return finetune(path, Request(DATA, **own), Output(target))
+    own = {"means": Means(lr=0.002, device="cpu"), "origin": ModelOrigin(NET), "val_split": 0.25, "epochs": 2, **words}
+    return finetune(path, FinetuneRequest(DATA, **own), Destination(target))
 
 
 def arrays(path: Path) -> dict[str, Any]:
@@ -123,7 +122,7 @@ def test_only_the_bytes_of_the_weights_change(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["digits_cnn_torchscript.pt", "digits_cnn.safetensors", "masks_of_torch_prune.pt"])
 def test_other_containers_of_pytorch_are_trained_as_well(name: str, tmp_path: Path) -> None:
-    origin = Origin() if "script" in name else Origin(NET)
+    origin = ModelOrigin() if "script" in name else ModelOrigin(NET)
     found = tuned(FIXTURES / name, tmp_path / name, origin=origin, pruning=Pruning(sparsity=0.85))
     assert found.masked == found.kept == sum(round(0.85 * size) for size in (72, 1152, 8192, 320))
     assert not open_model(tmp_path / name).about.wrappers
@@ -338,9 +337,9 @@ def other_shape(path: Path) -> str:
 )
 def test_bad_data_is_told_before_the_first_step(spoil: Any, said: str, tmp_path: Path) -> None:
     data = spoil(tmp_path / "data.npz")
-    words = Request(data, origin=Origin(NET), means=Means(device="cpu"))
+    words = FinetuneRequest(data, origin=ModelOrigin(NET), means=Means(device="cpu"))
     with pytest.raises((UsageError, InputError), match=said):
-        finetune(DIGITS, words, Output(tmp_path / "out.pt"))
+        finetune(DIGITS, words, Destination(tmp_path / "out.pt"))
     assert not (tmp_path / "out.pt").exists()
 
 

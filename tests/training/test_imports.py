@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prunectl.commands.requests import import_first
+from prunectl.commands._requests import import_first
 from prunectl.errors import UsageError
 from tests.running import prunectl
 

@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 
 from prunectl.errors import InputError, UsageError
 from prunectl.training.course import Course, course
+from prunectl.training.data.readers import Stream
 from prunectl.training.data.source import Batch, Source, each
-from prunectl.training.data.stream import Stream
-from prunectl.training.diary import Diary
-from prunectl.training.loop import Data, Lesson, Progress, train
-from prunectl.training.stopping import Stopping
+from prunectl.training.logger import Diary
+from prunectl.training.loop import Data, Lesson, LoopState, Stopping, train
 from tests.training.data.sources import numbered, streamed
 
 TOO_MANY = 50
@@ -51,7 +50,7 @@ class Counting:
         return mine and self._others_have >= 0
 
 
-def trained(source: Source, network: Counting, steps: int, per_epoch: int, batch_size: int) -> Progress:
+def trained(source: Source, network: Counting, steps: int, per_epoch: int, batch_size: int) -> LoopState:
     """Go through the loop with no masks."""
     keeper: Any = SimpleNamespace(begin=lambda _: None, turn=lambda *_: None, sparsity=0.0)
     model: Any = network

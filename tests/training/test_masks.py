@@ -12,17 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunectl.formats.table import open_model
-from prunectl.pruning import live
+from prunectl.formats.registry import open_model
+from prunectl.pruning import engine
 from prunectl.pruning import plan as planning
 from prunectl.pruning import request as requests
-from prunectl.pruning.request import Request
-from prunectl.pruning.schedules import Ramp
-from prunectl.pruning.strategies import Place
-from prunectl.training.evidence import WATCHED, Evidence, informed
-from prunectl.training.keeper import Keeper, Rules
-from prunectl.training.regrow import Regrowth, regrown
-from tests.prune import reference
+from prunectl.pruning.request import PruneRequest
+from prunectl.pruning.schedules import SparsitySchedule
+from prunectl.pruning.strategies import BlockContext
+from prunectl.training.backend import WATCHED, Evidence, informed
+from prunectl.training.mask_schedule import Keeper, Regrowth, Rules, regrown
+from tests.pruning import reference
 from tests.running import FIXTURES
 
 DIGITS = FIXTURES / "digits_cnn.pt"
@@ -67,11 +66,11 @@ def rules(**words: Any) -> Rules:
     """Return rules for the digits model, a schedule among them."""
     schedule = words.pop("schedule", None)
     regrowth = words.pop("regrowth", None)
-    request = Request(**{"sparsity": 0.8, **words})
+    request = PruneRequest(**{"sparsity": 0.8, **words})
     model = open_model(DIGITS)
-    wish = requests.wish_of(request)
-    choice = planning.choose(model, wish, can_reencode=True)
-    return Rules(model, choice, wish, requests.method_of(request), schedule, regrowth=regrowth)
+    wish = requests.selection_of(request)
+    choice = planning.select_tensors(model, wish, can_reencode=True)
+    return Rules(model, choice, wish, requests.resolve_method(request), schedule, regrowth=regrowth)
 
 
 def zeros(network: Paper) -> dict[str, int]:
@@ -84,8 +83,8 @@ def test_masks_in_memory_are_those_that_prune_would_write(scope: str, strategy: 
     _, target = reference.prune(DIGITS, tmp_path, sparsity=0.7, scope=scope, strategy=strategy)
     written = reference.arrays(target)
     decided = rules(sparsity=0.7, scope=scope, strategy=strategy)
-    plan = planning.make(decided.choice, decided.wish, 0.7)
-    masks = live.kept(decided.model, plan, decided.method, decided.choice, weights())
+    plan = planning.make_plan(decided.choice, decided.wish, 0.7)
+    masks = engine.keep_masks(decided.model, plan, decided.method, decided.choice, weights())
     for name, mask in masks.items():
         assert np.array_equal(mask, written[name] != 0), name
 
@@ -96,8 +95,8 @@ def test_patterns_are_the_same_in_memory_and_in_a_file(pattern: str, tmp_path: P
     _, target = reference.prune(DIGITS, tmp_path, sparsity=amount, pattern=pattern)
     written = reference.arrays(target)
     decided = rules(sparsity=amount, pattern=pattern)
-    plan = planning.make(decided.choice, decided.wish, 0.5)
-    masks = live.kept(decided.model, plan, decided.method, decided.choice, weights())
+    plan = planning.make_plan(decided.choice, decided.wish, 0.5)
+    masks = engine.keep_masks(decided.model, plan, decided.method, decided.choice, weights())
     for name, mask in masks.items():
         assert np.array_equal(mask, written[name] != 0), name
 
@@ -106,12 +105,14 @@ def test_making_masks_leaves_the_weights_as_they_are() -> None:
     held = weights()
     before = {name: one.copy() for name, one in held.items()}
     decided = rules()
-    live.kept(decided.model, planning.make(decided.choice, decided.wish, 0.8), decided.method, decided.choice, held)
+    engine.keep_masks(
+        decided.model, planning.make_plan(decided.choice, decided.wish, 0.8), decided.method, decided.choice, held
+    )
     assert all(np.array_equal(held[name], before[name]) for name in held)
 
 
 def test_each_turn_has_exactly_the_zeros_of_its_schedule() -> None:
-    schedule = Ramp("polynomial", 0.8, 0, 30, frequency=10)
+    schedule = SparsitySchedule("polynomial", 0.8, 0, 30, frequency=10)
     keeper, network = Keeper(rules(schedule=schedule)), Paper(weights())
     for step in range(40):
         is_turn = keeper.turn(network, step)
@@ -121,7 +122,7 @@ def test_each_turn_has_exactly_the_zeros_of_its_schedule() -> None:
 
 
 def test_a_ramp_that_ends_between_two_turns_still_reaches_its_sparsity() -> None:
-    keeper, network = Keeper(rules(schedule=Ramp("linear", 0.8, 0, 25, frequency=10))), Paper(weights())
+    keeper, network = Keeper(rules(schedule=SparsitySchedule("linear", 0.8, 0, 25, frequency=10))), Paper(weights())
     for step in range(26):
         keeper.turn(network, step)
     assert zeros(network) == {name: round(0.8 * one.size) for name, one in network.held.items()}
@@ -130,7 +131,7 @@ def test_a_ramp_that_ends_between_two_turns_still_reaches_its_sparsity() -> None
 def test_what_was_zero_in_the_file_stays_zero_whatever_a_schedule_asks_for() -> None:
     held = weights()
     first = {name: np.abs(one) > np.quantile(np.abs(one), 0.5) for name, one in held.items()}
-    keeper = Keeper(rules(schedule=Ramp("linear", 0.9, 0, 20, frequency=5)), dict(first), first)
+    keeper = Keeper(rules(schedule=SparsitySchedule("linear", 0.9, 0, 20, frequency=5)), dict(first), first)
     network = Paper(held)
     keeper.begin(network)
     for step in range(21):
@@ -141,7 +142,7 @@ def test_what_was_zero_in_the_file_stays_zero_whatever_a_schedule_asks_for() -> 
 
 
 def test_a_layer_with_a_ratio_of_its_own_gets_there_with_the_others() -> None:
-    schedule = Ramp("linear", 0.8, 0, 20, frequency=10)
+    schedule = SparsitySchedule("linear", 0.8, 0, 20, frequency=10)
     keeper, network = Keeper(rules(schedule=schedule, layers=(("fc1.weight", 0.4),))), Paper(weights())
     for step in range(21):
         keeper.turn(network, step)
@@ -153,7 +154,8 @@ def test_a_layer_with_a_ratio_of_its_own_gets_there_with_the_others() -> None:
 
 def test_only_layers_with_a_ratio_of_their_own_are_pruned_if_there_is_no_other() -> None:
     decided = replace(
-        rules(sparsity=None, layers=(("fc1.weight", 0.4),), schedule=Ramp("constant", 1.0)), has_others=False
+        rules(sparsity=None, layers=(("fc1.weight", 0.4),), schedule=SparsitySchedule("constant", 1.0)),
+        has_others=False,
     )
     network = Paper(weights())
     Keeper(decided).turn(network, 0)
@@ -164,7 +166,7 @@ def test_only_layers_with_a_ratio_of_their_own_are_pruned_if_there_is_no_other()
 
 @pytest.mark.parametrize("name", sorted(WATCHED))
 def test_evidence_decides_what_goes(name: str) -> None:
-    decided = rules(schedule=Ramp("constant", 0.5), strategy=name)
+    decided = rules(schedule=SparsitySchedule("constant", 0.5), strategy=name)
     decided = replace(decided, evidence=WATCHED[name])
     network, random = Paper(weights()), np.random.default_rng(0)
     network.seen = {key: random.normal(size=one.shape) for key, one in network.held.items()}
@@ -182,7 +184,7 @@ def test_what_is_zero_goes_first_whatever_the_evidence() -> None:
     kept = np.array([False, True, True, False])
     strategy = rules(strategy="movement").method.strategy
     found = informed(strategy, {"w": np.array([9.0, -3.0, 1.0, 2.0])}, {"w": kept})
-    scores = found.score(np.zeros(4), Place("w", 0, 0))
+    scores = found.score(np.zeros(4), BlockContext("w", 0, 0))
     assert list(np.argsort(scores, kind="stable")) == [0, 3, 1, 2]
 
 

@@ -12,48 +12,48 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prunectl.errors import UsageError, WorkError
-from prunectl.pruning import curves
-from prunectl.pruning.curves import CURVES
-from prunectl.pruning.schedules import Ramp, Then
+from prunectl.pruning import schedules
+from prunectl.pruning.schedules import CURVES, ChainedSchedule, SparsitySchedule
 from prunectl.training.course import Course
-from prunectl.training.points import parse_point
-from prunectl.training.request import Ramping
-from prunectl.training.rules import schedule_of
+from prunectl.training.mask_schedule import schedule_of
+from prunectl.training.request import Ramping, parse_point
 
 ratios = st.floats(0.0, 0.99)
 RISING = sorted(CURVES.keys() - {"constant"})
 
 
 def test_the_numbers_in_the_docstrings_are_true() -> None:
-    assert doctest.testmod(curves).failed == 0
+    assert doctest.testmod(schedules).failed == 0
 
 
 @given(st.sampled_from(sorted(CURVES)), ratios, ratios, st.integers(0, 300), st.integers(1, 500))
 def test_every_schedule_ends_where_it_says(name: str, low: float, high: float, begin: int, length: int) -> None:
-    ramp = Ramp(name, max(low, high), begin, begin + length, min(low, high))
+    ramp = SparsitySchedule(name, max(low, high), begin, begin + length, min(low, high))
     assert ramp.sparsity_at(begin + length) == pytest.approx(max(low, high), abs=1e-12)
     assert ramp.sparsity_at(10**6) == ramp.sparsity_at(begin + length)
 
 
 @given(st.sampled_from(RISING), ratios, ratios, st.integers(1, 200))
 def test_no_schedule_goes_down_on_its_way_up(name: str, low: float, high: float, length: int) -> None:
-    ramp = Ramp(name, max(low, high), 0, length, min(low, high))
+    ramp = SparsitySchedule(name, max(low, high), 0, length, min(low, high))
     found = [ramp.sparsity_at(step) for step in range(length + 1)]
     assert all(later >= earlier - 1e-12 for earlier, later in pairwise(found))
 
 
 @pytest.mark.parametrize("name", sorted(set(RISING) - {"step"}))
 def test_a_ramp_begins_at_its_initial_sparsity(name: str) -> None:
-    assert Ramp(name, 0.9, 10, 20, 0.3).sparsity_at(10) == pytest.approx(0.3)
+    assert SparsitySchedule(name, 0.9, 10, 20, 0.3).sparsity_at(10) == pytest.approx(0.3)
 
 
 def test_turns_are_counted_from_the_beginning() -> None:
-    ramp = Ramp("linear", 0.5, 7, 30, frequency=10)
+    ramp = SparsitySchedule("linear", 0.5, 7, 30, frequency=10)
     assert [step for step in range(60) if ramp.prunes_at(step)] == [7, 17, 27]
 
 
 def test_then_follows_one_schedule_and_then_another_from_its_own_zero() -> None:
-    both = Then(Ramp("constant", 0.3), 100, Ramp("linear", 0.8, 0, 50, 0.3, frequency=25))
+    both = ChainedSchedule(
+        SparsitySchedule("constant", 0.3), 100, SparsitySchedule("linear", 0.8, 0, 50, 0.3, frequency=25)
+    )
     assert [both.sparsity_at(step) for step in (0, 99, 100, 125, 150, 999)] == [0.3, 0.3, 0.3, 0.55, 0.8, 0.8]
     assert [step for step in range(140, 200) if both.prunes_at(step)] == [150]
     assert (both.final, both.last_turn) == (0.8, 150)
@@ -62,7 +62,7 @@ def test_then_follows_one_schedule_and_then_another_from_its_own_zero() -> None:
 def test_a_curve_of_somebody_else_survives_being_saved(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text("def root(done, initial, final, *, degree: float = 2.0):\n    return final * done ** (1 / degree)\n")
-    ramp = Ramp(f"{own}:root", 0.8, 0, 100, params=("degree=4",))
+    ramp = SparsitySchedule(f"{own}:root", 0.8, 0, 100, params=("degree=4",))
     again = pickle.loads(pickle.dumps(ramp))
     assert again == ramp
     assert again.sparsity_at(50) == pytest.approx(0.8 * 0.5**0.25)
@@ -72,7 +72,7 @@ def test_a_curve_that_leaves_its_range_is_told(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text("def wild(done, initial, final):\n    return 2 * done\n")
     with pytest.raises(WorkError, match="asks for a sparsity of 2"):
-        Ramp(f"{own}:wild", 0.8, 0, 100).sparsity_at(100)
+        SparsitySchedule(f"{own}:wild", 0.8, 0, 100).sparsity_at(100)
 
 
 @pytest.mark.parametrize(
@@ -87,12 +87,12 @@ def test_a_curve_that_leaves_its_range_is_told(tmp_path: Path) -> None:
 )
 def test_a_schedule_that_makes_no_sense_is_refused(words: dict[str, object], said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        Ramp("polynomial", **words)  # type: ignore[arg-type]
+        SparsitySchedule("polynomial", **words)  # type: ignore[arg-type]
 
 
 def test_a_slip_in_the_name_of_a_schedule_is_answered() -> None:
     with pytest.raises(UsageError) as caught:
-        Ramp("polynomal", 0.5, 0, 10)
+        SparsitySchedule("polynomal", 0.5, 0, 10)
     assert caught.value.did_you_mean[0] == "polynomial"
 
 

@@ -14,15 +14,13 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from prunectl.errors import UntrustedError, UsageError
-from prunectl.pruning.output import Output
+from prunectl.pruning.destination import Destination
+from prunectl.training.backend import Ending, Means, ModelOrigin, Port, Signature, by_numbers, converted
 from prunectl.training.data.source import Batch
-from prunectl.training.ending import Ending, by_numbers, converted
+from prunectl.training.distillation import Teacher, open_teacher
 from prunectl.training.finetune import Finetuned, finetune
-from prunectl.training.network import Means, Origin
-from prunectl.training.request import Request
-from prunectl.training.signature import Port, Signature
-from prunectl.training.teachers import Teacher, open_teacher
-from prunectl.training.torch.network import TorchNetwork
+from prunectl.training.request import FinetuneRequest
+from prunectl.training.torch.model import TorchNetwork
 from tests.networks import keras
 from tests.running import FIXTURES
 
@@ -130,7 +128,7 @@ def opened(path: Path, pupil: Signature, x: Array | None = None) -> tuple[Teache
     given = IMAGES if pupil.is_channels_first else np.ascontiguousarray(IMAGES.transpose(0, 2, 3, 1))
     given = given if x is None else x
     builder = f"{HERE}:Convolution"
-    return open_teacher(path, Origin(), "cpu", pupil, Batch(given[:4]), builder=builder), given
+    return open_teacher(path, ModelOrigin(), "cpu", pupil, Batch(given[:4]), builder=builder), given
 
 
 @pytest.mark.parametrize("pupil", [FIRST, LAST], ids=["a pupil of PyTorch", "a pupil of Keras"])
@@ -179,7 +177,9 @@ def test_the_numbers_tell_how_a_model_ends_where_nothing_else_does() -> None:
 def taught(model: str, teacher: str, target: Path, data: str = "", **words: Any) -> Finetuned:
     own = {"means": Means(device="cpu", teacher_share=words.pop("share", 0.5)), "epochs": 1, **words}
     spec = data or f"{FIXTURES / 'digits.npz'}?limit=64"
-    return finetune(FIXTURES / model, Request(spec, distill=str(FIXTURES / teacher), **own), Output(target))
+    return finetune(
+        FIXTURES / model, FinetuneRequest(spec, distill=str(FIXTURES / teacher), **own), Destination(target)
+    )
 
 
 @pytest.mark.parametrize("teacher", ["digits_cnn.onnx", "digits_cnn_torchscript.pt"])
@@ -191,9 +191,9 @@ def test_a_model_of_pytorch_learns_images_from_one_of_keras_and_both_are_let_go_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed: list[str] = []
-    monkeypatch.setattr("prunectl.training.keras.network.KerasNetwork.close", lambda _: closed.append("teacher"))
+    monkeypatch.setattr("prunectl.training.keras.model.KerasNetwork.close", lambda _: closed.append("teacher"))
     monkeypatch.setattr(TorchNetwork, "close", lambda _: closed.append("pupil"))
-    origin = Origin(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN")
+    origin = ModelOrigin(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN")
     assert taught("digits_cnn.pt", "digits_cnn.keras", tmp_path / "out.pt", origin=origin).history
     assert closed == ["teacher", "pupil"]
 
@@ -211,10 +211,10 @@ class Wide(torch.nn.Module):
 
 def test_a_teacher_that_holds_weights_alone_is_built_by_a_function_of_its_own(tmp_path: Path) -> None:
     torch.save(Wide().state_dict(), tmp_path / "wide.pt")
-    origin, words = Origin(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"), {"distill_model": f"{HERE}:Wide"}
+    origin, words = ModelOrigin(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"), {"distill_model": f"{HERE}:Wide"}
     assert taught("digits_cnn.pt", str(tmp_path / "wide.pt"), tmp_path / "out.pt", origin=origin, **words).history
     with pytest.raises(UsageError, match="--distill-model builds the teacher, and there is none"):
-        finetune(FIXTURES / "digits_cnn.pt", Request("d.npz", **words), Output(tmp_path / "none.pt"))
+        finetune(FIXTURES / "digits_cnn.pt", FinetuneRequest("d.npz", **words), Destination(tmp_path / "none.pt"))
 
 
 def test_a_teacher_with_code_of_its_own_is_built_by_a_function_and_its_code_is_left_alone(tmp_path: Path) -> None:
@@ -229,16 +229,16 @@ def test_what_builds_the_pupil_vouches_for_no_teacher_that_says_itself_what_it_i
     k = keras()
     layers = [k.layers.Input((8, 8, 1)), k.layers.Flatten(), k.layers.Dense(10), k.layers.Lambda(lambda x: x)]
     k.Sequential(layers).save(tmp_path / "code.keras")
-    origin = Origin(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN")
-    request = Request("no-such-data.npz", origin=origin, distill=str(tmp_path / "code.keras"))
+    origin = ModelOrigin(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN")
+    request = FinetuneRequest("no-such-data.npz", origin=origin, distill=str(tmp_path / "code.keras"))
     with pytest.raises(UntrustedError):
-        finetune(FIXTURES / "digits_cnn.pt", request, Output(tmp_path / "out.pt"))
+        finetune(FIXTURES / "digits_cnn.pt", request, Destination(tmp_path / "out.pt"))
 
 
 @pytest.mark.parametrize("model", ["digits_cnn.pt", "digits_cnn.keras"])
 def test_what_only_a_teacher_tells_needs_no_targets(model: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=np.load(FIXTURES / "digits.npz")["x"][:64])
-    origin = Origin(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN" if model.endswith(".pt") else "")
+    origin = ModelOrigin(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN" if model.endswith(".pt") else "")
     words: dict[str, Any] = {"data": str(tmp_path / "x.npz"), "origin": origin}
     found = taught(model, "digits_cnn.onnx", tmp_path / f"out_{model}", share=1.0, **words)
     assert found.history[0].train["loss"] >= 0

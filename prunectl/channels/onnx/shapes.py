@@ -12,8 +12,8 @@ import numpy as np
 from prunectl.channels.lengths import NOTHING, TRIED, Lengths
 from prunectl.errors import InputError, first_line
 from prunectl.formats.base import Array
-from prunectl.formats.optional import require
-from prunectl.training.signature import Port, Signature
+from prunectl.formats.safe_json import require
+from prunectl.training.backend import Port, Signature
 
 STANDARD = frozenset({"", "ai.onnx"})
 _SMALL = 64
@@ -24,21 +24,21 @@ _CHANCE = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "Rando
 
 
 @dataclass(slots=True)
-class Known:
+class StaticValues:
     """Shapes and constants, by the name of the value."""
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     constants: dict[str, Array] = field(default_factory=dict)
 
 
-def known(proto: Any, name: str, lengths: Lengths = NOTHING) -> Known:
+def infer_static(proto: Any, name: str, lengths: Lengths = NOTHING) -> StaticValues:
     """Return what can be known of the main graph, an open batch counted as 1."""
     trouble = ""
     given = {tensor.name for tensor in proto.graph.initializer}
     ports = [port for port in proto.graph.input if port.name not in given]
     said = lengths.of(Signature(tuple(map(_port, ports)), (), is_channels_first=True))
     for length in TRIED[: 1 if said else None]:
-        light = _light(proto, length, said)
+        light = _without_large_weights(proto, length, said)
         try:
             return _inferred(light, _constants(proto))
         except Exception as error:  # noqa: BLE001 - onnx raises what it likes
@@ -96,7 +96,7 @@ def _is_zero(tensor: Any) -> bool:
     return not tensor.external_data and not any(tensor.raw_data) and not any(tensor.float_data)
 
 
-def _light(proto: Any, length: int, said: Mapping[str, tuple[int, ...]]) -> Any:
+def _without_large_weights(proto: Any, length: int, said: Mapping[str, tuple[int, ...]]) -> Any:
     """Return the graph without its big weights, and with every length of its inputs said."""
     light = type(proto)()
     light.CopyFrom(_without_data(proto))
@@ -141,7 +141,7 @@ def _without_data(proto: Any) -> Any:
     return light
 
 
-def _inferred(light: Any, constants: dict[str, Array]) -> Known:
+def _inferred(light: Any, constants: dict[str, Array]) -> StaticValues:
     """Infer shapes and fold what they make constant, in turns."""
     inference = require("onnx.shape_inference", extra="onnx")
     helper = require("onnx.numpy_helper", extra="onnx")
@@ -150,7 +150,7 @@ def _inferred(light: Any, constants: dict[str, Array]) -> Known:
         ports = (*found.input, *found.value_info, *found.output)
         shapes = {port.name: shape for port in ports if (shape := shape_of(port)) is not None}
         shapes |= {tensor.name: tuple(tensor.dims) for tensor in light.graph.initializer}
-        state = Known(shapes, constants)
+        state = StaticValues(shapes, constants)
         made = dict(_folded(light, state))
         if any(length < 0 for shape in shapes.values() for length in shape):
             raise ValueError("a length below zero")
@@ -166,7 +166,7 @@ def _inferred(light: Any, constants: dict[str, Array]) -> Known:
         )
 
 
-def _folded(light: Any, state: Known) -> Iterator[tuple[str, Array]]:
+def _folded(light: Any, state: StaticValues) -> Iterator[tuple[str, Array]]:
     """Yield what further nodes give in every run."""
     made: dict[str, Array] = {}
     for node in light.graph.node:
@@ -183,7 +183,7 @@ def _folded(light: Any, state: Known) -> Iterator[tuple[str, Array]]:
     yield from ((name, value) for name, value in made.items() if value.size <= _FOLDED)
 
 
-def _value(name: str, state: Known, made: Mapping[str, Array]) -> Array | None:
+def _value(name: str, state: StaticValues, made: Mapping[str, Array]) -> Array | None:
     return made[name] if name in made else state.constants.get(name)
 
 

@@ -1,21 +1,32 @@
-"""Keras `.keras`: a zip with a configuration and an HDF5 file of weights."""
+"""Keras `.keras`: a zip with a configuration and an HDF5 file of weights.
+
+A `.keras` archive with some numbers changed: spliced, or its weights inflated, changed and deflated again.
+
+Or with the folders of its layers numbered anew.
+"""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prunectl.errors import InputError
-from prunectl.formats import budgets
-from prunectl.formats.base import About, Array, ModelFile, Tensor
-from prunectl.formats.json_text import parse_object
+from prunectl.formats import budgets, zip_write
+from prunectl.formats.base import Array, ModelFile, ModelInfo, Tensor
 from prunectl.formats.keras import config as keras_config
-from prunectl.formats.keras import h5, hdf5, numbered
-from prunectl.formats.keras.hdf5_walk import Place
-from prunectl.formats.scratch import Scratch
-from prunectl.formats.zips import Archive, Entry, open_archive
+from prunectl.formats.keras import h5, layouts
+from prunectl.formats.keras.hdf5 import read, rewrite
+from prunectl.formats.keras.hdf5.child import H5Location
+from prunectl.formats.keras.hdf5.rewrite import H5Edits
+from prunectl.formats.keras.layouts import folders_today, slots_of
+from prunectl.formats.patch import TensorUpdate
+from prunectl.formats.safe_json import parse_object
+from prunectl.formats.scratch import Scratch, temporary_folder
+from prunectl.formats.zip_read import Archive, ZipEntry, open_archive
 
 WEIGHTS = "model.weights.h5"
 
@@ -30,15 +41,15 @@ def open_model(path: Path) -> ModelFile:
     # Before the weights are inflated, lest they stay for as long as somebody holds on to what is wrong with the rest.
     about = _about(path, archive, config, is_compressed=not weights.is_stored)
     model = _stored(path, weights, config) if weights.is_stored else _deflated(path, archive, weights, config)
-    return replace(model, about=replace(about, notes=numbered.notes(model.tensors)))
+    return replace(model, about=replace(about, notes=layouts.notes(model.tensors)))
 
 
-def _stored(path: Path, weights: Entry, config: dict[str, Any]) -> ModelFile:
-    contents = hdf5.read_contents(Place(path, weights.extent.offset, weights.nbytes))
+def _stored(path: Path, weights: ZipEntry, config: dict[str, Any]) -> ModelFile:
+    contents = read.read_contents(H5Location(path, weights.extent.offset, weights.nbytes))
     return _model(path, h5.describe(contents, config), h5.decoder(contents))
 
 
-def _deflated(path: Path, archive: Archive, weights: Entry, config: dict[str, Any]) -> ModelFile:
+def _deflated(path: Path, archive: Archive, weights: ZipEntry, config: dict[str, Any]) -> ModelFile:
     # Libhdf5 must be able to seek: the weights are inflated into a file that lives as long as the model.
     scratch = Scratch()
     try:
@@ -62,11 +73,11 @@ def inflate(archive: Archive, config: dict[str, Any], target: Path) -> ModelFile
     with target.open("wb") as file:
         file.writelines(archive.pieces(weights))
     try:
-        contents = hdf5.read_contents(Place(target, 0, weights.nbytes))
+        contents = read.read_contents(H5Location(target, 0, weights.nbytes))
     except InputError as error:
         # The user has never heard of the file that they were inflated into.
         raise InputError(error.message.replace(str(target), f"{archive.path}: its {WEIGHTS}")) from error
-    return ModelFile(target, "keras-h5", h5.describe(contents, config), About(), (target,), h5.decoder(contents))
+    return ModelFile(target, "keras-h5", h5.describe(contents, config), ModelInfo(), (target,), h5.decoder(contents))
 
 
 def _hidden(tensor: Tensor, share: float) -> Tensor:
@@ -76,17 +87,17 @@ def _hidden(tensor: Tensor, share: float) -> Tensor:
 
 
 def _model(path: Path, tensors: tuple[Tensor, ...], decode: Any) -> ModelFile:
-    return ModelFile(path, "keras", tensors, About(), (path,), decode)
+    return ModelFile(path, "keras", tensors, ModelInfo(), (path,), decode)
 
 
-def _about(path: Path, archive: Archive, config: dict[str, Any], *, is_compressed: bool) -> About:
+def _about(path: Path, archive: Archive, config: dict[str, Any], *, is_compressed: bool) -> ModelInfo:
     metadata: dict[str, Any] = {}
     if "metadata.json" in archive.entries:
         said = archive.read("metadata.json", budgets.MAX_JSON_BYTES)
         metadata = parse_object(said, path, "its metadata.json", budgets.MAX_KERAS_OBJECT_BYTES)
     compiled = keras_config.part(config, "compile_config")
     version = keras_config.text(metadata, "keras_version")
-    return About(
+    return ModelInfo(
         producer=f"keras {version}" if version else "",
         wrappers=keras_config.wrappers(config),
         optimizer=keras_config.named(compiled.get("optimizer")),
@@ -95,3 +106,48 @@ def _about(path: Path, archive: Archive, config: dict[str, Any], *, is_compresse
         is_compressed=is_compressed,
         keras=config,
     )
+
+
+_PIECE_BYTES = 1 << 20
+
+
+def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[TensorUpdate]) -> None:
+    """Write the archive with new numbers in it."""
+    if all(rewrite.tensor.storage.extent is not None for rewrite in rewrites):
+        zip_write.write(model, targets, rewrites)
+        return
+    archive = open_archive(model.path)
+    with temporary_folder() as scratch:
+        inside = inflate(archive, dict(model.about.keras or {}), scratch / WEIGHTS)
+        own = {tensor.storage.key: tensor for tensor in inside.tensors}
+        changed = scratch / "changed.h5"
+        inner = [replace(rewrite, tensor=own[rewrite.tensor.storage.key]) for rewrite in rewrites]
+        rewrite.write(inside, {inside.path: changed}, inner)
+        _rebuild(archive, changed, targets[model.path])
+
+
+def renumber(path: Path, target: Path) -> bool:
+    """Write an archive of an older Keras with its layers in the folders of today; False where they are there already.
+
+    Keras 2.12 to 2.15 call the list of layers by another name, and the first two count layers with weights twice.
+    """
+    archive = open_archive(path)
+    config = parse_object(archive.read("config.json", budgets.MAX_JSON_BYTES), path, "its config.json")
+    with temporary_folder() as scratch:
+        weights, renamed = scratch / WEIGHTS, scratch / "renamed.h5"
+        with weights.open("wb") as file:
+            file.writelines(archive.pieces(archive.entries[WEIGHTS]))
+        contents = read.read_contents(H5Location(weights, 0, weights.stat().st_size))
+        today = folders_today(config, slots_of(config, contents.datasets))
+        moves = {old: new for old, new in today.items() if old != new}
+        if not moves:
+            return False
+        rewrite.edit(weights, renamed, H5Edits(moves=moves), contents, path)
+        _rebuild(archive, renamed, target)
+    return True
+
+
+def _rebuild(archive: Archive, weights: Path, target: Path) -> None:
+    with weights.open("rb") as file:
+        pieces = iter(partial(file.read, _PIECE_BYTES), b"")
+        zip_write.rewrite_zip(archive, target, {WEIGHTS: (weights.stat().st_size, pieces)})

@@ -11,7 +11,7 @@ from typing import Any
 
 from prunectl.errors import InputError
 from prunectl.formats import budgets
-from prunectl.formats.base import Wrapper
+from prunectl.formats.base import PruningWrapper
 
 PRUNED_PREFIX = "prune_low_magnitude_"
 MAX_DEPTH = 100
@@ -19,7 +19,7 @@ _OWN_MODULES = ("keras", "tf_keras", "builtins", "tensorflow", "tensorflow_model
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class LayerConfig:
     """One layer of a configuration, however deep it is nested."""
 
     name: str
@@ -46,7 +46,7 @@ def measured(config: dict[str, Any] | None, path: Path) -> dict[str, Any] | None
     return config
 
 
-def layers(config: Any, path: tuple[str, ...] = ()) -> Iterator[Layer]:
+def layers(config: Any, path: tuple[str, ...] = ()) -> Iterator[LayerConfig]:
     """Yield the layers of a model's configuration, the nested ones after what holds them."""
     for found in listed(config):
         layer = _layer(found, path)
@@ -63,7 +63,7 @@ def layers(config: Any, path: tuple[str, ...] = ()) -> Iterator[Layer]:
         yield from layers(found, (*path, layer.name))
 
 
-def children(config: Any) -> Iterator[Layer]:
+def children(config: Any) -> Iterator[LayerConfig]:
     """Yield the layers of a model itself, without those inside them."""
     for found in listed(config):
         layer = _layer(found, ())
@@ -78,11 +78,13 @@ def listed(found: Any) -> tuple[Mapping[str, Any], ...]:
     return tuple(entry for entry in entries if isinstance(entry, dict)) if isinstance(entries, list) else ()
 
 
-def wrappers(config: Any) -> tuple[Wrapper, ...]:
+def wrappers(config: Any) -> tuple[PruningWrapper, ...]:
     """Return the pruning wrappers of tfmot, each with its schedule."""
     found = (layer for layer in layers(config) if layer.kind == "PruneLowMagnitude")
     return tuple(
-        Wrapper("tfmot", layer.name.removeprefix(PRUNED_PREFIX), schedule(part(layer.config, "pruning_schedule")))
+        PruningWrapper(
+            "tfmot", layer.name.removeprefix(PRUNED_PREFIX), schedule(part(layer.config, "pruning_schedule"))
+        )
         for layer in found
     )
 
@@ -158,10 +160,70 @@ def _metric(entry: Any) -> str:
     return text(part(entry, "config"), "name") or named(entry)
 
 
-def _layer(found: Any, path: tuple[str, ...]) -> Layer | None:
+def _layer(found: Any, path: tuple[str, ...]) -> LayerConfig | None:
     kind, config = text(found, "class_name"), part(found, "config")
     if not kind:
         return None
     module = text(found, "module")
     is_custom = bool(module) and module.split(".")[0] not in _OWN_MODULES
-    return Layer(text(config, "name") or text(found, "name") or kind, kind, config, path, is_custom)
+    return LayerConfig(text(config, "name") or text(found, "name") or kind, kind, config, path, is_custom)
+
+
+_KINDS = {
+    "Convolution": "Conv",
+    "AtrousConv": "Conv",
+    "AtrousConvolution": "Conv",
+    "SeparableConvolution": "SeparableConv",
+    "DepthwiseConvolution": "DepthwiseConv",
+    "MaxPool": "MaxPooling",
+    "AvgPool": "AveragePooling",
+    "GlobalMaxPool": "GlobalMaxPooling",
+    "GlobalAvgPool": "GlobalAveragePooling",
+}
+_ALIASES = {
+    "Deconvolution2D": "Conv2DTranspose",
+    "Deconvolution3D": "Conv3DTranspose",
+    "Convolution2DTranspose": "Conv2DTranspose",
+    "Convolution3DTranspose": "Conv3DTranspose",
+    "CuDNNLSTM": "LSTM",
+    "CuDNNGRU": "GRU",
+    "TimeDistributedDense": "Dense",
+    "GroupedQueryAttention": "GroupQueryAttention",
+    "BatchNormalizationV1": "BatchNormalization",
+    "BatchNormalizationV2": "BatchNormalization",
+}
+_KEYS = {
+    "nb_filter": "filters",
+    "filter_length": "kernel_size",
+    "subsample": "strides",
+    "subsample_length": "strides",
+    "border_mode": "padding",
+    "atrous_rate": "dilation_rate",
+    "pool_length": "pool_size",
+    "stride": "strides",
+    "length": "size",
+}
+_FORMATS = {"th": "channels_first", "tf": "channels_last"}
+_WINDOWS = (("nb_row", "nb_col"), ("kernel_dim1", "kernel_dim2", "kernel_dim3"))
+
+
+def upgrade_class_name(kind: str) -> str:
+    """Return the class of a layer as Keras 2 calls it."""
+    stem, digit, rest = kind[:-2], kind[-2:-1], kind[-2:]
+    if digit in {"1", "2", "3"} and rest.endswith("D") and stem in _KINDS:
+        return _KINDS[stem] + rest
+    return _ALIASES.get(kind, kind)
+
+
+def upgrade_config(kind: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings of a layer under the names that Keras 2 gives them."""
+    found = {_KEYS.get(key, key): value for key, value in config.items()}
+    for keys in _WINDOWS:
+        if all(key in config for key in keys):
+            found["kernel_size"] = [config[key] for key in keys]
+    if kind != "Embedding" and "output_dim" in config and "units" not in config:
+        found["units"] = config["output_dim"]
+    ordering = text(config, "dim_ordering")
+    if ordering in _FORMATS:
+        found["data_format"] = _FORMATS[ordering]
+    return found

@@ -7,17 +7,18 @@ from typing import Any
 
 from prunectl.errors import InputError
 from prunectl.formats import budgets
-from prunectl.formats.base import About, Array, ModelFile, Tensor
-from prunectl.formats.json_text import parse_object
+from prunectl.formats.base import Array, ModelFile, ModelInfo, Tensor
 from prunectl.formats.keras import config as keras_config
-from prunectl.formats.keras import hdf5, named, numbered
-from prunectl.formats.keras.hdf5 import Contents
-from prunectl.formats.keras.hdf5_walk import Place
+from prunectl.formats.keras import layouts
+from prunectl.formats.keras.hdf5 import read
+from prunectl.formats.keras.hdf5.child import H5Location
+from prunectl.formats.keras.hdf5.read import H5Contents
+from prunectl.formats.safe_json import parse_object
 
 
 def open_model(path: Path) -> ModelFile:
     """Open an HDF5 file that Keras wrote."""
-    contents = hdf5.read_contents(Place(path, 0, path.stat().st_size))
+    contents = read.read_contents(H5Location(path, 0, path.stat().st_size))
     config = keras_config.measured(_parsed(contents, "model_config"), path)
     tensors = describe(contents, config)
     root = _root(contents)
@@ -26,13 +27,13 @@ def open_model(path: Path) -> ModelFile:
         path=path,
         format="keras-h5",
         tensors=tensors,
-        about=About(
+        about=ModelInfo(
             producer=_producer(contents),
             wrappers=keras_config.wrappers(config),
             optimizer=keras_config.optimizer(training),
             training=keras_config.training(training),
             code=keras_config.code(config),
-            notes=() if root is None else named.broken_promises(contents, root),
+            notes=() if root is None else layouts.missing_weights(contents, root),
             is_compressed=contents.is_compressed,
             keras=config,
         ),
@@ -41,17 +42,17 @@ def open_model(path: Path) -> ModelFile:
     )
 
 
-def describe(contents: Contents, config: dict[str, Any] | None) -> tuple[Tensor, ...]:
+def describe(contents: H5Contents, config: dict[str, Any] | None) -> tuple[Tensor, ...]:
     """Return the tensors of a file, whichever way its Keras lays them out."""
     root = _root(contents)
     if root is not None:
-        return named.describe(contents, root, config)
+        return layouts.tensors_by_layer_name(contents, root, config)
     if any("vars" in found.name.split("/") for found in contents.datasets):
-        return numbered.describe(contents, config)
+        return layouts.tensors_by_path(contents, config)
     raise InputError(f"{contents.place.path} is an HDF5 file, but not one that Keras wrote: it names no layers")
 
 
-def _root(contents: Contents) -> str | None:
+def _root(contents: H5Contents) -> str | None:
     """Return the group that names its layers, if there is one."""
     keys = ("layer_names", "layer_names0")
     return next(
@@ -59,24 +60,24 @@ def _root(contents: Contents) -> str | None:
     )
 
 
-def decoder(contents: Contents) -> Any:
+def decoder(contents: H5Contents) -> Any:
     """Return what reads a tensor that does not lie flat."""
     names = {found.storage.key: found.name for found in contents.datasets}
 
     def decode(tensor: Tensor) -> Array:
-        return hdf5.decode(contents.place, names[tensor.storage.key], tensor.dtype, tensor.shape)
+        return read.decode(contents.place, names[tensor.storage.key], tensor.dtype, tensor.shape)
 
     return decode
 
 
-def _parsed(contents: Contents, key: str) -> dict[str, Any] | None:
+def _parsed(contents: H5Contents, key: str) -> dict[str, Any] | None:
     said = contents.attribute("", key)
     if not isinstance(said, str):
         return None
     return parse_object(said, contents.place.path, key, budgets.MAX_KERAS_OBJECT_BYTES)
 
 
-def _producer(contents: Contents) -> str:
+def _producer(contents: H5Contents) -> str:
     for root in ("", "model_weights"):
         version = contents.attribute(root, "keras_version")
         backend = contents.attribute(root, "backend")

@@ -6,15 +6,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from prunectl.formats.base import Shape
 from prunectl.formats.keras.config import listed, part, text
-from prunectl.formats.keras.shapes import shape_in
-from prunectl.formats.lengths import Shape
+from prunectl.formats.keras.flops.shapes import shape_in
 
 _MAX_NESTING = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class TensorRef:
     """An output of a call of a layer."""
 
     layer: str
@@ -25,24 +25,24 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class NodeCall:
     """One use of a layer."""
 
     layer: str
     found: Mapping[str, Any]
     """The layer as the configuration describes it."""
     node: int
-    arguments: tuple[Source, ...] = ()
-    named: tuple[tuple[str, Source], ...] = ()
+    arguments: tuple[TensorRef, ...] = ()
+    named: tuple[tuple[str, TensorRef], ...] = ()
     """What it takes by name; a list has its name several times."""
 
     @property
-    def keywords(self) -> Mapping[str, Source]:
+    def keywords(self) -> Mapping[str, TensorRef]:
         """The first that each name stands for."""
         return dict(reversed(self.named))
 
     @property
-    def sources(self) -> tuple[Source, ...]:
+    def sources(self) -> tuple[TensorRef, ...]:
         """All that it takes."""
         return (*self.arguments, *(source for _, source in self.named))
 
@@ -52,21 +52,21 @@ def name_of(found: Mapping[str, Any]) -> str:
     return text(found, "name") or text(part(found, "config"), "name") or text(found, "class_name")
 
 
-def calls(found: Any) -> tuple[Call, ...]:
+def parse_calls(found: Any) -> tuple[NodeCall, ...]:
     """Return every call in a model whose layers say where their inputs come from."""
     return tuple(call for layer in listed(found) for call in _calls(layer))
 
 
-def ends(found: Any, key: str) -> tuple[Source, ...]:
+def model_ends(found: Any, key: str) -> tuple[TensorRef, ...]:
     """Return the inputs or the outputs of a model."""
     said = part(found, "config").get(key)
     return tuple(_sources(said, 0))
 
 
-def _calls(layer: Mapping[str, Any]) -> Iterator[Call]:
+def _calls(layer: Mapping[str, Any]) -> Iterator[NodeCall]:
     nodes = layer.get("inbound_nodes")
     if not isinstance(nodes, list) or not nodes:
-        yield Call(name_of(layer), layer, 0)
+        yield NodeCall(name_of(layer), layer, 0)
         return
     for number, node in enumerate(nodes):
         if isinstance(node, dict):
@@ -76,7 +76,7 @@ def _calls(layer: Mapping[str, Any]) -> Iterator[Call]:
             named = _named(node)
             arguments = tuple(_sources(node, 0))
         every = tuple((key, source) for key, value in named.items() for source in _sources(value, 0))
-        yield Call(name_of(layer), layer, number, arguments, every)
+        yield NodeCall(name_of(layer), layer, number, arguments, every)
 
 
 def _named(node: Any) -> Mapping[str, Any]:
@@ -90,7 +90,7 @@ def _named(node: Any) -> Mapping[str, Any]:
     }
 
 
-def _sources(value: Any, nesting: int) -> Iterator[Source]:
+def _sources(value: Any, nesting: int) -> Iterator[TensorRef]:
     if nesting > _MAX_NESTING:
         return
     if _is_reference(value):
@@ -107,11 +107,11 @@ def _sources(value: Any, nesting: int) -> Iterator[Source]:
                 yield from _sources(one, nesting + 1)
 
 
-def _source(said: list[Any], shape: Shape | None = None) -> Iterator[Source]:
+def _source(said: list[Any], shape: Shape | None = None) -> Iterator[TensorRef]:
     layer, node, tensor = said[:3]
     # Keras 2 marks constants with negative numbers.
     if node >= 0 and tensor >= 0:
-        yield Source(layer, node, tensor, shape)
+        yield TensorRef(layer, node, tensor, shape)
 
 
 def _is_reference(value: Any) -> bool:

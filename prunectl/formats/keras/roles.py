@@ -33,7 +33,7 @@ _CELL = re.compile(r"cells?(_\d+)?$")
 _KERAS_1 = {"W": "kernel", "b": "bias", "U": "recurrent_kernel", "gamma": "gamma", "beta": "beta"}
 
 
-class Meaning(NamedTuple):
+class WeightRole(NamedTuple):
     """What a weight is for."""
 
     role: Role
@@ -41,20 +41,20 @@ class Meaning(NamedTuple):
     in_axis: int | None = None
 
 
-def meaning(
+def weight_role(
     leaf: str, kind: str, shape: tuple[int, ...], *, is_float: bool, is_channels_first: bool = False
-) -> Meaning:
+) -> WeightRole:
     """Return what the weight called ``leaf`` of a layer of class ``kind`` is for."""
     role = _role(leaf, kind, shape, is_float=is_float)
     if role not in {Role.KERNEL, Role.RECURRENT} or len(shape) < 2:
-        return Meaning(role)
+        return WeightRole(role)
     if is_channels_first and len(shape) > 2:  # Keras 1 on Theano: [out, in, height, width]
-        return Meaning(role, 0, 1)
+        return WeightRole(role, 0, 1)
     if "depthwise" in leaf or kind.startswith("Depthwise"):  # [height, width, channels, multiplier]
-        return Meaning(role, len(shape) - 2)
+        return WeightRole(role, len(shape) - 2)
     if kind.endswith("Transpose") or kind.startswith("Deconvolution"):  # [height, width, out, in]
-        return Meaning(role, len(shape) - 2, len(shape) - 1)
-    return Meaning(role, len(shape) - 1)
+        return WeightRole(role, len(shape) - 2, len(shape) - 1)
+    return WeightRole(role, len(shape) - 1)
 
 
 def modern_name(leaf: str) -> str:
@@ -70,7 +70,7 @@ def looks_channels_first(leaf: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 4 and leaf.endswith("_W") and shape[2] * shape[3] < shape[0] * shape[1]
 
 
-def without_cells(names: Sequence[str]) -> tuple[str, ...]:
+def strip_cell_prefix(names: Sequence[str]) -> tuple[str, ...]:
     """Return the names on the way to a weight without those of the cells that a recurrent layer ends in."""
     end = len(names)
     while end > 1 and _CELL.search(names[end - 1]):
@@ -78,7 +78,7 @@ def without_cells(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names[:end])
 
 
-def positional_name(kind: str, index: int, count: int, shape: tuple[int, ...], settings: Mapping[str, Any]) -> str:
+def name_by_position(kind: str, index: int, count: int, shape: tuple[int, ...], settings: Mapping[str, Any]) -> str:
     """Return the name of a weight that the file knows only by its number.
 
     ``kind`` is the class of the layer in snake case, as the path to the weight has it; ``settings`` are what the

@@ -17,7 +17,7 @@ from prunectl.formats.extents import Extent
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class TensorSource:
     """What the elements of a tensor are made from."""
 
     name: str
@@ -40,15 +40,15 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Scattered:
+class SparseSource:
     """A tensor stored without its zeros."""
 
-    values: Source
-    indices: Source
+    values: TensorSource
+    indices: TensorSource
     shape: tuple[int, ...]
 
 
-def dense(source: Source, path: Path) -> Array:
+def decode_dense(source: TensorSource, path: Path) -> Array:
     """Return the elements of a tensor."""
     raw = b"".join(_read(run) for run in source.runs)
     stored = np.frombuffer(raw, np.uint8)
@@ -65,9 +65,9 @@ def dense(source: Source, path: Path) -> Array:
     return array
 
 
-def scattered(source: Scattered, path: Path) -> Array:
+def decode_sparse(source: SparseSource, path: Path) -> Array:
     """Return a tensor with its zeros put back."""
-    values, indices = dense(source.values, path), dense(source.indices, path)
+    values, indices = decode_dense(source.values, path), decode_dense(source.indices, path)
     array = np.zeros(source.shape, values.dtype)
     flat = indices
     if indices.ndim == 2:
@@ -96,7 +96,7 @@ def _read(run: Extent) -> bytes:
     return raw
 
 
-def _narrowed(raw: bytes, source: Source, path: Path) -> NDArray[np.uint8]:
+def _narrowed(raw: bytes, source: TensorSource, path: Path) -> NDArray[np.uint8]:
     try:
         numbers = protobuf.varints(raw)
     except protobuf.WireError as error:
@@ -105,7 +105,7 @@ def _narrowed(raw: bytes, source: Source, path: Path) -> NDArray[np.uint8]:
     return numbers.astype(f"u{width}").view(np.uint8)
 
 
-def _unpacked(stored: NDArray[np.uint8], source: Source) -> NDArray[np.uint8]:
+def _unpacked(stored: NDArray[np.uint8], source: TensorSource) -> NDArray[np.uint8]:
     """Spread elements of 2 or 4 bits over a byte each, the lowest bits first."""
     shifts = np.arange(0, 8, source.bits, dtype=np.uint8)
     mask = np.uint8((1 << source.bits) - 1)

@@ -1,23 +1,153 @@
-"""The graph of an ONNX file and what stands around it, read one level at a time."""
+"""Nodes, attributes and tensors of an ONNX file: where their bytes lie, elements unread."""
 
 from __future__ import annotations
 
-from prunectl.formats.onnx import parts
-from prunectl.formats.onnx.proto import Graph, Model, Node, Span, SparseProto, TensorProto
-from prunectl.formats.onnx.wire import LENGTH, NUMBER, Reader, Schema, place
+from prunectl.formats.onnx.proto import (
+    FLOAT,
+    LENGTH,
+    NUMBER,
+    NUMBERS,
+    PACKED_DOUBLES,
+    PACKED_FLOATS,
+    RAW,
+    Attribute,
+    GraphProto,
+    Model,
+    NodeProto,
+    ProtoReader,
+    Schema,
+    Span,
+    SparseProto,
+    TensorProto,
+    location,
+)
 from prunectl.formats.protobuf import WireError, signed
+
+_NODE: Schema = dict.fromkeys((1, 2, 3, 4, 5, 7), LENGTH)
+_ATTRIBUTE: Schema = {2: FLOAT, 3: NUMBER, 7: PACKED_FLOATS, 8: NUMBERS, **dict.fromkeys((1, 4, 5, 6, 11, 22), LENGTH)}
+_TENSOR: Schema = {
+    **dict.fromkeys((3, 8, 9, 13), LENGTH),
+    **dict.fromkeys((2, 14), NUMBER),
+    **dict.fromkeys((1, 5, 7, 11), NUMBERS),
+    4: PACKED_FLOATS,
+    10: PACKED_DOUBLES,
+}
+_SPARSE: Schema = {1: LENGTH, 2: LENGTH, 3: NUMBERS}
+_PAIR: Schema = {1: LENGTH, 2: LENGTH}
+_CLASSICAL = "ai.onnx.ml"
+_EXTERNAL = 1
+
+
+def node(reader: ProtoReader, span: Span) -> NodeProto:
+    """Return an operation."""
+    inputs: list[str] = []
+    outputs: list[str] = []
+    spans: list[Span] = []
+    texts = {3: "", 4: "", 7: ""}
+    for at in reader.fields(span, _NODE, "a node"):
+        match at.number:
+            case 1:
+                inputs.append(reader.text(at))
+            case 2:
+                outputs.append(reader.text(at))
+            case 5:
+                spans.append(location(at))
+            case _:
+                texts[at.number] = reader.text(at)
+    if not texts[4]:
+        raise WireError("a node names no operation")
+    # The trees of classical models fill attributes with a million numbers, none of them a tensor.
+    attributes = {} if texts[7] == _CLASSICAL else dict(_attribute(reader, at) for at in spans)
+    return NodeProto(texts[3], texts[4], texts[7], tuple(inputs), tuple(outputs), attributes)
+
+
+def _attribute(reader: ProtoReader, span: Span) -> tuple[str, Attribute]:
+    name, text, number, real = "", "", 0, 0.0
+    lists: dict[int, list[Span]] = {7: [], 8: [], 11: []}
+    dense: TensorProto | None = None
+    scattered: SparseProto | None = None
+    for at in reader.fields(span, _ATTRIBUTE, "an attribute"):
+        match at.number:
+            case 1:
+                name = reader.text(at)
+            case 2:
+                real = reader.real(at)
+            case 3:
+                number = at.value
+            case 4:
+                text = reader.shown(at)
+            case 5:
+                dense = tensor(reader, location(at))
+            case 6:
+                lists[11].append(location(at))
+            case 22:
+                scattered = read_sparse(reader, location(at))
+            case _:
+                lists[at.number].append(location(at))
+    floats, ints, graphs = (tuple(found) for found in lists.values())
+    return name, Attribute(number, real, text, ints, floats, dense, scattered, graphs)
+
+
+def tensor(reader: ProtoReader, span: Span) -> TensorProto:
+    """Return what a tensor says of itself."""
+    name, data_type, is_external, is_segment = "", 0, False, False
+    dims: list[Span] = []
+    data: dict[int, list[Span]] = {}
+    external: dict[str, str] = {}
+    for at in reader.fields(span, _TENSOR, "a tensor"):
+        match at.number:
+            case 1:
+                dims.append(location(at))
+            case 2:
+                data_type = at.value
+            case 3:
+                is_segment = True
+            case 8:
+                name = reader.text(at)
+            case 9:
+                data[RAW] = [location(at)]
+            case 13:
+                key, value = _pair(reader, location(at))
+                external[key] = value
+            case 14:
+                is_external = at.value == _EXTERNAL
+            case _:
+                data.setdefault(at.number, []).append(location(at))
+    runs = {number: tuple(spans) for number, spans in data.items()}
+    outside = external if is_external else None
+    return TensorProto(name, reader.numbers(tuple(dims)), data_type, runs, outside, is_segment)
+
+
+def read_sparse(reader: ProtoReader, span: Span) -> SparseProto:
+    """Return the parts of a tensor that is stored without its zeros."""
+    parts = {1: TensorProto(), 2: TensorProto()}
+    dims: list[Span] = []
+    for at in reader.fields(span, _SPARSE, "a sparse tensor"):
+        if at.number == 3:
+            dims.append(location(at))
+        else:
+            parts[at.number] = tensor(reader, location(at))
+    return SparseProto(parts[1], parts[2], reader.numbers(tuple(dims)))
+
+
+def _pair(reader: ProtoReader, span: Span) -> tuple[str, str]:
+    texts = {1: "", 2: ""}
+    for at in reader.fields(span, _PAIR, "a pair of texts"):
+        texts[at.number] = reader.text(at)
+    return texts[1], texts[2]
+
 
 _MODEL: Schema = {1: NUMBER, **dict.fromkeys((2, 3, 7, 8, 14, 20, 25), LENGTH)}
 _GRAPH: Schema = dict.fromkeys((1, 5, 11, 12, 13, 15), LENGTH)
 _FUNCTION: Schema = dict.fromkeys((1, 7, 10), LENGTH)
 _TRAINING: Schema = dict.fromkeys((1, 2), LENGTH)
-_PAIR: Schema = {1: LENGTH, 2: LENGTH}
+
 _OPSET: Schema = {1: LENGTH, 2: NUMBER}
 _FIRST_WITH_OPSETS = 3
 """Version of the format from which a model must say which operators it means."""
 
 
-def model(reader: Reader) -> Model:
+def model(reader: ProtoReader) -> Model:
     """Return what stands around the graph."""
     version, names, opsets = 0, {2: "", 3: ""}, {}
     inner: dict[int, list[Span]] = {7: [], 20: [], 25: []}
@@ -28,12 +158,12 @@ def model(reader: Reader) -> Model:
             case 2 | 3:
                 names[at.number] = reader.text(at)
             case 8:
-                domain, number = _opset(reader, place(at))
+                domain, number = _opset(reader, location(at))
                 opsets[domain] = number
             case 14:
                 pass  # what the writer noted for himself
             case _:
-                inner[at.number].append(place(at))
+                inner[at.number].append(location(at))
     if len(inner[7]) != 1:
         raise WireError("it has more than one graph" if inner[7] else "it has no graph")
     if not opsets and version >= _FIRST_WITH_OPSETS:
@@ -42,42 +172,42 @@ def model(reader: Reader) -> Model:
     return Model(version, producer, opsets, inner[7][0], tuple(inner[25]), tuple(inner[20]))
 
 
-def graph(reader: Reader, span: Span) -> Graph:
+def graph(reader: ProtoReader, span: Span) -> GraphProto:
     """Return the nodes and tensors of a graph; graphs inside its nodes stay unread."""
-    nodes: list[Node] = []
+    nodes: list[NodeProto] = []
     initializers: list[TensorProto] = []
     sparse: list[SparseProto] = []
     values: list[Span] = []
     for at in reader.fields(span, _GRAPH, "a graph"):
         match at.number:
             case 1:
-                nodes.append(parts.node(reader, place(at)))
+                nodes.append(node(reader, location(at)))
             case 5:
-                initializers.append(parts.tensor(reader, place(at)))
+                initializers.append(tensor(reader, location(at)))
             case 15:
-                sparse.append(parts.sparse(reader, place(at)))
+                sparse.append(read_sparse(reader, location(at)))
             case _:
-                values.append(place(at))
-    return Graph(tuple(nodes), tuple(initializers), tuple(sparse), tuple(values))
+                values.append(location(at))
+    return GraphProto(tuple(nodes), tuple(initializers), tuple(sparse), tuple(values))
 
 
-def function(reader: Reader, span: Span) -> tuple[str, str, Graph]:
+def function(reader: ProtoReader, span: Span) -> tuple[str, str, GraphProto]:
     """Return the domain, the name and the nodes of a function."""
     texts, nodes = {1: "", 10: ""}, []
     for at in reader.fields(span, _FUNCTION, "a function"):
         if at.number == 7:
-            nodes.append(parts.node(reader, place(at)))
+            nodes.append(node(reader, location(at)))
         else:
             texts[at.number] = reader.text(at)
-    return texts[10], texts[1], Graph(tuple(nodes))
+    return texts[10], texts[1], GraphProto(tuple(nodes))
 
 
-def training(reader: Reader, span: Span) -> tuple[Span, ...]:
+def training(reader: ProtoReader, span: Span) -> tuple[Span, ...]:
     """Return the graphs that initialise and train a model."""
-    return tuple(place(at) for at in reader.fields(span, _TRAINING, "the training"))
+    return tuple(location(at) for at in reader.fields(span, _TRAINING, "the training"))
 
 
-def _opset(reader: Reader, span: Span) -> tuple[str, int]:
+def _opset(reader: ProtoReader, span: Span) -> tuple[str, int]:
     domain, version = "", 0
     for at in reader.fields(span, _OPSET, "a set of operators"):
         if at.number == 1:
@@ -87,27 +217,29 @@ def _opset(reader: Reader, span: Span) -> tuple[str, int]:
     return domain, version
 
 
-def value(reader: Reader, span: Span) -> tuple[str, tuple[int, ...] | None]:
+def value(reader: ProtoReader, span: Span) -> tuple[str, tuple[int, ...] | None]:
     """Return the name and the shape of a value, a first axis that the file leaves open counted as 1."""
     name, shape = "", None
     for at in reader.fields(span, _PAIR, "a value"):
         if at.number == 1:
             name = reader.text(at)
         else:
-            shape = _shape(reader, place(at))
+            shape = _shape(reader, location(at))
     return name, shape
 
 
-def _shape(reader: Reader, span: Span) -> tuple[int, ...] | None:
+def _shape(reader: ProtoReader, span: Span) -> tuple[int, ...] | None:
     lengths: list[int] | None = None
     for of_type in reader.fields(span, {1: LENGTH}, "a type"):
-        for of_shape in reader.fields(place(of_type), {2: LENGTH}, "a type"):
-            lengths = [_length(reader, place(at)) for at in reader.fields(place(of_shape), {1: LENGTH}, "a shape")]
+        for of_shape in reader.fields(location(of_type), {2: LENGTH}, "a type"):
+            lengths = [
+                _length(reader, location(at)) for at in reader.fields(location(of_shape), {1: LENGTH}, "a shape")
+            ]
     if lengths and lengths[0] < 1:
         lengths[0] = 1
     return None if lengths is None or any(length < 0 for length in lengths) else tuple(lengths)
 
 
-def _length(reader: Reader, span: Span) -> int:
+def _length(reader: ProtoReader, span: Span) -> int:
     lengths = [signed(at.value) for at in reader.fields(span, {1: NUMBER}, "an axis")]
     return lengths[-1] if lengths else -1

@@ -2,34 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from prunectl.errors import InputError, abbreviated
-from prunectl.formats import kernel_names
-from prunectl.formats.base import PRUNABLE, Array, ModelFile, Role, Tensor
+from prunectl.formats import state_dict
+from prunectl.formats.base import PRUNABLE, Array, ModelFile, ModelInfo, Role, Tensor
 from prunectl.formats.onnx import decode as onnx_decode
 from prunectl.formats.onnx import messages
 from prunectl.formats.onnx import scopes as onnx_scopes
-from prunectl.formats.onnx.about import about
-from prunectl.formats.onnx.constants import constant
-from prunectl.formats.onnx.decode import Scattered
-from prunectl.formats.onnx.dtypes import STRING
-from prunectl.formats.onnx.external import refuse_overlaps
-from prunectl.formats.onnx.names import Names, layer_of
-from prunectl.formats.onnx.proto import SparseProto, TensorProto
-from prunectl.formats.onnx.scopes import Scope
-from prunectl.formats.onnx.tensors import Located, Locator
-from prunectl.formats.onnx.uses import Purpose, Uses
-from prunectl.formats.onnx.wire import reading
+from prunectl.formats.onnx.decode import SparseSource
+from prunectl.formats.onnx.proto import Model, NodeProto, SparseProto, TensorProto, parsing
+from prunectl.formats.onnx.scopes import GraphScope
+from prunectl.formats.onnx.tensors import STRING, Located, TensorLocator, constant, refuse_overlaps
+from prunectl.formats.onnx.usage import OnnxTensorPurpose, UsageIndex
+
+_CLASSICAL = "ai.onnx.ml"
+_TRAINING = "ai.onnx.preview.training"
+_STANDARD = ("", "ai.onnx", _CLASSICAL, "ai.onnx.training", "ai.onnx.preview", _TRAINING)
+_STOCK_RUNTIME = "com.microsoft"
+"""Operators that onnxruntime brings along."""
+
+
+def about(model: Model, scopes: Sequence[GraphScope], tensors: Sequence[Tensor]) -> ModelInfo:
+    """Return what the model says of itself beside its tensors."""
+    nodes = [node for scope in scopes for node in scope.graph.nodes]
+    optimizers = [node.op for scope in scopes if scope.is_training for node in scope.graph.nodes if _optimises(node)]
+    return ModelInfo(
+        producer=_producer(model),
+        optimizer=next(iter(optimizers), ""),
+        training=tuple(dict.fromkeys(f"loss {node.op}" for node in nodes if node.op.endswith("Loss"))),
+        code=_foreign(nodes, frozenset(scope.defines for scope in scopes)),
+        notes=(*_notes(nodes), *_tensor_notes(tensors)),
+        is_compressed=any(scope.graph.sparse for scope in scopes),
+    )
+
+
+def _producer(model: Model) -> str:
+    opset = model.opsets.get("", model.opsets.get("ai.onnx", 0))
+    versions = (f"opset {opset}" if opset else "", f"IR version {model.ir_version}" if model.ir_version else "")
+    return ", ".join(filter(None, (model.producer, *versions)))
+
+
+def _optimises(node: NodeProto) -> bool:
+    return node.domain == _TRAINING and node.op != "Gradient"
+
+
+def _foreign(nodes: Sequence[NodeProto], defined: frozenset[str]) -> tuple[str, ...]:
+    """Return the operators that run code from elsewhere: neither ONNX, nor stock, nor defined in the file."""
+    foreign = {
+        f"{node.domain}.{node.op}"
+        for node in nodes
+        if node.domain not in _STANDARD and node.domain.split(".nchwc")[0] != _STOCK_RUNTIME
+    }
+    return tuple(f"operator {name}" for name in sorted(foreign - defined))
+
+
+def _notes(nodes: Sequence[NodeProto]) -> Iterator[str]:
+    if classical := sum(node.domain == _CLASSICAL for node in nodes):
+        yield f"Parameters of {classical} classical operators ({_CLASSICAL}) are no tensors and are not listed."
+
+
+def _tensor_notes(tensors: Sequence[Tensor]) -> Iterator[str]:
+    kernels = [tensor for tensor in tensors if tensor.role in PRUNABLE]
+    quantised = Counter(tensor.dtype.name for tensor in kernels if tensor.dtype.itemsize == 1)
+    for dtype, count in sorted(quantised.items()):
+        yield f"{count} of {len(kernels)} kernels are quantised to {dtype}."
+    if unused := sum(not tensor.kind for tensor in tensors):
+        yield f"{unused} of {len(tensors)} tensors are used by no operation."
+
+
+_LEAVES = ("weight", "bias", "running_", "num_batches_tracked", "gamma", "beta", "kernel", "in_proj_", "alpha")
+"""How names of parameters begin behind the last dot, by PyTorch's habits."""
+
+
+def layer_of(name: str, user: str) -> str:
+    """Return the layer of a tensor: what its own name says, else the node that uses it."""
+    layer, _, leaf = name.rpartition(".")
+    if layer and leaf.startswith(_LEAVES):
+        return layer
+    return user or layer or name
+
+
+class Names:
+    """Names given so far, none of them twice."""
+
+    def __init__(self) -> None:
+        self._given: set[str] = set()
+        self._counts: dict[str, int] = {}
+
+    def unique(self, name: str) -> str:
+        """Return the name, numbered if it was given before: two nodes may have one name."""
+        found = name
+        while found in self._given:
+            self._counts[name] = self._counts.get(name, 1) + 1
+            found = f"{name}#{self._counts[name]}"
+        self._given.add(found)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
     """A tensor, and the graph that it stands in."""
 
-    scope: Scope
+    scope: GraphScope
     name: str
     """Its name in that graph."""
     full_name: str
@@ -40,12 +118,12 @@ class _Found:
 
 def open_model(path: Path) -> ModelFile:
     """Open an ONNX model: its graph is read, its weights are not."""
-    locator = Locator(path)
-    with reading(path) as reader:
+    locator = TensorLocator(path)
+    with parsing(path) as reader:
         model = messages.model(reader)
         scopes = onnx_scopes.read(reader, model)
         found = list(_found(scopes, locator))
-        uses = Uses(reader, scopes)
+        uses = UsageIndex(reader, scopes)
         described = [_described(tensor, uses) for tensor in found]
     kept = [
         (tensor, origin.located)
@@ -59,9 +137,9 @@ def open_model(path: Path) -> ModelFile:
 
     def decode(tensor: Tensor) -> Array:
         source = sources[tensor.name]
-        if isinstance(source, Scattered):
-            return onnx_decode.scattered(source, path)
-        return onnx_decode.dense(source, path)
+        if isinstance(source, SparseSource):
+            return onnx_decode.decode_sparse(source, path)
+        return onnx_decode.decode_dense(source, path)
 
     return ModelFile(
         path=path,
@@ -73,7 +151,7 @@ def open_model(path: Path) -> ModelFile:
     )
 
 
-def _found(scopes: tuple[Scope, ...], locator: Locator) -> Iterator[_Found]:
+def _found(scopes: tuple[GraphScope, ...], locator: TensorLocator) -> Iterator[_Found]:
     names = Names()
     for scope in scopes:
         seen: set[str] = set()
@@ -88,7 +166,7 @@ def _found(scopes: tuple[Scope, ...], locator: Locator) -> Iterator[_Found]:
             yield _Found(scope, name, full_name, located, is_constant)
 
 
-def _protos(scope: Scope) -> Iterator[tuple[str, TensorProto | SparseProto, bool]]:
+def _protos(scope: GraphScope) -> Iterator[tuple[str, TensorProto | SparseProto, bool]]:
     """Yield what a graph holds in tensors of numbers: initializers first, then the arrays of Constant nodes."""
     for tensor in scope.graph.initializers:
         if tensor.data_type != STRING:
@@ -101,7 +179,7 @@ def _protos(scope: Scope) -> Iterator[tuple[str, TensorProto | SparseProto, bool
             yield node.outputs[0], array, True
 
 
-def _described(tensor: _Found, uses: Uses) -> Tensor:
+def _described(tensor: _Found, uses: UsageIndex) -> Tensor:
     located = tensor.located
     purpose = uses.purpose(tensor.scope, tensor.name, located.shape, located.dtype)
     return Tensor(
@@ -116,11 +194,11 @@ def _described(tensor: _Found, uses: Uses) -> Tensor:
     )
 
 
-def _role(tensor: _Found, purpose: Purpose) -> Role:
+def _role(tensor: _Found, purpose: OnnxTensorPurpose) -> Role:
     """Return what a tensor is for: a fixed basis is none to prune, although a product takes it."""
     if tensor.scope.is_training:
         return Role.OPTIMIZER
-    is_fixed = purpose.role in PRUNABLE and kernel_names.is_constant(tensor.full_name, purpose.layer)
+    is_fixed = purpose.role in PRUNABLE and state_dict.is_constant(tensor.full_name, purpose.layer)
     return Role.STATE if is_fixed else purpose.role
 
 

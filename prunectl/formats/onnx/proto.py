@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import mmap
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
+
+from prunectl import errors
+from prunectl.errors import InputError
+from prunectl.formats import protobuf
+from prunectl.formats.protobuf import BYTES, FIXED32, FIXED64, VARINT, Field, WireError
 
 FLOATS, INT32S, INT64S, RAW, DOUBLES, UINT64S = 4, 5, 7, 9, 10, 11
 """Fields of a tensor that hold its elements."""
@@ -54,7 +63,7 @@ class Attribute:
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class NodeProto:
     """One operation of a graph."""
 
     name: str
@@ -76,10 +85,10 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
-class Graph:
+class GraphProto:
     """Nodes and what they are given."""
 
-    nodes: tuple[Node, ...]
+    nodes: tuple[NodeProto, ...]
     initializers: tuple[TensorProto, ...] = ()
     sparse: tuple[SparseProto, ...] = ()
     values: tuple[Span, ...] = ()
@@ -96,3 +105,100 @@ class Model:
     graph: Span
     functions: tuple[Span, ...]
     training: tuple[Span, ...]
+
+
+MAX_PARTS = 400_000
+"""Fields that a file may have: more than any real graph, few enough to be walked in seconds."""
+MAX_LIST_BYTES = 4096
+"""Bytes of a short list of numbers, such as a shape or the pads of a convolution."""
+MAX_NAME_BYTES = 1 << 12
+MAX_TEXT_BYTES = 32 << 20
+"""Bytes of all names together: they are what a graph costs in memory."""
+SHOWN_BYTES = 200
+_BROKEN = 31
+
+LENGTH, NUMBER = (BYTES,), (VARINT,)
+NUMBERS, FLOAT, PACKED_FLOATS, PACKED_DOUBLES = (VARINT, BYTES), (FIXED32,), (FIXED32, BYTES), (FIXED64, BYTES)
+"""A list of numbers may be packed or not, whatever its schema prefers."""
+
+Schema = Mapping[int, tuple[int, ...]]
+
+
+class ProtoReader:
+    """Reads messages from one buffer, and stops when it holds more of them than a model would."""
+
+    def __init__(self, data: memoryview) -> None:
+        self.data = data
+        self._left = MAX_PARTS
+        self._text_left = MAX_TEXT_BYTES
+
+    @property
+    def whole(self) -> Span:
+        """The outermost message."""
+        return Span(0, len(self.data))
+
+    def fields(self, span: Span, schema: Schema, what: str) -> Iterator[Field]:
+        """Yield those fields of a message that a schema knows."""
+        for found in protobuf.fields(self.data, *span):
+            self._left -= 1
+            if self._left < 0:
+                raise WireError(f"it has more than {MAX_PARTS} parts")
+            wires = schema.get(found.number)
+            if wires is None:
+                continue
+            if found.wire not in wires:
+                raise WireError(f"field {found.number} of {what} is of a wrong type")
+            yield found
+
+    def text(self, field: Field) -> str:
+        """Return a name."""
+        if field.value > MAX_NAME_BYTES:
+            raise WireError(f"a name has {field.value} bytes")
+        self._text_left -= field.value
+        if self._text_left < 0:
+            raise WireError(f"its names have more than {MAX_TEXT_BYTES} bytes")
+        found = protobuf.text(self.data, field)
+        if len(found) > field.value:
+            # Broken text takes longer to decode by as much.
+            self._text_left -= _BROKEN * field.value
+        return found
+
+    def shown(self, field: Field) -> str:
+        """Return the beginning of a text that may be long."""
+        end = min(field.end, field.begin + SHOWN_BYTES)
+        return str(self.data[field.begin : end], "utf-8", "replace") + ("…" if end < field.end else "")
+
+    def real(self, field: Field) -> float:
+        """Return a float field."""
+        (value,) = struct.unpack("<f", field.value.to_bytes(4, "little"))
+        return float(value)
+
+    def numbers(self, spans: tuple[Span, ...]) -> tuple[int, ...]:
+        """Return the whole numbers of a short list."""
+        if sum(end - begin for begin, end in spans) > MAX_LIST_BYTES:
+            raise WireError("a list that should be short is long")
+        found: list[int] = []
+        for at, end in spans:
+            begin = at
+            while begin < end:
+                number, begin = protobuf.read_varint(self.data, begin, end)
+                found.append(protobuf.signed(number))
+        return tuple(found)
+
+
+def location(field: Field) -> Span:
+    """Return where the payload of a field lies."""
+    return Span(field.begin, field.end)
+
+
+@contextmanager
+def parsing(path: Path) -> Iterator[ProtoReader]:
+    """Map a model into memory, so that only what is looked at is read."""
+    with errors.reading(path), path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    # What is done with it may write, on a disk that is full: that is not this file's fault.
+    try:
+        with mapped, memoryview(mapped) as data:
+            yield ProtoReader(data)
+    except WireError as error:
+        raise InputError(f"{path} is damaged, or not an ONNX model: {error}") from error

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from prunectl.formats.onnx import messages
-from prunectl.formats.onnx.proto import Graph, Model, Node
-from prunectl.formats.onnx.wire import Reader
+from prunectl.formats.onnx.proto import GraphProto, Model, NodeProto, ProtoReader
 from prunectl.formats.protobuf import WireError
 
 MAX_DEPTH = 32
@@ -17,29 +16,29 @@ MAX_PREFIX = 2048
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scope:
+class GraphScope:
     """A graph, and the graph around it whose values it can use."""
 
-    graph: Graph
+    graph: GraphProto
     prefix: str = ""
     """What names of its tensors begin with, such as `If_0/then_branch/`; nothing in the main graph."""
-    parent: Scope | None = None
+    parent: GraphScope | None = None
     depth: int = 0
     is_training: bool = False
     defines: str = ""
     """The operator that it defines, when it is a function's."""
-    makers: dict[str, Node | None] = field(default_factory=dict)
+    makers: dict[str, NodeProto | None] = field(default_factory=dict)
     """The node that makes each value; None for a tensor of the file."""
 
-    def owner(self, name: str) -> Scope | None:
+    def owner(self, name: str) -> GraphScope | None:
         """Return the graph whose value a name means here."""
-        scope: Scope | None = self
+        scope: GraphScope | None = self
         while scope is not None and name not in scope.makers:
             scope = scope.parent
         return scope
 
 
-def read(reader: Reader, model: Model) -> tuple[Scope, ...]:
+def read(reader: ProtoReader, model: Model) -> tuple[GraphScope, ...]:
     """Return the main graph first, then those of functions, of training, and inside nodes."""
     waiting = [_scope(messages.graph(reader, model.graph))]
     for span in model.functions:
@@ -53,7 +52,7 @@ def read(reader: Reader, model: Model) -> tuple[Scope, ...]:
     return tuple(waiting)
 
 
-def _inside(reader: Reader, scope: Scope) -> Iterator[Scope]:
+def _inside(reader: ProtoReader, scope: GraphScope) -> Iterator[GraphScope]:
     for node in scope.graph.nodes:
         for name, attribute in node.attributes.items():
             for number, span in enumerate(attribute.graphs):
@@ -69,15 +68,15 @@ def _inside(reader: Reader, scope: Scope) -> Iterator[Scope]:
 
 
 def _scope(
-    graph: Graph,
+    graph: GraphProto,
     prefix: str = "",
-    parent: Scope | None = None,
+    parent: GraphScope | None = None,
     depth: int = 0,
     *,
     is_training: bool = False,
     defines: str = "",
-) -> Scope:
-    makers: dict[str, Node | None] = {output: node for node in graph.nodes for output in node.outputs}
+) -> GraphScope:
+    makers: dict[str, NodeProto | None] = {output: node for node in graph.nodes for output in node.outputs}
     makers.update(dict.fromkeys((tensor.name for tensor in graph.initializers), None))
     makers.update(dict.fromkeys((tensor.values.name for tensor in graph.sparse), None))
-    return Scope(graph, prefix, parent, depth, is_training, defines, makers)
+    return GraphScope(graph, prefix, parent, depth, is_training, defines, makers)

@@ -3,19 +3,151 @@
 from __future__ import annotations
 
 import math
+import stat
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats.base import Storage, shown
-from prunectl.formats.extents import Extent
-from prunectl.formats.onnx.decode import Scattered, Source
-from prunectl.formats.onnx.dtypes import CODES, Code
-from prunectl.formats.onnx.external import Neighbours
-from prunectl.formats.onnx.proto import INT32S, INT64S, RAW, UINT64S, SparseProto, TensorProto
+from prunectl.formats.extents import Extent, check_inside
+from prunectl.formats.onnx.decode import SparseSource, TensorSource
+from prunectl.formats.onnx.proto import (
+    DOUBLES,
+    FLOATS,
+    INT32S,
+    INT64S,
+    RAW,
+    UINT64S,
+    NodeProto,
+    SparseProto,
+    TensorProto,
+)
+
+STRING = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """A type of element: where it stands when it is not raw, and its bits when it is."""
+
+    dtype: np.dtype[Any]
+    field: int
+    bits: int
+
+
+def _code(kind: Any, field: int = INT32S, bits: int = 0) -> Code:
+    dtype = np.dtype(kind)
+    return Code(dtype, field, bits or dtype.itemsize * 8)
+
+
+CODES: dict[int, Code] = {
+    1: _code(np.float32, FLOATS),
+    2: _code(np.uint8),
+    3: _code(np.int8),
+    4: _code(np.uint16),
+    5: _code(np.int16),
+    6: _code(np.int32),
+    7: _code(np.int64, INT64S),
+    9: _code(np.bool_),
+    10: _code(np.float16),
+    11: _code(np.float64, DOUBLES),
+    12: _code(np.uint32, UINT64S),
+    13: _code(np.uint64, UINT64S),
+    14: _code(np.complex64, FLOATS),
+    15: _code(np.complex128, DOUBLES),
+    16: _code(ml_dtypes.bfloat16),
+    17: _code(ml_dtypes.float8_e4m3fn),
+    18: _code(ml_dtypes.float8_e4m3fnuz),
+    19: _code(ml_dtypes.float8_e5m2),
+    20: _code(ml_dtypes.float8_e5m2fnuz),
+    21: _code(ml_dtypes.uint4, bits=4),
+    22: _code(ml_dtypes.int4, bits=4),
+    23: _code(ml_dtypes.float4_e2m1fn, bits=4),
+    24: _code(ml_dtypes.float8_e8m0fnu),
+    25: _code(ml_dtypes.uint2, bits=2),
+    26: _code(ml_dtypes.int2, bits=2),
+}
+
+
+_MAX_DIGITS = 19
+
+
+class ExternalFiles:
+    """The files beside a model that its tensors lie in; none outside its folder."""
+
+    def __init__(self, model: Path) -> None:
+        self._model = model
+        self._sizes: dict[str, int] = {}
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that a tensor lies in."""
+        return tuple(self._model.parent / location for location in self._sizes)
+
+    def extent(self, name: str, facts: Mapping[str, str], nbytes: int) -> Extent:
+        """Return where the bytes of a tensor lie, checked to be there."""
+        location = facts.get("location", "")
+        if location not in self._sizes:
+            self._sizes[location] = self._size(location)
+        offset = self._number(name, facts.get("offset", "0"))
+        length = self._number(name, facts.get("length", str(nbytes)))
+        if length != nbytes:
+            raise InputError(
+                f"{self._model} is damaged: {abbreviated(name)} needs {nbytes} bytes, its external data has {length}"
+            )
+        path = self._model.parent / location
+        check_inside(path, offset, nbytes, self._sizes[location], f"{name} of {self._model.name}")
+        return Extent(path, offset, nbytes)
+
+    def _number(self, name: str, text: str) -> int:
+        if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
+            raise InputError(
+                f"{self._model} is damaged: the place of {abbreviated(name)} in its external data is no number"
+            )
+        return int(text)
+
+    def _size(self, location: str) -> int:
+        if not location or "\0" in location:
+            raise InputError(f"{self._model} is damaged: its external data has no file name")
+        outside = f"{self._model} is refused: its external data points outside its folder ({location})"
+        if PurePosixPath(location).is_absolute() or PureWindowsPath(location).anchor:
+            raise InputError(outside)
+        if ".." in PureWindowsPath(location).parts:
+            raise InputError(outside)
+        path = self._model.parent / location
+        try:
+            # A cache of models keeps links in one folder to files in another: there both lead to the same place.
+            homes = {self._model.parent.resolve(), self._model.resolve().parent}
+            if not any(path.resolve().is_relative_to(home) for home in homes):
+                raise InputError(outside)
+            facts = path.stat()
+        except FileNotFoundError as error:
+            raise InputError(f"{self._model} is incomplete: its external data file {path} is missing") from error
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{self._model} is incomplete: its external data file {path} cannot be read") from error
+        if not stat.S_ISREG(facts.st_mode):
+            raise InputError(f"{self._model} is refused: its external data {path} is not a file")
+        return facts.st_size
+
+
+def refuse_overlaps(model: Path, places: Iterable[tuple[str, Extent]]) -> None:
+    """Reject tensors that share a part of their bytes: shared are all of them or none."""
+    last: dict[Path, tuple[int, int]] = {}
+    for name, extent in sorted(places, key=lambda place: (place[1].offset, place[1].nbytes)):
+        begin, end = last.get(extent.path, (0, 0))
+        this = (extent.offset, extent.offset + extent.nbytes)
+        if extent.nbytes and this != (begin, end):
+            if extent.offset < end:
+                raise InputError(
+                    f"{model} is damaged: {abbreviated(name)} overlaps another tensor in {extent.path.name}"
+                )
+            last[extent.path] = this
+
 
 MAX_AXES = 64
 """NumPy's limit."""
@@ -32,15 +164,15 @@ class Located:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     storage: Storage
-    source: Source | Scattered
+    source: TensorSource | SparseSource
 
 
-class Locator:
+class TensorLocator:
     """Finds the bytes of tensors in one model."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.neighbours = Neighbours(path)
+        self.neighbours = ExternalFiles(path)
 
     def locate(self, proto: TensorProto | SparseProto, name: str) -> Located:
         """Return where a tensor lies, dense or sparse."""
@@ -54,7 +186,7 @@ class Locator:
                 f"{self.path} holds {abbreviated(name)} as type {proto.data_type}, which prunectl does not read"
             )
         self._check_shape(name, proto.dims)
-        empty = Source(name, proto.dims, code.dtype, code.bits, ())
+        empty = TensorSource(name, proto.dims, code.dtype, code.bits, ())
         key, source = self._source(empty, proto, code)
         is_flat = not source.is_varint and len(source.runs) == 1 and code.bits >= 8
         nbytes = math.prod(proto.dims) * code.dtype.itemsize
@@ -73,10 +205,10 @@ class Locator:
         nbytes = math.prod(proto.dims) * values.dtype.itemsize
         if nbytes > max(MAX_BLOWN_UP_BYTES, BOMB_RATIO * stored):
             raise InputError(f"{self.path} is refused: {abbreviated(name)} would unfold to {nbytes} bytes, like a bomb")
-        source = Scattered(_dense(values), _dense(indices), proto.dims)
+        source = SparseSource(_dense(values), _dense(indices), proto.dims)
         return Located(proto.dims, values.dtype, Storage(name, nbytes, None, stored), source)
 
-    def _source(self, empty: Source, proto: TensorProto, code: Code) -> tuple[str, Source]:
+    def _source(self, empty: TensorSource, proto: TensorProto, code: Code) -> tuple[str, TensorSource]:
         name = empty.name
         if proto.is_segment:
             raise InputError(f"{self.path} holds {abbreviated(name)} in segments, which prunectl does not read")
@@ -91,7 +223,7 @@ class Locator:
         self._check_length(source)
         return name, source
 
-    def _check_length(self, source: Source) -> None:
+    def _check_length(self, source: TensorSource) -> None:
         stored, expected = source.stored_bytes, source.raw_bytes
         if expected and not stored:
             raise InputError(f"{self.path} is incomplete: {abbreviated(source.name)} has a shape but no data in it")
@@ -111,6 +243,27 @@ class Locator:
             raise InputError(f"{self.path} is damaged: {abbreviated(name)} has an impossible shape")
 
 
-def _dense(located: Located) -> Source:
-    assert isinstance(located.source, Source)
+def _dense(located: Located) -> TensorSource:
+    assert isinstance(located.source, TensorSource)
     return located.source
+
+
+_FLOAT = 1
+
+
+def constant(node: NodeProto) -> TensorProto | SparseProto | None:
+    """Return the array that a Constant node makes, named like its output; none for a scalar.
+
+    Lists of whole numbers are left out too: they are shapes, axes and pads.
+    """
+    if node.op != "Constant" or not node.outputs:
+        return None
+    for name, attribute in node.attributes.items():
+        if name == "value" and attribute.tensor is not None and attribute.tensor.dims:
+            return replace(attribute.tensor, name=node.outputs[0])
+        if name == "sparse_value" and attribute.sparse is not None:
+            return replace(attribute.sparse, values=replace(attribute.sparse.values, name=node.outputs[0]))
+        if name == "value_floats":
+            nbytes = sum(end - begin for begin, end in attribute.floats)
+            return TensorProto(node.outputs[0], (nbytes // 4,), _FLOAT, {FLOATS: attribute.floats})
+    return None

@@ -3,17 +3,236 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import ml_dtypes
+import numpy as np
 
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats.base import shown
 from prunectl.formats.extents import Extent, check_inside
-from prunectl.formats.tensorflow.bundle_index import Entry, Index, read_index
-from prunectl.formats.tensorflow.dtypes import DTYPES, NOT_NUMBERS, STRING
-from prunectl.formats.tensorflow.slice_keys import WHOLE, slice_key
-from prunectl.formats.tensorflow.zeros import TooManyClaimsError, sharing
+from prunectl.formats.protobuf import BYTES, Field, WireError, fields, signed
+from prunectl.formats.tensorflow.leveldb import Block, IndexRecord, mask, read_file, records
+
+STRING, RESOURCE, VARIANT = 7, 20, 21
+NOT_NUMBERS = frozenset({STRING, RESOURCE, VARIANT})
+MAX_RANK = 32
+"""NumPy's limit before version 2."""
+MAX_BYTES = 1 << 62
+
+DTYPES: dict[int, np.dtype[Any]] = {
+    1: np.dtype(np.float32),
+    2: np.dtype(np.float64),
+    3: np.dtype(np.int32),
+    4: np.dtype(np.uint8),
+    5: np.dtype(np.int16),
+    6: np.dtype(np.int8),
+    8: np.dtype(np.complex64),
+    9: np.dtype(np.int64),
+    10: np.dtype(np.bool_),
+    11: np.dtype(np.int8),
+    12: np.dtype(np.uint8),
+    13: np.dtype(np.int32),
+    14: np.dtype(ml_dtypes.bfloat16),
+    15: np.dtype(np.int16),
+    16: np.dtype(np.uint16),
+    17: np.dtype(np.uint16),
+    18: np.dtype(np.complex128),
+    19: np.dtype(np.float16),
+    22: np.dtype(np.uint32),
+    23: np.dtype(np.uint64),
+    24: np.dtype(ml_dtypes.float8_e5m2),
+    25: np.dtype(ml_dtypes.float8_e4m3fn),
+    26: np.dtype(ml_dtypes.float8_e4m3fnuz),
+    27: np.dtype(ml_dtypes.float8_e4m3b11fnuz),
+    28: np.dtype(ml_dtypes.float8_e5m2fnuz),
+    29: np.dtype(ml_dtypes.int4),
+    30: np.dtype(ml_dtypes.uint4),
+}
+"""By number in `DataType`; 11 to 13, 15 and 16 are quantised numbers, stored as plain ones."""
+
+
+def read_shape(data: memoryview, field: Field) -> tuple[int, ...]:
+    """Return the sizes in a TensorShapeProto, refusing what no array can have."""
+    shape: list[int] = []
+    for dimension in fields(data, field.begin, field.end):
+        if dimension.number == 2 and dimension.wire == BYTES:
+            sizes = [signed(found.value) for found in fields(data, dimension.begin, dimension.end) if found.number == 1]
+            shape.append(sizes[-1] if sizes else 0)
+        if len(shape) > MAX_RANK:
+            raise WireError(f"a shape of more than {MAX_RANK} dimensions")
+    if any(size < 0 for size in shape):
+        raise WireError("a shape with a negative size")
+    if math.prod(max(size, 1) for size in shape) > MAX_BYTES // 16:
+        raise WireError("a shape beyond any memory")
+    return tuple(shape)
+
+
+WHOLE = -1
+"""Length of a slice that spans its axis."""
+
+_ESCAPES = {0x00: b"\x00\xff", 0xFF: b"\xff\x00"}
+_END_OF_TEXT = b"\x00\x01"
+
+
+def slice_key(name: bytes, bounds: tuple[tuple[int, int], ...]) -> bytes:
+    """Return the key of the slice of ``name`` that has these starts and lengths."""
+    text = b"".join(_ESCAPES.get(byte, bytes((byte,))) for byte in name) + _END_OF_TEXT
+    rank = len(bounds).to_bytes(1 if bounds else 0, "big")
+    numbers = b"".join(_signed(start) + _signed(length) for start, length in bounds)
+    return b"\x00" + text + bytes([len(rank)]) + rank + numbers
+
+
+def _signed(value: int) -> bytes:
+    length = (value if value >= 0 else ~value).bit_length() // 7 + 1
+    # As many leading ones as there are bytes, flipped into the sign bits: longer numbers sort behind shorter ones.
+    header = ((1 << length) - 1) << (8 * length - length)
+    return ((value ^ header) & ((1 << 8 * length) - 1)).to_bytes(length, "big")
+
+
+@dataclass(frozen=True, slots=True)
+class BundleEntry:
+    """What the index says of one key."""
+
+    key: bytes
+    code: int
+    shape: tuple[int, ...]
+    shard: int
+    offset: int
+    nbytes: int
+    crc: int
+    crc_at: int
+    """Where in the index file the masked CRC-32C of the data stands; -1 if it is missing or packed in its block."""
+    block: Block
+    """The block of the index that holds this entry, with a checksum of its own."""
+    slices: tuple[tuple[tuple[int, int], ...], ...] = ()
+    """Starts and lengths of the pieces that a partitioned tensor is stored in."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of its numbers."""
+        return DTYPES[self.code]
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """All that an index says, not yet held against the data."""
+
+    path: Path
+    shard_count: int
+    is_big_endian: bool
+    entries: dict[bytes, BundleEntry]
+
+
+def read_index(path: Path) -> Index:
+    """Read the index of a bundle."""
+    data = read_file(path)
+    found = records(path, data)
+    try:
+        header = next(found, None)
+        if header is None or header.key != b"":
+            raise InputError(f"{path} is damaged: it has no header")
+        count, is_big_endian = _read_header(header)
+        return Index(path, count, is_big_endian, {record.key: _read_entry(record) for record in found})
+    except WireError as error:
+        raise InputError(f"{path} is damaged: its index holds {error}") from error
+
+
+def _read_header(record: IndexRecord) -> tuple[int, bool]:
+    facts = {
+        field.number: field.value for field in fields(record.data, record.begin, record.end) if field.wire != BYTES
+    }
+    return facts.get(1, 0), facts.get(2, 0) == 1
+
+
+def _read_entry(record: IndexRecord) -> BundleEntry:
+    code, shard, offset, nbytes, crc, crc_at = 0, 0, 0, 0, 0, -1
+    shape: tuple[int, ...] = ()
+    slices = []
+    data = record.data
+    for fact in fields(data, record.begin, record.end):
+        match fact.number, fact.wire:
+            case 1, _:
+                code = fact.value
+            case 2, 2:
+                shape = read_shape(data, fact)
+            case 3, _:
+                shard = fact.value
+            case 4, _:
+                offset = signed(fact.value)
+            case 5, _:
+                nbytes = signed(fact.value)
+            case 6, 5:
+                crc, crc_at = fact.value, -1 if record.block.is_packed else fact.begin
+            case 7, 2:
+                slices.append(_read_slice(data, fact))
+    return BundleEntry(record.key, code, shape, shard, offset, nbytes, crc, crc_at, record.block, tuple(slices))
+
+
+def _read_slice(data: memoryview, field: Field) -> tuple[tuple[int, int], ...]:
+    bounds: list[tuple[int, int]] = []
+    for extent in fields(data, field.begin, field.end):
+        if len(bounds) == MAX_RANK:
+            raise WireError(f"a slice of more than {MAX_RANK} dimensions")
+        facts = {found.number: signed(found.value) for found in fields(data, extent.begin, extent.end)}
+        bounds.append((facts.get(1, 0), facts.get(2, WHOLE)))
+    return tuple(bounds)
+
+
+MAX_CLAIMS = 64
+"""A run shared by every slot of an optimizer saves a few times the weights; far beyond that, a file only pretends."""
+_FREE_BYTES = 1 << 20
+_PIECE = bytes(1 << 20)
+
+
+class TooManyClaimsError(ValueError):
+    """Entries share bytes more often than any optimizer has use for."""
+
+
+@cache
+def crc_of_zeros(nbytes: int) -> int:
+    """Return the masked CRC-32C of so many zeros."""
+    return mask(_plain_crc(nbytes))
+
+
+def sharing(entries: Iterable[BundleEntry], file_bytes: int) -> dict[bytes, BundleEntry]:
+    """Return the entries whose bytes are those at the beginning of another's, with that other: zeros for them all."""
+    found: dict[bytes, BundleEntry] = {}
+    leader: BundleEntry | None = None
+    claimed = 0
+    for entry in sorted(entries, key=lambda found: (found.shard, found.offset, -found.nbytes)):
+        if leader is None or (entry.shard, entry.offset) != (leader.shard, leader.offset):
+            leader = entry
+            continue
+        claimed += entry.nbytes
+        if claimed > MAX_CLAIMS * file_bytes + _FREE_BYTES:
+            raise TooManyClaimsError(f"its tensors claim over {MAX_CLAIMS} times the bytes of its data")
+        if 0 < entry.nbytes <= leader.nbytes <= file_bytes and _is_zeros(entry) and _is_zeros(leader):
+            found[entry.key] = leader
+    return found
+
+
+def _is_zeros(entry: BundleEntry) -> bool:
+    return entry.crc == crc_of_zeros(entry.nbytes)
+
+
+def _plain_crc(nbytes: int) -> int:
+    crc = 0
+    for piece in zeros(nbytes):
+        crc = google_crc32c.extend(crc, piece)
+    return crc
+
+
+def zeros(nbytes: int) -> Iterator[bytes]:
+    """Yield so many zeros, piece by piece."""
+    for begin in range(0, nbytes, len(_PIECE)):
+        yield _PIECE[: nbytes - begin]
+
 
 MAX_SHARDS = 100_000
 
@@ -24,24 +243,24 @@ class Bundle:
 
     index: Path
     is_big_endian: bool
-    entries: Mapping[bytes, Entry]
+    entries: Mapping[bytes, BundleEntry]
     shards: Mapping[int, Path]
-    shared: Mapping[bytes, Entry] = field(default_factory=dict)
+    shared: Mapping[bytes, BundleEntry] = field(default_factory=dict)
     """Entries that are zeros at the beginning of another's bytes, with that other."""
 
-    def numbers(self) -> tuple[Entry, ...]:
+    def numbers(self) -> tuple[BundleEntry, ...]:
         """Return the entries that are tensors of numbers, slices of others left out."""
         return tuple(
             entry for key, entry in self.entries.items() if key[:1] != b"\x00" and entry.code not in NOT_NUMBERS
         )
 
-    def extent(self, entry: Entry) -> Extent:
+    def extent(self, entry: BundleEntry) -> Extent:
         """Return where the bytes of an entry lie."""
         return Extent(self.shards[entry.shard], entry.offset, entry.nbytes)
 
-    def pieces(self, entry: Entry) -> tuple[tuple[tuple[slice, ...], Entry], ...]:
+    def pieces(self, entry: BundleEntry) -> tuple[tuple[tuple[slice, ...], BundleEntry], ...]:
         """Return the slices of a partitioned tensor, each with its place in the whole."""
-        return tuple((_place(bounds), self.entries[slice_key(entry.key, bounds)]) for bounds in entry.slices)
+        return tuple((_tensor_location(bounds), self.entries[slice_key(entry.key, bounds)]) for bounds in entry.slices)
 
     def text(self, key: bytes, limit: int) -> bytes:
         """Return a scalar string, or nothing if there is none of that name."""
@@ -84,7 +303,7 @@ def _find_shards(index: Index) -> dict[int, Path]:
     return shards
 
 
-def _shared(bundle: Bundle, file_bytes: int) -> dict[bytes, Entry]:
+def _shared(bundle: Bundle, file_bytes: int) -> dict[bytes, BundleEntry]:
     stored = [entry for entry in bundle.entries.values() if entry.code in DTYPES and not entry.slices]
     try:
         return sharing(stored, file_bytes)
@@ -140,5 +359,5 @@ def _sizes(shape: tuple[int, ...], bounds: tuple[tuple[int, int], ...]) -> tuple
     )
 
 
-def _place(bounds: tuple[tuple[int, int], ...]) -> tuple[slice, ...]:
+def _tensor_location(bounds: tuple[tuple[int, int], ...]) -> tuple[slice, ...]:
     return tuple(slice(None) if length == WHOLE else slice(start, start + length) for start, length in bounds)

@@ -3,29 +3,128 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import google_crc32c
 
 from prunectl.formats import extents
 from prunectl.formats.base import ModelFile
 from prunectl.formats.extents import Extent
-from prunectl.formats.tensorflow import leveldb_write
-from prunectl.formats.tensorflow.bundle import read_bundle
-from prunectl.formats.tensorflow.bundle_index import Entry
-from prunectl.formats.tensorflow.bundle_rewrite import Place, value_of
-from prunectl.formats.tensorflow.leveldb_table import mask, masked_crc, read_file, records
-from prunectl.formats.writing import Rewrite, write_flat
+from prunectl.formats.patch import TensorUpdate, patch_files
+from prunectl.formats.protobuf import encode_varint, fields, number
+from prunectl.formats.tensorflow import leveldb
+from prunectl.formats.tensorflow.bundle import Bundle, BundleEntry, crc_of_zeros, read_bundle, zeros
+from prunectl.formats.tensorflow.leveldb import IndexRecord, mask, masked_crc, read_file, records
+
+_BIG = 1 << 32
+"""From here on, the length counts into the checksum with eight bytes."""
 
 
-def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewrite]) -> None:
+def string_bytes(text: bytes) -> tuple[bytes, int]:
+    """Return the bytes in the data shard, and the masked CRC-32C for the index."""
+    crc = google_crc32c.value(len(text).to_bytes(4 if len(text) < _BIG else 8, "little"))
+    of_length = mask(crc).to_bytes(4, "little")
+    crc = google_crc32c.extend(google_crc32c.extend(crc, of_length), text)
+    return encode_varint(len(text)) + of_length + text, mask(crc)
+
+
+_SHARD, _OFFSET, _NBYTES, _CRC = 3, 4, 5, 6
+_CRC_TAG = encode_varint(_CRC << 3 | 5)
+
+
+@dataclass(frozen=True, slots=True)
+class BundleEdits:
+    """What becomes of entries, by their keys."""
+
+    drops: frozenset[bytes] = frozenset()
+    zeros: frozenset[bytes] = frozenset()
+    texts: Mapping[bytes, bytes] = field(default_factory=dict)
+    """New contents of scalar strings."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the bundle stays as it is."""
+        return not (self.drops or self.zeros or self.texts)
+
+
+@dataclass(frozen=True, slots=True)
+class EntryLocation:
+    """Where the bytes of an entry lie in the new shards."""
+
+    shard: int
+    offset: int
+    nbytes: int
+    crc: int
+
+
+def rewrite_bundle(bundle: Bundle, changes: BundleEdits, targets: Mapping[Path, Path]) -> None:
+    """Write the index and every shard of a bundle to their targets."""
+    places: dict[bytes, EntryLocation] = {}
+    for shard, path in bundle.shards.items():
+        with targets[path].open("xb") as out:
+            places.update(_write_shard(bundle, shard, changes, out))
+    kept = (record for record in records(bundle.index, read_file(bundle.index)) if record.key not in changes.drops)
+    table = leveldb.table((record.key, value_of(record, places.get(record.key))) for record in kept)
+    with targets[bundle.index].open("xb") as out:
+        out.write(table)
+
+
+def _write_shard(bundle: Bundle, shard: int, changes: BundleEdits, out: BinaryIO) -> dict[bytes, EntryLocation]:
+    entries = [
+        entry
+        for entry in bundle.entries.values()
+        if entry.shard == shard and not entry.slices and entry.key not in changes.drops
+    ]
+    empty = {entry.key for entry in entries if entry.key in changes.zeros or entry.key in bundle.shared}
+    # What others share the zeros of are zeros too.
+    empty |= {bundle.shared[key].key for key in empty & bundle.shared.keys()}
+    places = {
+        entry.key: _write(bundle, entry, changes, out)
+        for entry in sorted(entries, key=lambda entry: (entry.offset, -entry.nbytes))
+        if entry.key not in empty
+    }
+    at = out.tell()
+    resting = [entry for entry in entries if entry.key in empty]
+    out.writelines(zeros(max((entry.nbytes for entry in resting), default=0)))
+    return places | {entry.key: EntryLocation(shard, at, entry.nbytes, crc_of_zeros(entry.nbytes)) for entry in resting}
+
+
+def _write(bundle: Bundle, entry: BundleEntry, changes: BundleEdits, out: BinaryIO) -> EntryLocation:
+    at = out.tell()
+    if entry.key in changes.texts:
+        stored, crc = string_bytes(changes.texts[entry.key])
+        out.write(stored)
+        return EntryLocation(entry.shard, at, len(stored), crc)
+    extent = Extent(bundle.shards[entry.shard], entry.offset, entry.nbytes)
+    out.writelines(block.data for block in extents.blocks(extent, extents.BYTE))
+    return EntryLocation(entry.shard, at, entry.nbytes, entry.crc)
+
+
+def value_of(record: IndexRecord, place: EntryLocation | None) -> bytes:
+    """Return what the index says of an entry, with its new place; the header and wholes of slices have none."""
+    if place is None:
+        return bytes(record.data[record.begin : record.end])
+    out, at = bytearray(), record.begin
+    for found in fields(record.data, record.begin, record.end):
+        if found.number not in {_SHARD, _OFFSET, _NBYTES, _CRC}:
+            out += record.data[at : found.end]
+        at = found.end
+    facts = ((_SHARD, place.shard), (_OFFSET, place.offset), (_NBYTES, place.nbytes))
+    # As in every protobuf of its version, a zero is not written.
+    out += b"".join(number(key, value) for key, value in facts if value)
+    return bytes(out) + (_CRC_TAG + place.crc.to_bytes(4, "little") if place.crc else b"")
+
+
+def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[TensorUpdate]) -> None:
     """Write every file of the model, then mend what guards the tensors that changed."""
     index = model.path if model.path.is_file() else model.path / "variables" / "variables.index"
     bundle = read_bundle(index)
     places = {(bundle.extent(entry).path, entry.offset): entry for entry in bundle.numbers() if not entry.slices}
     changed = [places[rewrite.run.path, rewrite.run.offset] for rewrite in rewrites if rewrite.tensor.size]
-    write_flat(model, targets, rewrites)
+    patch_files(model, targets, rewrites)
     shards = [(entry, targets[bundle.extent(entry).path]) for entry in changed]
     if any(entry.crc_at < 0 for entry in changed):
         _renew(index, targets[index], shards)
@@ -33,18 +132,20 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Rewrit
         _mend(targets[index], shards)
 
 
-def _renew(index: Path, target: Path, changed: Iterable[tuple[Entry, Path]]) -> None:
+def _renew(index: Path, target: Path, changed: Iterable[tuple[BundleEntry, Path]]) -> None:
     """Write an index again, uncompressed: inside a compressed block no checksum can be mended."""
     places = {
-        entry.key: Place(entry.shard, entry.offset, entry.nbytes, mask(_crc(Extent(shard, entry.offset, entry.nbytes))))
+        entry.key: EntryLocation(
+            entry.shard, entry.offset, entry.nbytes, mask(_crc(Extent(shard, entry.offset, entry.nbytes)))
+        )
         for entry, shard in changed
     }
     found = records(index, read_file(index))
-    table = leveldb_write.table((record.key, value_of(record, places.get(record.key))) for record in found)
+    table = leveldb.table((record.key, value_of(record, places.get(record.key))) for record in found)
     target.write_bytes(table)
 
 
-def _mend(index: Path, changed: Iterable[tuple[Entry, Path]]) -> None:
+def _mend(index: Path, changed: Iterable[tuple[BundleEntry, Path]]) -> None:
     blocks = {}
     with index.open("r+b") as file:
         for entry, shard in changed:

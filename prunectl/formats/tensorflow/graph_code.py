@@ -13,16 +13,113 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from prunectl.errors import InputError
 from prunectl.formats import budgets
-from prunectl.formats.mapped import map_file
-from prunectl.formats.protobuf import BYTES, Field, WireError, fields, varint
-from prunectl.formats.tensorflow.assets import Assets
+from prunectl.formats.extents import mmap_file
+from prunectl.formats.protobuf import BYTES, VARINT, BudgetedReader, Field, WireError, fields, packed, read_varint
 from prunectl.formats.tensorflow.pure_operations import BY_ATTRIBUTE, FROM_FILES, PURE, SAVING
-from prunectl.formats.walk import Walk
+
+_ASSET_COLLECTIONS, _ASSETS, _ASSET_OBJECTS = 4, 6, 7
+_ASSET_KEY, _ASSET_VALUE = 1, 2
+_INFO, _FILE_NAME, _ASSET_TENSOR = 1, 2, 1
+_ANY_LIST, _ANY_VALUE = 5, 2
+_OBJECT_NODES, _CONCRETE_FUNCTIONS, _IS_ASSET, _BOUND_INPUTS = 1, 2, 5, 2
+_ASSET_SIGNATURE, _ARGUMENTS, _ASSET_NAME, _NODE_INPUTS = 1, 2, 1, 3
+_FILE_INPUT = 1
+"""Which input of the operation names the file."""
+
+
+class Assets:
+    """The files that a SavedModel brings along, and the tensors that hold their paths once it is loaded."""
+
+    def __init__(self, walk: BudgetedReader, meta: Field, folder: Path) -> None:
+        self._walk, self._folder = walk, folder
+        described = [*walk.messages(meta, _ASSETS), *self._of_old(meta)]
+        self._names = [self._text(one, _FILE_NAME) for one in described]
+        self._tensors = {
+            self._text(info, _ASSET_TENSOR).partition(b":")[0]
+            for one in described
+            for info in walk.messages(one, _INFO)
+        }
+        self._objects: list[bool] = []
+        """Of each object whether it is an asset."""
+        self._bound: dict[bytes, list[int]] = {}
+        """Which objects each function is called with, besides what its caller gives."""
+        for objects in walk.messages(meta, _ASSET_OBJECTS):
+            for node in walk.messages(objects, _OBJECT_NODES):
+                self._objects.append(any(True for _ in walk.messages(node, _IS_ASSET)))
+            for entry in walk.messages(objects, _CONCRETE_FUNCTIONS):
+                self._bound[self._text(entry, _ASSET_KEY)] = [
+                    number
+                    for value in walk.messages(entry, _ASSET_VALUE)
+                    for field in walk.fields(value)
+                    if field.number == _BOUND_INPUTS and field.wire in {BYTES, VARINT}
+                    for number in packed(walk.data, field)
+                ]
+
+    @property
+    def are_inside(self) -> bool:
+        """Whether every asset is a file of the folder."""
+        return all(self._is_inside(name.decode("utf-8", "replace")) for name in self._names)
+
+    def is_path(self, node: Field) -> bool:
+        """Whether a node of the graph itself is given the path of an asset."""
+        return self._input(node, _FILE_INPUT).partition(b":")[0] in self._tensors
+
+    def argument(self, function: Field, node: Field) -> int | None:
+        """Return which argument of its function a node takes its path from; None where it comes from elsewhere."""
+        path = self._input(node, _FILE_INPUT)
+        signatures = self._walk.messages(function, _ASSET_SIGNATURE)
+        arguments = [
+            self._text(one, _ASSET_NAME) for found in signatures for one in self._walk.messages(found, _ARGUMENTS)
+        ]
+        return arguments.index(path) - len(arguments) if path in arguments else None
+
+    def is_bound(self, function: bytes, argument: int) -> bool:
+        """Whether what loading hands to a function for an argument, counted from the end, is an asset."""
+        bound = self._bound.get(function, [])
+        if -argument > len(bound):
+            # Nothing is bound to it: it is the caller's.
+            return True
+        number = bound[argument]
+        return number < len(self._objects) and self._objects[number]
+
+    def is_given(self, call: Field, argument: int) -> bool:
+        """Whether a node of the graph itself calls a function with an asset."""
+        given = [one for one in self._inputs(call) if not one.startswith(b"^")]
+        return -argument <= len(given) and given[argument].partition(b":")[0] in self._tensors
+
+    def _is_inside(self, name: str) -> bool:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            return False
+        place = self._folder / "assets" / path
+        return place.is_file() and place.resolve().is_relative_to(self._folder.resolve())
+
+    def _of_old(self, meta: Field) -> Iterator[Field]:
+        """Yield the assets as TensorFlow 1 lists them."""
+        for collection in self._walk.messages(meta, _ASSET_COLLECTIONS):
+            if self._text(collection, _ASSET_KEY) != b"saved_model_assets":
+                continue
+            for value in self._walk.messages(collection, _ASSET_VALUE):
+                for listed in self._walk.messages(value, _ANY_LIST):
+                    for one in self._walk.messages(listed, 1):
+                        yield from self._walk.messages(one, _ANY_VALUE)
+
+    def _input(self, node: Field, number: int) -> bytes:
+        inputs = self._inputs(node)
+        return inputs[number] if number < len(inputs) else b""
+
+    def _inputs(self, node: Field) -> list[bytes]:
+        return [bytes(self._walk.data[one.begin : one.end]) for one in self._walk.messages(node, _NODE_INPUTS)]
+
+    def _text(self, message: Field, number: int) -> bytes:
+        found = [bytes(self._walk.data[one.begin : one.end]) for one in self._walk.messages(message, number)]
+        return found[-1] if found else b""
+
 
 _META_GRAPHS = 2
 _GRAPH, _SAVER, _COLLECTIONS, _SIGNATURES, _OBJECTS = 2, 3, 4, 5, 7
@@ -45,7 +142,7 @@ _BY_ATTRIBUTE = {
 }
 
 
-class Node(NamedTuple):
+class GraphNode(NamedTuple):
     """A node whose operation is not harmless by itself."""
 
     operation: bytes
@@ -57,14 +154,14 @@ class Function(NamedTuple):
 
     name: bytes
     place: Field
-    nodes: tuple[Node, ...]
+    nodes: tuple[GraphNode, ...]
     """Those that have to be looked at."""
 
 
-def code_in(folder: Path) -> tuple[str, ...]:
+def find_code(folder: Path) -> tuple[str, ...]:
     """Return what the graph of a SavedModel would do beside reckoning, each in words."""
     path = folder / "saved_model.pb"
-    walk = Walk(map_file(path), budgets.MAX_GRAPH_FIELDS)
+    walk = BudgetedReader(mmap_file(path), budgets.MAX_GRAPH_FIELDS)
     try:
         metas = tuple(walk.messages(None, _META_GRAPHS))
         found = [fact for meta in metas for fact in _MetaGraph(walk, meta, folder, is_alone=len(metas) == 1).facts()]
@@ -76,13 +173,13 @@ def code_in(folder: Path) -> tuple[str, ...]:
 class _MetaGraph:
     """A graph with its functions, and what of them is run."""
 
-    def __init__(self, walk: Walk, meta: Field, folder: Path, *, is_alone: bool) -> None:
+    def __init__(self, walk: BudgetedReader, meta: Field, folder: Path, *, is_alone: bool) -> None:
         self._walk, self._meta, self._folder = walk, meta, folder
         self._is_of_objects = is_alone and any(True for _ in walk.messages(meta, _OBJECTS))
         """Whether TensorFlow loads it by its objects and functions, and runs no node of the graph itself."""
         self._graphs = tuple(walk.messages(meta, _GRAPH))
         self._main: list[Field] = []
-        self._special: list[Node] = []
+        self._special: list[GraphNode] = []
         """Nodes of the graph itself that have to be looked at."""
         self._functions: list[Function] = []
         self._operations: set[bytes] = set()
@@ -116,15 +213,15 @@ class _MetaGraph:
                 nodes.append(field)
         return Function(name, place, tuple(self._looked_at(nodes)))
 
-    def _looked_at(self, nodes: Iterable[Field]) -> Iterator[Node]:
+    def _looked_at(self, nodes: Iterable[Field]) -> Iterator[GraphNode]:
         """Yield the nodes that are not harmless by themselves, and note the operations of all."""
         for place in nodes:
             operation = operation_of(self._walk, place)
             self._operations.add(operation)
             if operation in _SAVING or operation in _FROM_FILES or operation in _BY_ATTRIBUTE:
-                yield Node(operation, place)
+                yield GraphNode(operation, place)
 
-    def _is_harmless_by_attribute(self, node: Node) -> bool:
+    def _is_harmless_by_attribute(self, node: GraphNode) -> bool:
         if node.operation not in _BY_ATTRIBUTE:
             return True
         key, pattern = _BY_ATTRIBUTE[node.operation]
@@ -266,7 +363,7 @@ class _Spans:
         return self._sorted[index] if index >= 0 and at < self._sorted[index].end else None
 
 
-def operation_of(walk: Walk, node: Field) -> bytes:
+def operation_of(walk: BudgetedReader, node: Field) -> bytes:
     """Return the operation of a node, the last one that it names as protobuf reads it; called for every node."""
     data, at, end, count = walk.data, node.begin, node.end, 0
     begin = stop = 0
@@ -284,7 +381,7 @@ def operation_of(walk: Walk, node: Field) -> bytes:
         length = data[at] if at < end else 0x80
         at += 1
         if length >= 0x80:
-            length, at = varint(data, at - 1, end)
+            length, at = read_varint(data, at - 1, end)
         if tag == _OPERATION_TAG:
             begin, stop = at, at + length
         at += length
@@ -304,7 +401,7 @@ def _closure(after: dict[bytes, list[bytes]], names: Iterable[bytes]) -> set[byt
     return found
 
 
-def _tensors(walk: Walk, info: Field, depth: int) -> Iterator[bytes]:
+def _tensors(walk: BudgetedReader, info: Field, depth: int) -> Iterator[bytes]:
     """Yield the nodes behind a tensor of a signature, which may consist of several."""
     if depth > 2:
         raise WireError("a signature that is nested too deep")
@@ -316,7 +413,7 @@ def _tensors(walk: Walk, info: Field, depth: int) -> Iterator[bytes]:
             yield from _tensors(walk, part, depth + 1)
 
 
-def _described(walk: Walk, message: Field) -> Iterator[bytes]:
+def _described(walk: BudgetedReader, message: Field) -> Iterator[bytes]:
     """Yield the strings of a message, such as the names that the description of a variable holds."""
     try:
         yield from _texts(walk, (field for field in walk.fields(message) if field.wire == BYTES))
@@ -325,11 +422,11 @@ def _described(walk: Walk, message: Field) -> Iterator[bytes]:
         return
 
 
-def _texts(walk: Walk, places: Iterable[Field]) -> Iterator[bytes]:
+def _texts(walk: BudgetedReader, places: Iterable[Field]) -> Iterator[bytes]:
     return (bytes(walk.data[place.begin : place.end]) for place in places)
 
 
-def _last(walk: Walk, message: Field, number: int) -> bytes:
+def _last(walk: BudgetedReader, message: Field, number: int) -> bytes:
     found = b""
     for found in _texts(walk, walk.messages(message, number)):  # noqa: B007 - the last one counts
         pass
@@ -349,7 +446,7 @@ def _varint(number: int) -> bytes:
     return bytes((*found, number))
 
 
-def _some(nodes: Iterable[Node], operations: Collection[bytes]) -> str:
+def _some(nodes: Iterable[GraphNode], operations: Collection[bytes]) -> str:
     return next(node.operation.decode() for node in nodes if node.operation in operations)
 
 

@@ -2,16 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prunectl.errors import InputError
-from prunectl.formats.base import About, ModelFile
+from prunectl.formats import budgets
+from prunectl.formats.base import ModelFile, ModelInfo, PruningWrapper
+from prunectl.formats.keras import config as keras_config
+from prunectl.formats.keras.config import PRUNED_PREFIX, part, schedule, text
 from prunectl.formats.protobuf import WireError
-from prunectl.formats.tensorflow import bundle_tensors, object_graph
+from prunectl.formats.safe_json import parse_object, refuse_too_much
+from prunectl.formats.tensorflow import object_graph
+from prunectl.formats.tensorflow import tensors as tensorflow_tensors
 from prunectl.formats.tensorflow.bundle import Bundle, read_bundle
-from prunectl.formats.tensorflow.graph_constants import constants
-from prunectl.formats.tensorflow.keras_objects import KerasFacts, read_facts
-from prunectl.formats.tensorflow.saved_model_graph import SavedGraph, read_graph, read_keras_metadata
+from prunectl.formats.tensorflow.graph_def import KerasObject, SavedGraph, constants, read_graph, read_keras_metadata
+
+_MODELS = frozenset({"_tf_keras_model", "_tf_keras_sequential", "_tf_keras_network"})
+_NOT_LAYERS = frozenset({"_tf_keras_metric", "_tf_keras_input_layer"})
+
+
+@dataclass(frozen=True, slots=True)
+class KerasFacts:
+    """What the Keras objects of a SavedModel tell together."""
+
+    classes: Mapping[str, str]
+    """Class of each layer, by its name."""
+    model: Mapping[str, Any] | None
+    """The configuration of the whole model."""
+    version: str
+    optimizer: str
+    training: tuple[str, ...]
+    wrappers: tuple[PruningWrapper, ...]
+    code: tuple[str, ...]
+
+
+def read_facts(path: Path, objects: Iterable[KerasObject]) -> KerasFacts:
+    """Return what the Keras objects tell."""
+    classes: dict[str, str] = {}
+    model: Mapping[str, Any] = {}
+    wrappers: dict[PruningWrapper, None] = {}
+    code: dict[str, None] = {}
+    described = [found for found in objects if found.identifier.startswith("_tf_keras") and found.metadata]
+    refuse_too_much((found.metadata for found in described), path, "its Keras metadata", budgets.MAX_KERAS_OBJECT_BYTES)
+    for found in described:
+        facts = parse_object(found.metadata, path, "its Keras metadata")
+        name, kind = text(facts, "name"), text(facts, "class_name")
+        if found.identifier in _MODELS:
+            model = model or facts
+        elif found.identifier not in _NOT_LAYERS and kind != "PruneLowMagnitude":
+            classes.setdefault(name, kind)
+        if kind == "PruneLowMagnitude":
+            how = schedule(part(part(facts, "config"), "pruning_schedule"))
+            wrappers[PruningWrapper("tfmot", name.removeprefix(PRUNED_PREFIX), how)] = None
+        if kind == "Lambda":
+            code[f"Lambda layer {name}"] = None
+        elif ">" in kind:
+            code[f"custom class {kind.rpartition('>')[2]}"] = None
+    training = part(model, "training_config")
+    return KerasFacts(
+        classes=classes,
+        model=keras_config.measured(
+            {"class_name": model["class_name"], "config": model["config"]} if _has_config(model) else None, path
+        ),
+        version=text(model, "keras_version"),
+        optimizer=keras_config.optimizer(training),
+        training=keras_config.training(training),
+        wrappers=tuple(wrappers),
+        code=tuple(code),
+    )
+
+
+def _has_config(model: Mapping[str, Any]) -> bool:
+    return "class_name" in model and bool(part(model, "config"))
+
 
 MAX_FILES = 10_000
 _RUNS_GRAPHS = "A SavedModel runs only the operations of its graph, no Python code, unless Keras rebuilds its layers."
@@ -32,8 +97,8 @@ def open_model(path: Path) -> ModelFile:
     bundle = read_bundle(index)
     objects = object_graph.read(bundle)
     names = objects.full_names
-    tensors = bundle_tensors.tensors_of(bundle, objects, keras.classes)
-    copies = bundle_tensors.copies(bundle, names)
+    tensors = tensorflow_tensors.tensors_of(bundle, objects, keras.classes)
+    copies = tensorflow_tensors.copies(bundle, names)
     return ModelFile(
         path=path,
         format="saved-model",
@@ -41,11 +106,11 @@ def open_model(path: Path) -> ModelFile:
         about=_about(
             graph,
             keras,
-            optimizer=keras.optimizer or bundle_tensors.optimizer(tensors, names),
+            optimizer=keras.optimizer or tensorflow_tensors.optimizer(tensors, names),
             note=_duplicates(sum(tensor.nbytes for tensor in tensors if tensor.name in copies)) or _reset(bundle),
         ),
         files=files,
-        decode=bundle_tensors.decoder(bundle),
+        decode=tensorflow_tensors.decoder(bundle),
         copies=copies,
     )
 
@@ -72,10 +137,10 @@ def _frozen(path: Path, graph: SavedGraph, keras: KerasFacts, files: tuple[Path,
     )
 
 
-def _about(graph: SavedGraph, keras: KerasFacts, *, optimizer: str, note: str) -> About:
+def _about(graph: SavedGraph, keras: KerasFacts, *, optimizer: str, note: str) -> ModelInfo:
     producer = f"tensorflow {graph.version}" if graph.version else "tensorflow"
     several = f"It holds {len(graph.graphs)} graphs, for different uses." if len(graph.graphs) > 1 else ""
-    return About(
+    return ModelInfo(
         producer=f"{producer}, keras {keras.version}" if keras.version else producer,
         wrappers=keras.wrappers,
         optimizer=optimizer,

@@ -46,7 +46,7 @@ _ONLY_WHEN_PRUNED = frozenset({Role.MASK, Role.SCHEDULE})
 
 
 @dataclass(frozen=True, slots=True)
-class Meaning:
+class VariableInfo:
     """What a variable is for."""
 
     layer: str
@@ -56,7 +56,7 @@ class Meaning:
     in_axis: int | None = None
 
 
-def explain(
+def classify_variable(
     key: str,
     full_name: str,
     shape: tuple[int, ...],
@@ -65,7 +65,7 @@ def explain(
     classes: Mapping[str, str],
     root: str = "",
     is_of_optimizer: bool = False,
-) -> Meaning:
+) -> VariableInfo:
     """Return what the name of a variable tells, unless its optimizer is known to own it.
 
     ``key`` is where the checkpoint keeps it, ``full_name`` what TensorFlow called it, ``classes`` the Keras class of
@@ -78,24 +78,24 @@ def explain(
     layer = known or "/".join(parts[:-1]) or name
     layer = layer.removeprefix(PRUNED_PREFIX)
     kind, leaf = classes.get(layer, ""), parts[-1] if parts else ""
-    if is_of_optimizer or is_of_training(key, full_name):
-        return Meaning(layer, Role.OPTIMIZER, kind)
+    if is_of_optimizer or is_training_variable(key, full_name):
+        return VariableInfo(layer, Role.OPTIMIZER, kind)
     role = _role(leaf, name, layer, shape, kind=kind, is_float=is_float)
     if role not in {Role.KERNEL, Role.RECURRENT}:
-        return Meaning(layer, role, kind)
+        return VariableInfo(layer, role, kind)
     if kind.endswith("Transpose"):  # [height, width, out, in]
-        return Meaning(layer, role, kind, len(shape) - 2, len(shape) - 1)
+        return VariableInfo(layer, role, kind, len(shape) - 2, len(shape) - 1)
     if "depthwise" in leaf or kind.startswith("Depthwise"):  # [height, width, channels, multiplier]
-        return Meaning(layer, role, kind, len(shape) - 2)
-    return Meaning(layer, role, kind, len(shape) - 1)
+        return VariableInfo(layer, role, kind, len(shape) - 2)
+    return VariableInfo(layer, role, kind, len(shape) - 1)
 
 
-def is_of_training(key: str, full_name: str) -> bool:
+def is_training_variable(key: str, full_name: str) -> bool:
     """Whether only training needs it: the state of an optimizer, a metric or the checkpoint's own counter."""
     parts = key.split("/")
     return (
         ".OPTIMIZER_SLOT" in parts
-        or names_an_optimizer(key)
+        or looks_like_optimizer(key)
         or parts[-1] in _TRAINING_LEAVES
         or parts[-1] in SLOT_LEAVES
         or key.startswith(METRICS)
@@ -103,7 +103,7 @@ def is_of_training(key: str, full_name: str) -> bool:
     )
 
 
-def names_an_optimizer(key: str) -> bool:
+def looks_like_optimizer(key: str) -> bool:
     """Whether the way to a variable leads through what is called an optimizer."""
     return not OPTIMIZER_ROOTS.isdisjoint(key.split("/"))
 

@@ -16,7 +16,7 @@ class FlatBufferError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class Vector:
     """The elements of a vector."""
 
     begin: int
@@ -24,7 +24,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class FlatTable:
     """A table: fields that are found through a vtable, by their number."""
 
     data: memoryview
@@ -38,23 +38,23 @@ class Table:
         at = self._find(field, nbytes)
         return default if at == 0 else int.from_bytes(self.data[at : at + nbytes], "little", signed=is_signed)
 
-    def child(self, field: int) -> Table | None:
+    def child(self, field: int) -> FlatTable | None:
         """Return the table that a field points to."""
         at = self._find(field, OFFSET_BYTES)
         return None if at == 0 else table_at(self.data, _follow(self.data, at))
 
-    def run(self, field: int, item_bytes: int) -> Run:
+    def run(self, field: int, item_bytes: int) -> Vector:
         """Return where the elements of a vector lie; an absent vector is empty."""
         at = self._find(field, OFFSET_BYTES)
         if at == 0:
-            return Run(0, 0)
+            return Vector(0, 0)
         begin = _follow(self.data, at)
         count = _number_at(self.data, begin, 4)
         if begin + 4 + count * item_bytes > len(self.data):
             raise FlatBufferError(f"a vector of {count} elements reaches past its end")
-        return Run(begin + 4, count)
+        return Vector(begin + 4, count)
 
-    def children(self, field: int, limit: int) -> tuple[Table, ...]:
+    def children(self, field: int, limit: int) -> tuple[FlatTable, ...]:
         """Return the tables in a vector, refusing more than ``limit``."""
         run = self.run(field, OFFSET_BYTES)
         if run.count > limit:
@@ -87,18 +87,18 @@ class Table:
         return self.at + offset if offset else 0
 
 
-def root(data: memoryview) -> Table:
+def root(data: memoryview) -> FlatTable:
     """Return the table that a FlatBuffer begins with."""
     return table_at(data, _follow(data, 0))
 
 
-def table_at(data: memoryview, at: int) -> Table:
+def table_at(data: memoryview, at: int) -> FlatTable:
     """Return the table at an offset, its extent checked."""
     vtable = at - _number_at(data, at, 4, is_signed=True)
     vtable_bytes, table_bytes = _number_at(data, vtable, 2), _number_at(data, vtable + 2, 2)
     if vtable + vtable_bytes > len(data) or at + table_bytes > len(data):
         raise FlatBufferError("a table reaches past its end")
-    return Table(data, at, vtable, vtable_bytes, table_bytes)
+    return FlatTable(data, at, vtable, vtable_bytes, table_bytes)
 
 
 def _follow(data: memoryview, at: int) -> int:

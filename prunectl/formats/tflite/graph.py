@@ -8,10 +8,10 @@ from collections.abc import Callable
 from prunectl.formats.base import ModelFile, Operation
 from prunectl.formats.tflite.model import constants
 from prunectl.formats.tflite.schema import LiteGraph, LiteOperator, read_lite
-from prunectl.formats.tflite.uses import layer_of
+from prunectl.formats.tflite.usage import layer_of
 
 Shape = tuple[int, ...]
-_PASSING = frozenset({"DEQUANTIZE", "DENSIFY"})
+_SHAPE_OPERATORS = frozenset({"DEQUANTIZE", "DENSIFY"})
 _MAX_PASSED = 4
 
 
@@ -50,7 +50,7 @@ def _origin(at: int, makers: dict[int, LiteOperator]) -> int:
     """Return the tensor that is stored, behind what turns it into what is used."""
     for _ in range(_MAX_PASSED):
         maker = makers.get(at)
-        if maker is None or maker.kind not in _PASSING or not maker.inputs:
+        if maker is None or maker.kind not in _SHAPE_OPERATORS or not maker.inputs:
             break
         at = maker.inputs[0]
     return at

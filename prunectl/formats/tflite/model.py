@@ -5,25 +5,112 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prunectl.errors import InputError, abbreviated
-from prunectl.formats import kernel_names
-from prunectl.formats.base import PRUNABLE, About, Array, ModelFile, Role, Storage, Tensor, shown
-from prunectl.formats.distinct import Distinct
+from prunectl.formats import state_dict
+from prunectl.formats.base import PRUNABLE, Array, Distinct, ModelFile, ModelInfo, Role, Storage, Tensor, shown
 from prunectl.formats.extents import Extent, check_inside
-from prunectl.formats.tflite.dtypes import BITS, DTYPES, NOT_NUMBERS, stored_bytes, unpack
-from prunectl.formats.tflite.flatbuffer import FlatBufferError
-from prunectl.formats.tflite.schema import LiteFile, LiteTensor, read_lite
-from prunectl.formats.tflite.sparse import unfold
-from prunectl.formats.tflite.uses import Meaning, Use, meanings
+from prunectl.formats.tflite.flatbuffer import FlatBufferError, FlatTable
+from prunectl.formats.tflite.schema import (
+    BITS,
+    DTYPES,
+    NOT_NUMBERS,
+    LiteFile,
+    LiteTensor,
+    read_lite,
+    stored_bytes,
+    unpack,
+)
+from prunectl.formats.tflite.usage import LiteTensorPurpose, LiteTensorUse, meanings
+
+_COMPRESSED = 1
+_INDEX_TYPES: dict[int, type[np.generic]] = {1: np.int32, 2: np.uint16, 3: np.uint8}
+_MAX_LEVELS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Level:
+    """One dimension in the order of storage."""
+
+    size: int
+    segments: NDArray[np.int64] | None
+    """Where the children of each parent begin; None when the dimension is dense."""
+    indices: NDArray[np.int64]
+
+
+def densify(sparsity: FlatTable, shape: tuple[int, ...], values: NDArray[Any]) -> NDArray[Any]:
+    """Return the dense tensor whose non-zero blocks are ``values``."""
+    order, blocks = (sparsity.numbers(field, np.int32, _MAX_LEVELS + 1).tolist() for field in (0, 1))
+    levels = [_level(found) for found in sparsity.children(2, _MAX_LEVELS)]
+    rank = len(shape)
+    if sorted(order) != list(range(rank + len(blocks))) or len(levels) != len(order):
+        raise FlatBufferError("a sparse tensor does not say in which order it is stored")
+    if any(not 0 <= axis < rank for axis in blocks) or len(set(blocks)) != len(blocks):
+        raise FlatBufferError("a sparse tensor is cut in blocks along an axis that it lacks")
+    spots = _walk(levels, max([len(values), *(len(level.segments) for level in levels if level.segments is not None)]))
+    if len(spots[0]) != len(values):
+        raise FlatBufferError(f"a sparse tensor holds {len(values)} values for {len(spots[0])} places")
+    by_number = {number: (spot, level.size) for number, spot, level in zip(order, spots, levels, strict=True)}
+    places = []
+    for axis, size in enumerate(shape):
+        place = by_number[axis][0]
+        if axis in blocks:
+            inner, width = by_number[rank + blocks.index(axis)]
+            place = place * width + inner
+        if place.size and not 0 <= place.min() <= place.max() < size:
+            raise FlatBufferError("a sparse tensor names a place outside of its shape")
+        places.append(place)
+    dense = np.zeros(shape, values.dtype)
+    dense[tuple(places)] = values
+    return dense
+
+
+def _level(facts: FlatTable) -> _Level:
+    if facts.number(0, 1) != _COMPRESSED:
+        return _Level(facts.number(1, 4, is_signed=True), None, np.zeros(0, np.int64))
+    return _Level(0, _numbers(facts, 2), _numbers(facts, 4))
+
+
+def _numbers(facts: FlatTable, field: int) -> NDArray[np.int64]:
+    kind, values = _INDEX_TYPES.get(facts.number(field, 1)), facts.child(field + 1)
+    if kind is None or values is None:
+        raise FlatBufferError("a sparse tensor lacks its indices")
+    return values.numbers(0, kind)
+
+
+def _walk(levels: list[_Level], limit: int) -> list[NDArray[np.int64]]:
+    """Return the index of every value along each level.
+
+    No level has more places than there are values, or segments of the level below: ``limit`` is the most of these.
+    """
+    spots: list[NDArray[np.int64]] = []
+    count = 1
+    for level in levels:
+        if level.segments is None:
+            if level.size < 0 or count * level.size > limit:
+                raise FlatBufferError("a sparse tensor claims more places than it has values")
+            spots = [np.repeat(spot, level.size) for spot in spots]
+            spots.append(np.tile(np.arange(level.size), count))
+        else:
+            widths = np.diff(level.segments)
+            if len(widths) != count or (widths < 0).any() or int(widths.sum()) != len(level.indices):
+                raise FlatBufferError("a sparse tensor's segments do not fit its indices")
+            spots = [np.repeat(spot, widths) for spot in spots]
+            spots.append(level.indices)
+        count = len(spots[-1])
+    return spots or [np.zeros(1, np.int64)]
+
 
 MAX_UNFOLDING = 256
 """How many times bigger than its bytes in the file a sparse tensor may be; a small one may always be."""
 SMALL_BYTES = 1 << 20
-_UNUSED = Meaning("", "", Use(Role.OTHER))
+_UNUSED = LiteTensorPurpose("", "", LiteTensorUse(Role.OTHER))
 
 
 def open_model(path: Path) -> ModelFile:
@@ -35,7 +122,7 @@ def open_model(path: Path) -> ModelFile:
         path=path,
         format="tflite",
         tensors=tensors,
-        about=About(
+        about=ModelInfo(
             producer=_producer(lite),
             notes=_notes(lite, [source for _, source in found.values()]),
             is_compressed=any(source.sparsity is not None for _, source in found.values()),
@@ -65,13 +152,13 @@ def _has_values(lite: LiteFile, source: LiteTensor) -> bool:
     return lite.buffers[source.buffer][1] > 0 and not source.is_elsewhere and source.code not in NOT_NUMBERS
 
 
-def _role(name: str, meaning: Meaning) -> Role:
+def _role(name: str, meaning: LiteTensorPurpose) -> Role:
     """Return what a tensor is for: a fixed basis is none to prune, although a convolution takes it."""
-    is_fixed = meaning.use.role in PRUNABLE and kernel_names.is_constant(name, meaning.layer)
+    is_fixed = meaning.use.role in PRUNABLE and state_dict.is_constant(name, meaning.layer)
     return Role.STATE if is_fixed else meaning.use.role
 
 
-def _tensor(lite: LiteFile, name: str, source: LiteTensor, meaning: Meaning) -> Tensor:
+def _tensor(lite: LiteFile, name: str, source: LiteTensor, meaning: LiteTensorPurpose) -> Tensor:
     offset, nbytes = lite.buffers[source.buffer]
     check_inside(lite.path, offset, nbytes, len(lite.data), name)
     if source.code not in DTYPES:
@@ -116,7 +203,7 @@ def _decoder(lite: LiteFile, sources: dict[str, LiteTensor]) -> Callable[[Tensor
         )
         array = unpack(raw[: stored_bytes(source.code, count)], source.code, count)
         try:
-            dense = unfold(source.sparsity, tensor.shape, array) if source.sparsity else array.reshape(tensor.shape)
+            dense = densify(source.sparsity, tensor.shape, array) if source.sparsity else array.reshape(tensor.shape)
         except FlatBufferError as error:
             raise InputError(f"{lite.path} is damaged: {abbreviated(tensor.name)}: {error}") from error
         dense.flags.writeable = False

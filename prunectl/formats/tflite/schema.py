@@ -7,14 +7,49 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from prunectl.errors import InputError
 from prunectl.formats import budgets
-from prunectl.formats.mapped import map_file
-from prunectl.formats.tflite.flatbuffer import FlatBufferError, Table, root
-from prunectl.formats.tflite.operators import CUSTOM, OPERATORS
+from prunectl.formats.extents import mmap_file
+from prunectl.formats.tflite.flatbuffer import FlatBufferError, FlatTable, root
+
+_NAMES = """
+ADD AVERAGE_POOL_2D CONCATENATION CONV_2D DEPTHWISE_CONV_2D DEPTH_TO_SPACE DEQUANTIZE EMBEDDING_LOOKUP FLOOR
+FULLY_CONNECTED HASHTABLE_LOOKUP L2_NORMALIZATION L2_POOL_2D LOCAL_RESPONSE_NORMALIZATION LOGISTIC LSH_PROJECTION LSTM
+MAX_POOL_2D MUL RELU RELU_N1_TO_1 RELU6 RESHAPE RESIZE_BILINEAR RNN SOFTMAX SPACE_TO_DEPTH SVDF TANH CONCAT_EMBEDDINGS
+SKIP_GRAM CALL CUSTOM EMBEDDING_LOOKUP_SPARSE PAD UNIDIRECTIONAL_SEQUENCE_RNN GATHER BATCH_TO_SPACE_ND
+SPACE_TO_BATCH_ND TRANSPOSE MEAN SUB DIV SQUEEZE UNIDIRECTIONAL_SEQUENCE_LSTM STRIDED_SLICE BIDIRECTIONAL_SEQUENCE_RNN
+EXP TOPK_V2 SPLIT LOG_SOFTMAX DELEGATE BIDIRECTIONAL_SEQUENCE_LSTM CAST PRELU MAXIMUM ARG_MAX MINIMUM LESS NEG PADV2
+GREATER GREATER_EQUAL LESS_EQUAL SELECT SLICE SIN TRANSPOSE_CONV SPARSE_TO_DENSE TILE EXPAND_DIMS EQUAL NOT_EQUAL LOG
+SUM SQRT RSQRT SHAPE POW ARG_MIN FAKE_QUANT REDUCE_PROD REDUCE_MAX PACK LOGICAL_OR ONE_HOT LOGICAL_AND LOGICAL_NOT
+UNPACK REDUCE_MIN FLOOR_DIV REDUCE_ANY SQUARE ZEROS_LIKE FILL FLOOR_MOD RANGE RESIZE_NEAREST_NEIGHBOR LEAKY_RELU
+SQUARED_DIFFERENCE MIRROR_PAD ABS SPLIT_V UNIQUE CEIL REVERSE_V2 ADD_N GATHER_ND COS WHERE RANK ELU REVERSE_SEQUENCE
+MATRIX_DIAG QUANTIZE MATRIX_SET_DIAG ROUND HARD_SWISH IF WHILE NON_MAX_SUPPRESSION_V4 NON_MAX_SUPPRESSION_V5
+SCATTER_ND SELECT_V2 DENSIFY SEGMENT_SUM BATCH_MATMUL PLACEHOLDER_FOR_GREATER_OP_CODES CUMSUM CALL_ONCE BROADCAST_TO
+RFFT2D CONV_3D IMAG REAL COMPLEX_ABS HASHTABLE HASHTABLE_FIND HASHTABLE_IMPORT HASHTABLE_SIZE REDUCE_ALL
+CONV_3D_TRANSPOSE VAR_HANDLE READ_VARIABLE ASSIGN_VARIABLE BROADCAST_ARGS RANDOM_STANDARD_NORMAL BUCKETIZE
+RANDOM_UNIFORM MULTINOMIAL GELU DYNAMIC_UPDATE_SLICE RELU_0_TO_1 UNSORTED_SEGMENT_PROD UNSORTED_SEGMENT_MAX
+UNSORTED_SEGMENT_SUM ATAN2 UNSORTED_SEGMENT_MIN SIGN BITCAST BITWISE_XOR RIGHT_SHIFT STABLEHLO_LOGISTIC STABLEHLO_ADD
+STABLEHLO_DIVIDE STABLEHLO_MULTIPLY STABLEHLO_MAXIMUM STABLEHLO_RESHAPE STABLEHLO_CLAMP STABLEHLO_CONCATENATE
+STABLEHLO_BROADCAST_IN_DIM STABLEHLO_CONVOLUTION STABLEHLO_SLICE STABLEHLO_CUSTOM_CALL STABLEHLO_REDUCE STABLEHLO_ABS
+STABLEHLO_AND STABLEHLO_COSINE STABLEHLO_EXPONENTIAL STABLEHLO_FLOOR STABLEHLO_LOG STABLEHLO_MINIMUM STABLEHLO_NEGATE
+STABLEHLO_OR STABLEHLO_POWER STABLEHLO_REMAINDER STABLEHLO_RSQRT STABLEHLO_SELECT STABLEHLO_SUBTRACT STABLEHLO_TANH
+STABLEHLO_SCATTER STABLEHLO_COMPARE STABLEHLO_CONVERT STABLEHLO_DYNAMIC_SLICE STABLEHLO_DYNAMIC_UPDATE_SLICE
+STABLEHLO_PAD STABLEHLO_IOTA STABLEHLO_DOT_GENERAL STABLEHLO_REDUCE_WINDOW STABLEHLO_SORT STABLEHLO_WHILE
+STABLEHLO_GATHER STABLEHLO_TRANSPOSE DILATE STABLEHLO_RNG_BIT_GENERATOR REDUCE_WINDOW STABLEHLO_COMPOSITE
+STABLEHLO_SHIFT_LEFT STABLEHLO_CBRT STABLEHLO_CASE
+"""
+
+OPERATORS = tuple(_NAMES.split())
+"""Where a name stands is its number in `BuiltinOperator`."""
+
+CUSTOM = OPERATORS.index("CUSTOM")
+
 
 MAX_PARTS = 100_000
 """Tensors, operators or buffers: beyond any model, and little enough to refuse within a second or two."""
@@ -40,7 +75,7 @@ class LiteTensor:
     buffer: int
     is_quantised: bool
     is_elsewhere: bool
-    sparsity: Table | None
+    sparsity: FlatTable | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +85,7 @@ class LiteOperator:
     kind: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    options: Table | None
+    options: FlatTable | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +112,14 @@ class LiteFile:
 
 def read_lite(path: Path) -> LiteFile:
     """Take a file apart."""
-    data = map_file(path)
+    data = mmap_file(path)
     try:
         return _read(path, data, root(data))
     except FlatBufferError as error:
         raise InputError(f"{path} is truncated or damaged: {error}") from error
 
 
-def _read(path: Path, data: memoryview, model: Table) -> LiteFile:
+def _read(path: Path, data: memoryview, model: FlatTable) -> LiteFile:
     codes = tuple(_operator_name(code) for code in model.children(1, MAX_KINDS))
     buffers = tuple(_buffer(buffer) for buffer in model.children(4, MAX_PARTS))
     for number, (offset, nbytes) in enumerate(buffers):
@@ -122,7 +157,7 @@ class _Budget:
             raise FlatBufferError(f"more than {budgets.MAX_TIED} tensors share buffer {buffer}")
 
 
-def _operator_name(code: Table) -> str:
+def _operator_name(code: FlatTable) -> str:
     # The first field ran out of numbers at 127 and holds a placeholder since.
     number = max(code.number(0, 1, is_signed=True), code.number(3, 4, is_signed=True))
     if number == CUSTOM:
@@ -130,7 +165,7 @@ def _operator_name(code: Table) -> str:
     return OPERATORS[number] if 0 <= number < len(OPERATORS) else f"operator {number}"
 
 
-def _buffer(buffer: Table) -> tuple[int, int]:
+def _buffer(buffer: FlatTable) -> tuple[int, int]:
     offset = buffer.number(1, 8)
     # Models of more than 2 GB keep their data behind the FlatBuffer.
     if offset > _PLACEHOLDER_OFFSET:
@@ -139,7 +174,7 @@ def _buffer(buffer: Table) -> tuple[int, int]:
     return run.begin, run.count
 
 
-def _graph(graph: Table, codes: tuple[str, ...], spend: Callable[..., None]) -> LiteGraph:
+def _graph(graph: FlatTable, codes: tuple[str, ...], spend: Callable[..., None]) -> LiteGraph:
     tensors = []
     for table in graph.children(0, MAX_PARTS):
         tensor = _tensor(table)
@@ -152,7 +187,7 @@ def _graph(graph: Table, codes: tuple[str, ...], spend: Callable[..., None]) -> 
     return LiteGraph(tuple(tensors), tuple(operators))
 
 
-def _tensor(tensor: Table) -> LiteTensor:
+def _tensor(tensor: FlatTable) -> LiteTensor:
     sizes = tensor.numbers(0, np.int32, MAX_RANK + 1)
     if len(sizes) > MAX_RANK:
         raise FlatBufferError(f"a tensor of more than {MAX_RANK} dimensions")
@@ -171,9 +206,56 @@ def _tensor(tensor: Table) -> LiteTensor:
     )
 
 
-def _operator(operator: Table, codes: tuple[str, ...], tensors: int) -> LiteOperator:
+def _operator(operator: FlatTable, codes: tuple[str, ...], tensors: int) -> LiteOperator:
     code = operator.number(0, 4)
     inputs, outputs = (tuple(int(at) for at in operator.numbers(field, np.int32, MAX_INPUTS)) for field in (1, 2))
     if code >= len(codes) or any(not -1 <= at < tensors for at in inputs + outputs):
         raise FlatBufferError("an operator names a code or a tensor that is not there")
     return LiteOperator(codes[code], inputs, outputs, operator.child(4))
+
+
+STRING, RESOURCE, VARIANT = 5, 13, 14
+NOT_NUMBERS = frozenset({STRING, RESOURCE, VARIANT})
+
+DTYPES: dict[int, np.dtype[Any]] = {
+    0: np.dtype(np.float32),
+    1: np.dtype(np.float16),
+    2: np.dtype(np.int32),
+    3: np.dtype(np.uint8),
+    4: np.dtype(np.int64),
+    6: np.dtype(np.bool_),
+    7: np.dtype(np.int16),
+    8: np.dtype(np.complex64),
+    9: np.dtype(np.int8),
+    10: np.dtype(np.float64),
+    11: np.dtype(np.complex128),
+    12: np.dtype(np.uint64),
+    15: np.dtype(np.uint32),
+    16: np.dtype(np.uint16),
+    17: np.dtype(ml_dtypes.int4),
+    18: np.dtype(ml_dtypes.bfloat16),
+    19: np.dtype(ml_dtypes.int2),
+    20: np.dtype(ml_dtypes.uint4),
+}
+"""By number in `TensorType`."""
+
+BITS = {17: 4, 19: 2, 20: 4}
+"""Of the types that share a byte."""
+
+
+def stored_bytes(code: int, size: int) -> int:
+    """Return the bytes that a number of elements take in the file."""
+    return (size * BITS[code] + 7) // 8 if code in BITS else size * DTYPES[code].itemsize
+
+
+def unpack(raw: NDArray[np.uint8], code: int, size: int) -> NDArray[Any]:
+    """Return the elements as one each, the lowest bits of a byte first."""
+    if code not in BITS:
+        return raw.view(DTYPES[code])[:size]
+    bits = BITS[code]
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    parts = ((raw[:, None] >> shifts) & np.uint8((1 << bits) - 1)).reshape(-1)[:size]
+    if code == 20:
+        return parts.astype(DTYPES[code])
+    signed = parts.astype(np.int8)
+    return np.where(signed >= 1 << (bits - 1), signed - (1 << bits), signed).astype(DTYPES[code])

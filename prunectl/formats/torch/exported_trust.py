@@ -20,16 +20,16 @@ from typing import IO, Any
 from zipfile import BadZipFile, ZipFile
 
 from prunectl.errors import InputError, UntrustedError, abbreviated
-from prunectl.formats import zips
+from prunectl.formats import zip_read
 from prunectl.formats.budgets import (
     MAX_EXPORTED_DEPTH,
     MAX_EXPORTED_JSON_BYTES,
     MAX_EXPRESSION_CHARACTERS,
     MAX_SAMPLE_INPUTS_BYTES,
 )
-from prunectl.formats.json_text import parse_object
-from prunectl.formats.torch.program import follow
-from prunectl.formats.zips import Archive
+from prunectl.formats.safe_json import parse_object
+from prunectl.formats.torch.pickle.vm import interpret
+from prunectl.formats.zip_read import Archive
 
 NAMESPACES = frozenset({"aten", "prims", "quantized_decomposed"})
 """Libraries of operators that compute and do nothing else."""
@@ -126,7 +126,7 @@ class Safe:
 
 def checked(path: Path) -> Safe:
     """Hold an exported program against the lists; UntrustedError where it holds anything that is not on them."""
-    archive = zips.open_archive(path)
+    archive = zip_read.open_archive(path)
     folder = _folder(archive)
     texts = {name: archive.read(folder + name, _MAX_MARK_BYTES) for name in _MARKS if folder + name in archive.entries}
     program = _json(archive, f"{folder}models/{_MODEL}.json")
@@ -208,7 +208,7 @@ def _inputs(archive: Archive, name: str) -> bytes:
             total = sum(info.file_size for info in infos)
             if len(pickles) != 1 or total > MAX_SAMPLE_INPUTS_BYTES or not all(info.filename for info in infos):
                 raise _untrusted(archive.path, f"{what} is not one pickle of tensors")
-            strangers = follow(inner.read(pickles[0]), archive.path, what).strangers
+            strangers = interpret(inner.read(pickles[0]), archive.path, what).strangers
             # Written anew, so that PyTorch finds the pickle that was followed, whichever way it looks for it.
             with ZipFile(again, "w") as out:
                 for info in infos:

@@ -2,53 +2,173 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from prunectl.errors import InputError, UntrustedError
 from prunectl.formats import state_dict
-from prunectl.formats.base import About, Array, ModelFile, Role, Storage, Tensor
+from prunectl.formats.base import Array, ModelFile, ModelInfo, Role, Storage, Tensor
 from prunectl.formats.extents import Extent
-from prunectl.formats.state_dict import Use
-from prunectl.formats.torch import arrays as torch_numpy
-from prunectl.formats.torch import facts as torch_facts
+from prunectl.formats.state_dict import StateUse
 from prunectl.formats.torch import tree
+from prunectl.formats.torch import views as torch_numpy
 from prunectl.formats.torch import views as torch_views
-from prunectl.formats.torch.program import Program
-from prunectl.formats.torch.script_code import CONSTANTS
-from prunectl.formats.torch.values import Made, Persistent
-from prunectl.formats.torch.views import Stored, View
+from prunectl.formats.torch.pickle.opcodes import Global, OpaqueCall, Persistent, PickleDict, describe_value
+from prunectl.formats.torch.pickle.vm import PickleProgram
+from prunectl.formats.torch.script import CONSTANTS
+from prunectl.formats.torch.tree import inner_tensor
+from prunectl.formats.torch.views import StorageInfo, View
+
+MAX_FACTS = 20
+MAX_VALUE_CHARACTERS = 60
+MAX_SEARCHED = 1000
+"""How many entries of a checkpoint are looked at for facts."""
+
+_OPTIMIZERS: tuple[tuple[str, frozenset[str], frozenset[str]], ...] = (
+    ("NAdam", frozenset({"betas", "momentum_decay"}), frozenset()),
+    ("Adam", frozenset({"betas", "eps", "amsgrad"}), frozenset()),
+    ("Adamax", frozenset({"betas", "eps"}), frozenset({"amsgrad", "decoupled_weight_decay"})),
+    ("RAdam", frozenset({"betas", "eps", "decoupled_weight_decay"}), frozenset({"amsgrad"})),
+    ("SGD", frozenset({"momentum", "dampening"}), frozenset()),
+    ("RMSprop", frozenset({"alpha", "eps", "centered"}), frozenset()),
+    ("ASGD", frozenset({"lambd", "alpha", "t0"}), frozenset()),
+    ("Rprop", frozenset({"etas", "step_sizes"}), frozenset()),
+    ("Adadelta", frozenset({"rho", "eps"}), frozenset()),
+    ("Adagrad", frozenset({"lr_decay", "initial_accumulator_value"}), frozenset()),
+    ("LBFGS", frozenset({"max_iter", "history_size"}), frozenset()),
+    ("Adafactor", frozenset({"beta2_decay", "d"}), frozenset()),
+    ("Muon", frozenset({"momentum", "ns_steps"}), frozenset()),
+)
+"""Name, settings that its groups have, settings that they have not; the first row that fits."""
+
+_AVERAGES = frozenset(
+    {"ema", "ema_state_dict", "model_ema", "state_dict_ema", "ema_model", "swa_model", "averaged_model"}
+)
+
+
+def optimizer(root: Any) -> str:
+    """Return the name of the optimizer whose state the checkpoint holds."""
+    if not isinstance(root, PickleDict):
+        return _name(root)
+    candidates = [root, *(value for key, value in root.items[:MAX_SEARCHED] if _is_about_optimizer(key))]
+    for candidate in candidates:
+        items = candidate if isinstance(candidate, list | tuple) else [candidate]
+        for item in items[:8]:
+            if name := _name(item):
+                return name
+    return (
+        "optimizer state"
+        if len(candidates) > 1 and any(isinstance(c, PickleDict) and c.items for c in candidates[1:])
+        else ""
+    )
+
+
+def _is_about_optimizer(key: Any) -> bool:
+    return isinstance(key, str) and "optim" in key.lower()
+
+
+def _name(value: Any) -> str:
+    if isinstance(value, OpaqueCall) and isinstance(value.function, Global) and value.path.startswith("torch.optim."):
+        return value.function.name
+    groups = (
+        value.plain().get("param_groups") if isinstance(value, PickleDict) and len(value.items) < MAX_SEARCHED else None
+    )
+    group = groups[0] if isinstance(groups, list | tuple) and groups else None
+    if not isinstance(group, PickleDict):
+        return ""
+    settings = group.plain()
+    for name, present, absent in _OPTIMIZERS:
+        if present <= settings.keys() and not absent & settings.keys():
+            return "AdamW" if name == "Adam" and settings.get("decoupled_weight_decay") is True else name
+    return "optimizer state"
+
+
+def training(root: Any) -> tuple[str, ...]:
+    """Return the plain values that stand beside the tensors: `epoch 12`, `best_acc 0.93`."""
+    if not isinstance(root, PickleDict):
+        return ()
+    facts = [
+        f"{_words(key)} {_value(value)}"
+        for key, value in root.items[:MAX_SEARCHED]
+        if isinstance(key, str) and _is_short(value)
+    ]
+    return tuple(facts[:MAX_FACTS])
+
+
+def _words(key: str) -> str:
+    return "pytorch-lightning" if key == "pytorch-lightning_version" else describe_value(key)
+
+
+def _is_short(value: Any) -> bool:
+    if isinstance(value, str):
+        return 0 < len(value) <= MAX_VALUE_CHARACTERS
+    return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else describe_value(str(value))
+
+
+def notes(root: Any) -> tuple[str, ...]:
+    """Return what a user should know of a checkpoint before pruning it."""
+    if not isinstance(root, PickleDict):
+        return ()
+    keys = [
+        key for key, value in root.items[:MAX_SEARCHED] if isinstance(key, str) and key in _AVERAGES and _holds(value)
+    ]
+    return tuple(f"It holds a second copy of the weights under {key}, averaged over the training." for key in keys)
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(inner_tensor(value), PickleDict | OpaqueCall)
+
+
+def sections(root: Any) -> frozenset[str]:
+    """Return the entries of a checkpoint that hold more values, such as `state_dict`."""
+    if not isinstance(root, PickleDict):
+        return frozenset()
+    return frozenset(
+        key
+        for key, value in root.items
+        if isinstance(key, str)
+        and (
+            isinstance(value, PickleDict | list | tuple) or (isinstance(value, OpaqueCall) and value.state is not None)
+        )
+    )
+
 
 MAX_STRANGERS = 100
 _DEEDS = {"calls": "call", "class": "make an instance of", "imports": "import"}
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class PickleSource:
     """A program, and where the container keeps what it leaves out."""
 
-    program: Program
-    find: Callable[[Stored], Storage]
-    named: Mapping[str, Made] = field(default_factory=dict)
+    program: PickleProgram
+    find: Callable[[StorageInfo], Storage]
+    named: Mapping[str, OpaqueCall] = field(default_factory=dict)
     """Tensors that the container itself lists, by their ids."""
     prefix: str = ""
     """What the names begin with."""
     parameters: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """The trained attributes of classes that declare them."""
-    uses: Mapping[tuple[str, str], Use] | None = None
+    uses: Mapping[tuple[str, str], StateUse] | None = None
     """What the code beside the program does with the attributes of its classes, where there is such code."""
     is_flat: bool = True
     """Whether the pickle lies in the file as it is, so that its places are places in the file."""
 
 
-def tensors(path: Path, source: Source, uses: dict[str, Use | None]) -> tuple[list[Tensor], int]:
+def tensors(path: Path, source: PickleSource, uses: dict[str, StateUse | None]) -> tuple[list[Tensor], int]:
     """Return the tensors of a program, and how many NumPy arrays are not to be had; fill in what code uses them for."""
     found: list[Tensor] = []
     names: dict[str, int] = {}
-    storages: dict[Stored, Storage] = {}
+    storages: dict[StorageInfo, Storage] = {}
     missing = 0
-    for leaf in tree.leaves(path, source.program.value, source.parameters):
+    for leaf in tree.iter_tensors(path, source.program.value, source.parameters):
         value = source.named.get(str(leaf.value.id)) if isinstance(leaf.value, Persistent) else leaf.value
         if value is None:
             raise InputError(f"{path} is damaged: it does not hold {leaf.name}")
@@ -87,17 +207,17 @@ def _of_numpy(path: Path, name: str, flat: torch_numpy.FlatArray) -> Tensor:
     return Tensor(name, "", flat.shape, flat.dtype, Role.OTHER, storage, strides=flat.strides)
 
 
-def build(
+def model_from_pickle(
     path: Path,
     format_name: str,
-    sources: Sequence[Source],
-    about: About,
+    sources: Sequence[PickleSource],
+    about: ModelInfo,
     decode: Callable[[Tensor], Array] | None = None,
 ) -> ModelFile:
     """Return the model that one program or several rebuild; the first is the one that the facts come from."""
     found: list[Tensor] = []
     missing = 0
-    uses: dict[str, Use | None] = {}
+    uses: dict[str, StateUse | None] = {}
     for source in sources:
         more, left_out = tensors(path, source, uses)
         found += more
@@ -107,7 +227,7 @@ def build(
     strangers = tuple(dict.fromkeys(deed for source in sources for deed in source.program.strangers))
     if not found and not about.code:
         refuse_without_tensors(path, strangers)
-    described = state_dict.describe(found, torch_facts.sections(root), uses)
+    described = state_dict.describe(found, sections(root), uses)
     return ModelFile(
         path=path,
         format=format_name,
@@ -115,10 +235,10 @@ def build(
         about=replace(
             about,
             wrappers=state_dict.wrappers(described),
-            optimizer=torch_facts.optimizer(root),
-            training=torch_facts.training(root),
-            code=(*about.code, *_few(strangers)),
-            notes=(*about.notes, *torch_facts.notes(root), *_left_out(missing)),
+            optimizer=optimizer(root),
+            training=training(root),
+            code=(*about.code, *_shorten(strangers)),
+            notes=(*about.notes, *notes(root), *_numpy_arrays_note(missing)),
         ),
         files=(path,),
         decode=decode,
@@ -133,12 +253,12 @@ def refuse_without_tensors(path: Path, strangers: Sequence[str]) -> None:
     raise UntrustedError(f"{path} holds no tensors; opened by PyTorch, it would {_DEEDS[verb]} {what}")
 
 
-def _few(strangers: tuple[str, ...]) -> tuple[str, ...]:
+def _shorten(strangers: tuple[str, ...]) -> tuple[str, ...]:
     more = len(strangers) - MAX_STRANGERS
     return strangers if more <= 0 else (*strangers[:MAX_STRANGERS], f"and {more} more")
 
 
-def _left_out(missing: int) -> tuple[str, ...]:
+def _numpy_arrays_note(missing: int) -> tuple[str, ...]:
     if not missing:
         return ()
     arrays = "1 NumPy array" if missing == 1 else f"{missing} NumPy arrays"

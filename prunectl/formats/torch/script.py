@@ -1,11 +1,36 @@
-"""What the code of a TorchScript file declares: which attributes of a module are its parameters."""
+"""What the code of a TorchScript file declares: which attributes of a module are its parameters.
+
+What TorchScript may do for PyTorch to load it without `--trust`: an allow-list of operators and classes.
+
+TorchScript is a language of its own, without imports and without Python; it computes. But some of its operators write
+files by name (aten::save, aten::from_file), some of its classes open connections, and `__setstate__` runs on loading.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
-from prunectl.formats.zips import Archive
+from prunectl.errors import InputError, UntrustedError, abbreviated
+from prunectl.formats import zip_read
+from prunectl.formats.budgets import MAX_SCRIPT_CODE_BYTES, MAX_SCRIPT_DEPTH, MAX_SCRIPT_TOKENS
+from prunectl.formats.state_dict import StateUse
+from prunectl.formats.torch.exported_trust import WRITING
+from prunectl.formats.torch.usage import (
+    CALCULATED,
+    NOTHING,
+    RECURRENT,
+    TAKEN,
+    Flow,
+    Origins,
+    ValueOrigin,
+    joined,
+    passed,
+)
+from prunectl.formats.zip_read import Archive
 
 MAX_CODE_BYTES = 4 << 20
 """Code beyond this is not looked at; the names alone tell the roles then."""
@@ -41,3 +66,398 @@ def parameters(modules: Sequence[tuple[str, str]]) -> Mapping[str, frozenset[str
             elif owner and (declared := _PARAMETERS.match(line)):
                 found[owner] = frozenset(_NAME.findall(declared[1]))
     return found
+
+
+CONSTANTS = "CONSTANTS"
+"""What the code calls the tensors that belong to no module."""
+_TOKEN = re.compile(
+    r'"(?:[^"\\]|\\.?)*(?:"|$)|\'(?:[^\'\\]|\\.?)*(?:\'|$)|\.?[A-Za-z_]\w*(?:\.\w+)*|[0-9][\w.]*|[^\s\w]'
+)
+"""Texts, names with what is in them, numbers, signs; a text that does not end goes to the end of its line."""
+_OPEN, _CLOSE = frozenset("([{"), frozenset(")]}")
+_ENDS = frozenset((",", ")", "]", "}", ":", "=", ""))
+_LIBRARIES = ("torch.", "ops.")
+_CASTS = frozenset({"annotate", "unchecked_cast"})
+_STATEMENTS = frozenset(
+    {"if", "elif", "while", "for", "else", "pass", "return", "with", "assert", "raise", "in", "not"}
+)
+_TRANSPOSED_PLACE = 6
+_RNN_RANGE = slice(2, 4)
+
+
+class _OddError(Exception):
+    """The code is not as PyTorch writes it."""
+
+
+class _Value(NamedTuple):
+    """What is known of a value: the tensors it comes from, the class of a module, the items of a list."""
+
+    origins: Origins = NOTHING
+    kind: str = ""
+    """The class of a module."""
+    function: str = ""
+    items: tuple[_Value, ...] | None = None
+    text: str = ""
+
+
+_UNKNOWN = _Value()
+
+
+@dataclass(slots=True)
+class _Function:
+    """A function or a method while it is read."""
+
+    path: str
+    names: dict[str, _Value] = field(default_factory=dict)
+
+
+def uses(modules: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], StateUse] | None:
+    """Return what the attributes of each class, and the constants, are used for; None if the code is odd or too long.
+
+    Modules come as pairs of a dotted path and a text. A use is found under the class and the attribute.
+    """
+    reader = _Reader()
+    try:
+        lines = [(path, indent, line) for path, text in modules for indent, line in _lines(text, reader)]
+        reader.declare(lines)
+        reader.follow(lines)
+    except (_OddError, IndexError):
+        return None
+    return {key: use for key, use in reader.flow.found().items() if isinstance(key, tuple) and len(key) == 2}
+
+
+def _lines(text: str, reader: _Reader) -> Iterator[tuple[int, list[str]]]:
+    """Yield logical lines as tokens, with their indents; a line goes on while a bracket is open."""
+    depth, indent, found = 0, 0, list[str]()
+    for line in text.splitlines():
+        tokens = _TOKEN.findall(line)
+        if not found:
+            indent = len(line) - len(line.lstrip(" "))
+        reader.count(len(tokens))
+        for word in tokens:
+            depth += (word in _OPEN) - (word in _CLOSE)
+        found += tokens
+        if depth <= 0 and found:
+            yield indent, found
+            depth, found = 0, []
+
+
+_Lines = list[tuple[str, int, list[str]]]
+
+
+class _Reader:
+    """All code of a file, read twice: what classes and functions declare, then what functions do."""
+
+    def __init__(self) -> None:
+        self.flow = Flow()
+        self._left = MAX_SCRIPT_TOKENS
+        self._kinds: dict[tuple[str, str], str] = {}
+        """Classes of attributes, by class and attribute."""
+        self._parameters: dict[str, tuple[str, ...]] = {}
+        """What functions take, by their paths."""
+
+    def count(self, tokens: int) -> None:
+        self._left -= tokens
+        if self._left < 0:
+            raise _OddError
+
+    def declare(self, lines: _Lines) -> None:
+        """Remember the attributes of classes and the parameters of functions."""
+        owner = ""
+        for module, indent, tokens in lines:
+            if tokens[0] in {"class", "def"} and indent == 0:
+                owner = f"{module}.{tokens[1]}" if tokens[0] == "class" else ""
+            if tokens[0] == "def":
+                path = f"{owner if indent else module}.{tokens[1]}"
+                self._parameters[path] = tuple(_parameters(tokens))
+            elif owner and indent == 2 and len(tokens) > 2 and tokens[1] == ":":
+                self._kinds[owner, tokens[0]] = tokens[2]
+            elif owner and indent == 2 and tokens[0] == "__annotations__" and len(tokens) > 5:
+                self._kinds[owner, tokens[2].strip("\"'")] = tokens[5]
+
+    def follow(self, lines: _Lines) -> None:
+        """Follow the values through every function."""
+        owner, function = "", _Function("")
+        for module, indent, tokens in lines:
+            if tokens[0] in {"class", "def"} and indent == 0:
+                owner = f"{module}.{tokens[1]}" if tokens[0] == "class" else ""
+            if tokens[0] == "def":
+                path = f"{owner if indent else module}.{tokens[1]}"
+                function = _Function(path)
+                for place, name in enumerate(self._parameters[path]):
+                    is_self = bool(owner) and indent > 0 and place == 0
+                    origins = NOTHING if is_self else _from((path, place, "in"))
+                    function.names[name] = _Value(origins, owner if is_self else "")
+            elif tokens[0] != "class" and (indent > 2 or not owner):
+                self._statement(function, tokens)
+
+    def _statement(self, function: _Function, tokens: list[str]) -> None:
+        depth, equals = 0, -1
+        for place, word in enumerate(tokens):
+            depth += (word in _OPEN) - (word in _CLOSE)
+            if word == "=" and not depth:
+                equals = place
+                break
+        value = _Parser(self, function, tokens, max(equals + 1, 0)).row()
+        if tokens[0] == "return":
+            self.flow.lead(value.origins, (function.path, "out", ""))
+        targets = [word for word in tokens[:equals] if word != ","] if equals > 0 else []
+        if tokens[0] == "for" and len(tokens) > 1:
+            targets = [tokens[1]]
+        items = value.items if value.items is not None and len(targets) == len(value.items) != 1 else None
+        for place, name in enumerate(targets):
+            self._name(function, name, items[place] if items is not None else value)
+
+    def _name(self, function: _Function, name: str, value: _Value) -> None:
+        before = function.names.get(name)
+        if before is not None and before.origins:
+            # Both branches of a condition give a name to what they make.
+            value = value._replace(origins=joined((before.origins, value.origins)))
+        function.names[name] = value
+
+    def attribute(self, value: _Value, name: str) -> _Value:
+        """Return an attribute of a module."""
+        if not value.kind:
+            return _UNKNOWN
+        return _Value(_from((value.kind, name)), self._kinds.get((value.kind, name), ""))
+
+    def call(self, callee: _Value, name: str, arguments: list[_Value], named: Mapping[str, _Value]) -> _Value:
+        """Return what is known of the result of a call."""
+        if name in _CASTS and len(arguments) > 1:
+            return arguments[1]
+        if name == "getattr" and len(arguments) > 1:
+            return self.attribute(arguments[0], arguments[1].text)
+        if callee.function in self._parameters:
+            path, is_method = callee.function, bool(callee.kind)
+            parameters = self._parameters[path]
+            for place, value in enumerate(arguments, start=int(is_method)):
+                self.flow.lead(value.origins, (path, place, "in"))
+            for key, value in named.items():
+                if key in parameters:
+                    self.flow.lead(value.origins, (path, parameters.index(key), "in"))
+            return _Value(_from((path, "out", "")))
+        if name.startswith(_LIBRARIES):
+            return self._operation(name.rpartition(".")[2], arguments)
+        return _UNKNOWN
+
+    def _operation(self, op: str, arguments: list[_Value]) -> _Value:
+        if op in RECURRENT:
+            for value in arguments[_RNN_RANGE]:
+                self.flow.recur(op, [item.origins for item in value.items or (value,)])
+            return _UNKNOWN
+        if op in TAKEN:
+            taken = {name: arguments[at].origins for name, (at, _) in TAKEN[op].items() if at < len(arguments)}
+            turned = arguments[_TRANSPOSED_PLACE].text if op.lstrip("_") == "convolution" and len(arguments) > 8 else ""
+            self.flow.use(op, taken, is_transposed=turned == "True")
+            return _UNKNOWN
+        if op in CALCULATED:
+            return _Value(passed(op, joined(value.origins for value in arguments[:2])))
+        return _Value(passed(op, arguments[0].origins)) if arguments else _UNKNOWN
+
+
+class _Parser:
+    """The values of one line of code: a descent into its brackets, no deeper than code that PyTorch writes."""
+
+    def __init__(self, reader: _Reader, function: _Function, tokens: list[str], at: int) -> None:
+        self._reader, self._function = reader, function
+        self._tokens, self._at, self._depth = tokens, at, 0
+
+    def row(self) -> _Value:
+        """Return the value of what is parted by commas: a tuple, unless there is but one."""
+        found: list[_Value] = []
+        named: dict[str, _Value] = {}
+        self._items(found, named)
+        return found[0] if len(found) == 1 else _listed(found)
+
+    def _peek(self) -> str:
+        return self._tokens[self._at] if self._at < len(self._tokens) else ""
+
+    def _items(self, found: list[_Value], named: dict[str, _Value]) -> None:
+        """Read values until a bracket closes."""
+        self._depth += 1
+        if self._depth > MAX_SCRIPT_DEPTH:
+            raise _OddError
+        name = ""
+        while (word := self._peek()) and word not in _CLOSE:
+            if word in {",", ":"}:
+                self._at += 1
+                continue
+            begin = self._at
+            value = self._expression()
+            if self._peek() == "=":
+                name = self._tokens[begin]
+                self._at += 1
+            elif name:
+                named[name], name = value, ""
+            else:
+                found.append(value)
+        self._depth -= 1
+
+    def _expression(self) -> _Value:
+        """Read what stands up to a comma: one value, or several with operators between them."""
+        found: list[_Value] = []
+        while self._peek() not in _ENDS:
+            if (value := self._value()) is not None:
+                found.append(value)
+        if len(found) == 1:
+            return found[0]
+        return _Value(joined(value.origins for value in found))
+
+    def _value(self) -> _Value | None:
+        word = self._tokens[self._at]
+        self._at += 1
+        if word in _OPEN:
+            value = self._bracket()
+            if word == "(":
+                value = value.items[0] if value.items is not None and len(value.items) == 1 else value
+        elif word in _STATEMENTS:
+            return None
+        elif word[0].isalpha() or word[0] == "_":
+            value = self._named(word)
+        elif word[0] in "\"'":
+            value = _Value(text=word[1:-1])
+        else:
+            return None
+        return self._postfixed(value)
+
+    def _bracket(self) -> _Value:
+        found: list[_Value] = []
+        self._items(found, {})
+        self._at += 1
+        return _listed(found)
+
+    def _called(self, callee: _Value, name: str) -> _Value:
+        found: list[_Value] = []
+        named: dict[str, _Value] = {}
+        self._at += 1
+        self._items(found, named)
+        self._at += 1
+        return self._reader.call(callee, name, found, named)
+
+    def _named(self, word: str) -> _Value:
+        """Read a name with its attributes, and the call if it is called."""
+        first, *rest = word.split(".")
+        if first == CONSTANTS and len(rest) == 1:
+            return _Value(_from((CONSTANTS, rest[0])))
+        if first not in self._function.names:
+            is_called = self._peek() == "("
+            value = _Value(function=word, text=word)
+            return self._called(value, word) if is_called else value
+        return self._of(self._function.names[first], rest)
+
+    def _of(self, value: _Value, names: list[str]) -> _Value:
+        """Read attributes of a value; the last may be a method."""
+        for place, name in enumerate(names):
+            if place == len(names) - 1 and self._peek() == "(":
+                return self._called(_Value(kind=value.kind, function=f"{value.kind}.{name}"), name)
+            value = self._reader.attribute(value, name)
+        if not names and value.function and self._peek() == "(":
+            return self._called(value, value.function)
+        return value
+
+    def _postfixed(self, value: _Value) -> _Value:
+        while (word := self._peek()) and word not in _ENDS:
+            if word == "[":
+                self._at += 1
+                inside = self._bracket()
+                value = _item(value, inside)
+            elif word[0] == "." and len(word) > 1:
+                self._at += 1
+                value = self._of(value, word[1:].split("."))
+            else:
+                break
+        return value
+
+
+def _item(value: _Value, _: _Value) -> _Value:
+    """Return an item of a list or a tuple: it may be any."""
+    return _Value(value.origins)
+
+
+def _from(key: Hashable) -> Origins:
+    return frozenset((ValueOrigin(key),))
+
+
+def _listed(items: list[_Value]) -> _Value:
+    """Return a list: its origins are joined once, since lists of lists could name one value without end."""
+    return _Value(joined(item.origins for item in items), items=tuple(items))
+
+
+def _parameters(tokens: list[str]) -> Iterator[str]:
+    """Yield the names of what a function takes: `def name ( self : kind , x : Tensor = 0 ) -> ...`."""
+    depth, is_name = 0, True
+    for word in tokens[2:]:
+        if word in _OPEN:
+            depth += 1
+        elif word in _CLOSE:
+            depth -= 1
+            if not depth:
+                return
+        elif depth == 1:
+            if is_name and word != ",":
+                yield word
+            is_name = word == ","
+
+
+LIBRARIES = frozenset({"aten", "prim", "quantized", "_quantized", "prepacked", "mkldnn_prepacked", "torchvision"})
+"""Libraries of operators that compute and do nothing else, but for those in WRITING."""
+CLASSES = frozenset({"quantized", "xnnpack"})
+"""Libraries of classes that hold packed weights."""
+
+_TRUST_TOKEN = re.compile(
+    r"""(?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')|#[^\n]*|(?P<word>[A-Za-z_]\w*)|\S""", re.DOTALL
+)
+
+
+def check(path: Path) -> None:
+    """Refuse TorchScript that names an operator or a class that is on no list."""
+    archive = zip_read.open_archive(path)
+    if len({name.casefold() for name in archive.entries}) < len(archive.entries):
+        # PyTorch looks entries up whatever their case.
+        raise InputError(f"{path} is refused: not every reader would find the same entries in it")
+    left = MAX_SCRIPT_CODE_BYTES
+    for name, entry in archive.entries.items():
+        if "/code/" not in f"/{name.casefold()}" or name.casefold().endswith(".debug_pkl"):
+            continue
+        left -= entry.nbytes
+        if left < 0:
+            raise InputError(f"{path} is refused: it has more than {MAX_SCRIPT_CODE_BYTES} bytes of code")
+        found = stranger(archive.read(name, MAX_SCRIPT_CODE_BYTES).decode("utf-8", "replace"))
+        if found:
+            raise UntrustedError(
+                f"{path} holds TorchScript that does more than compute: {abbreviated(found)}",
+                hint="if you trust it: --trust",
+            )
+
+
+def stranger(code: str) -> str:
+    """The first operator or class in some code that is on no list, as it is written; nothing if there is none."""
+    if '"""' in code or "'''" in code:
+        return "a text of several lines"
+    tokens = [found[0] for found in _TRUST_TOKEN.finditer(code) if not found[0].startswith("#")]
+    if not {'"', "'", "\\"}.isdisjoint(tokens):
+        # Whoever loses step here takes code for a text.
+        return "a text that does not end"
+    tokens += [""] * 3
+    for at in range(len(tokens) - 3):
+        first, dot, name = tokens[at], tokens[at + 1], tokens[at + 2]
+        if first == "ops" and (at == 0 or tokens[at - 1] != "."):
+            if dot != "." or name not in LIBRARIES:
+                return f"ops.{name}"
+        elif first == "classes" and tokens[at - 1] == ".":
+            if dot != "." or name not in CLASSES:
+                return f"torch.classes.{name}"
+        elif first == "." and (dot in WRITING or dot.startswith("rpc_")):
+            return f"{tokens[at - 1]}.{dot}"
+        elif first == "getattr" and not _is_plain_getattr(tokens[at + 1 : at + 64]):
+            return "getattr"
+    return ""
+
+
+def _is_plain_getattr(tokens: list[str]) -> bool:
+    """Whether an attribute is looked up by a plain name: `getattr(self.layers, "0")`."""
+    if ")" not in tokens:
+        return False
+    *owner, comma, name, _ = tokens[: tokens.index(")") + 1] if tokens.index(")") > 2 else ["", "", "", ""]
+    is_text = name[:1] in {'"', "'"} and "\\" not in name and name[1:-1] not in WRITING
+    return comma == "," and is_text and not {"ops", "torch"} & set(owner)

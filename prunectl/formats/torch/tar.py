@@ -8,43 +8,87 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.errors import InputError
-from prunectl.formats.base import About, ModelFile, Storage
+from prunectl.formats.base import ModelFile, ModelInfo, Storage
 from prunectl.formats.extents import Extent, check_inside
-from prunectl.formats.torch import model, tar_entries
+from prunectl.formats.torch import model
 from prunectl.formats.torch import views as torch_views
-from prunectl.formats.torch.model import Source
-from prunectl.formats.torch.program import follow
-from prunectl.formats.torch.values import Global, Made, Persistent, shown
-from prunectl.formats.torch.views import Stored
+from prunectl.formats.torch.model import PickleSource
+from prunectl.formats.torch.pickle.opcodes import Global, OpaqueCall, Persistent, describe_value
+from prunectl.formats.torch.pickle.vm import interpret
+from prunectl.formats.torch.views import StorageInfo
+
+BLOCK_BYTES = 512
+RECORD_BYTES = 20 * BLOCK_BYTES
+"""A tar is filled up to whole records: one that is not was cut."""
+
+_FILES = b"\x000"
+"""The two marks of a plain file."""
+
+
+def locate(path: Path, data: mmap.mmap) -> dict[str, tuple[int, int]]:
+    """Return the first and the last byte of each plain file in a tar."""
+    if len(data) % RECORD_BYTES:
+        raise InputError(f"{path} is truncated: a tar has whole records of {RECORD_BYTES} bytes")
+    found: dict[str, tuple[int, int]] = {}
+    at = 0
+    for _ in range(MAX_ENTRIES):
+        header = data[at : at + BLOCK_BYTES]
+        if header == bytes(BLOCK_BYTES):
+            return found
+        name, size = _entry(path, header)
+        begin = at + BLOCK_BYTES
+        if begin + size > len(data):
+            raise InputError(f"{path} is truncated or damaged: its entry {name} reaches past the end")
+        if header[156] in _FILES:
+            if name in found:
+                raise InputError(f"{path} is refused: it holds two entries named {name}")
+            found[name] = begin, begin + size
+        at = begin + -(-size // BLOCK_BYTES) * BLOCK_BYTES
+    raise InputError(f"{path} is refused: it has more entries than any model")
+
+
+def _entry(path: Path, header: bytes) -> tuple[str, int]:
+    stated = header[148:156].strip(b"\0 ")
+    actual = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    try:
+        is_right = len(header) == BLOCK_BYTES and int(stated, 8) == actual
+        size = int(header[124:136].strip(b"\0 ") or b"0", 8)
+    except ValueError as error:
+        raise InputError(f"{path} is truncated or damaged: a header in the tar is broken") from error
+    if not is_right or size < 0:
+        raise InputError(f"{path} is truncated or damaged: a header in the tar is broken")
+    name = header[:100].split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
+    return name.removeprefix("./"), size
+
 
 MAX_ENTRIES = 10_000
 MAX_FACT_BYTES = 512
 """How long the pickle before a storage or a tensor may be."""
 COUNT_BYTES = 8
 _REBUILD = Global("torch._utils", "_rebuild_tensor")
-_Place = tuple[Stored, Storage]
+_Place = tuple[StorageInfo, Storage]
 
 
 def open_model(path: Path) -> ModelFile:
     """Open a tar that torch.save wrote."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        entries = tar_entries.locate(path, data)
+        entries = locate(path, data)
         for name in ("pickle", "storages"):
             if name not in entries:
                 raise InputError(f"{path} is damaged: the tar has no entry {name}")
         places, ids = _storages(path, data, entries["storages"])
         named = _tensors(path, data, entries["tensors"], ids) if "tensors" in entries else {}
         begin, end = entries["pickle"]
-        program = follow(data, path, "its entry pickle", start=begin, end=end)
+        program = interpret(data, path, "its entry pickle", start=begin, end=end)
 
-    def find(stored: Stored) -> Storage:
+    def find(stored: StorageInfo) -> Storage:
         known, storage = places.get(stored.key, (None, None))
         if known is None or storage is None or known.nbytes != stored.nbytes:
-            raise InputError(f"{path} is damaged: it does not hold the whole storage {shown(stored.key)}")
+            raise InputError(f"{path} is damaged: it does not hold the whole storage {describe_value(stored.key)}")
         return storage
 
-    about = About(producer="pytorch (format before 0.2)")
-    return model.build(path, "torch-tar", [Source(program, find, named)], about)
+    about = ModelInfo(producer="pytorch (format before 0.2)")
+    return model.model_from_pickle(path, "torch-tar", [PickleSource(program, find, named)], about)
 
 
 def _count(path: Path, value: Any, what: str) -> int:
@@ -58,25 +102,25 @@ def _storages(
 ) -> tuple[dict[str, _Place], dict[str, tuple[Any, ...]]]:
     """Return the storages by their keys, and the ids that a later pickle would give them."""
     at, end = entry
-    head = follow(data, path, "its number of storages", start=at, end=end)
+    head = interpret(data, path, "its number of storages", start=at, end=end)
     at = head.end
     places: dict[str, _Place] = {}
     ids: dict[str, tuple[Any, ...]] = {}
     for _ in range(_count(path, head.value, "storages")):
-        facts = follow(data, path, "what it says of a storage", start=at, end=min(end, at + MAX_FACT_BYTES))
+        facts = interpret(data, path, "what it says of a storage", start=at, end=min(end, at + MAX_FACT_BYTES))
         key, location, kind = facts.value if isinstance(facts.value, tuple) and len(facts.value) == 3 else (None,) * 3
         at = facts.end
         check_inside(path, at, COUNT_BYTES, end, "the length of a storage")
         count = int.from_bytes(data[at : at + COUNT_BYTES], "little")
         at += COUNT_BYTES
         whole = ("storage", kind, key, location, count)
-        stored = torch_views.stored(path, whole)
-        check_inside(path, at, stored.nbytes, end, f"storage {shown(stored.key)}")
+        stored = torch_views.parse_persistent_id(path, whole)
+        check_inside(path, at, stored.nbytes, end, f"storage {describe_value(stored.key)}")
         places[stored.key] = stored, Storage(stored.key, stored.nbytes, Extent(path, at, stored.nbytes), stored.nbytes)
         ids[stored.key] = whole
         at += stored.nbytes
     if at < end:
-        views = follow(data, path, "its list of shared storages", start=at, end=end).value
+        views = interpret(data, path, "its list of shared storages", start=at, end=end).value
         for target, root, offset, count in _fours(path, views):
             if str(root) not in ids:
                 raise InputError(f"{path} is damaged: it shares a storage that it does not hold")
@@ -92,14 +136,16 @@ def _fours(path: Path, views: Any) -> list[tuple[Any, ...]]:
     return views
 
 
-def _tensors(path: Path, data: mmap.mmap, entry: tuple[int, int], ids: dict[str, tuple[Any, ...]]) -> dict[str, Made]:
+def _tensors(
+    path: Path, data: mmap.mmap, entry: tuple[int, int], ids: dict[str, tuple[Any, ...]]
+) -> dict[str, OpaqueCall]:
     """Return the tensors by their keys, as the calls that newer files have in their place."""
     at, end = entry
-    head = follow(data, path, "its number of tensors", start=at, end=end)
+    head = interpret(data, path, "its number of tensors", start=at, end=end)
     at = head.end
-    found: dict[str, Made] = {}
+    found: dict[str, OpaqueCall] = {}
     for _ in range(_count(path, head.value, "tensors")):
-        facts = follow(data, path, "what it says of a tensor", start=at, end=min(end, at + MAX_FACT_BYTES))
+        facts = interpret(data, path, "what it says of a tensor", start=at, end=min(end, at + MAX_FACT_BYTES))
         at = facts.end
         key, storage, _ = facts.value if isinstance(facts.value, tuple) and len(facts.value) == 3 else (None,) * 3
         if not isinstance(key, str | int) or not isinstance(storage, str | int) or str(storage) not in ids:
@@ -113,7 +159,7 @@ def _tensors(path: Path, data: mmap.mmap, entry: tuple[int, int], ids: dict[str,
         check_inside(path, at, nbytes, end, "the shape of a tensor")
         numbers = struct.unpack_from(f"<{2 * rank + 1}q", data, at)
         at += nbytes
-        found[str(key)] = Made(
+        found[str(key)] = OpaqueCall(
             _REBUILD, (Persistent(ids[str(storage)]), numbers[-1], numbers[:rank], numbers[rank : 2 * rank])
         )
     return found

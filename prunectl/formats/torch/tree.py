@@ -8,9 +8,62 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.errors import InputError
-from prunectl.formats.torch import leaves as torch_leaves
-from prunectl.formats.torch.leaves import unwrapped
-from prunectl.formats.torch.values import Global, Made, Pairs, Persistent
+from prunectl.formats.torch import views
+from prunectl.formats.torch.pickle.opcodes import Global, OpaqueCall, Persistent, PickleDict
+
+MAX_WRAPPERS = 16
+_PARAMETERS = frozenset(
+    {
+        *("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"),
+        *("torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"),
+        *("torch._utils._rebuild_device_tensor_from_cpu_tensor", "torch._utils._rebuild_device_tensor_from_numpy"),
+        "torch._utils._rebuild_xla_tensor",
+    }
+)
+"""Calls that wrap the tensor which is their first argument."""
+_TYPED = frozenset({"torch._tensor._rebuild_from_type_v2", "torch._tensor._rebuild_from_type"})
+_SPARSE = "torch._utils._rebuild_sparse_tensor"
+_QUANTIZED = "torch._utils._rebuild_qtensor"
+_LISTED = ("indices", "values")
+_COMPRESSED = ("compressed_indices", "plain_indices", "values")
+_QUANTIZER = ("qscheme", "scales", "zero_points")
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a value is a tensor with a storage of its own."""
+    if isinstance(value, Persistent):
+        return not isinstance(value.id, tuple)
+    return isinstance(value, OpaqueCall) and (value.path in views.PLAIN or views.is_array(value))
+
+
+def inner_tensor(value: Any) -> Any:
+    """Return the tensor inside a parameter or a subclass."""
+    for _ in range(MAX_WRAPPERS):
+        if not isinstance(value, OpaqueCall):
+            break
+        if value.arg(0) is not None and (value.path in _PARAMETERS or value.path.startswith("torch.jit._pickle.")):
+            value = value.arg(0)
+        elif value.path in _TYPED and isinstance(value.arg(2), tuple):
+            inner = OpaqueCall(value.arg(0), value.arg(2), value.arg(3))
+            if not is_tensor(inner) and inner.path != _SPARSE:
+                break
+            value = inner
+        else:
+            break
+    return value
+
+
+def component_tensors(made: OpaqueCall) -> tuple[tuple[str, Any], ...]:
+    """Return the tensors that a sparse or quantized one consists of, by names."""
+    if made.path == _QUANTIZED:
+        settings = made.arg(4)
+        return tuple(zip(_QUANTIZER, settings, strict=False)) if isinstance(settings, tuple) else ()
+    data = made.arg(1)
+    if made.path != _SPARSE or not isinstance(data, tuple):
+        return ()
+    is_compressed = len(data) > 2 and isinstance(inner_tensor(data[2]), OpaqueCall)
+    return tuple(zip(_COMPRESSED if is_compressed else _LISTED, data, strict=False))
+
 
 MAX_DEPTH = 400
 MAX_WORK = 3_000_000
@@ -23,7 +76,7 @@ Parameters = Mapping[str, frozenset[str]]
 
 
 @dataclass(slots=True, eq=False)
-class Leaf:
+class TensorEntry:
     """A tensor as the program would rebuild it."""
 
     name: str
@@ -53,7 +106,7 @@ class _Node:
     def below(
         self, key: str, value: Any, *, kind: str = "", is_buffer: bool = False, skipped: Sequence[Any] = ()
     ) -> _Node:
-        return _Node(self, key, unwrapped(value), self.depth + 1, kind, is_buffer, skipped)
+        return _Node(self, key, inner_tensor(value), self.depth + 1, kind, is_buffer, skipped)
 
     def name(self) -> str:
         keys: list[str] = []
@@ -68,7 +121,7 @@ class _Node:
         """Return the class of the object that it lies in, and the attribute; nothing if it lies in none."""
         attribute, node = self.key, self.above
         while node is not None:
-            if isinstance(node.value, Made):
+            if isinstance(node.value, OpaqueCall):
                 return node.value.path, attribute
             attribute = node.key or attribute
             node = node.above
@@ -83,27 +136,27 @@ class _Node:
         return False
 
     def cost(self) -> int:
-        value = self.value.state if isinstance(self.value, Made) else self.value
-        items = value.items if isinstance(value, Pairs) else value if isinstance(value, list | tuple) else ()
+        value = self.value.state if isinstance(self.value, OpaqueCall) else self.value
+        items = value.items if isinstance(value, PickleDict) else value if isinstance(value, list | tuple) else ()
         return 1 + len(items) + len(self.skipped)
 
 
-def leaves(path: Path, root: Any, parameters: Parameters) -> list[Leaf]:
+def iter_tensors(path: Path, root: Any, parameters: Parameters) -> list[TensorEntry]:
     """Return every tensor that a value holds, in the order of the program."""
-    found: list[Leaf] = []
+    found: list[TensorEntry] = []
     # The values are kept, so that no other can take the identity of one that was met.
     seen: dict[int, Any] = {}
     work, characters = 0, 0
-    todo = [iter((_Node(None, "", unwrapped(root)),))]
+    todo = [iter((_Node(None, "", inner_tensor(root)),))]
     while todo:
         node = next(todo[-1], None)
         if node is None:
             todo.pop()
             continue
         work += node.cost()
-        if torch_leaves.is_leaf(node.value):
+        if is_tensor(node.value):
             found.append(
-                Leaf(
+                TensorEntry(
                     node.name() or "tensor",
                     node.value,
                     node.kind,
@@ -114,7 +167,7 @@ def leaves(path: Path, root: Any, parameters: Parameters) -> list[Leaf]:
             characters += len(found[-1].name)
         elif id(node.value) in seen:
             work += node.depth
-            if not _may_repeat(node.value) or node.is_inside_itself():
+            if not _may_be_shared(node.value) or node.is_inside_itself():
                 continue
         seen[id(node.value)] = node.value
         if work > MAX_WORK or characters > MAX_NAMES_CHARACTERS or len(found) > MAX_TENSORS:
@@ -125,23 +178,23 @@ def leaves(path: Path, root: Any, parameters: Parameters) -> list[Leaf]:
     return found
 
 
-def _may_repeat(value: Any) -> bool:
+def _may_be_shared(value: Any) -> bool:
     """Whether a value that was met before counts again: dictionaries and modules do."""
-    return isinstance(value, Pairs) or (isinstance(value, Made) and _is_module(value.state))
+    return isinstance(value, PickleDict) or (isinstance(value, OpaqueCall) and _is_module(value.state))
 
 
 def _children(node: _Node, parameters: Parameters) -> Iterator[_Node]:
     value = node.value
-    if isinstance(value, Pairs):
+    if isinstance(value, PickleDict):
         yield from _of_pairs(node, value, parameters)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             if _is_container(item):
                 yield node.below(str(index), item, kind=node.kind, is_buffer=node.is_buffer)
-    elif isinstance(value, Made):
+    elif isinstance(value, OpaqueCall):
         kind = value.function.name if isinstance(value.function, Global) else ""
-        parts = torch_leaves.parts(value)
-        if parts or torch_leaves.is_leaf(value):
+        parts = component_tensors(value)
+        if parts or is_tensor(value):
             yield from (node.below(name, part) for name, part in parts if _is_container(part))
         elif _is_module(value.state):
             yield from _of_module(node, value.state.plain(), kind)
@@ -150,9 +203,9 @@ def _children(node: _Node, parameters: Parameters) -> Iterator[_Node]:
             yield from (node.below("", inside, kind=kind) for inside in insides if _is_container(inside))
 
 
-def _of_pairs(node: _Node, pairs: Pairs, parameters: Parameters) -> Iterator[_Node]:
+def _of_pairs(node: _Node, pairs: PickleDict, parameters: Parameters) -> Iterator[_Node]:
     owner = node.above.value if node.above is not None else None
-    trained = parameters.get(owner.path) if isinstance(owner, Made) else None
+    trained = parameters.get(owner.path) if isinstance(owner, OpaqueCall) else None
     skipped = {key for key in node.skipped if isinstance(key, str)}
     for index, (key, item) in enumerate(pairs.items):
         if _is_container(item) and not (isinstance(key, str) and key in skipped):
@@ -163,7 +216,7 @@ def _of_pairs(node: _Node, pairs: Pairs, parameters: Parameters) -> Iterator[_No
 
 def _is_module(state: Any) -> bool:
     """Whether a state is that of a torch.nn.Module."""
-    return isinstance(state, Pairs) and {"_parameters", "_modules"} <= state.plain().keys()
+    return isinstance(state, PickleDict) and {"_parameters", "_modules"} <= state.plain().keys()
 
 
 def _of_module(node: _Node, state: dict[str, Any], kind: str) -> Iterator[_Node]:
@@ -171,7 +224,7 @@ def _of_module(node: _Node, state: dict[str, Any], kind: str) -> Iterator[_Node]
     unsaved = state.get("_non_persistent_buffers_set")
     skipped = unsaved if isinstance(unsaved, list) else ()
     for part in ("_parameters", "_buffers", "_modules"):
-        if isinstance(state.get(part), Pairs):
+        if isinstance(state.get(part), PickleDict):
             is_buffer = part == "_buffers"
             yield node.below("", state[part], kind=kind, is_buffer=is_buffer, skipped=skipped if is_buffer else ())
 
@@ -181,9 +234,9 @@ def _is_container(value: Any) -> bool:
     kind = type(value)
     if kind is list or kind is tuple:
         return bool(value)
-    if kind is Pairs:
+    if kind is PickleDict:
         return bool(value.items)
-    if kind is Made:
+    if kind is OpaqueCall:
         insides = value.args, value.state, value.pairs, value.items
-        return any(inside is not None and inside != () for inside in insides) or torch_leaves.is_leaf(value)
+        return any(inside is not None and inside != () for inside in insides) or is_tensor(value)
     return kind is Persistent

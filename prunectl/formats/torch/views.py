@@ -9,13 +9,91 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats.base import Tensor
 from prunectl.formats.budgets import MAX_VIEWED_BYTES, MAX_VIEWED_TIMES
-from prunectl.formats.torch.dtypes import DTYPES, STORAGES
-from prunectl.formats.torch.values import Global, Made, Persistent, shown
+from prunectl.formats.torch.pickle.opcodes import Global, OpaqueCall, Persistent, RawBytes, describe_value
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "bool": np.dtype(np.bool_),
+    "uint8": np.dtype(np.uint8),
+    "int8": np.dtype(np.int8),
+    "uint16": np.dtype(np.uint16),
+    "int16": np.dtype(np.int16),
+    "uint32": np.dtype(np.uint32),
+    "int32": np.dtype(np.int32),
+    "uint64": np.dtype(np.uint64),
+    "int64": np.dtype(np.int64),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+    "complex64": np.dtype(np.complex64),
+    "complex128": np.dtype(np.complex128),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "float8_e4m3fnuz": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "float8_e5m2fnuz": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "float8_e8m0fnu": np.dtype(ml_dtypes.float8_e8m0fnu),
+    # Quantized numbers are the whole numbers that are stored.
+    "qint8": np.dtype(np.int8),
+    "quint8": np.dtype(np.uint8),
+    "qint32": np.dtype(np.int32),
+    # Several numbers in a byte: the bytes are all that NumPy can say of them.
+    "quint4x2": np.dtype(np.uint8),
+    "quint2x4": np.dtype(np.uint8),
+    "float4_e2m1fn_x2": np.dtype(np.uint8),
+}
+
+STORAGES: dict[str, str] = {
+    "BoolStorage": "bool",
+    "ByteStorage": "uint8",
+    "CharStorage": "int8",
+    "ShortStorage": "int16",
+    "IntStorage": "int32",
+    "LongStorage": "int64",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "FloatStorage": "float32",
+    "DoubleStorage": "float64",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+    "QInt8Storage": "qint8",
+    "QUInt8Storage": "quint8",
+    "QInt32Storage": "qint32",
+    "QUInt4x2Storage": "quint4x2",
+    "QUInt2x4Storage": "quint2x4",
+    "UntypedStorage": "uint8",
+}
+"""What a class of storage holds; an untyped one counts bytes."""
+
+SCALAR_TYPES: dict[int, str] = {
+    1: "uint8",
+    2: "int8",
+    3: "int16",
+    4: "int32",
+    5: "int64",
+    6: "float16",
+    7: "float32",
+    8: "float64",
+    10: "complex64",
+    11: "complex128",
+    12: "bool",
+    13: "bfloat16",
+    28: "uint16",
+    29: "float8_e4m3fn",
+    30: "float8_e5m2",
+    31: "float8_e4m3fnuz",
+    32: "float8_e5m2fnuz",
+    33: "float8_e8m0fnu",
+    34: "uint32",
+    35: "uint64",
+}
+"""The numbers that exported programs use."""
+
 
 MAX_RANK = 64
 MAX_REPEATS = 64
@@ -32,7 +110,7 @@ PLAIN = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StorageInfo:
     """A storage as the pickle words it."""
 
     key: str
@@ -51,51 +129,53 @@ class Stored:
 class View:
     """A tensor as a view of its storage."""
 
-    stored: Stored
+    stored: StorageInfo
     dtype: np.dtype[Any]
     start: int
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None
 
 
-def stored(path: Path, key: Any) -> Stored:
+def parse_persistent_id(path: Path, key: Any) -> StorageInfo:
     """Return the storage that a persistent id names."""
     if not isinstance(key, tuple) or len(key) not in {5, 6} or not isinstance(key[1], Global):
         raise InputError(f"{path} is damaged: its pickle does not say which storage it means")
     _, kind, name, _, count, *view = key
     if kind.name not in STORAGES:
-        raise InputError(f"{path} holds numbers as {shown(kind.name)}, a type that prunectl does not read")
+        raise InputError(f"{path} holds numbers as {describe_value(kind.name)}, a type that prunectl does not read")
     name = str(name) if type(name) is int else name
     if not isinstance(name, str) or not _is_count(count):
         raise InputError(f"{path} is damaged: its pickle does not say which storage it means")
     first = 0
     if view and view[0] is not None:
         if not (isinstance(view[0], tuple) and len(view[0]) == 3 and _is_count(view[0][1]) and _is_count(view[0][2])):
-            raise InputError(f"{path} is damaged: it does not say which part of storage {shown(name)} it means")
+            raise InputError(
+                f"{path} is damaged: it does not say which part of storage {describe_value(name)} it means"
+            )
         first = view[0][1]
         if first + view[0][2] > count:
-            raise InputError(f"{path} is damaged: a view reaches past the end of storage {shown(name)}")
-    return Stored(name, DTYPES[STORAGES[kind.name]], count, first)
+            raise InputError(f"{path} is damaged: a view reaches past the end of storage {describe_value(name)}")
+    return StorageInfo(name, DTYPES[STORAGES[kind.name]], count, first)
 
 
-def view_of(path: Path, made: Made, name: str) -> View:
+def view_of(path: Path, made: OpaqueCall, name: str) -> View:
     """Return the view that a call would rebuild, checked against its storage."""
     key, start, shape, strides = (made.arg(index) for index in range(4))
-    found = stored(path, key.id if isinstance(key, Persistent) else key)
+    found = parse_persistent_id(path, key.id if isinstance(key, Persistent) else key)
     dtype = found.dtype
     if made.path.endswith("_v3"):
         code = made.arg(6)
         if not isinstance(code, Global) or code.name not in DTYPES:
-            raise InputError(f"{path} holds {shown(name)} in a type of number that prunectl does not read")
+            raise InputError(f"{path} holds {describe_value(name)} in a type of number that prunectl does not read")
         dtype = DTYPES[code.name]
-    return see(path, name, found, dtype, (start, shape, strides))
+    return resolve_view(path, name, found, dtype, (start, shape, strides))
 
 
-def see(path: Path, name: str, found: Stored, dtype: np.dtype[Any], place: tuple[Any, Any, Any]) -> View:
+def resolve_view(path: Path, name: str, found: StorageInfo, dtype: np.dtype[Any], place: tuple[Any, Any, Any]) -> View:
     """Return the view of a storage from a start, a shape and strides, unless it reaches beyond it."""
     start, shape, strides = place
     if not (_are_counts(shape) and _are_counts(strides) and _is_count(start) and len(shape) == len(strides)):
-        raise InputError(f"{path} is damaged: {shown(name)} has no shape that makes sense")
+        raise InputError(f"{path} is damaged: {describe_value(name)} has no shape that makes sense")
     first, rest = divmod(found.first * found.dtype.itemsize, dtype.itemsize)
     start += first
     size = math.prod(shape)
@@ -103,11 +183,14 @@ def see(path: Path, name: str, found: Stored, dtype: np.dtype[Any], place: tuple
     last = start + sum((length - 1) * step for length, step in zip(shape, strides, strict=True)) if size else 0
     if rest or (size and last >= elements):
         raise InputError(
-            f"{path} is damaged: {shown(name)} should reach up to element {last} of its storage, which has {elements}"
+            f"{path} is damaged: {describe_value(name)} "
+            f"should reach up to element {last} of its storage, which has {elements}"
         )
     is_expanded = any(step == 0 and length > 1 for length, step in zip(shape, strides, strict=True))
     if size > max(MAX_REPEATS * elements, MAX_EXPANDED if is_expanded else 0):
-        raise InputError(f"{path} is refused: {shown(name)} claims {size} elements of a storage that has {elements}")
+        raise InputError(
+            f"{path} is refused: {describe_value(name)} claims {size} elements of a storage that has {elements}"
+        )
     is_dense = size == 0 or _is_dense(shape, strides)
     return View(found, dtype, start if size else 0, tuple(shape), None if is_dense else tuple(strides))
 
@@ -147,3 +230,60 @@ def _are_counts(values: Any) -> bool:
     if not isinstance(values, list | tuple) or len(values) > MAX_RANK:
         return False
     return all(_is_count(value) for value in values) and math.prod(value or 1 for value in values) <= MAX_LENGTH
+
+
+CODES = frozenset({"b1", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8", "c8", "c16"})
+
+
+@dataclass(frozen=True, slots=True)
+class FlatArray:
+    """An array whose bytes lie in the pickle."""
+
+    raw: RawBytes
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    big_endian: bool
+
+
+def is_array(made: OpaqueCall) -> bool:
+    """Whether a call would rebuild a NumPy array."""
+    return _module(made) == "numpy" and made.path.rpartition(".")[2] in {"_reconstruct", "_frombuffer"}
+
+
+def flat_array(made: OpaqueCall) -> FlatArray | None:
+    """Return where the bytes of an array lie; None where they do not lie as they are."""
+    if made.path.endswith("_frombuffer"):
+        raw, kind, shape, order = (made.arg(index) for index in range(4))
+        is_fortran = order == "F"
+    elif isinstance(made.state, tuple) and len(made.state) == 5:
+        _, shape, kind, is_fortran, raw = made.state
+    else:
+        return None
+    if not isinstance(raw, RawBytes) or not _is_shape(shape):
+        return None
+    found = _dtype(kind)
+    if found is None or math.prod(shape) * found[0].itemsize != raw.nbytes:
+        return None
+    strides = None
+    if is_fortran is True and sum(length > 1 for length in shape) > 1:
+        strides = tuple(math.prod(shape[:axis]) for axis in range(len(shape)))
+    return FlatArray(raw, found[0], shape, strides, found[1])
+
+
+def _dtype(made: Any) -> tuple[np.dtype[Any], bool] | None:
+    code = made.arg(0) if isinstance(made, OpaqueCall) and made.path == "numpy.dtype" else None
+    if not isinstance(code, str) or code not in CODES:
+        return None
+    order = made.state[1] if isinstance(made.state, tuple) and len(made.state) > 1 else "<"
+    return np.dtype(code), order == ">"
+
+
+def _is_shape(shape: Any) -> bool:
+    return (
+        isinstance(shape, tuple) and len(shape) <= MAX_RANK and all(type(n) is int and 0 <= n < 1 << 32 for n in shape)
+    )
+
+
+def _module(made: OpaqueCall) -> str:
+    return made.path.partition(".")[0]

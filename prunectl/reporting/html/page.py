@@ -6,21 +6,63 @@ import base64
 import hashlib
 from collections.abc import Iterable, Sequence
 from itertools import count as numbers
+from pathlib import Path
 
 from prunectl import __version__
-from prunectl.measuring.gates import Gate, gate_sentence
-from prunectl.measuring.shading import Shading
-from prunectl.reporting.html.bars import bars
-from prunectl.reporting.html.curves import curves
-from prunectl.reporting.html.masks import masks
-from prunectl.reporting.html.pareto import pareto
-from prunectl.reporting.html.script import SCRIPT
-from prunectl.reporting.html.style import STYLE
-from prunectl.reporting.html.tables import table_html
-from prunectl.reporting.html.text import safe, tag
-from prunectl.reporting.html.treemap import treemap
-from prunectl.reporting.report import Failure, Report, Section
+from prunectl.analysis.sizes import LimitCheck, gate_sentence
+from prunectl.analysis.sparsity_map import SparsityMap
+from prunectl.errors import UsageError
+from prunectl.formats import atomic
+from prunectl.reporting.html.assets import SCRIPT, STYLE
+from prunectl.reporting.html.charts import bars, curves, masks, pareto, safe, tag, treemap
+from prunectl.reporting.report import Cell, Column, Failure, Report, Section, Table
 from prunectl.units import Units
+
+_FILTERED_FROM = 9
+"""Rows that are seen at a glance need no filter."""
+
+
+def table_html(table: Table, identity: str, units: Units) -> str:
+    """Return a table; its rows are those of the report, in that order until somebody clicks."""
+    heads = "".join(_head(column) for column in table.columns)
+    rows = "".join(_row(table, row, units) for row in table.rows)
+    foot = f"<tfoot>{_row(table, table.total, units)}</tfoot>" if table.total else ""
+    inside = f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody>{foot}"
+    name = safe(table.title or table.name)
+    whole = f'<table class="sortable" id="{identity}" aria-label="{name}">{inside}</table>'
+    around = f'<div class="scroll" tabindex="0" role="group" aria-label="{name}">{whole}</div>'
+    return f"{_filter(table, identity, name)}{around}"
+
+
+def _filter(table: Table, identity: str, name: str) -> str:
+    if len(table.rows) < _FILTERED_FROM:
+        return ""
+    field = f'<input type="search" placeholder="filter" aria-label="filter {name}" data-table="{identity}">'
+    return f'<div>{field}<output aria-live="polite"></output></div>'
+
+
+def _head(column: Column) -> str:
+    if not column.name:
+        return "<td></td>"
+    button = tag("button", safe(column.name), type="button")
+    return f'<th scope="col" aria-sort="none"{_css_class(column)}>{button}</th>'
+
+
+def _row(table: Table, row: tuple[Cell, ...], units: Units) -> str:
+    return f"<tr>{''.join(_cell(column, cell, units) for column, cell in zip(table.columns, row, strict=True))}</tr>"
+
+
+def _cell(column: Column, cell: Cell, units: Units) -> str:
+    spelled = safe(column.spell(cell, units))
+    if not column.is_number:
+        return f"<td>{spelled}</td>"
+    value = "" if cell is None or isinstance(cell, str) else f"{cell:.6g}" if isinstance(cell, float) else str(cell)
+    return f'<td class="n" data-v="{value}">{spelled}</td>'
+
+
+def _css_class(column: Column) -> str:
+    return ' class="n"' if column.is_number else ""
+
 
 MARK = '<meta name="generator" content="prunectl">'
 """By which one of our pages is known again."""
@@ -62,7 +104,7 @@ def _failures(failures: Iterable[Failure]) -> str:
 
 def _gates(report: Report, units: Units) -> str:
     # Of findings, which are gates that say more, there is a table.
-    gates = [gate for gate in report.gates if type(gate) is Gate]
+    gates = [gate for gate in report.gates if type(gate) is LimitCheck]
     return "".join(
         f'<p class="{"good" if gate.ok else "bad"}">{"pass" if gate.ok else "FAIL"}: '
         f"{safe(gate_sentence(gate, units))}</p>"
@@ -106,7 +148,7 @@ def _models(report: Report, units: Units) -> str:
     )
 
 
-def _model(model: dict[str, object], found: Sequence[Shading], units: Units) -> str:
+def _model(model: dict[str, object], found: Sequence[SparsityMap], units: Units) -> str:
     layers = model["layers"]
     assert isinstance(layers, list)
     parts = (
@@ -116,3 +158,31 @@ def _model(model: dict[str, object], found: Sequence[Shading], units: Units) -> 
     )
     pictures = "".join(f"<h3>{title}</h3>{picture}" for title, picture in parts if picture)
     return f"<section>{tag('h2', safe(str(model['path'])))}{pictures}</section>" if pictures else ""
+
+
+_HEAD_BYTES = 512
+
+
+def check(path: Path) -> None:
+    """Refuse a place that a page cannot have, before any work begins."""
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{path.parent} is not a folder", hint=f"mkdir -p {path.parent}")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", hint=f"--html {path / 'report.html'}")
+    if path.is_file() and not _is_ours(path):
+        raise UsageError(f"{path} exists, and is no report of prunectl", hint="name another file, or remove it")
+
+
+def write(path: Path, report: Report, command: str, units: Units) -> int:
+    """Write a report as a page, and return its bytes."""
+    # Whatever the command itself has written there meanwhile stays.
+    check(path)
+    text = page(report, command, units)
+    atomic.write_text(path, text, is_forced=True)
+    return len(text.encode())
+
+
+def _is_ours(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    return not head or MARK.encode() in head

@@ -4,14 +4,104 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array
-from prunectl.training.data import casts, layout
-from prunectl.training.data.casts import Cast
-from prunectl.training.data.layout import Layout
+from prunectl.training.backend import Port, Signature
 from prunectl.training.data.source import Arrays, Batch, Source, each, peek
-from prunectl.training.signature import Port, Signature
+
+_BYTE = np.dtype(np.uint8)
+_FLOAT = np.dtype(np.float32)
+_WHOLE = np.dtype(np.int64)
+_HALVES = frozenset({"float16", "float64"})
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """From one type of numbers to another."""
+
+    dtype: np.dtype[Any]
+    said: str
+
+    def apply(self, array: Array, what: str) -> Array:
+        """Return the array in the other type; whole numbers must be whole and within it."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            found = array.astype(self.dtype)
+        if self.dtype.kind in "iu" and not np.array_equal(found, array):
+            raise InputError(f"{what} must be whole numbers that a {self.dtype} can hold, and some are not")
+        return found
+
+
+def of_input(found: np.dtype[Any], wanted: str) -> Cast | None:
+    """Return what makes an input of one type fit a model that takes another; an unknown one is taken for floats."""
+    if wanted.startswith(("int", "uint", "bool")):
+        return None if found == wanted else Cast(np.dtype(wanted), f"{found} is cast to {wanted}")
+    dtype = np.dtype(wanted) if wanted in _HALVES else _FLOAT
+    if found == dtype or (not wanted and found.kind in "bi"):
+        return None
+    said = f"{found} is cast to {dtype}"
+    if found == _BYTE:
+        said += " as it is; a model that was trained on x / 255 needs ?norm=unit, one on x / 16 ?norm=/16"
+    return Cast(dtype, said)
+
+
+def of_target(found: np.dtype[Any]) -> Cast | None:
+    """Return what makes targets whole 64-bit or 32-bit floating-point numbers, as losses take them."""
+    dtype = _FLOAT if found.kind == "f" else _WHOLE
+    return None if found == dtype else Cast(dtype, f"{found} is cast to {dtype}")
+
+
+Shape = Sequence[int | None]
+_TO_FIRST, _TO_LAST = (2, 0, 1), (1, 2, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class AxisLayout:
+    """Another order of axes, then others of a single element."""
+
+    said: str
+    order: tuple[int, ...] = ()
+    """Axes of an example in their new order; empty leaves them."""
+    wanted: tuple[int | None, ...] = ()
+    """Axes of an example once those of a single element are put in or dropped; empty leaves them."""
+
+    def apply(self, array: Array) -> Array:
+        """Return the array with the axes of its examples changed."""
+        if self.order:
+            return np.ascontiguousarray(array.transpose(0, *(axis + 1 for axis in self.order)))
+        # An axis whose length the model leaves open keeps the one that it has in this batch.
+        lengths = iter(length for length in array.shape[1:] if length != 1)
+        return array.reshape(len(array), *(1 if length == 1 else next(lengths) for length in self.wanted))
+
+
+def matches(shape: Shape, wanted: Shape) -> bool:
+    """Whether a shape is one that is asked for, where None takes any length."""
+    return len(shape) == len(wanted) and all(
+        length is None or length == found for found, length in zip(shape, wanted, strict=True)
+    )
+
+
+def between(shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> AxisLayout | None:
+    """Return the one clear way from a shape to another; None if there is none, or nothing to do."""
+    if wanted is None or matches(shape, wanted):
+        return None
+    longer = [length for length in shape if length != 1]
+    if matches(longer, [length for length in wanted if length != 1]):
+        return AxisLayout(f"{text(shape)} is read as {text(wanted)}", wanted=wanted)
+    orders = [order for order in (_TO_FIRST, _TO_LAST) if len(shape) == 3]
+    fitting = [order for order in orders if matches([shape[axis] for axis in order], wanted)]
+    if len(fitting) != 1:
+        return None
+    ends = "first" if fitting[0] == _TO_FIRST else "last"
+    return AxisLayout(f"{text(shape)} becomes {text(wanted)}: channels come {ends}", order=fitting[0])
+
+
+def text(shape: Shape) -> str:
+    """Return a shape as users write it."""
+    return "x".join("?" if length is None else str(length) for length in shape) or "a single number"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +109,7 @@ class Fit:
     """What is done to one array of every batch."""
 
     title: str
-    layout: Layout | None = None
+    layout: AxisLayout | None = None
     cast: Cast | None = None
 
     def apply(self, array: Array) -> Array:
@@ -51,7 +141,7 @@ def adapt(source: Source, signature: Signature) -> tuple[Source, tuple[str, ...]
         for place, (array, port) in enumerate(zip(inputs, signature.inputs, strict=True))
     ]
     ys = [
-        Fit(title(source, "y", place, len(targets)), None, casts.of_target(array.dtype))
+        Fit(title(source, "y", place, len(targets)), None, of_target(array.dtype))
         for place, array in enumerate(targets)
     ]
 
@@ -68,7 +158,7 @@ def title(source: Source, side: str, place: int, count: int) -> str:
 
 
 def _input_fit(name: str, array: Array, port: Port) -> Fit:
-    return Fit(name, layout.between(array.shape[1:], port.shape), casts.of_input(array.dtype, port.dtype))
+    return Fit(name, between(array.shape[1:], port.shape), of_input(array.dtype, port.dtype))
 
 
 def _applied(fits: Sequence[Fit], arrays: Arrays) -> Arrays:

@@ -2,19 +2,62 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array
-from prunectl.formats.optional import require
-from prunectl.training.data.grammar import Spec, axes, existing
-from prunectl.training.data.pictures import COLORS, Look, decode
-from prunectl.training.data.rows import Rows
+from prunectl.formats.safe_json import require
+from prunectl.training.backend import Signature
+from prunectl.training.data.readers import Rows
 from prunectl.training.data.source import Batch, Indices
-from prunectl.training.signature import Signature
+from prunectl.training.data.spec import Spec, axes, existing
+
+_MODES = {"grey": "L", "rgb": "RGB"}
+COLORS = tuple(_MODES)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageOptions:
+    """How every picture is made to look."""
+
+    color: str
+    """One of COLORS."""
+    size: tuple[int, int] | None
+    """Height and width in pixels; None leaves each as it is."""
+    is_channels_first: bool = False
+    has_channels: bool = True
+    """Whether there is an axis for channels, also if grey is the only one."""
+
+
+def decode(picture: Path | bytes, look: ImageOptions, what: str) -> Array:
+    """Return a picture's pixels as bytes; a size that is not asked for is resized to (bilinear)."""
+    image = require("PIL.Image", extra="images")
+    try:
+        with image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as file:
+            pixels = _upright(file).convert(_MODES[look.color])
+    except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
+        raise InputError(f"{what} cannot be read as a picture: {error}") from error
+    if look.size is not None and pixels.size != look.size[::-1]:
+        pixels = pixels.resize(look.size[::-1], image.Resampling.BILINEAR)
+    return _laid_out(np.array(pixels, np.uint8), look)
+
+
+def _upright(picture: Any) -> Any:
+    """Return a picture turned as its camera says it was held."""
+    return require("PIL.ImageOps", extra="images").exif_transpose(picture)
+
+
+def _laid_out(pixels: Array, look: ImageOptions) -> Array:
+    if pixels.ndim == 2 and look.has_channels:
+        pixels = pixels[:, :, None]
+    return np.moveaxis(pixels, -1, 0) if look.is_channels_first and pixels.ndim == 3 else pixels
+
 
 OPTIONS = ("size", "color")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -81,7 +124,7 @@ def _pictures(folder: Path) -> list[Path]:
     )
 
 
-def _look(spec: Spec, signature: Signature | None) -> Look:
+def _look(spec: Spec, signature: Signature | None) -> ImageOptions:
     """Return what the options say of all pictures, and the model where they do not."""
     first = bool(signature and signature.is_channels_first)
     shape = signature.inputs[0].shape if signature and signature.inputs else None
@@ -96,7 +139,9 @@ def _look(spec: Spec, signature: Signature | None) -> Look:
         said = f"color={color} is none" if color else f"the model takes {channels} channels"
         raise UsageError(f"{said}: pictures are {' or '.join(COLORS)}")
     size_known = None if height is None or width is None else (height, width)
-    return Look(color, size_known, first, has_channels=not (shape is not None and len(shape) == 2 and color == "grey"))
+    return ImageOptions(
+        color, size_known, first, has_channels=not (shape is not None and len(shape) == 2 and color == "grey")
+    )
 
 
 def _wanted(shape: Sequence[int | None] | None, *, is_channels_first: bool) -> tuple[int | None, ...]:
@@ -108,7 +153,7 @@ def _wanted(shape: Sequence[int | None] | None, *, is_channels_first: bool) -> t
     return (shape[1], shape[2], shape[0]) if is_channels_first else (shape[0], shape[1], shape[2])
 
 
-def _notes(spec: Spec, classes: list[str], look: Look) -> tuple[str, ...]:
+def _notes(spec: Spec, classes: list[str], look: ImageOptions) -> tuple[str, ...]:
     said = f"{spec.where}: pictures are read as {look.color}"
     if look.size is not None:
         said += f", and resized to {look.size[0]}x{look.size[1]} where they are not"

@@ -1,62 +1,110 @@
-"""Every kind of data at once: how a SPEC is recognised, what opens it, which options are its own."""
+"""What the words of a data SPEC are: where the examples lie, and options behind a question mark."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from urllib.parse import unquote
 
-from prunectl.errors import UsageError
-from prunectl.training.data import (
-    code,
-    columns,
-    csv_table,
-    filters,
-    grammar,
-    images,
-    made_up,
-    npy,
-    npz,
-    parquet,
-    records,
+from prunectl.errors import InputError, UsageError
+from prunectl.formats.detect import address
+
+GRAMMAR = (
+    "a SPEC is train.npz, train.npz[x,y], x.npy,y.npy, images/, table.csv?target=label, table.parquet?target=label, "
+    "'*.tfrecord?schema=f.json', package.module:function, ./file.py:function or random:64"
 )
-from prunectl.training.data.grammar import Spec
-from prunectl.training.data.source import Source
-from prunectl.training.signature import Signature
+GENERAL = ("norm", "shape", "flatten", "classes", "relabel", "onehot", "limit")
+"""Options that every SPEC takes."""
+_OPTIONS = re.compile(r"\?(?=[A-Za-z_]+(?:=[^&]*)?(?:&[A-Za-z_]+(?:=[^&]*)?)*$)")
+_YES = {"": True, "1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """One kind of data."""
+class Spec:
+    """A SPEC taken apart."""
 
-    fits: Callable[[str], bool]
-    """Whether what stands before the question mark names it."""
-    opener: Callable[[Spec, Signature | None, int], Source]
-    """Given the SPEC, the model's signature and the seed."""
-    options: tuple[str, ...] = ()
+    text: str
+    where: str
+    """What stands before the question mark."""
+    options: Mapping[str, str]
+
+    @property
+    def path(self) -> Path:
+        """Where the examples lie, if that is one file or folder."""
+        return Path(self.where)
+
+    def words(self, name: str) -> tuple[str, ...]:
+        """Return the parts of an option that commas separate."""
+        return tuple(word.strip() for word in self.options.get(name, "").split(",") if word.strip())
+
+    def number(self, name: str) -> int | None:
+        """Return an option that is a count, if it is given."""
+        if name not in self.options:
+            return None
+        return counted(name, self.options[name])
+
+    def is_asked(self, name: str) -> bool:
+        """Whether an option that is yes or no says yes."""
+        if name not in self.options:
+            return False
+        said = self.options[name].lower()
+        if said not in _YES:
+            raise UsageError(f"{name}={self.options[name]} is neither yes nor no", hint=f"write {name}=1 or {name}=0")
+        return _YES[said]
 
 
-KINDS = (
-    Kind(made_up.fits, made_up.open_random),
-    Kind(npz.fits, lambda spec, _, __: npz.open_npz(spec)),
-    Kind(npy.fits, lambda spec, _, __: npy.open_npy(spec)),
-    Kind(csv_table.fits, lambda spec, _, __: csv_table.open_csv(spec), columns.OPTIONS),
-    Kind(parquet.fits, lambda spec, _, __: parquet.open_parquet(spec), columns.OPTIONS),
-    Kind(records.fits, lambda spec, _, __: records.open_records(spec), records.OPTIONS),
-    Kind(code.fits, lambda spec, signature, _: code.open_code(spec, signature)),
-    Kind(images.fits, lambda spec, signature, _: images.open_images(spec, signature), images.OPTIONS),
-)
+def parse(text: str) -> Spec:
+    """Return the words of a SPEC."""
+    if not text.strip():
+        raise UsageError("the data SPEC is empty", hint=GRAMMAR)
+    found = None if os.path.lexists(text) else _OPTIONS.search(text)
+    if found is None:
+        return Spec(text, text, {})
+    options: dict[str, str] = {}
+    for word in text[found.end() :].split("&"):
+        name, _, value = word.partition("=")
+        if name in options:
+            raise UsageError(f"the data SPEC {text} says {name} twice")
+        options[name] = unquote(value)
+    return Spec(text, text[: found.start()], options)
 
 
-def open_source(spec: str, *, signature: Signature | None, seed: int) -> Source:
-    """Return the examples that a SPEC means, as the file has them but for what its options say."""
-    parsed = grammar.parse(spec)
-    for kind in KINDS:
-        if kind.fits(parsed.where):
-            grammar.check_options(parsed, kind.options)
-            return filters.apply(kind.opener(parsed, signature, seed), parsed, signature)
-    raise _unknown(parsed)
+def check_options(spec: Spec, own: Iterable[str]) -> None:
+    """Refuse an option that this kind of data does not have."""
+    known = (*own, *GENERAL)
+    for name in spec.options:
+        if name not in known:
+            raise UsageError(
+                f"{spec.where} takes no option {name}",
+                did_you_mean=tuple(get_close_matches(name, known)),
+                hint=f"it takes {', '.join(known)}",
+            )
 
 
-def _unknown(spec: Spec) -> UsageError:
-    grammar.existing(spec.path)
-    return UsageError(f"{spec.text} is no data that prunectl knows", hint=grammar.GRAMMAR)
+def counted(name: str, text: str) -> int:
+    """Return a positive whole number that somebody wrote."""
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise UsageError(f"{name}={text} is no count", hint=f"write a whole number above zero, as in {name}=100")
+    return int(text)
+
+
+def axes(name: str, text: str) -> tuple[int, ...]:
+    """Return lengths of axes that are written as 28x28."""
+    return tuple(counted(name, length) for length in text.lower().split("x"))
+
+
+def existing(path: Path) -> Path:
+    """Return a path that is there, or say that it is not."""
+    if not os.path.lexists(path):
+        raise address(str(path)) or InputError(f"{path} does not exist", hint=_quoting(str(path)))
+    return path
+
+
+def _quoting(where: str) -> str:
+    if re.search(r"[*?\[&]", where):
+        return f"the shell reads * ? [ and & itself: quote the SPEC, as in '{where}'"
+    return GRAMMAR

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
+import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from prunectl.errors import InputError
-from prunectl.formats.tensorflow.leveldb_table import masked_crc
+import numpy as np
+
+from prunectl.errors import InputError, UsageError
+from prunectl.formats.base import Array
+from prunectl.formats.protobuf import BYTES, Field, WireError, fields, text, varints
+from prunectl.formats.tensorflow.leveldb import masked_crc
+from prunectl.training.data.images import ImageOptions, decode
+from prunectl.training.data.readers import NUMERIC, Stream, in_pieces
+from prunectl.training.data.source import Arrays, Batch
+from prunectl.training.data.spec import Spec, existing
 
 _HEAD_BYTES = 12
 _CRC_BYTES = 4
@@ -54,3 +66,226 @@ def _next(file: IO[bytes] | gzip.GzipFile, path: Path, number: int) -> bytes | N
     if masked_crc(record) != int.from_bytes(body[length:], "little"):
         raise InputError(f"{path} is damaged: record {number} has a wrong checksum")
     return record
+
+
+Value = Array | list[bytes]
+"""What a feature holds: 64-bit integers, 32-bit floats, or runs of bytes."""
+_BYTES_LIST, _FLOAT_LIST, _INT64_LIST = 1, 2, 3
+
+
+def features(record: bytes, what: str) -> Mapping[str, Value]:
+    """Return the features of an example by their names."""
+    data = memoryview(record)
+    try:
+        return dict(
+            _entry(data, entry)
+            for outer in fields(data)
+            if (outer.number, outer.wire) == (1, BYTES)
+            for entry in fields(data, outer.begin, outer.end)
+            if (entry.number, entry.wire) == (1, BYTES)
+        )
+    except WireError as error:
+        raise InputError(f"{what} is no tf.train.Example: {error}") from error
+
+
+def kind(value: Value) -> str:
+    """Return what a feature holds, in words."""
+    if isinstance(value, list):
+        return f"{len(value)} x bytes" if len(value) != 1 else f"{len(value[0])} bytes"
+    return f"{value.size} x {value.dtype}"
+
+
+def _entry(data: memoryview, entry: Field) -> tuple[str, Value]:
+    name, value = "", list[bytes]()
+    found: Value = value
+    for field in fields(data, entry.begin, entry.end):
+        if (field.number, field.wire) == (1, BYTES):
+            name = text(data, field)
+        elif (field.number, field.wire) == (2, BYTES):
+            found = _parse_feature(data, field)
+    return name, found
+
+
+def _parse_feature(data: memoryview, feature: Field) -> Value:
+    found: Value = []
+    for field in fields(data, feature.begin, feature.end):
+        if field.wire != BYTES:
+            raise WireError(f"wire type {field.wire} in a feature")
+        if field.number == _BYTES_LIST:
+            found = [
+                bytes(data[one.begin : one.end]) for one in fields(data, field.begin, field.end) if one.number == 1
+            ]
+        elif field.number == _FLOAT_LIST:
+            found = _floats(data, field)
+        elif field.number == _INT64_LIST:
+            found = _integers(data, field)
+    return found
+
+
+def _floats(data: memoryview, values: Field) -> Array:
+    runs = [bytes(data[one.begin : one.end]) for one in fields(data, values.begin, values.end) if one.number == 1]
+    raw = b"".join(runs)
+    if len(raw) % 4:
+        raise WireError("a list of floats that ends within one")
+    return np.frombuffer(raw, "<f4")
+
+
+def _integers(data: memoryview, values: Field) -> Array:
+    runs = [
+        varints(bytes(data[one.begin : one.end])) if one.wire == BYTES else np.array([one.value], np.uint64)
+        for one in fields(data, values.begin, values.end)
+        if one.number == 1
+    ]
+    return np.concatenate(runs).view(np.int64) if runs else np.zeros(0, np.int64)
+
+
+KEYS = ("feature", "dtype", "shape", "encoding")
+ENCODINGS = ("raw", "image")
+EXAMPLE = '{"x": {"feature": "image", "dtype": "uint8", "shape": [28, 28, 1]}, "y": {"feature": "label"}}'
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """How one feature becomes an array."""
+
+    name: str
+    dtype: np.dtype[Any] | None
+    """None keeps what the feature holds."""
+    shape: tuple[int, ...]
+    is_image: bool
+
+    def array(self, values: Mapping[str, Value], what: str) -> Array:
+        """Return the feature of one example."""
+        if self.name not in values:
+            held = ", ".join(f"{name} ({kind(value)})" for name, value in values.items())
+            raise InputError(
+                f"{what} has no feature {self.name!r}",
+                did_you_mean=tuple(get_close_matches(self.name, values)),
+                hint=f"it has {held or 'none'}",
+            )
+        found = values[self.name]
+        flat = self._from_bytes(found, what) if isinstance(found, list) else found
+        if flat.size != int(np.prod(self.shape)):
+            raise InputError(
+                f"{what}: the feature {self.name!r} holds {flat.size} numbers ({kind(found)}), "
+                f"and the schema says {list(self.shape)}"
+            )
+        shaped = flat.reshape(self.shape)
+        return shaped if self.dtype is None or isinstance(found, list) else shaped.astype(self.dtype)
+
+    def _from_bytes(self, found: list[bytes], what: str) -> Array:
+        if len(found) != 1:
+            raise InputError(f"{what}: the feature {self.name!r} holds {kind(found)}, not one run of bytes")
+        if self.is_image:
+            height, width, *channels = self.shape
+            color = "rgb" if channels == [3] else "grey"
+            return decode(found[0], ImageOptions(color, (height, width)), f"{what}, feature {self.name!r}")
+        if self.dtype is None:
+            raise UsageError(f"the feature {self.name!r} holds bytes: the schema must say their dtype", hint=EXAMPLE)
+        if len(found[0]) % self.dtype.itemsize:
+            raise InputError(f"{what}: the feature {self.name!r} ends within a {self.dtype}")
+        return np.frombuffer(found[0], self.dtype.newbyteorder("<"))
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """The inputs and the targets of an example."""
+
+    x: tuple[Feature, ...]
+    y: tuple[Feature, ...]
+
+
+def read_example_schema(path: Path) -> Schema:
+    """Return the schema in a JSON file."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON", hint=f"a schema is {EXAMPLE}") from error
+    if not isinstance(found, dict) or "x" not in found or found.keys() - {"x", "y"}:
+        raise InputError(f"{path} is no schema: it has x, and y where there are targets", hint=EXAMPLE)
+    return Schema(_side(path, found["x"]), _side(path, found["y"]) if "y" in found else ())
+
+
+def _side(path: Path, said: Any) -> tuple[Feature, ...]:
+    many = said if isinstance(said, list) else [said]
+    if not many:
+        raise InputError(f"{path} is no schema: a list of features is empty", hint=EXAMPLE)
+    return tuple(_feature_spec(path, one) for one in many)
+
+
+def _feature_spec(path: Path, said: Any) -> Feature:
+    if not isinstance(said, dict) or not isinstance(said.get("feature"), str):
+        raise InputError(f"{path} is no schema: each of x and y names a feature", hint=EXAMPLE)
+    for key in said:
+        if key not in KEYS:
+            raise InputError(
+                f"{path}: a feature has no {key!r}",
+                did_you_mean=tuple(get_close_matches(key, KEYS)),
+                hint=f"it has {', '.join(KEYS)}",
+            )
+    shape = said.get("shape", [])
+    if not isinstance(shape, list) or not all(type(length) is int and length > 0 for length in shape):
+        raise InputError(f"{path}: the shape {shape} of {said['feature']} is no list of lengths", hint=EXAMPLE)
+    encoding = said.get("encoding", "raw")
+    if encoding not in ENCODINGS:
+        raise InputError(f"{path}: the encoding {encoding!r} is not known", hint=f"known: {', '.join(ENCODINGS)}")
+    if encoding == "image" and (len(shape) not in {2, 3} or (len(shape) == 3 and shape[2] not in {1, 3})):
+        raise InputError(f"{path}: a picture has the shape [height, width, 1 or 3], not {shape}")
+    return Feature(said["feature"], _dtype(path, said.get("dtype")), tuple(shape), encoding == "image")
+
+
+def _dtype(path: Path, name: Any) -> np.dtype[Any] | None:
+    if name is None:
+        return None
+    try:
+        found = np.dtype(name) if isinstance(name, str) else None
+    except TypeError:
+        found = None
+    if found is None or found.kind not in NUMERIC:
+        raise InputError(f"{path}: {name!r} is no type of numbers", hint="such as uint8, int64 or float32")
+    return found
+
+
+OPTIONS = ("schema",)
+RECORDS_AT_ONCE = 256
+_SUFFIXES = (".tfrecord", ".tfrecords", ".tfrec", ".tfrecord.gz", ".tfrecords.gz")
+
+
+def fits(where: str) -> bool:
+    """Whether a SPEC names TFRecord files, also the many of one split such as train.tfrecord-00000-of-00008."""
+    return where.endswith(_SUFFIXES) or ".tfrecord-" in Path(where).name
+
+
+def open_records(spec: Spec) -> Stream:
+    """Return the source that `'*.tfrecord?schema=f.json'` means."""
+    paths = [Path(name) for name in sorted(glob.glob(spec.where))] or [existing(spec.path)]
+    if "schema" not in spec.options:
+        held = ", ".join(
+            f"{name} ({kind(value)})" for _, values in _examples(paths[:1], 1) for name, value in values.items()
+        )
+        raise UsageError(
+            f"{spec.text} needs a schema that says which features are inputs and targets: '{spec.where}?schema=f.json'",
+            hint=f"f.json is like {EXAMPLE}; the first example has {held or 'no features'}",
+        )
+    said = read_example_schema(existing(Path(spec.options["schema"])))
+
+    def read() -> Iterator[Batch]:
+        for piece in in_pieces(_examples(paths), RECORDS_AT_ONCE):
+            yield Batch(_stacked(said.x, piece), _stacked(said.y, piece) if said.y else None)
+
+    return Stream(spec.text, None, bool(said.y), read)
+
+
+def _examples(paths: Sequence[Path], most: int | None = None) -> Iterator[tuple[str, Mapping[str, Value]]]:
+    """Yield the features of each example, and what to call it."""
+    for path in paths:
+        for number, record in enumerate(records(path)):
+            if most is not None and number >= most:
+                return
+            what = f"record {number} of {path}"
+            yield what, features(record, what)
+
+
+def _stacked(wanted: Sequence[Feature], piece: Sequence[tuple[str, Mapping[str, Value]]]) -> Arrays:
+    arrays = tuple(np.stack([feature.array(values, what) for what, values in piece]) for feature in wanted)
+    return arrays[0] if len(arrays) == 1 else arrays

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from prunectl.errors import UsageError
-from prunectl.training.keras import numbers
-from prunectl.training.keras.library import Library
-from prunectl.training.keras.loading import first_line
-from prunectl.training.keras.sights.observe import predicted
-from prunectl.training.keras.sparse import dense
-from prunectl.training.network import Array
+from prunectl.training.backend import Array
+from prunectl.training.keras import backend
+from prunectl.training.keras.backend import Library, dense
+from prunectl.training.keras.layer_inputs.recorder import predicted
+from prunectl.training.keras.load import first_line
 
 _HALF_SCALES = (2.0**15, 2.0**10, 2.0**5, 1.0)
 
@@ -40,7 +39,7 @@ def gradients(library: Library, model: Any, variables: Sequence[Any], x: Any, y:
         raise UsageError("the data has no targets, and gradients are those of a loss", hint="use data with targets")
     take = {"tensorflow": _by_tape, "torch": _by_torch, "jax": _by_jax}[library.backend]
     failures = (library.tensorflow.errors.InvalidArgumentError,) if library.is_on_tensorflow else ()
-    held = [one for one in variables if numbers.is_float(one)]
+    held = [one for one in variables if backend.is_float(one)]
     try:
         for scale in _scales(model):
             found = [slope / scale for slope in take(_Case(library, model, x, y, scale), held)]
@@ -52,7 +51,7 @@ def gradients(library: Library, model: Any, variables: Sequence[Any], x: Any, y:
             hint="see that --loss and the targets fit the model",
         ) from error
     by_variable = {id(one): slope for one, slope in zip(held, found, strict=True)}
-    return [by_variable.get(id(one), np.zeros(numbers.shape(one), np.float32)) for one in variables]
+    return [by_variable.get(id(one), np.zeros(backend.shape(one), np.float32)) for one in variables]
 
 
 def _scales(model: Any) -> tuple[float, ...]:

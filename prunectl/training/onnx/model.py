@@ -1,4 +1,4 @@
-"""An ONNX model that predicts, and shows what its weights meet."""
+"""From an ONNX file to a model that shows what its weights meet."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 
 from prunectl.errors import InputError
-from prunectl.formats.base import Array
+from prunectl.formats.base import Array, ModelFile
+from prunectl.formats.safe_json import require
+from prunectl.training.backend import ModelOrigin, Signature
 from prunectl.training.data.source import Arrays
-from prunectl.training.onnx import ports
-from prunectl.training.onnx.held import Held
-from prunectl.training.onnx.look import Look
-from prunectl.training.onnx.looks import look
-from prunectl.training.onnx.meetings import Meetings
-from prunectl.training.onnx.pieces import Piece, joined, pieces
-from prunectl.training.onnx.session import Session
-from prunectl.training.sights import See, Sight
-from prunectl.training.signature import Signature
+from prunectl.training.layer_inputs import Observed, See, Sight
+from prunectl.training.onnx import session
+from prunectl.training.onnx.layer_inputs import look
+from prunectl.training.onnx.session import Piece, Session, joined, pieces
+from prunectl.training.onnx.uses import InputCapture, LoadedWeights, Meetings, hold
 
 _REAL = np.dtype(np.float32)
 
@@ -25,19 +23,19 @@ _REAL = np.dtype(np.float32)
 class OnnxModel:
     """A model in onnxruntime, on the processor."""
 
-    def __init__(self, held: Held) -> None:
+    def __init__(self, held: LoadedWeights) -> None:
         self._held = held
         self._graph = held.proto.graph
         self._meetings = Meetings(held)
         self._made = {name for node in self._graph.node for name in node.output}
-        self._size = ports.piece(self._graph)
+        self._size = session.piece(self._graph)
         self._predicting: Session | None = Session(held)
         self._observing: tuple[frozenset[str], Session] | None = None
 
     @property
     def signature(self) -> Signature:
         """What goes in and comes out, as far as the graph says."""
-        return ports.signature(self._graph)
+        return session.signature(self._graph)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -80,7 +78,7 @@ class OnnxModel:
         """Return copies of all tensors."""
         return self._held.copies()
 
-    def _told(self, found: Look | None) -> Look | None:
+    def _told(self, found: InputCapture | None) -> InputCapture | None:
         """Return a way to see something through which data goes, and whose values the graph has."""
         if found is None or found.needs[0] in self._held.weights:
             return None
@@ -99,7 +97,7 @@ class OnnxModel:
         return known | self._observing[1].run(sorted(inner), feeds)
 
     def _pieces(self, x: Arrays) -> Iterable[Piece]:
-        return pieces(ports.feeds(self._graph, x, is_any_count=self._size is not None), self._size)
+        return pieces(session.feeds(self._graph, x, is_any_count=self._size is not None), self._size)
 
     def _joined(self, name: str, found: list[tuple[Piece, Array]]) -> Array:
         array = joined(found)
@@ -113,3 +111,11 @@ class OnnxModel:
 
 def _real(value: Array) -> Array:
     return value.astype(_REAL, copy=False) if value.dtype.kind == "f" or value.dtype.name == "bfloat16" else value
+
+
+def open_observed(model: ModelFile, origin: ModelOrigin) -> Observed:
+    """Return a model as onnxruntime runs it; the file says all of it, so that nothing of its origin is asked."""
+    del origin
+    require("onnx", extra="onnx")
+    require("onnxruntime", extra="onnx")
+    return OnnxModel(hold(model))

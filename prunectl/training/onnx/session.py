@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from prunectl.errors import InputError, first_line
+from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Array
-from prunectl.formats.optional import require
-from prunectl.training.onnx.held import Held
+from prunectl.formats.onnx.tensors import CODES
+from prunectl.formats.safe_json import require
+from prunectl.training.backend import Ending, Port, Signature
+from prunectl.training.data.source import Arrays, each
+from prunectl.training.onnx.uses import LoadedWeights, Ran
 
 _FATAL = 4
 """What onnxruntime logs by itself; the rest comes as exceptions."""
@@ -19,7 +23,7 @@ _FATAL = 4
 class Session:
     """A graph that is ready to run; what was assigned later is not in it."""
 
-    def __init__(self, held: Held, inner: Collection[str] = ()) -> None:
+    def __init__(self, held: LoadedWeights, inner: Collection[str] = ()) -> None:
         self._path = held.model.path
         # Kept alive, as onnxruntime reads the arrays where they lie.
         self._outside = {name: _aligned(array) for name, array in held.outside.items()}
@@ -69,3 +73,129 @@ def with_outputs(proto: Any, names: Iterable[str]) -> Any:
 
 def _aligned(array: Array) -> Array:
     return np.require(array, requirements=["C", "A"])
+
+
+Shape = tuple[int | None, ...]
+
+
+def signature(graph: Any) -> Signature:
+    """Return the ports of a graph, without the axis that counts the examples."""
+    makers = {name: node for node in graph.node for name in node.output}
+    outputs = tuple(replace(_port(port), ending=_ending(makers, port.name)) for port in graph.output)
+    return Signature(tuple(map(_port, graph.input)), outputs, is_channels_first=True)
+
+
+_PASSED_ON = frozenset({"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Cast"})
+_ENDINGS = {"Softmax": Ending.SOFTMAX, "LogSoftmax": Ending.LOG_SOFTMAX, "Sigmoid": Ending.SIGMOID}
+_RAW = frozenset({"Gemm", "MatMul", "Conv", "Add", "Relu", "BatchNormalization", "Tanh", "GlobalAveragePool"})
+
+
+def _ending(makers: Mapping[str, Any], name: str) -> Ending:
+    """The last activation, by the node that makes an output; unknown where that does not tell."""
+    for _ in range(len(makers)):
+        node = makers.get(name)
+        if node is None or not node.input or node.op_type not in _PASSED_ON:
+            break
+        name = node.input[0]
+    kind = node.op_type if (node := makers.get(name)) is not None else ""
+    return _ENDINGS.get(kind, Ending.RAW if kind in _RAW else Ending.UNKNOWN)
+
+
+def piece(graph: Any) -> int | None:
+    """Return how many examples go in at a time, if it is always the same number."""
+    shapes = [_shape(port) for port in graph.input]
+    sizes = {shape[0] if shape else None for shape in shapes}
+    return next(iter(sizes)) if len(sizes) == 1 else None
+
+
+def feeds(graph: Any, x: Arrays, *, is_any_count: bool) -> dict[str, Array]:
+    """Return what is given to each input, refused if it does not fit."""
+    arrays = each(x)
+    if len(arrays) != len(graph.input):
+        raise UsageError(f"the model takes {len(graph.input)} inputs, and {len(arrays)} are given")
+    return {
+        port.name: _fed(port, np.asarray(array), is_any_count=is_any_count)
+        for port, array in zip(graph.input, arrays, strict=True)
+    }
+
+
+def _fed(port: Any, array: Array, *, is_any_count: bool) -> Array:
+    shape = _shape(port)
+    if shape is not None:
+        expected = (None, *shape[1:]) if is_any_count else shape
+        if not _fits(array.shape, expected):
+            given, wanted = _text(array.shape), _text(expected)
+            raise UsageError(f"the input {port.name!r} of the model has the shape {wanted}, and {given} is given")
+    code = CODES.get(port.type.tensor_type.elem_type)
+    if code is None or array.dtype == code.dtype:
+        return array
+    if not np.can_cast(array.dtype, code.dtype, "same_kind"):
+        raise UsageError(f"the input {port.name!r} of the model is {code.dtype}, and {array.dtype} is given")
+    return array.astype(code.dtype)
+
+
+def _fits(shape: Sequence[int], expected: Shape) -> bool:
+    return len(shape) == len(expected) and all(
+        wanted in {None, length} for length, wanted in zip(shape, expected, strict=True)
+    )
+
+
+def _port(port: Any) -> Port:
+    shape, code = _shape(port), CODES.get(port.type.tensor_type.elem_type)
+    return Port(port.name, shape[1:] if shape else None, "" if code is None else code.dtype.name)
+
+
+def _shape(port: Any) -> Shape | None:
+    """Return the shape with the axis of the examples; None if it is unknown."""
+    kind = port.type.tensor_type
+    if not port.type.HasField("tensor_type") or not kind.HasField("shape"):
+        return None
+    return tuple(
+        axis.dim_value if axis.HasField("dim_value") and axis.dim_value > 0 else None for axis in kind.shape.dim
+    )
+
+
+def _text(shape: Shape) -> str:
+    return "x".join("?" if length is None else str(length) for length in shape) or "()"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What goes in at a time."""
+
+    feeds: Mapping[str, Array]
+    ran: int
+    count: int
+    """Examples of the batch; the rest repeats the first of them."""
+
+    def left(self, values: Mapping[str, Array]) -> Ran:
+        """Return what a pass left behind, which tells what only filled it up."""
+        return Ran(values, self.ran, self.count) if self.count < self.ran else Ran(values)
+
+
+def pieces(feeds: Mapping[str, Array], size: int | None) -> Iterator[Piece]:
+    """Yield the pieces of a batch, or all of it if any number may go in."""
+    total = max((len(array) for array in feeds.values() if array.ndim), default=0)
+    if size is None or size == total:
+        yield Piece(feeds, total, total)
+        return
+    for begin in range(0, total, size):
+        part = {name: array[begin : begin + size] for name, array in feeds.items()}
+        count = min(size, total - begin)
+        yield Piece({name: _filled(array, size) for name, array in part.items()}, size, count)
+
+
+def joined(found: Sequence[tuple[Piece, Array]]) -> Array | None:
+    """Return what came out of the pieces as one array; none if its examples cannot be told."""
+    first, array = found[0]
+    if len(found) == 1 and first.count == first.ran:
+        return array
+    axis = Ran({}, first.ran).axis(array.shape)
+    cut = [Ran({}, piece.ran, piece.count).real(array, array.ndim) for piece, array in found]
+    if axis is None:
+        return None
+    return np.concatenate([array for array in cut if array is not None], axis=axis)
+
+
+def _filled(array: Array, size: int) -> Array:
+    return np.concatenate([array, np.repeat(array[:1], size - len(array), axis=0)])

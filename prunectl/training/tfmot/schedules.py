@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 from prunectl.errors import UsageError
-from prunectl.formats.optional import require
-from prunectl.pruning.schedules import Ramp, Schedule
-from prunectl.training.keras.library import keras_two
-from prunectl.training.tfmot.library import tfmot
+from prunectl.formats.safe_json import require
+from prunectl.pruning.schedules import Schedule, SparsitySchedule
+from prunectl.training.keras.backend import keras_two, quietly
 from prunectl.training.wrap.schedules import OURS, from_config, is_tfmots, power_of, to_config
+
+_LEGACY = "TF_USE_LEGACY_KERAS"
+
+
+def tfmot() -> Any:
+    """Return what tfmot has for sparsity in Keras 2."""
+    keras_two()
+    before = os.environ.get(_LEGACY)
+    try:
+        with quietly():
+            found = require("tensorflow_model_optimization", extra="tensorflow")
+    finally:
+        # tfmot turns every Keras that is imported later, in this process and in those it starts, into Keras 2.
+        if before is None:
+            os.environ.pop(_LEGACY, None)
+        else:
+            os.environ[_LEGACY] = before
+    return found.sparsity.keras
+
+
+def version() -> str:
+    """Return which tfmot it is."""
+    found: str = require("tensorflow_model_optimization", extra="tensorflow").__version__
+    return found
+
 
 _MOST_STEPS = 10_000_000
 _sparsity = tfmot()
@@ -63,7 +88,7 @@ def native_of(schedule: Schedule) -> Any:
         raise UsageError("tfmot leaves a weight in every layer: a sparsity of 100% is beyond it", hint="such as 99%")
     if not is_tfmots(schedule):
         return Planned(schedule)
-    assert isinstance(schedule, Ramp)
+    assert isinstance(schedule, SparsitySchedule)
     end = -1 if schedule.end is None else schedule.end
     if schedule.curve == "constant":
         return _sparsity.ConstantSparsity(schedule.final, schedule.begin, end, schedule.frequency)

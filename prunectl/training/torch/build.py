@@ -1,21 +1,158 @@
-"""From a file of PyTorch to a module, and the names that its tensors have in the file."""
+"""From a file to a network in PyTorch, which is imported here and not before."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import io
+import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from prunectl.errors import InputError, UsageError, first_line
-from prunectl.formats.base import ModelFile
-from prunectl.training import trusted
-from prunectl.training.builders import builder, built
-from prunectl.training.network import Origin
-from prunectl.training.torch.arrays import to_torch
-from prunectl.training.torch.exported import Pieces, load_program, shapes_of
-from prunectl.training.torch.names import matched
+from prunectl.formats.base import ModelFile, Role, Tensor
+from prunectl.formats.safe_json import require
+from prunectl.formats.torch import exported_trust
+from prunectl.training import user_code
+from prunectl.training.backend import ModelOrigin, Network, Port
+from prunectl.training.torch.tensors import ending, to_torch
+from prunectl.training.user_code import builder, built
+
+
+def open_network(model: ModelFile, origin: ModelOrigin) -> Network:
+    """Return a model as PyTorch trains it."""
+    require("torch", extra="torch")
+    build = importlib.import_module("prunectl.training.torch.build").build
+    network = importlib.import_module("prunectl.training.torch.model").TorchNetwork
+    found: Network = network(build(model, origin))
+    return found
+
+
+def load_program(model: ModelFile, origin: ModelOrigin) -> torch.export.ExportedProgram:
+    """The program in a file; without trust, in an archive of our own that holds what is on the lists and no more."""
+    safe = None if origin.is_trusted else exported_trust.checked(model.path)
+    try:
+        if safe is None:
+            return torch.export.load(str(model.path))
+        with tempfile.TemporaryFile(prefix="prunectl-") as file:
+            safe.write(file, _example_inputs(safe.inputs))
+            file.seek(0)
+            return torch.export.load(file)
+    except Exception as error:
+        raise InputError(f"{model.path} cannot be loaded by this PyTorch: {first_line(error)}") from error
+
+
+def _example_inputs(found: bytes) -> bytes:
+    """Example inputs as torch.export.load, which falls back to unpickling anything, does not have to fall back for."""
+    try:
+        inputs = torch.load(io.BytesIO(found), map_location="cpu", weights_only=True) if found else None
+    except Exception:  # noqa: BLE001 - PyTorch raises what it likes; the shapes of the program say what goes in
+        return b""
+    if not isinstance(inputs, tuple):
+        return b""
+    whole = io.BytesIO()
+    torch.save(inputs, whole)
+    return whole.getvalue()
+
+
+class Pieces(torch.nn.Module):
+    """Runs any batch through a module that takes so many examples at a time."""
+
+    def __init__(self, inner: torch.nn.Module, size: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.size = size
+        self.kept = size
+        """How many of the examples that go through now are not there to fill up."""
+
+    def state_dict(self, *args: Any, **more: Any) -> Any:
+        """Return the inner module's, under its names."""
+        return self.inner.state_dict(*args, **more)
+
+    def named_parameters(self, *args: Any, **more: Any) -> Any:
+        """Yield the inner module's, under its names."""
+        return self.inner.named_parameters(*args, **more)
+
+    def named_buffers(self, *args: Any, **more: Any) -> Any:
+        """Yield the inner module's, under its names."""
+        return self.inner.named_buffers(*args, **more)
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        """Return what comes out of all pieces, the last filled up with its first example."""
+        count = len(inputs[0])
+        found = []
+        for begin in range(0, count, self.size):
+            piece = [one[begin : begin + self.size] for one in inputs]
+            missing = self.size - len(piece[0])
+            if missing:
+                piece = [torch.cat([one, one[:1].expand(missing, *one.shape[1:])]) for one in piece]
+            self.kept = self.size - missing
+            out = self.inner(*piece)
+            found.append(tree_map(lambda one, end=self.size - missing: one[:end], out))
+        return found[0] if len(found) == 1 else _joined(found)
+
+
+def _joined(found: list[Any]) -> Any:
+    if isinstance(found[0], torch.Tensor):
+        return torch.cat(found)
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+
+def shapes_of(program: Any) -> tuple[tuple[int | None, ...], ...]:
+    """Return the shapes that a program takes, the batch first; None for an axis that may have any length."""
+    names = set(program.graph_signature.user_inputs)
+    shapes = [
+        getattr(node.meta.get("val"), "shape", ())
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in names
+    ]
+    return tuple(tuple(axis if isinstance(axis, int) else None for axis in shape) for shape in shapes)
+
+
+_IDLE = frozenset({Role.OPTIMIZER, Role.MASK, Role.SCHEDULE})
+
+
+def matched(model: ModelFile, module: torch.nn.Module, said: str) -> dict[str, str]:
+    """Return the name in the module of each tensor of the file that has one; every parameter must have a tensor."""
+    wanted = module.state_dict()
+    held = {tensor.name: tensor for tensor in model.tensors if tensor.role not in _IDLE}
+    prefix = _prefix(held, wanted)
+    found = {prefix + name: name for name in wanted if prefix + name in held}
+    for name, value in wanted.items():
+        tensor = held.get(prefix + name)
+        if tensor is None and name in dict(module.named_parameters()):
+            raise UsageError(
+                f"{model.path} has no {prefix + name}, which the model of {said} needs",
+                hint=f"see what it has: prunectl inspect {model.path}",
+            )
+        if tensor is not None and tensor.shape != tuple(value.shape):
+            raise UsageError(
+                f"{tensor.name} is {_text(tensor.shape)} in {model.path}, and {_text(tuple(value.shape))} in the "
+                f"model of {said}",
+                hint="does it build the model with other widths?",
+            )
+    return found
+
+
+def _prefix(held: Mapping[str, Tensor], wanted: Mapping[str, torch.Tensor]) -> str:
+    """Return what stands before most names; of several the first in the file."""
+    votes: Counter[str] = Counter()
+    for name in held:
+        parts = name.split(".")
+        votes.update(
+            ".".join(parts[:at]) + "." * bool(at) for at in range(len(parts)) if ".".join(parts[at:]) in wanted
+        )
+    return max(votes, key=lambda prefix: votes[prefix]) if votes else ""
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +169,15 @@ class Built:
     """What goes in, without the batch, where the file says so."""
 
 
-def build(model: ModelFile, origin: Origin) -> Built:
+def build(model: ModelFile, origin: ModelOrigin) -> Built:
     """Return the module in a file, or that of a function with the file's weights."""
-    trusted.check(model, origin)
+    user_code.check(model, origin)
     torch.manual_seed(origin.seed)
     if origin.model:
         return _of_function(model, origin)
     if model.format == "torch-export":
         return _exported(model, origin)
-    if trusted.is_script(model):
+    if user_code.is_script(model):
         return _scripted(model)
     if model.about.code:
         return _trusted(model)
@@ -50,7 +187,7 @@ def build(model: ModelFile, origin: Origin) -> Built:
     )
 
 
-def _of_function(model: ModelFile, origin: Origin) -> Built:
+def _of_function(model: ModelFile, origin: ModelOrigin) -> Built:
     make = builder(origin.model)
     made = make if isinstance(make, torch.nn.Module) else built(make, origin.model)
     if not isinstance(made, torch.nn.Module):
@@ -72,7 +209,7 @@ def _scripted(model: ModelFile) -> Built:
     return _whole(model, module)
 
 
-def _exported(model: ModelFile, origin: Origin) -> Built:
+def _exported(model: ModelFile, origin: ModelOrigin) -> Built:
     program = load_program(model, origin)
     module: torch.nn.Module = program.module()
     shapes = shapes_of(program)
@@ -92,7 +229,7 @@ def _trusted(model: ModelFile) -> Built:
         module = torch.load(str(model.path), map_location="cpu", weights_only=False)
     except (AttributeError, ModuleNotFoundError) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        hint = f"{trusted.way_to(model, missing)} loads it first" if missing else "say what builds the model: --model"
+        hint = f"{user_code.way_to(model, missing)} loads it first" if missing else "say what builds the model: --model"
         raise InputError(f"{model.path} names code that is not here: {first_line(error)}", hint=hint) from error
     if not isinstance(module, torch.nn.Module):
         raise UsageError(f"{model.path} holds a {type(module).__name__}", hint="say what builds the model: --model")
@@ -103,3 +240,62 @@ def _whole(model: ModelFile, module: torch.nn.Module) -> Built:
     if not any(True for _ in module.parameters()):
         raise InputError(f"{model.path} has no parameters that can be trained: they were frozen into constants")
     return Built(module, matched(model, module, str(model.path)))
+
+
+_CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+
+
+def inputs_of(module: torch.nn.Module, shapes: tuple[tuple[int | None, ...], ...] = ()) -> tuple[Port, ...]:
+    """Return the inputs: their names by what `forward` takes, their shapes by the file or the first layer."""
+    if shapes:
+        dtype = _first_layer(module)[1] if len(shapes) == 1 else ""
+        return tuple(Port(f"input{at}", shape, dtype) for at, shape in enumerate(shapes))
+    names = _names(module)
+    if len(names) > 1:
+        return tuple(Port(name, None, "") for name in names)
+    shape, dtype = _first_layer(module)
+    return (Port(names[0] if names else "x", shape, dtype),)
+
+
+def outputs_of(outputs: tuple[torch.Tensor, ...]) -> tuple[Port, ...]:
+    """Return the outputs, seen on an example."""
+    return tuple(
+        Port(
+            f"output{at}" if len(outputs) > 1 else "output",
+            tuple(one.shape[1:]),
+            str(one.dtype).rpartition(".")[2],
+            ending(one),
+        )
+        for at, one in enumerate(outputs)
+    )
+
+
+def _names(module: torch.nn.Module) -> list[str]:
+    if isinstance(module, torch.jit.ScriptModule):
+        method: Any = module.forward
+        return [arg.name for arg in method.schema.arguments[1:] if not arg.has_default_value()]
+    inner = getattr(module, "inner", module)
+    taken = inspect.signature(inner.forward).parameters.values()
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [one.name for one in taken if one.default is one.empty and one.kind in plain]
+
+
+def _first_layer(module: torch.nn.Module) -> tuple[tuple[int | None, ...] | None, str]:
+    """Return the shape and the type that the first layer with weights takes."""
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Embedding):
+            return None, "int64"
+        if isinstance(layer, _CONVOLUTIONS):
+            return (layer.in_channels, *([None] * len(layer.kernel_size))), _dtype(layer.weight)
+        own = next(iter(layer.parameters(recurse=False)), None)
+        if own is not None and not isinstance(layer, torch.jit.ScriptModule):
+            return None, _dtype(own)
+    # A script says no classes: the kernel of a convolution is known by its axes.
+    first = next((weight for weight in module.parameters() if weight.ndim > 1), next(module.parameters()))
+    is_convolution = first.ndim in {3, 4, 5}
+    return (first.shape[1], *([None] * (first.ndim - 2))) if is_convolution else None, _dtype(first)
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    # Half precision is what autocast and the module make of it; data comes in single.
+    return "float64" if tensor.dtype is torch.float64 else "float32"

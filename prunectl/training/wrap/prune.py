@@ -7,25 +7,25 @@ from pathlib import Path
 
 import numpy as np
 
+from prunectl.analysis.patterns import BlockPattern
+from prunectl.analysis.tensor_io import count_zeros
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile, Role
+from prunectl.formats.registry import open_model
 from prunectl.formats.scratch import temporary_folder
-from prunectl.formats.table import open_model
-from prunectl.measuring.patterns import Block
-from prunectl.measuring.zeros import count_zeros
-from prunectl.pruning import output as outputs
-from prunectl.pruning.execute import Tally
-from prunectl.pruning.output import Output
-from prunectl.pruning.plan import Cut
+from prunectl.pruning import destination as outputs
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.engine import TensorCounts
+from prunectl.pruning.plan import TensorPlan
 from prunectl.pruning.prune import Pruned, prune
-from prunectl.pruning.request import Request, shape_of
-from prunectl.pruning.schedules import Ramp, Schedule
-from prunectl.pruning.selection import Mask
+from prunectl.pruning.request import PruneRequest, parse_pattern
+from prunectl.pruning.schedules import Schedule, SparsitySchedule
 from prunectl.pruning.strip import surveyed
-from prunectl.training import trusted
-from prunectl.training.keras.said import said
-from prunectl.training.network import Origin
-from prunectl.training.wrap.wrapping import Wrapping, check_stripped, wrap, wrapper_of
+from prunectl.pruning.threshold import Mask
+from prunectl.training import user_code
+from prunectl.training.backend import ModelOrigin
+from prunectl.training.keras.compile.config import said
+from prunectl.training.wrap.wrappers import Wrapping, check_stripped, wrap, wrapper_of
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -39,25 +39,27 @@ class Wrapped:
     """How many tensors have a wrapper."""
     bare: tuple[str, ...]
     """Those that the framework has no wrapper for."""
-    ramp: Ramp | None
+    ramp: SparsitySchedule | None
     loses_compilation: bool
     """Whether the file says how it was compiled, and the result does not."""
     loses_optimizer: bool
     """Whether the file had the state of an optimizer that is not in the result."""
 
 
-def prune_wrapped(path: Path, request: Request, ramp: Ramp | None, origin: Origin, output: Output | None) -> Wrapped:
+def prune_wrapped(
+    path: Path, request: PruneRequest, ramp: SparsitySchedule | None, origin: ModelOrigin, output: Destination | None
+) -> Wrapped:
     """Prune a model behind wrappers: now, or, with a ramp, in later training."""
     model = open_model(path)
     wrapper_of(model, has_schedule=ramp is not None)
     outputs.check(model, output)
-    trusted.check(model, origin)
+    user_code.check(model, origin)
     with temporary_folder() as scratch:
         plain = scratch / path.resolve().name
-        pruned = prune(path, replace(request, is_packed=False), Output(plain))
+        pruned = prune(path, replace(request, is_packed=False), Destination(plain))
         found = open_model(plain)
         wrapping = _wrapping(found, pruned, ramp, origin)
-        with outputs.workplace(model, output) as (folder, target):
+        with outputs.staging_dir(model, output) as (folder, target):
             written = folder / target.name
             bare = wrap(model, wrapping, written)
             check_stripped(found if ramp is None else model, written)
@@ -73,11 +75,11 @@ def prune_wrapped(path: Path, request: Request, ramp: Ramp | None, origin: Origi
     return Wrapped(pruned, len(wrapping.names) - len(bare), bare, ramp, is_bare, lost)
 
 
-def _wrapping(found: ModelFile, pruned: Pruned, ramp: Ramp | None, origin: Origin) -> Wrapping:
-    pattern, pool = shape_of(pruned.request)
+def _wrapping(found: ModelFile, pruned: Pruned, ramp: SparsitySchedule | None, origin: ModelOrigin) -> Wrapping:
+    pattern, pool = parse_pattern(pruned.request)
     if ramp is None:
         return Wrapping(_masks(found, pruned), pattern=pattern, pool=pool, origin=origin)
-    if not isinstance(pattern, Block | None):
+    if not isinstance(pattern, BlockPattern | None):
         raise UsageError(
             f"tfmot makes the pattern {pruned.request.pattern} at once, without a schedule",
             hint="leave out --schedule: the masks are then in the file",
@@ -108,7 +110,7 @@ def _bits(array: Array) -> Array:
     return np.ascontiguousarray(array).view(_BITS[array.dtype.itemsize])
 
 
-def _share(cut: Cut, pruned: Pruned) -> float:
+def _share(cut: TensorPlan, pruned: Pruned) -> float:
     """Return how much of a tensor goes: as it was asked, or as it came out where tensors were ranked or weighed."""
     dropped = pruned.tallies[cut.tensor.name].dropped
     asked = (pruned.sparsity, *(ratio for _, ratio in pruned.request.layers))
@@ -116,6 +118,6 @@ def _share(cut: Cut, pruned: Pruned) -> float:
     return next(exact, dropped / cut.tensor.size)
 
 
-def _untouched(model: ModelFile, pruned: Pruned) -> dict[str, Tally]:
+def _untouched(model: ModelFile, pruned: Pruned) -> dict[str, TensorCounts]:
     """Return what is in a file that nothing was dropped from yet."""
-    return {cut.tensor.name: Tally(0, count_zeros(model, cut.tensor)) for cut in pruned.plan.cuts}
+    return {cut.tensor.name: TensorCounts(0, count_zeros(model, cut.tensor)) for cut in pruned.plan.cuts}

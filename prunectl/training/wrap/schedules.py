@@ -8,7 +8,7 @@ from typing import Any
 
 from prunectl.errors import UsageError
 from prunectl.formats.keras.config import part, text
-from prunectl.pruning.schedules import Ramp, Schedule, Then
+from prunectl.pruning.schedules import ChainedSchedule, Schedule, SparsitySchedule
 
 OURS = "prunectl>Planned"
 """What Keras knows our own class by."""
@@ -42,7 +42,7 @@ class Begun:
         return self.schedule.prunes_at(step + self.since)
 
 
-def power_of(ramp: Ramp) -> float:
+def power_of(ramp: SparsitySchedule) -> float:
     """Return the power of a polynomial."""
     words = dict(word.split("=", 1) for word in ramp.params)
     return float(words.get("power", _POWER))
@@ -50,7 +50,7 @@ def power_of(ramp: Ramp) -> float:
 
 def is_tfmots(schedule: Schedule) -> bool:
     """Whether tfmot has a class for a schedule."""
-    if not isinstance(schedule, Ramp):
+    if not isinstance(schedule, SparsitySchedule):
         return False
     # A polynomial that begins where it ends would be divided by nothing there.
     return schedule.curve == "constant" or (schedule.curve == "polynomial" and (schedule.end or 0) > schedule.begin)
@@ -58,14 +58,14 @@ def is_tfmots(schedule: Schedule) -> bool:
 
 def is_aligned(schedule: Schedule) -> bool:
     """Whether tfmot's own class for a schedule reaches its end."""
-    if not is_tfmots(schedule) or not isinstance(schedule, Ramp):
+    if not is_tfmots(schedule) or not isinstance(schedule, SparsitySchedule):
         return False
     return schedule.curve == "constant" or (schedule.last_turn - schedule.begin) % schedule.frequency == 0
 
 
 def to_config(schedule: Schedule) -> dict[str, Any]:
     """Return a schedule of our own as Keras keeps it."""
-    if isinstance(schedule, Ramp):
+    if isinstance(schedule, SparsitySchedule):
         return {
             "curve": schedule.curve,
             "final": schedule.final,
@@ -75,7 +75,7 @@ def to_config(schedule: Schedule) -> dict[str, Any]:
             "frequency": schedule.frequency,
             "params": list(schedule.params),
         }
-    if isinstance(schedule, Then):
+    if isinstance(schedule, ChainedSchedule):
         return {"first": to_config(schedule.first), "at": schedule.at, "second": to_config(schedule.second)}
     if isinstance(schedule, Begun):
         return {"since": schedule.since, "schedule": to_config(schedule.schedule)}
@@ -85,10 +85,10 @@ def to_config(schedule: Schedule) -> dict[str, Any]:
 def from_config(config: Mapping[str, Any]) -> Schedule:
     """Return the schedule of our own that a file keeps."""
     if "first" in config:
-        return Then(from_config(config["first"]), config["at"], from_config(config["second"]))
+        return ChainedSchedule(from_config(config["first"]), config["at"], from_config(config["second"]))
     if "since" in config:
         return Begun(from_config(config["schedule"]), config["since"])
-    return Ramp(**{**config, "params": tuple(config["params"])})
+    return SparsitySchedule(**{**config, "params": tuple(config["params"])})
 
 
 def read(kept: Mapping[str, Any]) -> Schedule | None:
@@ -96,11 +96,15 @@ def read(kept: Mapping[str, Any]) -> Schedule | None:
     name, said = text(kept, "class_name"), part(kept, "config")
     try:
         if name == "ConstantSparsity":
-            return Ramp("constant", said["target_sparsity"], said["begin_step"], _end(said), 0.0, said["frequency"])
+            return SparsitySchedule(
+                "constant", said["target_sparsity"], said["begin_step"], _end(said), 0.0, said["frequency"]
+            )
         if name == "PolynomialDecay":
             power = f"power={float(said['power'])!r}"
             first, final = said["initial_sparsity"], said["final_sparsity"]
-            return Ramp("polynomial", final, said["begin_step"], _end(said), first, said["frequency"], (power,))
+            return SparsitySchedule(
+                "polynomial", final, said["begin_step"], _end(said), first, said["frequency"], (power,)
+            )
         return from_config(said) if name == OURS else None
     except (KeyError, TypeError, ValueError):
         # Of a version that words it otherwise.

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.channels.prune import CutOut
-from prunectl.formats.table import open_model
+from prunectl.channels.prune import ChannelPruneResult
+from prunectl.formats.registry import open_model
 
 MAKERS = {"out", "scale", "shift", "state"}
 
@@ -24,7 +24,7 @@ def layers(model: Any) -> Iterator[Any]:
             yield from layers(layer.layer)
 
 
-def silence(model: Any, found: CutOut) -> Any:
+def silence(model: Any, found: ChannelPruneResult) -> Any:
     """Let a model's layers say nothing in the channels that went."""
     tensors = {tensor.name: tensor for tensor in open_model(Path(found.before.path)).tensors}
     gone: dict[str, set[int]] = {}

@@ -11,18 +11,18 @@ import h5py
 import numpy as np
 import pytest
 
-from prunectl.channels import proof
-from prunectl.channels.groups import groups
-from prunectl.channels.keras import network
-from prunectl.channels.languages import read
+from prunectl.channels import adapter, verify
+from prunectl.channels.frontends import open_adapter
+from prunectl.channels.groups import channel_groups
+from prunectl.channels.keras import adapter as keras_adapter
 from prunectl.channels.prune import prune_channels
 from prunectl.errors import InputError, UsageError, WorkError
-from prunectl.formats.table import open_model
-from prunectl.pruning.output import Output
-from prunectl.pruning.request import Request as Asked
+from prunectl.formats.registry import open_model
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.request import PruneRequest as Asked
+from prunectl.training.backend import Means, ModelOrigin
 from prunectl.training.finetune import finetune
-from prunectl.training.network import Means, Origin
-from prunectl.training.request import Keep, Request
+from prunectl.training.request import FinetuneRequest, Keep
 from tests.channels.keras.masked import silence
 from tests.channels.keras.nets import LIBRARIES, filled, keras, nested, residual, shared, tf_keras
 from tests.channels.keras.test_keras_nets import cut, images, say, short
@@ -33,7 +33,7 @@ DATA = f"{FIXTURES / 'digits.npz'}?limit=100"
 
 
 def locks(path: Path) -> dict[str, str]:
-    return {family.name: family.reason for family in groups(open_model(path)).families if family.reason}
+    return {family.name: family.reason for family in channel_groups(open_model(path)).families if family.reason}
 
 
 def saved(model: Any, path: Path) -> Path:
@@ -169,12 +169,12 @@ def test_the_state_of_an_optimizer_of_strangers_is_left_out_and_said_so(tmp_path
 
 
 def test_a_cut_in_the_wrong_place_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = network.sliced
+    right = adapter.delete_indices
 
     def wrong(array: Any, axes: Any) -> Any:
         return right(array, {axis: (indices + 1) % array.shape[axis] for axis, indices in axes.items()})
 
-    monkeypatch.setattr(network, "sliced", wrong)
+    monkeypatch.setattr(keras_adapter, "delete_indices", wrong)
     with pytest.raises(WorkError, match="differs from the original"):
         cut(FIXTURES / "digits_cnn.keras", tmp_path / "small.keras")
     assert list(tmp_path.iterdir()) == []
@@ -185,15 +185,15 @@ def test_a_softmax_at_the_end_hides_nothing(tmp_path: Path, monkeypatch: pytest.
     layers = [keras.Input((4,)), of.Dense(8, name="in"), of.Dense(3, activation="softmax", name="out")]
     path = saved(filled(keras.Sequential(layers)), tmp_path / "net.keras")
     shown: list[int] = []
-    apart = proof.apart
+    apart = verify.relative_difference
 
     def looking(one: Any, other: Any) -> float:
         shown.append(bool(np.isclose(np.sum(one), 1)))
         return apart(one, other)
 
-    monkeypatch.setattr(proof, "apart", looking)
+    monkeypatch.setattr(verify, "relative_difference", looking)
     cut(path, tmp_path / "small.keras")
-    assert shown == [True, False, False] * (proof.RUNS + 1)  # once more in float64
+    assert shown == [True, False, False] * (verify.RUNS + 1)  # once more in float64
 
 
 @pytest.mark.parametrize("which", LIBRARIES)
@@ -297,7 +297,7 @@ def test_a_lambda_locks_only_the_channels_that_meet_it(
     assert "twice" in held["locked/kernel:0" if "locked/kernel:0" in held else "locked/kernel"]
     assert not any(name.startswith(("free", "behind")) for name in held)
     output = tmp_path / f"small{path.suffix}"
-    prune_channels(path, asked, Output(output), is_trusted=True)
+    prune_channels(path, asked, Destination(output), is_trusted=True)
     shapes = {
         tensor.name.removesuffix(":0").rpartition("/")[0]: tensor.shape
         for tensor in open_model(output).tensors
@@ -319,7 +319,7 @@ def test_a_lambda_that_changes_the_shape_without_saying_so_locks_what_is_behind_
     ]
     path = saved(filled(tf_keras.Sequential(layers)), tmp_path / "net.h5")
     output = tmp_path / "small.h5"
-    prune_channels(path, Asked(sparsity=0.5, pattern="channel"), Output(output), is_trusted=True)
+    prune_channels(path, Asked(sparsity=0.5, pattern="channel"), Destination(output), is_trusted=True)
     kernels = [tensor.shape[-1] for tensor in open_model(output).tensors if tensor.role == "kernel"]
     assert kernels == [3, 8, 6, 2]
 
@@ -329,8 +329,8 @@ def test_what_is_left_can_be_fine_tuned(name: str, tmp_path: Path) -> None:
     output = tmp_path / name
     cut(FIXTURES / name, output)
     shapes = {tensor.name: tensor.shape for tensor in open_model(output).tensors}
-    request = Request(DATA, means=Means(lr=0.002, device="cpu"), origin=Origin(), epochs=1, keep=Keep.LAST)
-    done = finetune(output, request, Output(tmp_path / f"tuned_{name}"))
+    request = FinetuneRequest(DATA, means=Means(lr=0.002, device="cpu"), origin=ModelOrigin(), epochs=1, keep=Keep.LAST)
+    done = finetune(output, request, Destination(tmp_path / f"tuned_{name}"))
     assert done is not None
     assert {tensor.name: tensor.shape for tensor in open_model(tmp_path / f"tuned_{name}").tensors} == shapes
 
@@ -360,7 +360,7 @@ def test_emptied_filters_go_without_a_trace(suffix: str, tmp_path: Path) -> None
         kernel[..., dead] = 0
         model.get_layer(name).set_weights([kernel, bias])
     path, output = saved(model, tmp_path / f"net{suffix}"), tmp_path / f"small{suffix}"
-    found = prune_channels(path, Asked(pattern="channel"), Output(output), dead=True)
+    found = prune_channels(path, Asked(pattern="channel"), Destination(output), dead=True)
     assert found.dropped == 3
     small = tf_keras.models.load_model(output)
     assert [layer.units for layer in small.layers if hasattr(layer, "units")] == [4, 3]
@@ -394,7 +394,7 @@ def test_a_saved_model_that_keras_cannot_write_again_is_refused(tmp_path: Path) 
 
 @pytest.mark.parametrize("which", LIBRARIES)
 def test_what_is_shown_comes_once_for_each_name_as_the_graph_has_it(which: str, tmp_path: Path) -> None:
-    source = read(open_model(saved(shared(LIBRARIES[which]), tmp_path / "net.keras")), Origin())
+    source = open_adapter(open_model(saved(shared(LIBRARIES[which]), tmp_path / "net.keras")), ModelOrigin())
     assert {name.partition("~")[0] for name in source.showable} == {"thin", "each_step/timed", "line", "last", "other"}
     names = sorted(source.showable, reverse=True)
     made = source.runner(source.with_weights({}), names)(source.feeds(np.random.default_rng(0)))

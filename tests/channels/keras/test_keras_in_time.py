@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.channels.groups import groups
-from prunectl.channels.prune import CutOut
-from prunectl.formats.table import open_model
+from prunectl.channels.groups import channel_groups
+from prunectl.channels.prune import ChannelPruneResult
+from prunectl.formats.registry import open_model
 from tests.channels.keras.nets import LIBRARIES, filled, keras, tf_keras
 from tests.channels.keras.nets_in_time import STEPS, attending, inside, seq2seq
 from tests.channels.keras.test_keras_nets import cut, images, say, short
@@ -28,7 +28,7 @@ CASES = [
 ] + [(inside, "three", ".h5")]
 
 
-def gone(found: CutOut, tensor: str, axis: int) -> list[int]:
+def gone(found: ChannelPruneResult, tensor: str, axis: int) -> list[int]:
     """The indices of a weight that went, whose name ends so."""
     return sorted(
         {
@@ -42,7 +42,7 @@ def gone(found: CutOut, tensor: str, axis: int) -> list[int]:
     )
 
 
-def silence(model: Any, found: CutOut) -> Any:
+def silence(model: Any, found: ChannelPruneResult) -> Any:
     """Let a model's weights make nothing of what went: units from their number alone, heads where they are read."""
     for weight in model.weights:
         name = getattr(weight, "path", weight.name).removesuffix(":0")
@@ -140,7 +140,7 @@ def test_what_is_more_than_units_and_heads_keeps_them(which: str, tmp_path: Path
     made = [of.Dense(2)(odd), of.Dense(2)(left), of.Dense(2)(seen), of.Flatten()(scores), of.Dense(2)(normal)]
     path = tmp_path / "net.keras"
     k.Model(i, made).save(path)
-    reasons = {family.name: family.reason for family in groups(open_model(path)).families}
+    reasons = {family.name: family.reason for family in channel_groups(open_model(path)).families}
     assert not {"odd", "left", "scored"} & {name.split("/")[0] for name in reasons}
     assert reasons["before/kernel"] == "LayerNormalization norm reaches over channels"
 

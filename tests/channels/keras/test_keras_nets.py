@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.channels.prune import CutOut, prune_channels
-from prunectl.formats.table import open_model
-from prunectl.pruning.output import Output
-from prunectl.pruning.request import Request
+from prunectl.channels.prune import ChannelPruneResult, prune_channels
+from prunectl.formats.registry import open_model
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.request import PruneRequest
 from tests.channels.keras.masked import silence
 from tests.channels.keras.nets import LIBRARIES, NETS, arithmetic, filled, mobile, nested, residual, shared
 
@@ -29,8 +29,8 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
 }
 
 
-def cut(path: Path, output: Path, **asked: Any) -> CutOut:
-    return prune_channels(path, Request(**{"sparsity": 0.5, "pattern": "channel"} | asked), Output(output))
+def cut(path: Path, output: Path, **asked: Any) -> ChannelPruneResult:
+    return prune_channels(path, PruneRequest(**{"sparsity": 0.5, "pattern": "channel"} | asked), Destination(output))
 
 
 def images(model: Any) -> list[Any]:

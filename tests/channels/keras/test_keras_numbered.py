@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError
-from prunectl.formats.table import open_model
-from prunectl.pruning.output import Output
+from prunectl.formats.registry import open_model
+from prunectl.pruning.destination import Destination
+from prunectl.training.backend import Means
 from prunectl.training.finetune import finetune
-from prunectl.training.network import Means
-from prunectl.training.request import Request
+from prunectl.training.request import FinetuneRequest
 from tests.channels.keras.masked import silence
 from tests.channels.keras.nets import filled, nested, tf_keras
 from tests.channels.keras.test_keras_nets import cut, images, say
@@ -146,9 +146,9 @@ def test_it_is_trained_as_the_same_model_of_today_is(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     x, y = random.normal(size=(8, 6, 6, 3)).astype(np.float32), random.normal(size=(8, 3)).astype(np.float32)
     np.savez(tmp_path / "data.npz", x=x, y=y)
-    request = Request(str(tmp_path / "data.npz"), epochs=1, means=Means(loss="mse", optimizer="sgd", lr=0.01))
+    request = FinetuneRequest(str(tmp_path / "data.npz"), epochs=1, means=Means(loss="mse", optimizer="sgd", lr=0.01))
     for name in ("now", "old"):
-        finetune(tmp_path / f"{name}.keras", request, Output(tmp_path / f"{name}-out.keras"))
+        finetune(tmp_path / f"{name}.keras", request, Destination(tmp_path / f"{name}-out.keras"))
     now, old = (open_model(tmp_path / f"{name}-out.keras") for name in ("now", "old"))
     held = {tensor.name: old.read(tensor) for tensor in old.tensors}
     assert len(held) == len(now.tensors)

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from prunectl.channels.prune import CutOut, prune_channels
-from prunectl.pruning.output import Output
-from prunectl.pruning.request import Request
+from prunectl.channels.prune import ChannelPruneResult, prune_channels
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.request import PruneRequest
 
 
-def cut(path: Path, output: Path | None, *, is_trusted: bool = False, **asked: Any) -> CutOut:
+def cut(path: Path, output: Path | None, *, is_trusted: bool = False, **asked: Any) -> ChannelPruneResult:
     """Half of the channels, unless something else is asked."""
-    request = Request(**{"sparsity": 0.5, "pattern": "channel", "inputs": ("1,3,16,16",)} | asked)
-    return prune_channels(path, request, Output(output) if output else None, is_trusted=is_trusted)
+    request = PruneRequest(**{"sparsity": 0.5, "pattern": "channel", "inputs": ("1,3,16,16",)} | asked)
+    return prune_channels(path, request, Destination(output) if output else None, is_trusted=is_trusted)
 
 
 def saved(net: Any, path: Path) -> Path:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.channels.prune import CutOut
-from prunectl.channels.torch.code.text import literal
+from prunectl.channels.prune import ChannelPruneResult
+from prunectl.channels.torch.code.expressions import literal
 from tests.channels import nets
 from tests.channels.masked import masked
 from tests.channels.nets import torch
@@ -18,7 +18,7 @@ from tests.channels.torch import nets as more
 from tests.channels.torch.cutting import cut, loaded, said, saved
 
 
-def silenced(kind: Any, found: CutOut) -> Any:
+def silenced(kind: Any, found: ChannelPruneResult) -> Any:
     """The original with nothing in the places where channels are made."""
     net = nets.built(kind)
     weights = dict(net.named_parameters(remove_duplicate=False))

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.channels.torch import program
+from prunectl.channels.torch import adapter
 from prunectl.errors import UntrustedError, UsageError
-from prunectl.formats.table import open_model
-from prunectl.pruning.output import Output
+from prunectl.formats.registry import open_model
+from prunectl.pruning.destination import Destination
 from prunectl.training.finetune import finetune
-from prunectl.training.words import request_of
+from prunectl.training.request import request_of
 from tests.channels import nets
 from tests.channels.masked import masked
 from tests.channels.nets import nn, torch
@@ -49,14 +49,14 @@ def test_bounds_that_pytorch_does_not_take_again_are_told_when_they_are_lost(
     net = nets.built(nets.Residual)
     path = exported(net, tmp_path / "net.pt2", torch.randn(3, 3, 16, 16), dynamic_shapes=(BATCH,))
     assert not cut(path, tmp_path / "kept.pt2", inputs=()).notes
-    axes = program._open_axes
+    axes = adapter._open_axes
 
     def failing(found: Any, bounds: Any) -> Any:
         if bounds:
             raise RuntimeError("no such bounds")
         return axes(found, bounds)
 
-    monkeypatch.setattr(program, "_open_axes", failing)
+    monkeypatch.setattr(adapter, "_open_axes", failing)
     (note,) = cut(path, tmp_path / "small.pt2", inputs=()).notes
     assert note.startswith("The bounds of the program's sizes are not those of the file, but PyTorch's own: no such")
 
@@ -198,7 +198,7 @@ def test_what_was_cut_is_trained_further(tmp_path: Path) -> None:
         y=random.integers(0, 5, 12),
     )
     words = {"data": str(tmp_path / "train.npz"), "epochs": 1, "batch_size": 5, "lr": 0.01, "loss": "cross-entropy"}
-    finetune(small, request_of({**words, "model": f"{tmp_path / 'small.py'}:Mobile"}), Output(output))
+    finetune(small, request_of({**words, "model": f"{tmp_path / 'small.py'}:Mobile"}), Destination(output))
     assert not np.array_equal(
         torch.load(output, weights_only=True)["head.weight"], torch.load(small, weights_only=True)["head.weight"]
     )

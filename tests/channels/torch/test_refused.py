@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from prunectl.channels.groups import groups
+from prunectl.channels.groups import channel_groups
 from prunectl.channels.prune import prune_channels
 from prunectl.errors import InputError, UsageError
-from prunectl.formats.table import open_model
-from prunectl.pruning.output import Output
-from prunectl.pruning.request import Request
-from prunectl.training.network import Origin
+from prunectl.formats.registry import open_model
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.request import PruneRequest
+from prunectl.training.backend import ModelOrigin
 from tests.channels import nets
 from tests.channels.nets import F, nn, torch
 from tests.channels.torch import nets as more
@@ -68,7 +68,7 @@ class Odd(nn.Module):
 
 def test_what_is_not_known_locks_and_is_named(tmp_path: Path) -> None:
     path = saved(Odd(), tmp_path / "net.pt")
-    found = groups(open_model(path), Origin(f"{__name__}:Odd", inputs=("1,3,8,8",)))
+    found = channel_groups(open_model(path), ModelOrigin(f"{__name__}:Odd", inputs=("1,3,8,8",)))
     locks = {family.name: family.reason for family in found.families}
     assert locks["one.weight"] == "sort sort"
     assert locks["two.weight"] == ""
@@ -89,6 +89,6 @@ def test_the_command_says_what_it_did_and_where(tmp_path: Path) -> None:
 
 def test_two_files_do_not_fit_through_a_pipe(tmp_path: Path) -> None:
     path = saved(nets.built(nets.Vgg), tmp_path / "net.pt")
-    request = Request(sparsity=0.5, pattern="channel", model="tests.channels.nets:Vgg", inputs=("1,3,16,16",))
+    request = PruneRequest(sparsity=0.5, pattern="channel", model="tests.channels.nets:Vgg", inputs=("1,3,16,16",))
     with pytest.raises(UsageError, match="more than one file"):
-        prune_channels(path, request, Output(tmp_path / "standard-output.pt", is_stream=True))
+        prune_channels(path, request, Destination(tmp_path / "standard-output.pt", is_stream=True))

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunectl.training.data.arrays import from_arrays
+from prunectl.training.backend import Port, Signature
+from prunectl.training.data.readers import Stream, from_arrays
+from prunectl.training.data.registry import open_source
 from prunectl.training.data.source import Batch, Order, Source, each
-from prunectl.training.data.spec import open_source
-from prunectl.training.data.stream import Stream
-from prunectl.training.signature import Port, Signature
 
 Array = NDArray[Any]
 

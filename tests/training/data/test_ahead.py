@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunectl.training.data.ahead import ahead, read_ahead
-from prunectl.training.data.rows import Rows
+from prunectl.training.data.batching import ahead, read_ahead
+from prunectl.training.data.readers import Rows, Stream
 from prunectl.training.data.source import Batch, Order
-from prunectl.training.data.stream import Stream
 
 
 @given(st.lists(st.integers(), max_size=40), st.integers(0, 4))

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError, UsageError, WorkError
-from prunectl.training.data.rows import Rows
+from prunectl.training.backend import Port, Signature
+from prunectl.training.data.readers import Rows, Stream
 from prunectl.training.data.source import Order, each, peek
-from prunectl.training.data.stream import Stream
-from prunectl.training.signature import Port, Signature
 from tests.training.data.sources import numbers, opened
 
 LOADERS = """

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError, UsageError
+from prunectl.training.backend import Signature
 from prunectl.training.data.source import Source, each, peek
-from prunectl.training.signature import Signature
 from tests.training.data.sources import Array, model, opened, whole
 
 image: Any = pytest.importorskip("PIL.Image")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError, UsageError
-from prunectl.training.data import grammar
+from prunectl.training.data import spec
 from prunectl.training.data.source import each, peek
 from tests.training.data.sources import model, opened, whole
 
@@ -108,20 +108,20 @@ def test_a_misspelt_option_says_what_was_meant_and_what_there_is(saved: Path) ->
 
 def test_an_unknown_kind_of_data_says_the_grammar(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("1 2 3")
-    for spec in (f"{tmp_path}/a.txt", " "):
+    for text in (f"{tmp_path}/a.txt", " "):
         with pytest.raises(UsageError) as caught:
-            opened(spec)
+            opened(text)
         assert "table.csv?target=label" in caught.value.hint
 
 
 def test_question_marks_of_globs_and_names_are_told_from_options(tmp_path: Path) -> None:
-    assert grammar.parse("part-0?.tfrecord?schema=f.json").where == "part-0?.tfrecord"
-    assert grammar.parse("part-?.npz").where == "part-?.npz"
-    assert grammar.parse("t.csv?target=what?").options == {"target": "what?"}
-    assert grammar.parse("t.csv?target=a%26b").options == {"target": "a&b"}
+    assert spec.parse("part-0?.tfrecord?schema=f.json").where == "part-0?.tfrecord"
+    assert spec.parse("part-?.npz").where == "part-?.npz"
+    assert spec.parse("t.csv?target=what?").options == {"target": "what?"}
+    assert spec.parse("t.csv?target=a%26b").options == {"target": "a&b"}
     odd = tmp_path / "a?b=1"
     odd.mkdir()
-    assert grammar.parse(str(odd)).where == str(odd)
+    assert spec.parse(str(odd)).where == str(odd)
 
 
 def test_random_data_follows_the_model_and_is_marked(tmp_path: Path) -> None:

@@ -6,10 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunectl.training.data import stream
-from prunectl.training.data.source import Batch, Order, Source
-from prunectl.training.data.split import split
-from prunectl.training.data.stream import Stream, shuffled
+from prunectl.training.data import readers
+from prunectl.training.data.readers import Stream, shuffled
+from prunectl.training.data.source import Batch, Order, Source, split
 from tests.training.data.sources import numbered, numbers, streamed
 
 quick = settings(max_examples=60, deadline=None)
@@ -106,7 +105,7 @@ def test_a_stream_mixes_far_and_holds_no_more_than_its_pool() -> None:
     pieces = (Batch(np.arange(begin, begin + 100)) for begin in range(0, 40_000, 100))
     found = np.concatenate([batch.x for batch in shuffled(pieces, np.random.default_rng(0))])
     assert sorted(found.tolist()) == list(range(40_000))
-    assert np.abs(found - np.arange(40_000)).mean() > stream.SHUFFLED_EXAMPLES / 10
+    assert np.abs(found - np.arange(40_000)).mean() > readers.SHUFFLED_EXAMPLES / 10
 
 
 def test_an_endless_stream_is_read_only_as_far_as_its_pool() -> None:

@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunectl.errors import InputError, MissingExtraError, UsageError
-from prunectl.formats import optional
-from prunectl.training.data import columns
-from prunectl.training.data.rows import Rows
+from prunectl.formats import safe_json
+from prunectl.training.data import tables
+from prunectl.training.data.readers import Rows, Stream
 from prunectl.training.data.source import Order
-from prunectl.training.data.stream import Stream
 from tests.training.data.sources import opened, whole
 
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -102,7 +101,7 @@ def test_a_misspelt_column_says_what_was_meant(tmp_path: Path) -> None:
 def test_a_table_too_big_to_hold_streams_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "t.csv", "a,y", *(f"{number},c{number % 3}" for number in range(3000)))
     held = opened(f"{path}?target=y")
-    monkeypatch.setattr(columns, "HELD_BYTES", 0)
+    monkeypatch.setattr(tables, "HELD_BYTES", 0)
     streamed = opened(f"{path}?target=y")
     assert isinstance(held, Rows)
     assert isinstance(streamed, Stream)
@@ -130,7 +129,7 @@ def test_parquet_columns_are_read_like_those_of_a_text(tmp_path: Path, monkeypat
         found, y = whole(opened(f"{tmp_path}/t.parquet?target={target}&columns=a,b"))
         assert np.array_equal(found, x)
         assert [["ant", "cat", "dog"][number] for number in y] == words
-    monkeypatch.setattr(columns, "HELD_BYTES", 0)
+    monkeypatch.setattr(tables, "HELD_BYTES", 0)
     source = opened(f"{tmp_path}/t.parquet?target=whole&columns=flat")
     assert isinstance(source, Stream)
     assert source.count == 5000
@@ -156,7 +155,7 @@ def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.
         raise ModuleNotFoundError(name=name.partition(".")[0])
 
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
-    monkeypatch.setattr(optional.importlib, "import_module", missing)
+    monkeypatch.setattr(safe_json.importlib, "import_module", missing)
     with pytest.raises(MissingExtraError) as caught:
         opened(tmp_path / "t.parquet")
     assert caught.value.hint == "pip install 'prunectl[parquet]'"

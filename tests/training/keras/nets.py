@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
+from prunectl.training.backend import Means, ModelOrigin
 from prunectl.training.data.source import Batch
-from prunectl.training.keras.library import quietly
-from prunectl.training.keras.network import KerasNetwork
-from prunectl.training.keras.open import open_network
-from prunectl.training.network import Means, Origin
+from prunectl.training.keras.backend import quietly
+from prunectl.training.keras.model import KerasNetwork, open_network
 from tests.contract import Array
 from tests.networks import keras, tf_keras
 
@@ -88,7 +87,7 @@ def saved(model: Any, path: Path) -> Path:
 
 def opened(path: Path, **origin: Any) -> KerasNetwork:
     """Open a file for training."""
-    network = open_network(open_model(path), Origin(**origin))
+    network = open_network(open_model(path), ModelOrigin(**origin))
     assert isinstance(network, KerasNetwork)
     return network
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
+from prunectl.training.backend import Evidence, Means, ModelOrigin, Network
 from prunectl.training.data.source import Batch
-from prunectl.training.evidence import Evidence
-from prunectl.training.keras.open import open_network
-from prunectl.training.network import Means, Network, Origin
+from prunectl.training.keras.model import open_network
 
 
 def batches(count: int, seed: int) -> list[Batch]:
@@ -26,7 +25,7 @@ def batches(count: int, seed: int) -> list[Batch]:
 
 
 def fresh(path: Path) -> Network:
-    network = open_network(open_model(path), Origin())
+    network = open_network(open_model(path), ModelOrigin())
     network.prepare(Means(example=batches(1, 0)[0], optimizer="adamw:weight_decay=0.05,learning_rate=0.01"))
     return network
 

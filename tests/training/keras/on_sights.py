@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
+from prunectl.training.backend import Means, ModelOrigin
 from prunectl.training.data.source import Batch
-from prunectl.training.keras.network import KerasNetwork
-from prunectl.training.keras.open import open_network
-from prunectl.training.network import Means, Origin
-from prunectl.training.sights import Sight
+from prunectl.training.keras.model import KerasNetwork, open_network
+from prunectl.training.layer_inputs import Sight
 
 
 def batch() -> Batch:
@@ -25,7 +24,7 @@ def batch() -> Batch:
 
 
 def main(folder: Path) -> dict[str, Any]:
-    network = open_network(open_model(folder / "model.keras"), Origin())
+    network = open_network(open_model(folder / "model.keras"), ModelOrigin())
     assert isinstance(network, KerasNetwork)
     given, found = batch(), list[Sight]()
     network.prepare(Means(example=given, frozen=frozenset(one for one in network.tensors() if "dense" in one)))

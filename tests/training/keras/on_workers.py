@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.formats.table import open_model
-from prunectl.training.evidence import Evidence
-from prunectl.training.keras.open import open_network
-from prunectl.training.network import Means, Origin
+from prunectl.formats.registry import open_model
+from prunectl.training.backend import Evidence, Means, ModelOrigin
+from prunectl.training.keras.model import open_network
 from tests.training.keras.on_backend import batches
 
 
 def main(path: Path) -> dict[str, Any]:
-    network = open_network(open_model(path), Origin())
+    network = open_network(open_model(path), ModelOrigin())
     network.prepare(Means(example=batches(1, 0)[0], optimizer="sgd:momentum=0.9,learning_rate=0.1"))
     names = [name for name in network.tensors() if "kernel" in name]
     masks = {name: np.abs(one) > np.median(np.abs(one)) for name, one in network.weights(names).items()}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from prunectl.training.data.source import each
-from prunectl.training.sights import Sight, Use, Window
+from prunectl.training.layer_inputs import Sight, SlidingWindow, Use
 from tests.contract import Array
 from tests.training.keras import nets
 
@@ -51,7 +51,7 @@ def slid(sight: Sight, weight: Array) -> Array:
     return np.concatenate(made, axis=1)
 
 
-def moved(x: Array, kernel: Array, window: Window) -> Array:
+def moved(x: Array, kernel: Array, window: SlidingWindow) -> Array:
     x = np.pad(x, ((0, 0), (0, 0), *window.pads))
     sizes = kernel.shape[2:]
     made = [
@@ -66,7 +66,7 @@ def moved(x: Array, kernel: Array, window: Window) -> Array:
     return found
 
 
-def spread(x: Array, kernel: Array, window: Window) -> Array:
+def spread(x: Array, kernel: Array, window: SlidingWindow) -> Array:
     sizes = kernel.shape[2:]
     full = [
         (length - 1) * stride + (size - 1) * dilation + 1

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError, UntrustedError, UsageError, WorkError
-from prunectl.training.evidence import Evidence
-from prunectl.training.network import Means
+from prunectl.training.backend import Evidence, Means
 from tests.networks import keras, tf_keras
 from tests.running import FIXTURES
 from tests.training.keras import customs, nets

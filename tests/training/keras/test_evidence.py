@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prunectl.training.backend import Evidence
 from prunectl.training.data.source import Batch
-from prunectl.training.evidence import Evidence
 from tests.contract import Array
 from tests.training.keras import nets
 from tests.training.keras.nets import both

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError
-from prunectl.training.evidence import Evidence
-from prunectl.training.keras.network import KerasNetwork
-from prunectl.training.network import Means
+from prunectl.training.backend import Evidence, Means
+from prunectl.training.keras.model import KerasNetwork
 from tests.contract import raw
 from tests.training.keras import customs, nets
 from tests.training.keras.nets import both, keras

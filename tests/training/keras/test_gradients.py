@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from prunectl.errors import UsageError
+from prunectl.training.backend import Evidence
 from prunectl.training.data.source import Batch
-from prunectl.training.evidence import Evidence
-from prunectl.training.sights import Graded
+from prunectl.training.layer_inputs import Graded
 from tests.contract import Array
 from tests.training.keras import nets
 from tests.training.keras.nets import both, kinds

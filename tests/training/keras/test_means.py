@@ -10,7 +10,7 @@ import pytest
 
 from prunectl.errors import UsageError
 from prunectl.training.data.source import Batch
-from prunectl.training.keras.network import KerasNetwork
+from prunectl.training.keras.model import KerasNetwork
 from tests.contract import Array
 from tests.networks import keras, tf_keras
 from tests.running import FIXTURES

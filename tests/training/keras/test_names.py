@@ -11,8 +11,8 @@ import pytest
 
 from prunectl.errors import UsageError
 from prunectl.formats.base import Role
-from prunectl.formats.table import open_model
-from prunectl.training.keras import names
+from prunectl.formats.registry import open_model
+from prunectl.training.keras import variable_names
 from tests.contract import raw
 from tests.networks import keras, tf_keras
 from tests.running import FIXTURES
@@ -98,7 +98,7 @@ def test_equal_numbers_are_told_apart(k: Any, tmp_path: Path) -> None:
 def test_more_tensors_than_a_type_can_count_take_more_rounds(
     k: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(names, "_BASES", {"float32": 3})
+    monkeypatch.setattr(variable_names, "_BASES", {"float32": 3})
     layers = [k().layers.Dense(2, name=f"layer{at}") for at in range(15)]
     model = k().Sequential([k().layers.Input((2,)), *layers])
     network = nets.opened(nets.saved(model, tmp_path / "model.keras"))

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from prunectl.errors import MissingExtraError, UsageError
-from prunectl.formats import optional
-from prunectl.training.keras.library import Library
-from prunectl.training.keras.place import Place, check
+from prunectl.formats import safe_json
+from prunectl.training.keras.backend import Library
+from prunectl.training.keras.distribution import DevicePlacement, check
 
 
 class Pretended(Library):
@@ -49,7 +49,7 @@ def test_the_device_is_the_one_that_was_named(device: str, place: str, entered: 
     for is_two in (True, False):
         library = Pretended(2, is_two=is_two)
         assert check(library, device) == place
-        with Place(device=place).scope(library):
+        with DevicePlacement(device=place).scope(library):
             pass
         assert library.entered == (entered if is_two else [name.lower().lstrip("/") for name in entered])
 
@@ -73,7 +73,7 @@ def test_jax_comes_with_no_extra_and_the_hint_names_none(monkeypatch: pytest.Mon
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(name=name)
 
-    monkeypatch.setattr(optional.importlib, "import_module", missing)
+    monkeypatch.setattr(safe_json.importlib, "import_module", missing)
     with pytest.raises(MissingExtraError) as caught:
         _ = Library(None, is_two=False, backend="jax").jax
     assert caught.value.hint == "pip install jax"

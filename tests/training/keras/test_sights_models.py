@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.training.sights import Sight, Use, Window
+from prunectl.training.layer_inputs import Sight, SlidingWindow, Use
 from tests.contract import Array
 from tests.networks import keras
 from tests.training.keras import nets, on_sights
@@ -288,7 +288,7 @@ def test_another_backend_shows_the_same(backend: str, tmp_path: Path) -> None:
 def told(said: dict[str, Any]) -> Use:
     """What was written as JSON."""
     window = said.pop("window")
-    return Use(**said, window=Window(**window) if window is not None else None)
+    return Use(**said, window=SlidingWindow(**window) if window is not None else None)
 
 
 def test_channels_may_come_first(tmp_path: Path) -> None:

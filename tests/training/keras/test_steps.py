@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prunectl.training.backend import Means
 from prunectl.training.data.source import Batch
-from prunectl.training.keras.network import KerasNetwork
-from prunectl.training.network import Means
+from prunectl.training.keras.model import KerasNetwork
 from tests.contract import raw
 from tests.networks import keras, tf_keras
 from tests.training.keras import nets

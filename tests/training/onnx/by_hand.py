@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from prunectl.training.sights import Sight, Use, Window
+from prunectl.training.layer_inputs import Sight, SlidingWindow, Use
 from tests.contract import Array
 
 
@@ -34,7 +34,7 @@ def product(weight: Array, use: Use, inputs: Array) -> Array:
     return np.concatenate([run @ matrix.T for run, matrix in zip(runs, stack, strict=True)], axis=-1)
 
 
-def slid(weight: Array, use: Use, window: Window, inputs: Array) -> Array:
+def slid(weight: Array, use: Use, window: SlidingWindow, inputs: Array) -> Array:
     kernel = ordered(weight, use)
     padded = np.pad(inputs, [(0, 0), (0, 0), *window.pads])
     size = [
@@ -56,7 +56,7 @@ def slid(weight: Array, use: Use, window: Window, inputs: Array) -> Array:
     return found
 
 
-def spread(weight: Array, use: Use, window: Window, inputs: Array) -> Array:
+def spread(weight: Array, use: Use, window: SlidingWindow, inputs: Array) -> Array:
     kernel = ordered(weight, use)  # outputs of a group, all inputs, window
     outputs, channels = len(kernel), inputs.shape[1] // use.groups
     size = [

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
+from prunectl.training.backend import ModelOrigin
 from prunectl.training.data.source import Arrays, each
-from prunectl.training.network import Origin
-from prunectl.training.onnx.open import open_observed
-from prunectl.training.sights import Sight
+from prunectl.training.layer_inputs import Sight
+from prunectl.training.onnx.model import open_observed
 from tests.contract import Array
 
 onnx = pytest.importorskip("onnx")
@@ -44,7 +44,7 @@ def save(path: Path, *args: Any, **more: Any) -> Path:
 
 
 def load(path: Path) -> Any:
-    return open_observed(open_model(path), Origin())
+    return open_observed(open_model(path), ModelOrigin())
 
 
 def sights(path: Path, names: list[str], x: Arrays) -> list[Sight]:

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError, UntrustedError, UsageError
-from prunectl.formats.table import open_model
-from prunectl.pruning.output import Output
-from prunectl.pruning.request import Request as Pruning
+from prunectl.formats.registry import open_model
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.request import PruneRequest as Pruning
+from prunectl.training.backend import Evidence, Means, ModelOrigin
 from prunectl.training.data.source import Batch
-from prunectl.training.evidence import Evidence
 from prunectl.training.finetune import Finetuned, finetune
-from prunectl.training.network import Means, Origin
-from prunectl.training.request import Keep, Request
+from prunectl.training.request import FinetuneRequest, Keep
 from prunectl.training.runtimes import open_network
 from tests.networks import tf_keras
 from tests.running import FIXTURES
@@ -55,7 +54,7 @@ def saved(path: Path, batch: int | None = None) -> Path:
 
 
 def opened(path: Path) -> Any:
-    network = open_network(open_model(path), Origin())
+    network = open_network(open_model(path), ModelOrigin())
     network.prepare(MEANS)
     return network
 
@@ -94,7 +93,7 @@ def test_says_what_goes_in_and_comes_out(tmp_path: Path) -> None:
 
 
 def test_masks_hold_under_momentum_and_decay(tmp_path: Path) -> None:
-    network = open_network(open_model(saved(tmp_path / "m")), Origin())
+    network = open_network(open_model(saved(tmp_path / "m")), ModelOrigin())
     network.prepare(Means(optimizer="adamw:learning_rate=0.1,weight_decay=0.1", loss="mse", example=BATCH))
     network.step(BATCH, 1.0)
     mask = RANDOM.random((6, 8)) > 0.5
@@ -106,7 +105,9 @@ def test_masks_hold_under_momentum_and_decay(tmp_path: Path) -> None:
 
 def tuned(path: Path, target: Path, data: str, **words: Any) -> Finetuned:
     pruning = Pruning(sparsity=0.75)
-    return finetune(path, Request(data, epochs=2, pruning=pruning, keep=Keep.LAST, **words), Output(target))
+    return finetune(
+        path, FinetuneRequest(data, epochs=2, pruning=pruning, keep=Keep.LAST, **words), Destination(target)
+    )
 
 
 def test_a_model_that_keras_3_has_exported_is_tuned_and_served_again(tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def test_what_is_not_served_has_no_gradient_to_rank_it_by(tmp_path: Path) -> Non
 def test_without_a_signature_there_is_nothing_to_train(tmp_path: Path) -> None:
     tf.saved_model.save(Plain(), tmp_path / "m")
     with pytest.raises(InputError, match="serves nothing"):
-        open_network(open_model(tmp_path / "m"), Origin())
+        open_network(open_model(tmp_path / "m"), ModelOrigin())
 
 
 def test_constants_are_not_trained(tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ def test_constants_are_not_trained(tmp_path: Path) -> None:
     double = tf.function(lambda x: {"out": 2 * x}).get_concrete_function(tf.TensorSpec((None, 6), tf.float32, "x"))
     tf.saved_model.save(module, tmp_path / "m", signatures=double)
     with pytest.raises(InputError, match="frozen into constants"):
-        open_network(open_model(tmp_path / "m"), Origin())
+        open_network(open_model(tmp_path / "m"), ModelOrigin())
 
 
 def test_a_program_that_reads_files_is_run_for_those_who_trust_it_alone(tmp_path: Path) -> None:
@@ -170,6 +171,6 @@ def test_a_program_that_reads_files_is_run_for_those_who_trust_it_alone(tmp_path
     signature = tf.function(answer).get_concrete_function(tf.TensorSpec((None, 6), tf.float32, "x"))
     tf.saved_model.save(module, tmp_path / "m", signatures=signature)
     with pytest.raises(UntrustedError, match="ReadFile") as caught:
-        open_network(open_model(tmp_path / "m"), Origin())
+        open_network(open_model(tmp_path / "m"), ModelOrigin())
     assert "--trust" in caught.value.hint
-    assert open_network(open_model(tmp_path / "m"), Origin(is_trusted=True)).signature.inputs[0].name == "x"
+    assert open_network(open_model(tmp_path / "m"), ModelOrigin(is_trusted=True)).signature.inputs[0].name == "x"

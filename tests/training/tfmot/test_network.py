@@ -7,27 +7,27 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.formats.table import open_model
-from prunectl.pruning.output import Output
+from prunectl.formats.registry import open_model
+from prunectl.pruning.destination import Destination
 from prunectl.pruning.plan import Scope
-from prunectl.pruning.request import Request as Pruning
-from prunectl.pruning.schedules import Ramp
+from prunectl.pruning.request import PruneRequest as Pruning
+from prunectl.pruning.schedules import SparsitySchedule
+from prunectl.training.backend import Means, ModelOrigin
 from prunectl.training.data.source import Batch
 from prunectl.training.finetune import Finetuned, finetune
-from prunectl.training.keras.network import KerasNetwork
-from prunectl.training.native import Native
-from prunectl.training.network import Means, Origin
-from prunectl.training.request import Keep, MaskMode, Ramping, Request
-from prunectl.training.wrap.kept import kept
+from prunectl.training.keras.model import KerasNetwork
+from prunectl.training.native_pruning import Native
+from prunectl.training.request import FinetuneRequest, Keep, MaskMode, Ramping
 from prunectl.training.wrap.prune import prune_wrapped
+from prunectl.training.wrap.wrappers import kept
 from tests.networks import tf_keras
-from tests.prune import reference
+from tests.pruning import reference
 from tests.running import FIXTURES, prunectl
 from tests.training.tfmot.models import convolutional, functional, recurrent, saved
 
 k = tf_keras()
-tfmot = pytest.importorskip("prunectl.training.tfmot.library").tfmot()
-open_network = importlib.import_module("prunectl.training.tfmot.open").open_network
+tfmot = pytest.importorskip("prunectl.training.tfmot.schedules").tfmot()
+open_network = importlib.import_module("prunectl.training.tfmot.model").open_network
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file:UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -58,8 +58,8 @@ def tuned(path: Path, target: Path, data: Path, ramping: Ramping | None = None, 
         name: words.pop(name) for name in ("sparsity", "pattern", "scope", "layers", "strategy") if name in words
     }
     given = {"epochs": 3, "batch_size": 8, "means": Means(optimizer=SGD, loss=LOSS), "keep": Keep.LAST, **words}
-    request = Request(str(data), pruning=Pruning(**pruning), ramping=ramping or Ramping(), **given)
-    return finetune(path, request, Output(target))
+    request = FinetuneRequest(str(data), pruning=Pruning(**pruning), ramping=ramping or Ramping(), **given)
+    return finetune(path, request, Destination(target))
 
 
 def by_tfmot(path: Path, schedule: Any, batches: list[Batch], **words: Any) -> Any:
@@ -83,13 +83,15 @@ class TestTheNetwork:
     @pytest.mark.parametrize(
         ("ours", "theirs", "words"),
         [
-            (Ramp("polynomial", 0.8, 0, 8, 0.2, 2), tfmot.PolynomialDecay(0.2, 0.8, 0, 8, 3, 2), {}),
-            (Ramp("constant", 0.7, 3, 3, 0.0, 1), tfmot.ConstantSparsity(0.7, 3, 3, 1), {}),
+            (SparsitySchedule("polynomial", 0.8, 0, 8, 0.2, 2), tfmot.PolynomialDecay(0.2, 0.8, 0, 8, 3, 2), {}),
+            (SparsitySchedule("constant", 0.7, 3, 3, 0.0, 1), tfmot.ConstantSparsity(0.7, 3, 3, 1), {}),
         ],
         ids=["polynomial", "constant"],
     )
-    def test_ends_with_the_very_weights_of_tfmot(self, path: Path, ours: Ramp, theirs: Any, words: Any) -> None:
-        network = open_network(open_model(path), Origin())
+    def test_ends_with_the_very_weights_of_tfmot(
+        self, path: Path, ours: SparsitySchedule, theirs: Any, words: Any
+    ) -> None:
+        network = open_network(open_model(path), ModelOrigin())
         network.prepare(Means(optimizer=SGD, loss=LOSS, example=BATCHES[0]))
         names = ["conv/kernel:0", "hidden/kernel:0", "out/kernel:0"]
         assert network.prune_by(Native(dict.fromkeys(names, ours))) == set(names)
@@ -103,9 +105,9 @@ class TestTheNetwork:
             assert np.array_equal(mask, found[name] != 0)
 
     def test_its_step_is_traced_once_and_not_at_every_epoch(self, path: Path) -> None:
-        network = open_network(open_model(path), Origin())
+        network = open_network(open_model(path), ModelOrigin())
         network.prepare(Means(optimizer=SGD, loss=LOSS, example=BATCHES[0]))
-        network.prune_by(Native({"hidden/kernel:0": Ramp("polynomial", 0.8, 0, 8, 0.0, 2)}))
+        network.prune_by(Native({"hidden/kernel:0": SparsitySchedule("polynomial", 0.8, 0, 8, 0.0, 2)}))
         traced = []
         step = network._model.train_step
         network._model.train_step = lambda data: (traced.append(1), step(data))[1]
@@ -116,9 +118,9 @@ class TestTheNetwork:
         assert len(traced) == 1
 
     def test_is_masked_when_it_is_looked_at_though_tfmot_masks_at_the_end_of_an_epoch(self, path: Path) -> None:
-        network = open_network(open_model(path), Origin())
+        network = open_network(open_model(path), ModelOrigin())
         network.prepare(Means(optimizer=SGD, loss=LOSS, example=BATCHES[0]))
-        network.prune_by(Native({"hidden/kernel:0": Ramp("constant", 0.5, 1, 1, frequency=1)}))
+        network.prune_by(Native({"hidden/kernel:0": SparsitySchedule("constant", 0.5, 1, 1, frequency=1)}))
         for batch in BATCHES[:3]:
             network.step(batch, 1.0)
         (mask,) = network.masks().values()
@@ -129,9 +131,9 @@ class TestTheNetwork:
 
     def test_goes_on_from_a_checkpoint_to_the_same_weights(self, path: Path, tmp_path: Path) -> None:
         def begun() -> Any:
-            network = open_network(open_model(path), Origin())
+            network = open_network(open_model(path), ModelOrigin())
             network.prepare(Means(optimizer="adam", loss=LOSS, example=BATCHES[0]))
-            network.prune_by(Native({"hidden/kernel:0": Ramp("polynomial", 0.8, 0, 8, 0.0, 2)}))
+            network.prune_by(Native({"hidden/kernel:0": SparsitySchedule("polynomial", 0.8, 0, 8, 0.0, 2)}))
             return network
 
         whole, half, rest = begun(), begun(), begun()
@@ -147,20 +149,22 @@ class TestTheNetwork:
 
     def test_that_tfmot_cannot_wrap_as_asked_is_left_as_it_was(self, tmp_path: Path) -> None:
         path = saved(functional(k), tmp_path / "m.h5")
-        network = open_network(open_model(path), Origin())
-        ramp = Ramp("constant", 0.5, 1, 1, frequency=1)
+        network = open_network(open_model(path), ModelOrigin())
+        ramp = SparsitySchedule("constant", 0.5, 1, 1, frequency=1)
         network.prepare(Means(optimizer=SGD, loss=LOSS))
         assert not network.prune_by(Native({"spread/kernel:0": ramp, "shared/kernel:0": ramp}))
         assert not any(hasattr(layer, "pruning_vars") for layer in network._model.layers)
 
     def test_of_a_layer_that_is_called_twice_counts_batches(self, tmp_path: Path) -> None:
         path = saved(functional(k), tmp_path / "m.h5")
-        network = open_network(open_model(path), Origin())
+        network = open_network(open_model(path), ModelOrigin())
         x = tuple(RANDOM.normal(size=(4, 6)).astype(np.float32) for _ in range(2))
         batch = Batch(x, np.array([0, 1, 2, 0]))
         network.prepare(Means(optimizer=SGD, loss=LOSS, example=batch))
         names = ("shared/kernel:0", "inside/kernel:0", "out/kernel:0")
-        assert network.prune_by(Native(dict.fromkeys(names, Ramp("polynomial", 0.5, 0, 6, 0.0, 2)))) == set(names)
+        assert network.prune_by(Native(dict.fromkeys(names, SparsitySchedule("polynomial", 0.5, 0, 6, 0.0, 2)))) == set(
+            names
+        )
         for _ in range(6):
             network.step(batch, 1.0)
         assert {int(wrapper.pruning_step) for wrapper in network._around.wrappers} == {6}
@@ -264,8 +268,8 @@ class TestWhoPrunes:
 
 class TestAFileWithWrappers:
     def test_goes_on_with_its_own_schedule(self, data: Path, path: Path, tmp_path: Path) -> None:
-        ramp = Ramp("polynomial", 0.0, 0, 20, 0.1, 4)
-        prune_wrapped(path, Pruning(sparsity=0.75), ramp, Origin(), Output(tmp_path / "w.h5"))
+        ramp = SparsitySchedule("polynomial", 0.0, 0, 20, 0.1, 4)
+        prune_wrapped(path, Pruning(sparsity=0.75), ramp, ModelOrigin(), Destination(tmp_path / "w.h5"))
         found = tuned(tmp_path / "w.h5", tmp_path / "out.h5", data)
         assert is_by_tfmot(found)
         assert found.masked == found.kept == sum(round(0.75 * size) for size in (72, 288 * 12, 36))
@@ -274,9 +278,9 @@ class TestAFileWithWrappers:
     @pytest.mark.parametrize("suffix", [".h5", ""])
     def test_goes_on_in_pieces_to_the_sparsity_of_one_run(self, suffix: str, data: Path, tmp_path: Path) -> None:
         path = saved(convolutional(k), tmp_path / f"m{suffix}")
-        ramp = Ramp("polynomial", 0.0, 0, 20, 0.1, 5)
+        ramp = SparsitySchedule("polynomial", 0.0, 0, 20, 0.1, 5)
         middle, end = tmp_path / f"middle{suffix}", tmp_path / f"end{suffix}"
-        prune_wrapped(path, Pruning(sparsity=0.75), ramp, Origin(), Output(tmp_path / f"w{suffix}"))
+        prune_wrapped(path, Pruning(sparsity=0.75), ramp, ModelOrigin(), Destination(tmp_path / f"w{suffix}"))
         first = tuned(tmp_path / f"w{suffix}", middle, data, epochs=1, keeps_wrappers=True)
         assert any("goes on to step 20, and training ended at step 10" in note for note in first.notes)
         held = kept(open_model(middle))
@@ -288,7 +292,7 @@ class TestAFileWithWrappers:
         assert second.kept == sum(round(0.75 * size) for size in (72, 288 * 12, 36))
 
     def test_that_is_at_its_end_keeps_its_zeros_by_our_own_masks(self, data: Path, path: Path, tmp_path: Path) -> None:
-        prune_wrapped(path, Pruning(sparsity=0.75), None, Origin(), Output(tmp_path / "w.h5"))
+        prune_wrapped(path, Pruning(sparsity=0.75), None, ModelOrigin(), Destination(tmp_path / "w.h5"))
         found = tuned(tmp_path / "w.h5", tmp_path / "out.h5", data, keeps_wrappers=True)
         assert not is_by_tfmot(found)
         assert found.masked == found.kept == sum(round(0.75 * size) for size in (72, 288 * 12, 36))
@@ -309,8 +313,8 @@ class TestAFileWithWrappers:
         assert [entry.sparsity > 0.4 for entry in found.history] == [False, True, True]
 
     def test_follows_another_schedule_if_one_is_asked_for(self, data: Path, path: Path, tmp_path: Path) -> None:
-        ramp = Ramp("polynomial", 0.0, 0, 20, 0.1, 4)
-        prune_wrapped(path, Pruning(sparsity=0.75), ramp, Origin(), Output(tmp_path / "w.h5"))
+        ramp = SparsitySchedule("polynomial", 0.0, 0, 20, 0.1, 4)
+        prune_wrapped(path, Pruning(sparsity=0.75), ramp, ModelOrigin(), Destination(tmp_path / "w.h5"))
         found = tuned(tmp_path / "w.h5", tmp_path / "out.h5", data, sparsity=0.5)
         assert found.kept == sum(round(0.5 * size) for size in (72, 288 * 12, 36))
 
@@ -330,11 +334,11 @@ class Mine(tfmot.ConstantSparsity):  # type: ignore[misc, name-defined]
 
 
 def ramp_at(step: int) -> float:
-    return Ramp("polynomial", 0.75, 0, 20, 0.1, 5).sparsity_at(step)
+    return SparsitySchedule("polynomial", 0.75, 0, 20, 0.1, 5).sparsity_at(step)
 
 
 def test_a_keras_network_stands_behind_it(path: Path) -> None:
-    assert isinstance(open_network(open_model(path), Origin()), KerasNetwork)
+    assert isinstance(open_network(open_model(path), ModelOrigin()), KerasNetwork)
 
 
 def test_the_command_tunes_a_wrapped_file_and_says_who_prunes(tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunectl.errors import UsageError
-from prunectl.pruning.schedules import Ramp, Schedule, Then
+from prunectl.pruning.schedules import ChainedSchedule, Schedule, SparsitySchedule
 from prunectl.training.wrap.schedules import Begun, read
 from tests.networks import tf_keras
 
 tf_keras()
-tfmot = pytest.importorskip("prunectl.training.tfmot.library").tfmot()
+tfmot = pytest.importorskip("prunectl.training.tfmot.schedules").tfmot()
 schedules = importlib.import_module("prunectl.training.tfmot.schedules")
 tensorflow = importlib.import_module("tensorflow")
 
@@ -38,7 +38,7 @@ def test_a_constant_ramp_is_the_constant_sparsity_of_tfmot_at_every_step(
 ) -> None:
     end = None if length is None else begin + length
     theirs = tfmot.ConstantSparsity(final, begin, -1 if end is None else end, frequency)
-    ours = Ramp("constant", final, begin, end, frequency=frequency)
+    ours = SparsitySchedule("constant", final, begin, end, frequency=frequency)
     assert asked(theirs, 90) == said(ours, 90)
     assert type(schedules.native_of(ours)) is type(theirs)
     assert schedules.native_of(ours).get_config() == theirs.get_config()
@@ -58,7 +58,7 @@ def test_a_polynomial_ramp_is_the_polynomial_decay_of_tfmot_at_every_step(
     initial: float, final: float, begin: int, length: int, frequency: int, power: float
 ) -> None:
     theirs = tfmot.PolynomialDecay(initial, final, begin, begin + length, power, frequency)
-    ours = Ramp("polynomial", final, begin, begin + length, initial, frequency, (f"power={power!r}",))
+    ours = SparsitySchedule("polynomial", final, begin, begin + length, initial, frequency, (f"power={power!r}",))
     assert asked(theirs, 90) == said(ours, 90)
     assert type(schedules.native_of(ours)) is type(theirs)
     assert schedules.native_of(ours).get_config() == theirs.get_config()
@@ -68,11 +68,13 @@ def test_a_polynomial_ramp_is_the_polynomial_decay_of_tfmot_at_every_step(
 @pytest.mark.parametrize(
     "schedule",
     [
-        Ramp("cosine", 0.8, 3, 20, 0.1, 4),
-        Ramp("step", 0.75, 0, 12, 0.0, 5, ("stairs=3",)),
-        Ramp("polynomial", 0.5, 7, 7, 0.2, 1),
-        Then(Ramp("constant", 0.3, 2, 4, frequency=2), 6, Ramp("linear", 0.9, 0, 9, 0.3, 3)),
-        Begun(Ramp("cosine", 0.8, 3, 20, 0.1, 4), 5),
+        SparsitySchedule("cosine", 0.8, 3, 20, 0.1, 4),
+        SparsitySchedule("step", 0.75, 0, 12, 0.0, 5, ("stairs=3",)),
+        SparsitySchedule("polynomial", 0.5, 7, 7, 0.2, 1),
+        ChainedSchedule(
+            SparsitySchedule("constant", 0.3, 2, 4, frequency=2), 6, SparsitySchedule("linear", 0.9, 0, 9, 0.3, 3)
+        ),
+        Begun(SparsitySchedule("cosine", 0.8, 3, 20, 0.1, 4), 5),
     ],
     ids=["cosine", "step", "polynomial in no time", "then", "begun"],
 )
@@ -105,7 +107,7 @@ class TestSchedulesThatTfmotDoesNotHave:
 def test_a_plugin_survives_by_its_name(tmp_path: Any) -> None:
     path = tmp_path / "mine.py"
     path.write_text("def sudden(done, initial, final, *, at=0.5):\n    return final if done >= at else initial\n")
-    schedule = Ramp(f"{path}:sudden", 0.6, 0, 10, 0.1, 2, ("at=0.4",))
+    schedule = SparsitySchedule(f"{path}:sudden", 0.6, 0, 10, 0.1, 2, ("at=0.4",))
     kept = schedules.native_of(schedule).get_config()
     assert read(kept) == schedule
     assert asked(schedules.Planned.from_config(kept["config"]), 11)[4] == (True, pytest.approx(0.6))
@@ -113,7 +115,7 @@ def test_a_plugin_survives_by_its_name(tmp_path: Any) -> None:
 
 def test_all_weights_are_too_many_for_tfmot() -> None:
     with pytest.raises(UsageError, match="leaves a weight"):
-        schedules.native_of(Ramp("constant", 1.0))
+        schedules.native_of(SparsitySchedule("constant", 1.0))
 
 
 def test_a_class_that_nobody_knows_is_no_schedule() -> None:

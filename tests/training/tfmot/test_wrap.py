@@ -9,32 +9,34 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError, UsageError
-from prunectl.formats.stripping import Part, Wish
-from prunectl.formats.table import open_model
-from prunectl.pruning.output import Output
+from prunectl.formats.base import StripOptions, StripPart
+from prunectl.formats.registry import open_model
+from prunectl.pruning.destination import Destination
 from prunectl.pruning.prune import prune
-from prunectl.pruning.request import Request
-from prunectl.pruning.schedules import Ramp
+from prunectl.pruning.request import PruneRequest
+from prunectl.pruning.schedules import SparsitySchedule
 from prunectl.pruning.strip import strip
-from prunectl.reporting.wrap_report import wrap_report
-from prunectl.training.network import Origin
+from prunectl.reporting.prune import wrap_report
+from prunectl.training.backend import ModelOrigin
 from prunectl.training.wrap.prune import Wrapped, prune_wrapped
 from tests.networks import tf_keras
 from tests.running import FIXTURES
 from tests.training.tfmot.models import convolutional, functional, recurrent, saved
 
 k = tf_keras()
-tfmot = pytest.importorskip("prunectl.training.tfmot.library").tfmot()
+tfmot = pytest.importorskip("prunectl.training.tfmot.schedules").tfmot()
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file:UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
-POLYNOMIAL = Ramp("polynomial", 0.0, 10, 60, 0.1, 5, ("power=2.0",))
+POLYNOMIAL = SparsitySchedule("polynomial", 0.0, 10, 60, 0.1, 5, ("power=2.0",))
 
 
-def wrapped(path: Path, out: Path, ramp: Ramp | None = None, custom: str = "", **words: Any) -> Wrapped:
-    return prune_wrapped(path, Request(**{"sparsity": 0.75, **words}), ramp, Origin(custom_objects=custom), Output(out))
+def wrapped(path: Path, out: Path, ramp: SparsitySchedule | None = None, custom: str = "", **words: Any) -> Wrapped:
+    return prune_wrapped(
+        path, PruneRequest(**{"sparsity": 0.75, **words}), ramp, ModelOrigin(custom_objects=custom), Destination(out)
+    )
 
 
 def opened(path: Path) -> Any:
@@ -76,9 +78,9 @@ class TestMasksInPlace:
         assert model.optimizer is not None
         assert open_model(out).about.training == open_model(path).about.training
         plain, stripped = tmp_path / f"plain{path.suffix}", tmp_path / f"stripped{path.suffix}"
-        prune(path, Request(sparsity=0.75), Output(plain))
-        parts = frozenset(Part) if not path.suffix else frozenset({Part.MASKS, Part.WRAPPERS})
-        strip(out, Wish(parts), Output(stripped), is_packed=False)
+        prune(path, PruneRequest(sparsity=0.75), Destination(plain))
+        parts = frozenset(StripPart) if not path.suffix else frozenset({StripPart.MASKS, StripPart.WRAPPERS})
+        strip(out, StripOptions(parts), Destination(stripped), is_packed=False)
         assert numbers(stripped) == numbers(plain)
 
     @pytest.mark.parametrize("suffix", [".h5", ".keras"])
@@ -112,7 +114,7 @@ class TestASchedule:
 
     def test_is_followed_by_tfmot(self, tmp_path: Path) -> None:
         path = saved(convolutional(k), tmp_path / "m.h5")
-        wrapped(path, tmp_path / "w.h5", Ramp("polynomial", 0.0, 0, 12, 0.0, 4))
+        wrapped(path, tmp_path / "w.h5", SparsitySchedule("polynomial", 0.0, 0, 12, 0.0, 4))
         model = opened(tmp_path / "w.h5")
         model.compile(optimizer="sgd", loss="sparse_categorical_crossentropy")
         x, y = np.random.default_rng(0).normal(size=(64, 8, 8, 1)), np.arange(64) % 3
@@ -123,20 +125,20 @@ class TestASchedule:
 
     def test_of_our_own_is_found_again(self, tmp_path: Path) -> None:
         path = saved(convolutional(k), tmp_path / "m.keras")
-        ramp = Ramp("cosine", 0.0, 0, 20, 0.0, 3)
+        ramp = SparsitySchedule("cosine", 0.0, 0, 20, 0.0, 3)
         wrapped(path, tmp_path / "w.keras", ramp)
         layer = wrappers(opened(tmp_path / "w.keras"))["hidden"]
-        assert layer.pruning_schedule.schedule == Ramp("cosine", 0.75, 0, 20, 0.0, 3)
+        assert layer.pruning_schedule.schedule == SparsitySchedule("cosine", 0.75, 0, 20, 0.0, 3)
 
     def test_of_our_own_does_not_go_into_a_saved_model(self, tmp_path: Path) -> None:
         path = saved(convolutional(k), tmp_path / "m")
         with pytest.raises(UsageError, match="SavedModel"):
-            wrapped(path, tmp_path / "w", Ramp("cosine", 0.0, 0, 20, 0.0, 3))
+            wrapped(path, tmp_path / "w", SparsitySchedule("cosine", 0.0, 0, 20, 0.0, 3))
         assert not (tmp_path / "w").exists()
 
     def test_has_the_sparsities_of_a_global_ranking(self, tmp_path: Path) -> None:
         path = saved(convolutional(k), tmp_path / "m.h5")
-        plain = prune(path, Request(sparsity=0.5, scope="global"), Output(tmp_path / "plain.h5"))
+        plain = prune(path, PruneRequest(sparsity=0.5, scope="global"), Destination(tmp_path / "plain.h5"))
         wrapped(path, tmp_path / "w.h5", POLYNOMIAL, sparsity=0.5, scope="global")
         for name, layer in wrappers(opened(tmp_path / "w.h5")).items():
             tally = plain.tallies[f"{name}/kernel:0"]
@@ -169,7 +171,7 @@ class TestModels:
         spread = model.get_layer("spread").layer.kernel.numpy()
         assert np.count_nonzero(spread == 0) == round(0.75 * spread.size)
         plain = tmp_path / "plain.h5"
-        prune(path, Request(sparsity=0.75), Output(plain))
+        prune(path, PruneRequest(sparsity=0.75), Destination(plain))
         ones = [np.ones((2, 6), np.float32), np.full((2, 6), 2, np.float32)]
         expected = k.models.load_model(plain).predict(ones, verbose=0)
         assert np.allclose(model.predict(ones, verbose=0), expected, atol=1e-6)

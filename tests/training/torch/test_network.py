@@ -15,16 +15,14 @@ import pytest
 import torch
 
 from prunectl.errors import InputError, UntrustedError, UsageError, WorkError
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
+from prunectl.training.backend import Evidence, Means, ModelOrigin
+from prunectl.training.course import DivergedError
 from prunectl.training.data.source import Batch
-from prunectl.training.diverged import DivergedError
-from prunectl.training.evidence import Evidence
-from prunectl.training.keeper import Keeper, Rules
-from prunectl.training.network import Means, Origin
-from prunectl.training.torch import losses, metrics
-from prunectl.training.torch.build import Built
-from prunectl.training.torch.network import TorchNetwork
-from prunectl.training.torch.open import open_network
+from prunectl.training.mask_schedule import Keeper, Rules
+from prunectl.training.torch import losses
+from prunectl.training.torch.build import Built, open_network
+from prunectl.training.torch.model import TorchNetwork
 from tests.running import FIXTURES
 from tests.training.torch import nets
 
@@ -43,7 +41,7 @@ def saved(module: torch.nn.Module, path: Path) -> Path:
 
 
 def opened(path: Path, model: str, example: Batch, **means: Any) -> TorchNetwork:
-    network = open_network(open_model(path), Origin(f"{NETS}:{model}"))
+    network = open_network(open_model(path), ModelOrigin(f"{NETS}:{model}"))
     assert isinstance(network, TorchNetwork)
     network.prepare(Means(example=example, device="cpu", **means))
     return network
@@ -335,18 +333,18 @@ def test_inputs_that_do_not_fit_are_told_with_their_shape(plain: tuple[nets.Plai
 
 def test_weights_alone_need_something_that_builds_the_model(plain: tuple[nets.Plain, Path]) -> None:
     with pytest.raises(UsageError, match="weights alone"):
-        open_network(open_model(plain[1]), Origin())
+        open_network(open_model(plain[1]), ModelOrigin())
 
 
 def test_a_model_with_other_widths_is_told_by_tensor_and_shapes(plain: tuple[nets.Plain, Path]) -> None:
     with pytest.raises(UsageError, match=r"has no words\.weight"):
-        open_network(open_model(plain[1]), Origin(f"{NETS}:Reader"))
+        open_network(open_model(plain[1]), ModelOrigin(f"{NETS}:Reader"))
 
 
 def test_a_whole_module_is_not_unpickled_without_trust(tmp_path: Path) -> None:
     with pytest.raises(UntrustedError):
-        open_network(open_model(FIXTURES / "whole_module.pt"), Origin())
-    network = open_network(open_model(FIXTURES / "whole_module.pt"), Origin(is_trusted=True))
+        open_network(open_model(FIXTURES / "whole_module.pt"), ModelOrigin())
+    network = open_network(open_model(FIXTURES / "whole_module.pt"), ModelOrigin(is_trusted=True))
     assert set(network.tensors()) == {"0.weight", "0.bias"}
 
 
@@ -355,13 +353,13 @@ def test_a_script_whose_weights_were_frozen_is_refused(tmp_path: Path) -> None:
     script = torch.jit.freeze(torch.jit.script(nets.Plain().eval()))
     torch.jit.save(script, tmp_path / "frozen.pt")
     with pytest.raises((InputError, UsageError)):
-        open_network(open_model(tmp_path / "frozen.pt"), Origin())
+        open_network(open_model(tmp_path / "frozen.pt"), ModelOrigin())
 
 
 def test_an_exported_program_for_one_example_takes_any_batch(tmp_path: Path) -> None:
     module = nets.Plain()
     torch.export.save(torch.export.export(module, (torch.zeros(3, 12),)), tmp_path / "plain.pt2")
-    network = open_network(open_model(tmp_path / "plain.pt2"), Origin())
+    network = open_network(open_model(tmp_path / "plain.pt2"), ModelOrigin())
     batch = examples(7)
     network.prepare(Means(example=batch, device="cpu"))
     wanted = module(torch.from_numpy(batch.x)).detach().numpy()
@@ -449,8 +447,8 @@ def test_every_process_goes_on_with_its_own_random_numbers(tmp_path: Path, monke
 
     first = opened(path, "Noisy", batch)
     first._place = replace(first._place, ranks=2)
-    monkeypatch.setattr("prunectl.training.torch.processes.gathered", gathered)
-    monkeypatch.setattr("prunectl.training.torch.processes.wait", lambda _: None)
+    monkeypatch.setattr("prunectl.training.torch.distributed.gathered", gathered)
+    monkeypatch.setattr("prunectl.training.torch.distributed.wait", lambda _: None)
     first.reseed(1)
     first.save(tmp_path)
     own = torch.get_rng_state()
@@ -603,8 +601,8 @@ def test_a_teacher_alone_needs_no_targets(plain: tuple[nets.Plain, Path]) -> Non
 
 def test_means_are_added_up_without_double_precision_where_a_device_has_none() -> None:
     on_mps = cast("torch.Tensor", SimpleNamespace(device=SimpleNamespace(type="mps"), float=lambda: "single"))
-    assert metrics._wide(on_mps) == "single"
-    assert metrics._wide(torch.ones(())).dtype == torch.float64
+    assert losses._wide(on_mps) == "single"
+    assert losses._wide(torch.ones(())).dtype == torch.float64
 
 
 def test_a_run_of_an_older_version_is_said_to_be_one(tmp_path: Path) -> None:

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from prunectl.formats.table import open_model
+from prunectl.formats.registry import open_model
+from prunectl.training.backend import ModelOrigin
 from prunectl.training.data.source import Arrays
-from prunectl.training.network import Origin
+from prunectl.training.layer_inputs import Observed, Sight
 from prunectl.training.runtimes import open_network
-from prunectl.training.sights import Observed, Sight
-from prunectl.training.torch.sights import watching
-from tests.calibrating.by_hand import as_rows, product
-from tests.calibrating.layers import LAYERS
+from prunectl.training.torch.layer_inputs import watching
+from tests.calibration.by_hand import as_rows, product
+from tests.calibration.layers import LAYERS
 from tests.contract import Array
 from tests.running import FIXTURES
 from tests.training.torch import nets
@@ -403,8 +403,8 @@ def test_an_error_leaves_nothing_behind(is_enabled: bool) -> None:
     assert torch.is_grad_enabled()
 
 
-def observed(path: Path, x: Arrays, origin: Origin | None = None) -> tuple[Observed, dict[str, list[Sight]]]:
-    network = open_network(open_model(path), origin or Origin())
+def observed(path: Path, x: Arrays, origin: ModelOrigin | None = None) -> tuple[Observed, dict[str, list[Sight]]]:
+    network = open_network(open_model(path), origin or ModelOrigin())
     assert isinstance(network, Observed)
     names = [tensor.name for tensor in open_model(path).tensors]
     before, found = network.predict(x), dict[str, list[Sight]]()
@@ -422,7 +422,7 @@ def observed(path: Path, x: Arrays, origin: Origin | None = None) -> tuple[Obser
 )
 def test_every_file_of_one_network_shows_the_same(file: str) -> None:
     path, x = FIXTURES / file, normal(4, 1, 8, 8).numpy()
-    build = Origin(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN")
+    build = ModelOrigin(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN")
     is_weights_alone = file in {"digits_cnn.pt", "digits_cnn.safetensors"}
     _, found = observed(path, x, build if is_weights_alone else None)
     state = torch.load(FIXTURES / "digits_cnn.pt", weights_only=True)
@@ -450,7 +450,7 @@ def test_looking_drops_nothing_out_and_takes_no_statistics(tmp_path: Path) -> No
     module = nets.Noisy()
     torch.save(module.state_dict(), tmp_path / "m.pt")
     x = normal(8, 1, 8, 8).numpy()
-    network, found = observed(tmp_path / "m.pt", x, Origin("tests.training.torch.nets:Noisy"))
+    network, found = observed(tmp_path / "m.pt", x, ModelOrigin("tests.training.torch.nets:Noisy"))
     module.eval()
     with torch.no_grad():
         inside = torch.relu(module.norm(module.conv(torch.from_numpy(x)))).flatten(1)

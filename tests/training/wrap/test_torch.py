@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError, UsageError
-from prunectl.formats.base import ModelFile
-from prunectl.formats.stripping import Part, Wish
-from prunectl.formats.table import open_model
-from prunectl.pruning.output import Output
+from prunectl.formats.base import ModelFile, StripOptions, StripPart
+from prunectl.formats.registry import open_model
+from prunectl.pruning.destination import Destination
 from prunectl.pruning.prune import prune
-from prunectl.pruning.request import Request
-from prunectl.pruning.schedules import Ramp
+from prunectl.pruning.request import PruneRequest
+from prunectl.pruning.schedules import SparsitySchedule
 from prunectl.pruning.strip import strip
-from prunectl.training.network import Origin
+from prunectl.training.backend import ModelOrigin
 from prunectl.training.wrap.prune import Wrapped, prune_wrapped
 from tests.running import FIXTURES
 
@@ -23,7 +22,7 @@ torch = pytest.importorskip("torch")
 torch_prune = pytest.importorskip("torch.nn.utils.prune")
 safetensors = pytest.importorskip("safetensors.torch")
 
-MASKS = Wish(frozenset({Part.MASKS, Part.WRAPPERS}))
+MASKS = StripOptions(frozenset({StripPart.MASKS, StripPart.WRAPPERS}))
 
 
 class Net(torch.nn.Module):
@@ -34,7 +33,7 @@ class Net(torch.nn.Module):
 
 
 def wrapped(path: Path, out: Path, **words: Any) -> Wrapped:
-    return prune_wrapped(path, Request(**{"sparsity": 0.5, **words}), None, Origin(), Output(out))
+    return prune_wrapped(path, PruneRequest(**{"sparsity": 0.5, **words}), None, ModelOrigin(), Destination(out))
 
 
 def numbers(model: ModelFile) -> dict[str, bytes]:
@@ -42,9 +41,9 @@ def numbers(model: ModelFile) -> dict[str, bytes]:
 
 
 def assert_strips_to_what_prune_gives(path: Path, out: Path, folder: Path, **words: Any) -> None:
-    request = Request(**{"sparsity": 0.5, **words})
-    prune(path, request, Output(folder / f"plain{path.suffix}"))
-    strip(out, MASKS, Output(folder / f"stripped{path.suffix}"), is_packed=False)
+    request = PruneRequest(**{"sparsity": 0.5, **words})
+    prune(path, request, Destination(folder / f"plain{path.suffix}"))
+    strip(out, MASKS, Destination(folder / f"stripped{path.suffix}"), is_packed=False)
     plain, stripped = open_model(folder / f"plain{path.suffix}"), open_model(folder / f"stripped{path.suffix}")
     assert numbers(stripped) == numbers(plain)
 
@@ -99,7 +98,13 @@ class TestAStateDict:
 
     def test_cannot_keep_a_schedule(self, net: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="hold no schedule") as caught:
-            prune_wrapped(net, Request(sparsity=0.5), Ramp("linear", 0.5, 0, 9), Origin(), Output(tmp_path / "w.pt"))
+            prune_wrapped(
+                net,
+                PruneRequest(sparsity=0.5),
+                SparsitySchedule("linear", 0.5, 0, 9),
+                ModelOrigin(),
+                Destination(tmp_path / "w.pt"),
+            )
         assert "finetune" in caught.value.hint
         assert not (tmp_path / "w.pt").exists()
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from prunectl.channels.torch.code.expressions import expression, in_place
-from prunectl.channels.torch.code.layers import Layer
-from prunectl.channels.torch.code.text import literal, sequence
-from prunectl.channels.torch.seen import is_item, op
+from prunectl.channels.torch.code.expressions import expression, in_place, literal, sequence
+from prunectl.channels.torch.code.layers import LayerCode
+from prunectl.channels.torch.fx import is_item, op_name
 
 _TAKEN = frozenset({"self", "torch", "nn", "F"})
 _PASSING = ("x", "y", "value", "passing")
@@ -23,11 +22,11 @@ _VIEWS = frozenset(_SHARING.split())
 
 
 @dataclass(frozen=True, slots=True)
-class Program:
+class ForwardCode:
     """A graph, and what is known of it."""
 
     graph: torch.fx.Graph
-    layers: Mapping[torch.fx.Node, Layer]
+    layers: Mapping[torch.fx.Node, LayerCode]
     shapes: Mapping[str, tuple[int, ...]]
     place_of: Callable[[str], str]
     """From a module or a weight to the expression for it."""
@@ -38,19 +37,19 @@ class Program:
 _IN_PARTS = frozenset({"split", "split_with_sizes", "chunk", "unbind", "tensor_split"})
 
 
-def signature(program: Program) -> list[str]:
+def signature(program: ForwardCode) -> list[str]:
     """Return the names of what goes in."""
     return [_word(str(node.target)) for node in program.graph.nodes if node.op == "placeholder"]
 
 
-def body(program: Program) -> list[str]:
+def body(program: ForwardCode) -> list[str]:
     """Return the statements, the last of which gives what comes out."""
     return _Writer(program).lines()
 
 
 @dataclass(slots=True)
 class _Writer:
-    program: Program
+    program: ForwardCode
     names: dict[torch.fx.Node, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=lambda: set(_TAKEN))
 
@@ -109,7 +108,7 @@ class _Writer:
         names = {int(str(item.args[1])): self.names[item] for item in read}
         count = max([*names, *(number for number in range(64) if f"{step.name}.{number}" in self.program.shapes)]) + 1
         words = [names.get(number, "_") for number in range(count)]
-        if op(step) == "lstm" and step in self.program.layers:
+        if op_name(step) == "lstm" and step in self.program.layers:
             words = [words[0], sequence(words[1:]) if set(words[1:]) != {"_"} else "_"]
         return ", ".join(words) + "," * (len(words) == 1)
 
@@ -144,11 +143,11 @@ class _Writer:
 
     def _fresh(self, step: torch.fx.Node) -> str:
         layer = self.program.layers.get(step)
-        if op(step) == "sym_size":
+        if op_name(step) == "sym_size":
             base = "batch" if step.args[1:] == (0,) else "length"
         else:
-            called = layer.path.replace(".", "_") if layer is not None else op(step).strip("_")
-            base = _word("part" if op(step) in _IN_PARTS else called)
+            called = layer.path.replace(".", "_") if layer is not None else op_name(step).strip("_")
+            base = _word("part" if op_name(step) in _IN_PARTS else called)
         name, number = base, 2
         while name in self.taken:
             name, number = f"{base}_{number}", number + 1
@@ -195,7 +194,7 @@ def _is_in_place(step: torch.fx.Node) -> bool:
 def _is_alone(step: torch.fx.Node) -> bool:
     """Whether nobody else sees what an operation changes."""
     changed = step.all_input_nodes[0]
-    return changed.op == "call_function" and len(changed.users) == 1 and op(changed) not in _VIEWS
+    return changed.op == "call_function" and len(changed.users) == 1 and op_name(changed) not in _VIEWS
 
 
 def _word(text: str) -> str:

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from prunectl.channels.torch.code.text import call, literal, short
-from prunectl.channels.torch.seen import arguments, op
+from prunectl.channels.torch.code.expressions import call, literal, short
+from prunectl.channels.torch.fx import arguments, op_name
 
 Shape = tuple[int, ...]
 _NO_MOMENTUM = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class LayerCode:
     """A layer: how it is made, and what it is called with."""
 
     path: str
@@ -25,7 +25,7 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class StateShapes:
     """What a file has, by the names in the class."""
 
     shapes: Mapping[str, Shape]
@@ -53,13 +53,13 @@ class _Kind:
     more: frozenset[str] = frozenset()
 
 
-def layer_of(node: torch.fx.Node, state: State, rank: int) -> Layer | None:
+def layer_of(node: torch.fx.Node, state: StateShapes, rank: int) -> LayerCode | None:
     """Return the layer that an operation is, if its weights lie in one module together and alone."""
-    kind = _KINDS.get(op(node))
+    kind = _KINDS.get(op_name(node))
     if kind is None:
         return None
     said = arguments(node)
-    if op(node) in _RECURRENT:
+    if op_name(node) in _RECURRENT:
         return _recurrent(node, state)
     first = next(iter(kind.weights))
     for name in state.names(said.get(first)):
@@ -71,7 +71,7 @@ def layer_of(node: torch.fx.Node, state: State, rank: int) -> Layer | None:
         is_whole = held.keys() - kind.more == wanted.keys()
         if is_whole and all(f"{path}.{own}" in state.names(value) for own, value in wanted.items()):
             made = kind.made(said, held, rank)
-            return Layer(path, made, (said[kind.data],)) if made else None
+            return LayerCode(path, made, (said[kind.data],)) if made else None
     return None
 
 
@@ -124,14 +124,14 @@ def _prelu(_: dict[str, Any], held: Mapping[str, Shape], __: int) -> str:
     return _call("nn.PReLU", held["weight"], {}, {})
 
 
-def _recurrent(node: torch.fx.Node, state: State) -> Layer | None:
+def _recurrent(node: torch.fx.Node, state: StateShapes) -> LayerCode | None:
     """Return a recurrent layer that begins with zeros, as it does by itself."""
-    said, name = arguments(node), op(node)
+    said, name = arguments(node), op_name(node)
     params, states = said.get("params"), said.get("hx")
     states = states if isinstance(states, list | tuple) else [states]
     if not isinstance(params, list | tuple) or "batch_sizes" in said:
         return None
-    if not all(isinstance(one, torch.fx.Node) and op(one) in {"zeros", "new_zeros"} for one in states):
+    if not all(isinstance(one, torch.fx.Node) and op_name(one) in {"zeros", "new_zeros"} for one in states):
         return None
     paths = {found.rpartition(".")[0] for found in state.names(params[0])}
     for path in sorted(filter(None, paths)):
@@ -162,7 +162,7 @@ def _recurrent(node: torch.fx.Node, state: State) -> Layer | None:
             "bidirectional": False,
         }
         word = {"lstm": "nn.LSTM", "gru": "nn.GRU"}.get(name, "nn.RNN")
-        return Layer(path, _call(word, (held["weight_ih_l0"][1], units[1]), named, usual), (said["input"],))
+        return LayerCode(path, _call(word, (held["weight_ih_l0"][1], units[1]), named, usual), (said["input"],))
     return None
 
 

@@ -1,0 +1,132 @@
+"""What `inspect` looks for in a model, and in which order it tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from prunectl.analysis import sizes
+from prunectl.analysis.patterns import Pattern
+from prunectl.analysis.stats import ModelStats, TensorStats, histogram, measure_stats, with_macs
+from prunectl.analysis.tensor_io import ProgressFactory, no_progress
+from prunectl.errors import abbreviated
+from prunectl.formats.base import PRUNABLE, QUANTISED, Capability, ModelFile
+from prunectl.formats.registry import by_name, load, require
+from prunectl.formats.selectors import select_names
+from prunectl.formats.state_dict import averaged_copies
+
+_MANY_ZEROS = 0.3
+_WORTH_A_WORD = 0.01
+
+
+def hints(found: ModelStats) -> tuple[str, ...]:
+    """Return what makes the file bigger than it must be."""
+    shares = {part.name: part.bytes / found.bytes.raw for part in found.parts if found.bytes.raw}
+    sentences = list(found.about.notes)
+    zeros = found.prunable_sparsity
+    if zeros is not None and zeros >= _MANY_ZEROS and not found.about.is_compressed:
+        sentences.append(
+            f"{_percent(zeros)} of the prunable weights are zero, yet the file is as big as before: in this container "
+            f"a zero takes as many bytes as any number. {_suggestion(found)}"
+        )
+    if shares.get("masks", 0) > _WORTH_A_WORD:
+        sentences.append(
+            f"Pruning wrappers are still in the file: their masks take {_percent(shares['masks'])} of it. "
+            "`prunectl strip` takes them out."
+        )
+    if shares.get("optimizer", 0) > _WORTH_A_WORD:
+        sentences.append(
+            f"The optimizer's state takes {_percent(shares['optimizer'])} of the file; predictions do not need it. "
+            "`prunectl strip` takes it out."
+        )
+    if shares.get("example inputs", 0) > _WORTH_A_WORD:
+        sentences.append(
+            f"The inputs that it was exported with take {_percent(shares['example inputs'])} of the file; predictions "
+            "do not need them. `prunectl strip` takes them out."
+        )
+    return (*sentences, *quantised(found), *about_copies(found))
+
+
+def about_copies(found: ModelStats) -> tuple[str, ...]:
+    """Say it where a file holds its weights twice: as they were trained, and averaged (EMA, SWA)."""
+    copies = averaged_copies(found.layers)
+    if copies is None:
+        return ()
+    trained, average, count = copies
+    places = f"{abbreviated(trained) or 'at the top'} and {abbreviated(average)}"
+    said = f"The weights are in the file twice: {places}, an average of them ({count} tensors). "
+    return (said + "Both are pruned, each by its own numbers; the code that loads the file chooses one.",)
+
+
+def quantised(found: ModelStats) -> list[str]:
+    """Say what `prune` will not do, although the zeros of these kernels are counted."""
+    dtypes = sorted({row.dtype for row in found.layers if row.role in PRUNABLE and row.dtype in QUANTISED})
+    if not dtypes:
+        return []
+    return [f"Its kernels are quantised to {' and '.join(dtypes)}, which `prunectl prune` refuses: prune before that."]
+
+
+def _percent(share: float) -> str:
+    """Return a share in whole percents, which are a hundred only when it is everything."""
+    return f"{share:.0%}" if share == 1 else f"{min(round(share * 100), 99)}%"
+
+
+def _suggestion(found: ModelStats) -> str:
+    """Return the command that turns zeros into a smaller file."""
+    if Capability.PACK & by_name(found.format).can:
+        return "`prunectl strip --pack` compresses it inside its container, so that it still loads as it is."
+    return "It pays once the file is compressed, as `prunectl size` shows."
+
+
+class SortKey(StrEnum):
+    """What comes first."""
+
+    SIZE = "size"
+    SPARSITY = "sparsity"
+    PARAMS = "params"
+    NAME = "name"
+
+
+_KEYS: dict[SortKey, Callable[[TensorStats], Any]] = {
+    SortKey.SIZE: lambda row: -row.bytes,
+    SortKey.SPARSITY: lambda row: -(row.sparsity or 0.0),
+    SortKey.PARAMS: lambda row: -row.params,
+    SortKey.NAME: lambda row: row.name,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class InspectOptions:
+    """What to look for."""
+
+    layers: str = ""
+    order: SortKey | None = None
+    pattern: str = ""
+    has_histogram: bool = False
+    has_flops: bool = False
+    has_zeros: bool = True
+    has_digest: bool = False
+    """Whether to hash the model, which reads every byte of it."""
+
+
+def inspect_model(
+    model: ModelFile, wanted: InspectOptions, pattern: Pattern | None = None, meter: ProgressFactory = no_progress
+) -> ModelStats:
+    """Return a survey of a model with everything that is wanted in it."""
+    if wanted.has_flops:
+        require(model, Capability.FLOPS)
+    chosen = select_names(model, wanted.layers) if wanted.layers else model.tensors
+    total = sum(tensor.storage.stored_bytes for tensor in chosen)
+    with meter(f"reading {model.path.name}", total) as bar:
+        found = measure_stats(model, chosen, has_zeros=wanted.has_zeros, pattern=pattern, tick=bar.advance)
+    if wanted.has_flops:
+        found = with_macs(found, load(by_name(model.format).graph)(model))
+    if wanted.has_histogram:
+        found = replace(found, histogram=histogram(model, (tensor for tensor in chosen if tensor.is_prunable)))
+    if wanted.has_digest and wanted.has_zeros:
+        found = replace(found, sha256=sizes.sha256(model))
+    if wanted.order:
+        found = replace(found, layers=tuple(sorted(found.layers, key=_KEYS[wanted.order])))
+    return replace(found, pattern=wanted.pattern, advice=hints(found))

@@ -1,0 +1,271 @@
+"""The sizes of a model: as it is, packed, compressed."""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+from prunectl.analysis.stats import ModelStats, SizeStats, measure_stats
+from prunectl.analysis.tensor_io import ProgressFactory, no_progress
+from prunectl.errors import UsageError
+from prunectl.formats.base import ModelFile
+from prunectl.formats.registry import by_name, load
+from prunectl.formats.safe_json import require
+from prunectl.formats.scratch import temporary_folder
+from prunectl.formats.workers import check_stopped, workers
+from prunectl.units import Units, nbytes, percent, printable
+
+_PIECE_BYTES = 1 << 20
+
+
+def iter_model_bytes(model: ModelFile) -> Iterator[bytes]:
+    """Yield the bytes that the size of a model is measured on."""
+    if len(model.files) == 1 and not model.path.is_dir():
+        yield from iter_chunks(model.files[0])
+    else:
+        yield from iter_tar(model.path if model.path.is_dir() else model.path.parent, model.files)
+
+
+def sha256(model: ModelFile) -> str:
+    """Return the hash of a model: of its file, or of the tar of its files."""
+    return _hashed(iter_model_bytes(model))
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hash of one file."""
+    return _hashed(iter_chunks(path))
+
+
+def _hashed(content: Iterator[bytes]) -> str:
+    digest = hashlib.sha256()
+    for piece in content:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def iter_chunks(path: Path) -> Iterator[bytes]:
+    """Yield a file piece by piece."""
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            yield piece
+
+
+def iter_tar(root: Path, files: tuple[Path, ...]) -> Iterator[bytes]:
+    """Yield a tar of files, sorted, without times, owners or modes of their own."""
+    done = 0
+    for name, path in sorted((path.relative_to(root).as_posix(), path) for path in files):
+        info = tarfile.TarInfo(name)
+        info.size = path.stat().st_size
+        head = info.tobuf(tarfile.GNU_FORMAT)
+        yield head
+        yield from iter_chunks(path)
+        padding = bytes(-info.size % tarfile.BLOCKSIZE)
+        yield padding
+        done += len(head) + info.size + len(padding)
+    end = 2 * tarfile.BLOCKSIZE
+    yield bytes(end + -(done + end) % tarfile.RECORDSIZE)
+
+
+class CodecName(StrEnum):
+    """The compressors to measure with."""
+
+    GZIP = "gzip"
+    ZSTD = "zstd"
+    XZ = "xz"
+    NONE = "none"
+
+
+class Compressor(Protocol):
+    """What zlib, lzma and zstandard have in common."""
+
+    def compress(self, data: bytes, /) -> bytes:
+        """Return what is ready of the output."""
+
+    def flush(self) -> bytes:
+        """Return the rest of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """A compressor, its level and its library: together they decide the size to the byte."""
+
+    name: CodecName
+    level: int
+    library: str
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """What came of a stream of bytes."""
+
+    nbytes: int
+    sha256: str
+    """Of the bytes before they were compressed."""
+
+
+class _Identity:
+    """The compressor that does not."""
+
+    def compress(self, data: bytes, /) -> bytes:
+        return data
+
+    def flush(self) -> bytes:
+        return b""
+
+
+def _gzip(level: int) -> Compressor:
+    # Window bits of 31 put the deflate stream in a gzip envelope, without a name and with time 0.
+    return zlib.compressobj(level, zlib.DEFLATED, zlib.MAX_WBITS | 16)
+
+
+def _xz(level: int) -> Compressor:
+    return lzma.LZMACompressor(preset=level)
+
+
+def _zstd(level: int) -> Compressor:
+    compressor: Compressor = require("zstandard", extra="zstd").ZstdCompressor(level=level).compressobj()
+    return compressor
+
+
+_MAKERS: dict[CodecName, tuple[Callable[[int], Compressor], int, int]] = {
+    CodecName.GZIP: (_gzip, 6, 9),
+    CodecName.ZSTD: (_zstd, 3, 22),
+    CodecName.XZ: (_xz, 6, 9),
+    CodecName.NONE: (lambda _: _Identity(), 0, 0),
+}
+"""How a compressor is made, its usual level, and its highest."""
+
+
+def get_codec(name: CodecName, level: int | None) -> Codec:
+    """Return the codec that was asked for, with the version of the library behind it."""
+    _, usual, highest = _MAKERS[name]
+    if level is not None and not min(1, highest) <= level <= highest:
+        raise UsageError(f"{name} has levels {min(1, highest)} to {highest}, not {level}")
+    return Codec(name, usual if level is None else level, _library(name))
+
+
+def compress(pieces: Iterable[bytes], codec: Codec, tick: Callable[[int], None] = lambda _: None) -> Compressed:
+    """Return how many bytes a codec leaves of a stream, keeping none of them."""
+    compressor = _MAKERS[codec.name][0](codec.level)
+    digest = hashlib.sha256()
+    nbytes = 0
+    for piece in pieces:
+        digest.update(piece)
+        nbytes += len(compressor.compress(piece))
+        tick(len(piece))
+    return Compressed(nbytes + len(compressor.flush()), digest.hexdigest())
+
+
+def _library(name: CodecName) -> str:
+    if name is CodecName.GZIP:
+        return f"zlib {zlib.ZLIB_RUNTIME_VERSION}"
+    if name is CodecName.ZSTD:
+        return f"zstandard {require('zstandard', extra='zstd').__version__}"
+    return "liblzma" if name is CodecName.XZ else ""
+
+
+Tick = Callable[[int], None]
+_PASSES = 3
+"""Each byte is counted, compressed and packed."""
+
+
+def measure(
+    model: ModelFile, codec: Codec, meter: ProgressFactory = no_progress, known: ModelStats | None = None
+) -> ModelStats:
+    """Return a survey with every size in it, compressing and packing side by side; one that is known is not redone."""
+    total = model.nbytes * (_PASSES if known is None else _PASSES - 1)
+    with workers(2) as pool, meter(f"measuring {model.path.name}", total) as bar:
+
+        def watched(nbytes: int) -> None:
+            check_stopped()
+            bar.advance(nbytes)
+
+        compressing = pool.submit(compress, iter_model_bytes(model), codec, watched)
+        packing = pool.submit(packed_bytes, model, watched)
+        found = measure_stats(model, model.tensors, tick=watched) if known is None else known
+        compressed, packed = compressing.result(), packing.result()
+    sizes = SizeStats(raw=found.bytes.raw, packed=packed, compressed=compressed.nbytes)
+    return replace(found, bytes=sizes, sha256=compressed.sha256)
+
+
+def packed_bytes(model: ModelFile, tick: Tick) -> int:
+    """Return the size that the container's own compression leaves, found by packing into a scratch file."""
+    row = by_name(model.format)
+    if not row.packer:
+        return model.nbytes
+    with temporary_folder() as scratch:
+        target = scratch / model.path.name
+        load(row.packer)(model, target, tick)
+        # Files beside the model, such as weights of ONNX, are not packed.
+        return model.nbytes - max(model.path.stat().st_size - target.stat().st_size, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class LimitCheck:
+    """A limit, and what was found."""
+
+    id: str
+    metric: str
+    limit: float
+    """An integer where it counts bytes, a fraction where it is a share."""
+    actual: float
+    ok: bool
+    model: str
+    level: str = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SizeLimits:
+    """What a model must keep to; None where it may do as it likes."""
+
+    max_raw: int | None = None
+    max_packed: int | None = None
+    max_compressed: int | None = None
+    min_sparsity: float | None = None
+    baseline: ModelStats | None = None
+    max_growth_bytes: int | None = None
+    """Growth of the compressed size over the baseline's, in bytes."""
+    max_growth_ratio: float | None = None
+    """The same, as a share of the baseline's."""
+
+
+def check_limits(found: ModelStats, limits: SizeLimits) -> tuple[LimitCheck, ...]:
+    """Return every limit that was set, each with its verdict."""
+    sizes = found.bytes
+    gates = [
+        _check_max(found, "max-raw", "bytes.raw", limits.max_raw, sizes.raw),
+        _check_max(found, "max-packed", "bytes.packed", limits.max_packed, sizes.packed),
+        _check_max(found, "max-gzip", "bytes.compressed", limits.max_compressed, sizes.compressed),
+    ]
+    if limits.min_sparsity is not None:
+        actual = found.prunable_sparsity or 0.0
+        enough = actual >= limits.min_sparsity
+        gates.append(LimitCheck("min-sparsity", "prunable_sparsity", limits.min_sparsity, actual, enough, found.path))
+    if limits.baseline is not None and sizes.compressed is not None and limits.baseline.bytes.compressed:
+        before = limits.baseline.bytes.compressed
+        growth = sizes.compressed - before
+        gates.append(_check_max(found, "max-growth", "bytes.compressed", limits.max_growth_bytes, growth))
+        gates.append(_check_max(found, "max-growth", "bytes.compressed", limits.max_growth_ratio, growth / before))
+    return tuple(gate for gate in gates if gate is not None)
+
+
+def _check_max(
+    found: ModelStats, name: str, metric: str, limit: float | None, actual: float | None
+) -> LimitCheck | None:
+    if limit is None or actual is None:
+        return None
+    return LimitCheck(name, metric, limit, actual, actual <= limit, found.path)
+
+
+def gate_sentence(gate: LimitCheck, units: Units) -> str:
+    """Return a limit and what was found, as people read them."""
+    is_bytes = isinstance(gate.limit, int)
+    found, limit = (nbytes(int(value), units) if is_bytes else percent(value) for value in (gate.actual, gate.limit))
+    return f"{gate.id}: {printable(gate.model)} has {found}, the limit is {limit}"

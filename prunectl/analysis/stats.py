@@ -1,0 +1,341 @@
+"""What is in a model: every tensor measured, and the totals."""
+
+from __future__ import annotations
+
+import math
+import sys
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from prunectl.analysis.patterns import ChannelPattern, Pattern
+from prunectl.analysis.tensor_io import blocks, count_zeros, iter_slabs, nonzero_mask
+from prunectl.formats.base import PRUNABLE, WEIGHTS, ModelFile, ModelInfo, Operation, Role, Tensor
+
+_EXPONENTS = range(-1100, 1100)
+_SHOWN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Counts of weights by magnitude."""
+
+    zero: int
+    below: int
+    """Not zero, but smaller than the first edge."""
+    edges: tuple[float, ...]
+    """Powers of two, rising; a bin reaches from one to the next."""
+    counts: tuple[int, ...]
+    not_finite: int
+
+
+def histogram(model: ModelFile, tensors: Iterable[Tensor]) -> Histogram:
+    """Return the magnitudes of some tensors, in the sixteen powers of two below the biggest."""
+    totals = np.zeros(len(_EXPONENTS), np.int64)
+    zero = not_finite = 0
+    for tensor in tensors:
+        for block in blocks(model, tensor):
+            values = block.astype(np.float64).ravel()
+            finite = values[np.isfinite(values)]
+            not_finite += values.size - finite.size
+            live = finite[finite != 0]
+            zero += finite.size - live.size
+            # frexp gives 0.5 <= m < 1 with v = m * 2**e, so that the bin of v is [2**(e-1), 2**e).
+            exponents = np.frexp(live)[1] - 1
+            totals += np.bincount(exponents - _EXPONENTS.start, minlength=totals.size)
+    filled = np.flatnonzero(totals)
+    if not filled.size:
+        return Histogram(zero, 0, (), (), not_finite)
+    first = max(int(filled[0]), int(filled[-1]) - _SHOWN + 1)
+    counts = tuple(int(count) for count in totals[first : int(filled[-1]) + 1])
+    edges = tuple(_power(_EXPONENTS[first + step]) for step in range(len(counts) + 1))
+    return Histogram(zero, int(totals[:first].sum()), edges, counts, not_finite)
+
+
+def _power(exponent: int) -> float:
+    """Return a power of two; the first that is too big for a float is the biggest float."""
+    return math.ldexp(1.0, exponent) if exponent < sys.float_info.max_exp else sys.float_info.max
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredSparsity:
+    """What a second look at a tensor's zeros finds."""
+
+    dead_channels: int
+    conforming: float | None
+    """Share of the pattern's groups that follow it."""
+
+
+def structured_sparsity(model: ModelFile, tensor: Tensor, out_axis: int, pattern: Pattern | None) -> StructuredSparsity:
+    """Look at the zeros of a kernel slab by slab."""
+    kept_of = np.zeros(tensor.shape[out_axis], np.int64)
+    follow = groups = 0
+    for begin, slab in iter_slabs(model, tensor, pattern.aligned if pattern else 1):
+        kept = nonzero_mask(slab)
+        others = tuple(axis for axis in range(kept.ndim) if axis != out_axis)
+        if out_axis == 0:
+            kept_of[begin : begin + len(kept)] = kept.sum(axis=others)
+        else:
+            kept_of += kept.sum(axis=others)
+        tally = pattern.tally(tensor, kept) if pattern else None
+        if tally is not None:
+            follow, groups = follow + tally[0], groups + tally[1]
+    if isinstance(pattern, ChannelPattern):
+        per_channel = tensor.size // len(kept_of)
+        follow, groups = int(np.count_nonzero((kept_of == 0) | (kept_of == per_channel))), len(kept_of)
+    return StructuredSparsity(int(np.count_nonzero(kept_of == 0)), follow / groups if groups else None)
+
+
+Run = tuple[int, int, str]
+"""Bytes of a storage from the first to behind the last, and the tensor that stands for them."""
+
+
+def find_tied_tensors(tensors: Iterable[Tensor], first: Container[str] = ()) -> dict[str, str]:
+    """Return the names of tensors that overlap one that stands for them, with the name of that one.
+
+    Views of different parts of one storage, such as the weights of a recurrent layer in one buffer, are not tied.
+    Of those that are, the biggest stands for the others, the first of equal ones; one of those that come first, if any.
+    """
+    found: dict[str, str] = {}
+    taken: defaultdict[str, list[Run]] = defaultdict(list)
+    for tensor in sorted(tensors, key=lambda one: (one.name not in first, one.role not in WEIGHTS, -one.size)):
+        runs, run = taken[tensor.storage.key], _run(tensor)
+        place = bisect_right(runs, run)
+        around = (other for other in runs[max(place - 1, 0) : place + 1] if other[0] < run[1] and run[0] < other[1])
+        owner = next(around, None)
+        if owner is not None:
+            found[tensor.name] = owner[2]
+        elif tensor.size:
+            runs.insert(place, run)
+    return found
+
+
+def _run(tensor: Tensor) -> Run:
+    length = tensor.size
+    if tensor.strides is not None and tensor.size:
+        length = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.strides, strict=True))
+    begin = tensor.start * tensor.dtype.itemsize
+    return begin, begin + length * tensor.dtype.itemsize, tensor.name
+
+
+Tick = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class SizeStats:
+    """Sizes of the whole model."""
+
+    raw: int
+    packed: int | None = None
+    """As the container's own lossless compression would leave it."""
+    compressed: int | None = None
+    """As the codec of the report leaves it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParamCounts:
+    """Counts of parameters; tied tensors count once."""
+
+    total: int
+    prunable: int
+    zero: int | None
+    prunable_zero: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class FileSection:
+    """A share of the file, and whether a trained model needs it."""
+
+    name: str
+    bytes: int
+    is_dead: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TensorStats:
+    """One tensor, measured."""
+
+    name: str
+    layer: str
+    kind: str
+    role: Role
+    shape: tuple[int, ...]
+    dtype: str
+    params: int
+    bytes: int
+    is_prunable: bool
+    """Whether its zeros are what sparsity is about."""
+    tied_to: str = ""
+    zeros: int | None = None
+    channels: int | None = None
+    dead_channels: int | None = None
+    conforming: float | None = None
+    """Share of the pattern's groups that follow it."""
+    macs: int | None = None
+
+    @property
+    def sparsity(self) -> float | None:
+        """Share of the elements that are zero."""
+        return None if self.zeros is None else self.zeros / self.params if self.params else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStats:
+    """A model, measured: what the reports are drawn from."""
+
+    path: str
+    format: str
+    bytes: SizeStats
+    params: ParamCounts
+    parts: tuple[FileSection, ...]
+    layers: tuple[TensorStats, ...]
+    about: ModelInfo
+    pattern: str = ""
+    macs: int | None = None
+    macs_unknown: tuple[str, ...] = ()
+    histogram: Histogram | None = None
+    advice: tuple[str, ...] = ()
+    sha256: str | None = None
+
+    @property
+    def sparsity(self) -> float | None:
+        """Share of all parameters that are zero."""
+        return ratio(self.params.zero, self.params.total)
+
+    @property
+    def prunable_sparsity(self) -> float | None:
+        """Share of the prunable parameters that are zero."""
+        return ratio(self.params.prunable_zero, self.params.prunable)
+
+
+def ratio(part: int | None, whole: int) -> float | None:
+    """Return a share; unknown if the part is, none of nothing."""
+    if part is None:
+        return None
+    return part / whole if whole else 0.0
+
+
+def measure_stats(
+    model: ModelFile,
+    chosen: Iterable[Tensor],
+    *,
+    has_zeros: bool = True,
+    has_channels: bool = True,
+    pattern: Pattern | None = None,
+    tick: Tick = lambda _: None,
+) -> ModelStats:
+    """Measure some tensors of a model; without zeros no weight is read, without channels none twice."""
+    rows = []
+    chosen = tuple(chosen)
+    tied_to = find_tied_tensors(chosen)
+    # Of tensors that are measured alike, all but the first are told from it.
+    known: dict[tuple[object, ...], TensorStats] = {}
+    uses = Counter(tensor.storage.key for tensor in chosen)
+    for tensor in chosen:
+        row = _row(tensor, tied_to.get(tensor.name, ""))
+        same = _identity(tensor) if has_zeros and uses[tensor.storage.key] > 1 else None
+        if same is not None and same in known:
+            twin = known[same]
+            row = replace(row, zeros=twin.zeros, dead_channels=twin.dead_channels, conforming=twin.conforming)
+        elif has_zeros:
+            row = replace(row, zeros=count_zeros(model, tensor))
+            row = _structure_stats(model, tensor, row, pattern) if has_channels else row
+            if same is not None:
+                known[same] = row
+        rows.append(row)
+        tick(tensor.storage.stored_bytes)
+    raw = model.nbytes
+    return ModelStats(
+        path=str(model.path),
+        format=model.format,
+        bytes=SizeStats(raw=raw),
+        params=totals(rows),
+        parts=_parts(model, raw),
+        layers=tuple(rows),
+        about=model.about,
+    )
+
+
+def _identity(tensor: Tensor) -> tuple[object, ...]:
+    """What two tensors have in common that are measured alike."""
+    return tensor.view, tensor.out_axis, tensor.inputs_axis, tensor.is_prunable
+
+
+def totals(rows: Iterable[TensorStats]) -> ParamCounts:
+    """Add up what a model needs to predict, each storage once."""
+    counted = [row for row in rows if row.role in WEIGHTS and not row.tied_to]
+    prunable = [row for row in counted if row.is_prunable]
+    return ParamCounts(
+        total=sum(row.params for row in counted),
+        prunable=sum(row.params for row in prunable),
+        zero=_sum_or_none(counted),
+        prunable_zero=_sum_or_none(prunable),
+    )
+
+
+def with_macs(measured: ModelStats, operations: Iterable[Operation]) -> ModelStats:
+    """Return the survey with the multiply-accumulates of the graph, and of each weight."""
+    macs: Counter[str] = Counter()
+    unknown = []
+    for operation in operations:
+        if operation.macs is None:
+            unknown.append(operation.layer)
+        else:
+            macs[operation.weight] += operation.macs
+    rows = tuple(replace(row, macs=macs.get(row.name)) for row in measured.layers)
+    return replace(measured, layers=rows, macs=macs.total(), macs_unknown=tuple(unknown))
+
+
+def _sum_or_none(rows: list[TensorStats]) -> int | None:
+    zeros = [row.zeros for row in rows]
+    return sum(zero for zero in zeros if zero is not None) if None not in zeros else None
+
+
+def _row(tensor: Tensor, tied_to: str) -> TensorStats:
+    return TensorStats(
+        name=tensor.name,
+        layer=tensor.layer,
+        kind=tensor.kind,
+        role=tensor.role,
+        shape=tensor.shape,
+        dtype=tensor.dtype.name,
+        params=tensor.size,
+        bytes=tensor.storage.stored_bytes,
+        is_prunable=tensor.is_prunable or _is_quantised(tensor),
+        tied_to=tied_to,
+        channels=None if tensor.out_axis is None else tensor.shape[tensor.out_axis],
+    )
+
+
+def _is_quantised(tensor: Tensor) -> bool:
+    """Whether it is a kernel in 8 bits, pruned before it was quantised: zeros stay zeros in signed bytes."""
+    return tensor.role in PRUNABLE and tensor.dtype.name == "int8" and len(tensor.shape) >= 2
+
+
+def _structure_stats(model: ModelFile, tensor: Tensor, row: TensorStats, pattern: Pattern | None) -> TensorStats:
+    if tensor.out_axis is None or not tensor.size:
+        return row
+    wanted = pattern if tensor.is_prunable else None
+    if wanted is None and (row.zeros or 0) < tensor.size // tensor.shape[tensor.out_axis]:
+        # Fewer zeros than a channel has weights: none can be dead, and no second look is needed.
+        return replace(row, dead_channels=0)
+    found = structured_sparsity(model, tensor, tensor.out_axis, wanted)
+    return replace(row, dead_channels=found.dead_channels, conforming=found.conforming)
+
+
+def _parts(model: ModelFile, raw: int) -> tuple[FileSection, ...]:
+    sizes = {"weights": 0, "masks": 0, "optimizer": 0}
+    part_of = {Role.MASK: "masks", Role.SCHEDULE: "masks", Role.OPTIMIZER: "optimizer"}
+    seen: set[str] = set()
+    for tensor in model.tensors:
+        if tensor.storage.key not in seen:
+            seen.add(tensor.storage.key)
+            sizes[part_of.get(tensor.role, "weights")] += tensor.storage.stored_bytes
+    sizes["code"] = model.about.code_bytes
+    sizes["example inputs"] = model.about.example_bytes
+    sizes["other"] = max(raw - sum(sizes.values()), 0)
+    dead = {"masks", "optimizer", "example inputs"}
+    return tuple(FileSection(name, size, name in dead) for name, size in sizes.items() if size or name == "weights")

@@ -1,0 +1,154 @@
+"""A tensor seen piece by piece, so that memory does not grow with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunectl.errors import InputError
+from prunectl.formats import extents
+from prunectl.formats.base import Array, ModelFile, Tensor
+from prunectl.formats.extents import Extent
+from prunectl.formats.workers import check_stopped
+
+
+def is_contiguous(tensor: Tensor) -> bool:
+    """Whether its elements lie one after another in a file, as this machine reads them."""
+    return tensor.storage.extent is not None and tensor.strides is None and not tensor.storage.big_endian
+
+
+def blocks(model: ModelFile, tensor: Tensor) -> Iterator[Array]:
+    """Yield the elements of a tensor in some order, each block valid until the next."""
+    extent = tensor.storage.extent
+    if extent is not None and is_contiguous(tensor):
+        begin = extent.offset + tensor.start * tensor.dtype.itemsize
+        yield from extents.blocks(Extent(extent.path, begin, tensor.nbytes), tensor.dtype)
+    else:
+        yield from iter_blocks(model.read(tensor))
+
+
+def iter_blocks(array: Array) -> Iterator[Array]:
+    """Yield an array in contiguous pieces of at most one block."""
+    check_stopped()
+    if array.nbytes <= extents.BLOCK_BYTES or array.ndim == 0:
+        yield np.ascontiguousarray(array)
+        return
+    height = extents.BLOCK_BYTES * len(array) // array.nbytes
+    if height:
+        for begin in range(0, len(array), height):
+            check_stopped()
+            yield np.ascontiguousarray(array[begin : begin + height])
+    else:
+        for row in array:
+            yield from iter_blocks(row)
+
+
+def iter_slabs(model: ModelFile, tensor: Tensor, aligned: int) -> Iterator[tuple[int, Array]]:
+    """Yield where a slab begins along the first axis, and the slab; its height is a multiple of ``aligned``."""
+    row_bytes = tensor.nbytes // tensor.shape[0] if tensor.size else 0
+    if not row_bytes:
+        return
+    height = max(extents.BLOCK_BYTES // row_bytes // aligned, 1) * aligned
+    extent = tensor.storage.extent
+    whole = None if extent is not None and is_contiguous(tensor) else model.read(tensor)
+    for begin in range(0, tensor.shape[0], height):
+        if whole is not None:
+            yield begin, whole[begin : begin + height]
+        elif extent is not None:
+            rows = min(height, tensor.shape[0] - begin)
+            offset = extent.offset + tensor.start * tensor.dtype.itemsize + begin * row_bytes
+            run = Extent(extent.path, offset, rows * row_bytes)
+            shape = (rows, *tensor.shape[1:])
+            yield begin, np.concatenate(list(map(np.copy, extents.blocks(run, tensor.dtype)))).reshape(shape)
+
+
+def bitwise_equal(model: ModelFile, tensor: Tensor, other_model: ModelFile, other: Tensor) -> bool:
+    """Whether a tensor holds the numbers of another, bit for bit once they are of its type."""
+    if not tensor.shape:
+        return _as_bytes(model.read(tensor), other) == _as_bytes(other_model.read(other), other)
+    theirs = other_model.read(other)
+    return all(
+        _as_bytes(slab, other) == _as_bytes(theirs[begin : begin + len(slab)], other)
+        for begin, slab in iter_slabs(model, tensor, 1)
+    )
+
+
+def _as_bytes(array: Array, other: Tensor) -> bytes:
+    return array.astype(other.dtype, copy=False).tobytes()
+
+
+def storage_numel(tensor: Tensor) -> int:
+    """Return how many elements the storage of a tensor holds."""
+    return tensor.storage.nbytes // tensor.dtype.itemsize
+
+
+def expansion_factor(tensor: Tensor) -> int:
+    """Return how often an expanded view shows each of its elements."""
+    steps = tensor.strides or ()
+    return math.prod(size for size, step in zip(tensor.shape, steps, strict=False) if step == 0)
+
+
+_SIGN_FIRST = frozenset({"float16", "bfloat16", "float8_e3m4", "float8_e4m3", "float8_e4m3fn", "float8_e5m2"})
+"""Small floats whose first bit is the sign and nothing else: those that know a minus zero."""
+_NO_ZERO = "float8_e8m0fnu"
+"""Powers of two, none of which is zero, though NumPy's zero becomes the smallest."""
+MAX_OVERLAP = 64
+"""A view that shows its storage more often than this is made to keep us busy."""
+
+
+def nonzero_mask(block: Array) -> NDArray[np.bool_]:
+    """Mark what is not zero; minus zero is zero, NaN is not."""
+    if block.dtype.name in _SIGN_FIRST:
+        # NumPy compares small floats one by one; as integers without their sign bit it is ten times as fast.
+        bits = block.view(f"u{block.dtype.itemsize}") << 1
+        return np.asarray(bits != 0)
+    if block.dtype.name == _NO_ZERO:
+        return np.ones(block.shape, np.bool_)
+    return np.asarray(block != np.zeros((), block.dtype))
+
+
+def count_zeros(model: ModelFile, tensor: Tensor) -> int:
+    """Return how many elements of a tensor are zero; the memory it takes is one block."""
+    if tensor.size == 0:
+        return 0
+    if tensor.strides is None:
+        return tensor.size - _count_nonzero(blocks(model, tensor))
+    # An expanded axis shows the same elements again and again: count them once.
+    shown = expansion_factor(tensor)
+    if tensor.size // shown > storage_numel(tensor) * MAX_OVERLAP:
+        raise InputError(
+            f"{model.path} is refused: {tensor.name} shows its {storage_numel(tensor)} stored elements "
+            f"{tensor.size} times"
+        )
+    once = tuple(slice(1) if step == 0 else slice(None) for step in tensor.strides)
+    return tensor.size - shown * _count_nonzero(iter_blocks(model.read(tensor)[once]))
+
+
+def _count_nonzero(found: Iterable[Array]) -> int:
+    return sum(int(np.count_nonzero(nonzero_mask(block))) for block in found)
+
+
+class ProgressBar(Protocol):
+    """Something that counts bytes."""
+
+    def advance(self, nbytes: int) -> None:
+        """Count work that is done."""
+
+
+ProgressFactory = Callable[[str, int], AbstractContextManager[ProgressBar]]
+"""Makes a bar of a label and a total."""
+
+
+class _NoProgress:
+    def advance(self, nbytes: int) -> None:
+        """Count nothing."""
+
+
+def no_progress(_label: str, _total_bytes: int) -> AbstractContextManager[ProgressBar]:
+    """Return a bar that nobody sees."""
+    return nullcontext(_NoProgress())

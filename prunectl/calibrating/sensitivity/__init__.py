@@ -1,1 +1,0 @@
-"""How much each layer suffers from pruning, alone."""

@@ -1,0 +1,126 @@
+"""A layer as a product of matrices: its weights as rows, what they meet as columns; the same for every layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from prunectl.formats.base import Array
+from prunectl.training.layer_inputs import SlidingWindow, Use
+
+_CHUNK_BYTES = 32 << 20
+
+
+def weight_matrix(weights: Array, use: Use) -> Array:
+    """Return weights as groups of outputs by features, the input channels of one window position side by side."""
+    front = _in_front(np.ascontiguousarray(weights), use)
+    if use.outputs is not None:
+        front = front[:, slice(*use.outputs)]
+    groups, outputs = front.shape[:2]
+    # Groups, outputs, channels, window: the channels last, along which N:M patterns lie.
+    return np.moveaxis(front, 2, -1).reshape(groups, outputs, -1)
+
+
+def scatter_rows(rows: Array, use: Use, weights: Array) -> Array:
+    """Return a copy of weights in which the outputs of a use have other numbers."""
+    found = np.array(weights, dtype=rows.dtype)
+    front = _in_front(found, use)
+    part = front[:, slice(*use.outputs)] if use.outputs is not None else front
+    window = part.shape[3:]
+    part[...] = np.moveaxis(rows.reshape(*part.shape[:2], *window, part.shape[2]), -1, 2)
+    return found
+
+
+def _in_front(weights: Array, use: Use) -> Array:
+    """Return a view of groups, outputs, channels, then the window."""
+    if use.shape is not None:
+        weights = weights.reshape(use.shape, copy=False)
+    if use.group_axis is not None and use.in_axis is not None:
+        return np.moveaxis(weights, (use.group_axis, use.out_axis, use.in_axis), (0, 1, 2))
+    if use.group_axis is not None:
+        return np.expand_dims(np.moveaxis(weights, (use.group_axis, use.out_axis), (0, 1)), 2)
+    assert use.in_axis is not None
+    moved = np.moveaxis(weights, (use.out_axis, use.in_axis), (0, 1))
+    outputs, inputs, *window = moved.shape
+    if use.window is not None and use.window.is_transposed:
+        split = moved.reshape((outputs, use.groups, inputs // use.groups, *window), copy=False)
+        return np.moveaxis(split, 1, 0)
+    return moved.reshape((use.groups, outputs // use.groups, inputs, *window), copy=False)
+
+
+def im2col(inputs: Array, use: Use, kernel: tuple[int, ...]) -> Iterator[Array]:
+    """Yield what each output position meets, as positions by groups by features, a chunk at a time."""
+    if use.window is None:
+        flat = inputs.reshape(-1, use.groups, inputs.shape[-1] // use.groups)
+        step = max(_CHUNK_BYTES // max(inputs.shape[-1] * flat.itemsize, 1), 1)
+        yield from (flat[begin : begin + step] for begin in range(0, len(flat), step))
+        return
+    window = use.window
+    shape = kernel_shape(kernel, use)
+    positions = math.prod(inputs.shape[2:])
+    step = max(_CHUNK_BYTES // max(positions * inputs.shape[1] * math.prod(shape) * inputs.itemsize, 1), 1)
+    for begin in range(0, len(inputs), step):
+        yield _by_groups(_windows(inputs[begin : begin + step], window, shape), use.groups)
+
+
+def im2col_by_group(inputs: Array, use: Use, kernel: tuple[int, ...], outputs: int) -> Iterator[Array]:
+    """Yield what each output position meets, as groups by positions by features, so few that outputs are few too."""
+    step = max(_CHUNK_BYTES // max(4 * outputs, 1), 1)
+    for seen in im2col(inputs, use, kernel):
+        for begin in range(0, len(seen), step):
+            yield np.ascontiguousarray(seen[begin : begin + step].transpose(1, 0, 2), np.float32)
+
+
+def kernel_shape(kernel: tuple[int, ...], use: Use) -> tuple[int, ...]:
+    """Return the size of the window."""
+    taken = {axis for axis in (use.out_axis, use.in_axis, use.group_axis) if axis is not None}
+    return tuple(size for axis, size in enumerate(kernel) if axis not in taken)
+
+
+def _windows(inputs: Array, window: SlidingWindow, shape: tuple[int, ...]) -> Array:
+    """Return examples, positions in space, the window, channels."""
+    rank = len(shape)
+    space = tuple(range(2, 2 + rank))
+    reach = tuple(step * (size - 1) for step, size in zip(window.dilations, shape, strict=True))
+    pads, strides = list(window.pads), window.strides
+    if window.is_transposed:
+        inputs, strides = _spread(inputs, window.strides), (1,) * rank
+        pads = [(far - before, far - after) for far, (before, after) in zip(reach, window.pads, strict=True)]
+    inputs = _padded(inputs, pads)
+    seen: Array = sliding_window_view(inputs, [far + 1 for far in reach], axis=space)
+    every: list[Any] = [slice(None)] * 2
+    taps = [slice(None, None, step) for step in window.dilations]
+    seen = seen[tuple(every + [slice(None, None, step) for step in strides] + taps)]
+    if window.is_transposed:
+        seen = np.flip(seen, axis=tuple(range(2 + rank, 2 + 2 * rank)))
+    return np.moveaxis(seen, 1, -1)
+
+
+def _spread(inputs: Array, strides: tuple[int, ...]) -> Array:
+    """Return inputs with zeros between them."""
+    shape = [(size - 1) * step + 1 for size, step in zip(inputs.shape[2:], strides, strict=True)]
+    found = np.zeros((*inputs.shape[:2], *shape), inputs.dtype)
+    found[(slice(None), slice(None), *(slice(None, None, step) for step in strides))] = inputs
+    return found
+
+
+def _padded(inputs: Array, pads: list[tuple[int, int]]) -> Array:
+    """Return inputs with zeros around them; a negative number cuts instead."""
+    added = [(max(before, 0), max(after, 0)) for before, after in pads]
+    found = np.pad(inputs, [(0, 0), (0, 0), *added]) if any(map(any, added)) else inputs
+    cut = tuple(slice(max(-before, 0), -max(-after, 0) or None) for before, after in pads)
+    return found[(slice(None), slice(None), *cut)]
+
+
+def _by_groups(seen: Array, groups: int) -> Array:
+    """Return positions by groups by features, of what has the channels last."""
+    channels = seen.shape[-1] // groups
+    split = seen.reshape(*seen.shape[:-1], groups, channels)
+    rank = (split.ndim - 3) // 2
+    # Examples and positions first, then groups, the window, channels.
+    moved = np.moveaxis(split, -2, 1 + rank)
+    return moved.reshape(-1, groups, math.prod(moved.shape[2 + rank :]))

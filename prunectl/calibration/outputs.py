@@ -1,0 +1,119 @@
+"""How large is what comes out of each channel of a tensor, over some data and before any activation function?"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunectl.calibration import scores
+from prunectl.calibration.im2col import im2col_by_group, weight_matrix
+from prunectl.calibration.reconstruct import bias_of
+from prunectl.calibration.session import Calibration, open_calibration
+from prunectl.calibration.statistics import Float64Array, InputStatistics
+from prunectl.formats.base import Array, ModelFile, Role, Tensor
+from prunectl.pruning.request import PruneRequest
+from prunectl.training.layer_inputs import Sight, Use
+
+
+@dataclass(frozen=True, slots=True)
+class OutputStatistics:
+    """What comes out of a tensor: a number for each output, in the order in which they come out."""
+
+    sizes: Float64Array
+    """The mean |output|."""
+    squares: Float64Array
+    """The sum of the squares."""
+    counts: NDArray[np.int64]
+    """How often each was seen: the examples, times the positions in each."""
+    bias: str = ""
+    """Name of the bias that is counted in; none if the file does not tell it clearly."""
+
+
+@dataclass(frozen=True, slots=True)
+class CollectedOutputs:
+    """What came out of the tensors of a model, and what a user should know about how it was run."""
+
+    outputs: Mapping[str, OutputStatistics]
+    """By the name of the tensor; none of those whose outputs cannot all be seen."""
+    notes: tuple[str, ...]
+
+
+def collect_outputs(
+    model: ModelFile, names: Collection[str], request: PruneRequest, *, is_trusted: bool = False
+) -> CollectedOutputs:
+    """Run the data of a request through a model, and return what comes out of some of its tensors."""
+    found = open_calibration(model, request, is_trusted=is_trusted, needs_targets=False, has_reference=False)
+    with closing(found):
+        wanted = [tensor for tensor in model.tensors if tensor.name in names]
+        return CollectedOutputs(outputs(model, wanted, found.calibration), found.notes)
+
+
+def output_norms(
+    model: ModelFile, names: Collection[str], request: PruneRequest, *, norm: str = "1", is_trusted: bool = False
+) -> dict[str, Float64Array]:
+    """Return the mean |output| of every channel, or where the norm is 2 the root of the mean square."""
+    found = collect_outputs(model, names, request, is_trusted=is_trusted).outputs
+    if norm == "1":
+        return {name: one.sizes for name, one in found.items()}
+    return {name: np.sqrt(one.squares / one.counts) for name, one in found.items()}
+
+
+def outputs(model: ModelFile, tensors: Sequence[Tensor], calibration: Calibration) -> dict[str, OutputStatistics]:
+    """Return what comes out of tensors, added up batch by batch; none of those whose outputs cannot all be seen."""
+    biases = {tensor.name: bias for tensor in tensors if (bias := _bias(model, tensor)) is not None}
+    weights = {tensor.name: model.read(tensor) for tensor in tensors}
+    added = {name: model.read(bias) for name, bias in biases.items()}
+    sums = calibration.sums(tensors, partial(sizes_and_squares, weights, added))
+    return {
+        tensor.name: _gathered_outputs(weights[tensor.name], sums[tensor.name], biases.get(tensor.name))
+        for tensor in tensors
+        if tensor.name in sums and scores.covers_all_outputs(tensor.shape, sums[tensor.name])
+    }
+
+
+def sizes_and_squares(
+    weights: Mapping[str, Array], biases: Mapping[str, Array], sight: Sight, kernel: tuple[int, ...]
+) -> tuple[Float64Array, int]:
+    """Return the sums of |output| and of its square, as those two by groups by outputs.
+
+    Worked out from the inputs, so that they mean the same in every framework: some show only what an activation
+    function has made of them, or what they are before a bias.
+    """
+    rows = weight_matrix(weights[sight.name], sight.use).astype(np.float32)
+    bias = _of_part(biases[sight.name], sight.use).astype(np.float32) if sight.name in biases else np.zeros(1, "f4")
+    found, positions = np.zeros((2, *rows.shape[:2])), 0
+    for inputs in im2col_by_group(sight.inputs, sight.use, kernel, len(rows) * rows.shape[1]):
+        made = np.matmul(inputs, rows.transpose(0, 2, 1)) + bias
+        found[0] += np.abs(made).sum(axis=1, dtype=np.float64)
+        found[1] += np.square(made, out=made).sum(axis=1, dtype=np.float64)
+        positions += inputs.shape[1]
+    return found, positions
+
+
+def _bias(model: ModelFile, tensor: Tensor) -> Tensor | None:
+    """Return the bias of what a tensor makes of inputs; what it makes of states is a part of a sum that has one."""
+    return bias_of(model, tensor) if tensor.role is not Role.RECURRENT else None
+
+
+def _of_part(bias: Array, use: Use) -> Array:
+    """Return a bias as groups by one by outputs."""
+    return bias.reshape(use.groups, 1, -1)[..., slice(*use.outputs) if use.outputs is not None else slice(None)]
+
+
+def _gathered_outputs(weights: Array, sums: InputStatistics, bias: Tensor | None) -> OutputStatistics:
+    """Return sums over parts of the outputs as one."""
+    whole = replace(next(iter(sums.uses.values())), outputs=None)
+    groups, each = weight_matrix(weights, whole).shape[:2]
+    totals, counts = np.zeros((2, groups, each)), np.zeros((groups, each), np.int64)
+    for part, total in sums.totals.items():
+        at = slice(*part) if part is not None else slice(None)
+        totals[..., at] += total
+        counts[:, at] += sums.counts[part]
+    sizes, squares = totals.reshape(2, -1)
+    flat = counts.reshape(-1)
+    return OutputStatistics(sizes / flat, squares, flat, bias.name if bias is not None else "")

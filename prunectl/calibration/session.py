@@ -1,0 +1,235 @@
+"""From a file to a model that can be looked at, with data that fits it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from prunectl.calibration.im2col import im2col
+from prunectl.calibration.statistics import (
+    CrossStatistics,
+    Float64Array,
+    InputStatistics,
+    OutputRange,
+    check_memory,
+    products,
+)
+from prunectl.errors import UsageError, WorkError
+from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile, Tensor
+from prunectl.pruning.request import PruneRequest
+from prunectl.training import random_state
+from prunectl.training.backend import Means, ModelOrigin, Network, Signature
+from prunectl.training.data.adapt import adapt
+from prunectl.training.data.registry import open_source
+from prunectl.training.data.source import Batch, Order, each, mapped
+from prunectl.training.data.validate import check_batches
+from prunectl.training.layer_inputs import Graded, Observed, Sight, Use
+from prunectl.training.runtimes import open_network
+
+Accumulator = Callable[[Sight, tuple[int, ...]], tuple[Float64Array, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A model and the batches that it is looked at with."""
+
+    network: Observed
+    batches: tuple[Batch, ...]
+    reference: Observed | None = None
+    """The same model once more, which stays as it was."""
+
+    @property
+    def examples(self) -> int:
+        """How many examples there are."""
+        return sum(len(each(batch.x)[0]) for batch in self.batches)
+
+    def sums(self, tensors: Sequence[Tensor], adder: Accumulator) -> dict[str, InputStatistics]:
+        """Return sums of what each tensor meets, in the order in which they meet it.
+
+        None of those that are not seen, or used in two ways whose sums are not of the same things: a matrix as it is
+        and turned, as where a decoder has the weights of its encoder.
+        """
+        shapes = {tensor.name: tensor.shape for tensor in tensors}
+        found: dict[str, InputStatistics] = {}
+        ways: dict[str, Use] = {}
+        torn: set[str] = set()
+
+        def see(sight: Sight) -> None:
+            way = replace(sight.use, outputs=None, window=None)
+            if ways.setdefault(sight.name, way) != way:
+                torn.add(sight.name)
+            if sight.name not in torn:
+                shape = sight.use.shape or shapes[sight.name]
+                found.setdefault(sight.name, InputStatistics()).add(sight, shape, adder)
+
+        for batch in self.batches:
+            self.network.observe(shapes.keys(), batch.x, see)
+        for name in torn:
+            found.pop(name, None)
+        for name, sums in found.items():
+            if not all(np.isfinite(total).all() for total in sums.totals.values()):
+                raise WorkError(
+                    f"{name} meets inputs that are no finite numbers; nothing was written",
+                    hint="is the data scaled as in training (?norm=unit), and the model whole?",
+                )
+        return found
+
+    def products(self, tensor: Tensor) -> InputStatistics:
+        """Return how the inputs of one tensor go together: one at a time, since they are as big as it is squared."""
+        checked: list[Sight] = []
+
+        def adder(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
+            if not checked:
+                checked.append(sight)
+                _, groups, features = next(im2col(sight.inputs[:1], sight.use, kernel)).shape
+                check_memory(sight.name, groups=groups, features=features, kept=1)
+            return products(sight, kernel)
+
+        return self.sums([tensor], adder).get(tensor.name, InputStatistics())
+
+    def pairs(self, tensor: Tensor) -> dict[OutputRange, CrossStatistics]:
+        """Return how what a tensor meets now goes together with what it met in the model as it was."""
+        assert self.reference is not None
+        found: dict[OutputRange, CrossStatistics] = {}
+        for batch in self.batches:
+            now, before = _sights(self.network, tensor, batch), _sights(self.reference, tensor, batch)
+            for mine, theirs in zip(now, before, strict=True):
+                part = mine.use.outputs
+                found.setdefault(part, CrossStatistics(mine.use)).add(mine, theirs, mine.use.shape or tensor.shape)
+        return found
+
+    def gradients(
+        self, tensors: Sequence[Tensor], of: Callable[[Float64Array], Float64Array]
+    ) -> dict[str, Float64Array]:
+        """Return the means over batches of something of their gradients, weighted by the examples in each."""
+        network = self.network
+        if not isinstance(network, Graded):
+            raise UsageError(
+                "gradients need a framework that can differentiate the model, and onnxruntime does not",
+                hint="--strategy activation-magnitude or obs, or prune the file that the ONNX model was made from",
+            )
+        found: dict[str, Float64Array] = {}
+        examples = self.examples
+        for batch in self.batches:
+            share = len(each(batch.x)[0]) / examples
+            for name, gradient in network.gradients([tensor.name for tensor in tensors], batch).items():
+                seen = of(gradient.astype(np.float64))
+                seen *= share
+                found[name] = np.add(found[name], seen, out=found[name]) if name in found else seen
+        for name, held in found.items():
+            if not np.isfinite(held).all():
+                raise WorkError(
+                    f"the gradient of {name} is no finite number; nothing was written",
+                    hint="is the data scaled as in training (?norm=unit), and is it the right --loss?",
+                )
+        return found
+
+
+def _sights(network: Observed, tensor: Tensor, batch: Batch) -> list[Sight]:
+    found: list[Sight] = []
+    network.observe([tensor.name], batch.x, lambda sight: found.append(replace(sight, inputs=sight.inputs.copy())))
+    return found
+
+
+def take_samples(batches: Iterator[Batch], samples: int) -> tuple[Batch, ...]:
+    """Return the first examples of some batches."""
+    found: list[Batch] = []
+    left = samples
+
+    def first(array: Array) -> Array:
+        return array[:left]
+
+    for batch in batches:
+        count = len(each(batch.x)[0])
+        found.append(Batch(mapped(first, batch.x), None if batch.y is None else mapped(first, batch.y)))
+        left -= count
+        if left <= 0:
+            break
+    if not found:
+        raise UsageError("the data holds no examples to look at")
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSession:
+    """A model with its data."""
+
+    calibration: Calibration
+    trained: Network | None
+    """The same model, where it is one that can be trained as well."""
+    notes: tuple[str, ...]
+
+    def close(self) -> None:
+        """Let go of the model."""
+        if self.trained is not None:
+            self.trained.close()
+
+
+def open_calibration(
+    model: ModelFile, request: PruneRequest, *, is_trusted: bool, needs_targets: bool, has_reference: bool
+) -> CalibrationSession:
+    """Open a model in its runtime, and the first examples in an order that the seed decides."""
+    if any(wrapper.kind != PARAMETRIZATION for wrapper in model.about.wrappers):
+        raise UsageError(
+            f"{model.path} has pruning wrappers, and no model runs with them and without them alike",
+            hint=f"prunectl strip {model.path} -o plain{model.path.suffix} first",
+        )
+    random_state.seed(request.seed)
+    origin = ModelOrigin(request.model, request.custom_objects, is_trusted, request.seed)
+    network, trained = _network(model, origin)
+    source, notes = adapt(open_source(request.data, signature=network.signature, seed=request.seed), network.signature)
+    if needs_targets and not source.has_targets:
+        raise UsageError(
+            f"{source.name} has no targets, and the strategy {request.strategy} needs the loss of each example",
+            hint="--strategy activation-magnitude or obs looks at inputs alone",
+        )
+    # A stream is not read to its end for the sake of a few examples.
+    order = Order(request.batch_size, request.seed, is_shuffled=source.count is not None)
+    batches = take_samples(source.batches(order), request.samples)
+    notes += check_batches(source.first(request.samples), network.signature, needs_targets=needs_targets, classes=None)
+    if trained is not None and needs_targets:
+        trained.prepare(Means(loss=request.loss, optimizer="sgd", lr=0.0, seed=request.seed, example=batches[0]))
+    reference = _network(model, origin)[0] if has_reference else None
+    return CalibrationSession(Calibration(network, batches, reference), trained, tuple(dict.fromkeys(notes)))
+
+
+def _network(model: ModelFile, origin: ModelOrigin) -> tuple[Observed, Network | None]:
+    if model.format == "onnx":
+        make: Callable[[ModelFile, ModelOrigin], Observed] = importlib.import_module(
+            "prunectl.training.onnx.model"
+        ).open_observed
+        return make(model, origin), None
+    network = open_network(model, origin)
+    if not isinstance(network, Observed):
+        raise UsageError(f"{model.path} cannot be looked at while it runs")
+    return network, network
+
+
+def load_inputs(spec: str, signature: Signature, count: int, order: Order) -> tuple[tuple[Array, ...], tuple[str, ...]]:
+    """Return the inputs of so many examples, and what is to be said of them; a stream is never shuffled."""
+    source, notes = adapt(open_source(spec, signature=signature, seed=order.seed), signature)
+    notes += check_batches(source.first(count), signature, needs_targets=False, classes=None)
+    own = Order(order.batch_size, order.seed, is_shuffled=order.is_shuffled and source.count is not None)
+    parts = [each(batch.x) for batch in take_samples(source.batches(own), count)]
+    whole = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return whole, tuple(dict.fromkeys(notes))
+
+
+def padded_batch_rows(count: int, size: int) -> Array:
+    """Return which examples each batch holds; the last is filled up with the first ones, again and again."""
+    found: Array = np.arange(-(-count // size) * size).reshape(-1, size) % count
+    return found
+
+
+_SHOWN = 5
+
+
+def note_about(what: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Return a sentence about some tensors; nothing without any."""
+    if not names:
+        return ()
+    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} others" if len(names) > _SHOWN else "")
+    return (f"{shown}: {what}.",)

@@ -1,0 +1,155 @@
+"""What cutting asks of a network in its own graph language."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from prunectl.channels.graph import ChannelGraph, OpKind
+from prunectl.channels.labels import LabelArray, LabelTrace
+from prunectl.formats.base import Array
+from prunectl.pruning.threshold import Mask
+
+
+class PrunedShapes:
+    """A network without some of its channels."""
+
+    def __init__(self, trace: LabelTrace, gone: Iterable[int]) -> None:
+        self.trace = trace
+        self._gone = np.array(sorted(gone), np.int64)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a value without the channels that are gone."""
+        before, labels = self.trace.shape(name), self.trace.of(name)
+        after = list(before)
+        for axis in self.trace.labels.varying(labels):
+            line = self.trace.labels.along(labels, axis)
+            if line is not None:
+                after[axis] = int(self._stays(line).sum())
+        return tuple(after)
+
+    def before(self, name: str, axis: int, place: int) -> int:
+        """Return how many indices of an axis are left before a place."""
+        labels = self.trace.of(name)
+        line = self.trace.labels.along(labels, axis)
+        if line is None:
+            return place
+        return int(self._stays(line[:place]).sum())
+
+    def without(self, name: str, array: Array) -> Array:
+        """Return what is left of a value that the whole network gave."""
+        labels = self.trace.of(name)
+        for axis in self.trace.labels.varying(labels):
+            line = self.trace.labels.along(labels, axis)
+            if line is not None:
+                array = np.compress(self._stays(line), array, axis)
+        return array
+
+    def _stays(self, line: LabelArray) -> Mask:
+        return ~np.isin(self.trace.labels.roots(line), self._gone)
+
+    def has_changed(self, name: str) -> bool:
+        """Whether a value is smaller than it was."""
+        is_known = name in self.trace.values and name in self.trace.graph.shapes
+        return is_known and self.shape(name) != self.trace.shape(name)
+
+
+RemovedIndices = Mapping[tuple[str, int], LabelArray]
+"""The indices that go, by weight and axis."""
+Axes = Mapping[int, LabelArray]
+"""The indices that go from one weight, by axis."""
+Feeds = Mapping[str, Array]
+Runner = Callable[[Feeds], list[Any]]
+"""From inputs by name to what comes out, and then what was asked to be shown besides."""
+_MAKERS = frozenset({OpKind.CONVOLUTION, OpKind.LINEAR, OpKind.RECURRENT})
+
+
+class GraphAdapter(Protocol):
+    """A network that was read, and can be written again without some of its channels.
+
+    Networks are handed about as the language has them in memory: what `cut` and `with_weights` return, `runner` and
+    `write` take.
+    """
+
+    @property
+    def graph(self) -> ChannelGraph:
+        """What can be followed; weights are called what the file calls them."""
+
+    @property
+    def copies(self) -> Mapping[str, str]:
+        """What each weight that is in the graph but not in the file is a copy of."""
+
+    @property
+    def followers(self) -> Mapping[str, str]:
+        """What else in the file is cut as a weight is, such as the state of an optimizer, by the weight's name."""
+
+    @property
+    def dropped(self) -> frozenset[str]:
+        """The tensors of the file that are left out on purpose; `notes` says so."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about what is written."""
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What was guessed where the file does not say it and it made a difference, with how to say it."""
+
+    @property
+    def showable(self) -> frozenset[str]:
+        """The inner values that `runner` can show: what convolutions and dense layers make, as far as it is at hand."""
+
+    def beside(self, target: Path) -> tuple[Path, ...]:
+        """Return the files that are written beside a target."""
+
+    def cut(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
+        """Return the smaller network; some weights have other numbers before they are cut."""
+
+    def with_weights(self, weights: Mapping[str, Array]) -> Any:
+        """Return the network as it was read, some of its numbers replaced."""
+
+    def feeds(self, random: np.random.Generator) -> Feeds:
+        """Return random inputs, of the shapes that the graph was worked out for."""
+
+    @property
+    def has_float64(self) -> bool:
+        """Whether its runtime can calculate in float64, whatever the network itself does."""
+
+    def runner(self, network: Any, shown: Iterable[str], *, is_wide: bool = False) -> Runner:
+        """Return what runs a network in its own runtime, and shows some inner values too, by their names in the graph.
+
+        What comes out comes first, then one value for each name, in their order and as the graph has their axes. All
+        names are showable. What is wide calculates in float64, where that can be. WorkError if the runtime cannot load
+        it.
+        """
+
+    def write(self, network: Any, folder: Path, target: Path) -> Path:
+        """Write a network into a scratch folder, under the names that belong to a target, and return its path."""
+
+
+def made_by_weights(graph: ChannelGraph) -> frozenset[str]:
+    """Return what convolutions, dense and recurrent layers make."""
+    return frozenset(node.outputs[0] for node in graph.nodes if node.kind in _MAKERS)
+
+
+def axes_of(removed: RemovedIndices) -> dict[str, dict[int, LabelArray]]:
+    """Return the indices that go from each axis, by weight."""
+    found: dict[str, dict[int, LabelArray]] = {}
+    for (name, axis), indices in removed.items():
+        found.setdefault(name, {})[axis] = indices
+    return found
+
+
+def pruned_shape(name: str, shape: Iterable[int], removed: RemovedIndices) -> tuple[int, ...]:
+    """Return the shape of a weight without what goes."""
+    return tuple(length - len(removed.get((name, axis), ())) for axis, length in enumerate(shape))
+
+
+def delete_indices(array: Array, axes: Axes) -> Array:
+    """Return a weight without some indices of some axes."""
+    for axis, indices in axes.items():
+        array = np.delete(array, indices, axis)
+    return array

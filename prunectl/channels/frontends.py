@@ -1,0 +1,61 @@
+"""Which graph language a file speaks: a table, each row imported only when it is used."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+from prunectl.channels.adapter import GraphAdapter
+from prunectl.channels.lengths import Shapes
+from prunectl.errors import InputError
+from prunectl.formats.base import ModelFile
+from prunectl.formats.safe_json import require
+from prunectl.training import user_code
+from prunectl.training.backend import ModelOrigin
+
+
+@dataclass(frozen=True, slots=True)
+class Frontend:
+    """A graph language, and the formats whose files speak it."""
+
+    name: str
+    formats: frozenset[str]
+    reader: str
+    """`module:function` in this package that makes a source of a model, its origin and the shapes of data."""
+    needs: str = ""
+    """The package that this module imports, which is called as the extra that brings it."""
+
+
+LANGUAGES = (
+    Frontend("ONNX", frozenset({"onnx"}), "onnx.adapter:read_onnx"),
+    Frontend("Keras", frozenset({"keras-h5", "keras"}), "keras.adapter:read_keras"),
+    Frontend("TensorFlow SavedModel", frozenset({"saved-model"}), "keras.saved_model:read_saved_model"),
+    Frontend(
+        "PyTorch",
+        frozenset({"torch", "torch-legacy", "torch-export", "safetensors"}),
+        "torch.adapter:read_torch",
+        "torch",
+    ),
+)
+
+
+def open_adapter(model: ModelFile, origin: ModelOrigin, data: Shapes | None = None) -> GraphAdapter:
+    """Return a network that can be followed and cut, or say that its graph cannot be read.
+
+    What data goes in tells how long the axes are that a file leaves open.
+    """
+    for language in LANGUAGES:
+        if model.format in language.formats:
+            if language.needs:
+                # The others are followed without their framework, and ask before they load it.
+                user_code.check(model, origin)
+                require(language.needs, extra=language.needs)
+            module, _, name = language.reader.partition(":")
+            found: GraphAdapter = getattr(importlib.import_module(f"prunectl.channels.{module}"), name)(
+                model, origin, data
+            )
+            return found
+    names = ", ".join(language.name for language in LANGUAGES)
+    raise InputError(
+        f"{model.path}: channels are followed in files of {names} only", hint="export the model to ONNX first"
+    )

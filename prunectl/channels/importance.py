@@ -1,0 +1,347 @@
+"""How much is each channel worth? Pure functions from weights to one number for each index of an axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunectl.calibration.outputs import output_norms
+from prunectl.calibration.session import load_inputs as whole_load_inputs
+from prunectl.calibration.session import open_calibration, padded_batch_rows
+from prunectl.channels.adapter import Feeds, GraphAdapter
+from prunectl.channels.groups import ChannelGroup
+from prunectl.channels.labels import AxisRole
+from prunectl.channels.lengths import Shapes
+from prunectl.errors import UsageError
+from prunectl.formats.base import Array, ModelFile
+from prunectl.pruning.hashing import fnv1a, mixed
+from prunectl.pruning.request import PruneRequest
+from prunectl.training.backend import Port, Signature
+from prunectl.training.data.source import Order
+
+Rows = NDArray[np.float64]
+"""The weights of a channel in each row."""
+Similarity = NDArray[np.float64]
+"""How alike every two rows are: 1 if they are the same."""
+
+THRESHOLD = 0.9
+_CHUNK_BYTES = 32 << 20
+
+
+def cosine(rows: Rows) -> Similarity:
+    """Return the cosine of the angle between every two rows; rows of zeros are like each other alone."""
+    norms = _norms(rows)
+    across = np.outer(norms, norms)
+    found = np.divide(rows @ rows.T, across, out=np.zeros_like(across), where=across > 0)
+    return _finalize(np.clip(found, -1, 1), norms)
+
+
+def euclidean(rows: Rows) -> Similarity:
+    """Return 1 less the distance over the product of norms, not below 0; rows of zeros are like each other alone."""
+    norms = _norms(rows)
+    across = np.outer(norms, norms)
+    # Not from products of rows: where two are nearly the same, little would be left of the difference.
+    apart = np.sqrt(_summed(rows, lambda one, other: np.square(one - other)))
+    found = 1 - np.divide(apart, across, out=np.ones_like(across), where=across > 0)
+    return _finalize(np.maximum(found, 0), norms)
+
+
+def iou(rows: Rows) -> Similarity:
+    """Return the sum of what every two rows share over that of what either has; rows of zeros share all.
+
+    Two weights of one sign share the smaller and have the larger; those of opposite signs share nothing and have both.
+    Where no weight is negative, this is the sum of minima over the sum of maxima.
+    """
+    parts = np.concatenate([np.maximum(rows, 0), np.maximum(-rows, 0)], axis=1)
+    shared = _summed(parts, np.minimum)
+    sizes = parts.sum(axis=1)
+    either = sizes[:, np.newaxis] + sizes - shared
+    return _finalize(np.divide(shared, either, out=np.zeros_like(either), where=either > 0), sizes)
+
+
+METRICS: Mapping[str, Callable[[Rows], Similarity]] = {"cosine": cosine, "euclidean": euclidean, "iou": iou}
+
+
+def redundancy(alike: Similarity) -> Scores:
+    """Return for each row how well one that stays replaces it, as rows go one by one.
+
+    Of the two that are most alike the later goes, again and again, so that those with the highest scores are what goes
+    first however many are asked for. The last row has -1, as nothing is left to replace it.
+    """
+    count = len(alike)
+    # What replaces a row stands before it: of a pair it is the later one that goes.
+    before = np.where(np.tri(count, k=-1, dtype=np.bool_), alike, -np.inf)
+    best = before.max(axis=1, initial=-np.inf)
+    found = np.full(count, -1.0)
+    for _ in range(count - 1):
+        # The last of equals, so that of many that are the same the first stays.
+        gone = count - 1 - int(np.argmax(best[::-1]))
+        found[gone] = best[gone]
+        best[gone] = -np.inf
+        followers = gone + 1 + np.flatnonzero(before[gone + 1 :, gone] == best[gone + 1 :])
+        before[:, gone] = -np.inf
+        best[followers] = np.where(np.isneginf(best[followers]), -np.inf, before[followers].max(axis=1))
+    return found
+
+
+def first_of_each(alike: Similarity, threshold: float = THRESHOLD) -> NDArray[np.bool_]:
+    """Return which rows stay if each goes that is at least so much like an earlier one that stays."""
+    stays = np.zeros(len(alike), np.bool_)
+    for at, line in enumerate(alike):
+        stays[at] = not (line[:at][stays[:at]] >= threshold).any()
+    return stays
+
+
+def dissimilarity(weights: Array, axis: int, metric: str = "cosine") -> Scores:
+    """Return how far each index of an axis is from what replaces it, from 0 to 2: the lowest go first."""
+    rows = np.moveaxis(weights, axis, 0).reshape(weights.shape[axis], -1).astype(np.float64)
+    return np.asarray(1 - redundancy(METRICS[metric](rows)))
+
+
+def _norms(rows: Rows) -> NDArray[np.float64]:
+    return np.asarray(np.sqrt(np.square(rows).sum(axis=1)))
+
+
+def _finalize(alike: Similarity, sizes: NDArray[np.float64]) -> Similarity:
+    """Return what is alike with 1 for each row and itself, and for every two rows of zeros."""
+    empty = sizes == 0
+    found = np.where(np.outer(empty, empty), 1.0, alike)
+    np.fill_diagonal(found, 1.0)
+    return found
+
+
+def _summed(rows: Rows, of: Callable[[Rows, Rows], Rows]) -> Similarity:
+    """Return the sum over the weights of something between every two rows, a few rows at a time."""
+    step = max(_CHUNK_BYTES // max(rows.nbytes, 1), 1)
+    parts = [of(rows[begin : begin + step, np.newaxis], rows).sum(axis=2) for begin in range(0, len(rows), step)]
+    return np.concatenate(parts) if parts else np.zeros((0, 0))
+
+
+Scores = NDArray[np.float64]
+
+
+class RequiredData(StrEnum):
+    """What is measured on data."""
+
+    NOTHING = "nothing"
+    OUTPUTS = "outputs"
+    GRADIENTS = "gradients"
+
+
+@dataclass(frozen=True, slots=True)
+class Importance:
+    """A way to score channels by some of their weights."""
+
+    name: str
+    parts: frozenset[AxisRole]
+    of: Callable[[Array, int], Scores]
+    """From a weight and an axis to one number for each index."""
+    line: str
+    key: str = ""
+    """The parameter that tells which way to measure."""
+    choices: Mapping[str, Callable[[Array, int], Scores]] = field(default_factory=dict)
+    choice: str = ""
+    needs: RequiredData = RequiredData.NOTHING
+    """What of the data it is that takes the place of weights."""
+    has_threshold: bool = False
+    """Whether a number by itself says that a channel may go: 1 less the threshold."""
+
+
+def absolute(weights: Array, axis: int) -> Scores:
+    """Return the mean absolute value at each index."""
+    return np.asarray(np.abs(channel_rows(weights, axis)).mean(axis=1))
+
+
+def squared(weights: Array, axis: int) -> Scores:
+    """Return the mean square at each index."""
+    return np.asarray(np.square(channel_rows(weights, axis)).mean(axis=1))
+
+
+def geometric_median(weights: Array, axis: int) -> Scores:
+    """Return how far each index is from all others: the nearer, the better they replace it (He et al. 2019)."""
+    rows = channel_rows(weights, axis)
+    squares = np.square(rows).sum(axis=1)
+    apart = squares[:, None] + squares[None, :] - 2 * (rows @ rows.T)
+    return np.asarray(np.sqrt(np.maximum(apart, 0)).sum(axis=1))
+
+
+def abs_sum(weights: Array, axis: int) -> Scores:
+    """Return the absolute value of the sum at each index."""
+    return np.asarray(np.abs(channel_rows(weights, axis).sum(axis=1)))
+
+
+MEASURES = (
+    Importance(
+        "channel-norm",
+        frozenset({AxisRole.OUT, AxisRole.IN}),
+        absolute,
+        "the smallest weights, on average over all that makes or reads a channel",
+        key="norm",
+        choices={"1": absolute, "2": squared},
+    ),
+    Importance("bn-scale", frozenset({AxisRole.SCALE}), absolute, "the smallest scales of batch normalisation"),
+    Importance(
+        "geometric-median", frozenset({AxisRole.OUT}), geometric_median, "those that the others can best replace"
+    ),
+    Importance(
+        "similarity",
+        frozenset({AxisRole.OUT}),
+        dissimilarity,
+        "those that are most like another that stays",
+        key="metric",
+        choices={metric: partial(dissimilarity, metric=metric) for metric in METRICS},
+        has_threshold=True,
+    ),
+    Importance(
+        "channel-activation",
+        frozenset({AxisRole.OUT}),
+        abs_sum,
+        "the smallest outputs on your data",
+        key="norm",
+        choices={"1": abs_sum, "2": abs_sum},
+        needs=RequiredData.OUTPUTS,
+    ),
+    Importance(
+        "taylor",
+        frozenset({AxisRole.OUT}),
+        abs_sum,
+        "the least that the loss would change, to first order",
+        needs=RequiredData.GRADIENTS,
+    ),
+)
+RANDOM = "random"
+
+
+def group_importance(family: ChannelGroup, weights: Mapping[str, Array], measure: Importance) -> Scores | None:
+    """Return a score for each channel of a family, the mean over its members; None if it has none to look at.
+
+    Of a measure that needs data, the weights are what was seen of them.
+    """
+    kept = [
+        number for number, place in enumerate(family.places) if place.part in measure.parts and place.tensor in weights
+    ]
+    if not kept:
+        return None
+    found = []
+    for number in kept:
+        place = family.places[number]
+        line = measure.of(weights[place.tensor], place.axis)
+        found.append(_means(line, [group.members[number].indices for group in family.groups]))
+    return np.asarray(np.mean(found, axis=0))
+
+
+def _means(line: Scores, indices: Sequence[tuple[int, ...]]) -> Scores:
+    """Return the mean of the scores at the indices of each channel."""
+    if all(len(own) == 1 for own in indices):
+        return line[[own[0] for own in indices]]
+    return np.asarray([line[list(own)].mean() for own in indices])
+
+
+def random_importance(family: ChannelGroup, seed: int) -> Scores:
+    """Return numbers that only the seed, the family and the place in it decide."""
+    start = np.uint64(fnv1a(f"{seed}/{family.name}"))
+    drawn = mixed(np.arange(len(family.groups), dtype=np.uint64) + start)
+    # Of the upper 53 bits, as many as a float64 holds exactly; above zero, as they are divided by their mean.
+    return (drawn >> np.uint64(11)).astype(np.float64) / 2**53
+
+
+def channel_rows(weights: Array, axis: int) -> NDArray[np.float64]:
+    """Return the weights at each index of an axis as a row."""
+    return np.moveaxis(weights, axis, 0).reshape(weights.shape[axis], -1).astype(np.float64)
+
+
+def importance_inputs(
+    model: ModelFile,
+    families: Sequence[ChannelGroup],
+    weights: Mapping[str, Array],
+    measure: Importance | None,
+    request: PruneRequest,
+    *,
+    is_trusted: bool,
+) -> Mapping[str, Array]:
+    """Return what a measure looks at, in the shape of each weight; the weights themselves, unless it needs data."""
+    if measure is None or measure.needs is RequiredData.NOTHING:
+        return weights
+    makers = {
+        place.tensor: place.axis
+        for family in families
+        for place in family.places
+        if place.part is AxisRole.OUT and not family.reason
+    }
+    held = {tensor.name: tensor for tensor in model.tensors if tensor.name in makers}
+    if measure.needs is RequiredData.OUTPUTS:
+        norms = output_norms(model, held.keys(), request, norm=measure.choice or "1", is_trusted=is_trusted)
+        return {
+            name: _spread(norm, weights[name].shape, makers[name])
+            for name, norm in norms.items()
+            if len(norm) == weights[name].shape[makers[name]]
+        }
+    found = open_calibration(model, request, is_trusted=is_trusted, needs_targets=True, has_reference=False)
+    with closing(found):
+        gradients = found.calibration.gradients(list(held.values()), np.array)
+        return {name: weights[name].astype(np.float64) * one for name, one in gradients.items()}
+
+
+def _spread(line: Array, shape: tuple[int, ...], axis: int) -> Array:
+    """Return numbers whose sum at each index of an axis is that of a line."""
+    found = np.zeros(shape)
+    first = tuple(slice(None) if number == axis else 0 for number in range(len(shape)))
+    found[first] = line
+    return found
+
+
+_MADE_UP = "random:"
+_BATCHES = 4
+"""Enough to see what random numbers do not show; each costs two runs of a network."""
+
+
+def load_inputs(
+    model: ModelFile, source: GraphAdapter, request: PruneRequest, measure: Importance | None
+) -> tuple[tuple[Feeds, ...], tuple[str, ...]]:
+    """Return a few batches, as many examples in each as the network was followed with, and what is to be said of them.
+
+    Data that a strategy looks at may be of another length than the network was followed with; data that are given for
+    nothing but the proof may not.
+    """
+    if not request.data:
+        return (), ()
+    try:
+        return _batches(source, request, is_channels_first=model.about.keras is None)
+    except UsageError as error:
+        if measure is None or measure.needs is RequiredData.NOTHING:
+            raise
+        return (), (f"The cut network was tried on random inputs alone: {error.message}.",)
+
+
+def shapes_of_data(request: PruneRequest) -> Shapes | None:
+    """Return what looks up the shapes of data, for models that leave axes open."""
+    if not request.data or (request.data.startswith(_MADE_UP) and "shape=" not in request.data):
+        # What is made up has the shapes of the model.
+        return None
+
+    def shapes(signature: Signature) -> Sequence[tuple[int, ...]]:
+        whole, _ = whole_load_inputs(request.data, signature, 1, Order(1, request.seed, is_shuffled=False))
+        return [array.shape[1:] for array in whole]
+
+    return shapes
+
+
+def _batches(
+    source: GraphAdapter, request: PruneRequest, *, is_channels_first: bool
+) -> tuple[tuple[Feeds, ...], tuple[str, ...]]:
+    example = source.feeds(np.random.default_rng(request.seed))
+    names = source.graph.inputs
+    ports = tuple(Port(name, example[name].shape[1:], str(example[name].dtype)) for name in names)
+    signature = Signature(ports, (), is_channels_first=is_channels_first)
+    size = len(example[names[0]])
+    order = Order(request.batch_size, request.seed, is_shuffled=True)
+    whole, notes = whole_load_inputs(request.data, signature, min(request.samples, size * _BATCHES), order)
+    rows = padded_batch_rows(len(whole[0]), size)
+    feeds = tuple(dict(zip(names, (array[row] for array in whole), strict=True)) for row in rows)
+    return feeds, notes

@@ -1,0 +1,257 @@
+"""A graph that grows operation by operation, as a Keras configuration is followed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from prunectl.channels.graph import ChannelGraph, OpKind, OpNode, WeightView
+from prunectl.channels.keras.weights import ConfigPath
+from prunectl.formats.base import Array, ModelFile, Tensor
+from prunectl.formats.keras.flops import matmuls
+from prunectl.formats.keras.flops.shapes import LayerCall, UnknownShapeError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CalledLayer:
+    """A layer that was called: what went in and what came out."""
+
+    spot: ConfigPath
+    names: tuple[str, ...]
+    """Of the models around it, and its own."""
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    leaves: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedValue:
+    """Where Keras has a value: a layer hands it to its activation."""
+
+    names: tuple[str, ...]
+    """Of the models around the layer, and its own."""
+    order: tuple[int, ...]
+    """The order in which the axes that Keras has are those of the graph."""
+
+
+class GraphBuilder:
+    """Operations, values and weights so far."""
+
+    def __init__(self, model: ModelFile) -> None:
+        self._model = model
+        self.nodes: list[OpNode] = []
+        self.shapes: dict[str, Shape] = {}
+        self.views: dict[str, WeightView] = {}
+        self.uses: Counter[str] = Counter()
+        self.inputs: dict[str, str] = {}
+        """Types of numbers by the names of inputs."""
+        self.met: list[CalledLayer] = []
+        self.looks: dict[str, ObservedValue] = {}
+        """Of values that some layer makes just before its activation."""
+        self.said: dict[tuple[ConfigPath, str, int, int], str] = {}
+        """Values by how a model refers to them: a layer, the number of a call, the number of an output."""
+        self._weights: dict[str, Tensor] = {}
+        self._names: set[str] = set()
+
+    def fresh(self, name: str, shape: Shape | None) -> str:
+        """Return the name of a new value."""
+        number = 1
+        while (own := name if number == 1 else f"{name}:{number}") in self._names:
+            number += 1
+        self._names.add(own)
+        if shape is not None:
+            self.shapes[own] = shape
+        return own
+
+    def renamed(self, value: str, name: str, since: int) -> str:
+        """Give what the operations since some place come to the name of the layer, and return it."""
+        made = {output for node in self.nodes[since:] for output in node.outputs}
+        if value not in made:
+            return value
+        own = self.fresh(name, self.shapes.pop(value, None))
+        self.nodes[since:] = [
+            replace(node, inputs=_replaced(node.inputs, value, own), outputs=_replaced(node.outputs, value, own))
+            for node in self.nodes[since:]
+        ]
+        if value in self.looks:
+            self.looks[own] = self.looks.pop(value)
+        return own
+
+    def add(
+        self,
+        name: str,
+        op: str,
+        kind: OpKind,
+        inputs: Sequence[str],
+        shapes: Sequence[Shape | None],
+        **attributes: Any,
+    ) -> tuple[str, ...]:
+        """Put an operation in, and return the names of its outputs."""
+        outputs = tuple(self.fresh(f"{name}~{len(self.nodes)}", shape) for shape in shapes)
+        for value in inputs:
+            if value in self.views:
+                self.uses[self.views[value].tensor] += 1
+        self.nodes.append(OpNode(name, op, kind, tuple(inputs), outputs, attributes))
+        return outputs
+
+    def view(self, tensor: Tensor, axes: Sequence[int | None]) -> str:
+        """Return the value that a weight is, its axes in another order; axes of length 1 may be put in."""
+        order = tuple(axes)
+        name = tensor.name if order == tuple(range(len(tensor.shape))) else f"{tensor.name} as {order}"
+        self._weights[tensor.name] = tensor
+        self.views[name] = WeightView(tensor.name, order)
+        self.shapes[name] = tuple(1 if axis is None else tensor.shape[axis] for axis in order)
+        return name
+
+    @contextmanager
+    def undone_on_failure(self) -> Generator[None]:
+        """Take back what was put in, if something is not known."""
+        nodes, uses = len(self.nodes), self.uses.copy()
+        try:
+            yield
+        except Exception:
+            del self.nodes[nodes:]
+            self.uses = uses
+            raise
+
+    @property
+    def showable(self) -> dict[str, ObservedValue]:
+        """What can be looked at while it runs; of a layer that is called twice, nobody knows which is which."""
+        made = {output for node in self.nodes for output in node.outputs}
+        times = Counter(look.names for name, look in self.looks.items() if name in made)
+        called = Counter(met.names for met in self.met)
+        return {
+            name: look
+            for name, look in self.looks.items()
+            if name in made and times[look.names] == called[look.names] == 1
+        }
+
+    def graph(self, outputs: Sequence[str]) -> ChannelGraph:
+        """Return what has grown."""
+        return ChannelGraph(
+            nodes=tuple(self.nodes),
+            weights=_Read(self._model, self._weights),
+            views=self.views,
+            uses=self.uses,
+            shapes=self.shapes,
+            inputs=tuple(self.inputs),
+            outputs=tuple(dict.fromkeys(outputs)),
+        )
+
+
+class _Read(Mapping[str, Array]):
+    """Weights, read when they are first looked at."""
+
+    def __init__(self, model: ModelFile, tensors: Mapping[str, Tensor]) -> None:
+        self._model, self._tensors = model, tensors
+        self._held: dict[str, Array] = {}
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._held:
+            # A copy: each view of the file would keep it open once more.
+            self._held[name] = np.array(self._model.read(self._tensors[name]))
+        return self._held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _replaced(names: tuple[str, ...], old: str, new: str) -> tuple[str, ...]:
+    return tuple(new if name == old else name for name in names)
+
+
+@dataclass(frozen=True, slots=True)
+class Called:
+    """A layer with what is known of its inputs; what is not makes it unknown."""
+
+    net: GraphBuilder
+    names: tuple[str, ...]
+    """Of the models around it, and its own."""
+    step: LayerCall
+    inputs: tuple[str, ...]
+    """Values, those that are given by name behind the others."""
+    leaves: Mapping[str, Tensor]
+    words: tuple[str, ...] = ()
+    """The names of the last inputs."""
+
+    @property
+    def name(self) -> str:
+        """What a user would call it."""
+        return "/".join(self.names)
+
+    @property
+    def op(self) -> str:
+        """Its class."""
+        return self.step.kind
+
+    @property
+    def data(self) -> str:
+        """The one value that goes in."""
+        if len(self.inputs) != 1:
+            raise UnknownShapeError
+        return self.inputs[0]
+
+    def shape(self, value: str) -> Shape:
+        """Return a shape with its batch."""
+        if value not in self.net.shapes:
+            raise UnknownShapeError
+        return self.net.shapes[value]
+
+    @property
+    def batch(self) -> int:
+        """How many examples go in: more than one where steps in time are taken for examples."""
+        return self.shape(self.inputs[0])[0]
+
+    def made(self) -> Shape:
+        """Return the shape of what comes out, with its batch."""
+        return with_batch(matmuls.output(self.step), self.batch)
+
+    def does(self, kind: OpKind, inputs: Sequence[str], shape: Shape, **attributes: Any) -> str:
+        """Put in an operation with one output."""
+        if any(length == 0 for length in shape):
+            raise UnknownShapeError
+        return self.net.add(self.name, self.op, kind, inputs, (shape,), **attributes)[0]
+
+    def weight(self, leaf: str, axes: Sequence[int | None]) -> str:
+        """Return a weight as an operation sees it; empty if the layer has none of that name."""
+        tensor = self.leaves.get(leaf)
+        return "" if tensor is None else self.net.view(tensor, axes)
+
+    def turned(self, value: str, order: Sequence[int]) -> str:
+        """Put the axes of a value in another order."""
+        if list(order) == list(range(len(order))):
+            return value
+        shape = self.shape(value)
+        return self.does(OpKind.TRANSPOSE, (value,), tuple(shape[axis] for axis in order), order=tuple(order))
+
+    def forward(self, value: str) -> str:
+        """Put channels in front of space, where they are not."""
+        rank = len(self.shape(value))
+        return value if self.step.is_channels_first else self.turned(value, (0, rank - 1, *range(1, rank - 1)))
+
+    def back(self, value: str) -> str:
+        """Put channels where the layer has them."""
+        rank = len(self.shape(value))
+        return value if self.step.is_channels_first else self.turned(value, (0, *range(2, rank), 1))
+
+    def fronted(self, shape: Shape) -> Shape:
+        """Return a shape of the layer's with channels in front of space."""
+        return shape if self.step.is_channels_first else (shape[0], shape[-1], *shape[1:-1])
+
+
+def with_batch(shape: Sequence[int | None] | None, batch: int) -> Shape:
+    """Return a shape with its batch; UnknownShapeError if a length is not known."""
+    found = [] if shape is None else [length for length in shape if length is not None]
+    if shape is None or len(found) != len(shape):
+        raise UnknownShapeError
+    return (batch, *found)

@@ -1,0 +1,237 @@
+"""A SavedModel that Keras 2 wrote: read as the HDF5 file that it would write too, and written anew."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prunectl.channels.adapter import Feeds, PrunedShapes, RemovedIndices, Runner
+from prunectl.channels.graph import ChannelGraph
+from prunectl.channels.keras import run as drafts
+from prunectl.channels.keras.adapter import KerasSource, require_followable
+from prunectl.channels.keras.traverse import load_keras
+from prunectl.channels.lengths import Lengths, Shapes
+from prunectl.errors import InputError, PrunectlError, WorkError, first_line
+from prunectl.formats.base import Array, ModelFile, Role
+from prunectl.formats.registry import open_model
+from prunectl.formats.scratch import Scratch
+from prunectl.formats.tensorflow import object_graph
+from prunectl.formats.tensorflow.bundle import read_bundle
+from prunectl.formats.tensorflow.graph_def import read_graph
+from prunectl.formats.tensorflow.variable_names import VALUE_SUFFIX
+from prunectl.pruning import destination as outputs
+from prunectl.training import user_code
+from prunectl.training.backend import ModelOrigin
+from prunectl.training.keras.backend import quietly
+from prunectl.training.keras.distribution import DevicePlacement
+from prunectl.training.keras.load import Loaded, load
+
+
+class RenamedWeights(Mapping[str, Array]):
+    """Weights that are read when they are first looked at, each by a name of its own."""
+
+    def __init__(self, held: Mapping[str, Array], names: Mapping[str, str]) -> None:
+        self._held, self._names = held, names
+
+    def __getitem__(self, name: str) -> Array:
+        return self._held[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def renamed(weights: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
+    """Return some weights under other names."""
+    return {names[name]: array for name, array in weights.items()}
+
+
+_SIGNATURES = frozenset({"serving_default", "__saved_model_init_op"})
+_OWN = frozenset({"saved_model.pb", "keras_metadata.pb", "fingerprint.pb", "variables"})
+_INSTEAD = "load it in Keras, save it as .keras, and prune that"
+
+
+def read_saved_model(model: ModelFile, origin: ModelOrigin, data: Shapes | None = None) -> SavedModelAdapter:
+    """Return the network of a SavedModel that says which Keras layers it consists of."""
+    if model.about.keras is None:
+        raise InputError(
+            f"{model.path} does not say which Keras layers it consists of",
+            hint="prune the model that it was exported from, as .keras, or export it to ONNX",
+        )
+    require_followable(model, origin)
+    user_code.check(model, origin)
+    _refuse_losses(model)
+    return SavedModelAdapter(model, origin, Lengths(origin.inputs, data))
+
+
+class SavedModelAdapter:
+    """A SavedModel, as cutting sees it."""
+
+    def __init__(self, model: ModelFile, origin: ModelOrigin, lengths: Lengths) -> None:
+        self._model, self._origin = model, origin
+        self._held = Scratch()
+        self._scratch = self._held.path
+        path = self._scratch / "model.h5"
+        with self._named():
+            with quietly():
+                _save(load(model, origin, DevicePlacement()), path)
+            inner = open_model(path)
+            self._opened = load_keras(inner, lengths)
+            self._names = _matched(model, inner)
+            self._source = KerasSource(self._opened, origin)
+
+    @cached_property
+    def graph(self) -> ChannelGraph:
+        """What can be followed; weights are called what the SavedModel calls them."""
+        found, names = self._source.graph, self._names
+        return replace(
+            found,
+            weights=RenamedWeights(found.weights, {names[name]: name for name in found.weights}),
+            views={name: replace(view, tensor=names[view.tensor]) for name, view in found.views.items()},
+            uses={names[name]: count for name, count in found.uses.items()},
+        )
+
+    @property
+    def copies(self) -> Mapping[str, str]:
+        """Nothing: a layer that is called twice has its weights once."""
+        return {}
+
+    @property
+    def followers(self) -> Mapping[str, str]:
+        """Nothing: what the optimizer keeps is left out."""
+        return {}
+
+    @property
+    def dropped(self) -> frozenset[str]:
+        """What is no weight of a layer: the state of the optimizer, of metrics and of losses."""
+        return frozenset({tensor.name for tensor in self._model.tensors}.difference(self._names.values()))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a new SavedModel lacks."""
+        if not self.dropped and not self._model.about.training:
+            return ()
+        return ("Keras wrote the SavedModel anew, without the state of an optimizer, metrics, and how to train it.",)
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """How long open axes were taken to be, where some layers do not fit that."""
+        return self._source.doubts
+
+    @property
+    def showable(self) -> frozenset[str]:
+        """What layers that are called once make before their activations."""
+        return self._source.showable
+
+    def beside(self, target: Path) -> tuple[Path, ...]:
+        """Return nothing: a SavedModel is one folder."""
+        del target
+        return ()
+
+    def cut(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
+        """Return what changes in the file."""
+        own = {outer: name for name, outer in self._names.items()}
+        inner = {(own[name], axis): indices for (name, axis), indices in removed.items()}
+        return self._source.cut(inner, after, renamed(weights, own))
+
+    def with_weights(self, weights: Mapping[str, Array]) -> Any:
+        """Return the network with other numbers in it."""
+        return self._source.with_weights(renamed(weights, {outer: name for name, outer in self._names.items()}))
+
+    def feeds(self, random: np.random.Generator) -> Feeds:
+        """Return random inputs."""
+        return self._source.feeds(random)
+
+    @property
+    def has_float64(self) -> bool:
+        """Always: a configuration says of each layer what it calculates in."""
+        return self._source.has_float64
+
+    def runner(self, network: Any, shown: Iterable[str], *, is_wide: bool = False) -> Runner:
+        """Return what Keras makes of a draft."""
+        with self._named():
+            return self._source.runner(network, shown, is_wide=is_wide)
+
+    def write(self, network: Any, folder: Path, target: Path) -> Path:
+        """Let Keras write the smaller network as a folder."""
+        places = outputs.staged_paths(self._model, folder, target)
+        written = places[self._model.path / "saved_model.pb"].parent
+        path = self._scratch / "small.h5"
+        with self._named():
+            drafts.write(self._opened, network, path)
+            _save(load(open_model(path), self._origin, DevicePlacement()), written)
+        for source, place in places.items():
+            if source.relative_to(self._model.path).parts[0] not in _OWN:
+                shutil.copyfile(source, place)
+        return written
+
+    @contextmanager
+    def _named(self) -> Generator[None]:
+        """Say the name that the user knows, not that of a scratch file."""
+        try:
+            yield
+        except PrunectlError as error:
+            said = [str(self._scratch / name) for name in ("model.h5", "small.h5")]
+            message, hint = error.message, error.hint
+            for name in said:
+                message, hint = message.replace(name, str(self._model.path)), hint.replace(name, str(self._model.path))
+            raise type(error)(message, hint=hint) from error
+
+
+def _save(loaded: Loaded, path: Path) -> None:
+    """Write a model without its optimizer, as the name says."""
+    words = {"save_format": "h5" if path.suffix == ".h5" else "tf", "include_optimizer": False}
+    try:
+        with quietly():
+            loaded.model.save(str(path), **words)
+    except Exception as error:
+        raise WorkError(
+            f"{loaded.file.path} cannot be written again by Keras: {first_line(error)}; nothing was written",
+            hint=_INSTEAD,
+        ) from error
+
+
+def _refuse_losses(model: ModelFile) -> None:
+    """Refuse what Keras would leave out when it writes the folder anew."""
+    graph = read_graph(model.path / "saved_model.pb")
+    strange = sorted(set(graph.signatures) - _SIGNATURES)
+    lost = f"its signatures {', '.join(strange)}" if strange else ""
+    lost = lost or ("the files that its graph reads" if graph.assets else "")
+    lost = lost or ("all of its graphs but one" if len(graph.graphs) > 1 else "")
+    if lost:
+        raise InputError(f"{model.path} would lose {lost}, as Keras writes it anew", hint=_INSTEAD)
+
+
+def _matched(model: ModelFile, inner: ModelFile) -> dict[str, str]:
+    """Return what the SavedModel calls each weight of the HDF5 file that Keras made of it."""
+    names = object_graph.read(read_bundle(model.path / "variables" / "variables.index")).full_names
+    held = {tensor.name: tensor for tensor in model.tensors}
+    known: dict[str, list[str]] = {}
+    for name in held:
+        known.setdefault(names.get(f"{name}{VALUE_SUFFIX}", ""), []).append(name)
+    found = {}
+    for tensor in inner.tensors:
+        match known.get(tensor.name.removesuffix(":0"), ()):
+            case [name] if np.array_equal(model.read(held[name]), inner.read(tensor)):
+                found[tensor.name] = name
+            case _:
+                raise InputError(
+                    f"{model.path} calls its weights so that {tensor.name} cannot be told from others", hint=_INSTEAD
+                )
+    strange = [
+        tensor.name
+        for tensor in model.tensors
+        if tensor.is_float and tensor.role is not Role.OPTIMIZER and tensor.name not in found.values()
+    ]
+    if strange:
+        raise InputError(f"{model.path} would lose {strange[0]}, which is in no layer", hint=_INSTEAD)
+    return found

@@ -1,0 +1,165 @@
+"""An ONNX network that can be cut: its message in memory, run by onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prunectl.channels.adapter import Feeds, PrunedShapes, RemovedIndices, Runner, made_by_weights
+from prunectl.channels.graph import ChannelGraph
+from prunectl.channels.lengths import Lengths, Shapes
+from prunectl.channels.onnx import graph
+from prunectl.channels.onnx.graph import LoadedOnnx, load_onnx
+from prunectl.channels.onnx.resize import prune_model, put
+from prunectl.errors import UsageError, WorkError, first_line
+from prunectl.formats.base import Array, ModelFile
+from prunectl.formats.onnx.rewrite import relocated
+from prunectl.formats.safe_json import require
+from prunectl.pruning import destination as outputs
+from prunectl.training.backend import ModelOrigin
+from prunectl.training.onnx.session import with_outputs
+
+_MAX_MESSAGE_BYTES = (1 << 31) - 1
+_FATAL = 4
+_FLOATS = {1: np.float32, 10: np.float16, 11: np.float64}
+_WHOLE = {2: np.uint8, 3: np.int8, 4: np.uint16, 5: np.int16, 6: np.int32, 7: np.int64, 9: np.bool_, 12: np.uint32}
+"""Types of element, by their numbers in the format."""
+
+
+def session(proto: Any, shown: Sequence[str]) -> Any:
+    """Return a message in onnxruntime, some inner values among its outputs."""
+    runtime = require("onnxruntime", extra="onnx")
+    if proto.ByteSize() > _MAX_MESSAGE_BYTES:
+        raise WorkError("a network of more than 2 GB cannot be proved to be the same, and is not cut")
+    options = runtime.SessionOptions()
+    options.log_severity_level = _FATAL
+    try:
+        message = with_outputs(proto, shown).SerializeToString()
+        return runtime.InferenceSession(message, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise WorkError(
+            f"the network cannot be loaded by onnxruntime: {first_line(error)}; nothing was written"
+        ) from error
+
+
+def feed(port: Any, shape: Sequence[int], random: np.random.Generator) -> Array:
+    """Return random numbers for an input of a message."""
+    kind = port.type.tensor_type.elem_type
+    if kind in _FLOATS:
+        return random.standard_normal(shape).astype(_FLOATS[kind])
+    if kind not in _WHOLE:
+        raise WorkError(f"the network takes an input, {port.name}, of which nothing random can be made")
+    # Small enough for any table of words.
+    return random.integers(0, 2, shape).astype(_WHOLE[kind])
+
+
+def read_onnx(model: ModelFile, origin: ModelOrigin, data: Shapes | None = None) -> OnnxSource:
+    """Return the network of an ONNX file, which needs nothing else but the lengths of axes that it leaves open."""
+    for word, said in (("--model", origin.model), ("--custom-objects", origin.custom_objects)):
+        if said:
+            raise UsageError(
+                f"{word} does not go with an ONNX file, which says all by itself", hint=f"leave out {word}"
+            )
+    return OnnxSource(model, load_onnx(model, Lengths(origin.inputs, data)))
+
+
+class OnnxSource:
+    """An ONNX model, as cutting sees it."""
+
+    def __init__(self, model: ModelFile, source: LoadedOnnx) -> None:
+        self._model = model
+        self._opened = source
+        self._dropped: frozenset[str] = frozenset()
+
+    @property
+    def graph(self) -> ChannelGraph:
+        """What can be followed."""
+        return self._opened.graph
+
+    @property
+    def copies(self) -> Mapping[str, str]:
+        """Shared lists of numbers that were given to each reader by itself."""
+        return self._opened.copies
+
+    @property
+    def followers(self) -> Mapping[str, str]:
+        """Nothing: an ONNX file holds no state of an optimizer."""
+        return {}
+
+    @property
+    def dropped(self) -> frozenset[str]:
+        """The zeros that recurrent layers began with: without a first state they begin so by themselves."""
+        return self._dropped
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing that the file does not say."""
+        return ()
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Nothing: what does not fit is refused."""
+        return ()
+
+    @property
+    def showable(self) -> frozenset[str]:
+        """What every operation with a kernel makes."""
+        return made_by_weights(self.graph)
+
+    def beside(self, target: Path) -> tuple[Path, ...]:
+        """Return nothing: data beside the model is known by its handler."""
+        del target
+        return ()
+
+    def cut(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
+        """Return the message of the smaller network."""
+        smaller = prune_model(self._opened, removed, after, weights)
+        left = {name for name, _ in graph.tensors(smaller.graph)}
+        self._dropped = frozenset(
+            name for name, array in self.graph.weights.items() if name not in left and not array.any()
+        )
+        return smaller
+
+    def with_weights(self, weights: Mapping[str, Array]) -> Any:
+        """Return the message with some numbers replaced."""
+        proto = type(self._opened.proto)()
+        proto.CopyFrom(self._opened.proto)
+        for name, slot in graph.tensors(proto.graph):
+            if name in weights:
+                put(slot, weights[name])
+        return proto
+
+    def feeds(self, random: np.random.Generator) -> Feeds:
+        """Return random inputs."""
+        proto, shapes = self._opened.proto, self._opened.known.shapes
+        ports = {port.name: port for port in proto.graph.input}
+        return {name: feed(ports[name], shapes[name], random) for name in self.graph.inputs}
+
+    @property
+    def has_float64(self) -> bool:
+        """Never: onnxruntime convolves in float32 alone."""
+        return False
+
+    def runner(self, network: Any, shown: Iterable[str], *, is_wide: bool = False) -> Runner:
+        """Return what onnxruntime makes of a message."""
+        assert not is_wide
+        names = tuple(shown)
+        runtime = session(network, names)
+        outputs = [port.name for port in network.graph.output]
+        return lambda feeds: list(runtime.run([*outputs, *names], dict(feeds)))
+
+    def write(self, network: Any, folder: Path, target: Path) -> Path:
+        """Write a message, with the data beside it that was beside the original's."""
+        onnx = require("onnx", extra="onnx")
+        places = outputs.staged_paths(self._model, folder, target)
+        written = places[self._model.path]
+        for tensor in network.graph.initializer:
+            if tensor.name in self._opened.locations:
+                location = self._opened.locations[tensor.name]
+                name = relocated(self._model, places, location) or location
+                onnx.external_data_helper.set_external_data(tensor, name)
+        onnx.save_model(network, written)
+        return written

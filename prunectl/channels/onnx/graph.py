@@ -1,0 +1,232 @@
+"""From an ONNX file to a graph that can be followed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from prunectl.channels.graph import ChannelGraph, OpKind, OpNode, WeightView
+from prunectl.channels.lengths import NOTHING, Lengths
+from prunectl.channels.onnx.ops import OnnxOpContext, lower
+from prunectl.channels.onnx.shapes import STANDARD, StaticValues, infer_static
+from prunectl.errors import InputError, first_line
+from prunectl.formats.base import Array, ModelFile
+from prunectl.formats.safe_json import require
+
+_FLOATS = frozenset({1, 10, 11})
+"""Types of element that channels are cut from: float32, float16, float64."""
+
+
+def tensors(graph: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the messages of all tensors with a name: initializers, and those of Constant nodes."""
+    for tensor in graph.initializer:
+        yield tensor.name, tensor
+    for node in graph.node:
+        if node.op_type == "Constant" and node.domain in STANDARD:
+            for attribute in node.attribute:
+                if attribute.name == "value":
+                    yield node.output[0], attribute.t
+
+
+def weight_inputs(graph: Any) -> dict[str, Array]:
+    """Return the numbers of all weights that may be cut."""
+    to_array = require("onnx.numpy_helper", extra="onnx").to_array
+    return {
+        name: np.asarray(to_array(tensor))
+        for name, tensor in tensors(graph)
+        if tensor.data_type in _FLOATS and len(tensor.dims) >= 1
+    }
+
+
+def weight_views(graph: Any, held: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, WeightView]:
+    """Return weights as operations see them, followed through those that only hand them on."""
+    found = {name: WeightView(name, tuple(range(array.ndim))) for name, array in held.items()}
+    for node in graph.node:
+        if node.domain in STANDARD and node.input and node.input[0] in found and node.output[0] in shapes:
+            axes = _axes(node, found[node.input[0]].axes, shapes[node.input[0]], shapes[node.output[0]])
+            if axes is not None:
+                found[node.output[0]] = WeightView(found[node.input[0]].tensor, axes)
+    return found
+
+
+def uses(graph: Any, seen: Mapping[str, WeightView]) -> Counter[str]:
+    """Return how often each weight meets an operation that does not only hand it on, or leaves the network."""
+    found: Counter[str] = Counter()
+    for node in graph.node:
+        if not (node.output and node.output[0] in seen):
+            found.update(seen[name].tensor for name in names_read(node) if name in seen)
+    found.update(seen[port.name].tensor for port in graph.output if port.name in seen)
+    return found
+
+
+def names_read(node: Any) -> list[str]:
+    """Return the values that a node reads, those that its branches read from outside included."""
+    found = list(node.input)
+    for attribute in node.attribute:
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            own = {port.name for port in (*graph.input, *graph.initializer)}
+            own |= {name for inner in graph.node for name in inner.output}
+            found += [name for inner in graph.node for name in names_read(inner) if name not in own]
+            found += [port.name for port in graph.output if port.name not in own]
+    return found
+
+
+def _axes(
+    node: Any, axes: tuple[int | None, ...], before: tuple[int, ...], after: tuple[int, ...]
+) -> tuple[int | None, ...] | None:
+    match node.op_type:
+        case "Identity":
+            return axes
+        case "Cast" if all(attribute.i in _FLOATS for attribute in node.attribute if attribute.name == "to"):
+            return axes
+        case "Transpose":
+            turned = [tuple(attribute.ints) for attribute in node.attribute if attribute.name == "perm"]
+            order = turned[0] if turned else tuple(reversed(range(len(axes))))
+            return tuple(axes[axis] for axis in order)
+        case "Unsqueeze" | "Squeeze":
+            # Only axes of length 1 come and go: the others keep their order.
+            longer = iter([axis for axis, length in zip(axes, before, strict=True) if length != 1])
+            return tuple(None if length == 1 else next(longer) for length in after)
+        case _:
+            return None
+
+
+def untie(proto: Any) -> dict[str, str]:
+    """Give each reader of a shared list of numbers a copy; return the originals by the names of the copies.
+
+    Exporters merge equal initializers, so that fresh biases of layers that have nothing to do with each other are one.
+    """
+    graph = proto.graph
+    lists = {tensor.name: tensor for tensor in graph.initializer if _is_list(tensor)}
+    inner = Counter(name for node in graph.node for name in names_read(node)[len(node.input) :])
+    kept = {port.name for port in (*graph.input, *graph.output)} | inner.keys()
+    taken = {name for node in graph.node for name in node.output} | {tensor.name for tensor in graph.initializer}
+    seen: set[str] = set()
+    copies: dict[str, str] = {}
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name not in lists or name in kept:
+                continue
+            if name in seen:
+                copy = graph.initializer.add()
+                copy.CopyFrom(lists[name])
+                copy.name = _unused(name, taken)
+                copies[copy.name] = name
+                node.input[place] = copy.name
+            seen.add(name)
+    return copies
+
+
+def retie(proto: Any, copies: dict[str, str]) -> None:
+    """Let readers share again what is still equal."""
+    held = {tensor.name: tensor for tensor in proto.graph.initializer}
+    equal = {
+        copy: name
+        for copy, name in copies.items()
+        if (held[copy].dims, held[copy].raw_data, held[copy].float_data, held[copy].double_data)
+        == (held[name].dims, held[name].raw_data, held[name].float_data, held[name].double_data)
+    }
+    for node in proto.graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = equal.get(name, name)
+    for name in equal:
+        proto.graph.initializer.remove(held[name])
+
+
+def _is_list(tensor: Any) -> bool:
+    return len(tensor.dims) == 1 and tensor.data_type in _FLOATS
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    number = 2
+    while f"{name}_{number}" in taken:
+        number += 1
+    taken.add(f"{name}_{number}")
+    return f"{name}_{number}"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedOnnx:
+    """An ONNX model in memory, and what was read from it."""
+
+    proto: Any
+    graph: ChannelGraph
+    known: StaticValues
+    locations: dict[str, str]
+    """Files beside the model that tensors lie in, by tensor."""
+    copies: dict[str, str]
+    """What each copy of a shared weight is a copy of."""
+
+
+def load_onnx(model: ModelFile, lengths: Lengths = NOTHING) -> LoadedOnnx:
+    """Read an ONNX model; its handler has checked where its numbers lie."""
+    onnx = require("onnx", extra="onnx")
+    try:
+        proto = onnx.load(model.path, load_external_data=False)
+        locations = {
+            tensor.name: entry.value
+            for tensor in proto.graph.initializer
+            for entry in tensor.external_data
+            if entry.key == "location"
+        }
+        if locations:
+            onnx.load_external_data_for_model(proto, str(model.path.parent))
+    except Exception as error:
+        line = first_line(error)
+        raise InputError(f"{model.path} cannot be read by onnx: {line}") from error
+    _fill(proto, model)
+    copies = untie(proto)
+    locations |= {copy: locations[name] for copy, name in copies.items() if name in locations}
+    found = infer_static(proto, str(model.path), lengths)
+    return LoadedOnnx(proto, graph_of(proto, found), found, locations, copies)
+
+
+def _fill(proto: Any, model: ModelFile) -> None:
+    """Put back the zeros of tensors that are stored without."""
+    from_array = require("onnx.numpy_helper", extra="onnx").from_array
+    tensors = {tensor.name: tensor for tensor in model.tensors}
+    for sparse in proto.graph.sparse_initializer:
+        name = sparse.values.name
+        proto.graph.initializer.append(from_array(np.ascontiguousarray(model.read(tensors[name])), name))
+    del proto.graph.sparse_initializer[:]
+
+
+def graph_of(proto: Any, found: StaticValues) -> ChannelGraph:
+    """Return the main graph, its operations by what they do to channels."""
+    graph = proto.graph
+    weights = weight_inputs(graph)
+    shapes = {**found.shapes, **{name: array.shape for name, array in weights.items()}}
+    views = weight_views(graph, weights, shapes)
+    given = {tensor.name for tensor in graph.initializer}
+    opset = next((entry.version for entry in proto.opset_import if entry.domain in STANDARD), 1)
+    nodes = []
+    for number, node in enumerate(graph.node):
+        if all(name in views or name in found.constants for name in node.output if name):
+            continue
+        nodes.append(_node(node, number, OnnxOpContext(node, StaticValues(shapes, found.constants), views, opset)))
+    return ChannelGraph(
+        nodes=tuple(nodes),
+        weights=weights,
+        views=views,
+        uses=uses(graph, views),
+        shapes=shapes,
+        inputs=tuple(port.name for port in graph.input if port.name not in given),
+        outputs=tuple(port.name for port in graph.output),
+    )
+
+
+def _node(node: Any, number: int, seen: OnnxOpContext) -> OpNode:
+    name = node.name or f"#{number}"
+    op = node.op_type if node.domain in STANDARD else f"{node.domain}.{node.op_type}"
+    outputs = tuple(filter(None, node.output))
+    if node.domain in STANDARD:
+        kind, inputs, attributes = lower(seen)
+    else:
+        kind, inputs, attributes = OpKind.UNKNOWN, (), {}
+    if kind is OpKind.UNKNOWN:
+        inputs = tuple(filter(None, names_read(node)))
+    return OpNode(name, op, kind, inputs, outputs, attributes)

@@ -1,0 +1,222 @@
+"""Numbers of channels that stand in an ONNX graph by themselves: in shapes, sizes, splits and groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from prunectl.channels.adapter import PrunedShapes, RemovedIndices, axes_of, delete_indices
+from prunectl.channels.graph import OpNode
+from prunectl.channels.onnx import graph
+from prunectl.channels.onnx.graph import LoadedOnnx, names_read, retie
+from prunectl.channels.onnx.shapes import STANDARD
+from prunectl.formats.base import Array
+from prunectl.formats.safe_json import require
+
+_BACK = -(1 << 31)
+"""Where a slice ends that runs backwards to the first."""
+_UNLISTED = 4
+"""Version of the format from which initializers are no inputs."""
+_RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
+_STATES = (5, 6)
+"""Where a recurrent layer is given its first states."""
+_SHAPE_AT = {"Reshape": 1, "Expand": 1, "Resize": 3}
+
+
+def update_onnx_sizes(proto: Any, source: LoadedOnnx, after: PrunedShapes) -> None:
+    """Set right what names a number of channels that is no longer true."""
+    numbers = _Numbers(proto, source, after)
+    for node in list(proto.graph.node):
+        if node.domain not in STANDARD or not any(map(after.has_changed, (*node.input, *node.output))):
+            continue
+        if node.op_type in {"Conv", "ConvTranspose"}:
+            numbers.groups(node)
+        elif node.op_type in _RECURRENT:
+            numbers.units(node)
+        elif node.op_type == "Split":
+            numbers.split(node)
+        elif node.op_type == "Slice":
+            numbers.slice(node, next(known for known in source.graph.nodes if known.outputs == tuple(node.output)))
+        elif node.op_type in _SHAPE_AT and len(node.input) > _SHAPE_AT[node.op_type]:
+            numbers.shape(node, _SHAPE_AT[node.op_type])
+    numbers.sweep()
+
+
+class _Numbers:
+    """A graph whose constants are replaced one by one: several nodes may share one."""
+
+    def __init__(self, proto: Any, source: LoadedOnnx, after: PrunedShapes) -> None:
+        self._graph = proto.graph
+        self._is_listed = proto.ir_version < _UNLISTED
+        self._constants = source.known.constants
+        self._shapes = source.graph.shapes
+        self._after = after
+        self._makers = {name: node for node in proto.graph.node for name in node.output}
+        self._replaced: set[str] = set()
+        self._count = 0
+
+    def groups(self, node: Any) -> None:
+        """A convolution channel by channel has as many groups as channels."""
+        for attribute in node.attribute:
+            if attribute.name == "group" and attribute.i > 1 and attribute.i == self._shapes[node.input[0]][1]:
+                attribute.i = self._after.shape(node.input[0])[1]
+
+    def units(self, node: Any) -> None:
+        """A recurrent layer names its units, and may begin with as many zeros."""
+        name = next(filter(None, node.output))
+        for attribute in node.attribute:
+            if attribute.name == "hidden_size":
+                attribute.i = self._after.shape(name)[-1]
+        for place in _STATES:
+            state = node.input[place] if place < len(node.input) else ""
+            if state in self._constants and not self._constants[state].any():
+                # Without a first state it begins with zeros.
+                node.input[place] = ""
+                self._replaced.add(state)
+
+    def split(self, node: Any) -> None:
+        """Say the size of each part, unless they are equal still."""
+        axis = next((part.i for part in node.attribute if part.name == "axis"), 0) % len(self._shapes[node.input[0]])
+        sizes = [self._after.shape(name)[axis] for name in node.output]
+        listed = [part for part in node.attribute if part.name == "split"]
+        if listed:
+            listed[0].ints[:] = sizes
+        elif len(node.input) > 1 and node.input[1]:
+            self._set(node, 1, sizes)
+        elif len(set(sizes)) > 1:
+            for part in [part for part in node.attribute if part.name == "num_outputs"]:
+                node.attribute.remove(part)
+            del node.input[1:]
+            node.input.append(self._new("sizes", np.array(sizes, np.int64)))
+
+    def slice(self, node: Any, known: OpNode) -> None:
+        """Count only the channels that are left before a part and in it."""
+        old, new = self._shapes[node.input[0]], self._after.shape(node.input[0])
+        starts: list[int] = []
+        stops: list[int] = []
+        for axis, start, stop, _ in known.attributes.get("slices", ()):
+            moved = old[axis] != new[axis]
+            starts.append(self._after.before(node.input[0], axis, start) if moved else start)
+            stops.append(self._after.before(node.input[0], axis, stop) if moved else stop)
+        if not any(old[axis] != new[axis] for axis, *_ in known.attributes.get("slices", ())):
+            return
+        for place, (name, numbers) in enumerate((("starts", starts), ("ends", stops)), 1):
+            listed = [part for part in node.attribute if part.name == name]
+            if listed:
+                listed[0].ints[:] = numbers
+            else:
+                self._set(node, place, [_BACK if number < 0 else number for number in numbers])
+
+    def shape(self, node: Any, place: int) -> None:
+        """Say the new shape where the old one was said."""
+        said = self._constants.get(node.input[place])
+        if said is None or not said.size:
+            return
+        new, listed = (
+            self._after.shape(node.output[0]),
+            next((tuple(part.ints) for part in node.attribute if part.name == "axes"), tuple(range(said.size))),
+        )
+        old = self._shapes[node.output[0]]
+        # What is copied or worked out, as 0 and -1 ask for, is so from what is there now.
+        numbers = [
+            new[axis] if number == old[axis] and number > 0 else number
+            for axis, number in zip(listed, map(int, said), strict=True)
+        ]
+        if numbers != list(map(int, said)):
+            self._point(node, place, numbers)
+
+    def sweep(self) -> None:
+        """Remove what only made the numbers that were replaced."""
+        waiting = list(self._replaced)
+        for name in waiting:
+            read = {name for node in self._graph.node for name in names_read(node)}
+            if name in read or name in {port.name for port in (*self._graph.output, *self._graph.input)}:
+                continue
+            for tensor in [tensor for tensor in self._graph.initializer if tensor.name == name]:
+                self._graph.initializer.remove(tensor)
+            for node in [node for node in self._graph.node if list(node.output) == [name]]:
+                waiting += node.input
+                self._graph.node.remove(node)
+
+    def _point(self, node: Any, place: int, numbers: Sequence[int]) -> None:
+        name = node.input[place]
+        maker = self._makers.get(name)
+        if self._is_static(name):
+            self._set(node, place, numbers)
+        elif maker is not None and maker.op_type in {"Cast", "Identity"}:
+            self._point(maker, 0, numbers)
+        elif maker is not None and maker.op_type == "Concat":
+            # What is measured while it runs is right by itself; what stands there is not.
+            begin = 0
+            for number, part in enumerate(list(maker.input)):
+                end = begin + self._constants[part].size
+                if list(map(int, self._constants[part])) != list(numbers[begin:end]) and self._is_static(part):
+                    self._point(maker, number, numbers[begin:end])
+                begin = end
+
+    def _set(self, node: Any, place: int, numbers: Sequence[int]) -> None:
+        name = node.input[place]
+        node.input[place] = self._new(name, np.array(numbers, self._constants[name].dtype))
+        self._replaced.add(name)
+
+    def _is_static(self, name: str) -> bool:
+        """Whether a constant depends on no shape of a value."""
+        maker = self._makers.get(name)
+        if maker is None:
+            return name in self._constants
+        return maker.op_type == "Constant" or (
+            maker.op_type not in {"Shape", "Size"} and all(map(self._is_static, filter(None, maker.input)))
+        )
+
+    def _new(self, like: str, numbers: Array) -> str:
+        taken = {tensor.name for tensor in self._graph.initializer} | self._makers.keys()
+        name = like
+        while name in taken:
+            self._count += 1
+            name = f"{like}_{self._count}"
+        onnx = require("onnx", extra="onnx")
+        made = onnx.numpy_helper.from_array(numbers, name)
+        self._graph.initializer.append(made)
+        if self._is_listed:
+            self._graph.input.append(onnx.helper.make_tensor_value_info(name, made.data_type, numbers.shape))
+        return name
+
+
+def prune_model(source: LoadedOnnx, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
+    """Return the message of the smaller model; everything else in it stays as it was."""
+    proto = type(source.proto)()
+    proto.CopyFrom(source.proto)
+    shapes, places = {}, axes_of(removed)
+    for name, slot in graph.tensors(proto.graph):
+        axes = places.get(name, {})
+        if axes or name in weights:
+            smaller = delete_indices(weights[name] if name in weights else source.graph.weights[name], axes)
+            put(slot, smaller)
+        if axes:
+            shapes[name] = smaller.shape
+    for port in proto.graph.input:
+        if port.name in shapes:
+            for axis, length in zip(port.type.tensor_type.shape.dim, shapes[port.name], strict=True):
+                axis.dim_value = length
+    update_onnx_sizes(proto, source, after)
+    retie(proto, source.copies)
+    _forget(proto.graph, {name for name, view in source.graph.views.items() if view.tensor in shapes}, after)
+    return proto
+
+
+def put(slot: Any, array: Array) -> None:
+    """Give a tensor other numbers; its name, its type and what is said of it stay."""
+    fresh = require("onnx.numpy_helper", extra="onnx").from_array(np.ascontiguousarray(array), slot.name)
+    for name in ("dims", "raw_data", "float_data", "double_data", "int32_data"):
+        slot.ClearField(name)
+    slot.dims.extend(fresh.dims)
+    slot.raw_data = fresh.raw_data
+
+
+def _forget(graph: Any, stale: set[str], after: PrunedShapes) -> None:
+    """Leave out the shapes of inner values that no longer hold."""
+    kept = [port for port in graph.value_info if port.name not in stale and not after.has_changed(port.name)]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)

@@ -1,0 +1,260 @@
+"""An operation of a program, with its arguments by name and the shapes around it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx.node import map_aggregate
+
+from prunectl.channels.graph import OpKind, OpNode, WeightView
+from prunectl.channels.torch.tracing import quiet
+from prunectl.training.torch.tensors import leaves
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OpContext:
+    """A node of a program, and what is known around it."""
+
+    node: torch.fx.Node
+    shapes: dict[str, Shape]
+    """Of every value that is known; what a step in between makes is added."""
+    views: dict[str, WeightView]
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """All arguments, those left out as they are by default."""
+        return arguments(self.node)
+
+    def arg(self, name: str, default: Any = None) -> Any:
+        """Return an argument; LookupError if its value is not known before it runs."""
+        found = self.arguments.get(name, default)
+        return static_value(default if found is None else found)
+
+    def name(self, argument: str) -> str:
+        """Return the name of a value that goes in; empty where it is left out."""
+        found = self.arguments.get(argument)
+        return found.name if isinstance(found, torch.fx.Node) else ""
+
+    def shape(self, argument: str) -> Shape:
+        """Return the shape of what goes in; LookupError if it is not known."""
+        return self.shapes[self.name(argument)]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """All values with numbers that go in."""
+        return tuple(node.name for node in self.node.all_input_nodes if node.name in self.shapes)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what comes out: several are taken apart right behind."""
+        if self.node.name in self.shapes:
+            return (self.node.name,)
+        found = {user.args[1]: user.name for user in self.node.users if is_item(user) and user.users}
+        count = 1 + max([int(number) for number in found if isinstance(number, int)], default=-1)
+        return tuple(found.get(number, f"{self.node.name}.{number}") for number in range(count))
+
+    @property
+    def result(self) -> Shape:
+        """Shape of the first that comes out."""
+        return self.shapes[self.outputs[0]]
+
+    def made(self, kind: OpKind, inputs: Iterable[str], outputs: Iterable[str] = (), **attributes: Any) -> OpNode:
+        """Return what it does, or one step of it."""
+        return OpNode(
+            module_path(self.node), op_name(self.node), kind, tuple(inputs), tuple(outputs) or self.outputs, attributes
+        )
+
+    def between(self, step: str, shape: Shape) -> str:
+        """Return the name of a value that only one step of it makes."""
+        name = f"{self.node.name}.{step}"
+        self.shapes[name] = shape
+        return name
+
+
+def arguments(node: torch.fx.Node) -> dict[str, Any]:
+    """Return the arguments of an operation by their names."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {str(place): value for place, value in enumerate(node.args)} | dict(node.kwargs)
+    found: dict[str, Any] = {
+        argument.name: argument.default_value if argument.has_default_value() else None for argument in schema.arguments
+    }
+    found |= {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)}
+    return found | dict(node.kwargs)
+
+
+def set_argument(node: torch.fx.Node, name: str, value: Any) -> None:
+    """Give an operation another argument."""
+    places = [argument.name for argument in getattr(node.target, "_schema").arguments]  # noqa: B009
+    place = places.index(name)
+    if name in node.kwargs or place >= len(node.args):
+        node.update_kwarg(name, value)
+    else:
+        node.update_arg(place, value)
+
+
+def static_value(value: Any) -> Any:
+    """Return an argument of numbers; LookupError if a value is among them that is known only when it runs."""
+    if isinstance(value, torch.fx.Node):
+        raise LookupError(value.name)  # noqa: TRY004 - it is a value, but not here
+    if isinstance(value, list | tuple):
+        return tuple(static_value(one) for one in value)
+    return value
+
+
+def is_item(node: torch.fx.Node) -> bool:
+    """Whether a node takes one of several that come out of another."""
+    return getattr(node.target, "__name__", "") == "getitem" and isinstance(node.args[1], int)
+
+
+def op_name(node: torch.fx.Node) -> str:
+    """Return what an operation is called, without its variants and whether it works in place."""
+    target: Any = node.target
+    packet = getattr(target, "overloadpacket", None)
+    name = str(getattr(packet if packet is not None else target, "__name__", target))
+    return name if name.startswith("_") else name.rstrip("_")
+
+
+def overload_name(node: torch.fx.Node) -> str:
+    """Return the variant of an operation."""
+    return str(getattr(node.target, "_overloadname", ""))
+
+
+def module_path(node: torch.fx.Node) -> str:
+    """Return where an operation is, for people: the layer that it is in, or its own name."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    inner = str(stack[-1][0]) if stack else ""
+    return inner if inner and not inner.startswith("_") else node.name
+
+
+_HANDED_ON = frozenset({"to", "_to_copy", "contiguous", "clone", "detach", "alias", "lift_fresh_copy"})
+_SAME_NUMBERS = frozenset({"view", "reshape", "unsqueeze", "squeeze", "_unsafe_view"})
+
+
+def views(nodes: Iterable[torch.fx.Node], names: Mapping[str, str], shapes: dict[str, Shape]) -> dict[str, WeightView]:
+    """Return the views of weights by the names of values."""
+    found: dict[str, WeightView] = {}
+    for node in nodes:
+        if node.op == "get_attr" and str(node.target) in names and node.name in shapes:
+            found[node.name] = WeightView(names[str(node.target)], tuple(range(len(shapes[node.name]))))
+        elif node.op == "call_function" and node.all_input_nodes and node.all_input_nodes[0].name in found:
+            axes = _axes(OpContext(node, shapes, found), found[node.all_input_nodes[0].name].axes)
+            if axes is not None:
+                found[node.name] = WeightView(found[node.all_input_nodes[0].name].tensor, axes)
+    return found
+
+
+def uses(nodes: Iterable[torch.fx.Node], seen: Mapping[str, WeightView]) -> Counter[str]:
+    """Return how often each weight meets an operation that does not only hand it on, or leaves the network."""
+    found: Counter[str] = Counter()
+    for node in nodes:
+        if node.name not in seen:
+            read = [*_flat(node.args), *_flat(tuple(node.kwargs.values()))]
+            found.update(seen[one.name].tensor for one in read if one.name in seen)
+    return found
+
+
+def _flat(value: object) -> list[torch.fx.Node]:
+    if isinstance(value, torch.fx.Node):
+        return [value]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return [found for one in value for found in _flat(one)] if isinstance(value, list | tuple) else []
+
+
+def _axes(seen: OpContext, axes: tuple[int | None, ...]) -> tuple[int | None, ...] | None:
+    name = op_name(seen.node)
+    if seen.node.name not in seen.shapes:
+        return None
+    before, after = seen.shapes[seen.tensors[0]], seen.shapes[seen.node.name]
+    if name in _HANDED_ON:
+        return axes
+    if name in {"t", "numpy_T"}:
+        return tuple(reversed(axes))
+    if name == "permute":
+        return tuple(axes[axis] for axis in seen.arg("dims"))
+    if name == "transpose":
+        order = list(axes)
+        one, other = seen.arg("dim0"), seen.arg("dim1")
+        order[one], order[other] = order[other], order[one]
+        return tuple(order)
+    kept = [length for length in before if length != 1]
+    if name in _SAME_NUMBERS and kept == [length for length in after if length != 1]:
+        # Only axes of length 1 come and go: the others keep their order.
+        longer = iter([axis for axis, length in zip(axes, before, strict=True) if length != 1])
+        return tuple(None if length == 1 else next(longer) for length in after)
+    return None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightedProgram:
+    """A program, some of its numbers replaced."""
+
+    module: torch.fx.GraphModule
+    values: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """By the attributes that they are there."""
+    is_wide: bool = False
+    """Whether every number of it is a float64."""
+
+
+class RecordingInterpreter(torch.fx.Interpreter):
+    """Runs a program, and shows each value to someone."""
+
+    def __init__(self, network: WeightedProgram, see: Callable[[str, Any], None]) -> None:
+        super().__init__(network.module)
+        self._values, self._see, self._is_wide = network.values, see, network.is_wide
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        """Return what a node gives."""
+        found = super().run_node(n)
+        self._see(n.name, found)
+        return found
+
+    def fetch_attr(self, target: str) -> Any:
+        """Return a weight."""
+        found = self._values.get(target)
+        found = super().fetch_attr(target) if found is None else found
+        is_short = isinstance(found, torch.Tensor) and found.is_floating_point()
+        return found.double() if self._is_wide and is_short else found
+
+    def fetch_args_kwargs_from_env(self, n: torch.fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what a node takes; one that names a type of number makes longer ones."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        if not self._is_wide:
+            return args, kwargs
+        found: tuple[tuple[Any, ...], dict[str, Any]] = map_aggregate((args, kwargs), _widened)
+        return found
+
+
+def _widened(argument: Any) -> Any:
+    is_float = isinstance(argument, torch.dtype) and argument.is_floating_point
+    return torch.float64 if is_float else argument
+
+
+def shapes_of(network: WeightedProgram, inputs: Iterable[torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every value, as seen on an example; of several that come out, each by its number."""
+    found: dict[str, tuple[int, ...]] = {}
+
+    def see(name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found[name] = tuple(value.shape)
+        elif isinstance(value, list | tuple):
+            found.update({f"{name}.{at}": tuple(one.shape) for at, one in enumerate(value) if hasattr(one, "shape")})
+
+    run(network, inputs, see)
+    return found
+
+
+def run(
+    network: WeightedProgram, inputs: Iterable[torch.Tensor], see: Callable[[str, Any], None]
+) -> list[torch.Tensor]:
+    """Return the tensors that come out."""
+    with quiet():
+        found = RecordingInterpreter(network, see).run(*inputs, enable_io_processing=False)
+    return leaves(found)

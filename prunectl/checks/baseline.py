@@ -1,0 +1,110 @@
+"""What models were: a file of sizes, or the same file as it was in git."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from prunectl.checks.lazy_stats import LazyModelStats
+from prunectl.errors import InputError, UsageError
+from prunectl.formats import atomic
+from prunectl.formats.safe_json import parse_object
+
+SCHEMA = "prunectl.baseline/1"
+GIT = "git:"
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineEntry:
+    """What a model was."""
+
+    raw: int
+    gzip: int
+    params: int
+    prunable_zero: int
+    reason: str
+    """Why it was taken for a baseline."""
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """What is known of earlier models, by their paths from the folder of the budgets."""
+
+    place: str
+    """Where it comes from, for people."""
+    entries: dict[str, BaselineEntry]
+    path: Path | None
+    """Where it can be written; nowhere if it comes from git."""
+
+
+def read(word: str, path: Path) -> Baseline:
+    """Return the baseline in a file, or in the same file at `git:REF`; one that is not there knows nothing."""
+    if word.startswith(GIT):
+        ref = word.removeprefix(GIT)
+        text = _at_ref(ref, path)
+        return Baseline(f"{path.name} at {ref}", _entries(text, path) if text is not None else {}, None)
+    return Baseline(os.path.relpath(path), _entries(path.read_bytes(), path) if path.exists() else {}, path)
+
+
+def snapshot(found: LazyModelStats, reason: str) -> BaselineEntry:
+    """Return what a model is now."""
+    params = found.zeros.params
+    return BaselineEntry(found.raw, found.gzip, params.total, params.prunable_zero or 0, reason)
+
+
+def write(baseline: Baseline, new: dict[str, BaselineEntry]) -> Path:
+    """Write the file with some models as they are now, the others as they were."""
+    if baseline.path is None:
+        raise UsageError(f"{baseline.place} cannot be written to", hint="--baseline FILE")
+    models = {name: asdict(known) for name, known in {**baseline.entries, **new}.items()}
+    text = json.dumps({"schema": SCHEMA, "models": models}, indent=2, sort_keys=True) + "\n"
+    atomic.write_text(baseline.path, text, is_forced=True)
+    return Path(baseline.place)
+
+
+def _entries(text: bytes, path: Path) -> dict[str, BaselineEntry]:
+    whole = parse_object(text, path, "the baseline")
+    models = whole.get("models")
+    if whole.get("schema") != SCHEMA or not isinstance(models, dict):
+        raise InputError(f"{path} is JSON, but not a baseline of prunectl", hint="prunectl check --update-baseline")
+    return {name: _entry(said, name, path) for name, said in models.items()}
+
+
+def _entry(said: Any, name: str, path: Path) -> BaselineEntry:
+    values: dict[str, Any] = (
+        {field.name: said.get(field.name) for field in fields(BaselineEntry)} if isinstance(said, dict) else {}
+    )
+    counts = [value for key, value in values.items() if key != "reason"]
+    if not counts or any(isinstance(value, bool) or not isinstance(value, int) or value < 0 for value in counts):
+        raise InputError(f"{path} is damaged: it does not say in numbers what {name} was")
+    values["reason"] = str(values["reason"] or "")
+    return BaselineEntry(**values)
+
+
+def _at_ref(ref: str, path: Path) -> bytes | None:
+    """Return a file as git knows it; None if it was not there then."""
+    folder = path.absolute().parent
+    commit = _git(folder, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
+    if commit.returncode:
+        said = commit.stderr.decode("utf-8", "replace").strip()
+        raise InputError(
+            f"git knows no {ref!r} in {folder}", hint=said or "in CI, fetch it first: git fetch --depth 1 origin main"
+        )
+    shown = _git(folder, "show", f"{commit.stdout.decode().strip()}:./{path.name}")
+    return None if shown.returncode else shown.stdout
+
+
+def _git(folder: Path, *words: str) -> subprocess.CompletedProcess[bytes]:
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder")
+    try:
+        return subprocess.run(  # noqa: S603 - git's own words, and a ref behind --end-of-options
+            ["git", *words],  # noqa: S607 - the git of who runs it
+            cwd=folder, capture_output=True, check=False, env={**os.environ, "LC_ALL": "C"},
+        )  # fmt: skip
+    except FileNotFoundError as error:
+        raise InputError("git is not installed", hint="compare with a file: --baseline FILE") from error

@@ -1,0 +1,200 @@
+"""Which tensor of one model is which of another? By name, or by layer and shape where only one can be meant."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from prunectl.analysis.tensor_io import MAX_OVERLAP, is_contiguous, storage_numel
+from prunectl.errors import InputError
+from prunectl.formats import extents
+from prunectl.formats.base import WEIGHTS, Array, ModelFile, Role, Tensor
+from prunectl.formats.extents import Extent
+
+_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+Axes = tuple[int, ...] | None
+"""The order of axes to see a tensor in; None as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorView:
+    """A tensor of a model, its axes in some order."""
+
+    model: ModelFile
+    tensor: Tensor
+    axes: Axes = None
+
+    def pieces(self, length: int) -> Iterator[Array]:
+        """Yield its elements in C order, so many at a time; flat ones are never all in memory."""
+        tensor = self.tensor
+        if tensor.size > storage_numel(tensor) * MAX_OVERLAP:
+            raise InputError(f"{self.model.path} is refused: {tensor.name} shows what it stores {tensor.size} times")
+        if self.axes is None and is_contiguous(tensor):
+            yield from map(partial(_flat, tensor), range(0, tensor.size, length), _lengths(tensor.size, length))
+            return
+        whole = self.model.read(tensor)
+        flat = np.ascontiguousarray(whole if self.axes is None else whole.transpose(self.axes)).reshape(-1)
+        for begin in range(0, flat.size, length):
+            yield flat[begin : begin + length]
+
+
+def iter_paired_chunks(one: TensorView, other: TensorView) -> Iterator[tuple[Array, Array]]:
+    """Yield pieces of both, the same elements at the same time."""
+    widest = max(one.tensor.dtype.itemsize, other.tensor.dtype.itemsize)
+    length = max(extents.BLOCK_BYTES // widest, 1)
+    yield from zip(one.pieces(length), other.pieces(length), strict=True)
+
+
+def bitwise_differs(one: Array, other: Array) -> Any:
+    """Mark elements that are not the same: to the bit within a type, else in the narrower of the two."""
+    if one.dtype != other.dtype:
+        narrow = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+        with np.errstate(over="ignore", invalid="ignore"):
+            one, other = one.astype(narrow), other.astype(narrow)
+    width = one.dtype.itemsize
+    if width in _BITS:
+        return one.view(_BITS[width]) != other.view(_BITS[width])
+    return (one.view(np.uint8) != other.view(np.uint8)).reshape(-1, width).any(axis=1)
+
+
+def _lengths(size: int, length: int) -> Iterator[int]:
+    return (min(length, size - begin) for begin in range(0, size, length))
+
+
+def _flat(tensor: Tensor, begin: int, length: int) -> Array:
+    extent = tensor.storage.extent
+    assert extent is not None
+    width = tensor.dtype.itemsize
+    run = Extent(extent.path, extent.offset + (tensor.start + begin) * width, length * width)
+    blocks = [block.copy() for block in extents.blocks(run, tensor.dtype)]
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
+
+_DEVICE = re.compile(r":\d+$")
+_SEPARATORS = re.compile(r"[./;:]")
+_PARTS = {
+    "gamma": "weight",
+    "kernel": "weight",
+    "embeddings": "weight",
+    "recurrent_kernel": "recurrent",
+    "beta": "bias",
+    "moving_mean": "running_mean",
+    "moving_variance": "running_var",
+}
+"""What frameworks call the same part of a layer."""
+
+
+class MatchKind(StrEnum):
+    """Why two tensors are taken for the same."""
+
+    NAME = "name"
+    LAYER = "layer"
+    TRANSPOSED = "layer, axes moved"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A tensor, and what it was."""
+
+    new: Tensor
+    old: Tensor
+    how: MatchKind
+    axes: Axes = None
+    """The order in which the old one has the axes of the new."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """What belongs together, and what has no counterpart."""
+
+    pairs: tuple[Pair, ...]
+    added: tuple[Tensor, ...]
+    gone: tuple[Tensor, ...]
+
+
+def pairing(new: Sequence[Tensor], old: Sequence[Tensor]) -> Pairing:
+    """Return which tensor was which: first those of one name, then what only one can be meant by."""
+    was = {tensor.name: tensor for tensor in old}
+    found = {tensor.name: _named(tensor, was.pop(tensor.name)) for tensor in new if tensor.name in was}
+    rest = [tensor for tensor in new if tensor.name not in found]
+    # What all layers of a model share says nothing of any of them.
+    candidates, originals = (
+        _group_by_path_and_role(rest, _common_prefix_length(new)),
+        _group_by_path_and_role(was.values(), _common_prefix_length(old)),
+    )
+    for part, here in candidates.items():
+        there = originals.get(part, [])
+        if len(here) == len(there) == 1 and (pair := _alike(here[0], there[0])) is not None:
+            found[pair.new.name] = pair
+            del was[pair.old.name]
+    pairs = tuple(found[tensor.name] for tensor in new if tensor.name in found)
+    return Pairing(pairs, tuple(tensor for tensor in rest if tensor.name not in found), tuple(was.values()))
+
+
+def axis_permutation(new: Tensor, old: Tensor) -> Axes:
+    """Return the order in which an old kernel has the axes of a new one; None where it cannot be known."""
+    theirs, ours = _canonical(old), _canonical(new)
+    if theirs is None or ours is None:
+        return None
+    axes = tuple(theirs[ours.index(axis)] for axis in range(len(ours)))
+    return axes if tuple(old.shape[axis] for axis in axes) == new.shape else None
+
+
+def _named(new: Tensor, old: Tensor) -> Pair:
+    """Return tensors of one name as a pair; their axes are moved only where their shapes say so, too."""
+    axes = axis_permutation(new, old) if new.shape != old.shape and len(new.shape) == len(old.shape) else None
+    return Pair(new, old, MatchKind.NAME, axes)
+
+
+def _alike(new: Tensor, old: Tensor) -> Pair | None:
+    # The axes say more than the shape: a square kernel has the same shape either way.
+    axes = axis_permutation(new, old) if len(new.shape) == len(old.shape) >= 2 else None
+    if axes is not None and axes != tuple(range(len(axes))):
+        return Pair(new, old, MatchKind.TRANSPOSED, axes)
+    same_layout = axes is not None or len(new.shape) < 2 or (new.out_axis, old.out_axis) == (None, None)
+    return Pair(new, old, MatchKind.LAYER) if new.shape == old.shape and same_layout else None
+
+
+def _canonical(tensor: Tensor) -> tuple[int, ...] | None:
+    """Return its axes with outputs first, inputs second, and the others in their order."""
+    first, second = tensor.out_axis, tensor.inputs_axis
+    if first is None or second is None or first == second:
+        return None
+    return (first, second, *(axis for axis in range(len(tensor.shape)) if axis not in {first, second}))
+
+
+def _group_by_path_and_role(tensors: Iterable[Tensor], shared: int) -> dict[tuple[str, ...], list[Tensor]]:
+    found: defaultdict[tuple[str, ...], list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        path = _path(tensor)
+        found[(_part(tensor), *(path[shared:] if tensor.role in WEIGHTS else path))].append(tensor)
+    return found
+
+
+def _common_prefix_length(tensors: Iterable[Tensor]) -> int:
+    """Return with how many steps the paths of all layers begin alike, such as the name of the model."""
+    paths = [_path(tensor) for tensor in tensors if tensor.role in WEIGHTS]
+    if not paths:
+        return 0
+    most = min(map(len, paths)) - 1
+    return next((step for step in range(most) if len({path[step] for path in paths}) > 1), max(most, 0))
+
+
+def _path(tensor: Tensor) -> tuple[str, ...]:
+    """Return the layer as every framework would call it."""
+    return tuple(filter(None, _SEPARATORS.split(tensor.layer.lower())))
+
+
+def _part(tensor: Tensor) -> str:
+    if tensor.role in {Role.KERNEL, Role.BIAS, Role.RECURRENT, Role.EMBEDDING}:
+        # Not by its name, which a compiler may have made of several operations.
+        return str(tensor.role)
+    last = _SEPARATORS.split(_DEVICE.sub("", tensor.name).lower())[-1]
+    return f"{tensor.role} {_PARTS.get(last, last)}"

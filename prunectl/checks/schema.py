@@ -1,0 +1,187 @@
+"""Every key of the file of budgets: what it is called, what it takes, what it is for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import resources
+from typing import Any
+
+
+class ValueType(StrEnum):
+    """What a key takes."""
+
+    TEXT = "text"
+    PATHS = "paths"
+    SIZE = "size"
+    COUNT = "count"
+    RATIO = "ratio"
+    GROWTH = "growth"
+    PATTERN = "pattern"
+    CHOICE = "choice"
+    TABLES = "tables"
+    TABLE = "table"
+    DROP = "drop"
+
+
+class MetricUnit(StrEnum):
+    """What the numbers of a limit count."""
+
+    BYTES = "bytes"
+    COUNT = "count"
+    RATIO = "ratio"
+    POINTS = "points"
+    """Of a share: 0.005 is half a percentage point."""
+    NUMBER = "number"
+
+
+@dataclass(frozen=True, slots=True)
+class KeySpec:
+    """A key, and what may stand behind it."""
+
+    name: str
+    kind: ValueType
+    line: str
+    """What it is for, in one sentence."""
+    is_limit: bool = False
+    """Whether it can say no, and so takes `{fail = …, warn = …}` as well."""
+    choices: tuple[str, ...] = ()
+    is_required: bool = False
+
+    @property
+    def is_gate(self) -> bool:
+        """Whether it asks for anything, itself or by what is in it."""
+        return (
+            self.is_limit or self.kind in {ValueType.PATTERN, ValueType.TABLE} or self.name in {"keep-zeros", "layer"}
+        )
+
+
+LEVELS = ("fail", "warn")
+
+TOP = (
+    KeySpec("baseline", ValueType.TEXT, "The JSON file of earlier sizes, beside this file unless it says where."),
+    KeySpec(
+        "on-missing", ValueType.CHOICE, "What a model without a baseline means.", choices=("warn", "fail", "create")
+    ),
+    KeySpec("budget", ValueType.TABLES, "What some models must keep to."),
+)
+
+BUDGET = (
+    KeySpec("name", ValueType.TEXT, "What the budget is called; else its path."),
+    KeySpec("path", ValueType.PATHS, "Globs of the models, from the folder of this file.", is_required=True),
+    KeySpec("message", ValueType.TEXT, "What to tell who goes over it."),
+    KeySpec("max-raw", ValueType.SIZE, "Bytes on disk.", is_limit=True),
+    KeySpec("max-gzip", ValueType.SIZE, "Bytes compressed, by zlib at level 6.", is_limit=True),
+    KeySpec("max-packed", ValueType.SIZE, "Bytes packed by the container's own compression.", is_limit=True),
+    KeySpec("max-params", ValueType.COUNT, "Parameters, tied ones once.", is_limit=True),
+    KeySpec("max-flops", ValueType.COUNT, "Floating-point operations for one input.", is_limit=True),
+    KeySpec("min-sparsity", ValueType.RATIO, "Share of zeros among the prunable weights.", is_limit=True),
+    KeySpec(
+        "min-nm", ValueType.PATTERN, "A pattern such as 2:4 that every prunable tensor follows whose inputs divide."
+    ),
+    KeySpec("max-growth", ValueType.GROWTH, "Growth of the compressed size over the baseline's.", is_limit=True),
+    KeySpec("keep-zeros", ValueType.TEXT, "A model whose zeros, in prunable weights, must be zeros here."),
+    KeySpec("max-drop", ValueType.TABLE, "How much worse it may be on some data than another model."),
+    KeySpec("layer", ValueType.TABLES, "Limits on single tensors."),
+)
+
+DROP = (
+    KeySpec("fail", ValueType.DROP, "The most that may be lost: 0.5pp of a share, or 0.01 of a loss."),
+    KeySpec("warn", ValueType.DROP, "From where on it warns."),
+    KeySpec("data", ValueType.TEXT, "What both are judged by, such as test.npz.", is_required=True),
+    KeySpec("against", ValueType.TEXT, "The model that it is held against.", is_required=True),
+    KeySpec("metric", ValueType.TEXT, "What decides, such as accuracy, or ./f.py:fn:max; else as the file says."),
+    KeySpec("model", ValueType.TEXT, "What builds both, for weights alone: net.py:Net."),
+    KeySpec("custom-objects", ValueType.TEXT, "What explains custom Keras layers: layers.py:OBJECTS."),
+    KeySpec("batch-size", ValueType.COUNT, "Examples in a batch; else 32."),
+)
+
+LAYER = (
+    KeySpec("name", ValueType.TEXT, "A glob, or re:… of tensors or layers.", is_required=True),
+    KeySpec("message", ValueType.TEXT, "What to tell who goes over it."),
+    KeySpec("max-params", ValueType.COUNT, "Parameters of the tensor.", is_limit=True),
+    KeySpec("max-flops", ValueType.COUNT, "Floating-point operations of the tensor for one input.", is_limit=True),
+    KeySpec("min-sparsity", ValueType.RATIO, "Share of zeros in the tensor.", is_limit=True),
+    KeySpec(
+        "max-sparsity",
+        ValueType.RATIO,
+        "Share of zeros in the tensor: more of them, and it has collapsed.",
+        is_limit=True,
+    ),
+    KeySpec("min-nm", ValueType.PATTERN, "A pattern such as 2:4 that the tensor follows."),
+)
+
+
+FILE = "budgets.schema.json"
+_SIZE = r"^\d+(\.\d+)?\s*([kKmMgGtT]?i?[bB]?)$"
+_RATIO = r"^(\d+(\.\d+)?|\.\d+)\s*%?$"
+_TYPES: dict[ValueType, Any] = {
+    ValueType.TEXT: {"type": "string", "minLength": 1},
+    ValueType.PATHS: {
+        "anyOf": [
+            {"type": "string", "minLength": 1},
+            {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}},
+        ]
+    },
+    ValueType.SIZE: {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": _SIZE}]},
+    ValueType.COUNT: {
+        "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?\s*[kKmMgGtT]?$"}]
+    },
+    ValueType.RATIO: {
+        "anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"type": "string", "pattern": _RATIO}],
+    },
+    ValueType.GROWTH: {
+        "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": f"{_SIZE}|{_RATIO}"}],
+    },
+    ValueType.DROP: {
+        "anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": r"^(\d+(\.\d+)?|\.\d+)\s*(pp)?$"}],
+    },
+    ValueType.PATTERN: {"type": "string", "pattern": r"^[1-9]\d*:[1-9]\d*$"},
+}
+
+
+def schema() -> dict[str, Any]:
+    """Return the schema of `prunectl.toml`, and of `[tool.prunectl]`."""
+    whole = _table(TOP, {"budget": _table(BUDGET, {"layer": _table(LAYER, {}), "max-drop": _table(DROP, {})})})
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Budgets of prunectl", **whole}
+
+
+def shipped() -> dict[str, Any]:
+    """Return the schema that is installed with the package."""
+    found: dict[str, Any] = json.loads((resources.files("prunectl.checks") / FILE).read_text(encoding="utf-8"))
+    return found
+
+
+def as_text() -> str:
+    """Return what the file that ships holds."""
+    return json.dumps(schema(), indent=2) + "\n"
+
+
+def _table(keys: tuple[KeySpec, ...], inner: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "required": [key.name for key in keys if key.is_required],
+        "properties": {key.name: {"description": key.line, **_type(key, inner)} for key in keys},
+    }
+
+
+def _type(key: KeySpec, inner: dict[str, Any]) -> dict[str, Any]:
+    if key.kind is ValueType.TABLES:
+        return {"type": "array", "items": inner[key.name]}
+    if key.kind is ValueType.TABLE:
+        table: dict[str, Any] = inner[key.name]
+        return table
+    if key.kind is ValueType.CHOICE:
+        return {"enum": list(key.choices)}
+    plain: dict[str, Any] = _TYPES[key.kind]
+    if not key.is_limit:
+        return plain
+    levels = {
+        "type": "object",
+        "additionalProperties": False,
+        "minProperties": 1,
+        "properties": dict.fromkeys(LEVELS, plain),
+    }
+    return {"anyOf": [*plain["anyOf"], levels]}

@@ -1,0 +1,106 @@
+"""Budgets for models as they are, with some room above."""
+
+from __future__ import annotations
+
+import glob
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from prunectl.checks.lazy_stats import LazyModelStats
+from prunectl.errors import InputError, PrunectlError, attempt
+from prunectl.formats.registry import FORMATS, recognise
+
+_DIGITS = 3
+_SPARSE = 0.05
+"""Fewer zeros than this came by chance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Limits for one model."""
+
+    path: str
+    max_raw: int
+    max_gzip: int
+    max_params: int
+    min_sparsity: float | None
+
+
+def propose(found: LazyModelStats, key: str, margin: float) -> Proposal:
+    """Return limits that a model keeps, and that it breaks when it grows by more than the margin."""
+    if not key.isprintable():
+        raise InputError(f"{key!r} has a name that TOML cannot hold")
+    sparsity = found.zeros.prunable_sparsity or 0.0
+    return Proposal(
+        path=glob.escape(key),
+        max_raw=_above(found.raw, margin),
+        max_gzip=_above(found.gzip, margin),
+        max_params=_above(found.facts.params.total, margin),
+        # In whole percents, rounded down: what it has is enough.
+        min_sparsity=math.floor(sparsity * 100) / 100 if sparsity >= _SPARSE else None,
+    )
+
+
+def as_toml(proposals: Iterable[Proposal], baseline: str) -> str:
+    """Return the file of budgets."""
+    lines = [
+        "# Budgets of models: `prunectl check` holds them, exit code 1 says that one is over.",
+        f"baseline = {_text(baseline)}",
+        'on-missing = "warn"',
+    ]
+    for one in proposals:
+        lines += ["", "[[budget]]", f"path = {_text(one.path)}", f"max-raw = {one.max_raw}"]
+        lines += [f"max-gzip = {one.max_gzip}", f"max-params = {one.max_params}"]
+        lines += [f"min-sparsity = {one.min_sparsity}"] if one.min_sparsity is not None else []
+        lines.append('max-growth = {fail = "2%", warn = "0.5%"}')
+    return "\n".join(lines) + "\n"
+
+
+def _above(value: int, margin: float) -> int:
+    """Return a number by so much bigger, rounded up to a few digits."""
+    wanted = math.ceil(value * (1 + margin))
+    step: int = 10 ** max(len(str(wanted)) - _DIGITS, 0)
+    return -(-wanted // step) * step
+
+
+def _text(value: str) -> str:
+    # A string of JSON is one of TOML, as long as letters stand for themselves.
+    return json.dumps(value, ensure_ascii=False)
+
+
+_SUFFIXES = frozenset(suffix for row in FORMATS for suffix in row.suffixes if suffix)
+_SAVED_MODEL = "saved_model.pb"
+_INDEX = ".index.json"
+_SHARDED = (".safetensors", ".bin")
+_NOT_OURS = frozenset({"node_modules", "__pycache__", "site-packages"})
+
+
+def discover_models(folder: Path) -> Iterator[Path]:
+    """Yield files and folders that look like models, in the order of their names; hidden folders are left out."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if _is_open(Path(place, name)))
+        if _SAVED_MODEL in files:
+            # What lies in it is part of it.
+            folders.clear()
+            yield Path(place)
+            continue
+        is_sharded = any(name.endswith(_INDEX) for name in files)
+        for name in sorted(files):
+            path = Path(place, name)
+            is_shard = is_sharded and path.suffix in _SHARDED
+            if not name.startswith(".") and not is_shard and _is_model(path):
+                yield path
+
+
+def _is_open(folder: Path) -> bool:
+    return not folder.name.startswith(".") and folder.name not in _NOT_OURS and not (folder / "pyvenv.cfg").exists()
+
+
+def _is_model(path: Path) -> bool:
+    if path.suffix.lower() not in _SUFFIXES or (path.suffix == ".json" and not path.name.endswith(_INDEX)):
+        return False
+    return path.is_file() and not isinstance(attempt(recognise, path), PrunectlError)

@@ -1,0 +1,179 @@
+"""What every command has: the options about output, and a reporter made of them."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from prunectl.analysis.stats import ModelStats
+from prunectl.commands.app import HELP_NAMES
+from prunectl.errors import PrunectlError, UsageError, attempt
+from prunectl.formats.detect import address
+from prunectl.formats.scratch import temporary_folder
+from prunectl.reporting.report import DEFAULT_ROWS, Color, Failure, Layout, Settings
+from prunectl.reporting.reporter import Reporter
+from prunectl.units import Units
+
+STDIN = "-"
+
+
+def inspect_each(words: Iterable[str], look: Callable[[Path], ModelStats]) -> tuple[list[ModelStats], list[Failure]]:
+    """Return what was found in each model, and what could not be used."""
+    surveys, failures = [], []
+    for word in words:
+        with resolve_stdin(word) as path:
+            found = attempt(look, path)
+        if isinstance(found, PrunectlError):
+            failures.append(Failure(word, _with_given_path(found, path, word)))
+        else:
+            surveys.append(replace(found, path=word))
+    return surveys, failures
+
+
+def _with_given_path(error: PrunectlError, path: Path, word: str) -> PrunectlError:
+    """Return an error that speaks of standard input, not of the scratch file that its bytes were kept in."""
+    if word == STDIN:
+        error.message = error.message.replace(str(path), "standard input")
+        error.hint = error.hint.replace(str(path), STDIN)
+    return error
+
+
+@contextmanager
+def resolve_stdin(word: str) -> Generator[Path]:
+    """Yield a path to what was named; standard input is kept in a scratch file meanwhile."""
+    if word != STDIN:
+        yield Path(word)
+        return
+    if sys.stdin.isatty():
+        raise UsageError("- reads a model from standard input, which is a terminal", hint="prunectl inspect - < MODEL")
+    with temporary_folder() as scratch:
+        copy = scratch / "standard-input"
+        with copy.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        try:
+            yield copy
+        except PrunectlError as error:
+            raise _with_given_path(error, copy, word) from error
+
+
+def option_group(title: str) -> Callable[..., Any]:
+    """Return what makes options that `--help` shows together under a title."""
+    return partial(typer.Option, rich_help_panel=title)
+
+
+def spelled(ctx: typer.Context, name: str) -> str:
+    """Return how an option is typed, in its longest form, by the name of its parameter: `--model` for `build`."""
+    found = [word for param in ctx.command.params if param.name == name for word in param.opts]
+    # A name that comes from a file may be that of no option.
+    return max(found, key=len, default=name)
+
+
+def given_on_command_line(ctx: typer.Context, name: str) -> bool:
+    """Whether an option was typed, and has its value not by default."""
+    source: Any = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+class BaseCommand(TyperCommand):
+    """A command with the common options after its own, which it takes as a reporter in the context."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._common = options_from_signature(output_settings)
+        self.params.extend(self._common.params)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Take the common options out, and work with a reporter made of them."""
+        _check_addresses(self.params, ctx.params)
+        chosen = {str(option.name): ctx.params.pop(option.name) for option in self._common.params}
+        assert self._common.callback is not None
+        html = Path(chosen["html"]) if chosen["html"] else None
+        if html is not None:
+            _check_page(html, ctx.params)
+        ctx.obj = Reporter(self._common.callback(**chosen), command=str(self.name), html=html)
+        return self.work(ctx)
+
+    def work(self, ctx: Any) -> Any:
+        """Do what the command is for, and return its exit code."""
+        return super().invoke(ctx)
+
+
+_WRITTEN = frozenset({"output", "html", "card", "manifest", "depfile", "logdir", "checkpoint_dir", "tried"})
+"""Options that say where something is written."""
+
+
+def _check_addresses(params: Iterable[Any], said: Mapping[str, Any]) -> None:
+    """Refuse addresses, whatever the option: nothing is fetched. Those of models are left to who opens them."""
+    for param in params:
+        value = said.get(param.name)
+        for word in value if isinstance(value, list | tuple) else (value,):
+            if param.param_type_name == "option" and isinstance(word, str | Path):
+                error = address(str(word), is_written=param.name in _WRITTEN)
+                if error is not None:
+                    raise error
+
+
+def _check_page(html: Path, said: Mapping[str, Any]) -> None:
+    """Refuse a page that nothing can be written to, or for which there would be no report."""
+    if said.get("output") == STDIN or any(word.endswith(f":{STDIN}") for word in said.get("report") or ()):
+        raise UsageError("--html writes the report, and standard output is taken by something else")
+    importlib.import_module("prunectl.reporting.html.page").check(html)
+
+
+def options_from_signature(function: Callable[..., Any]) -> Any:
+    """Return a command that lends its options to others: typer makes them of a signature, as of any command's."""
+    single = typer.Typer(add_completion=False)
+    single.command()(function)
+    return typer.main.get_command(single)
+
+
+def make_command(function: Callable[..., int], kind: type[BaseCommand] = BaseCommand) -> TyperCommand:
+    """Make a command of a function that takes the context first and returns the exit code."""
+    single = typer.Typer(context_settings=HELP_NAMES, rich_markup_mode="rich", add_completion=False)
+    single.command(cls=kind)(function)
+    command = typer.main.get_command(single)
+    assert isinstance(command, TyperCommand)
+    return command
+
+
+_option = option_group("Options of every command")
+
+
+def output_settings(
+    *,
+    json: Annotated[bool, _option("--json", help="One JSON object on stdout.")] = False,
+    layout: Annotated[
+        Layout | None, _option("--format", help="How to print; a terminal gets human, a pipe plain.")
+    ] = None,
+    html: Annotated[  # noqa: ARG001 - see Verb
+        Path | None, _option("--html", metavar="FILE", help="Also write the report as a page for a browser.")
+    ] = None,
+    quiet: Annotated[bool, _option("-q", "--quiet", help="No notes.")] = False,
+    verbose: Annotated[bool, _option("-v", "--verbose", help="Say how long it took, and how much memory.")] = False,
+    debug: Annotated[bool, _option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - see failure.py
+    color: Annotated[Color, _option("--color", help="When to colour.")] = Color.AUTO,
+    no_progress: Annotated[bool, _option("--no-progress", help="No progress bars.")] = False,
+    rows: Annotated[
+        int, _option("-n", "--rows", help="Rows of the main table on a terminal; 0 is all.", min=0)
+    ] = DEFAULT_ROWS,
+    units: Annotated[Units, _option("--units", help="How to write bytes.")] = Units.SI,
+) -> Settings:
+    return Settings(
+        layout=Layout.JSON if json else layout,
+        is_quiet=quiet,
+        is_verbose=verbose,
+        color=color,
+        has_progress=not no_progress,
+        rows=rows,
+        units=units,
+    )

@@ -1,0 +1,144 @@
+"""What is typed after `prune`, as a request and a place to put the result."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+
+import typer
+
+from prunectl.commands._command import STDIN, given_on_command_line, spelled
+from prunectl.errors import UsageError
+from prunectl.formats.base import StripPart
+from prunectl.formats.scratch import temporary_folder
+from prunectl.pruning import manifest
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.request import PruneRequest
+from prunectl.units import parse_ratio, parse_size
+
+_NOT_IN_RECIPE = frozenset(
+    {"model", "output", "dry_run", "manifest", "recipe", "force", "in_place", "trust", "allow_empty"}
+)
+"""What a recipe leaves open."""
+
+
+def prune_request(ctx: typer.Context, recipe: Path | None) -> PruneRequest:
+    """Return the request: that of a recipe, or what was typed."""
+    said = ctx.params
+    if recipe is not None:
+        typed = [name for name in said if name not in _NOT_IN_RECIPE and given_on_command_line(ctx, name)]
+        if typed:
+            raise UsageError(f"--recipe says all that decides the result: leave out {spelled(ctx, typed[0])}")
+        return manifest.read(recipe, is_trusted=said["trust"])
+    return PruneRequest(
+        sparsity=parse_ratio(said["sparsity"]) if said["sparsity"] else None,
+        compression=said["compression"],
+        target_gzip=parse_size(said["target_gzip"]) if said["target_gzip"] else None,
+        target_packed=parse_size(said["target_packed"]) if said["target_packed"] else None,
+        strategy=said["strategy"],
+        params=tuple(said["param"] or ()),
+        scope=str(said["scope"]),
+        pattern=said["pattern"],
+        policy=said["policy"],
+        only=said["only"],
+        exclude=tuple(said["exclude"] or ()),
+        layers=tuple(map(parse_layer_ratio, said["layer"] or ())),
+        seed=said["seed"],
+        nan=str(said["nan"]),
+        is_packed=said["pack"],
+        data=said["data"],
+        samples=said["samples"],
+        batch_size=said["batch_size"],
+        loss=said["loss"],
+        model=said["build"],
+        custom_objects=said["custom_objects"],
+        inputs=tuple(said["inputs"] or ()),
+        is_repaired=said["repair"],
+        cluster=said["cluster"],
+    )
+
+
+@contextmanager
+def open_destination(
+    model: Path, output: str, *, force: bool, in_place: bool, dry_run: bool
+) -> Generator[Destination | None]:
+    """Yield where the result goes: nowhere for a dry run, through a scratch file to standard output."""
+    if in_place and output:
+        raise UsageError("--in-place replaces the input: leave out --output")
+    if dry_run:
+        yield None
+    elif in_place:
+        yield Destination(model, is_in_place=True)
+    elif not output:
+        raise UsageError("where to? say --output", hint="or --in-place, or --dry-run to see what would come of it")
+    elif output != STDIN:
+        yield Destination(Path(output), is_forced=force)
+    elif sys.stdout.isatty():
+        raise UsageError(
+            "-o - writes a model to standard output, which is a terminal", hint="send it to a file or a pipe"
+        )
+    else:
+        with temporary_folder() as scratch:
+            yield Destination(scratch / f"standard-output{model.suffix}", is_stream=True)
+
+
+def parse_parts(words: str) -> frozenset[StripPart]:
+    """Return the parts in a list with commas; all of them if it is empty."""
+    known = {str(part): part for part in StripPart}
+    for word in filter(None, words.split(",")):
+        if word not in known:
+            raise UsageError(
+                f"{word!r} is no part of a model",
+                did_you_mean=tuple(get_close_matches(word, known, n=2)),
+                hint=f"parts: {', '.join(known)}",
+            )
+    return frozenset(known[word] for word in words.split(",")) if words else frozenset(StripPart)
+
+
+def parse_layer_ratio(word: str) -> tuple[str, float]:
+    """Return a selector and its ratio, written GLOB=R."""
+    selector, sign, ratio = word.rpartition("=")
+    if not sign or not selector:
+        raise UsageError(f"{word!r} is not a selector and a ratio", hint="write --layer 'conv*=0.5'")
+    return selector, parse_ratio(ratio)
+
+
+def module_of(name: str) -> str:
+    """The module that `--import` means, also by its file."""
+    return Path(name).stem if name.endswith(".py") else name
+
+
+def import_first(names: Iterable[str]) -> None:
+    """Import modules before anything is opened: what a file refers to is then known under their names.
+
+    A module is looked for in the current folder as well, after all others, so that nothing there takes the place of a
+    library. `./net.py` is imported as `net`, as a script beside it would import it.
+    """
+    for name in names:
+        path = Path(name)
+        is_file = path.suffix == ".py"
+        if is_file and not path.is_file():
+            raise UsageError(f"--import {name}: there is no such file")
+        folder = str(path.resolve().parent if is_file else Path.cwd())
+        if folder not in sys.path:
+            sys.path.append(folder)
+        module = module_of(name)
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module.partition(".")[0]:
+                raise UsageError(f"--import {name}: it needs a module {error.name}, which is not here") from error
+            raise UsageError(
+                f"--import {name}: there is no such module, neither installed nor in this folder",
+                hint="for a file elsewhere, write --import folder/net.py",
+            ) from error
+        except Exception as error:
+            raise UsageError(f"--import {name}: {type(error).__name__}: {error}") from error
+        if is_file and getattr(found, "__file__", None) is not None and not path.samefile(str(found.__file__)):
+            raise UsageError(
+                f"--import {name}: {module} is the name of another module, {found.__file__}", hint="rename the file"
+            )

@@ -1,0 +1,1 @@
+"""`--depfile` and `--if-changed`: prunectl in a build system."""

@@ -1,0 +1,180 @@
+"""A fragment for make that says which files a result was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import entry_points
+from pathlib import Path
+from prunectl.commands._command import STDIN
+from prunectl.commands._requests import module_of
+from prunectl.errors import UsageError
+from prunectl.formats import atomic
+from prunectl.formats.registry import open_model
+from prunectl.plugins import group
+from prunectl.pruning import manifest
+from prunectl.training.data import registry
+from prunectl.training.data import spec
+from typing import Any
+import os
+import prunectl
+import re
+import site
+import sys
+import sysconfig
+import tempfile
+
+
+_EQUALS = "prunectl_equals"
+_HEAD = f"{_EQUALS} := =\n"
+_ESCAPES = {" ": "\\ ", "#": "\\#", ":": "\\:", "*": "\\*", "?": "\\?", "[": "\\[", "$": "$$", "=": f"$({_EQUALS})"}
+_UNSPEAKABLE = re.compile(r"[;|%\\]|[\x00-\x1f\x7f]|^~|[ &]$")
+"""What make gives a meaning to that nothing takes away again."""
+
+
+def make_rule(target: str, prerequisites: Iterable[str], *, main: str) -> str:
+    """Return a rule without a recipe, and an empty one for every prerequisite but the main one, as `gcc -MP` does."""
+    words = [make_escaped(name) for name in prerequisites]
+    lines = [f"{make_escaped(target)}: {' '.join(words)}", *(f"\n{word}:" for word in words if word != make_escaped(main))]
+    # An equals sign would make a variable of the rule, and has no escape but this.
+    head = _HEAD if any(f"$({_EQUALS})" in line for line in lines) else ""
+    return head + "\n".join(lines) + "\n"
+
+
+def make_escaped(name: str) -> str:
+    """Return a file name as make reads it."""
+    if _UNSPEAKABLE.search(name):
+        raise UsageError(f"make has no way to write the file name {name!r}", hint="rename it, or leave out --depfile")
+    return "".join(_ESCAPES.get(letter, letter) for letter in name)
+
+
+def check(depfile: Path, target: Path, taken: Iterable[Path]) -> None:
+    """Refuse a place where nothing can be written, or where something else is, before any work begins."""
+    if str(depfile) == STDIN:
+        raise UsageError("--depfile writes a file, not to standard output", hint="--depfile OUT.d")
+    if not depfile.absolute().parent.is_dir():
+        raise UsageError(f"{depfile.parent} is not a folder", hint=f"mkdir -p {depfile.parent}")
+    if depfile.is_dir() or depfile.resolve() in {path.resolve() for path in taken}:
+        raise UsageError(f"{depfile} is no place for a depfile", hint="--depfile OUT.d")
+    _check_free(depfile, target)
+    check_folder(depfile.absolute().parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that takes no files."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written to: {error.strerror}") from error
+
+
+def write(depfile: Path, target: Path, text: str) -> None:
+    """Write the fragment, whole or not at all."""
+    # Whatever came to be there while the command worked stays.
+    _check_free(depfile, target)
+    atomic.write_text(depfile, text, is_forced=True)
+
+
+def _check_free(depfile: Path, target: Path) -> None:
+    if os.path.lexists(depfile) and not (depfile.is_file() and _is_fragment(depfile.read_bytes(), target)):
+        raise UsageError(f"{depfile} exists, and is no depfile of {target}", hint="name another file, or remove it")
+
+
+def _is_fragment(content: bytes, target: Path) -> bool:
+    """Whether a file has nothing but what a fragment for a target has.
+
+    A comment that says so would do for make, but other programs that read depfiles know none.
+    """
+    lines = content.decode(errors="replace").removeprefix(_HEAD).splitlines() or [""]
+    name, colon, words = lines[0].partition(": ")
+    known = {f"{word}:" for word in re.split(r"(?<!\\) ", words)}
+    is_about = f"/{name}".endswith(f"/{make_escaped(target.name)}")
+    return not content or (bool(colon) and is_about and all(not line or line in known for line in lines[1:]))
+
+
+_KINDS = ("strategy", "channel strategy", "policy", "schedule", "loss", "metric", "step", "model")
+
+
+def user_modules(before: Collection[str], words: Mapping[str, Any], began_ns: int) -> tuple[Path, ...]:
+    """Return the files of the modules that came since, but for those of prunectl, Python and what is installed."""
+    named = _packages(words)
+    # What started Python comes again under other names where a framework has made processes ready.
+    start = getattr(sys.modules["__main__"], "__file__", None)
+    found = [
+        Path(file)
+        for name, module in sorted(sys.modules.items())
+        if name not in before
+        and (file := getattr(module, "__file__", None))
+        and file != start
+        and (name.partition(".")[0] in named or not _is_installed(Path(file).resolve()))
+    ]
+    return tuple(dict.fromkeys(path for path in found if path.is_file() and not _is_generated(path, began_ns)))
+
+
+def _is_generated(path: Path, began_ns: int) -> bool:
+    """Whether the run itself has written a module for its own use, as TensorFlow does with what it makes of code."""
+    is_temporary = path.resolve().is_relative_to(Path(tempfile.gettempdir()).resolve())
+    # A project may well lie there: its files are older than the run.
+    return is_temporary and path.stat().st_mtime_ns > began_ns
+
+
+def _packages(words: Mapping[str, Any]) -> frozenset[str]:
+    """Return the packages that words name, as `package.module:function` or by an entry point."""
+    groups = [entry_points(group=group(kind)) for kind in _KINDS]
+    points = {point.name: point.value for points in groups for point in points}
+    values = [word for value in words.values() for word in (value if isinstance(value, list | tuple) else (value,))]
+    targets = [points.get(word, word) for word in values if isinstance(word, str)]
+    modules = [word.partition(":")[0] for word in targets if ":" in word]
+    return frozenset(module.partition(".")[0] for module in [*modules, *map(module_of, words.get("imports") or ())])
+
+
+def _is_installed(path: Path) -> bool:
+    paths = sysconfig.get_paths()
+    folders = [paths["stdlib"], paths["platstdlib"], paths["purelib"], paths["platlib"]]
+    folders += [*site.getsitepackages(), site.getusersitepackages(), str(Path(prunectl.__file__).parent)]
+    return any(path.is_relative_to(Path(folder).resolve()) for folder in folders)
+
+
+MODELS = ("distill",)
+"""Options that name a model, beside MODEL itself."""
+CALLABLE_OPTIONS = ("data", "val")
+FILES = ("recipe",)
+OUTPUT_OPTIONS = ("manifest", "card")
+"""Options that name a file which is written beside the output."""
+of_spec = registry.of_spec
+
+
+def with_recipe(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was typed together with what a recipe says: what that asks for may lie in files of its own."""
+    if said.get("recipe") is None:
+        return dict(said)
+    asked = asdict(manifest.read(Path(said["recipe"]), is_trusted=said["trust"]))
+    # What a recipe calls model builds one; MODEL is the file.
+    return {**said, **{name: value for name, value in asked.items() if name != "model"}, "build": asked["model"]}
+
+
+def files_of(words: Mapping[str, Any]) -> tuple[Path, ...]:
+    """Return the files that words name, the model's own first; functions' own modules are not among them."""
+    found = [
+        *open_model(Path(words["model"])).files,
+        *(file for name in MODELS if words.get(name) for file in open_model(Path(words[name])).files),
+        *(file for name in CALLABLE_OPTIONS if words.get(name) for file in of_spec(words[name])),
+        *(Path(words[name]) for name in FILES if words.get(name) is not None),
+        *registry.of_functions(value for name, value in words.items() if name not in {"model", "output", *CALLABLE_OPTIONS}),
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+def folders_of(words: Mapping[str, Any]) -> tuple[Path, ...]:
+    """Return the folders whose members are examples: one that is added or gone changes them."""
+    roots = [Path(spec.parse(words[name]).where) for name in CALLABLE_OPTIONS if words.get(name)]
+    return tuple(folder for root in roots if root.is_dir() for folder in registry.folders(root))
+
+
+def is_callable_spec(text: str) -> bool:
+    """Whether a data SPEC is a function, which may read whatever it likes."""
+    where = spec.parse(text).where
+    return not os.path.lexists(where) and ":" in where and not where.startswith("random:")

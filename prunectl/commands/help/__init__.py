@@ -1,0 +1,1 @@
+"""`prunectl help`: topics and the manual page."""

@@ -1,0 +1,126 @@
+"""`prunectl inspect`: what is in this file?"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prunectl.analysis import patterns
+from prunectl.analysis.inspect import InspectOptions, SortKey, inspect_model
+from prunectl.analysis.sparsity_map import SparsityMap, sparsity_maps
+from prunectl.analysis.stats import ModelStats
+from prunectl.calibration.sensitivity import Sensitivity
+from prunectl.commands._command import given_on_command_line, inspect_each, make_command, option_group, spelled
+from prunectl.errors import UsageError
+from prunectl.formats.base import ModelFile
+from prunectl.formats.registry import open_model
+from prunectl.reporting.inspect import inspect_report
+from prunectl.reporting.reporter import Reporter
+from prunectl.reporting.sensitivity import add_sensitivity
+
+_OPENING = ("build", "custom_objects", "trust")
+_ABOUT_DATA = ("samples", "batch_size", "loss", *_OPENING)
+
+
+_data = option_group("How much each layer suffers from pruning")
+
+
+def inspect(
+    ctx: typer.Context,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Files or folders; - is standard input.")],
+    *,
+    layers: Annotated[str, typer.Option(metavar="GLOB", help="Only these tensors; re:… is a regular expression.")] = "",
+    sort: Annotated[SortKey | None, typer.Option(help="Biggest, sparsest or first name on top.")] = None,
+    pattern: Annotated[str, typer.Option(metavar="PATTERN", help="How much follows 2:4, block:1x4 or channel.")] = "",
+    hist: Annotated[bool, typer.Option("--hist", help="A histogram of the weights' magnitudes.")] = False,
+    flops: Annotated[bool, typer.Option("--flops", help="Floating-point operations for one input.")] = False,
+    zeros: Annotated[bool, typer.Option("--zeros/--no-zeros", help="Count zeros, or read no weight.")] = True,
+    groups: Annotated[bool, typer.Option("--groups", help="Channels that go together.")] = False,
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", metavar="SHAPE", help="For --groups: 1,3,224,224.")
+    ] = None,
+    sensitivity: Annotated[bool, _data("--sensitivity", help="Prune each tensor alone; see what goes.")] = False,
+    data: Annotated[str, _data(metavar="SPEC", help="Examples to run: train.npz, x.npy,y.npy, images/…")] = "",
+    samples: Annotated[int, _data(help="How many of them.", min=1)] = 128,
+    batch_size: Annotated[int, _data(help="How many at a time.", min=1)] = 32,
+    build: Annotated[str, _data("--model", metavar="MOD:FN", help="Builds the model, for weights alone.")] = "",
+    custom_objects: Annotated[str, _data(metavar="MOD:DICT", help="Explains custom Keras layers.")] = "",
+    loss: Annotated[str, _data(metavar="NAME", help="What is measured; else as the file says.")] = "",
+    trust: Annotated[bool, _data("--trust", help="Let code that comes with the file run.")] = False,
+) -> int:
+    """Show what is in a model file: layers, sparsity, dead weight.
+
+    No framework is loaded, and no code from the file runs, unless --data is to go through it.
+
+    [dim]$[/] prunectl inspect model.h5
+
+    [dim]$[/] prunectl inspect model.pt --sort sparsity --pattern 2:4
+
+    [dim]$[/] prunectl inspect model.onnx --flops --json
+
+    [dim]$[/] prunectl inspect model.keras --sensitivity --data train.npz
+    """
+    _check(ctx)
+    reporter: Reporter = ctx.obj
+    parsed = patterns.parse(pattern) if pattern else None
+    wanted = InspectOptions(layers, sort, pattern, hist, flops, zeros, has_digest=reporter.is_json)
+    asked = {"data": data, "samples": samples, "batch_size": batch_size, "loss": loss}
+    asked |= {"model": build, "custom_objects": custom_objects}
+    suffering: list[Sensitivity] = []
+    families: list[Any] = []
+    shaded: list[tuple[SparsityMap, ...]] = []
+
+    def seen(path: Path) -> ModelStats:
+        model = open_model(path)
+        found = inspect_model(model, wanted, parsed, reporter.progress)
+        if groups:
+            # By name, as below: a look at a file does without.
+            origin = importlib.import_module("prunectl.training.backend").ModelOrigin(
+                build, custom_objects, is_trusted=trust, inputs=tuple(inputs or ())
+            )
+            families.append(importlib.import_module("prunectl.channels.groups").channel_groups(model, origin))
+        if sensitivity:
+            suffering.append(_measured(model, asked, layers=layers, is_trusted=trust, meter=reporter.progress))
+        # Only a page has pictures.
+        shaded.append(sparsity_maps(model, found) if reporter.html is not None else ())
+        return found
+
+    surveys, failures = inspect_each(models, seen)
+    report = inspect_report(surveys, failures, has_flops=flops)
+    masks = {survey.path: shown for survey, shown in zip(surveys, shaded, strict=True)}
+    report = replace(report, masks=masks)
+    report = add_sensitivity(report, suffering) if sensitivity else report
+    if groups:
+        report = importlib.import_module("prunectl.reporting.inspect").add_channel_groups(report, families)
+    return reporter.show(report)
+
+
+def _measured(model: ModelFile, asked: dict[str, Any], **how: Any) -> Sensitivity:
+    # By name: these bring all that opens data and trains models, which a look at a file does without.
+    run = importlib.import_module("prunectl.calibration.sensitivity").sensitivity
+    request = importlib.import_module("prunectl.pruning.request").PruneRequest(**asked)
+    found: Sensitivity = run(model, request, **how)
+    return found
+
+
+def _check(ctx: typer.Context) -> None:
+    """Refuse options that would have no effect."""
+    said = ctx.params
+    if said["data"] and not said["sensitivity"]:
+        raise UsageError("inspect looks at data for --sensitivity only", hint="add --sensitivity, or leave out --data")
+    if said["inputs"] and not said["groups"]:
+        raise UsageError("--input is about channels", hint="add --groups, or leave out --input")
+    typed = [
+        name for name in _ABOUT_DATA if given_on_command_line(ctx, name) and not (said["groups"] and name in _OPENING)
+    ]
+    if typed and not said["data"]:
+        raise UsageError(
+            f"{spelled(ctx, typed[0])} is about data, and there is none", hint="such as --sensitivity --data train.npz"
+        )
+
+
+command = make_command(inspect)

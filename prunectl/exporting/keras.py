@@ -1,0 +1,119 @@
+"""Models of Keras 2 and 3: opened, and saved in the other format of their library."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prunectl.errors import InputError, UsageError, WorkError
+from prunectl.exporting.compare import Run
+from prunectl.exporting.inputs import InputSpec
+from prunectl.exporting.job import ExportJob
+from prunectl.exporting.tensorflow import TfRunnable
+from prunectl.formats.base import ModelFile
+from prunectl.formats.registry import open_model
+from prunectl.training.backend import ModelOrigin
+from prunectl.training.keras.backend import keras_two, quietly
+from prunectl.training.keras.compile import outputs
+from prunectl.training.keras.compile.outputs import flat
+from prunectl.training.keras.distribution import DevicePlacement
+from prunectl.training.keras.load import Loaded, first_line, load
+
+_tf = keras_two().tensorflow
+_LONG_AGO = (1980, 1, 1, 0, 0, 0)
+
+
+def open_live(model: ModelFile, origin: ModelOrigin) -> TfRunnable:
+    """Return a Keras model as TensorFlow runs it."""
+    loaded = load(model, origin, DevicePlacement())
+    if not loaded.library.is_on_tensorflow:
+        raise UsageError(
+            f"Keras is set to work on {loaded.library.backend}, and only TensorFlow exports what it runs",
+            hint="set KERAS_BACKEND=tensorflow",
+        )
+    keras_model = loaded.model
+    signature = outputs.signature(keras_model)
+    sizes = _batch_sizes(keras_model, len(signature.inputs))
+    inputs = tuple(
+        InputSpec(port.name, None if port.shape is None else (size, *port.shape), port.dtype or "float32")
+        for port, size in zip(signature.inputs, sizes, strict=True)
+    )
+
+    def call(given: Sequence[Any]) -> list[Any]:
+        return flat(keras_model(outputs.inputs(keras_model, tuple(given)), training=False))
+
+    answers = tuple(dict.fromkeys(port.name for port in signature.outputs))
+    if len(answers) != len(signature.outputs):
+        answers = tuple(f"output_{at}" for at in range(len(signature.outputs)))
+    return TfRunnable(
+        inputs,
+        answers,
+        call,
+        _tf.function(call),
+        keras_model,
+        signature.is_channels_first,
+        _notes(loaded),
+        keras=loaded,
+    )
+
+
+def _notes(loaded: Loaded) -> tuple[str, ...]:
+    return (f"It is a Keras {2 if loaded.library.is_two else 3} model.",)
+
+
+def _batch_sizes(model: Any, count: int) -> list[int | None]:
+    try:
+        tensors = flat(getattr(model, "inputs", None) or ())
+    except (AttributeError, ValueError):
+        tensors = []
+    sizes: list[int | None] = [None if one.shape[0] is None else int(one.shape[0]) for one in tensors]
+    return sizes if len(sizes) == count else [None] * count
+
+
+def write(job: ExportJob, target: Path) -> tuple[str, ...]:
+    """Save the model by its own library; the archive is written again without times."""
+    live: TfRunnable = job.live
+    loaded: Loaded = live.keras
+    suffix = ".h5" if job.request.to == "h5" else ".keras"
+    scratch = job.scratch / f"saved{suffix}"
+    try:
+        with quietly():
+            loaded.model.save(
+                str(scratch), **({"save_format": "h5"} if loaded.library.is_two and suffix == ".h5" else {})
+            )
+    except Exception as error:
+        raise WorkError(f"Keras cannot save {job.file.path} as {suffix}: {first_line(error)}") from error
+    if suffix == ".keras":
+        _without_times(scratch, target)
+    else:
+        target.write_bytes(scratch.read_bytes())
+    return ("It is of Keras 2: tf_keras loads it, and keras 3 does not.",) if loaded.library.is_two else ()
+
+
+def _without_times(archive: Path, target: Path) -> None:
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(target, "x") as new:
+        for info in sorted(old.infolist(), key=lambda one: one.filename):
+            entry = zipfile.ZipInfo(info.filename, _LONG_AGO)
+            entry.compress_type = info.compress_type
+            new.writestr(entry, _undated(info.filename, old.read(info)))
+
+
+def _undated(name: str, content: bytes) -> bytes:
+    if name != "metadata.json":
+        return content
+    facts = json.loads(content)
+    return json.dumps({**facts, "date_saved": "1980-01-01@00:00:00"}).encode()
+
+
+def runner(job: ExportJob, target: Path) -> Run:
+    """Return what runs the result, loaded from its file."""
+    origin = replace(job.request.origin, model="")
+    try:
+        return open_live(open_model(target), origin).run
+    except InputError as error:
+        reason = error.message.replace(str(target), "it")
+        raise WorkError(f"Keras saves {job.file.path} as {job.request.to}, and then fails: {reason}") from error

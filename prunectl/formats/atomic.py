@@ -1,0 +1,270 @@
+"""Where the output goes: whole or not at all, and nothing left behind."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+
+from prunectl.errors import NO_ROOM, UsageError, WorkError, is_of_output
+from prunectl.formats import scratch
+from prunectl.formats.base import ModelFile
+
+_HERE, _NO_REPLACE, _EXCHANGE = -100, 1, 2
+"""AT_FDCWD, RENAME_NOREPLACE and RENAME_EXCHANGE of Linux."""
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES})
+"""What a filesystem without hard links says: exFAT, many of FUSE and SMB."""
+
+
+def swap_atomically(one: Path, other: Path) -> bool:
+    """Let two paths change places; False where the system or the filesystem cannot."""
+    return _renameat2(one, other, _EXCHANGE) == 0
+
+
+def place(new: Path, target: Path) -> None:
+    """Move a file or a folder to a path that is free: FileExistsError where something came to be there meanwhile.
+
+    By `renameat2` where there is one; else a file by a hard link, which replaces nothing either; else onto an empty
+    file or folder that was made exclusively, which only who replaces it at that very moment can lose.
+    """
+    code = _renameat2(new, target, _NO_REPLACE)
+    if code == errno.EEXIST:
+        raise FileExistsError(code, os.strerror(code), str(target))
+    if code == 0 or (not new.is_dir() and _linked(new, target)):
+        return
+    if new.is_dir():
+        os.mkdir(target)
+    else:
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    try:
+        os.rename(new, target)
+    except OSError as error:
+        with suppress(OSError):
+            (os.rmdir if new.is_dir() else os.unlink)(target)
+        if error.errno == errno.ENOTEMPTY:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
+        raise
+
+
+def _linked(new: Path, target: Path) -> bool:
+    try:
+        os.link(new, target)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return False
+    return True
+
+
+def _renameat2(one: Path, other: Path, how: int) -> int:
+    """Return 0, or the number of the error; there is none of it outside Linux."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return errno.ENOSYS
+    return 0 if rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), how) == 0 else ctypes.get_errno()
+
+
+_MODEL_FOLDERS = ("saved_model.pb", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+_INDEX = ".index.json"
+_SHARD_TAIL = re.compile(r"-\d+-of-\d+\.\w+$")
+
+
+def check_target(model: ModelFile, target: Path, *, is_forced: bool, is_in_place: bool) -> None:
+    """Refuse a target that is there already, or that is the input, unless the user said so."""
+    if is_in_place:
+        return
+    if not target.name:
+        raise UsageError(f"{target} names no file", hint=f"such as {target / model.path.name}")
+    if is_same(model.path, target):
+        raise UsageError(f"{target} is the input itself", hint="write elsewhere, or say --in-place")
+    if not target.parent.is_dir():
+        raise UsageError(f"{target.parent} is not a folder", hint=f"mkdir -p {target.parent}")
+    for place in dict.fromkeys(_place_of(name, target) for name in targets(model, target).values()):
+        if any(is_same(file, place) for file in model.files):
+            raise UsageError(f"{place} belongs to the input", hint="write into another folder")
+        if os.path.lexists(place) and not is_forced:
+            raise UsageError(f"{place} exists", hint="write elsewhere, or replace it with --force")
+        if place.is_dir() and not any((place / name).exists() for name in _MODEL_FOLDERS):
+            raise UsageError(f"{place} is a folder without a model in it, which is not replaced")
+
+
+def _place_of(name: Path, target: Path) -> Path:
+    """Return what is put into its place as a whole: a file, or the folder that is the model."""
+    return target if name.parts[0] == target.name else target.parent / name
+
+
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file."""
+    return other.exists() and os.path.samefile(one, other)
+
+
+def targets(model: ModelFile, target: Path) -> dict[Path, Path]:
+    """Return where each file of a model goes, relative to the folder that it is written in.
+
+    Data beside a model is named after the output, so that two outputs in one folder never share it: that of `out.onnx`
+    is `out.onnx.data`, then `out.onnx.1.data`; the shards of `out.safetensors.index.json` are
+    `out-00001-of-00002.safetensors` and so on. In place, and in a folder of its own, every file keeps its name.
+    """
+    if model.path.is_dir():
+        return {file: Path(target.name) / file.relative_to(model.path) for file in model.files}
+    if model.format == "shards" and not target.name.endswith(_INDEX):
+        return {file: Path(target.name) / file.name for file in model.files}
+    if model.format == "tf-checkpoint":
+        old, new = model.path.name.removesuffix(".index"), target.name.removesuffix(".index")
+        return {file: Path(new + file.name.removeprefix(old)) for file in model.files}
+    if is_same(model.path, target):
+        own = {file: file.relative_to(model.path.parent) for file in model.files}
+    else:
+        beside = tuple(dict.fromkeys(file for file in model.files if file != model.path))
+        name = _shard_names if model.format == "shards" else _data_names
+        own = dict(zip(beside, name(beside, target.name), strict=True))
+    return {**own, model.path: Path(target.name)}
+
+
+def _data_names(files: Sequence[Path], name: str) -> list[Path]:
+    return [Path(f"{name}.{number}.data" if number else f"{name}.data") for number in range(len(files))]
+
+
+def _shard_names(shards: Sequence[Path], index: str) -> list[Path]:
+    """Return names for shards that keep their numbers, where all of them have one."""
+    stem = index.removesuffix(_INDEX).removesuffix(shards[0].suffix if shards else "")
+    tails = [found.group() for shard in shards if (found := _SHARD_TAIL.search(shard.name))]
+    if len(set(tails)) < len(shards):
+        tails = [f"-{number:05}-of-{len(shards):05}{shard.suffix}" for number, shard in enumerate(shards, 1)]
+    return [Path(f"{stem}{tail}") for tail in tails]
+
+
+def write_text(target: Path, text: str, *, is_forced: bool) -> None:
+    """Write a file that is there whole or not at all, in place of none unless the user said so."""
+    if not target.parent.is_dir():
+        raise UsageError(f"{target.parent} is not a folder", hint=f"mkdir -p {target.parent}")
+    if target.is_dir() or (os.path.lexists(target) and not is_forced):
+        raise UsageError(f"{target} exists", hint="write elsewhere, or replace it with --force")
+    with atomic_replace(target, may_replace=is_forced) as folder:
+        (folder / target.name).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomic_replace(target: Path, *, may_replace: bool, model: ModelFile | None = None) -> Generator[Path]:
+    """Yield a scratch folder beside the target; what is in it at the end takes its place, if nothing fails.
+
+    What is made from a model is readable by those who may read that model, or what it replaces.
+    """
+    with _staging_dir(target.parent) as folder:
+        yield folder
+        placements = _move_order(folder, target)
+        for new, _ in placements:
+            flush(new)
+        origins = {} if model is None else {name: source for source, name in targets(model, target).items()}
+        scratch.give(folder, target.parent, origins, model)
+        # Between two files of one model no signal is heard: they come together.
+        with scratch.deferred():
+            _place_all(placements, folder.parent, may_replace=may_replace)
+        _sync_folder(target.parent)
+
+
+def _move_order(folder: Path, target: Path) -> list[tuple[Path, Path]]:
+    """Return what goes where; that by which a model is opened comes last: until it is there, there is no model."""
+    whole = folder / target.name
+    news = [whole] if whole.is_dir() else [child for child in folder.rglob("*") if child.is_file()]
+    order = sorted(news, key=lambda new: (new == whole, new.suffix in {".index", ".json"}, new))
+    return [(new, target.parent / new.relative_to(folder)) for new in order]
+
+
+@contextmanager
+def _staging_dir(parent: Path) -> Generator[Path]:
+    # Beside the target, because a rename is atomic only within one filesystem.
+    scratch.clear_stale(parent, scratch.HIDDEN)
+    held = scratch.LockedFolder()
+    try:
+        held.take(parent, scratch.HIDDEN)
+        yield held.inside
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise WorkError(f"{parent} has no room for the result: {error.strerror}; nothing was written") from error
+        # What is read says so itself, and what has no name was being written.
+        if error.errno is None or not (error.filename is None or is_of_output(error)):
+            raise
+        raise WorkError(f"{parent} cannot be written to: {error.strerror}; nothing was written") from error
+    finally:
+        held.release()
+
+
+_guard: ContextVar[Callable[[Path], None] | None] = ContextVar("guard", default=None)
+
+
+@contextmanager
+def guarded(check: Callable[[Path], None]) -> Generator[None]:
+    """Ask once more of everything that is there whether it may be replaced, right before it is."""
+    token = _guard.set(check)
+    try:
+        yield
+    finally:
+        _guard.reset(token)
+
+
+def _place_all(placements: list[tuple[Path, Path]], folder: Path, *, may_replace: bool) -> None:
+    made: dict[Path, os.stat_result] = {}
+    try:
+        check = _guard.get()
+        if check is not None:
+            for place in (place for _, place in placements if os.path.lexists(place)):
+                check(place)
+        for new, place in placements:
+            made[place] = os.lstat(new)
+            _move_into_place(new, place, folder, may_replace=may_replace)
+    except BaseException:
+        # What replaced something cannot be undone: what did not is not left half there.
+        for place, facts in made.items() if not may_replace else ():
+            with suppress(OSError):
+                if os.path.samestat(os.lstat(place), facts):
+                    place.unlink()
+        raise
+
+
+def _move_into_place(new: Path, target: Path, scratch_folder: Path, *, may_replace: bool) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not may_replace:
+            place(new, target)
+        elif not target.is_dir() or target.is_symlink():
+            os.replace(new, target)
+        elif not swap_atomically(new, target):
+            # A folder cannot take the place of one that is not empty.
+            old = scratch_folder / scratch.OLD
+            os.rename(target, old)
+            try:
+                os.rename(new, target)
+            except BaseException:
+                os.rename(old, target)
+                raise
+    except FileExistsError as error:
+        raise WorkError(f"{target} came to be there meanwhile", hint="another run may have written it") from error
+    except OSError as error:
+        raise WorkError(f"{target} cannot be written: {error.strerror}") from error
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or every file in a folder, is on the disk."""
+    for file in [path] if path.is_file() else [child for child in path.rglob("*") if child.is_file()]:
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _sync_folder(path: Path) -> None:
+    with suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

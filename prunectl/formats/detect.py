@@ -1,0 +1,307 @@
+"""A first look at a file: enough to recognise it, cheap whatever its size."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from functools import cached_property
+from io import BufferedReader
+from pathlib import Path
+from typing import BinaryIO
+from zipfile import BadZipFile, ZipFile
+
+from prunectl.errors import InputError, abbreviated
+from prunectl.formats import budgets
+
+HEAD_BYTES = 4096
+TAIL_BYTES = 64
+_END_HEAD_BYTES, _END64_BYTES = 22, 20 + 56
+"""What a zip ends in, before its comment; and what stands before that in one of more than 4 GB."""
+_END_BYTES = _END64_BYTES + _END_HEAD_BYTES + (1 << 16)
+
+
+def refuse_long_directory(path: Path, file: BinaryIO | BufferedReader) -> None:
+    """Refuse a zip of more entries than any model has, before an object is made of each of them."""
+    file_bytes = file.seek(0, os.SEEK_END)
+    file.seek(max(file_bytes - _END_BYTES, 0))
+    end = file.read()
+    at = end.rfind(b"PK\x05\x06")
+    if at < 0 or at + _END_HEAD_BYTES > len(end):
+        return  # no directory at all, which has its own sentence
+    nbytes = int.from_bytes(end[at + 12 : at + 16], "little")
+    if at >= _END64_BYTES and end[at - 20 : at - 16] == b"PK\x06\x07":
+        nbytes = int.from_bytes(end[at - 36 : at - 28], "little")
+    if nbytes <= budgets.MAX_ZIP_DIRECTORY_BYTES:
+        behind = file_bytes - len(end) + at
+        begin = max(behind - nbytes - _END64_BYTES, 0)
+        file.seek(begin)
+        if file.read(behind - begin).count(b"PK\x01\x02") <= budgets.MAX_ZIP_ENTRIES:
+            return
+    raise InputError(f"{path} is refused: it holds more than {budgets.MAX_ZIP_ENTRIES} entries")
+
+
+_URL = re.compile(r"(https?|ftp|hf|s3|gs):/+(.+)")
+_FETCH = {
+    "hf": "hf download {rest}",
+    "s3": "aws s3 cp {url} .",
+    "gs": "gcloud storage cp {url} .",
+}
+
+
+def missing(path: Path) -> InputError:
+    """The error for a file that is not there; an address gets a sentence of its own: nothing is downloaded here."""
+    return address(str(path)) or InputError(f"{path} does not exist")
+
+
+def address(word: str, *, is_written: bool = False) -> InputError | None:
+    """The error for a word that is an address, whether of what is to be read or of what is to be written."""
+    found = _URL.fullmatch(word)
+    if found is None or os.path.lexists(word):
+        return None
+    scheme, rest = found.groups()
+    url = f"{scheme}://{rest}"
+    if is_written:
+        return InputError(f"{abbreviated(url)} is a URL, and prunectl writes files", hint="write a file, and upload it")
+    # What follows a file with code is the name of a function.
+    url, rest = (re.sub(r"(?<=\.py):\w.*", "", one) for one in (url, rest))
+    fetch = _FETCH.get(scheme, "curl -LO {url}").format(url=url, rest=rest)
+    return InputError(f"{abbreviated(url)} is a URL, and prunectl reads files: download it first", hint=fetch)
+
+
+class FileProbe:
+    """The head, the tail and the entry names of a file or folder."""
+
+    def __init__(self, path: Path) -> None:
+        """Look at the path itself; its content is read when it is asked for."""
+        self.path = path
+        try:
+            facts = path.stat()
+        except FileNotFoundError as error:
+            raise missing(path) from error
+        except NotADirectoryError as error:
+            raise InputError(f"{path} does not exist: a part of the path is a file") from error
+        except PermissionError as error:
+            raise InputError(f"{path} cannot be read: permission denied") from error
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        self.is_folder = stat.S_ISDIR(facts.st_mode)
+        self.nbytes = 0 if self.is_folder else facts.st_size
+        if not self.is_folder and not stat.S_ISREG(facts.st_mode):
+            raise InputError(
+                f"{path} is a pipe or a device, not a file", hint="a model on standard input is written as -"
+            )
+
+    @cached_property
+    def _ends(self) -> tuple[bytes, bytes]:
+        if self.is_folder:
+            return b"", b""
+        try:
+            with self.path.open("rb") as file:
+                head = file.read(HEAD_BYTES)
+                file.seek(max(0, self.nbytes - TAIL_BYTES))
+                return head, file.read(TAIL_BYTES)
+        except PermissionError as error:
+            raise InputError(f"{self.path} cannot be read: permission denied") from error
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read: {error.strerror}") from error
+
+    @property
+    def head(self) -> bytes:
+        """The first bytes of a file; none for a folder."""
+        return self._ends[0]
+
+    @property
+    def tail(self) -> bytes:
+        """The last bytes of a file; none for a folder."""
+        return self._ends[1]
+
+    def holds(self, name: str) -> bool:
+        """Whether this folder has a file of that name."""
+        return self.is_folder and (self.path / name).is_file()
+
+    @cached_property
+    def entries(self) -> tuple[str, ...]:
+        """Names in a zip, as its central directory has them; none when it is no zip."""
+        if not self.head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+            return ()
+        try:
+            with self.path.open("rb") as file:
+                refuse_long_directory(self.path, file)
+                with ZipFile(file) as archive:
+                    return tuple(archive.namelist())
+        except (BadZipFile, OSError, ValueError, NotImplementedError, UnicodeDecodeError):
+            return ()
+
+    def entries_end_with(self, *names: str) -> bool:
+        """Whether the zip has an entry of each name, at the top or inside its one folder."""
+        return all(any(entry == name or entry.endswith("/" + name) for entry in self.entries) for name in names)
+
+
+HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+TABLE_MAGIC = bytes.fromhex("57fb808b247547db")
+TORCH_LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa85019")
+"""The pickle opcode LONG1 with torch's magic number, which every legacy file begins with."""
+
+
+def is_hdf5(peek: FileProbe) -> bool:
+    """HDF5, with or without a user block before it."""
+    return any(peek.head[at : at + 8] == HDF5_MAGIC for at in (0, 512, 1024, 2048))
+
+
+def is_keras_zip(peek: FileProbe) -> bool:
+    """A zip with a Keras configuration and weights."""
+    return "config.json" in peek.entries and "model.weights.h5" in peek.entries
+
+
+def is_saved_model(peek: FileProbe) -> bool:
+    """A folder with a SavedModel in it."""
+    return peek.holds("saved_model.pb")
+
+
+def is_checkpoint_index(peek: FileProbe) -> bool:
+    """The index of a TensorFlow checkpoint, a LevelDB table."""
+    return peek.tail.endswith(TABLE_MAGIC)
+
+
+def is_exported_program(peek: FileProbe) -> bool:
+    """A zip that `torch.export.save` wrote."""
+    return peek.entries_end_with("archive_format") or peek.entries_end_with("serialized_exported_program.json")
+
+
+def is_torch_zip(peek: FileProbe) -> bool:
+    """A zip with a pickle program that rebuilds tensors."""
+    return peek.entries_end_with("data.pkl") or peek.entries_end_with("constants.pkl")
+
+
+def is_torch_legacy(peek: FileProbe) -> bool:
+    """The pickles that torch wrote before it used zips."""
+    return peek.head[:1] == b"\x80" and peek.head[2:14] == TORCH_LEGACY_MAGIC
+
+
+def is_torch_tar(peek: FileProbe) -> bool:
+    """The tar of the earliest torch."""
+    first = peek.head[:100].split(b"\0", 1)[0].removeprefix(b"./")
+    return peek.head[257:262] == b"ustar" and first in {b"storages", b"tensors", b"pickle", b"sys_info"}
+
+
+def is_safetensors(peek: FileProbe) -> bool:
+    """A length below 2^32 (or any length, if the name says so), then a JSON header."""
+    is_length = peek.head[4:8] == bytes(4) or peek.path.suffix == ".safetensors"
+    return is_length and peek.head[8:9] == b"{"
+
+
+def is_shard_index(peek: FileProbe) -> bool:
+    """The JSON that says which shard holds which tensor."""
+    return peek.head.lstrip()[:1] == b"{" and peek.path.name.endswith(".index.json")
+
+
+def is_tflite(peek: FileProbe) -> bool:
+    """A FlatBuffer with TensorFlow Lite's identifier."""
+    return peek.head[4:8] == b"TFL3"
+
+
+def is_onnx(peek: FileProbe) -> bool:
+    """A protobuf whose first fields are those of a ModelProto; it has no magic number.
+
+    Field 1 is the version of the format, a small number; every writer puts it first, but the order is not
+    promised, so a file named .onnx may also begin with another field that a ModelProto has.
+    """
+    head = peek.head
+    if peek.path.name == "saved_model.pb":  # begins with the same fields
+        return False
+    starts_with_version = head[:1] == b"\x08" and len(head) > 2 and head[1] < 0x80 and head[2] in _MODEL_FIELDS
+    return starts_with_version or (peek.path.suffix == ".onnx" and head[:1] != b"" and head[0] in _MODEL_FIELDS)
+
+
+_MODEL_FIELDS = frozenset({0x08, 0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42, 0x72, 0xA2, 0xCA})
+"""First tag bytes of ModelProto's fields: 1..8 and 14, then those that take two bytes (20, 25)."""
+
+
+_MAGICS = (
+    (b"version https://git-lfs", "is a Git LFS pointer, not the model: run `git lfs pull` to fetch it"),
+    (b"\x1f\x8b", "is gzipped: unpack it first"),
+    (b"BZh", "is compressed with bzip2: unpack it first"),
+    (b"\xfd7zXZ", "is compressed with xz: unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "is compressed with zstd: unpack it first"),
+    (b"GGUF", "is a GGUF file, which prunectl does not read"),
+    (b"\x93NUMPY", "is a NumPy array, not a model"),
+    (b"<?xml", "is XML, not a model"),
+    (b"<!DOCTYPE", "is a web page, not a model: the download went wrong"),
+    (b"<html", "is a web page, not a model: the download went wrong"),
+    (b"\x7fELF", "is a program, not a model"),
+    (b"%PDF", "is a PDF, not a model"),
+    (b"\x89PNG", "is a picture, not a model"),
+)
+
+
+def explain_unsupported(peek: FileProbe) -> str:
+    """Return the best guess at what a file that no format recognises is."""
+    if peek.is_folder:
+        return _describe_folder(peek)
+    if peek.nbytes == 0:
+        return "is empty"
+    for magic, sentence in _MAGICS:
+        if peek.head.startswith(magic):
+            return sentence
+    if peek.head.startswith(b"PK"):
+        return _describe_zip(peek)
+    if peek.head[257:262] == b"ustar":
+        return "is a tar archive without a model in it that prunectl reads: unpack it first"
+    if peek.head[:1] == b"\x80" and peek.head[1:2] in b"\x02\x03\x04\x05":
+        return "is a Python pickle, but not one that torch wrote; opening it would run code, so it is refused"
+    if of_tensorflow := _describe_part(peek):
+        return of_tensorflow
+    if _is_text(peek.head):
+        return "is text, not a model"
+    return "is not a model that prunectl knows"
+
+
+def _describe_folder(peek: FileProbe) -> str:
+    try:
+        names = sorted(child.name for child in peek.path.iterdir())[:1000]
+    except OSError as error:
+        return f"cannot be listed: {error.strerror}"
+    if not names:
+        return "is an empty folder"
+    for name in names:
+        if (peek.path / name / "saved_model.pb").is_file():
+            return f"is a folder of SavedModels, not one: name a version, such as {peek.path / name}"
+    if "saved_model.pbtxt" in names:
+        return "is a SavedModel in text form (saved_model.pbtxt), which prunectl does not read"
+    if "checkpoint" in names:
+        index = next((name for name in names if name.endswith(".index")), "*.index")
+        return f"is a folder of TensorFlow checkpoints: name one, such as {peek.path / index}"
+    return "is a folder without a saved_model.pb: not a SavedModel, nor anything else that prunectl reads"
+
+
+def _describe_zip(peek: FileProbe) -> str:
+    if not peek.entries:
+        return "is a zip that is truncated or damaged: its directory of entries cannot be read"
+    if all(name.endswith(".npy") for name in peek.entries):
+        return "is a NumPy archive (.npz), not a model"
+    inner = [name for name in peek.entries if name.endswith((".pt", ".pth", ".h5", ".keras", ".onnx", ".safetensors"))]
+    if inner:
+        some = ", ".join(map(abbreviated, inner[:3]))
+        return f"is a zip with models inside, not a model: unpack it and name one of {some}"
+    return f"is a zip, but no model: it holds {', '.join(map(abbreviated, peek.entries[:3]))}"
+
+
+def _describe_part(peek: FileProbe) -> str:
+    """Return which part of a TensorFlow model a file is, if it is one."""
+    if peek.path.name == "saved_model.pb":
+        return f"is the graph of a SavedModel: name its folder, {peek.path.parent}"
+    if peek.path.name == "keras_metadata.pb" or ".data-0" in peek.path.name:
+        return "is a part of a TensorFlow model: name its folder, or the .index file of its checkpoint"
+    if _is_graph_def(peek.head):
+        return "is a frozen TensorFlow graph, which prunectl does not read: convert it to a SavedModel or to ONNX"
+    return ""
+
+
+def _is_graph_def(head: bytes) -> bool:
+    # A GraphDef begins with a node (field 1), and a node names its operation in field 2.
+    return head[:1] == b"\x0a" and (b"\x12\x0bPlaceholder" in head or b"\x12\x05Const" in head)
+
+
+def _is_text(head: bytes) -> bool:
+    return all(byte >= 32 or byte in b"\t\n\r\f" for byte in head)

@@ -1,0 +1,1 @@
+"""Multiply-accumulate operations of Keras models, counted from their configuration alone."""

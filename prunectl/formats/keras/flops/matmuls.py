@@ -1,0 +1,303 @@
+"""What Keras layers multiply, by class."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+
+from prunectl.formats.base import Length, Role, Shape, Tensor, numel
+from prunectl.formats.keras.config import PRUNED_PREFIX
+from prunectl.formats.keras.flops import attention, recurrent
+from prunectl.formats.keras.flops.shapes import (
+    LayerCall,
+    Matmul,
+    UnknownShapeError,
+    broadcast,
+    scale_dim,
+    untuple,
+    validate_shape,
+)
+from prunectl.formats.keras.flops.windows import WINDOW_RULES
+from prunectl.formats.keras.roles import modern_name
+
+
+def matmuls(step: LayerCall) -> tuple[Matmul, ...]:
+    """Return what a layer multiplies; raise UnknownShapeError if that is not known."""
+    return tuple(_MULTIPLYING[step.kind](step))
+
+
+def is_multiplying(kind: str) -> bool:
+    """Whether layers of this class multiply at all."""
+    return kind in _MULTIPLYING
+
+
+def _dense(step: LayerCall) -> Iterator[Matmul]:
+    shape = step.shape()
+    if not shape:
+        raise UnknownShapeError
+    yield Matmul("kernel", (shape[-1], step.number("units")), shape[:-1])
+
+
+def _convolution(step: LayerCall) -> Iterator[Matmul]:
+    _, channels = step.image()
+    kernel, groups = step.numbers("kernel_size", step.axes), step.number("groups", 1)
+    if groups < 1:
+        raise UnknownShapeError
+    inner = None if channels is None else channels // groups
+    yield Matmul("kernel", (*kernel, inner, step.number("filters")), _space(step))
+
+
+def _transposed(step: LayerCall) -> Iterator[Matmul]:
+    space, channels = step.image()
+    yield Matmul("kernel", (*step.numbers("kernel_size", step.axes), step.number("filters"), channels), space)
+
+
+def _depthwise(step: LayerCall) -> Iterator[Matmul]:
+    _, channels = step.image()
+    shape = (*step.numbers("kernel_size", step.axes), channels, step.number("depth_multiplier", 1))
+    yield Matmul("depthwise_kernel", shape, _space(step))
+
+
+def _separable(step: LayerCall) -> Iterator[Matmul]:
+    yield from _depthwise(step)
+    wide = scale_dim(step.image()[1], step.number("depth_multiplier", 1))
+    yield Matmul("pointwise_kernel", (*(1,) * step.axes, wide, step.number("filters")), _space(step))
+
+
+def _locally_connected(step: LayerCall) -> Iterator[Matmul]:
+    _, channels = step.image()
+    window = numel((*step.numbers("kernel_size", step.axes), channels))
+    yield Matmul("kernel", (numel(_space(step)), window, step.number("filters")), ())
+
+
+def _space(step: LayerCall) -> Shape:
+    return step.image(WINDOW_RULES[step.kind](step))[0]
+
+
+_MULTIPLYING: dict[str, Callable[[LayerCall], Iterator[Matmul]]] = {
+    "Dense": _dense,
+    **dict.fromkeys(("Conv1D", "Conv2D", "Conv3D"), _convolution),
+    **dict.fromkeys(("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"), _transposed),
+    **dict.fromkeys(("DepthwiseConv1D", "DepthwiseConv2D"), _depthwise),
+    **dict.fromkeys(("SeparableConv1D", "SeparableConv2D"), _separable),
+    **dict.fromkeys(("LocallyConnected1D", "LocallyConnected2D"), _locally_connected),
+    **dict.fromkeys(recurrent.GATES, recurrent.recurrent_matmuls),
+    "RNN": recurrent.products_of_cells,
+    **dict.fromkeys(("ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"), recurrent.products_of_images),
+    "MultiHeadAttention": attention.projected,
+    "GroupQueryAttention": attention.grouped,
+    "Attention": attention.compared,
+    "AdditiveAttention": attention.compared,
+    "Dot": attention.dotted,
+    "EinsumDense": attention.summed,
+}
+
+
+MULTIPLIED = frozenset({Role.KERNEL, Role.RECURRENT})
+MAX_CANDIDATES = 256
+"""More weights than one layer has."""
+_BY_LEAF, _BY_ROLE = 2, 1
+
+
+class Weights:
+    """The weights of a model by the names that stand in theirs."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._parts: dict[str, tuple[str, ...]] = {}
+        self._named: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self._known: dict[tuple[tuple[str, ...], tuple[str, ...], Matmul], tuple[Tensor, ...]] = {}
+        for tensor in tensors:
+            if tensor.role in MULTIPLIED:
+                self._parts[tensor.name] = _parts(tensor)
+                for part in dict.fromkeys(self._parts[tensor.name]):
+                    self._named[part].append(tensor)
+
+    def owns(self, names: Iterable[str]) -> bool:
+        """Whether there are weights of a layer of one of these names."""
+        return any(name in self._named for name in names)
+
+    def of(self, names: tuple[str, ...], around: tuple[str, ...], product: Matmul, turn: int) -> tuple[Tensor, ...]:
+        """Return the weight of a product, or its parts where it is split by gates; nothing if there is none.
+
+        One of the layer's own names must stand in the weight's; the models around it decide between several.
+        """
+        key = (names, around, product)
+        if key not in self._known:
+            self._known[key] = self._of(names, around, product)
+        found = self._known[key]
+        whole = 1 if found and shapes_match(product.shape, found[0].shape) else product.gates
+        if len(found) < whole or not product.leaf:
+            return ()
+        begin = (product.turn + turn) * whole % len(found)
+        return tuple(found[(begin + place) % len(found)] for place in range(whole))
+
+    def _of(self, names: tuple[str, ...], around: tuple[str, ...], product: Matmul) -> tuple[Tensor, ...]:
+        """Return the weights that fit best, equally well."""
+        near = {tensor.name: tensor for name in names for tensor in self._named.get(name, ())[:MAX_CANDIDATES]}
+        shape = product.shape
+        fitting = [tensor for tensor in near.values() if shapes_match(shape, tensor.shape)]
+        if not fitting and product.gates > 1 and shape[-1] is not None:
+            gate = (*shape[:-1], shape[-1] // product.gates)
+            fitting = [tensor for tensor in near.values() if shapes_match(gate, tensor.shape)]
+        scores = {tensor.name: self._score(tensor, names, around, product.leaf) for tensor in fitting}
+        best = max(scores.values(), default=(0, 0, 0))
+        return tuple(tensor for tensor in fitting if scores[tensor.name] == best and best[0])
+
+    def _score(
+        self, tensor: Tensor, names: tuple[str, ...], around: tuple[str, ...], leaf: str
+    ) -> tuple[int, int, int]:
+        parts = self._parts[tensor.name]
+        inside, _, last = leaf.rpartition("/")
+        is_recurrent = last == "recurrent_kernel"
+        strength = 0
+        if (tensor.role == Role.RECURRENT) == is_recurrent:
+            strength = _BY_ROLE
+        if parts[-1] == last and (not inside or any(inside in part for part in parts[:-1])):
+            strength = _BY_LEAF
+        explained = set(parts) & {*names, *around}
+        return strength, len(explained), len(explained) - len(set(parts))
+
+
+def shapes_match(wanted: Shape, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor can have a shape, whichever order of axes and however many axes of 1 Keras 1 gave it."""
+    if len(wanted) == len(shape) and all(one in {None, length} for one, length in zip(wanted, shape, strict=True)):
+        return True
+    return None not in wanted and Counter(one for one in wanted if one != 1) == Counter(
+        length for length in shape if length != 1
+    )
+
+
+def _parts(tensor: Tensor) -> tuple[str, ...]:
+    """Return the names that a weight's name consists of, the last of them its own."""
+    # Some layers have a slash in their name.
+    whole = (tensor.layer, tensor.name.rpartition("/")[0])
+    steps = [*whole, *tensor.layer.split("/"), *tensor.name.removesuffix(":0").split("/")]
+    steps[-1] = modern_name(steps[-1]) if "/" not in tensor.name else steps[-1]
+    return tuple(step.removeprefix(PRUNED_PREFIX) for step in steps)
+
+
+Rule = Callable[[LayerCall], Shape]
+
+
+def output(step: LayerCall) -> Shape | None:
+    """Return the shape of a layer's output, if it is known."""
+    rule = RULES.get(step.kind)
+    try:
+        return None if rule is None else validate_shape(rule(step))
+    except UnknownShapeError:
+        return None
+
+
+def _same(step: LayerCall) -> Shape:
+    return step.shape()
+
+
+def _merged(step: LayerCall) -> Shape:
+    return broadcast(step.everything)
+
+
+def _elementwise(step: LayerCall) -> Shape:
+    """An operation of TensorFlow that Keras 2 recorded as a layer."""
+    name = step.word("function") or step.word("op")
+    if name.rpartition(".")[2].replace("_", "") not in _ELEMENTWISE:
+        raise UnknownShapeError
+    return broadcast(step.everything)
+
+
+def _merge_of_keras_1(step: LayerCall) -> Shape:
+    mode = step.word("mode")
+    if mode in {"sum", "mul", "ave", "max"}:
+        return broadcast(step.everything)
+    if mode == "concat":
+        return _concatenated(LayerCall(step.kind, {"axis": step.number("concat_axis", -1)}, step.inputs))
+    raise UnknownShapeError
+
+
+def _concatenated(step: LayerCall) -> Shape:
+    shapes = step.everything
+    axis = _axis(step.number("axis", -1), len(shapes[0]))
+    if len({len(shape) for shape in shapes}) != 1:
+        raise UnknownShapeError
+    lengths = [shape[axis] for shape in shapes]
+    whole = None if None in lengths else sum(length for length in lengths if length is not None)
+    rest = broadcast(shapes)
+    return (*rest[:axis], whole, *rest[axis + 1 :])
+
+
+def _axis(axis: int, rank: int) -> int:
+    """Return an axis that Keras counts with the batch, counted without it."""
+    found = axis + rank if axis < 0 else axis - 1
+    if not 0 <= found < rank:
+        raise UnknownShapeError
+    return found
+
+
+def _flat(step: LayerCall) -> Shape:
+    shape = step.inputs[0] if step.inputs else None
+    # Even of an unknown shape it is known that one axis is left.
+    return (None if shape is None else numel(shape),)
+
+
+def _reshaped(step: LayerCall) -> Shape:
+    target = untuple(step.config.get("target_shape"))
+    if not isinstance(target, list) or not all(type(length) is int for length in target) or target.count(-1) > 1:
+        raise UnknownShapeError
+    if -1 not in target:
+        return tuple(target)
+    whole = numel(step.inputs[0]) if step.inputs and step.inputs[0] is not None else None
+    known = numel(length for length in target if length != -1)
+    missing: Length = whole // known if whole is not None and known else None
+    return tuple(missing if length == -1 else length for length in target)
+
+
+def _permuted(step: LayerCall) -> Shape:
+    shape = step.shape()
+    order = step.numbers("dims", len(shape))
+    if sorted(order) != list(range(1, len(shape) + 1)):
+        raise UnknownShapeError
+    return tuple(shape[place - 1] for place in order)
+
+
+def _repeated(step: LayerCall) -> Shape:
+    return (step.number("n"), *step.shape())
+
+
+def _embedded(step: LayerCall) -> Shape:
+    return (*step.shape(), step.number("output_dim"))
+
+
+def _dense_shape(step: LayerCall) -> Shape:
+    return (*step.shape()[:-1], step.number("units"))
+
+
+_SAME = (
+    *("Activation", "ReLU", "LeakyReLU", "PReLU", "ELU", "ThresholdedReLU", "Softmax", "Dropout", "GaussianNoise"),
+    *("GaussianDropout", "AlphaDropout", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D", "Masking"),
+    *("BatchNormalization", "SyncBatchNormalization", "LayerNormalization", "GroupNormalization", "RMSNormalization"),
+    *("UnitNormalization", "Normalization", "ActivityRegularization", "Rescaling", "Identity", "QuantizeLayer"),
+    *("RandomFlip", "RandomRotation", "RandomZoom", "RandomTranslation", "RandomContrast", "RandomBrightness"),
+)
+_ELEMENTWISE = frozenset(
+    {
+        *("add", "addv2", "subtract", "sub", "multiply", "mul", "truediv", "divide", "divnonan", "realdiv", "pow"),
+        *("maximum", "minimum", "relu", "relu6", "leakyrelu", "elu", "selu", "gelu", "silu", "swish", "sigmoid"),
+        *("tanh", "softmax", "softplus", "exp", "log", "sqrt", "rsqrt", "square", "abs", "negative", "neg", "sign"),
+        *("cast", "clipbyvalue", "identity", "stopgradient", "dropout", "l2normalize", "round", "floor", "clip"),
+    }
+)
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(_SAME, _same),
+    **dict.fromkeys(("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum"), _merged),
+    **dict.fromkeys(("TFOpLambda", "TensorFlowOpLayer"), _elementwise),
+    **WINDOW_RULES,
+    **recurrent.RULES,
+    **attention.RULES,
+    "Concatenate": _concatenated,
+    "Dense": _dense_shape,
+    "Embedding": _embedded,
+    "Flatten": _flat,
+    "Merge": _merge_of_keras_1,
+    "Permute": _permuted,
+    "RepeatVector": _repeated,
+    "Reshape": _reshaped,
+}

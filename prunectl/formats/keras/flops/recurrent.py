@@ -1,0 +1,127 @@
+"""Recurrent Keras layers: the shapes they give, and what they multiply by at each step in time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prunectl.formats.base import Length, Shape
+from prunectl.formats.keras.config import part, text
+from prunectl.formats.keras.flops.shapes import LayerCall, Matmul, UnknownShapeError, scale_dim, untuple
+from prunectl.formats.keras.flops.windows import slid
+
+GATES = {"LSTM": 4, "GRU": 3, "SimpleRNN": 1}
+_STATES = {"LSTM": 2, "GRU": 1, "SimpleRNN": 1}
+_MAX_CELLS = 256
+
+
+def outputs(step: LayerCall, first: Shape | None) -> tuple[Shape | None, ...]:
+    """Return what a recurrent layer gives: its output, then its states if it is asked for them."""
+    if not step.flag("return_state"):
+        return (first,)
+    try:
+        state = _state(step)
+    except UnknownShapeError:
+        state = None
+    return (first, *(state,) * _STATES.get(step.kind, 2))
+
+
+def is_recurrent(kind: str) -> bool:
+    """Whether layers of this class can return their states."""
+    return kind in RULES
+
+
+def recurrent_matmuls(step: LayerCall) -> Iterator[Matmul]:
+    """Yield what a plain recurrent layer multiplies."""
+    time, width = _sequence(step)
+    yield from _cell(step.kind, width, step.number("units"), (time,), 0)
+
+
+def products_of_cells(step: LayerCall) -> Iterator[Matmul]:
+    """Yield what a layer multiplies that is made of cells."""
+    time, width = _sequence(step)
+    for turn, (kind, units) in enumerate(_cells(step)):
+        yield from _cell(kind, width, units, (time,), turn)
+        width = units
+
+
+def products_of_images(step: LayerCall) -> Iterator[Matmul]:
+    """Yield what a recurrent layer over images multiplies: two convolutions for each gate."""
+    time, space, channels = _film(step)
+    filters, kernel = step.number("filters"), step.numbers("kernel_size", len(space))
+    left = _slid(step, space)
+    yield Matmul("kernel", (*kernel, channels, 4 * filters), (time, *left))
+    yield Matmul("recurrent_kernel", (*kernel, filters, 4 * filters), (time, *left))
+
+
+def _cell(kind: str, width: Length, units: int, times: Shape, turn: int) -> Iterator[Matmul]:
+    gates = GATES[kind]
+    yield Matmul("kernel", (width, gates * units), times, gates=gates, turn=turn)
+    yield Matmul("recurrent_kernel", (units, gates * units), times, gates=gates, turn=turn)
+
+
+def _sequence(step: LayerCall) -> tuple[Length, Length]:
+    shape = step.inputs[0] if step.inputs else None
+    if shape is None:
+        return None, None
+    if len(shape) != 2:
+        raise UnknownShapeError
+    return shape[0], shape[1]
+
+
+def _cells(step: LayerCall) -> tuple[tuple[str, int], ...]:
+    cell = part(step.config, "cell")
+    listed = untuple(part(cell, "config").get("cells")) if text(cell, "class_name") == "StackedRNNCells" else [cell]
+    if not isinstance(listed, list) or not 0 < len(listed) <= _MAX_CELLS:
+        raise UnknownShapeError
+    found = []
+    for one in listed:
+        kind = text(one, "class_name").removesuffix("Cell")
+        if kind not in GATES:
+            raise UnknownShapeError
+        found.append((kind, LayerCall(kind, part(one, "config"), ()).number("units")))
+    return tuple(found)
+
+
+def _film(step: LayerCall) -> tuple[Length, Shape, Length]:
+    shape = step.inputs[0] if step.inputs else None
+    if shape is None:
+        return (None, *step.image())
+    if not shape:
+        raise UnknownShapeError
+    return (shape[0], *step.image(shape[1:]))
+
+
+def _slid(step: LayerCall, space: Shape) -> Shape:
+    return slid(step, "kernel_size", 1, space)
+
+
+def _state(step: LayerCall) -> Shape:
+    if step.kind == "RNN":
+        return (_cells(step)[-1][1],)
+    if step.kind in GATES:
+        return (step.number("units"),)
+    _, space, _ = _film(step)
+    return step.joined(_slid(step, space), step.number("filters"))
+
+
+def _unrolled(step: LayerCall) -> Shape:
+    state = _state(step)
+    time = _film(step)[0] if step.kind.startswith("Conv") else _sequence(step)[0]
+    if not step.flag("return_sequences"):
+        return state
+    return (time, *state)
+
+
+def bidirectional_output(shape: Shape | None, step: LayerCall) -> Shape | None:
+    """Return the output of a layer that runs both ways, its two outputs joined."""
+    if shape is None:
+        return None
+    mode = step.word("merge_mode", "concat" if "merge_mode" not in step.config else "")
+    if mode == "concat":
+        return (*shape[:-1], scale_dim(shape[-1], 2))
+    return shape
+
+
+RULES: dict[str, Callable[[LayerCall], Shape]] = dict.fromkeys(
+    (*GATES, "RNN", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"), _unrolled
+)

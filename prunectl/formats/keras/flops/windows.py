@@ -1,0 +1,148 @@
+"""Output shapes of Keras layers that slide a window over space, stretch it or cut it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prunectl.formats.base import Length, Shape
+from prunectl.formats.keras.flops.shapes import LayerCall, UnknownShapeError, scale_dim, untuple
+
+_PADDINGS = {"same", "causal"}
+
+
+def convolved(step: LayerCall) -> Shape:
+    """Return the output shape of a convolution."""
+    return step.joined(slid(step, "kernel_size", 1), step.number("filters"))
+
+
+def depthwise(step: LayerCall) -> Shape:
+    """Return the output shape of a convolution of each channel by itself."""
+    return step.joined(slid(step, "kernel_size", 1), scale_dim(step.image()[1], step.number("depth_multiplier", 1)))
+
+
+def pooled(step: LayerCall) -> Shape:
+    """Return the output shape of a pool."""
+    return step.joined(slid(step, "pool_size", None), step.image()[1])
+
+
+def pooled_whole(step: LayerCall) -> Shape:
+    """Return the output shape of a pool over the whole space."""
+    space, channels = step.image()
+    return step.joined((1,) * len(space), channels) if step.flag("keepdims") else (channels,)
+
+
+def slid(step: LayerCall, size_key: str, stride: int | None, space: Shape | None = None) -> Shape:
+    """Return the space that a window leaves; a pool steps by its own size unless it says otherwise."""
+    space = step.image()[0] if space is None else space
+    axes = len(space)
+    sizes = step.numbers(size_key, axes, 2 if stride is None else None)
+    strides = _strides(step, axes, sizes if stride is None else (stride,) * axes)
+    dilations = step.numbers("dilation_rate", axes, 1) if stride is not None else (1,) * axes
+    padding = step.word("padding", "valid")
+    return tuple(_slid(*facts, padding=padding) for facts in zip(space, sizes, strides, dilations, strict=True))
+
+
+def deconvolved(step: LayerCall) -> Shape:
+    """Return the output shape of a transposed convolution."""
+    space, _ = step.image()
+    axes = len(space)
+    sizes = step.numbers("kernel_size", axes)
+    strides = _strides(step, axes, (1,) * axes)
+    dilations = step.numbers("dilation_rate", axes, 1)
+    extra = step.numbers("output_padding", axes) if step.config.get("output_padding") is not None else None
+    is_same = step.word("padding", "valid") == "same"
+    found: list[Length] = []
+    for axis, length in enumerate(space):
+        size = (sizes[axis] - 1) * dilations[axis] + 1
+        if length is None:
+            found.append(None)
+        elif extra is None:
+            found.append(length * strides[axis] + (0 if is_same else max(size - strides[axis], 0)))
+        else:
+            found.append((length - 1) * strides[axis] + size - (2 * (size // 2) if is_same else 0) + extra[axis])
+    return step.joined(tuple(found), step.number("filters"))
+
+
+def padded(step: LayerCall) -> Shape:
+    """Return the shape of an image with a border around it."""
+    return _bordered(step, "padding", 1)
+
+
+def cropped(step: LayerCall) -> Shape:
+    """Return the shape of an image without its border."""
+    return _bordered(step, "cropping", -1)
+
+
+def upsampled(step: LayerCall) -> Shape:
+    """Return the shape of an image that is stretched."""
+    space, channels = step.image()
+    sizes = step.numbers("size", len(space), 2)
+    return step.joined(tuple(scale_dim(length, size) for length, size in zip(space, sizes, strict=True)), channels)
+
+
+def resized(step: LayerCall) -> Shape:
+    """Return the shape of an image that is brought to a size."""
+    shape = step.shape()
+    if len(shape) != 3:
+        raise UnknownShapeError
+    channels = shape[0] if step.is_channels_first else shape[-1]
+    return step.joined((step.number("height"), step.number("width")), channels)
+
+
+def _strides(step: LayerCall, axes: int, default: tuple[int, ...]) -> tuple[int, ...]:
+    found = default if untuple(step.config.get("strides")) is None else step.numbers("strides", axes)
+    if min(found) < 1:
+        raise UnknownShapeError
+    return found
+
+
+def _slid(length: Length, size: int, stride: int, dilation: int, *, padding: str) -> Length:
+    if length is None:
+        return None
+    if padding in _PADDINGS:
+        return -(-length // stride)
+    room = length - ((size - 1) * dilation + 1)
+    if padding != "valid" or room < 0 or size < 1 or dilation < 1:
+        raise UnknownShapeError
+    return room // stride + 1
+
+
+def _bordered(step: LayerCall, key: str, sign: int) -> Shape:
+    space, channels = step.image()
+    borders = _borders(untuple(step.config.get(key)), len(space))
+    found = tuple(
+        None if length is None else length + sign * border for length, border in zip(space, borders, strict=True)
+    )
+    return step.joined(found, channels)
+
+
+def _borders(said: object, axes: int) -> tuple[int, ...]:
+    """Return how much both sides of each axis have together."""
+    if type(said) is int:
+        return (2 * said,) * axes
+    sides = [untuple(one) for one in said] if isinstance(said, list) else []
+    if axes == 1 and len(sides) == 2:
+        sides = [sides]
+    if len(sides) != axes:
+        raise UnknownShapeError
+    found = []
+    for side in sides:
+        both = [side, side] if type(side) is int else side
+        if not isinstance(both, list) or len(both) != 2 or not all(type(one) is int for one in both):
+            raise UnknownShapeError
+        found.append(sum(both))
+    return tuple(found)
+
+
+WINDOW_RULES: dict[str, Callable[[LayerCall], Shape]] = {
+    **dict.fromkeys(("Conv1D", "Conv2D", "Conv3D", "SeparableConv1D", "SeparableConv2D"), convolved),
+    **dict.fromkeys(("DepthwiseConv1D", "DepthwiseConv2D"), depthwise),
+    **dict.fromkeys(("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"), deconvolved),
+    **dict.fromkeys(("LocallyConnected1D", "LocallyConnected2D"), convolved),
+    **{f"{kind}Pooling{axes}D": pooled for kind in ("Max", "Average") for axes in (1, 2, 3)},
+    **{f"Global{kind}Pooling{axes}D": pooled_whole for kind in ("Max", "Average") for axes in (1, 2, 3)},
+    **{f"ZeroPadding{axes}D": padded for axes in (1, 2, 3)},
+    **{f"Cropping{axes}D": cropped for axes in (1, 2, 3)},
+    **{f"UpSampling{axes}D": upsampled for axes in (1, 2, 3)},
+    **dict.fromkeys(("Resizing", "CenterCrop", "RandomCrop"), resized),
+}

@@ -1,0 +1,219 @@
+"""Every dataset and attribute of an HDF5 file, by libhdf5 itself: to be called in a child."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import RawIOBase
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from prunectl.errors import InputError, abbreviated
+from prunectl.formats import budgets
+from prunectl.formats.base import shown
+
+MAX_OBJECTS = 1_000_000
+MAX_DEPTH = 200
+
+
+@dataclass(frozen=True, slots=True)
+class H5Location:
+    """An HDF5 file, alone or inside another."""
+
+    path: Path
+    offset: int
+    nbytes: int
+
+    def open(self) -> Any:
+        """Return it open, by h5py."""
+        if self.offset:
+            return h5py.File(_FileRange(self), "r")
+        return h5py.File(self.path, "r", locking=False)
+
+
+class _FileRange(RawIOBase):
+    """A part of a file as a file, which h5py reads through."""
+
+    def __init__(self, place: H5Location) -> None:
+        super().__init__()
+        self._fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._place = place
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._place.nbytes}[whence]
+        self._at = max(base + offset, 0)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        want = max(min(len(buffer), self._place.nbytes - self._at), 0)
+        got = os.preadv(self._fd, [memoryview(buffer)[:want]], self._place.offset + self._at)
+        self._at += got
+        return got
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._fd)
+        super().close()
+
+
+def list_objects(place: H5Location) -> dict[str, Any]:
+    """Return what JSON can carry of a whole file: its datasets, and the attributes of its groups."""
+    with place.open() as file:
+        datasets: list[dict[str, Any]] = []
+        attributes: dict[str, dict[str, Any]] = {}
+        spent = Spent(place.path)
+        for name, thing in _objects(file, place.path):
+            if isinstance(thing, h5py.Dataset):
+                facts = _dataset(name, thing, place.path)
+                if facts:
+                    datasets.append(facts)
+            else:
+                found = _attributes(thing, spent)
+                if found:
+                    attributes[name] = found
+        return {"datasets": datasets, "attributes": attributes}
+
+
+def _objects(file: Any, path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield groups and datasets with their paths, without following a link out of the file or around in it."""
+    waiting: list[tuple[str, Any, int]] = [("", file["/"], 0)]
+    groups: set[int] = set()
+    count = 0
+    while waiting:
+        name, group, depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            raise InputError(f"{path} is refused: its groups are nested more than {MAX_DEPTH} deep")
+        address = h5py.h5o.get_info(group.id).addr
+        if address in groups:
+            continue
+        groups.add(address)
+        yield name, group
+        below = []
+        for key in group:
+            count += 1
+            if count > MAX_OBJECTS:
+                raise InputError(f"{path} is refused: it holds more than {MAX_OBJECTS} objects")
+            child = f"{name}/{key}" if name else key
+            thing = _own(group, key, child, path)
+            if isinstance(thing, h5py.Group):
+                below.append((child, thing, depth + 1))
+            elif isinstance(thing, h5py.Dataset):
+                yield child, thing
+        waiting.extend(reversed(below))
+
+
+def _own(group: Any, key: str, name: str, path: Path) -> Any:
+    """Return what a group itself holds under a key; None for an alias of something else in the file."""
+    link = group.get(key, getlink=True)
+    if isinstance(link, h5py.ExternalLink):
+        raise InputError(
+            f"{path} is refused: {abbreviated(name)} links to another file, {abbreviated(str(link.filename))}"
+        )
+    if not isinstance(link, h5py.SoftLink):
+        return group[key]
+    if group.get(key) is None:
+        raise InputError(
+            f"{path} is refused: {abbreviated(name)} links to {abbreviated(str(link.path))}, which is not in the file"
+        )
+    return None
+
+
+def _dataset(name: str, dataset: Any, path: Path) -> dict[str, Any] | None:
+    if dataset.external:
+        raise InputError(
+            f"{path} is refused: "
+            f"{abbreviated(name)} keeps its numbers in another file, {abbreviated(str(dataset.external[0][0]))}"
+        )
+    if dataset.is_virtual:
+        raise InputError(f"{path} is refused: {abbreviated(name)} is put together from other files")
+    dtype = dataset.dtype
+    said = dataset.attrs.get("dtype")
+    if dtype.kind == "V" and dtype.names is None and isinstance(said, str):
+        type_name = said  # Keras stores what NumPy does not know as raw bytes, and says beside them what they are.
+    elif dtype.kind in "fiubc":
+        type_name = dtype.newbyteorder("=").name
+    else:
+        return None
+    is_flat = dataset.chunks is None and dataset.id.get_create_plist().get_nfilters() == 0
+    return {
+        "name": name,
+        "shape": list(dataset.shape or ()),
+        "type": type_name,
+        "is_big_endian": dtype.byteorder == ">",
+        "address": h5py.h5o.get_info(dataset.id).addr,
+        "offset": dataset.id.get_offset() if is_flat else None,
+        "stored": dataset.id.get_storage_size(),
+        "is_filtered": dataset.id.get_create_plist().get_nfilters() > 0,
+    }
+
+
+class Spent:
+    """What the attributes of a file take together, counted before they are read as far as their shapes tell."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._elements, self._characters = budgets.MAX_ATTRIBUTE_ELEMENTS, budgets.MAX_ATTRIBUTE_CHARACTERS
+
+    def elements(self, key: str, shape: tuple[int, ...], itemsize: int) -> None:
+        """Count the elements of an attribute that is to be read."""
+        self._elements -= math.prod(shape)
+        if self._elements < 0 or math.prod(shape) * itemsize > self._characters:
+            raise InputError(
+                f"{self.path} is refused: its attribute {abbreviated(key)} claims the shape {shown(shape)}"
+            )
+
+    def text(self, key: str, value: Any) -> None:
+        """Count the characters of an attribute that was read."""
+        texts = value if isinstance(value, list) else [value]
+        self._characters -= sum(len(text) for text in texts if isinstance(text, str))
+        if self._characters < 0:
+            raise InputError(f"{self.path} is refused: its attribute {abbreviated(key)} is longer than any model needs")
+
+
+def _attributes(group: Any, spent: Spent) -> dict[str, Any]:
+    found = {}
+    for key in group.attrs:
+        kind = group.attrs.get_id(key)
+        if kind.shape is None:
+            continue  # an attribute without a value
+        spent.elements(key, kind.shape, kind.dtype.itemsize)
+        value = _plain(group.attrs[key])
+        spent.text(key, value)
+        if value is not None:
+            found[key] = value
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if isinstance(value, np.ndarray):
+        return [_plain(item) for item in value.tolist()]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    return value if isinstance(value, str | int | float | bool) else None
+
+
+def read_into(place: H5Location, name: str, target: Any) -> None:
+    """Read one dataset into an array of its shape."""
+    with place.open() as file:
+        dataset = file[name]
+        if dataset.shape == ():
+            target[()] = dataset[()]
+        else:
+            dataset.read_direct(target)

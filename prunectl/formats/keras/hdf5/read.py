@@ -1,0 +1,155 @@
+"""HDF5 containers: where each dataset lies, found by libhdf5 in a child that may crash."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from prunectl.errors import InputError, abbreviated
+from prunectl.formats import extents
+from prunectl.formats.base import Storage
+from prunectl.formats.extents import Extent, check_inside
+from prunectl.formats.keras.hdf5.child import H5Location, list_objects, read_into
+from prunectl.formats.safe_json import parse_object
+from prunectl.formats.sandbox import run_sandboxed
+
+_SECONDS = 1.5
+_BYTES_PER_SECOND = 1 << 20
+"""Far below what a walk over many small objects takes; a second for each MiB of file is enough."""
+_WALK_BYTES = 200 << 20
+_MAX_RATIO = 1100
+"""No filter of HDF5 compresses better than deflate does at its best."""
+_ROOM = 16 << 20
+_MAX_BLOWN_UP_BYTES = 128 << 20
+"""A dataset that unfolds to more than this, and more than _BOMB_RATIO times itself, is a bomb."""
+_BOMB_RATIO = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A numeric dataset of a file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    storage: Storage
+
+
+@dataclass(frozen=True, slots=True)
+class H5Contents:
+    """What an HDF5 file holds."""
+
+    place: H5Location
+    datasets: tuple[Dataset, ...]
+    attributes: dict[str, dict[str, Any]]
+    is_compressed: bool
+
+    def attribute(self, group: str, key: str) -> Any:
+        """Return an attribute of a group, or None."""
+        return self.attributes.get(group, {}).get(key)
+
+    def names(self, group: str, key: str) -> list[str]:
+        """Return a list of names, which Keras splits when it is too long for one attribute."""
+        whole = self.attribute(group, key)
+        parts = [whole] if isinstance(whole, list) else []
+        while isinstance(part := self.attribute(group, f"{key}{len(parts)}"), list):
+            parts.append(part)
+        return [str(name) for part in parts for name in part]
+
+
+def read_contents(place: H5Location) -> H5Contents:
+    """Return the datasets and attributes of an HDF5 file."""
+    answer = run_sandboxed(
+        partial(_walk, place),
+        place.path,
+        seconds=_SECONDS + place.nbytes / _BYTES_PER_SECOND,
+        extra_bytes=_WALK_BYTES + place.nbytes,
+    )
+    found = parse_object(bytes(answer), place.path, "what libhdf5 says of it")
+    rows = found["datasets"]
+    datasets = tuple(_dataset(place, row) for row in rows)
+    _refuse_overlaps(place.path, datasets)
+    return H5Contents(place, datasets, found["attributes"], any(row["is_filtered"] for row in rows))
+
+
+def decode(place: H5Location, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return a dataset that does not lie flat, read by libhdf5 in a child."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if not nbytes:
+        return np.zeros(shape, dtype)
+    answer = run_sandboxed(
+        partial(_read, place, name, _as_stored(dtype), shape),
+        place.path,
+        seconds=_SECONDS + nbytes / _BYTES_PER_SECOND,
+        extra_bytes=_WALK_BYTES + 2 * nbytes + place.nbytes,
+    )
+    if len(answer) != nbytes:
+        raise InputError(f"{place.path} is damaged: {abbreviated(name)} is not read as it is described")
+    raw: NDArray[np.uint8] = np.frombuffer(answer, np.uint8)
+    return extents.arrange(raw, dtype=dtype, shape=shape)
+
+
+def _walk(place: H5Location) -> bytes:
+    try:
+        return json.dumps(list_objects(place)).encode()
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+        # What libhdf5 found wrong stands in brackets behind what h5py was doing.
+        reason = re.search(r"\((.+)\)", str(error))
+        said = reason[1] if reason else "its structure cannot be followed"
+        raise InputError(f"{place.path} is truncated or damaged: {said}") from error
+
+
+def _read(place: H5Location, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> memoryview:
+    target = np.empty(shape, dtype)
+    read_into(place, name, target)
+    return target.reshape(-1).view(np.uint8).data
+
+
+def _as_stored(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return what h5py takes a type for: what NumPy does not know is raw bytes to it."""
+    return np.dtype(f"V{dtype.itemsize}") if dtype.isbuiltin != 1 else dtype
+
+
+def _dataset(place: H5Location, row: dict[str, Any]) -> Dataset:
+    name, shape = str(row["name"]), tuple(int(size) for size in row["shape"])
+    dtype = _dtype(place.path, name, str(row["type"]))
+    nbytes, stored = math.prod(shape) * dtype.itemsize, int(row["stored"])
+    extent = None
+    if row["offset"] is not None:
+        check_inside(place.path, row["offset"], nbytes, place.nbytes, name)
+        extent = Extent(place.path, place.offset + row["offset"], nbytes)
+    elif nbytes > stored * _MAX_RATIO + _ROOM or nbytes > max(_MAX_BLOWN_UP_BYTES, stored * _BOMB_RATIO):
+        raise InputError(f"{place.path} is refused: {abbreviated(name)} claims {nbytes} bytes, but {stored} are stored")
+    storage = Storage(str(row["address"]), nbytes, extent, stored, bool(row["is_big_endian"]))
+    return Dataset(name, shape, dtype, storage)
+
+
+def _dtype(path: Path, name: str, said: str) -> np.dtype[Any]:
+    try:
+        return np.dtype(getattr(ml_dtypes, said)) if said.startswith(("bfloat", "float8")) else np.dtype(said)
+    except (TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} holds {abbreviated(name)} as {abbreviated(said)}, a type that prunectl does not read"
+        ) from error
+
+
+def _refuse_overlaps(path: Path, datasets: tuple[Dataset, ...]) -> None:
+    runs = {
+        (found.storage.extent.offset, found.storage.extent.nbytes): found.name
+        for found in datasets
+        if found.storage.extent is not None and found.storage.extent.nbytes
+    }
+    end = 0
+    for (offset, nbytes), name in sorted(runs.items()):
+        if offset < end:
+            raise InputError(f"{path} is damaged: {abbreviated(name)} overlaps another dataset")
+        end = offset + nbytes

@@ -1,0 +1,223 @@
+"""The same HDF5 file with its datasets chunked and gzipped, which every reader of HDF5 undoes by itself."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from prunectl.formats.base import ModelFile
+from prunectl.formats.sandbox import run_sandboxed
+
+
+class NotPortableError(Exception):
+    """What only means something in the file that it stands in, such as a reference."""
+
+
+def copy_attributes(old: Any, new: Any) -> None:
+    """Give an object the attributes of another, bit by bit, in the same order."""
+    for key in old.attrs:
+        attribute = old.attrs.get_id(key)
+        kind = attribute.get_type()
+        if kind.detect_class(h5py.h5t.REFERENCE):
+            raise NotPortableError(key)
+        name = key.encode("utf-8", "surrogateescape")
+        made = h5py.h5a.create(new.id, name, kind.copy(), attribute.get_space())
+        if attribute.shape is None:
+            continue
+        if attribute.dtype.hasobject:
+            # Texts of any length are objects on their way; the type in the file decides how they are stored.
+            values, memory = np.empty(attribute.shape, attribute.dtype), h5py.h5t.py_create(attribute.dtype)
+        else:
+            values, memory = np.empty((*attribute.shape, kind.get_size()), np.uint8), kind
+        attribute.read(values, mtype=memory)
+        made.write(values, mtype=memory)
+
+
+LEVEL = 6
+_CHUNK_BYTES = 4 << 20
+_WORTH = 0.95
+"""A dataset that stays bigger than this share of itself is left as it is."""
+_OVERHEAD_BYTES = 64
+"""What the description of chunks and filters takes."""
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Where a piece of an array begins, and its lengths."""
+
+
+def gzipped(old: Any, parent: Any, key: str) -> Any:
+    """Return a gzipped copy of a dataset, without its attributes; None where that would not pay."""
+    plan = old.id.get_create_plist()
+    chunk = chunk_of(old.shape or (), old.dtype.itemsize)
+    if chunk is None or plan.get_nfilters() or old.dtype.hasobject or old.dtype.kind not in "fiubcV":
+        return None
+    is_shuffled = _best(_read(old, (0,) * len(chunk), chunk), old.dtype.itemsize)
+    if is_shuffled is None:
+        return None
+    plan.set_obj_track_times(False)
+    plan.set_chunk(chunk)
+    if is_shuffled:
+        plan.set_shuffle()
+    plan.set_deflate(LEVEL)
+    kind, space = old.id.get_type().copy(), old.id.get_space()
+    new = h5py.Dataset(h5py.h5d.create(parent.id, key.encode("utf-8", "surrogateescape"), kind, space, plan))
+    for begin, lengths in boxes(old.shape, chunk):
+        memory, place = _selected(new, begin, lengths)
+        new.id.write(memory, place, _read(old, begin, lengths), mtype=kind)
+    return new
+
+
+def chunk_of(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...] | None:
+    """Return the lengths of pieces that are not too big and lie together; none for what cannot be chunked."""
+    if not shape or 0 in shape:
+        return None
+    room = max(_CHUNK_BYTES // itemsize, 1)
+    lengths: list[int] = []
+    for length in reversed(shape):
+        lengths.append(max(min(length, room), 1))
+        room //= lengths[-1]
+    return tuple(reversed(lengths))
+
+
+def boxes(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Box]:
+    """Yield every chunk of an array, those at its edges cut short."""
+    for begin in itertools.product(*(range(0, length, step) for length, step in zip(shape, chunk, strict=True))):
+        ends = zip(shape, begin, chunk, strict=True)
+        yield begin, tuple(min(step, length - start) for length, start, step in ends)
+
+
+def _read(dataset: Any, begin: tuple[int, ...], lengths: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Return a piece of a dataset as raw bytes: types that NumPy does not know pass unchanged."""
+    kind = dataset.id.get_type()
+    raw = np.empty((*lengths, kind.get_size()), np.uint8)
+    memory, place = _selected(dataset, begin, lengths)
+    dataset.id.read(memory, place, raw, mtype=kind)
+    return raw
+
+
+def _selected(dataset: Any, begin: tuple[int, ...], lengths: tuple[int, ...]) -> tuple[Any, Any]:
+    place = dataset.id.get_space()
+    place.select_hyperslab(begin, lengths)
+    return h5py.h5s.create_simple(lengths), place
+
+
+def _best(first: NDArray[np.uint8], itemsize: int) -> bool | None:
+    """Return whether bytes should be shuffled before they are gzipped, tried on a chunk; None if neither pays."""
+    plain = len(zlib.compress(first.tobytes(), LEVEL))
+    shuffled = len(zlib.compress(first.reshape(-1, itemsize).T.tobytes(), LEVEL))
+    if min(plain, shuffled) + _OVERHEAD_BYTES > _WORTH * first.size:
+        return None
+    return shuffled < plain
+
+
+_NEWER = (h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+"""The layout of HDF5 1.10 (2016) finds a single chunk without a tree of kilobytes."""
+_BYTES_PER_SECOND = 1 << 20
+_ROOM = 512 << 20
+
+CopyDataset = Callable[[Any, Any, str], Any]
+"""Makes a dataset in another group of an old one, under a name."""
+Copies = dict[int, Any]
+"""What an object of the old file, known by its address, became in the new one."""
+
+
+def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
+    """Write an HDF5 file again, in a child, since libhdf5 may not survive what it reads."""
+    nbytes = model.path.stat().st_size
+    run_sandboxed(
+        partial(_pack, model.path, target),
+        model.path,
+        seconds=10 + nbytes / _BYTES_PER_SECOND,
+        extra_bytes=_ROOM + 2 * nbytes,
+        written=(target,),
+    )
+    tick(nbytes)
+
+
+def _pack(source: Path, target: Path) -> bytes:
+    try:
+        rebuild_file(source, target, _copy_dataset)
+    except NotPortableError:
+        shutil.copyfile(source, target)
+    return b""
+
+
+def rebuild_file(source: Path, target: Path, copy_dataset: CopyDataset) -> None:
+    """Write a file again, group by group, with what ``copy_dataset`` makes of each dataset."""
+    with h5py.File(source, "r", locking=False) as old, _created(target, old["/"]) as new:
+        copy_attributes(old, new)
+        _copy_members(old, new, {address_of(old["/"]): new["/"]}, copy_dataset)
+        new.flush()
+
+
+def _copy_members(old: Any, new: Any, copies: Copies, copy_dataset: CopyDataset) -> None:
+    for key in old:
+        link = old.get(key, getlink=True)
+        if not isinstance(link, h5py.HardLink):
+            new[key] = link
+            continue
+        thing = old[key]
+        address = address_of(thing)
+        if address in copies:
+            new[key] = copies[address]
+        elif isinstance(thing, h5py.Group):
+            copies[address] = group = _created_group(new, key, thing)
+            copy_attributes(thing, group)
+            _copy_members(thing, group, copies, copy_dataset)
+        elif isinstance(thing, h5py.Dataset):
+            copies[address] = copy_dataset(thing, new, key)
+            # Libhdf5 writes late, and a dataset that is closed does not say that its disk was full.
+            copies[address].id.flush()
+        else:
+            raise NotPortableError(key)
+
+
+def _copy_dataset(old: Any, parent: Any, key: str) -> Any:
+    new = gzipped(old, parent, key)
+    if new is not None:
+        copy_attributes(old, new)
+        return new
+    return copied(old, parent, key)
+
+
+def copied(old: Any, parent: Any, key: str) -> Any:
+    """Return a copy of a dataset as it is."""
+    if old.id.get_type().detect_class(h5py.h5t.REFERENCE):
+        raise NotPortableError(key)
+    old.file.copy(old, parent, key)
+    return parent[key]
+
+
+def address_of(thing: Any) -> int:
+    """Return what tells an object from every other in its file."""
+    return int(h5py.h5o.get_info(thing.id).addr)
+
+
+def _created(target: Path, old_root: Any) -> Any:
+    """Return a new file whose root remembers the order of its members if the old one does."""
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_libver_bounds(*_NEWER)
+    create = _like(old_root, h5py.h5p.create(h5py.h5p.FILE_CREATE))
+    return h5py.File(h5py.h5f.create(bytes(target), h5py.h5f.ACC_TRUNC, create, access))
+
+
+def _created_group(parent: Any, key: str, old: Any) -> Any:
+    create = _like(old, h5py.h5p.create(h5py.h5p.GROUP_CREATE))
+    return h5py.Group(h5py.h5g.create(parent.id, key.encode("utf-8", "surrogateescape"), gcpl=create))
+
+
+def _like(old: Any, create: Any) -> Any:
+    """Set how a group is created: in the old one's order, and without the time of day, which would differ each time."""
+    plan = old.id.get_create_plist()
+    create.set_link_creation_order(plan.get_link_creation_order())
+    create.set_attr_creation_order(plan.get_attr_creation_order())
+    create.set_obj_track_times(False)
+    return create

@@ -1,0 +1,257 @@
+"""An HDF5 file built again with some of its datasets made anew."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from prunectl.errors import InputError
+from prunectl.formats.base import Array, ModelFile, RemovedItem
+from prunectl.formats.extents import BYTE, Extent, view
+from prunectl.formats.keras.config import PRUNED_PREFIX
+from prunectl.formats.keras.hdf5.read import H5Contents
+from prunectl.formats.keras.hdf5.rebuild import (
+    CopyDataset,
+    NotPortableError,
+    address_of,
+    copied,
+    copy_attributes,
+    rebuild_file,
+)
+from prunectl.formats.patch import TensorUpdate, patch_files
+from prunectl.formats.sandbox import run_sandboxed
+
+
+def rebuild_with(source: Path, target: Path, changed: Mapping[int, CopyDataset], shown: Path) -> None:
+    """Build a file again, with functions for datasets at some addresses; ``shown`` is what the user calls it."""
+
+    def copy_dataset(old: Any, parent: Any, key: str) -> Any:
+        return changed.get(address_of(old), copied)(old, parent, key)
+
+    try:
+        rebuild_file(source, target, copy_dataset)
+    except NotPortableError as error:
+        raise InputError(f"{shown} has references or types of its own ({error}), and cannot be built again") from error
+
+
+def create_like(old: Any, parent: Any, key: str, numbers: Any, *, space: Any, plan: Any) -> Any:
+    """Return a dataset of the type of an old one, with its attributes, and other numbers."""
+    kind = old.id.get_type().copy()
+    # The time of its making would make two runs differ.
+    plan.set_obj_track_times(False)
+    new = h5py.Dataset(h5py.h5d.create(parent.id, key.encode("utf-8", "surrogateescape"), kind, space, plan))
+    new.id.write(h5py.h5s.ALL, h5py.h5s.ALL, numbers, mtype=kind)
+    copy_attributes(old, new)
+    return new
+
+
+@dataclass(frozen=True, slots=True)
+class H5Edits:
+    """Changes by path, all in the words of the old file."""
+
+    removed: tuple[RemovedItem, ...] = ()
+    drops: tuple[str, ...] = ()
+    moves: Mapping[str, str] = field(default_factory=dict)
+    attributes: Mapping[tuple[str, str], str | list[str] | None] = field(default_factory=dict)
+    """New values by group and key; None where the attribute goes."""
+    masks: Mapping[str, str] = field(default_factory=dict)
+    """The mask that a weight is multiplied by."""
+    halves: frozenset[str] = frozenset()
+    """What becomes 16-bit floats."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the file stays as it is."""
+        return not any((self.drops, self.moves, self.attributes, self.masks, self.halves))
+
+
+def merge(pieces: Iterable[H5Edits]) -> H5Edits:
+    """Return all changes together."""
+    several = list(pieces)
+    return H5Edits(
+        removed=tuple(thing for one in several for thing in one.removed),
+        drops=tuple(path for one in several for path in one.drops),
+        moves=dict(pair for one in several for pair in one.moves.items()),
+        attributes=dict(pair for one in several for pair in one.attributes.items()),
+        masks=dict(pair for one in several for pair in one.masks.items()),
+        halves=frozenset(path for one in several for path in one.halves),
+    )
+
+
+_BYTES_PER_SECOND = 1 << 20
+_ROOM = 512 << 20
+_ASIDE = "being moved by prunectl "
+_WRAPPED = PRUNED_PREFIX.rstrip("_")
+_HALF = h5py.h5t.IEEE_F16LE
+_MAX_HALF = float(np.finfo(np.float16).max)
+
+
+def edit(source: Path, target: Path, edits: H5Edits, contents: H5Contents, shown: Path) -> None:
+    """Write an edited file; ``shown`` is what the user calls the source."""
+    if edits.is_empty:
+        shutil.copyfile(source, target)
+        return
+    draft = target.with_name(f"{target.name}.draft")
+    largest = max((found.storage.nbytes for found in contents.datasets), default=0)
+    try:
+        run_sandboxed(
+            partial(_edit, source, draft, target, edits, shown),
+            shown,
+            seconds=10 + source.stat().st_size / _BYTES_PER_SECOND,
+            extra_bytes=_ROOM + 5 * largest,
+            written=(draft, target),
+        )
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _edit(source: Path, draft: Path, target: Path, edits: H5Edits, shown: Path) -> bytes:
+    # Names are changed in a copy, which is cheap; building that again gives back the room of what went.
+    shutil.copyfile(source, draft)
+    with h5py.File(source, "r", locking=False) as old, h5py.File(draft, "r+", locking=False) as file:
+        changes: dict[int, Callable[[Any], Array]] = {}
+        for path in edits.masks.keys() | edits.halves:
+            changes[address_of(file[path])] = partial(_changed, path=path, edits=edits, source=old, shown=shown)
+        _apply_moves(file, edits, shown)
+        file.close()
+        try:
+            rebuild_file(draft, target, partial(_copy_dataset, changes))
+        except NotPortableError as error:
+            raise InputError(
+                f"{shown} has references or types of its own ({error}), and cannot be built again"
+            ) from error
+    return b""
+
+
+def _copy_dataset(changes: dict[int, Callable[[Any], Array]], old: Any, parent: Any, key: str) -> Any:
+    change = changes.get(address_of(old))
+    if change is None:
+        return copied(old, parent, key)
+    numbers = change(old)
+    kind = _HALF if numbers.dtype == np.float16 and old.dtype != np.float16 else old.id.get_type()
+    space, plan = old.id.get_space(), old.id.get_create_plist()
+    plan.set_obj_track_times(False)
+    new = h5py.Dataset(h5py.h5d.create(parent.id, key.encode("utf-8", "surrogateescape"), kind.copy(), space, plan))
+    new.id.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ascontiguousarray(numbers))
+    copy_attributes(old, new)
+    return new
+
+
+def _changed(old: Any, *, path: str, edits: H5Edits, source: Any, shown: Path) -> Array:
+    """Return the numbers of a weight: masked, without a minus zero or a NaN where the mask is zero; and halved."""
+    numbers: Array = old[()]
+    if path in edits.masks:
+        mask = source[edits.masks[path]][()]
+        numbers = np.multiply(numbers, mask, out=np.zeros_like(numbers), where=mask != 0, casting="same_kind")
+    if path not in edits.halves:
+        return numbers
+    with np.errstate(over="ignore"):
+        halved = numbers.astype(np.float16)
+    if np.any(np.isinf(halved) & np.isfinite(numbers)):
+        largest = np.max(np.abs(numbers[np.isfinite(numbers)]))
+        raise InputError(f"{shown} holds {path}, which reaches {largest:g}: 16-bit floats end at {_MAX_HALF:g}")
+    return halved
+
+
+def _apply_moves(file: Any, edits: H5Edits, shown: Path) -> None:
+    for (group, key), value in edits.attributes.items():
+        _set(file[group or "/"].attrs, key, value)
+    for path in edits.drops:
+        if path in file:
+            del file[path]
+            _remove_empty_groups(file, path)
+    moved = []
+    for number, path in enumerate(sorted(edits.moves, key=_depth, reverse=True)):
+        if path in file:
+            file.move(path, f"{_ASIDE}{number}")
+            moved.append((edits.moves[path], f"{_ASIDE}{number}"))
+            _remove_empty_groups(file, path)
+    for path, aside in sorted(moved, key=lambda pair: _depth(pair[0])):
+        if path in file and isinstance(file[path], h5py.Group) and _is_empty(file[path]):
+            del file[path]
+        if path in file:
+            raise InputError(f"{shown} cannot have its wrappers taken away: it already holds {path}")
+        file.move(aside, path)
+
+
+def _remove_empty_groups(file: Any, path: str) -> None:
+    """Remove the groups of a wrapper that hold nothing any more, once something in them has gone."""
+    for parent in _parents(path):
+        group = file.get(parent)
+        if group is None or not _is_empty(group) or _WRAPPED not in parent:
+            return
+        del file[parent]
+
+
+def _is_empty(group: Any) -> bool:
+    return not len(group) and not len(group.attrs)
+
+
+def _parents(path: str) -> Iterable[str]:
+    while "/" in path:
+        path = path.rpartition("/")[0]
+        yield path
+
+
+def _depth(path: str) -> int:
+    return path.count("/")
+
+
+def _set(attributes: Any, key: str, value: str | list[str] | None) -> None:
+    """Give an attribute another text or other names, stored in the way that the old ones were."""
+    if value is None:
+        del attributes[key]
+        return
+    kind = attributes.get_id(key).dtype
+    if kind.kind != "S":
+        attributes.create(key, value, shape=() if isinstance(value, str) else (len(value),), dtype=kind)
+    elif isinstance(value, str):
+        attributes[key] = np.bytes_(value.encode())
+    else:
+        names = [name.encode() for name in value]
+        longest = max(map(len, names), default=kind.itemsize)
+        attributes.create(key, np.array(names, f"S{longest}"), dtype=f"S{longest}")
+
+
+def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[TensorUpdate]) -> None:
+    """Write the file with new numbers in it."""
+    if all(rewrite.tensor.storage.extent is not None for rewrite in rewrites):
+        patch_files(model, targets, rewrites)
+        return
+    nbytes = sum(tensor.storage.nbytes for tensor in model.tensors)
+    target = targets[model.path]
+    # The numbers are made here, once: what makes them counts, may fail with an error of its own, and may be a plug-in
+    # that cannot run in a child which has so much memory and no more. The child gets them in a file.
+    with tempfile.NamedTemporaryFile(prefix="numbers-", dir=target.parent) as numbers:
+        changed: dict[int, Extent] = {}
+        for rewrite in rewrites:
+            begin = numbers.tell()
+            numbers.writelines(rewrite.raw())
+            changed[int(rewrite.tensor.storage.key)] = Extent(Path(numbers.name), begin, numbers.tell() - begin)
+        numbers.flush()
+        run_sandboxed(
+            partial(_rebuild, model.path, target, changed),
+            model.path,
+            seconds=10 + nbytes / _BYTES_PER_SECOND,
+            extra_bytes=_ROOM + 3 * max((tensor.nbytes for tensor in model.tensors), default=0),
+            written=(target,),
+        )
+
+
+def _rebuild(source: Path, target: Path, changed: Mapping[int, Extent]) -> bytes:
+    makers = {address: partial(_with_new_numbers, numbers) for address, numbers in changed.items()}
+    rebuild_with(source, target, makers, source)
+    return b""
+
+
+def _with_new_numbers(where: Extent, old: Any, parent: Any, key: str) -> Any:
+    numbers = view(where, dtype=BYTE, shape=(where.nbytes,))
+    return create_like(old, parent, key, numbers, space=old.id.get_space(), plan=old.id.get_create_plist())

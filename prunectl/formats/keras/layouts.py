@@ -1,0 +1,435 @@
+"""The layout of Keras 1 and 2, and of Keras 3's `.h5`: groups of layers that name their weights.
+
+Which folder of `model.weights.h5` holds which layer? Keras numbers the layers of a class, in two ways.
+
+Keras 3, and Keras 2 from 2.14 on, count each layer once: `conv2d`, `conv2d_1`. Keras 2.12 and 2.13 walk a list in which
+a layer with weights stands twice, so that it takes two numbers: `conv2d`, `conv2d_2`. Either is held against the shapes
+that the configuration says; what fits neither keeps its folder for a name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from prunectl.errors import InputError, abbreviated
+from prunectl.formats.base import ModelFile, Role, Tensor
+from prunectl.formats.keras import config as keras_config
+from prunectl.formats.keras.config import PRUNED_PREFIX, LayerConfig, layers, upgrade_class_name, upgrade_config
+from prunectl.formats.keras.hdf5.read import Dataset, H5Contents
+from prunectl.formats.keras.roles import (
+    looks_channels_first,
+    modern_name,
+    name_by_position,
+    strip_cell_prefix,
+    weight_role,
+)
+
+_OPTIMIZER_GROUP = "optimizer_weights"
+_ANYWHERE = ""
+_MAX_STEPS, _MAX_SLASHES = 40, 8
+"""Models around a layer, and slashes in its name: more than any model has."""
+
+
+def tensors_by_layer_name(contents: H5Contents, root: str, config: Mapping[str, Any] | None) -> tuple[Tensor, ...]:
+    """Return the weights in the order of the layers, then whatever else the file holds."""
+    inside = _inside(config)
+    datasets = {found.name: found for found in contents.datasets}
+    promised = {path: (group, weight) for group, weight, path in _listed_weights(contents, root)}
+    named = [(group, weight, datasets[path]) for path, (group, weight) in promised.items() if path in datasets]
+    repeated = Counter(weight for _, weight, _ in named)
+    tensors = [
+        _named_tensor(found, group, weight if repeated[weight] == 1 else f"{group}/{weight}", _known(inside, group))
+        for group, weight, found in named
+    ]
+    listed = {found.name for _, _, found in named}
+    return (*tensors, *(_other(found) for found in contents.datasets if found.name not in listed))
+
+
+def _inside(config: Mapping[str, Any] | None) -> Mapping[str, Mapping[str, LayerConfig]]:
+    """Return the layers in each layer and model, itself among them, by their names."""
+    inside: defaultdict[str, dict[str, LayerConfig]] = defaultdict(dict)
+    for layer in keras_config.layers(config):
+        for owner in (_ANYWHERE, *layer.path, layer.name):
+            inside[owner][layer.name] = layer
+    return inside
+
+
+def _known(inside: Mapping[str, Mapping[str, LayerConfig]], group: str) -> Mapping[str, LayerConfig]:
+    """Return the layers that the weights of a group can belong to."""
+    return inside.get(group) or inside.get(_ANYWHERE, {})
+
+
+def missing_weights(contents: H5Contents, root: str) -> tuple[str, ...]:
+    """Say which weights the file names but does not hold, as Keras leaves them when saving fails half-way."""
+    held = {found.name for found in contents.datasets}
+    missing = [weight for _, weight, path in _listed_weights(contents, root) if path not in held]
+    if not missing:
+        return ()
+    lacking = "a weight" if len(missing) == 1 else f"{len(missing)} weights"
+    return (f"The file is incomplete: it names {lacking} that it does not hold, such as {abbreviated(missing[0])}.",)
+
+
+def _listed_weights(contents: H5Contents, root: str) -> Iterator[tuple[str, str, str]]:
+    """Yield each weight's group, its name and the path of its dataset."""
+    groups = contents.names(root, "layer_names")
+    # Weights of a subclassed model that belong to none of its layers.
+    for group in (*groups, *([] if "top_level_model_weights" in groups else ["top_level_model_weights"])):
+        inside = f"{root}/{group}" if root else group
+        for weight in contents.names(inside, "weight_names"):
+            yield group, weight, f"{inside}/{weight}"
+
+
+def _named_tensor(found: Dataset, group: str, name: str, known: Mapping[str, LayerConfig]) -> Tensor:
+    parts = name.removesuffix(":0").rsplit("/", _MAX_STEPS)
+    layer = _layer(parts[:-1], known) or known.get(group)
+    if layer is not None and layer.kind == "PruneLowMagnitude":
+        layer = known.get(layer.name.removeprefix(PRUNED_PREFIX), layer)
+    kind = layer.kind if layer is not None else ""
+    leaf = parts[-1] if len(parts) > 1 else modern_name(parts[-1])
+    is_theano = layer.config.get("dim_ordering") == "th" if layer else looks_channels_first(parts[-1], found.shape)
+    is_float = found.dtype.kind not in "iub"
+    what = weight_role(leaf, kind, found.shape, is_float=is_float, is_channels_first=is_theano)
+    shown = layer.name if layer is not None else _plain_layer(parts[:-1], group)
+    return Tensor(
+        name=name,
+        layer=shown.removeprefix(PRUNED_PREFIX),
+        shape=found.shape,
+        dtype=found.dtype,
+        role=what.role,
+        storage=found.storage,
+        kind=kind,
+        out_axis=what.out_axis,
+        in_axis=what.in_axis,
+    )
+
+
+def _layer(steps: list[str], known: Mapping[str, LayerConfig]) -> LayerConfig | None:
+    """Return the innermost layer on the way to a weight; some layers have a slash in their name."""
+    for end in range(len(steps), 0, -1):
+        for begin in range(max(end - _MAX_SLASHES, 0), end):
+            if (name := "/".join(steps[begin:end])) in known:
+                return known[name]
+    return None
+
+
+def _plain_layer(steps: list[str], group: str) -> str:
+    """Return the layer where only names tell: the group, and what is inside it."""
+    for begin in range(len(steps)):
+        if f"{'/'.join(steps[begin:])}/".startswith(f"{group}/"):
+            return "/".join(strip_cell_prefix(steps[begin:]))
+    return "/".join(strip_cell_prefix(steps)) or group
+
+
+def _other(found: Dataset) -> Tensor:
+    role = Role.OPTIMIZER if found.name.startswith(f"{_OPTIMIZER_GROUP}/") else Role.OTHER
+    return Tensor(found.name, found.name.rpartition("/")[0], found.shape, found.dtype, role, found.storage)
+
+
+TWICE = "_layer_checkpoint_dependencies"
+"""The list in which layers with weights stood twice."""
+CONTAINERS = ("layers", TWICE)
+_NUMBERED = re.compile(r"(.+?)(?:_(\d{1,6}))?")
+_CONVOLUTION = re.compile(r"(Depthwise|Separable)?Conv[123]D(Transpose)?")
+_GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3, "SimpleRNN": 1, "SimpleRNNCell": 1}
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What a file holds, folder by folder."""
+
+    folders: Mapping[str, frozenset[str]]
+    """The folders in each container, by its path."""
+    kernels: Mapping[str, Shape]
+    """The shapes of what is called 0, by the path of the folder that its layer has."""
+
+
+@dataclass(slots=True)
+class _Slots:
+    """The layers of folders under one way to count."""
+
+    layers: dict[str, LayerConfig] = field(default_factory=dict)
+    misfits: set[str] = field(default_factory=set)
+    """Containers whose folders are not those of the configuration."""
+
+
+def slots_of(config: Any, datasets: Sequence[Dataset]) -> Mapping[str, LayerConfig]:
+    """Return the layers of a configuration by the folders that hold them, as far as there is no doubt."""
+    held = _held(datasets)
+    once, twice = (_assigned(config, held, is_twice=is_twice) for is_twice in (False, True))
+    if once.misfits and not twice.misfits:
+        return twice.layers
+    if not once.misfits and twice.misfits:
+        return once.layers
+    if once.misfits:
+        # Of the containers that fit by one count, none is proof that the others do not fit by the other.
+        return {path: layer for path, layer in once.layers.items() if not _is_below(path, once.misfits)}
+    return {path: layer for path, layer in once.layers.items() if twice.layers.get(path) == layer}
+
+
+def folders_today(config: Any, slots: Mapping[str, LayerConfig]) -> Mapping[str, str]:
+    """The folder in which Keras looks for each layer now, by the one that a file has: every layer counted once."""
+    old = {id(layer.config): path for path, layer in slots.items()}
+    found: dict[str, str] = {}
+    todo = [("", config, 0)]
+    while todo:
+        prefix, model, depth = todo.pop()
+        used: Counter[str] = Counter()
+        for layer in keras_config.children(model):
+            slug = keras_config.snake_case(layer.kind)
+            new = f"{prefix}{CONTAINERS[0]}/{slug}_{used[slug]}" if used[slug] else f"{prefix}{CONTAINERS[0]}/{slug}"
+            used[slug] += 1
+            if id(layer.config) in old:
+                found[old[id(layer.config)]] = new
+                todo += _models_in(layer, new, depth)
+    return found
+
+
+def doubtful(config: Any, slots: Mapping[str, LayerConfig], names: Iterable[str]) -> frozenset[str]:
+    """Return the containers with folders that belong to a layer of the configuration, and nobody knows to which."""
+    kinds = {keras_config.snake_case(layer.kind) for layer in keras_config.layers(config)}
+    found = set()
+    for name in names:
+        steps = name.split("/")
+        for at, step in enumerate(steps[:-1]):
+            path = "/".join(steps[: at + 2])
+            slug, _ = _parted(steps[at + 1])
+            if step in CONTAINERS and path not in slots and slug in kinds:
+                found.add("/".join(steps[: at + 1]))
+    return frozenset(found)
+
+
+def _held(datasets: Sequence[Dataset]) -> _Held:
+    folders: defaultdict[str, set[str]] = defaultdict(set)
+    kernels: dict[str, Shape] = {}
+    for found in datasets:
+        steps = found.name.split("/")
+        for at, step in enumerate(steps[:-1]):
+            if step in CONTAINERS:
+                folders["/".join(steps[: at + 1])].add(steps[at + 1])
+        if steps[-2:] == ["vars", "0"]:
+            # The weights of a recurrent layer are its cell's.
+            kernels["/".join(steps[:-2]).removesuffix("/cell")] = found.shape
+    return _Held({path: frozenset(names) for path, names in folders.items()}, kernels)
+
+
+def _assigned(config: Any, held: _Held, *, is_twice: bool) -> _Slots:
+    found = _Slots()
+    todo = [("", config, 0)]
+    while todo:
+        prefix, model, depth = todo.pop()
+        of_kind: defaultdict[str, list[LayerConfig]] = defaultdict(list)
+        for layer in keras_config.children(model):
+            of_kind[keras_config.snake_case(layer.kind)].append(layer)
+        for container in CONTAINERS:
+            path = f"{prefix}{container}"
+            for slug, same_kind in of_kind.items():
+                numbers = sorted(_numbers(slug, held.folders.get(path, frozenset())))
+                for place, number in enumerate(numbers):
+                    at = number - place if is_twice and container == TWICE else number
+                    folder = f"{path}/{slug}_{number}" if number else f"{path}/{slug}"
+                    before = numbers[place - 1] - place + 1 if place else -1
+                    is_stuck = is_twice and container == TWICE and at <= before
+                    if at >= len(same_kind) or is_stuck or not _fits(same_kind[at], held.kernels.get(folder)):
+                        found.misfits.add(path)
+                        continue
+                    found.layers[folder] = same_kind[at]
+                    todo += _models_in(same_kind[at], folder, depth)
+    return found
+
+
+def _models_in(layer: LayerConfig, folder: str, depth: int) -> Iterator[tuple[str, Any, int]]:
+    """Yield a layer as the model that it may be, and the one that it may be wrapped around, each with its prefix."""
+    if depth < keras_config.MAX_DEPTH:
+        yield f"{folder}/", {"config": layer.config}, depth + 1
+        wrapped = keras_config.part(layer.config, "layer")
+        if wrapped:
+            yield f"{folder}/layer/", wrapped, depth + 1
+
+
+def _numbers(slug: str, folders: Iterable[str]) -> Iterator[int]:
+    for folder in folders:
+        name, number = _parted(folder)
+        if slug in {name, folder}:
+            yield 0 if folder == slug else number
+
+
+def _parted(folder: str) -> tuple[str, int]:
+    """Return the class in snake case and the number: 0 where there is none."""
+    match = _NUMBERED.fullmatch(folder)
+    return (match[1], int(match[2] or 0)) if match is not None else (folder, 0)
+
+
+def _is_below(path: str, containers: Iterable[str]) -> bool:
+    return any(path.startswith(f"{container}/") for container in containers)
+
+
+def _fits(layer: LayerConfig, kernel: Shape | None) -> bool:
+    """Whether a kernel has the shape that its layer says, as far as it says one."""
+    if kernel is None:
+        return True
+    said = layer.config
+    kind = layer.kind.rpartition(">")[2]
+    units, filters, size = said.get("units"), said.get("filters"), said.get("kernel_size")
+    if kind in _GATES and isinstance(units, int):
+        return len(kernel) == 2 and kernel[-1] == units * _GATES[kind]
+    if kind == "Dense" and isinstance(units, int):
+        return len(kernel) == 2 and kernel[-1] == units
+    if kind == "Embedding" and isinstance(said.get("input_dim"), int):
+        return kernel[0] == int(said["input_dim"])
+    if _CONVOLUTION.fullmatch(kind) and len(kernel) > 2:
+        window = tuple(size) if isinstance(size, list | tuple) else kernel[:-2]
+        channels = kernel[-2] if kind.endswith("Transpose") else kernel[-1]
+        is_counted = kind.startswith("Conv") and isinstance(filters, int)
+        return kernel[:-2] == window and (not is_counted or channels == filters)
+    return True
+
+
+_COUNTER = re.compile(r"_\d+$")
+_TRAINING = frozenset({"optimizer", "metrics", "_metrics", "compile_metrics"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    """The layer that a path leads to."""
+
+    names: tuple[str, ...]
+    slug: str
+    """The last step of the path, without its number: the class in snake case, or an attribute."""
+    layer: LayerConfig | None
+    """The layer of the configuration that it is, or that it is inside of."""
+    is_layer: bool
+    """Whether it is that layer itself."""
+
+    @property
+    def shown(self) -> str:
+        """What a user would call the layer."""
+        if self.layer is not None:
+            return self.layer.name.removeprefix(PRUNED_PREFIX)
+        return "/".join(strip_cell_prefix(self.names))
+
+    @property
+    def kind(self) -> str:
+        """The class of the layer."""
+        return self.layer.kind if self.layer is not None else ""
+
+
+def tensors_by_path(contents: H5Contents, config: Mapping[str, Any] | None) -> tuple[Tensor, ...]:
+    """Return the weights under the names that Keras gives to variables: `dense/kernel`."""
+    slots = slots_of(config, contents.datasets)
+    siblings = Counter(found.name.rpartition("/")[0] for found in contents.datasets)
+    unclear = doubtful(config, slots, [found.name for found in contents.datasets])
+    tensors = [_numbered_tensor(found, contents, slots, siblings, unclear) for found in contents.datasets]
+    repeated = Counter(tensor.name for tensor in tensors)
+    return tuple(
+        replace(tensor, name=found.name) if repeated[tensor.name] > 1 else tensor
+        for tensor, found in zip(tensors, contents.datasets, strict=True)
+    )
+
+
+def notes(tensors: Iterable[Tensor]) -> tuple[str, ...]:
+    """Say it where weights have the names of folders, for nobody knows whose they are."""
+    if not any(tensor.name.startswith(tuple(f"{one}/" for one in CONTAINERS)) for tensor in tensors):
+        return ()
+    return (
+        "Its weights do not fit the layers of its configuration by number and shape: they keep their paths for names.",
+    )
+
+
+def _numbered_tensor(
+    found: Dataset,
+    contents: H5Contents,
+    slots: Mapping[str, LayerConfig],
+    siblings: Mapping[str, int],
+    unclear: frozenset[str],
+) -> Tensor:
+    steps = found.name.split("/")
+    if steps[0] in _TRAINING or "vars" not in steps:
+        role = Role.OPTIMIZER if steps[0] in _TRAINING else Role.OTHER
+        return Tensor(found.name, "/".join(steps[:-1]), found.shape, found.dtype, role, found.storage)
+    owner = _owner(steps[: steps.index("vars")], contents, slots, unclear)
+    index = int(steps[-1]) if steps[-1].isdecimal() else 0
+    settings = owner.layer.config if owner.layer is not None and owner.is_layer else {}
+    leaf = name_by_position(owner.slug, index, siblings["/".join(steps[:-1])], found.shape, settings)
+    what = weight_role(leaf, owner.kind, found.shape, is_float=found.dtype.kind not in "iub")
+    return Tensor(
+        name="/".join((*owner.names, leaf)),
+        layer=owner.shown,
+        shape=found.shape,
+        dtype=found.dtype,
+        role=what.role,
+        storage=found.storage,
+        kind=owner.kind,
+        out_axis=what.out_axis,
+        in_axis=what.in_axis,
+    )
+
+
+def _owner(steps: list[str], contents: H5Contents, slots: Mapping[str, LayerConfig], unclear: frozenset[str]) -> _Owner:
+    names: list[str] = []
+    layer, is_layer = None, False
+    for end in range(1, len(steps) + 1):
+        path = "/".join(steps[:end])
+        said = contents.attribute(f"{path}/vars", "name")
+        is_layer = path in slots
+        if is_layer:
+            layer = slots[path]
+            names.append(layer.name)
+        elif isinstance(said, str):
+            names.append(said)
+        elif steps[end - 1] not in CONTAINERS or path in unclear:
+            names.append(steps[end - 1])
+    slug = _COUNTER.sub("", steps[-1]) if steps else ""
+    return _Owner(tuple(name.removeprefix(PRUNED_PREFIX) for name in names) or ("",), slug, layer, is_layer)
+
+
+_WIDTHS = {
+    "Conv1D": ("filters", 1),
+    "Conv2D": ("filters", 1),
+    "Conv3D": ("filters", 1),
+    "Dense": ("units", 1),
+    "Embedding": ("output_dim", 1),
+    "GRU": ("units", 3),
+    "LSTM": ("units", 4),
+    "SimpleRNN": ("units", 1),
+}
+"""What says how wide the weights of a layer are, and how many gates share their last axis."""
+
+
+def check(model: ModelFile) -> None:
+    """Refuse a file whose layers say another width than their weights have, or have no weights at all."""
+    if model.format != "keras-h5" or model.about.keras is None:
+        # Elsewhere weights are numbered, and which layer they belong to is a guess.
+        return
+    kernels: defaultdict[str, list[Tensor]] = defaultdict(list)
+    for tensor in model.tensors:
+        if tensor.role in {Role.KERNEL, Role.EMBEDDING}:
+            kernels[tensor.layer].append(tensor)
+    every = tuple(layers(model.about.keras))
+    names = Counter(layer.name for layer in every)
+    for layer in every:
+        if not layer.path and names[layer.name] == 1:
+            _check_layer(model, layer, kernels.get(layer.name, []))
+
+
+def _check_layer(model: ModelFile, layer: LayerConfig, kernels: list[Tensor]) -> None:
+    kind = upgrade_class_name(layer.kind)
+    if kind not in _WIDTHS:
+        return
+    key, gates = _WIDTHS[kind]
+    width, name = upgrade_config(kind, layer.config).get(key), abbreviated(layer.name)
+    if type(width) is not int:
+        raise InputError(f"{model.path} is damaged: its configuration does not say the {key} of {kind} {name}")
+    if not kernels:
+        raise InputError(f"{model.path} is damaged: it holds no weights of {kind} {name}")
+    for kernel in kernels:
+        if not kernel.shape or kernel.shape[-1] != width * gates:
+            raise InputError(
+                f"{model.path} is damaged: {kind} {name} has {width} {key}, and {abbreviated(kernel.name)} the shape "
+                f"{abbreviated(str(kernel.shape))}"
+            )

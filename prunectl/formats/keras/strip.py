@@ -1,0 +1,134 @@
+"""An HDF5 file of Keras without what a trained model does not need."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
+
+from prunectl.errors import InputError
+from prunectl.formats.base import ModelFile, RemovedItem, StripOptions, StripPart
+from prunectl.formats.keras import strip_layouts
+from prunectl.formats.keras.archive import WEIGHTS
+from prunectl.formats.keras.hdf5 import read, rewrite
+from prunectl.formats.keras.hdf5.child import H5Location
+from prunectl.formats.keras.hdf5.read import H5Contents
+from prunectl.formats.keras.hdf5.rewrite import H5Edits, merge
+from prunectl.formats.keras.strip_layouts import UnmatchedMaskError
+from prunectl.formats.keras.unwrap import LayerNameConflictError, Unwrapped, unwrap_config
+from prunectl.formats.zip_read import Archive, open_archive, written_again
+from prunectl.formats.zip_write import LEVEL
+
+WRAPPING = frozenset({StripPart.MASKS, StripPart.WRAPPERS})
+"""Neither means anything without the other: they go together."""
+
+
+@dataclass(frozen=True, slots=True)
+class StripPlan:
+    """What is to change in the weights, and what the configuration becomes."""
+
+    edits: H5Edits
+    config: Any
+    removed: tuple[RemovedItem, ...] = ()
+    """What goes from the configuration."""
+
+
+def plan_strip(contents: H5Contents, config: Mapping[str, Any] | None, wish: StripOptions, shown: Path) -> StripPlan:
+    """Return what a wish means for a file; ``shown`` is what the user calls it."""
+    is_unwrapped = bool(wish.parts & WRAPPING)
+    root = strip_layouts.root_of(contents)
+    try:
+        plain = unwrap_config(config) if is_unwrapped else Unwrapped(config, {})
+        gone = tuple(RemovedItem(name, StripPart.WRAPPERS, nbytes) for name, nbytes in plain.wrappers.items())
+        left, uncompiled = _uncompiled(plain.config) if StripPart.TRAINING in wish.parts else (plain.config, ())
+        if root is not None:
+            edits = strip_layouts.find_named(contents, root, wish, is_unwrapped=is_unwrapped)
+        else:
+            edits = strip_layouts.find_numbered(contents, config, wish, is_unwrapped=is_unwrapped)
+    except LayerNameConflictError as error:
+        raise InputError(f"{shown} has two layers named {error} once its wrappers are gone") from error
+    except (UnmatchedMaskError, strip_layouts.UnknownWrappedLayerError, strip_layouts.MissingWeightError) as error:
+        hint = "the rest can go: prunectl strip --only optimizer,training"
+        raise InputError(f"{shown} cannot have its masks applied: {error}", hint=hint) from error
+    except RecursionError as error:
+        raise InputError(f"{shown} is refused: its configuration is nested too deep") from error
+    return StripPlan(edits, left, (*gone, *uncompiled))
+
+
+def _uncompiled(config: Any) -> tuple[Any, tuple[RemovedItem, ...]]:
+    """Return the configuration as of a model that was never compiled, nor any model in it."""
+    removed: list[RemovedItem] = []
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if value.get("class_name") and value.get("compile_config"):
+            removed.append(RemovedItem("compile_config", StripPart.TRAINING, len(json.dumps(value["compile_config"]))))
+            value = {key: found for key, found in value.items() if key != "compile_config"}
+        return {key: plain(found) for key, found in value.items()}
+
+    found = plain(config)
+    return found, tuple(removed)
+
+
+def strip_h5(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
+    """Write the file without what the wish names, and return what went."""
+    contents = read.read_contents(H5Location(model.path, 0, model.path.stat().st_size))
+    found = plan_strip(contents, model.about.keras, wish, model.path)
+    edits = found.edits
+    if found.removed:
+        edits = merge([edits, H5Edits(attributes={("", "model_config"): json.dumps(found.config)})])
+    rewrite.edit(model.path, targets[model.path], edits, contents, model.path)
+    return (*edits.removed, *found.removed)
+
+
+_CONFIG = "config.json"
+
+
+def strip_archive(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
+    """Write the archive without what the wish names, and return what went."""
+    archive, target = open_archive(model.path), targets[model.path]
+    with tempfile.TemporaryDirectory(prefix=".weights-", dir=target.parent) as scratch:
+        weights, edited = Path(scratch) / WEIGHTS, Path(scratch) / "edited.h5"
+        with weights.open("wb") as file:
+            file.writelines(archive.pieces(archive.entries[WEIGHTS]))
+        contents = read.read_contents(H5Location(weights, 0, weights.stat().st_size))
+        found = plan_strip(contents, model.about.keras, wish, model.path)
+        changed: dict[str, Path] = {}
+        if not found.edits.is_empty:
+            rewrite.edit(weights, edited, found.edits, contents, model.path)
+            changed[WEIGHTS] = edited
+        if found.removed:
+            changed[_CONFIG] = Path(scratch) / _CONFIG
+            changed[_CONFIG].write_text(json.dumps(found.config), encoding="utf-8")
+        _write(archive, target, changed)
+    return (*found.edits.removed, *found.removed)
+
+
+def _write(archive: Archive, target: Path, changed: Mapping[str, Path]) -> None:
+    """Write the archive again with other contents for some entries, compressed where it was."""
+    if not changed:
+        shutil.copyfile(archive.path, target)
+        return
+    with ZipFile(archive.path) as old, ZipFile(target, "w", compresslevel=LEVEL) as new:
+        new.comment = old.comment
+        for before in old.infolist():
+            info = written_again(before)
+            if info.is_dir():
+                new.writestr(info, b"")
+                continue
+            entry = archive.entries[before.filename]
+            info.compress_type = ZIP_STORED if entry.is_stored else ZIP_DEFLATED
+            with new.open(info, "w", force_zip64=True) as out:
+                if entry.name in changed:
+                    with changed[entry.name].open("rb") as file:
+                        shutil.copyfileobj(file, out)
+                else:
+                    out.writelines(archive.pieces(entry))

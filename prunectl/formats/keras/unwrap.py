@@ -1,0 +1,110 @@
+"""A Keras configuration without the pruning wrappers of tfmot: each layer plain again, under its own name."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prunectl.formats.keras.config import part, text
+
+WRAPPER = "PruneLowMagnitude"
+_REFERRING = frozenset({"inbound_nodes", "input_layers", "output_layers"})
+_MOVED = ("batch_input_shape", "batch_shape")
+"""What the first layer of a model says of its input, also when it is wrapped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unwrapped:
+    """What is left of a configuration, and what went."""
+
+    config: Any
+    wrappers: Mapping[str, int]
+    """Names of the wrappers, each with the bytes of text that it took."""
+
+
+class LayerNameConflictError(Exception):
+    """A wrapped layer cannot have its name back, since another layer has it."""
+
+
+def unwrap_config(config: Any) -> Unwrapped:
+    """Return a configuration with every wrapped layer in the place of its wrapper."""
+    wrappers: dict[str, int] = {}
+    return Unwrapped(_plain(config, {}, wrappers), wrappers)
+
+
+def inner_layer(layer: Any) -> Mapping[str, Any] | None:
+    """Return the layer that a pruning wrapper is around; None of any other layer."""
+    if text(layer, "class_name").rpartition(">")[2] != WRAPPER:
+        return None
+    inner = part(part(layer, "config"), "layer")
+    return inner if text(inner, "class_name") else None
+
+
+def _plain(value: Any, names: Mapping[str, str], wrappers: dict[str, int]) -> Any:
+    if isinstance(value, list):
+        return [_plain(item, names, wrappers) for item in value]
+    if not isinstance(value, dict):
+        return value
+    inner = inner_layer(value)
+    if inner is not None:
+        layer = _in_place_of(value, inner)
+        wrappers[text(value["config"], "name") or WRAPPER] = len(json.dumps(value)) - len(json.dumps(layer))
+        return _plain(layer, names, wrappers)
+    if isinstance(value.get("layers"), list):
+        names = _new_names(value["layers"])
+    return {
+        key: _referring(found, names) if key in _REFERRING else _plain(found, names, wrappers)
+        for key, found in value.items()
+    }
+
+
+def _in_place_of(wrapper: Mapping[str, Any], inner: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a wrapped layer with what its model says of the wrapper: its calls, its input, its format."""
+    around = part(wrapper, "config")
+    moved = {key: around[key] for key in _MOVED if key in around}
+    # Old formats give a layer fewer keys, and loaders tell the formats by these.
+    layer = {key: found for key, found in inner.items() if key in wrapper or key in {"class_name", "config"}}
+    layer["config"] = {**moved, **part(inner, "config")}
+    rest = {
+        key: found for key, found in wrapper.items() if key not in layer and key not in {"module", "registered_name"}
+    }
+    if "name" in rest:
+        rest["name"] = _name(inner)
+    return {**layer, **rest}
+
+
+def _new_names(layers: list[Any]) -> dict[str, str]:
+    """Return what the wrapped layers of a model are called, by the names of their wrappers."""
+    inner = {_name(layer): inner_layer(layer) for layer in layers}
+    names = {name: _name(layer) for name, layer in inner.items() if layer is not None}
+    counts = Counter(names.values())
+    for wrapper, name in names.items():
+        # A wrapper that already has the name of its layer stands in nobody's way but its own.
+        if (name in inner and name != wrapper) or counts[name] > 1:
+            raise LayerNameConflictError(name)
+    return names
+
+
+def _referring(value: Any, names: Mapping[str, str]) -> Any:
+    """Return how a model refers to its layers, such as `["dense", 0, 0, {}]`, by their new names."""
+    if isinstance(value, dict):
+        return {
+            key: [names.get(found[0], found[0]), *found[1:]] if _is_history(key, found) else _referring(found, names)
+            for key, found in value.items()
+        }
+    if not isinstance(value, list):
+        return value
+    if len(value) >= 3 and isinstance(value[0], str) and type(value[1]) is int and type(value[2]) is int:
+        return [names.get(value[0], value[0]), *(_referring(item, names) for item in value[1:])]
+    return [_referring(item, names) for item in value]
+
+
+def _is_history(key: str, found: Any) -> bool:
+    return key == "keras_history" and isinstance(found, list) and bool(found) and isinstance(found[0], str)
+
+
+def _name(layer: Any) -> str:
+    return text(part(layer, "config"), "name") or text(layer, "name")

@@ -1,0 +1,1 @@
+"""Multiply-accumulate operations of ONNX models, with shape inference of our own."""

@@ -1,0 +1,372 @@
+"""How operations of ONNX turn shapes into shapes, for the usual ones of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from prunectl.formats.onnx.proto import NodeProto
+
+Shape = tuple[int, ...]
+MAX_LENGTH = 1 << 48
+"""An axis longer than this is a lie."""
+MAX_AXES = 64
+
+
+class UnknownOnnxShapeError(Exception):
+    """Shapes that depend on what the file does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxStep:
+    """One operation, with what is known of its inputs."""
+
+    node: NodeProto
+    inputs: Sequence[Shape | None]
+    values: Sequence[Shape | None]
+    """Inputs that are short lists of known whole numbers, such as shapes."""
+    lists: Callable[[NodeProto, str], Shape | None]
+    """Reads an attribute that is a list of whole numbers."""
+
+    def shape(self, place: int) -> Shape:
+        """The shape of an input."""
+        found = self.inputs[place] if place < len(self.inputs) else None
+        if found is None:
+            raise UnknownOnnxShapeError
+        return found
+
+    def numbers(self, place: int) -> Shape:
+        """An input that is a list of known numbers."""
+        found = self.values[place] if place < len(self.values) else None
+        if found is None:
+            raise UnknownOnnxShapeError
+        return found
+
+    def setting(self, name: str, place: int, default: Shape | None = None) -> Shape:
+        """A list that is an attribute in old sets of operators and an input in new ones."""
+        found = self.lists(self.node, name)
+        if found is not None:
+            return found
+        if place >= len(self.node.inputs) or not self.node.inputs[place]:
+            if default is None:
+                raise UnknownOnnxShapeError
+            return default
+        return self.numbers(place)
+
+    def axis(self, rank: int, default: int = 0) -> int:
+        """The attribute `axis`, counted from the front."""
+        return wrap_axis(signed(self.node.number("axis", default)), rank)
+
+
+def signed(number: int) -> int:
+    """Return an attribute as the signed number that it is."""
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def wrap_axis(axis: int, rank: int) -> int:
+    """Return an axis counted from the front."""
+    if not -rank <= axis < rank:
+        raise UnknownOnnxShapeError
+    return axis % rank
+
+
+def broadcast(*shapes: Shape) -> Shape:
+    """Return the shape that arrays of these shapes are stretched to."""
+    rank = max(map(len, shapes))
+    padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
+    return tuple(next((length for length in lengths if length != 1), 1) for lengths in zip(*padded, strict=True))
+
+
+def flattened(step: OnnxStep) -> Shape:
+    """Return what Flatten makes: two axes."""
+    shape = step.shape(0)
+    axis = signed(step.node.number("axis", 1))
+    axis = axis + len(shape) if axis < 0 else axis
+    return math.prod(shape[:axis]), math.prod(shape[axis:])
+
+
+def reshaped(step: OnnxStep) -> Shape:
+    """Return what Reshape makes: 0 keeps a length, -1 takes the rest."""
+    old, asked = step.shape(0), step.setting("shape", 1)
+    if any(length == 0 and place >= len(old) for place, length in enumerate(asked)):
+        raise UnknownOnnxShapeError
+    new = [old[place] if length == 0 else length for place, length in enumerate(asked)]
+    if -1 in new:
+        known = math.prod(length for length in new if length != -1)
+        if not known or math.prod(old) % known:
+            raise UnknownOnnxShapeError
+        new[new.index(-1)] = math.prod(old) // known
+    return tuple(new)
+
+
+def transposed(step: OnnxStep) -> Shape:
+    """Return the axes in another order."""
+    shape = step.shape(0)
+    order = step.lists(step.node, "perm") or tuple(reversed(range(len(shape))))
+    if sorted(order) != list(range(len(shape))):
+        raise UnknownOnnxShapeError
+    return tuple(shape[axis] for axis in order)
+
+
+def concatenated(step: OnnxStep) -> Shape:
+    """Return the lengths added along one axis."""
+    shapes = [step.shape(place) for place in range(len(step.inputs))]
+    first = shapes[0]
+    axis = step.axis(len(first))
+    if any(len(shape) != len(first) for shape in shapes):
+        raise UnknownOnnxShapeError
+    return (*first[:axis], sum(shape[axis] for shape in shapes), *first[axis + 1 :])
+
+
+def squeezed(step: OnnxStep) -> Shape:
+    """Return the axes of length one dropped."""
+    shape = step.shape(0)
+    ones = tuple(axis for axis, length in enumerate(shape) if length == 1)
+    gone = {wrap_axis(axis, len(shape)) for axis in step.setting("axes", 1, ones)}
+    return tuple(length for axis, length in enumerate(shape) if axis not in gone)
+
+
+def unsqueezed(step: OnnxStep) -> Shape:
+    """Return axes of length one added."""
+    shape, axes = step.shape(0), step.setting("axes", 1)
+    rank = len(shape) + len(axes)
+    new = {wrap_axis(axis, rank) for axis in axes}
+    rest = iter(shape)
+    if len(new) != len(axes):
+        raise UnknownOnnxShapeError
+    return tuple(1 if axis in new else next(rest) for axis in range(rank))
+
+
+def gathered(step: OnnxStep) -> Shape:
+    """Return the shape of what indices pick along one axis."""
+    shape = step.shape(0)
+    axis = step.axis(len(shape))
+    return (*shape[:axis], *step.shape(1), *shape[axis + 1 :])
+
+
+def sliced(step: OnnxStep) -> Shape:
+    """Return the lengths of what is cut out."""
+    shape = list(step.shape(0))
+    starts, ends = step.setting("starts", 1), step.setting("ends", 2)
+    axes = step.setting("axes", 3, tuple(range(len(starts))))
+    steps = step.setting("steps", 4, (1,) * len(starts))
+    for start, end, axis, stride in zip(starts, ends, axes, steps, strict=False):
+        at = wrap_axis(axis, len(shape))
+        if stride == 0:
+            raise UnknownOnnxShapeError
+        shape[at] = len(range(*slice(start, end, stride).indices(shape[at])))
+    return tuple(shape)
+
+
+def padded(step: OnnxStep) -> Shape:
+    """Return the lengths with what is put around."""
+    shape, pads = step.shape(0), step.setting("pads", 1)
+    if len(pads) != 2 * len(shape) or (len(step.inputs) > 3 and step.node.inputs[3]):
+        raise UnknownOnnxShapeError
+    return tuple(length + pads[axis] + pads[axis + len(shape)] for axis, length in enumerate(shape))
+
+
+def expanded(step: OnnxStep) -> Shape:
+    """Return the shape that an array is stretched to."""
+    return broadcast(step.shape(0), step.numbers(1))
+
+
+def tiled(step: OnnxStep) -> Shape:
+    """Return the lengths repeated."""
+    return tuple(length * times for length, times in zip(step.shape(0), step.numbers(1), strict=True))
+
+
+def depth_to_space(step: OnnxStep) -> Shape:
+    """Return channels spread over the image."""
+    batch, channels, *image = step.shape(0)
+    block = step.node.number("blocksize", 1)
+    return (batch, channels // block**2, *(length * block for length in image))
+
+
+def space_to_depth(step: OnnxStep) -> Shape:
+    """Return blocks of the image gathered into channels."""
+    batch, channels, *image = step.shape(0)
+    block = step.node.number("blocksize", 1)
+    return (batch, channels * block**2, *(length // block for length in image))
+
+
+def resized(step: OnnxStep) -> Shape:
+    """Return the lengths asked for, or multiplied by whole scales."""
+    if len(step.node.inputs) > 3 and step.node.inputs[3]:
+        return step.numbers(3)
+    scales = step.numbers(2 if len(step.node.inputs) > 2 else 1)
+    return tuple(length * scale for length, scale in zip(step.shape(0), scales, strict=True))
+
+
+def convolved(step: OnnxStep, weight_at: int = 1) -> Shape:
+    """Return the output shape of a convolution."""
+    image, weight = step.shape(0), step.shape(weight_at)
+    if len(image) != len(weight) or len(image) < 3:
+        raise UnknownOnnxShapeError
+    return (image[0], weight[0], *_slid(step, image[2:], weight[2:]))
+
+
+def pooled(step: OnnxStep) -> Shape:
+    """Return the output shape of a pool."""
+    image = step.shape(0)
+    window = step.lists(step.node, "kernel_shape")
+    if window is None or len(window) != len(image) - 2:
+        raise UnknownOnnxShapeError
+    return (*image[:2], *_slid(step, image[2:], window))
+
+
+def pooled_whole(step: OnnxStep) -> Shape:
+    """Return the output shape of a pool over the whole image."""
+    image = step.shape(0)
+    return (*image[:2], *(1 for _ in image[2:]))
+
+
+def deconvolved(step: OnnxStep) -> Shape:
+    """Return the output shape of a transposed convolution."""
+    image, weight = step.shape(0), step.shape(1)
+    if len(image) != len(weight) or len(image) < 3:
+        raise UnknownOnnxShapeError
+    axes = len(image) - 2
+    channels = weight[1] * step.node.number("group", 1)
+    asked = step.lists(step.node, "output_shape")
+    if asked is not None:
+        return (image[0], channels, *asked[-axes:])
+    strides, dilations, pads = _window(step, axes)
+    extra = _list(step, "output_padding", axes, 0)
+    is_same = _padding(step).startswith("SAME")
+    return (
+        image[0],
+        channels,
+        *(
+            length * stride
+            if is_same
+            else stride * (length - 1) + add + (size - 1) * dilation + 1 - pads[axis] - pads[axis + axes]
+            for axis, (length, size, stride, dilation, add) in enumerate(
+                zip(image[2:], weight[2:], strides, dilations, extra, strict=True)
+            )
+        ),
+    )
+
+
+def _slid(step: OnnxStep, image: Shape, window: Shape) -> Shape:
+    axes = len(image)
+    strides, dilations, pads = _window(step, axes)
+    padding, is_up = _padding(step), bool(step.node.number("ceil_mode", 0))
+    found = []
+    for axis, (length, size, stride, dilation) in enumerate(zip(image, window, strides, dilations, strict=True)):
+        if padding.startswith("SAME"):
+            found.append(-(-length // stride))
+            continue
+        room = length + pads[axis] + pads[axis + axes] - ((size - 1) * dilation + 1)
+        found.append((-(-room // stride) if is_up else room // stride) + 1)
+    return tuple(found)
+
+
+def _window(step: OnnxStep, axes: int) -> tuple[Shape, Shape, Shape]:
+    strides, dilations = _list(step, "strides", axes, 1), _list(step, "dilations", axes, 1)
+    if min(strides) < 1 or min(dilations) < 1:
+        raise UnknownOnnxShapeError
+    return strides, dilations, _list(step, "pads", 2 * axes, 0)
+
+
+def _list(step: OnnxStep, name: str, length: int, default: int) -> Shape:
+    found = step.lists(step.node, name) or (default,) * length
+    if len(found) != length:
+        raise UnknownOnnxShapeError
+    return found
+
+
+def _padding(step: OnnxStep) -> str:
+    attribute = step.node.attributes.get("auto_pad")
+    return attribute.text if attribute is not None else ""
+
+
+Rule = Callable[[OnnxStep], Shape]
+"""From an operation to the shape of its first output."""
+
+
+def _same(step: OnnxStep) -> Shape:
+    return step.shape(0)
+
+
+def _joined(step: OnnxStep) -> Shape:
+    return broadcast(*(step.shape(place) for place in range(len(step.inputs))))
+
+
+def matmul(left: Shape, right: Shape) -> Shape:
+    """Return the shape of a product of matrices."""
+    if not left or not right:
+        raise UnknownOnnxShapeError
+    rows, columns = left[-2:-1], right[-1:] if len(right) > 1 else ()
+    return (*broadcast(left[:-2], right[:-2]), *rows, *columns)
+
+
+def _gemm(step: OnnxStep) -> Shape:
+    left, right = step.shape(0), step.shape(1)
+    if len(left) != 2 or len(right) != 2:
+        raise UnknownOnnxShapeError
+    return left[1 if step.node.number("transA", 0) else 0], right[0 if step.node.number("transB", 0) else 1]
+
+
+def _reduced(step: OnnxStep) -> Shape:
+    shape = step.shape(0)
+    axes = step.setting("axes", 1, tuple(range(len(shape)))) or tuple(range(len(shape)))
+    gone = {wrap_axis(axis, len(shape)) for axis in axes}
+    if step.node.number("keepdims", 1):
+        return tuple(1 if axis in gone else length for axis, length in enumerate(shape))
+    return tuple(length for axis, length in enumerate(shape) if axis not in gone)
+
+
+def _recurrent(step: OnnxStep) -> Shape:
+    length, batch, _ = step.shape(0)
+    directions, units = step.shape(2)[0], step.shape(2)[-1]
+    if step.node.number("layout", 0):
+        raise UnknownOnnxShapeError
+    return length, directions, batch, units
+
+
+def _named(rule: Rule, names: str) -> dict[str, Rule]:
+    return dict.fromkeys(names.split(), rule)
+
+
+RULES: dict[str, Rule] = {
+    **_named(_same, "Relu Sigmoid Tanh LeakyRelu Clip Elu Selu Celu Softmax LogSoftmax Hardmax Identity Cast CastLike"),
+    **_named(_same, "Dropout BatchNormalization InstanceNormalization LayerNormalization GroupNormalization"),
+    **_named(_same, "RMSNormalization SimplifiedLayerNormalization SkipLayerNormalization LpNormalization LRN"),
+    **_named(
+        _same, "MeanVarianceNormalization HardSwish HardSigmoid Gelu FastGelu BiasGelu QuickGelu Erf Exp Log Sqrt"
+    ),
+    **_named(_same, "Neg Abs Floor Ceil Round Softplus Softsign Reciprocal Sign Mish Swish ThresholdedRelu Shrink Not"),
+    **_named(_same, "QuantizeLinear DequantizeLinear DynamicQuantizeLinear Quant IntQuant FloatQuant BipolarQuant"),
+    **_named(_same, "CumSum IsNaN IsInf Trilu ScatterND ScatterElements Sin Cos PRelu Bernoulli"),
+    **_named(_joined, "Add Sub Mul Div Pow Max Min Sum Mean Where Equal Greater GreaterOrEqual Less LessOrEqual"),
+    **_named(_joined, "And Or Xor Mod"),
+    **_named(_reduced, "ReduceMean ReduceSum ReduceMax ReduceMin ReduceProd ReduceL1 ReduceL2 ReduceLogSumExp"),
+    **_named(pooled, "MaxPool AveragePool LpPool"),
+    **_named(pooled_whole, "GlobalAveragePool GlobalMaxPool GlobalLpPool"),
+    **_named(convolved, "Conv FusedConv ConvInteger"),
+    **_named(lambda step: convolved(step, 3), "QLinearConv"),
+    **_named(lambda step: matmul(step.shape(0), step.shape(1)), "MatMul MatMulInteger"),
+    **_named(lambda step: matmul(step.shape(0), step.shape(3)), "QLinearMatMul"),
+    **_named(_gemm, "Gemm FusedGemm"),
+    **_named(_recurrent, "LSTM GRU RNN"),
+    **_named(lambda step: (len(step.shape(0)),), "Shape"),
+    **_named(lambda step: step.numbers(0), "ConstantOfShape"),
+    "ConvTranspose": deconvolved,
+    "Concat": concatenated,
+    "DepthToSpace": depth_to_space,
+    "Expand": expanded,
+    "Flatten": flattened,
+    "Gather": gathered,
+    "Pad": padded,
+    "Resize": resized,
+    "Upsample": resized,
+    "Reshape": reshaped,
+    "Slice": sliced,
+    "SpaceToDepth": space_to_depth,
+    "Squeeze": squeezed,
+    "Tile": tiled,
+    "Transpose": transposed,
+    "Unsqueeze": unsqueezed,
+}

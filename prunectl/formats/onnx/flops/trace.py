@@ -1,0 +1,267 @@
+"""How much an ONNX model calculates: the multiply-accumulates of each operation, for one input."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator
+
+from prunectl.formats.base import ModelFile, Operation
+from prunectl.formats.onnx import decode, messages, scopes
+from prunectl.formats.onnx.decode import TensorSource
+from prunectl.formats.onnx.flops.shape_rules import (
+    MAX_AXES,
+    MAX_LENGTH,
+    RULES,
+    OnnxStep,
+    Shape,
+    UnknownOnnxShapeError,
+    wrap_axis,
+)
+from prunectl.formats.onnx.proto import GraphProto, NodeProto, ProtoReader, TensorProto, parsing
+from prunectl.formats.onnx.scopes import GraphScope
+from prunectl.formats.onnx.tensors import TensorLocator
+from prunectl.formats.onnx.usage import CALCULATING, CELLS, MAX_STEPS, PASSING
+
+MAX_NUMBERS = 64
+
+
+def value(step: OnnxStep) -> Shape | None:
+    """Return the numbers that an operation makes, where they follow from what is known."""
+    rule = _RULES.get(step.node.op)
+    return rule(step) if rule is not None else None
+
+
+def _shape(step: OnnxStep) -> Shape:
+    return step.shape(0)
+
+
+def _same(step: OnnxStep) -> Shape:
+    return step.numbers(0)
+
+
+def _gather(step: OnnxStep) -> Shape:
+    numbers = step.numbers(0)
+    return tuple(numbers[wrap_axis(place, len(numbers))] for place in step.numbers(1))
+
+
+def _concat(step: OnnxStep) -> Shape:
+    if len(step.inputs) > MAX_NUMBERS:
+        raise UnknownOnnxShapeError
+    return tuple(number for place in range(len(step.inputs)) for number in step.numbers(place))
+
+
+def _slice(step: OnnxStep) -> Shape:
+    numbers = step.numbers(0)
+    starts, ends = step.setting("starts", 1), step.setting("ends", 2)
+    (stride,) = step.setting("steps", 4, (1,))
+    if len(starts) != 1 or len(ends) != 1 or stride == 0:
+        raise UnknownOnnxShapeError
+    return numbers[starts[0] : ends[0] : stride]
+
+
+def _paired(calculate: Callable[[int, int], int]) -> Callable[[OnnxStep], Shape]:
+    def rule(step: OnnxStep) -> Shape:
+        left, right = step.numbers(0), step.numbers(1)
+        length = max(len(left), len(right))
+        if len(left) not in {1, length} or len(right) not in {1, length}:
+            raise UnknownOnnxShapeError
+        return tuple(calculate(left[at % len(left)], right[at % len(right)]) for at in range(length))
+
+    return rule
+
+
+def _quotient(left: int, right: int) -> int:
+    if right == 0:
+        raise UnknownOnnxShapeError
+    return abs(left) // abs(right) * (1 if (left < 0) == (right < 0) else -1)
+
+
+_RULES: dict[str, Callable[[OnnxStep], Shape]] = {
+    "Shape": _shape,
+    "Gather": _gather,
+    "Concat": _concat,
+    "Slice": _slice,
+    "ReduceProd": lambda step: (math.prod(step.numbers(0)),),
+    "Add": _paired(operator.add),
+    "Sub": _paired(operator.sub),
+    "Mul": _paired(operator.mul),
+    "Div": _paired(_quotient),
+    **dict.fromkeys(("Cast", "Identity", "Squeeze", "Unsqueeze", "Floor", "Ceil"), _same),
+}
+
+
+_NUMBERS = frozenset({1, 6, 7})
+"""Types of elements that shapes are made of, and the scales of Resize."""
+_DEFINED = frozenset({"", "ai.onnx", "com.microsoft"})
+"""Domains whose operations are what the rules take them for."""
+
+
+class Shapes:
+    """What is known of each value, node by node in the order of the graph."""
+
+    def __init__(self, reader: ProtoReader, locator: TensorLocator, graph: GraphProto) -> None:
+        self._reader, self._locator = reader, locator
+        self._told = dict(messages.value(reader, span) for span in graph.values)
+        self._shapes: dict[str, Shape] = {}
+        self._values: dict[str, Shape] = {}
+        for sparse in graph.sparse:
+            self._shapes[sparse.values.name] = sparse.dims
+        for tensor in graph.initializers:
+            self._know(tensor, tensor.name)
+        for node in graph.nodes:
+            self._infer(node)
+
+    def of(self, name: str) -> Shape | None:
+        """Return the shape of a value; none when it cannot be known."""
+        found = self._shapes.get(name)
+        return self._told.get(name) if found is None else found
+
+    def step(self, node: NodeProto) -> OnnxStep:
+        """Return an operation with what is known of its inputs."""
+        return OnnxStep(
+            node, [self.of(name) for name in node.inputs], [self._values.get(name) for name in node.inputs], self._list
+        )
+
+    def _list(self, node: NodeProto, name: str) -> Shape | None:
+        attribute = node.attributes.get(name)
+        return self._reader.numbers(attribute.ints) if attribute is not None and attribute.ints else None
+
+    def _know(self, tensor: TensorProto, name: str) -> None:
+        self._keep(name, tensor.dims)
+        if (
+            tensor.data_type in _NUMBERS
+            and len(tensor.dims) <= 1
+            and math.prod(tensor.dims) <= MAX_NUMBERS
+            and not tensor.external
+        ):
+            source = self._locator.dense(tensor, name).source
+            if isinstance(source, TensorSource):
+                numbers = decode.decode_dense(source, self._locator.path).reshape(-1).tolist()
+                if all(number == number // 1 for number in numbers):
+                    self._values[name] = tuple(map(int, numbers))
+
+    def _infer(self, node: NodeProto) -> None:
+        if not node.outputs:
+            return
+        output = node.outputs[0]
+        if node.op == "Constant":
+            self._constant(node, output)
+            return
+        step = self.step(node)
+        try:
+            if node.op == "Split":
+                self._split(step)
+            elif node.op in RULES and (node.domain in _DEFINED or node.op in PASSING):
+                self._keep(output, RULES[node.op](step))
+        except (UnknownOnnxShapeError, ValueError, IndexError, ZeroDivisionError):
+            # What the rules make of nonsense is as unknown as what they do not cover.
+            pass
+        try:
+            numbers = value(step)
+        except (UnknownOnnxShapeError, ValueError):
+            return
+        if numbers is not None and len(numbers) <= MAX_NUMBERS and all(abs(n) <= MAX_LENGTH for n in numbers):
+            self._values[output] = numbers
+
+    def _constant(self, node: NodeProto, output: str) -> None:
+        for name, attribute in node.attributes.items():
+            if name == "value" and attribute.tensor is not None:
+                self._know(attribute.tensor, output)
+            elif name == "value_ints":
+                self._values[output] = self._reader.numbers(attribute.ints)
+                self._keep(output, (len(self._values[output]),))
+
+    def _split(self, step: OnnxStep) -> None:
+        shape, outputs = step.shape(0), step.node.outputs
+        axis = step.axis(len(shape))
+        even = -(-shape[axis] // len(outputs))
+        default = (*(even,) * (len(outputs) - 1), shape[axis] - even * (len(outputs) - 1))
+        for output, length in zip(outputs, step.setting("split", 1, default), strict=True):
+            self._keep(output, (*shape[:axis], length, *shape[axis + 1 :]))
+
+    def _keep(self, name: str, shape: Shape) -> None:
+        if len(shape) <= MAX_AXES and all(0 <= length <= MAX_LENGTH for length in shape):
+            self._shapes[name] = shape
+
+
+_WEIGHT_AT = {"QLinearConv": 3, "QLinearMatMul": 3, "QGemm": 3}
+"""The input that is the weight, where it is not the second."""
+
+
+def operations(model: ModelFile) -> tuple[Operation, ...]:
+    """Return the operations that multiply, a batch counted as 1 when the file leaves it open.
+
+    Those whose shapes the file does not tell, or that stand in branches, loops and functions, have no count.
+    """
+    with parsing(model.path) as reader:
+        main, *inner = scopes.read(reader, messages.model(reader))
+        shapes = Shapes(reader, TensorLocator(model.path), main.graph)
+        counted = [found for node in _calculating(main) for found in _counted(node, main, shapes.step(node), shapes)]
+    uncounted = [
+        Operation(scope.prefix + node.label, node.op, None, _weight(node, scope))
+        for scope in inner
+        if not scope.is_training
+        for node in _calculating(scope)
+    ]
+    return (*counted, *uncounted)
+
+
+def _calculating(scope: GraphScope) -> Iterator[NodeProto]:
+    return (node for node in scope.graph.nodes if node.op in CALCULATING)
+
+
+def _counted(node: NodeProto, scope: GraphScope, step: OnnxStep, shapes: Shapes) -> Iterator[Operation]:
+    if node.op in CELLS:
+        for place in (1, 2):
+            yield Operation(node.label, node.op, _cell(step, place), _weight(node, scope, place))
+        return
+    output = shapes.of(next(iter(node.outputs), ""))
+    try:
+        macs = _macs(step, output)
+    except (UnknownOnnxShapeError, ValueError, IndexError):
+        macs = None
+    yield Operation(node.label, node.op, macs, _weight(node, scope))
+
+
+def _macs(step: OnnxStep, output: tuple[int, ...] | None) -> int:
+    op = step.node.op
+    weight = step.shape(_WEIGHT_AT.get(op, 1))
+    if op == "ConvTranspose":
+        return math.prod(step.shape(0)) * math.prod(weight[1:])
+    if output is None:
+        raise UnknownOnnxShapeError
+    if "Conv" in op:
+        return math.prod(output) * math.prod(weight[1:])
+    if "Gemm" in op:
+        return math.prod(output) * weight[1 if step.node.number("transB", 0) else 0]
+    if "MatMul" in op:
+        return math.prod(output) * step.shape(0)[-1]
+    raise UnknownOnnxShapeError
+
+
+def _cell(step: OnnxStep, place: int) -> int | None:
+    try:
+        length, batch, _ = step.shape(0)
+        return length * batch * math.prod(step.shape(place))
+    except (UnknownOnnxShapeError, ValueError):
+        return None
+
+
+def _weight(node: NodeProto, scope: GraphScope, place: int | None = None) -> str:
+    """Return the tensor that an operation multiplies by, found behind what only hands it on."""
+    places = (_WEIGHT_AT.get(node.op, 1), 0) if place is None else (place,)
+    for at in places:
+        name = node.inputs[at] if at < len(node.inputs) else ""
+        here: GraphScope = scope
+        for _ in range(MAX_STEPS + 1):
+            owner = here.owner(name)
+            if owner is None:
+                break
+            maker = owner.makers[name]
+            if maker is None or maker.op == "Constant":
+                return owner.prefix + name
+            if maker.op not in PASSING or not maker.inputs:
+                break
+            here, name = owner, maker.inputs[0]
+    return ""

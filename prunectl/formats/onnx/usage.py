@@ -1,0 +1,224 @@
+"""Who uses a tensor of an ONNX model, followed through operations that only hand it on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from prunectl.formats.base import Role
+from prunectl.formats.onnx.proto import NodeProto, ProtoReader
+from prunectl.formats.onnx.scopes import GraphScope
+
+OutAxis = Callable[[NodeProto, int], int | None]
+"""From a node and the rank of its weight to the axis of the output channels."""
+
+
+@dataclass(frozen=True, slots=True)
+class OperandRole:
+    """What an operation takes at one of its inputs."""
+
+    role: Role
+    out_axis: OutAxis = lambda _node, _rank: None
+
+
+def _axis(number: int) -> OutAxis:
+    return lambda _node, rank: number if number < rank else None
+
+
+def _last(_node: NodeProto, rank: int) -> int | None:
+    return rank - 1 if rank > 1 else None
+
+
+def _second_last(_node: NodeProto, rank: int) -> int | None:
+    return rank - 2 if rank > 1 else None
+
+
+def _fused(node: NodeProto, rank: int) -> int | None:
+    return _second_last(node, rank) if node.number("transB", 0) else _last(node, rank)
+
+
+def _gemm(switch: str, plain: int) -> OutAxis:
+    return lambda node, _rank: 1 - plain if node.number(switch, 0) else plain
+
+
+_BIAS_INPUT, _NORM, _STATE = OperandRole(Role.BIAS), OperandRole(Role.NORM), OperandRole(Role.STATE)
+_FIRST, _SECOND = OperandRole(Role.KERNEL, _axis(0)), OperandRole(Role.KERNEL, _axis(1))
+_COLUMNS, _ROWS = OperandRole(Role.KERNEL, _last), OperandRole(Role.KERNEL, _second_last)
+_GEMM = {
+    0: OperandRole(Role.KERNEL, _gemm("transA", 0)),
+    1: OperandRole(Role.KERNEL, _gemm("transB", 1)),
+    2: _BIAS_INPUT,
+}
+_CELL = {1: _SECOND, 2: OperandRole(Role.RECURRENT, _axis(1)), 3: _BIAS_INPUT, 5: _STATE, 6: _STATE}
+_SCALE = {1: _NORM, 2: _NORM}
+
+PARTS: dict[str, dict[int, OperandRole]] = {
+    "Conv": {1: _FIRST, 2: _BIAS_INPUT},
+    "FusedConv": {1: _FIRST, 2: _BIAS_INPUT},
+    "ConvInteger": {1: _FIRST},
+    "QLinearConv": {3: _FIRST, 8: _BIAS_INPUT},
+    "DeformConv": {1: _FIRST, 3: _BIAS_INPUT},
+    "ConvTranspose": {1: _SECOND, 2: _BIAS_INPUT},
+    "Gemm": _GEMM,
+    "FusedGemm": _GEMM,
+    "QGemm": {3: OperandRole(Role.KERNEL, _gemm("transB", 1)), 6: _BIAS_INPUT},
+    "MatMul": {0: _ROWS, 1: _COLUMNS},
+    "FusedMatMul": {1: OperandRole(Role.KERNEL, _fused)},
+    "MatMulInteger": {0: _ROWS, 1: _COLUMNS},
+    "MatMulIntegerToFloat": {0: _ROWS, 1: _COLUMNS, 6: _BIAS_INPUT},
+    "DynamicQuantizeMatMul": {1: _COLUMNS, 4: _BIAS_INPUT},
+    "QLinearMatMul": {0: _ROWS, 3: _COLUMNS},
+    "MatMulNBits": {1: _FIRST, 5: _BIAS_INPUT},
+    "Attention": {1: _COLUMNS, 2: _BIAS_INPUT},
+    "QAttention": {1: _COLUMNS, 2: _BIAS_INPUT},
+    "Einsum": {0: OperandRole(Role.KERNEL), 1: OperandRole(Role.KERNEL)},
+    "LSTM": _CELL,
+    "GRU": _CELL,
+    "RNN": _CELL,
+    "BatchNormalization": {**_SCALE, 3: _STATE, 4: _STATE},
+    "InstanceNormalization": _SCALE,
+    "LayerNormalization": _SCALE,
+    "GroupNormalization": _SCALE,
+    "RMSNormalization": _SCALE,
+    "SimplifiedLayerNormalization": _SCALE,
+    "SkipLayerNormalization": {2: _NORM, 3: _NORM, 4: _BIAS_INPUT},
+    "SkipSimplifiedLayerNormalization": {2: _NORM, 3: _BIAS_INPUT},
+    "Gather": {0: OperandRole(Role.EMBEDDING)},
+}
+"""By operation and number of the input."""
+
+PASSING = frozenset(
+    {"DequantizeLinear", "QuantizeLinear", "Transpose", "Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze"}
+    | {"Quant", "IntQuant", "BipolarQuant", "FloatQuant", "FakeQuant"}
+)
+"""Operations that hand their first input on: a weight stays a weight behind them."""
+SPLICING = frozenset({"Slice", "Concat"})
+"""Operations that reorder the gates of a recurrent layer on the way to it."""
+CELLS = frozenset({"LSTM", "GRU", "RNN"})
+_RESHAPING = frozenset({"Reshape", "Squeeze", "Unsqueeze"})
+
+CALCULATING = frozenset(
+    operation for operation, parts in PARTS.items() if any(part.role is Role.KERNEL for part in parts.values())
+)
+
+
+def axis_before_transpose(node: NodeProto, axis: int | None, rank: int, order: tuple[int, ...]) -> int | None:
+    """Return the axis that a passing operation turns into ``axis``."""
+    if axis is None or node.op in _RESHAPING:
+        return None
+    if node.op != "Transpose":
+        return axis
+    order = order or tuple(reversed(range(rank)))
+    return order[axis] if axis < len(order) and 0 <= order[axis] < rank else None
+
+
+MAX_STEPS = 4
+"""Operations to follow a weight through: quantise, dequantise, transpose, reshape."""
+MAX_USES = 8
+"""Users of one tensor to look at: a tied weight has two, a shared constant hundreds."""
+MAX_VISITS = 500_000
+"""Uses to look at in one model, before weights are no longer followed."""
+_BETWEEN = PASSING | {"Mul"}
+"""What may stand between a product and its bias."""
+_BIAS, _OTHER = OperandRole(Role.BIAS), OperandRole(Role.OTHER)
+
+
+class OnnxTensorUse(NamedTuple):
+    """One input of one node."""
+
+    node: NodeProto
+    place: int
+    """Number of the input."""
+    scope: GraphScope
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxTensorPurpose:
+    """What a tensor is for."""
+
+    role: Role = Role.OTHER
+    kind: str = ""
+    layer: str = ""
+    out_axis: int | None = None
+
+
+class UsageIndex:
+    """The users of every value of a model."""
+
+    def __init__(self, reader: ProtoReader, scopes: tuple[GraphScope, ...]) -> None:
+        self._reader = reader
+        self._left = MAX_VISITS
+        self._users: dict[tuple[int, str], list[OnnxTensorUse]] = {}
+        for scope in scopes:
+            for node in scope.graph.nodes:
+                for index, name in enumerate(node.inputs):
+                    owner = scope.owner(name) if name else None
+                    if owner is not None:
+                        self._users.setdefault((id(owner), name), []).append(OnnxTensorUse(node, index, scope))
+
+    def of(self, scope: GraphScope, name: str) -> list[OnnxTensorUse]:
+        """Return the first users of a value that this graph owns."""
+        return self._users.get((id(scope), name), [])[:MAX_USES]
+
+    def purpose(self, scope: GraphScope, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> OnnxTensorPurpose:
+        """Return what a tensor is for: the first use that tells, or the first of all."""
+        found = list(self._purposes(scope, name, shape, dtype, MAX_STEPS))
+        telling = (purpose for purpose in found if purpose.role is not Role.OTHER)
+        return next(telling, found[0] if found else OnnxTensorPurpose())
+
+    def _purposes(
+        self, scope: GraphScope, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], steps: int
+    ) -> Iterator[OnnxTensorPurpose]:
+        for use in self.of(scope, name):
+            # Concat joins what other nodes share, so that the ways through a crafted graph multiply.
+            self._left -= 1
+            steps = steps if self._left > 0 else 0
+            node = use.node
+            if steps and node.outputs and use.place == 0 and node.op in PASSING:
+                for purpose in self._purposes(use.scope, node.outputs[0], shape, dtype, steps - 1):
+                    axis = axis_before_transpose(node, purpose.out_axis, len(shape), self._order(node))
+                    yield replace(purpose, out_axis=axis)
+            elif steps and node.outputs and node.op in SPLICING:
+                behind = self._purposes(use.scope, node.outputs[0], shape, dtype, steps - 1)
+                yield from (replace(purpose, out_axis=None) for purpose in behind if purpose.kind in CELLS)
+                yield OnnxTensorPurpose(kind=node.op, layer=node.label)
+            else:
+                part = _part(use, shape, dtype) or (_BIAS if self._is_bias(use, shape) else _OTHER)
+                yield OnnxTensorPurpose(part.role, node.op, node.label, part.out_axis(node, len(shape)))
+
+    def _order(self, node: NodeProto) -> tuple[int, ...]:
+        order = node.attributes.get("perm")
+        return self._reader.numbers(order.ints) if order is not None else ()
+
+    def _is_bias(self, use: OnnxTensorUse, shape: tuple[int, ...]) -> bool:
+        """Whether a vector is added to what a kernel made."""
+        if use.node.op != "Add" or len(use.node.inputs) != 2 or not shape or math.prod(shape) != max(shape):
+            return False
+        value, scope = use.node.inputs[1 - use.place], use.scope
+        for _ in range(MAX_STEPS):
+            owner = scope.owner(value)
+            maker = owner.makers[value] if owner is not None else None
+            if owner is None or maker is None:
+                return False
+            if maker.op in CALCULATING:
+                return True
+            if maker.op not in _BETWEEN or not maker.inputs:
+                return False
+            scope, value = owner, maker.inputs[0]
+        return False
+
+
+def _part(use: OnnxTensorUse, shape: tuple[int, ...], dtype: np.dtype[Any]) -> OperandRole | None:
+    part = PARTS.get(use.node.op, {}).get(use.place)
+    if part is None:
+        return None
+    if part.role in {Role.KERNEL, Role.RECURRENT, Role.EMBEDDING}:
+        # Shapes and indices go through the same operations: they are whole numbers of 64 bits, or truth values.
+        is_number = dtype.kind != "b" and not (dtype.kind in "iu" and dtype.itemsize > 2)
+        is_deep = len(shape) >= 2 if part.role is not Role.KERNEL else len(shape) >= 1
+        return part if is_number and is_deep else None
+    return part

@@ -1,0 +1,127 @@
+"""A copy of a model with some numbers changed, everything else byte for byte as it was."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from prunectl.errors import NO_ROOM, InputError, reading
+from prunectl.formats.base import Array, ModelFile, Tensor
+from prunectl.formats.extents import Extent
+from prunectl.formats.workers import check_stopped, workers
+
+THREADS = 2
+"""Enough to write while another block is reckoned; more would only hold more blocks."""
+_COPY_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, slots=True)
+class TensorUpdate:
+    """New numbers for a tensor, block by block in the order of its bytes."""
+
+    tensor: Tensor
+    blocks: Callable[[], Iterator[Array]]
+
+    @property
+    def run(self) -> Extent:
+        """Where the bytes to be replaced lie."""
+        extent = self.tensor.storage.extent
+        if extent is None:
+            raise ValueError(f"{self.tensor.name} does not lie flat")
+        begin = extent.offset + self.tensor.start * self.tensor.dtype.itemsize
+        return Extent(extent.path, begin, self.tensor.nbytes)
+
+    def raw(self) -> Iterator[memoryview]:
+        """Yield the bytes as the file has them."""
+        for block in self.blocks():
+            whole = np.ascontiguousarray(block).reshape(-1)
+            pieces = whole.view(np.uint8)
+            if self.tensor.storage.big_endian:
+                pieces = np.ascontiguousarray(pieces.reshape(-1, whole.itemsize)[:, ::-1]).reshape(-1)
+            yield pieces.data
+
+
+def in_storage_order(tensor: Tensor, array: Array) -> Array:
+    """Return an array with its axes in the order in which its elements lie in the storage."""
+    if tensor.strides is None:
+        return array
+    steps = tensor.strides
+    return array.transpose(sorted(range(array.ndim), key=lambda axis: -steps[axis]))
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Whether its elements are one run of bytes, so that new ones can take their place."""
+    steps = tensor.strides
+    return tensor.storage.extent is not None and (steps is None or is_permuted(tensor.shape, steps))
+
+
+def is_permuted(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether strides are those of a dense array with its axes in another order."""
+    expected = 1
+    for step, size in sorted((step, size) for step, size in zip(strides, shape, strict=True) if size != 1):
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def patch_files(_: ModelFile, targets: dict[Path, Path], rewrites: Sequence[TensorUpdate]) -> None:
+    """Write every file of a model to its target, with the rewritten runs in place."""
+    runs: dict[Path, list[TensorUpdate]] = {path: [] for path in targets}
+    for rewrite in rewrites:
+        runs[rewrite.run.path].append(rewrite)
+    for source, target in targets.items():
+        copy_with_patches(source, target, sorted(runs[source], key=lambda rewrite: rewrite.run.offset))
+
+
+def copy_with_patches(source: Path, target: Path, rewrites: Sequence[TensorUpdate]) -> None:
+    """Write a copy of one file with some runs replaced, in one pass over its bytes."""
+    old = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    new = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        at, end = 0, os.fstat(old).st_size
+        # Each run is written in its own place, so that two can be written at once.
+        with workers(THREADS) as pool:
+            writing = [pool.submit(_write_run, new, rewrite.run, rewrite.raw()) for rewrite in rewrites]
+            for run in (rewrite.run for rewrite in rewrites):
+                _copy(source, old, new, at, run.offset)
+                at = run.offset + run.nbytes
+            _copy(source, old, new, at, end)
+            for done in writing:
+                done.result()
+    finally:
+        os.close(old)
+        os.close(new)
+
+
+def _write_run(new: int, run: Extent, pieces: Iterator[memoryview]) -> None:
+    at = run.offset
+    for view in pieces:
+        check_stopped()
+        left = view
+        while left:
+            done = os.pwrite(new, left, at)
+            at, left = at + done, left[done:]
+    if at != run.offset + run.nbytes:
+        raise ValueError(f"{at - run.offset} bytes were written in the place of {run.nbytes}")
+
+
+def _copy(source: Path, old: int, new: int, begin: int, end: int) -> None:
+    """Copy a range of bytes, by the kernel and without moving them where it can."""
+    while begin < end:
+        try:
+            done = os.copy_file_range(old, new, min(end - begin, _COPY_BYTES), begin, begin)
+        except (AttributeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                raise
+            # Another filesystem, a system that cannot, or a disk that is broken: then it shows which of the two.
+            with reading(source):
+                piece = os.pread(old, min(end - begin, 1 << 20), begin)
+            done = os.pwrite(new, piece, begin)
+        if not done:
+            raise InputError(f"{source} became shorter while it was copied")
+        begin += done

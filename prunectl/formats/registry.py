@@ -1,0 +1,242 @@
+"""Every format at once: what it is called, how it is recognised, what opens it."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import math
+import os
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prunectl.errors import InputError, abbreviated, reading
+from prunectl.formats import budgets, detect
+from prunectl.formats.base import Capability, Format, ModelFile, Tensor, shown
+from prunectl.formats.detect import FileProbe
+
+FORMATS = (
+    Format(
+        "saved-model",
+        "TensorFlow SavedModel",
+        ("",),
+        detect.is_saved_model,
+        "tensorflow.saved_model:open_model",
+        writer="tensorflow.bundle_write:write",
+        stripper="tensorflow.strip:strip",
+        graph="keras.flops.trace:operations",
+    ),
+    Format(
+        "keras-h5",
+        "Keras HDF5",
+        (".h5", ".hdf5"),
+        detect.is_hdf5,
+        "keras.h5:open_model",
+        writer="keras.hdf5.rewrite:write",
+        stripper="keras.strip:strip_h5",
+        is_reencoded=True,
+        packer="keras.hdf5.rebuild:pack",
+        graph="keras.flops.trace:operations",
+    ),
+    Format(
+        "keras",
+        "Keras archive",
+        (".keras",),
+        detect.is_keras_zip,
+        "keras.archive:open_model",
+        writer="keras.archive:write",
+        stripper="keras.strip:strip_archive",
+        is_reencoded=True,
+        packer="zip_write:pack",
+        graph="keras.flops.trace:operations",
+    ),
+    Format(
+        "torch-export",
+        "PyTorch exported program",
+        (".pt2",),
+        detect.is_exported_program,
+        "torch.exported:open_model",
+        writer="zip_write:write",
+        is_reencoded=True,
+        packer="zip_write:pack",
+        graph="torch.exported_flops:operations",
+        stripper="torch.strip.containers:strip",
+    ),
+    Format(
+        "torch",
+        "PyTorch",
+        (".pt", ".pth", ".bin"),
+        detect.is_torch_zip,
+        "torch.archive:open_model",
+        writer="zip_write:write",
+        is_reencoded=True,
+        packer="zip_write:pack",
+        stripper="torch.strip:strip",
+    ),
+    Format(
+        "torch-legacy",
+        "PyTorch before 1.6",
+        (".pt", ".pth"),
+        detect.is_torch_legacy,
+        "torch.legacy:open_model",
+        stripper="torch.strip:strip",
+    ),
+    Format("torch-tar", "PyTorch before 0.2", (".pt", ".pth", ".tar"), detect.is_torch_tar, "torch.tar:open_model"),
+    Format(
+        "shards",
+        "sharded checkpoint",
+        (".json",),
+        detect.is_shard_index,
+        "safetensors.shards:open_model",
+        writer="safetensors.shards:write",
+    ),
+    Format(
+        "safetensors",
+        "safetensors",
+        (".safetensors",),
+        detect.is_safetensors,
+        "safetensors:open_model",
+        stripper="safetensors.strip:strip",
+    ),
+    Format(
+        "tflite",
+        "TensorFlow Lite",
+        (".tflite",),
+        detect.is_tflite,
+        "tflite.model:open_model",
+        graph="tflite.graph:operations",
+    ),
+    Format(
+        "tf-checkpoint",
+        "TensorFlow checkpoint",
+        (".index",),
+        detect.is_checkpoint_index,
+        "tensorflow.checkpoint:open_model",
+        writer="tensorflow.bundle_write:write",
+        stripper="tensorflow.checkpoint:strip",
+    ),
+    Format(
+        "onnx",
+        "ONNX",
+        (".onnx",),
+        detect.is_onnx,
+        "onnx.model:open_model",
+        packer="onnx.rewrite:pack",
+        writer="onnx.rewrite:write",
+        is_reencoded=True,
+        graph="onnx.flops.trace:operations",
+    ),
+)
+
+
+_IN_A_FOLDER = (
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
+
+_CANNOT = {
+    Capability.PACK: "the container has no compression of its own",
+    Capability.STRIP: "it holds nothing that prunectl knows how to leave out",
+    Capability.FLOPS: "it holds tensors, but no graph to count operations in",
+}
+
+
+_BLOCK_BYTES = 512
+"""What `stat` counts in."""
+
+
+def by_name(name: str) -> Format:
+    """Return the row of a format."""
+    return next(row for row in FORMATS if row.name == name)
+
+
+def load(reference: str) -> Callable[..., Any]:
+    """Import what a row of the table names as `module:function`."""
+    module, _, attribute = reference.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(f"prunectl.formats.{module}"), attribute)
+    return found
+
+
+def recognise(path: Path) -> Format:
+    """Return the format of ``path``: judged by its content, its name breaking ties."""
+    peek = FileProbe(path)
+    plausible = [row for row in FORMATS if row.looks_right(peek)]
+    for found in sorted(plausible, key=lambda row: path.suffix.lower() not in row.suffixes):
+        return found
+    known = " ".join(dict.fromkeys(suffix for row in FORMATS for suffix in row.suffixes if suffix))
+    raise InputError(
+        f"{path} {detect.explain_unsupported(peek)}", hint=f"prunectl reads SavedModel folders and {known}"
+    )
+
+
+def resolve(path: Path) -> Path:
+    """Return the file that stands for what the user named: a checkpoint's prefix, a folder with shards."""
+    # os.path asks without complaining about names that cannot be: Peek has the sentence for those.
+    if not os.path.lexists(path) and os.path.isfile(f"{path}.index"):
+        return path.with_name(f"{path.name}.index")
+    if os.path.isdir(path) and not os.path.exists(path / "saved_model.pb"):
+        return next((path / name for name in _IN_A_FOLDER if os.path.isfile(path / name)), path)
+    return path
+
+
+def open_model(path: Path) -> ModelFile:
+    """Open a model of any format, or say in one sentence why not."""
+    real = resolve(path)
+    with reading(real), _uncollected():
+        model: ModelFile = load(recognise(real).opener)(real)
+        for tensor in model.tensors:
+            _refuse_impossible(real, tensor)
+        _refuse_blown_up(real, model)
+    return model
+
+
+@contextmanager
+def _uncollected() -> Generator[None]:
+    """Look for no garbage meanwhile: among many new objects, none of which is any, that takes as long as the work."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _refuse_impossible(path: Path, tensor: Tensor) -> None:
+    """Refuse a shape that no array can have, empty or not."""
+    name, shape = abbreviated(tensor.name), tensor.shape
+    if len(shape) > budgets.MAX_AXES:
+        raise InputError(f"{path} is refused: {name} claims {len(shape)} axes, NumPy has {budgets.MAX_AXES}")
+    if math.prod(length for length in shape if length) > budgets.MAX_ELEMENTS:
+        raise InputError(f"{path} is refused: {name} claims the shape {shown(shape)}, beyond any memory")
+
+
+def _refuse_blown_up(path: Path, model: ModelFile) -> None:
+    """Refuse tensors that take far more reading together than the files are worth, by unfolding or by sharing."""
+    facts = [file.stat() for file in model.files]
+    whole = sum(fact.st_size for fact in facts)
+    # What is the same in every way is read once, and holes in a file cost their maker nothing.
+    views = {tensor.view: tensor for tensor in model.tensors}.values()
+    unfolded = sum(tensor.nbytes for tensor in views if tensor.storage.extent is None)
+    if unfolded > max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_UNFOLDING * whole):
+        raise InputError(f"{path} is refused: its tensors would unfold to {unfolded} bytes, like a bomb")
+    flat = [tensor for tensor in model.tensors if tensor.storage.extent is not None]
+    if len(flat) - len({tensor.storage.key for tensor in flat}) > budgets.MAX_TIED:
+        raise InputError(
+            f"{path} is refused: more than {budgets.MAX_TIED} of its tensors share their bytes with others"
+        )
+    flat = [tensor for tensor in views if tensor.storage.extent is not None]
+    shown_bytes = sum(min(tensor.nbytes, tensor.storage.nbytes) for tensor in flat)
+    allocated = sum(min(fact.st_size, fact.st_blocks * _BLOCK_BYTES) for fact in facts)
+    if shown_bytes > whole + max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_READINGS * allocated):
+        raise InputError(f"{path} is refused: its tensors show the bytes that they share again and again")
+
+
+def require(model: ModelFile, needs: Capability) -> None:
+    """Refuse what a format cannot do, before any work begins."""
+    row = by_name(model.format)
+    if needs & ~row.can:
+        raise InputError(f"{model.path} ({row.title}): {_CANNOT[needs]}")

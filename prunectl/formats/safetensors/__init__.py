@@ -1,0 +1,137 @@
+"""Safetensors: a length, a JSON header, and one buffer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from prunectl.errors import InputError, abbreviated
+from prunectl.formats import budgets, state_dict
+from prunectl.formats.base import ModelFile, ModelInfo, Role, Storage, Tensor, shown
+from prunectl.formats.extents import Extent
+from prunectl.formats.safe_json import parse_object
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the format's own library."""
+
+_MAX_BITS = 63
+MAX_TENSORS = 100_000
+"""Far beyond any one file of a model, and little enough to tell within seconds."""
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "C64": np.dtype(np.complex64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+
+
+def open_model(path: Path) -> ModelFile:
+    """Open a safetensors file."""
+    file_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        if header_bytes > min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES):
+            raise InputError(f"{path} is truncated or damaged: it claims a header of {header_bytes} bytes")
+        header = parse_object(file.read(header_bytes), path, "its header")
+    metadata = header.pop("__metadata__", {})
+    if len(header) > MAX_TENSORS:
+        raise InputError(f"{path} is refused: it claims {len(header)} tensors")
+    start = LENGTH_BYTES + header_bytes
+    tensors = [_tensor(path, name, facts, start) for name, facts in header.items()]
+    _check_layout(path, tensors, start, file_bytes)
+    described = state_dict.describe(tensors)
+    return ModelFile(
+        path=path,
+        format="safetensors",
+        tensors=described,
+        about=ModelInfo(producer=_producer(metadata), wrappers=state_dict.wrappers(described)),
+        files=(path,),
+    )
+
+
+def _producer(metadata: Any) -> str:
+    return f"format {metadata['format']}" if isinstance(metadata, dict) and "format" in metadata else ""
+
+
+def _tensor(path: Path, name: str, facts: Any, start: int) -> Tensor:
+    try:
+        (begin, end), shape, code = facts["data_offsets"], tuple(facts["shape"]), facts["dtype"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise InputError(f"{path} is damaged: its header does not say where {abbreviated(name)} lies") from error
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+        raise InputError(f"{path} is damaged: its header does not say where {abbreviated(name)} lies")
+    if len(shape) > budgets.MAX_AXES or any(number.bit_length() > _MAX_BITS for number in (begin, end, *shape)):
+        raise InputError(f"{path} is refused: {abbreviated(name)} claims the shape {shown(shape)}, beyond any memory")
+    dtype = DTYPES.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        raise InputError(
+            f"{path} holds {abbreviated(name)} as {abbreviated(str(code))}, a type that prunectl does not read"
+        )
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise InputError(
+            f"{path} is damaged: {abbreviated(name)} of shape {shown(shape)} does not fill bytes {begin}..{end}"
+        )
+    storage = Storage(name, end - begin, Extent(path, start + begin, end - begin), end - begin)
+    return Tensor(name, "", shape, dtype, Role.OTHER, storage)
+
+
+def _check_layout(path: Path, tensors: list[Tensor], start: int, file_bytes: int) -> None:
+    at = start
+    for extent, name in sorted((_extent(tensor), tensor.name) for tensor in tensors):
+        if extent[0] != at:
+            raise InputError(f"{path} is damaged: {abbreviated(name)} overlaps another tensor or leaves a gap")
+        at += extent[1]
+    if at != file_bytes:
+        raise InputError(f"{path} is truncated or damaged: its tensors end at byte {at}, the file at {file_bytes}")
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    extent = tensor.storage.extent
+    return (extent.offset, extent.nbytes) if extent is not None else (0, 0)
+
+
+CODES: Mapping[np.dtype[Any], str] = {dtype: code for code, dtype in DTYPES.items()}
+_METADATA = "__metadata__"
+_ROUND_BYTES = 8
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the header of a file that was opened before."""
+    with path.open("rb") as file:
+        return parse_object(file.read(int.from_bytes(file.read(LENGTH_BYTES), "little")), path, "its header")
+
+
+def header_without_tensors(path: Path) -> dict[str, Any]:
+    """Return a header without tensors, which says of itself what another file does."""
+    old = read(path)
+    return {_METADATA: old[_METADATA]} if _METADATA in old else {}
+
+
+def encode_header(header: Mapping[str, Any]) -> bytes:
+    """Return a header as it stands in a file, its length before it."""
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ROUND_BYTES)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text

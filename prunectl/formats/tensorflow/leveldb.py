@@ -1,0 +1,254 @@
+"""A LevelDB table: sorted records in checksummed blocks, and where in the file each of them lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import google_crc32c
+
+from prunectl.errors import InputError
+from prunectl.formats.protobuf import WireError, encode_varint, read_varint
+
+_LITERAL, _NEAR = 0, 1
+_LONG_LITERALS = 60
+"""From here on, the length stands in the bytes that follow."""
+
+
+def unpack(packed: memoryview, limit: int) -> bytes:
+    """Return what was packed, refusing more than ``limit`` bytes."""
+    claimed, at = read_varint(packed, 0, len(packed))
+    if claimed > limit:
+        raise WireError(f"a block that claims to unpack to {claimed} bytes")
+    out = bytearray()
+    while at < len(packed):
+        tag = packed[at]
+        at += 1
+        if tag & 3 == _LITERAL:
+            length, at = _literal_length(packed, tag >> 2, at)
+            out += packed[at : at + length]
+            at += length
+        else:
+            length, back, at = _copy(packed, tag, at)
+            if not 0 < back <= len(out):
+                raise WireError("a packed block that copies from before its start")
+            # A copy may run into what it writes: then the last bytes repeat.
+            piece = bytes(out[-back:][:length])
+            out += (piece * (length // len(piece) + 1))[:length]
+        if len(out) > claimed or at > len(packed):
+            raise WireError("a packed block longer than it claims")
+    if len(out) != claimed:
+        raise WireError("a packed block shorter than it claims")
+    return bytes(out)
+
+
+def _literal_length(packed: memoryview, short: int, at: int) -> tuple[int, int]:
+    if short < _LONG_LITERALS:
+        return short + 1, at
+    end = at + short - _LONG_LITERALS + 1
+    return int.from_bytes(packed[at:end], "little") + 1, end
+
+
+def _copy(packed: memoryview, tag: int, at: int) -> tuple[int, int, int]:
+    if tag & 3 == _NEAR:
+        end = at + 1
+        return 4 + (tag >> 2 & 7), (tag >> 5) << 8 | int.from_bytes(packed[at:end], "little"), end
+    end = at + (2 if tag & 3 == 2 else 4)
+    return 1 + (tag >> 2), int.from_bytes(packed[at:end], "little"), end
+
+
+MAGIC = bytes.fromhex("57fb808b247547db")
+FOOTER_BYTES = 48
+TRAILER_BYTES = 5
+"""Behind each block: a byte that says how it is compressed, then a masked CRC-32C over the block and that byte."""
+MAX_TABLE_BYTES = 3 << 20
+MAX_PACKED_BYTES = 4 << 20
+"""All compressed blocks together, and also what one of them may unpack to."""
+MAX_RECORDS = 100_000
+"""Beyond any model, and little enough to refuse within a second or two."""
+MAX_KEY_BYTES = 16 << 20
+"""All keys together: each repeats a part of the one before, so a few bytes in the file can claim many."""
+_BROKEN = 8
+"""How much longer it takes to decode a key that may not be text."""
+_PLAIN_BLOCK, _PACKED = 0, 1
+_MASK_DELTA = 0xA282EAD8
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block of records; its trailer follows at ``end``."""
+
+    begin: int
+    end: int
+    is_packed: bool = False
+    """Whether it is compressed: then no byte of its records can be changed in place."""
+
+    @property
+    def crc_at(self) -> int:
+        """Where the masked CRC-32C of the block stands."""
+        return self.end + 1
+
+
+@dataclass(frozen=True, slots=True)
+class IndexRecord:
+    """One record, and where its value lies."""
+
+    key: bytes
+    data: memoryview
+    """The file, or what its block unpacks to."""
+    begin: int
+    end: int
+    block: Block
+
+
+def masked_crc(data: bytes) -> int:
+    """Return the CRC-32C of some bytes as LevelDB stores it: ((crc >> 15) | (crc << 17)) + a constant."""
+    return mask(google_crc32c.value(data))
+
+
+def mask(crc: int) -> int:
+    """Return a CRC-32C as LevelDB stores it, so that a checksum of checksums is no special case."""
+    return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
+
+
+def read_file(path: Path) -> memoryview:
+    """Return the bytes of a table, which is small beside what it is an index of."""
+    try:
+        file_bytes = path.stat().st_size
+        if file_bytes > MAX_TABLE_BYTES:
+            raise InputError(f"{path} is refused: an index of {file_bytes} bytes is more than any model needs")
+        return memoryview(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def records(path: Path, data: memoryview) -> Iterator[IndexRecord]:
+    """Yield the records of a table in their order, each block checked against its checksum."""
+    if len(data) < FOOTER_BYTES or data[-len(MAGIC) :] != MAGIC:
+        raise InputError(f"{path} is truncated or damaged: it does not end like the index of a checkpoint")
+    try:
+        yield from _checked(path, data)
+    except WireError as error:
+        raise InputError(f"{path} is damaged: its index holds {error}") from error
+
+
+def _checked(path: Path, data: memoryview) -> Iterator[IndexRecord]:
+    footer = len(data) - FOOTER_BYTES
+    _, at = _handle(data, footer, len(data))
+    index, _ = _handle(data, at, len(data))
+    last, reached, count, key_bytes, packed_bytes = b"", 0, 0, 0, 0
+    for pointer in _records_of(path, data, index, footer):
+        block, _ = _handle(pointer.data, pointer.begin, pointer.end)
+        if block.begin < reached:
+            raise InputError(f"{path} is damaged: the blocks of its index overlap")
+        reached = block.end
+        packed_bytes += block.end - block.begin
+        for record in _records_of(path, data, block, footer):
+            if count and record.key <= last:
+                raise InputError(f"{path} is damaged: the keys of its index are out of order")
+            if record.block.is_packed and packed_bytes > MAX_PACKED_BYTES:
+                raise InputError(f"{path} is refused: its compressed index is too long")
+            last, count = record.key, count + 1
+            key_bytes += len(record.key) * (1 if record.key.isascii() else _BROKEN)
+            if count > MAX_RECORDS or key_bytes > MAX_KEY_BYTES:
+                raise InputError(f"{path} is refused: it claims more than {count - 1} tensors")
+            yield record
+
+
+def _handle(data: memoryview, at: int, end: int) -> tuple[Block, int]:
+    begin, at = read_varint(data, at, end)
+    length, at = read_varint(data, at, end)
+    return Block(begin, begin + length), at
+
+
+def _records_of(path: Path, data: memoryview, block: Block, limit: int) -> Iterator[IndexRecord]:
+    _check_block(path, data, block, limit)
+    if data[block.end] == _PACKED:
+        unpacked = memoryview(unpack(data[block.begin : block.end], MAX_PACKED_BYTES))
+        yield from _infer_split(path, unpacked, 0, len(unpacked), replace(block, is_packed=True))
+    else:
+        yield from _infer_split(path, data, block.begin, block.end, block)
+
+
+def _check_block(path: Path, data: memoryview, block: Block, limit: int) -> None:
+    if block.end + TRAILER_BYTES > limit:
+        raise InputError(f"{path} is truncated or damaged: a block of its index lies outside of it")
+    stored = int.from_bytes(data[block.crc_at : block.crc_at + 4], "little")
+    if stored != masked_crc(bytes(data[block.begin : block.crc_at])):
+        raise InputError(f"{path} is damaged: a block of its index is not what its checksum says")
+    if data[block.end] not in {_PLAIN_BLOCK, _PACKED}:
+        raise InputError(f"{path} compresses its index in a way that prunectl does not read")
+    if data[block.end] == _PACKED and block.end - block.begin > MAX_PACKED_BYTES:
+        raise InputError(f"{path} is refused: a block of its index is too long")
+
+
+def _infer_split(path: Path, data: memoryview, at: int, end: int, block: Block) -> Iterator[IndexRecord]:
+    restarts = int.from_bytes(data[end - 4 : end], "little") if end - at >= 4 else 0
+    begin, end, key = at, end - 4 - 4 * restarts, b""
+    if end < begin:
+        raise InputError(f"{path} is damaged: a block of its index has no room for its restart points")
+    while at < end:
+        shared, at = read_varint(data, at, end)
+        added, at = read_varint(data, at, end)
+        length, at = read_varint(data, at, end)
+        value = at + added
+        if shared > len(key) or value + length > end or shared + added > MAX_KEY_BYTES:
+            raise InputError(f"{path} is damaged: a record of its index reaches past its block")
+        key = key[:shared] + bytes(data[at:value])
+        at = value + length
+        yield IndexRecord(key, data, value, at, block)
+
+
+BLOCK_BYTES = 1 << 18
+"""As TensorFlow cuts its own tables."""
+RESTART_INTERVAL = 16
+_PLAIN_TRAILER = b"\0"
+
+
+def table(records: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Return a table of keys and values; the keys come in ascending order."""
+    out = bytearray()
+    pointers: list[tuple[bytes, bytes]] = []
+    pending: list[tuple[bytes, bytes]] = []
+    pending_bytes = 0
+    for key, value in records:
+        pending.append((key, value))
+        pending_bytes += len(key) + len(value)
+        if pending_bytes >= BLOCK_BYTES:
+            pointers.append((key, _append(out, _block(pending, RESTART_INTERVAL))))
+            pending, pending_bytes = [], 0
+    if pending:
+        pointers.append((pending[-1][0], _append(out, _block(pending, RESTART_INTERVAL))))
+    about = _append(out, _block([], 1))
+    index = _append(out, _block(pointers, 1))
+    return bytes(out) + (about + index).ljust(FOOTER_BYTES - len(MAGIC), b"\0") + MAGIC
+
+
+def _append(out: bytearray, block: bytes) -> bytes:
+    """Add a block and its trailer, and return its handle."""
+    handle = encode_varint(len(out)) + encode_varint(len(block))
+    out += block + _PLAIN_TRAILER + masked_crc(block + _PLAIN_TRAILER).to_bytes(4, "little")
+    return handle
+
+
+def _block(records: Iterable[tuple[bytes, bytes]], interval: int) -> bytes:
+    """Return records, each key without what it shares with the one before, but for every so many."""
+    out, restarts, last = bytearray(), [0], b""
+    for number, (key, value) in enumerate(records):
+        shared = 0
+        if number % interval:
+            shared = _shared(last, key)
+        elif number:
+            restarts.append(len(out))
+        out += (
+            encode_varint(shared) + encode_varint(len(key) - shared) + encode_varint(len(value)) + key[shared:] + value
+        )
+        last = key
+    return bytes(out) + b"".join(at.to_bytes(4, "little") for at in [*restarts, len(restarts)])
+
+
+def _shared(one: bytes, other: bytes) -> int:
+    """Return how many bytes both begin with."""
+    limit = min(len(one), len(other))
+    return next((at for at in range(limit) if one[at] != other[at]), limit)

@@ -1,0 +1,100 @@
+"""A SavedModel of a model without its pruning wrappers, made by Keras 2 in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prunectl.errors import InputError, PrunectlError
+from prunectl.formats.safe_json import require
+
+EXTRA = "tensorflow"
+MODULES = ("tensorflow", "tf_keras", "tensorflow_model_optimization")
+_SERVING = "serving_default"
+
+
+def main() -> None:
+    """Do what standard input asks for, and say on standard output what went wrong."""
+    answer = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    order = json.load(sys.stdin)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (order["memory_bytes"],) * 2)
+    said = {"kind": "done"}
+    try:
+        _rebuild(order["config"], Path(order["source"]), Path(order["target"]))
+    except PrunectlError as error:
+        said = {"kind": error.kind, "message": error.message, "hint": error.hint}
+    except Exception as error:  # noqa: BLE001 - TensorFlow raises what it likes on a damaged file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        said = {"kind": "input", "message": f"Keras cannot rebuild it: {reason}", "hint": ""}
+    os.write(answer, json.dumps(said).encode())
+    # TensorFlow's threads have nothing left to do, and take their time to end.
+    os._exit(0)
+
+
+def _rebuild(config: Mapping[str, Any], source: Path, target: Path) -> None:
+    tensorflow, keras, toolkit = (require(module, extra=EXTRA) for module in MODULES)
+    with toolkit.sparsity.keras.prune_scope():
+        model = keras.models.model_from_config(_plain(config))
+    if not model.built:
+        raise InputError("it does not say the shape of its input")
+    model.load_weights(str(source)).assert_existing_objects_matched()
+    for layer in model.submodules:
+        for weight, mask, _ in getattr(layer, "pruning_vars", ()):
+            values, kept = weight.numpy(), mask.numpy()
+            weight.assign(np.where(kept != 0, values * kept, np.zeros((), values.dtype)))
+    stripped = toolkit.sparsity.keras.strip_pruning(model)
+    left = [layer.name for layer in stripped.submodules if hasattr(layer, "pruning_vars")]
+    if left:
+        raise InputError(f"the pruned layer {left[0]} is inside another wrapper, where tfmot leaves it")
+    signature = _signature(tensorflow, model, stripped, source)
+    stripped.save(str(target), save_format="tf", include_optimizer=False, signatures=signature)
+
+
+def _signature(tensorflow: Any, model: Any, stripped: Any, source: Path) -> Any:
+    """Return a function that serves the stripped model under the names of inputs and outputs that it had."""
+    messages = require("tensorflow.core.protobuf.saved_model_pb2", extra=EXTRA)
+    found = messages.SavedModel.FromString((source / "saved_model.pb").read_bytes()).meta_graphs[0].signature_def
+    if _SERVING not in found:
+        return None
+    inputs, outputs = found[_SERVING].inputs, found[_SERVING].outputs
+    if set(inputs) != set(model.input_names) or set(outputs) != set(model.output_names):
+        raise InputError(
+            "its serving_default is not the one that Keras makes: its names are not those of the model's inputs "
+            f"and outputs ({', '.join([*sorted(inputs), *sorted(outputs)])})"
+        )
+    specs = [
+        tensorflow.TensorSpec(tensor.shape, tensor.dtype, name)
+        for name, tensor in zip(model.input_names, model.inputs, strict=True)
+    ]
+
+    def serve(*tensors: Any) -> dict[str, Any]:
+        result = stripped(tensors[0] if len(tensors) == 1 else list(tensors), training=False)
+        return dict(zip(model.output_names, tensorflow.nest.flatten(result), strict=True))
+
+    return {_SERVING: tensorflow.function(serve, input_signature=specs)}
+
+
+def _plain(value: Any) -> Any:
+    """Return a configuration with tuples where JSON has words for them."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.get("class_name") in {"__tuple__", "TensorShape"} and isinstance(value.get("items"), list):
+        return tuple(_plain(item) for item in value["items"])
+    return {key: _plain(item) for key, item in value.items()}
+
+
+if __name__ == "__main__":
+    main()

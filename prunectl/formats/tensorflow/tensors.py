@@ -1,0 +1,112 @@
+"""The variables in a TensorFlow bundle, as tensors with names, layers and roles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from prunectl.formats.base import Array, Distinct, Storage, Tensor
+from prunectl.formats.extents import view
+from prunectl.formats.tensorflow import variable_names
+from prunectl.formats.tensorflow.bundle import Bundle, BundleEntry
+from prunectl.formats.tensorflow.object_graph import ObjectGraph, find_ownership
+from prunectl.formats.tensorflow.variable_names import VALUE_SUFFIX
+
+_EXPORT_LISTS = ("_all_variables/", "_operations/")
+"""Keras 3 lists the variables of an exported model under one of these, and once more under `variables/`."""
+
+
+def tensors_of(bundle: Bundle, graph: ObjectGraph, classes: Mapping[str, str]) -> tuple[Tensor, ...]:
+    """Return the variables of a bundle, in the order of its index."""
+    entries = bundle.numbers()
+    full_names, owned = graph.full_names, find_ownership(graph)
+    state = owned.keys(graph)
+    root = _root(entries, full_names)
+    distinct = Distinct()
+    found = []
+    for entry in entries:
+        key = entry.key.decode("utf-8", "backslashreplace")
+        name = key.removesuffix(VALUE_SUFFIX)
+        # An optimizer of Keras 3 lists the weights too, and may lead there faster than the model does.
+        meaning = variable_names.classify_variable(
+            owned.paths.get(key, name) if variable_names.looks_like_optimizer(name) else name,
+            full_names.get(key, name),
+            entry.shape,
+            is_float=entry.dtype.kind == "f" or "float" in entry.dtype.name,
+            classes=classes,
+            root=root,
+            is_of_optimizer=key in state,
+        )
+        found.append(
+            Tensor(
+                name=distinct.name(name),
+                layer=meaning.layer,
+                shape=entry.shape,
+                dtype=entry.dtype,
+                role=meaning.role,
+                storage=_storage(bundle, entry, key),
+                kind=meaning.kind,
+                out_axis=meaning.out_axis,
+                in_axis=meaning.in_axis,
+            )
+        )
+    return tuple(found)
+
+
+def _storage(bundle: Bundle, entry: BundleEntry, key: str) -> Storage:
+    if entry.slices:
+        nbytes = sum(piece.nbytes for _, piece in bundle.pieces(entry))
+        return Storage(key, nbytes, None, nbytes)
+    whole = bundle.shared.get(entry.key, entry)
+    key = whole.key.decode("utf-8", "backslashreplace")
+    return Storage(key, whole.nbytes, bundle.extent(whole), whole.nbytes, bundle.is_big_endian)
+
+
+def decoder(bundle: Bundle) -> Callable[[Tensor], Array]:
+    """Return a reader of tensors that are stored in slices."""
+    by_key = {entry.key.decode("utf-8", "backslashreplace"): entry for entry in bundle.numbers()}
+
+    def decode(tensor: Tensor) -> Array:
+        whole = np.zeros(tensor.shape, tensor.dtype)
+        for place, piece in bundle.pieces(by_key[tensor.storage.key]):
+            whole[place] = view(
+                bundle.extent(piece), dtype=tensor.dtype, shape=piece.shape, big_endian=bundle.is_big_endian
+            )
+        whole.flags.writeable = False
+        return whole
+
+    return decode
+
+
+def optimizer(tensors: Iterable[Tensor], full_names: Mapping[str, str]) -> str:
+    """Return the optimizer whose state is among the variables, as far as their names tell."""
+    names = [full_names.get(tensor.storage.key, tensor.name) for tensor in tensors if tensor.role == "optimizer"]
+    named = next(filter(None, map(variable_names.optimizer_of, names)), "")
+    is_there = any("optimizer" in tensor.name.lower() for tensor in tensors if tensor.role == "optimizer")
+    return named or ("unknown" if is_there else "")
+
+
+def copies(bundle: Bundle, full_names: Mapping[str, str]) -> dict[str, str]:
+    """Return tensors that are there before under the same name with the same checksum, with what they are copies of."""
+    first: dict[tuple[str, tuple[int, ...], int, int], str] = {}
+    found: dict[str, str] = {}
+    for entry in bundle.numbers():
+        key = entry.key.decode("utf-8", "backslashreplace")
+        name = full_names.get(key, "")
+        if "/" in name and entry.crc:
+            own = key.removesuffix(VALUE_SUFFIX)
+            original = first.setdefault((name, entry.shape, entry.nbytes, entry.crc), own)
+            if original != own:
+                found[own] = original
+    return found
+
+
+def _root(entries: Iterable[BundleEntry], full_names: Mapping[str, str]) -> str:
+    """Return the name of the model, with which Keras 3 begins the names of what it exports."""
+    keys = [entry.key.decode("utf-8", "backslashreplace") for entry in entries]
+    if not any(key.startswith(_EXPORT_LISTS) for key in keys):
+        return ""
+    parts = [full_names.get(key, "").split("/") for key in keys]
+    roots = {found[0] for found in parts if len(found) > 2}
+    return roots.pop() if len(roots) == 1 else ""

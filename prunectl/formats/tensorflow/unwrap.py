@@ -1,0 +1,298 @@
+"""A SavedModel without its pruning wrappers: rebuilt in a process of its own, and held against the input."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from prunectl.errors import InputError, MissingExtraError, UntrustedError, UsageError, WorkError
+from prunectl.formats import extents, safe_json, trust
+from prunectl.formats.base import Array, ModelFile, RemovedItem, Role, StripOptions, StripPart
+from prunectl.formats.extents import mmap_file
+from prunectl.formats.masked import apply_mask
+from prunectl.formats.masked import pieces as cut
+from prunectl.formats.protobuf import BYTES, WireError, fields, length_prefix
+from prunectl.formats.safe_json import parse_object
+from prunectl.formats.tensorflow import object_graph, tensors
+from prunectl.formats.tensorflow.bundle import Bundle, BundleEntry, read_bundle, slice_key
+from prunectl.formats.tensorflow.graph_def import read_graph
+from prunectl.formats.tensorflow.object_graph import ObjectGraph, find_ownership
+from prunectl.formats.tensorflow.rebuild_worker import EXTRA, MODULES
+from prunectl.formats.tensorflow.variable_names import METRICS, VALUE_SUFFIX, without_optimizer
+
+_IN_A_FILE_OF_ITS_OWN = (1, 5)
+"""Fields on the way to each JSON text in `keras_metadata.pb`."""
+_IN_THE_GRAPH = (2, 7, 1, 4, 3)
+"""The same in `saved_model.pb`, where Keras before 2.5 kept them."""
+_TRAINING = "training_config"
+
+
+def training_in(folder: Path) -> tuple[dict[Path, bytes], tuple[RemovedItem, ...]]:
+    """Return what becomes of the file that holds training configurations, and what goes; nothing if there are none."""
+    own = folder / "keras_metadata.pb"
+    path, trail = (own, _IN_A_FILE_OF_ITS_OWN) if own.is_file() else (folder / "saved_model.pb", _IN_THE_GRAPH)
+    plain = _uncompiled(path, trail)
+    lost = path.stat().st_size - len(plain)
+    if not lost:
+        return {}, ()
+    return {path: plain}, (RemovedItem(_TRAINING, StripPart.TRAINING, max(lost, 0)),)
+
+
+def _uncompiled(path: Path, trail: tuple[int, ...]) -> bytes:
+    """Return the file without the training configurations in it."""
+
+    def plain(text: bytes) -> bytes:
+        if f'"{_TRAINING}"'.encode() not in text:
+            return text
+        facts = parse_object(text, path, "its Keras metadata")
+        if facts.get(_TRAINING) is None:
+            return text
+        return json.dumps({key: value for key, value in facts.items() if key != _TRAINING}).encode()
+
+    data = mmap_file(path)
+    try:
+        return _changed(data, 0, len(data), trail, plain)
+    except WireError as error:
+        raise InputError(f"{path} is damaged: its Keras metadata holds {error}") from error
+
+
+def _changed(data: memoryview, begin: int, end: int, trail: tuple[int, ...], change: Callable[[bytes], bytes]) -> bytes:
+    if not trail:
+        return change(bytes(data[begin:end]))
+    out, at = bytearray(), begin
+    for found in fields(data, begin, end):
+        raw = data[at : found.end]
+        if found.number == trail[0] and found.wire == BYTES:
+            message = _changed(data, found.begin, found.end, trail[1:], change)
+            is_same = message == data[found.begin : found.end]
+            out += raw if is_same else length_prefix(found.number, len(message)) + message
+        else:
+            out += raw
+        at = found.end
+    return bytes(out)
+
+
+_KEPT = frozenset({"save_counter"})
+"""`tf.train.Checkpoint` looks for it."""
+
+
+def training_state(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, StripPart]:
+    """Return the entries that only training needs; whatever else might be a weight is not among them."""
+    found = _owned(bundle, graph) if graph.nodes else _named(bundle, graph)
+    for key in bundle.entries:
+        if key.startswith(METRICS.encode()):
+            found[key] = StripPart.TRAINING
+    return found
+
+
+def pieces(bundle: Bundle, keys: Iterable[bytes]) -> frozenset[bytes]:
+    """Return the entries that hold the numbers: for one in slices, the slices."""
+    entries = [bundle.entries[key] for key in keys]
+    whole = {entry.key for entry in entries if not entry.slices}
+    return frozenset(whole | {slice_key(entry.key, bounds) for entry in entries for bounds in entry.slices})
+
+
+def _owned(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, StripPart]:
+    """Return what optimizers own, as the graph of objects tells."""
+    keys = frozenset(key.encode() for key in find_ownership(graph).keys(graph))
+    return {key: StripPart.OPTIMIZER for key in bundle.entries if key in keys}
+
+
+def _named(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, StripPart]:
+    """Return what is called like the state of an optimizer, if it is a number or there is a weight that it is for."""
+    roles = {tensor.name: tensor.role for tensor in tensors.tensors_of(bundle, graph, {})}
+    entries = {
+        entry.key.decode("utf-8", "backslashreplace").removesuffix(VALUE_SUFFIX): entry for entry in bundle.numbers()
+    }
+    weights = {name: entry for name, entry in entries.items() if roles.get(name) is not Role.OPTIMIZER}
+    return {
+        entry.key: StripPart.OPTIMIZER
+        for name, entry in entries.items()
+        if name not in weights and name.rpartition("/")[2] not in _KEPT and _is_state(name, entry, entries, weights)
+    }
+
+
+def _is_state(
+    name: str, entry: BundleEntry, entries: Mapping[str, BundleEntry], weights: Mapping[str, BundleEntry]
+) -> bool:
+    """Whether it is a number, or its name is that of a weight of its shape with something behind or around it."""
+    parent = entries.get(name.rpartition("/")[0])
+    if not entry.shape or (parent is not None and parent.shape == entry.shape):
+        return True
+    parts = without_optimizer(name).split("/")
+    inner = ("/".join(parts[begin:end]) for begin in range(len(parts)) for end in range(begin + 1, len(parts) + 1))
+    return any(weights[part].shape == entry.shape for part in inner if part in weights)
+
+
+def removed_items(bundle: Bundle, dead: Mapping[bytes, StripPart]) -> tuple[RemovedItem, ...]:
+    """Return entries that are gone, with the bytes that they had to themselves."""
+    return tuple(RemovedItem(_name(key), part, _own_bytes(bundle, bundle.entries[key])) for key, part in dead.items())
+
+
+def zeroed_items(bundle: Bundle, dead: Mapping[bytes, StripPart]) -> tuple[RemovedItem, ...]:
+    """Return entries that became zeros; in each shard the bytes of the longest stay, as the zeros of them all."""
+    resting: dict[int, tuple[int, bytes]] = {}
+    for key in dead:
+        for piece in pieces(bundle, [key]):
+            entry = bundle.entries[piece]
+            resting[entry.shard] = max(resting.get(entry.shard, (0, b"")), (entry.nbytes, key))
+    stays: dict[bytes, int] = {}
+    for nbytes, key in resting.values():
+        stays[key] = stays.get(key, 0) + nbytes
+    return tuple(
+        RemovedItem(_name(key), part, max(_own_bytes(bundle, bundle.entries[key]) - stays.get(key, 0), 0))
+        for key, part in dead.items()
+    )
+
+
+def _own_bytes(bundle: Bundle, entry: BundleEntry) -> int:
+    return sum(bundle.entries[key].nbytes for key in pieces(bundle, [entry.key]) if key not in bundle.shared)
+
+
+def _name(key: bytes) -> str:
+    return key.decode("utf-8", "backslashreplace").removesuffix(VALUE_SUFFIX)
+
+
+def classify_part(name: str) -> StripPart | None:
+    """Return the part that a metric belongs to; nothing for what tells its part by its role."""
+    return StripPart.TRAINING if name.startswith(METRICS) else None
+
+
+_GONE = frozenset({Role.MASK, Role.SCHEDULE, Role.OPTIMIZER})
+
+
+def check(model: ModelFile, rebuilt: Path) -> None:
+    """Raise unless a rebuilt model has every weight, bit for bit as plain multiplication says."""
+    wrapped, plain = (read_bundle(path / "variables" / "variables.index") for path in (model.path, rebuilt))
+    graph, new_graph = object_graph.read(wrapped), object_graph.read(plain)
+    pairs, masks = object_graph.match_objects(graph, new_graph), object_graph.match_masks(graph)
+    tensors = {tensor.storage.key: tensor for tensor in model.tensors}
+    for entry in plain.numbers():
+        key = entry.key.decode("utf-8", "backslashreplace")
+        old = tensors.pop(pairs.get(key, ""), None)
+        if old is None:
+            raise WorkError(f"{model.path} came out with a variable that it did not have: {_shown(key)}")
+        weight = model.read(old)
+        mask = next((tensor for tensor in model.tensors if tensor.storage.key == masks.get(old.storage.key)), None)
+        expected = apply_mask(weight, [model.read(mask)] if mask else [])
+        extent = plain.extent(entry)
+        if (
+            entry.shape != old.shape
+            or entry.dtype != old.dtype
+            or not _same(expected, extents.view(extent, dtype=entry.dtype, shape=entry.shape))
+        ):
+            raise WorkError(f"{old.name} of {model.path} came out with other numbers than it had")
+    if lost := [tensor.name for tensor in tensors.values() if tensor.role not in _GONE]:
+        raise WorkError(f"{model.path} came out without {lost[0]}")
+
+
+def _same(expected: Iterator[Array], found: Array) -> bool:
+    return all(one.tobytes() == other.tobytes() for one, (other,) in zip(expected, cut([found]), strict=True))
+
+
+def _shown(key: str) -> str:
+    return key.removesuffix(VALUE_SUFFIX)
+
+
+WRAPPING = frozenset({StripPart.MASKS, StripPart.WRAPPERS})
+"""Neither means anything without the other: they go together."""
+_SIGNATURES = frozenset({"serving_default", "__saved_model_init_op"})
+_SECONDS, _SECONDS_PER_MB = 300, 1
+_MEMORY_BYTES, _MEMORY_PER_BYTE = 16 << 30, 16
+_REST = "the rest can go: prunectl strip --only optimizer,training"
+_OWN = ("saved_model.pb", "keras_metadata.pb", "fingerprint.pb", "variables")
+
+
+def unwrap(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
+    """Write the model as tfmot strips it, its weights times their masks, and return what went."""
+    _refuse(model, wish)
+    for module in MODULES:
+        # Only looked for: imported, it would stay in this process.
+        if importlib.util.find_spec(module) is None:
+            safe_json.require(module, extra=EXTRA)
+    target = targets[model.path / "saved_model.pb"].parent
+    _rebuild(model, target)
+    for source, place in targets.items():
+        if source.relative_to(model.path).parts[0] not in _OWN:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, place)
+    check(model, target)
+    return _removed(model)
+
+
+def _refuse(model: ModelFile, wish: StripOptions) -> None:
+    """Say what stands in the way, before any work begins."""
+    graph = read_graph(model.path / "saved_model.pb")
+    needed = WRAPPING | ({StripPart.OPTIMIZER} if model.about.optimizer else set())
+    needed |= {StripPart.TRAINING} if model.about.training else set()
+    if not needed <= wish.parts:
+        raise UsageError(
+            f"{model.path} is rebuilt without its wrappers, and then has no {', no '.join(sorted(needed - WRAPPING))}",
+            hint=f"--only {','.join(part for part in StripPart if part in needed)}",
+        )
+    if model.about.keras is None:
+        raise InputError(f"{model.path} has wrappers, but no configuration to rebuild the model from", hint=_REST)
+    if facts := trust.facts_in(model.about.keras):
+        raise UntrustedError(
+            f"{model.path} is not rebuilt without its wrappers, since that might run code: {trust.worded(facts)}",
+            hint=_REST,
+        )
+    if strange := set(graph.signatures) - _SIGNATURES:
+        raise InputError(f"{model.path} would lose its signatures {', '.join(sorted(strange))}", hint=_REST)
+    if graph.assets or len(graph.graphs) > 1:
+        lost = "the files that its graph reads" if graph.assets else "all of its graphs but one"
+        raise InputError(f"{model.path} would lose {lost}", hint=_REST)
+
+
+def _rebuild(model: ModelFile, target: Path) -> None:
+    order = {
+        "config": model.about.keras,
+        "source": str(model.path.resolve()),
+        "target": str(target.resolve()),
+        "memory_bytes": _MEMORY_BYTES + _MEMORY_PER_BYTE * model.nbytes,
+    }
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "TF_USE_LEGACY_KERAS": "1"}
+    # -P keeps the folder that prunectl is called in from lending its own tensorflow.py.
+    command = [sys.executable, "-P", "-m", "prunectl.formats.tensorflow.rebuild_worker"]
+    try:
+        done = subprocess.run(  # noqa: S603 - this package's own module
+            command,
+            input=json.dumps(order).encode(),
+            capture_output=True,
+            env={**os.environ, **quiet},
+            timeout=_SECONDS + _SECONDS_PER_MB * (model.nbytes >> 20),
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise InputError(f"{model.path} takes too long to rebuild without its wrappers", hint=_REST) from error
+    _reraise(model.path, done.stdout)
+
+
+def _reraise(path: Path, answer: bytes) -> None:
+    """Raise what the other process said, or that it said nothing."""
+    try:
+        said: Any = json.loads(answer)
+        kind, message, hint = said["kind"], said.get("message", ""), said.get("hint", "")
+    except (ValueError, TypeError, KeyError) as error:
+        raise WorkError(f"{path} cannot be rebuilt: Keras gave up", hint=_REST) from error
+    if kind == MissingExtraError.kind:
+        raise MissingExtraError(message, hint=hint)
+    if kind != "done":
+        raise InputError(f"{path} cannot be rebuilt without its wrappers: {message}", hint=hint or _REST)
+
+
+def _removed(model: ModelFile) -> tuple[RemovedItem, ...]:
+    parts = {Role.MASK: StripPart.MASKS, Role.SCHEDULE: StripPart.WRAPPERS, Role.OPTIMIZER: StripPart.OPTIMIZER}
+    gone = (
+        RemovedItem(tensor.name, classify_part(tensor.name) or parts[tensor.role], tensor.storage.stored_bytes)
+        for tensor in model.tensors
+        if tensor.role in parts
+    )
+    return (*gone, *training_in(model.path)[1])

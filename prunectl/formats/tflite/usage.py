@@ -1,0 +1,118 @@
+"""What each tensor of a .tflite graph is for, judged by the operator that takes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prunectl.formats.base import Role
+from prunectl.formats.tflite.schema import LiteGraph, LiteOperator
+
+_PASSING = frozenset({"DEQUANTIZE", "DENSIFY", "CAST"})
+"""What stands between a weight that is stored small and the operator that takes it."""
+_MAX_PASSED = 4
+_WEIGHTY = ("Conv2D", "depthwise", "MatMul", "conv2d_transpose", "Conv3D", "Tensordot", "embedding_lookup")
+"""How TensorFlow names the operations that weights belong to."""
+
+
+@dataclass(frozen=True, slots=True)
+class LiteTensorUse:
+    """What an operator takes at one of its inputs."""
+
+    role: Role
+    out_axis: int | None = None
+    in_axis: int | None = None
+
+
+_KERNEL_FIRST = LiteTensorUse(Role.KERNEL, 0, 1)
+_FILTER = LiteTensorUse(Role.KERNEL, 0, 3)
+_BIAS = LiteTensorUse(Role.BIAS)
+_RECURRENT = LiteTensorUse(Role.RECURRENT, 0, 1)
+_LSTM = {
+    **dict.fromkeys((1, 2, 3, 4, 16), _KERNEL_FIRST),
+    **dict.fromkeys((5, 6, 7, 8), _RECURRENT),
+    **dict.fromkeys((12, 13, 14, 15, 17), _BIAS),
+    **dict.fromkeys((20, 21, 22, 23), LiteTensorUse(Role.NORM)),
+}
+_RNN = {1: _KERNEL_FIRST, 2: _RECURRENT, 3: _BIAS}
+
+USES: dict[str, dict[int, LiteTensorUse]] = {
+    "CONV_2D": {1: _FILTER, 2: _BIAS},
+    "DEPTHWISE_CONV_2D": {1: LiteTensorUse(Role.KERNEL, 3), 2: _BIAS},
+    "FULLY_CONNECTED": {1: _KERNEL_FIRST, 2: _BIAS},
+    "TRANSPOSE_CONV": {1: _FILTER, 3: _BIAS},
+    "CONV_3D": {1: LiteTensorUse(Role.KERNEL, 4, 3), 2: _BIAS},
+    "CONV_3D_TRANSPOSE": {1: LiteTensorUse(Role.KERNEL, 3, 4), 3: _BIAS},
+    "EMBEDDING_LOOKUP": {1: LiteTensorUse(Role.EMBEDDING)},
+    "EMBEDDING_LOOKUP_SPARSE": {3: LiteTensorUse(Role.EMBEDDING)},
+    "LSTM": _LSTM,
+    "UNIDIRECTIONAL_SEQUENCE_LSTM": _LSTM,
+    "RNN": _RNN,
+    "UNIDIRECTIONAL_SEQUENCE_RNN": _RNN,
+    "SVDF": {1: _KERNEL_FIRST, 3: _BIAS},
+}
+"""By operator and place among its inputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class LiteTensorPurpose:
+    """What a tensor is for."""
+
+    layer: str
+    kind: str
+    use: LiteTensorUse
+
+
+def meanings(graph: LiteGraph) -> dict[int, LiteTensorPurpose]:
+    """Return what each tensor that an operator takes is for; of several takers, the first."""
+    takers: dict[int, tuple[LiteOperator, int]] = {}
+    for operator in graph.operators:
+        for place, at in enumerate(operator.inputs):
+            takers.setdefault(at, (operator, place))
+    return {at: _meaning(graph, at, takers) for at in takers if at >= 0}
+
+
+def _meaning(graph: LiteGraph, at: int, takers: dict[int, tuple[LiteOperator, int]]) -> LiteTensorPurpose:
+    operator, place = takers[at]
+    for _ in range(_MAX_PASSED):
+        if operator.kind not in _PASSING or not operator.outputs or operator.outputs[0] not in takers:
+            break
+        operator, place = takers[operator.outputs[0]]
+    rank = len(graph.tensors[at].shape)
+    use = _use(operator, place, rank)
+    is_whole = use.out_axis is None or use.out_axis < rank
+    return LiteTensorPurpose(
+        layer_of(graph, operator, at), operator.kind, use if is_whole else LiteTensorUse(Role.OTHER)
+    )
+
+
+def _use(operator: LiteOperator, place: int, rank: int) -> LiteTensorUse:
+    if operator.kind == "BATCH_MATMUL" and place in {0, 1} and rank >= 2:
+        adjoint = operator.options is not None and operator.options.number(place, 1) != 0
+        # The right side holds [in, out], the left one [out, in], unless they are turned.
+        is_out_last = (place == 1) != adjoint
+        return (
+            LiteTensorUse(Role.KERNEL, rank - 1, rank - 2)
+            if is_out_last
+            else LiteTensorUse(Role.KERNEL, rank - 2, rank - 1)
+        )
+    if operator.kind == "GATHER" and place == 0 and rank == 2:
+        return LiteTensorUse(Role.EMBEDDING)
+    return USES.get(operator.kind, {}).get(place, LiteTensorUse(Role.OTHER))
+
+
+def layer_of(graph: LiteGraph, operator: LiteOperator, at: int) -> str:
+    """Return what a user would call the operator: the scope of its weight, else that of its result."""
+    weights = [place for place, use in USES.get(operator.kind, {}).items() if use.role in {Role.KERNEL, Role.EMBEDDING}]
+    named = [operator.inputs[place] for place in weights if place < len(operator.inputs)]
+    for found in (*named, at, *operator.outputs):
+        if found >= 0 and (scope := _scope(graph.tensors[found].name)):
+            return scope
+    return graph.tensors[operator.outputs[0] if operator.outputs and operator.outputs[0] >= 0 else at].name
+
+
+def _scope(name: str) -> str:
+    # The converter names what it fused after all the parts, with semicolons between them.
+    parts = [part for part in name.split(";") if "/" in part]
+    weighty = [part for part in parts if part.rpartition("/")[2].startswith(_WEIGHTY)]
+    first = next(iter(weighty or parts), "").removeprefix("StatefulPartitionedCall/")
+    return first.rpartition("/")[0]

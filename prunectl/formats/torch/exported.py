@@ -1,0 +1,184 @@
+"""The zip of torch.export: weights as plain entries, and a JSON that says how to see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from prunectl.errors import InputError
+from prunectl.formats import state_dict, zip_read
+from prunectl.formats.base import ModelFile, ModelInfo, Role, Storage, Tensor
+from prunectl.formats.safe_json import parse_object
+from prunectl.formats.state_dict import StateUse
+from prunectl.formats.torch import archive as torch_archive
+from prunectl.formats.torch import exported_graph, views
+from prunectl.formats.torch import model as torch_model
+from prunectl.formats.torch.exported_graph import parameters
+from prunectl.formats.torch.pickle.opcodes import describe_value
+from prunectl.formats.torch.views import DTYPES, SCALAR_TYPES, StorageInfo
+from prunectl.formats.zip_read import Archive, ZipEntry
+
+PROGRAM = "serialized_exported_program.json"
+"""The graph of a program of PyTorch 2.7 or earlier, which has no folders."""
+EXAMPLES = "serialized_example_inputs.pt"
+_PARTS = ("serialized_state_dict", "serialized_constants")
+
+
+def nested_tensors(archive: Archive, graph: dict[str, Any]) -> Iterator[Tensor]:
+    """Yield the tensors of a program of PyTorch 2.7 or earlier."""
+    for part in _PARTS:
+        # PyTorch 2.1 called them .json, although they were none.
+        name = next((f"{part}{end}" for end in (".pt", ".json") if f"{part}{end}" in archive.entries), "")
+        if not name:
+            raise InputError(f"{archive.path} is damaged: it has no entry {part}.pt")
+        yield from inside(archive, name, graph)
+
+
+def inside(archive: Archive, name: str, graph: dict[str, Any]) -> Iterator[Tensor]:
+    """Yield the tensors of one entry that torch.save wrote."""
+    entry = archive.entries[name]
+    if not entry.nbytes:
+        return
+    if not entry.is_stored:
+        raise InputError(
+            f"{archive.path} compresses its entry {name}, a zip inside the zip",
+            hint="load it with PyTorch and save it with torch.export.save, or zip it again without compression",
+        )
+    inner = zip_read.open_inside(archive, entry)
+    if any(not found.is_stored for found in inner.entries.values()):
+        raise InputError(f"{archive.path} compresses what lies in its entry {name}, a zip inside the zip")
+    source = torch_archive.pickle_source(inner, torch_archive.top_folder(inner), "data")
+    found, _ = torch_model.tensors(archive.path, source, {})
+    trained = parameters(graph)
+    for tensor in found:
+        role = tensor.role if tensor.name in trained or not graph else Role.STATE
+        storage = replace(tensor.storage, key=f"{name}!{tensor.storage.key}")
+        yield replace(tensor, role=role, storage=storage)
+
+
+MAX_JSON_BYTES = 12 << 20
+STRIDED = 7
+"""The number of the dense layout."""
+_CONFIGS = (("data/weights/", "_weights_config.json"), ("data/constants/", "_constants_config.json"))
+
+
+def open_model(path: Path) -> ModelFile:
+    """Open a zip that torch.export.save wrote."""
+    archive = zip_read.open_archive(path)
+    folder = _top_folder(archive)
+    models = [name for name in archive.entries if name.startswith(f"{folder}models/") and name.endswith(".json")]
+    is_old = not models and PROGRAM in archive.entries
+    models = [PROGRAM] if is_old else models
+    if not models:
+        raise InputError(f"{path} is damaged: it has no model in its folder models")
+    tensors: list[Tensor] = []
+    uses: dict[str, StateUse | None] = {}
+    about = ModelInfo(producer="pytorch")
+    for entry in models:
+        name = PurePosixPath(entry).stem
+        graph = _graph(archive, entry)
+        about = replace(about, producer=exported_graph.producer(graph) or about.producer)
+        prefix = f"{name}." if len(models) > 1 else ""
+        found = list(
+            nested_tensors(archive, graph)
+            if is_old
+            else (one for part, end in _CONFIGS for one in _tensors(archive, folder, part, f"{name}{end}", graph))
+        )
+        kinds = exported_graph.tensor_kinds(graph)
+        uses |= {prefix + tensor: use for tensor, use in exported_graph.uses(graph, found).items()}
+        tensors += [replace(tensor, name=prefix + tensor.name, kind=kinds.get(tensor.name, "")) for tensor in found]
+    if not tensors:
+        raise InputError(f"{path} holds no tensors")
+    views.refuse_rereading(path, tensors)
+    described = state_dict.describe(tensors, uses=uses)
+    code = [entry for entry in archive.entries.values() if entry.name.startswith(f"{folder}data/aotinductor/")]
+    return ModelFile(
+        path=path,
+        format="torch-export",
+        tensors=described,
+        about=replace(
+            about,
+            wrappers=state_dict.wrappers(described),
+            code=("compiled code",) if code else (),
+            code_bytes=sum(entry.extent.nbytes for entry in code),
+            example_bytes=sum(entry.extent.nbytes for entry in examples(archive)),
+            notes=_notes(archive, folder),
+            is_compressed=any(tensor.storage.extent is None for tensor in described),
+        ),
+        files=(path,),
+        decode=torch_archive.decoder(archive),
+    )
+
+
+def examples(archive: Archive) -> tuple[ZipEntry, ...]:
+    """Return the inputs that the programs were exported with, where they are not empty."""
+    folder = f"{_top_folder(archive)}data/sample_inputs/"
+    starts = (folder, EXAMPLES)
+    return tuple(entry for name, entry in archive.entries.items() if name.startswith(starts) and entry.nbytes)
+
+
+def _top_folder(archive: Archive) -> str:
+    formats = [name for name in archive.entries if name == "archive_format" or name.endswith("/archive_format")]
+    return min(formats, key=lambda name: (name.count("/"), name), default="").removesuffix("archive_format")
+
+
+def _graph(archive: Archive, entry: str) -> dict[str, Any]:
+    """Return the graph of a model; none when it is too big to be read for its facts."""
+    if archive.entries[entry].nbytes > MAX_JSON_BYTES:
+        return {}
+    return parse_object(archive.read(entry, MAX_JSON_BYTES), archive.path, f"its entry {entry}")
+
+
+def _tensors(archive: Archive, folder: str, part: str, config: str, graph: dict[str, Any]) -> Iterator[Tensor]:
+    """Yield the tensors that one configuration lists."""
+    name = f"{folder}{part}{config}"
+    if name not in archive.entries:
+        # PyTorch 2.8 put all weights into one entry.
+        old = f"{folder}{part}{config.removesuffix('_weights_config.json').removesuffix('_constants_config.json')}.pt"
+        if old in archive.entries:
+            yield from inside(archive, old, graph)
+            return
+        raise InputError(f"{archive.path} is damaged: it has no entry {name}")
+    is_big = archive.entries.get(f"{folder}byteorder") and archive.read(f"{folder}byteorder", 64) == b"big"
+    listed = parse_object(archive.read(name, MAX_JSON_BYTES), archive.path, f"its entry {name}").get("config")
+    if not isinstance(listed, dict):
+        raise InputError(f"{archive.path} is damaged: its entry {name} lists no tensors")
+    for tensor, facts in listed.items():
+        if isinstance(facts, dict) and facts.get("tensor_meta") is not None and facts.get("use_pickle") is not True:
+            yield _tensor(archive, tensor, f"{folder}{part}{facts.get('path_name')}", facts, big_endian=bool(is_big))
+
+
+def _tensor(archive: Archive, name: str, entry: str, facts: dict[str, Any], *, big_endian: bool) -> Tensor:
+    path, meta = archive.path, facts["tensor_meta"]
+    try:
+        shape, strides = _integers(meta["sizes"]), _integers(meta["strides"])
+        start, code, layout = meta["storage_offset"]["as_int"], meta["dtype"], meta["layout"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: it does not say how {describe_value(name)} lies in its entry") from error
+    if type(code) is not int or code not in SCALAR_TYPES or layout != STRIDED:
+        raise InputError(f"{path} holds {describe_value(name)} in a type or a layout that prunectl does not read")
+    if entry not in archive.entries:
+        raise InputError(f"{path} is damaged: it has no entry {describe_value(entry)}")
+    dtype = DTYPES[SCALAR_TYPES[code]]
+    found = archive.entries[entry]
+    count, rest = divmod(found.nbytes, dtype.itemsize)
+    if rest:
+        raise InputError(
+            f"{path} is damaged: {found.nbytes} bytes are not a whole number of elements of {describe_value(name)}"
+        )
+    view = views.resolve_view(path, name, StorageInfo(entry, dtype, count), dtype, (start, shape, strides))
+    extent = found.extent if found.is_stored else None
+    storage = Storage(entry, found.nbytes, extent, found.extent.nbytes, big_endian)
+    role = Role.OTHER if facts.get("is_param") is True else Role.STATE
+    return Tensor(name, "", view.shape, dtype, role, storage, start=view.start, strides=view.strides)
+
+
+def _integers(values: Any) -> tuple[Any, ...]:
+    return tuple(value["as_int"] for value in values)
+
+
+def _notes(archive: Archive, folder: str) -> tuple[str, ...]:
+    pickled = [name for name in archive.entries if name.startswith(f"{folder}data/constants/custom_obj_")]
+    return ("It also holds objects that PyTorch would unpickle on loading.",) if pickled else ()

@@ -1,0 +1,357 @@
+"""What the graph of an exported program says of its weights: which operation uses which."""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prunectl.formats.base import MAX_LENGTH, Length, Shape, Tensor
+from prunectl.formats.state_dict import StateUse
+from prunectl.formats.torch.pickle.opcodes import describe_value
+from prunectl.formats.torch.usage import (
+    CALCULATED,
+    FIRST,
+    NOTHING,
+    RECURRENT,
+    TAKEN,
+    Flow,
+    Origins,
+    ValueOrigin,
+    joined,
+    passed,
+)
+
+_KINDS = ("parameter", "buffer", "tensor_constant")
+
+
+def producer(graph: dict[str, Any]) -> str:
+    """Return the version of PyTorch that exported the graph, where it says so."""
+    version = graph.get("torch_version")
+    return f"pytorch {describe_value(version)}" if isinstance(version, str) and version else ""
+
+
+def tensor_kinds(graph: dict[str, Any]) -> dict[str, str]:
+    """Return the type of the first operation that uses each weight, such as `linear`."""
+    module = as_dict(graph.get("graph_module"))
+    names = argument_names(as_dict(module.get("signature")).get("input_specs"))
+    found: dict[str, str] = {}
+    for node in as_list(as_dict(module.get("graph")).get("nodes")):
+        target = as_dict(node).get("target")
+        if not isinstance(target, str):
+            continue
+        for used in as_list(as_dict(node).get("inputs")):
+            argument = as_dict(as_dict(as_dict(used).get("arg")).get("as_tensor")).get("name")
+            if isinstance(argument, str) and argument in names:
+                found.setdefault(names[argument], operation(target))
+    return found
+
+
+def operation(target: str) -> str:
+    """Return `linear` for `torch.ops.aten.linear.default`."""
+    parts = target.split(".")
+    return describe_value(parts[3] if len(parts) > 3 and parts[1] == "ops" else parts[-1])
+
+
+def argument_names(specs: Any) -> dict[str, str]:
+    """Return the weights by the names that the graph gives them."""
+    found: dict[str, str] = {}
+    for spec in as_list(specs):
+        for kind in _KINDS:
+            facts = as_dict(as_dict(spec).get(kind))
+            name = facts.get(f"{kind}_name")
+            argument = as_dict(facts.get("arg")).get("name")
+            if isinstance(name, str) and isinstance(argument, str):
+                found[argument] = name
+    return found
+
+
+def parameters(graph: dict[str, Any]) -> frozenset[str]:
+    """Return the weights that are trained; buffers and constants are not."""
+    specs = as_list(as_dict(as_dict(graph.get("graph_module")).get("signature")).get("input_specs"))
+    names = (as_dict(as_dict(spec).get("parameter")).get("parameter_name") for spec in specs)
+    return frozenset(name for name in names if isinstance(name, str))
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    """Return what should be an object, empty if it is none."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return what should be a list, empty if it is none."""
+    return value if isinstance(value, list) else []
+
+
+MAX_AXES = 64
+_MAX_CHARACTERS = 256
+
+
+def shape(sizes: Any, ones: frozenset[str]) -> Shape | None:
+    """Return the sizes of a tensor; the symbols in ``ones`` count as 1."""
+    if not isinstance(sizes, list) or len(sizes) > MAX_AXES:
+        return None
+    return tuple(_length(size, ones) for size in sizes)
+
+
+def first_symbol(sizes: Any) -> str:
+    """Return the symbol that stands for the first size of a tensor, if one does."""
+    if not isinstance(sizes, list) or len(sizes) < 2:
+        return ""
+    tree = _parsed(_expression(sizes[0]))
+    return _symbol(tree) if tree is not None else ""
+
+
+def _length(size: Any, ones: frozenset[str]) -> Length:
+    found = size.get("as_int") if isinstance(size, dict) else None
+    if type(found) is not int:
+        tree = _parsed(_expression(size))
+        found = _value(tree, ones) if tree is not None else None
+    return found if found is not None and 0 <= found <= MAX_LENGTH else None
+
+
+def _expression(size: Any) -> str:
+    said = size.get("as_expr") if isinstance(size, dict) else None
+    text = said.get("expr_str") if isinstance(said, dict) else said
+    return text if isinstance(text, str) and len(text) <= _MAX_CHARACTERS else ""
+
+
+def _parsed(text: str) -> ast.expr | None:
+    try:
+        return ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _symbol(tree: ast.expr) -> str:
+    """Return the name of what is nothing but a symbol."""
+    if isinstance(tree, ast.Name):
+        return tree.id
+    if _function(tree) == "Symbol" and isinstance(tree, ast.Call) and tree.args:
+        name = tree.args[0]
+        return name.value if isinstance(name, ast.Constant) and isinstance(name.value, str) else ""
+    return ""
+
+
+def _function(tree: ast.expr) -> str:
+    return tree.func.id if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) else ""
+
+
+def _value(tree: ast.expr, ones: frozenset[str]) -> int | None:
+    """Return the value of an expression of whole numbers; None for what is not known or not understood."""
+    if isinstance(tree, ast.Constant):
+        return tree.value if type(tree.value) is int and abs(tree.value) <= MAX_LENGTH else None
+    symbol = _symbol(tree)
+    if symbol:
+        return 1 if symbol in ones else None
+    if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub):
+        return _combined([ast.Constant(-1), tree.operand], ones, math.prod)
+    if isinstance(tree, ast.BinOp):
+        return _combined([tree.left, tree.right], ones, _OPERATORS.get(type(tree.op)))
+    if isinstance(tree, ast.Call):
+        return _combined(tree.args, ones, _FUNCTIONS.get(_function(tree)))
+    return None
+
+
+def _combined(
+    parts: Sequence[ast.expr], ones: frozenset[str], combine: Callable[[list[int]], int | None] | None
+) -> int | None:
+    values = [_value(part, ones) for part in parts]
+    known = [value for value in values if value is not None]
+    if combine is None or not known or len(known) != len(values):
+        return None
+    found = combine(known)
+    return found if found is not None and abs(found) <= MAX_LENGTH else None
+
+
+def _divided(values: list[int]) -> int | None:
+    return values[0] // values[1] if len(values) == 2 and values[1] else None
+
+
+_FUNCTIONS: dict[str, Callable[[list[int]], int | None]] = {
+    "Integer": sum,
+    "Add": sum,
+    "Mul": math.prod,
+    "FloorDiv": _divided,
+    "Max": max,
+    "Min": min,
+}
+_OPERATORS: dict[type[ast.operator], Callable[[list[int]], int | None]] = {
+    ast.Add: sum,
+    ast.Sub: lambda values: values[0] - values[1],
+    ast.Mult: math.prod,
+    ast.FloorDiv: _divided,
+}
+
+
+MAX_NODES = 1_000_000
+_PASSING = frozenset(
+    {
+        *("t", "transpose", "permute", "view", "reshape", "contiguous", "detach", "alias", "to", "_to_copy", "clone"),
+        *("unsqueeze", "squeeze", "expand", "numpy_T", "lift_fresh_copy", "_unsafe_view"),
+    }
+)
+_MAX_PASSED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedNode:
+    """One operation, with its arguments by name."""
+
+    op: str
+    """Such as `conv2d` for `torch.ops.aten.conv2d.default`."""
+    arguments: Mapping[str, Any]
+    outputs: tuple[str, ...]
+    module: str
+    """The path of the module that it belongs to."""
+
+    def tensor(self, argument: str) -> str:
+        """Name of the tensor that an argument is."""
+        return _text(as_dict(as_dict(self.arguments.get(argument)).get("as_tensor")).get("name"))
+
+    def tensors(self, argument: str) -> tuple[str, ...]:
+        """Names of the tensors that an argument lists."""
+        listed = as_list(as_dict(self.arguments.get(argument)).get("as_tensors"))
+        return tuple(_text(as_dict(one).get("name")) for one in listed)
+
+    def flag(self, argument: str) -> bool:
+        """An argument that is off unless it is on."""
+        return as_dict(self.arguments.get(argument)).get("as_bool") is True
+
+    def word(self, argument: str) -> str:
+        """An argument that is a text."""
+        return _text(as_dict(self.arguments.get(argument)).get("as_string"))
+
+    @property
+    def graphs(self) -> tuple[Mapping[str, Any], ...]:
+        """Graphs that it runs, once or in a loop or not at all."""
+        found = (as_dict(as_dict(as_dict(one).get("as_graph")).get("graph")) for one in self.arguments.values())
+        return tuple(graph for graph in found if graph)
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the tensors that its graphs run on: all that follows the last of them."""
+        keys = list(self.arguments)
+        first = max((place + 1 for place, key in enumerate(keys) if _is_graph(self.arguments[key])), default=len(keys))
+        return tuple(name for key in keys[first:] for name in (self.tensor(key), *self.tensors(key)) if name)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedGraph:
+    """A graph with the sizes of its tensors and the names of its weights."""
+
+    nodes: tuple[ExportedNode, ...]
+    sizes: Mapping[str, Any]
+    ones: frozenset[str]
+    """Symbols of the batch."""
+    weights: Mapping[str, str]
+    """Names of tensors of the model by the names that the graph gives them."""
+    makers: Mapping[str, ExportedNode]
+
+    def shape(self, name: str) -> Shape | None:
+        """Return what is known of the shape of a tensor."""
+        return shape(as_dict(self.sizes.get(name)).get("sizes"), self.ones)
+
+    def weight(self, name: str) -> str:
+        """Return the tensor of the model that this is, behind what only hands it on."""
+        for _ in range(_MAX_PASSED):
+            maker = self.makers.get(name)
+            if name in self.weights or maker is None or maker.op not in _PASSING:
+                break
+            name = next(filter(None, map(maker.tensor, ("self", "input"))), "")
+        return self.weights.get(name, "")
+
+
+def main_graph(program: Mapping[str, Any]) -> ExportedGraph:
+    """Return the graph of a program."""
+    module = as_dict(program.get("graph_module"))
+    graph, specs = as_dict(module.get("graph")), as_list(as_dict(module.get("signature")).get("input_specs"))
+    sizes = as_dict(graph.get("tensor_values"))
+    inputs = [
+        _text(as_dict(as_dict(as_dict(as_dict(one).get("user_input")).get("arg")).get("as_tensor")).get("name"))
+        for one in specs
+    ]
+    ones = frozenset(filter(None, (first_symbol(as_dict(sizes.get(name)).get("sizes")) for name in inputs)))
+    return _graph(graph, ones, argument_names(specs))
+
+
+def inner_graph(graph: Mapping[str, Any], operands: tuple[str, ...], outer: ExportedGraph) -> ExportedGraph:
+    """Return a graph that a node of another one runs on some operands."""
+    taken = input_names(graph)
+    weights = {inner: outer.weight(name) for inner, name in zip(taken, operands, strict=False) if outer.weight(name)}
+    return _graph(graph, outer.ones, weights)
+
+
+def input_names(graph: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what a graph that a node runs calls its inputs."""
+    return tuple(_text(as_dict(as_dict(one).get("as_tensor")).get("name")) for one in as_list(graph.get("inputs")))
+
+
+def _graph(graph: Mapping[str, Any], ones: frozenset[str], weights: Mapping[str, str]) -> ExportedGraph:
+    nodes = tuple(_node(as_dict(one)) for one in as_list(graph.get("nodes"))[:MAX_NODES])
+    makers = {name: node for node in nodes for name in node.outputs}
+    return ExportedGraph(nodes, as_dict(graph.get("tensor_values")), ones, weights, makers)
+
+
+def _node(found: Mapping[str, Any]) -> ExportedNode:
+    named = [(_text(as_dict(one).get("name")), as_dict(one).get("arg")) for one in as_list(found.get("inputs"))]
+    # What higher operations run and pass on has no names.
+    arguments = {name or str(place): value for place, (name, value) in enumerate(named)}
+    outputs = tuple(_text(as_dict(one).get("name")) for made in as_list(found.get("outputs")) for one in _made(made))
+    stack = _text(as_dict(found.get("metadata")).get("nn_module_stack"))
+    module = stack.rpartition(";")[2].split(",")
+    return ExportedNode(
+        operation(_text(found.get("target"))), arguments, outputs, describe_value(module[1]) if len(module) > 1 else ""
+    )
+
+
+def _made(output: Any) -> list[Any]:
+    """Return the tensor that an output is, or those that it lists."""
+    listed = as_list(as_dict(output).get("as_tensors"))
+    return listed or [as_dict(output).get("as_tensor")]
+
+
+def _is_graph(argument: Any) -> bool:
+    return "as_graph" in as_dict(argument)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+MAX_DEPTH = 20
+_OPERANDS = ("self", "other")
+
+
+def uses(program: Mapping[str, Any], tensors: list[Tensor]) -> dict[str, StateUse | None]:
+    """Return what each weight is used for; of a program whose graph is not at hand, nothing."""
+    if not program:
+        return {}
+    flow = Flow()
+    graph = main_graph(program)
+    _follow(graph, {name: frozenset((ValueOrigin(weight),)) for name, weight in graph.weights.items()}, flow, 0)
+    found = flow.found()
+    return {tensor.name: found.get(tensor.name) for tensor in tensors}
+
+
+def _follow(graph: ExportedGraph, values: dict[str, Origins], flow: Flow, depth: int) -> None:
+    for node in graph.nodes:
+        arguments = {name: joined(values.get(one, NOTHING) for one in _tensors(node, name)) for name in node.arguments}
+        if node.op in RECURRENT:
+            flow.recur(node.op, [values.get(one, NOTHING) for one in node.tensors("params")])
+        elif node.op in TAKEN:
+            flow.use(node.op, arguments, is_transposed=node.flag("transposed"))
+        else:
+            first = _OPERANDS if node.op in CALCULATED else FIRST
+            made = passed(node.op, joined(arguments.get(name, NOTHING) for name in first))
+            values.update(dict.fromkeys(node.outputs, made) if made else {})
+        for inner in node.graphs if depth < MAX_DEPTH else ():
+            operands = [values.get(name, NOTHING) for name in node.operands]
+            below = inner_graph(inner, node.operands, graph)
+            _follow(below, dict(zip(input_names(inner), operands, strict=False)), flow, depth + 1)
+
+
+def _tensors(node: ExportedNode, argument: str) -> tuple[str, ...]:
+    return tuple(filter(None, (node.tensor(argument), *node.tensors(argument))))

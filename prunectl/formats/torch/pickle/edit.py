@@ -1,0 +1,222 @@
+"""The entries of recorded dictionaries, to be looked at and to be changed."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prunectl.formats.torch import views
+from prunectl.formats.torch.pickle.ir import Bytes, IRNode, Mutation, PickleIR, emitted, reachable
+from prunectl.formats.torch.pickle.vm import interpret
+
+Entry = tuple[IRNode, IRNode]
+
+_TEXT = ord("X")
+_NAMED_BY_STACK = 0x93
+_CALLS = {ord("R"), 0x81}
+_LISTS = {ord("]"), ord("l")}
+_TUPLES = {ord("t"), 0x85, 0x86, 0x87}
+_SETS = {ord("s"), ord("u")}
+_DICTIONARIES = frozenset(
+    {
+        *("collections.OrderedDict", "collections.defaultdict", "collections.Counter"),
+        *("builtins.dict", "__builtin__.dict"),
+    }
+)
+_NOWHERE = Path("the pickle")
+
+
+def value(node: IRNode) -> Any:
+    """Return what a small recipe makes, as the restricted machine sees it."""
+    return interpret(emitted(node), _NOWHERE, "a value").value
+
+
+def text(node: IRNode) -> str | None:
+    """Return a text; None for what is none."""
+    if node.code == _TEXT:
+        return bytes(node.raw[5:]).decode("utf-8", "backslashreplace")
+    found = value(node) if node.is_atom else None
+    return found if isinstance(found, str) else None
+
+
+def called(node: IRNode) -> str:
+    """Return the dotted path of the function or class that makes a value."""
+    if node.code not in _CALLS or not node.parts:
+        return ""
+    function = node.parts[0]
+    if function.code == ord("c"):
+        return ".".join(bytes(function.raw[1:]).decode("utf-8", "backslashreplace").splitlines())
+    if function.code == _NAMED_BY_STACK:
+        return ".".join(name or "" for name in map(text, function.parts))
+    return ""
+
+
+def arguments(node: IRNode) -> list[IRNode]:
+    """Return what a call is given."""
+    if node.code not in _CALLS or len(node.parts) < 2:
+        return []
+    return node.parts[1].parts if node.parts[1].code in _TUPLES else []
+
+
+def entries(node: IRNode) -> list[Entry] | None:
+    """Return the entries of a dictionary; None for what is none."""
+    found: list[Entry] = []
+    if node.code == ord("d"):
+        found += zip(node.parts[::2], node.parts[1::2], strict=True)
+    elif node.code != ord("}"):
+        if called(node) not in _DICTIONARIES:
+            return None
+        found += _listed(arguments(node))
+    for deed in node.deeds:
+        if deed.code in _SETS:
+            found += zip(deed.parts[::2], deed.parts[1::2], strict=True)
+    return found
+
+
+def _listed(given: Sequence[IRNode]) -> list[Entry]:
+    """Return the entries that an ordered dictionary of Python 2 is made from."""
+    rows = items(given[0]) if given else []
+    return [(row[0], row[1]) for row in map(items, rows) if len(row) == 2]
+
+
+def items(node: IRNode) -> list[IRNode]:
+    """Return the items of a list or a tuple."""
+    if node.code in _TUPLES:
+        return node.parts
+    if node.code not in _LISTS:
+        return []
+    return [*node.parts, *(part for deed in node.deeds if deed.code in b"ae" for part in deed.parts)]
+
+
+def replace_entries(node: IRNode, kept: Sequence[Entry]) -> None:
+    """Give a dictionary other entries."""
+    if node.code == ord("d"):
+        node.raw, node.parts = b"}", []
+    elif _listed(arguments(node)):
+        node.parts = [node.parts[0], IRNode(b")")]
+    others = [deed for deed in node.deeds if deed.code not in _SETS]
+    filled = [Mutation(ord("u"), [part for entry in kept for part in entry])] if kept else []
+    node.deeds = [*filled, *others]
+
+
+def texts(node: IRNode) -> dict[str, IRNode]:
+    """Return the entries of a dictionary whose keys are texts."""
+    return {name: item for key, item in entries(node) or () if (name := text(key)) is not None}
+
+
+def text_node(words: str) -> IRNode:
+    """Return the recipe of a text."""
+    raw = words.encode("utf-8", "backslashreplace")
+    return IRNode(bytes([_TEXT]) + struct.pack("<I", len(raw)) + raw)
+
+
+def number_node(number: int) -> IRNode:
+    """Return the recipe of a whole number that is not negative."""
+    if number < 1 << 31:
+        return IRNode(b"J" + struct.pack("<i", number))
+    raw = number.to_bytes((number.bit_length() + 8) // 8, "little")
+    return IRNode(b"\x8a" + bytes([len(raw)]) + raw)
+
+
+def tuple_node(parts: Sequence[IRNode]) -> IRNode:
+    """Return the recipe of a tuple."""
+    return IRNode(b"t", list(parts)) if parts else IRNode(b")")
+
+
+_ASKS = ord("Q")
+_KEY, _COUNT = 2, 4
+
+
+@dataclass(frozen=True, slots=True)
+class StorageRef:
+    """One place in a program where a storage is asked for."""
+
+    id: IRNode
+    """What tells the container which one: `("storage", class, key, location, count)`."""
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class NewStorage:
+    """A storage with new numbers."""
+
+    nbytes: int
+    itemsize: int
+    raw: Callable[[], Iterator[Bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointEdits:
+    """What a container is to hold: a changed program, and the storages that are not as they were."""
+
+    recipe: PickleIR
+    dropped: frozenset[str]
+    fresh: Mapping[str, NewStorage] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointContainer:
+    """A file as the program in it and the storages beside."""
+
+    recipe: PickleIR
+    name_of: Callable[[str], str]
+    """What the model calls the storage of a key."""
+    sizes: Mapping[str, int]
+    """Bytes that the storage of a key takes in the file."""
+    write: Callable[[Path, CheckpointEdits], None]
+
+
+def storage_ref(node: IRNode) -> StorageRef | None:
+    """Return the storage that a value is asked for with; None if it is no such value."""
+    if node.code != _ASKS or len(node.parts[0].parts) <= _COUNT:
+        return None
+    place = node.parts[0]
+    if text(place.parts[0]) != "storage":
+        return None
+    if not place.parts[_KEY].is_atom:
+        return None
+    key = text(place.parts[_KEY])
+    return StorageRef(place, key if key is not None else str(value(place.parts[_KEY])))
+
+
+def storage_refs(root: IRNode) -> list[StorageRef]:
+    """Return every place where a program asks for a storage, in its order."""
+    return [ask for node in reachable(root).values() if (ask := storage_ref(node)) is not None]
+
+
+def storage_keys(node: IRNode) -> frozenset[str]:
+    """Return the storages behind a value."""
+    return frozenset(ask.key for ask in storage_refs(node))
+
+
+def is_tensor(node: IRNode) -> bool:
+    """Whether a value is a tensor, not something that holds some."""
+    path = called(node)
+    return path.startswith(("torch._utils._rebuild_", "torch._tensor._rebuild_")) or path.endswith(".Parameter")
+
+
+def with_storage(node: IRNode, key: str, shape: tuple[int, ...]) -> IRNode | None:
+    """Return a tensor that sees the whole of another storage, row by row; None where it is not a plain one."""
+    given = arguments(node)
+    if not given:
+        return None
+    if called(node) in views.PLAIN:
+        ask = storage_ref(given[0])
+        if ask is None:
+            return None
+        parts = [*ask.id.parts[:_KEY], text_node(key), ask.id.parts[3], number_node(math.prod(shape))]
+        # Older programs say there which part of the storage they mean.
+        parts += [IRNode(b"N")] * (len(ask.id.parts) - len(parts))
+        strides = tuple_node([number_node(math.prod(shape[axis + 1 :])) for axis in range(len(shape))])
+        inside = IRNode(given[0].raw, [tuple_node(parts)])
+        changed = [inside, number_node(0), given[2], strides, *given[4:]]
+    else:
+        inner = with_storage(given[0], key, shape)
+        if inner is None:
+            return None
+        changed = [inner, *given[1:]]
+    return IRNode(node.raw, [node.parts[0], tuple_node(changed)], node.deeds)

@@ -1,0 +1,203 @@
+"""The opcodes of pickle, protocols 0 to 5, and the bytes that follow them."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from prunectl.formats.budgets import BROKEN_TEXT_COST, MAX_PICKLE_TEXT_BYTES
+
+MAX_SHOWN_CHARACTERS = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A function or class that the program names."""
+
+    module: str
+    name: str
+    path: str = field(init=False, repr=False, compare=False)
+    """The dotted path that Python would import; made once, since a program may call one function 500,000 times."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", f"{self.module}.{self.name}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RawBytes:
+    """A long text or a run of bytes that lies in the pickle as it is."""
+
+    at: int
+    nbytes: int
+    head: bytes
+    """All of it when it is short, nothing when it is long."""
+
+
+@dataclass(slots=True, eq=False)
+class Persistent:
+    """Something that the pickle leaves to the container, such as a storage."""
+
+    id: Any
+
+
+@dataclass(slots=True, eq=False)
+class PickleDict:
+    """A dictionary as the program fills it: hashing a stranger's keys could take for ever."""
+
+    items: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the entries whose keys are texts."""
+        return {key: value for key, value in self.items if isinstance(key, str)}
+
+
+@dataclass(slots=True, eq=False)
+class OpaqueCall:
+    """What a call would have returned."""
+
+    function: Any
+    args: Any
+    state: Any = None
+    pairs: PickleDict | None = None
+    items: list[Any] | None = None
+
+    @property
+    def path(self) -> str:
+        """The dotted path of what would have been called; nothing when it is itself the result of a call."""
+        return self.function.path if isinstance(self.function, Global) else ""
+
+    def arg(self, index: int) -> Any:
+        """Return one positional argument, or None."""
+        return self.args[index] if isinstance(self.args, tuple) and index < len(self.args) else None
+
+
+def describe_value(text: str) -> str:
+    """Return a stranger's text fit for one line."""
+    plain = "".join(letter if letter.isprintable() else "?" for letter in text[:MAX_SHOWN_CHARACTERS])
+    return plain if len(text) <= MAX_SHOWN_CHARACTERS else f"{plain}..."
+
+
+MAX_TEXT_BYTES = 1 << 16
+"""No name of a tensor is longer: what is stays where it lies."""
+MAX_NUMBER_BYTES = 1024
+MAX_LINE_BYTES = 1 << 16
+
+CONSTANTS: dict[int, Any] = {ord("N"): None, 0x88: True, 0x89: False}
+NUMBERS = {ord("J"): "<i", ord("K"): "<B", ord("M"): "<H", ord("G"): ">d"}
+LONG_NUMBERS = {0x8A: "<B", 0x8B: "<i"}
+LINES = {ord("I"): "int", ord("L"): "int", ord("F"): "float", ord("S"): "string", ord("V"): "text"}
+TEXTS = {ord("X"): "<I", 0x8C: "<B", 0x8D: "<Q"}
+STRINGS = {ord("T"): "<i", ord("U"): "<B"}
+"""Python 2's strings: text or bytes, whichever they turn out to be."""
+RUNS = {ord("B"): "<I", ord("C"): "<B", 0x8E: "<Q", 0x96: "<Q"}
+TUPLES = {ord(")"): 0, 0x85: 1, 0x86: 2, 0x87: 3}
+PUTS = {ord("q"): "<B", ord("r"): "<I"}
+GETS = {ord("h"): "<B", ord("j"): "<I"}
+SKIPPED = {0x80: 1, 0x95: 8}
+"""The protocol's number and the length of a frame: neither changes what follows."""
+EXTENSIONS = {0x82: "<B", 0x83: "<H", 0x84: "<i"}
+
+
+_EMPTY_TEXT_BYTES = sys.getsizeof("")
+
+
+@dataclass(slots=True)
+class OpcodeReader:
+    """A place in the bytes of a program; whatever reaches past their end is a ValueError."""
+
+    data: bytes | mmap.mmap
+    at: int
+    end: int
+    taken_bytes: int = 0
+    """Bytes of memory that text takes so far: what it is decoded to, not what it is read from."""
+
+    def take(self, nbytes: int) -> None:
+        """Count bytes of memory."""
+        self.taken_bytes += nbytes
+        if self.taken_bytes > MAX_PICKLE_TEXT_BYTES:
+            raise ValueError("it holds more text than any model")
+
+    def skip(self, nbytes: int) -> None:
+        """Go past some bytes."""
+        self.at += nbytes
+
+    def number(self, layout: str) -> Any:
+        """Return a number of fixed size."""
+        size = struct.calcsize(layout)
+        if self.at + size > self.end:
+            raise ValueError("it ends early")
+        (value,) = struct.unpack_from(layout, self.data, self.at)
+        self.at += size
+        return value
+
+    def run(self, nbytes: int) -> bytes:
+        """Return so many bytes."""
+        if nbytes < 0 or self.at + nbytes > self.end:
+            raise ValueError("it ends early")
+        found = self.data[self.at : self.at + nbytes]
+        self.at += nbytes
+        return found
+
+    def raw(self, nbytes: int) -> RawBytes:
+        """Return a run of bytes by its place."""
+        if nbytes < 0 or self.at + nbytes > self.end:
+            raise ValueError("it ends early")
+        at = self.at
+        head = b""
+        if nbytes <= MAX_TEXT_BYTES:
+            self.take(nbytes)
+            head = self.run(nbytes)
+        self.at = at + nbytes
+        return RawBytes(at, nbytes, head)
+
+    def text(self, nbytes: int) -> str | RawBytes:
+        """Return a text; one that is too long to be a name only by its place."""
+        if nbytes > MAX_TEXT_BYTES:
+            return self.raw(nbytes)
+        raw = self.run(nbytes)
+        try:
+            found = raw.decode()
+        except UnicodeDecodeError:
+            self.take(BROKEN_TEXT_COST * nbytes)
+            # Unpaired surrogates would be a trap for whoever prints the name.
+            found = raw.decode("utf-8", "backslashreplace")
+        self.take(sys.getsizeof(found) - _EMPTY_TEXT_BYTES)
+        return found
+
+    def string(self, nbytes: int) -> str | RawBytes:
+        """Return a string of Python 2: text where it is UTF-8."""
+        raw = self.raw(nbytes)
+        try:
+            return raw.head.decode() if nbytes <= MAX_TEXT_BYTES else raw
+        except UnicodeDecodeError:
+            return raw
+
+    def long(self, nbytes: int) -> int:
+        """Return a whole number of any size that makes sense."""
+        if nbytes > MAX_NUMBER_BYTES:
+            raise ValueError("a number in it is absurdly long")
+        return int.from_bytes(self.run(nbytes), "little", signed=True)
+
+    def line(self) -> bytes:
+        """Return the bytes up to the end of the line."""
+        stop = self.data.find(b"\n", self.at, min(self.end, self.at + MAX_LINE_BYTES))
+        if stop < 0:
+            raise ValueError("it ends early")
+        found = self.data[self.at : stop]
+        self.take(len(found))
+        self.at = stop + 1
+        return found
+
+    def line_of(self, kind: str) -> Any:
+        """Return what protocol 0 writes as a line."""
+        line = self.line()
+        if kind == "int":
+            known = {b"00": False, b"01": True}
+            return known[line] if line in known else int(line.removesuffix(b"L"))
+        if kind == "float":
+            return float(line)
+        # Escapes in a quoted string stay as they stand: no name of a tensor needs them.
+        return line.decode("raw-unicode-escape", "replace") if kind == "text" else line[1:-1].decode("latin-1")

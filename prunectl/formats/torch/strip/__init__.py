@@ -1,0 +1,274 @@
+"""A copy of a PyTorch file without what a trained model does not need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from prunectl.errors import InputError
+from prunectl.formats.base import ModelFile, RemovedItem, Role, StripOptions, StripPart
+from prunectl.formats.patch import patch_files
+from prunectl.formats.state_dict import MODEL_ROOTS, OPTIMIZER_ROOTS, TRAINING_ROOTS
+from prunectl.formats.torch.pickle.edit import (
+    CheckpointContainer,
+    CheckpointEdits,
+    called,
+    entries,
+    is_tensor,
+    replace_entries,
+    storage_keys,
+    storage_ref,
+    storage_refs,
+    text,
+    texts,
+)
+from prunectl.formats.torch.pickle.ir import IRNode, reachable
+from prunectl.formats.torch.strip import containers
+from prunectl.formats.torch.strip.masks import MaskedWeight, halve, iter_nested_dicts, materialise_masked, unwrap
+from prunectl.formats.zip_read import open_archive
+
+_AVERAGES = frozenset(
+    {
+        *("ema", "ema_state_dict", "model_ema", "state_dict_ema", "ema_model", "ema_state", "model_state_dict_ema"),
+        *("swa_model", "averaged_model"),
+    }
+)
+_GRADIENTS = frozenset({"grad", "grads", "gradient", "gradients"})
+_TRAINING = TRAINING_ROOTS - {"scaler", "grad_scaler"} | {"message_hub", "param_schedulers"}
+_FACTS = frozenset(
+    {
+        *("epoch", "epochs", "global_step", "step", "steps", "iteration", "iterations", "iter", "iters", "updates"),
+        *("loss", "losses", "train_loss", "val_loss", "valid_loss", "test_loss", "train_losses", "val_losses"),
+        *("acc", "accuracy", "train_acc", "val_acc", "test_acc", "acc1", "metric", "metrics", "history"),
+        *("train_metrics", "train_results", "date", "git", "wandb_id", "random_state", "lr", "learning_rate"),
+    }
+)
+_LIGHTNING = "pytorch-lightning_version"
+_LIGHTNING_READS = frozenset({"epoch", "global_step"})
+"""What Lightning's own loader asks an older checkpoint for."""
+_OPTIMIZER_MARKS = ({"state", "param_groups"}, {"state", "hypers"})
+_SCALER_MARK = "growth_factor"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSection:
+    """An entry of a checkpoint, and whether it is one that holds more."""
+
+    node: IRNode
+    storages: frozenset[str]
+    is_tensor: bool
+
+    @property
+    def is_container(self) -> bool:
+        """Whether tensors lie in it."""
+        return bool(self.storages) and not self.is_tensor
+
+    def keys(self) -> set[str]:
+        """Return its own entries' names."""
+        return set(texts(self.node))
+
+
+def training_sections(sections: Mapping[str, CheckpointSection]) -> dict[str, StripPart]:
+    """Return the entries that only training needs; none unless a model is left without them."""
+    found = {name: part for name, section in sections.items() if (part := _part(name, section, sections)) is not None}
+    is_checkpoint = any(section.is_container for name, section in sections.items() if name not in found)
+    return found if is_checkpoint else {}
+
+
+def _part(name: str, section: CheckpointSection, all_sections: Mapping[str, CheckpointSection]) -> StripPart | None:
+    low = name.lower()
+    if section.node.raw == b"N":
+        return None
+    if not section.node.is_atom and not section.is_tensor and _is_optimizer(low, section):
+        return StripPart.OPTIMIZER
+    if low in _GRADIENTS and section.storages:
+        return StripPart.GRADIENTS
+    if _is_averaged_copy(name, all_sections):
+        return StripPart.TRAINING
+    if _LIGHTNING in all_sections and name in _LIGHTNING_READS:
+        return None
+    return StripPart.TRAINING if _is_for_training(low, section) else None
+
+
+def _is_optimizer(name: str, section: CheckpointSection) -> bool:
+    is_named = name in OPTIMIZER_ROOTS or "optim" in name
+    return is_named or any(marks <= section.keys() for marks in _OPTIMIZER_MARKS)
+
+
+def _is_for_training(name: str, section: CheckpointSection) -> bool:
+    if name in _TRAINING or ("rng" in name.split("_") and not section.is_container):
+        return True
+    if "scaler" in name:
+        # Some keep the scaler of their data under this name, which predictions need.
+        return _SCALER_MARK in section.keys()  # noqa: SIM118 (these are not a dictionary's)
+    if "sched" in name and not section.node.is_atom:
+        return True
+    is_fact = name in _FACTS or name.startswith("best_")
+    return is_fact and not section.is_container
+
+
+def _is_averaged_copy(name: str, sections: Mapping[str, CheckpointSection]) -> bool:
+    """Whether another entry holds the weights that are used."""
+    if not sections[name].is_container:
+        return False
+    averages = [other for other in sections if other in _AVERAGES and sections[other].is_container]
+    if "updates" in sections and "ema" in averages:
+        # The layout of YOLO: its loader takes the average if there is one.
+        return name == "model"
+    models = [other for other in sections if other in MODEL_ROOTS - _AVERAGES and sections[other].is_container]
+    return name in averages and bool(models)
+
+
+MAX_WORK = 8_000_000
+"""Looked at once, all values of a program are far fewer."""
+_GRADIENT_LEAVES = (".grad", ".main_grad")
+_WITH_STATE = frozenset(
+    {"torch._utils._rebuild_parameter_with_state", "torch._tensor._rebuild_from_type_v2"},
+)
+_PARTS_OF_MASKS = frozenset({StripPart.MASKS, StripPart.WRAPPERS})
+
+
+@dataclass(frozen=True, slots=True)
+class _RemovedSection:
+    """What went, and the storages that it used."""
+
+    name: str
+    part: StripPart
+    storages: frozenset[str] = frozenset()
+
+
+def strip(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
+    """Write a copy without the parts that are to go, and return what went.
+
+    A mask and its wrapper go together, whichever of them is asked for: neither means anything alone.
+    """
+    container = _open(model, wish)
+    if container is None:
+        patch_files(model, targets, ())
+        return ()
+    root = container.recipe.root
+    before = frozenset(ask.key for ask in storage_refs(root))
+    gone = [*_sections(model.path, root, wish), *(_gradients(root) if StripPart.GRADIENTS in wish.parts else ())]
+    products: list[MaskedWeight] = []
+    if wish.parts & _PARTS_OF_MASKS:
+        products = unwrap(root, {tensor.name: tensor for tensor in model.tensors})
+        gone += _masks({container.name_of(key): key for key in before}, products)
+        _refuse_others(model, gone)
+    numbers = materialise_masked(model, container, products)
+    fresh = {key: held.fresh() for key, held in numbers.items()}
+    if wish.is_half:
+        fresh.update(halve(model, container, numbers))
+    if not gone and not fresh:
+        patch_files(model, targets, ())
+        return ()
+    kept = frozenset(ask.key for ask in storage_refs(root))
+    container.write(targets[model.path], CheckpointEdits(container.recipe, before - kept, fresh))
+    return tuple(_counted(gone, kept, container))
+
+
+def _open(model: ModelFile, wish: StripOptions) -> CheckpointContainer | None:
+    """Return what can be changed; None where there is nothing that could go."""
+    if model.format != "torch":
+        return containers.open_legacy_container(model)
+    archive = open_archive(model.path)
+    if not containers.is_script(archive):
+        return containers.open_zip_container(model, archive)
+    if wish.is_half:
+        raise InputError(
+            f"{model.path} is a TorchScript program, whose code says of which type its weights are",
+            hint="leave out --half, or make the program from a model in half precision",
+        )
+    if wish.parts & _PARTS_OF_MASKS:
+        _refuse_others(model, [])
+    return None
+
+
+def _sections(path: Path, root: IRNode, wish: StripOptions) -> list[_RemovedSection]:
+    """Take the entries out of a checkpoint that only training needs."""
+    inside = entries(root) or []
+    found: dict[str, CheckpointSection] = {}
+    work = 0
+    for key, item in inside:
+        if (name := text(key)) is None:
+            continue
+        below = reachable(item)
+        storages = frozenset(ask.key for node in below.values() if (ask := storage_ref(node)) is not None)
+        found[name] = CheckpointSection(item, storages, is_tensor(item))
+        work += len(below)
+        if work > MAX_WORK:
+            raise InputError(f"{path} is refused: its values share each other without end")
+    dead = {name: part for name, part in training_sections(found).items() if part in wish.parts}
+    if not dead:
+        return []
+    # The loader of YOLO asks for the model even where it takes the average.
+    kept = [
+        (key, IRNode(b"N") if name in dead else item)
+        for key, item in inside
+        if (name := text(key)) not in dead or name == "model"
+    ]
+    replace_entries(root, kept)
+    return [_RemovedSection(name, part, found[name].storages) for name, part in dead.items()]
+
+
+def _gradients(root: IRNode) -> list[_RemovedSection]:
+    """Take gradients out: those beside their weights, and those that a parameter carries along."""
+    gone: list[_RemovedSection] = []
+    for place in list(iter_nested_dicts(root)):
+        names = texts(place.node)
+        dead = {name: item for name, item in names.items() if _is_gradient(name, item, names)}
+        gone += _dropped(place.node, place.prefix, dead)
+    for node in reachable(root).values():
+        if called(node) in _WITH_STATE:
+            for given in node.parts[1].parts:
+                carried = {name: item for name, item in texts(given).items() if name in {"grad", "main_grad"}}
+                gone += _dropped(given, "", {name: item for name, item in carried.items() if not item.is_atom})
+    return gone
+
+
+def _dropped(node: IRNode, prefix: str, dead: dict[str, IRNode]) -> list[_RemovedSection]:
+    if dead:
+        replace_entries(node, [entry for entry in entries(node) or () if text(entry[0]) not in dead])
+    return [_RemovedSection(prefix + name, StripPart.GRADIENTS, storage_keys(item)) for name, item in dead.items()]
+
+
+def _is_gradient(name: str, node: IRNode, names: dict[str, IRNode]) -> bool:
+    owners = [name.removesuffix(leaf) for leaf in _GRADIENT_LEAVES if name.endswith(leaf)]
+    return any(owner in names for owner in owners) and is_tensor(node)
+
+
+def _masks(known: Mapping[str, str], products: Iterable[MaskedWeight]) -> list[_RemovedSection]:
+    """Return the masks and the wrappers that went; the known are the keys of storages."""
+    gone: dict[str, _RemovedSection] = {}
+    for product in products:
+        for mask in product.masks:
+            storages = frozenset({known[mask.storage.key]})
+            gone.setdefault(mask.name, _RemovedSection(mask.name, StripPart.MASKS, storages))
+        wrapper = product.place.prefix + product.wrapper
+        gone.setdefault(
+            wrapper, _RemovedSection(wrapper, StripPart.WRAPPERS, frozenset({known[product.tensor.storage.key]}))
+        )
+    return list(gone.values())
+
+
+def _refuse_others(model: ModelFile, gone: Iterable[_RemovedSection]) -> None:
+    """Refuse masks that code applies, which cannot go without it."""
+    names = tuple(thing.name for thing in gone)
+    inside = tuple(f"{name}." for name in names)
+    for tensor in model.tensors:
+        if tensor.role == Role.MASK and tensor.name not in names and not tensor.name.startswith(inside):
+            raise InputError(
+                f"{model.path} holds {tensor.name}, a mask that code from the file or a shape of its own ties to its "
+                "weight",
+                hint="strip the rest with --only optimizer,training,gradients, or save the state dict of the model",
+            )
+
+
+def _counted(
+    gone: Iterable[_RemovedSection], kept: frozenset[str], container: CheckpointContainer
+) -> Iterable[RemovedItem]:
+    """Yield what went with the bytes that went with it; what several share counts once."""
+    spent = set(kept)
+    for thing in gone:
+        yield RemovedItem(thing.name, thing.part, sum(container.sizes.get(key, 0) for key in thing.storages - spent))
+        spent |= thing.storages

@@ -1,0 +1,277 @@
+"""Zip archives as places where bytes lie: offsets instead of streams, and no trust in what they claim."""
+
+from __future__ import annotations
+
+import errno
+import io
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunectl.errors import InputError, abbreviated, reading
+from prunectl.formats.detect import refuse_long_directory
+from prunectl.formats.extents import Extent
+
+MAX_RATIO = 1100
+"""Deflate cannot do better than 1032 to 1: an entry that claims more lies."""
+MAX_BLOWN_UP_BYTES = 256 << 20
+"""An archive that inflates to more than this, and more than BOMB_RATIO times itself, is a bomb."""
+BOMB_RATIO = 200
+_LOCAL_HEADER_BYTES = 30
+_RECORD_BYTES, _ZIP64 = 4, b"\x01\x00"
+"""How long the head of an extra record is, and the kind that holds 64-bit lengths."""
+_PIECE_BYTES = 1 << 20
+_END, _LOCATOR_64, _END_64 = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
+_END_BYTES, _LOCATOR_BYTES, _END_64_BYTES, _MAX_COMMENT_BYTES = 22, 20, 56, (1 << 16) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class ZipEntry:
+    """One file in a zip, and where its bytes lie."""
+
+    name: str
+    nbytes: int
+    """Bytes once inflated."""
+    extent: Extent
+    """The bytes as they are stored."""
+    is_stored: bool
+    crc: int
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """The entries of a zip, by name."""
+
+    path: Path
+    entries: Mapping[str, ZipEntry]
+
+    def read(self, name: str, limit: int) -> bytes:
+        """Return a whole entry that is known to be small, such as a configuration."""
+        entry = self.entries[name]
+        if entry.nbytes > limit:
+            raise InputError(f"{self.path} is damaged: its entry {abbreviated(name)} claims {entry.nbytes} bytes")
+        return b"".join(self.pieces(entry))
+
+    def inflated(self, entry: ZipEntry) -> NDArray[np.uint8]:
+        """Return a whole entry, in as much memory as it has bytes."""
+        raw = np.empty(entry.nbytes, np.uint8)
+        done = 0
+        for piece in self.pieces(entry):
+            raw[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
+            done += len(piece)
+        return raw
+
+    def pieces(self, entry: ZipEntry) -> Iterator[bytes]:
+        """Yield the inflated bytes of an entry, checked against its length and CRC-32."""
+        done, crc = 0, 0
+        with self.path.open("rb") as file:
+            for piece in _inflated(file, entry):
+                done += len(piece)
+                crc = zlib.crc32(piece, crc)
+                if done > entry.nbytes:
+                    break
+                yield piece
+        if done != entry.nbytes or crc != entry.crc:
+            raise InputError(
+                f"{self.path} is damaged: its entry {abbreviated(entry.name)} is not what its checksum says"
+            )
+
+
+def _inflated(file: BinaryIO, entry: ZipEntry) -> Iterator[bytes]:
+    file.seek(entry.extent.offset)
+    left = entry.extent.nbytes
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    while left:
+        with reading(entry.extent.path):
+            raw = file.read(min(_PIECE_BYTES, left))
+        if not raw:
+            return
+        left -= len(raw)
+        if entry.is_stored:
+            yield raw
+            continue
+        try:
+            while raw:
+                yield inflate.decompress(raw, _PIECE_BYTES)
+                raw = inflate.unconsumed_tail
+        except zlib.error as error:
+            raise InputError(
+                f"{file.name} is damaged: its entry {abbreviated(entry.name)} cannot be inflated"
+            ) from error
+
+
+def open_archive(path: Path) -> Archive:
+    """Read the directory of a zip, refusing one that lies."""
+    return _opened(path, None)
+
+
+def open_inside(archive: Archive, entry: ZipEntry) -> Archive:
+    """Read the directory of a zip that is stored in a zip; its entries lie where they lie in the outer file."""
+    return _opened(archive.path, entry.extent)
+
+
+class FileWindow(io.RawIOBase):
+    """A part of a file, as if it were one."""
+
+    def __init__(self, path: Path, begin: int, nbytes: int) -> None:
+        self._file = path.open("rb")
+        self._begin, self._nbytes, self._at = begin, nbytes, 0
+
+    def readable(self) -> bool:
+        """Whether it can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Whether any place in it can be read."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place, counted from the start, the current place or the end of the part."""
+        start = (0, self._at, self._nbytes)[whence]
+        if start + offset < 0:
+            raise OSError(errno.EINVAL, "a place before the start")
+        self._at = start + offset
+        return self._at
+
+    def tell(self) -> int:
+        """Return the current place."""
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what fits, up to the end of the part."""
+        self._file.seek(self._begin + self._at)
+        piece = self._file.read(min(len(buffer), max(self._nbytes - self._at, 0)))
+        buffer[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+    def close(self) -> None:
+        """Close the file behind it."""
+        self._file.close()
+        super().close()
+
+
+def _opened(path: Path, within: Extent | None) -> Archive:
+    base = within.offset if within is not None else 0
+    try:
+        with (
+            FileWindow(path, base, within.nbytes if within is not None else path.stat().st_size) as part,
+            path.open("rb") as file,
+        ):
+            buffered = io.BufferedReader(part)
+            refuse_long_directory(path, buffered)
+            with ZipFile(buffered) as archive:
+                infos = [info for info in archive.infolist() if not info.filename.endswith("/")]
+                entries = [_locate(path, file, info, base) for info in infos]
+            begin = min((info.header_offset for info in archive.infolist()), default=0)
+            end = base + archive.start_dir
+            has_one_directory = _has_one_directory(buffered)
+    except (BadZipFile, NotImplementedError, UnicodeDecodeError, EOFError) as error:
+        raise InputError(f"{path} is a damaged zip: {error}") from error
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read: permission denied") from error
+    if begin:
+        # A cut zip can end in a zip that was one of its entries, whose directory is then found instead.
+        raise InputError(f"{path} is truncated or damaged: there are {begin} bytes before its first entry")
+    if not has_one_directory:
+        raise InputError(f"{path} is refused: not every reader would find the same entries in it")
+    _refuse_lies(path, entries, end)
+    return Archive(path, {entry.name: entry for entry in entries})
+
+
+def _has_one_directory(file: BinaryIO | io.BufferedReader) -> bool:
+    """Whether all that the end of a zip says about its directory leads to the same place: right before that end.
+
+    Python looks for the 64-bit end before its locator, PyTorch where the locator says (see CVE-2025-8291).
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - _MAX_COMMENT_BYTES - _END_BYTES - _LOCATOR_BYTES - _END_64_BYTES))
+    tail = file.read()
+    at = tail.rfind(_END)
+    place = size - len(tail) + at
+    length, offset = (
+        int.from_bytes(tail[at + 12 : at + 16], "little"),
+        int.from_bytes(tail[at + 16 : at + 20], "little"),
+    )
+    locator = tail[max(at - _LOCATOR_BYTES, 0) : at]
+    if locator.startswith(_LOCATOR_64):
+        at -= _LOCATOR_BYTES + _END_64_BYTES
+        place -= _LOCATOR_BYTES + _END_64_BYTES
+        if at < 0 or int.from_bytes(locator[8:16], "little") != place or not tail.startswith(_END_64, at):
+            return False
+        length = int.from_bytes(tail[at + 40 : at + 48], "little")
+        offset = int.from_bytes(tail[at + 48 : at + 56], "little")
+    return offset + length == place
+
+
+def written_again(old: ZipInfo) -> ZipInfo:
+    """Return what an entry is written again with: all that its directory says, but for lengths and compression."""
+    new = ZipInfo(old.filename, old.date_time)
+    new.comment, new.create_system = old.comment, old.create_system
+    new.internal_attr, new.external_attr = old.internal_attr, old.external_attr
+    new.extra = _without_lengths(old.extra)
+    return new
+
+
+def _without_lengths(extra: bytes) -> bytes:
+    """Drop the record of 64-bit lengths, which is written anew where it is needed."""
+    kept, at = b"", 0
+    while at + _RECORD_BYTES <= len(extra):
+        end = at + _RECORD_BYTES + int.from_bytes(extra[at + 2 : at + 4], "little")
+        if extra[at : at + 2] != _ZIP64 and end <= len(extra):
+            kept += extra[at:end]
+        at = end
+    return kept
+
+
+def _locate(path: Path, file: BinaryIO, info: ZipInfo, base: int) -> ZipEntry:
+    if info.compress_type not in {ZIP_STORED, ZIP_DEFLATED}:
+        raise InputError(f"{path} compresses its entry {abbreviated(info.filename)} in a way that no model does")
+    if info.flag_bits & 1:
+        raise InputError(f"{path} is encrypted")
+    file.seek(max(0, base + info.header_offset))
+    header = file.read(_LOCAL_HEADER_BYTES)
+    if info.header_offset < 0 or len(header) < _LOCAL_HEADER_BYTES or header[:4] != b"PK\x03\x04":
+        raise InputError(
+            f"{path} is a damaged zip: its entry {abbreviated(info.filename)} does not lie where the directory says"
+        )
+    names_bytes = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    offset = base + info.header_offset + _LOCAL_HEADER_BYTES + names_bytes
+    is_stored = info.compress_type == ZIP_STORED
+    if is_stored and info.compress_size != info.file_size:
+        raise InputError(f"{path} is a damaged zip: its entry {abbreviated(info.filename)} has two lengths")
+    return ZipEntry(info.filename, info.file_size, Extent(path, offset, info.compress_size), is_stored, info.CRC)
+
+
+def _refuse_lies(path: Path, entries: list[ZipEntry], end: int) -> None:
+    seen: set[str] = set()
+    for entry in entries:
+        name = PurePosixPath(entry.name)
+        if not entry.name:
+            # Whoever writes such an archive again would look at the last letter of the name.
+            raise InputError(f"{path} is a damaged zip: one of its entries has no name")
+        if entry.name in seen:
+            raise InputError(f"{path} is refused: it holds two entries named {abbreviated(entry.name)}")
+        if name.is_absolute() or ".." in name.parts or "\\" in entry.name:
+            raise InputError(f"{path} is refused: its entry {abbreviated(entry.name)} points out of the archive")
+        if entry.nbytes > entry.extent.nbytes * MAX_RATIO:
+            raise InputError(
+                f"{path} is refused: its entry {abbreviated(entry.name)} claims to inflate beyond what deflate can do"
+            )
+        seen.add(entry.name)
+    last = 0
+    for entry in sorted(entries, key=lambda found: found.extent.offset):
+        if entry.extent.offset < last:
+            raise InputError(f"{path} is refused: its entry {abbreviated(entry.name)} overlaps another")
+        last = entry.extent.offset + entry.extent.nbytes
+    if last > end:
+        raise InputError(f"{path} is a damaged zip: its entries reach beyond their directory")
+    total = sum(entry.nbytes for entry in entries)
+    if total > max(MAX_BLOWN_UP_BYTES, BOMB_RATIO * sum(entry.extent.nbytes for entry in entries)):
+        raise InputError(f"{path} is refused: it would inflate to {total} bytes, like a zip bomb")

@@ -1,0 +1,85 @@
+"""Where a result goes, and where it is made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from prunectl.errors import UsageError
+from prunectl.formats import atomic, scratch
+from prunectl.formats.base import ModelFile
+from prunectl.formats.registry import FORMATS, by_name, load, open_model
+
+_ANYTHING = frozenset({"", ".bin", ".json", ".index"})
+"""Suffixes that promise nothing, though some formats have them."""
+BIG_BYTES = 16 << 20
+"""Above it, compressing for the report would take much longer than the work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where the result goes, and whether something may be there."""
+
+    target: Path
+    is_forced: bool = False
+    is_in_place: bool = False
+    is_stream: bool = False
+    """Whether it is sent on from there as one run of bytes."""
+
+
+def check(model: ModelFile, output: Destination | None) -> None:
+    """Refuse an output that may not be written, before any work begins."""
+    if output is not None:
+        if not (output.is_stream or output.is_in_place):
+            _check_name(model, output.target)
+        atomic.check_target(model, output.target, is_forced=output.is_forced, is_in_place=output.is_in_place)
+
+
+def _check_name(model: ModelFile, target: Path) -> None:
+    """Refuse a name that promises another format than the one that is kept."""
+    suffix, own = target.suffix.lower(), by_name(model.format)
+    if suffix in {model.path.suffix.lower(), *own.suffixes, *_ANYTHING}:
+        return
+    others = [other for other in FORMATS if suffix in other.suffixes]
+    # A .pth.tar may be a PyTorch file of any age.
+    if others and not any(set(other.suffixes) & set(own.suffixes) for other in others):
+        raise UsageError(
+            f"{target} is named as {others[0].title}, but {model.path} keeps its format: {own.title}",
+            hint=f"end it in {model.path.suffix or own.suffixes[0] or 'nothing'}; `prunectl export` changes formats",
+        )
+
+
+def staged_paths(model: ModelFile, folder: Path, target: Path) -> dict[Path, Path]:
+    """Return where in a folder each file of a model is to be written, its own folder made."""
+    found = {source: folder / name for source, name in atomic.targets(model, target).items()}
+    for place in found.values():
+        place.parent.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def pack(written: Path, folder: Path) -> None:
+    """Compress what was written inside its container, in its place."""
+    model = open_model(written)
+    packed = folder.parent / scratch.PACKED
+    load(by_name(model.format).packer)(model, packed, lambda _: None)
+    os.replace(packed, written)
+
+
+@contextmanager
+def staging_dir(model: ModelFile, output: Destination | None) -> Generator[tuple[Path, Path]]:
+    """Yield the folder to write into, and the path that the result is named after."""
+    if output is None:
+        with scratch.temporary_folder() as folder:
+            yield folder, folder / model.path.name
+    else:
+        if output.is_stream and (model.path.is_dir() or len(model.files) > 1):
+            raise UsageError(f"{model.path} is more than one file, and does not fit through standard output")
+        # In place is where the file itself lies: not a link to it, nor the folder or the prefix that it was named by.
+        target = model.path.resolve() if output.is_in_place else output.target
+        # The output appears when this ends without an error.
+        may_replace = output.is_forced or output.is_in_place
+        with atomic.atomic_replace(target, may_replace=may_replace, model=model) as folder:
+            yield folder, target

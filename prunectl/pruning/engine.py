@@ -1,0 +1,399 @@
+"""Carries out a plan: scores, cuts, writes a copy, reads it back."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from prunectl.analysis.patterns import BlockPattern, NMPattern
+from prunectl.analysis.stats import ModelStats, measure_stats
+from prunectl.analysis.tensor_io import blocks, iter_blocks, iter_slabs, nonzero_mask
+from prunectl.errors import UsageError, WorkError
+from prunectl.formats.base import Array, ModelFile, Storage, Tensor
+from prunectl.formats.extents import BLOCK_BYTES
+from prunectl.formats.patch import TensorUpdate, in_storage_order
+from prunectl.formats.registry import by_name, load
+from prunectl.formats.workers import check_stopped
+from prunectl.pruning.clustering import Clustering, clustered
+from prunectl.pruning.masks import (
+    NonFinitePolicy,
+    Pooling,
+    check_pruned_nonfinite,
+    lowest_blocks,
+    lowest_per_group,
+    rank_nonfinite,
+)
+from prunectl.pruning.plan import Plan, Selection, SkippedTensor, TensorPlan
+from prunectl.pruning.strategies import BlockContext, Strategy
+from prunectl.pruning.threshold import Mask, Source, ThresholdMasker, threshold
+
+KEPT_BYTES = 256 << 20
+"""Scores beyond this lie in a file until they are needed: they may be twice the size of the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class PruningMethod:
+    """How weights are ranked, and in what shape they go."""
+
+    strategy: Strategy
+    seed: int = 0
+    not_finite: NonFinitePolicy = NonFinitePolicy.ERROR
+    pattern: NMPattern | BlockPattern | None = None
+    pool: Pooling = Pooling.AVG
+    solver: Solver | None = None
+    """What makes new numbers where zeros alone will not do."""
+    clustering: Clustering | None = None
+    """How many distinct values what stays of each tensor is brought to."""
+
+
+@dataclass(slots=True)
+class TensorCounts:
+    """What was written of a tensor."""
+
+    dropped: int = 0
+    zeros: int = 0
+
+
+def execute(model: ModelFile, plan: Plan, method: PruningMethod, targets: dict[Path, Path]) -> dict[str, TensorCounts]:
+    """Write the pruned copy, and return what is in it by tensor."""
+    tallies = {cut.tensor.name: TensorCounts() for cut in plan.cuts}
+    if method.solver is not None:
+        solution = method.solver(model, plan, method)
+    else:
+        solution = PrunedTensors(pruned_blocks(model, plan, method, next(iter(targets.values())).parent))
+    made = dict(zip(tallies, solution.made, strict=True))
+    if method.clustering is not None:
+        made = {name: partial(clustered, make, method.clustering, name, method.seed) for name, make in made.items()}
+    rewrites = [
+        TensorUpdate(cut.tensor, partial(_count_zeros, made[cut.tensor.name], tallies[cut.tensor.name]))
+        for cut in plan.cuts
+    ]
+    # What the file holds once more is written once more, from the same numbers.
+    rewrites += [
+        TensorUpdate(tensor, partial(_count_zeros, made[model.copies[tensor.name]], TensorCounts()))
+        for tensor in model.tensors
+        if model.copies.get(tensor.name) in made
+    ]
+    rewrites += [
+        TensorUpdate(tensor, partial(_to_storage, tensor, solution.others[name]))
+        for tensor in model.tensors
+        if (name := model.copies.get(tensor.name, tensor.name)) in solution.others
+    ]
+    load(by_name(model.format).writer)(model, targets, rewrites)
+    if not isinstance(method.pattern, BlockPattern) and method.not_finite is not NonFinitePolicy.ZERO:
+        dropped = sum(tally.dropped for tally in tallies.values())
+        if dropped != plan.drop:
+            raise WorkError(f"{dropped} weights of {model.path} were dropped instead of {plan.drop}")
+    return tallies
+
+
+def verify(model: ModelFile, found: ModelFile, tallies: dict[str, TensorCounts], *, has_channels: bool) -> ModelStats:
+    """Hold what was written against the input and the counts, and return what is in it."""
+    # Not in their order: what was packed meanwhile may be listed behind the rest.
+    if {(tensor.name, tensor.shape, tensor.dtype) for tensor in found.tensors} != {
+        (tensor.name, tensor.shape, tensor.dtype) for tensor in model.tensors
+    }:
+        raise WorkError(f"{model.path} came out with other tensors than it had")
+    seen = measure_stats(found, found.tensors, has_channels=has_channels)
+    for row in seen.layers:
+        if row.name in tallies and row.zeros != tallies[row.name].zeros:
+            raise WorkError(f"{row.name} of {model.path} came out with another number of zeros than planned")
+    return seen
+
+
+_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+Pruned = Iterator[tuple[Array, Mask]]
+"""Blocks of weights in storage order, the dropped ones zeroed, each with what was dropped of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedTensors:
+    """What becomes of the tensors of a plan, and of others with them."""
+
+    made: Sequence[Callable[[], Pruned]]
+    others: Mapping[str, Array] = field(default_factory=dict)
+
+
+Solver = Callable[[ModelFile, Plan, PruningMethod], PrunedTensors]
+
+
+def _to_storage(tensor: Tensor, value: Array) -> Iterator[Array]:
+    yield from iter_blocks(in_storage_order(tensor, value.astype(tensor.dtype, copy=False)))
+
+
+def _count_zeros(make: Callable[[], Pruned], tally: TensorCounts) -> Iterator[Array]:
+    tally.dropped = tally.zeros = 0
+    for block, dropped in make():
+        tally.dropped += int(np.count_nonzero(dropped))
+        tally.zeros += block.size - int(np.count_nonzero(nonzero_mask(block)))
+        yield block
+
+
+def pruned_blocks(
+    model: ModelFile, plan: Plan, method: PruningMethod, scratch: Path | None = None
+) -> Sequence[Callable[[], Pruned]]:
+    """Return what prunes each tensor of the plan; scores that memory has no room for lie in the scratch folder."""
+    if method.pattern is not None:
+        return [partial(_in_a_pattern, model, cut, method) for cut in plan.cuts]
+    joint = any(cut.drop is None for cut in plan.cuts)
+    is_wide = joint and any(cut.tensor.dtype.itemsize == 8 for cut in plan.cuts)
+    scored = _Scored(model, method, plan, scratch, is_wide=is_wide, is_joint=joint)
+    sources = [partial(scored.scores, cut.tensor) for cut in plan.cuts]
+    if joint:
+        together = threshold(sources, plan.drop)
+        droppers = [partial(together.drops, number) for number in range(len(sources))]
+    else:
+        # Each cut is found just before its tensor is written, while the tensor is still in the caches.
+        droppers = [partial(_per_tensor_threshold, source, cut) for source, cut in zip(sources, plan.cuts, strict=True)]
+    return [
+        partial(_unstructured, scored, cut.tensor, dropper) for cut, dropper in zip(plan.cuts, droppers, strict=True)
+    ]
+
+
+def _per_tensor_threshold(source: Source, cut: TensorPlan) -> ThresholdMasker:
+    return threshold([source], cut.drop or 0).drops(0)
+
+
+class _Scored:
+    """The scores of the tensors of a plan, as often as they are asked for.
+
+    Scores of single weights are reckoned again each time, block by block. A strategy that sees a tensor whole scores
+    it once: the scores are kept until the tensor is pruned, beyond some megabytes in a file without a name.
+    """
+
+    def __init__(
+        self,
+        model: ModelFile,
+        method: PruningMethod,
+        plan: Plan,
+        scratch: Path | None,
+        *,
+        is_wide: bool,
+        is_joint: bool,
+    ) -> None:
+        self.model = model
+        self.method = method
+        self._is_wide = is_wide
+        self._is_joint = is_joint
+        self._decoded: dict[str, Array] = {}
+        self._scratch = scratch
+        self._kept: dict[str, Array] = {}
+        self._kept_bytes = 0
+        # How often each tensor is still to be pruned: once, and once for each copy in the file.
+        self._uses = {cut.tensor.name: 1 for cut in plan.cuts}
+        for original in model.copies.values():
+            if original in self._uses:
+                self._uses[original] += 1
+        self._locks = {name: threading.Lock() for name in self._uses}
+        self._count = threading.Lock()
+
+    def scores(self, tensor: Tensor) -> Iterator[Array]:
+        """Yield the scores of a tensor that can be ranked, block by block in storage order."""
+        if self.method.strategy.is_elementwise:
+            for _, scores in self._elementwise(tensor):
+                yield self._ranked(tensor, scores)[0]
+        else:
+            for scores in _slices(self._whole(tensor)):
+                yield self._ranked(tensor, scores)[0]
+
+    def blocks(self, tensor: Tensor) -> Iterator[tuple[Array, Array, Mask | None]]:
+        """Yield blocks of weights in storage order, their scores, and what goes whatever its score."""
+        if self.method.strategy.is_elementwise:
+            for block, scores in self._elementwise(tensor):
+                yield block, *self._ranked(tensor, scores)
+            self._let_go(tensor)
+            return
+        whole, begin = self._whole(tensor), 0
+        for block in self._weights(tensor):
+            scores = whole[begin : begin + block.size].reshape(block.shape)
+            yield block, *self._ranked(tensor, scores)
+            begin += block.size
+        self._let_go(tensor)
+
+    def _ranked(self, tensor: Tensor, scores: Array) -> tuple[Array, Mask | None]:
+        wide = scores.astype(np.float64) if self._is_wide else scores
+        return rank_nonfinite(wide, self.method.not_finite, _label(self.model, tensor))
+
+    def _elementwise(self, tensor: Tensor) -> Iterator[tuple[Array, Array]]:
+        begin = 0
+        for block in self._weights(tensor):
+            yield block, self.method.strategy.score(block, BlockContext(tensor.name, begin, self.method.seed))
+            begin += block.size
+
+    def _weights(self, tensor: Tensor) -> Iterator[Array]:
+        """Yield the weights of a tensor block by block in storage order."""
+        if tensor.storage.extent is None:
+            yield from iter_blocks(in_storage_order(tensor, self._read(tensor)))
+        else:
+            yield from blocks(self.model, replace(tensor, shape=(tensor.size,), strides=None))
+
+    def _read(self, tensor: Tensor) -> Array:
+        """Return a tensor whole; what has to be decoded is decoded once, if one tensor is pruned after the other."""
+        if tensor.storage.extent is not None or self._is_joint:
+            return self.model.read(tensor)
+        if tensor.name not in self._decoded:
+            array = self.model.read(tensor).view()
+            # What is zeroed later is a copy: a second copy in the file is pruned by the same weights.
+            array.flags.writeable = False
+            self._decoded[tensor.name] = array
+        return self._decoded[tensor.name]
+
+    def _whole(self, tensor: Tensor) -> Array:
+        """Return all scores of a tensor in storage order, reckoned if they are not kept."""
+        with self._locks[tensor.name]:
+            if tensor.name not in self._kept:
+                check_stopped()
+                place = BlockContext(tensor.name, 0, self.method.seed)
+                scores = self.method.strategy.score(self._read(tensor), place)
+                self._kept[tensor.name] = self._keep(in_storage_order(tensor, scores))
+            return self._kept[tensor.name]
+
+    def _keep(self, scores: Array) -> Array:
+        if self.method.strategy.is_known:
+            return scores.reshape(-1)
+        with self._count:
+            is_full = self._kept_bytes + scores.nbytes > KEPT_BYTES
+            if not is_full:
+                self._kept_bytes += scores.nbytes
+        if not is_full:
+            return np.ascontiguousarray(scores).reshape(-1)
+        with tempfile.TemporaryFile(prefix="prunectl-", dir=self._scratch) as file:
+            for piece in iter_blocks(scores):
+                file.write(piece.reshape(-1).view(np.uint8).data)
+            file.flush()
+            return np.memmap(file, scores.dtype, "r", shape=(scores.size,))
+
+    def _let_go(self, tensor: Tensor) -> None:
+        """Forget scores that nothing more is pruned by."""
+        with self._locks[tensor.name]:
+            self._uses[tensor.name] -= 1
+            if self._uses[tensor.name] <= 0:
+                self._decoded.pop(tensor.name, None)
+                gone = self._kept.pop(tensor.name, None)
+                if gone is not None and not (self.method.strategy.is_known or isinstance(gone, np.memmap)):
+                    with self._count:
+                        self._kept_bytes -= gone.nbytes
+
+
+def _slices(scores: Array) -> Iterator[Array]:
+    """Yield an array in one dimension block by block."""
+    height = max(BLOCK_BYTES // scores.itemsize, 1)
+    for begin in range(0, len(scores), height):
+        check_stopped()
+        yield scores[begin : begin + height]
+
+
+def _label(model: ModelFile, tensor: Tensor) -> str:
+    return f"{model.path}: {tensor.name}"
+
+
+def _unstructured(scored: _Scored, tensor: Tensor, make_dropper: Callable[[], ThresholdMasker]) -> Pruned:
+    dropper = make_dropper()
+    for block, scores, doomed in scored.blocks(tensor):
+        dropped = dropper.mark(scores)
+        check_pruned_nonfinite(scores, dropped, scored.method.not_finite, _label(scored.model, tensor))
+        yield _zeroed(block, dropped if doomed is None else dropped | doomed), dropped
+
+
+def _in_a_pattern(model: ModelFile, cut: TensorPlan, method: PruningMethod) -> Pruned:
+    tensor, pattern = cut.tensor, method.pattern
+    if isinstance(pattern, NMPattern) and tensor.strides is None and method.strategy.is_elementwise:
+        yield from _in_groups(model, tensor, method, pattern)
+        return
+    weights = model.read(tensor)
+    scores, doomed = rank_nonfinite(
+        method.strategy.score(weights, BlockContext(tensor.name, 0, method.seed)),
+        method.not_finite,
+        _label(model, tensor),
+    )
+    if isinstance(pattern, NMPattern):
+        assert tensor.inputs_axis is not None
+        dropped = lowest_per_group(scores, tensor.inputs_axis, pattern.zeros, pattern.group)
+    else:
+        assert pattern is not None
+        assert tensor.out_axis is not None
+        size = (pattern.rows, pattern.columns)
+        dropped = lowest_blocks(scores, tensor.out_axis, size, method.pool, (cut.drop or 0) / tensor.size)
+    check_pruned_nonfinite(scores, dropped, method.not_finite, _label(model, tensor))
+    if doomed is not None:
+        dropped |= doomed
+    yield in_storage_order(tensor, _zeroed(weights, dropped)), dropped
+
+
+def _in_groups(model: ModelFile, tensor: Tensor, method: PruningMethod, pattern: NMPattern) -> Pruned:
+    """Prune slab by slab: a group never reaches from one slab into the next."""
+    axis = tensor.inputs_axis
+    assert axis is not None
+    row = tensor.size // tensor.shape[0]
+    for begin, slab in iter_slabs(model, tensor, pattern.group if axis == 0 else 1):
+        scores = method.strategy.score(slab, BlockContext(tensor.name, begin * row, method.seed))
+        ranked, doomed = rank_nonfinite(scores, method.not_finite, _label(model, tensor))
+        dropped = lowest_per_group(ranked, axis, pattern.zeros, pattern.group)
+        check_pruned_nonfinite(ranked, dropped, method.not_finite, _label(model, tensor))
+        yield _zeroed(slab, dropped if doomed is None else dropped | doomed), dropped
+
+
+def _zeroed(weights: Array, dropped: Mask) -> Array:
+    """Return weights with some of them zero, the others bit for bit as they were."""
+    kept = weights if weights.flags.writeable and weights.flags.c_contiguous else weights.copy(order="C")
+    # Integers times one or zero: ten times as fast as writing where a mask says so, and NaN stays what it is.
+    bits = kept.view(_BITS[kept.dtype.itemsize])
+    np.multiply(bits, ~dropped, out=bits)
+    return kept
+
+
+def with_model_scores(model: ModelFile, choice: Selection, method: PruningMethod) -> tuple[PruningMethod, Selection]:
+    """Return a method that knows every score, and the tensors that have some."""
+    strategy = method.strategy
+    if strategy.score_all is None:
+        return method, choice
+    found = strategy.score_all({tensor.name: model.read(tensor) for tensor in choice.tensors})
+    known: Mapping[str, Array] = {name: scores for name, scores in found.items() if scores is not None}
+    if not known:
+        raise UsageError(f"{strategy.name} leaves all of {model.path} alone")
+
+    def score(_: Array, place: BlockContext) -> Array:
+        return known[place.name]
+
+    left_out = f"left alone by {strategy.name}"
+    skips = tuple(SkippedTensor(tensor.name, left_out) for tensor in choice.tensors if tensor.name not in known)
+    tensors = tuple(tensor for tensor in choice.tensors if tensor.name in known)
+    own = {name: sparsity for name, sparsity in choice.own.items() if name in known}
+    # In the shape of the tensor, and therefore whole.
+    own_method = replace(
+        method, strategy=replace(strategy, score=score, score_all=None, is_elementwise=False, is_known=True)
+    )
+    return own_method, Selection(tensors, (*choice.skips, *skips), own)
+
+
+def keep_masks(
+    model: ModelFile, plan: Plan, method: PruningMethod, choice: Selection, weights: Mapping[str, Array]
+) -> dict[str, Mask]:
+    """Return for each tensor of a plan which of its weights stay."""
+    held = replace(model, decode=lambda tensor: weights[tensor.name])
+    cuts = tuple(TensorPlan(_memory_tensor(cut.tensor, weights[cut.tensor.name]), cut.drop) for cut in plan.cuts)
+    method, _ = with_model_scores(held, replace(choice, tensors=tuple(cut.tensor for cut in cuts)), method)
+    made = pruned_blocks(held, replace(plan, cuts=cuts), method)
+    masks = {}
+    for cut, make in zip(cuts, made, strict=True):
+        dropped = [np.array(gone).reshape(-1) for _, gone in make()]
+        masks[cut.tensor.name] = ~np.concatenate(dropped).reshape(cut.tensor.shape)
+    return masks
+
+
+def _memory_tensor(tensor: Tensor, array: Array) -> Tensor:
+    # Cutting zeroes blocks where they may be written to, which these are not to suffer.
+    array.setflags(write=False)
+    return replace(
+        tensor,
+        storage=Storage(tensor.name, array.nbytes, None, array.nbytes),
+        dtype=array.dtype,
+        start=0,
+        strides=None,
+    )

@@ -1,0 +1,214 @@
+"""Which k of n scores are the lowest? Exact, in constant memory, the same on any machine.
+
+Scores are non-negative floats, whose order is that of their bits read as integers. Each pass over the scores counts
+sixteen more of these bits into bins, and looks closer at the one bin in which the k-th lowest score must lie.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunectl.formats.workers import workers
+
+Array = NDArray[Any]
+Mask = NDArray[np.bool_]
+Source = Callable[[], Iterator[Array]]
+"""Yields the scores of one tensor in order, block by block, each time it is called."""
+
+Found = TypeVar("Found")
+THREADS = 2
+_MANY = 1 << 20
+_DIGIT_BITS = 16
+_BINS = 1 << _DIGIT_BITS
+_SAMPLE_STEP = 64
+_SAMPLE_LEAST = 10_000
+_SAMPLE_ERRORS = 6
+"""How many standard errors of the sample the cut may lie off."""
+_CLOSE_BINS = 32
+"""How many bins of the first pass are looked into at once: a few megabytes of counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """The cut: every score below the key is dropped, and so many of those that equal it."""
+
+    key: int
+    ties: tuple[int, ...]
+    """How many ties go from each source, counted from its beginning."""
+
+    def drops(self, source: int) -> ThresholdMasker:
+        """Return what marks the dropped scores of one source, block by block in order."""
+        return ThresholdMasker(self.key, self.ties[source])
+
+
+@dataclass(slots=True)
+class ThresholdMasker:
+    """Marks what is dropped, and remembers how many ties are still to go."""
+
+    key: int
+    ties_left: int
+
+    def mark(self, scores: Array) -> Mask:
+        """Mark the scores of the next block that are dropped."""
+        keys = sort_keys(scores)
+        dropped: Mask = keys < self.key
+        if self.ties_left:
+            tied = np.flatnonzero(keys == self.key)[: self.ties_left]
+            dropped.reshape(-1)[tied] = True
+            self.ties_left -= len(tied)
+        return dropped
+
+
+def sort_keys(scores: Array) -> Array:
+    """Return the bits of non-negative floats as integers of the same order; minus zero is zero."""
+    whole = np.ascontiguousarray(scores)
+    if whole.dtype.itemsize == 8:
+        return np.asarray(whole.view(np.uint64) & np.uint64(0x7FFFFFFFFFFFFFFF))
+    return np.asarray(whole.view(np.uint32) & np.uint32(0x7FFFFFFF))
+
+
+def threshold(sources: Sequence[Source], drop: int) -> Threshold:
+    """Return the cut that drops exactly so many scores, ties in the order of the sources."""
+    if drop == 0:
+        return Threshold(0, (0,) * len(sources))
+    key, below, at = sampled_select(sources, drop) or radix_select(sources, drop)
+    return Threshold(key, _split_ties(sources, key, drop - below, at))
+
+
+def sampled_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int] | None:
+    """Return what `_kth` returns, found around the guess of a sample; None where the guess may be wrong.
+
+    Comparing a block with two numbers is ten times as fast as counting it into bins.
+    """
+    guess = _bracket_from_sample(sources, drop)
+    if guess is None:
+        return None
+    first, last = guess
+    low, high = np.uint32(first << _DIGIT_BITS), np.uint32((last << _DIGIT_BITS) + _BINS - 1)
+    below, counts = 0, np.zeros((last - first + 1) * _BINS, np.int64)
+    with closing(_map_parallel(partial(_count_between, low=low, high=high), sources)) as counted:
+        for found in counted:
+            below, counts = below + found[0], counts + found[1].counts()
+    rising = np.cumsum(counts)
+    if not below < drop <= below + int(rising[-1]):
+        return None
+    place = int(np.searchsorted(rising, drop - below))
+    return int(low) + place, below + int(rising[place] - counts[place]), int(counts[place])
+
+
+def _count_between(source: Source, low: np.uint32, high: np.uint32) -> tuple[int, LazyHistogram]:
+    """Return how many keys of a source are below two numbers, and how far those between them lie above the first."""
+    below, between = 0, LazyHistogram(int(high) - int(low) + 1)
+    for block in source():
+        keys = sort_keys(block).reshape(-1)
+        below += int(np.count_nonzero(keys < low))
+        between.add(keys[np.flatnonzero((keys >= low) & (keys <= high))] - low)
+    return below, between
+
+
+def _sample(source: Source) -> tuple[int, LazyHistogram | None]:
+    """Return how many scores a source has, and the upper bits of some; none if they are wider than 32 bits."""
+    size, digits = 0, LazyHistogram(_BINS)
+    for block in source():
+        if block.dtype.itemsize != np.dtype(np.float32).itemsize:
+            return 0, None
+        keys = sort_keys(np.ascontiguousarray(block.reshape(-1)[::_SAMPLE_STEP]))
+        digits.add(keys >> np.uint32(_DIGIT_BITS))
+        size += block.size
+    return size, digits
+
+
+class LazyHistogram:
+    """Counts of small integers; a few at a time are kept until it pays to count them."""
+
+    def __init__(self, length: int) -> None:
+        self._counts = np.zeros(length, np.int64)
+        self._waiting: list[Array] = []
+        self._waiting_size = 0
+
+    def add(self, numbers: Array) -> None:
+        """Count some numbers, now or later."""
+        self._waiting.append(numbers)
+        self._waiting_size += numbers.size
+        if self._waiting_size > _MANY:
+            self.counts()
+
+    def counts(self) -> NDArray[np.int64]:
+        """Return how often each number came."""
+        if self._waiting_size:
+            numbers = np.concatenate(self._waiting).astype(np.intp)
+            self._counts += np.bincount(numbers, minlength=len(self._counts))
+            self._waiting, self._waiting_size = [], 0
+        return self._counts
+
+
+def _map_parallel(work: Callable[[Source], Found], sources: Sequence[Source]) -> Generator[Found]:
+    """Yield what some work finds in each source, two at a time."""
+    with workers(THREADS) as pool:
+        yield from pool.map(work, sources)
+
+
+def _bracket_from_sample(sources: Sequence[Source], drop: int) -> tuple[int, int] | None:
+    """Return the first and the last bin of the upper bits in which the cut lies, if a sample tells."""
+    counts = np.zeros(_BINS, np.int64)
+    total = 0
+    with closing(_map_parallel(_sample, sources)) as sampled_each:
+        for size, digits in sampled_each:
+            if digits is None:
+                return None
+            counts += digits.counts()
+            total += size
+    sampled = int(counts.sum())
+    if sampled < _SAMPLE_LEAST:
+        return None
+    share = drop / total
+    error = _SAMPLE_ERRORS * math.sqrt(share * (1 - share) / sampled) * sampled + 1
+    rising = np.cumsum(counts)
+    first = int(np.searchsorted(rising, max(share * sampled - error, 0)))
+    last = min(int(np.searchsorted(rising, share * sampled + error)), _BINS - 1)
+    return (first, last) if last - first < _CLOSE_BINS else None
+
+
+def radix_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int]:
+    """Return the key of the last score to go, how many are below it, and how many equal it."""
+    prefix, below, at, shift = 0, 0, 0, None
+    while shift is None or shift > 0:
+        counts = np.zeros(_BINS, np.int64)
+        for source in sources:
+            for block in source():
+                keys = sort_keys(block).reshape(-1)
+                bits = keys.dtype.itemsize * 8
+                low = (bits if shift is None else shift) - _DIGIT_BITS
+                if shift is not None:
+                    keys = keys[keys >> keys.dtype.type(shift) == prefix]
+                digits = (keys >> keys.dtype.type(low)) & keys.dtype.type(_BINS - 1)
+                counts += np.bincount(digits.astype(np.intp), minlength=_BINS)
+        rising = np.cumsum(counts)
+        digit = int(np.searchsorted(rising, drop - below))
+        if digit == _BINS:
+            raise ValueError(f"there are fewer than {drop} scores")
+        below += int(rising[digit] - counts[digit])
+        at = int(counts[digit])
+        prefix = prefix << _DIGIT_BITS | digit
+        shift = low
+    return prefix, below, at
+
+
+def _split_ties(sources: Sequence[Source], key: int, ties: int, at: int) -> tuple[int, ...]:
+    """Return how many of the ties each source gives, the first sources first."""
+    if len(sources) == 1 or ties == at:
+        return (ties,) * len(sources)
+    shares = []
+    for source in sources:
+        held = sum(int(np.count_nonzero(sort_keys(block) == key)) for block in source()) if ties else 0
+        shares.append(min(held, ties))
+        ties -= shares[-1]
+    return tuple(shares)

@@ -1,0 +1,376 @@
+"""The frame of a plot: where a number lies, and lines to read it by."""
+
+from __future__ import annotations
+
+import base64
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunectl.analysis.sparsity_map import SparsityMap
+from prunectl.errors import abbreviated
+from prunectl.reporting.report import Report, Table, Unit
+from prunectl.sweeping.grid import UNSTRUCTURED
+from prunectl.units import Units, count, nbytes, percent, printable
+
+_LONGEST = 46
+_LONGEST_TEXT = 2000
+
+
+def safe(text: str) -> str:
+    """Return text that is only ever text: nothing in it opens a tag, ends an attribute or turns around what follows."""
+    return escape(printable(abbreviated(text, _LONGEST_TEXT)))
+
+
+def format_number(text: str, longest: int = _LONGEST) -> str:
+    """Return the end of a name, which tells it from the others, as text of a page."""
+    shown = printable(text[-_LONGEST_TEXT:])
+    return escape(shown if len(shown) <= longest else f"…{shown[1 - longest :]}")
+
+
+def tag(name: str, inside: str = "", **attributes: str) -> str:
+    """Return an element around what is escaped already."""
+    said = "".join(f' {key}="{safe(value)}"' for key, value in attributes.items())
+    return f"<{name}{said}>{inside}</{name}>"
+
+
+LEFT, TOP, WIDTH, HEIGHT, BELOW = 70, 12, 640, 260, 40
+_LINES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """From numbers to places on a line."""
+
+    low: float
+    high: float
+    begin: float
+    end: float
+
+    @classmethod
+    def of(cls, values: Sequence[float], begin: float, end: float) -> Scale:
+        """Return the scale on which all of these lie, with a little air."""
+        low, high = min(values), max(values)
+        air = (high - low or abs(high) or 1.0) * 0.04
+        return cls(low - air, high + air, begin, end)
+
+    def at(self, value: float) -> float:
+        """Return the place of a number."""
+        return self.begin + (value - self.low) / (self.high - self.low) * (self.end - self.begin)
+
+    @property
+    def marks(self) -> list[float]:
+        """The numbers that stand at the axis."""
+        return [self.low + (self.high - self.low) * part / (_LINES - 1) for part in range(_LINES)]
+
+
+def across(values: Sequence[float]) -> Scale:
+    """Return a scale from left to right."""
+    return Scale.of(values, LEFT, LEFT + WIDTH)
+
+
+def upwards(values: Sequence[float]) -> Scale:
+    """Return a scale from bottom to top."""
+    return Scale.of(values, TOP + HEIGHT, TOP)
+
+
+def frame(x: Scale, y: Scale, names: tuple[str, str], marks: Mapping[float, str]) -> str:
+    """Return the lines and the numbers of both axes, those from left to right as they are to be spelled."""
+    bottom = TOP + HEIGHT
+    parts = []
+    for mark in y.marks:
+        place = round(y.at(mark), 1)
+        parts.append(f'<path class="grid" d="M{LEFT} {place:g}h{WIDTH}"/>')
+        parts.append(f'<text class="dim" x="{LEFT - 6}" y="{place + 4:g}" text-anchor="end">{mark:.3g}</text>')
+    for mark, word in marks.items():
+        place = round(x.at(mark), 1)
+        parts.append(f'<text class="dim" x="{place:g}" y="{bottom + 16}" text-anchor="middle">{safe(word)}</text>')
+    parts.append(f'<text x="{LEFT + WIDTH / 2:g}" y="{bottom + 34}" text-anchor="middle">{safe(names[0])}</text>')
+    parts.append(f'<text x="{LEFT}" y="{TOP - 2}">{safe(names[1])}</text>')
+    return "".join(parts)
+
+
+def plot(label: str, inside: str, more: int = 0) -> str:
+    """Return a picture of what is inside, with room for some pixels below."""
+    wide, tall = LEFT + WIDTH + 30, TOP + HEIGHT + BELOW + more
+    return (
+        f'<svg viewBox="0 -12 {wide} {tall + 12}" width="{wide}" role="img" aria-label="{safe(label)}">{inside}</svg>'
+    )
+
+
+_MOST = 1000
+_NAMES, _BARS_WIDTH, _BAR_HEIGHT, _NUMBERS = 330, 400, 16, 70
+
+
+def bars(layers: Sequence[dict[str, Any]]) -> str:
+    """Return a picture of the sparsity of the prunable tensors; nothing if none was counted."""
+    known = [layer for layer in layers if layer["is_prunable"] and layer["sparsity"] is not None]
+    if not known:
+        return ""
+    shown = known[:_MOST]
+    wide, tall = _NAMES + _BARS_WIDTH + _NUMBERS, _BAR_HEIGHT * len(shown)
+    rows = "".join(_bar(layer, at * _BAR_HEIGHT) for at, layer in enumerate(shown))
+    left = f"<p>{count(len(known) - _MOST)} more are in the table.</p>" if len(known) > _MOST else ""
+    label = f"sparsity of {count(len(shown))} prunable tensors"
+    picture = f'<svg viewBox="0 0 {wide} {tall}" width="{wide}" role="img" aria-label="{label}">{rows}</svg>'
+    return f'<div class="tall" tabindex="0" role="group" aria-label="{label}">{picture}</div>{left}'
+
+
+def _bar(layer: dict[str, Any], top: int) -> str:
+    share = layer["sparsity"]
+    length = round(share * _BARS_WIDTH, 1)
+    told = f"{safe(layer['name'])}: {percent(share)} of {count(layer['params'])} are zero"
+    return (
+        f"<g><title>{told}</title>"
+        f'<text x="{_NAMES - 6}" y="{top + 12}" text-anchor="end">{format_number(layer["name"])}</text>'
+        f'<rect class="rest" x="{_NAMES}" y="{top + 2}" width="{_BARS_WIDTH}" height="12"/>'
+        f'<rect class="bar" x="{_NAMES}" y="{top + 2}" width="{length:g}" height="12"/>'
+        f'<text x="{_NAMES + _BARS_WIDTH + 6}" y="{top + 12}">{safe(percent(share))}</text></g>'
+    )
+
+
+_TABLE = "epochs"
+_COLOURS, _LEGEND_LINE, _MARKS = 6, 18, 8
+
+
+def curves(report: Report) -> str:
+    """Return the pictures of what a report says epoch by epoch; nothing of less than two."""
+    tables = [table for section in report.sections for table in section.tables if table.name == _TABLE]
+    return "".join(_pictures(table) for table in tables if len(table.rows) > 1)
+
+
+def _pictures(table: Table) -> str:
+    columns = {column.name: at for at, column in enumerate(table.columns) if column.unit in {Unit.NUMBER, Unit.RATIO}}
+    lines = {name: _values(table, at) for name, at in columns.items()}
+    losses = {name: values for name, values in lines.items() if "loss" in name and values}
+    others = {name: values for name, values in lines.items() if "loss" not in name and values}
+    return "".join(_picture(group) for group in (losses, others) if group)
+
+
+def _values(table: Table, at: int) -> list[tuple[int, float]]:
+    cells = [row[at] for row in table.rows]
+    return [(epoch, float(cell)) for epoch, cell in enumerate(cells, 1) if isinstance(cell, int | float)]
+
+
+def _picture(lines: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+    x = across([epoch for values in lines.values() for epoch, _ in values])
+    y = upwards([value for values in lines.values() for _, value in values])
+    last = max(epoch for values in lines.values() for epoch, _ in values)
+    marks = {float(epoch): str(epoch) for epoch in range(1, last + 1, max(round(last / _MARKS), 1))}
+    inside = frame(x, y, ("epoch", ""), marks)
+    top = TOP + HEIGHT + BELOW
+    for at, (name, values) in enumerate(lines.items()):
+        kind = f"curve c{at % _COLOURS}"
+        points = " ".join(f"{x.at(epoch):.1f},{y.at(value):.1f}" for epoch, value in values)
+        inside += f'<polyline class="{kind}" points="{points}"><title>{safe(name)}</title></polyline>'
+        inside += f'<path class="{kind}" d="M{LEFT} {top + at * _LEGEND_LINE + 8}h24"/>'
+        inside += f'<text x="{LEFT + 32}" y="{top + at * _LEGEND_LINE + 12}">{safe(name)}</text>'
+    return plot(f"{', '.join(lines)} by epoch", inside, more=_LEGEND_LINE * len(lines))
+
+
+def pareto(models: Sequence[dict[str, Any]], units: Units) -> str:
+    """Return a picture of the points; nothing where there is no sweep."""
+    # What came to no number has no place.
+    points = [model for model in models if "point" in model and model["point"]["value"] is not None]
+    if not points:
+        return ""
+    x = across([point["bytes"]["compressed"] for point in points])
+    y = upwards([point["point"]["value"] for point in points])
+    metric = points[0]["point"]["metric"]
+    marks = {mark: nbytes(max(round(mark), 0), units) for mark in x.marks}
+    best = sorted((point for point in points if point["point"]["is_front"]), key=_size)
+    inside = frame(x, y, ("gzip", metric), marks) + _steps(best, x, y)
+    inside += "".join(_dot(point, x, y, units) for point in points)
+    return plot(f"{metric} over gzip size of {len(points)} models, {len(best)} on the Pareto front", inside)
+
+
+def _size(point: dict[str, Any]) -> int:
+    size: int = point["bytes"]["compressed"]
+    return size
+
+
+def _steps(best: Sequence[dict[str, Any]], x: Scale, y: Scale) -> str:
+    places = [(x.at(_size(point)), y.at(point["point"]["value"])) for point in best]
+    path = f"M{places[0][0]:.1f} {places[0][1]:.1f}" + "".join(f"H{across:.1f}V{up:.1f}" for across, up in places[1:])
+    return f'<path class="step" d="{path}"/>'
+
+
+def _dot(model: dict[str, Any], x: Scale, y: Scale, units: Units) -> str:
+    point = model["point"]
+    words = [point[key] for key in ("strategy", "scope", "schedule", "pattern", "params")]
+    words = [word for word in words if word and word != UNSTRUCTURED]
+    name = " ".join([*words, percent(point["sparsity"])]) if words else "as it is"
+    told = f"{name}: {point['metric']} {point['value']:.4g}, {nbytes(_size(model), units)}"
+    kind, radius = ("best", 5) if point["is_front"] else ("dot", 4)
+    place = f'cx="{x.at(_size(model)):.1f}" cy="{y.at(point["value"]):.1f}"'
+    return f'<circle class="{kind}" {place} r="{radius}"><title>{safe(told)}</title></circle>'
+
+
+_TREEMAP_WIDTH, _HEIGHT = 800.0, 360.0
+_LEAST_SHARE = 0.0003
+"""Smaller ones are drawn as one: they would be less than a letter."""
+_FAINT, _FULL = 0.12, 0.6
+_LETTER, _TREEMAP_LINE, _LEAST_LETTERS = 6.5, 14.0, 5
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangle."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+def treemap(layers: Sequence[dict[str, Any]], units: Units) -> str:
+    """Return a picture of the sizes of all tensors; nothing of none."""
+    sized = sorted((layer for layer in layers if layer["bytes"] and not layer["tied_to"]), key=lambda it: -it["bytes"])
+    total = sum(layer["bytes"] for layer in sized)
+    if not total:
+        return ""
+    shown = [layer for layer in sized if layer["bytes"] >= _LEAST_SHARE * total]
+    rest = sized[len(shown) :]
+    sizes = [layer["bytes"] for layer in shown] + ([sum(layer["bytes"] for layer in rest)] if rest else [])
+    boxes = squarified(sizes, Box(0.0, 0.0, _TREEMAP_WIDTH, _HEIGHT))
+    cells = [_cell(layer, box, units) for layer, box in zip(shown, boxes, strict=False)]
+    if rest:
+        cells.append(_drawn(boxes[-1], f"{count(len(rest))} smaller tensors: {nbytes(sizes[-1], units)}", "", _FAINT))
+    label = f"size of {count(len(sized))} tensors, {nbytes(total, units)} in all"
+    view = f'viewBox="0 0 {_TREEMAP_WIDTH:g} {_HEIGHT:g}" width="{_TREEMAP_WIDTH:g}"'
+    return f'<svg {view} role="img" aria-label="{safe(label)}">{"".join(cells)}</svg>'
+
+
+def squarified(sizes: Sequence[float], box: Box) -> list[Box]:
+    """Return a box for each size, their areas in proportion, about as wide as high; the sizes fall."""
+    scale = box.width * box.height / sum(sizes)
+    areas = [size * scale for size in sizes]
+    found: list[Box] = []
+    while areas:
+        side = min(box.width, box.height)
+        taken = 1
+        while taken < len(areas) and _worst(areas[: taken + 1], side) <= _worst(areas[:taken], side):
+            taken += 1
+        strip, areas = areas[:taken], areas[taken:]
+        boxes, box = _laid(strip, box)
+        found += boxes
+    return found
+
+
+def _worst(areas: Sequence[float], side: float) -> float:
+    """Return how far from a square the worst box of a strip along a side is."""
+    total = sum(areas)
+    return max(side * side * areas[0] / (total * total), total * total / (side * side * areas[-1]))
+
+
+def _laid(strip: Sequence[float], box: Box) -> tuple[list[Box], Box]:
+    """Return the boxes of a strip along the shorter side, and what is left beside it."""
+    total = sum(strip)
+    found: list[Box] = []
+    done = 0.0
+    if box.width >= box.height:
+        wide = total / box.height
+        for area in strip:
+            found.append(Box(box.x, box.y + done, wide, area / wide))
+            done += area / wide
+        return found, Box(box.x + wide, box.y, max(box.width - wide, 1e-9), box.height)
+    high = total / box.width
+    for area in strip:
+        found.append(Box(box.x + done, box.y, area / high, high))
+        done += area / high
+    return found, Box(box.x, box.y + high, box.width, max(box.height - high, 1e-9))
+
+
+def _cell(layer: dict[str, Any], box: Box, units: Units) -> str:
+    sparsity = layer["sparsity"]
+    told = f"{layer['name']}: {nbytes(layer['bytes'], units)}"
+    told += f", {percent(sparsity)} zero" if sparsity is not None else ""
+    return _drawn(box, told, layer["name"], _FAINT + (_FULL - _FAINT) * (1 - (sparsity or 0.0)))
+
+
+def _drawn(box: Box, told: str, name: str, strength: float) -> str:
+    letters = int((box.width - 8) / _LETTER)
+    has_name = bool(name) and letters > _LEAST_LETTERS and box.height > _TREEMAP_LINE
+    text = f'<text x="{box.x + 4:.1f}" y="{box.y + 12:.1f}">{format_number(name, letters)}</text>' if has_name else ""
+    place = f'x="{box.x:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" height="{box.height:.1f}"'
+    return f'<g><title>{safe(told)}</title><rect class="cell" {place} fill-opacity="{strength:.2f}"/>{text}</g>'
+
+
+LEVELS = 16
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_BITS, _PALETTE = 4, 3
+Color = tuple[int, int, int]
+
+
+def data_uri(levels: NDArray[np.uint8], colors: Sequence[Color]) -> str:
+    """Return a picture of levels from 0 to 15, each in its colour."""
+    return f"data:image/png;base64,{base64.b64encode(png(levels, colors)).decode()}"
+
+
+def png(levels: NDArray[np.uint8], colors: Sequence[Color]) -> bytes:
+    """Return the bytes of the file."""
+    tall, wide = levels.shape
+    even = np.pad(levels, ((0, 0), (0, wide % 2)))
+    # Two pixels in a byte, the left one high; each line begins with the number of its filter, which is none.
+    lines = np.pad(even[:, ::2] << _BITS | even[:, 1::2], ((0, 0), (1, 0)))
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", wide, tall, _BITS, _PALETTE, 0, 0, 0)),
+        (b"PLTE", bytes(part for color in colors for part in color)),
+        (b"IDAT", zlib.compress(lines.astype(np.uint8).tobytes(), 9)),
+        (b"IEND", b""),
+    )
+    return _SIGNATURE + b"".join(_chunk(name, data) for name, data in parts)
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+_PIXELS, _LEAST, _MOST_MAPS = 4, 24, 256
+"""Of the screen, for a field; and for a side."""
+_KEPT, _ZERO = (11, 107, 203), (233, 237, 241)
+
+
+def _mixed(share: float) -> Color:
+    red, green, blue = (round(kept + (zero - kept) * share) for kept, zero in zip(_KEPT, _ZERO, strict=True))
+    return red, green, blue
+
+
+COLORS = tuple(_mixed(level / (LEVELS - 1)) for level in range(LEVELS))
+"""From kept to zero."""
+
+
+def masks(found: Sequence[SparsityMap]) -> str:
+    """Return the pictures; nothing of none."""
+    if not found:
+        return ""
+    told = "Blue is kept, pale is zero; outputs from top to bottom, what they read from left to right."
+    return f'<p>{told}</p><div class="masks">{"".join(map(_figure, found))}</div>'
+
+
+def quantise(found: SparsityMap) -> NDArray[np.uint8]:
+    """Return the share of zeros in each field, from 0 to 15; the ends are for none and for all."""
+    share = np.rint(found.zeros * (LEVELS - 1) / found.sizes).astype(np.int64)
+    inner = np.clip(share, 1, LEVELS - 2)
+    return np.where(found.zeros == 0, 0, np.where(found.zeros == found.sizes, LEVELS - 1, inner)).astype(np.uint8)
+
+
+def told(found: SparsityMap) -> str:
+    """Return in words what the picture shows."""
+    rows = "row" if found.empty_rows == 1 else "rows"
+    empty = f"; {count(found.empty_rows)} empty {rows}" if found.empty_rows else ""
+    return f"{percent(found.share)} zero{empty}"
+
+
+def _figure(found: SparsityMap) -> str:
+    shown = quantise(found)
+    tall, wide = (min(max(side * _PIXELS, _LEAST), _MOST_MAPS) for side in shown.shape)
+    alt = f"{found.name}, {count(found.rows)} x {count(found.columns)}: {told(found)}"
+    image = f'<img src="{data_uri(shown, COLORS)}" width="{wide}" height="{tall}" alt="{safe(alt)}">'
+    return f"<figure>{image}<figcaption>{format_number(found.name)}<br>{safe(told(found))}</figcaption></figure>"

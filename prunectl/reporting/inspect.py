@@ -1,0 +1,209 @@
+"""What `inspect` says, drawn from surveys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from prunectl.analysis.stats import Histogram, ModelStats, TensorStats, totals
+from prunectl.channels.groups import ChannelGroup, ChannelGroups
+from prunectl.errors import abbreviated
+from prunectl.formats.base import QUANTISED
+from prunectl.formats.registry import by_name
+from prunectl.reporting.report import Cell, Column, Failure, Report, Section, Table, Unit
+from prunectl.reporting.serialize import survey_json
+from prunectl.units import count, percent
+
+_BAR_WIDTH = 40
+_MAX_FACT = 500
+"""Characters of what a file says of itself."""
+
+
+def inspect_report(surveys: Sequence[ModelStats], failures: Sequence[Failure], *, has_flops: bool) -> Report:
+    """Return the report on some models."""
+    pattern = next((found.pattern for found in surveys if found.pattern), "")
+    columns = _columns(pattern, has_flops=has_flops)
+    rows = [(found.path, *_cells(row, pattern, has_flops=has_flops)) for found in surveys for row in found.layers]
+    return Report(
+        models=tuple(survey_json(found) for found in surveys),
+        main=Table("tensors", (Column("path"), *columns), tuple(rows)),
+        sections=tuple(_section(found, columns, pattern, has_flops=has_flops) for found in surveys),
+        failures=tuple(failures),
+    )
+
+
+def _columns(pattern: str, *, has_flops: bool) -> tuple[Column, ...]:
+    return (
+        Column("tensor"),
+        Column("role"),
+        Column("shape"),
+        Column("dtype", is_optional=True),
+        Column("params", Unit.COUNT),
+        Column("zeros", Unit.COUNT, is_optional=True),
+        Column("sparsity", Unit.RATIO),
+        Column("dead", Unit.COUNT, is_optional=True),
+        *([Column(pattern, Unit.RATIO)] if pattern else []),
+        *([Column("FLOPs", Unit.COUNT)] if has_flops else []),
+    )
+
+
+def _cells(row: TensorStats, pattern: str, *, has_flops: bool) -> tuple[Cell, ...]:
+    return (
+        row.name,
+        f"{row.role} = {row.tied_to}" if row.tied_to else str(row.role),
+        "x".join(map(str, row.shape)) or "scalar",
+        row.dtype,
+        row.params,
+        row.zeros,
+        row.sparsity,
+        row.dead_channels,
+        *([row.conforming] if pattern else []),
+        *([None if row.macs is None else 2 * row.macs] if has_flops else []),
+    )
+
+
+def _section(found: ModelStats, columns: tuple[Column, ...], pattern: str, *, has_flops: bool) -> Section:
+    tensors = Table(
+        "tensors",
+        columns,
+        tuple(_cells(row, pattern, has_flops=has_flops) for row in found.layers),
+        total=_total(found, columns, has_flops=has_flops),
+    )
+    tables = [_parts(found), *([tensors] if found.layers else [])]
+    if found.histogram is not None:
+        tables.append(_bars(found.histogram))
+    return Section(title=found.path, facts=_facts(found), tables=tuple(tables), remarks=found.advice)
+
+
+def _total(found: ModelStats, columns: tuple[Column, ...], *, has_flops: bool) -> tuple[Cell, ...]:
+    shown = totals(found.layers)
+    sums: dict[str, Cell] = {"tensor": "all", "params": shown.total, "zeros": shown.zero}
+    if shown.zero is not None:
+        sums["sparsity"] = shown.zero / shown.total if shown.total else 0.0
+    if has_flops:
+        sums["FLOPs"] = None if found.macs is None else 2 * found.macs
+    return tuple(sums.get(column.name, "" if not column.is_number else None) for column in columns)
+
+
+def _prunable(found: ModelStats) -> str:
+    """Return what the kernels are, whose zeros are counted also where `prune` came too late."""
+    kernels = [row for row in found.layers if row.is_prunable]
+    return "in quantised kernels" if kernels and all(row.dtype in QUANTISED for row in kernels) else "prunable"
+
+
+def _facts(found: ModelStats) -> tuple[tuple[str, str], ...]:
+    about = found.about
+    facts = [
+        ("format", ", ".join(filter(None, (by_name(found.format).title, about.producer)))),
+        ("params", f"{count(found.params.total)}, of which {count(found.params.prunable)} {_prunable(found)}"),
+    ]
+    if found.sparsity is not None and found.prunable_sparsity is not None:
+        facts.append(
+            (
+                "sparsity",
+                f"{percent(found.prunable_sparsity)} of the prunable, {percent(found.sparsity)} of all parameters",
+            )
+        )
+    if found.macs is not None:
+        unknown = f", without {len(found.macs_unknown)} operations of unknown shape" if found.macs_unknown else ""
+        facts.append(("FLOPs", f"{count(2 * found.macs)} for one input{unknown}"))
+    for kind in dict.fromkeys(wrapper.kind for wrapper in about.wrappers):
+        layers = [wrapper for wrapper in about.wrappers if wrapper.kind == kind]
+        schedules = ", ".join(dict.fromkeys(filter(None, (wrapper.schedule for wrapper in layers))))
+        facts.append(("wrapped", f"{kind} around {len(layers)} layers{': ' if schedules else ''}{schedules}"))
+    if about.optimizer:
+        facts.append(("optimizer", about.optimizer))
+    if about.training:
+        facts.append(("training", ", ".join(about.training)))
+    if about.code:
+        facts.append(
+            ("code", ", ".join(about.code[:3]) + (f" and {len(about.code) - 3} more" if len(about.code) > 3 else ""))
+        )
+    return tuple((name, abbreviated(fact, _MAX_FACT)) for name, fact in facts)
+
+
+def _parts(found: ModelStats) -> Table:
+    raw = found.bytes.raw
+    return Table(
+        "parts",
+        (Column("part"), Column("size", Unit.BYTES), Column("share", Unit.RATIO), Column("", is_optional=True)),
+        tuple(
+            (part.name, part.bytes, part.bytes / raw if raw else 0.0, "dead weight" if part.is_dead else "")
+            for part in found.parts
+        ),
+        total=("file", raw, None, ""),
+    )
+
+
+def _bars(found: Histogram) -> Table:
+    tallest = max(found.counts, default=1)
+    rows: list[tuple[Cell, ...]] = [("0", found.zero, "")]
+    if found.below:
+        rows.append((f"< {found.edges[0]:.2g}", found.below, ""))
+    for low, number in zip(found.edges, found.counts, strict=False):
+        rows.append((f"{low:.2g}", number, "#" * -(-number * _BAR_WIDTH // tallest)))
+    if found.not_finite:
+        rows.append(("NaN or infinite", found.not_finite, ""))
+    return Table("histogram", (Column("|weight| from"), Column("weights", Unit.COUNT), Column("")), tuple(rows))
+
+
+_COLUMNS = (
+    Column("channels of"),
+    Column("channels", Unit.COUNT),
+    Column("tensors", Unit.COUNT),
+    Column("goes with", is_optional=True),
+    Column("locked"),
+)
+_SHOWN = 4
+
+
+def add_channel_groups(report: Report, found: Sequence[ChannelGroups]) -> Report:
+    """Return the report of `inspect` with the channels of its models, given in its order."""
+    by_path = {groups.path: groups for groups in found}
+    sections = tuple(
+        replace(
+            section,
+            facts=(*section.facts, ("channels", _fact(by_path[section.title]))),
+            tables=(*section.tables, _table(by_path[section.title])),
+        )
+        if section.title in by_path
+        else section
+        for section in report.sections
+    )
+    # Who asks for groups in a pipe gets groups.
+    rows = tuple((groups.path, *_row(family)) for groups in found for family in groups.families)
+    main = Table("groups", (Column("path"), *_COLUMNS), rows)
+    return replace(
+        report, main=main, sections=sections, more={**report.more, "groups": [_json(groups) for groups in found]}
+    )
+
+
+def _fact(found: ChannelGroups) -> str:
+    return f"{count(found.free)} of {count(found.channels)} may go"
+
+
+def _table(found: ChannelGroups) -> Table:
+    return Table("groups", _COLUMNS, tuple(_row(family) for family in found.families), title="channels")
+
+
+def _row(family: ChannelGroup) -> tuple[Cell, ...]:
+    places = [f"{place.tensor}[{place.axis}]" for place in family.places if place.tensor != family.name]
+    told = ", ".join(places[:_SHOWN]) + (f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else "")
+    return (family.name, len(family.groups), len({place.tensor for place in family.places}), told, family.reason)
+
+
+def _json(found: ChannelGroups) -> dict[str, object]:
+    return {
+        "path": found.path,
+        "families": [
+            {
+                "name": family.name,
+                "channels": len(family.groups),
+                "locked": family.reason or None,
+                "places": [
+                    {"tensor": place.tensor, "axis": place.axis, "part": str(place.part)} for place in family.places
+                ],
+            }
+            for family in found.families
+        ],
+    }

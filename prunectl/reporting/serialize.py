@@ -1,0 +1,126 @@
+"""Tables for programs and for documents: tab-separated, CSV, Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import asdict, fields
+from typing import Any
+
+from prunectl import __version__
+from prunectl.analysis.stats import ModelStats, TensorStats
+from prunectl.errors import PrunectlError
+from prunectl.reporting.report import Report, Table
+from prunectl.units import Units
+
+
+def plain(table: Table) -> str:
+    """Return tab-separated rows without a head, for `cut` and `awk`."""
+    return "".join("\t".join(table.raw(row)) + "\n" for row in table.rows)
+
+
+def comma_separated(table: Table) -> str:
+    """Return CSV with a head."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([column.name for column in table.columns])
+    writer.writerows(table.raw(row) for row in table.rows)
+    return text.getvalue()
+
+
+def markdown(table: Table, units: Units) -> str:
+    """Return a Markdown table, its numbers as people read them."""
+    lines = [
+        [column.name for column in table.columns],
+        ["---:" if column.is_number else "---" for column in table.columns],
+    ]
+    for row in (*table.rows, *([table.total] if table.total else [])):
+        lines.append([column.spell(cell, units) for column, cell in zip(table.columns, row, strict=True)])
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+SCHEMA = "prunectl.report/1"
+
+
+def report_json(report: Report, command: str) -> str:
+    """Return the envelope of what a command found."""
+    failed = [{"path": failure.path, "error": error_json(failure.error)} for failure in report.failures]
+    worst = max(report.failures, key=lambda failure: failure.error.exit_code, default=None)
+    return _document(
+        command,
+        report.exit_code,
+        models=[*report.models, *failed],
+        gates=[asdict(gate) for gate in report.gates],
+        artifacts=[asdict(artifact) for artifact in report.artifacts],
+        warnings=list(report.remarks),
+        error=error_json(worst.error) if worst else None,
+        **report.more,
+    )
+
+
+def failure_json(error: PrunectlError, command: str) -> str:
+    """Return the envelope of a command that failed as a whole."""
+    return _document(command, error.exit_code, models=[], gates=[], artifacts=[], warnings=[], error=error_json(error))
+
+
+def error_json(error: PrunectlError) -> dict[str, Any]:
+    """Return an error as scripts read it."""
+    return {
+        "code": error.exit_code,
+        "kind": error.kind,
+        "message": error.message,
+        "hint": error.hint,
+        "did_you_mean": list(error.did_you_mean),
+    }
+
+
+def _document(command: str, exit_code: int, **parts: Any) -> str:
+    whole = {
+        "schema": SCHEMA,
+        "tool": {"name": "prunectl", "version": __version__},
+        "command": command,
+        "ok": exit_code == 0,
+        "exit_code": exit_code,
+        **parts,
+    }
+    return json.dumps(whole, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+_FACTS = tuple(field.name for field in fields(TensorStats))
+
+
+def survey_json(found: ModelStats) -> dict[str, Any]:
+    """Return a model's part of the envelope: integers for bytes and counts, ratios from 0 to 1."""
+    about = found.about
+    return {
+        "path": found.path,
+        "format": found.format,
+        "sha256": found.sha256,
+        "bytes": asdict(found.bytes),
+        "params": asdict(found.params),
+        "sparsity": found.sparsity,
+        "prunable_sparsity": found.prunable_sparsity,
+        "parts": [asdict(part) for part in found.parts],
+        "layers": [_layer(row) for row in found.layers],
+        "about": {
+            "producer": about.producer,
+            "wrappers": [asdict(wrapper) for wrapper in about.wrappers],
+            "optimizer": about.optimizer,
+            "training": list(about.training),
+            "code": list(about.code),
+            "notes": list(about.notes),
+            "is_compressed": about.is_compressed,
+        },
+        "pattern": found.pattern or None,
+        "macs": found.macs,
+        "macs_unknown": list(found.macs_unknown),
+        "histogram": asdict(found.histogram) if found.histogram else None,
+        "advice": list(found.advice),
+    }
+
+
+def _layer(row: TensorStats) -> dict[str, Any]:
+    # Not by asdict, which copies each value deeply: a model may have a hundred thousand tensors.
+    facts = {name: getattr(row, name) for name in _FACTS}
+    return {**facts, "shape": list(row.shape), "sparsity": row.sparsity, "tied_to": row.tied_to or None}

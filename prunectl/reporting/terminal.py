@@ -1,0 +1,156 @@
+"""Reports for people at a terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+from textwrap import wrap
+from typing import TYPE_CHECKING, TextIO
+
+from prunectl.analysis.sizes import gate_sentence
+from prunectl.reporting.report import DEFAULT_ROWS
+from prunectl.units import count, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    from prunectl.reporting.report import Report, Section, Settings, Table
+    from prunectl.units import Units
+
+
+_GAP = 2
+_NARROWEST_NAME = 16
+
+
+def render(report: Report, console: Console, settings: Settings) -> None:
+    """Print a report."""
+    for number, section in enumerate(report.sections):
+        if number:
+            console.print()
+        _show_section(section, report.main.name, console, settings)
+    if not report.sections and report.main.rows:
+        _show_table(report.main, console, settings, settings.rows)
+    for remark in report.remarks:
+        _remark(remark, console)
+    for gate in report.gates:
+        sign, style = ("pass", "green") if gate.ok else ("FAIL", "bold red")
+        console.print(f"{sign}  ", style=style, end="")
+        console.print(gate_sentence(gate, settings.units), soft_wrap=True)
+
+
+def _show_section(section: Section, main: str, console: Console, settings: Settings) -> None:
+    if section.title:
+        console.print(printable(section.title), style="bold", soft_wrap=True)
+    width = max((len(name) for name, _ in section.facts), default=0)
+    for name, value in section.facts:
+        console.print(f"  {name:<{width}}  ", style="dim", end="")
+        console.print(printable(value), soft_wrap=True)
+    for line in section.lines:
+        console.print(line, soft_wrap=True)
+    for number, table in enumerate(section.tables):
+        if section.title or number:
+            console.print()
+        # What -n cuts is the list of tensors, not the few rows that sum it up.
+        least = 0 if table.name == main else DEFAULT_ROWS
+        _show_table(table, console, settings, settings.rows and max(settings.rows, least))
+    if section.remarks:
+        console.print()
+    for remark in section.remarks:
+        _remark(remark, console)
+
+
+def _remark(text: str, console: Console) -> None:
+    lines = wrap(printable(text), max(console.width - 2, 20))
+    for number, line in enumerate(lines):
+        console.print("  " if number else "* ", style="yellow", end="")
+        console.print(line, soft_wrap=True)
+
+
+def _show_table(table: Table, console: Console, settings: Settings, rows: int) -> None:
+    shown = table.rows[:rows] if rows else table.rows
+    spelled = [_format_cell(table, row, settings.units) for row in (*shown, *([table.total] if table.total else []))]
+    columns = _fit_columns(table, spelled, console.width)
+    rich = _grid(table, columns)
+    for number, line in enumerate(spelled):
+        is_total = table.total is not None and number == len(spelled) - 1
+        rich.add_row(*(line[column] for column in columns), style="bold" if is_total else None)
+    console.print(rich)
+    if hidden := len(table.rows) - len(shown):
+        console.print(f"  {count(hidden)} more {'row' if hidden == 1 else 'rows'}: -n 0 shows all", style="dim")
+
+
+def _grid(table: Table, columns: list[int]) -> RichTable:
+    from rich.table import Table as RichTable  # noqa: PLC0415 - rich is loaded only for people
+
+    rich = RichTable(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="dim", title_justify="left")
+    for number in columns:
+        column = table.columns[number]
+        rich.add_column(
+            column.name,
+            justify="right" if column.is_number else "left",
+            overflow="fold",
+            no_wrap=column.is_number,
+        )
+    return rich
+
+
+def _format_cell(table: Table, row: tuple[str | int | float | None, ...], units: Units) -> list[str]:
+    return [column.spell(cell, units) for column, cell in zip(table.columns, row, strict=True)]
+
+
+def _fit_columns(table: Table, spelled: list[list[str]], width: int) -> list[int]:
+    """Return the columns that fit: those that are optional go first, the last of them before the others."""
+    columns = list(range(len(table.columns)))
+    widths = [max(len(table.columns[at].name), *(len(line[at]) for line in spelled), 1) for at in columns]
+    # Text folds, so that only a part of it must fit.
+    needs = [wide if table.columns[at].is_number else min(wide, _NARROWEST_NAME) for at, wide in enumerate(widths)]
+    for at in reversed(range(len(columns))):
+        if sum(needs[column] + _GAP for column in columns) <= width:
+            break
+        if table.columns[at].is_optional:
+            columns.remove(at)
+    return columns
+
+
+_WIDE = 10_000
+"""Off a terminal nothing is cropped."""
+_HEIGHT = 25
+"""Rich heeds an explicit width under TERM=dumb only beside an explicit height."""
+
+
+def make_console(stream: TextIO, settings: Settings) -> Console:
+    """Return a console for a stream."""
+    from rich.console import Console  # noqa: PLC0415 - 40 ms that plain rows and JSON do not need
+
+    escape_unencodable(stream)
+    is_terminal = stream.isatty()
+    width = os.environ.get("COLUMNS", "")
+    if not width.isdecimal() or not int(width):
+        width = str(_terminal_width(stream) if is_terminal else _WIDE)
+    has_colors = settings.colors(is_terminal=is_terminal)
+    return Console(
+        file=stream,
+        width=int(width),
+        height=_HEIGHT,
+        force_terminal=has_colors or is_terminal,
+        no_color=not has_colors,
+        color_system="auto" if has_colors and is_terminal else "standard" if has_colors else None,
+        markup=False,
+        highlight=False,
+        emoji=False,
+        legacy_windows=False,
+    )
+
+
+def escape_unencodable(stream: TextIO) -> None:
+    """Let a stream show what its encoding cannot, escaped."""
+    if stream in {sys.stdout, sys.stderr} and hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def _terminal_width(stream: TextIO) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except OSError:
+        return 80

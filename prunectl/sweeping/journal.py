@@ -1,0 +1,211 @@
+"""What is known already: a line for each point that is done, kept as soon as it is."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from prunectl.analysis import sizes
+from prunectl.errors import InputError, PrunectlError, UsageError, attempt, writing
+from prunectl.formats.registry import open_model
+from prunectl.formats.scratch import NO_LOCKS
+from prunectl.sweeping.requests import training_of
+from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial, TrialResult
+from prunectl.training.data import registry
+
+FILE = "sweep.jsonl"
+_SCHEMA = "prunectl.sweep/2"
+_PATIENCE_SECONDS = 5.0
+"""How long the processes of a sweep that was killed may take to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """The points of a sweep that are done, and a file that is ready for more."""
+
+    fd: int
+    """Holds the lock on the file; whoever has it open may write points."""
+    threads: int
+    """Of each process, as in the first run: sums come out a little different with others."""
+    done: dict[Trial, TrialResult] = field(default_factory=dict)
+
+    def add(self, point: Trial, outcome: TrialResult) -> None:
+        """Note a point, on the disk before this returns."""
+        _write(self.fd, {"point": asdict(point), "outcome": outcome.as_json})
+        self.done[point] = outcome
+
+    def forget(self, points: Iterable[Trial]) -> None:
+        """Take points for not done: the next line about one of them is what holds."""
+        for point in points:
+            del self.done[point]
+
+
+@contextmanager
+def open_journal(
+    folder: Path, choices: dict[str, Any], sha256: str, threads: int, files: Mapping[str, str]
+) -> Generator[Journal]:
+    """Yield the notes in a folder, which is made if it is not there; refuse those of another sweep, or other files."""
+    if not folder.parent.is_dir():
+        raise UsageError(f"{folder.parent} is not a folder", hint=f"mkdir -p {folder.parent}")
+    path = folder / FILE
+    if folder.exists() and not path.is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists, and holds no sweep", hint="name a folder that is not there yet")
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    try:
+        _lock(fd, folder)
+        yield _read(fd, path, {"schema": _SCHEMA, "sha256": sha256, "files": {**files}, "choices": choices}, threads)
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, folder: Path) -> None:
+    until = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise UsageError(f"another sweep is at work in {folder}") from None
+            time.sleep(0.05)
+        except OSError as error:
+            # Where nobody can lock, nobody is known to be at work either.
+            if error.errno not in NO_LOCKS:
+                raise
+            return
+        else:
+            return
+
+
+def _read(fd: int, path: Path, head: dict[str, Any], threads: int) -> Journal:
+    *lines, torn = path.read_bytes().split(b"\n")
+    if torn:
+        # Of a run that was killed while it wrote.
+        os.ftruncate(fd, sum(len(line) + 1 for line in lines))
+    try:
+        noted: dict[str, Any]
+        noted, *points = map(json.loads, lines) if lines else [{}]
+        done = {Trial(**line["point"]): TrialResult.of_json(line["outcome"]) for line in points}
+        if head.items() <= noted.items():
+            return Journal(fd, int(noted["threads"]), done)
+        if done.keys() - {BASELINE}:
+            _check_compatible(noted, head, path.parent)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is not what a sweep has noted: {error}", hint="sweep into another folder") from error
+    # Nothing was made yet: whoever said it may have thought better of it.
+    os.ftruncate(fd, 0)
+    _write(fd, {**head, "threads": threads})
+    return Journal(fd, threads)
+
+
+def _check_compatible(noted: dict[str, Any], head: dict[str, Any], folder: Path) -> NoReturn:
+    """Say what is not the same."""
+    if noted["schema"] != head["schema"]:
+        raise InputError(
+            f"{folder / FILE} has the schema {noted['schema']!r}, which this prunectl does not know",
+            hint="sweep into another folder",
+        )
+    if noted["sha256"] != head["sha256"]:
+        raise UsageError(f"{folder} holds a sweep of another model", hint="sweep this one into another folder")
+    then, now = noted["choices"], head["choices"]
+    if then == now:
+        _compare_files(noted["files"], head["files"], folder)
+    name = next(name for name in {**now, **then} if then.get(name) != now.get(name))
+    raise UsageError(
+        f"{folder} holds a sweep with other choices: {name.replace('_', ' ')} was {_said(then.get(name))}, "
+        f"not {_said(now.get(name))}",
+        hint="say the same again to go on with it, or sweep into another folder",
+    )
+
+
+def _compare_files(then: dict[str, str], now: dict[str, str], folder: Path) -> NoReturn:
+    """Say which file is not as it was."""
+    name = next(name for name in {**now, **then} if then.get(name) != now.get(name))
+    what = "is new" if name not in then else "is gone" if name not in now else "has changed"
+    raise UsageError(
+        f"{name} {what} since {folder} was begun: what was tried there tells nothing of what is now",
+        hint="sweep into another folder, or remove that one",
+    )
+
+
+def _said(value: Any) -> str:
+    return (", ".join(map(str, value)) if isinstance(value, list) else str(value)) or "nothing"
+
+
+def _write(fd: int, line: dict[str, Any]) -> None:
+    # In one go, at the end whatever happens: a line is there whole, or is the torn end of the file.
+    data = json.dumps(line, sort_keys=True, allow_nan=False).encode() + b"\n"
+    while data:
+        data = data[os.write(fd, data) :]
+    os.fsync(fd)
+
+
+def digest(path: Path) -> str:
+    """Return the hash of a model, with all its files."""
+    return sizes.sha256(open_model(path))
+
+
+def find_stale(folder: Path, done: Mapping[Trial, TrialResult]) -> dict[Trial, str]:
+    """Return the points whose model is not what was noted, with what to say of each."""
+    found: dict[Trial, str] = {}
+    for point, outcome in done.items():
+        path = folder / outcome.path
+        if not outcome.path:
+            continue
+        if not path.exists():
+            found[point] = f"{path} was gone: it was made again."
+        elif _changed(path, outcome):
+            found[point] = f"{path} was not what had been tried: it was made again."
+    return found
+
+
+def trial_dir(folder: Path, point: Trial) -> Path:
+    """Return the folder of a point, which is made if it is not there."""
+    place = folder / point.name
+    with writing(place):
+        place.mkdir(exist_ok=True)
+    return place
+
+
+def _changed(path: Path, outcome: TrialResult) -> bool:
+    now = attempt(digest, path)
+    return isinstance(now, PrunectlError) or now != outcome.digest
+
+
+def digests(*, specs: Iterable[str], functions: Iterable[Any], models: Iterable[str] = ()) -> dict[str, str]:
+    """Return the hash of every file that data, functions and other models lie in, by its path."""
+    words = tuple(functions)
+    found = [
+        *(file for spec in specs if spec for file in registry.of_spec(spec)),
+        *registry.of_functions(words),
+        *_modules((*(spec.partition("?")[0] for spec in specs), *words)),
+        *(file for model in models if model for file in open_model(Path(model)).files),
+    ]
+    return {str(path): sizes.sha256_of(path) for path in dict.fromkeys(found) if path.is_file()}
+
+
+def files_of(choices: SweepConfig) -> dict[str, str]:
+    """Return the hashes of what a sweep reads beside its model."""
+    means = training_of(choices, BASELINE).means
+    words = (*choices.strategies, choices.policy, choices.loss, choices.model, choices.custom_objects, *means.metrics)
+    return digests(specs=(choices.data, choices.val), functions=words)
+
+
+def _modules(words: Iterable[Any]) -> Iterator[Path]:
+    """Yield the files of modules that words name as `package.module:name`, which are not imported for it."""
+    for word in words:
+        where, colon, name = word.rpartition(":") if isinstance(word, str) else ("", "", "")
+        parts = where.split(".")
+        if colon and name.isidentifier() and all(part.isidentifier() for part in parts):
+            places = (Path(folder or ".").joinpath(*parts) for folder in sys.path)
+            tried = (path for place in places for path in (place.with_suffix(".py"), place / "__init__.py"))
+            yield from (path for path in [next(filter(Path.is_file, tried), None)] if path is not None)

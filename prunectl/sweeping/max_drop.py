@@ -1,0 +1,111 @@
+"""The largest sparsity that holds a metric, closed in on from both sides; what was tried before is not tried again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prunectl.errors import WorkError
+from prunectl.pruning.destination import Destination
+from prunectl.sweeping.bisection import amount, drop, make_bracket
+from prunectl.sweeping.bisection import check as check_limit
+from prunectl.sweeping.journal import digest, find_stale, open_journal, trial_dir
+from prunectl.sweeping.run_trial import evaluate
+from prunectl.sweeping.trial import BASELINE, Trial, TrialResult, Variant, diverged
+from prunectl.sweeping.workers import threads_per_worker
+from prunectl.training.course import DivergedError
+from prunectl.training.evaluation.max_drop import MaxDrop
+from prunectl.training.request import FinetuneRequest
+
+Watcher = Callable[[Trial, TrialResult], None]
+"""Told each sparsity when it was tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What is searched."""
+
+    way: Variant
+    limit: MaxDrop
+    judging: FinetuneRequest
+    """By which data and which metric."""
+    make: Callable[[Path, float, Destination], None]
+    """Writes a model at a sparsity."""
+    choices: dict[str, Any]
+    """What decides the numbers, noted with what was tried."""
+    files: Mapping[str, str]
+    """The hashes of the files that these words name."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """What came of a search."""
+
+    limit: MaxDrop
+    base: TrialResult
+    best: Trial
+    tried: dict[Trial, TrialResult]
+    """From low to high sparsity."""
+    folder: Path
+    again: tuple[str, ...] = ()
+    """What was made again, and why."""
+
+    @property
+    def outcome(self) -> TrialResult:
+        """What the largest sparsity that holds came to."""
+        return self.tried[self.best]
+
+    @property
+    def path(self) -> Path:
+        """The model at that sparsity, as long as the folder is there."""
+        return self.folder / self.outcome.path
+
+    def is_held(self, point: Trial) -> bool:
+        """Whether a sparsity is within the limit."""
+        return drop(self.tried[point], self.base) <= self.limit.amount
+
+
+def search(path: Path, asked: Search, folder: Path, watcher: Watcher) -> SearchResult:
+    """Return the largest sparsity that holds, to a hundredth; each that is tried is kept in a folder."""
+    with open_journal(folder, asked.choices, digest(path), threads_per_worker(1), asked.files) as notes:
+        if BASELINE not in notes.done:
+            notes.add(BASELINE, evaluate(path, asked.judging, ""))
+        base = notes.done[BASELINE]
+        check_limit(asked.limit, base)
+        gone = find_stale(folder, notes.done)
+        notes.forget(gone)
+        for point in gone:
+            notes.add(point, _tried(path, asked, folder, point))
+            watcher(point, notes.done[point])
+        while not (found := make_bracket(asked.way, notes.done, asked.limit.amount)).is_closed:
+            point = asked.way.at(found.middle)
+            notes.add(point, _tried(path, asked, folder, point))
+            watcher(point, notes.done[point])
+        tried = {
+            point: notes.done[point] for point in sorted(notes.done.keys() - {BASELINE}, key=lambda it: it.sparsity)
+        }
+    if not found.holds:
+        raise _infeasible(tried, base, asked.limit)
+    return SearchResult(asked.limit, base, asked.way.at(found.holds), tried, folder, tuple(gone.values()))
+
+
+def _tried(path: Path, asked: Search, folder: Path, point: Trial) -> TrialResult:
+    """Make a sparsity in its own folder, and return what came of it."""
+    output = Destination(trial_dir(folder, point) / f"model{''.join(path.suffixes[-1:])}", is_forced=True)
+    try:
+        asked.make(path, point.sparsity, output)
+    except DivergedError as error:
+        return diverged(point, error)
+    return evaluate(output.target, asked.judging, output.target.relative_to(folder).as_posix())
+
+
+def _infeasible(tried: dict[Trial, TrialResult], base: TrialResult, limit: MaxDrop) -> WorkError:
+    point, outcome = next(iter(tried.items()))
+    worse = f"{amount(drop(outcome, base), base)} worse" if outcome.is_number else "no number"
+    return WorkError(
+        f"target out of reach: at a sparsity of {point.sparsity:.0%} already, {base.metric} is {worse}, "
+        f"and {limit.shown} is allowed; nothing was written",
+        hint="allow more, or take another --strategy or --scope" if outcome.path else outcome.notes[0],
+    )

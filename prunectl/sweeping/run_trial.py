@@ -1,0 +1,67 @@
+"""One point of a sweep, from a file to a file: pruned, trained, judged, weighed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from prunectl.analysis.sizes import CodecName, get_codec, measure
+from prunectl.formats.registry import open_model
+from prunectl.formats.scratch import temporary_folder
+from prunectl.pruning.destination import Destination
+from prunectl.sweeping.journal import digest, trial_dir
+from prunectl.sweeping.requests import is_one_shot, prune_to, pruning_of, training_of
+from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial, TrialResult, diverged
+from prunectl.training.course import DivergedError
+from prunectl.training.evaluation.evaluate import judge, judge_whole
+from prunectl.training.finetune import finetune
+from prunectl.training.request import FinetuneRequest
+
+
+def evaluate(path: Path, request: FinetuneRequest, name: str) -> TrialResult:
+    """Return what a file is worth, as it is noted under a name; one without is the model as it is."""
+    survey = measure(open_model(path), get_codec(CodecName.GZIP, None))
+    judged = judge(path, request) if name else judge_whole(path, request)
+    assert survey.bytes.compressed is not None
+    logs = {key: value for key, value in judged.logs.items() if math.isfinite(value)}
+    sparsity = survey.sparsity or 0.0
+    return TrialResult(
+        metric=judged.metric,
+        value=judged.value if judged.is_finite else math.nan,
+        logs=logs,
+        sparsity=sparsity,
+        raw=survey.bytes.raw,
+        gzip=survey.bytes.compressed,
+        path=name,
+        notes=judged.notes,
+        is_up=judged.is_up,
+        digest=digest(path),
+    )
+
+
+def run_trial(path: Path, choices: SweepConfig, folder: Path, point: Trial) -> TrialResult:
+    """Make a point in its own folder, which only a noted point needs to keep, and return what came of it."""
+    if point == BASELINE:
+        return evaluate(path, training_of(choices, BASELINE), "")
+    output = Destination(trial_dir(folder, point) / f"model{''.join(path.suffixes[-1:])}", is_forced=True)
+    try:
+        _made(path, choices, point, output)
+    except DivergedError as error:
+        return diverged(point, error)
+    return evaluate(output.target, training_of(choices, BASELINE), output.target.relative_to(folder).as_posix())
+
+
+def _made(path: Path, choices: SweepConfig, point: Trial, output: Destination) -> None:
+    if not choices.epochs:
+        _pruned(path, choices, point, output)
+    elif is_one_shot(point):
+        with temporary_folder() as scratch:
+            between = Destination(scratch / path.name)
+            _pruned(path, choices, point, between)
+            finetune(between.target, training_of(choices, point), output)
+    else:
+        finetune(path, training_of(choices, point), output)
+
+
+def _pruned(path: Path, choices: SweepConfig, point: Trial, output: Destination) -> None:
+    prune_to(path, pruning_of(choices, point), output, is_trusted=choices.is_trusted)

@@ -1,0 +1,218 @@
+"""Those who make points side by side: processes here, or on other machines."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from prunectl.errors import (
+    InputError,
+    MissingExtraError,
+    PrunectlError,
+    UntrustedError,
+    UsageError,
+    WorkError,
+    translate,
+)
+from prunectl.formats.safe_json import require
+from prunectl.sweeping.run_trial import run_trial
+from prunectl.sweeping.trial import SweepConfig, Trial, TrialResult
+
+_KINDS = {one.kind: one for one in (UsageError, InputError, UntrustedError, MissingExtraError, WorkError)}
+
+
+def encode_job(path: Path, choices: SweepConfig, folder: Path) -> dict[str, Any]:
+    """Return what all points have in common."""
+    return {"model": str(path), "folder": str(folder), "choices": choices.as_json}
+
+
+def handle(job: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
+    """Make a point, and return what came of it."""
+    choices = SweepConfig.of_json(job["choices"])
+    try:
+        return {"outcome": run_trial(Path(job["model"]), choices, Path(job["folder"]), Trial(**point)).as_json}
+    except Exception as error:  # noqa: BLE001 - the other points can do without this one
+        known = error if isinstance(error, PrunectlError) else translate(error)
+        if known is None:
+            return {"bug": f"{type(error).__name__}: {error}", "trace": "".join(traceback.format_exception(error))}
+        said = {"message": known.message, "hint": known.hint, "did_you_mean": list(known.did_you_mean)}
+        return {"error": {"kind": known.kind, **said}}
+
+
+def decode_reply(point: Trial, said: dict[str, Any]) -> TrialResult | PrunectlError:
+    """Return what a worker meant."""
+    if "outcome" in said:
+        return TrialResult.of_json(said["outcome"])
+    if "bug" in said:
+        sys.stderr.write(said["trace"])
+        return WorkError(f"{point.name}: {said['bug']}", hint="please report it, with the traceback above")
+    error = said["error"]
+    kind = _KINDS.get(error["kind"], WorkError)
+    return kind(error["message"], hint=error["hint"], did_you_mean=tuple(error["did_you_mean"]))
+
+
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
+
+
+def worker_env(threads: int) -> dict[str, str]:
+    """Return the environment of a process that makes points."""
+    return {
+        **dict.fromkeys(_THREADS, str(threads)),
+        "TF_NUM_INTEROP_THREADS": "1",
+        # What can be imported here can be imported there.
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+
+
+def threads_per_worker(jobs: int) -> int:
+    """Return how many threads each process may have, if nobody says."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    known = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(said) if said.isdecimal() and int(said) else max(known // jobs, 1)
+
+
+class ProcessWorker:
+    """Makes points one after the other, in a process that is started when it is first needed."""
+
+    def __init__(self, job: dict[str, Any], number: int, threads: int, lock: int) -> None:
+        self._job, self._number, self._threads, self._lock = json.dumps(job), number, threads, lock
+        self._process: subprocess.Popen[str] | None = None
+        self._is_over = False
+
+    def attempt(self, point: Trial) -> TrialResult | PrunectlError:
+        """Have a point made."""
+        job = f"{self._job}\n" if self._process is None else ""
+        process = self._started()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(f"{job}{json.dumps(asdict(point))}\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = self._ended(process)
+            return WorkError(
+                f"{point.name}: its process ended with {_told(code)}",
+                hint="is there memory enough? fewer --jobs need less",
+            )
+        return decode_reply(point, json.loads(line))
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self._is_over = True
+        # Taken once: a thread that waits for it may let go of it meanwhile.
+        if (process := self._process) is not None:
+            process.kill()
+            self._ended(process)
+
+    def _ended(self, process: subprocess.Popen[str]) -> int:
+        """Wait for a process, close what led to it, and return its exit code."""
+        code = process.wait()
+        self._process = None
+        for pipe in (process.stdin, process.stdout):
+            # What was not sent any more has nobody to read it.
+            with suppress(BrokenPipeError):
+                if pipe is not None:
+                    pipe.close()
+        return code
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            if self._is_over:
+                raise KeyboardInterrupt
+            environment = {
+                **os.environ,
+                **worker_env(self._threads),
+            }
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "prunectl.sweeping.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
+                # Held until the last process is gone, so that no other run makes points meanwhile.
+                pass_fds=(self._lock,),
+                # Ctrl-C is for us, who end them.
+                start_new_session=True,
+            )
+            if hasattr(os, "sched_setaffinity"):
+                # Also for runtimes that ask nobody how many threads to start.
+                os.sched_setaffinity(self._process.pid, self._processors())
+        return self._process
+
+    def _processors(self) -> set[int]:
+        """Return as many processors as there are threads, beside those of the others."""
+        known = sorted(os.sched_getaffinity(0))
+        first = self._number * self._threads
+        return {known[at % len(known)] for at in range(first, first + self._threads)}
+
+
+def _told(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+RAY = "ray"
+
+
+class Worker(Protocol):
+    """One of them, who makes a point at a time."""
+
+    def attempt(self, point: Trial) -> TrialResult | PrunectlError:
+        """Have a point made."""
+
+    def close(self) -> None:
+        """End it, whatever it does."""
+
+
+class WorkerPool:
+    """So many hands; safe to use from as many threads."""
+
+    def __init__(self, hands: Sequence[Worker]) -> None:
+        self._hands = hands
+        self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for hand in hands:
+            self._free.put(hand)
+
+    def attempt(self, point: Trial) -> TrialResult | PrunectlError:
+        """Have a point made by whoever is free."""
+        hand = self._free.get()
+        try:
+            return hand.attempt(point)
+        finally:
+            self._free.put(hand)
+
+    def close(self) -> None:
+        """End all of them, whatever they do."""
+        for hand in self._hands:
+            hand.close()
+
+
+def check(place: str) -> None:
+    """Refuse a place that is not known, or that cannot be used."""
+    if place and place.partition(":")[0] != RAY:
+        raise UsageError(f"{place!r} is no place to sweep on", hint="write --on ray, or --on ray:ADDRESS")
+    if place:
+        require(RAY, extra=RAY)
+
+
+def make_workers(place: str, job: dict[str, Any], *, jobs: int, threads: int, lock: int) -> Sequence[Worker]:
+    """Return those who work at a place: on this machine, or `ray`, or `ray:ADDRESS`."""
+    if not place:
+        return [ProcessWorker(job, number, threads, lock) for number in range(jobs)]
+    address = place.partition(":")[2]
+    found: Sequence[Worker] = importlib.import_module("prunectl.sweeping.ray_workers").make_ray_workers(
+        address, job, jobs, threads
+    )
+    return found

@@ -1,0 +1,262 @@
+"""What a training loop asks of a model in its framework. Every tensor is called what the file calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunectl.pruning.strategies import BlockContext, Strategy
+from prunectl.training.data.source import Arrays, Batch
+
+
+class Evidence(StrEnum):
+    """What is added up over the steps since the last turn, for each weight w with gradient g."""
+
+    NONE = ""
+    GRADIENT = "gradient"
+    """g"""
+    SALIENCE = "salience"
+    """|w * g|"""
+    MOVEMENT = "movement"
+    """-w * g, over all of training: how far a weight moved away from zero"""
+
+
+WATCHED: Mapping[str, Evidence] = {
+    "magnitude-gradient": Evidence.SALIENCE,
+    "movement": Evidence.MOVEMENT,
+}
+"""What the strategies that watch training look at."""
+
+
+def informed(strategy: Strategy, found: Mapping[str, Array], kept: Mapping[str, Array]) -> Strategy:
+    """Return a strategy whose scores are the evidence; what is zero already goes first."""
+    # One shift for all tensors keeps their order, and scores must not be negative.
+    least = min((float(array.min()) for array in found.values() if array.size), default=0.0)
+    scores = {
+        name: np.where(kept[name], array.astype(np.float64) - least + np.finfo(np.float64).tiny, 0.0)
+        if name in kept
+        else array.astype(np.float64) - least
+        for name, array in found.items()
+    }
+
+    def score(_: Array, place: BlockContext) -> Array:
+        return scores[place.name]
+
+    return replace(strategy, score=score, is_elementwise=False, is_known=True)
+
+
+_SUM_TOLERANCE = 1e-3
+_TINY = 1e-7
+"""Below the precision of 32-bit probabilities."""
+
+
+class Ending(StrEnum):
+    """What the last activation makes of its numbers."""
+
+    SOFTMAX = "softmax"
+    LOG_SOFTMAX = "log-softmax"
+    SIGMOID = "sigmoid"
+    RAW = "raw"
+    UNKNOWN = ""
+    """Nothing but the numbers tells."""
+
+
+def by_numbers(array: Array, axis: int) -> Ending:
+    """The ending that outputs look like, where the graph does not tell; the axis is that of the classes."""
+    whole = np.asarray(array, np.float64)
+    if not whole.size or not np.isfinite(whole).all():
+        return Ending.RAW
+    has_classes = whole.ndim > 1 and whole.shape[axis] > 1
+    if has_classes and whole.max() <= 0.0 and _is_one(np.exp(whole).sum(axis=axis)):
+        return Ending.LOG_SOFTMAX
+    if whole.min() < 0.0 or whole.max() > 1.0:
+        return Ending.RAW
+    return Ending.SOFTMAX if has_classes and _is_one(whole.sum(axis=axis)) else Ending.SIGMOID
+
+
+def _is_one(sums: Array) -> bool:
+    return bool(np.all(np.abs(sums - 1.0) < _SUM_TOLERANCE))
+
+
+def converted(array: Array, theirs: Ending, ours: Ending, axis: int) -> Array:
+    """Outputs of one ending as another would have them; a logarithm of probabilities is as good as their logits."""
+    if theirs is ours or Ending.UNKNOWN in {theirs, ours}:
+        return array
+    kind, wide = array.dtype, array.astype(np.float64)
+    if theirs is Ending.SIGMOID:
+        within = np.clip(wide, _TINY, 1.0 - _TINY)
+        found = np.log(within) - np.log1p(-within)
+    else:
+        found = np.log(np.maximum(wide, _TINY)) if theirs is Ending.SOFTMAX else wide
+    if ours is Ending.SIGMOID:
+        found = 1.0 / (1.0 + np.exp(-found))
+    elif ours in {Ending.SOFTMAX, Ending.LOG_SOFTMAX}:
+        found = found - found.max(axis=axis, keepdims=True)
+        found = found - np.log(np.exp(found).sum(axis=axis, keepdims=True))
+        found = np.exp(found) if ours is Ending.SOFTMAX else found
+    return found.astype(kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """One input or output of a model."""
+
+    name: str
+    shape: tuple[int | None, ...] | None
+    """Without the batch axis; None where an axis, or all of it, is unknown."""
+    dtype: str
+    """Such as float32 or int64; empty if unknown."""
+    ending: Ending = Ending.UNKNOWN
+    """The activation that an output ends with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """Everything that goes into a model and comes out of it."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    is_channels_first: bool
+    """Whether images are CHW, as in PyTorch, and not HWC."""
+
+
+Array = NDArray[Any]
+Logs = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """How a model is trained, as far as its framework has to know; what is empty the file or the framework says."""
+
+    loss: str = ""
+    """A name, or `mod:fn`, `./file.py:fn`."""
+    optimizer: str = ""
+    """A name with parameters: `sgd:momentum=0.9,weight_decay=1e-4`."""
+    lr: float | None = None
+    metrics: tuple[str, ...] = ()
+    decides: str = ""
+    """The metric that decides, or `loss`; else the first of the metrics, or as the file says."""
+    goal: str = ""
+    """`max` or `min` where somebody said in which direction it is better; else its name tells."""
+    frozen: frozenset[str] = frozenset()
+    """Tensors that stay as they are."""
+    clip: float | None = None
+    """The largest norm of all gradients together."""
+    precision: str = "fp32"
+    device: str = "auto"
+    is_compiled: bool = False
+    is_sharded: bool = False
+    """Whether each process keeps only its part of every parameter."""
+    custom_step: str = ""
+    """A training step of the user's own, `mod:fn`."""
+    seed: int = 0
+    teacher_share: float = 0.5
+    """How much of the loss comes from a teacher's outputs, in steps that are given some."""
+    temperature: float = 2.0
+    """What logits are divided by before they are compared with the teacher's."""
+    example: Batch | None = field(default=None, compare=False)
+    """A first batch: tells labels from numbers where the loss is not said, and builds what has no shape yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOrigin:
+    """How a model becomes a network of its framework."""
+
+    model: str = ""
+    """What builds it, `mod:fn` or `./file.py:fn`, for a file that holds weights alone."""
+    custom_objects: str = ""
+    """Where the names of custom layers are explained, `mod:DICT`."""
+    is_trusted: bool = False
+    """Whether code that comes with the file may run."""
+    seed: int = 0
+    inputs: tuple[str, ...] = ()
+    """Shapes of what goes in, `1,3,224,224`, where it has to be run and nothing says them."""
+
+
+class Network(Protocol):
+    """A model that can be trained."""
+
+    @property
+    def signature(self) -> Signature:
+        """What goes in and comes out, as far as it is known."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about how it is trained: what was chosen for want of a word, what is skipped."""
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Which process this is, of how many that read their own part of every batch."""
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process writes and speaks."""
+
+    def is_true_everywhere(self, mine: bool) -> bool:
+        """Whether something is true in every process; all of them have to ask."""
+
+    def place(self, device: str) -> None:
+        """Choose where a model runs that is asked for its outputs alone, and never prepared."""
+
+    def prepare(self, means: Means) -> None:
+        """Choose loss, optimizer and metrics, before anything is trained or evaluated."""
+
+    def weights(self, names: Iterable[str]) -> dict[str, Array]:
+        """Return copies of some weights."""
+
+    def tensors(self) -> dict[str, Array]:
+        """Return copies of all that the file holds and training may change; not the optimizer's state."""
+
+    def assign(self, values: Mapping[str, Array]) -> None:
+        """Replace the numbers of some tensors."""
+
+    def mask(self, masks: Mapping[str, Array]) -> None:
+        """Zero what the masks do not keep, now and after every step; the optimizer's momentum of it too."""
+
+    def watch(self, evidence: Evidence, names: Sequence[str]) -> None:
+        """Gather evidence about some weights from the next step on."""
+
+    def evidence(self) -> dict[str, Array]:
+        """Return what was gathered, the same in every process."""
+
+    def forget(self) -> None:
+        """Begin to gather anew."""
+
+    def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
+        """Train on a batch with a share of the learning rate, also towards what a teacher makes of it.
+
+        The teacher's outputs come as this model would give them: in their shapes, as probabilities where it ends so.
+        """
+
+    def logs(self) -> Logs:
+        """Return the means of loss and metrics over the examples since the last call."""
+
+    def evaluate(self, batches: Iterable[Batch]) -> Logs:
+        """Return the means of loss and metrics, without a change to the model."""
+
+    def predict(self, x: Arrays) -> Arrays:
+        """Return what comes out, for one batch."""
+
+    def recalibrate(self, batches: Iterable[Batch]) -> int:
+        """Take the statistics of batch normalisation anew, and return how many layers have some."""
+
+    def reseed(self, number: int) -> None:
+        """Make what is random from here on depend on a number alone."""
+
+    def save(self, folder: Path | None) -> None:
+        """Keep every tensor, the state of the optimizer and of what is random, the evidence.
+
+        Every process takes part in it; only the first is given a folder.
+        """
+
+    def restore(self, folder: Path) -> None:
+        """Take up what `save` kept."""
+
+    def close(self) -> None:
+        """Let go of what it holds."""

@@ -1,0 +1,205 @@
+"""Checkpoints of a training run, each whole or not there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunectl.errors import InputError, UsageError, writing
+from prunectl.training.backend import Array
+from prunectl.training.logger import LogEntry
+
+if TYPE_CHECKING:
+    from prunectl.training.backend import Network
+    from prunectl.training.loop import LoopState
+    from prunectl.training.mask_schedule import Keeper
+
+
+_LAST, _NEXT, _OLD = "last", "next", "old"
+_FACTS, _MASKS, _BEST, _NETWORK = "run.json", "masks.npz", "best.npz", "network"
+
+
+@dataclass(frozen=True, slots=True)
+class Saver:
+    """Keeps the last checkpoint of a run in a folder."""
+
+    folder: Path
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    """What decides the result: a run cannot go on with other choices."""
+    is_resumed: bool = False
+
+    def check(self) -> None:
+        """Refuse a folder whose run would be lost, or that has none to go on with."""
+        there = self._found()
+        if there is not None and not self.is_resumed:
+            raise UsageError(
+                f"{self.folder} holds the checkpoint of a run", hint="say --resume to go on with it, or name another"
+            )
+        if there is None:
+            return
+        differing = differences(_read(there / _FACTS)["choices"], self.choices)
+        if differing:
+            raise UsageError(
+                f"the run in {self.folder} had {'; '.join(differing)}",
+                hint="go on with the same choices, or start in another folder",
+            )
+
+    def save(self, network: Network, keeper: Keeper, progress: LoopState) -> None:
+        """Keep where a run is; only the first process writes it."""
+        if not network.is_chief:
+            network.save(None)
+            return
+        with writing(self.folder):
+            self._write(network, keeper, progress)
+
+    def _write(self, network: Network, keeper: Keeper, progress: LoopState) -> None:
+        scratch = self.folder / _NEXT
+        shutil.rmtree(scratch, ignore_errors=True)
+        (scratch / _NETWORK).mkdir(parents=True)
+        _write_arrays(scratch / _MASKS, keeper.masks)
+        _write_arrays(scratch / _BEST, progress.best_tensors)
+        facts = {
+            "choices": dict(self.choices),
+            "step": progress.step,
+            "stale": progress.stale,
+            "best": progress.best,
+            "best_epoch": progress.best_epoch,
+            "turned_at": keeper.turned_at,
+            "history": [asdict(entry) for entry in progress.history],
+        }
+        network.save(scratch / _NETWORK)
+        (scratch / _FACTS).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
+        # Two renames, and `_found` knows what lies there between them.
+        last, old = self.folder / _LAST, self.folder / _OLD
+        shutil.rmtree(old, ignore_errors=True)
+        if last.exists():
+            last.rename(old)
+        scratch.rename(last)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def resume(self, network: Network, keeper: Keeper, progress: LoopState) -> None:
+        """Bring everything to where the run was; from the beginning if there is no checkpoint."""
+        place = self._found()
+        if place is None or not self.is_resumed:
+            return
+        facts = _read(place / _FACTS)
+        network.restore(place / _NETWORK)
+        keeper.masks = {name: array.astype(np.bool_) for name, array in _read_arrays(place / _MASKS).items()}
+        keeper.turned_at = facts["turned_at"]
+        if keeper.masks:
+            network.mask(keeper.masks)
+        progress.step, progress.stale = facts["step"], facts["stale"]
+        progress.best, progress.best_epoch = facts["best"], facts["best_epoch"]
+        progress.best_tensors = _read_arrays(place / _BEST)
+        progress.history = [LogEntry(**entry) for entry in facts["history"]]
+
+    def _found(self) -> Path | None:
+        places = (self.folder / _LAST, self.folder / _OLD)
+        return next((place for place in places if (place / _FACTS).is_file()), None)
+
+
+_OPTIONS = {
+    "means.metrics": "--metric",
+    "means.decides": "--metric (the one that decides)",
+    "means.goal": "--metric (max or min)",
+    "means.is_compiled": "--compile",
+    "means.is_sharded": "--shard",
+    "means.custom_step": "--step",
+    "means.teacher_share": "--distill-share",
+    "origin.is_trusted": "--trust",
+    "origin.inputs": "--input",
+    "pruning.params": "--param",
+    "pruning.layers": "--layer",
+    "ramping.name": "--schedule",
+    "ramping.initial": "--initial-sparsity",
+    "ramping.params": "--schedule-param",
+    "frozen": "--freeze",
+    "rate": "--lr-schedule",
+    "is_recalibrated": "--recalibrate",
+}
+"""What a choice is called on the command line, where not by its own name."""
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What a run had and what is asked for now, as options: `--lr 0.0001, not 0.001`; all that differ."""
+    before, now = _flat(old), _flat(new)
+    found: dict[str, str] = {}
+    # A choice that a version did not have yet is what it is where nobody makes it.
+    for name in sorted(before.keys() & now.keys()):
+        option = _OPTIONS.get(name, f"--{name.rpartition('.')[2].replace('_', '-')}")
+        if before[name] != now[name]:
+            found.setdefault(option, f"{option} {_shown(before[name])}, not {_shown(now[name])}")
+    return list(found.values())
+
+
+def _flat(choices: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in choices.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
+def _shown(value: Any) -> str:
+    """A value as it is typed."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return " ".join(_shown(one) for one in value) or "(none)"
+    return "(none)" if value is None or value == "" else str(value)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}", hint="remove its folder to start again") from error
+    return found
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    # By number: a name may hold what no name of a file in an archive may. As bytes: NumPy saves no bfloat16.
+    index = [[name, str(array.dtype), list(array.shape)] for name, array in arrays.items()]
+    flat = {str(at): np.frombuffer(array.tobytes(), np.uint8) for at, array in enumerate(arrays.values())}
+    np.savez(path, index=np.frombuffer(json.dumps(index).encode(), np.uint8), **flat)  # type: ignore[arg-type]
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+
+    with np.load(path, allow_pickle=False) as held:
+        index = json.loads(held["index"].tobytes())
+        return {
+            name: np.frombuffer(held[str(at)].tobytes(), np.dtype(kind)).reshape(shape)
+            for at, (name, kind, shape) in enumerate(index)
+        }
+
+
+_INDEX = "index"
+
+
+def keep(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Write arrays to a file."""
+    index = [[name, str(array.dtype), list(array.shape)] for name, array in arrays.items()]
+    parts = {str(at): np.frombuffer(array.tobytes(), np.uint8) for at, array in enumerate(arrays.values())}
+    parts[_INDEX] = np.frombuffer(json.dumps(index).encode(), np.uint8)
+    with path.open("wb") as file:
+        np.savez(file, allow_pickle=False, **parts)
+
+
+def take(path: Path) -> dict[str, Array]:
+    """Return the arrays of a file."""
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            return {
+                name: np.frombuffer(held[str(at)].tobytes(), np.dtype(dtype)).reshape(shape)
+                for at, (name, dtype, shape) in enumerate(json.loads(held[_INDEX].tobytes()))
+            }
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is damaged: {error}", hint="remove its folder to start again") from error

@@ -1,0 +1,178 @@
+"""Examples from a function of the user's: arrays, batches one after the other, or a data set with numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from prunectl.errors import InputError, PrunectlError, UsageError, WorkError
+from prunectl.formats.base import Array
+from prunectl.plugins import attribute
+from prunectl.training.backend import Signature
+from prunectl.training.data.batching import joined, taken
+from prunectl.training.data.readers import Rows, Stream, from_arrays
+from prunectl.training.data.source import Arrays, Batch, Indices, Source, each
+from prunectl.training.data.spec import Spec
+
+_NAMED = re.compile(r"(?P<where>[^:]+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
+_GIVES = "it returns (x, y) arrays, or an iterable of (x, y) batches, or a data set with len() and numbers"
+
+_END = object()
+
+
+class _Numbered(Protocol):
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int) -> Any: ...
+
+
+def fits(where: str) -> bool:
+    """Whether a SPEC names a function."""
+    return _NAMED.fullmatch(where) is not None
+
+
+def open_code(spec: Spec, signature: Signature | None) -> Source:
+    """Return the source that `package.module:function` or `./file.py:function` means."""
+    named = _NAMED.fullmatch(spec.where)
+    found = attribute(*named.groups()) if named else None
+    if not callable(found):
+        raise UsageError(f"{spec.where} is not a function", hint=_GIVES)
+    make = _guarded(spec.where, found)
+    made = make()
+    names = tuple(port.name for port in signature.inputs) if signature else ()
+    if _is_array(made) or _is_pair_of_arrays(made):
+        batch = _batch(spec.where, made if isinstance(made, tuple | list) else (made,), names)
+        return from_arrays(spec.text, _titled("x", batch.x), {} if batch.y is None else _titled("y", batch.y))
+    if _is_numbered(made):
+        return _from_examples(spec, cast("_Numbered", made), names)
+    if isinstance(made, Iterable) or _is_keras(made):
+        return _from_batches(spec, make, made, names)
+    raise InputError(f"{spec.where} returns a {type(made).__name__}", hint=_GIVES)
+
+
+def _guarded(where: str, function: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a function whose failures are told as its own."""
+
+    def call() -> Any:
+        try:
+            return function()
+        except PrunectlError:
+            raise
+        except Exception as error:
+            raise WorkError(f"{where} fails: {type(error).__name__}: {error}") from error
+
+    return call
+
+
+def _from_batches(spec: Spec, make: Callable[[], Any], made: Iterable[Any], names: Sequence[str]) -> Stream:
+    def pieces(batches: Iterable[Any]) -> Iterator[Batch]:
+        # Keras' data sets number their batches, and never end when they are iterated.
+        numbered = cast("Any", batches)
+        items = (numbered[at] for at in range(len(numbered))) if _is_keras(batches) else iter(batches)
+        advance = _guarded(spec.where, lambda: next(items, _END))
+        while (item := advance()) is not _END:
+            yield _batch(spec.where, item if isinstance(item, tuple | list) else (item,), names)
+
+    def read() -> Iterator[Batch]:
+        # An iterator can be gone through once: the function is called anew for the next one.
+        return pieces(make() if isinstance(made, Iterator) else made)
+
+    first = next(read(), None)
+    if first is None:
+        raise InputError(f"{spec.where} gives no batches", hint=_GIVES)
+    return Stream(spec.text, None, first.y is not None, read)
+
+
+def _from_examples(spec: Spec, examples: _Numbered, names: Sequence[str]) -> Rows:
+    count = len(examples)
+    if not count:
+        raise InputError(f"{spec.where} gives a data set of no examples")
+
+    def one(number: int) -> Batch:
+        item = _guarded(spec.where, lambda: examples[number])()
+        parts = item if isinstance(item, tuple | list) else (item,)
+        return _batch(spec.where, [_map(lambda array: np.asarray(array)[None], part) for part in parts], names)
+
+    def take(numbers: Indices) -> Batch:
+        found = [one(int(number)) for number in numbers]
+        return joined(found) if found else taken(one(0), slice(0, 0))
+
+    return Rows(spec.text, count, one(0).y is not None, take)
+
+
+def _batch(where: str, parts: Sequence[Any], names: Sequence[str]) -> Batch:
+    """Return what a function gave for some examples as a batch."""
+    if not 1 <= len(parts) <= 2:
+        raise InputError(f"{where} gives {len(parts)} things at once", hint="a batch is (x, y), or x alone")
+    x = _arrays(where, parts[0], names)
+    y = _arrays(where, parts[1], ()) if len(parts) == 2 and parts[1] is not None else None
+    lengths = [len(array) for array in (*each(x), *(() if y is None else each(y)))]
+    if len(set(lengths)) > 1:
+        raise InputError(f"{where}: the arrays of a batch differ in their number of examples: {lengths}")
+    return Batch(x, y)
+
+
+def _arrays(where: str, part: Any, names: Sequence[str]) -> Arrays:
+    if isinstance(part, Mapping):
+        missing = [name for name in names if name not in part]
+        if missing or not names:
+            raise InputError(
+                f"{where} gives a dictionary of {', '.join(map(str, part))}",
+                hint=f"the model's inputs are {', '.join(names) or 'not named'}; a tuple in their order serves too",
+            )
+        found = tuple(_array(where, part[name]) for name in names)
+        return found[0] if len(found) == 1 else found
+    if isinstance(part, tuple | list) and part and all(map(_is_array, part)):
+        return tuple(_array(where, one) for one in part)
+    return _array(where, part)
+
+
+def _array(where: str, given: Any) -> Array:
+    try:
+        found: Array = np.asarray(given)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"{where} gives a {type(given).__name__} that is no array: {error}") from error
+    if found.ndim == 0:
+        raise InputError(f"{where} gives a single {type(given).__name__} where a batch of them is due", hint=_GIVES)
+    return found
+
+
+def _map(change: Callable[[Any], Array], part: Any) -> Any:
+    if isinstance(part, Mapping):
+        return {name: change(one) for name, one in part.items()}
+    if isinstance(part, tuple | list) and part and all(map(_is_array, part)):
+        return tuple(change(one) for one in part)
+    return change(part)
+
+
+def _titled(side: str, arrays: Arrays) -> dict[str, Array]:
+    many = each(arrays)
+    return {side if len(many) == 1 else f"{side}[{place}]": array for place, array in enumerate(many)}
+
+
+def _is_array(thing: Any) -> bool:
+    return hasattr(thing, "__array__") and hasattr(thing, "shape")
+
+
+def _is_pair_of_arrays(thing: Any) -> bool:
+    """Whether it is (x, y), where each may be several arrays, and not a list of batches."""
+    return isinstance(thing, tuple) and len(thing) == 2 and all(_is_side(part) for part in thing)
+
+
+def _is_side(part: Any) -> bool:
+    return _is_array(part) or (isinstance(part, tuple | Mapping) and all(map(_is_array, _values(part))))
+
+
+def _values(part: Any) -> Iterable[Any]:
+    return part.values() if isinstance(part, Mapping) else part
+
+
+def _is_numbered(thing: Any) -> bool:
+    is_list = isinstance(thing, tuple | list | Mapping | str | bytes)
+    return hasattr(thing, "__getitem__") and hasattr(thing, "__len__") and not is_list and not _is_keras(thing)
+
+
+def _is_keras(thing: Any) -> bool:
+    return hasattr(thing, "__getitem__") and hasattr(thing, "__len__") and hasattr(thing, "on_epoch_end")

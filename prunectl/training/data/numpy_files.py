@@ -1,0 +1,181 @@
+"""Arrays in .npy files, paged in as they are touched."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import struct
+from difflib import get_close_matches
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from prunectl.errors import InputError, UsageError, first_line
+from prunectl.formats.base import Array
+from prunectl.formats.extents import check_inside
+from prunectl.formats.zip_read import Archive, open_archive
+from prunectl.training.data.readers import NUMERIC, Rows, from_arrays
+from prunectl.training.data.spec import Spec, existing
+
+_BETWEEN = re.compile(r"(?<=\.npy)([,+])")
+
+
+class Header(NamedTuple):
+    """What an array says of itself before its bytes begin."""
+
+    shape: tuple[int, ...]
+    is_fortran: bool
+    dtype: np.dtype[np.generic]
+    nbytes: int
+    """Of the header itself."""
+
+
+def is_npy(where: str) -> bool:
+    """Whether a SPEC names .npy files."""
+    return where.endswith(".npy")
+
+
+def open_npy(spec: Spec) -> Rows:
+    """Return the source that `a.npy+b.npy,y.npy` means: inputs, then targets."""
+    inputs, *targets = _sides(spec)
+    x = {name: map_npy(existing(Path(name))) for name in inputs}
+    y = {name: map_npy(existing(Path(name))) for name in (targets[0] if targets else [])}
+    return from_arrays(spec.text, x, y)
+
+
+def _sides(spec: Spec) -> list[list[str]]:
+    sides: list[list[str]] = [[]]
+    for word in _BETWEEN.split(spec.where):
+        if word == ",":
+            sides.append([])
+        elif word != "+":
+            sides[-1].append(word)
+    if len(sides) > 2:
+        raise UsageError(
+            f"{spec.where} names {len(sides)} sides: there are inputs and targets",
+            hint="several inputs are joined with +, as in a.npy+b.npy,y.npy",
+        )
+    names = [name for side in sides for name in side]
+    if any(not name.endswith(".npy") for name in names) or len(set(names)) < len(names):
+        raise UsageError(f"{spec.where} is no list of .npy files", hint="write x.npy,y.npy or a.npy+b.npy,y.npy")
+    return sides
+
+
+def map_npy(path: Path) -> Array:
+    """Return the array in a file without reading it."""
+    with path.open("rb") as file:
+        header = read_header(file, str(path))
+    file_bytes = path.stat().st_size
+    return map_array(path, header, header.nbytes, file_bytes - header.nbytes, str(path))
+
+
+def map_array(path: Path, header: Header, offset: int, nbytes: int, what: str) -> Array:
+    """Return the array whose bytes lie at an offset of a file."""
+    size = int(np.prod(header.shape, dtype=object)) * header.dtype.itemsize
+    check_inside(path, 0, size, nbytes, what)
+    if not size:
+        return np.zeros(header.shape, header.dtype)
+    return np.memmap(path, header.dtype, "r", offset, header.shape, "F" if header.is_fortran else "C")
+
+
+def read_header(file: BinaryIO, what: str) -> Header:
+    """Return what an array says of itself; never one of Python objects, which would have to be unpickled."""
+    begin = file.tell()
+    try:
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0):
+            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        else:
+            shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(file)
+    except (ValueError, EOFError, struct.error) as error:
+        raise InputError(f"{what} is damaged: it is not an array of NumPy ({first_line(error)})") from error
+    if dtype.hasobject:
+        raise InputError(f"{what} holds Python objects, which prunectl never unpickles", hint="save plain numbers")
+    if dtype.kind not in NUMERIC or min(shape, default=0) < 0:
+        raise InputError(f"{what} is an array of {dtype}, not of numbers", hint="write labels as whole numbers from 0")
+    return Header(shape, is_fortran, dtype, file.tell() - begin)
+
+
+_CHOSEN = re.compile(r"(?P<path>.+\.npz)\[(?P<names>.*)\]")
+_USUAL = (("x", "y"), ("X", "y"), ("x_train", "y_train"), ("X_train", "y_train"))
+
+
+def is_npz(where: str) -> bool:
+    """Whether a SPEC names an .npz file."""
+    return where.endswith(".npz") or _CHOSEN.fullmatch(where) is not None
+
+
+def open_npz(spec: Spec) -> Rows:
+    """Return the source that `train.npz` or `train.npz[a+b,labels]` means."""
+    chosen = _CHOSEN.fullmatch(spec.where)
+    path = existing(Path(chosen["path"] if chosen else spec.where))
+    archive = open_archive(path)
+    names = [name.removesuffix(".npy") for name in archive.entries if name.endswith(".npy")]
+    if not names:
+        raise InputError(f"{path} holds no arrays")
+    inputs, targets, notes = (*_said(path, chosen["names"], names), ()) if chosen else _found(archive, names)
+    x = {name: _array(archive, name) for name in inputs}
+    y = {name: _array(archive, name) for name in targets}
+    return from_arrays(spec.text, x, y, *notes)
+
+
+def _said(path: Path, words: str, names: list[str]) -> tuple[list[str], list[str]]:
+    sides = [[name.strip() for name in side.split("+")] for side in words.split(",")]
+    if len(sides) > 2:
+        raise UsageError(
+            f"{path}[{words}] names {len(sides)} sides: there are inputs and targets",
+            hint=f"several inputs are joined with +, as in {path.name}[a+b,labels]",
+        )
+    for name in (name for side in sides for name in side):
+        if name not in names:
+            raise UsageError(
+                f"{path} holds no array {name!r}",
+                did_you_mean=tuple(get_close_matches(name, names)),
+                hint=f"it holds {', '.join(names)}",
+            )
+    return sides[0], sides[1] if len(sides) > 1 else []
+
+
+def _found(archive: Archive, names: list[str]) -> tuple[list[str], list[str], tuple[str, ...]]:
+    for x, y in _USUAL:
+        if x in names and y in names:
+            return [x], [y], ()
+    if len(names) == 1:
+        return names, [], ()
+    if len(names) == 2:
+        # The array with fewer axes is the one of targets; where that does not tell, the file's order does.
+        x, y = sorted(names, key=lambda name: -len(_header(archive, name).shape))
+        path = archive.path
+        return [x], [y], (f"{path}: {x} is taken for the inputs and {y} for the targets; {path.name}[{y},{x}] swaps",)
+    raise UsageError(
+        f"{archive.path} has no arrays called x and y",
+        hint=f"choose, as in {archive.path.name}[{names[0]},{names[1]}]; it holds {', '.join(names)}",
+    )
+
+
+def _header(archive: Archive, name: str) -> Header:
+    return read_header(io.BytesIO(_opening(archive, name)), f"{name} in {archive.path}")
+
+
+def _opening(archive: Archive, name: str) -> bytes:
+    """Return the first bytes of an entry, in which its header ends."""
+    entry = archive.entries[f"{name}.npy"]
+    return next(archive.pieces(entry), b"")
+
+
+def _array(archive: Archive, name: str) -> Array:
+    what = f"{name} in {archive.path}"
+    entry = archive.entries[f"{name}.npy"]
+    header = _header(archive, name)
+    if entry.is_stored:
+        return map_array(archive.path, header, entry.extent.offset + header.nbytes, entry.nbytes - header.nbytes, what)
+    return _arranged(archive.inflated(entry)[header.nbytes :], header, what)
+
+
+def _arranged(body: Array, header: Header, what: str) -> Array:
+    size = math.prod(header.shape) * header.dtype.itemsize
+    if size != body.nbytes:
+        raise InputError(f"{what} is damaged: its header says {size} bytes, and {body.nbytes} follow")
+    return body.view(header.dtype).reshape(header.shape, order="F" if header.is_fortran else "C")

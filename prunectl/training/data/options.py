@@ -1,0 +1,193 @@
+"""What the options that every SPEC takes make of a source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from prunectl.errors import InputError, UsageError
+from prunectl.formats.base import Array
+from prunectl.training.backend import Signature
+from prunectl.training.data.source import Arrays, Batch, Source, each, mapped, peek
+from prunectl.training.data.spec import Spec, axes
+
+_BYTE_MAX = 255
+_IMAGENET = "0.485,0.456,0.406:0.229,0.224,0.225"
+_HINT = "write norm=unit (x / 255), norm=imagenet, norm=none, norm=/16 (x / 16), or norm=MEAN:STD of x / 255"
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """x / 255, or over another number, less a mean, over a deviation: of all channels, or of each."""
+
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+    scale: float = _BYTE_MAX
+
+    def apply(self, x: Array, channel_axis: int) -> Array:
+        """Return the numbers as 32-bit floats."""
+        along = [1] * x.ndim
+        along[channel_axis] = -1
+        mean = np.array(self.mean, np.float32)
+        deviation = np.array(self.deviation, np.float32)
+        if mean.size > 1:
+            mean, deviation = mean.reshape(along), deviation.reshape(along)
+        found: Array = (x.astype(np.float32) / np.float32(self.scale) - mean) / deviation
+        return found
+
+
+def normed(source: Source, text: str, *, is_channels_first: bool) -> Source:
+    """Return a source whose inputs are normalised as the option `norm` says."""
+    if text == "none":
+        return source.changed(lambda batch: Batch(_each_float(batch.x), batch.y))
+    norm = _parsed(text)
+    head = peek(source)
+    if head is None:
+        return source
+    first = each(head.x)
+    chosen = {0} if len(first) == 1 else {place for place, x in enumerate(first) if x.dtype == np.uint8}
+    if not chosen:
+        raise UsageError(f"norm={text}: none of the inputs of {source.name} consists of bytes")
+    for place in chosen:
+        is_byte = norm.scale == _BYTE_MAX
+        if is_byte and first[place].dtype.kind == "f" and np.abs(first[place]).max(initial=0) <= 1:
+            raise UsageError(
+                f"norm={text} divides by {_BYTE_MAX}, and the inputs of {source.name} are within -1 and 1 already",
+                hint="leave out norm",
+            )
+    places = {place: _channel_axis(first[place], norm, is_channels_first=is_channels_first) for place in chosen}
+
+    def change(batch: Batch) -> Batch:
+        found = tuple(norm.apply(x, places[place]) if place in places else x for place, x in enumerate(each(batch.x)))
+        return Batch(found if isinstance(batch.x, tuple) else found[0], batch.y)
+
+    return source.changed(change)
+
+
+def _each_float(arrays: Arrays) -> Arrays:
+    found = tuple(x.astype(np.float32) if x.dtype == np.uint8 else x for x in each(arrays))
+    return found if isinstance(arrays, tuple) else found[0]
+
+
+def _parsed(text: str) -> Norm:
+    if text.startswith("/"):
+        return _divided(text)
+    mean, sign, deviation = {"unit": "0:1", "imagenet": _IMAGENET}.get(text, text).partition(":")
+    try:
+        norm = Norm(tuple(map(float, mean.split(","))), tuple(map(float, deviation.split(","))))
+    except ValueError as error:
+        raise UsageError(f"norm={text} is not known", hint=_HINT) from error
+    numbers = (*norm.mean, *norm.deviation)
+    if not sign or len(norm.mean) != len(norm.deviation) or not np.isfinite(numbers).all() or min(norm.deviation) <= 0:
+        raise UsageError(f"norm={text} needs as many means as deviations above zero", hint=_HINT)
+    return norm
+
+
+def _channel_axis(x: Array, norm: Norm, *, is_channels_first: bool) -> int:
+    """Return the axis that is as long as there are means: where both ends are, the model's own layout decides."""
+    places = [axis for axis in (1, x.ndim - 1) if axis and x.shape[axis] == len(norm.mean)]
+    if len(norm.mean) == 1:
+        return x.ndim - 1
+    if not places or x.ndim < 3:
+        raise UsageError(f"the norm has {len(norm.mean)} channels, and an input of the shape {x.shape[1:]} has not")
+    return places[0 if is_channels_first else -1]
+
+
+def _divided(text: str) -> Norm:
+    try:
+        scale = float(text[1:])
+    except ValueError as error:
+        raise UsageError(f"norm={text} divides by what?", hint=_HINT) from error
+    if not np.isfinite(scale) or scale <= 0:
+        raise UsageError(f"norm={text} divides by no number above zero", hint=_HINT)
+    return Norm((0.0,), (1.0,), scale)
+
+
+def apply(source: Source, spec: Spec, signature: Signature | None) -> Source:
+    """Return a source with the general options of its SPEC: classes first, then limit, then what changes numbers."""
+    if spec.is_asked("relabel") and "classes" not in spec.options:
+        raise UsageError("relabel numbers the classes that are chosen anew", hint="write classes=0,3,5&relabel=1")
+    if "classes" in spec.options:
+        source = _only_classes(source, spec)
+    limit = spec.number("limit")
+    if limit is not None:
+        source = source.first(limit)
+    if "shape" in spec.options:
+        source = source.changed(_reshape(spec))
+    if spec.is_asked("flatten"):
+        source = source.changed(_on_inputs(lambda x: x.reshape(len(x), int(np.prod(x.shape[1:])))))
+    if "norm" in spec.options:
+        first = bool(signature and signature.is_channels_first)
+        source = normed(source, spec.options["norm"], is_channels_first=first)
+    depth = spec.number("onehot")
+    return source if depth is None else source.changed(_on_targets(_one_hot(depth), source, "onehot"))
+
+
+def _only_classes(source: Source, spec: Spec) -> Source:
+    words = spec.words("classes")
+    if not words or any(not word.isdecimal() for word in words) or len(set(words)) < len(words):
+        raise UsageError(f"classes={spec.options['classes']} is no list of classes", hint="write classes=0,3,5")
+    chosen = np.array([int(word) for word in words])
+    if not source.has_targets:
+        raise UsageError(f"{source.name} has no targets, so that classes cannot be chosen")
+    found = source.where(lambda y: np.isin(_labels(y, "classes"), chosen))
+    if not spec.is_asked("relabel"):
+        return found
+    ranked = np.sort(chosen)
+    return found.changed(_on_targets(lambda y: np.searchsorted(ranked, _labels(y, "relabel")), found, "relabel"))
+
+
+def _labels(y: Arrays, option: str) -> Array:
+    """Return one whole number for each example."""
+    arrays = each(y)
+    flat = arrays[0].reshape(len(arrays[0]), -1)
+    if len(arrays) > 1 or flat.shape[1:] not in {(1,), (0,)}:
+        raise InputError(
+            f"{option} needs one label for each example, and the targets have the shape {arrays[0].shape[1:]}"
+        )
+    labels = flat[:, 0]
+    if not np.array_equal(labels, np.trunc(labels)):
+        raise InputError(f"{option} needs labels that are whole numbers")
+    return labels.astype(np.int64)
+
+
+def _one_hot(depth: int) -> Callable[[Arrays], Array]:
+    def encode(y: Arrays) -> Array:
+        labels = _labels(y, "onehot")
+        wrong = labels[(labels < 0) | (labels >= depth)]
+        if wrong.size:
+            raise InputError(f"onehot={depth} has no place for the label {wrong[0]}: labels are 0 to {depth - 1}")
+        return np.eye(depth, dtype=np.float32)[labels]
+
+    return encode
+
+
+def _reshape(spec: Spec) -> Callable[[Batch], Batch]:
+    text = spec.options["shape"]
+    shapes = [axes("shape", part) for part in text.split("+")]
+
+    def one(x: Array, shape: tuple[int, ...]) -> Array:
+        if int(np.prod(x.shape[1:])) != int(np.prod(shape)):
+            raise InputError(f"shape={text}: inputs of the shape {x.shape[1:]} cannot be read as {shape}")
+        return x.reshape(len(x), *shape)
+
+    def change(batch: Batch) -> Batch:
+        arrays = each(batch.x)
+        if len(arrays) != len(shapes):
+            raise UsageError(f"shape={text} names {len(shapes)} shapes, and there are {len(arrays)} inputs")
+        found = tuple(map(one, arrays, shapes))
+        return replace(batch, x=found if isinstance(batch.x, tuple) else found[0])
+
+    return change
+
+
+def _on_inputs(change: Callable[[Array], Array]) -> Callable[[Batch], Batch]:
+    return lambda batch: replace(batch, x=mapped(change, batch.x))
+
+
+def _on_targets(change: Callable[[Arrays], Array], source: Source, option: str) -> Callable[[Batch], Batch]:
+    if not source.has_targets:
+        raise UsageError(f"{source.name} has no targets for {option}")
+    return lambda batch: batch if batch.y is None else replace(batch, y=change(batch.y))

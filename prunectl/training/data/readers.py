@@ -1,0 +1,246 @@
+"""Examples that can be taken in any order, by their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+
+from prunectl.errors import InputError
+from prunectl.formats.base import Array
+from prunectl.training.data.batching import (
+    ahead,
+    beginning,
+    joined,
+    length,
+    nbytes,
+    read_ahead,
+    rebatched,
+    shared_out,
+    skipped,
+    taken,
+)
+from prunectl.training.data.source import Arrays, Batch, Indices, Mask, Order, mapped
+
+LOOKED_AT_ONCE = 1 << 16
+"""Labels in a chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A source whose examples have numbers."""
+
+    name: str
+    count: int
+    has_targets: bool
+    take: Callable[[Indices], Batch]
+    """The examples with these numbers, in that order."""
+    targets: Callable[[Indices], Arrays | None] | None = None
+    """Their targets alone, where this is cheap."""
+    is_random: bool = False
+    notes: tuple[str, ...] = ()
+
+    def batches(self, order: Order) -> Iterator[Batch]:
+        """Yield the batches of one epoch."""
+        mine = self._numbers(order)
+        begins = range(order.skip * order.batch_size, len(mine), order.batch_size)
+        return ahead(lambda begin: self.take(mine[begin : begin + order.batch_size]), begins, order.workers)
+
+    def labels(self) -> Iterator[Arrays]:
+        """Yield all targets in order, where this is cheap."""
+        if self.targets is None or not self.has_targets:
+            return
+        for begin in range(0, self.count, LOOKED_AT_ONCE):
+            found = self.targets(np.arange(begin, min(self.count, begin + LOOKED_AT_ONCE)))
+            if found is not None:
+                yield found
+
+    def changed(self, change: Callable[[Batch], Batch], *notes: str) -> Rows:
+        """Return the source whose batches are changed."""
+        take, targets = self.take, self.targets
+        nothing = np.zeros(0, np.int64)
+
+        def changed_targets(numbers: Indices) -> Arrays | None:
+            # The inputs of no example, beside the targets: a change of either is one function of the batch.
+            return None if targets is None else change(replace(take(nothing), y=targets(numbers))).y
+
+        return replace(
+            self,
+            take=lambda numbers: change(take(numbers)),
+            targets=None if targets is None else changed_targets,
+            notes=(*self.notes, *notes),
+        )
+
+    def numbered(self, is_kept: Callable[[Indices], Mask]) -> Rows:
+        """Return the examples whose numbers are kept."""
+        return self._among(np.flatnonzero(is_kept(np.arange(self.count))))
+
+    def where(self, holds: Callable[[Arrays], Mask]) -> Rows:
+        """Return the examples with targets for which something holds."""
+        labels = self.labels() if self.targets is not None else self._labels_with_inputs()
+        masks = [holds(label) for label in labels]
+        return self._among(np.flatnonzero(np.concatenate(masks)) if masks else np.zeros(0, np.int64))
+
+    def first(self, count: int) -> Rows:
+        """Return at most that many examples from the beginning."""
+        return replace(self, count=min(count, self.count))
+
+    def _labels_with_inputs(self) -> Iterator[Arrays]:
+        for batch in self.batches(Order(256)):
+            if batch.y is not None:
+                yield batch.y
+
+    def _among(self, numbers: Indices) -> Rows:
+        take, targets = self.take, self.targets
+        return replace(
+            self,
+            count=len(numbers),
+            take=lambda chosen: take(numbers[chosen]),
+            targets=None if targets is None else lambda chosen: targets(numbers[chosen]),
+        )
+
+    def _numbers(self, order: Order) -> Indices:
+        found = order.random.permutation(self.count) if order.is_shuffled else np.arange(self.count)
+        whole = self.count // order.ranks * order.ranks
+        return found[order.rank : whole : order.ranks] if order.ranks > 1 else found
+
+
+SHUFFLED_EXAMPLES = 10_000
+SHUFFLED_BYTES = 64 << 20
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A source that is read from its beginning each time."""
+
+    name: str
+    count: int | None
+    has_targets: bool
+    read: Callable[[], Iterator[Batch]]
+    """All examples, in pieces of any size."""
+    is_random: bool = False
+    notes: tuple[str, ...] = ()
+
+    def batches(self, order: Order) -> Iterator[Batch]:
+        """Yield the batches of one epoch."""
+        pieces = shuffled(self.read(), order.random) if order.is_shuffled else self.read()
+        mine = shared_out(pieces, order.rank, order.ranks)
+        return read_ahead(skipped(rebatched(mine, order.batch_size), order.skip), order.workers)
+
+    def labels(self) -> Iterator[Arrays]:
+        """Yield nothing: targets come only with their inputs."""
+        return iter(())
+
+    def changed(self, change: Callable[[Batch], Batch], *notes: str) -> Stream:
+        """Return the source whose batches are changed."""
+        read = self.read
+        return replace(self, read=lambda: map(change, read()), notes=(*self.notes, *notes))
+
+    def numbered(self, is_kept: Callable[[Indices], Mask]) -> Stream:
+        """Return the examples whose numbers are kept."""
+        read = self.read
+
+        def chosen() -> Iterator[Batch]:
+            begin = 0
+            for piece in read():
+                end = begin + length(piece)
+                yield taken(piece, is_kept(np.arange(begin, end)))
+                begin = end
+
+        known = None if self.count is None else int(is_kept(np.arange(self.count)).sum())
+        return replace(self, count=known, read=lambda: filter(length, chosen()))
+
+    def where(self, holds: Callable[[Arrays], Mask]) -> Stream:
+        """Return the examples with targets for which something holds."""
+        read = self.read
+
+        def chosen() -> Iterator[Batch]:
+            for piece in read():
+                if piece.y is not None:
+                    yield taken(piece, holds(piece.y))
+
+        return replace(self, count=None, read=lambda: filter(length, chosen()))
+
+    def first(self, count: int) -> Stream:
+        """Return at most that many examples from the beginning."""
+        read = self.read
+        known = None if self.count is None else min(count, self.count)
+        return replace(self, count=known, read=lambda: beginning(read(), count))
+
+
+def shuffled(pieces: Iterable[Batch], random: np.random.Generator) -> Iterator[Batch]:
+    """Yield examples in an order that is random within a pool of the next thousands."""
+    pool: list[Batch] = []
+    count = held_bytes = 0
+    for piece in pieces:
+        pool.append(piece)
+        count += length(piece)
+        held_bytes += nbytes(piece)
+        if count > 1 and (count >= SHUFFLED_EXAMPLES or held_bytes >= SHUFFLED_BYTES):
+            whole = joined(pool)
+            order = random.permutation(count)
+            # Half of the pool stays, to mix with what comes next.
+            yield taken(whole, order[count // 2 :])
+            rest = taken(whole, order[: count // 2])
+            pool, count, held_bytes = [rest], count // 2, nbytes(rest)
+    if pool:
+        yield taken(joined(pool), random.permutation(count))
+
+
+def in_pieces(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield items in lists of one size; the last may be smaller."""
+    held: list[Item] = []
+    for item in items:
+        held.append(item)
+        if len(held) == size:
+            yield held
+            held = []
+    if held:
+        yield held
+
+
+NUMERIC = "fiub"
+"""Kinds of numbers that a model can be fed: floats, integers, signed or not, and booleans."""
+
+
+def from_arrays(name: str, x: Mapping[str, Array], y: Mapping[str, Array], *notes: str) -> Rows:
+    """Return the examples that arrays hold along their first axes, by the arrays' names."""
+    named = {**x, **y}
+    for title, array in named.items():
+        if array.ndim == 0:
+            raise InputError(f"{name}: {title} is a single number, and no array of examples")
+    lengths = {title: len(array) for title, array in named.items()}
+    if len(set(lengths.values())) > 1:
+        said = ", ".join(f"{title} has {length}" for title, length in lengths.items())
+        raise InputError(f"{name}: the arrays differ in their number of examples: {said}")
+    inputs, targets = _together(x), _together(y) if y else None
+
+    def of(arrays: Arrays, numbers: Indices) -> Arrays:
+        return mapped(lambda array: np.asarray(array[_run(numbers)]), arrays)
+
+    def take(numbers: Indices) -> Batch:
+        return Batch(of(inputs, numbers), None if targets is None else of(targets, numbers))
+
+    return Rows(
+        name,
+        next(iter(lengths.values())),
+        targets is not None,
+        take,
+        None if targets is None else lambda numbers: of(targets, numbers),
+        notes=notes,
+    )
+
+
+def _together(arrays: Mapping[str, Array]) -> Arrays:
+    found = tuple(arrays.values())
+    return found[0] if len(found) == 1 else found
+
+
+def _run(numbers: Indices) -> slice | Indices:
+    """Return numbers that follow each other as a slice, which copies nothing."""
+    if len(numbers) and numbers[-1] - numbers[0] == len(numbers) - 1 and (np.diff(numbers) == 1).all():
+        return slice(int(numbers[0]), int(numbers[-1]) + 1)
+    return numbers

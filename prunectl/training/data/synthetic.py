@@ -1,0 +1,69 @@
+"""Examples that are made up: fit to see that things run, and no more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from prunectl.errors import UsageError
+from prunectl.formats.base import Array
+from prunectl.training.backend import Port, Signature
+from prunectl.training.data.readers import Rows, from_arrays
+from prunectl.training.data.spec import Spec, axes, counted
+
+_PREFIX = "random:"
+
+
+def fits(where: str) -> bool:
+    """Whether a SPEC asks for made-up examples."""
+    return where.startswith(_PREFIX)
+
+
+def open_random(spec: Spec, signature: Signature | None, seed: int) -> Rows:
+    """Return the source that `random:64` means: normal floats, and labels of every class."""
+    count = counted("random", spec.where.removeprefix(_PREFIX))
+    if signature is None or not signature.inputs:
+        raise UsageError(f"{spec.where} needs a model that says what it takes")
+    said = [axes("shape", part) for part in spec.options["shape"].split("+")] if "shape" in spec.options else []
+    if said and len(said) != len(signature.inputs):
+        raise UsageError(
+            f"shape={spec.options['shape']} names {len(said)} shapes, the model has {len(signature.inputs)}"
+        )
+    random = np.random.default_rng(seed)
+    x = {}
+    for place, port in enumerate(signature.inputs):
+        shape = said[place] if said else _known(port)
+        x[f"input {place}"] = _filled(random, (count, *shape), port.dtype)
+    y = {f"output {place}": _labels(random, count, port) for place, port in enumerate(signature.outputs)}
+    note = f"{spec.where}: the data is made up, which shows that things run and says nothing of accuracy"
+    return replace(from_arrays(spec.text, x, y, note), is_random=True)
+
+
+def _known(port: Port) -> tuple[int, ...]:
+    shape = port.shape
+    if shape is None or any(length is None for length in shape):
+        raise UsageError(
+            f"the model does not say how long each axis of its input {port.name!r} is: {_said(port)}",
+            hint="say it: 'random:64?shape=3x224x224' (several inputs: shape=3x224x224+10)",
+        )
+    return tuple(length for length in shape if length is not None)
+
+
+def _said(port: Port) -> str:
+    return "unknown" if port.shape is None else str(port.shape).replace("None", "?")
+
+
+def _filled(random: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
+    if dtype.startswith(("int", "uint", "bool")):
+        # What these numbers count is unknown; 0 and 1 are within every vocabulary.
+        return random.integers(0, 2, shape).astype(dtype)
+    return random.standard_normal(shape, np.float32)
+
+
+def _labels(random: np.random.Generator, count: int, port: Port) -> Array:
+    """Return a label for each vector of outputs; of two classes where there is one output, or nobody knows."""
+    shape = port.shape or (None,)
+    inner = tuple(length or 1 for length in shape[:-1])
+    classes = shape[-1] or 2
+    return random.integers(0, max(2, classes), (count, *inner))

@@ -1,0 +1,345 @@
+"""Tables: which of their columns go in, which come out, and what a column of words means."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from prunectl.errors import InputError, UsageError
+from prunectl.formats.base import Array
+from prunectl.formats.safe_json import require
+from prunectl.training.data.batching import joined
+from prunectl.training.data.readers import NUMERIC, Stream, from_arrays, in_pieces
+from prunectl.training.data.source import Batch, Source, each
+from prunectl.training.data.spec import Spec, existing
+
+OPTIONS = ("target", "columns")
+HELD_BYTES = 64 << 20
+"""A table that takes no more than this is held in memory: its rows then come in any order."""
+MAX_CLASSES = 100_000
+_LISTED = 5
+Words = Mapping[str, Array]
+"""For each target of words, all different ones in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The columns of a table that are read."""
+
+    inputs: tuple[str, ...]
+    targets: tuple[str, ...]
+
+
+def chosen(spec: Spec, names: Sequence[str]) -> Columns:
+    """Return which columns of a table the options name: all but the targets go in, unless they say otherwise."""
+    targets = spec.words("target")
+    inputs = spec.words("columns") or tuple(name for name in names if name not in targets)
+    for name in (*targets, *inputs):
+        if name not in names:
+            raise UsageError(
+                f"{spec.where} has no column {name!r}",
+                did_you_mean=tuple(get_close_matches(name, names)),
+                hint=f"it has {_some(names)}",
+            )
+        if list(names).count(name) > 1:
+            raise InputError(f"{spec.where} has two columns called {name!r}")
+    if not inputs:
+        raise UsageError(f"{spec.where} has no column besides its target")
+    if both := set(inputs) & set(targets):
+        raise UsageError(f"{min(both)!r} would be an input and a target at once")
+    return Columns(inputs, targets)
+
+
+def as_source(spec: Spec, read: Callable[[], Iterator[Batch]], words: Words, count: int, nbytes: int) -> Source:
+    """Return a table of ``count`` rows as a source: held if ``nbytes`` is little, else read anew each time."""
+    notes = tuple(
+        f"{spec.where}: {name} has {len(known)} classes, in the order of their names: {_numbered(known)}"
+        for name, known in words.items()
+    )
+    has_targets = bool(spec.words("target"))
+    stream = Stream(spec.text, count, has_targets, read, notes=notes)
+    if nbytes > HELD_BYTES or not count:
+        return stream
+    whole = joined(list(stream.read()))
+    y = {} if whole.y is None else {"the targets": each(whole.y)[0]}
+    return from_arrays(spec.text, {"the columns": each(whole.x)[0]}, y, *notes)
+
+
+def known_words(where: str, name: str, values: set[str]) -> Array:
+    """Return the classes that a column of words names."""
+    if len(values) > MAX_CLASSES:
+        raise InputError(f"{where}: {name} has more than {MAX_CLASSES:,} different words, which are no classes")
+    return np.array(sorted(values))
+
+
+def is_number(word: str) -> bool:
+    """Whether a word is a number."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def target(columns: Sequence[Array]) -> Array:
+    """Return the columns of targets as one array: whole numbers stay whole."""
+    if len(columns) == 1:
+        return columns[0]
+    return np.stack([column.astype(np.float32) for column in columns], axis=1)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+
+
+def _numbered(known: Array) -> str:
+    said = ", ".join(f"{number} {word}" for number, word in enumerate(known[:_LISTED]))
+    return said + (", ..." if len(known) > _LISTED else "")
+
+
+CSV_ROWS_AT_ONCE = 1024
+_WHOLE_DIGITS = 18
+"""What a 64-bit integer holds for sure."""
+
+
+class Row(NamedTuple):
+    """One row, and the line on which it ends."""
+
+    line: int
+    cells: list[str]
+
+
+class Scan(NamedTuple):
+    """What a first look at every row tells."""
+
+    rows: int
+    words: Words
+    whole: frozenset[str]
+    """Targets that consist of whole numbers."""
+
+
+def is_csv(where: str) -> bool:
+    """Whether a SPEC names a table of text."""
+    return where.endswith((".csv", ".tsv"))
+
+
+def open_csv(spec: Spec) -> Source:
+    """Return the source that `table.csv?target=label&columns=a,b` means."""
+    path = existing(spec.path)
+    names = _header(path)
+    picked = chosen(spec, names)
+    scan = _scan(path, names, picked)
+    if not scan.rows:
+        raise InputError(f"{path} has a header and no rows")
+
+    def read() -> Iterator[Batch]:
+        for rows in in_pieces(_rows(path, len(names)), CSV_ROWS_AT_ONCE):
+            x = np.stack([_floats(path, rows, names.index(name), name) for name in picked.inputs], axis=1)
+            y = [_csv_target(path, rows, names.index(name), name, scan) for name in picked.targets]
+            yield Batch(x, target(y) if y else None)
+
+    nbytes = scan.rows * (4 * len(picked.inputs) + 8 * len(picked.targets))
+    return as_source(spec, read, scan.words, scan.rows, nbytes)
+
+
+def _header(path: Path) -> list[str]:
+    for row in _records(path):
+        names = [name.strip() for name in row.cells]
+        numbers = [str(number) for number in range(len(names))]
+        if all(map(is_number, names)) and names != numbers:
+            raise InputError(f"{path} begins with numbers, and not with a header", hint="its first line names columns")
+        return names
+    raise InputError(f"{path} is empty")
+
+
+def _scan(path: Path, names: Sequence[str], picked: Columns) -> Scan:
+    """Return how many rows there are, and what the targets consist of."""
+    rows = 0
+    values: dict[str, set[str]] = {name: set() for name in picked.targets}
+    is_words = dict.fromkeys(picked.targets, False)
+    is_whole = dict.fromkeys(picked.targets, True)
+    places = {name: names.index(name) for name in picked.targets}
+    for row in _rows(path, len(names)):
+        rows += 1
+        for name, place in places.items():
+            word = row.cells[place].strip()
+            if not word:
+                raise _missing(path, row, name)
+            # A target of continuous numbers has as many values as rows: only words are worth remembering.
+            if len(values[name]) <= MAX_CLASSES:
+                values[name].add(word)
+            is_words[name] = is_words[name] or not is_number(word)
+            is_whole[name] = is_whole[name] and len(word) <= _WHOLE_DIGITS and word.lstrip("+-").isdecimal()
+    words = {name: known_words(str(path), name, values[name]) for name in places if is_words[name]}
+    return Scan(rows, words, frozenset(name for name in places if is_whole[name]))
+
+
+def _csv_target(path: Path, rows: Sequence[Row], place: int, name: str, scan: Scan) -> Array:
+    if name in scan.words:
+        cells = np.array([row.cells[place].strip() for row in rows])
+        return np.searchsorted(scan.words[name], cells).astype(np.int64)
+    if name in scan.whole:
+        return np.array([int(row.cells[place]) for row in rows], np.int64)
+    return _floats(path, rows, place, name)
+
+
+def _floats(path: Path, rows: Sequence[Row], place: int, name: str) -> Array:
+    try:
+        return np.array([float(row.cells[place]) for row in rows], np.float32)
+    except ValueError:
+        bad = next(row for row in rows if not is_number(row.cells[place]))
+        if not bad.cells[place].strip():
+            raise _missing(path, bad, name) from None
+        raise InputError(
+            f"{path}, line {bad.line}: {bad.cells[place]!r} in column {name!r} is no number",
+            hint=f"choose columns of numbers, as in '{path}?target=label&columns=a,b'",
+        ) from None
+
+
+def _missing(path: Path, row: Row, name: str) -> InputError:
+    return InputError(f"{path}, line {row.line}: nothing stands in column {name!r}", hint="fill in or drop such rows")
+
+
+def _rows(path: Path, width: int) -> Iterator[Row]:
+    """Yield the rows behind the header."""
+    records = _records(path)
+    next(records)
+    for row in records:
+        if len(row.cells) != width:
+            raise InputError(f"{path}, line {row.line}: a row of {len(row.cells)} cells under a header of {width}")
+        yield row
+
+
+def _records(path: Path) -> Iterator[Row]:
+    """Yield every line that is not blank, the header first."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter=_separator(path), strict=True)
+            for cells in reader:
+                if cells:
+                    yield Row(reader.line_num, cells)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is no table of text: {error}") from error
+
+
+def _separator(path: Path) -> str:
+    """Return what stands between cells: a tab in .tsv, else what the header has more of."""
+    if path.suffix == ".tsv":
+        return "\t"
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = file.readline()
+    return max((",", ";", "\t"), key=header.count)
+
+
+PARQUET_ROWS_AT_ONCE = 4096
+
+
+def is_parquet(where: str) -> bool:
+    """Whether a SPEC names a Parquet file."""
+    return where.endswith((".parquet", ".pq"))
+
+
+def open_parquet(spec: Spec) -> Source:
+    """Return the source that `table.parquet?target=label&columns=a,b` means."""
+    path = existing(spec.path)
+    with _opened(path) as file:
+        names, count = list(file.schema_arrow.names), int(file.metadata.num_rows)
+    picked = chosen(spec, names)
+    if not count:
+        raise InputError(f"{path} has no rows")
+    words = {name: found for name in picked.targets if (found := _words(path, name)) is not None}
+
+    def read() -> Iterator[Batch]:
+        for table in _tables(path, [*picked.inputs, *picked.targets]):
+            x = _inputs(path, table, picked.inputs)
+            y = [_parquet_target(path, table, name, words) for name in picked.targets]
+            yield Batch(x, target(y) if y else None)
+
+    first = next(read())
+    row_bytes = (np.asarray(first.x).nbytes + 8 * len(picked.targets) * len(first.x)) // len(first.x)
+    return as_source(spec, read, words, count, row_bytes * count)
+
+
+def _opened(path: Path) -> Any:
+    parquet = require("pyarrow.parquet", extra="parquet")
+    arrow = require("pyarrow", extra="parquet")
+    try:
+        return parquet.ParquetFile(path)
+    except (arrow.ArrowInvalid, arrow.ArrowNotImplementedError) as error:
+        raise InputError(f"{path} is no Parquet file that can be read: {error}") from error
+
+
+def _tables(path: Path, names: list[str]) -> Iterator[Any]:
+    arrow = require("pyarrow", extra="parquet")
+    with _opened(path) as file:
+        try:
+            yield from file.iter_batches(batch_size=PARQUET_ROWS_AT_ONCE, columns=names)
+        except (arrow.ArrowInvalid, OSError) as error:
+            raise InputError(f"{path} is damaged: {error}") from error
+
+
+def _inputs(path: Path, table: Any, names: tuple[str, ...]) -> Array:
+    found = [_numbers(path, table.column(name), name) for name in names]
+    if len(found) == 1 and found[0].ndim == 2:
+        return found[0]
+    lists = [name for name, one in zip(names, found, strict=True) if one.ndim > 1]
+    if lists:
+        raise InputError(
+            f"{path}: the column {lists[0]!r} holds lists, which do not stand beside other columns",
+            hint=f"choose it alone: columns={lists[0]}",
+        )
+    return np.stack([one.astype(np.float32) for one in found], axis=1)
+
+
+def _numbers(path: Path, column: Any, name: str) -> Array:
+    """Return a column as numbers; lists of one length become rows."""
+    if column.null_count:
+        raise InputError(f"{path}: nothing stands in {column.null_count} rows of the column {name!r}")
+    types = require("pyarrow.types", extra="parquet")
+    if types.is_list(column.type) or types.is_large_list(column.type) or types.is_fixed_size_list(column.type):
+        lengths = np.diff(column.offsets.to_numpy()) if hasattr(column, "offsets") else None
+        if lengths is not None and len(set(lengths.tolist())) > 1:
+            raise InputError(f"{path}: the lists in the column {name!r} differ in length")
+        flat = _numbers(path, column.flatten(), name)
+        return flat.reshape(len(column), -1)
+    found: Array = column.to_numpy(zero_copy_only=False)
+    if found.dtype.kind not in NUMERIC:
+        raise InputError(
+            f"{path}: the column {name!r} holds {column.type}, and no numbers",
+            hint="choose columns of numbers with columns=a,b",
+        )
+    return found
+
+
+def _words(path: Path, name: str) -> Array | None:
+    """Return the classes that a target names; None if it consists of numbers."""
+    seen: set[str] = set()
+    for table in _tables(path, [name]):
+        column = _plain(table.column(name))
+        types = require("pyarrow.types", extra="parquet")
+        if not (types.is_string(column.type) or types.is_large_string(column.type)):
+            return None
+        if column.null_count:
+            raise InputError(f"{path}: nothing stands in {column.null_count} rows of the column {name!r}")
+        seen.update(column.unique().to_pylist())
+    return known_words(str(path), name, seen)
+
+
+def _parquet_target(path: Path, table: Any, name: str, words: Words) -> Array:
+    column = _plain(table.column(name))
+    if name in words:
+        return np.searchsorted(words[name], np.array(column.to_pylist())).astype(np.int64)
+    found = _numbers(path, column, name)
+    return found.astype(np.float32 if found.dtype.kind == "f" else np.int64)
+
+
+def _plain(column: Any) -> Any:
+    """Return a column of words as words, also where the file numbers them in a dictionary."""
+    types = require("pyarrow.types", extra="parquet")
+    return column.dictionary_decode() if types.is_dictionary(column.type) else column

@@ -1,0 +1,165 @@
+"""A teacher (Hinton et al. 2015): any file that some runtime can run, which answers as its pupil would.
+
+It may be of another framework than its pupil. Then images have their channels at the other end, numbers are of another
+type, and classes come as logits here and as probabilities there: all of this is put right on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from prunectl.errors import UsageError
+from prunectl.formats.base import Array, ModelFile
+from prunectl.formats.registry import open_model
+from prunectl.training import user_code
+from prunectl.training.backend import Ending, ModelOrigin, Port, Signature, by_numbers, converted
+from prunectl.training.data import adapt
+from prunectl.training.data.adapt import AxisLayout, Fit, matches, text
+from prunectl.training.data.source import Arrays, Batch, each
+from prunectl.training.onnx.model import open_observed
+from prunectl.training.runtimes import open_network
+
+_COLOURS = frozenset({1, 3, 4})
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """How one output of the teacher becomes one of the pupil's."""
+
+    layout: AxisLayout | None
+    theirs: Ending
+    ours: Ending
+    axis: int
+
+    def apply(self, array: Array) -> Array:
+        """Return the output as the pupil would give it."""
+        shaped = self.layout.apply(array) if self.layout else array
+        return converted(shaped, self.theirs, self.ours, self.axis)
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """Answers for a batch of its pupil."""
+
+    predict: Callable[[Arrays], Arrays]
+    close: Callable[[], None]
+    notes: tuple[str, ...]
+    _inputs: Sequence[Fit]
+    _outputs: Sequence[_Answer]
+
+    def __call__(self, x: Arrays) -> Arrays:
+        """Return what the teacher makes of inputs, as its pupil would give it."""
+        found = [answer.apply(array) for answer, array in zip(self._outputs, _asked(self, x), strict=False)]
+        return tuple(found) if len(found) > 1 else found[0]
+
+
+def _asked(teacher: Teacher, x: Arrays) -> tuple[Array, ...]:
+    return each(teacher.predict(_fitted(teacher._inputs, x)))  # noqa: SLF001
+
+
+def open_teacher(
+    path: Path, origin: ModelOrigin, device: str, pupil: Signature, example: Batch, *, builder: str = ""
+) -> Teacher:
+    """Return a model that answers for the batches of a pupil, of which one example is given.
+
+    The origin is the pupil's; the builder is the teacher's own.
+    """
+    model = open_model(path)
+    predict, close, theirs = _opened(model, origin_of(model, origin, builder), device)
+    try:
+        inputs = _input_fits(path, theirs, pupil, each(example.x))
+        seen = [np.asarray(array) for array in each(predict(_fitted(inputs, example.x)))]
+        outputs = _answers(path, seen, theirs, pupil)
+    except BaseException:
+        close()
+        raise
+    notes = tuple(note for fit in inputs for note in fit.notes)
+    if len(seen) > len(outputs):
+        notes += (f"{path} gives {len(seen)} outputs: the first {len(outputs)} teach.",)
+    return Teacher(predict, close, notes, inputs, outputs)
+
+
+def origin_of(model: ModelFile, pupil: ModelOrigin, builder: str) -> ModelOrigin:
+    """How a teacher becomes a network: by its own builder, else by the pupil's if it holds weights alone."""
+    return replace(pupil, model=builder or ("" if _is_complete(model) else pupil.model))
+
+
+def _opened(
+    model: ModelFile, origin: ModelOrigin, device: str
+) -> tuple[Callable[[Arrays], Arrays], Callable[[], None], Signature]:
+    if model.format == "onnx":
+        observed = open_observed(model, origin)
+        return observed.predict, _nothing, observed.signature
+    network = open_network(model, origin)
+    network.place(device)
+    return network.predict, network.close, network.signature
+
+
+def _nothing() -> None:
+    """Onnxruntime lets go of a model with the last reference to it."""
+
+
+def _is_complete(model: ModelFile) -> bool:
+    """Whether a file says how its weights are connected: then what builds the pupil has nothing to do with it."""
+    if model.format in {"torch-export", "saved-model"} or model.about.keras is not None:
+        return True
+    return user_code.is_script(model)
+
+
+def _input_fits(path: Path, theirs: Signature, pupil: Signature, arrays: Sequence[Array]) -> list[Fit]:
+    if len(theirs.inputs) != len(arrays):
+        raise UsageError(
+            f"the teacher {path} takes {len(theirs.inputs)} inputs, and the model {len(arrays)}",
+            hint="a teacher has to take what its pupil takes, in the same order",
+        )
+    found = []
+    for port, array in zip(theirs.inputs, arrays, strict=True):
+        shape = array.shape[1:]
+        change = adapt.between(shape, port.shape)
+        if port.shape is None and theirs.is_channels_first != pupil.is_channels_first:
+            change = _by_convention(shape, is_first=theirs.is_channels_first)
+        elif port.shape is not None and change is None and not matches(shape, port.shape):
+            raise UsageError(
+                f"the teacher {path} takes {text(port.shape)} for each example, and the model {text(shape)}",
+                hint="a teacher has to take what its pupil takes; only the place of the channels may differ",
+            )
+        found.append(Fit(f"what the teacher {path.name} takes", change, adapt.of_input(array.dtype, port.dtype)))
+    return found
+
+
+def _by_convention(shape: tuple[int, ...], *, is_first: bool) -> AxisLayout | None:
+    """Return what brings the channels of an image to the other end, for a teacher that does not say what it takes."""
+    if len(shape) != 3 or shape[-1 if is_first else 0] not in _COLOURS:
+        return None
+    order = (2, 0, 1) if is_first else (1, 2, 0)
+    ends = "first" if is_first else "last"
+    return AxisLayout(f"{text(shape)} becomes {text([shape[at] for at in order])}: channels come {ends}", order=order)
+
+
+def _fitted(fits: Sequence[Fit], x: Arrays) -> Arrays:
+    found = tuple(fit.apply(array) for fit, array in zip(fits, each(x), strict=True))
+    return found if len(found) > 1 else found[0]
+
+
+def _answers(path: Path, seen: Sequence[Array], theirs: Signature, pupil: Signature) -> list[_Answer]:
+    if len(seen) < len(pupil.outputs):
+        raise UsageError(f"the teacher {path} gives {len(seen)} outputs, and the model {len(pupil.outputs)}")
+    ports = theirs.outputs if len(theirs.outputs) == len(seen) else (Port("", None, ""),) * len(seen)
+    axis, their_axis = (1 if one.is_channels_first else -1 for one in (pupil, theirs))
+    found = []
+    for array, port, mine in zip(seen, ports, pupil.outputs, strict=False):
+        shape = array.shape[1:]
+        change = adapt.between(shape, mine.shape)
+        if mine.shape is not None and change is None and not matches(shape, mine.shape):
+            raise UsageError(
+                f"the teacher {path} gives {text(shape)} for each example, and the model {text(mine.shape)}",
+                hint="a teacher has to know the same classes, in the same order",
+            )
+        # A matrix has its classes in one place only.
+        ending = port.ending or by_numbers(array, their_axis if array.ndim > 2 else -1)
+        found.append(_Answer(change, ending, mine.ending, axis))
+    return found

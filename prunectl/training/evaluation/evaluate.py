@@ -1,0 +1,184 @@
+"""How good is a file on the user's data? Run by the framework that trains it, or by onnxruntime."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+
+from prunectl.errors import InputError, UsageError, WorkError
+from prunectl.formats.base import Array, ModelFile
+from prunectl.formats.registry import open_model
+from prunectl.training.data.adapt import adapt
+from prunectl.training.data.registry import open_source
+from prunectl.training.data.source import Arrays, Batch, Order, each, split
+from prunectl.training.data.validate import check_batches
+from prunectl.training.finetune import look_over, read
+from prunectl.training.loop import evaluated
+from prunectl.training.monitor import check_direction, decider, first_of, unfitting
+from prunectl.training.onnx.model import open_observed
+from prunectl.training.request import FinetuneRequest
+from prunectl.training.runtimes import open_network
+
+_EVEN = 0.5
+Score = Callable[[Array, Array], Array]
+"""A number for each example, of outputs and targets."""
+
+
+def scored(predict: Callable[[Arrays], Arrays], batches: Iterable[Batch], metric: str, name: str) -> tuple[str, float]:
+    """Return a metric by its name, and its mean over the examples; of the first output, if there are several."""
+    total, count, chosen = 0.0, 0, metric
+    single: list[tuple[Array, Array]] = []
+    for batch in batches:
+        assert batch.y is not None
+        found, targets = np.asarray(each(predict(batch.x))[0], np.float64), each(batch.y)[0]
+        chosen = chosen or _usual(found, targets)
+        score = _score(chosen)
+        if score is _accuracy and found.size == len(found):
+            if targets.size != found.size:
+                raise unfitting(chosen, found.shape, targets.shape)
+            single.append((found.reshape(-1), targets.reshape(-1)))
+        else:
+            total += float(_fitting(chosen, score, found, targets).sum())
+        count += len(found)
+    if not count:
+        raise InputError(f"{name} has no examples")
+    return chosen, (_of_two_classes(single) if single else total / count)
+
+
+def _fitting(name: str, score: Score, found: Array, targets: Array) -> Array:
+    """Return a score of outputs and targets that fit it, and each other."""
+    try:
+        return score(found, targets)
+    except ValueError as error:
+        raise unfitting(name, found.shape, targets.shape, str(error)) from error
+
+
+def _of_two_classes(pieces: Sequence[tuple[Array, Array]]) -> float:
+    """Return how often one output for two classes is on the right side: of zero, if it is ever no probability."""
+    found, targets = (np.concatenate(part) for part in zip(*pieces, strict=True))
+    is_logit = found.min() < 0 or found.max() > 1
+    return float(np.mean((found > (0.0 if is_logit else _EVEN)) == (targets > _EVEN)))
+
+
+def _usual(found: Array, targets: Array) -> str:
+    """Return what is asked if nobody says: whether labels are right, how far numbers are off."""
+    return "accuracy" if targets.dtype.kind in "biu" or _is_one_hot(found, targets) else "mae"
+
+
+def _is_one_hot(found: Array, targets: Array) -> bool:
+    return (
+        targets.shape == found.shape
+        and targets.ndim > 1
+        and targets.shape[-1] > 1
+        and bool(np.isin(targets, (0, 1)).all() and (targets.sum(axis=-1) == 1).all())
+    )
+
+
+def _accuracy(found: Array, targets: Array) -> Array:
+    if targets.dtype.kind == "f" and targets.shape != found.shape and not (targets == targets.round()).all():
+        raise ValueError("the targets are no labels")
+    labels = targets.argmax(axis=-1) if targets.shape == found.shape else targets.reshape(found.shape[:-1])
+    return _by_example(found.argmax(axis=-1) == labels)
+
+
+def _absolute(found: Array, targets: Array) -> Array:
+    return _by_example(np.abs(found - targets.reshape(found.shape)))
+
+
+def _squared(found: Array, targets: Array) -> Array:
+    return _by_example(np.square(found - targets.reshape(found.shape)))
+
+
+def _by_example(values: Array) -> Array:
+    return np.asarray(values.reshape(len(values), -1).mean(axis=1))
+
+
+_SCORES: dict[str, Score] = {"accuracy": _accuracy, "mae": _absolute, "mse": _squared}
+
+
+def _score(name: str) -> Score:
+    if name not in _SCORES:
+        raise UsageError(
+            f"no metric of a model that only predicts is called {name}",
+            did_you_mean=tuple(get_close_matches(name, _SCORES)),
+            hint=f"known: {', '.join(_SCORES)}; a loss is known to files that can be trained",
+        )
+    return _SCORES[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a model is worth."""
+
+    metric: str
+    logs: dict[str, float]
+    notes: tuple[str, ...]
+    is_up: bool
+    """Whether more of the metric is better."""
+
+    @property
+    def value(self) -> float:
+        """The number that decides."""
+        return self.logs[self.metric]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it is a number at all."""
+        return math.isfinite(self.value)
+
+
+def judge(path: Path, request: FinetuneRequest) -> Evaluation:
+    """Return how good a model is on what it is judged by: the data itself, if nothing else is named."""
+    check_direction(request.means)
+    model = open_model(path)
+    if model.about.wrappers:
+        raise UsageError(
+            f"{path} has pruning wrappers",
+            hint=f"prunectl strip {path} -o plain{path.suffix} first",
+        )
+    return _by_onnxruntime(model, request) if model.format == "onnx" else _by_framework(model, request)
+
+
+def judge_whole(path: Path, request: FinetuneRequest) -> Evaluation:
+    """Return how good a model is of which a number is expected: one that nothing was taken from."""
+    found = judge(path, request)
+    if not found.is_finite:
+        raise WorkError(f"{found.metric} is {found.value:g} for {path}", hint="is the data scaled as in training?")
+    return found
+
+
+def _by_framework(model: ModelFile, request: FinetuneRequest) -> Evaluation:
+    with closing(open_network(model, request.origin)) as network:
+        found = read(network, request)
+        network.prepare(replace(request.means, example=found.example))
+        notes = (*found.notes, *look_over(found, network.signature, request))
+        logs = dict(evaluated(network, found.val or found.train, request.batch_size))
+        found_by = decider(logs, request.means, (port.name for port in network.signature.outputs))
+        return Evaluation(found_by.name, logs, (*notes, *network.notes), found_by.is_up)
+
+
+def _by_onnxruntime(model: ModelFile, request: FinetuneRequest) -> Evaluation:
+    if request.epochs:
+        raise InputError(
+            f"{model.path} (ONNX) cannot be trained: it holds no graph that a framework can differentiate",
+            hint="leave out --epochs, or take the Keras or PyTorch file that it was made from",
+        )
+    if request.means.loss:
+        raise UsageError("--loss is for models that can be trained, and onnxruntime takes none", hint="leave it out")
+    network = open_observed(model, request.origin)
+    signature, seed = network.signature, request.means.seed
+    opened = open_source(request.val or request.data, signature=signature, seed=seed)
+    source, notes = adapt(opened, signature)
+    if request.val_split:
+        source = split(source, request.val_split, seed)[1]
+    notes += check_batches(source, signature, needs_targets=True, classes=None)
+    batches = source.batches(Order(request.batch_size))
+    metric, value = scored(network.predict, batches, first_of(request.means), source.name)
+    logs = {metric: value}
+    return Evaluation(metric, logs, tuple(dict.fromkeys(notes)), decider(logs, request.means).is_up)

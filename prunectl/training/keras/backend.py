@@ -1,0 +1,172 @@
+"""Which Keras is it: the second, or the third on one of its backends?"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from prunectl.errors import MissingExtraError, UsageError
+from prunectl.formats.safe_json import require
+from prunectl.training.backend import Array
+
+_EXTRAS = frozenset({"tensorflow", "torch"})
+TRAINING_BACKENDS = ("tensorflow", "torch", "jax")
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """A Keras that is imported."""
+
+    keras: Any
+    is_two: bool
+    backend: str
+
+    @property
+    def is_on_tensorflow(self) -> bool:
+        """Whether TensorFlow does the work."""
+        return self.backend == "tensorflow"
+
+    @property
+    def tensorflow(self) -> Any:
+        """TensorFlow, where it does the work."""
+        return require("tensorflow", extra="tensorflow")
+
+    @property
+    def torch(self) -> Any:
+        """PyTorch, where it does the work."""
+        return require("torch", extra="torch")
+
+    @property
+    def jax(self) -> Any:
+        """JAX, where it does the work."""
+        try:
+            return require("jax", extra="jax")
+        except MissingExtraError as error:
+            # Nothing but Keras 3 on its own backend asks for it, and prunectl has no extra that brings it.
+            raise MissingExtraError(str(error), hint="pip install jax") from error
+
+
+def keras_two() -> Library:
+    """Return Keras 2."""
+    with hushed():
+        return Library(require("tf_keras", extra="tensorflow"), is_two=True, backend="tensorflow")
+
+
+def keras_three() -> Library:
+    """Return Keras 3 on the backend that the user set it to."""
+    try:
+        with hushed():
+            keras = require("keras", extra="tensorflow")
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        package = f"'prunectl[{missing}]'" if missing in _EXTRAS else missing
+        raise MissingExtraError(
+            f"Keras is set to work on {missing}, which is not installed",
+            hint=f"pip install {package}, or set KERAS_BACKEND to what there is",
+        ) from error
+    backend = keras.backend.backend()
+    if backend not in TRAINING_BACKENDS:
+        raise UsageError(
+            f"Keras is set to the backend {backend}, which cannot train",
+            hint=f"set KERAS_BACKEND to one of {', '.join(TRAINING_BACKENDS)}",
+        )
+    return Library(keras, is_two=False, backend=backend)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep what frameworks say of themselves to themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Let TensorFlow and JAX write errors alone while they are imported and after, unless the user asked for more."""
+    level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    for name in ("tensorflow", "absl", "jax"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if level != "3" or "tensorflow" in sys.modules:
+        with quietly():
+            yield
+        return
+    # What TensorFlow's libraries find while they are loaded goes to the file itself, whatever that level.
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        with quietly():
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+def read(library: Library, variable: Any) -> Array:
+    """Return a copy of the numbers of a variable, in its own type."""
+    if library.is_two:
+        return np.array(variable.numpy())
+    if library.is_on_tensorflow:
+        return np.array(variable.value.numpy())
+    with quietly():
+        return np.array(library.keras.ops.convert_to_numpy(variable.value)).astype(dtype(variable), copy=False)
+
+
+def write(_: Library, variable: Any, value: Array) -> None:
+    """Replace the numbers of a variable."""
+    variable.assign(np.asarray(value).astype(dtype(variable), copy=False))
+
+
+def dtype(variable: Any) -> np.dtype[Any]:
+    """Return the type of a variable as NumPy has it."""
+    said = variable.dtype if isinstance(variable.dtype, str) else variable.dtype.name
+    return np.dtype(getattr(ml_dtypes, said)) if said.startswith(("bfloat", "float8")) else np.dtype(said)
+
+
+def shape(variable: Any) -> tuple[int, ...]:
+    """Return the shape of a variable."""
+    return tuple(int(size) for size in variable.shape)
+
+
+def is_float(variable: Any) -> bool:
+    """Whether a variable can have a gradient."""
+    kind = dtype(variable)
+    return kind.kind == "f" or kind.name.startswith(("bfloat", "float"))
+
+
+def as_arrays(found: Any) -> Any:
+    """Return what a model put out as one array or a tuple of them, whatever it was packed in."""
+    if isinstance(found, dict):
+        found = tuple(found[name] for name in found)
+    if isinstance(found, list | tuple):
+        return tuple(np.asarray(one) for one in found) if len(found) != 1 else np.asarray(found[0])
+    return np.asarray(found)
+
+
+def where_kept(tf: Any, mask: Any, value: Any) -> Any:
+    """Return a gradient where a mask keeps it, and zero elsewhere, in the form that it has."""
+    if isinstance(value, tf.IndexedSlices):
+        rows = tf.gather(mask, value.indices)
+        return tf.IndexedSlices(
+            tf.where(rows, value.values, tf.zeros_like(value.values)), value.indices, value.dense_shape
+        )
+    return tf.where(mask, value, tf.zeros_like(value))
+
+
+def dense(tf: Any, value: Any) -> Any:
+    """Return a gradient with all of its rows."""
+    if isinstance(value, tf.IndexedSlices):
+        return tf.math.unsorted_segment_sum(value.values, value.indices, value.dense_shape[0])
+    return value

@@ -1,0 +1,1 @@
+"""How a Keras model is compiled: losses, metrics, optimizer."""

@@ -1,0 +1,114 @@
+"""Which variable does each tensor of a file become? Asked of Keras itself, with marked numbers.
+
+A copy of the file is made in which every element of a tensor is the number of that tensor, and Keras loads it:
+whichever number a variable then holds tells its name. It does not matter which Keras wrote the file, nor how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prunectl.errors import InputError
+from prunectl.formats.base import Array, ModelFile, Role, Tensor
+from prunectl.formats.patch import TensorUpdate
+from prunectl.formats.registry import by_name, load
+from prunectl.formats.scratch import temporary_folder
+from prunectl.training.keras import backend
+from prunectl.training.keras.backend import Library, quietly
+
+_NO_NUMBERS = frozenset({Role.OPTIMIZER})
+_PIECE = 1 << 20
+_BASES = {"float16": 1 << 11, "bfloat16": 1 << 8, "float32": 1 << 24, "float64": 1 << 53}
+"""Below these, a floating-point type has every whole number."""
+_LEAST = 8
+"""What the smallest floating-point types have."""
+
+
+def named(file: ModelFile, library: Library, variables: Sequence[Any], fill: Callable[[Path], None]) -> dict[str, Any]:
+    """Return the variables by the names of the tensors that they are loaded from."""
+    tensors = [tensor for tensor in file.tensors if tensor.role not in _NO_NUMBERS and tensor.size]
+    held = [variable for variable in variables if np.prod(backend.shape(variable), dtype=np.int64)]
+    values = [backend.read(library, variable) for variable in held]
+    try:
+        marks = _marks(file, library, tensors, held, fill)
+    finally:
+        for variable, value in zip(held, values, strict=True):
+            backend.write(library, variable, value)
+    found = {}
+    for variable, value, mark in zip(held, values, marks, strict=True):
+        if mark:
+            tensor = tensors[mark - 1]
+            _compare(file, tensor, value)
+            found[tensor.name] = variable
+    return found
+
+
+def _marks(
+    file: ModelFile, library: Library, tensors: Sequence[Tensor], held: Sequence[Any], fill: Callable[[Path], None]
+) -> list[int]:
+    """Return for each variable the number of its tensor, from one; 0 where there is none."""
+    base = min((_base(dtype) for dtype in (*(t.dtype for t in tensors), *map(backend.dtype, held))), default=2)
+    marks, weight = [0] * len(held), 1
+    while weight <= len(tensors):
+        for variable in held:
+            backend.write(library, variable, np.zeros(backend.shape(variable), backend.dtype(variable)))
+        digits = {tensor.name: (at + 1) // weight % base for at, tensor in enumerate(tensors)}
+        with temporary_folder() as scratch, quietly():
+            fill(_marked(file, tensors, digits, scratch))
+        for at, variable in enumerate(held):
+            marks[at] = _mark(marks[at], backend.read(library, variable), weight)
+        weight *= base
+    return [max(mark, 0) for mark in marks]
+
+
+def _mark(before: int, array: Array, weight: int) -> int:
+    """Return a number with one more digit; -1 once there is none, as where one variable was put together of several."""
+    first = array.reshape(-1)[0]
+    if before < 0 or not np.all(array == first):
+        return -1
+    return before + int(first) * weight
+
+
+def _base(dtype: np.dtype[Any]) -> int:
+    if dtype.kind in "iu":
+        return int(np.iinfo(dtype).max)
+    if dtype.kind == "b":
+        return 2
+    return _BASES.get(dtype.name, _LEAST)
+
+
+def _marked(file: ModelFile, tensors: Iterable[Tensor], digits: dict[str, int], scratch: Path) -> Path:
+    """Write a copy of a file in which each tensor is filled with a digit, and return where."""
+    rewrites: dict[tuple[str, int], TensorUpdate] = {}
+    for tensor in tensors:
+        # Tensors that share their bytes are one, and go by the name that comes first.
+        key = (tensor.storage.key, tensor.start)
+        rewrites.setdefault(key, TensorUpdate(tensor, partial(_filled, tensor, digits[tensor.name])))
+    target = scratch / file.path.name
+    places = {path: scratch / path.relative_to(file.path.parent) for path in file.files}
+    for place in places.values():
+        place.parent.mkdir(parents=True, exist_ok=True)
+    load(by_name(file.format).writer)(file, places, tuple(rewrites.values()))
+    return target
+
+
+def _filled(tensor: Tensor, digit: int) -> Iterator[Array]:
+    for begin in range(0, tensor.size, _PIECE):
+        yield np.full(min(_PIECE, tensor.size - begin), digit, tensor.dtype)
+
+
+def _compare(file: ModelFile, tensor: Tensor, value: Array) -> None:
+    """Refuse a file whose numbers Keras moves about when it loads them: they could not be put back."""
+    held = file.read(tensor)
+    if value.shape != tensor.shape or not np.array_equal(
+        value, held.astype(value.dtype), equal_nan=value.dtype.kind != "b"
+    ):
+        raise InputError(
+            f"{file.path} holds {tensor.name} in the order of an older Keras ({file.about.producer or 'unnamed'})",
+            hint="load it in Keras and save it once, then work on that file",
+        )

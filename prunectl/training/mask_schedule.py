@@ -1,0 +1,252 @@
+"""Which weights are zero at a step? Decided at the turns of a schedule, kept in between."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunectl.analysis.patterns import NMPattern
+from prunectl.errors import UsageError
+from prunectl.formats.base import ModelFile
+from prunectl.formats.registry import by_name
+from prunectl.pruning import engine
+from prunectl.pruning import plan as planning
+from prunectl.pruning import request as requests
+from prunectl.pruning.engine import PruningMethod
+from prunectl.pruning.plan import PruneSelection, Selection
+from prunectl.pruning.schedules import Schedule, SparsitySchedule
+from prunectl.pruning.strategies import Requires
+from prunectl.training.backend import WATCHED, Evidence, Network, informed
+from prunectl.training.course import Course, DivergedError
+from prunectl.training.request import FinetuneRequest, MaskMode, Ramping, parse_point, usual_frequency
+
+Array = NDArray[Any]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Regrowth:
+    """How much moves when: a share of the kept weights that falls along half a cosine."""
+
+    begin: int
+    end: int
+    frequency: int
+    share: float = 0.3
+
+    def share_at(self, step: int) -> float:
+        """Return the share of the kept weights that is exchanged."""
+        done = min(max((step - self.begin) / max(self.end - self.begin, 1), 0.0), 1.0)
+        return self.share * (1.0 + math.cos(math.pi * done)) / 2.0
+
+    def prunes_at(self, step: int) -> bool:
+        """Whether it is a turn."""
+        return self.begin < step < self.end and (step - self.begin) % self.frequency == 0
+
+
+def regrown(
+    masks: Mapping[str, Mask], weights: Mapping[str, Array], gradients: Mapping[str, Array], share: float
+) -> dict[str, Mask]:
+    """Return masks with the same number of zeros in each tensor."""
+    return {name: _exchanged(mask, weights[name], gradients.get(name), share) for name, mask in masks.items()}
+
+
+def _exchanged(mask: Mask, weights: Array, gradient: Array | None, share: float) -> Mask:
+    if gradient is None:
+        return mask
+    flat = mask.reshape(-1).copy()
+    held, free = np.flatnonzero(flat), np.flatnonzero(~flat)
+    count = min(round(share * held.size), free.size)
+    if not count:
+        return mask
+    by_size = np.argsort(np.abs(weights.reshape(-1)[held]), kind="stable")
+    # What was just dropped may come back at once, as in the paper: its gradient decides.
+    gone = held[by_size[:count]]
+    candidates = np.sort(np.concatenate([free, gone]))
+    by_gradient = np.argsort(-np.abs(gradient.reshape(-1)[candidates]), kind="stable")
+    flat[gone] = False
+    flat[candidates[by_gradient[:count]]] = True
+    return np.asarray(flat.reshape(mask.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What decides the masks."""
+
+    model: ModelFile
+    choice: Selection
+    wish: PruneSelection
+    method: PruningMethod
+    schedule: Schedule | None
+    """None keeps the masks that there are at the beginning."""
+    evidence: Evidence = Evidence.NONE
+    regrowth: Regrowth | None = None
+    has_others: bool = True
+    """Whether tensors without a sparsity of their own are pruned, too."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors that are pruned."""
+        return tuple(tensor.name for tensor in self.choice.tensors)
+
+
+@dataclass(slots=True)
+class Keeper:
+    """Knows the masks of the moment."""
+
+    rules: Rules
+    masks: dict[str, Mask] = field(default_factory=dict)
+    """What stays, by tensor; empty before the first turn."""
+    first: Mapping[str, Mask] = field(default_factory=dict)
+    """The masks of what was zero in the file: it stays zero, unless it may regrow."""
+    turned_at: int = -1
+
+    def begin(self, network: Network) -> None:
+        """Put the masks that there are on, and begin to watch."""
+        if self.masks:
+            network.mask(self.masks)
+        if self._watched is not Evidence.NONE:
+            network.watch(self._watched, self.rules.names)
+
+    def turn(self, network: Network, step: int) -> bool:
+        """Make the masks of a step before its batch is trained on, and return whether it was a turn."""
+        if not self._is_turn(step) or step == self.turned_at:
+            return False
+        weights = network.weights(self.rules.names)
+        if step:
+            _check_finite(weights, step)
+        seen = network.evidence() if self._watched is not Evidence.NONE else {}
+        _check_finite({f"the gradient of {name}": array for name, array in seen.items()}, step)
+        if self.rules.schedule is not None:
+            self.masks = self._cut(step, weights, seen)
+        growth = self.rules.regrowth
+        if growth is not None and self.masks and step and step < growth.end:
+            self.masks = regrown(self.masks, weights, seen, growth.share_at(step))
+        network.mask(self.masks)
+        if self._watched is not Evidence.MOVEMENT:
+            network.forget()
+        self.turned_at = step
+        return True
+
+    @property
+    def _watched(self) -> Evidence:
+        return Evidence.GRADIENT if self.rules.regrowth is not None else self.rules.evidence
+
+    def _is_turn(self, step: int) -> bool:
+        schedule, growth = self.rules.schedule, self.rules.regrowth
+        if growth is not None and growth.prunes_at(step):
+            return True
+        # A ramp whose end lies between two turns gets one more there, or it would never reach its sparsity.
+        return schedule is not None and (schedule.prunes_at(step) or step == schedule.last_turn)
+
+    def _cut(self, step: int, weights: Mapping[str, Array], seen: Mapping[str, Array]) -> dict[str, Mask]:
+        rules, schedule = self.rules, self.rules.schedule
+        assert schedule is not None
+        method = rules.method
+        if rules.evidence is not Evidence.NONE and seen:
+            method = replace(method, strategy=informed(method.strategy, seen, self.masks))
+        wanted = schedule.sparsity_at(step)
+        choice = scaled(rules.choice, wanted, schedule.final)
+        plan = planning.make_plan(choice, rules.wish, wanted if rules.has_others else 0.0)
+        found = engine.keep_masks(rules.model, plan, method, choice, weights)
+        if rules.regrowth is None:
+            found = {name: mask & self.first[name] if name in self.first else mask for name, mask in found.items()}
+        return found
+
+    @property
+    def zeros(self) -> int:
+        """How many weights the masks hold at zero."""
+        return sum(int(mask.size - np.count_nonzero(mask)) for mask in self.masks.values())
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the pruned tensors that is held at zero."""
+        return self.zeros / max(sum(tensor.size for tensor in self.rules.choice.tensors), 1)
+
+
+def _check_finite(weights: Mapping[str, Array], step: int) -> None:
+    """Tell a training that went astray from a file that holds such numbers."""
+    for name, array in weights.items():
+        if not np.isfinite(array.astype(np.float32, copy=False)).all():
+            raise DivergedError(
+                f"{name} is no finite number any more after step {step}: training has gone astray",
+                hint="a lower --lr, --clip 1, or data that is scaled (?norm=unit) may help",
+            )
+
+
+def scaled(choice: Selection, wanted: float, final: float) -> Selection:
+    """Return a choice whose layers with a sparsity of their own are as far on their way to it as the rest."""
+    share = wanted / final if final else 1.0
+    return replace(choice, own={name: ratio * share for name, ratio in choice.own.items()})
+
+
+_REGROWS_UNTIL = 0.75
+_RAMP_UNTIL = "75%"
+
+
+def rules_of(model: ModelFile, request: FinetuneRequest, course: Course) -> Rules:
+    """Return what decides the masks during a course."""
+    asked = request.pruning
+    if request.prunes:
+        requests.check_shape(asked)
+    wish, method = requests.selection_of(asked), requests.resolve_method(asked)
+    evidence = WATCHED.get(asked.strategy, Evidence.NONE)
+    if method.strategy.needs is not Requires.NOTHING and evidence is Evidence.NONE:
+        raise UsageError(
+            f"the strategy {asked.strategy} looks at a model that stands still",
+            hint=f"prunectl prune --strategy {asked.strategy} --data …, and finetune keeps its zeros; "
+            f"in finetune: {', '.join(WATCHED)}",
+        )
+    wish = replace(wish, exclude=(*wish.exclude, *request.frozen))
+    choice = planning.select_tensors(model, wish, can_reencode=by_name(model.format).is_reencoded)
+    schedule = None
+    if request.prunes:
+        pattern = wish.pattern
+        is_grouped = isinstance(pattern, NMPattern)
+        # A layer with a ratio of its own is as far on its way as the others: of the whole way if there are no others.
+        final = pattern.zeros / pattern.group if isinstance(pattern, NMPattern) else asked.sparsity
+        ramping = replace(request.ramping, name=request.ramping.name or ("constant" if is_grouped else "polynomial"))
+        schedule = schedule_of(ramping, 1.0 if final is None else final, course)
+        if evidence is not Evidence.NONE and schedule.prunes_at(0) and schedule.sparsity_at(0) > 0:
+            raise UsageError(
+                f"the strategy {asked.strategy} watches training, and the schedule prunes before the first step",
+                hint="let it watch for a while: --begin 10%",
+            )
+    growth = None
+    if request.mask is MaskMode.REGROW:
+        growth = Regrowth(0, int(_REGROWS_UNTIL * course.steps), _frequency(request.ramping, course.steps))
+    has_others = asked.sparsity is not None or not asked.layers
+    return Rules(model, choice, wish, method, schedule, evidence, growth, has_others=has_others)
+
+
+def schedule_of(ramping: Ramping, final: float, course: Course) -> Schedule:
+    """Return a schedule with its points in steps."""
+    begin = parse_point(ramping.begin).step(course.steps, course.steps_per_epoch)
+    if ramping.end:
+        end: int | None = parse_point(ramping.end).step(course.steps, course.steps_per_epoch)
+    else:
+        # What is left afterwards is for the network to recover in.
+        default = parse_point(_RAMP_UNTIL).step(course.steps, course.steps_per_epoch)
+        end = None if ramping.name == "constant" else max(default, begin)
+    for word, step in (("begin", begin), ("end", end or 0)):
+        if step > course.steps:
+            raise UsageError(
+                f"the schedule would {word} at step {step}, training has {course.steps}",
+                hint=f"one step is one batch; write --{word} as a share (75%) or in epochs (2ep), or train longer",
+            )
+    frequency = _frequency(ramping, (course.steps if end is None else end) - begin)
+    return SparsitySchedule(ramping.name, final, begin, end, ramping.initial, frequency, ramping.params)
+
+
+def _frequency(ramping: Ramping, steps: int) -> int:
+    return ramping.frequency or usual_frequency(steps)
+
+
+def zeros_of(choice: Selection, weights: dict[str, Array]) -> dict[str, Mask]:
+    """Return masks of the zeros that there are; none where there are none."""
+    masks = {tensor.name: np.asarray(weights[tensor.name] != 0) for tensor in choice.tensors}
+    return masks if any(not mask.all() for mask in masks.values()) else {}

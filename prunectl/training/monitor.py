@@ -1,0 +1,123 @@
+"""Which of two epochs is better, by the numbers of its evaluation?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from prunectl.errors import UsageError
+from prunectl.training.backend import Means
+from prunectl.training.request import LOSS, MAX, MIN
+
+_UP = """
+accuracy acc binary_accuracy categorical_accuracy sparse_categorical_accuracy top_k_categorical_accuracy
+sparse_top_k_categorical_accuracy auc precision recall precision_at_recall recall_at_precision
+sensitivity_at_specificity specificity_at_sensitivity true_positives true_negatives f1 f1_score fbeta_score
+iou binary_iou one_hot_iou mean_iou one_hot_mean_iou cosine_similarity r2 r2_score pearson_correlation
+concordance_correlation
+"""
+_DOWN = """
+loss mae mean_absolute_error mse mean_squared_error rmse root_mean_squared_error mape mean_absolute_percentage_error
+msle mean_squared_logarithmic_error mean_relative_error logcosh log_cosh log_cosh_error huber huber_loss
+hinge squared_hinge categorical_hinge kl kld kl_divergence kullback_leibler_divergence poisson nll
+ce cross_entropy crossentropy bce binary_crossentropy categorical_crossentropy sparse_categorical_crossentropy
+binary_focal_crossentropy categorical_focal_crossentropy categorical_generalized_cross_entropy ctc circle
+false_positives false_negatives
+"""
+_TOP = re.compile(r"top\d+(?:accuracy)?")
+_COUNTED = re.compile(r"_\d+$")
+"""What Keras adds to a name that it has given before."""
+
+
+def _plain(name: str) -> str:
+    """Return a name as the table has it: `MeanIoU`, `mean_io_u` and `mean-iou` are one."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+_KNOWN = {**{_plain(name): True for name in _UP.split()}, **{_plain(name): False for name in _DOWN.split()}}
+
+
+def is_up(name: str, outputs: Iterable[str] = ()) -> bool | None:
+    """Return whether more of a metric is better; None if nobody knows. Keras puts an output's name before it."""
+    word = name.rpartition(":")[2].removeprefix("val_")
+    for one in (word, *(word[len(output) + 1 :] for output in outputs if word.startswith(f"{output}_"))):
+        for plain in (_plain(one), _plain(_COUNTED.sub("", one))):
+            if plain in _KNOWN:
+                return _KNOWN[plain]
+            if _TOP.fullmatch(plain):
+                return True
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Decider:
+    """The number that decides, and whether more of it is better."""
+
+    name: str
+    is_up: bool
+
+    def is_better(self, new: float, old: float | None) -> bool:
+        """Whether a number is better than the best so far; what is no number never is."""
+        if new != new:  # NaN  # noqa: PLR0124
+            return False
+        return old is None or (new > old if self.is_up else new < old)
+
+
+def judged_by(logs: Mapping[str, float], asked: str = "") -> str:
+    """Return the number that decides: what was asked for, else the first metric, or the loss if there is none."""
+    if asked in logs:
+        return asked
+    others = [name for name in logs if name != LOSS]
+    if not asked:
+        return next(iter(others), LOSS)
+    # A framework may have its own word for what was asked.
+    short = asked.rpartition(":")[2]
+    found = next((name for name in others if name == short or name.endswith(f"_{short}")), None)
+    return found or next((name for name in others if not name.endswith(f"_{LOSS}")), LOSS)
+
+
+def is_higher_better(name: str, goal: str = "", outputs: Iterable[str] = ()) -> bool:
+    """Whether a larger number is a better one: as was said, else by its name; refuse to guess."""
+    found = goal == MAX if goal else is_up(name, outputs)
+    if found is None:
+        raise UsageError(
+            f"is more of {name} better, or less? Its name does not say, and the result depends on it",
+            hint=f"say {name}:{MAX} or {name}:{MIN} where the metric is named, as in --metric {name}:{MAX}",
+        )
+    return found
+
+
+def check_direction(means: Means) -> None:
+    """Refuse a function of the user's of which nobody knows whether more is better, before a file is opened."""
+    name = first_of(means)
+    # A bare name may be misspelled, which the framework tells.
+    if ":" in name:
+        is_higher_better(name, means.goal)
+
+
+def decider(logs: Mapping[str, float], means: Means, outputs: Iterable[str] = ()) -> Decider:
+    """Return what decides of the numbers that there are."""
+    asked = first_of(means)
+    name = judged_by(logs, asked)
+    if name == LOSS and asked not in {"", LOSS}:
+        raise UsageError(f"{asked} is not measured here, the loss alone is", hint=f"leave it out, or say {LOSS}")
+    return Decider(name, is_higher_better(name, means.goal, outputs))
+
+
+def first_of(means: Means) -> str:
+    """Return the metric that was asked for first; empty if none was."""
+    return means.decides or next(iter(means.metrics), "")
+
+
+def unfitting(metric: str, outputs: Sequence[int], targets: Sequence[int], why: str = "") -> UsageError:
+    """Return what to say of a metric that cannot compare outputs with targets of such shapes."""
+    shapes = f"outputs of {_shown(outputs)} and targets of {_shown(targets)} for each example"
+    return UsageError(
+        f"the metric {metric} does not fit {shapes}{f': {why}' if why else ''}",
+        hint="--metric accuracy for labels, mae or mse where targets are as wide as outputs; or other targets",
+    )
+
+
+def _shown(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape[1:])) or "one number"

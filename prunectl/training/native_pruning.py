@@ -1,0 +1,207 @@
+"""Networks that prune by themselves, as those of tfmot do: they are told how, and asked which masks came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from prunectl.analysis.patterns import BlockPattern, NMPattern
+from prunectl.pruning.masks import Pooling
+from prunectl.pruning.plan import Scope, Selection
+from prunectl.pruning.schedules import Schedule, SparsitySchedule
+from prunectl.pruning.threshold import Mask
+from prunectl.training.backend import Evidence, Network
+from prunectl.training.course import Course
+from prunectl.training.mask_schedule import Keeper, Rules
+from prunectl.training.request import FinetuneRequest, MaskMode
+from prunectl.training.wrap.schedules import Begun
+from prunectl.training.wrap.wrappers import SavedPruning
+
+
+@dataclass(frozen=True, slots=True)
+class Native:
+    """How a network is to prune itself."""
+
+    schedules: Mapping[str, Schedule]
+    """By tensor; a step is a batch, the first is 1."""
+    pattern: NMPattern | BlockPattern | None = None
+    pool: Pooling = Pooling.AVG
+    masks: Mapping[str, Mask] = field(default_factory=dict)
+    """What is zero already."""
+    step: int = 0
+    """How many steps were made before."""
+    is_all: bool = True
+    """Whether it must be able to prune every one of them."""
+    logdir: Path | None = None
+
+
+@runtime_checkable
+class SelfPruning(Protocol):
+    """What such a network can do beside being trained."""
+
+    def prune_by(self, native: Native) -> frozenset[str]:
+        """Get ready to prune, and return what will be pruned; nothing, and nothing changed, if it cannot be done."""
+
+    def masks(self) -> dict[str, Mask]:
+        """Return what stays at the moment."""
+
+    def end_epoch(self) -> None:
+        """Do what is done between epochs."""
+
+
+@dataclass(slots=True)
+class NativeKeeper(Keeper):
+    """Knows the masks that a network makes for itself."""
+
+    source: Any = None
+    """The network, as one that prunes by itself."""
+    per_epoch: int = 1
+    last: int = 0
+    """The step at which training ends."""
+    is_stale: bool = False
+    """Whether the network has made masks that were not asked for yet."""
+    is_settled: bool = False
+
+    def begin(self, network: Network) -> None:
+        """Leave the masks to the network, which has them already."""
+
+    def turn(self, network: Network, step: int) -> bool:
+        """Follow what the network does; once it has taken its last turn, see to the exact number of zeros."""
+        schedule = self.rules.schedule
+        assert schedule is not None
+        if step and step != self.turned_at and (step % self.per_epoch == 0 or step == self.last):
+            self.source.end_epoch()
+        self.turned_at = step
+        is_over = step >= schedule.last_turn and step > 0
+        if is_over and not self.is_settled:
+            # tfmot keeps what is as great as its threshold, and so all that ties with it; and it rounds what it keeps
+            # where we round what goes: of an odd half a weight, it may drop one fewer.
+            self._look()
+            exact = self._cut(step, network.weights(self.rules.names), {})
+            self.masks = {name: mask & exact[name] if name in exact else mask for name, mask in self.masks.items()}
+            network.mask(self.masks)
+            self.is_settled = True
+        # The batch of this step is tfmot's next one.
+        self.is_stale = schedule.prunes_at(step + 1) or step + 1 == schedule.last_turn
+        return is_over
+
+    def _look(self) -> None:
+        self.masks = self.source.masks()
+        self.is_stale = False
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the pruned tensors that is held at zero."""
+        if self.is_stale:
+            self._look()
+        return self.zeros / max(sum(tensor.size for tensor in self.rules.choice.tensors), 1)
+
+
+def keeper_of(
+    network: Network,
+    rules: Rules,
+    request: FinetuneRequest,
+    course: Course,
+    *,
+    first: Mapping[str, Mask],
+    held: SavedPruning | None,
+) -> Keeper:
+    """Return what keeps the masks: the network itself where it can, else our own."""
+    if isinstance(network, SelfPruning):
+        found = _goes_on(network, rules, request, first, held) if not request.prunes else None
+        found = found or _begins(network, rules, request, first)
+        if found is not None:
+            found.per_epoch, found.last = course.steps_per_epoch, course.steps
+            return found
+    return Keeper(rules, dict(first), first)
+
+
+def _begins(
+    network: SelfPruning, rules: Rules, request: FinetuneRequest, first: Mapping[str, Mask]
+) -> NativeKeeper | None:
+    """Return a keeper for what the user asks, if it is what tfmot does."""
+    schedule, asked = rules.schedule, request.pruning
+    if schedule is None or first or asked.strategy != "magnitude" or asked.params or asked.scope != Scope.LAYER:
+        return None
+    if request.mask is not MaskMode.KEEP or rules.evidence is not Evidence.NONE or request.means.is_compiled:
+        return None
+    if isinstance(rules.wish.pattern, NMPattern):
+        # tfmot makes its groups in the first step, and never again.
+        if not (isinstance(schedule, SparsitySchedule) and schedule.curve == "constant" and schedule.begin == 0):
+            return None
+    driven = driven_by(schedule)
+    if driven is None:
+        return None
+    schedules: dict[str, Schedule] = {}
+    for name in rules.names:
+        final = rules.choice.own.get(name, schedule.final if rules.has_others else 0.0)
+        if final >= 1.0 or not isinstance(driven, SparsitySchedule):
+            return None
+        if final:
+            share = final / schedule.final if schedule.final else 1.0
+            schedules[name] = replace(driven, final=final, initial=min(driven.initial * share, 1.0))
+    native = Native(schedules, rules.wish.pattern, rules.method.pool, logdir=request.logdir)
+    pruned = network.prune_by(native)
+    return NativeKeeper(replace(rules, schedule=driven), source=network) if pruned else None
+
+
+def _goes_on(
+    network: SelfPruning, rules: Rules, request: FinetuneRequest, first: Mapping[str, Mask], held: SavedPruning | None
+) -> NativeKeeper | None:
+    """Return a keeper for the schedule that the file was trained under, if it is not at its end."""
+    if held is None or not held.schedules or not _is_under_way(held, bool(first)) or request.means.is_compiled:
+        return None
+    if request.mask is not MaskMode.KEEP:
+        return None
+    driven = {layer: _from_here(schedule, held.step) for layer, schedule in held.schedules.items()}
+    tensors = [tensor for tensor in rules.model.tensors if tensor.layer in driven and tensor.is_float]
+    schedules = {tensor.name: driven[tensor.layer] for tensor in tensors}
+    native = Native(schedules, held.block, held.pool, first, held.step, is_all=False, logdir=request.logdir)
+    pruned = network.prune_by(native)
+    if not pruned:
+        return None
+    chosen = tuple(tensor for tensor in tensors if tensor.name in pruned)
+    own = {tensor.name: schedules[tensor.name].final for tensor in chosen}
+    longest = max((schedules[tensor.name] for tensor in chosen), key=lambda schedule: schedule.last_turn)
+    going = replace(
+        rules,
+        schedule=Begun(longest, held.step),
+        choice=Selection(chosen, (), own),
+        wish=replace(rules.wish, pattern=held.block),
+        method=replace(rules.method, pattern=held.block, pool=held.pool),
+    )
+    masks = {name: mask for name, mask in first.items() if name in pruned}
+    return NativeKeeper(going, masks, source=network)
+
+
+def driven_by(schedule: Schedule) -> Schedule | None:
+    """Return a schedule whose last turn tfmot will not miss: it counts from 1, and at whole turns alone."""
+    if not isinstance(schedule, SparsitySchedule):
+        return None
+    if schedule.curve == "constant" or schedule.last_turn < 1:
+        # One turn is enough: what is zero then stays the smallest.
+        begin = max(schedule.begin, 1)
+        return replace(schedule, curve="constant", begin=begin, end=begin, frequency=1, params=())
+    return schedule
+
+
+def _is_under_way(held: SavedPruning, has_zeros: bool) -> bool:
+    """Whether any schedule still has a turn to take, beside those that change nothing."""
+    for schedule in held.schedules.values():
+        if schedule.last_turn > max(held.step, 0):
+            return True
+        forever = isinstance(schedule, SparsitySchedule) and schedule.end is None
+        if forever and not has_zeros and schedule.final:
+            return True
+    return False
+
+
+def _from_here(schedule: Schedule, step: int) -> Schedule:
+    """Return a constant schedule without an end with its next turn, which is the only one that changes something."""
+    if isinstance(schedule, SparsitySchedule) and schedule.curve == "constant" and schedule.end is None:
+        first = max(step + 1, schedule.begin)
+        late = -(first - schedule.begin) % schedule.frequency
+        return replace(schedule, begin=first + late, end=first + late)
+    return schedule

@@ -1,1 +1,0 @@
-"""Training SavedModels that are no Keras models."""

@@ -1,0 +1,275 @@
+"""One process of several that torchrun has started, or the only one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
+
+from prunectl.errors import InputError, UsageError, WorkError, first_line
+from prunectl.training import random_state
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessGroup:
+    """Which process this is, and what it reckons on."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+
+
+def take_place(device: str) -> ProcessGroup:
+    """Join the other processes, if there are any, and return the device to use."""
+    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    found = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if ranks > 1 and not torch.distributed.is_initialized():
+        if found.type == "cuda":
+            torch.cuda.set_device(found)
+        torch.distributed.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    return ProcessGroup(rank, ranks, found)
+
+
+def wait(place: ProcessGroup) -> None:
+    """Go on together: who ends earlier would have the others ended too."""
+    if place.ranks > 1:
+        torch.distributed.barrier()
+
+
+def all_true(place: ProcessGroup, mine: bool) -> bool:
+    """Whether something is true in every process (an all-reduce by the minimum)."""
+    if place.ranks == 1:
+        return mine
+    found = torch.tensor(int(mine), device=place.device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN)
+    return bool(found)
+
+
+_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+_DEVICE = ("CUDA error", "CUDA driver", "cuDNN error", "CUBLAS", "cublas", "NCCL", "HIP error", "MPS")
+
+
+@contextmanager
+def failures(device: torch.device) -> Iterator[None]:
+    """Tell a device that fails, or has no memory left, from arrays that do not fit together."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = first_line(error)
+        if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _MEMORY):
+            raise WorkError(
+                f"out of memory on {device}", hint="a smaller --batch-size, or --precision bf16, takes less"
+            ) from error
+        if isinstance(error, torch.distributed.DistError):
+            raise WorkError(f"the processes lost each other: {text}", hint="see what the others say") from error
+        if any(words in text for words in _DEVICE):
+            raise WorkError(f"{device} failed: {text}") from error
+        raise
+
+
+def gathered(place: ProcessGroup, mine: Any) -> list[Any]:
+    """What each process holds, in the order of their ranks."""
+    found: list[Any] = [mine]
+    if place.ranks > 1:
+        found = [None] * place.ranks
+        torch.distributed.all_gather_object(found, mine)
+    return found
+
+
+def leave() -> None:
+    """Part from the other processes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name in {"", "auto"}:
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"{name!r} is no device", hint="cpu, cuda, cuda:1 or mps") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("there is no GPU that PyTorch can use", hint="--device cpu")
+    if name == "cuda":
+        return torch.device("cuda", local_rank)
+    return found
+
+
+_CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList)
+
+
+def shard(module: torch.nn.Module, place: ProcessGroup) -> None:
+    """Leave each process its part of the parameters; layer by layer, so that none holds all of them on its device."""
+    if place.ranks == 1:
+        raise UsageError(
+            "--shard spreads a model over processes, and this is the only one",
+            hint="torchrun --nproc-per-node 2 -m prunectl finetune … --shard",
+        )
+    if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
+        raise UsageError(
+            "--shard needs a module of Python: a program that was saved as a graph has no layers to spread",
+            hint="--model module:function, or leave out --shard",
+        )
+    mesh = init_device_mesh(place.device.type, (place.ranks,))
+    for piece in reversed(_pieces(module)):
+        fully_shard(piece, mesh=mesh)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(place.device)
+
+
+def _pieces(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the layers that lie in containers, which are called one after the other; outer ones first."""
+    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    if len(names) != len(list(module.parameters())):
+        return []  # two layers that share a parameter have to keep it together
+    return [
+        child
+        for container in module.modules()
+        if isinstance(container, _CONTAINERS)
+        for child in container.children()
+        if not isinstance(child, _CONTAINERS) and any(True for _ in child.parameters())
+    ]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with the parts of all processes, which all of them must ask for."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_all(state: Any) -> Any:
+    """Return a state with every tensor in it whole."""
+    return tree_map_only(torch.Tensor, whole, state)
+
+
+def like(value: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """Return the part of a tensor that this process holds of another of its shape."""
+    if isinstance(model, DTensor):
+        return distribute_tensor(value.to(model.device), model.device_mesh, model.placements)
+    return value.to(model.device)
+
+
+def all_like(state: Any, models: Any) -> Any:
+    """Return a state of an optimizer, or of a module, with every tensor spread as it is in another."""
+    if isinstance(state, torch.Tensor) and isinstance(models, torch.Tensor):
+        return like(state, models) if state.shape == models.shape else state
+    if isinstance(state, dict) and isinstance(models, dict):
+        return {key: all_like(value, models.get(key)) for key, value in state.items()}
+    return state
+
+
+def are_finite(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Whether all gradients are finite numbers, in every process; a tensor, so that no step waits for it."""
+    mine = [one.to_local() if isinstance(one, DTensor) else one for one in gradients]
+    found = torch.stack([one.isfinite().all() for one in mine]).all()
+    if any(isinstance(one, DTensor) for one in gradients):
+        whole = found.to(torch.int32)
+        torch.distributed.all_reduce(whole, torch.distributed.ReduceOp.MIN)
+        found = whole.bool()
+    return found
+
+
+def agree(module: torch.nn.Module) -> None:
+    """Give all processes the buffers of the first, such as the statistics of its normalisations."""
+    for buffer in module.buffers():
+        torch.distributed.broadcast(buffer, 0)
+
+
+_FILE = "torch.pt"
+_OWN = ("numpy", "python")
+"""The random states that belong to no framework."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What changes from step to step."""
+
+    module: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: Any
+    place: ProcessGroup
+    evidence: Mapping[str, torch.Tensor]
+    """What was added up, by tensor."""
+
+
+def save(folder: Path | None, state: RunState) -> None:
+    """Keep everything in a folder; without one, only give others this process's part."""
+    parts = whole_all(
+        {
+            "module": state.module.state_dict(),
+            "optimizer": state.optimizer.state_dict(),
+            "scaler": state.scaler.state_dict(),
+            "random": gathered(state.place, _random_states(state.place)),
+            "evidence": state.evidence,
+        }
+    )
+    if folder is not None:
+        torch.save(parts, folder / _FILE)
+
+
+def restore(folder: Path, state: RunState) -> None:
+    """Take everything up again."""
+    place = state.place
+    parts = torch.load(folder / _FILE, map_location=place.device, weights_only=True)
+    _check_version(folder / _FILE, parts)
+    if len(parts["random"]) != place.ranks:
+        raise UsageError(
+            f"the run was made by {len(parts['random'])} processes, and is resumed by {place.ranks}",
+            hint="start as many processes as before",
+        )
+    state.module.load_state_dict(all_like(parts["module"], state.module.state_dict()))
+    state.optimizer.load_state_dict(_slots(parts["optimizer"], state.optimizer))
+    state.scaler.load_state_dict(parts["scaler"])
+    _resume_random(parts["random"][place.rank], place)
+    for name, total in parts["evidence"].items():
+        state.evidence[name].copy_(like(total, state.evidence[name]))
+
+
+def _check_version(path: Path, parts: Any) -> None:
+    """Refuse what another version kept: at first that was one random state, of the first process."""
+    random = parts.get("random") if isinstance(parts, dict) else None
+    if isinstance(random, list) and all(isinstance(one, dict) and one.keys() >= {"cpu", *_OWN} for one in random):
+        return
+    raise InputError(
+        f"{path} was made by another version of prunectl, whose runs this one cannot resume",
+        hint="end the run with that version, or start it again in another folder",
+    )
+
+
+def _random_states(place: ProcessGroup) -> dict[str, Any]:
+    """Where each generator of this process is: no two processes drop out the same."""
+    found = {"cpu": torch.get_rng_state(), **random_state.state()}
+    if place.device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(place.device)
+    elif place.device.type == "mps":
+        found["mps"] = torch.mps.get_rng_state()
+    return found
+
+
+def _resume_random(found: Mapping[str, Any], place: ProcessGroup) -> None:
+    torch.set_rng_state(found["cpu"].cpu())
+    random_state.restore(found)
+    # A run that goes on upon another kind of device cannot be the same to the bit.
+    if place.device.type == "cuda" and "cuda" in found:
+        torch.cuda.set_rng_state(found["cuda"].cpu(), place.device)
+    elif place.device.type == "mps" and "mps" in found:
+        torch.mps.set_rng_state(found["mps"].cpu())
+
+
+def _slots(kept: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return what an optimizer kept, spread as its weights are."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    parts = {
+        at: {name: all_like(value, weights[at]) for name, value in slots.items()} for at, slots in kept["state"].items()
+    }
+    return {**kept, "state": parts}

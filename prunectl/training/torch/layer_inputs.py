@@ -1,0 +1,123 @@
+"""Sees which inputs a module's weights meet, by watching the operations that PyTorch dispatches.
+
+Whatever calls them, a layer, a function, a script or an exported program, ends in the same few operations, one operand
+of which is the weight itself or a view of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prunectl.formats.base import Array
+from prunectl.training.layer_inputs import See, Sight, SlidingWindow, Use
+from prunectl.training.torch.build import Pieces
+
+_aten = torch.ops.aten
+_PRODUCTS = {
+    _aten.mm.default: 0,
+    _aten.bmm.default: 0,
+    _aten.addmm.default: 1,
+    _aten._addmm_activation.default: 1,  # noqa: SLF001
+}
+"""Where the two factors of a product are among the arguments."""
+_CONVOLUTIONS = frozenset({_aten.convolution.default, _aten._convolution.default})  # noqa: SLF001
+_RECURRENT = _aten.mkldnn_rnn_layer.default
+
+
+@contextmanager
+def watching(weights: Mapping[str, torch.Tensor], see: See, pieces: Pieces | None = None) -> Generator[None]:
+    """Show what these weights meet while the context lasts; of pieces, only what does not fill them up."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), _Watching(weights, see, pieces):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, weights: Mapping[str, torch.Tensor], see: See, pieces: Pieces | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._see, self._pieces = see, pieces
+        self._weights: dict[int, list[tuple[str, torch.Tensor]]] = {}
+        for name, weight in weights.items():
+            self._weights.setdefault(weight.untyped_storage().data_ptr(), []).append((name, weight))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS:
+            first, second = args[_PRODUCTS[func] :][:2]
+            self._product(first, second)
+        elif func in _CONVOLUTIONS:
+            self._convolution(args)
+        elif func is _RECURRENT:
+            self._recurrent(args, found[0])
+        return found
+
+    def _named(self, view: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        return self._weights.get(view.untyped_storage().data_ptr(), [])
+
+    def _product(self, first: torch.Tensor, second: torch.Tensor) -> None:
+        if first.ndim == 3:  # one of a batch of products is a product
+            if len(first) != 1:
+                return
+            first, second = first[0], second[0]
+        for name, weight in self._named(second):
+            self._show(name, first, _part(weight, second))
+        for name, weight in self._named(first):
+            self._show(name, second.t(), _part(weight, first.t()))
+
+    def _recurrent(self, args: tuple[Any, ...], out: torch.Tensor) -> None:
+        steps, kernel, recurrent, first, is_reversed = args[0], args[1], args[2], args[5], args[7]
+        begin = first.reshape(1, *out.shape[1:])
+        before = torch.cat([out[1:], begin] if is_reversed else [begin, out[:-1]])
+        for view, inputs in ((kernel, steps), (recurrent, before)):
+            for name, weight in self._named(view):
+                self._show(name, inputs, _part(weight, view.t()))
+
+    def _convolution(self, args: tuple[Any, ...]) -> None:
+        inputs, view, _, strides, padding, dilations, is_transposed, output_padding, groups = args[:9]
+        more = output_padding if is_transposed else [0] * len(padding)
+        pads = tuple((pad, pad - extra) for pad, extra in zip(padding, more, strict=True))
+        window = SlidingWindow(tuple(strides), tuple(dilations), pads, is_transposed)
+        use = Use(1, 0, groups, window=window) if is_transposed else Use(0, 1, groups, window=window)
+        for name, weight in self._named(view):
+            is_whole = view.shape == weight.shape and view.stride() == weight.stride()
+            self._show(name, inputs, use if is_whole else None)
+
+    def _show(self, name: str, inputs: torch.Tensor, use: Use | None) -> None:
+        if use is None:
+            return
+        pieces = self._pieces
+        if pieces is not None and len(inputs) % pieces.size == 0:
+            # The examples come first, alone or with what each of them has several of.
+            inputs = inputs[: len(inputs) // pieces.size * pieces.kept]
+        self._see(Sight(name, _array(inputs), use))
+
+
+def _array(inputs: torch.Tensor) -> Array:
+    found: Array = inputs.detach().float().cpu().numpy()
+    return found
+
+
+def _part(weight: torch.Tensor, view: torch.Tensor) -> Use | None:
+    """Return how a matrix of inputs by outputs lies in a weight; None if it is not some of its outputs."""
+    if weight.ndim != 2 or not weight.is_contiguous():
+        return None
+    rows, columns = weight.shape
+    inputs, outputs = view.shape
+    row, column = divmod(int(view.storage_offset() - weight.storage_offset()), columns)
+    down, right = view.stride()
+    if inputs == columns and column == 0 and (inputs == 1 or down == 1) and (outputs == 1 or right == columns):
+        return Use(0, 1, outputs=None if outputs == rows else (row, row + outputs))
+    if inputs == rows and row == 0 and (inputs == 1 or down == columns) and (outputs == 1 or right == 1):
+        return Use(1, 0, outputs=None if outputs == columns else (column, column + outputs))
+    return None

@@ -1,0 +1,419 @@
+"""A model that PyTorch trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from prunectl.errors import UsageError, WorkError
+from prunectl.plugins import find
+from prunectl.training import random_state
+from prunectl.training.backend import Array, Ending, Evidence, Logs, Means, Port, Signature, by_numbers
+from prunectl.training.data.source import Arrays, Batch, each
+from prunectl.training.layer_inputs import See
+from prunectl.training.torch import distributed, losses, tensors
+from prunectl.training.torch.build import Built, Pieces, inputs_of, outputs_of
+from prunectl.training.torch.distributed import like, whole
+from prunectl.training.torch.layer_inputs import watching
+from prunectl.training.torch.losses import distilled
+from prunectl.training.torch.optimizers import Gathered, Masks, optimizer
+from prunectl.training.torch.tensors import to_numpy, to_torch
+
+BatchNorm = torch.nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - the only name of what all of them are
+
+
+def still(module: torch.nn.Module, frozen: set[str]) -> list[torch.nn.Module]:
+    """Return the normalisations of which something is frozen: they stay as they are altogether."""
+    return [
+        layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, BatchNorm) and any(f"{name}.{part}" in frozen for part in dict(layer.state_dict()))
+    ]
+
+
+def recalibrate(module: torch.nn.Module, inputs: Iterable[Arrays], run: Callable[[Arrays], None]) -> int:
+    """Average the statistics over all examples, and return how many layers have some."""
+    layers = [one for one in module.modules() if isinstance(one, BatchNorm) and one.track_running_stats]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.train()
+    seen = 0
+    for x in inputs if layers else ():
+        count = len(each(x)[0])
+        seen += count
+        for layer in layers:
+            layer.momentum = count / seen  # every example counts the same: the last batch may be a smaller one
+        run(x)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+        layer.eval()
+    return len(layers)
+
+
+_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TorchNetwork:
+    """Loss, gradients, masks and state of a module."""
+
+    def __init__(self, built: Built) -> None:
+        self._built = built
+        self._module = built.module
+        self._run: Any = built.module
+        self._notes = list(built.notes)
+        self._signature = Signature(inputs_of(built.module, built.shapes), (), is_channels_first=True)
+        self._masks, self._gathered, self._seen = Masks(), Gathered(), losses.RunningMeans()
+        self._rate = 1.0
+        kinds = {one.dtype for one in built.module.parameters() if one.is_floating_point()}
+        self._kind = kinds.pop() if len(kinds) == 1 else None
+        """The type of all parameters, if they have one."""
+
+    @property
+    def signature(self) -> Signature:
+        """What goes in and comes out."""
+        return self._signature
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was decided for want of a word."""
+        return tuple(self._notes)
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Which process this is, of how many."""
+        return self._place.rank, self._place.ranks
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether it is the first process."""
+        return self._place.rank == 0
+
+    def is_true_everywhere(self, mine: bool) -> bool:
+        """Whether something is true in every process."""
+        return distributed.all_true(self._place, mine)
+
+    def prepare(self, means: Means) -> None:
+        """Choose a device, a loss, metrics and an optimizer."""
+        if means.precision not in _PRECISIONS:
+            raise UsageError(f"{means.precision!r} is no precision", hint=f"one of {', '.join(_PRECISIONS)}")
+        self._means, self._place = means, distributed.take_place(means.device)
+        self._half = _PRECISIONS[means.precision]
+        self._scaler = torch.amp.GradScaler(self._place.device.type, enabled=self._half is torch.float16)
+        self._freeze(means.frozen)
+        if means.is_sharded:
+            distributed.shard(self._module, self._place)
+        else:
+            self._module.to(self._place.device)
+        example = means.example
+        if example is None:
+            raise ValueError("a network is prepared with an example")
+        self._custom: Any = find("step", means.custom_step, {}) if means.custom_step else None
+        self._choose(example)
+        self._optimizer = optimizer(means.optimizer, self._trained(), means.lr)
+        self._base_rates = [group["lr"] for group in self._optimizer.param_groups]
+        if means.is_compiled:
+            self._run = torch.compile(self._module)
+        if self._place.ranks > 1 and not means.is_sharded:
+            device_ids = [self._place.device.index] if self._place.device.type == "cuda" else None
+            self._run = DistributedDataParallel(self._run, device_ids=device_ids)
+
+    def _freeze(self, names: frozenset[str]) -> None:
+        parameters = dict(self._module.named_parameters())
+        for name in names & self._built.names.keys():
+            if self._built.names[name] in parameters:
+                parameters[self._built.names[name]].requires_grad_(False)
+        # The statistics of a frozen normalisation are frozen as well.
+        self._still = still(self._module, {self._built.names[name] for name in names & self._built.names.keys()})
+
+    def _choose(self, example: Batch) -> None:
+        """Choose by what comes out for an example, and leave out what its gradient does not reach."""
+        self._mode(training=False)
+        # With gradients: by them autograd tells which activation came last.
+        outs = self._forward(self._module, example.x)
+        found = outputs_of(outs)
+        outs = tuple(out.detach() for out in outs)
+        self._signature = Signature(self._signature.inputs, found, is_channels_first=True)
+        targets = [] if example.y is None else [self._on_device(one) for one in each(example.y)]
+        self._metrics: dict[str, losses.Metric] = {}
+        if self._custom is not None and not self._means.loss and not targets:
+            self._losses = []
+            return
+        if targets and len(targets) > len(outs):
+            raise UsageError(f"there are {len(targets)} targets, and the model gives {len(outs)} outputs")
+        if not targets and not self._means.loss and self._means.teacher_share == 1:
+            self._losses = [losses.without_targets(out, port.ending) for out, port in zip(outs, found, strict=True)]
+        else:
+            self._losses = [
+                losses.choose_loss(self._means.loss, out.float(), targets[at] if targets else None, found[at].ending)
+                for at, out in enumerate(outs[: len(targets) or 1])
+            ]
+            target = targets[0] if targets else None
+            self._metrics = losses.choose_metric(self._means.metrics, self._losses[0], outs[0], target)
+        self._signature = replace(self._signature, outputs=self._ended(found, outs))
+        if not self._means.loss:
+            self._notes.append(f"The loss is {', '.join(one.name for one in self._losses)}, {_known_by(found)}.")
+        if len(outs) > 1 and self._metrics:
+            self._notes.append(f"The metrics judge the first of the model's {len(outs)} outputs alone.")
+        if not self._means.optimizer:
+            self._notes.append("The optimizer is adam, as PyTorch's files do not say which.")
+        if self._place.ranks > 1 and not self._means.is_sharded:
+            self._leave_out_unreached(example)
+
+    def _ended(self, found: Sequence[Port], outs: Sequence[torch.Tensor]) -> tuple[Port, ...]:
+        """Return the outputs with what each ends in, also where only the loss or the numbers tell."""
+        by_loss = [one.ending for one in self._losses] + [Ending.UNKNOWN] * len(outs)
+        return tuple(
+            replace(port, ending=told or port.ending or by_numbers(to_numpy(out.float()), 1))
+            for port, out, told in zip(found, outs, by_loss, strict=False)
+        )
+
+    def _leave_out_unreached(self, example: Batch) -> None:
+        """DDP waits for ever for gradients of parameters that take no part."""
+        self._mode(training=True)
+        outs = self._forward(self._module, example.x)
+        loss = torch.stack([out.float().sum() for out in outs]).sum()
+        (self._loss(outs, example.y, None) if example.y is not None else loss).backward()  # type: ignore[no-untyped-call]
+        for weight in self._trained():
+            weight.requires_grad_(weight.grad is not None)
+            weight.grad = None
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [weight for weight in self._module.parameters() if weight.requires_grad]
+
+    def _on_device(self, array: Array) -> torch.Tensor:
+        return to_torch(array).to(self._place.device)
+
+    def _as_taken(self, array: Array) -> torch.Tensor:
+        """Return an input in the precision of a model that is kept in 16 bits as a whole."""
+        found = self._on_device(array)
+        if self._half is None and found.is_floating_point() and self._kind is not None:
+            return found.to(self._kind)
+        return found
+
+    def _forward(self, module: Any, x: Arrays) -> tuple[torch.Tensor, ...]:
+        half = self._half
+        context = torch.autocast(self._place.device.type, half) if half is not None else nullcontext()
+        try:
+            with distributed.failures(self._place.device), context:
+                found = module(*(self._as_taken(one) for one in each(x)))
+        except (AssertionError, RuntimeError, TypeError) as error:
+            shapes = ", ".join("x".join(map(str, one.shape)) for one in each(x))
+            raise UsageError(
+                f"the model does not take inputs of {shapes}: {tensors.reason(error)}",
+                hint="?shape=1x28x28 (without the batch) reads the same numbers in another shape",
+            ) from error
+        return tensors.tensors(found)
+
+    def _loss(self, outs: tuple[torch.Tensor, ...], y: Arrays | None, guide: Arrays | None) -> torch.Tensor:
+        share = self._means.teacher_share if guide is not None else 0.0
+        targets = [] if y is None else [self._on_device(one) for one in each(y)]
+        self._last = (outs, targets)
+        if not targets and share < 1:
+            raise UsageError("there is no target to learn from")
+        if guide is None:
+            return self._loss_of_targets(outs, targets)
+        taught = distilled(self._losses, outs, [self._on_device(one) for one in each(guide)], self._means.temperature)
+        return share * taught + (1 - share) * self._loss_of_targets(outs, targets) if share < 1 else taught
+
+    def _loss_of_targets(self, outs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(
+            [one.loss(out.float(), target) for one, out, target in zip(self._losses, outs, targets, strict=False)]
+        ).sum()
+
+    def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
+        """Train on a batch."""
+        self._mode(training=True)
+        self._set_rate(rate)
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._custom is not None:
+            loss = self._custom(self._run, self._moved(batch.x), None if batch.y is None else self._moved(batch.y))
+            numbers = {}
+        else:
+            loss = self._loss(self._forward(self._run, batch.x), batch.y, guide)
+            outs, targets = self._last
+            with torch.no_grad():
+                judged = self._metrics if targets else {}
+                numbers = {name: metric(outs[0].detach().float(), targets[0]) for name, metric in judged.items()}
+        with distributed.failures(self._place.device):
+            self._learn(loss)
+        self._seen.add(len(each(batch.x)[0]), loss=loss, **numbers)
+
+    def _learn(self, loss: torch.Tensor) -> None:
+        """Take a step down the gradient of a loss."""
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self._scaler.unscale_(self._optimizer)
+        self._gathered.add(self._is_taken())
+        self._masks.calm()
+        if self._means.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self._trained(), self._means.clip)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._masks.hold()
+        if self._means.is_sharded:
+            distributed.agree(self._module)
+
+    def _is_taken(self) -> torch.Tensor | None:
+        """Whether GradScaler takes this step; none where it takes every one, or nobody asks."""
+        gradients = [weight.grad for weight in self._trained() if weight.grad is not None]
+        if not self._scaler.is_enabled() or not self._gathered.sums or not gradients:
+            return None
+        return distributed.are_finite(gradients)
+
+    def _moved(self, arrays: Arrays) -> Any:
+        found = tuple(self._on_device(one) for one in each(arrays))
+        return found if isinstance(arrays, tuple) else found[0]
+
+    def _set_rate(self, rate: float) -> None:
+        if rate != self._rate:
+            for group, base in zip(self._optimizer.param_groups, self._base_rates, strict=True):
+                group["lr"] = base * rate
+            self._rate = rate
+
+    def _mode(self, *, training: bool) -> None:
+        if self._built.has_modes and self._module.training != training:
+            self._module.train(training)
+        if training:
+            for norm in self._still:
+                norm.eval()
+
+    def logs(self) -> Logs:
+        """Return the means since the last call."""
+        return self._seen.take()
+
+    def evaluate(self, batches: Iterable[Batch]) -> Logs:
+        """Return the means over all batches; every process sees all of them."""
+        self._mode(training=False)
+        seen = losses.RunningMeans()
+        with torch.no_grad():
+            for batch in batches:
+                outs = self._forward(self._module, batch.x)
+                loss = self._loss(outs, batch.y, None)
+                _, targets = self._last
+                numbers = {name: metric(outs[0].float(), targets[0]) for name, metric in self._metrics.items()}
+                seen.add(len(each(batch.x)[0]), loss=loss, **numbers)
+        return seen.take()
+
+    def predict(self, x: Arrays) -> Arrays:
+        """Return what comes out."""
+        self._rest()
+        with torch.no_grad():
+            found = tuple(to_numpy(out.float()) for out in self._forward(self._module, x))
+        return found if len(found) > 1 else found[0]
+
+    def _rest(self) -> None:
+        """Get ready to predict; a teacher is asked before, and without, any preparation."""
+        if not hasattr(self, "_place"):
+            self.place("auto")
+        self._mode(training=False)
+
+    def place(self, device: str) -> None:
+        """Choose the device of a model that is asked for its outputs alone."""
+        self._place, self._half = distributed.take_place(device), None
+        self._module.to(self._place.device)
+
+    def observe(self, names: Collection[str], x: Arrays, see: See) -> None:
+        """Run a batch through, and show what these weights meet."""
+        self._rest()
+        pieces = self._module if isinstance(self._module, Pieces) else None
+        with watching(self._parameters(names), see, pieces):
+            self._forward(self._module, x)
+
+    def gradients(self, names: Collection[str], batch: Batch) -> dict[str, Array]:
+        """Return the gradient of the mean loss over a batch."""
+        self._mode(training=False)
+        weights = self._parameters(names)
+        loss = self._loss(self._forward(self._module, batch.x), batch.y, None)
+        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
+        return {name: to_numpy(gradient) for name, gradient in zip(weights, found, strict=True)}
+
+    def recalibrate(self, batches: Iterable[Batch]) -> int:
+        """Take the statistics of batch normalisation anew."""
+        self._mode(training=False)
+        return recalibrate(self._module, (batch.x for batch in batches), self._run_through)
+
+    def _run_through(self, x: Arrays) -> None:
+        with torch.no_grad():
+            self._forward(self._module, x)
+
+    def weights(self, names: Iterable[str]) -> dict[str, Array]:
+        """Return copies of some weights."""
+        held = self._held()
+        return {name: to_numpy(whole(held[name])) for name in names}
+
+    def tensors(self) -> dict[str, Array]:
+        """Return copies of all parameters and buffers."""
+        return {name: to_numpy(whole(value)) for name, value in self._held().items()}
+
+    def _held(self) -> dict[str, torch.Tensor]:
+        inside = self._module.state_dict()
+        return {name: inside[inner] for name, inner in self._built.names.items()}
+
+    def _parameters(self, names: Iterable[str]) -> dict[str, torch.nn.Parameter]:
+        inside = dict(self._module.named_parameters(remove_duplicate=False))
+        return {name: inside[self._built.names[name]] for name in names if self._built.names[name] in inside}
+
+    @torch.no_grad()
+    def assign(self, values: Mapping[str, Array]) -> None:
+        """Replace the numbers of some tensors."""
+        held = self._held()
+        for name, value in values.items():
+            held[name].copy_(like(to_torch(value), held[name]))
+
+    def mask(self, masks: Mapping[str, Array]) -> None:
+        """Zero what the masks do not keep, from now on."""
+        parameters = self._parameters(masks)
+        if missing := masks.keys() - parameters.keys():
+            raise WorkError(f"{min(missing)} is no parameter that PyTorch trains, and cannot be pruned here")
+        kept = {weight: like(torch.from_numpy(masks[name]), weight) for name, weight in parameters.items()}
+        self._masks.put(kept, self._optimizer)
+
+    def watch(self, evidence: Evidence, names: Sequence[str]) -> None:
+        """Gather evidence about some weights."""
+        self._gathered.begin(evidence, self._parameters(names))
+
+    def evidence(self) -> dict[str, Array]:
+        """Return what was gathered; gradients are the same in every process."""
+        return {name: to_numpy(whole(value)) for name, value in self._gathered.sums.items()}
+
+    def forget(self) -> None:
+        """Gather anew."""
+        self._gathered.forget()
+
+    def reseed(self, number: int) -> None:
+        """Make what is random depend on a number alone, and on the process."""
+        own = number * 4099 + self._place.rank
+        torch.manual_seed(own % (1 << 63))
+        random_state.seed(own)
+
+    def save(self, folder: Path | None) -> None:
+        """Keep everything that the next step depends on; without a folder, only give others this process's part."""
+        distributed.save(folder, self._state)
+        distributed.wait(self._place)
+
+    def restore(self, folder: Path) -> None:
+        """Take up what was kept."""
+        distributed.restore(folder, self._state)
+        self._rate = float("nan")
+
+    @property
+    def _state(self) -> distributed.RunState:
+        return distributed.RunState(self._module, self._optimizer, self._scaler, self._place, self._gathered.sums)
+
+    def close(self) -> None:
+        """Part from the other processes."""
+        distributed.leave()
+
+
+def _known_by(outputs: Sequence[Port]) -> str:
+    """What told which loss it is."""
+    if any(port.ending is Ending.UNKNOWN for port in outputs):
+        return "by targets and the numbers that come out for some examples"
+    last = ", ".join(dict.fromkeys("logits" if port.ending is Ending.RAW else port.ending for port in outputs))
+    return f"by targets and by what the model ends in ({last})"

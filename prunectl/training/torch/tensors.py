@@ -1,0 +1,103 @@
+"""Numbers on their way between NumPy and PyTorch; bfloat16 goes as the bits that it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prunectl.errors import UsageError
+from prunectl.training.backend import Ending
+
+_AS_BITS = {
+    "bfloat16": (np.int16, torch.bfloat16),
+    "float8_e4m3fn": (np.int8, torch.float8_e4m3fn),
+    "float8_e5m2": (np.int8, torch.float8_e5m2),
+}
+
+
+def to_torch(array: NDArray[Any]) -> torch.Tensor:
+    """Return a tensor of the same numbers, its memory its own."""
+    own = np.array(array, order="C")
+    if own.dtype.name in _AS_BITS:
+        bits, dtype = _AS_BITS[own.dtype.name]
+        return torch.from_numpy(own.view(bits)).view(dtype)
+    return torch.from_numpy(own)
+
+
+def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
+    """Return an array of the same numbers, its memory its own."""
+    found = tensor.detach().cpu().contiguous()
+    for name, (bits, dtype) in _AS_BITS.items():
+        if found.dtype is dtype:
+            as_bits = found.view(torch.int16 if bits is np.int16 else torch.int8).numpy().copy()
+            return as_bits.view(np.dtype(getattr(ml_dtypes, name)))
+    return np.array(found.numpy())
+
+
+def tensors(found: Any) -> tuple[torch.Tensor, ...]:
+    """Return the outputs in a row, whatever a module gives them in."""
+    if isinstance(found, torch.Tensor):
+        return (found,)
+    if isinstance(found, Mapping):
+        found = [found["logits"]] if "logits" in found else list(found.values())
+    outs = tuple(one for one in found if isinstance(one, torch.Tensor))
+    if not outs:
+        raise UsageError(f"the model gives a {type(found).__name__} without a tensor in it")
+    return outs
+
+
+def leaves(found: Any) -> list[torch.Tensor]:
+    """Return every tensor in what a module gives, whatever they are packed in."""
+    packed = torch.utils._pytree.tree_leaves(found)  # noqa: SLF001
+    return [one for one in packed if isinstance(one, torch.Tensor)]
+
+
+_PASSED_ON = frozenset(
+    {
+        "Alias",
+        "Cat",
+        "Clone",
+        "Permute",
+        "Reshape",
+        "Select",
+        "Slice",
+        "Squeeze",
+        "T",
+        "ToCopy",
+        "Transpose",
+        "UnsafeView",
+        "Unsqueeze",
+        "View",
+    }
+)
+_ENDINGS = {
+    "Softmax": Ending.SOFTMAX,
+    "SafeSoftmax": Ending.SOFTMAX,
+    "LogSoftmax": Ending.LOG_SOFTMAX,
+    "Sigmoid": Ending.SIGMOID,
+}
+_RAW = frozenset({"Addmm", "Mm", "Bmm", "Convolution", "Add", "Relu", "NativeBatchNorm", "CudnnBatchNorm", "Tanh"})
+
+
+def ending(out: torch.Tensor) -> Ending:
+    """The last activation, by the operation of autograd that made an output; unknown where that does not tell."""
+    step: Any = out.grad_fn
+    while step is not None:
+        name = str(step.name()).rpartition("::")[2].partition("Backward")[0]
+        if name in _ENDINGS:
+            return _ENDINGS[name]
+        if name not in _PASSED_ON or not step.next_functions:
+            return Ending.RAW if name in _RAW else Ending.UNKNOWN
+        step = step.next_functions[0][0]
+    return Ending.UNKNOWN
+
+
+def reason(error: Exception) -> str:
+    """Return the line in which PyTorch comes to the point: the first, or the last where a script was interpreted."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if "TorchScript" in lines[0] else 0]

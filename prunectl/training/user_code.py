@@ -1,0 +1,161 @@
+"""May a model be opened by its framework? Its code does not run unless the user says so.
+
+The one door before every framework, asked before it is imported; what each kind of file may name stands in
+`formats/trust.py` (Keras and TensorFlow), `formats/torch/exported_trust.py` and `formats/torch/script_trust.py`.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prunectl.errors import InputError, PrunectlError, UntrustedError, UsageError, abbreviated, first_line
+from prunectl.formats import trust, zip_read
+from prunectl.formats.base import ModelFile
+from prunectl.formats.torch import exported_trust, script
+from prunectl.plugins import attribute, find
+from prunectl.training.backend import ModelOrigin
+
+
+def objects(origin: ModelOrigin) -> dict[str, Any]:
+    """Return the custom objects by name."""
+    if not origin.custom_objects:
+        return {}
+    found = named(origin.custom_objects, "--custom-objects", "models:CUSTOM_OBJECTS")
+    if not isinstance(found, Mapping):
+        raise UsageError(f"{origin.custom_objects} is no dictionary of custom objects")
+    return dict(found)
+
+
+def named(reference: str, option: str, example: str) -> Any:
+    """Return what `mod:name` or `./file.py:name` means."""
+    where, colon, name = reference.rpartition(":")
+    if not colon or not where or not name:
+        raise UsageError(f"{option} {reference} names no thing in a module", hint=f"write {option} {example}")
+    return attribute(where, name)
+
+
+def function(reference: str, option: str) -> Any:
+    """Return what can be called under a reference."""
+    found = named(reference, option, "my_module:my_function")
+    if not callable(found):
+        raise UsageError(f"{option} {reference} is a {type(found).__name__}, not a function")
+    return found
+
+
+_KERAS = frozenset({"keras", "keras-h5", "saved-model"})
+_TORCH = frozenset({"torch", "torch-legacy", "torch-tar"})
+
+
+def check(model: ModelFile, origin: ModelOrigin) -> None:
+    """Refuse a file that brings code, or names code that nobody vouched for.
+
+    Where the user's own function builds the model, nothing in the file is looked at but numbers.
+    """
+    if origin.is_trusted or origin.model:
+        return
+    if model.format in _KERAS:
+        trust.check(model, lambda: objects(origin))
+    elif model.format == "torch-export":
+        exported_trust.checked(model.path)
+    elif is_script(model):
+        script.check(model.path)
+    elif model.format in _TORCH and model.about.code:
+        raise UntrustedError(
+            f"{model.path} holds a whole Python module ({model.about.code[0]}): opening it would run code",
+            hint=f"if you trust it: --trust {way_to(model, _module_of(model.about.code[0]))}\n"
+            "better: torch.save(model.state_dict(), ...) once, then --model module:function",
+        )
+
+
+def way_to(model: ModelFile, module: str) -> str:
+    """The option that imports a module which a file names: by its file, where that lies beside the model or here."""
+    name = module.partition(".")[0]
+    if not name.isidentifier() or name == "__main__":
+        return "--import MODULE"
+    places = (Path(f"{name}.py"), model.path.parent / f"{name}.py")
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        return f"--import {abbreviated(module)}"
+    return f"--import {found}" if found.is_absolute() or found.parent != Path() else f"--import ./{found}"
+
+
+def _module_of(code: str) -> str:
+    """The module in `class net.Net`."""
+    return code.rpartition(" ")[2].rpartition(".")[0]
+
+
+def is_script(model: ModelFile) -> bool:
+    """Whether it is TorchScript: then torch.load gives it to torch.jit.load, which runs what stands there."""
+    if model.format != "torch":
+        return False
+    names = [f"/{name.casefold()}" for name in zip_read.open_archive(model.path).entries]
+    return any(name.endswith("/constants.pkl") for name in names)
+
+
+def check_checkpoint(model: ModelFile) -> None:
+    """Refuse what torch.load, as PyTorch 2.5 and earlier have it, takes for more than weights with weights_only=True.
+
+    CVE-2025-32434: a tar and TorchScript got past the restricted unpickler.
+    """
+    is_tar = model.format != "torch" and tarfile.is_tarfile(model.path)
+    if is_tar or is_script(model):
+        kind = "a tar" if is_tar else "TorchScript"
+        raise InputError(
+            f"{model.path} is {kind}, which PyTorch does not load as weights alone",
+            hint="torch.save(model.state_dict(), ...) writes a file that it does",
+        )
+
+
+_TOLD = 3
+
+
+def builder(reference: str) -> Any:
+    """Return what a reference names, and refuse a file of which it is not said what in it is meant."""
+    if reference.endswith(".py") and ":" not in reference:
+        names = _public(Path(reference))
+        told = ", ".join(names[:_TOLD]) or "nothing that could be called"
+        raise UsageError(
+            f"{reference} has {told}: which of them builds the model?",
+            did_you_mean=tuple(f"{reference}:{name}" for name in names[:_TOLD]),
+            hint=f"--model {reference}:{names[0] if names else 'function'}",
+        )
+    return find("model", reference, {})
+
+
+def built(make: Any, reference: str) -> Any:
+    """Return what a builder makes; its mistakes are the user's to mend."""
+    if not callable(make):
+        raise UsageError(f"--model {reference} is a {type(make).__name__}, not a function")
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        raise UsageError(
+            f"--model {reference} cannot be called without arguments: {error}",
+            hint="name a function without arguments that returns the model",
+        ) from error
+    except ValueError:
+        pass  # Python cannot say what some callables take
+    try:
+        return make()
+    except PrunectlError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"--model {reference} raises {type(error).__name__}: {first_line(error)}",
+            hint="--debug shows where",
+        ) from error
+
+
+def _public(path: Path) -> list[str]:
+    """Return the functions and classes of a file, which is not run."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UsageError(f"{path} is not a Python file: {first_line(error)}") from error
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return [node.name for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]

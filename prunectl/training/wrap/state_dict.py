@@ -1,0 +1,172 @@
+"""A PyTorch state dict with masks, as torch.nn.utils.prune has them: `weight_orig` beside `weight_mask`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+
+from prunectl.errors import InputError
+from prunectl.formats.base import Array, ModelFile, Tensor
+from prunectl.formats.extents import blocks
+from prunectl.formats.safetensors import CODES, encode_header, header_without_tensors
+from prunectl.formats.torch import views
+from prunectl.formats.torch.pickle.edit import (
+    CheckpointEdits,
+    NewStorage,
+    arguments,
+    called,
+    entries,
+    is_tensor,
+    replace_entries,
+    storage_refs,
+    text,
+    text_node,
+    with_storage,
+)
+from prunectl.formats.torch.pickle.ir import IRNode
+from prunectl.formats.torch.strip import containers
+from prunectl.formats.torch.strip.masks import StateDict, TensorData, iter_nested_dicts
+from prunectl.formats.zip_read import open_archive
+from prunectl.pruning.threshold import Mask
+from prunectl.training.wrap.wrappers import Wrapping
+
+ORIGINAL, MASK = "_orig", "_mask"
+"""What torch.nn.utils.prune adds to the name of a weight."""
+
+
+def masked(model: ModelFile, masks: Mapping[str, Mask]) -> dict[str, Array]:
+    """Return the masks of all tensors that need one, as numbers of the type of their weight."""
+    known = {tensor.name: tensor for tensor in model.tensors}
+    found: dict[str, Array] = {}
+    by_place = {_place(known[name]): name for name in masks}
+    by_storage: dict[str, str] = {known[name].storage.key: name for name in masks}
+    for tensor in model.tensors:
+        name = by_place.get(_place(tensor))
+        if name is not None:
+            found[tensor.name] = np.ascontiguousarray(masks[name]).astype(tensor.dtype)
+        elif tensor.storage.key in by_storage:
+            raise InputError(
+                f"{tensor.name} of {model.path} shares some numbers with {by_storage[tensor.storage.key]}, "
+                "and a mask would part them",
+                hint="prune without --wrap, or leave it out with --exclude",
+            )
+    taken = {tensor.name for tensor in model.tensors}
+    for name in found:
+        for new in (name + ORIGINAL, name + MASK):
+            if new in taken:
+                raise InputError(f"{model.path} holds a {new} of its own, beside {name}")
+    return found
+
+
+def _place(tensor: Tensor) -> object:
+    return (tensor.storage.key, tensor.start, tensor.shape, tensor.strides, tensor.dtype)
+
+
+def wrap_pickle(model: ModelFile, wrapping: Wrapping, target: Path) -> tuple[str, ...]:
+    """Write the copy; every weight gets its mask."""
+    archive = open_archive(model.path)
+    if containers.is_script(archive) or model.about.code:
+        raise InputError(
+            f"{model.path} is a whole model with its code, and masks go beside the weights of a state dict",
+            hint="torch.save(model.state_dict(), ...), or prune without --wrap",
+        )
+    container = containers.open_zip_container(model, archive)
+    root = container.recipe.root
+    masks = masked(model, wrapping.masks)
+    taken = {ask.key for ask in storage_refs(root)} | container.sizes.keys()
+    keys = dict(zip(masks, (key for number in count() if (key := str(number)) not in taken), strict=False))
+    missing = set(masks)
+    for place in list(iter_nested_dicts(root)):
+        missing -= _put_beside(place, keys, masks)
+    if missing:
+        raise InputError(f"{model.path} keeps {min(missing)} in a way that no mask can be put beside")
+    tensors = {tensor.name: tensor for tensor in model.tensors}
+    fresh: dict[str, NewStorage] = {}
+    for name, mask in masks.items():
+        blocks = [mask]
+        fresh[keys[name]] = TensorData(tensors[name], mask.size, lambda blocks=blocks: iter(blocks)).fresh()  # type: ignore[misc]
+    container.write(target, CheckpointEdits(container.recipe, frozenset(), fresh))
+    return ()
+
+
+def _put_beside(place: StateDict, keys: Mapping[str, str], masks: Mapping[str, Array]) -> set[str]:
+    """Give the weights of one dictionary their new names and their masks, and return which it had."""
+    done: set[str] = set()
+    put: list[tuple[IRNode, IRNode]] = []
+    for key, item in entries(place.node) or ():
+        leaf = text(key)
+        name = place.prefix + (leaf or "")
+        plain = _plain(item) if leaf is not None and name in masks and name not in done and is_tensor(item) else None
+        mask = with_storage(plain, keys[name], masks[name].shape) if plain is not None else None
+        if mask is None or leaf is None:
+            put.append((key, item))
+            continue
+        put += [(text_node(leaf + ORIGINAL), item), (text_node(leaf + MASK), mask)]
+        done.add(name)
+    if done:
+        replace_entries(place.node, put)
+    return done
+
+
+def _plain(node: IRNode) -> IRNode | None:
+    """Return the tensor inside what makes it a parameter: a mask is none."""
+    while called(node) not in views.PLAIN:
+        given = arguments(node)
+        if not given:
+            return None
+        node = given[0]
+    return node
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    name: str
+    tensor: Tensor
+    """Says the type and the shape."""
+    blocks: Callable[[], Iterator[Array]]
+
+
+def wrap_safetensors(model: ModelFile, wrapping: Wrapping, target: Path) -> tuple[str, ...]:
+    """Write the copy; every weight gets its mask."""
+    masks = masked(model, wrapping.masks)
+    written: list[_Written] = []
+    for tensor in model.tensors:
+        name, mask = tensor.name, masks.get(tensor.name)
+        written.append(_Written(name if mask is None else name + ORIGINAL, tensor, _as_it_was(tensor)))
+        if mask is not None:
+            written.append(_Written(name + MASK, tensor, _given(mask)))
+    # Wide numbers first, as the format's own library has it: each then begins at a multiple of its width.
+    written.sort(key=lambda one: -one.tensor.dtype.itemsize)
+    with target.open("xb") as out:
+        out.write(_header(model, written))
+        for one in written:
+            for block in one.blocks():
+                out.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+    return ()
+
+
+def _as_it_was(tensor: Tensor) -> Callable[[], Iterator[Array]]:
+    extent = tensor.storage.extent
+    return lambda: blocks(extent, tensor.dtype) if extent is not None else iter(())
+
+
+def _given(mask: Array) -> Callable[[], Iterator[Array]]:
+    return lambda: iter([mask])
+
+
+def _header(model: ModelFile, written: list[_Written]) -> bytes:
+    header = header_without_tensors(model.path)
+    at = 0
+    for one in written:
+        end = at + one.tensor.nbytes
+        header[one.name] = {
+            "dtype": CODES[one.tensor.dtype],
+            "shape": list(one.tensor.shape),
+            "data_offsets": [at, end],
+        }
+        at = end
+    return encode_header(header)

@@ -1,0 +1,248 @@
+"""Pruning wrappers as a framework has them, around the weights of a saved model: who puts them there?"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prunectl.analysis.patterns import BlockPattern, NMPattern
+from prunectl.analysis.tensor_io import bitwise_equal
+from prunectl.errors import InputError, UsageError, WorkError
+from prunectl.formats.base import PARAMETRIZATION, WEIGHTS, ModelFile, Role, StripOptions, StripPart
+from prunectl.formats.keras.config import PRUNED_PREFIX, layers, part
+from prunectl.formats.keras.flops.shapes import untuple
+from prunectl.formats.registry import by_name, open_model
+from prunectl.formats.scratch import temporary_folder
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.masks import Pooling
+from prunectl.pruning.schedules import Schedule
+from prunectl.pruning.strip import strip
+from prunectl.pruning.threshold import Mask
+from prunectl.training.backend import ModelOrigin
+from prunectl.training.mask_schedule import Keeper
+from prunectl.training.request import FinetuneRequest
+from prunectl.training.wrap.schedules import read
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapping:
+    """What wrappers are to say."""
+
+    masks: Mapping[str, Mask]
+    """What stays, by tensor; whoever trains on keeps the rest at zero."""
+    schedules: Mapping[str, Schedule] = field(default_factory=dict)
+    """How each tensor is pruned in later training, where it is not done yet."""
+    step: int = -1
+    """How many steps were made under the schedules; -1 before the first, as tfmot has it."""
+    pattern: NMPattern | BlockPattern | None = None
+    pool: Pooling = Pooling.AVG
+    origin: ModelOrigin = field(default_factory=ModelOrigin)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor that is to have a wrapper."""
+        return tuple(dict.fromkeys((*self.masks, *self.schedules)))
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapper:
+    """A framework's wrappers, and the files that they are put into."""
+
+    formats: frozenset[str]
+    kind: str
+    """What our readers call such wrappers."""
+    writer: str
+    """`module:function` in this package that writes a wrapped copy, and returns what was left without a wrapper."""
+    has_schedules: bool
+
+
+WRAPPERS = (
+    Wrapper(frozenset({"torch"}), "torch.nn.utils.prune", "wrap.state_dict:wrap_pickle", has_schedules=False),
+    Wrapper(
+        frozenset({"safetensors"}),
+        "torch.nn.utils.prune",
+        "wrap.state_dict:wrap_safetensors",
+        has_schedules=False,
+    ),
+    Wrapper(
+        frozenset({"keras-h5", "keras", "saved-model"}),
+        "tfmot",
+        "tfmot.wrappers:wrap",
+        has_schedules=True,
+    ),
+)
+
+
+def wrapper_of(model: ModelFile, *, has_schedule: bool) -> Wrapper:
+    """Return what wraps a model, or say that nothing can."""
+    found = next((row for row in WRAPPERS if model.format in row.formats), None)
+    if found is None:
+        raise InputError(
+            f"{model.path} ({by_name(model.format).title}) cannot be wrapped: no framework prunes such files",
+            hint="wrappers go into state dicts of PyTorch (.pt, .safetensors) and models of Keras 2; "
+            "prune without --wrap",
+        )
+    if any(wrapper.kind != PARAMETRIZATION for wrapper in model.about.wrappers):
+        raise InputError(
+            f"{model.path} has pruning wrappers already ({model.about.wrappers[0].kind})",
+            hint=f"take them off first: prunectl strip {model.path} -o plain{model.path.suffix} --only masks,wrappers",
+        )
+    if has_schedule and not found.has_schedules:
+        raise UsageError(
+            f"the wrappers of PyTorch are masks, which hold no schedule: {model.path} cannot keep one",
+            hint="leave out --schedule here, and give it to prunectl finetune",
+        )
+    return found
+
+
+def wrap(model: ModelFile, wrapping: Wrapping, target: Path) -> tuple[str, ...]:
+    """Write a copy with wrappers, and return which tensors could get none."""
+    found = wrapper_of(model, has_schedule=bool(wrapping.schedules))
+    module, _, name = found.writer.partition(":")
+    write: Callable[[ModelFile, Wrapping, Path], tuple[str, ...]] = getattr(
+        importlib.import_module(f"prunectl.training.{module}"), name
+    )
+    bare = write(model, wrapping, target)
+    _check_wrapped(model, found, wrapping, target, frozenset(bare))
+    return bare
+
+
+def _check_wrapped(model: ModelFile, row: Wrapper, wrapping: Wrapping, target: Path, bare: frozenset[str]) -> None:
+    written = open_model(target)
+    around = {wrapper.layer for wrapper in written.about.wrappers if wrapper.kind == row.kind}
+    for tensor in model.tensors:
+        if tensor.name in wrapping.names and tensor.name not in bare and tensor.layer not in around:
+            raise WorkError(f"{tensor.name} of {model.path} came out without a wrapper")
+
+
+def unwrapped(model: ModelFile, folder: Path) -> ModelFile:
+    """Return a copy without wrappers in a folder: what their masks hold at zero is zero in it."""
+    target = folder / model.path.name
+    # A SavedModel is built anew without its wrappers, and has no training configuration after that.
+    parts = frozenset(StripPart) if model.format == "saved-model" else frozenset({StripPart.MASKS, StripPart.WRAPPERS})
+    strip(model.path, StripOptions(parts), Destination(target), is_packed=False)
+    return open_model(target)
+
+
+def check_stripped(plain: ModelFile, wrapped: Path) -> None:
+    """Refuse a wrapped file whose wrappers, taken off again, do not leave what they should."""
+    with temporary_folder() as scratch:
+        found = unwrapped(open_model(wrapped), scratch)
+        held = {tensor.name: tensor for tensor in found.tensors}
+        for tensor in plain.tensors:
+            if tensor.role not in WEIGHTS:
+                continue
+            other = held.get(tensor.name)
+            if other is None or other.shape != tensor.shape or not bitwise_equal(plain, tensor, found, other):
+                raise WorkError(f"{tensor.name} would come out of its wrapper with other numbers; nothing was written")
+
+
+KIND = "tfmot"
+
+
+@dataclass(frozen=True, slots=True)
+class SavedPruning:
+    """Schedules that were begun, by layer."""
+
+    schedules: Mapping[str, Schedule]
+    step: int
+    """How many batches were trained on, as tfmot counts them."""
+    block: BlockPattern | None = None
+    pool: Pooling = Pooling.AVG
+    unknown: tuple[str, ...] = ()
+    """Classes of schedules that nobody here knows."""
+
+    def is_open_after(self, steps: int) -> bool:
+        """Whether a schedule has turns left after so many steps more."""
+        return any(schedule.last_turn > self.step + steps for schedule in self.schedules.values())
+
+    def notes(self, steps: int) -> tuple[str, ...]:
+        """Return what a user should know of them after so many steps more."""
+        found = [f"The schedule {name} of the file is not known here: its zeros are kept." for name in self.unknown]
+        if self.is_open_after(steps):
+            end = max(one.last_turn for one in self.schedules.values())
+            found.append(
+                f"The schedule of the file goes on to step {end}, and training ended at step {self.step + steps}."
+            )
+        return tuple(found)
+
+
+def kept(model: ModelFile) -> SavedPruning | None:
+    """Return what the wrappers of a file say; None without any."""
+    if not any(wrapper.kind == KIND for wrapper in model.about.wrappers):
+        return None
+    schedules: dict[str, Schedule] = {}
+    unknown: dict[str, None] = {}
+    blocks: dict[tuple[Any, ...], None] = {}
+    for layer in layers(model.about.keras):
+        if layer.kind != "PruneLowMagnitude":
+            continue
+        said = part(layer.config, "pruning_schedule")
+        schedule = read(said)
+        if schedule is None:
+            unknown[str(said.get("class_name"))] = None
+            continue
+        schedules[layer.name.removeprefix(PRUNED_PREFIX)] = schedule
+        blocks[_block(layer.config)] = None
+    size = next(iter(blocks), (1, 1, Pooling.AVG))
+    block = BlockPattern(size[0], size[1]) if size[:2] != (1, 1) and len(blocks) == 1 else None
+    return SavedPruning(schedules, _step(model), block, size[2], tuple(unknown))
+
+
+def _block(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    rows, columns = untuple(config.get("block_size")) or (1, 1)
+    return (rows, columns, Pooling.MAX if config.get("block_pooling_type") == "MAX" else Pooling.AVG)
+
+
+def _step(model: ModelFile) -> int:
+    """Return the steps that the wrappers have counted; tfmot writes -1 before the first."""
+    wrapped = {wrapper.layer for wrapper in model.about.wrappers}
+    counted = [
+        int(model.read(tensor))
+        for tensor in model.tensors
+        if tensor.dtype.kind == "i" and not tensor.shape and tensor.layer in wrapped and tensor.role != Role.OPTIMIZER
+    ]
+    return max([0, *counted])
+
+
+def check_wrappable(model: ModelFile, request: FinetuneRequest, keeper: Keeper) -> None:
+    """Refuse, before training, what could not be wrapped after it."""
+    if not request.keeps_wrappers:
+        return
+    wrapper_of(model, has_schedule=False)
+    if not keeper.masks and keeper.rules.schedule is None:
+        raise UsageError(
+            f"{model.path} has no zeros that wrappers could keep",
+            hint="add --sparsity 80%, or leave out --keep-wrappers",
+        )
+
+
+def wrapping_of(keeper: Keeper, request: FinetuneRequest, held: SavedPruning | None, steps: int) -> Wrapping:
+    """Return what the wrappers of a result say: its masks, and the schedule of the file if that is not at its end."""
+    rules = keeper.rules
+    wrapping = Wrapping(dict(keeper.masks), pattern=rules.wish.pattern, pool=rules.method.pool, origin=request.origin)
+    if held is None or request.prunes or not held.is_open_after(steps):
+        return wrapping
+    schedules = {
+        tensor.name: held.schedules[tensor.layer] for tensor in rules.choice.tensors if tensor.layer in held.schedules
+    }
+    return Wrapping(wrapping.masks, schedules, held.step + steps, held.block, held.pool, request.origin)
+
+
+def wrap_in_place(written: Path, wrapping: Wrapping) -> tuple[str, ...]:
+    """Put wrappers into a result that was just written, and return which tensors could get none."""
+    plain = open_model(written)
+    with tempfile.TemporaryDirectory(dir=written.parent, prefix=".wrapped-") as scratch:
+        target = Path(scratch) / written.name
+        bare = wrap(plain, wrapping, target)
+        check_stripped(plain, target)
+        if written.is_dir():
+            shutil.rmtree(written)
+        os.replace(target, written)
+    return bare

@@ -1,0 +1,162 @@
+"""`prunectl prune --data`, as a user types it: what it does, and what it refuses in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.calibration.runs import DIGITS, KERNELS, data, kernels, numbers, saved
+from tests.contract import digest
+from tests.running import FIXTURES, here
+from tests.training.torch import nets
+
+KERAS, TORCH, ONNX = (FIXTURES / f"digits_cnn.{suffix}" for suffix in ("keras", "pt", "onnx"))
+BUILD = ("--model", f"{FIXTURES / 'digits_torch.py'}:DigitsCNN")
+SEEN = ("--data", DIGITS, "--samples", "32")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--pattern", "2:4", "--strategy", "obs", "--param", "damp=0.05", "--param", "blocksize=7", "--repair"),
+        ("-s", "0.8", "--strategy", "fisher", "--scope", "global", "--loss", "cross-entropy", "--seed", "4", "--pack"),
+    ],
+    ids=" ".join,
+)
+def test_a_manifest_replays_to_the_same_bytes(words: tuple[str, ...], tmp_path: Path) -> None:
+    first, second, kept = tmp_path / "first.pt", tmp_path / "second.pt", tmp_path / "run.json"
+    done = here("prune", TORCH, "-o", first, *SEEN, *BUILD, *words, "--manifest", kept)
+    assert done.code == 0, done.err
+    again = here("prune", TORCH, "-o", second, "--recipe", kept, "--trust", "--manifest", tmp_path / "again.json")
+    assert again.code == 0, again.err
+    assert digest(first) == digest(second)
+    assert kept.read_text() == (tmp_path / "again.json").read_text()
+
+
+@pytest.mark.parametrize("model", [ONNX], ids=lambda path: path.suffix[1:])
+def test_the_report_counts_what_is_in_the_file(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / f"out{model.suffix}"
+    done = here("prune", model, "-o", out, *SEEN, "-s", "75%", "--strategy", "obs", "--repair")
+    assert done.code == 0, done.err
+    found = kernels(out)
+    assert found.keys() == set(KERNELS)
+    rows = {row[0].replace("/", ".").split(".")[0]: int(row[3]) for row in done.rows if len(row) > 3}
+    for name, kernel in found.items():
+        assert np.count_nonzero(kernel == 0) == round(0.75 * kernel.size) == rows[name]
+
+
+def test_made_up_data_is_called_made_up(tmp_path: Path) -> None:
+    words = ("-s", "0.5", "--strategy", "activation-magnitude", "--data", "random:64")
+    done = here("prune", ONNX, "-o", tmp_path / "out.onnx", *words)
+    assert done.code == 0
+    assert "the data is made up" in done.err
+
+
+REFUSED: dict[str, tuple[Path, tuple[str, ...], str]] = {
+    "a strategy that looks at data, without any": (KERAS, ("--strategy", "obs"), "looks at data, and there is none"),
+    "repairs without data": (KERAS, ("--repair",), "--repair looks at data"),
+    "data for what looks at none": (KERAS, SEEN, "the strategy magnitude looks at no data"),
+    "gradients of what onnxruntime runs": (ONNX, (*SEEN, "--strategy", "snip"), "onnxruntime does not"),
+    "a file with wrappers": (
+        FIXTURES / "wrapped_by_tfmot.h5",
+        (*SEEN, "--strategy", "activation-magnitude"),
+        "prunectl strip",
+    ),
+    "negative damping": (KERAS, (*SEEN, "--strategy", "obs", "--param", "damp=-1"), "a number above zero, not '-1'"),
+    "no damping": (KERAS, (*SEEN, "--strategy", "obs", "--param", "damp=0"), "a number above zero"),
+    "a block size in letters": (KERAS, (*SEEN, "--strategy", "obs", "--param", "blocksize=x"), "not 'x'"),
+    "half a column": (KERAS, (*SEEN, "--strategy", "obs", "--param", "blocksize=1.5"), "not '1.5'"),
+    "a norm that there is not": (
+        KERAS,
+        (*SEEN, "--strategy", "activation-magnitude", "--param", "norm=3"),
+        "'3' is no norm",
+    ),
+    "a parameter that there is not": (KERAS, (*SEEN, "--strategy", "obs", "--param", "dampp=1"), "did you mean"),
+    "no examples": (KERAS, ("--data", DIGITS, "--samples", "0", "--strategy", "obs"), "--samples"),
+    "what watches training": (KERAS, (*SEEN, "--strategy", "movement"), "prunectl finetune --strategy movement"),
+    "weights alone": (TORCH, (*SEEN, "--strategy", "obs"), "--model"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_makes_no_sense_is_refused_in_a_sentence(case: str, tmp_path: Path) -> None:
+    model, words, expected = REFUSED[case]
+    out = tmp_path / f"out{model.suffix}"
+    done = here("prune", model, "-o", out, "-s", "0.5", *words)
+    assert done.code == 2, done.err
+    assert expected in " ".join(done.err.split())
+    assert done.out == ""
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("strategy", ["obs", "activation-magnitude", "snip"])
+def test_what_looks_at_a_model_that_stands_still_is_no_way_to_train(strategy: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.pt"
+    words = ("--data", DIGITS, *BUILD, "--epochs", "1", "-s", "0.5", "--strategy", strategy)
+    done = here("finetune", TORCH, "-o", out, *words)
+    assert done.code == 2
+    assert f"prunectl prune --strategy {strategy} --data" in done.err
+    assert not out.exists()
+
+
+def test_gradients_need_targets(tmp_path: Path) -> None:
+    with np.load(FIXTURES / "digits.npz") as digits:
+        source = data(tmp_path / "x.npz", x=digits["x"][:32])
+    out = tmp_path / "out.keras"
+    done = here("prune", KERAS, "-o", out, "-s", "0.5", "--strategy", "snip", "--data", f"{source}?norm=/16")
+    assert done.code == 2
+    assert "has no targets, and the strategy snip needs the loss" in " ".join(done.err.split())
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("model", [KERAS, TORCH, ONNX], ids=lambda path: path.suffix[1:])
+def test_inputs_of_the_wrong_shape_are_refused_with_both_shapes(model: Path, tmp_path: Path) -> None:
+    source, out = data(tmp_path / "x.npz", x=np.zeros((8, 5, 7, 3), "f4")), tmp_path / f"out{model.suffix}"
+    build = BUILD if model == TORCH else ()
+    done = here("prune", model, "-o", out, "-s", "0.5", "--strategy", "obs", "--data", source, *build)
+    assert done.code == 2, done.err
+    assert "5x7x3" in done.err or "3x5x7" in done.err
+    said = " ".join(done.err.split())
+    assert "8x8x1" in said or "1x8x8" in said or "expected input" in said or "1x?x?" in said, said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("strategy", "wrong"), [("obs", np.nan), ("activation-magnitude", np.inf), ("fisher", np.nan)])
+def test_data_that_is_no_number_is_refused(strategy: str, wrong: float, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((16, 12)).astype("f4")
+    x[5, 3] = wrong
+    source = data(tmp_path / "x.npz", x=x, y=np.arange(16) % 4)
+    path, out = saved(nets.Plain(), tmp_path / "m.pt"), tmp_path / "out.pt"
+    words = ("--strategy", strategy, "--data", source, "--model", "tests.training.torch.nets:Plain")
+    done = here("prune", path, "-o", out, "-s", "0.5", *words)
+    assert done.code in {3, 5}, done.err
+    assert "not finite" in done.err or "no finite" in done.err
+    assert not out.exists()
+
+
+def test_several_inputs_are_given_by_their_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nets.Forked()
+    random = np.random.default_rng(0)
+    source = data(tmp_path / "x.npz", a=random.random((20, 6), "f4"), b=random.random((20, 6), "f4"))
+    path, out = saved(module, tmp_path / "m.pt"), tmp_path / "out.pt"
+    words = ("--strategy", "obs", "--data", f"{source}[a+b]", "--model", "tests.training.torch.nets:Forked")
+    done = here("prune", path, "-o", out, "-s", "0.5", *words)
+    assert done.code == 0, done.err
+    for name, array in numbers(out).items():
+        if name.endswith("weight"):
+            assert np.count_nonzero(array == 0) == array.size // 2
+
+
+def test_the_only_way_to_the_same_output_is_to_say_so(tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    words = ("prune", ONNX, "-o", out, "-s", "0.5", "--strategy", "obs", *SEEN)
+    assert here(*words).code == 0
+    before = digest(out)
+    assert here(*words[:-1], "16").code == 2
+    assert digest(out) == before
+    assert here(*words[:-1], "16", "--force").code == 0
+    assert digest(out) != before

@@ -1,0 +1,128 @@
+"""`prunectl init` and `prunectl doctor`: budgets for what is there, and what works here."""
+
+from __future__ import annotations
+
+import shutil
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from prunectl.commands import doctor
+from prunectl.commands.doctor import Extra, Package
+from tests.checks.checking import GZIP, MODEL, PARAMS, RAW, prunectl
+from tests.running import FIXTURES, ROOT
+
+
+def test_budgets_are_a_little_above_and_then_hold(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(MODEL)
+    assert prunectl(tmp_path, "init").code == 0
+    (budget,) = tomllib.loads((tmp_path / "prunectl.toml").read_text())["budget"]
+    for key, value in (("max-raw", RAW), ("max-gzip", GZIP), ("max-params", PARAMS)):
+        assert 1.1 * value <= budget[key] <= 1.12 * value + 1
+    assert (budget["path"], budget["min-sparsity"]) == ("a.safetensors", 0.5)
+    assert prunectl(tmp_path, "check").code == 0
+
+
+def test_every_model_is_found_once_whatever_its_format(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES, tmp_path / "models")
+    (tmp_path / ".hidden").mkdir()
+    shutil.copy(FIXTURES / "digits_cnn.h5", tmp_path / ".hidden")
+    assert prunectl(tmp_path, "init").code == 0
+    paths = [budget["path"] for budget in tomllib.loads((tmp_path / "prunectl.toml").read_text())["budget"]]
+    assert len(set(paths)) == len(paths)
+    for name in (
+        "digits_cnn.h5",
+        "digits_cnn.pt",
+        "digits_cnn.onnx",
+        "digits_cnn_savedmodel",
+        "digits_cnn_checkpoint.index",
+    ):
+        assert f"models/{name}" in paths
+    assert "models/two_shards/model.safetensors.index.json" in paths
+    assert not any(".hidden" in path or "variables" in path or path.endswith((".npz", ".py", ".md")) for path in paths)
+    assert prunectl(tmp_path, "check").code == 0
+
+
+def test_names_that_mean_something_to_globs_or_toml_are_kept(tmp_path: Path) -> None:
+    for name in ("a1.safetensors", "a[1].safetensors", 'b"q".safetensors', "c\\d.safetensors", "é😀.safetensors"):
+        (tmp_path / name).write_bytes(MODEL)
+    assert prunectl(tmp_path, "init").code == 0
+    found = prunectl(tmp_path, "check")
+    assert (found.code, len({row[2] for row in found.rows})) == (0, 5)
+
+
+def test_a_name_that_is_no_text_is_told_and_the_others_are_written(tmp_path: Path) -> None:
+    for name in ("a.safetensors", "b\udcff.safetensors", "c\n.safetensors"):
+        (tmp_path / name).write_bytes(MODEL)
+    found = prunectl(tmp_path, "init")
+    assert found.code == 3
+    assert len(tomllib.loads((tmp_path / "prunectl.toml").read_text())["budget"]) == 1
+
+
+def test_the_margin_can_be_chosen(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(MODEL)
+    assert prunectl(tmp_path, "init", "--margin", "0%").code == 0
+    (budget,) = tomllib.loads((tmp_path / "prunectl.toml").read_text())["budget"]
+    assert (budget["max-raw"], budget["max-params"]) == (RAW, PARAMS)
+
+
+@pytest.mark.parametrize("there", ["prunectl.toml", "pyproject.toml"])
+def test_budgets_that_are_there_are_left_alone(there: str, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(MODEL)
+    text = "[tool.prunectl]\non-missing = 'warn'\n"
+    (tmp_path / there).write_text(text)
+    assert prunectl(tmp_path, "init").code == 2
+    assert (tmp_path / there).read_text() == text
+    assert not (tmp_path / "prunectl.toml").exists() or there == "prunectl.toml"
+
+
+def test_no_model_or_no_folder_is_a_slip(tmp_path: Path) -> None:
+    assert prunectl(tmp_path, "init").code == 2
+    (tmp_path / "a.safetensors").write_bytes(MODEL)
+    assert prunectl(tmp_path, "init", "a.safetensors").code == 2
+    assert not (tmp_path / "prunectl.toml").exists()
+
+
+def test_the_doctor_knows_every_extra_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(doctor.BRINGS) - {""} == set(project["optional-dependencies"]) - {"all"}
+
+
+def test_the_doctor_tells_the_versions_that_are_installed(tmp_path: Path) -> None:
+    said = {extra["name"]: extra for extra in prunectl(tmp_path, "doctor", "--json").json["extras"]}
+    versions = {package["name"]: package["version"] for package in said[None]["packages"]}
+    assert versions["numpy"] == metadata.version("numpy")
+    assert said[None]["is_ready"]
+
+
+def test_what_is_missing_or_too_old_is_told_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["numpy>=1.26", "onnx>=99; extra == 'onnx'", "nonesuch>=1; extra == 'zstd'", "onnx>=99; extra == 'all'"]
+    monkeypatch.setattr("prunectl.commands.doctor.metadata.requires", lambda _: lines)
+    found = {extra.name: extra for extra in doctor.extras()}
+    assert [found[name].is_ready for name in ("", "onnx", "zstd")] == [True, False, False]
+    assert found["zstd"].remedy == "pip install 'prunectl[zstd]'"
+
+
+def test_sources_that_are_not_installed_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unknown(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("prunectl.commands.doctor.metadata.requires", unknown)
+    found = prunectl(tmp_path, "doctor")
+    assert (found.code, "pip install -e ." in found.err) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "version", "is_ready"),
+    [
+        (">=1.26", "1.26.0", True), (">=1.26", "1.9.9", False), (">=2", "2.13.0+cpu", True),
+        ("<0.29,>=0.26", "0.28.1", True),
+        ("<0.29,>=0.26", "0.29", False), (">=1", "", False), ("", "1", True), (">=0.26", "0.26", True),
+    ],
+)  # fmt: skip
+def test_versions_are_compared_as_numbers(wanted: str, version: str, is_ready: bool) -> None:
+    package = Package("p", "", wanted, version)
+    assert package.is_ready is is_ready
+    assert Extra("x", "y", (package,)).is_ready is is_ready

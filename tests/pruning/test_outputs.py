@@ -1,0 +1,530 @@
+"""The output is whole or not there, the input is never touched, and nothing is left behind."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from prunectl.commands.max_drop import _adopt
+from prunectl.errors import WorkError
+from prunectl.formats import atomic, scratch
+from prunectl.formats import atomic as exchanging
+from prunectl.formats.registry import open_model
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.prune import prune as run
+from prunectl.pruning.request import PruneRequest
+from tests.contract import digest, read_all
+from tests.pruning import stock
+from tests.running import COMMAND, FIXTURES, ROOT, clean, here, prunectl
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+HALF = ("-s", "0.5")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return Path(shutil.copy(FIXTURES / "digits_cnn.pt", tmp_path / "m.pt"))
+
+
+def sparsity(path: Path) -> float:
+    found = open_model(path)
+    kernels = [found.read(tensor) for tensor in found.tensors if tensor.is_prunable]
+    return sum(int((kernel == 0).sum()) for kernel in kernels) / sum(kernel.size for kernel in kernels)
+
+
+def copy_of(name: str, target: Path) -> Path:
+    return Path((shutil.copytree if (FIXTURES / name).is_dir() else shutil.copy)(FIXTURES / name, target))
+
+
+def test_an_output_that_exists_is_refused_and_replaced_by_force(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.pt"
+    out.write_text("mine")
+    done = prunectl("prune", model, "-o", out, *HALF)
+    assert (done.code, out.read_text()) == (2, "mine")
+    assert "--force" in done.err
+    assert prunectl("prune", model, "-o", out, *HALF, "--force").code == 0
+    assert sparsity(out) == 0.5
+
+
+@pytest.mark.parametrize("name", ["out.h5", "out.pt2", "out.onnx", "out.SAFETENSORS"])
+def test_a_name_that_promises_another_format_is_refused(name: str, model: Path, tmp_path: Path) -> None:
+    done = prunectl("prune", model, "-o", tmp_path / name, *HALF)
+    assert done.code == 2
+    assert "keeps its format: PyTorch" in done.err
+    assert "prunectl export" in done.err
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("name", ["out.pth", "out.pth.tar", "out.bin", "out.ckpt", "out"])
+def test_every_name_that_promises_none_or_the_same_is_taken(name: str, model: Path, tmp_path: Path) -> None:
+    assert prunectl("prune", model, "-o", tmp_path / name, *HALF).code == 0
+
+
+@pytest.mark.parametrize("link", ["itself", "symlink", "hard link"])
+def test_the_input_is_not_overwritten_under_any_name(link: str, model: Path, tmp_path: Path) -> None:
+    out = {"itself": model, "symlink": tmp_path / "s.pt", "hard link": tmp_path / "h.pt"}[link]
+    if link == "symlink":
+        out.symlink_to(model)
+    if link == "hard link":
+        out.hardlink_to(model)
+    before = digest(model)
+    for more in ((), ("--force",)):
+        done = prunectl("prune", model, "-o", out, *HALF, *more)
+        assert done.code == 2
+        assert "is the input itself" in done.err
+    assert digest(model) == before
+
+
+def test_in_place_replaces_what_a_link_leads_to(model: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.pt"
+    link.symlink_to("m.pt")
+    assert prunectl("prune", link, "--in-place", *HALF).code == 0
+    assert link.is_symlink()
+    assert sparsity(model) == 0.5
+
+
+@pytest.mark.parametrize("words", [("-o", "out.pt", "--in-place"), ()])
+def test_where_to_must_be_said_once(words: tuple[str, ...], model: Path) -> None:
+    done = prunectl("prune", model, *words, *HALF)
+    assert done.code == 2
+
+
+def test_a_folder_that_is_not_there_is_not_made(model: Path, tmp_path: Path) -> None:
+    done = prunectl("prune", model, "-o", tmp_path / "nowhere" / "out.pt", *HALF)
+    assert done.code == 2
+    assert "mkdir" in done.err
+
+
+def test_a_folder_without_a_model_is_never_replaced(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_text("dear")
+    for source in (model, FIXTURES / "digits_cnn_savedmodel", FIXTURES / "two_shards"):
+        done = prunectl("prune", source, "-o", tmp_path / "photos", *HALF, "--force")
+        assert done.code == 2
+        assert "without a model in it" in done.err
+    assert (tmp_path / "photos" / "one.jpg").read_text() == "dear"
+
+
+def test_a_read_only_folder_is_said_before_any_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(WorkError, match="cannot be written to: Permission denied") as caught:
+        run(model, PruneRequest(sparsity=0.5), Destination(tmp_path / "out.pt"))
+    assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "digits_cnn.pt",
+        "digits_cnn.h5",
+        "digits_cnn.onnx",
+        "digits_cnn_savedmodel",
+        "chunked_and_gzipped.h5",
+        "deflated.keras",
+    ],
+)
+@pytest.mark.parametrize("limit", [100, 9_000])
+def test_a_disk_that_is_full_half_way_leaves_nothing(name: str, limit: int, tmp_path: Path) -> None:
+    def small() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    words = [*COMMAND, "prune", str(FIXTURES / name), "-o", str(tmp_path / "out"), *HALF]
+    done = subprocess.run(
+        words, capture_output=True, text=True, preexec_fn=small, env=clean(PYTHONPATH=str(ROOT)), check=False
+    )
+    assert done.returncode == 5, done.stderr
+    assert "nothing was written" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("big") / "m.safetensors"
+    numbers = np.random.default_rng(0)
+    save_file({f"{i}.weight": numbers.standard_normal((512, 2048)).astype(np.float32) for i in range(4)}, path)
+    return path
+
+
+def wait_for_work(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """Return when a run has begun to write."""
+    while not list(folder.iterdir()) and process.poll() is None:
+        time.sleep(0.002)
+
+
+def test_whatever_the_moment_of_its_death_the_target_is_absent_or_whole(big: Path, tmp_path: Path) -> None:
+    before, out = digest(big), tmp_path / "out.safetensors"
+    words = [*COMMAND, "prune", str(big), "-o", str(out), *HALF, "-q"]
+    began = time.monotonic()
+    subprocess.run(words, check=True, capture_output=True, env=clean(PYTHONPATH=str(ROOT)))
+    seconds, whole = time.monotonic() - began, digest(out)
+    out.unlink()
+    moments = random.Random(1)
+    stale = 0
+    for turn in range(30):
+        process = subprocess.Popen(
+            words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=clean(PYTHONPATH=str(ROOT))
+        )
+        if turn == 0:
+            wait_for_work(process, tmp_path)
+        else:
+            time.sleep(moments.uniform(0.2, 1.1) * seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        left = [file.name for file in tmp_path.iterdir() if file != out]
+        assert all(name.startswith(scratch.HIDDEN) for name in left)
+        assert len(left) <= 1  # each run clears what the one before it left
+        stale += len(left)
+        if out.exists():
+            assert digest(out) == whole
+            out.unlink()
+    assert stale
+    assert digest(big) == before
+    subprocess.run(words, check=True, capture_output=True, env=clean(PYTHONPATH=str(ROOT)))
+    assert [file.name for file in tmp_path.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_cleans_up(end: signal.Signals, big: Path, tmp_path: Path) -> None:
+    words = [*COMMAND, "prune", str(big), "-o", str(tmp_path / "out.safetensors"), *HALF]
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=clean(PYTHONPATH=str(ROOT))
+    )
+    wait_for_work(process, tmp_path)
+    process.send_signal(end)
+    assert process.wait(30) in {128 + end, 0}
+    assert [file.name for file in tmp_path.iterdir()] in ([], ["out.safetensors"])
+
+
+def test_of_two_runs_at_once_one_wins_and_the_other_says_so(big: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    pair = [
+        subprocess.Popen(
+            [*COMMAND, "prune", str(big), "-o", str(out), *HALF],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=clean(PYTHONPATH=str(ROOT)),
+        )
+        for _ in range(3)
+    ]
+    said = [process.communicate()[1] for process in pair]
+    codes = sorted(process.returncode for process in pair)
+    assert codes[0] == 0
+    assert set(codes[1:]) <= {2, 5}, said
+    assert sparsity(out) == 0.5
+    assert [file.name for file in tmp_path.iterdir()] == [out.name]
+
+
+def test_a_scratch_folder_that_is_taken_for_stale_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, made = os.mkdir, []
+
+    def robbed(path: Path, mode: int = 0o777) -> None:
+        real(path, mode)
+        made.append(path)
+        if len(made) == 1:
+            scratch.clear_stale(tmp_path, scratch.HIDDEN)
+
+    monkeypatch.setattr(os, "mkdir", robbed)
+    with atomic.atomic_replace(tmp_path / "out", may_replace=False) as folder:
+        (folder / "out").write_text("done")
+    robbed_one, second, inside = made
+    assert robbed_one != second == inside.parent
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_scratch_folder_that_is_removed_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, robbed = fcntl.flock, []
+
+    def late(lock: int, how: int) -> None:
+        if how == fcntl.LOCK_EX and not robbed:
+            robbed.append(lock)
+            scratch.clear_stale(tmp_path, scratch.HIDDEN)
+        real(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with atomic.atomic_replace(tmp_path / "out", may_replace=False) as folder:
+        (folder / "out").write_text("done")
+    assert robbed
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_living_run_keeps_its_scratch_folder(tmp_path: Path) -> None:
+    with atomic.atomic_replace(tmp_path / "out", may_replace=False) as folder:
+        scratch.clear_stale(tmp_path, scratch.HIDDEN)
+        (folder / "out").write_text("done")
+    assert (tmp_path / "out").read_text() == "done"
+
+
+@pytest.mark.parametrize("name", ["digits_cnn_savedmodel", "every_variable_twice"])
+def test_a_folder_comes_out_as_a_folder(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert prunectl("prune", FIXTURES / name, "-o", out, *HALF).code == 0
+    names = {file.relative_to(FIXTURES / name) for file in (FIXTURES / name).rglob("*") if file.is_file()}
+    assert {file.relative_to(out) for file in out.rglob("*") if file.is_file()} == names
+    assert stock.load(out)
+    assert prunectl("prune", FIXTURES / name, "-o", out, "-s", "0.8").code == 2
+    assert prunectl("prune", FIXTURES / name, "-o", out, "-s", "0.8", "--force").code == 0
+    assert sparsity(out) == pytest.approx(0.8, abs=1e-3)
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_is_replaced_in_place(can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not can_exchange:
+        monkeypatch.setattr(exchanging, "swap_atomically", lambda *_: False)
+    own = copy_of("digits_cnn_savedmodel", tmp_path / "sm")
+    (own / "notes.txt").write_text("kept")
+    run(own, PruneRequest(sparsity=0.5), Destination(own, is_in_place=True))
+    assert sparsity(own) == 0.5
+    assert (own / "notes.txt").read_text() == "kept"
+    assert [file.name for file in tmp_path.iterdir()] == ["sm"]
+
+
+def test_two_paths_change_places_in_one_step(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if not exchanging.swap_atomically(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this filesystem cannot")
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["b"]
+    assert not exchanging.swap_atomically(tmp_path / "a", tmp_path / "nothing")
+
+
+def test_shards_come_out_in_a_folder_of_their_own(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = prunectl("prune", FIXTURES / "two_shards", "-o", out, *HALF)
+    assert done.code == 0, done.err
+    assert {file.name for file in out.iterdir()} == {file.name for file in (FIXTURES / "two_shards").iterdir()}
+    assert sparsity(out) == 0.5
+
+
+@pytest.mark.parametrize("named", ["folder", "index"])
+def test_shards_in_place_leave_their_neighbours_alone(named: str, tmp_path: Path) -> None:
+    own = copy_of("two_shards", tmp_path / "own")
+    (own / "config.json").write_text("{}")
+    names = {file.name for file in own.iterdir()}
+    path = own if named == "folder" else own / "model.safetensors.index.json"
+    done = prunectl("prune", path, "--in-place", *HALF)
+    assert done.code == 0, done.err
+    assert sparsity(own) == 0.5
+    assert {file.name for file in own.iterdir()} == names
+
+
+@pytest.mark.parametrize("named", ["digits_cnn_checkpoint", "digits_cnn_checkpoint.index"])
+@pytest.mark.parametrize("out", ["new", "new.index"])
+def test_a_checkpoint_is_named_by_its_prefix(named: str, out: str, tmp_path: Path) -> None:
+    done = prunectl("prune", FIXTURES / named, "-o", tmp_path / out, *HALF)
+    assert done.code == 0, done.err
+    assert {file.name for file in tmp_path.iterdir()} == {"new.index", "new.data-00000-of-00001"}
+    assert stock.load(tmp_path / "new.index")
+    assert sparsity(tmp_path / "new.index") == 0.5
+
+
+@pytest.mark.parametrize("there", ["new.index", "new.data-00000-of-00001"])
+def test_no_part_of_a_checkpoint_is_overwritten(there: str, tmp_path: Path) -> None:
+    (tmp_path / there).write_text("mine")
+    done = prunectl("prune", FIXTURES / "digits_cnn_checkpoint", "-o", tmp_path / "new", *HALF)
+    assert done.code == 2
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(there, "mine")]
+
+
+def test_a_checkpoint_is_replaced_in_place_under_its_prefix(tmp_path: Path) -> None:
+    for file in FIXTURES.glob("digits_cnn_checkpoint.*"):
+        shutil.copy(file, tmp_path)
+    assert prunectl("prune", tmp_path / "digits_cnn_checkpoint", "--in-place", *HALF).code == 0
+    assert sparsity(tmp_path / "digits_cnn_checkpoint") == 0.5
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_external_data_is_named_after_its_graph(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    assert prunectl("prune", FIXTURES / "external_data" / "model.onnx", "-o", out / "small.onnx", *HALF).code == 0
+    assert {file.name for file in out.iterdir()} == {"small.onnx", "small.onnx.data"}
+    assert stock.load(out / "small.onnx")
+    assert sparsity(out / "small.onnx") == 0.5
+
+
+@pytest.mark.parametrize("words", [("prune", "-s", "0.5", "--pack"), ("prune", "-s", "0.5"), ("strip", "--pack")])
+def test_a_graph_with_external_data_is_written_into_its_own_folder(words: tuple[str, ...], tmp_path: Path) -> None:
+    own = copy_of("external_data", tmp_path / "own")
+    before = digest(own)
+    done = here(words[0], own / "model.onnx", "-o", own / "small.onnx", *words[1:])
+    assert done.code == 0, done.err
+    assert stock.load(own / "small.onnx")
+    if words[0] == "prune":
+        assert sparsity(own / "small.onnx") == 0.5
+    for name in ("small.onnx", "small.onnx.data"):
+        (own / name).unlink()
+    assert digest(own) == before
+
+
+def test_a_second_output_in_a_folder_leaves_the_data_of_the_first_alone(tmp_path: Path) -> None:
+    for share in ("0.5", "0.8"):
+        words = ("prune", FIXTURES / "external_data" / "model.onnx", "-o", tmp_path / f"{share}.onnx", "-s", share)
+        assert here(*words, "--force").code == 0
+    assert sparsity(tmp_path / "0.5.onnx") == 0.5
+    assert sparsity(tmp_path / "0.8.onnx") > 0.75
+
+
+def test_data_that_is_the_inputs_own_is_never_overwritten(tmp_path: Path) -> None:
+    own = copy_of("external_data", tmp_path / "own")
+    graph = onnx.load(own / "model.onnx")
+    onnx.save(graph, own / "model.onnx", save_as_external_data=True, location="small.onnx.data", size_threshold=0)
+    before = digest(own)
+    for more in ((), ("--force",)):
+        done = here("prune", own / "model.onnx", "-o", own / "small.onnx", *HALF, *more)
+        assert done.code == 2
+        assert "small.onnx.data belongs to the input" in done.err
+    assert digest(own) == before
+
+
+def in_many_files(folder: Path) -> Path:
+    """A graph whose tensors, of which some stand in a branch and in a constant, lie in a file each."""
+    numbers = np.random.default_rng(0)
+    weights = {name: numbers.standard_normal((8, 8)).astype(np.float32) for name in ("first", "second", "third")}
+    held = {name: onnx.numpy_helper.from_array(array, name) for name, array in weights.items()}
+    for name, tensor in held.items():
+        onnx.external_data_helper.set_external_data(tensor, f"{name}.bin")
+    (value, floats) = (onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT)
+    branch = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["hidden", "second"], ["inside"])],
+        "branch",
+        [],
+        [value("inside", floats, [1, 8])],
+        [held["second"]],
+    )
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "first"], ["hidden"]),
+        onnx.helper.make_node("If", ["so"], ["chosen"], then_branch=branch, else_branch=branch),
+        onnx.helper.make_node("Constant", [], ["third"], value=held["third"]),
+        onnx.helper.make_node("MatMul", ["chosen", "third"], ["y"]),
+    ]
+    ports = [value("x", floats, [1, 8]), value("so", onnx.TensorProto.BOOL, [])]
+    graph = onnx.helper.make_graph(nodes, "g", ports, [value("y", floats, [1, 8])], [held["first"]])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    for name, tensor in held.items():
+        (folder / f"{name}.bin").write_bytes(tensor.raw_data)
+    for tensor in (graph.initializer[0], *(one for one in onnx_tensors(model) if one.external_data)):
+        tensor.ClearField("raw_data")
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    return folder / "model.onnx"
+
+
+def onnx_tensors(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    return list(onnx.external_data_helper._get_all_tensors(model))
+
+
+def test_tensors_in_files_of_their_own_get_names_of_their_own_wherever_they_stand(tmp_path: Path) -> None:
+    source = in_many_files(tmp_path)
+    assert here("prune", source, "-o", tmp_path / "out.onnx", *HALF).code == 0
+    names = {
+        entry.value
+        for tensor in onnx_tensors(onnx.load(tmp_path / "out.onnx", load_external_data=False))
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    assert names == {"out.onnx.data", "out.onnx.1.data", "out.onnx.2.data"}
+    assert sparsity(tmp_path / "out.onnx") == 0.5
+    session = onnxruntime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
+    assert session.run(None, {"x": np.ones((1, 8), np.float32), "so": np.array(True)})[0].shape == (1, 8)
+
+
+def test_shards_are_named_after_their_index(tmp_path: Path) -> None:
+    own = copy_of("two_shards", tmp_path / "own")
+    before = digest(own)
+    for share in ("0.5", "0.75"):
+        index = own / f"sparse_{share}.safetensors.index.json"
+        done = here("prune", own, "-o", index, "-s", share, "--force")
+        assert done.code == 0, done.err
+    for share in ("0.5", "0.75"):
+        index = own / f"sparse_{share}.safetensors.index.json"
+        shards = [own / f"sparse_{share}-0000{number}-of-00002.safetensors" for number in (1, 2)]
+        said = json.loads(index.read_text())
+        assert set(said["weight_map"].values()) == {shard.name for shard in shards}
+        assert said["metadata"] == json.loads((own / "model.safetensors.index.json").read_text())["metadata"]
+        held = {name: array for shard in shards for name, array in load_file(shard).items()}
+        assert held.keys() == said["weight_map"].keys()
+        zeros = np.concatenate([array.reshape(-1) for array in held.values() if array.ndim > 1]) == 0
+        assert zeros.mean() == float(share)
+        for path in (index, *shards):
+            path.unlink()
+    assert digest(own) == before
+
+
+@pytest.mark.parametrize("is_in_place", [True, False])
+def test_shards_that_a_search_has_made_take_the_names_of_where_they_go(is_in_place: bool, tmp_path: Path) -> None:
+    own = copy_of("two_shards", tmp_path / "own")
+    made = tmp_path / "made" / "other.safetensors.index.json"
+    made.parent.mkdir()
+    assert here("prune", own, "-o", made, *HALF).code == 0
+    before = {file.name for file in own.iterdir()}
+    index = own / ("model" if is_in_place else "new")
+    target = index.with_name(f"{index.name}.safetensors.index.json")
+    _adopt(open_model(own), open_model(made), Destination(target, is_in_place=is_in_place))
+    new = {"new.safetensors.index.json", "new-00001-of-00002.safetensors", "new-00002-of-00002.safetensors"}
+    assert {file.name for file in own.iterdir()} == before | (set() if is_in_place else new)
+    assert sparsity(target) == 0.5
+
+
+def test_external_data_in_a_folder_leaves_its_neighbours_alone(tmp_path: Path) -> None:
+    own = copy_of("external_data", tmp_path / "own")
+    graph = onnx.load(own / "model.onnx")
+    shutil.rmtree(own)
+    (own / "data").mkdir(parents=True)
+    onnx.save(graph, own / "m.onnx", save_as_external_data=True, location="data/w.bin", size_threshold=0)
+    (own / "data" / "other.bin").write_text("dear")
+    assert prunectl("prune", own / "m.onnx", "--in-place", *HALF).code == 0
+    assert (own / "data" / "other.bin").read_text() == "dear"
+    assert sparsity(own / "m.onnx") == 0.5
+    out = tmp_path / "out"
+    (out / "data").mkdir(parents=True)
+    assert prunectl("prune", own / "m.onnx", "-o", out / "m.onnx", *HALF).code == 0
+    assert sparsity(out / "m.onnx") == 0.5
+
+
+def test_a_failure_between_two_files_takes_the_first_away_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = exchanging.place
+
+    def second_fails(new: Path, target: Path) -> None:
+        if target.suffix == ".index":
+            raise OSError(errno.EIO, "Input/output error")
+        real(new, target)
+
+    monkeypatch.setattr(exchanging, "place", second_fails)
+    with pytest.raises(WorkError, match="Input/output error"):
+        run(FIXTURES / "digits_cnn_checkpoint.index", PruneRequest(sparsity=0.5), Destination(tmp_path / "new"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_read_is_what_is_written_back_at_no_sparsity(model: Path, tmp_path: Path) -> None:
+    assert prunectl("prune", model, "-o", tmp_path / "out.pt", "-s", "0").code == 0
+    assert digest(model) == digest(tmp_path / "out.pt")
+    assert list(read_all(model)) == list(read_all(tmp_path / "out.pt"))

@@ -1,0 +1,85 @@
+"""Sweeps on a Ray cluster: the same table as on one machine, also after a kill."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from prunectl.commands import app
+from prunectl.errors import MissingExtraError, UsageError, WorkError
+from prunectl.sweeping.sweep import sweep
+from prunectl.sweeping.trial import SweepConfig
+from tests.running import FIXTURES, prunectl
+from tests.sweeping.test_sweep import killed_after, noted
+
+ONNX, FEW = FIXTURES / "digits_cnn.onnx", f"{FIXTURES / 'digits.npz'}?limit=60"
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+
+
+@needs_ray
+def test_a_cluster_of_two_workers_makes_the_same_table_and_goes_on_after_a_kill(tmp_path: Path) -> None:
+    sparsities = tuple(round(0.1 + 0.01 * at, 2) for at in range(20))
+    words = ["--data", FEW, "--strategies", "magnitude,gradient", "--sparsities", ",".join(map(str, sparsities))]
+    alone = sweep(ONNX, SweepConfig(data=FEW, strategies=("magnitude",), sparsities=sparsities), tmp_path / "alone")
+    broken = tmp_path / "broken"
+    words += ["-o", str(broken), "--on", "ray", "-j", "2"]
+    killed_after(4, ONNX, *words, OMP_NUM_THREADS="1")
+    assert 4 <= noted(broken) < 20
+    found = prunectl("sweep", ONNX, *words, "--json", OMP_NUM_THREADS="1")
+    points = [
+        (one["point"]["sparsity"], one["point"]["value"], one["bytes"]["compressed"])
+        for one in found.json["models"][:21]
+    ]
+    assert points == [(point.sparsity, one.value, one.gzip) for point, one in alone.outcomes.items()]
+    # What one point cannot do is told as on one machine.
+    assert found.code == 2
+    assert "onnxruntime does not" in found.json["error"]["message"]
+    assert (broken / "magnitude-layer-25/model.onnx").read_bytes() == (
+        tmp_path / "alone/magnitude-layer-25/model.onnx"
+    ).read_bytes()
+
+
+def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError) as caught:
+        app.run(["sweep", str(ONNX), "-o", str(tmp_path / "points"), "--data", FEW, "--on", "ray"])
+    assert caught.value.exit_code == 4
+    assert caught.value.hint == "pip install 'prunectl[ray]'"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no place to sweep on"):
+        app.run(["sweep", str(ONNX), "-o", str(tmp_path / "points"), "--data", FEW, "--on", "rays"])
+
+
+@needs_ray
+def test_a_cluster_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        place = f"ray:127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(WorkError, match="no Ray cluster answers"):
+            app.run(["sweep", str(ONNX), "-o", str(tmp_path / "points"), "--data", FEW, "--on", place])
+
+
+@needs_ray
+def test_more_workers_than_there_is_room_for_are_refused() -> None:
+    on_ray = importlib.import_module("prunectl.sweeping.ray_workers")
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 4.0}},
+        {"Alive": True, "Resources": {"CPU": 3.0}},
+        {"Alive": True, "Resources": {}},
+        {"Alive": False, "Resources": {"CPU": 64.0}},
+    ]
+    on_ray.check_resources(nodes, 2, 3)
+    with pytest.raises(WorkError, match="room for 3 workers with 2 threads each, not for 4") as caught:
+        on_ray.check_resources(nodes, 2, 4)
+    assert caught.value.hint == "--jobs 3"
+    with pytest.raises(WorkError, match="room for 0 workers") as caught:
+        on_ray.check_resources(nodes, 8, 1)
+    assert "OMP_NUM_THREADS=1" in caught.value.hint
