@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from contextlib import nullcontext
-from dataclasses import dataclass
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from prunectl.commands._command import BaseCommand
-from prunectl.commands._command import option_group
-from prunectl.commands._command import options_from_signature
-from prunectl.commands._command import spelled
-from prunectl.commands.build import stamp
-from prunectl.commands.build.stamp import BuildStep
-from prunectl.commands.build.stamp import check_build
-from prunectl.commands.build.stamp import check_unmodified
-from prunectl.errors import PrunectlError
-from prunectl.errors import attempt
-from prunectl.formats import atomic
-from prunectl.pruning import manifest
-from prunectl.reporting.report import Artifact
-from prunectl.reporting.report import Report
-from prunectl.reporting.report import Table
-from prunectl.reporting.reporter import Reporter
-from typing import Annotated
-from typing import Any
 import dataclasses
 import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from prunectl.commands._command import BaseCommand, option_group, options_from_signature, spelled
+from prunectl.commands.build import stamp
+from prunectl.commands.build.stamp import BuildStep, check_build, check_unmodified
+from prunectl.errors import PrunectlError, attempt
+from prunectl.formats import atomic
+from prunectl.pruning import manifest
+from prunectl.reporting.report import Artifact, Report, Table
+from prunectl.reporting.reporter import Reporter
 
 
 @dataclass(frozen=True)
@@ -49,7 +37,9 @@ class BuildReporter(Reporter):
         return Reporter(self.settings, self.command).show(report)
 
 
-def write_build_files(making: BuildStep, depfile: Path | None, imported: Iterable[Path], *, has_stamp: bool) -> tuple[str, ...]:
+def write_build_files(
+    making: BuildStep, depfile: Path | None, imported: Iterable[Path], *, has_stamp: bool
+) -> tuple[str, ...]:
     """Write the fragment and the stamp, where they are wanted; return in words what was not written.
 
     The output is there by now, and whole: without them no more is lost than that it is made again.

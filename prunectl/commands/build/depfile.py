@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from collections.abc import Iterable
-from collections.abc import Mapping
+import os
+import re
+import site
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
+
+import prunectl
 from prunectl.commands._command import STDIN
 from prunectl.commands._requests import module_of
 from prunectl.errors import UsageError
@@ -15,17 +22,7 @@ from prunectl.formats import atomic
 from prunectl.formats.registry import open_model
 from prunectl.plugins import group
 from prunectl.pruning import manifest
-from prunectl.training.data import registry
-from prunectl.training.data import spec
-from typing import Any
-import os
-import prunectl
-import re
-import site
-import sys
-import sysconfig
-import tempfile
-
+from prunectl.training.data import registry, spec
 
 _EQUALS = "prunectl_equals"
 _HEAD = f"{_EQUALS} := =\n"
@@ -37,7 +34,10 @@ _UNSPEAKABLE = re.compile(r"[;|%\\]|[\x00-\x1f\x7f]|^~|[ &]$")
 def make_rule(target: str, prerequisites: Iterable[str], *, main: str) -> str:
     """Return a rule without a recipe, and an empty one for every prerequisite but the main one, as `gcc -MP` does."""
     words = [make_escaped(name) for name in prerequisites]
-    lines = [f"{make_escaped(target)}: {' '.join(words)}", *(f"\n{word}:" for word in words if word != make_escaped(main))]
+    lines = [
+        f"{make_escaped(target)}: {' '.join(words)}",
+        *(f"\n{word}:" for word in words if word != make_escaped(main)),
+    ]
     # An equals sign would make a variable of the rule, and has no escape but this.
     head = _HEAD if any(f"$({_EQUALS})" in line for line in lines) else ""
     return head + "\n".join(lines) + "\n"
@@ -163,7 +163,9 @@ def files_of(words: Mapping[str, Any]) -> tuple[Path, ...]:
         *(file for name in MODELS if words.get(name) for file in open_model(Path(words[name])).files),
         *(file for name in CALLABLE_OPTIONS if words.get(name) for file in of_spec(words[name])),
         *(Path(words[name]) for name in FILES if words.get(name) is not None),
-        *registry.of_functions(value for name, value in words.items() if name not in {"model", "output", *CALLABLE_OPTIONS}),
+        *registry.of_functions(
+            value for name, value in words.items() if name not in {"model", "output", *CALLABLE_OPTIONS}
+        ),
     ]
     return tuple(dict.fromkeys(found))
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Mapping
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
 from prunectl import __version__
 from prunectl.analysis import sizes
 from prunectl.analysis.patterns import CHANNEL
@@ -18,17 +19,9 @@ from prunectl.commands._command import STDIN
 from prunectl.commands.build import depfile
 from prunectl.commands.build import depfile as build_depfile
 from prunectl.commands.build import depfile as depfiles
-from prunectl.errors import PrunectlError
-from prunectl.errors import UsageError
-from prunectl.errors import attempt
+from prunectl.errors import PrunectlError, UsageError, attempt
 from prunectl.formats import atomic
 from prunectl.formats.registry import open_model
-from typing import Any
-import json
-import os
-import sys
-import time
-
 
 SCHEMA = "prunectl.stamp/1"
 Digests = Mapping[str, str]
