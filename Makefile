@@ -2,6 +2,7 @@
 # make test    every test (installs all extras into .venv first)
 # make check   what CI checks: lint, format, types, architecture, tests
 # make bench   speed and memory beside the scripts that it replaces
+# make house   how the code is cut: files, lines, names, what a command runs through
 # make man     the manual page, prunectl.1
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 JOBS ?= 2
 
-.PHONY: demo test check lint bench fixtures man clean
+.PHONY: demo test check lint bench house fixtures man clean
 
 demo: .venv/.full
 	@BIN=$(BIN) sh examples/demo.sh
@@ -28,6 +29,9 @@ lint: .venv/.full
 bench: .venv/.full
 	$(PIP) install -c constraints.txt --group bench
 	$(BIN)/python -m benchmarks
+
+house: .venv/.full
+	$(BIN)/python -m benchmarks.house
 
 man: .venv/.core
 	$(BIN)/prunectl help --man > prunectl.1
