@@ -122,7 +122,9 @@ def _whole(sources: dict[str, str], importers: dict[str, set[str]]) -> Table:
     table = _table("of the whole", "number", "which")
     shared = sorted(name for name, count in classes.items() if count > 1)
     table.add_row("public classes that share a name", str(len(shared)), ", ".join(shared))
-    table.add_row("vague words", str(words.total()), ", ".join(f"{word} {count}" for word, count in words.most_common()))
+    table.add_row(
+        "vague words", str(words.total()), ", ".join(f"{word} {count}" for word, count in words.most_common())
+    )
     lonely = [module for module in sources if _is_lonely(module, sources, importers)]
     table.add_row(f"under {SHORT} lines with one importer", str(len(lonely)), ", ".join(lonely))
     return table
@@ -137,7 +139,7 @@ def _traces() -> Table:
             path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
             environment = {**os.environ, "HOUSE_TRACE": str(trace), "PYTHONPATH": path}
             command = [sys.executable, "-c", TRACER, *arguments]
-            subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)  # noqa: S603 - our own
+            subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
             figures = json.loads(trace.read_text())
         if figures["code"]:
             raise SystemExit(f"{title} ended with {figures['code']}")

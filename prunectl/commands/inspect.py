@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,14 +13,15 @@ from prunectl.analysis import patterns
 from prunectl.analysis.inspect import InspectOptions, SortKey, inspect_model
 from prunectl.analysis.sparsity_map import SparsityMap, sparsity_maps
 from prunectl.analysis.stats import ModelStats
-from prunectl.calibration.sensitivity import Sensitivity
 from prunectl.commands._command import given_on_command_line, inspect_each, make_command, option_group, spelled
 from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.registry import open_model
 from prunectl.reporting.inspect import inspect_report
 from prunectl.reporting.reporter import Reporter
-from prunectl.reporting.sensitivity import add_sensitivity
+
+if TYPE_CHECKING:
+    from prunectl.calibration.sensitivity import Sensitivity
 
 _OPENING = ("build", "custom_objects", "trust")
 _ABOUT_DATA = ("samples", "batch_size", "loss", *_OPENING)
@@ -93,7 +94,8 @@ def inspect(
     report = inspect_report(surveys, failures, has_flops=flops)
     masks = {survey.path: shown for survey, shown in zip(surveys, shaded, strict=True)}
     report = replace(report, masks=masks)
-    report = add_sensitivity(report, suffering) if sensitivity else report
+    if sensitivity:
+        report = importlib.import_module("prunectl.reporting.sensitivity").add_sensitivity(report, suffering)
     if groups:
         report = importlib.import_module("prunectl.reporting.inspect").add_channel_groups(report, families)
     return reporter.show(report)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import keyword
 import os
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from prunectl.formats.registry import FORMATS, by_name, load, open_model
 
 _ANYTHING = frozenset({"", ".bin", ".json", ".index"})
 """Suffixes that promise nothing, though some formats have them."""
+_TAKEN = frozenset({"torch", "safetensors", "numpy", *sys.stdlib_module_names, *keyword.kwlist})
+"""A file so called would hide a module that others import, or could not be imported itself."""
 BIG_BYTES = 16 << 20
 """Above it, compressing for the report would take much longer than the work."""
 
@@ -83,3 +87,12 @@ def staging_dir(model: ModelFile, output: Destination | None) -> Generator[tuple
         may_replace = output.is_forced or output.is_in_place
         with atomic.atomic_replace(target, may_replace=may_replace, model=model) as folder:
             yield folder, target
+
+
+def code_beside(target: Path) -> Path:
+    """Return where the class goes whose weights go to a target: `my-net.v2.pt` has `my_net_v2.py`."""
+    stem = target.stem.removesuffix(".pth")
+    name = "".join(letter if letter.isalnum() else "_" for letter in stem.strip("."))
+    if name in _TAKEN or not name[:1].isidentifier():
+        name = f"net_{name}"
+    return target.with_name(f"{name}.py")

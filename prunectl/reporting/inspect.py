@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from prunectl.analysis.stats import Histogram, ModelStats, TensorStats, totals
-from prunectl.channels.groups import ChannelGroup, ChannelGroups
 from prunectl.errors import abbreviated
 from prunectl.formats.base import QUANTISED
 from prunectl.formats.registry import by_name
 from prunectl.reporting.report import Cell, Column, Failure, Report, Section, Table, Unit
 from prunectl.reporting.serialize import survey_json
 from prunectl.units import count, percent
+
+if TYPE_CHECKING:
+    from prunectl.channels.groups import ChannelGroup, ChannelGroups
 
 _BAR_WIDTH = 40
 _MAX_FACT = 500

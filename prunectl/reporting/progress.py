@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Self
 
 from prunectl.reporting.report import Settings
 from prunectl.reporting.terminal import escape_unencodable, make_console
-from prunectl.training.logger import LogEntry, Moment
 from prunectl.units import percent
 
 if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.progress import Progress as RichProgress
+
+    from prunectl.training.logger import LogEntry, Moment
 
 
 PATIENCE_SECONDS = 1.0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import keyword
 import pickle
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ from prunectl.channels.torch.resize import delete_tensor_indices
 from prunectl.errors import InputError, UntrustedError, UsageError, first_line
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safetensors import CODES, encode_header, read
+from prunectl.pruning.destination import code_beside
 from prunectl.training import user_code
 from prunectl.training.torch.tensors import to_numpy, to_torch
 
@@ -149,19 +148,6 @@ def write(model: ModelFile, change: WeightChanges, extras: Mapping[str, torch.Te
         parts.append(data)
         end += len(data)
     path.write_bytes(b"".join([encode_header(header), *parts]))
-
-
-_TAKEN = frozenset({"torch", "safetensors", "numpy", *sys.stdlib_module_names, *keyword.kwlist})
-"""A file so called would hide a module that others import, or could not be imported itself."""
-
-
-def code_beside(target: Path) -> Path:
-    """Return where the class goes whose weights go to a target: `my-net.v2.pt` has `my_net_v2.py`."""
-    stem = target.stem.removesuffix(".pth")
-    name = "".join(letter if letter.isalnum() else "_" for letter in stem.strip("."))
-    if name in _TAKEN or not name[:1].isidentifier():
-        name = f"net_{name}"
-    return target.with_name(f"{name}.py")
 
 
 def companion_files(target: Path) -> Path:

@@ -14,7 +14,6 @@ from typing import Any
 from prunectl import __version__
 from prunectl.analysis import sizes
 from prunectl.analysis.patterns import CHANNEL
-from prunectl.channels.torch.checkpoint import code_beside
 from prunectl.commands._command import STDIN
 from prunectl.commands.build import depfile
 from prunectl.commands.build import depfile as build_depfile
@@ -22,6 +21,7 @@ from prunectl.commands.build import depfile as depfiles
 from prunectl.errors import PrunectlError, UsageError, attempt
 from prunectl.formats import atomic
 from prunectl.formats.registry import open_model
+from prunectl.pruning.destination import code_beside
 
 SCHEMA = "prunectl.stamp/1"
 Digests = Mapping[str, str]

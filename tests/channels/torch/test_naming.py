@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prunectl.channels.torch.checkpoint import code_beside
+from prunectl.pruning.destination import code_beside
 
 
 @pytest.mark.parametrize(
