@@ -43,7 +43,7 @@ TRACER = """
 import json, os, sys
 files, forks = set(), 0
 def note(frame, event, _):
-    if event == "call":
+    if event == "call" and frame.f_code.co_name != "<module>":
         files.add(frame.f_code.co_filename)
 def forked():
     global forks

@@ -51,9 +51,9 @@ class _CheckRun:
     @cached_property
     def keeps_quality(self) -> Callable[..., Finding]:
         """What judges models on data, loaded when a budget asks for it: most look at files alone."""
-        quality = importlib.import_module("prunectl.checks.rules")
-        judge = quality.Quality(self.budgets.folder, self.file, is_trusted=self.is_trusted)
-        keeps: Callable[..., Finding] = judge.keeps
+        quality = importlib.import_module("prunectl.checks.accuracy")
+        judge = quality.AccuracyChecker(self.budgets.folder, self.file, is_trusted=self.is_trusted)
+        keeps: Callable[..., Finding] = judge.check
         return keeps
 
     def name_of(self, key: str) -> str:

@@ -10,6 +10,7 @@ What bash asks and is answered: it breaks words at = and :, and puts words back 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import shlex
@@ -23,7 +24,6 @@ from typing import Any
 from typer.core import TyperArgument, TyperCommand
 
 from prunectl.analysis.patterns import CHANNEL
-from prunectl.channels.config import list_importances
 from prunectl.checks.diff import DiffRule
 from prunectl.commands.app import COMMANDS
 from prunectl.commands.help.table import TOPICS
@@ -31,10 +31,10 @@ from prunectl.errors import PrunectlError, UsageError, attempt
 from prunectl.exporting.routes import TARGETS
 from prunectl.formats.base import StripPart
 from prunectl.formats.registry import open_model
+from prunectl.pruning.choices import choices
 from prunectl.pruning.plan import Scope
 from prunectl.reporting.checks.ci import REPORT_FORMATS as REPORTS
 from prunectl.training.course import RATES
-from prunectl.training.request import choices
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,10 @@ def _known(kind: str) -> Offers:
 
 
 def _strategies(_: Iterable[str]) -> list[Completion]:
-    named = {choice.name: choice.line for choice in (*choices("strategies"), *list_importances())}
+    named = {
+        choice.name: choice.line
+        for choice in (*choices("strategies"), *importlib.import_module("prunectl.channels.config").list_importances())
+    }
     return [Completion(name, line) for name, line in named.items()]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -9,14 +10,13 @@ from typing import Annotated
 
 import typer
 
-from prunectl.channels.config import list_importances
 from prunectl.commands._command import make_command
 from prunectl.errors import UsageError
 from prunectl.formats import atomic
+from prunectl.pruning.choices import Choice, choices
 from prunectl.reporting.plots import braille_plot, curves, svg
 from prunectl.reporting.report import Artifact, Column, Report, Section, Table
 from prunectl.reporting.reporter import Reporter
-from prunectl.training.request import Choice, choices
 
 _COLUMNS = (Column("kind"), Column("name"), Column("from", is_optional=True), Column("what"))
 _LETTERS, _LINES = 48, 5
@@ -81,7 +81,7 @@ def plugins(
         atomic.write_text(picture, svg(), is_forced=force)
     found = choices(str(kind) if kind is not None else "schedules" if plot else "")
     if kind is PluginKind.CHANNELS or (kind is None and not plot):
-        found = (*found, *list_importances())
+        found = (*found, *importlib.import_module("prunectl.channels.config").list_importances())
     return reporter.show(plugins_report(found, curves() if plot and picture is None else {}, picture))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from prunectl.analysis.inspect import about_copies
 from prunectl.analysis.stats import ModelStats
@@ -13,8 +14,10 @@ from prunectl.pruning.prune import Pruned
 from prunectl.pruning.schedules import SparsitySchedule
 from prunectl.reporting.report import Artifact, Cell, Column, Report, Section, Table, Unit
 from prunectl.reporting.serialize import survey_json
-from prunectl.training.wrap.prune import Wrapped
 from prunectl.units import count, percent
+
+if TYPE_CHECKING:
+    from prunectl.training.wrap.prune import Wrapped
 
 _COMPARED = (
     Column(""),

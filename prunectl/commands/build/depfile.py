@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import site
@@ -12,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import prunectl
@@ -22,7 +24,6 @@ from prunectl.formats import atomic
 from prunectl.formats.registry import open_model
 from prunectl.plugins import group
 from prunectl.pruning import manifest
-from prunectl.training.data import registry, spec
 
 _EQUALS = "prunectl_equals"
 _HEAD = f"{_EQUALS} := =\n"
@@ -144,7 +145,21 @@ CALLABLE_OPTIONS = ("data", "val")
 FILES = ("recipe",)
 OUTPUT_OPTIONS = ("manifest", "card")
 """Options that name a file which is written beside the output."""
-of_spec = registry.of_spec
+
+
+def of_spec(text: str) -> tuple[Path, ...]:
+    """Files that a data SPEC names."""
+    files: tuple[Path, ...] = _data().of_spec(text)
+    return files
+
+
+def _grammar() -> ModuleType:
+    return importlib.import_module("prunectl.training.data.spec")
+
+
+def _data() -> ModuleType:
+    """The table of data sources, which few commands need."""
+    return importlib.import_module("prunectl.training.data.registry")
 
 
 def with_recipe(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,7 +178,7 @@ def files_of(words: Mapping[str, Any]) -> tuple[Path, ...]:
         *(file for name in MODELS if words.get(name) for file in open_model(Path(words[name])).files),
         *(file for name in CALLABLE_OPTIONS if words.get(name) for file in of_spec(words[name])),
         *(Path(words[name]) for name in FILES if words.get(name) is not None),
-        *registry.of_functions(
+        *_data().of_functions(
             value for name, value in words.items() if name not in {"model", "output", *CALLABLE_OPTIONS}
         ),
     ]
@@ -172,11 +187,11 @@ def files_of(words: Mapping[str, Any]) -> tuple[Path, ...]:
 
 def folders_of(words: Mapping[str, Any]) -> tuple[Path, ...]:
     """Return the folders whose members are examples: one that is added or gone changes them."""
-    roots = [Path(spec.parse(words[name]).where) for name in CALLABLE_OPTIONS if words.get(name)]
-    return tuple(folder for root in roots if root.is_dir() for folder in registry.folders(root))
+    roots = [Path(_grammar().parse(words[name]).where) for name in CALLABLE_OPTIONS if words.get(name)]
+    return tuple(folder for root in roots if root.is_dir() for folder in _data().folders(root))
 
 
 def is_callable_spec(text: str) -> bool:
     """Whether a data SPEC is a function, which may read whatever it likes."""
-    where = spec.parse(text).where
+    where: str = _grammar().parse(text).where
     return not os.path.lexists(where) and ":" in where and not where.startswith("random:")

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterable
 from textwrap import fill
 
-from prunectl.training.request import Choice, choices
+from prunectl.pruning.choices import Choice, choices
 
 WIDTH = 80
 """Of a terminal that nobody has made wider."""

@@ -1,0 +1,103 @@
+"""What `prune` is asked about wrappers: pruned later by a schedule, or written with masks now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+from prunectl.commands._command import spelled
+from prunectl.errors import UsageError
+from prunectl.pruning.schedules import SparsitySchedule
+from prunectl.training.backend import ModelOrigin
+from prunectl.training.request import MOST_FREQUENCY, PointUnit, parse_point, usual_frequency
+from prunectl.training.wrap.schedules import is_tfmots
+from prunectl.units import parse_ratio
+
+_SCHEDULE_OPTIONS = ("schedule_param", "initial_sparsity", "begin", "end", "frequency", "power")
+_WRAP_OPTIONS = ("custom_objects", "trust", "build")
+
+
+@dataclass(frozen=True, slots=True)
+class WrapOptions:
+    """What is asked of wrappers."""
+
+    ramp: SparsitySchedule | None
+    """How weights are pruned later; none if they are pruned now."""
+    origin: ModelOrigin
+
+
+def wrap_options(ctx: typer.Context, *, looks_at_data: bool) -> WrapOptions | None:
+    """Return what was asked of wrappers; None if they were not asked for."""
+    said = ctx.params
+    if said["schedule"] or said["wrap"]:
+        if looks_at_data:
+            raise UsageError("wrappers are written by strategies that look at weights alone", hint="leave out --data")
+        if said["manifest"] is not None:
+            raise UsageError("a manifest repeats a run to the same bytes, and frameworks write wrappers as they like")
+        ramp = _ramp(said) if said["schedule"] else None
+        _refuse_wrap_options(ctx, () if ramp is not None else _SCHEDULE_OPTIONS, "a schedule", "--schedule NAME")
+        return WrapOptions(ramp, ModelOrigin(custom_objects=said["custom_objects"], is_trusted=said["trust"]))
+    _refuse_wrap_options(ctx, _SCHEDULE_OPTIONS, "a schedule", "--schedule NAME")
+    if not looks_at_data:
+        # A recipe may name code as well, which is trusted or not.
+        names = tuple(name for name in _WRAP_OPTIONS if name != "trust" or said["recipe"] is None)
+        _refuse_wrap_options(ctx, names, "models that are opened, as for wrappers or data", "--wrap or --data SPEC")
+    return None
+
+
+def _refuse_wrap_options(ctx: typer.Context, names: tuple[str, ...], what: str, hint: str) -> None:
+    for name in names:
+        if ctx.params[name]:
+            raise UsageError(f"{spelled(ctx, name)} is about {what}", hint=f"add {hint}")
+
+
+def _ramp(said: dict[str, Any]) -> SparsitySchedule:
+    name, begin, end = said["schedule"], _step("--begin", said["begin"] or "0"), None
+    if said["end"]:
+        end = _step("--end", said["end"])
+    elif name != "constant":
+        raise UsageError(
+            f"the schedule {name} needs an end, a number of batches", hint="such as --end 2000, or finetune --schedule"
+        )
+    length = (end or 0) - begin
+    ramp = SparsitySchedule(
+        name,
+        parse_ratio(said["sparsity"]) if said["sparsity"] else 0.0,
+        begin,
+        end,
+        parse_ratio(said["initial_sparsity"]) if said["initial_sparsity"] else 0.0,
+        said["frequency"] or _frequency(length),
+        _params(said),
+    )
+    if is_tfmots(ramp) and name != "constant" and length % ramp.frequency:
+        # tfmot prunes at whole turns only, and would stop short of the sparsity that was asked for.
+        reached = begin + length // ramp.frequency * ramp.frequency
+        raise UsageError(
+            f"every {ramp.frequency} steps from {begin}, the last turn is at {reached}: --end {end} is never reached",
+            hint=f"--end {reached + ramp.frequency}, or leave out --frequency",
+        )
+    return ramp
+
+
+def _step(option: str, text: str) -> int:
+    point = parse_point(text)
+    if point.unit is not PointUnit.STEPS:
+        raise UsageError(
+            f"{option} {text} depends on how long training takes, which a file does not know",
+            hint="write a number of steps, one for each batch, or give the schedule to prunectl finetune",
+        )
+    return int(point.amount)
+
+
+def _frequency(length: int) -> int:
+    """Return the longest way from turn to turn that divides the whole way, and leaves enough turns."""
+    if length <= 0:
+        return MOST_FREQUENCY
+    return next(steps for steps in range(usual_frequency(length), 0, -1) if length % steps == 0)
+
+
+def _params(said: dict[str, Any]) -> tuple[str, ...]:
+    found = tuple(said["schedule_param"] or ())
+    return found if said["power"] is None else (*found, f"power={said['power']!r}")

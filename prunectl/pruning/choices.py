@@ -1,0 +1,51 @@
+"""What can be named on the command line, built in and installed: strategies, schedules, policies and formats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prunectl.formats.registry import FORMATS
+from prunectl.plugins import installed
+from prunectl.pruning.policies import MIN_SIZE, POLICIES
+from prunectl.pruning.schedules import CURVES, line_of
+from prunectl.pruning.strategies import STRATEGIES
+
+_KINDS = {"strategies": "strategy", "schedules": "schedule", "policies": "policy"}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A name, and what is behind it."""
+
+    kind: str
+    name: str
+    source: str
+    line: str
+
+
+def choices(kind: str = "") -> tuple[Choice, ...]:
+    """Return all names of a kind, or of all kinds."""
+    found = [*_strategies(), *_schedules(), *_policies(), *_formats()]
+    for plural, singular in _KINDS.items():
+        found += [Choice(plural, name, package, "") for name, package in installed(singular).items()]
+    return tuple(choice for choice in found if not kind or choice.kind == kind)
+
+
+def _strategies() -> list[Choice]:
+    return [Choice("strategies", one.name, "built in", one.line) for one in STRATEGIES]
+
+
+def _schedules() -> list[Choice]:
+    return [Choice("schedules", name, "built in", line_of(curve)) for name, curve in CURVES.items()]
+
+
+def _policies() -> list[Choice]:
+    own = Choice("policies", f"{MIN_SIZE}N", "built in", "what policy default takes, if it has N weights or more")
+    return [*(Choice("policies", one.name, "built in", one.line) for one in POLICIES), own]
+
+
+def _formats() -> list[Choice]:
+    return [
+        Choice("formats", row.name, "built in", f"{row.title} {' '.join(filter(None, row.suffixes))}".strip())
+        for row in FORMATS
+    ]
