@@ -41,8 +41,10 @@ def inspect(
     model: AnyPath, *, layers: str = "", pattern: str = "", flops: bool = False, zeros: bool = True
 ) -> ModelStats:
     """Return what is in a model file."""
-    wanted = InspectOptions(layers=layers, pattern=pattern, has_flops=flops, has_zeros=zeros)
-    return analysis_inspect.inspect_model(open_model(Path(model)), wanted, patterns.parse(pattern) if pattern else None)
+    options = InspectOptions(layers=layers, pattern=pattern, has_flops=flops, has_zeros=zeros)
+    return analysis_inspect.inspect_model(
+        open_model(Path(model)), options, patterns.parse(pattern) if pattern else None
+    )
 
 
 def size(model: AnyPath, *, codec: str = "gzip", level: int | None = None) -> ModelStats:
@@ -90,8 +92,8 @@ def strip(
 ) -> Stripped:
     """Drop what a model does not need to predict; without an output nothing is written."""
     parts = frozenset(map(StripPart, only)) or frozenset(StripPart)
-    place = _output(output, force=force, in_place=in_place)
-    return stripping.strip(Path(model), StripOptions(parts, is_half=half), place, is_packed=pack)
+    destination = _output(output, force=force, in_place=in_place)
+    return stripping.strip(Path(model), StripOptions(parts, is_half=half), destination, is_packed=pack)
 
 
 def finetune(

@@ -25,17 +25,17 @@ class Terminated(BaseException):
 
 def main() -> int:
     """Run the command that the user typed, and return its exit code."""
-    words = sys.argv[1:]
+    arguments = sys.argv[1:]
     is_heard = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
     try:
         if is_heard:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         _open_what_is_closed()
         signal.signal(signal.SIGTERM, _terminate)
-        if not _may_calibrate(words):
+        if not _may_calibrate(arguments):
             # The pools that NumPy's libraries start at import serve nothing here, and cost start-up time.
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-        code = _run(words)
+        code = _run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         return _hang_up()
@@ -52,10 +52,10 @@ def main() -> int:
     return code
 
 
-def _may_calibrate(words: list[str]) -> bool:
+def _may_calibrate(arguments: list[str]) -> bool:
     """Whether data may go through a model, after which NumPy multiplies, inverts and factorises Gram matrices."""
-    return words[:1] == ["sweep"] or (
-        words[:1] in (["prune"], ["inspect"]) and any(word.startswith(_WITH_DATA) for word in words)
+    return arguments[:1] == ["sweep"] or (
+        arguments[:1] in (["prune"], ["inspect"]) and any(argument.startswith(_WITH_DATA) for argument in arguments)
     )
 
 
@@ -66,24 +66,24 @@ def _open_what_is_closed() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open as long as the process
 
 
-def _run(words: list[str]) -> int:
-    if words in (["-V"], ["--version"]):
+def _run(arguments: list[str]) -> int:
+    if arguments in (["-V"], ["--version"]):
         sys.stdout.write(f"prunectl {__version__}\n")
         return 0
     try:
         from prunectl.commands.app import run  # noqa: PLC0415 - an import that fails is caught here as well
 
-        return run(words)
+        return run(arguments)
     except (BrokenPipeError, KeyboardInterrupt, Terminated):
         raise
     except Exception as error:  # noqa: BLE001 - the one place where errors are caught
-        return _explain(error, words)
+        return _explain(error, arguments)
 
 
-def _explain(error: Exception, words: list[str]) -> int:
+def _explain(error: Exception, arguments: list[str]) -> int:
     from prunectl.reporting.reporter import report_error as explain  # noqa: PLC0415 - see _run
 
-    return explain(error, words)
+    return explain(error, arguments)
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:

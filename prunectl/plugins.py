@@ -31,8 +31,8 @@ def find(kind: str, name: str, builtin: Mapping[str, Thing]) -> Thing | object:
         return attribute(*name.rsplit(":", 1))
     installed = {point.name: point for point in entry_points(group=group(kind))}
     if name in installed:
-        found: object = installed[name].load()
-        return found
+        loaded: object = installed[name].load()
+        return loaded
     known = [*builtin, *installed]
     raise UsageError(
         f"no {kind} is called {name}",
@@ -41,37 +41,37 @@ def find(kind: str, name: str, builtin: Mapping[str, Thing]) -> Thing | object:
     )
 
 
-def check_untrusted(words: Iterable[str], place: str) -> None:
+def check_untrusted(names: Iterable[str], source: str) -> None:
     """Refuse to import what a file names as code: a recipe or a configuration may be a stranger's.
 
     Any word with a colon counts: one too many is asked about rather than one too few.
     """
-    named = list(dict.fromkeys(word for word in words if ":" in word))
-    if named:
+    code = list(dict.fromkeys(name for name in names if ":" in name))
+    if code:
         raise UntrustedError(
-            f"{place} names code of its own: {', '.join(map(abbreviated, named[:3]))}",
+            f"{source} names code of its own: {', '.join(map(abbreviated, code[:3]))}",
             hint="if you trust who wrote that file: --trust",
         )
 
 
 def group(kind: str) -> str:
     """Return the name of the entry points for a kind of plug-in."""
-    own = {"policy": "policies", "strategy": "strategies", "channel strategy": "channels"}
-    return f"prunectl.{own.get(kind, f'{kind}s')}"
+    irregular = {"policy": "policies", "strategy": "strategies", "channel strategy": "channels"}
+    return f"prunectl.{irregular.get(kind, f'{kind}s')}"
 
 
-def attribute(where: str, name: str) -> object:
+def attribute(source: str, name: str) -> object:
     """Return what a module, or a file `./file.py`, calls by a name."""
-    module = imported(where)
+    module = import_source(source)
     if not hasattr(module, name):
         public = [known for known in vars(module) if not known.startswith("_")]
-        raise UsageError(f"{where} has no {name}", did_you_mean=tuple(get_close_matches(name, public, n=3)))
+        raise UsageError(f"{source} has no {name}", did_you_mean=tuple(get_close_matches(name, public, n=3)))
     return getattr(module, name)
 
 
-def imported(where: str) -> object:
+def import_source(source: str) -> object:
     """Return a module by its name, or that of a file `./file.py`."""
-    return _from_file(Path(where)) if where.endswith(".py") else _from_name(where)
+    return _from_file(Path(source)) if source.endswith(".py") else _from_name(source)
 
 
 def _from_name(name: str) -> object:
@@ -92,11 +92,11 @@ def _from_file(path: Path) -> object:
     with _importing:
         known = _modules.get(real)
         if known is None or known[0] != state:
-            known = _modules[real] = state, _executed(path, real)
+            known = _modules[real] = state, _execute(path, real)
         return known[1]
 
 
-def _executed(path: Path, real: Path) -> ModuleType:
+def _execute(path: Path, real: Path) -> ModuleType:
     # Files of one name in two folders are two modules.
     name = f"prunectl_plugin_{path.stem}_{hashlib.sha256(os.fsencode(real)).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -105,7 +105,7 @@ def _executed(path: Path, real: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickling look their module up there
     try:
-        with _beside(str(real.parent)):
+        with _importable_folder(str(real.parent)):
             spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
@@ -114,7 +114,7 @@ def _executed(path: Path, real: Path) -> ModuleType:
 
 
 @contextmanager
-def _beside(folder: str) -> Generator[None]:
+def _importable_folder(folder: str) -> Generator[None]:
     """Let a file import what lies beside it, as `python file.py` would."""
     sys.path.insert(0, folder)
     try:

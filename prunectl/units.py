@@ -45,12 +45,12 @@ def count(value: int) -> str:
 
 def percent(value: float) -> str:
     """Return a ratio as a percentage, never rounding to a whole 0 % or 100 % that is not true."""
-    shown = f"{value * 100:.1f}"
-    if shown == "100.0" and value < 1:
+    text = f"{value * 100:.1f}"
+    if text == "100.0" and value < 1:
         return "> 99.9 %"
-    if shown == "0.0" and value > 0:
+    if text == "0.0" and value > 0:
         return "< 0.1 %"
-    return f"{shown} %"
+    return f"{text} %"
 
 
 def parse_size(text: str) -> int:

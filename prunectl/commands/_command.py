@@ -27,32 +27,32 @@ from prunectl.units import Units
 STDIN = "-"
 
 
-def inspect_each(words: Iterable[str], look: Callable[[Path], ModelStats]) -> tuple[list[ModelStats], list[Failure]]:
+def inspect_each(models: Iterable[str], look: Callable[[Path], ModelStats]) -> tuple[list[ModelStats], list[Failure]]:
     """Return what was found in each model, and what could not be used."""
-    surveys, failures = [], []
-    for word in words:
-        with resolve_stdin(word) as path:
-            found = attempt(look, path)
-        if isinstance(found, PrunectlError):
-            failures.append(Failure(word, _with_given_path(found, path, word)))
+    inspected, failures = [], []
+    for model in models:
+        with resolve_stdin(model) as path:
+            stats = attempt(look, path)
+        if isinstance(stats, PrunectlError):
+            failures.append(Failure(model, _with_given_path(stats, path, model)))
         else:
-            surveys.append(replace(found, path=word))
-    return surveys, failures
+            inspected.append(replace(stats, path=model))
+    return inspected, failures
 
 
-def _with_given_path(error: PrunectlError, path: Path, word: str) -> PrunectlError:
+def _with_given_path(error: PrunectlError, path: Path, argument: str) -> PrunectlError:
     """Return an error that speaks of standard input, not of the scratch file that its bytes were kept in."""
-    if word == STDIN:
+    if argument == STDIN:
         error.message = error.message.replace(str(path), "standard input")
         error.hint = error.hint.replace(str(path), STDIN)
     return error
 
 
 @contextmanager
-def resolve_stdin(word: str) -> Generator[Path]:
+def resolve_stdin(argument: str) -> Generator[Path]:
     """Yield a path to what was named; standard input is kept in a scratch file meanwhile."""
-    if word != STDIN:
-        yield Path(word)
+    if argument != STDIN:
+        yield Path(argument)
         return
     if sys.stdin.isatty():
         raise UsageError("- reads a model from standard input, which is a terminal", hint="prunectl inspect - < MODEL")
@@ -63,7 +63,7 @@ def resolve_stdin(word: str) -> Generator[Path]:
         try:
             yield copy
         except PrunectlError as error:
-            raise _with_given_path(error, copy, word) from error
+            raise _with_given_path(error, copy, argument) from error
 
 
 def option_group(title: str) -> Callable[..., Any]:
@@ -71,11 +71,11 @@ def option_group(title: str) -> Callable[..., Any]:
     return partial(typer.Option, rich_help_panel=title)
 
 
-def spelled(ctx: typer.Context, name: str) -> str:
+def option_name(ctx: typer.Context, name: str) -> str:
     """Return how an option is typed, in its longest form, by the name of its parameter: `--model` for `build`."""
-    found = [word for param in ctx.command.params if param.name == name for word in param.opts]
+    spellings = [spelling for param in ctx.command.params if param.name == name for spelling in param.opts]
     # A name that comes from a file may be that of no option.
-    return max(found, key=len, default=name)
+    return max(spellings, key=len, default=name)
 
 
 def given_on_command_line(ctx: typer.Context, name: str) -> bool:
@@ -95,15 +95,15 @@ class BaseCommand(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Take the common options out, and work with a reporter made of them."""
         _check_addresses(self.params, ctx.params)
-        chosen = {str(option.name): ctx.params.pop(option.name) for option in self._common.params}
+        settings = {str(option.name): ctx.params.pop(option.name) for option in self._common.params}
         assert self._common.callback is not None
-        html = Path(chosen["html"]) if chosen["html"] else None
+        html = Path(settings["html"]) if settings["html"] else None
         if html is not None:
             _check_page(html, ctx.params)
-        ctx.obj = Reporter(self._common.callback(**chosen), command=str(self.name), html=html)
-        return self.work(ctx)
+        ctx.obj = Reporter(self._common.callback(**settings), command=str(self.name), html=html)
+        return self.run(ctx)
 
-    def work(self, ctx: Any) -> Any:
+    def run(self, ctx: Any) -> Any:
         """Do what the command is for, and return its exit code."""
         return super().invoke(ctx)
 
@@ -112,20 +112,20 @@ _WRITTEN = frozenset({"output", "html", "card", "manifest", "depfile", "logdir",
 """Options that say where something is written."""
 
 
-def _check_addresses(params: Iterable[Any], said: Mapping[str, Any]) -> None:
+def _check_addresses(params: Iterable[Any], values: Mapping[str, Any]) -> None:
     """Refuse addresses, whatever the option: nothing is fetched. Those of models are left to who opens them."""
     for param in params:
-        value = said.get(param.name)
-        for word in value if isinstance(value, list | tuple) else (value,):
-            if param.param_type_name == "option" and isinstance(word, str | Path):
-                error = address(str(word), is_written=param.name in _WRITTEN)
+        value = values.get(param.name)
+        for part in value if isinstance(value, list | tuple) else (value,):
+            if param.param_type_name == "option" and isinstance(part, str | Path):
+                error = address(str(part), is_written=param.name in _WRITTEN)
                 if error is not None:
                     raise error
 
 
-def _check_page(html: Path, said: Mapping[str, Any]) -> None:
+def _check_page(html: Path, values: Mapping[str, Any]) -> None:
     """Refuse a page that nothing can be written to, or for which there would be no report."""
-    if said.get("output") == STDIN or any(word.endswith(f":{STDIN}") for word in said.get("report") or ()):
+    if values.get("output") == STDIN or any(target.endswith(f":{STDIN}") for target in values.get("report") or ()):
         raise UsageError("--html writes the report, and standard output is taken by something else")
     importlib.import_module("prunectl.reporting.html.page").check(html)
 

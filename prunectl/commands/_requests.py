@@ -11,7 +11,7 @@ from pathlib import Path
 
 import typer
 
-from prunectl.commands._command import STDIN, given_on_command_line, spelled
+from prunectl.commands._command import STDIN, given_on_command_line, option_name
 from prunectl.errors import UsageError
 from prunectl.formats.base import StripPart
 from prunectl.formats.scratch import temporary_folder
@@ -32,7 +32,7 @@ def prune_request(ctx: typer.Context, recipe: Path | None) -> PruneRequest:
     if recipe is not None:
         typed = [name for name in said if name not in _NOT_IN_RECIPE and given_on_command_line(ctx, name)]
         if typed:
-            raise UsageError(f"--recipe says all that decides the result: leave out {spelled(ctx, typed[0])}")
+            raise UsageError(f"--recipe says all that decides the result: leave out {option_name(ctx, typed[0])}")
         return manifest.read(recipe, is_trusted=said["trust"])
     return PruneRequest(
         sparsity=parse_ratio(said["sparsity"]) if said["sparsity"] else None,
@@ -86,24 +86,24 @@ def open_destination(
             yield Destination(scratch / f"standard-output{model.suffix}", is_stream=True)
 
 
-def parse_parts(words: str) -> frozenset[StripPart]:
+def parse_parts(text: str) -> frozenset[StripPart]:
     """Return the parts in a list with commas; all of them if it is empty."""
     known = {str(part): part for part in StripPart}
-    for word in filter(None, words.split(",")):
-        if word not in known:
+    for name in filter(None, text.split(",")):
+        if name not in known:
             raise UsageError(
-                f"{word!r} is no part of a model",
-                did_you_mean=tuple(get_close_matches(word, known, n=2)),
+                f"{name!r} is no part of a model",
+                did_you_mean=tuple(get_close_matches(name, known, n=2)),
                 hint=f"parts: {', '.join(known)}",
             )
-    return frozenset(known[word] for word in words.split(",")) if words else frozenset(StripPart)
+    return frozenset(known[name] for name in text.split(",")) if text else frozenset(StripPart)
 
 
-def parse_layer_ratio(word: str) -> tuple[str, float]:
+def parse_layer_ratio(text: str) -> tuple[str, float]:
     """Return a selector and its ratio, written GLOB=R."""
-    selector, sign, ratio = word.rpartition("=")
+    selector, sign, ratio = text.rpartition("=")
     if not sign or not selector:
-        raise UsageError(f"{word!r} is not a selector and a ratio", hint="write --layer 'conv*=0.5'")
+        raise UsageError(f"{text!r} is not a selector and a ratio", hint="write --layer 'conv*=0.5'")
     return selector, parse_ratio(ratio)
 
 
@@ -128,7 +128,7 @@ def import_first(names: Iterable[str]) -> None:
             sys.path.append(folder)
         module = module_of(name)
         try:
-            found = importlib.import_module(module)
+            imported = importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name != module.partition(".")[0]:
                 raise UsageError(f"--import {name}: it needs a module {error.name}, which is not here") from error
@@ -138,7 +138,7 @@ def import_first(names: Iterable[str]) -> None:
             ) from error
         except Exception as error:
             raise UsageError(f"--import {name}: {type(error).__name__}: {error}") from error
-        if is_file and getattr(found, "__file__", None) is not None and not path.samefile(str(found.__file__)):
+        if is_file and getattr(imported, "__file__", None) is not None and not path.samefile(str(imported.__file__)):
             raise UsageError(
-                f"--import {name}: {module} is the name of another module, {found.__file__}", hint="rename the file"
+                f"--import {name}: {module} is the name of another module, {imported.__file__}", hint="rename the file"
             )

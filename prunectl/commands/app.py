@@ -52,8 +52,8 @@ class LazyGroup(TyperGroup):
         return name, command, rest
 
 
-def _version(is_wanted: bool) -> None:
-    if is_wanted:
+def _version(is_requested: bool) -> None:
+    if is_requested:
         typer.echo(f"prunectl {__version__}")
         raise typer.Exit
 
@@ -81,14 +81,14 @@ def prunectl(
     """
 
 
-def run(words: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     """Run what was typed, and return its exit code."""
     command = typer.main.get_command(app)
     if os.environ.get(_COMPLETE):
         return int(importlib.import_module("prunectl.commands.completion").complete(command, _COMPLETE))
     # Not by command.main, which turns a closed pipe into exit code 1.
     try:
-        with command.make_context("prunectl", words or ["--help"]) as context:
+        with command.make_context("prunectl", arguments or ["--help"]) as context:
             return int(command.invoke(context) or 0)
     except typer.Exit as done:
         return done.exit_code

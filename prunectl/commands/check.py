@@ -32,20 +32,20 @@ _ROOTS = ("GITHUB_WORKSPACE", "CI_PROJECT_DIR")
 
 def load_budgets(config: Path | None) -> Budgets:
     """Return the budgets of the file that was named, or of the nearest one."""
-    found = checks_config.find_config(Path.cwd()) if config is None else checks_config.load_config(config)
-    return read(found, Words(parse_size, parse_ratio))
+    file = checks_config.find_config(Path.cwd()) if config is None else checks_config.load_config(config)
+    return read(file, Words(parse_size, parse_ratio))
 
 
-def load_baseline(budgets: Budgets, word: str, *, is_new: bool, reason: str) -> Baseline:
+def load_baseline(budgets: Budgets, location: str, *, is_new: bool, reason: str) -> Baseline:
     """Return what models were, or where that is to be written."""
-    if is_new and word.startswith(GIT):
+    if is_new and location.startswith(GIT):
         raise UsageError("a baseline in git is not written to", hint="--baseline FILE, and commit it")
     if is_new != bool(reason.strip()):
         raise UsageError(
             "--update-baseline and --reason go together", hint="--update-baseline --reason 'a better tokenizer'"
         )
-    usual = budgets.folder / budgets.baseline
-    return baseline.read(word, usual if not word or word.startswith(GIT) else Path(word))
+    default = budgets.folder / budgets.baseline
+    return baseline.read(location, default if not location or location.startswith(GIT) else Path(location))
 
 
 def ci_path(path: Path) -> str:
@@ -66,68 +66,68 @@ _SUMMARY = "GITHUB_STEP_SUMMARY"
 class Reports:
     """Which reports go where."""
 
-    wanted: tuple[tuple[str, str], ...]
+    targets: tuple[tuple[str, str], ...]
 
     @classmethod
-    def of(cls, words: list[str], *, is_json: bool) -> Reports:
+    def of(cls, options: list[str], *, is_json: bool) -> Reports:
         """Return what was typed, understood before any work begins."""
-        wanted = tuple(map(_split, words))
-        places = [place for _, place in wanted]
-        for place in places:
-            if places.count(place) > 1:
-                raise UsageError(f"two reports go to {place}")
-            if place != STDOUT and not Path(place).absolute().parent.is_dir():
-                raise UsageError(f"{Path(place).parent} is not a folder", hint=f"mkdir -p {Path(place).parent}")
-            if place != STDOUT and _is_precious(Path(place)):
-                raise UsageError(f"{place} is no place for a report", hint="--report junit:check.xml")
-        if is_json and STDOUT in places:
+        targets = tuple(map(_split, options))
+        paths = [path for _, path in targets]
+        for path in paths:
+            if paths.count(path) > 1:
+                raise UsageError(f"two reports go to {path}")
+            if path != STDOUT and not Path(path).absolute().parent.is_dir():
+                raise UsageError(f"{Path(path).parent} is not a folder", hint=f"mkdir -p {Path(path).parent}")
+            if path != STDOUT and _is_user_file(Path(path)):
+                raise UsageError(f"{path} is no place for a report", hint="--report junit:check.xml")
+        if is_json and STDOUT in paths:
             raise UsageError("--json has standard output for itself", hint="--report json:FILE, or without --json")
-        return cls(wanted)
+        return cls(targets)
 
-    def spare(self, *paths: Path | None) -> None:
+    def protect(self, *paths: Path | None) -> None:
         """Refuse a report in the place of a file that is read."""
-        taken = {path.resolve() for path in paths if path is not None}
-        for _, place in self.wanted:
-            if place != STDOUT and Path(place).resolve() in taken:
-                raise UsageError(f"{place} is no place for a report", hint="--report json:check.json")
+        inputs = {path.resolve() for path in paths if path is not None}
+        for _, target in self.targets:
+            if target != STDOUT and Path(target).resolve() in inputs:
+                raise UsageError(f"{target} is no place for a report", hint="--report json:check.json")
 
-    def show(self, found: Findings, reporter: Reporter) -> int:
+    def emit(self, findings: Findings, reporter: Reporter) -> int:
         """Write all reports; what is printed otherwise is left out if one of them goes to standard output."""
-        poured = ""
-        for name, place in self.wanted:
-            text = REPORT_FORMATS[name](found)
-            if place == STDOUT:
-                poured = text
+        stdout_text = ""
+        for name, target in self.targets:
+            text = REPORT_FORMATS[name](findings)
+            if target == STDOUT:
+                stdout_text = text
             else:
-                _write(Path(place), text)
+                _write(Path(target), text)
             if name == "github" and os.environ.get(_SUMMARY):
-                where = Path(os.environ[_SUMMARY])
-                with writing(where), where.open("a", encoding="utf-8") as summary:
-                    summary.write(REPORT_FORMATS["markdown"](found))
-        report = check_report(found, has_gates=reporter.is_json)
-        if STDOUT not in {place for _, place in self.wanted}:
+                summary_path = Path(os.environ[_SUMMARY])
+                with writing(summary_path), summary_path.open("a", encoding="utf-8") as summary:
+                    summary.write(REPORT_FORMATS["markdown"](findings))
+        report = check_report(findings, has_gates=reporter.is_json)
+        if STDOUT not in {target for _, target in self.targets}:
             return reporter.show(report)
-        sys.stdout.write(poured)
+        sys.stdout.write(stdout_text)
         sys.stdout.flush()
         for failure in report.failures:
             print_error(failure.error)
         return report.exit_code
 
 
-def _split(word: str) -> tuple[str, str]:
-    name, sign, place = word.partition(":")
+def _split(option: str) -> tuple[str, str]:
+    name, colon, path = option.partition(":")
     if name not in REPORT_FORMATS:
         raise UsageError(
             f"there is no report {name!r}",
             did_you_mean=close_matches(name, list(REPORT_FORMATS)),
             hint=f"reports: {', '.join(REPORT_FORMATS)}",
         )
-    if not sign or not place:
+    if not colon or not path:
         raise UsageError(f"where to? --report {name}:PATH", hint=f"--report {name}:- is standard output")
-    return name, place
+    return name, path
 
 
-def _is_precious(path: Path) -> bool:
+def _is_user_file(path: Path) -> bool:
     """Whether something is there that no report should take the place of."""
     return (
         path.is_dir()
@@ -187,10 +187,10 @@ def check(
     reports = Reports.of(report or [], is_json=reporter.is_json)
     budgets = load_budgets(config)
     earlier = load_baseline(budgets, baseline, is_new=update_baseline, reason=reason)
-    reports.spare(budgets.path, earlier.path)
+    reports.protect(budgets.path, earlier.path)
     file, bar = ci_path(budgets.path), reporter.progress
-    found = run(budgets, names or [], earlier, file=file, reason=reason, is_trusted=trust, meter=bar)
-    return reports.show(found, reporter)
+    findings = run(budgets, names or [], earlier, file=file, reason=reason, is_trusted=trust, meter=bar)
+    return reports.emit(findings, reporter)
 
 
 command = make_command(check)

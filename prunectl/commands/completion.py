@@ -60,10 +60,10 @@ PATTERNS = {
 }
 
 
-def tensor_names(words: Iterable[str]) -> list[Completion]:
+def tensor_names(arguments: Iterable[str]) -> list[Completion]:
     """Return the layers and tensors of the first model among some words."""
-    for word in words:
-        model = attempt(open_model, Path(word))
+    for argument in arguments:
+        model = attempt(open_model, Path(argument))
         if not isinstance(model, PrunectlError):
             layers = {tensor.layer: tensor.kind or "layer" for tensor in model.tensors if tensor.layer}
             tensors = {tensor.name: f"{'x'.join(map(str, tensor.shape))} {tensor.role}" for tensor in model.tensors}
@@ -83,9 +83,9 @@ def _strategies(_: Iterable[str]) -> list[Completion]:
     return [Completion(name, line) for name, line in named.items()]
 
 
-def _matching(words: Iterable[str] | Mapping[str, str]) -> Offers:
-    lines = words if isinstance(words, Mapping) else dict.fromkeys(words, "")
-    return lambda _: [Completion(word, line) for word, line in lines.items()]
+def _matching(values: Iterable[str] | Mapping[str, str]) -> Offers:
+    summaries = values if isinstance(values, Mapping) else dict.fromkeys(values, "")
+    return lambda _: [Completion(value, line) for value, line in summaries.items()]
 
 
 OFFERS: Mapping[str, Offers] = {
@@ -126,31 +126,33 @@ _LISTS = frozenset({"strategies", "scopes", "patterns", "schedules", "fail_on", 
 def attach(command: TyperCommand) -> None:
     """Let the options of a command offer what they take."""
     for param in command.params:
-        own = f"{command.name} --{param.name}"
-        offers = OFFERS_OF.get(own) or OFFERS.get(str(param.name))
+        full_name = f"{command.name} --{param.name}"
+        offers = OFFERS_OF.get(full_name) or OFFERS.get(str(param.name))
         if offers is not None:
-            is_list = own in _LISTS or param.name in _LISTS
+            is_list = full_name in _LISTS or param.name in _LISTS
             setattr(param, "shell_complete", _completer(offers, is_list=is_list))  # noqa: B010 - a method, to mypy
 
 
-def _completer(offers: Callable[[Iterable[str]], Iterable[Completion]], *, is_list: bool) -> Callable[[Any, str], Any]:
+def _completer(
+    complete_values: Callable[[Iterable[str]], Iterable[Completion]], *, is_list: bool
+) -> Callable[[Any, str], Any]:
     def complete(ctx: Any, incomplete: str) -> list[Completion]:
         head, comma, last = incomplete.rpartition(",") if is_list else ("", "", incomplete)
         try:
-            found = [offer for offer in offers(_arguments(ctx)) if offer.value.startswith(last)]
+            matching = [offer for offer in complete_values(_arguments(ctx)) if offer.value.startswith(last)]
         except Exception:  # noqa: BLE001 - a shell that waits for words has no place for an error
             return []
-        return [replace(offer, value=f"{head}{comma}{offer.value}") for offer in found]
+        return [replace(offer, value=f"{head}{comma}{offer.value}") for offer in matching]
 
     return complete
 
 
 def _arguments(ctx: Any) -> list[str]:
     """Return the words that were typed without an option, where models stand."""
-    given = [ctx.params.get(param.name) for param in ctx.command.params if isinstance(param, TyperArgument)]
-    words = [word for value in given for word in (value if isinstance(value, list | tuple) else (value,))]
+    values = [ctx.params.get(param.name) for param in ctx.command.params if isinstance(param, TyperArgument)]
+    arguments = [value for value in values for value in (value if isinstance(value, list | tuple) else (value,))]
     # An option that has no value yet ends the parsing before any argument has its place.
-    return [str(word) for word in (*words, *ctx.args) if word]
+    return [str(value) for value in (*arguments, *ctx.args) if value]
 
 
 BREAKS = frozenset("=:")
@@ -172,8 +174,8 @@ class BashWords:
         # A new word is empty, and gets lost between spaces.
         parts += [""] * (cursor + 1 - len(parts))
         words: list[str] = []
-        for place, part in enumerate(parts):
-            if place > 1 and part and (part in BREAKS or parts[place - 1] in BREAKS):
+        for index, part in enumerate(parts):
+            if index > 1 and part and (part in BREAKS or parts[index - 1] in BREAKS):
                 words[-1] += part
             else:
                 words.append(part)
@@ -199,12 +201,12 @@ def _parts(line: str) -> list[str]:
     """Return words as a shell has them, also where a quotation has not ended yet."""
     lexer = shlex.shlex(line, posix=True)
     lexer.whitespace_split, lexer.commenters = True, ""
-    found: list[str] = []
+    parts: list[str] = []
     try:
-        found.extend(lexer)
+        parts.extend(lexer)
     except ValueError:
-        found.append(lexer.token)
-    return found
+        parts.append(lexer.token)
+    return parts
 
 
 def _value(word: str) -> str:
@@ -220,23 +222,23 @@ KNOWN = tuple(f"{what}_{shell}" for shell in SHELLS for what in ("complete", "so
 
 def complete(command: Any, variable: str) -> int:
     """Answer what the script of a shell asks through a variable, and return the exit code."""
-    asking = os.environ[variable]
-    if asking not in KNOWN:
+    request = os.environ[variable]
+    if request not in KNOWN:
         raise UsageError(
-            f"{variable} is {asking!r}, which no shell asks",
-            did_you_mean=tuple(get_close_matches(asking, KNOWN)),
+            f"{variable} is {request!r}, which no shell asks",
+            did_you_mean=tuple(get_close_matches(request, KNOWN)),
             hint="prunectl --show-completion prints what a shell needs",
         )
-    return _answer_bash(command) if asking == _ASKING else _exit_code(command)
+    return _answer_bash(command) if request == _ASKING else _exit_code(command)
 
 
 def _answer_bash(command: Any) -> int:
-    asked = BashWords.of(os.environ["COMP_WORDS"], int(os.environ["COMP_CWORD"]))
-    os.environ |= {"COMP_WORDS": asked.line, "COMP_CWORD": str(asked.cursor)}
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    words = BashWords.of(os.environ["COMP_WORDS"], int(os.environ["COMP_CWORD"]))
+    os.environ |= {"COMP_WORDS": words.line, "COMP_CWORD": str(words.cursor)}
+    answers = io.StringIO()
+    with contextlib.redirect_stdout(answers):
         code = _exit_code(command)
-    sys.stdout.writelines(f"{asked.rest(line)}\n" for line in said.getvalue().splitlines())
+    sys.stdout.writelines(f"{words.rest(line)}\n" for line in answers.getvalue().splitlines())
     return code
 
 

@@ -36,23 +36,23 @@ _COLUMNS = (
 )
 
 
-def diff_report(found: ModelDiff, findings: tuple[Finding, ...], *, has_gates: bool) -> Report:
+def diff_report(model_diff: ModelDiff, findings: tuple[Finding, ...], *, has_gates: bool) -> Report:
     """Return the report on two models; gates are for scripts, as people see them in a table."""
-    rows = Table("tensors", _COLUMNS, tuple(map(_row, found.changes)))
-    news = Table("tensors", _COLUMNS, tuple(_row(change) for change in found.changes if change.kind != "same"))
-    tables = [*([news] if news.rows else []), before_after(found.old, found.new)]
+    rows = Table("tensors", _COLUMNS, tuple(map(_row, model_diff.changes)))
+    changed = Table("tensors", _COLUMNS, tuple(_row(change) for change in model_diff.changes if change.kind != "same"))
+    tables = [*([changed] if changed.rows else []), before_after(model_diff.old, model_diff.new)]
     tables += [table(findings)] if findings else []
     failed = [finding for finding in findings if finding.is_failure]
-    told = tuple(f"{finding.verdict}: {describe(finding)}" for finding in failed)
+    failures = tuple(f"{finding.verdict}: {describe(finding)}" for finding in failed)
     return CheckReport(
-        models=(survey_json(found.new), survey_json(found.old)),
-        main=rows,
-        sections=(Section(f"{found.old.path} -> {found.new.path}", _facts(found), tuple(tables)),),
-        remarks=(*(() if has_gates else told), *_unmatched(found)),
+        models=(survey_json(model_diff.new), survey_json(model_diff.old)),
+        table=rows,
+        sections=(Section(f"{model_diff.old.path} -> {model_diff.new.path}", _facts(model_diff), tuple(tables)),),
+        notes=(*(() if has_gates else failures), *_unmatched(model_diff)),
         gates=findings if has_gates else (),
-        bare=told,
+        quiet_lines=failures,
         code=int(bool(failed)),
-        more={"changes": [_json(change) for change in found.changes], "growth": found.growth},
+        extra_json={"changes": [_json(change) for change in model_diff.changes], "growth": model_diff.growth},
     )
 
 
@@ -62,8 +62,8 @@ def _row(change: TensorDiff) -> tuple[Cell, ...]:
     size = row.params
     share = None if change.changed is None else change.changed / size if size else 0.0
     was = change.old.name if change.old is not None and change.old.name != change.name else ""
-    how = change.how if change.old is not None and change.new is not None else ""
-    return (change.name, was, how, change.kind, _shapes(change), share, change.gained, change.lost, row.sparsity)
+    matched_by = change.how if change.old is not None and change.new is not None else ""
+    return (change.name, was, matched_by, change.kind, _shapes(change), share, change.gained, change.lost, row.sparsity)
 
 
 def _shapes(change: TensorDiff) -> str:
@@ -75,31 +75,31 @@ def _shape(row: TensorStats) -> str:
     return "x".join(map(str, row.shape)) or "scalar"
 
 
-def _facts(found: ModelDiff) -> tuple[tuple[str, str], ...]:
-    kinds = Counter(change.kind for change in found.changes)
-    told = ", ".join(f"{count(number)} {kind}" for kind, number in kinds.most_common())
-    gained, lost = (sum(getattr(change, name) or 0 for change in found.changes) for name in ("gained", "lost"))
-    facts = [("tensors", told or "none"), ("zeros", f"{count(gained)} gained, {count(lost)} lost")]
-    old = found.old.bytes.compressed
+def _facts(model_diff: ModelDiff) -> tuple[tuple[str, str], ...]:
+    kinds = Counter(change.kind for change in model_diff.changes)
+    kinds_text = ", ".join(f"{count(number)} {kind}" for kind, number in kinds.most_common())
+    gained, lost = (sum(getattr(change, name) or 0 for change in model_diff.changes) for name in ("gained", "lost"))
+    facts = [("tensors", kinds_text or "none"), ("zeros", f"{count(gained)} gained, {count(lost)} lost")]
+    old = model_diff.old.bytes.compressed
     if old:
-        share = found.growth / old
+        share = model_diff.growth / old
         facts.append(
             ("gzip", f"{percent(abs(share))} {'bigger' if share > 0 else 'smaller'}" if share else "the same size")
         )
     return tuple(facts)
 
 
-def _unmatched(found: ModelDiff) -> tuple[str, ...]:
+def _unmatched(model_diff: ModelDiff) -> tuple[str, ...]:
     """Say where a name may have changed without anybody being able to tell."""
-    kinds = Counter(change.kind for change in found.changes)
+    kinds = Counter(change.kind for change in model_diff.changes)
     if not kinds["added"] or not kinds["gone"]:
         return ()
     return ("What is added and what is gone may be the same under other names: nothing was guessed.",)
 
 
 def _json(change: TensorDiff) -> dict[str, Any]:
-    said = {"how": change.how, "changed": change.changed, "gained": change.gained, "lost": change.lost}
-    return {"name": change.name, "kind": change.kind, "new": _tensor(change.new), "old": _tensor(change.old), **said}
+    counts = {"how": change.how, "changed": change.changed, "gained": change.gained, "lost": change.lost}
+    return {"name": change.name, "kind": change.kind, "new": _tensor(change.new), "old": _tensor(change.old), **counts}
 
 
 def _tensor(row: TensorStats | None) -> dict[str, Any] | None:
@@ -130,18 +130,20 @@ def diff(
     [dim]$[/] prunectl diff sparse.h5 model.h5 --fail-on growth:2%,nonzero,shape
     """
     reporter: Reporter = ctx.obj
-    forbidden = parse(fail_on, Words(parse_size, parse_ratio))
+    rules = parse(fail_on, Words(parse_size, parse_ratio))
     if new == old == "-":
         raise UsageError("standard input holds one model", hint="prunectl diff - OLD < NEW")
-    with resolve_stdin(new) as path, resolve_stdin(old) as other:
-        models = (open_model(path), open_model(other))
-        found = difference(*models, reporter.progress)
+    with resolve_stdin(new) as new_path, resolve_stdin(old) as old_path:
+        models = (open_model(new_path), open_model(old_path))
+        model_diff = difference(*models, reporter.progress)
         # Only a page has pictures.
-        pairs = zip((new, old), models, (found.new, found.old), strict=True) if reporter.html is not None else ()
-        masks = {name: sparsity_maps(model, survey) for name, model, survey in pairs}
-    found = replace(found, new=replace(found.new, path=new), old=replace(found.old, path=old))
-    report = diff_report(found, judge(found, forbidden), has_gates=reporter.is_json)
-    return reporter.show(replace(report, masks=masks))
+        pairs = (
+            zip((new, old), models, (model_diff.new, model_diff.old), strict=True) if reporter.html is not None else ()
+        )
+        maps = {name: sparsity_maps(model, stats) for name, model, stats in pairs}
+    model_diff = replace(model_diff, new=replace(model_diff.new, path=new), old=replace(model_diff.old, path=old))
+    report = diff_report(model_diff, judge(model_diff, rules), has_gates=reporter.is_json)
+    return reporter.show(replace(report, sparsity_maps=maps))
 
 
 command = make_command(diff)

@@ -24,7 +24,7 @@ _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*([^;]*)(?:;.*extra
 _BOUND = re.compile(r"(>=|<)\s*([0-9.]+)")
 _EVERYTHING = "all"
 
-BRINGS = {
+EXTRAS = {
     "": "inspect, size, check, diff, verify, strip and prune of every format",
     "tensorflow": "finetune, export and prune --data of Keras and TensorFlow; prune --wrap",
     "torch": "finetune, export and prune --data of PyTorch",
@@ -44,7 +44,7 @@ class Package:
 
     name: str
     extra: str
-    wanted: str
+    requirement: str
     """As the requirement says it: `>=1.17`."""
     version: str
     """What is installed; empty if it is not."""
@@ -54,10 +54,10 @@ class Package:
         """Whether it is there, and new enough."""
         if not self.version:
             return False
-        found = _numbers(self.version)
+        version = _numbers(self.version)
         return all(
-            found >= _numbers(bound) if sign == ">=" else found < _numbers(bound)
-            for sign, bound in _BOUND.findall(self.wanted)
+            version >= _numbers(bound) if operator == ">=" else version < _numbers(bound)
+            for operator, bound in _BOUND.findall(self.requirement)
         )
 
 
@@ -66,7 +66,7 @@ class Extra:
     """What comes with an extra, and whether it works."""
 
     name: str
-    brings: str
+    summary: str
     packages: tuple[Package, ...]
 
     @property
@@ -75,7 +75,7 @@ class Extra:
         return all(package.is_ready for package in self.packages)
 
     @property
-    def remedy(self) -> str:
+    def install_command(self) -> str:
         """What to type, where it is not."""
         if self.is_ready:
             return ""
@@ -86,7 +86,8 @@ def extras() -> tuple[Extra, ...]:
     """Return the core, then every extra."""
     packages = list(_packages())
     return tuple(
-        Extra(name, brings, tuple(one for one in packages if one.extra == name)) for name, brings in BRINGS.items()
+        Extra(name, summary, tuple(package for package in packages if package.extra == name))
+        for name, summary in EXTRAS.items()
     )
 
 
@@ -130,13 +131,16 @@ def doctor_report(extras: tuple[Extra, ...]) -> Report:
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         *libraries(),
     )
-    missing = (*(f"For {extra.brings}: {extra.remedy}" for extra in extras if extra.remedy), *_weaknesses())
+    missing = (
+        *(f"For {extra.summary}: {extra.install_command}" for extra in extras if extra.install_command),
+        *_weaknesses(),
+    )
     return Report(
         models=(),
-        main=table,
+        table=table,
         sections=(Section("What is installed", facts, (table,), missing), Section("Formats", (), (formats,))),
-        bare=tuple(extra.remedy for extra in extras if extra.remedy),
-        more={"python": platform.python_version(), "extras": [_json(extra) for extra in extras]},
+        quiet_lines=tuple(extra.install_command for extra in extras if extra.install_command),
+        extra_json={"python": platform.python_version(), "extras": [_json(extra) for extra in extras]},
     )
 
 
@@ -145,13 +149,13 @@ def _weaknesses() -> tuple[str, ...]:
     system = platform.system()
     if system == "Linux":
         return ()
-    said = f"On {system} the child that reads HDF5 has no limit on its memory, only on its time"
-    return (f"{said}: read files of strangers on Linux, or in a container.",)
+    sentence = f"On {system} the child that reads HDF5 has no limit on its memory, only on its time"
+    return (f"{sentence}: read files of strangers on Linux, or in a container.",)
 
 
 def _row(extra: Extra) -> tuple[str, ...]:
-    packages = ", ".join(f"{one.name} {one.version or 'missing'}" for one in extra.packages)
-    return (extra.name or "(core)", "yes" if extra.is_ready else "no", packages, extra.brings, extra.remedy)
+    packages = ", ".join(f"{package.name} {package.version or 'missing'}" for package in extra.packages)
+    return (extra.name or "(core)", "yes" if extra.is_ready else "no", packages, extra.summary, extra.install_command)
 
 
 def _format(title: str, suffixes: tuple[str, ...], can: Capability) -> tuple[str, ...]:
@@ -161,10 +165,20 @@ def _format(title: str, suffixes: tuple[str, ...], can: Capability) -> tuple[str
 
 def _json(extra: Extra) -> dict[str, Any]:
     packages = [
-        {"name": one.name, "wanted": one.wanted, "version": one.version or None, "is_ready": one.is_ready}
-        for one in extra.packages
+        {
+            "name": package.name,
+            "wanted": package.requirement,
+            "version": package.version or None,
+            "is_ready": package.is_ready,
+        }
+        for package in extra.packages
     ]
-    return {"name": extra.name or None, "is_ready": extra.is_ready, "remedy": extra.remedy, "packages": packages}
+    return {
+        "name": extra.name or None,
+        "is_ready": extra.is_ready,
+        "remedy": extra.install_command,
+        "packages": packages,
+    }
 
 
 def doctor(ctx: typer.Context) -> int:

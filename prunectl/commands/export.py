@@ -35,42 +35,42 @@ _OUTPUTS = (
 )
 
 
-def export_report(found: ExportResult, output: str) -> Report:
+def export_report(result: ExportResult, output: str) -> Report:
     """Return the report on a run."""
-    sizes = before_after(found.before, found.after)
-    tables = (sizes,) if found.parity is None else (_differences(found.parity), sizes)
-    facts = (("from", found.source), ("to", found.target), ("compared", _compared(found.parity)))
-    remarks = (*found.remarks, *_about_source(found), f"Next: prunectl size {output}")
+    sizes = before_after(result.before, result.after)
+    tables = (sizes,) if result.parity is None else (_differences(result.parity), sizes)
+    facts = (("from", result.source), ("to", result.target), ("compared", _comparison_text(result.parity)))
+    notes = (*result.remarks, *_about_source(result), f"Next: prunectl size {output}")
     return Report(
-        models=(survey_json(found.before), survey_json(found.after)),
-        main=sizes,
-        sections=(Section(f"{found.before.path} -> {output}", facts, tables, remarks),),
-        artifacts=(Artifact(output, found.after.bytes.raw), *(Artifact(*one) for one in found.beside)),
-        bare=(),
-        more={"parity": _parity(found.parity)},
+        models=(survey_json(result.before), survey_json(result.after)),
+        table=sizes,
+        sections=(Section(f"{result.before.path} -> {output}", facts, tables, notes),),
+        artifacts=(Artifact(output, result.after.bytes.raw), *(Artifact(*file) for file in result.beside)),
+        quiet_lines=(),
+        extra_json={"parity": _parity_json(result.parity)},
     )
 
 
-def _about_source(found: ExportResult) -> tuple[str, ...]:
-    return tuple(note for note in found.before.about.notes if note not in found.remarks)
+def _about_source(result: ExportResult) -> tuple[str, ...]:
+    return tuple(note for note in result.before.about.notes if note not in result.remarks)
 
 
 def _differences(parity: Comparison) -> Table:
-    rows = tuple((one.name, one.largest, one.mean, one.noise) for one in parity.outputs)
+    rows = tuple((output.name, output.largest, output.mean, output.noise) for output in parity.outputs)
     return Table("parity", _OUTPUTS, rows)
 
 
-def _compared(parity: Comparison | None) -> str:
+def _comparison_text(parity: Comparison | None) -> str:
     if parity is None:
         return "every number, to the bit"
-    what = "examples" if parity.is_data else "random inputs"
+    inputs = "examples" if parity.is_data else "random inputs"
     same = "" if parity.top1 is None else f", the same largest answer for {parity.top1:.2%}"
     noise = "" if parity.tolerance.noise is None else f", {parity.noise:.2%} of their size"
-    apart = f"{parity.largest:.3g} apart at most, {parity.mean:.3g} on average"
-    return f"on {parity.examples:,} {what}: {apart}{noise}{same}"
+    distance = f"{parity.largest:.3g} apart at most, {parity.mean:.3g} on average"
+    return f"on {parity.examples:,} {inputs}: {distance}{noise}{same}"
 
 
-def _parity(parity: Comparison | None) -> dict[str, Any]:
+def _parity_json(parity: Comparison | None) -> dict[str, Any]:
     if parity is None:
         return {"kind": "bits", "equal": True}
     return {
@@ -89,12 +89,12 @@ def _parity(parity: Comparison | None) -> dict[str, Any]:
         },
         "outputs": [
             {
-                "name": one.name,
-                "max_difference": one.largest,
-                "mean_difference": one.mean,
-                "relative_rms": one.noise,
+                "name": output.name,
+                "max_difference": output.largest,
+                "mean_difference": output.mean,
+                "relative_rms": output.noise,
             }
-            for one in parity.outputs
+            for output in parity.outputs
         ],
     }
 
@@ -157,10 +157,10 @@ def export(
         open_destination(named, output, force=force, in_place=False, dry_run=False) as place,
     ):
         assert place is not None
-        found = run(path, asked, place)
+        result = run(path, asked, place)
         if output == STDIN:
-            return reporter.pour(place.target)
-        return reporter.show(export_report(found, str(place.target)))
+            return reporter.copy_to_stdout(place.target)
+        return reporter.show(export_report(result, str(place.target)))
 
 
 command = make_command(export, BuildCommand)

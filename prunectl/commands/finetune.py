@@ -123,24 +123,24 @@ def finetune(
     hinge (targets 0 and 1, or -1 and 1).
     """
     reporter: Reporter = ctx.obj
-    asked = training_of(ctx)
+    request = training_of(ctx)
     if tried is not None and not max_drop:
         raise UsageError("--tried is about a search: add --max-drop 0.5pp")
     with (
         resolve_stdin(model) as path,
-        open_destination(path, output, force=force, in_place=in_place, dry_run=False) as place,
+        open_destination(path, output, force=force, in_place=in_place, dry_run=False) as destination,
     ):
-        assert place is not None
+        assert destination is not None
         if max_drop:
-            report = within(ctx, asked)(path, place)
-            return reporter.pour(place.target) if output == STDIN else reporter.show(report)
-        with TrainingProgress(reporter.settings, asked.checkpoint_dir) as progress:
-            found = run(path, asked, place, progress.watch)
-        if not found.is_chief:
+            report = within(ctx, request)(path, destination)
+            return reporter.copy_to_stdout(destination.target) if output == STDIN else reporter.show(report)
+        with TrainingProgress(reporter.settings, request.checkpoint_dir) as progress:
+            result = run(path, request, destination, progress.watch)
+        if not result.is_chief:
             return 0
         if output == STDIN:
-            return reporter.pour(place.target)
-        return reporter.show(finetune_report(found, model, str(place.target)))
+            return reporter.copy_to_stdout(destination.target)
+        return reporter.show(finetune_report(result, model, str(destination.target)))
 
 
 command = make_command(finetune, BuildCommand)

@@ -31,15 +31,18 @@ _COLUMNS = (
 
 def init_report(path: Path, proposals: list[Proposal], failures: list[Failure]) -> Report:
     """Return the report on a file of budgets that was written."""
-    rows = tuple((one.path, one.max_raw, one.max_gzip, one.max_params, one.min_sparsity) for one in proposals)
+    rows = tuple(
+        (proposal.path, proposal.max_raw, proposal.max_gzip, proposal.max_params, proposal.min_sparsity)
+        for proposal in proposals
+    )
     table = Table("budgets", _COLUMNS, rows)
     return Report(
         models=(),
-        main=table,
-        sections=(Section(str(path), tables=(table,), remarks=("Next: prunectl check",)),),
+        table=table,
+        sections=(Section(str(path), tables=(table,), notes=("Next: prunectl check",)),),
         failures=tuple(failures),
         artifacts=(Artifact(str(path), path.stat().st_size),),
-        bare=(),
+        quiet_lines=(),
     )
 
 
@@ -77,11 +80,11 @@ def init(
 def _proposals(folder: Path, room: float) -> tuple[list[Proposal], list[Failure]]:
     proposals, failures = [], []
     for path in discover_models(folder):
-        found = attempt(partial(_proposal, folder=folder, room=room), path)
-        if isinstance(found, PrunectlError):
-            failures.append(Failure(str(path), found))
+        proposal = attempt(partial(_proposal, folder=folder, room=room), path)
+        if isinstance(proposal, PrunectlError):
+            failures.append(Failure(str(path), proposal))
         else:
-            proposals.append(found)
+            proposals.append(proposal)
     return proposals, failures
 
 

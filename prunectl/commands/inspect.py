@@ -13,7 +13,7 @@ from prunectl.analysis import patterns
 from prunectl.analysis.inspect import InspectOptions, SortKey, inspect_model
 from prunectl.analysis.sparsity_map import SparsityMap, sparsity_maps
 from prunectl.analysis.stats import ModelStats
-from prunectl.commands._command import given_on_command_line, inspect_each, make_command, option_group, spelled
+from prunectl.commands._command import given_on_command_line, inspect_each, make_command, option_group, option_name
 from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.registry import open_model
@@ -68,7 +68,7 @@ def inspect(
     _check(ctx)
     reporter: Reporter = ctx.obj
     parsed = patterns.parse(pattern) if pattern else None
-    wanted = InspectOptions(layers, sort, pattern, hist, flops, zeros, has_digest=reporter.is_json)
+    options = InspectOptions(layers, sort, pattern, hist, flops, zeros, has_digest=reporter.is_json)
     asked = {"data": data, "samples": samples, "batch_size": batch_size, "loss": loss}
     asked |= {"model": build, "custom_objects": custom_objects}
     suffering: list[Sensitivity] = []
@@ -77,7 +77,7 @@ def inspect(
 
     def seen(path: Path) -> ModelStats:
         model = open_model(path)
-        found = inspect_model(model, wanted, parsed, reporter.progress)
+        stats = inspect_model(model, options, parsed, reporter.progress)
         if groups:
             # By name, as below: a look at a file does without.
             origin = importlib.import_module("prunectl.training.backend").ModelOrigin(
@@ -87,13 +87,13 @@ def inspect(
         if sensitivity:
             suffering.append(_measured(model, asked, layers=layers, is_trusted=trust, meter=reporter.progress))
         # Only a page has pictures.
-        shaded.append(sparsity_maps(model, found) if reporter.html is not None else ())
-        return found
+        shaded.append(sparsity_maps(model, stats) if reporter.html is not None else ())
+        return stats
 
     surveys, failures = inspect_each(models, seen)
     report = inspect_report(surveys, failures, has_flops=flops)
     masks = {survey.path: shown for survey, shown in zip(surveys, shaded, strict=True)}
-    report = replace(report, masks=masks)
+    report = replace(report, sparsity_maps=masks)
     if sensitivity:
         report = importlib.import_module("prunectl.reporting.sensitivity").add_sensitivity(report, suffering)
     if groups:
@@ -121,7 +121,8 @@ def _check(ctx: typer.Context) -> None:
     ]
     if typed and not said["data"]:
         raise UsageError(
-            f"{spelled(ctx, typed[0])} is about data, and there is none", hint="such as --sensitivity --data train.npz"
+            f"{option_name(ctx, typed[0])} is about data, and there is none",
+            hint="such as --sensitivity --data train.npz",
         )
 
 

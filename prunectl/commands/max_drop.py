@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from prunectl.analysis.patterns import CHANNEL, NMPattern
-from prunectl.commands._command import spelled
+from prunectl.commands._command import option_name
 from prunectl.commands.prune_modes import PruneMode, build_mode, channel_limits
 from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile
@@ -48,11 +48,11 @@ def reject_conflicts(ctx: typer.Context, others: Mapping[str, str]) -> None:
     """Refuse what says how much goes as well, and others with the reason why."""
     for name in _AMOUNTS:
         if ctx.params.get(name):
-            option = spelled(ctx, name)
+            option = option_name(ctx, name)
             raise UsageError(f"{option} and --max-drop both say how much goes", hint=f"leave out {option}")
     for name, why in others.items():
         if ctx.params.get(name):
-            raise UsageError(f"{spelled(ctx, name)} does not go with --max-drop: {why}")
+            raise UsageError(f"{option_name(ctx, name)} does not go with --max-drop: {why}")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from prunectl.commands._command import make_command
 from prunectl.errors import UsageError
 from prunectl.formats import atomic
 from prunectl.pruning.choices import Choice, choices
-from prunectl.reporting.plots import braille_plot, curves, svg
+from prunectl.reporting.plots import braille_plot, schedule_curves, schedules_svg
 from prunectl.reporting.report import Artifact, Column, Report, Section, Table
 from prunectl.reporting.reporter import Reporter
 
@@ -22,20 +22,20 @@ _COLUMNS = (Column("kind"), Column("name"), Column("from", is_optional=True), Co
 _LETTERS, _LINES = 48, 5
 
 
-def plugins_report(found: Sequence[Choice], curves: Mapping[str, Sequence[float]], picture: Path | None) -> Report:
+def plugins_report(plugins: Sequence[Choice], curves: Mapping[str, Sequence[float]], picture: Path | None) -> Report:
     """Return the list, with pictures of curves if there are any."""
-    rows = tuple((one.kind, one.name, one.source, one.line) for one in found)
+    rows = tuple((plugin.kind, plugin.name, plugin.source, plugin.line) for plugin in plugins)
     main = Table("plugins", _COLUMNS, rows)
-    drawn = tuple(Section(name, lines=tuple(_framed(curve))) for name, curve in curves.items())
+    drawn = tuple(Section(name, drawing=tuple(_framed(curve))) for name, curve in curves.items())
     sections = (Section("", (), (main,)), *drawn) if drawn else ()
     return Report(
         models=(),
-        main=main,
+        table=main,
         sections=sections,
         artifacts=(Artifact(str(picture), picture.stat().st_size),) if picture is not None else (),
-        remarks=(f"The curves are in {picture}.",) if picture is not None else (),
-        bare=tuple(one.name for one in found),
-        more={"plugins": [dict(zip(("kind", "name", "from", "what"), row, strict=True)) for row in rows]},
+        notes=(f"The curves are in {picture}.",) if picture is not None else (),
+        quiet_lines=tuple(plugin.name for plugin in plugins),
+        extra_json={"plugins": [dict(zip(("kind", "name", "from", "what"), row, strict=True)) for row in rows]},
     )
 
 
@@ -78,11 +78,11 @@ def plugins(
     if picture is not None and not plot:
         raise UsageError(f"what is {picture} for?", hint="prunectl plugins schedules --plot FILE.svg")
     if picture is not None:
-        atomic.write_text(picture, svg(), is_forced=force)
-    found = choices(str(kind) if kind is not None else "schedules" if plot else "")
+        atomic.write_text(picture, schedules_svg(), is_forced=force)
+    listed = choices(str(kind) if kind is not None else "schedules" if plot else "")
     if kind is PluginKind.CHANNELS or (kind is None and not plot):
-        found = (*found, *importlib.import_module("prunectl.channels.config").list_importances())
-    return reporter.show(plugins_report(found, curves() if plot and picture is None else {}, picture))
+        listed = (*listed, *importlib.import_module("prunectl.channels.config").list_importances())
+    return reporter.show(plugins_report(listed, schedule_curves() if plot and picture is None else {}, picture))
 
 
 command = make_command(plugins)

@@ -98,14 +98,14 @@ def prune(
     [dim]$[/] prunectl prune model.h5 -o wrapped.h5 -s 80% --schedule polynomial --end 2000
     """
     reporter: Reporter = ctx.obj
-    way = select_mode(ctx, prune_request(ctx, recipe))
+    run = select_mode(ctx, prune_request(ctx, recipe))
     with (
         resolve_stdin(model) as path,
-        open_destination(path, output, force=force, in_place=in_place, dry_run=dry_run) as place,
+        open_destination(path, output, force=force, in_place=in_place, dry_run=dry_run) as destination,
     ):
-        report = way(path, place)
-        if output == STDIN and place is not None:
-            return reporter.pour(place.target)
+        report = run(path, destination)
+        if output == STDIN and destination is not None:
+            return reporter.copy_to_stdout(destination.target)
         return reporter.show(report)
 
 

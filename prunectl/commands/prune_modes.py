@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from prunectl.analysis.patterns import CHANNEL
-from prunectl.commands._command import spelled
+from prunectl.commands._command import option_name
 from prunectl.errors import UsageError
 from prunectl.pruning import manifest as manifests
 from prunectl.pruning import request as requests
@@ -69,7 +69,7 @@ def build_mode(ctx: typer.Context, asked: PruneRequest) -> PruneMode:
 def _refuse_options(ctx: typer.Context, names: tuple[str, ...], why: str) -> None:
     for name in names:
         if ctx.params[name]:
-            raise UsageError(f"{spelled(ctx, name)} {why}")
+            raise UsageError(f"{option_name(ctx, name)} {why}")
 
 
 def channel_limits(said: dict[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def size_limits(
 
 
 def size_report(
-    surveys: Sequence[ModelStats], gates: Sequence[LimitCheck], failures: Sequence[Failure], codec: Codec
+    models: Sequence[ModelStats], gates: Sequence[LimitCheck], failures: Sequence[Failure], codec: Codec
 ) -> Report:
     """Return the report on the sizes of some models."""
     columns = [
@@ -51,23 +51,23 @@ def size_report(
         Column(codec.name.value if codec.level else "stream", Unit.BYTES),
         Column("sparsity", Unit.RATIO),
     ]
-    if len(surveys) > 1:
+    if len(models) > 1:
         columns.append(Column("ratio", Unit.FACTOR))
-    first = surveys[0].bytes.compressed if surveys else None
+    first = models[0].bytes.compressed if models else None
     return Report(
-        models=tuple({**survey_json(found), "codec": asdict(codec)} for found in surveys),
-        main=Table("sizes", tuple(columns), tuple(_cells(found, first)[: len(columns)] for found in surveys)),
+        models=tuple({**survey_json(stats), "codec": asdict(codec)} for stats in models),
+        table=Table("sizes", tuple(columns), tuple(_cells(stats, first)[: len(columns)] for stats in models)),
         gates=tuple(gates),
         failures=tuple(failures),
-        remarks=tuple(f"{found.path}: {sentence}" for found in surveys for sentence in quantised(found)),
-        bare=tuple(str(found.bytes.compressed) for found in surveys),
+        notes=tuple(f"{stats.path}: {sentence}" for stats in models for sentence in quantised(stats)),
+        quiet_lines=tuple(str(stats.bytes.compressed) for stats in models),
     )
 
 
-def _cells(found: ModelStats, first: int | None) -> tuple[Cell, ...]:
-    sizes = found.bytes
+def _cells(stats: ModelStats, first: int | None) -> tuple[Cell, ...]:
+    sizes = stats.bytes
     ratio = first / sizes.compressed if first is not None and sizes.compressed else None
-    return (found.path, sizes.raw, sizes.packed, sizes.compressed, found.prunable_sparsity, ratio)
+    return (stats.path, sizes.raw, sizes.packed, sizes.compressed, stats.prunable_sparsity, ratio)
 
 
 _LIMITS = "Limits: with any of them, exit code 1 says that a model is over it"
@@ -102,14 +102,14 @@ def size(
     [dim]$[/] prunectl size -q model.pt
     """
     reporter: Reporter = ctx.obj
-    chosen = sizes.get_codec(codec, level)
+    compressor = sizes.get_codec(codec, level)
     limits = size_limits(
         raw=max_raw, packed=max_packed, compressed=max_gzip, sparsity=min_sparsity,
-        baseline=baseline, growth=max_growth, codec=chosen,
+        baseline=baseline, growth=max_growth, codec=compressor,
     )  # fmt: skip
-    surveys, failures = inspect_each(paths, lambda path: measure(open_model(path), chosen, reporter.progress))
-    gates = [gate for found in surveys for gate in check_limits(found, limits)]
-    return reporter.show(size_report(surveys, gates, failures, chosen))
+    models, failures = inspect_each(paths, lambda path: measure(open_model(path), compressor, reporter.progress))
+    checks = [gate for stats in models for gate in check_limits(stats, limits)]
+    return reporter.show(size_report(models, checks, failures, compressor))
 
 
 command = make_command(size)

@@ -17,33 +17,33 @@ from prunectl.reporting.report import Artifact, Column, Report, Section, Table, 
 from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.serialize import survey_json
 
-_THINGS = (Column("removed"), Column("part"), Column("bytes", Unit.BYTES))
+_ITEMS = (Column("removed"), Column("part"), Column("bytes", Unit.BYTES))
 _PARTS = (Column("part"), Column("removed", Unit.COUNT), Column("bytes", Unit.BYTES))
 
 
-def strip_report(found: Stripped, output: str) -> Report:
+def strip_report(result: Stripped, output: str) -> Report:
     """Return the report on a run; without an output it was a dry run."""
-    rows = tuple((thing.name, str(thing.part), thing.bytes) for thing in found.removed)
-    things = Table("removed", _THINGS, rows, total=("all", "", sum(thing.bytes for thing in found.removed)))
-    has_shrunk = found.after.bytes.raw < found.before.bytes.raw
-    remarks = [*found.after.about.notes]
-    remarks += [] if rows or has_shrunk else ["There was nothing to strip: the output has all that the input had."]
-    remarks += [f"Next: prunectl size {output}" if output else "This was a dry run: nothing was written."]
-    tables = (*([_by_part(found)] if rows else []), before_after(found.before, found.after))
+    rows = tuple((item.name, str(item.part), item.bytes) for item in result.removed)
+    items = Table("removed", _ITEMS, rows, total=("all", "", sum(item.bytes for item in result.removed)))
+    has_shrunk = result.after.bytes.raw < result.before.bytes.raw
+    notes = [*result.after.about.notes]
+    notes += [] if rows or has_shrunk else ["There was nothing to strip: the output has all that the input had."]
+    notes += [f"Next: prunectl size {output}" if output else "This was a dry run: nothing was written."]
+    tables = (*([_by_part(result)] if rows else []), before_after(result.before, result.after))
     return Report(
-        models=(survey_json(found.before), survey_json(found.after)),
-        main=things,
-        sections=(Section(f"{found.before.path} -> {output or 'nowhere'}", (), tables, tuple(remarks)),),
-        artifacts=(Artifact(output, found.after.bytes.raw),) if output else (),
-        bare=(),
+        models=(survey_json(result.before), survey_json(result.after)),
+        table=items,
+        sections=(Section(f"{result.before.path} -> {output or 'nowhere'}", (), tables, tuple(notes)),),
+        artifacts=(Artifact(output, result.after.bytes.raw),) if output else (),
+        quiet_lines=(),
     )
 
 
-def _by_part(found: Stripped) -> Table:
-    kinds = [part for part in StripPart if any(thing.part is part for thing in found.removed)]
-    of = {part: [thing.bytes for thing in found.removed if thing.part is part] for part in kinds}
+def _by_part(result: Stripped) -> Table:
+    kinds = [part for part in StripPart if any(item.part is part for item in result.removed)]
+    of = {part: [item.bytes for item in result.removed if item.part is part] for part in kinds}
     rows = tuple((str(part), len(sizes), sum(sizes)) for part, sizes in of.items())
-    total = ("all", len(found.removed), sum(thing.bytes for thing in found.removed))
+    total = ("all", len(result.removed), sum(item.bytes for item in result.removed))
     return Table("parts", _PARTS, rows, total=total)
 
 
@@ -68,15 +68,15 @@ def strip(
     [dim]$[/] prunectl strip model.pt -o small.pt --only masks,optimizer --pack
     """
     reporter: Reporter = ctx.obj
-    wish = StripOptions(parse_parts(only), is_half=half)
+    options = StripOptions(parse_parts(only), is_half=half)
     with (
         resolve_stdin(model) as path,
-        open_destination(path, output, force=force, in_place=in_place, dry_run=dry_run) as place,
+        open_destination(path, output, force=force, in_place=in_place, dry_run=dry_run) as destination,
     ):
-        found = run(path, wish, place, is_packed=pack)
-        if output == STDIN and place is not None:
-            return reporter.pour(place.target)
-        return reporter.show(strip_report(found, str(place.target) if place is not None else ""))
+        result = run(path, options, destination, is_packed=pack)
+        if output == STDIN and destination is not None:
+            return reporter.copy_to_stdout(destination.target)
+        return reporter.show(strip_report(result, str(destination.target) if destination is not None else ""))
 
 
 command = make_command(strip, BuildCommand)

@@ -79,16 +79,16 @@ def sweep(
     [dim]$[/] prunectl sweep net.pt -o tuned --model net.py:Net --data train.npz --epochs 1 --strategies magnitude,obs
     """
     reporter: Reporter = ctx.obj
-    choices = SweepConfig(
+    config = SweepConfig(
         data=data,
         val=val,
         val_split=parse_ratio(val_split) if val_split else 0.0,
-        strategies=_words(strategies, "--strategies"),
-        scopes=_words(scopes, "--scopes"),
-        patterns=_words(patterns, "--patterns"),
+        strategies=_names(strategies, "--strategies"),
+        scopes=_names(scopes, "--scopes"),
+        patterns=_names(patterns, "--patterns"),
         params=tuple(map(_param, param or ())),
         sparsities=_ratios(sparsities or ("" if max_drop else _USUAL)),
-        schedules=_words(schedules, "--schedules"),
+        schedules=_names(schedules, "--schedules"),
         epochs=epochs,
         batch_size=batch_size,
         samples=samples,
@@ -104,25 +104,25 @@ def sweep(
         custom_objects=custom_objects,
         is_trusted=trust,
     )
-    limit = parse_drop(max_drop) if max_drop else None
-    found = run(
+    drop = parse_drop(max_drop) if max_drop else None
+    result = run(
         model,
-        choices,
+        config,
         output,
         jobs=jobs,
         place=on,
-        max_drop=limit,
-        watcher=lambda *made: reporter.note(trial_line(*made)),
+        max_drop=drop,
+        watcher=lambda *trial: reporter.note(trial_line(*trial)),
     )
-    return reporter.show(sweep_report(found, str(model)))
+    return reporter.show(sweep_report(result, str(model)))
 
 
-def _words(text: str, option: str) -> tuple[str, ...]:
+def _names(text: str, option: str) -> tuple[str, ...]:
     """Return the words in a list with commas, each once."""
-    words = tuple(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
-    if not words:
+    names = tuple(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
+    if not names:
         raise UsageError(f"{option} names nothing")
-    return words
+    return names
 
 
 def _param(text: str) -> tuple[str, tuple[str, ...]]:
@@ -130,7 +130,7 @@ def _param(text: str) -> tuple[str, tuple[str, ...]]:
     name, sign, values = text.partition("=")
     if not name or not sign:
         raise UsageError(f"{text!r} is no parameter with values", hint="write --param damp=0.01,0.1")
-    return name, _words(values, f"--param {name}")
+    return name, _names(values, f"--param {name}")
 
 
 def _ratios(text: str) -> tuple[float, ...]:

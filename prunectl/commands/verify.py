@@ -35,16 +35,22 @@ def verify_report(path: str, findings: tuple[Finding, ...], *, has_gates: bool) 
     """Return the report on a file; gates are for scripts, as people see them in a table."""
     named = tuple(replace(finding, model=path) for finding in findings)
     failed = [finding for finding in named if finding.is_failure]
-    held = Table(
-        "checks", _COLUMNS, tuple((one.verdict, _SENTENCES[one.id], int(one.actual), one.note) for one in named)
+    checks = Table(
+        "checks",
+        _COLUMNS,
+        tuple((finding.verdict, _SENTENCES[finding.id], int(finding.actual), finding.note) for finding in named),
     )
     title = f"{path}: {f'{len(failed)} of {len(named)} do not hold' if failed else 'all holds'}"
     return CheckReport(
         models=(),
-        main=Table("checks", _COLUMNS, tuple((one.verdict, one.id, int(one.actual), one.note) for one in named)),
-        sections=(Section(title, tables=(held,)),),
+        table=Table(
+            "checks",
+            _COLUMNS,
+            tuple((finding.verdict, finding.id, int(finding.actual), finding.note) for finding in named),
+        ),
+        sections=(Section(title, tables=(checks,)),),
         gates=named if has_gates else (),
-        bare=tuple(f"{one.id}: {one.note}" for one in failed),
+        quiet_lines=tuple(f"{finding.id}: {finding.note}" for finding in failed),
         code=int(bool(failed)),
     )
 
@@ -71,11 +77,11 @@ def verify(
     reporter: Reporter = ctx.obj
     if manifest is None and against is None:
         raise UsageError("what is it to be held against?", hint="--manifest FILE, or --against SRC, or both")
-    known = pruning_manifest.read_record(manifest) if manifest is not None else None
+    record = pruning_manifest.read_record(manifest) if manifest is not None else None
     with resolve_stdin(out) as path:
         source = open_model(against) if against is not None else None
-        found = run(open_model(path), known, source, reporter.progress)
-    return reporter.show(verify_report(out, found, has_gates=reporter.is_json))
+        findings = run(open_model(path), record, source, reporter.progress)
+    return reporter.show(verify_report(out, findings, has_gates=reporter.is_json))
 
 
 command = make_command(verify)

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from prunectl.commands._command import spelled
+from prunectl.commands._command import option_name
 from prunectl.errors import UsageError
 from prunectl.pruning.schedules import SparsitySchedule
 from prunectl.training.backend import ModelOrigin
@@ -50,7 +50,7 @@ def wrap_options(ctx: typer.Context, *, looks_at_data: bool) -> WrapOptions | No
 def _refuse_wrap_options(ctx: typer.Context, names: tuple[str, ...], what: str, hint: str) -> None:
     for name in names:
         if ctx.params[name]:
-            raise UsageError(f"{spelled(ctx, name)} is about {what}", hint=f"add {hint}")
+            raise UsageError(f"{option_name(ctx, name)} is about {what}", hint=f"add {hint}")
 
 
 def _ramp(said: dict[str, Any]) -> SparsitySchedule:

@@ -31,41 +31,41 @@ _SIZES = (
 _MILLISECONDS = Column("ms", Unit.NUMBER)
 
 
-def channels_report(found: ChannelPruneResult, output: str) -> Report:
+def channels_report(result: ChannelPruneResult, output: str) -> Report:
     """Return the report on a run; without an output it was a dry run."""
-    cuts = Table("cuts", _CUTS, _rows(found))
+    cuts = Table("cuts", _CUTS, _rows(result))
     sizes = Table(
         "sizes",
-        (*_SIZES, *(() if found.seconds is None else (_MILLISECONDS,))),
+        (*_SIZES, *(() if result.seconds is None else (_MILLISECONDS,))),
         tuple(
-            (*_size(name, survey), *(() if found.seconds is None else (round(found.seconds[place] * 1e3, 3),)))
-            for place, (name, survey) in enumerate((("before", found.before), ("after", found.after)))
+            (*_size(name, stats), *(() if result.seconds is None else (round(result.seconds[index] * 1e3, 3),)))
+            for index, (name, stats) in enumerate((("before", result.before), ("after", result.after)))
         ),
     )
-    remarks = [*([_skipped(found)] if found.skips else []), *_unknown(found.before), *found.notes]
-    remarks.append(
+    notes = [*([_skipped(result)] if result.skips else []), *_unknown(result.before), *result.notes]
+    notes.append(
         "This was a dry run: nothing was written."
         if not output
-        else f"Next: prunectl size {found.before.path} {output}"
+        else f"Next: prunectl size {result.before.path} {output}"
     )
     return Report(
-        models=(survey_json(found.before), survey_json(found.after)),
-        main=cuts,
+        models=(survey_json(result.before), survey_json(result.after)),
+        table=cuts,
         sections=(
-            Section(f"{found.before.path} -> {output or 'nowhere'}", _facts(found), (cuts, sizes), tuple(remarks)),
+            Section(f"{result.before.path} -> {output or 'nowhere'}", _facts(result), (cuts, sizes), tuple(notes)),
         ),
-        artifacts=(Artifact(output, found.after.bytes.raw), *(Artifact(*one) for one in found.beside))
+        artifacts=(Artifact(output, result.after.bytes.raw), *(Artifact(*file) for file in result.beside))
         if output
         else (),
-        bare=(),
-        more={"channels": _json(found)},
+        quiet_lines=(),
+        extra_json={"channels": _json(result)},
     )
 
 
-def _rows(found: ChannelPruneResult) -> tuple[tuple[Cell, ...], ...]:
-    after = {row.name: row for row in found.after.layers}
+def _rows(result: ChannelPruneResult) -> tuple[tuple[Cell, ...], ...]:
+    after = {row.name: row for row in result.after.layers}
     rows: list[tuple[Cell, ...]] = []
-    for row in found.before.layers:
+    for row in result.before.layers:
         now = after.get(row.name)
         if now is not None and now.shape != row.shape:
             share = now.params / row.params
@@ -73,17 +73,17 @@ def _rows(found: ChannelPruneResult) -> tuple[tuple[Cell, ...], ...]:
     return tuple(rows)
 
 
-def _size(name: str, found: ModelStats) -> tuple[Cell, ...]:
-    flops = None if found.macs is None else 2 * found.macs
-    return (name, found.params.total, flops, found.bytes.raw, found.bytes.compressed)
+def _size(name: str, stats: ModelStats) -> tuple[Cell, ...]:
+    flops = None if stats.macs is None else 2 * stats.macs
+    return (name, stats.params.total, flops, stats.bytes.raw, stats.bytes.compressed)
 
 
-def _facts(found: ChannelPruneResult) -> tuple[tuple[str, str], ...]:
+def _facts(result: ChannelPruneResult) -> tuple[tuple[str, str], ...]:
     return (
-        ("asked", _asked(found.cutting)),
-        *(() if found.cutting.is_dead else (("how", f"{_measure(found.cutting)}, {found.cutting.scope} scope"),)),
-        ("cut", f"{count(found.dropped)} of {count(found.channels)} channels that may go"),
-        ("proof", f"the same as {_reference(found.cutting)}, within {_proof(found.proof)}"),
+        ("asked", _goal(result.cutting)),
+        *(() if result.cutting.is_dead else (("how", f"{_measure(result.cutting)}, {result.cutting.scope} scope"),)),
+        ("cut", f"{count(result.dropped)} of {count(result.channels)} channels that may go"),
+        ("proof", f"the same as {_reference(result.cutting)}, within {_proof(result.proof)}"),
     )
 
 
@@ -92,7 +92,7 @@ def _proof(proof: Verification) -> str:
     return f"{proof.error:.1e}{wide}{', also on your data' if proof.batches else ''}"
 
 
-def _asked(cutting: ChannelConfig) -> str:
+def _goal(cutting: ChannelConfig) -> str:
     if cutting.is_dead:
         return "channels that make no difference"
     if cutting.goal is None:
@@ -110,33 +110,33 @@ def _measure(cutting: ChannelConfig) -> str:
     return "random" if cutting.measure is None else cutting.measure.name
 
 
-def _skipped(found: ChannelPruneResult) -> str:
-    reasons = Counter(skip.reason for skip in found.skips)
-    told = "; ".join(f"{reason} ({number})" for reason, number in reasons.most_common(6))
-    return f"Left alone: {told}{'; and others' if len(reasons) > 6 else ''}."
+def _skipped(result: ChannelPruneResult) -> str:
+    reasons = Counter(skip.reason for skip in result.skips)
+    listed = "; ".join(f"{reason} ({number})" for reason, number in reasons.most_common(6))
+    return f"Left alone: {listed}{'; and others' if len(reasons) > 6 else ''}."
 
 
-def _unknown(survey: ModelStats) -> list[str]:
-    if not survey.macs_unknown:
+def _unknown(stats: ModelStats) -> list[str]:
+    if not stats.macs_unknown:
         return []
-    return [f"FLOPs are without {len(survey.macs_unknown)} operations of unknown shape."]
+    return [f"FLOPs are without {len(stats.macs_unknown)} operations of unknown shape."]
 
 
 def _shape(lengths: tuple[int, ...]) -> str:
     return "x".join(map(str, lengths))
 
 
-def _json(found: ChannelPruneResult) -> dict[str, object]:
+def _json(result: ChannelPruneResult) -> dict[str, object]:
     return {
-        "total": found.channels,
-        "dropped": found.dropped,
-        "error": found.proof.error,
-        "error_float64": found.proof.wide,
-        "data_batches": found.proof.batches,
-        "seconds": None if found.seconds is None else dict(zip(("before", "after"), found.seconds, strict=True)),
+        "total": result.channels,
+        "dropped": result.dropped,
+        "error": result.proof.error,
+        "error_float64": result.proof.wide,
+        "data_batches": result.proof.batches,
+        "seconds": None if result.seconds is None else dict(zip(("before", "after"), result.seconds, strict=True)),
         "families": [
             {"name": loss.family.name, "channels": len(loss.family.groups), "dropped": list(loss.dropped)}
-            for loss in found.losses
+            for loss in result.losses
         ],
-        "left_alone": [asdict(skip) for skip in found.skips],
+        "left_alone": [asdict(skip) for skip in result.skips],
     }

@@ -28,66 +28,66 @@ _RESULT = (
 )
 
 
-def finetune_report(found: Finetuned, model: str, output: str) -> Report:
+def finetune_report(result: Finetuned, model: str, output: str) -> Report:
     """Return the report on a run."""
-    result = Table("result", _RESULT, (_result(found, output),))
-    epochs = _epochs(found)
-    tables = (*([epochs] if epochs.rows else []), before_after(found.before, found.after))
-    remarks = (*found.notes, f"Next: prunectl size {output}")
+    table = Table("result", _RESULT, (_result(result, output),))
+    epochs = _epochs(result)
+    tables = (*([epochs] if epochs.rows else []), before_after(result.before, result.after))
+    notes = (*result.notes, f"Next: prunectl size {output}")
     training = {
-        "steps": found.course.steps,
-        "best_epoch": found.best_epoch,
-        "zeros": found.masked,
-        "zeros_kept": found.kept,
-        "before": _finite(found.judged_before),
-        "after": _finite(found.judged_after),
+        "steps": result.course.steps,
+        "best_epoch": result.best_epoch,
+        "zeros": result.masked,
+        "zeros_kept": result.kept,
+        "before": _finite(result.judged_before),
+        "after": _finite(result.judged_after),
     }
     return Report(
-        models=(survey_json(found.before), {**survey_json(found.after), "training": training}),
-        main=result,
-        sections=(Section(f"{model} -> {output}", _facts(found), tables, remarks),),
-        artifacts=(Artifact(output, found.after.bytes.raw),),
-        bare=(),
+        models=(survey_json(result.before), {**survey_json(result.after), "training": training}),
+        table=table,
+        sections=(Section(f"{model} -> {output}", _facts(result), tables, notes),),
+        artifacts=(Artifact(output, result.after.bytes.raw),),
+        quiet_lines=(),
     )
 
 
-def _result(found: Finetuned, output: str) -> tuple[Cell, ...]:
-    name = judged_by(found.judged_after, first_of(found.request.means)) if found.judged_after else ""
+def _result(result: Finetuned, output: str) -> tuple[Cell, ...]:
+    name = judged_by(result.judged_after, first_of(result.request.means)) if result.judged_after else ""
     return (
         output,
         name,
-        found.judged_before.get(name),
-        found.judged_after.get(name),
-        found.after.prunable_sparsity,
-        found.after.bytes.raw,
-        found.before.bytes.compressed,
-        found.after.bytes.compressed,
-        found.kept,
-        found.masked,
-        _how(found),
+        result.judged_before.get(name),
+        result.judged_after.get(name),
+        result.after.prunable_sparsity,
+        result.after.bytes.raw,
+        result.before.bytes.compressed,
+        result.after.bytes.compressed,
+        result.kept,
+        result.masked,
+        _method(result),
     )
 
 
-def _how(found: Finetuned) -> str:
-    request = found.request
-    asked, ramping = request.pruning, request.ramping
-    pruning = (asked.strategy, asked.pattern, asked.scope, ramping.name or "polynomial") if request.prunes else ()
-    return ", ".join(filter(None, (*pruning, f"{count(found.course.steps)} steps of {found.course.batch_size}")))
+def _method(result: Finetuned) -> str:
+    request = result.request
+    pruning, ramping = request.pruning, request.ramping
+    parts = (pruning.strategy, pruning.pattern, pruning.scope, ramping.name or "polynomial") if request.prunes else ()
+    return ", ".join(filter(None, (*parts, f"{count(result.course.steps)} steps of {result.course.batch_size}")))
 
 
-def _facts(found: Finetuned) -> tuple[tuple[str, str], ...]:
-    facts = [("trained", _how(found))]
-    for name, after in found.judged_after.items():
-        facts.append((name, f"{_number(found.judged_before.get(name))} -> {_number(after)}"))
-    if found.best_epoch is not None:
-        facts.append(("weights", f"of epoch {found.best_epoch}, the best"))
-    facts.append(("zeros kept", f"{count(found.kept)} / {count(found.masked)}"))
+def _facts(result: Finetuned) -> tuple[tuple[str, str], ...]:
+    facts = [("trained", _method(result))]
+    for name, after in result.judged_after.items():
+        facts.append((name, f"{_number(result.judged_before.get(name))} -> {_number(after)}"))
+    if result.best_epoch is not None:
+        facts.append(("weights", f"of epoch {result.best_epoch}, the best"))
+    facts.append(("zeros kept", f"{count(result.kept)} / {count(result.masked)}"))
     return tuple(facts)
 
 
-def _epochs(found: Finetuned) -> Table:
-    names = list(dict.fromkeys(name for entry in found.history for name in entry.train))
-    judged = list(dict.fromkeys(name for entry in found.history for name in entry.val))
+def _epochs(result: Finetuned) -> Table:
+    names = list(dict.fromkeys(name for entry in result.history for name in entry.train))
+    judged = list(dict.fromkeys(name for entry in result.history for name in entry.val))
     columns = [
         Column("epoch"),
         Column("sparsity", Unit.RATIO),
@@ -101,7 +101,7 @@ def _epochs(found: Finetuned) -> Table:
             *(entry.train.get(name) for name in names),
             *(entry.val.get(name) for name in judged),
         )
-        for entry in found.history
+        for entry in result.history
     )
     return Table("epochs", tuple(columns), rows)
 

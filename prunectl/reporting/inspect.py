@@ -22,15 +22,15 @@ _MAX_FACT = 500
 """Characters of what a file says of itself."""
 
 
-def inspect_report(surveys: Sequence[ModelStats], failures: Sequence[Failure], *, has_flops: bool) -> Report:
+def inspect_report(models: Sequence[ModelStats], failures: Sequence[Failure], *, has_flops: bool) -> Report:
     """Return the report on some models."""
-    pattern = next((found.pattern for found in surveys if found.pattern), "")
+    pattern = next((stats.pattern for stats in models if stats.pattern), "")
     columns = _columns(pattern, has_flops=has_flops)
-    rows = [(found.path, *_cells(row, pattern, has_flops=has_flops)) for found in surveys for row in found.layers]
+    rows = [(stats.path, *_cells(row, pattern, has_flops=has_flops)) for stats in models for row in stats.layers]
     return Report(
-        models=tuple(survey_json(found) for found in surveys),
-        main=Table("tensors", (Column("path"), *columns), tuple(rows)),
-        sections=tuple(_section(found, columns, pattern, has_flops=has_flops) for found in surveys),
+        models=tuple(survey_json(stats) for stats in models),
+        table=Table("tensors", (Column("path"), *columns), tuple(rows)),
+        sections=tuple(_section(stats, columns, pattern, has_flops=has_flops) for stats in models),
         failures=tuple(failures),
     )
 
@@ -65,51 +65,51 @@ def _cells(row: TensorStats, pattern: str, *, has_flops: bool) -> tuple[Cell, ..
     )
 
 
-def _section(found: ModelStats, columns: tuple[Column, ...], pattern: str, *, has_flops: bool) -> Section:
+def _section(stats: ModelStats, columns: tuple[Column, ...], pattern: str, *, has_flops: bool) -> Section:
     tensors = Table(
         "tensors",
         columns,
-        tuple(_cells(row, pattern, has_flops=has_flops) for row in found.layers),
-        total=_total(found, columns, has_flops=has_flops),
+        tuple(_cells(row, pattern, has_flops=has_flops) for row in stats.layers),
+        total=_total(stats, columns, has_flops=has_flops),
     )
-    tables = [_parts(found), *([tensors] if found.layers else [])]
-    if found.histogram is not None:
-        tables.append(_bars(found.histogram))
-    return Section(title=found.path, facts=_facts(found), tables=tuple(tables), remarks=found.advice)
+    tables = [_parts(stats), *([tensors] if stats.layers else [])]
+    if stats.histogram is not None:
+        tables.append(_bars(stats.histogram))
+    return Section(title=stats.path, facts=_facts(stats), tables=tuple(tables), notes=stats.advice)
 
 
-def _total(found: ModelStats, columns: tuple[Column, ...], *, has_flops: bool) -> tuple[Cell, ...]:
-    shown = totals(found.layers)
+def _total(stats: ModelStats, columns: tuple[Column, ...], *, has_flops: bool) -> tuple[Cell, ...]:
+    shown = totals(stats.layers)
     sums: dict[str, Cell] = {"tensor": "all", "params": shown.total, "zeros": shown.zero}
     if shown.zero is not None:
         sums["sparsity"] = shown.zero / shown.total if shown.total else 0.0
     if has_flops:
-        sums["FLOPs"] = None if found.macs is None else 2 * found.macs
+        sums["FLOPs"] = None if stats.macs is None else 2 * stats.macs
     return tuple(sums.get(column.name, "" if not column.is_number else None) for column in columns)
 
 
-def _prunable(found: ModelStats) -> str:
+def _prunable(stats: ModelStats) -> str:
     """Return what the kernels are, whose zeros are counted also where `prune` came too late."""
-    kernels = [row for row in found.layers if row.is_prunable]
+    kernels = [row for row in stats.layers if row.is_prunable]
     return "in quantised kernels" if kernels and all(row.dtype in QUANTISED for row in kernels) else "prunable"
 
 
-def _facts(found: ModelStats) -> tuple[tuple[str, str], ...]:
-    about = found.about
+def _facts(stats: ModelStats) -> tuple[tuple[str, str], ...]:
+    about = stats.about
     facts = [
-        ("format", ", ".join(filter(None, (by_name(found.format).title, about.producer)))),
-        ("params", f"{count(found.params.total)}, of which {count(found.params.prunable)} {_prunable(found)}"),
+        ("format", ", ".join(filter(None, (by_name(stats.format).title, about.producer)))),
+        ("params", f"{count(stats.params.total)}, of which {count(stats.params.prunable)} {_prunable(stats)}"),
     ]
-    if found.sparsity is not None and found.prunable_sparsity is not None:
+    if stats.sparsity is not None and stats.prunable_sparsity is not None:
         facts.append(
             (
                 "sparsity",
-                f"{percent(found.prunable_sparsity)} of the prunable, {percent(found.sparsity)} of all parameters",
+                f"{percent(stats.prunable_sparsity)} of the prunable, {percent(stats.sparsity)} of all parameters",
             )
         )
-    if found.macs is not None:
-        unknown = f", without {len(found.macs_unknown)} operations of unknown shape" if found.macs_unknown else ""
-        facts.append(("FLOPs", f"{count(2 * found.macs)} for one input{unknown}"))
+    if stats.macs is not None:
+        unknown = f", without {len(stats.macs_unknown)} operations of unknown shape" if stats.macs_unknown else ""
+        facts.append(("FLOPs", f"{count(2 * stats.macs)} for one input{unknown}"))
     for kind in dict.fromkeys(wrapper.kind for wrapper in about.wrappers):
         layers = [wrapper for wrapper in about.wrappers if wrapper.kind == kind]
         schedules = ", ".join(dict.fromkeys(filter(None, (wrapper.schedule for wrapper in layers))))
@@ -125,28 +125,28 @@ def _facts(found: ModelStats) -> tuple[tuple[str, str], ...]:
     return tuple((name, abbreviated(fact, _MAX_FACT)) for name, fact in facts)
 
 
-def _parts(found: ModelStats) -> Table:
-    raw = found.bytes.raw
+def _parts(stats: ModelStats) -> Table:
+    raw = stats.bytes.raw
     return Table(
         "parts",
         (Column("part"), Column("size", Unit.BYTES), Column("share", Unit.RATIO), Column("", is_optional=True)),
         tuple(
             (part.name, part.bytes, part.bytes / raw if raw else 0.0, "dead weight" if part.is_dead else "")
-            for part in found.parts
+            for part in stats.parts
         ),
         total=("file", raw, None, ""),
     )
 
 
-def _bars(found: Histogram) -> Table:
-    tallest = max(found.counts, default=1)
-    rows: list[tuple[Cell, ...]] = [("0", found.zero, "")]
-    if found.below:
-        rows.append((f"< {found.edges[0]:.2g}", found.below, ""))
-    for low, number in zip(found.edges, found.counts, strict=False):
+def _bars(histogram: Histogram) -> Table:
+    tallest = max(histogram.counts, default=1)
+    rows: list[tuple[Cell, ...]] = [("0", histogram.zero, "")]
+    if histogram.below:
+        rows.append((f"< {histogram.edges[0]:.2g}", histogram.below, ""))
+    for low, number in zip(histogram.edges, histogram.counts, strict=False):
         rows.append((f"{low:.2g}", number, "#" * -(-number * _BAR_WIDTH // tallest)))
-    if found.not_finite:
-        rows.append(("NaN or infinite", found.not_finite, ""))
+    if histogram.not_finite:
+        rows.append(("NaN or infinite", histogram.not_finite, ""))
     return Table("histogram", (Column("|weight| from"), Column("weights", Unit.COUNT), Column("")), tuple(rows))
 
 
@@ -160,9 +160,9 @@ _COLUMNS = (
 _SHOWN = 4
 
 
-def add_channel_groups(report: Report, found: Sequence[ChannelGroups]) -> Report:
+def add_channel_groups(report: Report, models: Sequence[ChannelGroups]) -> Report:
     """Return the report of `inspect` with the channels of its models, given in its order."""
-    by_path = {groups.path: groups for groups in found}
+    by_path = {groups.path: groups for groups in models}
     sections = tuple(
         replace(
             section,
@@ -174,30 +174,33 @@ def add_channel_groups(report: Report, found: Sequence[ChannelGroups]) -> Report
         for section in report.sections
     )
     # Who asks for groups in a pipe gets groups.
-    rows = tuple((groups.path, *_row(family)) for groups in found for family in groups.families)
+    rows = tuple((groups.path, *_row(family)) for groups in models for family in groups.families)
     main = Table("groups", (Column("path"), *_COLUMNS), rows)
     return replace(
-        report, main=main, sections=sections, more={**report.more, "groups": [_json(groups) for groups in found]}
+        report,
+        table=main,
+        sections=sections,
+        extra_json={**report.extra_json, "groups": [_json(groups) for groups in models]},
     )
 
 
-def _fact(found: ChannelGroups) -> str:
-    return f"{count(found.free)} of {count(found.channels)} may go"
+def _fact(groups: ChannelGroups) -> str:
+    return f"{count(groups.free)} of {count(groups.channels)} may go"
 
 
-def _table(found: ChannelGroups) -> Table:
-    return Table("groups", _COLUMNS, tuple(_row(family) for family in found.families), title="channels")
+def _table(groups: ChannelGroups) -> Table:
+    return Table("groups", _COLUMNS, tuple(_row(family) for family in groups.families), title="channels")
 
 
 def _row(family: ChannelGroup) -> tuple[Cell, ...]:
     places = [f"{place.tensor}[{place.axis}]" for place in family.places if place.tensor != family.name]
-    told = ", ".join(places[:_SHOWN]) + (f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else "")
-    return (family.name, len(family.groups), len({place.tensor for place in family.places}), told, family.reason)
+    listed = ", ".join(places[:_SHOWN]) + (f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else "")
+    return (family.name, len(family.groups), len({place.tensor for place in family.places}), listed, family.reason)
 
 
-def _json(found: ChannelGroups) -> dict[str, object]:
+def _json(groups: ChannelGroups) -> dict[str, object]:
     return {
-        "path": found.path,
+        "path": groups.path,
         "families": [
             {
                 "name": family.name,
@@ -207,6 +210,6 @@ def _json(found: ChannelGroups) -> dict[str, object]:
                     {"tensor": place.tensor, "axis": place.axis, "part": str(place.part)} for place in family.places
                 ],
             }
-            for family in found.families
+            for family in groups.families
         ],
     }

@@ -16,78 +16,80 @@ from prunectl.sweeping.trial import Trial
 from prunectl.units import count, percent
 
 
-def with_search(report: Report, held: SearchResult, judged_by: str, *, does_look: bool) -> Report:
+def with_search(report: Report, result: SearchResult, judged_by: str, *, does_look: bool) -> Report:
     """Return the report on pruning at the sparsity that was found, with how it was found."""
-    remarks = (
-        (f"Judged by {judged_by}, which the strategy looks at too: other data may say less.",) if does_look else ()
-    )
+    notes = (f"Judged by {judged_by}, which the strategy looks at too: other data may say less.",) if does_look else ()
     return replace(
-        report, sections=(_section(held, remarks), *report.sections), more={**report.more, "max_drop": _json(held)}
+        report,
+        sections=(_section(result, notes), *report.sections),
+        extra_json={**report.extra_json, "max_drop": _json(result)},
     )
 
 
 def max_drop_report(
-    held: SearchResult, surveys: tuple[ModelStats, ModelStats], model: str, output: str, remarks: tuple[str, ...]
+    result: SearchResult, surveys: tuple[ModelStats, ModelStats], model: str, output: str, notes: tuple[str, ...]
 ) -> Report:
     """Return the report on a search whose result is one of the models that were tried, with what it was before."""
     before, after = surveys
-    section = _section(held, (*remarks, f"Next: prunectl size {output}"))
+    section = _section(result, (*notes, f"Next: prunectl size {output}"))
     return Report(
         models=(survey_json(before), survey_json(after)),
-        main=_result(held, surveys, output),
+        table=_result(result, surveys, output),
         sections=(Section(f"{model} -> {output}", tables=(before_after(before, after),)), section),
         artifacts=(Artifact(output, after.bytes.raw),),
-        bare=(),
-        more={"max_drop": _json(held)},
+        quiet_lines=(),
+        extra_json={"max_drop": _json(result)},
     )
 
 
-def _section(held: SearchResult, remarks: tuple[str, ...]) -> Section:
-    base, best = held.base, held.outcome
+def _section(result: SearchResult, notes: tuple[str, ...]) -> Section:
+    base, best = result.base, result.outcome
     lost = amount(drop(best, base), base)
     facts = (
-        (base.metric, f"{base.value:.4g} -> {best.value:.4g}, a drop of {lost}; {held.limit.shown} is allowed"),
-        ("tried", f"{count(len(held.tried))} {'sparsity' if len(held.tried) == 1 else 'sparsities'}"),
+        (base.metric, f"{base.value:.4g} -> {best.value:.4g}, a drop of {lost}; {result.limit.shown} is allowed"),
+        ("tried", f"{count(len(result.tried))} {'sparsity' if len(result.tried) == 1 else 'sparsities'}"),
     )
-    notes = tuple(dict.fromkeys((*_found(held), *held.again, *base.notes, *_diverged(held), *best.notes)))
-    return Section(f"within a drop of {held.limit.shown}", facts, (_trials_table(held),), (*notes, *remarks))
+    search_notes = tuple(
+        dict.fromkeys((*_largest_sparsity(result), *result.again, *base.notes, *_diverged(result), *best.notes))
+    )
+    return Section(f"within a drop of {result.limit.shown}", facts, (_trials_table(result),), (*search_notes, *notes))
 
 
-def _found(held: SearchResult) -> tuple[str, ...]:
+def _largest_sparsity(result: SearchResult) -> tuple[str, ...]:
     """Say which sparsity holds: the one that the file has, where it is not what was asked for."""
-    base, best = held.base, held.outcome
-    asked, worth = percent(held.best.sparsity), f"{base.metric} is {best.value:.4g}"
-    alike = [point for point, outcome in held.tried.items() if outcome.digest and outcome.digest == best.digest]
-    first = min((point.sparsity for point in alike), default=held.best.sparsity)
-    if first == held.best.sparsity:
-        return (f"The largest sparsity that holds is {asked}: {worth}.{_zeros(held)}",)
-    same = f"From {percent(first)} to {asked} the file is the same, so that more cannot go: {worth}."
-    return (f"{same}{_zeros(held)} What layers and limits of their own say goes before what is asked.",)
+    base, best = result.base, result.outcome
+    sparsity, worth = percent(result.best.sparsity), f"{base.metric} is {best.value:.4g}"
+    alike = [point for point, outcome in result.tried.items() if outcome.digest and outcome.digest == best.digest]
+    first = min((point.sparsity for point in alike), default=result.best.sparsity)
+    if first == result.best.sparsity:
+        return (f"The largest sparsity that holds is {sparsity}: {worth}.{_zeros(result)}",)
+    same = f"From {percent(first)} to {sparsity} the file is the same, so that more cannot go: {worth}."
+    return (f"{same}{_zeros(result)} What layers and limits of their own say goes before what is asked.",)
 
 
-def _zeros(held: SearchResult) -> str:
+def _zeros(result: SearchResult) -> str:
     """Say how sparse the file is; channels that were cut have left no zeros."""
-    if held.best.pattern == CHANNEL:
+    if result.best.pattern == CHANNEL:
         return ""
-    return f" Of all parameters, {percent(held.outcome.sparsity)} are zero."
+    return f" Of all parameters, {percent(result.outcome.sparsity)} are zero."
 
 
-def _diverged(held: SearchResult) -> tuple[str, ...]:
+def _diverged(result: SearchResult) -> tuple[str, ...]:
     """Say why there is no model of a sparsity."""
-    return tuple(note for outcome in held.tried.values() if not outcome.path for note in outcome.notes)
+    return tuple(note for outcome in result.tried.values() if not outcome.path for note in outcome.notes)
 
 
-def _outcome(held: SearchResult, point: Trial) -> str:
-    if not held.tried[point].is_number:
-        return "no number" if held.tried[point].path else "went astray"
-    return "holds" if held.is_held(point) else "too much"
+def _outcome(result: SearchResult, point: Trial) -> str:
+    if not result.tried[point].is_number:
+        return "no number" if result.tried[point].path else "went astray"
+    return "holds" if result.is_held(point) else "too much"
 
 
-def _trials_table(held: SearchResult) -> Table:
+def _trials_table(result: SearchResult) -> Table:
     columns = (
         Column("asked", Unit.RATIO),
         Column("sparsity", Unit.RATIO, is_optional=True),
-        Column(held.base.metric, Unit.NUMBER),
+        Column(result.base.metric, Unit.NUMBER),
         Column("drop", Unit.NUMBER),
         Column("gzip", Unit.BYTES),
         Column("verdict"),
@@ -97,16 +99,16 @@ def _trials_table(held: SearchResult) -> Table:
             point.sparsity,
             outcome.sparsity if outcome.path else None,
             finite(outcome.value),
-            finite(drop(outcome, held.base)),
+            finite(drop(outcome, result.base)),
             outcome.gzip if outcome.path else None,
-            _outcome(held, point),
+            _outcome(result, point),
         )
-        for point, outcome in held.tried.items()
+        for point, outcome in result.tried.items()
     ]
     return Table("tried", columns, tuple(rows))
 
 
-def _result(held: SearchResult, surveys: tuple[ModelStats, ModelStats], output: str) -> Table:
+def _result(result: SearchResult, surveys: tuple[ModelStats, ModelStats], output: str) -> Table:
     columns = (
         Column("model"),
         Column("metric"),
@@ -118,31 +120,31 @@ def _result(held: SearchResult, surveys: tuple[ModelStats, ModelStats], output: 
         Column("gzip after", Unit.BYTES),
         Column("tried", Unit.COUNT),
     )
-    base, best, (before, after) = held.base, held.outcome, surveys
+    base, best, (before, after) = result.base, result.outcome, surveys
     row: tuple[Cell, ...] = (
-        *(output, base.metric, base.value, best.value, held.best.sparsity, after.sparsity),
-        *(before.bytes.compressed, after.bytes.compressed, len(held.tried)),
+        *(output, base.metric, base.value, best.value, result.best.sparsity, after.sparsity),
+        *(before.bytes.compressed, after.bytes.compressed, len(result.tried)),
     )
     return Table("result", columns, (row,))
 
 
-def _json(held: SearchResult) -> dict[str, Any]:
-    base, best = held.base, held.outcome
+def _json(result: SearchResult) -> dict[str, Any]:
+    base, best = result.base, result.outcome
     return {
-        "limit": held.limit.amount,
+        "limit": result.limit.amount,
         "metric": base.metric,
         "before": base.value,
         "after": best.value,
         "drop": drop(best, base),
-        "sparsity": held.best.sparsity,
+        "sparsity": result.best.sparsity,
         "tried": [
             {
                 "sparsity": point.sparsity,
                 "value": finite(outcome.value),
                 "drop": finite(drop(outcome, base)),
                 "gzip": outcome.gzip if outcome.path else None,
-                "is_held": held.is_held(point),
+                "is_held": result.is_held(point),
             }
-            for point, outcome in held.tried.items()
+            for point, outcome in result.tried.items()
         ],
     }

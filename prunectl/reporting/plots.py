@@ -17,15 +17,15 @@ _WIDTH, _HEIGHT, _LEFT, _TOP, _LINE = 520, 260, 48, 16, 18
 
 def braille_plot(curve: Curve, columns: int, rows: int) -> list[str]:
     """Return lines of text in which a curve rises, two by four dots to a letter."""
-    wide, high = columns * 2, rows * 4
+    width, height = columns * 2, rows * 4
     cells = [[0] * columns for _ in range(rows)]
     last: int | None = None
-    for x in range(wide):
-        value = curve[round(x * (len(curve) - 1) / (wide - 1))]
-        y = round((1.0 - min(max(value, 0.0), 1.0)) * (high - 1))
+    for x in range(width):
+        value = curve[round(x * (len(curve) - 1) / (width - 1))]
+        y = round((1.0 - min(max(value, 0.0), 1.0)) * (height - 1))
         # A jump is drawn as a wall, not as two islands.
-        for at in range(min(y, last if last is not None else y), max(y, last if last is not None else y) + 1):
-            cells[at // 4][x // 2] |= _DOTS[at % 4][x % 2]
+        for dot in range(min(y, last if last is not None else y), max(y, last if last is not None else y) + 1):
+            cells[dot // 4][x // 2] |= _DOTS[dot % 4][x % 2]
         last = y
     return ["".join(chr(0x2800 + cell) for cell in line).rstrip("\u2800") for line in cells]
 
@@ -35,9 +35,9 @@ def svg_plot(curves: Mapping[str, Curve], *, across: str, up: str) -> str:
     right = _LEFT + _WIDTH
     bottom = _TOP + _HEIGHT
     total = bottom + 40 + _LINE * len(curves)
-    said = escape(f"{up} over {across}: {', '.join(curves)}")
+    label = escape(f"{up} over {across}: {', '.join(curves)}")
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right + 24} {total}" role="img" aria-label="{said}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right + 24} {total}" role="img" aria-label="{label}">',
         "<style>text { font: 13px sans-serif }</style>",
         f'<rect width="{right + 24}" height="{total}" fill="white"/>',
     ]
@@ -46,13 +46,13 @@ def svg_plot(curves: Mapping[str, Curve], *, across: str, up: str) -> str:
         parts.append(f'<path d="M{_LEFT} {y:g}H{right}" stroke="#ddd"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:g}" text-anchor="end">{share:.0%}</text>')
     parts.append(f'<text x="{(_LEFT + right) / 2:g}" y="{bottom + 20}" text-anchor="middle">{escape(across)}</text>')
-    for at, (name, curve) in enumerate(curves.items()):
-        colour = _COLOURS[at % len(_COLOURS)]
+    for number, (name, curve) in enumerate(curves.items()):
+        colour = _COLOURS[number % len(_COLOURS)]
         points = " ".join(
             f"{_LEFT + x * _WIDTH / (len(curve) - 1):.1f},{bottom - value * _HEIGHT:.1f}"
             for x, value in enumerate(curve)
         )
-        y = bottom + 44 + at * _LINE
+        y = bottom + 44 + number * _LINE
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts.append(f'<path d="M{_LEFT} {y - 4}h24" stroke="{colour}" stroke-width="3"/>')
         parts.append(f'<text x="{_LEFT + 32}" y="{y}">{escape(name)}</text>')
@@ -63,12 +63,12 @@ _STEPS = 200
 _FINAL = 0.8
 
 
-def curves() -> dict[str, list[float]]:
+def schedule_curves() -> dict[str, list[float]]:
     """Return the sparsity at every step, by schedule."""
     ramps = {name: SparsitySchedule(name, _FINAL, 0, _STEPS) for name in CURVES}
     return {name: [ramp.sparsity_at(step) for step in range(_STEPS + 1)] for name, ramp in ramps.items()}
 
 
-def svg() -> str:
+def schedules_svg() -> str:
     """Return one picture of all of them."""
-    return svg_plot(curves(), across="steps from --begin to --end", up="sparsity")
+    return svg_plot(schedule_curves(), across="steps from --begin to --end", up="sparsity")

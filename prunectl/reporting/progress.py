@@ -80,7 +80,7 @@ class TrainingProgress:
         self._checkpoints = checkpoints
         self._has_bar = settings.has_progress and sys.stderr.isatty() and not os.environ.get("CI")
         self._bar: Progress | None = None
-        self._told = 0
+        self._last_epoch = 0
 
     def watch(self, moment: Moment) -> None:
         """Show where training is."""
@@ -88,13 +88,13 @@ class TrainingProgress:
             return
         if self._has_bar:
             self._show(moment)
-        elif moment.last is not None and moment.last.epoch > self._told:
-            self._tell(moment.last, moment.epochs)
+        elif moment.last is not None and moment.last.epoch > self._last_epoch:
+            self._write_epoch(moment.last, moment.epochs)
 
-    def _tell(self, entry: LogEntry, epochs: int) -> None:
+    def _write_epoch(self, entry: LogEntry, epochs: int) -> None:
         escape_unencodable(sys.stderr)
-        self._told = entry.epoch
-        sys.stderr.write(f"epoch {entry.epoch}/{epochs}: {line(entry)}\n")
+        self._last_epoch = entry.epoch
+        sys.stderr.write(f"epoch {entry.epoch}/{epochs}: {format_epoch(entry)}\n")
         sys.stderr.flush()
 
     def _show(self, moment: Moment) -> None:
@@ -111,7 +111,7 @@ class TrainingProgress:
             )
             self._bar.add_task("", total=moment.steps)
             self._bar.start()
-        last = line(moment.last) if moment.last is not None else percent(moment.sparsity) + " zero"
+        last = format_epoch(moment.last) if moment.last is not None else percent(moment.sparsity) + " zero"
         description = f"epoch {moment.epoch}/{moment.epochs}  {last}"
         self._bar.update(self._bar.task_ids[0], completed=moment.step, description=description)
 
@@ -131,7 +131,7 @@ class TrainingProgress:
                 sys.stderr.write(f"stopped: the same command with --resume goes on from {self._checkpoints}\n")
 
 
-def line(entry: LogEntry) -> str:
+def format_epoch(entry: LogEntry) -> str:
     """Return the numbers of an epoch."""
     numbers = [*entry.train.items(), *((f"val {name}", value) for name, value in entry.val.items())]
     return "  ".join([*(f"{name} {value:.4g}" for name, value in numbers), f"{percent(entry.sparsity)} zero"])

@@ -33,8 +33,8 @@ def before_after(before: ModelStats, after: ModelStats) -> Table:
     return Table("sizes", _COMPARED, (_compared_row("before", before), _compared_row("after", after)))
 
 
-def _compared_row(name: str, found: ModelStats) -> tuple[Cell, ...]:
-    return (name, found.prunable_sparsity, found.bytes.raw, found.bytes.packed, found.bytes.compressed)
+def _compared_row(name: str, stats: ModelStats) -> tuple[Cell, ...]:
+    return (name, stats.prunable_sparsity, stats.bytes.raw, stats.bytes.packed, stats.bytes.compressed)
 
 
 _COLUMNS = (
@@ -47,90 +47,92 @@ _COLUMNS = (
 )
 
 
-def prune_report(found: Pruned, output: str) -> Report:
+def prune_report(pruned: Pruned, output: str) -> Report:
     """Return the report on a run; without an output it was a dry run."""
-    rows = tuple(_row(found, number) for number in range(len(found.plan.cuts)))
-    dropped = sum(tally.dropped for tally in found.tallies.values())
-    zeros = sum(tally.zeros for tally in found.tallies.values())
-    size = found.plan.size
+    rows = tuple(_row(pruned, number) for number in range(len(pruned.plan.cuts)))
+    dropped = sum(tally.dropped for tally in pruned.tallies.values())
+    zeros = sum(tally.zeros for tally in pruned.tallies.values())
+    size = pruned.plan.size
     cuts = Table("cuts", _COLUMNS, rows, total=("all", "", size, dropped, zeros, zeros / size if size else 0.0))
-    remarks = [*([_skipped(found)] if found.plan.skips else []), *found.notes, *about_copies(found.before)]
-    if any(skip.reason == UNKNOWN for skip in found.plan.skips):
-        remarks.append(f"What is {UNKNOWN} is pruned when --only names it.")
-    if any(skip.reason == "optimizer state" for skip in found.plan.skips):
-        remarks.append(
+    notes = [*([_skipped(pruned)] if pruned.plan.skips else []), *pruned.notes, *about_copies(pruned.before)]
+    if any(skip.reason == UNKNOWN for skip in pruned.plan.skips):
+        notes.append(f"What is {UNKNOWN} is pruned when --only names it.")
+    if any(skip.reason == "optimizer state" for skip in pruned.plan.skips):
+        notes.append(
             "The optimizer's state of pruned weights is as it was: training goes on from it as from dense weights."
         )
-    if found.request.strategy == "random-weighted" and not found.request.params:
-        remarks.append(f"The seed drew the bias {sample_depth_bias(found.request.seed)}.")
-    if found.request.cluster:
-        count_of = found.request.cluster.partition(":")[0]
-        remarks.append(
-            f"Each of these tensors has at most {count_of} distinct values: what compresses files finds them."
-        )
+    if pruned.request.strategy == "random-weighted" and not pruned.request.params:
+        notes.append(f"The seed drew the bias {sample_depth_bias(pruned.request.seed)}.")
+    if pruned.request.cluster:
+        count_of = pruned.request.cluster.partition(":")[0]
+        notes.append(f"Each of these tensors has at most {count_of} distinct values: what compresses files finds them.")
     if not output:
-        remarks.append("This was a dry run: nothing was written.")
+        notes.append("This was a dry run: nothing was written.")
     else:
-        remarks.append(f"Next: prunectl size {output}")
-    title = f"{found.before.path} -> {output or 'nowhere'}"
+        notes.append(f"Next: prunectl size {output}")
+    title = f"{pruned.before.path} -> {output or 'nowhere'}"
     return Report(
-        models=(survey_json(found.before), survey_json(found.after)),
-        main=cuts,
-        sections=(Section(title, _facts(found), (cuts, before_after(found.before, found.after)), tuple(remarks)),),
-        artifacts=(Artifact(output, found.after.bytes.raw),) if output else (),
-        remarks=(),
-        bare=(),
+        models=(survey_json(pruned.before), survey_json(pruned.after)),
+        table=cuts,
+        sections=(Section(title, _facts(pruned), (cuts, before_after(pruned.before, pruned.after)), tuple(notes)),),
+        artifacts=(Artifact(output, pruned.after.bytes.raw),) if output else (),
+        notes=(),
+        quiet_lines=(),
     )
 
 
-def _row(found: Pruned, number: int) -> tuple[Cell, ...]:
-    tensor = found.plan.cuts[number].tensor
-    tally = found.tallies[tensor.name]
+def _row(pruned: Pruned, number: int) -> tuple[Cell, ...]:
+    tensor = pruned.plan.cuts[number].tensor
+    tally = pruned.tallies[tensor.name]
     shape = "x".join(map(str, tensor.shape))
     return (tensor.name, shape, tensor.size, tally.dropped, tally.zeros, tally.zeros / tensor.size)
 
 
-def _facts(found: Pruned) -> tuple[tuple[str, str], ...]:
-    asked = found.request
-    how = ", ".join(filter(None, (asked.strategy, asked.pattern, f"{asked.scope} scope", f"policy {asked.policy}")))
+def _facts(pruned: Pruned) -> tuple[tuple[str, str], ...]:
+    request = pruned.request
+    method = ", ".join(
+        filter(None, (request.strategy, request.pattern, f"{request.scope} scope", f"policy {request.policy}"))
+    )
     return (
-        ("asked", percent(found.sparsity)),
-        ("how", how),
-        *([("clusters", f"{asked.cluster} values in each tensor at most, by k-means")] if asked.cluster else []),
-        ("planned", f"{count(found.plan.drop)} of {count(found.plan.size)} weights"),
+        ("asked", percent(pruned.sparsity)),
+        ("how", method),
+        *([("clusters", f"{request.cluster} values in each tensor at most, by k-means")] if request.cluster else []),
+        ("planned", f"{count(pruned.plan.drop)} of {count(pruned.plan.size)} weights"),
     )
 
 
-def _skipped(found: Pruned) -> str:
-    reasons = Counter(skip.reason for skip in found.plan.skips)
-    told = ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common(6))
-    return f"Left alone: {told}{' and others' if len(reasons) > 6 else ''}."
+def _skipped(pruned: Pruned) -> str:
+    reasons = Counter(skip.reason for skip in pruned.plan.skips)
+    listed = ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common(6))
+    return f"Left alone: {listed}{' and others' if len(reasons) > 6 else ''}."
 
 
 _SHOWN = 6
 
 
-def wrap_report(found: Wrapped, output: str) -> Report:
+def wrap_report(wrapped: Wrapped, output: str) -> Report:
     """Return the report on a run; without an output it was a dry run."""
-    report = prune_report(found.pruned, output)
+    report = prune_report(wrapped.pruned, output)
     (section,) = report.sections
-    said = [one for one in section.remarks if not (one.startswith("The optimizer's state") and found.loses_optimizer)]
-    remarks = tuple(f"Next: prunectl finetune {output} --data …" if "Next:" in one else one for one in said)
-    return replace(report, sections=(replace(section, remarks=(*_remarks(found), *remarks)),))
+    kept = [
+        note for note in section.notes if not (note.startswith("The optimizer's state") and wrapped.loses_optimizer)
+    ]
+    rest = tuple(f"Next: prunectl finetune {output} --data …" if "Next:" in note else note for note in kept)
+    return replace(report, sections=(replace(section, notes=(*_wrapper_notes(wrapped), *rest)),))
 
 
-def _remarks(found: Wrapped) -> tuple[str, ...]:
-    tensors = f"{found.wrapped} tensor{'s' * (found.wrapped != 1)}"
-    remarks = [f"{tensors} got wrappers: {_schedule(found.ramp)}"]
-    if found.bare:
-        names = ", ".join(found.bare[:_SHOWN]) + (" …" if len(found.bare) > _SHOWN else "")
-        what = "is pruned without one" if found.ramp is None else "stays dense"
-        remarks.append(f"The framework has no wrapper for {names}: what is there {what}.")
-    if found.loses_compilation:
-        remarks.append("The result is not compiled: the file's loss, optimizer or a metric is code unknown here.")
-    if found.loses_optimizer:
-        remarks.append("The optimizer's state is not kept: wrapped weights are trained by a new one.")
-    return tuple(remarks)
+def _wrapper_notes(wrapped: Wrapped) -> tuple[str, ...]:
+    tensors = f"{wrapped.wrapped} tensor{'s' * (wrapped.wrapped != 1)}"
+    notes = [f"{tensors} got wrappers: {_schedule(wrapped.ramp)}"]
+    if wrapped.bare:
+        names = ", ".join(wrapped.bare[:_SHOWN]) + (" …" if len(wrapped.bare) > _SHOWN else "")
+        consequence = "is pruned without one" if wrapped.ramp is None else "stays dense"
+        notes.append(f"The framework has no wrapper for {names}: what is there {consequence}.")
+    if wrapped.loses_compilation:
+        notes.append("The result is not compiled: the file's loss, optimizer or a metric is code unknown here.")
+    if wrapped.loses_optimizer:
+        notes.append("The optimizer's state is not kept: wrapped weights are trained by a new one.")
+    return tuple(notes)
 
 
 def _schedule(ramp: SparsitySchedule | None) -> str:

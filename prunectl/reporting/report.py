@@ -45,7 +45,7 @@ class Column:
         """Whether it is set to the right."""
         return self.unit is not Unit.TEXT
 
-    def spell(self, cell: Cell, units: Units) -> str:
+    def format(self, cell: Cell, units: Units) -> str:
         """Return a cell as people read it."""
         if cell is None:
             return "-"
@@ -72,7 +72,7 @@ class Table:
     total: tuple[Cell, ...] | None = None
     title: str = ""
 
-    def raw(self, row: Sequence[Cell]) -> list[str]:
+    def raw_row(self, row: Sequence[Cell]) -> list[str]:
         """Return a row as programs read it: plain numbers, ratios from 0 to 1."""
         return ["" if cell is None else _plain(cell) for cell in row]
 
@@ -106,8 +106,8 @@ class Section:
     title: str
     facts: tuple[tuple[str, str], ...] = ()
     tables: tuple[Table, ...] = ()
-    remarks: tuple[str, ...] = ()
-    lines: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    drawing: tuple[str, ...] = ()
     """A drawing, line by line."""
 
 
@@ -117,19 +117,19 @@ class Report:
 
     models: tuple[dict[str, Any], ...]
     """What `--json` says of each model."""
-    main: Table
+    table: Table
     """The rows that pipes, CSV and Markdown get."""
     sections: tuple[Section, ...] = ()
     """What people get; the main table alone when there is none."""
     gates: tuple[LimitCheck, ...] = ()
     failures: tuple[Failure, ...] = ()
     artifacts: tuple[Artifact, ...] = ()
-    remarks: tuple[str, ...] = ()
-    bare: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+    quiet_lines: tuple[str, ...] | None = None
     """What `--quiet` prints instead of everything else."""
-    more: Mapping[str, Any] = field(default_factory=dict)
+    extra_json: Mapping[str, Any] = field(default_factory=dict)
     """What `--json` says beside the models."""
-    masks: Mapping[str, tuple[SparsityMap, ...]] = field(default_factory=dict)
+    sparsity_maps: Mapping[str, tuple[SparsityMap, ...]] = field(default_factory=dict)
     """Where the zeros of each model are, by its path: what a page shows."""
 
     @property
@@ -174,7 +174,7 @@ class Settings:
     units: Units = Units.SI
 
     @property
-    def chosen_layout(self) -> Layout:
+    def effective_layout(self) -> Layout:
         """The layout asked for; else tables for a terminal, rows for a pipe."""
         return self.layout or (Layout.HUMAN if sys.stdout.isatty() else Layout.PLAIN)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from typer import Abort, TyperException
 
-from prunectl import units as words
+from prunectl import units as arguments
 from prunectl.analysis.sizes import gate_sentence
 from prunectl.errors import PrunectlError, UsageError, translate
 from prunectl.reporting import serialize, terminal
@@ -38,7 +38,7 @@ class Reporter:
     @property
     def is_json(self) -> bool:
         """Whether a script is listening."""
-        return self.settings.chosen_layout is Layout.JSON
+        return self.settings.effective_layout is Layout.JSON
 
     def progress(self, label: str, total_bytes: int) -> AbstractContextManager[ProgressBars]:
         """Return a bar that appears when work takes longer than a second."""
@@ -54,58 +54,58 @@ class Reporter:
     def show(self, report: Report) -> int:
         """Print what a command found, and return its exit code."""
         escape_unencodable(sys.stdout)
-        layout = self.settings.chosen_layout
+        layout = self.settings.effective_layout
         # Of nothing but failures there is nothing to see on a page.
         if self.html is not None and (report.models or report.sections or not report.failures):
-            report = self._paged(report, self.html)
+            report = self._with_html_page(report, self.html)
         if self.settings.is_quiet and layout is not Layout.JSON:
-            report = _without_remarks(report)
+            report = _without_notes(report)
         if layout is Layout.JSON:
             sys.stdout.write(serialize.report_json(report, self.command))
             return report.exit_code
-        if self.settings.is_quiet and report.bare is not None:
-            sys.stdout.writelines(f"{line}\n" for line in report.bare)
+        if self.settings.is_quiet and report.quiet_lines is not None:
+            sys.stdout.writelines(f"{line}\n" for line in report.quiet_lines)
         elif layout is Layout.HUMAN:
             terminal.render(report, make_console(sys.stdout, self.settings), self.settings)
         else:
             sys.stdout.write(_as_rows(report, layout, self.settings))
-            self._note_aside(report)
+            self._note_on_stderr(report)
         sys.stdout.flush()
         for failure in report.failures:
             print_error(failure.error)
         if self.settings.is_verbose:
             sys.stderr.write(
-                f"took {_seconds():.2f} s and {words.nbytes(_peak_bytes(), self.settings.units)} of memory\n"
+                f"took {_seconds():.2f} s and {arguments.nbytes(_peak_bytes(), self.settings.units)} of memory\n"
             )
         return report.exit_code
 
-    def pour(self, path: Path) -> int:
+    def copy_to_stdout(self, path: Path) -> int:
         """Send a file to standard output, which carries nothing else then."""
         with path.open("rb") as file:
             shutil.copyfileobj(file, sys.stdout.buffer)
         sys.stdout.buffer.flush()
         return 0
 
-    def _paged(self, report: Report, path: Path) -> Report:
+    def _with_html_page(self, report: Report, path: Path) -> Report:
         """Write a report as a page, and return it with the page among what was written."""
         from prunectl.reporting.html.page import write  # noqa: PLC0415 - most reports are for terminals and scripts
 
         nbytes = write(path, report, self.command, self.settings.units)
         return replace(report, artifacts=(*report.artifacts, Artifact(str(path), nbytes)))
 
-    def _note_aside(self, report: Report) -> None:
+    def _note_on_stderr(self, report: Report) -> None:
         """Say on stderr what the rows on stdout have no place for."""
         escape_unencodable(sys.stderr)
         lines = [
             f"{'pass' if gate.ok else 'FAIL'}: {gate_sentence(gate, self.settings.units)}" for gate in report.gates
         ]
-        lines += [f"note: {remark}" for remark in report.remarks]
-        lines += [f"note: {section.title}: {text}" for section in report.sections for text in section.remarks]
+        lines += [f"note: {note}" for note in report.notes]
+        lines += [f"note: {section.title}: {text}" for section in report.sections for text in section.notes]
         sys.stderr.writelines(printable(line) + "\n" for line in lines)
 
 
-def _without_remarks(report: Report) -> Report:
-    return replace(report, remarks=(), sections=tuple(replace(section, remarks=()) for section in report.sections))
+def _without_notes(report: Report) -> Report:
+    return replace(report, notes=(), sections=tuple(replace(section, notes=()) for section in report.sections))
 
 
 def _seconds() -> float:
@@ -131,11 +131,11 @@ def print_error(error: PrunectlError) -> None:
 
 def _as_rows(report: Report, layout: Layout, settings: Settings) -> str:
     if layout is Layout.CSV:
-        return serialize.comma_separated(report.main)
+        return serialize.comma_separated(report.table)
     if layout is Layout.MARKDOWN:
-        return serialize.markdown(report.main, settings.units)
-    drawings = (line for section in report.sections if section.lines for line in (section.title, *section.lines))
-    return serialize.plain(report.main) + "".join(f"{line}\n" for line in drawings)
+        return serialize.markdown(report.table, settings.units)
+    drawings = (line for section in report.sections if section.drawing for line in (section.title, *section.drawing))
+    return serialize.plain(report.table) + "".join(f"{line}\n" for line in drawings)
 
 
 CANCELLED, BUG = 130, 70
@@ -148,25 +148,25 @@ class _BugError(PrunectlError):
     kind = "bug"
 
 
-def report_error(error: Exception, words: list[str]) -> int:
+def report_error(error: Exception, arguments: list[str]) -> int:
     """Tell the user, or the script, what went wrong, and return the exit code."""
     if isinstance(error, Abort):
         return CANCELLED
-    ours = _to_prunectl_error(error)
-    if "--debug" in words:
+    reported = _to_prunectl_error(error)
+    if "--debug" in arguments:
         traceback.print_exception(error)
-    if wants_json(words):
-        command = next((word for word in words if not word.startswith("-")), "")
-        sys.stdout.write(serialize.failure_json(ours, command))
+    if wants_json(arguments):
+        command = next((argument for argument in arguments if not argument.startswith("-")), "")
+        sys.stdout.write(serialize.failure_json(reported, command))
         sys.stdout.flush()
     else:
-        print_error(ours)
-    return ours.exit_code
+        print_error(reported)
+    return reported.exit_code
 
 
-def wants_json(words: list[str]) -> bool:
+def wants_json(arguments: list[str]) -> bool:
     """Whether the command line asks for JSON, even if the rest of it cannot be understood."""
-    return not {"--json", "--format=json"}.isdisjoint(words) or ("--format", "json") in pairwise(words)
+    return not {"--json", "--format=json"}.isdisjoint(arguments) or ("--format", "json") in pairwise(arguments)
 
 
 def _to_prunectl_error(error: Exception) -> PrunectlError:

@@ -17,7 +17,7 @@ from prunectl.units import Units
 
 def plain(table: Table) -> str:
     """Return tab-separated rows without a head, for `cut` and `awk`."""
-    return "".join("\t".join(table.raw(row)) + "\n" for row in table.rows)
+    return "".join("\t".join(table.raw_row(row)) + "\n" for row in table.rows)
 
 
 def comma_separated(table: Table) -> str:
@@ -25,7 +25,7 @@ def comma_separated(table: Table) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([column.name for column in table.columns])
-    writer.writerows(table.raw(row) for row in table.rows)
+    writer.writerows(table.raw_row(row) for row in table.rows)
     return text.getvalue()
 
 
@@ -36,7 +36,7 @@ def markdown(table: Table, units: Units) -> str:
         ["---:" if column.is_number else "---" for column in table.columns],
     ]
     for row in (*table.rows, *([table.total] if table.total else [])):
-        lines.append([column.spell(cell, units) for column, cell in zip(table.columns, row, strict=True)])
+        lines.append([column.format(cell, units) for column, cell in zip(table.columns, row, strict=True)])
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
@@ -53,9 +53,9 @@ def report_json(report: Report, command: str) -> str:
         models=[*report.models, *failed],
         gates=[asdict(gate) for gate in report.gates],
         artifacts=[asdict(artifact) for artifact in report.artifacts],
-        warnings=list(report.remarks),
+        warnings=list(report.notes),
         error=error_json(worst.error) if worst else None,
-        **report.more,
+        **report.extra_json,
     )
 
 
@@ -76,7 +76,7 @@ def error_json(error: PrunectlError) -> dict[str, Any]:
 
 
 def _document(command: str, exit_code: int, **parts: Any) -> str:
-    whole = {
+    document = {
         "schema": SCHEMA,
         "tool": {"name": "prunectl", "version": __version__},
         "command": command,
@@ -84,25 +84,25 @@ def _document(command: str, exit_code: int, **parts: Any) -> str:
         "exit_code": exit_code,
         **parts,
     }
-    return json.dumps(whole, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    return json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
 _FACTS = tuple(field.name for field in fields(TensorStats))
 
 
-def survey_json(found: ModelStats) -> dict[str, Any]:
+def survey_json(stats: ModelStats) -> dict[str, Any]:
     """Return a model's part of the envelope: integers for bytes and counts, ratios from 0 to 1."""
-    about = found.about
+    about = stats.about
     return {
-        "path": found.path,
-        "format": found.format,
-        "sha256": found.sha256,
-        "bytes": asdict(found.bytes),
-        "params": asdict(found.params),
-        "sparsity": found.sparsity,
-        "prunable_sparsity": found.prunable_sparsity,
-        "parts": [asdict(part) for part in found.parts],
-        "layers": [_layer(row) for row in found.layers],
+        "path": stats.path,
+        "format": stats.format,
+        "sha256": stats.sha256,
+        "bytes": asdict(stats.bytes),
+        "params": asdict(stats.params),
+        "sparsity": stats.sparsity,
+        "prunable_sparsity": stats.prunable_sparsity,
+        "parts": [asdict(part) for part in stats.parts],
+        "layers": [_layer(row) for row in stats.layers],
         "about": {
             "producer": about.producer,
             "wrappers": [asdict(wrapper) for wrapper in about.wrappers],
@@ -112,11 +112,11 @@ def survey_json(found: ModelStats) -> dict[str, Any]:
             "notes": list(about.notes),
             "is_compressed": about.is_compressed,
         },
-        "pattern": found.pattern or None,
-        "macs": found.macs,
-        "macs_unknown": list(found.macs_unknown),
-        "histogram": asdict(found.histogram) if found.histogram else None,
-        "advice": list(found.advice),
+        "pattern": stats.pattern or None,
+        "macs": stats.macs,
+        "macs_unknown": list(stats.macs_unknown),
+        "histogram": asdict(stats.histogram) if stats.histogram else None,
+        "advice": list(stats.advice),
     }
 
 

@@ -17,93 +17,97 @@ _COLUMNS, _ROWS = 60, 12
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def plot(found: Swept, best: list[Trial]) -> Table:
+def plot(sweep: Swept, best: list[Trial]) -> Table:
     """Return the points as letters, a letter for each way, above the steps of the front."""
-    outcomes = {point: outcome for point, outcome in found.outcomes.items() if outcome.is_number}
-    tried = list(dict.fromkeys(point.way for point in outcomes if point != BASELINE))
-    sizes = [outcome.gzip for outcome in outcomes.values()]
-    values = [outcome.value for outcome in outcomes.values()]
+    results = {trial: result for trial, result in sweep.outcomes.items() if result.is_number}
+    tried = list(dict.fromkeys(trial.way for trial in results if trial != BASELINE))
+    sizes = [result.gzip for result in results.values()]
+    values = [result.value for result in results.values()]
     left, wide = min(sizes), max(max(sizes) - min(sizes), 1)
     low, high = min(values), max(values)
     tall = high - low or 1.0
-    is_up = found.base.is_more_better
+    higher_is_better = sweep.base.is_more_better
     steps: list[float] = []
     for x in range(2 * _COLUMNS):
         size = left + x / (2 * _COLUMNS - 1) * wide
-        reached = [outcomes[point].value for point in best if outcomes[point].gzip <= size]
-        at = (max(reached) if is_up else min(reached)) if reached else (low if is_up else high)
-        steps.append((at - low) / tall)
+        reached = [results[trial].value for trial in best if results[trial].gzip <= size]
+        number = (
+            (max(reached) if higher_is_better else min(reached)) if reached else (low if higher_is_better else high)
+        )
+        steps.append((number - low) / tall)
     grid = [list(line.ljust(_COLUMNS, "\u2800")) for line in braille_plot(steps, _COLUMNS, _ROWS)]
-    for point, outcome in reversed(outcomes.items()):
-        column = round((outcome.gzip - left) / wide * (_COLUMNS - 1))
-        row = round((high - outcome.value) / tall * (_ROWS - 1))
-        letter = "=" if point == BASELINE else _LETTERS[tried.index(point.way) % len(_LETTERS)]
-        grid[row][column] = letter.upper() if point in best else letter
+    for trial, result in reversed(results.items()):
+        column = round((result.gzip - left) / wide * (_COLUMNS - 1))
+        row = round((high - result.value) / tall * (_ROWS - 1))
+        letter = "=" if trial == BASELINE else _LETTERS[tried.index(trial.way) % len(_LETTERS)]
+        grid[row][column] = letter.upper() if trial in best else letter
     marks = [f"{high:.4g}", *[""] * (_ROWS - 2), f"{low:.4g}"]
     ends = [nbytes(size) for size in (left, left + wide)]
-    names = [f"{_LETTERS[at % len(_LETTERS)]} {' '.join(filter(None, way))}" for at, way in enumerate(tried)]
+    names = [
+        f"{_LETTERS[number % len(_LETTERS)]} {' '.join(filter(None, variant))}" for number, variant in enumerate(tried)
+    ]
     rows: list[tuple[Cell, ...]] = [(mark, "".join(line)) for mark, line in zip(marks, grid, strict=True)]
     rows.append(("gzip", f"{ends[0]}{ends[1]:>{_COLUMNS - len(ends[0])}}"))
     rows += [("", name) for name in (*names, "= as it is", "capitals: no other is as good and smaller")]
-    return Table("plot", (Column(found.base.metric), Column("")), tuple(rows))
+    return Table("plot", (Column(sweep.base.metric), Column("")), tuple(rows))
 
 
-def sweep_report(found: Swept, model: str) -> Report:
+def sweep_report(sweep: Swept, model: str) -> Report:
     """Return the report on a sweep."""
-    best = pareto_front(found.outcomes)
-    table = Table("points", _columns(found), tuple(_row(found, point, best) for point in found.outcomes))
-    notes = dict.fromkeys(note for outcome in found.outcomes.values() for note in outcome.notes)
-    remarks = (
-        *found.again,
-        *notes,
-        *_judged_by(found),
-        *_shapes(found),
-        *(_compared(one, found) for one in compare_schedules(found.choices, found.outcomes)),
+    best = pareto_front(sweep.outcomes)
+    table = Table("points", _columns(sweep), tuple(_row(sweep, trial, best) for trial in sweep.outcomes))
+    trial_notes = dict.fromkeys(note for result in sweep.outcomes.values() for note in result.notes)
+    notes = (
+        *sweep.again,
+        *trial_notes,
+        *_judged_by(sweep),
+        *_shapes(sweep),
+        *(_compared(comparison, sweep) for comparison in compare_schedules(sweep.choices, sweep.outcomes)),
     )
-    made = [(str(found.folder / outcome.path), outcome) for outcome in found.outcomes.values() if outcome.path]
-    metric = found.base.metric
+    written = [(str(sweep.folder / result.path), result) for result in sweep.outcomes.values() if result.path]
+    metric = sweep.base.metric
     return Report(
-        models=tuple(_json(found, point, best, model) for point in found.outcomes),
-        main=table,
+        models=tuple(_json(sweep, trial, best, model) for trial in sweep.outcomes),
+        table=table,
         sections=(
-            Section(f"{model}: {count(len(made))} ways to prune", tables=(table,), remarks=remarks),
+            Section(f"{model}: {count(len(written))} ways to prune", tables=(table,), notes=notes),
             *(
-                [Section(f"within a drop of {_limit(found)}", tables=(_search_section(found),))]
-                if found.max_drop is not None
+                [Section(f"within a drop of {_limit(sweep)}", tables=(_search_section(sweep),))]
+                if sweep.max_drop is not None
                 else []
             ),
-            *([Section(f"{metric} over gzip size", tables=(plot(found, best),))] if made else []),
+            *([Section(f"{metric} over gzip size", tables=(plot(sweep, best),))] if written else []),
         ),
-        failures=tuple(Failure(point.name, error) for point, error in found.failed.items()),
-        artifacts=tuple(Artifact(path, outcome.raw) for path, outcome in made),
-        bare=tuple(_file(found, point) for point in best if point != BASELINE),
-        more={"max_drop": _held_json(found)} if found.max_drop is not None else {},
+        failures=tuple(Failure(trial.name, error) for trial, error in sweep.failed.items()),
+        artifacts=tuple(Artifact(path, result.raw) for path, result in written),
+        quiet_lines=tuple(_file(sweep, trial) for trial in best if trial != BASELINE),
+        extra_json={"max_drop": _held_json(sweep)} if sweep.max_drop is not None else {},
     )
 
 
-def trial_line(point: Trial, found: TrialResult | PrunectlError) -> str:
+def trial_line(trial: Trial, result: TrialResult | PrunectlError) -> str:
     """Return what became of a point, in a line."""
-    if isinstance(found, PrunectlError):
-        return f"{point.name}: {found.message}"
-    if not found.is_number:
-        return f"{point.name}: {found.metric or 'what decides'} is no number"
-    return f"{point.name}: {found.metric} {found.value:.4g}, gzip {nbytes(found.gzip)}"
+    if isinstance(result, PrunectlError):
+        return f"{trial.name}: {result.message}"
+    if not result.is_number:
+        return f"{trial.name}: {result.metric or 'what decides'} is no number"
+    return f"{trial.name}: {result.metric} {result.value:.4g}, gzip {nbytes(result.gzip)}"
 
 
-def _optional_columns(found: Swept) -> tuple[bool, bool]:
+def _optional_columns(sweep: Swept) -> tuple[bool, bool]:
     """Whether there are patterns to tell apart, and parameters."""
-    return found.choices.patterns != (UNSTRUCTURED,), bool(found.choices.params)
+    return sweep.choices.patterns != (UNSTRUCTURED,), bool(sweep.choices.params)
 
 
-def _trial_name(found: Swept, way: Variant) -> tuple[Cell, ...]:
-    has_patterns, has_params = _optional_columns(found)
-    pattern = way.pattern or (UNSTRUCTURED if way != BASELINE.way else "")
-    more = (*([pattern] if has_patterns else []), *([way.params] if has_params else []))
-    return (way.strategy or "as it is", way.scope, way.schedule, *more)
+def _trial_name(sweep: Swept, variant: Variant) -> tuple[Cell, ...]:
+    has_patterns, has_params = _optional_columns(sweep)
+    pattern = variant.pattern or (UNSTRUCTURED if variant != BASELINE.way else "")
+    more = (*([pattern] if has_patterns else []), *([variant.params] if has_params else []))
+    return (variant.strategy or "as it is", variant.scope, variant.schedule, *more)
 
 
-def _columns(found: Swept) -> tuple[Column, ...]:
-    has_patterns, has_params = _optional_columns(found)
+def _columns(sweep: Swept) -> tuple[Column, ...]:
+    has_patterns, has_params = _optional_columns(sweep)
     return (
         Column("strategy"),
         Column("scope"),
@@ -112,7 +116,7 @@ def _columns(found: Swept) -> tuple[Column, ...]:
         *([Column("parameters")] if has_params else []),
         Column("asked", Unit.RATIO),
         Column("sparsity", Unit.RATIO, is_optional=True),
-        Column(found.base.metric, Unit.NUMBER),
+        Column(sweep.base.metric, Unit.NUMBER),
         Column("drop", Unit.NUMBER),
         Column("gzip", Unit.BYTES),
         Column("front"),
@@ -120,123 +124,123 @@ def _columns(found: Swept) -> tuple[Column, ...]:
     )
 
 
-def _row(found: Swept, point: Trial, best: list[Trial]) -> tuple[Cell, ...]:
-    outcome = found.outcomes[point]
-    is_there = bool(outcome.path) or point == BASELINE
+def _row(sweep: Swept, trial: Trial, best: list[Trial]) -> tuple[Cell, ...]:
+    result = sweep.outcomes[trial]
+    is_there = bool(result.path) or trial == BASELINE
     return (
-        *_trial_name(found, point.way),
-        point.sparsity if point != BASELINE else None,
-        outcome.sparsity if is_there else None,
-        finite(outcome.value),
-        finite(drop(outcome, found.base)),
-        outcome.gzip if is_there else None,
-        "*" if point in best else "",
-        _file(found, point),
+        *_trial_name(sweep, trial.way),
+        trial.sparsity if trial != BASELINE else None,
+        result.sparsity if is_there else None,
+        finite(result.value),
+        finite(drop(result, sweep.base)),
+        result.gzip if is_there else None,
+        "*" if trial in best else "",
+        _file(sweep, trial),
     )
 
 
-def _file(found: Swept, point: Trial) -> str:
-    path = found.outcomes[point].path
-    return str(found.folder / path) if path else ""
+def _file(sweep: Swept, trial: Trial) -> str:
+    path = sweep.outcomes[trial].path
+    return str(sweep.folder / path) if path else ""
 
 
-def _search_section(found: Swept) -> Table:
+def _search_section(sweep: Swept) -> Table:
     """Return the largest sparsity of each way that keeps within the drop."""
     rows: list[tuple[Cell, ...]] = []
-    for way, point in found.best.items():
-        row = _row(found, point, []) if point is not None else (*_trial_name(found, way), *[None] * 5, "", "none")
+    for variant, trial in sweep.best.items():
+        row = _row(sweep, trial, []) if trial is not None else (*_trial_name(sweep, variant), *[None] * 5, "", "none")
         rows.append((*row[:-2], row[-1]))
-    columns = [column for column in _columns(found) if column.name != "front"]
+    columns = [column for column in _columns(sweep) if column.name != "front"]
     return Table("within", tuple(columns), tuple(rows))
 
 
-def _held_json(found: Swept) -> list[dict[str, Any]]:
+def _held_json(sweep: Swept) -> list[dict[str, Any]]:
     return [
         {
-            "strategy": way.strategy,
-            "scope": way.scope,
-            "schedule": way.schedule or None,
-            "pattern": way.pattern or UNSTRUCTURED,
-            "params": way.params or None,
-            "limit": found.max_drop.amount if found.max_drop is not None else None,
-            "sparsity": point.sparsity if point is not None else None,
-            "path": _file(found, point) if point is not None else None,
+            "strategy": variant.strategy,
+            "scope": variant.scope,
+            "schedule": variant.schedule or None,
+            "pattern": variant.pattern or UNSTRUCTURED,
+            "params": variant.params or None,
+            "limit": sweep.max_drop.amount if sweep.max_drop is not None else None,
+            "sparsity": trial.sparsity if trial is not None else None,
+            "path": _file(sweep, trial) if trial is not None else None,
         }
-        for way, point in found.best.items()
+        for variant, trial in sweep.best.items()
     ]
 
 
-def _json(found: Swept, point: Trial, best: list[Trial], model: str) -> dict[str, Any]:
-    outcome = found.outcomes[point]
-    is_there = bool(outcome.path) or point == BASELINE
+def _json(sweep: Swept, trial: Trial, best: list[Trial], model: str) -> dict[str, Any]:
+    result = sweep.outcomes[trial]
+    is_there = bool(result.path) or trial == BASELINE
     return {
-        "path": _file(found, point) or (model if point == BASELINE else None),
+        "path": _file(sweep, trial) or (model if trial == BASELINE else None),
         "bytes": {
-            "raw": outcome.raw if is_there else None,
+            "raw": result.raw if is_there else None,
             "packed": None,
-            "compressed": outcome.gzip if is_there else None,
+            "compressed": result.gzip if is_there else None,
         },
-        "sparsity": outcome.sparsity if is_there else None,
+        "sparsity": result.sparsity if is_there else None,
         "point": {
-            "strategy": point.strategy or None,
-            "scope": point.scope or None,
-            "schedule": point.schedule or None,
-            "pattern": point.pattern or (UNSTRUCTURED if point != BASELINE else None),
-            "params": point.params or None,
-            "sparsity": point.sparsity,
-            "metric": outcome.metric,
-            "value": finite(outcome.value),
-            "logs": outcome.logs,
-            "drop": finite(drop(outcome, found.base)),
-            "is_front": point in best,
+            "strategy": trial.strategy or None,
+            "scope": trial.scope or None,
+            "schedule": trial.schedule or None,
+            "pattern": trial.pattern or (UNSTRUCTURED if trial != BASELINE else None),
+            "params": trial.params or None,
+            "sparsity": trial.sparsity,
+            "metric": result.metric,
+            "value": finite(result.value),
+            "logs": result.logs,
+            "drop": finite(drop(result, sweep.base)),
+            "is_front": trial in best,
         },
     }
 
 
-def _judged_by(found: Swept) -> tuple[str, ...]:
-    choices = found.choices
+def _judged_by(sweep: Swept) -> tuple[str, ...]:
+    choices = sweep.choices
     if choices.val or choices.val_split:
         return ()
     return (f"Judged by {choices.data} itself: say --val or --val-split to know what holds on other data.",)
 
 
-def _shapes(found: Swept) -> tuple[str, ...]:
+def _shapes(sweep: Swept) -> tuple[str, ...]:
     """Say which patterns decide the sparsity by themselves, and what was left out."""
-    fixed_by = {way.pattern: implied_sparsity(way.pattern) for way in variants(found.choices)}
+    fixed_by = {variant.pattern: implied_sparsity(variant.pattern) for variant in variants(sweep.choices)}
     decided = (
         f"{pattern} decides the sparsity by itself: it is tried at {percent(share)} alone."
         for pattern, share in fixed_by.items()
         if share is not None
     )
     reasons: dict[str, list[str]] = {}
-    for way, reason in skipped_combinations(found.choices).items():
-        reasons.setdefault(reason, []).append(" ".join(filter(None, way)))
+    for variant, reason in skipped_combinations(sweep.choices).items():
+        reasons.setdefault(reason, []).append(" ".join(filter(None, variant)))
     left = (f"Left out: {', '.join(names)}: {reason}." for reason, names in reasons.items())
     return (*decided, *left)
 
 
-def _limit(found: Swept) -> str:
-    return _format_drop(found, found.max_drop.amount) if found.max_drop is not None else ""
+def _limit(sweep: Swept) -> str:
+    return _format_drop(sweep, sweep.max_drop.amount) if sweep.max_drop is not None else ""
 
 
-def _compared(one: ScheduleComparison, found: Swept) -> str:
+def _compared(comparison: ScheduleComparison, sweep: Swept) -> str:
     """Answer which of two schedules is better here, and say so where the pairs do not agree."""
-    ahead, behind = (one.other, one.one) if one.mean >= 0 else (one.one, one.other)
-    sign = 1 if one.mean >= 0 else -1
-    gains = sorted(sign * gain for gain in one.gains)
+    ahead, behind = (comparison.other, comparison.one) if comparison.mean >= 0 else (comparison.one, comparison.other)
+    sign = 1 if comparison.mean >= 0 else -1
+    gains = sorted(sign * gain for gain in comparison.gains)
     wins, losses = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
-    amount = f"{_format_drop(found, abs(one.mean))} of {found.base.metric} on average"
-    where = f"in {count(wins)} of {count(len(gains))} {'pair' if len(gains) == 1 else 'pairs'}"
-    question = f"{one.one} or {one.other}?"
+    amount = f"{_format_drop(sweep, abs(comparison.mean))} of {sweep.base.metric} on average"
+    pairs = f"in {count(wins)} of {count(len(gains))} {'pair' if len(gains) == 1 else 'pairs'}"
+    question = f"{comparison.one} or {comparison.other}?"
     if not wins and not losses:
-        return f"{question} It makes no difference to {found.base.metric} here."
+        return f"{question} It makes no difference to {sweep.base.metric} here."
     if not losses:
         same = f", and no worse in {count(len(gains) - wins)}" if wins < len(gains) else ""
-        return f"{question} {ahead} is better than {behind} {where}{same}, by {amount}."
-    span = f"from {_format_drop(found, gains[0])} to {_format_drop(found, gains[-1])}"
-    return f"{question} No clear answer: {ahead} is better {where}, by {amount} ({span})."
+        return f"{question} {ahead} is better than {behind} {pairs}{same}, by {amount}."
+    span = f"from {_format_drop(sweep, gains[0])} to {_format_drop(sweep, gains[-1])}"
+    return f"{question} No clear answer: {ahead} is better {pairs}, by {amount} ({span})."
 
 
-def _format_drop(found: Swept, value: float) -> str:
+def _format_drop(sweep: Swept, value: float) -> str:
     """Return a difference: in percentage points where the metric is a share."""
-    return amount(value, found.base)
+    return amount(value, sweep.base)

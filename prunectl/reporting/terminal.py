@@ -28,52 +28,52 @@ def render(report: Report, console: Console, settings: Settings) -> None:
     for number, section in enumerate(report.sections):
         if number:
             console.print()
-        _show_section(section, report.main.name, console, settings)
-    if not report.sections and report.main.rows:
-        _show_table(report.main, console, settings, settings.rows)
-    for remark in report.remarks:
-        _remark(remark, console)
+        _print_section(section, report.table.name, console, settings)
+    if not report.sections and report.table.rows:
+        _print_table(report.table, console, settings, settings.rows)
+    for note in report.notes:
+        _print_note(note, console)
     for gate in report.gates:
         sign, style = ("pass", "green") if gate.ok else ("FAIL", "bold red")
         console.print(f"{sign}  ", style=style, end="")
         console.print(gate_sentence(gate, settings.units), soft_wrap=True)
 
 
-def _show_section(section: Section, main: str, console: Console, settings: Settings) -> None:
+def _print_section(section: Section, main: str, console: Console, settings: Settings) -> None:
     if section.title:
         console.print(printable(section.title), style="bold", soft_wrap=True)
     width = max((len(name) for name, _ in section.facts), default=0)
     for name, value in section.facts:
         console.print(f"  {name:<{width}}  ", style="dim", end="")
         console.print(printable(value), soft_wrap=True)
-    for line in section.lines:
+    for line in section.drawing:
         console.print(line, soft_wrap=True)
     for number, table in enumerate(section.tables):
         if section.title or number:
             console.print()
         # What -n cuts is the list of tensors, not the few rows that sum it up.
         least = 0 if table.name == main else DEFAULT_ROWS
-        _show_table(table, console, settings, settings.rows and max(settings.rows, least))
-    if section.remarks:
+        _print_table(table, console, settings, settings.rows and max(settings.rows, least))
+    if section.notes:
         console.print()
-    for remark in section.remarks:
-        _remark(remark, console)
+    for note in section.notes:
+        _print_note(note, console)
 
 
-def _remark(text: str, console: Console) -> None:
+def _print_note(text: str, console: Console) -> None:
     lines = wrap(printable(text), max(console.width - 2, 20))
     for number, line in enumerate(lines):
         console.print("  " if number else "* ", style="yellow", end="")
         console.print(line, soft_wrap=True)
 
 
-def _show_table(table: Table, console: Console, settings: Settings, rows: int) -> None:
+def _print_table(table: Table, console: Console, settings: Settings, rows: int) -> None:
     shown = table.rows[:rows] if rows else table.rows
-    spelled = [_format_cell(table, row, settings.units) for row in (*shown, *([table.total] if table.total else []))]
-    columns = _fit_columns(table, spelled, console.width)
+    formatted = [_format_cell(table, row, settings.units) for row in (*shown, *([table.total] if table.total else []))]
+    columns = _fit_columns(table, formatted, console.width)
     rich = _grid(table, columns)
-    for number, line in enumerate(spelled):
-        is_total = table.total is not None and number == len(spelled) - 1
+    for number, line in enumerate(formatted):
+        is_total = table.total is not None and number == len(formatted) - 1
         rich.add_row(*(line[column] for column in columns), style="bold" if is_total else None)
     console.print(rich)
     if hidden := len(table.rows) - len(shown):
@@ -96,20 +96,23 @@ def _grid(table: Table, columns: list[int]) -> RichTable:
 
 
 def _format_cell(table: Table, row: tuple[str | int | float | None, ...], units: Units) -> list[str]:
-    return [column.spell(cell, units) for column, cell in zip(table.columns, row, strict=True)]
+    return [column.format(cell, units) for column, cell in zip(table.columns, row, strict=True)]
 
 
-def _fit_columns(table: Table, spelled: list[list[str]], width: int) -> list[int]:
+def _fit_columns(table: Table, formatted: list[list[str]], width: int) -> list[int]:
     """Return the columns that fit: those that are optional go first, the last of them before the others."""
     columns = list(range(len(table.columns)))
-    widths = [max(len(table.columns[at].name), *(len(line[at]) for line in spelled), 1) for at in columns]
+    widths = [max(len(table.columns[number].name), *(len(line[number]) for line in formatted), 1) for number in columns]
     # Text folds, so that only a part of it must fit.
-    needs = [wide if table.columns[at].is_number else min(wide, _NARROWEST_NAME) for at, wide in enumerate(widths)]
-    for at in reversed(range(len(columns))):
+    needs = [
+        column_width if table.columns[number].is_number else min(column_width, _NARROWEST_NAME)
+        for number, column_width in enumerate(widths)
+    ]
+    for number in reversed(range(len(columns))):
         if sum(needs[column] + _GAP for column in columns) <= width:
             break
-        if table.columns[at].is_optional:
-            columns.remove(at)
+        if table.columns[number].is_optional:
+            columns.remove(number)
     return columns
 
 

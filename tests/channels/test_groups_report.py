@@ -21,7 +21,7 @@ def test_the_report_lists_what_goes_together_and_what_is_locked(tmp_path: Path) 
     table = section.tables[-1]
     assert table.rows[0] == ("conv1.weight", 8, 3, "conv1.bias[0], conv2.weight[1]", "")
     assert table.rows[-1] == ("fc2.weight", 10, 2, "fc2.bias[0]", "scores is an output of the network")
-    (found,) = report.more["groups"]
+    (found,) = report.extra_json["groups"]
     assert [family["channels"] for family in found["families"]] == [8, 16, 32, 10]
     assert found["families"][0]["places"][2] == {"tensor": "conv2.weight", "axis": 1, "part": "in"}
-    assert report.main.rows[0] == (str(FIXTURE), *table.rows[0])
+    assert report.table.rows[0] == (str(FIXTURE), *table.rows[0])

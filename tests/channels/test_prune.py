@@ -277,12 +277,12 @@ def test_one_that_was_packed_comes_out_packed(tmp_path: Path) -> None:
 def test_the_report_says_what_became_of_each_tensor(tmp_path: Path) -> None:
     output = tmp_path / "small.onnx"
     report = channels_report(cut(FIXTURE, output), str(output))
-    assert ("conv2.weight", "16x8x3x3", "8x4x3x3", 1152, 288, 0.25) in report.main.rows
+    assert ("conv2.weight", "16x8x3x3", "8x4x3x3", 1152, 288, 0.25) in report.table.rows
     assert [row[1] for row in report.sections[0].tables[1].rows] == [9802, 2570]
-    assert "scores is an output of the network" in report.sections[0].remarks[0]
-    assert report.more["channels"]["dropped"] == 28
+    assert "scores is an output of the network" in report.sections[0].notes[0]
+    assert report.extra_json["channels"]["dropped"] == 28
     dry = channels_report(cut(FIXTURE, None), "")
-    assert dry.sections[0].remarks[-1] == "This was a dry run: nothing was written."
+    assert dry.sections[0].notes[-1] == "This was a dry run: nothing was written."
     assert not dry.artifacts
 
 

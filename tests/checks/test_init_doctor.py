@@ -87,7 +87,7 @@ def test_no_model_or_no_folder_is_a_slip(tmp_path: Path) -> None:
 
 def test_the_doctor_knows_every_extra_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(doctor.BRINGS) - {""} == set(project["optional-dependencies"]) - {"all"}
+    assert set(doctor.EXTRAS) - {""} == set(project["optional-dependencies"]) - {"all"}
 
 
 def test_the_doctor_tells_the_versions_that_are_installed(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_what_is_missing_or_too_old_is_told_with_what_brings_it(monkeypatch: pyt
     monkeypatch.setattr("prunectl.commands.doctor.metadata.requires", lambda _: lines)
     found = {extra.name: extra for extra in doctor.extras()}
     assert [found[name].is_ready for name in ("", "onnx", "zstd")] == [True, False, False]
-    assert found["zstd"].remedy == "pip install 'prunectl[zstd]'"
+    assert found["zstd"].install_command == "pip install 'prunectl[zstd]'"
 
 
 def test_sources_that_are_not_installed_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -115,14 +115,14 @@ def test_sources_that_are_not_installed_say_so(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize(
-    ("wanted", "version", "is_ready"),
+    ("requirement", "version", "is_ready"),
     [
         (">=1.26", "1.26.0", True), (">=1.26", "1.9.9", False), (">=2", "2.13.0+cpu", True),
         ("<0.29,>=0.26", "0.28.1", True),
         ("<0.29,>=0.26", "0.29", False), (">=1", "", False), ("", "1", True), (">=0.26", "0.26", True),
     ],
 )  # fmt: skip
-def test_versions_are_compared_as_numbers(wanted: str, version: str, is_ready: bool) -> None:
-    package = Package("p", "", wanted, version)
+def test_versions_are_compared_as_numbers(requirement: str, version: str, is_ready: bool) -> None:
+    package = Package("p", "", requirement, version)
     assert package.is_ready is is_ready
     assert Extra("x", "y", (package,)).is_ready is is_ready

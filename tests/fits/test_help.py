@@ -17,7 +17,7 @@ from prunectl import cli, errors
 from prunectl.analysis.sizes import CodecName
 from prunectl.commands.app import COMMANDS
 from prunectl.commands.help.command import man, roff
-from prunectl.commands.help.table import TOPICS, WIDTH, lines_of
+from prunectl.commands.help.table import TOPICS, WIDTH, topic_lines
 from prunectl.commands.help.topics import KEYS, MEANINGS
 from prunectl.exporting.routes import TARGETS
 from prunectl.formats.registry import FORMATS
@@ -45,7 +45,7 @@ def options_of(command: str) -> set[str]:
 def test_a_topic_fits_on_a_screen_and_names_only_what_there_is(topic: str, tmp_path: Path) -> None:
     shown = prunectl(tmp_path, "help", topic)
     lines = shown.out.splitlines()
-    assert (shown.code, shown.err, tuple(lines)) == (0, "", lines_of(topic))
+    assert (shown.code, shown.err, tuple(lines)) == (0, "", topic_lines(topic))
     assert len(lines) <= 40
     assert max(map(len, lines)) <= WIDTH
     assert shown.out.isascii()
@@ -58,7 +58,7 @@ def test_a_topic_fits_on_a_screen_and_names_only_what_there_is(topic: str, tmp_p
 
 @pytest.mark.parametrize("topic", TOPICS)
 def test_every_command_line_of_a_topic_is_one_that_the_command_takes(topic: str) -> None:
-    for line in lines_of(topic):
+    for line in topic_lines(topic):
         if not re.match(r" +prunectl (?!-)[a-z]+ ", line) or "<Tab>" in line:
             continue
         _, command, *words = shlex.split(re.split(r" \| | {3,}", line.strip())[0])
@@ -81,7 +81,7 @@ def test_the_topics_name_everything_that_the_tables_hold() -> None:
         "json": list(KEYS),
     }
     for topic, names in held.items():
-        text = "\n".join(lines_of(topic))
+        text = "\n".join(topic_lines(topic))
         assert [name for name in names if name not in text] == []
 
 
@@ -121,7 +121,7 @@ def test_the_page_has_every_command_option_topic_and_code() -> None:
         assert f".SS prunectl {name}\n" in bare
         assert [word for word in options_of(name) if f"\\fB{word}\\fR" not in bare] == []
     for topic in TOPICS:
-        assert f".SH {lines_of(topic)[0].upper()}\n" in bare or topic == "exit-codes"
+        assert f".SH {topic_lines(topic)[0].upper()}\n" in bare or topic == "exit-codes"
     for code in MEANINGS:
         assert f".TP\n{code}\n" in bare
 

@@ -208,7 +208,7 @@ def test_what_cannot_be_written_afterwards_is_a_warning(folder: Path, monkeypatc
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(depfile.outputs, "write_text", full)
+    monkeypatch.setattr(depfile.atomic, "write_text", full)
     found = prunectl(folder, *WORDS, "-s", "0.75", "--depfile", "b.d", "--json")
     assert (found.code, found.json["exit_code"], found.json["error"]) == (0, 0, None)
     assert found.json["warnings"][-2:] == [

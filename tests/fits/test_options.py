@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from prunectl.commands._command import spelled
+from prunectl.commands._command import option_name
 from prunectl.commands.app import COMMANDS
 from prunectl.commands.build.stamp import Stamp, first_difference
 from prunectl.exporting.routes import TARGETS
@@ -55,8 +55,8 @@ def test_an_option_is_spelled_as_the_help_shows_it(command: str, monkeypatch: py
     assert options
     for param in options:
         assert param.name is not None
-        assert spelled(ctx, param.name).startswith("--")
-        assert spelled(ctx, param.name) in shown
+        assert option_name(ctx, param.name).startswith("--")
+        assert option_name(ctx, param.name) in shown
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ def test_what_inspect_has_no_data_for_is_named_as_it_was_typed() -> None:
 )
 def test_an_option_that_has_changed_is_named_as_it_is_typed(command: str, name: str, option: str) -> None:
     old, new = (Stamp("1", command, {name: value}, {}, {}, {}) for value in ("a", "b"))
-    assert first_difference(old, new, partial(spelled, context(command))) == f"{option} has changed"
+    assert first_difference(old, new, partial(option_name, context(command))) == f"{option} has changed"
 
 
 def test_an_option_that_nobody_has_is_not_made_up() -> None:
     old, new = (Stamp("1", "prune", asked, {}, {}, {}) for asked in ({"no_such_thing": 1}, {}))
-    assert first_difference(old, new, partial(spelled, context("prune"))) == "no_such_thing has changed"
+    assert first_difference(old, new, partial(option_name, context("prune"))) == "no_such_thing has changed"
 
 
 def modules() -> Iterator[tuple[str, ast.AST]]:
@@ -143,5 +143,5 @@ def test_no_option_is_made_of_a_name() -> None:
 
 def test_targets_of_an_export_name_its_options() -> None:
     ctx = context("export")
-    known = {spelled(ctx, str(param.name)) for param in ctx.command.params}
+    known = {option_name(ctx, str(param.name)) for param in ctx.command.params}
     assert {f"--{name}" for target in TARGETS for name in target.options} <= known

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from prunectl.analysis.sizes import LimitCheck
 from prunectl.api import inspect
 from prunectl.commands import app
-from prunectl.reporting.html.charts import Box, squarified
+from prunectl.reporting.html.charts import Box, squarify
 from prunectl.reporting.html.page import page
 from prunectl.reporting.inspect import inspect_report
 from prunectl.reporting.report import Column, Report, Section, Table, Unit
@@ -134,12 +134,12 @@ def test_hostile_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
     plain, hostile = of_names(tmp_path, "a"), of_names(tmp_path, HOSTILE)
     spoiled = replace(
         hostile,
-        remarks=(HOSTILE,),
+        notes=(HOSTILE,),
         gates=(LimitCheck("max-raw", "raw", 1, 2, ok=False, model=HOSTILE),),
         sections=(
             *hostile.sections,
             Section(HOSTILE, ((HOSTILE, HOSTILE),), (Table(HOSTILE, (Column(HOSTILE),), ((HOSTILE,),)),), (HOSTILE,)),
-            Section(HOSTILE, lines=(HOSTILE,)),
+            Section(HOSTILE, drawing=(HOSTILE,)),
         ),
     )
     for report in (hostile, spoiled):
@@ -163,7 +163,7 @@ def test_every_column_is_sorted_by_a_button_and_by_plain_numbers() -> None:
         (("a", 2_000_000, 0.25, ""), ("b", 999, None, "x")),
         total=("all", 2_000_999, None, ""),
     )
-    found = Page.of(page(Report(models=(), main=table), "size", Units.SI))
+    found = Page.of(page(Report(models=(), table=table), "size", Units.SI))
     heads = found.all("th")
     assert [head.attributes["aria-sort"] for head in heads] == ["none"] * 3
     assert [head.attributes["scope"] for head in heads] == ["col"] * 3
@@ -223,7 +223,7 @@ def test_five_hundred_layers_stay_under_a_megabyte(tmp_path: Path) -> None:
 
 def test_a_treemap_fills_its_box_in_proportion_and_overlaps_nowhere() -> None:
     sizes = [500.0, 200.0, 100.0, 100.0, 50.0, 25.0, 20.0, 5.0]
-    boxes = squarified(sizes, Box(0, 0, 80, 40))
+    boxes = squarify(sizes, Box(0, 0, 80, 40))
     areas = [box.width * box.height for box in boxes]
     assert areas == pytest.approx([size / sum(sizes) * 3200 for size in sizes])
     held = np.zeros((400, 800), int)

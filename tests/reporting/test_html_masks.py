@@ -18,7 +18,7 @@ from prunectl.commands import app
 from prunectl.formats import extents
 from prunectl.formats.base import ModelFile
 from prunectl.formats.registry import open_model
-from prunectl.reporting.html.charts import COLORS, masks, quantise
+from prunectl.reporting.html.charts import COLORS, draw_sparsity_maps, quantise
 from tests.reporting.test_html import Page
 from tests.running import FIXTURES
 
@@ -77,7 +77,7 @@ def test_a_picture_shows_the_share_of_zeros_of_each_field(shape: tuple[int, ...]
     by_hand = fields_by_hand(matrix)
     assert np.allclose(found.zeros / found.sizes, by_hand)
     assert found.share == matrix.mean()
-    (image,) = Page.of(masks([found])).all("img")
+    (image,) = Page.of(draw_sparsity_maps([found])).all("img")
     assert image.attributes["src"] is not None
     colors = decoded(image.attributes["src"])
     shown = np.rint(by_hand * 15)
@@ -118,14 +118,14 @@ def test_rows_without_any_weight_are_counted_and_told(tmp_path: Path) -> None:
     model = of_numbers(tmp_path / "m.safetensors", **{"fc.weight": weights})
     (found,) = sparsity_maps(model, api.inspect(model.path))
     assert found.empty_rows == 12
-    (image,) = Page.of(masks([found])).all("img")
+    (image,) = Page.of(draw_sparsity_maps([found])).all("img")
     assert image.attributes["alt"] == "fc.weight, 40 x 10: 30.2 % zero; 12 empty rows"
 
 
 def test_what_is_dense_has_no_picture(tmp_path: Path) -> None:
     model = of_numbers(tmp_path / "m.safetensors", **{"fc.weight": np.ones((8, 8), np.float32)})
     assert sparsity_maps(model, api.inspect(model.path)) == ()
-    assert masks([]) == ""
+    assert draw_sparsity_maps([]) == ""
 
 
 def test_inspect_and_diff_show_them_and_nothing_else_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

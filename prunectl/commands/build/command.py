@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from prunectl.commands._command import BaseCommand, option_group, options_from_signature, spelled
+from prunectl.commands._command import BaseCommand, option_group, option_name, options_from_signature
 from prunectl.commands.build import stamp
 from prunectl.commands.build.stamp import BuildStep, check_build, check_unmodified
 from prunectl.errors import PrunectlError, attempt
@@ -31,9 +31,9 @@ class BuildReporter(Reporter):
         """Print what a command found, and return its exit code."""
         # The page is among what the stamp knows.
         if self.html is not None:
-            report = self._paged(report, self.html)
+            report = self._with_html_page(report, self.html)
         if report.exit_code == 0:
-            report = replace(report, remarks=(*report.remarks, *self.leave()))
+            report = replace(report, notes=(*report.notes, *self.leave()))
         return Reporter(self.settings, self.command).show(report)
 
 
@@ -78,13 +78,13 @@ class BuildCommand(BaseCommand):
         self._own = options_from_signature(_options).params
         self.params.extend(self._own)
 
-    def work(self, ctx: Any) -> Any:
+    def run(self, ctx: Any) -> Any:
         """Do the work, unless the output is what it would give."""
         word, if_changed = (ctx.params.pop(option.name) for option in self._own)
         depfile = Path(word) if word is not None else None
         _check_manifest(ctx.params)
         if depfile is None and not if_changed:
-            return super().work(ctx)
+            return super().run(ctx)
         reporter: Reporter = ctx.obj
         making = BuildStep.of(str(self.name), ctx.params, reporter.html)
         check_build(making, depfile, has_stamp=if_changed)
@@ -92,7 +92,7 @@ class BuildCommand(BaseCommand):
         guard: AbstractContextManager[None] = nullcontext()
         if old is not None:
             new = making.stamp(stamp.rehash(old.code, making.output))
-            reason = stamp.first_difference(old, new, partial(spelled, ctx))
+            reason = stamp.first_difference(old, new, partial(option_name, ctx))
             if not reason:
                 said = write_build_files(making, depfile, stamp.paths(old.code, making.output), has_stamp=False)
                 return dataclasses.replace(reporter, html=None).show(_up_to_date(making.output, said))
@@ -111,7 +111,7 @@ class BuildCommand(BaseCommand):
             lambda: write_build_files(making, depfile, imported(), has_stamp=if_changed),
         )
         with guard:
-            return super().work(ctx)
+            return super().run(ctx)
 
 
 def _check_manifest(said: Mapping[str, Any]) -> None:
@@ -132,9 +132,9 @@ def _up_to_date(output: Path, said: tuple[str, ...]) -> Report:
     nbytes = sum(path.stat().st_size for path in stamp.files_of(output))
     return Report(
         models=(),
-        main=Table("", (), ()),
+        table=Table("", (), ()),
         artifacts=(Artifact(str(output), nbytes),),
-        remarks=(f"{output} is up to date.", *said),
-        bare=(),
-        more={"up_to_date": True},
+        notes=(f"{output} is up to date.", *said),
+        quiet_lines=(),
+        extra_json={"up_to_date": True},
     )

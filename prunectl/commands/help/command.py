@@ -14,7 +14,7 @@ from typer.core import TyperArgument, TyperCommand
 
 from prunectl import __version__
 from prunectl.commands.app import COMMANDS, HELP_NAMES
-from prunectl.commands.help.table import TOPICS, aligned, lines_of
+from prunectl.commands.help.table import TOPICS, aligned, topic_lines
 from prunectl.commands.help.topics import MEANINGS
 from prunectl.errors import UsageError
 from prunectl.formats.selectors import close_matches
@@ -47,9 +47,12 @@ def man() -> str:
     for name, command in commands.items():
         lines += _man_command(name, command)
     lines += [".SH OPTIONS OF EVERY COMMAND", *_HELP, *_options(commands["inspect"], is_common=True)]
-    lines += [".SH EXIT STATUS", *(line for code, what in MEANINGS.items() for line in (".TP", str(code), roff(what)))]
+    lines += [
+        ".SH EXIT STATUS",
+        *(line for code, meaning in MEANINGS.items() for line in (".TP", str(code), roff(meaning))),
+    ]
     for topic in TOPICS:
-        title, *text = lines_of(topic)
+        title, *text = topic_lines(topic)
         if topic != "exit-codes":
             lines += [f".SH {roff(title.upper())}", ".nf", *map(roff, _trimmed(text)), ".fi"]
     return "\n".join(lines) + "\n"
@@ -57,17 +60,17 @@ def man() -> str:
 
 def roff(text: str) -> str:
     """Return a text in which nothing is taken for a command of man."""
-    found = "".join(_ESCAPED.get(letter, letter) for letter in text)
-    ascii_only = "".join(letter if letter.isascii() else f"\\[u{ord(letter):04X}]" for letter in found)
+    escaped = "".join(_ESCAPED.get(letter, letter) for letter in text)
+    ascii_only = "".join(letter if letter.isascii() else f"\\[u{ord(letter):04X}]" for letter in escaped)
     return f"\\&{ascii_only}" if ascii_only.startswith((".", "'")) else ascii_only
 
 
 def _man_command(name: str, command: TyperCommand) -> Iterator[str]:
     yield f".SS prunectl {roff(name)}"
-    said, examples = _split(command)
+    paragraphs, examples = _split(command)
     arguments = " ".join(_argument(param) for param in command.params if isinstance(param, TyperArgument))
     yield from (".PP", f"\\fBprunectl {roff(name)}\\fR [\\fIOPTIONS\\fR] {roff(arguments)}".rstrip())
-    for paragraph in said:
+    for paragraph in paragraphs:
         yield from (".PP", roff(paragraph))
     yield from _options(command, is_common=False)
     if examples:
@@ -94,13 +97,13 @@ def _options(command: TyperCommand, *, is_common: bool) -> Iterator[str]:
         option: Any = param
         if isinstance(param, TyperArgument) or (getattr(option, "rich_help_panel", None) == _COMMON) != is_common:
             continue
-        words = ", ".join(f"\\fB{roff(word)}\\fR" for word in _words(option))
+        names = ", ".join(f"\\fB{roff(name)}\\fR" for name in _spellings(option))
         value = "" if option.is_flag else f" \\fI{roff(_value(option))}\\fR"
-        said = " ".join(_MARKUP.sub("", option.help or "").split())
-        yield from (".TP", f"{words}{value}", roff(f"{said}{_default(option)}"))
+        text = " ".join(_MARKUP.sub("", option.help or "").split())
+        yield from (".TP", f"{names}{value}", roff(f"{text}{_default(option)}"))
 
 
-def _words(option: Any) -> Iterable[str]:
+def _spellings(option: Any) -> Iterable[str]:
     # Both ways of a switch, as in --zeros and --no-zeros.
     return (*option.opts, *option.secondary_opts)
 
@@ -113,8 +116,8 @@ def _value(option: Any) -> str:
 
 
 def _default(option: Any) -> str:
-    is_said = not option.is_flag and option.default not in (None, "", [], ())
-    return f" [default: {option.default}]" if is_said else ""
+    is_shown = not option.is_flag and option.default not in (None, "", [], ())
+    return f" [default: {option.default}]" if is_shown else ""
 
 
 def _trimmed(text: list[str]) -> list[str]:
@@ -139,9 +142,9 @@ def show_topic(
     if is_man and topic:
         raise UsageError(f"--man is about all commands, not about {topic} alone", hint="prunectl help --man")
     if topic in COMMANDS:
-        shown = importlib.import_module(COMMANDS[topic][0]).command
-        with shown.make_context(f"prunectl {topic}", ["--help"]) as context:
-            return int(shown.invoke(context) or 0)
+        command = importlib.import_module(COMMANDS[topic][0]).command
+        with command.make_context(f"prunectl {topic}", ["--help"]) as context:
+            return int(command.invoke(context) or 0)
     if topic and topic not in TOPICS:
         raise UsageError(
             f"there is no topic {topic!r}",
@@ -150,7 +153,7 @@ def show_topic(
         )
     escape_unencodable(sys.stdout)
     sys.stdout.write(
-        man() if is_man else "".join(f"{line}\n" for line in (lines_of(topic) if topic else _list_topics()))
+        man() if is_man else "".join(f"{line}\n" for line in (topic_lines(topic) if topic else _list_topics()))
     )
     return 0
 

@@ -28,7 +28,7 @@ TOPICS: dict[str, tuple[str, str]] = {
 }
 
 
-def lines_of(topic: str) -> tuple[str, ...]:
+def topic_lines(topic: str) -> tuple[str, ...]:
     """Return the text of a topic, line by line."""
     text: str = getattr(importlib.import_module("prunectl.commands.help.topics"), f"{TOPICS[topic][0]}_text")()
     return tuple(text.strip().splitlines())

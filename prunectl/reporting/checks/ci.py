@@ -35,32 +35,32 @@ class Annotation:
     title: str
     text: str
     line: int
-    mark: str
+    fingerprint: str
     """The same for the same limit on the same thing, wherever it stands in the file."""
     numbers: Mapping[str, str | float] = field(default_factory=dict)
 
 
-def list_annotations(found: Findings) -> Iterator[Annotation]:
+def list_annotations(findings: Findings) -> Iterator[Annotation]:
     """Yield what said no, then what warns, then what could not be judged."""
-    for one in (*found.failed, *found.warned):
+    for finding in (*findings.failed, *findings.warned):
         yield Annotation(
-            rule=one.id,
-            severity=Severity.ERROR if one.is_failure else Severity.WARNING,
-            title=f"{one.id} {subject(one)}",
-            text=describe(one),
-            line=one.line,
-            mark=_fingerprint(found.file, one.budget, one.id, one.model, one.tensor),
-            numbers={"actual": one.actual, "limit": one.limit, "unit": str(one.unit)},
+            rule=finding.id,
+            severity=Severity.ERROR if finding.is_failure else Severity.WARNING,
+            title=f"{finding.id} {subject(finding)}",
+            text=describe(finding),
+            line=finding.line,
+            fingerprint=_fingerprint(findings.file, finding.budget, finding.id, finding.model, finding.tensor),
+            numbers={"actual": finding.actual, "limit": finding.limit, "unit": str(finding.unit)},
         )
-    for none in found.unusable:
-        message = none.error.message
+    for error in findings.unusable:
+        message = error.error.message
         yield Annotation(
             rule=UNUSABLE,
             severity=Severity.UNUSABLE,
-            title=f"{UNUSABLE} {none.path}",
-            text=f"{none.path}: {message}",
-            line=none.line,
-            mark=_fingerprint(found.file, none.budget, UNUSABLE, none.path, message),
+            title=f"{UNUSABLE} {error.path}",
+            text=f"{error.path}: {message}",
+            line=error.line,
+            fingerprint=_fingerprint(findings.file, error.budget, UNUSABLE, error.path, message),
         )
 
 
@@ -77,16 +77,16 @@ _IN_TEXT = {"%": "%25", "\r": "%0D", "\n": "%0A"}
 _IN_PROPERTY = {**_IN_TEXT, ":": "%3A", ",": "%2C"}
 
 
-def github(found: Findings) -> str:
+def github(findings: Findings) -> str:
     """Return a workflow command for each limit that was broken, and for what could not be judged."""
-    return "".join(f"{_command(found.file, problem)}\n" for problem in list_annotations(found))
+    return "".join(f"{_command(findings.file, annotation)}\n" for annotation in list_annotations(findings))
 
 
-def _command(file: str, problem: Annotation) -> str:
-    level = "warning" if problem.severity is Severity.WARNING else "error"
-    properties = {"file": file, "line": str(problem.line), "title": problem.title}
-    place = ",".join(f"{name}={_escaped(value, _IN_PROPERTY)}" for name, value in properties.items())
-    return f"::{level} {place}::{_escaped(problem.text, _IN_TEXT)}"
+def _command(file: str, annotation: Annotation) -> str:
+    level = "warning" if annotation.severity is Severity.WARNING else "error"
+    properties = {"file": file, "line": str(annotation.line), "title": annotation.title}
+    location = ",".join(f"{name}={_escaped(value, _IN_PROPERTY)}" for name, value in properties.items())
+    return f"::{level} {location}::{_escaped(annotation.text, _IN_TEXT)}"
 
 
 def _escaped(text: str, letters: dict[str, str]) -> str:
@@ -96,18 +96,18 @@ def _escaped(text: str, letters: dict[str, str]) -> str:
 _SEVERITIES = {Severity.UNUSABLE: "critical", Severity.ERROR: "major", Severity.WARNING: "minor"}
 
 
-def gitlab(found: Findings) -> str:
+def gitlab(findings: Findings) -> str:
     """Return an issue for each limit that was broken, and for what could not be judged."""
-    return json.dumps([_issue(found.file, problem) for problem in list_annotations(found)], indent=2) + "\n"
+    return json.dumps([_issue(findings.file, annotation) for annotation in list_annotations(findings)], indent=2) + "\n"
 
 
-def _issue(file: str, problem: Annotation) -> dict[str, object]:
+def _issue(file: str, annotation: Annotation) -> dict[str, object]:
     return {
-        "check_name": f"prunectl {problem.rule}",
-        "description": problem.text,
-        "severity": _SEVERITIES[problem.severity],
-        "fingerprint": problem.mark,
-        "location": {"path": file, "lines": {"begin": problem.line}},
+        "check_name": f"prunectl {annotation.rule}",
+        "description": annotation.text,
+        "severity": _SEVERITIES[annotation.severity],
+        "fingerprint": annotation.fingerprint,
+        "location": {"path": file, "lines": {"begin": annotation.line}},
     }
 
 
@@ -115,10 +115,10 @@ SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/os/schemas/sarif-schema
 _LINES = {key.name: key.line for key in (*LAYER, *BUDGET)} | {UNUSABLE: "What nothing can be said about."}
 
 
-def sarif(found: Findings) -> str:
+def sarif(findings: Findings) -> str:
     """Return a log with a result for each limit that was broken, and for what could not be judged."""
-    told = list(list_annotations(found))
-    rules = sorted({problem.rule for problem in told})
+    annotations = list(list_annotations(findings))
+    rules = sorted({annotation.rule for annotation in annotations})
     driver = {
         "name": "prunectl",
         "version": __version__,
@@ -126,34 +126,36 @@ def sarif(found: Findings) -> str:
     }
     run = {
         "tool": {"driver": driver},
-        "invocations": [{"executionSuccessful": not found.unusable, "exitCode": found.exit_code}],
-        "results": [_result(uri(found.file), problem, rules.index(problem.rule)) for problem in told],
+        "invocations": [{"executionSuccessful": not findings.unusable, "exitCode": findings.exit_code}],
+        "results": [
+            _result(uri(findings.file), annotation, rules.index(annotation.rule)) for annotation in annotations
+        ],
         "columnKind": "unicodeCodePoints",
     }
     return json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2) + "\n"
 
 
-def _result(file: str, problem: Annotation, rule: int) -> dict[str, Any]:
-    place = {"artifactLocation": {"uri": file}, "region": {"startLine": problem.line}}
+def _result(file: str, annotation: Annotation, rule: int) -> dict[str, Any]:
+    location = {"artifactLocation": {"uri": file}, "region": {"startLine": annotation.line}}
     return {
-        "ruleId": problem.rule,
+        "ruleId": annotation.rule,
         "ruleIndex": rule,
         "kind": "fail",
-        "level": "warning" if problem.severity is Severity.WARNING else "error",
-        "message": {"text": problem.text},
-        "locations": [{"physicalLocation": place}],
-        "partialFingerprints": {"prunectl/v1": problem.mark},
-        "properties": dict(problem.numbers),
+        "level": "warning" if annotation.severity is Severity.WARNING else "error",
+        "message": {"text": annotation.text},
+        "locations": [{"physicalLocation": location}],
+        "partialFingerprints": {"prunectl/v1": annotation.fingerprint},
+        "properties": dict(annotation.numbers),
     }
 
 
 _NAMED = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "\n": "&#10;", "\r": "&#13;", "\t": "&#9;"}
 
 
-def element(tag: str, inner: str = "", **attributes: str | int) -> str:
+def xml_element(tag: str, inner: str = "", **attributes: str | int) -> str:
     """Return an element, its attributes escaped; what is inside is XML already."""
-    said = "".join(f' {name}="{escaped(str(value))}"' for name, value in attributes.items())
-    return f"<{tag}{said}>{inner}</{tag}>" if inner else f"<{tag}{said}/>"
+    attribute_text = "".join(f' {name}="{escaped(str(value))}"' for name, value in attributes.items())
+    return f"<{tag}{attribute_text}>{inner}</{tag}>" if inner else f"<{tag}{attribute_text}/>"
 
 
 def escaped(text: str) -> str:
@@ -164,63 +166,63 @@ def escaped(text: str) -> str:
 _SUITE = "prunectl check"
 
 
-def junit(found: Findings) -> str:
+def junit(findings: Findings) -> str:
     """Return a test case for each finding: a warning is a test that passed, with something to say."""
-    cases = [_case(one) for one in found.findings] + [_error(one) for one in found.unusable]
+    cases = [_case(item) for item in findings.findings] + [_error(item) for item in findings.unusable]
     counts = {
         "tests": len(cases),
-        "failures": len(found.failed),
-        "errors": len(found.unusable),
+        "failures": len(findings.failed),
+        "errors": len(findings.unusable),
         "skipped": 0,
         "time": 0,
     }
-    suite = element("testsuite", "\n" + "\n".join(cases) + "\n", name=_SUITE, **counts)
+    suite = xml_element("testsuite", "\n" + "\n".join(cases) + "\n", name=_SUITE, **counts)
     counts.pop("skipped")
-    suites = element("testsuites", f"\n{suite}\n", name=_SUITE, **counts)
+    suites = xml_element("testsuites", f"\n{suite}\n", name=_SUITE, **counts)
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{suites}\n'
 
 
-def _case(one: Finding) -> str:
+def _case(finding: Finding) -> str:
     inner = ""
-    if one.is_failure:
-        inner = element("failure", escaped(describe(one)), message=describe(one), type=one.id)
-    elif one.is_warning:
-        inner = element("system-out", escaped(f"warning: {describe(one)}"))
-    return element("testcase", inner, classname=one.budget, name=f"{one.id} {subject(one)}", time=0)
+    if finding.is_failure:
+        inner = xml_element("failure", escaped(describe(finding)), message=describe(finding), type=finding.id)
+    elif finding.is_warning:
+        inner = xml_element("system-out", escaped(f"warning: {describe(finding)}"))
+    return xml_element("testcase", inner, classname=finding.budget, name=f"{finding.id} {subject(finding)}", time=0)
 
 
-def _error(one: CheckError) -> str:
-    inner = element("error", escaped(one.error.hint), message=one.error.message, type=one.error.kind)
-    return element("testcase", inner, classname=one.budget, name=f"line {one.line} {one.path}", time=0)
+def _error(error: CheckError) -> str:
+    inner = xml_element("error", escaped(error.error.hint), message=error.error.message, type=error.error.kind)
+    return xml_element("testcase", inner, classname=error.budget, name=f"line {error.line} {error.path}", time=0)
 
 
 _ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
 _FAMILIES: tuple[tuple[str, str, Callable[[Finding], float]], ...] = (
-    ("prunectl_gate_ok", "1 where the limit is kept.", lambda one: int(one.ok)),
-    ("prunectl_gate_actual", "What was found.", lambda one: one.actual),
-    ("prunectl_gate_limit", "The limit.", lambda one: one.limit),
+    ("prunectl_gate_ok", "1 where the limit is kept.", lambda finding: int(finding.ok)),
+    ("prunectl_gate_actual", "What was found.", lambda finding: finding.actual),
+    ("prunectl_gate_limit", "The limit.", lambda finding: finding.limit),
 )
 
 
-def openmetrics(found: Findings) -> str:
+def openmetrics(findings: Findings) -> str:
     """Return a gauge for the verdicts, what was found, and the limits; and the exit code."""
     # A set of labels may come once: of several limits alike on one thing, the one that says no is told.
-    ordered = sorted(found.findings, key=lambda one: (one.ok, one.is_warning))
+    ordered = sorted(findings.findings, key=lambda finding: (finding.ok, finding.is_warning))
     unique: dict[str, Finding] = {}
-    for one in ordered:
-        unique.setdefault(_labels(one), one)
-    return "".join(f"{line}\n" for line in _lines(found, unique))
+    for finding in ordered:
+        unique.setdefault(_labels(finding), finding)
+    return "".join(f"{line}\n" for line in _lines(findings, unique))
 
 
-def _lines(found: Findings, unique: dict[str, Finding]) -> Iterator[str]:
+def _lines(findings: Findings, unique: dict[str, Finding]) -> Iterator[str]:
     for name, line, number in _FAMILIES:
         yield f"# TYPE {name} gauge"
         yield f"# HELP {name} {line}"
-        for labels, one in unique.items():
-            yield f"{name}{{{labels}}} {number(one)!r}"
+        for labels, finding in unique.items():
+            yield f"{name}{{{labels}}} {number(finding)!r}"
     for name, line, value in (
-        ("prunectl_check_unusable", "What nothing could be said about.", len(found.unusable)),
-        ("prunectl_check_exit_code", "As the command ended.", found.exit_code),
+        ("prunectl_check_unusable", "What nothing could be said about.", len(findings.unusable)),
+        ("prunectl_check_exit_code", "As the command ended.", findings.exit_code),
     ):
         yield f"# TYPE {name} gauge"
         yield f"# HELP {name} {line}"
@@ -228,9 +230,15 @@ def _lines(found: Findings, unique: dict[str, Finding]) -> Iterator[str]:
     yield "# EOF"
 
 
-def _labels(one: Finding) -> str:
-    said = {"budget": one.budget, "gate": one.id, "model": one.model, "tensor": one.tensor, "unit": str(one.unit)}
-    return ",".join(f'{name}="{_safe(value)}"' for name, value in said.items())
+def _labels(finding: Finding) -> str:
+    labels = {
+        "budget": finding.budget,
+        "gate": finding.id,
+        "model": finding.model,
+        "tensor": finding.tensor,
+        "unit": str(finding.unit),
+    }
+    return ",".join(f'{name}="{_safe(value)}"' for name, value in labels.items())
 
 
 def _safe(text: str) -> str:

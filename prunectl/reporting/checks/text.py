@@ -26,42 +26,42 @@ def number(value: float, unit: MetricUnit, units: Units = Units.SI) -> str:
     return count(int(value))
 
 
-def subject(found: Finding) -> str:
+def subject(finding: Finding) -> str:
     """Return what the limit is about."""
-    return f"{found.model}: {found.tensor}" if found.tensor else found.model
+    return f"{finding.model}: {finding.tensor}" if finding.tensor else finding.model
 
 
-def actual_and_limit(found: Finding, units: Units = Units.SI) -> tuple[str, str]:
+def actual_and_limit(finding: Finding, units: Units = Units.SI) -> tuple[str, str]:
     """Return what was found and its limit, told apart even where rounding makes them one."""
-    actual, limit = number(found.actual, found.unit, units), number(found.limit, found.unit, units)
-    if actual == limit and found.actual != found.limit:
-        if found.unit is MetricUnit.BYTES:
-            return f"{count(int(found.actual))} B", f"{count(int(found.limit))} B"
-        if found.unit is MetricUnit.POINTS:
-            return f"{100 * found.actual:.7g} pp", f"{100 * found.limit:.7g} pp"
-        if found.unit is MetricUnit.NUMBER:
-            return f"{found.actual:.9g}", f"{found.limit:.9g}"
-        return f"{found.actual:.6%}", f"{found.limit:.6%}"
+    actual, limit = number(finding.actual, finding.unit, units), number(finding.limit, finding.unit, units)
+    if actual == limit and finding.actual != finding.limit:
+        if finding.unit is MetricUnit.BYTES:
+            return f"{count(int(finding.actual))} B", f"{count(int(finding.limit))} B"
+        if finding.unit is MetricUnit.POINTS:
+            return f"{100 * finding.actual:.7g} pp", f"{100 * finding.limit:.7g} pp"
+        if finding.unit is MetricUnit.NUMBER:
+            return f"{finding.actual:.9g}", f"{finding.limit:.9g}"
+        return f"{finding.actual:.6%}", f"{finding.limit:.6%}"
     return actual, limit
 
 
-def describe(found: Finding, units: Units = Units.SI) -> str:
+def describe(finding: Finding, units: Units = Units.SI) -> str:
     """Return a limit, what was found, and what there is to say of it."""
-    actual, limit = actual_and_limit(found, units)
-    text = f"{found.id}: {subject(found)} has {actual}, the limit is {limit}."
-    return " ".join(filter(None, (text, found.note, found.message)))
+    actual, limit = actual_and_limit(finding, units)
+    text = f"{finding.id}: {subject(finding)} has {actual}, the limit is {limit}."
+    return " ".join(filter(None, (text, finding.note, finding.message)))
 
 
-def summary(found: Findings) -> str:
+def summary(findings: Findings) -> str:
     """Return all of it in a line."""
-    passed = len(found.findings) - len(found.failed) - len(found.warned)
+    passed = len(findings.findings) - len(findings.failed) - len(findings.warned)
     parts = [
-        f"{count(len(found.failed))} failed",
-        f"{count(len(found.warned))} warned",
+        f"{count(len(findings.failed))} failed",
+        f"{count(len(findings.warned))} warned",
         f"{count(passed)} passed",
-        *([f"{count(len(found.unusable))} could not be judged"] if found.unusable else []),
+        *([f"{count(len(findings.unusable))} could not be judged"] if findings.unusable else []),
     ]
-    return f"{', '.join(parts)}; {count(found.models)} {'model' if found.models == 1 else 'models'} measured"
+    return f"{', '.join(parts)}; {count(findings.models)} {'model' if findings.models == 1 else 'models'} measured"
 
 
 _PLAIN = (
@@ -91,69 +91,81 @@ class CheckReport(Report):
 
 def rows(findings: tuple[Finding, ...]) -> Table:
     """Return the findings as programs read them."""
-    return Table("gates", _PLAIN, tuple(_row(found) for found in findings))
+    return Table("gates", _PLAIN, tuple(_row(finding) for finding in findings))
 
 
 def table(findings: tuple[Finding, ...]) -> Table:
     """Return the findings as people read them."""
-    lines = tuple((one.verdict, one.id, subject(one), *actual_and_limit(one), one.budget) for one in findings)
+    lines = tuple(
+        (finding.verdict, finding.id, subject(finding), *actual_and_limit(finding), finding.budget)
+        for finding in findings
+    )
     return Table("gates", _HUMAN, lines)
 
 
-def check_report(found: Findings, *, has_gates: bool) -> Report:
+def check_report(findings: Findings, *, has_gates: bool) -> Report:
     """Return the report on a check; the gates themselves are for scripts, as people see them in the table."""
     # Scripts have what failed among the gates.
-    broken = (*(() if has_gates else found.failed), *found.warned)
-    told = tuple(f"{one.verdict}: {describe(one)}" for one in broken)
+    broken = (*(() if has_gates else findings.failed), *findings.warned)
+    lines = tuple(f"{finding.verdict}: {describe(finding)}" for finding in broken)
     # A terminal shows the first rows: what needs a look stands there.
-    ordered = (*found.failed, *found.warned, *(one for one in found.findings if one.ok))
+    ordered = (*findings.failed, *findings.warned, *(finding for finding in findings.findings if finding.ok))
     section = Section(
-        f"{found.file}: {summary(found)}",
+        f"{findings.file}: {summary(findings)}",
         tables=(table(ordered),) if ordered else (),
     )
     return CheckReport(
-        remarks=(*told, *found.notes),
+        notes=(*lines, *findings.notes),
         models=(),
-        main=rows(found.findings),
+        table=rows(findings.findings),
         sections=(section,),
-        gates=found.findings if has_gates else (),
-        failures=tuple(Failure(one.path, one.error) for one in found.unusable),
-        bare=tuple(describe(one) for one in found.failed),
-        code=found.exit_code,
-        more={"budgets": {"file": found.file, "models": found.models, "notes": list(found.notes)}},
+        gates=findings.findings if has_gates else (),
+        failures=tuple(Failure(finding.path, finding.error) for finding in findings.unusable),
+        quiet_lines=tuple(describe(finding) for finding in findings.failed),
+        code=findings.exit_code,
+        extra_json={"budgets": {"file": findings.file, "models": findings.models, "notes": list(findings.notes)}},
     )
 
 
-def _row(one: Finding) -> tuple[Cell, ...]:
-    return (one.verdict, one.id, one.model, one.tensor, one.actual, one.limit, str(one.unit), one.budget)
+def _row(finding: Finding) -> tuple[Cell, ...]:
+    return (
+        finding.verdict,
+        finding.id,
+        finding.model,
+        finding.tensor,
+        finding.actual,
+        finding.limit,
+        str(finding.unit),
+        finding.budget,
+    )
 
 
-def human(found: Findings) -> str:
+def human(findings: Findings) -> str:
     """Return a line for each finding, what could not be judged, and all of it in one line."""
-    lines = [f"{one.verdict:<5}  {describe(one)}" for one in found.findings]
-    lines += [f"error  {one.error.message}" for one in found.unusable]
-    lines += [f"note   {note}" for note in found.notes]
-    return "".join(printable(line) + "\n" for line in (*lines, f"{found.file}: {summary(found)}"))
+    lines = [f"{item.verdict:<5}  {describe(item)}" for item in findings.findings]
+    lines += [f"error  {item.error.message}" for item in findings.unusable]
+    lines += [f"note   {note}" for note in findings.notes]
+    return "".join(printable(line) + "\n" for line in (*lines, f"{findings.file}: {summary(findings)}"))
 
 
-def plain(found: Findings) -> str:
+def plain(findings: Findings) -> str:
     """Return tab-separated rows with raw numbers: verdict, gate, model, tensor, actual, limit, unit, budget."""
-    return serialize.plain(rows(found.findings))
+    return serialize.plain(rows(findings.findings))
 
 
-COMMAND = "check"
+_COMMAND = "check"
 
 
-def as_json(found: Findings) -> str:
+def as_json(findings: Findings) -> str:
     """Return the envelope."""
-    return serialize.report_json(check_report(found, has_gates=True), COMMAND)
+    return serialize.report_json(check_report(findings, has_gates=True), _COMMAND)
 
 
-def as_html(found: Findings) -> str:
+def as_html(findings: Findings) -> str:
     """Return the page."""
     # Most reports are for scripts, and do without what draws pages.
     text: str = importlib.import_module("prunectl.reporting.html.page").page(
-        check_report(found, has_gates=False), "check", Units.SI
+        check_report(findings, has_gates=False), "check", Units.SI
     )
     return text
 
@@ -164,21 +176,23 @@ _SIGNS = {"pass": "✅ pass", "warn": "⚠️ warn", "FAIL": "❌ fail"}
 _SPECIAL = str.maketrans({letter: f"\\{letter}" for letter in "\\`*_{}[]<>|#~"})
 
 
-def markdown(found: Findings) -> str:
+def markdown(findings: Findings) -> str:
     """Return a heading, what needs a look, and the rest folded away."""
-    broken = (*found.failed, *found.warned)
-    passed = tuple(one for one in found.findings if one.ok)
-    sign = "❌" if found.exit_code else "⚠️" if found.warned else "✅"
-    parts = [f"{MARKER}\n## {sign} Model budgets: {escaped(summary(found))}\n"]
+    broken = (*findings.failed, *findings.warned)
+    passed = tuple(item for item in findings.findings if item.ok)
+    sign = "❌" if findings.exit_code else "⚠️" if findings.warned else "✅"
+    parts = [f"{MARKER}\n## {sign} Model budgets: {escaped(summary(findings))}\n"]
     if broken:
         parts.append(_table(broken))
-        parts += [f"- **{one.id}** {escaped(subject(one))}: {escaped(said)}\n" for one, said in _said(broken)]
-    if found.unusable:
+        parts += [
+            f"- **{item.id}** {escaped(subject(item))}: {escaped(comment)}\n" for item, comment in _comments(broken)
+        ]
+    if findings.unusable:
         parts.append("### Could not be judged\n")
-        parts.append("".join(f"- {escaped(one.path)}: {escaped(one.error.message)}\n" for one in found.unusable))
+        parts.append("".join(f"- {escaped(item.path)}: {escaped(item.error.message)}\n" for item in findings.unusable))
     if passed:
         parts.append(f"<details><summary>{len(passed)} passed</summary>\n\n{_table(passed)}\n</details>\n")
-    parts += [f"{escaped(note)}\n" for note in found.notes]
+    parts += [f"{escaped(note)}\n" for note in findings.notes]
     return "\n".join(parts)
 
 
@@ -189,11 +203,15 @@ def escaped(text: str) -> str:
 
 def _table(findings: Iterable[Finding]) -> str:
     lines = ["|  | gate | model | found | limit |", "| --- | --- | --- | ---: | ---: |"]
-    for one in findings:
-        cells = (_SIGNS[one.verdict], one.id, escaped(subject(one)), *actual_and_limit(one))
+    for finding in findings:
+        cells = (_SIGNS[finding.verdict], finding.id, escaped(subject(finding)), *actual_and_limit(finding))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _said(findings: Iterable[Finding]) -> Iterable[tuple[Finding, str]]:
-    return ((one, said) for one in findings if (said := " ".join(filter(None, (one.note, one.message)))))
+def _comments(findings: Iterable[Finding]) -> Iterable[tuple[Finding, str]]:
+    return (
+        (finding, comment)
+        for finding in findings
+        if (comment := " ".join(filter(None, (finding.note, finding.message))))
+    )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
+import html
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -23,21 +23,21 @@ _LONGEST = 46
 _LONGEST_TEXT = 2000
 
 
-def safe(text: str) -> str:
+def escape(text: str) -> str:
     """Return text that is only ever text: nothing in it opens a tag, ends an attribute or turns around what follows."""
-    return escape(printable(abbreviated(text, _LONGEST_TEXT)))
+    return html.escape(printable(abbreviated(text, _LONGEST_TEXT)))
 
 
 def format_number(text: str, longest: int = _LONGEST) -> str:
     """Return the end of a name, which tells it from the others, as text of a page."""
     shown = printable(text[-_LONGEST_TEXT:])
-    return escape(shown if len(shown) <= longest else f"…{shown[1 - longest :]}")
+    return html.escape(shown if len(shown) <= longest else f"…{shown[1 - longest :]}")
 
 
 def tag(name: str, inside: str = "", **attributes: str) -> str:
     """Return an element around what is escaped already."""
-    said = "".join(f' {key}="{safe(value)}"' for key, value in attributes.items())
-    return f"<{name}{said}>{inside}</{name}>"
+    attribute_text = "".join(f' {key}="{escape(value)}"' for key, value in attributes.items())
+    return f"<{name}{attribute_text}>{inside}</{name}>"
 
 
 LEFT, TOP, WIDTH, HEIGHT, BELOW = 70, 12, 640, 260, 40
@@ -60,7 +60,7 @@ class Scale:
         air = (high - low or abs(high) or 1.0) * 0.04
         return cls(low - air, high + air, begin, end)
 
-    def at(self, value: float) -> float:
+    def position(self, value: float) -> float:
         """Return the place of a number."""
         return self.begin + (value - self.low) / (self.high - self.low) * (self.end - self.begin)
 
@@ -80,27 +80,27 @@ def upwards(values: Sequence[float]) -> Scale:
     return Scale.of(values, TOP + HEIGHT, TOP)
 
 
-def frame(x: Scale, y: Scale, names: tuple[str, str], marks: Mapping[float, str]) -> str:
+def axes(x: Scale, y: Scale, names: tuple[str, str], marks: Mapping[float, str]) -> str:
     """Return the lines and the numbers of both axes, those from left to right as they are to be spelled."""
     bottom = TOP + HEIGHT
     parts = []
     for mark in y.marks:
-        place = round(y.at(mark), 1)
-        parts.append(f'<path class="grid" d="M{LEFT} {place:g}h{WIDTH}"/>')
-        parts.append(f'<text class="dim" x="{LEFT - 6}" y="{place + 4:g}" text-anchor="end">{mark:.3g}</text>')
-    for mark, word in marks.items():
-        place = round(x.at(mark), 1)
-        parts.append(f'<text class="dim" x="{place:g}" y="{bottom + 16}" text-anchor="middle">{safe(word)}</text>')
-    parts.append(f'<text x="{LEFT + WIDTH / 2:g}" y="{bottom + 34}" text-anchor="middle">{safe(names[0])}</text>')
-    parts.append(f'<text x="{LEFT}" y="{TOP - 2}">{safe(names[1])}</text>')
+        position = round(y.position(mark), 1)
+        parts.append(f'<path class="grid" d="M{LEFT} {position:g}h{WIDTH}"/>')
+        parts.append(f'<text class="dim" x="{LEFT - 6}" y="{position + 4:g}" text-anchor="end">{mark:.3g}</text>')
+    for mark, text in marks.items():
+        position = round(x.position(mark), 1)
+        parts.append(f'<text class="dim" x="{position:g}" y="{bottom + 16}" text-anchor="middle">{escape(text)}</text>')
+    parts.append(f'<text x="{LEFT + WIDTH / 2:g}" y="{bottom + 34}" text-anchor="middle">{escape(names[0])}</text>')
+    parts.append(f'<text x="{LEFT}" y="{TOP - 2}">{escape(names[1])}</text>')
     return "".join(parts)
 
 
-def plot(label: str, inside: str, more: int = 0) -> str:
+def chart(label: str, inside: str, more: int = 0) -> str:
     """Return a picture of what is inside, with room for some pixels below."""
     wide, tall = LEFT + WIDTH + 30, TOP + HEIGHT + BELOW + more
     return (
-        f'<svg viewBox="0 -12 {wide} {tall + 12}" width="{wide}" role="img" aria-label="{safe(label)}">{inside}</svg>'
+        f'<svg viewBox="0 -12 {wide} {tall + 12}" width="{wide}" role="img" aria-label="{escape(label)}">{inside}</svg>'
     )
 
 
@@ -115,7 +115,7 @@ def bars(layers: Sequence[dict[str, Any]]) -> str:
         return ""
     shown = known[:_MOST]
     wide, tall = _NAMES + _BARS_WIDTH + _NUMBERS, _BAR_HEIGHT * len(shown)
-    rows = "".join(_bar(layer, at * _BAR_HEIGHT) for at, layer in enumerate(shown))
+    rows = "".join(_bar(layer, number * _BAR_HEIGHT) for number, layer in enumerate(shown))
     left = f"<p>{count(len(known) - _MOST)} more are in the table.</p>" if len(known) > _MOST else ""
     label = f"sparsity of {count(len(shown))} prunable tensors"
     picture = f'<svg viewBox="0 0 {wide} {tall}" width="{wide}" role="img" aria-label="{label}">{rows}</svg>'
@@ -125,13 +125,13 @@ def bars(layers: Sequence[dict[str, Any]]) -> str:
 def _bar(layer: dict[str, Any], top: int) -> str:
     share = layer["sparsity"]
     length = round(share * _BARS_WIDTH, 1)
-    told = f"{safe(layer['name'])}: {percent(share)} of {count(layer['params'])} are zero"
+    title = f"{escape(layer['name'])}: {percent(share)} of {count(layer['params'])} are zero"
     return (
-        f"<g><title>{told}</title>"
+        f"<g><title>{title}</title>"
         f'<text x="{_NAMES - 6}" y="{top + 12}" text-anchor="end">{format_number(layer["name"])}</text>'
         f'<rect class="rest" x="{_NAMES}" y="{top + 2}" width="{_BARS_WIDTH}" height="12"/>'
         f'<rect class="bar" x="{_NAMES}" y="{top + 2}" width="{length:g}" height="12"/>'
-        f'<text x="{_NAMES + _BARS_WIDTH + 6}" y="{top + 12}">{safe(percent(share))}</text></g>'
+        f'<text x="{_NAMES + _BARS_WIDTH + 6}" y="{top + 12}">{escape(percent(share))}</text></g>'
     )
 
 
@@ -146,15 +146,17 @@ def curves(report: Report) -> str:
 
 
 def _pictures(table: Table) -> str:
-    columns = {column.name: at for at, column in enumerate(table.columns) if column.unit in {Unit.NUMBER, Unit.RATIO}}
-    lines = {name: _values(table, at) for name, at in columns.items()}
+    columns = {
+        column.name: index for index, column in enumerate(table.columns) if column.unit in {Unit.NUMBER, Unit.RATIO}
+    }
+    lines = {name: _values(table, index) for name, index in columns.items()}
     losses = {name: values for name, values in lines.items() if "loss" in name and values}
-    others = {name: values for name, values in lines.items() if "loss" not in name and values}
-    return "".join(_picture(group) for group in (losses, others) if group)
+    metrics = {name: values for name, values in lines.items() if "loss" not in name and values}
+    return "".join(_picture(group) for group in (losses, metrics) if group)
 
 
-def _values(table: Table, at: int) -> list[tuple[int, float]]:
-    cells = [row[at] for row in table.rows]
+def _values(table: Table, column: int) -> list[tuple[int, float]]:
+    cells = [row[column] for row in table.rows]
     return [(epoch, float(cell)) for epoch, cell in enumerate(cells, 1) if isinstance(cell, int | float)]
 
 
@@ -163,15 +165,15 @@ def _picture(lines: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     y = upwards([value for values in lines.values() for _, value in values])
     last = max(epoch for values in lines.values() for epoch, _ in values)
     marks = {float(epoch): str(epoch) for epoch in range(1, last + 1, max(round(last / _MARKS), 1))}
-    inside = frame(x, y, ("epoch", ""), marks)
+    inside = axes(x, y, ("epoch", ""), marks)
     top = TOP + HEIGHT + BELOW
-    for at, (name, values) in enumerate(lines.items()):
-        kind = f"curve c{at % _COLOURS}"
-        points = " ".join(f"{x.at(epoch):.1f},{y.at(value):.1f}" for epoch, value in values)
-        inside += f'<polyline class="{kind}" points="{points}"><title>{safe(name)}</title></polyline>'
-        inside += f'<path class="{kind}" d="M{LEFT} {top + at * _LEGEND_LINE + 8}h24"/>'
-        inside += f'<text x="{LEFT + 32}" y="{top + at * _LEGEND_LINE + 12}">{safe(name)}</text>'
-    return plot(f"{', '.join(lines)} by epoch", inside, more=_LEGEND_LINE * len(lines))
+    for number, (name, values) in enumerate(lines.items()):
+        kind = f"curve c{number % _COLOURS}"
+        points = " ".join(f"{x.position(epoch):.1f},{y.position(value):.1f}" for epoch, value in values)
+        inside += f'<polyline class="{kind}" points="{points}"><title>{escape(name)}</title></polyline>'
+        inside += f'<path class="{kind}" d="M{LEFT} {top + number * _LEGEND_LINE + 8}h24"/>'
+        inside += f'<text x="{LEFT + 32}" y="{top + number * _LEGEND_LINE + 12}">{escape(name)}</text>'
+    return chart(f"{', '.join(lines)} by epoch", inside, more=_LEGEND_LINE * len(lines))
 
 
 def pareto(models: Sequence[dict[str, Any]], units: Units) -> str:
@@ -185,9 +187,9 @@ def pareto(models: Sequence[dict[str, Any]], units: Units) -> str:
     metric = points[0]["point"]["metric"]
     marks = {mark: nbytes(max(round(mark), 0), units) for mark in x.marks}
     best = sorted((point for point in points if point["point"]["is_front"]), key=_size)
-    inside = frame(x, y, ("gzip", metric), marks) + _steps(best, x, y)
+    inside = axes(x, y, ("gzip", metric), marks) + _steps(best, x, y)
     inside += "".join(_dot(point, x, y, units) for point in points)
-    return plot(f"{metric} over gzip size of {len(points)} models, {len(best)} on the Pareto front", inside)
+    return chart(f"{metric} over gzip size of {len(points)} models, {len(best)} on the Pareto front", inside)
 
 
 def _size(point: dict[str, Any]) -> int:
@@ -196,20 +198,22 @@ def _size(point: dict[str, Any]) -> int:
 
 
 def _steps(best: Sequence[dict[str, Any]], x: Scale, y: Scale) -> str:
-    places = [(x.at(_size(point)), y.at(point["point"]["value"])) for point in best]
-    path = f"M{places[0][0]:.1f} {places[0][1]:.1f}" + "".join(f"H{across:.1f}V{up:.1f}" for across, up in places[1:])
+    corners = [(x.position(_size(point)), y.position(point["point"]["value"])) for point in best]
+    path = f"M{corners[0][0]:.1f} {corners[0][1]:.1f}" + "".join(
+        f"H{across:.1f}V{up:.1f}" for across, up in corners[1:]
+    )
     return f'<path class="step" d="{path}"/>'
 
 
 def _dot(model: dict[str, Any], x: Scale, y: Scale, units: Units) -> str:
     point = model["point"]
-    words = [point[key] for key in ("strategy", "scope", "schedule", "pattern", "params")]
-    words = [word for word in words if word and word != UNSTRUCTURED]
-    name = " ".join([*words, percent(point["sparsity"])]) if words else "as it is"
-    told = f"{name}: {point['metric']} {point['value']:.4g}, {nbytes(_size(model), units)}"
+    parts = [point[key] for key in ("strategy", "scope", "schedule", "pattern", "params")]
+    parts = [part for part in parts if part and part != UNSTRUCTURED]
+    name = " ".join([*parts, percent(point["sparsity"])]) if parts else "as it is"
+    title = f"{name}: {point['metric']} {point['value']:.4g}, {nbytes(_size(model), units)}"
     kind, radius = ("best", 5) if point["is_front"] else ("dot", 4)
-    place = f'cx="{x.at(_size(model)):.1f}" cy="{y.at(point["value"]):.1f}"'
-    return f'<circle class="{kind}" {place} r="{radius}"><title>{safe(told)}</title></circle>'
+    position = f'cx="{x.position(_size(model)):.1f}" cy="{y.position(point["value"]):.1f}"'
+    return f'<circle class="{kind}" {position} r="{radius}"><title>{escape(title)}</title></circle>'
 
 
 _TREEMAP_WIDTH, _HEIGHT = 800.0, 360.0
@@ -238,29 +242,31 @@ def treemap(layers: Sequence[dict[str, Any]], units: Units) -> str:
     shown = [layer for layer in sized if layer["bytes"] >= _LEAST_SHARE * total]
     rest = sized[len(shown) :]
     sizes = [layer["bytes"] for layer in shown] + ([sum(layer["bytes"] for layer in rest)] if rest else [])
-    boxes = squarified(sizes, Box(0.0, 0.0, _TREEMAP_WIDTH, _HEIGHT))
+    boxes = squarify(sizes, Box(0.0, 0.0, _TREEMAP_WIDTH, _HEIGHT))
     cells = [_cell(layer, box, units) for layer, box in zip(shown, boxes, strict=False)]
     if rest:
-        cells.append(_drawn(boxes[-1], f"{count(len(rest))} smaller tensors: {nbytes(sizes[-1], units)}", "", _FAINT))
+        cells.append(
+            _draw_cell(boxes[-1], f"{count(len(rest))} smaller tensors: {nbytes(sizes[-1], units)}", "", _FAINT)
+        )
     label = f"size of {count(len(sized))} tensors, {nbytes(total, units)} in all"
     view = f'viewBox="0 0 {_TREEMAP_WIDTH:g} {_HEIGHT:g}" width="{_TREEMAP_WIDTH:g}"'
-    return f'<svg {view} role="img" aria-label="{safe(label)}">{"".join(cells)}</svg>'
+    return f'<svg {view} role="img" aria-label="{escape(label)}">{"".join(cells)}</svg>'
 
 
-def squarified(sizes: Sequence[float], box: Box) -> list[Box]:
+def squarify(sizes: Sequence[float], box: Box) -> list[Box]:
     """Return a box for each size, their areas in proportion, about as wide as high; the sizes fall."""
     scale = box.width * box.height / sum(sizes)
     areas = [size * scale for size in sizes]
-    found: list[Box] = []
+    boxes: list[Box] = []
     while areas:
         side = min(box.width, box.height)
-        taken = 1
-        while taken < len(areas) and _worst(areas[: taken + 1], side) <= _worst(areas[:taken], side):
-            taken += 1
-        strip, areas = areas[:taken], areas[taken:]
-        boxes, box = _laid(strip, box)
-        found += boxes
-    return found
+        length = 1
+        while length < len(areas) and _worst(areas[: length + 1], side) <= _worst(areas[:length], side):
+            length += 1
+        strip, areas = areas[:length], areas[length:]
+        row, box = _lay_out_strip(strip, box)
+        boxes += row
+    return boxes
 
 
 def _worst(areas: Sequence[float], side: float) -> float:
@@ -269,37 +275,37 @@ def _worst(areas: Sequence[float], side: float) -> float:
     return max(side * side * areas[0] / (total * total), total * total / (side * side * areas[-1]))
 
 
-def _laid(strip: Sequence[float], box: Box) -> tuple[list[Box], Box]:
+def _lay_out_strip(strip: Sequence[float], box: Box) -> tuple[list[Box], Box]:
     """Return the boxes of a strip along the shorter side, and what is left beside it."""
     total = sum(strip)
-    found: list[Box] = []
-    done = 0.0
+    boxes: list[Box] = []
+    offset = 0.0
     if box.width >= box.height:
-        wide = total / box.height
+        width = total / box.height
         for area in strip:
-            found.append(Box(box.x, box.y + done, wide, area / wide))
-            done += area / wide
-        return found, Box(box.x + wide, box.y, max(box.width - wide, 1e-9), box.height)
-    high = total / box.width
+            boxes.append(Box(box.x, box.y + offset, width, area / width))
+            offset += area / width
+        return boxes, Box(box.x + width, box.y, max(box.width - width, 1e-9), box.height)
+    height = total / box.width
     for area in strip:
-        found.append(Box(box.x + done, box.y, area / high, high))
-        done += area / high
-    return found, Box(box.x, box.y + high, box.width, max(box.height - high, 1e-9))
+        boxes.append(Box(box.x + offset, box.y, area / height, height))
+        offset += area / height
+    return boxes, Box(box.x, box.y + height, box.width, max(box.height - height, 1e-9))
 
 
 def _cell(layer: dict[str, Any], box: Box, units: Units) -> str:
     sparsity = layer["sparsity"]
-    told = f"{layer['name']}: {nbytes(layer['bytes'], units)}"
-    told += f", {percent(sparsity)} zero" if sparsity is not None else ""
-    return _drawn(box, told, layer["name"], _FAINT + (_FULL - _FAINT) * (1 - (sparsity or 0.0)))
+    title = f"{layer['name']}: {nbytes(layer['bytes'], units)}"
+    title += f", {percent(sparsity)} zero" if sparsity is not None else ""
+    return _draw_cell(box, title, layer["name"], _FAINT + (_FULL - _FAINT) * (1 - (sparsity or 0.0)))
 
 
-def _drawn(box: Box, told: str, name: str, strength: float) -> str:
+def _draw_cell(box: Box, title: str, name: str, strength: float) -> str:
     letters = int((box.width - 8) / _LETTER)
     has_name = bool(name) and letters > _LEAST_LETTERS and box.height > _TREEMAP_LINE
     text = f'<text x="{box.x + 4:.1f}" y="{box.y + 12:.1f}">{format_number(name, letters)}</text>' if has_name else ""
-    place = f'x="{box.x:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" height="{box.height:.1f}"'
-    return f'<g><title>{safe(told)}</title><rect class="cell" {place} fill-opacity="{strength:.2f}"/>{text}</g>'
+    geometry = f'x="{box.x:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" height="{box.height:.1f}"'
+    return f'<g><title>{escape(title)}</title><rect class="cell" {geometry} fill-opacity="{strength:.2f}"/>{text}</g>'
 
 
 LEVELS = 16
@@ -337,40 +343,45 @@ _PIXELS, _LEAST, _MOST_MAPS = 4, 24, 256
 _KEPT, _ZERO = (11, 107, 203), (233, 237, 241)
 
 
-def _mixed(share: float) -> Color:
+def _blend(share: float) -> Color:
     red, green, blue = (round(kept + (zero - kept) * share) for kept, zero in zip(_KEPT, _ZERO, strict=True))
     return red, green, blue
 
 
-COLORS = tuple(_mixed(level / (LEVELS - 1)) for level in range(LEVELS))
+COLORS = tuple(_blend(level / (LEVELS - 1)) for level in range(LEVELS))
 """From kept to zero."""
 
 
-def masks(found: Sequence[SparsityMap]) -> str:
+def draw_sparsity_maps(maps: Sequence[SparsityMap]) -> str:
     """Return the pictures; nothing of none."""
-    if not found:
+    if not maps:
         return ""
-    told = "Blue is kept, pale is zero; outputs from top to bottom, what they read from left to right."
-    return f'<p>{told}</p><div class="masks">{"".join(map(_figure, found))}</div>'
+    legend = "Blue is kept, pale is zero; outputs from top to bottom, what they read from left to right."
+    return f'<p>{legend}</p><div class="masks">{"".join(map(_figure, maps))}</div>'
 
 
-def quantise(found: SparsityMap) -> NDArray[np.uint8]:
+def quantise(sparsity_map: SparsityMap) -> NDArray[np.uint8]:
     """Return the share of zeros in each field, from 0 to 15; the ends are for none and for all."""
-    share = np.rint(found.zeros * (LEVELS - 1) / found.sizes).astype(np.int64)
+    share = np.rint(sparsity_map.zeros * (LEVELS - 1) / sparsity_map.sizes).astype(np.int64)
     inner = np.clip(share, 1, LEVELS - 2)
-    return np.where(found.zeros == 0, 0, np.where(found.zeros == found.sizes, LEVELS - 1, inner)).astype(np.uint8)
+    return np.where(
+        sparsity_map.zeros == 0, 0, np.where(sparsity_map.zeros == sparsity_map.sizes, LEVELS - 1, inner)
+    ).astype(np.uint8)
 
 
-def told(found: SparsityMap) -> str:
+def describe_map(sparsity_map: SparsityMap) -> str:
     """Return in words what the picture shows."""
-    rows = "row" if found.empty_rows == 1 else "rows"
-    empty = f"; {count(found.empty_rows)} empty {rows}" if found.empty_rows else ""
-    return f"{percent(found.share)} zero{empty}"
+    rows = "row" if sparsity_map.empty_rows == 1 else "rows"
+    empty = f"; {count(sparsity_map.empty_rows)} empty {rows}" if sparsity_map.empty_rows else ""
+    return f"{percent(sparsity_map.share)} zero{empty}"
 
 
-def _figure(found: SparsityMap) -> str:
-    shown = quantise(found)
-    tall, wide = (min(max(side * _PIXELS, _LEAST), _MOST_MAPS) for side in shown.shape)
-    alt = f"{found.name}, {count(found.rows)} x {count(found.columns)}: {told(found)}"
-    image = f'<img src="{data_uri(shown, COLORS)}" width="{wide}" height="{tall}" alt="{safe(alt)}">'
-    return f"<figure>{image}<figcaption>{format_number(found.name)}<br>{safe(told(found))}</figcaption></figure>"
+def _figure(sparsity_map: SparsityMap) -> str:
+    levels = quantise(sparsity_map)
+    height, width = (min(max(side * _PIXELS, _LEAST), _MOST_MAPS) for side in levels.shape)
+    alt = (
+        f"{sparsity_map.name}, {count(sparsity_map.rows)} x {count(sparsity_map.columns)}: {describe_map(sparsity_map)}"
+    )
+    image = f'<img src="{data_uri(levels, COLORS)}" width="{width}" height="{height}" alt="{escape(alt)}">'
+    caption = f"{format_number(sparsity_map.name)}<br>{escape(describe_map(sparsity_map))}"
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"

@@ -14,7 +14,7 @@ from prunectl.analysis.sparsity_map import SparsityMap
 from prunectl.errors import UsageError
 from prunectl.formats import atomic
 from prunectl.reporting.html.assets import SCRIPT, STYLE
-from prunectl.reporting.html.charts import bars, curves, masks, pareto, safe, tag, treemap
+from prunectl.reporting.html.charts import bars, curves, draw_sparsity_maps, escape, pareto, tag, treemap
 from prunectl.reporting.report import Cell, Column, Failure, Report, Section, Table
 from prunectl.units import Units
 
@@ -28,9 +28,9 @@ def table_html(table: Table, identity: str, units: Units) -> str:
     rows = "".join(_row(table, row, units) for row in table.rows)
     foot = f"<tfoot>{_row(table, table.total, units)}</tfoot>" if table.total else ""
     inside = f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody>{foot}"
-    name = safe(table.title or table.name)
-    whole = f'<table class="sortable" id="{identity}" aria-label="{name}">{inside}</table>'
-    around = f'<div class="scroll" tabindex="0" role="group" aria-label="{name}">{whole}</div>'
+    name = escape(table.title or table.name)
+    element = f'<table class="sortable" id="{identity}" aria-label="{name}">{inside}</table>'
+    around = f'<div class="scroll" tabindex="0" role="group" aria-label="{name}">{element}</div>'
     return f"{_filter(table, identity, name)}{around}"
 
 
@@ -44,7 +44,7 @@ def _filter(table: Table, identity: str, name: str) -> str:
 def _head(column: Column) -> str:
     if not column.name:
         return "<td></td>"
-    button = tag("button", safe(column.name), type="button")
+    button = tag("button", escape(column.name), type="button")
     return f'<th scope="col" aria-sort="none"{_css_class(column)}>{button}</th>'
 
 
@@ -53,18 +53,18 @@ def _row(table: Table, row: tuple[Cell, ...], units: Units) -> str:
 
 
 def _cell(column: Column, cell: Cell, units: Units) -> str:
-    spelled = safe(column.spell(cell, units))
+    formatted = escape(column.format(cell, units))
     if not column.is_number:
-        return f"<td>{spelled}</td>"
+        return f"<td>{formatted}</td>"
     value = "" if cell is None or isinstance(cell, str) else f"{cell:.6g}" if isinstance(cell, float) else str(cell)
-    return f'<td class="n" data-v="{value}">{spelled}</td>'
+    return f'<td class="n" data-v="{value}">{formatted}</td>'
 
 
 def _css_class(column: Column) -> str:
     return ' class="n"' if column.is_number else ""
 
 
-MARK = '<meta name="generator" content="prunectl">'
+GENERATOR_TAG = '<meta name="generator" content="prunectl">'
 """By which one of our pages is known again."""
 PLOT = "plot"
 """The name of a table that draws the points of a sweep."""
@@ -78,15 +78,15 @@ def page(report: Report, command: str, units: Units) -> str:
         "base-uri 'none'; form-action 'none'"
     )
     head = (
-        f'<meta charset="utf-8">{MARK}<meta http-equiv="Content-Security-Policy" content="{rules}">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{safe(title)}</title>'
+        f'<meta charset="utf-8">{GENERATOR_TAG}<meta http-equiv="Content-Security-Policy" content="{rules}">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
         f"<style>{STYLE}</style>"
     )
     verdict = '<p class="good">ok</p>' if report.exit_code == 0 else f'<p class="bad">exit code {report.exit_code}</p>'
     body = (
-        f"<main><h1>{safe(title)}</h1>{verdict}{_failures(report.failures)}{_gates(report, units)}"
-        f"{_remarks(report.remarks)}{_plots(report, units)}{_sections(report, units)}{_models(report, units)}</main>"
-        f"<footer>prunectl {safe(__version__)}</footer><script>{SCRIPT}</script>"
+        f"<main><h1>{escape(title)}</h1>{verdict}{_failures(report.failures)}{_gates(report, units)}"
+        f"{_notes(report.notes)}{_plots(report, units)}{_sections(report, units)}{_models(report, units)}</main>"
+        f"<footer>prunectl {escape(__version__)}</footer><script>{SCRIPT}</script>"
     )
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
@@ -97,7 +97,7 @@ def _hash(text: str) -> str:
 
 def _failures(failures: Iterable[Failure]) -> str:
     return "".join(
-        f'<p class="bad">{safe(failure.path)}: {safe(failure.error.message)}</p>{tag("p", safe(failure.error.hint))}'
+        f'<p class="bad">{escape(failure.path)}: {escape(failure.error.message)}</p><p>{escape(failure.error.hint)}</p>'
         for failure in failures
     )
 
@@ -107,13 +107,13 @@ def _gates(report: Report, units: Units) -> str:
     gates = [gate for gate in report.gates if type(gate) is LimitCheck]
     return "".join(
         f'<p class="{"good" if gate.ok else "bad"}">{"pass" if gate.ok else "FAIL"}: '
-        f"{safe(gate_sentence(gate, units))}</p>"
+        f"{escape(gate_sentence(gate, units))}</p>"
         for gate in gates
     )
 
 
-def _remarks(remarks: Sequence[str]) -> str:
-    return f'<ul class="remarks">{"".join(tag("li", safe(text)) for text in remarks)}</ul>' if remarks else ""
+def _notes(notes: Sequence[str]) -> str:
+    return f'<ul class="remarks">{"".join(tag("li", escape(text)) for text in notes)}</ul>' if notes else ""
 
 
 def _plots(report: Report, units: Units) -> str:
@@ -123,7 +123,7 @@ def _plots(report: Report, units: Units) -> str:
 
 def _sections(report: Report, units: Units) -> str:
     has_plot = any("point" in model for model in report.models)
-    sections = report.sections or (Section("", tables=(report.main,)),)
+    sections = report.sections or (Section("", tables=(report.table,)),)
     number = numbers()
     return "".join(_section(section, units, number, has_plot=has_plot) for section in sections)
 
@@ -131,33 +131,35 @@ def _sections(report: Report, units: Units) -> str:
 def _section(section: Section, units: Units, number: Iterable[int], *, has_plot: bool) -> str:
     # What is drawn in letters for a terminal is a picture here.
     shown = [table for table in section.tables if not (has_plot and table.name == PLOT)]
-    facts = "".join(f"{tag('dt', safe(name))}{tag('dd', safe(value))}" for name, value in section.facts)
-    drawing = tag("pre", "\n".join(map(safe, section.lines))) if section.lines else ""
+    facts = "".join(f"{tag('dt', escape(name))}{tag('dd', escape(value))}" for name, value in section.facts)
+    drawing = tag("pre", "\n".join(map(escape, section.drawing))) if section.drawing else ""
     tables = "".join(
-        f"{tag('h3', safe(table.title or table.name))}{table_html(table, f't{identity}', units)}"
+        f"{tag('h3', escape(table.title or table.name))}{table_html(table, f't{identity}', units)}"
         for table, identity in zip(shown, number, strict=False)
         if table.rows or table.total
     )
-    inside = f"{tag('dl', facts) if facts else ''}{drawing}{tables}{_remarks(section.remarks)}"
-    return f"{tag('h2', safe(section.title)) if section.title else ''}{inside}" if inside else ""
+    inside = f"{tag('dl', facts) if facts else ''}{drawing}{tables}{_notes(section.notes)}"
+    return f"{tag('h2', escape(section.title)) if section.title else ''}{inside}" if inside else ""
 
 
 def _models(report: Report, units: Units) -> str:
     return "".join(
-        _model(model, report.masks.get(str(model["path"]), ()), units) for model in report.models if model.get("layers")
+        _model(model, report.sparsity_maps.get(str(model["path"]), ()), units)
+        for model in report.models
+        if model.get("layers")
     )
 
 
-def _model(model: dict[str, object], found: Sequence[SparsityMap], units: Units) -> str:
+def _model(model: dict[str, object], maps: Sequence[SparsityMap], units: Units) -> str:
     layers = model["layers"]
     assert isinstance(layers, list)
     parts = (
         ("where the bytes lie", treemap(layers, units)),
         ("sparsity by tensor", bars(layers)),
-        ("where the zeros are", masks(found)),
+        ("where the zeros are", draw_sparsity_maps(maps)),
     )
     pictures = "".join(f"<h3>{title}</h3>{picture}" for title, picture in parts if picture)
-    return f"<section>{tag('h2', safe(str(model['path'])))}{pictures}</section>" if pictures else ""
+    return f"<section>{tag('h2', escape(str(model['path'])))}{pictures}</section>" if pictures else ""
 
 
 _HEAD_BYTES = 512
@@ -185,4 +187,4 @@ def write(path: Path, report: Report, command: str, units: Units) -> int:
 def _is_ours(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
-    return not head or MARK.encode() in head
+    return not head or GENERATOR_TAG.encode() in head
