@@ -1,54 +1,178 @@
-"""The commands as functions: the same words as arguments, the report that the command prints as the result."""
+"""The commands as functions: the options of the command line as keywords, the report's values as the result."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
-from prunectl.analysis import inspect as analysis_inspect
+from prunectl.analysis import inspect as inspection
 from prunectl.analysis import patterns, sizes
 from prunectl.analysis.inspect import InspectOptions
 from prunectl.analysis.sizes import CodecName
 from prunectl.analysis.stats import ModelStats
-from prunectl.calibration import prune as calibrating
-from prunectl.channels import prune as cutting
+from prunectl.calibration import prune as calibration
+from prunectl.channels import prune as channels
 from prunectl.channels.prune import ChannelPruneResult
 from prunectl.exporting import export as exporting
-from prunectl.exporting import request as exporting_words
+from prunectl.exporting import request as export_request
 from prunectl.exporting.compare import ExportResult
 from prunectl.formats.base import StripOptions, StripPart
 from prunectl.formats.registry import open_model
 from prunectl.pruning import prune as pruning
-from prunectl.pruning import request as requests
+from prunectl.pruning import request as prune_request
 from prunectl.pruning import strip as stripping
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.prune import Pruned
 from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.strip import Stripped
 from prunectl.training import finetune as training
+from prunectl.training import request as finetune_request
 from prunectl.training.finetune import Finetuned
-from prunectl.training.request import request_of
 
-_FIELDS = {"pack": "is_packed", "input": "inputs", "param": "params", "repair": "is_repaired", "layer": "layers"}
-"""Words of the command line that a request has another name for."""
-_OF_CHANNELS = frozenset({"min_channels", "round_to", "max_ratio", "params", "flops", "dead", "allow_empty"})
 AnyPath = str | os.PathLike[str]
+
+
+class ChannelOptions(TypedDict, total=False):
+    """What `prune` takes with ``pattern="channel"`` only."""
+
+    min_channels: int
+    round_to: int
+    max_ratio: float
+    params: str
+    flops: str
+    dead: bool
+    allow_empty: bool
+
+
+class PruneOptions(ChannelOptions, total=False):
+    """The options of `prune` that decide the numbers in its output; each has the default of the command line."""
+
+    sparsity: float | None
+    compression: float | None
+    target_gzip: int | None
+    target_packed: int | None
+    strategy: str
+    param: Sequence[str]
+    scope: str
+    pattern: str
+    policy: str
+    only: str
+    exclude: Sequence[str]
+    layer: Sequence[tuple[str, float]]
+    seed: int
+    nan: str
+    pack: bool
+    data: str
+    samples: int
+    batch_size: int
+    loss: str
+    model: str
+    custom_objects: str
+    input: Sequence[str]
+    repair: bool
+    cluster: str
+
+
+class FinetuneOptions(TypedDict, total=False):
+    """The options of `finetune`; each has the default of the command line."""
+
+    data: str
+    val: str
+    val_split: float
+    epochs: int | None
+    steps: int | None
+    batch_size: int
+    lr: float | None
+    lr_schedule: str
+    warmup: str | int
+    optimizer: str
+    loss: str
+    metric: Sequence[str]
+    clip: float | None
+    freeze: Sequence[str]
+    distill: AnyPath
+    distill_model: str
+    distill_share: float
+    temperature: float
+    early_stop: int | None
+    keep: str
+    recalibrate: bool
+    step: str
+    precision: str
+    device: str
+    compile: bool
+    shard: bool
+    workers: int
+    seed: int
+    sparsity: float | None
+    schedule: str
+    schedule_param: Sequence[str]
+    initial_sparsity: float
+    begin: str | int
+    end: str | int
+    frequency: int | None
+    power: float | None
+    strategy: str
+    param: Sequence[str]
+    scope: str
+    pattern: str
+    policy: str
+    only: str
+    exclude: Sequence[str]
+    layer: Sequence[tuple[str, float]]
+    mask: str
+    keep_wrappers: bool
+    checkpoint_dir: AnyPath | None
+    resume: bool
+    logdir: AnyPath | None
+    model: str
+    custom_objects: str
+    trust: bool
+
+
+class ExportOptions(TypedDict, total=False):
+    """The options of `export`; each has the default of the command line."""
+
+    to: str
+    opset: int | None
+    input: Sequence[str]
+    data: str
+    samples: int | None
+    batch_size: int | None
+    seed: int | None
+    atol: float | None
+    rtol: float | None
+    model: str
+    custom_objects: str
+    trust: bool
+    half: bool
+    bf16: bool
+    int8: bool
+    sparse: bool
+    pack: bool
+    code: bool
+    metadata: Sequence[str]
+    card: AnyPath | None
+
+
+_REQUEST_FIELDS = {
+    "pack": "is_packed", "input": "inputs", "param": "params", "repair": "is_repaired", "layer": "layers",
+}  # fmt: skip
+"""Options that manifests, and so `PruneRequest`, have another name for."""
 
 
 def inspect(
     model: AnyPath, *, layers: str = "", pattern: str = "", flops: bool = False, zeros: bool = True
 ) -> ModelStats:
-    """Return what is in a model file."""
+    """Measure what is in a model file."""
     options = InspectOptions(layers=layers, pattern=pattern, has_flops=flops, has_zeros=zeros)
-    return analysis_inspect.inspect_model(
-        open_model(Path(model)), options, patterns.parse(pattern) if pattern else None
-    )
+    return inspection.inspect_model(open_model(Path(model)), options, patterns.parse(pattern) if pattern else None)
 
 
 def size(model: AnyPath, *, codec: str = "gzip", level: int | None = None) -> ModelStats:
-    """Return how big a model is: as it is, packed, and compressed."""
+    """Measure how big a model is: as it is, packed, and compressed."""
     return sizes.measure(open_model(Path(model)), sizes.get_codec(CodecName(codec), level))
 
 
@@ -60,24 +184,31 @@ def prune(
     force: bool = False,
     in_place: bool = False,
     trust: bool = False,
-    **words: Any,
+    **options: Unpack[PruneOptions],
 ) -> Pruned | ChannelPruneResult:
     """Zero the least important weights of a model; without an output nothing is written.
 
-    The words are those of the command line: ``sparsity=0.8``, ``scope="global"``, ``exclude=["fc*"]`` …; with
+    The options are those of the command line: ``sparsity=0.8``, ``scope="global"``, ``exclude=["fc*"]`` …; with
     ``pattern="channel"`` channels are cut out, and ``flops="-50%"`` is one of them.
     """
-    is_cut = words.get("pattern") == patterns.CHANNEL
-    own = {word: words.pop(word) for word in _OF_CHANNELS & words.keys()} if is_cut else {}
-    said = {_FIELDS.get(word, word): list(value) if _is_list(value) else value for word, value in words.items()}
-    request = requests.from_json(said)
-    place = _output(output, force=force, in_place=in_place)
+    is_cut = options.get("pattern") == patterns.CHANNEL
+    limits: dict[str, Any] = {
+        name: value for name, value in options.items() if is_cut and name in ChannelOptions.__annotations__
+    }
+    request = prune_request.from_json(
+        {
+            _REQUEST_FIELDS.get(name, name): list(value) if isinstance(value, list | tuple) else value
+            for name, value in options.items()
+            if name not in limits
+        }
+    )
+    destination = _destination(output, force=force, in_place=in_place)
     if is_cut:
-        return cutting.prune_channels(Path(model), request, place, is_trusted=trust, **own)
-    requests.check(request)
+        return channels.prune_channels(Path(model), request, destination, is_trusted=trust, **limits)
+    prune_request.check(request)
     if request.data:
-        return calibrating.prune(Path(model), request, place, is_trusted=trust)
-    return pruning.prune(Path(model), request, place)
+        return calibration.prune(Path(model), request, destination, is_trusted=trust)
+    return pruning.prune(Path(model), request, destination)
 
 
 def strip(
@@ -92,35 +223,40 @@ def strip(
 ) -> Stripped:
     """Drop what a model does not need to predict; without an output nothing is written."""
     parts = frozenset(map(StripPart, only)) or frozenset(StripPart)
-    destination = _output(output, force=force, in_place=in_place)
+    destination = _destination(output, force=force, in_place=in_place)
     return stripping.strip(Path(model), StripOptions(parts, is_half=half), destination, is_packed=pack)
 
 
 def finetune(
-    model: AnyPath, output: AnyPath, /, *, force: bool = False, in_place: bool = False, **words: Any
+    model: AnyPath,
+    output: AnyPath,
+    /,
+    *,
+    force: bool = False,
+    in_place: bool = False,
+    **options: Unpack[FinetuneOptions],
 ) -> Finetuned:
     """Train a model with its zeros kept, or prune it while it trains.
 
-    The words are those of the command line: ``data="train.npz"``, ``sparsity=0.8``, ``schedule="cosine"`` …
+    The options are those of the command line: ``data="train.npz"``, ``sparsity=0.8``, ``schedule="cosine"`` …
     """
-    place = Destination(Path(output), is_forced=force, is_in_place=in_place)
-    return training.finetune(Path(model), request_of(words), place)
+    destination = Destination(Path(output), is_forced=force, is_in_place=in_place)
+    return training.finetune(Path(model), finetune_request.request_of(options), destination)
 
 
-def export(model: AnyPath, output: AnyPath, /, *, force: bool = False, **words: Any) -> ExportResult:
+def export(
+    model: AnyPath, output: AnyPath, /, *, force: bool = False, **options: Unpack[ExportOptions]
+) -> ExportResult:
     """Write a model in another format, run beside its source before it is kept.
 
-    The words are those of the command line: ``to="onnx"``, ``opset=18``, ``input=["x:?,3,8,8"]``, ``half=True`` …
+    The options are those of the command line: ``to="onnx"``, ``opset=18``, ``input=["x:?,3,8,8"]``, ``half=True`` …
     """
-    return exporting.export(Path(model), exporting_words.request_of(words), Destination(Path(output), is_forced=force))
+    request = export_request.request_of(options)
+    return exporting.export(Path(model), request, Destination(Path(output), is_forced=force))
 
 
-def _output(path: AnyPath | None, *, force: bool, in_place: bool) -> Destination | None:
+def _destination(path: AnyPath | None, *, force: bool, in_place: bool) -> Destination | None:
     return None if path is None else Destination(Path(path), is_forced=force, is_in_place=in_place)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)
 
 
 __all__ = ["PruneRequest", "export", "finetune", "inspect", "prune", "size", "strip"]

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 import prunectl
+from prunectl import api
 from prunectl.errors import UsageError
+from prunectl.exporting import request as export_request
+from prunectl.pruning.request import PruneRequest
+from prunectl.training import request as finetune_request
 from tests.running import FIXTURES
 from tests.running import prunectl as command
 
@@ -55,6 +61,13 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     path.write_bytes((FIXTURES / "digits_cnn.onnx").read_bytes())
     assert prunectl.prune(path, None, sparsity=0.5).after.params.prunable_zero == 4868
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_keywords_are_the_options_that_requests_know() -> None:
+    assert get_type_hints(api.FinetuneOptions).keys() == finetune_request.DEFAULTS.keys()
+    assert get_type_hints(api.ExportOptions).keys() == export_request.DEFAULTS.keys()
+    own = get_type_hints(api.PruneOptions).keys() - get_type_hints(api.ChannelOptions).keys()
+    assert {api._REQUEST_FIELDS.get(name, name) for name in own} == {field.name for field in fields(PruneRequest)}
 
 
 def test_a_word_that_does_not_exist_is_refused() -> None:
