@@ -14,7 +14,6 @@ from prunectl.commands._command import make_command, resolve_stdin
 from prunectl.errors import UsageError
 from prunectl.formats.registry import open_model
 from prunectl.pruning import manifest as pruning_manifest
-from prunectl.reporting.checks.text import CheckReport
 from prunectl.reporting.report import Column, Report, Section, Table, Unit
 from prunectl.reporting.reporter import Reporter
 
@@ -41,7 +40,7 @@ def verify_report(path: str, findings: tuple[Finding, ...], *, has_gates: bool) 
         tuple((finding.verdict, _SENTENCES[finding.id], int(finding.actual), finding.note) for finding in named),
     )
     title = f"{path}: {f'{len(failed)} of {len(named)} do not hold' if failed else 'all holds'}"
-    return CheckReport(
+    return Report(
         models=(),
         table=Table(
             "checks",
@@ -51,7 +50,7 @@ def verify_report(path: str, findings: tuple[Finding, ...], *, has_gates: bool) 
         sections=(Section(title, tables=(checks,)),),
         gates=named if has_gates else (),
         quiet_lines=tuple(f"{finding.id}: {finding.note}" for finding in failed),
-        code=int(bool(failed)),
+        exit_code_override=int(bool(failed)),
     )
 
 

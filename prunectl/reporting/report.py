@@ -132,9 +132,14 @@ class Report:
     sparsity_maps: Mapping[str, tuple[SparsityMap, ...]] = field(default_factory=dict)
     """Where the zeros of each model are, by its path: what a page shows."""
 
+    exit_code_override: int | None = None
+    """The exit code where some gates only warn, which is no reason to fail."""
+
     @property
     def exit_code(self) -> int:
         """The worst of what happened."""
+        if self.exit_code_override is not None:
+            return self.exit_code_override
         codes = [failure.error.exit_code for failure in self.failures]
         return max([*codes, 0 if all(gate.ok for gate in self.gates) else 1])
 

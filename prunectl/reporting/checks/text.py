@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from prunectl.checks.rules import Finding, Findings
 from prunectl.checks.schema import MetricUnit
@@ -77,18 +76,6 @@ _PLAIN = (
 _HUMAN = (Column("verdict"), Column("gate"), Column("model"), Column("found"), Column("limit"), Column("budget"))
 
 
-@dataclass(frozen=True, slots=True)
-class CheckReport(Report):
-    """A report whose gates may also warn, which is no reason to fail."""
-
-    code: int = 0
-
-    @property
-    def exit_code(self) -> int:
-        """The worst of what happened."""
-        return self.code
-
-
 def rows(findings: tuple[Finding, ...]) -> Table:
     """Return the findings as programs read them."""
     return Table("gates", _PLAIN, tuple(_row(finding) for finding in findings))
@@ -114,7 +101,7 @@ def check_report(findings: Findings, *, has_gates: bool) -> Report:
         f"{findings.file}: {summary(findings)}",
         tables=(table(ordered),) if ordered else (),
     )
-    return CheckReport(
+    return Report(
         notes=(*lines, *findings.notes),
         models=(),
         table=rows(findings.findings),
@@ -122,7 +109,7 @@ def check_report(findings: Findings, *, has_gates: bool) -> Report:
         gates=findings.findings if has_gates else (),
         failures=tuple(Failure(finding.path, finding.error) for finding in findings.unusable),
         quiet_lines=tuple(describe(finding) for finding in findings.failed),
-        code=findings.exit_code,
+        exit_code_override=findings.exit_code,
         extra_json={"budgets": {"file": findings.file, "models": findings.models, "notes": list(findings.notes)}},
     )
 
