@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -34,6 +35,8 @@ class Reporter:
     command: str
     html: Path | None = None
     """Where what is shown is also written, as a page."""
+    on_success: Callable[[], tuple[str, ...]] = tuple
+    """Called when a command has succeeded, right before its report is shown; returns notes to add to it."""
 
     @property
     def is_json(self) -> bool:
@@ -58,6 +61,8 @@ class Reporter:
         # Of nothing but failures there is nothing to see on a page.
         if self.html is not None and (report.models or report.sections or not report.failures):
             report = self._with_html_page(report, self.html)
+        if report.exit_code == 0:
+            report = replace(report, notes=(*report.notes, *self.on_success()))
         if self.settings.is_quiet and layout is not Layout.JSON:
             report = _without_notes(report)
         if layout is Layout.JSON:

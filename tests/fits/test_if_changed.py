@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 
 from prunectl.commands.app import COMMANDS
+from prunectl.commands.build import command as build
 from prunectl.commands.build import depfile
 from prunectl.commands.build import stamp as build_stamp
-from prunectl.commands.build import stamp as making
-from prunectl.commands.build.command import BuildCommand
-from prunectl.commands.build.stamp import check_unmodified
+from prunectl.commands.build.command import BuildCommand, check_unmodified
 from prunectl.errors import UsageError
 from tests.checks.checking import MODEL, prunectl
 from tests.fits.building import written
@@ -72,7 +71,7 @@ def test_what_has_changed_is_said_and_what_prunectl_wrote_is_replaced(
     assert (found.code, reason(found)) == (0, f"{OUT} is not there")
     assert reason(prunectl(folder, "strip", *WORDS[1:])) == "it was made by prune"
     assert prunectl(folder, "strip", *WORDS[1:]).err == f"note: {OUT} is up to date.\n"
-    monkeypatch.setattr(making, "__version__", "9.9")
+    monkeypatch.setattr(build, "__version__", "9.9")
     assert reason(prunectl(folder, "strip", *WORDS[1:])) == "prunectl was 0.1.0"
 
 
@@ -192,9 +191,9 @@ def test_pictures_behind_links_count(folder: Path) -> None:
     (folder / "images").mkdir()
     (folder / "images/cat").symlink_to("../real")
     said = {"model": str(folder / "a.safetensors"), "output": str(folder / OUT), "data": f"{folder}/images/"}
-    before = making.BuildStep.of("finetune", said, None).digests
+    before = build.BuildStep.of("finetune", said, None).digests
     (folder / "real/1.png").write_bytes(b"two")
-    assert making.BuildStep.of("finetune", said, None).digests != before
+    assert build.BuildStep.of("finetune", said, None).digests != before
 
 
 def test_a_recipe_with_data_from_a_function_cannot_be_known(folder: Path) -> None:
@@ -282,14 +281,14 @@ def test_the_class_that_comes_with_weights_counts_as_well(tmp_path: Path) -> Non
     (tmp_path / "a_b.py").touch()
     (tmp_path / "a-b.py").touch()
     output = tmp_path / "a-b.pt"
-    assert making._classes(output, {"code": True}) == (tmp_path / "a_b.py",)
-    assert making._classes(output, {"pattern": "channel"}) == (tmp_path / "a_b.py",)
-    assert making._classes(output, {"pattern": "2:4"}) == ()
+    assert build._generated_class(output, {"code": True}) == (tmp_path / "a_b.py",)
+    assert build._generated_class(output, {"pattern": "channel"}) == (tmp_path / "a_b.py",)
+    assert build._generated_class(output, {"pattern": "2:4"}) == ()
 
 
 def test_a_class_that_was_changed_by_hand_stays(folder: Path) -> None:
     said = {"model": str(folder / "a.safetensors"), "output": str(folder / "w.pt"), "code": True}
-    run = making.BuildStep.of("export", said, None)
+    run = build.BuildStep.of("export", said, None)
     (folder / "w.pt").write_bytes(b"weights")
     (folder / "w.py").write_text("class Net: ...")
     stamp = run.stamp({})
