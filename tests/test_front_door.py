@@ -108,14 +108,14 @@ def test_exit_5_when_the_work_fails_and_70_when_prunectl_does(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("prunectl.analysis.inspect.inspect_model", fail)
+    monkeypatch.setattr("prunectl.commands.inspect.inspect_model", fail)
     monkeypatch.setattr("sys.argv", ["prunectl", "inspect", str(MODEL)])
     assert cli.main() == code
     assert capsys.readouterr().err.startswith(sentence)
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("prunectl.analysis.inspect.inspect_model", lambda *_: 1 / 0)
+    monkeypatch.setattr("prunectl.commands.inspect.inspect_model", lambda *_: 1 / 0)
     monkeypatch.setattr("sys.argv", ["prunectl", "inspect", str(MODEL), "--debug"])
     assert cli.main() == 70
     assert "Traceback" in capsys.readouterr().err

@@ -22,20 +22,20 @@ from tests.running import FIXTURES, ROOT, here, without_colors
 FOREIGN = {
     "cli.py": {"--version"},
     "commands/app.py": {"--version"},
-    "commands/completion_shells.py": {"--show-completion"},
-    "commands/topics/completion.py": {"--install-completion", "--show-completion"},
-    "gating/baseline.py": {"--verify", "--quiet", "--end-of-options", "--depth"},
-    "gating/installed.py": {"--force-reinstall"},
-    "sweeping/on_ray.py": {"--head"},
-    "training/torch/sharded.py": {"--nproc-per-node"},
+    "commands/completion.py": {"--show-completion"},
+    "commands/doctor.py": {"--force-reinstall"},
+    "commands/help/topics.py": {"--install-completion", "--show-completion"},
+    "checks/baseline.py": {"--verify", "--quiet", "--end-of-options", "--depth"},
+    "sweeping/ray_workers.py": {"--head"},
+    "training/torch/distributed.py": {"--nproc-per-node"},
 }
 """What is no option of a command: of prunectl itself, of git, pip, Ray and torchrun."""
 BY_NAME = {
     "commands/completion.py",
-    "exporting/checks.py",
-    "exporting/targets.py",
-    "training/rules.py",
-    "training/saver.py",
+    "exporting/export.py",
+    "exporting/routes.py",
+    "training/checkpoint.py",
+    "training/mask_schedule.py",
 }
 """Modules that put two dashes before a name that is held against the options elsewhere, or not shown."""
 PT, SPEC = FIXTURES / "digits_cnn.pt", ("-s", "50%", "--dry-run")
@@ -114,7 +114,7 @@ def modules() -> Iterator[tuple[str, ast.AST]]:
     """Yield every module by its path, but for style sheets, whose variables look like options."""
     home = ROOT / "prunectl"
     for path in home.rglob("*.py"):
-        if path.name != "style.py":
+        if path.name != "assets.py":
             yield path.relative_to(home).as_posix(), ast.parse(path.read_bytes())
 
 
