@@ -28,9 +28,11 @@ def examples():
 
 @pytest.mark.parametrize("environment", [{}, {"OPENBLAS_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "1"}], ids=str)
 def test_numpy_calculates_on_all_processors_unless_the_user_says_otherwise(
-    environment: dict[str, str], tmp_path: Path
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("threadpoolctl")
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "own.py").write_text(EXAMPLES)
     words = ("--data", "./own.py:examples", "--strategy", "activation-magnitude", "-s", "50%", "--dry-run")
     done = prunectl("prune", FIXTURES / "digits_cnn.onnx", *words, cwd=tmp_path, **environment)
