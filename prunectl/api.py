@@ -251,7 +251,7 @@ def export(
 
     The options are those of the command line: ``to="onnx"``, ``opset=18``, ``input=["x:?,3,8,8"]``, ``half=True`` …
     """
-    request = export_request.request_of(options)
+    request = export_request.parse_request(options)
     return exporting.export(Path(model), request, Destination(Path(output), is_forced=force))
 
 

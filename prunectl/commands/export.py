@@ -12,7 +12,7 @@ from prunectl.commands._requests import import_first, open_destination
 from prunectl.commands.build.command import BuildCommand
 from prunectl.exporting.compare import Comparison, ExportResult
 from prunectl.exporting.export import export as run
-from prunectl.exporting.request import DEFAULTS, ExportRequest, request_of
+from prunectl.exporting.request import DEFAULTS, ExportRequest, parse_request
 from prunectl.exporting.routes import suffix_of
 from prunectl.reporting.prune import before_after
 from prunectl.reporting.report import Artifact, Column, Report, Section, Table, Unit
@@ -24,7 +24,7 @@ def export_of(ctx: typer.Context) -> ExportRequest:
     """Return the request that was typed; what is to be imported first is imported."""
     import_first(ctx.params["imports"] or ())
     said = {**ctx.params, "model": ctx.params["build"], "input": ctx.params["input_"]}
-    return request_of({name: said[name] for name in DEFAULTS if said[name] is not None})
+    return parse_request({name: said[name] for name in DEFAULTS if said[name] is not None})
 
 
 _OUTPUTS = (
@@ -38,25 +38,25 @@ _OUTPUTS = (
 def export_report(result: ExportResult, output: str) -> Report:
     """Return the report on a run."""
     sizes = before_after(result.before, result.after)
-    tables = (sizes,) if result.parity is None else (_differences(result.parity), sizes)
-    facts = (("from", result.source), ("to", result.target), ("compared", _comparison_text(result.parity)))
-    notes = (*result.remarks, *_about_source(result), f"Next: prunectl size {output}")
+    tables = (sizes,) if result.comparison is None else (_differences(result.comparison), sizes)
+    facts = (("from", result.source), ("to", result.target), ("compared", _comparison_text(result.comparison)))
+    notes = (*result.notes, *_about_source(result), f"Next: prunectl size {output}")
     return Report(
         models=(survey_json(result.before), survey_json(result.after)),
         table=sizes,
         sections=(Section(f"{result.before.path} -> {output}", facts, tables, notes),),
-        artifacts=(Artifact(output, result.after.bytes.raw), *(Artifact(*file) for file in result.beside)),
+        artifacts=(Artifact(output, result.after.bytes.raw), *(Artifact(*file) for file in result.companion_files)),
         quiet_lines=(),
-        extra_json={"parity": _parity_json(result.parity)},
+        extra_json={"parity": _parity_json(result.comparison)},
     )
 
 
 def _about_source(result: ExportResult) -> tuple[str, ...]:
-    return tuple(note for note in result.before.about.notes if note not in result.remarks)
+    return tuple(note for note in result.before.about.notes if note not in result.notes)
 
 
 def _differences(parity: Comparison) -> Table:
-    rows = tuple((output.name, output.largest, output.mean, output.noise) for output in parity.outputs)
+    rows = tuple((output.name, output.largest, output.mean, output.relative_rms) for output in parity.outputs)
     return Table("parity", _OUTPUTS, rows)
 
 
@@ -64,8 +64,8 @@ def _comparison_text(parity: Comparison | None) -> str:
     if parity is None:
         return "every number, to the bit"
     inputs = "examples" if parity.is_data else "random inputs"
-    same = "" if parity.top1 is None else f", the same largest answer for {parity.top1:.2%}"
-    noise = "" if parity.tolerance.noise is None else f", {parity.noise:.2%} of their size"
+    same = "" if parity.top1_agreement is None else f", the same largest answer for {parity.top1_agreement:.2%}"
+    noise = "" if parity.tolerance.relative_rms is None else f", {parity.relative_rms:.2%} of their size"
     distance = f"{parity.largest:.3g} apart at most, {parity.mean:.3g} on average"
     return f"on {parity.examples:,} {inputs}: {distance}{noise}{same}"
 
@@ -79,20 +79,20 @@ def _parity_json(parity: Comparison | None) -> dict[str, Any]:
         "inputs": "data" if parity.is_data else "random",
         "max_difference": parity.largest,
         "mean_difference": parity.mean,
-        "same_top1": parity.top1,
+        "same_top1": parity.top1_agreement,
         "tolerance": {
             "atol": parity.tolerance.atol,
             "rtol": parity.tolerance.rtol,
             "share_of_largest": parity.tolerance.share,
-            "relative_rms": parity.tolerance.noise,
-            "top1": parity.tolerance.top1,
+            "relative_rms": parity.tolerance.relative_rms,
+            "top1": parity.tolerance.top1_agreement,
         },
         "outputs": [
             {
                 "name": output.name,
                 "max_difference": output.largest,
                 "mean_difference": output.mean,
-                "relative_rms": output.noise,
+                "relative_rms": output.relative_rms,
             }
             for output in parity.outputs
         ],

@@ -1,4 +1,4 @@
-"""A model that runs: what goes in, what comes out."""
+"""Input specifications of a runnable model, and the `--input NAME:SHAPE:TYPE` options that refine them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class InputSpec:
 
     name: str
     shape: Axes | None
-    """With the axis of the examples; None for an axis of any length, or for all of them where they are unknown."""
+    """With the batch axis; None for an axis of any length, or for the whole shape where it is unknown."""
     dtype: str
-    """Such as float32; empty if unknown."""
-    is_sure: bool = True
-    """Whether the model itself says so, and it is no guess by its first layer."""
+    """A NumPy name such as float32; empty if unknown."""
+    is_declared: bool = True
+    """Whether the model itself declares it; else it is a guess by the first layer."""
 
 
 class RunnableModel(Protocol):
@@ -32,7 +32,7 @@ class RunnableModel(Protocol):
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
-        """What goes in."""
+        """The inputs, in order."""
 
     @property
     def is_channels_first(self) -> bool:
@@ -40,20 +40,20 @@ class RunnableModel(Protocol):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of how it is run."""
+        """Notes for the user about how it is run."""
 
     def run(self, inputs: tuple[Array, ...]) -> dict[str, Array]:
-        """Return what comes out of one batch, by name and in order."""
+        """The outputs for one batch, by name and in order."""
 
 
-def signature_of(flows: tuple[InputSpec, ...], *, is_channels_first: bool) -> Signature:
-    """Return inputs as data is fitted to them."""
-    ports = tuple(Port(flow.name, None if flow.shape is None else flow.shape[1:], flow.dtype) for flow in flows)
+def signature_of(inputs: tuple[InputSpec, ...], *, is_channels_first: bool) -> Signature:
+    """The signature that data is adapted to."""
+    ports = tuple(Port(flow.name, None if flow.shape is None else flow.shape[1:], flow.dtype) for flow in inputs)
     return Signature(ports, (), is_channels_first=is_channels_first)
 
 
-def text(shape: Axes | None) -> str:
-    """Return a shape as users write it."""
+def shape_text(shape: Axes | None) -> str:
+    """A shape as users write it."""
     return "?" if shape is None else ",".join("?" if length is None else str(length) for length in shape)
 
 
@@ -74,59 +74,60 @@ _SHAPE = re.compile(r"(?:\?|-1|[1-9]\d*)(?:,(?:\?|-1|[1-9]\d*))*")
 
 @dataclass(frozen=True, slots=True)
 class InputOption:
-    """One input, as it was typed."""
+    """One `--input` option."""
 
     name: str
     shape: Axes
     dtype: str
 
 
-def parse(word: str) -> InputOption:
-    """Return what was said of an input: a name and a type may be left out."""
-    parts = word.split(":")
+def parse(text: str) -> InputOption:
+    """Parse `[NAME:]SHAPE[:TYPE]`, where -1 or ? in the shape is an open axis."""
+    parts = text.split(":")
     dtype = ""
     if len(parts) > 1 and not _SHAPE.fullmatch(parts[-1]):
-        dtype = _dtype(parts.pop(), word)
+        dtype = _dtype(parts.pop(), text)
     if len(parts) > 2 or not _SHAPE.fullmatch(parts[-1]):
-        raise UsageError(f"--input {word} says no shape", hint=_EXAMPLE)
+        raise UsageError(f"--input {text} says no shape", hint=_EXAMPLE)
     shape = tuple(None if axis in {"?", "-1"} else int(axis) for axis in parts[-1].split(","))
     return InputOption(parts[0] if len(parts) == 2 else "", shape, dtype)
 
 
-def _dtype(name: str, word: str) -> str:
+def _dtype(name: str, text: str) -> str:
     if name in _DTYPES.values():
         return name
     if name not in _DTYPES:
-        raise UsageError(f"--input {word} ends with no type", hint=f"types: {', '.join(_DTYPES)}")
+        raise UsageError(f"--input {text} ends with no type", hint=f"types: {', '.join(_DTYPES)}")
     return _DTYPES[name]
 
 
-def apply_input_options(flows: tuple[InputSpec, ...], said: Sequence[InputOption]) -> tuple[InputSpec, ...]:
-    """Return the inputs of a model as the user says, refused where the model says otherwise."""
-    if not said:
-        return flows
-    if len(said) != len(flows):
-        names = ", ".join(flow.name for flow in flows)
-        raise UsageError(f"the model has {len(flows)} inputs ({names}), and --input says {len(said)}")
-    known = {flow.name for flow in flows}
-    if all(one.name in known for one in said) and len({one.name for one in said}) == len(said):
-        by_name = {one.name: one for one in said}
-        said = [by_name[flow.name] for flow in flows]
-    return tuple(_settled(flow, one) for flow, one in zip(flows, said, strict=True))
+def apply_input_options(inputs: tuple[InputSpec, ...], options: Sequence[InputOption]) -> tuple[InputSpec, ...]:
+    """The inputs of a model as `--input` specifies them, by name or else by order; contradictions are refused."""
+    if not options:
+        return inputs
+    if len(options) != len(inputs):
+        names = ", ".join(spec.name for spec in inputs)
+        raise UsageError(f"the model has {len(inputs)} inputs ({names}), and --input says {len(options)}")
+    known = {spec.name for spec in inputs}
+    if all(option.name in known for option in options) and len({option.name for option in options}) == len(options):
+        by_name = {option.name: option for option in options}
+        options = [by_name[spec.name] for spec in inputs]
+    return tuple(_apply_option(spec, option) for spec, option in zip(inputs, options, strict=True))
 
 
-def _settled(flow: InputSpec, said: InputOption) -> InputSpec:
-    if flow.is_sure and flow.dtype and said.dtype and said.dtype != flow.dtype:
-        raise UsageError(f"the input {flow.name} of the model is {flow.dtype}, and --input says {said.dtype}")
-    if flow.shape is not None and not _fits(said.shape, flow.shape):
+def _apply_option(spec: InputSpec, option: InputOption) -> InputSpec:
+    if spec.is_declared and spec.dtype and option.dtype and option.dtype != spec.dtype:
+        raise UsageError(f"the input {spec.name} of the model is {spec.dtype}, and --input says {option.dtype}")
+    if spec.shape is not None and not _fits(option.shape, spec.shape):
         raise UsageError(
-            f"the input {flow.name} of the model is {text(flow.shape)}, and --input says {text(said.shape)}",
+            f"the input {spec.name} of the model is {shape_text(spec.shape)}, "
+            f"and --input says {shape_text(option.shape)}",
             hint="an axis that the model fixes keeps its length",
         )
-    return replace(flow, name=said.name or flow.name, shape=said.shape, dtype=said.dtype or flow.dtype)
+    return replace(spec, name=option.name or spec.name, shape=option.shape, dtype=option.dtype or spec.dtype)
 
 
-def _fits(said: Axes, known: Axes) -> bool:
-    return len(said) == len(known) and all(
-        length is None or length == one for one, length in zip(said, known, strict=True)
+def _fits(shape: Axes, known: Axes) -> bool:
+    return len(shape) == len(known) and all(
+        size is None or size == known_size for known_size, size in zip(shape, known, strict=True)
     )

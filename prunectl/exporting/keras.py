@@ -1,4 +1,4 @@
-"""Models of Keras 2 and 3: opened, and saved in the other format of their library."""
+"""Keras 2 and 3 models as sources, and as targets in the other file format of their library."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _tf = keras_two().tensorflow
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)
 
 
-def open_live(model: ModelFile, origin: ModelOrigin) -> TfRunnable:
-    """Return a Keras model as TensorFlow runs it."""
+def open_runnable(model: ModelFile, origin: ModelOrigin) -> TfRunnable:
+    """Load a Keras model to be run by TensorFlow."""
     loaded = load(model, origin, DevicePlacement())
     if not loaded.library.is_on_tensorflow:
         raise UsageError(
@@ -39,19 +39,19 @@ def open_live(model: ModelFile, origin: ModelOrigin) -> TfRunnable:
     signature = outputs.signature(keras_model)
     sizes = _batch_sizes(keras_model, len(signature.inputs))
     inputs = tuple(
-        InputSpec(port.name, None if port.shape is None else (size, *port.shape), port.dtype or "float32")
-        for port, size in zip(signature.inputs, sizes, strict=True)
+        InputSpec(spec.name, None if spec.shape is None else (size, *spec.shape), spec.dtype or "float32")
+        for spec, size in zip(signature.inputs, sizes, strict=True)
     )
 
-    def call(given: Sequence[Any]) -> list[Any]:
-        return flat(keras_model(outputs.inputs(keras_model, tuple(given)), training=False))
+    def call(arguments: Sequence[Any]) -> list[Any]:
+        return flat(keras_model(outputs.inputs(keras_model, tuple(arguments)), training=False))
 
-    answers = tuple(dict.fromkeys(port.name for port in signature.outputs))
-    if len(answers) != len(signature.outputs):
-        answers = tuple(f"output_{at}" for at in range(len(signature.outputs)))
+    output_names = tuple(dict.fromkeys(spec.name for spec in signature.outputs))
+    if len(output_names) != len(signature.outputs):
+        output_names = tuple(f"output_{index}" for index in range(len(signature.outputs)))
     return TfRunnable(
         inputs,
-        answers,
+        output_names,
         call,
         _tf.function(call),
         keras_model,
@@ -70,14 +70,14 @@ def _batch_sizes(model: Any, count: int) -> list[int | None]:
         tensors = flat(getattr(model, "inputs", None) or ())
     except (AttributeError, ValueError):
         tensors = []
-    sizes: list[int | None] = [None if one.shape[0] is None else int(one.shape[0]) for one in tensors]
+    sizes: list[int | None] = [None if tensor.shape[0] is None else int(tensor.shape[0]) for tensor in tensors]
     return sizes if len(sizes) == count else [None] * count
 
 
 def write(job: ExportJob, target: Path) -> tuple[str, ...]:
-    """Save the model by its own library; the archive is written again without times."""
-    live: TfRunnable = job.live
-    loaded: Loaded = live.keras
+    """Save the model by its own library; an archive is rewritten without timestamps."""
+    runnable: TfRunnable = job.runnable
+    loaded: Loaded = runnable.keras
     suffix = ".h5" if job.request.to == "h5" else ".keras"
     scratch = job.scratch / f"saved{suffix}"
     try:
@@ -96,7 +96,7 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
 
 def _without_times(archive: Path, target: Path) -> None:
     with zipfile.ZipFile(archive) as old, zipfile.ZipFile(target, "x") as new:
-        for info in sorted(old.infolist(), key=lambda one: one.filename):
+        for info in sorted(old.infolist(), key=lambda info: info.filename):
             entry = zipfile.ZipInfo(info.filename, _LONG_AGO)
             entry.compress_type = info.compress_type
             new.writestr(entry, _undated(info.filename, old.read(info)))
@@ -105,15 +105,15 @@ def _without_times(archive: Path, target: Path) -> None:
 def _undated(name: str, content: bytes) -> bytes:
     if name != "metadata.json":
         return content
-    facts = json.loads(content)
-    return json.dumps({**facts, "date_saved": "1980-01-01@00:00:00"}).encode()
+    metadata = json.loads(content)
+    return json.dumps({**metadata, "date_saved": "1980-01-01@00:00:00"}).encode()
 
 
 def runner(job: ExportJob, target: Path) -> Run:
-    """Return what runs the result, loaded from its file."""
+    """A function that runs the result, loaded from its file."""
     origin = replace(job.request.origin, model="")
     try:
-        return open_live(open_model(target), origin).run
+        return open_runnable(open_model(target), origin).run
     except InputError as error:
         reason = error.message.replace(str(target), "it")
         raise WorkError(f"Keras saves {job.file.path} as {job.request.to}, and then fails: {reason}") from error

@@ -1,4 +1,4 @@
-"""From ONNX to ONNX: another version of its operators, fewer bits."""
+"""ONNX models as sources: onnxruntime sessions, and ONNX to ONNX with another opset or fewer bits."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from prunectl.exporting import onnx_finish
 from prunectl.exporting.compare import Run
 from prunectl.exporting.inputs import InputSpec
 from prunectl.exporting.job import ExportJob
-from prunectl.exporting.onnx_order import opset_of
+from prunectl.exporting.onnx_canonical import opset_of
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safe_json import require
 from prunectl.training.backend import ModelOrigin
 
 
 def write(job: ExportJob, target: Path) -> tuple[str, ...]:
-    """Write a model again, all its numbers in one file."""
-    is_open = any(flow.shape is None or None in flow.shape[1:] for flow in job.live.inputs)
+    """Write a model anew, with all of its weights in one file."""
+    is_open = any(spec.shape is None or None in spec.shape[1:] for spec in job.runnable.inputs)
     if job.request.inputs and not is_open:
         raise UsageError("--input does not change what an ONNX model takes", hint="export its source again")
-    tried = ("It was tried on what --input says; what it takes is as open as it was.",) if job.request.inputs else ()
+    notes = ("It was tried on what --input says; what it takes is as open as it was.",) if job.request.inputs else ()
     onnx = require("onnx", extra="onnx")
     try:
         proto = onnx.load(str(job.file.path))
     except Exception as error:
         raise InputError(f"{job.file.path} cannot be read by onnx: {first_line(error)}") from error
-    own = {entry.key: entry.value for entry in proto.metadata_props}
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
     opset = opset_of(proto)
     if job.request.opset is not None and job.request.opset != opset:
         try:
@@ -40,21 +40,21 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
                 f"onnx cannot bring {job.file.path} from opset {opset} to {job.request.opset}: {first_line(error)}"
             ) from error
     try:
-        return (*tried, *onnx_finish.finish(job, proto, target, kept=own))
+        return (*notes, *onnx_finish.finalize(job, proto, target, metadata=metadata))
     except WorkError as error:
-        if found := onnx_finish.checker_error(job.file.path):
-            raise InputError(f"{job.file.path} is no valid ONNX itself: {found}") from error
+        if reason := onnx_finish.checker_error(job.file.path):
+            raise InputError(f"{job.file.path} is no valid ONNX itself: {reason}") from error
         raise
 
 
 _FATAL = 4
-"""What onnxruntime logs by itself; the rest comes as exceptions."""
-_TYPES = {"float": "float32", "double": "float64"}
+"""The severity from which onnxruntime logs; the rest comes as exceptions."""
+_DTYPES = {"float": "float32", "double": "float64"}
 
 
 @dataclass(frozen=True, slots=True)
-class OnnxLive:
-    """A session, and what goes into it."""
+class OnnxRunnable:
+    """An onnxruntime session with its inputs."""
 
     session: Any
     inputs: tuple[InputSpec, ...]
@@ -62,67 +62,69 @@ class OnnxLive:
     notes: tuple[str, ...] = ()
 
     def run(self, inputs: tuple[Array, ...]) -> dict[str, Array]:
-        """Return what comes out."""
-        names = [port.name for port in self.session.get_outputs()]
-        feeds = {flow.name: one.astype(flow.dtype, copy=False) for flow, one in zip(self.inputs, inputs, strict=True)}
+        """The outputs for one batch."""
+        names = [output.name for output in self.session.get_outputs()]
+        feeds = {
+            spec.name: array.astype(spec.dtype, copy=False) for spec, array in zip(self.inputs, inputs, strict=True)
+        }
         try:
-            found = self.session.run(names, feeds)
+            values = self.session.run(names, feeds)
         except Exception as error:
             raise UsageError(
                 f"the model cannot be run: {first_line(error)}", hint="--data SPEC shows what it takes"
             ) from error
-        return {name: _array(name, value) for name, value in zip(names, found, strict=True)}
+        return {name: _output_array(name, value) for name, value in zip(names, values, strict=True)}
 
 
-def _array(name: str, value: Any) -> Array:
-    """Return an output as an array; classifiers of old give a list of what each class is worth."""
-    if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
-        value = [[one[key] for key in value[0]] for one in value]
+def _output_array(name: str, value: Any) -> Array:
+    """An output as an array; ai.onnx.ml classifiers give a list of dictionaries, a score per class."""
+    if isinstance(value, list) and value and all(isinstance(element, dict) for element in value):
+        value = [[row[key] for key in value[0]] for row in value]
     try:
-        found = np.asarray(value)
+        array = np.asarray(value)
     except ValueError:
-        found = np.empty((), object)
-    if found.dtype.kind == "O" and not isinstance(value, np.ndarray):
+        array = np.empty((), object)
+    if array.dtype.kind == "O" and not isinstance(value, np.ndarray):
         raise UsageError(f"the output {name} of the model is no tensor, and cannot be compared")
-    return found
+    return array
 
 
-def open_live(model: ModelFile, origin: ModelOrigin) -> OnnxLive:
-    """Return a model that was given; the file says all of it."""
+def open_runnable(model: ModelFile, origin: ModelOrigin) -> OnnxRunnable:
+    """Open a session on an ONNX file, which needs no code to be rebuilt."""
     del origin
     try:
-        return _opened(model.path)
+        return _open_session(model.path)
     except Exception as error:
         raise InputError(f"{model.path} cannot be loaded by onnxruntime: {first_line(error)}") from error
 
 
-def _opened(path: Path) -> OnnxLive:
+def _open_session(path: Path) -> OnnxRunnable:
     runtime = require("onnxruntime", extra="onnx")
     options = runtime.SessionOptions()
     options.log_severity_level = _FATAL
     # One thread after the other gives the same sums each time.
     options.intra_op_num_threads = 1
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return OnnxLive(session, tuple(_flow(port) for port in session.get_inputs()))
+    return OnnxRunnable(session, tuple(_input_spec(port) for port in session.get_inputs()))
 
 
-def _flow(port: Any) -> InputSpec:
-    kind = port.type.removeprefix("tensor(").removesuffix(")")
-    shape = None if port.shape is None else tuple(one if isinstance(one, int) else None for one in port.shape)
-    return InputSpec(port.name, shape, _TYPES.get(kind, kind))
+def _input_spec(port: Any) -> InputSpec:
+    type_name = port.type.removeprefix("tensor(").removesuffix(")")
+    shape = None if port.shape is None else tuple(size if isinstance(size, int) else None for size in port.shape)
+    return InputSpec(port.name, shape, _DTYPES.get(type_name, type_name))
 
 
 def runner(job: ExportJob, target: Path) -> Run:
-    """Return what runs the result."""
+    """A function that runs the result."""
     del job
     try:
-        live = _opened(target)
+        runnable = _open_session(target)
     except Exception as error:
         raise WorkError(f"onnxruntime cannot load what was made: {first_line(error)}; nothing was written") from error
 
     def run(inputs: tuple[Array, ...]) -> dict[str, Array]:
         try:
-            return live.run(inputs)
+            return runnable.run(inputs)
         except UsageError as error:
             raise WorkError(f"onnxruntime: of what was made, {error.message}; nothing was written") from error
 

@@ -1,4 +1,4 @@
-"""Quiet for what is written in C++, which knows no sys.stderr."""
+"""Silence for converters, those in C++ included, which know no `sys.stderr`."""
 
 from __future__ import annotations
 
@@ -9,25 +9,23 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Let nothing through to the files of standard output and error, whoever writes."""
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    kept = {number: os.dup(number) for number in (1, 2)}
+    """Redirect the file descriptors of standard output and error to the null device."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    saved = {number: os.dup(number) for number in (1, 2)}
     _flush()
     try:
-        for number in kept:
-            os.dup2(nothing, number)
+        for number in saved:
+            os.dup2(null, number)
         yield
     finally:
         _flush()
-        for number, old in kept.items():
-            os.dup2(old, number)
-            os.close(old)
-        os.close(nothing)
+        for number, original in saved.items():
+            os.dup2(original, number)
+            os.close(original)
+        os.close(null)
 
 
 def _flush() -> None:
@@ -37,25 +35,19 @@ def _flush() -> None:
 
 @contextmanager
 def quiet_conversion() -> Iterator[None]:
-    """Let PyTorch convert without a word."""
-    with warnings.catch_warnings():
+    """Silence PyTorch's exporters: warnings, loggers, and what C++ prints."""
+    # Its exporters tell of every operator of packages that are not installed.
+    with warnings.catch_warnings(), quiet_logging(), silence():
         warnings.simplefilter("ignore")
-        before = logging.root.manager.disable
-        # Its exporters tell of every operator of packages that are not installed.
-        logging.disable(logging.WARNING)
-        try:
-            with silence():
-                yield
-        finally:
-            logging.disable(before)
+        yield
 
 
 @contextmanager
-def without_mha_fastpath() -> Iterator[None]:
-    """Let encoders go through one operator after the other: all in one is an operator that no other runtime has."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+def quiet_logging() -> Iterator[None]:
+    """Disable logging up to warnings, and restore the level of the host program."""
+    level = logging.root.manager.disable
+    logging.disable(max(logging.WARNING, level))
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        logging.disable(level)

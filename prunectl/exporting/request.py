@@ -1,4 +1,4 @@
-"""What the user asks of `export`, in the words of the command line."""
+"""The typed request of `export`, parsed from its options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLES = 256
 
 @dataclass(frozen=True, slots=True)
 class ExportRequest:
-    """Every choice of a run; what is None or empty was not said."""
+    """The options of an export; None or empty where not given."""
 
     to: str = ""
     opset: int | None = None
@@ -40,10 +40,10 @@ class ExportRequest:
     card: Path | None = None
 
     @property
-    def typed(self) -> tuple[str, ...]:
-        """The options that were said, of those which do not fit everywhere."""
+    def given_options(self) -> tuple[str, ...]:
+        """The names of the options given, of those that not every target takes."""
         origin = self.origin
-        said = {
+        is_set = {
             "opset": self.opset is not None,
             "input": bool(self.inputs),
             "data": bool(self.data),
@@ -63,7 +63,7 @@ class ExportRequest:
             "code": self.has_code,
             "metadata": bool(self.metadata),
         }
-        return tuple(name for name, is_said in said.items() if is_said)
+        return tuple(name for name, flag in is_set.items() if flag)
 
 
 DEFAULTS: Mapping[str, Any] = {
@@ -90,36 +90,36 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 
-def request_of(words: Mapping[str, Any]) -> ExportRequest:
-    """Return the request that words make; those left out have their defaults."""
-    for word in words:
-        if word not in DEFAULTS:
-            raise UsageError(f"export takes no {word}", did_you_mean=tuple(get_close_matches(word, DEFAULTS, n=2)))
-    said = {**DEFAULTS, **words}
+def parse_request(options: Mapping[str, Any]) -> ExportRequest:
+    """Parse options, by the names of the command line, over their defaults."""
+    for option in options:
+        if option not in DEFAULTS:
+            raise UsageError(f"export takes no {option}", did_you_mean=tuple(get_close_matches(option, DEFAULTS, n=2)))
+    settings = {**DEFAULTS, **options}
     return ExportRequest(
-        to=said["to"],
-        opset=said["opset"],
-        inputs=tuple(map(parse, said["input"])),
-        data=said["data"],
-        samples=said["samples"],
-        batch_size=said["batch_size"],
-        seed=said["seed"],
-        atol=said["atol"],
-        rtol=said["rtol"],
-        origin=ModelOrigin(said["model"], said["custom_objects"], said["trust"], said["seed"] or 0),
-        is_half=said["half"],
-        is_bf16=said["bf16"],
-        is_int8=said["int8"],
-        is_sparse=said["sparse"],
-        is_packed=said["pack"],
-        has_code=said["code"],
-        metadata=tuple(map(_pair, said["metadata"])),
-        card=Path(said["card"]) if said["card"] else None,
+        to=settings["to"],
+        opset=settings["opset"],
+        inputs=tuple(map(parse, settings["input"])),
+        data=settings["data"],
+        samples=settings["samples"],
+        batch_size=settings["batch_size"],
+        seed=settings["seed"],
+        atol=settings["atol"],
+        rtol=settings["rtol"],
+        origin=ModelOrigin(settings["model"], settings["custom_objects"], settings["trust"], settings["seed"] or 0),
+        is_half=settings["half"],
+        is_bf16=settings["bf16"],
+        is_int8=settings["int8"],
+        is_sparse=settings["sparse"],
+        is_packed=settings["pack"],
+        has_code=settings["code"],
+        metadata=tuple(map(_parse_metadata, settings["metadata"])),
+        card=Path(settings["card"]) if settings["card"] else None,
     )
 
 
-def _pair(word: str) -> tuple[str, str]:
-    key, sign, value = word.partition("=")
+def _parse_metadata(text: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
     if not sign or not key:
-        raise UsageError(f"{word!r} is no key with a value", hint="write --metadata author=me")
+        raise UsageError(f"{text!r} is no key with a value", hint="write --metadata author=me")
     return key, value

@@ -1,4 +1,4 @@
-"""From what to what: every pair at once, each converter imported only when it is used."""
+"""The table of export routes from source formats to targets, each converter imported only when used."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from prunectl.formats.registry import by_name
 from prunectl.formats.safe_json import require
 from prunectl.training.keras.backend import hushed
 
-_RUN = frozenset({"input", "data", "samples", "batch-size", "seed", "atol", "rtol", "model", "custom-objects", "trust"})
-"""Options of what is run beside its source."""
+_RUN_OPTIONS = frozenset(
+    {"input", "data", "samples", "batch-size", "seed", "atol", "rtol", "model", "custom-objects", "trust"}
+)
+"""Options of targets that are run and compared with the source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,28 +31,28 @@ class Target:
     suffix: str
     options: frozenset[str]
     is_weights: bool = False
-    """Whether it holds numbers alone, which are compared bit by bit."""
+    """Whether it holds weights alone, which are compared bit by bit."""
 
 
 TARGETS = (
-    Target("onnx", "ONNX", ".onnx", _RUN | {"opset", "half", "bf16", "int8", "sparse", "pack", "metadata"}),
-    Target("tflite", "TensorFlow Lite", ".tflite", _RUN | {"half", "int8", "sparse"}),
-    Target("saved-model", "TensorFlow SavedModel", "", _RUN),
-    Target("keras", "Keras archive", ".keras", _RUN | {"pack"}),
-    Target("h5", "Keras HDF5", ".h5", _RUN | {"pack"}),
+    Target("onnx", "ONNX", ".onnx", _RUN_OPTIONS | {"opset", "half", "bf16", "int8", "sparse", "pack", "metadata"}),
+    Target("tflite", "TensorFlow Lite", ".tflite", _RUN_OPTIONS | {"half", "int8", "sparse"}),
+    Target("saved-model", "TensorFlow SavedModel", "", _RUN_OPTIONS),
+    Target("keras", "Keras archive", ".keras", _RUN_OPTIONS | {"pack"}),
+    Target("h5", "Keras HDF5", ".h5", _RUN_OPTIONS | {"pack"}),
     Target("torch", "PyTorch state dict", ".pt", frozenset({"half", "bf16", "pack", "code"}), is_weights=True),
-    Target("torchscript", "TorchScript", ".torchscript", _RUN | {"int8", "pack"}),
-    Target("torch-export", "PyTorch exported program", ".pt2", _RUN | {"pack"}),
+    Target("torchscript", "TorchScript", ".torchscript", _RUN_OPTIONS | {"int8", "pack"}),
+    Target("torch-export", "PyTorch exported program", ".pt2", _RUN_OPTIONS | {"pack"}),
     Target(
         "safetensors", "safetensors", ".safetensors", frozenset({"half", "bf16", "metadata", "code"}), is_weights=True
     ),
     Target("npz", "NumPy archive", ".npz", frozenset({"half", "pack"}), is_weights=True),
 )
-_ALSO = {".pth": "torch", ".hdf5": "h5", ".keras": "keras"}
+_OTHER_SUFFIXES = {".pth": "torch", ".hdf5": "h5", ".keras": "keras"}
 
 
 def target_of(to: str, output: Path) -> Target:
-    """Return the format that was asked for by its name, or by the suffix of the output."""
+    """The target of `--to`, or else of the suffix of the output."""
     known = {target.name: target for target in TARGETS}
     if to:
         if to not in known:
@@ -64,31 +66,31 @@ def target_of(to: str, output: Path) -> Target:
     for target in TARGETS:
         if target.suffix == suffix:
             return target
-    if suffix in _ALSO:
-        return known[_ALSO[suffix]]
+    if suffix in _OTHER_SUFFIXES:
+        return known[_OTHER_SUFFIXES[suffix]]
     raise UsageError(
         f"{output} has no suffix that names a format",
         hint=f"say it: --to {', '.join(known)}",
     )
 
 
-def check_options(target: Target, typed: tuple[str, ...]) -> None:
+def check_options(target: Target, given_options: tuple[str, ...]) -> None:
     """Refuse an option that the target does not have."""
     # Code is run beside its source, and so it has the options of all that runs.
-    allowed = target.options | (_RUN if "code" in typed else frozenset())
-    for name in typed:
+    allowed = target.options | (_RUN_OPTIONS if "code" in given_options else frozenset())
+    for name in given_options:
         if name not in allowed:
-            others = [other.name for other in TARGETS if name in other.options]
-            why = "has no such thing"
-            if target.is_weights and name in _RUN:
-                why = "holds weights alone, and nothing is run" + (" without --code" * ("code" in target.options))
+            targets = [other.name for other in TARGETS if name in other.options]
+            reason = "has no such thing"
+            if target.is_weights and name in _RUN_OPTIONS:
+                reason = "holds weights alone, and nothing is run" + (" without --code" * ("code" in target.options))
             raise UsageError(
-                f"--{name} does not go with {target.title}, which {why}", hint=f"it goes with {', '.join(others)}"
+                f"--{name} does not go with {target.title}, which {reason}", hint=f"it goes with {', '.join(targets)}"
             )
 
 
 def suffix_of(to: str) -> str:
-    """Return the suffix of a format, empty if there is no such format."""
+    """The suffix of a format, empty if there is no such format."""
     return next((target.suffix for target in TARGETS if target.name == to), "")
 
 
@@ -97,9 +99,9 @@ SAVED_MODEL = ("saved-model",)
 TORCH = ("torch", "torch-legacy", "torch-tar", "shards", "safetensors")
 PROGRAM = ("torch-export",)
 ONNX = ("onnx",)
-_OLD = frozenset({"torch-legacy", "torch-tar", "shards"})
-"""What goes the ways of PyTorch, and is not named beside it."""
-NUMBERS = (*KERAS, *SAVED_MODEL, *TORCH, *PROGRAM, *ONNX, "tflite", "tf-checkpoint")
+_LEGACY = frozenset({"torch-legacy", "torch-tar", "shards"})
+"""PyTorch sources that hints do not list."""
+WEIGHTS_SOURCES = (*KERAS, *SAVED_MODEL, *TORCH, *PROGRAM, *ONNX, "tflite", "tf-checkpoint")
 
 _TENSORFLOW = (("tensorflow", "tensorflow"), ("tf_keras", "tensorflow"))
 _TORCH = (("torch", "torch"),)
@@ -110,7 +112,7 @@ _ONNXSCRIPT = ("onnxscript", "export")
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A way from a format to another."""
+    """A converter from some source formats to a target."""
 
     sources: tuple[str, ...]
     target: str
@@ -119,50 +121,50 @@ class Route:
     opener: str = ""
     """`module:function` that opens the source in its runtime; none where bytes are enough."""
     runner: str = ""
-    """`module:function` that runs the result in its own."""
+    """`module:function` that runs the result in its runtime."""
     needs: tuple[tuple[str, str], ...] = ()
-    """Packages, each with the extra that brings it."""
-    beside: str = ""
-    """`module:function` that says which files with code are written beside the result, where there are some."""
+    """Packages that it imports, each with its extra."""
+    companion_files: str = ""
+    """`module:function` that names the files with code that are written beside the result."""
 
 
-PAIRS = (
+ROUTES = (
     Route(
         KERAS,
         "onnx",
         "tf2onnx:write",
-        "keras:open_live",
+        "keras:open_runnable",
         "onnx:runner",
         (*_TENSORFLOW, *_ORT, _TF2ONNX),
     ),
-    Route(KERAS, "tflite", "tflite:write", "keras:open_live", "tflite:runner", _TENSORFLOW),
-    Route(KERAS, "saved-model", "tensorflow:write", "keras:open_live", "tensorflow:runner", _TENSORFLOW),
-    Route(KERAS, "keras", "keras:write", "keras:open_live", "keras:runner", _TENSORFLOW),
-    Route(KERAS, "h5", "keras:write", "keras:open_live", "keras:runner", _TENSORFLOW),
+    Route(KERAS, "tflite", "tflite:write", "keras:open_runnable", "tflite:runner", _TENSORFLOW),
+    Route(KERAS, "saved-model", "tensorflow:write", "keras:open_runnable", "tensorflow:runner", _TENSORFLOW),
+    Route(KERAS, "keras", "keras:write", "keras:open_runnable", "keras:runner", _TENSORFLOW),
+    Route(KERAS, "h5", "keras:write", "keras:open_runnable", "keras:runner", _TENSORFLOW),
     Route(
         SAVED_MODEL,
         "onnx",
         "tf2onnx:write",
-        "tensorflow:open_live",
+        "tensorflow:open_runnable",
         "onnx:runner",
         (*_TENSORFLOW, *_ORT, _TF2ONNX),
     ),
-    Route(SAVED_MODEL, "tflite", "tflite:write", "tensorflow:open_live", "tflite:runner", _TENSORFLOW),
+    Route(SAVED_MODEL, "tflite", "tflite:write", "tensorflow:open_runnable", "tflite:runner", _TENSORFLOW),
     Route(
         SAVED_MODEL,
         "saved-model",
         "tensorflow:write",
-        "tensorflow:open_live",
+        "tensorflow:open_runnable",
         "tensorflow:runner",
         _TENSORFLOW,
     ),
-    Route(SAVED_MODEL, "keras", "keras:write", "keras:open_live", "keras:runner", _TENSORFLOW),
-    Route(SAVED_MODEL, "h5", "keras:write", "keras:open_live", "keras:runner", _TENSORFLOW),
+    Route(SAVED_MODEL, "keras", "keras:write", "keras:open_runnable", "keras:runner", _TENSORFLOW),
+    Route(SAVED_MODEL, "h5", "keras:write", "keras:open_runnable", "keras:runner", _TENSORFLOW),
     Route(
         TORCH,
         "onnx",
         "torch_onnx:write",
-        "torch:open_live",
+        "torch:open_runnable",
         "onnx:runner",
         (*_TORCH, *_ORT, _ONNXSCRIPT),
     ),
@@ -170,73 +172,75 @@ PAIRS = (
         TORCH,
         "torch-export",
         "torch_files:write_program",
-        "torch:open_live",
+        "torch:open_runnable",
         "torch_files:run_program",
         _TORCH,
     ),
-    Route(TORCH, "torchscript", "torch_files:write_script", "torch:open_live", "torch_files:run_script", _TORCH),
+    Route(TORCH, "torchscript", "torch_files:write_script", "torch:open_runnable", "torch_files:run_script", _TORCH),
     Route(
         PROGRAM,
         "onnx",
         "torch_onnx:write",
-        "torch:open_live",
+        "torch:open_runnable",
         "onnx:runner",
         (*_TORCH, *_ORT, _ONNXSCRIPT),
     ),
-    Route(ONNX, "onnx", "onnx:write", "onnx:open_live", "onnx:runner", _ORT),
+    Route(ONNX, "onnx", "onnx:write", "onnx:open_runnable", "onnx:runner", _ORT),
     Route((*TORCH, *PROGRAM), "torch", "torch_files:write", needs=_TORCH),
     *(
         Route(
             (*TORCH, *PROGRAM),
             target,
             "torch_code:write",
-            "torch:open_live",
+            "torch:open_runnable",
             "torch_code:runner",
             _TORCH,
-            "torch_code:beside",
+            "torch_code:companion_files",
         )
         for target in ("torch", "safetensors")
     ),
-    Route(NUMBERS, "safetensors", "weights:write_safetensors"),
-    Route(NUMBERS, "npz", "weights:write_npz"),
+    Route(WEIGHTS_SOURCES, "safetensors", "weights:write_safetensors"),
+    Route(WEIGHTS_SOURCES, "npz", "weights:write_npz"),
 )
 
 
 def find_route(model: ModelFile, target: Target, *, has_code: bool = False) -> Route:
-    """Return the way from a model to a target, or say which way leads nearest to it."""
+    """The route from a model to a target; where there is none, an error that names the possible ones."""
     title = by_name(model.format).title
-    if target.name in _already(model) and not has_code:
-        raise UsageError(f"{model.path} is {target.title} already", hint=_again(model))
-    found = _find(model.format, target.name, has_code=has_code)
-    if found is None and has_code:
+    if target.name in _own_targets(model) and not has_code:
+        raise UsageError(f"{model.path} is {target.title} already", hint=_strip_hint(model))
+    route = _route_between(model.format, target.name, has_code=has_code)
+    if route is None and has_code:
         raise UsageError(
             f"--code writes a class of PyTorch, and {model.path} is {title}",
             hint="leave out --code for its weights alone",
         )
-    if found is None:
-        ways = [
-            other.name for other in TARGETS if other.name not in _already(model) and _find(model.format, other.name)
+    if route is None:
+        reachable = [
+            other.name
+            for other in TARGETS
+            if other.name not in _own_targets(model) and _route_between(model.format, other.name)
         ]
         raise UsageError(
             f"there is no way from {title} to {target.title}",
-            hint=f"{_around(target)}; from {title} there are ways to {', '.join(ways)}",
+            hint=f"{_sources_hint(target)}; from {title} there are ways to {', '.join(reachable)}",
         )
-    return found
+    return route
 
 
-def _again(model: ModelFile) -> str:
+def _strip_hint(model: ModelFile) -> str:
     if Capability.STRIP in by_name(model.format).can:
         return f"prunectl strip {model.path} -o OUT writes it again without what training has left"
     return ""
 
 
-def _find(source: str, target: str, *, has_code: bool = False) -> Route | None:
-    ways = (pair for pair in PAIRS if bool(pair.beside) == has_code)
-    return next((pair for pair in ways if source in pair.sources and pair.target == target), None)
+def _route_between(source: str, target: str, *, has_code: bool = False) -> Route | None:
+    routes = (route for route in ROUTES if bool(route.companion_files) == has_code)
+    return next((route for route in routes if source in route.sources and route.target == target), None)
 
 
-def _already(model: ModelFile) -> frozenset[str]:
-    """Return the targets that a model is."""
+def _own_targets(model: ModelFile) -> frozenset[str]:
+    """The targets whose format a model has already."""
     if model.format == "keras-h5":
         # A file of weights alone becomes a model by --model.
         return frozenset() if model.about.keras is None else frozenset({"h5"})
@@ -247,21 +251,21 @@ def _already(model: ModelFile) -> frozenset[str]:
     return frozenset({model.format} - {"onnx", "saved-model"})
 
 
-def _around(target: Target) -> str:
-    names = [name for name in _sources(target.name) if name not in _OLD]
+def _sources_hint(target: Target) -> str:
+    names = [name for name in _sources(target.name) if name not in _LEGACY]
     return f"{target.title} is made of {', '.join(dict.fromkeys(by_name(name).title for name in names))}"
 
 
 def _sources(target: str) -> Iterable[str]:
-    return (source for pair in PAIRS if pair.target == target for source in pair.sources)
+    return (source for route in ROUTES if route.target == target for source in route.sources)
 
 
-def load(pair: Route, reference: str) -> Callable[..., Any]:
-    """Import a part of a converter, or say what is not installed."""
+def load(route: Route, reference: str) -> Callable[..., Any]:
+    """Resolve a `module:function` of a route, or name the extra that is missing."""
     # TensorFlow speaks while it is loaded; what is not there is said all the same.
-    with hushed() if _TENSORFLOW[0] in pair.needs else nullcontext():
-        for module, extra in pair.needs:
+    with hushed() if _TENSORFLOW[0] in route.needs else nullcontext():
+        for module, extra in route.needs:
             require(module, extra=extra)
     module, _, name = reference.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(f"prunectl.exporting.{module}"), name)
-    return found
+    function: Callable[..., Any] = getattr(importlib.import_module(f"prunectl.exporting.{module}"), name)
+    return function

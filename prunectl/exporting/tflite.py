@@ -9,7 +9,7 @@ from typing import Any
 
 from prunectl.errors import WorkError
 from prunectl.exporting.compare import Run
-from prunectl.exporting.inputs import text
+from prunectl.exporting.inputs import shape_text
 from prunectl.exporting.job import ExportJob
 from prunectl.exporting.quiet import silence
 from prunectl.exporting.tensorflow import DEFAULT, TfRunnable, save
@@ -22,56 +22,56 @@ _tf = keras_two().tensorflow
 
 def write(job: ExportJob, target: Path) -> tuple[str, ...]:
     """Write a TensorFlow Lite model with one signature."""
-    between = job.scratch / "between"
-    save(job, between)
-    converter = _tf.lite.TFLiteConverter.from_saved_model(str(between), signature_keys=[DEFAULT])
-    said = _set(converter, job)
+    saved_model = job.scratch / "between"
+    save(job, saved_model)
+    converter = _tf.lite.TFLiteConverter.from_saved_model(str(saved_model), signature_keys=[DEFAULT])
+    notes = _configure(converter, job)
     try:
         with silence(), quietly():
-            found = converter.convert()
+            content = converter.convert()
     except Exception as error:
         raise _failed(job, error) from error
-    target.write_bytes(found)
-    return said
+    target.write_bytes(content)
+    return notes
 
 
-def _set(converter: Any, job: ExportJob) -> tuple[str, ...]:
+def _configure(converter: Any, job: ExportJob) -> tuple[str, ...]:
     request, optimize = job.request, _tf.lite.Optimize
-    chosen, said = [], []
+    optimizations, notes = [], []
     if request.is_half or request.is_int8:
-        chosen.append(optimize.DEFAULT)
+        optimizations.append(optimize.DEFAULT)
     if request.is_half:
         converter.target_spec.supported_types = [_tf.float16]
-        said.append("Its weights are 16-bit floats; what goes in and comes out stays as it was.")
+        notes.append("Its weights are 16-bit floats; what goes in and comes out stays as it was.")
     if request.is_int8 and request.data:
         converter.representative_dataset = lambda: _examples(job)
-        said.append(f"Weights and activations are 8-bit integers, their ranges by {job.inputs.examples} examples.")
+        notes.append(f"Weights and activations are 8-bit integers, their ranges by {job.samples.examples} examples.")
     elif request.is_int8:
-        said.append("Weights are 8-bit integers where they are large; activations stay floats without --data.")
+        notes.append("Weights are 8-bit integers where they are large; activations stay floats without --data.")
     if request.is_sparse:
-        chosen.append(optimize.EXPERIMENTAL_SPARSITY)
-    converter.optimizations = chosen
-    return tuple(said)
+        optimizations.append(optimize.EXPERIMENTAL_SPARSITY)
+    converter.optimizations = optimizations
+    return tuple(notes)
 
 
 def _examples(job: ExportJob) -> Iterator[dict[str, Array]]:
-    names = [flow.name for flow in job.flows]
-    for batch in job.inputs.batches:
-        for at in range(len(batch[0])):
-            yield {name: one[at : at + 1] for name, one in zip(names, batch, strict=True)}
+    names = [spec.name for spec in job.inputs]
+    for batch in job.samples.batches:
+        for index in range(len(batch[0])):
+            yield {name: array[index : index + 1] for name, array in zip(names, batch, strict=True)}
 
 
 def _failed(job: ExportJob, error: Exception) -> WorkError:
     # The converter says where in a file of its own it was, and in a later line what of TensorFlow it has no way for.
-    told = re.search(r"'(tf\.[\w.]+)' op ([^\n]*)", str(error))
-    reason = f"{told[1]} {told[2]}" if told else first_line(error)
+    match = re.search(r"'(tf\.[\w.]+)' op ([^\n]*)", str(error))
+    reason = f"{match[1]} {match[2]}" if match else first_line(error)
     return WorkError(f"the converter of TensorFlow Lite cannot take {job.file.path}: {reason}", hint=_hint(job))
 
 
 def _hint(job: ExportJob) -> str:
-    if not any(flow.shape is None or None in flow.shape for flow in job.flows):
+    if not any(spec.shape is None or None in spec.shape for spec in job.inputs):
         return ""
-    fixed = " ".join(f"--input {flow.name}:1,{text(flow.shape)[2:]}" for flow in job.flows)
+    fixed = " ".join(f"--input {spec.name}:1,{shape_text(spec.shape)[2:]}" for spec in job.inputs)
     if job.file.format == "saved-model" and job.file.about.keras is not None:
         # What it serves keeps the open axes that it was traced with.
         return f"fixed shapes may help, of what Keras builds: prunectl export {job.file.path} -o m.h5, and then {fixed}"
@@ -79,19 +79,19 @@ def _hint(job: ExportJob) -> str:
 
 
 def runner(job: ExportJob, target: Path) -> Run:
-    """Return what runs the result in the interpreter."""
-    live: TfRunnable = job.live
+    """A function that runs the result in the interpreter."""
+    runnable: TfRunnable = job.runnable
     with silence():
         interpreter = _tf.lite.Interpreter(model_path=str(target), num_threads=1)
         run_signature = interpreter.get_signature_runner(DEFAULT)
 
     def run(inputs: tuple[Array, ...]) -> dict[str, Array]:
-        feeds = {flow.name: one.astype(flow.dtype) for flow, one in zip(job.flows, inputs, strict=True)}
+        feeds = {spec.name: array.astype(spec.dtype) for spec, array in zip(job.inputs, inputs, strict=True)}
         try:
             with silence():
-                found = run_signature(**feeds)
+                outputs = run_signature(**feeds)
         except Exception as error:
             raise WorkError(f"TensorFlow Lite cannot run what was made: {first_line(error)}") from error
-        return {name: found[name] for name in live.answers}
+        return {name: outputs[name] for name in runnable.output_names}
 
     return run

@@ -1,8 +1,10 @@
-"""Modules of PyTorch, as PyTorch runs them."""
+"""PyTorch modules as sources: state dicts with their class, TorchScript, exported programs."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +21,14 @@ from prunectl.training.torch.tensors import leaves, reason, to_numpy, to_torch
 
 
 def frozen_script(model: ModelFile, origin: ModelOrigin) -> torch.nn.Module | None:
-    """Return a script that has no parameters, ready to predict; None of what has some."""
+    """A frozen TorchScript, which has no parameters, in eval mode; None for any other model."""
     if origin.model or not user_code.is_script(model):
         return None
     user_code.check(model, origin)
     try:
         with quiet_conversion():
-            found: Any = torch.jit.load(str(model.path), map_location="cpu")  # type: ignore[no-untyped-call]
-            script: torch.nn.Module = found.eval()
+            loaded: Any = torch.jit.load(str(model.path), map_location="cpu")  # type: ignore[no-untyped-call]
+            script: torch.nn.Module = loaded.eval()
     except Exception as error:
         raise InputError(f"{model.path} cannot be loaded by this PyTorch: {first_line(error)}") from error
     if any(True for _ in script.parameters()):
@@ -37,14 +39,18 @@ def frozen_script(model: ModelFile, origin: ModelOrigin) -> torch.nn.Module | No
 
 
 def frozen_inputs(module: Any) -> tuple[InputSpec, ...]:
-    """Return what goes in: a script without layers says no more than names."""
-    taken = module.forward.schema.arguments[1:]
-    return tuple(InputSpec(one.name, None, "", is_sure=False) for one in taken if not one.has_default_value())
+    """The inputs of a frozen script, which declares only their names."""
+    arguments = module.forward.schema.arguments[1:]
+    return tuple(
+        InputSpec(argument.name, None, "", is_declared=False)
+        for argument in arguments
+        if not argument.has_default_value()
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class TorchLive:
-    """A module that predicts."""
+class TorchRunnable:
+    """A module in eval mode with its inputs."""
 
     built: Built
     inputs: tuple[InputSpec, ...]
@@ -54,49 +60,60 @@ class TorchLive:
     @property
     def module(self) -> torch.nn.Module:
         """The module itself."""
-        found = self.built.module
-        return found.inner if isinstance(found, Pieces) else found
+        module = self.built.module
+        return module.inner if isinstance(module, Pieces) else module
 
     def run(self, inputs: tuple[Array, ...]) -> dict[str, Array]:
-        """Return what comes out."""
-        return answers(self.module, inputs)
+        """The outputs for one batch."""
+        return run_module(self.module, inputs)
 
 
-def open_live(model: ModelFile, origin: ModelOrigin) -> TorchLive:
-    """Return the module of a file, ready to predict."""
+def open_runnable(model: ModelFile, origin: ModelOrigin) -> TorchRunnable:
+    """Build the module of a file, in eval mode."""
     script = frozen_script(model, origin)
     if script is not None:
-        return TorchLive(Built(script, {}), frozen_inputs(script))
+        return TorchRunnable(Built(script, {}), frozen_inputs(script))
     with quiet_conversion():
         built = build(model, origin)
     if built.has_modes:
         built.module.eval()
     size = built.module.size if isinstance(built.module, Pieces) else None
-    flows = tuple(
+    inputs = tuple(
         InputSpec(
-            port.name, None if port.shape is None else (size, *port.shape), port.dtype, is_sure=bool(built.shapes)
+            port.name, None if port.shape is None else (size, *port.shape), port.dtype, is_declared=bool(built.shapes)
         )
         for port in inputs_of(built.module, built.shapes)
     )
-    return TorchLive(built, flows)
+    return TorchRunnable(built, inputs)
 
 
-def answers(module: Any, inputs: tuple[Array, ...]) -> dict[str, Array]:
-    """Return what a module makes of arrays: its tensors one by one, whatever they are packed in."""
+@contextmanager
+def without_mha_fastpath() -> Iterator[None]:
+    """Disable the fused fast path of transformer encoders, an operator that no other runtime has."""
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
+
+
+def run_module(module: Any, inputs: tuple[Array, ...]) -> dict[str, Array]:
+    """The outputs of a module for arrays, nested containers flattened to tensors."""
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # What its authors would do otherwise today is not for who only holds the file.
             warnings.simplefilter("ignore")
-            found = leaves(module(*map(to_torch, inputs)))
+            outputs = leaves(module(*map(to_torch, inputs)))
     except Exception as error:
-        shapes = ", ".join("x".join(map(str, one.shape)) for one in inputs)
+        shapes = ", ".join("x".join(map(str, array.shape)) for array in inputs)
         raise UsageError(
             f"the model does not take inputs of {shapes}: {reason(error)}",
             hint="--input x:1,3,224,224:f32 says what it takes, or --data SPEC shows it",
         ) from error
-    return dict(zip(names_of(len(found)), [to_numpy(one) for one in found], strict=True))
+    return dict(zip(output_names(len(outputs)), [to_numpy(tensor) for tensor in outputs], strict=True))
 
 
-def names_of(count: int) -> list[str]:
-    """Return what outputs are called."""
-    return ["output"] if count == 1 else [f"output{at}" for at in range(count)]
+def output_names(count: int) -> list[str]:
+    """Default names of outputs."""
+    return ["output"] if count == 1 else [f"output{index}" for index in range(count)]

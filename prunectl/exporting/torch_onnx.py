@@ -1,4 +1,4 @@
-"""From PyTorch to ONNX: by its exporter of programs, or for TorchScript by the older one."""
+"""PyTorch to ONNX: by torch.export, or for TorchScript by the older tracing exporter."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from prunectl.errors import WorkError, first_line
-from prunectl.exporting import onnx_finish, onnx_order
+from prunectl.exporting import onnx_canonical, onnx_finish
 from prunectl.exporting.job import ExportJob
-from prunectl.exporting.quiet import quiet_conversion, without_mha_fastpath
-from prunectl.exporting.torch import TorchLive, answers, names_of
+from prunectl.exporting.quiet import quiet_conversion
+from prunectl.exporting.torch import TorchRunnable, output_names, run_module, without_mha_fastpath
 from prunectl.exporting.torch_files import example, is_script, program_of
 from prunectl.formats.safe_json import require
 from prunectl.training.torch.build import load_program
@@ -21,11 +21,11 @@ OPSET = 18
 
 def write(job: ExportJob, target: Path) -> tuple[str, ...]:
     """Write an ONNX model."""
-    live: TorchLive = job.live
-    outputs = names_of(len(answers(live.module, job.inputs.batches[0])))
+    runnable: TorchRunnable = job.runnable
+    outputs = output_names(len(run_module(runnable.module, job.samples.batches[0])))
     try:
         with quiet_conversion(), without_mha_fastpath(), torch.no_grad():
-            proto, said = (_of_script if is_script(live) else _of_program)(job, outputs)
+            proto, notes = (_convert_script if is_script(runnable) else _convert_program)(job, outputs)
     except WorkError:
         raise
     except Exception as error:
@@ -33,43 +33,45 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
             f"PyTorch cannot convert {job.file.path} to ONNX: {_reason(error)}",
             hint="another --opset may know the operator",
         ) from error
-    inputs = [flow.name for flow in job.flows]
-    parameters = {name: of for of, name in live.built.names.items()}
-    onnx_order.canonical_names(proto, job.file, inputs, outputs, parameters)
-    return (*said, *onnx_finish.finish(job, proto, target))
+    inputs = [spec.name for spec in job.inputs]
+    parameters = {parameter: name for name, parameter in runnable.built.names.items()}
+    onnx_canonical.canonical_names(proto, job.file, inputs, outputs, parameters)
+    return (*notes, *onnx_finish.finalize(job, proto, target))
 
 
 def _reason(error: Exception) -> str:
-    """Return what the innermost error says: the outer ones tell at which step it was."""
+    """The message of the innermost cause: the outer errors only name the step."""
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return first_line(error)
 
 
-def _of_program(job: ExportJob, outputs: list[str]) -> tuple[Any, tuple[str, ...]]:
+def _convert_program(job: ExportJob, outputs: list[str]) -> tuple[Any, tuple[str, ...]]:
     del outputs
     is_program = job.file.format == "torch-export" and not job.request.origin.model
     program = load_program(job.file, job.request.origin) if is_program else program_of(job)
-    found = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=job.request.opset or OPSET)
-    if found is None:
+    exported = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=job.request.opset or OPSET)
+    if exported is None:
         raise WorkError(f"PyTorch made nothing of {job.file.path}")
-    return found.model_proto, ()
+    return exported.model_proto, ()
 
 
-def _of_script(job: ExportJob, outputs: list[str]) -> tuple[Any, tuple[str, ...]]:
-    live: TorchLive = job.live
-    inputs = [flow.name for flow in job.flows]
+def _convert_script(job: ExportJob, outputs: list[str]) -> tuple[Any, tuple[str, ...]]:
+    runnable: TorchRunnable = job.runnable
+    inputs = [spec.name for spec in job.inputs]
     axes = {
-        flow.name: {at: onnx_order.BATCH if at == 0 else f"{flow.name}_{at}" for at in _open(flow.shape)}
-        for flow in job.flows
+        spec.name: {
+            axis: onnx_canonical.BATCH if axis == 0 else f"{spec.name}_{axis}" for axis in _open_axes(spec.shape)
+        }
+        for spec in job.inputs
     }
-    if any(0 in found for found in axes.values()):
-        axes |= {name: {0: onnx_order.BATCH} for name in outputs}
-    place = job.scratch / "script.onnx"
+    if any(0 in open_axes for open_axes in axes.values()):
+        axes |= {name: {0: onnx_canonical.BATCH} for name in outputs}
+    path = job.scratch / "script.onnx"
     torch.onnx.export(
-        live.module,
+        runnable.module,
         example(job),
-        str(place),
+        str(path),
         dynamo=False,
         input_names=inputs,
         output_names=outputs,
@@ -77,13 +79,9 @@ def _of_script(job: ExportJob, outputs: list[str]) -> tuple[Any, tuple[str, ...]
         opset_version=job.request.opset or OPSET,
     )
     onnx = require("onnx", extra="onnx")
-    said = "It is TorchScript, which the older exporter of PyTorch converts: the newer one takes no such file."
-    return onnx.load(str(place)), (said,)
+    note = "It is TorchScript, which the older exporter of PyTorch converts: the newer one takes no such file."
+    return onnx.load(str(path)), (note,)
 
 
-def _axis(name: str, at: int) -> str:
-    return onnx_order.BATCH if at == 0 else f"{name}_{at}"
-
-
-def _open(shape: tuple[int | None, ...] | None) -> list[int]:
-    return [at for at, length in enumerate(shape or ()) if length is None]
+def _open_axes(shape: tuple[int | None, ...] | None) -> list[int]:
+    return [axis for axis, length in enumerate(shape or ()) if length is None]

@@ -1,4 +1,4 @@
-"""The numbers of a model that count, once each."""
+"""Targets of weights alone (safetensors, npz), compared bit by bit with the source."""
 
 from __future__ import annotations
 
@@ -20,68 +20,68 @@ from prunectl.formats.safetensors import CODES, encode_header, open_model
 _LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38}
 
 
-def chosen(model: ModelFile) -> tuple[Tensor, ...]:
-    """Return the tensors that a trained model needs, without those that the file holds a second time."""
-    found = tuple(tensor for tensor in model.tensors if tensor.role in WEIGHTS and tensor.name not in model.copies)
-    if not found:
+def exported_tensors(model: ModelFile) -> tuple[Tensor, ...]:
+    """The tensors needed for inference, without second copies."""
+    tensors = tuple(tensor for tensor in model.tensors if tensor.role in WEIGHTS and tensor.name not in model.copies)
+    if not tensors:
         raise InputError(f"{model.path} holds no weights")
-    return found
+    return tensors
 
 
-def arrays(job: ExportJob) -> Iterator[tuple[Tensor, Array]]:
-    """Yield tensors with the numbers that are written for them."""
-    for tensor in chosen(job.file):
-        yield tensor, written(job, tensor)
+def exported_arrays(job: ExportJob) -> Iterator[tuple[Tensor, Array]]:
+    """Yield tensors with their arrays as they are written."""
+    for tensor in exported_tensors(job.file):
+        yield tensor, cast_tensor(job, tensor)
 
 
-def written(job: ExportJob, tensor: Tensor) -> Array:
-    """Return the numbers of a tensor as they are written."""
-    return narrowed(job.request, tensor.name, job.file.read(tensor))
+def cast_tensor(job: ExportJob, tensor: Tensor) -> Array:
+    """The array of a tensor as it is written."""
+    return cast_down(job.request, tensor.name, job.file.read(tensor))
 
 
-def dtype_of(job: ExportJob, tensor: Tensor) -> np.dtype[Any]:
-    """Return the type in which a tensor is written."""
-    return _narrow(job.request, tensor.dtype)
+def exported_dtype(job: ExportJob, tensor: Tensor) -> np.dtype[Any]:
+    """The dtype in which a tensor is written."""
+    return _narrow_dtype(job.request, tensor.dtype)
 
 
-def narrowed(request: ExportRequest, name: str, array: Array) -> Array:
-    """Return numbers as they are written: with --half or --bf16, wider floats become those of 16 bits."""
-    dtype = _narrow(request, array.dtype)
+def cast_down(request: ExportRequest, name: str, array: Array) -> Array:
+    """Cast floats to 16 bits with --half or --bf16; overflow to infinity is refused."""
+    dtype = _narrow_dtype(request, array.dtype)
     if dtype == array.dtype:
         return array
     with np.errstate(over="ignore"):
-        found = array.astype(dtype)
-    if not np.isfinite(found.astype(np.float32)).all() and np.isfinite(array).all():
+        narrow = array.astype(dtype)
+    if not np.isfinite(narrow.astype(np.float32)).all() and np.isfinite(array).all():
         largest = _LARGEST[dtype.name]
         raise WorkError(f"{name} holds numbers beyond {largest:.5g}, which {dtype.name} does not hold")
-    return found
+    return narrow
 
 
-def _narrow(request: ExportRequest, dtype: np.dtype[Any]) -> np.dtype[Any]:
+def _narrow_dtype(request: ExportRequest, dtype: np.dtype[Any]) -> np.dtype[Any]:
     is_wide = dtype.kind == "f" and dtype.itemsize > 2
     if is_wide and request.is_half:
         return np.dtype(np.float16)
     return np.dtype(ml_dtypes.bfloat16) if is_wide and request.is_bf16 else dtype
 
 
-def same_bits(one: Array, other: Array) -> bool:
-    """Whether two arrays hold the same numbers to the bit."""
-    if one.shape != other.shape or one.dtype != other.dtype:
+def same_bits(first: Array, second: Array) -> bool:
+    """Whether two arrays are equal in shape, dtype and bytes."""
+    if first.shape != second.shape or first.dtype != second.dtype:
         return False
-    return np.ascontiguousarray(one).tobytes() == np.ascontiguousarray(other).tobytes()
+    return np.ascontiguousarray(first).tobytes() == np.ascontiguousarray(second).tobytes()
 
 
 def check_types(job: ExportJob, allowed: frozenset[str], title: str) -> None:
-    """Refuse numbers that a format has no type for."""
-    for tensor in chosen(job.file):
-        name = dtype_of(job, tensor).name
+    """Refuse tensors whose dtype a format lacks."""
+    for tensor in exported_tensors(job.file):
+        name = exported_dtype(job, tensor).name
         if name not in allowed:
             raise UsageError(f"{tensor.name} is {name}, and {title} has no such type")
 
 
 @dataclass(frozen=True, slots=True)
 class ExportedEntry:
-    """A tensor that is read when its turn comes."""
+    """A tensor of a safetensors file, read lazily."""
 
     name: str
     shape: tuple[int, ...]
@@ -89,85 +89,89 @@ class ExportedEntry:
     read: Callable[[], Array]
 
 
-def write(entries: Sequence[ExportedEntry], metadata: Mapping[str, str], target: Path) -> None:
-    """Write a file, one tensor in memory at a time."""
-    ordered = sorted(entries, key=lambda one: (-one.dtype.itemsize, one.name))
+def write_entries(entries: Sequence[ExportedEntry], metadata: Mapping[str, str], target: Path) -> None:
+    """Write a safetensors file with one tensor in memory at a time."""
+    entries_by_size = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    at = 0
-    for one in ordered:
-        end = at + int(np.prod(one.shape, dtype=np.int64)) * one.dtype.itemsize
-        header[one.name] = {
-            "dtype": CODES[one.dtype.newbyteorder("=")],
-            "shape": list(one.shape),
-            "data_offsets": [at, end],
+    offset = 0
+    for entry in entries_by_size:
+        end = offset + int(np.prod(entry.shape, dtype=np.int64)) * entry.dtype.itemsize
+        header[entry.name] = {
+            "dtype": CODES[entry.dtype.newbyteorder("=")],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, end],
         }
-        at = end
+        offset = end
     with target.open("xb") as file:
         file.write(encode_header(header))
-        for one in ordered:
-            file.write(np.ascontiguousarray(one.read()).tobytes())
+        for entry in entries_by_size:
+            file.write(np.ascontiguousarray(entry.read()).tobytes())
 
 
-def save(arrays: Sequence[tuple[str, Array]], metadata: Mapping[str, str], target: Path) -> None:
-    """Write arrays that are in memory."""
-    write([_header_entry(name, array) for name, array in arrays], metadata, target)
+def save_arrays(arrays: Sequence[tuple[str, Array]], metadata: Mapping[str, str], target: Path) -> None:
+    """Write a safetensors file of arrays in memory."""
+    write_entries([_entry_of_array(name, array) for name, array in arrays], metadata, target)
 
 
-def _header_entry(name: str, array: Array) -> ExportedEntry:
+def _entry_of_array(name: str, array: Array) -> ExportedEntry:
     return ExportedEntry(name, array.shape, array.dtype, lambda: array)
 
 
-_PLAIN = frozenset(np.dtype(code).name for code in "?bhiqBHIQefdFD")
-_LONG_AGO = (1980, 1, 1, 0, 0, 0)
+_NUMPY_DTYPES = frozenset(np.dtype(code).name for code in "?bhiqBHIQefdFD")
+_EPOCH = (1980, 1, 1, 0, 0, 0)
 _FRAMEWORKS = {"torch": "pt", "torch-legacy": "pt", "torch-tar": "pt", "torch-export": "pt", "shards": "pt"}
 
 
 def write_safetensors(job: ExportJob, target: Path) -> tuple[str, ...]:
-    """Write a safetensors file, wide numbers first and then by name."""
+    """Export to safetensors, sorted by item size and then by name."""
     check_types(job, frozenset(dtype.name for dtype in CODES), "safetensors")
-    said = {"format": _FRAMEWORKS[job.file.format]} if job.file.format in _FRAMEWORKS else {}
-    write([_array_entry(job, tensor) for tensor in chosen(job.file)], {**said, **dict(job.request.metadata)}, target)
-    found = open_model(target)
-    _compare(job, {tensor.name: found.read(tensor) for tensor in found.tensors})
-    return _remarks(job)
+    metadata = {"format": _FRAMEWORKS[job.file.format]} if job.file.format in _FRAMEWORKS else {}
+    write_entries(
+        [_entry_of_tensor(job, tensor) for tensor in exported_tensors(job.file)],
+        {**metadata, **dict(job.request.metadata)},
+        target,
+    )
+    result = open_model(target)
+    _check_equal(job, {tensor.name: result.read(tensor) for tensor in result.tensors})
+    return _notes(job)
 
 
-def _array_entry(job: ExportJob, tensor: Tensor) -> ExportedEntry:
-    return ExportedEntry(tensor.name, tensor.shape, dtype_of(job, tensor), lambda: written(job, tensor))
+def _entry_of_tensor(job: ExportJob, tensor: Tensor) -> ExportedEntry:
+    return ExportedEntry(tensor.name, tensor.shape, exported_dtype(job, tensor), lambda: cast_tensor(job, tensor))
 
 
 def write_npz(job: ExportJob, target: Path) -> tuple[str, ...]:
-    """Write an archive of NumPy arrays without times; packed, its entries are deflated."""
-    check_types(job, _PLAIN, "npz")
-    how = zipfile.ZIP_DEFLATED if job.request.is_packed else zipfile.ZIP_STORED
+    """Export to an npz archive without timestamps; packed, its entries are deflated."""
+    check_types(job, _NUMPY_DTYPES, "npz")
+    compression = zipfile.ZIP_DEFLATED if job.request.is_packed else zipfile.ZIP_STORED
     with zipfile.ZipFile(target, "x") as archive:
-        for tensor, array in sorted(arrays(job), key=lambda pair: pair[0].name):
-            entry = zipfile.ZipInfo(f"{tensor.name}.npy", _LONG_AGO)
-            entry.compress_type = how
+        for tensor, array in sorted(exported_arrays(job), key=lambda pair: pair[0].name):
+            entry = zipfile.ZipInfo(f"{tensor.name}.npy", _EPOCH)
+            entry.compress_type = compression
             with archive.open(entry, "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
-    with np.load(target, allow_pickle=False) as found:
-        _compare(job, {name: found[name] for name in found.files})
-    return _remarks(job)
+    with np.load(target, allow_pickle=False) as result:
+        _check_equal(job, {name: result[name] for name in result.files})
+    return _notes(job)
 
 
-def _compare(job: ExportJob, found: dict[str, Array]) -> None:
-    expected = {tensor.name for tensor in chosen(job.file)}
-    if expected != found.keys():
-        raise WorkError(f"{min(expected ^ found.keys())} came out wrong; nothing was written")
-    for tensor, array in arrays(job):
+def _check_equal(job: ExportJob, result: dict[str, Array]) -> None:
+    expected = {tensor.name for tensor in exported_tensors(job.file)}
+    if expected != result.keys():
+        raise WorkError(f"{min(expected ^ result.keys())} came out wrong; nothing was written")
+    for tensor, array in exported_arrays(job):
         # A scalar may come back as an array of one.
-        if not same_bits(np.asarray(array), found[tensor.name].reshape(array.shape)):
+        if not same_bits(np.asarray(array), result[tensor.name].reshape(array.shape)):
             raise WorkError(f"{tensor.name} came out with other numbers than it has; nothing was written")
 
 
-def _remarks(job: ExportJob) -> tuple[str, ...]:
-    keys = [tensor.storage.key for tensor in chosen(job.file)]
+def _notes(job: ExportJob) -> tuple[str, ...]:
+    keys = [tensor.storage.key for tensor in exported_tensors(job.file)]
     tied = len(keys) - len(set(keys))
-    left = len(job.file.tensors) - len(keys)
-    found: list[str] = []
+    omitted = len(job.file.tensors) - len(keys)
+    notes: list[str] = []
     if tied:
-        found.append(f"{tied} tensors share their bytes with others in the source; here each has its own.")
-    if left:
-        found.append(f"{left} tensors that predictions do not need, or that are held twice, were left out.")
-    return tuple(found)
+        notes.append(f"{tied} tensors share their bytes with others in the source; here each has its own.")
+    if omitted:
+        notes.append(f"{omitted} tensors that predictions do not need, or that are held twice, were left out.")
+    return tuple(notes)

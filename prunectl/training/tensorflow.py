@@ -22,7 +22,7 @@ from prunectl.training.keras.model import KerasNetwork
 
 
 def open_network(model: ModelFile, origin: ModelOrigin) -> Network:
-    """Return a model as TensorFlow trains it."""
+    """A model as TensorFlow trains it."""
     user_code.check(model, origin)
     keras_two()
     if origin.model:
@@ -68,7 +68,7 @@ class Served(_Base):  # type: ignore[misc]
         )
 
     def call(self, inputs: Any) -> Any:
-        """Return the answers for a batch of any size."""
+        """The answers for a batch of any size."""
         given = [_tf.cast(one, spec.dtype) for one, spec in zip(_each(inputs), self._specs.values(), strict=True)]
         found = self._serve(given) if self.piece is None else self._in_pieces(given, self.piece)
         return found if len(found) > 1 else found[0]
@@ -88,7 +88,7 @@ class Served(_Base):  # type: ignore[misc]
 
 
 def served(path: Path) -> Served:
-    """Return the model that a SavedModel serves."""
+    """The model that a SavedModel serves."""
     try:
         with quietly():
             root = _tf.saved_model.load(str(path))
@@ -148,7 +148,7 @@ class ServedNetwork(KerasNetwork):
         return (*super().notes, *found)
 
     def weights(self, names: Iterable[str]) -> dict[str, Array]:
-        """Return copies of some weights; of what is not served as well, which only the file holds."""
+        """Copies of some weights; of what is not served as well, which only the file holds."""
         wanted = tuple(names)
         found = super().weights(name for name in wanted if name in self._variables)
         return {name: found[name] if name in found else self._read(name).copy() for name in wanted}
@@ -160,7 +160,7 @@ class ServedNetwork(KerasNetwork):
         return self._unserved[name]
 
     def tensors(self) -> dict[str, Array]:
-        """Return copies of all that is served, and of what was asked for beside."""
+        """Copies of all that is served, and of what was asked for beside."""
         return {**super().tensors(), **{name: value.copy() for name, value in self._unserved.items()}}
 
     def assign(self, values: Mapping[str, Array]) -> None:
@@ -188,7 +188,7 @@ class ServedNetwork(KerasNetwork):
 
 
 def load(model: ModelFile, place: DevicePlacement) -> Loaded:
-    """Return what a SavedModel serves, made in some place."""
+    """What a SavedModel serves, made in some place."""
     library = keras_two()
     with place.scope(library):
         found = served(model.path)

@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import load_file
 
 from prunectl.errors import UsageError, WorkError
-from prunectl.exporting import onnx_finish
+from prunectl.exporting import onnx_precision
 from tests.exporting.exporting import export
 from tests.running import FIXTURES, ROOT
 
@@ -71,7 +71,7 @@ def test_masks_are_multiplied_in_and_optimizers_left_out(tmp_path: Path) -> None
     ours = load_file(tmp_path / "w.safetensors")
     expected = (held["conv2.weight_orig"] * held["conv2.weight_mask"]).numpy()
     np.testing.assert_array_equal(ours["conv2.weight"], expected)
-    assert any("torch.nn.utils.prune" in remark for remark in found.remarks)
+    assert any("torch.nn.utils.prune" in remark for remark in found.notes)
     export("checkpoint_with_optimizer.pt", tmp_path / "c.npz")
     with np.load(tmp_path / "c.npz") as archive:
         assert not [name for name in archive.files if "optim" in name]
@@ -113,7 +113,7 @@ def test_what_is_tied_stands_once_for_each_name_in_safetensors_and_tied_in_a_sta
     shared = torch.randn(3, 4)
     torch.save({"one": shared, "two": shared}, tmp_path / "t.pt")
     found = export(tmp_path / "t.pt", tmp_path / "t.safetensors")
-    assert any("1 tensors share their bytes" in remark for remark in found.remarks)
+    assert any("1 tensors share their bytes" in remark for remark in found.notes)
     export(tmp_path / "t.safetensors", tmp_path / "again.pt")
     both = load_file(tmp_path / "t.safetensors")
     np.testing.assert_array_equal(both["one"], both["two"])
@@ -150,6 +150,6 @@ def test_logging_is_as_disabled_after_quantising_as_it_was_before(
     monkeypatch.setattr(onnx, "save", lambda *_: None)
     monkeypatch.setattr(onnx, "load", lambda _: "loaded")
     monkeypatch.setattr(logging.root.manager, "disable", level)
-    found = onnx_finish._through_files(silent, None, lambda *_: seen.append(logging.root.manager.disable))
+    found = onnx_precision._through_files(silent, None, lambda *_: seen.append(logging.root.manager.disable))
     assert (found, seen) == ("loaded", [max(level, logging.WARNING)])
     assert logging.root.manager.disable == level

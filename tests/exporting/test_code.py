@@ -34,7 +34,7 @@ def made(code: Path) -> Any:
 def test_the_class_and_the_weights_alone_answer_as_the_network(name: str, tmp_path: Path) -> None:
     place, net = saved(name, tmp_path)
     found = export(place, tmp_path / "out.pt", code=True, **words_of(name))
-    assert found.parity is not None
+    assert found.comparison is not None
     assert "prunectl" not in (tmp_path / "out.py").read_text().replace("written by prunectl", "")
     module = made(tmp_path / "out.py")().eval()
     module.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True))
@@ -57,9 +57,9 @@ def test_programs_and_scripts_become_code_as_well(source: str, tmp_path: Path) -
 
 def test_axes_that_only_data_closes_are_told(tmp_path: Path) -> None:
     found = export("digits_cnn.pt", tmp_path / "out.pt", code=True, model=NET, data=DIGITS)
-    assert "The class was tried with x:?,1,8,8 alone." in found.remarks
-    assert found.parity is not None
-    assert found.parity.top1 == 1.0
+    assert "The class was tried with x:?,1,8,8 alone." in found.notes
+    assert found.comparison is not None
+    assert found.comparison.top1_agreement == 1.0
 
 
 def test_what_16_bits_are_enough_for_is_held_in_them(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_the_code_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="exists"):
         export("digits_cnn.pt2", tmp_path / "other.pt", code=True)
     found = export("digits_cnn.pt2", tmp_path / "other.pt", code=True, force=True)
-    assert found.beside == ((str(tmp_path / "other.py"), (tmp_path / "other.py").stat().st_size),)
+    assert found.companion_files == ((str(tmp_path / "other.py"), (tmp_path / "other.py").stat().st_size),)
 
 
 def test_bfloat16_rounds_as_ml_dtypes_does_and_is_refused_where_there_is_no_such_type(tmp_path: Path) -> None:

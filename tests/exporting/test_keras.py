@@ -54,8 +54,8 @@ def answers(model: Any, inputs: list[Array]) -> list[Array]:
 @pytest.mark.parametrize("source", SOURCES)
 def test_the_digits_answer_alike_in_onnxruntime_and_in_tflite(source: str, tmp_path: Path) -> None:
     found = export(source, tmp_path / "m.onnx", data=DIGITS)
-    assert found.parity is not None
-    assert found.parity.top1 == 1.0
+    assert found.comparison is not None
+    assert found.comparison.top1_agreement == 1.0
     (answered,) = by_onnxruntime(tmp_path / "m.onnx", digits())
     np.testing.assert_allclose(answered, reference(), atol=1e-4)
     if source == SOURCES[1]:
@@ -170,9 +170,9 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_half_is_half_as_big_and_near(name: str, tmp_path: Path) -> None:
     found = export("digits_cnn.h5", tmp_path / name, half=True, data=DIGITS)
     assert found.after.bytes.raw < 0.62 * 40_000
-    assert found.parity is not None
-    assert found.parity.top1 is not None
-    assert found.parity.top1 > 0.98
+    assert found.comparison is not None
+    assert found.comparison.top1_agreement is not None
+    assert found.comparison.top1_agreement > 0.98
 
 
 @pytest.mark.parametrize("name", ["m.onnx", "m.tflite"])
@@ -181,9 +181,9 @@ def test_integers_are_a_third_as_big_and_near_and_zeros_stay_zeros(name: str, tm
     api.prune(FIXTURES / "digits_cnn.h5", place, sparsity=0.5)
     found = export(place, tmp_path / name, int8=True, data=DIGITS, samples=16)
     assert found.after.bytes.raw < 0.5 * 40_000
-    assert found.parity is not None
-    assert found.parity.top1 is not None
-    assert found.parity.top1 == 1.0
+    assert found.comparison is not None
+    assert found.comparison.top1_agreement is not None
+    assert found.comparison.top1_agreement == 1.0
     kernels = [tensor for tensor in open_model(tmp_path / name).tensors if tensor.size in {72, 1152, 8192, 320}]
     held = open_model(tmp_path / name)
     integers = [held.read(tensor) for tensor in kernels]
@@ -208,7 +208,7 @@ def test_a_sparse_tflite_that_its_own_interpreter_gets_wrong_is_not_written(tmp_
 
 def test_wrappers_of_tfmot_are_taken_off_on_the_way(tmp_path: Path) -> None:
     found = export("wrapped_by_tfmot.h5", tmp_path / "m.onnx")
-    assert any("tfmot" in remark for remark in found.remarks)
+    assert any("tfmot" in remark for remark in found.notes)
     assert not [tensor for tensor in open_model(tmp_path / "m.onnx").tensors if "mask" in tensor.name]
 
 

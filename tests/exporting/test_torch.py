@@ -13,7 +13,7 @@ import torch
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting import onnx_finish
 from prunectl.exporting.export import export as run
-from prunectl.exporting.request import request_of
+from prunectl.exporting.request import parse_request
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
 from tests.contract import Array
@@ -77,7 +77,7 @@ def test_programs_and_scripts_are_written_and_become_onnx_in_turn(name: str, tmp
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
     export(tmp_path / "m.pt2", tmp_path / "from_program.onnx")
     found = export(tmp_path / "m.pt", tmp_path / "from_script.onnx", input=words["input"])
-    assert any("older exporter" in remark for remark in found.remarks)
+    assert any("older exporter" in remark for remark in found.notes)
     for result in ("from_program.onnx", "from_script.onnx"):
         for ours, theirs in zip(by_onnxruntime(tmp_path / result, *inputs), expected, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-4)
@@ -85,8 +85,8 @@ def test_programs_and_scripts_are_written_and_become_onnx_in_turn(name: str, tmp
 
 def test_the_shape_comes_from_data_as_well(tmp_path: Path) -> None:
     found = export("digits_cnn.pt", tmp_path / "m.onnx", model=NET, data=DIGITS)
-    assert found.parity is not None
-    assert found.parity.top1 == 1.0
+    assert found.comparison is not None
+    assert found.comparison.top1_agreement == 1.0
     port = onnx.load(tmp_path / "m.onnx").graph.input[0]
     assert port.name == "x"
     assert port.type.tensor_type.shape.dim[0].dim_param == "batch"
@@ -142,10 +142,10 @@ def test_masks_are_taken_off_on_the_way(tmp_path: Path) -> None:
 )
 def test_smaller_onnx_answers_nearly_alike(words: dict[str, object], most_bytes: int, tmp_path: Path) -> None:
     found = export("digits_cnn.onnx", tmp_path / "m.onnx", **words)
-    assert found.parity is not None
-    assert 0 < found.parity.largest < 1
+    assert found.comparison is not None
+    assert 0 < found.comparison.largest < 1
     assert found.after.bytes.raw < most_bytes
-    assert any(any(word in remark for word in ("16-bit", "8-bit", "bfloat16")) for remark in found.remarks)
+    assert any(any(word in remark for word in ("16-bit", "8-bit", "bfloat16")) for remark in found.notes)
 
 
 def test_what_cannot_be_says_why(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_what_is_too_large_for_one_file_has_its_numbers_beside_it(
 ) -> None:
     monkeypatch.setattr(onnx_finish, "MAX_BYTES", 10_000)
     found = export("digits_cnn.pt", tmp_path / "m.onnx", model=NET, input=["?,1,8,8"])
-    assert any("in m.onnx.data beside it" in remark for remark in found.remarks)
+    assert any("in m.onnx.data beside it" in remark for remark in found.notes)
     assert (tmp_path / "m.onnx").stat().st_size < 10_000
     assert [file.name for file in open_model(tmp_path / "m.onnx").files] == ["m.onnx", "m.onnx.data"]
     by_onnxruntime(tmp_path / "m.onnx", *random((2, 1, 8, 8)))
@@ -196,7 +196,7 @@ def test_what_is_too_large_for_one_file_has_its_numbers_beside_it(
     with pytest.raises(WorkError, match="more than 2 GB as ONNX"):
         export("digits_cnn.onnx", tmp_path / "n.onnx", sparse=True)
     with pytest.raises(WorkError, match="more than one file"):
-        run(FIXTURES / "digits_cnn.onnx", request_of({"to": "onnx"}), Destination(tmp_path / "out", is_stream=True))
+        run(FIXTURES / "digits_cnn.onnx", parse_request({"to": "onnx"}), Destination(tmp_path / "out", is_stream=True))
     assert {file.name for file in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
 
 
@@ -224,8 +224,8 @@ def test_an_onnx_model_that_gives_what_each_class_is_worth_by_its_name_is_compar
         tmp_path / "m.onnx",
     )
     found = export(tmp_path / "m.onnx", tmp_path / "again.onnx", metadata=["author=me"])
-    assert found.parity is not None
-    assert [one.name for one in found.parity.outputs] == ["label", "named"]
+    assert found.comparison is not None
+    assert [one.name for one in found.comparison.outputs] == ["label", "named"]
 
 
 LINEAR = {
@@ -327,6 +327,6 @@ def test_stock_onnx_of_pytorch_becomes_8_bit_whatever_its_shapes_between_say(tmp
     onnx.save(stock, tmp_path / "stale.onnx")
     for name in ("stock", "stale"):
         found = export(tmp_path / f"{name}.onnx", tmp_path / f"{name}8.onnx", int8=True)
-        assert any("8-bit" in remark for remark in found.remarks)
+        assert any("8-bit" in remark for remark in found.notes)
         kinds = {one.data_type for one in onnx.load(tmp_path / f"{name}8.onnx").graph.initializer}
         assert onnx.TensorProto.INT8 in kinds

@@ -29,7 +29,7 @@ def loaded(place: Path) -> Any:
 def test_dense_and_recurrent_weights_are_integers_without_data(name: str, tmp_path: Path) -> None:
     place, net = saved(name, tmp_path)
     found = export(place, tmp_path / "m.torchscript", int8=True, **words_of(name))
-    assert any("dense and recurrent layers are 8-bit" in remark for remark in found.remarks)
+    assert any("dense and recurrent layers are 8-bit" in remark for remark in found.notes)
     inputs = random(*((3, *shape) for shape in shapes_of(name)))
     for ours, theirs in zip(answers(loaded(tmp_path / "m.torchscript"), inputs), answers(net, inputs), strict=True):
         assert np.linalg.norm(ours - theirs) < 0.05 * np.linalg.norm(theirs)
@@ -39,9 +39,9 @@ def test_dense_and_recurrent_weights_are_integers_without_data(name: str, tmp_pa
 def test_with_data_convolutions_are_integers_too_and_zeros_stay_zeros(tmp_path: Path) -> None:
     api.prune(FIXTURES / "digits_cnn.pt", tmp_path / "sparse.pt", sparsity=0.6)
     found = export(tmp_path / "sparse.pt", tmp_path / "m.torchscript", int8=True, model=NET, data=DIGITS)
-    assert found.parity is not None
-    assert found.parity.top1 is not None
-    assert found.parity.top1 > 0.98
+    assert found.comparison is not None
+    assert found.comparison.top1_agreement is not None
+    assert found.comparison.top1_agreement > 0.98
     held = open_model(tmp_path / "m.torchscript")
     integers = {tensor.shape: held.read(tensor) for tensor in held.tensors if tensor.dtype == np.int8}
     state = torch.load(tmp_path / "sparse.pt", weights_only=True)

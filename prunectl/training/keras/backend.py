@@ -56,13 +56,13 @@ class Library:
 
 
 def keras_two() -> Library:
-    """Return Keras 2."""
+    """Keras 2."""
     with hushed():
         return Library(require("tf_keras", extra="tensorflow"), is_two=True, backend="tensorflow")
 
 
 def keras_three() -> Library:
-    """Return Keras 3 on the backend that the user set it to."""
+    """Keras 3 on the backend that the user set it to."""
     try:
         with hushed():
             keras = require("keras", extra="tensorflow")
@@ -115,7 +115,7 @@ def hushed() -> Iterator[None]:
 
 
 def read(library: Library, variable: Any) -> Array:
-    """Return a copy of the numbers of a variable, in its own type."""
+    """A copy of the numbers of a variable, in its own type."""
     if library.is_two:
         return np.array(variable.numpy())
     if library.is_on_tensorflow:
@@ -130,13 +130,13 @@ def write(_: Library, variable: Any, value: Array) -> None:
 
 
 def dtype(variable: Any) -> np.dtype[Any]:
-    """Return the type of a variable as NumPy has it."""
+    """The type of a variable as NumPy has it."""
     said = variable.dtype if isinstance(variable.dtype, str) else variable.dtype.name
     return np.dtype(getattr(ml_dtypes, said)) if said.startswith(("bfloat", "float8")) else np.dtype(said)
 
 
 def shape(variable: Any) -> tuple[int, ...]:
-    """Return the shape of a variable."""
+    """The shape of a variable."""
     return tuple(int(size) for size in variable.shape)
 
 
@@ -147,7 +147,7 @@ def is_float(variable: Any) -> bool:
 
 
 def as_arrays(found: Any) -> Any:
-    """Return what a model put out as one array or a tuple of them, whatever it was packed in."""
+    """What a model put out as one array or a tuple of them, whatever it was packed in."""
     if isinstance(found, dict):
         found = tuple(found[name] for name in found)
     if isinstance(found, list | tuple):
@@ -156,7 +156,7 @@ def as_arrays(found: Any) -> Any:
 
 
 def where_kept(tf: Any, mask: Any, value: Any) -> Any:
-    """Return a gradient where a mask keeps it, and zero elsewhere, in the form that it has."""
+    """A gradient where a mask keeps it, and zero elsewhere, in the form that it has."""
     if isinstance(value, tf.IndexedSlices):
         rows = tf.gather(mask, value.indices)
         return tf.IndexedSlices(
@@ -166,7 +166,7 @@ def where_kept(tf: Any, mask: Any, value: Any) -> Any:
 
 
 def dense(tf: Any, value: Any) -> Any:
-    """Return a gradient with all of its rows."""
+    """A gradient with all of its rows."""
     if isinstance(value, tf.IndexedSlices):
         return tf.math.unsorted_segment_sum(value.values, value.indices, value.dense_shape[0])
     return value

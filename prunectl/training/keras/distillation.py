@@ -70,7 +70,7 @@ def install(model: Any, guidance: Guidance) -> Callable[[], None]:
 
 
 def _whole(model: Any, guidance: Guidance, y: Any, y_pred: Any, plain: Callable[[Any], Any]) -> Any:
-    """Return the loss of targets and teacher together; what weights cost counts wholly."""
+    """The loss of targets and teacher together; what weights cost counts wholly."""
     taught = _distance(guidance, y[GUIDE], y_pred)
     penalties = sum(model.losses) if model.losses else 0.0
     if TARGETS not in y:
@@ -115,7 +115,7 @@ def _log_probabilities(maths: _Maths, manner: Manner, found: Any, heat: float) -
 
 
 def _yes_no(maths: _Maths, manner: Manner, theirs: Any, ours: Any, heat: float) -> Any:
-    """Return the divergence of one yes or no from another."""
+    """The divergence of one yes or no from another."""
     if manner.ending is Ending.SIGMOID:
         theirs, ours = (
             maths.log(maths.at_least(one, _TINY)) - maths.log(maths.at_least(1.0 - one, _TINY))
@@ -141,7 +141,7 @@ class _Maths:
         return self._own.reduce_mean(found) if self._is_two else self._own.mean(found)
 
     def total(self, found: Any) -> Any:
-        """Return the sums over the last axis."""
+        """The sums over the last axis."""
         return self._own.reduce_sum(found, axis=-1) if self._is_two else self._own.sum(found, axis=-1)
 
     def square(self, found: Any) -> Any:
@@ -167,5 +167,5 @@ class _Maths:
 
 
 def _replicas(library: Library) -> int:
-    """Return how many processes add up their losses."""
+    """How many processes add up their losses."""
     return int(library.tensorflow.distribute.get_strategy().num_replicas_in_sync) if library.is_on_tensorflow else 1

@@ -43,7 +43,7 @@ class DevicePlacement:
 
 
 def check(library: Library, device: str) -> str:
-    """Return the device to stay on where the framework would take another; refuse what there is not."""
+    """The device to stay on where the framework would take another; refuse what there is not."""
     name, _, number = device.strip().lower().partition(":")
     if name in {"", _AUTO}:
         return ""
@@ -82,7 +82,7 @@ def _upon(library: Library, device: str) -> Any:
 
 
 def _cluster() -> dict[str, Any]:
-    """Return what TF_CONFIG says of the processes that train together."""
+    """What TF_CONFIG says of the processes that train together."""
     text = os.environ.get("TF_CONFIG", "")
     if not text:
         return {}

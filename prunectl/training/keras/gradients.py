@@ -34,7 +34,7 @@ class _Case:
 
 
 def gradients(library: Library, model: Any, variables: Sequence[Any], x: Any, y: Any) -> list[Array]:
-    """Return a gradient for each variable, zeros where the loss does not depend on it."""
+    """A gradient for each variable, zeros where the loss does not depend on it."""
     if y is None:
         raise UsageError("the data has no targets, and gradients are those of a loss", hint="use data with targets")
     take = {"tensorflow": _by_tape, "torch": _by_torch, "jax": _by_jax}[library.backend]
@@ -55,7 +55,7 @@ def gradients(library: Library, model: Any, variables: Sequence[Any], x: Any, y:
 
 
 def _scales(model: Any) -> tuple[float, ...]:
-    """Return what to multiply the loss by, at the most: in numbers of 16 bits small gradients would vanish."""
+    """What to multiply the loss by, at the most: in numbers of 16 bits small gradients would vanish."""
     types = {getattr(layer, "compute_dtype", "") for layer in model._flatten_layers()}  # noqa: SLF001
     return _HALF_SCALES if "float16" in types else (1.0,)
 

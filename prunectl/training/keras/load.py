@@ -39,7 +39,7 @@ class WeightLayout(StrEnum):
 
 
 def layout(model: ModelFile) -> WeightLayout:
-    """Return how a file is laid out."""
+    """How a file is laid out."""
     if model.format == "saved-model":
         return WeightLayout.FOLDER
     if model.format == "keras":
@@ -52,7 +52,7 @@ def layout(model: ModelFile) -> WeightLayout:
 
 
 def linked(path: Path, kind: WeightLayout, folder: Path, *, is_old: bool) -> Path:
-    """Return a path to a file under the name by which Keras recognises it.
+    """A path to a file under the name by which Keras recognises it.
 
     An old archive, of Keras 2, is copied where its layers lie in other folders than those where Keras looks now.
     """
@@ -95,7 +95,7 @@ class Loaded:
 
 
 def load(file: ModelFile, origin: ModelOrigin, place: DevicePlacement) -> Loaded:
-    """Return the model of a file, made in some place."""
+    """The model of a file, made in some place."""
     user_code.check(file, origin)
     objects = user_code.objects(origin)
     kind = layout(file)
@@ -131,7 +131,7 @@ def _library_of_file(file: ModelFile) -> Library:
 
 
 def _library_of_code(file: ModelFile) -> Library:
-    """Return a first guess, made before the model is built."""
+    """A first guess, made before the model is built."""
     return keras_two() if _keras_version(file) in {1, 2} else keras_three()
 
 
@@ -195,7 +195,7 @@ def _filler(model: Any, kind: WeightLayout, *, is_old: bool) -> Callable[[Path],
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says, in one line."""
+    """What an error says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # TensorFlow tells first where in its code it was, and then what happened.
     told = [found[1] for line in lines if (found := re.match(r"\w+Error: (.+)", line))]

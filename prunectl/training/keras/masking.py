@@ -34,11 +34,11 @@ class Grip(ABC):
 
     @abstractmethod
     def _extra(self, like: Any, kind: str, *, is_mask: bool) -> Any:
-        """Return a new variable of the same shape: ones for a mask, zeros for a sum."""
+        """A new variable of the same shape: ones for a mask, zeros for a sum."""
 
     @abstractmethod
     def _where(self, mask: Any, value: Any) -> Any:
-        """Return a value where a mask keeps it, and zero elsewhere."""
+        """A value where a mask keeps it, and zero elsewhere."""
 
     @abstractmethod
     def _assign(self, pairs: Sequence[tuple[Any, Any]]) -> None:
@@ -50,7 +50,7 @@ class Grip(ABC):
 
     @abstractmethod
     def slots(self, variable: Any) -> list[Any]:
-        """Return what the optimizer keeps for a variable, number by number."""
+        """What the optimizer keeps for a variable, number by number."""
 
     def hold(self, masks: Iterable[tuple[Any, Array]]) -> bool:
         """Put masks on, and return whether the training step has to be traced anew for them."""
@@ -85,7 +85,7 @@ class Grip(ABC):
         self.forget()
 
     def evidence(self, variables: Mapping[str, Any]) -> dict[str, Array]:
-        """Return what was gathered, of those that are watched."""
+        """What was gathered, of those that are watched."""
         return {
             name: backend.read(self._library, self._sums[id(variable)])
             for name, variable in variables.items()
@@ -111,7 +111,7 @@ class Grip(ABC):
         self._assign([(self._variables[key], mask) for key, mask in self._masks.items()])
 
     def _before(self, gradient: Any, variable: Any) -> Any:
-        """Return the gradient that the optimizer is to see."""
+        """The gradient that the optimizer is to see."""
         if gradient is None:
             return None
         key = id(variable)
@@ -126,7 +126,7 @@ class Grip(ABC):
 
 
 def paired_slots(optimizer: Any, at: int, count: int, shape: tuple[int, ...]) -> list[Any]:
-    """Return what stands at the place of a variable in each of the lists that an optimizer keeps, if it fits."""
+    """What stands at the place of a variable in each of the lists that an optimizer keeps, if it fits."""
     found = []
     for value in vars(optimizer).values():
         if isinstance(value, list | tuple) and len(value) == count:
@@ -163,7 +163,7 @@ class GripTwo(Grip):
         return id(variable) in self._moved
 
     def slots(self, variable: Any) -> list[Any]:
-        """Return what the optimizer keeps for a variable, number by number."""
+        """What the optimizer keeps for a variable, number by number."""
         at = list(self._moved).index(id(variable))
         return paired_slots(self._optimizer, at, len(self._moved), backend.shape(variable))
 
@@ -244,7 +244,7 @@ class GripThree(Grip):
         return any(variable is one for one in self._optimizer._trainable_variables)  # noqa: SLF001
 
     def slots(self, variable: Any) -> list[Any]:
-        """Return what the optimizer keeps for a variable, number by number."""
+        """What the optimizer keeps for a variable, number by number."""
         moved = self._optimizer._trainable_variables  # noqa: SLF001
         at = next(at for at, one in enumerate(moved) if one is variable)
         own = paired_slots(self._optimizer, at, len(moved), backend.shape(variable))

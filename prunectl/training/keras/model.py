@@ -31,7 +31,7 @@ from prunectl.training.layer_inputs import See
 
 
 def layers(library: Library, model: Any) -> list[Any]:
-    """Return the layers that normalise by batches, but for those that are frozen."""
+    """The layers that normalise by batches, but for those that are frozen."""
     kind = library.keras.layers.BatchNormalization
     found = {id(layer): layer for layer in model._flatten_layers() if isinstance(layer, kind)}  # noqa: SLF001
     return [layer for layer in found.values() if layer.trainable]
@@ -153,7 +153,7 @@ def _of_torch(library: Library) -> dict[str, Any]:
 
 
 def _variables(training: Training) -> dict[tuple[str, int], Any]:
-    """Return all variables by what they are for, without masks and evidence."""
+    """All variables by what they are for, without masks and evidence."""
     model = training.model
     optimizer = [one for one in optimizer_variables(model) if not training.grip.owns(one)]
     weights = {(_WEIGHT, at): one for at, one in enumerate(model.weights)}
@@ -191,7 +191,7 @@ class KerasNetwork:
         return self._ended(outputs.signature(self._model))
 
     def _ended(self, found: Signature) -> Signature:
-        """Return a signature with what each output ends in, once that is known."""
+        """A signature with what each output ends in, once that is known."""
         endings = self._training.endings if self._training is not None else ()
         if len(endings) != len(found.outputs):
             return found
@@ -257,11 +257,11 @@ class KerasNetwork:
         return self._training
 
     def weights(self, names: Iterable[str]) -> dict[str, Array]:
-        """Return copies of some weights."""
+        """Copies of some weights."""
         return {name: backend.read(self._library, self._variables[name]) for name in names}
 
     def tensors(self) -> dict[str, Array]:
-        """Return copies of all weights and statistics."""
+        """Copies of all weights and statistics."""
         return self.weights(self._variables)
 
     def assign(self, values: Mapping[str, Array]) -> None:
@@ -284,7 +284,7 @@ class KerasNetwork:
             self._trained.watch(evidence, [self._variables[name] for name in names])
 
     def evidence(self) -> dict[str, Array]:
-        """Return what was gathered, the same in every process."""
+        """What was gathered, the same in every process."""
         return self._trained.evidence({name: self._variables[name] for name in self._watched})
 
     def forget(self) -> None:
@@ -296,15 +296,15 @@ class KerasNetwork:
         self._trained.step(batch, rate, guide)
 
     def logs(self) -> Logs:
-        """Return the means of loss and metrics over the examples since the last call."""
+        """The means of loss and metrics over the examples since the last call."""
         return self._trained.logs()
 
     def evaluate(self, batches: Iterable[Batch]) -> Logs:
-        """Return the means of loss and metrics, without a change to the model."""
+        """The means of loss and metrics, without a change to the model."""
         return self._trained.evaluate(batches)
 
     def predict(self, x: Arrays) -> Arrays:
-        """Return what comes out, for one batch."""
+        """What comes out, for one batch."""
         with self._place.scope(self._library), quietly():
             found: Arrays = backend.as_arrays(self._model.predict_on_batch(outputs.inputs(self._model, x)))
         return found
@@ -316,7 +316,7 @@ class KerasNetwork:
             observe(self._library, self._model, wanted, x, see)
 
     def gradients(self, names: Collection[str], batch: Batch) -> dict[str, Array]:
-        """Return the gradient of the mean loss over a batch, in the state in which it predicts."""
+        """The gradient of the mean loss over a batch, in the state in which it predicts."""
         model = self._trained.model
         x, y = outputs.inputs(model, batch.x), outputs.targets(model, batch.y)
         wanted = [self._variables[name] for name in names]
@@ -364,5 +364,5 @@ class KerasNetwork:
 
 
 def open_network(model: ModelFile, origin: ModelOrigin) -> Network:
-    """Return the model of a file as a network of the Keras that wrote it."""
+    """The model of a file as a network of the Keras that wrote it."""
     return KerasNetwork(partial(load, model, origin))

@@ -44,7 +44,7 @@ class Chance:
                 backend.write(self._library, generator.state, np.array([seed, 0]))
 
     def states(self) -> list[Array]:
-        """Return where each generator is; the one that Keras 3 shares comes last, once there is one."""
+        """Where each generator is; the one that Keras 3 shares comes last, once there is one."""
         return [backend.read(self._library, generator.state) for generator in [*self._generators, *self._shared()]]
 
     def resume(self, states: list[Array]) -> None:
@@ -61,7 +61,7 @@ class Chance:
             backend.write(self._library, generator.state, state)
 
     def _shared(self) -> list[Any]:
-        """Return the generator of Keras 3 for layers that have none of their own, once there is one."""
+        """The generator of Keras 3 for layers that have none of their own, once there is one."""
         if self._library.is_two:
             return []
         found = self._global_state.get_global_attribute(_SHARED)

@@ -68,7 +68,7 @@ class Logbook:
             self._counts[name] = self._counts.get(name, 0) + examples
 
     def close(self) -> dict[str, float]:
-        """Return the means, and begin anew."""
+        """The means, and begin anew."""
         found = {
             name: last if self._is_running(name, last) else self._sums[name] / max(self._counts[name], 1)
             for name, last in self._last.items()
@@ -78,7 +78,7 @@ class Logbook:
 
 
 def measured(model: Any) -> dict[str, float]:
-    """Return what the metrics of a model stand at, those that have begun."""
+    """What the metrics of a model stand at, those that have begun."""
     found: dict[str, float] = {}
     for metric in model.metrics:
         try:
@@ -229,7 +229,7 @@ class Training:
             self._steps_two.forget()
 
     def evidence(self, variables: Mapping[str, Any]) -> dict[str, Array]:
-        """Return what was gathered."""
+        """What was gathered."""
         if variables and self._is_begun and not self.grip.has_seen_gradients:
             raise WorkError(
                 f"--step {self._means.custom_step} does not train through model.optimizer, so no gradient was seen",
@@ -305,14 +305,14 @@ class Training:
         self._is_guided = True
 
     def logs(self) -> dict[str, float]:
-        """Return the means since they were last asked for."""
+        """The means since they were last asked for."""
         found = self._book.close()
         self._reset_metrics()
         self._forget_guided()
         return found
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return the means over some batches."""
+        """The means over some batches."""
         held = [(one, backend.read(self._library, one)) for metric in self.model.metrics for one in metric.variables]
         self._reset_metrics()
         book = Logbook(lambda *_: True)

@@ -30,7 +30,7 @@ _LEAST = 8
 
 
 def named(file: ModelFile, library: Library, variables: Sequence[Any], fill: Callable[[Path], None]) -> dict[str, Any]:
-    """Return the variables by the names of the tensors that they are loaded from."""
+    """The variables by the names of the tensors that they are loaded from."""
     tensors = [tensor for tensor in file.tensors if tensor.role not in _NO_NUMBERS and tensor.size]
     held = [variable for variable in variables if np.prod(backend.shape(variable), dtype=np.int64)]
     values = [backend.read(library, variable) for variable in held]
@@ -51,7 +51,7 @@ def named(file: ModelFile, library: Library, variables: Sequence[Any], fill: Cal
 def _marks(
     file: ModelFile, library: Library, tensors: Sequence[Tensor], held: Sequence[Any], fill: Callable[[Path], None]
 ) -> list[int]:
-    """Return for each variable the number of its tensor, from one; 0 where there is none."""
+    """For each variable the number of its tensor, from one; 0 where there is none."""
     base = min((_base(dtype) for dtype in (*(t.dtype for t in tensors), *map(backend.dtype, held))), default=2)
     marks, weight = [0] * len(held), 1
     while weight <= len(tensors):
@@ -67,7 +67,7 @@ def _marks(
 
 
 def _mark(before: int, array: Array, weight: int) -> int:
-    """Return a number with one more digit; -1 once there is none, as where one variable was put together of several."""
+    """A number with one more digit; -1 once there is none, as where one variable was put together of several."""
     first = array.reshape(-1)[0]
     if before < 0 or not np.all(array == first):
         return -1

@@ -101,7 +101,7 @@ class TfmotNetwork(KerasNetwork):
         self._hold()
 
     def masks(self) -> dict[str, Mask]:
-        """Return what tfmot keeps at the moment."""
+        """What tfmot keeps at the moment."""
         held = self._around.weights if self._around is not None else {}
         return {name: backend.read(self._library, mask) != 0 for name, (_, mask) in held.items()}
 
@@ -142,7 +142,7 @@ class TfmotNetwork(KerasNetwork):
                 backend.write(self._library, wrapper.pruning_step, np.array(self._step))
 
     def weights(self, names: Iterable[str]) -> dict[str, Array]:
-        """Return copies of some weights."""
+        """Copies of some weights."""
         found = super().weights(names)
         for name, keep in self.masks().items():
             if name in found:
@@ -162,7 +162,7 @@ class TfmotNetwork(KerasNetwork):
             self._step = max(int(wrapper.pruning_step) for wrapper in self._around.wrappers)
 
     def evaluate(self, batches: Iterable[Batch]) -> Logs:
-        """Return the means of loss and metrics."""
+        """The means of loss and metrics."""
         self._hold()
         return super().evaluate(batches)
 
@@ -174,7 +174,7 @@ class _Chooser:
         self._native = native
 
     def choose(self, layer: Any, weights: Mapping[str, Any]) -> Settings | None:
-        """Return what the wrapper is told; None where tfmot would do something else than was asked."""
+        """What the wrapper is told; None where tfmot would do something else than was asked."""
         native = self._native
         schedules = {native.schedules[name] for name in weights}
         if len(schedules) != 1 or len(weights) != len(layer.get_prunable_weights()):
@@ -198,5 +198,5 @@ def _as_tfmot_has_it(schedule: Schedule) -> Any:
 
 
 def open_network(model: ModelFile, origin: ModelOrigin) -> Network:
-    """Return the model of a file as a network that tfmot can prune."""
+    """The model of a file as a network that tfmot can prune."""
     return TfmotNetwork(partial(load, model, origin))

@@ -17,7 +17,7 @@ _LEGACY = "TF_USE_LEGACY_KERAS"
 
 
 def tfmot() -> Any:
-    """Return what tfmot has for sparsity in Keras 2."""
+    """What tfmot has for sparsity in Keras 2."""
     keras_two()
     before = os.environ.get(_LEGACY)
     try:
@@ -33,7 +33,7 @@ def tfmot() -> Any:
 
 
 def version() -> str:
-    """Return which tfmot it is."""
+    """Which tfmot it is."""
     found: str = require("tensorflow_model_optimization", extra="tensorflow").__version__
     return found
 
@@ -62,7 +62,7 @@ class Planned(_Base):  # type: ignore[misc]
         return [step for step in range(last + 1) if self.schedule.prunes_at(step) or step == last]
 
     def __call__(self, step: Any) -> tuple[Any, Any]:
-        """Return whether to prune at a step, and the sparsity that the last turn asked for."""
+        """Whether to prune at a step, and the sparsity that the last turn asked for."""
         tensorflow = require("tensorflow", extra="tensorflow")
         turns = tensorflow.constant(self.turns, tensorflow.int64)
         begun = self.schedule.sparsity_at(0)
@@ -73,17 +73,17 @@ class Planned(_Base):  # type: ignore[misc]
         return is_turn, tensorflow.gather(tensorflow.constant(wanted, tensorflow.float32), passed)
 
     def get_config(self) -> dict[str, Any]:
-        """Return what a file keeps."""
+        """What a file keeps."""
         return {"class_name": OURS, "config": to_config(self.schedule)}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Planned:
-        """Return what a file has kept."""
+        """What a file has kept."""
         return cls(from_config(config))
 
 
 def native_of(schedule: Schedule) -> Any:
-    """Return a schedule as tfmot takes it."""
+    """A schedule as tfmot takes it."""
     if schedule.final >= 1.0:
         raise UsageError("tfmot leaves a weight in every layer: a sparsity of 100% is beyond it", hint="such as 99%")
     if not is_tfmots(schedule):

@@ -45,7 +45,7 @@ class Around:
 
 
 def around(keras: Any, model: Any, names: Mapping[int, str], choose: Chooser) -> Around:
-    """Return a model that shares all variables with another, with wrappers around the layers that are chosen."""
+    """A model that shares all variables with another, with wrappers around the layers that are chosen."""
     if not is_graph(keras, model):
         raise InputError(
             "tfmot wraps sequential and functional models, not those that compute by code of their own",
@@ -81,7 +81,7 @@ def around(keras: Any, model: Any, names: Mapping[int, str], choose: Chooser) ->
 
 
 def prunable(layer: Any) -> list[Any]:
-    """Return the weights of a layer that tfmot would prune; none if it has no wrapper for such layers."""
+    """The weights of a layer that tfmot would prune; none if it has no wrapper for such layers."""
     if not hasattr(layer, "get_prunable_weights"):
         try:
             # A wrapper that is thrown away: making one is how tfmot says which layers it knows, and teaches them which
@@ -169,7 +169,7 @@ def _loaded(model: ModelFile, wrapping: Wrapping) -> Loaded:
 
 
 def _held(weights: Mapping[str, Any], wrapping: Wrapping) -> Settings:
-    """Return what keeps masks as they are, whoever trains on."""
+    """What keeps masks as they are, whoever trains on."""
     masks = [wrapping.masks[name] for name in weights if name in wrapping.masks]
     size = sum(mask.size for mask in masks)
     zeros = size - sum(int(np.count_nonzero(mask)) for mask in masks)
@@ -180,7 +180,7 @@ def _held(weights: Mapping[str, Any], wrapping: Wrapping) -> Settings:
 
 
 def _scheduled(layer: Any, weights: Mapping[str, Any], wrapping: Wrapping) -> Settings | None:
-    """Return the schedule of a layer, which all of its weights share."""
+    """The schedule of a layer, which all of its weights share."""
     if isinstance(wrapping.pattern, BlockPattern) and any(len(weight.shape) != _MATRIX for weight in weights.values()):
         return None
     schedules = {wrapping.schedules[name] for name in weights}

@@ -27,7 +27,7 @@ _PARTS = ("loss", "metrics", "weighted_metrics", "loss_weights")
 
 
 def said(file: ModelFile) -> dict[str, Any]:
-    """Return the parts of a training configuration, as the file words them."""
+    """The parts of a training configuration, as the file words them."""
     found = _configuration(file)
     parts = {key: found[key] for key in _PARTS if found.get(key)}
     optimizer = found.get("optimizer_config") or found.get("optimizer")
@@ -80,7 +80,7 @@ class Recipe:
 
 
 def recipe(loaded: Loaded, means: Means, answers: Sequence[Answer]) -> Recipe:
-    """Return how a model is trained."""
+    """How a model is trained."""
     case = _Case(loaded, means, answers, said(loaded.file) if loaded.is_whole else {})
     targets = _targets(means, len(answers))
     found = _losses(case, targets)
@@ -195,7 +195,7 @@ def _metrics(case: _Case, found: Sequence[Loss | None], targets: Sequence[Array 
 
 
 def _metric_of_file(case: _Case, entry: Any) -> list[Any]:
-    """Return a metric, or nothing where it is not known."""
+    """A metric, or nothing where it is not known."""
     try:
         case.loaded.vouch_for(entry)
         return [losses.metrics_of_file(case.library, entry, case.loaded.objects)]
@@ -205,12 +205,12 @@ def _metric_of_file(case: _Case, entry: Any) -> list[Any]:
 
 
 def _distinct(found: Sequence[Any]) -> list[Any]:
-    """Return metrics without those that have the name of another."""
+    """Metrics without those that have the name of another."""
     return list({getattr(one, "name", one): one for one in found}.values())
 
 
 def _per_output(entry: Any, answers: Sequence[Answer]) -> list[Any]:
-    """Return what a file says of each output, where one word may stand for all."""
+    """What a file says of each output, where one word may stand for all."""
     if isinstance(entry, dict) and "class_name" not in entry:
         return [entry.get(answer.name) for answer in answers]
     if isinstance(entry, list):
@@ -241,7 +241,7 @@ def _flat(entry: Any) -> list[Any]:
 
 
 def _weights(entry: Any, answers: Sequence[Answer]) -> Any:
-    """Return how much each output counts, as a list."""
+    """How much each output counts, as a list."""
     if isinstance(entry, dict):
         return [entry.get(answer.name, 1.0) for answer in answers]
     return entry if isinstance(entry, list) and len(entry) == len(answers) else None
@@ -269,7 +269,7 @@ def compiled(library: Library, model: Any, recipe: Recipe, frozen: Sequence[Any]
 
 
 def _scaled(library: Library, model: Any, optimizer: Any) -> Any:
-    """Return an optimizer that scales the loss, where gradients are of 16 bits and would vanish."""
+    """An optimizer that scales the loss, where gradients are of 16 bits and would vanish."""
     policies = (getattr(layer, "dtype_policy", None) for layer in model._flatten_layers())  # noqa: SLF001
     if "mixed_float16" not in {getattr(policy, "name", "") for policy in policies}:
         return optimizer
@@ -278,7 +278,7 @@ def _scaled(library: Library, model: Any, optimizer: Any) -> Any:
 
 
 def optimizer_variables(model: Any) -> list[Any]:
-    """Return all that the optimizer keeps, also what wraps it."""
+    """All that the optimizer keeps, also what wraps it."""
     inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     found = {id(one): one for held in (model.optimizer, inner) for one in held.variables}
     return list(found.values())

@@ -65,7 +65,7 @@ _FUNCTIONS = {
 
 
 def chosen(library: Library, answer: Answer, y: Array | None) -> Loss | None:
-    """Return the loss that fits an output and its targets; none without targets."""
+    """The loss that fits an output and its targets; none without targets."""
     if y is None:
         return None
     classes = _classes(answer, y)
@@ -75,14 +75,14 @@ def chosen(library: Library, answer: Answer, y: Array | None) -> Loss | None:
 
 
 def cross_entropy(library: Library, kind: LossKind, answer: Answer) -> Loss:
-    """Return a cross-entropy that takes what the model ends with."""
+    """A cross-entropy that takes what the model ends with."""
     is_of_logits = answer.ending is Ending.RAW
     what = getattr(library.keras.losses, kind.value)(from_logits=is_of_logits)
     return Loss(kind, what, is_of_logits, _snake(kind))
 
 
 def wanted_losses(library: Library, name: str, answer: Answer, y: Array | None) -> Loss:
-    """Return the loss that a user asks for."""
+    """The loss that a user asks for."""
     word = name.strip()
     if ":" in word:
         function = user_code.function(word, "--loss")
@@ -103,7 +103,7 @@ def wanted_losses(library: Library, name: str, answer: Answer, y: Array | None) 
 
 
 def _kl_of_logits(library: Library) -> Any:
-    """Return the divergence of the model's probabilities from those of the targets, for a model that ends in logits."""
+    """The divergence of the model's probabilities from those of the targets, for a model that ends in logits."""
     keras = library.keras
 
     def kl_divergence_of_logits(y_true: Any, y_pred: Any) -> Any:
@@ -113,7 +113,7 @@ def _kl_of_logits(library: Library) -> Any:
 
 
 def known(what: Any) -> Loss:
-    """Return what prunectl knows of a loss of Keras."""
+    """What prunectl knows of a loss of Keras."""
     name = getattr(what, "__name__", "") or _snake(type(what).__name__)
     kind = _FUNCTIONS.get(name, LossKind.OTHER)
     settings = what.get_config() if kind is not LossKind.OTHER and hasattr(what, "get_config") else {}
@@ -121,13 +121,13 @@ def known(what: Any) -> Loss:
 
 
 def losses_of_file(library: Library, entry: Any, objects: Mapping[str, Any]) -> Any:
-    """Return what a file calls a loss; an error of Keras if that is unknown here."""
+    """What a file calls a loss; an error of Keras if that is unknown here."""
     with library.keras.utils.custom_object_scope(dict(objects)):
         return library.keras.losses.deserialize(entry) if isinstance(entry, dict) else library.keras.losses.get(entry)
 
 
 def fitted(library: Library, loss: Loss, answer: Answer, y: Array | None) -> tuple[Loss, str]:
-    """Return a cross-entropy that takes targets as they come, and what was changed about it."""
+    """A cross-entropy that takes targets as they come, and what was changed about it."""
     if y is None or loss.kind not in {LossKind.SPARSE, LossKind.CATEGORICAL}:
         return loss, ""
     form = _form(answer, y)
@@ -159,7 +159,7 @@ def check_shape(loss: Loss, answer: Answer, y: Array | None) -> None:
 
 
 def _classes(answer: Answer, y: Array) -> LossKind | None:
-    """Return the cross-entropy for targets that say classes; None if they are measurements."""
+    """The cross-entropy for targets that say classes; None if they are measurements."""
     is_same = _is_same_shape(answer, y)
     if y.dtype.kind in "iub":
         return _form(answer, y)
@@ -171,7 +171,7 @@ def _classes(answer: Answer, y: Array) -> LossKind | None:
 
 
 def _form(answer: Answer, y: Array | None) -> LossKind:
-    """Return the cross-entropy for the form of targets."""
+    """The cross-entropy for the form of targets."""
     if answer.width == 1:
         return LossKind.BINARY
     if y is None or not _is_same_shape(answer, y):
@@ -201,13 +201,13 @@ def _by_name(library: Library, name: str) -> Any:
 
 
 def names_of(library: Library) -> Sequence[str]:
-    """Return what losses can be called."""
+    """What losses can be called."""
     theirs = [name for name in dir(library.keras.losses) if not name.startswith("_")]
     return [_CROSS, "bce", *_SHORT, *theirs]
 
 
 def _snake(name: str) -> str:
-    """Return the name of the function that a class of losses stands for."""
+    """The name of the function that a class of losses stands for."""
     spaced = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name)
     return spaced.lstrip("_")
 
@@ -223,7 +223,7 @@ _NUMBER_BY_NUMBER = frozenset({"mae", "mse", "mape", "msle", "rmse", "logcosh", 
 
 
 def default(library: Library, loss: Loss | None, answer: Answer, y: Array | None) -> list[Any]:
-    """Return what is looked at if nobody says."""
+    """What is looked at if nobody says."""
     if loss is None:
         return []
     if loss.kind.is_classification:
@@ -250,7 +250,7 @@ def _is_as_wide(answer: Answer, y: Array | None) -> bool:
 
 
 def wanted_metrics(library: Library, name: str, loss: Loss | None, objects: Mapping[str, Any]) -> Any:
-    """Return the metric that a user asks for, by a name that Keras knows or the custom objects."""
+    """The metric that a user asks for, by a name that Keras knows or the custom objects."""
     word = name.strip()
     if ":" in word:
         found = user_code.function(word, "--metric")
@@ -279,7 +279,7 @@ def wanted_metrics(library: Library, name: str, loss: Loss | None, objects: Mapp
 
 
 def _by_example(library: Library, function: Any) -> Any:
-    """Return a function whose one number for a batch counts for each example of it: the last batch may be smaller."""
+    """A function whose one number for a batch counts for each example of it: the last batch may be smaller."""
     maths = library.tensorflow if library.is_two else library.keras.ops
 
     @wraps(function)
@@ -295,7 +295,7 @@ def _by_example(library: Library, function: Any) -> Any:
 
 
 def accuracy(library: Library, loss: Loss | None) -> Any:
-    """Return the accuracy that fits the targets of a loss."""
+    """The accuracy that fits the targets of a loss."""
     metrics = library.keras.metrics
     if loss is None or loss.kind is LossKind.OTHER:
         return "accuracy"  # Keras decides by the shapes that it sees
@@ -307,7 +307,7 @@ def accuracy(library: Library, loss: Loss | None) -> Any:
 
 
 def metrics_of_file(library: Library, entry: Any, objects: Mapping[str, Any]) -> Any:
-    """Return what a file calls a metric; an error of Keras if that is unknown here."""
+    """What a file calls a metric; an error of Keras if that is unknown here."""
     # Keras writes down what it took accuracy for, which may have been wrong before it had seen a target.
     if (entry if isinstance(entry, str) else text(part(entry, "config"), "name")) in _ACCURACIES:
         return "accuracy"

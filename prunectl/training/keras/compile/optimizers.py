@@ -37,7 +37,7 @@ class ChosenOptimizer:
 
 
 def wanted(library: Library, text: str, *, lr: float | None, clip: float | None) -> ChosenOptimizer:
-    """Return the optimizer that a user asks for."""
+    """The optimizer that a user asks for."""
     name, _, rest = (text or DEFAULT).partition(":")
     kinds = _kinds(library)
     kind = kinds.get(name.strip().lower().replace("-", "").replace("_", ""))
@@ -61,7 +61,7 @@ def of_file(
     lr: float | None,
     clip: float | None,
 ) -> ChosenOptimizer:
-    """Return a new optimizer of the kind that a file names; KeyError if that is unknown here."""
+    """A new optimizer of the kind that a file names; KeyError if that is unknown here."""
     if isinstance(entry, str):
         return wanted(library, entry, lr=lr, clip=clip)
     name = named(entry)
@@ -83,7 +83,7 @@ def of_file(
 
 
 def _modern(library: Library, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of an optimizer, those of older Kerases in the words of today."""
+    """The settings of an optimizer, those of older Kerases in the words of today."""
     rate = settings.pop("lr", settings.get("learning_rate"))
     decay = settings.pop("decay", 0.0) or 0.0
     schedules = library.keras.optimizers.schedules

@@ -12,22 +12,22 @@ from prunectl.training.keras import backend
 
 
 def inputs(model: Any, x: Arrays) -> Any:
-    """Return inputs as the model takes them."""
+    """Inputs as the model takes them."""
     return _like(_names(model, "inputs"), each(x))
 
 
 def targets(model: Any, y: Arrays | None) -> Any:
-    """Return targets as the model puts out its answers."""
+    """Targets as the model puts out its answers."""
     return _like(_names(model, "outputs"), each(y)) if y is not None else None
 
 
 def for_outputs(model: Any, parts: Sequence[Any]) -> Any:
-    """Return one thing for each output, as the model puts them out."""
+    """One thing for each output, as the model puts them out."""
     return _like(_names(model, "outputs"), parts)
 
 
 def _names(model: Any, which: str) -> tuple[str, ...]:
-    """Return what a model calls its inputs or outputs, if it takes them by name."""
+    """What a model calls its inputs or outputs, if it takes them by name."""
     for attribute in (f"_{which}_struct", f"_nested_{which}"):
         found = getattr(model, attribute, None)
         if isinstance(found, dict):
@@ -61,7 +61,7 @@ class Answer:
 
 
 def answers(model: Any, example: Batch | None) -> tuple[Answer, ...]:
-    """Return what each output is: by the layers that make it, else by what comes out for some examples."""
+    """What each output is: by the layers that make it, else by what comes out for some examples."""
     outputs = flat(getattr(model, "outputs", None) or ())
     names = names_of(model, outputs)
     endings = [ending_of(tensor) for tensor in outputs]
@@ -75,7 +75,7 @@ def answers(model: Any, example: Batch | None) -> tuple[Answer, ...]:
 
 
 def names_of(model: Any, outputs: Sequence[Any]) -> list[str]:
-    """Return what a user would call the outputs: what Keras does, or the layers that make them."""
+    """What a user would call the outputs: what Keras does, or the layers that make them."""
     said = [str(name) for name in getattr(model, "output_names", None) or ()]
     if len(said) != len(outputs):
         said = [_NAMELESS] * len(outputs)
@@ -95,7 +95,7 @@ def _answers(
 
 
 def flat(found: Any) -> list[Any]:
-    """Return tensors one by one, whatever they are packed in."""
+    """Tensors one by one, whatever they are packed in."""
     return list(_flat(found))
 
 
@@ -111,7 +111,7 @@ def _flat(found: Any) -> Iterator[Any]:
 
 
 def _layer_of(tensor: Any) -> Any:
-    """Return the layer that makes a symbolic tensor."""
+    """The layer that makes a symbolic tensor."""
     layer, at = None, 0
     for _ in range(_MAX_NESTED):
         history = getattr(tensor, "_keras_history", None)
@@ -127,12 +127,12 @@ def _layer_of(tensor: Any) -> Any:
 
 
 def ending_of(tensor: Any) -> Ending | None:
-    """Return the activation of the layer that makes a symbolic tensor, if it says so."""
+    """The activation of the layer that makes a symbolic tensor, if it says so."""
     return _ending(_layer_of(tensor))
 
 
 def _ending(layer: Any) -> Ending | None:
-    """Return the activation that a layer ends with, if it says so."""
+    """The activation that a layer ends with, if it says so."""
     if layer is None:
         return None
     inner = getattr(layer, "layer", None)
@@ -156,7 +156,7 @@ def _judged(array: Array) -> Ending:
 
 
 def signature(model: Any) -> Signature:
-    """Return the inputs and outputs of a model, as far as it knows them."""
+    """The inputs and outputs of a model, as far as it knows them."""
     inputs, outputs = flat(_tensors(model, "inputs")), flat(_tensors(model, "outputs"))
     names = names_of(model, outputs)
     return Signature(
@@ -185,7 +185,7 @@ def _port(tensor: Any, name: str) -> Port:
 
 
 def _from_build(model: Any) -> Port:
-    """Return the input of a model that is code, from the shape that it was built for."""
+    """The input of a model that is code, from the shape that it was built for."""
     shape = getattr(model, "_build_input_shape", None)
     if shape is None:
         shapes = getattr(model, "_build_shapes_dict", None) or {}

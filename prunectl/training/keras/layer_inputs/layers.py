@@ -41,7 +41,7 @@ Tell = Callable[[Call], Iterator[LayerUse]]
 
 
 def numbers_in(library: Library, tensor: Any) -> Array | None:
-    """Return a tensor as 32-bit numbers; None where there are none yet, as while a graph is traced."""
+    """A tensor as 32-bit numbers; None where there are none yet, as while a graph is traced."""
     if not isinstance(tensor, np.ndarray) and not _is_filled(library, tensor):
         return None
     if isinstance(tensor, np.ndarray):
@@ -64,7 +64,7 @@ def _is_filled(library: Library, tensor: Any) -> bool:
 
 
 def tree(library: Library) -> Any:
-    """Return what takes nested structures apart."""
+    """What takes nested structures apart."""
     return library.tensorflow.nest if library.is_two else library.keras.tree
 
 
@@ -110,7 +110,7 @@ def by_equation(call: Call) -> Iterator[LayerUse]:
 
 
 def _as_a_matrix(first: str, kernel: str, last: str, size: tuple[int, ...]) -> tuple[Use, int] | None:
-    """Return how a kernel is a matrix of what is contracted by what is made, and how many axes are contracted."""
+    """How a kernel is a matrix of what is contracted by what is made, and how many axes are contracted."""
     contracted = "".join(one for one in kernel if one in first and one not in last)
     made = "".join(one for one in kernel if one not in first)
     if not contracted or not made or not first.endswith(contracted) or not last.endswith(made):
@@ -125,7 +125,7 @@ def _as_a_matrix(first: str, kernel: str, last: str, size: tuple[int, ...]) -> t
 
 
 def _terms(equation: str, axes: int) -> tuple[str, str, str]:
-    """Return the letters of inputs, kernel and outputs, with some for the axes that dots stand for."""
+    """The letters of inputs, kernel and outputs, with some for the axes that dots stand for."""
     operands, last = equation.replace(" ", "").split("->")
     first, kernel = operands.split(",")
     unused = [one for one in ascii_letters if one not in equation]
@@ -170,7 +170,7 @@ def _gate(call: Call, x: Array, state: Array, columns: slice) -> Array:
 
 
 def convolved_apart(x: Array, kernel: Array, window: SlidingWindow) -> Array:
-    """Return what a depthwise kernel makes of channels, from (examples, channels, space)."""
+    """What a depthwise kernel makes of channels, from (examples, channels, space)."""
     padded = np.pad(x, ((0, 0), (0, 0), *window.pads))
     sizes, multiplier = kernel.shape[:-2], kernel.shape[-1]
     made = tuple(
@@ -246,7 +246,7 @@ def _is_channels_last(layer: Any) -> bool:
 
 
 def _channels_first(call: Call) -> Array:
-    """Return inputs as (examples, channels, space)."""
+    """Inputs as (examples, channels, space)."""
     layer, x = call.layer, call.inputs[0]
     # Keras 2 takes several axes of examples.
     x = x.reshape(-1, *x.shape[-layer.rank - 1 :])
@@ -276,14 +276,14 @@ def _window(layer: Any, space: tuple[int, ...]) -> SlidingWindow:
 
 
 def _reach(layer: Any) -> tuple[int, ...]:
-    """Return how far a kernel reaches along each axis of space."""
+    """How far a kernel reaches along each axis of space."""
     return tuple(
         (size - 1) * dilation + 1 for size, dilation in zip(layer.kernel_size, layer.dilation_rate, strict=True)
     )
 
 
 def _around(padding: str, length: int, reach: int, stride: int) -> Pads:
-    """Return the zeros before and after; as TensorFlow has it, which all backends follow, the odd one comes after."""
+    """The zeros before and after; as TensorFlow has it, which all backends follow, the odd one comes after."""
     if padding == "causal":
         return reach - 1, 0
     if padding == "valid":
@@ -293,7 +293,7 @@ def _around(padding: str, length: int, reach: int, stride: int) -> Pads:
 
 
 def _cut(padding: str, length: int, made: int, reach: int, stride: int) -> Pads:
-    """Return what of the full result is cut off before and after, below zero where zeros are added."""
+    """What of the full result is cut off before and after, below zero where zeros are added."""
     full = (length - 1) * stride + reach
     before = max(full - made, 0) // 2 if padding == "same" else 0
     return before, full - made - before
@@ -324,7 +324,7 @@ _WORKINGS = frozenset({"call", "__call__", "convolution_op", "inner_loop", "kern
 
 
 def tell(layer: Any) -> Tell | None:
-    """Return what says what a layer's kernels meet; None where that is not known."""
+    """What says what a layer's kernels meet; None where that is not known."""
     return _TELLS.get(_name(layer))
 
 
@@ -339,7 +339,7 @@ def has_own_code(layer: Any) -> bool:
 
 
 def _name(layer: Any) -> str:
-    """Return the name of the layer of Keras that something works like; none if it works in its own way."""
+    """The name of the layer of Keras that something works like; none if it works in its own way."""
     for kind in type(layer).__mro__:
         if _is_keras(kind):
             return kind.__name__

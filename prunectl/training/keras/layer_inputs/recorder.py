@@ -85,7 +85,7 @@ class Steps:
 
 
 def steps(library: Library, layer: Any, said: Mapping[str, Any]) -> Steps | None:
-    """Return the steps of a layer that is called with arguments; None where they cannot be told."""
+    """The steps of a layer that is called with arguments; None where they cannot be told."""
     words = dict(said)
     sequences = words.pop(next(iter(words)))
     states, mask, constants = words.get("initial_state"), words.get("mask"), words.get("constants")
@@ -100,7 +100,7 @@ def steps(library: Library, layer: Any, said: Mapping[str, Any]) -> Steps | None
 
 
 def _plain(library: Library, states: Any) -> Any:
-    """Return states as tensors, where a layer keeps some in variables."""
+    """States as tensors, where a layer keeps some in variables."""
     change = library.tensorflow.convert_to_tensor if library.is_two else library.keras.ops.convert_to_tensor
     return tree(library).map_structure(change, states)
 
@@ -125,7 +125,7 @@ class Listener:
         self.failure: Exception | None = None
 
     def listening(self, layer: Any) -> Any:
-        """Return the context in which a layer is heard."""
+        """The context in which a layer is heard."""
         stack = ExitStack()
         tell = layers.tell(layer)
         if tell is not None:
@@ -248,7 +248,7 @@ def observe(library: Library, model: Any, variables: Mapping[str, Any], x: Array
 
 
 def predicted(model: Any, x: Any) -> Any:
-    """Return what comes out where nothing is trained."""
+    """What comes out where nothing is trained."""
     return model(x, training=False) if getattr(model, "_call_has_training_arg", True) else model(x)
 
 

@@ -44,8 +44,8 @@ def test_the_difference_is_the_largest_and_the_mean() -> None:
     assert found.largest == 0.5
     assert found.mean == 0.25
     assert found.examples == 3
-    assert found.top1 == 1.0
-    assert compared(0.0, is_data=False).top1 is None
+    assert found.top1_agreement == 1.0
+    assert compared(0.0, is_data=False).top1_agreement is None
 
 
 def test_the_first_output_that_differs_is_named_with_both_values() -> None:
@@ -92,17 +92,17 @@ def test_a_converter_that_gets_it_wrong_leaves_no_file(tmp_path: Path, monkeypat
     assert caught.value.exit_code == 5
     assert list(tmp_path.iterdir()) == []
     found = export("digits_cnn.onnx", tmp_path / "wrong.onnx", data=DIGITS, atol=1.5, samples=50)
-    assert found.parity is not None
-    assert found.parity.examples == 50
-    assert found.parity.largest == pytest.approx(1.0, abs=1e-5)
-    assert found.parity.top1 == 1.0
+    assert found.comparison is not None
+    assert found.comparison.examples == 50
+    assert found.comparison.largest == pytest.approx(1.0, abs=1e-5)
+    assert found.comparison.top1_agreement == 1.0
 
 
 def answered(expected: Array, found: Array, tolerance: Tolerance, *, is_data: bool) -> float | None:
     """Compare two tables of answers."""
     source = Table(expected)
     result = compare(source, lambda _: {"answers": found}, Samples(((expected,),), is_data), tolerance)
-    return result.top1
+    return result.top1_agreement
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from prunectl.errors import MissingExtraError, UntrustedError, UsageError
 from prunectl.exporting import routes
 from prunectl.exporting.export import export as run
 from prunectl.exporting.export import naming_original
-from prunectl.exporting.request import request_of
-from prunectl.exporting.routes import PAIRS, TARGETS, target_of
+from prunectl.exporting.request import parse_request
+from prunectl.exporting.routes import ROUTES, TARGETS, target_of
 from prunectl.formats.registry import FORMATS
 from prunectl.pruning.destination import Destination
 from tests.exporting.exporting import NET, export
@@ -22,7 +22,7 @@ from tests.running import FIXTURES, ROOT, here
 
 
 def test_every_pair_is_of_formats_that_there_are_and_names_things_that_exist() -> None:
-    for pair in PAIRS:
+    for pair in ROUTES:
         assert set(pair.sources) <= {row.name for row in FORMATS}
         assert pair.target in {target.name for target in TARGETS}
         for reference in filter(None, (pair.writer, pair.opener, pair.runner)):
@@ -33,7 +33,8 @@ def test_every_pair_is_of_formats_that_there_are_and_names_things_that_exist() -
 def test_the_table_loads_no_converter() -> None:
     code = (
         "import sys, prunectl.exporting.export;"
-        "sys.exit(any(name.startswith('prunectl.exporting.by_') for name in sys.modules))"
+        "converters = {'keras', 'onnx', 'tensorflow', 'tf2onnx', 'tflite', 'torch', 'torch_code', 'torch_files'};"
+        "sys.exit(any(f'prunectl.exporting.{name}' in sys.modules for name in converters))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
 
@@ -175,7 +176,7 @@ def test_options_that_leave_fewer_bits_exclude_each_other_and_two_files_need_a_n
     with pytest.raises(UsageError, match="--code writes a second file"):
         run(
             FIXTURES / "digits_cnn.pt2",
-            request_of({"to": "torch", "code": True}),
+            parse_request({"to": "torch", "code": True}),
             Destination(tmp_path / "standard-output", is_stream=True),
         )
 
@@ -183,9 +184,13 @@ def test_options_that_leave_fewer_bits_exclude_each_other_and_two_files_need_a_n
 def test_standard_output_takes_a_file_and_asks_for_its_format(tmp_path: Path) -> None:
     model = FIXTURES / "digits_cnn.onnx"
     with pytest.raises(UsageError, match="standard output has no suffix"):
-        run(model, request_of({}), Destination(tmp_path / "standard-output", is_stream=True))
+        run(model, parse_request({}), Destination(tmp_path / "standard-output", is_stream=True))
     with pytest.raises(UsageError, match="SavedModel is a folder"):
-        run(FIXTURES / "digits_cnn.h5", request_of({"to": "saved-model"}), Destination(tmp_path / "s", is_stream=True))
-    run(model, request_of({"to": "npz"}), Destination(tmp_path / "standard-output", is_stream=True))
+        run(
+            FIXTURES / "digits_cnn.h5",
+            parse_request({"to": "saved-model"}),
+            Destination(tmp_path / "s", is_stream=True),
+        )
+    run(model, parse_request({"to": "npz"}), Destination(tmp_path / "standard-output", is_stream=True))
     export(model, tmp_path / "w.npz")
     assert (tmp_path / "standard-output").read_bytes() == (tmp_path / "w.npz").read_bytes()
