@@ -17,7 +17,7 @@ _CHUNK_BYTES = 32 << 20
 
 def weight_matrix(weights: Array, use: Use) -> Array:
     """Return weights as groups of outputs by features, the input channels of one window position side by side."""
-    front = _in_front(np.ascontiguousarray(weights), use)
+    front = _channels_first(np.ascontiguousarray(weights), use)
     if use.outputs is not None:
         front = front[:, slice(*use.outputs)]
     groups, outputs = front.shape[:2]
@@ -27,15 +27,15 @@ def weight_matrix(weights: Array, use: Use) -> Array:
 
 def scatter_rows(rows: Array, use: Use, weights: Array) -> Array:
     """Return a copy of weights in which the outputs of a use have other numbers."""
-    found = np.array(weights, dtype=rows.dtype)
-    front = _in_front(found, use)
+    result = np.array(weights, dtype=rows.dtype)
+    front = _channels_first(result, use)
     part = front[:, slice(*use.outputs)] if use.outputs is not None else front
     window = part.shape[3:]
     part[...] = np.moveaxis(rows.reshape(*part.shape[:2], *window, part.shape[2]), -1, 2)
-    return found
+    return result
 
 
-def _in_front(weights: Array, use: Use) -> Array:
+def _channels_first(weights: Array, use: Use) -> Array:
     """Return a view of groups, outputs, channels, then the window."""
     if use.shape is not None:
         weights = weights.reshape(use.shape, copy=False)
@@ -64,7 +64,7 @@ def im2col(inputs: Array, use: Use, kernel: tuple[int, ...]) -> Iterator[Array]:
     positions = math.prod(inputs.shape[2:])
     step = max(_CHUNK_BYTES // max(positions * inputs.shape[1] * math.prod(shape) * inputs.itemsize, 1), 1)
     for begin in range(0, len(inputs), step):
-        yield _by_groups(_windows(inputs[begin : begin + step], window, shape), use.groups)
+        yield _split_groups(_sliding_windows(inputs[begin : begin + step], window, shape), use.groups)
 
 
 def im2col_by_group(inputs: Array, use: Use, kernel: tuple[int, ...], outputs: int) -> Iterator[Array]:
@@ -77,18 +77,18 @@ def im2col_by_group(inputs: Array, use: Use, kernel: tuple[int, ...], outputs: i
 
 def kernel_shape(kernel: tuple[int, ...], use: Use) -> tuple[int, ...]:
     """Return the size of the window."""
-    taken = {axis for axis in (use.out_axis, use.in_axis, use.group_axis) if axis is not None}
-    return tuple(size for axis, size in enumerate(kernel) if axis not in taken)
+    channel_axes = {axis for axis in (use.out_axis, use.in_axis, use.group_axis) if axis is not None}
+    return tuple(size for axis, size in enumerate(kernel) if axis not in channel_axes)
 
 
-def _windows(inputs: Array, window: SlidingWindow, shape: tuple[int, ...]) -> Array:
+def _sliding_windows(inputs: Array, window: SlidingWindow, shape: tuple[int, ...]) -> Array:
     """Return examples, positions in space, the window, channels."""
     rank = len(shape)
     space = tuple(range(2, 2 + rank))
     reach = tuple(step * (size - 1) for step, size in zip(window.dilations, shape, strict=True))
     pads, strides = list(window.pads), window.strides
     if window.is_transposed:
-        inputs, strides = _spread(inputs, window.strides), (1,) * rank
+        inputs, strides = _with_strides(inputs, window.strides), (1,) * rank
         pads = [(far - before, far - after) for far, (before, after) in zip(reach, window.pads, strict=True)]
     inputs = _padded(inputs, pads)
     seen: Array = sliding_window_view(inputs, [far + 1 for far in reach], axis=space)
@@ -100,23 +100,23 @@ def _windows(inputs: Array, window: SlidingWindow, shape: tuple[int, ...]) -> Ar
     return np.moveaxis(seen, 1, -1)
 
 
-def _spread(inputs: Array, strides: tuple[int, ...]) -> Array:
+def _with_strides(inputs: Array, strides: tuple[int, ...]) -> Array:
     """Return inputs with zeros between them."""
     shape = [(size - 1) * step + 1 for size, step in zip(inputs.shape[2:], strides, strict=True)]
-    found = np.zeros((*inputs.shape[:2], *shape), inputs.dtype)
-    found[(slice(None), slice(None), *(slice(None, None, step) for step in strides))] = inputs
-    return found
+    spread = np.zeros((*inputs.shape[:2], *shape), inputs.dtype)
+    spread[(slice(None), slice(None), *(slice(None, None, step) for step in strides))] = inputs
+    return spread
 
 
 def _padded(inputs: Array, pads: list[tuple[int, int]]) -> Array:
     """Return inputs with zeros around them; a negative number cuts instead."""
     added = [(max(before, 0), max(after, 0)) for before, after in pads]
-    found = np.pad(inputs, [(0, 0), (0, 0), *added]) if any(map(any, added)) else inputs
+    padded = np.pad(inputs, [(0, 0), (0, 0), *added]) if any(map(any, added)) else inputs
     cut = tuple(slice(max(-before, 0), -max(-after, 0) or None) for before, after in pads)
-    return found[(slice(None), slice(None), *cut)]
+    return padded[(slice(None), slice(None), *cut)]
 
 
-def _by_groups(seen: Array, groups: int) -> Array:
+def _split_groups(seen: Array, groups: int) -> Array:
     """Return positions by groups by features, of what has the channels last."""
     channels = seen.shape[-1] // groups
     split = seen.reshape(*seen.shape[:-1], groups, channels)

@@ -24,9 +24,9 @@ from prunectl.training.layer_inputs import Sight, Use
 class OutputStatistics:
     """What comes out of a tensor: a number for each output, in the order in which they come out."""
 
-    sizes: Float64Array
+    mean_abs: Float64Array
     """The mean |output|."""
-    squares: Float64Array
+    sum_squares: Float64Array
     """The sum of the squares."""
     counts: NDArray[np.int64]
     """How often each was seen: the examples, times the positions in each."""
@@ -47,36 +47,38 @@ def collect_outputs(
     model: ModelFile, names: Collection[str], request: PruneRequest, *, is_trusted: bool = False
 ) -> CollectedOutputs:
     """Run the data of a request through a model, and return what comes out of some of its tensors."""
-    found = open_calibration(model, request, is_trusted=is_trusted, needs_targets=False, has_reference=False)
-    with closing(found):
-        wanted = [tensor for tensor in model.tensors if tensor.name in names]
-        return CollectedOutputs(outputs(model, wanted, found.calibration), found.notes)
+    session = open_calibration(model, request, is_trusted=is_trusted, needs_targets=False, has_reference=False)
+    with closing(session):
+        tensors = [tensor for tensor in model.tensors if tensor.name in names]
+        return CollectedOutputs(output_statistics(model, tensors, session.calibration), session.notes)
 
 
 def output_norms(
     model: ModelFile, names: Collection[str], request: PruneRequest, *, norm: str = "1", is_trusted: bool = False
 ) -> dict[str, Float64Array]:
     """Return the mean |output| of every channel, or where the norm is 2 the root of the mean square."""
-    found = collect_outputs(model, names, request, is_trusted=is_trusted).outputs
+    statistics = collect_outputs(model, names, request, is_trusted=is_trusted).outputs
     if norm == "1":
-        return {name: one.sizes for name, one in found.items()}
-    return {name: np.sqrt(one.squares / one.counts) for name, one in found.items()}
+        return {name: output.mean_abs for name, output in statistics.items()}
+    return {name: np.sqrt(output.sum_squares / output.counts) for name, output in statistics.items()}
 
 
-def outputs(model: ModelFile, tensors: Sequence[Tensor], calibration: Calibration) -> dict[str, OutputStatistics]:
+def output_statistics(
+    model: ModelFile, tensors: Sequence[Tensor], calibration: Calibration
+) -> dict[str, OutputStatistics]:
     """Return what comes out of tensors, added up batch by batch; none of those whose outputs cannot all be seen."""
     biases = {tensor.name: bias for tensor in tensors if (bias := _bias(model, tensor)) is not None}
     weights = {tensor.name: model.read(tensor) for tensor in tensors}
     added = {name: model.read(bias) for name, bias in biases.items()}
-    sums = calibration.sums(tensors, partial(sizes_and_squares, weights, added))
+    sums = calibration.accumulate(tensors, partial(sum_abs_and_squares, weights, added))
     return {
-        tensor.name: _gathered_outputs(weights[tensor.name], sums[tensor.name], biases.get(tensor.name))
+        tensor.name: _merge_parts(weights[tensor.name], sums[tensor.name], biases.get(tensor.name))
         for tensor in tensors
         if tensor.name in sums and scores.covers_all_outputs(tensor.shape, sums[tensor.name])
     }
 
 
-def sizes_and_squares(
+def sum_abs_and_squares(
     weights: Mapping[str, Array], biases: Mapping[str, Array], sight: Sight, kernel: tuple[int, ...]
 ) -> tuple[Float64Array, int]:
     """Return the sums of |output| and of its square, as those two by groups by outputs.
@@ -85,14 +87,14 @@ def sizes_and_squares(
     function has made of them, or what they are before a bias.
     """
     rows = weight_matrix(weights[sight.name], sight.use).astype(np.float32)
-    bias = _of_part(biases[sight.name], sight.use).astype(np.float32) if sight.name in biases else np.zeros(1, "f4")
-    found, positions = np.zeros((2, *rows.shape[:2])), 0
+    bias = _bias_part(biases[sight.name], sight.use).astype(np.float32) if sight.name in biases else np.zeros(1, "f4")
+    totals, positions = np.zeros((2, *rows.shape[:2])), 0
     for inputs in im2col_by_group(sight.inputs, sight.use, kernel, len(rows) * rows.shape[1]):
-        made = np.matmul(inputs, rows.transpose(0, 2, 1)) + bias
-        found[0] += np.abs(made).sum(axis=1, dtype=np.float64)
-        found[1] += np.square(made, out=made).sum(axis=1, dtype=np.float64)
+        activations = np.matmul(inputs, rows.transpose(0, 2, 1)) + bias
+        totals[0] += np.abs(activations).sum(axis=1, dtype=np.float64)
+        totals[1] += np.square(activations, out=activations).sum(axis=1, dtype=np.float64)
         positions += inputs.shape[1]
-    return found, positions
+    return totals, positions
 
 
 def _bias(model: ModelFile, tensor: Tensor) -> Tensor | None:
@@ -100,20 +102,20 @@ def _bias(model: ModelFile, tensor: Tensor) -> Tensor | None:
     return bias_of(model, tensor) if tensor.role is not Role.RECURRENT else None
 
 
-def _of_part(bias: Array, use: Use) -> Array:
+def _bias_part(bias: Array, use: Use) -> Array:
     """Return a bias as groups by one by outputs."""
     return bias.reshape(use.groups, 1, -1)[..., slice(*use.outputs) if use.outputs is not None else slice(None)]
 
 
-def _gathered_outputs(weights: Array, sums: InputStatistics, bias: Tensor | None) -> OutputStatistics:
+def _merge_parts(weights: Array, sums: InputStatistics, bias: Tensor | None) -> OutputStatistics:
     """Return sums over parts of the outputs as one."""
-    whole = replace(next(iter(sums.uses.values())), outputs=None)
-    groups, each = weight_matrix(weights, whole).shape[:2]
+    use = replace(next(iter(sums.uses.values())), outputs=None)
+    groups, each = weight_matrix(weights, use).shape[:2]
     totals, counts = np.zeros((2, groups, each)), np.zeros((groups, each), np.int64)
     for part, total in sums.totals.items():
-        at = slice(*part) if part is not None else slice(None)
-        totals[..., at] += total
-        counts[:, at] += sums.counts[part]
+        output_statistics = slice(*part) if part is not None else slice(None)
+        totals[..., output_statistics] += total
+        counts[:, output_statistics] += sums.counts[part]
     sizes, squares = totals.reshape(2, -1)
     flat = counts.reshape(-1)
     return OutputStatistics(sizes / flat, squares, flat, bias.name if bias is not None else "")

@@ -38,42 +38,44 @@ def with_data_scores(
     """Return a method that knows the scores of all tensors, and those that it had to rank by magnitude."""
     strategy = method.strategy
     if strategy.needs is Requires.GRADIENTS:
-        found = calibration.gradients(tensors, scores.of_gradients(strategy.name))
-        known = {
-            tensor.name: scores.gradient_scores(strategy.name, model.read(tensor), found[tensor.name])
+        gradients = calibration.gradients(tensors, scores.gradient_reduction(strategy.name))
+        scores_by_name = {
+            tensor.name: scores.gradient_scores(strategy.name, model.read(tensor), gradients[tensor.name])
             for tensor in tensors
         }
-        return replace(method, strategy=_with_scores(strategy, known, 1.0)), ()
+        return replace(method, strategy=_with_scores(strategy, scores_by_name, 1.0)), ()
     if strategy.needs is Requires.PRODUCTS:
         is_ranked = scope is Scope.GLOBAL or isinstance(method.pattern, BlockPattern)
-        known = _costs(model, tensors, calibration, strategy) if is_ranked else {}
+        scores_by_name = _costs(model, tensors, calibration, strategy) if is_ranked else {}
         if scope is Scope.GLOBAL:
-            known |= _costs_without_data(model, [tensor for tensor in tensors if tensor.name not in known])
-        return replace(method, strategy=_with_scores(strategy, known, 1.0)), ()
+            scores_by_name |= _costs_without_data(
+                model, [tensor for tensor in tensors if tensor.name not in scores_by_name]
+            )
+        return replace(method, strategy=_with_scores(strategy, scores_by_name, 1.0)), ()
     is_by_output = scope is not Scope.GLOBAL and not isinstance(method.pattern, BlockPattern)
     norms = _norms(calibration, tensors, strategy)
-    known = {}
+    scores_by_name = {}
     for tensor in tensors:
         weights = model.read(tensor)
         if tensor.name in norms:
             score = scores.wanda_scores(weights, norms[tensor.name])
-            known[tensor.name] = scores.rank_per_output(score, norms[tensor.name]) if is_by_output else score
-    left = tuple(tensor.name for tensor in tensors if tensor.name not in known)
+            scores_by_name[tensor.name] = scores.rank_per_output(score, norms[tensor.name]) if is_by_output else score
+    unseen = tuple(tensor.name for tensor in tensors if tensor.name not in scores_by_name)
     # Beside others, a magnitude counts as if it met what the others meet on the average.
-    usual = float(np.median(np.concatenate([_flat(one) for one in norms.values()]))) if norms else 1.0
-    return replace(method, strategy=_with_scores(strategy, known, usual)), left
+    mean_norm = float(np.median(np.concatenate([_flat(sums) for sums in norms.values()]))) if norms else 1.0
+    return replace(method, strategy=_with_scores(strategy, scores_by_name, mean_norm)), unseen
 
 
 def _norms(calibration: Calibration, tensors: Sequence[Tensor], strategy: Strategy) -> dict[str, InputStatistics]:
     """Return the norm of every feature, of those tensors whose outputs were all seen."""
     is_square = strategy.params.get("norm", "2") == "2"
-    found = calibration.sums(tensors, statistics.squares if is_square else statistics.sizes)
-    for sums in found.values():
+    statistics_by_name = calibration.accumulate(tensors, statistics.sum_squares if is_square else statistics.sum_abs)
+    for sums in statistics_by_name.values():
         for part, total in sums.totals.items():
             mean = total / sums.counts[part]
             sums.totals[part] = np.sqrt(mean) if is_square else mean
     shapes = {tensor.name: tensor.shape for tensor in tensors}
-    return {name: sums for name, sums in found.items() if scores.covers_all_outputs(shapes[name], sums)}
+    return {name: sums for name, sums in statistics_by_name.items() if scores.covers_all_outputs(shapes[name], sums)}
 
 
 def _costs(
@@ -83,44 +85,44 @@ def _costs(
 
     A share, since layers are seen at more or fewer positions, and what they put out is larger or smaller.
     """
-    found: dict[str, Array] = {}
+    costs_by_name: dict[str, Array] = {}
     for tensor in tensors:
-        products = calibration.products(tensor)
-        if not scores.covers_all_outputs(tensor.shape, products):
+        gram = calibration.gram(tensor)
+        if not scores.covers_all_outputs(tensor.shape, gram):
             continue
         weights: Float64Array = model.read(tensor).astype(np.float64)
-        values, whole = np.zeros(tensor.shape), 0.0
-        for part, use in products.uses.items():
-            rows, totals = weight_matrix(weights, use), products.totals[part]
+        values, total_energy = np.zeros(tensor.shape), 0.0
+        for part, use in gram.uses.items():
+            rows, totals = weight_matrix(weights, use), gram.totals[part]
             roots = [inverse_cholesky(total, strategy.params.get("damp", 0.01)) for total in totals]
             costs = [obs_scores(rows[group], *root) for group, root in enumerate(roots)]
             values = scatter_rows(np.stack(costs), use, values)
-            whole += float(np.sum(np.matmul(rows, totals) * rows))
-        found[tensor.name] = _shares(values, whole)
-    return found
+            total_energy += float(np.sum(np.matmul(rows, totals) * rows))
+        costs_by_name[tensor.name] = _shares(values, total_energy)
+    return costs_by_name
 
 
 def _costs_without_data(model: ModelFile, tensors: Sequence[Tensor]) -> dict[str, Array]:
     """Return the same for tensors of which it cannot be told what they meet, as if all of that were alike."""
-    found = {tensor.name: np.square(model.read(tensor).astype(np.float64)) for tensor in tensors}
-    return {name: _shares(values, float(values.sum())) for name, values in found.items()}
+    squares = {tensor.name: np.square(model.read(tensor).astype(np.float64)) for tensor in tensors}
+    return {name: _shares(values, float(values.sum())) for name, values in squares.items()}
 
 
-def _shares(values: Float64Array, whole: float) -> Float64Array:
-    return values / whole if whole > 0 else values
+def _shares(values: Float64Array, total: float) -> Float64Array:
+    return values / total if total > 0 else values
 
 
 def _flat(sums: InputStatistics) -> Array:
     return np.concatenate([total.reshape(-1) for total in sums.totals.values()])
 
 
-def _with_scores(strategy: Strategy, known: Scores, usual: float) -> Strategy:
-    def score(weights: Array, place: BlockContext) -> Array:
-        if place.name in known:
-            return known[place.name]
-        return magnitude(weights, place).astype(np.float64) * usual
+def _with_scores(strategy: Strategy, scores_by_name: Scores, mean_norm: float) -> Strategy:
+    def score(weights: Array, context: BlockContext) -> Array:
+        if context.name in scores_by_name:
+            return scores_by_name[context.name]
+        return magnitude(weights, context).astype(np.float64) * mean_norm
 
-    return replace(strategy, score=score, is_elementwise=False, is_known=True, needs=Requires.NOTHING)
+    return replace(strategy, score=score, is_elementwise=False, is_precomputed=True, needs=Requires.NOTHING)
 
 
 def prune(
@@ -135,63 +137,68 @@ def prune(
     model, method = open_model(path), resolve_method(request)
     outputs.check(model, output)
     wish, needs = selection_of(request), method.strategy.needs
-    choice = planning.select_tensors(model, wish, can_reencode=by_name(model.format).is_reencoded)
-    is_fitted = needs is Requires.PRODUCTS or request.is_repaired
-    found = open_calibration(
+    selection = planning.select_tensors(model, wish, can_reencode=by_name(model.format).is_reencoded)
+    reconstructs = needs is Requires.PRODUCTS or request.is_repaired
+    session = open_calibration(
         model,
         request,
         is_trusted=is_trusted,
         needs_targets=needs is Requires.GRADIENTS,
-        has_reference=is_fitted,
+        has_reference=reconstructs,
     )
-    with closing(found):
-        notes = found.notes
-        solver: Reconstructor | None = None
-        if is_fitted:
+    with closing(session):
+        notes = session.notes
+        reconstructor: Reconstructor | None = None
+        if reconstructs:
             params = method.strategy.params
-            solver = Reconstructor(
-                found.calibration,
+            reconstructor = Reconstructor(
+                session.calibration,
                 needs is Requires.PRODUCTS,
                 request.is_repaired,
                 params.get("damp", DAMP),
                 params.get("blocksize", BLOCK),
             )
         if needs is not Requires.NOTHING:
-            method, left = with_data_scores(model, choice.tensors, method, wish.scope, found.calibration)
-            notes += note_about("ranked by magnitude: what they meet cannot be seen", left)
-        if solver is not None:
+            method, unseen = with_data_scores(model, selection.tensors, method, wish.scope, session.calibration)
+            notes += note_about("ranked by magnitude: what they meet cannot be seen", unseen)
+        if reconstructor is not None:
             method = replace(
-                method, solver=_ReconstructWithBatchNorm(found, solver).solve if request.is_repaired else solver.solve
+                method,
+                weight_updater=_ReconstructWithBatchNorm(session, reconstructor).solve
+                if request.is_repaired
+                else reconstructor.solve,
             )
         pruned = prune_file(path, request, output, has_digests=has_digests, method=method)
-        if solver is not None:
-            fitted = sum(cut.tensor.name not in solver.unfitted for cut in pruned.plan.cuts)
-            examples = found.calibration.examples
-            notes += (f"What stays of {fitted} tensors was fitted anew to {examples} examples of {request.data}.",)
-            how = "ranked by magnitude and not fitted anew" if solver.is_obs else "not fitted anew"
-            notes += note_about(f"{how}: what they meet cannot be seen", tuple(solver.unfitted))
+        if reconstructor is not None:
+            reconstructed = sum(cut.tensor.name not in reconstructor.skipped for cut in pruned.plan.cuts)
+            examples = session.calibration.examples
+            notes += (
+                f"What stays of {reconstructed} tensors was fitted anew to {examples} examples of {request.data}.",
+            )
+            how = "ranked by magnitude and not fitted anew" if reconstructor.uses_sparsegpt else "not fitted anew"
+            notes += note_about(f"{how}: what they meet cannot be seen", tuple(reconstructor.skipped))
     return replace(pruned, notes=notes)
 
 
 class _ReconstructWithBatchNorm:
     """Solves, and takes the statistics of batch normalisation anew where the model can be trained."""
 
-    def __init__(self, found: CalibrationSession, solver: Reconstructor) -> None:
-        self._found, self._solver = found, solver
-        self._before = found.trained.tensors() if found.trained is not None else {}
+    def __init__(self, session: CalibrationSession, reconstructor: Reconstructor) -> None:
+        self._session, self._solver = session, reconstructor
+        self._before = session.trainable.tensors() if session.trainable is not None else {}
 
     def solve(self, model: ModelFile, plan: Plan, method: PruningMethod) -> PrunedTensors:
         """Return what becomes of the tensors of a plan, of biases and of statistics."""
-        network, batches = self._found.trained, self._found.calibration.batches
+        network, batches = self._session.trainable, self._session.calibration.batches
         if network is not None:
             network.assign(self._before)
         solution = self._solver.solve(model, plan, method)
         if network is None or not network.recalibrate(iter(batches)):
             return solution
-        after, cut = network.tensors(), {cut.tensor.name for cut in plan.cuts}
+        after, pruned = network.tensors(), {pruned.tensor.name for pruned in plan.cuts}
         statistics = {
             name: after[name]
             for name, before in self._before.items()
-            if name not in cut and not np.array_equal(after[name], before)
+            if name not in pruned and not np.array_equal(after[name], before)
         }
-        return replace(solution, others={**statistics, **solution.others})
+        return replace(solution, updated={**statistics, **solution.updated})

@@ -16,23 +16,23 @@ GRADIENTS = ("gradient", "magnitude-gradient", "snip", "fisher")
 
 def wanda_scores(weights: Array, norms: InputStatistics) -> Float64Array:
     """Return |weight| times the norm of what it is multiplied with."""
-    found: Array = np.zeros(weights.shape)
+    result: Array = np.zeros(weights.shape)
     for part, use in norms.uses.items():
         rows = np.abs(weight_matrix(weights, use).astype(np.float64)) * norms.totals[part][:, np.newaxis]
-        found = scatter_rows(rows, use, found)
-    return found
+        result = scatter_rows(rows, use, result)
+    return result
 
 
 def rank_per_output(scores: Float64Array, sums: InputStatistics) -> Float64Array:
     """Return ranks within each output, so that all outputs lose the same share."""
-    found: Array = np.zeros(scores.shape)
+    result: Array = np.zeros(scores.shape)
     for use in sums.uses.values():
         rows = weight_matrix(scores, use)
         order = np.argsort(rows, axis=-1, kind="stable")
         ranks = np.empty_like(rows)
         np.put_along_axis(ranks, order, np.arange(rows.shape[-1], dtype=rows.dtype), axis=-1)
-        found = scatter_rows(ranks, use, found)
-    return found
+        result = scatter_rows(ranks, use, result)
+    return result
 
 
 def covers_all_outputs(shape: tuple[int, ...], sums: InputStatistics) -> bool:
@@ -43,15 +43,15 @@ def covers_all_outputs(shape: tuple[int, ...], sums: InputStatistics) -> bool:
     return bool(seen.all())
 
 
-def outputs_of(shape: tuple[int, ...], sums: InputStatistics) -> int:
+def count_outputs(shape: tuple[int, ...], sums: InputStatistics) -> int:
     """Return how many outputs of a tensor were seen."""
     return sum(math.prod(weight_matrix(np.broadcast_to(np.False_, shape), use).shape[:2]) for use in sums.uses.values())
 
 
-def of_gradients(strategy: str) -> Callable[[Float64Array], Float64Array]:
+def gradient_reduction(strategy: str) -> Callable[[Float64Array], Float64Array]:
     """Return what a strategy asks of the gradient g of each batch: |g|, g or its square."""
-    asked: dict[str, Callable[[Float64Array], Float64Array]] = {"snip": np.array, "fisher": np.square}
-    return asked.get(strategy, np.abs)
+    accumulated: dict[str, Callable[[Float64Array], Float64Array]] = {"snip": np.array, "fisher": np.square}
+    return accumulated.get(strategy, np.abs)
 
 
 def gradient_scores(strategy: str, weights: Array, gradients: Float64Array) -> Float64Array:

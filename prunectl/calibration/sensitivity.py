@@ -60,7 +60,7 @@ class LayerSensitivity:
     name: str
     weights: int
     points: tuple[SensitivityPoint, ...]
-    dead_from: float | None = None
+    first_dead_sparsity: float | None = None
     """The first sparsity at which one of its outputs loses all its weights."""
 
 
@@ -81,37 +81,37 @@ Levels = NDArray[np.uint8]
 """For each weight, the number of the first sparsity at which it goes; how many there are if it always stays."""
 
 
-def levels(weights: Array) -> Levels:
+def pruning_levels(weights: Array) -> Levels:
     """Return at which sparsity each weight goes: the smallest first, of equal ones the first."""
     scores = magnitude(weights, BlockContext("", 0, 0))
-    found = np.full(weights.shape, len(SPARSITIES), np.uint8)
+    result = np.full(weights.shape, len(SPARSITIES), np.uint8)
     # From the highest down: what goes early goes at every sparsity after that as well.
     for level in reversed(range(len(SPARSITIES))):
         cut = threshold([lambda: iter([scores])], round(SPARSITIES[level] * weights.size))
-        found[cut.drops(0).mark(scores)] = level
-    return found
+        result[cut.masker(0).mask(scores)] = level
+    return result
 
 
-def pruned(weights: Array, gone: Levels, level: int) -> Array:
+def pruned(weights: Array, prune_levels: Levels, level: int) -> Array:
     """Return the weights of which those are zero that are gone at a sparsity."""
-    return np.where(gone <= level, np.zeros((), weights.dtype), weights)
+    return np.where(prune_levels <= level, np.zeros((), weights.dtype), weights)
 
 
-def weight_errors(weights: Array, gone: Levels) -> tuple[float, ...]:
+def weight_errors(weights: Array, prune_levels: Levels) -> tuple[float, ...]:
     """Return the norm of what goes over the norm of all, for each sparsity."""
     squares = np.square(weights.astype(np.float64)).reshape(-1)
-    shares = np.bincount(gone.reshape(-1), weights=squares, minlength=len(SPARSITIES) + 1)
+    shares = np.bincount(prune_levels.reshape(-1), weights=squares, minlength=len(SPARSITIES) + 1)
     total = float(shares.sum())
     lost = np.cumsum(shares)[: len(SPARSITIES)]
     return tuple(float(error) for error in (np.sqrt(lost / total) if total else np.zeros_like(lost)))
 
 
-def first_dead_sparsity(weights: Array, gone: Levels, out_axis: int | None) -> float | None:
+def first_dead_sparsity(weights: Array, prune_levels: Levels, out_axis: int | None) -> float | None:
     """Return the first sparsity at which an output that has weights loses all of them; None if none does."""
     if out_axis is None:
         return None
     others = tuple(axis for axis in range(weights.ndim) if axis != out_axis)
-    lives = np.where(nonzero_mask(weights), gone.astype(np.int16), -1).max(axis=others)
+    lives = np.where(nonzero_mask(weights), prune_levels.astype(np.int16), -1).max(axis=others)
     last = lives[lives >= 0].min(initial=len(SPARSITIES))
     return SPARSITIES[last] if last < len(SPARSITIES) else None
 
@@ -119,38 +119,40 @@ def first_dead_sparsity(weights: Array, gone: Levels, out_axis: int | None) -> f
 Errors = tuple[float | None, ...]
 
 
-def output_errors(calibration: Calibration, tensor: Tensor, weights: Array, gone: Levels) -> Errors | None:
+def output_errors(calibration: Calibration, tensor: Tensor, weights: Array, prune_levels: Levels) -> Errors | None:
     """Return for each sparsity the norm of what outputs lose over that of the outputs, before any bias.
 
     None if not all outputs of the tensor were seen; None for a sparsity if there is nothing to compare with.
     """
 
     def lost(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
-        return _lost(sight, kernel, weights, gone)
+        return _squared_losses(sight, kernel, weights, prune_levels)
 
-    seen = calibration.sums([tensor], lost).get(tensor.name)
+    seen = calibration.accumulate([tensor], lost).get(tensor.name)
     if seen is None or not scores.covers_all_outputs(tensor.shape, seen):
         return None
-    *squares, whole = np.sum(list(seen.totals.values()), axis=0).tolist()
-    if not whole:
+    *squares, energy = np.sum(list(seen.totals.values()), axis=0).tolist()
+    if not energy:
         return tuple(None if square else 0.0 for square in squares)
-    return tuple(float(np.sqrt(square / whole)) for square in squares)
+    return tuple(float(np.sqrt(square / energy)) for square in squares)
 
 
-def _lost(sight: Sight, kernel: tuple[int, ...], weights: Array, gone: Levels) -> tuple[Float64Array, int]:
+def _squared_losses(
+    sight: Sight, kernel: tuple[int, ...], weights: Array, prune_levels: Levels
+) -> tuple[Float64Array, int]:
     """Return the sum of the squares of what outputs lose at each sparsity, and of the outputs.
 
     From the outputs themselves: the products of all inputs would take the square of their number in memory.
     """
-    rows, levels = weight_matrix(weights, sight.use).astype(np.float32), weight_matrix(gone, sight.use)
-    found, positions = np.zeros(len(SPARSITIES) + 1), 0
+    rows, pruning_levels = weight_matrix(weights, sight.use).astype(np.float32), weight_matrix(prune_levels, sight.use)
+    losses, positions = np.zeros(len(SPARSITIES) + 1), 0
     for inputs in im2col_by_group(sight.inputs, sight.use, kernel, len(rows) * rows.shape[1]):
-        for level in range(len(found)):
+        for level in range(len(losses)):
             # At the last level all is gone: what is lost then is the output.
-            part = np.where(levels <= level, rows, np.float32(0))
-            found[level] += np.square(np.matmul(inputs, part.transpose(0, 2, 1)), dtype=np.float64).sum()
+            part = np.where(pruning_levels <= level, rows, np.float32(0))
+            losses[level] += np.square(np.matmul(inputs, part.transpose(0, 2, 1)), dtype=np.float64).sum()
         positions += inputs.shape[1]
-    return found, positions
+    return losses, positions
 
 
 _ACCURACIES = ("accuracy", "acc", "sparse_categorical_accuracy", "categorical_accuracy", "binary_accuracy")
@@ -169,27 +171,27 @@ def prepare(network: Network, batches: tuple[Batch, ...], loss: str, seed: int, 
         begin += len(each(batch.x)[0])
 
 
-def base_score(network: Network, batches: tuple[Batch, ...]) -> Score:
+def dense_score(network: Network, batches: tuple[Batch, ...]) -> Score:
     """Return how well the model answers as it is."""
-    found = _score(network.evaluate(iter(batches)))
-    if found.loss is None:
+    score = _score(network.evaluate(iter(batches)))
+    if score.loss is None:
         raise WorkError(
             "the loss of the model is no finite number before anything is pruned",
             hint="is the data scaled as in training (?norm=unit), and is it the right --loss?",
         )
-    return found
+    return score
 
 
-def scores_of(
-    network: Network, batches: tuple[Batch, ...], name: str, weights: Array, gone: Levels
+def scores_at_each_level(
+    network: Network, batches: tuple[Batch, ...], name: str, weights: Array, prune_levels: Levels
 ) -> tuple[Score, ...]:
     """Return how well the model answers at each sparsity of one tensor, which is as it was afterwards."""
-    found = []
+    scores = []
     for level in range(len(SPARSITIES)):
-        network.assign({name: pruned(weights, gone, level)})
-        found.append(_score(network.evaluate(iter(batches))))
+        network.assign({name: pruned(weights, prune_levels, level)})
+        scores.append(_score(network.evaluate(iter(batches))))
     network.assign({name: weights})
-    return tuple(found)
+    return tuple(scores)
 
 
 def _score(logs: Logs) -> Score:
@@ -206,7 +208,7 @@ def _classes(signature: Signature, y: Array) -> int | None:
     return classes if classes is not None and classes > 1 else None
 
 
-_Looked = tuple[list[LayerSensitivity], tuple[str, ...]]
+_Measured = tuple[list[LayerSensitivity], tuple[str, ...]]
 
 
 def sensitivity(
@@ -222,90 +224,102 @@ def sensitivity(
     if not tensors:
         return Sensitivity((), notes=("Sensitivity is that of kernels, and there is none among these tensors.",))
     if not request.data:
-        looked, notes = _look(model, tensors, None, None, meter)
-        return Sensitivity(tuple(looked), notes=(*_wrapped(model), *notes))
-    found = open_calibration(model, request, is_trusted=is_trusted, needs_targets=False, has_reference=False)
-    with closing(found):
-        base, said = _base(model, found, request)
-        looked, notes = _look(model, tensors, found, base, meter)
-        own = found.trained.notes if found.trained is not None and base is not None else ()
-        notes = tuple(dict.fromkeys((*found.notes, *own, *said, *notes)))
-        return Sensitivity(tuple(looked), request.data, found.calibration.examples, base, notes)
+        measured, notes = _measure_layers(model, tensors, None, None, meter)
+        return Sensitivity(tuple(measured), notes=(*_wrapper_note(model), *notes))
+    session = open_calibration(model, request, is_trusted=is_trusted, needs_targets=False, has_reference=False)
+    with closing(session):
+        base, base_notes = _dense_score(model, session, request)
+        measured, notes = _measure_layers(model, tensors, session, base, meter)
+        own = session.trainable.notes if session.trainable is not None and base is not None else ()
+        notes = tuple(dict.fromkeys((*session.notes, *own, *base_notes, *notes)))
+        return Sensitivity(tuple(measured), request.data, session.calibration.examples, base, notes)
 
 
 def _prunable(model: ModelFile, layers: str) -> tuple[Tensor, ...]:
     """Return what the default policy prunes, each storage once."""
     chosen = select_names(model, layers) if layers else model.tensors
-    willing = [one for one in chosen if one.is_prunable and one.size and one.name not in model.copies]
-    tied = find_tied_tensors(willing)
-    return tuple(tensor for tensor in willing if tensor.name not in tied)
+    candidates = [tensor for tensor in chosen if tensor.is_prunable and tensor.size and tensor.name not in model.copies]
+    tied = find_tied_tensors(candidates)
+    return tuple(tensor for tensor in candidates if tensor.name not in tied)
 
 
-def _wrapped(model: ModelFile) -> tuple[str, ...]:
+def _wrapper_note(model: ModelFile) -> tuple[str, ...]:
     if all(wrapper.kind == PARAMETRIZATION for wrapper in model.about.wrappers):
         return ()
     return ("It was not looked at what the masks of its pruning wrappers hide: `prunectl strip` applies them.",)
 
 
-def _base(model: ModelFile, found: CalibrationSession, request: PruneRequest) -> tuple[Score | None, tuple[str, ...]]:
+def _dense_score(
+    model: ModelFile, session: CalibrationSession, request: PruneRequest
+) -> tuple[Score | None, tuple[str, ...]]:
     """Return how well the model answers as it is, and why not if that cannot be told."""
-    batches = found.calibration.batches
+    batches = session.calibration.batches
     has_targets = batches[0].y is not None
-    if found.trained is not None and has_targets:
-        prepare(found.trained, batches, request.loss, request.seed, request.data)
-        return base_score(found.trained, batches), ()
-    why = (
+    if session.trainable is not None and has_targets:
+        prepare(session.trainable, batches, request.loss, request.seed, request.data)
+        return dense_score(session.trainable, batches), ()
+    reason = (
         f"{request.data} has no targets"
         if not has_targets
         else f"{model.path} runs in onnxruntime, where no loss is taken and the targets of {request.data} are not used"
     )
     if request.loss:
-        raise UsageError(f"--loss is for examples with targets in a model that can be trained: {why}")
-    return None, (f"Only the outputs of each layer were compared: {why}.",)
+        raise UsageError(f"--loss is for examples with targets in a model that can be trained: {reason}")
+    return None, (f"Only the outputs of each layer were compared: {reason}.",)
 
 
-def _look(
+def _measure_layers(
     model: ModelFile,
     tensors: Sequence[Tensor],
-    found: CalibrationSession | None,
+    session: CalibrationSession | None,
     base: Score | None,
     meter: ProgressFactory,
-) -> _Looked:
+) -> _Measured:
     """Return what becomes of each tensor, one after the other so that only one is held at a time."""
-    looked: list[LayerSensitivity] = []
-    broken, unseen = [], []
-    held = frozenset(found.trained.tensors()) if found is not None and found.trained is not None else None
+    measured: list[LayerSensitivity] = []
+    nonfinite, unobserved = [], []
+    trained_names = (
+        frozenset(session.trainable.tensors()) if session is not None and session.trainable is not None else None
+    )
     with meter(f"pruning {model.path.name} tensor by tensor", sum(tensor.nbytes for tensor in tensors)) as bar:
         for tensor in tensors:
             weights = np.array(model.read(tensor))
             if not np.isfinite(weights).all():
-                broken.append(tensor.name)
+                nonfinite.append(tensor.name)
                 bar.advance(tensor.nbytes)
                 continue
-            is_known = found is not None and (held is None or tensor.name in held)
-            layer = _layer(tensor, weights, found if is_known else None, base)
-            if found is not None and layer.points[0].output_error is None:
-                unseen.append(tensor.name)
-            looked.append(layer)
+            is_known = session is not None and (trained_names is None or tensor.name in trained_names)
+            layer = _measure_layer(tensor, weights, session if is_known else None, base)
+            if session is not None and layer.points[0].output_error is None:
+                unobserved.append(tensor.name)
+            measured.append(layer)
             bar.advance(tensor.nbytes)
     notes = (
-        *note_about("left out, as not all of their numbers are finite", broken),
-        *note_about("what they meet cannot be seen, so that their output error is not known", unseen),
+        *note_about("left out, as not all of their numbers are finite", nonfinite),
+        *note_about("what they meet cannot be seen, so that their output error is not known", unobserved),
     )
-    return looked, notes
+    return measured, notes
 
 
-def _layer(tensor: Tensor, weights: Array, found: CalibrationSession | None, base: Score | None) -> LayerSensitivity:
-    gone = levels(weights)
+def _measure_layer(
+    tensor: Tensor, weights: Array, session: CalibrationSession | None, base: Score | None
+) -> LayerSensitivity:
+    prune_levels = pruning_levels(weights)
     errors: Errors | None = None
     scores: tuple[Score | None, ...] = (None,) * len(SPARSITIES)
-    if found is not None:
-        errors = output_errors(found.calibration, tensor, weights, gone)
-        if base is not None and found.trained is not None:
-            scores = scores_of(found.trained, found.calibration.batches, tensor.name, weights, gone)
-    lines = zip(SPARSITIES, weight_errors(weights, gone), errors or (None,) * len(SPARSITIES), scores, strict=True)
-    points = tuple(SensitivityPoint(*line) for line in lines)
-    return LayerSensitivity(tensor.name, tensor.size, points, first_dead_sparsity(weights, gone, tensor.out_axis))
+    if session is not None:
+        errors = output_errors(session.calibration, tensor, weights, prune_levels)
+        if base is not None and session.trainable is not None:
+            scores = scores_at_each_level(
+                session.trainable, session.calibration.batches, tensor.name, weights, prune_levels
+            )
+    rows = zip(
+        SPARSITIES, weight_errors(weights, prune_levels), errors or (None,) * len(SPARSITIES), scores, strict=True
+    )
+    points = tuple(SensitivityPoint(*row) for row in rows)
+    return LayerSensitivity(
+        tensor.name, tensor.size, points, first_dead_sparsity(weights, prune_levels, tensor.out_axis)
+    )
 
 
 MAX_OUTPUT_ERROR = 0.5
@@ -323,20 +337,20 @@ class Collapse:
     """How far its outputs are off there, or its weights where that is not known."""
 
 
-def collapses(found: Sensitivity) -> tuple[Collapse, ...]:
+def collapses(report: Sensitivity) -> tuple[Collapse, ...]:
     """Return the tensors that break, the worst first: those that break early, then those that break most."""
-    each = filter(None, (_collapse(layer, found.base) for layer in found.layers))
-    return tuple(sorted(each, key=lambda one: (one.sparsity, -one.size)))
+    collapsed = filter(None, (_collapse(layer, report.base) for layer in report.layers))
+    return tuple(sorted(collapsed, key=lambda collapse: (collapse.sparsity, -collapse.size)))
 
 
 def _collapse(layer: LayerSensitivity, base: Score | None) -> Collapse | None:
     for point in layer.points:
         reasons = []
-        if layer.dead_from is not None and layer.dead_from <= point.sparsity:
+        if layer.first_dead_sparsity is not None and layer.first_dead_sparsity <= point.sparsity:
             reasons.append("an output loses all its weights")
         if point.output_error is not None and point.output_error > MAX_OUTPUT_ERROR:
             reasons.append(f"its outputs are {100 * point.output_error:.0f} % off")
-        fall = _fall(base, point.score)
+        fall = _accuracy_fall(base, point.score)
         if fall > MAX_ACCURACY_FALL:
             reasons.append(f"accuracy falls by {100 * fall:.0f} points")
         if reasons:
@@ -345,7 +359,7 @@ def _collapse(layer: LayerSensitivity, base: Score | None) -> Collapse | None:
     return None
 
 
-def _fall(base: Score | None, now: Score | None) -> float:
+def _accuracy_fall(base: Score | None, now: Score | None) -> float:
     if base is None or now is None or base.accuracy is None or now.accuracy is None:
         return 0.0
     # In float32 for some: a fall by just as much as is allowed is not to depend on rounding.

@@ -15,7 +15,7 @@ from prunectl.calibration.statistics import (
     InputStatistics,
     OutputRange,
     check_memory,
-    products,
+    gram,
 )
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile, Tensor
@@ -46,60 +46,60 @@ class Calibration:
         """How many examples there are."""
         return sum(len(each(batch.x)[0]) for batch in self.batches)
 
-    def sums(self, tensors: Sequence[Tensor], adder: Accumulator) -> dict[str, InputStatistics]:
+    def accumulate(self, tensors: Sequence[Tensor], accumulator: Accumulator) -> dict[str, InputStatistics]:
         """Return sums of what each tensor meets, in the order in which they meet it.
 
         None of those that are not seen, or used in two ways whose sums are not of the same things: a matrix as it is
         and turned, as where a decoder has the weights of its encoder.
         """
         shapes = {tensor.name: tensor.shape for tensor in tensors}
-        found: dict[str, InputStatistics] = {}
-        ways: dict[str, Use] = {}
-        torn: set[str] = set()
+        statistics: dict[str, InputStatistics] = {}
+        use_keys: dict[str, Use] = {}
+        conflicting: set[str] = set()
 
-        def see(sight: Sight) -> None:
-            way = replace(sight.use, outputs=None, window=None)
-            if ways.setdefault(sight.name, way) != way:
-                torn.add(sight.name)
-            if sight.name not in torn:
+        def record(sight: Sight) -> None:
+            use_key = replace(sight.use, outputs=None, window=None)
+            if use_keys.setdefault(sight.name, use_key) != use_key:
+                conflicting.add(sight.name)
+            if sight.name not in conflicting:
                 shape = sight.use.shape or shapes[sight.name]
-                found.setdefault(sight.name, InputStatistics()).add(sight, shape, adder)
+                statistics.setdefault(sight.name, InputStatistics()).add(sight, shape, accumulator)
 
         for batch in self.batches:
-            self.network.observe(shapes.keys(), batch.x, see)
-        for name in torn:
-            found.pop(name, None)
-        for name, sums in found.items():
-            if not all(np.isfinite(total).all() for total in sums.totals.values()):
+            self.network.observe(shapes.keys(), batch.x, record)
+        for name in conflicting:
+            statistics.pop(name, None)
+        for name, accumulate in statistics.items():
+            if not all(np.isfinite(total).all() for total in accumulate.totals.values()):
                 raise WorkError(
                     f"{name} meets inputs that are no finite numbers; nothing was written",
                     hint="is the data scaled as in training (?norm=unit), and the model whole?",
                 )
-        return found
+        return statistics
 
-    def products(self, tensor: Tensor) -> InputStatistics:
+    def gram(self, tensor: Tensor) -> InputStatistics:
         """Return how the inputs of one tensor go together: one at a time, since they are as big as it is squared."""
         checked: list[Sight] = []
 
-        def adder(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
+        def accumulator(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
             if not checked:
                 checked.append(sight)
                 _, groups, features = next(im2col(sight.inputs[:1], sight.use, kernel)).shape
                 check_memory(sight.name, groups=groups, features=features, kept=1)
-            return products(sight, kernel)
+            return gram(sight, kernel)
 
-        return self.sums([tensor], adder).get(tensor.name, InputStatistics())
+        return self.accumulate([tensor], accumulator).get(tensor.name, InputStatistics())
 
-    def pairs(self, tensor: Tensor) -> dict[OutputRange, CrossStatistics]:
+    def cross_gram(self, tensor: Tensor) -> dict[OutputRange, CrossStatistics]:
         """Return how what a tensor meets now goes together with what it met in the model as it was."""
         assert self.reference is not None
-        found: dict[OutputRange, CrossStatistics] = {}
+        statistics: dict[OutputRange, CrossStatistics] = {}
         for batch in self.batches:
-            now, before = _sights(self.network, tensor, batch), _sights(self.reference, tensor, batch)
+            now, before = _captured_inputs(self.network, tensor, batch), _captured_inputs(self.reference, tensor, batch)
             for mine, theirs in zip(now, before, strict=True):
                 part = mine.use.outputs
-                found.setdefault(part, CrossStatistics(mine.use)).add(mine, theirs, mine.use.shape or tensor.shape)
-        return found
+                statistics.setdefault(part, CrossStatistics(mine.use)).add(mine, theirs, mine.use.shape or tensor.shape)
+        return statistics
 
     def gradients(
         self, tensors: Sequence[Tensor], of: Callable[[Float64Array], Float64Array]
@@ -111,46 +111,46 @@ class Calibration:
                 "gradients need a framework that can differentiate the model, and onnxruntime does not",
                 hint="--strategy activation-magnitude or obs, or prune the file that the ONNX model was made from",
             )
-        found: dict[str, Float64Array] = {}
+        means: dict[str, Float64Array] = {}
         examples = self.examples
         for batch in self.batches:
             share = len(each(batch.x)[0]) / examples
             for name, gradient in network.gradients([tensor.name for tensor in tensors], batch).items():
-                seen = of(gradient.astype(np.float64))
-                seen *= share
-                found[name] = np.add(found[name], seen, out=found[name]) if name in found else seen
-        for name, held in found.items():
-            if not np.isfinite(held).all():
+                part = of(gradient.astype(np.float64))
+                part *= share
+                means[name] = np.add(means[name], part, out=means[name]) if name in means else part
+        for name, mean in means.items():
+            if not np.isfinite(mean).all():
                 raise WorkError(
                     f"the gradient of {name} is no finite number; nothing was written",
                     hint="is the data scaled as in training (?norm=unit), and is it the right --loss?",
                 )
-        return found
+        return means
 
 
-def _sights(network: Observed, tensor: Tensor, batch: Batch) -> list[Sight]:
-    found: list[Sight] = []
-    network.observe([tensor.name], batch.x, lambda sight: found.append(replace(sight, inputs=sight.inputs.copy())))
-    return found
+def _captured_inputs(network: Observed, tensor: Tensor, batch: Batch) -> list[Sight]:
+    captured: list[Sight] = []
+    network.observe([tensor.name], batch.x, lambda sight: captured.append(replace(sight, inputs=sight.inputs.copy())))
+    return captured
 
 
 def take_samples(batches: Iterator[Batch], samples: int) -> tuple[Batch, ...]:
     """Return the first examples of some batches."""
-    found: list[Batch] = []
-    left = samples
+    taken_batches: list[Batch] = []
+    remaining = samples
 
-    def first(array: Array) -> Array:
-        return array[:left]
+    def head(array: Array) -> Array:
+        return array[:remaining]
 
     for batch in batches:
         count = len(each(batch.x)[0])
-        found.append(Batch(mapped(first, batch.x), None if batch.y is None else mapped(first, batch.y)))
-        left -= count
-        if left <= 0:
+        taken_batches.append(Batch(mapped(head, batch.x), None if batch.y is None else mapped(head, batch.y)))
+        remaining -= count
+        if remaining <= 0:
             break
-    if not found:
+    if not taken_batches:
         raise UsageError("the data holds no examples to look at")
-    return tuple(found)
+    return tuple(taken_batches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +158,14 @@ class CalibrationSession:
     """A model with its data."""
 
     calibration: Calibration
-    trained: Network | None
+    trainable: Network | None
     """The same model, where it is one that can be trained as well."""
     notes: tuple[str, ...]
 
     def close(self) -> None:
         """Let go of the model."""
-        if self.trained is not None:
-            self.trained.close()
+        if self.trainable is not None:
+            self.trainable.close()
 
 
 def open_calibration(
@@ -179,7 +179,7 @@ def open_calibration(
         )
     random_state.seed(request.seed)
     origin = ModelOrigin(request.model, request.custom_objects, is_trusted, request.seed)
-    network, trained = _network(model, origin)
+    network, trainable = _network(model, origin)
     source, notes = adapt(open_source(request.data, signature=network.signature, seed=request.seed), network.signature)
     if needs_targets and not source.has_targets:
         raise UsageError(
@@ -190,10 +190,10 @@ def open_calibration(
     order = Order(request.batch_size, request.seed, is_shuffled=source.count is not None)
     batches = take_samples(source.batches(order), request.samples)
     notes += check_batches(source.first(request.samples), network.signature, needs_targets=needs_targets, classes=None)
-    if trained is not None and needs_targets:
-        trained.prepare(Means(loss=request.loss, optimizer="sgd", lr=0.0, seed=request.seed, example=batches[0]))
+    if trainable is not None and needs_targets:
+        trainable.prepare(Means(loss=request.loss, optimizer="sgd", lr=0.0, seed=request.seed, example=batches[0]))
     reference = _network(model, origin)[0] if has_reference else None
-    return CalibrationSession(Calibration(network, batches, reference), trained, tuple(dict.fromkeys(notes)))
+    return CalibrationSession(Calibration(network, batches, reference), trainable, tuple(dict.fromkeys(notes)))
 
 
 def _network(model: ModelFile, origin: ModelOrigin) -> tuple[Observed, Network | None]:
@@ -214,22 +214,22 @@ def load_inputs(spec: str, signature: Signature, count: int, order: Order) -> tu
     notes += check_batches(source.first(count), signature, needs_targets=False, classes=None)
     own = Order(order.batch_size, order.seed, is_shuffled=order.is_shuffled and source.count is not None)
     parts = [each(batch.x) for batch in take_samples(source.batches(own), count)]
-    whole = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return whole, tuple(dict.fromkeys(notes))
+    inputs = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return inputs, tuple(dict.fromkeys(notes))
 
 
 def padded_batch_rows(count: int, size: int) -> Array:
     """Return which examples each batch holds; the last is filled up with the first ones, again and again."""
-    found: Array = np.arange(-(-count // size) * size).reshape(-1, size) % count
-    return found
+    rows: Array = np.arange(-(-count // size) * size).reshape(-1, size) % count
+    return rows
 
 
 _SHOWN = 5
 
 
-def note_about(what: str, names: Sequence[str]) -> tuple[str, ...]:
+def note_about(statement: str, names: Sequence[str]) -> tuple[str, ...]:
     """Return a sentence about some tensors; nothing without any."""
     if not names:
         return ()
     shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} others" if len(names) > _SHOWN else "")
-    return (f"{shown}: {what}.",)
+    return (f"{shown}: {statement}.",)

@@ -41,58 +41,60 @@ def unstructured_blocks(rows: int, features: int, drop: int, block: int) -> list
 
 def nm_blocks(features: int, channels: int, zeros: int, group: int) -> list[ColumnBlock]:
     """Return columns in groups that lose N of M in every row; a group at the end of the channels may be short."""
-    found = []
+    blocks = []
     for first in range(0, features, channels):
         for begin in range(first, first + channels, group):
             end = min(begin + group, first + channels)
-            found.append(ColumnBlock(begin, end, max(zeros - (group - (end - begin)), 0), is_by_row=True))
-    return found
+            blocks.append(ColumnBlock(begin, end, max(zeros - (group - (end - begin)), 0), is_by_row=True))
+    return blocks
 
 
 def prune_rows(
     rows: Float64Array, products: Float64Array, parts: list[ColumnBlock], damp: float, block: int
 ) -> tuple[Float64Array, Mask]:
     """Return rows with new numbers, and what was dropped."""
-    found, dropped = rows.astype(np.float64), np.zeros(rows.shape, np.bool_)
+    updated, dropped = rows.astype(np.float64), np.zeros(rows.shape, np.bool_)
     inverse, is_dead = inverse_cholesky(products, damp)
-    decide = {part.begin: part for part in parts}
-    features = found.shape[1]
+    blocks = {block_of_columns.begin: block_of_columns for block_of_columns in parts}
+    features = updated.shape[1]
     for begin in range(0, features, block):
         end = min(begin + block, features)
-        errors = np.zeros((len(found), end - begin))
-        for at in range(begin, end):
-            if at in decide:
-                part = decide[at]
+        errors = np.zeros((len(updated), end - begin))
+        for column in range(begin, end):
+            if column in blocks:
+                block_of_columns = blocks[column]
                 # A part may reach into the next block, whose weights still lack what this one's errors do to them.
-                late = found[:, end : part.end] - errors @ inverse[begin:end, end : part.end]
-                seen = np.concatenate([found[:, at : min(part.end, end)], late], axis=1)
-                dropped[:, at : part.end] = _lowest(seen, inverse, is_dead, part)
-            column = found[:, at]
-            error = np.where(dropped[:, at], column, 0.0) / inverse[at, at]
-            found[:, at:end] -= np.outer(error, inverse[at, at:end])
-            errors[:, at - begin] = error
-        found[:, end:] -= errors @ inverse[begin:end, end:]
-    found[dropped] = 0.0
-    return found, dropped
+                beyond = (
+                    updated[:, end : block_of_columns.end] - errors @ inverse[begin:end, end : block_of_columns.end]
+                )
+                candidates = np.concatenate([updated[:, column : min(block_of_columns.end, end)], beyond], axis=1)
+                dropped[:, column : block_of_columns.end] = _lowest(candidates, inverse, is_dead, block_of_columns)
+            weights = updated[:, column]
+            error = np.where(dropped[:, column], weights, 0.0) / inverse[column, column]
+            updated[:, column:end] -= np.outer(error, inverse[column, column:end])
+            errors[:, column - begin] = error
+        updated[:, end:] -= errors @ inverse[begin:end, end:]
+    updated[dropped] = 0.0
+    return updated, dropped
 
 
 def scores(rows: Float64Array, inverse: Float64Array, is_dead: Mask, begin: int = 0) -> Float64Array:
     """Return what dropping each weight costs, once those before it are settled."""
     end = begin + rows.shape[1]
-    found: Float64Array = np.square(rows / np.diagonal(inverse)[begin:end])
+    costs: Float64Array = np.square(rows / np.diagonal(inverse)[begin:end])
     # Nothing ever goes into these, so that they cost nothing.
-    found[:, is_dead[begin:end]] = 0.0
-    return found
+    costs[:, is_dead[begin:end]] = 0.0
+    return costs
 
 
-def _lowest(rows: Float64Array, inverse: Float64Array, is_dead: Mask, part: ColumnBlock) -> Mask:
-    found = scores(rows, inverse, is_dead, part.begin)
-    dropped = np.zeros(found.shape, np.bool_)
-    if part.is_by_row:
-        order = np.argsort(found, axis=1, kind="stable")[:, : part.drop]
+def _lowest(rows: Float64Array, inverse: Float64Array, is_dead: Mask, block: ColumnBlock) -> Mask:
+    costs = scores(rows, inverse, is_dead, block.begin)
+    dropped = np.zeros(costs.shape, np.bool_)
+    if block.is_by_row:
+        order = np.argsort(costs, axis=1, kind="stable")[:, : block.drop]
         np.put_along_axis(dropped, order, values=True, axis=1)
     else:
-        dropped.reshape(-1)[np.argsort(found, axis=None, kind="stable")[: part.drop]] = True
+        dropped.reshape(-1)[np.argsort(costs, axis=None, kind="stable")[: block.drop]] = True
     return dropped
 
 
@@ -111,8 +113,8 @@ def inverse_cholesky(products: Float64Array, damp: float) -> tuple[Float64Array,
 
 def dampen(products: Float64Array, damp: float) -> Float64Array:
     """Return products with a share of their mean size added to the diagonal."""
-    found = products.copy()
-    diagonal = np.diagonal(found).copy()
+    damped = products.copy()
+    diagonal = np.diagonal(damped).copy()
     diagonal[diagonal <= 0] = 1.0
-    np.fill_diagonal(found, diagonal + damp * diagonal.mean())
-    return found
+    np.fill_diagonal(damped, diagonal + damp * diagonal.mean())
+    return damped

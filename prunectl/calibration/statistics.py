@@ -43,37 +43,37 @@ class InputStatistics:
             self.totals[part] = total
 
 
-def squares(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
+def sum_squares(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
     """Return the sum of the squares of every feature, as groups by features."""
-    return _gathered_moments(sight, kernel, lambda inputs: np.einsum("i...,i...->...", inputs, inputs))
+    return _sum_moments(sight, kernel, lambda inputs: np.einsum("i...,i...->...", inputs, inputs))
 
 
-def sizes(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
+def sum_abs(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
     """Return the sum of the absolute values of every feature."""
-    return _gathered_moments(sight, kernel, lambda inputs: np.abs(inputs).sum(axis=0))
+    return _sum_moments(sight, kernel, lambda inputs: np.abs(inputs).sum(axis=0))
 
 
-def sums(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
+def sum_inputs(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
     """Return the sum of every feature."""
-    return _gathered_moments(sight, kernel, lambda inputs: inputs.sum(axis=0))
+    return _sum_moments(sight, kernel, lambda inputs: inputs.sum(axis=0))
 
 
-def _gathered_moments(sight: Sight, kernel: tuple[int, ...], over: Callable[[Array], Any]) -> tuple[Float64Array, int]:
+def _sum_moments(sight: Sight, kernel: tuple[int, ...], over: Callable[[Array], Any]) -> tuple[Float64Array, int]:
     # What comes of an element of the inputs is added up over the examples first, and seen through the window after
     # that: zero stays zero, so that the order does not matter, and nothing as big as all windows is ever made.
     inputs = sight.inputs
     if sight.use.window is None:
         flat = inputs.reshape(-1, inputs.shape[-1])
         return np.asarray(over(flat), np.float64).reshape(sight.use.groups, -1), len(flat)
-    once = np.asarray(over(inputs))[None]
-    found, positions = np.float64(0), 0
-    for seen in im2col(once, sight.use, kernel):
-        found = found + seen.sum(axis=0, dtype=np.float64)
+    moments = np.asarray(over(inputs))[None]
+    total, positions = np.float64(0), 0
+    for seen in im2col(moments, sight.use, kernel):
+        total = total + seen.sum(axis=0, dtype=np.float64)
         positions += len(seen)
-    return np.asarray(found), positions * len(inputs)
+    return np.asarray(total), positions * len(inputs)
 
 
-def products(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
+def gram(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
     """Return the sum of the products of every two features of a group: groups by features by features."""
     total: Any = 0.0
     count = 0
@@ -90,27 +90,27 @@ class CrossStatistics:
 
     use: Use
     count: int = 0
-    now: Float64Array = field(default_factory=lambda: np.zeros(()))
+    sum_pruned: Float64Array = field(default_factory=lambda: np.zeros(()))
     """The sum of every feature, as groups by features."""
-    before: Float64Array = field(default_factory=lambda: np.zeros(()))
-    among: Float64Array = field(default_factory=lambda: np.zeros(()))
+    sum_dense: Float64Array = field(default_factory=lambda: np.zeros(()))
+    gram: Float64Array = field(default_factory=lambda: np.zeros(()))
     """The sum of the products of every two features, as groups by features by features."""
-    across: Float64Array = field(default_factory=lambda: np.zeros(()))
+    cross_gram: Float64Array = field(default_factory=lambda: np.zeros(()))
     """The same, of features now with features before."""
 
-    def add(self, now: Sight, before: Sight, kernel: tuple[int, ...]) -> None:
+    def add(self, pruned: Sight, dense: Sight, kernel: tuple[int, ...]) -> None:
         """Count what the same weights meet for the same examples."""
-        for mine, theirs in zip(
-            im2col(now.inputs, now.use, kernel), im2col(before.inputs, before.use, kernel), strict=True
+        for pruned_inputs, dense_inputs in zip(
+            im2col(pruned.inputs, pruned.use, kernel), im2col(dense.inputs, dense.use, kernel), strict=True
         ):
             if not self.count:
-                check_memory(now.name, groups=mine.shape[1], features=mine.shape[2], kept=2)
-            self.count += len(mine)
-            self.now = self.now + mine.sum(axis=0, dtype=np.float64)
-            self.before = self.before + theirs.sum(axis=0, dtype=np.float64)
-            turned = np.ascontiguousarray(mine.transpose(1, 2, 0), np.float32)
-            self.among = self.among + np.matmul(turned, _by_group(mine))
-            self.across = self.across + np.matmul(turned, _by_group(theirs))
+                check_memory(pruned.name, groups=pruned_inputs.shape[1], features=pruned_inputs.shape[2], kept=2)
+            self.count += len(pruned_inputs)
+            self.sum_pruned = self.sum_pruned + pruned_inputs.sum(axis=0, dtype=np.float64)
+            self.sum_dense = self.sum_dense + dense_inputs.sum(axis=0, dtype=np.float64)
+            transposed = np.ascontiguousarray(pruned_inputs.transpose(1, 2, 0), np.float32)
+            self.gram = self.gram + np.matmul(transposed, _by_group(pruned_inputs))
+            self.cross_gram = self.cross_gram + np.matmul(transposed, _by_group(dense_inputs))
 
 
 _WORKING_COPIES = 3
@@ -120,32 +120,32 @@ _WORKING_COPIES = 3
 def check_memory(name: str, *, groups: int, features: int, kept: int) -> None:
     """Refuse a layer whose Gram matrices, features by features in float64, would not fit in memory."""
     needed = 8 * features**2 * (groups * kept + _WORKING_COPIES)
-    there = available_bytes()
-    if there is not None and needed > there:
+    free = available_bytes()
+    if free is not None and needed > free:
         raise WorkError(
             f"{name} has {features:,} features: the products of every two of them take "
-            f"{needed / 1e9:,.1f} GB of memory, and {there / 1e9:,.1f} GB are free",
+            f"{needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free",
             hint=f"--exclude {name}, or a strategy that needs no such products, as activation-magnitude",
         )
 
 
 def available_bytes() -> int | None:
     """Memory that the system can give without swapping; None where it does not tell."""
-    found = []
-    for path, line in _TOLD:
+    numbers = []
+    for path, line in _MEMORY_FILES:
         try:
             text = path.read_text(encoding="ascii")
         except (OSError, UnicodeDecodeError):
             continue
         number = re.search(line, text)
         if number is not None:
-            found.append(int(number[1]) * (1024 if path.name == "meminfo" else 1))
-    if len(found) == len(_TOLD):  # a container's limit less what it uses
-        return min(found[0], max(found[1] - found[2], 0))
-    return found[0] if found else None
+            numbers.append(int(number[1]) * (1024 if path.name == "meminfo" else 1))
+    if len(numbers) == len(_MEMORY_FILES):  # a container's limit less what it uses
+        return min(numbers[0], max(numbers[1] - numbers[2], 0))
+    return numbers[0] if numbers else None
 
 
-_TOLD = (
+_MEMORY_FILES = (
     (Path("/proc/meminfo"), r"MemAvailable:\s*(\d+) kB"),
     (Path("/sys/fs/cgroup/memory.max"), r"^(\d+)$"),
     (Path("/sys/fs/cgroup/memory.current"), r"^(\d+)$"),

@@ -20,7 +20,7 @@ from prunectl.channels.labels import AxisRole
 from prunectl.channels.lengths import Shapes
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile
-from prunectl.pruning.hashing import fnv1a, mixed
+from prunectl.pruning.hashing import fnv1a, splitmix64
 from prunectl.pruning.request import PruneRequest
 from prunectl.training.backend import Port, Signature
 from prunectl.training.data.source import Order
@@ -246,7 +246,7 @@ def _means(line: Scores, indices: Sequence[tuple[int, ...]]) -> Scores:
 def random_importance(family: ChannelGroup, seed: int) -> Scores:
     """Return numbers that only the seed, the family and the place in it decide."""
     start = np.uint64(fnv1a(f"{seed}/{family.name}"))
-    drawn = mixed(np.arange(len(family.groups), dtype=np.uint64) + start)
+    drawn = splitmix64(np.arange(len(family.groups), dtype=np.uint64) + start)
     # Of the upper 53 bits, as many as a float64 holds exactly; above zero, as they are divided by their mean.
     return (drawn >> np.uint64(11)).astype(np.float64) / 2**53
 

@@ -27,7 +27,7 @@ from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.plan import SkippedTensor
 from prunectl.pruning.request import PruneRequest
-from prunectl.pruning.strip import surveyed
+from prunectl.pruning.strip import stats_for_report
 from prunectl.training.backend import ModelOrigin
 
 
@@ -153,7 +153,7 @@ def _check_beside(source: GraphAdapter, output: Destination | None) -> None:
     if output is None:
         return
     for path in source.beside(output.target):
-        if output.is_stream:
+        if output.to_stdout:
             raise UsageError("the result is more than one file, and does not fit through standard output")
         if os.path.lexists(path) and not (output.is_forced or output.is_in_place):
             raise UsageError(f"{path} exists", hint="write elsewhere, or replace it with --force")
@@ -171,7 +171,7 @@ def _check(model: ModelFile, source: GraphAdapter, written: Path, plan: ChannelP
 
 
 def _measured(model: ModelFile) -> ModelStats:
-    found = surveyed(model)
+    found = stats_for_report(model)
     graph = by_name(model.format).graph
     return with_macs(found, load(graph)(model)) if graph else found
 

@@ -29,53 +29,55 @@ class AccuracyChecker:
         self._file = file
         self._is_trusted = is_trusted
         """Whether code may run that the budgets name, or that comes with a model."""
-        self._known: dict[tuple[str, FinetuneRequest], Evaluation | PrunectlError] = {}
+        self._evaluations: dict[tuple[str, FinetuneRequest], Evaluation | PrunectlError] = {}
 
-    def check(self, found: LazyModelStats, *, drop: MaxDropRule, budget: Budget) -> Finding:
+    def check(self, stats: LazyModelStats, *, drop: MaxDropRule, budget: Budget) -> Finding:
         """Return the verdict on how much worse a model is than the other one; what stops it is told with its line."""
         try:
-            return self._kept(found, drop=drop, budget=budget)
+            return self._check(stats, drop=drop, budget=budget)
         except PrunectlError as error:
-            place = f"{self._file}:{drop.limit.line}"
-            raise type(error)(f"{place}: {error.message}", hint=error.hint, did_you_mean=error.did_you_mean) from error
+            location = f"{self._file}:{drop.limit.line}"
+            raise type(error)(
+                f"{location}: {error.message}", hint=error.hint, did_you_mean=error.did_you_mean
+            ) from error
 
-    def _kept(self, found: LazyModelStats, *, drop: MaxDropRule, budget: Budget) -> Finding:
+    def _check(self, stats: LazyModelStats, *, drop: MaxDropRule, budget: Budget) -> Finding:
         request = self._request(drop)
         against = os.path.relpath(self._folder / drop.against)
-        before, after = self._judged(against, request), self._judged(found.name, request)
+        before, after = self._evaluate(against, request), self._evaluate(stats.name, request)
         limit = drop.limit
         for bound in (limit.fail, limit.warn):
             if bound is not None:
                 check_max_drop(
                     MaxDrop(bound, limit.metric is MetricUnit.POINTS), before.metric, before.value, is_up=before.is_up
                 )
-        lost = -gain(before.value, after.value, is_up=before.is_up) or 0.0
+        drop_now = -gain(before.value, after.value, is_up=before.is_up) or 0.0
         note = f"{before.metric} is {before.value:.4g} for {drop.against}, and {after.value:.4g} here, on {drop.data}."
         return evaluate_limit(
-            found.name, before.metric, lost, limit, budget=budget.name, message=budget.message, note=note
+            stats.name, before.metric, drop_now, limit, budget=budget.name, message=budget.message, note=note
         )
 
-    def _judged(self, path: str, request: FinetuneRequest) -> Evaluation:
+    def _evaluate(self, path: str, request: FinetuneRequest) -> Evaluation:
         key = path, request
-        if key not in self._known:
-            self._known[key] = attempt(lambda place: judge_whole(place, request), Path(path))
-        known = self._known[key]
-        if isinstance(known, PrunectlError):
-            raise known
-        return known
+        if key not in self._evaluations:
+            self._evaluations[key] = attempt(lambda place: judge_whole(place, request), Path(path))
+        evaluation = self._evaluations[key]
+        if isinstance(evaluation, PrunectlError):
+            raise evaluation
+        return evaluation
 
     def _request(self, drop: MaxDropRule) -> FinetuneRequest:
         means = Means(**asked((drop.metric,)))
-        data = self._place(drop.data)
+        data = self._resolve(drop.data)
         if not self._is_trusted:
             named = "" if synthetic.fits(data) else data
             check_untrusted((named, *means.metrics, means.decides, drop.model, drop.custom_objects), "max-drop")
-        origin = ModelOrigin(self._place(drop.model), self._place(drop.custom_objects), is_trusted=self._is_trusted)
+        origin = ModelOrigin(self._resolve(drop.model), self._resolve(drop.custom_objects), is_trusted=self._is_trusted)
         return replace(FinetuneRequest(data), batch_size=drop.batch_size, means=means, origin=origin)
 
-    def _place(self, word: str) -> str:
+    def _resolve(self, spec: str) -> str:
         """Return a word that begins with the path of something as it is found from where we are."""
-        path = word.partition("?")[0]
+        path = spec.partition("?")[0]
         file = path.rpartition(":")[0] or path
         is_path = bool(file) and (self._folder / file).exists()
-        return os.path.join(os.path.relpath(self._folder), word) if is_path else word
+        return os.path.join(os.path.relpath(self._folder), spec) if is_path else spec

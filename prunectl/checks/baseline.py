@@ -34,49 +34,49 @@ class BaselineEntry:
 class Baseline:
     """What is known of earlier models, by their paths from the folder of the budgets."""
 
-    place: str
+    origin: str
     """Where it comes from, for people."""
     entries: dict[str, BaselineEntry]
     path: Path | None
     """Where it can be written; nowhere if it comes from git."""
 
 
-def read(word: str, path: Path) -> Baseline:
+def read(spec: str, path: Path) -> Baseline:
     """Return the baseline in a file, or in the same file at `git:REF`; one that is not there knows nothing."""
-    if word.startswith(GIT):
-        ref = word.removeprefix(GIT)
+    if spec.startswith(GIT):
+        ref = spec.removeprefix(GIT)
         text = _at_ref(ref, path)
         return Baseline(f"{path.name} at {ref}", _entries(text, path) if text is not None else {}, None)
     return Baseline(os.path.relpath(path), _entries(path.read_bytes(), path) if path.exists() else {}, path)
 
 
-def snapshot(found: LazyModelStats, reason: str) -> BaselineEntry:
+def snapshot(stats: LazyModelStats, reason: str) -> BaselineEntry:
     """Return what a model is now."""
-    params = found.zeros.params
-    return BaselineEntry(found.raw, found.gzip, params.total, params.prunable_zero or 0, reason)
+    params = stats.zeros.params
+    return BaselineEntry(stats.raw, stats.gzip, params.total, params.prunable_zero or 0, reason)
 
 
-def write(baseline: Baseline, new: dict[str, BaselineEntry]) -> Path:
+def write(baseline: Baseline, updates: dict[str, BaselineEntry]) -> Path:
     """Write the file with some models as they are now, the others as they were."""
     if baseline.path is None:
-        raise UsageError(f"{baseline.place} cannot be written to", hint="--baseline FILE")
-    models = {name: asdict(known) for name, known in {**baseline.entries, **new}.items()}
+        raise UsageError(f"{baseline.origin} cannot be written to", hint="--baseline FILE")
+    models = {name: asdict(entry) for name, entry in {**baseline.entries, **updates}.items()}
     text = json.dumps({"schema": SCHEMA, "models": models}, indent=2, sort_keys=True) + "\n"
     atomic.write_text(baseline.path, text, is_forced=True)
-    return Path(baseline.place)
+    return Path(baseline.origin)
 
 
 def _entries(text: bytes, path: Path) -> dict[str, BaselineEntry]:
-    whole = parse_object(text, path, "the baseline")
-    models = whole.get("models")
-    if whole.get("schema") != SCHEMA or not isinstance(models, dict):
+    document = parse_object(text, path, "the baseline")
+    models = document.get("models")
+    if document.get("schema") != SCHEMA or not isinstance(models, dict):
         raise InputError(f"{path} is JSON, but not a baseline of prunectl", hint="prunectl check --update-baseline")
-    return {name: _entry(said, name, path) for name, said in models.items()}
+    return {name: _entry(fields, name, path) for name, fields in models.items()}
 
 
-def _entry(said: Any, name: str, path: Path) -> BaselineEntry:
+def _entry(data: Any, name: str, path: Path) -> BaselineEntry:
     values: dict[str, Any] = (
-        {field.name: said.get(field.name) for field in fields(BaselineEntry)} if isinstance(said, dict) else {}
+        {field.name: data.get(field.name) for field in fields(BaselineEntry)} if isinstance(data, dict) else {}
     )
     counts = [value for key, value in values.items() if key != "reason"]
     if not counts or any(isinstance(value, bool) or not isinstance(value, int) or value < 0 for value in counts):
@@ -90,20 +90,21 @@ def _at_ref(ref: str, path: Path) -> bytes | None:
     folder = path.absolute().parent
     commit = _git(folder, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
     if commit.returncode:
-        said = commit.stderr.decode("utf-8", "replace").strip()
+        message = commit.stderr.decode("utf-8", "replace").strip()
         raise InputError(
-            f"git knows no {ref!r} in {folder}", hint=said or "in CI, fetch it first: git fetch --depth 1 origin main"
+            f"git knows no {ref!r} in {folder}",
+            hint=message or "in CI, fetch it first: git fetch --depth 1 origin main",
         )
     shown = _git(folder, "show", f"{commit.stdout.decode().strip()}:./{path.name}")
     return None if shown.returncode else shown.stdout
 
 
-def _git(folder: Path, *words: str) -> subprocess.CompletedProcess[bytes]:
+def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
     try:
         return subprocess.run(  # noqa: S603 - git's own words, and a ref behind --end-of-options
-            ["git", *words],  # noqa: S607 - the git of who runs it
+            ["git", *arguments],  # noqa: S607 - the git of who runs it
             cwd=folder, capture_output=True, check=False, env={**os.environ, "LC_ALL": "C"},
         )  # fmt: skip
     except FileNotFoundError as error:

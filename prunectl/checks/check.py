@@ -20,19 +20,19 @@ from prunectl.checks.rules import (
     CheckError,
     Finding,
     Findings,
+    check_growth,
+    check_model_limit,
     check_pattern,
+    check_tensor_limit,
     check_tensor_pattern,
     check_zeros_kept,
-    growth,
-    of_model,
-    of_tensor,
 )
 from prunectl.errors import PrunectlError, UsageError, attempt
 from prunectl.formats.registry import open_model
 from prunectl.formats.sandbox import reuse_worker
 from prunectl.formats.selectors import select_names
 
-Verdict = tuple[int, Callable[[LazyModelStats], Finding | list[Finding]]]
+BudgetCheck = tuple[int, Callable[[LazyModelStats], Finding | list[Finding]]]
 """The line that asks, and what answers."""
 
 
@@ -46,15 +46,16 @@ class _CheckRun:
     is_trusted: bool = False
     measured: dict[str, LazyModelStats | PrunectlError] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
-    unusable: list[CheckError] = field(default_factory=list)
+    errors: list[CheckError] = field(default_factory=list)
 
     @cached_property
-    def keeps_quality(self) -> Callable[..., Finding]:
+    def check_accuracy(self) -> Callable[..., Finding]:
         """What judges models on data, loaded when a budget asks for it: most look at files alone."""
-        quality = importlib.import_module("prunectl.checks.accuracy")
-        judge = quality.AccuracyChecker(self.budgets.folder, self.file, is_trusted=self.is_trusted)
-        keeps: Callable[..., Finding] = judge.check
-        return keeps
+        checker = importlib.import_module("prunectl.checks.accuracy").AccuracyChecker(
+            self.budgets.folder, self.file, is_trusted=self.is_trusted
+        )
+        check_max_drop: Callable[..., Finding] = checker.check
+        return check_max_drop
 
     def name_of(self, key: str) -> str:
         """Return a model's path as the report calls it."""
@@ -63,8 +64,8 @@ class _CheckRun:
     def open(self, key: str) -> LazyModelStats | PrunectlError:
         """Return a model, opened once however many budgets it has."""
         if key not in self.measured:
-            found = attempt(open_model, Path(self.name_of(key)))
-            self.measured[key] = found if isinstance(found, PrunectlError) else LazyModelStats(found, self.name_of(key))
+            model = attempt(open_model, Path(self.name_of(key)))
+            self.measured[key] = model if isinstance(model, PrunectlError) else LazyModelStats(model, self.name_of(key))
         return self.measured[key]
 
 
@@ -83,92 +84,97 @@ def check(
     Only budgets that are trusted may name code of their own: data, metrics and builders that are functions.
     """
     chosen = select_budgets(budgets, names)
-    work = _CheckRun(budgets, baseline, file, is_trusted)
-    keys = {budget: _keys(work, budget) for budget in chosen}
+    run = _CheckRun(budgets, baseline, file, is_trusted)
+    keys = {budget: _model_keys(run, budget) for budget in chosen}
     with reuse_worker(), meter("checking", sum(map(len, keys.values()))) as bar:
-        notes = _recorded(work, keys, reason)
-        for budget, found in keys.items():
-            for key in found:
-                _judge(work, budget, key)
+        notes = _record_baseline(run, keys, reason)
+        for budget, model_keys in keys.items():
+            for key in model_keys:
+                _check_model(run, budget, key)
                 bar.advance(1)
-    measured = sum(isinstance(found, LazyModelStats) for found in work.measured.values())
-    return Findings(file, tuple(work.findings), tuple(work.unusable), tuple(notes), measured)
+    measured = sum(isinstance(model_keys, LazyModelStats) for model_keys in run.measured.values())
+    return Findings(file, tuple(run.findings), tuple(run.errors), tuple(notes), measured)
 
 
-def _keys(work: _CheckRun, budget: Budget) -> list[str]:
+def _model_keys(run: _CheckRun, budget: Budget) -> list[str]:
     """Return the models of a budget; a glob without any is a slip, which does not stop the others."""
-    found, empty = expand_globs(work.budgets.folder, budget)
+    paths, empty = expand_globs(run.budgets.folder, budget)
     for pattern in empty:
         error = UsageError(
-            f"{work.file}:{budget.line}: {pattern!r} matches no file", hint=f"looked in {work.budgets.folder}"
+            f"{run.file}:{budget.line}: {pattern!r} matches no file", hint=f"looked in {run.budgets.folder}"
         )
-        work.unusable.append(CheckError(budget.name, pattern, budget.line, error))
-    return found
+        run.errors.append(CheckError(budget.name, pattern, budget.line, error))
+    return paths
 
 
-def _recorded(work: _CheckRun, keys: dict[Budget, list[str]], reason: str) -> list[str]:
+def _record_baseline(run: _CheckRun, keys: dict[Budget, list[str]], reason: str) -> list[str]:
     """Take models for their baseline: all of them with a reason, else those that are to be created."""
-    wanted = {key for budget, found in keys.items() if reason or budget.growth for key in found}
+    to_record = {key for budget, stats in keys.items() if reason or budget.growth for key in stats}
     if not reason:
-        is_creating = work.budgets.on_missing is OnMissing.CREATE and work.baseline.path is not None
-        wanted = wanted - set(work.baseline.entries) if is_creating else set()
+        is_creating = run.budgets.on_missing is OnMissing.CREATE and run.baseline.path is not None
+        to_record = to_record - set(run.baseline.entries) if is_creating else set()
     new: dict[str, BaselineEntry] = {}
-    for key in sorted(wanted):
-        found = work.open(key)
+    for key in sorted(to_record):
+        stats = run.open(key)
         # One that cannot be read is told of when it is judged.
-        known = attempt(partial(baselines.snapshot, reason=reason or "created"), found) if _is_open(found) else found
-        if isinstance(known, BaselineEntry):
-            new[key] = known
+        entry = (
+            attempt(partial(baselines.snapshot, reason=reason or "created"), stats) if _is_readable(stats) else stats
+        )
+        if isinstance(entry, BaselineEntry):
+            new[key] = entry
     if not new:
         return []
-    path = baselines.write(work.baseline, new)
-    work.baseline = Baseline(work.baseline.place, {**work.baseline.entries, **new}, work.baseline.path)
+    path = baselines.write(run.baseline, new)
+    run.baseline = Baseline(run.baseline.origin, {**run.baseline.entries, **new}, run.baseline.path)
     return [f"{path} has {len(new)} {'model' if len(new) == 1 else 'models'} as now."]
 
 
-def _is_open(found: LazyModelStats | PrunectlError) -> TypeGuard[LazyModelStats]:
-    return isinstance(found, LazyModelStats)
+def _is_readable(stats: LazyModelStats | PrunectlError) -> TypeGuard[LazyModelStats]:
+    return isinstance(stats, LazyModelStats)
 
 
-def _judge(work: _CheckRun, budget: Budget, key: str) -> None:
-    found = work.open(key)
-    if isinstance(found, PrunectlError):
-        work.unusable.append(CheckError(budget.name, work.name_of(key), budget.line, found))
+def _check_model(run: _CheckRun, budget: Budget, key: str) -> None:
+    stats = run.open(key)
+    if isinstance(stats, PrunectlError):
+        run.errors.append(CheckError(budget.name, run.name_of(key), budget.line, stats))
         return
-    for line, verdict in _layer_findings(work, budget, key):
-        said = attempt(verdict, found)
-        if isinstance(said, PrunectlError):
-            work.unusable.append(CheckError(budget.name, found.name, line, said))
+    for line, verdict in _budget_checks(run, budget, key):
+        outcome = attempt(verdict, stats)
+        if isinstance(outcome, PrunectlError):
+            run.errors.append(CheckError(budget.name, stats.name, line, outcome))
         else:
-            work.findings += said if isinstance(said, list) else [said]
+            run.findings += outcome if isinstance(outcome, list) else [outcome]
 
 
-def _layer_findings(work: _CheckRun, budget: Budget, key: str) -> Iterator[Verdict]:
+def _budget_checks(run: _CheckRun, budget: Budget, key: str) -> Iterator[BudgetCheck]:
     for limit in budget.limits:
-        yield limit.line, partial(of_model, budget=budget, limit=limit)
+        yield limit.line, partial(check_model_limit, budget=budget, limit=limit)
     for limit in budget.growth:
-        known = BaselineContext(work.baseline, key, work.budgets.on_missing)
-        yield limit.line, partial(growth, limit=limit, budget=budget, known=known)
+        context = BaselineContext(run.baseline, key, run.budgets.on_missing)
+        yield limit.line, partial(check_growth, limit=limit, budget=budget, context=context)
     if budget.pattern is not None:
         yield (
             budget.pattern.line,
-            partial(check_pattern, wanted=budget.pattern, budget=budget.name, message=budget.message),
+            partial(check_pattern, pattern=budget.pattern, budget=budget.name, message=budget.message),
         )
     if budget.keep_zeros is not None:
-        other = Path(work.name_of(budget.keep_zeros.value))
-        yield budget.keep_zeros.line, partial(check_zeros_kept, path=other, budget=budget, wanted=budget.keep_zeros)
+        reference = Path(run.name_of(budget.keep_zeros.value))
+        yield (
+            budget.keep_zeros.line,
+            partial(check_zeros_kept, path=reference, budget=budget, reference=budget.keep_zeros),
+        )
     if budget.drop is not None:
-        yield budget.drop.limit.line, partial(work.keeps_quality, drop=budget.drop, budget=budget)
+        yield budget.drop.limit.line, partial(run.check_accuracy, drop=budget.drop, budget=budget)
     for layer in budget.layers:
-        yield layer.line, partial(_of_layer, budget=budget, layer=layer)
+        yield layer.line, partial(_check_layer, budget=budget, layer=layer)
 
 
-def _of_layer(found: LazyModelStats, budget: Budget, layer: LayerBudget) -> list[Finding]:
-    chosen = {tensor.name for tensor in select_names(found.model, layer.selector)}
-    rows = [row for row in found.facts.layers if row.name in chosen]
+def _check_layer(stats: LazyModelStats, budget: Budget, layer: LayerBudget) -> list[Finding]:
+    chosen = {tensor.name for tensor in select_names(stats.model, layer.selector)}
+    rows = [row for row in stats.facts.layers if row.name in chosen]
     weights = [row for row in rows if row.is_prunable] or rows
-    findings = [of_tensor(found, row, limit, budget, layer) for limit in layer.limits for row in weights]
-    if (wanted := layer.pattern) is not None:
+    findings = [check_tensor_limit(stats, row, limit, budget, layer) for limit in layer.limits for row in weights]
+    if (pattern := layer.pattern) is not None:
         message = layer.message or budget.message
-        findings += [check_tensor_pattern(found, row.name, wanted, budget.name, message) for row in weights]
+        findings += [check_tensor_pattern(stats, row.name, pattern, budget.name, message) for row in weights]
     return findings

@@ -28,18 +28,18 @@ _TOKEN = re.compile(r'"""|\'\'\'|"(?:[^"\\]|\\.)*"|\'[^\']*\'|#.*|[\[\]{}]')
 class KeyLines:
     """Where keys stand."""
 
-    known: dict[KeyPath, int] = field(default_factory=dict)
+    lines: dict[KeyPath, int] = field(default_factory=dict)
 
     def of(self, *path: str | int) -> int:
         """Return the line of a key, or of the nearest one around it; counted from one."""
         for length in range(len(path), 0, -1):
-            if path[:length] in self.known:
-                return self.known[path[:length]]
+            if path[:length] in self.lines:
+                return self.lines[path[:length]]
         return 1
 
 
 @dataclass(slots=True)
-class _Value:
+class _ValueSpan:
     """How far a value reaches over the lines."""
 
     depth: int = 0
@@ -72,38 +72,38 @@ class _Value:
 
 def scan_keys(text: str) -> KeyLines:
     """Return where the keys of a TOML text stand, which is known to be TOML."""
-    found, around, value = KeyLines(), KeyPath(), _Value()
+    key_lines, table, value = KeyLines(), KeyPath(), _ValueSpan()
     counts: Counter[KeyPath] = Counter()
     for number, line in enumerate(text.splitlines(), 1):
         if value.is_open:
             value.take(line)
         elif match := _TABLES.match(line):
-            name = _inside(counts, _parts(match[1]))
-            around = (*name, counts[name])
+            name = _with_indices(counts, _parts(match[1]))
+            table = (*name, counts[name])
             counts[name] += 1
-            found.known.setdefault(name, number)
-            found.known[around] = number
+            key_lines.lines.setdefault(name, number)
+            key_lines.lines[table] = number
         elif match := _TABLE.match(line):
-            around = _inside(counts, _parts(match[1]))
-            found.known.setdefault(around, number)
+            table = _with_indices(counts, _parts(match[1]))
+            key_lines.lines.setdefault(table, number)
         elif match := _PAIR.match(line):
-            path = (*around, *_parts(match[1]))
-            for length in range(len(around) + 1, len(path) + 1):
-                found.known.setdefault(path[:length], number)
+            path = (*table, *_parts(match[1]))
+            for length in range(len(table) + 1, len(path) + 1):
+                key_lines.lines.setdefault(path[:length], number)
             value.take(line[match.end() :])
-    return found
+    return key_lines
 
 
 def _parts(text: str) -> KeyPath:
     return tuple(part[1:-1] if part[0] in "\"'" else part for part in _PARTS.findall(text))
 
 
-def _inside(counts: Counter[KeyPath], name: KeyPath) -> KeyPath:
+def _with_indices(counts: Counter[KeyPath], name: KeyPath) -> KeyPath:
     """Return a path with the number of the last table wherever it goes through an array of them."""
     path: KeyPath = ()
-    for at, part in enumerate(name):
+    for depth, part in enumerate(name):
         path = (*path, part)
-        if at < len(name) - 1 and path in counts:
+        if depth < len(name) - 1 and path in counts:
             path = (*path, counts[path] - 1)
     return path
 
@@ -125,20 +125,20 @@ class ConfigFile:
         """Return the line of a key in the table."""
         return self.lines.of(*self.prefix, *path)
 
-    def place(self, *path: str | int) -> str:
+    def location(self, *path: str | int) -> str:
         """Return file and line of a key, as compilers write them."""
         return f"{os.path.relpath(self.path)}:{self.line(*path)}"
 
 
 def find_config(folder: Path) -> ConfigFile:
     """Return the table of budgets in the nearest folder upwards that has one."""
-    for place in (folder, *folder.parents):
-        if (place / OWN).is_file():
-            return load_config(place / OWN)
-        if (place / SHARED).is_file():
-            found = load_config(place / SHARED, is_shared=True)
-            if found.table:
-                return found
+    for candidate in (folder, *folder.parents):
+        if (candidate / OWN).is_file():
+            return load_config(candidate / OWN)
+        if (candidate / SHARED).is_file():
+            config = load_config(candidate / SHARED, is_shared=True)
+            if config.table:
+                return config
     raise UsageError(
         f"there is no {OWN} in {folder} or above it, nor a {SHARED} with [tool.prunectl]",
         hint="prunectl init writes one, with limits a little above what the models are now",
@@ -149,14 +149,14 @@ def load_config(path: Path, *, is_shared: bool | None = None) -> ConfigFile:
     """Return the table of budgets in a file."""
     try:
         text = path.read_text(encoding="utf-8")
-        whole = tomllib.loads(text)
+        document = tomllib.loads(text)
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist", hint="prunectl init writes one") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not TOML: {error}") from error
     if not (path.name == SHARED if is_shared is None else is_shared):
-        return ConfigFile(path, whole, (), scan_keys(text))
-    tool = whole.get("tool", {})
+        return ConfigFile(path, document, (), scan_keys(text))
+    tool = document.get("tool", {})
     table = tool.get("prunectl", {}) if isinstance(tool, dict) else {}
     if not isinstance(table, dict):
         raise UsageError(f"{path}: tool.prunectl is not a table")

@@ -6,12 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-import numpy as np
-
 from prunectl.analysis.sizes import CodecName, get_codec, measure
 from prunectl.analysis.stats import ModelStats, TensorStats
-from prunectl.analysis.tensor_io import ProgressFactory, no_progress, nonzero_mask
-from prunectl.checks.matching import Pair, TensorView, bitwise_differs, iter_paired_chunks, pairing
+from prunectl.analysis.tensor_io import ProgressFactory, no_progress
+from prunectl.checks.matching import Pair, TensorView, count_changes, match_tensors
 from prunectl.checks.parse import Limit, Words
 from prunectl.checks.rules import Finding, evaluate_limit
 from prunectl.checks.schema import MetricUnit
@@ -26,13 +24,13 @@ class TensorDiff:
 
     new: TensorStats | None
     old: TensorStats | None
-    how: str = ""
+    match_kind: str = ""
     """Why the two are taken for the same."""
     changed: int | None = None
     """Elements that are not what they were; unknown where the shape is another."""
-    gained: int | None = None
+    zeros_added: int | None = None
     """Zeros that were none."""
-    lost: int | None = None
+    zeros_lost: int | None = None
     """Zeros that are none any more."""
 
     @property
@@ -80,32 +78,28 @@ class ModelDiff:
         return (self.new.bytes.compressed or 0) - (self.old.bytes.compressed or 0)
 
 
-def difference(new: ModelFile, old: ModelFile, meter: ProgressFactory = no_progress) -> ModelDiff:
+def diff_models(new: ModelFile, old: ModelFile, meter: ProgressFactory = no_progress) -> ModelDiff:
     """Return what became of every tensor; two pieces of numbers are in memory at a time where they lie flat."""
     codec = get_codec(CodecName.GZIP, None)
     now, then = measure(new, codec, meter), measure(old, codec, meter)
     rows, were = ({row.name: row for row in survey.layers} for survey in (now, then))
-    found = pairing(new.tensors, old.tensors)
+    matched = match_tensors(new.tensors, old.tensors)
     changes = {}
-    with meter("comparing", sum(pair.new.nbytes for pair in found.pairs)) as bar:
-        for pair in found.pairs:
-            changes[pair.new.name] = _change(new, old, pair, rows[pair.new.name], were[pair.old.name])
+    with meter("comparing", sum(pair.new.nbytes for pair in matched.pairs)) as bar:
+        for pair in matched.pairs:
+            changes[pair.new.name] = _tensor_diff(new, old, pair, rows[pair.new.name], were[pair.old.name])
             bar.advance(pair.new.nbytes)
-    changes |= {tensor.name: TensorDiff(rows[tensor.name], None) for tensor in found.added}
+    changes |= {tensor.name: TensorDiff(rows[tensor.name], None) for tensor in matched.added}
     ordered = [changes[tensor.name] for tensor in new.tensors]
-    return ModelDiff(now, then, (*ordered, *(TensorDiff(None, were[tensor.name]) for tensor in found.gone)))
+    return ModelDiff(now, then, (*ordered, *(TensorDiff(None, were[tensor.name]) for tensor in matched.removed)))
 
 
-def _change(new: ModelFile, old: ModelFile, pair: Pair, row: TensorStats, was: TensorStats) -> TensorDiff:
+def _tensor_diff(new: ModelFile, old: ModelFile, pair: Pair, row: TensorStats, was: TensorStats) -> TensorDiff:
+    kind = str(pair.match_kind)
     if pair.axes is None and pair.new.shape != pair.old.shape:
-        return TensorDiff(row, was, str(pair.how))
-    changed = gained = lost = 0
-    for now, then in iter_paired_chunks(TensorView(new, pair.new), TensorView(old, pair.old, pair.axes)):
-        kept, had = nonzero_mask(now), nonzero_mask(then)
-        changed += int(np.count_nonzero(bitwise_differs(now, then)))
-        gained += int(np.count_nonzero(had & ~kept))
-        lost += int(np.count_nonzero(kept & ~had))
-    return TensorDiff(row, was, str(pair.how), changed, gained, lost)
+        return TensorDiff(row, was, kind)
+    counts = count_changes(TensorView(new, pair.new), TensorView(old, pair.old, pair.axes))
+    return TensorDiff(row, was, kind, counts.changed, counts.zeros_added, counts.zeros_lost)
 
 
 class DiffRule(StrEnum):
@@ -118,8 +112,8 @@ class DiffRule(StrEnum):
     CHANGED = "changed"
 
 
-_COUNTS: dict[DiffRule, tuple[str, Callable[[TensorDiff], int]]] = {
-    DiffRule.NONZERO: ("zeros_lost", lambda change: (change.lost or 0) if change.is_prunable else 0),
+_RULE_METRICS: dict[DiffRule, tuple[str, Callable[[TensorDiff], int]]] = {
+    DiffRule.NONZERO: ("zeros_lost", lambda change: (change.zeros_lost or 0) if change.is_prunable else 0),
     DiffRule.SHAPE: ("tensors", lambda change: int(change.is_needed and change.kind in {"added", "gone", "resized"})),
     DiffRule.DTYPE: ("tensors", lambda change: int(change.kind == "retyped")),
     DiffRule.CHANGED: ("elements_changed", lambda change: change.changed or 0),
@@ -130,51 +124,54 @@ _COUNTS: dict[DiffRule, tuple[str, Callable[[TensorDiff], int]]] = {
 class FailOn:
     """One thing that is forbidden."""
 
-    slip: DiffRule
+    rule: DiffRule
     limit: Limit
 
 
 def parse(text: str, words: Words) -> tuple[FailOn, ...]:
     """Return what a list with commas forbids."""
-    return tuple(_parsed(word.strip(), words) for word in text.split(",")) if text else ()
+    return tuple(_parse_rule(item.strip(), words) for item in text.split(",")) if text else ()
 
 
-def judge(found: ModelDiff, forbidden: tuple[FailOn, ...]) -> tuple[Finding, ...]:
+def judge(diff: ModelDiff, forbidden: tuple[FailOn, ...]) -> tuple[Finding, ...]:
     """Return a verdict for everything that is forbidden."""
-    return tuple(_growth(found, one) if one.slip is DiffRule.GROWTH else _counted(found, one) for one in forbidden)
+    return tuple(
+        _growth_finding(diff, rule) if rule.rule is DiffRule.GROWTH else _count_finding(diff, rule)
+        for rule in forbidden
+    )
 
 
-def _parsed(word: str, words: Words) -> FailOn:
-    name, sign, bound = word.partition(":")
+def _parse_rule(text: str, words: Words) -> FailOn:
+    name, sign, bound = text.partition(":")
     if name not in list(DiffRule):
         raise UsageError(
             f"{name!r} cannot be forbidden",
             did_you_mean=close_matches(name, list(DiffRule)),
             hint=f"known: {', '.join(DiffRule)}",
         )
-    slip = DiffRule(name)
-    if slip is not DiffRule.GROWTH:
+    rule = DiffRule(name)
+    if rule is not DiffRule.GROWTH:
         if sign:
             raise UsageError(f"{name} takes no limit", hint=f"write {name}")
-        return FailOn(slip, Limit(name, MetricUnit.COUNT, 1, fail=0))
+        return FailOn(rule, Limit(name, MetricUnit.COUNT, 1, fail=0))
     if not bound:
         raise UsageError("how much growth?", hint="write growth:2% or growth:10KB")
     if bound.endswith("%"):
-        return FailOn(slip, Limit(name, MetricUnit.RATIO, 1, fail=words.ratio(bound)))
-    return FailOn(slip, Limit(name, MetricUnit.BYTES, 1, fail=words.size(bound)))
+        return FailOn(rule, Limit(name, MetricUnit.RATIO, 1, fail=words.ratio(bound)))
+    return FailOn(rule, Limit(name, MetricUnit.BYTES, 1, fail=words.size(bound)))
 
 
-def _growth(found: ModelDiff, one: FailOn) -> Finding:
-    actual: float = found.growth
-    if one.limit.metric is MetricUnit.RATIO:
+def _growth_finding(diff: ModelDiff, rule: FailOn) -> Finding:
+    actual: float = diff.growth
+    if rule.limit.metric is MetricUnit.RATIO:
         # Compressed, no file is empty.
-        actual = found.growth / (found.old.bytes.compressed or 1)
-    return evaluate_limit(found.new.path, "bytes.compressed", actual, one.limit)
+        actual = diff.growth / (diff.old.bytes.compressed or 1)
+    return evaluate_limit(diff.new.path, "bytes.compressed", actual, rule.limit)
 
 
-def _counted(found: ModelDiff, one: FailOn) -> Finding:
-    metric, count = _COUNTS[one.slip]
-    counts = [(count(change), change.name) for change in found.changes]
+def _count_finding(diff: ModelDiff, rule: FailOn) -> Finding:
+    metric, count = _RULE_METRICS[rule.rule]
+    counts = [(count(change), change.name) for change in diff.changes]
     first = next((name for number, name in counts if number), "")
     note = f"{first} is the first." if first else ""
-    return evaluate_limit(found.new.path, metric, sum(number for number, _ in counts), one.limit, note=note)
+    return evaluate_limit(diff.new.path, metric, sum(number for number, _ in counts), rule.limit, note=note)

@@ -19,7 +19,7 @@ class LazyModelStats:
         self.model = model
         self.name = name
         """As the report calls it."""
-        self._patterned: dict[str, dict[str, TensorStats]] = {}
+        self._conforming: dict[str, dict[str, TensorStats]] = {}
 
     @cached_property
     def raw(self) -> int:
@@ -62,9 +62,9 @@ class LazyModelStats:
         """Each tensor, with the operations that use it."""
         return {row.name: row for row in self.operations.layers}
 
-    def patterned(self, pattern: str) -> dict[str, TensorStats]:
+    def conforming(self, pattern: str) -> dict[str, TensorStats]:
         """Return each tensor, with how much of it follows a pattern."""
-        if pattern not in self._patterned:
-            found = measure_stats(self.model, self.model.tensors, pattern=parse(pattern))
-            self._patterned[pattern] = {row.name: row for row in found.layers}
-        return self._patterned[pattern]
+        if pattern not in self._conforming:
+            stats = measure_stats(self.model, self.model.tensors, pattern=parse(pattern))
+            self._conforming[pattern] = {row.name: row for row in stats.layers}
+        return self._conforming[pattern]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.analysis.tensor_io import MAX_OVERLAP, is_contiguous, storage_numel
+from prunectl.analysis.tensor_io import MAX_OVERLAP, is_contiguous, nonzero_mask, storage_numel
 from prunectl.errors import InputError
 from prunectl.formats import extents
 from prunectl.formats.base import WEIGHTS, Array, ModelFile, Role, Tensor
@@ -37,38 +37,63 @@ class TensorView:
         if tensor.size > storage_numel(tensor) * MAX_OVERLAP:
             raise InputError(f"{self.model.path} is refused: {tensor.name} shows what it stores {tensor.size} times")
         if self.axes is None and is_contiguous(tensor):
-            yield from map(partial(_flat, tensor), range(0, tensor.size, length), _lengths(tensor.size, length))
+            yield from map(
+                partial(_read_flat, tensor), range(0, tensor.size, length), _chunk_lengths(tensor.size, length)
+            )
             return
-        whole = self.model.read(tensor)
-        flat = np.ascontiguousarray(whole if self.axes is None else whole.transpose(self.axes)).reshape(-1)
+        array = self.model.read(tensor)
+        flat = np.ascontiguousarray(array if self.axes is None else array.transpose(self.axes)).reshape(-1)
         for begin in range(0, flat.size, length):
             yield flat[begin : begin + length]
 
 
-def iter_paired_chunks(one: TensorView, other: TensorView) -> Iterator[tuple[Array, Array]]:
+def iter_paired_chunks(left: TensorView, right: TensorView) -> Iterator[tuple[Array, Array]]:
     """Yield pieces of both, the same elements at the same time."""
-    widest = max(one.tensor.dtype.itemsize, other.tensor.dtype.itemsize)
+    widest = max(left.tensor.dtype.itemsize, right.tensor.dtype.itemsize)
     length = max(extents.BLOCK_BYTES // widest, 1)
-    yield from zip(one.pieces(length), other.pieces(length), strict=True)
+    yield from zip(left.pieces(length), right.pieces(length), strict=True)
 
 
-def bitwise_differs(one: Array, other: Array) -> Any:
+@dataclass(frozen=True, slots=True)
+class ElementChanges:
+    """How many elements of a tensor differ from those of another, to the bit."""
+
+    changed: int = 0
+    kept_changed: int = 0
+    """Of those that are zero in neither."""
+    zeros_added: int = 0
+    zeros_lost: int = 0
+
+
+def count_changes(new: TensorView, old: TensorView) -> ElementChanges:
+    """Counts over a paired walk through two tensors of one shape."""
+    changed = kept_changed = zeros_added = zeros_lost = 0
+    for now, then in iter_paired_chunks(new, old):
+        kept, had, differs = nonzero_mask(now), nonzero_mask(then), bitwise_differs(now, then)
+        changed += int(np.count_nonzero(differs))
+        kept_changed += int(np.count_nonzero(kept & had & differs))
+        zeros_added += int(np.count_nonzero(had & ~kept))
+        zeros_lost += int(np.count_nonzero(kept & ~had))
+    return ElementChanges(changed, kept_changed, zeros_added, zeros_lost)
+
+
+def bitwise_differs(left: Array, right: Array) -> Any:
     """Mark elements that are not the same: to the bit within a type, else in the narrower of the two."""
-    if one.dtype != other.dtype:
-        narrow = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    if left.dtype != right.dtype:
+        narrow = min(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
         with np.errstate(over="ignore", invalid="ignore"):
-            one, other = one.astype(narrow), other.astype(narrow)
-    width = one.dtype.itemsize
+            left, right = left.astype(narrow), right.astype(narrow)
+    width = left.dtype.itemsize
     if width in _BITS:
-        return one.view(_BITS[width]) != other.view(_BITS[width])
-    return (one.view(np.uint8) != other.view(np.uint8)).reshape(-1, width).any(axis=1)
+        return left.view(_BITS[width]) != right.view(_BITS[width])
+    return (left.view(np.uint8) != right.view(np.uint8)).reshape(-1, width).any(axis=1)
 
 
-def _lengths(size: int, length: int) -> Iterator[int]:
+def _chunk_lengths(size: int, length: int) -> Iterator[int]:
     return (min(length, size - begin) for begin in range(0, size, length))
 
 
-def _flat(tensor: Tensor, begin: int, length: int) -> Array:
+def _read_flat(tensor: Tensor, begin: int, length: int) -> Array:
     extent = tensor.storage.extent
     assert extent is not None
     width = tensor.dtype.itemsize
@@ -79,7 +104,7 @@ def _flat(tensor: Tensor, begin: int, length: int) -> Array:
 
 _DEVICE = re.compile(r":\d+$")
 _SEPARATORS = re.compile(r"[./;:]")
-_PARTS = {
+_ROLE_ALIASES = {
     "gamma": "weight",
     "kernel": "weight",
     "embeddings": "weight",
@@ -105,7 +130,7 @@ class Pair:
 
     new: Tensor
     old: Tensor
-    how: MatchKind
+    match_kind: MatchKind
     axes: Axes = None
     """The order in which the old one has the axes of the new."""
 
@@ -116,44 +141,47 @@ class Pairing:
 
     pairs: tuple[Pair, ...]
     added: tuple[Tensor, ...]
-    gone: tuple[Tensor, ...]
+    removed: tuple[Tensor, ...]
 
 
-def pairing(new: Sequence[Tensor], old: Sequence[Tensor]) -> Pairing:
+def match_tensors(new: Sequence[Tensor], old: Sequence[Tensor]) -> Pairing:
     """Return which tensor was which: first those of one name, then what only one can be meant by."""
     was = {tensor.name: tensor for tensor in old}
-    found = {tensor.name: _named(tensor, was.pop(tensor.name)) for tensor in new if tensor.name in was}
-    rest = [tensor for tensor in new if tensor.name not in found]
+    pairs_by_name = {tensor.name: _pair_by_name(tensor, was.pop(tensor.name)) for tensor in new if tensor.name in was}
+    rest = [tensor for tensor in new if tensor.name not in pairs_by_name]
     # What all layers of a model share says nothing of any of them.
     candidates, originals = (
         _group_by_path_and_role(rest, _common_prefix_length(new)),
         _group_by_path_and_role(was.values(), _common_prefix_length(old)),
     )
-    for part, here in candidates.items():
-        there = originals.get(part, [])
-        if len(here) == len(there) == 1 and (pair := _alike(here[0], there[0])) is not None:
-            found[pair.new.name] = pair
+    for part, new_tensors in candidates.items():
+        old_tensors = originals.get(part, [])
+        if (
+            len(new_tensors) == len(old_tensors) == 1
+            and (pair := _pair_by_layer(new_tensors[0], old_tensors[0])) is not None
+        ):
+            pairs_by_name[pair.new.name] = pair
             del was[pair.old.name]
-    pairs = tuple(found[tensor.name] for tensor in new if tensor.name in found)
-    return Pairing(pairs, tuple(tensor for tensor in rest if tensor.name not in found), tuple(was.values()))
+    pairs = tuple(pairs_by_name[tensor.name] for tensor in new if tensor.name in pairs_by_name)
+    return Pairing(pairs, tuple(tensor for tensor in rest if tensor.name not in pairs_by_name), tuple(was.values()))
 
 
 def axis_permutation(new: Tensor, old: Tensor) -> Axes:
     """Return the order in which an old kernel has the axes of a new one; None where it cannot be known."""
-    theirs, ours = _canonical(old), _canonical(new)
+    theirs, ours = _canonical_axes(old), _canonical_axes(new)
     if theirs is None or ours is None:
         return None
     axes = tuple(theirs[ours.index(axis)] for axis in range(len(ours)))
     return axes if tuple(old.shape[axis] for axis in axes) == new.shape else None
 
 
-def _named(new: Tensor, old: Tensor) -> Pair:
+def _pair_by_name(new: Tensor, old: Tensor) -> Pair:
     """Return tensors of one name as a pair; their axes are moved only where their shapes say so, too."""
     axes = axis_permutation(new, old) if new.shape != old.shape and len(new.shape) == len(old.shape) else None
     return Pair(new, old, MatchKind.NAME, axes)
 
 
-def _alike(new: Tensor, old: Tensor) -> Pair | None:
+def _pair_by_layer(new: Tensor, old: Tensor) -> Pair | None:
     # The axes say more than the shape: a square kernel has the same shape either way.
     axes = axis_permutation(new, old) if len(new.shape) == len(old.shape) >= 2 else None
     if axes is not None and axes != tuple(range(len(axes))):
@@ -162,7 +190,7 @@ def _alike(new: Tensor, old: Tensor) -> Pair | None:
     return Pair(new, old, MatchKind.LAYER) if new.shape == old.shape and same_layout else None
 
 
-def _canonical(tensor: Tensor) -> tuple[int, ...] | None:
+def _canonical_axes(tensor: Tensor) -> tuple[int, ...] | None:
     """Return its axes with outputs first, inputs second, and the others in their order."""
     first, second = tensor.out_axis, tensor.inputs_axis
     if first is None or second is None or first == second:
@@ -171,11 +199,11 @@ def _canonical(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def _group_by_path_and_role(tensors: Iterable[Tensor], shared: int) -> dict[tuple[str, ...], list[Tensor]]:
-    found: defaultdict[tuple[str, ...], list[Tensor]] = defaultdict(list)
+    groups: defaultdict[tuple[str, ...], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         path = _path(tensor)
-        found[(_part(tensor), *(path[shared:] if tensor.role in WEIGHTS else path))].append(tensor)
-    return found
+        groups[(_role_key(tensor), *(path[shared:] if tensor.role in WEIGHTS else path))].append(tensor)
+    return groups
 
 
 def _common_prefix_length(tensors: Iterable[Tensor]) -> int:
@@ -192,9 +220,9 @@ def _path(tensor: Tensor) -> tuple[str, ...]:
     return tuple(filter(None, _SEPARATORS.split(tensor.layer.lower())))
 
 
-def _part(tensor: Tensor) -> str:
+def _role_key(tensor: Tensor) -> str:
     if tensor.role in {Role.KERNEL, Role.BIAS, Role.RECURRENT, Role.EMBEDDING}:
         # Not by its name, which a compiler may have made of several operations.
         return str(tensor.role)
     last = _SEPARATORS.split(_DEVICE.sub("", tensor.name).lower())[-1]
-    return f"{tensor.role} {_PARTS.get(last, last)}"
+    return f"{tensor.role} {_ROLE_ALIASES.get(last, last)}"

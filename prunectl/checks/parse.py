@@ -41,7 +41,7 @@ class Limit:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class LocatedValue:
     """Something that is kept or not, with nothing to count towards."""
 
     value: str
@@ -68,7 +68,7 @@ class LayerBudget:
     selector: str
     line: int
     limits: tuple[Limit, ...]
-    pattern: Wanted | None
+    pattern: LocatedValue | None
     message: str
 
 
@@ -82,8 +82,8 @@ class Budget:
     limits: tuple[Limit, ...]
     growth: tuple[Limit, ...]
     """In bytes or as a share, which the metric says; at most one of each."""
-    pattern: Wanted | None
-    keep_zeros: Wanted | None
+    pattern: LocatedValue | None
+    keep_zeros: LocatedValue | None
     drop: MaxDropRule | None
     layers: tuple[LayerBudget, ...]
     message: str
@@ -108,18 +108,18 @@ NAME = "max-drop"
 EXAMPLE = '{fail = "0.5pp", data = "test.npz", against = "dense.h5"}'
 
 
-def drop_of(table: dict[str, Any], line: int, batch_size: int | None) -> MaxDropRule:
+def parse_max_drop(table: dict[str, Any], line: int, batch_size: int | None) -> MaxDropRule:
     """Return what a table with known keys asks for."""
-    levels = {level: _level(table[level]) for level in LEVELS if level in table}
+    levels = {level: _drop_level(table[level]) for level in LEVELS if level in table}
     if not levels:
         raise UsageError("a drop has a level", hint=f"write {NAME} = {EXAMPLE}")
-    if len({one.is_points for one in levels.values()}) > 1:
+    if len({level.is_points for level in levels.values()}) > 1:
         raise UsageError("fail and warn are in different units", hint="write both in pp, or both as numbers")
     if len(levels) == len(LEVELS) and levels["warn"].amount > levels["fail"].amount:
         raise UsageError("it would fail before it warns")
     if batch_size is not None and batch_size < 1:
         raise UsageError("batch-size is at least 1")
-    metric = MetricUnit.POINTS if all(one.is_points for one in levels.values()) else MetricUnit.NUMBER
+    metric = MetricUnit.POINTS if all(level.is_points for level in levels.values()) else MetricUnit.NUMBER
     bounds = {level: levels[level].amount if level in levels else None for level in LEVELS}
     texts = {
         name.replace("-", "_"): table.get(name, "") for name in ("data", "against", "metric", "model", "custom-objects")
@@ -127,7 +127,7 @@ def drop_of(table: dict[str, Any], line: int, batch_size: int | None) -> MaxDrop
     return MaxDropRule(Limit(NAME, metric, line, **bounds), batch_size=batch_size or 32, **texts)
 
 
-def _level(value: Any) -> MaxDrop:
+def _drop_level(value: Any) -> MaxDrop:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise UsageError(f"{value!r} is no drop", hint='write "0.5pp" (percentage points), or 0.01 of a loss')
     return max_drop(str(value))
@@ -136,9 +136,9 @@ def _level(value: Any) -> MaxDrop:
 BASELINE = "prunectl-baseline.json"
 _METRICS = {ValueType.SIZE: MetricUnit.BYTES, ValueType.COUNT: MetricUnit.COUNT, ValueType.RATIO: MetricUnit.RATIO}
 _COUNT = re.compile(r"\d+(?:\.\d+)?\s*[kmgt]?", re.IGNORECASE)
-Place = tuple[str | int, ...]
-Said = TypeVar("Said")
-Understood = TypeVar("Understood")
+KeyPath = tuple[str | int, ...]
+Raw = TypeVar("Raw")
+Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,219 +149,220 @@ class Words:
     ratio: Callable[[str], float]
 
 
-def read(found: ConfigFile, words: Words) -> Budgets:
+def read(config: ConfigFile, words: Words) -> Budgets:
     """Return the budgets of a file."""
-    reading = _Reading(found, words)
-    reading.check(found.table, TOP, ())
-    top = found.table
+    parser = _BudgetParser(config, words)
+    parser.check(config.table, TOP, ())
+    top = config.table
     choice = top.get("on-missing", OnMissing.WARN)
     if choice not in list(OnMissing):
-        raise reading.slip(f"{choice!r} is not warn, fail or create", "on-missing")
-    tables = reading.tables(top, "budget", ())
+        raise parser.error(f"{choice!r} is not warn, fail or create", "on-missing")
+    tables = parser.tables(top, "budget", ())
     if not tables:
-        raise UsageError(f"{found.path} has no [[budget]]", hint="prunectl init writes some, in a file of their own")
-    budgets = tuple(reading.budget(table, ("budget", at)) for at, table in enumerate(tables))
-    return Budgets(found.path, reading.text(top, "baseline", ()) or BASELINE, OnMissing(choice), budgets)
+        raise UsageError(f"{config.path} has no [[budget]]", hint="prunectl init writes some, in a file of their own")
+    budgets = tuple(parser.budget(table, ("budget", index)) for index, table in enumerate(tables))
+    return Budgets(config.path, parser.text(top, "baseline", ()) or BASELINE, OnMissing(choice), budgets)
 
 
 @dataclass(frozen=True, slots=True)
-class _Reading:
-    found: ConfigFile
+class _BudgetParser:
+    config: ConfigFile
     words: Words
 
-    def slip(self, what: str, *place: str | int, **more: Any) -> UsageError:
-        return UsageError(f"{self.found.place(*place)}: {what}", **more)
+    def error(self, message: str, *path: str | int, **more: Any) -> UsageError:
+        return UsageError(f"{self.config.location(*path)}: {message}", **more)
 
-    def check(self, table: dict[str, Any], keys: tuple[KeySpec, ...], place: Place) -> None:
+    def check(self, table: dict[str, Any], keys: tuple[KeySpec, ...], path: KeyPath) -> None:
         """Refuse keys that are not known, and the lack of those that must be there."""
-        known = [key.name for key in keys]
+        names = [key.name for key in keys]
         for name in table:
-            if name not in known:
-                raise self.slip(
+            if name not in names:
+                raise self.error(
                     f"there is no key {name!r} here",
-                    *place,
+                    *path,
                     name,
-                    did_you_mean=close_matches(name, known),
-                    hint=f"keys: {', '.join(known)}",
+                    did_you_mean=close_matches(name, names),
+                    hint=f"keys: {', '.join(names)}",
                 )
         for key in keys:
             if key.is_required and key.name not in table:
-                raise self.slip(f"{key.name!r} is missing: {key.line[0].lower()}{key.line[1:]}", *place)
+                raise self.error(f"{key.name!r} is missing: {key.summary[0].lower()}{key.summary[1:]}", *path)
 
-    def tables(self, table: dict[str, Any], name: str, place: Place) -> list[dict[str, Any]]:
+    def tables(self, table: dict[str, Any], name: str, path: KeyPath) -> list[dict[str, Any]]:
         value = table.get(name, [])
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-            raise self.slip(f"{name} is a list of tables", *place, name, hint=f"write [[{name}]]")
+            raise self.error(f"{name} is a list of tables", *path, name, hint=f"write [[{name}]]")
         return value
 
-    def text(self, table: dict[str, Any], name: str, place: Place) -> str:
+    def text(self, table: dict[str, Any], name: str, path: KeyPath) -> str:
         value = table.get(name, "")
         if not isinstance(value, str) or (name in table and not value.strip()):
-            raise self.slip(f"{name} is a text, not {value!r}", *place, name)
+            raise self.error(f"{name} is a text, not {value!r}", *path, name)
         return value
 
-    def budget(self, table: dict[str, Any], place: Place) -> Budget:
-        self.check(table, BUDGET, place)
-        paths = self._paths(table["path"], (*place, "path"))
-        self._check_limits(table, BUDGET, place)
+    def budget(self, table: dict[str, Any], path: KeyPath) -> Budget:
+        self.check(table, BUDGET, path)
+        paths = self._paths(table["path"], (*path, "path"))
+        self._check_limits(table, BUDGET, path)
         return Budget(
-            name=self.text(table, "name", place) or ", ".join(paths),
-            line=self.found.line(*place),
+            name=self.text(table, "name", path) or ", ".join(paths),
+            line=self.config.line(*path),
             paths=paths,
-            limits=self._limits(table, BUDGET, place),
-            growth=self._growth(table, (*place, "max-growth")),
-            pattern=self._pattern(table, place),
-            keep_zeros=self._wanted(table, "keep-zeros", place),
-            drop=self._drop(table, (*place, NAME)),
+            limits=self._limits(table, BUDGET, path),
+            growth=self._growth(table, (*path, "max-growth")),
+            pattern=self._pattern(table, path),
+            keep_zeros=self._located(table, "keep-zeros", path),
+            drop=self._max_drop(table, (*path, NAME)),
             layers=tuple(
-                self._layer(layer, (*place, "layer", at)) for at, layer in enumerate(self.tables(table, "layer", place))
+                self._layer(layer, (*path, "layer", index))
+                for index, layer in enumerate(self.tables(table, "layer", path))
             ),
-            message=self.text(table, "message", place),
+            message=self.text(table, "message", path),
         )
 
-    def _layer(self, table: dict[str, Any], place: Place) -> LayerBudget:
-        self.check(table, LAYER, place)
-        self._check_limits(table, LAYER, place)
+    def _layer(self, table: dict[str, Any], path: KeyPath) -> LayerBudget:
+        self.check(table, LAYER, path)
+        self._check_limits(table, LAYER, path)
         return LayerBudget(
-            selector=self.text(table, "name", place),
-            line=self.found.line(*place),
-            limits=self._limits(table, LAYER, place),
-            pattern=self._pattern(table, place),
-            message=self.text(table, "message", place),
+            selector=self.text(table, "name", path),
+            line=self.config.line(*path),
+            limits=self._limits(table, LAYER, path),
+            pattern=self._pattern(table, path),
+            message=self.text(table, "message", path),
         )
 
-    def _check_limits(self, table: dict[str, Any], keys: tuple[KeySpec, ...], place: Place) -> None:
+    def _check_limits(self, table: dict[str, Any], keys: tuple[KeySpec, ...], path: KeyPath) -> None:
         """Refuse a budget that anything would keep to."""
         if not any(key.is_gate and key.name in table for key in keys):
-            raise self.slip("there is no limit in it", *place, hint="such as max-gzip = '400KB'")
+            raise self.error("there is no limit in it", *path, hint="such as max-gzip = '400KB'")
 
-    def _paths(self, value: Any, place: Place) -> tuple[str, ...]:
+    def _paths(self, value: Any, path: KeyPath) -> tuple[str, ...]:
         paths = value if isinstance(value, list) else [value]
         if not paths or not all(isinstance(path, str) and path for path in paths):
-            raise self.slip("path is a glob, or a list of them", *place)
+            raise self.error("path is a glob, or a list of them", *path)
         return tuple(paths)
 
-    def _wanted(self, table: dict[str, Any], name: str, place: Place) -> Wanted | None:
-        return Wanted(self.text(table, name, place), self.found.line(*place, name)) if name in table else None
+    def _located(self, table: dict[str, Any], name: str, path: KeyPath) -> LocatedValue | None:
+        return LocatedValue(self.text(table, name, path), self.config.line(*path, name)) if name in table else None
 
-    def _drop(self, table: dict[str, Any], spot: Place) -> MaxDropRule | None:
+    def _max_drop(self, table: dict[str, Any], path: KeyPath) -> MaxDropRule | None:
         if NAME not in table:
             return None
         inner = table[NAME]
         if not isinstance(inner, dict):
-            raise self.slip(f"{NAME} is a table", *spot, hint=f"write {NAME} = {EXAMPLE}")
-        self.check(inner, DROP, spot)
+            raise self.error(f"{NAME} is a table", *path, hint=f"write {NAME} = {EXAMPLE}")
+        self.check(inner, DROP, path)
         for key in DROP:
             if key.kind is ValueType.TEXT:
-                self.text(inner, key.name, spot)
+                self.text(inner, key.name, path)
         size = inner.get("batch-size")
-        number = int(self._number(size, ValueType.COUNT, (*spot, "batch-size"))) if size is not None else None
-        return self._understood(lambda it: drop_of(it, self.found.line(*spot), number), inner, spot)
+        number = int(self._number(size, ValueType.COUNT, (*path, "batch-size"))) if size is not None else None
+        return self._parse_value(lambda table: parse_max_drop(table, self.config.line(*path), number), inner, path)
 
-    def _pattern(self, table: dict[str, Any], place: Place) -> Wanted | None:
-        wanted = self._wanted(table, "min-nm", place)
-        if wanted is not None and not isinstance(self._understood(patterns.parse, wanted.value, place), NMPattern):
-            raise self.slip(f"{wanted.value!r} is not N:M", *place, "min-nm", hint='write min-nm = "2:4"')
-        return wanted
+    def _pattern(self, table: dict[str, Any], path: KeyPath) -> LocatedValue | None:
+        pattern = self._located(table, "min-nm", path)
+        if pattern is not None and not isinstance(self._parse_value(patterns.parse, pattern.value, path), NMPattern):
+            raise self.error(f"{pattern.value!r} is not N:M", *path, "min-nm", hint='write min-nm = "2:4"')
+        return pattern
 
-    def _limits(self, table: dict[str, Any], keys: tuple[KeySpec, ...], place: Place) -> tuple[Limit, ...]:
+    def _limits(self, table: dict[str, Any], keys: tuple[KeySpec, ...], path: KeyPath) -> tuple[Limit, ...]:
         return tuple(
-            Limit(key.name, _METRICS[key.kind], self.found.line(*place, key.name), **self._levels(table, key, place))
+            Limit(key.name, _METRICS[key.kind], self.config.line(*path, key.name), **self._levels(table, key, path))
             for key in keys
             if key.is_limit and key.kind in _METRICS and key.name in table
         )
 
-    def _levels(self, table: dict[str, Any], key: KeySpec, place: Place) -> dict[str, float | None]:
-        spot = (*place, key.name)
-        levels = self._by_level(table[key.name], spot)
-        numbers = {level: self._number(value, key.kind, spot) for level, value in levels.items()}
-        self._check_order(numbers, spot, is_floor=key.name.startswith("min-"))
+    def _levels(self, table: dict[str, Any], key: KeySpec, path: KeyPath) -> dict[str, float | None]:
+        path = (*path, key.name)
+        levels = self._by_level(table[key.name], path)
+        numbers = {level: self._number(value, key.kind, path) for level, value in levels.items()}
+        self._check_order(numbers, path, is_floor=key.name.startswith("min-"))
         return {level: numbers.get(level) for level in LEVELS}
 
-    def _by_level(self, value: Any, spot: Place) -> dict[str, Any]:
+    def _by_level(self, value: Any, path: KeyPath) -> dict[str, Any]:
         if not isinstance(value, dict):
             return {"fail": value}
         for level in value:
             if level not in LEVELS:
-                raise self.slip(
+                raise self.error(
                     f"there is no level {level!r}",
-                    *spot,
+                    *path,
                     level,
                     did_you_mean=close_matches(level, LEVELS),
                     hint="fail, warn",
                 )
         if not value:
-            raise self.slip("a limit has a level", *spot, hint='write {fail = "2%", warn = "0.5%"}')
+            raise self.error("a limit has a level", *path, hint='write {fail = "2%", warn = "0.5%"}')
         return value
 
-    def _check_order(self, numbers: dict[str, float], spot: Place, *, is_floor: bool) -> None:
+    def _check_order(self, numbers: dict[str, float], path: KeyPath, *, is_floor: bool) -> None:
         if (
             len(numbers) == len(LEVELS)
             and (numbers["warn"] < numbers["fail"]) is is_floor
             and len({*numbers.values()}) > 1
         ):
-            raise self.slip("it would fail before it warns", *spot)
+            raise self.error("it would fail before it warns", *path)
 
-    def _growth(self, table: dict[str, Any], spot: Place) -> tuple[Limit, ...]:
+    def _growth(self, table: dict[str, Any], path: KeyPath) -> tuple[Limit, ...]:
         """Return the limits on growth: the two levels may be a size and a share."""
         if "max-growth" not in table:
             return ()
-        levels = self._by_level(table["max-growth"], spot)
-        found: dict[MetricUnit, dict[str, float]] = {}
+        levels = self._by_level(table["max-growth"], path)
+        by_metric: dict[MetricUnit, dict[str, float]] = {}
         for level, value in levels.items():
             metric = (
                 MetricUnit.RATIO if isinstance(value, float) or str(value).rstrip().endswith("%") else MetricUnit.BYTES
             )
             kind = ValueType.RATIO if metric is MetricUnit.RATIO else ValueType.SIZE
-            found.setdefault(metric, {})[level] = self._number(value, kind, spot)
-        for numbers in found.values():
-            self._check_order(numbers, spot, is_floor=False)
-        line = self.found.line(*spot)
+            by_metric.setdefault(metric, {})[level] = self._number(value, kind, path)
+        for numbers in by_metric.values():
+            self._check_order(numbers, path, is_floor=False)
+        line = self.config.line(*path)
         return tuple(
             Limit("max-growth", metric, line, numbers.get("fail"), numbers.get("warn"))
-            for metric, numbers in found.items()
+            for metric, numbers in by_metric.items()
         )
 
-    def _number(self, value: Any, kind: ValueType, spot: Place) -> float:
+    def _number(self, value: Any, kind: ValueType, path: KeyPath) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float | str):
-            raise self.slip(f"{value!r} is not a {kind}", *spot)
+            raise self.error(f"{value!r} is not a {kind}", *path)
         if kind is ValueType.RATIO:
-            return self._understood(self.words.ratio, str(value), spot)
+            return self._parse_value(self.words.ratio, str(value), path)
         if isinstance(value, float) or (kind is ValueType.COUNT and not _COUNT.fullmatch(str(value).strip())):
-            raise self.slip(f"{value!r} is not a {kind}", *spot, hint="write 1000000 or '1M'")
-        return self._understood(self.words.size, str(value), spot)
+            raise self.error(f"{value!r} is not a {kind}", *path, hint="write 1000000 or '1M'")
+        return self._parse_value(self.words.size, str(value), path)
 
-    def _understood(self, parse: Callable[[Said], Understood], said: Said, spot: Place) -> Understood:
+    def _parse_value(self, parse: Callable[[Raw], Parsed], raw: Raw, path: KeyPath) -> Parsed:
         try:
-            return parse(said)
+            return parse(raw)
         except UsageError as error:
-            raise self.slip(error.message, *spot, hint=error.hint) from error
+            raise self.error(error.message, *path, hint=error.hint) from error
 
 
 def select_budgets(budgets: Budgets, names: list[str]) -> list[Budget]:
     """Return the budgets that names or globs mean; all of them if there are none."""
-    known = [budget.name for budget in budgets.budgets]
+    budget_names = [budget.name for budget in budgets.budgets]
     for name in names:
-        if not any(_matches(one, name) for one in known):
+        if not any(_matches(budget, name) for budget in budget_names):
             raise UsageError(
                 f"{budgets.path} has no budget {name!r}",
-                did_you_mean=close_matches(name, known),
-                hint=f"budgets: {', '.join(known)}",
+                did_you_mean=close_matches(name, budget_names),
+                hint=f"budgets: {', '.join(budget_names)}",
             )
-    return [one for one in budgets.budgets if not names or any(_matches(one.name, name) for name in names)]
+    return [budget for budget in budgets.budgets if not names or any(_matches(budget.name, name) for name in names)]
 
 
 def expand_globs(folder: Path, budget: Budget) -> tuple[list[str], list[str]]:
     """Return the paths that a budget is about, from a folder, and its globs that match nothing."""
-    found: dict[str, None] = {}
+    matches: dict[str, None] = {}
     empty = []
     for pattern in budget.paths:
         paths = sorted(glob.glob(pattern, root_dir=folder, recursive=True))
         # The prefix of a checkpoint is the name of no file.
         paths = paths or ([pattern] if resolve(folder / pattern).exists() else [])
-        found.update(dict.fromkeys(Path(path).as_posix() for path in paths))
+        matches.update(dict.fromkeys(Path(path).as_posix() for path in paths))
         empty += [] if paths else [pattern]
-    return list(found), empty
+    return list(matches), empty
 
 
 def _matches(budget: str, name: str) -> bool:

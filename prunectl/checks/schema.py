@@ -42,7 +42,7 @@ class KeySpec:
 
     name: str
     kind: ValueType
-    line: str
+    summary: str
     """What it is for, in one sentence."""
     is_limit: bool = False
     """Whether it can say no, and so takes `{fail = …, warn = …}` as well."""
@@ -143,8 +143,8 @@ _TYPES: dict[ValueType, Any] = {
 
 def schema() -> dict[str, Any]:
     """Return the schema of `prunectl.toml`, and of `[tool.prunectl]`."""
-    whole = _table(TOP, {"budget": _table(BUDGET, {"layer": _table(LAYER, {}), "max-drop": _table(DROP, {})})})
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Budgets of prunectl", **whole}
+    table = _table(TOP, {"budget": _table(BUDGET, {"layer": _table(LAYER, {}), "max-drop": _table(DROP, {})})})
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Budgets of prunectl", **table}
 
 
 def shipped() -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _table(keys: tuple[KeySpec, ...], inner: dict[str, Any]) -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         "required": [key.name for key in keys if key.is_required],
-        "properties": {key.name: {"description": key.line, **_type(key, inner)} for key in keys},
+        "properties": {key.name: {"description": key.summary, **_type(key, inner)} for key in keys},
     }
 
 

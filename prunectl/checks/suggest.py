@@ -30,16 +30,16 @@ class Proposal:
     min_sparsity: float | None
 
 
-def propose(found: LazyModelStats, key: str, margin: float) -> Proposal:
+def propose(stats: LazyModelStats, key: str, margin: float) -> Proposal:
     """Return limits that a model keeps, and that it breaks when it grows by more than the margin."""
     if not key.isprintable():
         raise InputError(f"{key!r} has a name that TOML cannot hold")
-    sparsity = found.zeros.prunable_sparsity or 0.0
+    sparsity = stats.zeros.prunable_sparsity or 0.0
     return Proposal(
         path=glob.escape(key),
-        max_raw=_above(found.raw, margin),
-        max_gzip=_above(found.gzip, margin),
-        max_params=_above(found.facts.params.total, margin),
+        max_raw=_rounded_up(stats.raw, margin),
+        max_gzip=_rounded_up(stats.gzip, margin),
+        max_params=_rounded_up(stats.facts.params.total, margin),
         # In whole percents, rounded down: what it has is enough.
         min_sparsity=math.floor(sparsity * 100) / 100 if sparsity >= _SPARSE else None,
     )
@@ -49,25 +49,25 @@ def as_toml(proposals: Iterable[Proposal], baseline: str) -> str:
     """Return the file of budgets."""
     lines = [
         "# Budgets of models: `prunectl check` holds them, exit code 1 says that one is over.",
-        f"baseline = {_text(baseline)}",
+        f"baseline = {_toml_string(baseline)}",
         'on-missing = "warn"',
     ]
-    for one in proposals:
-        lines += ["", "[[budget]]", f"path = {_text(one.path)}", f"max-raw = {one.max_raw}"]
-        lines += [f"max-gzip = {one.max_gzip}", f"max-params = {one.max_params}"]
-        lines += [f"min-sparsity = {one.min_sparsity}"] if one.min_sparsity is not None else []
+    for proposal in proposals:
+        lines += ["", "[[budget]]", f"path = {_toml_string(proposal.path)}", f"max-raw = {proposal.max_raw}"]
+        lines += [f"max-gzip = {proposal.max_gzip}", f"max-params = {proposal.max_params}"]
+        lines += [f"min-sparsity = {proposal.min_sparsity}"] if proposal.min_sparsity is not None else []
         lines.append('max-growth = {fail = "2%", warn = "0.5%"}')
     return "\n".join(lines) + "\n"
 
 
-def _above(value: int, margin: float) -> int:
+def _rounded_up(value: int, margin: float) -> int:
     """Return a number by so much bigger, rounded up to a few digits."""
-    wanted = math.ceil(value * (1 + margin))
-    step: int = 10 ** max(len(str(wanted)) - _DIGITS, 0)
-    return -(-wanted // step) * step
+    raised = math.ceil(value * (1 + margin))
+    step: int = 10 ** max(len(str(raised)) - _DIGITS, 0)
+    return -(-raised // step) * step
 
 
-def _text(value: str) -> str:
+def _toml_string(value: str) -> str:
     # A string of JSON is one of TOML, as long as letters stand for themselves.
     return json.dumps(value, ensure_ascii=False)
 
@@ -81,22 +81,22 @@ _NOT_OURS = frozenset({"node_modules", "__pycache__", "site-packages"})
 
 def discover_models(folder: Path) -> Iterator[Path]:
     """Yield files and folders that look like models, in the order of their names; hidden folders are left out."""
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if _is_open(Path(place, name)))
+    for directory, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if _is_searched(Path(directory, name)))
         if _SAVED_MODEL in files:
             # What lies in it is part of it.
             folders.clear()
-            yield Path(place)
+            yield Path(directory)
             continue
         is_sharded = any(name.endswith(_INDEX) for name in files)
         for name in sorted(files):
-            path = Path(place, name)
+            path = Path(directory, name)
             is_shard = is_sharded and path.suffix in _SHARDED
             if not name.startswith(".") and not is_shard and _is_model(path):
                 yield path
 
 
-def _is_open(folder: Path) -> bool:
+def _is_searched(folder: Path) -> bool:
     return not folder.name.startswith(".") and folder.name not in _NOT_OURS and not (folder / "pyvenv.cfg").exists()
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from prunectl.analysis import sizes
-from prunectl.analysis.tensor_io import ProgressFactory, count_zeros, no_progress, nonzero_mask
-from prunectl.checks.matching import TensorView, bitwise_differs, iter_paired_chunks
+from prunectl.analysis.tensor_io import ProgressFactory, count_zeros, no_progress
+from prunectl.checks.matching import ElementChanges, TensorView, count_changes
 from prunectl.checks.parse import Limit
 from prunectl.checks.rules import Finding, evaluate_limit
 from prunectl.checks.schema import MetricUnit
@@ -29,64 +27,46 @@ class Violation:
     note: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Tally:
-    """What is not as it must be in a tensor."""
-
-    other: int
-    """Kept weights that are not what they were, to the bit."""
-    lost: int
-    """Zeros that are none any more."""
-    gained: int
-
-
 def verify_source(
     model: ModelFile, source: ModelFile, cuts: Container[str] | None = None, meter: ProgressFactory = no_progress
 ) -> tuple[list[Violation], dict[str, int]]:
     """Return what differs, and the zeros added by tensor; with cuts, zeros may be added to these alone."""
     pairs = _pairs(model, source)
-    tallies = {}
+    changes: dict[str, ElementChanges] = {}
     with meter("comparing", sum(tensor.nbytes for tensor, _ in pairs)) as bar:
         for tensor, was in pairs:
-            tallies[tensor.name] = _tally(model, tensor, source, was)
+            changes[tensor.name] = count_changes(TensorView(model, tensor), TensorView(source, was))
             bar.advance(tensor.nbytes)
-    found = [
-        Violation("architecture", "differences", *_format_counts(list(_architecture(model, source)))),
-        Violation("kept-weights", "weights_changed", *_sum({name: one.other for name, one in tallies.items()})),
-        Violation("kept-zeros", "zeros_lost", *_sum({name: one.lost for name, one in tallies.items()})),
+    kept_changed = {name: counts.kept_changed for name, counts in changes.items()}
+    zeros_lost = {name: counts.zeros_lost for name, counts in changes.items()}
+    zeros_added = {name: counts.zeros_added for name, counts in changes.items()}
+    violations = [
+        Violation("architecture", "differences", *_format_counts(list(_architecture_differences(model, source)))),
+        Violation("kept-weights", "weights_changed", *_total_and_first(kept_changed)),
+        Violation("kept-zeros", "zeros_lost", *_total_and_first(zeros_lost)),
     ]
     if cuts is not None:
-        strange = {name: one.gained for name, one in tallies.items() if name not in cuts and name not in model.copies}
-        found.append(Violation("other-tensors", "zeros_gained", *_sum(strange)))
-    return found, {name: one.gained for name, one in tallies.items()}
+        unplanned = {name: n for name, n in zeros_added.items() if name not in cuts and name not in model.copies}
+        violations.append(Violation("other-tensors", "zeros_gained", *_total_and_first(unplanned)))
+    return violations, zeros_added
 
 
 def _pairs(model: ModelFile, source: ModelFile) -> list[tuple[Tensor, Tensor]]:
     was = {tensor.name: tensor for tensor in source.tensors}
     pairs = ((tensor, was.get(tensor.name)) for tensor in model.tensors)
-    return [(tensor, old) for tensor, old in pairs if old is not None and _kind(tensor) == _kind(old)]
+    return [(tensor, old) for tensor, old in pairs if old is not None and _signature(tensor) == _signature(old)]
 
 
-def _kind(tensor: Tensor) -> tuple[object, ...]:
+def _signature(tensor: Tensor) -> tuple[object, ...]:
     return tensor.shape, tensor.dtype
 
 
-def _tally(model: ModelFile, tensor: Tensor, source: ModelFile, was: Tensor) -> _Tally:
-    other = lost = gained = 0
-    for now, then in iter_paired_chunks(TensorView(model, tensor), TensorView(source, was)):
-        kept, had = nonzero_mask(now), nonzero_mask(then)
-        other += int(np.count_nonzero(kept & had & bitwise_differs(now, then)))
-        lost += int(np.count_nonzero(kept & ~had))
-        gained += int(np.count_nonzero(had & ~kept))
-    return _Tally(other, lost, gained)
-
-
-def _architecture(model: ModelFile, source: ModelFile) -> Iterator[str]:
+def _architecture_differences(model: ModelFile, source: ModelFile) -> Iterator[str]:
     """Yield what is built in another way."""
     if model.format != source.format:
         yield f"the format is {model.format}, and was {source.format}"
-    is_kind = {tensor.name: _kind(tensor) for tensor in model.tensors}
-    was_kind = {tensor.name: _kind(tensor) for tensor in source.tensors}
+    is_kind = {tensor.name: _signature(tensor) for tensor in model.tensors}
+    was_kind = {tensor.name: _signature(tensor) for tensor in source.tensors}
     for name in dict.fromkeys((*was_kind, *is_kind)):
         if name not in is_kind:
             yield f"{name} is gone"
@@ -98,8 +78,10 @@ def _architecture(model: ModelFile, source: ModelFile) -> Iterator[str]:
         yield "the configuration of Keras is another"
     if model.format == source.format and Capability.FLOPS & by_name(model.format).can:
         # A file without a graph has none before and after.
-        here, there = (attempt(load(by_name(one.format).graph), one) for one in (model, source))
-        if not (here == there or (isinstance(here, PrunectlError) and isinstance(there, PrunectlError))):
+        graph, source_graph = (attempt(load(by_name(side.format).graph), side) for side in (model, source))
+        if not (
+            graph == source_graph or (isinstance(graph, PrunectlError) and isinstance(source_graph, PrunectlError))
+        ):
             yield "the graph has other operations"
 
 
@@ -107,7 +89,7 @@ def _format_counts(differences: list[str]) -> tuple[int, str]:
     return len(differences), f"The first: {differences[0]}." if differences else ""
 
 
-def _sum(counts: dict[str, int]) -> tuple[int, str]:
+def _total_and_first(counts: dict[str, int]) -> tuple[int, str]:
     first = next((f"The first: {name} has {count}." for name, count in counts.items() if count), "")
     return sum(counts.values()), first
 
@@ -116,17 +98,17 @@ def verify(
     model: ModelFile, record: ManifestRecord | None, source: ModelFile | None, meter: ProgressFactory = no_progress
 ) -> tuple[Finding, ...]:
     """Return a verdict for everything that must hold; each counts what does not."""
-    held = list(_recorded(model, record)) if record is not None else []
+    violations = list(_check_record(model, record)) if record is not None else []
     if source is not None:
         cuts = {cut.name for cut in record.cuts} if record is not None else None
-        found, gained = verify_source(model, source, cuts, meter)
-        held += found
+        source_violations, zeros_added = verify_source(model, source, cuts, meter)
+        violations += source_violations
         if record is not None:
-            held += _run(source, record, gained)
-    return tuple(_finding(model, one) for one in held)
+            violations += _check_run(source, record, zeros_added)
+    return tuple(_finding(model, violation) for violation in violations)
 
 
-def _recorded(model: ModelFile, record: ManifestRecord) -> Iterator[Violation]:
+def _check_record(model: ModelFile, record: ManifestRecord) -> Iterator[Violation]:
     """Yield whether the bytes, the tensors and the zeros are those of the manifest."""
     tensors = {tensor.name: tensor for tensor in model.tensors}
     wrong = []
@@ -142,27 +124,27 @@ def _recorded(model: ModelFile, record: ManifestRecord) -> Iterator[Violation]:
     yield _digest("digest", model, record.output_sha256)
 
 
-def _run(source: ModelFile, record: ManifestRecord, gained: dict[str, int]) -> Iterator[Violation]:
+def _check_run(source: ModelFile, record: ManifestRecord, zeros_added: dict[str, int]) -> Iterator[Violation]:
     """Yield whether the run of the manifest leads from the source to the file."""
     yield _digest("source-digest", source, record.input_sha256)
-    if record.has_doomed:
+    if record.zeroed_nonfinite:
         return
-    wrong = [cut for cut in record.cuts if not _accounted_for(cut, gained)]
-    note = f"The first: {wrong[0].name} lost {gained.get(wrong[0].name, 0)} weights." if wrong else ""
+    wrong = [cut for cut in record.cuts if not _accounted_for(cut, zeros_added)]
+    note = f"The first: {wrong[0].name} lost {zeros_added.get(wrong[0].name, 0)} weights." if wrong else ""
     yield Violation("dropped", "tensors", len(wrong), note)
 
 
-def _accounted_for(cut: RecordedTensor, gained: dict[str, int]) -> bool:
+def _accounted_for(cut: RecordedTensor, zeros_added: dict[str, int]) -> bool:
     # A weight that was zero before may have been dropped as well.
-    return gained.get(cut.name, cut.dropped + 1) <= cut.dropped
+    return zeros_added.get(cut.name, cut.dropped + 1) <= cut.dropped
 
 
-def _digest(name: str, model: ModelFile, wanted: str) -> Violation:
-    found = sizes.sha256(model)
-    note = "" if found == wanted else f"{model.path.name} has {found[:12]}…, the manifest says {wanted[:12]}…"
-    return Violation(name, "sha256", int(found != wanted), note)
+def _digest(name: str, model: ModelFile, expected: str) -> Violation:
+    actual = sizes.sha256(model)
+    note = "" if actual == expected else f"{model.path.name} has {actual[:12]}…, the manifest says {expected[:12]}…"
+    return Violation(name, "sha256", int(actual != expected), note)
 
 
-def _finding(model: ModelFile, one: Violation) -> Finding:
-    limit = Limit(one.id, MetricUnit.COUNT, 1, fail=0)
-    return evaluate_limit(str(model.path), one.metric, one.actual, limit, note=one.note)
+def _finding(model: ModelFile, violation: Violation) -> Finding:
+    limit = Limit(violation.id, MetricUnit.COUNT, 1, fail=0)
+    return evaluate_limit(str(model.path), violation.metric, violation.actual, limit, note=violation.note)

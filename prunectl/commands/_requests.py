@@ -83,7 +83,7 @@ def open_destination(
         )
     else:
         with temporary_folder() as scratch:
-            yield Destination(scratch / f"standard-output{model.suffix}", is_stream=True)
+            yield Destination(scratch / f"standard-output{model.suffix}", to_stdout=True)
 
 
 def parse_parts(text: str) -> frozenset[StripPart]:

@@ -72,12 +72,12 @@ def tensor_names(arguments: Iterable[str]) -> list[Completion]:
 
 
 def _known(kind: str) -> Offers:
-    return lambda _: [Completion(choice.name, choice.line) for choice in choices(kind)]
+    return lambda _: [Completion(choice.name, choice.summary) for choice in choices(kind)]
 
 
 def _strategies(_: Iterable[str]) -> list[Completion]:
     named = {
-        choice.name: choice.line
+        choice.name: choice.summary
         for choice in (*choices("strategies"), *importlib.import_module("prunectl.channels.config").list_importances())
     }
     return [Completion(name, line) for name, line in named.items()]

@@ -10,7 +10,7 @@ import typer
 
 from prunectl.analysis.sparsity_map import sparsity_maps
 from prunectl.analysis.stats import TensorStats
-from prunectl.checks.diff import ModelDiff, TensorDiff, difference, judge, parse
+from prunectl.checks.diff import ModelDiff, TensorDiff, diff_models, judge, parse
 from prunectl.checks.parse import Words
 from prunectl.checks.rules import Finding
 from prunectl.commands._command import make_command, resolve_stdin
@@ -62,8 +62,8 @@ def _row(change: TensorDiff) -> tuple[Cell, ...]:
     size = row.params
     share = None if change.changed is None else change.changed / size if size else 0.0
     was = change.old.name if change.old is not None and change.old.name != change.name else ""
-    matched_by = change.how if change.old is not None and change.new is not None else ""
-    return (change.name, was, matched_by, change.kind, _shapes(change), share, change.gained, change.lost, row.sparsity)
+    matched_by = change.match_kind if change.old is not None and change.new is not None else ""
+    return (change.name, was, matched_by, change.kind, _shapes(change), share, change.zeros_added, change.zeros_lost, row.sparsity)
 
 
 def _shapes(change: TensorDiff) -> str:
@@ -78,7 +78,7 @@ def _shape(row: TensorStats) -> str:
 def _facts(model_diff: ModelDiff) -> tuple[tuple[str, str], ...]:
     kinds = Counter(change.kind for change in model_diff.changes)
     kinds_text = ", ".join(f"{count(number)} {kind}" for kind, number in kinds.most_common())
-    gained, lost = (sum(getattr(change, name) or 0 for change in model_diff.changes) for name in ("gained", "lost"))
+    gained, lost = (sum(getattr(change, name) or 0 for change in model_diff.changes) for name in ("zeros_added", "zeros_lost"))
     facts = [("tensors", kinds_text or "none"), ("zeros", f"{count(gained)} gained, {count(lost)} lost")]
     old = model_diff.old.bytes.compressed
     if old:
@@ -98,7 +98,7 @@ def _unmatched(model_diff: ModelDiff) -> tuple[str, ...]:
 
 
 def _json(change: TensorDiff) -> dict[str, Any]:
-    counts = {"how": change.how, "changed": change.changed, "gained": change.gained, "lost": change.lost}
+    counts = {"how": change.match_kind, "changed": change.changed, "gained": change.zeros_added, "lost": change.zeros_lost}
     return {"name": change.name, "kind": change.kind, "new": _tensor(change.new), "old": _tensor(change.old), **counts}
 
 
@@ -135,7 +135,7 @@ def diff(
         raise UsageError("standard input holds one model", hint="prunectl diff - OLD < NEW")
     with resolve_stdin(new) as new_path, resolve_stdin(old) as old_path:
         models = (open_model(new_path), open_model(old_path))
-        model_diff = difference(*models, reporter.progress)
+        model_diff = diff_models(*models, reporter.progress)
         # Only a page has pictures.
         pairs = (
             zip((new, old), models, (model_diff.new, model_diff.old), strict=True) if reporter.html is not None else ()

@@ -22,7 +22,7 @@ from prunectl.formats.scratch import temporary_folder
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import BATCH_SIZE, SAMPLES, PruneRequest, parse_pattern
-from prunectl.pruning.strip import surveyed
+from prunectl.pruning.strip import stats_for_report
 from prunectl.reporting.max_drop import max_drop_report, with_search
 from prunectl.reporting.progress import TrainingProgress
 from prunectl.reporting.report import Report
@@ -173,14 +173,14 @@ def within(ctx: typer.Context, asked: FinetuneRequest) -> Callable[[Path, Destin
         model = open_model(path)
         outputs.check(model, place)
         # As it is now: in place, the result takes its place.
-        before = replace(surveyed(model), path=said["model"])
+        before = replace(stats_for_report(model), path=said["model"])
         tried = Path(said["tried"]) if said["tried"] else None
         searched = Search(
             way, limit, asked, make, journal_key(asked.choices, _NOT_IN_SEARCH.__contains__), _files(asked)
         )
         with run_search(path, searched, tried, reporter) as held:
             _adopt(model, open_model(held.path), place)
-        after = replace(surveyed(open_model(_written(model, place))), path=str(place.target))
+        after = replace(stats_for_report(open_model(_written(model, place))), path=str(place.target))
         remarks = () if asked.val or asked.val_split else (_itself(asked),)
         return max_drop_report(held, (before, after), said["model"], str(place.target), remarks)
 

@@ -26,7 +26,7 @@ from prunectl.formats.registry import by_name, open_model
 from prunectl.formats.scratch import temporary_folder
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import BIG_BYTES, Destination
-from prunectl.pruning.strip import strip, surveyed
+from prunectl.pruning.strip import strip, stats_for_report
 from prunectl.training import user_code
 
 
@@ -116,13 +116,13 @@ def check(request: ExportRequest, target: Target, output: Destination) -> None:
             raise UsageError(f"{option} takes a number that is not negative, and not {value:g}")
     if not request.data and request.samples is not None and request.is_int8:
         raise UsageError("--int8 with --samples needs examples", hint="add --data SPEC")
-    if request.has_code and output.is_stream:
+    if request.has_code and output.to_stdout:
         raise UsageError("--code writes a second file, which does not fit through standard output", hint="say -o OUT")
 
 
 def check_destination(model: ModelFile, output: Destination, target: Target, companions: Iterable[Path]) -> None:
     """Refuse to write over the input, or over anything else unless the user said so."""
-    if output.is_stream:
+    if output.to_stdout:
         if target.name == "saved-model":
             raise UsageError("a SavedModel is a folder, and does not fit through standard output")
         return
@@ -139,7 +139,7 @@ def check_destination(model: ModelFile, output: Destination, target: Target, com
 def measure(path: Path, target: Target) -> ModelStats:
     """Statistics of a file that was written."""
     if target.name != "npz":
-        return surveyed(open_model(path))
+        return stats_for_report(open_model(path))
     model = _npz(path)
     stats = measure_stats(model, model.tensors, has_channels=False)
     if model.nbytes > BIG_BYTES:
@@ -177,7 +177,7 @@ def naming_original(path: Path, copy: Path) -> Generator[None]:
 
 def export(path: Path, request: ExportRequest, output: Destination) -> ExportResult:
     """Write a model in another format, whole or not at all, and only if it computes what its source does."""
-    if output.is_stream and not request.to:
+    if output.to_stdout and not request.to:
         raise UsageError("standard output has no suffix that names a format", hint="say it: --to onnx")
     target = target_of(request.to, output.target)
     request = replace(request, to=target.name)
@@ -202,13 +202,13 @@ def export(path: Path, request: ExportRequest, output: Destination) -> ExportRes
         with naming_original(path, plain.path):
             job = _export_job(plain, request, route, scratch)
             notes = load(route, route.writer)(job, written)
-        if output.is_stream and len(list(folder.iterdir())) > 1:
+        if output.to_stdout and len(list(folder.iterdir())) > 1:
             raise WorkError(f"{path} becomes more than one file, which does not fit through standard output")
         if request.is_packed or request.is_sparse:
             _pack(written, folder, target)
         with naming_original(path, plain.path):
             comparison = _comparison(job, route, written)
-        before, after = surveyed(model), replace(measure(written, target), path=str(output.target))
+        before, after = stats_for_report(model), replace(measure(written, target), path=str(output.target))
         all_notes = (*stripped, *_notes(job), *notes, *_note_lost_zeros(before, after))
         result = ExportResult(
             before,

@@ -20,19 +20,19 @@ class Choice:
     kind: str
     name: str
     source: str
-    line: str
+    summary: str
 
 
 def choices(kind: str = "") -> tuple[Choice, ...]:
     """Return all names of a kind, or of all kinds."""
-    found = [*_strategies(), *_schedules(), *_policies(), *_formats()]
+    listed = [*_strategies(), *_schedules(), *_policies(), *_formats()]
     for plural, singular in _KINDS.items():
-        found += [Choice(plural, name, package, "") for name, package in installed(singular).items()]
-    return tuple(choice for choice in found if not kind or choice.kind == kind)
+        listed += [Choice(plural, name, package, "") for name, package in installed(singular).items()]
+    return tuple(choice for choice in listed if not kind or choice.kind == kind)
 
 
 def _strategies() -> list[Choice]:
-    return [Choice("strategies", one.name, "built in", one.line) for one in STRATEGIES]
+    return [Choice("strategies", strategy.name, "built in", strategy.summary) for strategy in STRATEGIES]
 
 
 def _schedules() -> list[Choice]:
@@ -41,7 +41,7 @@ def _schedules() -> list[Choice]:
 
 def _policies() -> list[Choice]:
     own = Choice("policies", f"{MIN_SIZE}N", "built in", "what policy default takes, if it has N weights or more")
-    return [*(Choice("policies", one.name, "built in", one.line) for one in POLICIES), own]
+    return [*(Choice("policies", policy.name, "built in", policy.summary) for policy in POLICIES), own]
 
 
 def _formats() -> list[Choice]:

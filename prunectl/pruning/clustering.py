@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from prunectl.analysis.tensor_io import nonzero_mask
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array
-from prunectl.pruning.hashing import fnv1a, mixed
+from prunectl.pruning.hashing import fnv1a, splitmix64
 from prunectl.pruning.threshold import Mask
 
 MAX_CLUSTERS = 1 << 16
@@ -56,7 +56,7 @@ class Clustering:
 def parse(text: str) -> Clustering:
     """Return what `16` or `16:kmeans++` asks for."""
     number, sign, start = text.partition(":")
-    starts = [str(one) for one in Start]
+    starts = [str(member) for member in Start]
     if (sign and start not in starts) or not (number.isascii() and number.isdecimal()):
         raise UsageError(f"{text!r} is no number of clusters", hint=f"16, or 16:START with {', '.join(starts)}")
     if not 2 <= int(number) <= MAX_CLUSTERS:
@@ -64,47 +64,47 @@ def parse(text: str) -> Clustering:
     return Clustering(int(number), Start(start) if sign else Start.LINEAR)
 
 
-def clustered(make: Callable[[], Blocks], asked: Clustering, name: str, seed: int) -> Blocks:
+def clustered(make: Callable[[], Blocks], clustering: Clustering, name: str, seed: int) -> Blocks:
     """Yield the blocks of a tensor with every weight that is kept replaced by the centroid nearest to it."""
     kept: list[Array] = []
     size = 0
     for block, _ in make():
         size += block.size
-        kept.append(block[_movable(block)])
+        kept.append(block[_is_clustered(block)])
     values = np.sort(np.concatenate(kept).astype(np.float64)) if kept else np.empty(0)
     if not values.size:
         yield from make()
         return
-    stored = kept[0].dtype
+    dtype = kept[0].dtype
     del kept
-    chance = _uniform(asked.count, f"{seed}/{name}/clusters")
-    book = codebook(values, asked, chance, has_zeros=values.size < size, stored=stored)
-    codes = book.astype(stored)
+    uniform = _uniform_numbers(clustering.count, f"{seed}/{name}/clusters")
+    book = codebook(values, clustering, uniform, has_zeros=values.size < size, dtype=dtype)
+    codes = book.astype(dtype)
     for block, dropped in make():
-        movable = _movable(block)
-        found = block.copy(order="C")
-        found[movable] = codes[nearest(block[movable].astype(np.float64), book)]
-        yield found, dropped
+        is_clustered = _is_clustered(block)
+        result = block.copy(order="C")
+        result[is_clustered] = codes[nearest(block[is_clustered].astype(np.float64), book)]
+        yield result, dropped
 
 
 def codebook(
     values: Wide,
-    asked: Clustering,
-    chance: Wide,
+    clustering: Clustering,
+    uniform: Wide,
     *,
     has_zeros: bool,
-    stored: np.dtype[Any],
+    dtype: np.dtype[Any],
     iterations: int = MAX_ITERATIONS,
 ) -> Wide:
     """Return the centroids of sorted weights in rising order, none of them zero as it is stored.
 
     Chance is a number from 0 to 1 for each centroid, for those that begin at random.
     """
-    count = asked.count - has_zeros
+    count = clustering.count - has_zeros
     distinct = np.unique(values)
     if distinct.size <= count:
         return distinct
-    centroids = np.sort(first(values, asked, chance, has_zeros=has_zeros))
+    centroids = np.sort(initial_centroids(values, clustering, uniform, has_zeros=has_zeros))
     sums = np.concatenate(([0.0], np.cumsum(values)))
     bounds = _bounds(values, centroids)
     for _ in range(iterations):
@@ -116,17 +116,17 @@ def codebook(
         if np.array_equal(moved, bounds):
             break
         bounds = moved
-    return _without_zero(values, centroids, bounds, stored)
+    return _move_off_zero(values, centroids, bounds, dtype)
 
 
-def first(values: Wide, asked: Clustering, chance: Wide, *, has_zeros: bool) -> Wide:
+def initial_centroids(values: Wide, clustering: Clustering, uniform: Wide, *, has_zeros: bool) -> Wide:
     """Return the first centroids, as tfmot has them: beside a zero, negative and positive weights get their share."""
-    start = _STARTS[asked.start]
+    start = _STARTS[clustering.start]
     if not has_zeros:
-        return start(values, chance, _GAP)
+        return start(values, uniform, _GAP)
     negative, positive = values[values < 0], values[values > 0]
-    below = round((asked.count - 1) * negative.size / values.size)
-    parts = ((negative, chance[:below]), (positive, chance[below:-1]))
+    below = round((clustering.count - 1) * negative.size / values.size)
+    parts = ((negative, uniform[:below]), (positive, uniform[below:-1]))
     return np.concatenate([start(part, own, _gap(part)) for part, own in parts if part.size and own.size])
 
 
@@ -135,10 +135,10 @@ def nearest(values: Wide, centroids: Wide) -> NDArray[np.intp]:
     return np.searchsorted((centroids[:-1] + centroids[1:]) / 2, values, side="left")
 
 
-def _movable(block: Array) -> Mask:
+def _is_clustered(block: Array) -> Mask:
     """Mark what is kept and is a number: zeros stay zeros, and NaN and infinity what they are."""
-    found: Mask = nonzero_mask(block) & np.isfinite(block)
-    return found
+    mask: Mask = nonzero_mask(block) & np.isfinite(block)
+    return mask
 
 
 def _bounds(values: Wide, centroids: Wide) -> NDArray[np.intp]:
@@ -147,34 +147,34 @@ def _bounds(values: Wide, centroids: Wide) -> NDArray[np.intp]:
     return np.concatenate(([0], inner, [values.size]))
 
 
-def _without_zero(values: Wide, centroids: Wide, bounds: NDArray[np.intp], stored: np.dtype[Any]) -> Wide:
+def _move_off_zero(values: Wide, centroids: Wide, bounds: NDArray[np.intp], dtype: np.dtype[Any]) -> Wide:
     """Move a centroid that is zero to its smallest weight: what was kept stays kept."""
-    for at in np.flatnonzero(centroids.astype(stored).astype(np.float64) == 0):
-        own = values[bounds[at] : bounds[at + 1]]
+    for cluster in np.flatnonzero(centroids.astype(dtype).astype(np.float64) == 0):
+        own = values[bounds[cluster] : bounds[cluster + 1]]
         if own.size:
-            centroids[at] = own[np.argmin(np.abs(own))]
+            centroids[cluster] = own[np.argmin(np.abs(own))]
     return centroids
 
 
-def _uniform(count: int, key: str) -> Wide:
+def _uniform_numbers(count: int, key: str) -> Wide:
     """Return numbers from 0 up to 1 that only a key decides, on any machine and with any NumPy."""
-    found = mixed(np.arange(count, dtype=np.uint64) + np.uint64(fnv1a(key)))
-    return (found >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    bits = splitmix64(np.arange(count, dtype=np.uint64) + np.uint64(fnv1a(key)))
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _linear(values: Wide, chance: Wide, _: float) -> Wide:
-    return np.linspace(values[0], values[-1], chance.size)
+def _linear(values: Wide, uniform: Wide, _: float) -> Wide:
+    return np.linspace(values[0], values[-1], uniform.size)
 
 
-def _random(values: Wide, chance: Wide, _: float) -> Wide:
-    return np.asarray(values[0] + (values[-1] - values[0]) * chance)
+def _random(values: Wide, uniform: Wide, _: float) -> Wide:
+    return np.asarray(values[0] + (values[-1] - values[0]) * uniform)
 
 
-def _by_density(values: Wide, chance: Wide, gap: float) -> Wide:
+def _by_density(values: Wide, uniform: Wide, gap: float) -> Wide:
     grid = np.linspace(values[0] - gap, values[-1] + gap, _GRID)
     shares = np.searchsorted(values, grid, side="right") / values.size
-    places = np.searchsorted(shares, np.linspace(_LEAST_SHARE, 1, chance.size), side="right")
-    return np.asarray(grid[np.minimum(places, _GRID - 1)])
+    indices = np.searchsorted(shares, np.linspace(_LEAST_SHARE, 1, uniform.size), side="right")
+    return np.asarray(grid[np.minimum(indices, _GRID - 1)])
 
 
 def _gap(values: Wide) -> float:
@@ -182,16 +182,16 @@ def _gap(values: Wide) -> float:
     return float(min(_GAP, *np.abs(values[[0, -1]]) / 2)) if values.size else _GAP
 
 
-def _plus_plus(values: Wide, chance: Wide, _: float) -> Wide:
-    found = np.empty(chance.size)
-    found[0] = values[int(chance[0] * values.size)]
-    distances = np.square(values - found[0])
-    for at in range(1, chance.size):
+def _plus_plus(values: Wide, uniform: Wide, _: float) -> Wide:
+    centroids = np.empty(uniform.size)
+    centroids[0] = values[int(uniform[0] * values.size)]
+    distances = np.square(values - centroids[0])
+    for index in range(1, uniform.size):
         shares = np.cumsum(distances)
-        drawn = np.searchsorted(shares, chance[at] * shares[-1], side="right")
-        found[at] = values[min(drawn, values.size - 1)]
-        np.minimum(distances, np.square(values - found[at]), out=distances)
-    return found
+        drawn = np.searchsorted(shares, uniform[index] * shares[-1], side="right")
+        centroids[index] = values[min(drawn, values.size - 1)]
+        np.minimum(distances, np.square(values - centroids[index]), out=distances)
+    return centroids
 
 
 _STARTS: Mapping[Start, Callable[[Wide, Wide, float], Wide]] = {

@@ -30,38 +30,39 @@ class Destination:
     target: Path
     is_forced: bool = False
     is_in_place: bool = False
-    is_stream: bool = False
+    to_stdout: bool = False
     """Whether it is sent on from there as one run of bytes."""
 
 
 def check(model: ModelFile, output: Destination | None) -> None:
     """Refuse an output that may not be written, before any work begins."""
     if output is not None:
-        if not (output.is_stream or output.is_in_place):
+        if not (output.to_stdout or output.is_in_place):
             _check_name(model, output.target)
         atomic.check_target(model, output.target, is_forced=output.is_forced, is_in_place=output.is_in_place)
 
 
 def _check_name(model: ModelFile, target: Path) -> None:
     """Refuse a name that promises another format than the one that is kept."""
-    suffix, own = target.suffix.lower(), by_name(model.format)
-    if suffix in {model.path.suffix.lower(), *own.suffixes, *_ANYTHING}:
+    suffix, format_row = target.suffix.lower(), by_name(model.format)
+    if suffix in {model.path.suffix.lower(), *format_row.suffixes, *_ANYTHING}:
         return
-    others = [other for other in FORMATS if suffix in other.suffixes]
+    rows = [row for row in FORMATS if suffix in row.suffixes]
+    own_suffix = model.path.suffix or format_row.suffixes[0]
     # A .pth.tar may be a PyTorch file of any age.
-    if others and not any(set(other.suffixes) & set(own.suffixes) for other in others):
+    if rows and not any(set(row.suffixes) & set(format_row.suffixes) for row in rows):
         raise UsageError(
-            f"{target} is named as {others[0].title}, but {model.path} keeps its format: {own.title}",
-            hint=f"end it in {model.path.suffix or own.suffixes[0] or 'nothing'}; `prunectl export` changes formats",
+            f"{target} is named as {rows[0].title}, but {model.path} keeps its format: {format_row.title}",
+            hint=f"end it in {own_suffix or 'nothing'}; `prunectl export` changes formats",
         )
 
 
 def staged_paths(model: ModelFile, folder: Path, target: Path) -> dict[Path, Path]:
     """Return where in a folder each file of a model is to be written, its own folder made."""
-    found = {source: folder / name for source, name in atomic.targets(model, target).items()}
-    for place in found.values():
-        place.parent.mkdir(parents=True, exist_ok=True)
-    return found
+    staged = {source: folder / name for source, name in atomic.targets(model, target).items()}
+    for path in staged.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return staged
 
 
 def pack(written: Path, folder: Path) -> None:
@@ -79,7 +80,7 @@ def staging_dir(model: ModelFile, output: Destination | None) -> Generator[tuple
         with scratch.temporary_folder() as folder:
             yield folder, folder / model.path.name
     else:
-        if output.is_stream and (model.path.is_dir() or len(model.files) > 1):
+        if output.to_stdout and (model.path.is_dir() or len(model.files) > 1):
             raise UsageError(f"{model.path} is more than one file, and does not fit through standard output")
         # In place is where the file itself lies: not a link to it, nor the folder or the prefix that it was named by.
         target = model.path.resolve() if output.is_in_place else output.target

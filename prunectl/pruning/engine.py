@@ -46,7 +46,7 @@ class PruningMethod:
     not_finite: NonFinitePolicy = NonFinitePolicy.ERROR
     pattern: NMPattern | BlockPattern | None = None
     pool: Pooling = Pooling.AVG
-    solver: Solver | None = None
+    weight_updater: WeightUpdater | None = None
     """What makes new numbers where zeros alone will not do."""
     clustering: Clustering | None = None
     """How many distinct values what stays of each tensor is brought to."""
@@ -62,49 +62,49 @@ class TensorCounts:
 
 def execute(model: ModelFile, plan: Plan, method: PruningMethod, targets: dict[Path, Path]) -> dict[str, TensorCounts]:
     """Write the pruned copy, and return what is in it by tensor."""
-    tallies = {cut.tensor.name: TensorCounts() for cut in plan.cuts}
-    if method.solver is not None:
-        solution = method.solver(model, plan, method)
+    counts = {cut.tensor.name: TensorCounts() for cut in plan.cuts}
+    if method.weight_updater is not None:
+        solution = method.weight_updater(model, plan, method)
     else:
         solution = PrunedTensors(pruned_blocks(model, plan, method, next(iter(targets.values())).parent))
-    made = dict(zip(tallies, solution.made, strict=True))
+    makers = dict(zip(counts, solution.blocks, strict=True))
     if method.clustering is not None:
-        made = {name: partial(clustered, make, method.clustering, name, method.seed) for name, make in made.items()}
+        makers = {name: partial(clustered, make, method.clustering, name, method.seed) for name, make in makers.items()}
     rewrites = [
-        TensorUpdate(cut.tensor, partial(_count_zeros, made[cut.tensor.name], tallies[cut.tensor.name]))
+        TensorUpdate(cut.tensor, partial(_count_zeros, makers[cut.tensor.name], counts[cut.tensor.name]))
         for cut in plan.cuts
     ]
     # What the file holds once more is written once more, from the same numbers.
     rewrites += [
-        TensorUpdate(tensor, partial(_count_zeros, made[model.copies[tensor.name]], TensorCounts()))
+        TensorUpdate(tensor, partial(_count_zeros, makers[model.copies[tensor.name]], TensorCounts()))
         for tensor in model.tensors
-        if model.copies.get(tensor.name) in made
+        if model.copies.get(tensor.name) in makers
     ]
     rewrites += [
-        TensorUpdate(tensor, partial(_to_storage, tensor, solution.others[name]))
+        TensorUpdate(tensor, partial(_to_storage, tensor, solution.updated[name]))
         for tensor in model.tensors
-        if (name := model.copies.get(tensor.name, tensor.name)) in solution.others
+        if (name := model.copies.get(tensor.name, tensor.name)) in solution.updated
     ]
     load(by_name(model.format).writer)(model, targets, rewrites)
     if not isinstance(method.pattern, BlockPattern) and method.not_finite is not NonFinitePolicy.ZERO:
-        dropped = sum(tally.dropped for tally in tallies.values())
+        dropped = sum(count.dropped for count in counts.values())
         if dropped != plan.drop:
             raise WorkError(f"{dropped} weights of {model.path} were dropped instead of {plan.drop}")
-    return tallies
+    return counts
 
 
-def verify(model: ModelFile, found: ModelFile, tallies: dict[str, TensorCounts], *, has_channels: bool) -> ModelStats:
+def verify(model: ModelFile, written: ModelFile, counts: dict[str, TensorCounts], *, has_channels: bool) -> ModelStats:
     """Hold what was written against the input and the counts, and return what is in it."""
     # Not in their order: what was packed meanwhile may be listed behind the rest.
-    if {(tensor.name, tensor.shape, tensor.dtype) for tensor in found.tensors} != {
+    if {(tensor.name, tensor.shape, tensor.dtype) for tensor in written.tensors} != {
         (tensor.name, tensor.shape, tensor.dtype) for tensor in model.tensors
     }:
         raise WorkError(f"{model.path} came out with other tensors than it had")
-    seen = measure_stats(found, found.tensors, has_channels=has_channels)
-    for row in seen.layers:
-        if row.name in tallies and row.zeros != tallies[row.name].zeros:
+    stats = measure_stats(written, written.tensors, has_channels=has_channels)
+    for row in stats.layers:
+        if row.name in counts and row.zeros != counts[row.name].zeros:
             raise WorkError(f"{row.name} of {model.path} came out with another number of zeros than planned")
-    return seen
+    return stats
 
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -116,22 +116,22 @@ Pruned = Iterator[tuple[Array, Mask]]
 class PrunedTensors:
     """What becomes of the tensors of a plan, and of others with them."""
 
-    made: Sequence[Callable[[], Pruned]]
-    others: Mapping[str, Array] = field(default_factory=dict)
+    blocks: Sequence[Callable[[], Pruned]]
+    updated: Mapping[str, Array] = field(default_factory=dict)
 
 
-Solver = Callable[[ModelFile, Plan, PruningMethod], PrunedTensors]
+WeightUpdater = Callable[[ModelFile, Plan, PruningMethod], PrunedTensors]
 
 
 def _to_storage(tensor: Tensor, value: Array) -> Iterator[Array]:
     yield from iter_blocks(in_storage_order(tensor, value.astype(tensor.dtype, copy=False)))
 
 
-def _count_zeros(make: Callable[[], Pruned], tally: TensorCounts) -> Iterator[Array]:
-    tally.dropped = tally.zeros = 0
+def _count_zeros(make: Callable[[], Pruned], counts: TensorCounts) -> Iterator[Array]:
+    counts.dropped = counts.zeros = 0
     for block, dropped in make():
-        tally.dropped += int(np.count_nonzero(dropped))
-        tally.zeros += block.size - int(np.count_nonzero(nonzero_mask(block)))
+        counts.dropped += int(np.count_nonzero(dropped))
+        counts.zeros += block.size - int(np.count_nonzero(nonzero_mask(block)))
         yield block
 
 
@@ -140,27 +140,30 @@ def pruned_blocks(
 ) -> Sequence[Callable[[], Pruned]]:
     """Return what prunes each tensor of the plan; scores that memory has no room for lie in the scratch folder."""
     if method.pattern is not None:
-        return [partial(_in_a_pattern, model, cut, method) for cut in plan.cuts]
+        return [partial(_pruned_in_pattern, model, cut, method) for cut in plan.cuts]
     joint = any(cut.drop is None for cut in plan.cuts)
     is_wide = joint and any(cut.tensor.dtype.itemsize == 8 for cut in plan.cuts)
-    scored = _Scored(model, method, plan, scratch, is_wide=is_wide, is_joint=joint)
+    scored = _TensorScores(model, method, plan, scratch, is_wide=is_wide, is_joint=joint)
     sources = [partial(scored.scores, cut.tensor) for cut in plan.cuts]
     if joint:
-        together = threshold(sources, plan.drop)
-        droppers = [partial(together.drops, number) for number in range(len(sources))]
+        joint_threshold = threshold(sources, plan.drop)
+        masker_makers = [partial(joint_threshold.masker, number) for number in range(len(sources))]
     else:
         # Each cut is found just before its tensor is written, while the tensor is still in the caches.
-        droppers = [partial(_per_tensor_threshold, source, cut) for source, cut in zip(sources, plan.cuts, strict=True)]
+        masker_makers = [
+            partial(_per_tensor_threshold, source, cut) for source, cut in zip(sources, plan.cuts, strict=True)
+        ]
     return [
-        partial(_unstructured, scored, cut.tensor, dropper) for cut, dropper in zip(plan.cuts, droppers, strict=True)
+        partial(_pruned_unstructured, scored, cut.tensor, masker)
+        for cut, masker in zip(plan.cuts, masker_makers, strict=True)
     ]
 
 
 def _per_tensor_threshold(source: Source, cut: TensorPlan) -> ThresholdMasker:
-    return threshold([source], cut.drop or 0).drops(0)
+    return threshold([source], cut.drop or 0).masker(0)
 
 
-class _Scored:
+class _TensorScores:
     """The scores of the tensors of a plan, as often as they are asked for.
 
     Scores of single weights are reckoned again each time, block by block. A strategy that sees a tensor whole scores
@@ -179,19 +182,19 @@ class _Scored:
     ) -> None:
         self.model = model
         self.method = method
-        self._is_wide = is_wide
-        self._is_joint = is_joint
+        self._needs_float64 = is_wide
+        self._is_global = is_joint
         self._decoded: dict[str, Array] = {}
         self._scratch = scratch
-        self._kept: dict[str, Array] = {}
-        self._kept_bytes = 0
+        self._cached: dict[str, Array] = {}
+        self._cached_bytes = 0
         # How often each tensor is still to be pruned: once, and once for each copy in the file.
         self._uses = {cut.tensor.name: 1 for cut in plan.cuts}
         for original in model.copies.values():
             if original in self._uses:
                 self._uses[original] += 1
         self._locks = {name: threading.Lock() for name in self._uses}
-        self._count = threading.Lock()
+        self._budget_lock = threading.Lock()
 
     def scores(self, tensor: Tensor) -> Iterator[Array]:
         """Yield the scores of a tensor that can be ranked, block by block in storage order."""
@@ -199,7 +202,7 @@ class _Scored:
             for _, scores in self._elementwise(tensor):
                 yield self._ranked(tensor, scores)[0]
         else:
-            for scores in _slices(self._whole(tensor)):
+            for scores in _iter_slices(self._all_scores(tensor)):
                 yield self._ranked(tensor, scores)[0]
 
     def blocks(self, tensor: Tensor) -> Iterator[tuple[Array, Array, Mask | None]]:
@@ -207,17 +210,17 @@ class _Scored:
         if self.method.strategy.is_elementwise:
             for block, scores in self._elementwise(tensor):
                 yield block, *self._ranked(tensor, scores)
-            self._let_go(tensor)
+            self._release(tensor)
             return
-        whole, begin = self._whole(tensor), 0
+        all_scores, begin = self._all_scores(tensor), 0
         for block in self._weights(tensor):
-            scores = whole[begin : begin + block.size].reshape(block.shape)
+            scores = all_scores[begin : begin + block.size].reshape(block.shape)
             yield block, *self._ranked(tensor, scores)
             begin += block.size
-        self._let_go(tensor)
+        self._release(tensor)
 
     def _ranked(self, tensor: Tensor, scores: Array) -> tuple[Array, Mask | None]:
-        wide = scores.astype(np.float64) if self._is_wide else scores
+        wide = scores.astype(np.float64) if self._needs_float64 else scores
         return rank_nonfinite(wide, self.method.not_finite, _label(self.model, tensor))
 
     def _elementwise(self, tensor: Tensor) -> Iterator[tuple[Array, Array]]:
@@ -235,7 +238,7 @@ class _Scored:
 
     def _read(self, tensor: Tensor) -> Array:
         """Return a tensor whole; what has to be decoded is decoded once, if one tensor is pruned after the other."""
-        if tensor.storage.extent is not None or self._is_joint:
+        if tensor.storage.extent is not None or self._is_global:
             return self.model.read(tensor)
         if tensor.name not in self._decoded:
             array = self.model.read(tensor).view()
@@ -244,23 +247,23 @@ class _Scored:
             self._decoded[tensor.name] = array
         return self._decoded[tensor.name]
 
-    def _whole(self, tensor: Tensor) -> Array:
+    def _all_scores(self, tensor: Tensor) -> Array:
         """Return all scores of a tensor in storage order, reckoned if they are not kept."""
         with self._locks[tensor.name]:
-            if tensor.name not in self._kept:
+            if tensor.name not in self._cached:
                 check_stopped()
-                place = BlockContext(tensor.name, 0, self.method.seed)
-                scores = self.method.strategy.score(self._read(tensor), place)
-                self._kept[tensor.name] = self._keep(in_storage_order(tensor, scores))
-            return self._kept[tensor.name]
+                context = BlockContext(tensor.name, 0, self.method.seed)
+                scores = self.method.strategy.score(self._read(tensor), context)
+                self._cached[tensor.name] = self._cache(in_storage_order(tensor, scores))
+            return self._cached[tensor.name]
 
-    def _keep(self, scores: Array) -> Array:
-        if self.method.strategy.is_known:
+    def _cache(self, scores: Array) -> Array:
+        if self.method.strategy.is_precomputed:
             return scores.reshape(-1)
-        with self._count:
-            is_full = self._kept_bytes + scores.nbytes > KEPT_BYTES
+        with self._budget_lock:
+            is_full = self._cached_bytes + scores.nbytes > KEPT_BYTES
             if not is_full:
-                self._kept_bytes += scores.nbytes
+                self._cached_bytes += scores.nbytes
         if not is_full:
             return np.ascontiguousarray(scores).reshape(-1)
         with tempfile.TemporaryFile(prefix="prunectl-", dir=self._scratch) as file:
@@ -269,19 +272,19 @@ class _Scored:
             file.flush()
             return np.memmap(file, scores.dtype, "r", shape=(scores.size,))
 
-    def _let_go(self, tensor: Tensor) -> None:
+    def _release(self, tensor: Tensor) -> None:
         """Forget scores that nothing more is pruned by."""
         with self._locks[tensor.name]:
             self._uses[tensor.name] -= 1
             if self._uses[tensor.name] <= 0:
                 self._decoded.pop(tensor.name, None)
-                gone = self._kept.pop(tensor.name, None)
-                if gone is not None and not (self.method.strategy.is_known or isinstance(gone, np.memmap)):
-                    with self._count:
-                        self._kept_bytes -= gone.nbytes
+                scores = self._cached.pop(tensor.name, None)
+                if scores is not None and not (self.method.strategy.is_precomputed or isinstance(scores, np.memmap)):
+                    with self._budget_lock:
+                        self._cached_bytes -= scores.nbytes
 
 
-def _slices(scores: Array) -> Iterator[Array]:
+def _iter_slices(scores: Array) -> Iterator[Array]:
     """Yield an array in one dimension block by block."""
     height = max(BLOCK_BYTES // scores.itemsize, 1)
     for begin in range(0, len(scores), height):
@@ -293,21 +296,21 @@ def _label(model: ModelFile, tensor: Tensor) -> str:
     return f"{model.path}: {tensor.name}"
 
 
-def _unstructured(scored: _Scored, tensor: Tensor, make_dropper: Callable[[], ThresholdMasker]) -> Pruned:
-    dropper = make_dropper()
-    for block, scores, doomed in scored.blocks(tensor):
-        dropped = dropper.mark(scores)
+def _pruned_unstructured(scored: _TensorScores, tensor: Tensor, make_masker: Callable[[], ThresholdMasker]) -> Pruned:
+    masker = make_masker()
+    for block, scores, zeroed in scored.blocks(tensor):
+        dropped = masker.mask(scores)
         check_pruned_nonfinite(scores, dropped, scored.method.not_finite, _label(scored.model, tensor))
-        yield _zeroed(block, dropped if doomed is None else dropped | doomed), dropped
+        yield _zero_pruned(block, dropped if zeroed is None else dropped | zeroed), dropped
 
 
-def _in_a_pattern(model: ModelFile, cut: TensorPlan, method: PruningMethod) -> Pruned:
+def _pruned_in_pattern(model: ModelFile, cut: TensorPlan, method: PruningMethod) -> Pruned:
     tensor, pattern = cut.tensor, method.pattern
     if isinstance(pattern, NMPattern) and tensor.strides is None and method.strategy.is_elementwise:
-        yield from _in_groups(model, tensor, method, pattern)
+        yield from _pruned_in_groups(model, tensor, method, pattern)
         return
     weights = model.read(tensor)
-    scores, doomed = rank_nonfinite(
+    scores, zeroed = rank_nonfinite(
         method.strategy.score(weights, BlockContext(tensor.name, 0, method.seed)),
         method.not_finite,
         _label(model, tensor),
@@ -321,25 +324,25 @@ def _in_a_pattern(model: ModelFile, cut: TensorPlan, method: PruningMethod) -> P
         size = (pattern.rows, pattern.columns)
         dropped = lowest_blocks(scores, tensor.out_axis, size, method.pool, (cut.drop or 0) / tensor.size)
     check_pruned_nonfinite(scores, dropped, method.not_finite, _label(model, tensor))
-    if doomed is not None:
-        dropped |= doomed
-    yield in_storage_order(tensor, _zeroed(weights, dropped)), dropped
+    if zeroed is not None:
+        dropped |= zeroed
+    yield in_storage_order(tensor, _zero_pruned(weights, dropped)), dropped
 
 
-def _in_groups(model: ModelFile, tensor: Tensor, method: PruningMethod, pattern: NMPattern) -> Pruned:
+def _pruned_in_groups(model: ModelFile, tensor: Tensor, method: PruningMethod, pattern: NMPattern) -> Pruned:
     """Prune slab by slab: a group never reaches from one slab into the next."""
     axis = tensor.inputs_axis
     assert axis is not None
     row = tensor.size // tensor.shape[0]
     for begin, slab in iter_slabs(model, tensor, pattern.group if axis == 0 else 1):
         scores = method.strategy.score(slab, BlockContext(tensor.name, begin * row, method.seed))
-        ranked, doomed = rank_nonfinite(scores, method.not_finite, _label(model, tensor))
+        ranked, zeroed = rank_nonfinite(scores, method.not_finite, _label(model, tensor))
         dropped = lowest_per_group(ranked, axis, pattern.zeros, pattern.group)
         check_pruned_nonfinite(ranked, dropped, method.not_finite, _label(model, tensor))
-        yield _zeroed(slab, dropped if doomed is None else dropped | doomed), dropped
+        yield _zero_pruned(slab, dropped if zeroed is None else dropped | zeroed), dropped
 
 
-def _zeroed(weights: Array, dropped: Mask) -> Array:
+def _zero_pruned(weights: Array, dropped: Mask) -> Array:
     """Return weights with some of them zero, the others bit for bit as they were."""
     kept = weights if weights.flags.writeable and weights.flags.c_contiguous else weights.copy(order="C")
     # Integers times one or zero: ten times as fast as writing where a mask says so, and NaN stays what it is.
@@ -348,41 +351,43 @@ def _zeroed(weights: Array, dropped: Mask) -> Array:
     return kept
 
 
-def with_model_scores(model: ModelFile, choice: Selection, method: PruningMethod) -> tuple[PruningMethod, Selection]:
+def with_model_scores(model: ModelFile, selection: Selection, method: PruningMethod) -> tuple[PruningMethod, Selection]:
     """Return a method that knows every score, and the tensors that have some."""
     strategy = method.strategy
     if strategy.score_all is None:
-        return method, choice
-    found = strategy.score_all({tensor.name: model.read(tensor) for tensor in choice.tensors})
-    known: Mapping[str, Array] = {name: scores for name, scores in found.items() if scores is not None}
-    if not known:
+        return method, selection
+    scored = strategy.score_all({tensor.name: model.read(tensor) for tensor in selection.tensors})
+    scores_by_name: Mapping[str, Array] = {name: scores for name, scores in scored.items() if scores is not None}
+    if not scores_by_name:
         raise UsageError(f"{strategy.name} leaves all of {model.path} alone")
 
-    def score(_: Array, place: BlockContext) -> Array:
-        return known[place.name]
+    def score(_: Array, context: BlockContext) -> Array:
+        return scores_by_name[context.name]
 
-    left_out = f"left alone by {strategy.name}"
-    skips = tuple(SkippedTensor(tensor.name, left_out) for tensor in choice.tensors if tensor.name not in known)
-    tensors = tuple(tensor for tensor in choice.tensors if tensor.name in known)
-    own = {name: sparsity for name, sparsity in choice.own.items() if name in known}
+    reason = f"left alone by {strategy.name}"
+    skips = tuple(
+        SkippedTensor(tensor.name, reason) for tensor in selection.tensors if tensor.name not in scores_by_name
+    )
+    tensors = tuple(tensor for tensor in selection.tensors if tensor.name in scores_by_name)
+    layer_ratios = {name: sparsity for name, sparsity in selection.layer_ratios.items() if name in scores_by_name}
     # In the shape of the tensor, and therefore whole.
     own_method = replace(
-        method, strategy=replace(strategy, score=score, score_all=None, is_elementwise=False, is_known=True)
+        method, strategy=replace(strategy, score=score, score_all=None, is_elementwise=False, is_precomputed=True)
     )
-    return own_method, Selection(tensors, (*choice.skips, *skips), own)
+    return own_method, Selection(tensors, (*selection.skips, *skips), layer_ratios)
 
 
 def keep_masks(
-    model: ModelFile, plan: Plan, method: PruningMethod, choice: Selection, weights: Mapping[str, Array]
+    model: ModelFile, plan: Plan, method: PruningMethod, selection: Selection, weights: Mapping[str, Array]
 ) -> dict[str, Mask]:
     """Return for each tensor of a plan which of its weights stay."""
-    held = replace(model, decode=lambda tensor: weights[tensor.name])
+    in_memory = replace(model, decode=lambda tensor: weights[tensor.name])
     cuts = tuple(TensorPlan(_memory_tensor(cut.tensor, weights[cut.tensor.name]), cut.drop) for cut in plan.cuts)
-    method, _ = with_model_scores(held, replace(choice, tensors=tuple(cut.tensor for cut in cuts)), method)
-    made = pruned_blocks(held, replace(plan, cuts=cuts), method)
+    method, _ = with_model_scores(in_memory, replace(selection, tensors=tuple(cut.tensor for cut in cuts)), method)
+    makers = pruned_blocks(in_memory, replace(plan, cuts=cuts), method)
     masks = {}
-    for cut, make in zip(cuts, made, strict=True):
-        dropped = [np.array(gone).reshape(-1) for _, gone in make()]
+    for cut, make in zip(cuts, makers, strict=True):
+        dropped = [np.array(pruned).reshape(-1) for _, pruned in make()]
         masks[cut.tensor.name] = ~np.concatenate(dropped).reshape(cut.tensor.shape)
     return masks
 

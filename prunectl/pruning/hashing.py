@@ -9,23 +9,23 @@ from numpy.typing import NDArray
 
 
 @overload
-def mixed(numbers: int) -> int: ...
+def splitmix64(numbers: int) -> int: ...
 @overload
-def mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
-def mixed(numbers: int | NDArray[np.uint64]) -> int | NDArray[np.uint64]:
+def splitmix64(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
+def splitmix64(numbers: int | NDArray[np.uint64]) -> int | NDArray[np.uint64]:
     """Return each number's splitmix64, in which every bit depends on every bit."""
     if isinstance(numbers, int):
-        return int(mixed(np.array([numbers], np.uint64))[0])
+        return int(splitmix64(np.array([numbers], np.uint64))[0])
     with np.errstate(over="ignore"):
-        found = numbers * np.uint64(0x9E3779B97F4A7C15)
-        found = (found ^ (found >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        found = (found ^ (found >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return found ^ (found >> np.uint64(31))
+        bits = numbers * np.uint64(0x9E3779B97F4A7C15)
+        bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
 
 
 def fnv1a(text: str) -> int:
     """Return the FNV-1a hash of a text, in 62 bits to leave room for indices."""
-    found = 0xCBF29CE484222325
+    digest = 0xCBF29CE484222325
     for byte in text.encode():
-        found = (found ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
-    return found >> 2
+        digest = (digest ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+    return digest >> 2

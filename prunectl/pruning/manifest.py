@@ -26,60 +26,60 @@ _END_BYTES = 512
 """Keys are sorted: of a manifest, `schema` is one of the last."""
 
 
-def check(path: Path, taken: Iterable[Path], *, is_forced: bool) -> None:
+def check(path: Path, reserved: Iterable[Path], *, is_forced: bool) -> None:
     """Refuse a place where no manifest can be written, or where something else is, before any work begins."""
     if not path.absolute().parent.is_dir():
         raise UsageError(f"{path.parent} is not a folder", hint=f"mkdir -p {path.parent}")
-    is_there = os.path.lexists(path)
-    if (is_there and not path.is_file()) or path.resolve() in {other.resolve() for other in taken}:
+    exists = os.path.lexists(path)
+    if (exists and not path.is_file()) or path.resolve() in {path_in_use.resolve() for path_in_use in reserved}:
         raise UsageError(f"{path} is no place for a manifest", hint="--manifest run.json")
-    if is_there and not is_forced and not _is_ours(path):
+    if exists and not is_forced and not _is_ours(path):
         raise UsageError(
             f"{path} exists, and is no manifest of prunectl", hint="write elsewhere, or replace it with --force"
         )
 
 
-def write(path: Path, found: Pruned) -> None:
+def write(path: Path, pruned: Pruned) -> None:
     """Write the manifest of a run that has hashed what it read and what it wrote."""
-    whole = {
+    document = {
         "schema": SCHEMA,
         "tool": {"name": "prunectl", "version": __version__},
-        "request": asdict(found.request),
-        "sparsity": found.sparsity,
-        "input": {"format": found.before.format, "sha256": found.before.sha256},
-        "output": {"format": found.after.format, "sha256": found.after.sha256},
+        "request": asdict(pruned.request),
+        "sparsity": pruned.sparsity,
+        "input": {"format": pruned.before.format, "sha256": pruned.before.sha256},
+        "output": {"format": pruned.after.format, "sha256": pruned.after.sha256},
         "cuts": [
             {
                 "name": cut.tensor.name,
                 "shape": list(cut.tensor.shape),
-                "dropped": found.tallies[cut.tensor.name].dropped,
-                "zeros": found.tallies[cut.tensor.name].zeros,
+                "dropped": pruned.tallies[cut.tensor.name].dropped,
+                "zeros": pruned.tallies[cut.tensor.name].zeros,
             }
-            for cut in found.plan.cuts
+            for cut in pruned.plan.cuts
         ],
     }
-    write_json(path, whole)
+    write_json(path, document)
 
 
-def write_json(path: Path, whole: Mapping[str, Any]) -> None:
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a manifest, whole or not at all."""
-    write_text(path, json.dumps(whole, indent=2, sort_keys=True) + "\n", is_forced=True)
+    write_text(path, json.dumps(document, indent=2, sort_keys=True) + "\n", is_forced=True)
 
 
 def read(path: Path, *, is_trusted: bool = False) -> PruneRequest:
     """Return the request in a manifest; what it names as code is not imported unless the user said so."""
     if not path.is_file():
         raise InputError(f"{path} does not exist")
-    said = read_object(path, "it").get("request")
-    if not isinstance(said, dict):
+    fields = read_object(path, "it").get("request")
+    if not isinstance(fields, dict):
         raise InputError(f"{path} is JSON, but not a manifest of prunectl: it has no request")
-    request = from_json(said)
+    request = from_json(fields)
     if not is_trusted:
-        check_untrusted(_code_in(request), str(path))
+        check_untrusted(_code_specs(request), str(path))
     return request
 
 
-def _code_in(request: PruneRequest) -> tuple[str, ...]:
+def _code_specs(request: PruneRequest) -> tuple[str, ...]:
     """Every choice that may mean `package.module:name` or `./file.py:name`."""
     policy = "" if request.policy.startswith(MIN_SIZE) else request.policy
     data = "" if _RANDOM_DATA.match(request.data) else request.data
@@ -113,7 +113,7 @@ class ManifestRecord:
     input_sha256: str
     output_sha256: str
     cuts: tuple[RecordedTensor, ...]
-    has_doomed: bool
+    zeroed_nonfinite: bool
     """Whether NaN became zero beside what was dropped."""
 
 
@@ -121,16 +121,20 @@ def read_record(path: Path) -> ManifestRecord:
     """Return what a manifest says of its run."""
     if not path.is_file():
         raise InputError(f"{path} does not exist")
-    whole = read_object(path, "it")
-    if whole.get("schema") != SCHEMA:
+    document = read_object(path, "it")
+    if document.get("schema") != SCHEMA:
         raise InputError(f"{path} is JSON, but not a manifest of prunectl", hint="prunectl prune … --manifest FILE")
     try:
-        doomed = whole["request"].get("nan") == "zero"
-        cuts = tuple(map(_cut, whole["cuts"]))
-        return ManifestRecord(path, str(whole["input"]["sha256"]), str(whole["output"]["sha256"]), cuts, doomed)
+        zeroed_nonfinite = document["request"].get("nan") == "zero"
+        cuts = tuple(map(_recorded_tensor, document["cuts"]))
+        return ManifestRecord(
+            path, str(document["input"]["sha256"]), str(document["output"]["sha256"]), cuts, zeroed_nonfinite
+        )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged: it does not say what was cut") from error
 
 
-def _cut(said: dict[str, Any]) -> RecordedTensor:
-    return RecordedTensor(str(said["name"]), tuple(map(int, said["shape"])), int(said["dropped"]), int(said["zeros"]))
+def _recorded_tensor(fields: dict[str, Any]) -> RecordedTensor:
+    return RecordedTensor(
+        str(fields["name"]), tuple(map(int, fields["shape"])), int(fields["dropped"]), int(fields["zeros"])
+    )

@@ -28,26 +28,26 @@ def lowest_per_group(scores: Array, axis: int, zeros: int, group: int) -> Mask:
     moved = np.moveaxis(scores, axis, -1)
     missing = -moved.shape[-1] % group
     padded = np.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, missing)], constant_values=-1)
-    whole = _lowest(padded.reshape(-1, group), zeros).reshape(padded.shape)[..., : moved.shape[-1]]
-    return np.ascontiguousarray(np.moveaxis(whole, -1, axis))
+    mask = _lowest(padded.reshape(-1, group), zeros).reshape(padded.shape)[..., : moved.shape[-1]]
+    return np.ascontiguousarray(np.moveaxis(mask, -1, axis))
 
 
 def _lowest(groups: Array, count: int) -> Mask:
     """Mark the lowest scores of each row, ties from the left."""
-    dropped = np.zeros(groups.shape, np.bool_)
+    pruned = np.zeros(groups.shape, np.bool_)
     if groups.shape[1] > _FEW:
         order = np.argsort(groups, axis=1, kind="stable")[:, :count]
-        np.put_along_axis(dropped, order, values=True, axis=1)
-        return dropped
+        np.put_along_axis(pruned, order, values=True, axis=1)
+        return pruned
     # How many go before each: for groups as small as these, comparing all pairs is faster than sorting.
     columns = np.ascontiguousarray(groups.T)
-    for at, column in enumerate(columns):
+    for index, column in enumerate(columns):
         before = np.zeros(len(groups), np.uint8)
-        for other, score in enumerate(columns):
-            if other != at:
-                before += (score <= column) if other < at else (score < column)
-        dropped[:, at] = before < count
-    return dropped
+        for other_index, score in enumerate(columns):
+            if other_index != index:
+                before += (score <= column) if other_index < index else (score < column)
+        pruned[:, index] = before < count
+    return pruned
 
 
 def lowest_blocks(scores: Array, out_axis: int, size: tuple[int, int], pool: Pooling, sparsity: float) -> Mask:
@@ -55,9 +55,9 @@ def lowest_blocks(scores: Array, out_axis: int, size: tuple[int, int], pool: Poo
     moved = np.moveaxis(scores, out_axis, -1)
     matrix = moved.reshape(-1, moved.shape[-1])
     pooled = _block_scores(matrix, size, pool)
-    dropped = np.zeros(pooled.size, np.bool_)
-    dropped[np.argsort(pooled, axis=None, kind="stable")[: round(sparsity * pooled.size)]] = True
-    spread = np.repeat(np.repeat(dropped.reshape(pooled.shape), size[0], axis=0), size[1], axis=1)
+    pruned = np.zeros(pooled.size, np.bool_)
+    pruned[np.argsort(pooled, axis=None, kind="stable")[: round(sparsity * pooled.size)]] = True
+    spread = np.repeat(np.repeat(pruned.reshape(pooled.shape), size[0], axis=0), size[1], axis=1)
     inside = spread[: matrix.shape[0], : matrix.shape[1]].reshape(moved.shape)
     return np.ascontiguousarray(np.moveaxis(inside, -1, out_axis))
 
@@ -81,21 +81,21 @@ class NonFinitePolicy(StrEnum):
     KEEP = "keep"
 
 
-def rank_nonfinite(scores: Array, what: NonFinitePolicy, name: str) -> tuple[Array, Mask | None]:
+def rank_nonfinite(scores: Array, policy: NonFinitePolicy, name: str) -> tuple[Array, Mask | None]:
     """Return scores that can be ranked, and what is dropped whatever its rank."""
     finite = np.isfinite(scores)
     if finite.all():
         return scores, None
-    if what is NonFinitePolicy.ERROR:
+    if policy is NonFinitePolicy.ERROR:
         raise InputError(
             f"{name} holds weights that are not finite numbers", hint="--nan zero drops them, --nan keep leaves them"
         )
-    if what is NonFinitePolicy.ZERO:
+    if policy is NonFinitePolicy.ZERO:
         return np.where(finite, scores, scores.dtype.type(0)), ~finite
     return np.where(finite, scores, scores.dtype.type(np.inf)), None
 
 
-def check_pruned_nonfinite(scores: Array, dropped: Mask, what: NonFinitePolicy, name: str) -> None:
+def check_pruned_nonfinite(scores: Array, pruned: Mask, policy: NonFinitePolicy, name: str) -> None:
     """Refuse a cut that takes weights which are to be kept because they are not finite."""
-    if what is NonFinitePolicy.KEEP and not np.isfinite(scores[dropped]).all():
+    if policy is NonFinitePolicy.KEEP and not np.isfinite(scores[pruned]).all():
         raise InputError(f"{name} holds more weights that are not finite than may stay", hint="--nan zero drops them")

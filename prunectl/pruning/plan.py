@@ -13,33 +13,33 @@ from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile, Tensor
 from prunectl.formats.patch import is_writable
 from prunectl.formats.selectors import select_names
-from prunectl.pruning.hashing import fnv1a, mixed
+from prunectl.pruning.hashing import fnv1a, splitmix64
 from prunectl.pruning.policies import Policy, non_float_reason
 
 Allocation = Callable[[Sequence[Tensor], int], Sequence[int]]
 """From the tensors and how many weights go in all to how many go in each."""
 
 BIASES = ("late", "early", "uniform")
-_ODDS = (0.3, 0.6)
+_BIAS_ODDS = (0.3, 0.6)
 """Up to the first of these numbers late layers lose most, up to the second early ones."""
 
 
 def proportional_counts(sizes: Sequence[int], rates: Sequence[float], total: int) -> list[int]:
     """Return counts that go with size times rate, none above its size, that add up to the total exactly."""
-    full: set[int] = set()
+    saturated: set[int] = set()
     while True:
-        rest = [place for place in range(len(sizes)) if place not in full]
-        left = total - sum(sizes[place] for place in full)
-        mass = sum(sizes[place] * rates[place] for place in rest)
-        above = {place for place in rest if rates[place] * left > mass}
+        rest = [index for index in range(len(sizes)) if index not in saturated]
+        left = total - sum(sizes[index] for index in saturated)
+        mass = sum(sizes[index] * rates[index] for index in rest)
+        above = {index for index in rest if rates[index] * left > mass}
         if not above:
             break
-        full |= above
-    ideal = {place: sizes[place] * rates[place] * left / mass for place in rest} if left else dict.fromkeys(rest, 0.0)
-    counts = [sizes[place] if place in full else int(ideal[place]) for place in range(len(sizes))]
+        saturated |= above
+    ideal = {index: sizes[index] * rates[index] * left / mass for index in rest} if left else dict.fromkeys(rest, 0.0)
+    counts = [sizes[index] if index in saturated else int(ideal[index]) for index in range(len(sizes))]
     # What rounding down left over goes to the largest remainders.
-    for place in sorted(rest, key=lambda place: (int(ideal[place]) - ideal[place], place))[: total - sum(counts)]:
-        counts[place] += 1
+    for index in sorted(rest, key=lambda index: (int(ideal[index]) - ideal[index], index))[: total - sum(counts)]:
+        counts[index] += 1
     return counts
 
 
@@ -54,19 +54,19 @@ def erk(tensors: Sequence[Tensor], drop: int) -> Sequence[int]:
 def depth_biased(tensors: Sequence[Tensor], drop: int, *, seed: int, bias: str = "") -> Sequence[int]:
     """Return counts that rise or fall evenly from the first layer to the last, or that are the same share of each."""
     layers = list(dict.fromkeys(tensor.layer for tensor in tensors))
-    places = [layers.index(tensor.layer) for tensor in tensors]
+    depths = [layers.index(tensor.layer) for tensor in tensors]
     rates = {
-        "late": [1.0 + place for place in places],
-        "early": [float(len(layers) - place) for place in places],
-        "uniform": [1.0] * len(places),
+        "late": [1.0 + depth for depth in depths],
+        "early": [float(len(layers) - depth) for depth in depths],
+        "uniform": [1.0] * len(depths),
     }[bias or sample_depth_bias(seed)]
     return proportional_counts([tensor.size for tensor in tensors], rates, drop)
 
 
 def sample_depth_bias(seed: int) -> str:
     """Return the bias that a seed stands for: late or early with odds of 30 % each, else uniform."""
-    number = float(mixed(fnv1a(f"{seed}/bias")) >> 11) / (1 << 53)
-    return BIASES[sum(number >= odds for odds in _ODDS)]
+    number = float(splitmix64(fnv1a(f"{seed}/bias")) >> 11) / (1 << 53)
+    return BIASES[sum(number >= odds for odds in _BIAS_ODDS)]
 
 
 class Scope(StrEnum):
@@ -116,7 +116,7 @@ class Selection:
 
     tensors: tuple[Tensor, ...]
     skips: tuple[SkippedTensor, ...]
-    own: Mapping[str, float]
+    layer_ratios: Mapping[str, float]
     """Sparsities of their own, by tensor."""
 
 
@@ -137,13 +137,17 @@ class PruneSelection:
 
 def select_tensors(model: ModelFile, wish: PruneSelection, *, can_reencode: bool) -> Selection:
     """Return what a wish is about; a container that re-encodes can change what does not lie flat."""
-    own = {tensor.name: sparsity for selector, sparsity in wish.layers for tensor in select_names(model, selector)}
-    tensors, skips = _partition(model, wish, own, can_reencode=can_reencode)
+    layer_ratios = {
+        tensor.name: sparsity for selector, sparsity in wish.layers for tensor in select_names(model, selector)
+    }
+    tensors, skips = _partition(model, wish, layer_ratios, can_reencode=can_reencode)
     if not tensors:
         raise UsageError(
-            _reject_empty(model, skips), hint=f"--only and --policy choose; see: prunectl inspect {model.path}"
+            _nothing_to_prune(model, skips), hint=f"--only and --policy choose; see: prunectl inspect {model.path}"
         )
-    return Selection(tensors, skips, {tensor.name: own[tensor.name] for tensor in tensors if tensor.name in own})
+    return Selection(
+        tensors, skips, {tensor.name: layer_ratios[tensor.name] for tensor in tensors if tensor.name in layer_ratios}
+    )
 
 
 def make_plan(choice: Selection, wish: PruneSelection, sparsity: float) -> Plan:
@@ -152,59 +156,65 @@ def make_plan(choice: Selection, wish: PruneSelection, sparsity: float) -> Plan:
     if wish.scope is Scope.GLOBAL:
         return Plan(tuple(TensorPlan(tensor, None) for tensor in choice.tensors), choice.skips, drop)
     if isinstance(wish.pattern, NMPattern):
-        counts: Sequence[int] = [_in_groups(tensor, wish.pattern) for tensor in choice.tensors]
+        counts: Sequence[int] = [_nm_count(tensor, wish.pattern) for tensor in choice.tensors]
     elif wish.allocation is not None:
         counts = wish.allocation(choice.tensors, drop)
     else:
-        counts = [round(choice.own.get(tensor.name, sparsity) * tensor.size) for tensor in choice.tensors]
+        counts = [round(choice.layer_ratios.get(tensor.name, sparsity) * tensor.size) for tensor in choice.tensors]
     cuts = tuple(TensorPlan(tensor, count) for tensor, count in zip(choice.tensors, counts, strict=True))
     return Plan(cuts, choice.skips, sum(counts))
 
 
-def _reject_empty(model: ModelFile, skips: Iterable[SkippedTensor]) -> str:
+def _nothing_to_prune(model: ModelFile, skips: Iterable[SkippedTensor]) -> str:
     reasons = Counter(skip.reason for skip in skips)
     # That kernels are no floats tells more than that biases are no kernels.
-    told = ", ".join(f"{reason} ({reasons[reason]})" for reason in sorted(reasons, key=_telling(reasons))[:3])
-    return f"{model.path} has nothing to prune: {told or 'it holds no tensors'}"
+    listed = ", ".join(f"{reason} ({reasons[reason]})" for reason in sorted(reasons, key=_most_telling(reasons))[:3])
+    return f"{model.path} has nothing to prune: {listed or 'it holds no tensors'}"
 
 
-def _telling(reasons: Counter[str]) -> Callable[[str], tuple[bool, int]]:
+def _most_telling(reasons: Counter[str]) -> Callable[[str], tuple[bool, int]]:
     return lambda reason: (not reason.startswith("quantised"), -reasons[reason])
 
 
-def _in_groups(tensor: Tensor, pattern: NMPattern) -> int:
+def _nm_count(tensor: Tensor, pattern: NMPattern) -> int:
     """Return how many weights go; a short group at the end is filled up with zeros that count as gone."""
     length = tensor.shape[tensor.inputs_axis or 0]
-    whole, rest = divmod(length, pattern.group)
-    short = max(pattern.zeros - (pattern.group - rest), 0) if rest else 0
-    return (whole * pattern.zeros + short) * (tensor.size // length)
+    groups, remainder = divmod(length, pattern.group)
+    short = max(pattern.zeros - (pattern.group - remainder), 0) if remainder else 0
+    return (groups * pattern.zeros + short) * (tensor.size // length)
 
 
 def _partition(
-    model: ModelFile, wish: PruneSelection, own: Mapping[str, float], *, can_reencode: bool
+    model: ModelFile, wish: PruneSelection, layer_ratios: Mapping[str, float], *, can_reencode: bool
 ) -> tuple[tuple[Tensor, ...], tuple[SkippedTensor, ...]]:
-    judge = wish.policy.judge(model)
+    skip_reason = wish.policy.skip_reason(model)
     only = {tensor.name for tensor in select_names(model, wish.only)} if wish.only else None
     excluded = {tensor.name for selector in wish.exclude for tensor in select_names(model, selector)}
     reasons: dict[str, str] = {}
     for tensor in model.tensors:
         if tensor.name in excluded:
             reasons[tensor.name] = "excluded"
-        elif tensor.name not in own:
+        elif tensor.name not in layer_ratios:
             # What was named by --only was meant, even if it is no kernel.
-            reasons[tensor.name] = judge(tensor) if only is None else "" if tensor.name in only else "not among --only"
+            reasons[tensor.name] = (
+                skip_reason(tensor) if only is None else "" if tensor.name in only else "not among --only"
+            )
         if tensor.name in model.copies:
             reasons[tensor.name] = "a second copy of a variable, changed as the first is"
-        reasons[tensor.name] = reasons.get(tensor.name) or _reject_impossible(tensor, wish, can_reencode=can_reencode)
-    willing = {tensor.name for tensor in model.tensors if not reasons[tensor.name]}
+        reasons[tensor.name] = reasons.get(tensor.name) or _obstacle(tensor, wish, can_reencode=can_reencode)
+    candidates = {tensor.name for tensor in model.tensors if not reasons[tensor.name]}
     # Also what nobody wants pruned is, if it shares its numbers with what is.
-    tied = {name: other for name, other in find_tied_tensors(model.tensors, willing).items() if other in willing}
-    reasons |= {name: f"tied to {other}, which is pruned" for name, other in tied.items()}
+    tied = {
+        name: original
+        for name, original in find_tied_tensors(model.tensors, candidates).items()
+        if original in candidates
+    }
+    reasons |= {name: f"tied to {original}, which is pruned" for name, original in tied.items()}
     chosen = tuple(tensor for tensor in model.tensors if not reasons[tensor.name])
     return chosen, tuple(SkippedTensor(name, reason) for name, reason in reasons.items() if reason)
 
 
-def _reject_impossible(tensor: Tensor, wish: PruneSelection, *, can_reencode: bool) -> str:
+def _obstacle(tensor: Tensor, wish: PruneSelection, *, can_reencode: bool) -> str:
     """Return why a tensor cannot be pruned whatever the user wants."""
     if not tensor.is_float:
         return non_float_reason(tensor)

@@ -21,40 +21,40 @@ if TYPE_CHECKING:
     from prunectl.pruning.request import PruneRequest
 
 
-def adapt_strategy(found: object, request: PruneRequest) -> Strategy:
+def adapt_strategy(plugin: object, request: PruneRequest) -> Strategy:
     """Return a built-in strategy with its parameters, or one made of a function from weights to scores."""
-    if isinstance(found, Strategy):
-        return replace(found, params=_builtin_params(found, request.params))
-    if not callable(found):
+    if isinstance(plugin, Strategy):
+        return replace(plugin, params=_builtin_params(plugin, request.params))
+    if not callable(plugin):
         raise UsageError(f"{request.strategy} is not a function from weights to scores")
-    function: Callable[..., Any] = found
+    function: Callable[..., Any] = plugin
     params = bind_params(request.params, function)
-    line = inspect.getdoc(function) or ""
+    summary = inspect.getdoc(function) or ""
 
-    def score(weights: Array, place: BlockContext) -> Array:
-        given = _call_plugin(function, request.strategy, place.name, _wide(weights), **params)
-        return _validated(given, weights, request.strategy, place.name)
+    def score(weights: Array, context: BlockContext) -> Array:
+        scores = _call_plugin(function, request.strategy, context.name, _at_least_float32(weights), **params)
+        return _validated(scores, weights, request.strategy, context.name)
 
     def score_all(weights: Mapping[str, Array]) -> Mapping[str, Array | None]:
-        wide = {name: _wide(array) for name, array in weights.items()}
-        given = _call_plugin(function, request.strategy, "the model", wide, **params)
-        if not isinstance(given, Mapping) or given.keys() - weights.keys():
+        wide = {name: _at_least_float32(array) for name, array in weights.items()}
+        scores = _call_plugin(function, request.strategy, "the model", wide, **params)
+        if not isinstance(scores, Mapping) or scores.keys() - weights.keys():
             raise WorkError(f"{request.strategy} must give a dictionary with the names of the tensors that it got")
         return {
-            name: None if given.get(name) is None else _validated(given[name], array, request.strategy, name)
+            name: None if scores.get(name) is None else _validated(scores[name], array, request.strategy, name)
             for name, array in weights.items()
         }
 
     if getattr(function, "prunectl_scope", "") == "model":
-        return Strategy(request.strategy, score, line, score_all=score_all)
-    return Strategy(request.strategy, score, line, bool(getattr(function, "is_elementwise", False)))
+        return Strategy(request.strategy, score, summary, score_all=score_all)
+    return Strategy(request.strategy, score, summary, bool(getattr(function, "is_elementwise", False)))
 
 
-def _builtin_params(strategy: Strategy, words: tuple[str, ...]) -> Mapping[str, Any]:
+def _builtin_params(strategy: Strategy, texts: tuple[str, ...]) -> Mapping[str, Any]:
     """Return the parameters of a built-in strategy."""
-    found: dict[str, Any] = {}
-    for word in words:
-        name, _, value = word.partition("=")
+    params: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
         if not strategy.choices:
             raise UsageError(f"the strategy {strategy.name} takes no --param")
         if name not in strategy.choices:
@@ -63,31 +63,31 @@ def _builtin_params(strategy: Strategy, words: tuple[str, ...]) -> Mapping[str, 
                 did_you_mean=tuple(get_close_matches(name, strategy.choices)),
                 hint=f"it takes {', '.join(strategy.choices)}",
             )
-        known = strategy.choices[name]
-        if isinstance(known, int | float):
-            found[name] = _number(strategy, name, value, known)
+        choices = strategy.choices[name]
+        if isinstance(choices, int | float):
+            params[name] = _number(strategy, name, value, choices)
             continue
-        if value not in known:
+        if value not in choices:
             raise UsageError(
                 f"{value!r} is no {name} of {strategy.name}",
-                did_you_mean=tuple(get_close_matches(value, known)),
-                hint=f"it is one of {', '.join(known)}",
+                did_you_mean=tuple(get_close_matches(value, choices)),
+                hint=f"it is one of {', '.join(choices)}",
             )
-        found[name] = value
-    return found
+        params[name] = value
+    return params
 
 
 def _number(strategy: Strategy, name: str, text: str, default: float) -> float:
     try:
-        found = type(default)(text)
+        number = type(default)(text)
     except ValueError:
-        found = -1
-    if not 0 < found < math.inf:
+        number = -1
+    if not 0 < number < math.inf:
         raise UsageError(f"{name} of {strategy.name} is a number above zero, not {text!r}", hint=f"such as {default:g}")
-    return found
+    return number
 
 
-def _wide(weights: Array) -> Array:
+def _at_least_float32(weights: Array) -> Array:
     """Return weights that any function can reckon with: half precision is widened."""
     return weights.astype(np.float32) if weights.dtype.itemsize < 4 else weights
 
@@ -102,74 +102,76 @@ def _call_plugin(function: Callable[..., Any], strategy: str, subject: str, *wei
         raise WorkError(f"{strategy} fails on {subject}: {type(error).__name__}: {error}") from error
 
 
-def as_policy(found: object) -> Policy:
+def adapt_policy(plugin: object) -> Policy:
     """Return a built-in policy, or one made of a function from a tensor to why it is left alone."""
-    if isinstance(found, Policy):
-        return found
-    if not callable(found):
+    if isinstance(plugin, Policy):
+        return plugin
+    if not callable(plugin):
         raise UsageError("a policy is a function from a tensor to the reason why it is not pruned, or to nothing")
-    function: Callable[[Tensor], str | None] = found
+    function: Callable[[Tensor], str | None] = plugin
 
-    def judge(_: ModelFile) -> Callable[[Tensor], str]:
+    def skip_reasons(_: ModelFile) -> Callable[[Tensor], str]:
         return lambda tensor: str(
-            _call_plugin(function, getattr(found, "__name__", "policy"), tensor.name, tensor) or ""
+            _call_plugin(function, getattr(plugin, "__name__", "policy"), tensor.name, tensor) or ""
         )
 
-    return Policy(getattr(found, "__name__", "policy"), judge, inspect.getdoc(found) or "")
+    return Policy(getattr(plugin, "__name__", "policy"), skip_reasons, inspect.getdoc(plugin) or "")
 
 
-def bind_params(words: tuple[str, ...], function: Callable[..., Any]) -> Mapping[str, Any]:
+def bind_params(texts: tuple[str, ...], function: Callable[..., Any]) -> Mapping[str, Any]:
     """Return `name=value` words as arguments of a function, in the types that its signature says."""
-    taken = dict(list(inspect.signature(function).parameters.items())[1:])
-    found: dict[str, Any] = {}
-    for word in words:
-        name, sign, text = word.partition("=")
+    accepted = dict(list(inspect.signature(function).parameters.items())[1:])
+    params: dict[str, Any] = {}
+    for item in texts:
+        name, sign, text = item.partition("=")
         if not sign:
-            raise UsageError(f"{word!r} is not a parameter", hint="write --param name=value")
-        if name not in taken:
+            raise UsageError(f"{item!r} is not a parameter", hint="write --param name=value")
+        if name not in accepted:
             raise UsageError(
                 f"the strategy has no parameter {name}",
-                did_you_mean=tuple(get_close_matches(name, taken)),
-                hint=f"it takes {', '.join(taken) or 'none'}",
+                did_you_mean=tuple(get_close_matches(name, accepted)),
+                hint=f"it takes {', '.join(accepted) or 'none'}",
             )
-        found[name] = _value(name, text, _annotation(taken[name]))
-    missing = [name for name, one in taken.items() if one.default is one.empty and name not in found]
+        params[name] = _parse_value(name, text, _annotation(accepted[name]))
+    missing = [
+        name for name, parameter in accepted.items() if parameter.default is parameter.empty and name not in params
+    ]
     if missing:
         raise UsageError(f"the strategy needs a {missing[0]}", hint=f"write --param {missing[0]}=...")
-    return found
+    return params
 
 
 def _annotation(parameter: inspect.Parameter) -> str:
     """Return the name of a parameter's type, from its annotation or its default; empty if neither tells."""
-    said = parameter.annotation
-    if said is parameter.empty:
+    annotation = parameter.annotation
+    if annotation is parameter.empty:
         return "" if parameter.default in (parameter.empty, None) else type(parameter.default).__name__
-    return said if isinstance(said, str) else getattr(said, "__name__", "")
+    return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
 
 
-def _value(name: str, text: str, kind: str) -> Any:
+def _parse_value(name: str, text: str, kind: str) -> Any:
     if kind == "str":
         return text
     try:
-        found = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+        parsed = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
     except (ValueError, SyntaxError):
-        found = text
-    if kind == "float" and type(found) is int:
-        return float(found)
-    if kind in {"int", "float", "bool"} and type(found).__name__ != kind:
+        parsed = text
+    if kind == "float" and type(parsed) is int:
+        return float(parsed)
+    if kind in {"int", "float", "bool"} and type(parsed).__name__ != kind:
         raise UsageError(f"{text!r} is no {kind}, as the parameter {name} is")
-    return found
+    return parsed
 
 
 def _validated(scores: Any, weights: Array, strategy: str, name: str) -> Array:
     """Return scores that can be ranked: of the weights' shape, floats, none of them negative."""
-    found = np.asarray(scores)
-    if found.shape != weights.shape:
-        raise WorkError(f"{strategy} gave {name} scores of shape {found.shape}, its weights have {weights.shape}")
-    if found.dtype.kind not in "fiub":
+    array = np.asarray(scores)
+    if array.shape != weights.shape:
+        raise WorkError(f"{strategy} gave {name} scores of shape {array.shape}, its weights have {weights.shape}")
+    if array.dtype.kind not in "fiub":
         raise WorkError(f"{strategy} gave {name} scores that are no numbers")
     # All in one width, so that the scores of several tensors can be ranked together.
-    found = found.astype(np.float64)
-    if (found < 0).any():
+    array = array.astype(np.float64)
+    if (array < 0).any():
         raise WorkError(f"{strategy} gave {name} a negative score")
-    return found
+    return array

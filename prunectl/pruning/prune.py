@@ -32,7 +32,7 @@ CLOSE = 0.99
 _TRIES = 40
 
 
-def bisect_sparsity(size_at: Callable[[float], int], target: int, what: str) -> float:
+def bisect_sparsity(size_at: Callable[[float], int], target: int, codec: str) -> float:
     """Return a sparsity whose size is at most the target, and hardly below it."""
     low, high = 0.0, SPARSEST
     dense = size_at(low)
@@ -41,15 +41,15 @@ def bisect_sparsity(size_at: Callable[[float], int], target: int, what: str) -> 
     floor = size_at(high)
     if floor > target:
         raise WorkError(
-            f"a {what} size of {target} bytes is out of reach: {SPARSEST:.0%} sparsity gives {floor}",
+            f"a {codec} size of {target} bytes is out of reach: {SPARSEST:.0%} sparsity gives {floor}",
             hint="what is left are biases, norms and excluded layers; try --policy all or --only '*'",
         )
     above, below = dense, floor
-    for turn in range(_TRIES):
+    for attempt in range(_TRIES):
         if below >= CLOSE * target or high - low < 1e-9:
             break
         # Straight lines between the ends find smooth curves fast; every third guess halves, so that a bent one ends.
-        share = 0.5 if turn % 3 == 2 else (above - CLOSE * target) / (above - below)
+        share = 0.5 if attempt % 3 == 2 else (above - CLOSE * target) / (above - below)
         middle = low + (high - low) * min(max(share, 0.02), 0.98)
         size = size_at(middle)
         if size <= target:
@@ -59,16 +59,16 @@ def bisect_sparsity(size_at: Callable[[float], int], target: int, what: str) -> 
     return high
 
 
-def sparsity_for_compression(path: Path, choice: Selection, total: int, factor: float) -> float:
+def sparsity_for_compression(path: Path, selection: Selection, total: int, factor: float) -> float:
     """Return the sparsity at which all parameters of a model are so many times those that are kept."""
-    sizes = {tensor.name: tensor.size for tensor in choice.tensors}
-    settled = sum(round(share * sizes[name]) for name, share in choice.own.items())
-    free = sum(sizes.values()) - sum(sizes[name] for name in choice.own)
-    drop = max(total - total / factor - settled, 0)
+    sizes = {tensor.name: tensor.size for tensor in selection.tensors}
+    fixed = sum(round(share * sizes[name]) for name, share in selection.layer_ratios.items())
+    free = sum(sizes.values()) - sum(sizes[name] for name in selection.layer_ratios)
+    drop = max(total - total / factor - fixed, 0)
     if drop > free:
-        most = total / max(total - settled - free, 1)
+        most = total / max(total - fixed - free, 1)
         raise UsageError(
-            f"a compression of {factor:g} is out of reach in {path}: without all {free + settled:,} weights "
+            f"a compression of {factor:g} is out of reach in {path}: without all {free + fixed:,} weights "
             f"that may go it is {most:.3g}",
             hint="--policy all prunes biases, norms and embeddings as well",
         )
@@ -116,18 +116,18 @@ def _prune(
         require(model, Capability.PACK)
     outputs.check(model, output)
     wish = selection_of(request)
-    choice = planning.select_tensors(model, wish, can_reencode=by_name(model.format).is_reencoded)
-    method, choice = engine.with_model_scores(model, choice, method)
-    sparsity = _sparsity(model, request, wish, choice, method)
-    plan = planning.make_plan(choice, wish, sparsity)
-    with outputs.staging_dir(model, output) as (folder, target), workers(1) as aside:
+    selection = planning.select_tensors(model, wish, can_reencode=by_name(model.format).is_reencoded)
+    method, selection = engine.with_model_scores(model, selection, method)
+    sparsity = _sparsity(model, request, wish, selection, method)
+    plan = planning.make_plan(selection, wish, sparsity)
+    with outputs.staging_dir(model, output) as (folder, target), workers(1) as background:
         is_small = model.nbytes <= outputs.BIG_BYTES
-        counting = aside.submit(measure_stats, model, model.tensors, has_channels=is_small)
-        written, tallies = _write(model, plan, method, folder, target, is_packed=request.is_packed)
+        before_stats = background.submit(measure_stats, model, model.tensors, has_channels=is_small)
+        written, counts = _write(model, plan, method, folder, target, is_packed=request.is_packed)
         # What has to be on the disk before it may be renamed gets there while it is read back.
-        flushing = aside.submit(flush, folder) if output is not None else None
+        flushing = background.submit(flush, folder) if output is not None else None
         result = open_model(written)
-        before, after = counting.result(), verify(model, result, tallies, has_channels=is_small)
+        before, after = before_stats.result(), verify(model, result, counts, has_channels=is_small)
         _check_pattern(result, plan, method)
         if flushing is not None:
             flushing.result()
@@ -140,19 +140,19 @@ def _prune(
             before = replace(before, sha256=sizes.sha256(model))
             after = replace(after, sha256=sizes.sha256(result))
     shown = str(target if output is not None else "the result")
-    return Pruned(request, sparsity, plan, tallies, before, replace(after, path=shown))
+    return Pruned(request, sparsity, plan, counts, before, replace(after, path=shown))
 
 
 def _write(
     model: ModelFile, plan: Plan, method: PruningMethod, folder: Path, target: Path, *, is_packed: bool
 ) -> tuple[Path, dict[str, TensorCounts]]:
     """Write the pruned model into a folder, and return by which path it is opened."""
-    places = outputs.staged_paths(model, folder, target)
-    tallies = execute(model, plan, method, places)
-    written = places.get(model.path, folder / target.name)
+    staged = outputs.staged_paths(model, folder, target)
+    counts = execute(model, plan, method, staged)
+    written = staged.get(model.path, folder / target.name)
     if is_packed:
         outputs.pack(written, folder)
-    return written, tallies
+    return written, counts
 
 
 def _check_pattern(written: ModelFile, plan: Plan, method: PruningMethod) -> None:
@@ -160,35 +160,35 @@ def _check_pattern(written: ModelFile, plan: Plan, method: PruningMethod) -> Non
     if not isinstance(method.pattern, NMPattern):
         return
     names = {cut.tensor.name for cut in plan.cuts}
-    found = inspect_model(written, InspectOptions(), method.pattern)
-    broken = [row.name for row in found.layers if row.name in names and (row.conforming or 1.0) < 1.0]
+    stats = inspect_model(written, InspectOptions(), method.pattern)
+    broken = [row.name for row in stats.layers if row.name in names and (row.conforming or 1.0) < 1.0]
     if broken:
         raise WorkError(f"{broken[0]} came out without the pattern that was asked for")
 
 
 def _sparsity(
-    model: ModelFile, request: PruneRequest, wish: PruneSelection, choice: Selection, method: PruningMethod
+    model: ModelFile, request: PruneRequest, wish: PruneSelection, selection: Selection, method: PruningMethod
 ) -> float:
     """Return the sparsity that was asked for, or that gives the size that was asked for."""
     if isinstance(wish.pattern, NMPattern):
         return wish.pattern.zeros / wish.pattern.group
     if request.compression is not None:
         total = measure_stats(model, model.tensors, has_zeros=False).params.total
-        return sparsity_for_compression(model.path, choice, total, request.compression)
-    target, what = request.target_gzip, "gzip"
+        return sparsity_for_compression(model.path, selection, total, request.compression)
+    target, codec = request.target_gzip, "gzip"
     if target is None:
-        target, what = request.target_packed, "packed"
+        target, codec = request.target_packed, "packed"
     if target is None:
         return request.sparsity or 0.0
-    if what == "packed":
+    if codec == "packed":
         require(model, Capability.PACK)
 
     def size_at(sparsity: float) -> int:
         with outputs.staging_dir(model, None) as (folder, target):
-            plan = planning.make_plan(choice, wish, sparsity)
+            plan = planning.make_plan(selection, wish, sparsity)
             written = open_model(_write(model, plan, method, folder, target, is_packed=False)[0])
-            if what == "packed":
+            if codec == "packed":
                 return packed_bytes(written, lambda _: None)
             return compress(sizes.iter_model_bytes(written), get_codec(CodecName.GZIP, None)).nbytes
 
-    return bisect_sparsity(size_at, target, what)
+    return bisect_sparsity(size_at, target, codec)

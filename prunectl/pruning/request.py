@@ -15,7 +15,7 @@ from prunectl.pruning.clustering import parse as clusters
 from prunectl.pruning.engine import PruningMethod
 from prunectl.pruning.masks import NonFinitePolicy, Pooling
 from prunectl.pruning.plan import Allocation, PruneSelection, Scope, erk
-from prunectl.pruning.plugin_adapters import adapt_strategy, as_policy
+from prunectl.pruning.plugin_adapters import adapt_policy, adapt_strategy
 from prunectl.pruning.policies import MIN_SIZE, POLICIES, Policy, min_size
 from prunectl.pruning.strategies import STRATEGIES, Requires, Strategy
 
@@ -58,17 +58,19 @@ class PruneRequest:
     """How many distinct values each tensor keeps, and where they are sought first: `16:linear`."""
 
 
-def from_json(said: dict[str, Any]) -> PruneRequest:
+def from_json(data: dict[str, Any]) -> PruneRequest:
     """Return the request in a recipe."""
-    known = {field.name: field.default for field in fields(PruneRequest)}
-    if unknown := sorted(set(said) - known.keys()):
-        raise UsageError(f"no choice is called {unknown[0]}", did_you_mean=tuple(get_close_matches(unknown[0], known)))
-    lists = {name: tuple(map(_to_tuple, value)) for name, value in said.items() if isinstance(value, list)}
-    found = {**said, **lists}
-    for name, value in found.items():
-        if not _check_type(name, value, known[name]):
+    defaults = {field.name: field.default for field in fields(PruneRequest)}
+    if unknown := sorted(set(data) - defaults.keys()):
+        raise UsageError(
+            f"no choice is called {unknown[0]}", did_you_mean=tuple(get_close_matches(unknown[0], defaults))
+        )
+    lists = {name: tuple(map(_to_tuple, value)) for name, value in data.items() if isinstance(value, list)}
+    values = {**data, **lists}
+    for name, value in values.items():
+        if not _check_type(name, value, defaults[name]):
             raise UsageError(f"{value!r} is no {name.replace('_', ' ')}")
-    return PruneRequest(**found)
+    return PruneRequest(**values)
 
 
 def _check_type(name: str, value: Any, default: Any) -> bool:
@@ -81,7 +83,7 @@ def _check_type(name: str, value: Any, default: Any) -> bool:
             for pair in value
         )
     if isinstance(default, tuple):
-        return isinstance(value, tuple) and all(isinstance(word, str) for word in value)
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     if default is None:
         number = int | float if name in {"sparsity", "compression"} else int
         return value is None or (isinstance(value, number) and not isinstance(value, bool))
@@ -100,9 +102,9 @@ def parse_pattern(request: PruneRequest) -> tuple[NMPattern | BlockPattern | Non
     for choice in Pooling:
         if text.startswith("block:") and text.endswith(f":{choice}"):
             text, pool = text.removesuffix(f":{choice}"), choice
-    found = patterns.parse(text)
-    if isinstance(found, NMPattern | BlockPattern):
-        return found, pool
+    pattern = patterns.parse(text)
+    if isinstance(pattern, NMPattern | BlockPattern):
+        return pattern, pool
     raise UsageError("channels are not cut yet", hint="write 2:4, block:1x4 or unstructured")
 
 
@@ -133,16 +135,18 @@ def selection_of(request: PruneRequest) -> PruneSelection:
 
 
 def _strategy(request: PruneRequest) -> Strategy:
-    return adapt_strategy(find("strategy", request.strategy, {known.name: known for known in STRATEGIES}), request)
+    return adapt_strategy(
+        find("strategy", request.strategy, {strategy.name: strategy for strategy in STRATEGIES}), request
+    )
 
 
 def _policy(name: str) -> Policy:
     if name.startswith(MIN_SIZE):
         return min_size(name)
-    builtin: dict[str, object] = {known.name: known for known in POLICIES}
+    builtin: dict[str, object] = {policy.name: policy for policy in POLICIES}
     # Never found under this very name, but named where a slip is answered.
     builtin[f"{MIN_SIZE}N"] = min_size
-    return as_policy(find("policy", name, builtin))
+    return adapt_policy(find("policy", name, builtin))
 
 
 def check(request: PruneRequest) -> None:
@@ -194,7 +198,7 @@ def check_shape(request: PruneRequest) -> None:
 
 def _check_amounts(request: PruneRequest, pattern: NMPattern | BlockPattern | None) -> None:
     amounts = [request.sparsity, request.compression, request.target_gzip, request.target_packed]
-    given = sum(amount is not None for amount in amounts)
+    amount_count = sum(amount is not None for amount in amounts)
     for ratio in (request.sparsity, *(own for _, own in request.layers)):
         if ratio is not None and not 0 <= ratio <= 1:
             raise UsageError(f"a sparsity is a share from 0 to 1, not {ratio:g}", hint="write 0.8 or 80%")
@@ -203,11 +207,11 @@ def _check_amounts(request: PruneRequest, pattern: NMPattern | BlockPattern | No
             "a sparsity is a share from 0 up to 1, not 1: no weight would be left", hint="1 % is written 1%"
         )
     if isinstance(pattern, NMPattern):
-        if given and request.sparsity != pattern.zeros / pattern.group:
+        if amount_count and request.sparsity != pattern.zeros / pattern.group:
             raise UsageError(
                 f"the pattern {request.pattern} decides the sparsity by itself", hint="leave out --sparsity"
             )
-    elif given > 1:
+    elif amount_count > 1:
         raise UsageError("--sparsity, --compression and the targets exclude each other")
-    elif not given and not request.layers and not request.cluster:
+    elif not amount_count and not request.layers and not request.cluster:
         raise UsageError("how much? say --sparsity, --compression or a target", hint="such as --sparsity 0.8")

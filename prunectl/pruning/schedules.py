@@ -80,8 +80,8 @@ def one_cycle(done: float, initial: float, final: float, *, alpha: float = 14.0,
     0.8
     """
 
-    def logistic(at: float) -> float:
-        return 1.0 / (1.0 + math.exp(beta - alpha * at))
+    def logistic(x: float) -> float:
+        return 1.0 / (1.0 + math.exp(beta - alpha * x))
 
     # As published it begins a little above the initial sparsity; scaled, it begins at it.
     share = (logistic(done) - logistic(0.0)) / (logistic(1.0) - logistic(0.0))
@@ -112,7 +112,7 @@ class Schedule(Protocol):
         """The sparsity at the end."""
 
     @property
-    def last_turn(self) -> int:
+    def last_update_step(self) -> int:
         """The step from which on the final sparsity holds."""
 
     def sparsity_at(self, step: int) -> float:
@@ -154,7 +154,7 @@ class SparsitySchedule:
             raise WorkError(f"the schedule {self.curve} fails: {type(error).__name__}: {error}") from error
 
     @property
-    def last_turn(self) -> int:
+    def last_update_step(self) -> int:
         """The step from which on the final sparsity holds."""
         return self.begin if self.end is None else self.end
 
@@ -162,10 +162,10 @@ class SparsitySchedule:
         """Clamp outside the ramp."""
         length = (self.end or 0) - self.begin
         done = min(max((step - self.begin) / length, 0.0), 1.0) if length > 0 else float(step >= self.begin)
-        found = self._shape(done)
-        if not 0.0 <= found <= 1.0:
-            raise WorkError(f"the schedule {self.curve} asks for a sparsity of {found:g} at step {step}")
-        return found
+        sparsity = self._shape(done)
+        if not 0.0 <= sparsity <= 1.0:
+            raise WorkError(f"the schedule {self.curve} asks for a sparsity of {sparsity:g} at step {step}")
+        return sparsity
 
     def prunes_at(self, step: int) -> bool:
         """Whether it is a turn, counted from the beginning; the same turns as tfmot's."""
@@ -179,7 +179,7 @@ class ChainedSchedule:
     """Follow one schedule until a step, then another that starts counting from zero."""
 
     first: Schedule
-    at: int
+    switch_step: int
     second: Schedule
 
     @property
@@ -188,24 +188,28 @@ class ChainedSchedule:
         return self.second.final
 
     @property
-    def last_turn(self) -> int:
+    def last_update_step(self) -> int:
         """The last turn of the second."""
-        return self.at + self.second.last_turn
+        return self.switch_step + self.second.last_update_step
 
     def sparsity_at(self, step: int) -> float:
         """Ask the one whose time it is."""
-        return self.first.sparsity_at(step) if step < self.at else self.second.sparsity_at(step - self.at)
+        return (
+            self.first.sparsity_at(step)
+            if step < self.switch_step
+            else self.second.sparsity_at(step - self.switch_step)
+        )
 
     def prunes_at(self, step: int) -> bool:
         """Ask the one whose time it is."""
-        return self.first.prunes_at(step) if step < self.at else self.second.prunes_at(step - self.at)
+        return self.first.prunes_at(step) if step < self.switch_step else self.second.prunes_at(step - self.switch_step)
 
 
 @cache
-def _curve(name: str, words: tuple[str, ...]) -> Callable[..., Any]:
+def _curve(name: str, params: tuple[str, ...]) -> Callable[..., Any]:
     """Return the curve of a name with its parameters; looked up by name, as a value must be to be saved."""
-    found: Any = find("schedule", name, CURVES)
-    if not callable(found):
+    curve: Any = find("schedule", name, CURVES)
+    if not callable(curve):
         raise UsageError(f"{name} is not a function of what is done, the initial and the final sparsity")
     # `typed` leaves out the first argument of a function; a curve has three.
-    return partial(found, **bind_params(words, partial(found, 0.0, 0.0)))
+    return partial(curve, **bind_params(params, partial(curve, 0.0, 0.0)))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunectl.pruning.hashing import fnv1a, mixed
+from prunectl.pruning.hashing import fnv1a, splitmix64
 from prunectl.pruning.plan import BIASES, depth_biased
 
 Array = NDArray[Any]
@@ -48,11 +48,11 @@ class Strategy:
 
     name: str
     score: Score
-    line: str
+    summary: str
     """What it does, in a line."""
     is_elementwise: bool = True
     """Whether a weight's score depends on that weight alone, so that blocks can be scored one by one."""
-    is_known: bool = False
+    is_precomputed: bool = False
     """Whether the scores of all tensors lie in memory already, so that none need be kept."""
     score_all: Callable[[Mapping[str, Array]], Mapping[str, Array | None]] | None = None
     """Scores all tensors at once, in place of `score`; None for one that it leaves alone."""
@@ -71,9 +71,9 @@ def magnitude(weights: Array, _: BlockContext) -> Array:
     return np.asarray(np.abs(wide))
 
 
-def lamp(weights: Array, place: BlockContext) -> Array:
+def lamp(weights: Array, context: BlockContext) -> Array:
     """Score each weight by its square over the sum of the squares of those that are not smaller (Lee et al. 2021)."""
-    squares = np.square(magnitude(weights, place).astype(np.float64)).reshape(-1)
+    squares = np.square(magnitude(weights, context).astype(np.float64)).reshape(-1)
     order = np.argsort(squares, kind="stable")
     rising = squares[order]
     remaining = np.cumsum(rising[::-1])[::-1]
@@ -82,16 +82,16 @@ def lamp(weights: Array, place: BlockContext) -> Array:
     return scores.reshape(weights.shape)
 
 
-def random(weights: Array, place: BlockContext) -> Array:
+def random(weights: Array, context: BlockContext) -> Array:
     """Score each weight by a number that only its place and the seed decide."""
-    indices = np.arange(place.begin, place.begin + weights.size, dtype=np.uint64)
-    found = mixed(indices + np.uint64(fnv1a(f"{place.seed}/{place.name}")))
+    indices = np.arange(context.begin, context.begin + weights.size, dtype=np.uint64)
+    bits = splitmix64(indices + np.uint64(fnv1a(f"{context.seed}/{context.name}")))
     # The upper 24 bits are as many as a float32 holds exactly.
-    return (found >> np.uint64(40)).astype(np.float32).reshape(weights.shape)
+    return (bits >> np.uint64(40)).astype(np.float32).reshape(weights.shape)
 
 
-def _unseen(_: Array, place: BlockContext) -> Array:
-    raise ValueError(f"{place.name} is scored by what nobody has looked at")
+def _needs_data(_: Array, context: BlockContext) -> Array:
+    raise ValueError(f"{context.name} is scored by what nobody has looked at")
 
 
 STRATEGIES = (
@@ -105,28 +105,34 @@ STRATEGIES = (
         choices={"bias": BIASES},
     ),
     Strategy("lamp", lamp, "the smallest shares of what is left of their layer", is_elementwise=False),
-    Strategy("gradient", _unseen, "the smallest mean |gradient|", needs=Requires.GRADIENTS),
+    Strategy("gradient", _needs_data, "the smallest mean |gradient|", needs=Requires.GRADIENTS),
     Strategy(
         "magnitude-gradient",
-        _unseen,
+        _needs_data,
         "the smallest |weight| times mean |gradient|; in finetune since the last turn",
         needs=Requires.GRADIENTS,
     ),
-    Strategy("snip", _unseen, "the smallest |weight times mean gradient| (Lee et al. 2019)", needs=Requires.GRADIENTS),
-    Strategy("fisher", _unseen, "the smallest weight squared times mean gradient squared", needs=Requires.GRADIENTS),
+    Strategy(
+        "snip", _needs_data, "the smallest |weight times mean gradient| (Lee et al. 2019)", needs=Requires.GRADIENTS
+    ),
+    Strategy(
+        "fisher", _needs_data, "the smallest weight squared times mean gradient squared", needs=Requires.GRADIENTS
+    ),
     Strategy(
         "activation-magnitude",
-        _unseen,
+        _needs_data,
         "the smallest |weight| times the norm of its input, output by output (Wanda)",
         choices={"norm": ("2", "1")},
         needs=Requires.INPUTS,
     ),
     Strategy(
         "obs",
-        _unseen,
+        _needs_data,
         "what the others can best make up for, and they do (SparseGPT)",
         choices={"damp": 0.01, "blocksize": 128},
         needs=Requires.PRODUCTS,
     ),
-    Strategy("movement", _unseen, "those that finetune moves towards zero (Sanh et al. 2020)", needs=Requires.TRAINING),
+    Strategy(
+        "movement", _needs_data, "those that finetune moves towards zero (Sanh et al. 2020)", needs=Requires.TRAINING
+    ),
 )

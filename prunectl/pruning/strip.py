@@ -24,7 +24,7 @@ class Stripped:
     after: ModelStats
 
 
-def strip(path: Path, wish: StripOptions, output: Destination | None, *, is_packed: bool) -> Stripped:
+def strip(path: Path, options: StripOptions, output: Destination | None, *, is_packed: bool) -> Stripped:
     """Write a model again without what it does not need to predict; without an output, into a scratch file."""
     model = open_model(path)
     # What has nothing to strip may still be packed.
@@ -32,40 +32,40 @@ def strip(path: Path, wish: StripOptions, output: Destination | None, *, is_pack
     row = by_name(model.format)
     outputs.check(model, output)
     with outputs.staging_dir(model, output) as (folder, target):
-        places = outputs.staged_paths(model, folder, target)
+        staged = outputs.staged_paths(model, folder, target)
         removed: tuple[RemovedItem, ...] = ()
         if row.stripper:
-            removed = load(row.stripper)(model, wish, places)
+            removed = load(row.stripper)(model, options, staged)
         else:
-            load(row.writer)(model, places, ())
-        written = places.get(model.path, folder / target.name)
+            load(row.writer)(model, staged, ())
+        written = staged.get(model.path, folder / target.name)
         if is_packed:
             outputs.pack(written, folder)
-        found = open_model(written)
-        _verify(model, found, wish, frozenset(thing.name for thing in removed))
-        before, after = surveyed(model), surveyed(found)
+        result = open_model(written)
+        _verify(model, result, options, frozenset(thing.name for thing in removed))
+        before, after = stats_for_report(model), stats_for_report(result)
     return Stripped(removed, before, replace(after, path=str(target)) if output is not None else after)
 
 
-def _verify(model: ModelFile, found: ModelFile, wish: StripOptions, removed: frozenset[str]) -> None:
+def _verify(model: ModelFile, result: ModelFile, options: StripOptions, removed: frozenset[str]) -> None:
     """Hold what was written against the input: nothing is left that should go, and nothing else has changed."""
-    left = [wrapper for wrapper in found.about.wrappers if wrapper.kind != PARAMETRIZATION]
-    if StripPart.MASKS in wish.parts and left:
-        raise WorkError(f"{model.path} came out with wrappers still around {left[0].layer}")
+    wrappers_left = [wrapper for wrapper in result.about.wrappers if wrapper.kind != PARAMETRIZATION]
+    if StripPart.MASKS in options.parts and wrappers_left:
+        raise WorkError(f"{model.path} came out with wrappers still around {wrappers_left[0].layer}")
     wrapped = {wrapper.layer for wrapper in model.about.wrappers}
-    known = {tensor.name: tensor for tensor in model.tensors}
-    for tensor in found.tensors:
-        old = known.get(tensor.name)
-        if old is None or tensor.layer in wrapped:
+    before = {tensor.name: tensor for tensor in model.tensors}
+    for tensor in result.tensors:
+        original = before.get(tensor.name)
+        if original is None or tensor.layer in wrapped:
             continue
-        if tensor.name in removed and tensor.role == Role.OPTIMIZER and count_zeros(found, tensor) == tensor.size:
+        if tensor.name in removed and tensor.role == Role.OPTIMIZER and count_zeros(result, tensor) == tensor.size:
             # Where a graph still asks for the state of an optimizer, it gets zeros.
             continue
-        if old.shape != tensor.shape or not bitwise_equal(model, old, found, tensor):
+        if original.shape != tensor.shape or not bitwise_equal(model, original, result, tensor):
             raise WorkError(f"{tensor.name} of {model.path} came out with other numbers than it had")
 
 
-def surveyed(model: ModelFile) -> ModelStats:
+def stats_for_report(model: ModelFile) -> ModelStats:
     """Return what is in a model; its compressed size, too, if it is small."""
     if model.nbytes <= outputs.BIG_BYTES:
         return measure(model, get_codec(CodecName.GZIP, None))

@@ -23,7 +23,7 @@ Mask = NDArray[np.bool_]
 Source = Callable[[], Iterator[Array]]
 """Yields the scores of one tensor in order, block by block, each time it is called."""
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 THREADS = 2
 _MANY = 1 << 20
 _DIGIT_BITS = 16
@@ -44,7 +44,7 @@ class Threshold:
     ties: tuple[int, ...]
     """How many ties go from each source, counted from its beginning."""
 
-    def drops(self, source: int) -> ThresholdMasker:
+    def masker(self, source: int) -> ThresholdMasker:
         """Return what marks the dropped scores of one source, block by block in order."""
         return ThresholdMasker(self.key, self.ties[source])
 
@@ -56,7 +56,7 @@ class ThresholdMasker:
     key: int
     ties_left: int
 
-    def mark(self, scores: Array) -> Mask:
+    def mask(self, scores: Array) -> Mask:
         """Mark the scores of the next block that are dropped."""
         keys = sort_keys(scores)
         dropped: Mask = keys < self.key
@@ -69,18 +69,18 @@ class ThresholdMasker:
 
 def sort_keys(scores: Array) -> Array:
     """Return the bits of non-negative floats as integers of the same order; minus zero is zero."""
-    whole = np.ascontiguousarray(scores)
-    if whole.dtype.itemsize == 8:
-        return np.asarray(whole.view(np.uint64) & np.uint64(0x7FFFFFFFFFFFFFFF))
-    return np.asarray(whole.view(np.uint32) & np.uint32(0x7FFFFFFF))
+    contiguous = np.ascontiguousarray(scores)
+    if contiguous.dtype.itemsize == 8:
+        return np.asarray(contiguous.view(np.uint64) & np.uint64(0x7FFFFFFFFFFFFFFF))
+    return np.asarray(contiguous.view(np.uint32) & np.uint32(0x7FFFFFFF))
 
 
 def threshold(sources: Sequence[Source], drop: int) -> Threshold:
     """Return the cut that drops exactly so many scores, ties in the order of the sources."""
     if drop == 0:
         return Threshold(0, (0,) * len(sources))
-    key, below, at = sampled_select(sources, drop) or radix_select(sources, drop)
-    return Threshold(key, _split_ties(sources, key, drop - below, at))
+    key, below, equal = sampled_select(sources, drop) or radix_select(sources, drop)
+    return Threshold(key, _split_ties(sources, key, drop - below, equal))
 
 
 def sampled_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int] | None:
@@ -95,13 +95,13 @@ def sampled_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int]
     low, high = np.uint32(first << _DIGIT_BITS), np.uint32((last << _DIGIT_BITS) + _BINS - 1)
     below, counts = 0, np.zeros((last - first + 1) * _BINS, np.int64)
     with closing(_map_parallel(partial(_count_between, low=low, high=high), sources)) as counted:
-        for found in counted:
-            below, counts = below + found[0], counts + found[1].counts()
+        for counted_part in counted:
+            below, counts = below + counted_part[0], counts + counted_part[1].counts()
     rising = np.cumsum(counts)
     if not below < drop <= below + int(rising[-1]):
         return None
-    place = int(np.searchsorted(rising, drop - below))
-    return int(low) + place, below + int(rising[place] - counts[place]), int(counts[place])
+    index = int(np.searchsorted(rising, drop - below))
+    return int(low) + index, below + int(rising[index] - counts[index]), int(counts[index])
 
 
 def _count_between(source: Source, low: np.uint32, high: np.uint32) -> tuple[int, LazyHistogram]:
@@ -150,7 +150,7 @@ class LazyHistogram:
         return self._counts
 
 
-def _map_parallel(work: Callable[[Source], Found], sources: Sequence[Source]) -> Generator[Found]:
+def _map_parallel(work: Callable[[Source], Result], sources: Sequence[Source]) -> Generator[Result]:
     """Yield what some work finds in each source, two at a time."""
     with workers(THREADS) as pool:
         yield from pool.map(work, sources)
@@ -179,7 +179,7 @@ def _bracket_from_sample(sources: Sequence[Source], drop: int) -> tuple[int, int
 
 def radix_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int]:
     """Return the key of the last score to go, how many are below it, and how many equal it."""
-    prefix, below, at, shift = 0, 0, 0, None
+    prefix, below, equal, shift = 0, 0, 0, None
     while shift is None or shift > 0:
         counts = np.zeros(_BINS, np.int64)
         for source in sources:
@@ -196,19 +196,19 @@ def radix_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int]:
         if digit == _BINS:
             raise ValueError(f"there are fewer than {drop} scores")
         below += int(rising[digit] - counts[digit])
-        at = int(counts[digit])
+        equal = int(counts[digit])
         prefix = prefix << _DIGIT_BITS | digit
         shift = low
-    return prefix, below, at
+    return prefix, below, equal
 
 
-def _split_ties(sources: Sequence[Source], key: int, ties: int, at: int) -> tuple[int, ...]:
+def _split_ties(sources: Sequence[Source], key: int, ties: int, equal: int) -> tuple[int, ...]:
     """Return how many of the ties each source gives, the first sources first."""
-    if len(sources) == 1 or ties == at:
+    if len(sources) == 1 or ties == equal:
         return (ties,) * len(sources)
     shares = []
     for source in sources:
-        held = sum(int(np.count_nonzero(sort_keys(block) == key)) for block in source()) if ties else 0
-        shares.append(min(held, ties))
+        tied = sum(int(np.count_nonzero(sort_keys(block) == key)) for block in source()) if ties else 0
+        shares.append(min(tied, ties))
         ties -= shares[-1]
     return tuple(shares)

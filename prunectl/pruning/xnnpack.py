@@ -82,25 +82,27 @@ def _is_image_kernel(shape: tuple[int, ...], role: Role) -> bool:
 
 def _layers(config: Mapping[str, Any]) -> Mapping[str, _Layer]:
     """Return the layers of a model, each with those whose outputs it takes."""
-    found: dict[str, _Layer] = {}
+    layers: dict[str, _Layer] = {}
     is_graph = any(layer.get("inbound_nodes") for layer in listed(config))
     if is_graph:
         for call in parse_calls(config):
-            before = found[call.layer].producers if call.layer in found else ()
+            before = layers[call.layer].producers if call.layer in layers else ()
             producers = dict.fromkeys((*before, *(source.layer for source in call.sources)))
-            found[call.layer] = _layer(call.layer, call.found, tuple(producers))
+            layers[call.layer] = _layer(call.layer, call.found, tuple(producers))
     else:
-        for said in listed(config):
-            found[name_of(said)] = _layer(name_of(said), said, tuple(found)[-1:])
-    known = found.keys()
+        for layer in listed(config):
+            layers[name_of(layer)] = _layer(name_of(layer), layer, tuple(layers)[-1:])
+    names = layers.keys()
     return {
-        name: _Layer(name, layer.kind, layer.config, tuple(one for one in layer.producers if one in known))
-        for name, layer in found.items()
+        name: _Layer(
+            name, layer.kind, layer.config, tuple(producer for producer in layer.producers if producer in names)
+        )
+        for name, layer in layers.items()
     }
 
 
-def _layer(name: str, said: Mapping[str, Any], producers: tuple[str, ...]) -> _Layer:
-    inner = part(part(said, "config"), "layer") if said.get("class_name") == "PruneLowMagnitude" else said
+def _layer(name: str, config: Mapping[str, Any], producers: tuple[str, ...]) -> _Layer:
+    inner = part(part(config, "config"), "layer") if config.get("class_name") == "PruneLowMagnitude" else config
     return _Layer(name, str(inner.get("class_name")), part(inner, "config"), producers)
 
 
@@ -108,18 +110,18 @@ def _first_matches(
     begin: Iterable[str], is_end: Callable[[str], bool], after: Callable[[str], Iterable[str]]
 ) -> set[str]:
     """Return the first layers of a sort on all ways from some; none if one way leads past them."""
-    waiting, seen, found = list(begin), set(begin), set()
+    waiting, seen, matches = list(begin), set(begin), set()
     while waiting:
         name = waiting.pop()
         if is_end(name):
-            found.add(name)
+            matches.add(name)
             continue
         further = list(after(name))
         if not further:
             return set()
-        waiting += [one for one in dict.fromkeys(further) if one not in seen]
+        waiting += [following for following in dict.fromkeys(further) if following not in seen]
         seen.update(further)
-    return found
+    return matches
 
 
 def _nodes_between(begin: Iterable[str], stops: set[str], after: Mapping[str, Iterable[str]]) -> list[str]:
@@ -137,38 +139,38 @@ def _nodes_between(begin: Iterable[str], stops: set[str], after: Mapping[str, It
 
 
 def _is_first_conv(layer: _Layer, layers: Mapping[str, _Layer], channels: Mapping[str, int]) -> bool:
-    said = layer.config
+    config = layer.config
     return (
         layer.kind == "Conv2D"
-        and said.get("kernel_size") == [3, 3]
+        and config.get("kernel_size") == [3, 3]
         and channels.get(layer.name.removeprefix(PRUNED_PREFIX)) == 3
-        and said.get("strides") == [2, 2]
-        and said.get("padding") == "valid"
+        and config.get("strides") == [2, 2]
+        and config.get("padding") == "valid"
         and layer.is_padded_by(layers, 1)
     )
 
 
 def _is_supported(layer: _Layer, layers: Mapping[str, _Layer]) -> bool:
-    said = layer.config
+    config = layer.config
     if layer.kind == "DepthwiseConv2D":
         return _is_supported_depthwise(layer, layers)
     if layer.kind == "Conv2D":
-        plain = said.get("groups", 1) == 1 and said.get("dilation_rate", [1, 1]) == [1, 1]
-        return plain and said.get("kernel_size") == [1, 1] and said.get("strides") == [1, 1]
+        plain = config.get("groups", 1) == 1 and config.get("dilation_rate", [1, 1]) == [1, 1]
+        return plain and config.get("kernel_size") == [1, 1] and config.get("strides") == [1, 1]
     facts = {
-        "GlobalAveragePooling2D": said.get("keepdims") is True,
-        "BatchNormalization": said.get("axis") in ([3], 3, -1),
-        "UpSampling2D": said.get("interpolation") == "bilinear",
-        "Activation": str(said.get("activation")) in _ACTIVATIONS,
-        "TFOpLambda": str(said.get("function")).rpartition(".")[2] in _OPERATORS,
+        "GlobalAveragePooling2D": config.get("keepdims") is True,
+        "BatchNormalization": config.get("axis") in ([3], 3, -1),
+        "UpSampling2D": config.get("interpolation") == "bilinear",
+        "Activation": str(config.get("activation")) in _ACTIVATIONS,
+        "TFOpLambda": str(config.get("function")).rpartition(".")[2] in _OPERATORS,
     }
     return layer.kind in _ALWAYS or facts.get(layer.kind, False)
 
 
 def _is_supported_depthwise(layer: _Layer, layers: Mapping[str, _Layer]) -> bool:
-    said = layer.config
-    window, strides, padding = said.get("kernel_size"), said.get("strides"), said.get("padding")
-    if said.get("depth_multiplier") != 1 or said.get("dilation_rate") != [1, 1] or window not in ([3, 3], [5, 5]):
+    config = layer.config
+    window, strides, padding = config.get("kernel_size"), config.get("strides"), config.get("padding")
+    if config.get("depth_multiplier") != 1 or config.get("dilation_rate") != [1, 1] or window not in ([3, 3], [5, 5]):
         return False
     if padding == "same":
         return strides == [1, 1]

@@ -65,22 +65,26 @@ def next_trials(
     choices: SweepConfig, done: Mapping[Trial, TrialResult], failed: Collection[Trial], max_drop: float | None
 ) -> list[Trial]:
     """Return the points that can be made now, in the order in which the table has them."""
-    asked = [point for point in grid(choices) if point not in done and point not in failed]
-    if max_drop is None or BASELINE in asked:
-        return asked
+    trials = [point for point in grid(choices) if point not in done and point not in failed]
+    if max_drop is None or BASELINE in trials:
+        return trials
     for way in variants(choices):
-        if implied_sparsity(way.pattern) is not None or any(point.way == way for point in (*asked, *failed)):
+        if implied_sparsity(way.pattern) is not None or any(point.way == way for point in (*trials, *failed)):
             continue
-        found = make_bracket(way, done, max_drop)
-        if not found.is_closed:
-            asked.append(way.at(found.middle))
-    return asked
+        bracket = make_bracket(way, done, max_drop)
+        if not bracket.is_closed:
+            trials.append(way.at(bracket.middle))
+    return trials
 
 
 def make_bracket(way: Variant, done: Mapping[Trial, TrialResult], max_drop: float) -> Bracket:
     """Return what all points of a way say: also those that were made for another question."""
     base = done[BASELINE]
-    held = {point.sparsity: drop(outcome, base) <= max_drop for point, outcome in done.items() if point.way == way}
-    holds = max((sparsity for sparsity, is_held in held.items() if is_held), default=0.0)
-    fails = min((sparsity for sparsity, is_held in held.items() if not is_held and sparsity > holds), default=1.0)
+    within_limit = {
+        point.sparsity: drop(outcome, base) <= max_drop for point, outcome in done.items() if point.way == way
+    }
+    holds = max((sparsity for sparsity, is_within in within_limit.items() if is_within), default=0.0)
+    fails = min(
+        (sparsity for sparsity, is_within in within_limit.items() if not is_within and sparsity > holds), default=1.0
+    )
     return Bracket(holds, fails)

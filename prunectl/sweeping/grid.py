@@ -39,8 +39,8 @@ def grid(choices: SweepConfig) -> list[Trial]:
 
 def implied_sparsity(pattern: str) -> float | None:
     """Return the sparsity that a pattern decides by itself."""
-    found = parse_pattern(PruneRequest(pattern=pattern))[0] if pattern != CHANNEL else None
-    return found.zeros / found.group if isinstance(found, NMPattern) else None
+    parsed = parse_pattern(PruneRequest(pattern=pattern))[0] if pattern != CHANNEL else None
+    return parsed.zeros / parsed.group if isinstance(parsed, NMPattern) else None
 
 
 def _sparsities(choices: SweepConfig, way: Variant) -> tuple[float, ...]:
@@ -51,7 +51,7 @@ def _sparsities(choices: SweepConfig, way: Variant) -> tuple[float, ...]:
 @cache
 def _combined(choices: SweepConfig) -> Mapping[Variant, str]:
     """Return every combination, with the reason why it makes no sense or none."""
-    found: dict[Variant, str] = {}
+    reasons: dict[Variant, str] = {}
     first: UsageError | None = None
     for way in _product(choices):
         try:
@@ -61,12 +61,12 @@ def _combined(choices: SweepConfig) -> Mapping[Variant, str]:
                 # What was named for itself is meant.
                 raise
             first = first or error
-            found[way] = error.message
+            reasons[way] = error.message
         else:
-            found[way] = ""
-    if first is not None and all(found.values()):
+            reasons[way] = ""
+    if first is not None and all(reasons.values()):
         raise first
-    return found
+    return reasons
 
 
 def _product(choices: SweepConfig) -> list[Variant]:
@@ -74,33 +74,35 @@ def _product(choices: SweepConfig) -> list[Variant]:
     patterns = [pattern if pattern != UNSTRUCTURED else "" for pattern in choices.patterns]
     every = product(choices.strategies, choices.scopes, schedules, patterns)
     used: set[str] = set()
-    found: list[Variant] = []
+    combinations: list[Variant] = []
     for strategy, scope, schedule, pattern in every:
-        known = [param for param in choices.params if accepts_param(strategy, pattern, param[0])]
-        used |= {name for name, _ in known}
-        for values in product(*(values for _, values in known)):
-            words = (f"{name}={value}" for (name, _), value in zip(known, values, strict=True))
-            found.append(Variant(strategy, scope, schedule, pattern, ",".join(words)))
+        accepted = [param for param in choices.params if accepts_param(strategy, pattern, param[0])]
+        used |= {name for name, _ in accepted}
+        for values in product(*(values for _, values in accepted)):
+            settings = (f"{name}={value}" for (name, _), value in zip(accepted, values, strict=True))
+            combinations.append(Variant(strategy, scope, schedule, pattern, ",".join(settings)))
     for name, _ in choices.params:
         if name not in used:
             raise UsageError(f"none of the strategies has a parameter {name}", hint="leave out --param, or name one")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(combinations))
 
 
 def accepts_param(strategy: str, pattern: str, name: str) -> bool:
     """Whether a strategy has a parameter of that name."""
-    weights: dict[str, object] = {one.name: one for one in STRATEGIES}
-    channels: dict[str, object] = {one.name: one for one in MEASURES} | {RANDOM: None, "magnitude": MEASURES[0]}
+    weights: dict[str, object] = {item.name: item for item in STRATEGIES}
+    channels: dict[str, object] = {item.name: item for item in MEASURES} | {RANDOM: None, "magnitude": MEASURES[0]}
     try:
-        found = find(KIND, strategy, channels) if pattern == CHANNEL else find("strategy", strategy, weights)
+        strategy_or_measure = (
+            find(KIND, strategy, channels) if pattern == CHANNEL else find("strategy", strategy, weights)
+        )
     except UsageError:
         # Of no use to this pattern, which is said where the way is looked at.
         return False
-    if isinstance(found, Importance):
-        return name == found.key
-    if isinstance(found, Strategy):
-        return name in found.choices
-    return callable(found) and name in inspect.signature(found).parameters
+    if isinstance(strategy_or_measure, Importance):
+        return name == strategy_or_measure.key
+    if isinstance(strategy_or_measure, Strategy):
+        return name in strategy_or_measure.choices
+    return callable(strategy_or_measure) and name in inspect.signature(strategy_or_measure).parameters
 
 
 def check(choices: SweepConfig) -> None:

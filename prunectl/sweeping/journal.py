@@ -121,8 +121,8 @@ def _check_compatible(noted: dict[str, Any], head: dict[str, Any], folder: Path)
         _compare_files(noted["files"], head["files"], folder)
     name = next(name for name in {**now, **then} if then.get(name) != now.get(name))
     raise UsageError(
-        f"{folder} holds a sweep with other choices: {name.replace('_', ' ')} was {_said(then.get(name))}, "
-        f"not {_said(now.get(name))}",
+        f"{folder} holds a sweep with other choices: {name.replace('_', ' ')} was {_format_value(then.get(name))}, "
+        f"not {_format_value(now.get(name))}",
         hint="say the same again to go on with it, or sweep into another folder",
     )
 
@@ -130,14 +130,14 @@ def _check_compatible(noted: dict[str, Any], head: dict[str, Any], folder: Path)
 def _compare_files(then: dict[str, str], now: dict[str, str], folder: Path) -> NoReturn:
     """Say which file is not as it was."""
     name = next(name for name in {**now, **then} if then.get(name) != now.get(name))
-    what = "is new" if name not in then else "is gone" if name not in now else "has changed"
+    change = "is new" if name not in then else "is gone" if name not in now else "has changed"
     raise UsageError(
-        f"{name} {what} since {folder} was begun: what was tried there tells nothing of what is now",
+        f"{name} {change} since {folder} was begun: what was tried there tells nothing of what is now",
         hint="sweep into another folder, or remove that one",
     )
 
 
-def _said(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return (", ".join(map(str, value)) if isinstance(value, list) else str(value)) or "nothing"
 
 
@@ -156,24 +156,24 @@ def digest(path: Path) -> str:
 
 def find_stale(folder: Path, done: Mapping[Trial, TrialResult]) -> dict[Trial, str]:
     """Return the points whose model is not what was noted, with what to say of each."""
-    found: dict[Trial, str] = {}
+    stale: dict[Trial, str] = {}
     for point, outcome in done.items():
         path = folder / outcome.path
         if not outcome.path:
             continue
         if not path.exists():
-            found[point] = f"{path} was gone: it was made again."
+            stale[point] = f"{path} was gone: it was made again."
         elif _changed(path, outcome):
-            found[point] = f"{path} was not what had been tried: it was made again."
-    return found
+            stale[point] = f"{path} was not what had been tried: it was made again."
+    return stale
 
 
 def trial_dir(folder: Path, point: Trial) -> Path:
     """Return the folder of a point, which is made if it is not there."""
-    place = folder / point.name
-    with writing(place):
-        place.mkdir(exist_ok=True)
-    return place
+    path = folder / point.name
+    with writing(path):
+        path.mkdir(exist_ok=True)
+    return path
 
 
 def _changed(path: Path, outcome: TrialResult) -> bool:
@@ -183,29 +183,36 @@ def _changed(path: Path, outcome: TrialResult) -> bool:
 
 def digests(*, specs: Iterable[str], functions: Iterable[Any], models: Iterable[str] = ()) -> dict[str, str]:
     """Return the hash of every file that data, functions and other models lie in, by its path."""
-    words = tuple(functions)
-    found = [
+    specs_and_functions = tuple(functions)
+    paths = [
         *(file for spec in specs if spec for file in registry.of_spec(spec)),
-        *registry.of_functions(words),
-        *_modules((*(spec.partition("?")[0] for spec in specs), *words)),
+        *registry.of_functions(specs_and_functions),
+        *_module_files((*(spec.partition("?")[0] for spec in specs), *specs_and_functions)),
         *(file for model in models if model for file in open_model(Path(model)).files),
     ]
-    return {str(path): sizes.sha256_of(path) for path in dict.fromkeys(found) if path.is_file()}
+    return {str(path): sizes.sha256_of(path) for path in dict.fromkeys(paths) if path.is_file()}
 
 
 def files_of(choices: SweepConfig) -> dict[str, str]:
     """Return the hashes of what a sweep reads beside its model."""
     means = training_of(choices, BASELINE).means
-    words = (*choices.strategies, choices.policy, choices.loss, choices.model, choices.custom_objects, *means.metrics)
-    return digests(specs=(choices.data, choices.val), functions=words)
+    functions = (
+        *choices.strategies,
+        choices.policy,
+        choices.loss,
+        choices.model,
+        choices.custom_objects,
+        *means.metrics,
+    )
+    return digests(specs=(choices.data, choices.val), functions=functions)
 
 
-def _modules(words: Iterable[Any]) -> Iterator[Path]:
+def _module_files(specs: Iterable[Any]) -> Iterator[Path]:
     """Yield the files of modules that words name as `package.module:name`, which are not imported for it."""
-    for word in words:
-        where, colon, name = word.rpartition(":") if isinstance(word, str) else ("", "", "")
+    for spec in specs:
+        where, colon, name = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
         parts = where.split(".")
         if colon and name.isidentifier() and all(part.isidentifier() for part in parts):
-            places = (Path(folder or ".").joinpath(*parts) for folder in sys.path)
-            tried = (path for place in places for path in (place.with_suffix(".py"), place / "__init__.py"))
+            candidates = (Path(folder or ".").joinpath(*parts) for folder in sys.path)
+            tried = (path for folder in candidates for path in (folder.with_suffix(".py"), folder / "__init__.py"))
             yield from (path for path in [next(filter(Path.is_file, tried), None)] if path is not None)

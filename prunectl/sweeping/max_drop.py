@@ -67,38 +67,39 @@ class SearchResult:
         return drop(self.tried[point], self.base) <= self.limit.amount
 
 
-def search(path: Path, asked: Search, folder: Path, watcher: Watcher) -> SearchResult:
+def search(path: Path, request: Search, folder: Path, watcher: Watcher) -> SearchResult:
     """Return the largest sparsity that holds, to a hundredth; each that is tried is kept in a folder."""
-    with open_journal(folder, asked.choices, digest(path), threads_per_worker(1), asked.files) as notes:
-        if BASELINE not in notes.done:
-            notes.add(BASELINE, evaluate(path, asked.judging, ""))
-        base = notes.done[BASELINE]
-        check_limit(asked.limit, base)
-        gone = find_stale(folder, notes.done)
-        notes.forget(gone)
-        for point in gone:
-            notes.add(point, _tried(path, asked, folder, point))
-            watcher(point, notes.done[point])
-        while not (found := make_bracket(asked.way, notes.done, asked.limit.amount)).is_closed:
-            point = asked.way.at(found.middle)
-            notes.add(point, _tried(path, asked, folder, point))
-            watcher(point, notes.done[point])
+    with open_journal(folder, request.choices, digest(path), threads_per_worker(1), request.files) as journal:
+        if BASELINE not in journal.done:
+            journal.add(BASELINE, evaluate(path, request.judging, ""))
+        base = journal.done[BASELINE]
+        check_limit(request.limit, base)
+        stale = find_stale(folder, journal.done)
+        journal.forget(stale)
+        for point in stale:
+            journal.add(point, _run_trial(path, request, folder, point))
+            watcher(point, journal.done[point])
+        while not (bracket := make_bracket(request.way, journal.done, request.limit.amount)).is_closed:
+            point = request.way.at(bracket.middle)
+            journal.add(point, _run_trial(path, request, folder, point))
+            watcher(point, journal.done[point])
         tried = {
-            point: notes.done[point] for point in sorted(notes.done.keys() - {BASELINE}, key=lambda it: it.sparsity)
+            point: journal.done[point]
+            for point in sorted(journal.done.keys() - {BASELINE}, key=lambda trial: trial.sparsity)
         }
-    if not found.holds:
-        raise _infeasible(tried, base, asked.limit)
-    return SearchResult(asked.limit, base, asked.way.at(found.holds), tried, folder, tuple(gone.values()))
+    if not bracket.holds:
+        raise _infeasible(tried, base, request.limit)
+    return SearchResult(request.limit, base, request.way.at(bracket.holds), tried, folder, tuple(stale.values()))
 
 
-def _tried(path: Path, asked: Search, folder: Path, point: Trial) -> TrialResult:
+def _run_trial(path: Path, request: Search, folder: Path, point: Trial) -> TrialResult:
     """Make a sparsity in its own folder, and return what came of it."""
     output = Destination(trial_dir(folder, point) / f"model{''.join(path.suffixes[-1:])}", is_forced=True)
     try:
-        asked.make(path, point.sparsity, output)
+        request.make(path, point.sparsity, output)
     except DivergedError as error:
         return diverged(point, error)
-    return evaluate(output.target, asked.judging, output.target.relative_to(folder).as_posix())
+    return evaluate(output.target, request.judging, output.target.relative_to(folder).as_posix())
 
 
 def _infeasible(tried: dict[Trial, TrialResult], base: TrialResult, limit: MaxDrop) -> WorkError:

@@ -32,9 +32,9 @@ class _RayTrial:
 
     def attempt(self, point: dict[str, Any]) -> dict[str, Any]:
         if not (Path(self._job["folder"]) / FILE).exists():
-            said = f"{self._job['folder']} is not there on {os.uname().nodename}"
+            message = f"{self._job['folder']} is not there on {os.uname().nodename}"
             hint = "sweep into a folder that all machines of the cluster share"
-            return {"error": {"kind": InputError.kind, "message": said, "hint": hint, "did_you_mean": []}}
+            return {"error": {"kind": InputError.kind, "message": message, "hint": hint, "did_you_mean": []}}
         return handle(self._job, point)
 
 
@@ -55,14 +55,14 @@ class _RayWorker:
             options = {"num_cpus": self._threads, "runtime_env": {"env_vars": worker_env(self._threads)}}
             self._maker = ray.remote(**options)(_RayTrial).remote(self._job, os.getcwd())
         try:
-            said: dict[str, Any] = ray.get(self._maker.attempt.remote(asdict(point)))
+            reply: dict[str, Any] = ray.get(self._maker.attempt.remote(asdict(point)))
         except ray.exceptions.RayError as error:
             self._maker = None
             return WorkError(
                 f"{point.name}: its worker ended: {first_line(error)}",
                 hint="is there memory enough? fewer --jobs need less",
             )
-        return decode_reply(point, said)
+        return decode_reply(point, reply)
 
     def close(self) -> None:
         """End the worker, whatever it does."""
@@ -77,8 +77,8 @@ class _RayWorker:
 class _Cluster:
     """A cluster that runs, or one on this machine that is started for the sweep and stopped after it."""
 
-    def __init__(self, address: str, threads: int, hands: int) -> None:
-        self._address, self._threads, self._hands, self._left = address, threads, hands, hands
+    def __init__(self, address: str, threads: int, jobs: int) -> None:
+        self._address, self._threads, self._hands, self._left = address, threads, jobs, jobs
         self._lock = threading.Lock()
 
     def join(self) -> None:
@@ -106,12 +106,12 @@ class _Cluster:
                 ray.shutdown()
 
 
-def check_resources(nodes: Sequence[Mapping[str, Any]], threads: int, hands: int) -> None:
+def check_resources(nodes: Sequence[Mapping[str, Any]], threads: int, jobs: int) -> None:
     """Refuse more workers than a cluster has processors for: some would wait for ever."""
     room = sum(int(node["Resources"].get("CPU", 0) // threads) for node in nodes if node["Alive"])
-    if room < hands:
+    if room < jobs:
         raise WorkError(
-            f"the cluster has room for {room} workers with {threads} threads each, not for {hands}",
+            f"the cluster has room for {room} workers with {threads} threads each, not for {jobs}",
             hint=f"--jobs {room}" if room else "say OMP_NUM_THREADS=1, and sweep into a new folder",
         )
 

@@ -55,17 +55,17 @@ ONE_SHOT = "constant"
 
 def pruning_of(choices: SweepConfig, point: Trial) -> Pruning:
     """Return what `prune` is asked for."""
-    does_look = looks_at_data(point)
+    needs_data_here = looks_at_data(point)
     return replace(
-        _plain(point),
+        _pruning_request(point),
         policy=choices.policy,
         only=choices.only,
         exclude=choices.exclude,
         seed=choices.seed,
-        data=choices.data if does_look else "",
-        samples=choices.samples if does_look else request.SAMPLES,
-        batch_size=choices.batch_size if does_look else request.BATCH_SIZE,
-        loss=choices.loss if does_look else "",
+        data=choices.data if needs_data_here else "",
+        samples=choices.samples if needs_data_here else request.SAMPLES,
+        batch_size=choices.batch_size if needs_data_here else request.BATCH_SIZE,
+        loss=choices.loss if needs_data_here else "",
         model=choices.model,
         custom_objects=choices.custom_objects,
     )
@@ -74,7 +74,7 @@ def pruning_of(choices: SweepConfig, point: Trial) -> Pruning:
 def training_of(choices: SweepConfig, point: Trial) -> Training:
     """Return what `finetune` is asked for; what was pruned before keeps its zeros."""
     is_pruned = point == BASELINE or is_one_shot(point)
-    asked = Pruning(seed=choices.seed) if is_pruned else pruning_of(choices, point)
+    pruning = Pruning(seed=choices.seed) if is_pruned else pruning_of(choices, point)
     return Training(
         data=choices.data,
         val=choices.val,
@@ -89,7 +89,7 @@ def training_of(choices: SweepConfig, point: Trial) -> Training:
             **asked_of((choices.metric,)),
         ),
         origin=ModelOrigin(choices.model, choices.custom_objects, choices.is_trusted, choices.seed),
-        pruning=asked,
+        pruning=pruning,
         ramping=Ramping() if is_pruned else Ramping(name=point.schedule),
     )
 
@@ -98,7 +98,7 @@ def looks_at_data(point: Trial) -> bool:
     """Whether weights go by what data does in the model before there is any training."""
     if point == BASELINE or _needs_training_scores(point):
         return False
-    return needs_data(_plain(point))
+    return needs_data(_pruning_request(point))
 
 
 def is_one_shot(point: Trial) -> bool:
@@ -121,22 +121,22 @@ def check_variant(choices: SweepConfig, point: Trial) -> None:
             f"the strategy {point.strategy} prunes once, before training: it has no schedule {point.schedule}",
             hint=f"sweep it with --schedules {ONE_SHOT}",
         )
-    asked = pruning_of(choices, point)
+    pruning = pruning_of(choices, point)
     if not trains or point.strategy not in WATCHED or looks_at_data(point):
-        request.check(asked)
+        request.check(pruning)
     elif point.schedule == ONE_SHOT:
         raise UsageError(
             f"the strategy {point.strategy} watches training, and the schedule {ONE_SHOT} prunes before there is any",
             hint="such as --schedules polynomial",
         )
     else:
-        request.check_shape(asked)
+        request.check_shape(pruning)
 
 
-def check_channels(asked: Pruning) -> None:
+def check_channels(pruning: Pruning) -> None:
     """Refuse channels of what could not be judged once they are cut."""
-    parse_config(asked)
-    if asked.model:
+    parse_config(pruning)
+    if pruning.model:
         raise UsageError(
             "weights alone that lost channels fit no class but their own, so that they cannot be judged",
             hint="search the same network as ONNX, which prunectl export writes",
@@ -148,7 +148,7 @@ def _needs_training_scores(point: Trial) -> bool:
     return point.pattern != CHANNEL and is_later and point.strategy in WATCHED
 
 
-def _plain(point: Trial) -> Pruning:
+def _pruning_request(point: Trial) -> Pruning:
     """Return how weights are ranked, and how much of them goes."""
     return Pruning(
         sparsity=point.sparsity,

@@ -45,23 +45,23 @@ def run_trial(path: Path, choices: SweepConfig, folder: Path, point: Trial) -> T
         return evaluate(path, training_of(choices, BASELINE), "")
     output = Destination(trial_dir(folder, point) / f"model{''.join(path.suffixes[-1:])}", is_forced=True)
     try:
-        _made(path, choices, point, output)
+        _write_trial(path, choices, point, output)
     except DivergedError as error:
         return diverged(point, error)
     return evaluate(output.target, training_of(choices, BASELINE), output.target.relative_to(folder).as_posix())
 
 
-def _made(path: Path, choices: SweepConfig, point: Trial, output: Destination) -> None:
+def _write_trial(path: Path, choices: SweepConfig, point: Trial, output: Destination) -> None:
     if not choices.epochs:
-        _pruned(path, choices, point, output)
+        _write_pruned(path, choices, point, output)
     elif is_one_shot(point):
         with temporary_folder() as scratch:
             between = Destination(scratch / path.name)
-            _pruned(path, choices, point, between)
+            _write_pruned(path, choices, point, between)
             finetune(between.target, training_of(choices, point), output)
     else:
         finetune(path, training_of(choices, point), output)
 
 
-def _pruned(path: Path, choices: SweepConfig, point: Trial, output: Destination) -> None:
+def _write_pruned(path: Path, choices: SweepConfig, point: Trial, output: Destination) -> None:
     prune_to(path, pruning_of(choices, point), output, is_trusted=choices.is_trusted)

@@ -72,50 +72,52 @@ def sweep(
     with (
         open_journal(
             folder, choices.as_json, sizes.sha256(model), threads_per_worker(jobs), files_of(choices)
-        ) as notes,
-        closing(WorkerPool(make_workers(place, job, jobs=jobs, threads=notes.threads, lock=notes.fd))) as crew,
+        ) as journal,
+        closing(WorkerPool(make_workers(place, job, jobs=jobs, threads=journal.threads, lock=journal.fd))) as pool,
     ):
-        if BASELINE not in notes.done:
-            _run_baseline(crew.attempt(BASELINE), notes)
+        if BASELINE not in journal.done:
+            _run_baseline(pool.attempt(BASELINE), journal)
         if max_drop is not None:
-            check_limit(max_drop, notes.done[BASELINE])
-        gone = find_stale(folder, notes.done)
-        notes.forget(gone)
-        more = partial(next_trials, choices, notes.done, failed, max_drop.amount if max_drop is not None else None)
+            check_limit(max_drop, journal.done[BASELINE])
+        stale = find_stale(folder, journal.done)
+        journal.forget(stale)
+        next_of_grid = partial(
+            next_trials, choices, journal.done, failed, max_drop.amount if max_drop is not None else None
+        )
 
-        def todo() -> list[Trial]:
-            again = [point for point in gone if point not in notes.done and point not in failed]
-            return again or more()
+        def next_to_run() -> list[Trial]:
+            stale_trials = [point for point in stale if point not in journal.done and point not in failed]
+            return stale_trials or next_of_grid()
 
-        for point, found in _made(crew, todo, jobs):
-            if isinstance(found, PrunectlError):
-                failed[point] = found
+        for point, result in _run_trials(pool, next_to_run, jobs):
+            if isinstance(result, PrunectlError):
+                failed[point] = result
             else:
-                base = notes.done[BASELINE]
+                base = journal.done[BASELINE]
                 # Training that went astray has nothing to say of what it is judged by.
-                notes.add(point, found if found.metric else replace(found, metric=base.metric, is_up=base.is_up))
-            watcher(point, found)
-        return Swept(choices, folder, _in_order(choices, notes.done), failed, max_drop, tuple(gone.values()))
+                journal.add(point, result if result.metric else replace(result, metric=base.metric, is_up=base.is_up))
+            watcher(point, result)
+        return Swept(choices, folder, _in_order(choices, journal.done), failed, max_drop, tuple(stale.values()))
 
 
-def _run_baseline(found: TrialResult | PrunectlError, notes: Journal) -> None:
+def _run_baseline(result: TrialResult | PrunectlError, journal: Journal) -> None:
     """Note the model as it is; without it there is nothing to compare with."""
-    if isinstance(found, PrunectlError):
-        raise found
-    notes.add(BASELINE, found)
+    if isinstance(result, PrunectlError):
+        raise result
+    journal.add(BASELINE, result)
 
 
-def _made(
-    crew: WorkerPool, todo: Callable[[], list[Trial]], jobs: int
+def _run_trials(
+    pool: WorkerPool, todo: Callable[[], list[Trial]], jobs: int
 ) -> Iterator[tuple[Trial, TrialResult | PrunectlError]]:
     """Yield points as they are made, until there are no more to make; each must be noted before the next is asked."""
     running: dict[Future[TrialResult | PrunectlError], Trial] = {}
     # Whoever gives up does not wait for hours of training.
-    with workers(jobs, on_failure=crew.close) as pool:
+    with workers(jobs, on_failure=pool.close) as executor:
         while True:
             for point in todo():
                 if point not in running.values():
-                    running[pool.submit(crew.attempt, point)] = point
+                    running[executor.submit(pool.attempt, point)] = point
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -124,7 +126,7 @@ def _made(
 
 def _in_order(choices: SweepConfig, done: dict[Trial, TrialResult]) -> dict[Trial, TrialResult]:
     """Return the points as a table has them, in whatever order they were made."""
-    order = {way: at for at, way in enumerate(variants(choices))}
+    order = {way: index for index, way in enumerate(variants(choices))}
     points = sorted(
         (point for point in done if point != BASELINE), key=lambda point: (order[point.way], point.sparsity)
     )
@@ -134,15 +136,15 @@ def _in_order(choices: SweepConfig, done: dict[Trial, TrialResult]) -> dict[Tria
 def pareto_front(outcomes: Mapping[Trial, TrialResult]) -> list[Trial]:
     """Return the Pareto front of the metric against the gzip size, from small to big."""
     sign = 1.0 if outcomes[BASELINE].is_more_better else -1.0
-    known = {point: outcome for point, outcome in outcomes.items() if outcome.is_number}
-    found: list[Trial] = []
+    finite = {point: outcome for point, outcome in outcomes.items() if outcome.is_number}
+    front: list[Trial] = []
     best = float("-inf")
     # Of two that are as good, the smaller; of two alike, the one that comes first.
-    for point, outcome in sorted(known.items(), key=lambda item: (item[1].gzip, -sign * item[1].value)):
+    for point, outcome in sorted(finite.items(), key=lambda item: (item[1].gzip, -sign * item[1].value)):
         if sign * outcome.value > best:
             best = sign * outcome.value
-            found.append(point)
-    return found
+            front.append(point)
+    return front
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +164,15 @@ class ScheduleComparison:
 
 def compare_schedules(choices: SweepConfig, outcomes: Mapping[Trial, TrialResult]) -> list[ScheduleComparison]:
     """Return how every two schedules compare that have points in common."""
-    found: list[ScheduleComparison] = []
-    for one, other in combinations(choices.schedules if choices.epochs else (), 2):
-        twins = {point: replace(point, schedule=other) for point in outcomes if point.schedule == one}
-        pairs = [(outcomes[point], outcomes[twin]) for point, twin in twins.items() if twin in outcomes]
-        pairs = [pair for pair in pairs if all(one.is_number for one in pair)]
+    comparisons: list[ScheduleComparison] = []
+    for left, right in combinations(choices.schedules if choices.epochs else (), 2):
+        counterparts = {point: replace(point, schedule=right) for point in outcomes if point.schedule == left}
+        pairs = [
+            (outcomes[point], outcomes[counterpart])
+            for point, counterpart in counterparts.items()
+            if counterpart in outcomes
+        ]
+        pairs = [pair for pair in pairs if all(left.is_number for left in pair)]
         if pairs:
-            found.append(ScheduleComparison(one, other, tuple(gain(*pair) for pair in pairs)))
-    return found
+            comparisons.append(ScheduleComparison(left, right, tuple(gain(*pair) for pair in pairs)))
+    return comparisons

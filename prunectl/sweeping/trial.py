@@ -49,8 +49,8 @@ class Trial:
     @property
     def name(self) -> str:
         """The folder of the point."""
-        words = (*self.way, f"{100 * self.sparsity:.4g}")
-        return "-".join(quote(word, safe=":=,") for word in words if word) if self != BASELINE else "base"
+        parts = (*self.way, f"{100 * self.sparsity:.4g}")
+        return "-".join(quote(part, safe=":=,") for part in parts if part) if self != BASELINE else "base"
 
 
 BASELINE = Trial("", "", "", 0.0)
@@ -93,10 +93,10 @@ class TrialResult:
         return {**asdict(self), "value": self.value if self.is_number else None}
 
     @classmethod
-    def of_json(cls, said: dict[str, Any]) -> TrialResult:
+    def of_json(cls, data: dict[str, Any]) -> TrialResult:
         """Return the outcome that was noted."""
-        value = math.nan if said["value"] is None else said["value"]
-        return cls(**{**said, "value": value, "notes": tuple(said["notes"])})
+        value = math.nan if data["value"] is None else data["value"]
+        return cls(**{**data, "value": value, "notes": tuple(data["notes"])})
 
 
 def diverged(point: Trial, error: PrunectlError) -> TrialResult:
@@ -142,10 +142,10 @@ class SweepConfig:
         return plain
 
     @classmethod
-    def of_json(cls, said: dict[str, Any]) -> SweepConfig:
+    def of_json(cls, data: dict[str, Any]) -> SweepConfig:
         """Return the choices that were noted."""
-        found: dict[str, Any] = {name: _frozen(value) for name, value in said.items()}
-        return cls(**found)
+        fields: dict[str, Any] = {name: _frozen(value) for name, value in data.items()}
+        return cls(**fields)
 
 
 def _frozen(value: Any) -> Any:

@@ -28,7 +28,9 @@ from prunectl.formats.safe_json import require
 from prunectl.sweeping.run_trial import run_trial
 from prunectl.sweeping.trial import SweepConfig, Trial, TrialResult
 
-_KINDS = {one.kind: one for one in (UsageError, InputError, UntrustedError, MissingExtraError, WorkError)}
+_KINDS = {
+    error_type.kind: error_type for error_type in (UsageError, InputError, UntrustedError, MissingExtraError, WorkError)
+}
 
 
 def encode_job(path: Path, choices: SweepConfig, folder: Path) -> dict[str, Any]:
@@ -42,21 +44,21 @@ def handle(job: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"outcome": run_trial(Path(job["model"]), choices, Path(job["folder"]), Trial(**point)).as_json}
     except Exception as error:  # noqa: BLE001 - the other points can do without this one
-        known = error if isinstance(error, PrunectlError) else translate(error)
-        if known is None:
+        failure = error if isinstance(error, PrunectlError) else translate(error)
+        if failure is None:
             return {"bug": f"{type(error).__name__}: {error}", "trace": "".join(traceback.format_exception(error))}
-        said = {"message": known.message, "hint": known.hint, "did_you_mean": list(known.did_you_mean)}
-        return {"error": {"kind": known.kind, **said}}
+        reply = {"message": failure.message, "hint": failure.hint, "did_you_mean": list(failure.did_you_mean)}
+        return {"error": {"kind": failure.kind, **reply}}
 
 
-def decode_reply(point: Trial, said: dict[str, Any]) -> TrialResult | PrunectlError:
+def decode_reply(point: Trial, reply: dict[str, Any]) -> TrialResult | PrunectlError:
     """Return what a worker meant."""
-    if "outcome" in said:
-        return TrialResult.of_json(said["outcome"])
-    if "bug" in said:
-        sys.stderr.write(said["trace"])
-        return WorkError(f"{point.name}: {said['bug']}", hint="please report it, with the traceback above")
-    error = said["error"]
+    if "outcome" in reply:
+        return TrialResult.of_json(reply["outcome"])
+    if "bug" in reply:
+        sys.stderr.write(reply["trace"])
+        return WorkError(f"{point.name}: {reply['bug']}", hint="please report it, with the traceback above")
+    error = reply["error"]
     kind = _KINDS.get(error["kind"], WorkError)
     return kind(error["message"], hint=error["hint"], did_you_mean=tuple(error["did_you_mean"]))
 
@@ -76,9 +78,9 @@ def worker_env(threads: int) -> dict[str, str]:
 
 def threads_per_worker(jobs: int) -> int:
     """Return how many threads each process may have, if nobody says."""
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    known = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(said) if said.isdecimal() and int(said) else max(known // jobs, 1)
+    from_env = os.environ.get("OMP_NUM_THREADS", "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(from_env) if from_env.isdecimal() and int(from_env) else max(cores // jobs, 1)
 
 
 class ProcessWorker:
@@ -104,7 +106,7 @@ class ProcessWorker:
         if not line:
             code = self._ended(process)
             return WorkError(
-                f"{point.name}: its process ended with {_told(code)}",
+                f"{point.name}: its process ended with {_describe_exit(code)}",
                 hint="is there memory enough? fewer --jobs need less",
             )
         return decode_reply(point, json.loads(line))
@@ -154,12 +156,12 @@ class ProcessWorker:
 
     def _processors(self) -> set[int]:
         """Return as many processors as there are threads, beside those of the others."""
-        known = sorted(os.sched_getaffinity(0))
+        processors = sorted(os.sched_getaffinity(0))
         first = self._number * self._threads
-        return {known[at % len(known)] for at in range(first, first + self._threads)}
+        return {processors[index % len(processors)] for index in range(first, first + self._threads)}
 
 
-def _told(code: int) -> str:
+def _describe_exit(code: int) -> str:
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
@@ -179,40 +181,40 @@ class Worker(Protocol):
 class WorkerPool:
     """So many hands; safe to use from as many threads."""
 
-    def __init__(self, hands: Sequence[Worker]) -> None:
-        self._hands = hands
+    def __init__(self, workers: Sequence[Worker]) -> None:
+        self._hands = workers
         self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        for hand in hands:
-            self._free.put(hand)
+        for worker in workers:
+            self._free.put(worker)
 
     def attempt(self, point: Trial) -> TrialResult | PrunectlError:
         """Have a point made by whoever is free."""
-        hand = self._free.get()
+        worker = self._free.get()
         try:
-            return hand.attempt(point)
+            return worker.attempt(point)
         finally:
-            self._free.put(hand)
+            self._free.put(worker)
 
     def close(self) -> None:
         """End all of them, whatever they do."""
-        for hand in self._hands:
-            hand.close()
+        for worker in self._hands:
+            worker.close()
 
 
-def check(place: str) -> None:
+def check(cluster: str) -> None:
     """Refuse a place that is not known, or that cannot be used."""
-    if place and place.partition(":")[0] != RAY:
-        raise UsageError(f"{place!r} is no place to sweep on", hint="write --on ray, or --on ray:ADDRESS")
-    if place:
+    if cluster and cluster.partition(":")[0] != RAY:
+        raise UsageError(f"{cluster!r} is no place to sweep on", hint="write --on ray, or --on ray:ADDRESS")
+    if cluster:
         require(RAY, extra=RAY)
 
 
-def make_workers(place: str, job: dict[str, Any], *, jobs: int, threads: int, lock: int) -> Sequence[Worker]:
+def make_workers(cluster: str, job: dict[str, Any], *, jobs: int, threads: int, lock: int) -> Sequence[Worker]:
     """Return those who work at a place: on this machine, or `ray`, or `ray:ADDRESS`."""
-    if not place:
+    if not cluster:
         return [ProcessWorker(job, number, threads, lock) for number in range(jobs)]
-    address = place.partition(":")[2]
-    found: Sequence[Worker] = importlib.import_module("prunectl.sweeping.ray_workers").make_ray_workers(
+    address = cluster.partition(":")[2]
+    ray_workers: Sequence[Worker] = importlib.import_module("prunectl.sweeping.ray_workers").make_ray_workers(
         address, job, jobs, threads
     )
-    return found
+    return ray_workers

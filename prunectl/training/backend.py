@@ -48,7 +48,7 @@ def informed(strategy: Strategy, found: Mapping[str, Array], kept: Mapping[str, 
     def score(_: Array, place: BlockContext) -> Array:
         return scores[place.name]
 
-    return replace(strategy, score=score, is_elementwise=False, is_known=True)
+    return replace(strategy, score=score, is_elementwise=False, is_precomputed=True)
 
 
 _SUM_TOLERANCE = 1e-3

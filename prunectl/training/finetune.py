@@ -20,7 +20,7 @@ from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.selectors import select_names
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import Destination
-from prunectl.pruning.strip import surveyed
+from prunectl.pruning.strip import stats_for_report
 from prunectl.pruning.threshold import Mask
 from prunectl.training import user_code
 from prunectl.training.backend import Logs, Network, Signature
@@ -198,7 +198,7 @@ def finetune(path: Path, request: FinetuneRequest, output: Destination, watcher:
         if request.is_recalibrated:
             notes = (*notes, _recalibrated(network, found, planned))
         judged_after = evaluated(network, found.val, planned.batch_size)
-        values, before = network.tensors(), surveyed(model)
+        values, before = network.tensors(), stats_for_report(model)
         if not network.is_chief:
             return Finetuned(
                 request, planned, before, before, judged_before, judged_after, (), None, 0, 0, (), is_chief=False
@@ -340,7 +340,7 @@ def _written(
             raise WorkError(f"{keeper.zeros - kept} of {keeper.zeros} zeros were lost in training; nothing was written")
         if wrapping is not None:
             wrap_in_place(found.path, wrapping)
-        after = surveyed(open_model(found.path))
+        after = stats_for_report(open_model(found.path))
     return replace(after, path=str(target)), kept
 
 

@@ -200,9 +200,9 @@ def _judge(lesson: Lesson, progress: LoopState, entry: LogEntry) -> None:
 def _is_early(keeper: Keeper, step: int) -> bool:
     """Whether the last turn is still to come; one that falls between two epochs belongs to the second."""
     schedule = keeper.rules.schedule
-    if schedule is None or step > schedule.last_turn:
+    if schedule is None or step > schedule.last_update_step:
         return False
-    return step < schedule.last_turn or keeper.turned_at != step
+    return step < schedule.last_update_step or keeper.turned_at != step
 
 
 def evaluated(network: Network, source: Source | None, batch_size: int) -> Logs:

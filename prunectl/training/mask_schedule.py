@@ -141,7 +141,7 @@ class Keeper:
         if growth is not None and growth.prunes_at(step):
             return True
         # A ramp whose end lies between two turns gets one more there, or it would never reach its sparsity.
-        return schedule is not None and (schedule.prunes_at(step) or step == schedule.last_turn)
+        return schedule is not None and (schedule.prunes_at(step) or step == schedule.last_update_step)
 
     def _cut(self, step: int, weights: Mapping[str, Array], seen: Mapping[str, Array]) -> dict[str, Mask]:
         rules, schedule = self.rules, self.rules.schedule
@@ -181,7 +181,7 @@ def _check_finite(weights: Mapping[str, Array], step: int) -> None:
 def scaled(choice: Selection, wanted: float, final: float) -> Selection:
     """Return a choice whose layers with a sparsity of their own are as far on their way to it as the rest."""
     share = wanted / final if final else 1.0
-    return replace(choice, own={name: ratio * share for name, ratio in choice.own.items()})
+    return replace(choice, layer_ratios={name: ratio * share for name, ratio in choice.layer_ratios.items()})
 
 
 _REGROWS_UNTIL = 0.75

@@ -74,7 +74,7 @@ class NativeKeeper(Keeper):
         if step and step != self.turned_at and (step % self.per_epoch == 0 or step == self.last):
             self.source.end_epoch()
         self.turned_at = step
-        is_over = step >= schedule.last_turn and step > 0
+        is_over = step >= schedule.last_update_step and step > 0
         if is_over and not self.is_settled:
             # tfmot keeps what is as great as its threshold, and so all that ties with it; and it rounds what it keeps
             # where we round what goes: of an odd half a weight, it may drop one fewer.
@@ -84,7 +84,7 @@ class NativeKeeper(Keeper):
             network.mask(self.masks)
             self.is_settled = True
         # The batch of this step is tfmot's next one.
-        self.is_stale = schedule.prunes_at(step + 1) or step + 1 == schedule.last_turn
+        self.is_stale = schedule.prunes_at(step + 1) or step + 1 == schedule.last_update_step
         return is_over
 
     def _look(self) -> None:
@@ -136,7 +136,7 @@ def _begins(
         return None
     schedules: dict[str, Schedule] = {}
     for name in rules.names:
-        final = rules.choice.own.get(name, schedule.final if rules.has_others else 0.0)
+        final = rules.choice.layer_ratios.get(name, schedule.final if rules.has_others else 0.0)
         if final >= 1.0 or not isinstance(driven, SparsitySchedule):
             return None
         if final:
@@ -164,7 +164,7 @@ def _goes_on(
         return None
     chosen = tuple(tensor for tensor in tensors if tensor.name in pruned)
     own = {tensor.name: schedules[tensor.name].final for tensor in chosen}
-    longest = max((schedules[tensor.name] for tensor in chosen), key=lambda schedule: schedule.last_turn)
+    longest = max((schedules[tensor.name] for tensor in chosen), key=lambda schedule: schedule.last_update_step)
     going = replace(
         rules,
         schedule=Begun(longest, held.step),
@@ -180,7 +180,7 @@ def driven_by(schedule: Schedule) -> Schedule | None:
     """Return a schedule whose last turn tfmot will not miss: it counts from 1, and at whole turns alone."""
     if not isinstance(schedule, SparsitySchedule):
         return None
-    if schedule.curve == "constant" or schedule.last_turn < 1:
+    if schedule.curve == "constant" or schedule.last_update_step < 1:
         # One turn is enough: what is zero then stays the smallest.
         begin = max(schedule.begin, 1)
         return replace(schedule, curve="constant", begin=begin, end=begin, frequency=1, params=())
@@ -190,7 +190,7 @@ def driven_by(schedule: Schedule) -> Schedule | None:
 def _is_under_way(held: SavedPruning, has_zeros: bool) -> bool:
     """Whether any schedule still has a turn to take, beside those that change nothing."""
     for schedule in held.schedules.values():
-        if schedule.last_turn > max(held.step, 0):
+        if schedule.last_update_step > max(held.step, 0):
             return True
         forever = isinstance(schedule, SparsitySchedule) and schedule.end is None
         if forever and not has_zeros and schedule.final:

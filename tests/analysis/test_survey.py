@@ -25,14 +25,14 @@ MODELS = sorted(
 )
 
 
-def surveyed(path: Path) -> ModelStats:
+def stats_for_report(path: Path) -> ModelStats:
     model = open_model(path)
     return measure_stats(model, model.tensors)
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.name)
 def test_the_parts_of_a_model_add_up_to_its_bytes(path: Path) -> None:
-    found = surveyed(path)
+    found = stats_for_report(path)
     files = open_model(path).files
     assert found.bytes.raw == sum(file.stat().st_size for file in files)
     assert sum(part.bytes for part in found.parts) == found.bytes.raw
@@ -43,7 +43,7 @@ def test_the_parts_of_a_model_add_up_to_its_bytes(path: Path) -> None:
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.name)
 def test_every_row_has_the_zeros_that_numpy_counts(path: Path) -> None:
     arrays = read_all(path)
-    found = surveyed(path)
+    found = stats_for_report(path)
     assert [row.name for row in found.layers] == list(arrays)
     for row in found.layers:
         array = arrays[row.name]
@@ -74,7 +74,7 @@ def test_without_zeros_nothing_is_read_and_nothing_claimed(tmp_path: Path) -> No
 
 
 def test_tied_tensors_count_once() -> None:
-    found = surveyed(FIXTURES / "tied_and_views.pt")
+    found = stats_for_report(FIXTURES / "tied_and_views.pt")
     assert found.params.total == 24
     assert {row.name: row.tied_to for row in found.layers} == {
         "encoder.weight": "",
@@ -119,7 +119,7 @@ def test_recurrent_weights_in_one_buffer_all_count(tmp_path: Path) -> None:
         state[name] = buffer[begin : begin + weight.numel()].view(weight.shape)
         begin += weight.numel()
     torch.save(state, tmp_path / "m.pt")
-    assert surveyed(tmp_path / "m.pt").params.total == sum(weight.numel() for weight in net.parameters())
+    assert stats_for_report(tmp_path / "m.pt").params.total == sum(weight.numel() for weight in net.parameters())
 
 
 def test_a_weight_stands_for_what_shares_its_bytes_with_the_optimizer(tmp_path: Path) -> None:
@@ -130,10 +130,10 @@ def test_a_weight_stands_for_what_shares_its_bytes_with_the_optimizer(tmp_path: 
 
 
 def test_masks_and_optimizer_are_parts_of_their_own() -> None:
-    parts = {part.name: part for part in surveyed(FIXTURES / "checkpoint_with_optimizer.pt").parts}
+    parts = {part.name: part for part in stats_for_report(FIXTURES / "checkpoint_with_optimizer.pt").parts}
     assert parts["optimizer"].bytes > parts["weights"].bytes
     assert parts["optimizer"].is_dead
-    masks = {part.name: part for part in surveyed(FIXTURES / "masks_of_torch_prune.pt").parts}
+    masks = {part.name: part for part in stats_for_report(FIXTURES / "masks_of_torch_prune.pt").parts}
     assert masks["masks"].is_dead
     assert not masks["weights"].is_dead
 

@@ -18,10 +18,10 @@ from tests.calibration.layers import LAYERS, made
 from tests.contract import Array
 
 MOMENTS: dict[str, tuple[Callable[..., tuple[Array, int]], Callable[[Array], Array]]] = {
-    "squares": (statistics.squares, lambda seen: np.square(seen).sum(axis=0)),
-    "sizes": (statistics.sizes, lambda seen: np.abs(seen).sum(axis=0)),
-    "sums": (statistics.sums, lambda seen: seen.sum(axis=0)),
-    "products": (statistics.products, lambda seen: np.einsum("pgf,pgh->gfh", seen, seen)),
+    "squares": (statistics.sum_squares, lambda seen: np.square(seen).sum(axis=0)),
+    "sizes": (statistics.sum_abs, lambda seen: np.abs(seen).sum(axis=0)),
+    "sums": (statistics.sum_inputs, lambda seen: seen.sum(axis=0)),
+    "products": (statistics.gram, lambda seen: np.einsum("pgf,pgh->gfh", seen, seen)),
 }
 
 
@@ -62,9 +62,9 @@ def test_sights_add_up_whatever_batches_they_come_in(parts: list[Array], name: s
 def test_parts_of_a_tensor_are_counted_apart() -> None:
     found, use = InputStatistics(), Use(0, 1)
     first, second = normal(3, 4), normal(8, 4, seed=1)
-    found.add(shown(first, of_outputs(use, 0, 2)), (6, 4), statistics.sums)
-    found.add(shown(second, of_outputs(use, 2, 6)), (6, 4), statistics.sums)
-    found.add(shown(first, of_outputs(use, 0, 2)), (6, 4), statistics.sums)
+    found.add(shown(first, of_outputs(use, 0, 2)), (6, 4), statistics.sum_inputs)
+    found.add(shown(second, of_outputs(use, 2, 6)), (6, 4), statistics.sum_inputs)
+    found.add(shown(first, of_outputs(use, 0, 2)), (6, 4), statistics.sum_inputs)
     assert found.counts == {(0, 2): 6, (2, 6): 8}
     np.testing.assert_allclose(found.totals[0, 2], 2 * first.sum(axis=0)[None])
     np.testing.assert_allclose(found.totals[2, 6], second.sum(axis=0)[None])
@@ -80,7 +80,7 @@ def test_pairs_tell_how_inputs_now_go_with_inputs_before(kind: str) -> None:
         found.add(shown(now[rows], use), shown(before[rows], use), kernel)
     mine, theirs = every_column(now.astype("f8"), use, kernel), every_column(before.astype("f8"), use, kernel)
     assert found.count == len(mine)
-    np.testing.assert_allclose(found.now, mine.sum(axis=0), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(found.before, theirs.sum(axis=0), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(found.among, np.einsum("pgf,pgh->gfh", mine, mine), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(found.across, np.einsum("pgf,pgh->gfh", mine, theirs), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.sum_pruned, mine.sum(axis=0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.sum_dense, theirs.sum(axis=0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.gram, np.einsum("pgf,pgh->gfh", mine, mine), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.cross_gram, np.einsum("pgf,pgh->gfh", mine, theirs), rtol=1e-4, atol=1e-4)

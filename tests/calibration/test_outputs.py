@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from prunectl.calibration import im2col
-from prunectl.calibration.outputs import OutputStatistics, collect_outputs, output_norms, sizes_and_squares
+from prunectl.calibration.outputs import OutputStatistics, collect_outputs, output_norms, sum_abs_and_squares
 from prunectl.calibration.prune import prune
 from prunectl.calibration.reconstruct import bias_of
 from prunectl.errors import PrunectlError
@@ -56,8 +56,8 @@ def assert_same(found: OutputStatistics, expected: Array) -> None:
     """Compare with the outputs themselves, as positions by outputs."""
     expected = expected.astype("f8")
     assert found.counts.tolist() == [len(expected)] * expected.shape[1]
-    np.testing.assert_allclose(found.sizes, np.abs(expected).mean(axis=0), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(found.squares, np.square(expected).sum(axis=0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.mean_abs, np.abs(expected).mean(axis=0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.sum_squares, np.square(expected).sum(axis=0), rtol=1e-4, atol=1e-6)
 
 
 def hooked(module: nn.Module, x: Array) -> dict[str, Array]:
@@ -87,7 +87,7 @@ def test_outputs_are_those_of_the_layer(kind: str, has_bias: bool, chunk: int, m
         layer.bias = None
     x, weight = normal(3, *shape), layer.weight.detach().numpy()
     biases = {"w": layer.bias.detach().numpy()} if has_bias else {}
-    (sizes, squares), count = sizes_and_squares({"w": weight}, biases, shown(x, use_of(layer)), weight.shape)
+    (sizes, squares), count = sum_abs_and_squares({"w": weight}, biases, shown(x, use_of(layer)), weight.shape)
     expected = as_rows(run(layer, x), use_of(layer))
     assert count == len(expected)
     np.testing.assert_allclose(sizes.reshape(-1), np.abs(expected).sum(axis=0), rtol=1e-4, atol=1e-4)
@@ -98,7 +98,7 @@ def test_a_part_of_the_outputs_has_its_part_of_the_bias() -> None:
     layer = nn.Linear(4, 6).double()
     x, weight, bias = normal(9, 4), layer.weight.detach().numpy(), layer.bias.detach().numpy()
     part = of_outputs(use_of(layer), 2, 5)
-    (sizes, _), _ = sizes_and_squares({"w": weight}, {"w": bias}, shown(x, part), weight.shape)
+    (sizes, _), _ = sum_abs_and_squares({"w": weight}, {"w": bias}, shown(x, part), weight.shape)
     np.testing.assert_allclose(sizes[0], np.abs(run(layer, x)[:, 2:5]).sum(axis=0), rtol=1e-5)
 
 

@@ -50,7 +50,7 @@ def test_it_is_least_squares_with_a_ridge_towards_the_old_weights(damp: float) -
 def test_where_it_starts_does_not_matter(seed: int) -> None:
     rows, kept, now, before = layer(seed)
     among, across = now.T @ now, now.T @ before
-    found = least_squares_refit(rows, among, across, kept, 0.01, start=100 * normal(*rows.shape, seed=seed + 9))
+    found = least_squares_refit(rows, among, across, kept, 0.01, initial=100 * normal(*rows.shape, seed=seed + 9))
     np.testing.assert_allclose(found, least_squares_refit(rows, among, across, kept, 0.01), rtol=1e-7, atol=1e-9)
 
 
@@ -95,8 +95,8 @@ def test_centred_products_are_those_of_a_regression_with_an_intercept() -> None:
     use = Use(0, 1)
     pairs = CrossStatistics(use)
     pairs.add(shown(now, use), shown(before, use), rows.shape)
-    among = center(pairs.among, pairs.now, pairs.now, pairs.count)[0]
-    across = center(pairs.across, pairs.now, pairs.before, pairs.count)[0]
+    among = center(pairs.gram, pairs.sum_pruned, pairs.sum_pruned, pairs.count)[0]
+    across = center(pairs.cross_gram, pairs.sum_pruned, pairs.sum_dense, pairs.count)[0]
     np.testing.assert_allclose(among, np.cov(now.T, ddof=0) * EXAMPLES, rtol=1e-3, atol=1e-3)
     found = least_squares_refit(rows, among, across, kept, 1e-12)
     for number, keep in enumerate(kept):

@@ -10,7 +10,7 @@ import torch
 
 from prunectl.calibration.prune import prune
 from prunectl.calibration.reconstruct import bias_of, correct_bias, mean_outputs
-from prunectl.calibration.statistics import InputStatistics, sums
+from prunectl.calibration.statistics import InputStatistics, sum_inputs
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.prune import prune as prune_file
@@ -134,7 +134,7 @@ def test_means_of_outputs_are_those_over_all_that_was_met() -> None:
     weights, x, seen = normal(6, 4), normal(30, 4), InputStatistics()
     parts = (of_outputs(Use(0, 1), 4, 6), of_outputs(Use(0, 1), 0, 4))
     for at, use in enumerate(parts):
-        seen.add(shown(x + at, use), (6, 4), sums)
+        seen.add(shown(x + at, use), (6, 4), sum_inputs)
     expected = np.concatenate([((x + 1) @ weights[:4].T).mean(axis=0), (x @ weights[4:].T).mean(axis=0)])
     np.testing.assert_allclose(mean_outputs(seen, weights), expected)
 

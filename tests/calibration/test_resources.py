@@ -86,8 +86,8 @@ def test_the_limit_of_a_container_counts(
 ) -> None:
     for name, text in (("meminfo", "MemAvailable:   2 kB"), ("memory.max", limit), ("memory.current", used)):
         (tmp_path / name).write_text(text)
-    told = tuple((tmp_path / path.name, line) for path, line in statistics._TOLD)
-    monkeypatch.setattr(statistics, "_TOLD", told)
+    told = tuple((tmp_path / path.name, line) for path, line in statistics._MEMORY_FILES)
+    monkeypatch.setattr(statistics, "_MEMORY_FILES", told)
     assert statistics.available_bytes() == expected
-    monkeypatch.setattr(statistics, "_TOLD", ((tmp_path / "nothing", "x"),))
+    monkeypatch.setattr(statistics, "_MEMORY_FILES", ((tmp_path / "nothing", "x"),))
     assert statistics.available_bytes() is None

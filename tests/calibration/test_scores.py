@@ -12,7 +12,7 @@ import torch
 from prunectl.calibration import scores
 from prunectl.calibration.prune import prune
 from prunectl.calibration.session import Calibration
-from prunectl.calibration.statistics import InputStatistics, squares
+from prunectl.calibration.statistics import InputStatistics, sum_squares
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import PruneRequest
@@ -153,7 +153,7 @@ def test_gradients_are_autograds_weighted_by_examples(
     assert isinstance(network, Graded)
     network.prepare(Means(optimizer="sgd", lr=0.0, example=batches[0], device="cpu"))
     tensors = [tensor for tensor in model.tensors if tensor.name in NAMES]
-    found = Calibration(network, tuple(batches)).gradients(tensors, scores.of_gradients(strategy))
+    found = Calibration(network, tuple(batches)).gradients(tensors, scores.gradient_reduction(strategy))
     shares = [len(batch.x) / len(X) for batch in batches]
     for name, gradients in by_autograd(module, batches).items():
         weights = module.state_dict()[name].numpy().astype("f8")
@@ -181,25 +181,25 @@ def test_what_goes_by_gradients_are_the_lowest_scores(
 def test_ranks_within_outputs_count_from_the_smallest() -> None:
     score = np.array([[3.0, 1.0, 2.0], [5.0, 5.0, 4.0]])
     seen = InputStatistics()
-    seen.add(shown(normal(4, 3), Use(0, 1)), (2, 3), squares)
+    seen.add(shown(normal(4, 3), Use(0, 1)), (2, 3), sum_squares)
     np.testing.assert_array_equal(scores.rank_per_output(score, seen), [[2, 0, 1], [1, 2, 0]])
     turned = InputStatistics()
-    turned.add(shown(normal(4, 3), Use(1, 0)), (3, 2), squares)
+    turned.add(shown(normal(4, 3), Use(1, 0)), (3, 2), sum_squares)
     np.testing.assert_array_equal(scores.rank_per_output(score.T, turned), np.array([[2, 0, 1], [1, 2, 0]]).T)
 
 
 def test_a_tensor_is_covered_once_all_its_outputs_were_seen() -> None:
     seen = InputStatistics()
-    seen.add(shown(normal(4, 3), of_outputs(Use(0, 1), 0, 2)), (5, 3), squares)
+    seen.add(shown(normal(4, 3), of_outputs(Use(0, 1), 0, 2)), (5, 3), sum_squares)
     assert not scores.covers_all_outputs((5, 3), seen)
-    seen.add(shown(normal(4, 3), of_outputs(Use(0, 1), 2, 5)), (5, 3), squares)
+    seen.add(shown(normal(4, 3), of_outputs(Use(0, 1), 2, 5)), (5, 3), sum_squares)
     assert scores.covers_all_outputs((5, 3), seen)
 
 
 def test_each_part_of_a_tensor_counts_with_its_own_inputs() -> None:
     weights, seen = normal(5, 3), InputStatistics()
     for begin, end in ((0, 2), (2, 5)):
-        seen.add(shown(normal(4, 3, seed=end), of_outputs(Use(0, 1), begin, end)), (5, 3), squares)
+        seen.add(shown(normal(4, 3, seed=end), of_outputs(Use(0, 1), begin, end)), (5, 3), sum_squares)
     found = scores.wanda_scores(weights, seen)
     for begin, end in ((0, 2), (2, 5)):
         total = np.square(normal(4, 3, seed=end)).sum(axis=0)

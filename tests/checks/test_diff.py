@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.numpy import save_file
 
-from prunectl.checks.diff import difference
+from prunectl.checks.diff import diff_models
 from prunectl.formats.registry import open_model
 from tests.checks.checking import gates, prunectl
 from tests.running import FIXTURES, Outcome
@@ -63,9 +63,9 @@ def test_a_model_does_not_differ_from_itself(weight: np.ndarray[Any, Any]) -> No
     with tempfile.TemporaryDirectory() as folder:
         save_file({"a.weight": weight}, f"{folder}/m.safetensors")
         model = open_model(Path(folder, "m.safetensors"))
-        found = difference(model, model)
+        found = diff_models(model, model)
     assert (found.growth, [change.kind for change in found.changes]) == (0, ["same"])
-    assert (found.changes[0].changed, found.changes[0].gained, found.changes[0].lost) == (0, 0, 0)
+    assert (found.changes[0].changed, found.changes[0].zeros_added, found.changes[0].zeros_lost) == (0, 0, 0)
 
 
 @given(WEIGHTS, WEIGHTS)
@@ -75,12 +75,12 @@ def test_zeros_gained_and_lost_add_up(new: np.ndarray[Any, Any], old: np.ndarray
         save_file({"a.weight": new}, f"{folder}/new.safetensors")
         save_file({"a.weight": old}, f"{folder}/old.safetensors")
         there, back = Path(folder, "new.safetensors"), Path(folder, "old.safetensors")
-        (found,) = difference(open_model(there), open_model(back)).changes
-        (other,) = difference(open_model(back), open_model(there)).changes
-    assert found.gained is not None
-    assert found.lost is not None
-    assert found.gained - found.lost == np.count_nonzero(new == 0) - np.count_nonzero(old == 0)
-    assert (found.gained, found.lost, found.changed) == (other.lost, other.gained, other.changed)
+        (found,) = diff_models(open_model(there), open_model(back)).changes
+        (other,) = diff_models(open_model(back), open_model(there)).changes
+    assert found.zeros_added is not None
+    assert found.zeros_lost is not None
+    assert found.zeros_added - found.zeros_lost == np.count_nonzero(new == 0) - np.count_nonzero(old == 0)
+    assert (found.zeros_added, found.zeros_lost, found.changed) == (other.zeros_lost, other.zeros_added, other.changed)
     assert found.changed == np.count_nonzero(new.view(np.uint32) != old.view(np.uint32))
 
 
@@ -174,7 +174,7 @@ def test_memory_does_not_grow_with_the_models(tmp_path: Path) -> None:
     save_file({"a.weight": weight}, tmp_path / "new.safetensors")
     new, old = open_model(tmp_path / "new.safetensors"), open_model(tmp_path / "old.safetensors")
     tracemalloc.start()
-    found = difference(new, old)
+    found = diff_models(new, old)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert [change.changed for change in found.changes] == [len(range(0, 1 << 22, 1000))]

@@ -45,7 +45,7 @@ def test_sarif_is_that_of_the_specification(found: Findings) -> None:
     (run,) = log["runs"]
     rules = [rule["id"] for rule in run["tool"]["driver"]["rules"]]
     assert all(rules[result["ruleIndex"]] == result["ruleId"] for result in run["results"])
-    assert len(run["results"]) == len(found.failed) + len(found.warned) + len(found.unusable)
+    assert len(run["results"]) == len(found.failed) + len(found.warned) + len(found.errors)
     places = [result["locations"][0]["physicalLocation"] for result in run["results"]]
     assert {unquote(place["artifactLocation"]["uri"]) for place in places} <= {found.file}
 
@@ -66,14 +66,14 @@ def test_gitlab_code_quality_is_that_of_the_specification(found: Findings) -> No
     issues = json.loads(REPORT_FORMATS["gitlab"](found))
     assert slips(issues, GITLAB) == []
     marks = [issue["fingerprint"] for issue in issues]
-    assert len(set(marks)) == len(set(found.failed)) + len(set(found.warned)) + len(found.unusable)
+    assert len(set(marks)) == len(set(found.failed)) + len(set(found.warned)) + len(found.errors)
 
 
 @every
 def test_junit_is_that_of_the_specification(found: Findings) -> None:
     text = REPORT_FORMATS["junit"](found)
     assert junit_slips(text) == []
-    assert len(list(ET.fromstring(text).iter("testcase"))) == len(found.findings) + len(found.unusable)
+    assert len(list(ET.fromstring(text).iter("testcase"))) == len(found.findings) + len(found.errors)
 
 
 def test_junit_keeps_names_as_far_as_xml_can() -> None:
@@ -88,7 +88,7 @@ def test_junit_keeps_names_as_far_as_xml_can() -> None:
 def test_openmetrics_is_that_of_the_grammar(found: Findings) -> None:
     samples = openmetrics_samples(REPORT_FORMATS["openmetrics"](found))
     assert samples["prunectl_check_exit_code", ""] == found.exit_code
-    assert samples["prunectl_check_unusable", ""] == len(found.unusable)
+    assert samples["prunectl_check_unusable", ""] == len(found.errors)
     verdicts = [value for (name, _), value in samples.items() if name == "prunectl_gate_ok"]
     assert 0.0 in verdicts if found.failed or found.warned else 0.0 not in verdicts
 
@@ -102,7 +102,7 @@ def test_openmetrics_tells_the_limit_that_says_no_where_two_are_alike() -> None:
 @every
 def test_annotations_are_workflow_commands_one_a_line(found: Findings) -> None:
     lines = REPORT_FORMATS["github"](found).splitlines()
-    assert len(lines) == len(found.failed) + len(found.warned) + len(found.unusable)
+    assert len(lines) == len(found.failed) + len(found.warned) + len(found.errors)
     for line in lines:
         command = re.fullmatch(r"::(error|warning) file=([^:,]+),line=(\d+),title=([^:,]*)::(.+)", line)
         assert command
@@ -135,7 +135,7 @@ def test_plain_and_human_have_a_line_for_each(found: Findings) -> None:
     assert len(REPORT_FORMATS["plain"](found).splitlines()) == len(found.findings)
     assert all(len(line.split("\t")) == 8 for line in REPORT_FORMATS["plain"](found).splitlines())
     shown = REPORT_FORMATS["human"](found)
-    assert len(shown.splitlines()) == len(found.findings) + len(found.unusable) + len(found.notes) + 1
+    assert len(shown.splitlines()) == len(found.findings) + len(found.errors) + len(found.notes) + 1
     assert "\x1b" not in shown
 
 

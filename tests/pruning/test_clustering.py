@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from prunectl.formats.registry import open_model
-from prunectl.pruning.clustering import Clustering, Start, codebook, first, nearest
+from prunectl.pruning.clustering import Clustering, Start, codebook, initial_centroids, nearest
 from tests.contract import Array, read_all
 from tests.pruning import stock
 from tests.running import FIXTURES, here
@@ -53,7 +53,7 @@ def by_tfmot(values: Array, count: int, start: str, *, has_zeros: bool) -> tuple
 def test_without_iterations_every_weight_gets_the_centroid_that_tfmot_gives_it(start: str, count: int) -> None:
     values = weights(500)
     asked = Clustering(count, Start(start))
-    book = codebook(wide(values), asked, np.zeros(count), has_zeros=False, stored=FLOAT, iterations=0)
+    book = codebook(wide(values), asked, np.zeros(count), has_zeros=False, dtype=FLOAT, iterations=0)
     centroids, pulled = by_tfmot(values, count, start, has_zeros=False)
     np.testing.assert_allclose(book, np.sort(centroids), rtol=1e-5, atol=1e-6)
     ours = book[nearest(values.astype(np.float64), book)]
@@ -64,7 +64,7 @@ def test_without_iterations_every_weight_gets_the_centroid_that_tfmot_gives_it(s
 @pytest.mark.parametrize("count", [5, 16])
 def test_beside_a_zero_the_others_are_shared_out_as_tfmot_does(start: str, count: int) -> None:
     values = weights(500, share=0.5, seed=2) + np.float32(0.2) * (weights(500, share=0.5, seed=2) != 0)
-    book = first(wide(values), Clustering(count, Start(start)), np.zeros(count), has_zeros=True)
+    book = initial_centroids(wide(values), Clustering(count, Start(start)), np.zeros(count), has_zeros=True)
     centroids, pulled = by_tfmot(values, count, start, has_zeros=True)
     np.testing.assert_allclose(np.sort(book), np.sort(centroids[centroids != 0]), rtol=1e-5, atol=1e-6)
     # What tfmot brings to zero stays what is nearest to it here; all else is the same.
@@ -90,8 +90,8 @@ def by_loops(values: Array, centroids: Array) -> Array:
 def test_the_centroids_are_those_of_lloyds_iterations(start: str, has_zeros: bool) -> None:
     values, asked = wide(weights(400, seed=3)), Clustering(8, Start(start))
     chance = np.random.default_rng(1).random(8)
-    begin = np.sort(first(values, asked, chance, has_zeros=has_zeros))
-    book = codebook(values, asked, chance, has_zeros=has_zeros, stored=FLOAT)
+    begin = np.sort(initial_centroids(values, asked, chance, has_zeros=has_zeros))
+    book = codebook(values, asked, chance, has_zeros=has_zeros, dtype=FLOAT)
     np.testing.assert_allclose(book, by_loops(values, begin), rtol=0, atol=1e-9)
     assert len(begin) == 8 - has_zeros
     assert (

@@ -27,8 +27,8 @@ def dropped(tensors: list[NDArray[np.floating]], drop: int, size: int) -> list[N
     cut = threshold(sources, drop)
     masks = []
     for number, source in enumerate(sources):
-        dropper = cut.drops(number)
-        masks.append(np.concatenate([dropper.mark(block) for block in source()] or [np.zeros(0, bool)]))
+        dropper = cut.masker(number)
+        masks.append(np.concatenate([dropper.mask(block) for block in source()] or [np.zeros(0, bool)]))
     return masks
 
 

@@ -56,7 +56,7 @@ def test_then_follows_one_schedule_and_then_another_from_its_own_zero() -> None:
     )
     assert [both.sparsity_at(step) for step in (0, 99, 100, 125, 150, 999)] == [0.3, 0.3, 0.3, 0.55, 0.8, 0.8]
     assert [step for step in range(140, 200) if both.prunes_at(step)] == [150]
-    assert (both.final, both.last_turn) == (0.8, 150)
+    assert (both.final, both.last_update_step) == (0.8, 150)
 
 
 def test_a_curve_of_somebody_else_survives_being_saved(tmp_path: Path) -> None:

@@ -275,7 +275,7 @@ not in it.
 
 def schedules_text() -> str:
     """Return the text."""
-    curves = ((choice.name, choice.line.replace("``", "")) for choice in builtin_rows("schedules"))
+    curves = ((choice.name, choice.summary.replace("``", "")) for choice in builtin_rows("schedules"))
     return f"""
 Schedules: how sparsity rises while a model is trained
 
@@ -300,7 +300,7 @@ prune --schedule NAME --end STEP writes tfmot's wrappers into a model of Keras
 
 def selectors_text() -> str:
     """Return the text."""
-    policies = aligned((choice.name, choice.line) for choice in builtin_rows("policies"))
+    policies = aligned((choice.name, choice.summary) for choice in builtin_rows("policies"))
     return f"""
 Selectors and policies
 
@@ -367,7 +367,7 @@ _NEEDS = {
 def strategies_text() -> str:
     """Return the text."""
     parts = [
-        f"{title}\n\n{aligned((one.name, one.line) for one in STRATEGIES if one.needs is needs)}"
+        f"{title}\n\n{aligned((one.name, one.summary) for one in STRATEGIES if one.needs is needs)}"
         for needs, title in _NEEDS.items()
         if any(one.needs is needs for one in STRATEGIES)
     ]

@@ -52,7 +52,7 @@ def list_annotations(findings: Findings) -> Iterator[Annotation]:
             fingerprint=_fingerprint(findings.file, finding.budget, finding.id, finding.model, finding.tensor),
             numbers={"actual": finding.actual, "limit": finding.limit, "unit": str(finding.unit)},
         )
-    for error in findings.unusable:
+    for error in findings.errors:
         message = error.error.message
         yield Annotation(
             rule=UNUSABLE,
@@ -112,7 +112,7 @@ def _issue(file: str, annotation: Annotation) -> dict[str, object]:
 
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/os/schemas/sarif-schema-2.1.0.json"
-_LINES = {key.name: key.line for key in (*LAYER, *BUDGET)} | {UNUSABLE: "What nothing can be said about."}
+_LINES = {key.name: key.summary for key in (*LAYER, *BUDGET)} | {UNUSABLE: "What nothing can be said about."}
 
 
 def sarif(findings: Findings) -> str:
@@ -126,7 +126,7 @@ def sarif(findings: Findings) -> str:
     }
     run = {
         "tool": {"driver": driver},
-        "invocations": [{"executionSuccessful": not findings.unusable, "exitCode": findings.exit_code}],
+        "invocations": [{"executionSuccessful": not findings.errors, "exitCode": findings.exit_code}],
         "results": [
             _result(uri(findings.file), annotation, rules.index(annotation.rule)) for annotation in annotations
         ],
@@ -168,11 +168,11 @@ _SUITE = "prunectl check"
 
 def junit(findings: Findings) -> str:
     """Return a test case for each finding: a warning is a test that passed, with something to say."""
-    cases = [_case(item) for item in findings.findings] + [_error(item) for item in findings.unusable]
+    cases = [_case(item) for item in findings.findings] + [_error(item) for item in findings.errors]
     counts = {
         "tests": len(cases),
         "failures": len(findings.failed),
-        "errors": len(findings.unusable),
+        "errors": len(findings.errors),
         "skipped": 0,
         "time": 0,
     }
@@ -221,7 +221,7 @@ def _lines(findings: Findings, unique: dict[str, Finding]) -> Iterator[str]:
         for labels, finding in unique.items():
             yield f"{name}{{{labels}}} {number(finding)!r}"
     for name, line, value in (
-        ("prunectl_check_unusable", "What nothing could be said about.", len(findings.unusable)),
+        ("prunectl_check_unusable", "What nothing could be said about.", len(findings.errors)),
         ("prunectl_check_exit_code", "As the command ended.", findings.exit_code),
     ):
         yield f"# TYPE {name} gauge"

@@ -58,7 +58,7 @@ def summary(findings: Findings) -> str:
         f"{count(len(findings.failed))} failed",
         f"{count(len(findings.warned))} warned",
         f"{count(passed)} passed",
-        *([f"{count(len(findings.unusable))} could not be judged"] if findings.unusable else []),
+        *([f"{count(len(findings.errors))} could not be judged"] if findings.errors else []),
     ]
     return f"{', '.join(parts)}; {count(findings.models)} {'model' if findings.models == 1 else 'models'} measured"
 
@@ -107,7 +107,7 @@ def check_report(findings: Findings, *, has_gates: bool) -> Report:
         table=rows(findings.findings),
         sections=(section,),
         gates=findings.findings if has_gates else (),
-        failures=tuple(Failure(finding.path, finding.error) for finding in findings.unusable),
+        failures=tuple(Failure(finding.path, finding.error) for finding in findings.errors),
         quiet_lines=tuple(describe(finding) for finding in findings.failed),
         exit_code_override=findings.exit_code,
         extra_json={"budgets": {"file": findings.file, "models": findings.models, "notes": list(findings.notes)}},
@@ -130,7 +130,7 @@ def _row(finding: Finding) -> tuple[Cell, ...]:
 def human(findings: Findings) -> str:
     """Return a line for each finding, what could not be judged, and all of it in one line."""
     lines = [f"{item.verdict:<5}  {describe(item)}" for item in findings.findings]
-    lines += [f"error  {item.error.message}" for item in findings.unusable]
+    lines += [f"error  {item.error.message}" for item in findings.errors]
     lines += [f"note   {note}" for note in findings.notes]
     return "".join(printable(line) + "\n" for line in (*lines, f"{findings.file}: {summary(findings)}"))
 
@@ -174,9 +174,9 @@ def markdown(findings: Findings) -> str:
         parts += [
             f"- **{item.id}** {escaped(subject(item))}: {escaped(comment)}\n" for item, comment in _comments(broken)
         ]
-    if findings.unusable:
+    if findings.errors:
         parts.append("### Could not be judged\n")
-        parts.append("".join(f"- {escaped(item.path)}: {escaped(item.error.message)}\n" for item in findings.unusable))
+        parts.append("".join(f"- {escaped(item.path)}: {escaped(item.error.message)}\n" for item in findings.errors))
     if passed:
         parts.append(f"<details><summary>{len(passed)} passed</summary>\n\n{_table(passed)}\n</details>\n")
     parts += [f"{escaped(note)}\n" for note in findings.notes]

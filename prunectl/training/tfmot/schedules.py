@@ -51,14 +51,14 @@ class Planned(_Base):  # type: ignore[misc]
     """Any schedule of ours, by its turns, which are known beforehand; kept in a file by the name of its curve."""
 
     def __init__(self, schedule: Schedule) -> None:
-        if schedule.last_turn > _MOST_STEPS:
-            raise UsageError(f"a schedule of {schedule.last_turn} steps is too long to be laid out")
+        if schedule.last_update_step > _MOST_STEPS:
+            raise UsageError(f"a schedule of {schedule.last_update_step} steps is too long to be laid out")
         self.schedule = schedule
 
     @cached_property
     def turns(self) -> list[int]:
         """The steps at which masks are made anew, the last of which reaches the final sparsity."""
-        last = self.schedule.last_turn
+        last = self.schedule.last_update_step
         return [step for step in range(last + 1) if self.schedule.prunes_at(step) or step == last]
 
     def __call__(self, step: Any) -> tuple[Any, Any]:

@@ -20,7 +20,7 @@ from prunectl.pruning.plan import TensorPlan
 from prunectl.pruning.prune import Pruned, prune
 from prunectl.pruning.request import PruneRequest, parse_pattern
 from prunectl.pruning.schedules import Schedule, SparsitySchedule
-from prunectl.pruning.strip import surveyed
+from prunectl.pruning.strip import stats_for_report
 from prunectl.pruning.threshold import Mask
 from prunectl.training import user_code
 from prunectl.training.backend import ModelOrigin
@@ -66,7 +66,7 @@ def prune_wrapped(
             if request.is_packed:
                 outputs.pack(written, folder)
             result = open_model(written)
-            after, lost = surveyed(result), _has_optimizer(model) and not _has_optimizer(result)
+            after, lost = stats_for_report(result), _has_optimizer(model) and not _has_optimizer(result)
             is_bare = _is_compiled(model) and not _is_compiled(result)
     if ramp is not None:
         pruned = replace(pruned, tallies=_untouched(model, pruned))

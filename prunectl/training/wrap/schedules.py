@@ -29,9 +29,9 @@ class Begun:
         return self.schedule.final
 
     @property
-    def last_turn(self) -> int:
+    def last_update_step(self) -> int:
         """The last turn, counted from now."""
-        return max(self.schedule.last_turn - self.since, 0)
+        return max(self.schedule.last_update_step - self.since, 0)
 
     def sparsity_at(self, step: int) -> float:
         """Ask what was wanted all along."""
@@ -60,7 +60,7 @@ def is_aligned(schedule: Schedule) -> bool:
     """Whether tfmot's own class for a schedule reaches its end."""
     if not is_tfmots(schedule) or not isinstance(schedule, SparsitySchedule):
         return False
-    return schedule.curve == "constant" or (schedule.last_turn - schedule.begin) % schedule.frequency == 0
+    return schedule.curve == "constant" or (schedule.last_update_step - schedule.begin) % schedule.frequency == 0
 
 
 def to_config(schedule: Schedule) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def to_config(schedule: Schedule) -> dict[str, Any]:
             "params": list(schedule.params),
         }
     if isinstance(schedule, ChainedSchedule):
-        return {"first": to_config(schedule.first), "at": schedule.at, "second": to_config(schedule.second)}
+        return {"first": to_config(schedule.first), "at": schedule.switch_step, "second": to_config(schedule.second)}
     if isinstance(schedule, Begun):
         return {"since": schedule.since, "schedule": to_config(schedule.schedule)}
     raise UsageError(f"a {type(schedule).__name__} cannot be kept in a file: it has no name to be found by again")

@@ -160,13 +160,13 @@ class SavedPruning:
 
     def is_open_after(self, steps: int) -> bool:
         """Whether a schedule has turns left after so many steps more."""
-        return any(schedule.last_turn > self.step + steps for schedule in self.schedules.values())
+        return any(schedule.last_update_step > self.step + steps for schedule in self.schedules.values())
 
     def notes(self, steps: int) -> tuple[str, ...]:
         """Return what a user should know of them after so many steps more."""
         found = [f"The schedule {name} of the file is not known here: its zeros are kept." for name in self.unknown]
         if self.is_open_after(steps):
-            end = max(one.last_turn for one in self.schedules.values())
+            end = max(one.last_update_step for one in self.schedules.values())
             found.append(
                 f"The schedule of the file goes on to step {end}, and training ended at step {self.step + steps}."
             )

@@ -91,4 +91,4 @@ def test_two_files_do_not_fit_through_a_pipe(tmp_path: Path) -> None:
     path = saved(nets.built(nets.Vgg), tmp_path / "net.pt")
     request = PruneRequest(sparsity=0.5, pattern="channel", model="tests.channels.nets:Vgg", inputs=("1,3,16,16",))
     with pytest.raises(UsageError, match="more than one file"):
-        prune_channels(path, request, Destination(tmp_path / "standard-output.pt", is_stream=True))
+        prune_channels(path, request, Destination(tmp_path / "standard-output.pt", to_stdout=True))

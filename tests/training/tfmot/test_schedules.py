@@ -81,8 +81,8 @@ def test_a_polynomial_ramp_is_the_polynomial_decay_of_tfmot_at_every_step(
 class TestSchedulesThatTfmotDoesNotHave:
     def test_turn_when_ours_do_and_reach_the_end(self, schedule: Schedule) -> None:
         found = asked(schedules.native_of(schedule), 40)
-        turns = [step for step in range(40) if schedule.prunes_at(step) and step <= schedule.last_turn]
-        assert [step for step, (turn, _) in enumerate(found) if turn] == sorted({*turns, schedule.last_turn})
+        turns = [step for step in range(40) if schedule.prunes_at(step) and step <= schedule.last_update_step]
+        assert [step for step, (turn, _) in enumerate(found) if turn] == sorted({*turns, schedule.last_update_step})
         for step, (turn, wanted) in enumerate(found):
             if turn:
                 assert wanted == pytest.approx(schedule.sparsity_at(step), abs=1e-6)
