@@ -177,20 +177,20 @@ def test_options_that_leave_fewer_bits_exclude_each_other_and_two_files_need_a_n
         run(
             FIXTURES / "digits_cnn.pt2",
             parse_request({"to": "torch", "code": True}),
-            Destination(tmp_path / "standard-output", is_stream=True),
+            Destination(tmp_path / "standard-output", to_stdout=True),
         )
 
 
 def test_standard_output_takes_a_file_and_asks_for_its_format(tmp_path: Path) -> None:
     model = FIXTURES / "digits_cnn.onnx"
     with pytest.raises(UsageError, match="standard output has no suffix"):
-        run(model, parse_request({}), Destination(tmp_path / "standard-output", is_stream=True))
+        run(model, parse_request({}), Destination(tmp_path / "standard-output", to_stdout=True))
     with pytest.raises(UsageError, match="SavedModel is a folder"):
         run(
             FIXTURES / "digits_cnn.h5",
             parse_request({"to": "saved-model"}),
-            Destination(tmp_path / "s", is_stream=True),
+            Destination(tmp_path / "s", to_stdout=True),
         )
-    run(model, parse_request({"to": "npz"}), Destination(tmp_path / "standard-output", is_stream=True))
+    run(model, parse_request({"to": "npz"}), Destination(tmp_path / "standard-output", to_stdout=True))
     export(model, tmp_path / "w.npz")
     assert (tmp_path / "standard-output").read_bytes() == (tmp_path / "w.npz").read_bytes()

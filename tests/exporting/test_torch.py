@@ -196,7 +196,7 @@ def test_what_is_too_large_for_one_file_has_its_numbers_beside_it(
     with pytest.raises(WorkError, match="more than 2 GB as ONNX"):
         export("digits_cnn.onnx", tmp_path / "n.onnx", sparse=True)
     with pytest.raises(WorkError, match="more than one file"):
-        run(FIXTURES / "digits_cnn.onnx", parse_request({"to": "onnx"}), Destination(tmp_path / "out", is_stream=True))
+        run(FIXTURES / "digits_cnn.onnx", parse_request({"to": "onnx"}), Destination(tmp_path / "out", to_stdout=True))
     assert {file.name for file in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
 
 
