@@ -10,12 +10,13 @@ from prunectl.analysis.sizes import CodecName, get_codec, measure
 from prunectl.analysis.stats import ModelStats, TensorStats
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.checks.matching import Pair, TensorView, count_changes, match_tensors
-from prunectl.checks.parse import Limit, Words
+from prunectl.checks.parse import Limit
 from prunectl.checks.rules import Finding, evaluate_limit
 from prunectl.checks.schema import MetricUnit
 from prunectl.errors import UsageError
 from prunectl.formats.base import WEIGHTS, ModelFile
 from prunectl.formats.selectors import close_matches
+from prunectl.units import parse_ratio, parse_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +129,9 @@ class FailOn:
     limit: Limit
 
 
-def parse(text: str, words: Words) -> tuple[FailOn, ...]:
+def parse(text: str) -> tuple[FailOn, ...]:
     """Return what a list with commas forbids."""
-    return tuple(_parse_rule(item.strip(), words) for item in text.split(",")) if text else ()
+    return tuple(_parse_rule(item.strip()) for item in text.split(",")) if text else ()
 
 
 def judge(diff: ModelDiff, forbidden: tuple[FailOn, ...]) -> tuple[Finding, ...]:
@@ -141,7 +142,7 @@ def judge(diff: ModelDiff, forbidden: tuple[FailOn, ...]) -> tuple[Finding, ...]
     )
 
 
-def _parse_rule(text: str, words: Words) -> FailOn:
+def _parse_rule(text: str) -> FailOn:
     name, sign, bound = text.partition(":")
     if name not in list(DiffRule):
         raise UsageError(
@@ -157,8 +158,8 @@ def _parse_rule(text: str, words: Words) -> FailOn:
     if not bound:
         raise UsageError("how much growth?", hint="write growth:2% or growth:10KB")
     if bound.endswith("%"):
-        return FailOn(rule, Limit(name, MetricUnit.RATIO, 1, fail=words.ratio(bound)))
-    return FailOn(rule, Limit(name, MetricUnit.BYTES, 1, fail=words.size(bound)))
+        return FailOn(rule, Limit(name, MetricUnit.RATIO, 1, fail=parse_ratio(bound)))
+    return FailOn(rule, Limit(name, MetricUnit.BYTES, 1, fail=parse_size(bound)))
 
 
 def _growth_finding(diff: ModelDiff, rule: FailOn) -> Finding:

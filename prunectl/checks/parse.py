@@ -19,6 +19,7 @@ from prunectl.errors import UsageError
 from prunectl.formats.registry import resolve
 from prunectl.formats.selectors import close_matches
 from prunectl.training.evaluation.max_drop import MaxDrop, max_drop
+from prunectl.units import parse_ratio, parse_size
 
 
 class OnMissing(StrEnum):
@@ -141,17 +142,9 @@ Raw = TypeVar("Raw")
 Parsed = TypeVar("Parsed")
 
 
-@dataclass(frozen=True, slots=True)
-class Words:
-    """How sizes and ratios are written."""
-
-    size: Callable[[str], int]
-    ratio: Callable[[str], float]
-
-
-def read(config: ConfigFile, words: Words) -> Budgets:
+def read(config: ConfigFile) -> Budgets:
     """Return the budgets of a file."""
-    parser = _BudgetParser(config, words)
+    parser = _BudgetParser(config)
     parser.check(config.table, TOP, ())
     top = config.table
     choice = top.get("on-missing", OnMissing.WARN)
@@ -167,7 +160,6 @@ def read(config: ConfigFile, words: Words) -> Budgets:
 @dataclass(frozen=True, slots=True)
 class _BudgetParser:
     config: ConfigFile
-    words: Words
 
     def error(self, message: str, *path: str | int, **more: Any) -> UsageError:
         return UsageError(f"{self.config.location(*path)}: {message}", **more)
@@ -327,10 +319,10 @@ class _BudgetParser:
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise self.error(f"{value!r} is not a {kind}", *path)
         if kind is ValueType.RATIO:
-            return self._parse_value(self.words.ratio, str(value), path)
+            return self._parse_value(parse_ratio, str(value), path)
         if isinstance(value, float) or (kind is ValueType.COUNT and not _COUNT.fullmatch(str(value).strip())):
             raise self.error(f"{value!r} is not a {kind}", *path, hint="write 1000000 or '1M'")
-        return self._parse_value(self.words.size, str(value), path)
+        return self._parse_value(parse_size, str(value), path)
 
     def _parse_value(self, parse: Callable[[Raw], Parsed], raw: Raw, path: KeyPath) -> Parsed:
         try:

@@ -14,7 +14,7 @@ from prunectl.checks import baseline
 from prunectl.checks import config as checks_config
 from prunectl.checks.baseline import GIT, Baseline
 from prunectl.checks.check import check as run
-from prunectl.checks.parse import Budgets, Words, read
+from prunectl.checks.parse import Budgets, read
 from prunectl.checks.rules import Findings
 from prunectl.commands._command import STDIN, make_command
 from prunectl.errors import PrunectlError, UsageError, attempt, writing
@@ -24,7 +24,6 @@ from prunectl.formats.selectors import close_matches
 from prunectl.reporting.checks.ci import REPORT_FORMATS
 from prunectl.reporting.checks.text import check_report
 from prunectl.reporting.reporter import Reporter, print_error
-from prunectl.units import parse_ratio, parse_size
 
 _ROOTS = ("GITHUB_WORKSPACE", "CI_PROJECT_DIR")
 """Where services that run checks have the repository, from which they name files."""
@@ -33,7 +32,7 @@ _ROOTS = ("GITHUB_WORKSPACE", "CI_PROJECT_DIR")
 def load_budgets(config: Path | None) -> Budgets:
     """Return the budgets of the file that was named, or of the nearest one."""
     file = checks_config.find_config(Path.cwd()) if config is None else checks_config.load_config(config)
-    return read(file, Words(parse_size, parse_ratio))
+    return read(file)
 
 
 def load_baseline(budgets: Budgets, location: str, *, is_new: bool, reason: str) -> Baseline:

@@ -11,7 +11,6 @@ import typer
 from prunectl.analysis.sparsity_map import sparsity_maps
 from prunectl.analysis.stats import TensorStats
 from prunectl.checks.diff import ModelDiff, TensorDiff, diff_models, judge, parse
-from prunectl.checks.parse import Words
 from prunectl.checks.rules import Finding
 from prunectl.commands._command import make_command, resolve_stdin
 from prunectl.errors import UsageError
@@ -21,7 +20,7 @@ from prunectl.reporting.prune import before_after
 from prunectl.reporting.report import Cell, Column, Report, Section, Table, Unit
 from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.serialize import survey_json
-from prunectl.units import count, parse_ratio, parse_size, percent
+from prunectl.units import count, percent
 
 _COLUMNS = (
     Column("tensor"),
@@ -63,7 +62,17 @@ def _row(change: TensorDiff) -> tuple[Cell, ...]:
     share = None if change.changed is None else change.changed / size if size else 0.0
     was = change.old.name if change.old is not None and change.old.name != change.name else ""
     matched_by = change.match_kind if change.old is not None and change.new is not None else ""
-    return (change.name, was, matched_by, change.kind, _shapes(change), share, change.zeros_added, change.zeros_lost, row.sparsity)
+    return (
+        change.name,
+        was,
+        matched_by,
+        change.kind,
+        _shapes(change),
+        share,
+        change.zeros_added,
+        change.zeros_lost,
+        row.sparsity,
+    )
 
 
 def _shapes(change: TensorDiff) -> str:
@@ -78,7 +87,9 @@ def _shape(row: TensorStats) -> str:
 def _facts(model_diff: ModelDiff) -> tuple[tuple[str, str], ...]:
     kinds = Counter(change.kind for change in model_diff.changes)
     kinds_text = ", ".join(f"{count(number)} {kind}" for kind, number in kinds.most_common())
-    gained, lost = (sum(getattr(change, name) or 0 for change in model_diff.changes) for name in ("zeros_added", "zeros_lost"))
+    gained, lost = (
+        sum(getattr(change, name) or 0 for change in model_diff.changes) for name in ("zeros_added", "zeros_lost")
+    )
     facts = [("tensors", kinds_text or "none"), ("zeros", f"{count(gained)} gained, {count(lost)} lost")]
     old = model_diff.old.bytes.compressed
     if old:
@@ -98,7 +109,12 @@ def _unmatched(model_diff: ModelDiff) -> tuple[str, ...]:
 
 
 def _json(change: TensorDiff) -> dict[str, Any]:
-    counts = {"how": change.match_kind, "changed": change.changed, "gained": change.zeros_added, "lost": change.zeros_lost}
+    counts = {
+        "how": change.match_kind,
+        "changed": change.changed,
+        "gained": change.zeros_added,
+        "lost": change.zeros_lost,
+    }
     return {"name": change.name, "kind": change.kind, "new": _tensor(change.new), "old": _tensor(change.old), **counts}
 
 
@@ -130,7 +146,7 @@ def diff(
     [dim]$[/] prunectl diff sparse.h5 model.h5 --fail-on growth:2%,nonzero,shape
     """
     reporter: Reporter = ctx.obj
-    rules = parse(fail_on, Words(parse_size, parse_ratio))
+    rules = parse(fail_on)
     if new == old == "-":
         raise UsageError("standard input holds one model", hint="prunectl diff - OLD < NEW")
     with resolve_stdin(new) as new_path, resolve_stdin(old) as old_path:
