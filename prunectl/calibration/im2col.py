@@ -16,7 +16,7 @@ _CHUNK_BYTES = 32 << 20
 
 
 def weight_matrix(weights: Array, use: Use) -> Array:
-    """Return weights as groups of outputs by features, the input channels of one window position side by side."""
+    """Weights as groups of outputs by features, the input channels of one window position side by side."""
     front = _channels_first(np.ascontiguousarray(weights), use)
     if use.outputs is not None:
         front = front[:, slice(*use.outputs)]
@@ -26,7 +26,7 @@ def weight_matrix(weights: Array, use: Use) -> Array:
 
 
 def scatter_rows(rows: Array, use: Use, weights: Array) -> Array:
-    """Return a copy of weights in which the outputs of a use have other numbers."""
+    """A copy of weights in which the outputs of a use have other numbers."""
     result = np.array(weights, dtype=rows.dtype)
     front = _channels_first(result, use)
     part = front[:, slice(*use.outputs)] if use.outputs is not None else front
@@ -36,7 +36,7 @@ def scatter_rows(rows: Array, use: Use, weights: Array) -> Array:
 
 
 def _channels_first(weights: Array, use: Use) -> Array:
-    """Return a view of groups, outputs, channels, then the window."""
+    """A view of groups, outputs, channels, then the window."""
     if use.shape is not None:
         weights = weights.reshape(use.shape, copy=False)
     if use.group_axis is not None and use.in_axis is not None:
@@ -76,13 +76,13 @@ def im2col_by_group(inputs: Array, use: Use, kernel: tuple[int, ...], outputs: i
 
 
 def kernel_shape(kernel: tuple[int, ...], use: Use) -> tuple[int, ...]:
-    """Return the size of the window."""
+    """The size of the window."""
     channel_axes = {axis for axis in (use.out_axis, use.in_axis, use.group_axis) if axis is not None}
     return tuple(size for axis, size in enumerate(kernel) if axis not in channel_axes)
 
 
 def _sliding_windows(inputs: Array, window: SlidingWindow, shape: tuple[int, ...]) -> Array:
-    """Return examples, positions in space, the window, channels."""
+    """Examples, positions in space, the window, channels."""
     rank = len(shape)
     space = tuple(range(2, 2 + rank))
     reach = tuple(step * (size - 1) for step, size in zip(window.dilations, shape, strict=True))
@@ -101,7 +101,7 @@ def _sliding_windows(inputs: Array, window: SlidingWindow, shape: tuple[int, ...
 
 
 def _with_strides(inputs: Array, strides: tuple[int, ...]) -> Array:
-    """Return inputs with zeros between them."""
+    """Inputs with zeros between them."""
     shape = [(size - 1) * step + 1 for size, step in zip(inputs.shape[2:], strides, strict=True)]
     spread = np.zeros((*inputs.shape[:2], *shape), inputs.dtype)
     spread[(slice(None), slice(None), *(slice(None, None, step) for step in strides))] = inputs
@@ -109,7 +109,7 @@ def _with_strides(inputs: Array, strides: tuple[int, ...]) -> Array:
 
 
 def _padded(inputs: Array, pads: list[tuple[int, int]]) -> Array:
-    """Return inputs with zeros around them; a negative number cuts instead."""
+    """Inputs with zeros around them; a negative number cuts instead."""
     added = [(max(before, 0), max(after, 0)) for before, after in pads]
     padded = np.pad(inputs, [(0, 0), (0, 0), *added]) if any(map(any, added)) else inputs
     cut = tuple(slice(max(-before, 0), -max(-after, 0) or None) for before, after in pads)
@@ -117,7 +117,7 @@ def _padded(inputs: Array, pads: list[tuple[int, int]]) -> Array:
 
 
 def _split_groups(seen: Array, groups: int) -> Array:
-    """Return positions by groups by features, of what has the channels last."""
+    """Positions by groups by features, of what has the channels last."""
     channels = seen.shape[-1] // groups
     split = seen.reshape(*seen.shape[:-1], groups, channels)
     rank = (split.ndim - 3) // 2

@@ -56,7 +56,7 @@ def collect_outputs(
 def output_norms(
     model: ModelFile, names: Collection[str], request: PruneRequest, *, norm: str = "1", is_trusted: bool = False
 ) -> dict[str, Float64Array]:
-    """Return the mean |output| of every channel, or where the norm is 2 the root of the mean square."""
+    """The mean |output| of every channel, or where the norm is 2 the root of the mean square."""
     statistics = collect_outputs(model, names, request, is_trusted=is_trusted).outputs
     if norm == "1":
         return {name: output.mean_abs for name, output in statistics.items()}
@@ -66,7 +66,7 @@ def output_norms(
 def output_statistics(
     model: ModelFile, tensors: Sequence[Tensor], calibration: Calibration
 ) -> dict[str, OutputStatistics]:
-    """Return what comes out of tensors, added up batch by batch; none of those whose outputs cannot all be seen."""
+    """What comes out of tensors, added up batch by batch; none of those whose outputs cannot all be seen."""
     biases = {tensor.name: bias for tensor in tensors if (bias := _bias(model, tensor)) is not None}
     weights = {tensor.name: model.read(tensor) for tensor in tensors}
     added = {name: model.read(bias) for name, bias in biases.items()}
@@ -81,7 +81,7 @@ def output_statistics(
 def sum_abs_and_squares(
     weights: Mapping[str, Array], biases: Mapping[str, Array], sight: Sight, kernel: tuple[int, ...]
 ) -> tuple[Float64Array, int]:
-    """Return the sums of |output| and of its square, as those two by groups by outputs.
+    """The sums of |output| and of its square, as those two by groups by outputs.
 
     Worked out from the inputs, so that they mean the same in every framework: some show only what an activation
     function has made of them, or what they are before a bias.
@@ -98,17 +98,17 @@ def sum_abs_and_squares(
 
 
 def _bias(model: ModelFile, tensor: Tensor) -> Tensor | None:
-    """Return the bias of what a tensor makes of inputs; what it makes of states is a part of a sum that has one."""
+    """The bias of what a tensor makes of inputs; what it makes of states is a part of a sum that has one."""
     return bias_of(model, tensor) if tensor.role is not Role.RECURRENT else None
 
 
 def _bias_part(bias: Array, use: Use) -> Array:
-    """Return a bias as groups by one by outputs."""
+    """A bias as groups by one by outputs."""
     return bias.reshape(use.groups, 1, -1)[..., slice(*use.outputs) if use.outputs is not None else slice(None)]
 
 
 def _merge_parts(weights: Array, sums: InputStatistics, bias: Tensor | None) -> OutputStatistics:
-    """Return sums over parts of the outputs as one."""
+    """Sums over parts of the outputs as one."""
     use = replace(next(iter(sums.uses.values())), outputs=None)
     groups, each = weight_matrix(weights, use).shape[:2]
     totals, counts = np.zeros((2, groups, each)), np.zeros((groups, each), np.int64)

@@ -35,7 +35,7 @@ Scores = Mapping[str, Array]
 def with_data_scores(
     model: ModelFile, tensors: Sequence[Tensor], method: PruningMethod, scope: Scope, calibration: Calibration
 ) -> tuple[PruningMethod, tuple[str, ...]]:
-    """Return a method that knows the scores of all tensors, and those that it had to rank by magnitude."""
+    """A method that knows the scores of all tensors, and those that it had to rank by magnitude."""
     strategy = method.strategy
     if strategy.needs is Requires.GRADIENTS:
         gradients = calibration.gradients(tensors, scores.gradient_reduction(strategy.name))
@@ -67,7 +67,7 @@ def with_data_scores(
 
 
 def _norms(calibration: Calibration, tensors: Sequence[Tensor], strategy: Strategy) -> dict[str, InputStatistics]:
-    """Return the norm of every feature, of those tensors whose outputs were all seen."""
+    """The norm of every feature, of those tensors whose outputs were all seen."""
     is_square = strategy.params.get("norm", "2") == "2"
     statistics_by_name = calibration.accumulate(tensors, statistics.sum_squares if is_square else statistics.sum_abs)
     for sums in statistics_by_name.values():
@@ -81,7 +81,7 @@ def _norms(calibration: Calibration, tensors: Sequence[Tensor], strategy: Strate
 def _costs(
     model: ModelFile, tensors: Sequence[Tensor], calibration: Calibration, strategy: Strategy
 ) -> dict[str, Array]:
-    """Return what dropping each weight costs if the others make up for it, as a share of what its layer puts out.
+    """What dropping each weight costs if the others make up for it, as a share of what its layer puts out.
 
     A share, since layers are seen at more or fewer positions, and what they put out is larger or smaller.
     """
@@ -103,7 +103,7 @@ def _costs(
 
 
 def _costs_without_data(model: ModelFile, tensors: Sequence[Tensor]) -> dict[str, Array]:
-    """Return the same for tensors of which it cannot be told what they meet, as if all of that were alike."""
+    """The same for tensors of which it cannot be told what they meet, as if all of that were alike."""
     squares = {tensor.name: np.square(model.read(tensor).astype(np.float64)) for tensor in tensors}
     return {name: _shares(values, float(values.sum())) for name, values in squares.items()}
 
@@ -181,14 +181,14 @@ def prune(
 
 
 class _ReconstructWithBatchNorm:
-    """Solves, and takes the statistics of batch normalisation anew where the model can be trained."""
+    """Solves, and takes the statistics of batch normalisation again where the model can be trained."""
 
     def __init__(self, session: CalibrationSession, reconstructor: Reconstructor) -> None:
         self._session, self._solver = session, reconstructor
         self._before = session.trainable.tensors() if session.trainable is not None else {}
 
     def solve(self, model: ModelFile, plan: Plan, method: PruningMethod) -> PrunedTensors:
-        """Return what becomes of the tensors of a plan, of biases and of statistics."""
+        """What becomes of the tensors of a plan, of biases and of statistics."""
         network, batches = self._session.trainable, self._session.calibration.batches
         if network is not None:
             network.assign(self._before)

@@ -27,12 +27,12 @@ _NAMES = (("pointwise_kernel", "bias"), ("kernel", "bias"), ("weight", "bias"), 
 
 
 def correct_bias(dense_means: Float64Array, means: Float64Array, bias: Array) -> Array:
-    """Return a bias to which is added what the outputs of its layer lose on the average."""
+    """A bias to which is added what the outputs of its layer lose on the average."""
     return np.asarray(bias + (dense_means - means).reshape(bias.shape)).astype(bias.dtype)
 
 
 def mean_outputs(sums: InputStatistics, weights: Array) -> Float64Array:
-    """Return what comes out of a layer on the average, without its bias, output by output."""
+    """What comes out of a layer on the average, without its bias, output by output."""
     wide = weights.astype(np.float64)
     parts = {
         use.outputs or (0, 0): np.einsum("gof,gf->go", weight_matrix(wide, use), sums.totals[part] / sums.counts[part])
@@ -42,7 +42,7 @@ def mean_outputs(sums: InputStatistics, weights: Array) -> Float64Array:
 
 
 def bias_of(model: ModelFile, tensor: Tensor) -> Tensor | None:
-    """Return the bias that is added to what a tensor makes, if it is clear which."""
+    """The bias that is added to what a tensor makes, if it is clear which."""
     expected = {tensor.name.replace(*pair) for pair in _NAMES if pair[0] in tensor.name}
     layer = [candidate for candidate in model.tensors if candidate.layer == tensor.layer and candidate.is_float]
     biases = [candidate for candidate in layer if candidate.role is Role.BIAS]
@@ -69,7 +69,7 @@ def least_squares_refit(
     *,
     initial: Float64Array | None = None,
 ) -> Float64Array:
-    """Return rows that are zero where nothing is kept, and elsewhere the least squares from the outputs that were.
+    """Rows that are zero where nothing is kept, and elsewhere the least squares from the outputs that were.
 
     Among each other and across are the products of the inputs now, and of them with the inputs before. Damping pulls
     towards the old weights and not towards zero: without evidence a weight stays as it is.
@@ -81,7 +81,7 @@ def least_squares_refit(
 
 
 def _conjugate_gradients(gram: Float64Array, target: Float64Array, kept: Mask, solution: Float64Array) -> Float64Array:
-    """Return the solution of each row's own equations, by conjugate gradients from where it starts.
+    """The solution of each row's own equations, by conjugate gradients from where it starts.
 
     Each row keeps other columns: to eliminate, row by row, takes minutes for a layer that this does in seconds.
     """
@@ -104,12 +104,12 @@ def _conjugate_gradients(gram: Float64Array, target: Float64Array, kept: Mask, s
 
 
 def _row_ratio(numerator: Float64Array, denominator: Float64Array) -> Float64Array:
-    """Return a ratio for each row, zero for rows that are done."""
+    """A ratio for each row, zero for rows that are done."""
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)[:, np.newaxis]
 
 
 def center(products: Float64Array, first: Float64Array, second: Float64Array, count: int) -> Float64Array:
-    """Return the products of features less their means, for a layer whose bias sees to the means."""
+    """The products of features less their means, for a layer whose bias sees to the means."""
     return products - first[:, :, np.newaxis] * second[:, np.newaxis] / count
 
 
@@ -135,7 +135,7 @@ class Reconstructor:
     """Biases that changed with them."""
 
     def solve(self, model: ModelFile, plan: Plan, method: PruningMethod) -> PrunedTensors:
-        """Return what becomes of every tensor of a plan."""
+        """What becomes of every tensor of a plan."""
         tensors = {cut.tensor.name: cut.tensor for cut in plan.cuts}
         dense = {name: np.array(model.read(tensor)) for name, tensor in tensors.items()}
         kept = engine.keep_masks(model, plan, method, Selection(tuple(tensors.values()), (), {}), dict(dense))
@@ -193,7 +193,7 @@ class Reconstructor:
         *,
         has_bias: bool,
     ) -> Fit:
-        """Return new numbers for a tensor of which it is known what it meets."""
+        """New numbers for a tensor of which it is known what it meets."""
         values: Float64Array = weights.astype(np.float64)
         cross_statistics, initial = self.calibration.cross_gram(tensor), values
         if self.uses_sparsegpt and _supports_obs(tensor, method, statistics):
@@ -203,7 +203,7 @@ class Reconstructor:
     def _operated(
         self, values: Float64Array, cross_statistics: CrossByOutputs, drop: int, method: PruningMethod
     ) -> Fit:
-        """Return what is dropped column by column, and what the columns after each made of themselves for it."""
+        """What is dropped column by column, and what the columns after each made of themselves for it."""
         dropped: Mask = np.zeros(values.shape, np.bool_)
         size, pattern = values.size, method.pattern
         values_now, pruned_count, weights_seen = values, 0, 0
@@ -234,7 +234,7 @@ class Reconstructor:
         *,
         has_bias: bool,
     ) -> Float64Array:
-        """Return what stays so that the layer says what it said in the model as it was."""
+        """What stays so that the layer says what it said in the model as it was."""
         result = initial
         for pairs in cross_statistics.values():
             rows, initial_rows, kept = (
@@ -259,7 +259,7 @@ class Reconstructor:
 def _correctable_bias(
     model: ModelFile, tensor: Tensor, seen: InputStatistics, pruned: Collection[str]
 ) -> Tensor | None:
-    """Return the bias that can make up for what outputs lose: one number for each, and not pruned itself."""
+    """The bias that can make up for what outputs lose: one number for each, and not pruned itself."""
     bias = bias_of(model, tensor)
     if bias is None or bias.name in pruned or bias.size != scores.count_outputs(tensor.shape, seen):
         return None

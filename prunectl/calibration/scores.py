@@ -15,7 +15,7 @@ GRADIENTS = ("gradient", "magnitude-gradient", "snip", "fisher")
 
 
 def wanda_scores(weights: Array, norms: InputStatistics) -> Float64Array:
-    """Return |weight| times the norm of what it is multiplied with."""
+    """|weight| times the norm of what it is multiplied with."""
     result: Array = np.zeros(weights.shape)
     for part, use in norms.uses.items():
         rows = np.abs(weight_matrix(weights, use).astype(np.float64)) * norms.totals[part][:, np.newaxis]
@@ -24,7 +24,7 @@ def wanda_scores(weights: Array, norms: InputStatistics) -> Float64Array:
 
 
 def rank_per_output(scores: Float64Array, sums: InputStatistics) -> Float64Array:
-    """Return ranks within each output, so that all outputs lose the same share."""
+    """Ranks within each output, so that all outputs lose the same share."""
     result: Array = np.zeros(scores.shape)
     for use in sums.uses.values():
         rows = weight_matrix(scores, use)
@@ -44,18 +44,18 @@ def covers_all_outputs(shape: tuple[int, ...], sums: InputStatistics) -> bool:
 
 
 def count_outputs(shape: tuple[int, ...], sums: InputStatistics) -> int:
-    """Return how many outputs of a tensor were seen."""
+    """How many outputs of a tensor were seen."""
     return sum(math.prod(weight_matrix(np.broadcast_to(np.False_, shape), use).shape[:2]) for use in sums.uses.values())
 
 
 def gradient_reduction(strategy: str) -> Callable[[Float64Array], Float64Array]:
-    """Return what a strategy asks of the gradient g of each batch: |g|, g or its square."""
+    """What a strategy asks of the gradient g of each batch: |g|, g or its square."""
     accumulated: dict[str, Callable[[Float64Array], Float64Array]] = {"snip": np.array, "fisher": np.square}
     return accumulated.get(strategy, np.abs)
 
 
 def gradient_scores(strategy: str, weights: Array, gradients: Float64Array) -> Float64Array:
-    """Return the scores of a strategy from the means over batches of what it asks for."""
+    """The scores of a strategy from the means over batches of what it asks for."""
     wide = weights.astype(np.float64)
     if strategy == "gradient":
         return gradients

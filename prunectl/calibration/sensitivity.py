@@ -82,7 +82,7 @@ Levels = NDArray[np.uint8]
 
 
 def pruning_levels(weights: Array) -> Levels:
-    """Return at which sparsity each weight goes: the smallest first, of equal ones the first."""
+    """At which sparsity each weight goes: the smallest first, of equal ones the first."""
     scores = magnitude(weights, BlockContext("", 0, 0))
     result = np.full(weights.shape, len(SPARSITIES), np.uint8)
     # From the highest down: what goes early goes at every sparsity after that as well.
@@ -93,12 +93,12 @@ def pruning_levels(weights: Array) -> Levels:
 
 
 def pruned(weights: Array, prune_levels: Levels, level: int) -> Array:
-    """Return the weights of which those are zero that are gone at a sparsity."""
+    """The weights of which those are zero that are gone at a sparsity."""
     return np.where(prune_levels <= level, np.zeros((), weights.dtype), weights)
 
 
 def weight_errors(weights: Array, prune_levels: Levels) -> tuple[float, ...]:
-    """Return the norm of what goes over the norm of all, for each sparsity."""
+    """The norm of what goes over the norm of all, for each sparsity."""
     squares = np.square(weights.astype(np.float64)).reshape(-1)
     shares = np.bincount(prune_levels.reshape(-1), weights=squares, minlength=len(SPARSITIES) + 1)
     total = float(shares.sum())
@@ -107,7 +107,7 @@ def weight_errors(weights: Array, prune_levels: Levels) -> tuple[float, ...]:
 
 
 def first_dead_sparsity(weights: Array, prune_levels: Levels, out_axis: int | None) -> float | None:
-    """Return the first sparsity at which an output that has weights loses all of them; None if none does."""
+    """The first sparsity at which an output that has weights loses all of them; None if none does."""
     if out_axis is None:
         return None
     others = tuple(axis for axis in range(weights.ndim) if axis != out_axis)
@@ -120,7 +120,7 @@ Errors = tuple[float | None, ...]
 
 
 def output_errors(calibration: Calibration, tensor: Tensor, weights: Array, prune_levels: Levels) -> Errors | None:
-    """Return for each sparsity the norm of what outputs lose over that of the outputs, before any bias.
+    """For each sparsity the norm of what outputs lose over that of the outputs, before any bias.
 
     None if not all outputs of the tensor were seen; None for a sparsity if there is nothing to compare with.
     """
@@ -140,7 +140,7 @@ def output_errors(calibration: Calibration, tensor: Tensor, weights: Array, prun
 def _squared_losses(
     sight: Sight, kernel: tuple[int, ...], weights: Array, prune_levels: Levels
 ) -> tuple[Float64Array, int]:
-    """Return the sum of the squares of what outputs lose at each sparsity, and of the outputs.
+    """The sum of the squares of what outputs lose at each sparsity, and of the outputs.
 
     From the outputs themselves: the products of all inputs would take the square of their number in memory.
     """
@@ -172,7 +172,7 @@ def prepare(network: Network, batches: tuple[Batch, ...], loss: str, seed: int, 
 
 
 def dense_score(network: Network, batches: tuple[Batch, ...]) -> Score:
-    """Return how well the model answers as it is."""
+    """How well the model answers as it is."""
     score = _score(network.evaluate(iter(batches)))
     if score.loss is None:
         raise WorkError(
@@ -185,7 +185,7 @@ def dense_score(network: Network, batches: tuple[Batch, ...]) -> Score:
 def scores_at_each_level(
     network: Network, batches: tuple[Batch, ...], name: str, weights: Array, prune_levels: Levels
 ) -> tuple[Score, ...]:
-    """Return how well the model answers at each sparsity of one tensor, which is as it was afterwards."""
+    """How well the model answers at each sparsity of one tensor, which is as it was afterwards."""
     scores = []
     for level in range(len(SPARSITIES)):
         network.assign({name: pruned(weights, prune_levels, level)})
@@ -201,7 +201,7 @@ def _score(logs: Logs) -> Score:
 
 
 def _classes(signature: Signature, y: Array) -> int | None:
-    """Return how many classes labels may name; None where the targets are no labels."""
+    """How many classes labels may name; None where the targets are no labels."""
     shape = signature.outputs[0].shape if signature.outputs else None
     is_label = shape is not None and y.dtype.kind in "iu" and (y.ndim == len(shape) or y.shape[1:] == (1,))
     classes = shape[-1] if shape and is_label else None
@@ -219,7 +219,7 @@ def sensitivity(
     is_trusted: bool = False,
     meter: ProgressFactory = no_progress,
 ) -> Sensitivity:
-    """Return how much the prunable tensors of a model suffer; with data, also what they make of it."""
+    """How much the prunable tensors of a model suffer; with data, also what they make of it."""
     tensors = _prunable(model, layers)
     if not tensors:
         return Sensitivity((), notes=("Sensitivity is that of kernels, and there is none among these tensors.",))
@@ -236,7 +236,7 @@ def sensitivity(
 
 
 def _prunable(model: ModelFile, layers: str) -> tuple[Tensor, ...]:
-    """Return what the default policy prunes, each storage once."""
+    """What the default policy prunes, each storage once."""
     chosen = select_names(model, layers) if layers else model.tensors
     candidates = [tensor for tensor in chosen if tensor.is_prunable and tensor.size and tensor.name not in model.copies]
     tied = find_tied_tensors(candidates)
@@ -252,7 +252,7 @@ def _wrapper_note(model: ModelFile) -> tuple[str, ...]:
 def _dense_score(
     model: ModelFile, session: CalibrationSession, request: PruneRequest
 ) -> tuple[Score | None, tuple[str, ...]]:
-    """Return how well the model answers as it is, and why not if that cannot be told."""
+    """How well the model answers as it is, and why not if that cannot be told."""
     batches = session.calibration.batches
     has_targets = batches[0].y is not None
     if session.trainable is not None and has_targets:
@@ -275,7 +275,7 @@ def _measure_layers(
     base: Score | None,
     meter: ProgressFactory,
 ) -> _Measured:
-    """Return what becomes of each tensor, one after the other so that only one is held at a time."""
+    """What becomes of each tensor, one after the other so that only one is held at a time."""
     measured: list[LayerSensitivity] = []
     nonfinite, unobserved = [], []
     trained_names = (
@@ -338,7 +338,7 @@ class Collapse:
 
 
 def collapses(report: Sensitivity) -> tuple[Collapse, ...]:
-    """Return the tensors that break, the worst first: those that break early, then those that break most."""
+    """The tensors that break, the worst first: those that break early, then those that break most."""
     collapsed = filter(None, (_collapse(layer, report.base) for layer in report.layers))
     return tuple(sorted(collapsed, key=lambda collapse: (collapse.sparsity, -collapse.size)))
 

@@ -47,7 +47,7 @@ class Calibration:
         return sum(len(each(batch.x)[0]) for batch in self.batches)
 
     def accumulate(self, tensors: Sequence[Tensor], accumulator: Accumulator) -> dict[str, InputStatistics]:
-        """Return sums of what each tensor meets, in the order in which they meet it.
+        """Sums of what each tensor meets, in the order in which they meet it.
 
         None of those that are not seen, or used in two ways whose sums are not of the same things: a matrix as it is
         and turned, as where a decoder has the weights of its encoder.
@@ -78,7 +78,7 @@ class Calibration:
         return statistics
 
     def gram(self, tensor: Tensor) -> InputStatistics:
-        """Return how the inputs of one tensor go together: one at a time, since they are as big as it is squared."""
+        """How the inputs of one tensor go together: one at a time, since they are as big as it is squared."""
         checked: list[Sight] = []
 
         def accumulator(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
@@ -91,7 +91,7 @@ class Calibration:
         return self.accumulate([tensor], accumulator).get(tensor.name, InputStatistics())
 
     def cross_gram(self, tensor: Tensor) -> dict[OutputRange, CrossStatistics]:
-        """Return how what a tensor meets now goes together with what it met in the model as it was."""
+        """How what a tensor meets now goes together with what it met in the model as it was."""
         assert self.reference is not None
         statistics: dict[OutputRange, CrossStatistics] = {}
         for batch in self.batches:
@@ -104,7 +104,7 @@ class Calibration:
     def gradients(
         self, tensors: Sequence[Tensor], of: Callable[[Float64Array], Float64Array]
     ) -> dict[str, Float64Array]:
-        """Return the means over batches of something of their gradients, weighted by the examples in each."""
+        """The means over batches of something of their gradients, weighted by the examples in each."""
         network = self.network
         if not isinstance(network, Graded):
             raise UsageError(
@@ -135,7 +135,7 @@ def _captured_inputs(network: Observed, tensor: Tensor, batch: Batch) -> list[Si
 
 
 def take_samples(batches: Iterator[Batch], samples: int) -> tuple[Batch, ...]:
-    """Return the first examples of some batches."""
+    """The first examples of some batches."""
     taken_batches: list[Batch] = []
     remaining = samples
 
@@ -209,7 +209,7 @@ def _network(model: ModelFile, origin: ModelOrigin) -> tuple[Observed, Network |
 
 
 def load_inputs(spec: str, signature: Signature, count: int, order: Order) -> tuple[tuple[Array, ...], tuple[str, ...]]:
-    """Return the inputs of so many examples, and what is to be said of them; a stream is never shuffled."""
+    """The inputs of so many examples, and what is to be said of them; a stream is never shuffled."""
     source, notes = adapt(open_source(spec, signature=signature, seed=order.seed), signature)
     notes += check_batches(source.first(count), signature, needs_targets=False, classes=None)
     own = Order(order.batch_size, order.seed, is_shuffled=order.is_shuffled and source.count is not None)
@@ -219,7 +219,7 @@ def load_inputs(spec: str, signature: Signature, count: int, order: Order) -> tu
 
 
 def padded_batch_rows(count: int, size: int) -> Array:
-    """Return which examples each batch holds; the last is filled up with the first ones, again and again."""
+    """Which examples each batch holds; the last is filled up with the first ones, again and again."""
     rows: Array = np.arange(-(-count // size) * size).reshape(-1, size) % count
     return rows
 
@@ -228,7 +228,7 @@ _SHOWN = 5
 
 
 def note_about(statement: str, names: Sequence[str]) -> tuple[str, ...]:
-    """Return a sentence about some tensors; nothing without any."""
+    """A sentence about some tensors; nothing without any."""
     if not names:
         return ()
     shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} others" if len(names) > _SHOWN else "")

@@ -29,7 +29,7 @@ class ColumnBlock:
 
 
 def unstructured_blocks(rows: int, features: int, drop: int, block: int) -> list[ColumnBlock]:
-    """Return columns in blocks that lose so many weights together, to the last one."""
+    """Columns in blocks that lose so many weights together, to the last one."""
     ends = [*range(block, features, block), features]
     begins = [0, *ends[:-1]]
     total = rows * features
@@ -40,7 +40,7 @@ def unstructured_blocks(rows: int, features: int, drop: int, block: int) -> list
 
 
 def nm_blocks(features: int, channels: int, zeros: int, group: int) -> list[ColumnBlock]:
-    """Return columns in groups that lose N of M in every row; a group at the end of the channels may be short."""
+    """Columns in groups that lose N of M in every row; a group at the end of the channels may be short."""
     blocks = []
     for first in range(0, features, channels):
         for begin in range(first, first + channels, group):
@@ -52,7 +52,7 @@ def nm_blocks(features: int, channels: int, zeros: int, group: int) -> list[Colu
 def prune_rows(
     rows: Float64Array, products: Float64Array, parts: list[ColumnBlock], damp: float, block: int
 ) -> tuple[Float64Array, Mask]:
-    """Return rows with new numbers, and what was dropped."""
+    """Rows with new numbers, and what was dropped."""
     updated, dropped = rows.astype(np.float64), np.zeros(rows.shape, np.bool_)
     inverse, is_dead = inverse_cholesky(products, damp)
     blocks = {block_of_columns.begin: block_of_columns for block_of_columns in parts}
@@ -79,7 +79,7 @@ def prune_rows(
 
 
 def scores(rows: Float64Array, inverse: Float64Array, is_dead: Mask, begin: int = 0) -> Float64Array:
-    """Return what dropping each weight costs, once those before it are settled."""
+    """What dropping each weight costs, once those before it are settled."""
     end = begin + rows.shape[1]
     costs: Float64Array = np.square(rows / np.diagonal(inverse)[begin:end])
     # Nothing ever goes into these, so that they cost nothing.
@@ -99,7 +99,7 @@ def _lowest(rows: Float64Array, inverse: Float64Array, is_dead: Mask, block: Col
 
 
 def inverse_cholesky(products: Float64Array, damp: float) -> tuple[Float64Array, Mask]:
-    """Return the upper root of the inverse of damped products, and which features never had an input."""
+    """The upper root of the inverse of damped products, and which features never had an input."""
     is_dead: Mask = np.diagonal(products) <= 0
     damped = dampen(products, damp)
     while damp < _MOST_DAMP:
@@ -112,7 +112,7 @@ def inverse_cholesky(products: Float64Array, damp: float) -> tuple[Float64Array,
 
 
 def dampen(products: Float64Array, damp: float) -> Float64Array:
-    """Return products with a share of their mean size added to the diagonal."""
+    """Products with a share of their mean size added to the diagonal."""
     damped = products.copy()
     diagonal = np.diagonal(damped).copy()
     diagonal[diagonal <= 0] = 1.0

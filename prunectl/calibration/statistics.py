@@ -44,17 +44,17 @@ class InputStatistics:
 
 
 def sum_squares(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
-    """Return the sum of the squares of every feature, as groups by features."""
+    """The sum of the squares of every feature, as groups by features."""
     return _sum_moments(sight, kernel, lambda inputs: np.einsum("i...,i...->...", inputs, inputs))
 
 
 def sum_abs(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
-    """Return the sum of the absolute values of every feature."""
+    """The sum of the absolute values of every feature."""
     return _sum_moments(sight, kernel, lambda inputs: np.abs(inputs).sum(axis=0))
 
 
 def sum_inputs(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
-    """Return the sum of every feature."""
+    """The sum of every feature."""
     return _sum_moments(sight, kernel, lambda inputs: inputs.sum(axis=0))
 
 
@@ -74,7 +74,7 @@ def _sum_moments(sight: Sight, kernel: tuple[int, ...], over: Callable[[Array], 
 
 
 def gram(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
-    """Return the sum of the products of every two features of a group: groups by features by features."""
+    """The sum of the products of every two features of a group: groups by features by features."""
     total: Any = 0.0
     count = 0
     for seen in im2col(sight.inputs, sight.use, kernel):

@@ -32,7 +32,7 @@ class AccuracyChecker:
         self._evaluations: dict[tuple[str, FinetuneRequest], Evaluation | PrunectlError] = {}
 
     def check(self, stats: LazyModelStats, *, drop: MaxDropRule, budget: Budget) -> Finding:
-        """Return the verdict on how much worse a model is than the other one; what stops it is told with its line."""
+        """The verdict on how much worse a model is than the other one; what stops it is told with its line."""
         try:
             return self._check(stats, drop=drop, budget=budget)
         except PrunectlError as error:
@@ -76,7 +76,7 @@ class AccuracyChecker:
         return replace(FinetuneRequest(data), batch_size=drop.batch_size, means=means, origin=origin)
 
     def _resolve(self, spec: str) -> str:
-        """Return a word that begins with the path of something as it is found from where we are."""
+        """A word that begins with the path of something as it is found from where we are."""
         path = spec.partition("?")[0]
         file = path.rpartition(":")[0] or path
         is_path = bool(file) and (self._folder / file).exists()

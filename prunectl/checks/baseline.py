@@ -42,7 +42,7 @@ class Baseline:
 
 
 def read(spec: str, path: Path) -> Baseline:
-    """Return the baseline in a file, or in the same file at `git:REF`; one that is not there knows nothing."""
+    """The baseline in a file, or in the same file at `git:REF`; one that is not there knows nothing."""
     if spec.startswith(GIT):
         ref = spec.removeprefix(GIT)
         text = _at_ref(ref, path)
@@ -51,7 +51,7 @@ def read(spec: str, path: Path) -> Baseline:
 
 
 def snapshot(stats: LazyModelStats, reason: str) -> BaselineEntry:
-    """Return what a model is now."""
+    """What a model is now."""
     params = stats.zeros.params
     return BaselineEntry(stats.raw, stats.gzip, params.total, params.prunable_zero or 0, reason)
 
@@ -86,7 +86,7 @@ def _entry(data: Any, name: str, path: Path) -> BaselineEntry:
 
 
 def _at_ref(ref: str, path: Path) -> bytes | None:
-    """Return a file as git knows it; None if it was not there then."""
+    """A file as git knows it; None if it was not there then."""
     folder = path.absolute().parent
     commit = _git(folder, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
     if commit.returncode:

@@ -58,11 +58,11 @@ class _CheckRun:
         return check_max_drop
 
     def name_of(self, key: str) -> str:
-        """Return a model's path as the report calls it."""
+        """A model's path as the report calls it."""
         return os.path.relpath(self.budgets.folder / key)
 
     def open(self, key: str) -> LazyModelStats | PrunectlError:
-        """Return a model, opened once however many budgets it has."""
+        """A model, opened once however many budgets it has."""
         if key not in self.measured:
             model = attempt(open_model, Path(self.name_of(key)))
             self.measured[key] = model if isinstance(model, PrunectlError) else LazyModelStats(model, self.name_of(key))
@@ -79,7 +79,7 @@ def check(
     is_trusted: bool = False,
     meter: ProgressFactory = no_progress,
 ) -> Findings:
-    """Return the verdicts of all budgets, or of those named; with a reason, what is now becomes the baseline.
+    """The verdicts of all budgets, or of those named; with a reason, what is now becomes the baseline.
 
     Only budgets that are trusted may name code of their own: data, metrics and builders that are functions.
     """
@@ -97,7 +97,7 @@ def check(
 
 
 def _model_keys(run: _CheckRun, budget: Budget) -> list[str]:
-    """Return the models of a budget; a glob without any is a slip, which does not stop the others."""
+    """The models of a budget; a glob without any is a slip, which does not stop the others."""
     paths, empty = expand_globs(run.budgets.folder, budget)
     for pattern in empty:
         error = UsageError(

@@ -31,7 +31,7 @@ class KeyLines:
     lines: dict[KeyPath, int] = field(default_factory=dict)
 
     def of(self, *path: str | int) -> int:
-        """Return the line of a key, or of the nearest one around it; counted from one."""
+        """The line of a key, or of the nearest one around it; counted from one."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.lines:
                 return self.lines[path[:length]]
@@ -71,7 +71,7 @@ class _ValueSpan:
 
 
 def scan_keys(text: str) -> KeyLines:
-    """Return where the keys of a TOML text stand, which is known to be TOML."""
+    """Where the keys of a TOML text stand, which is known to be TOML."""
     key_lines, table, value = KeyLines(), KeyPath(), _ValueSpan()
     counts: Counter[KeyPath] = Counter()
     for number, line in enumerate(text.splitlines(), 1):
@@ -99,7 +99,7 @@ def _parts(text: str) -> KeyPath:
 
 
 def _with_indices(counts: Counter[KeyPath], name: KeyPath) -> KeyPath:
-    """Return a path with the number of the last table wherever it goes through an array of them."""
+    """A path with the number of the last table wherever it goes through an array of them."""
     path: KeyPath = ()
     for depth, part in enumerate(name):
         path = (*path, part)
@@ -122,16 +122,16 @@ class ConfigFile:
     lines: KeyLines
 
     def line(self, *path: str | int) -> int:
-        """Return the line of a key in the table."""
+        """The line of a key in the table."""
         return self.lines.of(*self.prefix, *path)
 
     def location(self, *path: str | int) -> str:
-        """Return file and line of a key, as compilers write them."""
+        """File and line of a key, as compilers write them."""
         return f"{os.path.relpath(self.path)}:{self.line(*path)}"
 
 
 def find_config(folder: Path) -> ConfigFile:
-    """Return the table of budgets in the nearest folder upwards that has one."""
+    """The table of budgets in the nearest folder upwards that has one."""
     for candidate in (folder, *folder.parents):
         if (candidate / OWN).is_file():
             return load_config(candidate / OWN)
@@ -146,7 +146,7 @@ def find_config(folder: Path) -> ConfigFile:
 
 
 def load_config(path: Path, *, is_shared: bool | None = None) -> ConfigFile:
-    """Return the table of budgets in a file."""
+    """The table of budgets in a file."""
     try:
         text = path.read_text(encoding="utf-8")
         document = tomllib.loads(text)

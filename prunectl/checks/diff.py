@@ -80,7 +80,7 @@ class ModelDiff:
 
 
 def diff_models(new: ModelFile, old: ModelFile, meter: ProgressFactory = no_progress) -> ModelDiff:
-    """Return what became of every tensor; two pieces of numbers are in memory at a time where they lie flat."""
+    """What became of every tensor; two pieces of numbers are in memory at a time where they lie flat."""
     codec = get_codec(CodecName.GZIP, None)
     now, then = measure(new, codec, meter), measure(old, codec, meter)
     rows, were = ({row.name: row for row in survey.layers} for survey in (now, then))
@@ -130,12 +130,12 @@ class FailOn:
 
 
 def parse(text: str) -> tuple[FailOn, ...]:
-    """Return what a list with commas forbids."""
+    """What a list with commas forbids."""
     return tuple(_parse_rule(item.strip()) for item in text.split(",")) if text else ()
 
 
 def judge(diff: ModelDiff, forbidden: tuple[FailOn, ...]) -> tuple[Finding, ...]:
-    """Return a verdict for everything that is forbidden."""
+    """A verdict for everything that is forbidden."""
     return tuple(
         _growth_finding(diff, rule) if rule.rule is DiffRule.GROWTH else _count_finding(diff, rule)
         for rule in forbidden

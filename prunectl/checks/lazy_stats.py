@@ -63,7 +63,7 @@ class LazyModelStats:
         return {row.name: row for row in self.operations.layers}
 
     def conforming(self, pattern: str) -> dict[str, TensorStats]:
-        """Return each tensor, with how much of it follows a pattern."""
+        """Each tensor, with how much of it follows a pattern."""
         if pattern not in self._conforming:
             stats = measure_stats(self.model, self.model.tensors, pattern=parse(pattern))
             self._conforming[pattern] = {row.name: row for row in stats.layers}

@@ -145,7 +145,7 @@ class Pairing:
 
 
 def match_tensors(new: Sequence[Tensor], old: Sequence[Tensor]) -> Pairing:
-    """Return which tensor was which: first those of one name, then what only one can be meant by."""
+    """Which tensor was which: first those of one name, then what only one can be meant by."""
     was = {tensor.name: tensor for tensor in old}
     pairs_by_name = {tensor.name: _pair_by_name(tensor, was.pop(tensor.name)) for tensor in new if tensor.name in was}
     rest = [tensor for tensor in new if tensor.name not in pairs_by_name]
@@ -167,7 +167,7 @@ def match_tensors(new: Sequence[Tensor], old: Sequence[Tensor]) -> Pairing:
 
 
 def axis_permutation(new: Tensor, old: Tensor) -> Axes:
-    """Return the order in which an old kernel has the axes of a new one; None where it cannot be known."""
+    """The order in which an old kernel has the axes of a new one; None where it cannot be known."""
     theirs, ours = _canonical_axes(old), _canonical_axes(new)
     if theirs is None or ours is None:
         return None
@@ -176,7 +176,7 @@ def axis_permutation(new: Tensor, old: Tensor) -> Axes:
 
 
 def _pair_by_name(new: Tensor, old: Tensor) -> Pair:
-    """Return tensors of one name as a pair; their axes are moved only where their shapes say so, too."""
+    """Tensors of one name as a pair; their axes are moved only where their shapes say so, too."""
     axes = axis_permutation(new, old) if new.shape != old.shape and len(new.shape) == len(old.shape) else None
     return Pair(new, old, MatchKind.NAME, axes)
 
@@ -191,7 +191,7 @@ def _pair_by_layer(new: Tensor, old: Tensor) -> Pair | None:
 
 
 def _canonical_axes(tensor: Tensor) -> tuple[int, ...] | None:
-    """Return its axes with outputs first, inputs second, and the others in their order."""
+    """Its axes with outputs first, inputs second, and the others in their order."""
     first, second = tensor.out_axis, tensor.inputs_axis
     if first is None or second is None or first == second:
         return None
@@ -207,7 +207,7 @@ def _group_by_path_and_role(tensors: Iterable[Tensor], shared: int) -> dict[tupl
 
 
 def _common_prefix_length(tensors: Iterable[Tensor]) -> int:
-    """Return with how many steps the paths of all layers begin alike, such as the name of the model."""
+    """With how many steps the paths of all layers begin alike, such as the name of the model."""
     paths = [_path(tensor) for tensor in tensors if tensor.role in WEIGHTS]
     if not paths:
         return 0
@@ -216,7 +216,7 @@ def _common_prefix_length(tensors: Iterable[Tensor]) -> int:
 
 
 def _path(tensor: Tensor) -> tuple[str, ...]:
-    """Return the layer as every framework would call it."""
+    """The layer as every framework would call it."""
     return tuple(filter(None, _SEPARATORS.split(tensor.layer.lower())))
 
 

@@ -110,7 +110,7 @@ EXAMPLE = '{fail = "0.5pp", data = "test.npz", against = "dense.h5"}'
 
 
 def parse_max_drop(table: dict[str, Any], line: int, batch_size: int | None) -> MaxDropRule:
-    """Return what a table with known keys asks for."""
+    """What a table with known keys asks for."""
     levels = {level: _drop_level(table[level]) for level in LEVELS if level in table}
     if not levels:
         raise UsageError("a drop has a level", hint=f"write {NAME} = {EXAMPLE}")
@@ -143,7 +143,7 @@ Parsed = TypeVar("Parsed")
 
 
 def read(config: ConfigFile) -> Budgets:
-    """Return the budgets of a file."""
+    """The budgets of a file."""
     parser = _BudgetParser(config)
     parser.check(config.table, TOP, ())
     top = config.table
@@ -296,7 +296,7 @@ class _BudgetParser:
             raise self.error("it would fail before it warns", *path)
 
     def _growth(self, table: dict[str, Any], path: KeyPath) -> tuple[Limit, ...]:
-        """Return the limits on growth: the two levels may be a size and a share."""
+        """The limits on growth: the two levels may be a size and a share."""
         if "max-growth" not in table:
             return ()
         levels = self._by_level(table["max-growth"], path)
@@ -332,7 +332,7 @@ class _BudgetParser:
 
 
 def select_budgets(budgets: Budgets, names: list[str]) -> list[Budget]:
-    """Return the budgets that names or globs mean; all of them if there are none."""
+    """The budgets that names or globs mean; all of them if there are none."""
     budget_names = [budget.name for budget in budgets.budgets]
     for name in names:
         if not any(_matches(budget, name) for budget in budget_names):
@@ -345,7 +345,7 @@ def select_budgets(budgets: Budgets, names: list[str]) -> list[Budget]:
 
 
 def expand_globs(folder: Path, budget: Budget) -> tuple[list[str], list[str]]:
-    """Return the paths that a budget is about, from a folder, and its globs that match nothing."""
+    """The paths that a budget is about, from a folder, and its globs that match nothing."""
     matches: dict[str, None] = {}
     empty = []
     for pattern in budget.paths:

@@ -107,7 +107,7 @@ _TENSOR_METRICS: dict[str, tuple[str, Callable[[LazyModelStats, TensorStats], fl
 
 
 def check_model_limit(stats: LazyModelStats, budget: Budget, limit: Limit) -> Finding:
-    """Return what a limit says of a model."""
+    """What a limit says of a model."""
     metric, measure = _MODEL_METRICS[limit.name]
     finding = evaluate_limit(stats.name, metric, measure(stats), limit, budget=budget.name, message=budget.message)
     if limit.name == "max-flops" and finding.ok and (unknown := stats.operations.macs_unknown):
@@ -119,7 +119,7 @@ def check_model_limit(stats: LazyModelStats, budget: Budget, limit: Limit) -> Fi
 def check_tensor_limit(
     stats: LazyModelStats, row: TensorStats, limit: Limit, budget: Budget, layer: LayerBudget
 ) -> Finding:
-    """Return what a limit says of a tensor."""
+    """What a limit says of a tensor."""
     metric, measure = _TENSOR_METRICS[limit.name]
     message = layer.message or budget.message
     actual = measure(stats, row)
@@ -137,7 +137,7 @@ def evaluate_limit(
     message: str = "",
     note: str = "",
 ) -> Finding:
-    """Return the verdict: of the limit that was broken, the one that says no first."""
+    """The verdict: of the limit that was broken, the one that says no first."""
     broken_by = (
         level
         for level, bound in ((ERROR, limit.fail), (WARNING, limit.warn))
@@ -160,7 +160,7 @@ def is_within(name: str, actual: float, bound: float) -> bool:
 
 
 def share_finding(stats: LazyModelStats, name: str, metric: str, line: int, share: float, **more: str) -> Finding:
-    """Return the verdict on what holds for everything, or does not."""
+    """The verdict on what holds for everything, or does not."""
     limit = Limit(name, MetricUnit.RATIO, line, fail=1.0)
     return evaluate_limit(stats.name, metric, share, limit, **more)
 
@@ -185,7 +185,7 @@ class BaselineContext:
 
 
 def check_growth(stats: LazyModelStats, limit: Limit, budget: Budget, context: BaselineContext) -> Finding:
-    """Return the verdict on the growth of the compressed size."""
+    """The verdict on the growth of the compressed size."""
     entry = context.baseline.entries.get(context.key)
     if entry is None:
         return _unknown_model(stats, limit, budget, context)
@@ -205,7 +205,7 @@ def _zero_bound(bound: float | None) -> float | None:
 
 
 def _unknown_model(stats: LazyModelStats, limit: Limit, budget: Budget, context: BaselineContext) -> Finding:
-    """Return the verdict on a model that the baseline does not know: all of it is growth."""
+    """The verdict on a model that the baseline does not know: all of it is growth."""
     nothing = Limit(limit.name, MetricUnit.BYTES, limit.line, fail=0)
     note = f"{context.baseline.origin} does not know it, so that all of it is growth."
     if context.on_missing is OnMissing.CREATE:
@@ -220,13 +220,13 @@ PATTERN_METRIC = "conforming"
 
 
 def check_pattern(stats: LazyModelStats, pattern: LocatedValue, budget: str, message: str) -> Finding:
-    """Return the verdict on all prunable tensors of a model whose inputs divide into groups."""
+    """The verdict on all prunable tensors of a model whose inputs divide into groups."""
     share, worst = _least_conforming(row for row in stats.conforming(pattern.value).values() if row.is_prunable)
     return _pattern_finding(stats, pattern, share, worst, budget=budget, message=message)
 
 
 def check_tensor_pattern(stats: LazyModelStats, name: str, pattern: LocatedValue, budget: str, message: str) -> Finding:
-    """Return the verdict on one tensor."""
+    """The verdict on one tensor."""
     share, worst = _least_conforming([stats.conforming(pattern.value)[name]])
     return _pattern_finding(stats, pattern, share, worst, budget=budget, message=message, tensor=name)
 
@@ -245,7 +245,7 @@ def _pattern_finding(stats: LazyModelStats, pattern: LocatedValue, share: float,
 
 
 def check_zeros_kept(stats: LazyModelStats, path: Path, budget: Budget, reference: LocatedValue) -> Finding:
-    """Return the verdict on the zeros of another model, in its prunable weights."""
+    """The verdict on the zeros of another model, in its prunable weights."""
     source = open_model(path)
     total, first = 0, ""
     tensors_now = {tensor.name: tensor for tensor in stats.model.tensors}

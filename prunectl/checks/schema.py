@@ -142,19 +142,19 @@ _TYPES: dict[ValueType, Any] = {
 
 
 def schema() -> dict[str, Any]:
-    """Return the schema of `prunectl.toml`, and of `[tool.prunectl]`."""
+    """The schema of `prunectl.toml`, and of `[tool.prunectl]`."""
     table = _table(TOP, {"budget": _table(BUDGET, {"layer": _table(LAYER, {}), "max-drop": _table(DROP, {})})})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Budgets of prunectl", **table}
 
 
 def shipped() -> dict[str, Any]:
-    """Return the schema that is installed with the package."""
+    """The schema that is installed with the package."""
     found: dict[str, Any] = json.loads((resources.files("prunectl.checks") / FILE).read_text(encoding="utf-8"))
     return found
 
 
 def as_text() -> str:
-    """Return what the file that ships holds."""
+    """What the file that ships holds."""
     return json.dumps(schema(), indent=2) + "\n"
 
 

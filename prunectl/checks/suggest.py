@@ -31,7 +31,7 @@ class Proposal:
 
 
 def propose(stats: LazyModelStats, key: str, margin: float) -> Proposal:
-    """Return limits that a model keeps, and that it breaks when it grows by more than the margin."""
+    """Limits that a model keeps, and that it breaks when it grows by more than the margin."""
     if not key.isprintable():
         raise InputError(f"{key!r} has a name that TOML cannot hold")
     sparsity = stats.zeros.prunable_sparsity or 0.0
@@ -46,7 +46,7 @@ def propose(stats: LazyModelStats, key: str, margin: float) -> Proposal:
 
 
 def as_toml(proposals: Iterable[Proposal], baseline: str) -> str:
-    """Return the file of budgets."""
+    """The file of budgets."""
     lines = [
         "# Budgets of models: `prunectl check` holds them, exit code 1 says that one is over.",
         f"baseline = {_toml_string(baseline)}",
@@ -61,7 +61,7 @@ def as_toml(proposals: Iterable[Proposal], baseline: str) -> str:
 
 
 def _rounded_up(value: int, margin: float) -> int:
-    """Return a number by so much bigger, rounded up to a few digits."""
+    """A number by so much bigger, rounded up to a few digits."""
     raised = math.ceil(value * (1 + margin))
     step: int = 10 ** max(len(str(raised)) - _DIGITS, 0)
     return -(-raised // step) * step

@@ -30,7 +30,7 @@ class Violation:
 def verify_source(
     model: ModelFile, source: ModelFile, cuts: Container[str] | None = None, meter: ProgressFactory = no_progress
 ) -> tuple[list[Violation], dict[str, int]]:
-    """Return what differs, and the zeros added by tensor; with cuts, zeros may be added to these alone."""
+    """What differs, and the zeros added by tensor; with cuts, zeros may be added to these alone."""
     pairs = _pairs(model, source)
     changes: dict[str, ElementChanges] = {}
     with meter("comparing", sum(tensor.nbytes for tensor, _ in pairs)) as bar:
@@ -97,7 +97,7 @@ def _total_and_first(counts: dict[str, int]) -> tuple[int, str]:
 def verify(
     model: ModelFile, record: ManifestRecord | None, source: ModelFile | None, meter: ProgressFactory = no_progress
 ) -> tuple[Finding, ...]:
-    """Return a verdict for everything that must hold; each counts what does not."""
+    """A verdict for everything that must hold; each counts what does not."""
     violations = list(_check_record(model, record)) if record is not None else []
     if source is not None:
         cuts = {cut.name for cut in record.cuts} if record is not None else None

@@ -24,7 +24,7 @@ class Choice:
 
 
 def choices(kind: str = "") -> tuple[Choice, ...]:
-    """Return all names of a kind, or of all kinds."""
+    """All names of a kind, or of all kinds."""
     listed = [*_strategies(), *_schedules(), *_policies(), *_formats()]
     for plural, singular in _KINDS.items():
         listed += [Choice(plural, name, package, "") for name, package in installed(singular).items()]

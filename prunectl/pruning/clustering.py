@@ -54,7 +54,7 @@ class Clustering:
 
 
 def parse(text: str) -> Clustering:
-    """Return what `16` or `16:kmeans++` asks for."""
+    """What `16` or `16:kmeans++` asks for."""
     number, sign, start = text.partition(":")
     starts = [str(member) for member in Start]
     if (sign and start not in starts) or not (number.isascii() and number.isdecimal()):
@@ -96,7 +96,7 @@ def codebook(
     dtype: np.dtype[Any],
     iterations: int = MAX_ITERATIONS,
 ) -> Wide:
-    """Return the centroids of sorted weights in rising order, none of them zero as it is stored.
+    """The centroids of sorted weights in rising order, none of them zero as it is stored.
 
     Chance is a number from 0 to 1 for each centroid, for those that begin at random.
     """
@@ -120,7 +120,7 @@ def codebook(
 
 
 def initial_centroids(values: Wide, clustering: Clustering, uniform: Wide, *, has_zeros: bool) -> Wide:
-    """Return the first centroids, as tfmot has them: beside a zero, negative and positive weights get their share."""
+    """The first centroids, as tfmot has them: beside a zero, negative and positive weights get their share."""
     start = _STARTS[clustering.start]
     if not has_zeros:
         return start(values, uniform, _GAP)
@@ -131,7 +131,7 @@ def initial_centroids(values: Wide, clustering: Clustering, uniform: Wide, *, ha
 
 
 def nearest(values: Wide, centroids: Wide) -> NDArray[np.intp]:
-    """Return the centroid nearest to each weight; half way, the lower one."""
+    """The centroid nearest to each weight; half way, the lower one."""
     return np.searchsorted((centroids[:-1] + centroids[1:]) / 2, values, side="left")
 
 
@@ -142,7 +142,7 @@ def _is_clustered(block: Array) -> Mask:
 
 
 def _bounds(values: Wide, centroids: Wide) -> NDArray[np.intp]:
-    """Return where in the sorted weights each cluster begins, and where the last one ends."""
+    """Where in the sorted weights each cluster begins, and where the last one ends."""
     inner = np.searchsorted(values, (centroids[:-1] + centroids[1:]) / 2, side="right")
     return np.concatenate(([0], inner, [values.size]))
 
@@ -157,7 +157,7 @@ def _move_off_zero(values: Wide, centroids: Wide, bounds: NDArray[np.intp], dtyp
 
 
 def _uniform_numbers(count: int, key: str) -> Wide:
-    """Return numbers from 0 up to 1 that only a key decides, on any machine and with any NumPy."""
+    """Numbers from 0 up to 1 that only a key decides, on any machine and with any NumPy."""
     bits = splitmix64(np.arange(count, dtype=np.uint64) + np.uint64(fnv1a(key)))
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
@@ -178,7 +178,7 @@ def _by_density(values: Wide, uniform: Wide, gap: float) -> Wide:
 
 
 def _gap(values: Wide) -> float:
-    """Return how far beyond the weights of one sign the distribution is taken: never beyond zero."""
+    """How far beyond the weights of one sign the distribution is taken: never beyond zero."""
     return float(min(_GAP, *np.abs(values[[0, -1]]) / 2)) if values.size else _GAP
 
 

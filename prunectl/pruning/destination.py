@@ -58,7 +58,7 @@ def _check_name(model: ModelFile, target: Path) -> None:
 
 
 def staged_paths(model: ModelFile, folder: Path, target: Path) -> dict[Path, Path]:
-    """Return where in a folder each file of a model is to be written, its own folder made."""
+    """Where in a folder each file of a model is to be written, its own folder made."""
     staged = {source: folder / name for source, name in atomic.targets(model, target).items()}
     for path in staged.values():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def staging_dir(model: ModelFile, output: Destination | None) -> Generator[tuple
 
 
 def code_beside(target: Path) -> Path:
-    """Return where the class goes whose weights go to a target: `my-net.v2.pt` has `my_net_v2.py`."""
+    """Where the class goes whose weights go to a target: `my-net.v2.pt` has `my_net_v2.py`."""
     stem = target.stem.removesuffix(".pth")
     name = "".join(letter if letter.isalnum() else "_" for letter in stem.strip("."))
     if name in _TAKEN or not name[:1].isidentifier():

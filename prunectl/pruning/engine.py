@@ -138,7 +138,7 @@ def _count_zeros(make: Callable[[], Pruned], counts: TensorCounts) -> Iterator[A
 def pruned_blocks(
     model: ModelFile, plan: Plan, method: PruningMethod, scratch: Path | None = None
 ) -> Sequence[Callable[[], Pruned]]:
-    """Return what prunes each tensor of the plan; scores that memory has no room for lie in the scratch folder."""
+    """What prunes each tensor of the plan; scores that memory has no room for lie in the scratch folder."""
     if method.pattern is not None:
         return [partial(_pruned_in_pattern, model, cut, method) for cut in plan.cuts]
     joint = any(cut.drop is None for cut in plan.cuts)
@@ -237,7 +237,7 @@ class _TensorScores:
             yield from blocks(self.model, replace(tensor, shape=(tensor.size,), strides=None))
 
     def _read(self, tensor: Tensor) -> Array:
-        """Return a tensor whole; what has to be decoded is decoded once, if one tensor is pruned after the other."""
+        """A tensor whole; what has to be decoded is decoded once, if one tensor is pruned after the other."""
         if tensor.storage.extent is not None or self._is_global:
             return self.model.read(tensor)
         if tensor.name not in self._decoded:
@@ -248,7 +248,7 @@ class _TensorScores:
         return self._decoded[tensor.name]
 
     def _all_scores(self, tensor: Tensor) -> Array:
-        """Return all scores of a tensor in storage order, reckoned if they are not kept."""
+        """All scores of a tensor in storage order, reckoned if they are not kept."""
         with self._locks[tensor.name]:
             if tensor.name not in self._cached:
                 check_stopped()
@@ -343,7 +343,7 @@ def _pruned_in_groups(model: ModelFile, tensor: Tensor, method: PruningMethod, p
 
 
 def _zero_pruned(weights: Array, dropped: Mask) -> Array:
-    """Return weights with some of them zero, the others bit for bit as they were."""
+    """Weights with some of them zero, the others bit for bit as they were."""
     kept = weights if weights.flags.writeable and weights.flags.c_contiguous else weights.copy(order="C")
     # Integers times one or zero: ten times as fast as writing where a mask says so, and NaN stays what it is.
     bits = kept.view(_BITS[kept.dtype.itemsize])
@@ -352,7 +352,7 @@ def _zero_pruned(weights: Array, dropped: Mask) -> Array:
 
 
 def with_model_scores(model: ModelFile, selection: Selection, method: PruningMethod) -> tuple[PruningMethod, Selection]:
-    """Return a method that knows every score, and the tensors that have some."""
+    """A method that knows every score, and the tensors that have some."""
     strategy = method.strategy
     if strategy.score_all is None:
         return method, selection
@@ -380,7 +380,7 @@ def with_model_scores(model: ModelFile, selection: Selection, method: PruningMet
 def keep_masks(
     model: ModelFile, plan: Plan, method: PruningMethod, selection: Selection, weights: Mapping[str, Array]
 ) -> dict[str, Mask]:
-    """Return for each tensor of a plan which of its weights stay."""
+    """For each tensor of a plan which of its weights stay."""
     in_memory = replace(model, decode=lambda tensor: weights[tensor.name])
     cuts = tuple(TensorPlan(_memory_tensor(cut.tensor, weights[cut.tensor.name]), cut.drop) for cut in plan.cuts)
     method, _ = with_model_scores(in_memory, replace(selection, tensors=tuple(cut.tensor for cut in cuts)), method)

@@ -13,7 +13,7 @@ def splitmix64(numbers: int) -> int: ...
 @overload
 def splitmix64(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
 def splitmix64(numbers: int | NDArray[np.uint64]) -> int | NDArray[np.uint64]:
-    """Return each number's splitmix64, in which every bit depends on every bit."""
+    """Each number's splitmix64, in which every bit depends on every bit."""
     if isinstance(numbers, int):
         return int(splitmix64(np.array([numbers], np.uint64))[0])
     with np.errstate(over="ignore"):
@@ -24,7 +24,7 @@ def splitmix64(numbers: int | NDArray[np.uint64]) -> int | NDArray[np.uint64]:
 
 
 def fnv1a(text: str) -> int:
-    """Return the FNV-1a hash of a text, in 62 bits to leave room for indices."""
+    """The FNV-1a hash of a text, in 62 bits to leave room for indices."""
     digest = 0xCBF29CE484222325
     for byte in text.encode():
         digest = (digest ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF

@@ -67,7 +67,7 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def read(path: Path, *, is_trusted: bool = False) -> PruneRequest:
-    """Return the request in a manifest; what it names as code is not imported unless the user said so."""
+    """The request in a manifest; what it names as code is not imported unless the user said so."""
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     fields = read_object(path, "it").get("request")
@@ -118,7 +118,7 @@ class ManifestRecord:
 
 
 def read_record(path: Path) -> ManifestRecord:
-    """Return what a manifest says of its run."""
+    """What a manifest says of its run."""
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     document = read_object(path, "it")

@@ -63,7 +63,7 @@ def lowest_blocks(scores: Array, out_axis: int, size: tuple[int, int], pool: Poo
 
 
 def _block_scores(matrix: Array, size: tuple[int, int], pool: Pooling) -> Array:
-    """Return one score for each block; a block at the edge counts what it has."""
+    """One score for each block; a block at the edge counts what it has."""
     starts = [np.arange(0, length, step) for length, step in zip(matrix.shape, size, strict=True)]
     wide = matrix.astype(np.float64)
     if pool is Pooling.MAX:
@@ -82,7 +82,7 @@ class NonFinitePolicy(StrEnum):
 
 
 def rank_nonfinite(scores: Array, policy: NonFinitePolicy, name: str) -> tuple[Array, Mask | None]:
-    """Return scores that can be ranked, and what is dropped whatever its rank."""
+    """Scores that can be ranked, and what is dropped whatever its rank."""
     finite = np.isfinite(scores)
     if finite.all():
         return scores, None

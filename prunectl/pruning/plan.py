@@ -25,7 +25,7 @@ _BIAS_ODDS = (0.3, 0.6)
 
 
 def proportional_counts(sizes: Sequence[int], rates: Sequence[float], total: int) -> list[int]:
-    """Return counts that go with size times rate, none above its size, that add up to the total exactly."""
+    """Counts that go with size times rate, none above its size, that add up to the total exactly."""
     saturated: set[int] = set()
     while True:
         rest = [index for index in range(len(sizes)) if index not in saturated]
@@ -44,7 +44,7 @@ def proportional_counts(sizes: Sequence[int], rates: Sequence[float], total: int
 
 
 def erk(tensors: Sequence[Tensor], drop: int) -> Sequence[int]:
-    """Return counts by Erdos-Renyi-Kernel: a layer's density goes with the sum of its lengths over their product."""
+    """Counts by Erdos-Renyi-Kernel: a layer's density goes with the sum of its lengths over their product."""
     sizes = [tensor.size for tensor in tensors]
     densities = [(sum(tensor.shape) or 1) / tensor.size for tensor in tensors]
     kept = proportional_counts(sizes, densities, sum(sizes) - drop)
@@ -52,7 +52,7 @@ def erk(tensors: Sequence[Tensor], drop: int) -> Sequence[int]:
 
 
 def depth_biased(tensors: Sequence[Tensor], drop: int, *, seed: int, bias: str = "") -> Sequence[int]:
-    """Return counts that rise or fall evenly from the first layer to the last, or that are the same share of each."""
+    """Counts that rise or fall evenly from the first layer to the last, or that are the same share of each."""
     layers = list(dict.fromkeys(tensor.layer for tensor in tensors))
     depths = [layers.index(tensor.layer) for tensor in tensors]
     rates = {
@@ -64,7 +64,7 @@ def depth_biased(tensors: Sequence[Tensor], drop: int, *, seed: int, bias: str =
 
 
 def sample_depth_bias(seed: int) -> str:
-    """Return the bias that a seed stands for: late or early with odds of 30 % each, else uniform."""
+    """The bias that a seed stands for: late or early with odds of 30 % each, else uniform."""
     number = float(splitmix64(fnv1a(f"{seed}/bias")) >> 11) / (1 << 53)
     return BIASES[sum(number >= odds for odds in _BIAS_ODDS)]
 
@@ -136,7 +136,7 @@ class PruneSelection:
 
 
 def select_tensors(model: ModelFile, wish: PruneSelection, *, can_reencode: bool) -> Selection:
-    """Return what a wish is about; a container that re-encodes can change what does not lie flat."""
+    """What a wish is about; a container that re-encodes can change what does not lie flat."""
     layer_ratios = {
         tensor.name: sparsity for selector, sparsity in wish.layers for tensor in select_names(model, selector)
     }
@@ -151,7 +151,7 @@ def select_tensors(model: ModelFile, wish: PruneSelection, *, can_reencode: bool
 
 
 def make_plan(choice: Selection, wish: PruneSelection, sparsity: float) -> Plan:
-    """Return the plan that grants a wish at a sparsity."""
+    """The plan that grants a wish at a sparsity."""
     drop = round(sparsity * sum(tensor.size for tensor in choice.tensors))
     if wish.scope is Scope.GLOBAL:
         return Plan(tuple(TensorPlan(tensor, None) for tensor in choice.tensors), choice.skips, drop)
@@ -177,7 +177,7 @@ def _most_telling(reasons: Counter[str]) -> Callable[[str], tuple[bool, int]]:
 
 
 def _nm_count(tensor: Tensor, pattern: NMPattern) -> int:
-    """Return how many weights go; a short group at the end is filled up with zeros that count as gone."""
+    """How many weights go; a short group at the end is filled up with zeros that count as gone."""
     length = tensor.shape[tensor.inputs_axis or 0]
     groups, remainder = divmod(length, pattern.group)
     short = max(pattern.zeros - (pattern.group - remainder), 0) if remainder else 0
@@ -215,7 +215,7 @@ def _partition(
 
 
 def _obstacle(tensor: Tensor, wish: PruneSelection, *, can_reencode: bool) -> str:
-    """Return why a tensor cannot be pruned whatever the user wants."""
+    """Why a tensor cannot be pruned whatever the user wants."""
     if not tensor.is_float:
         return non_float_reason(tensor)
     if not tensor.size:

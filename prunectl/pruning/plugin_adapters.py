@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def adapt_strategy(plugin: object, request: PruneRequest) -> Strategy:
-    """Return a built-in strategy with its parameters, or one made of a function from weights to scores."""
+    """A built-in strategy with its parameters, or one made of a function from weights to scores."""
     if isinstance(plugin, Strategy):
         return replace(plugin, params=_builtin_params(plugin, request.params))
     if not callable(plugin):
@@ -51,7 +51,7 @@ def adapt_strategy(plugin: object, request: PruneRequest) -> Strategy:
 
 
 def _builtin_params(strategy: Strategy, texts: tuple[str, ...]) -> Mapping[str, Any]:
-    """Return the parameters of a built-in strategy."""
+    """The parameters of a built-in strategy."""
     params: dict[str, Any] = {}
     for text in texts:
         name, _, value = text.partition("=")
@@ -88,12 +88,12 @@ def _number(strategy: Strategy, name: str, text: str, default: float) -> float:
 
 
 def _at_least_float32(weights: Array) -> Array:
-    """Return weights that any function can reckon with: half precision is widened."""
+    """Weights that any function can reckon with: half precision is widened."""
     return weights.astype(np.float32) if weights.dtype.itemsize < 4 else weights
 
 
 def _call_plugin(function: Callable[..., Any], strategy: str, subject: str, *weights: Any, **params: Any) -> Any:
-    """Return what somebody else's function returns; what it raises is its own fault."""
+    """What somebody else's function returns; what it raises is its own fault."""
     try:
         return function(*weights, **params)
     except PrunectlError:
@@ -103,7 +103,7 @@ def _call_plugin(function: Callable[..., Any], strategy: str, subject: str, *wei
 
 
 def adapt_policy(plugin: object) -> Policy:
-    """Return a built-in policy, or one made of a function from a tensor to why it is left alone."""
+    """A built-in policy, or one made of a function from a tensor to why it is left alone."""
     if isinstance(plugin, Policy):
         return plugin
     if not callable(plugin):
@@ -119,7 +119,7 @@ def adapt_policy(plugin: object) -> Policy:
 
 
 def bind_params(texts: tuple[str, ...], function: Callable[..., Any]) -> Mapping[str, Any]:
-    """Return `name=value` words as arguments of a function, in the types that its signature says."""
+    """`name=value` words as arguments of a function, in the types that its signature says."""
     accepted = dict(list(inspect.signature(function).parameters.items())[1:])
     params: dict[str, Any] = {}
     for item in texts:
@@ -142,7 +142,7 @@ def bind_params(texts: tuple[str, ...], function: Callable[..., Any]) -> Mapping
 
 
 def _annotation(parameter: inspect.Parameter) -> str:
-    """Return the name of a parameter's type, from its annotation or its default; empty if neither tells."""
+    """The name of a parameter's type, from its annotation or its default; empty if neither tells."""
     annotation = parameter.annotation
     if annotation is parameter.empty:
         return "" if parameter.default in (parameter.empty, None) else type(parameter.default).__name__
@@ -164,7 +164,7 @@ def _parse_value(name: str, text: str, kind: str) -> Any:
 
 
 def _validated(scores: Any, weights: Array, strategy: str, name: str) -> Array:
-    """Return scores that can be ranked: of the weights' shape, floats, none of them negative."""
+    """Scores that can be ranked: of the weights' shape, floats, none of them negative."""
     array = np.asarray(scores)
     if array.shape != weights.shape:
         raise WorkError(f"{strategy} gave {name} scores of shape {array.shape}, its weights have {weights.shape}")

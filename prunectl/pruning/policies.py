@@ -68,7 +68,7 @@ def is_pointwise(tensor: Tensor) -> bool:
 
 
 def min_size(text: str) -> Policy:
-    """Return the policy that `min-size:N` means."""
+    """The policy that `min-size:N` means."""
     text = text.removeprefix(MIN_SIZE)
     if not (text.isascii() and text.isdecimal()):
         raise UsageError(f"{text!r} is no policy", hint=f"write {MIN_SIZE}1000: smaller tensors are left alone")
@@ -96,7 +96,7 @@ def _prunable_layers(model: ModelFile) -> Sequence[str]:
 
 
 def non_float_reason(tensor: Tensor) -> Verdict:
-    """Return what a tensor consists of that cannot be pruned, if it is no floating-point numbers."""
+    """What a tensor consists of that cannot be pruned, if it is no floating-point numbers."""
     name = tensor.dtype.name
     if tensor.is_float:
         return ""
@@ -104,7 +104,7 @@ def non_float_reason(tensor: Tensor) -> Verdict:
 
 
 def _ineligible(tensor: Tensor) -> Verdict:
-    """Return why a tensor is not among those that are pruned by default."""
+    """Why a tensor is not among those that are pruned by default."""
     role = tensor.role
     if role in PRUNABLE:
         return non_float_reason(tensor) or "a kernel with a single axis"

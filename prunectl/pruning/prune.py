@@ -33,7 +33,7 @@ _TRIES = 40
 
 
 def bisect_sparsity(size_at: Callable[[float], int], target: int, codec: str) -> float:
-    """Return a sparsity whose size is at most the target, and hardly below it."""
+    """A sparsity whose size is at most the target, and hardly below it."""
     low, high = 0.0, SPARSEST
     dense = size_at(low)
     if dense <= target:
@@ -60,7 +60,7 @@ def bisect_sparsity(size_at: Callable[[float], int], target: int, codec: str) ->
 
 
 def sparsity_for_compression(path: Path, selection: Selection, total: int, factor: float) -> float:
-    """Return the sparsity at which all parameters of a model are so many times those that are kept."""
+    """The sparsity at which all parameters of a model are so many times those that are kept."""
     sizes = {tensor.name: tensor.size for tensor in selection.tensors}
     fixed = sum(round(share * sizes[name]) for name, share in selection.layer_ratios.items())
     free = sum(sizes.values()) - sum(sizes[name] for name in selection.layer_ratios)
@@ -169,7 +169,7 @@ def _check_pattern(written: ModelFile, plan: Plan, method: PruningMethod) -> Non
 def _sparsity(
     model: ModelFile, request: PruneRequest, wish: PruneSelection, selection: Selection, method: PruningMethod
 ) -> float:
-    """Return the sparsity that was asked for, or that gives the size that was asked for."""
+    """The sparsity that was asked for, or that gives the size that was asked for."""
     if isinstance(wish.pattern, NMPattern):
         return wish.pattern.zeros / wish.pattern.group
     if request.compression is not None:

@@ -53,13 +53,13 @@ class PruneRequest:
     inputs: tuple[str, ...] = ()
     """Shapes of what goes in, where a network has to be run and its file does not say them."""
     is_repaired: bool = False
-    """Whether the weights that stay are fitted anew to make up for those that go."""
+    """Whether the weights that stay are fitted again to make up for those that go."""
     cluster: str = ""
     """How many distinct values each tensor keeps, and where they are sought first: `16:linear`."""
 
 
 def from_json(data: dict[str, Any]) -> PruneRequest:
-    """Return the request in a recipe."""
+    """The request in a recipe."""
     defaults = {field.name: field.default for field in fields(PruneRequest)}
     if unknown := sorted(set(data) - defaults.keys()):
         raise UsageError(
@@ -95,7 +95,7 @@ def _to_tuple(value: Any) -> Any:
 
 
 def parse_pattern(request: PruneRequest) -> tuple[NMPattern | BlockPattern | None, Pooling]:
-    """Return the pattern, and how its blocks are scored."""
+    """The pattern, and how its blocks are scored."""
     if request.pattern in {"", "unstructured"}:
         return None, Pooling.AVG
     text, pool = request.pattern, Pooling.AVG
@@ -109,7 +109,7 @@ def parse_pattern(request: PruneRequest) -> tuple[NMPattern | BlockPattern | Non
 
 
 def resolve_method(request: PruneRequest) -> PruningMethod:
-    """Return how weights are ranked."""
+    """How weights are ranked."""
     pattern, pool = parse_pattern(request)
     clustering = clusters(request.cluster) if request.cluster else None
     return PruningMethod(
@@ -118,7 +118,7 @@ def resolve_method(request: PruneRequest) -> PruningMethod:
 
 
 def selection_of(request: PruneRequest) -> PruneSelection:
-    """Return what is asked, apart from how much."""
+    """What is asked, apart from how much."""
     strategy = _strategy(request)
     allocation: Allocation | None = erk if request.scope == Scope.ERK else None
     if strategy.allocation is not None:

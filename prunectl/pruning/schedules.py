@@ -100,7 +100,7 @@ CURVES: Mapping[str, Curve] = {
 
 
 def line_of(curve: Curve) -> str:
-    """Return what a curve does, in a line."""
+    """What a curve does, in a line."""
     return (curve.__doc__ or "").partition("\n")[0].replace("``", "")
 
 
@@ -116,10 +116,10 @@ class Schedule(Protocol):
         """The step from which on the final sparsity holds."""
 
     def sparsity_at(self, step: int) -> float:
-        """Return the sparsity wanted at a step."""
+        """The sparsity wanted at a step."""
 
     def prunes_at(self, step: int) -> bool:
-        """Whether masks are made anew at a step."""
+        """Whether masks are made again at a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,7 @@ class ChainedSchedule:
 
 @cache
 def _curve(name: str, params: tuple[str, ...]) -> Callable[..., Any]:
-    """Return the curve of a name with its parameters; looked up by name, as a value must be to be saved."""
+    """The curve of a name with its parameters; looked up by name, as a value must be to be saved."""
     curve: Any = find("schedule", name, CURVES)
     if not callable(curve):
         raise UsageError(f"{name} is not a function of what is done, the initial and the final sparsity")

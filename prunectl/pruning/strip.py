@@ -66,7 +66,7 @@ def _verify(model: ModelFile, result: ModelFile, options: StripOptions, removed:
 
 
 def stats_for_report(model: ModelFile) -> ModelStats:
-    """Return what is in a model; its compressed size, too, if it is small."""
+    """What is in a model; its compressed size, too, if it is small."""
     if model.nbytes <= outputs.BIG_BYTES:
         return measure(model, get_codec(CodecName.GZIP, None))
     return measure_stats(model, model.tensors, has_channels=False)

@@ -45,7 +45,7 @@ class Threshold:
     """How many ties go from each source, counted from its beginning."""
 
     def masker(self, source: int) -> ThresholdMasker:
-        """Return what marks the dropped scores of one source, block by block in order."""
+        """What marks the dropped scores of one source, block by block in order."""
         return ThresholdMasker(self.key, self.ties[source])
 
 
@@ -68,7 +68,7 @@ class ThresholdMasker:
 
 
 def sort_keys(scores: Array) -> Array:
-    """Return the bits of non-negative floats as integers of the same order; minus zero is zero."""
+    """The bits of non-negative floats as integers of the same order; minus zero is zero."""
     contiguous = np.ascontiguousarray(scores)
     if contiguous.dtype.itemsize == 8:
         return np.asarray(contiguous.view(np.uint64) & np.uint64(0x7FFFFFFFFFFFFFFF))
@@ -76,7 +76,7 @@ def sort_keys(scores: Array) -> Array:
 
 
 def threshold(sources: Sequence[Source], drop: int) -> Threshold:
-    """Return the cut that drops exactly so many scores, ties in the order of the sources."""
+    """The cut that drops exactly so many scores, ties in the order of the sources."""
     if drop == 0:
         return Threshold(0, (0,) * len(sources))
     key, below, equal = sampled_select(sources, drop) or radix_select(sources, drop)
@@ -84,7 +84,7 @@ def threshold(sources: Sequence[Source], drop: int) -> Threshold:
 
 
 def sampled_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int] | None:
-    """Return what `_kth` returns, found around the guess of a sample; None where the guess may be wrong.
+    """What `_kth` returns, found around the guess of a sample; None where the guess may be wrong.
 
     Comparing a block with two numbers is ten times as fast as counting it into bins.
     """
@@ -105,7 +105,7 @@ def sampled_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int]
 
 
 def _count_between(source: Source, low: np.uint32, high: np.uint32) -> tuple[int, LazyHistogram]:
-    """Return how many keys of a source are below two numbers, and how far those between them lie above the first."""
+    """How many keys of a source are below two numbers, and how far those between them lie above the first."""
     below, between = 0, LazyHistogram(int(high) - int(low) + 1)
     for block in source():
         keys = sort_keys(block).reshape(-1)
@@ -115,7 +115,7 @@ def _count_between(source: Source, low: np.uint32, high: np.uint32) -> tuple[int
 
 
 def _sample(source: Source) -> tuple[int, LazyHistogram | None]:
-    """Return how many scores a source has, and the upper bits of some; none if they are wider than 32 bits."""
+    """How many scores a source has, and the upper bits of some; none if they are wider than 32 bits."""
     size, digits = 0, LazyHistogram(_BINS)
     for block in source():
         if block.dtype.itemsize != np.dtype(np.float32).itemsize:
@@ -142,7 +142,7 @@ class LazyHistogram:
             self.counts()
 
     def counts(self) -> NDArray[np.int64]:
-        """Return how often each number came."""
+        """How often each number came."""
         if self._waiting_size:
             numbers = np.concatenate(self._waiting).astype(np.intp)
             self._counts += np.bincount(numbers, minlength=len(self._counts))
@@ -157,7 +157,7 @@ def _map_parallel(work: Callable[[Source], Result], sources: Sequence[Source]) -
 
 
 def _bracket_from_sample(sources: Sequence[Source], drop: int) -> tuple[int, int] | None:
-    """Return the first and the last bin of the upper bits in which the cut lies, if a sample tells."""
+    """The first and the last bin of the upper bits in which the cut lies, if a sample tells."""
     counts = np.zeros(_BINS, np.int64)
     total = 0
     with closing(_map_parallel(_sample, sources)) as sampled_each:
@@ -178,7 +178,7 @@ def _bracket_from_sample(sources: Sequence[Source], drop: int) -> tuple[int, int
 
 
 def radix_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int]:
-    """Return the key of the last score to go, how many are below it, and how many equal it."""
+    """The key of the last score to go, how many are below it, and how many equal it."""
     prefix, below, equal, shift = 0, 0, 0, None
     while shift is None or shift > 0:
         counts = np.zeros(_BINS, np.int64)
@@ -203,7 +203,7 @@ def radix_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int]:
 
 
 def _split_ties(sources: Sequence[Source], key: int, ties: int, equal: int) -> tuple[int, ...]:
-    """Return how many of the ties each source gives, the first sources first."""
+    """How many of the ties each source gives, the first sources first."""
     if len(sources) == 1 or ties == equal:
         return (ties,) * len(sources)
     shares = []

@@ -81,7 +81,7 @@ def _is_image_kernel(shape: tuple[int, ...], role: Role) -> bool:
 
 
 def _layers(config: Mapping[str, Any]) -> Mapping[str, _Layer]:
-    """Return the layers of a model, each with those whose outputs it takes."""
+    """The layers of a model, each with those whose outputs it takes."""
     layers: dict[str, _Layer] = {}
     is_graph = any(layer.get("inbound_nodes") for layer in listed(config))
     if is_graph:
@@ -109,7 +109,7 @@ def _layer(name: str, config: Mapping[str, Any], producers: tuple[str, ...]) -> 
 def _first_matches(
     begin: Iterable[str], is_end: Callable[[str], bool], after: Callable[[str], Iterable[str]]
 ) -> set[str]:
-    """Return the first layers of a sort on all ways from some; none if one way leads past them."""
+    """The first layers of a sort on all ways from some; none if one way leads past them."""
     waiting, seen, matches = list(begin), set(begin), set()
     while waiting:
         name = waiting.pop()
@@ -125,7 +125,7 @@ def _first_matches(
 
 
 def _nodes_between(begin: Iterable[str], stops: set[str], after: Mapping[str, Iterable[str]]) -> list[str]:
-    """Return the layers from some to those that stop."""
+    """The layers from some to those that stop."""
     waiting, seen = list(dict.fromkeys(begin))[::-1], set[str]()
     order = []
     while waiting:

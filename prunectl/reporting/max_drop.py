@@ -43,21 +43,21 @@ def max_drop_report(
 
 
 def _section(result: SearchResult, notes: tuple[str, ...]) -> Section:
-    base, best = result.base, result.outcome
+    base, best = result.base, result.result
     lost = amount(drop(best, base), base)
     facts = (
         (base.metric, f"{base.value:.4g} -> {best.value:.4g}, a drop of {lost}; {result.limit.shown} is allowed"),
         ("tried", f"{count(len(result.tried))} {'sparsity' if len(result.tried) == 1 else 'sparsities'}"),
     )
     search_notes = tuple(
-        dict.fromkeys((*_largest_sparsity(result), *result.again, *base.notes, *_diverged(result), *best.notes))
+        dict.fromkeys((*_largest_sparsity(result), *result.rebuilt, *base.notes, *_diverged(result), *best.notes))
     )
     return Section(f"within a drop of {result.limit.shown}", facts, (_trials_table(result),), (*search_notes, *notes))
 
 
 def _largest_sparsity(result: SearchResult) -> tuple[str, ...]:
     """Say which sparsity holds: the one that the file has, where it is not what was asked for."""
-    base, best = result.base, result.outcome
+    base, best = result.base, result.result
     sparsity, worth = percent(result.best.sparsity), f"{base.metric} is {best.value:.4g}"
     alike = [point for point, outcome in result.tried.items() if outcome.digest and outcome.digest == best.digest]
     first = min((point.sparsity for point in alike), default=result.best.sparsity)
@@ -71,7 +71,7 @@ def _zeros(result: SearchResult) -> str:
     """Say how sparse the file is; channels that were cut have left no zeros."""
     if result.best.pattern == CHANNEL:
         return ""
-    return f" Of all parameters, {percent(result.outcome.sparsity)} are zero."
+    return f" Of all parameters, {percent(result.result.sparsity)} are zero."
 
 
 def _diverged(result: SearchResult) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ def _diverged(result: SearchResult) -> tuple[str, ...]:
 def _outcome(result: SearchResult, point: Trial) -> str:
     if not result.tried[point].is_number:
         return "no number" if result.tried[point].path else "went astray"
-    return "holds" if result.is_held(point) else "too much"
+    return "holds" if result.within_limit(point) else "too much"
 
 
 def _trials_table(result: SearchResult) -> Table:
@@ -120,7 +120,7 @@ def _result(result: SearchResult, surveys: tuple[ModelStats, ModelStats], output
         Column("gzip after", Unit.BYTES),
         Column("tried", Unit.COUNT),
     )
-    base, best, (before, after) = result.base, result.outcome, surveys
+    base, best, (before, after) = result.base, result.result, surveys
     row: tuple[Cell, ...] = (
         *(output, base.metric, base.value, best.value, result.best.sparsity, after.sparsity),
         *(before.bytes.compressed, after.bytes.compressed, len(result.tried)),
@@ -129,7 +129,7 @@ def _result(result: SearchResult, surveys: tuple[ModelStats, ModelStats], output
 
 
 def _json(result: SearchResult) -> dict[str, Any]:
-    base, best = result.base, result.outcome
+    base, best = result.base, result.result
     return {
         "limit": result.limit.amount,
         "metric": base.metric,
@@ -143,7 +143,7 @@ def _json(result: SearchResult) -> dict[str, Any]:
                 "value": finite(outcome.value),
                 "drop": finite(drop(outcome, base)),
                 "gzip": outcome.gzip if outcome.path else None,
-                "is_held": result.is_held(point),
+                "is_held": result.within_limit(point),
             }
             for point, outcome in result.tried.items()
         ],

@@ -20,13 +20,13 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 def plot(sweep: Swept, best: list[Trial]) -> Table:
     """Return the points as letters, a letter for each way, above the steps of the front."""
     results = {trial: result for trial, result in sweep.outcomes.items() if result.is_number}
-    tried = list(dict.fromkeys(trial.way for trial in results if trial != BASELINE))
+    tried = list(dict.fromkeys(trial.variant for trial in results if trial != BASELINE))
     sizes = [result.gzip for result in results.values()]
     values = [result.value for result in results.values()]
     left, wide = min(sizes), max(max(sizes) - min(sizes), 1)
     low, high = min(values), max(values)
     tall = high - low or 1.0
-    higher_is_better = sweep.base.is_more_better
+    higher_is_better = sweep.base.higher_is_better
     steps: list[float] = []
     for x in range(2 * _COLUMNS):
         size = left + x / (2 * _COLUMNS - 1) * wide
@@ -39,7 +39,7 @@ def plot(sweep: Swept, best: list[Trial]) -> Table:
     for trial, result in reversed(results.items()):
         column = round((result.gzip - left) / wide * (_COLUMNS - 1))
         row = round((high - result.value) / tall * (_ROWS - 1))
-        letter = "=" if trial == BASELINE else _LETTERS[tried.index(trial.way) % len(_LETTERS)]
+        letter = "=" if trial == BASELINE else _LETTERS[tried.index(trial.variant) % len(_LETTERS)]
         grid[row][column] = letter.upper() if trial in best else letter
     marks = [f"{high:.4g}", *[""] * (_ROWS - 2), f"{low:.4g}"]
     ends = [nbytes(size) for size in (left, left + wide)]
@@ -58,11 +58,11 @@ def sweep_report(sweep: Swept, model: str) -> Report:
     table = Table("points", _columns(sweep), tuple(_row(sweep, trial, best) for trial in sweep.outcomes))
     trial_notes = dict.fromkeys(note for result in sweep.outcomes.values() for note in result.notes)
     notes = (
-        *sweep.again,
+        *sweep.rebuilt,
         *trial_notes,
         *_judged_by(sweep),
         *_shapes(sweep),
-        *(_compared(comparison, sweep) for comparison in compare_schedules(sweep.choices, sweep.outcomes)),
+        *(_compared(comparison, sweep) for comparison in compare_schedules(sweep.config, sweep.outcomes)),
     )
     written = [(str(sweep.folder / result.path), result) for result in sweep.outcomes.values() if result.path]
     metric = sweep.base.metric
@@ -96,12 +96,12 @@ def trial_line(trial: Trial, result: TrialResult | PrunectlError) -> str:
 
 def _optional_columns(sweep: Swept) -> tuple[bool, bool]:
     """Whether there are patterns to tell apart, and parameters."""
-    return sweep.choices.patterns != (UNSTRUCTURED,), bool(sweep.choices.params)
+    return sweep.config.patterns != (UNSTRUCTURED,), bool(sweep.config.params)
 
 
 def _trial_name(sweep: Swept, variant: Variant) -> tuple[Cell, ...]:
     has_patterns, has_params = _optional_columns(sweep)
-    pattern = variant.pattern or (UNSTRUCTURED if variant != BASELINE.way else "")
+    pattern = variant.pattern or (UNSTRUCTURED if variant != BASELINE.variant else "")
     more = (*([pattern] if has_patterns else []), *([variant.params] if has_params else []))
     return (variant.strategy or "as it is", variant.scope, variant.schedule, *more)
 
@@ -128,7 +128,7 @@ def _row(sweep: Swept, trial: Trial, best: list[Trial]) -> tuple[Cell, ...]:
     result = sweep.outcomes[trial]
     is_there = bool(result.path) or trial == BASELINE
     return (
-        *_trial_name(sweep, trial.way),
+        *_trial_name(sweep, trial.variant),
         trial.sparsity if trial != BASELINE else None,
         result.sparsity if is_there else None,
         finite(result.value),
@@ -198,7 +198,7 @@ def _json(sweep: Swept, trial: Trial, best: list[Trial], model: str) -> dict[str
 
 
 def _judged_by(sweep: Swept) -> tuple[str, ...]:
-    choices = sweep.choices
+    choices = sweep.config
     if choices.val or choices.val_split:
         return ()
     return (f"Judged by {choices.data} itself: say --val or --val-split to know what holds on other data.",)
@@ -206,14 +206,14 @@ def _judged_by(sweep: Swept) -> tuple[str, ...]:
 
 def _shapes(sweep: Swept) -> tuple[str, ...]:
     """Say which patterns decide the sparsity by themselves, and what was left out."""
-    fixed_by = {variant.pattern: implied_sparsity(variant.pattern) for variant in variants(sweep.choices)}
+    fixed_by = {variant.pattern: implied_sparsity(variant.pattern) for variant in variants(sweep.config)}
     decided = (
         f"{pattern} decides the sparsity by itself: it is tried at {percent(share)} alone."
         for pattern, share in fixed_by.items()
         if share is not None
     )
     reasons: dict[str, list[str]] = {}
-    for variant, reason in skipped_combinations(sweep.choices).items():
+    for variant, reason in skipped_combinations(sweep.config).items():
         reasons.setdefault(reason, []).append(" ".join(filter(None, variant)))
     left = (f"Left out: {', '.join(names)}: {reason}." for reason, names in reasons.items())
     return (*decided, *left)
@@ -225,13 +225,13 @@ def _limit(sweep: Swept) -> str:
 
 def _compared(comparison: ScheduleComparison, sweep: Swept) -> str:
     """Answer which of two schedules is better here, and say so where the pairs do not agree."""
-    ahead, behind = (comparison.other, comparison.one) if comparison.mean >= 0 else (comparison.one, comparison.other)
+    ahead, behind = (comparison.right, comparison.left) if comparison.mean >= 0 else (comparison.left, comparison.right)
     sign = 1 if comparison.mean >= 0 else -1
     gains = sorted(sign * gain for gain in comparison.gains)
     wins, losses = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
     amount = f"{_format_drop(sweep, abs(comparison.mean))} of {sweep.base.metric} on average"
     pairs = f"in {count(wins)} of {count(len(gains))} {'pair' if len(gains) == 1 else 'pairs'}"
-    question = f"{comparison.one} or {comparison.other}?"
+    question = f"{comparison.left} or {comparison.right}?"
     if not wins and not losses:
         return f"{question} It makes no difference to {sweep.base.metric} here."
     if not losses:

@@ -13,28 +13,28 @@ from prunectl.training.evaluation.max_drop import MaxDrop
 
 
 def gain(before: TrialResult, after: TrialResult) -> float:
-    """Return by how much one model is better than another."""
-    return drops.gain(before.value, after.value, is_up=before.is_more_better)
+    """By how much one model is better than another."""
+    return drops.gain(before.value, after.value, is_up=before.higher_is_better)
 
 
-def drop(outcome: TrialResult, base: TrialResult) -> float:
-    """Return by how much a model is worse than the one that it was made of."""
-    return -gain(base, outcome) or 0.0
+def drop(result: TrialResult, base: TrialResult) -> float:
+    """By how much a model is worse than the one that it was made of."""
+    return -gain(base, result) or 0.0
 
 
 def amount(difference: float, base: TrialResult) -> str:
-    """Return a difference as people read it."""
-    return drops.amount(difference, base.value, is_up=base.is_more_better)
+    """A difference as people read it."""
+    return drops.amount(difference, base.value, is_up=base.higher_is_better)
 
 
 def finite(value: float) -> float | None:
-    """Return a number, or nothing where it is none."""
+    """A number, or nothing where it is none."""
     return value if math.isfinite(value) else None
 
 
 def check(limit: MaxDrop, base: TrialResult) -> None:
     """Refuse a limit that does not go with the metric."""
-    drops.check(limit, base.metric, base.value, is_up=base.is_more_better)
+    drops.check(limit, base.metric, base.value, is_up=base.higher_is_better)
 
 
 _STEP, _DIGITS = 0.01, 2
@@ -45,46 +45,48 @@ _STEP, _DIGITS = 0.01, 2
 class Bracket:
     """What is known of the largest sparsity that holds: it lies between two points."""
 
-    holds: float
+    passing: float
     """0 is the model as it is."""
-    fails: float
+    failing: float
     """1 is no model at all."""
 
     @property
     def is_closed(self) -> bool:
         """Whether there is nothing in between that is worth a try."""
-        return self.fails - self.holds < 1.5 * _STEP
+        return self.failing - self.passing < 1.5 * _STEP
 
     @property
     def middle(self) -> float:
         """The sparsity to try next."""
-        return round((self.holds + self.fails) / 2, _DIGITS)
+        return round((self.passing + self.failing) / 2, _DIGITS)
 
 
 def next_trials(
-    choices: SweepConfig, done: Mapping[Trial, TrialResult], failed: Collection[Trial], max_drop: float | None
+    config: SweepConfig, done: Mapping[Trial, TrialResult], failed: Collection[Trial], max_drop: float | None
 ) -> list[Trial]:
-    """Return the points that can be made now, in the order in which the table has them."""
-    trials = [point for point in grid(choices) if point not in done and point not in failed]
+    """The points that can be made now, in the order in which the table has them."""
+    trials = [trial for trial in grid(config) if trial not in done and trial not in failed]
     if max_drop is None or BASELINE in trials:
         return trials
-    for way in variants(choices):
-        if implied_sparsity(way.pattern) is not None or any(point.way == way for point in (*trials, *failed)):
+    for variant in variants(config):
+        if implied_sparsity(variant.pattern) is not None or any(
+            trial.variant == variant for trial in (*trials, *failed)
+        ):
             continue
-        bracket = make_bracket(way, done, max_drop)
+        bracket = make_bracket(variant, done, max_drop)
         if not bracket.is_closed:
-            trials.append(way.at(bracket.middle))
+            trials.append(variant.trial(bracket.middle))
     return trials
 
 
-def make_bracket(way: Variant, done: Mapping[Trial, TrialResult], max_drop: float) -> Bracket:
-    """Return what all points of a way say: also those that were made for another question."""
+def make_bracket(variant: Variant, done: Mapping[Trial, TrialResult], max_drop: float) -> Bracket:
+    """What all points of a way say: also those that were made for another question."""
     base = done[BASELINE]
     within_limit = {
-        point.sparsity: drop(outcome, base) <= max_drop for point, outcome in done.items() if point.way == way
+        trial.sparsity: drop(result, base) <= max_drop for trial, result in done.items() if trial.variant == variant
     }
-    holds = max((sparsity for sparsity, is_within in within_limit.items() if is_within), default=0.0)
-    fails = min(
-        (sparsity for sparsity, is_within in within_limit.items() if not is_within and sparsity > holds), default=1.0
+    passing = max((sparsity for sparsity, is_within in within_limit.items() if is_within), default=0.0)
+    failing = min(
+        (sparsity for sparsity, is_within in within_limit.items() if not is_within and sparsity > passing), default=1.0
     )
-    return Bracket(holds, fails)
+    return Bracket(passing, failing)

@@ -22,66 +22,69 @@ from prunectl.training.monitor import check_direction
 UNSTRUCTURED = "unstructured"
 
 
-def variants(choices: SweepConfig) -> list[Variant]:
-    """Return every way in which a sparsity is to be reached."""
-    return [way for way, reason in _combined(choices).items() if not reason]
+def variants(config: SweepConfig) -> list[Variant]:
+    """Every way in which a sparsity is to be reached."""
+    return [variant for variant, reason in _combined(config).items() if not reason]
 
 
-def skipped_combinations(choices: SweepConfig) -> dict[Variant, str]:
-    """Return what makes no sense together, and why."""
-    return {way: reason for way, reason in _combined(choices).items() if reason}
+def skipped_combinations(config: SweepConfig) -> dict[Variant, str]:
+    """What makes no sense together, and why."""
+    return {variant: reason for variant, reason in _combined(config).items() if reason}
 
 
-def grid(choices: SweepConfig) -> list[Trial]:
-    """Return the points that are asked for, the model as it is before them."""
-    return [BASELINE, *(way.at(sparsity) for way in variants(choices) for sparsity in _sparsities(choices, way))]
+def grid(config: SweepConfig) -> list[Trial]:
+    """The points that are asked for, the model as it is before them."""
+    return [
+        BASELINE,
+        *(variant.trial(sparsity) for variant in variants(config) for sparsity in _sparsities(config, variant)),
+    ]
 
 
 def implied_sparsity(pattern: str) -> float | None:
-    """Return the sparsity that a pattern decides by itself."""
+    """The sparsity that a pattern decides by itself."""
     parsed = parse_pattern(PruneRequest(pattern=pattern))[0] if pattern != CHANNEL else None
     return parsed.zeros / parsed.group if isinstance(parsed, NMPattern) else None
 
 
-def _sparsities(choices: SweepConfig, way: Variant) -> tuple[float, ...]:
-    own = implied_sparsity(way.pattern)
-    return choices.sparsities if own is None else (own,)
+def _sparsities(config: SweepConfig, variant: Variant) -> tuple[float, ...]:
+    own = implied_sparsity(variant.pattern)
+    return config.sparsities if own is None else (own,)
 
 
 @cache
-def _combined(choices: SweepConfig) -> Mapping[Variant, str]:
-    """Return every combination, with the reason why it makes no sense or none."""
+def _combined(config: SweepConfig) -> Mapping[Variant, str]:
+    """Every combination, with the reason why it makes no sense or none."""
     reasons: dict[Variant, str] = {}
     first: UsageError | None = None
-    for way in _product(choices):
+    for variant in _product(config):
         try:
-            check_variant(choices, way.at(implied_sparsity(way.pattern) or 0.5))
+            check_variant(config, variant.trial(implied_sparsity(variant.pattern) or 0.5))
         except UsageError as error:
-            if not way.pattern and not way.params:
+            if not variant.pattern and not variant.params:
                 # What was named for itself is meant.
                 raise
             first = first or error
-            reasons[way] = error.message
+            reasons[variant] = error.message
         else:
-            reasons[way] = ""
+            reasons[variant] = ""
     if first is not None and all(reasons.values()):
         raise first
     return reasons
 
 
-def _product(choices: SweepConfig) -> list[Variant]:
-    schedules = choices.schedules if choices.epochs else ("",)
-    patterns = [pattern if pattern != UNSTRUCTURED else "" for pattern in choices.patterns]
-    every = product(choices.strategies, choices.scopes, schedules, patterns)
+def _product(config: SweepConfig) -> list[Variant]:
+    schedules = config.schedules if config.epochs else ("",)
+    patterns = [pattern if pattern != UNSTRUCTURED else "" for pattern in config.patterns]
+    every = product(config.strategies, config.scopes, schedules, patterns)
     used: set[str] = set()
     combinations: list[Variant] = []
     for strategy, scope, schedule, pattern in every:
-        accepted = [param for param in choices.params if accepts_param(strategy, pattern, param[0])]
+        accepted = [param for param in config.params if accepts_param(strategy, pattern, param[0])]
         used |= {name for name, _ in accepted}
         for values in product(*(values for _, values in accepted)):
             settings = (f"{name}={value}" for (name, _), value in zip(accepted, values, strict=True))
             combinations.append(Variant(strategy, scope, schedule, pattern, ",".join(settings)))
-    for name, _ in choices.params:
+    for name, _ in config.params:
         if name not in used:
             raise UsageError(f"none of the strategies has a parameter {name}", hint="leave out --param, or name one")
     return list(dict.fromkeys(combinations))
@@ -105,17 +108,17 @@ def accepts_param(strategy: str, pattern: str, name: str) -> bool:
     return callable(strategy_or_measure) and name in inspect.signature(strategy_or_measure).parameters
 
 
-def check(choices: SweepConfig) -> None:
+def check(config: SweepConfig) -> None:
     """Refuse what contradicts itself."""
-    if choices.val and choices.val_split:
+    if config.val and config.val_split:
         raise UsageError("--val and --val-split exclude each other")
-    if choices.schedules != (ONE_SHOT,) and not choices.epochs:
+    if config.schedules != (ONE_SHOT,) and not config.epochs:
         raise UsageError("a schedule needs training", hint="add --epochs 3, or leave out --schedules")
-    for scope in choices.scopes:
+    for scope in config.scopes:
         if scope not in set(Scope):
             raise UsageError(f"no scope is called {scope}", hint=f"known: {', '.join(Scope)}")
-    variants(choices)
-    check_direction(training_of(choices, BASELINE).means)
-    for point in grid(choices)[1:]:
-        if not 0 <= point.sparsity < 1:
-            raise UsageError(f"a sparsity is a share from 0 up to 1, not {point.sparsity:g}", hint="write 0.8 or 80%")
+    variants(config)
+    check_direction(training_of(config, BASELINE).means)
+    for trial in grid(config)[1:]:
+        if not 0 <= trial.sparsity < 1:
+            raise UsageError(f"a sparsity is a share from 0 up to 1, not {trial.sparsity:g}", hint="write 0.8 or 80%")

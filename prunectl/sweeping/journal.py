@@ -37,15 +37,15 @@ class Journal:
     """Of each process, as in the first run: sums come out a little different with others."""
     done: dict[Trial, TrialResult] = field(default_factory=dict)
 
-    def add(self, point: Trial, outcome: TrialResult) -> None:
+    def add(self, trial: Trial, result: TrialResult) -> None:
         """Note a point, on the disk before this returns."""
-        _write(self.fd, {"point": asdict(point), "outcome": outcome.as_json})
-        self.done[point] = outcome
+        _write(self.fd, {"point": asdict(trial), "outcome": result.as_json})
+        self.done[trial] = result
 
-    def forget(self, points: Iterable[Trial]) -> None:
+    def discard(self, trials: Iterable[Trial]) -> None:
         """Take points for not done: the next line about one of them is what holds."""
-        for point in points:
-            del self.done[point]
+        for trial in trials:
+            del self.done[trial]
 
 
 @contextmanager
@@ -93,8 +93,8 @@ def _read(fd: int, path: Path, head: dict[str, Any], threads: int) -> Journal:
         os.ftruncate(fd, sum(len(line) + 1 for line in lines))
     try:
         noted: dict[str, Any]
-        noted, *points = map(json.loads, lines) if lines else [{}]
-        done = {Trial(**line["point"]): TrialResult.of_json(line["outcome"]) for line in points}
+        noted, *trials = map(json.loads, lines) if lines else [{}]
+        done = {Trial(**line["point"]): TrialResult.from_json(line["outcome"]) for line in trials}
         if head.items() <= noted.items():
             return Journal(fd, int(noted["threads"]), done)
         if done.keys() - {BASELINE}:
@@ -150,39 +150,39 @@ def _write(fd: int, line: dict[str, Any]) -> None:
 
 
 def digest(path: Path) -> str:
-    """Return the hash of a model, with all its files."""
+    """The hash of a model, with all its files."""
     return sizes.sha256(open_model(path))
 
 
 def find_stale(folder: Path, done: Mapping[Trial, TrialResult]) -> dict[Trial, str]:
-    """Return the points whose model is not what was noted, with what to say of each."""
+    """The points whose model is not what was noted, with what to say of each."""
     stale: dict[Trial, str] = {}
-    for point, outcome in done.items():
-        path = folder / outcome.path
-        if not outcome.path:
+    for trial, result in done.items():
+        path = folder / result.path
+        if not result.path:
             continue
         if not path.exists():
-            stale[point] = f"{path} was gone: it was made again."
-        elif _changed(path, outcome):
-            stale[point] = f"{path} was not what had been tried: it was made again."
+            stale[trial] = f"{path} was gone: it was made again."
+        elif _changed(path, result):
+            stale[trial] = f"{path} was not what had been tried: it was made again."
     return stale
 
 
-def trial_dir(folder: Path, point: Trial) -> Path:
-    """Return the folder of a point, which is made if it is not there."""
-    path = folder / point.name
+def trial_dir(folder: Path, trial: Trial) -> Path:
+    """The folder of a point, which is made if it is not there."""
+    path = folder / trial.name
     with writing(path):
         path.mkdir(exist_ok=True)
     return path
 
 
-def _changed(path: Path, outcome: TrialResult) -> bool:
+def _changed(path: Path, result: TrialResult) -> bool:
     now = attempt(digest, path)
-    return isinstance(now, PrunectlError) or now != outcome.digest
+    return isinstance(now, PrunectlError) or now != result.digest
 
 
 def digests(*, specs: Iterable[str], functions: Iterable[Any], models: Iterable[str] = ()) -> dict[str, str]:
-    """Return the hash of every file that data, functions and other models lie in, by its path."""
+    """The hash of every file that data, functions and other models lie in, by its path."""
     specs_and_functions = tuple(functions)
     paths = [
         *(file for spec in specs if spec for file in registry.of_spec(spec)),
@@ -193,18 +193,18 @@ def digests(*, specs: Iterable[str], functions: Iterable[Any], models: Iterable[
     return {str(path): sizes.sha256_of(path) for path in dict.fromkeys(paths) if path.is_file()}
 
 
-def files_of(choices: SweepConfig) -> dict[str, str]:
-    """Return the hashes of what a sweep reads beside its model."""
-    means = training_of(choices, BASELINE).means
+def files_of(config: SweepConfig) -> dict[str, str]:
+    """The hashes of what a sweep reads beside its model."""
+    means = training_of(config, BASELINE).means
     functions = (
-        *choices.strategies,
-        choices.policy,
-        choices.loss,
-        choices.model,
-        choices.custom_objects,
+        *config.strategies,
+        config.policy,
+        config.loss,
+        config.model,
+        config.custom_objects,
         *means.metrics,
     )
-    return digests(specs=(choices.data, choices.val), functions=functions)
+    return digests(specs=(config.data, config.val), functions=functions)
 
 
 def _module_files(specs: Iterable[Any]) -> Iterator[Path]:

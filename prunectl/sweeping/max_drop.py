@@ -27,11 +27,11 @@ Watcher = Callable[[Trial, TrialResult], None]
 class Search:
     """What is searched."""
 
-    way: Variant
+    variant: Variant
     limit: MaxDrop
-    judging: FinetuneRequest
+    evaluation: FinetuneRequest
     """By which data and which metric."""
-    make: Callable[[Path, float, Destination], None]
+    build: Callable[[Path, float, Destination], None]
     """Writes a model at a sparsity."""
     choices: dict[str, Any]
     """What decides the numbers, noted with what was tried."""
@@ -49,64 +49,66 @@ class SearchResult:
     tried: dict[Trial, TrialResult]
     """From low to high sparsity."""
     folder: Path
-    again: tuple[str, ...] = ()
+    rebuilt: tuple[str, ...] = ()
     """What was made again, and why."""
 
     @property
-    def outcome(self) -> TrialResult:
+    def result(self) -> TrialResult:
         """What the largest sparsity that holds came to."""
         return self.tried[self.best]
 
     @property
     def path(self) -> Path:
         """The model at that sparsity, as long as the folder is there."""
-        return self.folder / self.outcome.path
+        return self.folder / self.result.path
 
-    def is_held(self, point: Trial) -> bool:
+    def within_limit(self, trial: Trial) -> bool:
         """Whether a sparsity is within the limit."""
-        return drop(self.tried[point], self.base) <= self.limit.amount
+        return drop(self.tried[trial], self.base) <= self.limit.amount
 
 
 def search(path: Path, request: Search, folder: Path, watcher: Watcher) -> SearchResult:
-    """Return the largest sparsity that holds, to a hundredth; each that is tried is kept in a folder."""
+    """The largest sparsity that holds, to a hundredth; each that is tried is kept in a folder."""
     with open_journal(folder, request.choices, digest(path), threads_per_worker(1), request.files) as journal:
         if BASELINE not in journal.done:
-            journal.add(BASELINE, evaluate(path, request.judging, ""))
+            journal.add(BASELINE, evaluate(path, request.evaluation, ""))
         base = journal.done[BASELINE]
         check_limit(request.limit, base)
         stale = find_stale(folder, journal.done)
-        journal.forget(stale)
-        for point in stale:
-            journal.add(point, _run_trial(path, request, folder, point))
-            watcher(point, journal.done[point])
-        while not (bracket := make_bracket(request.way, journal.done, request.limit.amount)).is_closed:
-            point = request.way.at(bracket.middle)
-            journal.add(point, _run_trial(path, request, folder, point))
-            watcher(point, journal.done[point])
+        journal.discard(stale)
+        for trial in stale:
+            journal.add(trial, _run_trial(path, request, folder, trial))
+            watcher(trial, journal.done[trial])
+        while not (bracket := make_bracket(request.variant, journal.done, request.limit.amount)).is_closed:
+            trial = request.variant.trial(bracket.middle)
+            journal.add(trial, _run_trial(path, request, folder, trial))
+            watcher(trial, journal.done[trial])
         tried = {
-            point: journal.done[point]
-            for point in sorted(journal.done.keys() - {BASELINE}, key=lambda trial: trial.sparsity)
+            trial: journal.done[trial]
+            for trial in sorted(journal.done.keys() - {BASELINE}, key=lambda trial: trial.sparsity)
         }
-    if not bracket.holds:
+    if not bracket.passing:
         raise _infeasible(tried, base, request.limit)
-    return SearchResult(request.limit, base, request.way.at(bracket.holds), tried, folder, tuple(stale.values()))
+    return SearchResult(
+        request.limit, base, request.variant.trial(bracket.passing), tried, folder, tuple(stale.values())
+    )
 
 
-def _run_trial(path: Path, request: Search, folder: Path, point: Trial) -> TrialResult:
+def _run_trial(path: Path, request: Search, folder: Path, trial: Trial) -> TrialResult:
     """Make a sparsity in its own folder, and return what came of it."""
-    output = Destination(trial_dir(folder, point) / f"model{''.join(path.suffixes[-1:])}", is_forced=True)
+    output = Destination(trial_dir(folder, trial) / f"model{''.join(path.suffixes[-1:])}", is_forced=True)
     try:
-        request.make(path, point.sparsity, output)
+        request.build(path, trial.sparsity, output)
     except DivergedError as error:
-        return diverged(point, error)
-    return evaluate(output.target, request.judging, output.target.relative_to(folder).as_posix())
+        return diverged(trial, error)
+    return evaluate(output.target, request.evaluation, output.target.relative_to(folder).as_posix())
 
 
 def _infeasible(tried: dict[Trial, TrialResult], base: TrialResult, limit: MaxDrop) -> WorkError:
-    point, outcome = next(iter(tried.items()))
-    worse = f"{amount(drop(outcome, base), base)} worse" if outcome.is_number else "no number"
+    trial, result = next(iter(tried.items()))
+    worse = f"{amount(drop(result, base), base)} worse" if result.is_number else "no number"
     return WorkError(
-        f"target out of reach: at a sparsity of {point.sparsity:.0%} already, {base.metric} is {worse}, "
+        f"target out of reach: at a sparsity of {trial.sparsity:.0%} already, {base.metric} is {worse}, "
         f"and {limit.shown} is allowed; nothing was written",
-        hint="allow more, or take another --strategy or --scope" if outcome.path else outcome.notes[0],
+        hint="allow more, or take another --strategy or --scope" if result.path else result.notes[0],
     )

@@ -30,12 +30,12 @@ class _RayTrial:
         os.chdir(folder)
         self._job = job
 
-    def attempt(self, point: dict[str, Any]) -> dict[str, Any]:
+    def attempt(self, trial: dict[str, Any]) -> dict[str, Any]:
         if not (Path(self._job["folder"]) / FILE).exists():
             message = f"{self._job['folder']} is not there on {os.uname().nodename}"
             hint = "sweep into a folder that all machines of the cluster share"
             return {"error": {"kind": InputError.kind, "message": message, "hint": hint, "did_you_mean": []}}
-        return handle(self._job, point)
+        return handle(self._job, trial)
 
 
 class _RayWorker:
@@ -46,23 +46,23 @@ class _RayWorker:
         self._maker: Any = None
         self._is_over = False
 
-    def attempt(self, point: Trial) -> TrialResult | PrunectlError:
+    def attempt(self, trial: Trial) -> TrialResult | PrunectlError:
         """Have a point made."""
         if self._is_over:
             raise KeyboardInterrupt
         if self._maker is None:
-            self._cluster.join()
+            self._cluster.connect()
             options = {"num_cpus": self._threads, "runtime_env": {"env_vars": worker_env(self._threads)}}
             self._maker = ray.remote(**options)(_RayTrial).remote(self._job, os.getcwd())
         try:
-            reply: dict[str, Any] = ray.get(self._maker.attempt.remote(asdict(point)))
+            reply: dict[str, Any] = ray.get(self._maker.attempt.remote(asdict(trial)))
         except ray.exceptions.RayError as error:
             self._maker = None
             return WorkError(
-                f"{point.name}: its worker ended: {first_line(error)}",
+                f"{trial.name}: its worker ended: {first_line(error)}",
                 hint="is there memory enough? fewer --jobs need less",
             )
-        return decode_reply(point, reply)
+        return decode_reply(trial, reply)
 
     def close(self) -> None:
         """End the worker, whatever it does."""
@@ -71,7 +71,7 @@ class _RayWorker:
         if (maker := self._maker) is not None and ray.is_initialized():
             ray.kill(maker)
             self._maker = None
-        self._cluster.leave()
+        self._cluster.disconnect()
 
 
 class _Cluster:
@@ -81,7 +81,7 @@ class _Cluster:
         self._address, self._threads, self._hands, self._left = address, threads, jobs, jobs
         self._lock = threading.Lock()
 
-    def join(self) -> None:
+    def connect(self) -> None:
         """Be there, however often it is asked."""
         with self._lock:
             if ray.is_initialized():
@@ -98,7 +98,7 @@ class _Cluster:
                 ) from error
             check_resources(ray.nodes(), self._threads, self._hands)
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         """Stop when the last hand is gone."""
         with self._lock:
             self._left -= 1
@@ -124,6 +124,6 @@ def _check_reachable(address: str) -> None:
 
 
 def make_ray_workers(address: str, job: dict[str, Any], jobs: int, threads: int) -> Sequence[_RayWorker]:
-    """Return so many workers of a cluster; without an address, of one on this machine."""
+    """So many workers of a cluster; without an address, of one on this machine."""
     cluster = _Cluster(address, threads, jobs)
     return [_RayWorker(job, threads, cluster) for _ in range(jobs)]

@@ -29,7 +29,7 @@ from prunectl.training.request import asked as asked_of
 
 
 def needs_data(request: PruneRequest) -> bool:
-    """Whether weights or channels go, or are fitted anew, by what data does in the model."""
+    """Whether weights or channels go, or are fitted again, by what data does in the model."""
     if request.pattern == CHANNEL:
         measure = parse_config(request).measure
         return measure is not None and measure.needs is not Sees.NOTHING
@@ -53,80 +53,80 @@ ONE_SHOT = "constant"
 """The schedule that prunes before the first step."""
 
 
-def pruning_of(choices: SweepConfig, point: Trial) -> Pruning:
-    """Return what `prune` is asked for."""
-    needs_data_here = looks_at_data(point)
+def pruning_of(config: SweepConfig, trial: Trial) -> Pruning:
+    """What `prune` is asked for."""
+    needs_data_here = looks_at_data(trial)
     return replace(
-        _pruning_request(point),
-        policy=choices.policy,
-        only=choices.only,
-        exclude=choices.exclude,
-        seed=choices.seed,
-        data=choices.data if needs_data_here else "",
-        samples=choices.samples if needs_data_here else request.SAMPLES,
-        batch_size=choices.batch_size if needs_data_here else request.BATCH_SIZE,
-        loss=choices.loss if needs_data_here else "",
-        model=choices.model,
-        custom_objects=choices.custom_objects,
+        _pruning_request(trial),
+        policy=config.policy,
+        only=config.only,
+        exclude=config.exclude,
+        seed=config.seed,
+        data=config.data if needs_data_here else "",
+        samples=config.samples if needs_data_here else request.SAMPLES,
+        batch_size=config.batch_size if needs_data_here else request.BATCH_SIZE,
+        loss=config.loss if needs_data_here else "",
+        model=config.model,
+        custom_objects=config.custom_objects,
     )
 
 
-def training_of(choices: SweepConfig, point: Trial) -> Training:
-    """Return what `finetune` is asked for; what was pruned before keeps its zeros."""
-    is_pruned = point == BASELINE or is_one_shot(point)
-    pruning = Pruning(seed=choices.seed) if is_pruned else pruning_of(choices, point)
+def training_of(config: SweepConfig, trial: Trial) -> Training:
+    """What `finetune` is asked for; what was pruned before keeps its zeros."""
+    is_pruned = trial == BASELINE or is_one_shot(trial)
+    pruning = Pruning(seed=config.seed) if is_pruned else pruning_of(config, trial)
     return Training(
-        data=choices.data,
-        val=choices.val,
-        val_split=choices.val_split,
-        epochs=choices.epochs,
-        batch_size=choices.batch_size,
+        data=config.data,
+        val=config.val,
+        val_split=config.val_split,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
         means=Means(
-            loss=choices.loss,
-            optimizer=choices.optimizer,
-            lr=choices.lr,
-            seed=choices.seed,
-            **asked_of((choices.metric,)),
+            loss=config.loss,
+            optimizer=config.optimizer,
+            lr=config.lr,
+            seed=config.seed,
+            **asked_of((config.metric,)),
         ),
-        origin=ModelOrigin(choices.model, choices.custom_objects, choices.is_trusted, choices.seed),
+        origin=ModelOrigin(config.model, config.custom_objects, config.is_trusted, config.seed),
         pruning=pruning,
-        ramping=Ramping() if is_pruned else Ramping(name=point.schedule),
+        ramping=Ramping() if is_pruned else Ramping(name=trial.schedule),
     )
 
 
-def looks_at_data(point: Trial) -> bool:
+def looks_at_data(trial: Trial) -> bool:
     """Whether weights go by what data does in the model before there is any training."""
-    if point == BASELINE or _needs_training_scores(point):
+    if trial == BASELINE or _needs_training_scores(trial):
         return False
-    return needs_data(_pruning_request(point))
+    return needs_data(_pruning_request(trial))
 
 
-def is_one_shot(point: Trial) -> bool:
+def is_one_shot(trial: Trial) -> bool:
     """Whether it is pruned before there is any training, by other means than those of training."""
-    return point.pattern == CHANNEL or looks_at_data(point)
+    return trial.pattern == CHANNEL or looks_at_data(trial)
 
 
-def check_variant(choices: SweepConfig, point: Trial) -> None:
+def check_variant(config: SweepConfig, trial: Trial) -> None:
     """Refuse a way that contradicts itself."""
-    trains = bool(choices.epochs)
+    trains = bool(config.epochs)
     if trains:
-        find("schedule", point.schedule, CURVES)
-    if point.pattern == CHANNEL:
-        if trains and point.schedule != ONE_SHOT:
-            raise UsageError(f"channels are cut before training: they have no schedule {point.schedule}")
-        check_channels(pruning_of(choices, point))
+        find("schedule", trial.schedule, CURVES)
+    if trial.pattern == CHANNEL:
+        if trains and trial.schedule != ONE_SHOT:
+            raise UsageError(f"channels are cut before training: they have no schedule {trial.schedule}")
+        check_channels(pruning_of(config, trial))
         return
-    if trains and looks_at_data(point) and point.schedule != ONE_SHOT:
+    if trains and looks_at_data(trial) and trial.schedule != ONE_SHOT:
         raise UsageError(
-            f"the strategy {point.strategy} prunes once, before training: it has no schedule {point.schedule}",
+            f"the strategy {trial.strategy} prunes once, before training: it has no schedule {trial.schedule}",
             hint=f"sweep it with --schedules {ONE_SHOT}",
         )
-    pruning = pruning_of(choices, point)
-    if not trains or point.strategy not in WATCHED or looks_at_data(point):
+    pruning = pruning_of(config, trial)
+    if not trains or trial.strategy not in WATCHED or looks_at_data(trial):
         request.check(pruning)
-    elif point.schedule == ONE_SHOT:
+    elif trial.schedule == ONE_SHOT:
         raise UsageError(
-            f"the strategy {point.strategy} watches training, and the schedule {ONE_SHOT} prunes before there is any",
+            f"the strategy {trial.strategy} watches training, and the schedule {ONE_SHOT} prunes before there is any",
             hint="such as --schedules polynomial",
         )
     else:
@@ -143,19 +143,19 @@ def check_channels(pruning: Pruning) -> None:
         )
 
 
-def _needs_training_scores(point: Trial) -> bool:
-    is_later = point.schedule not in {"", ONE_SHOT}
-    return point.pattern != CHANNEL and is_later and point.strategy in WATCHED
+def _needs_training_scores(trial: Trial) -> bool:
+    is_later = trial.schedule not in {"", ONE_SHOT}
+    return trial.pattern != CHANNEL and is_later and trial.strategy in WATCHED
 
 
-def _pruning_request(point: Trial) -> Pruning:
-    """Return how weights are ranked, and how much of them goes."""
+def _pruning_request(trial: Trial) -> Pruning:
+    """How weights are ranked, and how much of them goes."""
     return Pruning(
-        sparsity=point.sparsity,
-        strategy=point.strategy,
-        params=tuple(filter(None, point.params.split(","))),
-        scope=point.scope,
-        pattern=point.pattern,
+        sparsity=trial.sparsity,
+        strategy=trial.strategy,
+        params=tuple(filter(None, trial.params.split(","))),
+        scope=trial.scope,
+        pattern=trial.pattern,
         # Asked before it is known whether there is a need for any.
         data="any",
     )

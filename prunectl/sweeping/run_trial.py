@@ -19,7 +19,7 @@ from prunectl.training.request import FinetuneRequest
 
 
 def evaluate(path: Path, request: FinetuneRequest, name: str) -> TrialResult:
-    """Return what a file is worth, as it is noted under a name; one without is the model as it is."""
+    """What a file is worth, as it is noted under a name; one without is the model as it is."""
     survey = measure(open_model(path), get_codec(CodecName.GZIP, None))
     judged = judge(path, request) if name else judge_whole(path, request)
     assert survey.bytes.compressed is not None
@@ -39,29 +39,29 @@ def evaluate(path: Path, request: FinetuneRequest, name: str) -> TrialResult:
     )
 
 
-def run_trial(path: Path, choices: SweepConfig, folder: Path, point: Trial) -> TrialResult:
+def run_trial(path: Path, config: SweepConfig, folder: Path, trial: Trial) -> TrialResult:
     """Make a point in its own folder, which only a noted point needs to keep, and return what came of it."""
-    if point == BASELINE:
-        return evaluate(path, training_of(choices, BASELINE), "")
-    output = Destination(trial_dir(folder, point) / f"model{''.join(path.suffixes[-1:])}", is_forced=True)
+    if trial == BASELINE:
+        return evaluate(path, training_of(config, BASELINE), "")
+    output = Destination(trial_dir(folder, trial) / f"model{''.join(path.suffixes[-1:])}", is_forced=True)
     try:
-        _write_trial(path, choices, point, output)
+        _write_trial(path, config, trial, output)
     except DivergedError as error:
-        return diverged(point, error)
-    return evaluate(output.target, training_of(choices, BASELINE), output.target.relative_to(folder).as_posix())
+        return diverged(trial, error)
+    return evaluate(output.target, training_of(config, BASELINE), output.target.relative_to(folder).as_posix())
 
 
-def _write_trial(path: Path, choices: SweepConfig, point: Trial, output: Destination) -> None:
-    if not choices.epochs:
-        _write_pruned(path, choices, point, output)
-    elif is_one_shot(point):
+def _write_trial(path: Path, config: SweepConfig, trial: Trial, output: Destination) -> None:
+    if not config.epochs:
+        _write_pruned(path, config, trial, output)
+    elif is_one_shot(trial):
         with temporary_folder() as scratch:
             between = Destination(scratch / path.name)
-            _write_pruned(path, choices, point, between)
-            finetune(between.target, training_of(choices, point), output)
+            _write_pruned(path, config, trial, between)
+            finetune(between.target, training_of(config, trial), output)
     else:
-        finetune(path, training_of(choices, point), output)
+        finetune(path, training_of(config, trial), output)
 
 
-def _write_pruned(path: Path, choices: SweepConfig, point: Trial, output: Destination) -> None:
-    prune_to(path, pruning_of(choices, point), output, is_trusted=choices.is_trusted)
+def _write_pruned(path: Path, config: SweepConfig, trial: Trial, output: Destination) -> None:
+    prune_to(path, pruning_of(config, trial), output, is_trusted=config.is_trusted)

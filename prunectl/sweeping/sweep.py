@@ -31,13 +31,13 @@ Watcher = Callable[[Trial, TrialResult | PrunectlError], None]
 class Swept:
     """What came of a sweep."""
 
-    choices: SweepConfig
+    config: SweepConfig
     folder: Path
     outcomes: dict[Trial, TrialResult]
     """The model as it is, then way after way, from low to high sparsity."""
     failed: dict[Trial, PrunectlError]
     max_drop: MaxDrop | None = None
-    again: tuple[str, ...] = ()
+    rebuilt: tuple[str, ...] = ()
     """What was made again, and why."""
 
     @property
@@ -50,13 +50,16 @@ class Swept:
         """The largest sparsity of each way that keeps within the drop; none where every one fell below it."""
         if self.max_drop is None:
             return {}
-        holds = {way: make_bracket(way, self.outcomes, self.max_drop.amount).holds for way in variants(self.choices)}
-        return {way: way.at(sparsity) if sparsity else None for way, sparsity in holds.items()}
+        holds = {
+            variant: make_bracket(variant, self.outcomes, self.max_drop.amount).passing
+            for variant in variants(self.config)
+        }
+        return {variant: variant.trial(sparsity) if sparsity else None for variant, sparsity in holds.items()}
 
 
 def sweep(
     path: Path,
-    choices: SweepConfig,
+    config: SweepConfig,
     folder: Path,
     *,
     jobs: int = 1,
@@ -65,13 +68,13 @@ def sweep(
     watcher: Watcher = lambda *_: None,
 ) -> Swept:
     """Make every point that is not made yet, and return all that were asked for; the place is that of its workers."""
-    check(choices)
+    check(config)
     check_place(place)
-    model, job = open_model(path), encode_job(path, choices, folder)
+    model, job = open_model(path), encode_job(path, config, folder)
     failed: dict[Trial, PrunectlError] = {}
     with (
         open_journal(
-            folder, choices.as_json, sizes.sha256(model), threads_per_worker(jobs), files_of(choices)
+            folder, config.as_json, sizes.sha256(model), threads_per_worker(jobs), files_of(config)
         ) as journal,
         closing(WorkerPool(make_workers(place, job, jobs=jobs, threads=journal.threads, lock=journal.fd))) as pool,
     ):
@@ -80,24 +83,24 @@ def sweep(
         if max_drop is not None:
             check_limit(max_drop, journal.done[BASELINE])
         stale = find_stale(folder, journal.done)
-        journal.forget(stale)
+        journal.discard(stale)
         next_of_grid = partial(
-            next_trials, choices, journal.done, failed, max_drop.amount if max_drop is not None else None
+            next_trials, config, journal.done, failed, max_drop.amount if max_drop is not None else None
         )
 
         def next_to_run() -> list[Trial]:
-            stale_trials = [point for point in stale if point not in journal.done and point not in failed]
+            stale_trials = [trial for trial in stale if trial not in journal.done and trial not in failed]
             return stale_trials or next_of_grid()
 
-        for point, result in _run_trials(pool, next_to_run, jobs):
+        for trial, result in _run_trials(pool, next_to_run, jobs):
             if isinstance(result, PrunectlError):
-                failed[point] = result
+                failed[trial] = result
             else:
                 base = journal.done[BASELINE]
                 # Training that went astray has nothing to say of what it is judged by.
-                journal.add(point, result if result.metric else replace(result, metric=base.metric, is_up=base.is_up))
-            watcher(point, result)
-        return Swept(choices, folder, _in_order(choices, journal.done), failed, max_drop, tuple(stale.values()))
+                journal.add(trial, result if result.metric else replace(result, metric=base.metric, is_up=base.is_up))
+            watcher(trial, result)
+        return Swept(config, folder, _in_order(config, journal.done), failed, max_drop, tuple(stale.values()))
 
 
 def _run_baseline(result: TrialResult | PrunectlError, journal: Journal) -> None:
@@ -115,35 +118,35 @@ def _run_trials(
     # Whoever gives up does not wait for hours of training.
     with workers(jobs, on_failure=pool.close) as executor:
         while True:
-            for point in todo():
-                if point not in running.values():
-                    running[executor.submit(pool.attempt, point)] = point
+            for trial in todo():
+                if trial not in running.values():
+                    running[executor.submit(pool.attempt, trial)] = trial
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
 
 
-def _in_order(choices: SweepConfig, done: dict[Trial, TrialResult]) -> dict[Trial, TrialResult]:
-    """Return the points as a table has them, in whatever order they were made."""
-    order = {way: index for index, way in enumerate(variants(choices))}
-    points = sorted(
-        (point for point in done if point != BASELINE), key=lambda point: (order[point.way], point.sparsity)
+def _in_order(config: SweepConfig, done: dict[Trial, TrialResult]) -> dict[Trial, TrialResult]:
+    """The points as a table has them, in whatever order they were made."""
+    order = {variant: index for index, variant in enumerate(variants(config))}
+    trials = sorted(
+        (trial for trial in done if trial != BASELINE), key=lambda trial: (order[trial.variant], trial.sparsity)
     )
-    return {point: done[point] for point in (BASELINE, *points)}
+    return {trial: done[trial] for trial in (BASELINE, *trials)}
 
 
 def pareto_front(outcomes: Mapping[Trial, TrialResult]) -> list[Trial]:
-    """Return the Pareto front of the metric against the gzip size, from small to big."""
-    sign = 1.0 if outcomes[BASELINE].is_more_better else -1.0
-    finite = {point: outcome for point, outcome in outcomes.items() if outcome.is_number}
+    """The Pareto front of the metric against the gzip size, from small to big."""
+    sign = 1.0 if outcomes[BASELINE].higher_is_better else -1.0
+    finite = {trial: outcome for trial, outcome in outcomes.items() if outcome.is_number}
     front: list[Trial] = []
     best = float("-inf")
     # Of two that are as good, the smaller; of two alike, the one that comes first.
-    for point, outcome in sorted(finite.items(), key=lambda item: (item[1].gzip, -sign * item[1].value)):
+    for trial, outcome in sorted(finite.items(), key=lambda item: (item[1].gzip, -sign * item[1].value)):
         if sign * outcome.value > best:
             best = sign * outcome.value
-            front.append(point)
+            front.append(trial)
     return front
 
 
@@ -151,8 +154,8 @@ def pareto_front(outcomes: Mapping[Trial, TrialResult]) -> list[Trial]:
 class ScheduleComparison:
     """Two schedules, and how they compare."""
 
-    one: str
-    other: str
+    left: str
+    right: str
     gains: tuple[float, ...]
     """How much better the other is, pair by pair."""
 
@@ -162,14 +165,14 @@ class ScheduleComparison:
         return sum(self.gains) / len(self.gains)
 
 
-def compare_schedules(choices: SweepConfig, outcomes: Mapping[Trial, TrialResult]) -> list[ScheduleComparison]:
-    """Return how every two schedules compare that have points in common."""
+def compare_schedules(config: SweepConfig, outcomes: Mapping[Trial, TrialResult]) -> list[ScheduleComparison]:
+    """How every two schedules compare that have points in common."""
     comparisons: list[ScheduleComparison] = []
-    for left, right in combinations(choices.schedules if choices.epochs else (), 2):
-        counterparts = {point: replace(point, schedule=right) for point in outcomes if point.schedule == left}
+    for left, right in combinations(config.schedules if config.epochs else (), 2):
+        counterparts = {trial: replace(trial, schedule=right) for trial in outcomes if trial.schedule == left}
         pairs = [
-            (outcomes[point], outcomes[counterpart])
-            for point, counterpart in counterparts.items()
+            (outcomes[trial], outcomes[counterpart])
+            for trial, counterpart in counterparts.items()
             if counterpart in outcomes
         ]
         pairs = [pair for pair in pairs if all(left.is_number for left in pair)]

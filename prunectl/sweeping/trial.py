@@ -24,8 +24,8 @@ class Variant(NamedTuple):
     params: str = ""
     """Of the strategy, with commas."""
 
-    def at(self, sparsity: float) -> Trial:
-        """Return the point at a sparsity."""
+    def trial(self, sparsity: float) -> Trial:
+        """The point at a sparsity."""
         return Trial(self.strategy, self.scope, self.schedule, sparsity, self.pattern, self.params)
 
 
@@ -42,14 +42,14 @@ class Trial:
     params: str = ""
 
     @property
-    def way(self) -> Variant:
+    def variant(self) -> Variant:
         """What the sparsity is reached by."""
         return Variant(self.strategy, self.scope, self.schedule, self.pattern, self.params)
 
     @property
     def name(self) -> str:
         """The folder of the point."""
-        parts = (*self.way, f"{100 * self.sparsity:.4g}")
+        parts = (*self.variant, f"{100 * self.sparsity:.4g}")
         return "-".join(quote(part, safe=":=,") for part in parts if part) if self != BASELINE else "base"
 
 
@@ -83,7 +83,7 @@ class TrialResult:
         return math.isfinite(self.value)
 
     @property
-    def is_more_better(self) -> bool:
+    def higher_is_better(self) -> bool:
         """Whether more of the metric is better."""
         return self.is_up if self.is_up is not None else is_higher_better(self.metric)
 
@@ -93,14 +93,14 @@ class TrialResult:
         return {**asdict(self), "value": self.value if self.is_number else None}
 
     @classmethod
-    def of_json(cls, data: dict[str, Any]) -> TrialResult:
-        """Return the outcome that was noted."""
+    def from_json(cls, data: dict[str, Any]) -> TrialResult:
+        """The outcome that was noted."""
         value = math.nan if data["value"] is None else data["value"]
         return cls(**{**data, "value": value, "notes": tuple(data["notes"])})
 
 
 def diverged(point: Trial, error: PrunectlError) -> TrialResult:
-    """Return what came of a point whose training went astray: no model, and nothing to judge."""
+    """What came of a point whose training went astray: no model, and nothing to judge."""
     return TrialResult("", math.nan, {}, 0.0, 0, 0, "", (f"{point.name}: {error.message}; {error.hint}.",))
 
 
@@ -142,8 +142,8 @@ class SweepConfig:
         return plain
 
     @classmethod
-    def of_json(cls, data: dict[str, Any]) -> SweepConfig:
-        """Return the choices that were noted."""
+    def from_json(cls, data: dict[str, Any]) -> SweepConfig:
+        """The choices that were noted."""
         fields: dict[str, Any] = {name: _frozen(value) for name, value in data.items()}
         return cls(**fields)
 

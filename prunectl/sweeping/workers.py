@@ -33,16 +33,16 @@ _KINDS = {
 }
 
 
-def encode_job(path: Path, choices: SweepConfig, folder: Path) -> dict[str, Any]:
-    """Return what all points have in common."""
-    return {"model": str(path), "folder": str(folder), "choices": choices.as_json}
+def encode_job(path: Path, config: SweepConfig, folder: Path) -> dict[str, Any]:
+    """What all points have in common."""
+    return {"model": str(path), "folder": str(folder), "choices": config.as_json}
 
 
-def handle(job: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
+def handle(job: dict[str, Any], trial: dict[str, Any]) -> dict[str, Any]:
     """Make a point, and return what came of it."""
-    choices = SweepConfig.of_json(job["choices"])
+    config = SweepConfig.from_json(job["choices"])
     try:
-        return {"outcome": run_trial(Path(job["model"]), choices, Path(job["folder"]), Trial(**point)).as_json}
+        return {"outcome": run_trial(Path(job["model"]), config, Path(job["folder"]), Trial(**trial)).as_json}
     except Exception as error:  # noqa: BLE001 - the other points can do without this one
         failure = error if isinstance(error, PrunectlError) else translate(error)
         if failure is None:
@@ -51,13 +51,13 @@ def handle(job: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
         return {"error": {"kind": failure.kind, **reply}}
 
 
-def decode_reply(point: Trial, reply: dict[str, Any]) -> TrialResult | PrunectlError:
-    """Return what a worker meant."""
+def decode_reply(trial: Trial, reply: dict[str, Any]) -> TrialResult | PrunectlError:
+    """What a worker meant."""
     if "outcome" in reply:
-        return TrialResult.of_json(reply["outcome"])
+        return TrialResult.from_json(reply["outcome"])
     if "bug" in reply:
         sys.stderr.write(reply["trace"])
-        return WorkError(f"{point.name}: {reply['bug']}", hint="please report it, with the traceback above")
+        return WorkError(f"{trial.name}: {reply['bug']}", hint="please report it, with the traceback above")
     error = reply["error"]
     kind = _KINDS.get(error["kind"], WorkError)
     return kind(error["message"], hint=error["hint"], did_you_mean=tuple(error["did_you_mean"]))
@@ -67,7 +67,7 @@ _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NU
 
 
 def worker_env(threads: int) -> dict[str, str]:
-    """Return the environment of a process that makes points."""
+    """The environment of a process that makes points."""
     return {
         **dict.fromkeys(_THREADS, str(threads)),
         "TF_NUM_INTEROP_THREADS": "1",
@@ -77,7 +77,7 @@ def worker_env(threads: int) -> dict[str, str]:
 
 
 def threads_per_worker(jobs: int) -> int:
-    """Return how many threads each process may have, if nobody says."""
+    """How many threads each process may have, if nobody says."""
     from_env = os.environ.get("OMP_NUM_THREADS", "")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return int(from_env) if from_env.isdecimal() and int(from_env) else max(cores // jobs, 1)
@@ -91,14 +91,14 @@ class ProcessWorker:
         self._process: subprocess.Popen[str] | None = None
         self._is_over = False
 
-    def attempt(self, point: Trial) -> TrialResult | PrunectlError:
+    def attempt(self, trial: Trial) -> TrialResult | PrunectlError:
         """Have a point made."""
         job = f"{self._job}\n" if self._process is None else ""
         process = self._started()
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(f"{job}{json.dumps(asdict(point))}\n")
+            process.stdin.write(f"{job}{json.dumps(asdict(trial))}\n")
             process.stdin.flush()
             line = process.stdout.readline()
         except BrokenPipeError:
@@ -106,10 +106,10 @@ class ProcessWorker:
         if not line:
             code = self._ended(process)
             return WorkError(
-                f"{point.name}: its process ended with {_describe_exit(code)}",
+                f"{trial.name}: its process ended with {_describe_exit(code)}",
                 hint="is there memory enough? fewer --jobs need less",
             )
-        return decode_reply(point, json.loads(line))
+        return decode_reply(trial, json.loads(line))
 
     def close(self) -> None:
         """End the process, whatever it does."""
@@ -155,7 +155,7 @@ class ProcessWorker:
         return self._process
 
     def _processors(self) -> set[int]:
-        """Return as many processors as there are threads, beside those of the others."""
+        """As many processors as there are threads, beside those of the others."""
         processors = sorted(os.sched_getaffinity(0))
         first = self._number * self._threads
         return {processors[index % len(processors)] for index in range(first, first + self._threads)}
@@ -171,7 +171,7 @@ RAY = "ray"
 class Worker(Protocol):
     """One of them, who makes a point at a time."""
 
-    def attempt(self, point: Trial) -> TrialResult | PrunectlError:
+    def attempt(self, trial: Trial) -> TrialResult | PrunectlError:
         """Have a point made."""
 
     def close(self) -> None:
@@ -187,11 +187,11 @@ class WorkerPool:
         for worker in workers:
             self._free.put(worker)
 
-    def attempt(self, point: Trial) -> TrialResult | PrunectlError:
+    def attempt(self, trial: Trial) -> TrialResult | PrunectlError:
         """Have a point made by whoever is free."""
         worker = self._free.get()
         try:
-            return worker.attempt(point)
+            return worker.attempt(trial)
         finally:
             self._free.put(worker)
 
@@ -210,7 +210,7 @@ def check(cluster: str) -> None:
 
 
 def make_workers(cluster: str, job: dict[str, Any], *, jobs: int, threads: int, lock: int) -> Sequence[Worker]:
-    """Return those who work at a place: on this machine, or `ray`, or `ray:ADDRESS`."""
+    """Those who work at a place: on this machine, or `ray`, or `ray:ADDRESS`."""
     if not cluster:
         return [ProcessWorker(job, number, threads, lock) for number in range(jobs)]
     address = cluster.partition(":")[2]

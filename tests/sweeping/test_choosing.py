@@ -34,7 +34,7 @@ def searched(falls_at: float, *sparsities: float, max_drop: float = 0.01) -> tup
     while points := next_trials(choices, done, (), max_drop):
         done[points[0]] = worth(0.9 if points[0].sparsity <= falls_at else 0.5)
         tried.append(points[0].sparsity)
-    return make_bracket(WAY, done, max_drop).holds, tried
+    return make_bracket(WAY, done, max_drop).passing, tried
 
 
 def test_the_grid_is_every_way_at_every_sparsity_after_the_model_as_it_is() -> None:
@@ -69,9 +69,9 @@ def test_points_of_the_grid_are_remembered_by_the_search() -> None:
 
 def test_a_point_that_failed_is_not_asked_for_again() -> None:
     choices = replace(ONE_WAY, sparsities=(0.5, 0.8))
-    failed = [WAY.at(0.5)]
-    assert next_trials(choices, {BASELINE: worth(0.9)}, failed, 0.01) == [WAY.at(0.8)]
-    assert next_trials(choices, {BASELINE: worth(0.9), WAY.at(0.8): worth(0.9)}, failed, 0.01) == []
+    failed = [WAY.trial(0.5)]
+    assert next_trials(choices, {BASELINE: worth(0.9)}, failed, 0.01) == [WAY.trial(0.8)]
+    assert next_trials(choices, {BASELINE: worth(0.9), WAY.trial(0.8): worth(0.9)}, failed, 0.01) == []
 
 
 def test_a_drop_of_just_so_much_is_within_the_limit() -> None:
@@ -120,7 +120,7 @@ def test_schedules_are_compared_by_points_that_differ_in_nothing_else() -> None:
         Trial("magnitude", "layer", "constant", 0.9): worth(0.1),
     }
     (found,) = compare_schedules(choices, outcomes)
-    assert (found.one, found.other, found.gains) == ("constant", "polynomial", (0.05, -0.01))
+    assert (found.left, found.right, found.gains) == ("constant", "polynomial", (0.05, -0.01))
     assert found.mean == pytest.approx(0.02)
 
 

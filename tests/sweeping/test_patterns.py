@@ -48,7 +48,7 @@ def test_only_what_goes_together_is_tried() -> None:
 def test_a_pattern_that_decides_the_sparsity_is_one_point() -> None:
     choices = SweepConfig(data="d.npz", patterns=("unstructured", "3:4"), sparsities=(0.5, 0.9))
     assert [(point.pattern, point.sparsity) for point in grid(choices)[1:]] == [("", 0.5), ("", 0.9), ("3:4", 0.75)]
-    assert choices == SweepConfig.of_json(choices.as_json)
+    assert choices == SweepConfig.from_json(choices.as_json)
 
 
 def test_a_pattern_that_decides_the_sparsity_is_not_searched() -> None:

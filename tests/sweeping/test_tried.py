@@ -163,7 +163,7 @@ def test_what_came_to_no_number_is_never_in_front() -> None:
         outcomes[Trial("magnitude", "layer", "", at / 10)] = TrialResult("mae", value, {}, 0.0, 9 - at, 9 - at, "p")
     assert all(outcomes[point].is_number for point in pareto_front(outcomes))
     nothing = outcomes[Trial("magnitude", "layer", "", 0.1)]
-    again = TrialResult.of_json(json.loads(json.dumps(nothing.as_json, allow_nan=False)))
+    again = TrialResult.from_json(json.loads(json.dumps(nothing.as_json, allow_nan=False)))
     assert not again.is_number
 
 
