@@ -26,7 +26,7 @@ from prunectl.formats.registry import by_name, open_model
 from prunectl.formats.scratch import temporary_folder
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import BIG_BYTES, Destination
-from prunectl.pruning.strip import strip, stats_for_report
+from prunectl.pruning.strip import stats_for_report, strip
 from prunectl.training import user_code
 
 
