@@ -224,7 +224,7 @@ def strip(
     """Drop what a model does not need to predict; without an output nothing is written."""
     parts = frozenset(map(StripPart, only)) or frozenset(StripPart)
     destination = _destination(output, force=force, in_place=in_place)
-    return stripping.strip(Path(model), StripOptions(parts, is_half=half), destination, is_packed=pack)
+    return stripping.strip(Path(model), StripOptions(parts, to_half=half), destination, is_packed=pack)
 
 
 def finetune(

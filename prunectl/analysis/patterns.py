@@ -34,7 +34,7 @@ class NMPattern:
 
     def tally(self, tensor: Tensor, kept: Mask) -> Tally | None:
         """Count groups; None where the inputs do not divide into them."""
-        axis = tensor.inputs_axis
+        axis = tensor.reduction_axis
         if axis is None or tensor.shape[axis] % self.group:
             return None
         groups = np.moveaxis(kept, axis, -1).reshape(-1, self.group)

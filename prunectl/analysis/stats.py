@@ -261,7 +261,7 @@ def measure_stats(
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:
     """What two tensors have in common that are measured alike."""
-    return tensor.view, tensor.out_axis, tensor.inputs_axis, tensor.is_prunable
+    return tensor.view_key, tensor.out_axis, tensor.reduction_axis, tensor.is_prunable
 
 
 def totals(rows: Iterable[TensorStats]) -> ParamCounts:

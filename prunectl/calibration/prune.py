@@ -137,7 +137,7 @@ def prune(
     model, method = open_model(path), resolve_method(request)
     outputs.check(model, output)
     wish, needs = selection_of(request), method.strategy.needs
-    selection = planning.select_tensors(model, wish, can_reencode=by_name(model.format).is_reencoded)
+    selection = planning.select_tensors(model, wish, can_reencode=by_name(model.format).can_reencode)
     reconstructs = needs is Requires.PRODUCTS or request.is_repaired
     session = open_calibration(
         model,

@@ -271,7 +271,7 @@ def _supports_obs(tensor: Tensor, method: PruningMethod, products: InputStatisti
     if method.pattern is None:
         return True
     return isinstance(method.pattern, NMPattern) and all(
-        use.in_axis == tensor.inputs_axis and use.shape is None for use in products.uses.values()
+        use.in_axis == tensor.reduction_axis and use.shape is None for use in products.uses.values()
     )
 
 

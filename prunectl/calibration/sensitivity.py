@@ -238,7 +238,9 @@ def sensitivity(
 def _prunable(model: ModelFile, layers: str) -> tuple[Tensor, ...]:
     """What the default policy prunes, each storage once."""
     chosen = select_names(model, layers) if layers else model.tensors
-    candidates = [tensor for tensor in chosen if tensor.is_prunable and tensor.size and tensor.name not in model.copies]
+    candidates = [
+        tensor for tensor in chosen if tensor.is_prunable and tensor.size and tensor.name not in model.duplicates
+    ]
     tied = find_tied_tensors(candidates)
     return tuple(tensor for tensor in candidates if tensor.name not in tied)
 

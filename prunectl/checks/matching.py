@@ -192,7 +192,7 @@ def _pair_by_layer(new: Tensor, old: Tensor) -> Pair | None:
 
 def _canonical_axes(tensor: Tensor) -> tuple[int, ...] | None:
     """Its axes with outputs first, inputs second, and the others in their order."""
-    first, second = tensor.out_axis, tensor.inputs_axis
+    first, second = tensor.out_axis, tensor.reduction_axis
     if first is None or second is None or first == second:
         return None
     return (first, second, *(axis for axis in range(len(tensor.shape)) if axis not in {first, second}))

@@ -46,7 +46,7 @@ def verify_source(
         Violation("kept-zeros", "zeros_lost", *_total_and_first(zeros_lost)),
     ]
     if cuts is not None:
-        unplanned = {name: n for name, n in zeros_added.items() if name not in cuts and name not in model.copies}
+        unplanned = {name: n for name, n in zeros_added.items() if name not in cuts and name not in model.duplicates}
         violations.append(Violation("other-tensors", "zeros_gained", *_total_and_first(unplanned)))
     return violations, zeros_added
 

@@ -68,7 +68,7 @@ def strip(
     [dim]$[/] prunectl strip model.pt -o small.pt --only masks,optimizer --pack
     """
     reporter: Reporter = ctx.obj
-    options = StripOptions(parse_parts(only), is_half=half)
+    options = StripOptions(parse_parts(only), to_half=half)
     with (
         resolve_stdin(model) as path,
         open_destination(path, output, force=force, in_place=in_place, dry_run=dry_run) as destination,

@@ -57,7 +57,7 @@ def known_weights(file: ModelFile) -> dict[str, str]:
     names: dict[str, str] = {}
     duplicates: set[str] = set()
     for tensor in file.tensors:
-        if tensor.size < 2 or tensor.name in file.copies or not tensor.is_float:
+        if tensor.size < 2 or tensor.name in file.duplicates or not tensor.is_float:
             continue
         array = file.read(tensor)
         orders = [order for order in _ORDERS if len(order) == array.ndim]

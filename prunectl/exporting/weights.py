@@ -22,7 +22,9 @@ _LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38}
 
 def exported_tensors(model: ModelFile) -> tuple[Tensor, ...]:
     """The tensors needed for inference, without second copies."""
-    tensors = tuple(tensor for tensor in model.tensors if tensor.role in WEIGHTS and tensor.name not in model.copies)
+    tensors = tuple(
+        tensor for tensor in model.tensors if tensor.role in WEIGHTS and tensor.name not in model.duplicates
+    )
     if not tensors:
         raise InputError(f"{model.path} holds no weights")
     return tensors

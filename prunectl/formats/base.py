@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 
-def shown(shape: Sequence[int]) -> str:
+def format_shape(shape: Sequence[int]) -> str:
     """A shape as a sentence has room for it."""
     return abbreviated(str(list(shape[:MAX_NAME_CHARACTERS])))
 
@@ -101,7 +101,7 @@ class Tensor:
         return self.size * self.dtype.itemsize
 
     @property
-    def view(self) -> tuple[object, ...]:
+    def view_key(self) -> tuple[object, ...]:
         """What it shows of which storage: tensors of the same view hold the same numbers, and need be read once."""
         return self.storage.key, self.start, self.shape, self.strides, self.dtype
 
@@ -116,7 +116,7 @@ class Tensor:
         return self.role in PRUNABLE and self.is_float and len(self.shape) >= 2
 
     @property
-    def inputs_axis(self) -> int | None:
+    def reduction_axis(self) -> int | None:
         """Axis of the inputs: as the handler says, else the neighbour of the output axis."""
         if self.in_axis is not None or self.out_axis is None or len(self.shape) < 2:
             return self.in_axis
@@ -188,7 +188,7 @@ class Format:
     name: str
     title: str
     suffixes: tuple[str, ...]
-    looks_right: Callable[[FileProbe], bool]
+    matches: Callable[[FileProbe], bool]
     opener: str
     """`module:function` in this package that opens a path as a ModelFile."""
     packer: str = ""
@@ -199,7 +199,7 @@ class Format:
     """`module:function` that writes a copy with other numbers in it."""
     stripper: str = ""
     """`module:function` that writes a copy without what a trained model does not need."""
-    is_reencoded: bool = False
+    can_reencode: bool = False
     """Whether the writer can change what does not lie flat."""
 
     @property
@@ -221,7 +221,7 @@ class ModelFile:
     """Every file that the model consists of."""
     decode: Callable[[Tensor], Array] | None = None
     """Reads a tensor that has no flat extent."""
-    copies: Mapping[str, str] = field(default_factory=dict)
+    duplicates: Mapping[str, str] = field(default_factory=dict)
     """Tensors that the file holds once more, with the names of what they are copies of: they change together."""
 
     @property
@@ -245,13 +245,13 @@ class ModelFile:
         return self.decode(tensor)
 
 
-class Distinct:
+class NameAllocator:
     """Gives each name out once: `a`, `a#2`, `a#3`."""
 
     def __init__(self) -> None:
         self._seen: Counter[str] = Counter()
 
-    def name(self, wanted: str) -> str:
+    def unique(self, wanted: str) -> str:
         """Return the name that was asked for, with a number if it is taken."""
         found = wanted
         while found in self._seen:
@@ -297,7 +297,7 @@ class StripOptions:
     """What is to go."""
 
     parts: frozenset[StripPart] = frozenset(StripPart)
-    is_half: bool = False
+    to_half: bool = False
     """Whether 32-bit and wider floats become 16-bit ones."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from prunectl.errors import InputError, abbreviated, reading
 from prunectl.formats import budgets, detect
-from prunectl.formats.base import Capability, Format, ModelFile, Tensor, shown
+from prunectl.formats.base import Capability, Format, ModelFile, Tensor, format_shape
 from prunectl.formats.detect import FileProbe
 
 FORMATS = (
@@ -35,7 +35,7 @@ FORMATS = (
         "keras.h5:open_model",
         writer="keras.hdf5.rewrite:write",
         stripper="keras.strip:strip_h5",
-        is_reencoded=True,
+        can_reencode=True,
         packer="keras.hdf5.rebuild:pack",
         graph="keras.flops.trace:operations",
     ),
@@ -47,7 +47,7 @@ FORMATS = (
         "keras.archive:open_model",
         writer="keras.archive:write",
         stripper="keras.strip:strip_archive",
-        is_reencoded=True,
+        can_reencode=True,
         packer="zip_write:pack",
         graph="keras.flops.trace:operations",
     ),
@@ -58,7 +58,7 @@ FORMATS = (
         detect.is_exported_program,
         "torch.exported:open_model",
         writer="zip_write:write",
-        is_reencoded=True,
+        can_reencode=True,
         packer="zip_write:pack",
         graph="torch.exported_flops:operations",
         stripper="torch.strip.containers:strip",
@@ -70,7 +70,7 @@ FORMATS = (
         detect.is_torch_zip,
         "torch.archive:open_model",
         writer="zip_write:write",
-        is_reencoded=True,
+        can_reencode=True,
         packer="zip_write:pack",
         stripper="torch.strip:strip",
     ),
@@ -124,7 +124,7 @@ FORMATS = (
         "onnx.model:open_model",
         packer="onnx.rewrite:pack",
         writer="onnx.rewrite:write",
-        is_reencoded=True,
+        can_reencode=True,
         graph="onnx.flops.trace:operations",
     ),
 )
@@ -163,7 +163,7 @@ def load(reference: str) -> Callable[..., Any]:
 def recognise(path: Path) -> Format:
     """Return the format of ``path``: judged by its content, its name breaking ties."""
     peek = FileProbe(path)
-    plausible = [row for row in FORMATS if row.looks_right(peek)]
+    plausible = [row for row in FORMATS if row.matches(peek)]
     for found in sorted(plausible, key=lambda row: path.suffix.lower() not in row.suffixes):
         return found
     known = " ".join(dict.fromkeys(suffix for row in FORMATS for suffix in row.suffixes if suffix))
@@ -211,7 +211,7 @@ def _refuse_impossible(path: Path, tensor: Tensor) -> None:
     if len(shape) > budgets.MAX_AXES:
         raise InputError(f"{path} is refused: {name} claims {len(shape)} axes, NumPy has {budgets.MAX_AXES}")
     if math.prod(length for length in shape if length) > budgets.MAX_ELEMENTS:
-        raise InputError(f"{path} is refused: {name} claims the shape {shown(shape)}, beyond any memory")
+        raise InputError(f"{path} is refused: {name} claims the shape {format_shape(shape)}, beyond any memory")
 
 
 def _refuse_blown_up(path: Path, model: ModelFile) -> None:
@@ -219,7 +219,7 @@ def _refuse_blown_up(path: Path, model: ModelFile) -> None:
     facts = [file.stat() for file in model.files]
     whole = sum(fact.st_size for fact in facts)
     # What is the same in every way is read once, and holes in a file cost their maker nothing.
-    views = {tensor.view: tensor for tensor in model.tensors}.values()
+    views = {tensor.view_key: tensor for tensor in model.tensors}.values()
     unfolded = sum(tensor.nbytes for tensor in views if tensor.storage.extent is None)
     if unfolded > max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_UNFOLDING * whole):
         raise InputError(f"{path} is refused: its tensors would unfold to {unfolded} bytes, like a bomb")

@@ -76,14 +76,14 @@ def execute(model: ModelFile, plan: Plan, method: PruningMethod, targets: dict[P
     ]
     # What the file holds once more is written once more, from the same numbers.
     rewrites += [
-        TensorUpdate(tensor, partial(_count_zeros, makers[model.copies[tensor.name]], TensorCounts()))
+        TensorUpdate(tensor, partial(_count_zeros, makers[model.duplicates[tensor.name]], TensorCounts()))
         for tensor in model.tensors
-        if model.copies.get(tensor.name) in makers
+        if model.duplicates.get(tensor.name) in makers
     ]
     rewrites += [
         TensorUpdate(tensor, partial(_to_storage, tensor, solution.updated[name]))
         for tensor in model.tensors
-        if (name := model.copies.get(tensor.name, tensor.name)) in solution.updated
+        if (name := model.duplicates.get(tensor.name, tensor.name)) in solution.updated
     ]
     load(by_name(model.format).writer)(model, targets, rewrites)
     if not isinstance(method.pattern, BlockPattern) and method.not_finite is not NonFinitePolicy.ZERO:
@@ -190,7 +190,7 @@ class _TensorScores:
         self._cached_bytes = 0
         # How often each tensor is still to be pruned: once, and once for each copy in the file.
         self._uses = {cut.tensor.name: 1 for cut in plan.cuts}
-        for original in model.copies.values():
+        for original in model.duplicates.values():
             if original in self._uses:
                 self._uses[original] += 1
         self._locks = {name: threading.Lock() for name in self._uses}
@@ -316,8 +316,8 @@ def _pruned_in_pattern(model: ModelFile, cut: TensorPlan, method: PruningMethod)
         _label(model, tensor),
     )
     if isinstance(pattern, NMPattern):
-        assert tensor.inputs_axis is not None
-        dropped = lowest_per_group(scores, tensor.inputs_axis, pattern.zeros, pattern.group)
+        assert tensor.reduction_axis is not None
+        dropped = lowest_per_group(scores, tensor.reduction_axis, pattern.zeros, pattern.group)
     else:
         assert pattern is not None
         assert tensor.out_axis is not None
@@ -331,7 +331,7 @@ def _pruned_in_pattern(model: ModelFile, cut: TensorPlan, method: PruningMethod)
 
 def _pruned_in_groups(model: ModelFile, tensor: Tensor, method: PruningMethod, pattern: NMPattern) -> Pruned:
     """Prune slab by slab: a group never reaches from one slab into the next."""
-    axis = tensor.inputs_axis
+    axis = tensor.reduction_axis
     assert axis is not None
     row = tensor.size // tensor.shape[0]
     for begin, slab in iter_slabs(model, tensor, pattern.group if axis == 0 else 1):

@@ -178,7 +178,7 @@ def _most_telling(reasons: Counter[str]) -> Callable[[str], tuple[bool, int]]:
 
 def _nm_count(tensor: Tensor, pattern: NMPattern) -> int:
     """How many weights go; a short group at the end is filled up with zeros that count as gone."""
-    length = tensor.shape[tensor.inputs_axis or 0]
+    length = tensor.shape[tensor.reduction_axis or 0]
     groups, remainder = divmod(length, pattern.group)
     short = max(pattern.zeros - (pattern.group - remainder), 0) if remainder else 0
     return (groups * pattern.zeros + short) * (tensor.size // length)
@@ -199,7 +199,7 @@ def _partition(
             reasons[tensor.name] = (
                 skip_reason(tensor) if only is None else "" if tensor.name in only else "not among --only"
             )
-        if tensor.name in model.copies:
+        if tensor.name in model.duplicates:
             reasons[tensor.name] = "a second copy of a variable, changed as the first is"
         reasons[tensor.name] = reasons.get(tensor.name) or _obstacle(tensor, wish, can_reencode=can_reencode)
     candidates = {tensor.name for tensor in model.tensors if not reasons[tensor.name]}
@@ -220,7 +220,7 @@ def _obstacle(tensor: Tensor, wish: PruneSelection, *, can_reencode: bool) -> st
         return non_float_reason(tensor)
     if not tensor.size:
         return "empty"
-    if isinstance(wish.pattern, NMPattern) and tensor.inputs_axis is None:
+    if isinstance(wish.pattern, NMPattern) and tensor.reduction_axis is None:
         return "without an axis of inputs for the pattern"
     if isinstance(wish.pattern, BlockPattern) and tensor.out_axis is None:
         return "no matrix of inputs by outputs"

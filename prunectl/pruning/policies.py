@@ -62,7 +62,7 @@ def _xnnpack(model: ModelFile) -> Callable[[Tensor], Verdict]:
 
 def is_pointwise(tensor: Tensor) -> bool:
     """Whether it is the kernel of a convolution whose window is a single pixel."""
-    axes = {tensor.out_axis, tensor.inputs_axis}
+    axes = {tensor.out_axis, tensor.reduction_axis}
     window = [size for axis, size in enumerate(tensor.shape) if axis not in axes]
     return len(tensor.shape) == 4 and None not in axes and all(size == 1 for size in window)
 

@@ -116,7 +116,7 @@ def _prune(
         require(model, Capability.PACK)
     outputs.check(model, output)
     wish = selection_of(request)
-    selection = planning.select_tensors(model, wish, can_reencode=by_name(model.format).is_reencoded)
+    selection = planning.select_tensors(model, wish, can_reencode=by_name(model.format).can_reencode)
     method, selection = engine.with_model_scores(model, selection, method)
     sparsity = _sparsity(model, request, wish, selection, method)
     plan = planning.make_plan(selection, wish, sparsity)

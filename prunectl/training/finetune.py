@@ -106,7 +106,7 @@ def _classes(signature: Signature, example: Batch) -> int | None:
 
 def write_back(model: ModelFile, values: Mapping[str, Array], places: dict[Path, Path]) -> int:
     """Write a copy with new numbers in it, and return how many tensors have some."""
-    given = {**values, **{name: values[of] for name, of in model.copies.items() if of in values}}
+    given = {**values, **{name: values[of] for name, of in model.duplicates.items() if of in values}}
     rewrites: dict[tuple[str, int], TensorUpdate] = {}
     for tensor in model.tensors:
         if tensor.name not in given or _is_same(model, tensor, given[tensor.name]):
@@ -125,7 +125,7 @@ def _is_same(model: ModelFile, tensor: Tensor, value: Array) -> bool:
 def _check(model: ModelFile, tensor: Tensor, value: Array) -> None:
     if value.shape != tensor.shape:
         raise WorkError(f"{tensor.name} came out of training as {value.shape}, {model.path} has {tensor.shape}")
-    if not by_name(model.format).is_reencoded and not is_writable(tensor):
+    if not by_name(model.format).can_reencode and not is_writable(tensor):
         raise WorkError(f"{tensor.name} of {model.path} does not lie in one run of bytes, and cannot be replaced")
 
 

@@ -202,7 +202,7 @@ def rules_of(model: ModelFile, request: FinetuneRequest, course: Course) -> Rule
             f"in finetune: {', '.join(WATCHED)}",
         )
     wish = replace(wish, exclude=(*wish.exclude, *request.frozen))
-    choice = planning.select_tensors(model, wish, can_reencode=by_name(model.format).is_reencoded)
+    choice = planning.select_tensors(model, wish, can_reencode=by_name(model.format).can_reencode)
     schedule = None
     if request.prunes:
         pattern = wish.pattern

@@ -123,7 +123,7 @@ class ServedNetwork(KerasNetwork):
 
     def _begin(self) -> None:
         super()._begin()
-        copies = self._loaded.file.copies
+        copies = self._loaded.file.duplicates
         # What is held twice goes by the name of the first.
         self._variables = {copies.get(name, name): one for name, one in self._variables.items()}
         # What is served has nothing random in it that could be begun anew.

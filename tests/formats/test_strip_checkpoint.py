@@ -25,10 +25,10 @@ tf: Any = pytest.importorskip("tensorflow")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def strip(prefix: Path, *parts: StripPart, is_half: bool = False) -> tuple[str, Stripped]:
+def strip(prefix: Path, *parts: StripPart, to_half: bool = False) -> tuple[str, Stripped]:
     """Strip some parts, or all of them, of a checkpoint, and return the prefix of another."""
     target = prefix.with_name("stripped.index")
-    wish = StripOptions(frozenset(parts or StripPart), is_half=is_half)
+    wish = StripOptions(frozenset(parts or StripPart), to_half=to_half)
     return str(target).removesuffix(".index"), run(prefix, wish, Destination(target), is_packed=False)
 
 
@@ -151,7 +151,7 @@ def test_the_optimizer_stays_unless_it_is_named(tmp_path: Path) -> None:
 def test_sixteen_bits_are_refused(tmp_path: Path) -> None:
     small_keras(tf_keras(), {}).save_weights(tmp_path / "w")
     with pytest.raises(UsageError, match="cannot hold 16-bit floats"):
-        strip(tmp_path / "w", is_half=True)
+        strip(tmp_path / "w", to_half=True)
 
 
 def test_wrappers_are_refused_and_the_rest_can_go(tmp_path: Path) -> None:

@@ -27,11 +27,11 @@ pytestmark = [
 ]
 
 
-def strip(path: Path, *parts: StripPart, is_half: bool = False) -> tuple[Path, tuple[RemovedItem, ...]]:
+def strip(path: Path, *parts: StripPart, to_half: bool = False) -> tuple[Path, tuple[RemovedItem, ...]]:
     """Strip some parts, or all of them, into another file of the same kind."""
     model = open_model(path)
     target = path.with_name(f"stripped_{path.name}")
-    wish = StripOptions(frozenset(parts or StripPart), is_half=is_half)
+    wish = StripOptions(frozenset(parts or StripPart), to_half=to_half)
     removed: tuple[RemovedItem, ...] = load(by_name(model.format).stripper)(model, wish, {path: target})
     return target, removed
 
@@ -454,7 +454,7 @@ def test_halved_weights_load_as_what_they_are_rounded_to(
     k = library()
     model, path = trained(k), tmp_path / f"m{suffix}"
     model.save(path)
-    target, _ = strip(path, is_half=True)
+    target, _ = strip(path, to_half=True)
     found = k.models.load_model(target)
     assert bits(found.get_weights()) == bits([w.astype(np.float16).astype(np.float32) for w in model.get_weights()])
     assert {tensor.dtype.name for tensor in open_model(target).tensors} == {"float16"}
@@ -464,7 +464,7 @@ def test_halved_weights_load_as_what_they_are_rounded_to(
 def test_masks_are_applied_before_weights_are_halved(tmp_path: Path) -> None:
     model = pruned(clones)
     model.save(tmp_path / "m.h5")
-    found = tf_keras().models.load_model(strip(tmp_path / "m.h5", is_half=True)[0])
+    found = tf_keras().models.load_model(strip(tmp_path / "m.h5", to_half=True)[0])
     halves = [weight.astype(np.float16).astype(np.float32) for weight in reference(model).get_weights()]
     assert bits(found.get_weights()) == bits(halves)
 
@@ -474,7 +474,7 @@ def test_masks_are_applied_before_weights_are_halved(tmp_path: Path) -> None:
 def test_the_optimizer_is_not_halved(library: Callable[[], Any], suffix: str, tmp_path: Path) -> None:
     model = trained(library())
     model.save(tmp_path / f"m{suffix}")
-    target, _ = strip(tmp_path / f"m{suffix}", StripPart.GRADIENTS, is_half=True)
+    target, _ = strip(tmp_path / f"m{suffix}", StripPart.GRADIENTS, to_half=True)
     found = library().models.load_model(target)
     assert bits(found.optimizer.variables) == bits(
         library().models.load_model(tmp_path / f"m{suffix}").optimizer.variables
@@ -487,7 +487,7 @@ def test_a_number_that_no_half_can_be_is_refused(library: Callable[[], Any], suf
     model.get_layer("second").set_weights([np.full((6, 3), -70000.0), np.full(3, np.inf)])
     model.save(tmp_path / f"m{suffix}")
     with pytest.raises(InputError, match="reaches 70000") as caught:
-        strip(tmp_path / f"m{suffix}", is_half=True)
+        strip(tmp_path / f"m{suffix}", to_half=True)
     assert caught.value.message.startswith(str(tmp_path))
 
 
@@ -537,7 +537,7 @@ def test_a_scalar_and_an_empty_weight_are_halved_too(tmp_path: Path) -> None:
         group["empty"] = np.zeros((0, 3))
         group["big_endian"] = np.arange(3, dtype=">f4")
         group["count"] = np.arange(3)
-    found = read_all(strip(path, is_half=True)[0])
+    found = read_all(strip(path, to_half=True)[0])
     assert {name: (array.dtype.name, array.tolist()) for name, array in found.items()} == {
         "scalar": ("float16", 1.5),
         "empty": ("float16", []),

@@ -106,7 +106,7 @@ def test_optimizer_gradients_and_averages_go(tmp_path: Path) -> None:
 def test_half_is_each_float_rounded_once(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {"odd": torch.rand(3, dtype=dtype), "counts": torch.arange(5), "brain": torch.rand(3).bfloat16()}
     tensors["wide"] = torch.rand(300, 500, dtype=dtype)
-    found, removed = stripped(tensors, tmp_path, StripOptions(is_half=True))
+    found, removed = stripped(tensors, tmp_path, StripOptions(to_half=True))
     assert removed == ()
     # Rounded once; PyTorch takes 64-bit floats to 32 bits on the way.
     expected = {
@@ -118,7 +118,7 @@ def test_half_is_each_float_rounded_once(tmp_path: Path, dtype: torch.dtype) -> 
 
 def test_a_number_too_big_for_half_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"m\.safetensors holds 1e\+06 in w, and a 16-bit float"):
-        stripped({"w": torch.tensor([1.0, 1e6])}, tmp_path, StripOptions(is_half=True))
+        stripped({"w": torch.tensor([1.0, 1e6])}, tmp_path, StripOptions(to_half=True))
 
 
 def test_a_mask_of_another_shape_is_refused(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_metadata_and_alignment_are_kept(tmp_path: Path) -> None:
         "e": np.ones(0),
     }
     safe_numpy.save_file(arrays, path, {"format": "np", "note": "é"})
-    strip(open_model(path), StripOptions(is_half=True), {path: target})
+    strip(open_model(path), StripOptions(to_half=True), {path: target})
     raw = target.read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert header.pop("__metadata__") == {"format": "np", "note": "é"}

@@ -28,10 +28,10 @@ tf: Any = pytest.importorskip("tensorflow")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def strip(path: Path, *parts: StripPart, is_half: bool = False) -> tuple[Path, Stripped]:
+def strip(path: Path, *parts: StripPart, to_half: bool = False) -> tuple[Path, Stripped]:
     """Strip some parts, or all of them, into another folder."""
     target = path.with_name(f"stripped_{path.name}")
-    wish = StripOptions(frozenset(parts or StripPart), is_half=is_half)
+    wish = StripOptions(frozenset(parts or StripPart), to_half=to_half)
     return target, run(path, wish, Destination(target), is_packed=False)
 
 
@@ -187,7 +187,7 @@ def test_zeros_that_are_shared_are_only_believed_where_the_checksums_say_zeros(s
 
 def test_sixteen_bits_are_refused(saved: tuple[Any, Path]) -> None:
     with pytest.raises(UsageError, match="its graph says the type of every variable"):
-        strip(saved[1], is_half=True)
+        strip(saved[1], to_half=True)
 
 
 def test_an_export_of_keras_3_stays_as_it_is_and_says_what_it_holds_twice(tmp_path: Path) -> None:

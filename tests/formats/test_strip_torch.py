@@ -353,19 +353,19 @@ def test_half_is_what_torch_makes_of_every_float(tmp_path: Path, layout: str) ->
         name: tensor.half() if tensor.dtype in {torch.float32, torch.float64} else tensor
         for name, tensor in state.items()
     }
-    assert_same(stripped(state, tmp_path, layout, StripOptions(is_half=True)), expected)
+    assert_same(stripped(state, tmp_path, layout, StripOptions(to_half=True)), expected)
 
 
 def test_half_and_masks_go_in_one_step(tmp_path: Path) -> None:
     made = pruned()
-    found = stripped(made.state_dict(), tmp_path, wish=StripOptions(is_half=True))
+    found = stripped(made.state_dict(), tmp_path, wish=StripOptions(to_half=True))
     expected = {name: t.half() if t.is_floating_point() else t for name, t in removed_by_torch(made).items()}
     assert_same(dict(found), expected)
 
 
 def test_half_of_a_pickled_module_is_module_half(tmp_path: Path) -> None:
     made = net().eval()
-    target, _ = strip(save(made, tmp_path / "m.pt"), StripOptions(is_half=True))
+    target, _ = strip(save(made, tmp_path / "m.pt"), StripOptions(to_half=True))
     found = torch.load(target, weights_only=False)
     assert_same(dict(found.state_dict()), dict(made.half().state_dict()))
 
@@ -373,13 +373,13 @@ def test_half_of_a_pickled_module_is_module_half(tmp_path: Path) -> None:
 def test_a_number_too_big_for_half_is_refused_by_name(tmp_path: Path) -> None:
     path = save({"fine": torch.tensor([float("inf")]), "wide": torch.tensor([1.0, -70000.0])}, tmp_path / "m.pt")
     with pytest.raises(InputError, match=r"m\.pt holds 70000 in wide"):
-        strip(path, StripOptions(is_half=True))
+        strip(path, StripOptions(to_half=True))
 
 
 def test_scales_of_quantized_weights_keep_their_width(tmp_path: Path) -> None:
     scales, zeros = torch.rand(2).double() + 0.1, torch.zeros(2, dtype=torch.int64)
     weight = torch.quantize_per_channel(torch.rand(2, 3), scales, zeros, 0, torch.qint8)
-    found = stripped({"q": weight, "w": torch.ones(2)}, tmp_path, wish=StripOptions(is_half=True))
+    found = stripped({"q": weight, "w": torch.ones(2)}, tmp_path, wish=StripOptions(to_half=True))
     assert torch.equal(found["q"].int_repr(), weight.int_repr())
     assert found["q"].q_per_channel_scales().dtype == torch.float64
     assert found["w"].dtype == torch.float16
@@ -402,7 +402,7 @@ def test_torchscript_comes_out_as_it_was(tmp_path: Path) -> None:
     assert removed == ()
     assert target.read_bytes() == (tmp_path / "m.pt").read_bytes()
     with pytest.raises(InputError, match=r"m\.pt is a TorchScript program"):
-        strip(tmp_path / "m.pt", StripOptions(is_half=True))
+        strip(tmp_path / "m.pt", StripOptions(to_half=True))
 
 
 class TestTheZip:
@@ -463,7 +463,7 @@ def test_big_endian_numbers_stay_big_endian(tmp_path: Path) -> None:
             if name.startswith("m/data/"):
                 raw = np.frombuffer(raw, "<f4").astype(">f4").tobytes()
             new.writestr(name, b"big" if name.endswith("byteorder") else raw)
-    target, _ = strip(big, StripOptions(is_half=True))
+    target, _ = strip(big, StripOptions(to_half=True))
     with zipfile.ZipFile(target) as archive:
         assert np.frombuffer(archive.read("m/data/0"), ">f2").tolist() == [1.5, 0.0]
     assert torch.load(target, weights_only=True)["w"].tolist() == [1.5, 0.0]

@@ -29,7 +29,7 @@ def opened(name: str, written: Path) -> Path:
 
 
 def kernels(model: ModelFile) -> list[Tensor]:
-    return [tensor for tensor in model.tensors if tensor.is_prunable and tensor.name not in model.copies]
+    return [tensor for tensor in model.tensors if tensor.is_prunable and tensor.name not in model.duplicates]
 
 
 @every_model
@@ -55,7 +55,7 @@ def test_groups_lie_along_the_inputs_whatever_the_layout(name: str, pattern: str
     before, after = arrays(MODELS[name]), arrays(opened(name, written))
     zeros, group = map(int, pattern.split(":"))
     for cut in found.plan.cuts:
-        axis = cut.tensor.inputs_axis
+        axis = cut.tensor.reduction_axis
         assert axis is not None
         old = before[cut.tensor.name]
         mark = reference.in_groups(old, axis, zeros, group)
@@ -85,7 +85,7 @@ def test_no_other_number_changes_by_a_bit(name: str, tmp_path: Path) -> None:
     cut = {cut.tensor.storage.key for cut in found.plan.cuts}
     assert list(before) == list(after)
     for tensor in model.tensors:
-        if tensor.storage.key not in cut and model.copies.get(tensor.name) not in found.tallies:
+        if tensor.storage.key not in cut and model.duplicates.get(tensor.name) not in found.tallies:
             assert raw(before[tensor.name]) == raw(after[tensor.name])
 
 
@@ -94,7 +94,7 @@ def test_no_other_byte_changes_but_checksums(name: str, tmp_path: Path) -> None:
     found, written = prune(MODELS[name], tmp_path / "out", sparsity=0.5)
     model, result = open_model(MODELS[name]), open_model(opened(name, written))
     cut = {cut.tensor.name for cut in found.plan.cuts}
-    cut |= {copy for copy, name_ in model.copies.items() if name_ in cut}
+    cut |= {copy for copy, name_ in model.duplicates.items() if name_ in cut}
     for old, new in zip(sorted(model.files), sorted(result.files), strict=True):
         if name == "external_data" and old.suffix == ".onnx":
             # Its data is named after the output.
@@ -215,7 +215,7 @@ def test_the_input_is_only_read(tmp_path: Path) -> None:
 )
 def test_what_a_savedmodel_holds_twice_stays_alike(words: dict[str, object], tmp_path: Path) -> None:
     path = MODELS["every_variable_twice"]
-    copies = open_model(path).copies
+    copies = open_model(path).duplicates
     assert copies
     found, written = prune(path, tmp_path / "out", **words)
     after = arrays(written)

@@ -76,7 +76,7 @@ def find_named(contents: H5Contents, root: str, wish: StripOptions, *, is_unwrap
     pieces = list(_training(contents, wish))
     if is_unwrapped and any(_scopes(weights) for weights in names.values()):
         pieces += _unwrapped_named(contents, root, names)
-    if wish.is_half:
+    if wish.to_half:
         gone = {path for piece in pieces for path in piece.drops}
         held = {found.name: found.dtype.name for found in contents.datasets}
         promised = {_joined(root, group, weight) for group, weights in names.items() for weight in weights}
@@ -225,7 +225,7 @@ def find_numbered(
     pieces = [_dropped(contents, kind, pattern) for kind, pattern in _PARTS.items() if kind in wish.parts]
     if is_unwrapped:
         pieces += _unwrapped_numbered(contents, config)
-    if wish.is_half:
+    if wish.to_half:
         gone = {path for piece in pieces for path in piece.drops}
         halves = frozenset(found.name for found in contents.datasets if _is_halved(found, gone))
         pieces.append(H5Edits(halves=halves))

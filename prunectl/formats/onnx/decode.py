@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats import protobuf
-from prunectl.formats.base import Array, shown
+from prunectl.formats.base import Array, format_shape
 from prunectl.formats.extents import Extent
 
 
@@ -56,7 +56,8 @@ def decode_dense(source: TensorSource, path: Path) -> Array:
         stored = _narrowed(raw, source, path)
     if stored.size != source.raw_bytes:
         raise InputError(
-            f"{path} is damaged: {abbreviated(source.name)} of shape {shown(source.shape)} does not fill its data"
+            f"{path} is damaged: {abbreviated(source.name)} of shape {format_shape(source.shape)} "
+            "does not fill its data"
         )
     if source.bits < 8:
         stored = _unpacked(stored, source)
@@ -77,7 +78,8 @@ def decode_sparse(source: SparseSource, path: Path) -> Array:
         flat = np.where(is_inside, (indices * steps).sum(axis=1), -1)
     if flat.size and (flat.min() < 0 or flat.max() >= array.size):
         raise InputError(
-            f"{path} is damaged: {abbreviated(source.values.name)} has a value outside its shape {shown(source.shape)}"
+            f"{path} is damaged: {abbreviated(source.values.name)} has a value outside its shape "
+            f"{format_shape(source.shape)}"
         )
     array.reshape(-1)[flat] = values
     array.flags.writeable = False

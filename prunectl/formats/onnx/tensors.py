@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from prunectl.errors import InputError, abbreviated
-from prunectl.formats.base import Storage, shown
+from prunectl.formats.base import Storage, format_shape
 from prunectl.formats.extents import Extent, check_inside
 from prunectl.formats.onnx.decode import SparseSource, TensorSource
 from prunectl.formats.onnx.proto import (
@@ -232,7 +232,7 @@ class TensorLocator:
         is_right = elements <= stored <= 10 * elements if source.is_varint else stored == expected
         if not is_right:
             raise InputError(
-                f"{self.path} is damaged: {abbreviated(source.name)} of shape {shown(source.shape)} "
+                f"{self.path} is damaged: {abbreviated(source.name)} of shape {format_shape(source.shape)} "
                 f"does not fit its {stored} bytes"
             )
 

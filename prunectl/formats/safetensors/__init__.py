@@ -13,7 +13,7 @@ import numpy as np
 
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats import budgets, state_dict
-from prunectl.formats.base import ModelFile, ModelInfo, Role, Storage, Tensor, shown
+from prunectl.formats.base import ModelFile, ModelInfo, Role, Storage, Tensor, format_shape
 from prunectl.formats.extents import Extent
 from prunectl.formats.safe_json import parse_object
 
@@ -84,7 +84,9 @@ def _tensor(path: Path, name: str, facts: Any, start: int) -> Tensor:
     if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
         raise InputError(f"{path} is damaged: its header does not say where {abbreviated(name)} lies")
     if len(shape) > budgets.MAX_AXES or any(number.bit_length() > _MAX_BITS for number in (begin, end, *shape)):
-        raise InputError(f"{path} is refused: {abbreviated(name)} claims the shape {shown(shape)}, beyond any memory")
+        raise InputError(
+            f"{path} is refused: {abbreviated(name)} claims the shape {format_shape(shape)}, beyond any memory"
+        )
     dtype = DTYPES.get(code) if isinstance(code, str) else None
     if dtype is None:
         raise InputError(
@@ -92,7 +94,7 @@ def _tensor(path: Path, name: str, facts: Any, start: int) -> Tensor:
         )
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise InputError(
-            f"{path} is damaged: {abbreviated(name)} of shape {shown(shape)} does not fill bytes {begin}..{end}"
+            f"{path} is damaged: {abbreviated(name)} of shape {format_shape(shape)} does not fill bytes {begin}..{end}"
         )
     storage = Storage(name, end - begin, Extent(path, start + begin, end - begin), end - begin)
     return Tensor(name, "", shape, dtype, Role.OTHER, storage)

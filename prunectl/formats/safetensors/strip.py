@@ -53,7 +53,7 @@ def strip(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tu
             RemovedItem(name, StripPart.WRAPPERS, 0) for name in dict.fromkeys(weight.wrapper for weight in wrapped)
         ]
         _refuse_others(model, kept, wrapped)
-    if not removed and not (wish.is_half and any(tensor.dtype in HALVED for tensor in kept.values())):
+    if not removed and not (wish.to_half and any(tensor.dtype in HALVED for tensor in kept.values())):
         patch_files(model, targets, ())
         return ()
     _write(model, targets[model.path], [_halved(model, one, wish) for one in _written(model, kept, wrapped)])
@@ -110,7 +110,7 @@ def _product(model: ModelFile, weight: MaskedParam, kept: Mapping[str, Tensor]) 
 
 
 def _halved(model: ModelFile, one: _Written, wish: StripOptions) -> _Written:
-    if not wish.is_half or one.dtype not in HALVED:
+    if not wish.to_half or one.dtype not in HALVED:
         return one
     return _Written(one.name, HALF, one.shape, lambda: to_float16(one.blocks(), model.path, one.name))
 

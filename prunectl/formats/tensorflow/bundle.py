@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from prunectl.errors import InputError, abbreviated
-from prunectl.formats.base import shown
+from prunectl.formats.base import format_shape
 from prunectl.formats.extents import Extent, check_inside
 from prunectl.formats.protobuf import BYTES, Field, WireError, fields, signed
 from prunectl.formats.tensorflow.leveldb import Block, IndexRecord, mask, read_file, records
@@ -326,7 +326,7 @@ def _check_extents(bundle: Bundle, sizes: Mapping[int, int]) -> None:
         check_inside(bundle.shards[entry.shard], entry.offset, entry.nbytes, sizes[entry.shard], name)
         if entry.code in DTYPES and entry.nbytes != math.prod(entry.shape) * entry.dtype.itemsize:
             raise InputError(
-                f"{bundle.index} is damaged: {abbreviated(name)} of shape {shown(entry.shape)} "
+                f"{bundle.index} is damaged: {abbreviated(name)} of shape {format_shape(entry.shape)} "
                 f"does not fill {entry.nbytes} bytes"
             )
         if entry.nbytes and entry.offset < reached[entry.shard] and entry.key not in bundle.shared:

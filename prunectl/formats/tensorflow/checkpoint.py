@@ -41,7 +41,7 @@ _WRAPPING = frozenset({StripPart.MASKS, StripPart.WRAPPERS})
 
 def strip(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
     """Write the checkpoint without what the wish names, and return what went."""
-    if wish.is_half:
+    if wish.to_half:
         raise UsageError(
             f"{model.path} cannot hold 16-bit floats: the program that restores it expects its variables as they are",
             hint="leave out --half",

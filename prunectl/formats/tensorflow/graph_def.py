@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prunectl.errors import InputError
-from prunectl.formats.base import Distinct, Role, Storage, Tensor
+from prunectl.formats.base import NameAllocator, Role, Storage, Tensor
 from prunectl.formats.extents import Extent, mmap_file
 from prunectl.formats.protobuf import BYTES, BudgetedReader, Field, WireError, text
 from prunectl.formats.tensorflow.bundle import DTYPES, read_shape
@@ -112,13 +112,13 @@ _DTYPE, _SHAPE, _CONTENT = 1, 2, 4
 
 def constants(graph: SavedGraph) -> tuple[Tensor, ...]:
     """Return the constants that are stored as plain runs of bytes."""
-    distinct = Distinct()
+    allocator = NameAllocator()
     found = []
     for scope, node in _all_nodes(graph.walk, graph.graphs):
         constant = _constant(graph.walk, scope, node)
         if constant is not None:
             name, shape, code, content = constant
-            found.append(_tensor(graph, distinct.name(name), shape, code, content))
+            found.append(_tensor(graph, allocator.unique(name), shape, code, content))
     return tuple(found)
 
 

@@ -111,7 +111,7 @@ def open_model(path: Path) -> ModelFile:
         ),
         files=files,
         decode=tensorflow_tensors.decoder(bundle),
-        copies=copies,
+        duplicates=copies,
     )
 
 

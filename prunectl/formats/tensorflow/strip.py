@@ -17,7 +17,7 @@ from prunectl.formats.tensorflow.unwrap import pieces, training_state
 
 def strip(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
     """Write the folder without what the wish names, and return what went."""
-    if wish.is_half:
+    if wish.to_half:
         raise UsageError(
             f"{model.path} cannot hold 16-bit floats: its graph says the type of every variable",
             hint="leave out --half",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from prunectl.formats.base import Array, Distinct, Storage, Tensor
+from prunectl.formats.base import Array, NameAllocator, Storage, Tensor
 from prunectl.formats.extents import view
 from prunectl.formats.tensorflow import variable_names
 from prunectl.formats.tensorflow.bundle import Bundle, BundleEntry
@@ -23,7 +23,7 @@ def tensors_of(bundle: Bundle, graph: ObjectGraph, classes: Mapping[str, str]) -
     full_names, owned = graph.full_names, find_ownership(graph)
     state = owned.keys(graph)
     root = _root(entries, full_names)
-    distinct = Distinct()
+    allocator = NameAllocator()
     found = []
     for entry in entries:
         key = entry.key.decode("utf-8", "backslashreplace")
@@ -40,7 +40,7 @@ def tensors_of(bundle: Bundle, graph: ObjectGraph, classes: Mapping[str, str]) -
         )
         found.append(
             Tensor(
-                name=distinct.name(name),
+                name=allocator.unique(name),
                 layer=meaning.layer,
                 shape=entry.shape,
                 dtype=entry.dtype,

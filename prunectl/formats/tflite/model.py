@@ -14,7 +14,17 @@ from numpy.typing import NDArray
 
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats import state_dict
-from prunectl.formats.base import PRUNABLE, Array, Distinct, ModelFile, ModelInfo, Role, Storage, Tensor, shown
+from prunectl.formats.base import (
+    PRUNABLE,
+    Array,
+    ModelFile,
+    ModelInfo,
+    NameAllocator,
+    Role,
+    Storage,
+    Tensor,
+    format_shape,
+)
 from prunectl.formats.extents import Extent, check_inside
 from prunectl.formats.tflite.flatbuffer import FlatBufferError, FlatTable
 from prunectl.formats.tflite.schema import (
@@ -134,13 +144,13 @@ def open_model(path: Path) -> ModelFile:
 
 def constants(lite: LiteFile) -> Iterator[tuple[tuple[int, int], tuple[Tensor, LiteTensor]]]:
     """Yield the tensors with values in the file, by the number of their graph and their own."""
-    distinct = Distinct()
+    allocator = NameAllocator()
     for number, graph in enumerate(lite.graphs):
         purposes = meanings(graph)
         for at, source in enumerate(graph.tensors):
             if not _has_values(lite, source):
                 continue
-            name = distinct.name(source.name)
+            name = allocator.unique(source.name)
             yield (number, at), (_tensor(lite, name, source, purposes.get(at, _UNUSED)), source)
 
 
@@ -168,7 +178,8 @@ def _tensor(lite: LiteFile, name: str, source: LiteTensor, meaning: LiteTensorPu
         raise InputError(f"{lite.path} is damaged: {abbreviated(name)} has values, but no fixed shape")
     if source.sparsity is None and nbytes != stored_bytes(source.code, size):
         raise InputError(
-            f"{lite.path} is damaged: {abbreviated(name)} of shape {shown(source.shape)} does not fill {nbytes} bytes"
+            f"{lite.path} is damaged: {abbreviated(name)} of shape {format_shape(source.shape)} "
+            f"does not fill {nbytes} bytes"
         )
     if size * dtype.itemsize > max(SMALL_BYTES, MAX_UNFOLDING * nbytes):
         raise InputError(

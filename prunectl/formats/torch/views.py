@@ -200,9 +200,9 @@ def refuse_rereading(path: Path, tensors: Iterable[Tensor]) -> None:
     seen: set[object] = set()
     viewed: Counter[str] = Counter()
     for tensor in tensors:
-        if tensor.view in seen:
+        if tensor.view_key in seen:
             continue
-        seen.add(tensor.view)
+        seen.add(tensor.view_key)
         steps = tensor.strides or (1,) * len(tensor.shape)
         read = math.prod(length for length, step in zip(tensor.shape, steps, strict=True) if step)
         viewed[tensor.storage.key] += read * tensor.dtype.itemsize

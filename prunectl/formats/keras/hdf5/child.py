@@ -15,7 +15,7 @@ import numpy as np
 
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats import budgets
-from prunectl.formats.base import shown
+from prunectl.formats.base import format_shape
 
 MAX_OBJECTS = 1_000_000
 MAX_DEPTH = 200
@@ -174,7 +174,7 @@ class Spent:
         self._elements -= math.prod(shape)
         if self._elements < 0 or math.prod(shape) * itemsize > self._characters:
             raise InputError(
-                f"{self.path} is refused: its attribute {abbreviated(key)} claims the shape {shown(shape)}"
+                f"{self.path} is refused: its attribute {abbreviated(key)} claims the shape {format_shape(shape)}"
             )
 
     def text(self, key: str, value: Any) -> None:

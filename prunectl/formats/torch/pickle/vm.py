@@ -28,7 +28,7 @@ from prunectl.formats.torch.pickle.opcodes import (
 
 MAX_THINGS = 500_000
 MAX_NAMES = 20_000
-"""Distinct functions and classes that a program may name."""
+"""NameAllocator functions and classes that a program may name."""
 _TENSORS = "torch._utils._rebuild_tensor"
 
 

@@ -157,7 +157,7 @@ def strip(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tu
         _refuse_others(model, gone)
     numbers = materialise_masked(model, container, products)
     fresh = {key: held.fresh() for key, held in numbers.items()}
-    if wish.is_half:
+    if wish.to_half:
         fresh.update(halve(model, container, numbers))
     if not gone and not fresh:
         patch_files(model, targets, ())
@@ -174,7 +174,7 @@ def _open(model: ModelFile, wish: StripOptions) -> CheckpointContainer | None:
     archive = open_archive(model.path)
     if not containers.is_script(archive):
         return containers.open_zip_container(model, archive)
-    if wish.is_half:
+    if wish.to_half:
         raise InputError(
             f"{model.path} is a TorchScript program, whose code says of which type its weights are",
             hint="leave out --half, or make the program from a model in half precision",

@@ -187,7 +187,7 @@ def _padding(at: int, info: ZipInfo, alignment: int) -> bytes:
 
 def strip(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
     """Write a copy whose example inputs are empty, as PyTorch saves a program that has none; return what went."""
-    if wish.is_half:
+    if wish.to_half:
         raise InputError(
             f"{model.path} is an exported program, whose graph says of which type its weights are",
             hint="leave out --half, or export a model in half precision",
