@@ -26,7 +26,7 @@ from prunectl.pruning.engine import PrunedTensors, PruningMethod
 from prunectl.pruning.plan import Plan, Scope
 from prunectl.pruning.prune import Pruned
 from prunectl.pruning.prune import prune as prune_file
-from prunectl.pruning.request import PruneRequest, resolve_method, selection_of
+from prunectl.pruning.request import PruneRequest, resolve_method
 from prunectl.pruning.strategies import BlockContext, Requires, Strategy, magnitude
 
 Scores = Mapping[str, Array]
@@ -136,7 +136,7 @@ def prune(
     """Prune a model by what some data does in it."""
     model, method = open_model(path), resolve_method(request)
     outputs.check(model, output)
-    wish, needs = selection_of(request), method.strategy.needs
+    wish, needs = method.selection, method.strategy.needs
     selection = planning.select_tensors(model, wish, can_reencode=by_name(model.format).can_reencode)
     reconstructs = needs is Requires.PRODUCTS or request.is_repaired
     session = open_calibration(

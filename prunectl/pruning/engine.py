@@ -29,7 +29,7 @@ from prunectl.pruning.masks import (
     lowest_per_group,
     rank_nonfinite,
 )
-from prunectl.pruning.plan import Plan, Selection, SkippedTensor, TensorPlan
+from prunectl.pruning.plan import Plan, PruneSelection, Selection, SkippedTensor, TensorPlan
 from prunectl.pruning.strategies import BlockContext, Strategy
 from prunectl.pruning.threshold import Mask, Source, ThresholdMasker, threshold
 
@@ -39,17 +39,22 @@ KEPT_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class PruningMethod:
-    """How weights are ranked, and in what shape they go."""
+    """A request with everything that it names looked up: which tensors are pruned, and how their weights are ranked."""
 
     strategy: Strategy
+    selection: PruneSelection
     seed: int = 0
     not_finite: NonFinitePolicy = NonFinitePolicy.ERROR
-    pattern: NMPattern | BlockPattern | None = None
     pool: Pooling = Pooling.AVG
     weight_updater: WeightUpdater | None = None
-    """What makes new numbers where zeros alone will not do."""
+    """Writes other values than the old ones to what is kept, as SparseGPT and least squares do."""
     clustering: Clustering | None = None
-    """How many distinct values what stays of each tensor is brought to."""
+    """How many distinct values what is kept of each tensor is brought to."""
+
+    @property
+    def pattern(self) -> NMPattern | BlockPattern | None:
+        """The pattern of the zeros; None for single weights."""
+        return self.selection.pattern
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ from prunectl.pruning import plan as planning
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.engine import PruningMethod, TensorCounts, execute, verify
 from prunectl.pruning.plan import Plan, PruneSelection, Selection
-from prunectl.pruning.request import PruneRequest, resolve_method, selection_of
+from prunectl.pruning.request import PruneRequest, resolve_method
 
 SPARSEST = 0.99
 """Beyond it whole layers go out, whatever the size."""
@@ -115,7 +115,7 @@ def _prune(
     if request.is_packed:
         require(model, Capability.PACK)
     outputs.check(model, output)
-    wish = selection_of(request)
+    wish = method.selection
     selection = planning.select_tensors(model, wish, can_reencode=by_name(model.format).can_reencode)
     method, selection = engine.with_model_scores(model, selection, method)
     sparsity = _sparsity(model, request, wish, selection, method)

@@ -11,7 +11,7 @@ from prunectl.analysis import patterns
 from prunectl.analysis.patterns import BlockPattern, NMPattern
 from prunectl.errors import UsageError
 from prunectl.plugins import find
-from prunectl.pruning.clustering import parse as clusters
+from prunectl.pruning.clustering import parse as parse_clustering
 from prunectl.pruning.engine import PruningMethod
 from prunectl.pruning.masks import NonFinitePolicy, Pooling
 from prunectl.pruning.plan import Allocation, PruneSelection, Scope, erk
@@ -109,28 +109,28 @@ def parse_pattern(request: PruneRequest) -> tuple[NMPattern | BlockPattern | Non
 
 
 def resolve_method(request: PruneRequest) -> PruningMethod:
-    """How weights are ranked."""
-    pattern, pool = parse_pattern(request)
-    clustering = clusters(request.cluster) if request.cluster else None
-    return PruningMethod(
-        _strategy(request), request.seed, NonFinitePolicy(request.nan), pattern, pool, clustering=clustering
-    )
-
-
-def selection_of(request: PruneRequest) -> PruneSelection:
-    """What is asked, apart from how much."""
+    """What a request names, looked up once: its strategy, policy, pattern and clustering."""
     strategy = _strategy(request)
+    pattern, pool = parse_pattern(request)
     allocation: Allocation | None = erk if request.scope == Scope.ERK else None
     if strategy.allocation is not None:
         allocation = partial(strategy.allocation, seed=request.seed, **strategy.params)
-    return PruneSelection(
+    selection = PruneSelection(
         scope=Scope(request.scope),
         policy=_policy(request.policy),
         only=request.only,
         exclude=request.exclude,
-        pattern=parse_pattern(request)[0],
+        pattern=pattern,
         layers=request.layers,
         allocation=allocation,
+    )
+    return PruningMethod(
+        strategy,
+        selection,
+        request.seed,
+        NonFinitePolicy(request.nan),
+        pool,
+        clustering=parse_clustering(request.cluster) if request.cluster else None,
     )
 
 
@@ -151,7 +151,8 @@ def _policy(name: str) -> Policy:
 
 def check(request: PruneRequest) -> None:
     """Refuse what contradicts itself, before a file is opened."""
-    needs = _strategy(request).needs
+    strategy = _strategy(request)
+    needs = strategy.needs
     if needs is Requires.TRAINING:
         raise UsageError(
             f"the strategy {request.strategy} watches training", hint=f"prunectl finetune --strategy {request.strategy}"
@@ -170,13 +171,14 @@ def check(request: PruneRequest) -> None:
     for option, number in (("--samples", request.samples), ("--batch-size", request.batch_size)):
         if number < 1:
             raise UsageError(f"{option} is at least 1")
-    check_shape(request)
+    check_shape(request, strategy)
 
 
-def check_shape(request: PruneRequest) -> None:
+def check_shape(request: PruneRequest, strategy: Strategy | None = None) -> None:
     """Refuse amounts, scopes, patterns and clusters that contradict each other."""
+    strategy = strategy or _strategy(request)
     if request.cluster:
-        clusters(request.cluster)
+        parse_clustering(request.cluster)
     pattern, _ = parse_pattern(request)
     _check_amounts(request, pattern)
     is_by_layer = request.scope == Scope.LAYER
@@ -189,7 +191,7 @@ def check_shape(request: PruneRequest) -> None:
         raise UsageError("blocks are ranked within each layer", hint="leave out --scope")
     if request.layers and not is_by_layer:
         raise UsageError(f"--layer sets the sparsity of a layer, --scope {request.scope} ranks or weighs all together")
-    if _strategy(request).allocation is not None and (request.layers or pattern or not is_by_layer):
+    if strategy.allocation is not None and (request.layers or pattern or not is_by_layer):
         raise UsageError(
             f"{request.strategy} says by itself how much of each layer goes",
             hint="leave out --scope, --layer and --pattern",

@@ -193,7 +193,7 @@ def rules_of(model: ModelFile, request: FinetuneRequest, course: Course) -> Rule
     asked = request.pruning
     if request.prunes:
         requests.check_shape(asked)
-    wish, method = requests.selection_of(asked), requests.resolve_method(asked)
+    method = requests.resolve_method(asked)
     evidence = WATCHED.get(asked.strategy, Evidence.NONE)
     if method.strategy.needs is not Requires.NOTHING and evidence is Evidence.NONE:
         raise UsageError(
@@ -201,7 +201,7 @@ def rules_of(model: ModelFile, request: FinetuneRequest, course: Course) -> Rule
             hint=f"prunectl prune --strategy {asked.strategy} --data …, and finetune keeps its zeros; "
             f"in finetune: {', '.join(WATCHED)}",
         )
-    wish = replace(wish, exclude=(*wish.exclude, *request.frozen))
+    wish = replace(method.selection, exclude=(*method.selection.exclude, *request.frozen))
     choice = planning.select_tensors(model, wish, can_reencode=by_name(model.format).can_reencode)
     schedule = None
     if request.prunes:

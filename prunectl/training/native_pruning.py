@@ -165,12 +165,13 @@ def _goes_on(
     chosen = tuple(tensor for tensor in tensors if tensor.name in pruned)
     own = {tensor.name: schedules[tensor.name].final for tensor in chosen}
     longest = max((schedules[tensor.name] for tensor in chosen), key=lambda schedule: schedule.last_update_step)
+    wish = replace(rules.wish, pattern=held.block)
     going = replace(
         rules,
         schedule=Begun(longest, held.step),
         choice=Selection(chosen, (), own),
-        wish=replace(rules.wish, pattern=held.block),
-        method=replace(rules.method, pattern=held.block, pool=held.pool),
+        wish=wish,
+        method=replace(rules.method, selection=wish, pool=held.pool),
     )
     masks = {name: mask for name, mask in first.items() if name in pruned}
     return NativeKeeper(going, masks, source=network)

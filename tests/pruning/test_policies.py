@@ -13,7 +13,7 @@ import torch
 from prunectl.errors import UsageError
 from prunectl.formats.registry import open_model
 from prunectl.pruning import plan as planning
-from prunectl.pruning.request import PruneRequest, selection_of
+from prunectl.pruning.request import PruneRequest, resolve_method
 from tests.networks import keras, tf_keras
 from tests.pruning.reference import MODELS, arrays, prune
 from tests.running import FIXTURES, at_terminal, here
@@ -25,7 +25,9 @@ DIGITS = FIXTURES / "digits_cnn.pt"
 
 def chosen(path: Path, **words: Any) -> tuple[list[str], dict[str, str]]:
     """The tensors that a request is about, and why the others are not."""
-    choice = planning.select_tensors(open_model(path), selection_of(PruneRequest(**words)), can_reencode=True)
+    choice = planning.select_tensors(
+        open_model(path), resolve_method(PruneRequest(**words)).selection, can_reencode=True
+    )
     return [tensor.name for tensor in choice.tensors], {skip.name: skip.reason for skip in choice.skips}
 
 

@@ -68,9 +68,10 @@ def rules(**words: Any) -> Rules:
     regrowth = words.pop("regrowth", None)
     request = PruneRequest(**{"sparsity": 0.8, **words})
     model = open_model(DIGITS)
-    wish = requests.selection_of(request)
+    method = requests.resolve_method(request)
+    wish = method.selection
     choice = planning.select_tensors(model, wish, can_reencode=True)
-    return Rules(model, choice, wish, requests.resolve_method(request), schedule, regrowth=regrowth)
+    return Rules(model, choice, wish, method, schedule, regrowth=regrowth)
 
 
 def zeros(network: Paper) -> dict[str, int]:
