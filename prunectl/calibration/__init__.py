@@ -1,1 +1,1 @@
-"""Pruning by what data does in a model: inputs that weights meet, and gradients."""
+"""Pruning with calibration data: activation statistics, gradients, SparseGPT, reconstruction."""

@@ -1,4 +1,4 @@
-"""A layer as a product of matrices: its weights as rows, what they meet as columns; the same for every layout."""
+"""im2col: a layer as a product of matrices, weights as rows and input patches as columns, for every layout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CHUNK_BYTES = 32 << 20
 
 
 def weight_matrix(weights: Array, use: Use) -> Array:
-    """Weights as groups of outputs by features, the input channels of one window position side by side."""
+    """Weights as groups by outputs by features, the input channels of one window position side by side."""
     front = _channels_first(np.ascontiguousarray(weights), use)
     if use.outputs is not None:
         front = front[:, slice(*use.outputs)]
@@ -26,7 +26,7 @@ def weight_matrix(weights: Array, use: Use) -> Array:
 
 
 def scatter_rows(rows: Array, use: Use, weights: Array) -> Array:
-    """A copy of weights in which the outputs of a use have other numbers."""
+    """A copy of weights with the rows of a use's outputs replaced."""
     result = np.array(weights, dtype=rows.dtype)
     front = _channels_first(result, use)
     part = front[:, slice(*use.outputs)] if use.outputs is not None else front
@@ -53,7 +53,7 @@ def _channels_first(weights: Array, use: Use) -> Array:
 
 
 def im2col(inputs: Array, use: Use, kernel: tuple[int, ...]) -> Iterator[Array]:
-    """Yield what each output position meets, as positions by groups by features, a chunk at a time."""
+    """Yield input patches as positions by groups by features, a chunk at a time."""
     if use.window is None:
         flat = inputs.reshape(-1, use.groups, inputs.shape[-1] // use.groups)
         step = max(_CHUNK_BYTES // max(inputs.shape[-1] * flat.itemsize, 1), 1)
@@ -68,7 +68,7 @@ def im2col(inputs: Array, use: Use, kernel: tuple[int, ...]) -> Iterator[Array]:
 
 
 def im2col_by_group(inputs: Array, use: Use, kernel: tuple[int, ...], outputs: int) -> Iterator[Array]:
-    """Yield what each output position meets, as groups by positions by features, so few that outputs are few too."""
+    """Yield input patches as groups by positions by features, in chunks whose outputs stay small."""
     step = max(_CHUNK_BYTES // max(4 * outputs, 1), 1)
     for seen in im2col(inputs, use, kernel):
         for begin in range(0, len(seen), step):
@@ -82,7 +82,7 @@ def kernel_shape(kernel: tuple[int, ...], use: Use) -> tuple[int, ...]:
 
 
 def _sliding_windows(inputs: Array, window: SlidingWindow, shape: tuple[int, ...]) -> Array:
-    """Examples, positions in space, the window, channels."""
+    """Sliding windows as examples by positions by window by channels."""
     rank = len(shape)
     space = tuple(range(2, 2 + rank))
     reach = tuple(step * (size - 1) for step, size in zip(window.dilations, shape, strict=True))
@@ -101,7 +101,7 @@ def _sliding_windows(inputs: Array, window: SlidingWindow, shape: tuple[int, ...
 
 
 def _with_strides(inputs: Array, strides: tuple[int, ...]) -> Array:
-    """Inputs with zeros between them."""
+    """Inputs with zeros inserted between them, as a transposed convolution sees them."""
     shape = [(size - 1) * step + 1 for size, step in zip(inputs.shape[2:], strides, strict=True)]
     spread = np.zeros((*inputs.shape[:2], *shape), inputs.dtype)
     spread[(slice(None), slice(None), *(slice(None, None, step) for step in strides))] = inputs

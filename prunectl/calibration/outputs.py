@@ -1,4 +1,4 @@
-"""How large is what comes out of each channel of a tensor, over some data and before any activation function?"""
+"""Output statistics: mean magnitude of each output channel over calibration data, before the activation function."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prunectl.training.layer_inputs import Sight, Use
 
 @dataclass(frozen=True, slots=True)
 class OutputStatistics:
-    """What comes out of a tensor: a number for each output, in the order in which they come out."""
+    """Statistics of a layer's outputs, one number for each output channel."""
 
     mean_abs: Float64Array
     """The mean |output|."""
@@ -36,7 +36,7 @@ class OutputStatistics:
 
 @dataclass(frozen=True, slots=True)
 class CollectedOutputs:
-    """What came out of the tensors of a model, and what a user should know about how it was run."""
+    """Output statistics of a model's tensors, and notes for the user."""
 
     outputs: Mapping[str, OutputStatistics]
     """By the name of the tensor; none of those whose outputs cannot all be seen."""
@@ -46,7 +46,7 @@ class CollectedOutputs:
 def collect_outputs(
     model: ModelFile, names: Collection[str], request: PruneRequest, *, is_trusted: bool = False
 ) -> CollectedOutputs:
-    """Run the data of a request through a model, and return what comes out of some of its tensors."""
+    """Run the calibration data of a request through a model; output statistics of some tensors."""
     session = open_calibration(model, request, is_trusted=is_trusted, needs_targets=False, has_reference=False)
     with closing(session):
         tensors = [tensor for tensor in model.tensors if tensor.name in names]
@@ -66,7 +66,7 @@ def output_norms(
 def output_statistics(
     model: ModelFile, tensors: Sequence[Tensor], calibration: Calibration
 ) -> dict[str, OutputStatistics]:
-    """What comes out of tensors, added up batch by batch; none of those whose outputs cannot all be seen."""
+    """Output statistics accumulated batch by batch, of tensors whose outputs are all observed."""
     biases = {tensor.name: bias for tensor in tensors if (bias := _bias(model, tensor)) is not None}
     weights = {tensor.name: model.read(tensor) for tensor in tensors}
     added = {name: model.read(bias) for name, bias in biases.items()}
@@ -108,7 +108,7 @@ def _bias_part(bias: Array, use: Use) -> Array:
 
 
 def _merge_parts(weights: Array, sums: InputStatistics, bias: Tensor | None) -> OutputStatistics:
-    """Sums over parts of the outputs as one."""
+    """Merge sums over parts of the outputs."""
     use = replace(next(iter(sums.uses.values())), outputs=None)
     groups, each = weight_matrix(weights, use).shape[:2]
     totals, counts = np.zeros((2, groups, each)), np.zeros((groups, each), np.int64)

@@ -1,4 +1,4 @@
-"""Pruning by what data does in the model, from a file to a file."""
+"""Pruning with calibration data, from a file to a file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Scores = Mapping[str, Array]
 def with_data_scores(
     model: ModelFile, tensors: Sequence[Tensor], method: PruningMethod, scope: Scope, calibration: Calibration
 ) -> tuple[PruningMethod, tuple[str, ...]]:
-    """A method that knows the scores of all tensors, and those that it had to rank by magnitude."""
+    """The method with data-based scores precomputed, and the tensors that fall back to magnitude."""
     strategy = method.strategy
     if strategy.needs is Requires.GRADIENTS:
         gradients = calibration.gradients(tensors, scores.gradient_reduction(strategy.name))
@@ -67,7 +67,7 @@ def with_data_scores(
 
 
 def _norms(calibration: Calibration, tensors: Sequence[Tensor], strategy: Strategy) -> dict[str, InputStatistics]:
-    """The norm of every feature, of those tensors whose outputs were all seen."""
+    """Input norms by feature, of tensors whose outputs are all observed."""
     is_square = strategy.params.get("norm", "2") == "2"
     statistics_by_name = calibration.accumulate(tensors, statistics.sum_squares if is_square else statistics.sum_abs)
     for sums in statistics_by_name.values():
@@ -81,7 +81,7 @@ def _norms(calibration: Calibration, tensors: Sequence[Tensor], strategy: Strate
 def _costs(
     model: ModelFile, tensors: Sequence[Tensor], calibration: Calibration, strategy: Strategy
 ) -> dict[str, Array]:
-    """What dropping each weight costs if the others make up for it, as a share of what its layer puts out.
+    """Optimal brain surgeon costs of pruning each weight, as a share of the layer's output energy.
 
     A share, since layers are seen at more or fewer positions, and what they put out is larger or smaller.
     """
@@ -103,7 +103,7 @@ def _costs(
 
 
 def _costs_without_data(model: ModelFile, tensors: Sequence[Tensor]) -> dict[str, Array]:
-    """The same for tensors of which it cannot be told what they meet, as if all of that were alike."""
+    """The same for tensors whose inputs are not observed, as if all inputs were alike."""
     squares = {tensor.name: np.square(model.read(tensor).astype(np.float64)) for tensor in tensors}
     return {name: _shares(values, float(values.sum())) for name, values in squares.items()}
 
@@ -133,7 +133,7 @@ def prune(
     has_digests: bool = False,
     is_trusted: bool = False,
 ) -> Pruned:
-    """Prune a model by what some data does in it."""
+    """Prune a model with calibration data."""
     model, method = open_model(path), resolve_method(request)
     outputs.check(model, output)
     wish, needs = method.selection, method.strategy.needs
@@ -181,14 +181,14 @@ def prune(
 
 
 class _ReconstructWithBatchNorm:
-    """Solves, and takes the statistics of batch normalisation again where the model can be trained."""
+    """Reconstructs, then recalibrates batch normalisation where the model can be trained."""
 
     def __init__(self, session: CalibrationSession, reconstructor: Reconstructor) -> None:
         self._session, self._solver = session, reconstructor
         self._before = session.trainable.tensors() if session.trainable is not None else {}
 
     def solve(self, model: ModelFile, plan: Plan, method: PruningMethod) -> PrunedTensors:
-        """What becomes of the tensors of a plan, of biases and of statistics."""
+        """The pruned and reconstructed tensors, with changed biases and batch-norm statistics."""
         network, batches = self._session.trainable, self._session.calibration.batches
         if network is not None:
             network.assign(self._before)

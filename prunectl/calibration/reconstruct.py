@@ -1,4 +1,4 @@
-"""New numbers for what stays: layer after layer, each with the inputs that those before it now give."""
+"""Layer-wise reconstruction: kept weights refitted by least squares to the dense layer's outputs."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _NAMES = (("pointwise_kernel", "bias"), ("kernel", "bias"), ("weight", "bias"), 
 
 
 def correct_bias(dense_means: Float64Array, means: Float64Array, bias: Array) -> Array:
-    """A bias to which is added what the outputs of its layer lose on the average."""
+    """Bias correction: add what the layer's outputs lose in the mean."""
     return np.asarray(bias + (dense_means - means).reshape(bias.shape)).astype(bias.dtype)
 
 
 def mean_outputs(sums: InputStatistics, weights: Array) -> Float64Array:
-    """What comes out of a layer on the average, without its bias, output by output."""
+    """Mean of each output of a layer, without its bias."""
     wide = weights.astype(np.float64)
     parts = {
         use.outputs or (0, 0): np.einsum("gof,gf->go", weight_matrix(wide, use), sums.totals[part] / sums.counts[part])
@@ -42,7 +42,7 @@ def mean_outputs(sums: InputStatistics, weights: Array) -> Float64Array:
 
 
 def bias_of(model: ModelFile, tensor: Tensor) -> Tensor | None:
-    """The bias that is added to what a tensor makes, if it is clear which."""
+    """The bias that belongs to a kernel, if only one can."""
     expected = {tensor.name.replace(*pair) for pair in _NAMES if pair[0] in tensor.name}
     layer = [candidate for candidate in model.tensors if candidate.layer == tensor.layer and candidate.is_float]
     biases = [candidate for candidate in layer if candidate.role is Role.BIAS]
@@ -69,7 +69,7 @@ def least_squares_refit(
     *,
     initial: Float64Array | None = None,
 ) -> Float64Array:
-    """Rows that are zero where nothing is kept, and elsewhere the least squares from the outputs that were.
+    """Masked least squares: rows that are zero where pruned, and fit the dense outputs elsewhere.
 
     Among each other and across are the products of the inputs now, and of them with the inputs before. Damping pulls
     towards the old weights and not towards zero: without evidence a weight stays as it is.
@@ -81,7 +81,7 @@ def least_squares_refit(
 
 
 def _conjugate_gradients(gram: Float64Array, target: Float64Array, kept: Mask, solution: Float64Array) -> Float64Array:
-    """The solution of each row's own equations, by conjugate gradients from where it starts.
+    """Solve each row's masked normal equations by preconditioned conjugate gradients.
 
     Each row keeps other columns: to eliminate, row by row, takes minutes for a layer that this does in seconds.
     """
@@ -109,7 +109,7 @@ def _row_ratio(numerator: Float64Array, denominator: Float64Array) -> Float64Arr
 
 
 def center(products: Float64Array, first: Float64Array, second: Float64Array, count: int) -> Float64Array:
-    """The products of features less their means, for a layer whose bias sees to the means."""
+    """A centred Gram matrix, for a layer whose bias takes the means."""
     return products - first[:, :, np.newaxis] * second[:, np.newaxis] / count
 
 
@@ -117,12 +117,12 @@ DAMP = 0.01
 BLOCK = 128
 CrossByOutputs = Mapping[OutputRange, CrossStatistics]
 Fit = tuple[Float64Array, Mask]
-"""New numbers, and what was dropped of the old ones."""
+"""Reconstructed weights, and the mask of what was pruned."""
 
 
 @dataclass(slots=True)
 class Reconstructor:
-    """Decides and fits, one tensor after the other."""
+    """Prunes by SparseGPT and reconstructs by least squares, one tensor after the other in data order."""
 
     calibration: Calibration
     uses_sparsegpt: bool
@@ -130,12 +130,12 @@ class Reconstructor:
     damp: float = DAMP
     block: int = BLOCK
     skipped: list[str] = field(default_factory=list)
-    """Tensors of which it could not be told what they meet."""
+    """Tensors whose inputs were not observed."""
     biases: dict[str, Array] = field(default_factory=dict)
     """Biases that changed with them."""
 
     def solve(self, model: ModelFile, plan: Plan, method: PruningMethod) -> PrunedTensors:
-        """What becomes of every tensor of a plan."""
+        """The pruned and reconstructed tensors of a plan."""
         tensors = {cut.tensor.name: cut.tensor for cut in plan.cuts}
         dense = {name: np.array(model.read(tensor)) for name, tensor in tensors.items()}
         kept = engine.keep_masks(model, plan, method, Selection(tuple(tensors.values()), (), {}), dict(dense))
@@ -167,7 +167,7 @@ class Reconstructor:
         return PrunedTensors(blocks, dict(self.biases))
 
     def _begin(self, model: ModelFile, weights: Mapping[str, Array]) -> None:
-        """Bring the model back to what it was: a search for a size solves again and again."""
+        """Reset the model to its dense weights: a search for a size solves repeatedly."""
         biases = {tensor.name: np.array(model.read(tensor)) for tensor in model.tensors if tensor.name in self.biases}
         self.calibration.network.assign({**weights, **biases})
         self.skipped.clear()
@@ -176,7 +176,7 @@ class Reconstructor:
     def _correct(
         self, model: ModelFile, bias: Tensor, tensor: Tensor, dense_means: Float64Array, weights: Array
     ) -> None:
-        """Have a bias make up for what the outputs of its layer lose on the average."""
+        """Correct the bias of a layer whose outputs changed in the mean."""
         before = self.biases[bias.name] if bias.name in self.biases else np.array(model.read(bias))
         means = mean_outputs(self.calibration.accumulate([tensor], statistics.sum_inputs)[tensor.name], weights)
         if before.size == means.size:
@@ -193,7 +193,7 @@ class Reconstructor:
         *,
         has_bias: bool,
     ) -> Fit:
-        """New numbers for a tensor of which it is known what it meets."""
+        """Reconstruct a tensor whose inputs are observed."""
         values: Float64Array = weights.astype(np.float64)
         cross_statistics, initial = self.calibration.cross_gram(tensor), values
         if self.uses_sparsegpt and _supports_obs(tensor, method, statistics):
@@ -203,7 +203,7 @@ class Reconstructor:
     def _operated(
         self, values: Float64Array, cross_statistics: CrossByOutputs, drop: int, method: PruningMethod
     ) -> Fit:
-        """What is dropped column by column, and what the columns after each made of themselves for it."""
+        """Prune by SparseGPT, column by column; the updated weights and the mask."""
         dropped: Mask = np.zeros(values.shape, np.bool_)
         size, pattern = values.size, method.pattern
         values_now, pruned_count, weights_seen = values, 0, 0
@@ -234,7 +234,7 @@ class Reconstructor:
         *,
         has_bias: bool,
     ) -> Float64Array:
-        """What stays so that the layer says what it said in the model as it was."""
+        """Refit kept weights so that the layer gives its dense outputs."""
         result = initial
         for pairs in cross_statistics.values():
             rows, initial_rows, kept = (

@@ -1,4 +1,4 @@
-"""From what was seen to scores: pure functions over the weights of a tensor."""
+"""Importance scores from activation and gradient statistics: pure functions over a tensor's weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GRADIENTS = ("gradient", "magnitude-gradient", "snip", "fisher")
 
 
 def wanda_scores(weights: Array, norms: InputStatistics) -> Float64Array:
-    """|weight| times the norm of what it is multiplied with."""
+    """Wanda: |weight| times the norm of its input (Sun et al. 2023)."""
     result: Array = np.zeros(weights.shape)
     for part, use in norms.uses.items():
         rows = np.abs(weight_matrix(weights, use).astype(np.float64)) * norms.totals[part][:, np.newaxis]
@@ -36,7 +36,7 @@ def rank_per_output(scores: Float64Array, sums: InputStatistics) -> Float64Array
 
 
 def covers_all_outputs(shape: tuple[int, ...], sums: InputStatistics) -> bool:
-    """Whether every output of a tensor was seen."""
+    """Whether every output of a tensor was observed."""
     seen = np.zeros(shape, np.bool_)
     for use in sums.uses.values():
         seen = scatter_rows(np.ones(weight_matrix(seen, use).shape, np.bool_), use, seen)
@@ -44,18 +44,18 @@ def covers_all_outputs(shape: tuple[int, ...], sums: InputStatistics) -> bool:
 
 
 def count_outputs(shape: tuple[int, ...], sums: InputStatistics) -> int:
-    """How many outputs of a tensor were seen."""
+    """Number of observed outputs of a tensor."""
     return sum(math.prod(weight_matrix(np.broadcast_to(np.False_, shape), use).shape[:2]) for use in sums.uses.values())
 
 
 def gradient_reduction(strategy: str) -> Callable[[Float64Array], Float64Array]:
-    """What a strategy asks of the gradient g of each batch: |g|, g or its square."""
+    """What a strategy accumulates of each batch's gradient g: |g|, g or its square."""
     accumulated: dict[str, Callable[[Float64Array], Float64Array]] = {"snip": np.array, "fisher": np.square}
     return accumulated.get(strategy, np.abs)
 
 
 def gradient_scores(strategy: str, weights: Array, gradients: Float64Array) -> Float64Array:
-    """The scores of a strategy from the means over batches of what it asks for."""
+    """Scores of a gradient strategy from its accumulated means over batches."""
     wide = weights.astype(np.float64)
     if strategy == "gradient":
         return gradients

@@ -1,4 +1,4 @@
-"""How much does each layer suffer from pruning? Every tensor alone, at a few sparsities."""
+"""Sensitivity analysis: each tensor pruned alone at a few sparsities."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class SensitivityPoint:
-    """What becomes of a tensor, and of the model with it, when the tensor alone is pruned by magnitude."""
+    """Errors of a tensor, and of the model, when that tensor alone is pruned by magnitude."""
 
     sparsity: float
     weight_error: float
@@ -50,7 +50,7 @@ class SensitivityPoint:
     output_error: float | None = None
     """How far the layer's outputs are off, as a share of their norm; None where that was not seen."""
     score: Score | None = None
-    """What the whole model makes of the examples; None where that was not asked."""
+    """Loss and accuracy of the whole model; None where they were not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ Levels = NDArray[np.uint8]
 
 
 def pruning_levels(weights: Array) -> Levels:
-    """At which sparsity each weight goes: the smallest first, of equal ones the first."""
+    """The index of the sparsity at which each weight is pruned: the smallest first, ties in order."""
     scores = magnitude(weights, BlockContext("", 0, 0))
     result = np.full(weights.shape, len(SPARSITIES), np.uint8)
     # From the highest down: what goes early goes at every sparsity after that as well.
@@ -93,12 +93,12 @@ def pruning_levels(weights: Array) -> Levels:
 
 
 def pruned(weights: Array, prune_levels: Levels, level: int) -> Array:
-    """The weights of which those are zero that are gone at a sparsity."""
+    """Weights with those zero that are pruned at a sparsity."""
     return np.where(prune_levels <= level, np.zeros((), weights.dtype), weights)
 
 
 def weight_errors(weights: Array, prune_levels: Levels) -> tuple[float, ...]:
-    """The norm of what goes over the norm of all, for each sparsity."""
+    """Relative weight error at each sparsity: norm of what is pruned over the norm of all."""
     squares = np.square(weights.astype(np.float64)).reshape(-1)
     shares = np.bincount(prune_levels.reshape(-1), weights=squares, minlength=len(SPARSITIES) + 1)
     total = float(shares.sum())
@@ -120,7 +120,7 @@ Errors = tuple[float | None, ...]
 
 
 def output_errors(calibration: Calibration, tensor: Tensor, weights: Array, prune_levels: Levels) -> Errors | None:
-    """For each sparsity the norm of what outputs lose over that of the outputs, before any bias.
+    """Relative output error at each sparsity, before any bias.
 
     None if not all outputs of the tensor were seen; None for a sparsity if there is nothing to compare with.
     """
@@ -277,7 +277,7 @@ def _measure_layers(
     base: Score | None,
     meter: ProgressFactory,
 ) -> _Measured:
-    """What becomes of each tensor, one after the other so that only one is held at a time."""
+    """Measure one tensor after the other, so that only one is in memory."""
     measured: list[LayerSensitivity] = []
     nonfinite, unobserved = [], []
     trained_names = (

@@ -1,4 +1,4 @@
-"""From a file to a model that can be looked at, with data that fits it."""
+"""Calibration sessions: a model in its runtime with calibration batches, and what is accumulated over them."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ Accumulator = Callable[[Sight, tuple[int, ...]], tuple[Float64Array, int]]
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """A model and the batches that it is looked at with."""
+    """A model, calibration batches, and passes over them that accumulate statistics."""
 
     network: Observed
     batches: tuple[Batch, ...]
     reference: Observed | None = None
-    """The same model once more, which stays as it was."""
+    """The dense model, which stays as it was."""
 
     @property
     def examples(self) -> int:
@@ -47,7 +47,7 @@ class Calibration:
         return sum(len(each(batch.x)[0]) for batch in self.batches)
 
     def accumulate(self, tensors: Sequence[Tensor], accumulator: Accumulator) -> dict[str, InputStatistics]:
-        """Sums of what each tensor meets, in the order in which they meet it.
+        """Statistics of each tensor's inputs, in the order in which data reaches them.
 
         None of those that are not seen, or used in two ways whose sums are not of the same things: a matrix as it is
         and turned, as where a decoder has the weights of its encoder.
@@ -78,7 +78,7 @@ class Calibration:
         return statistics
 
     def gram(self, tensor: Tensor) -> InputStatistics:
-        """How the inputs of one tensor go together: one at a time, since they are as big as it is squared."""
+        """Gram matrix of one tensor's inputs: one at a time, since it has the square of the features."""
         checked: list[Sight] = []
 
         def accumulator(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
@@ -91,7 +91,7 @@ class Calibration:
         return self.accumulate([tensor], accumulator).get(tensor.name, InputStatistics())
 
     def cross_gram(self, tensor: Tensor) -> dict[OutputRange, CrossStatistics]:
-        """How what a tensor meets now goes together with what it met in the model as it was."""
+        """Gram and cross-Gram matrices of a tensor's inputs in the pruned and the dense model."""
         assert self.reference is not None
         statistics: dict[OutputRange, CrossStatistics] = {}
         for batch in self.batches:
@@ -104,7 +104,7 @@ class Calibration:
     def gradients(
         self, tensors: Sequence[Tensor], of: Callable[[Float64Array], Float64Array]
     ) -> dict[str, Float64Array]:
-        """The means over batches of something of their gradients, weighted by the examples in each."""
+        """Means over batches of a function of their gradients, weighted by examples."""
         network = self.network
         if not isinstance(network, Graded):
             raise UsageError(
@@ -155,7 +155,7 @@ def take_samples(batches: Iterator[Batch], samples: int) -> tuple[Batch, ...]:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSession:
-    """A model with its data."""
+    """An open model with its calibration data."""
 
     calibration: Calibration
     trainable: Network | None

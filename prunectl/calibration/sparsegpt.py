@@ -1,4 +1,4 @@
-"""Optimal brain surgery on the rows of a layer: drop weights one column after the other, let the rest make up for it.
+"""SparseGPT: optimal brain surgeon on the rows of a layer, column by column, the rest compensating.
 
 After Frantar and Alistarh 2023 (SparseGPT). The loss is the square of what the layer's outputs change by; its second
 derivative is the sum of the products of the inputs.
@@ -19,7 +19,7 @@ _MOST_DAMP = 1e3
 
 @dataclass(frozen=True, slots=True)
 class ColumnBlock:
-    """Which of the columns are decided together, and how many of their weights go."""
+    """Columns whose mask is decided together, and how many of their weights are pruned."""
 
     begin: int
     end: int
@@ -52,7 +52,7 @@ def nm_blocks(features: int, channels: int, zeros: int, group: int) -> list[Colu
 def prune_rows(
     rows: Float64Array, products: Float64Array, parts: list[ColumnBlock], damp: float, block: int
 ) -> tuple[Float64Array, Mask]:
-    """Rows with new numbers, and what was dropped."""
+    """Pruned rows with their compensated weights, and the mask."""
     updated, dropped = rows.astype(np.float64), np.zeros(rows.shape, np.bool_)
     inverse, is_dead = inverse_cholesky(products, damp)
     blocks = {block_of_columns.begin: block_of_columns for block_of_columns in parts}
@@ -79,7 +79,7 @@ def prune_rows(
 
 
 def scores(rows: Float64Array, inverse: Float64Array, is_dead: Mask, begin: int = 0) -> Float64Array:
-    """What dropping each weight costs, once those before it are settled."""
+    """Optimal brain surgeon cost of each weight: its square over that of the inverse Hessian's Cholesky diagonal."""
     end = begin + rows.shape[1]
     costs: Float64Array = np.square(rows / np.diagonal(inverse)[begin:end])
     # Nothing ever goes into these, so that they cost nothing.
@@ -99,7 +99,7 @@ def _lowest(rows: Float64Array, inverse: Float64Array, is_dead: Mask, block: Col
 
 
 def inverse_cholesky(products: Float64Array, damp: float) -> tuple[Float64Array, Mask]:
-    """The upper root of the inverse of damped products, and which features never had an input."""
+    """Upper Cholesky factor of the inverse of a damped Gram matrix, and the features without input."""
     is_dead: Mask = np.diagonal(products) <= 0
     damped = dampen(products, damp)
     while damp < _MOST_DAMP:
@@ -112,7 +112,7 @@ def inverse_cholesky(products: Float64Array, damp: float) -> tuple[Float64Array,
 
 
 def dampen(products: Float64Array, damp: float) -> Float64Array:
-    """Products with a share of their mean size added to the diagonal."""
+    """A Gram matrix with a share of its mean diagonal added to the diagonal."""
     damped = products.copy()
     diagonal = np.diagonal(damped).copy()
     diagonal[diagonal <= 0] = 1.0

@@ -1,4 +1,4 @@
-"""What is added up of the inputs that a tensor meets."""
+"""Input statistics: sums, norms and Gram matrices of layer inputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OutputRange = tuple[int, int] | None
 
 @dataclass(slots=True)
 class InputStatistics:
-    """Sums over all that a tensor has met, for each part of its outputs."""
+    """Sums over a tensor's inputs, for each part of its outputs."""
 
     uses: dict[OutputRange, Use] = field(default_factory=dict)
     totals: dict[OutputRange, Float64Array] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class InputStatistics:
     def add(
         self, sight: Sight, kernel: tuple[int, ...], of: Callable[[Sight, tuple[int, ...]], tuple[Float64Array, int]]
     ) -> None:
-        """Count what one sight adds."""
+        """Accumulate one capture of inputs."""
         total, count = of(sight, kernel)
         part = sight.use.outputs
         self.uses.setdefault(part, sight.use)
@@ -74,7 +74,7 @@ def _sum_moments(sight: Sight, kernel: tuple[int, ...], over: Callable[[Array], 
 
 
 def gram(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
-    """The sum of the products of every two features of a group: groups by features by features."""
+    """Gram matrices X^T X: groups by features by features."""
     total: Any = 0.0
     count = 0
     for seen in im2col(sight.inputs, sight.use, kernel):
@@ -86,7 +86,7 @@ def gram(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
 
 @dataclass(slots=True)
 class CrossStatistics:
-    """How the inputs that a part of a tensor meets now go together, among each other and with those it met before."""
+    """Sums, Gram and cross-Gram matrices of the inputs of pruned and dense model."""
 
     use: Use
     count: int = 0
@@ -96,10 +96,10 @@ class CrossStatistics:
     gram: Float64Array = field(default_factory=lambda: np.zeros(()))
     """The sum of the products of every two features, as groups by features by features."""
     cross_gram: Float64Array = field(default_factory=lambda: np.zeros(()))
-    """The same, of features now with features before."""
+    """The same, of features in the pruned model with those in the dense one."""
 
     def add(self, pruned: Sight, dense: Sight, kernel: tuple[int, ...]) -> None:
-        """Count what the same weights meet for the same examples."""
+        """Accumulate the inputs of the same weights for the same examples."""
         for pruned_inputs, dense_inputs in zip(
             im2col(pruned.inputs, pruned.use, kernel), im2col(dense.inputs, dense.use, kernel), strict=True
         ):

@@ -32,7 +32,7 @@ class AccuracyChecker:
         self._evaluations: dict[tuple[str, FinetuneRequest], Evaluation | PrunectlError] = {}
 
     def check(self, stats: LazyModelStats, *, drop: MaxDropRule, budget: Budget) -> Finding:
-        """The verdict on how much worse a model is than the other one; what stops it is told with its line."""
+        """Evaluate max-drop; an error names its line in the config."""
         try:
             return self._check(stats, drop=drop, budget=budget)
         except PrunectlError as error:
@@ -60,7 +60,7 @@ class AccuracyChecker:
     def _evaluate(self, path: str, request: FinetuneRequest) -> Evaluation:
         key = path, request
         if key not in self._evaluations:
-            self._evaluations[key] = attempt(lambda place: judge_whole(place, request), Path(path))
+            self._evaluations[key] = attempt(lambda model_path: judge_whole(model_path, request), Path(path))
         evaluation = self._evaluations[key]
         if isinstance(evaluation, PrunectlError):
             raise evaluation
@@ -76,7 +76,7 @@ class AccuracyChecker:
         return replace(FinetuneRequest(data), batch_size=drop.batch_size, means=means, origin=origin)
 
     def _resolve(self, spec: str) -> str:
-        """A word that begins with the path of something as it is found from where we are."""
+        """A spec whose path is relative to the config, made relative to the working directory."""
         path = spec.partition("?")[0]
         file = path.rpartition(":")[0] or path
         is_path = bool(file) and (self._folder / file).exists()

@@ -1,4 +1,4 @@
-"""What models were: a file of sizes, or the same file as it was in git."""
+"""Baselines: sizes of earlier models in a JSON file, or in the same file at a git ref."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GIT = "git:"
 
 @dataclass(frozen=True, slots=True)
 class BaselineEntry:
-    """What a model was."""
+    """Stored sizes of a model."""
 
     raw: int
     gzip: int
@@ -32,7 +32,7 @@ class BaselineEntry:
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """What is known of earlier models, by their paths from the folder of the budgets."""
+    """Stored sizes of earlier models, by their paths from the folder of the budgets."""
 
     origin: str
     """Where it comes from, for people."""
@@ -51,7 +51,7 @@ def read(spec: str, path: Path) -> Baseline:
 
 
 def snapshot(stats: LazyModelStats, reason: str) -> BaselineEntry:
-    """What a model is now."""
+    """The entry of a model as it is now."""
     params = stats.zeros.params
     return BaselineEntry(stats.raw, stats.gzip, params.total, params.prunable_zero or 0, reason)
 

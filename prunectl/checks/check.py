@@ -1,4 +1,4 @@
-"""Holds models against their budgets: one that cannot be read does not stop the others."""
+"""Checks models against their budgets: one that cannot be read does not stop the others."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from prunectl.formats.sandbox import reuse_worker
 from prunectl.formats.selectors import select_names
 
 BudgetCheck = tuple[int, Callable[[LazyModelStats], Finding | list[Finding]]]
-"""The line that asks, and what answers."""
+"""The line of a rule in the config, and the function that evaluates it."""
 
 
 @dataclass
 class _CheckRun:
-    """What is known so far."""
+    """State of a check: models measured, findings and errors so far."""
 
     budgets: Budgets
     baseline: Baseline
@@ -50,7 +50,7 @@ class _CheckRun:
 
     @cached_property
     def check_accuracy(self) -> Callable[..., Finding]:
-        """What judges models on data, loaded when a budget asks for it: most look at files alone."""
+        """The accuracy check, loaded where a budget has max-drop."""
         checker = importlib.import_module("prunectl.checks.accuracy").AccuracyChecker(
             self.budgets.folder, self.file, is_trusted=self.is_trusted
         )
@@ -116,7 +116,7 @@ def _record_baseline(run: _CheckRun, keys: dict[Budget, list[str]], reason: str)
     new: dict[str, BaselineEntry] = {}
     for key in sorted(to_record):
         stats = run.open(key)
-        # One that cannot be read is told of when it is judged.
+        # One that cannot be read is reported when it is checked.
         entry = (
             attempt(partial(baselines.snapshot, reason=reason or "created"), stats) if _is_readable(stats) else stats
         )

@@ -1,4 +1,4 @@
-"""Which file holds the budgets? The nearest one, upwards from where we are."""
+"""The config file of budgets: the nearest one upwards, with the line of each key."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TOKEN = re.compile(r'"""|\'\'\'|"(?:[^"\\]|\\.)*"|\'[^\']*\'|#.*|[\[\]{}]')
 
 @dataclass(slots=True)
 class KeyLines:
-    """Where keys stand."""
+    """Lines of the keys of a TOML file."""
 
     lines: dict[KeyPath, int] = field(default_factory=dict)
 
@@ -40,7 +40,7 @@ class KeyLines:
 
 @dataclass(slots=True)
 class _ValueSpan:
-    """How far a value reaches over the lines."""
+    """A value that may span lines."""
 
     depth: int = 0
     quotes: str = ""
@@ -71,7 +71,7 @@ class _ValueSpan:
 
 
 def scan_keys(text: str) -> KeyLines:
-    """Where the keys of a TOML text stand, which is known to be TOML."""
+    """Lines of the keys of a valid TOML text."""
     key_lines, table, value = KeyLines(), KeyPath(), _ValueSpan()
     counts: Counter[KeyPath] = Counter()
     for number, line in enumerate(text.splitlines(), 1):
@@ -113,7 +113,7 @@ OWN, SHARED = "prunectl.toml", "pyproject.toml"
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """The table of budgets in a file, not yet understood."""
+    """The table of budgets in a file, not yet parsed."""
 
     path: Path
     table: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What became of every tensor of a model?"""
+"""Diff of two models, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from prunectl.units import parse_ratio, parse_size
 
 @dataclass(frozen=True, slots=True)
 class TensorDiff:
-    """A tensor beside what it was; either may be missing."""
+    """A tensor in the new and the old model; either may be missing."""
 
     new: TensorStats | None
     old: TensorStats | None
     match_kind: str = ""
-    """Why the two are taken for the same."""
+    """How the two were matched."""
     changed: int | None = None
     """Elements that are not what they were; unknown where the shape is another."""
     zeros_added: int | None = None
-    """Zeros that were none."""
+    """Zeros that were not zero before."""
     zeros_lost: int | None = None
-    """Zeros that are none any more."""
+    """Weights that were zero before."""
 
     @property
     def name(self) -> str:
@@ -43,7 +43,7 @@ class TensorDiff:
 
     @property
     def kind(self) -> str:
-        """What became of it, in a word."""
+        """The kind of change, in a word."""
         if self.new is None:
             return "gone"
         if self.old is None:
@@ -80,7 +80,7 @@ class ModelDiff:
 
 
 def diff_models(new: ModelFile, old: ModelFile, meter: ProgressFactory = no_progress) -> ModelDiff:
-    """What became of every tensor; two pieces of numbers are in memory at a time where they lie flat."""
+    """Diff every tensor, chunk by chunk where they are contiguous."""
     codec = get_codec(CodecName.GZIP, None)
     now, then = measure(new, codec, meter), measure(old, codec, meter)
     rows, were = ({row.name: row for row in survey.layers} for survey in (now, then))
@@ -104,7 +104,7 @@ def _tensor_diff(new: ModelFile, old: ModelFile, pair: Pair, row: TensorStats, w
 
 
 class DiffRule(StrEnum):
-    """What may be forbidden."""
+    """A rule of --fail-on."""
 
     GROWTH = "growth"
     NONZERO = "nonzero"
@@ -123,19 +123,19 @@ _RULE_METRICS: dict[DiffRule, tuple[str, Callable[[TensorDiff], int]]] = {
 
 @dataclass(frozen=True, slots=True)
 class FailOn:
-    """One thing that is forbidden."""
+    """A rule of --fail-on with its limit."""
 
     rule: DiffRule
     limit: Limit
 
 
 def parse(text: str) -> tuple[FailOn, ...]:
-    """What a list with commas forbids."""
+    """Parse the comma-separated rules of --fail-on."""
     return tuple(_parse_rule(item.strip()) for item in text.split(",")) if text else ()
 
 
 def judge(diff: ModelDiff, forbidden: tuple[FailOn, ...]) -> tuple[Finding, ...]:
-    """A verdict for everything that is forbidden."""
+    """A finding for each rule."""
     return tuple(
         _growth_finding(diff, rule) if rule.rule is DiffRule.GROWTH else _count_finding(diff, rule)
         for rule in forbidden

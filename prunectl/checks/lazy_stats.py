@@ -1,4 +1,4 @@
-"""A model, of which is measured what is asked for and nothing else, each once."""
+"""Lazy statistics of a model, each measured once when it is first needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prunectl.formats.registry import by_name, load, require
 
 
 class LazyModelStats:
-    """A model with its numbers, reckoned when they are first looked at."""
+    """A model with statistics that are measured on first access."""
 
     def __init__(self, model: ModelFile, name: str) -> None:
         self.model = model
@@ -63,7 +63,7 @@ class LazyModelStats:
         return {row.name: row for row in self.operations.layers}
 
     def conforming(self, pattern: str) -> dict[str, TensorStats]:
-        """Each tensor, with how much of it follows a pattern."""
+        """Each tensor, with the share of its groups that conform to a pattern."""
         if pattern not in self._conforming:
             stats = measure_stats(self.model, self.model.tensors, pattern=parse(pattern))
             self._conforming[pattern] = {row.name: row for row in stats.layers}

@@ -1,4 +1,4 @@
-"""Which tensor of one model is which of another? By name, or by layer and shape where only one can be meant."""
+"""Matching of the tensors of two models by name, or by layer and role, and a paired walk through them."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ _ROLE_ALIASES = {
 
 
 class MatchKind(StrEnum):
-    """Why two tensors are taken for the same."""
+    """How two tensors were matched."""
 
     NAME = "name"
     LAYER = "layer"
@@ -126,7 +126,7 @@ class MatchKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A tensor, and what it was."""
+    """Matched tensors of the new and the old model."""
 
     new: Tensor
     old: Tensor
@@ -137,7 +137,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """What belongs together, and what has no counterpart."""
+    """Matched pairs, and tensors without a counterpart."""
 
     pairs: tuple[Pair, ...]
     added: tuple[Tensor, ...]
@@ -145,7 +145,7 @@ class Pairing:
 
 
 def match_tensors(new: Sequence[Tensor], old: Sequence[Tensor]) -> Pairing:
-    """Which tensor was which: first those of one name, then what only one can be meant by."""
+    """Match tensors by name, then by layer path and role where that is unambiguous."""
     was = {tensor.name: tensor for tensor in old}
     pairs_by_name = {tensor.name: _pair_by_name(tensor, was.pop(tensor.name)) for tensor in new if tensor.name in was}
     rest = [tensor for tensor in new if tensor.name not in pairs_by_name]
@@ -167,7 +167,7 @@ def match_tensors(new: Sequence[Tensor], old: Sequence[Tensor]) -> Pairing:
 
 
 def axis_permutation(new: Tensor, old: Tensor) -> Axes:
-    """The order in which an old kernel has the axes of a new one; None where it cannot be known."""
+    """The permutation from a new kernel's axes to an old one's; None where it is unknown."""
     theirs, ours = _canonical_axes(old), _canonical_axes(new)
     if theirs is None or ours is None:
         return None

@@ -1,4 +1,4 @@
-"""Reads a table of budgets, and says file and line of what it cannot mean."""
+"""Parses budgets, with file and line in every error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from prunectl.units import parse_ratio, parse_size
 
 
 class OnMissing(StrEnum):
-    """What it means that a baseline does not know a model."""
+    """What to do with a model that has no baseline."""
 
     WARN = "warn"
     FAIL = "fail"
@@ -32,7 +32,7 @@ class OnMissing(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """From where on it warns, from where on it says no."""
+    """Bounds beyond which a check warns or fails."""
 
     name: str
     metric: MetricUnit
@@ -43,7 +43,7 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class LocatedValue:
-    """Something that is kept or not, with nothing to count towards."""
+    """A text value with its line."""
 
     value: str
     line: int
@@ -92,7 +92,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """A file of budgets, understood."""
+    """A parsed file of budgets."""
 
     path: Path
     baseline: str
@@ -110,7 +110,7 @@ EXAMPLE = '{fail = "0.5pp", data = "test.npz", against = "dense.h5"}'
 
 
 def parse_max_drop(table: dict[str, Any], line: int, batch_size: int | None) -> MaxDropRule:
-    """What a table with known keys asks for."""
+    """Parse a max-drop table whose keys are valid."""
     levels = {level: _drop_level(table[level]) for level in LEVELS if level in table}
     if not levels:
         raise UsageError("a drop has a level", hint=f"write {NAME} = {EXAMPLE}")
@@ -332,7 +332,7 @@ class _BudgetParser:
 
 
 def select_budgets(budgets: Budgets, names: list[str]) -> list[Budget]:
-    """The budgets that names or globs mean; all of them if there are none."""
+    """Budgets that names or globs match; all if there are none."""
     budget_names = [budget.name for budget in budgets.budgets]
     for name in names:
         if not any(_matches(budget, name) for budget in budget_names):
@@ -345,7 +345,7 @@ def select_budgets(budgets: Budgets, names: list[str]) -> list[Budget]:
 
 
 def expand_globs(folder: Path, budget: Budget) -> tuple[list[str], list[str]]:
-    """The paths that a budget is about, from a folder, and its globs that match nothing."""
+    """Paths that a budget's globs match, relative to a folder, and the globs that match nothing."""
     matches: dict[str, None] = {}
     empty = []
     for pattern in budget.paths:

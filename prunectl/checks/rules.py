@@ -1,4 +1,4 @@
-"""Is a number within its limit?"""
+"""Rules of a check: sizes, sparsity, growth, patterns and kept zeros against their limits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ERROR, WARNING = "error", "warning"
 
 @dataclass(frozen=True, slots=True)
 class Finding(LimitCheck):
-    """A limit, what was found, and where in the file of budgets it stands."""
+    """The result of a limit, with its line in the config."""
 
     unit: MetricUnit = MetricUnit.COUNT
     budget: str = ""
@@ -35,7 +35,7 @@ class Finding(LimitCheck):
 
     @property
     def is_failure(self) -> bool:
-        """Whether it says no."""
+        """Whether it fails the check."""
         return not self.ok and self.level == ERROR
 
     @property
@@ -51,7 +51,7 @@ class Finding(LimitCheck):
 
 @dataclass(frozen=True, slots=True)
 class CheckError:
-    """A model, or a limit on it, that nothing can be said about."""
+    """A model or a limit that could not be evaluated."""
 
     budget: str
     path: str
@@ -61,7 +61,7 @@ class CheckError:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """All that was found: what every report is made of."""
+    """All results of a check."""
 
     file: str
     """The file of budgets, as a reader of the report finds it."""
@@ -73,12 +73,12 @@ class Findings:
 
     @property
     def failed(self) -> tuple[Finding, ...]:
-        """What said no."""
+        """Findings that failed."""
         return tuple(finding for finding in self.findings if finding.is_failure)
 
     @property
     def warned(self) -> tuple[Finding, ...]:
-        """What only warns."""
+        """Findings that warn."""
         return tuple(finding for finding in self.findings if finding.is_warning)
 
     @property
@@ -107,7 +107,7 @@ _TENSOR_METRICS: dict[str, tuple[str, Callable[[LazyModelStats, TensorStats], fl
 
 
 def check_model_limit(stats: LazyModelStats, budget: Budget, limit: Limit) -> Finding:
-    """What a limit says of a model."""
+    """Evaluate a limit on a model."""
     metric, measure = _MODEL_METRICS[limit.name]
     finding = evaluate_limit(stats.name, metric, measure(stats), limit, budget=budget.name, message=budget.message)
     if limit.name == "max-flops" and finding.ok and (unknown := stats.operations.macs_unknown):
@@ -119,7 +119,7 @@ def check_model_limit(stats: LazyModelStats, budget: Budget, limit: Limit) -> Fi
 def check_tensor_limit(
     stats: LazyModelStats, row: TensorStats, limit: Limit, budget: Budget, layer: LayerBudget
 ) -> Finding:
-    """What a limit says of a tensor."""
+    """Evaluate a limit on a tensor."""
     metric, measure = _TENSOR_METRICS[limit.name]
     message = layer.message or budget.message
     actual = measure(stats, row)
@@ -137,7 +137,7 @@ def evaluate_limit(
     message: str = "",
     note: str = "",
 ) -> Finding:
-    """The verdict: of the limit that was broken, the one that says no first."""
+    """Evaluate a number against a limit; failing takes precedence over warning."""
     broken_by = (
         level
         for level, bound in ((ERROR, limit.fail), (WARNING, limit.warn))
@@ -177,7 +177,7 @@ GROWTH_METRIC = "bytes.compressed"
 
 @dataclass(frozen=True, slots=True)
 class BaselineContext:
-    """What is known of a model's past."""
+    """The baseline of a model."""
 
     baseline: Baseline
     key: str
@@ -185,7 +185,7 @@ class BaselineContext:
 
 
 def check_growth(stats: LazyModelStats, limit: Limit, budget: Budget, context: BaselineContext) -> Finding:
-    """The verdict on the growth of the compressed size."""
+    """Evaluate the growth of the compressed size over the baseline."""
     entry = context.baseline.entries.get(context.key)
     if entry is None:
         return _unknown_model(stats, limit, budget, context)
@@ -245,7 +245,7 @@ def _pattern_finding(stats: LazyModelStats, pattern: LocatedValue, share: float,
 
 
 def check_zeros_kept(stats: LazyModelStats, path: Path, budget: Budget, reference: LocatedValue) -> Finding:
-    """The verdict on the zeros of another model, in its prunable weights."""
+    """Evaluate keep-zeros: zeros of a reference model's prunable weights that were lost."""
     source = open_model(path)
     total, first = 0, ""
     tensors_now = {tensor.name: tensor for tensor in stats.model.tensors}

@@ -1,4 +1,4 @@
-"""Every key of the file of budgets: what it is called, what it takes, what it is for."""
+"""Schema of the config file: one table of keys for parser, JSON schema and SARIF."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Budgets for models as they are, with some room above."""
+"""Suggested budgets for existing models, with a margin."""
 
 from __future__ import annotations
 

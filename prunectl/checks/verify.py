@@ -1,4 +1,4 @@
-"""Is a written file what its manifest says, and its source with zeros added?"""
+"""Verification of a file against its manifest and its dense source."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prunectl.pruning.manifest import ManifestRecord, RecordedTensor
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """What was found of something that must be nothing."""
+    """A count that must be zero."""
 
     id: str
     metric: str
@@ -30,7 +30,7 @@ class Violation:
 def verify_source(
     model: ModelFile, source: ModelFile, cuts: Container[str] | None = None, meter: ProgressFactory = no_progress
 ) -> tuple[list[Violation], dict[str, int]]:
-    """What differs, and the zeros added by tensor; with cuts, zeros may be added to these alone."""
+    """Differences from the source, and zeros added by tensor; with cuts, these alone may gain zeros."""
     pairs = _pairs(model, source)
     changes: dict[str, ElementChanges] = {}
     with meter("comparing", sum(tensor.nbytes for tensor, _ in pairs)) as bar:

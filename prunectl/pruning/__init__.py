@@ -1,1 +1,1 @@
-"""What to drop: pure functions and small values over NumPy arrays."""
+"""What to prune: requests, strategies, schedules, policies, thresholds and plans over NumPy arrays."""

@@ -131,7 +131,7 @@ def initial_centroids(values: Wide, clustering: Clustering, uniform: Wide, *, ha
 
 
 def nearest(values: Wide, centroids: Wide) -> NDArray[np.intp]:
-    """The centroid nearest to each weight; half way, the lower one."""
+    """Index of the centroid nearest to each weight; half way, the lower one."""
     return np.searchsorted((centroids[:-1] + centroids[1:]) / 2, values, side="left")
 
 

@@ -1,4 +1,4 @@
-"""Where a result goes, and where it is made."""
+"""Destinations: where an output goes, and the staging folder that it is written in."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BIG_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where the result goes, and whether something may be there."""
+    """An output path, and whether it may exist already."""
 
     target: Path
     is_forced: bool = False
@@ -58,7 +58,7 @@ def _check_name(model: ModelFile, target: Path) -> None:
 
 
 def staged_paths(model: ModelFile, folder: Path, target: Path) -> dict[Path, Path]:
-    """Where in a folder each file of a model is to be written, its own folder made."""
+    """Path in the staging folder for each file of a model, parent folders made."""
     staged = {source: folder / name for source, name in atomic.targets(model, target).items()}
     for path in staged.values():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def staged_paths(model: ModelFile, folder: Path, target: Path) -> dict[Path, Pat
 
 
 def pack(written: Path, folder: Path) -> None:
-    """Compress what was written inside its container, in its place."""
+    """Re-compress a written file by its container's own compression, in place."""
     model = open_model(written)
     packed = folder.parent / scratch.PACKED
     load(by_name(model.format).packer)(model, packed, lambda _: None)

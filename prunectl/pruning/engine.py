@@ -1,4 +1,4 @@
-"""Carries out a plan: scores, cuts, writes a copy, reads it back."""
+"""Executes a plan: scores weights, masks them, writes the pruned copy, verifies it."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ class PruningMethod:
 
 @dataclass(slots=True)
 class TensorCounts:
-    """What was written of a tensor."""
+    """How many weights of a tensor were pruned, and how many are zero."""
 
     dropped: int = 0
     zeros: int = 0
 
 
 def execute(model: ModelFile, plan: Plan, method: PruningMethod, targets: dict[Path, Path]) -> dict[str, TensorCounts]:
-    """Write the pruned copy, and return what is in it by tensor."""
+    """Write the pruned copy; counts by tensor, filled as its blocks are written."""
     counts = {cut.tensor.name: TensorCounts() for cut in plan.cuts}
     if method.weight_updater is not None:
         solution = method.weight_updater(model, plan, method)
@@ -99,7 +99,7 @@ def execute(model: ModelFile, plan: Plan, method: PruningMethod, targets: dict[P
 
 
 def verify(model: ModelFile, written: ModelFile, counts: dict[str, TensorCounts], *, has_channels: bool) -> ModelStats:
-    """Hold what was written against the input and the counts, and return what is in it."""
+    """Verify the written file against the input's tensors and the counts; its statistics."""
     # Not in their order: what was packed meanwhile may be listed behind the rest.
     if {(tensor.name, tensor.shape, tensor.dtype) for tensor in written.tensors} != {
         (tensor.name, tensor.shape, tensor.dtype) for tensor in model.tensors
@@ -114,12 +114,12 @@ def verify(model: ModelFile, written: ModelFile, counts: dict[str, TensorCounts]
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 Pruned = Iterator[tuple[Array, Mask]]
-"""Blocks of weights in storage order, the dropped ones zeroed, each with what was dropped of it."""
+"""Blocks of pruned weights in storage order, each with the mask of what was pruned."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrunedTensors:
-    """What becomes of the tensors of a plan, and of others with them."""
+    """The pruned blocks of each tensor of a plan, and other tensors that are updated with them."""
 
     blocks: Sequence[Callable[[], Pruned]]
     updated: Mapping[str, Array] = field(default_factory=dict)
@@ -143,7 +143,7 @@ def _count_zeros(make: Callable[[], Pruned], counts: TensorCounts) -> Iterator[A
 def pruned_blocks(
     model: ModelFile, plan: Plan, method: PruningMethod, scratch: Path | None = None
 ) -> Sequence[Callable[[], Pruned]]:
-    """What prunes each tensor of the plan; scores that memory has no room for lie in the scratch folder."""
+    """Factories of pruned blocks, one for each tensor; scores beyond a limit are spilled to the scratch folder."""
     if method.pattern is not None:
         return [partial(_pruned_in_pattern, model, cut, method) for cut in plan.cuts]
     joint = any(cut.drop is None for cut in plan.cuts)
@@ -154,7 +154,7 @@ def pruned_blocks(
         joint_threshold = threshold(sources, plan.drop)
         masker_makers = [partial(joint_threshold.masker, number) for number in range(len(sources))]
     else:
-        # Each cut is found just before its tensor is written, while the tensor is still in the caches.
+        # Each threshold is selected just before its tensor is written, while the tensor is still in the caches.
         masker_makers = [
             partial(_per_tensor_threshold, source, cut) for source, cut in zip(sources, plan.cuts, strict=True)
         ]
@@ -169,7 +169,7 @@ def _per_tensor_threshold(source: Source, cut: TensorPlan) -> ThresholdMasker:
 
 
 class _TensorScores:
-    """The scores of the tensors of a plan, as often as they are asked for.
+    """Scores of the tensors of a plan, computed or cached.
 
     Scores of single weights are reckoned again each time, block by block. A strategy that sees a tensor whole scores
     it once: the scores are kept until the tensor is pruned, beyond some megabytes in a file without a name.
@@ -211,7 +211,7 @@ class _TensorScores:
                 yield self._ranked(tensor, scores)[0]
 
     def blocks(self, tensor: Tensor) -> Iterator[tuple[Array, Array, Mask | None]]:
-        """Yield blocks of weights in storage order, their scores, and what goes whatever its score."""
+        """Yield blocks of weights in storage order, their scores, and the mask of what is zeroed whatever its score."""
         if self.method.strategy.is_elementwise:
             for block, scores in self._elementwise(tensor):
                 yield block, *self._ranked(tensor, scores)
@@ -253,7 +253,7 @@ class _TensorScores:
         return self._decoded[tensor.name]
 
     def _all_scores(self, tensor: Tensor) -> Array:
-        """All scores of a tensor in storage order, reckoned if they are not kept."""
+        """All scores of a tensor in storage order, computed if they are not cached."""
         with self._locks[tensor.name]:
             if tensor.name not in self._cached:
                 check_stopped()
@@ -278,7 +278,7 @@ class _TensorScores:
             return np.memmap(file, scores.dtype, "r", shape=(scores.size,))
 
     def _release(self, tensor: Tensor) -> None:
-        """Forget scores that nothing more is pruned by."""
+        """Release the scores of a tensor after its last use."""
         with self._locks[tensor.name]:
             self._uses[tensor.name] -= 1
             if self._uses[tensor.name] <= 0:
@@ -348,7 +348,7 @@ def _pruned_in_groups(model: ModelFile, tensor: Tensor, method: PruningMethod, p
 
 
 def _zero_pruned(weights: Array, dropped: Mask) -> Array:
-    """Weights with some of them zero, the others bit for bit as they were."""
+    """Weights with the masked ones zero, the others bit for bit as they were."""
     kept = weights if weights.flags.writeable and weights.flags.c_contiguous else weights.copy(order="C")
     # Integers times one or zero: ten times as fast as writing where a mask says so, and NaN stays what it is.
     bits = kept.view(_BITS[kept.dtype.itemsize])
@@ -357,7 +357,7 @@ def _zero_pruned(weights: Array, dropped: Mask) -> Array:
 
 
 def with_model_scores(model: ModelFile, selection: Selection, method: PruningMethod) -> tuple[PruningMethod, Selection]:
-    """A method that knows every score, and the tensors that have some."""
+    """The method with model-wide scores computed, and the tensors that have some."""
     strategy = method.strategy
     if strategy.score_all is None:
         return method, selection
@@ -385,7 +385,7 @@ def with_model_scores(model: ModelFile, selection: Selection, method: PruningMet
 def keep_masks(
     model: ModelFile, plan: Plan, method: PruningMethod, selection: Selection, weights: Mapping[str, Array]
 ) -> dict[str, Mask]:
-    """For each tensor of a plan which of its weights stay."""
+    """Keep masks by tensor, computed from weights in memory."""
     in_memory = replace(model, decode=lambda tensor: weights[tensor.name])
     cuts = tuple(TensorPlan(_memory_tensor(cut.tensor, weights[cut.tensor.name]), cut.drop) for cut in plan.cuts)
     method, _ = with_model_scores(in_memory, replace(selection, tensors=tuple(cut.tensor for cut in cuts)), method)

@@ -1,4 +1,4 @@
-"""Numbers that look random, and that only a seed and a place decide."""
+"""A counter-based random generator: splitmix64 over indices, keyed by FNV-1a of a text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def splitmix64(numbers: int) -> int: ...
 @overload
 def splitmix64(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
 def splitmix64(numbers: int | NDArray[np.uint64]) -> int | NDArray[np.uint64]:
-    """Each number's splitmix64, in which every bit depends on every bit."""
+    """The splitmix64 finaliser of each number (Steele, Lea and Flood 2014)."""
     if isinstance(numbers, int):
         return int(splitmix64(np.array([numbers], np.uint64))[0])
     with np.errstate(over="ignore"):

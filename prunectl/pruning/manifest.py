@@ -27,7 +27,7 @@ _END_BYTES = 512
 
 
 def check(path: Path, reserved: Iterable[Path], *, is_forced: bool) -> None:
-    """Refuse a place where no manifest can be written, or where something else is, before any work begins."""
+    """Reject a path where no manifest can be written, or that holds something else, before any work begins."""
     if not path.absolute().parent.is_dir():
         raise UsageError(f"{path.parent} is not a folder", hint=f"mkdir -p {path.parent}")
     exists = os.path.lexists(path)
@@ -97,7 +97,7 @@ def _is_ours(path: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class RecordedTensor:
-    """What was written of a tensor."""
+    """How many weights of a tensor were pruned, and how many are zero."""
 
     name: str
     shape: tuple[int, ...]
@@ -107,18 +107,18 @@ class RecordedTensor:
 
 @dataclass(frozen=True, slots=True)
 class ManifestRecord:
-    """What a run read and wrote."""
+    """The part of a manifest that `verify` needs."""
 
     path: Path
     input_sha256: str
     output_sha256: str
     cuts: tuple[RecordedTensor, ...]
     zeroed_nonfinite: bool
-    """Whether NaN became zero beside what was dropped."""
+    """Whether NaN and infinity became zero in addition to what was pruned."""
 
 
 def read_record(path: Path) -> ManifestRecord:
-    """What a manifest says of its run."""
+    """Read the record of a run from its manifest."""
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     document = read_object(path, "it")

@@ -1,4 +1,4 @@
-"""Masks in a shape: which weights of a whole tensor go, in groups or in blocks."""
+"""Structured masks: N:M and block sparsity, and weights that are not finite."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _FEW = 16
 
 
 class Pooling(StrEnum):
-    """How a block's score comes from those of its weights."""
+    """How the scores of a block's weights are pooled into one."""
 
     AVG = "avg"
     MAX = "max"
 
 
 def lowest_per_group(scores: Array, axis: int, zeros: int, group: int) -> Mask:
-    """Mark the lowest of every so many consecutive scores along an axis, ties from the beginning.
+    """N:M mask: the N lowest of every M consecutive scores along an axis, ties from the beginning.
 
     What does not divide is padded with scores that go first, as tfmot pads it: a short group at the end
     loses fewer.
@@ -51,7 +51,7 @@ def _lowest(groups: Array, count: int) -> Mask:
 
 
 def lowest_blocks(scores: Array, out_axis: int, size: tuple[int, int], pool: Pooling, sparsity: float) -> Mask:
-    """Mark the lowest share of the blocks of a kernel, seen as a matrix of inputs by outputs."""
+    """Block mask: the lowest share of the blocks of a kernel, seen as a matrix of inputs by outputs."""
     moved = np.moveaxis(scores, out_axis, -1)
     matrix = moved.reshape(-1, moved.shape[-1])
     pooled = _block_scores(matrix, size, pool)
@@ -63,7 +63,7 @@ def lowest_blocks(scores: Array, out_axis: int, size: tuple[int, int], pool: Poo
 
 
 def _block_scores(matrix: Array, size: tuple[int, int], pool: Pooling) -> Array:
-    """One score for each block; a block at the edge counts what it has."""
+    """Pooled score of each block; a block at the edge counts what it has."""
     starts = [np.arange(0, length, step) for length, step in zip(matrix.shape, size, strict=True)]
     wide = matrix.astype(np.float64)
     if pool is Pooling.MAX:
@@ -74,7 +74,7 @@ def _block_scores(matrix: Array, size: tuple[int, int], pool: Pooling) -> Array:
 
 
 class NonFinitePolicy(StrEnum):
-    """What to do with them."""
+    """What to do with weights that are NaN or infinite."""
 
     ERROR = "error"
     ZERO = "zero"
@@ -82,7 +82,7 @@ class NonFinitePolicy(StrEnum):
 
 
 def rank_nonfinite(scores: Array, policy: NonFinitePolicy, name: str) -> tuple[Array, Mask | None]:
-    """Scores that can be ranked, and what is dropped whatever its rank."""
+    """Scores that can be ranked, and the mask of weights that are zeroed whatever their rank."""
     finite = np.isfinite(scores)
     if finite.all():
         return scores, None
@@ -96,6 +96,6 @@ def rank_nonfinite(scores: Array, policy: NonFinitePolicy, name: str) -> tuple[A
 
 
 def check_pruned_nonfinite(scores: Array, pruned: Mask, policy: NonFinitePolicy, name: str) -> None:
-    """Refuse a cut that takes weights which are to be kept because they are not finite."""
+    """Reject a mask that prunes weights which --nan keep must keep."""
     if policy is NonFinitePolicy.KEEP and not np.isfinite(scores[pruned]).all():
         raise InputError(f"{name} holds more weights that are not finite than may stay", hint="--nan zero drops them")

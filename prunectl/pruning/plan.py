@@ -1,4 +1,4 @@
-"""What will be done: every cut, and why the rest is left alone. A dry run prints it, a run obeys it."""
+"""The plan: how many weights of each tensor are pruned, and why others are skipped. A dry run prints it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prunectl.pruning.hashing import fnv1a, splitmix64
 from prunectl.pruning.policies import Policy, non_float_reason
 
 Allocation = Callable[[Sequence[Tensor], int], Sequence[int]]
-"""From the tensors and how many weights go in all to how many go in each."""
+"""From the tensors and the number of weights to prune in all to the number in each."""
 
 BIASES = ("late", "early", "uniform")
 _BIAS_ODDS = (0.3, 0.6)
@@ -25,7 +25,7 @@ _BIAS_ODDS = (0.3, 0.6)
 
 
 def proportional_counts(sizes: Sequence[int], rates: Sequence[float], total: int) -> list[int]:
-    """Counts that go with size times rate, none above its size, that add up to the total exactly."""
+    """Counts proportional to size times rate, capped at the size, that sum to the total (largest remainders)."""
     saturated: set[int] = set()
     while True:
         rest = [index for index in range(len(sizes)) if index not in saturated]
@@ -44,7 +44,7 @@ def proportional_counts(sizes: Sequence[int], rates: Sequence[float], total: int
 
 
 def erk(tensors: Sequence[Tensor], drop: int) -> Sequence[int]:
-    """Counts by Erdos-Renyi-Kernel: a layer's density goes with the sum of its lengths over their product."""
+    """Counts by Erdos-Renyi-Kernel (RigL, Evci et al. 2020): density goes with a shape's sum over its product."""
     sizes = [tensor.size for tensor in tensors]
     densities = [(sum(tensor.shape) or 1) / tensor.size for tensor in tensors]
     kept = proportional_counts(sizes, densities, sum(sizes) - drop)
@@ -64,13 +64,13 @@ def depth_biased(tensors: Sequence[Tensor], drop: int, *, seed: int, bias: str =
 
 
 def sample_depth_bias(seed: int) -> str:
-    """The bias that a seed stands for: late or early with odds of 30 % each, else uniform."""
+    """The bias drawn by a seed: late or early with odds of 30 % each, else uniform."""
     number = float(splitmix64(fnv1a(f"{seed}/bias")) >> 11) / (1 << 53)
     return BIASES[sum(number >= odds for odds in _BIAS_ODDS)]
 
 
 class Scope(StrEnum):
-    """Among which weights the lowest scores are sought."""
+    """Among which weights scores are ranked."""
 
     LAYER = "layer"
     GLOBAL = "global"
@@ -80,7 +80,7 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """How many weights of a tensor go."""
+    """How many weights of a tensor are pruned."""
 
     tensor: Tensor
     drop: int | None
@@ -97,16 +97,16 @@ class SkippedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Every cut that will be made."""
+    """Every tensor that is pruned, and every one that is skipped."""
 
     cuts: tuple[TensorPlan, ...]
     skips: tuple[SkippedTensor, ...]
     drop: int
-    """How many weights go in all."""
+    """Number of weights that are pruned in all."""
 
     @property
     def size(self) -> int:
-        """Number of weights that the cuts are made in."""
+        """Number of weights of the pruned tensors."""
         return sum(cut.tensor.size for cut in self.cuts)
 
 
@@ -117,12 +117,12 @@ class Selection:
     tensors: tuple[Tensor, ...]
     skips: tuple[SkippedTensor, ...]
     layer_ratios: Mapping[str, float]
-    """Sparsities of their own, by tensor."""
+    """Sparsities set by --layer, by tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class PruneSelection:
-    """What the user asks for, apart from how much."""
+    """Which tensors are pruned, in which scope and pattern; everything but how much."""
 
     scope: Scope
     policy: Policy
@@ -130,13 +130,13 @@ class PruneSelection:
     exclude: tuple[str, ...] = ()
     pattern: NMPattern | BlockPattern | None = None
     layers: tuple[tuple[str, float], ...] = ()
-    """Sparsities of their own for what selectors match; the last that matches wins."""
+    """Sparsities for the tensors that selectors match; the last match wins."""
     allocation: Allocation | None = None
-    """How many weights go in each tensor, if not the same share of each."""
+    """Number of weights to prune in each tensor, if not the same share of each."""
 
 
 def select_tensors(model: ModelFile, wish: PruneSelection, *, can_reencode: bool) -> Selection:
-    """What a wish is about; a container that re-encodes can change what does not lie flat."""
+    """The tensors that policy and selectors allow; a container that re-encodes can change what is not contiguous."""
     layer_ratios = {
         tensor.name: sparsity for selector, sparsity in wish.layers for tensor in select_names(model, selector)
     }
@@ -151,7 +151,7 @@ def select_tensors(model: ModelFile, wish: PruneSelection, *, can_reencode: bool
 
 
 def make_plan(choice: Selection, wish: PruneSelection, sparsity: float) -> Plan:
-    """The plan that grants a wish at a sparsity."""
+    """The plan for a selection at a sparsity."""
     drop = round(sparsity * sum(tensor.size for tensor in choice.tensors))
     if wish.scope is Scope.GLOBAL:
         return Plan(tuple(TensorPlan(tensor, None) for tensor in choice.tensors), choice.skips, drop)
@@ -177,7 +177,7 @@ def _most_telling(reasons: Counter[str]) -> Callable[[str], tuple[bool, int]]:
 
 
 def _nm_count(tensor: Tensor, pattern: NMPattern) -> int:
-    """How many weights go; a short group at the end is filled up with zeros that count as gone."""
+    """Number of weights that N:M prunes; a short group at the end is padded with zeros that count."""
     length = tensor.shape[tensor.reduction_axis or 0]
     groups, remainder = divmod(length, pattern.group)
     short = max(pattern.zeros - (pattern.group - remainder), 0) if remainder else 0
@@ -215,7 +215,7 @@ def _partition(
 
 
 def _obstacle(tensor: Tensor, wish: PruneSelection, *, can_reencode: bool) -> str:
-    """Why a tensor cannot be pruned whatever the user wants."""
+    """Why a tensor cannot be pruned at all."""
     if not tensor.is_float:
         return non_float_reason(tensor)
     if not tensor.size:

@@ -1,4 +1,4 @@
-"""Strategies and policies that somebody else wrote: plain functions, made to fit."""
+"""Adapters that make strategies and policies of users' functions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def adapt_strategy(plugin: object, request: PruneRequest) -> Strategy:
-    """A built-in strategy with its parameters, or one made of a function from weights to scores."""
+    """A built-in strategy with its parameters bound, or a function from weights to scores wrapped as one."""
     if isinstance(plugin, Strategy):
         return replace(plugin, params=_builtin_params(plugin, request.params))
     if not callable(plugin):
@@ -88,12 +88,12 @@ def _number(strategy: Strategy, name: str, text: str, default: float) -> float:
 
 
 def _at_least_float32(weights: Array) -> Array:
-    """Weights that any function can reckon with: half precision is widened."""
+    """Weights in at least 32 bits, so that any function can compute with them."""
     return weights.astype(np.float32) if weights.dtype.itemsize < 4 else weights
 
 
 def _call_plugin(function: Callable[..., Any], strategy: str, subject: str, *weights: Any, **params: Any) -> Any:
-    """What somebody else's function returns; what it raises is its own fault."""
+    """Call a plugin; an exception in it becomes a WorkError that names it."""
     try:
         return function(*weights, **params)
     except PrunectlError:
@@ -103,7 +103,7 @@ def _call_plugin(function: Callable[..., Any], strategy: str, subject: str, *wei
 
 
 def adapt_policy(plugin: object) -> Policy:
-    """A built-in policy, or one made of a function from a tensor to why it is left alone."""
+    """A built-in policy, or a function from a tensor to a reason to skip it wrapped as one."""
     if isinstance(plugin, Policy):
         return plugin
     if not callable(plugin):
@@ -119,7 +119,7 @@ def adapt_policy(plugin: object) -> Policy:
 
 
 def bind_params(texts: tuple[str, ...], function: Callable[..., Any]) -> Mapping[str, Any]:
-    """`name=value` words as arguments of a function, in the types that its signature says."""
+    """`name=value` texts as keyword arguments of a function, converted by its annotations."""
     accepted = dict(list(inspect.signature(function).parameters.items())[1:])
     params: dict[str, Any] = {}
     for item in texts:

@@ -1,4 +1,4 @@
-"""Which tensors may be pruned? Rules in order, each with the reason that is told for what it leaves out."""
+"""Policies: which tensors may be pruned, and the reason why others are skipped."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from prunectl.pruning.xnnpack import check_sparse_inference
 MIN_SIZE = "min-size:"
 UNKNOWN = "not known to be a kernel"
 """Why a tensor is left alone whose name and use do not tell what it is for."""
-_SAID = {
+_ROLE_REASONS = {
     Role.EMBEDDING: "an embedding",
     Role.OPTIMIZER: "optimizer state",
     Role.OTHER: UNKNOWN,
 }
 Verdict = str
-"""Why not; empty if it may be pruned."""
+"""Reason to skip a tensor; empty if it may be pruned."""
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A way to choose tensors."""
+    """A rule that selects tensors."""
 
     name: str
     skip_reason: Callable[[ModelFile], Callable[[Tensor], Verdict]]
@@ -96,7 +96,7 @@ def _prunable_layers(model: ModelFile) -> Sequence[str]:
 
 
 def non_float_reason(tensor: Tensor) -> Verdict:
-    """What a tensor consists of that cannot be pruned, if it is no floating-point numbers."""
+    """Why a tensor that is not floating-point cannot be pruned; empty for floats."""
     name = tensor.dtype.name
     if tensor.is_float:
         return ""
@@ -108,7 +108,7 @@ def _ineligible(tensor: Tensor) -> Verdict:
     role = tensor.role
     if role in PRUNABLE:
         return non_float_reason(tensor) or "a kernel with a single axis"
-    return _SAID.get(role, f"a {role}")
+    return _ROLE_REASONS.get(role, f"a {role}")
 
 
 POLICIES = (

@@ -33,7 +33,7 @@ _TRIES = 40
 
 
 def bisect_sparsity(size_at: Callable[[float], int], target: int, codec: str) -> float:
-    """A sparsity whose size is at most the target, and hardly below it."""
+    """Bisect (with interpolation) for a sparsity whose size is at most the target, and hardly below it."""
     low, high = 0.0, SPARSEST
     dense = size_at(low)
     if dense <= target:
@@ -60,7 +60,7 @@ def bisect_sparsity(size_at: Callable[[float], int], target: int, codec: str) ->
 
 
 def sparsity_for_compression(path: Path, selection: Selection, total: int, factor: float) -> float:
-    """The sparsity at which all parameters of a model are so many times those that are kept."""
+    """The sparsity for a compression: all parameters of a model over those that are kept."""
     sizes = {tensor.name: tensor.size for tensor in selection.tensors}
     fixed = sum(round(share * sizes[name]) for name, share in selection.layer_ratios.items())
     free = sum(sizes.values()) - sum(sizes[name] for name in selection.layer_ratios)
@@ -77,7 +77,7 @@ def sparsity_for_compression(path: Path, selection: Selection, total: int, facto
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What was planned and what came of it."""
+    """The result of a run: its plan, counts, and statistics before and after."""
 
     request: PruneRequest
     sparsity: float
@@ -86,7 +86,7 @@ class Pruned:
     before: ModelStats
     after: ModelStats
     notes: tuple[str, ...] = ()
-    """What the user should know of how it came about, each a full sentence."""
+    """Notes for the user, each a full sentence."""
 
 
 def prune(
@@ -156,7 +156,7 @@ def _write(
 
 
 def _check_pattern(written: ModelFile, plan: Plan, method: PruningMethod) -> None:
-    """Look for the pattern in the file itself."""
+    """Check that the written file conforms to the N:M pattern."""
     if not isinstance(method.pattern, NMPattern):
         return
     names = {cut.tensor.name for cut in plan.cuts}
@@ -169,7 +169,7 @@ def _check_pattern(written: ModelFile, plan: Plan, method: PruningMethod) -> Non
 def _sparsity(
     model: ModelFile, request: PruneRequest, wish: PruneSelection, selection: Selection, method: PruningMethod
 ) -> float:
-    """The sparsity that was asked for, or that gives the size that was asked for."""
+    """The requested sparsity, or the one that gives the requested compression or size."""
     if isinstance(wish.pattern, NMPattern):
         return wish.pattern.zeros / wish.pattern.group
     if request.compression is not None:

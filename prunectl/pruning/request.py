@@ -1,4 +1,4 @@
-"""What the user asked for, in the words of the command line: kept in the manifest, replayed from a recipe."""
+"""The prune request: options of the command line, written to the manifest and replayed from a recipe."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PruneRequest:
     nan: str = "error"
     is_packed: bool = False
     data: str = ""
-    """What strategies that look at data look at."""
+    """Calibration data, for strategies that need some."""
     samples: int = SAMPLES
     batch_size: int = BATCH_SIZE
     loss: str = ""
@@ -53,13 +53,13 @@ class PruneRequest:
     inputs: tuple[str, ...] = ()
     """Shapes of what goes in, where a network has to be run and its file does not say them."""
     is_repaired: bool = False
-    """Whether the weights that stay are fitted again to make up for those that go."""
+    """Whether kept weights are reconstructed by least squares to make up for pruned ones."""
     cluster: str = ""
     """How many distinct values each tensor keeps, and where they are sought first: `16:linear`."""
 
 
 def from_json(data: dict[str, Any]) -> PruneRequest:
-    """The request in a recipe."""
+    """Parse the request in a recipe."""
     defaults = {field.name: field.default for field in fields(PruneRequest)}
     if unknown := sorted(set(data) - defaults.keys()):
         raise UsageError(
@@ -74,7 +74,7 @@ def from_json(data: dict[str, Any]) -> PruneRequest:
 
 
 def _check_type(name: str, value: Any, default: Any) -> bool:
-    """Whether a value is of the type that a choice takes."""
+    """Whether a value is of the type of a field."""
     if name in {"scope", "nan"}:
         return value in {str(choice) for choice in (Scope if name == "scope" else NonFinitePolicy)}
     if name == "layers":
@@ -150,7 +150,7 @@ def _policy(name: str) -> Policy:
 
 
 def check(request: PruneRequest) -> None:
-    """Refuse what contradicts itself, before a file is opened."""
+    """Reject options that contradict each other, before a file is opened."""
     strategy = _strategy(request)
     needs = strategy.needs
     if needs is Requires.TRAINING:
@@ -175,7 +175,7 @@ def check(request: PruneRequest) -> None:
 
 
 def check_shape(request: PruneRequest, strategy: Strategy | None = None) -> None:
-    """Refuse amounts, scopes, patterns and clusters that contradict each other."""
+    """Reject amounts, scopes, patterns and clusters that contradict each other."""
     strategy = strategy or _strategy(request)
     if request.cluster:
         parse_clustering(request.cluster)

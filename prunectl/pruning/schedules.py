@@ -1,4 +1,4 @@
-"""How sparse should the model be by a given step?"""
+"""Sparsity schedules: how sparse a model is at a training step."""
 
 from __future__ import annotations
 
@@ -116,10 +116,10 @@ class Schedule(Protocol):
         """The step from which on the final sparsity holds."""
 
     def sparsity_at(self, step: int) -> float:
-        """The sparsity wanted at a step."""
+        """The sparsity at a step."""
 
     def prunes_at(self, step: int) -> bool:
-        """Whether masks are made again at a step."""
+        """Whether a step is a pruning step, at which masks change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ class SparsitySchedule:
         return sparsity
 
     def prunes_at(self, step: int) -> bool:
-        """Whether it is a turn, counted from the beginning; the same turns as tfmot's."""
+        """Whether it is a pruning step, counted from the beginning; the same steps as tfmot's."""
         if step < self.begin or (self.end is not None and step > self.end):
             return False
         return (step - self.begin) % self.frequency == 0
@@ -189,11 +189,11 @@ class ChainedSchedule:
 
     @property
     def last_update_step(self) -> int:
-        """The last turn of the second."""
+        """The last pruning step of the second."""
         return self.switch_step + self.second.last_update_step
 
     def sparsity_at(self, step: int) -> float:
-        """Ask the one whose time it is."""
+        """As the schedule that is followed at the step."""
         return (
             self.first.sparsity_at(step)
             if step < self.switch_step
@@ -201,7 +201,7 @@ class ChainedSchedule:
         )
 
     def prunes_at(self, step: int) -> bool:
-        """Ask the one whose time it is."""
+        """As the schedule that is followed at the step."""
         return self.first.prunes_at(step) if step < self.switch_step else self.second.prunes_at(step - self.switch_step)
 
 

@@ -1,4 +1,4 @@
-"""What goes first? Functions from weights to scores: the lowest scores are dropped."""
+"""Strategies: functions from weights to importance scores; the lowest are pruned."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class BlockContext:
-    """Where a block of weights stands, for strategies that need to know."""
+    """Tensor and offset of a block of weights, for strategies that need them."""
 
     name: str
     """The tensor."""
@@ -28,7 +28,7 @@ class BlockContext:
 
 
 class Requires(StrEnum):
-    """What a strategy looks at, beside the weights."""
+    """What a strategy needs besides the weights."""
 
     NOTHING = ""
     TRAINING = "training"
@@ -36,7 +36,7 @@ class Requires(StrEnum):
     INPUTS = "inputs"
     """What each weight is multiplied with."""
     PRODUCTS = "products"
-    """How the inputs of a layer go together."""
+    """The Gram matrix of a layer's inputs."""
 
 
 Score = Callable[[Array, BlockContext], Array]
@@ -44,7 +44,7 @@ Score = Callable[[Array, BlockContext], Array]
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """A way to score weights."""
+    """A way to score weights by importance."""
 
     name: str
     score: Score
@@ -53,11 +53,11 @@ class Strategy:
     is_elementwise: bool = True
     """Whether a weight's score depends on that weight alone, so that blocks can be scored one by one."""
     is_precomputed: bool = False
-    """Whether the scores of all tensors lie in memory already, so that none need be kept."""
+    """Whether the scores of all tensors are in memory already, so that none need be cached."""
     score_all: Callable[[Mapping[str, Array]], Mapping[str, Array | None]] | None = None
     """Scores all tensors at once, in place of `score`; None for one that it leaves alone."""
     allocation: Callable[..., Sequence[int]] | None = None
-    """Says how many weights go in each tensor, where this is for the strategy to say."""
+    """Number of weights to prune in each tensor, where the strategy decides it."""
     choices: Mapping[str, tuple[str, ...] | float] = field(default_factory=dict)
     """Parameters of a built-in strategy, with the words that they take, the first of them if nothing is said; or with
     the number that they are then."""
@@ -72,7 +72,7 @@ def magnitude(weights: Array, _: BlockContext) -> Array:
 
 
 def lamp(weights: Array, context: BlockContext) -> Array:
-    """Score each weight by its square over the sum of the squares of those that are not smaller (Lee et al. 2021)."""
+    """LAMP: each squared weight over the sum of the squares that are not smaller (Lee et al. 2021)."""
     squares = np.square(magnitude(weights, context).astype(np.float64)).reshape(-1)
     order = np.argsort(squares, kind="stable")
     rising = squares[order]
@@ -83,7 +83,7 @@ def lamp(weights: Array, context: BlockContext) -> Array:
 
 
 def random(weights: Array, context: BlockContext) -> Array:
-    """Score each weight by a number that only its place and the seed decide."""
+    """Score each weight by a hash of its index, its tensor and the seed."""
     indices = np.arange(context.begin, context.begin + weights.size, dtype=np.uint64)
     bits = splitmix64(indices + np.uint64(fnv1a(f"{context.seed}/{context.name}")))
     # The upper 24 bits are as many as a float32 holds exactly.

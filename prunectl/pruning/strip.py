@@ -17,7 +17,7 @@ from prunectl.pruning.destination import Destination
 
 @dataclass(frozen=True, slots=True)
 class Stripped:
-    """What went, and what is left."""
+    """What was removed, and statistics before and after."""
 
     removed: tuple[RemovedItem, ...]
     before: ModelStats
@@ -25,7 +25,7 @@ class Stripped:
 
 
 def strip(path: Path, options: StripOptions, output: Destination | None, *, is_packed: bool) -> Stripped:
-    """Write a model again without what it does not need to predict; without an output, into a scratch file."""
+    """Write a copy without what inference does not need; without an output, into a scratch file."""
     model = open_model(path)
     # What has nothing to strip may still be packed.
     require(model, Capability.PACK if is_packed else Capability.STRIP)
@@ -48,7 +48,7 @@ def strip(path: Path, options: StripOptions, output: Destination | None, *, is_p
 
 
 def _verify(model: ModelFile, result: ModelFile, options: StripOptions, removed: frozenset[str]) -> None:
-    """Hold what was written against the input: nothing is left that should go, and nothing else has changed."""
+    """Verify that nothing is left that should be removed, and that no other tensor has changed."""
     wrappers_left = [wrapper for wrapper in result.about.wrappers if wrapper.kind != PARAMETRIZATION]
     if StripPart.MASKS in options.parts and wrappers_left:
         raise WorkError(f"{model.path} came out with wrappers still around {wrappers_left[0].layer}")
@@ -66,7 +66,7 @@ def _verify(model: ModelFile, result: ModelFile, options: StripOptions, removed:
 
 
 def stats_for_report(model: ModelFile) -> ModelStats:
-    """What is in a model; its compressed size, too, if it is small."""
+    """Statistics of a model, with its gzip size if it is small."""
     if model.nbytes <= outputs.BIG_BYTES:
         return measure(model, get_codec(CodecName.GZIP, None))
     return measure_stats(model, model.tensors, has_channels=False)

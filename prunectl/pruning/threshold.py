@@ -1,4 +1,4 @@
-"""Which k of n scores are the lowest? Exact, in constant memory, the same on any machine.
+"""Exact selection of the k lowest of n scores by radix select, in constant memory, the same on any machine.
 
 Scores are non-negative floats, whose order is that of their bits read as integers. Each pass over the scores counts
 sixteen more of these bits into bins, and looks closer at the one bin in which the k-th lowest score must lie.
@@ -38,26 +38,26 @@ _CLOSE_BINS = 32
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """The cut: every score below the key is dropped, and so many of those that equal it."""
+    """The k-th lowest score: all below its sort key are pruned, and so many of those that equal it."""
 
     key: int
     ties: tuple[int, ...]
-    """How many ties go from each source, counted from its beginning."""
+    """How many ties are pruned in each source, counted from its beginning."""
 
     def masker(self, source: int) -> ThresholdMasker:
-        """What marks the dropped scores of one source, block by block in order."""
+        """The masker of one source's scores, block by block in order."""
         return ThresholdMasker(self.key, self.ties[source])
 
 
 @dataclass(slots=True)
 class ThresholdMasker:
-    """Marks what is dropped, and remembers how many ties are still to go."""
+    """Masks scores below a threshold block by block, counting the ties that are still to be pruned."""
 
     key: int
     ties_left: int
 
     def mask(self, scores: Array) -> Mask:
-        """Mark the scores of the next block that are dropped."""
+        """Mask of the scores of the next block that are pruned."""
         keys = sort_keys(scores)
         dropped: Mask = keys < self.key
         if self.ties_left:
@@ -68,7 +68,7 @@ class ThresholdMasker:
 
 
 def sort_keys(scores: Array) -> Array:
-    """The bits of non-negative floats as integers of the same order; minus zero is zero."""
+    """Sort keys: the bits of non-negative floats as integers of the same order; minus zero is zero."""
     contiguous = np.ascontiguousarray(scores)
     if contiguous.dtype.itemsize == 8:
         return np.asarray(contiguous.view(np.uint64) & np.uint64(0x7FFFFFFFFFFFFFFF))
@@ -76,7 +76,7 @@ def sort_keys(scores: Array) -> Array:
 
 
 def threshold(sources: Sequence[Source], drop: int) -> Threshold:
-    """The cut that drops exactly so many scores, ties in the order of the sources."""
+    """The threshold that prunes exactly so many scores, ties in the order of the sources."""
     if drop == 0:
         return Threshold(0, (0,) * len(sources))
     key, below, equal = sampled_select(sources, drop) or radix_select(sources, drop)
@@ -84,7 +84,7 @@ def threshold(sources: Sequence[Source], drop: int) -> Threshold:
 
 
 def sampled_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int] | None:
-    """What `_kth` returns, found around the guess of a sample; None where the guess may be wrong.
+    """As `radix_select`, within a bracket estimated from a sample; None where the bracket misses.
 
     Comparing a block with two numbers is ten times as fast as counting it into bins.
     """
@@ -127,7 +127,7 @@ def _sample(source: Source) -> tuple[int, LazyHistogram | None]:
 
 
 class LazyHistogram:
-    """Counts of small integers; a few at a time are kept until it pays to count them."""
+    """A histogram of small integers that batches them until it pays to count."""
 
     def __init__(self, length: int) -> None:
         self._counts = np.zeros(length, np.int64)
@@ -135,14 +135,14 @@ class LazyHistogram:
         self._waiting_size = 0
 
     def add(self, numbers: Array) -> None:
-        """Count some numbers, now or later."""
+        """Add numbers, counted now or later."""
         self._waiting.append(numbers)
         self._waiting_size += numbers.size
         if self._waiting_size > _MANY:
             self.counts()
 
     def counts(self) -> NDArray[np.int64]:
-        """How often each number came."""
+        """The counts of all numbers added."""
         if self._waiting_size:
             numbers = np.concatenate(self._waiting).astype(np.intp)
             self._counts += np.bincount(numbers, minlength=len(self._counts))
@@ -151,13 +151,13 @@ class LazyHistogram:
 
 
 def _map_parallel(work: Callable[[Source], Result], sources: Sequence[Source]) -> Generator[Result]:
-    """Yield what some work finds in each source, two at a time."""
+    """Yield the results of a function on each source, two at a time."""
     with workers(THREADS) as pool:
         yield from pool.map(work, sources)
 
 
 def _bracket_from_sample(sources: Sequence[Source], drop: int) -> tuple[int, int] | None:
-    """The first and the last bin of the upper bits in which the cut lies, if a sample tells."""
+    """First and last bin of the upper bits between which the threshold lies by a sample, or None."""
     counts = np.zeros(_BINS, np.int64)
     total = 0
     with closing(_map_parallel(_sample, sources)) as sampled_each:
@@ -178,7 +178,7 @@ def _bracket_from_sample(sources: Sequence[Source], drop: int) -> tuple[int, int
 
 
 def radix_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int]:
-    """The key of the last score to go, how many are below it, and how many equal it."""
+    """The key of the k-th lowest score, how many are below it, and how many equal it, sixteen bits a pass."""
     prefix, below, equal, shift = 0, 0, 0, None
     while shift is None or shift > 0:
         counts = np.zeros(_BINS, np.int64)
@@ -203,7 +203,7 @@ def radix_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int]:
 
 
 def _split_ties(sources: Sequence[Source], key: int, ties: int, equal: int) -> tuple[int, ...]:
-    """How many of the ties each source gives, the first sources first."""
+    """Ties to prune in each source, the first sources first."""
     if len(sources) == 1 or ties == equal:
         return (ties,) * len(sources)
     shares = []

@@ -1,4 +1,4 @@
-"""Which points are to be made next? Those of the grid, then those that close in on the largest sparsity that holds."""
+"""Bisection for the largest sparsity within a limit, after the trials of the grid."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _STEP, _DIGITS = 0.01, 2
 
 @dataclass(frozen=True, slots=True)
 class Bracket:
-    """What is known of the largest sparsity that holds: it lies between two points."""
+    """Bracket of the largest sparsity within the limit."""
 
     passing: float
     """0 is the model as it is."""
@@ -64,7 +64,7 @@ class Bracket:
 def next_trials(
     config: SweepConfig, done: Mapping[Trial, TrialResult], failed: Collection[Trial], max_drop: float | None
 ) -> list[Trial]:
-    """The points that can be made now, in the order in which the table has them."""
+    """Trials that can run now, in the order of the table."""
     trials = [trial for trial in grid(config) if trial not in done and trial not in failed]
     if max_drop is None or BASELINE in trials:
         return trials
@@ -80,7 +80,7 @@ def next_trials(
 
 
 def make_bracket(variant: Variant, done: Mapping[Trial, TrialResult], max_drop: float) -> Bracket:
-    """What all points of a way say: also those that were made for another question."""
+    """The bracket of a variant from all its finished trials."""
     base = done[BASELINE]
     within_limit = {
         trial.sparsity: drop(result, base) <= max_drop for trial, result in done.items() if trial.variant == variant

@@ -1,4 +1,4 @@
-"""Which ways are tried: every combination that makes sense, and why the others do not."""
+"""The grid of variants: every combination that makes sense, and why others are skipped."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ UNSTRUCTURED = "unstructured"
 
 
 def variants(config: SweepConfig) -> list[Variant]:
-    """Every way in which a sparsity is to be reached."""
+    """All variants that are tried."""
     return [variant for variant, reason in _combined(config).items() if not reason]
 
 
 def skipped_combinations(config: SweepConfig) -> dict[Variant, str]:
-    """What makes no sense together, and why."""
+    """Combinations that are skipped, and why."""
     return {variant: reason for variant, reason in _combined(config).items() if reason}
 
 
 def grid(config: SweepConfig) -> list[Trial]:
-    """The points that are asked for, the model as it is before them."""
+    """Trials of the grid, the baseline first."""
     return [
         BASELINE,
         *(variant.trial(sparsity) for variant in variants(config) for sparsity in _sparsities(config, variant)),

@@ -1,4 +1,4 @@
-"""What is known already: a line for each point that is done, kept as soon as it is."""
+"""The journal of a sweep: one JSON line for each finished trial."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PATIENCE_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """The points of a sweep that are done, and a file that is ready for more."""
+    """Finished trials of a sweep, and the open file for more."""
 
     fd: int
     """Holds the lock on the file; whoever has it open may write points."""
@@ -38,12 +38,12 @@ class Journal:
     done: dict[Trial, TrialResult] = field(default_factory=dict)
 
     def add(self, trial: Trial, result: TrialResult) -> None:
-        """Note a point, on the disk before this returns."""
+        """Append a trial, on the disk before this returns."""
         _write(self.fd, {"point": asdict(trial), "outcome": result.as_json})
         self.done[trial] = result
 
     def discard(self, trials: Iterable[Trial]) -> None:
-        """Take points for not done: the next line about one of them is what holds."""
+        """Forget trials: the next line about one of them is what counts."""
         for trial in trials:
             del self.done[trial]
 
@@ -101,7 +101,7 @@ def _read(fd: int, path: Path, head: dict[str, Any], threads: int) -> Journal:
             _check_compatible(noted, head, path.parent)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is not what a sweep has noted: {error}", hint="sweep into another folder") from error
-    # Nothing was made yet: whoever said it may have thought better of it.
+    # No trial has finished: the user may have changed the options.
     os.ftruncate(fd, 0)
     _write(fd, {**head, "threads": threads})
     return Journal(fd, threads)

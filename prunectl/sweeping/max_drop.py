@@ -1,4 +1,4 @@
-"""The largest sparsity that holds a metric, closed in on from both sides; what was tried before is not tried again."""
+"""The search for the largest sparsity within a --max-drop, by bisection over journalled trials."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Watcher = Callable[[Trial, TrialResult], None]
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """What is searched."""
+    """A search for the largest sparsity within a limit."""
 
     variant: Variant
     limit: MaxDrop
@@ -41,7 +41,7 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """What came of a search."""
+    """The result of a search."""
 
     limit: MaxDrop
     base: TrialResult

@@ -1,4 +1,4 @@
-"""Workers of a Ray cluster that make points: the same as processes on one machine, on many."""
+"""Workers on a Ray cluster, one trial at a time each."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _RayTrial:
 
 
 class _RayWorker:
-    """Has points made by a worker, which is asked for when it is first needed."""
+    """Runs trials on a Ray actor that is created when it is first needed."""
 
     def __init__(self, job: dict[str, Any], threads: int, cluster: _Cluster) -> None:
         self._job, self._threads, self._cluster = job, threads, cluster
@@ -47,7 +47,7 @@ class _RayWorker:
         self._is_over = False
 
     def attempt(self, trial: Trial) -> TrialResult | PrunectlError:
-        """Have a point made."""
+        """Run a trial."""
         if self._is_over:
             raise KeyboardInterrupt
         if self._maker is None:

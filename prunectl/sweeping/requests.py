@@ -1,4 +1,4 @@
-"""A point in the words of `prune` and of `finetune`."""
+"""Requests of `prune` and `finetune` for a trial."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ ONE_SHOT = "constant"
 
 
 def pruning_of(config: SweepConfig, trial: Trial) -> Pruning:
-    """What `prune` is asked for."""
+    """The prune request of a trial."""
     needs_data_here = looks_at_data(trial)
     return replace(
         _pruning_request(trial),
@@ -72,7 +72,7 @@ def pruning_of(config: SweepConfig, trial: Trial) -> Pruning:
 
 
 def training_of(config: SweepConfig, trial: Trial) -> Training:
-    """What `finetune` is asked for; what was pruned before keeps its zeros."""
+    """The finetune request of a trial; zeros of a one-shot pruning are kept."""
     is_pruned = trial == BASELINE or is_one_shot(trial)
     pruning = Pruning(seed=config.seed) if is_pruned else pruning_of(config, trial)
     return Training(

@@ -1,4 +1,4 @@
-"""One point of a sweep, from a file to a file: pruned, trained, judged, weighed."""
+"""Runs one trial: prune, finetune, evaluate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep, from its choices to all its points; what was noted before is not made again."""
+"""Runs a sweep: the trials of a grid on a pool of workers, resumed from its journal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Watcher = Callable[[Trial, TrialResult | PrunectlError], None]
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """What came of a sweep."""
+    """The result of a sweep."""
 
     config: SweepConfig
     folder: Path
@@ -67,7 +67,7 @@ def sweep(
     max_drop: MaxDrop | None = None,
     watcher: Watcher = lambda *_: None,
 ) -> Swept:
-    """Make every point that is not made yet, and return all that were asked for; the place is that of its workers."""
+    """Run every trial that is not in the journal; `place` says where workers run."""
     check(config)
     check_place(place)
     model, job = open_model(path), encode_job(path, config, folder)
@@ -137,7 +137,7 @@ def _in_order(config: SweepConfig, done: dict[Trial, TrialResult]) -> dict[Trial
 
 
 def pareto_front(outcomes: Mapping[Trial, TrialResult]) -> list[Trial]:
-    """The Pareto front of the metric against the gzip size, from small to big."""
+    """Pareto front of the metric against the gzip size, from small to large."""
     sign = 1.0 if outcomes[BASELINE].higher_is_better else -1.0
     finite = {trial: outcome for trial, outcome in outcomes.items() if outcome.is_number}
     front: list[Trial] = []
@@ -166,7 +166,7 @@ class ScheduleComparison:
 
 
 def compare_schedules(config: SweepConfig, outcomes: Mapping[Trial, TrialResult]) -> list[ScheduleComparison]:
-    """How every two schedules compare that have points in common."""
+    """Compare every two schedules over the trials that they share."""
     comparisons: list[ScheduleComparison] = []
     for left, right in combinations(config.schedules if config.epochs else (), 2):
         counterparts = {trial: replace(trial, schedule=right) for trial in outcomes if trial.schedule == left}

@@ -1,4 +1,4 @@
-"""One way to prune, and what came of it."""
+"""Trials of a sweep, their results, and the sweep's configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prunectl.training.monitor import is_higher_better
 
 
 class Variant(NamedTuple):
-    """What a sparsity is reached by."""
+    """A combination of strategy, scope, schedule and pattern."""
 
     strategy: str
     scope: str
@@ -31,7 +31,7 @@ class Variant(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A way to prune, and how much of the model goes."""
+    """A variant at a sparsity."""
 
     strategy: str
     scope: str
@@ -100,7 +100,7 @@ class TrialResult:
 
 
 def diverged(point: Trial, error: PrunectlError) -> TrialResult:
-    """What came of a point whose training went astray: no model, and nothing to judge."""
+    """The result of a trial that diverged: no model, and nothing to evaluate."""
     return TrialResult("", math.nan, {}, 0.0, 0, 0, "", (f"{point.name}: {error.message}; {error.hint}.",))
 
 

@@ -1,4 +1,4 @@
-"""Those who make points side by side: processes here, or on other machines."""
+"""Workers that run trials in parallel: processes here, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _KINDS = {
 
 
 def encode_job(path: Path, config: SweepConfig, folder: Path) -> dict[str, Any]:
-    """What all points have in common."""
+    """The job in JSON: what all trials share."""
     return {"model": str(path), "folder": str(folder), "choices": config.as_json}
 
 
 def handle(job: dict[str, Any], trial: dict[str, Any]) -> dict[str, Any]:
-    """Make a point, and return what came of it."""
+    """Run a trial in this process; a reply in JSON."""
     config = SweepConfig.from_json(job["choices"])
     try:
         return {"outcome": run_trial(Path(job["model"]), config, Path(job["folder"]), Trial(**trial)).as_json}
@@ -52,7 +52,7 @@ def handle(job: dict[str, Any], trial: dict[str, Any]) -> dict[str, Any]:
 
 
 def decode_reply(trial: Trial, reply: dict[str, Any]) -> TrialResult | PrunectlError:
-    """What a worker meant."""
+    """The result or error of a reply."""
     if "outcome" in reply:
         return TrialResult.from_json(reply["outcome"])
     if "bug" in reply:
@@ -67,7 +67,7 @@ _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NU
 
 
 def worker_env(threads: int) -> dict[str, str]:
-    """The environment of a process that makes points."""
+    """Environment variables of a worker process."""
     return {
         **dict.fromkeys(_THREADS, str(threads)),
         "TF_NUM_INTEROP_THREADS": "1",
@@ -84,7 +84,7 @@ def threads_per_worker(jobs: int) -> int:
 
 
 class ProcessWorker:
-    """Makes points one after the other, in a process that is started when it is first needed."""
+    """Runs trials in a child process that is started when it is first needed."""
 
     def __init__(self, job: dict[str, Any], number: int, threads: int, lock: int) -> None:
         self._job, self._number, self._threads, self._lock = json.dumps(job), number, threads, lock
@@ -92,7 +92,7 @@ class ProcessWorker:
         self._is_over = False
 
     def attempt(self, trial: Trial) -> TrialResult | PrunectlError:
-        """Have a point made."""
+        """Run a trial."""
         job = f"{self._job}\n" if self._process is None else ""
         process = self._started()
         assert process.stdin is not None
@@ -169,17 +169,17 @@ RAY = "ray"
 
 
 class Worker(Protocol):
-    """One of them, who makes a point at a time."""
+    """A worker that runs one trial at a time."""
 
     def attempt(self, trial: Trial) -> TrialResult | PrunectlError:
-        """Have a point made."""
+        """Run a trial."""
 
     def close(self) -> None:
         """End it, whatever it does."""
 
 
 class WorkerPool:
-    """So many hands; safe to use from as many threads."""
+    """A pool of workers, used from as many threads."""
 
     def __init__(self, workers: Sequence[Worker]) -> None:
         self._hands = workers
@@ -188,7 +188,7 @@ class WorkerPool:
             self._free.put(worker)
 
     def attempt(self, trial: Trial) -> TrialResult | PrunectlError:
-        """Have a point made by whoever is free."""
+        """Run a trial on a free worker."""
         worker = self._free.get()
         try:
             return worker.attempt(trial)
@@ -210,7 +210,7 @@ def check(cluster: str) -> None:
 
 
 def make_workers(cluster: str, job: dict[str, Any], *, jobs: int, threads: int, lock: int) -> Sequence[Worker]:
-    """Those who work at a place: on this machine, or `ray`, or `ray:ADDRESS`."""
+    """Workers on this machine, or on `ray` or `ray:ADDRESS`."""
     if not cluster:
         return [ProcessWorker(job, number, threads, lock) for number in range(jobs)]
     address = cluster.partition(":")[2]
