@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from enum import StrEnum
-from importlib import resources
 from typing import Any
 
 
@@ -147,14 +146,8 @@ def schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Budgets of prunectl", **table}
 
 
-def shipped() -> dict[str, Any]:
-    """The schema that is installed with the package."""
-    found: dict[str, Any] = json.loads((resources.files("prunectl.checks") / FILE).read_text(encoding="utf-8"))
-    return found
-
-
 def as_text() -> str:
-    """What the file that ships holds."""
+    """The text of the JSON schema that is installed with the package, `budgets.schema.json`."""
     return json.dumps(schema(), indent=2) + "\n"
 
 

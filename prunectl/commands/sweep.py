@@ -110,7 +110,7 @@ def sweep(
         config,
         output,
         jobs=jobs,
-        place=on,
+        on=on,
         max_drop=drop,
         watcher=lambda *trial: reporter.note(trial_line(*trial)),
     )

@@ -20,7 +20,7 @@ from prunectl.sweeping.grid import check, variants
 from prunectl.sweeping.journal import Journal, files_of, find_stale, open_journal
 from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial, TrialResult, Variant
 from prunectl.sweeping.workers import WorkerPool, encode_job, make_workers, threads_per_worker
-from prunectl.sweeping.workers import check as check_place
+from prunectl.sweeping.workers import check as check_on
 from prunectl.training.evaluation.max_drop import MaxDrop
 
 Watcher = Callable[[Trial, TrialResult | PrunectlError], None]
@@ -63,20 +63,20 @@ def sweep(
     folder: Path,
     *,
     jobs: int = 1,
-    place: str = "",
+    on: str = "",
     max_drop: MaxDrop | None = None,
     watcher: Watcher = lambda *_: None,
 ) -> Swept:
-    """Run every trial that is not in the journal; `place` says where workers run."""
+    """Run every trial that is not in the journal; `on` is empty, `ray` or `ray:ADDRESS`."""
     check(config)
-    check_place(place)
+    check_on(on)
     model, job = open_model(path), encode_job(path, config, folder)
     failed: dict[Trial, PrunectlError] = {}
     with (
         open_journal(
             folder, config.as_json, sizes.sha256(model), threads_per_worker(jobs), files_of(config)
         ) as journal,
-        closing(WorkerPool(make_workers(place, job, jobs=jobs, threads=journal.threads, lock=journal.fd))) as pool,
+        closing(WorkerPool(make_workers(on, job, jobs=jobs, threads=journal.threads, lock=journal.fd))) as pool,
     ):
         if BASELINE not in journal.done:
             _run_baseline(pool.attempt(BASELINE), journal)
