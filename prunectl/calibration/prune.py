@@ -136,8 +136,8 @@ def prune(
     """Prune a model with calibration data."""
     model, method = open_model(path), resolve_method(request)
     outputs.check(model, output)
-    wish, needs = method.selection, method.strategy.needs
-    selection = planning.select_tensors(model, wish, can_reencode=by_name(model.format).can_reencode)
+    criteria, needs = method.selection, method.strategy.needs
+    selection = planning.select_tensors(model, criteria, can_reencode=by_name(model.format).can_reencode)
     reconstructs = needs is Requires.PRODUCTS or request.is_repaired
     session = open_calibration(
         model,
@@ -159,7 +159,7 @@ def prune(
                 params.get("blocksize", BLOCK),
             )
         if needs is not Requires.NOTHING:
-            method, unseen = with_data_scores(model, selection.tensors, method, wish.scope, session.calibration)
+            method, unseen = with_data_scores(model, selection.tensors, method, criteria.scope, session.calibration)
             notes += note_about("ranked by magnitude: what they meet cannot be seen", unseen)
         if reconstructor is not None:
             method = replace(

@@ -135,12 +135,12 @@ class PruneSelection:
     """Number of weights to prune in each tensor, if not the same share of each."""
 
 
-def select_tensors(model: ModelFile, wish: PruneSelection, *, can_reencode: bool) -> Selection:
+def select_tensors(model: ModelFile, criteria: PruneSelection, *, can_reencode: bool) -> Selection:
     """The tensors that policy and selectors allow; a container that re-encodes can change what is not contiguous."""
     layer_ratios = {
-        tensor.name: sparsity for selector, sparsity in wish.layers for tensor in select_names(model, selector)
+        tensor.name: sparsity for selector, sparsity in criteria.layers for tensor in select_names(model, selector)
     }
-    tensors, skips = _partition(model, wish, layer_ratios, can_reencode=can_reencode)
+    tensors, skips = _partition(model, criteria, layer_ratios, can_reencode=can_reencode)
     if not tensors:
         raise UsageError(
             _nothing_to_prune(model, skips), hint=f"--only and --policy choose; see: prunectl inspect {model.path}"
@@ -150,19 +150,21 @@ def select_tensors(model: ModelFile, wish: PruneSelection, *, can_reencode: bool
     )
 
 
-def make_plan(choice: Selection, wish: PruneSelection, sparsity: float) -> Plan:
+def make_plan(selection: Selection, criteria: PruneSelection, sparsity: float) -> Plan:
     """The plan for a selection at a sparsity."""
-    drop = round(sparsity * sum(tensor.size for tensor in choice.tensors))
-    if wish.scope is Scope.GLOBAL:
-        return Plan(tuple(TensorPlan(tensor, None) for tensor in choice.tensors), choice.skips, drop)
-    if isinstance(wish.pattern, NMPattern):
-        counts: Sequence[int] = [_nm_count(tensor, wish.pattern) for tensor in choice.tensors]
-    elif wish.allocation is not None:
-        counts = wish.allocation(choice.tensors, drop)
+    drop = round(sparsity * sum(tensor.size for tensor in selection.tensors))
+    if criteria.scope is Scope.GLOBAL:
+        return Plan(tuple(TensorPlan(tensor, None) for tensor in selection.tensors), selection.skips, drop)
+    if isinstance(criteria.pattern, NMPattern):
+        counts: Sequence[int] = [_nm_count(tensor, criteria.pattern) for tensor in selection.tensors]
+    elif criteria.allocation is not None:
+        counts = criteria.allocation(selection.tensors, drop)
     else:
-        counts = [round(choice.layer_ratios.get(tensor.name, sparsity) * tensor.size) for tensor in choice.tensors]
-    cuts = tuple(TensorPlan(tensor, count) for tensor, count in zip(choice.tensors, counts, strict=True))
-    return Plan(cuts, choice.skips, sum(counts))
+        counts = [
+            round(selection.layer_ratios.get(tensor.name, sparsity) * tensor.size) for tensor in selection.tensors
+        ]
+    cuts = tuple(TensorPlan(tensor, count) for tensor, count in zip(selection.tensors, counts, strict=True))
+    return Plan(cuts, selection.skips, sum(counts))
 
 
 def _nothing_to_prune(model: ModelFile, skips: Iterable[SkippedTensor]) -> str:
@@ -185,11 +187,11 @@ def _nm_count(tensor: Tensor, pattern: NMPattern) -> int:
 
 
 def _partition(
-    model: ModelFile, wish: PruneSelection, layer_ratios: Mapping[str, float], *, can_reencode: bool
+    model: ModelFile, criteria: PruneSelection, layer_ratios: Mapping[str, float], *, can_reencode: bool
 ) -> tuple[tuple[Tensor, ...], tuple[SkippedTensor, ...]]:
-    skip_reason = wish.policy.skip_reason(model)
-    only = {tensor.name for tensor in select_names(model, wish.only)} if wish.only else None
-    excluded = {tensor.name for selector in wish.exclude for tensor in select_names(model, selector)}
+    skip_reason = criteria.policy.skip_reason(model)
+    only = {tensor.name for tensor in select_names(model, criteria.only)} if criteria.only else None
+    excluded = {tensor.name for selector in criteria.exclude for tensor in select_names(model, selector)}
     reasons: dict[str, str] = {}
     for tensor in model.tensors:
         if tensor.name in excluded:
@@ -201,7 +203,7 @@ def _partition(
             )
         if tensor.name in model.duplicates:
             reasons[tensor.name] = "a second copy of a variable, changed as the first is"
-        reasons[tensor.name] = reasons.get(tensor.name) or _obstacle(tensor, wish, can_reencode=can_reencode)
+        reasons[tensor.name] = reasons.get(tensor.name) or _obstacle(tensor, criteria, can_reencode=can_reencode)
     candidates = {tensor.name for tensor in model.tensors if not reasons[tensor.name]}
     # Also what nobody wants pruned is, if it shares its numbers with what is.
     tied = {
@@ -214,15 +216,15 @@ def _partition(
     return chosen, tuple(SkippedTensor(name, reason) for name, reason in reasons.items() if reason)
 
 
-def _obstacle(tensor: Tensor, wish: PruneSelection, *, can_reencode: bool) -> str:
+def _obstacle(tensor: Tensor, criteria: PruneSelection, *, can_reencode: bool) -> str:
     """Why a tensor cannot be pruned at all."""
     if not tensor.is_float:
         return non_float_reason(tensor)
     if not tensor.size:
         return "empty"
-    if isinstance(wish.pattern, NMPattern) and tensor.reduction_axis is None:
+    if isinstance(criteria.pattern, NMPattern) and tensor.reduction_axis is None:
         return "without an axis of inputs for the pattern"
-    if isinstance(wish.pattern, BlockPattern) and tensor.out_axis is None:
+    if isinstance(criteria.pattern, BlockPattern) and tensor.out_axis is None:
         return "no matrix of inputs by outputs"
     if tensor.storage.extent is None:
         covers = tensor.start == 0 and tensor.nbytes == tensor.storage.nbytes

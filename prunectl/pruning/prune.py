@@ -115,11 +115,11 @@ def _prune(
     if request.is_packed:
         require(model, Capability.PACK)
     outputs.check(model, output)
-    wish = method.selection
-    selection = planning.select_tensors(model, wish, can_reencode=by_name(model.format).can_reencode)
+    criteria = method.selection
+    selection = planning.select_tensors(model, criteria, can_reencode=by_name(model.format).can_reencode)
     method, selection = engine.with_model_scores(model, selection, method)
-    sparsity = _sparsity(model, request, wish, selection, method)
-    plan = planning.make_plan(selection, wish, sparsity)
+    sparsity = _sparsity(model, request, criteria, selection, method)
+    plan = planning.make_plan(selection, criteria, sparsity)
     with outputs.staging_dir(model, output) as (folder, target), workers(1) as background:
         is_small = model.nbytes <= outputs.BIG_BYTES
         before_stats = background.submit(measure_stats, model, model.tensors, has_channels=is_small)
@@ -167,11 +167,11 @@ def _check_pattern(written: ModelFile, plan: Plan, method: PruningMethod) -> Non
 
 
 def _sparsity(
-    model: ModelFile, request: PruneRequest, wish: PruneSelection, selection: Selection, method: PruningMethod
+    model: ModelFile, request: PruneRequest, criteria: PruneSelection, selection: Selection, method: PruningMethod
 ) -> float:
     """The requested sparsity, or the one that gives the requested compression or size."""
-    if isinstance(wish.pattern, NMPattern):
-        return wish.pattern.zeros / wish.pattern.group
+    if isinstance(criteria.pattern, NMPattern):
+        return criteria.pattern.zeros / criteria.pattern.group
     if request.compression is not None:
         total = measure_stats(model, model.tensors, has_zeros=False).params.total
         return sparsity_for_compression(model.path, selection, total, request.compression)
@@ -185,7 +185,7 @@ def _sparsity(
 
     def size_at(sparsity: float) -> int:
         with outputs.staging_dir(model, None) as (folder, target):
-            plan = planning.make_plan(selection, wish, sparsity)
+            plan = planning.make_plan(selection, criteria, sparsity)
             written = open_model(_write(model, plan, method, folder, target, is_packed=False)[0])
             if codec == "packed":
                 return packed_bytes(written, lambda _: None)

@@ -8,23 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.analysis.patterns import CHANNEL
-from prunectl.calibration import prune as calibrating
-from prunectl.channels import prune as cutting
+from prunectl.calibration.prune import prune as prune_with_data
 from prunectl.channels.config import parse_config
-from prunectl.channels.importance import RequiredData as Sees
+from prunectl.channels.importance import RequiredData
+from prunectl.channels.prune import prune_channels
 from prunectl.errors import UsageError
 from prunectl.plugins import find
-from prunectl.pruning import prune as pruning
 from prunectl.pruning import request
 from prunectl.pruning.destination import Destination
+from prunectl.pruning.prune import prune
 from prunectl.pruning.request import PruneRequest, resolve_method
-from prunectl.pruning.request import PruneRequest as Pruning
 from prunectl.pruning.schedules import CURVES
 from prunectl.pruning.strategies import Requires
 from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial
 from prunectl.training.backend import WATCHED, Means, ModelOrigin
-from prunectl.training.request import FinetuneRequest as Training
-from prunectl.training.request import Ramping
+from prunectl.training.request import FinetuneRequest, Ramping
 from prunectl.training.request import asked as asked_of
 
 
@@ -32,7 +30,7 @@ def needs_data(request: PruneRequest) -> bool:
     """Whether weights or channels go, or are fitted again, by what data does in the model."""
     if request.pattern == CHANNEL:
         measure = parse_config(request).measure
-        return measure is not None and measure.needs is not Sees.NOTHING
+        return measure is not None and measure.needs is not RequiredData.NOTHING
     return request.is_repaired or resolve_method(request).strategy.needs not in {Requires.NOTHING, Requires.TRAINING}
 
 
@@ -42,18 +40,18 @@ def prune_to(
     """Write what a request asks for; limits are about channels."""
     if request.pattern == CHANNEL:
         # A small step may be less than a channel.
-        cutting.prune_channels(path, request, output, is_trusted=is_trusted, allow_empty=True, **(limits or {}))
+        prune_channels(path, request, output, is_trusted=is_trusted, allow_empty=True, **(limits or {}))
     elif request.data:
-        calibrating.prune(path, request, output, is_trusted=is_trusted)
+        prune_with_data(path, request, output, is_trusted=is_trusted)
     else:
-        pruning.prune(path, request, output)
+        prune(path, request, output)
 
 
 ONE_SHOT = "constant"
 """The schedule that prunes before the first step."""
 
 
-def pruning_of(config: SweepConfig, trial: Trial) -> Pruning:
+def pruning_of(config: SweepConfig, trial: Trial) -> PruneRequest:
     """The prune request of a trial."""
     needs_data_here = looks_at_data(trial)
     return replace(
@@ -71,11 +69,11 @@ def pruning_of(config: SweepConfig, trial: Trial) -> Pruning:
     )
 
 
-def training_of(config: SweepConfig, trial: Trial) -> Training:
+def training_of(config: SweepConfig, trial: Trial) -> FinetuneRequest:
     """The finetune request of a trial; zeros of a one-shot pruning are kept."""
     is_pruned = trial == BASELINE or is_one_shot(trial)
-    pruning = Pruning(seed=config.seed) if is_pruned else pruning_of(config, trial)
-    return Training(
+    pruning = PruneRequest(seed=config.seed) if is_pruned else pruning_of(config, trial)
+    return FinetuneRequest(
         data=config.data,
         val=config.val,
         val_split=config.val_split,
@@ -133,7 +131,7 @@ def check_variant(config: SweepConfig, trial: Trial) -> None:
         request.check_shape(pruning)
 
 
-def check_channels(pruning: Pruning) -> None:
+def check_channels(pruning: PruneRequest) -> None:
     """Refuse channels of what could not be judged once they are cut."""
     parse_config(pruning)
     if pruning.model:
@@ -148,9 +146,9 @@ def _needs_training_scores(trial: Trial) -> bool:
     return trial.pattern != CHANNEL and is_later and trial.strategy in WATCHED
 
 
-def _pruning_request(trial: Trial) -> Pruning:
+def _pruning_request(trial: Trial) -> PruneRequest:
     """How weights are ranked, and how much of them goes."""
-    return Pruning(
+    return PruneRequest(
         sparsity=trial.sparsity,
         strategy=trial.strategy,
         params=tuple(filter(None, trial.params.split(","))),
