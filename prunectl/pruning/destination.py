@@ -48,9 +48,9 @@ def _check_name(model: ModelFile, target: Path) -> None:
     if suffix in {model.path.suffix.lower(), *format_row.suffixes, *_ANYTHING}:
         return
     rows = [row for row in FORMATS if suffix in row.suffixes]
-    own_suffix = model.path.suffix or format_row.suffixes[0]
     # A .pth.tar may be a PyTorch file of any age.
     if rows and not any(set(row.suffixes) & set(format_row.suffixes) for row in rows):
+        own_suffix = model.path.suffix or format_row.suffixes[0]
         raise UsageError(
             f"{target} is named as {rows[0].title}, but {model.path} keeps its format: {format_row.title}",
             hint=f"end it in {own_suffix or 'nothing'}; `prunectl export` changes formats",
