@@ -17,13 +17,13 @@ from prunectl.exporting.tensorflow import TfRunnable
 from prunectl.formats.base import ModelFile
 from prunectl.formats.registry import open_model
 from prunectl.training.backend import ModelOrigin
-from prunectl.training.keras.backend import keras_two, quietly
+from prunectl.training.keras.backend import ignore_warnings, load_keras2
 from prunectl.training.keras.compile import outputs
-from prunectl.training.keras.compile.outputs import flat
+from prunectl.training.keras.compile.outputs import flatten
 from prunectl.training.keras.distribution import DevicePlacement
-from prunectl.training.keras.load import Loaded, first_line, load
+from prunectl.training.keras.load import LoadedModel, error_line, load
 
-_tf = keras_two().tensorflow
+_tf = load_keras2().tensorflow
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)
 
 
@@ -44,7 +44,7 @@ def open_runnable(model: ModelFile, origin: ModelOrigin) -> TfRunnable:
     )
 
     def call(arguments: Sequence[Any]) -> list[Any]:
-        return flat(keras_model(outputs.inputs(keras_model, tuple(arguments)), training=False))
+        return flatten(keras_model(outputs.pack_inputs(keras_model, tuple(arguments)), training=False))
 
     output_names = tuple(dict.fromkeys(spec.name for spec in signature.outputs))
     if len(output_names) != len(signature.outputs):
@@ -61,13 +61,13 @@ def open_runnable(model: ModelFile, origin: ModelOrigin) -> TfRunnable:
     )
 
 
-def _notes(loaded: Loaded) -> tuple[str, ...]:
-    return (f"It is a Keras {2 if loaded.library.is_two else 3} model.",)
+def _notes(loaded: LoadedModel) -> tuple[str, ...]:
+    return (f"It is a Keras {2 if loaded.library.is_keras2 else 3} model.",)
 
 
 def _batch_sizes(model: Any, count: int) -> list[int | None]:
     try:
-        tensors = flat(getattr(model, "inputs", None) or ())
+        tensors = flatten(getattr(model, "inputs", None) or ())
     except (AttributeError, ValueError):
         tensors = []
     sizes: list[int | None] = [None if tensor.shape[0] is None else int(tensor.shape[0]) for tensor in tensors]
@@ -77,21 +77,21 @@ def _batch_sizes(model: Any, count: int) -> list[int | None]:
 def write(job: ExportJob, target: Path) -> tuple[str, ...]:
     """Save the model by its own library; an archive is rewritten without timestamps."""
     runnable: TfRunnable = job.runnable
-    loaded: Loaded = runnable.keras
+    loaded: LoadedModel = runnable.keras
     suffix = ".h5" if job.request.to == "h5" else ".keras"
     scratch = job.scratch / f"saved{suffix}"
     try:
-        with quietly():
+        with ignore_warnings():
             loaded.model.save(
-                str(scratch), **({"save_format": "h5"} if loaded.library.is_two and suffix == ".h5" else {})
+                str(scratch), **({"save_format": "h5"} if loaded.library.is_keras2 and suffix == ".h5" else {})
             )
     except Exception as error:
-        raise WorkError(f"Keras cannot save {job.file.path} as {suffix}: {first_line(error)}") from error
+        raise WorkError(f"Keras cannot save {job.file.path} as {suffix}: {error_line(error)}") from error
     if suffix == ".keras":
         _without_times(scratch, target)
     else:
         target.write_bytes(scratch.read_bytes())
-    return ("It is of Keras 2: tf_keras loads it, and keras 3 does not.",) if loaded.library.is_two else ()
+    return ("It is of Keras 2: tf_keras loads it, and keras 3 does not.",) if loaded.library.is_keras2 else ()
 
 
 def _without_times(archive: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ from prunectl.errors import UsageError
 from prunectl.formats.base import Capability, ModelFile
 from prunectl.formats.registry import by_name
 from prunectl.formats.safe_json import require
-from prunectl.training.keras.backend import hushed
+from prunectl.training.keras.backend import quiet_import
 
 _RUN_OPTIONS = frozenset(
     {"input", "data", "samples", "batch-size", "seed", "atol", "rtol", "model", "custom-objects", "trust"}
@@ -263,7 +263,7 @@ def _sources(target: str) -> Iterable[str]:
 def load(route: Route, reference: str) -> Callable[..., Any]:
     """Resolve a `module:function` of a route, or name the extra that is missing."""
     # TensorFlow speaks while it is loaded; what is not there is said all the same.
-    with hushed() if _TENSORFLOW[0] in route.needs else nullcontext():
+    with quiet_import() if _TENSORFLOW[0] in route.needs else nullcontext():
         for module, extra in route.needs:
             require(module, extra=extra)
     module, _, name = reference.partition(":")

@@ -15,8 +15,8 @@ from prunectl.exporting.job import ExportJob
 from prunectl.formats.base import Array, ModelFile
 from prunectl.training import user_code
 from prunectl.training.backend import ModelOrigin
-from prunectl.training.keras.backend import keras_two, quietly
-from prunectl.training.keras.load import first_line
+from prunectl.training.keras.backend import ignore_warnings, load_keras2
+from prunectl.training.keras.load import error_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class TfRunnable:
         """The outputs for one batch."""
         tensors = [_tf.constant(array, spec.dtype or None) for array, spec in zip(inputs, self.inputs, strict=True)]
         try:
-            with quietly():
+            with ignore_warnings():
                 outputs = self.graph(tensors)
         except Exception as error:
             shapes = ", ".join("x".join(map(str, array.shape)) for array in inputs)
@@ -63,10 +63,10 @@ def reason(error: Exception) -> str:
     """The line of an error that names the cause, after those of TensorFlow's graph traceback."""
     lines = [line.strip() for line in str(error).splitlines()]
     reasons = [line for line in lines if line and not line.startswith(_TRACE_PREFIXES)]
-    return reasons[0][:300].rstrip(".:") if reasons and lines[0].startswith(_TRACE_PREFIXES) else first_line(error)
+    return reasons[0][:300].rstrip(".:") if reasons and lines[0].startswith(_TRACE_PREFIXES) else error_line(error)
 
 
-_tf = keras_two().tensorflow
+_tf = load_keras2().tensorflow
 DEFAULT = "serving_default"
 fingerprint_pb2 = importlib.import_module("tensorflow.core.protobuf.fingerprint_pb2")
 
@@ -80,10 +80,10 @@ def open_runnable(model: ModelFile, origin: ModelOrigin) -> TfRunnable:
 
 def _load_signature(path: Path) -> TfRunnable:
     try:
-        with quietly():
+        with ignore_warnings():
             root = _tf.saved_model.load(str(path))
     except Exception as error:
-        raise InputError(f"{path} cannot be loaded by this TensorFlow: {first_line(error)}") from error
+        raise InputError(f"{path} cannot be loaded by this TensorFlow: {error_line(error)}") from error
     names = list(root.signatures)
     if not names:
         raise InputError(
@@ -128,10 +128,10 @@ def save(job: ExportJob, target: Path) -> None:
     module.kept = runnable.holder if not module.held else None
     module.serve = _tf.function(serve, input_signature=runnable.specs(job.inputs))
     try:
-        with quietly():
+        with ignore_warnings():
             _tf.saved_model.save(module, str(target), signatures={DEFAULT: module.serve})
     except Exception as error:
-        raise WorkError(f"TensorFlow cannot save {job.file.path}: {first_line(error)}") from error
+        raise WorkError(f"TensorFlow cannot save {job.file.path}: {error_line(error)}") from error
     _clear_random_id(target / "fingerprint.pb")
 
 

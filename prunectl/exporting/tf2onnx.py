@@ -14,8 +14,8 @@ from prunectl.exporting import onnx_canonical, onnx_finish
 from prunectl.exporting.job import ExportJob
 from prunectl.exporting.tensorflow import TfRunnable
 from prunectl.formats.safe_json import require
-from prunectl.training.keras.backend import keras_two, quietly
-from prunectl.training.keras.load import first_line
+from prunectl.training.keras.backend import ignore_warnings, load_keras2
+from prunectl.training.keras.load import error_line
 
 Handler = Callable[[Any, Any, str, Any], None]
 
@@ -32,7 +32,7 @@ def _erfc(graph: Any, node: Any, name: str, _: Any) -> None:
 HANDLERS: Mapping[str, tuple[Handler, list[str]]] = {"Erfc": (_erfc, [])}
 
 
-_tf = keras_two().tensorflow
+_tf = load_keras2().tensorflow
 OPSET = 18
 
 
@@ -47,7 +47,7 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
 
     function = _tf.function(called)
     try:
-        with quietly():
+        with ignore_warnings():
             proto, _ = tf2onnx.convert.from_function(
                 function,
                 input_signature=runnable.specs(job.inputs),
@@ -56,7 +56,7 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
             )
     except Exception as error:
         raise WorkError(
-            f"tf2onnx cannot convert {job.file.path}: {first_line(error)}",
+            f"tf2onnx cannot convert {job.file.path}: {error_line(error)}",
             hint="another --opset may know the operator",
         ) from error
     _check_operators(job, proto)

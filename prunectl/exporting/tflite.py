@@ -14,10 +14,10 @@ from prunectl.exporting.job import ExportJob
 from prunectl.exporting.quiet import silence
 from prunectl.exporting.tensorflow import DEFAULT, TfRunnable, save
 from prunectl.formats.base import Array
-from prunectl.training.keras.backend import keras_two, quietly
-from prunectl.training.keras.load import first_line
+from prunectl.training.keras.backend import ignore_warnings, load_keras2
+from prunectl.training.keras.load import error_line
 
-_tf = keras_two().tensorflow
+_tf = load_keras2().tensorflow
 
 
 def write(job: ExportJob, target: Path) -> tuple[str, ...]:
@@ -27,7 +27,7 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
     converter = _tf.lite.TFLiteConverter.from_saved_model(str(saved_model), signature_keys=[DEFAULT])
     notes = _configure(converter, job)
     try:
-        with silence(), quietly():
+        with silence(), ignore_warnings():
             content = converter.convert()
     except Exception as error:
         raise _failed(job, error) from error
@@ -64,7 +64,7 @@ def _examples(job: ExportJob) -> Iterator[dict[str, Array]]:
 def _failed(job: ExportJob, error: Exception) -> WorkError:
     # The converter says where in a file of its own it was, and in a later line what of TensorFlow it has no way for.
     match = re.search(r"'(tf\.[\w.]+)' op ([^\n]*)", str(error))
-    reason = f"{match[1]} {match[2]}" if match else first_line(error)
+    reason = f"{match[1]} {match[2]}" if match else error_line(error)
     return WorkError(f"the converter of TensorFlow Lite cannot take {job.file.path}: {reason}", hint=_hint(job))
 
 
@@ -91,7 +91,7 @@ def runner(job: ExportJob, target: Path) -> Run:
             with silence():
                 outputs = run_signature(**feeds)
         except Exception as error:
-            raise WorkError(f"TensorFlow Lite cannot run what was made: {first_line(error)}") from error
+            raise WorkError(f"TensorFlow Lite cannot run what was made: {error_line(error)}") from error
         return {name: outputs[name] for name in runnable.output_names}
 
     return run

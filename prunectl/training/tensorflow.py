@@ -15,31 +15,31 @@ from prunectl.formats.base import ModelFile
 from prunectl.training import user_code
 from prunectl.training.backend import Array, Evidence, ModelOrigin, Network, Port, Signature
 from prunectl.training.keras import backend
-from prunectl.training.keras.backend import keras_two, quietly
+from prunectl.training.keras.backend import ignore_warnings, load_keras2
 from prunectl.training.keras.distribution import DevicePlacement
-from prunectl.training.keras.load import Loaded
-from prunectl.training.keras.model import KerasNetwork
+from prunectl.training.keras.load import LoadedModel
+from prunectl.training.keras.model import KerasTrainable
 
 
 def open_network(model: ModelFile, origin: ModelOrigin) -> Network:
     """A model as TensorFlow trains it."""
     user_code.check(model, origin)
-    keras_two()
+    load_keras2()
     if origin.model:
         keras = importlib.import_module("prunectl.training.keras.model")
         built: Network = keras.open_network(model, origin)
         return built
-    inside = importlib.import_module("prunectl.training.tensorflow")
-    found: Network = inside.ServedNetwork(partial(inside.load, model))
-    return found
+    module = importlib.import_module("prunectl.training.tensorflow")
+    trainable: Network = module.ServedNetwork(partial(module.load, model))
+    return trainable
 
 
 _DEFAULT = "serving_default"
-_Base: Any = keras_two().keras.Model
-_tf = keras_two().tensorflow
+_Base: Any = load_keras2().keras.Model
+_tf = load_keras2().tensorflow
 
 
-class Served(_Base):  # type: ignore[misc]
+class SignatureModel(_Base):  # type: ignore[misc]
     """A model that answers as the signature does."""
 
     def __init__(self, function: Any, root: Any) -> None:
@@ -49,11 +49,11 @@ class Served(_Base):  # type: ignore[misc]
         self._function = function
         # By their names: a signature knows no other order.
         self._specs: Mapping[str, Any] = dict(sorted(function.structured_input_signature[1].items()))
-        self._answers = tuple(sorted(function.structured_outputs))
-        self.held = list(function.variables)
+        self._output_names = tuple(sorted(function.structured_outputs))
+        self.served_variables = list(function.variables)
 
     @property
-    def piece(self) -> int | None:
+    def fixed_batch_size(self) -> int | None:
         """How many examples it takes at a time, if it takes so many only."""
         sizes = {spec.shape[0] for spec in self._specs.values() if spec.shape.rank}
         return next((int(size) for size in sizes if size is not None), None)
@@ -64,33 +64,39 @@ class Served(_Base):  # type: ignore[misc]
         outputs = self._function.structured_outputs
         return (
             tuple(_port(name, spec) for name, spec in self._specs.items()),
-            tuple(_port(name, outputs[name]) for name in self._answers),
+            tuple(_port(name, outputs[name]) for name in self._output_names),
         )
 
     def call(self, inputs: Any) -> Any:
         """The answers for a batch of any size."""
-        given = [_tf.cast(one, spec.dtype) for one, spec in zip(_each(inputs), self._specs.values(), strict=True)]
-        found = self._serve(given) if self.piece is None else self._in_pieces(given, self.piece)
-        return found if len(found) > 1 else found[0]
+        tensors = [
+            _tf.cast(tensor, spec.dtype) for tensor, spec in zip(_as_list(inputs), self._specs.values(), strict=True)
+        ]
+        outputs = (
+            self._run_signature(tensors)
+            if self.fixed_batch_size is None
+            else self._run_in_batches(tensors, self.fixed_batch_size)
+        )
+        return outputs if len(outputs) > 1 else outputs[0]
 
-    def _serve(self, given: Sequence[Any]) -> list[Any]:
-        answers = self._function(**dict(zip(self._specs, given, strict=True)))
-        return [answers[name] for name in self._answers]
+    def _run_signature(self, tensors: Sequence[Any]) -> list[Any]:
+        outputs = self._function(**dict(zip(self._specs, tensors, strict=True)))
+        return [outputs[name] for name in self._output_names]
 
-    def _in_pieces(self, given: Sequence[Any], size: int) -> list[Any]:
+    def _run_in_batches(self, tensors: Sequence[Any], size: int) -> list[Any]:
         """Fill the last piece up with its last example, whose answers are left out and so teach nothing."""
-        count = _tf.shape(given[0])[0]
-        filled = [_tf.concat([one, _tf.repeat(one[-1:], -count % size, axis=0)], axis=0) for one in given]
-        pieces = [_tf.reshape(one, [-1, size, *one.shape[1:]]) for one in filled]
-        kinds = [self._function.structured_outputs[name].dtype for name in self._answers]
-        found = _tf.map_fn(self._serve, pieces, fn_output_signature=kinds)
-        return [_tf.reshape(one, _tf.concat([[-1], _tf.shape(one)[2:]], axis=0))[:count] for one in found]
+        count = _tf.shape(tensors[0])[0]
+        padded = [_tf.concat([tensor, _tf.repeat(tensor[-1:], -count % size, axis=0)], axis=0) for tensor in tensors]
+        batches = [_tf.reshape(tensor, [-1, size, *tensor.shape[1:]]) for tensor in padded]
+        dtypes = [self._function.structured_outputs[name].dtype for name in self._output_names]
+        outputs = _tf.map_fn(self._run_signature, batches, fn_output_signature=dtypes)
+        return [_tf.reshape(output, _tf.concat([[-1], _tf.shape(output)[2:]], axis=0))[:count] for output in outputs]
 
 
-def served(path: Path) -> Served:
+def load_signature_model(path: Path) -> SignatureModel:
     """The model that a SavedModel serves."""
     try:
-        with quietly():
+        with ignore_warnings():
             root = _tf.saved_model.load(str(path))
     except Exception as error:
         line = first_line(error)
@@ -104,10 +110,10 @@ def served(path: Path) -> Served:
     function = root.signatures[_DEFAULT if _DEFAULT in names else names[0]]
     if not function.trainable_variables:
         raise InputError(f"{path} has no variables that can be trained: they were frozen into constants")
-    return Served(function, root)
+    return SignatureModel(function, root)
 
 
-def _each(inputs: Any) -> list[Any]:
+def _as_list(inputs: Any) -> list[Any]:
     return list(inputs) if isinstance(inputs, list | tuple) else [inputs]
 
 
@@ -116,57 +122,61 @@ def _port(name: str, spec: Any) -> Port:
     return Port(name, dims, spec.dtype.name)
 
 
-class ServedNetwork(KerasNetwork):
+class SignatureTrainable(KerasTrainable):
     """Trained as any Keras model, by the names that the file gives its variables."""
 
-    _model: Served
+    _model: SignatureModel
 
-    def _begin(self) -> None:
-        super()._begin()
-        copies = self._loaded.file.duplicates
+    def _load_model(self) -> None:
+        super()._load_model()
+        copies = self._loaded.file.copies
         # What is held twice goes by the name of the first.
         self._variables = {copies.get(name, name): one for name, one in self._variables.items()}
         # What is served has nothing random in it that could be begun anew.
-        self._chance.is_traced = False
-        self._unserved: dict[str, Array] = {}
+        self._random.needs_retrace = False
+        self._unserved_weights: dict[str, Array] = {}
 
     @property
     def signature(self) -> Signature:
         """What goes in and comes out, as the file says."""
         inputs, outputs = self._model.ports
-        return self._ended(Signature(inputs, outputs, is_channels_first=False))
+        return self._with_activations(Signature(inputs, outputs, is_channels_first=False))
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What was chosen for want of a word, and how it is trained."""
-        found: tuple[str, ...] = (
+        notes: tuple[str, ...] = (
             "It is trained as it predicts: its dropout drops nothing, its batch normalisation does not learn.",
         )
-        piece = self._model.piece
-        if piece is not None:
-            found += (f"It was saved for {piece} at a time: every batch goes through it in such pieces.",)
-        return (*super().notes, *found)
+        size = self._model.fixed_batch_size
+        if size is not None:
+            notes += (f"It was saved for {size} at a time: every batch goes through it in such pieces.",)
+        return (*super().notes, *notes)
 
     def weights(self, names: Iterable[str]) -> dict[str, Array]:
         """Copies of some weights; of what is not served as well, which only the file holds."""
-        wanted = tuple(names)
-        found = super().weights(name for name in wanted if name in self._variables)
-        return {name: found[name] if name in found else self._read(name).copy() for name in wanted}
+        wanted_names = tuple(names)
+        served = super().weights(name for name in wanted_names if name in self._variables)
+        return {name: served[name] if name in served else self._read(name).copy() for name in wanted_names}
 
     def _read(self, name: str) -> Array:
-        if name not in self._unserved:
+        if name not in self._unserved_weights:
             file = self._loaded.file
-            self._unserved[name] = np.array(file.read(next(one for one in file.tensors if one.name == name)))
-        return self._unserved[name]
+            self._unserved_weights[name] = np.array(
+                file.read(next(tensor for tensor in file.tensors if tensor.name == name))
+            )
+        return self._unserved_weights[name]
 
     def tensors(self) -> dict[str, Array]:
         """Copies of all that is served, and of what was asked for beside."""
-        return {**super().tensors(), **{name: value.copy() for name, value in self._unserved.items()}}
+        return {**super().tensors(), **{name: value.copy() for name, value in self._unserved_weights.items()}}
 
     def assign(self, values: Mapping[str, Array]) -> None:
         """Replace the numbers of some tensors."""
         super().assign({name: value for name, value in values.items() if name in self._variables})
-        self._unserved.update({name: np.array(value) for name, value in values.items() if name not in self._variables})
+        self._unserved_weights.update(
+            {name: np.array(value) for name, value in values.items() if name not in self._variables}
+        )
 
     def mask(self, masks: Mapping[str, Array]) -> None:
         """Zero what the masks do not keep, from now on."""
@@ -174,7 +184,7 @@ class ServedNetwork(KerasNetwork):
         for name, mask in masks.items():
             if name not in self._variables:
                 value = self._read(name)
-                self._unserved[name] = np.where(mask, value, np.zeros((), value.dtype))
+                self._unserved_weights[name] = np.where(mask, value, np.zeros((), value.dtype))
 
     def watch(self, evidence: Evidence, names: Sequence[str]) -> None:
         """Gather evidence about some weights."""
@@ -187,16 +197,16 @@ class ServedNetwork(KerasNetwork):
         super().watch(evidence, names)
 
 
-def load(model: ModelFile, place: DevicePlacement) -> Loaded:
+def load(model: ModelFile, place: DevicePlacement) -> LoadedModel:
     """What a SavedModel serves, made in some place."""
-    library = keras_two()
+    library = load_keras2()
     with place.scope(library):
-        found = served(model.path)
+        model_ = load_signature_model(model.path)
 
     def fill(path: Path) -> None:
         with place.scope(library):
-            other = served(path)
-        for mine, theirs in zip(found.held, other.held, strict=True):
-            backend.write(library, mine, backend.read(library, theirs))
+            source_model = load_signature_model(path)
+        for variable, source in zip(model_.served_variables, source_model.served_variables, strict=True):
+            backend.set_value(library, variable, backend.get_value(library, source))
 
-    return Loaded(found, library, model, {}, fill, is_whole=False)
+    return LoadedModel(model_, library, model, {}, fill, has_config=False)

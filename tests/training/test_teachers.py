@@ -191,7 +191,7 @@ def test_a_model_of_pytorch_learns_images_from_one_of_keras_and_both_are_let_go_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed: list[str] = []
-    monkeypatch.setattr("prunectl.training.keras.model.KerasNetwork.close", lambda _: closed.append("teacher"))
+    monkeypatch.setattr("prunectl.training.keras.model.KerasTrainable.close", lambda _: closed.append("teacher"))
     monkeypatch.setattr(TorchNetwork, "close", lambda _: closed.append("pupil"))
     origin = ModelOrigin(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN")
     assert taught("digits_cnn.pt", "digits_cnn.keras", tmp_path / "out.pt", origin=origin).history

@@ -28,9 +28,9 @@ from prunectl.formats.sandbox import run_sandboxed
 from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.zip_read import open_archive
 from prunectl.training.backend import ModelOrigin
-from prunectl.training.keras.backend import Library, quietly
+from prunectl.training.keras.backend import KerasLibrary, ignore_warnings
 from prunectl.training.keras.compile import outputs as compile_outputs
-from prunectl.training.keras.compile.outputs import flat
+from prunectl.training.keras.compile.outputs import flatten
 from prunectl.training.keras.distribution import DevicePlacement
 from prunectl.training.keras.load import load
 
@@ -167,9 +167,9 @@ def runner(
         for kept in seen.values():
             kept.clear()
         values = tuple(given[name] for name in opened.graph.inputs)
-        with quietly():
-            made = loaded.model(compile_outputs.inputs(loaded.model, values), training=False)
-        outputs = [_array(loaded.library, one) for one in flat(made)]
+        with ignore_warnings():
+            made = loaded.model(compile_outputs.pack_inputs(loaded.model, values), training=False)
+        outputs = [_array(loaded.library, one) for one in flatten(made)]
         # A layer that is called for each step in time gives its steps one by one; in the graph they are a batch.
         inner = {name: np.concatenate([_array(loaded.library, one) for one in kept]) for name, kept in seen.items()}
         return [*outputs, *(inner[name].transpose(looks[name].order) for name in names)]
@@ -203,8 +203,8 @@ def _listen(layer: Any, kept: list[Any]) -> None:
     layer.activation = listening
 
 
-def _array(library: Library, value: Any) -> Array:
-    if library.is_two or library.is_on_tensorflow:
+def _array(library: KerasLibrary, value: Any) -> Array:
+    if library.is_keras2 or library.is_on_tensorflow:
         return np.asarray(value)
     found: Array = library.keras.ops.convert_to_numpy(value)
     return found

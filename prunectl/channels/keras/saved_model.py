@@ -29,9 +29,9 @@ from prunectl.formats.tensorflow.variable_names import VALUE_SUFFIX
 from prunectl.pruning import destination as outputs
 from prunectl.training import user_code
 from prunectl.training.backend import ModelOrigin
-from prunectl.training.keras.backend import quietly
+from prunectl.training.keras.backend import ignore_warnings
 from prunectl.training.keras.distribution import DevicePlacement
-from prunectl.training.keras.load import Loaded, load
+from prunectl.training.keras.load import LoadedModel, load
 
 
 class RenamedWeights(Mapping[str, Array]):
@@ -82,7 +82,7 @@ class SavedModelAdapter:
         self._scratch = self._held.path
         path = self._scratch / "model.h5"
         with self._named():
-            with quietly():
+            with ignore_warnings():
                 _save(load(model, origin, DevicePlacement()), path)
             inner = open_model(path)
             self._opened = load_keras(inner, lengths)
@@ -187,11 +187,11 @@ class SavedModelAdapter:
             raise type(error)(message, hint=hint) from error
 
 
-def _save(loaded: Loaded, path: Path) -> None:
+def _save(loaded: LoadedModel, path: Path) -> None:
     """Write a model without its optimizer, as the name says."""
     words = {"save_format": "h5" if path.suffix == ".h5" else "tf", "include_optimizer": False}
     try:
-        with quietly():
+        with ignore_warnings():
             loaded.model.save(str(path), **words)
     except Exception as error:
         raise WorkError(

@@ -18,16 +18,16 @@ from prunectl.errors import MissingExtraError, UsageError
 from prunectl.formats.safe_json import require
 from prunectl.training.backend import Array
 
-_EXTRAS = frozenset({"tensorflow", "torch"})
+_BACKEND_EXTRAS = frozenset({"tensorflow", "torch"})
 TRAINING_BACKENDS = ("tensorflow", "torch", "jax")
 
 
 @dataclass(frozen=True, slots=True)
-class Library:
+class KerasLibrary:
     """A Keras that is imported."""
 
     keras: Any
-    is_two: bool
+    is_keras2: bool
     backend: str
 
     @property
@@ -55,20 +55,20 @@ class Library:
             raise MissingExtraError(str(error), hint="pip install jax") from error
 
 
-def keras_two() -> Library:
+def load_keras2() -> KerasLibrary:
     """Keras 2."""
-    with hushed():
-        return Library(require("tf_keras", extra="tensorflow"), is_two=True, backend="tensorflow")
+    with quiet_import():
+        return KerasLibrary(require("tf_keras", extra="tensorflow"), is_keras2=True, backend="tensorflow")
 
 
-def keras_three() -> Library:
+def load_keras3() -> KerasLibrary:
     """Keras 3 on the backend that the user set it to."""
     try:
-        with hushed():
+        with quiet_import():
             keras = require("keras", extra="tensorflow")
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        package = f"'prunectl[{missing}]'" if missing in _EXTRAS else missing
+        package = f"'prunectl[{missing}]'" if missing in _BACKEND_EXTRAS else missing
         raise MissingExtraError(
             f"Keras is set to work on {missing}, which is not installed",
             hint=f"pip install {package}, or set KERAS_BACKEND to what there is",
@@ -79,11 +79,11 @@ def keras_three() -> Library:
             f"Keras is set to the backend {backend}, which cannot train",
             hint=f"set KERAS_BACKEND to one of {', '.join(TRAINING_BACKENDS)}",
         )
-    return Library(keras, is_two=False, backend=backend)
+    return KerasLibrary(keras, is_keras2=False, backend=backend)
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
+def ignore_warnings() -> Iterator[None]:
     """Keep what frameworks say of themselves to themselves."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -91,48 +91,48 @@ def quietly() -> Iterator[None]:
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
+def quiet_import() -> Iterator[None]:
     """Let TensorFlow and JAX write errors alone while they are imported and after, unless the user asked for more."""
     level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     for name in ("tensorflow", "absl", "jax"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if level != "3" or "tensorflow" in sys.modules:
-        with quietly():
+        with ignore_warnings():
             yield
         return
     # What TensorFlow's libraries find while they are loaded goes to the file itself, whatever that level.
     sys.stderr.flush()
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nothing, 2)
-        with quietly():
+        os.dup2(null, 2)
+        with ignore_warnings():
             yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
 
 
-def read(library: Library, variable: Any) -> Array:
+def get_value(library: KerasLibrary, variable: Any) -> Array:
     """A copy of the numbers of a variable, in its own type."""
-    if library.is_two:
+    if library.is_keras2:
         return np.array(variable.numpy())
     if library.is_on_tensorflow:
         return np.array(variable.value.numpy())
-    with quietly():
+    with ignore_warnings():
         return np.array(library.keras.ops.convert_to_numpy(variable.value)).astype(dtype(variable), copy=False)
 
 
-def write(_: Library, variable: Any, value: Array) -> None:
+def set_value(_: KerasLibrary, variable: Any, value: Array) -> None:
     """Replace the numbers of a variable."""
     variable.assign(np.asarray(value).astype(dtype(variable), copy=False))
 
 
 def dtype(variable: Any) -> np.dtype[Any]:
     """The type of a variable as NumPy has it."""
-    said = variable.dtype if isinstance(variable.dtype, str) else variable.dtype.name
-    return np.dtype(getattr(ml_dtypes, said)) if said.startswith(("bfloat", "float8")) else np.dtype(said)
+    name = variable.dtype if isinstance(variable.dtype, str) else variable.dtype.name
+    return np.dtype(getattr(ml_dtypes, name)) if name.startswith(("bfloat", "float8")) else np.dtype(name)
 
 
 def shape(variable: Any) -> tuple[int, ...]:
@@ -142,31 +142,31 @@ def shape(variable: Any) -> tuple[int, ...]:
 
 def is_float(variable: Any) -> bool:
     """Whether a variable can have a gradient."""
-    kind = dtype(variable)
-    return kind.kind == "f" or kind.name.startswith(("bfloat", "float"))
+    kind_dtype = dtype(variable)
+    return kind_dtype.kind == "f" or kind_dtype.name.startswith(("bfloat", "float"))
 
 
-def as_arrays(found: Any) -> Any:
+def as_arrays(outputs: Any) -> Any:
     """What a model put out as one array or a tuple of them, whatever it was packed in."""
-    if isinstance(found, dict):
-        found = tuple(found[name] for name in found)
-    if isinstance(found, list | tuple):
-        return tuple(np.asarray(one) for one in found) if len(found) != 1 else np.asarray(found[0])
-    return np.asarray(found)
+    if isinstance(outputs, dict):
+        outputs = tuple(outputs[name] for name in outputs)
+    if isinstance(outputs, list | tuple):
+        return tuple(np.asarray(output) for output in outputs) if len(outputs) != 1 else np.asarray(outputs[0])
+    return np.asarray(outputs)
 
 
-def where_kept(tf: Any, mask: Any, value: Any) -> Any:
+def mask_gradient(tf: Any, mask: Any, gradient: Any) -> Any:
     """A gradient where a mask keeps it, and zero elsewhere, in the form that it has."""
-    if isinstance(value, tf.IndexedSlices):
-        rows = tf.gather(mask, value.indices)
+    if isinstance(gradient, tf.IndexedSlices):
+        rows = tf.gather(mask, gradient.indices)
         return tf.IndexedSlices(
-            tf.where(rows, value.values, tf.zeros_like(value.values)), value.indices, value.dense_shape
+            tf.where(rows, gradient.values, tf.zeros_like(gradient.values)), gradient.indices, gradient.dense_shape
         )
-    return tf.where(mask, value, tf.zeros_like(value))
+    return tf.where(mask, gradient, tf.zeros_like(gradient))
 
 
-def dense(tf: Any, value: Any) -> Any:
+def densify(tf: Any, gradient: Any) -> Any:
     """A gradient with all of its rows."""
-    if isinstance(value, tf.IndexedSlices):
-        return tf.math.unsorted_segment_sum(value.values, value.indices, value.dense_shape[0])
-    return value
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.math.unsorted_segment_sum(gradient.values, gradient.indices, gradient.dense_shape[0])
+    return gradient

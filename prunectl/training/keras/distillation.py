@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunectl.training.backend import Ending
-from prunectl.training.keras.backend import Library
-from prunectl.training.keras.compile.outputs import flat
+from prunectl.training.keras.backend import KerasLibrary
+from prunectl.training.keras.compile.outputs import flatten
 
-TARGETS, GUIDE = "targets", "guide"
+TARGETS, TEACHER = "targets", "guide"
 _TINY = 1e-7
 """Below the precision of 32-bit probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
-class Manner:
+class OutputLoss:
     """How one output is compared with the teacher's."""
 
     is_classification: bool
@@ -29,110 +29,112 @@ class Manner:
 
 
 @dataclass(frozen=True, slots=True)
-class Guidance:
+class DistillationConfig:
     """How much a teacher counts, and how it is compared."""
 
-    library: Library
-    manners: Sequence[Manner]
-    share: float
+    library: KerasLibrary
+    outputs: Sequence[OutputLoss]
+    alpha: float
     temperature: float
 
 
-def install(model: Any, guidance: Guidance) -> Callable[[], None]:
+def install_distillation(model: Any, config: DistillationConfig) -> Callable[[], None]:
     """Make a model's loss take targets that come with a teacher's outputs, and return what forgets its mean."""
     plain_loss, plain_metrics = model.compute_loss, model.compute_metrics
     # Keras 2 takes down the loss of the targets alone; Keras 3 what is returned here.
-    mean = guidance.library.keras.metrics.Mean(name="loss") if guidance.library.is_two else None
+    mean = config.library.keras.metrics.Mean(name="loss") if config.library.is_keras2 else None
 
-    def compute_loss(x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, **more: Any) -> Any:
+    def compute_loss(
+        x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, **options: Any
+    ) -> Any:
         def plain(targets: Any) -> Any:
-            return plain_loss(x=x, y=targets, y_pred=y_pred, sample_weight=sample_weight, **more)
+            return plain_loss(x=x, y=targets, y_pred=y_pred, sample_weight=sample_weight, **options)
 
-        if not is_guided(y):
+        if not has_teacher(y):
             return plain(y)
-        found = _whole(model, guidance, y, y_pred, plain)
+        loss = _total_loss(model, config, y, y_pred, plain)
         if mean is not None:
-            mean.update_state(found * _replicas(guidance.library), sample_weight=_examples(guidance.library, y_pred))
-        return found
+            mean.update_state(loss * _num_replicas(config.library), sample_weight=_num_examples(config.library, y_pred))
+        return loss
 
     def compute_metrics(x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        if not is_guided(y):
+        if not has_teacher(y):
             return plain_metrics(x, y, y_pred, sample_weight)
         if TARGETS in y:
-            found = dict(plain_metrics(x, y[TARGETS], y_pred, sample_weight))
+            logs = dict(plain_metrics(x, y[TARGETS], y_pred, sample_weight))
         else:
-            found = {one.name: one.result() for one in model.metrics if one.name == "loss"}
-        return {**found, "loss": mean.result()} if mean is not None else found
+            logs = {metric.name: metric.result() for metric in model.metrics if metric.name == "loss"}
+        return {**logs, "loss": mean.result()} if mean is not None else logs
 
     model.compute_loss = compute_loss
     model.compute_metrics = compute_metrics
     return mean.reset_state if mean is not None else lambda: None
 
 
-def _whole(model: Any, guidance: Guidance, y: Any, y_pred: Any, plain: Callable[[Any], Any]) -> Any:
+def _total_loss(model: Any, config: DistillationConfig, y: Any, y_pred: Any, plain: Callable[[Any], Any]) -> Any:
     """The loss of targets and teacher together; what weights cost counts wholly."""
-    taught = _distance(guidance, y[GUIDE], y_pred)
+    distilled = _distillation_loss(config, y[TEACHER], y_pred)
     penalties = sum(model.losses) if model.losses else 0.0
     if TARGETS not in y:
-        return taught + penalties
-    return guidance.share * (taught + penalties) + (1.0 - guidance.share) * plain(y[TARGETS])
+        return distilled + penalties
+    return config.alpha * (distilled + penalties) + (1.0 - config.alpha) * plain(y[TARGETS])
 
 
-def _examples(library: Library, y_pred: Any) -> Any:
+def _num_examples(library: KerasLibrary, y_pred: Any) -> Any:
     tf = library.tensorflow
-    return tf.cast(tf.shape(flat(y_pred)[0])[0], tf.float32)
+    return tf.cast(tf.shape(flatten(y_pred)[0])[0], tf.float32)
 
 
-def is_guided(y: Any) -> bool:
+def has_teacher(y: Any) -> bool:
     """Whether targets come with a teacher's outputs."""
-    return isinstance(y, dict) and GUIDE in y
+    return isinstance(y, dict) and TEACHER in y
 
 
-def _distance(guidance: Guidance, guide: Any, y_pred: Any) -> Any:
-    parts = [
-        _compared(guidance, manner, theirs, ours)
-        for manner, theirs, ours in zip(guidance.manners, flat(guide), flat(y_pred), strict=True)
+def _distillation_loss(config: DistillationConfig, teacher_outputs: Any, y_pred: Any) -> Any:
+    losses = [
+        _output_loss(config, output, teacher, student)
+        for output, teacher, student in zip(config.outputs, flatten(teacher_outputs), flatten(y_pred), strict=True)
     ]
-    return sum(parts[1:], parts[0]) / _replicas(guidance.library)
+    return sum(losses[1:], losses[0]) / _num_replicas(config.library)
 
 
-def _compared(guidance: Guidance, manner: Manner, theirs: Any, ours: Any) -> Any:
-    maths = _Maths(guidance.library)
-    theirs, ours = maths.float32(theirs), maths.float32(ours)
-    if not manner.is_classification:
-        return maths.mean(maths.square(theirs - ours))
-    heat = guidance.temperature
-    if manner.ending is Ending.SIGMOID or ours.shape[-1] == 1:
-        return heat**2 * maths.mean(_yes_no(maths, manner, theirs, ours, heat))
-    them, us = (_log_probabilities(maths, manner, one, heat) for one in (theirs, ours))
-    return heat**2 * maths.mean(maths.total(maths.exp(them) * (them - us)))
+def _output_loss(config: DistillationConfig, output: OutputLoss, teacher: Any, student: Any) -> Any:
+    ops = _Maths(config.library)
+    teacher, student = ops.float32(teacher), ops.float32(student)
+    if not output.is_classification:
+        return ops.mean(ops.square(teacher - student))
+    temperature = config.temperature
+    if output.ending is Ending.SIGMOID or student.shape[-1] == 1:
+        return temperature**2 * ops.mean(_binary_kl(ops, output, teacher, student, temperature))
+    teacher_log, student_log = (_log_probabilities(ops, output, logits, temperature) for logits in (teacher, student))
+    return temperature**2 * ops.mean(ops.total(ops.exp(teacher_log) * (teacher_log - student_log)))
 
 
-def _log_probabilities(maths: _Maths, manner: Manner, found: Any, heat: float) -> Any:
+def _log_probabilities(ops: _Maths, output: OutputLoss, outputs: Any, temperature: float) -> Any:
     # Where a model ends in softmax, the logarithm of what comes out is a logit as good as the one that went in.
-    logits = maths.log(maths.at_least(found, _TINY)) if manner.ending is Ending.SOFTMAX else found
-    return maths.log_softmax(logits / heat)
+    logits = ops.log(ops.at_least(outputs, _TINY)) if output.ending is Ending.SOFTMAX else outputs
+    return ops.log_softmax(logits / temperature)
 
 
-def _yes_no(maths: _Maths, manner: Manner, theirs: Any, ours: Any, heat: float) -> Any:
+def _binary_kl(ops: _Maths, output: OutputLoss, teacher: Any, student: Any, temperature: float) -> Any:
     """The divergence of one yes or no from another."""
-    if manner.ending is Ending.SIGMOID:
-        theirs, ours = (
-            maths.log(maths.at_least(one, _TINY)) - maths.log(maths.at_least(1.0 - one, _TINY))
-            for one in (theirs, ours)
+    if output.ending is Ending.SIGMOID:
+        teacher, student = (
+            ops.log(ops.at_least(outputs, _TINY)) - ops.log(ops.at_least(1.0 - outputs, _TINY))
+            for outputs in (teacher, student)
         )
-    theirs, ours = theirs / heat, ours / heat
-    yes = maths.sigmoid(theirs)
-    for_yes = yes * (maths.log_sigmoid(theirs) - maths.log_sigmoid(ours))
-    return for_yes + (1.0 - yes) * (maths.log_sigmoid(-theirs) - maths.log_sigmoid(-ours))
+    teacher, student = teacher / temperature, student / temperature
+    p = ops.sigmoid(teacher)
+    positive = p * (ops.log_sigmoid(teacher) - ops.log_sigmoid(student))
+    return positive + (1.0 - p) * (ops.log_sigmoid(-teacher) - ops.log_sigmoid(-student))
 
 
 class _Maths:
     """The same words for TensorFlow under Keras 2 and for what Keras 3 works on."""
 
-    def __init__(self, library: Library) -> None:
-        self._is_two = library.is_two
-        self._own = library.tensorflow if library.is_two else library.keras.ops
+    def __init__(self, library: KerasLibrary) -> None:
+        self._is_two = library.is_keras2
+        self._own = library.tensorflow if library.is_keras2 else library.keras.ops
 
     def float32(self, found: Any) -> Any:
         return self._own.cast(found, "float32")
@@ -166,6 +168,6 @@ class _Maths:
         return self._own.math.log_sigmoid(found) if self._is_two else self._own.log_sigmoid(found)
 
 
-def _replicas(library: Library) -> int:
+def _num_replicas(library: KerasLibrary) -> int:
     """How many processes add up their losses."""
     return int(library.tensorflow.distribute.get_strategy().num_replicas_in_sync) if library.is_on_tensorflow else 1

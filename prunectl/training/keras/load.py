@@ -19,7 +19,7 @@ from prunectl.formats.keras.archive import renumber
 from prunectl.formats.scratch import temporary_folder
 from prunectl.training import user_code
 from prunectl.training.backend import ModelOrigin
-from prunectl.training.keras.backend import Library, keras_three, keras_two, quietly
+from prunectl.training.keras.backend import KerasLibrary, ignore_warnings, load_keras2, load_keras3
 from prunectl.training.keras.distribution import DevicePlacement
 from prunectl.training.user_code import builder, built
 
@@ -28,38 +28,38 @@ class WeightLayout(StrEnum):
     """A way of laying weights out, with the name of a file that Keras recognises it by."""
 
     ARCHIVE = "model.keras"
-    WHOLE = "model.h5"
+    MODEL_H5 = "model.h5"
     """A whole model, its weights named by layer."""
-    NAMED = "weights.h5"
+    NAMED_WEIGHTS = "weights.h5"
     """Weights alone, named by layer."""
-    NUMBERED = "model.weights.h5"
+    NUMBERED_WEIGHTS = "model.weights.h5"
     """Weights alone, numbered by attribute."""
-    FOLDER = ""
+    SAVED_MODEL = ""
     """A SavedModel."""
 
 
-def layout(model: ModelFile) -> WeightLayout:
+def detect_layout(model: ModelFile) -> WeightLayout:
     """How a file is laid out."""
     if model.format == "saved-model":
-        return WeightLayout.FOLDER
+        return WeightLayout.SAVED_MODEL
     if model.format == "keras":
         return WeightLayout.ARCHIVE
     if model.format != "keras-h5":
         raise InputError(f"{model.path} is no Keras model")
     if model.about.keras is not None:
-        return WeightLayout.WHOLE
-    return WeightLayout.NAMED if _is_named(model) else WeightLayout.NUMBERED
+        return WeightLayout.MODEL_H5
+    return WeightLayout.NAMED_WEIGHTS if _is_named(model) else WeightLayout.NUMBERED_WEIGHTS
 
 
-def linked(path: Path, kind: WeightLayout, folder: Path, *, is_old: bool) -> Path:
+def link_with_suffix(path: Path, layout_: WeightLayout, folder: Path, *, is_old: bool) -> Path:
     """A path to a file under the name by which Keras recognises it.
 
     An old archive, of Keras 2, is copied where its layers lie in other folders than those where Keras looks now.
     """
-    if kind is WeightLayout.FOLDER:
+    if layout_ is WeightLayout.SAVED_MODEL:
         return path
-    link = folder / kind.value
-    if not link.exists() and not (is_old and kind is WeightLayout.ARCHIVE and renumber(path, link)):
+    link = folder / layout_.value
+    if not link.exists() and not (is_old and layout_ is WeightLayout.ARCHIVE and renumber(path, link)):
         os.symlink(path.resolve(), link)
     return link
 
@@ -69,54 +69,56 @@ def _is_named(model: ModelFile) -> bool:
         return any(key in file.attrs for key in ("layer_names", "layer_names0"))
 
 
-_THREE = 3
+_KERAS3 = 3
 """The version that numbers the layers of an archive as Keras does now, and of another library."""
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedModel:
     """A Keras model, and how to fill it from a file that is laid out like its own."""
 
     model: Any
-    library: Library
+    library: KerasLibrary
     file: ModelFile
     objects: Mapping[str, Any]
     """What the names of custom objects mean."""
-    fill: Callable[[Path], None]
-    is_whole: bool
+    load_weights: Callable[[Path], None]
+    has_config: bool
     """Whether the file itself says what the model is."""
     is_trusted: bool = False
 
-    def vouch_for(self, entry: Any) -> None:
+    def check_trusted(self, entry: Any) -> None:
         """Refuse a part of how the file was trained that names code; ValueError, as Keras has it for unknown names."""
         facts = () if self.is_trusted else trust.unknown(trust.facts_in(entry), self.objects)
         if facts:
             raise ValueError(facts[0].words)
 
 
-def load(file: ModelFile, origin: ModelOrigin, place: DevicePlacement) -> Loaded:
+def load(file: ModelFile, origin: ModelOrigin, place: DevicePlacement) -> LoadedModel:
     """The model of a file, made in some place."""
     user_code.check(file, origin)
     objects = user_code.objects(origin)
-    kind = layout(file)
-    make = builder(origin.model) if origin.model else None
-    if make is None and (kind in {WeightLayout.NAMED, WeightLayout.NUMBERED} or file.about.keras is None):
-        raise _nothing_to_build(file, kind)
-    library = _library_of_file(file) if make is None else _library_of_code(file)
-    with place.scope(library), quietly():
-        model = _from_file(library, file, kind, origin, objects) if make is None else built(make, origin.model)
-    if make is not None:
+    layout_ = detect_layout(file)
+    build = builder(origin.model) if origin.model else None
+    if build is None and (
+        layout_ in {WeightLayout.NAMED_WEIGHTS, WeightLayout.NUMBERED_WEIGHTS} or file.about.keras is None
+    ):
+        raise _no_builder(file, layout_)
+    library = _library_of_file(file) if build is None else _library_of_code(file)
+    with place.scope(library), ignore_warnings():
+        model = _from_file(library, file, layout_, origin, objects) if build is None else built(build, origin.model)
+    if build is not None:
         library = _library_of_model(model, origin.model)
         _check_built(model, origin.model)
-    fill = _filler(model, kind, is_old=_keras_version(file) < _THREE)
-    if make is not None:
-        with place.scope(library), quietly():
+    fill = _weight_loader(model, layout_, is_old=_keras_version(file) < _KERAS3)
+    if build is not None:
+        with place.scope(library), ignore_warnings():
             fill(file.path)
-    return Loaded(model, library, file, objects, fill, make is None, origin.is_trusted)
+    return LoadedModel(model, library, file, objects, fill, build is None, origin.is_trusted)
 
 
-def _nothing_to_build(file: ModelFile, kind: WeightLayout) -> PrunectlError:
-    if kind is WeightLayout.FOLDER:
+def _no_builder(file: ModelFile, layout_: WeightLayout) -> PrunectlError:
+    if layout_ is WeightLayout.SAVED_MODEL:
         return InputError(
             f"{file.path} does not say which Keras layers it consists of",
             hint="say what builds the model: --model my_module:build",
@@ -126,26 +128,26 @@ def _nothing_to_build(file: ModelFile, kind: WeightLayout) -> PrunectlError:
     )
 
 
-def _library_of_file(file: ModelFile) -> Library:
-    return keras_three() if _keras_version(file) >= _THREE else keras_two()
+def _library_of_file(file: ModelFile) -> KerasLibrary:
+    return load_keras3() if _keras_version(file) >= _KERAS3 else load_keras2()
 
 
-def _library_of_code(file: ModelFile) -> Library:
+def _library_of_code(file: ModelFile) -> KerasLibrary:
     """A first guess, made before the model is built."""
-    return keras_two() if _keras_version(file) in {1, 2} else keras_three()
+    return load_keras2() if _keras_version(file) in {1, 2} else load_keras3()
 
 
 def _keras_version(file: ModelFile) -> int:
-    found = re.search(r"keras (\d+)", file.about.producer)
-    return int(found[1]) if found else 0
+    match = re.search(r"keras (\d+)", file.about.producer)
+    return int(match[1]) if match else 0
 
 
-def _library_of_model(model: Any, reference: str) -> Library:
+def _library_of_model(model: Any, reference: str) -> KerasLibrary:
     for kind in type(model).__mro__:
         if kind.__module__.startswith("tf_keras."):
-            return keras_two()
+            return load_keras2()
         if kind.__module__.startswith("keras."):
-            return keras_three()
+            return load_keras3()
     raise UsageError(
         f"--model {reference} returned a {type(model).__module__}.{type(model).__name__}",
         hint="let it return a model of keras or tf_keras",
@@ -161,42 +163,42 @@ def _check_built(model: Any, reference: str) -> None:
 
 
 def _from_file(
-    library: Library, file: ModelFile, kind: WeightLayout, origin: ModelOrigin, objects: Mapping[str, Any]
+    library: KerasLibrary, file: ModelFile, layout_: WeightLayout, origin: ModelOrigin, objects: Mapping[str, Any]
 ) -> Any:
-    words: dict[str, Any] = {"compile": False, "custom_objects": dict(objects)}
-    if kind is not WeightLayout.FOLDER:
-        words["safe_mode"] = not origin.is_trusted
+    options: dict[str, Any] = {"compile": False, "custom_objects": dict(objects)}
+    if layout_ is not WeightLayout.SAVED_MODEL:
+        options["safe_mode"] = not origin.is_trusted
     with temporary_folder() as scratch:
-        place = linked(file.path, kind, scratch, is_old=_keras_version(file) < _THREE)
+        path = link_with_suffix(file.path, layout_, scratch, is_old=_keras_version(file) < _KERAS3)
         try:
-            return library.keras.models.load_model(str(place), **words)
+            return library.keras.models.load_model(str(path), **options)
         except PrunectlError:
             raise
         except Exception as error:
             raise InputError(
-                f"{file.path} cannot be rebuilt by Keras {library.keras.__version__}: {first_line(error)}",
+                f"{file.path} cannot be rebuilt by Keras {library.keras.__version__}: {error_line(error)}",
                 hint="name what is custom with --custom-objects mod:DICT, or build the model with --model mod:fn",
             ) from error
 
 
-def _filler(model: Any, kind: WeightLayout, *, is_old: bool) -> Callable[[Path], None]:
+def _weight_loader(model: Any, layout_: WeightLayout, *, is_old: bool) -> Callable[[Path], None]:
     def fill(path: Path) -> None:
-        if kind is WeightLayout.FOLDER:
+        if layout_ is WeightLayout.SAVED_MODEL:
             status = model.load_weights(str(path / "variables" / "variables"))
             status.expect_partial()
             return
         with temporary_folder() as folder:
             try:
-                model.load_weights(str(linked(path, kind, folder, is_old=is_old)))
+                model.load_weights(str(link_with_suffix(path, layout_, folder, is_old=is_old)))
             except (ValueError, KeyError, OSError) as error:
-                raise InputError(f"{path} does not fit the model: {first_line(error)}") from error
+                raise InputError(f"{path} does not fit the model: {error_line(error)}") from error
 
     return fill
 
 
-def first_line(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """What an error says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # TensorFlow tells first where in its code it was, and then what happened.
-    told = [found[1] for line in lines if (found := re.match(r"\w+Error: (.+)", line))]
-    return (told or lines or [type(error).__name__])[0].rstrip(".:")[:300]
+    messages = [match[1] for line in lines if (match := re.match(r"\w+Error: (.+)", line))]
+    return (messages or lines or [type(error).__name__])[0].rstrip(".:")[:300]

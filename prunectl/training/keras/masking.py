@@ -16,24 +16,24 @@ import numpy as np
 
 from prunectl.training.backend import Array, Evidence
 from prunectl.training.keras import backend
-from prunectl.training.keras.backend import Library, dense, where_kept
+from prunectl.training.keras.backend import KerasLibrary, densify, mask_gradient
 
 
-class Grip(ABC):
+class OptimizerMasking(ABC):
     """Holds the weights of a model while an optimizer moves them."""
 
-    def __init__(self, library: Library, optimizer: Any) -> None:
+    def __init__(self, library: KerasLibrary, optimizer: Any) -> None:
         self._library = library
         self._optimizer = optimizer
         self._masks: dict[int, Any] = {}
         self._variables: dict[int, Any] = {}
         self._sums: dict[int, Any] = {}
-        self._evidence = Evidence.NONE
+        self._statistic = Evidence.NONE
         self.has_seen_gradients = False
         """Whether any step has gone through the optimizer."""
 
     @abstractmethod
-    def _extra(self, like: Any, kind: str, *, is_mask: bool) -> Any:
+    def _new_variable(self, like: Any, kind: str, *, is_mask: bool) -> Any:
         """A new variable of the same shape: ones for a mask, zeros for a sum."""
 
     @abstractmethod
@@ -45,132 +45,134 @@ class Grip(ABC):
         """Zero variables where their masks do not keep them."""
 
     @abstractmethod
-    def _gather(self, total: Any, variable: Any, gradient: Any) -> None:
+    def _accumulate(self, total: Any, variable: Any, gradient: Any) -> None:
         """Add the evidence of a step to a sum."""
 
     @abstractmethod
-    def slots(self, variable: Any) -> list[Any]:
+    def optimizer_slots(self, variable: Any) -> list[Any]:
         """What the optimizer keeps for a variable, number by number."""
 
-    def hold(self, masks: Iterable[tuple[Any, Array]]) -> bool:
+    def set_masks(self, masks: Iterable[tuple[Any, Array]]) -> bool:
         """Put masks on, and return whether the training step has to be traced anew for them."""
         is_new = False
         for variable, mask in masks:
             key = id(variable)
             keep = np.asarray(mask, np.bool_)
-            value = backend.read(self._library, variable)
-            backend.write(self._library, variable, np.where(keep, value, np.zeros((), value.dtype)))
-            if not self.is_moved(variable):
+            value = backend.get_value(self._library, variable)
+            backend.set_value(self._library, variable, np.where(keep, value, np.zeros((), value.dtype)))
+            if not self.is_trained(variable):
                 continue
             if key not in self._masks:
-                self._masks[key], self._variables[key] = self._extra(variable, "mask", is_mask=True), variable
+                self._masks[key], self._variables[key] = self._new_variable(variable, "mask", is_mask=True), variable
                 is_new = True
-            backend.write(self._library, self._masks[key], keep)
-            for slot in self.slots(variable):
-                kept = backend.read(self._library, slot)
-                backend.write(self._library, slot, np.where(keep, kept, np.zeros((), kept.dtype)))
+            backend.set_value(self._library, self._masks[key], keep)
+            for slot in self.optimizer_slots(variable):
+                slot_value = backend.get_value(self._library, slot)
+                backend.set_value(self._library, slot, np.where(keep, slot_value, np.zeros((), slot_value.dtype)))
         return is_new
 
     @abstractmethod
-    def is_moved(self, variable: Any) -> bool:
+    def is_trained(self, variable: Any) -> bool:
         """Whether the optimizer moves a variable."""
 
-    def watch(self, evidence: Evidence, variables: Iterable[Any]) -> None:
+    def track(self, evidence: Evidence, variables: Iterable[Any]) -> None:
         """Gather evidence from the next step on; the training step has to be traced anew."""
-        self._evidence = evidence
+        self._statistic = evidence
         for variable in variables:
             key = id(variable)
-            if key not in self._sums and self.is_moved(variable):
-                self._sums[key] = self._extra(variable, "evidence", is_mask=False)
-        self.forget()
+            if key not in self._sums and self.is_trained(variable):
+                self._sums[key] = self._new_variable(variable, "evidence", is_mask=False)
+        self.reset()
 
-    def evidence(self, variables: Mapping[str, Any]) -> dict[str, Array]:
+    def statistics(self, variables: Mapping[str, Any]) -> dict[str, Array]:
         """What was gathered, of those that are watched."""
         return {
-            name: backend.read(self._library, self._sums[id(variable)])
+            name: backend.get_value(self._library, self._sums[id(variable)])
             for name, variable in variables.items()
             if id(variable) in self._sums
         }
 
-    def remember(self, variable: Any, total: Array) -> None:
+    def restore_statistic(self, variable: Any, total: Array) -> None:
         """Take up a sum that was kept."""
         if id(variable) in self._sums:
-            backend.write(self._library, self._sums[id(variable)], total)
+            backend.set_value(self._library, self._sums[id(variable)], total)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Begin all sums anew."""
         for total in self._sums.values():
-            backend.write(self._library, total, np.zeros(backend.shape(total), backend.dtype(total)))
+            backend.set_value(self._library, total, np.zeros(backend.shape(total), backend.dtype(total)))
 
-    def owns(self, variable: Any) -> bool:
+    def is_own_variable(self, variable: Any) -> bool:
         """Whether a variable of the optimizer is one of these masks and sums."""
-        return any(variable is one for one in (*self._masks.values(), *self._sums.values()))
+        return any(variable is own for own in (*self._masks.values(), *self._sums.values()))
 
-    def enforce(self) -> None:
+    def apply_masks(self) -> None:
         """Zero what is masked from outside of the training step."""
         self._assign([(self._variables[key], mask) for key, mask in self._masks.items()])
 
-    def _before(self, gradient: Any, variable: Any) -> Any:
+    def _before_update(self, gradient: Any, variable: Any) -> Any:
         """The gradient that the optimizer is to see."""
         if gradient is None:
             return None
         key = id(variable)
         if key in self._sums:
-            self._gather(self._sums[key], variable, gradient)
+            self._accumulate(self._sums[key], variable, gradient)
         return self._where(self._masks[key], gradient) if key in self._masks else gradient
 
-    def _after(self, variables: Iterable[Any]) -> None:
-        held = [(variable, self._masks[id(variable)]) for variable in variables if id(variable) in self._masks]
-        if held:
-            self._assign(held)
+    def _after_update(self, variables: Iterable[Any]) -> None:
+        masked = [(variable, self._masks[id(variable)]) for variable in variables if id(variable) in self._masks]
+        if masked:
+            self._assign(masked)
 
 
-def paired_slots(optimizer: Any, at: int, count: int, shape: tuple[int, ...]) -> list[Any]:
+def paired_slots(optimizer: Any, index: int, count: int, shape: tuple[int, ...]) -> list[Any]:
     """What stands at the place of a variable in each of the lists that an optimizer keeps, if it fits."""
-    found = []
+    slots = []
     for value in vars(optimizer).values():
         if isinstance(value, list | tuple) and len(value) == count:
-            slot = value[at]
+            slot = value[index]
             if hasattr(slot, "assign") and backend.shape(slot) == shape and backend.is_float(slot):
-                found.append(slot)
-    return found
+                slots.append(slot)
+    return slots
 
 
-class GripTwo(Grip):
+class TfKerasMasking(OptimizerMasking):
     """Wraps `apply_gradients`."""
 
-    def __init__(self, library: Library, optimizer: Any, moved: Sequence[Any]) -> None:
+    def __init__(self, library: KerasLibrary, optimizer: Any, trained: Sequence[Any]) -> None:
         super().__init__(library, optimizer)
         self._tf = library.tensorflow
-        self._moved = {id(variable): variable for variable in moved}
-        optimizer.build(moved)
+        self._trained = {id(variable): variable for variable in trained}
+        optimizer.build(trained)
         plain = optimizer.apply_gradients
 
-        def apply_gradients(grads_and_vars: Iterable[tuple[Any, Any]], *words: Any, **more: Any) -> Any:
+        def apply_gradients(grads_and_vars: Iterable[tuple[Any, Any]], *args: Any, **kwargs: Any) -> Any:
             self.has_seen_gradients = True
-            pairs = [(gradient, one) for gradient, one in grads_and_vars if id(one) in self._moved]
-            if self._is_shared() and not more.get("skip_gradients_aggregation"):
+            pairs = [(gradient, variable) for gradient, variable in grads_and_vars if id(variable) in self._trained]
+            if self._is_distributed() and not kwargs.get("skip_gradients_aggregation"):
                 # Evidence and masks are of the gradient of all processes.
-                pairs, more["skip_gradients_aggregation"] = list(optimizer.aggregate_gradients(pairs)), True
-            done = plain([(self._before(gradient, one), one) for gradient, one in pairs], *words, **more)
-            self._after([one for _, one in pairs])
-            return done
+                pairs, kwargs["skip_gradients_aggregation"] = list(optimizer.aggregate_gradients(pairs)), True
+            result = plain(
+                [(self._before_update(gradient, variable), variable) for gradient, variable in pairs], *args, **kwargs
+            )
+            self._after_update([variable for _, variable in pairs])
+            return result
 
         optimizer.apply_gradients = apply_gradients
 
-    def is_moved(self, variable: Any) -> bool:
+    def is_trained(self, variable: Any) -> bool:
         """Whether the optimizer moves a variable."""
-        return id(variable) in self._moved
+        return id(variable) in self._trained
 
-    def slots(self, variable: Any) -> list[Any]:
+    def optimizer_slots(self, variable: Any) -> list[Any]:
         """What the optimizer keeps for a variable, number by number."""
-        at = list(self._moved).index(id(variable))
-        return paired_slots(self._optimizer, at, len(self._moved), backend.shape(variable))
+        index = list(self._trained).index(id(variable))
+        return paired_slots(self._optimizer, index, len(self._trained), backend.shape(variable))
 
-    def _is_shared(self) -> bool:
+    def _is_distributed(self) -> bool:
         return int(self._tf.distribute.get_strategy().num_replicas_in_sync) > 1
 
-    def _extra(self, like: Any, kind: str, *, is_mask: bool) -> Any:
+    def _new_variable(self, like: Any, kind: str, *, is_mask: bool) -> Any:
         tf = self._tf
         shape, dtype = backend.shape(like), tf.bool if is_mask else tf.float32
         return tf.Variable(
@@ -181,7 +183,7 @@ class GripTwo(Grip):
         )
 
     def _where(self, mask: Any, value: Any) -> Any:
-        return where_kept(self._tf, mask, value)
+        return mask_gradient(self._tf, mask, value)
 
     def _assign(self, pairs: Sequence[tuple[Any, Any]]) -> None:
         tf = self._tf
@@ -193,26 +195,26 @@ class GripTwo(Grip):
         def _zeroed(variable: Any, mask: Any) -> Any:
             return variable.assign(tf.where(mask, variable, tf.zeros_like(variable)))
 
-        if not self._is_shared():
+        if not self._is_distributed():
             for variable, mask in pairs:
                 _zeroed(variable, mask)
             return
-        variables, masks = [one for one, _ in pairs], [mask for _, mask in pairs]
+        variables, masks = [variable for variable, _ in pairs], [mask for _, mask in pairs]
         if tf.distribute.in_cross_replica_context():
             everywhere(tf.distribute.get_strategy(), variables, masks)
         else:
             tf.distribute.get_replica_context().merge_call(everywhere, args=(variables, masks))
 
-    def _gather(self, total: Any, variable: Any, gradient: Any) -> None:
+    def _accumulate(self, total: Any, variable: Any, gradient: Any) -> None:
         tf = self._tf
-        slope = tf.cast(dense(tf, gradient), tf.float32)
+        gradient_ = tf.cast(densify(tf, gradient), tf.float32)
         weight = tf.cast(tf.convert_to_tensor(variable), tf.float32)
         added = {
-            Evidence.GRADIENT: lambda: slope,
-            Evidence.SALIENCE: lambda: tf.abs(weight * slope),
-            Evidence.MOVEMENT: lambda: -weight * slope,
-        }[self._evidence]()
-        if self._is_shared():
+            Evidence.GRADIENT: lambda: gradient_,
+            Evidence.SALIENCE: lambda: tf.abs(weight * gradient_),
+            Evidence.MOVEMENT: lambda: -weight * gradient_,
+        }[self._statistic]()
+        if self._is_distributed():
             tf.distribute.get_replica_context().merge_call(
                 lambda strategy, one, more: strategy.extended.update(
                     one, lambda inner, piece: inner.assign_add(piece), args=(more,), group=False
@@ -223,34 +225,36 @@ class GripTwo(Grip):
             total.assign_add(added)
 
 
-class GripThree(Grip):
+class Keras3Masking(OptimizerMasking):
     """Wraps `apply`; masks and sums are variables of the optimizer, since JAX knows no others inside of a step."""
 
-    def __init__(self, library: Library, optimizer: Any) -> None:
+    def __init__(self, library: KerasLibrary, optimizer: Any) -> None:
         super().__init__(library, optimizer)
         plain = optimizer.apply
 
         def apply(grads: Sequence[Any], trainable_variables: Any = None) -> None:
             self.has_seen_gradients = True
-            moved = list(optimizer._trainable_variables if trainable_variables is None else trainable_variables)  # noqa: SLF001
-            seen = [self._before(gradient, one) for gradient, one in zip(grads, moved, strict=True)]
-            plain(seen, None if trainable_variables is None else moved)
-            self._after(moved)
+            trained = list(optimizer._trainable_variables if trainable_variables is None else trainable_variables)  # noqa: SLF001
+            masked = [
+                self._before_update(gradient, variable) for gradient, variable in zip(grads, trained, strict=True)
+            ]
+            plain(masked, None if trainable_variables is None else trained)
+            self._after_update(trained)
 
         optimizer.apply = apply
 
-    def is_moved(self, variable: Any) -> bool:
+    def is_trained(self, variable: Any) -> bool:
         """Whether the optimizer moves a variable."""
-        return any(variable is one for one in self._optimizer._trainable_variables)  # noqa: SLF001
+        return any(variable is own for own in self._optimizer._trainable_variables)  # noqa: SLF001
 
-    def slots(self, variable: Any) -> list[Any]:
+    def optimizer_slots(self, variable: Any) -> list[Any]:
         """What the optimizer keeps for a variable, number by number."""
-        moved = self._optimizer._trainable_variables  # noqa: SLF001
-        at = next(at for at, one in enumerate(moved) if one is variable)
-        own = paired_slots(self._optimizer, at, len(moved), backend.shape(variable))
-        return [one for one in own if one is not variable and not self.owns(one)]
+        trained = self._optimizer._trainable_variables  # noqa: SLF001
+        index = next(index for index, slot in enumerate(trained) if slot is variable)
+        slots = paired_slots(self._optimizer, index, len(trained), backend.shape(variable))
+        return [slot for slot in slots if slot is not variable and not self.is_own_variable(slot)]
 
-    def _extra(self, like: Any, kind: str, *, is_mask: bool) -> Any:
+    def _new_variable(self, like: Any, kind: str, *, is_mask: bool) -> Any:
         return self._optimizer.add_variable(
             shape=backend.shape(like),
             initializer="ones" if is_mask else "zeros",
@@ -260,7 +264,7 @@ class GripThree(Grip):
 
     def _where(self, mask: Any, value: Any) -> Any:
         if self._library.is_on_tensorflow:
-            return where_kept(self._library.tensorflow, mask.value, value)
+            return mask_gradient(self._library.tensorflow, mask.value, value)
         ops = self._library.keras.ops
         return ops.where(mask.value, value, ops.zeros_like(value))
 
@@ -269,14 +273,14 @@ class GripThree(Grip):
         for variable, mask in pairs:
             variable.assign(ops.where(mask.value, variable.value, ops.zeros_like(variable.value)))
 
-    def _gather(self, total: Any, variable: Any, gradient: Any) -> None:
+    def _accumulate(self, total: Any, variable: Any, gradient: Any) -> None:
         ops = self._library.keras.ops
         if self._library.is_on_tensorflow:
-            gradient = dense(self._library.tensorflow, gradient)
+            gradient = densify(self._library.tensorflow, gradient)
         slope, weight = ops.cast(gradient, "float32"), ops.cast(variable.value, "float32")
         added = {
             Evidence.GRADIENT: lambda: slope,
             Evidence.SALIENCE: lambda: ops.abs(weight * slope),
             Evidence.MOVEMENT: lambda: -weight * slope,
-        }[self._evidence]()
+        }[self._statistic]()
         total.assign_add(added)

@@ -18,67 +18,75 @@ from prunectl.training.backend import Array, Evidence, Logs, Means, ModelOrigin,
 from prunectl.training.checkpoint import keep, take
 from prunectl.training.data.source import Arrays, Batch, each
 from prunectl.training.keras import backend, gradients
-from prunectl.training.keras.backend import Library, quietly
+from prunectl.training.keras.backend import KerasLibrary, ignore_warnings
 from prunectl.training.keras.compile import outputs
 from prunectl.training.keras.compile.config import optimizer_variables
-from prunectl.training.keras.distribution import DevicePlacement, check
-from prunectl.training.keras.layer_inputs.recorder import observe, untouched
-from prunectl.training.keras.load import Loaded, load
-from prunectl.training.keras.random_state import Chance
-from prunectl.training.keras.train_step import Training
-from prunectl.training.keras.variable_names import named
+from prunectl.training.keras.distribution import DevicePlacement, resolve_device
+from prunectl.training.keras.layer_inputs.recorder import capture_layer_inputs, preserved_state
+from prunectl.training.keras.load import LoadedModel, load
+from prunectl.training.keras.random_state import RandomState
+from prunectl.training.keras.train_step import CompiledModel
+from prunectl.training.keras.variable_names import match_variables
 from prunectl.training.layer_inputs import See
 
 
-def layers(library: Library, model: Any) -> list[Any]:
+def batch_norm_layers(library: KerasLibrary, model: Any) -> list[Any]:
     """The layers that normalise by batches, but for those that are frozen."""
-    kind = library.keras.layers.BatchNormalization
-    found = {id(layer): layer for layer in model._flatten_layers() if isinstance(layer, kind)}  # noqa: SLF001
-    return [layer for layer in found.values() if layer.trainable]
+    batch_norm = library.keras.layers.BatchNormalization
+    by_id = {id(layer): layer for layer in model._flatten_layers() if isinstance(layer, batch_norm)}  # noqa: SLF001
+    return [layer for layer in by_id.values() if layer.trainable]
 
 
-def recalibrate(library: Library, model: Any, found: list[Any], batches: Iterable[Batch]) -> None:
+def recalibrate_batch_norm(library: KerasLibrary, model: Any, layers: list[Any], batches: Iterable[Batch]) -> None:
     """Replace mean and variance of each layer by the averages over batches, weighted by their examples."""
-    statistics = [variable for layer in found for variable in (layer.moving_mean, layer.moving_variance)]
-    others = [one for one in _batch_norm_variables(library, model) if not any(one is other for other in statistics)]
-    before = [backend.read(library, one) for one in others]
-    old = [backend.read(library, one) for one in statistics]
-    momenta = [layer.momentum for layer in found]
-    sums: list[Array] = [np.zeros(one.shape, np.float64) for one in old]
+    statistics = [variable for layer in layers for variable in (layer.moving_mean, layer.moving_variance)]
+    others = [
+        variable
+        for variable in _batch_norm_variables(library, model)
+        if not any(variable is other for other in statistics)
+    ]
+    before = [backend.get_value(library, variable) for variable in others]
+    old = [backend.get_value(library, variable) for variable in statistics]
+    momenta = [layer.momentum for layer in layers]
+    sums: list[Array] = [np.zeros(value.shape, np.float64) for value in old]
     examples = 0
     try:
-        for layer in found:
+        for layer in layers:
             layer.momentum = 0.0
-        run = _runner(library, model)
+        run = _training_forward(library, model)
         for batch in batches:
             for variable, value in zip(statistics, old, strict=True):
                 # From zero, what is added to it comes out unrounded.
-                backend.write(library, variable, np.zeros_like(value))
+                backend.set_value(library, variable, np.zeros_like(value))
             count = len(each(batch.x)[0])
-            with quietly():
-                run(outputs.inputs(model, batch.x))
-            for at, variable in enumerate(statistics):
-                sums[at] += count * backend.read(library, variable).astype(np.float64)
+            with ignore_warnings():
+                run(outputs.pack_inputs(model, batch.x))
+            for index, variable in enumerate(statistics):
+                sums[index] += count * backend.get_value(library, variable).astype(np.float64)
             examples += count
     finally:
-        for layer, momentum in zip(found, momenta, strict=True):
+        for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
         for variable, value in zip(others, before, strict=True):
-            backend.write(library, variable, value)
+            backend.set_value(library, variable, value)
         new = [total / examples for total in sums] if examples else old
-        for variable, value, known in zip(statistics, new, old, strict=True):
-            backend.write(library, variable, value.astype(known.dtype))
+        for variable, value, previous in zip(statistics, new, old, strict=True):
+            backend.set_value(library, variable, value.astype(previous.dtype))
 
 
-def _batch_norm_variables(library: Library, model: Any) -> list[Any]:
-    return list(model.weights) if library.is_two else [one for one in model.variables if _is_number(one)]
+def _batch_norm_variables(library: KerasLibrary, model: Any) -> list[Any]:
+    return (
+        list(model.weights)
+        if library.is_keras2
+        else [variable for variable in model.variables if _is_numeric(variable)]
+    )
 
 
-def _is_number(variable: Any) -> bool:
+def _is_numeric(variable: Any) -> bool:
     return "string" not in str(variable.dtype)
 
 
-def _runner(library: Library, model: Any) -> Any:
+def _training_forward(library: KerasLibrary, model: Any) -> Any:
     def run(x: Any) -> Any:
         return model(x, training=True)
 
@@ -95,56 +103,67 @@ def _runner(library: Library, model: Any) -> Any:
     return run
 
 
-_FILE, _RANDOM = "keras.npz", "random.json"
-_WEIGHT, _OPTIMIZER, _CHANCE, _EVIDENCE, _TORCH = "weight", "optimizer", "chance", "evidence", "torch"
+_ARRAYS_FILE, _RANDOM_FILE = "keras.npz", "random.json"
+_WEIGHT, _OPTIMIZER, _GENERATORS, _STATISTICS, _TORCH = "weight", "optimizer", "chance", "evidence", "torch"
 
 
-def save(folder: Path, library: Library, training: Training, chance: Chance, evidence: Mapping[str, Array]) -> None:
+def save_state(
+    folder: Path, library: KerasLibrary, training: CompiledModel, chance: RandomState, evidence: Mapping[str, Array]
+) -> None:
     """Keep everything in a folder."""
-    parts = {f"{kind}/{at}": backend.read(library, one) for (kind, at), one in _variables(training).items()}
-    parts.update({f"{_CHANCE}/{at}": one for at, one in enumerate(chance.states())})
-    parts.update({f"{_EVIDENCE}/{name}": total for name, total in evidence.items()})
-    parts.update({f"{_TORCH}/{kind}": module.get_rng_state().numpy() for kind, module in _of_torch(library).items()})
-    keep(folder / _FILE, parts)
-    (folder / _RANDOM).write_text(json.dumps(random_state.state()), encoding="utf-8")
-
-
-def restore(folder: Path, library: Library, training: Training, chance: Chance) -> dict[str, Array]:
-    """Take everything up again, and return the evidence that there was."""
-    held = take(folder / _FILE)
-    of_torch = {name: held.pop(name) for name in list(held) if name.startswith(f"{_TORCH}/")}
-    wanted = _variables(training)
-    generators = {name: array for name, array in held.items() if name.startswith(f"{_CHANCE}/")}
-    evidence = {
-        name.removeprefix(f"{_EVIDENCE}/"): array for name, array in held.items() if name.startswith(f"{_EVIDENCE}/")
+    parts = {
+        f"{kind}/{index}": backend.get_value(library, variable)
+        for (kind, index), variable in _state_variables(training).items()
     }
-    names = {f"{kind}/{at}" for kind, at in wanted}
-    if names != held.keys() - generators.keys() - {f"{_EVIDENCE}/{name}" for name in evidence}:
+    parts.update({f"{_GENERATORS}/{index}": state for index, state in enumerate(chance.get_state())})
+    parts.update({f"{_STATISTICS}/{name}": total for name, total in evidence.items()})
+    parts.update(
+        {f"{_TORCH}/{kind}": module.get_rng_state().numpy() for kind, module in _torch_generators(library).items()}
+    )
+    keep(folder / _ARRAYS_FILE, parts)
+    (folder / _RANDOM_FILE).write_text(json.dumps(random_state.state()), encoding="utf-8")
+
+
+def restore_state(
+    folder: Path, library: KerasLibrary, training: CompiledModel, chance: RandomState
+) -> dict[str, Array]:
+    """Take everything up again, and return the evidence that there was."""
+    arrays = take(folder / _ARRAYS_FILE)
+    torch_states = {name: arrays.pop(name) for name in list(arrays) if name.startswith(f"{_TORCH}/")}
+    variables = _state_variables(training)
+    generators = {name: array for name, array in arrays.items() if name.startswith(f"{_GENERATORS}/")}
+    statistics = {
+        name.removeprefix(f"{_STATISTICS}/"): array
+        for name, array in arrays.items()
+        if name.startswith(f"{_STATISTICS}/")
+    }
+    names = {f"{kind}/{index}" for kind, index in variables}
+    if names != arrays.keys() - generators.keys() - {f"{_STATISTICS}/{name}" for name in statistics}:
         raise InputError(
-            f"{folder / _FILE} is of another model or another optimizer", hint="start again in another folder"
+            f"{folder / _ARRAYS_FILE} is of another model or another optimizer", hint="start again in another folder"
         )
-    for (kind, at), variable in wanted.items():
-        array = held[f"{kind}/{at}"]
+    for (kind, index), variable in variables.items():
+        array = arrays[f"{kind}/{index}"]
         if array.shape != backend.shape(variable):
-            raise InputError(f"{folder / _FILE} is of another model: {kind} {at} has the shape {array.shape}")
-        backend.write(library, variable, array)
+            raise InputError(f"{folder / _ARRAYS_FILE} is of another model: {kind} {index} has the shape {array.shape}")
+        backend.set_value(library, variable, array)
     try:
-        chance.resume([generators[f"{_CHANCE}/{at}"] for at in range(len(generators))])
+        chance.set_state([generators[f"{_GENERATORS}/{index}"] for index in range(len(generators))])
     except ValueError as error:
         raise InputError(
-            f"{folder / _FILE} is of another model: {error}", hint="start again in another folder"
+            f"{folder / _ARRAYS_FILE} is of another model: {error}", hint="start again in another folder"
         ) from error
-    for kind, module in _of_torch(library).items():
+    for kind, module in _torch_generators(library).items():
         # A run that goes on upon another kind of device cannot be the same to the bit.
-        if f"{_TORCH}/{kind}" in of_torch:
-            module.set_rng_state(library.torch.from_numpy(of_torch[f"{_TORCH}/{kind}"].copy()))
-    if (folder / _RANDOM).is_file():
-        random_state.restore(json.loads((folder / _RANDOM).read_text(encoding="utf-8")))
-    training.begin_anew()
-    return evidence
+        if f"{_TORCH}/{kind}" in torch_states:
+            module.set_rng_state(library.torch.from_numpy(torch_states[f"{_TORCH}/{kind}"].copy()))
+    if (folder / _RANDOM_FILE).is_file():
+        random_state.restore(json.loads((folder / _RANDOM_FILE).read_text(encoding="utf-8")))
+    training.reset_counters()
+    return statistics
 
 
-def _of_torch(library: Library) -> dict[str, Any]:
+def _torch_generators(library: KerasLibrary) -> dict[str, Any]:
     """What of PyTorch has a random state: as a backend it drops out by that, and by no generator of Keras."""
     if library.backend != "torch":
         return {}
@@ -152,52 +171,59 @@ def _of_torch(library: Library) -> dict[str, Any]:
     return {"cpu": torch, **({"cuda": torch.cuda} if torch.cuda.is_available() else {})}
 
 
-def _variables(training: Training) -> dict[tuple[str, int], Any]:
+def _state_variables(training: CompiledModel) -> dict[tuple[str, int], Any]:
     """All variables by what they are for, without masks and evidence."""
     model = training.model
-    optimizer = [one for one in optimizer_variables(model) if not training.grip.owns(one)]
-    weights = {(_WEIGHT, at): one for at, one in enumerate(model.weights)}
-    return {**weights, **{(_OPTIMIZER, at): one for at, one in enumerate(optimizer)}}
+    optimizer = [variable for variable in optimizer_variables(model) if not training.masking.is_own_variable(variable)]
+    weights = {(_WEIGHT, index): variable for index, variable in enumerate(model.weights)}
+    return {**weights, **{(_OPTIMIZER, index): variable for index, variable in enumerate(optimizer)}}
 
 
-class KerasNetwork:
+class KerasTrainable:
     """A model with the names of its variables; prepared, also with what trains it."""
 
-    def __init__(self, load: Callable[[DevicePlacement], Loaded]) -> None:
-        self._load = load
-        self._place = DevicePlacement()
-        self._training: Training | None = None
+    def __init__(self, load: Callable[[DevicePlacement], LoadedModel]) -> None:
+        self._loader = load
+        self._placement = DevicePlacement()
+        self._training: CompiledModel | None = None
         self._frozen: frozenset[str] = frozenset()
-        self._watched: tuple[str, ...] = ()
-        self._begin()
+        self._tracked: tuple[str, ...] = ()
+        self._load_model()
 
-    def _begin(self) -> None:
-        loaded = self._loaded = self._load(self._place)
+    def _load_model(self) -> None:
+        loaded = self._loaded = self._loader(self._placement)
         self._library, self._model = loaded.library, loaded.model
-        with self._place.scope(self._library), quietly():
-            self._variables = named(loaded.file, loaded.library, loaded.model.weights, loaded.fill)
-            self._chance = Chance(loaded.library, loaded.model)
-        known = {id(one) for one in self._variables.values()}
-        lost = [one for one in self._model.trainable_weights if id(one) not in known and all(backend.shape(one))]
-        if lost:
+        with self._placement.scope(self._library), ignore_warnings():
+            self._variables = match_variables(loaded.file, loaded.library, loaded.model.weights, loaded.load_weights)
+            self._random = RandomState(loaded.library, loaded.model)
+        known = {id(variable) for variable in self._variables.values()}
+        unmatched = [
+            variable
+            for variable in self._model.trainable_weights
+            if id(variable) not in known and all(backend.shape(variable))
+        ]
+        if unmatched:
+            name = getattr(unmatched[0], "path", unmatched[0].name)
             raise WorkError(
-                f"{loaded.file.path} holds nothing that Keras would load as {getattr(lost[0], 'path', lost[0].name)}",
+                f"{loaded.file.path} holds nothing that Keras would load as {name}",
                 hint="load it in Keras and save it once, then work on that file",
             )
 
     @property
     def signature(self) -> Signature:
         """What goes in and comes out, as far as it is known."""
-        return self._ended(outputs.signature(self._model))
+        return self._with_activations(outputs.signature(self._model))
 
-    def _ended(self, found: Signature) -> Signature:
+    def _with_activations(self, signature: Signature) -> Signature:
         """A signature with what each output ends in, once that is known."""
         endings = self._training.endings if self._training is not None else ()
-        if len(endings) != len(found.outputs):
-            return found
+        if len(endings) != len(signature.outputs):
+            return signature
         return replace(
-            found,
-            outputs=tuple(replace(port, ending=one) for port, one in zip(found.outputs, endings, strict=True)),
+            signature,
+            outputs=tuple(
+                replace(port, ending=ending) for port, ending in zip(signature.outputs, endings, strict=True)
+            ),
         )
 
     @property
@@ -213,7 +239,7 @@ class KerasNetwork:
     @property
     def is_chief(self) -> bool:
         """Whether this process writes and speaks."""
-        return self._place.processes[0] == 0
+        return self._placement.processes[0] == 0
 
     def is_true_everywhere(self, mine: bool) -> bool:
         """What is true here: every process goes through the same batches."""
@@ -234,31 +260,31 @@ class KerasNetwork:
         if unknown:
             raise UsageError(f"{unknown[0]} cannot be frozen: Keras loads no such weight")
         self.place(means.device)
-        self._chance.reseed(means.seed)
+        self._random.seed(means.seed)
         self._frozen = means.frozen
-        with self._place.scope(self._library), quietly():
-            held = [self._variables[name] for name in sorted(means.frozen)]
-            self._training = Training(self._loaded, self._place, means, held)
+        with self._placement.scope(self._library), ignore_warnings():
+            frozen = [self._variables[name] for name in sorted(means.frozen)]
+            self._training = CompiledModel(self._loaded, self._placement, means, frozen)
 
     def place(self, device: str) -> None:
         """Load the model anew where it is to run, if that is elsewhere."""
-        wanted = check(self._library, device)
-        if wanted == self._place.device:
+        resolved = resolve_device(self._library, device)
+        if resolved == self._placement.device:
             return
         values = self.tensors()
-        self._place.device = wanted
-        self._begin()
+        self._placement.device = resolved
+        self._load_model()
         self.assign(values)
 
     @property
-    def _trained(self) -> Training:
+    def _compiled(self) -> CompiledModel:
         if self._training is None:
             raise ValueError("a network is prepared before it is trained")
         return self._training
 
     def weights(self, names: Iterable[str]) -> dict[str, Array]:
         """Copies of some weights."""
-        return {name: backend.read(self._library, self._variables[name]) for name in names}
+        return {name: backend.get_value(self._library, self._variables[name]) for name in names}
 
     def tensors(self) -> dict[str, Array]:
         """Copies of all weights and statistics."""
@@ -270,93 +296,101 @@ class KerasNetwork:
             variable = self._variables[name]
             if backend.shape(variable) != np.shape(value):
                 raise ValueError(f"{name} has the shape {backend.shape(variable)}, not {np.shape(value)}")
-            backend.write(self._library, variable, value)
+            backend.set_value(self._library, variable, value)
 
     def mask(self, masks: Mapping[str, Array]) -> None:
         """Zero what the masks do not keep, now and after every step; the optimizer's momentum of it too."""
-        with self._place.scope(self._library):
-            self._trained.mask((self._variables[name], mask) for name, mask in masks.items())
+        with self._placement.scope(self._library):
+            self._compiled.mask((self._variables[name], mask) for name, mask in masks.items())
 
     def watch(self, evidence: Evidence, names: Sequence[str]) -> None:
         """Gather evidence about some weights from the next step on."""
-        self._watched = tuple(names)
-        with self._place.scope(self._library):
-            self._trained.watch(evidence, [self._variables[name] for name in names])
+        self._tracked = tuple(names)
+        with self._placement.scope(self._library):
+            self._compiled.watch(evidence, [self._variables[name] for name in names])
 
     def evidence(self) -> dict[str, Array]:
         """What was gathered, the same in every process."""
-        return self._trained.evidence({name: self._variables[name] for name in self._watched})
+        return self._compiled.evidence({name: self._variables[name] for name in self._tracked})
 
     def forget(self) -> None:
         """Begin to gather anew."""
-        self._trained.grip.forget()
+        self._compiled.masking.reset()
 
     def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
         """Train on a batch with a share of the learning rate, also towards what a teacher makes of it."""
-        self._trained.step(batch, rate, guide)
+        self._compiled.step(batch, rate, guide)
 
     def logs(self) -> Logs:
         """The means of loss and metrics over the examples since the last call."""
-        return self._trained.logs()
+        return self._compiled.logs()
 
     def evaluate(self, batches: Iterable[Batch]) -> Logs:
         """The means of loss and metrics, without a change to the model."""
-        return self._trained.evaluate(batches)
+        return self._compiled.evaluate(batches)
 
     def predict(self, x: Arrays) -> Arrays:
         """What comes out, for one batch."""
-        with self._place.scope(self._library), quietly():
-            found: Arrays = backend.as_arrays(self._model.predict_on_batch(outputs.inputs(self._model, x)))
-        return found
+        with self._placement.scope(self._library), ignore_warnings():
+            outputs_: Arrays = backend.as_arrays(self._model.predict_on_batch(outputs.pack_inputs(self._model, x)))
+        return outputs_
 
     def observe(self, names: Collection[str], x: Arrays, see: See) -> None:
         """Run one batch through, and show every time that one of these tensors meets inputs."""
-        wanted = {name: self._variables[name] for name in names}
-        with self._place.scope(self._library), quietly(), untouched(self._library, self._model, self._chance):
-            observe(self._library, self._model, wanted, x, see)
+        variables = {name: self._variables[name] for name in names}
+        with (
+            self._placement.scope(self._library),
+            ignore_warnings(),
+            preserved_state(self._library, self._model, self._random),
+        ):
+            capture_layer_inputs(self._library, self._model, variables, x, see)
 
     def gradients(self, names: Collection[str], batch: Batch) -> dict[str, Array]:
         """The gradient of the mean loss over a batch, in the state in which it predicts."""
-        model = self._trained.model
-        x, y = outputs.inputs(model, batch.x), outputs.targets(model, batch.y)
-        wanted = [self._variables[name] for name in names]
-        with self._place.scope(self._library), quietly(), untouched(self._library, model, self._chance):
-            found = gradients.gradients(self._library, model, wanted, x, y)
-        return dict(zip(names, found, strict=True))
+        model = self._compiled.model
+        x, y = outputs.pack_inputs(model, batch.x), outputs.pack_targets(model, batch.y)
+        variables = [self._variables[name] for name in names]
+        with (
+            self._placement.scope(self._library),
+            ignore_warnings(),
+            preserved_state(self._library, model, self._random),
+        ):
+            slopes = gradients.gradients(self._library, model, variables, x, y)
+        return dict(zip(names, slopes, strict=True))
 
     def recalibrate(self, batches: Iterable[Batch]) -> int:
         """Take the statistics of batch normalisation anew, and return how many layers have some."""
-        held = {id(self._variables[name]) for name in self._frozen}
-        found = [
+        frozen = {id(self._variables[name]) for name in self._frozen}
+        batch_norms = [
             layer
-            for layer in layers(self._library, self._model)
-            if not {id(layer.moving_mean), id(layer.moving_variance)} & held
+            for layer in batch_norm_layers(self._library, self._model)
+            if not {id(layer.moving_mean), id(layer.moving_variance)} & frozen
         ]
-        if found:
-            states = self._chance.states()
-            with self._place.scope(self._library):
-                recalibrate(self._library, self._model, found, batches)
-            self._chance.resume(states)
-        return len(found)
+        if batch_norms:
+            random_states = self._random.get_state()
+            with self._placement.scope(self._library):
+                recalibrate_batch_norm(self._library, self._model, batch_norms, batches)
+            self._random.set_state(random_states)
+        return len(batch_norms)
 
     def reseed(self, number: int) -> None:
         """Make what is random from here on depend on a number alone."""
-        self._chance.reseed(number)
-        if self._chance.is_traced and self._training is not None:
-            self._training.trace_anew()
+        self._random.seed(number)
+        if self._random.needs_retrace and self._training is not None:
+            self._training.retrace()
 
     def save(self, folder: Path | None) -> None:
         """Keep what training needs to go on, in the first process."""
         if folder is None:
             return
-        save(folder, self._library, self._trained, self._chance, self.evidence())
+        save_state(folder, self._library, self._compiled, self._random, self.evidence())
 
     def restore(self, folder: Path) -> None:
         """Take up what `save` kept."""
-        with self._place.scope(self._library):
-            evidence = restore(folder, self._library, self._trained, self._chance)
+        with self._placement.scope(self._library):
+            evidence = restore_state(folder, self._library, self._compiled, self._random)
         for name, total in evidence.items():
-            self._trained.grip.remember(self._variables[name], total)
+            self._compiled.masking.restore_statistic(self._variables[name], total)
 
     def close(self) -> None:
         """Let go of what trains it."""
@@ -365,4 +399,4 @@ class KerasNetwork:
 
 def open_network(model: ModelFile, origin: ModelOrigin) -> Network:
     """The model of a file as a network of the Keras that wrote it."""
-    return KerasNetwork(partial(load, model, origin))
+    return KerasTrainable(partial(load, model, origin))

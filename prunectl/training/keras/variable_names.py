@@ -19,54 +19,63 @@ from prunectl.formats.patch import TensorUpdate
 from prunectl.formats.registry import by_name, load
 from prunectl.formats.scratch import temporary_folder
 from prunectl.training.keras import backend
-from prunectl.training.keras.backend import Library, quietly
+from prunectl.training.keras.backend import KerasLibrary, ignore_warnings
 
-_NO_NUMBERS = frozenset({Role.OPTIMIZER})
-_PIECE = 1 << 20
+_SKIPPED_ROLES = frozenset({Role.OPTIMIZER})
+_CHUNK = 1 << 20
 _BASES = {"float16": 1 << 11, "bfloat16": 1 << 8, "float32": 1 << 24, "float64": 1 << 53}
 """Below these, a floating-point type has every whole number."""
-_LEAST = 8
+_MIN_BASE = 8
 """What the smallest floating-point types have."""
 
 
-def named(file: ModelFile, library: Library, variables: Sequence[Any], fill: Callable[[Path], None]) -> dict[str, Any]:
+def match_variables(
+    file: ModelFile, library: KerasLibrary, variables: Sequence[Any], fill: Callable[[Path], None]
+) -> dict[str, Any]:
     """The variables by the names of the tensors that they are loaded from."""
-    tensors = [tensor for tensor in file.tensors if tensor.role not in _NO_NUMBERS and tensor.size]
-    held = [variable for variable in variables if np.prod(backend.shape(variable), dtype=np.int64)]
-    values = [backend.read(library, variable) for variable in held]
+    tensors = [tensor for tensor in file.tensors if tensor.role not in _SKIPPED_ROLES and tensor.size]
+    variables_ = [variable for variable in variables if np.prod(backend.shape(variable), dtype=np.int64)]
+    values = [backend.get_value(library, variable) for variable in variables_]
     try:
-        marks = _marks(file, library, tensors, held, fill)
+        marks = _probe(file, library, tensors, variables_, fill)
     finally:
-        for variable, value in zip(held, values, strict=True):
-            backend.write(library, variable, value)
-    found = {}
-    for variable, value, mark in zip(held, values, marks, strict=True):
+        for variable, value in zip(variables_, values, strict=True):
+            backend.set_value(library, variable, value)
+    matched = {}
+    for variable, value, mark in zip(variables_, values, marks, strict=True):
         if mark:
             tensor = tensors[mark - 1]
-            _compare(file, tensor, value)
-            found[tensor.name] = variable
-    return found
+            _check_same(file, tensor, value)
+            matched[tensor.name] = variable
+    return matched
 
 
-def _marks(
-    file: ModelFile, library: Library, tensors: Sequence[Tensor], held: Sequence[Any], fill: Callable[[Path], None]
+def _probe(
+    file: ModelFile,
+    library: KerasLibrary,
+    tensors: Sequence[Tensor],
+    variables: Sequence[Any],
+    fill: Callable[[Path], None],
 ) -> list[int]:
     """For each variable the number of its tensor, from one; 0 where there is none."""
-    base = min((_base(dtype) for dtype in (*(t.dtype for t in tensors), *map(backend.dtype, held))), default=2)
-    marks, weight = [0] * len(held), 1
+    base = min(
+        (_digit_base(dtype) for dtype in (*(tensor.dtype for tensor in tensors), *map(backend.dtype, variables))),
+        default=2,
+    )
+    marks, weight = [0] * len(variables), 1
     while weight <= len(tensors):
-        for variable in held:
-            backend.write(library, variable, np.zeros(backend.shape(variable), backend.dtype(variable)))
-        digits = {tensor.name: (at + 1) // weight % base for at, tensor in enumerate(tensors)}
-        with temporary_folder() as scratch, quietly():
-            fill(_marked(file, tensors, digits, scratch))
-        for at, variable in enumerate(held):
-            marks[at] = _mark(marks[at], backend.read(library, variable), weight)
+        for variable in variables:
+            backend.set_value(library, variable, np.zeros(backend.shape(variable), backend.dtype(variable)))
+        digits = {tensor.name: (index + 1) // weight % base for index, tensor in enumerate(tensors)}
+        with temporary_folder() as scratch, ignore_warnings():
+            fill(_write_probe(file, tensors, digits, scratch))
+        for index, variable in enumerate(variables):
+            marks[index] = _add_digit(marks[index], backend.get_value(library, variable), weight)
         weight *= base
     return [max(mark, 0) for mark in marks]
 
 
-def _mark(before: int, array: Array, weight: int) -> int:
+def _add_digit(before: int, array: Array, weight: int) -> int:
     """A number with one more digit; -1 once there is none, as where one variable was put together of several."""
     first = array.reshape(-1)[0]
     if before < 0 or not np.all(array == first):
@@ -74,15 +83,15 @@ def _mark(before: int, array: Array, weight: int) -> int:
     return before + int(first) * weight
 
 
-def _base(dtype: np.dtype[Any]) -> int:
+def _digit_base(dtype: np.dtype[Any]) -> int:
     if dtype.kind in "iu":
         return int(np.iinfo(dtype).max)
     if dtype.kind == "b":
         return 2
-    return _BASES.get(dtype.name, _LEAST)
+    return _BASES.get(dtype.name, _MIN_BASE)
 
 
-def _marked(file: ModelFile, tensors: Iterable[Tensor], digits: dict[str, int], scratch: Path) -> Path:
+def _write_probe(file: ModelFile, tensors: Iterable[Tensor], digits: dict[str, int], scratch: Path) -> Path:
     """Write a copy of a file in which each tensor is filled with a digit, and return where."""
     rewrites: dict[tuple[str, int], TensorUpdate] = {}
     for tensor in tensors:
@@ -90,23 +99,23 @@ def _marked(file: ModelFile, tensors: Iterable[Tensor], digits: dict[str, int], 
         key = (tensor.storage.key, tensor.start)
         rewrites.setdefault(key, TensorUpdate(tensor, partial(_filled, tensor, digits[tensor.name])))
     target = scratch / file.path.name
-    places = {path: scratch / path.relative_to(file.path.parent) for path in file.files}
-    for place in places.values():
-        place.parent.mkdir(parents=True, exist_ok=True)
-    load(by_name(file.format).writer)(file, places, tuple(rewrites.values()))
+    paths = {path: scratch / path.relative_to(file.path.parent) for path in file.files}
+    for path in paths.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    load(by_name(file.format).writer)(file, paths, tuple(rewrites.values()))
     return target
 
 
 def _filled(tensor: Tensor, digit: int) -> Iterator[Array]:
-    for begin in range(0, tensor.size, _PIECE):
-        yield np.full(min(_PIECE, tensor.size - begin), digit, tensor.dtype)
+    for begin in range(0, tensor.size, _CHUNK):
+        yield np.full(min(_CHUNK, tensor.size - begin), digit, tensor.dtype)
 
 
-def _compare(file: ModelFile, tensor: Tensor, value: Array) -> None:
+def _check_same(file: ModelFile, tensor: Tensor, value: Array) -> None:
     """Refuse a file whose numbers Keras moves about when it loads them: they could not be put back."""
-    held = file.read(tensor)
+    stored = file.read(tensor)
     if value.shape != tensor.shape or not np.array_equal(
-        value, held.astype(value.dtype), equal_nan=value.dtype.kind != "b"
+        value, stored.astype(value.dtype), equal_nan=value.dtype.kind != "b"
     ):
         raise InputError(
             f"{file.path} holds {tensor.name} in the order of an older Keras ({file.about.producer or 'unnamed'})",

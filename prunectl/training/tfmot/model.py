@@ -18,104 +18,116 @@ from prunectl.pruning.threshold import Mask
 from prunectl.training.backend import Array, Logs, Means, ModelOrigin, Network
 from prunectl.training.data.source import Arrays, Batch
 from prunectl.training.keras import backend
-from prunectl.training.keras.backend import quietly
+from prunectl.training.keras.backend import ignore_warnings
 from prunectl.training.keras.load import load
-from prunectl.training.keras.model import KerasNetwork
-from prunectl.training.keras.random_state import Chance
+from prunectl.training.keras.model import KerasTrainable
+from prunectl.training.keras.random_state import RandomState
 from prunectl.training.native_pruning import Native
-from prunectl.training.tfmot.schedules import Planned, native_of, tfmot, version
-from prunectl.training.tfmot.wrappers import Around, Settings, around, is_graph, is_mixed
+from prunectl.training.tfmot.schedules import ScheduleAdapter, tfmot, to_tfmot_schedule, version
+from prunectl.training.tfmot.wrappers import (
+    WrappedModel,
+    WrapperSettings,
+    is_cloneable,
+    is_mixed_precision,
+    wrap_layers,
+)
 from prunectl.training.wrap.schedules import is_aligned
 
-_MATRIX = 2
-_RANKS_OF_GROUPS = frozenset({2, 4})
+_MATRIX_RANK = 2
+_NM_RANKS = frozenset({2, 4})
 
 
-class TfmotNetwork(KerasNetwork):
+class TfmotTrainable(KerasTrainable):
     """Trained as any Keras model, until it is told to prune."""
 
-    _around: Around | None = None
+    _wrapped: WrappedModel | None = None
     _callbacks: tuple[Any, ...] = ()
-    _means: Means
-    _is_unlogged = False
+    _options: Means
+    _lacks_tensorboard = False
     _has_tensorboard = find_spec("tensorboard") is not None
     _step = 0
     _epoch = 0
 
     def prepare(self, means: Means) -> None:
         """Compile the model."""
-        self._means = means
+        self._options = means
         super().prepare(means)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What was chosen for want of a word, and who prunes."""
-        if self._around is None:
+        if self._wrapped is None:
             return super().notes
-        found = f"Pruned by tensorflow-model-optimization {version()}, layer by layer."
-        unlogged = ("tfmot writes its summaries with TensorBoard, which is not installed: --logdir has ours alone.",)
-        return (*super().notes, found, *(unlogged if self._is_unlogged else ()))
+        note = f"Pruned by tensorflow-model-optimization {version()}, layer by layer."
+        tensorboard_note = (
+            "tfmot writes its summaries with TensorBoard, which is not installed: --logdir has ours alone.",
+        )
+        return (*super().notes, note, *(tensorboard_note if self._lacks_tensorboard else ()))
 
     def prune_by(self, native: Native) -> frozenset[str]:
         """Put wrappers around the layers, if tfmot can prune all that is asked for."""
         library = self._library
-        if not library.is_two or self._place.strategy is not None or not is_graph(library.keras, self._model):
+        if (
+            not library.is_keras2
+            or self._placement.strategy is not None
+            or not is_cloneable(library.keras, self._model)
+        ):
             return frozenset()
         # Its wrappers have other names than their layers, by which a model of several outputs knows its losses.
-        if is_mixed(self._model) or len(self._model.outputs) > 1:
+        if is_mixed_precision(self._model) or len(self._model.outputs) > 1:
             return frozenset()
         names = {id(self._variables[name]): name for name in native.schedules if name in self._variables}
-        with self._place.scope(library):
-            found = around(library.keras, self._model, names, _Chooser(native).choose)
-        pruned = frozenset(found.weights)
+        with self._placement.scope(library):
+            wrapped = wrap_layers(library.keras, self._model, names, _SettingsChooser(native).choose)
+        pruned = frozenset(wrapped.weights)
         if not pruned or (native.is_all and pruned != native.schedules.keys()):
             return frozenset()
-        self._around, self._step = found, native.step
-        self._model = found.model
-        self._loaded = replace(self._loaded, model=found.model)
-        self._begin_pruning(native)
+        self._wrapped, self._step = wrapped, native.step
+        self._model = wrapped.model
+        self._loaded = replace(self._loaded, model=wrapped.model)
+        self._start_pruning(native)
         return pruned
 
-    def _begin_pruning(self, native: Native) -> None:
-        library, found = self._library, self._around
-        assert found is not None
-        with self._place.scope(library):
-            self._chance = Chance(library, self._model)
+    def _start_pruning(self, native: Native) -> None:
+        library, wrapped = self._library, self._wrapped
+        assert wrapped is not None
+        with self._placement.scope(library):
+            self._random = RandomState(library, self._model)
         for name, keep in native.masks.items():
-            if name in found.weights:
-                backend.write(library, found.weights[name][1], keep)
-        for wrapper in found.wrappers:
-            backend.write(library, wrapper.pruning_step, np.array(native.step or -1))
-        super().prepare(self._means)
+            if name in wrapped.weights:
+                backend.set_value(library, wrapped.weights[name][1], keep)
+        for wrapper in wrapped.wrappers:
+            backend.set_value(library, wrapper.pruning_step, np.array(native.step or -1))
+        super().prepare(self._options)
         sparsity = tfmot()
         callbacks = [sparsity.UpdatePruningStep()]
         if native.logdir is not None and self.is_chief and self._has_tensorboard:
             callbacks.append(sparsity.PruningSummaries(str(native.logdir), write_graph=False))
-        self._is_unlogged = native.logdir is not None and not self._has_tensorboard
+        self._lacks_tensorboard = native.logdir is not None and not self._has_tensorboard
         self._callbacks = tuple(callbacks)
-        with quietly():
+        with ignore_warnings():
             for callback in self._callbacks:
                 callback.set_model(self._model)
             self._callbacks[0].on_train_begin()
-            self._summarise()
-        self._hold()
+            self._write_summaries()
+        self._apply_masks()
 
     def masks(self) -> dict[str, Mask]:
         """What tfmot keeps at the moment."""
-        held = self._around.weights if self._around is not None else {}
-        return {name: backend.read(self._library, mask) != 0 for name, (_, mask) in held.items()}
+        weights = self._wrapped.weights if self._wrapped is not None else {}
+        return {name: backend.get_value(self._library, mask) != 0 for name, (_, mask) in weights.items()}
 
     def mask(self, masks: Mapping[str, Array]) -> None:
         """Zero what the masks do not keep, beside what tfmot does not keep."""
-        if self._around is None:
+        if self._wrapped is None:
             super().mask(masks)
             return
         for name, keep in masks.items():
-            _, mask = self._around.weights[name]
-            backend.write(self._library, mask, (backend.read(self._library, mask) != 0) & keep)
-        self._hold()
+            _, mask = self._wrapped.weights[name]
+            backend.set_value(self._library, mask, (backend.get_value(self._library, mask) != 0) & keep)
+        self._apply_masks()
 
-    def _hold(self) -> None:
+    def _apply_masks(self) -> None:
         """Put the masks on the weights: tfmot does so before a batch and at the end of an epoch, not after a step."""
         for callback in self._callbacks[:1]:
             callback.on_epoch_end(self._epoch)
@@ -123,80 +135,80 @@ class TfmotNetwork(KerasNetwork):
     def end_epoch(self) -> None:
         """Mask the weights, and write down how sparse they are."""
         self._epoch += 1
-        self._hold()
-        self._summarise()
+        self._apply_masks()
+        self._write_summaries()
 
-    def _summarise(self) -> None:
+    def _write_summaries(self) -> None:
         for callback in self._callbacks[1:]:
             callback.on_epoch_begin(self._epoch)
 
     def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
         """Train on a batch."""
         super().step(batch, rate, guide)
-        if self._around is None:
+        if self._wrapped is None:
             return
         self._step += 1
-        for wrapper in self._around.wrappers:
+        for wrapper in self._wrapped.wrappers:
             # A layer that is called twice in a model counts every batch twice.
             if int(wrapper.pruning_step) != self._step:
-                backend.write(self._library, wrapper.pruning_step, np.array(self._step))
+                backend.set_value(self._library, wrapper.pruning_step, np.array(self._step))
 
     def weights(self, names: Iterable[str]) -> dict[str, Array]:
         """Copies of some weights."""
-        found = super().weights(names)
+        values = super().weights(names)
         for name, keep in self.masks().items():
-            if name in found:
+            if name in values:
                 # tfmot multiplies by its masks, which leaves a minus before half of the zeros.
-                found[name] = np.where(keep, found[name], np.zeros((), found[name].dtype))
-        return found
+                values[name] = np.where(keep, values[name], np.zeros((), values[name].dtype))
+        return values
 
     def assign(self, values: Mapping[str, Array]) -> None:
         """Replace the numbers of some tensors."""
         super().assign(values)
-        self._hold()
+        self._apply_masks()
 
     def restore(self, folder: Path) -> None:
         """Take up what `save` kept."""
         super().restore(folder)
-        if self._around is not None:
-            self._step = max(int(wrapper.pruning_step) for wrapper in self._around.wrappers)
+        if self._wrapped is not None:
+            self._step = max(int(wrapper.pruning_step) for wrapper in self._wrapped.wrappers)
 
     def evaluate(self, batches: Iterable[Batch]) -> Logs:
         """The means of loss and metrics."""
-        self._hold()
+        self._apply_masks()
         return super().evaluate(batches)
 
 
-class _Chooser:
+class _SettingsChooser:
     """Says for each layer how tfmot is to prune it."""
 
     def __init__(self, native: Native) -> None:
         self._native = native
 
-    def choose(self, layer: Any, weights: Mapping[str, Any]) -> Settings | None:
+    def choose(self, layer: Any, weights: Mapping[str, Any]) -> WrapperSettings | None:
         """What the wrapper is told; None where tfmot would do something else than was asked."""
         native = self._native
         schedules = {native.schedules[name] for name in weights}
         if len(schedules) != 1 or len(weights) != len(layer.get_prunable_weights()):
             return None
         ranks = {len(weight.shape) for weight in weights.values()}
-        settings: dict[str, Any] = {"pruning_schedule": _as_tfmot_has_it(schedules.pop())}
+        settings: dict[str, Any] = {"pruning_schedule": _schedule_for(schedules.pop())}
         if isinstance(native.pattern, NMPattern):
-            if not ranks <= _RANKS_OF_GROUPS:
+            if not ranks <= _NM_RANKS:
                 return None
             settings["sparsity_m_by_n"] = (native.pattern.zeros, native.pattern.group)
         elif isinstance(native.pattern, BlockPattern):
-            if ranks != {_MATRIX}:
+            if ranks != {_MATRIX_RANK}:
                 return None
             settings["block_size"] = (native.pattern.rows, native.pattern.columns)
             settings["block_pooling_type"] = native.pool.value.upper()
         return settings
 
 
-def _as_tfmot_has_it(schedule: Schedule) -> Any:
-    return native_of(schedule) if is_aligned(schedule) else Planned(schedule)
+def _schedule_for(schedule: Schedule) -> Any:
+    return to_tfmot_schedule(schedule) if is_aligned(schedule) else ScheduleAdapter(schedule)
 
 
 def open_network(model: ModelFile, origin: ModelOrigin) -> Network:
     """The model of a file as a network that tfmot can prune."""
-    return TfmotNetwork(partial(load, model, origin))
+    return TfmotTrainable(partial(load, model, origin))

@@ -10,7 +10,7 @@ from typing import Any
 from prunectl.errors import UsageError
 from prunectl.formats.safe_json import require
 from prunectl.pruning.schedules import Schedule, SparsitySchedule
-from prunectl.training.keras.backend import keras_two, quietly
+from prunectl.training.keras.backend import ignore_warnings, load_keras2
 from prunectl.training.wrap.schedules import OURS, from_config, is_tfmots, power_of, to_config
 
 _LEGACY = "TF_USE_LEGACY_KERAS"
@@ -18,27 +18,27 @@ _LEGACY = "TF_USE_LEGACY_KERAS"
 
 def tfmot() -> Any:
     """What tfmot has for sparsity in Keras 2."""
-    keras_two()
-    before = os.environ.get(_LEGACY)
+    load_keras2()
+    legacy = os.environ.get(_LEGACY)
     try:
-        with quietly():
-            found = require("tensorflow_model_optimization", extra="tensorflow")
+        with ignore_warnings():
+            module = require("tensorflow_model_optimization", extra="tensorflow")
     finally:
         # tfmot turns every Keras that is imported later, in this process and in those it starts, into Keras 2.
-        if before is None:
+        if legacy is None:
             os.environ.pop(_LEGACY, None)
         else:
-            os.environ[_LEGACY] = before
-    return found.sparsity.keras
+            os.environ[_LEGACY] = legacy
+    return module.sparsity.keras
 
 
 def version() -> str:
     """Which tfmot it is."""
-    found: str = require("tensorflow_model_optimization", extra="tensorflow").__version__
-    return found
+    version_: str = require("tensorflow_model_optimization", extra="tensorflow").__version__
+    return version_
 
 
-_MOST_STEPS = 10_000_000
+_MAX_STEPS = 10_000_000
 _sparsity = tfmot()
 _PACKAGE, _, _NAME = OURS.partition(">")
 
@@ -46,12 +46,12 @@ _PACKAGE, _, _NAME = OURS.partition(">")
 _Base: Any = _sparsity.PruningSchedule
 
 
-@keras_two().keras.utils.register_keras_serializable(package=_PACKAGE, name=_NAME)
-class Planned(_Base):  # type: ignore[misc]
+@load_keras2().keras.utils.register_keras_serializable(package=_PACKAGE, name=_NAME)
+class ScheduleAdapter(_Base):  # type: ignore[misc]
     """Any schedule of ours, by its turns, which are known beforehand; kept in a file by the name of its curve."""
 
     def __init__(self, schedule: Schedule) -> None:
-        if schedule.last_update_step > _MOST_STEPS:
+        if schedule.last_update_step > _MAX_STEPS:
             raise UsageError(f"a schedule of {schedule.last_update_step} steps is too long to be laid out")
         self.schedule = schedule
 
@@ -65,29 +65,29 @@ class Planned(_Base):  # type: ignore[misc]
         """Whether to prune at a step, and the sparsity that the last turn asked for."""
         tensorflow = require("tensorflow", extra="tensorflow")
         turns = tensorflow.constant(self.turns, tensorflow.int64)
-        begun = self.schedule.sparsity_at(0)
-        wanted = [begun, *(self.schedule.sparsity_at(turn) for turn in self.turns)]
-        at = tensorflow.reshape(tensorflow.cast(step, tensorflow.int64), [1])
-        passed = tensorflow.searchsorted(turns, at, side="right")[0]
-        is_turn = tensorflow.reduce_any(tensorflow.equal(turns, at))
-        return is_turn, tensorflow.gather(tensorflow.constant(wanted, tensorflow.float32), passed)
+        initial = self.schedule.sparsity_at(0)
+        sparsities = [initial, *(self.schedule.sparsity_at(turn) for turn in self.turns)]
+        now = tensorflow.reshape(tensorflow.cast(step, tensorflow.int64), [1])
+        num_passed = tensorflow.searchsorted(turns, now, side="right")[0]
+        is_turn = tensorflow.reduce_any(tensorflow.equal(turns, now))
+        return is_turn, tensorflow.gather(tensorflow.constant(sparsities, tensorflow.float32), num_passed)
 
     def get_config(self) -> dict[str, Any]:
         """What a file keeps."""
         return {"class_name": OURS, "config": to_config(self.schedule)}
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Planned:
+    def from_config(cls, config: Mapping[str, Any]) -> ScheduleAdapter:
         """What a file has kept."""
         return cls(from_config(config))
 
 
-def native_of(schedule: Schedule) -> Any:
+def to_tfmot_schedule(schedule: Schedule) -> Any:
     """A schedule as tfmot takes it."""
     if schedule.final >= 1.0:
         raise UsageError("tfmot leaves a weight in every layer: a sparsity of 100% is beyond it", hint="such as 99%")
     if not is_tfmots(schedule):
-        return Planned(schedule)
+        return ScheduleAdapter(schedule)
     assert isinstance(schedule, SparsitySchedule)
     end = -1 if schedule.end is None else schedule.end
     if schedule.curve == "constant":

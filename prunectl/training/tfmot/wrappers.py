@@ -19,23 +19,23 @@ from prunectl.formats.safe_json import require
 from prunectl.pruning.schedules import Schedule
 from prunectl.training import user_code
 from prunectl.training.keras import backend
-from prunectl.training.keras.backend import keras_two, quietly
-from prunectl.training.keras.compile.config import said
+from prunectl.training.keras.backend import ignore_warnings, load_keras2
+from prunectl.training.keras.compile.config import read_training_config
 from prunectl.training.keras.distribution import DevicePlacement
-from prunectl.training.keras.load import Loaded, WeightLayout, layout, load
-from prunectl.training.keras.variable_names import named
+from prunectl.training.keras.load import LoadedModel, WeightLayout, detect_layout, load
+from prunectl.training.keras.variable_names import match_variables
 from prunectl.training.tfmot.schedules import tfmot
 from prunectl.training.wrap.schedules import is_tfmots
 from prunectl.training.wrap.wrappers import Wrapping
 
-Settings = Mapping[str, Any]
+WrapperSettings = Mapping[str, Any]
 """What `prune_low_magnitude` is to be told beside the layer."""
-Chooser = Callable[[Any, Mapping[str, Any]], Settings | None]
+SettingsChooser = Callable[[Any, Mapping[str, Any]], WrapperSettings | None]
 """From a layer, and its weights that can be pruned by their names, to what its wrapper is told; None for no wrapper."""
 
 
 @dataclass(slots=True)
-class Around:
+class WrappedModel:
     """A model with wrappers."""
 
     model: Any
@@ -44,14 +44,14 @@ class Around:
     wrappers: list[Any] = field(default_factory=list)
 
 
-def around(keras: Any, model: Any, names: Mapping[int, str], choose: Chooser) -> Around:
+def wrap_layers(keras: Any, model: Any, names: Mapping[int, str], choose: SettingsChooser) -> WrappedModel:
     """A model that shares all variables with another, with wrappers around the layers that are chosen."""
-    if not is_graph(keras, model):
+    if not is_cloneable(keras, model):
         raise InputError(
             "tfmot wraps sequential and functional models, not those that compute by code of their own",
             hint="prune without --wrap",
         )
-    if is_mixed(model):
+    if is_mixed_precision(model):
         raise InputError(
             "tfmot multiplies weights by masks of the same precision, and this model reckons in another than it keeps",
             hint="prune without --wrap",
@@ -60,27 +60,27 @@ def around(keras: Any, model: Any, names: Mapping[int, str], choose: Chooser) ->
 
     def cloned(layer: Any) -> Any:
         if isinstance(layer, keras.Model):
-            if not is_graph(keras, layer):
+            if not is_cloneable(keras, layer):
                 return layer
             return keras.models.clone_model(layer, clone_function=cloned)
-        held = {id(weight) for weight in layer.weights}
-        if not any(one in names for one in held):
+        variables = {id(weight) for weight in layer.weights}
+        if not any(variable in names for variable in variables):
             return layer
-        weights = {names[id(weight)]: weight for weight in prunable(layer) if id(weight) in names}
+        weights = {names[id(weight)]: weight for weight in prunable_weights(layer) if id(weight) in names}
         settings = choose(layer, weights) if weights else None
         return layer if settings is None else sparsity.prune_low_magnitude(layer, **settings)
 
-    with quietly():
-        found = Around(keras.models.clone_model(model, clone_function=cloned))
-    for wrapper in wrappers(keras, found.model):
-        found.wrappers.append(wrapper)
+    with ignore_warnings():
+        wrapped = WrappedModel(keras.models.clone_model(model, clone_function=cloned))
+    for wrapper in wrappers(keras, wrapped.model):
+        wrapped.wrappers.append(wrapper)
         for weight, mask, _ in wrapper.pruning_vars:
             if id(weight) in names:
-                found.weights[names[id(weight)]] = (weight, mask)
-    return found
+                wrapped.weights[names[id(weight)]] = (weight, mask)
+    return wrapped
 
 
-def prunable(layer: Any) -> list[Any]:
+def prunable_weights(layer: Any) -> list[Any]:
     """The weights of a layer that tfmot would prune; none if it has no wrapper for such layers."""
     if not hasattr(layer, "get_prunable_weights"):
         try:
@@ -89,8 +89,8 @@ def prunable(layer: Any) -> list[Any]:
             tfmot().prune_low_magnitude(layer)
         except ValueError:
             return []
-    found: list[Any] = list(layer.get_prunable_weights())
-    return found
+    weights: list[Any] = list(layer.get_prunable_weights())
+    return weights
 
 
 def wrappers(keras: Any, model: Any) -> Iterator[Any]:
@@ -103,48 +103,52 @@ def wrappers(keras: Any, model: Any) -> Iterator[Any]:
             yield layer
 
 
-def is_mixed(model: Any) -> bool:
+def is_mixed_precision(model: Any) -> bool:
     """Whether any layer reckons in another precision than that of its weights."""
     policies = (getattr(layer, "dtype_policy", None) for layer in model._flatten_layers())  # noqa: SLF001
-    return any(one is not None and one.compute_dtype != one.variable_dtype for one in policies)
+    return any(policy is not None and policy.compute_dtype != policy.variable_dtype for policy in policies)
 
 
-def is_graph(keras: Any, model: Any) -> bool:
+def is_cloneable(keras: Any, model: Any) -> bool:
     """Whether a model says which layers follow which, so that it can be cloned."""
     return isinstance(model, keras.Sequential) or bool(getattr(model, "_is_graph_network", False))
 
 
-_MATRIX = 2
+_MATRIX_RANK = 2
 
 
 def wrap(model: ModelFile, wrapping: Wrapping, target: Path) -> tuple[str, ...]:
     """Write the copy, and return the tensors that tfmot has no wrapper for."""
-    loaded = _loaded(model, wrapping)
-    variables = named(loaded.file, loaded.library, loaded.model.weights, loaded.fill)
+    loaded = _load(model, wrapping)
+    variables = match_variables(loaded.file, loaded.library, loaded.model.weights, loaded.load_weights)
     names = {id(variable): name for name, variable in variables.items() if name in wrapping.names}
 
-    def choose(layer: Any, weights: Mapping[str, Any]) -> Settings | None:
-        return _scheduled(layer, weights, wrapping) if wrapping.schedules else _held(weights, wrapping)
+    def choose(layer: Any, weights: Mapping[str, Any]) -> WrapperSettings | None:
+        return (
+            _settings_of_layer(layer, weights, wrapping)
+            if wrapping.schedules
+            else _constant_sparsity(weights, wrapping)
+        )
 
-    found = around(loaded.library.keras, loaded.model, names, choose)
-    if not found.wrappers:
+    wrapped = wrap_layers(loaded.library.keras, loaded.model, names, choose)
+    if not wrapped.wrappers:
         raise InputError(
             f"{model.path} has no layer to prune that tfmot has a wrapper for", hint="prune without --wrap"
         )
     for name, keep in wrapping.masks.items():
-        value = backend.read(loaded.library, variables[name])
-        backend.write(loaded.library, variables[name], np.where(keep, value, np.zeros((), value.dtype)))
-        if name in found.weights:
-            backend.write(loaded.library, found.weights[name][1], keep)
-    for wrapper in found.wrappers:
-        backend.write(loaded.library, wrapper.pruning_step, np.array(wrapping.step))
-    _compile(loaded, found)
-    _tell_apart(found)
-    _save(found.model, layout(model), target)
-    return tuple(name for name in wrapping.names if name not in found.weights)
+        value = backend.get_value(loaded.library, variables[name])
+        backend.set_value(loaded.library, variables[name], np.where(keep, value, np.zeros((), value.dtype)))
+        if name in wrapped.weights:
+            backend.set_value(loaded.library, wrapped.weights[name][1], keep)
+    for wrapper in wrapped.wrappers:
+        backend.set_value(loaded.library, wrapper.pruning_step, np.array(wrapping.step))
+    _compile(loaded, wrapped)
+    _rename_masks(wrapped)
+    _save(wrapped.model, detect_layout(model), target)
+    return tuple(name for name in wrapping.names if name not in wrapped.weights)
 
 
-def _loaded(model: ModelFile, wrapping: Wrapping) -> Loaded:
+def _load(model: ModelFile, wrapping: Wrapping) -> LoadedModel:
     # Whatever can be told by the file itself is told before TensorFlow is imported.
     user_code.check(model, wrapping.origin)
     if model.about.keras is None:
@@ -152,7 +156,7 @@ def _loaded(model: ModelFile, wrapping: Wrapping) -> Loaded:
             f"{model.path} holds weights alone, and a wrapper is part of a model",
             hint="wrap the file that holds the model, or prune without --wrap",
         )
-    if layout(model) is WeightLayout.FOLDER and not all(map(is_tfmots, wrapping.schedules.values())):
+    if detect_layout(model) is WeightLayout.SAVED_MODEL and not all(map(is_tfmots, wrapping.schedules.values())):
         raise UsageError(
             "in a SavedModel, tfmot can keep a constant or a polynomial schedule alone",
             hint="save the model as .h5, or give the schedule to prunectl finetune",
@@ -163,12 +167,12 @@ def _loaded(model: ModelFile, wrapping: Wrapping) -> Loaded:
             hint="prune without --wrap: prunectl finetune takes a --schedule for any Keras",
         )
     layouts.check(model)
-    keras_two()
+    load_keras2()
     tfmot()
     return load(model, wrapping.origin, DevicePlacement())
 
 
-def _held(weights: Mapping[str, Any], wrapping: Wrapping) -> Settings:
+def _constant_sparsity(weights: Mapping[str, Any], wrapping: Wrapping) -> WrapperSettings:
     """What keeps masks as they are, whoever trains on."""
     masks = [wrapping.masks[name] for name in weights if name in wrapping.masks]
     size = sum(mask.size for mask in masks)
@@ -176,12 +180,14 @@ def _held(weights: Mapping[str, Any], wrapping: Wrapping) -> Settings:
     # tfmot counts its steps from 1, so that a schedule which ends at 0 has no turn: masks that tfmot would not make by
     # itself, in groups, in blocks of images or ranked over all layers, stay what they are.
     schedule = tfmot().ConstantSparsity(min(zeros, size - 1) / size, begin_step=0, end_step=0, frequency=1)
-    return {"pruning_schedule": schedule, **_blocks(weights, wrapping)}
+    return {"pruning_schedule": schedule, **_block_settings(weights, wrapping)}
 
 
-def _scheduled(layer: Any, weights: Mapping[str, Any], wrapping: Wrapping) -> Settings | None:
+def _settings_of_layer(layer: Any, weights: Mapping[str, Any], wrapping: Wrapping) -> WrapperSettings | None:
     """The schedule of a layer, which all of its weights share."""
-    if isinstance(wrapping.pattern, BlockPattern) and any(len(weight.shape) != _MATRIX for weight in weights.values()):
+    if isinstance(wrapping.pattern, BlockPattern) and any(
+        len(weight.shape) != _MATRIX_RANK for weight in weights.values()
+    ):
         return None
     schedules = {wrapping.schedules[name] for name in weights}
     if len(weights) != len(layer.get_prunable_weights()) or len(schedules) != 1:
@@ -189,24 +195,24 @@ def _scheduled(layer: Any, weights: Mapping[str, Any], wrapping: Wrapping) -> Se
             f"tfmot prunes all weights of {layer.name} along one schedule, to one sparsity",
             hint=f"choose all or none of {layer.name}, with the same --layer ratio, or leave out --schedule",
         )
-    return {"pruning_schedule": _native(schedules.pop()), **_blocks(weights, wrapping)}
+    return {"pruning_schedule": _to_tfmot_schedule(schedules.pop()), **_block_settings(weights, wrapping)}
 
 
-def _native(schedule: Schedule) -> Any:
-    found: Any = require("prunectl.training.tfmot.schedules", extra="tensorflow").native_of(schedule)
-    return found
+def _to_tfmot_schedule(schedule: Schedule) -> Any:
+    schedule_: Any = require("prunectl.training.tfmot.schedules", extra="tensorflow").native_of(schedule)
+    return schedule_
 
 
-def _blocks(weights: Mapping[str, Any], wrapping: Wrapping) -> Settings:
+def _block_settings(weights: Mapping[str, Any], wrapping: Wrapping) -> WrapperSettings:
     pattern = wrapping.pattern
-    if not isinstance(pattern, BlockPattern) or any(len(weight.shape) != _MATRIX for weight in weights.values()):
+    if not isinstance(pattern, BlockPattern) or any(len(weight.shape) != _MATRIX_RANK for weight in weights.values()):
         return {}
     return {"block_size": (pattern.rows, pattern.columns), "block_pooling_type": wrapping.pool.value.upper()}
 
 
-def _compile(loaded: Loaded, found: Around) -> None:
+def _compile(loaded: LoadedModel, wrapped: WrappedModel) -> None:
     """Let the wrapped model be trained as the file says of its own; without one, or with an unknown one, not at all."""
-    parts = said(loaded.file)
+    parts = read_training_config(loaded.file)
     if "optimizer" not in parts or "loss" not in parts:
         return
     config = {"metrics": None, "weighted_metrics": None, "loss_weights": None, **parts}
@@ -214,30 +220,30 @@ def _compile(loaded: Loaded, found: Around) -> None:
     config["optimizer_config"] = {"class_name": optimizer, "config": {}} if isinstance(optimizer, str) else optimizer
     saving = require("tf_keras.src.saving.legacy.saving_utils", extra="tensorflow")
     try:
-        loaded.vouch_for(parts)
-        with quietly():
-            words = saving.compile_args_from_training_config(config, dict(loaded.objects))
+        loaded.check_trusted(parts)
+        with ignore_warnings():
+            options = saving.compile_args_from_training_config(config, dict(loaded.objects))
             if isinstance(parts["loss"], str):
                 # Saved again as the name that it is, not as the function.
-                words["loss"] = parts["loss"]
-            found.model.compile(**words)
+                options["loss"] = parts["loss"]
+            wrapped.model.compile(**options)
     except (ValueError, TypeError, AttributeError, KeyError):
         # A loss or a metric of the user's own: whoever trains on has to name it anyway.
         return
 
 
-def _tell_apart(found: Around) -> None:
+def _rename_masks(wrapped: WrappedModel) -> None:
     """Give the masks of a layer with several of them names of their own, without which HDF5 cannot hold them."""
-    for wrapper in found.wrappers:
-        for at, (_, mask, threshold) in enumerate(wrapper.pruning_vars[1:], 1):
+    for wrapper in wrapped.wrappers:
+        for index, (_, mask, threshold) in enumerate(wrapper.pruning_vars[1:], 1):
             for variable in (mask, threshold):
                 # The name is told when a variable is made, which tfmot does.
-                variable._handle_name = variable.name.replace(":", f"_{at}:")  # noqa: SLF001
+                variable._handle_name = variable.name.replace(":", f"_{index}:")  # noqa: SLF001
 
 
-def _save(model: Any, kind: WeightLayout, target: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".wrapped-") as folder, quietly():
+def _save(model: Any, layout_: WeightLayout, target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".wrapped-") as folder, ignore_warnings():
         # By its suffix Keras knows which format is meant, and the user may have chosen another.
-        place = Path(folder) / (kind.value or "model")
-        model.save(str(place), **({"save_format": "tf"} if kind is WeightLayout.FOLDER else {}))
-        os.replace(place, target)
+        path = Path(folder) / (layout_.value or "model")
+        model.save(str(path), **({"save_format": "tf"} if layout_ is WeightLayout.SAVED_MODEL else {}))
+        os.replace(path, target)

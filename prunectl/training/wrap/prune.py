@@ -24,7 +24,7 @@ from prunectl.pruning.strip import stats_for_report
 from prunectl.pruning.threshold import Mask
 from prunectl.training import user_code
 from prunectl.training.backend import ModelOrigin
-from prunectl.training.keras.compile.config import said
+from prunectl.training.keras.compile.config import read_training_config
 from prunectl.training.wrap.wrappers import Wrapping, check_stripped, wrap, wrapper_of
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -96,7 +96,7 @@ def _has_optimizer(model: ModelFile) -> bool:
 
 
 def _is_compiled(model: ModelFile) -> bool:
-    return model.about.keras is not None and bool(said(model).get("loss"))
+    return model.about.keras is not None and bool(read_training_config(model).get("loss"))
 
 
 def _masks(found: ModelFile, pruned: Pruned) -> dict[str, Mask]:

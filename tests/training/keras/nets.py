@@ -12,8 +12,8 @@ import pytest
 from prunectl.formats.registry import open_model
 from prunectl.training.backend import Means, ModelOrigin
 from prunectl.training.data.source import Batch
-from prunectl.training.keras.backend import quietly
-from prunectl.training.keras.model import KerasNetwork, open_network
+from prunectl.training.keras.backend import ignore_warnings
+from prunectl.training.keras.model import KerasTrainable, open_network
 from tests.contract import Array
 from tests.networks import keras, tf_keras
 
@@ -77,7 +77,7 @@ def batches(count: int = 4, seed: int = 0) -> list[Batch]:
 
 def saved(model: Any, path: Path) -> Path:
     """Save a model by its suffix."""
-    with quietly():
+    with ignore_warnings():
         if path.suffix:
             model.save(path)
         else:
@@ -85,21 +85,21 @@ def saved(model: Any, path: Path) -> Path:
     return path
 
 
-def opened(path: Path, **origin: Any) -> KerasNetwork:
+def opened(path: Path, **origin: Any) -> KerasTrainable:
     """Open a file for training."""
     network = open_network(open_model(path), ModelOrigin(**origin))
-    assert isinstance(network, KerasNetwork)
+    assert isinstance(network, KerasTrainable)
     return network
 
 
-def prepared(path: Path, example: Batch | None = None, **means: Any) -> KerasNetwork:
+def prepared(path: Path, example: Batch | None = None, **means: Any) -> KerasTrainable:
     """Open a file and prepare it."""
     network = opened(path)
     network.prepare(Means(example=example if example is not None else batches(1)[0], **means))
     return network
 
 
-def kernels(network: KerasNetwork) -> dict[str, Array]:
+def kernels(network: KerasTrainable) -> dict[str, Array]:
     """The kernels of a network, by their names in the file."""
     return {name: array for name, array in network.tensors().items() if "kernel" in name}
 
@@ -109,12 +109,12 @@ def half(arrays: dict[str, Array]) -> dict[str, Array]:
     return {name: np.abs(array) > np.median(np.abs(array)) for name, array in arrays.items()}
 
 
-def lost_zeros(network: KerasNetwork, masks: dict[str, Array]) -> int:
+def lost_zeros(network: KerasTrainable, masks: dict[str, Array]) -> int:
     """How many weights that are masked are not zero."""
     return sum(int(np.count_nonzero(array[~masks[name]])) for name, array in network.weights(masks).items())
 
 
-def train(network: KerasNetwork, given: list[Batch], rate: Callable[[int], float] = lambda _: 1.0) -> None:
+def train(network: KerasTrainable, given: list[Batch], rate: Callable[[int], float] = lambda _: 1.0) -> None:
     """Train on batches, one after the other."""
     for at, batch in enumerate(given):
         network.step(batch, rate(at))

@@ -14,7 +14,7 @@ import numpy as np
 from prunectl.formats.registry import open_model
 from prunectl.training.backend import Means, ModelOrigin
 from prunectl.training.data.source import Batch
-from prunectl.training.keras.model import KerasNetwork, open_network
+from prunectl.training.keras.model import KerasTrainable, open_network
 from prunectl.training.layer_inputs import Sight
 
 
@@ -25,7 +25,7 @@ def batch() -> Batch:
 
 def main(folder: Path) -> dict[str, Any]:
     network = open_network(open_model(folder / "model.keras"), ModelOrigin())
-    assert isinstance(network, KerasNetwork)
+    assert isinstance(network, KerasTrainable)
     given, found = batch(), list[Sight]()
     network.prepare(Means(example=given, frozen=frozenset(one for one in network.tensors() if "dense" in one)))
     before = {name: one.tobytes() for name, one in network.tensors().items()}

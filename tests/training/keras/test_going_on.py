@@ -10,7 +10,7 @@ import pytest
 
 from prunectl.errors import InputError
 from prunectl.training.backend import Evidence, Means
-from prunectl.training.keras.model import KerasNetwork
+from prunectl.training.keras.model import KerasTrainable
 from tests.contract import raw
 from tests.training.keras import customs, nets
 from tests.training.keras.nets import both, keras
@@ -18,7 +18,7 @@ from tests.training.keras.nets import both, keras
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
 
-def state(network: KerasNetwork) -> dict[str, bytes]:
+def state(network: KerasTrainable) -> dict[str, bytes]:
     return {name: raw(array) for name, array in network.tensors().items()}
 
 
@@ -83,14 +83,14 @@ def test_what_all_layers_share_is_random_as_in_an_unbroken_run(is_within_an_epoc
     path = nets.saved(model, tmp_path / "model.keras")
     given = nets.batches(6)
 
-    def begun() -> KerasNetwork:
+    def begun() -> KerasTrainable:
         # As it is in another process.
         k.src.backend.common.global_state.set_global_attribute("global_seed_generator", None)
         network = nets.opened(path, custom_objects="tests.training.keras.customs:THREE")
         network.prepare(Means(example=given[0]))
         return network
 
-    def went_on(network: KerasNetwork) -> dict[str, bytes]:
+    def went_on(network: KerasTrainable) -> dict[str, bytes]:
         if not is_within_an_epoch:
             network.reseed(2)
         nets.train(network, given[3:])

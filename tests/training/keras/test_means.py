@@ -10,7 +10,7 @@ import pytest
 
 from prunectl.errors import UsageError
 from prunectl.training.data.source import Batch
-from prunectl.training.keras.model import KerasNetwork
+from prunectl.training.keras.model import KerasTrainable
 from tests.contract import Array
 from tests.networks import keras, tf_keras
 from tests.running import FIXTURES
@@ -36,7 +36,7 @@ def batch(y: Array) -> Batch:
     return Batch(nets.batches(1)[0].x, y)
 
 
-def loss_of(network: KerasNetwork, given: Batch) -> float:
+def loss_of(network: KerasTrainable, given: Batch) -> float:
     return network.evaluate([given])["loss"]
 
 

@@ -10,11 +10,11 @@ import pytest
 
 from prunectl.errors import MissingExtraError, UsageError
 from prunectl.formats import safe_json
-from prunectl.training.keras.backend import Library
-from prunectl.training.keras.distribution import DevicePlacement, check
+from prunectl.training.keras.backend import KerasLibrary
+from prunectl.training.keras.distribution import DevicePlacement, resolve_device
 
 
-class Pretended(Library):
+class Pretended(KerasLibrary):
     """A Keras on TensorFlow that sees some GPUs, and takes down which device is entered."""
 
     def __init__(self, gpus: int, *, is_two: bool) -> None:
@@ -47,8 +47,8 @@ class Pretended(Library):
 )
 def test_the_device_is_the_one_that_was_named(device: str, place: str, entered: list[str]) -> None:
     for is_two in (True, False):
-        library = Pretended(2, is_two=is_two)
-        assert check(library, device) == place
+        library = Pretended(2, is_keras2=is_two)
+        assert resolve_device(library, device) == place
         with DevicePlacement(device=place).scope(library):
             pass
         assert library.entered == (entered if is_two else [name.lower().lstrip("/") for name in entered])
@@ -66,7 +66,7 @@ def test_the_device_is_the_one_that_was_named(device: str, place: str, entered: 
 )
 def test_a_device_that_is_not_there_is_refused(gpus: int, device: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        check(Pretended(gpus, is_two=True), device)
+        resolve_device(Pretended(gpus, is_keras2=True), device)
 
 
 def test_jax_comes_with_no_extra_and_the_hint_names_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,5 +75,5 @@ def test_jax_comes_with_no_extra_and_the_hint_names_none(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(safe_json.importlib, "import_module", missing)
     with pytest.raises(MissingExtraError) as caught:
-        _ = Library(None, is_two=False, backend="jax").jax
+        _ = KerasLibrary(None, is_keras2=False, backend="jax").jax
     assert caught.value.hint == "pip install jax"

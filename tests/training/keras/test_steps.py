@@ -10,7 +10,7 @@ import pytest
 
 from prunectl.training.backend import Means
 from prunectl.training.data.source import Batch
-from prunectl.training.keras.model import KerasNetwork
+from prunectl.training.keras.model import KerasTrainable
 from tests.contract import raw
 from tests.networks import keras, tf_keras
 from tests.training.keras import nets
@@ -211,12 +211,12 @@ def test_a_network_is_prepared_again_with_other_means(tmp_path: Path) -> None:
     assert [raw(array) for array in network.tensors().values()] == before
 
 
-def _in_order(network: KerasNetwork) -> list[Any]:
+def _in_order(network: KerasTrainable) -> list[Any]:
     by_identity = {id(variable): name for name, variable in network._variables.items()}
     return [network.tensors()[by_identity[id(variable)]] for variable in network._model.weights]
 
 
-def _by_hand(network: KerasNetwork, batches: list[Batch]) -> dict[str, float]:
+def _by_hand(network: KerasTrainable, batches: list[Batch]) -> dict[str, float]:
     probabilities = np.concatenate([np.asarray(network.predict(batch.x)) for batch in batches])
     labels = np.concatenate([np.asarray(batch.y) for batch in batches])
     picked = probabilities[np.arange(len(labels)), labels].astype(np.float64)

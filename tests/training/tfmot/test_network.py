@@ -15,7 +15,7 @@ from prunectl.pruning.schedules import SparsitySchedule
 from prunectl.training.backend import Means, ModelOrigin
 from prunectl.training.data.source import Batch
 from prunectl.training.finetune import Finetuned, finetune
-from prunectl.training.keras.model import KerasNetwork
+from prunectl.training.keras.model import KerasTrainable
 from prunectl.training.native_pruning import Native
 from prunectl.training.request import FinetuneRequest, Keep, MaskMode, Ramping
 from prunectl.training.wrap.prune import prune_wrapped
@@ -167,7 +167,7 @@ class TestTheNetwork:
         )
         for _ in range(6):
             network.step(batch, 1.0)
-        assert {int(wrapper.pruning_step) for wrapper in network._around.wrappers} == {6}
+        assert {int(wrapper.pruning_step) for wrapper in network._wrapped.wrappers} == {6}
         for mask in network.masks().values():
             assert np.count_nonzero(~mask) == pytest.approx(mask.size / 2, abs=0.5)
 
@@ -338,7 +338,7 @@ def ramp_at(step: int) -> float:
 
 
 def test_a_keras_network_stands_behind_it(path: Path) -> None:
-    assert isinstance(open_network(open_model(path), ModelOrigin()), KerasNetwork)
+    assert isinstance(open_network(open_model(path), ModelOrigin()), KerasTrainable)
 
 
 def test_the_command_tunes_a_wrapped_file_and_says_who_prunes(tmp_path: Path) -> None:

@@ -15,22 +15,22 @@ from prunectl.formats.safe_json import parse_object
 from prunectl.formats.tensorflow.graph_def import read_graph, read_keras_metadata
 from prunectl.training.backend import Array, Means
 from prunectl.training.data.source import each
-from prunectl.training.keras.backend import Library
+from prunectl.training.keras.backend import KerasLibrary
 from prunectl.training.keras.compile import losses, optimizers, outputs
-from prunectl.training.keras.compile.losses import Loss
-from prunectl.training.keras.compile.optimizers import ChosenOptimizer
-from prunectl.training.keras.compile.outputs import Answer
-from prunectl.training.keras.load import Loaded, first_line
-from prunectl.training.keras.masking import Grip, GripThree, GripTwo
+from prunectl.training.keras.compile.losses import KerasLoss
+from prunectl.training.keras.compile.optimizers import ScheduledOptimizer
+from prunectl.training.keras.compile.outputs import OutputInfo
+from prunectl.training.keras.load import LoadedModel, error_line
+from prunectl.training.keras.masking import Keras3Masking, OptimizerMasking, TfKerasMasking
 
 _PARTS = ("loss", "metrics", "weighted_metrics", "loss_weights")
 
 
-def said(file: ModelFile) -> dict[str, Any]:
+def read_training_config(file: ModelFile) -> dict[str, Any]:
     """The parts of a training configuration, as the file words them."""
-    found = _configuration(file)
-    parts = {key: found[key] for key in _PARTS if found.get(key)}
-    optimizer = found.get("optimizer_config") or found.get("optimizer")
+    config = _configuration(file)
+    parts = {key: config[key] for key in _PARTS if config.get(key)}
+    optimizer = config.get("optimizer_config") or config.get("optimizer")
     if optimizer:
         parts["optimizer"] = optimizer
     return parts
@@ -40,75 +40,75 @@ def _configuration(file: ModelFile) -> Mapping[str, Any]:
     if file.format == "keras":
         return part(file.about.keras, "compile_config")
     if file.format == "keras-h5":
-        return _of_hdf5(file)
-    return _of_folder(file)
+        return _config_of_hdf5(file)
+    return _config_of_saved_model(file)
 
 
-def _of_hdf5(file: ModelFile) -> Mapping[str, Any]:
-    with h5py.File(file.path, "r", locking=False) as held:
-        text = held.attrs.get("training_config")
+def _config_of_hdf5(file: ModelFile) -> Mapping[str, Any]:
+    with h5py.File(file.path, "r", locking=False) as file_:
+        text = file_.attrs.get("training_config")
     if isinstance(text, bytes):
         text = text.decode("utf-8", "replace")
     return parse_object(text, file.path, "training_config") if isinstance(text, str) else {}
 
 
-def _of_folder(file: ModelFile) -> Mapping[str, Any]:
+def _config_of_saved_model(file: ModelFile) -> Mapping[str, Any]:
     metadata = file.path / "keras_metadata.pb"
     objects = read_keras_metadata(metadata) if metadata.is_file() else read_graph(file.path / "saved_model.pb").objects
-    for found in objects:
-        if found.metadata and found.identifier.startswith("_tf_keras"):
-            training = part(parse_object(found.metadata, file.path, "its Keras metadata"), "training_config")
+    for node in objects:
+        if node.metadata and node.identifier.startswith("_tf_keras"):
+            training = part(parse_object(node.metadata, file.path, "its Keras metadata"), "training_config")
             if training:
                 return training
     return {}
 
 
-_UNKNOWN = (ValueError, TypeError, AttributeError, KeyError, ImportError)
+_UNKNOWN_NAME = (ValueError, TypeError, AttributeError, KeyError, ImportError)
 """What Keras raises at a name that it does not know."""
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class CompileConfig:
     """Everything that Keras has to be told before it trains."""
 
-    chosen: ChosenOptimizer
-    losses: tuple[Loss | None, ...]
+    chosen: ScheduledOptimizer
+    losses: tuple[KerasLoss | None, ...]
     """One for each output."""
     metrics: tuple[list[Any], ...]
     loss_weights: Any
     notes: tuple[str, ...]
 
 
-def recipe(loaded: Loaded, means: Means, answers: Sequence[Answer]) -> Recipe:
+def resolve_compile_config(loaded: LoadedModel, means: Means, outputs_: Sequence[OutputInfo]) -> CompileConfig:
     """How a model is trained."""
-    case = _Case(loaded, means, answers, said(loaded.file) if loaded.is_whole else {})
-    targets = _targets(means, len(answers))
-    found = _losses(case, targets)
-    for loss, answer, y in zip(found, answers, targets, strict=True):
+    context = _Context(loaded, means, outputs_, read_training_config(loaded.file) if loaded.has_config else {})
+    targets = _targets(means, len(outputs_))
+    output_losses = _losses(context, targets)
+    for loss, info, y in zip(output_losses, outputs_, targets, strict=True):
         if loss is not None:
-            losses.check_shape(loss, answer, y)
-    return Recipe(
-        losses=found,
-        chosen=_optimizer(case),
-        metrics=_metrics(case, found, targets),
-        loss_weights=_weights(case.file.get("loss_weights"), answers),
-        notes=tuple(dict.fromkeys(case.notes)),
+            losses.check_shape(loss, info, y)
+    return CompileConfig(
+        losses=output_losses,
+        chosen=_optimizer(context),
+        metrics=_metrics(context, output_losses, targets),
+        loss_weights=_loss_weights(context.file.get("loss_weights"), outputs_),
+        notes=tuple(dict.fromkeys(context.notes)),
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Case:
+class _Context:
     """What is known, and what is found out about it on the way."""
 
-    loaded: Loaded
+    loaded: LoadedModel
     means: Means
-    answers: Sequence[Answer]
+    answers: Sequence[OutputInfo]
     file: Mapping[str, Any]
     """What the file says, in its words."""
     notes: list[str] = field(default_factory=list)
 
     @property
-    def library(self) -> Library:
+    def library(self) -> KerasLibrary:
         """The Keras that trains."""
         return self.loaded.library
 
@@ -116,169 +116,176 @@ class _Case:
 def _targets(means: Means, count: int) -> tuple[Array | None, ...]:
     if means.example is None or means.example.y is None:
         return (None,) * count
-    found = each(means.example.y)
-    if len(found) != count:
-        raise UsageError(f"the model has {count} outputs, the data has {len(found)} arrays of targets")
-    return found
+    arrays = each(means.example.y)
+    if len(arrays) != count:
+        raise UsageError(f"the model has {count} outputs, the data has {len(arrays)} arrays of targets")
+    return arrays
 
 
-def _losses(case: _Case, targets: Sequence[Array | None]) -> tuple[Loss | None, ...]:
-    library, answers, entry = case.library, case.answers, case.file.get("loss")
-    if case.means.loss:
+def _losses(context: _Context, targets: Sequence[Array | None]) -> tuple[KerasLoss | None, ...]:
+    library, outputs_, entry = context.library, context.answers, context.file.get("loss")
+    if context.means.loss:
         return tuple(
-            losses.wanted_losses(library, case.means.loss, *pair) for pair in zip(answers, targets, strict=True)
+            losses.loss_by_name(library, context.means.loss, *output_and_targets)
+            for output_and_targets in zip(outputs_, targets, strict=True)
         )
-    found: list[Loss | None] = []
-    for answer, y, entry_part in zip(answers, targets, _per_output(entry, answers), strict=True):
+    resolved: list[KerasLoss | None] = []
+    for output, y, entry_part in zip(outputs_, targets, _per_output(entry, outputs_), strict=True):
         if entry_part:
-            loss, note = losses.fitted(library, _loss_of_file(case.loaded, entry_part), answer, y)
-            case.notes.extend([note] if note else [])
-            found.append(loss)
+            loss, note = losses.match_targets(library, _loss_of_file(context.loaded, entry_part), output, y)
+            context.notes.extend([note] if note else [])
+            resolved.append(loss)
             continue
-        chosen = losses.chosen(library, answer, y) if not entry else None
-        if chosen is not None:
-            where = f" for {answer.name}" if len(answers) > 1 else ""
-            ending = " from logits" if chosen.is_of_logits else ""
-            case.notes.append(
-                f"Nothing says which loss: {chosen.name}{ending} fits the outputs and the targets{where}."
+        default = losses.default_loss(library, output, y) if not entry else None
+        if default is not None:
+            where = f" for {output.name}" if len(outputs_) > 1 else ""
+            ending = " from logits" if default.from_logits else ""
+            context.notes.append(
+                f"Nothing says which loss: {default.name}{ending} fits the outputs and the targets{where}."
             )
-        found.append(chosen)
-    return tuple(found)
+        resolved.append(default)
+    return tuple(resolved)
 
 
-def _loss_of_file(loaded: Loaded, entry: Any) -> Loss:
+def _loss_of_file(loaded: LoadedModel, entry: Any) -> KerasLoss:
     try:
-        loaded.vouch_for(entry)
-        return losses.known(losses.losses_of_file(loaded.library, entry, loaded.objects))
-    except _UNKNOWN as error:
+        loaded.check_trusted(entry)
+        return losses.describe_loss(losses.loss_from_config(loaded.library, entry, loaded.objects))
+    except _UNKNOWN_NAME as error:
         raise UsageError(
-            f"{loaded.file.path} was trained with a loss that is not known here: {first_line(error)}",
+            f"{loaded.file.path} was trained with a loss that is not known here: {error_line(error)}",
             hint="choose one with --loss, or say what it is with --custom-objects mod:DICT",
         ) from error
 
 
-def _optimizer(case: _Case) -> ChosenOptimizer:
-    library, means, entry = case.library, case.means, case.file.get("optimizer")
+def _optimizer(context: _Context) -> ScheduledOptimizer:
+    library, means, entry = context.library, context.means, context.file.get("optimizer")
     if not means.optimizer and entry:
         try:
-            case.loaded.vouch_for(entry)
-            chosen = optimizers.of_file(library, entry, case.loaded.objects, lr=means.lr, clip=means.clip)
-        except _UNKNOWN as error:
-            case.notes.append(
-                f"The file's optimizer is not known here ({first_line(error)}): {optimizers.DEFAULT} it is."
+            context.loaded.check_trusted(entry)
+            resolved = optimizers.optimizer_from_config(
+                library, entry, context.loaded.objects, lr=means.lr, clip=means.clip
+            )
+        except _UNKNOWN_NAME as error:
+            context.notes.append(
+                f"The file's optimizer is not known here ({error_line(error)}): {optimizers.DEFAULT} it is."
             )
         else:
-            if chosen.schedule is not None:
-                case.notes.append("The learning rate follows the schedule of the file, from its beginning.")
-            return chosen
-    return optimizers.wanted(library, means.optimizer, lr=means.lr, clip=means.clip)
+            if resolved.schedule is not None:
+                context.notes.append("The learning rate follows the schedule of the file, from its beginning.")
+            return resolved
+    return optimizers.optimizer_by_name(library, means.optimizer, lr=means.lr, clip=means.clip)
 
 
-def _metrics(case: _Case, found: Sequence[Loss | None], targets: Sequence[Array | None]) -> tuple[list[Any], ...]:
-    library, names = case.library, case.means.metrics
+def _metrics(
+    context: _Context, losses_: Sequence[KerasLoss | None], targets: Sequence[Array | None]
+) -> tuple[list[Any], ...]:
+    library, names = context.library, context.means.metrics
     if names:
         for name in names:
-            for answer, y in zip(case.answers, targets, strict=True):
-                losses.check_metric_shape(name, answer, y)
+            for output, y in zip(context.answers, targets, strict=True):
+                losses.check_metric_shape(name, output, y)
         return tuple(
-            [losses.wanted_metrics(library, name, loss, case.loaded.objects) for name in names] for loss in found
+            [losses.metric_by_name(library, name, loss, context.loaded.objects) for name in names] for loss in losses_
         )
-    parts = _metrics_per_output(case.file.get("metrics"), case.answers)
+    parts = _metrics_per_output(context.file.get("metrics"), context.answers)
     if not any(parts):
-        every = zip(found, case.answers, targets, strict=True)
-        return tuple(losses.default(library, *one) for one in every)
-    read = [[one for entry in part for one in _metric_of_file(case, entry)] for part in parts]
+        triples = zip(losses_, context.answers, targets, strict=True)
+        return tuple(losses.default_metrics(library, *output) for output in triples)
+    metrics_of_outputs = [[metric for entry in part for metric in _metric_of_file(context, entry)] for part in parts]
     return tuple(
-        _distinct([losses.accuracy(library, loss) if one == "accuracy" else one for one in part])
-        for part, loss in zip(read, found, strict=True)
+        _distinct([losses.accuracy(library, loss) if metric == "accuracy" else metric for metric in part])
+        for part, loss in zip(metrics_of_outputs, losses_, strict=True)
     )
 
 
-def _metric_of_file(case: _Case, entry: Any) -> list[Any]:
+def _metric_of_file(context: _Context, entry: Any) -> list[Any]:
     """A metric, or nothing where it is not known."""
     try:
-        case.loaded.vouch_for(entry)
-        return [losses.metrics_of_file(case.library, entry, case.loaded.objects)]
-    except _UNKNOWN as error:
-        case.notes.append(f"A metric of the file is left out, it is not known here: {first_line(error)}.")
+        context.loaded.check_trusted(entry)
+        return [losses.metric_from_config(context.library, entry, context.loaded.objects)]
+    except _UNKNOWN_NAME as error:
+        context.notes.append(f"A metric of the file is left out, it is not known here: {error_line(error)}.")
         return []
 
 
-def _distinct(found: Sequence[Any]) -> list[Any]:
+def _distinct(metrics: Sequence[Any]) -> list[Any]:
     """Metrics without those that have the name of another."""
-    return list({getattr(one, "name", one): one for one in found}.values())
+    return list({getattr(metric, "name", metric): metric for metric in metrics}.values())
 
 
-def _per_output(entry: Any, answers: Sequence[Answer]) -> list[Any]:
+def _per_output(entry: Any, outputs_: Sequence[OutputInfo]) -> list[Any]:
     """What a file says of each output, where one word may stand for all."""
     if isinstance(entry, dict) and "class_name" not in entry:
-        return [entry.get(answer.name) for answer in answers]
+        return [entry.get(output.name) for output in outputs_]
     if isinstance(entry, list):
         return (
             entry
-            if len(entry) == len(answers)
-            else (entry * len(answers) if len(entry) == 1 else [None] * len(answers))
+            if len(entry) == len(outputs_)
+            else (entry * len(outputs_) if len(entry) == 1 else [None] * len(outputs_))
         )
-    return [entry] * len(answers)
+    return [entry] * len(outputs_)
 
 
-def _metrics_per_output(entry: Any, answers: Sequence[Answer]) -> list[list[Any]]:
-    if len(answers) == 1:
+def _metrics_per_output(entry: Any, outputs_: Sequence[OutputInfo]) -> list[list[Any]]:
+    if len(outputs_) == 1:
         return [_flat(entry)]
     if isinstance(entry, dict) and "class_name" not in entry:
-        return [_flat(entry.get(answer.name)) for answer in answers]
-    if isinstance(entry, list) and len(entry) == len(answers):
+        return [_flat(entry.get(output.name)) for output in outputs_]
+    if isinstance(entry, list) and len(entry) == len(outputs_):
         return [_flat(part) for part in entry]
-    return [_flat(entry) for _ in answers]
+    return [_flat(entry) for _ in outputs_]
 
 
 def _flat(entry: Any) -> list[Any]:
     if isinstance(entry, dict) and "class_name" not in entry:
         entry = list(entry.values())
     if isinstance(entry, list):
-        return [one for part in entry for one in _flat(part)]
+        return [metric for part in entry for metric in _flat(part)]
     return [entry] if entry else []
 
 
-def _weights(entry: Any, answers: Sequence[Answer]) -> Any:
+def _loss_weights(entry: Any, outputs_: Sequence[OutputInfo]) -> Any:
     """How much each output counts, as a list."""
     if isinstance(entry, dict):
-        return [entry.get(answer.name, 1.0) for answer in answers]
-    return entry if isinstance(entry, list) and len(entry) == len(answers) else None
+        return [entry.get(output.name, 1.0) for output in outputs_]
+    return entry if isinstance(entry, list) and len(entry) == len(outputs_) else None
 
 
-def compiled(library: Library, model: Any, recipe: Recipe, frozen: Sequence[Any], *, is_compiled: bool) -> Grip:
+def compile_model(
+    library: KerasLibrary, model: Any, config: CompileConfig, frozen: Sequence[Any], *, is_compiled: bool
+) -> OptimizerMasking:
     """Compile a model, and return the grip on its weights."""
-    words: dict[str, Any] = {
-        "optimizer": _scaled(library, model, recipe.chosen.optimizer),
-        "loss": outputs.for_outputs(model, [loss.what if loss is not None else None for loss in recipe.losses]),
-        "metrics": outputs.for_outputs(model, recipe.metrics),
-        "loss_weights": outputs.for_outputs(model, recipe.loss_weights) if recipe.loss_weights else None,
+    options: dict[str, Any] = {
+        "optimizer": _with_loss_scale(library, model, config.chosen.optimizer),
+        "loss": outputs.per_output(model, [loss.what if loss is not None else None for loss in config.losses]),
+        "metrics": outputs.per_output(model, config.metrics),
+        "loss_weights": outputs.per_output(model, config.loss_weights) if config.loss_weights else None,
     }
     if is_compiled:
-        words["jit_compile"] = True
-    model.compile(**words)
-    inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-    if library.is_two:
-        moved = [one for one in model.trainable_variables if not any(one is other for other in frozen)]
-        grip: Grip = GripTwo(library, inner, moved)
-        model.optimizer.build(moved)
-        return grip
+        options["jit_compile"] = True
+    model.compile(**options)
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    if library.is_keras2:
+        trained = [variable for variable in model.trainable_variables if not any(variable is other for other in frozen)]
+        masking: OptimizerMasking = TfKerasMasking(library, optimizer, trained)
+        model.optimizer.build(trained)
+        return masking
     model.optimizer.build(model.trainable_variables)
-    return GripThree(library, inner)
+    return Keras3Masking(library, optimizer)
 
 
-def _scaled(library: Library, model: Any, optimizer: Any) -> Any:
+def _with_loss_scale(library: KerasLibrary, model: Any, optimizer: Any) -> Any:
     """An optimizer that scales the loss, where gradients are of 16 bits and would vanish."""
     policies = (getattr(layer, "dtype_policy", None) for layer in model._flatten_layers())  # noqa: SLF001
     if "mixed_float16" not in {getattr(policy, "name", "") for policy in policies}:
         return optimizer
-    home = library.keras.mixed_precision if library.is_two else library.keras.optimizers
-    return home.LossScaleOptimizer(optimizer)
+    module = library.keras.mixed_precision if library.is_keras2 else library.keras.optimizers
+    return module.LossScaleOptimizer(optimizer)
 
 
 def optimizer_variables(model: Any) -> list[Any]:
     """All that the optimizer keeps, also what wraps it."""
     inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-    found = {id(one): one for held in (model.optimizer, inner) for one in held.variables}
-    return list(found.values())
+    variables = {id(variable): variable for owner in (model.optimizer, inner) for variable in owner.variables}
+    return list(variables.values())

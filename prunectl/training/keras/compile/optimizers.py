@@ -11,13 +11,13 @@ from typing import Any
 
 from prunectl.errors import UsageError
 from prunectl.formats.keras.config import named, part
-from prunectl.training.keras.backend import Library
+from prunectl.training.keras.backend import KerasLibrary
 
 DEFAULT = "adam"
 _NOT_FOR_USERS = frozenset({"Optimizer", "LossScaleOptimizer"})
 _ALIASES = {"lr": "learning_rate"}
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
-_BASE_WORDS = (
+_BASE_PARAMETERS = (
     "weight_decay",
     "clipnorm",
     "clipvalue",
@@ -29,60 +29,60 @@ _BASE_WORDS = (
 
 
 @dataclass(frozen=True, slots=True)
-class ChosenOptimizer:
+class ScheduledOptimizer:
     """An optimizer, and the schedule that the file has its rate follow, if there is one."""
 
     optimizer: Any
     schedule: Any = None
 
 
-def wanted(library: Library, text: str, *, lr: float | None, clip: float | None) -> ChosenOptimizer:
+def optimizer_by_name(library: KerasLibrary, text: str, *, lr: float | None, clip: float | None) -> ScheduledOptimizer:
     """The optimizer that a user asks for."""
     name, _, rest = (text or DEFAULT).partition(":")
-    kinds = _kinds(library)
-    kind = kinds.get(name.strip().lower().replace("-", "").replace("_", ""))
-    if kind is None:
+    classes = _optimizer_classes(library)
+    cls = classes.get(name.strip().lower().replace("-", "").replace("_", ""))
+    if cls is None:
         raise UsageError(
             f"no optimizer is called {name}",
-            did_you_mean=tuple(get_close_matches(name.lower(), kinds, n=3, cutoff=0.5)),
-            hint=f"known: {', '.join(sorted(kinds))}",
+            did_you_mean=tuple(get_close_matches(name.lower(), classes, n=3, cutoff=0.5)),
+            hint=f"known: {', '.join(sorted(classes))}",
         )
-    settings = dict(_setting(name, word, kind) for word in rest.split(",") if word.strip())
+    settings = dict(_parse_setting(name, setting, cls) for setting in rest.split(",") if setting.strip())
     if lr is not None:
         settings["learning_rate"] = float(lr)
-    return ChosenOptimizer(_made(name, kind, _clipped(settings, clip)))
+    return ScheduledOptimizer(_construct(name, cls, _with_clipping(settings, clip)))
 
 
-def of_file(
-    library: Library,
+def optimizer_from_config(
+    library: KerasLibrary,
     entry: Mapping[str, Any] | str,
     objects: Mapping[str, Any],
     *,
     lr: float | None,
     clip: float | None,
-) -> ChosenOptimizer:
+) -> ScheduledOptimizer:
     """A new optimizer of the kind that a file names; KeyError if that is unknown here."""
     if isinstance(entry, str):
-        return wanted(library, entry, lr=lr, clip=clip)
+        return optimizer_by_name(library, entry, lr=lr, clip=clip)
     name = named(entry)
     settings = dict(part(entry, "config"))
     if "LossScaleOptimizer" in name:
         # Keras puts one around the optimizer of every model that needs it.
         inner = settings.get("inner_optimizer")
-        return of_file(library, inner if isinstance(inner, dict) else {}, objects, lr=lr, clip=clip)
-    kind = objects.get(name) or _kinds(library)[name.lower()]
-    settings = _modern(library, settings)
+        return optimizer_from_config(library, inner if isinstance(inner, dict) else {}, objects, lr=lr, clip=clip)
+    cls = objects.get(name) or _optimizer_classes(library)[name.lower()]
+    settings = _upgrade_settings(library, settings)
     if lr is not None:
         settings["learning_rate"] = float(lr)
     rate, schedule = settings.get("learning_rate"), None
     if isinstance(rate, library.keras.optimizers.schedules.LearningRateSchedule):
         settings["learning_rate"], schedule = float(rate(0)), rate
-    known = _words(kind)
-    made = kind(**{key: value for key, value in _clipped(settings, clip).items() if key in known})
-    return ChosenOptimizer(made, schedule)
+    parameters = _parameters(cls)
+    optimizer = cls(**{key: value for key, value in _with_clipping(settings, clip).items() if key in parameters})
+    return ScheduledOptimizer(optimizer, schedule)
 
 
-def _modern(library: Library, settings: dict[str, Any]) -> dict[str, Any]:
+def _upgrade_settings(library: KerasLibrary, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of an optimizer, those of older Kerases in the words of today."""
     rate = settings.pop("lr", settings.get("learning_rate"))
     decay = settings.pop("decay", 0.0) or 0.0
@@ -91,45 +91,49 @@ def _modern(library: Library, settings: dict[str, Any]) -> dict[str, Any]:
         rate = schedules.deserialize(rate)
     elif isinstance(rate, int | float) and decay:
         rate = schedules.InverseTimeDecay(float(rate), decay_steps=1, decay_rate=float(decay))
-    modern = {key: value for key, value in settings.items() if value is not None and key != "learning_rate"}
-    return {**modern, "learning_rate": rate} if rate is not None else modern
+    upgraded = {key: value for key, value in settings.items() if value is not None and key != "learning_rate"}
+    return {**upgraded, "learning_rate": rate} if rate is not None else upgraded
 
 
-def _kinds(library: Library) -> dict[str, Any]:
+def _optimizer_classes(library: KerasLibrary) -> dict[str, Any]:
     optimizers = library.keras.optimizers
-    found = {name: getattr(optimizers, name) for name in dir(optimizers) if name not in _NOT_FOR_USERS}
+    members = {name: getattr(optimizers, name) for name in dir(optimizers) if name not in _NOT_FOR_USERS}
     return {
-        name.lower(): kind
-        for name, kind in found.items()
-        if isinstance(kind, type) and issubclass(kind, optimizers.Optimizer)
+        name.lower(): cls
+        for name, cls in members.items()
+        if isinstance(cls, type) and issubclass(cls, optimizers.Optimizer)
     }
 
 
-def _setting(name: str, word: str, kind: Any) -> tuple[str, Any]:
-    key, equals, value = (piece.strip() for piece in word.partition("="))
+def _parse_setting(name: str, text: str, cls: Any) -> tuple[str, Any]:
+    key, equals, value = (piece.strip() for piece in text.partition("="))
     if not equals:
         raise UsageError(
-            f"{word.strip()!r} sets nothing in --optimizer {name}", hint=f"write {name}:key=value,key=value"
+            f"{text.strip()!r} sets nothing in --optimizer {name}", hint=f"write {name}:key=value,key=value"
         )
     key = _ALIASES.get(key, key)
-    known = _words(kind)
-    if key not in known:
+    parameters = _parameters(cls)
+    if key not in parameters:
         raise UsageError(
             f"{name} has no setting {key}",
-            did_you_mean=tuple(get_close_matches(key, known, n=3, cutoff=0.5)),
-            hint=f"it has {', '.join(sorted(known))}",
+            did_you_mean=tuple(get_close_matches(key, parameters, n=3, cutoff=0.5)),
+            hint=f"it has {', '.join(sorted(parameters))}",
         )
-    return key, _value(value)
+    return key, _parse_value(value)
 
 
-def _words(kind: Any) -> frozenset[str]:
-    parameters = inspect.signature(kind.__init__).parameters.values()
-    plain = {one.name for one in parameters if one.kind in {one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY}}
-    has_more = any(one.kind is one.VAR_KEYWORD for one in parameters)
-    return frozenset((plain | (set(_BASE_WORDS) if has_more else set())) - {"self", "name", "jit_compile"})
+def _parameters(cls: Any) -> frozenset[str]:
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    names = {
+        parameter.name
+        for parameter in parameters
+        if parameter.kind in {parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY}
+    }
+    has_kwargs = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return frozenset((names | (set(_BASE_PARAMETERS) if has_kwargs else set())) - {"self", "name", "jit_compile"})
 
 
-def _value(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     if text.lower() in {"true", "false"}:
         return text.lower() == "true"
     try:
@@ -138,14 +142,14 @@ def _value(text: str) -> Any:
         return text
 
 
-def _clipped(settings: dict[str, Any], clip: float | None) -> dict[str, Any]:
+def _with_clipping(settings: dict[str, Any], clip: float | None) -> dict[str, Any]:
     if clip is None:
         return settings
     return {**{key: value for key, value in settings.items() if key not in _CLIPS}, "global_clipnorm": float(clip)}
 
 
-def _made(name: str, kind: Any, settings: dict[str, Any]) -> Any:
+def _construct(name: str, cls: Any, settings: dict[str, Any]) -> Any:
     try:
-        return kind(**settings)
+        return cls(**settings)
     except (ValueError, TypeError) as error:
         raise UsageError(f"{name} cannot be set up like that: {error}") from error

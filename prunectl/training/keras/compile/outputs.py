@@ -11,31 +11,31 @@ from prunectl.training.data.source import Arrays, Batch, each
 from prunectl.training.keras import backend
 
 
-def inputs(model: Any, x: Arrays) -> Any:
+def pack_inputs(model: Any, x: Arrays) -> Any:
     """Inputs as the model takes them."""
-    return _like(_names(model, "inputs"), each(x))
+    return _pack(_names(model, "inputs"), each(x))
 
 
-def targets(model: Any, y: Arrays | None) -> Any:
+def pack_targets(model: Any, y: Arrays | None) -> Any:
     """Targets as the model puts out its answers."""
-    return _like(_names(model, "outputs"), each(y)) if y is not None else None
+    return _pack(_names(model, "outputs"), each(y)) if y is not None else None
 
 
-def for_outputs(model: Any, parts: Sequence[Any]) -> Any:
+def per_output(model: Any, parts: Sequence[Any]) -> Any:
     """One thing for each output, as the model puts them out."""
-    return _like(_names(model, "outputs"), parts)
+    return _pack(_names(model, "outputs"), parts)
 
 
 def _names(model: Any, which: str) -> tuple[str, ...]:
     """What a model calls its inputs or outputs, if it takes them by name."""
     for attribute in (f"_{which}_struct", f"_nested_{which}"):
-        found = getattr(model, attribute, None)
-        if isinstance(found, dict):
-            return tuple(found)
+        struct = getattr(model, attribute, None)
+        if isinstance(struct, dict):
+            return tuple(struct)
     return ()
 
 
-def _like(names: tuple[str, ...], parts: Sequence[Any]) -> Any:
+def _pack(names: tuple[str, ...], parts: Sequence[Any]) -> Any:
     if names and len(names) == len(parts):
         return dict(zip(names, parts, strict=True))
     return parts[0] if len(parts) == 1 else list(parts)
@@ -46,7 +46,7 @@ _NAMELESS = "keras_tensor"
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class OutputInfo:
     """One output."""
 
     name: str
@@ -60,88 +60,88 @@ class Answer:
         return self.shape[-1] if len(self.shape) > 1 else 1
 
 
-def answers(model: Any, example: Batch | None) -> tuple[Answer, ...]:
+def describe_outputs(model: Any, example: Batch | None) -> tuple[OutputInfo, ...]:
     """What each output is: by the layers that make it, else by what comes out for some examples."""
-    outputs = flat(getattr(model, "outputs", None) or ())
-    names = names_of(model, outputs)
-    endings = [ending_of(tensor) for tensor in outputs]
-    if (outputs and all(endings)) or example is None:
+    outputs = flatten(getattr(model, "outputs", None) or ())
+    names = output_names(model, outputs)
+    activations = [activation_of(tensor) for tensor in outputs]
+    if (outputs and all(activations)) or example is None:
         shapes = [tuple(tensor.shape) for tensor in outputs]
-        return _answers(names, [ending or Ending.RAW for ending in endings], shapes)
-    seen = each(backend.as_arrays(model.predict_on_batch(inputs(model, example.x))))
-    known = endings if len(endings) == len(seen) else [None] * len(seen)
-    judged = [ending or _judged(array) for ending, array in zip(known, seen, strict=True)]
-    return _answers(names, judged, [(None, *array.shape[1:]) for array in seen])
+        return _output_infos(names, [activation or Ending.RAW for activation in activations], shapes)
+    arrays = each(backend.as_arrays(model.predict_on_batch(pack_inputs(model, example.x))))
+    known = activations if len(activations) == len(arrays) else [None] * len(arrays)
+    resolved = [activation or _activation_from_values(array) for activation, array in zip(known, arrays, strict=True)]
+    return _output_infos(names, resolved, [(None, *array.shape[1:]) for array in arrays])
 
 
-def names_of(model: Any, outputs: Sequence[Any]) -> list[str]:
+def output_names(model: Any, outputs: Sequence[Any]) -> list[str]:
     """What a user would call the outputs: what Keras does, or the layers that make them."""
-    said = [str(name) for name in getattr(model, "output_names", None) or ()]
-    if len(said) != len(outputs):
-        said = [_NAMELESS] * len(outputs)
-    makers = [_layer_of(tensor) for tensor in outputs]
+    names = [str(name) for name in getattr(model, "output_names", None) or ()]
+    if len(names) != len(outputs):
+        names = [_NAMELESS] * len(outputs)
+    layers = [_producer(tensor) for tensor in outputs]
     return [
-        maker.name if name.startswith(_NAMELESS) and maker is not None else name
-        for name, maker in zip(said, makers, strict=True)
+        layer.name if name.startswith(_NAMELESS) and layer is not None else name
+        for name, layer in zip(names, layers, strict=True)
     ]
 
 
-def _answers(
-    names: Sequence[str], endings: Sequence[Ending], shapes: Sequence[tuple[int | None, ...]]
-) -> tuple[Answer, ...]:
-    if len(names) != len(endings):
-        names = [f"output_{at + 1}" for at in range(len(endings))]
-    return tuple(map(Answer, names, endings, shapes))
+def _output_infos(
+    names: Sequence[str], activations: Sequence[Ending], shapes: Sequence[tuple[int | None, ...]]
+) -> tuple[OutputInfo, ...]:
+    if len(names) != len(activations):
+        names = [f"output_{index + 1}" for index in range(len(activations))]
+    return tuple(map(OutputInfo, names, activations, shapes))
 
 
-def flat(found: Any) -> list[Any]:
+def flatten(found: Any) -> list[Any]:
     """Tensors one by one, whatever they are packed in."""
-    return list(_flat(found))
+    return list(_leaves(found))
 
 
-def _flat(found: Any) -> Iterator[Any]:
-    if isinstance(found, dict):
-        for one in found.values():
-            yield from _flat(one)
-    elif isinstance(found, list | tuple):
-        for one in found:
-            yield from _flat(one)
+def _leaves(nested: Any) -> Iterator[Any]:
+    if isinstance(nested, dict):
+        for value in nested.values():
+            yield from _leaves(value)
+    elif isinstance(nested, list | tuple):
+        for value in nested:
+            yield from _leaves(value)
     else:
-        yield found
+        yield nested
 
 
-def _layer_of(tensor: Any) -> Any:
+def _producer(tensor: Any) -> Any:
     """The layer that makes a symbolic tensor."""
-    layer, at = None, 0
+    layer, index = None, 0
     for _ in range(_MAX_NESTED):
         history = getattr(tensor, "_keras_history", None)
         if history is None:
             return layer
-        layer, at = history[0], history[2]
-        inner = flat(getattr(layer, "outputs", None) or ())
+        layer, index = history[0], history[2]
+        inner = flatten(getattr(layer, "outputs", None) or ())
         # A model inside the model: what makes its output is what counts.
-        if not hasattr(layer, "layers") or at >= len(inner):
+        if not hasattr(layer, "layers") or index >= len(inner):
             return layer
-        tensor = inner[at]
+        tensor = inner[index]
     return layer
 
 
-def ending_of(tensor: Any) -> Ending | None:
+def activation_of(tensor: Any) -> Ending | None:
     """The activation of the layer that makes a symbolic tensor, if it says so."""
-    return _ending(_layer_of(tensor))
+    return _layer_activation(_producer(tensor))
 
 
-def _ending(layer: Any) -> Ending | None:
+def _layer_activation(layer: Any) -> Ending | None:
     """The activation that a layer ends with, if it says so."""
     if layer is None:
         return None
     inner = getattr(layer, "layer", None)
     if inner is not None and not hasattr(layer, "activation"):
-        return _ending(inner)
+        return _layer_activation(inner)
     activation = getattr(layer, "activation", None)
-    said = getattr(activation, "__name__", "") or type(activation).__name__ if activation is not None else ""
+    activation_name = getattr(activation, "__name__", "") or type(activation).__name__ if activation is not None else ""
     kind = type(layer).__name__
-    name = (said or (getattr(layer, "symbol", None) or kind)).lower()
+    name = (activation_name or (getattr(layer, "symbol", None) or kind)).lower()
     for ending in (Ending.SOFTMAX, Ending.SIGMOID):
         if name.rpartition(".")[2] == ending.value:
             return ending
@@ -149,20 +149,21 @@ def _ending(layer: Any) -> Ending | None:
     return Ending.RAW if activation is not None else None
 
 
-def _judged(array: Array) -> Ending:
-    found = by_numbers(array, -1)
+def _activation_from_values(array: Array) -> Ending:
+    activation = by_numbers(array, -1)
     # The logarithms of probabilities are logits as good as any.
-    return Ending.RAW if found is Ending.LOG_SOFTMAX else found
+    return Ending.RAW if activation is Ending.LOG_SOFTMAX else activation
 
 
 def signature(model: Any) -> Signature:
     """The inputs and outputs of a model, as far as it knows them."""
-    inputs, outputs = flat(_tensors(model, "inputs")), flat(_tensors(model, "outputs"))
-    names = names_of(model, outputs)
+    inputs, outputs = flatten(_tensors(model, "inputs")), flatten(_tensors(model, "outputs"))
+    names = output_names(model, outputs)
     return Signature(
-        inputs=tuple(_port(tensor, f"input_{at + 1}") for at, tensor in enumerate(inputs)) or (_from_build(model),),
+        inputs=tuple(_port(tensor, f"input_{index + 1}") for index, tensor in enumerate(inputs))
+        or (_from_build(model),),
         outputs=tuple(
-            replace(_port(tensor, name), name=name, ending=ending_of(tensor) or Ending.UNKNOWN)
+            replace(_port(tensor, name), name=name, ending=activation_of(tensor) or Ending.UNKNOWN)
             for tensor, name in zip(outputs, names, strict=True)
         )
         or (Port("output_1", None, ""),),
@@ -179,7 +180,9 @@ def _tensors(model: Any, which: str) -> Any:
 
 def _port(tensor: Any, name: str) -> Port:
     shape = tensor.shape
-    dims = None if getattr(shape, "rank", 0) is None else tuple(None if n is None else int(n) for n in shape)[1:]
+    dims = (
+        None if getattr(shape, "rank", 0) is None else tuple(None if size is None else int(size) for size in shape)[1:]
+    )
     dtype = tensor.dtype if isinstance(tensor.dtype, str) else tensor.dtype.name
     return Port(str(getattr(tensor, "name", "") or name).partition(":")[0], dims, dtype)
 
@@ -190,11 +193,11 @@ def _from_build(model: Any) -> Port:
     if shape is None:
         shapes = getattr(model, "_build_shapes_dict", None) or {}
         shape = next(iter(shapes.values()), None)
-    if shape is None or not all(one is None or isinstance(one, int) for one in tuple(shape)):
+    if shape is None or not all(size is None or isinstance(size, int) for size in tuple(shape)):
         return Port("input_1", None, "")
     return Port("input_1", tuple(shape)[1:], "")
 
 
 def _is_channels_first(model: Any) -> bool:
-    said = [getattr(layer, "data_format", None) for layer in model._flatten_layers()]  # noqa: SLF001
-    return "channels_first" in said
+    formats = [getattr(layer, "data_format", None) for layer in model._flatten_layers()]  # noqa: SLF001
+    return "channels_first" in formats

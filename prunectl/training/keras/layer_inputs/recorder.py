@@ -13,48 +13,55 @@ import numpy as np
 from prunectl.training.backend import Array
 from prunectl.training.data.source import Arrays
 from prunectl.training.keras import backend
-from prunectl.training.keras.backend import Library
+from prunectl.training.keras.backend import KerasLibrary
 from prunectl.training.keras.compile import outputs
 from prunectl.training.keras.layer_inputs import layers
 from prunectl.training.keras.layer_inputs import layers as layer_inputs_layers
-from prunectl.training.keras.layer_inputs.layers import KERNELS, Call, LayerUse, Tell, numbers_in, tree
-from prunectl.training.keras.random_state import Chance
+from prunectl.training.keras.layer_inputs.layers import (
+    KERNELS,
+    LayerCall,
+    LayerHandler,
+    WeightInput,
+    concrete_array,
+    tree_of,
+)
+from prunectl.training.keras.random_state import RandomState
 from prunectl.training.layer_inputs import See, Sight, Use
 
 
 @contextmanager
-def functions(library: Library, *, eagerly: bool) -> Iterator[None]:
+def functions_eagerly(library: KerasLibrary, *, eagerly: bool) -> Iterator[None]:
     """Run what TensorFlow traces as it stands, or step by step."""
     config = library.tensorflow.config
-    before = config.functions_run_eagerly()
+    was_eager = config.functions_run_eagerly()
     config.run_functions_eagerly(eagerly)
     try:
         yield
     finally:
-        config.run_functions_eagerly(before)
+        config.run_functions_eagerly(was_eager)
 
 
 @contextmanager
-def replaced(thing: Any, name: str, value: Any) -> Iterator[None]:
+def patched(thing: Any, name: str, value: Any) -> Iterator[None]:
     """Give an object another attribute for a while, past all that keeps count of its attributes."""
-    held = vars(thing)
+    attributes = vars(thing)
     missing = object()
-    before = held.get(name, missing)
-    held[name] = value
+    original = attributes.get(name, missing)
+    attributes[name] = value
     try:
         yield
     finally:
-        if before is missing:
-            held.pop(name)
+        if original is missing:
+            attributes.pop(name)
         else:
-            held[name] = before
+            attributes[name] = original
 
 
 @dataclass(frozen=True, slots=True)
-class Steps:
+class RnnReplay:
     """What a recurrent layer goes through."""
 
-    library: Library
+    library: KerasLibrary
     layer: Any
     sequences: Any
     states: Any
@@ -66,221 +73,230 @@ class Steps:
         axis = 0 if getattr(self.layer, "time_major", False) else 1
         order = range(int(self.sequences.shape[axis]))
         states = self.states
-        for at in reversed(order) if self.layer.go_backwards else order:
-            _, after = self.layer.cell(self.sequences[at] if axis == 0 else self.sequences[:, at], states)
-            keep = self.mask[:, at] if self.mask is not None else None
-            states = self._followed(states, after, keep)
+        for index in reversed(order) if self.layer.go_backwards else order:
+            _, next_states = self.layer.cell(self.sequences[index] if axis == 0 else self.sequences[:, index], states)
+            keep = self.mask[:, index] if self.mask is not None else None
+            states = self._next_states(states, next_states, keep)
             yield keep
 
-    def _followed(self, before: Any, after: Any, keep: Array | None) -> Any:
-        nest = tree(self.library)
-        old, new = nest.flatten(before), nest.flatten(after)
+    def _next_states(self, states: Any, next_states: Any, keep: Array | None) -> Any:
+        nest = tree_of(self.library)
+        old, new = nest.flatten(states), nest.flatten(next_states)
         if keep is not None:
-            new = [self._chosen(keep, *pair) for pair in zip(new, old, strict=True)]
-        return nest.pack_sequence_as(before, new)
+            new = [self._select(keep, *pair) for pair in zip(new, old, strict=True)]
+        return nest.pack_sequence_as(states, new)
 
-    def _chosen(self, keep: Array, new: Any, old: Any) -> Any:
-        where = self.library.tensorflow.where if self.library.is_two else self.library.keras.ops.where
-        return where(keep.reshape(-1, *(1,) * (len(new.shape) - 1)), new, old)
+    def _select(self, mask: Array, new: Any, old: Any) -> Any:
+        where = self.library.tensorflow.where if self.library.is_keras2 else self.library.keras.ops.where
+        return where(mask.reshape(-1, *(1,) * (len(new.shape) - 1)), new, old)
 
 
-def steps(library: Library, layer: Any, said: Mapping[str, Any]) -> Steps | None:
+def replay_of(library: KerasLibrary, layer: Any, arguments: Mapping[str, Any]) -> RnnReplay | None:
     """The steps of a layer that is called with arguments; None where they cannot be told."""
-    words = dict(said)
-    sequences = words.pop(next(iter(words)))
-    states, mask, constants = words.get("initial_state"), words.get("mask"), words.get("constants")
-    if library.is_two:
+    options = dict(arguments)
+    sequences = options.pop(next(iter(options)))
+    states, mask, constants = options.get("initial_state"), options.get("mask"), options.get("constants")
+    if library.is_keras2:
         sequences, states, constants = layer._process_inputs(sequences, states, constants)  # noqa: SLF001
     elif states is None:
         states = layer.states if layer.stateful else layer.get_initial_state(batch_size=sequences.shape[0])
-    if constants or numbers_in(library, sequences) is None:
+    if constants or concrete_array(library, sequences) is None:
         return None
     states = list(states) if isinstance(states, list | tuple) else [states]
-    return Steps(library, layer, sequences, _plain(library, states), _mask(library, layer, mask))
+    return RnnReplay(library, layer, sequences, _as_tensors(library, states), _mask(library, layer, mask))
 
 
-def _plain(library: Library, states: Any) -> Any:
+def _as_tensors(library: KerasLibrary, states: Any) -> Any:
     """States as tensors, where a layer keeps some in variables."""
-    change = library.tensorflow.convert_to_tensor if library.is_two else library.keras.ops.convert_to_tensor
-    return tree(library).map_structure(change, states)
+    convert = library.tensorflow.convert_to_tensor if library.is_keras2 else library.keras.ops.convert_to_tensor
+    return tree_of(library).map_structure(convert, states)
 
 
-def _mask(library: Library, layer: Any, mask: Any) -> Array | None:
-    found = tree(library).flatten(mask)[0] if mask is not None else None
-    array = numbers_in(library, found) if found is not None else None
+def _mask(library: KerasLibrary, layer: Any, mask: Any) -> Array | None:
+    tensor = tree_of(library).flatten(mask)[0] if mask is not None else None
+    array = concrete_array(library, tensor) if tensor is not None else None
     if array is None:
         return None
     return (array.T if getattr(layer, "time_major", False) else array).astype(np.bool_)
 
 
-class Listener:
+class InputRecorder:
     """Listens to layers one by one, and shows what their variables meet."""
 
-    def __init__(self, library: Library, variables: Mapping[str, Any], see: See) -> None:
-        self._library, self._see = library, see
+    def __init__(self, library: KerasLibrary, variables: Mapping[str, Any], see: See) -> None:
+        self._library, self._on_input = library, see
         self._names = {id(variable): name for name, variable in variables.items()}
-        self._is_deaf = False
-        self._kept: list[LayerUse] | None = None
+        self._is_paused = False
+        self._buffer: list[WeightInput] | None = None
         """What is heard while a recurrent layer is gone through."""
         self.failure: Exception | None = None
 
-    def listening(self, layer: Any) -> Any:
+    def recording(self, layer: Any) -> Any:
         """The context in which a layer is heard."""
         stack = ExitStack()
-        tell = layers.tell(layer)
-        if tell is not None:
-            stack.enter_context(replaced(layer, "call", self._heard(layer, tell)))
-        elif layers.is_stepping(layer) and any(map(self._is_wanted, layer._flatten_layers())):  # noqa: SLF001
-            stack.enter_context(replaced(layer, "call", self._stepped(layer)))
+        handler = layers.handler_for(layer)
+        if handler is not None:
+            stack.enter_context(patched(layer, "call", self._wrap_call(layer, handler)))
+        elif layers.is_rnn(layer) and any(map(self._has_wanted_kernel, layer._flatten_layers())):  # noqa: SLF001
+            stack.enter_context(patched(layer, "call", self._wrap_rnn_call(layer)))
             if hasattr(layer, "use_cudnn"):
                 # Else two directions may run as one operation, past their layers.
-                stack.enter_context(replaced(layer, "use_cudnn", False))
+                stack.enter_context(patched(layer, "use_cudnn", False))
         return stack
 
-    def _is_wanted(self, layer: Any) -> bool:
+    def _has_wanted_kernel(self, layer: Any) -> bool:
         return any(id(getattr(layer, name, None)) in self._names for name in KERNELS)
 
-    def _heard(self, layer: Any, tell: Tell) -> Any:
-        plain, is_wanted = layer.call, self._is_wanted(layer)
+    def _wrap_call(self, layer: Any, handler: LayerHandler) -> Any:
+        original, is_wanted = layer.call, self._has_wanted_kernel(layer)
 
-        def call(*words: Any, **more: Any) -> Any:
-            found = self._run(plain, words, more)
-            if is_wanted and not self._is_deaf:
-                said = inspect.signature(plain).bind(*words, **more).arguments
-                inputs = self._inputs(list(said.values())[:2])
+        def call(*args: Any, **kwargs: Any) -> Any:
+            outputs_ = self._run(original, args, kwargs)
+            if is_wanted and not self._is_paused:
+                bound = inspect.signature(original).bind(*args, **kwargs).arguments
+                inputs = self._inputs(list(bound.values())[:2])
                 if inputs is not None:
-                    out = tree(self._library).flatten(found)[0]
-                    self._tell(tell(Call(self._library, layer, inputs, tuple(map(int, out.shape)))))
-            return found
+                    first_output = tree_of(self._library).flatten(outputs_)[0]
+                    self._emit(handler(LayerCall(self._library, layer, inputs, tuple(map(int, first_output.shape)))))
+            return outputs_
 
-        return _signed(call, plain)
+        return _with_signature(call, original)
 
-    def _run(self, plain: Any, words: Any, more: Any) -> Any:
+    def _run(self, original: Any, args: Any, kwargs: Any) -> Any:
         if not self._library.is_on_tensorflow:
-            return plain(*words, **more)
-        with functions(self._library, eagerly=False):
+            return original(*args, **kwargs)
+        with functions_eagerly(self._library, eagerly=False):
             # On a processor, TensorFlow has some convolutions in compiled functions alone.
-            return plain(*words, **more)
+            return original(*args, **kwargs)
 
-    def _inputs(self, said: Any) -> tuple[Array, ...] | None:
-        tensors = [one for one in tree(self._library).flatten(said) if hasattr(one, "shape")]
-        found = [numbers_in(self._library, one) for one in tensors]
-        complete = [one for one in found if one is not None]
-        return tuple(complete) if complete and len(complete) == len(found) else None
+    def _inputs(self, nested: Any) -> tuple[Array, ...] | None:
+        tensors = [tensor for tensor in tree_of(self._library).flatten(nested) if hasattr(tensor, "shape")]
+        arrays = [concrete_array(self._library, tensor) for tensor in tensors]
+        complete = [array for array in arrays if array is not None]
+        return tuple(complete) if complete and len(complete) == len(arrays) else None
 
-    def _stepped(self, layer: Any) -> Any:
-        plain = layer.call
+    def _wrap_rnn_call(self, layer: Any) -> Any:
+        original = layer.call
 
-        def call(*words: Any, **more: Any) -> Any:
-            if not self._is_deaf:
-                said = inspect.signature(plain).bind(*words, **more).arguments
-                path = steps(self._library, layer, said)
-                if path is not None:
-                    self._walk(path)
-            before, self._is_deaf = self._is_deaf, True
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not self._is_paused:
+                bound = inspect.signature(original).bind(*args, **kwargs).arguments
+                replay = replay_of(self._library, layer, bound)
+                if replay is not None:
+                    self._replay(replay)
+            was_paused, self._is_paused = self._is_paused, True
             try:
-                return self._run(plain, words, more)
+                return self._run(original, args, kwargs)
             finally:
-                self._is_deaf = before
+                self._is_paused = was_paused
 
-        return _signed(call, plain)
+        return _with_signature(call, original)
 
-    def _walk(self, path: Steps) -> None:
+    def _replay(self, replay: RnnReplay) -> None:
         """Go through the steps, and tell all of them at once."""
-        outer, found = self._kept, dict[tuple[int, Use], list[LayerUse]]()
+        outer_buffer, grouped = self._buffer, dict[tuple[int, Use], list[WeightInput]]()
         try:
-            self._kept = []
-            for keep in path.run():
-                for one in self._kept:
-                    found.setdefault((id(one.variable), one.use), []).append(_counted(one, keep))
-                self._kept = []
+            self._buffer = []
+            for keep in replay.run():
+                for weight_input in self._buffer:
+                    grouped.setdefault((id(weight_input.variable), weight_input.use), []).append(
+                        _masked_examples(weight_input, keep)
+                    )
+                self._buffer = []
         finally:
-            self._kept = outer
-        self._tell(map(_joined, found.values()))
+            self._buffer = outer_buffer
+        self._emit(map(_concatenated, grouped.values()))
 
-    def _tell(self, meetings: Iterable[LayerUse]) -> None:
-        for one in meetings:
-            name = self._names.get(id(one.variable))
+    def _emit(self, weight_inputs: Iterable[WeightInput]) -> None:
+        for weight_input in weight_inputs:
+            name = self._names.get(id(weight_input.variable))
             if name is None:
                 continue
-            if self._kept is not None:
-                self._kept.append(one)
+            if self._buffer is not None:
+                self._buffer.append(weight_input)
                 continue
             try:
-                self._see(Sight(name, one.inputs, one.use))
+                self._on_input(Sight(name, weight_input.inputs, weight_input.use))
             except Exception as error:
                 self.failure = error
                 raise
 
 
-def _signed(call: Any, plain: Any) -> Any:
+def _with_signature(call: Any, original: Any) -> Any:
     """Let a function look like another, since layers look whether those within them take a mask."""
-    call.__signature__ = inspect.signature(plain)
+    call.__signature__ = inspect.signature(original)
     return call
 
 
-def _counted(meeting: LayerUse, keep: Array | None) -> LayerUse:
-    return meeting if keep is None else LayerUse(meeting.variable, meeting.inputs[keep], meeting.use)
+def _masked_examples(weight_input: WeightInput, keep: Array | None) -> WeightInput:
+    return (
+        weight_input
+        if keep is None
+        else WeightInput(weight_input.variable, weight_input.inputs[keep], weight_input.use)
+    )
 
 
-def _joined(parts: list[LayerUse]) -> LayerUse:
-    return LayerUse(parts[0].variable, np.concatenate([one.inputs for one in parts]), parts[0].use)
+def _concatenated(parts: list[WeightInput]) -> WeightInput:
+    return WeightInput(parts[0].variable, np.concatenate([part.inputs for part in parts]), parts[0].use)
 
 
-def observe(library: Library, model: Any, variables: Mapping[str, Any], x: Arrays, see: See) -> None:
+def capture_layer_inputs(library: KerasLibrary, model: Any, variables: Mapping[str, Any], x: Arrays, see: See) -> None:
     """Run a batch through, and show what the variables meet."""
-    listener = Listener(library, variables, see)
+    recorder = InputRecorder(library, variables, see)
     layers = {id(layer): layer for layer in model._flatten_layers()}.values()  # noqa: SLF001
     with ExitStack() as stack:
         if library.backend == "torch":
             stack.enter_context(library.torch.no_grad())
-        if library.is_on_tensorflow and any(map(layer_inputs_layers.has_own_code, layers)):
+        if library.is_on_tensorflow and any(map(layer_inputs_layers.is_custom, layers)):
             # Own code may call its layers from functions that are traced already, where nothing is heard.
-            stack.enter_context(functions(library, eagerly=True))
+            stack.enter_context(functions_eagerly(library, eagerly=True))
         for layer in layers:
-            stack.enter_context(listener.listening(layer))
+            stack.enter_context(recorder.recording(layer))
         try:
-            predicted(model, outputs.inputs(model, x))
+            predict(model, outputs.pack_inputs(model, x))
         finally:
-            if listener.failure is not None:
+            if recorder.failure is not None:
                 # Keras makes errors of its own from those of others.
-                raise listener.failure
+                raise recorder.failure
 
 
-def predicted(model: Any, x: Any) -> Any:
+def predict(model: Any, x: Any) -> Any:
     """What comes out where nothing is trained."""
     return model(x, training=False) if getattr(model, "_call_has_training_arg", True) else model(x)
 
 
 @contextmanager
-def untouched(library: Library, model: Any, chance: Chance) -> Iterator[None]:
+def preserved_state(library: KerasLibrary, model: Any, random: RandomState) -> Iterator[None]:
     """Leave statistics, metrics, the states of recurrent layers and what is random as they were."""
-    random = chance.states()
-    held = [(one, backend.read(library, one)) for one in (*_statistics(library, model), *_counts(model))]
-    known = {id(one) for one, _ in held}
+    random_state = random.get_state()
+    saved = [
+        (variable, backend.get_value(library, variable))
+        for variable in (*_statistics(library, model), *_metric_variables(model))
+    ]
+    known = {id(variable) for variable, _ in saved}
     try:
         yield
     finally:
-        for one, value in held:
-            backend.write(library, one, value)
-        for one in _counts(model):
-            if id(one) not in known:
+        for variable, value in saved:
+            backend.set_value(library, variable, value)
+        for variable in _metric_variables(model):
+            if id(variable) not in known:
                 # It was made by the run itself, and counted already.
-                backend.write(library, one, np.zeros(backend.shape(one), backend.dtype(one)))
-        chance.resume(random)
+                backend.set_value(library, variable, np.zeros(backend.shape(variable), backend.dtype(variable)))
+        random.set_state(random_state)
 
 
-def _statistics(library: Library, model: Any) -> list[Any]:
+def _statistics(library: KerasLibrary, model: Any) -> list[Any]:
     # Those that a layer made as such: what a user froze is not among them, and may be large.
-    kept = "_non_trainable_weights" if library.is_two else "_non_trainable_variables"
-    found: dict[int, Any] = {}
+    attribute = "_non_trainable_weights" if library.is_keras2 else "_non_trainable_variables"
+    variables: dict[int, Any] = {}
     for layer in model._flatten_layers():  # noqa: SLF001
         states = layer.states if getattr(layer, "stateful", False) and hasattr(layer, "states") else None
-        for one in (*getattr(layer, kept, ()), *tree(library).flatten(states)):
-            if hasattr(one, "assign") and "string" not in str(one.dtype):
-                found[id(one)] = one
-    return list(found.values())
+        for variable in (*getattr(layer, attribute, ()), *tree_of(library).flatten(states)):
+            if hasattr(variable, "assign") and "string" not in str(variable.dtype):
+                variables[id(variable)] = variable
+    return list(variables.values())
 
 
-def _counts(model: Any) -> list[Any]:
+def _metric_variables(model: Any) -> list[Any]:
     return [variable for metric in model.metrics for variable in metric.variables]
