@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -41,6 +43,11 @@ class KerasLibrary:
         return require("tensorflow", extra="tensorflow")
 
     @property
+    def ops(self) -> Any:
+        """`keras.ops`, or under Keras 2 those operations of TensorFlow by the same names."""
+        return _tensorflow_ops() if self.is_keras2 else self.keras.ops
+
+    @property
     def torch(self) -> Any:
         """PyTorch, where it does the work."""
         return require("torch", extra="torch")
@@ -53,6 +60,26 @@ class KerasLibrary:
         except MissingExtraError as error:
             # Nothing but Keras 3 on its own backend asks for it, and prunectl has no extra that brings it.
             raise MissingExtraError(str(error), hint="pip install jax") from error
+
+
+@cache
+def _tensorflow_ops() -> SimpleNamespace:
+    tf = require("tensorflow", extra="tensorflow")
+    return SimpleNamespace(
+        cast=tf.cast,
+        convert_to_tensor=tf.convert_to_tensor,
+        exp=tf.exp,
+        log=tf.math.log,
+        log_sigmoid=tf.math.log_sigmoid,
+        log_softmax=tf.nn.log_softmax,
+        maximum=tf.maximum,
+        mean=tf.reduce_mean,
+        sigmoid=tf.sigmoid,
+        square=tf.square,
+        sum=tf.reduce_sum,
+        where=tf.where,
+        zeros_like=tf.zeros_like,
+    )
 
 
 def load_keras2() -> KerasLibrary:

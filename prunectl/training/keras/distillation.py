@@ -99,73 +99,34 @@ def _distillation_loss(config: DistillationConfig, teacher_outputs: Any, y_pred:
 
 
 def _output_loss(config: DistillationConfig, output: OutputLoss, teacher: Any, student: Any) -> Any:
-    ops = _Maths(config.library)
-    teacher, student = ops.float32(teacher), ops.float32(student)
+    ops = config.library.ops
+    teacher, student = ops.cast(teacher, "float32"), ops.cast(student, "float32")
     if not output.is_classification:
         return ops.mean(ops.square(teacher - student))
     temperature = config.temperature
     if output.ending is Ending.SIGMOID or student.shape[-1] == 1:
         return temperature**2 * ops.mean(_binary_kl(ops, output, teacher, student, temperature))
     teacher_log, student_log = (_log_probabilities(ops, output, logits, temperature) for logits in (teacher, student))
-    return temperature**2 * ops.mean(ops.total(ops.exp(teacher_log) * (teacher_log - student_log)))
+    return temperature**2 * ops.mean(ops.sum(ops.exp(teacher_log) * (teacher_log - student_log), axis=-1))
 
 
-def _log_probabilities(ops: _Maths, output: OutputLoss, outputs: Any, temperature: float) -> Any:
+def _log_probabilities(ops: Any, output: OutputLoss, outputs: Any, temperature: float) -> Any:
     # Where a model ends in softmax, the logarithm of what comes out is a logit as good as the one that went in.
-    logits = ops.log(ops.at_least(outputs, _TINY)) if output.ending is Ending.SOFTMAX else outputs
+    logits = ops.log(ops.maximum(outputs, _TINY)) if output.ending is Ending.SOFTMAX else outputs
     return ops.log_softmax(logits / temperature)
 
 
-def _binary_kl(ops: _Maths, output: OutputLoss, teacher: Any, student: Any, temperature: float) -> Any:
+def _binary_kl(ops: Any, output: OutputLoss, teacher: Any, student: Any, temperature: float) -> Any:
     """The divergence of one yes or no from another."""
     if output.ending is Ending.SIGMOID:
         teacher, student = (
-            ops.log(ops.at_least(outputs, _TINY)) - ops.log(ops.at_least(1.0 - outputs, _TINY))
+            ops.log(ops.maximum(outputs, _TINY)) - ops.log(ops.maximum(1.0 - outputs, _TINY))
             for outputs in (teacher, student)
         )
     teacher, student = teacher / temperature, student / temperature
     p = ops.sigmoid(teacher)
     positive = p * (ops.log_sigmoid(teacher) - ops.log_sigmoid(student))
     return positive + (1.0 - p) * (ops.log_sigmoid(-teacher) - ops.log_sigmoid(-student))
-
-
-class _Maths:
-    """The same words for TensorFlow under Keras 2 and for what Keras 3 works on."""
-
-    def __init__(self, library: KerasLibrary) -> None:
-        self._is_two = library.is_keras2
-        self._own = library.tensorflow if library.is_keras2 else library.keras.ops
-
-    def float32(self, found: Any) -> Any:
-        return self._own.cast(found, "float32")
-
-    def mean(self, found: Any) -> Any:
-        return self._own.reduce_mean(found) if self._is_two else self._own.mean(found)
-
-    def total(self, found: Any) -> Any:
-        """The sums over the last axis."""
-        return self._own.reduce_sum(found, axis=-1) if self._is_two else self._own.sum(found, axis=-1)
-
-    def square(self, found: Any) -> Any:
-        return self._own.square(found)
-
-    def exp(self, found: Any) -> Any:
-        return self._own.exp(found)
-
-    def log(self, found: Any) -> Any:
-        return self._own.math.log(found) if self._is_two else self._own.log(found)
-
-    def at_least(self, found: Any, least: float) -> Any:
-        return self._own.maximum(found, least)
-
-    def log_softmax(self, found: Any) -> Any:
-        return self._own.nn.log_softmax(found) if self._is_two else self._own.log_softmax(found)
-
-    def sigmoid(self, found: Any) -> Any:
-        return self._own.sigmoid(found)
-
-    def log_sigmoid(self, found: Any) -> Any:
-        return self._own.math.log_sigmoid(found) if self._is_two else self._own.log_sigmoid(found)
 
 
 def _num_replicas(library: KerasLibrary) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from prunectl.errors import UsageError
 from prunectl.training.backend import Array
 from prunectl.training.keras import backend
+from prunectl.training.keras._compat import flat_layers, is_loss_built
 from prunectl.training.keras.backend import KerasLibrary, densify
 from prunectl.training.keras.layer_inputs.recorder import predict
 from prunectl.training.keras.load import error_line
@@ -56,7 +57,7 @@ def gradients(library: KerasLibrary, model: Any, variables: Sequence[Any], x: An
 
 def _loss_scales(model: Any) -> tuple[float, ...]:
     """What to multiply the loss by, at the most: in numbers of 16 bits small gradients would vanish."""
-    types = {getattr(layer, "compute_dtype", "") for layer in model._flatten_layers()}  # noqa: SLF001
+    types = {getattr(layer, "compute_dtype", "") for layer in flat_layers(model)}
     return _HALF_SCALES if "float16" in types else (1.0,)
 
 
@@ -104,8 +105,7 @@ def _by_torch(case: _LossInputs, variables: Sequence[Any]) -> list[Array]:
 
 
 def _by_jax(case: _LossInputs, variables: Sequence[Any]) -> list[Array]:
-    loss_tracker = getattr(case.model, "_compile_loss", None)
-    if loss_tracker is not None and not loss_tracker.built:
+    if not is_loss_built(case.model):
         # Losses make variables at their first use, which they cannot while others are watched.
         _loss(case)
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from prunectl.training.backend import Array, Evidence
 from prunectl.training.keras import backend
+from prunectl.training.keras._compat import trained_variables
 from prunectl.training.keras.backend import KerasLibrary, densify, mask_gradient
 
 
@@ -125,6 +126,14 @@ class OptimizerMasking(ABC):
             self._assign(masked)
 
 
+def gradient_statistic(kind: Evidence, weight: Any, gradient: Any) -> Any:
+    """What a step adds to a gradient statistic: g, |w g| (saliency) or -w g (movement, Sanh et al. 2020)."""
+    if kind is Evidence.GRADIENT:
+        return gradient
+    product = weight * gradient
+    return abs(product) if kind is Evidence.SALIENCE else -product
+
+
 def paired_slots(optimizer: Any, index: int, count: int, shape: tuple[int, ...]) -> list[Any]:
     """What stands at the place of a variable in each of the lists that an optimizer keeps, if it fits."""
     slots = []
@@ -207,17 +216,12 @@ class TfKerasMasking(OptimizerMasking):
 
     def _accumulate(self, total: Any, variable: Any, gradient: Any) -> None:
         tf = self._tf
-        gradient_ = tf.cast(densify(tf, gradient), tf.float32)
-        weight = tf.cast(tf.convert_to_tensor(variable), tf.float32)
-        added = {
-            Evidence.GRADIENT: lambda: gradient_,
-            Evidence.SALIENCE: lambda: tf.abs(weight * gradient_),
-            Evidence.MOVEMENT: lambda: -weight * gradient_,
-        }[self._statistic]()
+        dense, weight = tf.cast(densify(tf, gradient), tf.float32), tf.cast(tf.convert_to_tensor(variable), tf.float32)
+        added = gradient_statistic(self._statistic, weight, dense)
         if self._is_distributed():
             tf.distribute.get_replica_context().merge_call(
-                lambda strategy, one, more: strategy.extended.update(
-                    one, lambda inner, piece: inner.assign_add(piece), args=(more,), group=False
+                lambda strategy, mirrored, addend: strategy.extended.update(
+                    mirrored, lambda replica, value: replica.assign_add(value), args=(addend,), group=False
                 ),
                 args=(total, added),
             )
@@ -234,7 +238,7 @@ class Keras3Masking(OptimizerMasking):
 
         def apply(grads: Sequence[Any], trainable_variables: Any = None) -> None:
             self.has_seen_gradients = True
-            trained = list(optimizer._trainable_variables if trainable_variables is None else trainable_variables)  # noqa: SLF001
+            trained = trained_variables(optimizer) if trainable_variables is None else list(trainable_variables)
             masked = [
                 self._before_update(gradient, variable) for gradient, variable in zip(grads, trained, strict=True)
             ]
@@ -245,11 +249,11 @@ class Keras3Masking(OptimizerMasking):
 
     def is_trained(self, variable: Any) -> bool:
         """Whether the optimizer moves a variable."""
-        return any(variable is own for own in self._optimizer._trainable_variables)  # noqa: SLF001
+        return any(variable is own for own in trained_variables(self._optimizer))
 
     def optimizer_slots(self, variable: Any) -> list[Any]:
         """What the optimizer keeps for a variable, number by number."""
-        trained = self._optimizer._trainable_variables  # noqa: SLF001
+        trained = trained_variables(self._optimizer)
         index = next(index for index, slot in enumerate(trained) if slot is variable)
         slots = paired_slots(self._optimizer, index, len(trained), backend.shape(variable))
         return [slot for slot in slots if slot is not variable and not self.is_own_variable(slot)]
@@ -277,10 +281,5 @@ class Keras3Masking(OptimizerMasking):
         ops = self._library.keras.ops
         if self._library.is_on_tensorflow:
             gradient = densify(self._library.tensorflow, gradient)
-        slope, weight = ops.cast(gradient, "float32"), ops.cast(variable.value, "float32")
-        added = {
-            Evidence.GRADIENT: lambda: slope,
-            Evidence.SALIENCE: lambda: ops.abs(weight * slope),
-            Evidence.MOVEMENT: lambda: -weight * slope,
-        }[self._statistic]()
-        total.assign_add(added)
+        dense, weight = ops.cast(gradient, "float32"), ops.cast(variable.value, "float32")
+        total.assign_add(gradient_statistic(self._statistic, weight, dense))

@@ -18,6 +18,7 @@ from prunectl.training.backend import Array, Evidence, Logs, Means, ModelOrigin,
 from prunectl.training.checkpoint import keep, take
 from prunectl.training.data.source import Arrays, Batch, each
 from prunectl.training.keras import backend, gradients
+from prunectl.training.keras._compat import distinct_layers
 from prunectl.training.keras.backend import KerasLibrary, ignore_warnings
 from prunectl.training.keras.compile import outputs
 from prunectl.training.keras.compile.config import optimizer_variables
@@ -33,8 +34,7 @@ from prunectl.training.layer_inputs import See
 def batch_norm_layers(library: KerasLibrary, model: Any) -> list[Any]:
     """The layers that normalise by batches, but for those that are frozen."""
     batch_norm = library.keras.layers.BatchNormalization
-    by_id = {id(layer): layer for layer in model._flatten_layers() if isinstance(layer, batch_norm)}  # noqa: SLF001
-    return [layer for layer in by_id.values() if layer.trainable]
+    return [layer for layer in distinct_layers(model) if isinstance(layer, batch_norm) and layer.trainable]
 
 
 def recalibrate_batch_norm(library: KerasLibrary, model: Any, layers: list[Any], batches: Iterable[Batch]) -> None:

@@ -12,6 +12,7 @@ from prunectl.training import user_code
 from prunectl.training.backend import Array, Ending, Evidence, Means
 from prunectl.training.data.source import Arrays, Batch, each
 from prunectl.training.keras import backend, distillation
+from prunectl.training.keras._compat import count_train_step, flat_layers
 from prunectl.training.keras.backend import KerasLibrary, ignore_warnings
 from prunectl.training.keras.compile import outputs
 from prunectl.training.keras.compile.config import compile_model, resolve_compile_config
@@ -25,7 +26,7 @@ def freeze(library: KerasLibrary, model: Any, variables: Sequence[Any]) -> list[
     if not variables:
         return []
     frozen = {id(variable) for variable in variables}
-    for layer in model._flatten_layers(include_self=False):  # noqa: SLF001
+    for layer in flat_layers(model, include_self=False):
         weights = layer.weights
         if weights and all(id(weight) in frozen for weight in weights):
             # All of it: batch normalisation then uses the statistics that it has.
@@ -34,7 +35,12 @@ def freeze(library: KerasLibrary, model: Any, variables: Sequence[Any]) -> list[
         for variable in variables:
             variable.trainable = False
     trained = {id(variable) for variable in model.trainable_weights}
-    untrained = {id(weight) for layer in _untrained_layers(model) for weight in layer.weights}
+    untrained = {
+        id(weight)
+        for layer in flat_layers(model, include_self=False)
+        if not layer.trainable
+        for weight in layer.weights
+    }
     statistics = [variable for variable in variables if id(variable) not in trained and id(variable) not in untrained]
     return [(variable, backend.get_value(library, variable)) for variable in statistics]
 
@@ -43,10 +49,6 @@ def restore_frozen(library: KerasLibrary, frozen: Iterable[tuple[Any, Array]]) -
     """Undo what a step has done to statistics that are frozen while their layer is not."""
     for variable, value in frozen:
         backend.set_value(library, variable, value)
-
-
-def _untrained_layers(model: Any) -> list[Any]:
-    return [layer for layer in model._flatten_layers(include_self=False) if not layer.trainable]  # noqa: SLF001
 
 
 class MetricAverager:
@@ -151,7 +153,7 @@ class CompiledTrainStep:
 
         def step(data: Any) -> Any:
             logs = model.train_step(data)
-            model._train_counter.assign_add(1)  # noqa: SLF001 - as Keras' own function does
+            count_train_step(model)
             return logs
 
         return tensorflow.function(step, reduce_retracing=True, jit_compile=bool(model.jit_compile) or None)

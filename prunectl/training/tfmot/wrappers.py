@@ -19,6 +19,7 @@ from prunectl.formats.safe_json import require
 from prunectl.pruning.schedules import Schedule
 from prunectl.training import user_code
 from prunectl.training.keras import backend
+from prunectl.training.keras._compat import compile_arguments, flat_layers, is_graph_network, rename
 from prunectl.training.keras.backend import ignore_warnings, load_keras2
 from prunectl.training.keras.compile.config import read_training_config
 from prunectl.training.keras.distribution import DevicePlacement
@@ -105,13 +106,13 @@ def wrappers(keras: Any, model: Any) -> Iterator[Any]:
 
 def is_mixed_precision(model: Any) -> bool:
     """Whether any layer reckons in another precision than that of its weights."""
-    policies = (getattr(layer, "dtype_policy", None) for layer in model._flatten_layers())  # noqa: SLF001
+    policies = (getattr(layer, "dtype_policy", None) for layer in flat_layers(model))
     return any(policy is not None and policy.compute_dtype != policy.variable_dtype for policy in policies)
 
 
 def is_cloneable(keras: Any, model: Any) -> bool:
     """Whether a model says which layers follow which, so that it can be cloned."""
-    return isinstance(model, keras.Sequential) or bool(getattr(model, "_is_graph_network", False))
+    return isinstance(model, keras.Sequential) or is_graph_network(model)
 
 
 _MATRIX_RANK = 2
@@ -218,11 +219,10 @@ def _compile(loaded: LoadedModel, wrapped: WrappedModel) -> None:
     config = {"metrics": None, "weighted_metrics": None, "loss_weights": None, **parts}
     optimizer = config.pop("optimizer")
     config["optimizer_config"] = {"class_name": optimizer, "config": {}} if isinstance(optimizer, str) else optimizer
-    saving = require("tf_keras.src.saving.legacy.saving_utils", extra="tensorflow")
     try:
         loaded.check_trusted(parts)
         with ignore_warnings():
-            options = saving.compile_args_from_training_config(config, dict(loaded.objects))
+            options = compile_arguments(config, loaded.objects)
             if isinstance(parts["loss"], str):
                 # Saved again as the name that it is, not as the function.
                 options["loss"] = parts["loss"]
@@ -238,7 +238,7 @@ def _rename_masks(wrapped: WrappedModel) -> None:
         for index, (_, mask, threshold) in enumerate(wrapper.pruning_vars[1:], 1):
             for variable in (mask, threshold):
                 # The name is told when a variable is made, which tfmot does.
-                variable._handle_name = variable.name.replace(":", f"_{index}:")  # noqa: SLF001
+                rename(variable, variable.name.replace(":", f"_{index}:"))
 
 
 def _save(model: Any, layout_: WeightLayout, target: Path) -> None:

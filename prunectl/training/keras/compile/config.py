@@ -15,6 +15,7 @@ from prunectl.formats.safe_json import parse_object
 from prunectl.formats.tensorflow.graph_def import read_graph, read_keras_metadata
 from prunectl.training.backend import Array, Means
 from prunectl.training.data.source import each
+from prunectl.training.keras._compat import flat_layers
 from prunectl.training.keras.backend import KerasLibrary
 from prunectl.training.keras.compile import losses, optimizers, outputs
 from prunectl.training.keras.compile.losses import KerasLoss
@@ -277,7 +278,7 @@ def compile_model(
 
 def _with_loss_scale(library: KerasLibrary, model: Any, optimizer: Any) -> Any:
     """An optimizer that scales the loss, where gradients are of 16 bits and would vanish."""
-    policies = (getattr(layer, "dtype_policy", None) for layer in model._flatten_layers())  # noqa: SLF001
+    policies = (getattr(layer, "dtype_policy", None) for layer in flat_layers(model))
     if "mixed_float16" not in {getattr(policy, "name", "") for policy in policies}:
         return optimizer
     module = library.keras.mixed_precision if library.is_keras2 else library.keras.optimizers

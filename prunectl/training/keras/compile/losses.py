@@ -280,7 +280,7 @@ def metric_by_name(library: KerasLibrary, name: str, loss: KerasLoss | None, obj
 
 def _per_example(library: KerasLibrary, function: Any) -> Any:
     """A function whose one number for a batch counts for each example of it: the last batch may be smaller."""
-    ops = library.tensorflow if library.is_keras2 else library.keras.ops
+    ops = library.ops
 
     @wraps(function)
     def measured(y_true: Any, y_pred: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from prunectl.training.backend import Array, Ending, Port, Signature, by_numbers
 from prunectl.training.data.source import Arrays, Batch, each
 from prunectl.training.keras import backend
+from prunectl.training.keras._compat import built_shape, flat_layers, producer, structure
 
 
 def pack_inputs(model: Any, x: Arrays) -> Any:
@@ -28,11 +29,8 @@ def per_output(model: Any, parts: Sequence[Any]) -> Any:
 
 def _names(model: Any, which: str) -> tuple[str, ...]:
     """What a model calls its inputs or outputs, if it takes them by name."""
-    for attribute in (f"_{which}_struct", f"_nested_{which}"):
-        struct = getattr(model, attribute, None)
-        if isinstance(struct, dict):
-            return tuple(struct)
-    return ()
+    nested = structure(model, which)
+    return tuple(nested) if isinstance(nested, dict) else ()
 
 
 def _pack(names: tuple[str, ...], parts: Sequence[Any]) -> Any:
@@ -114,10 +112,10 @@ def _producer(tensor: Any) -> Any:
     """The layer that makes a symbolic tensor."""
     layer, index = None, 0
     for _ in range(_MAX_NESTED):
-        history = getattr(tensor, "_keras_history", None)
-        if history is None:
+        made_by = producer(tensor)
+        if made_by is None:
             return layer
-        layer, index = history[0], history[2]
+        layer, index = made_by
         inner = flatten(getattr(layer, "outputs", None) or ())
         # A model inside the model: what makes its output is what counts.
         if not hasattr(layer, "layers") or index >= len(inner):
@@ -189,15 +187,12 @@ def _port(tensor: Any, name: str) -> Port:
 
 def _from_build(model: Any) -> Port:
     """The input of a model that is code, from the shape that it was built for."""
-    shape = getattr(model, "_build_input_shape", None)
-    if shape is None:
-        shapes = getattr(model, "_build_shapes_dict", None) or {}
-        shape = next(iter(shapes.values()), None)
+    shape = built_shape(model)
     if shape is None or not all(size is None or isinstance(size, int) for size in tuple(shape)):
         return Port("input_1", None, "")
     return Port("input_1", tuple(shape)[1:], "")
 
 
 def _is_channels_first(model: Any) -> bool:
-    formats = [getattr(layer, "data_format", None) for layer in model._flatten_layers()]  # noqa: SLF001
+    formats = [getattr(layer, "data_format", None) for layer in flat_layers(model)]
     return "channels_first" in formats

@@ -13,16 +13,18 @@ import numpy as np
 from prunectl.training.backend import Array
 from prunectl.training.data.source import Arrays
 from prunectl.training.keras import backend
+from prunectl.training.keras._compat import distinct_layers, flat_layers, layer_statistics, rnn_inputs, takes_training
 from prunectl.training.keras.backend import KerasLibrary
 from prunectl.training.keras.compile import outputs
-from prunectl.training.keras.layer_inputs import layers
-from prunectl.training.keras.layer_inputs import layers as layer_inputs_layers
 from prunectl.training.keras.layer_inputs.layers import (
     KERNELS,
     LayerCall,
     LayerHandler,
     WeightInput,
     concrete_array,
+    handler_for,
+    is_custom,
+    is_rnn,
     tree_of,
 )
 from prunectl.training.keras.random_state import RandomState
@@ -87,8 +89,7 @@ class RnnReplay:
         return nest.pack_sequence_as(states, new)
 
     def _select(self, mask: Array, new: Any, old: Any) -> Any:
-        where = self.library.tensorflow.where if self.library.is_keras2 else self.library.keras.ops.where
-        return where(mask.reshape(-1, *(1,) * (len(new.shape) - 1)), new, old)
+        return self.library.ops.where(mask.reshape(-1, *(1,) * (len(new.shape) - 1)), new, old)
 
 
 def replay_of(library: KerasLibrary, layer: Any, arguments: Mapping[str, Any]) -> RnnReplay | None:
@@ -97,7 +98,7 @@ def replay_of(library: KerasLibrary, layer: Any, arguments: Mapping[str, Any]) -
     sequences = options.pop(next(iter(options)))
     states, mask, constants = options.get("initial_state"), options.get("mask"), options.get("constants")
     if library.is_keras2:
-        sequences, states, constants = layer._process_inputs(sequences, states, constants)  # noqa: SLF001
+        sequences, states, constants = rnn_inputs(layer, sequences, states, constants)
     elif states is None:
         states = layer.states if layer.stateful else layer.get_initial_state(batch_size=sequences.shape[0])
     if constants or concrete_array(library, sequences) is None:
@@ -108,8 +109,7 @@ def replay_of(library: KerasLibrary, layer: Any, arguments: Mapping[str, Any]) -
 
 def _as_tensors(library: KerasLibrary, states: Any) -> Any:
     """States as tensors, where a layer keeps some in variables."""
-    convert = library.tensorflow.convert_to_tensor if library.is_keras2 else library.keras.ops.convert_to_tensor
-    return tree_of(library).map_structure(convert, states)
+    return tree_of(library).map_structure(library.ops.convert_to_tensor, states)
 
 
 def _mask(library: KerasLibrary, layer: Any, mask: Any) -> Array | None:
@@ -134,10 +134,10 @@ class InputRecorder:
     def recording(self, layer: Any) -> Any:
         """The context in which a layer is heard."""
         stack = ExitStack()
-        handler = layers.handler_for(layer)
+        handler = handler_for(layer)
         if handler is not None:
             stack.enter_context(patched(layer, "call", self._wrap_call(layer, handler)))
-        elif layers.is_rnn(layer) and any(map(self._has_wanted_kernel, layer._flatten_layers())):  # noqa: SLF001
+        elif is_rnn(layer) and any(map(self._has_wanted_kernel, flat_layers(layer))):
             stack.enter_context(patched(layer, "call", self._wrap_rnn_call(layer)))
             if hasattr(layer, "use_cudnn"):
                 # Else two directions may run as one operation, past their layers.
@@ -243,11 +243,11 @@ def _concatenated(parts: list[WeightInput]) -> WeightInput:
 def capture_layer_inputs(library: KerasLibrary, model: Any, variables: Mapping[str, Any], x: Arrays, see: See) -> None:
     """Run a batch through, and show what the variables meet."""
     recorder = InputRecorder(library, variables, see)
-    layers = {id(layer): layer for layer in model._flatten_layers()}.values()  # noqa: SLF001
+    layers = distinct_layers(model)
     with ExitStack() as stack:
         if library.backend == "torch":
             stack.enter_context(library.torch.no_grad())
-        if library.is_on_tensorflow and any(map(layer_inputs_layers.is_custom, layers)):
+        if library.is_on_tensorflow and any(map(is_custom, layers)):
             # Own code may call its layers from functions that are traced already, where nothing is heard.
             stack.enter_context(functions_eagerly(library, eagerly=True))
         for layer in layers:
@@ -262,7 +262,7 @@ def capture_layer_inputs(library: KerasLibrary, model: Any, variables: Mapping[s
 
 def predict(model: Any, x: Any) -> Any:
     """What comes out where nothing is trained."""
-    return model(x, training=False) if getattr(model, "_call_has_training_arg", True) else model(x)
+    return model(x, training=False) if takes_training(model) else model(x)
 
 
 @contextmanager
@@ -288,11 +288,10 @@ def preserved_state(library: KerasLibrary, model: Any, random: RandomState) -> I
 
 def _statistics(library: KerasLibrary, model: Any) -> list[Any]:
     # Those that a layer made as such: what a user froze is not among them, and may be large.
-    attribute = "_non_trainable_weights" if library.is_keras2 else "_non_trainable_variables"
     variables: dict[int, Any] = {}
-    for layer in model._flatten_layers():  # noqa: SLF001
+    for layer in flat_layers(model):
         states = layer.states if getattr(layer, "stateful", False) and hasattr(layer, "states") else None
-        for variable in (*getattr(layer, attribute, ()), *tree_of(library).flatten(states)):
+        for variable in (*layer_statistics(layer, is_keras2=library.is_keras2), *tree_of(library).flatten(states)):
             if hasattr(variable, "assign") and "string" not in str(variable.dtype):
                 variables[id(variable)] = variable
     return list(variables.values())
