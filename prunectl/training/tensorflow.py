@@ -1,8 +1,7 @@
-"""Training SavedModels that are no Keras models."""
+"""Training SavedModels that are no Keras models, through their serving signature."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,19 +18,15 @@ from prunectl.training.keras.backend import ignore_warnings, load_keras2
 from prunectl.training.keras.distribution import DevicePlacement
 from prunectl.training.keras.load import LoadedModel
 from prunectl.training.keras.model import KerasTrainable
+from prunectl.training.keras.model import open_network as open_keras
 
 
 def open_network(model: ModelFile, origin: ModelOrigin) -> Network:
     """A model as TensorFlow trains it."""
     user_code.check(model, origin)
-    load_keras2()
     if origin.model:
-        keras = importlib.import_module("prunectl.training.keras.model")
-        built: Network = keras.open_network(model, origin)
-        return built
-    module = importlib.import_module("prunectl.training.tensorflow")
-    trainable: Network = module.ServedNetwork(partial(module.load, model))
-    return trainable
+        return open_keras(model, origin)
+    return SignatureTrainable(partial(load, model))
 
 
 _DEFAULT = "serving_default"
@@ -40,7 +35,7 @@ _tf = load_keras2().tensorflow
 
 
 class SignatureModel(_Base):  # type: ignore[misc]
-    """A model that answers as the signature does."""
+    """A Keras model whose forward pass is a SavedModel's signature."""
 
     def __init__(self, function: Any, root: Any) -> None:
         super().__init__()
@@ -54,13 +49,13 @@ class SignatureModel(_Base):  # type: ignore[misc]
 
     @property
     def fixed_batch_size(self) -> int | None:
-        """How many examples it takes at a time, if it takes so many only."""
+        """The batch size that the signature is fixed to, if it is."""
         sizes = {spec.shape[0] for spec in self._specs.values() if spec.shape.rank}
         return next((int(size) for size in sizes if size is not None), None)
 
     @property
     def ports(self) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
-        """What goes in and what comes out."""
+        """The inputs and outputs of the signature."""
         outputs = self._function.structured_outputs
         return (
             tuple(_port(name, spec) for name, spec in self._specs.items()),
@@ -84,7 +79,7 @@ class SignatureModel(_Base):  # type: ignore[misc]
         return [outputs[name] for name in self._output_names]
 
     def _run_in_batches(self, tensors: Sequence[Any], size: int) -> list[Any]:
-        """Fill the last piece up with its last example, whose answers are left out and so teach nothing."""
+        """Run in batches of the fixed size; the last is padded with its last example, whose outputs are dropped."""
         count = _tf.shape(tensors[0])[0]
         padded = [_tf.concat([tensor, _tf.repeat(tensor[-1:], -count % size, axis=0)], axis=0) for tensor in tensors]
         batches = [_tf.reshape(tensor, [-1, size, *tensor.shape[1:]]) for tensor in padded]
@@ -94,7 +89,7 @@ class SignatureModel(_Base):  # type: ignore[misc]
 
 
 def load_signature_model(path: Path) -> SignatureModel:
-    """The model that a SavedModel serves."""
+    """Load the serving signature of a SavedModel as a model."""
     try:
         with ignore_warnings():
             root = _tf.saved_model.load(str(path))
@@ -131,14 +126,14 @@ class SignatureTrainable(KerasTrainable):
         super()._load_model()
         copies = self._loaded.file.copies
         # What is held twice goes by the name of the first.
-        self._variables = {copies.get(name, name): one for name, one in self._variables.items()}
-        # What is served has nothing random in it that could be begun anew.
+        self._variables = {copies.get(name, name): variable for name, variable in self._variables.items()}
+        # Nothing in a signature is random in a way that retracing would seed.
         self._random.needs_retrace = False
         self._unserved_weights: dict[str, Array] = {}
 
     @property
     def signature(self) -> Signature:
-        """What goes in and comes out, as the file says."""
+        """The inputs and outputs that the signature declares."""
         inputs, outputs = self._model.ports
         return self._with_activations(Signature(inputs, outputs, is_channels_first=False))
 
@@ -168,7 +163,7 @@ class SignatureTrainable(KerasTrainable):
         return self._unserved_weights[name]
 
     def tensors(self) -> dict[str, Array]:
-        """Copies of all that is served, and of what was asked for beside."""
+        """Copies of all served tensors, and of the others that were read."""
         return {**super().tensors(), **{name: value.copy() for name, value in self._unserved_weights.items()}}
 
     def assign(self, values: Mapping[str, Array]) -> None:
@@ -198,15 +193,15 @@ class SignatureTrainable(KerasTrainable):
 
 
 def load(model: ModelFile, place: DevicePlacement) -> LoadedModel:
-    """What a SavedModel serves, made in some place."""
+    """Load a SavedModel's signature on a device."""
     library = load_keras2()
     with place.scope(library):
-        model_ = load_signature_model(model.path)
+        served = load_signature_model(model.path)
 
     def fill(path: Path) -> None:
         with place.scope(library):
             source_model = load_signature_model(path)
-        for variable, source in zip(model_.served_variables, source_model.served_variables, strict=True):
+        for variable, source in zip(served.served_variables, source_model.served_variables, strict=True):
             backend.set_value(library, variable, backend.get_value(library, source))
 
-    return LoadedModel(model_, library, model, {}, fill, has_config=False)
+    return LoadedModel(served, library, model, {}, fill, has_config=False)

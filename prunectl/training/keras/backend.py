@@ -1,4 +1,4 @@
-"""Which Keras is it: the second, or the third on one of its backends?"""
+"""Keras 2 or Keras 3 on one of its backends: imports, operations and variables behind one interface."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRAINING_BACKENDS = ("tensorflow", "torch", "jax")
 
 @dataclass(frozen=True, slots=True)
 class KerasLibrary:
-    """A Keras that is imported."""
+    """An imported Keras."""
 
     keras: Any
     is_keras2: bool
@@ -111,7 +111,7 @@ def load_keras3() -> KerasLibrary:
 
 @contextmanager
 def ignore_warnings() -> Iterator[None]:
-    """Keep what frameworks say of themselves to themselves."""
+    """Ignore the warnings of frameworks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -119,7 +119,7 @@ def ignore_warnings() -> Iterator[None]:
 
 @contextmanager
 def quiet_import() -> Iterator[None]:
-    """Let TensorFlow and JAX write errors alone while they are imported and after, unless the user asked for more."""
+    """Silence the import of TensorFlow and JAX below errors, unless TF_CPP_MIN_LOG_LEVEL is set."""
     level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     for name in ("tensorflow", "absl", "jax"):
@@ -142,7 +142,7 @@ def quiet_import() -> Iterator[None]:
 
 
 def get_value(library: KerasLibrary, variable: Any) -> Array:
-    """A copy of the numbers of a variable, in its own type."""
+    """A copy of a variable's value, in its own dtype."""
     if library.is_keras2:
         return np.array(variable.numpy())
     if library.is_on_tensorflow:
@@ -152,12 +152,12 @@ def get_value(library: KerasLibrary, variable: Any) -> Array:
 
 
 def set_value(_: KerasLibrary, variable: Any, value: Array) -> None:
-    """Replace the numbers of a variable."""
+    """Assign a variable."""
     variable.assign(np.asarray(value).astype(dtype(variable), copy=False))
 
 
 def dtype(variable: Any) -> np.dtype[Any]:
-    """The type of a variable as NumPy has it."""
+    """The NumPy dtype of a variable."""
     name = variable.dtype if isinstance(variable.dtype, str) else variable.dtype.name
     return np.dtype(getattr(ml_dtypes, name)) if name.startswith(("bfloat", "float8")) else np.dtype(name)
 
@@ -174,7 +174,7 @@ def is_float(variable: Any) -> bool:
 
 
 def as_arrays(outputs: Any) -> Any:
-    """What a model put out as one array or a tuple of them, whatever it was packed in."""
+    """The outputs of a model as one array or a tuple of them."""
     if isinstance(outputs, dict):
         outputs = tuple(outputs[name] for name in outputs)
     if isinstance(outputs, list | tuple):
@@ -183,7 +183,7 @@ def as_arrays(outputs: Any) -> Any:
 
 
 def mask_gradient(tf: Any, mask: Any, gradient: Any) -> Any:
-    """A gradient where a mask keeps it, and zero elsewhere, in the form that it has."""
+    """A gradient zeroed where a mask is False; sparse gradients stay `tf.IndexedSlices`."""
     if isinstance(gradient, tf.IndexedSlices):
         rows = tf.gather(mask, gradient.indices)
         return tf.IndexedSlices(
@@ -193,7 +193,7 @@ def mask_gradient(tf: Any, mask: Any, gradient: Any) -> Any:
 
 
 def densify(tf: Any, gradient: Any) -> Any:
-    """A gradient with all of its rows."""
+    """A sparse gradient as a dense tensor."""
     if isinstance(gradient, tf.IndexedSlices):
         return tf.math.unsorted_segment_sum(gradient.values, gradient.indices, gradient.dense_shape[0])
     return gradient

@@ -1,6 +1,6 @@
-"""Learning from a teacher's outputs as well as from targets (Hinton et al. 2015).
+"""Knowledge distillation (Hinton et al. 2015), for Keras 2 and 3.
 
-loss = share T^2 KL(teacher at T || student at T) + (1 - share) loss of the targets
+loss = alpha T^2 KL(teacher at T || student at T) + (1 - alpha) loss of the targets
 
 T is the temperature that logits are divided by. Penalties on the weights are not shared out.
 """
@@ -30,7 +30,7 @@ class OutputLoss:
 
 @dataclass(frozen=True, slots=True)
 class DistillationConfig:
-    """How much a teacher counts, and how it is compared."""
+    """The weight of the teacher, the temperature, and the loss of each output."""
 
     library: KerasLibrary
     outputs: Sequence[OutputLoss]
@@ -39,7 +39,7 @@ class DistillationConfig:
 
 
 def install_distillation(model: Any, config: DistillationConfig) -> Callable[[], None]:
-    """Make a model's loss take targets that come with a teacher's outputs, and return what forgets its mean."""
+    """Make a model's loss take targets with a teacher's outputs; returns a function that resets its mean."""
     plain_loss, plain_metrics = model.compute_loss, model.compute_metrics
     # Keras 2 takes down the loss of the targets alone; Keras 3 what is returned here.
     mean = config.library.keras.metrics.Mean(name="loss") if config.library.is_keras2 else None
@@ -72,7 +72,7 @@ def install_distillation(model: Any, config: DistillationConfig) -> Callable[[],
 
 
 def _total_loss(model: Any, config: DistillationConfig, y: Any, y_pred: Any, plain: Callable[[Any], Any]) -> Any:
-    """The loss of targets and teacher together; what weights cost counts wholly."""
+    """The combined loss; penalties on weights are added in full."""
     distilled = _distillation_loss(config, y[TEACHER], y_pred)
     penalties = sum(model.losses) if model.losses else 0.0
     if TARGETS not in y:
@@ -117,7 +117,7 @@ def _log_probabilities(ops: Any, output: OutputLoss, outputs: Any, temperature: 
 
 
 def _binary_kl(ops: Any, output: OutputLoss, teacher: Any, student: Any, temperature: float) -> Any:
-    """The divergence of one yes or no from another."""
+    """KL divergence of Bernoulli distributions."""
     if output.ending is Ending.SIGMOID:
         teacher, student = (
             ops.log(ops.maximum(outputs, _TINY)) - ops.log(ops.maximum(1.0 - outputs, _TINY))

@@ -1,4 +1,4 @@
-"""Where a model trains: on which device, beside which other processes."""
+"""Devices and `tf.distribute` strategies for Keras, from --device and TF_CONFIG."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DevicePlacement:
 
     strategy: Any = None
     device: str = ""
-    """Where it stays although there is more, such as `cpu:0` or `gpu:1`; empty leaves it to the framework."""
+    """A forced device such as `cpu:0` or `gpu:1`; empty leaves it to the framework."""
 
     @contextmanager
     def scope(self, library: KerasLibrary) -> Iterator[None]:
@@ -43,7 +43,7 @@ class DevicePlacement:
 
 
 def resolve_device(library: KerasLibrary, device: str) -> str:
-    """The device to stay on where the framework would take another; refuse what there is not."""
+    """The device to force for `--device`, empty where the framework takes it anyway; a missing one is refused."""
     name, _, number = device.strip().lower().partition(":")
     if name in {"", _AUTO}:
         return ""

@@ -1,4 +1,4 @@
-"""A model, loaded by the Keras that wrote it."""
+"""Loading a model by the Keras that wrote it, or building it by the user's function."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def detect_layout(model: ModelFile) -> WeightLayout:
     return WeightLayout.NAMED_WEIGHTS if _is_named(model) else WeightLayout.NUMBERED_WEIGHTS
 
 
-def link_with_suffix(path: Path, layout_: WeightLayout, folder: Path, *, is_old: bool) -> Path:
+def link_with_suffix(path: Path, weight_layout: WeightLayout, folder: Path, *, is_old: bool) -> Path:
     """A path to a file under the name by which Keras recognises it.
 
     An old archive, of Keras 2, is copied where its layers lie in other folders than those where Keras looks now.
     """
-    if layout_ is WeightLayout.SAVED_MODEL:
+    if weight_layout is WeightLayout.SAVED_MODEL:
         return path
-    link = folder / layout_.value
-    if not link.exists() and not (is_old and layout_ is WeightLayout.ARCHIVE and renumber(path, link)):
+    link = folder / weight_layout.value
+    if not link.exists() and not (is_old and weight_layout is WeightLayout.ARCHIVE and renumber(path, link)):
         os.symlink(path.resolve(), link)
     return link
 
@@ -75,16 +75,16 @@ _KERAS3 = 3
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A Keras model, and how to fill it from a file that is laid out like its own."""
+    """A loaded Keras model, and how to load its weights from another file of the same layout."""
 
     model: Any
     library: KerasLibrary
     file: ModelFile
     objects: Mapping[str, Any]
-    """What the names of custom objects mean."""
+    """Custom objects by name."""
     load_weights: Callable[[Path], None]
     has_config: bool
-    """Whether the file itself says what the model is."""
+    """Whether the model comes from the configuration in the file, not from code."""
     is_trusted: bool = False
 
     def check_trusted(self, entry: Any) -> None:
@@ -98,27 +98,29 @@ def load(file: ModelFile, origin: ModelOrigin, place: DevicePlacement) -> Loaded
     """The model of a file, made in some place."""
     user_code.check(file, origin)
     objects = user_code.objects(origin)
-    layout_ = detect_layout(file)
+    weight_layout = detect_layout(file)
     build = builder(origin.model) if origin.model else None
     if build is None and (
-        layout_ in {WeightLayout.NAMED_WEIGHTS, WeightLayout.NUMBERED_WEIGHTS} or file.about.keras is None
+        weight_layout in {WeightLayout.NAMED_WEIGHTS, WeightLayout.NUMBERED_WEIGHTS} or file.about.keras is None
     ):
-        raise _no_builder(file, layout_)
+        raise _no_builder(file, weight_layout)
     library = _library_of_file(file) if build is None else _library_of_code(file)
     with place.scope(library), ignore_warnings():
-        model = _from_file(library, file, layout_, origin, objects) if build is None else built(build, origin.model)
+        model = (
+            _from_file(library, file, weight_layout, origin, objects) if build is None else built(build, origin.model)
+        )
     if build is not None:
         library = _library_of_model(model, origin.model)
         _check_built(model, origin.model)
-    fill = _weight_loader(model, layout_, is_old=_keras_version(file) < _KERAS3)
+    fill = _weight_loader(model, weight_layout, is_old=_keras_version(file) < _KERAS3)
     if build is not None:
         with place.scope(library), ignore_warnings():
             fill(file.path)
     return LoadedModel(model, library, file, objects, fill, build is None, origin.is_trusted)
 
 
-def _no_builder(file: ModelFile, layout_: WeightLayout) -> PrunectlError:
-    if layout_ is WeightLayout.SAVED_MODEL:
+def _no_builder(file: ModelFile, weight_layout: WeightLayout) -> PrunectlError:
+    if weight_layout is WeightLayout.SAVED_MODEL:
         return InputError(
             f"{file.path} does not say which Keras layers it consists of",
             hint="say what builds the model: --model my_module:build",
@@ -163,13 +165,13 @@ def _check_built(model: Any, reference: str) -> None:
 
 
 def _from_file(
-    library: KerasLibrary, file: ModelFile, layout_: WeightLayout, origin: ModelOrigin, objects: Mapping[str, Any]
+    library: KerasLibrary, file: ModelFile, weight_layout: WeightLayout, origin: ModelOrigin, objects: Mapping[str, Any]
 ) -> Any:
     options: dict[str, Any] = {"compile": False, "custom_objects": dict(objects)}
-    if layout_ is not WeightLayout.SAVED_MODEL:
+    if weight_layout is not WeightLayout.SAVED_MODEL:
         options["safe_mode"] = not origin.is_trusted
     with temporary_folder() as scratch:
-        path = link_with_suffix(file.path, layout_, scratch, is_old=_keras_version(file) < _KERAS3)
+        path = link_with_suffix(file.path, weight_layout, scratch, is_old=_keras_version(file) < _KERAS3)
         try:
             return library.keras.models.load_model(str(path), **options)
         except PrunectlError:
@@ -181,15 +183,15 @@ def _from_file(
             ) from error
 
 
-def _weight_loader(model: Any, layout_: WeightLayout, *, is_old: bool) -> Callable[[Path], None]:
+def _weight_loader(model: Any, weight_layout: WeightLayout, *, is_old: bool) -> Callable[[Path], None]:
     def fill(path: Path) -> None:
-        if layout_ is WeightLayout.SAVED_MODEL:
+        if weight_layout is WeightLayout.SAVED_MODEL:
             status = model.load_weights(str(path / "variables" / "variables"))
             status.expect_partial()
             return
         with temporary_folder() as folder:
             try:
-                model.load_weights(str(link_with_suffix(path, layout_, folder, is_old=is_old)))
+                model.load_weights(str(link_with_suffix(path, weight_layout, folder, is_old=is_old)))
             except (ValueError, KeyError, OSError) as error:
                 raise InputError(f"{path} does not fit the model: {error_line(error)}") from error
 
@@ -197,7 +199,7 @@ def _weight_loader(model: Any, layout_: WeightLayout, *, is_old: bool) -> Callab
 
 
 def error_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The message of an error in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # TensorFlow tells first where in its code it was, and then what happened.
     messages = [match[1] for line in lines if (match := re.match(r"\w+Error: (.+)", line))]

@@ -1,9 +1,9 @@
-"""What is done to gradients and weights inside of every step: masks, evidence, frozen weights.
+"""Masks and gradient statistics inside every optimizer step.
 
 The optimizer's own function that takes gradients is wrapped, so that whatever trains through it, Keras' training step
-or one of the model's own, is held: evidence is taken from the gradient as it comes, the gradient of what is masked is
-zeroed before the optimizer sees it, and what is masked is zeroed after it, whatever decay, averages, constraints or
-noise it has put there.
+or one of the model's own, is masked: statistics are taken from the gradient as it comes, the gradient of what is
+masked is zeroed before the optimizer sees it, and what is masked is zeroed after it, whatever decay, averages,
+constraints or noise it has put there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prunectl.training.keras.backend import KerasLibrary, densify, mask_gradient
 
 
 class OptimizerMasking(ABC):
-    """Holds the weights of a model while an optimizer moves them."""
+    """Wraps an optimizer so that masked weights stay zero, and gradient statistics are accumulated."""
 
     def __init__(self, library: KerasLibrary, optimizer: Any) -> None:
         self._library = library
@@ -47,14 +47,14 @@ class OptimizerMasking(ABC):
 
     @abstractmethod
     def _accumulate(self, total: Any, variable: Any, gradient: Any) -> None:
-        """Add the evidence of a step to a sum."""
+        """Add the gradient statistic of a step to its sum."""
 
     @abstractmethod
     def optimizer_slots(self, variable: Any) -> list[Any]:
-        """What the optimizer keeps for a variable, number by number."""
+        """The optimizer's slots of a variable, such as momentum."""
 
     def set_masks(self, masks: Iterable[tuple[Any, Array]]) -> bool:
-        """Put masks on, and return whether the training step has to be traced anew for them."""
+        """Set masks; returns whether the training step has to be retraced."""
         is_new = False
         for variable, mask in masks:
             key = id(variable)
@@ -74,10 +74,10 @@ class OptimizerMasking(ABC):
 
     @abstractmethod
     def is_trained(self, variable: Any) -> bool:
-        """Whether the optimizer moves a variable."""
+        """Whether the optimizer trains a variable."""
 
     def track(self, evidence: Evidence, variables: Iterable[Any]) -> None:
-        """Gather evidence from the next step on; the training step has to be traced anew."""
+        """Accumulate a statistic from the next step on; the training step has to be retraced."""
         self._statistic = evidence
         for variable in variables:
             key = id(variable)
@@ -86,7 +86,7 @@ class OptimizerMasking(ABC):
         self.reset()
 
     def statistics(self, variables: Mapping[str, Any]) -> dict[str, Array]:
-        """What was gathered, of those that are watched."""
+        """The accumulated statistics of tracked variables."""
         return {
             name: backend.get_value(self._library, self._sums[id(variable)])
             for name, variable in variables.items()
@@ -94,12 +94,12 @@ class OptimizerMasking(ABC):
         }
 
     def restore_statistic(self, variable: Any, total: Array) -> None:
-        """Take up a sum that was kept."""
+        """Restore the sum of a variable."""
         if id(variable) in self._sums:
             backend.set_value(self._library, self._sums[id(variable)], total)
 
     def reset(self) -> None:
-        """Begin all sums anew."""
+        """Set all sums to zero."""
         for total in self._sums.values():
             backend.set_value(self._library, total, np.zeros(backend.shape(total), backend.dtype(total)))
 
@@ -108,7 +108,7 @@ class OptimizerMasking(ABC):
         return any(variable is own for own in (*self._masks.values(), *self._sums.values()))
 
     def apply_masks(self) -> None:
-        """Zero what is masked from outside of the training step."""
+        """Apply the masks from outside of a training step."""
         self._assign([(self._variables[key], mask) for key, mask in self._masks.items()])
 
     def _before_update(self, gradient: Any, variable: Any) -> Any:
@@ -135,7 +135,7 @@ def gradient_statistic(kind: Evidence, weight: Any, gradient: Any) -> Any:
 
 
 def paired_slots(optimizer: Any, index: int, count: int, shape: tuple[int, ...]) -> list[Any]:
-    """What stands at the place of a variable in each of the lists that an optimizer keeps, if it fits."""
+    """The slots of a variable: what each list of the optimizer holds at its index, if the shapes agree."""
     slots = []
     for value in vars(optimizer).values():
         if isinstance(value, list | tuple) and len(value) == count:
@@ -170,11 +170,11 @@ class TfKerasMasking(OptimizerMasking):
         optimizer.apply_gradients = apply_gradients
 
     def is_trained(self, variable: Any) -> bool:
-        """Whether the optimizer moves a variable."""
+        """Whether the optimizer trains a variable."""
         return id(variable) in self._trained
 
     def optimizer_slots(self, variable: Any) -> list[Any]:
-        """What the optimizer keeps for a variable, number by number."""
+        """The optimizer's slots of a variable, such as momentum."""
         index = list(self._trained).index(id(variable))
         return paired_slots(self._optimizer, index, len(self._trained), backend.shape(variable))
 
@@ -248,11 +248,11 @@ class Keras3Masking(OptimizerMasking):
         optimizer.apply = apply
 
     def is_trained(self, variable: Any) -> bool:
-        """Whether the optimizer moves a variable."""
+        """Whether the optimizer trains a variable."""
         return any(variable is own for own in trained_variables(self._optimizer))
 
     def optimizer_slots(self, variable: Any) -> list[Any]:
-        """What the optimizer keeps for a variable, number by number."""
+        """The optimizer's slots of a variable, such as momentum."""
         trained = trained_variables(self._optimizer)
         index = next(index for index, slot in enumerate(trained) if slot is variable)
         slots = paired_slots(self._optimizer, index, len(trained), backend.shape(variable))

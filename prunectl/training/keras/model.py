@@ -1,4 +1,4 @@
-"""A Keras model that is trained by our loop, each tensor called what its file calls it."""
+"""Keras models behind the protocol of the training loop, each tensor by its name in the file."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from prunectl.training.layer_inputs import See
 
 
 def batch_norm_layers(library: KerasLibrary, model: Any) -> list[Any]:
-    """The layers that normalise by batches, but for those that are frozen."""
+    """The trainable batch-normalization layers."""
     batch_norm = library.keras.layers.BatchNormalization
     return [layer for layer in distinct_layers(model) if isinstance(layer, batch_norm) and layer.trainable]
 
 
 def recalibrate_batch_norm(library: KerasLibrary, model: Any, layers: list[Any], batches: Iterable[Batch]) -> None:
-    """Replace mean and variance of each layer by the averages over batches, weighted by their examples."""
+    """Recalibrate batch norm: moving mean and variance become the averages over batches, weighted by examples."""
     statistics = [variable for layer in layers for variable in (layer.moving_mean, layer.moving_variance)]
     others = [
         variable
@@ -110,7 +110,7 @@ _WEIGHT, _OPTIMIZER, _GENERATORS, _STATISTICS, _TORCH = "weight", "optimizer", "
 def save_state(
     folder: Path, library: KerasLibrary, training: CompiledModel, chance: RandomState, evidence: Mapping[str, Array]
 ) -> None:
-    """Keep everything in a folder."""
+    """Save weights, optimizer, random states and gradient statistics."""
     parts = {
         f"{kind}/{index}": backend.get_value(library, variable)
         for (kind, index), variable in _state_variables(training).items()
@@ -127,7 +127,7 @@ def save_state(
 def restore_state(
     folder: Path, library: KerasLibrary, training: CompiledModel, chance: RandomState
 ) -> dict[str, Array]:
-    """Take everything up again, and return the evidence that there was."""
+    """Restore what `save_state` wrote; returns the gradient statistics."""
     arrays = take(folder / _ARRAYS_FILE)
     torch_states = {name: arrays.pop(name) for name in list(arrays) if name.startswith(f"{_TORCH}/")}
     variables = _state_variables(training)
@@ -172,7 +172,7 @@ def _torch_generators(library: KerasLibrary) -> dict[str, Any]:
 
 
 def _state_variables(training: CompiledModel) -> dict[tuple[str, int], Any]:
-    """All variables by what they are for, without masks and evidence."""
+    """All variables of model and optimizer, without masks and statistics."""
     model = training.model
     optimizer = [variable for variable in optimizer_variables(model) if not training.masking.is_own_variable(variable)]
     weights = {(_WEIGHT, index): variable for index, variable in enumerate(model.weights)}
@@ -267,7 +267,7 @@ class KerasTrainable:
             self._training = CompiledModel(self._loaded, self._placement, means, frozen)
 
     def place(self, device: str) -> None:
-        """Load the model anew where it is to run, if that is elsewhere."""
+        """Reload the model on a device, if it is on another."""
         resolved = resolve_device(self._library, device)
         if resolved == self._placement.device:
             return
@@ -304,17 +304,17 @@ class KerasTrainable:
             self._compiled.mask((self._variables[name], mask) for name, mask in masks.items())
 
     def watch(self, evidence: Evidence, names: Sequence[str]) -> None:
-        """Gather evidence about some weights from the next step on."""
+        """Accumulate a gradient statistic of some weights from the next step on."""
         self._tracked = tuple(names)
         with self._placement.scope(self._library):
             self._compiled.watch(evidence, [self._variables[name] for name in names])
 
     def evidence(self) -> dict[str, Array]:
-        """What was gathered, the same in every process."""
+        """The gradient statistics, the same in every process."""
         return self._compiled.evidence({name: self._variables[name] for name in self._tracked})
 
     def forget(self) -> None:
-        """Begin to gather anew."""
+        """Reset the gradient statistics."""
         self._compiled.masking.reset()
 
     def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
@@ -332,11 +332,11 @@ class KerasTrainable:
     def predict(self, x: Arrays) -> Arrays:
         """What comes out, for one batch."""
         with self._placement.scope(self._library), ignore_warnings():
-            outputs_: Arrays = backend.as_arrays(self._model.predict_on_batch(outputs.pack_inputs(self._model, x)))
-        return outputs_
+            arrays: Arrays = backend.as_arrays(self._model.predict_on_batch(outputs.pack_inputs(self._model, x)))
+        return arrays
 
     def observe(self, names: Collection[str], x: Arrays, see: See) -> None:
-        """Run one batch through, and show every time that one of these tensors meets inputs."""
+        """Run a batch, and capture the inputs of these weights."""
         variables = {name: self._variables[name] for name in names}
         with (
             self._placement.scope(self._library),
@@ -359,7 +359,7 @@ class KerasTrainable:
         return dict(zip(names, slopes, strict=True))
 
     def recalibrate(self, batches: Iterable[Batch]) -> int:
-        """Take the statistics of batch normalisation anew, and return how many layers have some."""
+        """Recalibrate batch norm; returns the number of layers."""
         frozen = {id(self._variables[name]) for name in self._frozen}
         batch_norms = [
             layer

@@ -1,4 +1,4 @@
-"""What is random in a model, made to depend on a number alone."""
+"""The random generators of a Keras model: seeded, saved and restored."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _INT32_SEEDS = 1 << 31
 
 
 class RandomState:
-    """Everything in a model that makes random numbers."""
+    """All random generators of a model."""
 
     def __init__(self, library: KerasLibrary, model: Any) -> None:
         self._library = library
         self._model = model
         self._generators = _generators(library, model)
         self.needs_retrace = library.is_keras2 and _has_custom_layers(model)
-        """Whether some random numbers are made by operations that begin anew only when they are traced anew."""
+        """Whether some random operations take a new seed only when they are retraced."""
 
     def seed(self, number: int) -> None:
-        """Begin anew from a number."""
+        """Seed all generators from a number."""
         shared = self._global_generator()
         with quiet_import():  # it seeds, and for that imports, whatever framework there is
             self._library.keras.utils.set_random_seed(number % _INT32_SEEDS)
@@ -48,14 +48,14 @@ class RandomState:
                 backend.set_value(self._library, generator.state, np.array([seed, 0]))
 
     def get_state(self) -> list[Array]:
-        """Where each generator is; the one that Keras 3 shares comes last, once there is one."""
+        """The state of each generator, the global one of Keras 3 last."""
         return [
             backend.get_value(self._library, generator.state)
             for generator in [*self._generators, *self._global_generator()]
         ]
 
     def set_state(self, states: list[Array]) -> None:
-        """Bring each generator to where it was."""
+        """Restore the states of `get_state`."""
         num_own = len(self._generators)
         if len(states) not in ((num_own,) if self._library.is_keras2 else (num_own, num_own + 1)):
             raise ValueError(f"a model with {num_own} random generators cannot go on from {len(states)} states")

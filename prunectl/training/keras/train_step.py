@@ -1,4 +1,4 @@
-"""Training steps of a Keras model: compiled once, then batch after batch."""
+"""The compiled training step of a Keras model: freezing, learning rate, distillation, averaged metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prunectl.training.keras.load import LoadedModel, error_line
 
 
 def freeze(library: KerasLibrary, model: Any, variables: Sequence[Any]) -> list[tuple[Any, Array]]:
-    """Keep variables out of training, and return what has to be put back after a step, with its numbers."""
+    """Freeze variables; returns those, with their values, that a step changes all the same (batch-norm statistics)."""
     if not variables:
         return []
     frozen = {id(variable) for variable in variables}
@@ -46,23 +46,23 @@ def freeze(library: KerasLibrary, model: Any, variables: Sequence[Any]) -> list[
 
 
 def restore_frozen(library: KerasLibrary, frozen: Iterable[tuple[Any, Array]]) -> None:
-    """Undo what a step has done to statistics that are frozen while their layer is not."""
+    """Restore frozen statistics of layers that train otherwise."""
     for variable, value in frozen:
         backend.set_value(library, variable, value)
 
 
 class MetricAverager:
-    """Adds up what each step says of itself."""
+    """Averages the logs of training steps over examples."""
 
     def __init__(self, is_running: Callable[[str, float], bool]) -> None:
         self._is_running_mean = is_running
-        """Whether Keras says a number for all batches so far, and not for one."""
+        """Whether a log is a running mean over all batches so far, not the value of one."""
         self._last: dict[str, float] = {}
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
 
     def update(self, logs: Mapping[str, Any], examples: int) -> None:
-        """Take down what a step said."""
+        """Add the logs of a step."""
         for name, value in logs.items():
             mean = float(np.asarray(value, np.float64).mean())
             self._last[name] = mean
@@ -70,7 +70,7 @@ class MetricAverager:
             self._counts[name] = self._counts.get(name, 0) + examples
 
     def compute(self) -> dict[str, float]:
-        """The means, and begin anew."""
+        """The means since the last call, which resets them."""
         means = {
             name: last if self._is_running_mean(name, last) else self._sums[name] / max(self._counts[name], 1)
             for name, last in self._last.items()
@@ -80,7 +80,7 @@ class MetricAverager:
 
 
 def current_metrics(model: Any) -> dict[str, float]:
-    """What the metrics of a model stand at, those that have begun."""
+    """The current results of a model's metrics, where they are built."""
     metrics: dict[str, float] = {}
     for metric in model.metrics:
         try:
@@ -93,7 +93,7 @@ def current_metrics(model: Any) -> dict[str, float]:
 
 
 class LearningRate:
-    """Sets the rate of an optimizer, when it changes."""
+    """Sets an optimizer's learning rate to its base rate times a scale."""
 
     def __init__(self, library: KerasLibrary, optimizer: Any, schedule: Any) -> None:
         self._library, self._optimizer, self._schedule = library, optimizer, schedule
@@ -101,7 +101,7 @@ class LearningRate:
         self._current: float | None = self._base
 
     def set_scale(self, scale: float) -> None:
-        """Set the rate to a share of the base."""
+        """Set the rate to the base rate times `scale`."""
         if self._schedule is not None:
             self._base = self._number(self._schedule(self._optimizer.iterations))
         rate = self._base * scale
@@ -110,7 +110,7 @@ class LearningRate:
             self._current = rate
 
     def forget(self) -> None:
-        """Set it anew at the next step, since something else may have set it."""
+        """Set the rate at the next step whatever it was, since a restored state has set it."""
         self._current = None
 
     def _number(self, tensor: Any) -> float:
@@ -120,7 +120,7 @@ class LearningRate:
 
 
 class CompiledTrainStep:
-    """The training step of a model as a graph that takes batches as they are."""
+    """The training step of Keras 2 as one `tf.function` of a batch, without `train_on_batch`."""
 
     def __init__(self, library: KerasLibrary, model: Any) -> None:
         self._library, self._model = library, model
@@ -128,7 +128,7 @@ class CompiledTrainStep:
 
     @staticmethod
     def supports(library: KerasLibrary, model: Any) -> bool:
-        """Whether Keras would do the same: it is asked itself where a model has ways of its own, or runs eagerly."""
+        """Whether Keras would do the same: not where a model overrides it, or runs eagerly."""
         if not library.is_keras2 or model.run_eagerly:
             return False
         plain = library.keras.Model
@@ -137,11 +137,11 @@ class CompiledTrainStep:
         )
 
     def forget(self) -> None:
-        """Trace the step anew when it is next asked for."""
+        """Retrace at the next step."""
         self._traced = None
 
     def __call__(self, x: Any, y: Any) -> Mapping[str, Any]:
-        """Train on a batch, and return what the step says of itself."""
+        """Train on a batch; returns the logs of the step."""
         if self._traced is None:
             self._traced = self._trace()
         data = self._library.tensorflow.nest.map_structure(self._tensor, (x,) if y is None else (x, y))
@@ -165,14 +165,14 @@ class CompiledTrainStep:
 
 
 class CompiledModel:
-    """A compiled model."""
+    """A compiled model with its masks, and its training and test steps."""
 
     def __init__(self, loaded: LoadedModel, place: DevicePlacement, means: Means, frozen: Sequence[Any]) -> None:
         self._library, self.model, self._placement = loaded.library, loaded.model, place
         self._means = means
         self._custom_step = user_code.function(means.custom_step, "--step") if means.custom_step else None
-        output_infos = outputs.describe_outputs(self.model, means.example)
-        config = resolve_compile_config(loaded, means, output_infos)
+        infos = outputs.describe_outputs(self.model, means.example)
+        config = resolve_compile_config(loaded, means, infos)
         self.notes = config.notes
         self._frozen_statistics = freeze(self._library, self.model, frozen)
         if not self.model.trainable_weights:
@@ -192,9 +192,9 @@ class CompiledModel:
         self._rate = LearningRate(self._library, self.model.optimizer, config.chosen.schedule)
         self._output_losses = [
             OutputLoss(loss.kind.is_classification if loss is not None else info.ending is not Ending.RAW, info.ending)
-            for loss, info in zip(config.losses, output_infos, strict=True)
+            for loss, info in zip(config.losses, infos, strict=True)
         ]
-        self.endings = tuple(info.ending for info in output_infos)
+        self.endings = tuple(info.ending for info in infos)
         self._is_distilling = self._has_trained = False
         # Keras 3 forgets what it counted at every batch; here that is done when the numbers are asked for.
         self._reset_metrics: Callable[[], None] = self.model.reset_metrics
@@ -209,7 +209,7 @@ class CompiledModel:
         return self._custom_step is not None or module.partition(".")[0] not in {"keras", "tf_keras"}
 
     def _is_running_mean(self, name: str, last: float) -> bool:
-        """Whether a step says a number of all batches since they were counted anew, and not of its own alone."""
+        """Whether a log is a running mean since the metrics were reset, not the value of one batch."""
         if self._custom_step is not None:
             return False
         return not self._has_custom_step or current_metrics(self.model).get(name) == last
@@ -220,18 +220,18 @@ class CompiledModel:
             self.retrace()
 
     def watch(self, evidence: Evidence, variables: Sequence[Any]) -> None:
-        """Gather evidence."""
+        """Accumulate a gradient statistic of some variables."""
         self.masking.track(evidence, variables)
         self.retrace()
 
     def retrace(self) -> None:
-        """Let Keras put its training step together again."""
+        """Drop the traced training step."""
         self.model.train_function = None
         if self._train_step is not None:
             self._train_step.forget()
 
     def evidence(self, variables: Mapping[str, Any]) -> dict[str, Array]:
-        """What was gathered."""
+        """The accumulated gradient statistics."""
         if variables and self._has_trained and not self.masking.has_seen_gradients:
             raise WorkError(
                 f"--step {self._means.custom_step} does not train through model.optimizer, so no gradient was seen",
@@ -307,34 +307,36 @@ class CompiledModel:
         self._is_distilling = True
 
     def logs(self) -> dict[str, float]:
-        """The means since they were last asked for."""
-        found = self._averager.compute()
+        """The mean logs since the last call."""
+        means = self._averager.compute()
         self._reset_metrics()
         self._reset_distillation()
-        return found
+        return means
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """The means over some batches."""
-        held = [
-            (one, backend.get_value(self._library, one)) for metric in self.model.metrics for one in metric.variables
+        saved = [
+            (variable, backend.get_value(self._library, variable))
+            for metric in self.model.metrics
+            for variable in metric.variables
         ]
         self._reset_metrics()
-        book = MetricAverager(lambda *_: True)
+        averager = MetricAverager(lambda *_: True)
         with self._placement.scope(self._library), ignore_warnings():
             for batch in batches:
                 x, y = outputs.pack_inputs(self.model, batch.x), outputs.pack_targets(self.model, batch.y)
                 try:
-                    said = self._on_batch("test", x, y)
+                    logs = self._on_batch("test", x, y)
                 except self._failures as error:
                     raise _refused("evaluate a batch", error) from error
-                book.update(said, len(each(batch.x)[0]))
+                averager.update(logs, len(each(batch.x)[0]))
         self._reset_metrics()
-        for one, value in held:
-            backend.set_value(self._library, one, value)
-        return book.compute()
+        for variable, value in saved:
+            backend.set_value(self._library, variable, value)
+        return averager.compute()
 
     def reset_counters(self) -> None:
-        """Forget what was counted, and the rate that was set."""
+        """Reset the averaged logs and the learning rate that was set."""
         self.logs()
         self._rate.forget()
 

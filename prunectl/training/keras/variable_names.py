@@ -1,4 +1,4 @@
-"""Which variable does each tensor of a file become? Asked of Keras itself, with marked numbers.
+"""Matching of Keras variables to tensors of a file by a probe.
 
 A copy of the file is made in which every element of a tensor is the number of that tensor, and Keras loads it:
 whichever number a variable then holds tells its name. It does not matter which Keras wrote the file, nor how.
@@ -32,17 +32,17 @@ _MIN_BASE = 8
 def match_variables(
     file: ModelFile, library: KerasLibrary, variables: Sequence[Any], fill: Callable[[Path], None]
 ) -> dict[str, Any]:
-    """The variables by the names of the tensors that they are loaded from."""
+    """The variables by the names of their tensors."""
     tensors = [tensor for tensor in file.tensors if tensor.role not in _SKIPPED_ROLES and tensor.size]
-    variables_ = [variable for variable in variables if np.prod(backend.shape(variable), dtype=np.int64)]
-    values = [backend.get_value(library, variable) for variable in variables_]
+    nonempty = [variable for variable in variables if np.prod(backend.shape(variable), dtype=np.int64)]
+    values = [backend.get_value(library, variable) for variable in nonempty]
     try:
-        marks = _probe(file, library, tensors, variables_, fill)
+        marks = _probe(file, library, tensors, nonempty, fill)
     finally:
-        for variable, value in zip(variables_, values, strict=True):
+        for variable, value in zip(nonempty, values, strict=True):
             backend.set_value(library, variable, value)
     matched = {}
-    for variable, value, mark in zip(variables_, values, marks, strict=True):
+    for variable, value, mark in zip(nonempty, values, marks, strict=True):
         if mark:
             tensor = tensors[mark - 1]
             _check_same(file, tensor, value)

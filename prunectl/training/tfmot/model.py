@@ -1,4 +1,4 @@
-"""Opens a file of Keras 2 for training, with tfmot at hand."""
+"""Keras 2 models that tensorflow-model-optimization prunes while they train."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _NM_RANKS = frozenset({2, 4})
 
 
 class TfmotTrainable(KerasTrainable):
-    """Trained as any Keras model, until it is told to prune."""
+    """A Keras model whose layers tfmot may wrap and prune."""
 
     _wrapped: WrappedModel | None = None
     _callbacks: tuple[Any, ...] = ()
@@ -113,7 +113,7 @@ class TfmotTrainable(KerasTrainable):
         self._apply_masks()
 
     def masks(self) -> dict[str, Mask]:
-        """What tfmot keeps at the moment."""
+        """The current masks of tfmot."""
         weights = self._wrapped.weights if self._wrapped is not None else {}
         return {name: backend.get_value(self._library, mask) != 0 for name, (_, mask) in weights.items()}
 
@@ -186,7 +186,7 @@ class _SettingsChooser:
         self._native = native
 
     def choose(self, layer: Any, weights: Mapping[str, Any]) -> WrapperSettings | None:
-        """What the wrapper is told; None where tfmot would do something else than was asked."""
+        """The settings of a layer's wrapper; None where tfmot cannot do what the plan says."""
         native = self._native
         schedules = {native.schedules[name] for name in weights}
         if len(schedules) != 1 or len(weights) != len(layer.get_prunable_weights()):

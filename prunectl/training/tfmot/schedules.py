@@ -34,8 +34,8 @@ def tfmot() -> Any:
 
 def version() -> str:
     """Which tfmot it is."""
-    version_: str = require("tensorflow_model_optimization", extra="tensorflow").__version__
-    return version_
+    number: str = require("tensorflow_model_optimization", extra="tensorflow").__version__
+    return number
 
 
 _MAX_STEPS = 10_000_000
@@ -48,7 +48,7 @@ _Base: Any = _sparsity.PruningSchedule
 
 @load_keras2().keras.utils.register_keras_serializable(package=_PACKAGE, name=_NAME)
 class ScheduleAdapter(_Base):  # type: ignore[misc]
-    """Any schedule of ours, by its turns, which are known beforehand; kept in a file by the name of its curve."""
+    """Any schedule of prunectl as a tfmot schedule; a file keeps the name of its curve."""
 
     def __init__(self, schedule: Schedule) -> None:
         if schedule.last_update_step > _MAX_STEPS:
@@ -56,21 +56,21 @@ class ScheduleAdapter(_Base):  # type: ignore[misc]
         self.schedule = schedule
 
     @cached_property
-    def turns(self) -> list[int]:
-        """The steps at which masks are made anew, the last of which reaches the final sparsity."""
+    def steps(self) -> list[int]:
+        """The pruning steps, the last of which reaches the final sparsity."""
         last = self.schedule.last_update_step
         return [step for step in range(last + 1) if self.schedule.prunes_at(step) or step == last]
 
     def __call__(self, step: Any) -> tuple[Any, Any]:
-        """Whether to prune at a step, and the sparsity that the last turn asked for."""
+        """Whether to prune at a step, and the sparsity of the last pruning step."""
         tensorflow = require("tensorflow", extra="tensorflow")
-        turns = tensorflow.constant(self.turns, tensorflow.int64)
+        steps = tensorflow.constant(self.steps, tensorflow.int64)
         initial = self.schedule.sparsity_at(0)
-        sparsities = [initial, *(self.schedule.sparsity_at(turn) for turn in self.turns)]
+        sparsities = [initial, *(self.schedule.sparsity_at(step_) for step_ in self.steps)]
         now = tensorflow.reshape(tensorflow.cast(step, tensorflow.int64), [1])
-        num_passed = tensorflow.searchsorted(turns, now, side="right")[0]
-        is_turn = tensorflow.reduce_any(tensorflow.equal(turns, now))
-        return is_turn, tensorflow.gather(tensorflow.constant(sparsities, tensorflow.float32), num_passed)
+        num_passed = tensorflow.searchsorted(steps, now, side="right")[0]
+        is_pruning_step = tensorflow.reduce_any(tensorflow.equal(steps, now))
+        return is_pruning_step, tensorflow.gather(tensorflow.constant(sparsities, tensorflow.float32), num_passed)
 
     def get_config(self) -> dict[str, Any]:
         """What a file keeps."""

@@ -15,8 +15,6 @@ from prunectl.analysis.patterns import BlockPattern
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.keras import layouts
-from prunectl.formats.safe_json import require
-from prunectl.pruning.schedules import Schedule
 from prunectl.training import user_code
 from prunectl.training.keras import backend
 from prunectl.training.keras._compat import compile_arguments, flat_layers, is_graph_network, rename
@@ -25,14 +23,14 @@ from prunectl.training.keras.compile.config import read_training_config
 from prunectl.training.keras.distribution import DevicePlacement
 from prunectl.training.keras.load import LoadedModel, WeightLayout, detect_layout, load
 from prunectl.training.keras.variable_names import match_variables
-from prunectl.training.tfmot.schedules import tfmot
+from prunectl.training.tfmot.schedules import tfmot, to_tfmot_schedule
 from prunectl.training.wrap.schedules import is_tfmots
 from prunectl.training.wrap.wrappers import Wrapping
 
 WrapperSettings = Mapping[str, Any]
-"""What `prune_low_magnitude` is to be told beside the layer."""
+"""Arguments of `prune_low_magnitude` besides the layer."""
 SettingsChooser = Callable[[Any, Mapping[str, Any]], WrapperSettings | None]
-"""From a layer, and its weights that can be pruned by their names, to what its wrapper is told; None for no wrapper."""
+"""From a layer and its prunable weights by name to the settings of its wrapper; None for no wrapper."""
 
 
 @dataclass(slots=True)
@@ -105,7 +103,7 @@ def wrappers(keras: Any, model: Any) -> Iterator[Any]:
 
 
 def is_mixed_precision(model: Any) -> bool:
-    """Whether any layer reckons in another precision than that of its weights."""
+    """Whether any layer computes in another precision than that of its weights."""
     policies = (getattr(layer, "dtype_policy", None) for layer in flat_layers(model))
     return any(policy is not None and policy.compute_dtype != policy.variable_dtype for policy in policies)
 
@@ -150,7 +148,7 @@ def wrap(model: ModelFile, wrapping: Wrapping, target: Path) -> tuple[str, ...]:
 
 
 def _load(model: ModelFile, wrapping: Wrapping) -> LoadedModel:
-    # Whatever can be told by the file itself is told before TensorFlow is imported.
+    # What the file alone shows to be wrong is refused before TensorFlow is imported.
     user_code.check(model, wrapping.origin)
     if model.about.keras is None:
         raise InputError(
@@ -196,12 +194,7 @@ def _settings_of_layer(layer: Any, weights: Mapping[str, Any], wrapping: Wrappin
             f"tfmot prunes all weights of {layer.name} along one schedule, to one sparsity",
             hint=f"choose all or none of {layer.name}, with the same --layer ratio, or leave out --schedule",
         )
-    return {"pruning_schedule": _to_tfmot_schedule(schedules.pop()), **_block_settings(weights, wrapping)}
-
-
-def _to_tfmot_schedule(schedule: Schedule) -> Any:
-    schedule_: Any = require("prunectl.training.tfmot.schedules", extra="tensorflow").native_of(schedule)
-    return schedule_
+    return {"pruning_schedule": to_tfmot_schedule(schedules.pop()), **_block_settings(weights, wrapping)}
 
 
 def _block_settings(weights: Mapping[str, Any], wrapping: Wrapping) -> WrapperSettings:
@@ -241,9 +234,9 @@ def _rename_masks(wrapped: WrappedModel) -> None:
                 rename(variable, variable.name.replace(":", f"_{index}:"))
 
 
-def _save(model: Any, layout_: WeightLayout, target: Path) -> None:
+def _save(model: Any, weight_layout: WeightLayout, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".wrapped-") as folder, ignore_warnings():
         # By its suffix Keras knows which format is meant, and the user may have chosen another.
-        path = Path(folder) / (layout_.value or "model")
-        model.save(str(path), **({"save_format": "tf"} if layout_ is WeightLayout.SAVED_MODEL else {}))
+        path = Path(folder) / (weight_layout.value or "model")
+        model.save(str(path), **({"save_format": "tf"} if weight_layout is WeightLayout.SAVED_MODEL else {}))
         os.replace(path, target)

@@ -40,8 +40,8 @@ def test_a_constant_ramp_is_the_constant_sparsity_of_tfmot_at_every_step(
     theirs = tfmot.ConstantSparsity(final, begin, -1 if end is None else end, frequency)
     ours = SparsitySchedule("constant", final, begin, end, frequency=frequency)
     assert asked(theirs, 90) == said(ours, 90)
-    assert type(schedules.native_of(ours)) is type(theirs)
-    assert schedules.native_of(ours).get_config() == theirs.get_config()
+    assert type(schedules.to_tfmot_schedule(ours)) is type(theirs)
+    assert schedules.to_tfmot_schedule(ours).get_config() == theirs.get_config()
     assert read(theirs.get_config()) == ours
 
 
@@ -60,8 +60,8 @@ def test_a_polynomial_ramp_is_the_polynomial_decay_of_tfmot_at_every_step(
     theirs = tfmot.PolynomialDecay(initial, final, begin, begin + length, power, frequency)
     ours = SparsitySchedule("polynomial", final, begin, begin + length, initial, frequency, (f"power={power!r}",))
     assert asked(theirs, 90) == said(ours, 90)
-    assert type(schedules.native_of(ours)) is type(theirs)
-    assert schedules.native_of(ours).get_config() == theirs.get_config()
+    assert type(schedules.to_tfmot_schedule(ours)) is type(theirs)
+    assert schedules.to_tfmot_schedule(ours).get_config() == theirs.get_config()
     assert read(theirs.get_config()) == ours
 
 
@@ -80,7 +80,7 @@ def test_a_polynomial_ramp_is_the_polynomial_decay_of_tfmot_at_every_step(
 )
 class TestSchedulesThatTfmotDoesNotHave:
     def test_turn_when_ours_do_and_reach_the_end(self, schedule: Schedule) -> None:
-        found = asked(schedules.native_of(schedule), 40)
+        found = asked(schedules.to_tfmot_schedule(schedule), 40)
         turns = [step for step in range(40) if schedule.prunes_at(step) and step <= schedule.last_update_step]
         assert [step for step, (turn, _) in enumerate(found) if turn] == sorted({*turns, schedule.last_update_step})
         for step, (turn, wanted) in enumerate(found):
@@ -89,13 +89,15 @@ class TestSchedulesThatTfmotDoesNotHave:
         assert found[-1][1] == pytest.approx(schedule.final, abs=1e-6)
 
     def test_work_inside_a_graph(self, schedule: Schedule) -> None:
-        found = schedules.native_of(schedule)
+        found = schedules.to_tfmot_schedule(schedule)
         assert asked(tensorflow.function(found), 25) == asked(found, 25)
 
     @pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file:UserWarning")
     def test_survive_being_saved_and_loaded_with_their_layer(self, schedule: Schedule, tmp_path: Any) -> None:
         k = tf_keras()
-        dense = tfmot.prune_low_magnitude(k.layers.Dense(3, name="d"), pruning_schedule=schedules.native_of(schedule))
+        dense = tfmot.prune_low_magnitude(
+            k.layers.Dense(3, name="d"), pruning_schedule=schedules.to_tfmot_schedule(schedule)
+        )
         model = k.Sequential([k.layers.Input((2,)), dense])
         model.save(tmp_path / "wrapped.h5", include_optimizer=False)
         with tfmot.prune_scope():
@@ -108,14 +110,14 @@ def test_a_plugin_survives_by_its_name(tmp_path: Any) -> None:
     path = tmp_path / "mine.py"
     path.write_text("def sudden(done, initial, final, *, at=0.5):\n    return final if done >= at else initial\n")
     schedule = SparsitySchedule(f"{path}:sudden", 0.6, 0, 10, 0.1, 2, ("at=0.4",))
-    kept = schedules.native_of(schedule).get_config()
+    kept = schedules.to_tfmot_schedule(schedule).get_config()
     assert read(kept) == schedule
-    assert asked(schedules.Planned.from_config(kept["config"]), 11)[4] == (True, pytest.approx(0.6))
+    assert asked(schedules.ScheduleAdapter.from_config(kept["config"]), 11)[4] == (True, pytest.approx(0.6))
 
 
 def test_all_weights_are_too_many_for_tfmot() -> None:
     with pytest.raises(UsageError, match="leaves a weight"):
-        schedules.native_of(SparsitySchedule("constant", 1.0))
+        schedules.to_tfmot_schedule(SparsitySchedule("constant", 1.0))
 
 
 def test_a_class_that_nobody_knows_is_no_schedule() -> None:

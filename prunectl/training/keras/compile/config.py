@@ -1,4 +1,4 @@
-"""How a model is going to be trained: as the user says, else as its file says, else as its outputs suggest."""
+"""The compile configuration: from the options, else from the file, else from the outputs and targets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PARTS = ("loss", "metrics", "weighted_metrics", "loss_weights")
 
 
 def read_training_config(file: ModelFile) -> dict[str, Any]:
-    """The parts of a training configuration, as the file words them."""
+    """The training configuration of a file, in its own terms."""
     config = _configuration(file)
     parts = {key: config[key] for key in _PARTS if config.get(key)}
     optimizer = config.get("optimizer_config") or config.get("optimizer")
@@ -46,8 +46,8 @@ def _configuration(file: ModelFile) -> Mapping[str, Any]:
 
 
 def _config_of_hdf5(file: ModelFile) -> Mapping[str, Any]:
-    with h5py.File(file.path, "r", locking=False) as file_:
-        text = file_.attrs.get("training_config")
+    with h5py.File(file.path, "r", locking=False) as h5:
+        text = h5.attrs.get("training_config")
     if isinstance(text, bytes):
         text = text.decode("utf-8", "replace")
     return parse_object(text, file.path, "training_config") if isinstance(text, str) else {}
@@ -70,7 +70,7 @@ _UNKNOWN_NAME = (ValueError, TypeError, AttributeError, KeyError, ImportError)
 
 @dataclass(frozen=True, slots=True)
 class CompileConfig:
-    """Everything that Keras has to be told before it trains."""
+    """Everything that `compile` is given."""
 
     chosen: ScheduledOptimizer
     losses: tuple[KerasLoss | None, ...]
@@ -80,26 +80,26 @@ class CompileConfig:
     notes: tuple[str, ...]
 
 
-def resolve_compile_config(loaded: LoadedModel, means: Means, outputs_: Sequence[OutputInfo]) -> CompileConfig:
-    """How a model is trained."""
-    context = _Context(loaded, means, outputs_, read_training_config(loaded.file) if loaded.has_config else {})
-    targets = _targets(means, len(outputs_))
+def resolve_compile_config(loaded: LoadedModel, means: Means, infos: Sequence[OutputInfo]) -> CompileConfig:
+    """Resolve loss, metrics and optimizer."""
+    context = _Context(loaded, means, infos, read_training_config(loaded.file) if loaded.has_config else {})
+    targets = _targets(means, len(infos))
     output_losses = _losses(context, targets)
-    for loss, info, y in zip(output_losses, outputs_, targets, strict=True):
+    for loss, info, y in zip(output_losses, infos, targets, strict=True):
         if loss is not None:
             losses.check_shape(loss, info, y)
     return CompileConfig(
         losses=output_losses,
         chosen=_optimizer(context),
         metrics=_metrics(context, output_losses, targets),
-        loss_weights=_loss_weights(context.file.get("loss_weights"), outputs_),
+        loss_weights=_loss_weights(context.file.get("loss_weights"), infos),
         notes=tuple(dict.fromkeys(context.notes)),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Context:
-    """What is known, and what is found out about it on the way."""
+    """The sources of a configuration, and the notes gathered while resolving it."""
 
     loaded: LoadedModel
     means: Means
@@ -124,14 +124,14 @@ def _targets(means: Means, count: int) -> tuple[Array | None, ...]:
 
 
 def _losses(context: _Context, targets: Sequence[Array | None]) -> tuple[KerasLoss | None, ...]:
-    library, outputs_, entry = context.library, context.answers, context.file.get("loss")
+    library, infos, entry = context.library, context.answers, context.file.get("loss")
     if context.means.loss:
         return tuple(
             losses.loss_by_name(library, context.means.loss, *output_and_targets)
-            for output_and_targets in zip(outputs_, targets, strict=True)
+            for output_and_targets in zip(infos, targets, strict=True)
         )
     resolved: list[KerasLoss | None] = []
-    for output, y, entry_part in zip(outputs_, targets, _per_output(entry, outputs_), strict=True):
+    for output, y, entry_part in zip(infos, targets, _per_output(entry, infos), strict=True):
         if entry_part:
             loss, note = losses.match_targets(library, _loss_of_file(context.loaded, entry_part), output, y)
             context.notes.extend([note] if note else [])
@@ -139,7 +139,7 @@ def _losses(context: _Context, targets: Sequence[Array | None]) -> tuple[KerasLo
             continue
         default = losses.default_loss(library, output, y) if not entry else None
         if default is not None:
-            where = f" for {output.name}" if len(outputs_) > 1 else ""
+            where = f" for {output.name}" if len(infos) > 1 else ""
             ending = " from logits" if default.from_logits else ""
             context.notes.append(
                 f"Nothing says which loss: {default.name}{ending} fits the outputs and the targets{where}."
@@ -179,7 +179,7 @@ def _optimizer(context: _Context) -> ScheduledOptimizer:
 
 
 def _metrics(
-    context: _Context, losses_: Sequence[KerasLoss | None], targets: Sequence[Array | None]
+    context: _Context, resolved: Sequence[KerasLoss | None], targets: Sequence[Array | None]
 ) -> tuple[list[Any], ...]:
     library, names = context.library, context.means.metrics
     if names:
@@ -187,16 +187,16 @@ def _metrics(
             for output, y in zip(context.answers, targets, strict=True):
                 losses.check_metric_shape(name, output, y)
         return tuple(
-            [losses.metric_by_name(library, name, loss, context.loaded.objects) for name in names] for loss in losses_
+            [losses.metric_by_name(library, name, loss, context.loaded.objects) for name in names] for loss in resolved
         )
     parts = _metrics_per_output(context.file.get("metrics"), context.answers)
     if not any(parts):
-        triples = zip(losses_, context.answers, targets, strict=True)
+        triples = zip(resolved, context.answers, targets, strict=True)
         return tuple(losses.default_metrics(library, *output) for output in triples)
     metrics_of_outputs = [[metric for entry in part for metric in _metric_of_file(context, entry)] for part in parts]
     return tuple(
         _distinct([losses.accuracy(library, loss) if metric == "accuracy" else metric for metric in part])
-        for part, loss in zip(metrics_of_outputs, losses_, strict=True)
+        for part, loss in zip(metrics_of_outputs, resolved, strict=True)
     )
 
 
@@ -215,27 +215,23 @@ def _distinct(metrics: Sequence[Any]) -> list[Any]:
     return list({getattr(metric, "name", metric): metric for metric in metrics}.values())
 
 
-def _per_output(entry: Any, outputs_: Sequence[OutputInfo]) -> list[Any]:
+def _per_output(entry: Any, infos: Sequence[OutputInfo]) -> list[Any]:
     """What a file says of each output, where one word may stand for all."""
     if isinstance(entry, dict) and "class_name" not in entry:
-        return [entry.get(output.name) for output in outputs_]
+        return [entry.get(output.name) for output in infos]
     if isinstance(entry, list):
-        return (
-            entry
-            if len(entry) == len(outputs_)
-            else (entry * len(outputs_) if len(entry) == 1 else [None] * len(outputs_))
-        )
-    return [entry] * len(outputs_)
+        return entry if len(entry) == len(infos) else (entry * len(infos) if len(entry) == 1 else [None] * len(infos))
+    return [entry] * len(infos)
 
 
-def _metrics_per_output(entry: Any, outputs_: Sequence[OutputInfo]) -> list[list[Any]]:
-    if len(outputs_) == 1:
+def _metrics_per_output(entry: Any, infos: Sequence[OutputInfo]) -> list[list[Any]]:
+    if len(infos) == 1:
         return [_flat(entry)]
     if isinstance(entry, dict) and "class_name" not in entry:
-        return [_flat(entry.get(output.name)) for output in outputs_]
-    if isinstance(entry, list) and len(entry) == len(outputs_):
+        return [_flat(entry.get(output.name)) for output in infos]
+    if isinstance(entry, list) and len(entry) == len(infos):
         return [_flat(part) for part in entry]
-    return [_flat(entry) for _ in outputs_]
+    return [_flat(entry) for _ in infos]
 
 
 def _flat(entry: Any) -> list[Any]:
@@ -246,11 +242,11 @@ def _flat(entry: Any) -> list[Any]:
     return [entry] if entry else []
 
 
-def _loss_weights(entry: Any, outputs_: Sequence[OutputInfo]) -> Any:
+def _loss_weights(entry: Any, infos: Sequence[OutputInfo]) -> Any:
     """How much each output counts, as a list."""
     if isinstance(entry, dict):
-        return [entry.get(output.name, 1.0) for output in outputs_]
-    return entry if isinstance(entry, list) and len(entry) == len(outputs_) else None
+        return [entry.get(output.name, 1.0) for output in infos]
+    return entry if isinstance(entry, list) and len(entry) == len(infos) else None
 
 
 def compile_model(

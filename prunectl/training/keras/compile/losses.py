@@ -1,4 +1,4 @@
-"""Which loss? The user's, else the file's, else what fits the outputs and their targets."""
+"""Losses and metrics: by name, from a file's configuration, or the defaults for outputs and targets."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _CROSS_ENTROPY_NAMES = frozenset({_CROSS_ENTROPY, "ce", "crossentropy"})
 
 
 class CrossEntropy(StrEnum):
-    """Losses that prunectl has to know from each other."""
+    """The cross-entropy by the encoding of its targets; OTHER is any other loss."""
 
     SPARSE = "SparseCategoricalCrossentropy"
     CATEGORICAL = "CategoricalCrossentropy"
@@ -96,10 +96,8 @@ def loss_by_name(library: KerasLibrary, name: str, output: OutputInfo, y: Array 
         return KerasLoss(CrossEntropy.OTHER, _kl_of_logits(library), name="kl_divergence")
     if text.lower() in _SHORT_NAMES:
         return _instance(library, _SHORT_NAMES[text.lower()])
-    loss_ = describe_loss(_loss_of_keras(library, text))
-    if loss_.kind.is_classification:
-        return cross_entropy(library, loss_.kind, output)
-    return loss_
+    known = describe_loss(_loss_of_keras(library, text))
+    return cross_entropy(library, known.kind, output) if known.kind.is_classification else known
 
 
 def _kl_of_logits(library: KerasLibrary) -> Any:
@@ -133,10 +131,10 @@ def match_targets(library: KerasLibrary, loss: KerasLoss, answer: OutputInfo, y:
     encoding = _encoding(answer, y)
     if encoding is loss.kind or encoding is CrossEntropy.BINARY:
         return loss, ""
-    loss_ = getattr(library.keras.losses, encoding.value)(from_logits=loss.from_logits)
+    replacement = getattr(library.keras.losses, encoding.value)(from_logits=loss.from_logits)
     shape = "numbers of classes" if encoding is CrossEntropy.SPARSE else "one-hot"
     note = f"The file's loss is {loss.name}, but the targets are {shape}: {_snake(encoding)} takes its place."
-    return KerasLoss(encoding, loss_, loss.from_logits, _snake(encoding)), note
+    return KerasLoss(encoding, replacement, loss.from_logits, _snake(encoding)), note
 
 
 _ELEMENTWISE = frozenset(
@@ -223,7 +221,7 @@ _ELEMENTWISE_METRICS = frozenset({"mae", "mse", "mape", "msle", "rmse", "logcosh
 
 
 def default_metrics(library: KerasLibrary, loss: KerasLoss | None, output: OutputInfo, y: Array | None) -> list[Any]:
-    """What is looked at if nobody says."""
+    """The default metrics."""
     if loss is None:
         return []
     if loss.kind.is_classification:

@@ -1,4 +1,4 @@
-"""Which optimizer? `NAME:key=value,...` as users write it, or as a file words it."""
+"""Optimizers, from `NAME:key=value,...` or from a file's configuration."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def optimizer_from_config(
 
 
 def _upgrade_settings(library: KerasLibrary, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of an optimizer, those of older Kerases in the words of today."""
+    """The settings of an optimizer, those of older Keras versions under their current names."""
     rate = settings.pop("lr", settings.get("learning_rate"))
     decay = settings.pop("decay", 0.0) or 0.0
     schedules = library.keras.optimizers.schedules

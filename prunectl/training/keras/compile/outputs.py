@@ -1,4 +1,4 @@
-"""What comes out of a model: probabilities, yes or no, or plain numbers?"""
+"""Inputs and outputs of a Keras model: packing, names, and the final activation of each output."""
 
 from __future__ import annotations
 
@@ -92,9 +92,9 @@ def _output_infos(
     return tuple(map(OutputInfo, names, activations, shapes))
 
 
-def flatten(found: Any) -> list[Any]:
+def flatten(nested: Any) -> list[Any]:
     """Tensors one by one, whatever they are packed in."""
-    return list(_leaves(found))
+    return list(_leaves(nested))
 
 
 def _leaves(nested: Any) -> Iterator[Any]:

@@ -1,1 +1,1 @@
-"""What the weights of Keras layers meet, heard while a model runs."""
+"""Layer inputs (activations) of Keras models, captured while a model runs."""

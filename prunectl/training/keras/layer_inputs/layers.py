@@ -1,4 +1,4 @@
-"""Which layers are understood, by the names that both Kerases give them."""
+"""Handlers that map a layer's call to the inputs of its weights, by the class names of both Keras versions."""
 
 from __future__ import annotations
 
@@ -322,11 +322,11 @@ _HANDLERS: dict[str, LayerHandler] = {
 }
 _RNN_LAYERS = frozenset({"RNN", "SimpleRNN", "LSTM", "GRU"})
 _FORWARD_METHODS = frozenset({"call", "__call__", "convolution_op", "inner_loop", "kernel"})
-"""What a class that changes how a layer works defines anew."""
+"""Methods that a subclass overrides when it changes the computation."""
 
 
 def handler_for(layer: Any) -> LayerHandler | None:
-    """What says what a layer's kernels meet; None where that is not known."""
+    """The handler of a layer; None where its class is unknown."""
     return _HANDLERS.get(_keras_class(layer))
 
 

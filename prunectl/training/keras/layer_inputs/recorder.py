@@ -1,4 +1,4 @@
-"""Shows which inputs the weights of a Keras model meet: each layer that is understood is listened to for one run."""
+"""Capture of layer inputs: the calls of known layers are patched for one forward pass."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def patched(thing: Any, name: str, value: Any) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class RnnReplay:
-    """What a recurrent layer goes through."""
+    """Step-by-step replay of a recurrent layer."""
 
     library: KerasLibrary
     layer: Any
@@ -93,7 +93,7 @@ class RnnReplay:
 
 
 def replay_of(library: KerasLibrary, layer: Any, arguments: Mapping[str, Any]) -> RnnReplay | None:
-    """The steps of a layer that is called with arguments; None where they cannot be told."""
+    """The replay of a recurrent layer's call; None where the layer cannot be replayed."""
     options = dict(arguments)
     sequences = options.pop(next(iter(options)))
     states, mask, constants = options.get("initial_state"), options.get("mask"), options.get("constants")
@@ -121,7 +121,7 @@ def _mask(library: KerasLibrary, layer: Any, mask: Any) -> Array | None:
 
 
 class InputRecorder:
-    """Listens to layers one by one, and shows what their variables meet."""
+    """Patches layers, and passes on the inputs of their weights."""
 
     def __init__(self, library: KerasLibrary, variables: Mapping[str, Any], see: See) -> None:
         self._library, self._on_input = library, see
@@ -132,7 +132,7 @@ class InputRecorder:
         self.failure: Exception | None = None
 
     def recording(self, layer: Any) -> Any:
-        """The context in which a layer is heard."""
+        """The context in which a layer's calls are recorded."""
         stack = ExitStack()
         handler = handler_for(layer)
         if handler is not None:
@@ -151,14 +151,14 @@ class InputRecorder:
         original, is_wanted = layer.call, self._has_wanted_kernel(layer)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            outputs_ = self._run(original, args, kwargs)
+            result = self._run(original, args, kwargs)
             if is_wanted and not self._is_paused:
                 bound = inspect.signature(original).bind(*args, **kwargs).arguments
                 inputs = self._inputs(list(bound.values())[:2])
                 if inputs is not None:
-                    first_output = tree_of(self._library).flatten(outputs_)[0]
+                    first_output = tree_of(self._library).flatten(result)[0]
                     self._emit(handler(LayerCall(self._library, layer, inputs, tuple(map(int, first_output.shape)))))
-            return outputs_
+            return result
 
         return _with_signature(call, original)
 
@@ -193,7 +193,7 @@ class InputRecorder:
         return _with_signature(call, original)
 
     def _replay(self, replay: RnnReplay) -> None:
-        """Go through the steps, and tell all of them at once."""
+        """Replay the steps, and emit their inputs concatenated."""
         outer_buffer, grouped = self._buffer, dict[tuple[int, Use], list[WeightInput]]()
         try:
             self._buffer = []
@@ -241,7 +241,7 @@ def _concatenated(parts: list[WeightInput]) -> WeightInput:
 
 
 def capture_layer_inputs(library: KerasLibrary, model: Any, variables: Mapping[str, Any], x: Arrays, see: See) -> None:
-    """Run a batch through, and show what the variables meet."""
+    """Run a batch, and pass the inputs of each variable to `see`."""
     recorder = InputRecorder(library, variables, see)
     layers = distinct_layers(model)
     with ExitStack() as stack:
@@ -261,7 +261,7 @@ def capture_layer_inputs(library: KerasLibrary, model: Any, variables: Mapping[s
 
 
 def predict(model: Any, x: Any) -> Any:
-    """What comes out where nothing is trained."""
+    """The outputs in inference mode."""
     return model(x, training=False) if takes_training(model) else model(x)
 
 
