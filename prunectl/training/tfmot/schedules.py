@@ -66,7 +66,7 @@ class ScheduleAdapter(_Base):  # type: ignore[misc]
         tensorflow = require("tensorflow", extra="tensorflow")
         steps = tensorflow.constant(self.steps, tensorflow.int64)
         initial = self.schedule.sparsity_at(0)
-        sparsities = [initial, *(self.schedule.sparsity_at(step_) for step_ in self.steps)]
+        sparsities = [initial, *(self.schedule.sparsity_at(pruning_step) for pruning_step in self.steps)]
         now = tensorflow.reshape(tensorflow.cast(step, tensorflow.int64), [1])
         num_passed = tensorflow.searchsorted(steps, now, side="right")[0]
         is_pruning_step = tensorflow.reduce_any(tensorflow.equal(steps, now))
