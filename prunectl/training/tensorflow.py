@@ -124,7 +124,7 @@ class SignatureTrainable(KerasTrainable):
 
     def _load_model(self) -> None:
         super()._load_model()
-        copies = self._loaded.file.copies
+        copies = self._loaded.file.duplicates
         # What is held twice goes by the name of the first.
         self._variables = {copies.get(name, name): variable for name, variable in self._variables.items()}
         # Nothing in a signature is random in a way that retracing would seed.
