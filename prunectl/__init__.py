@@ -22,7 +22,7 @@ _FUNCTIONS = frozenset({"export", "finetune", "inspect", "prune", "size", "strip
 
 
 def __getattr__(name: str) -> Any:
-    """Return a command as a function; what it needs is imported when it is asked for."""
+    """Look a command up as a function, and import what it needs only then."""
     if name not in _FUNCTIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # By name, so that every room may ask for the version without seeming to look up to the roof.

@@ -75,7 +75,7 @@ class WorkError(PrunectlError):
 
 
 def translate(error: Exception) -> PrunectlError | None:
-    """Return what an error of the system means to the user; None for what is our own fault."""
+    """Turn an error of the system into one for the user; None for what is our own fault."""
     if isinstance(error, MemoryError):
         return WorkError("out of memory")
     if not isinstance(error, OSError):
@@ -134,12 +134,12 @@ def abbreviated(text: str, most: int = MAX_NAME_CHARACTERS) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error of a library comes to, in one line."""
+    """The first line of a library's error message."""
     return (str(error) or type(error).__name__).strip().partition("\n")[0]
 
 
 def attempt(action: Callable[[Subject], Result], subject: Subject) -> Result | PrunectlError:
-    """Return what an action makes of a subject, or the failure that is the user's to fix."""
+    """The result of an action, or the failure that is the user's to fix."""
     try:
         return action(subject)
     except PrunectlError as error:

@@ -1,4 +1,4 @@
-"""Things that have a name: built in, installed by other packages, or in a file beside the model."""
+"""Plug-ins: strategies and the like by name, built in, installed by other packages, or in a file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _importing = threading.RLock()
 
 
 def find(kind: str, name: str, builtin: Mapping[str, Thing]) -> Thing | object:
-    """Return what a name means: a built-in, an entry point, `package.module:name` or `./file.py:name`."""
+    """Resolve a name: a built-in, an entry point, `package.module:name` or `./file.py:name`."""
     if name in builtin:
         return builtin[name]
     if ":" in name:
@@ -55,13 +55,13 @@ def check_untrusted(names: Iterable[str], source: str) -> None:
 
 
 def group(kind: str) -> str:
-    """Return the name of the entry points for a kind of plug-in."""
+    """The name of the entry points for a kind of plug-in."""
     irregular = {"policy": "policies", "strategy": "strategies", "channel strategy": "channels"}
     return f"prunectl.{irregular.get(kind, f'{kind}s')}"
 
 
 def attribute(source: str, name: str) -> object:
-    """Return what a module, or a file `./file.py`, calls by a name."""
+    """An attribute of a module, or of a file `./file.py`."""
     module = import_source(source)
     if not hasattr(module, name):
         public = [known for known in vars(module) if not known.startswith("_")]
@@ -70,7 +70,7 @@ def attribute(source: str, name: str) -> object:
 
 
 def import_source(source: str) -> object:
-    """Return a module by its name, or that of a file `./file.py`."""
+    """A module by its name, or that of a file `./file.py`."""
     return _from_file(Path(source)) if source.endswith(".py") else _from_name(source)
 
 
@@ -84,7 +84,7 @@ def _from_name(name: str) -> object:
 
 
 def _from_file(path: Path) -> object:
-    """Return the module in a file, executed once for all that is asked of it, and again when the file has changed."""
+    """Import a module from a file, once, and once more when the file has changed."""
     if not path.is_file():
         raise UsageError(f"{path} is not a Python file")
     real, facts = path.resolve(), path.stat()
@@ -128,5 +128,5 @@ def _importable_folder(folder: str) -> Generator[None]:
 
 
 def installed(kind: str) -> Mapping[str, str]:
-    """Return what other packages bring of a kind: names, and the packages that they come from."""
+    """Entry points of a kind, each with the package that it comes from."""
     return {point.name: point.dist.name if point.dist else "" for point in entry_points(group=group(kind))}

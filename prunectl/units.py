@@ -26,7 +26,7 @@ class Units(StrEnum):
 
 
 def nbytes(value: int, units: Units = Units.SI) -> str:
-    """Return a number of bytes in the units asked for, three digits of it."""
+    """Format a number of bytes with three digits."""
     if units is Units.BYTES:
         return str(value)
     names, base = (_SI, 1000) if units is Units.SI else (_IEC, 1024)
@@ -39,12 +39,12 @@ def nbytes(value: int, units: Units = Units.SI) -> str:
 
 
 def count(value: int) -> str:
-    """Return a count with its thousands apart."""
+    """Format a count with commas between thousands."""
     return f"{value:,}"
 
 
 def percent(value: float) -> str:
-    """Return a ratio as a percentage, never rounding to a whole 0 % or 100 % that is not true."""
+    """Format a ratio as a percentage, never rounding to a 0 % or 100 % that is not true."""
     text = f"{value * 100:.1f}"
     if text == "100.0" and value < 1:
         return "> 99.9 %"
@@ -54,7 +54,7 @@ def percent(value: float) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes in `400KB`, `5MiB` or `5242880`."""
+    """Parse `400KB`, `5MiB` or `5242880` into bytes."""
     match = _SIZE.fullmatch(text.strip())
     factor = _FACTORS.get(match[2].lower()) if match else None
     if match is None or factor is None:
@@ -63,7 +63,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_ratio(text: str) -> float:
-    """Return the fraction in `0.8` or `80%`; a bare `80` is a slip."""
+    """Parse `0.8` or `80%` into a fraction; a bare `80` is rejected as a slip."""
     match = _RATIO.fullmatch(text.strip())
     if match is None:
         raise UsageError(f"{text!r} is not a ratio", hint="write 0.8 or 80%")
@@ -77,7 +77,7 @@ def parse_ratio(text: str) -> float:
 
 
 def printable(text: str) -> str:
-    """Return text with everything escaped that could move a cursor or ring a bell."""
+    """Escape control characters, which could move a cursor or ring a bell."""
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)

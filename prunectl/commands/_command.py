@@ -28,7 +28,7 @@ STDIN = "-"
 
 
 def inspect_each(models: Iterable[str], look: Callable[[Path], ModelStats]) -> tuple[list[ModelStats], list[Failure]]:
-    """Return what was found in each model, and what could not be used."""
+    """Statistics of each model that could be read, and a failure for each of the others."""
     inspected, failures = [], []
     for model in models:
         with resolve_stdin(model) as path:
@@ -41,7 +41,7 @@ def inspect_each(models: Iterable[str], look: Callable[[Path], ModelStats]) -> t
 
 
 def _with_given_path(error: PrunectlError, path: Path, argument: str) -> PrunectlError:
-    """Return an error that speaks of standard input, not of the scratch file that its bytes were kept in."""
+    """Let an error speak of standard input, not of the scratch file that its bytes were kept in."""
     if argument == STDIN:
         error.message = error.message.replace(str(path), "standard input")
         error.hint = error.hint.replace(str(path), STDIN)
@@ -67,12 +67,12 @@ def resolve_stdin(argument: str) -> Generator[Path]:
 
 
 def option_group(title: str) -> Callable[..., Any]:
-    """Return what makes options that `--help` shows together under a title."""
+    """A factory of options that `--help` shows together under a title."""
     return partial(typer.Option, rich_help_panel=title)
 
 
 def option_name(ctx: typer.Context, name: str) -> str:
-    """Return how an option is typed, in its longest form, by the name of its parameter: `--model` for `build`."""
+    """How an option is typed, in its longest form, by the name of its parameter: `--model` for `build`."""
     spellings = [spelling for param in ctx.command.params if param.name == name for spelling in param.opts]
     # A name that comes from a file may be that of no option.
     return max(spellings, key=len, default=name)
@@ -131,7 +131,7 @@ def _check_page(html: Path, values: Mapping[str, Any]) -> None:
 
 
 def options_from_signature(function: Callable[..., Any]) -> Any:
-    """Return a command that lends its options to others: typer makes them of a signature, as of any command's."""
+    """A throw-away command: typer parses its options from a signature, and another command takes them over."""
     single = typer.Typer(add_completion=False)
     single.command()(function)
     return typer.main.get_command(single)

@@ -1,4 +1,4 @@
-"""What is typed after `prune`, as a request and a place to put the result."""
+"""Parsing of options into requests, and of `--output` into a destination."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ _NOT_IN_RECIPE = frozenset(
 
 
 def prune_request(ctx: typer.Context, recipe: Path | None) -> PruneRequest:
-    """Return the request: that of a recipe, or what was typed."""
-    said = ctx.params
+    """The request of a recipe, or of the options on the command line."""
+    params = ctx.params
     if recipe is not None:
-        typed = [name for name in said if name not in _NOT_IN_RECIPE and given_on_command_line(ctx, name)]
+        typed = [name for name in params if name not in _NOT_IN_RECIPE and given_on_command_line(ctx, name)]
         if typed:
             raise UsageError(f"--recipe says all that decides the result: leave out {option_name(ctx, typed[0])}")
-        return manifest.read(recipe, is_trusted=said["trust"])
+        return manifest.read(recipe, is_trusted=params["trust"])
     return PruneRequest(
-        sparsity=parse_ratio(said["sparsity"]) if said["sparsity"] else None,
-        compression=said["compression"],
-        target_gzip=parse_size(said["target_gzip"]) if said["target_gzip"] else None,
-        target_packed=parse_size(said["target_packed"]) if said["target_packed"] else None,
-        strategy=said["strategy"],
-        params=tuple(said["param"] or ()),
-        scope=str(said["scope"]),
-        pattern=said["pattern"],
-        policy=said["policy"],
-        only=said["only"],
-        exclude=tuple(said["exclude"] or ()),
-        layers=tuple(map(parse_layer_ratio, said["layer"] or ())),
-        seed=said["seed"],
-        nan=str(said["nan"]),
-        is_packed=said["pack"],
-        data=said["data"],
-        samples=said["samples"],
-        batch_size=said["batch_size"],
-        loss=said["loss"],
-        model=said["build"],
-        custom_objects=said["custom_objects"],
-        inputs=tuple(said["inputs"] or ()),
-        is_repaired=said["repair"],
-        cluster=said["cluster"],
+        sparsity=parse_ratio(params["sparsity"]) if params["sparsity"] else None,
+        compression=params["compression"],
+        target_gzip=parse_size(params["target_gzip"]) if params["target_gzip"] else None,
+        target_packed=parse_size(params["target_packed"]) if params["target_packed"] else None,
+        strategy=params["strategy"],
+        params=tuple(params["param"] or ()),
+        scope=str(params["scope"]),
+        pattern=params["pattern"],
+        policy=params["policy"],
+        only=params["only"],
+        exclude=tuple(params["exclude"] or ()),
+        layers=tuple(map(parse_layer_ratio, params["layer"] or ())),
+        seed=params["seed"],
+        nan=str(params["nan"]),
+        is_packed=params["pack"],
+        data=params["data"],
+        samples=params["samples"],
+        batch_size=params["batch_size"],
+        loss=params["loss"],
+        model=params["build"],
+        custom_objects=params["custom_objects"],
+        inputs=tuple(params["inputs"] or ()),
+        is_repaired=params["repair"],
+        cluster=params["cluster"],
     )
 
 
@@ -87,7 +87,7 @@ def open_destination(
 
 
 def parse_parts(text: str) -> frozenset[StripPart]:
-    """Return the parts in a list with commas; all of them if it is empty."""
+    """The parts in a list with commas; all of them if it is empty."""
     known = {str(part): part for part in StripPart}
     for name in filter(None, text.split(",")):
         if name not in known:
@@ -100,7 +100,7 @@ def parse_parts(text: str) -> frozenset[StripPart]:
 
 
 def parse_layer_ratio(text: str) -> tuple[str, float]:
-    """Return a selector and its ratio, written GLOB=R."""
+    """A selector and its ratio, written GLOB=R."""
     selector, sign, ratio = text.rpartition("=")
     if not sign or not selector:
         raise UsageError(f"{text!r} is not a selector and a ratio", hint="write --layer 'conv*=0.5'")

@@ -30,13 +30,13 @@ _ROOTS = ("GITHUB_WORKSPACE", "CI_PROJECT_DIR")
 
 
 def load_budgets(config: Path | None) -> Budgets:
-    """Return the budgets of the file that was named, or of the nearest one."""
+    """The budgets of the file that was named, or of the nearest one."""
     file = checks_config.find_config(Path.cwd()) if config is None else checks_config.load_config(config)
     return read(file)
 
 
 def load_baseline(budgets: Budgets, location: str, *, is_new: bool, reason: str) -> Baseline:
-    """Return what models were, or where that is to be written."""
+    """The baseline to compare with, or to be written."""
     if is_new and location.startswith(GIT):
         raise UsageError("a baseline in git is not written to", hint="--baseline FILE, and commit it")
     if is_new != bool(reason.strip()):
@@ -48,7 +48,7 @@ def load_baseline(budgets: Budgets, location: str, *, is_new: bool, reason: str)
 
 
 def ci_path(path: Path) -> str:
-    """Return a path as a service finds it in the repository; else from where we are."""
+    """A path as a service finds it in the repository; else from where we are."""
     for name in _ROOTS:
         root = os.environ.get(name, "")
         if root and path.absolute().is_relative_to(root):
@@ -69,7 +69,7 @@ class Reports:
 
     @classmethod
     def of(cls, options: list[str], *, is_json: bool) -> Reports:
-        """Return what was typed, understood before any work begins."""
+        """Parse and check the options before any work begins."""
         targets = tuple(map(_split, options))
         paths = [path for _, path in targets]
         for path in paths:

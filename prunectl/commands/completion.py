@@ -1,4 +1,4 @@
-"""What a shell offers after an option: names in the model that was typed, and names that prunectl knows.
+"""Shell completion of options: names in the model on the command line, and names that prunectl knows.
 
 Imported only where a shell asks, which is while somebody waits for a key: no weight is read, and nothing is said.
 
@@ -61,7 +61,7 @@ PATTERNS = {
 
 
 def tensor_names(arguments: Iterable[str]) -> list[Completion]:
-    """Return the layers and tensors of the first model among some words."""
+    """The layers and tensors of the first model among the arguments."""
     for argument in arguments:
         model = attempt(open_model, Path(argument))
         if not isinstance(model, PrunectlError):
@@ -148,7 +148,7 @@ def _completer(
 
 
 def _arguments(ctx: Any) -> list[str]:
-    """Return the words that were typed without an option, where models stand."""
+    """The arguments that are no options, where models stand."""
     values = [ctx.params.get(param.name) for param in ctx.command.params if isinstance(param, TyperArgument)]
     arguments = [value for value in values for value in (value if isinstance(value, list | tuple) else (value,))]
     # An option that has no value yet ends the parsing before any argument has its place.
@@ -169,7 +169,7 @@ class BashWords:
 
     @classmethod
     def of(cls, line: str, cursor: int) -> BashWords:
-        """Return what COMP_WORDS and COMP_CWORD mean."""
+        """Parse COMP_WORDS and COMP_CWORD."""
         parts = _parts(line)[: cursor + 1]
         # A new word is empty, and gets lost between spaces.
         parts += [""] * (cursor + 1 - len(parts))
@@ -193,12 +193,12 @@ class BashWords:
         return len(self.words) - 1
 
     def rest(self, answer: str) -> str:
-        """Return what bash puts behind what it has."""
+        """The rest of a completion, which bash puts behind what it has."""
         return answer.removeprefix(self.head)
 
 
 def _parts(line: str) -> list[str]:
-    """Return words as a shell has them, also where a quotation has not ended yet."""
+    """Words as a shell has them, also where a quotation has not ended yet."""
     lexer = shlex.shlex(line, posix=True)
     lexer.whitespace_split, lexer.commenters = True, ""
     parts: list[str] = []
@@ -210,7 +210,7 @@ def _parts(line: str) -> list[str]:
 
 
 def _value(word: str) -> str:
-    """Return what follows an option in one word with it, which is what answers are about."""
+    """The value in `--option=value`, which is what is completed."""
     name, sign, value = word.partition("=")
     return value if sign and name.startswith("-") else word
 

@@ -36,7 +36,7 @@ _COLUMNS = (
 
 
 def diff_report(model_diff: ModelDiff, findings: tuple[Finding, ...], *, has_gates: bool) -> Report:
-    """Return the report on two models; gates are for scripts, as people see them in a table."""
+    """The report on two models; gates are for scripts, as people see them in a table."""
     rows = Table("tensors", _COLUMNS, tuple(map(_row, model_diff.changes)))
     changed = Table("tensors", _COLUMNS, tuple(_row(change) for change in model_diff.changes if change.kind != "same"))
     tables = [*([changed] if changed.rows else []), before_after(model_diff.old, model_diff.new)]

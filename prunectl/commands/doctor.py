@@ -83,7 +83,7 @@ class Extra:
 
 
 def extras() -> tuple[Extra, ...]:
-    """Return the core, then every extra."""
+    """The core, then every extra."""
     packages = list(_packages())
     return tuple(
         Extra(name, summary, tuple(package for package in packages if package.extra == name))
@@ -92,7 +92,7 @@ def extras() -> tuple[Extra, ...]:
 
 
 def libraries() -> tuple[tuple[str, str], ...]:
-    """Return what else decides results to the byte."""
+    """Libraries that decide results to the byte."""
     return (("zlib", zlib.ZLIB_RUNTIME_VERSION),)
 
 
@@ -123,7 +123,7 @@ _FORMATS = (Column("format"), Column("suffixes"), Column("strip"), Column("pack"
 
 
 def doctor_report(extras: tuple[Extra, ...]) -> Report:
-    """Return the report on what is installed."""
+    """The report on what is installed."""
     table = Table("extras", _EXTRAS, tuple(map(_row, extras)))
     formats = Table("formats", _FORMATS, tuple(_format(row.title, row.suffixes, row.can) for row in FORMATS))
     facts = (

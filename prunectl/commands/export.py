@@ -12,20 +12,12 @@ from prunectl.commands._requests import import_first, open_destination
 from prunectl.commands.build.command import BuildCommand
 from prunectl.exporting.compare import Comparison, ExportResult
 from prunectl.exporting.export import export as run
-from prunectl.exporting.request import DEFAULTS, ExportRequest, parse_request
+from prunectl.exporting.request import parse_request
 from prunectl.exporting.routes import suffix_of
 from prunectl.reporting.prune import before_after
 from prunectl.reporting.report import Artifact, Column, Report, Section, Table, Unit
 from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.serialize import survey_json
-
-
-def export_of(ctx: typer.Context) -> ExportRequest:
-    """Return the request that was typed; what is to be imported first is imported."""
-    import_first(ctx.params["imports"] or ())
-    said = {**ctx.params, "model": ctx.params["build"], "input": ctx.params["input_"]}
-    return parse_request({name: said[name] for name in DEFAULTS if said[name] is not None})
-
 
 _OUTPUTS = (
     Column("output"),
@@ -36,7 +28,7 @@ _OUTPUTS = (
 
 
 def export_report(result: ExportResult, output: str) -> Report:
-    """Return the report on a run."""
+    """The report on a run."""
     sizes = before_after(result.before, result.after)
     tables = (sizes,) if result.comparison is None else (_differences(result.comparison), sizes)
     facts = (("from", result.source), ("to", result.target), ("compared", _comparison_text(result.comparison)))
@@ -150,17 +142,24 @@ def export(
     [dim]$[/] prunectl export net.pt -o weights.pt --code --model net.py:Net --input x:?,1,8,8
     """
     reporter: Reporter = ctx.obj
-    asked = export_of(ctx)
-    named = Path(f"model{suffix_of(asked.to)}")
+    import_first(imports or ())
+    options = {
+        "to": to, "opset": opset, "metadata": metadata, "card": card, "input": input_,
+        "data": data, "samples": samples, "batch_size": batch_size, "seed": seed, "atol": atol, "rtol": rtol,
+        "half": half, "bf16": bf16, "int8": int8, "sparse": sparse, "code": code, "pack": pack,
+        "model": build, "custom_objects": custom_objects, "trust": trust,
+    }  # fmt: skip
+    request = parse_request({name: value for name, value in options.items() if value is not None})
+    model_name = Path(f"model{suffix_of(request.to)}")
     with (
         resolve_stdin(model) as path,
-        open_destination(named, output, force=force, in_place=False, dry_run=False) as place,
+        open_destination(model_name, output, force=force, in_place=False, dry_run=False) as destination,
     ):
-        assert place is not None
-        result = run(path, asked, place)
+        assert destination is not None
+        result = run(path, request, destination)
         if output == STDIN:
-            return reporter.copy_to_stdout(place.target)
-        return reporter.show(export_report(result, str(place.target)))
+            return reporter.copy_to_stdout(destination.target)
+        return reporter.show(export_report(result, str(destination.target)))
 
 
 command = make_command(export, BuildCommand)

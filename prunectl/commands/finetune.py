@@ -10,7 +10,7 @@ import typer
 from prunectl.commands._command import STDIN, make_command, option_group, resolve_stdin
 from prunectl.commands._requests import import_first, open_destination, parse_layer_ratio
 from prunectl.commands.build.command import BuildCommand
-from prunectl.commands.max_drop import within
+from prunectl.commands.max_drop import finetune_search
 from prunectl.errors import UsageError
 from prunectl.pruning.plan import Scope
 from prunectl.reporting.finetune import finetune_report
@@ -23,15 +23,15 @@ from prunectl.units import parse_ratio
 _RATIOS = ("sparsity", "initial_sparsity", "val_split")
 
 
-def training_of(ctx: typer.Context) -> FinetuneRequest:
-    """Return the request that was typed; what is to be imported first is imported."""
+def finetune_request(ctx: typer.Context) -> FinetuneRequest:
+    """The request that was typed; what is to be imported first is imported."""
     import_first(ctx.params["imports"] or ())
-    said = {**ctx.params, "model": ctx.params["build"], "compile": ctx.params["compile_"]}
-    words = {name: said[name] for name in DEFAULTS if said[name] is not None}
-    ratios = {name: parse_ratio(words[name]) for name in _RATIOS if words[name]}
-    unsaid = {name: DEFAULTS[name] for name in _RATIOS}
-    layers = tuple(map(parse_layer_ratio, words.get("layer", ())))
-    return request_of({**words, **unsaid, **ratios, "layer": layers})
+    params = {**ctx.params, "model": ctx.params["build"], "compile": ctx.params["compile_"]}
+    options = {name: params[name] for name in DEFAULTS if params[name] is not None}
+    ratios = {name: parse_ratio(options[name]) for name in _RATIOS if options[name]}
+    defaults = {name: DEFAULTS[name] for name in _RATIOS}
+    layers = tuple(map(parse_layer_ratio, options.get("layer", ())))
+    return request_of({**options, **defaults, **ratios, "layer": layers})
 
 
 _data = option_group("Data")
@@ -123,7 +123,7 @@ def finetune(
     hinge (targets 0 and 1, or -1 and 1).
     """
     reporter: Reporter = ctx.obj
-    request = training_of(ctx)
+    request = finetune_request(ctx)
     if tried is not None and not max_drop:
         raise UsageError("--tried is about a search: add --max-drop 0.5pp")
     with (
@@ -132,7 +132,7 @@ def finetune(
     ):
         assert destination is not None
         if max_drop:
-            report = within(ctx, request)(path, destination)
+            report = finetune_search(ctx, request)(path, destination)
             return reporter.copy_to_stdout(destination.target) if output == STDIN else reporter.show(report)
         with TrainingProgress(reporter.settings, request.checkpoint_dir) as progress:
             result = run(path, request, destination, progress.watch)

@@ -30,7 +30,7 @@ _COLUMNS = (
 
 
 def init_report(path: Path, proposals: list[Proposal], failures: list[Failure]) -> Report:
-    """Return the report on a file of budgets that was written."""
+    """The report on a file of budgets that was written."""
     rows = tuple(
         (proposal.path, proposal.max_raw, proposal.max_gzip, proposal.max_params, proposal.min_sparsity)
         for proposal in proposals

@@ -69,11 +69,11 @@ def inspect(
     reporter: Reporter = ctx.obj
     parsed = patterns.parse(pattern) if pattern else None
     options = InspectOptions(layers, sort, pattern, hist, flops, zeros, has_digest=reporter.is_json)
-    asked = {"data": data, "samples": samples, "batch_size": batch_size, "loss": loss}
-    asked |= {"model": build, "custom_objects": custom_objects}
-    suffering: list[Sensitivity] = []
-    families: list[Any] = []
-    shaded: list[tuple[SparsityMap, ...]] = []
+    request = {"data": data, "samples": samples, "batch_size": batch_size, "loss": loss}
+    request |= {"model": build, "custom_objects": custom_objects}
+    sensitivities: list[Sensitivity] = []
+    groups_found: list[Any] = []
+    maps: list[tuple[SparsityMap, ...]] = []
 
     def seen(path: Path) -> ModelStats:
         model = open_model(path)
@@ -83,43 +83,43 @@ def inspect(
             origin = importlib.import_module("prunectl.training.backend").ModelOrigin(
                 build, custom_objects, is_trusted=trust, inputs=tuple(inputs or ())
             )
-            families.append(importlib.import_module("prunectl.channels.groups").channel_groups(model, origin))
+            groups_found.append(importlib.import_module("prunectl.channels.groups").channel_groups(model, origin))
         if sensitivity:
-            suffering.append(_measured(model, asked, layers=layers, is_trusted=trust, meter=reporter.progress))
+            sensitivities.append(_measured(model, request, layers=layers, is_trusted=trust, meter=reporter.progress))
         # Only a page has pictures.
-        shaded.append(sparsity_maps(model, stats) if reporter.html is not None else ())
+        maps.append(sparsity_maps(model, stats) if reporter.html is not None else ())
         return stats
 
     surveys, failures = inspect_each(models, seen)
     report = inspect_report(surveys, failures, has_flops=flops)
-    masks = {survey.path: shown for survey, shown in zip(surveys, shaded, strict=True)}
+    masks = {survey.path: shown for survey, shown in zip(surveys, maps, strict=True)}
     report = replace(report, sparsity_maps=masks)
     if sensitivity:
-        report = importlib.import_module("prunectl.reporting.sensitivity").add_sensitivity(report, suffering)
+        report = importlib.import_module("prunectl.reporting.sensitivity").add_sensitivity(report, sensitivities)
     if groups:
-        report = importlib.import_module("prunectl.reporting.inspect").add_channel_groups(report, families)
+        report = importlib.import_module("prunectl.reporting.inspect").add_channel_groups(report, groups_found)
     return reporter.show(report)
 
 
-def _measured(model: ModelFile, asked: dict[str, Any], **how: Any) -> Sensitivity:
+def _measured(model: ModelFile, options: dict[str, Any], **settings: Any) -> Sensitivity:
     # By name: these bring all that opens data and trains models, which a look at a file does without.
     run = importlib.import_module("prunectl.calibration.sensitivity").sensitivity
-    request = importlib.import_module("prunectl.pruning.request").PruneRequest(**asked)
-    found: Sensitivity = run(model, request, **how)
-    return found
+    request = importlib.import_module("prunectl.pruning.request").PruneRequest(**options)
+    result: Sensitivity = run(model, request, **settings)
+    return result
 
 
 def _check(ctx: typer.Context) -> None:
     """Refuse options that would have no effect."""
-    said = ctx.params
-    if said["data"] and not said["sensitivity"]:
+    params = ctx.params
+    if params["data"] and not params["sensitivity"]:
         raise UsageError("inspect looks at data for --sensitivity only", hint="add --sensitivity, or leave out --data")
-    if said["inputs"] and not said["groups"]:
+    if params["inputs"] and not params["groups"]:
         raise UsageError("--input is about channels", hint="add --groups, or leave out --input")
     typed = [
-        name for name in _ABOUT_DATA if given_on_command_line(ctx, name) and not (said["groups"] and name in _OPENING)
+        name for name in _ABOUT_DATA if given_on_command_line(ctx, name) and not (params["groups"] and name in _OPENING)
     ]
-    if typed and not said["data"]:
+    if typed and not params["data"]:
         raise UsageError(
             f"{option_name(ctx, typed[0])} is about data, and there is none",
             hint="such as --sensitivity --data train.npz",

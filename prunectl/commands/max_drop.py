@@ -1,4 +1,4 @@
-"""What is typed with `--max-drop`, as a search: in which folder, and what it says while it goes on."""
+"""`--max-drop`: the search for the largest sparsity within a drop, for `prune` and `finetune`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from prunectl.reporting.progress import TrainingProgress
 from prunectl.reporting.report import Report
 from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.sweep import trial_line
-from prunectl.sweeping import trial as points
 from prunectl.sweeping.journal import digests
 from prunectl.sweeping.max_drop import Search, SearchResult, search
 from prunectl.sweeping.requests import check_channels, needs_data, prune_to
@@ -38,29 +37,28 @@ from prunectl.training.evaluation.max_drop import max_drop
 from prunectl.training.finetune import finetune
 from prunectl.training.monitor import check_direction
 from prunectl.training.request import FinetuneRequest, check
-from prunectl.training.request import FinetuneRequest as Judging
 from prunectl.training.request import asked as metrics_of
 
 _AMOUNTS = ("sparsity", "compression", "target_gzip", "target_packed", "params", "flops", "dead")
 
 
-def reject_conflicts(ctx: typer.Context, others: Mapping[str, str]) -> None:
+def reject_conflicts(ctx: typer.Context, reasons: Mapping[str, str]) -> None:
     """Refuse what says how much goes as well, and others with the reason why."""
     for name in _AMOUNTS:
         if ctx.params.get(name):
             option = option_name(ctx, name)
             raise UsageError(f"{option} and --max-drop both say how much goes", hint=f"leave out {option}")
-    for name, why in others.items():
+    for name, reason in reasons.items():
         if ctx.params.get(name):
-            raise UsageError(f"{option_name(ctx, name)} does not go with --max-drop: {why}")
+            raise UsageError(f"{option_name(ctx, name)} does not go with --max-drop: {reason}")
 
 
 @contextmanager
-def run_search(path: Path, asked: Search, tried: Path | None, reporter: Reporter) -> Generator[SearchResult]:
+def run_search(path: Path, spec: Search, tried: Path | None, reporter: Reporter) -> Generator[SearchResult]:
     """Yield what a search came to, its models in the folder that was named or in one that goes away."""
 
     def run(folder: Path) -> SearchResult:
-        return search(path, asked, folder, lambda *made: reporter.note(trial_line(*made)))
+        return search(path, spec, folder, lambda *trial: reporter.note(trial_line(*trial)))
 
     if tried is not None:
         yield run(tried)
@@ -69,12 +67,12 @@ def run_search(path: Path, asked: Search, tried: Path | None, reporter: Reporter
             yield run(scratch)
 
 
-def journal_key(words: Mapping[str, Any], is_free: Callable[[str], bool]) -> dict[str, Any]:
-    """Return choices as they are noted, those in tables by the names of both, without what decides no number."""
+def journal_key(choices: Mapping[str, Any], is_left_out: Callable[[str], bool]) -> dict[str, Any]:
+    """The choices that decide numbers, flat, as the journal of a search records them."""
     flat: dict[str, Any] = {}
-    for name, value in words.items():
-        inner = {f"{name} {key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
-        flat |= {key: one for key, one in inner.items() if not is_free(key)}
+    for name, value in choices.items():
+        inner = {f"{name} {key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+        flat |= {key: item for key, item in inner.items() if not is_left_out(key)}
     plain: dict[str, Any] = json.loads(json.dumps(flat))
     return plain
 
@@ -87,56 +85,58 @@ _NOT_FOR_PRUNE = {
 _LEAST_PRUNED = 0.01
 
 
-def way_within(ctx: typer.Context, asked: PruneRequest) -> PruneMode:
-    """Return the way that finds how much may go, and refuse what does not go with it before a file is opened."""
-    said, reporter = ctx.params, ctx.obj
+def search_mode(ctx: typer.Context, request: PruneRequest) -> PruneMode:
+    """The mode that searches for the largest sparsity within a drop; conflicts are rejected before a file is opened."""
+    params, reporter = ctx.params, ctx.obj
     assert isinstance(reporter, Reporter)
-    limit = max_drop(said["max_drop"])
+    limit = max_drop(params["max_drop"])
     reject_conflicts(ctx, _NOT_FOR_PRUNE)
-    if not asked.data:
+    if not request.data:
         raise UsageError("--max-drop is judged on data, and there is none", hint="such as --data test.npz")
-    if asked.pattern != CHANNEL and isinstance(parse_pattern(asked)[0], NMPattern):
-        raise UsageError(f"the pattern {asked.pattern} decides the sparsity by itself", hint="leave out --max-drop")
+    if request.pattern != CHANNEL and isinstance(parse_pattern(request)[0], NMPattern):
+        raise UsageError(f"the pattern {request.pattern} decides the sparsity by itself", hint="leave out --max-drop")
     origin = ModelOrigin(
-        asked.model, asked.custom_objects, is_trusted=said["trust"], seed=asked.seed, inputs=asked.inputs
+        request.model, request.custom_objects, is_trusted=params["trust"], seed=request.seed, inputs=request.inputs
     )
-    means = Means(loss=asked.loss, seed=asked.seed, **metrics_of((said["metric"],)))
+    means = Means(loss=request.loss, seed=request.seed, **metrics_of((params["metric"],)))
     check_direction(means)
-    judging = Judging(asked.data, batch_size=asked.batch_size, means=means, origin=origin)
-    does_look = needs_data(replace(asked, sparsity=_LEAST_PRUNED))
-    if not does_look and asked.samples != SAMPLES:
+    evaluation = FinetuneRequest(request.data, batch_size=request.batch_size, means=means, origin=origin)
+    looks_at_data = needs_data(replace(request, sparsity=_LEAST_PRUNED))
+    if not looks_at_data and request.samples != SAMPLES:
         raise UsageError(
-            f"the strategy {asked.strategy} looks at no data, and all of it is judged", hint="leave out --samples"
+            f"the strategy {request.strategy} looks at no data, and all of it is judged", hint="leave out --samples"
         )
-    plain = asked if does_look else _without_data(asked)
-    if asked.pattern == CHANNEL:
-        check_channels(replace(plain, sparsity=_LEAST_PRUNED))
-    limits = channel_limits(said)
-    build_mode(ctx, replace(plain, sparsity=_LEAST_PRUNED))
+    pruning = request if looks_at_data else _drop_data_options(request)
+    if request.pattern == CHANNEL:
+        check_channels(replace(pruning, sparsity=_LEAST_PRUNED))
+    limits = channel_limits(params)
+    build_mode(ctx, replace(pruning, sparsity=_LEAST_PRUNED))
 
     def make(path: Path, sparsity: float, output: Destination) -> None:
-        prune_to(path, replace(plain, sparsity=sparsity), output, is_trusted=origin.is_trusted, limits=limits)
+        prune_to(path, replace(pruning, sparsity=sparsity), output, is_trusted=origin.is_trusted, limits=limits)
 
-    choices = journal_key({**asdict(asked), "metric": said["metric"], **limits}, {"sparsity", "is_packed"}.__contains__)
-    name = points.Variant(asked.strategy, asked.scope, "", asked.pattern, ",".join(asked.params))
-    words = (asked.strategy, asked.policy, asked.loss, asked.model, asked.custom_objects, *means.metrics)
+    choices = journal_key(
+        {**asdict(request), "metric": params["metric"], **limits}, {"sparsity", "is_packed"}.__contains__
+    )
+    variant = Variant(request.strategy, request.scope, "", request.pattern, ",".join(request.params))
+    functions = (request.strategy, request.policy, request.loss, request.model, request.custom_objects, *means.metrics)
 
-    def within(path: Path, place: Destination | None) -> Report:
-        outputs.check(open_model(path), place)
-        files = digests(specs=(asked.data,), functions=words)
-        searched = Search(name, limit, judging, make, choices, files)
-        with run_search(path, searched, Path(said["tried"]) if said["tried"] else None, reporter) as held:
-            report = build_mode(ctx, replace(plain, sparsity=held.best.sparsity))(path, place)
-            return with_search(report, held, asked.data, does_look=does_look)
+    def run(path: Path, destination: Destination | None) -> Report:
+        outputs.check(open_model(path), destination)
+        files = digests(specs=(request.data,), functions=functions)
+        spec = Search(variant, limit, evaluation, make, choices, files)
+        with run_search(path, spec, Path(params["tried"]) if params["tried"] else None, reporter) as result:
+            report = build_mode(ctx, replace(pruning, sparsity=result.best.sparsity))(path, destination)
+            return with_search(report, result, request.data, looks_at_data=looks_at_data)
 
-    return within
+    return run
 
 
-def _without_data(asked: PruneRequest) -> PruneRequest:
-    """Return what is asked of weights alone, which takes no data; a cut is also proved on some."""
-    if asked.pattern == CHANNEL:
-        return replace(asked, loss="")
-    return replace(asked, data="", batch_size=BATCH_SIZE, loss="")
+def _drop_data_options(request: PruneRequest) -> PruneRequest:
+    """The request without data, for strategies that rank by weights alone; a channel cut is verified on some."""
+    if request.pattern == CHANNEL:
+        return replace(request, loss="")
+    return replace(request, data="", batch_size=BATCH_SIZE, loss="")
 
 
 _NOT_FOR_FINETUNE = {
@@ -149,70 +149,77 @@ _PROCESSES, _LEAST_FINETUNED = "WORLD_SIZE", 0.01
 _NOT_IN_SEARCH = frozenset({"pruning sparsity"})
 
 
-def within(ctx: typer.Context, asked: FinetuneRequest) -> Callable[[Path, Destination], Report]:
-    """Return what finds how much may go, and refuse what does not go with it before a file is opened."""
-    said, reporter = ctx.params, ctx.obj
+def finetune_search(ctx: typer.Context, request: FinetuneRequest) -> Callable[[Path, Destination], Report]:
+    """The search for the largest sparsity within a drop; conflicts are rejected before a file is opened."""
+    params, reporter = ctx.params, ctx.obj
     assert isinstance(reporter, Reporter)
-    limit = max_drop(said["max_drop"])
+    limit = max_drop(params["max_drop"])
     reject_conflicts(ctx, _NOT_FOR_FINETUNE)
     if os.environ.get(_PROCESSES, "1") != "1":
         raise UsageError("--max-drop trains in one process", hint="search without torchrun, then train with --sparsity")
-    pruning = asked.pruning
+    pruning = request.pruning
     if isinstance(parse_pattern(pruning)[0], NMPattern):
         raise UsageError(f"the pattern {pruning.pattern} decides the sparsity by itself", hint="leave out --max-drop")
-    check(_at(asked, _LEAST_FINETUNED))
-    check_direction(asked.means)
+    check(_request_at(request, _LEAST_FINETUNED))
+    check_direction(request.means)
 
     def make(path: Path, sparsity: float, output: Destination) -> None:
         with TrainingProgress(reporter.settings, None) as progress:
-            finetune(path, _at(asked, sparsity), output, progress.watch)
+            finetune(path, _request_at(request, sparsity), output, progress.watch)
 
-    way = Variant(pruning.strategy, pruning.scope, asked.ramping.name, pruning.pattern, ",".join(pruning.params))
+    variant = Variant(pruning.strategy, pruning.scope, request.ramping.name, pruning.pattern, ",".join(pruning.params))
 
-    def run(path: Path, place: Destination) -> Report:
+    def run(path: Path, destination: Destination) -> Report:
         model = open_model(path)
-        outputs.check(model, place)
+        outputs.check(model, destination)
         # As it is now: in place, the result takes its place.
-        before = replace(stats_for_report(model), path=said["model"])
-        tried = Path(said["tried"]) if said["tried"] else None
-        searched = Search(
-            way, limit, asked, make, journal_key(asked.choices, _NOT_IN_SEARCH.__contains__), _files(asked)
+        before = replace(stats_for_report(model), path=params["model"])
+        tried = Path(params["tried"]) if params["tried"] else None
+        spec = Search(
+            variant, limit, request, make, journal_key(request.choices, _NOT_IN_SEARCH.__contains__), _files(request)
         )
-        with run_search(path, searched, tried, reporter) as held:
-            _adopt(model, open_model(held.path), place)
-        after = replace(stats_for_report(open_model(_written(model, place))), path=str(place.target))
-        remarks = () if asked.val or asked.val_split else (_itself(asked),)
-        return max_drop_report(held, (before, after), said["model"], str(place.target), remarks)
+        with run_search(path, spec, tried, reporter) as result:
+            _copy_result(model, open_model(result.path), destination)
+        after = replace(stats_for_report(open_model(_result_path(model, destination))), path=str(destination.target))
+        notes = () if request.val or request.val_split else (_judged_on_training_data(request),)
+        return max_drop_report(result, (before, after), params["model"], str(destination.target), notes)
 
     return run
 
 
-def _at(asked: FinetuneRequest, sparsity: float) -> FinetuneRequest:
-    return replace(asked, pruning=replace(asked.pruning, sparsity=sparsity))
+def _request_at(request: FinetuneRequest, sparsity: float) -> FinetuneRequest:
+    return replace(request, pruning=replace(request.pruning, sparsity=sparsity))
 
 
-def _files(asked: FinetuneRequest) -> dict[str, str]:
-    means, origin, pruning = asked.means, asked.origin, asked.pruning
-    words = (means.loss, *means.metrics, means.custom_step, origin.model, origin.custom_objects, asked.distill_model)
-    own = (pruning.strategy, pruning.policy, asked.ramping.name)
-    return digests(specs=(asked.data, asked.val), functions=(*words, *own), models=(asked.distill,))
+def _files(request: FinetuneRequest) -> dict[str, str]:
+    means, origin, pruning = request.means, request.origin, request.pruning
+    functions = (
+        means.loss,
+        *means.metrics,
+        means.custom_step,
+        origin.model,
+        origin.custom_objects,
+        request.distill_model,
+    )
+    named = (pruning.strategy, pruning.policy, request.ramping.name)
+    return digests(specs=(request.data, request.val), functions=(*functions, *named), models=(request.distill,))
 
 
-def _adopt(model: ModelFile, made: ModelFile, output: Destination) -> None:
+def _copy_result(model: ModelFile, result: ModelFile, output: Destination) -> None:
     """Put what was made elsewhere where the result goes."""
     with outputs.staging_dir(model, output) as (folder, target):
-        places = outputs.staged_paths(made, folder, target)
+        targets = outputs.staged_paths(result, folder, target)
         if output.is_in_place and not model.path.is_dir():
             # File by file under the names that are there.
-            own = outputs.staged_paths(model, folder, target)
-            files = zip(dict.fromkeys(made.files), dict.fromkeys(model.files), strict=True)
-            places = {new: own[old] for new, old in files}
-        load(by_name(made.format).writer)(made, places, ())
+            originals = outputs.staged_paths(model, folder, target)
+            files = zip(dict.fromkeys(result.files), dict.fromkeys(model.files), strict=True)
+            targets = {new: originals[old] for new, old in files}
+        load(by_name(result.format).writer)(result, targets, ())
 
 
-def _written(model: ModelFile, output: Destination) -> Path:
+def _result_path(model: ModelFile, output: Destination) -> Path:
     return model.path if output.is_in_place else output.target
 
 
-def _itself(asked: FinetuneRequest) -> str:
-    return f"Judged by {asked.data} itself: say --val or --val-split to know what holds on other data."
+def _judged_on_training_data(request: FinetuneRequest) -> str:
+    return f"Judged by {request.data} itself: say --val or --val-split to know what holds on other data."

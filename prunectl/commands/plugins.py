@@ -23,7 +23,7 @@ _LETTERS, _LINES = 48, 5
 
 
 def plugins_report(plugins: Sequence[Choice], curves: Mapping[str, Sequence[float]], picture: Path | None) -> Report:
-    """Return the list, with pictures of curves if there are any."""
+    """The list of plug-ins, with plots of schedules if there are any."""
     rows = tuple((plugin.kind, plugin.name, plugin.source, plugin.summary) for plugin in plugins)
     main = Table("plugins", _COLUMNS, rows)
     drawn = tuple(Section(name, drawing=tuple(_framed(curve))) for name, curve in curves.items())

@@ -25,7 +25,7 @@ from prunectl.units import parse_ratio, parse_size
 def size_limits(
     *, raw: str, packed: str, compressed: str, sparsity: str, baseline: str, growth: str, codec: Codec
 ) -> SizeLimits:
-    """Return the limits, each understood before any work begins."""
+    """Parse the limits before any work begins."""
     if bool(baseline) != bool(growth):
         raise UsageError("--baseline and --max-growth go together", hint="--baseline old.h5 --max-growth 2%")
     is_share = growth.endswith("%")
@@ -43,7 +43,7 @@ def size_limits(
 def size_report(
     models: Sequence[ModelStats], gates: Sequence[LimitCheck], failures: Sequence[Failure], codec: Codec
 ) -> Report:
-    """Return the report on the sizes of some models."""
+    """The report on the sizes of some models."""
     columns = [
         Column("path"),
         Column("raw", Unit.BYTES),

@@ -22,7 +22,7 @@ _PARTS = (Column("part"), Column("removed", Unit.COUNT), Column("bytes", Unit.BY
 
 
 def strip_report(result: Stripped, output: str) -> Report:
-    """Return the report on a run; without an output it was a dry run."""
+    """The report on a run; without an output it was a dry run."""
     rows = tuple((item.name, str(item.part), item.bytes) for item in result.removed)
     items = Table("removed", _ITEMS, rows, total=("all", "", sum(item.bytes for item in result.removed)))
     has_shrunk = result.after.bytes.raw < result.before.bytes.raw

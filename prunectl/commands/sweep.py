@@ -118,7 +118,7 @@ def sweep(
 
 
 def _names(text: str, option: str) -> tuple[str, ...]:
-    """Return the words in a list with commas, each once."""
+    """The names in a list with commas, each once."""
     names = tuple(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
     if not names:
         raise UsageError(f"{option} names nothing")
@@ -126,7 +126,7 @@ def _names(text: str, option: str) -> tuple[str, ...]:
 
 
 def _param(text: str) -> tuple[str, tuple[str, ...]]:
-    """Return a parameter, and the values to try."""
+    """Parse `NAME=V,V`: a parameter and the values to try."""
     name, sign, values = text.partition("=")
     if not name or not sign:
         raise UsageError(f"{text!r} is no parameter with values", hint="write --param damp=0.01,0.1")

@@ -29,34 +29,34 @@ class WrapOptions:
 
 
 def wrap_options(ctx: typer.Context, *, looks_at_data: bool) -> WrapOptions | None:
-    """Return what was asked of wrappers; None if they were not asked for."""
-    said = ctx.params
-    if said["schedule"] or said["wrap"]:
+    """The options about wrappers; None if no wrappers are to be written."""
+    params = ctx.params
+    if params["schedule"] or params["wrap"]:
         if looks_at_data:
             raise UsageError("wrappers are written by strategies that look at weights alone", hint="leave out --data")
-        if said["manifest"] is not None:
+        if params["manifest"] is not None:
             raise UsageError("a manifest repeats a run to the same bytes, and frameworks write wrappers as they like")
-        ramp = _ramp(said) if said["schedule"] else None
-        _refuse_wrap_options(ctx, () if ramp is not None else _SCHEDULE_OPTIONS, "a schedule", "--schedule NAME")
-        return WrapOptions(ramp, ModelOrigin(custom_objects=said["custom_objects"], is_trusted=said["trust"]))
-    _refuse_wrap_options(ctx, _SCHEDULE_OPTIONS, "a schedule", "--schedule NAME")
+        ramp = _ramp(params) if params["schedule"] else None
+        _reject_wrap_options(ctx, () if ramp is not None else _SCHEDULE_OPTIONS, "a schedule", "--schedule NAME")
+        return WrapOptions(ramp, ModelOrigin(custom_objects=params["custom_objects"], is_trusted=params["trust"]))
+    _reject_wrap_options(ctx, _SCHEDULE_OPTIONS, "a schedule", "--schedule NAME")
     if not looks_at_data:
         # A recipe may name code as well, which is trusted or not.
-        names = tuple(name for name in _WRAP_OPTIONS if name != "trust" or said["recipe"] is None)
-        _refuse_wrap_options(ctx, names, "models that are opened, as for wrappers or data", "--wrap or --data SPEC")
+        names = tuple(name for name in _WRAP_OPTIONS if name != "trust" or params["recipe"] is None)
+        _reject_wrap_options(ctx, names, "models that are opened, as for wrappers or data", "--wrap or --data SPEC")
     return None
 
 
-def _refuse_wrap_options(ctx: typer.Context, names: tuple[str, ...], what: str, hint: str) -> None:
+def _reject_wrap_options(ctx: typer.Context, names: tuple[str, ...], subject: str, hint: str) -> None:
     for name in names:
         if ctx.params[name]:
-            raise UsageError(f"{option_name(ctx, name)} is about {what}", hint=f"add {hint}")
+            raise UsageError(f"{option_name(ctx, name)} is about {subject}", hint=f"add {hint}")
 
 
-def _ramp(said: dict[str, Any]) -> SparsitySchedule:
-    name, begin, end = said["schedule"], _step("--begin", said["begin"] or "0"), None
-    if said["end"]:
-        end = _step("--end", said["end"])
+def _ramp(params: dict[str, Any]) -> SparsitySchedule:
+    name, begin, end = params["schedule"], _step("--begin", params["begin"] or "0"), None
+    if params["end"]:
+        end = _step("--end", params["end"])
     elif name != "constant":
         raise UsageError(
             f"the schedule {name} needs an end, a number of batches", hint="such as --end 2000, or finetune --schedule"
@@ -64,12 +64,12 @@ def _ramp(said: dict[str, Any]) -> SparsitySchedule:
     length = (end or 0) - begin
     ramp = SparsitySchedule(
         name,
-        parse_ratio(said["sparsity"]) if said["sparsity"] else 0.0,
+        parse_ratio(params["sparsity"]) if params["sparsity"] else 0.0,
         begin,
         end,
-        parse_ratio(said["initial_sparsity"]) if said["initial_sparsity"] else 0.0,
-        said["frequency"] or _frequency(length),
-        _params(said),
+        parse_ratio(params["initial_sparsity"]) if params["initial_sparsity"] else 0.0,
+        params["frequency"] or _frequency(length),
+        _params(params),
     )
     if is_tfmots(ramp) and name != "constant" and length % ramp.frequency:
         # tfmot prunes at whole turns only, and would stop short of the sparsity that was asked for.
@@ -92,12 +92,12 @@ def _step(option: str, text: str) -> int:
 
 
 def _frequency(length: int) -> int:
-    """Return the longest way from turn to turn that divides the whole way, and leaves enough turns."""
+    """The largest number of steps between pruning steps that divides the length, and leaves enough pruning steps."""
     if length <= 0:
         return MOST_FREQUENCY
     return next(steps for steps in range(usual_frequency(length), 0, -1) if length % steps == 0)
 
 
-def _params(said: dict[str, Any]) -> tuple[str, ...]:
-    found = tuple(said["schedule_param"] or ())
-    return found if said["power"] is None else (*found, f"power={said['power']!r}")
+def _params(params: dict[str, Any]) -> tuple[str, ...]:
+    schedule_params = tuple(params["schedule_param"] or ())
+    return schedule_params if params["power"] is None else (*schedule_params, f"power={params['power']!r}")

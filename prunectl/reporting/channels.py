@@ -32,7 +32,7 @@ _MILLISECONDS = Column("ms", Unit.NUMBER)
 
 
 def channels_report(result: ChannelPruneResult, output: str) -> Report:
-    """Return the report on a run; without an output it was a dry run."""
+    """The report on a run; without an output it was a dry run."""
     cuts = Table("cuts", _CUTS, _rows(result))
     sizes = Table(
         "sizes",

@@ -29,7 +29,7 @@ _RESULT = (
 
 
 def finetune_report(result: Finetuned, model: str, output: str) -> Report:
-    """Return the report on a run."""
+    """The report on a run."""
     table = Table("result", _RESULT, (_result(result, output),))
     epochs = _epochs(result)
     tables = (*([epochs] if epochs.rows else []), before_after(result.before, result.after))

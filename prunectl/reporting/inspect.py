@@ -23,7 +23,7 @@ _MAX_FACT = 500
 
 
 def inspect_report(models: Sequence[ModelStats], failures: Sequence[Failure], *, has_flops: bool) -> Report:
-    """Return the report on some models."""
+    """The report on some models."""
     pattern = next((stats.pattern for stats in models if stats.pattern), "")
     columns = _columns(pattern, has_flops=has_flops)
     rows = [(stats.path, *_cells(row, pattern, has_flops=has_flops)) for stats in models for row in stats.layers]
@@ -89,7 +89,7 @@ def _total(stats: ModelStats, columns: tuple[Column, ...], *, has_flops: bool) -
 
 
 def _prunable(stats: ModelStats) -> str:
-    """Return what the kernels are, whose zeros are counted also where `prune` came too late."""
+    """What kernels are called: those that are quantised cannot be pruned any more, but their zeros count."""
     kernels = [row for row in stats.layers if row.is_prunable]
     return "in quantised kernels" if kernels and all(row.dtype in QUANTISED for row in kernels) else "prunable"
 
@@ -161,7 +161,7 @@ _SHOWN = 4
 
 
 def add_channel_groups(report: Report, models: Sequence[ChannelGroups]) -> Report:
-    """Return the report of `inspect` with the channels of its models, given in its order."""
+    """The report of `inspect` with the channels of its models, given in its order."""
     by_path = {groups.path: groups for groups in models}
     sections = tuple(
         replace(

@@ -16,9 +16,11 @@ from prunectl.sweeping.trial import Trial
 from prunectl.units import count, percent
 
 
-def with_search(report: Report, result: SearchResult, judged_by: str, *, does_look: bool) -> Report:
-    """Return the report on pruning at the sparsity that was found, with how it was found."""
-    notes = (f"Judged by {judged_by}, which the strategy looks at too: other data may say less.",) if does_look else ()
+def with_search(report: Report, result: SearchResult, judged_by: str, *, looks_at_data: bool) -> Report:
+    """The report on pruning at the sparsity that was found, with how it was found."""
+    notes = (
+        (f"Judged by {judged_by}, which the strategy looks at too: other data may say less.",) if looks_at_data else ()
+    )
     return replace(
         report,
         sections=(_section(result, notes), *report.sections),
@@ -29,7 +31,7 @@ def with_search(report: Report, result: SearchResult, judged_by: str, *, does_lo
 def max_drop_report(
     result: SearchResult, surveys: tuple[ModelStats, ModelStats], model: str, output: str, notes: tuple[str, ...]
 ) -> Report:
-    """Return the report on a search whose result is one of the models that were tried, with what it was before."""
+    """The report on a search whose result is one of the models that were tried, with what it was before."""
     before, after = surveys
     section = _section(result, (*notes, f"Next: prunectl size {output}"))
     return Report(

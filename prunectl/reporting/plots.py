@@ -16,7 +16,7 @@ _WIDTH, _HEIGHT, _LEFT, _TOP, _LINE = 520, 260, 48, 16, 18
 
 
 def braille_plot(curve: Curve, columns: int, rows: int) -> list[str]:
-    """Return lines of text in which a curve rises, two by four dots to a letter."""
+    """Plot a curve in Braille patterns, two by four dots to a letter."""
     width, height = columns * 2, rows * 4
     cells = [[0] * columns for _ in range(rows)]
     last: int | None = None
@@ -31,7 +31,7 @@ def braille_plot(curve: Curve, columns: int, rows: int) -> list[str]:
 
 
 def svg_plot(curves: Mapping[str, Curve], *, across: str, up: str) -> str:
-    """Return a picture of several curves, each named in its colour."""
+    """Plot several curves as SVG, with a legend."""
     right = _LEFT + _WIDTH
     bottom = _TOP + _HEIGHT
     total = bottom + 40 + _LINE * len(curves)
@@ -64,11 +64,11 @@ _FINAL = 0.8
 
 
 def schedule_curves() -> dict[str, list[float]]:
-    """Return the sparsity at every step, by schedule."""
+    """The sparsity at every step, by schedule."""
     ramps = {name: SparsitySchedule(name, _FINAL, 0, _STEPS) for name in CURVES}
     return {name: [ramp.sparsity_at(step) for step in range(_STEPS + 1)] for name, ramp in ramps.items()}
 
 
 def schedules_svg() -> str:
-    """Return one picture of all of them."""
+    """All built-in schedules in one SVG."""
     return svg_plot(schedule_curves(), across="steps from --begin to --end", up="sparsity")

@@ -1,4 +1,4 @@
-"""A progress bar for work over a second, at a terminal."""
+"""Progress bars: for bytes, and for training."""
 
 from __future__ import annotations
 
@@ -132,6 +132,6 @@ class TrainingProgress:
 
 
 def format_epoch(entry: LogEntry) -> str:
-    """Return the numbers of an epoch."""
+    """The metrics of an epoch, in a line."""
     numbers = [*entry.train.items(), *((f"val {name}", value) for name, value in entry.val.items())]
     return "  ".join([*(f"{name} {value:.4g}" for name, value in numbers), f"{percent(entry.sparsity)} zero"])

@@ -29,7 +29,7 @@ _COMPARED = (
 
 
 def before_after(before: ModelStats, after: ModelStats) -> Table:
-    """Return the sizes of a model before and after, and how many of its prunable weights are zero."""
+    """The sizes of a model before and after, and how many of its prunable weights are zero."""
     return Table("sizes", _COMPARED, (_compared_row("before", before), _compared_row("after", after)))
 
 
@@ -48,7 +48,7 @@ _COLUMNS = (
 
 
 def prune_report(pruned: Pruned, output: str) -> Report:
-    """Return the report on a run; without an output it was a dry run."""
+    """The report on a run; without an output it was a dry run."""
     rows = tuple(_row(pruned, number) for number in range(len(pruned.plan.cuts)))
     dropped = sum(tally.dropped for tally in pruned.tallies.values())
     zeros = sum(tally.zeros for tally in pruned.tallies.values())
@@ -111,7 +111,7 @@ _SHOWN = 6
 
 
 def wrap_report(wrapped: Wrapped, output: str) -> Report:
-    """Return the report on a run; without an output it was a dry run."""
+    """The report on a run; without an output it was a dry run."""
     report = prune_report(wrapped.pruned, output)
     (section,) = report.sections
     kept = [

@@ -1,4 +1,4 @@
-"""What a command found, as a value: every layout is drawn from it."""
+"""The report of a command as a value, from which every layout is drawn."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Column:
         return self.unit is not Unit.TEXT
 
     def format(self, cell: Cell, units: Units) -> str:
-        """Return a cell as people read it."""
+        """A cell as people read it."""
         if cell is None:
             return "-"
         if self.unit is Unit.COUNT and isinstance(cell, int):
@@ -73,7 +73,7 @@ class Table:
     title: str = ""
 
     def raw_row(self, row: Sequence[Cell]) -> list[str]:
-        """Return a row as programs read it: plain numbers, ratios from 0 to 1."""
+        """A row as programs read it: plain numbers, ratios from 0 to 1."""
         return ["" if cell is None else _plain(cell) for cell in row]
 
 

@@ -44,7 +44,7 @@ class Reporter:
         return self.settings.effective_layout is Layout.JSON
 
     def progress(self, label: str, total_bytes: int) -> AbstractContextManager[ProgressBars]:
-        """Return a bar that appears when work takes longer than a second."""
+        """A bar that appears when work takes longer than a second."""
         return ProgressBars(label, total_bytes, self.settings)
 
     def note(self, text: str) -> None:
@@ -114,7 +114,7 @@ def _without_notes(report: Report) -> Report:
 
 
 def _seconds() -> float:
-    """Return the time since this module was loaded, a few hundredths after the process began."""
+    """Seconds since this module was loaded, a few hundredths after the process began."""
     return time.time() - _BEGAN
 
 
@@ -193,6 +193,6 @@ def _sentence(message: str) -> str:
 
 
 def _help_hint(error: TyperException) -> str:
-    """Return what explains the command that was understood so far: after a slip in its name, all of them."""
+    """A hint at the help of the command that was typed, or of prunectl after a slip in its name."""
     context = getattr(error, "ctx", None)
     return f"see: {context.command_path if context is not None else 'prunectl'} --help"

@@ -1,4 +1,4 @@
-"""What is measured of a layer that is pruned: each has a name, a unit and a number for every sparsity."""
+"""The report on sensitivity: how much each layer suffers from pruning at every sparsity."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prunectl.units import count, percent
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One number of a point."""
+    """A number that is measured at each sparsity."""
 
     name: str
     unit: Unit
@@ -37,7 +37,7 @@ METRICS = (
 
 
 def known_metrics(sensitivity: Sensitivity) -> tuple[Metric, ...]:
-    """Return what is known of at least one layer."""
+    """The metrics that are known of at least one layer."""
     points = [point for layer in sensitivity.layers for point in layer.points]
     return tuple(metric for metric in METRICS if any(metric.value_of(point) is not None for point in points))
 
@@ -49,7 +49,7 @@ _NAME_WIDTH = 26
 
 
 def plot(sensitivity: Sensitivity) -> Table | None:
-    """Return bars of what a layer costs at one sparsity, the longest on top; none if there is nothing to compare."""
+    """A bar chart of the most sensitive layers at one sparsity; None if there is nothing to compare."""
     metrics = [metric for metric in known_metrics(sensitivity) if metric.name != "accuracy"]
     if not metrics:
         return None
@@ -94,7 +94,7 @@ _SHOWN = 5
 
 
 def add_sensitivity(report: Report, each: Sequence[Sensitivity]) -> Report:
-    """Return the report on some models with what is known of how their layers suffer."""
+    """Add the sensitivity of each model's layers to a report."""
     ordered = [_in_order(model, sensitivity) for model, sensitivity in zip(report.models, each, strict=True)]
     rows = [
         (str(model["path"]), layer.name, layer.weights, metric.name, *map(metric.value_of, layer.points))
@@ -114,7 +114,7 @@ def add_sensitivity(report: Report, each: Sequence[Sensitivity]) -> Report:
 
 
 def _in_order(model: dict[str, Any], sensitivity: Sensitivity) -> Sensitivity:
-    """Return layers in the order in which the report has the tensors."""
+    """Layers in the order in which the report has the tensors."""
     positions = {layer["name"]: position for position, layer in enumerate(model["layers"])}
     return replace(sensitivity, layers=tuple(sorted(sensitivity.layers, key=lambda layer: positions[layer.name])))
 

@@ -1,4 +1,4 @@
-"""Tables for programs and for documents: tab-separated, CSV, Markdown."""
+"""Reports for programs and documents: JSON, tab-separated rows, CSV, Markdown."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from prunectl.units import Units
 
 
 def plain(table: Table) -> str:
-    """Return tab-separated rows without a head, for `cut` and `awk`."""
+    """Tab-separated rows without a head, for `cut` and `awk`."""
     return "".join("\t".join(table.raw_row(row)) + "\n" for row in table.rows)
 
 
 def comma_separated(table: Table) -> str:
-    """Return CSV with a head."""
+    """CSV with a head."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([column.name for column in table.columns])
@@ -30,7 +30,7 @@ def comma_separated(table: Table) -> str:
 
 
 def markdown(table: Table, units: Units) -> str:
-    """Return a Markdown table, its numbers as people read them."""
+    """A Markdown table, its numbers as people read them."""
     lines = [
         [column.name for column in table.columns],
         ["---:" if column.is_number else "---" for column in table.columns],
@@ -44,7 +44,7 @@ SCHEMA = "prunectl.report/1"
 
 
 def report_json(report: Report, command: str) -> str:
-    """Return the envelope of what a command found."""
+    """The JSON document of a report."""
     failed = [{"path": failure.path, "error": error_json(failure.error)} for failure in report.failures]
     worst = max(report.failures, key=lambda failure: failure.error.exit_code, default=None)
     return _document(
@@ -60,12 +60,12 @@ def report_json(report: Report, command: str) -> str:
 
 
 def failure_json(error: PrunectlError, command: str) -> str:
-    """Return the envelope of a command that failed as a whole."""
+    """The JSON document of a command that failed as a whole."""
     return _document(command, error.exit_code, models=[], gates=[], artifacts=[], warnings=[], error=error_json(error))
 
 
 def error_json(error: PrunectlError) -> dict[str, Any]:
-    """Return an error as scripts read it."""
+    """An error as scripts read it."""
     return {
         "code": error.exit_code,
         "kind": error.kind,
@@ -91,7 +91,7 @@ _FACTS = tuple(field.name for field in fields(TensorStats))
 
 
 def survey_json(stats: ModelStats) -> dict[str, Any]:
-    """Return a model's part of the envelope: integers for bytes and counts, ratios from 0 to 1."""
+    """A model in a JSON document: integers for bytes and counts, ratios from 0 to 1."""
     about = stats.about
     return {
         "path": stats.path,

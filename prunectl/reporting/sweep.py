@@ -1,4 +1,4 @@
-"""What `sweep` says: how good and how big every point is, and which of them no other beats in both."""
+"""The report of `sweep`: metric and size of every trial, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def plot(sweep: Swept, best: list[Trial]) -> Table:
-    """Return the points as letters, a letter for each way, above the steps of the front."""
+    """Plot the trials as letters, one for each variant, above the steps of the Pareto front."""
     results = {trial: result for trial, result in sweep.outcomes.items() if result.is_number}
     tried = list(dict.fromkeys(trial.variant for trial in results if trial != BASELINE))
     sizes = [result.gzip for result in results.values()]
@@ -53,7 +53,7 @@ def plot(sweep: Swept, best: list[Trial]) -> Table:
 
 
 def sweep_report(sweep: Swept, model: str) -> Report:
-    """Return the report on a sweep."""
+    """The report on a sweep."""
     best = pareto_front(sweep.outcomes)
     table = Table("points", _columns(sweep), tuple(_row(sweep, trial, best) for trial in sweep.outcomes))
     trial_notes = dict.fromkeys(note for result in sweep.outcomes.values() for note in result.notes)
@@ -86,7 +86,7 @@ def sweep_report(sweep: Swept, model: str) -> Report:
 
 
 def trial_line(trial: Trial, result: TrialResult | PrunectlError) -> str:
-    """Return what became of a point, in a line."""
+    """The result of a trial, in a line."""
     if isinstance(result, PrunectlError):
         return f"{trial.name}: {result.message}"
     if not result.is_number:
@@ -145,7 +145,7 @@ def _file(sweep: Swept, trial: Trial) -> str:
 
 
 def _search_section(sweep: Swept) -> Table:
-    """Return the largest sparsity of each way that keeps within the drop."""
+    """A table of the largest sparsity of each variant that keeps within the drop."""
     rows: list[tuple[Cell, ...]] = []
     for variant, trial in sweep.best.items():
         row = _row(sweep, trial, []) if trial is not None else (*_trial_name(sweep, variant), *[None] * 5, "", "none")
@@ -242,5 +242,5 @@ def _compared(comparison: ScheduleComparison, sweep: Swept) -> str:
 
 
 def _format_drop(sweep: Swept, value: float) -> str:
-    """Return a difference: in percentage points where the metric is a share."""
+    """A difference: in percentage points where the metric is a share."""
     return amount(value, sweep.base)

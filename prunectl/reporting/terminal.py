@@ -100,7 +100,7 @@ def _format_cell(table: Table, row: tuple[str | int | float | None, ...], units:
 
 
 def _fit_columns(table: Table, formatted: list[list[str]], width: int) -> list[int]:
-    """Return the columns that fit: those that are optional go first, the last of them before the others."""
+    """The columns that fit: those that are optional go first, the last of them before the others."""
     columns = list(range(len(table.columns)))
     widths = [max(len(table.columns[number].name), *(len(line[number]) for line in formatted), 1) for number in columns]
     # Text folds, so that only a part of it must fit.
@@ -123,7 +123,7 @@ _HEIGHT = 25
 
 
 def make_console(stream: TextIO, settings: Settings) -> Console:
-    """Return a console for a stream."""
+    """A console for a stream."""
     from rich.console import Console  # noqa: PLC0415 - 40 ms that plain rows and JSON do not need
 
     escape_unencodable(stream)

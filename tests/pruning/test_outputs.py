@@ -20,7 +20,7 @@ import onnxruntime
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from prunectl.commands.max_drop import _adopt
+from prunectl.commands.max_drop import _copy_result
 from prunectl.errors import WorkError
 from prunectl.formats import atomic, scratch
 from prunectl.formats import atomic as exchanging
@@ -486,7 +486,7 @@ def test_shards_that_a_search_has_made_take_the_names_of_where_they_go(is_in_pla
     before = {file.name for file in own.iterdir()}
     index = own / ("model" if is_in_place else "new")
     target = index.with_name(f"{index.name}.safetensors.index.json")
-    _adopt(open_model(own), open_model(made), Destination(target, is_in_place=is_in_place))
+    _copy_result(open_model(own), open_model(made), Destination(target, is_in_place=is_in_place))
     new = {"new.safetensors.index.json", "new-00001-of-00002.safetensors", "new-00002-of-00002.safetensors"}
     assert {file.name for file in own.iterdir()} == before | (set() if is_in_place else new)
     assert sparsity(target) == 0.5

@@ -1,4 +1,4 @@
-"""A fragment for make that says which files a result was made from."""
+"""A depfile for make: a rule that lists which files an output was made from."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _UNSPEAKABLE = re.compile(r"[;|%\\]|[\x00-\x1f\x7f]|^~|[ &]$")
 
 
 def make_rule(target: str, prerequisites: Iterable[str], *, main: str) -> str:
-    """Return a rule without a recipe, and an empty one for every prerequisite but the main one, as `gcc -MP` does."""
-    words = [make_escaped(name) for name in prerequisites]
+    """A rule without a recipe, and an empty one for every prerequisite but the main one, as `gcc -MP` does."""
+    names = [make_escaped(name) for name in prerequisites]
     lines = [
-        f"{make_escaped(target)}: {' '.join(words)}",
-        *(f"\n{word}:" for word in words if word != make_escaped(main)),
+        f"{make_escaped(target)}: {' '.join(names)}",
+        *(f"\n{name}:" for name in names if name != make_escaped(main)),
     ]
     # An equals sign would make a variable of the rule, and has no escape but this.
     head = _HEAD if any(f"$({_EQUALS})" in line for line in lines) else ""
@@ -45,19 +45,19 @@ def make_rule(target: str, prerequisites: Iterable[str], *, main: str) -> str:
 
 
 def make_escaped(name: str) -> str:
-    """Return a file name as make reads it."""
+    """A file name with what make would interpret escaped."""
     if _UNSPEAKABLE.search(name):
         raise UsageError(f"make has no way to write the file name {name!r}", hint="rename it, or leave out --depfile")
     return "".join(_ESCAPES.get(letter, letter) for letter in name)
 
 
-def check(depfile: Path, target: Path, taken: Iterable[Path]) -> None:
+def check(depfile: Path, target: Path, models: Iterable[Path]) -> None:
     """Refuse a place where nothing can be written, or where something else is, before any work begins."""
     if str(depfile) == STDIN:
         raise UsageError("--depfile writes a file, not to standard output", hint="--depfile OUT.d")
     if not depfile.absolute().parent.is_dir():
         raise UsageError(f"{depfile.parent} is not a folder", hint=f"mkdir -p {depfile.parent}")
-    if depfile.is_dir() or depfile.resolve() in {path.resolve() for path in taken}:
+    if depfile.is_dir() or depfile.resolve() in {path.resolve() for path in models}:
         raise UsageError(f"{depfile} is no place for a depfile", hint="--depfile OUT.d")
     _check_free(depfile, target)
     check_folder(depfile.absolute().parent)
@@ -90,29 +90,29 @@ def _is_fragment(content: bytes, target: Path) -> bool:
     A comment that says so would do for make, but other programs that read depfiles know none.
     """
     lines = content.decode(errors="replace").removeprefix(_HEAD).splitlines() or [""]
-    name, colon, words = lines[0].partition(": ")
-    known = {f"{word}:" for word in re.split(r"(?<!\\) ", words)}
+    name, separator, prerequisites = lines[0].partition(": ")
+    known = {f"{name}:" for name in re.split(r"(?<!\\) ", prerequisites)}
     is_about = f"/{name}".endswith(f"/{make_escaped(target.name)}")
-    return not content or (bool(colon) and is_about and all(not line or line in known for line in lines[1:]))
+    return not content or (bool(separator) and is_about and all(not line or line in known for line in lines[1:]))
 
 
 _KINDS = ("strategy", "channel strategy", "policy", "schedule", "loss", "metric", "step", "model")
 
 
-def user_modules(before: Collection[str], words: Mapping[str, Any], began_ns: int) -> tuple[Path, ...]:
-    """Return the files of the modules that came since, but for those of prunectl, Python and what is installed."""
-    named = _packages(words)
+def user_modules(before: Collection[str], options: Mapping[str, Any], began_ns: int) -> tuple[Path, ...]:
+    """The files of the modules imported since, but for those of prunectl, Python and what is installed."""
+    packages = _packages(options)
     # What started Python comes again under other names where a framework has made processes ready.
     start = getattr(sys.modules["__main__"], "__file__", None)
-    found = [
+    files = [
         Path(file)
         for name, module in sorted(sys.modules.items())
         if name not in before
         and (file := getattr(module, "__file__", None))
         and file != start
-        and (name.partition(".")[0] in named or not _is_installed(Path(file).resolve()))
+        and (name.partition(".")[0] in packages or not _is_installed(Path(file).resolve()))
     ]
-    return tuple(dict.fromkeys(path for path in found if path.is_file() and not _is_generated(path, began_ns)))
+    return tuple(dict.fromkeys(path for path in files if path.is_file() and not _is_generated(path, began_ns)))
 
 
 def _is_generated(path: Path, began_ns: int) -> bool:
@@ -122,14 +122,14 @@ def _is_generated(path: Path, began_ns: int) -> bool:
     return is_temporary and path.stat().st_mtime_ns > began_ns
 
 
-def _packages(words: Mapping[str, Any]) -> frozenset[str]:
-    """Return the packages that words name, as `package.module:function` or by an entry point."""
+def _packages(options: Mapping[str, Any]) -> frozenset[str]:
+    """The packages that options name, as `package.module:function` or by an entry point."""
     groups = [entry_points(group=group(kind)) for kind in _KINDS]
     points = {point.name: point.value for points in groups for point in points}
-    values = [word for value in words.values() for word in (value if isinstance(value, list | tuple) else (value,))]
-    targets = [points.get(word, word) for word in values if isinstance(word, str)]
-    modules = [word.partition(":")[0] for word in targets if ":" in word]
-    return frozenset(module.partition(".")[0] for module in [*modules, *map(module_of, words.get("imports") or ())])
+    values = [part for value in options.values() for part in (value if isinstance(value, list | tuple) else (value,))]
+    targets = [points.get(part, part) for part in values if isinstance(part, str)]
+    modules = [part.partition(":")[0] for part in targets if ":" in part]
+    return frozenset(module.partition(".")[0] for module in [*modules, *map(module_of, options.get("imports") or ())])
 
 
 def _is_installed(path: Path) -> bool:
@@ -162,36 +162,36 @@ def _data() -> ModuleType:
     return importlib.import_module("prunectl.training.data.registry")
 
 
-def with_recipe(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was typed together with what a recipe says: what that asks for may lie in files of its own."""
-    if said.get("recipe") is None:
-        return dict(said)
-    asked = asdict(manifest.read(Path(said["recipe"]), is_trusted=said["trust"]))
+def with_recipe(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the command line, and those of its recipe, which may name files of its own."""
+    if params.get("recipe") is None:
+        return dict(params)
+    request = asdict(manifest.read(Path(params["recipe"]), is_trusted=params["trust"]))
     # What a recipe calls model builds one; MODEL is the file.
-    return {**said, **{name: value for name, value in asked.items() if name != "model"}, "build": asked["model"]}
+    return {**params, **{name: value for name, value in request.items() if name != "model"}, "build": request["model"]}
 
 
-def files_of(words: Mapping[str, Any]) -> tuple[Path, ...]:
-    """Return the files that words name, the model's own first; functions' own modules are not among them."""
-    found = [
-        *open_model(Path(words["model"])).files,
-        *(file for name in MODELS if words.get(name) for file in open_model(Path(words[name])).files),
-        *(file for name in CALLABLE_OPTIONS if words.get(name) for file in of_spec(words[name])),
-        *(Path(words[name]) for name in FILES if words.get(name) is not None),
+def files_of(options: Mapping[str, Any]) -> tuple[Path, ...]:
+    """The files that options name, those of the model first; modules with the user's functions are not among them."""
+    files = [
+        *open_model(Path(options["model"])).files,
+        *(file for name in MODELS if options.get(name) for file in open_model(Path(options[name])).files),
+        *(file for name in CALLABLE_OPTIONS if options.get(name) for file in of_spec(options[name])),
+        *(Path(options[name]) for name in FILES if options.get(name) is not None),
         *_data().of_functions(
-            value for name, value in words.items() if name not in {"model", "output", *CALLABLE_OPTIONS}
+            value for name, value in options.items() if name not in {"model", "output", *CALLABLE_OPTIONS}
         ),
     ]
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(files))
 
 
-def folders_of(words: Mapping[str, Any]) -> tuple[Path, ...]:
-    """Return the folders whose members are examples: one that is added or gone changes them."""
-    roots = [Path(_grammar().parse(words[name]).where) for name in CALLABLE_OPTIONS if words.get(name)]
+def folders_of(options: Mapping[str, Any]) -> tuple[Path, ...]:
+    """The folders whose members are examples: one that is added or gone changes them."""
+    roots = [Path(_grammar().parse(options[name]).where) for name in CALLABLE_OPTIONS if options.get(name)]
     return tuple(folder for root in roots if root.is_dir() for folder in _data().folders(root))
 
 
 def is_callable_spec(text: str) -> bool:
     """Whether a data SPEC is a function, which may read whatever it likes."""
-    where: str = _grammar().parse(text).where
-    return not os.path.lexists(where) and ":" in where and not where.startswith("random:")
+    source: str = _grammar().parse(text).where
+    return not os.path.lexists(source) and ":" in source and not source.startswith("random:")

@@ -27,7 +27,7 @@ _ESCAPED = {"\\": "\\e", "-": "\\-", "…": "...", "“": '"', "”": '"'}
 
 
 def man() -> str:
-    """Return the page in the language of man."""
+    """The manual page, in roff."""
     commands = {name: importlib.import_module(module).command for name, (module, _) in COMMANDS.items()}
     lines = [
         f'.TH PRUNECTL 1 "" "prunectl {__version__}" "User Commands"',
@@ -59,7 +59,7 @@ def man() -> str:
 
 
 def roff(text: str) -> str:
-    """Return a text in which nothing is taken for a command of man."""
+    """Escape a text for roff."""
     escaped = "".join(_ESCAPED.get(letter, letter) for letter in text)
     ascii_only = "".join(letter if letter.isascii() else f"\\[u{ord(letter):04X}]" for letter in escaped)
     return f"\\&{ascii_only}" if ascii_only.startswith((".", "'")) else ascii_only
@@ -84,7 +84,7 @@ def _argument(param: TyperArgument) -> str:
 
 
 def _split(command: TyperCommand) -> tuple[list[str], list[str]]:
-    """Return the paragraphs of a command's description, and its examples."""
+    """The paragraphs of a command's description, and its examples."""
     assert command.callback is not None
     text = _MARKUP.sub("", inspect.getdoc(command.callback) or "")
     parts = [" ".join(part.split()) for part in text.split("\n\n")]

@@ -29,18 +29,18 @@ TOPICS: dict[str, tuple[str, str]] = {
 
 
 def topic_lines(topic: str) -> tuple[str, ...]:
-    """Return the text of a topic, line by line."""
+    """The text of a topic, line by line."""
     text: str = getattr(importlib.import_module("prunectl.commands.help.topics"), f"{TOPICS[topic][0]}_text")()
     return tuple(text.strip().splitlines())
 
 
 def builtin_rows(kind: str) -> list[Choice]:
-    """Return what there is of a kind wherever prunectl runs: these texts are the same everywhere."""
+    """What is built in of a kind: these texts are the same wherever prunectl runs."""
     return [choice for choice in choices(kind) if choice.source == "built in"]
 
 
 def aligned(pairs: Iterable[tuple[str, str]]) -> str:
-    """Return names and what they mean, one below the other."""
+    """A list of names and their meanings, in two columns."""
     known = list(pairs)
     width = max(len(name) for name, _ in known) + 4
     return "\n".join(

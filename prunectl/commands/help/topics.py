@@ -1,4 +1,4 @@
-"""How prunectl fits into make and CI."""
+"""The texts of `prunectl help TOPIC`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from prunectl.training.data.tfrecord import OPTIONS as RECORDS
 
 
 def builds_text() -> str:
-    """Return the text."""
+    """The topic `builds`."""
     return f"""
 Builds: make and CI
 
@@ -52,7 +52,7 @@ prunectl init writes budgets, prunectl check holds models against them, and
 
 
 def completion_text() -> str:
-    """Return the text."""
+    """The topic `completion`."""
     return """
 Completion in bash, zsh and fish
 
@@ -71,7 +71,7 @@ Nothing of the model is read but its list of tensors.
 
 
 def data_text() -> str:
-    """Return the text."""
+    """The topic `data`."""
     return f"""
 Data: how examples are named, the same in every command
 
@@ -117,7 +117,7 @@ KEYS = {
 
 
 def json_text() -> str:
-    """Return the text."""
+    """The topic `json`."""
     return f"""
 JSON, and what else scripts read
 
@@ -152,7 +152,7 @@ MEANINGS: dict[int, str] = {
 
 
 def exit_codes_text() -> str:
-    """Return the text."""
+    """The topic `exit-codes`."""
     return f"""
 Exit codes
 
@@ -177,7 +177,7 @@ _KINDS = {
 
 
 def extending_text() -> str:
-    """Return the text."""
+    """The topic `extending`."""
     return f"""
 Extending: strategies, schedules and policies of your own
 
@@ -202,7 +202,7 @@ which package.
 
 
 def formats_text() -> str:
-    """Return the text."""
+    """The topic `formats`."""
     read = aligned((row.title, " ".join(filter(None, row.suffixes)) or "(a folder)") for row in FORMATS)
     written = indent(fill(", ".join(target.name for target in TARGETS), WIDTH - 2), "  ")
     return f"""
@@ -222,7 +222,7 @@ Written by prunectl export, which runs the result beside its source:
 
 
 def patterns_text() -> str:
-    """Return the text."""
+    """The topic `patterns`."""
     return f"""
 Patterns: in what shape weights go
 
@@ -249,7 +249,7 @@ is run beside the original before it is kept.
 
 
 def recipes_text() -> str:
-    """Return the text."""
+    """The topic `recipes`."""
     return """
 Recipes: how a run is recorded, repeated and verified
 
@@ -274,7 +274,7 @@ not in it.
 
 
 def schedules_text() -> str:
-    """Return the text."""
+    """The topic `schedules`."""
     curves = ((choice.name, choice.summary.replace("``", "")) for choice in builtin_rows("schedules"))
     return f"""
 Schedules: how sparsity rises while a model is trained
@@ -299,7 +299,7 @@ prune --schedule NAME --end STEP writes tfmot's wrappers into a model of Keras
 
 
 def selectors_text() -> str:
-    """Return the text."""
+    """The topic `selectors`."""
     policies = aligned((choice.name, choice.summary) for choice in builtin_rows("policies"))
     return f"""
 Selectors and policies
@@ -326,7 +326,7 @@ What is left alone is said in the report, with the reason.
 
 
 def sizes_text() -> str:
-    """Return the text."""
+    """The topic `sizes`."""
     return f"""
 Sizes and ratios
 
@@ -365,7 +365,7 @@ _NEEDS = {
 
 
 def strategies_text() -> str:
-    """Return the text."""
+    """The topic `strategies`."""
     parts = [
         f"{title}\n\n{aligned((one.name, one.summary) for one in STRATEGIES if one.needs is needs)}"
         for needs, title in _NEEDS.items()
@@ -385,7 +385,7 @@ have measures of their own: prunectl plugins channels.
 
 
 def trust_text() -> str:
-    """Return the text."""
+    """The topic `trust`."""
     return """
 Trust: when code that comes with a file may run
 

@@ -1,4 +1,4 @@
-"""What needs a look, in the way that services want it: a rule, a line, a text, and a mark to know it again by."""
+"""Findings for CI services: JUnit, SARIF, GitHub, GitLab and OpenMetrics."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def list_annotations(findings: Findings) -> Iterator[Annotation]:
 
 
 def uri(path: str) -> str:
-    """Return a path as a reference; one from the root as a URI of its own."""
+    """A path as a reference; one from the root as a URI of its own."""
     return f"file://{quote(path)}" if path.startswith("/") else quote(path)
 
 
@@ -78,7 +78,7 @@ _IN_PROPERTY = {**_IN_TEXT, ":": "%3A", ",": "%2C"}
 
 
 def github(findings: Findings) -> str:
-    """Return a workflow command for each limit that was broken, and for what could not be judged."""
+    """Workflow commands of GitHub, one for each annotation."""
     return "".join(f"{_command(findings.file, annotation)}\n" for annotation in list_annotations(findings))
 
 
@@ -97,7 +97,7 @@ _SEVERITIES = {Severity.UNUSABLE: "critical", Severity.ERROR: "major", Severity.
 
 
 def gitlab(findings: Findings) -> str:
-    """Return an issue for each limit that was broken, and for what could not be judged."""
+    """A report for GitLab Code Quality, with an issue for each annotation."""
     return json.dumps([_issue(findings.file, annotation) for annotation in list_annotations(findings)], indent=2) + "\n"
 
 
@@ -116,7 +116,7 @@ _LINES = {key.name: key.summary for key in (*LAYER, *BUDGET)} | {UNUSABLE: "What
 
 
 def sarif(findings: Findings) -> str:
-    """Return a log with a result for each limit that was broken, and for what could not be judged."""
+    """A SARIF 2.1.0 log, with a result for each annotation."""
     annotations = list(list_annotations(findings))
     rules = sorted({annotation.rule for annotation in annotations})
     driver = {
@@ -153,13 +153,13 @@ _NAMED = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "\n": "&#10;", 
 
 
 def xml_element(tag: str, inner: str = "", **attributes: str | int) -> str:
-    """Return an element, its attributes escaped; what is inside is XML already."""
+    """An element, its attributes escaped; what is inside is XML already."""
     attribute_text = "".join(f' {name}="{escaped(str(value))}"' for name, value in attributes.items())
     return f"<{tag}{attribute_text}>{inner}</{tag}>" if inner else f"<{tag}{attribute_text}/>"
 
 
 def escaped(text: str) -> str:
-    """Return text that can stand anywhere in XML; what is not printable is marked as such."""
+    """Text that can stand anywhere in XML; what is not printable is marked as such."""
     return "".join(_NAMED.get(letter) or (letter if letter.isprintable() else "\ufffd") for letter in text)
 
 
@@ -167,7 +167,7 @@ _SUITE = "prunectl check"
 
 
 def junit(findings: Findings) -> str:
-    """Return a test case for each finding: a warning is a test that passed, with something to say."""
+    """JUnit XML with a test case for each finding: a warning is a test that passed, with output."""
     cases = [_case(item) for item in findings.findings] + [_error(item) for item in findings.errors]
     counts = {
         "tests": len(cases),
@@ -205,7 +205,7 @@ _FAMILIES: tuple[tuple[str, str, Callable[[Finding], float]], ...] = (
 
 
 def openmetrics(findings: Findings) -> str:
-    """Return a gauge for the verdicts, what was found, and the limits; and the exit code."""
+    """OpenMetrics gauges for verdicts, measured values and limits, and for the exit code."""
     # A set of labels may come once: of several limits alike on one thing, the one that says no is told.
     ordered = sorted(findings.findings, key=lambda finding: (finding.ok, finding.is_warning))
     unique: dict[str, Finding] = {}

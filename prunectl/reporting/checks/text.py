@@ -13,7 +13,7 @@ from prunectl.units import Units, count, nbytes, percent, printable
 
 
 def number(value: float, unit: MetricUnit, units: Units = Units.SI) -> str:
-    """Return what was found, or its limit, as people read it."""
+    """Format a measured value, or its limit, in its unit."""
     if unit is MetricUnit.RATIO:
         return f"-{percent(-value)}" if value < 0 else percent(value)
     if unit is MetricUnit.BYTES:
@@ -26,12 +26,12 @@ def number(value: float, unit: MetricUnit, units: Units = Units.SI) -> str:
 
 
 def subject(finding: Finding) -> str:
-    """Return what the limit is about."""
+    """What the limit is about."""
     return f"{finding.model}: {finding.tensor}" if finding.tensor else finding.model
 
 
 def actual_and_limit(finding: Finding, units: Units = Units.SI) -> tuple[str, str]:
-    """Return what was found and its limit, told apart even where rounding makes them one."""
+    """Format a measured value and its limit, with more digits where rounding makes them equal."""
     actual, limit = number(finding.actual, finding.unit, units), number(finding.limit, finding.unit, units)
     if actual == limit and finding.actual != finding.limit:
         if finding.unit is MetricUnit.BYTES:
@@ -45,14 +45,14 @@ def actual_and_limit(finding: Finding, units: Units = Units.SI) -> tuple[str, st
 
 
 def describe(finding: Finding, units: Units = Units.SI) -> str:
-    """Return a limit, what was found, and what there is to say of it."""
+    """A sentence on a finding: its limit, the measured value, and its notes."""
     actual, limit = actual_and_limit(finding, units)
     text = f"{finding.id}: {subject(finding)} has {actual}, the limit is {limit}."
     return " ".join(filter(None, (text, finding.note, finding.message)))
 
 
 def summary(findings: Findings) -> str:
-    """Return all of it in a line."""
+    """The counts of a check, in a line."""
     passed = len(findings.findings) - len(findings.failed) - len(findings.warned)
     parts = [
         f"{count(len(findings.failed))} failed",
@@ -77,12 +77,12 @@ _HUMAN = (Column("verdict"), Column("gate"), Column("model"), Column("found"), C
 
 
 def rows(findings: tuple[Finding, ...]) -> Table:
-    """Return the findings as programs read them."""
+    """The findings as programs read them."""
     return Table("gates", _PLAIN, tuple(_row(finding) for finding in findings))
 
 
 def table(findings: tuple[Finding, ...]) -> Table:
-    """Return the findings as people read them."""
+    """The findings as people read them."""
     lines = tuple(
         (finding.verdict, finding.id, subject(finding), *actual_and_limit(finding), finding.budget)
         for finding in findings
@@ -91,7 +91,7 @@ def table(findings: tuple[Finding, ...]) -> Table:
 
 
 def check_report(findings: Findings, *, has_gates: bool) -> Report:
-    """Return the report on a check; the gates themselves are for scripts, as people see them in the table."""
+    """The report on a check; the gates themselves are for scripts, as people see them in the table."""
     # Scripts have what failed among the gates.
     broken = (*(() if has_gates else findings.failed), *findings.warned)
     lines = tuple(f"{finding.verdict}: {describe(finding)}" for finding in broken)
@@ -128,7 +128,7 @@ def _row(finding: Finding) -> tuple[Cell, ...]:
 
 
 def human(findings: Findings) -> str:
-    """Return a line for each finding, what could not be judged, and all of it in one line."""
+    """A line for each finding and each error, and a summary."""
     lines = [f"{item.verdict:<5}  {describe(item)}" for item in findings.findings]
     lines += [f"error  {item.error.message}" for item in findings.errors]
     lines += [f"note   {note}" for note in findings.notes]
@@ -136,7 +136,7 @@ def human(findings: Findings) -> str:
 
 
 def plain(findings: Findings) -> str:
-    """Return tab-separated rows with raw numbers: verdict, gate, model, tensor, actual, limit, unit, budget."""
+    """Tab-separated rows with raw numbers: verdict, gate, model, tensor, actual, limit, unit, budget."""
     return serialize.plain(rows(findings.findings))
 
 
@@ -144,12 +144,12 @@ _COMMAND = "check"
 
 
 def as_json(findings: Findings) -> str:
-    """Return the envelope."""
+    """The findings as the JSON of `check --json`."""
     return serialize.report_json(check_report(findings, has_gates=True), _COMMAND)
 
 
 def as_html(findings: Findings) -> str:
-    """Return the page."""
+    """The findings as an HTML page."""
     # Most reports are for scripts, and do without what draws pages.
     text: str = importlib.import_module("prunectl.reporting.html.page").page(
         check_report(findings, has_gates=False), "check", Units.SI
@@ -164,7 +164,7 @@ _SPECIAL = str.maketrans({letter: f"\\{letter}" for letter in "\\`*_{}[]<>|#~"})
 
 
 def markdown(findings: Findings) -> str:
-    """Return a heading, what needs a look, and the rest folded away."""
+    """A heading, what needs a look, and the rest folded away."""
     broken = (*findings.failed, *findings.warned)
     passed = tuple(item for item in findings.findings if item.ok)
     sign = "❌" if findings.exit_code else "⚠️" if findings.warned else "✅"
@@ -184,7 +184,7 @@ def markdown(findings: Findings) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return text that Markdown and HTML leave as it is."""
+    """Text that Markdown and HTML leave as it is."""
     return printable(text).translate(_SPECIAL).replace("&", "&amp;").replace("\\<", "&lt;").replace("\\>", "&gt;")
 
 

@@ -1,4 +1,4 @@
-"""The frame of a plot: where a number lies, and lines to read it by."""
+"""Charts and pictures of a page: SVG with axes, bars, curves, Pareto fronts and treemaps, PNGs of sparsity maps."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _LONGEST_TEXT = 2000
 
 
 def escape(text: str) -> str:
-    """Return text that is only ever text: nothing in it opens a tag, ends an attribute or turns around what follows."""
+    """Text that is only ever text: nothing in it opens a tag, ends an attribute or turns around what follows."""
     return html.escape(printable(abbreviated(text, _LONGEST_TEXT)))
 
 
 def format_number(text: str, longest: int = _LONGEST) -> str:
-    """Return the end of a name, which tells it from the others, as text of a page."""
+    """The end of a name, which tells it from the others, as text of a page."""
     shown = printable(text[-_LONGEST_TEXT:])
     return html.escape(shown if len(shown) <= longest else f"…{shown[1 - longest :]}")
 
 
 def tag(name: str, inside: str = "", **attributes: str) -> str:
-    """Return an element around what is escaped already."""
+    """An element around what is escaped already."""
     attribute_text = "".join(f' {key}="{escape(value)}"' for key, value in attributes.items())
     return f"<{name}{attribute_text}>{inside}</{name}>"
 
@@ -46,7 +46,7 @@ _LINES = 5
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """From numbers to places on a line."""
+    """A linear scale from numbers to coordinates."""
 
     low: float
     high: float
@@ -55,13 +55,13 @@ class Scale:
 
     @classmethod
     def of(cls, values: Sequence[float], begin: float, end: float) -> Scale:
-        """Return the scale on which all of these lie, with a little air."""
+        """The scale on which all of these lie, with a little air."""
         low, high = min(values), max(values)
         air = (high - low or abs(high) or 1.0) * 0.04
         return cls(low - air, high + air, begin, end)
 
     def position(self, value: float) -> float:
-        """Return the place of a number."""
+        """The coordinate of a number."""
         return self.begin + (value - self.low) / (self.high - self.low) * (self.end - self.begin)
 
     @property
@@ -71,17 +71,17 @@ class Scale:
 
 
 def across(values: Sequence[float]) -> Scale:
-    """Return a scale from left to right."""
+    """A scale from left to right."""
     return Scale.of(values, LEFT, LEFT + WIDTH)
 
 
 def upwards(values: Sequence[float]) -> Scale:
-    """Return a scale from bottom to top."""
+    """A scale from bottom to top."""
     return Scale.of(values, TOP + HEIGHT, TOP)
 
 
 def axes(x: Scale, y: Scale, names: tuple[str, str], marks: Mapping[float, str]) -> str:
-    """Return the lines and the numbers of both axes, those from left to right as they are to be spelled."""
+    """Both axes of a chart: grid lines, numbers on the y axis, and the given labels on the x axis."""
     bottom = TOP + HEIGHT
     parts = []
     for mark in y.marks:
@@ -97,7 +97,7 @@ def axes(x: Scale, y: Scale, names: tuple[str, str], marks: Mapping[float, str])
 
 
 def chart(label: str, inside: str, more: int = 0) -> str:
-    """Return a picture of what is inside, with room for some pixels below."""
+    """A chart as SVG, with room for a legend below."""
     wide, tall = LEFT + WIDTH + 30, TOP + HEIGHT + BELOW + more
     return (
         f'<svg viewBox="0 -12 {wide} {tall + 12}" width="{wide}" role="img" aria-label="{escape(label)}">{inside}</svg>'
@@ -109,7 +109,7 @@ _NAMES, _BARS_WIDTH, _BAR_HEIGHT, _NUMBERS = 330, 400, 16, 70
 
 
 def bars(layers: Sequence[dict[str, Any]]) -> str:
-    """Return a picture of the sparsity of the prunable tensors; nothing if none was counted."""
+    """A bar chart of the sparsity of the prunable tensors; empty if no zeros were counted."""
     known = [layer for layer in layers if layer["is_prunable"] and layer["sparsity"] is not None]
     if not known:
         return ""
@@ -140,7 +140,7 @@ _COLOURS, _LEGEND_LINE, _MARKS = 6, 18, 8
 
 
 def curves(report: Report) -> str:
-    """Return the pictures of what a report says epoch by epoch; nothing of less than two."""
+    """Line charts of losses and metrics by epoch; empty for fewer than two epochs."""
     tables = [table for section in report.sections for table in section.tables if table.name == _TABLE]
     return "".join(_pictures(table) for table in tables if len(table.rows) > 1)
 
@@ -177,7 +177,7 @@ def _picture(lines: Mapping[str, Sequence[tuple[int, float]]]) -> str:
 
 
 def pareto(models: Sequence[dict[str, Any]], units: Units) -> str:
-    """Return a picture of the points; nothing where there is no sweep."""
+    """A scatter plot of the trials of a sweep with the Pareto front; empty where there is no sweep."""
     # What came to no number has no place.
     points = [model for model in models if "point" in model and model["point"]["value"] is not None]
     if not points:
@@ -234,7 +234,7 @@ class Box:
 
 
 def treemap(layers: Sequence[dict[str, Any]], units: Units) -> str:
-    """Return a picture of the sizes of all tensors; nothing of none."""
+    """A treemap of the sizes of all tensors; empty if there are none."""
     sized = sorted((layer for layer in layers if layer["bytes"] and not layer["tied_to"]), key=lambda it: -it["bytes"])
     total = sum(layer["bytes"] for layer in sized)
     if not total:
@@ -254,7 +254,7 @@ def treemap(layers: Sequence[dict[str, Any]], units: Units) -> str:
 
 
 def squarify(sizes: Sequence[float], box: Box) -> list[Box]:
-    """Return a box for each size, their areas in proportion, about as wide as high; the sizes fall."""
+    """Lay out a squarified treemap (Bruls, Huizing, van Wijk 2000): one box for each of the descending sizes."""
     scale = box.width * box.height / sum(sizes)
     areas = [size * scale for size in sizes]
     boxes: list[Box] = []
@@ -270,13 +270,13 @@ def squarify(sizes: Sequence[float], box: Box) -> list[Box]:
 
 
 def _worst(areas: Sequence[float], side: float) -> float:
-    """Return how far from a square the worst box of a strip along a side is."""
+    """The worst aspect ratio among the boxes of a strip along a side."""
     total = sum(areas)
     return max(side * side * areas[0] / (total * total), total * total / (side * side * areas[-1]))
 
 
 def _lay_out_strip(strip: Sequence[float], box: Box) -> tuple[list[Box], Box]:
-    """Return the boxes of a strip along the shorter side, and what is left beside it."""
+    """Lay out a strip along the shorter side; return its boxes, and the rest of the box."""
     total = sum(strip)
     boxes: list[Box] = []
     offset = 0.0
@@ -315,12 +315,12 @@ Color = tuple[int, int, int]
 
 
 def data_uri(levels: NDArray[np.uint8], colors: Sequence[Color]) -> str:
-    """Return a picture of levels from 0 to 15, each in its colour."""
+    """A PNG of levels from 0 to 15 as a data URI."""
     return f"data:image/png;base64,{base64.b64encode(png(levels, colors)).decode()}"
 
 
 def png(levels: NDArray[np.uint8], colors: Sequence[Color]) -> bytes:
-    """Return the bytes of the file."""
+    """Encode a PNG with 4 bits a pixel and a palette."""
     tall, wide = levels.shape
     even = np.pad(levels, ((0, 0), (0, wide % 2)))
     # Two pixels in a byte, the left one high; each line begins with the number of its filter, which is none.
@@ -353,7 +353,7 @@ COLORS = tuple(_blend(level / (LEVELS - 1)) for level in range(LEVELS))
 
 
 def draw_sparsity_maps(maps: Sequence[SparsityMap]) -> str:
-    """Return the pictures; nothing of none."""
+    """Pictures of where the zeros are; empty if there are no maps."""
     if not maps:
         return ""
     legend = "Blue is kept, pale is zero; outputs from top to bottom, what they read from left to right."
@@ -361,7 +361,7 @@ def draw_sparsity_maps(maps: Sequence[SparsityMap]) -> str:
 
 
 def quantise(sparsity_map: SparsityMap) -> NDArray[np.uint8]:
-    """Return the share of zeros in each field, from 0 to 15; the ends are for none and for all."""
+    """The share of zeros in each field, from 0 to 15; the ends are for none and for all."""
     share = np.rint(sparsity_map.zeros * (LEVELS - 1) / sparsity_map.sizes).astype(np.int64)
     inner = np.clip(share, 1, LEVELS - 2)
     return np.where(
@@ -370,7 +370,7 @@ def quantise(sparsity_map: SparsityMap) -> NDArray[np.uint8]:
 
 
 def describe_map(sparsity_map: SparsityMap) -> str:
-    """Return in words what the picture shows."""
+    """Describe a sparsity map in words."""
     rows = "row" if sparsity_map.empty_rows == 1 else "rows"
     empty = f"; {count(sparsity_map.empty_rows)} empty {rows}" if sparsity_map.empty_rows else ""
     return f"{percent(sparsity_map.share)} zero{empty}"

@@ -23,7 +23,7 @@ _FILTERED_FROM = 9
 
 
 def table_html(table: Table, identity: str, units: Units) -> str:
-    """Return a table; its rows are those of the report, in that order until somebody clicks."""
+    """A table; its rows are those of the report, in that order until somebody clicks."""
     heads = "".join(_head(column) for column in table.columns)
     rows = "".join(_row(table, row, units) for row in table.rows)
     foot = f"<tfoot>{_row(table, table.total, units)}</tfoot>" if table.total else ""
@@ -71,7 +71,7 @@ PLOT = "plot"
 
 
 def page(report: Report, command: str, units: Units) -> str:
-    """Return a report as a whole file."""
+    """Render a report as a self-contained HTML file."""
     title = f"prunectl {command}"
     rules = (
         f"default-src 'none'; style-src {_hash(STYLE)}; script-src {_hash(SCRIPT)}; img-src data:; "
