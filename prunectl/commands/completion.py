@@ -210,7 +210,7 @@ def _parts(line: str) -> list[str]:
 
 
 def _value(word: str) -> str:
-    """The value in `--option=value`, which is what is completed."""
+    """The value of an option that is one word with it: only that is completed."""
     name, sign, value = word.partition("=")
     return value if sign and name.startswith("-") else word
 
