@@ -135,7 +135,7 @@ def _data_names(files: Sequence[Path], name: str) -> list[Path]:
 def _shard_names(shards: Sequence[Path], index: str) -> list[Path]:
     """Return names for shards that keep their numbers, where all of them have one."""
     stem = index.removesuffix(_INDEX).removesuffix(shards[0].suffix if shards else "")
-    tails = [found.group() for shard in shards if (found := _SHARD_TAIL.search(shard.name))]
+    tails = [match.group() for shard in shards if (match := _SHARD_TAIL.search(shard.name))]
     if len(set(tails)) < len(shards):
         tails = [f"-{number:05}-of-{len(shards):05}{shard.suffix}" for number, shard in enumerate(shards, 1)]
     return [Path(f"{stem}{tail}") for tail in tails]

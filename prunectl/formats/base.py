@@ -1,4 +1,4 @@
-"""What every format says of a model: its tensors, and the facts around them."""
+"""The interface of a format: ModelFile, its tensors, and the facts around them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Array = NDArray[Any]
 
 
 def format_shape(shape: Sequence[int]) -> str:
-    """A shape as a sentence has room for it."""
+    """A shape, shortened for a message."""
     return abbreviated(str(list(shape[:MAX_NAME_CHARACTERS])))
 
 
@@ -72,7 +72,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """What a file says about a tensor before any of its bytes are read."""
+    """Metadata of a tensor, known before any of its bytes are read."""
 
     name: str
     layer: str
@@ -102,7 +102,7 @@ class Tensor:
 
     @property
     def view_key(self) -> tuple[object, ...]:
-        """What it shows of which storage: tensors of the same view hold the same numbers, and need be read once."""
+        """Identity of the view: tensors with equal keys show the same elements, and need be read once."""
         return self.storage.key, self.start, self.shape, self.strides, self.dtype
 
     @property
@@ -117,7 +117,7 @@ class Tensor:
 
     @property
     def reduction_axis(self) -> int | None:
-        """Axis of the inputs: as the handler says, else the neighbour of the output axis."""
+        """Axis that a product sums over: as the handler says, else the neighbour of the output axis."""
         if self.in_axis is not None or self.out_axis is None or len(self.shape) < 2:
             return self.in_axis
         return 1 if self.out_axis == 0 else self.out_axis - 1
@@ -246,19 +246,19 @@ class ModelFile:
 
 
 class NameAllocator:
-    """Gives each name out once: `a`, `a#2`, `a#3`."""
+    """Makes names unique: `a`, `a#2`, `a#3`."""
 
     def __init__(self) -> None:
         self._seen: Counter[str] = Counter()
 
     def unique(self, wanted: str) -> str:
-        """Return the name that was asked for, with a number if it is taken."""
-        found = wanted
-        while found in self._seen:
+        """The wanted name, with a number if another tensor has it."""
+        name = wanted
+        while name in self._seen:
             self._seen[wanted] += 1
-            found = f"{wanted}#{self._seen[wanted]}"
-        self._seen[found] = 1
-        return found
+            name = f"{wanted}#{self._seen[wanted]}"
+        self._seen[name] = 1
+        return name
 
 
 Length = int | None
@@ -269,12 +269,12 @@ MAX_COUNT = 1 << 62
 
 
 def numel(lengths: Iterable[Length]) -> int | None:
-    """Return the product of lengths, if they are all known and it is one that a model can have."""
+    """Product of the lengths; None if one is unknown or no model can have so many elements."""
     known = tuple(lengths)
     if any(length is None for length in known):
         return None
-    found = math.prod(length for length in known if length is not None)
-    return found if found <= MAX_COUNT else None
+    count = math.prod(length for length in known if length is not None)
+    return count if count <= MAX_COUNT else None
 
 
 class StripPart(StrEnum):
@@ -294,7 +294,7 @@ class StripPart(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StripOptions:
-    """What is to go."""
+    """Which parts to strip, and whether to halve the floats."""
 
     parts: frozenset[StripPart] = frozenset(StripPart)
     to_half: bool = False
@@ -303,7 +303,7 @@ class StripOptions:
 
 @dataclass(frozen=True, slots=True)
 class RemovedItem:
-    """Something that went."""
+    """A stripped item and its size."""
 
     name: str
     part: StripPart

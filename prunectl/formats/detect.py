@@ -56,10 +56,10 @@ def missing(path: Path) -> InputError:
 
 def address(word: str, *, is_written: bool = False) -> InputError | None:
     """The error for a word that is an address, whether of what is to be read or of what is to be written."""
-    found = _URL.fullmatch(word)
-    if found is None or os.path.lexists(word):
+    match = _URL.fullmatch(word)
+    if match is None or os.path.lexists(word):
         return None
-    scheme, rest = found.groups()
+    scheme, rest = match.groups()
     url = f"{scheme}://{rest}"
     if is_written:
         return InputError(f"{abbreviated(url)} is a URL, and prunectl writes files", hint="write a file, and upload it")

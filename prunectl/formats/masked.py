@@ -29,12 +29,12 @@ def pieces(arrays: Sequence[Array]) -> Iterator[tuple[Array, ...]]:
 
 def apply_mask(weights: Array, masks: Sequence[Array]) -> Iterator[Array]:
     """Yield the weights times their masks: plain zeros where a mask is zero, whatever stood there."""
-    for found, *factors in pieces([weights, *masks]):
-        product = found
+    for weight, *factors in pieces([weights, *masks]):
+        product = weight
         for factor in factors:
             with np.errstate(all="ignore"):
-                times = (product * factor.astype(found.dtype)).astype(found.dtype)
-            product = np.where(factor.astype(np.float32) != 0, times, np.zeros((), found.dtype))
+                times = (product * factor.astype(weight.dtype)).astype(weight.dtype)
+            product = np.where(factor.astype(np.float32) != 0, times, np.zeros((), weight.dtype))
         yield product
 
 

@@ -83,14 +83,14 @@ def copy_with_patches(source: Path, target: Path, rewrites: Sequence[TensorUpdat
     old = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     new = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        at, end = 0, os.fstat(old).st_size
+        offset, end = 0, os.fstat(old).st_size
         # Each run is written in its own place, so that two can be written at once.
         with workers(THREADS) as pool:
             writing = [pool.submit(_write_run, new, rewrite.run, rewrite.raw()) for rewrite in rewrites]
             for run in (rewrite.run for rewrite in rewrites):
-                _copy(source, old, new, at, run.offset)
-                at = run.offset + run.nbytes
-            _copy(source, old, new, at, end)
+                _copy(source, old, new, offset, run.offset)
+                offset = run.offset + run.nbytes
+            _copy(source, old, new, offset, end)
             for done in writing:
                 done.result()
     finally:
@@ -99,15 +99,15 @@ def copy_with_patches(source: Path, target: Path, rewrites: Sequence[TensorUpdat
 
 
 def _write_run(new: int, run: Extent, pieces: Iterator[memoryview]) -> None:
-    at = run.offset
+    offset = run.offset
     for view in pieces:
         check_stopped()
-        left = view
-        while left:
-            done = os.pwrite(new, left, at)
-            at, left = at + done, left[done:]
-    if at != run.offset + run.nbytes:
-        raise ValueError(f"{at - run.offset} bytes were written in the place of {run.nbytes}")
+        remaining = view
+        while remaining:
+            done = os.pwrite(new, remaining, offset)
+            offset, remaining = offset + done, remaining[done:]
+    if offset != run.offset + run.nbytes:
+        raise ValueError(f"{offset - run.offset} bytes were written in the place of {run.nbytes}")
 
 
 def _copy(source: Path, old: int, new: int, begin: int, end: int) -> None:

@@ -156,16 +156,16 @@ def by_name(name: str) -> Format:
 def load(reference: str) -> Callable[..., Any]:
     """Import what a row of the table names as `module:function`."""
     module, _, attribute = reference.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(f"prunectl.formats.{module}"), attribute)
-    return found
+    function: Callable[..., Any] = getattr(importlib.import_module(f"prunectl.formats.{module}"), attribute)
+    return function
 
 
 def recognise(path: Path) -> Format:
     """Return the format of ``path``: judged by its content, its name breaking ties."""
     peek = FileProbe(path)
     plausible = [row for row in FORMATS if row.matches(peek)]
-    for found in sorted(plausible, key=lambda row: path.suffix.lower() not in row.suffixes):
-        return found
+    for row in sorted(plausible, key=lambda row: path.suffix.lower() not in row.suffixes):
+        return row
     known = " ".join(dict.fromkeys(suffix for row in FORMATS for suffix in row.suffixes if suffix))
     raise InputError(
         f"{path} {detect.explain_unsupported(peek)}", hint=f"prunectl reads SavedModel folders and {known}"

@@ -80,18 +80,18 @@ def run_sandboxed(
             own.close()
     if answer is None:
         raise InputError(f"{path} {_OUT_OF_TIME}")
-    how, said = answer
-    if how == sandbox_child.DONE:
-        return said
-    if how == sandbox_child.REFUSED:
-        raise InputError(said.decode("utf-8", "backslashreplace"))
-    if how == sandbox_child.NOT_WRITTEN:
-        number, _, name = said.partition(b" ")
+    outcome, payload = answer
+    if outcome == sandbox_child.DONE:
+        return payload
+    if outcome == sandbox_child.REFUSED:
+        raise InputError(payload.decode("utf-8", "backslashreplace"))
+    if outcome == sandbox_child.NOT_WRITTEN:
+        number, _, name = payload.partition(b" ")
         raise OSError(int(number), os.strerror(int(number)), os.fsdecode(bytes(name)) or None)
     for file in written:
         _need_room(file)
-    if how == sandbox_child.FAILED:
-        raise InputError(f"{path} is truncated or damaged: {said.decode('utf-8', 'backslashreplace')}")
+    if outcome == sandbox_child.FAILED:
+        raise InputError(f"{path} is truncated or damaged: {payload.decode('utf-8', 'backslashreplace')}")
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) in _OVER_TIME:
         raise InputError(f"{path} {_OUT_OF_TIME}")
     raise InputError(f"{path} crashes the library that reads it: it is damaged or hostile")
@@ -314,13 +314,13 @@ def _exchange(channel: socket.socket, request: bytes, deadline: float) -> tuple[
 
 
 def _whole(channel: socket.socket, nbytes: int) -> bytes:
-    found = b""
-    while len(found) < nbytes:
-        piece = channel.recv(nbytes - len(found))
+    data = b""
+    while len(data) < nbytes:
+        piece = channel.recv(nbytes - len(data))
         if not piece:
             raise EOFError("it has ended")
-        found += piece
-    return found
+        data += piece
+    return data
 
 
 def _folder() -> str:
@@ -331,5 +331,5 @@ def _folder() -> str:
 
 
 def _function(work: Callable[..., object]) -> Callable[..., object]:
-    found: Callable[..., object] = getattr(work, "func", work)
-    return found
+    function: Callable[..., object] = getattr(work, "func", work)
+    return function

@@ -92,11 +92,11 @@ def _close_what_is_others() -> None:
 
 
 def _question(control: socket.socket) -> tuple[bytes, int, list[int]] | None:
-    said, channels, _, _ = socket.recv_fds(control, QUESTION.size, 1)
-    if not said:
+    request, channels, _, _ = socket.recv_fds(control, QUESTION.size, 1)
+    if not request:
         return None
-    said += _read(0, QUESTION.size - len(said))
-    what, number = QUESTION.unpack(said)
+    request += _read(0, QUESTION.size - len(request))
+    what, number = QUESTION.unpack(request)
     return what, number, channels
 
 
@@ -169,9 +169,9 @@ def run_and_encode(work: Callable[[], bytes | memoryview]) -> tuple[bytes, bytes
 
 def _failure(error: Exception) -> tuple[bytes, bytes]:
     # libhdf5 tells only in words that a disk is full.
-    said = re.search(r"errno = (\d+)", str(error))
-    if said is not None and int(said[1]) in NO_ROOM:
-        return NOT_WRITTEN, said[1].encode()
+    match = re.search(r"errno = (\d+)", str(error))
+    if match is not None and int(match[1]) in NO_ROOM:
+        return NOT_WRITTEN, match[1].encode()
     if isinstance(error, OSError) and is_of_output(error):
         return NOT_WRITTEN, f"{error.errno} ".encode() + os.fsencode(error.filename or "")
     return FAILED, (str(error) or type(error).__name__).encode("utf-8", "backslashreplace")
@@ -179,10 +179,10 @@ def _failure(error: Exception) -> tuple[bytes, bytes]:
 
 def _read(channel: int, nbytes: int) -> bytes:
     """Return so many bytes, or fewer where the other side is gone."""
-    found = bytearray()
-    while len(found) < nbytes and (piece := os.read(channel, min(nbytes - len(found), 1 << 20))):
-        found += piece
-    return bytes(found)
+    data = bytearray()
+    while len(data) < nbytes and (piece := os.read(channel, min(nbytes - len(data), 1 << 20))):
+        data += piece
+    return bytes(data)
 
 
 def _send(channel: int, answer: bytes | memoryview) -> None:

@@ -17,14 +17,14 @@ _NEAREST = 3
 def select_names(model: ModelFile, selector: str) -> tuple[Tensor, ...]:
     """Return the tensors whose name or layer a selector matches; matching none is a slip."""
     matches = _matcher(selector)
-    found = tuple(tensor for tensor in model.tensors if matches(tensor.name) or matches(tensor.layer))
-    if not found:
+    tensors = tuple(tensor for tensor in model.tensors if matches(tensor.name) or matches(tensor.layer))
+    if not tensors:
         raise UsageError(
             f"no layer matches {selector!r} in {model.path}",
             did_you_mean=close_matches(selector, [tensor.layer or tensor.name for tensor in model.tensors]),
             hint=f"list them: prunectl inspect {model.path}",
         )
-    return found
+    return tensors
 
 
 def close_matches(word: str, known: Sequence[str]) -> tuple[str, ...]:

@@ -243,9 +243,9 @@ def averaged_copies(tensors: Iterable[Named]) -> tuple[str, str, int] | None:
         for skip in range(min(_MOST_ROOTS, len(parts))):
             others.setdefault("".join(parts[skip:]), (".".join(parts[:skip]), tensor.shape))
     for place, held in averages.items():
-        found = [other for tensor in held if (other := _other(tensor, place, others)) is not None]
-        if 2 * len(found) >= len(held):
-            return max(set(found), key=found.count), place, len(found)
+        originals = [other for tensor in held if (other := _other(tensor, place, others)) is not None]
+        if 2 * len(originals) >= len(held):
+            return max(set(originals), key=originals.count), place, len(originals)
     return None
 
 
@@ -266,21 +266,21 @@ def _is_for_training(section: str, sections: frozenset[str]) -> bool:
 
 def wrappers(tensors: Iterable[Tensor]) -> tuple[PruningWrapper, ...]:
     """Return the wrappers that the names give away, those that prune first."""
-    found = []
+    candidates = []
     names = {tensor.name: tensor for tensor in tensors}
     for name, tensor in names.items():
         if ".parametrizations." in f".{name}":
             is_mask = name.endswith(".mask")
-            found.append(PruningWrapper("torch.ao.pruning" if is_mask else PARAMETRIZATION, tensor.layer))
+            candidates.append(PruningWrapper("torch.ao.pruning" if is_mask else PARAMETRIZATION, tensor.layer))
         elif name.endswith("_mask"):
             owner, _, leaf = name.rpartition(".")
             plain = leaf.removesuffix("_mask")
             if f"{name.removesuffix('_mask')}_orig" in names:
-                found.append(PruningWrapper("torch.nn.utils.prune", tensor.layer))
+                candidates.append(PruningWrapper("torch.nn.utils.prune", tensor.layer))
             elif f"{owner}.module.{plain}" in names:
-                found.append(PruningWrapper("nni", tensor.layer))
-    pruning = {wrapper.layer for wrapper in found if wrapper.kind != "parametrization"}
-    unique = dict.fromkeys(found)
+                candidates.append(PruningWrapper("nni", tensor.layer))
+    pruning = {wrapper.layer for wrapper in candidates if wrapper.kind != "parametrization"}
+    unique = dict.fromkeys(candidates)
     return tuple(wrapper for wrapper in unique if wrapper.kind != "parametrization" or wrapper.layer not in pruning)
 
 
@@ -380,8 +380,8 @@ def find(names: Collection[str], others: Mapping[str, str]) -> tuple[MaskedParam
     The others are masks that a sparsifier keeps elsewhere, by the name of the weight that they belong to.
     """
     there = frozenset(names)
-    found = [*_of_torch_prune(there), *_of_parametrize(there, others), *_of_nni(there)]
-    return tuple(weight for weight in found if weight.plain not in there)
+    weights = [*_of_torch_prune(there), *_of_parametrize(there, others), *_of_nni(there)]
+    return tuple(weight for weight in weights if weight.plain not in there)
 
 
 def _of_torch_prune(names: frozenset[str]) -> list[MaskedParam]:
@@ -401,7 +401,7 @@ def _of_parametrize(names: frozenset[str], others: Mapping[str, str]) -> list[Ma
         if between:
             tensor, _, leaf = rest.partition(".")
             beside.setdefault(f"{layer}{between}{tensor}"[1:], []).append(leaf)
-    found = []
+    weights = []
     for wrapper, leaves in beside.items():
         layer, _, tensor = f".{wrapper}".partition(_BETWEEN)
         plain = f"{layer}.{tensor}".lstrip(".")
@@ -409,18 +409,18 @@ def _of_parametrize(names: frozenset[str], others: Mapping[str, str]) -> list[Ma
         kept = [f"{wrapper}.{leaf}" for leaf in masks] or ([others[plain]] if plain in others else [])
         is_masked = all(leaf.split(".", 1)[0].isdigit() and leaf.endswith(".mask") for leaf in masks)
         if "original" in leaves and is_masked and kept:
-            found.append(MaskedParam(plain, f"{wrapper}.original", tuple(kept), wrapper))
-    return found
+            weights.append(MaskedParam(plain, f"{wrapper}.original", tuple(kept), wrapper))
+    return weights
 
 
 def _of_nni(names: frozenset[str]) -> list[MaskedParam]:
-    found = []
+    weights = []
     for name in sorted(names):
         layer, dot, leaf = name.removesuffix(_MASK).rpartition(".")
         inner = f"{layer}{dot}module.{leaf}"
         if name.endswith(_MASK) and inner in names:
-            found.append(MaskedParam(f"{layer}{dot}{leaf}", inner, (name,), f"{layer}{dot}module"))
-    return found
+            weights.append(MaskedParam(f"{layer}{dot}{leaf}", inner, (name,), f"{layer}{dot}module"))
+    return weights
 
 
 def renamed(names: Collection[str], wrapped: Collection[MaskedParam]) -> dict[str, str]:

@@ -129,21 +129,21 @@ def _metadata(model: ModelFile) -> list[Any]:
         objects = tuple(one for one in read_graph(graph).objects if one.identifier.startswith("_tf_keras"))
     texts = [one.metadata for one in objects if one.metadata]
     refuse_too_much(texts, path, "its Keras metadata", budgets.MAX_KERAS_OBJECT_BYTES)
-    found = (parse_object(one, path, "its Keras metadata") for one in texts)
-    return [{key: value for key, value in one.items() if key != "training_config"} for one in found]
+    configs = (parse_object(one, path, "its Keras metadata") for one in texts)
+    return [{key: value for key, value in one.items() if key != "training_config"} for one in configs]
 
 
 def _facts(config: Any, *, is_saved_model: bool) -> tuple[Fact, ...]:
-    found: dict[Fact, None] = {}
+    facts: dict[Fact, None] = {}
     pending = [config]
     while pending:
         one = pending.pop()
         if isinstance(one, Mapping):
-            found |= dict.fromkeys(_facts_of_one(one, is_saved_model=is_saved_model))
+            facts |= dict.fromkeys(_facts_of_one(one, is_saved_model=is_saved_model))
             pending.extend(one.values())
         elif isinstance(one, list | tuple):
             pending.extend(one)
-    return tuple(found)
+    return tuple(facts)
 
 
 def _facts_of_one(one: Mapping[str, Any], *, is_saved_model: bool) -> Iterator[Fact]:
@@ -230,12 +230,12 @@ def _is_of_keras(one: Mapping[str, Any], *, is_function: bool = False) -> bool:
 
 def _of_lambda(config: Any) -> str | None:
     """Return the function of TensorFlow that a layer wraps, if it is not on the list."""
-    said = text(config, "function")
-    function = said.removeprefix("compat.v1.")
+    name = text(config, "function")
+    function = name.removeprefix("compat.v1.")
     is_pure = function in FUNCTIONS_OF_TENSORFLOW or (
         function.startswith("raw_ops.") and function.removeprefix("raw_ops.") in PURE
     )
-    return None if is_pure else said
+    return None if is_pure else name
 
 
 def _of_node(config: Any) -> str | None:
@@ -253,14 +253,14 @@ def _of_node(config: Any) -> str | None:
 
 
 def _of_class_method(config: Any) -> str | None:
-    said = text(config, "cls_symbol"), text(config, "method_name")
-    is_pure = said[0] in {"RaggedTensor", "compat.v1.RaggedTensor"} and said[1] in RAGGED_CLASS_METHODS
-    return None if is_pure else ".".join(said)
+    names = text(config, "cls_symbol"), text(config, "method_name")
+    is_pure = names[0] in {"RaggedTensor", "compat.v1.RaggedTensor"} and names[1] in RAGGED_CLASS_METHODS
+    return None if is_pure else ".".join(names)
 
 
 def _of_member(config: Any) -> str | None:
-    said = text(config, "attr_name")
-    return None if said in MEMBERS else said
+    name = text(config, "attr_name")
+    return None if name in MEMBERS else name
 
 
 _DISPATCHING: Mapping[str, Callable[[Any], str | None]] = {

@@ -69,8 +69,8 @@ _of_thread = threading.local()
 
 
 def _current() -> Workers | None:
-    found: Workers | None = getattr(_of_thread, "workers", None)
-    return found
+    current: Workers | None = getattr(_of_thread, "workers", None)
+    return current
 
 
 def check_stopped() -> None:
@@ -89,13 +89,13 @@ def workers(
     What fails in a thread fails here. `on_failure` ends work that asks nobody, such as that of another process.
     """
     with ThreadPoolExecutor(threads, name) as pool:
-        found = Workers(pool)
+        current = Workers(pool)
         try:
-            yield found
+            yield current
         except BaseException as error:
-            found.stop()
+            current.stop()
             if on_failure is not None:
                 on_failure()
-            if isinstance(error, StoppedError) and found.failure is not None:
-                raise found.failure from None
+            if isinstance(error, StoppedError) and current.failure is not None:
+                raise current.failure from None
             raise

@@ -266,7 +266,7 @@ def _refuse_lies(path: Path, entries: list[ZipEntry], end: int) -> None:
             )
         seen.add(entry.name)
     last = 0
-    for entry in sorted(entries, key=lambda found: found.extent.offset):
+    for entry in sorted(entries, key=lambda item: item.extent.offset):
         if entry.extent.offset < last:
             raise InputError(f"{path} is refused: its entry {abbreviated(entry.name)} overlaps another")
         last = entry.extent.offset + entry.extent.nbytes

@@ -65,7 +65,7 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Tensor
                 fix_crcs(target, _touched(open_inside(archive, outer).entries.values(), offsets), outer.extent)
         fix_crcs(target, touched)
     else:
-        changed = {found.tensor.storage.key: (found.tensor.storage.nbytes, found.raw()) for found in rewrites}
+        changed = {rewrite.tensor.storage.key: (rewrite.tensor.storage.nbytes, rewrite.raw()) for rewrite in rewrites}
         rewrite_zip(archive, target, changed)
 
 
@@ -89,8 +89,8 @@ def _touched(entries: Iterable[ZipEntry], offsets: Iterable[int]) -> list[ZipEnt
     """Return the entries that hold any of these places."""
     ordered = sorted(entries, key=lambda entry: entry.extent.offset)
     begins = [entry.extent.offset for entry in ordered]
-    found = {bisect_right(begins, offset) - 1 for offset in offsets}
-    return [ordered[index] for index in sorted(found) if index >= 0]
+    indices = {bisect_right(begins, offset) - 1 for offset in offsets}
+    return [ordered[index] for index in sorted(indices) if index >= 0]
 
 
 def _is_zip(entry: ZipEntry) -> bool:
@@ -99,8 +99,8 @@ def _is_zip(entry: ZipEntry) -> bool:
 
 
 def _is_around(entry: ZipEntry, rewrites: Sequence[TensorUpdate]) -> bool:
-    inside = [found for found in rewrites if entry.extent.offset <= found.run.offset < _end(entry)]
-    return any(found.tensor.storage.extent != entry.extent for found in inside)
+    inside = [rewrite for rewrite in rewrites if entry.extent.offset <= rewrite.run.offset < _end(entry)]
+    return any(rewrite.tensor.storage.extent != entry.extent for rewrite in inside)
 
 
 def _end(entry: ZipEntry) -> int:
@@ -108,10 +108,10 @@ def _end(entry: ZipEntry) -> int:
 
 
 def _crc(fd: int, entry: ZipEntry) -> int:
-    crc, at, end = 0, entry.extent.offset, entry.extent.offset + entry.extent.nbytes
-    while at < end:
-        piece = os.pread(fd, min(_PIECE_BYTES, end - at), at)
-        crc, at = zlib.crc32(piece, crc), at + len(piece)
+    crc, offset, end = 0, entry.extent.offset, entry.extent.offset + entry.extent.nbytes
+    while offset < end:
+        piece = os.pread(fd, min(_PIECE_BYTES, end - offset), offset)
+        crc, offset = zlib.crc32(piece, crc), offset + len(piece)
     return crc
 
 
@@ -119,17 +119,17 @@ def _records(path: Path, within: Extent | None) -> dict[str, tuple[int, int, int
     """Return where each entry's record lies in the directory, its flags, and where its header lies."""
     base, nbytes = (within.offset, within.nbytes) if within is not None else (0, path.stat().st_size)
     with FileWindow(path, base, nbytes) as part, ZipFile(io.BufferedReader(part)) as archive:
-        at = base + archive.start_dir
+        offset = base + archive.start_dir
         infos = archive.infolist()
-    found = {}
+    records = {}
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for info in infos:
-            if data[at : at + 4] != _CENTRAL:
-                raise ValueError(f"{path} has no record at {at}")
-            found[info.filename] = (at, info.flag_bits, base + info.header_offset)
-            lengths = (int.from_bytes(data[at + place : at + place + 2], "little") for place in (28, 30, 32))
-            at += _CENTRAL_BYTES + sum(lengths)
-    return found
+            if data[offset : offset + 4] != _CENTRAL:
+                raise ValueError(f"{path} has no record at {offset}")
+            records[info.filename] = (offset, info.flag_bits, base + info.header_offset)
+            lengths = (int.from_bytes(data[offset + at : offset + at + 2], "little") for at in (28, 30, 32))
+            offset += _CENTRAL_BYTES + sum(lengths)
+    return records
 
 
 def rewrite_zip(

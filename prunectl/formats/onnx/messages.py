@@ -44,20 +44,20 @@ def node(reader: ProtoReader, span: Span) -> NodeProto:
     outputs: list[str] = []
     spans: list[Span] = []
     texts = {3: "", 4: "", 7: ""}
-    for at in reader.fields(span, _NODE, "a node"):
-        match at.number:
+    for field in reader.fields(span, _NODE, "a node"):
+        match field.number:
             case 1:
-                inputs.append(reader.text(at))
+                inputs.append(reader.text(field))
             case 2:
-                outputs.append(reader.text(at))
+                outputs.append(reader.text(field))
             case 5:
-                spans.append(location(at))
+                spans.append(location(field))
             case _:
-                texts[at.number] = reader.text(at)
+                texts[field.number] = reader.text(field)
     if not texts[4]:
         raise WireError("a node names no operation")
     # The trees of classical models fill attributes with a million numbers, none of them a tensor.
-    attributes = {} if texts[7] == _CLASSICAL else dict(_attribute(reader, at) for at in spans)
+    attributes = {} if texts[7] == _CLASSICAL else dict(_attribute(reader, field) for field in spans)
     return NodeProto(texts[3], texts[4], texts[7], tuple(inputs), tuple(outputs), attributes)
 
 
@@ -66,25 +66,25 @@ def _attribute(reader: ProtoReader, span: Span) -> tuple[str, Attribute]:
     lists: dict[int, list[Span]] = {7: [], 8: [], 11: []}
     dense: TensorProto | None = None
     scattered: SparseProto | None = None
-    for at in reader.fields(span, _ATTRIBUTE, "an attribute"):
-        match at.number:
+    for field in reader.fields(span, _ATTRIBUTE, "an attribute"):
+        match field.number:
             case 1:
-                name = reader.text(at)
+                name = reader.text(field)
             case 2:
-                real = reader.real(at)
+                real = reader.real(field)
             case 3:
-                number = at.value
+                number = field.value
             case 4:
-                text = reader.shown(at)
+                text = reader.shown(field)
             case 5:
-                dense = tensor(reader, location(at))
+                dense = tensor(reader, location(field))
             case 6:
-                lists[11].append(location(at))
+                lists[11].append(location(field))
             case 22:
-                scattered = read_sparse(reader, location(at))
+                scattered = read_sparse(reader, location(field))
             case _:
-                lists[at.number].append(location(at))
-    floats, ints, graphs = (tuple(found) for found in lists.values())
+                lists[field.number].append(location(field))
+    floats, ints, graphs = (tuple(spans) for spans in lists.values())
     return name, Attribute(number, real, text, ints, floats, dense, scattered, graphs)
 
 
@@ -94,25 +94,25 @@ def tensor(reader: ProtoReader, span: Span) -> TensorProto:
     dims: list[Span] = []
     data: dict[int, list[Span]] = {}
     external: dict[str, str] = {}
-    for at in reader.fields(span, _TENSOR, "a tensor"):
-        match at.number:
+    for field in reader.fields(span, _TENSOR, "a tensor"):
+        match field.number:
             case 1:
-                dims.append(location(at))
+                dims.append(location(field))
             case 2:
-                data_type = at.value
+                data_type = field.value
             case 3:
                 is_segment = True
             case 8:
-                name = reader.text(at)
+                name = reader.text(field)
             case 9:
-                data[RAW] = [location(at)]
+                data[RAW] = [location(field)]
             case 13:
-                key, value = _pair(reader, location(at))
+                key, value = _pair(reader, location(field))
                 external[key] = value
             case 14:
-                is_external = at.value == _EXTERNAL
+                is_external = field.value == _EXTERNAL
             case _:
-                data.setdefault(at.number, []).append(location(at))
+                data.setdefault(field.number, []).append(location(field))
     runs = {number: tuple(spans) for number, spans in data.items()}
     outside = external if is_external else None
     return TensorProto(name, reader.numbers(tuple(dims)), data_type, runs, outside, is_segment)
@@ -122,18 +122,18 @@ def read_sparse(reader: ProtoReader, span: Span) -> SparseProto:
     """Return the parts of a tensor that is stored without its zeros."""
     parts = {1: TensorProto(), 2: TensorProto()}
     dims: list[Span] = []
-    for at in reader.fields(span, _SPARSE, "a sparse tensor"):
-        if at.number == 3:
-            dims.append(location(at))
+    for field in reader.fields(span, _SPARSE, "a sparse tensor"):
+        if field.number == 3:
+            dims.append(location(field))
         else:
-            parts[at.number] = tensor(reader, location(at))
+            parts[field.number] = tensor(reader, location(field))
     return SparseProto(parts[1], parts[2], reader.numbers(tuple(dims)))
 
 
 def _pair(reader: ProtoReader, span: Span) -> tuple[str, str]:
     texts = {1: "", 2: ""}
-    for at in reader.fields(span, _PAIR, "a pair of texts"):
-        texts[at.number] = reader.text(at)
+    for field in reader.fields(span, _PAIR, "a pair of texts"):
+        texts[field.number] = reader.text(field)
     return texts[1], texts[2]
 
 
@@ -151,19 +151,19 @@ def model(reader: ProtoReader) -> Model:
     """Return what stands around the graph."""
     version, names, opsets = 0, {2: "", 3: ""}, {}
     inner: dict[int, list[Span]] = {7: [], 20: [], 25: []}
-    for at in reader.fields(reader.whole, _MODEL, "the model"):
-        match at.number:
+    for field in reader.fields(reader.whole, _MODEL, "the model"):
+        match field.number:
             case 1:
-                version = at.value
+                version = field.value
             case 2 | 3:
-                names[at.number] = reader.text(at)
+                names[field.number] = reader.text(field)
             case 8:
-                domain, number = _opset(reader, location(at))
+                domain, number = _opset(reader, location(field))
                 opsets[domain] = number
             case 14:
                 pass  # what the writer noted for himself
             case _:
-                inner[at.number].append(location(at))
+                inner[field.number].append(location(field))
     if len(inner[7]) != 1:
         raise WireError("it has more than one graph" if inner[7] else "it has no graph")
     if not opsets and version >= _FIRST_WITH_OPSETS:
@@ -178,53 +178,53 @@ def graph(reader: ProtoReader, span: Span) -> GraphProto:
     initializers: list[TensorProto] = []
     sparse: list[SparseProto] = []
     values: list[Span] = []
-    for at in reader.fields(span, _GRAPH, "a graph"):
-        match at.number:
+    for field in reader.fields(span, _GRAPH, "a graph"):
+        match field.number:
             case 1:
-                nodes.append(node(reader, location(at)))
+                nodes.append(node(reader, location(field)))
             case 5:
-                initializers.append(tensor(reader, location(at)))
+                initializers.append(tensor(reader, location(field)))
             case 15:
-                sparse.append(read_sparse(reader, location(at)))
+                sparse.append(read_sparse(reader, location(field)))
             case _:
-                values.append(location(at))
+                values.append(location(field))
     return GraphProto(tuple(nodes), tuple(initializers), tuple(sparse), tuple(values))
 
 
 def function(reader: ProtoReader, span: Span) -> tuple[str, str, GraphProto]:
     """Return the domain, the name and the nodes of a function."""
     texts, nodes = {1: "", 10: ""}, []
-    for at in reader.fields(span, _FUNCTION, "a function"):
-        if at.number == 7:
-            nodes.append(node(reader, location(at)))
+    for field in reader.fields(span, _FUNCTION, "a function"):
+        if field.number == 7:
+            nodes.append(node(reader, location(field)))
         else:
-            texts[at.number] = reader.text(at)
+            texts[field.number] = reader.text(field)
     return texts[10], texts[1], GraphProto(tuple(nodes))
 
 
 def training(reader: ProtoReader, span: Span) -> tuple[Span, ...]:
     """Return the graphs that initialise and train a model."""
-    return tuple(location(at) for at in reader.fields(span, _TRAINING, "the training"))
+    return tuple(location(field) for field in reader.fields(span, _TRAINING, "the training"))
 
 
 def _opset(reader: ProtoReader, span: Span) -> tuple[str, int]:
     domain, version = "", 0
-    for at in reader.fields(span, _OPSET, "a set of operators"):
-        if at.number == 1:
-            domain = reader.text(at)
+    for field in reader.fields(span, _OPSET, "a set of operators"):
+        if field.number == 1:
+            domain = reader.text(field)
         else:
-            version = at.value
+            version = field.value
     return domain, version
 
 
 def value(reader: ProtoReader, span: Span) -> tuple[str, tuple[int, ...] | None]:
     """Return the name and the shape of a value, a first axis that the file leaves open counted as 1."""
     name, shape = "", None
-    for at in reader.fields(span, _PAIR, "a value"):
-        if at.number == 1:
-            name = reader.text(at)
+    for field in reader.fields(span, _PAIR, "a value"):
+        if field.number == 1:
+            name = reader.text(field)
         else:
-            shape = _shape(reader, location(at))
+            shape = _shape(reader, location(field))
     return name, shape
 
 
@@ -233,7 +233,7 @@ def _shape(reader: ProtoReader, span: Span) -> tuple[int, ...] | None:
     for of_type in reader.fields(span, {1: LENGTH}, "a type"):
         for of_shape in reader.fields(location(of_type), {2: LENGTH}, "a type"):
             lengths = [
-                _length(reader, location(at)) for at in reader.fields(location(of_shape), {1: LENGTH}, "a shape")
+                _length(reader, location(field)) for field in reader.fields(location(of_shape), {1: LENGTH}, "a shape")
             ]
     if lengths and lengths[0] < 1:
         lengths[0] = 1
@@ -241,5 +241,5 @@ def _shape(reader: ProtoReader, span: Span) -> tuple[int, ...] | None:
 
 
 def _length(reader: ProtoReader, span: Span) -> int:
-    lengths = [signed(at.value) for at in reader.fields(span, {1: NUMBER}, "an axis")]
+    lengths = [signed(field.value) for field in reader.fields(span, {1: NUMBER}, "an axis")]
     return lengths[-1] if lengths else -1

@@ -95,12 +95,12 @@ class Names:
 
     def unique(self, name: str) -> str:
         """Return the name, numbered if it was given before: two nodes may have one name."""
-        found = name
-        while found in self._given:
+        unique = name
+        while unique in self._given:
             self._counts[name] = self._counts.get(name, 1) + 1
-            found = f"{name}#{self._counts[name]}"
-        self._given.add(found)
-        return found
+            unique = f"{name}#{self._counts[name]}"
+        self._given.add(unique)
+        return unique
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +122,12 @@ def open_model(path: Path) -> ModelFile:
     with parsing(path) as reader:
         model = messages.model(reader)
         scopes = onnx_scopes.read(reader, model)
-        found = list(_found(scopes, locator))
+        declared = list(_found(scopes, locator))
         uses = UsageIndex(reader, scopes)
-        described = [_described(tensor, uses) for tensor in found]
+        described = [_described(tensor, uses) for tensor in declared]
     kept = [
         (tensor, origin.located)
-        for tensor, origin in zip(described, found, strict=True)
+        for tensor, origin in zip(described, declared, strict=True)
         if not origin.is_constant or _is_parameter(tensor)
     ]
     tensors = tuple(tensor for tensor, _ in kept)

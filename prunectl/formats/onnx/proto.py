@@ -139,16 +139,16 @@ class ProtoReader:
 
     def fields(self, span: Span, schema: Schema, what: str) -> Iterator[Field]:
         """Yield those fields of a message that a schema knows."""
-        for found in protobuf.fields(self.data, *span):
+        for entry in protobuf.fields(self.data, *span):
             self._left -= 1
             if self._left < 0:
                 raise WireError(f"it has more than {MAX_PARTS} parts")
-            wires = schema.get(found.number)
+            wires = schema.get(entry.number)
             if wires is None:
                 continue
-            if found.wire not in wires:
-                raise WireError(f"field {found.number} of {what} is of a wrong type")
-            yield found
+            if entry.wire not in wires:
+                raise WireError(f"field {entry.number} of {what} is of a wrong type")
+            yield entry
 
     def text(self, field: Field) -> str:
         """Return a name."""
@@ -157,11 +157,11 @@ class ProtoReader:
         self._text_left -= field.value
         if self._text_left < 0:
             raise WireError(f"its names have more than {MAX_TEXT_BYTES} bytes")
-        found = protobuf.text(self.data, field)
-        if len(found) > field.value:
+        text = protobuf.text(self.data, field)
+        if len(text) > field.value:
             # Broken text takes longer to decode by as much.
             self._text_left -= _BROKEN * field.value
-        return found
+        return text
 
     def shown(self, field: Field) -> str:
         """Return the beginning of a text that may be long."""
@@ -177,13 +177,13 @@ class ProtoReader:
         """Return the whole numbers of a short list."""
         if sum(end - begin for begin, end in spans) > MAX_LIST_BYTES:
             raise WireError("a list that should be short is long")
-        found: list[int] = []
+        numbers: list[int] = []
         for at, end in spans:
             begin = at
             while begin < end:
                 number, begin = protobuf.read_varint(self.data, begin, end)
-                found.append(protobuf.signed(number))
-        return tuple(found)
+                numbers.append(protobuf.signed(number))
+        return tuple(numbers)
 
 
 def location(field: Field) -> Span:

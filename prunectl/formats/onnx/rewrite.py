@@ -105,10 +105,10 @@ def _relocated(reader: ProtoReader, span: Span, kind: str, location: Location, d
     runs: Runs = []
     for whole, field in fields(reader, span):
         inner = _INNER[kind].get(field.number) if field.wire == BYTES and depth else None
-        found = _relocated(reader, wire_location(field), inner, location, depth - 1) if inner else None
-        if found is not None:
-            nbytes = sum(run.end - run.begin if part is None else len(part) for run, part in found)
-            runs += [(Span(whole.begin, field.begin), length_prefix(field.number, nbytes)), *found]
+        replaced = _relocated(reader, wire_location(field), inner, location, depth - 1) if inner else None
+        if replaced is not None:
+            nbytes = sum(run.end - run.begin if part is None else len(part) for run, part in replaced)
+            runs += [(Span(whole.begin, field.begin), length_prefix(field.number, nbytes)), *replaced]
         elif runs and runs[-1][1] is None:
             runs[-1] = Span(runs[-1][0].begin, whole.end), None
         else:
@@ -118,10 +118,10 @@ def _relocated(reader: ProtoReader, span: Span, kind: str, location: Location, d
 
 def _entry(reader: ProtoReader, span: Span, location: Location) -> Runs | None:
     texts = {field.number: protobuf.text(reader.data, field) for _, field in fields(reader, span)}
-    found = location(texts.get(_VALUE, "")) if texts.get(_KEY) == _LOCATION else None
-    if found is None:
+    moved = location(texts.get(_VALUE, "")) if texts.get(_KEY) == _LOCATION else None
+    if moved is None:
         return None
-    key, value = _LOCATION.encode(), found.encode()
+    key, value = _LOCATION.encode(), moved.encode()
     return [(span, length_prefix(_KEY, len(key)) + key + length_prefix(_VALUE, len(value)) + value)]
 
 
@@ -139,7 +139,7 @@ def _plan(reader: ProtoReader, change: Change) -> Iterator[tuple[Span, FieldRepl
         if field.number != GRAPH:
             yield whole, None
             continue
-        graph = [(inner, change(reader, inner, found)) for inner, found in fields(reader, wire_location(field))]
+        graph = [(inner, change(reader, inner, item)) for inner, item in fields(reader, wire_location(field))]
         if all(part is None for _, part in graph):
             yield whole, None
             continue
@@ -269,14 +269,14 @@ def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
         tensor = tensors.get(proto.name)
         if tensor is None or proto.external is not None or proto.name in inputs or not _may_be_sparse(tensor):
             return None
-        found = sparsify(model, tensor, reader.data, location(field))
-        unfolded, stored = spent[0] + tensor.nbytes, spent[1] + found.nbytes
+        sparse = sparsify(model, tensor, reader.data, location(field))
+        unfolded, stored = spent[0] + tensor.nbytes, spent[1] + sparse.nbytes
         # What would be refused when it is opened again stays dense.
-        is_bomb = found.is_too_good or unfolded > max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_UNFOLDING * stored)
-        if is_bomb or found.nbytes >= whole.end - whole.begin:
+        is_bomb = sparse.is_too_good or unfolded > max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_UNFOLDING * stored)
+        if is_bomb or sparse.nbytes >= whole.end - whole.begin:
             return None
         spent[:] = unfolded, stored
-        return found
+        return sparse
 
     replace_fields(model.path, target, sparse, tick)
 
@@ -284,8 +284,8 @@ def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
 def _inputs(reader: ProtoReader) -> set[str]:
     """Return the names of the graph's inputs: a caller may replace their initializers, if these are dense."""
     graphs = [location(field) for _, field in fields(reader, reader.whole) if field.number == GRAPH]
-    found = (field for graph in graphs for _, field in fields(reader, graph) if field.number == INPUT)
-    return {messages.value(reader, location(field))[0] for field in found}
+    inputs = (field for graph in graphs for _, field in fields(reader, graph) if field.number == INPUT)
+    return {messages.value(reader, location(field))[0] for field in inputs}
 
 
 def _may_be_sparse(tensor: Tensor) -> bool:

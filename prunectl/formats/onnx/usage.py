@@ -166,9 +166,9 @@ class UsageIndex:
 
     def purpose(self, scope: GraphScope, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> OnnxTensorPurpose:
         """Return what a tensor is for: the first use that tells, or the first of all."""
-        found = list(self._purposes(scope, name, shape, dtype, MAX_STEPS))
-        telling = (purpose for purpose in found if purpose.role is not Role.OTHER)
-        return next(telling, found[0] if found else OnnxTensorPurpose())
+        purposes = list(self._purposes(scope, name, shape, dtype, MAX_STEPS))
+        telling = (purpose for purpose in purposes if purpose.role is not Role.OTHER)
+        return next(telling, purposes[0] if purposes else OnnxTensorPurpose())
 
     def _purposes(
         self, scope: GraphScope, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], steps: int

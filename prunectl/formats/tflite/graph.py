@@ -19,14 +19,14 @@ def operations(model: ModelFile) -> tuple[Operation, ...]:
     """Return the multiply-accumulate operations of a model, for the shapes in the file; a free size counts as 1."""
     lite = read_lite(model.path)
     names = {place: tensor.name for place, (tensor, _) in constants(lite)}
-    found = []
+    operations = []
     for number, graph in enumerate(lite.graphs):
         makers = {at: operator for operator in graph.operators for at in operator.outputs}
         for operator in graph.operators:
             if operator.kind not in _MACS or not _is_whole(operator):
                 continue
             weight = _origin(operator.inputs[1], makers)
-            found.append(
+            operations.append(
                 Operation(
                     layer=layer_of(graph, operator, operator.outputs[0]),
                     kind=operator.kind,
@@ -34,7 +34,7 @@ def operations(model: ModelFile) -> tuple[Operation, ...]:
                     weight=names.get((number, weight), ""),
                 )
             )
-    return tuple(found)
+    return tuple(operations)
 
 
 def _is_whole(operator: LiteOperator) -> bool:

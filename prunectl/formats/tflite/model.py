@@ -57,7 +57,7 @@ class _Level:
 def densify(sparsity: FlatTable, shape: tuple[int, ...], values: NDArray[Any]) -> NDArray[Any]:
     """Return the dense tensor whose non-zero blocks are ``values``."""
     order, blocks = (sparsity.numbers(field, np.int32, _MAX_LEVELS + 1).tolist() for field in (0, 1))
-    levels = [_level(found) for found in sparsity.children(2, _MAX_LEVELS)]
+    levels = [_level(level) for level in sparsity.children(2, _MAX_LEVELS)]
     rank = len(shape)
     if sorted(order) != list(range(rank + len(blocks))) or len(levels) != len(order):
         raise FlatBufferError("a sparse tensor does not say in which order it is stored")
@@ -126,19 +126,19 @@ _UNUSED = LiteTensorPurpose("", "", LiteTensorUse(Role.OTHER))
 def open_model(path: Path) -> ModelFile:
     """Open a .tflite file."""
     lite = read_lite(path)
-    found = dict(constants(lite))
-    tensors = tuple(tensor for tensor, _ in found.values())
+    sources = dict(constants(lite))
+    tensors = tuple(tensor for tensor, _ in sources.values())
     return ModelFile(
         path=path,
         format="tflite",
         tensors=tensors,
         about=ModelInfo(
             producer=_producer(lite),
-            notes=_notes(lite, [source for _, source in found.values()]),
-            is_compressed=any(source.sparsity is not None for _, source in found.values()),
+            notes=_notes(lite, [source for _, source in sources.values()]),
+            is_compressed=any(source.sparsity is not None for _, source in sources.values()),
         ),
         files=(path,),
-        decode=_decoder(lite, {tensor.name: source for tensor, source in found.values()}),
+        decode=_decoder(lite, {tensor.name: source for tensor, source in sources.values()}),
     )
 
 

@@ -104,8 +104,8 @@ def layer_of(graph: LiteGraph, operator: LiteOperator, at: int) -> str:
     """Return what a user would call the operator: the scope of its weight, else that of its result."""
     weights = [place for place, use in USES.get(operator.kind, {}).items() if use.role in {Role.KERNEL, Role.EMBEDDING}]
     named = [operator.inputs[place] for place in weights if place < len(operator.inputs)]
-    for found in (*named, at, *operator.outputs):
-        if found >= 0 and (scope := _scope(graph.tensors[found].name)):
+    for index in (*named, at, *operator.outputs):
+        if index >= 0 and (scope := _scope(graph.tensors[index].name)):
             return scope
     return graph.tensors[operator.outputs[0] if operator.outputs and operator.outputs[0] >= 0 else at].name
 
