@@ -18,51 +18,51 @@ from prunectl.formats.selectors import select_names
 from prunectl.formats.state_dict import averaged_copies
 
 _MANY_ZEROS = 0.3
-_WORTH_A_WORD = 0.01
+_MENTIONED_SHARE = 0.01
 
 
-def hints(found: ModelStats) -> tuple[str, ...]:
+def hints(stats: ModelStats) -> tuple[str, ...]:
     """Return what makes the file bigger than it must be."""
-    shares = {part.name: part.bytes / found.bytes.raw for part in found.parts if found.bytes.raw}
-    sentences = list(found.about.notes)
-    zeros = found.prunable_sparsity
-    if zeros is not None and zeros >= _MANY_ZEROS and not found.about.is_compressed:
+    shares = {part.name: part.bytes / stats.bytes.raw for part in stats.parts if stats.bytes.raw}
+    sentences = list(stats.about.notes)
+    zeros = stats.prunable_sparsity
+    if zeros is not None and zeros >= _MANY_ZEROS and not stats.about.is_compressed:
         sentences.append(
             f"{_percent(zeros)} of the prunable weights are zero, yet the file is as big as before: in this container "
-            f"a zero takes as many bytes as any number. {_suggestion(found)}"
+            f"a zero takes as many bytes as any number. {_suggestion(stats)}"
         )
-    if shares.get("masks", 0) > _WORTH_A_WORD:
+    if shares.get("masks", 0) > _MENTIONED_SHARE:
         sentences.append(
             f"Pruning wrappers are still in the file: their masks take {_percent(shares['masks'])} of it. "
             "`prunectl strip` takes them out."
         )
-    if shares.get("optimizer", 0) > _WORTH_A_WORD:
+    if shares.get("optimizer", 0) > _MENTIONED_SHARE:
         sentences.append(
             f"The optimizer's state takes {_percent(shares['optimizer'])} of the file; predictions do not need it. "
             "`prunectl strip` takes it out."
         )
-    if shares.get("example inputs", 0) > _WORTH_A_WORD:
+    if shares.get("example inputs", 0) > _MENTIONED_SHARE:
         sentences.append(
             f"The inputs that it was exported with take {_percent(shares['example inputs'])} of the file; predictions "
             "do not need them. `prunectl strip` takes them out."
         )
-    return (*sentences, *quantised(found), *about_copies(found))
+    return (*sentences, *quantised_hint(stats), *averaged_copies_hint(stats))
 
 
-def about_copies(found: ModelStats) -> tuple[str, ...]:
+def averaged_copies_hint(stats: ModelStats) -> tuple[str, ...]:
     """Say it where a file holds its weights twice: as they were trained, and averaged (EMA, SWA)."""
-    copies = averaged_copies(found.layers)
+    copies = averaged_copies(stats.layers)
     if copies is None:
         return ()
     trained, average, count = copies
-    places = f"{abbreviated(trained) or 'at the top'} and {abbreviated(average)}"
-    said = f"The weights are in the file twice: {places}, an average of them ({count} tensors). "
-    return (said + "Both are pruned, each by its own numbers; the code that loads the file chooses one.",)
+    names = f"{abbreviated(trained) or 'at the top'} and {abbreviated(average)}"
+    sentence = f"The weights are in the file twice: {names}, an average of them ({count} tensors). "
+    return (sentence + "Both are pruned, each by its own numbers; the code that loads the file chooses one.",)
 
 
-def quantised(found: ModelStats) -> list[str]:
+def quantised_hint(stats: ModelStats) -> list[str]:
     """Say what `prune` will not do, although the zeros of these kernels are counted."""
-    dtypes = sorted({row.dtype for row in found.layers if row.role in PRUNABLE and row.dtype in QUANTISED})
+    dtypes = sorted({row.dtype for row in stats.layers if row.role in PRUNABLE and row.dtype in QUANTISED})
     if not dtypes:
         return []
     return [f"Its kernels are quantised to {' and '.join(dtypes)}, which `prunectl prune` refuses: prune before that."]
@@ -73,9 +73,9 @@ def _percent(share: float) -> str:
     return f"{share:.0%}" if share == 1 else f"{min(round(share * 100), 99)}%"
 
 
-def _suggestion(found: ModelStats) -> str:
+def _suggestion(stats: ModelStats) -> str:
     """Return the command that turns zeros into a smaller file."""
-    if Capability.PACK & by_name(found.format).can:
+    if Capability.PACK & by_name(stats.format).can:
         return "`prunectl strip --pack` compresses it inside its container, so that it still loads as it is."
     return "It pays once the file is compressed, as `prunectl size` shows."
 
@@ -112,21 +112,21 @@ class InspectOptions:
 
 
 def inspect_model(
-    model: ModelFile, wanted: InspectOptions, pattern: Pattern | None = None, meter: ProgressFactory = no_progress
+    model: ModelFile, options: InspectOptions, pattern: Pattern | None = None, meter: ProgressFactory = no_progress
 ) -> ModelStats:
     """Return a survey of a model with everything that is wanted in it."""
-    if wanted.has_flops:
+    if options.has_flops:
         require(model, Capability.FLOPS)
-    chosen = select_names(model, wanted.layers) if wanted.layers else model.tensors
-    total = sum(tensor.storage.stored_bytes for tensor in chosen)
+    selected = select_names(model, options.layers) if options.layers else model.tensors
+    total = sum(tensor.storage.stored_bytes for tensor in selected)
     with meter(f"reading {model.path.name}", total) as bar:
-        found = measure_stats(model, chosen, has_zeros=wanted.has_zeros, pattern=pattern, tick=bar.advance)
-    if wanted.has_flops:
-        found = with_macs(found, load(by_name(model.format).graph)(model))
-    if wanted.has_histogram:
-        found = replace(found, histogram=histogram(model, (tensor for tensor in chosen if tensor.is_prunable)))
-    if wanted.has_digest and wanted.has_zeros:
-        found = replace(found, sha256=sizes.sha256(model))
-    if wanted.order:
-        found = replace(found, layers=tuple(sorted(found.layers, key=_KEYS[wanted.order])))
-    return replace(found, pattern=wanted.pattern, advice=hints(found))
+        stats = measure_stats(model, selected, has_zeros=options.has_zeros, pattern=pattern, tick=bar.advance)
+    if options.has_flops:
+        stats = with_macs(stats, load(by_name(model.format).graph)(model))
+    if options.has_histogram:
+        stats = replace(stats, histogram=histogram(model, (tensor for tensor in selected if tensor.is_prunable)))
+    if options.has_digest and options.has_zeros:
+        stats = replace(stats, sha256=sizes.sha256(model))
+    if options.order:
+        stats = replace(stats, layers=tuple(sorted(stats.layers, key=_KEYS[options.order])))
+    return replace(stats, pattern=options.pattern, advice=hints(stats))

@@ -13,7 +13,7 @@ from prunectl.errors import UsageError
 from prunectl.formats.base import Tensor
 
 Mask = NDArray[np.bool_]
-Tally = tuple[int, int]
+GroupCounts = tuple[int, int]
 """How many groups follow the pattern, of how many."""
 
 _NM = re.compile(r"([1-9]\d*):([1-9]\d*)")
@@ -28,11 +28,11 @@ class NMPattern:
     group: int
 
     @property
-    def aligned(self) -> int:
+    def row_alignment(self) -> int:
         """Rows that belong together when a tensor is seen slab by slab."""
         return self.group
 
-    def tally(self, tensor: Tensor, kept: Mask) -> Tally | None:
+    def count_conforming(self, tensor: Tensor, kept: Mask) -> GroupCounts | None:
         """Count groups; None where the inputs do not divide into them."""
         axis = tensor.reduction_axis
         if axis is None or tensor.shape[axis] % self.group:
@@ -49,11 +49,11 @@ class BlockPattern:
     columns: int
 
     @property
-    def aligned(self) -> int:
+    def row_alignment(self) -> int:
         """Rows that belong together when a tensor is seen slab by slab."""
         return math.lcm(self.rows, self.columns)
 
-    def tally(self, tensor: Tensor, kept: Mask) -> Tally | None:
+    def count_conforming(self, tensor: Tensor, kept: Mask) -> GroupCounts | None:
         """Count blocks, those at the edges cut short; None where there is no matrix."""
         if tensor.out_axis is None:
             return None
@@ -68,9 +68,9 @@ class BlockPattern:
 class ChannelPattern:
     """`channel`: zeros come in whole output channels."""
 
-    aligned = 1
+    row_alignment = 1
 
-    def tally(self, tensor: Tensor, kept: Mask) -> Tally | None:  # noqa: ARG002 - channels are counted over all slabs
+    def count_conforming(self, tensor: Tensor, kept: Mask) -> GroupCounts | None:  # noqa: ARG002 - channels are counted over all slabs
         """Leave it to the counts by channel, which a single slab does not know."""
         return None
 

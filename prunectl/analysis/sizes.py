@@ -189,10 +189,10 @@ def measure(
 
         compressing = pool.submit(compress, iter_model_bytes(model), codec, watched)
         packing = pool.submit(packed_bytes, model, watched)
-        found = measure_stats(model, model.tensors, tick=watched) if known is None else known
+        stats = measure_stats(model, model.tensors, tick=watched) if known is None else known
         compressed, packed = compressing.result(), packing.result()
-    sizes = SizeStats(raw=found.bytes.raw, packed=packed, compressed=compressed.nbytes)
-    return replace(found, bytes=sizes, sha256=compressed.sha256)
+    sizes = SizeStats(raw=stats.bytes.raw, packed=packed, compressed=compressed.nbytes)
+    return replace(stats, bytes=sizes, sha256=compressed.sha256)
 
 
 def packed_bytes(model: ModelFile, tick: Tick) -> int:
@@ -236,36 +236,36 @@ class SizeLimits:
     """The same, as a share of the baseline's."""
 
 
-def check_limits(found: ModelStats, limits: SizeLimits) -> tuple[LimitCheck, ...]:
+def check_limits(stats: ModelStats, limits: SizeLimits) -> tuple[LimitCheck, ...]:
     """Return every limit that was set, each with its verdict."""
-    sizes = found.bytes
-    gates = [
-        _check_max(found, "max-raw", "bytes.raw", limits.max_raw, sizes.raw),
-        _check_max(found, "max-packed", "bytes.packed", limits.max_packed, sizes.packed),
-        _check_max(found, "max-gzip", "bytes.compressed", limits.max_compressed, sizes.compressed),
+    sizes = stats.bytes
+    checks = [
+        _check_max(stats, "max-raw", "bytes.raw", limits.max_raw, sizes.raw),
+        _check_max(stats, "max-packed", "bytes.packed", limits.max_packed, sizes.packed),
+        _check_max(stats, "max-gzip", "bytes.compressed", limits.max_compressed, sizes.compressed),
     ]
     if limits.min_sparsity is not None:
-        actual = found.prunable_sparsity or 0.0
-        enough = actual >= limits.min_sparsity
-        gates.append(LimitCheck("min-sparsity", "prunable_sparsity", limits.min_sparsity, actual, enough, found.path))
+        actual = stats.prunable_sparsity or 0.0
+        ok = actual >= limits.min_sparsity
+        checks.append(LimitCheck("min-sparsity", "prunable_sparsity", limits.min_sparsity, actual, ok, stats.path))
     if limits.baseline is not None and sizes.compressed is not None and limits.baseline.bytes.compressed:
         before = limits.baseline.bytes.compressed
         growth = sizes.compressed - before
-        gates.append(_check_max(found, "max-growth", "bytes.compressed", limits.max_growth_bytes, growth))
-        gates.append(_check_max(found, "max-growth", "bytes.compressed", limits.max_growth_ratio, growth / before))
-    return tuple(gate for gate in gates if gate is not None)
+        checks.append(_check_max(stats, "max-growth", "bytes.compressed", limits.max_growth_bytes, growth))
+        checks.append(_check_max(stats, "max-growth", "bytes.compressed", limits.max_growth_ratio, growth / before))
+    return tuple(check for check in checks if check is not None)
 
 
 def _check_max(
-    found: ModelStats, name: str, metric: str, limit: float | None, actual: float | None
+    stats: ModelStats, name: str, metric: str, limit: float | None, actual: float | None
 ) -> LimitCheck | None:
     if limit is None or actual is None:
         return None
-    return LimitCheck(name, metric, limit, actual, actual <= limit, found.path)
+    return LimitCheck(name, metric, limit, actual, actual <= limit, stats.path)
 
 
 def gate_sentence(gate: LimitCheck, units: Units) -> str:
     """Return a limit and what was found, as people read them."""
     is_bytes = isinstance(gate.limit, int)
-    found, limit = (nbytes(int(value), units) if is_bytes else percent(value) for value in (gate.actual, gate.limit))
-    return f"{gate.id}: {printable(gate.model)} has {found}, the limit is {limit}"
+    actual, limit = (nbytes(int(value), units) if is_bytes else percent(value) for value in (gate.actual, gate.limit))
+    return f"{gate.id}: {printable(gate.model)} has {actual}, the limit is {limit}"

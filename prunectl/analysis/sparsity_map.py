@@ -39,9 +39,9 @@ class SparsityMap:
         return float(self.zeros.sum() / self.sizes.sum())
 
 
-def sparsity_maps(model: ModelFile, found: ModelStats) -> tuple[SparsityMap, ...]:
+def sparsity_maps(model: ModelFile, stats: ModelStats) -> tuple[SparsityMap, ...]:
     """Return the maps of the largest prunable tensors that have zeros, in the order of the file."""
-    rows = [row for row in found.layers if row.is_prunable and row.zeros and not row.tied_to]
+    rows = [row for row in stats.layers if row.is_prunable and row.zeros and not row.tied_to]
     largest = {row.name for row in sorted(rows, key=lambda row: -row.params)[:_MOST]}
     return tuple(
         sparsity_map(model, tensor) for tensor in model.tensors if tensor.name in largest and _is_plain(tensor)
@@ -53,7 +53,7 @@ def sparsity_map(model: ModelFile, tensor: Tensor) -> SparsityMap:
     axis = tensor.out_axis or 0
     rows = tensor.shape[axis]
     columns = tensor.size // rows
-    across = math.prod(size for at, size in enumerate(tensor.shape) if at not in {0, axis})
+    across = math.prod(size for index, size in enumerate(tensor.shape) if index not in {0, axis})
     high, wide = min(rows, FIELDS), min(columns, FIELDS)
     zeros, by_row = np.zeros((high, wide), np.int64), np.zeros(rows, np.int64)
     for begin, slab in iter_slabs(model, tensor, 1):
@@ -73,10 +73,10 @@ def _summed(part: NDArray[np.generic], begin: int, size: int, fields: int, *, ax
     field_of = np.arange(begin, begin + part.shape[axis]) * fields // size
     touched, starts = np.unique(field_of, return_index=True)
     sums = np.add.reduceat(part, starts, axis=axis, dtype=np.int64)
-    shape = [fields if at == axis else length for at, length in enumerate(part.shape)]
-    whole = np.zeros(shape, np.int64)
-    whole[(slice(None),) * axis + (touched,)] = sums
-    return whole
+    shape = [fields if index == axis else length for index, length in enumerate(part.shape)]
+    sums_by_field = np.zeros(shape, np.int64)
+    sums_by_field[(slice(None),) * axis + (touched,)] = sums
+    return sums_by_field
 
 
 def _bin_sizes(size: int, fields: int) -> Counts:

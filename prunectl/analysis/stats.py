@@ -41,10 +41,10 @@ def histogram(model: ModelFile, tensors: Iterable[Tensor]) -> Histogram:
             values = block.astype(np.float64).ravel()
             finite = values[np.isfinite(values)]
             not_finite += values.size - finite.size
-            live = finite[finite != 0]
-            zero += finite.size - live.size
+            nonzero = finite[finite != 0]
+            zero += finite.size - nonzero.size
             # frexp gives 0.5 <= m < 1 with v = m * 2**e, so that the bin of v is [2**(e-1), 2**e).
-            exponents = np.frexp(live)[1] - 1
+            exponents = np.frexp(nonzero)[1] - 1
             totals += np.bincount(exponents - _EXPONENTS.start, minlength=totals.size)
     filled = np.flatnonzero(totals)
     if not filled.size:
@@ -71,22 +71,25 @@ class StructuredSparsity:
 
 def structured_sparsity(model: ModelFile, tensor: Tensor, out_axis: int, pattern: Pattern | None) -> StructuredSparsity:
     """Look at the zeros of a kernel slab by slab."""
-    kept_of = np.zeros(tensor.shape[out_axis], np.int64)
-    follow = groups = 0
-    for begin, slab in iter_slabs(model, tensor, pattern.aligned if pattern else 1):
+    kept_per_channel = np.zeros(tensor.shape[out_axis], np.int64)
+    conforming = groups = 0
+    for begin, slab in iter_slabs(model, tensor, pattern.row_alignment if pattern else 1):
         kept = nonzero_mask(slab)
         others = tuple(axis for axis in range(kept.ndim) if axis != out_axis)
         if out_axis == 0:
-            kept_of[begin : begin + len(kept)] = kept.sum(axis=others)
+            kept_per_channel[begin : begin + len(kept)] = kept.sum(axis=others)
         else:
-            kept_of += kept.sum(axis=others)
-        tally = pattern.tally(tensor, kept) if pattern else None
+            kept_per_channel += kept.sum(axis=others)
+        tally = pattern.count_conforming(tensor, kept) if pattern else None
         if tally is not None:
-            follow, groups = follow + tally[0], groups + tally[1]
+            conforming, groups = conforming + tally[0], groups + tally[1]
     if isinstance(pattern, ChannelPattern):
-        per_channel = tensor.size // len(kept_of)
-        follow, groups = int(np.count_nonzero((kept_of == 0) | (kept_of == per_channel))), len(kept_of)
-    return StructuredSparsity(int(np.count_nonzero(kept_of == 0)), follow / groups if groups else None)
+        per_channel = tensor.size // len(kept_per_channel)
+        conforming, groups = (
+            int(np.count_nonzero((kept_per_channel == 0) | (kept_per_channel == per_channel))),
+            len(kept_per_channel),
+        )
+    return StructuredSparsity(int(np.count_nonzero(kept_per_channel == 0)), conforming / groups if groups else None)
 
 
 Run = tuple[int, int, str]
@@ -99,18 +102,19 @@ def find_tied_tensors(tensors: Iterable[Tensor], first: Container[str] = ()) -> 
     Views of different parts of one storage, such as the weights of a recurrent layer in one buffer, are not tied.
     Of those that are, the biggest stands for the others, the first of equal ones; one of those that come first, if any.
     """
-    found: dict[str, str] = {}
-    taken: defaultdict[str, list[Run]] = defaultdict(list)
-    for tensor in sorted(tensors, key=lambda one: (one.name not in first, one.role not in WEIGHTS, -one.size)):
-        runs, run = taken[tensor.storage.key], _run(tensor)
-        place = bisect_right(runs, run)
-        around = (other for other in runs[max(place - 1, 0) : place + 1] if other[0] < run[1] and run[0] < other[1])
-        owner = next(around, None)
+    tied_to: dict[str, str] = {}
+    runs_of: defaultdict[str, list[Run]] = defaultdict(list)
+    for tensor in sorted(tensors, key=lambda item: (item.name not in first, item.role not in WEIGHTS, -item.size)):
+        runs, run = runs_of[tensor.storage.key], _run(tensor)
+        i = bisect_right(runs, run)
+        neighbours = runs[max(i - 1, 0) : i + 1]
+        overlapping = (other for other in neighbours if other[0] < run[1] and run[0] < other[1])
+        owner = next(overlapping, None)
         if owner is not None:
-            found[tensor.name] = owner[2]
+            tied_to[tensor.name] = owner[2]
         elif tensor.size:
-            runs.insert(place, run)
-    return found
+            runs.insert(i, run)
+    return tied_to
 
 
 def _run(tensor: Tensor) -> Run:
@@ -318,12 +322,12 @@ def _is_quantised(tensor: Tensor) -> bool:
 def _structure_stats(model: ModelFile, tensor: Tensor, row: TensorStats, pattern: Pattern | None) -> TensorStats:
     if tensor.out_axis is None or not tensor.size:
         return row
-    wanted = pattern if tensor.is_prunable else None
-    if wanted is None and (row.zeros or 0) < tensor.size // tensor.shape[tensor.out_axis]:
+    applicable = pattern if tensor.is_prunable else None
+    if applicable is None and (row.zeros or 0) < tensor.size // tensor.shape[tensor.out_axis]:
         # Fewer zeros than a channel has weights: none can be dead, and no second look is needed.
         return replace(row, dead_channels=0)
-    found = structured_sparsity(model, tensor, tensor.out_axis, wanted)
-    return replace(row, dead_channels=found.dead_channels, conforming=found.conforming)
+    structure = structured_sparsity(model, tensor, tensor.out_axis, applicable)
+    return replace(row, dead_channels=structure.dead_channels, conforming=structure.conforming)
 
 
 def _parts(model: ModelFile, raw: int) -> tuple[FileSection, ...]:
@@ -337,5 +341,7 @@ def _parts(model: ModelFile, raw: int) -> tuple[FileSection, ...]:
     sizes["code"] = model.about.code_bytes
     sizes["example inputs"] = model.about.example_bytes
     sizes["other"] = max(raw - sum(sizes.values()), 0)
-    dead = {"masks", "optimizer", "example inputs"}
-    return tuple(FileSection(name, size, name in dead) for name, size in sizes.items() if size or name == "weights")
+    training_only = {"masks", "optimizer", "example inputs"}
+    return tuple(
+        FileSection(name, size, name in training_only) for name, size in sizes.items() if size or name == "weights"
+    )

@@ -55,10 +55,10 @@ def iter_slabs(model: ModelFile, tensor: Tensor, aligned: int) -> Iterator[tuple
         return
     height = max(extents.BLOCK_BYTES // row_bytes // aligned, 1) * aligned
     extent = tensor.storage.extent
-    whole = None if extent is not None and is_contiguous(tensor) else model.read(tensor)
+    array = None if extent is not None and is_contiguous(tensor) else model.read(tensor)
     for begin in range(0, tensor.shape[0], height):
-        if whole is not None:
-            yield begin, whole[begin : begin + height]
+        if array is not None:
+            yield begin, array[begin : begin + height]
         elif extent is not None:
             rows = min(height, tensor.shape[0] - begin)
             offset = extent.offset + tensor.start * tensor.dtype.itemsize + begin * row_bytes
@@ -129,8 +129,8 @@ def count_zeros(model: ModelFile, tensor: Tensor) -> int:
     return tensor.size - shown * _count_nonzero(iter_blocks(model.read(tensor)[once]))
 
 
-def _count_nonzero(found: Iterable[Array]) -> int:
-    return sum(int(np.count_nonzero(nonzero_mask(block))) for block in found)
+def _count_nonzero(pieces: Iterable[Array]) -> int:
+    return sum(int(np.count_nonzero(nonzero_mask(block))) for block in pieces)
 
 
 class ProgressBar(Protocol):

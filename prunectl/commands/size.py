@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from prunectl.analysis import sizes
-from prunectl.analysis.inspect import quantised
+from prunectl.analysis.inspect import quantised_hint
 from prunectl.analysis.sizes import Codec, CodecName, LimitCheck, SizeLimits, check_limits, measure
 from prunectl.analysis.stats import ModelStats
 from prunectl.commands._command import inspect_each, make_command
@@ -59,7 +59,7 @@ def size_report(
         table=Table("sizes", tuple(columns), tuple(_cells(stats, first)[: len(columns)] for stats in models)),
         gates=tuple(gates),
         failures=tuple(failures),
-        notes=tuple(f"{stats.path}: {sentence}" for stats in models for sentence in quantised(stats)),
+        notes=tuple(f"{stats.path}: {sentence}" for stats in models for sentence in quantised_hint(stats)),
         quiet_lines=tuple(str(stats.bytes.compressed) for stats in models),
     )
 

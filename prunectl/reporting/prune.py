@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from prunectl.analysis.inspect import about_copies
+from prunectl.analysis.inspect import averaged_copies_hint
 from prunectl.analysis.stats import ModelStats
 from prunectl.pruning.plan import sample_depth_bias
 from prunectl.pruning.policies import UNKNOWN
@@ -54,7 +54,7 @@ def prune_report(pruned: Pruned, output: str) -> Report:
     zeros = sum(tally.zeros for tally in pruned.tallies.values())
     size = pruned.plan.size
     cuts = Table("cuts", _COLUMNS, rows, total=("all", "", size, dropped, zeros, zeros / size if size else 0.0))
-    notes = [*([_skipped(pruned)] if pruned.plan.skips else []), *pruned.notes, *about_copies(pruned.before)]
+    notes = [*([_skipped(pruned)] if pruned.plan.skips else []), *pruned.notes, *averaged_copies_hint(pruned.before)]
     if any(skip.reason == UNKNOWN for skip in pruned.plan.skips):
         notes.append(f"What is {UNKNOWN} is pruned when --only names it.")
     if any(skip.reason == "optimizer state" for skip in pruned.plan.skips):

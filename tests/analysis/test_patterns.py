@@ -29,7 +29,7 @@ def inputs_of(layout: str) -> int:
 
 def tally(array: Array, layout: str, pattern: Pattern) -> tuple[int, int] | None:
     _, tensor = in_memory(array, out_axis=LAYOUTS[layout], in_axis=inputs_of(layout))
-    return pattern.tally(tensor, array != 0)
+    return pattern.count_conforming(tensor, array != 0)
 
 
 def groups_by_hand(array: Array, layout: str, zeros: int, group: int) -> tuple[int, int]:
@@ -97,7 +97,7 @@ def test_inputs_that_do_not_divide_into_groups_have_no_share() -> None:
 def test_a_tensor_that_says_no_outputs_has_no_share(pattern: Pattern) -> None:
     array = np.zeros((4, 4), np.float32)
     _, tensor = in_memory(array)
-    assert pattern.tally(tensor, array != 0) is None
+    assert pattern.count_conforming(tensor, array != 0) is None
 
 
 def test_patterns_are_parsed_from_what_users_write() -> None:
