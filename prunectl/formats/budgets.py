@@ -66,6 +66,12 @@ MAX_SAMPLE_INPUTS_BYTES = 256 << 20
 MAX_SCRIPT_CODE_BYTES = 16 << 20
 """The code of TorchScript, whose operators are looked at before it is loaded: a detector takes 2 MB."""
 
+MAX_PICKLE_STEPS = 2_000_000
+"""Opcodes of a pickle: ten thousand tensors take half a million."""
+MAX_PICKLE_OBJECTS = 500_000
+"""Dictionaries, calls and storages that a pickle makes."""
+MAX_PICKLE_NAMES = 20_000
+"""Distinct functions and classes that a pickle names."""
 MAX_PICKLE_COPIES = 1_000_000
 """Elements that calls such as `list(x)` copy while a pickle is followed: a tensor of a checkpoint copies none."""
 MAX_PICKLE_TEXT_BYTES = 64 << 20

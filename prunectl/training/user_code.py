@@ -61,7 +61,7 @@ def check(model: ModelFile, origin: ModelOrigin) -> None:
     if model.format in _KERAS:
         trust.check(model, lambda: objects(origin))
     elif model.format == "torch-export":
-        exported_trust.checked(model.path)
+        exported_trust.check_program(model.path)
     elif is_script(model):
         script.check(model.path)
     elif model.format in _TORCH and model.about.code:

@@ -57,7 +57,7 @@ def test_an_instance_is_told_and_not_made() -> None:
     program = interpret(b"(imodels\nNet\n}S'a'\nI1\nsb.", WHERE, "it")
     assert isinstance(program.value, OpaqueCall)
     assert program.value.path == "models.Net"
-    assert program.strangers == ("class models.Net",)
+    assert program.foreign_calls == ("class models.Net",)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_an_instance_is_told_and_not_made() -> None:
     ],
 )
 def test_whatever_would_run_is_named(program: bytes, fact: str) -> None:
-    assert interpret(program, WHERE, "it").strangers == (fact,)
+    assert interpret(program, WHERE, "it").foreign_calls == (fact,)
 
 
 def test_what_the_container_provides_is_listed() -> None:

@@ -281,7 +281,7 @@ def test_programs_of_many_kinds_are_on_the_lists(tmp_path: Path) -> None:
     given, path = (torch.ones(3, 7), torch.ones(2, 2)), tmp_path / "m.pt2"
     program = torch.export.export(Many(), given, {"scale": torch.ones(1)}, dynamic_shapes=shapes)
     torch.export.save(program, path, extra_files={"note.txt": "mine"})
-    safe, again = exported_trust.checked(path), tmp_path / "again.pt2"
+    safe, again = exported_trust.check_program(path), tmp_path / "again.pt2"
     with again.open("wb") as file:
         safe.write(file, safe.inputs)
     found = torch.export.load(again).module()(*given, scale=torch.ones(1))
@@ -320,7 +320,7 @@ def test_sizes_that_do_more_are_not(text: str) -> None:
     ],
 )
 def test_operators_of_scripts_that_do_more_than_compute_are_found(code: str) -> None:
-    assert script.stranger(code)
+    assert script.find_foreign(code)
 
 
 def prefixed(target: io.BytesIO, script: Path) -> tuple[int, int, bytes]:

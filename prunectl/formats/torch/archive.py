@@ -46,16 +46,16 @@ def open_model(path: Path) -> ModelFile:
         texts, is_whole = script.code(archive, folder)
         declared, uses = script.parameters(texts), script.uses(texts) if is_whole else None
         sources = [
-            replace(found, program=_load_without_classes(found.program), parameters=declared, uses=uses)
-            for found in sources
+            replace(source, program=_load_without_classes(source.program), parameters=declared, uses=uses)
+            for source in sources
         ]
     return torch_model.model_from_pickle(path, "torch", sources, about, decoder(archive))
 
 
 def _load_without_classes(program: PickleProgram) -> PickleProgram:
     """Return the program without mention of the classes that the code beside it defines."""
-    strangers = tuple(deed for deed in program.strangers if not deed.partition(" ")[2].startswith("__torch__."))
-    return replace(program, strangers=strangers)
+    foreign_calls = tuple(call for call in program.foreign_calls if not call.partition(" ")[2].startswith("__torch__."))
+    return replace(program, foreign_calls=foreign_calls)
 
 
 def top_folder(archive: Archive) -> str:
@@ -71,21 +71,21 @@ def pickle_source(archive: Archive, folder: str, part: str, prefix: str = "") ->
     entry = archive.entries[f"{folder}{part}.pkl"]
     is_big = _read_marker(archive, f"{folder}byteorder") == "big"
 
-    def find(stored: StorageInfo) -> Storage:
-        for name in (f"{folder}{part}/{stored.key}", f"{folder}{stored.key}"):
+    def find(info: StorageInfo) -> Storage:
+        for name in (f"{folder}{part}/{info.key}", f"{folder}{info.key}"):
             if name in archive.entries:
-                return storage_of(archive, name, stored, big_endian=is_big)
-        raise InputError(f"{archive.path} is damaged: it has no entry {folder}{part}/{describe_value(stored.key)}")
+                return storage_of(archive, name, info, big_endian=is_big)
+        raise InputError(f"{archive.path} is damaged: it has no entry {folder}{part}/{describe_value(info.key)}")
 
     return PickleSource(_program(archive, entry), find, prefix=prefix, is_flat=entry.is_stored)
 
 
-def storage_of(archive: Archive, name: str, stored: StorageInfo, *, big_endian: bool) -> Storage:
+def storage_of(archive: Archive, name: str, info: StorageInfo, *, big_endian: bool) -> Storage:
     """Return the entry behind a storage, if it is as long as the pickle says."""
     entry = archive.entries[name]
-    if entry.nbytes != stored.nbytes:
+    if entry.nbytes != info.nbytes:
         raise InputError(
-            f"{archive.path} is damaged: its entry {name} has {entry.nbytes} bytes, its pickle says {stored.nbytes}"
+            f"{archive.path} is damaged: its entry {name} has {entry.nbytes} bytes, its pickle says {info.nbytes}"
         )
     extent = entry.extent if entry.is_stored else None
     return Storage(name, entry.nbytes, extent, entry.extent.nbytes, big_endian)

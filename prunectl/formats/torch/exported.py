@@ -47,12 +47,12 @@ def inside(archive: Archive, name: str, graph: dict[str, Any]) -> Iterator[Tenso
             hint="load it with PyTorch and save it with torch.export.save, or zip it again without compression",
         )
     inner = zip_read.open_inside(archive, entry)
-    if any(not found.is_stored for found in inner.entries.values()):
+    if any(not inner_entry.is_stored for inner_entry in inner.entries.values()):
         raise InputError(f"{archive.path} compresses what lies in its entry {name}, a zip inside the zip")
     source = torch_archive.pickle_source(inner, torch_archive.top_folder(inner), "data")
-    found, _ = torch_model.tensors(archive.path, source, {})
+    inner_entry, _ = torch_model.tensors(archive.path, source, {})
     trained = parameters(graph)
-    for tensor in found:
+    for tensor in inner_entry:
         role = tensor.role if tensor.name in trained or not graph else Role.STATE
         storage = replace(tensor.storage, key=f"{name}!{tensor.storage.key}")
         yield replace(tensor, role=role, storage=storage)
@@ -91,7 +91,7 @@ def open_model(path: Path) -> ModelFile:
         tensors += [replace(tensor, name=prefix + tensor.name, kind=kinds.get(tensor.name, "")) for tensor in found]
     if not tensors:
         raise InputError(f"{path} holds no tensors")
-    views.refuse_rereading(path, tensors)
+    views.reject_rereading(path, tensors)
     described = state_dict.describe(tensors, uses=uses)
     code = [entry for entry in archive.entries.values() if entry.name.startswith(f"{folder}data/aotinductor/")]
     return ModelFile(
@@ -162,15 +162,15 @@ def _tensor(archive: Archive, name: str, entry: str, facts: dict[str, Any], *, b
     if entry not in archive.entries:
         raise InputError(f"{path} is damaged: it has no entry {describe_value(entry)}")
     dtype = DTYPES[SCALAR_TYPES[code]]
-    found = archive.entries[entry]
-    count, rest = divmod(found.nbytes, dtype.itemsize)
+    data = archive.entries[entry]
+    count, rest = divmod(data.nbytes, dtype.itemsize)
     if rest:
         raise InputError(
-            f"{path} is damaged: {found.nbytes} bytes are not a whole number of elements of {describe_value(name)}"
+            f"{path} is damaged: {data.nbytes} bytes are not a whole number of elements of {describe_value(name)}"
         )
     view = views.resolve_view(path, name, StorageInfo(entry, dtype, count), dtype, (start, shape, strides))
-    extent = found.extent if found.is_stored else None
-    storage = Storage(entry, found.nbytes, extent, found.extent.nbytes, big_endian)
+    extent = data.extent if data.is_stored else None
+    storage = Storage(entry, data.nbytes, extent, data.extent.nbytes, big_endian)
     role = Role.OTHER if facts.get("is_param") is True else Role.STATE
     return Tensor(name, "", view.shape, dtype, role, storage, start=view.start, strides=view.strides)
 

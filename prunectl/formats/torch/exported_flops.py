@@ -24,31 +24,31 @@ def operations(model: ModelFile) -> tuple[Operation, ...]:
     """Return the operations that multiply, a batch counted as 1 when the program leaves it open."""
     archive = zip_read.open_archive(model.path)
     programs = [name for name in archive.entries if _PROGRAM.fullmatch(name)]
-    found: list[Operation] = []
+    counted: list[Operation] = []
     for entry in programs:
         nbytes = archive.entries[entry].nbytes
         if nbytes > MAX_JSON_BYTES:
             raise InputError(f"{model.path} has a graph of {nbytes} bytes: prunectl counts in at most {MAX_JSON_BYTES}")
         program = parse_object(archive.read(entry, MAX_JSON_BYTES), model.path, f"its entry {entry}")
         prefix = f"{PurePosixPath(entry).stem}." if len(programs) > 1 else ""
-        found += (_prefixed(one, prefix) for one in _counted(main_graph(program)))
-    return tuple(found)
+        counted += (_prefixed(operation, prefix) for operation in _count_macs(main_graph(program)))
+    return tuple(counted)
 
 
-def _prefixed(found: Operation, prefix: str) -> Operation:
-    return replace(found, weight=f"{prefix}{found.weight}") if prefix and found.weight else found
+def _prefixed(operation: Operation, prefix: str) -> Operation:
+    return replace(operation, weight=f"{prefix}{operation.weight}") if prefix and operation.weight else operation
 
 
-def _counted(graph: ExportedGraph, depth: int = 0) -> Iterator[Operation]:
+def _count_macs(graph: ExportedGraph, depth: int = 0) -> Iterator[Operation]:
     for node in graph.nodes:
-        yield from _of(node, graph)
+        yield from _node_macs(node, graph)
         operands = node.operands
-        for inner in node.graphs if depth < MAX_DEPTH else ():
-            for found in _counted(inner_graph(inner, operands, graph), depth + 1):
-                yield found if node.op.startswith(_RUN_ONCE) else replace(found, macs=None)
+        for inner_json in node.graphs if depth < MAX_DEPTH else ():
+            for operation in _count_macs(inner_graph(inner_json, operands, graph), depth + 1):
+                yield operation if node.op.startswith(_RUN_ONCE) else replace(operation, macs=None)
 
 
-def _of(node: ExportedNode, graph: ExportedGraph) -> Iterator[Operation]:
+def _node_macs(node: ExportedNode, graph: ExportedGraph) -> Iterator[Operation]:
     if node.op in _RECURRENT:
         data = graph.shape(node.tensor("input"))
         names = [*node.tensors("params"), node.tensor("w_ih"), node.tensor("w_hh")]
@@ -77,17 +77,17 @@ class _UnknownError(Exception):
 
 
 def _shape(node: ExportedNode, graph: ExportedGraph, argument: str) -> Shape:
-    found = graph.shape(node.tensor(argument))
-    if found is None:
+    shape = graph.shape(node.tensor(argument))
+    if shape is None:
         raise _UnknownError
-    return found
+    return shape
 
 
 def _output(node: ExportedNode, graph: ExportedGraph) -> Shape:
-    found = graph.shape(node.outputs[0]) if node.outputs else None
-    if found is None:
+    shape = graph.shape(node.outputs[0]) if node.outputs else None
+    if shape is None:
         raise _UnknownError
-    return found
+    return shape
 
 
 def _convolution(node: ExportedNode, graph: ExportedGraph) -> int | None:
@@ -123,7 +123,7 @@ def _attention(node: ExportedNode, graph: ExportedGraph) -> int | None:
 
 def _einsum(node: ExportedNode, graph: ExportedGraph) -> int | None:
     """Every label runs once, in a product of two."""
-    left, _, _ = node.word("equation").replace(" ", "").partition("->")
+    left, _, _ = node.string_arg("equation").replace(" ", "").partition("->")
     labels, names = left.split(","), node.tensors("tensors")
     if len(names) != 2 or len(labels) != 2:
         raise _UnknownError
@@ -138,7 +138,7 @@ def _einsum(node: ExportedNode, graph: ExportedGraph) -> int | None:
     return numel(lengths.values())
 
 
-def _unknown(_: ExportedNode, __: ExportedGraph) -> int | None:
+def _uncounted(_: ExportedNode, __: ExportedGraph) -> int | None:
     return None
 
 
@@ -163,6 +163,6 @@ _RULES: dict[str, tuple[Callable[[ExportedNode, ExportedGraph], int | None], str
     "_scaled_dot_product_flash_attention_for_cpu": (_attention, ""),
     "_scaled_dot_product_efficient_attention": (_attention, ""),
     **dict.fromkeys(
-        ("bilinear", "_native_multi_head_attention", "_transformer_encoder_layer_fwd"), (_unknown, "weight")
+        ("bilinear", "_native_multi_head_attention", "_transformer_encoder_layer_fwd"), (_uncounted, "weight")
     ),
 }

@@ -12,16 +12,16 @@ from prunectl.formats.base import MAX_LENGTH, Length, Shape, Tensor
 from prunectl.formats.state_dict import StateUse
 from prunectl.formats.torch.pickle.opcodes import describe_value
 from prunectl.formats.torch.usage import (
-    CALCULATED,
+    ARITHMETIC,
     FIRST,
     NOTHING,
     RECURRENT,
-    TAKEN,
+    WEIGHT_ARGUMENTS,
     Flow,
     Origins,
     ValueOrigin,
-    joined,
-    passed,
+    join_origins,
+    pass_through,
 )
 
 _KINDS = ("parameter", "buffer", "tensor_constant")
@@ -37,16 +37,16 @@ def tensor_kinds(graph: dict[str, Any]) -> dict[str, str]:
     """Return the type of the first operation that uses each weight, such as `linear`."""
     module = as_dict(graph.get("graph_module"))
     names = argument_names(as_dict(module.get("signature")).get("input_specs"))
-    found: dict[str, str] = {}
+    kinds: dict[str, str] = {}
     for node in as_list(as_dict(module.get("graph")).get("nodes")):
         target = as_dict(node).get("target")
         if not isinstance(target, str):
             continue
-        for used in as_list(as_dict(node).get("inputs")):
-            argument = as_dict(as_dict(as_dict(used).get("arg")).get("as_tensor")).get("name")
+        for operand in as_list(as_dict(node).get("inputs")):
+            argument = as_dict(as_dict(as_dict(operand).get("arg")).get("as_tensor")).get("name")
             if isinstance(argument, str) and argument in names:
-                found.setdefault(names[argument], operation(target))
-    return found
+                kinds.setdefault(names[argument], operation(target))
+    return kinds
 
 
 def operation(target: str) -> str:
@@ -57,15 +57,15 @@ def operation(target: str) -> str:
 
 def argument_names(specs: Any) -> dict[str, str]:
     """Return the weights by the names that the graph gives them."""
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for spec in as_list(specs):
         for kind in _KINDS:
             facts = as_dict(as_dict(spec).get(kind))
             name = facts.get(f"{kind}_name")
             argument = as_dict(facts.get("arg")).get("name")
             if isinstance(name, str) and isinstance(argument, str):
-                found[argument] = name
-    return found
+                names[argument] = name
+    return names
 
 
 def parameters(graph: dict[str, Any]) -> frozenset[str]:
@@ -89,11 +89,11 @@ MAX_AXES = 64
 _MAX_CHARACTERS = 256
 
 
-def shape(sizes: Any, ones: frozenset[str]) -> Shape | None:
+def shape(sizes: Any, batch_symbols: frozenset[str]) -> Shape | None:
     """Return the sizes of a tensor; the symbols in ``ones`` count as 1."""
     if not isinstance(sizes, list) or len(sizes) > MAX_AXES:
         return None
-    return tuple(_length(size, ones) for size in sizes)
+    return tuple(_length(size, batch_symbols) for size in sizes)
 
 
 def first_symbol(sizes: Any) -> str:
@@ -101,20 +101,20 @@ def first_symbol(sizes: Any) -> str:
     if not isinstance(sizes, list) or len(sizes) < 2:
         return ""
     tree = _parsed(_expression(sizes[0]))
-    return _symbol(tree) if tree is not None else ""
+    return _symbol_name(tree) if tree is not None else ""
 
 
-def _length(size: Any, ones: frozenset[str]) -> Length:
-    found = size.get("as_int") if isinstance(size, dict) else None
-    if type(found) is not int:
+def _length(size: Any, batch_symbols: frozenset[str]) -> Length:
+    value = size.get("as_int") if isinstance(size, dict) else None
+    if type(value) is not int:
         tree = _parsed(_expression(size))
-        found = _value(tree, ones) if tree is not None else None
-    return found if found is not None and 0 <= found <= MAX_LENGTH else None
+        value = _value(tree, batch_symbols) if tree is not None else None
+    return value if value is not None and 0 <= value <= MAX_LENGTH else None
 
 
 def _expression(size: Any) -> str:
-    said = size.get("as_expr") if isinstance(size, dict) else None
-    text = said.get("expr_str") if isinstance(said, dict) else said
+    expression = size.get("as_expr") if isinstance(size, dict) else None
+    text = expression.get("expr_str") if isinstance(expression, dict) else expression
     return text if isinstance(text, str) and len(text) <= _MAX_CHARACTERS else ""
 
 
@@ -125,7 +125,7 @@ def _parsed(text: str) -> ast.expr | None:
         return None
 
 
-def _symbol(tree: ast.expr) -> str:
+def _symbol_name(tree: ast.expr) -> str:
     """Return the name of what is nothing but a symbol."""
     if isinstance(tree, ast.Name):
         return tree.id
@@ -139,34 +139,34 @@ def _function(tree: ast.expr) -> str:
     return tree.func.id if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) else ""
 
 
-def _value(tree: ast.expr, ones: frozenset[str]) -> int | None:
+def _value(tree: ast.expr, batch_symbols: frozenset[str]) -> int | None:
     """Return the value of an expression of whole numbers; None for what is not known or not understood."""
     if isinstance(tree, ast.Constant):
         return tree.value if type(tree.value) is int and abs(tree.value) <= MAX_LENGTH else None
-    symbol = _symbol(tree)
+    symbol = _symbol_name(tree)
     if symbol:
-        return 1 if symbol in ones else None
+        return 1 if symbol in batch_symbols else None
     if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub):
-        return _combined([ast.Constant(-1), tree.operand], ones, math.prod)
+        return _fold([ast.Constant(-1), tree.operand], batch_symbols, math.prod)
     if isinstance(tree, ast.BinOp):
-        return _combined([tree.left, tree.right], ones, _OPERATORS.get(type(tree.op)))
+        return _fold([tree.left, tree.right], batch_symbols, _OPERATORS.get(type(tree.op)))
     if isinstance(tree, ast.Call):
-        return _combined(tree.args, ones, _FUNCTIONS.get(_function(tree)))
+        return _fold(tree.args, batch_symbols, _FUNCTIONS.get(_function(tree)))
     return None
 
 
-def _combined(
-    parts: Sequence[ast.expr], ones: frozenset[str], combine: Callable[[list[int]], int | None] | None
+def _fold(
+    parts: Sequence[ast.expr], batch_symbols: frozenset[str], combine: Callable[[list[int]], int | None] | None
 ) -> int | None:
-    values = [_value(part, ones) for part in parts]
+    values = [_value(part, batch_symbols) for part in parts]
     known = [value for value in values if value is not None]
     if combine is None or not known or len(known) != len(values):
         return None
-    found = combine(known)
-    return found if found is not None and abs(found) <= MAX_LENGTH else None
+    result = combine(known)
+    return result if result is not None and abs(result) <= MAX_LENGTH else None
 
 
-def _divided(values: list[int]) -> int | None:
+def _floor_div(values: list[int]) -> int | None:
     return values[0] // values[1] if len(values) == 2 and values[1] else None
 
 
@@ -174,7 +174,7 @@ _FUNCTIONS: dict[str, Callable[[list[int]], int | None]] = {
     "Integer": sum,
     "Add": sum,
     "Mul": math.prod,
-    "FloorDiv": _divided,
+    "FloorDiv": _floor_div,
     "Max": max,
     "Min": min,
 }
@@ -182,18 +182,18 @@ _OPERATORS: dict[type[ast.operator], Callable[[list[int]], int | None]] = {
     ast.Add: sum,
     ast.Sub: lambda values: values[0] - values[1],
     ast.Mult: math.prod,
-    ast.FloorDiv: _divided,
+    ast.FloorDiv: _floor_div,
 }
 
 
 MAX_NODES = 1_000_000
-_PASSING = frozenset(
+_PASSTHROUGH = frozenset(
     {
         *("t", "transpose", "permute", "view", "reshape", "contiguous", "detach", "alias", "to", "_to_copy", "clone"),
         *("unsqueeze", "squeeze", "expand", "numpy_T", "lift_fresh_copy", "_unsafe_view"),
     }
 )
-_MAX_PASSED = 8
+_MAX_PASSTHROUGH = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,27 +214,27 @@ class ExportedNode:
     def tensors(self, argument: str) -> tuple[str, ...]:
         """Names of the tensors that an argument lists."""
         listed = as_list(as_dict(self.arguments.get(argument)).get("as_tensors"))
-        return tuple(_text(as_dict(one).get("name")) for one in listed)
+        return tuple(_text(as_dict(tensor).get("name")) for tensor in listed)
 
     def flag(self, argument: str) -> bool:
         """An argument that is off unless it is on."""
         return as_dict(self.arguments.get(argument)).get("as_bool") is True
 
-    def word(self, argument: str) -> str:
+    def string_arg(self, argument: str) -> str:
         """An argument that is a text."""
         return _text(as_dict(self.arguments.get(argument)).get("as_string"))
 
     @property
     def graphs(self) -> tuple[Mapping[str, Any], ...]:
         """Graphs that it runs, once or in a loop or not at all."""
-        found = (as_dict(as_dict(as_dict(one).get("as_graph")).get("graph")) for one in self.arguments.values())
-        return tuple(graph for graph in found if graph)
+        graphs = (as_dict(as_dict(as_dict(value).get("as_graph")).get("graph")) for value in self.arguments.values())
+        return tuple(graph for graph in graphs if graph)
 
     @property
     def operands(self) -> tuple[str, ...]:
         """Names of the tensors that its graphs run on: all that follows the last of them."""
         keys = list(self.arguments)
-        first = max((place + 1 for place, key in enumerate(keys) if _is_graph(self.arguments[key])), default=len(keys))
+        first = max((index + 1 for index, key in enumerate(keys) if _is_graph(self.arguments[key])), default=len(keys))
         return tuple(name for key in keys[first:] for name in (self.tensor(key), *self.tensors(key)) if name)
 
 
@@ -244,23 +244,23 @@ class ExportedGraph:
 
     nodes: tuple[ExportedNode, ...]
     sizes: Mapping[str, Any]
-    ones: frozenset[str]
+    batch_symbols: frozenset[str]
     """Symbols of the batch."""
     weights: Mapping[str, str]
     """Names of tensors of the model by the names that the graph gives them."""
-    makers: Mapping[str, ExportedNode]
+    producers: Mapping[str, ExportedNode]
 
     def shape(self, name: str) -> Shape | None:
         """Return what is known of the shape of a tensor."""
-        return shape(as_dict(self.sizes.get(name)).get("sizes"), self.ones)
+        return shape(as_dict(self.sizes.get(name)).get("sizes"), self.batch_symbols)
 
     def weight(self, name: str) -> str:
         """Return the tensor of the model that this is, behind what only hands it on."""
-        for _ in range(_MAX_PASSED):
-            maker = self.makers.get(name)
-            if name in self.weights or maker is None or maker.op not in _PASSING:
+        for _ in range(_MAX_PASSTHROUGH):
+            producer_node = self.producers.get(name)
+            if name in self.weights or producer_node is None or producer_node.op not in _PASSTHROUGH:
                 break
-            name = next(filter(None, map(maker.tensor, ("self", "input"))), "")
+            name = next(filter(None, map(producer_node.tensor, ("self", "input"))), "")
         return self.weights.get(name, "")
 
 
@@ -270,44 +270,46 @@ def main_graph(program: Mapping[str, Any]) -> ExportedGraph:
     graph, specs = as_dict(module.get("graph")), as_list(as_dict(module.get("signature")).get("input_specs"))
     sizes = as_dict(graph.get("tensor_values"))
     inputs = [
-        _text(as_dict(as_dict(as_dict(as_dict(one).get("user_input")).get("arg")).get("as_tensor")).get("name"))
-        for one in specs
+        _text(as_dict(as_dict(as_dict(as_dict(spec).get("user_input")).get("arg")).get("as_tensor")).get("name"))
+        for spec in specs
     ]
-    ones = frozenset(filter(None, (first_symbol(as_dict(sizes.get(name)).get("sizes")) for name in inputs)))
-    return _graph(graph, ones, argument_names(specs))
+    batch_symbols = frozenset(filter(None, (first_symbol(as_dict(sizes.get(name)).get("sizes")) for name in inputs)))
+    return _graph(graph, batch_symbols, argument_names(specs))
 
 
 def inner_graph(graph: Mapping[str, Any], operands: tuple[str, ...], outer: ExportedGraph) -> ExportedGraph:
     """Return a graph that a node of another one runs on some operands."""
-    taken = input_names(graph)
-    weights = {inner: outer.weight(name) for inner, name in zip(taken, operands, strict=False) if outer.weight(name)}
-    return _graph(graph, outer.ones, weights)
+    inputs = input_names(graph)
+    weights = {inner: outer.weight(name) for inner, name in zip(inputs, operands, strict=False) if outer.weight(name)}
+    return _graph(graph, outer.batch_symbols, weights)
 
 
 def input_names(graph: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what a graph that a node runs calls its inputs."""
-    return tuple(_text(as_dict(as_dict(one).get("as_tensor")).get("name")) for one in as_list(graph.get("inputs")))
+    return tuple(_text(as_dict(as_dict(item).get("as_tensor")).get("name")) for item in as_list(graph.get("inputs")))
 
 
-def _graph(graph: Mapping[str, Any], ones: frozenset[str], weights: Mapping[str, str]) -> ExportedGraph:
-    nodes = tuple(_node(as_dict(one)) for one in as_list(graph.get("nodes"))[:MAX_NODES])
-    makers = {name: node for node in nodes for name in node.outputs}
-    return ExportedGraph(nodes, as_dict(graph.get("tensor_values")), ones, weights, makers)
+def _graph(graph: Mapping[str, Any], batch_symbols: frozenset[str], weights: Mapping[str, str]) -> ExportedGraph:
+    nodes = tuple(_node(as_dict(node_json)) for node_json in as_list(graph.get("nodes"))[:MAX_NODES])
+    producers = {name: node for node in nodes for name in node.outputs}
+    return ExportedGraph(nodes, as_dict(graph.get("tensor_values")), batch_symbols, weights, producers)
 
 
-def _node(found: Mapping[str, Any]) -> ExportedNode:
-    named = [(_text(as_dict(one).get("name")), as_dict(one).get("arg")) for one in as_list(found.get("inputs"))]
+def _node(data: Mapping[str, Any]) -> ExportedNode:
+    named = [(_text(as_dict(item).get("name")), as_dict(item).get("arg")) for item in as_list(data.get("inputs"))]
     # What higher operations run and pass on has no names.
-    arguments = {name or str(place): value for place, (name, value) in enumerate(named)}
-    outputs = tuple(_text(as_dict(one).get("name")) for made in as_list(found.get("outputs")) for one in _made(made))
-    stack = _text(as_dict(found.get("metadata")).get("nn_module_stack"))
+    arguments = {name or str(index): value for index, (name, value) in enumerate(named)}
+    outputs = tuple(
+        _text(as_dict(item).get("name")) for value in as_list(data.get("outputs")) for item in _output_tensors(value)
+    )
+    stack = _text(as_dict(data.get("metadata")).get("nn_module_stack"))
     module = stack.rpartition(";")[2].split(",")
     return ExportedNode(
-        operation(_text(found.get("target"))), arguments, outputs, describe_value(module[1]) if len(module) > 1 else ""
+        operation(_text(data.get("target"))), arguments, outputs, describe_value(module[1]) if len(module) > 1 else ""
     )
 
 
-def _made(output: Any) -> list[Any]:
+def _output_tensors(output: Any) -> list[Any]:
     """Return the tensor that an output is, or those that it lists."""
     listed = as_list(as_dict(output).get("as_tensors"))
     return listed or [as_dict(output).get("as_tensor")]
@@ -332,25 +334,27 @@ def uses(program: Mapping[str, Any], tensors: list[Tensor]) -> dict[str, StateUs
     flow = Flow()
     graph = main_graph(program)
     _follow(graph, {name: frozenset((ValueOrigin(weight),)) for name, weight in graph.weights.items()}, flow, 0)
-    found = flow.found()
-    return {tensor.name: found.get(tensor.name) for tensor in tensors}
+    resolved = flow.resolve()
+    return {tensor.name: resolved.get(tensor.name) for tensor in tensors}
 
 
 def _follow(graph: ExportedGraph, values: dict[str, Origins], flow: Flow, depth: int) -> None:
     for node in graph.nodes:
-        arguments = {name: joined(values.get(one, NOTHING) for one in _tensors(node, name)) for name in node.arguments}
+        operands = {
+            key: join_origins(values.get(tensor, NOTHING) for tensor in _tensors(node, key)) for key in node.arguments
+        }
         if node.op in RECURRENT:
-            flow.recur(node.op, [values.get(one, NOTHING) for one in node.tensors("params")])
-        elif node.op in TAKEN:
-            flow.use(node.op, arguments, is_transposed=node.flag("transposed"))
+            flow.recur(node.op, [values.get(tensor, NOTHING) for tensor in node.tensors("params")])
+        elif node.op in WEIGHT_ARGUMENTS:
+            flow.use(node.op, operands, is_transposed=node.flag("transposed"))
         else:
-            first = _OPERANDS if node.op in CALCULATED else FIRST
-            made = passed(node.op, joined(arguments.get(name, NOTHING) for name in first))
-            values.update(dict.fromkeys(node.outputs, made) if made else {})
+            first = _OPERANDS if node.op in ARITHMETIC else FIRST
+            origins = pass_through(node.op, join_origins(operands.get(key, NOTHING) for key in first))
+            values.update(dict.fromkeys(node.outputs, origins) if origins else {})
         for inner in node.graphs if depth < MAX_DEPTH else ():
-            operands = [values.get(name, NOTHING) for name in node.operands]
+            inner_operands = [values.get(key, NOTHING) for key in node.operands]
             below = inner_graph(inner, node.operands, graph)
-            _follow(below, dict(zip(input_names(inner), operands, strict=False)), flow, depth + 1)
+            _follow(below, dict(zip(input_names(inner), inner_operands, strict=False)), flow, depth + 1)
 
 
 def _tensors(node: ExportedNode, argument: str) -> tuple[str, ...]:

@@ -100,7 +100,7 @@ _ENTRY = re.compile(r"(?:weight|tensor)_\d{1,9}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
-class Safe:
+class SafeProgram:
     """What PyTorch may be given of an archive."""
 
     archive: Archive
@@ -124,7 +124,7 @@ class Safe:
                     into.writelines(self.archive.pieces(entry))
 
 
-def checked(path: Path) -> Safe:
+def check_program(path: Path) -> SafeProgram:
     """Hold an exported program against the lists; UntrustedError where it holds anything that is not on them."""
     archive = zip_read.open_archive(path)
     folder = _folder(archive)
@@ -133,16 +133,18 @@ def checked(path: Path) -> Safe:
     # Checks of inputs are Python source that PyTorch executes; what they ask follows from the shapes.
     if "guards_code" in program:
         program["guards_code"] = []
-    _Lists(path).check(_without_remarks(program))
+    _AllowLists(path).check(_without_remarks(program))
     texts[f"models/{_MODEL}.json"] = json.dumps(program).encode()
     weights: dict[str, None] = {}
     for part, kind in (("data/weights/", "weights"), ("data/constants/", "constants")):
         config = _json(archive, f"{folder}{part}{_MODEL}_{kind}_config.json")
         for name, facts in _payloads(path, config):
             weights[part + _entry(archive, folder + part, name, facts)] = None
-        _Lists(path).check(config)
+        _AllowLists(path).check(config)
         texts[f"{part}{_MODEL}_{kind}_config.json"] = json.dumps(config).encode()
-    return Safe(archive, folder, texts, tuple(weights), _inputs(archive, f"{folder}data/sample_inputs/{_MODEL}.pt"))
+    return SafeProgram(
+        archive, folder, texts, tuple(weights), _inputs(archive, f"{folder}data/sample_inputs/{_MODEL}.pt")
+    )
 
 
 def _folder(archive: Archive) -> str:
@@ -199,32 +201,32 @@ def _inputs(archive: Archive, name: str) -> bytes:
         return b""
     if archive.entries[name].nbytes > MAX_SAMPLE_INPUTS_BYTES:
         return b""
-    whole = archive.read(name, MAX_SAMPLE_INPUTS_BYTES)
-    what, again = "its entry of example inputs", io.BytesIO()
+    content = archive.read(name, MAX_SAMPLE_INPUTS_BYTES)
+    context, rewritten = "its entry of example inputs", io.BytesIO()
     try:
-        with ZipFile(io.BytesIO(whole)) as inner:
+        with ZipFile(io.BytesIO(content)) as inner:
             infos = inner.infolist()
             pickles = [info for info in infos if info.filename.casefold().endswith(".pkl")]
             total = sum(info.file_size for info in infos)
             if len(pickles) != 1 or total > MAX_SAMPLE_INPUTS_BYTES or not all(info.filename for info in infos):
-                raise _untrusted(archive.path, f"{what} is not one pickle of tensors")
-            strangers = interpret(inner.read(pickles[0]), archive.path, what).strangers
+                raise _untrusted(archive.path, f"{context} is not one pickle of tensors")
+            foreign_calls = interpret(inner.read(pickles[0]), archive.path, context).foreign_calls
             # Written anew, so that PyTorch finds the pickle that was followed, whichever way it looks for it.
-            with ZipFile(again, "w") as out:
+            with ZipFile(rewritten, "w") as out:
                 for info in infos:
                     out.writestr(info.filename, inner.read(info))
     except (BadZipFile, NotImplementedError, EOFError, UnicodeDecodeError, RuntimeError) as error:
-        raise _untrusted(archive.path, f"{what} is not a checkpoint that can be followed") from error
-    if strangers:
-        raise _untrusted(archive.path, f"{what} {strangers[0]}")
-    return again.getvalue()
+        raise _untrusted(archive.path, f"{context} is not a checkpoint that can be followed") from error
+    if foreign_calls:
+        raise _untrusted(archive.path, f"{context} {foreign_calls[0]}")
+    return rewritten.getvalue()
 
 
 def _untrusted(path: Path, why: str) -> UntrustedError:
     return UntrustedError(f"{path} holds more than a program and its numbers: {why}", hint="if you trust it: --trust")
 
 
-class _Lists:
+class _AllowLists:
     """The lists, for every text by the key that it stands under."""
 
     def __init__(self, path: Path) -> None:
@@ -241,14 +243,14 @@ class _Lists:
         if isinstance(value, str):
             self._text(key, value)
         elif isinstance(value, list):
-            for one in value:
-                self._value(key, one, depth + 1)
+            for item in value:
+                self._value(key, item, depth + 1)
         elif isinstance(value, dict):
             is_name = _KEYS.get(key, _is_identifier)
-            for name, one in value.items():
+            for name, item in value.items():
                 if not is_name(name):
                     self._refuse(key or "key", name)
-                self._value("" if key in _TABLES else name, one, depth + 1)
+                self._value("" if key in _TABLES else name, item, depth + 1)
 
     def _text(self, key: str, text: str) -> None:
         if (key, text) not in self.known:
@@ -265,10 +267,10 @@ def is_operator(target: str) -> bool:
     """Whether an operation of a graph computes, and does nothing else."""
     if target in SCALARS:
         return True
-    found = _OPERATOR.fullmatch(target)
-    if not found:
+    match = _OPERATOR.fullmatch(target)
+    if not match:
         return False
-    library, name, _ = found.groups()
+    library, name, _ = match.groups()
     if library == "higher_order":
         return name in HIGHER_ORDER
     return library in NAMESPACES and name not in WRITING and (not name.startswith("__") or name in _DUNDERS)
@@ -281,15 +283,15 @@ def is_expression(text: str) -> bool:
     powers = len(_POWERS.findall(text))
     if powers > _MAX_POWERS or (powers and _BIG.search(text)):
         return False
-    at = 0
-    while at < len(text):
-        token = _TOKEN.match(text, at)
+    position = 0
+    while position < len(text):
+        token = _TOKEN.match(text, position)
         if token is None:
             return False
-        word = token["word"]
-        if word is not None and word not in FUNCTIONS and not _IS_SYMBOL.fullmatch(word):
+        name = token["word"]
+        if name is not None and name not in FUNCTIONS and not _IS_SYMBOL.fullmatch(name):
             return False
-        at = token.end()
+        position = token.end()
     return True
 
 
@@ -306,7 +308,7 @@ def is_tree_of_inputs(text: str) -> bool:
 
 def _nodes(text: str) -> list[tuple[int, list[Any]]] | None:
     """Return the depth and the keys of each container; None where one is not on the list."""
-    found = []
+    containers = []
     try:
         version, root = json.loads(text)
         todo = [(0, root)]
@@ -318,11 +320,11 @@ def _nodes(text: str) -> list[tuple[int, list[Any]]] | None:
                 return None
             if not all(type(key) is int or (isinstance(key, str) and _is_attribute(key)) for key in keys):
                 return None
-            found.append((depth, keys))
+            containers.append((depth, keys))
             todo += [(depth + 1, child) for child in node["children_spec"]]
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    return found
+    return containers
 
 
 def _is_identifier(text: str) -> bool:

@@ -33,39 +33,41 @@ def open_model(path: Path) -> ModelFile:
             data, path, "what it says of its machine", start=protocol.end, end=min(len(data), MAX_FACT_BYTES)
         )
         program = interpret(data, path, "its object", start=system.end)
-        wanted = {found.key: found for found in (views.parse_persistent_id(path, key) for key in program.storages)}
-        limit = min(len(data), program.end + MAX_FACT_BYTES + MAX_KEY_BYTES * len(wanted))
-        keys = interpret(data, path, "its list of storages", start=program.end, end=limit)
-        places = _locate(path, data, keys.value, wanted, keys.end)
+        storages = {info.key: info for info in (views.parse_persistent_id(path, key) for key in program.storages)}
+        end = min(len(data), program.end + MAX_FACT_BYTES + MAX_KEY_BYTES * len(storages))
+        keys = interpret(data, path, "its list of storages", start=program.end, end=end)
+        located = _locate(path, data, keys.value, storages, keys.end)
 
-    def find(stored: StorageInfo) -> Storage:
-        place = places.get(stored.key)
-        if place is None or place.nbytes != stored.nbytes:
-            raise InputError(f"{path} is damaged: it does not hold the whole storage {describe_value(stored.key)}")
+    def find(info: StorageInfo) -> Storage:
+        place = located.get(info.key)
+        if place is None or place.nbytes != info.nbytes:
+            raise InputError(f"{path} is damaged: it does not hold the whole storage {describe_value(info.key)}")
         return place
 
     about = ModelInfo(producer="pytorch (format before 1.6)")
     return model.model_from_pickle(path, "torch-legacy", [PickleSource(program, find)], about)
 
 
-def _locate(path: Path, data: mmap.mmap, keys: object, wanted: dict[str, StorageInfo], at: int) -> dict[str, Storage]:
+def _locate(
+    path: Path, data: mmap.mmap, keys: object, infos: dict[str, StorageInfo], offset: int
+) -> dict[str, Storage]:
     """Return where the storages lie: each behind the number of its elements."""
     if not isinstance(keys, list):
         raise InputError(f"{path} is damaged: it does not list its storages")
-    places: dict[str, Storage] = {}
+    located: dict[str, Storage] = {}
     for key in keys:
-        stored = wanted.get(str(key)) if isinstance(key, str | int) else None
-        if stored is None:
+        info = infos.get(str(key)) if isinstance(key, str | int) else None
+        if info is None:
             raise InputError(f"{path} is damaged: it lists a storage that no tensor uses")
-        check_inside(path, at, COUNT_BYTES, len(data), f"the length of storage {describe_value(stored.key)}")
-        count = int.from_bytes(data[at : at + COUNT_BYTES], "little", signed=True)
-        if count != stored.count:
+        check_inside(path, offset, COUNT_BYTES, len(data), f"the length of storage {describe_value(info.key)}")
+        count = int.from_bytes(data[offset : offset + COUNT_BYTES], "little", signed=True)
+        if count != info.count:
             raise InputError(
-                f"{path} is damaged: storage {describe_value(stored.key)} "
-                f"has {count} elements, its pickle says {stored.count}"
+                f"{path} is damaged: storage {describe_value(info.key)} "
+                f"has {count} elements, its pickle says {info.count}"
             )
-        at += COUNT_BYTES
-        check_inside(path, at, stored.nbytes, len(data), f"storage {describe_value(stored.key)}")
-        places[stored.key] = Storage(stored.key, stored.nbytes, Extent(path, at, stored.nbytes), stored.nbytes)
-        at += stored.nbytes
-    return places
+        offset += COUNT_BYTES
+        check_inside(path, offset, info.nbytes, len(data), f"storage {describe_value(info.key)}")
+        located[info.key] = Storage(info.key, info.nbytes, Extent(path, offset, info.nbytes), info.nbytes)
+        offset += info.nbytes
+    return located

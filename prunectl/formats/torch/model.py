@@ -13,13 +13,10 @@ from prunectl.formats import state_dict
 from prunectl.formats.base import Array, ModelFile, ModelInfo, Role, Storage, Tensor
 from prunectl.formats.extents import Extent
 from prunectl.formats.state_dict import StateUse
-from prunectl.formats.torch import tree
-from prunectl.formats.torch import views as torch_numpy
-from prunectl.formats.torch import views as torch_views
+from prunectl.formats.torch import tree, views
 from prunectl.formats.torch.pickle.opcodes import Global, OpaqueCall, Persistent, PickleDict, describe_value
 from prunectl.formats.torch.pickle.vm import PickleProgram
 from prunectl.formats.torch.script import CONSTANTS
-from prunectl.formats.torch.tree import inner_tensor
 from prunectl.formats.torch.views import StorageInfo, View
 
 MAX_FACTS = 20
@@ -52,12 +49,12 @@ _AVERAGES = frozenset(
 def optimizer(root: Any) -> str:
     """Return the name of the optimizer whose state the checkpoint holds."""
     if not isinstance(root, PickleDict):
-        return _name(root)
+        return _optimizer_name(root)
     candidates = [root, *(value for key, value in root.items[:MAX_SEARCHED] if _is_about_optimizer(key))]
     for candidate in candidates:
         items = candidate if isinstance(candidate, list | tuple) else [candidate]
         for item in items[:8]:
-            if name := _name(item):
+            if name := _optimizer_name(item):
                 return name
     return (
         "optimizer state"
@@ -70,7 +67,7 @@ def _is_about_optimizer(key: Any) -> bool:
     return isinstance(key, str) and "optim" in key.lower()
 
 
-def _name(value: Any) -> str:
+def _optimizer_name(value: Any) -> str:
     if isinstance(value, OpaqueCall) and isinstance(value.function, Global) and value.path.startswith("torch.optim."):
         return value.function.name
     groups = (
@@ -91,14 +88,14 @@ def training(root: Any) -> tuple[str, ...]:
     if not isinstance(root, PickleDict):
         return ()
     facts = [
-        f"{_words(key)} {_value(value)}"
+        f"{_label(key)} {_format_value(value)}"
         for key, value in root.items[:MAX_SEARCHED]
         if isinstance(key, str) and _is_short(value)
     ]
     return tuple(facts[:MAX_FACTS])
 
 
-def _words(key: str) -> str:
+def _label(key: str) -> str:
     return "pytorch-lightning" if key == "pytorch-lightning_version" else describe_value(key)
 
 
@@ -108,7 +105,7 @@ def _is_short(value: Any) -> bool:
     return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
-def _value(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else describe_value(str(value))
 
 
@@ -117,13 +114,11 @@ def notes(root: Any) -> tuple[str, ...]:
     if not isinstance(root, PickleDict):
         return ()
     keys = [
-        key for key, value in root.items[:MAX_SEARCHED] if isinstance(key, str) and key in _AVERAGES and _holds(value)
+        key
+        for key, value in root.items[:MAX_SEARCHED]
+        if isinstance(key, str) and key in _AVERAGES and isinstance(tree.inner_tensor(value), PickleDict | OpaqueCall)
     ]
     return tuple(f"It holds a second copy of the weights under {key}, averaged over the training." for key in keys)
-
-
-def _holds(value: Any) -> bool:
-    return isinstance(inner_tensor(value), PickleDict | OpaqueCall)
 
 
 def sections(root: Any) -> frozenset[str]:
@@ -140,8 +135,8 @@ def sections(root: Any) -> frozenset[str]:
     )
 
 
-MAX_STRANGERS = 100
-_DEEDS = {"calls": "call", "class": "make an instance of", "imports": "import"}
+MAX_FOREIGN_CALLS = 100
+_VERBS = {"calls": "call", "class": "make an instance of", "imports": "import"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +145,7 @@ class PickleSource:
 
     program: PickleProgram
     find: Callable[[StorageInfo], Storage]
-    named: Mapping[str, OpaqueCall] = field(default_factory=dict)
+    listed: Mapping[str, OpaqueCall] = field(default_factory=dict)
     """Tensors that the container itself lists, by their ids."""
     prefix: str = ""
     """What the names begin with."""
@@ -164,12 +159,12 @@ class PickleSource:
 
 def tensors(path: Path, source: PickleSource, uses: dict[str, StateUse | None]) -> tuple[list[Tensor], int]:
     """Return the tensors of a program, and how many NumPy arrays are not to be had; fill in what code uses them for."""
-    found: list[Tensor] = []
+    rebuilt: list[Tensor] = []
     names: dict[str, int] = {}
     storages: dict[StorageInfo, Storage] = {}
     missing = 0
     for leaf in tree.iter_tensors(path, source.program.value, source.parameters):
-        value = source.named.get(str(leaf.value.id)) if isinstance(leaf.value, Persistent) else leaf.value
+        value = source.listed.get(str(leaf.value.id)) if isinstance(leaf.value, Persistent) else leaf.value
         if value is None:
             raise InputError(f"{path} is damaged: it does not hold {leaf.name}")
         name = source.prefix + leaf.name
@@ -177,33 +172,33 @@ def tensors(path: Path, source: PickleSource, uses: dict[str, StateUse | None]) 
         if names[name] > 1:
             # Two paths can spell one name, such as {"a.b": x, "a": {"b": y}}.
             name = f"{name}#{names[name]}"
-        if torch_numpy.is_array(value):
-            flat = torch_numpy.flat_array(value)
+        if views.is_array(value):
+            flat = views.flat_array(value)
             if flat is None or not source.is_flat:
                 missing += 1
                 continue
-            found.append(_of_numpy(path, name, flat))
+            rebuilt.append(_of_numpy(path, name, flat))
         else:
             role = Role.STATE if leaf.is_buffer else Role.OTHER
-            view = torch_views.view_of(path, value, name)
-            if view.stored not in storages:
-                storages[view.stored] = source.find(view.stored)
-            found.append(replace(_of_view(name, view, storages[view.stored]), kind=leaf.kind, role=role))
+            view = views.view_of(path, value, name)
+            if view.storage not in storages:
+                storages[view.storage] = source.find(view.storage)
+            rebuilt.append(replace(_of_view(name, view, storages[view.storage]), kind=leaf.kind, role=role))
             if source.uses is not None:
                 uses[name] = source.uses.get(
                     (leaf.owner, leaf.attribute) if leaf.owner else (CONSTANTS, f"c{leaf.name}")
                 )
-    return found, missing
+    return rebuilt, missing
 
 
 def _of_view(name: str, view: View, storage: Storage) -> Tensor:
     return Tensor(name, "", view.shape, view.dtype, Role.OTHER, storage, start=view.start, strides=view.strides)
 
 
-def _of_numpy(path: Path, name: str, flat: torch_numpy.FlatArray) -> Tensor:
+def _of_numpy(path: Path, name: str, flat: views.FlatArray) -> Tensor:
     nbytes = flat.raw.nbytes
-    extent = Extent(path, flat.raw.at, nbytes)
-    storage = Storage(f"pickle@{flat.raw.at}", nbytes, extent, nbytes, flat.big_endian)
+    extent = Extent(path, flat.raw.offset, nbytes)
+    storage = Storage(f"pickle@{flat.raw.offset}", nbytes, extent, nbytes, flat.big_endian)
     return Tensor(name, "", flat.shape, flat.dtype, Role.OTHER, storage, strides=flat.strides)
 
 
@@ -215,19 +210,19 @@ def model_from_pickle(
     decode: Callable[[Tensor], Array] | None = None,
 ) -> ModelFile:
     """Return the model that one program or several rebuild; the first is the one that the facts come from."""
-    found: list[Tensor] = []
+    tensors_found: list[Tensor] = []
     missing = 0
     uses: dict[str, StateUse | None] = {}
     for source in sources:
-        more, left_out = tensors(path, source, uses)
-        found += more
-        missing += left_out
+        rebuilt, unreadable = tensors(path, source, uses)
+        tensors_found += rebuilt
+        missing += unreadable
     root = sources[0].program.value
-    torch_views.refuse_rereading(path, found)
-    strangers = tuple(dict.fromkeys(deed for source in sources for deed in source.program.strangers))
-    if not found and not about.code:
-        refuse_without_tensors(path, strangers)
-    described = state_dict.describe(found, sections(root), uses)
+    views.reject_rereading(path, tensors_found)
+    foreign_calls = tuple(dict.fromkeys(call for source in sources for call in source.program.foreign_calls))
+    if not tensors_found and not about.code:
+        reject_without_tensors(path, foreign_calls)
+    described = state_dict.describe(tensors_found, sections(root), uses)
     return ModelFile(
         path=path,
         format=format_name,
@@ -237,7 +232,7 @@ def model_from_pickle(
             wrappers=state_dict.wrappers(described),
             optimizer=optimizer(root),
             training=training(root),
-            code=(*about.code, *_shorten(strangers)),
+            code=(*about.code, *_shorten(foreign_calls)),
             notes=(*about.notes, *notes(root), *_numpy_arrays_note(missing)),
         ),
         files=(path,),
@@ -245,17 +240,17 @@ def model_from_pickle(
     )
 
 
-def refuse_without_tensors(path: Path, strangers: Sequence[str]) -> None:
+def reject_without_tensors(path: Path, foreign_calls: Sequence[str]) -> None:
     """Say that there is nothing to prune, and what loading would have done instead."""
-    if not strangers:
+    if not foreign_calls:
         raise InputError(f"{path} holds no tensors")
-    verb, _, what = strangers[0].partition(" ")
-    raise UntrustedError(f"{path} holds no tensors; opened by PyTorch, it would {_DEEDS[verb]} {what}")
+    verb, _, function = foreign_calls[0].partition(" ")
+    raise UntrustedError(f"{path} holds no tensors; opened by PyTorch, it would {_VERBS[verb]} {function}")
 
 
-def _shorten(strangers: tuple[str, ...]) -> tuple[str, ...]:
-    more = len(strangers) - MAX_STRANGERS
-    return strangers if more <= 0 else (*strangers[:MAX_STRANGERS], f"and {more} more")
+def _shorten(foreign_calls: tuple[str, ...]) -> tuple[str, ...]:
+    more = len(foreign_calls) - MAX_FOREIGN_CALLS
+    return foreign_calls if more <= 0 else (*foreign_calls[:MAX_FOREIGN_CALLS], f"and {more} more")
 
 
 def _numpy_arrays_note(missing: int) -> tuple[str, ...]:

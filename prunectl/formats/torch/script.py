@@ -20,15 +20,15 @@ from prunectl.formats.budgets import MAX_SCRIPT_CODE_BYTES, MAX_SCRIPT_DEPTH, MA
 from prunectl.formats.state_dict import StateUse
 from prunectl.formats.torch.exported_trust import WRITING
 from prunectl.formats.torch.usage import (
-    CALCULATED,
+    ARITHMETIC,
     NOTHING,
     RECURRENT,
-    TAKEN,
+    WEIGHT_ARGUMENTS,
     Flow,
     Origins,
     ValueOrigin,
-    joined,
-    passed,
+    join_origins,
+    pass_through,
 )
 from prunectl.formats.zip_read import Archive
 
@@ -41,7 +41,7 @@ _NAME = re.compile(r'"([^"]*)"')
 
 def code(archive: Archive, folder: str) -> tuple[Sequence[tuple[str, str]], bool]:
     """Return the code as pairs of a dotted path and a text, and whether it is there and all of it."""
-    found: list[tuple[str, str]] = []
+    modules: list[tuple[str, str]] = []
     left, is_whole = MAX_CODE_BYTES, True
     for name, entry in archive.entries.items():
         if not name.startswith(f"{folder}code/") or not name.endswith(".py"):
@@ -51,21 +51,21 @@ def code(archive: Archive, folder: str) -> tuple[Sequence[tuple[str, str]], bool
             continue
         left -= entry.nbytes
         module = name.removeprefix(f"{folder}code/").removesuffix(".py").replace("/", ".")
-        found.append((module, archive.read(name, entry.nbytes).decode("utf-8", "replace")))
-    return found, is_whole and bool(found)
+        modules.append((module, archive.read(name, entry.nbytes).decode("utf-8", "replace")))
+    return modules, is_whole and bool(modules)
 
 
 def parameters(modules: Sequence[tuple[str, str]]) -> Mapping[str, frozenset[str]]:
     """Return the parameters of each class of module, by the dotted path of the class."""
-    found: dict[str, frozenset[str]] = {}
+    by_class: dict[str, frozenset[str]] = {}
     for module, text in modules:
         owner = ""
         for line in text.splitlines():
-            if is_class := _CLASS.match(line):
-                owner = f"{module}.{is_class[1]}"
-            elif owner and (declared := _PARAMETERS.match(line)):
-                found[owner] = frozenset(_NAME.findall(declared[1]))
-    return found
+            if header := _CLASS.match(line):
+                owner = f"{module}.{header[1]}"
+            elif owner and (match := _PARAMETERS.match(line)):
+                by_class[owner] = frozenset(_NAME.findall(match[1]))
+    return by_class
 
 
 CONSTANTS = "CONSTANTS"
@@ -85,7 +85,7 @@ _TRANSPOSED_PLACE = 6
 _RNN_RANGE = slice(2, 4)
 
 
-class _OddError(Exception):
+class _UnparsableError(Exception):
     """The code is not as PyTorch writes it."""
 
 
@@ -121,25 +121,25 @@ def uses(modules: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], StateUs
         lines = [(path, indent, line) for path, text in modules for indent, line in _lines(text, reader)]
         reader.declare(lines)
         reader.follow(lines)
-    except (_OddError, IndexError):
+    except (_UnparsableError, IndexError):
         return None
-    return {key: use for key, use in reader.flow.found().items() if isinstance(key, tuple) and len(key) == 2}
+    return {key: use for key, use in reader.flow.resolve().items() if isinstance(key, tuple) and len(key) == 2}
 
 
 def _lines(text: str, reader: _Reader) -> Iterator[tuple[int, list[str]]]:
     """Yield logical lines as tokens, with their indents; a line goes on while a bracket is open."""
-    depth, indent, found = 0, 0, list[str]()
+    depth, indent, buffered = 0, 0, list[str]()
     for line in text.splitlines():
         tokens = _TOKEN.findall(line)
-        if not found:
+        if not buffered:
             indent = len(line) - len(line.lstrip(" "))
         reader.count(len(tokens))
-        for word in tokens:
-            depth += (word in _OPEN) - (word in _CLOSE)
-        found += tokens
-        if depth <= 0 and found:
-            yield indent, found
-            depth, found = 0, []
+        for symbol in tokens:
+            depth += (symbol in _OPEN) - (symbol in _CLOSE)
+        buffered += tokens
+        if depth <= 0 and buffered:
+            yield indent, buffered
+            depth, buffered = 0, []
 
 
 _Lines = list[tuple[str, int, list[str]]]
@@ -159,7 +159,7 @@ class _Reader:
     def count(self, tokens: int) -> None:
         self._left -= tokens
         if self._left < 0:
-            raise _OddError
+            raise _UnparsableError
 
     def declare(self, lines: _Lines) -> None:
         """Remember the attributes of classes and the parameters of functions."""
@@ -184,42 +184,42 @@ class _Reader:
             if tokens[0] == "def":
                 path = f"{owner if indent else module}.{tokens[1]}"
                 function = _Function(path)
-                for place, name in enumerate(self._parameters[path]):
-                    is_self = bool(owner) and indent > 0 and place == 0
-                    origins = NOTHING if is_self else _from((path, place, "in"))
+                for index, name in enumerate(self._parameters[path]):
+                    is_self = bool(owner) and indent > 0 and index == 0
+                    origins = NOTHING if is_self else _origin_of((path, index, "in"))
                     function.names[name] = _Value(origins, owner if is_self else "")
             elif tokens[0] != "class" and (indent > 2 or not owner):
                 self._statement(function, tokens)
 
     def _statement(self, function: _Function, tokens: list[str]) -> None:
         depth, equals = 0, -1
-        for place, word in enumerate(tokens):
-            depth += (word in _OPEN) - (word in _CLOSE)
-            if word == "=" and not depth:
-                equals = place
+        for position, symbol in enumerate(tokens):
+            depth += (symbol in _OPEN) - (symbol in _CLOSE)
+            if symbol == "=" and not depth:
+                equals = position
                 break
         value = _Parser(self, function, tokens, max(equals + 1, 0)).row()
         if tokens[0] == "return":
             self.flow.lead(value.origins, (function.path, "out", ""))
-        targets = [word for word in tokens[:equals] if word != ","] if equals > 0 else []
+        targets = [symbol for symbol in tokens[:equals] if symbol != ","] if equals > 0 else []
         if tokens[0] == "for" and len(tokens) > 1:
             targets = [tokens[1]]
         items = value.items if value.items is not None and len(targets) == len(value.items) != 1 else None
-        for place, name in enumerate(targets):
-            self._name(function, name, items[place] if items is not None else value)
+        for position, name in enumerate(targets):
+            self._name(function, name, items[position] if items is not None else value)
 
     def _name(self, function: _Function, name: str, value: _Value) -> None:
-        before = function.names.get(name)
-        if before is not None and before.origins:
+        previous = function.names.get(name)
+        if previous is not None and previous.origins:
             # Both branches of a condition give a name to what they make.
-            value = value._replace(origins=joined((before.origins, value.origins)))
+            value = value._replace(origins=join_origins((previous.origins, value.origins)))
         function.names[name] = value
 
     def attribute(self, value: _Value, name: str) -> _Value:
         """Return an attribute of a module."""
         if not value.kind:
             return _UNKNOWN
-        return _Value(_from((value.kind, name)), self._kinds.get((value.kind, name), ""))
+        return _Value(_origin_of((value.kind, name)), self._kinds.get((value.kind, name), ""))
 
     def call(self, callee: _Value, name: str, arguments: list[_Value], named: Mapping[str, _Value]) -> _Value:
         """Return what is known of the result of a call."""
@@ -230,12 +230,12 @@ class _Reader:
         if callee.function in self._parameters:
             path, is_method = callee.function, bool(callee.kind)
             parameters = self._parameters[path]
-            for place, value in enumerate(arguments, start=int(is_method)):
-                self.flow.lead(value.origins, (path, place, "in"))
+            for index, value in enumerate(arguments, start=int(is_method)):
+                self.flow.lead(value.origins, (path, index, "in"))
             for key, value in named.items():
                 if key in parameters:
                     self.flow.lead(value.origins, (path, parameters.index(key), "in"))
-            return _Value(_from((path, "out", "")))
+            return _Value(_origin_of((path, "out", "")))
         if name.startswith(_LIBRARIES):
             return self._operation(name.rpartition(".")[2], arguments)
         return _UNKNOWN
@@ -245,110 +245,114 @@ class _Reader:
             for value in arguments[_RNN_RANGE]:
                 self.flow.recur(op, [item.origins for item in value.items or (value,)])
             return _UNKNOWN
-        if op in TAKEN:
-            taken = {name: arguments[at].origins for name, (at, _) in TAKEN[op].items() if at < len(arguments)}
-            turned = arguments[_TRANSPOSED_PLACE].text if op.lstrip("_") == "convolution" and len(arguments) > 8 else ""
-            self.flow.use(op, taken, is_transposed=turned == "True")
+        if op in WEIGHT_ARGUMENTS:
+            weights = {
+                name: arguments[i].origins for name, (i, _) in WEIGHT_ARGUMENTS[op].items() if i < len(arguments)
+            }
+            transposed = (
+                arguments[_TRANSPOSED_PLACE].text if op.lstrip("_") == "convolution" and len(arguments) > 8 else ""
+            )
+            self.flow.use(op, weights, is_transposed=transposed == "True")
             return _UNKNOWN
-        if op in CALCULATED:
-            return _Value(passed(op, joined(value.origins for value in arguments[:2])))
-        return _Value(passed(op, arguments[0].origins)) if arguments else _UNKNOWN
+        if op in ARITHMETIC:
+            return _Value(pass_through(op, join_origins(value.origins for value in arguments[:2])))
+        return _Value(pass_through(op, arguments[0].origins)) if arguments else _UNKNOWN
 
 
 class _Parser:
     """The values of one line of code: a descent into its brackets, no deeper than code that PyTorch writes."""
 
-    def __init__(self, reader: _Reader, function: _Function, tokens: list[str], at: int) -> None:
+    def __init__(self, reader: _Reader, function: _Function, tokens: list[str], position: int) -> None:
         self._reader, self._function = reader, function
-        self._tokens, self._at, self._depth = tokens, at, 0
+        self._tokens, self._position, self._depth = tokens, position, 0
 
     def row(self) -> _Value:
         """Return the value of what is parted by commas: a tuple, unless there is but one."""
-        found: list[_Value] = []
+        values: list[_Value] = []
         named: dict[str, _Value] = {}
-        self._items(found, named)
-        return found[0] if len(found) == 1 else _listed(found)
+        self._items(values, named)
+        return values[0] if len(values) == 1 else _list_value(values)
 
     def _peek(self) -> str:
-        return self._tokens[self._at] if self._at < len(self._tokens) else ""
+        return self._tokens[self._position] if self._position < len(self._tokens) else ""
 
-    def _items(self, found: list[_Value], named: dict[str, _Value]) -> None:
+    def _items(self, values: list[_Value], named: dict[str, _Value]) -> None:
         """Read values until a bracket closes."""
         self._depth += 1
         if self._depth > MAX_SCRIPT_DEPTH:
-            raise _OddError
+            raise _UnparsableError
         name = ""
-        while (word := self._peek()) and word not in _CLOSE:
-            if word in {",", ":"}:
-                self._at += 1
+        while (symbol := self._peek()) and symbol not in _CLOSE:
+            if symbol in {",", ":"}:
+                self._position += 1
                 continue
-            begin = self._at
+            begin = self._position
             value = self._expression()
             if self._peek() == "=":
                 name = self._tokens[begin]
-                self._at += 1
+                self._position += 1
             elif name:
                 named[name], name = value, ""
             else:
-                found.append(value)
+                values.append(value)
         self._depth -= 1
 
     def _expression(self) -> _Value:
         """Read what stands up to a comma: one value, or several with operators between them."""
-        found: list[_Value] = []
+        values: list[_Value] = []
         while self._peek() not in _ENDS:
             if (value := self._value()) is not None:
-                found.append(value)
-        if len(found) == 1:
-            return found[0]
-        return _Value(joined(value.origins for value in found))
+                values.append(value)
+        if len(values) == 1:
+            return values[0]
+        return _Value(join_origins(value.origins for value in values))
 
     def _value(self) -> _Value | None:
-        word = self._tokens[self._at]
-        self._at += 1
-        if word in _OPEN:
+        symbol = self._tokens[self._position]
+        self._position += 1
+        if symbol in _OPEN:
             value = self._bracket()
-            if word == "(":
+            if symbol == "(":
                 value = value.items[0] if value.items is not None and len(value.items) == 1 else value
-        elif word in _STATEMENTS:
+        elif symbol in _STATEMENTS:
             return None
-        elif word[0].isalpha() or word[0] == "_":
-            value = self._named(word)
-        elif word[0] in "\"'":
-            value = _Value(text=word[1:-1])
+        elif symbol[0].isalpha() or symbol[0] == "_":
+            value = self._named(symbol)
+        elif symbol[0] in "\"'":
+            value = _Value(text=symbol[1:-1])
         else:
             return None
         return self._postfixed(value)
 
     def _bracket(self) -> _Value:
-        found: list[_Value] = []
-        self._items(found, {})
-        self._at += 1
-        return _listed(found)
+        values: list[_Value] = []
+        self._items(values, {})
+        self._position += 1
+        return _list_value(values)
 
     def _called(self, callee: _Value, name: str) -> _Value:
-        found: list[_Value] = []
+        values: list[_Value] = []
         named: dict[str, _Value] = {}
-        self._at += 1
-        self._items(found, named)
-        self._at += 1
-        return self._reader.call(callee, name, found, named)
+        self._position += 1
+        self._items(values, named)
+        self._position += 1
+        return self._reader.call(callee, name, values, named)
 
-    def _named(self, word: str) -> _Value:
+    def _named(self, symbol: str) -> _Value:
         """Read a name with its attributes, and the call if it is called."""
-        first, *rest = word.split(".")
+        first, *rest = symbol.split(".")
         if first == CONSTANTS and len(rest) == 1:
-            return _Value(_from((CONSTANTS, rest[0])))
+            return _Value(_origin_of((CONSTANTS, rest[0])))
         if first not in self._function.names:
             is_called = self._peek() == "("
-            value = _Value(function=word, text=word)
-            return self._called(value, word) if is_called else value
+            value = _Value(function=symbol, text=symbol)
+            return self._called(value, symbol) if is_called else value
         return self._of(self._function.names[first], rest)
 
     def _of(self, value: _Value, names: list[str]) -> _Value:
         """Read attributes of a value; the last may be a method."""
-        for place, name in enumerate(names):
-            if place == len(names) - 1 and self._peek() == "(":
+        for index, name in enumerate(names):
+            if index == len(names) - 1 and self._peek() == "(":
                 return self._called(_Value(kind=value.kind, function=f"{value.kind}.{name}"), name)
             value = self._reader.attribute(value, name)
         if not names and value.function and self._peek() == "(":
@@ -356,14 +360,14 @@ class _Parser:
         return value
 
     def _postfixed(self, value: _Value) -> _Value:
-        while (word := self._peek()) and word not in _ENDS:
-            if word == "[":
-                self._at += 1
+        while (symbol := self._peek()) and symbol not in _ENDS:
+            if symbol == "[":
+                self._position += 1
                 inside = self._bracket()
                 value = _item(value, inside)
-            elif word[0] == "." and len(word) > 1:
-                self._at += 1
-                value = self._of(value, word[1:].split("."))
+            elif symbol[0] == "." and len(symbol) > 1:
+                self._position += 1
+                value = self._of(value, symbol[1:].split("."))
             else:
                 break
         return value
@@ -374,29 +378,29 @@ def _item(value: _Value, _: _Value) -> _Value:
     return _Value(value.origins)
 
 
-def _from(key: Hashable) -> Origins:
+def _origin_of(key: Hashable) -> Origins:
     return frozenset((ValueOrigin(key),))
 
 
-def _listed(items: list[_Value]) -> _Value:
+def _list_value(items: list[_Value]) -> _Value:
     """Return a list: its origins are joined once, since lists of lists could name one value without end."""
-    return _Value(joined(item.origins for item in items), items=tuple(items))
+    return _Value(join_origins(item.origins for item in items), items=tuple(items))
 
 
 def _parameters(tokens: list[str]) -> Iterator[str]:
     """Yield the names of what a function takes: `def name ( self : kind , x : Tensor = 0 ) -> ...`."""
     depth, is_name = 0, True
-    for word in tokens[2:]:
-        if word in _OPEN:
+    for symbol in tokens[2:]:
+        if symbol in _OPEN:
             depth += 1
-        elif word in _CLOSE:
+        elif symbol in _CLOSE:
             depth -= 1
             if not depth:
                 return
         elif depth == 1:
-            if is_name and word != ",":
-                yield word
-            is_name = word == ","
+            if is_name and symbol != ",":
+                yield symbol
+            is_name = symbol == ","
 
 
 LIBRARIES = frozenset({"aten", "prim", "quantized", "_quantized", "prepacked", "mkldnn_prepacked", "torchvision"})
@@ -422,34 +426,34 @@ def check(path: Path) -> None:
         left -= entry.nbytes
         if left < 0:
             raise InputError(f"{path} is refused: it has more than {MAX_SCRIPT_CODE_BYTES} bytes of code")
-        found = stranger(archive.read(name, MAX_SCRIPT_CODE_BYTES).decode("utf-8", "replace"))
-        if found:
+        foreign = find_foreign(archive.read(name, MAX_SCRIPT_CODE_BYTES).decode("utf-8", "replace"))
+        if foreign:
             raise UntrustedError(
-                f"{path} holds TorchScript that does more than compute: {abbreviated(found)}",
+                f"{path} holds TorchScript that does more than compute: {abbreviated(foreign)}",
                 hint="if you trust it: --trust",
             )
 
 
-def stranger(code: str) -> str:
+def find_foreign(code: str) -> str:
     """The first operator or class in some code that is on no list, as it is written; nothing if there is none."""
     if '"""' in code or "'''" in code:
         return "a text of several lines"
-    tokens = [found[0] for found in _TRUST_TOKEN.finditer(code) if not found[0].startswith("#")]
+    tokens = [match[0] for match in _TRUST_TOKEN.finditer(code) if not match[0].startswith("#")]
     if not {'"', "'", "\\"}.isdisjoint(tokens):
         # Whoever loses step here takes code for a text.
         return "a text that does not end"
     tokens += [""] * 3
-    for at in range(len(tokens) - 3):
-        first, dot, name = tokens[at], tokens[at + 1], tokens[at + 2]
-        if first == "ops" and (at == 0 or tokens[at - 1] != "."):
-            if dot != "." or name not in LIBRARIES:
+    for index in range(len(tokens) - 3):
+        first, second, name = tokens[index], tokens[index + 1], tokens[index + 2]
+        if first == "ops" and (index == 0 or tokens[index - 1] != "."):
+            if second != "." or name not in LIBRARIES:
                 return f"ops.{name}"
-        elif first == "classes" and tokens[at - 1] == ".":
-            if dot != "." or name not in CLASSES:
+        elif first == "classes" and tokens[index - 1] == ".":
+            if second != "." or name not in CLASSES:
                 return f"torch.classes.{name}"
-        elif first == "." and (dot in WRITING or dot.startswith("rpc_")):
-            return f"{tokens[at - 1]}.{dot}"
-        elif first == "getattr" and not _is_plain_getattr(tokens[at + 1 : at + 64]):
+        elif first == "." and (second in WRITING or second.startswith("rpc_")):
+            return f"{tokens[index - 1]}.{second}"
+        elif first == "getattr" and not _is_plain_getattr(tokens[index + 1 : index + 64]):
             return "getattr"
     return ""
 

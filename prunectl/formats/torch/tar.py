@@ -29,21 +29,21 @@ def locate(path: Path, data: mmap.mmap) -> dict[str, tuple[int, int]]:
     """Return the first and the last byte of each plain file in a tar."""
     if len(data) % RECORD_BYTES:
         raise InputError(f"{path} is truncated: a tar has whole records of {RECORD_BYTES} bytes")
-    found: dict[str, tuple[int, int]] = {}
-    at = 0
+    files: dict[str, tuple[int, int]] = {}
+    offset = 0
     for _ in range(MAX_ENTRIES):
-        header = data[at : at + BLOCK_BYTES]
+        header = data[offset : offset + BLOCK_BYTES]
         if header == bytes(BLOCK_BYTES):
-            return found
+            return files
         name, size = _entry(path, header)
-        begin = at + BLOCK_BYTES
+        begin = offset + BLOCK_BYTES
         if begin + size > len(data):
             raise InputError(f"{path} is truncated or damaged: its entry {name} reaches past the end")
         if header[156] in _FILES:
-            if name in found:
+            if name in files:
                 raise InputError(f"{path} is refused: it holds two entries named {name}")
-            found[name] = begin, begin + size
-        at = begin + -(-size // BLOCK_BYTES) * BLOCK_BYTES
+            files[name] = begin, begin + size
+        offset = begin + -(-size // BLOCK_BYTES) * BLOCK_BYTES
     raise InputError(f"{path} is refused: it has more entries than any model")
 
 
@@ -66,7 +66,7 @@ MAX_FACT_BYTES = 512
 """How long the pickle before a storage or a tensor may be."""
 COUNT_BYTES = 8
 _REBUILD = Global("torch._utils", "_rebuild_tensor")
-_Place = tuple[StorageInfo, Storage]
+_LocatedStorage = tuple[StorageInfo, Storage]
 
 
 def open_model(path: Path) -> ModelFile:
@@ -76,15 +76,15 @@ def open_model(path: Path) -> ModelFile:
         for name in ("pickle", "storages"):
             if name not in entries:
                 raise InputError(f"{path} is damaged: the tar has no entry {name}")
-        places, ids = _storages(path, data, entries["storages"])
+        located, ids = _storages(path, data, entries["storages"])
         named = _tensors(path, data, entries["tensors"], ids) if "tensors" in entries else {}
         begin, end = entries["pickle"]
         program = interpret(data, path, "its entry pickle", start=begin, end=end)
 
-    def find(stored: StorageInfo) -> Storage:
-        known, storage = places.get(stored.key, (None, None))
-        if known is None or storage is None or known.nbytes != stored.nbytes:
-            raise InputError(f"{path} is damaged: it does not hold the whole storage {describe_value(stored.key)}")
+    def find(info: StorageInfo) -> Storage:
+        known, storage = located.get(info.key, (None, None))
+        if known is None or storage is None or known.nbytes != info.nbytes:
+            raise InputError(f"{path} is damaged: it does not hold the whole storage {describe_value(info.key)}")
         return storage
 
     about = ModelInfo(producer="pytorch (format before 0.2)")
@@ -99,36 +99,36 @@ def _count(path: Path, value: Any, what: str) -> int:
 
 def _storages(
     path: Path, data: mmap.mmap, entry: tuple[int, int]
-) -> tuple[dict[str, _Place], dict[str, tuple[Any, ...]]]:
+) -> tuple[dict[str, _LocatedStorage], dict[str, tuple[Any, ...]]]:
     """Return the storages by their keys, and the ids that a later pickle would give them."""
-    at, end = entry
-    head = interpret(data, path, "its number of storages", start=at, end=end)
-    at = head.end
-    places: dict[str, _Place] = {}
+    offset, end = entry
+    head = interpret(data, path, "its number of storages", start=offset, end=end)
+    offset = head.end
+    located: dict[str, _LocatedStorage] = {}
     ids: dict[str, tuple[Any, ...]] = {}
     for _ in range(_count(path, head.value, "storages")):
-        facts = interpret(data, path, "what it says of a storage", start=at, end=min(end, at + MAX_FACT_BYTES))
+        facts = interpret(data, path, "what it says of a storage", start=offset, end=min(end, offset + MAX_FACT_BYTES))
         key, location, kind = facts.value if isinstance(facts.value, tuple) and len(facts.value) == 3 else (None,) * 3
-        at = facts.end
-        check_inside(path, at, COUNT_BYTES, end, "the length of a storage")
-        count = int.from_bytes(data[at : at + COUNT_BYTES], "little")
-        at += COUNT_BYTES
-        whole = ("storage", kind, key, location, count)
-        stored = torch_views.parse_persistent_id(path, whole)
-        check_inside(path, at, stored.nbytes, end, f"storage {describe_value(stored.key)}")
-        places[stored.key] = stored, Storage(stored.key, stored.nbytes, Extent(path, at, stored.nbytes), stored.nbytes)
-        ids[stored.key] = whole
-        at += stored.nbytes
-    if at < end:
-        views = interpret(data, path, "its list of shared storages", start=at, end=end).value
-        for target, root, offset, count in _fours(path, views):
+        offset = facts.end
+        check_inside(path, offset, COUNT_BYTES, end, "the length of a storage")
+        count = int.from_bytes(data[offset : offset + COUNT_BYTES], "little")
+        offset += COUNT_BYTES
+        persistent_id = ("storage", kind, key, location, count)
+        info = torch_views.parse_persistent_id(path, persistent_id)
+        check_inside(path, offset, info.nbytes, end, f"storage {describe_value(info.key)}")
+        located[info.key] = info, Storage(info.key, info.nbytes, Extent(path, offset, info.nbytes), info.nbytes)
+        ids[info.key] = persistent_id
+        offset += info.nbytes
+    if offset < end:
+        views = interpret(data, path, "its list of shared storages", start=offset, end=end).value
+        for target, root, offset, count in _view_records(path, views):
             if str(root) not in ids:
                 raise InputError(f"{path} is damaged: it shares a storage that it does not hold")
             ids[str(target)] = (*ids[str(root)][:5], (target, offset, count))
-    return places, ids
+    return located, ids
 
 
-def _fours(path: Path, views: Any) -> list[tuple[Any, ...]]:
+def _view_records(path: Path, views: Any) -> list[tuple[Any, ...]]:
     if not isinstance(views, list) or not all(isinstance(view, tuple) and len(view) == 4 for view in views):
         raise InputError(f"{path} is damaged: it does not say which storages are shared")
     if not all(isinstance(name, str | int) for view in views for name in view):
@@ -140,26 +140,26 @@ def _tensors(
     path: Path, data: mmap.mmap, entry: tuple[int, int], ids: dict[str, tuple[Any, ...]]
 ) -> dict[str, OpaqueCall]:
     """Return the tensors by their keys, as the calls that newer files have in their place."""
-    at, end = entry
-    head = interpret(data, path, "its number of tensors", start=at, end=end)
-    at = head.end
-    found: dict[str, OpaqueCall] = {}
+    offset, end = entry
+    head = interpret(data, path, "its number of tensors", start=offset, end=end)
+    offset = head.end
+    tensors: dict[str, OpaqueCall] = {}
     for _ in range(_count(path, head.value, "tensors")):
-        facts = interpret(data, path, "what it says of a tensor", start=at, end=min(end, at + MAX_FACT_BYTES))
-        at = facts.end
+        facts = interpret(data, path, "what it says of a tensor", start=offset, end=min(end, offset + MAX_FACT_BYTES))
+        offset = facts.end
         key, storage, _ = facts.value if isinstance(facts.value, tuple) and len(facts.value) == 3 else (None,) * 3
         if not isinstance(key, str | int) or not isinstance(storage, str | int) or str(storage) not in ids:
             raise InputError(f"{path} is damaged: it does not say which storage a tensor uses")
-        check_inside(path, at, COUNT_BYTES, end, "the shape of a tensor")
-        (rank,) = struct.unpack_from("<i", data, at)
-        at += COUNT_BYTES
+        check_inside(path, offset, COUNT_BYTES, end, "the shape of a tensor")
+        (rank,) = struct.unpack_from("<i", data, offset)
+        offset += COUNT_BYTES
         if not 0 <= rank <= torch_views.MAX_RANK:
             raise InputError(f"{path} is damaged: a tensor has {rank} dimensions")
         nbytes = COUNT_BYTES * (2 * rank + 1)
-        check_inside(path, at, nbytes, end, "the shape of a tensor")
-        numbers = struct.unpack_from(f"<{2 * rank + 1}q", data, at)
-        at += nbytes
-        found[str(key)] = OpaqueCall(
+        check_inside(path, offset, nbytes, end, "the shape of a tensor")
+        numbers = struct.unpack_from(f"<{2 * rank + 1}q", data, offset)
+        offset += nbytes
+        tensors[str(key)] = OpaqueCall(
             _REBUILD, (Persistent(ids[str(storage)]), numbers[-1], numbers[:rank], numbers[rank : 2 * rank])
         )
-    return found
+    return tensors

@@ -33,7 +33,7 @@ def is_tensor(value: Any) -> bool:
     """Whether a value is a tensor with a storage of its own."""
     if isinstance(value, Persistent):
         return not isinstance(value.id, tuple)
-    return isinstance(value, OpaqueCall) and (value.path in views.PLAIN or views.is_array(value))
+    return isinstance(value, OpaqueCall) and (value.path in views.VIEW_CALLS or views.is_array(value))
 
 
 def inner_tensor(value: Any) -> Any:
@@ -53,13 +53,13 @@ def inner_tensor(value: Any) -> Any:
     return value
 
 
-def component_tensors(made: OpaqueCall) -> tuple[tuple[str, Any], ...]:
+def component_tensors(call: OpaqueCall) -> tuple[tuple[str, Any], ...]:
     """Return the tensors that a sparse or quantized one consists of, by names."""
-    if made.path == _QUANTIZED:
-        settings = made.arg(4)
+    if call.path == _QUANTIZED:
+        settings = call.arg(4)
         return tuple(zip(_QUANTIZER, settings, strict=False)) if isinstance(settings, tuple) else ()
-    data = made.arg(1)
-    if made.path != _SPARSE or not isinstance(data, tuple):
+    data = call.arg(1)
+    if call.path != _SPARSE or not isinstance(data, tuple):
         return ()
     is_compressed = len(data) > 2 and isinstance(inner_tensor(data[2]), OpaqueCall)
     return tuple(zip(_COMPRESSED if is_compressed else _LISTED, data, strict=False))
@@ -94,19 +94,19 @@ class TensorEntry:
 class _Node:
     """A value on its way from the root."""
 
-    above: _Node | None
+    parent: _Node | None
     key: str
     value: Any
     depth: int = 0
     kind: str = ""
     is_buffer: bool = False
-    skipped: Sequence[Any] = ()
+    excluded: Sequence[Any] = ()
     """Keys in it that do not count."""
 
-    def below(
-        self, key: str, value: Any, *, kind: str = "", is_buffer: bool = False, skipped: Sequence[Any] = ()
+    def child(
+        self, key: str, value: Any, *, kind: str = "", is_buffer: bool = False, excluded: Sequence[Any] = ()
     ) -> _Node:
-        return _Node(self, key, inner_tensor(value), self.depth + 1, kind, is_buffer, skipped)
+        return _Node(self, key, inner_tensor(value), self.depth + 1, kind, is_buffer, excluded)
 
     def name(self) -> str:
         keys: list[str] = []
@@ -114,36 +114,36 @@ class _Node:
         while node is not None:
             if node.key:
                 keys.append(node.key)
-            node = node.above
+            node = node.parent
         return ".".join(reversed(keys))
 
     def owner(self) -> tuple[str, str]:
         """Return the class of the object that it lies in, and the attribute; nothing if it lies in none."""
-        attribute, node = self.key, self.above
+        attribute, node = self.key, self.parent
         while node is not None:
             if isinstance(node.value, OpaqueCall):
                 return node.value.path, attribute
             attribute = node.key or attribute
-            node = node.above
+            node = node.parent
         return "", ""
 
     def is_inside_itself(self) -> bool:
-        node = self.above
+        node = self.parent
         while node is not None:
             if node.value is self.value:
                 return True
-            node = node.above
+            node = node.parent
         return False
 
     def cost(self) -> int:
         value = self.value.state if isinstance(self.value, OpaqueCall) else self.value
         items = value.items if isinstance(value, PickleDict) else value if isinstance(value, list | tuple) else ()
-        return 1 + len(items) + len(self.skipped)
+        return 1 + len(items) + len(self.excluded)
 
 
 def iter_tensors(path: Path, root: Any, parameters: Parameters) -> list[TensorEntry]:
     """Return every tensor that a value holds, in the order of the program."""
-    found: list[TensorEntry] = []
+    entries: list[TensorEntry] = []
     # The values are kept, so that no other can take the identity of one that was met.
     seen: dict[int, Any] = {}
     work, characters = 0, 0
@@ -155,7 +155,7 @@ def iter_tensors(path: Path, root: Any, parameters: Parameters) -> list[TensorEn
             continue
         work += node.cost()
         if is_tensor(node.value):
-            found.append(
+            entries.append(
                 TensorEntry(
                     node.name() or "tensor",
                     node.value,
@@ -164,18 +164,18 @@ def iter_tensors(path: Path, root: Any, parameters: Parameters) -> list[TensorEn
                     *(node.owner() if parameters else ()),
                 )
             )
-            characters += len(found[-1].name)
+            characters += len(entries[-1].name)
         elif id(node.value) in seen:
             work += node.depth
             if not _may_be_shared(node.value) or node.is_inside_itself():
                 continue
         seen[id(node.value)] = node.value
-        if work > MAX_WORK or characters > MAX_NAMES_CHARACTERS or len(found) > MAX_TENSORS:
+        if work > MAX_WORK or characters > MAX_NAMES_CHARACTERS or len(entries) > MAX_TENSORS:
             raise InputError(f"{path} is refused: its values share each other without end, or are too many")
         if node.depth > MAX_DEPTH:
             raise InputError(f"{path} is refused: its values are nested more than {MAX_DEPTH} deep")
         todo.append(_children(node, parameters))
-    return found
+    return entries
 
 
 def _may_be_shared(value: Any) -> bool:
@@ -190,28 +190,28 @@ def _children(node: _Node, parameters: Parameters) -> Iterator[_Node]:
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             if _is_container(item):
-                yield node.below(str(index), item, kind=node.kind, is_buffer=node.is_buffer)
+                yield node.child(str(index), item, kind=node.kind, is_buffer=node.is_buffer)
     elif isinstance(value, OpaqueCall):
         kind = value.function.name if isinstance(value.function, Global) else ""
         parts = component_tensors(value)
         if parts or is_tensor(value):
-            yield from (node.below(name, part) for name, part in parts if _is_container(part))
+            yield from (node.child(name, part) for name, part in parts if _is_container(part))
         elif _is_module(value.state):
             yield from _of_module(node, value.state.plain(), kind)
         else:
-            insides = (value.state, value.pairs, value.items, value.args)
-            yield from (node.below("", inside, kind=kind) for inside in insides if _is_container(inside))
+            contents = (value.state, value.pairs, value.items, value.args)
+            yield from (node.child("", content, kind=kind) for content in contents if _is_container(content))
 
 
 def _of_pairs(node: _Node, pairs: PickleDict, parameters: Parameters) -> Iterator[_Node]:
-    owner = node.above.value if node.above is not None else None
+    owner = node.parent.value if node.parent is not None else None
     trained = parameters.get(owner.path) if isinstance(owner, OpaqueCall) else None
-    skipped = {key for key in node.skipped if isinstance(key, str)}
+    excluded = {key for key in node.excluded if isinstance(key, str)}
     for index, (key, item) in enumerate(pairs.items):
-        if _is_container(item) and not (isinstance(key, str) and key in skipped):
+        if _is_container(item) and not (isinstance(key, str) and key in excluded):
             name = str(key) if isinstance(key, str | int) or key is None else f"key{index}"
             is_buffer = node.is_buffer or (trained is not None and name not in trained)
-            yield node.below(name, item, kind=node.kind, is_buffer=is_buffer)
+            yield node.child(name, item, kind=node.kind, is_buffer=is_buffer)
 
 
 def _is_module(state: Any) -> bool:
@@ -222,11 +222,11 @@ def _is_module(state: Any) -> bool:
 def _of_module(node: _Node, state: dict[str, Any], kind: str) -> Iterator[_Node]:
     """Yield what state_dict() looks at: parameters, buffers that are to be saved, and modules."""
     unsaved = state.get("_non_persistent_buffers_set")
-    skipped = unsaved if isinstance(unsaved, list) else ()
+    excluded = unsaved if isinstance(unsaved, list) else ()
     for part in ("_parameters", "_buffers", "_modules"):
         if isinstance(state.get(part), PickleDict):
             is_buffer = part == "_buffers"
-            yield node.below("", state[part], kind=kind, is_buffer=is_buffer, skipped=skipped if is_buffer else ())
+            yield node.child("", state[part], kind=kind, is_buffer=is_buffer, excluded=excluded if is_buffer else ())
 
 
 def _is_container(value: Any) -> bool:
@@ -237,6 +237,6 @@ def _is_container(value: Any) -> bool:
     if kind is PickleDict:
         return bool(value.items)
     if kind is OpaqueCall:
-        insides = value.args, value.state, value.pairs, value.items
-        return any(inside is not None and inside != () for inside in insides) or is_tensor(value)
+        contents = value.args, value.state, value.pairs, value.items
+        return any(content is not None and content != () for content in contents) or is_tensor(value)
     return kind is Persistent

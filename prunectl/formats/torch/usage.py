@@ -18,7 +18,7 @@ _NORMALISED = {
     "running_mean": (3, Role.STATE),
     "running_var": (4, Role.STATE),
 }
-TAKEN: Mapping[str, Mapping[str, tuple[int, Role]]] = {
+WEIGHT_ARGUMENTS: Mapping[str, Mapping[str, tuple[int, Role]]] = {
     **{key: {**_WEIGHT, **_BIAS} for key in ("conv1d", "conv2d", "conv3d", "convolution", "_convolution")},
     **{key: {**_WEIGHT, **_BIAS} for key in ("_convolution_mode", "conv_tbc", "linear")},
     **{key: {**_WEIGHT, **_BIAS} for key in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")},
@@ -59,15 +59,15 @@ RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 """Operations that take all their weights in one list."""
 _COLUMNS = frozenset({("matmul", "other"), ("__matmul__", "other"), ("mm", "mat2"), ("addmm", "mat2")})
 """Matrices of inputs by outputs, where every other kernel begins with its outputs."""
-TURNING = frozenset({"t", "transpose", "permute", "numpy_T", "T", "mT"})
-PASSING = TURNING | {
+TRANSPOSING = frozenset({"t", "transpose", "permute", "numpy_T", "T", "mT"})
+PASSTHROUGH = TRANSPOSING | {
     *("view", "reshape", "contiguous", "detach", "alias", "to", "_to_copy", "clone", "unsqueeze", "squeeze", "expand"),
     *("expand_as", "flatten", "unflatten", "slice", "narrow", "select", "chunk", "split", "split_with_sizes", "unbind"),
     *("cat", "stack", "concat", "_weight_norm", "_weight_norm_interface", "lift_fresh_copy", "_unsafe_view"),
     *("type_as", "half", "float", "double", "bfloat16", "getitem", "annotate", "unchecked_cast", "_cast_Float"),
 }
 """Operations that hand their first argument on: a weight stays a weight behind them."""
-CALCULATED = frozenset({"mul", "mul_", "div", "sub", "add", "rsub", "true_divide"})
+ARITHMETIC = frozenset({"mul", "mul_", "div", "sub", "add", "rsub", "true_divide"})
 """How masks and scales are laid on a weight. What goes through them is a kernel only if its name says so too."""
 FIRST = frozenset({"v", "self", "input", "tensors", "tensor"})
 """What exported programs call the argument that is handed on."""
@@ -77,7 +77,7 @@ class ValueOrigin(NamedTuple):
     """A tensor of the model that a value comes from."""
 
     key: Hashable
-    is_turned: bool = False
+    is_transposed: bool = False
     """Whether its axes were exchanged on the way."""
     is_weak: bool = False
     """Whether it was calculated with on the way."""
@@ -89,23 +89,23 @@ MAX_ORIGINS = 16
 """Tensors that one value is followed back to; what comes from more is no weight."""
 
 
-def joined(some: Iterable[Origins]) -> Origins:
+def join_origins(groups: Iterable[Origins]) -> Origins:
     """Return all origins of several values."""
-    found: set[ValueOrigin] = set()
-    for origins in some:
-        found |= origins
-        if len(found) > MAX_ORIGINS:
+    union: set[ValueOrigin] = set()
+    for origins in groups:
+        union |= origins
+        if len(union) > MAX_ORIGINS:
             return NOTHING
-    return frozenset(found)
+    return frozenset(union)
 
 
-def passed(op: str, origins: Origins) -> Origins:
+def pass_through(op: str, origins: Origins) -> Origins:
     """Return the origins of what an operation makes of its argument."""
-    if op in TURNING:
-        return frozenset(origin._replace(is_turned=not origin.is_turned) for origin in origins)
-    if op in CALCULATED:
+    if op in TRANSPOSING:
+        return frozenset(origin._replace(is_transposed=not origin.is_transposed) for origin in origins)
+    if op in ARITHMETIC:
         return frozenset(origin._replace(is_weak=True) for origin in origins)
-    return origins if op in PASSING else NOTHING
+    return origins if op in PASSTHROUGH else NOTHING
 
 
 class Flow:
@@ -122,7 +122,7 @@ class Flow:
 
     def use(self, op: str, arguments: Mapping[str, Origins], *, is_transposed: bool = False) -> None:
         """Remember what an operation takes."""
-        taken = TAKEN.get(op, {})
+        taken = WEIGHT_ARGUMENTS.get(op, {})
         kind = "conv_transpose" if is_transposed else op
         for argument, origins in arguments.items():
             if argument in taken:
@@ -134,20 +134,20 @@ class Flow:
         """Remember the weights of a recurrent layer."""
         self._uses += ((origin, StateUse(Role.RECURRENT, op)) for origins in weights for origin in origins)
 
-    def found(self) -> dict[Hashable, StateUse]:
+    def resolve(self) -> dict[Hashable, StateUse]:
         """Return what each key is used for: the first use that is a weight's, or else the first of all."""
         best: dict[tuple[Hashable, bool], StateUse] = {}
         # Of several uses a kernel's tells most.
-        todo = sorted(self._uses, key=lambda one: one[1].role not in {Role.KERNEL, Role.RECURRENT}, reverse=True)
+        todo = sorted(self._uses, key=lambda item: item[1].role not in {Role.KERNEL, Role.RECURRENT}, reverse=True)
         while todo:
             origin, use = todo.pop()
             if (origin.key, origin.is_weak) in best or (origin.key, False) in best:
                 continue
-            if origin.is_turned and use.out_axis is not None:
+            if origin.is_transposed and use.out_axis is not None:
                 use = use._replace(out_axis=None)
             best[origin.key, origin.is_weak] = use._replace(is_weak=origin.is_weak)
             for source in self._into.get(origin.key, ()):
-                more = ValueOrigin(source.key, source.is_turned, source.is_weak or origin.is_weak)
+                more = ValueOrigin(source.key, source.is_transposed, source.is_weak or origin.is_weak)
                 todo.append((more, use))
-        weak_first = sorted(best.items(), key=lambda one: not one[0][1])
+        weak_first = sorted(best.items(), key=lambda item: not item[0][1])
         return {key: use for (key, _), use in weak_first}

@@ -103,7 +103,7 @@ MAX_EXPANDED = 1 << 28
 MAX_LENGTH = 1 << 48
 
 _UTILS = "torch._utils"
-PLAIN = frozenset(
+VIEW_CALLS = frozenset(
     {f"{_UTILS}.{name}" for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_qtensor")}
 )
 """Calls that see a storage as a tensor; the first four arguments are the same."""
@@ -129,7 +129,7 @@ class StorageInfo:
 class View:
     """A tensor as a view of its storage."""
 
-    stored: StorageInfo
+    storage: StorageInfo
     dtype: np.dtype[Any]
     start: int
     shape: tuple[int, ...]
@@ -140,9 +140,11 @@ def parse_persistent_id(path: Path, key: Any) -> StorageInfo:
     """Return the storage that a persistent id names."""
     if not isinstance(key, tuple) or len(key) not in {5, 6} or not isinstance(key[1], Global):
         raise InputError(f"{path} is damaged: its pickle does not say which storage it means")
-    _, kind, name, _, count, *view = key
-    if kind.name not in STORAGES:
-        raise InputError(f"{path} holds numbers as {describe_value(kind.name)}, a type that prunectl does not read")
+    _, storage_class, name, _, count, *view = key
+    if storage_class.name not in STORAGES:
+        raise InputError(
+            f"{path} holds numbers as {describe_value(storage_class.name)}, a type that prunectl does not read"
+        )
     name = str(name) if type(name) is int else name
     if not isinstance(name, str) or not _is_count(count):
         raise InputError(f"{path} is damaged: its pickle does not say which storage it means")
@@ -155,31 +157,33 @@ def parse_persistent_id(path: Path, key: Any) -> StorageInfo:
         first = view[0][1]
         if first + view[0][2] > count:
             raise InputError(f"{path} is damaged: a view reaches past the end of storage {describe_value(name)}")
-    return StorageInfo(name, DTYPES[STORAGES[kind.name]], count, first)
+    return StorageInfo(name, DTYPES[STORAGES[storage_class.name]], count, first)
 
 
-def view_of(path: Path, made: OpaqueCall, name: str) -> View:
+def view_of(path: Path, call: OpaqueCall, name: str) -> View:
     """Return the view that a call would rebuild, checked against its storage."""
-    key, start, shape, strides = (made.arg(index) for index in range(4))
-    found = parse_persistent_id(path, key.id if isinstance(key, Persistent) else key)
-    dtype = found.dtype
-    if made.path.endswith("_v3"):
-        code = made.arg(6)
+    key, start, shape, strides = (call.arg(index) for index in range(4))
+    storage = parse_persistent_id(path, key.id if isinstance(key, Persistent) else key)
+    dtype = storage.dtype
+    if call.path.endswith("_v3"):
+        code = call.arg(6)
         if not isinstance(code, Global) or code.name not in DTYPES:
             raise InputError(f"{path} holds {describe_value(name)} in a type of number that prunectl does not read")
         dtype = DTYPES[code.name]
-    return resolve_view(path, name, found, dtype, (start, shape, strides))
+    return resolve_view(path, name, storage, dtype, (start, shape, strides))
 
 
-def resolve_view(path: Path, name: str, found: StorageInfo, dtype: np.dtype[Any], place: tuple[Any, Any, Any]) -> View:
+def resolve_view(
+    path: Path, name: str, storage: StorageInfo, dtype: np.dtype[Any], position: tuple[Any, Any, Any]
+) -> View:
     """Return the view of a storage from a start, a shape and strides, unless it reaches beyond it."""
-    start, shape, strides = place
+    start, shape, strides = position
     if not (_are_counts(shape) and _are_counts(strides) and _is_count(start) and len(shape) == len(strides)):
         raise InputError(f"{path} is damaged: {describe_value(name)} has no shape that makes sense")
-    first, rest = divmod(found.first * found.dtype.itemsize, dtype.itemsize)
+    first, rest = divmod(storage.first * storage.dtype.itemsize, dtype.itemsize)
     start += first
     size = math.prod(shape)
-    elements = found.nbytes // dtype.itemsize
+    elements = storage.nbytes // dtype.itemsize
     last = start + sum((length - 1) * step for length, step in zip(shape, strides, strict=True)) if size else 0
     if rest or (size and last >= elements):
         raise InputError(
@@ -192,10 +196,10 @@ def resolve_view(path: Path, name: str, found: StorageInfo, dtype: np.dtype[Any]
             f"{path} is refused: {describe_value(name)} claims {size} elements of a storage that has {elements}"
         )
     is_dense = size == 0 or _is_dense(shape, strides)
-    return View(found, dtype, start if size else 0, tuple(shape), None if is_dense else tuple(strides))
+    return View(storage, dtype, start if size else 0, tuple(shape), None if is_dense else tuple(strides))
 
 
-def refuse_rereading(path: Path, tensors: Iterable[Tensor]) -> None:
+def reject_rereading(path: Path, tensors: Iterable[Tensor]) -> None:
     """Refuse a file whose tensors show the same stored bytes again and again, each in a way of its own."""
     seen: set[object] = set()
     viewed: Counter[str] = Counter()
@@ -246,36 +250,36 @@ class FlatArray:
     big_endian: bool
 
 
-def is_array(made: OpaqueCall) -> bool:
+def is_array(call: OpaqueCall) -> bool:
     """Whether a call would rebuild a NumPy array."""
-    return _module(made) == "numpy" and made.path.rpartition(".")[2] in {"_reconstruct", "_frombuffer"}
+    return _module(call) == "numpy" and call.path.rpartition(".")[2] in {"_reconstruct", "_frombuffer"}
 
 
-def flat_array(made: OpaqueCall) -> FlatArray | None:
+def flat_array(call: OpaqueCall) -> FlatArray | None:
     """Return where the bytes of an array lie; None where they do not lie as they are."""
-    if made.path.endswith("_frombuffer"):
-        raw, kind, shape, order = (made.arg(index) for index in range(4))
+    if call.path.endswith("_frombuffer"):
+        raw, kind, shape, order = (call.arg(index) for index in range(4))
         is_fortran = order == "F"
-    elif isinstance(made.state, tuple) and len(made.state) == 5:
-        _, shape, kind, is_fortran, raw = made.state
+    elif isinstance(call.state, tuple) and len(call.state) == 5:
+        _, shape, kind, is_fortran, raw = call.state
     else:
         return None
     if not isinstance(raw, RawBytes) or not _is_shape(shape):
         return None
-    found = _dtype(kind)
-    if found is None or math.prod(shape) * found[0].itemsize != raw.nbytes:
+    dtype = _parse_dtype(kind)
+    if dtype is None or math.prod(shape) * dtype[0].itemsize != raw.nbytes:
         return None
     strides = None
     if is_fortran is True and sum(length > 1 for length in shape) > 1:
         strides = tuple(math.prod(shape[:axis]) for axis in range(len(shape)))
-    return FlatArray(raw, found[0], shape, strides, found[1])
+    return FlatArray(raw, dtype[0], shape, strides, dtype[1])
 
 
-def _dtype(made: Any) -> tuple[np.dtype[Any], bool] | None:
-    code = made.arg(0) if isinstance(made, OpaqueCall) and made.path == "numpy.dtype" else None
+def _parse_dtype(call: Any) -> tuple[np.dtype[Any], bool] | None:
+    code = call.arg(0) if isinstance(call, OpaqueCall) and call.path == "numpy.dtype" else None
     if not isinstance(code, str) or code not in CODES:
         return None
-    order = made.state[1] if isinstance(made.state, tuple) and len(made.state) > 1 else "<"
+    order = call.state[1] if isinstance(call.state, tuple) and len(call.state) > 1 else "<"
     return np.dtype(code), order == ">"
 
 
@@ -285,5 +289,5 @@ def _is_shape(shape: Any) -> bool:
     )
 
 
-def _module(made: OpaqueCall) -> str:
-    return made.path.partition(".")[0]
+def _module(call: OpaqueCall) -> str:
+    return call.path.partition(".")[0]

@@ -36,7 +36,7 @@ def open_network(model: ModelFile, origin: ModelOrigin) -> Network:
 
 def load_program(model: ModelFile, origin: ModelOrigin) -> torch.export.ExportedProgram:
     """The program in a file; without trust, in an archive of our own that holds what is on the lists and no more."""
-    safe = None if origin.is_trusted else exported_trust.checked(model.path)
+    safe = None if origin.is_trusted else exported_trust.check_program(model.path)
     try:
         if safe is None:
             return torch.export.load(str(model.path))

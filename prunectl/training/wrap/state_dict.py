@@ -75,7 +75,7 @@ def wrap_pickle(model: ModelFile, wrapping: Wrapping, target: Path) -> tuple[str
             hint="torch.save(model.state_dict(), ...), or prune without --wrap",
         )
     container = containers.open_zip_container(model, archive)
-    root = container.recipe.root
+    root = container.ir.root
     masks = masked(model, wrapping.masks)
     taken = {ask.key for ask in storage_refs(root)} | container.sizes.keys()
     keys = dict(zip(masks, (key for number in count() if (key := str(number)) not in taken), strict=False))
@@ -88,8 +88,8 @@ def wrap_pickle(model: ModelFile, wrapping: Wrapping, target: Path) -> tuple[str
     fresh: dict[str, NewStorage] = {}
     for name, mask in masks.items():
         blocks = [mask]
-        fresh[keys[name]] = TensorData(tensors[name], mask.size, lambda blocks=blocks: iter(blocks)).fresh()  # type: ignore[misc]
-    container.write(target, CheckpointEdits(container.recipe, frozenset(), fresh))
+        fresh[keys[name]] = TensorData(tensors[name], mask.size, lambda blocks=blocks: iter(blocks)).to_storage()  # type: ignore[misc]
+    container.write(target, CheckpointEdits(container.ir, frozenset(), fresh))
     return ()
 
 
@@ -114,7 +114,7 @@ def _put_beside(place: StateDict, keys: Mapping[str, str], masks: Mapping[str, A
 
 def _plain(node: IRNode) -> IRNode | None:
     """Return the tensor inside what makes it a parameter: a mask is none."""
-    while called(node) not in views.PLAIN:
+    while called(node) not in views.VIEW_CALLS:
         given = arguments(node)
         if not given:
             return None

@@ -39,8 +39,8 @@ def text(node: IRNode) -> str | None:
     """Return a text; None for what is none."""
     if node.code == _TEXT:
         return bytes(node.raw[5:]).decode("utf-8", "backslashreplace")
-    found = value(node) if node.is_atom else None
-    return found if isinstance(found, str) else None
+    atom = value(node) if node.is_atom else None
+    return atom if isinstance(atom, str) else None
 
 
 def called(node: IRNode) -> str:
@@ -64,22 +64,22 @@ def arguments(node: IRNode) -> list[IRNode]:
 
 def entries(node: IRNode) -> list[Entry] | None:
     """Return the entries of a dictionary; None for what is none."""
-    found: list[Entry] = []
+    pairs: list[Entry] = []
     if node.code == ord("d"):
-        found += zip(node.parts[::2], node.parts[1::2], strict=True)
+        pairs += zip(node.parts[::2], node.parts[1::2], strict=True)
     elif node.code != ord("}"):
         if called(node) not in _DICTIONARIES:
             return None
-        found += _listed(arguments(node))
-    for deed in node.deeds:
-        if deed.code in _SETS:
-            found += zip(deed.parts[::2], deed.parts[1::2], strict=True)
-    return found
+        pairs += _listed_entries(arguments(node))
+    for mutation in node.mutations:
+        if mutation.code in _SETS:
+            pairs += zip(mutation.parts[::2], mutation.parts[1::2], strict=True)
+    return pairs
 
 
-def _listed(given: Sequence[IRNode]) -> list[Entry]:
+def _listed_entries(args: Sequence[IRNode]) -> list[Entry]:
     """Return the entries that an ordered dictionary of Python 2 is made from."""
-    rows = items(given[0]) if given else []
+    rows = items(args[0]) if args else []
     return [(row[0], row[1]) for row in map(items, rows) if len(row) == 2]
 
 
@@ -89,18 +89,18 @@ def items(node: IRNode) -> list[IRNode]:
         return node.parts
     if node.code not in _LISTS:
         return []
-    return [*node.parts, *(part for deed in node.deeds if deed.code in b"ae" for part in deed.parts)]
+    return [*node.parts, *(part for mutation in node.mutations if mutation.code in b"ae" for part in mutation.parts)]
 
 
 def replace_entries(node: IRNode, kept: Sequence[Entry]) -> None:
     """Give a dictionary other entries."""
     if node.code == ord("d"):
         node.raw, node.parts = b"}", []
-    elif _listed(arguments(node)):
+    elif _listed_entries(arguments(node)):
         node.parts = [node.parts[0], IRNode(b")")]
-    others = [deed for deed in node.deeds if deed.code not in _SETS]
+    others = [mutation for mutation in node.mutations if mutation.code not in _SETS]
     filled = [Mutation(ord("u"), [part for entry in kept for part in entry])] if kept else []
-    node.deeds = [*filled, *others]
+    node.mutations = [*filled, *others]
 
 
 def texts(node: IRNode) -> dict[str, IRNode]:
@@ -108,9 +108,9 @@ def texts(node: IRNode) -> dict[str, IRNode]:
     return {name: item for key, item in entries(node) or () if (name := text(key)) is not None}
 
 
-def text_node(words: str) -> IRNode:
+def text_node(characters: str) -> IRNode:
     """Return the recipe of a text."""
-    raw = words.encode("utf-8", "backslashreplace")
+    raw = characters.encode("utf-8", "backslashreplace")
     return IRNode(bytes([_TEXT]) + struct.pack("<I", len(raw)) + raw)
 
 
@@ -127,7 +127,7 @@ def tuple_node(parts: Sequence[IRNode]) -> IRNode:
     return IRNode(b"t", list(parts)) if parts else IRNode(b")")
 
 
-_ASKS = ord("Q")
+_PERSISTENT_ID = ord("Q")
 _KEY, _COUNT = 2, 4
 
 
@@ -153,16 +153,16 @@ class NewStorage:
 class CheckpointEdits:
     """What a container is to hold: a changed program, and the storages that are not as they were."""
 
-    recipe: PickleIR
+    ir: PickleIR
     dropped: frozenset[str]
-    fresh: Mapping[str, NewStorage] = field(default_factory=dict)
+    new_storages: Mapping[str, NewStorage] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointContainer:
     """A file as the program in it and the storages beside."""
 
-    recipe: PickleIR
+    ir: PickleIR
     name_of: Callable[[str], str]
     """What the model calls the storage of a key."""
     sizes: Mapping[str, int]
@@ -172,25 +172,25 @@ class CheckpointContainer:
 
 def storage_ref(node: IRNode) -> StorageRef | None:
     """Return the storage that a value is asked for with; None if it is no such value."""
-    if node.code != _ASKS or len(node.parts[0].parts) <= _COUNT:
+    if node.code != _PERSISTENT_ID or len(node.parts[0].parts) <= _COUNT:
         return None
-    place = node.parts[0]
-    if text(place.parts[0]) != "storage":
+    id_node = node.parts[0]
+    if text(id_node.parts[0]) != "storage":
         return None
-    if not place.parts[_KEY].is_atom:
+    if not id_node.parts[_KEY].is_atom:
         return None
-    key = text(place.parts[_KEY])
-    return StorageRef(place, key if key is not None else str(value(place.parts[_KEY])))
+    key = text(id_node.parts[_KEY])
+    return StorageRef(id_node, key if key is not None else str(value(id_node.parts[_KEY])))
 
 
 def storage_refs(root: IRNode) -> list[StorageRef]:
     """Return every place where a program asks for a storage, in its order."""
-    return [ask for node in reachable(root).values() if (ask := storage_ref(node)) is not None]
+    return [ref for node in reachable(root).values() if (ref := storage_ref(node)) is not None]
 
 
 def storage_keys(node: IRNode) -> frozenset[str]:
     """Return the storages behind a value."""
-    return frozenset(ask.key for ask in storage_refs(node))
+    return frozenset(ref.key for ref in storage_refs(node))
 
 
 def is_tensor(node: IRNode) -> bool:
@@ -201,22 +201,22 @@ def is_tensor(node: IRNode) -> bool:
 
 def with_storage(node: IRNode, key: str, shape: tuple[int, ...]) -> IRNode | None:
     """Return a tensor that sees the whole of another storage, row by row; None where it is not a plain one."""
-    given = arguments(node)
-    if not given:
+    args = arguments(node)
+    if not args:
         return None
-    if called(node) in views.PLAIN:
-        ask = storage_ref(given[0])
-        if ask is None:
+    if called(node) in views.VIEW_CALLS:
+        ref = storage_ref(args[0])
+        if ref is None:
             return None
-        parts = [*ask.id.parts[:_KEY], text_node(key), ask.id.parts[3], number_node(math.prod(shape))]
+        parts = [*ref.id.parts[:_KEY], text_node(key), ref.id.parts[3], number_node(math.prod(shape))]
         # Older programs say there which part of the storage they mean.
-        parts += [IRNode(b"N")] * (len(ask.id.parts) - len(parts))
+        parts += [IRNode(b"N")] * (len(ref.id.parts) - len(parts))
         strides = tuple_node([number_node(math.prod(shape[axis + 1 :])) for axis in range(len(shape))])
-        inside = IRNode(given[0].raw, [tuple_node(parts)])
-        changed = [inside, number_node(0), given[2], strides, *given[4:]]
+        persistent = IRNode(args[0].raw, [tuple_node(parts)])
+        changed = [persistent, number_node(0), args[2], strides, *args[4:]]
     else:
-        inner = with_storage(given[0], key, shape)
+        inner = with_storage(args[0], key, shape)
         if inner is None:
             return None
-        changed = [inner, *given[1:]]
-    return IRNode(node.raw, [node.parts[0], tuple_node(changed)], node.deeds)
+        changed = [inner, *args[1:]]
+    return IRNode(node.raw, [node.parts[0], tuple_node(changed)], node.mutations)

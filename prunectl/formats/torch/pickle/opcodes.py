@@ -30,7 +30,7 @@ class Global:
 class RawBytes:
     """A long text or a run of bytes that lies in the pickle as it is."""
 
-    at: int
+    offset: int
     nbytes: int
     head: bytes
     """All of it when it is short, nothing when it is long."""
@@ -109,49 +109,49 @@ class OpcodeReader:
     """A place in the bytes of a program; whatever reaches past their end is a ValueError."""
 
     data: bytes | mmap.mmap
-    at: int
+    offset: int
     end: int
-    taken_bytes: int = 0
+    text_bytes: int = 0
     """Bytes of memory that text takes so far: what it is decoded to, not what it is read from."""
 
-    def take(self, nbytes: int) -> None:
+    def count_text(self, nbytes: int) -> None:
         """Count bytes of memory."""
-        self.taken_bytes += nbytes
-        if self.taken_bytes > MAX_PICKLE_TEXT_BYTES:
+        self.text_bytes += nbytes
+        if self.text_bytes > MAX_PICKLE_TEXT_BYTES:
             raise ValueError("it holds more text than any model")
 
     def skip(self, nbytes: int) -> None:
         """Go past some bytes."""
-        self.at += nbytes
+        self.offset += nbytes
 
     def number(self, layout: str) -> Any:
         """Return a number of fixed size."""
         size = struct.calcsize(layout)
-        if self.at + size > self.end:
+        if self.offset + size > self.end:
             raise ValueError("it ends early")
-        (value,) = struct.unpack_from(layout, self.data, self.at)
-        self.at += size
+        (value,) = struct.unpack_from(layout, self.data, self.offset)
+        self.offset += size
         return value
 
     def run(self, nbytes: int) -> bytes:
         """Return so many bytes."""
-        if nbytes < 0 or self.at + nbytes > self.end:
+        if nbytes < 0 or self.offset + nbytes > self.end:
             raise ValueError("it ends early")
-        found = self.data[self.at : self.at + nbytes]
-        self.at += nbytes
-        return found
+        data = self.data[self.offset : self.offset + nbytes]
+        self.offset += nbytes
+        return data
 
     def raw(self, nbytes: int) -> RawBytes:
         """Return a run of bytes by its place."""
-        if nbytes < 0 or self.at + nbytes > self.end:
+        if nbytes < 0 or self.offset + nbytes > self.end:
             raise ValueError("it ends early")
-        at = self.at
+        offset = self.offset
         head = b""
         if nbytes <= MAX_TEXT_BYTES:
-            self.take(nbytes)
+            self.count_text(nbytes)
             head = self.run(nbytes)
-        self.at = at + nbytes
-        return RawBytes(at, nbytes, head)
+        self.offset = offset + nbytes
+        return RawBytes(offset, nbytes, head)
 
     def text(self, nbytes: int) -> str | RawBytes:
         """Return a text; one that is too long to be a name only by its place."""
@@ -159,13 +159,13 @@ class OpcodeReader:
             return self.raw(nbytes)
         raw = self.run(nbytes)
         try:
-            found = raw.decode()
+            decoded = raw.decode()
         except UnicodeDecodeError:
-            self.take(BROKEN_TEXT_COST * nbytes)
+            self.count_text(BROKEN_TEXT_COST * nbytes)
             # Unpaired surrogates would be a trap for whoever prints the name.
-            found = raw.decode("utf-8", "backslashreplace")
-        self.take(sys.getsizeof(found) - _EMPTY_TEXT_BYTES)
-        return found
+            decoded = raw.decode("utf-8", "backslashreplace")
+        self.count_text(sys.getsizeof(decoded) - _EMPTY_TEXT_BYTES)
+        return decoded
 
     def string(self, nbytes: int) -> str | RawBytes:
         """Return a string of Python 2: text where it is UTF-8."""
@@ -183,13 +183,13 @@ class OpcodeReader:
 
     def line(self) -> bytes:
         """Return the bytes up to the end of the line."""
-        stop = self.data.find(b"\n", self.at, min(self.end, self.at + MAX_LINE_BYTES))
+        stop = self.data.find(b"\n", self.offset, min(self.end, self.offset + MAX_LINE_BYTES))
         if stop < 0:
             raise ValueError("it ends early")
-        found = self.data[self.at : stop]
-        self.take(len(found))
-        self.at = stop + 1
-        return found
+        data = self.data[self.offset : stop]
+        self.count_text(len(data))
+        self.offset = stop + 1
+        return data
 
     def line_of(self, kind: str) -> Any:
         """Return what protocol 0 writes as a line."""

@@ -71,12 +71,14 @@ class CheckpointSection:
 
 def training_sections(sections: Mapping[str, CheckpointSection]) -> dict[str, StripPart]:
     """Return the entries that only training needs; none unless a model is left without them."""
-    found = {name: part for name, section in sections.items() if (part := _part(name, section, sections)) is not None}
-    is_checkpoint = any(section.is_container for name, section in sections.items() if name not in found)
-    return found if is_checkpoint else {}
+    parts = {
+        name: needed for name, section in sections.items() if (needed := _part_of(name, section, sections)) is not None
+    }
+    is_checkpoint = any(section.is_container for name, section in sections.items() if name not in parts)
+    return parts if is_checkpoint else {}
 
 
-def _part(name: str, section: CheckpointSection, all_sections: Mapping[str, CheckpointSection]) -> StripPart | None:
+def _part_of(name: str, section: CheckpointSection, all_sections: Mapping[str, CheckpointSection]) -> StripPart | None:
     low = name.lower()
     if section.node.raw == b"N":
         return None
@@ -138,98 +140,103 @@ class _RemovedSection:
     storages: frozenset[str] = frozenset()
 
 
-def strip(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
+def strip(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
     """Write a copy without the parts that are to go, and return what went.
 
     A mask and its wrapper go together, whichever of them is asked for: neither means anything alone.
     """
-    container = _open(model, wish)
+    container = _open(model, options)
     if container is None:
         patch_files(model, targets, ())
         return ()
-    root = container.recipe.root
-    before = frozenset(ask.key for ask in storage_refs(root))
-    gone = [*_sections(model.path, root, wish), *(_gradients(root) if StripPart.GRADIENTS in wish.parts else ())]
-    products: list[MaskedWeight] = []
-    if wish.parts & _PARTS_OF_MASKS:
-        products = unwrap(root, {tensor.name: tensor for tensor in model.tensors})
-        gone += _masks({container.name_of(key): key for key in before}, products)
-        _refuse_others(model, gone)
-    numbers = materialise_masked(model, container, products)
-    fresh = {key: held.fresh() for key, held in numbers.items()}
-    if wish.to_half:
-        fresh.update(halve(model, container, numbers))
-    if not gone and not fresh:
+    root = container.ir.root
+    keys_before = frozenset(ref.key for ref in storage_refs(root))
+    removed = [
+        *_drop_sections(model.path, root, options),
+        *(_drop_all_gradients(root) if StripPart.GRADIENTS in options.parts else ()),
+    ]
+    masked_weights: list[MaskedWeight] = []
+    if options.parts & _PARTS_OF_MASKS:
+        masked_weights = unwrap(root, {tensor.name: tensor for tensor in model.tensors})
+        removed += _removed_masks({container.name_of(key): key for key in keys_before}, masked_weights)
+        _reject_other_masks(model, removed)
+    data = materialise_masked(model, container, masked_weights)
+    new_storages = {key: tensor_data.to_storage() for key, tensor_data in data.items()}
+    if options.to_half:
+        new_storages.update(halve(model, container, data))
+    if not removed and not new_storages:
         patch_files(model, targets, ())
         return ()
-    kept = frozenset(ask.key for ask in storage_refs(root))
-    container.write(targets[model.path], CheckpointEdits(container.recipe, before - kept, fresh))
-    return tuple(_counted(gone, kept, container))
+    keys_after = frozenset(ref.key for ref in storage_refs(root))
+    container.write(targets[model.path], CheckpointEdits(container.ir, keys_before - keys_after, new_storages))
+    return tuple(_removed_items(removed, keys_after, container))
 
 
-def _open(model: ModelFile, wish: StripOptions) -> CheckpointContainer | None:
+def _open(model: ModelFile, options: StripOptions) -> CheckpointContainer | None:
     """Return what can be changed; None where there is nothing that could go."""
     if model.format != "torch":
         return containers.open_legacy_container(model)
     archive = open_archive(model.path)
     if not containers.is_script(archive):
         return containers.open_zip_container(model, archive)
-    if wish.to_half:
+    if options.to_half:
         raise InputError(
             f"{model.path} is a TorchScript program, whose code says of which type its weights are",
             hint="leave out --half, or make the program from a model in half precision",
         )
-    if wish.parts & _PARTS_OF_MASKS:
-        _refuse_others(model, [])
+    if options.parts & _PARTS_OF_MASKS:
+        _reject_other_masks(model, [])
     return None
 
 
-def _sections(path: Path, root: IRNode, wish: StripOptions) -> list[_RemovedSection]:
+def _drop_sections(path: Path, root: IRNode, options: StripOptions) -> list[_RemovedSection]:
     """Take the entries out of a checkpoint that only training needs."""
-    inside = entries(root) or []
-    found: dict[str, CheckpointSection] = {}
+    pairs = entries(root) or []
+    sections: dict[str, CheckpointSection] = {}
     work = 0
-    for key, item in inside:
+    for key, item in pairs:
         if (name := text(key)) is None:
             continue
-        below = reachable(item)
-        storages = frozenset(ask.key for node in below.values() if (ask := storage_ref(node)) is not None)
-        found[name] = CheckpointSection(item, storages, is_tensor(item))
-        work += len(below)
+        nodes = reachable(item)
+        storages = frozenset(ref.key for node in nodes.values() if (ref := storage_ref(node)) is not None)
+        sections[name] = CheckpointSection(item, storages, is_tensor(item))
+        work += len(nodes)
         if work > MAX_WORK:
             raise InputError(f"{path} is refused: its values share each other without end")
-    dead = {name: part for name, part in training_sections(found).items() if part in wish.parts}
-    if not dead:
+    removed = {name: part for name, part in training_sections(sections).items() if part in options.parts}
+    if not removed:
         return []
     # The loader of YOLO asks for the model even where it takes the average.
     kept = [
-        (key, IRNode(b"N") if name in dead else item)
-        for key, item in inside
-        if (name := text(key)) not in dead or name == "model"
+        (key, IRNode(b"N") if name in removed else item)
+        for key, item in pairs
+        if (name := text(key)) not in removed or name == "model"
     ]
     replace_entries(root, kept)
-    return [_RemovedSection(name, part, found[name].storages) for name, part in dead.items()]
+    return [_RemovedSection(name, part, sections[name].storages) for name, part in removed.items()]
 
 
-def _gradients(root: IRNode) -> list[_RemovedSection]:
+def _drop_all_gradients(root: IRNode) -> list[_RemovedSection]:
     """Take gradients out: those beside their weights, and those that a parameter carries along."""
-    gone: list[_RemovedSection] = []
-    for place in list(iter_nested_dicts(root)):
-        names = texts(place.node)
-        dead = {name: item for name, item in names.items() if _is_gradient(name, item, names)}
-        gone += _dropped(place.node, place.prefix, dead)
+    removed: list[_RemovedSection] = []
+    for state_dict in list(iter_nested_dicts(root)):
+        names = texts(state_dict.node)
+        gradients = {name: item for name, item in names.items() if _is_gradient(name, item, names)}
+        removed += _drop_gradients(state_dict.node, state_dict.prefix, gradients)
     for node in reachable(root).values():
         if called(node) in _WITH_STATE:
-            for given in node.parts[1].parts:
-                carried = {name: item for name, item in texts(given).items() if name in {"grad", "main_grad"}}
-                gone += _dropped(given, "", {name: item for name, item in carried.items() if not item.is_atom})
-    return gone
+            for argument in node.parts[1].parts:
+                carried = {name: item for name, item in texts(argument).items() if name in {"grad", "main_grad"}}
+                removed += _drop_gradients(
+                    argument, "", {name: item for name, item in carried.items() if not item.is_atom}
+                )
+    return removed
 
 
-def _dropped(node: IRNode, prefix: str, dead: dict[str, IRNode]) -> list[_RemovedSection]:
-    if dead:
-        replace_entries(node, [entry for entry in entries(node) or () if text(entry[0]) not in dead])
-    return [_RemovedSection(prefix + name, StripPart.GRADIENTS, storage_keys(item)) for name, item in dead.items()]
+def _drop_gradients(node: IRNode, prefix: str, removed: dict[str, IRNode]) -> list[_RemovedSection]:
+    if removed:
+        replace_entries(node, [entry for entry in entries(node) or () if text(entry[0]) not in removed])
+    return [_RemovedSection(prefix + name, StripPart.GRADIENTS, storage_keys(item)) for name, item in removed.items()]
 
 
 def _is_gradient(name: str, node: IRNode, names: dict[str, IRNode]) -> bool:
@@ -237,23 +244,23 @@ def _is_gradient(name: str, node: IRNode, names: dict[str, IRNode]) -> bool:
     return any(owner in names for owner in owners) and is_tensor(node)
 
 
-def _masks(known: Mapping[str, str], products: Iterable[MaskedWeight]) -> list[_RemovedSection]:
+def _removed_masks(key_of: Mapping[str, str], masked_weights: Iterable[MaskedWeight]) -> list[_RemovedSection]:
     """Return the masks and the wrappers that went; the known are the keys of storages."""
-    gone: dict[str, _RemovedSection] = {}
-    for product in products:
-        for mask in product.masks:
-            storages = frozenset({known[mask.storage.key]})
-            gone.setdefault(mask.name, _RemovedSection(mask.name, StripPart.MASKS, storages))
-        wrapper = product.place.prefix + product.wrapper
-        gone.setdefault(
-            wrapper, _RemovedSection(wrapper, StripPart.WRAPPERS, frozenset({known[product.tensor.storage.key]}))
+    removed: dict[str, _RemovedSection] = {}
+    for masked in masked_weights:
+        for mask in masked.masks:
+            storages = frozenset({key_of[mask.storage.key]})
+            removed.setdefault(mask.name, _RemovedSection(mask.name, StripPart.MASKS, storages))
+        wrapper = masked.parent.prefix + masked.wrapper
+        removed.setdefault(
+            wrapper, _RemovedSection(wrapper, StripPart.WRAPPERS, frozenset({key_of[masked.tensor.storage.key]}))
         )
-    return list(gone.values())
+    return list(removed.values())
 
 
-def _refuse_others(model: ModelFile, gone: Iterable[_RemovedSection]) -> None:
+def _reject_other_masks(model: ModelFile, removed: Iterable[_RemovedSection]) -> None:
     """Refuse masks that code applies, which cannot go without it."""
-    names = tuple(thing.name for thing in gone)
+    names = tuple(section.name for section in removed)
     inside = tuple(f"{name}." for name in names)
     for tensor in model.tensors:
         if tensor.role == Role.MASK and tensor.name not in names and not tensor.name.startswith(inside):
@@ -264,11 +271,11 @@ def _refuse_others(model: ModelFile, gone: Iterable[_RemovedSection]) -> None:
             )
 
 
-def _counted(
-    gone: Iterable[_RemovedSection], kept: frozenset[str], container: CheckpointContainer
+def _removed_items(
+    removed: Iterable[_RemovedSection], keys_after: frozenset[str], container: CheckpointContainer
 ) -> Iterable[RemovedItem]:
     """Yield what went with the bytes that went with it; what several share counts once."""
-    spent = set(kept)
-    for thing in gone:
-        yield RemovedItem(thing.name, thing.part, sum(container.sizes.get(key, 0) for key in thing.storages - spent))
-        spent |= thing.storages
+    counted = set(keys_after)
+    for item in removed:
+        yield RemovedItem(item.name, item.part, sum(container.sizes.get(key, 0) for key in item.storages - counted))
+        counted |= item.storages

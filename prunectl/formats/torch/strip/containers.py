@@ -40,48 +40,46 @@ def open_legacy_container(model: ModelFile) -> CheckpointContainer:
     begin = 0
     for _ in range(3):
         begin = parse_ir(data, path, start=begin).end
-    recipe = parse_ir(data, path, start=begin)
-    listed = parse_ir(data, path, start=recipe.end)
+    ir = parse_ir(data, path, start=begin)
+    key_list = parse_ir(data, path, start=ir.end)
     itemsizes = {
-        ask.key: views.parse_persistent_id(path, value(ask.id)).dtype.itemsize for ask in storage_refs(recipe.root)
+        ref.key: views.parse_persistent_id(path, value(ref.id)).dtype.itemsize for ref in storage_refs(ir.root)
     }
-    places: dict[str, tuple[int, int]] = {}
-    at = listed.end
-    for node in items(listed.root):
+    runs: dict[str, tuple[int, int]] = {}
+    offset = key_list.end
+    for node in items(key_list.root):
         key = text(node)
         key = str(value(node)) if key is None else key
         if key not in itemsizes:
             raise InputError(f"{path} is damaged: it lists a storage that no tensor uses")
-        nbytes = COUNT_BYTES + int.from_bytes(data[at : at + COUNT_BYTES], "little") * itemsizes[key]
-        places[key] = at, nbytes
-        at += nbytes
+        nbytes = COUNT_BYTES + int.from_bytes(data[offset : offset + COUNT_BYTES], "little") * itemsizes[key]
+        runs[key] = offset, nbytes
+        offset += nbytes
 
-    def write(target: Path, contents: CheckpointEdits) -> None:
-        keys = [key for key in places if key not in contents.dropped]
-        keys += [key for key in contents.fresh if key not in places]
+    def write(target: Path, edits: CheckpointEdits) -> None:
+        keys = [key for key in runs if key not in edits.dropped]
+        keys += [key for key in edits.new_storages if key not in runs]
         with target.open("xb") as out:
             out.write(memoryview(data)[:begin])
-            out.writelines(emit_pickle(contents.recipe))
+            out.writelines(emit_pickle(edits.ir))
             names = IRNode(b"]", [], [Mutation(ord("e"), [text_node(key) for key in keys])] if keys else [])
             out.write(_PROTOCOL + emitted(names))
             for key in keys:
-                out.writelines(_storage(data, places, contents, key))
+                out.writelines(_storage(data, runs, edits, key))
 
-    sizes = {key: nbytes - COUNT_BYTES for key, (_, nbytes) in places.items()}
-    return CheckpointContainer(recipe, str, sizes, write)
+    sizes = {key: nbytes - COUNT_BYTES for key, (_, nbytes) in runs.items()}
+    return CheckpointContainer(ir, str, sizes, write)
 
 
-def _storage(
-    data: mmap.mmap, places: dict[str, tuple[int, int]], contents: CheckpointEdits, key: str
-) -> Iterator[Bytes]:
-    if key in contents.fresh:
-        fresh = contents.fresh[key]
-        yield (fresh.nbytes // fresh.itemsize).to_bytes(COUNT_BYTES, "little")
-        yield from fresh.raw()
+def _storage(data: mmap.mmap, runs: dict[str, tuple[int, int]], edits: CheckpointEdits, key: str) -> Iterator[Bytes]:
+    if key in edits.new_storages:
+        new = edits.new_storages[key]
+        yield (new.nbytes // new.itemsize).to_bytes(COUNT_BYTES, "little")
+        yield from new.raw()
         return
-    at, nbytes = places[key]
-    for begin in range(at, at + nbytes, _PIECE_BYTES):
-        yield data[begin : min(begin + _PIECE_BYTES, at + nbytes)]
+    offset, nbytes = runs[key]
+    for begin in range(offset, offset + nbytes, _PIECE_BYTES):
+        yield data[begin : min(begin + _PIECE_BYTES, offset + nbytes)]
 
 
 ALIGNMENT = 64
@@ -109,41 +107,41 @@ def open_zip_container(model: ModelFile, archive: Archive) -> CheckpointContaine
             # Stays open as long as something of the program lies in it.
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         begin = entry.extent.offset
-        recipe = parse_ir(data, model.path, start=begin, end=begin + entry.extent.nbytes)
+        ir = parse_ir(data, model.path, start=begin, end=begin + entry.extent.nbytes)
     else:
-        recipe = parse_ir(archive.read(entry.name, MAX_PICKLE_BYTES), model.path)
+        ir = parse_ir(archive.read(entry.name, MAX_PICKLE_BYTES), model.path)
 
     def name_of(key: str) -> str:
         name = f"{folder}data/{key}"
         return name if name in archive.entries or f"{folder}{key}" not in archive.entries else f"{folder}{key}"
 
-    def write(target: Path, contents: CheckpointEdits) -> None:
-        _write(archive, folder, target, contents)
+    def write(target: Path, edits: CheckpointEdits) -> None:
+        _write(archive, folder, target, edits)
 
     sizes = {name.removeprefix(f"{folder}data/"): entry.extent.nbytes for name, entry in archive.entries.items()}
     sizes.update({name.removeprefix(folder): entry.extent.nbytes for name, entry in archive.entries.items()})
-    return CheckpointContainer(recipe, name_of, sizes, write)
+    return CheckpointContainer(ir, name_of, sizes, write)
 
 
-def _write(archive: Archive, folder: str, target: Path, contents: CheckpointEdits) -> None:
-    fresh = {f"{folder}data/{key}": storage for key, storage in contents.fresh.items()}
-    fresh.update({f"{folder}{key}": storage for key, storage in contents.fresh.items()})
+def _write(archive: Archive, folder: str, target: Path, edits: CheckpointEdits) -> None:
+    written = {f"{folder}data/{key}": storage for key, storage in edits.new_storages.items()}
+    written.update({f"{folder}{key}": storage for key, storage in edits.new_storages.items()})
     data = f"{folder}data/"
-    dropped = {name for key in contents.dropped for name in (f"{data}{key}", f"{folder}{key}")}
+    dropped = {name for key in edits.dropped for name in (f"{data}{key}", f"{folder}{key}")}
     # It promises that every storage lies where PyTorch's own writer would have put it.
     dropped.add(f"{folder}.format_version")
     names = [name for name in archive.entries if name not in dropped]
     last = max((index for index, name in enumerate(names) if name.startswith(data)), default=len(names) - 1)
     names[last + 1 : last + 1] = [
         f"{data}{key}"
-        for key in contents.fresh
+        for key in edits.new_storages
         if f"{data}{key}" not in archive.entries and f"{folder}{key}" not in archive.entries
     ]
     is_deflated = not all(entry.is_stored for name, entry in archive.entries.items() if name.startswith(data))
     alignment = _alignment(archive, folder)
-    pickle = b"".join(emit_pickle(contents.recipe))
-    with ZipFile(archive.path) as old, ZipFile(target, "w", compresslevel=LEVEL) as new:
-        new.comment = old.comment
+    pickle = b"".join(emit_pickle(edits.ir))
+    with ZipFile(archive.path) as old, ZipFile(target, "w", compresslevel=LEVEL) as out_zip:
+        out_zip.comment = old.comment
         for name in names:
             entry = archive.entries.get(name)
             info = _info(old, name)
@@ -151,14 +149,14 @@ def _write(archive: Archive, folder: str, target: Path, contents: CheckpointEdit
             pieces: Iterable[Bytes]
             if name == f"{folder}data.pkl":
                 info.file_size, pieces = len(pickle), [pickle]
-            elif name in fresh:
-                info.file_size, pieces = fresh[name].nbytes, fresh[name].raw()
+            elif name in written:
+                info.file_size, pieces = written[name].nbytes, written[name].raw()
             else:
-                known = archive.entries[name]
-                info.file_size, pieces = known.nbytes, archive.pieces(known)
+                kept = archive.entries[name]
+                info.file_size, pieces = kept.nbytes, archive.pieces(kept)
             if info.compress_type == ZIP_STORED:
-                info.extra = _padding(new.start_dir, info, alignment)
-            with new.open(info, "w") as out:
+                info.extra = _padding(out_zip.start_dir, info, alignment)
+            with out_zip.open(info, "w") as out:
                 for piece in pieces:
                     out.write(piece)
             # The directory needs no padding.
@@ -173,36 +171,36 @@ def _info(old: ZipFile, name: str) -> ZipInfo:
 
 def _alignment(archive: Archive, folder: str) -> int:
     name = f"{folder}.storage_alignment"
-    said = archive.read(name, MAX_MARK_BYTES).decode("ascii", "replace").strip() if name in archive.entries else ""
-    return int(said) if said.isdigit() and 0 < int(said) <= MAX_ALIGNMENT else ALIGNMENT
+    marker = archive.read(name, MAX_MARK_BYTES).decode("ascii", "replace").strip() if name in archive.entries else ""
+    return int(marker) if marker.isdigit() and 0 < int(marker) <= MAX_ALIGNMENT else ALIGNMENT
 
 
-def _padding(at: int, info: ZipInfo, alignment: int) -> bytes:
+def _padding(offset: int, info: ZipInfo, alignment: int) -> bytes:
     """Return an extra field after which the bytes of an entry begin at a round place, as PyTorch pads them."""
     is_big = info.file_size > _ZIP64_ABOVE
-    begin = at + _HEADER_BYTES + len(info.filename.encode()) + 4 + (_ZIP64_BYTES if is_big else 0)
+    begin = offset + _HEADER_BYTES + len(info.filename.encode()) + 4 + (_ZIP64_BYTES if is_big else 0)
     fill = -begin % alignment
     return _PADDING + fill.to_bytes(2, "little") + b"Z" * fill
 
 
-def strip(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
+def strip(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
     """Write a copy whose example inputs are empty, as PyTorch saves a program that has none; return what went."""
-    if wish.to_half:
+    if options.to_half:
         raise InputError(
             f"{model.path} is an exported program, whose graph says of which type its weights are",
             hint="leave out --half, or export a model in half precision",
         )
-    if StripPart.MASKS in wish.parts and any(tensor.role is Role.MASK for tensor in model.tensors):
+    if StripPart.MASKS in options.parts and any(tensor.role is Role.MASK for tensor in model.tensors):
         raise InputError(
             f"{model.path} is an exported program, whose graph multiplies its weights by masks",
             hint="strip the rest with --only examples, or strip the model before it is exported",
         )
     archive = open_archive(model.path)
-    found = examples(archive) if StripPart.EXAMPLES in wish.parts else ()
-    if not found:
+    entries = examples(archive) if StripPart.EXAMPLES in options.parts else ()
+    if not entries:
         patch_files(model, targets, ())
         return ()
-    rewrite_zip(archive, targets[model.path], {entry.name: (0, ()) for entry in found})
+    rewrite_zip(archive, targets[model.path], {entry.name: (0, ()) for entry in entries})
     return tuple(
-        RemovedItem(entry.name.rpartition("data/")[2], StripPart.EXAMPLES, entry.extent.nbytes) for entry in found
+        RemovedItem(entry.name.rpartition("data/")[2], StripPart.EXAMPLES, entry.extent.nbytes) for entry in entries
     )

@@ -48,7 +48,7 @@ class StateDict:
 class MaskedWeight:
     """A weight that is to become itself times its masks."""
 
-    place: StateDict
+    parent: StateDict
     name: str
     """What it is called without its wrapper, in its dictionary."""
     wrapper: str
@@ -61,100 +61,100 @@ def iter_nested_dicts(root: IRNode) -> Iterator[StateDict]:
     todo = [StateDict("", root)]
     seen: set[int] = set()
     while todo:
-        found = todo.pop()
-        inside = entries(found.node)
-        if inside is None or id(found.node) in seen:
+        current = todo.pop()
+        pairs = entries(current.node)
+        if pairs is None or id(current.node) in seen:
             continue
-        seen.add(id(found.node))
-        yield found
-        below = [(name, item) for key, item in inside if (name := text(key)) is not None]
-        todo += [StateDict(f"{found.prefix}{name}.", item) for name, item in reversed(below)]
+        seen.add(id(current.node))
+        yield current
+        named_items = [(name, item) for key, item in pairs if (name := text(key)) is not None]
+        todo += [StateDict(f"{current.prefix}{name}.", item) for name, item in reversed(named_items)]
 
 
 def unwrap(root: IRNode, tensors: Mapping[str, Tensor]) -> list[MaskedWeight]:
     """Give every masked weight its plain name, drop its masks, and return what its numbers are to be."""
-    places = list(iter_nested_dicts(root))
-    others = {weight: name for place in places for weight, name in _sparsifier(place).items()}
-    found: list[MaskedWeight] = []
-    for place in places:
-        found += _unwrap(place, tensors, others)
-    used = {mask.name for product in found for mask in product.masks}
-    for place in places:
-        inside = entries(place.node) or []
-        kept = [entry for entry in inside if not _is_applied(place, text(entry[0]), entry[1], used)]
+    state_dicts = list(iter_nested_dicts(root))
+    others = {weight: name for state_dict_node in state_dicts for weight, name in _sparsifier(state_dict_node).items()}
+    masked: list[MaskedWeight] = []
+    for state_dict_node in state_dicts:
+        masked += _unwrap(state_dict_node, tensors, others)
+    used = {mask.name for weight in masked for mask in weight.masks}
+    for state_dict_node in state_dicts:
+        inside = entries(state_dict_node.node) or []
+        kept = [entry for entry in inside if not _is_applied(state_dict_node, text(entry[0]), entry[1], used)]
         if len(kept) < len(inside):
-            replace_entries(place.node, kept)
-    return found
+            replace_entries(state_dict_node.node, kept)
+    return masked
 
 
-def _unwrap(place: StateDict, tensors: Mapping[str, Tensor], others: Mapping[str, str]) -> list[MaskedWeight]:
-    inside = entries(place.node) or []
-    names = [name for key, _ in inside if (name := text(key)) is not None]
+def _unwrap(parent: StateDict, tensors: Mapping[str, Tensor], others: Mapping[str, str]) -> list[MaskedWeight]:
+    pairs = entries(parent.node) or []
+    names = [name for key, _ in pairs if (name := text(key)) is not None]
     wrapped = [
-        weight for weight in state_dict.find(names, others) if _product(place, weight, tensors, others) is not None
+        weight for weight in state_dict.find(names, others) if _match_masks(parent, weight, tensors, others) is not None
     ]
     if not wrapped:
         return []
-    found = [product for weight in wrapped if (product := _product(place, weight, tensors, others)) is not None]
+    masked = [match for weight in wrapped if (match := _match_masks(parent, weight, tensors, others)) is not None]
     masks = {mask for weight in wrapped for mask in weight.masks}
     plain = state_dict.renamed(names, wrapped)
     kept = [
         (key if name is None or plain[name] == name else text_node(plain[name]), item)
-        for key, item in inside
+        for key, item in pairs
         if (name := text(key)) not in masks
     ]
-    replace_entries(place.node, kept)
-    _forget_modules(place.node, wrapped)
-    return found
+    replace_entries(parent.node, kept)
+    _forget_modules(parent.node, wrapped)
+    return masked
 
 
-def _product(
-    place: StateDict, weight: MaskedParam, tensors: Mapping[str, Tensor], others: Mapping[str, str]
+def _match_masks(
+    parent: StateDict, weight: MaskedParam, tensors: Mapping[str, Tensor], others: Mapping[str, str]
 ) -> MaskedWeight | None:
-    names = [mask if mask in others.values() else place.prefix + mask for mask in weight.masks]
-    original = tensors.get(place.prefix + weight.original)
+    names = [mask if mask in others.values() else parent.prefix + mask for mask in weight.masks]
+    original = tensors.get(parent.prefix + weight.original)
     masks = tuple(tensors[name] for name in names if name in tensors)
     if original is None or len(masks) != len(names) or not original.is_float:
         return None
     if not all(mask.shape in (original.shape, original.shape[:1]) for mask in masks):
         return None
-    return MaskedWeight(place, weight.plain, weight.wrapper, original, masks)
+    return MaskedWeight(parent, weight.plain, weight.wrapper, original, masks)
 
 
-def _sparsifier(place: StateDict) -> dict[str, str]:
+def _sparsifier(parent: StateDict) -> dict[str, str]:
     """Return the masks that a sparsifier of torch.ao keeps, by the weights that they belong to."""
-    inside = texts(place.node)
+    inside = texts(parent.node)
     if not inside.keys() >= _SPARSIFIER:
         return {}
     states = texts(inside["state"])
-    return {weight: f"{place.prefix}state.{weight}.mask" for weight, kept in states.items() if "mask" in texts(kept)}
+    return {weight: f"{parent.prefix}state.{weight}.mask" for weight, kept in states.items() if "mask" in texts(kept)}
 
 
-def _is_applied(place: StateDict, name: str | None, item: IRNode, used: set[str]) -> bool:
+def _is_applied(parent: StateDict, name: str | None, item: IRNode, used: set[str]) -> bool:
     """Whether an entry is a sparsifier whose masks are all in the weights now."""
     if name is None or entries(item) is None:
         return False
-    masks = _sparsifier(StateDict(f"{place.prefix}{name}.", item)).values()
+    masks = _sparsifier(StateDict(f"{parent.prefix}{name}.", item)).values()
     return bool(masks) and used.issuperset(masks)
 
 
 def _forget_modules(node: IRNode, wrapped: list[MaskedParam]) -> None:
     """Drop the versions of modules that are gone, which a state dict keeps in `_metadata`."""
-    gone = {weight.wrapper for weight in wrapped if weight.wrapper != weight.original}
-    above = {wrapper.rpartition(".")[0] for wrapper in gone if ".parametrizations." in f".{wrapper}"}
-    for deed in node.deeds:
-        state = texts(deed.parts[0]) if deed.code == ord("b") else {}
+    removed = {weight.wrapper for weight in wrapped if weight.wrapper != weight.original}
+    above = {wrapper.rpartition(".")[0] for wrapper in removed if ".parametrizations." in f".{wrapper}"}
+    for mutation in node.mutations:
+        state = texts(mutation.parts[0]) if mutation.code == ord("b") else {}
         metadata = state.get("_metadata")
-        inside = entries(metadata) if metadata is not None else None
-        if metadata is None or inside is None:
+        pairs = entries(metadata) if metadata is not None else None
+        if metadata is None or pairs is None:
             continue
-        kept = [entry for entry in inside if not _is_removed(text(entry[0]), gone | above)]
-        if len(kept) < len(inside):
+        kept = [entry for entry in pairs if not _is_removed(text(entry[0]), removed | above)]
+        if len(kept) < len(pairs):
             replace_entries(metadata, kept)
 
 
-def _is_removed(name: str | None, gone: set[str]) -> bool:
-    return name is not None and any(name == wrapper or name.startswith(f"{wrapper}.") for wrapper in gone)
+def _is_removed(name: str | None, removed: set[str]) -> bool:
+    return name is not None and any(name == wrapper or name.startswith(f"{wrapper}.") for wrapper in removed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ class TensorData:
     size: int
     blocks: Callable[[], Iterator[Array]]
 
-    def fresh(self) -> NewStorage:
+    def to_storage(self) -> NewStorage:
         """Return the storage as bytes."""
         return NewStorage(self.size * self.tensor.dtype.itemsize, self.tensor.dtype.itemsize, self._raw)
 
@@ -191,41 +191,41 @@ def _bytes(block: Array, *, is_big: bool) -> Bytes:
 
 
 def materialise_masked(
-    model: ModelFile, container: CheckpointContainer, products: Collection[MaskedWeight]
+    model: ModelFile, container: CheckpointContainer, masked_weights: Collection[MaskedWeight]
 ) -> dict[str, TensorData]:
     """Return the storages of weights times masks, by their keys; a weight that shares its own gets another."""
-    root = container.recipe.root
-    used = Counter(container.name_of(ask.key) for ask in storage_refs(root))
-    known = {container.name_of(ask.key): ask.key for ask in storage_refs(root)}
-    unused = (str(number) for number in count(len(known)) if str(number) not in container.sizes)
+    root = container.ir.root
+    used = Counter(container.name_of(ref.key) for ref in storage_refs(root))
+    key_of = {container.name_of(ref.key): ref.key for ref in storage_refs(root)}
+    unused = (str(number) for number in count(len(key_of)) if str(number) not in container.sizes)
     groups: dict[str, list[MaskedWeight]] = {}
-    for product in products:
-        groups.setdefault(product.tensor.storage.key, []).append(product)
-    found: dict[str, TensorData] = {}
+    for masked in masked_weights:
+        groups.setdefault(masked.tensor.storage.key, []).append(masked)
+    data: dict[str, TensorData] = {}
     for name, group in groups.items():
-        nodes = [_node(product) for product in group]
+        nodes = [_node(masked) for masked in group]
         own = {id(node) for top in nodes for node in reachable(top).values() if storage_ref(node) is not None}
         if used[name] == len(own) and _are_alike(model, group):
-            found[known[name]] = _in_existing_storage(model, group[0])
+            data[key_of[name]] = _in_existing_storage(model, group[0])
             continue
-        for product, node in zip(group, nodes, strict=True):
+        for masked, node in zip(group, nodes, strict=True):
             key = next(unused)
-            _replace(model, product, with_storage(node, key, product.tensor.shape))
-            found[key] = _as_new_storage(model, product)
-    return found
+            _replace(model, masked, with_storage(node, key, masked.tensor.shape))
+            data[key] = _as_new_storage(model, masked)
+    return data
 
 
-def _node(product: MaskedWeight) -> IRNode:
-    inside = entries(product.place.node) or ()
-    return next(item for key, item in inside if text(key) == product.name)
+def _node(masked: MaskedWeight) -> IRNode:
+    pairs = entries(masked.parent.node) or ()
+    return next(item for key, item in pairs if text(key) == masked.name)
 
 
-def _replace(model: ModelFile, product: MaskedWeight, node: IRNode | None) -> None:
+def _replace(model: ModelFile, masked: MaskedWeight, node: IRNode | None) -> None:
     if node is None:
-        raise InputError(f"{model.path} keeps {product.tensor.name} in a way that cannot be put together with its mask")
-    inside = entries(product.place.node) or ()
-    kept = [(key, node if text(key) == product.name else item) for key, item in inside]
-    replace_entries(product.place.node, kept)
+        raise InputError(f"{model.path} keeps {masked.tensor.name} in a way that cannot be put together with its mask")
+    pairs = entries(masked.parent.node) or ()
+    kept = [(key, node if text(key) == masked.name else item) for key, item in pairs]
+    replace_entries(masked.parent.node, kept)
 
 
 def _are_alike(model: ModelFile, group: list[MaskedWeight]) -> bool:
@@ -234,38 +234,43 @@ def _are_alike(model: ModelFile, group: list[MaskedWeight]) -> bool:
     is_dense = first.strides is None or is_permuted(first.shape, first.strides)
     if first.start or first.nbytes != first.storage.nbytes or not is_dense:
         return False
-    for product in group[1:]:
-        one = product.tensor
-        if (one.start, one.shape, one.strides, one.dtype) != (first.start, first.shape, first.strides, first.dtype):
+    for masked in group[1:]:
+        other = masked.tensor
+        if (other.start, other.shape, other.strides, other.dtype) != (
+            first.start,
+            first.shape,
+            first.strides,
+            first.dtype,
+        ):
             return False
-        masks = zip(_weights(model, product)[1], _weights(model, group[0])[1], strict=False)
-        if len(product.masks) != len(group[0].masks) or not all(np.array_equal(*pair) for pair in masks):
+        masks = zip(_weights(model, masked)[1], _weights(model, group[0])[1], strict=False)
+        if len(masked.masks) != len(group[0].masks) or not all(np.array_equal(*pair) for pair in masks):
             return False
     return True
 
 
-def _weights(model: ModelFile, product: MaskedWeight) -> tuple[Array, list[Array]]:
-    weights = model.read(product.tensor)
-    masks = (broadcast_mask(weights, model.read(mask)) for mask in product.masks)
+def _weights(model: ModelFile, masked: MaskedWeight) -> tuple[Array, list[Array]]:
+    weights = model.read(masked.tensor)
+    masks = (broadcast_mask(weights, model.read(mask)) for mask in masked.masks)
     return weights, [mask for mask in masks if mask is not None]
 
 
-def _in_existing_storage(model: ModelFile, product: MaskedWeight) -> TensorData:
+def _in_existing_storage(model: ModelFile, masked: MaskedWeight) -> TensorData:
     def blocks() -> Iterator[Array]:
-        weights, masks = _weights(model, product)
+        weights, masks = _weights(model, masked)
         yield from apply_mask(
-            in_storage_order(product.tensor, weights), [in_storage_order(product.tensor, mask) for mask in masks]
+            in_storage_order(masked.tensor, weights), [in_storage_order(masked.tensor, mask) for mask in masks]
         )
 
-    return TensorData(product.tensor, product.tensor.size, blocks)
+    return TensorData(masked.tensor, masked.tensor.size, blocks)
 
 
-def _as_new_storage(model: ModelFile, product: MaskedWeight) -> TensorData:
+def _as_new_storage(model: ModelFile, masked: MaskedWeight) -> TensorData:
     def blocks() -> Iterator[Array]:
-        weights, masks = _weights(model, product)
+        weights, masks = _weights(model, masked)
         yield from apply_mask(weights, masks)
 
-    return TensorData(product.tensor, product.tensor.size, blocks)
+    return TensorData(masked.tensor, masked.tensor.size, blocks)
 
 
 _TYPED = (
@@ -277,27 +282,27 @@ _TYPED = (
 
 def halve(model: ModelFile, container: CheckpointContainer, numbers: Mapping[str, TensorData]) -> dict[str, NewStorage]:
     """Return every storage of plain 32-bit and wider floats as one of 16-bit floats, and name it so in the program."""
-    named: dict[str, Tensor] = {}
+    first_tensors: dict[str, Tensor] = {}
     for tensor in model.tensors:
-        named.setdefault(tensor.storage.key, tensor)
-    bound = _bound(container.recipe.root)
-    found: dict[str, NewStorage] = {}
+        first_tensors.setdefault(tensor.storage.key, tensor)
+    typed = _explicitly_typed(container.ir.root)
+    halved: dict[str, NewStorage] = {}
     classes: dict[str, IRNode] = {}
-    done: set[int] = set()
-    for ask in storage_refs(container.recipe.root):
-        held = numbers.get(ask.key) or _whole(model, named.get(container.name_of(ask.key)))
-        if held is None or held.tensor.dtype not in HALVED or ask.key in bound:
+    renamed_ids: set[int] = set()
+    for ref in storage_refs(container.ir.root):
+        data = numbers.get(ref.key) or _whole(model, first_tensors.get(container.name_of(ref.key)))
+        if data is None or data.tensor.dtype not in HALVED or ref.key in typed:
             continue
-        found.setdefault(ask.key, held.half(model))
-        kind = value(ask.id.parts[1])
-        if isinstance(kind, Global) and id(ask.id) not in done:
-            done.add(id(ask.id))
-            raw = f"c{kind.module}\nHalfStorage\n".encode()
-            ask.id.parts[1] = classes.setdefault(kind.module, IRNode(raw))
-    return found
+        halved.setdefault(ref.key, data.half(model))
+        storage_class = value(ref.id.parts[1])
+        if isinstance(storage_class, Global) and id(ref.id) not in renamed_ids:
+            renamed_ids.add(id(ref.id))
+            raw = f"c{storage_class.module}\nHalfStorage\n".encode()
+            ref.id.parts[1] = classes.setdefault(storage_class.module, IRNode(raw))
+    return halved
 
 
-def _bound(root: IRNode) -> frozenset[str]:
+def _explicitly_typed(root: IRNode) -> frozenset[str]:
     """Return the storages whose type is also said elsewhere, as that of scales and of wrapper classes is."""
     calls = [node for node in reachable(root).values() if called(node).startswith(_TYPED)]
     return frozenset(key for node in calls for key in storage_keys(node))
