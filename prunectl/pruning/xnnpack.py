@@ -88,7 +88,7 @@ def _layers(config: Mapping[str, Any]) -> Mapping[str, _Layer]:
         for call in parse_calls(config):
             before = layers[call.layer].producers if call.layer in layers else ()
             producers = dict.fromkeys((*before, *(source.layer for source in call.sources)))
-            layers[call.layer] = _layer(call.layer, call.found, tuple(producers))
+            layers[call.layer] = _layer(call.layer, call.description, tuple(producers))
     else:
         for layer in listed(config):
             layers[name_of(layer)] = _layer(name_of(layer), layer, tuple(layers)[-1:])

@@ -25,11 +25,10 @@ from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.keras.config import LayerConfig, listed, part, text, upgrade_class_name, upgrade_config
 from prunectl.formats.keras.flops import matmuls, recurrent
-from prunectl.formats.keras.flops.layer_calls import ShapeTracer
 from prunectl.formats.keras.flops.shapes import LayerCall, UnknownShapeError, shape_in, untuple
-from prunectl.formats.keras.flops.trace import SHAPE_KEYS, NodeResolver, input_shape, topological_order, trace_model
+from prunectl.formats.keras.flops.trace import SHAPE_KEYS, NodeResolver, ShapeTracer, input_shape, topological_order
 from prunectl.formats.keras.inbound import NodeCall, TensorRef, model_ends, name_of
-from prunectl.formats.keras.layouts import doubtful, slots_of
+from prunectl.formats.keras.layouts import ambiguous_containers, layers_by_folder
 from prunectl.training.backend import Port, Signature
 
 _SCALAR = (int, float, str, bool, type(None))
@@ -104,12 +103,12 @@ class GraphTraversal:
         """Return what a model gives; without inputs, it has its own."""
         if len(names) > _MAX_DEPTH:
             raise InputError(f"a model is nested deeper than {_MAX_DEPTH} models")
-        is_graph = any(layer.get("inbound_nodes") for layer in self._caller.layers_in(found))
+        is_graph = any(layer.get("inbound_nodes") for layer in self._caller.inner_layers(found))
         return self._graph(found, inputs, names) if is_graph else self._sequence(found, inputs, names)
 
     def _sequence(self, found: Mapping[str, Any], inputs: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
-        layers = self._caller.layers_in(found)
-        self._caller.charge(len(layers))
+        layers = self._caller.inner_layers(found)
+        self._caller.spend(len(layers))
         current = inputs or (self._first(found, layers, names),)
         for layer in layers:
             if layer.get("class_name") == "InputLayer":
@@ -141,7 +140,7 @@ class GraphTraversal:
         return value
 
     def _graph(self, model: Mapping[str, Any], inputs: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
-        every = {(call.layer, call.node): call for call in self._caller.calls_in(model)}
+        every = {(call.layer, call.node): call for call in self._caller.inner_calls(model)}
         resolve = NodeResolver(every)
         given = dict(zip((source.layer for source in model_ends(model, "input_layers")), inputs, strict=False))
         made: dict[tuple[str, int], tuple[str, ...]] = {}
@@ -161,19 +160,19 @@ class GraphTraversal:
             return found
 
         for call in topological_order(every, resolve):
-            if call.found.get("class_name") == "InputLayer":
+            if call.description.get("class_name") == "InputLayer":
                 own = given.get(call.layer) or self._own_input(call, names)
-                self._meet(call.found, names, (own,), (own,))
+                self._meet(call.description, names, (own,), (own,))
                 made[call.layer, call.node] = (own,)
                 continue
             taken = tuple(value(source) for source in call.sources)
-            nodes = call.found.get("inbound_nodes")
+            nodes = call.description.get("inbound_nodes")
             said = CallArguments(
                 raw=nodes[call.node] if isinstance(nodes, list) and call.node < len(nodes) else (),
                 words=tuple(word for word, _ in call.named),
                 outputs=asked.get((call.layer, call.node), 1),
             )
-            made[call.layer, call.node] = self._call(call.found, taken, names, said)
+            made[call.layer, call.node] = self._call(call.description, taken, names, said)
         if not names:
             first = [made[resolve.key(source)][0] for source in model_ends(model, "input_layers")]
             self._net.inputs = {own: self._net.inputs[own] for own in (*first, *self._net.inputs)}
@@ -186,11 +185,11 @@ class GraphTraversal:
             self._net.shapes[value] = with_batch(shape, 1)
 
     def _own_input(self, call: NodeCall, names: tuple[str, ...]) -> str:
-        config = part(call.found, "config")
+        config = part(call.description, "config")
         shape = next((shape for key in SHAPE_KEYS if (shape := shape_in(config.get(key))) is not None), None)
         if shape is None:
             raise InputError(f"the configuration does not say the shape of its input {call.layer}")
-        return self._input("/".join((*names, call.layer)), shape, call.found)
+        return self._input("/".join((*names, call.layer)), shape, call.description)
 
     def _call(
         self,
@@ -200,12 +199,12 @@ class GraphTraversal:
         said: CallArguments | None = None,
     ) -> tuple[str, ...]:
         said = said or CallArguments()
-        self._caller.charge(1 + len(inputs))
+        self._caller.spend(1 + len(inputs))
         inner = (*names, name_of(found))
         inputs, words = self._without_mask(inputs, said.words, inner)
         if text(found, "class_name") == "MultiHeadAttention":
             inputs, words = in_order(inputs, words)
-        if self._caller.layers_in(found) and not words:
+        if self._caller.inner_layers(found) and not words:
             outputs = self.model(found, inputs, inner)
         elif text(found, "class_name") == "TimeDistributed" and not words and len(inputs) == 1:
             outputs = self._each(found, inputs[0], inner)
@@ -381,7 +380,7 @@ def load_keras(model: ModelFile, lengths: Lengths = NOTHING) -> LoadedKeras:
             hint="build it from layers with keras.Model(inputs, outputs), or export it to ONNX",
         )
     stored = WeightFile(model)
-    slots = slots_of(config, stored.contents.datasets)
+    slots = layers_by_folder(config, stored.contents.datasets)
     layers = located(config, slots)
     if stored.root is None and any(expected_weights(layer.found) and not layer.slots for layer in layers):
         _refuse_doubt(stored, config, slots)
@@ -389,7 +388,7 @@ def load_keras(model: ModelFile, lengths: Lengths = NOTHING) -> LoadedKeras:
 
     def followed(length: int, said: Mapping[str, Shape]) -> _Followed:
         net = GraphBuilder(model)
-        walker = GraphTraversal(net, ShapeTracer(model.path, (), trace_model), layers, leaves, length, said=said)
+        walker = GraphTraversal(net, ShapeTracer(model.path, ()), layers, leaves, length, said=said)
         try:
             outputs = walker.model(config, (), ())
         except InputError as error:
@@ -410,7 +409,7 @@ def load_keras(model: ModelFile, lengths: Lengths = NOTHING) -> LoadedKeras:
 
 def _refuse_doubt(stored: WeightFile, config: Mapping[str, Any], slots: Mapping[str, LayerConfig]) -> None:
     """Refuse weights that belong to layers of the configuration, and nobody knows to which."""
-    if doubtful(config, slots, [found.name for found in stored.contents.datasets]):
+    if ambiguous_containers(config, slots, [found.name for found in stored.contents.datasets]):
         raise InputError(
             f"{stored.model.path} holds weights that do not fit the layers of its configuration by number and shape",
             hint="load it in the Keras that wrote it, save it again, and prune that file",

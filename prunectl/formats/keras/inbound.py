@@ -29,7 +29,7 @@ class NodeCall:
     """One use of a layer."""
 
     layer: str
-    found: Mapping[str, Any]
+    description: Mapping[str, Any]
     """The layer as the configuration describes it."""
     node: int
     arguments: tuple[TensorRef, ...] = ()
@@ -47,20 +47,20 @@ class NodeCall:
         return (*self.arguments, *(source for _, source in self.named))
 
 
-def name_of(found: Mapping[str, Any]) -> str:
+def name_of(layer: Mapping[str, Any]) -> str:
     """Return the name of a layer."""
-    return text(found, "name") or text(part(found, "config"), "name") or text(found, "class_name")
+    return text(layer, "name") or text(part(layer, "config"), "name") or text(layer, "class_name")
 
 
-def parse_calls(found: Any) -> tuple[NodeCall, ...]:
+def parse_calls(model: Any) -> tuple[NodeCall, ...]:
     """Return every call in a model whose layers say where their inputs come from."""
-    return tuple(call for layer in listed(found) for call in _calls(layer))
+    return tuple(call for layer in listed(model) for call in _calls(layer))
 
 
-def model_ends(found: Any, key: str) -> tuple[TensorRef, ...]:
+def model_ends(model: Any, key: str) -> tuple[TensorRef, ...]:
     """Return the inputs or the outputs of a model."""
-    said = part(found, "config").get(key)
-    return tuple(_sources(said, 0))
+    references = part(model, "config").get(key)
+    return tuple(_sources(references, 0))
 
 
 def _calls(layer: Mapping[str, Any]) -> Iterator[NodeCall]:
@@ -75,8 +75,8 @@ def _calls(layer: Mapping[str, Any]) -> Iterator[NodeCall]:
         else:
             named = _named(node)
             arguments = tuple(_sources(node, 0))
-        every = tuple((key, source) for key, value in named.items() for source in _sources(value, 0))
-        yield NodeCall(name_of(layer), layer, number, arguments, every)
+        named_inputs = tuple((key, source) for key, value in named.items() for source in _sources(value, 0))
+        yield NodeCall(name_of(layer), layer, number, arguments, named_inputs)
 
 
 def _named(node: Any) -> Mapping[str, Any]:
@@ -96,19 +96,19 @@ def _sources(value: Any, nesting: int) -> Iterator[TensorRef]:
     if _is_reference(value):
         yield from _source(value)
     elif isinstance(value, list):
-        for one in value:
-            yield from _sources(one, nesting + 1)
+        for item in value:
+            yield from _sources(item, nesting + 1)
     elif isinstance(value, dict):
         config = part(value, "config")
         if _is_reference(config.get("keras_history")):
             yield from _source(config["keras_history"], shape_in(config.get("shape")))
         elif "class_name" not in value:
-            for one in value.values():
-                yield from _sources(one, nesting + 1)
+            for item in value.values():
+                yield from _sources(item, nesting + 1)
 
 
-def _source(said: list[Any], shape: Shape | None = None) -> Iterator[TensorRef]:
-    layer, node, tensor = said[:3]
+def _source(reference: list[Any], shape: Shape | None = None) -> Iterator[TensorRef]:
+    layer, node, tensor = reference[:3]
     # Keras 2 marks constants with negative numbers.
     if node >= 0 and tensor >= 0:
         yield TensorRef(layer, node, tensor, shape)

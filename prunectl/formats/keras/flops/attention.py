@@ -16,11 +16,11 @@ def projected(step: LayerCall) -> Iterator[Matmul]:
     heads, width = step.number("num_heads"), step.number("key_dim")
     depth = step.number("value_dim", width)
     yield Matmul("query/kernel", (query[-1], heads, width), query[:-1])
-    yield Matmul("key/kernel", (key[-1], heads, width), key[:-1], turn=1)
-    yield Matmul("value/kernel", (value[-1], heads, depth), value[:-1], turn=2)
+    yield Matmul("key/kernel", (key[-1], heads, width), key[:-1], position=1)
+    yield Matmul("value/kernel", (value[-1], heads, depth), value[:-1], position=2)
     yield Matmul("", (), (*query[:-1], *key[:-1], heads, width))
     yield Matmul("", (), (*query[:-1], *value[:-1], heads, depth))
-    yield Matmul("output/kernel", (heads, depth, _attended(step)[-1]), query[:-1], turn=3)
+    yield Matmul("output/kernel", (heads, depth, _attended(step)[-1]), query[:-1], position=3)
 
 
 def grouped(step: LayerCall) -> Iterator[Matmul]:
@@ -28,11 +28,11 @@ def grouped(step: LayerCall) -> Iterator[Matmul]:
     query, key, value = _three(step)
     heads, few, width = step.number("num_query_heads"), step.number("num_key_value_heads"), step.number("head_dim")
     yield Matmul("query/kernel", (query[-1], heads, width), query[:-1])
-    yield Matmul("key/kernel", (key[-1], few, width), key[:-1], turn=1)
-    yield Matmul("value/kernel", (value[-1], few, width), value[:-1], turn=2)
+    yield Matmul("key/kernel", (key[-1], few, width), key[:-1], position=1)
+    yield Matmul("value/kernel", (value[-1], few, width), value[:-1], position=2)
     for other in (key, value):
         yield Matmul("", (), (*query[:-1], *other[:-1], heads, width))
-    yield Matmul("output/kernel", (heads, width, query[-1]), query[:-1], turn=3)
+    yield Matmul("output/kernel", (heads, width, query[-1]), query[:-1], position=3)
 
 
 def compared(step: LayerCall) -> Iterator[Matmul]:
@@ -45,18 +45,18 @@ def compared(step: LayerCall) -> Iterator[Matmul]:
 
 def dotted(step: LayerCall) -> Iterator[Matmul]:
     """Yield the one product of two inputs."""
-    _, gone = _contracted(step)
-    yield Matmul("", (), (*step.shape(0), *(length for at, length in enumerate(step.shape(1)) if at != gone)))
+    _, contracted = _contracted(step)
+    yield Matmul("", (), (*step.shape(0), *(length for axis, length in enumerate(step.shape(1)) if axis != contracted)))
 
 
 def summed(step: LayerCall) -> Iterator[Matmul]:
     """Yield the product of an Einstein sum: every label runs once."""
-    given, weight, made = _labels(step)
-    lengths = _lengths(step, given, made)
+    input_labels, kernel_labels, output_labels = _labels(step)
+    lengths = _lengths(step, input_labels, output_labels)
     yield Matmul(
         "kernel",
-        tuple(lengths[label] for label in weight),
-        tuple(lengths[label] for label in given[1:] if label not in weight),
+        tuple(lengths[label] for label in kernel_labels),
+        tuple(lengths[label] for label in input_labels[1:] if label not in kernel_labels),
     )
 
 
@@ -68,10 +68,10 @@ def _three(step: LayerCall) -> tuple[Shape, Shape, Shape]:
 
 def _attended(step: LayerCall) -> Shape:
     query = step.shape(0, "query")
-    said = untuple(step.config.get("output_shape"))
-    if said is None:
+    output_shape = untuple(step.config.get("output_shape"))
+    if output_shape is None:
         return query
-    last = [said] if type(said) is int else said
+    last = [output_shape] if type(output_shape) is int else output_shape
     if not isinstance(last, list) or not all(type(length) is int for length in last):
         raise UnknownShapeError
     return (*query[:-1], *last)
@@ -88,21 +88,21 @@ def _same(step: LayerCall) -> Shape:
 def _contracted(step: LayerCall) -> tuple[int, int]:
     left, right = step.shape(0), step.shape(1)
     first, second = step.numbers("axes", 2)
-    places = tuple(axis + len(shape) if axis < 0 else axis - 1 for axis, shape in ((first, left), (second, right)))
-    if not 0 <= places[0] < len(left) or not 0 <= places[1] < len(right):
+    contracted = tuple(axis + len(shape) if axis < 0 else axis - 1 for axis, shape in ((first, left), (second, right)))
+    if not 0 <= contracted[0] < len(left) or not 0 <= contracted[1] < len(right):
         raise UnknownShapeError
-    return places[0], places[1]
+    return contracted[0], contracted[1]
 
 
 def _dot(step: LayerCall) -> Shape:
     left, right = _contracted(step)
-    rest = tuple(
+    remaining = tuple(
         length
-        for shape, gone in ((step.shape(0), left), (step.shape(1), right))
-        for at, length in enumerate(shape)
-        if at != gone
+        for shape, contracted in ((step.shape(0), left), (step.shape(1), right))
+        for axis, length in enumerate(shape)
+        if axis != contracted
     )
-    return rest or (1,)
+    return remaining or (1,)
 
 
 def _labels(step: LayerCall) -> tuple[str, str, str]:
@@ -110,24 +110,31 @@ def _labels(step: LayerCall) -> tuple[str, str, str]:
     equation = step.config.get("equation")
     if not isinstance(equation, str) or len(equation) > _MAX_LABELS:
         raise UnknownShapeError
-    left, _, made = equation.replace(" ", "").partition("->")
-    given, _, weight = left.partition(",")
-    if "..." in given:
+    operands, _, output_labels = equation.replace(" ", "").partition("->")
+    input_labels, _, kernel_labels = operands.partition(",")
+    if "..." in input_labels:
         spare = (chr(0x100 + number) for number in range(_MAX_LABELS))
-        missing = len(step.shape()) + 1 - len(given.replace("...", ""))
+        missing = len(step.shape()) + 1 - len(input_labels.replace("...", ""))
         dots = "".join(next(spare) for _ in range(min(max(missing, 0), _MAX_LABELS - 1)))
-        given, made = given.replace("...", dots), made.replace("...", dots)
-    if not given or not made or len(given) != len(step.shape()) + 1 or "." in given + weight + made:
+        input_labels, output_labels = input_labels.replace("...", dots), output_labels.replace("...", dots)
+    if (
+        not input_labels
+        or not output_labels
+        or len(input_labels) != len(step.shape()) + 1
+        or "." in input_labels + kernel_labels + output_labels
+    ):
         raise UnknownShapeError
-    return given, weight, made
+    return input_labels, kernel_labels, output_labels
 
 
-def _lengths(step: LayerCall, given: str, made: str) -> dict[str, Length]:
-    known: dict[str, Length] = dict(zip(given[1:], step.shape(), strict=True))
-    said = untuple(step.config.get("output_shape"))
-    wanted = [said] if type(said) is int else said if isinstance(said, list) else []
+def _lengths(step: LayerCall, input_labels: str, output_labels: str) -> dict[str, Length]:
+    known: dict[str, Length] = dict(zip(input_labels[1:], step.shape(), strict=True))
+    output_shape = untuple(step.config.get("output_shape"))
+    output_lengths = (
+        [output_shape] if type(output_shape) is int else output_shape if isinstance(output_shape, list) else []
+    )
     # The output shape may leave out leading axes, which then are those of the input.
-    for label, length in zip(reversed(made), reversed(wanted), strict=False):
+    for label, length in zip(reversed(output_labels), reversed(output_lengths), strict=False):
         if type(length) is int:
             known.setdefault(label, length)
             if known[label] is None:
@@ -143,9 +150,9 @@ class _Lengths(dict[str, Length]):
 
 
 def _einsum(step: LayerCall) -> Shape:
-    given, _, made = _labels(step)
-    lengths = _lengths(step, given, made)
-    return tuple(lengths[label] for label in made if label != given[0])
+    input_labels, _, output_labels = _labels(step)
+    lengths = _lengths(step, input_labels, output_labels)
+    return tuple(lengths[label] for label in output_labels if label != input_labels[0])
 
 
 RULES: dict[str, Callable[[LayerCall], Shape]] = {

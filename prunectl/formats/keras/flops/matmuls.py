@@ -116,35 +116,37 @@ class Weights:
         """Whether there are weights of a layer of one of these names."""
         return any(name in self._named for name in names)
 
-    def of(self, names: tuple[str, ...], around: tuple[str, ...], product: Matmul, turn: int) -> tuple[Tensor, ...]:
+    def of(
+        self, names: tuple[str, ...], models: tuple[str, ...], product: Matmul, direction: int
+    ) -> tuple[Tensor, ...]:
         """Return the weight of a product, or its parts where it is split by gates; nothing if there is none.
 
         One of the layer's own names must stand in the weight's; the models around it decide between several.
         """
-        key = (names, around, product)
+        key = (names, models, product)
         if key not in self._known:
-            self._known[key] = self._of(names, around, product)
-        found = self._known[key]
-        whole = 1 if found and shapes_match(product.shape, found[0].shape) else product.gates
-        if len(found) < whole or not product.leaf:
+            self._known[key] = self._of(names, models, product)
+        candidates = self._known[key]
+        count = 1 if candidates and shapes_match(product.shape, candidates[0].shape) else product.gates
+        if len(candidates) < count or not product.leaf:
             return ()
-        begin = (product.turn + turn) * whole % len(found)
-        return tuple(found[(begin + place) % len(found)] for place in range(whole))
+        begin = (product.position + direction) * count % len(candidates)
+        return tuple(candidates[(begin + offset) % len(candidates)] for offset in range(count))
 
-    def _of(self, names: tuple[str, ...], around: tuple[str, ...], product: Matmul) -> tuple[Tensor, ...]:
+    def _of(self, names: tuple[str, ...], models: tuple[str, ...], product: Matmul) -> tuple[Tensor, ...]:
         """Return the weights that fit best, equally well."""
-        near = {tensor.name: tensor for name in names for tensor in self._named.get(name, ())[:MAX_CANDIDATES]}
+        named_tensors = {tensor.name: tensor for name in names for tensor in self._named.get(name, ())[:MAX_CANDIDATES]}
         shape = product.shape
-        fitting = [tensor for tensor in near.values() if shapes_match(shape, tensor.shape)]
+        fitting = [tensor for tensor in named_tensors.values() if shapes_match(shape, tensor.shape)]
         if not fitting and product.gates > 1 and shape[-1] is not None:
             gate = (*shape[:-1], shape[-1] // product.gates)
-            fitting = [tensor for tensor in near.values() if shapes_match(gate, tensor.shape)]
-        scores = {tensor.name: self._score(tensor, names, around, product.leaf) for tensor in fitting}
+            fitting = [tensor for tensor in named_tensors.values() if shapes_match(gate, tensor.shape)]
+        scores = {tensor.name: self._score(tensor, names, models, product.leaf) for tensor in fitting}
         best = max(scores.values(), default=(0, 0, 0))
         return tuple(tensor for tensor in fitting if scores[tensor.name] == best and best[0])
 
     def _score(
-        self, tensor: Tensor, names: tuple[str, ...], around: tuple[str, ...], leaf: str
+        self, tensor: Tensor, names: tuple[str, ...], models: tuple[str, ...], leaf: str
     ) -> tuple[int, int, int]:
         parts = self._parts[tensor.name]
         inside, _, last = leaf.rpartition("/")
@@ -154,15 +156,17 @@ class Weights:
             strength = _BY_ROLE
         if parts[-1] == last and (not inside or any(inside in part for part in parts[:-1])):
             strength = _BY_LEAF
-        explained = set(parts) & {*names, *around}
+        explained = set(parts) & {*names, *models}
         return strength, len(explained), len(explained) - len(set(parts))
 
 
-def shapes_match(wanted: Shape, shape: tuple[int, ...]) -> bool:
+def shapes_match(expected: Shape, shape: tuple[int, ...]) -> bool:
     """Whether a tensor can have a shape, whichever order of axes and however many axes of 1 Keras 1 gave it."""
-    if len(wanted) == len(shape) and all(one in {None, length} for one, length in zip(wanted, shape, strict=True)):
+    if len(expected) == len(shape) and all(
+        size in {None, length} for size, length in zip(expected, shape, strict=True)
+    ):
         return True
-    return None not in wanted and Counter(one for one in wanted if one != 1) == Counter(
+    return None not in expected and Counter(size for size in expected if size != 1) == Counter(
         length for length in shape if length != 1
     )
 
@@ -170,8 +174,8 @@ def shapes_match(wanted: Shape, shape: tuple[int, ...]) -> bool:
 def _parts(tensor: Tensor) -> tuple[str, ...]:
     """Return the names that a weight's name consists of, the last of them its own."""
     # Some layers have a slash in their name.
-    whole = (tensor.layer, tensor.name.rpartition("/")[0])
-    steps = [*whole, *tensor.layer.split("/"), *tensor.name.removesuffix(":0").split("/")]
+    joined_names = (tensor.layer, tensor.name.rpartition("/")[0])
+    steps = [*joined_names, *tensor.layer.split("/"), *tensor.name.removesuffix(":0").split("/")]
     steps[-1] = modern_name(steps[-1]) if "/" not in tensor.name else steps[-1]
     return tuple(step.removeprefix(PRUNED_PREFIX) for step in steps)
 
@@ -219,17 +223,17 @@ def _concatenated(step: LayerCall) -> Shape:
     if len({len(shape) for shape in shapes}) != 1:
         raise UnknownShapeError
     lengths = [shape[axis] for shape in shapes]
-    whole = None if None in lengths else sum(length for length in lengths if length is not None)
+    total = None if None in lengths else sum(length for length in lengths if length is not None)
     rest = broadcast(shapes)
-    return (*rest[:axis], whole, *rest[axis + 1 :])
+    return (*rest[:axis], total, *rest[axis + 1 :])
 
 
 def _axis(axis: int, rank: int) -> int:
     """Return an axis that Keras counts with the batch, counted without it."""
-    found = axis + rank if axis < 0 else axis - 1
-    if not 0 <= found < rank:
+    position = axis + rank if axis < 0 else axis - 1
+    if not 0 <= position < rank:
         raise UnknownShapeError
-    return found
+    return position
 
 
 def _flat(step: LayerCall) -> Shape:
@@ -244,9 +248,9 @@ def _reshaped(step: LayerCall) -> Shape:
         raise UnknownShapeError
     if -1 not in target:
         return tuple(target)
-    whole = numel(step.inputs[0]) if step.inputs and step.inputs[0] is not None else None
+    size = numel(step.inputs[0]) if step.inputs and step.inputs[0] is not None else None
     known = numel(length for length in target if length != -1)
-    missing: Length = whole // known if whole is not None and known else None
+    missing: Length = size // known if size is not None and known else None
     return tuple(missing if length == -1 else length for length in target)
 
 
@@ -255,7 +259,7 @@ def _permuted(step: LayerCall) -> Shape:
     order = step.numbers("dims", len(shape))
     if sorted(order) != list(range(1, len(shape) + 1)):
         raise UnknownShapeError
-    return tuple(shape[place - 1] for place in order)
+    return tuple(shape[position - 1] for position in order)
 
 
 def _repeated(step: LayerCall) -> Shape:

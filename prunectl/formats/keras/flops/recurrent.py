@@ -39,8 +39,8 @@ def recurrent_matmuls(step: LayerCall) -> Iterator[Matmul]:
 def products_of_cells(step: LayerCall) -> Iterator[Matmul]:
     """Yield what a layer multiplies that is made of cells."""
     time, width = _sequence(step)
-    for turn, (kind, units) in enumerate(_cells(step)):
-        yield from _cell(kind, width, units, (time,), turn)
+    for position, (kind, units) in enumerate(_cells(step)):
+        yield from _cell(kind, width, units, (time,), position)
         width = units
 
 
@@ -53,10 +53,10 @@ def products_of_images(step: LayerCall) -> Iterator[Matmul]:
     yield Matmul("recurrent_kernel", (*kernel, filters, 4 * filters), (time, *left))
 
 
-def _cell(kind: str, width: Length, units: int, times: Shape, turn: int) -> Iterator[Matmul]:
+def _cell(kind: str, width: Length, units: int, times: Shape, position: int) -> Iterator[Matmul]:
     gates = GATES[kind]
-    yield Matmul("kernel", (width, gates * units), times, gates=gates, turn=turn)
-    yield Matmul("recurrent_kernel", (units, gates * units), times, gates=gates, turn=turn)
+    yield Matmul("kernel", (width, gates * units), times, gates=gates, position=position)
+    yield Matmul("recurrent_kernel", (units, gates * units), times, gates=gates, position=position)
 
 
 def _sequence(step: LayerCall) -> tuple[Length, Length]:
@@ -73,13 +73,13 @@ def _cells(step: LayerCall) -> tuple[tuple[str, int], ...]:
     listed = untuple(part(cell, "config").get("cells")) if text(cell, "class_name") == "StackedRNNCells" else [cell]
     if not isinstance(listed, list) or not 0 < len(listed) <= _MAX_CELLS:
         raise UnknownShapeError
-    found = []
-    for one in listed:
-        kind = text(one, "class_name").removesuffix("Cell")
+    cells = []
+    for cell_config in listed:
+        kind = text(cell_config, "class_name").removesuffix("Cell")
         if kind not in GATES:
             raise UnknownShapeError
-        found.append((kind, LayerCall(kind, part(one, "config"), ()).number("units")))
-    return tuple(found)
+        cells.append((kind, LayerCall(kind, part(cell_config, "config"), ()).number("units")))
+    return tuple(cells)
 
 
 def _film(step: LayerCall) -> tuple[Length, Shape, Length]:

@@ -27,41 +27,41 @@ def scale_dim(length: Length, factor: int) -> Length:
 
 def validate_shape(shape: Iterable[Length]) -> Shape:
     """Return a shape if an array can have it."""
-    found = tuple(shape)
-    if len(found) > MAX_AXES or any(length is not None and not 0 <= length <= MAX_LENGTH for length in found):
+    checked = tuple(shape)
+    if len(checked) > MAX_AXES or any(length is not None and not 0 <= length <= MAX_LENGTH for length in checked):
         raise UnknownShapeError
-    return found
+    return checked
 
 
 def broadcast(shapes: Iterable[Shape]) -> Shape:
     """Return the shape that arrays of these shapes are stretched to."""
-    several = tuple(shapes)
-    rank = max(map(len, several), default=0)
-    padded = [(1,) * (rank - len(shape)) + shape for shape in several]
+    unpadded = tuple(shapes)
+    rank = max(map(len, unpadded), default=0)
+    padded = [(1,) * (rank - len(shape)) + shape for shape in unpadded]
     return tuple(_stretched(lengths) for lengths in zip(*padded, strict=True))
 
 
 def _stretched(lengths: tuple[Length, ...]) -> Length:
-    long = {length for length in lengths if length not in {1, None}}
-    if long:
-        return long.pop() if len(long) == 1 else None
+    sizes = {length for length in lengths if length not in {1, None}}
+    if sizes:
+        return sizes.pop() if len(sizes) == 1 else None
     return None if None in lengths else 1
 
 
 def untuple(value: Any) -> Any:
     """Return the list behind what Keras writes for a tuple, or a value that is none."""
-    found = value.get("items") if isinstance(value, dict) and value.get("class_name") in _TUPLES else value
-    return None if isinstance(found, list) and len(found) > MAX_LISTED else found
+    items = value.get("items") if isinstance(value, dict) and value.get("class_name") in _TUPLES else value
+    return None if isinstance(items, list) and len(items) > MAX_LISTED else items
 
 
 def shape_in(value: Any) -> Shape | None:
     """Return a shape without its batch, if this is a shape."""
-    found = untuple(value)
-    if not isinstance(found, list) or not found or len(found) > MAX_AXES:
+    axes = untuple(value)
+    if not isinstance(axes, list) or not axes or len(axes) > MAX_AXES:
         return None
-    if not all(length is None or type(length) is int for length in found):
+    if not all(length is None or type(length) is int for length in axes):
         return None
-    lengths = [None if length is None or not 0 <= length <= MAX_LENGTH else length for length in found]
+    lengths = [None if length is None or not 0 <= length <= MAX_LENGTH else length for length in axes]
     return tuple(lengths[1:])
 
 
@@ -70,9 +70,9 @@ def shapes_in(value: Any, nesting: int = 0) -> tuple[Shape | None, ...]:
     shape = shape_in(value)
     if shape is not None or nesting > _MAX_NESTING:
         return (shape,)
-    found = untuple(value)
-    several = found.values() if isinstance(found, Mapping) else found if isinstance(found, list) else ()
-    return tuple(shape for one in several for shape in shapes_in(one, nesting + 1))
+    items = untuple(value)
+    members = items.values() if isinstance(items, Mapping) else items if isinstance(items, list) else ()
+    return tuple(shape for member in members for shape in shapes_in(member, nesting + 1))
 
 
 _AXES = re.compile(r"([123])D")
@@ -91,46 +91,46 @@ class LayerCall:
     @property
     def everything(self) -> tuple[Shape, ...]:
         """The shapes of all its inputs, if they are known."""
-        found = (*self.inputs, *self.keywords.values())
-        if not found or None in found:
+        shapes = (*self.inputs, *self.keywords.values())
+        if not shapes or None in shapes:
             raise UnknownShapeError
-        return tuple(shape for shape in found if shape is not None)
+        return tuple(shape for shape in shapes if shape is not None)
 
-    def shape(self, place: int = 0, keyword: str = "") -> Shape:
+    def shape(self, position: int = 0, keyword: str = "") -> Shape:
         """The shape of an input, given by place or by name."""
-        found = self.keywords.get(keyword)
-        if found is None and place < len(self.inputs):
-            found = self.inputs[place]
-        if found is None:
+        shape = self.keywords.get(keyword)
+        if shape is None and position < len(self.inputs):
+            shape = self.inputs[position]
+        if shape is None:
             raise UnknownShapeError
-        return found
+        return shape
 
     def number(self, key: str, default: int | None = None) -> int:
         """A setting that is a whole number."""
-        found = self.config.get(key)
-        if type(found) is not int:
-            found = default
-        if found is None or abs(found) > MAX_LENGTH:
+        value = self.config.get(key)
+        if type(value) is not int:
+            value = default
+        if value is None or abs(value) > MAX_LENGTH:
             raise UnknownShapeError
-        return found
+        return value
 
     def numbers(self, key: str, count: int, default: int | None = None) -> tuple[int, ...]:
         """A setting that is a number for each axis, or one for all of them."""
-        found = untuple(self.config.get(key))
-        if isinstance(found, list) and len(found) == count and all(type(one) is int for one in found):
-            if all(abs(one) <= MAX_LENGTH for one in found):
-                return tuple(found)
+        value = untuple(self.config.get(key))
+        if isinstance(value, list) and len(value) == count and all(type(number) is int for number in value):
+            if all(abs(number) <= MAX_LENGTH for number in value):
+                return tuple(value)
             raise UnknownShapeError
-        if isinstance(found, list):
-            if len(found) != 1:
+        if isinstance(value, list):
+            if len(value) != 1:
                 raise UnknownShapeError
-            return (LayerCall(self.kind, {key: found[0]}, ()).number(key, default),) * count
+            return (LayerCall(self.kind, {key: value[0]}, ()).number(key, default),) * count
         return (self.number(key, default),) * count
 
     def word(self, key: str, default: str = "") -> str:
         """A setting that is a word."""
-        found = self.config.get(key)
-        return found.lower() if isinstance(found, str) else default
+        value = self.config.get(key)
+        return value.lower() if isinstance(value, str) else default
 
     def flag(self, key: str) -> bool:
         """A setting that is off unless it is on."""
@@ -144,19 +144,19 @@ class LayerCall:
     @property
     def axes(self) -> int:
         """Number of axes of the space that the layer works on, as the name of its class has it."""
-        found = _AXES.search(self.kind)
-        if found is None:
+        match = _AXES.search(self.kind)
+        if match is None:
             raise UnknownShapeError
-        return int(found[1])
+        return int(match[1])
 
     def image(self, shape: Shape | None = None) -> tuple[Shape, Length]:
         """The space and the channels of the input; the class alone tells how many axes there are."""
-        found = shape if shape is not None else self.inputs[0] if self.inputs else None
-        if found is None:
+        image = shape if shape is not None else self.inputs[0] if self.inputs else None
+        if image is None:
             return (None,) * self.axes, None
-        if len(found) != self.axes + 1:
+        if len(image) != self.axes + 1:
             raise UnknownShapeError
-        return (found[1:], found[0]) if self.is_channels_first else (found[:-1], found[-1])
+        return (image[1:], image[0]) if self.is_channels_first else (image[:-1], image[-1])
 
     def joined(self, space: Shape, channels: Length) -> Shape:
         """The shape of an image."""
@@ -175,5 +175,5 @@ class Matmul:
     """Lengths of the axes along which it is used again and again."""
     gates: int = 1
     """Into how many weights Keras 1 splits it."""
-    turn: int = 0
+    position: int = 0
     """Its number among weights that only their order tells apart."""

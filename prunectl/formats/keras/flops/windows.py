@@ -51,16 +51,16 @@ def deconvolved(step: LayerCall) -> Shape:
     dilations = step.numbers("dilation_rate", axes, 1)
     extra = step.numbers("output_padding", axes) if step.config.get("output_padding") is not None else None
     is_same = step.word("padding", "valid") == "same"
-    found: list[Length] = []
+    lengths: list[Length] = []
     for axis, length in enumerate(space):
         size = (sizes[axis] - 1) * dilations[axis] + 1
         if length is None:
-            found.append(None)
+            lengths.append(None)
         elif extra is None:
-            found.append(length * strides[axis] + (0 if is_same else max(size - strides[axis], 0)))
+            lengths.append(length * strides[axis] + (0 if is_same else max(size - strides[axis], 0)))
         else:
-            found.append((length - 1) * strides[axis] + size - (2 * (size // 2) if is_same else 0) + extra[axis])
-    return step.joined(tuple(found), step.number("filters"))
+            lengths.append((length - 1) * strides[axis] + size - (2 * (size // 2) if is_same else 0) + extra[axis])
+    return step.joined(tuple(lengths), step.number("filters"))
 
 
 def padded(step: LayerCall) -> Shape:
@@ -90,10 +90,10 @@ def resized(step: LayerCall) -> Shape:
 
 
 def _strides(step: LayerCall, axes: int, default: tuple[int, ...]) -> tuple[int, ...]:
-    found = default if untuple(step.config.get("strides")) is None else step.numbers("strides", axes)
-    if min(found) < 1:
+    strides = default if untuple(step.config.get("strides")) is None else step.numbers("strides", axes)
+    if min(strides) < 1:
         raise UnknownShapeError
-    return found
+    return strides
 
 
 def _slid(length: Length, size: int, stride: int, dilation: int, *, padding: str) -> Length:
@@ -110,28 +110,28 @@ def _slid(length: Length, size: int, stride: int, dilation: int, *, padding: str
 def _bordered(step: LayerCall, key: str, sign: int) -> Shape:
     space, channels = step.image()
     borders = _borders(untuple(step.config.get(key)), len(space))
-    found = tuple(
+    lengths = tuple(
         None if length is None else length + sign * border for length, border in zip(space, borders, strict=True)
     )
-    return step.joined(found, channels)
+    return step.joined(lengths, channels)
 
 
-def _borders(said: object, axes: int) -> tuple[int, ...]:
+def _borders(setting: object, axes: int) -> tuple[int, ...]:
     """Return how much both sides of each axis have together."""
-    if type(said) is int:
-        return (2 * said,) * axes
-    sides = [untuple(one) for one in said] if isinstance(said, list) else []
+    if type(setting) is int:
+        return (2 * setting,) * axes
+    sides = [untuple(number) for number in setting] if isinstance(setting, list) else []
     if axes == 1 and len(sides) == 2:
         sides = [sides]
     if len(sides) != axes:
         raise UnknownShapeError
-    found = []
+    totals = []
     for side in sides:
         both = [side, side] if type(side) is int else side
-        if not isinstance(both, list) or len(both) != 2 or not all(type(one) is int for one in both):
+        if not isinstance(both, list) or len(both) != 2 or not all(type(number) is int for number in both):
             raise UnknownShapeError
-        found.append(sum(both))
-    return tuple(found)
+        totals.append(sum(both))
+    return tuple(totals)
 
 
 WINDOW_RULES: dict[str, Callable[[LayerCall], Shape]] = {
