@@ -68,6 +68,14 @@ def fields(data: memoryview, begin: int = 0, end: int | None = None) -> Iterator
         yield Field(number, wire, value, payload, at)
 
 
+def raw_fields(data: memoryview, begin: int, end: int) -> Iterator[tuple[bytes, Field]]:
+    """Yield the fields of a message, each with all of its bytes: tag, length and payload."""
+    start = begin
+    for field in fields(data, begin, end):
+        yield bytes(data[start : field.end]), field
+        start = field.end
+
+
 def read_varint(data: memoryview, at: int, end: int) -> tuple[int, int]:
     """Return the number that begins at ``at``, and where the next byte is."""
     value = shift = 0

@@ -62,7 +62,7 @@ def read_shape(data: memoryview, field: Field) -> tuple[int, ...]:
     shape: list[int] = []
     for dimension in fields(data, field.begin, field.end):
         if dimension.number == 2 and dimension.wire == BYTES:
-            sizes = [signed(found.value) for found in fields(data, dimension.begin, dimension.end) if found.number == 1]
+            sizes = [signed(size.value) for size in fields(data, dimension.begin, dimension.end) if size.number == 1]
             shape.append(sizes[-1] if sizes else 0)
         if len(shape) > MAX_RANK:
             raise WireError(f"a shape of more than {MAX_RANK} dimensions")
@@ -132,13 +132,13 @@ class Index:
 def read_index(path: Path) -> Index:
     """Read the index of a bundle."""
     data = read_file(path)
-    found = records(path, data)
+    index_records = records(path, data)
     try:
-        header = next(found, None)
+        header = next(index_records, None)
         if header is None or header.key != b"":
             raise InputError(f"{path} is damaged: it has no header")
         count, is_big_endian = _read_header(header)
-        return Index(path, count, is_big_endian, {record.key: _read_entry(record) for record in found})
+        return Index(path, count, is_big_endian, {record.key: _read_entry(record) for record in index_records})
     except WireError as error:
         raise InputError(f"{path} is damaged: its index holds {error}") from error
 
@@ -155,22 +155,22 @@ def _read_entry(record: IndexRecord) -> BundleEntry:
     shape: tuple[int, ...] = ()
     slices = []
     data = record.data
-    for fact in fields(data, record.begin, record.end):
-        match fact.number, fact.wire:
+    for member in fields(data, record.begin, record.end):
+        match member.number, member.wire:
             case 1, _:
-                code = fact.value
+                code = member.value
             case 2, 2:
-                shape = read_shape(data, fact)
+                shape = read_shape(data, member)
             case 3, _:
-                shard = fact.value
+                shard = member.value
             case 4, _:
-                offset = signed(fact.value)
+                offset = signed(member.value)
             case 5, _:
-                nbytes = signed(fact.value)
+                nbytes = signed(member.value)
             case 6, 5:
-                crc, crc_at = fact.value, -1 if record.block.is_packed else fact.begin
+                crc, crc_at = member.value, -1 if record.block.is_packed else member.begin
             case 7, 2:
-                slices.append(_read_slice(data, fact))
+                slices.append(_read_slice(data, member))
     return BundleEntry(record.key, code, shape, shard, offset, nbytes, crc, crc_at, record.block, tuple(slices))
 
 
@@ -179,18 +179,18 @@ def _read_slice(data: memoryview, field: Field) -> tuple[tuple[int, int], ...]:
     for extent in fields(data, field.begin, field.end):
         if len(bounds) == MAX_RANK:
             raise WireError(f"a slice of more than {MAX_RANK} dimensions")
-        facts = {found.number: signed(found.value) for found in fields(data, extent.begin, extent.end)}
-        bounds.append((facts.get(1, 0), facts.get(2, WHOLE)))
+        numbers = {number.number: signed(number.value) for number in fields(data, extent.begin, extent.end)}
+        bounds.append((numbers.get(1, 0), numbers.get(2, WHOLE)))
     return tuple(bounds)
 
 
-MAX_CLAIMS = 64
+MAX_REFERENCES = 64
 """A run shared by every slot of an optimizer saves a few times the weights; far beyond that, a file only pretends."""
 _FREE_BYTES = 1 << 20
 _PIECE = bytes(1 << 20)
 
 
-class TooManyClaimsError(ValueError):
+class TooManyReferencesError(ValueError):
     """Entries share bytes more often than any optimizer has use for."""
 
 
@@ -200,21 +200,21 @@ def crc_of_zeros(nbytes: int) -> int:
     return mask(_plain_crc(nbytes))
 
 
-def sharing(entries: Iterable[BundleEntry], file_bytes: int) -> dict[bytes, BundleEntry]:
+def shared_zero_blocks(entries: Iterable[BundleEntry], file_bytes: int) -> dict[bytes, BundleEntry]:
     """Return the entries whose bytes are those at the beginning of another's, with that other: zeros for them all."""
-    found: dict[bytes, BundleEntry] = {}
+    shared: dict[bytes, BundleEntry] = {}
     leader: BundleEntry | None = None
     claimed = 0
-    for entry in sorted(entries, key=lambda found: (found.shard, found.offset, -found.nbytes)):
+    for entry in sorted(entries, key=lambda shared: (shared.shard, shared.offset, -shared.nbytes)):
         if leader is None or (entry.shard, entry.offset) != (leader.shard, leader.offset):
             leader = entry
             continue
         claimed += entry.nbytes
-        if claimed > MAX_CLAIMS * file_bytes + _FREE_BYTES:
-            raise TooManyClaimsError(f"its tensors claim over {MAX_CLAIMS} times the bytes of its data")
+        if claimed > MAX_REFERENCES * file_bytes + _FREE_BYTES:
+            raise TooManyReferencesError(f"its tensors claim over {MAX_REFERENCES} times the bytes of its data")
         if 0 < entry.nbytes <= leader.nbytes <= file_bytes and _is_zeros(entry) and _is_zeros(leader):
-            found[entry.key] = leader
-    return found
+            shared[entry.key] = leader
+    return shared
 
 
 def _is_zeros(entry: BundleEntry) -> bool:
@@ -273,16 +273,16 @@ class Bundle:
             file.seek(entry.offset)
             # Its length as a varint and a checksum of that length stand before it.
             stored = file.read(entry.nbytes)
-        prefix = next((at for at, byte in enumerate(stored[:10]) if byte < 0x80), 0) + 1 + 4
+        prefix = next((index for index, byte in enumerate(stored[:10]) if byte < 0x80), 0) + 1 + 4
         return stored[prefix:]
 
 
 def read_bundle(path: Path) -> Bundle:
     """Read the index of a bundle, and check it against the sizes of the shards."""
     index = read_index(path)
-    found = Bundle(path, index.is_big_endian, index.entries, _find_shards(index))
-    sizes = {number: shard.stat().st_size for number, shard in found.shards.items()}
-    bundle = replace(found, shared=_shared(found, sum(sizes.values())))
+    unchecked = Bundle(path, index.is_big_endian, index.entries, _find_shards(index))
+    sizes = {number: shard.stat().st_size for number, shard in unchecked.shards.items()}
+    bundle = replace(unchecked, shared=_shared(unchecked, sum(sizes.values())))
     _check_extents(bundle, sizes)
     _check_slices(bundle)
     return bundle
@@ -306,16 +306,14 @@ def _find_shards(index: Index) -> dict[int, Path]:
 def _shared(bundle: Bundle, file_bytes: int) -> dict[bytes, BundleEntry]:
     stored = [entry for entry in bundle.entries.values() if entry.code in DTYPES and not entry.slices]
     try:
-        return sharing(stored, file_bytes)
-    except TooManyClaimsError as error:
+        return shared_zero_blocks(stored, file_bytes)
+    except TooManyReferencesError as error:
         raise InputError(f"{bundle.index} is refused: {error}") from error
 
 
 def _check_extents(bundle: Bundle, sizes: Mapping[int, int]) -> None:
     reached = dict.fromkeys(sizes, 0)
-    for entry in sorted(
-        bundle.entries.values(), key=lambda found: (found.shard, found.offset, found.key in bundle.shared)
-    ):
+    for entry in sorted(bundle.entries.values(), key=lambda item: (item.shard, item.offset, item.key in bundle.shared)):
         name = entry.key.decode("utf-8", "backslashreplace")
         if entry.code not in DTYPES and entry.code not in NOT_NUMBERS:
             raise InputError(

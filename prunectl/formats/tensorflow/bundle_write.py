@@ -14,7 +14,7 @@ from prunectl.formats import extents
 from prunectl.formats.base import ModelFile
 from prunectl.formats.extents import Extent
 from prunectl.formats.patch import TensorUpdate, patch_files
-from prunectl.formats.protobuf import encode_varint, fields, number
+from prunectl.formats.protobuf import encode_varint, number, raw_fields
 from prunectl.formats.tensorflow import leveldb
 from prunectl.formats.tensorflow.bundle import Bundle, BundleEntry, crc_of_zeros, read_bundle, zeros
 from prunectl.formats.tensorflow.leveldb import IndexRecord, mask, masked_crc, read_file, records
@@ -60,92 +60,95 @@ class EntryLocation:
     crc: int
 
 
-def rewrite_bundle(bundle: Bundle, changes: BundleEdits, targets: Mapping[Path, Path]) -> None:
+def rewrite_bundle(bundle: Bundle, edits: BundleEdits, targets: Mapping[Path, Path]) -> None:
     """Write the index and every shard of a bundle to their targets."""
-    places: dict[bytes, EntryLocation] = {}
+    locations: dict[bytes, EntryLocation] = {}
     for shard, path in bundle.shards.items():
         with targets[path].open("xb") as out:
-            places.update(_write_shard(bundle, shard, changes, out))
-    kept = (record for record in records(bundle.index, read_file(bundle.index)) if record.key not in changes.drops)
-    table = leveldb.table((record.key, value_of(record, places.get(record.key))) for record in kept)
+            locations.update(_write_shard(bundle, shard, edits, out))
+    kept = (record for record in records(bundle.index, read_file(bundle.index)) if record.key not in edits.drops)
+    table = leveldb.table((record.key, _relocated_value(record, locations.get(record.key))) for record in kept)
     with targets[bundle.index].open("xb") as out:
         out.write(table)
 
 
-def _write_shard(bundle: Bundle, shard: int, changes: BundleEdits, out: BinaryIO) -> dict[bytes, EntryLocation]:
+def _write_shard(bundle: Bundle, shard: int, edits: BundleEdits, out: BinaryIO) -> dict[bytes, EntryLocation]:
     entries = [
         entry
         for entry in bundle.entries.values()
-        if entry.shard == shard and not entry.slices and entry.key not in changes.drops
+        if entry.shard == shard and not entry.slices and entry.key not in edits.drops
     ]
-    empty = {entry.key for entry in entries if entry.key in changes.zeros or entry.key in bundle.shared}
+    zeroed = {entry.key for entry in entries if entry.key in edits.zeros or entry.key in bundle.shared}
     # What others share the zeros of are zeros too.
-    empty |= {bundle.shared[key].key for key in empty & bundle.shared.keys()}
-    places = {
-        entry.key: _write(bundle, entry, changes, out)
+    zeroed |= {bundle.shared[key].key for key in zeroed & bundle.shared.keys()}
+    locations = {
+        entry.key: _write(bundle, entry, edits, out)
         for entry in sorted(entries, key=lambda entry: (entry.offset, -entry.nbytes))
-        if entry.key not in empty
+        if entry.key not in zeroed
     }
-    at = out.tell()
-    resting = [entry for entry in entries if entry.key in empty]
-    out.writelines(zeros(max((entry.nbytes for entry in resting), default=0)))
-    return places | {entry.key: EntryLocation(shard, at, entry.nbytes, crc_of_zeros(entry.nbytes)) for entry in resting}
+    offset = out.tell()
+    zero_entries = [entry for entry in entries if entry.key in zeroed]
+    out.writelines(zeros(max((entry.nbytes for entry in zero_entries), default=0)))
+    return locations | {
+        entry.key: EntryLocation(shard, offset, entry.nbytes, crc_of_zeros(entry.nbytes)) for entry in zero_entries
+    }
 
 
-def _write(bundle: Bundle, entry: BundleEntry, changes: BundleEdits, out: BinaryIO) -> EntryLocation:
-    at = out.tell()
-    if entry.key in changes.texts:
-        stored, crc = string_bytes(changes.texts[entry.key])
+def _write(bundle: Bundle, entry: BundleEntry, edits: BundleEdits, out: BinaryIO) -> EntryLocation:
+    offset = out.tell()
+    if entry.key in edits.texts:
+        stored, crc = string_bytes(edits.texts[entry.key])
         out.write(stored)
-        return EntryLocation(entry.shard, at, len(stored), crc)
+        return EntryLocation(entry.shard, offset, len(stored), crc)
     extent = Extent(bundle.shards[entry.shard], entry.offset, entry.nbytes)
     out.writelines(block.data for block in extents.blocks(extent, extents.BYTE))
-    return EntryLocation(entry.shard, at, entry.nbytes, entry.crc)
+    return EntryLocation(entry.shard, offset, entry.nbytes, entry.crc)
 
 
-def value_of(record: IndexRecord, place: EntryLocation | None) -> bytes:
+def _relocated_value(record: IndexRecord, location: EntryLocation | None) -> bytes:
     """Return what the index says of an entry, with its new place; the header and wholes of slices have none."""
-    if place is None:
+    if location is None:
         return bytes(record.data[record.begin : record.end])
-    out, at = bytearray(), record.begin
-    for found in fields(record.data, record.begin, record.end):
-        if found.number not in {_SHARD, _OFFSET, _NBYTES, _CRC}:
-            out += record.data[at : found.end]
-        at = found.end
-    facts = ((_SHARD, place.shard), (_OFFSET, place.offset), (_NBYTES, place.nbytes))
+    kept = (
+        raw
+        for raw, field in raw_fields(record.data, record.begin, record.end)
+        if field.number not in {_SHARD, _OFFSET, _NBYTES, _CRC}
+    )
+    numbers = ((_SHARD, location.shard), (_OFFSET, location.offset), (_NBYTES, location.nbytes))
     # As in every protobuf of its version, a zero is not written.
-    out += b"".join(number(key, value) for key, value in facts if value)
-    return bytes(out) + (_CRC_TAG + place.crc.to_bytes(4, "little") if place.crc else b"")
+    location_fields = (number(key, value) for key, value in numbers if value)
+    crc = _CRC_TAG + location.crc.to_bytes(4, "little") if location.crc else b""
+    return b"".join((*kept, *location_fields, crc))
 
 
-def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[TensorUpdate]) -> None:
+def write(model: ModelFile, targets: dict[Path, Path], updates: Sequence[TensorUpdate]) -> None:
     """Write every file of the model, then mend what guards the tensors that changed."""
     index = model.path if model.path.is_file() else model.path / "variables" / "variables.index"
     bundle = read_bundle(index)
-    places = {(bundle.extent(entry).path, entry.offset): entry for entry in bundle.numbers() if not entry.slices}
-    changed = [places[rewrite.run.path, rewrite.run.offset] for rewrite in rewrites if rewrite.tensor.size]
-    patch_files(model, targets, rewrites)
+    entries = {(bundle.extent(entry).path, entry.offset): entry for entry in bundle.numbers() if not entry.slices}
+    changed = [entries[update.run.path, update.run.offset] for update in updates if update.tensor.size]
+    patch_files(model, targets, updates)
     shards = [(entry, targets[bundle.extent(entry).path]) for entry in changed]
     if any(entry.crc_at < 0 for entry in changed):
-        _renew(index, targets[index], shards)
+        _rewrite_index(index, targets[index], shards)
     else:
-        _mend(targets[index], shards)
+        _fix_crc(targets[index], shards)
 
 
-def _renew(index: Path, target: Path, changed: Iterable[tuple[BundleEntry, Path]]) -> None:
+def _rewrite_index(index: Path, target: Path, changed: Iterable[tuple[BundleEntry, Path]]) -> None:
     """Write an index again, uncompressed: inside a compressed block no checksum can be mended."""
-    places = {
+    locations = {
         entry.key: EntryLocation(
             entry.shard, entry.offset, entry.nbytes, mask(_crc(Extent(shard, entry.offset, entry.nbytes)))
         )
         for entry, shard in changed
     }
-    found = records(index, read_file(index))
-    table = leveldb.table((record.key, value_of(record, places.get(record.key))) for record in found)
+    index_records = records(index, read_file(index))
+    table = leveldb.table((record.key, _relocated_value(record, locations.get(record.key))) for record in index_records)
     target.write_bytes(table)
 
 
-def _mend(index: Path, changed: Iterable[tuple[BundleEntry, Path]]) -> None:
+def _fix_crc(index: Path, changed: Iterable[tuple[BundleEntry, Path]]) -> None:
     blocks = {}
     with index.open("r+b") as file:
         for entry, shard in changed:

@@ -36,17 +36,14 @@ def open_model(path: Path) -> ModelFile:
     )
 
 
-_WRAPPING = frozenset({StripPart.MASKS, StripPart.WRAPPERS})
-
-
-def strip(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
+def strip(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
     """Write the checkpoint without what the wish names, and return what went."""
-    if wish.to_half:
+    if options.to_half:
         raise UsageError(
             f"{model.path} cannot hold 16-bit floats: the program that restores it expects its variables as they are",
             hint="leave out --half",
         )
-    if wish.parts & _WRAPPING and model.about.wrappers:
+    if options.parts & unwrap.WRAPPING and model.about.wrappers:
         raise InputError(
             f"{model.path} has pruning wrappers, around {model.about.wrappers[0].layer} to begin with, "
             "and a checkpoint does not hold the model that they would be taken out of",
@@ -54,12 +51,14 @@ def strip(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tu
         )
     bundle = read_bundle(model.path)
     graph = object_graph.read(bundle)
-    dead = {key: part for key, part in training_state(bundle, graph).items() if part is StripPart.OPTIMIZER}
-    if not dead or StripPart.OPTIMIZER not in wish.parts:
+    optimizer_state = {key: part for key, part in training_state(bundle, graph).items() if part is StripPart.OPTIMIZER}
+    if not optimizer_state or StripPart.OPTIMIZER not in options.parts:
         patch_files(model, targets, ())
         return ()
     texts = {}
     if graph.nodes:
-        texts[object_graph.KEY] = object_graph.remove_nodes(graph, find_ownership(graph).dead)
-    rewrite_bundle(bundle, BundleEdits(drops=pieces(bundle, dead) | dead.keys(), texts=texts), targets)
-    return unwrap.removed_items(bundle, dead)
+        texts[object_graph.KEY] = object_graph.remove_nodes(graph, find_ownership(graph).training_only)
+    rewrite_bundle(
+        bundle, BundleEdits(drops=pieces(bundle, optimizer_state) | optimizer_state.keys(), texts=texts), targets
+    )
+    return unwrap.removed_items(bundle, optimizer_state)

@@ -19,7 +19,17 @@ from typing import NamedTuple
 from prunectl.errors import InputError
 from prunectl.formats import budgets
 from prunectl.formats.extents import mmap_file
-from prunectl.formats.protobuf import BYTES, VARINT, BudgetedReader, Field, WireError, fields, packed, read_varint
+from prunectl.formats.protobuf import (
+    BYTES,
+    VARINT,
+    BudgetedReader,
+    Field,
+    WireError,
+    encode_varint,
+    fields,
+    packed,
+    read_varint,
+)
 from prunectl.formats.tensorflow.pure_operations import BY_ATTRIBUTE, FROM_FILES, PURE, SAVING
 
 _ASSET_COLLECTIONS, _ASSETS, _ASSET_OBJECTS = 4, 6, 7
@@ -35,29 +45,29 @@ _FILE_INPUT = 1
 class Assets:
     """The files that a SavedModel brings along, and the tensors that hold their paths once it is loaded."""
 
-    def __init__(self, walk: BudgetedReader, meta: Field, folder: Path) -> None:
-        self._walk, self._folder = walk, folder
-        described = [*walk.messages(meta, _ASSETS), *self._of_old(meta)]
-        self._names = [self._text(one, _FILE_NAME) for one in described]
+    def __init__(self, reader: BudgetedReader, meta: Field, folder: Path) -> None:
+        self._reader, self._folder = reader, folder
+        described = [*reader.messages(meta, _ASSETS), *self._of_old(meta)]
+        self._names = [self._text(asset, _FILE_NAME) for asset in described]
         self._tensors = {
             self._text(info, _ASSET_TENSOR).partition(b":")[0]
-            for one in described
-            for info in walk.messages(one, _INFO)
+            for asset in described
+            for info in reader.messages(asset, _INFO)
         }
         self._objects: list[bool] = []
         """Of each object whether it is an asset."""
         self._bound: dict[bytes, list[int]] = {}
         """Which objects each function is called with, besides what its caller gives."""
-        for objects in walk.messages(meta, _ASSET_OBJECTS):
-            for node in walk.messages(objects, _OBJECT_NODES):
-                self._objects.append(any(True for _ in walk.messages(node, _IS_ASSET)))
-            for entry in walk.messages(objects, _CONCRETE_FUNCTIONS):
+        for objects in reader.messages(meta, _ASSET_OBJECTS):
+            for node in reader.messages(objects, _OBJECT_NODES):
+                self._objects.append(any(True for _ in reader.messages(node, _IS_ASSET)))
+            for entry in reader.messages(objects, _CONCRETE_FUNCTIONS):
                 self._bound[self._text(entry, _ASSET_KEY)] = [
                     number
-                    for value in walk.messages(entry, _ASSET_VALUE)
-                    for field in walk.fields(value)
+                    for value in reader.messages(entry, _ASSET_VALUE)
+                    for field in reader.fields(value)
                     if field.number == _BOUND_INPUTS and field.wire in {BYTES, VARINT}
-                    for number in packed(walk.data, field)
+                    for number in packed(reader.data, field)
                 ]
 
     @property
@@ -72,9 +82,11 @@ class Assets:
     def argument(self, function: Field, node: Field) -> int | None:
         """Return which argument of its function a node takes its path from; None where it comes from elsewhere."""
         path = self._input(node, _FILE_INPUT)
-        signatures = self._walk.messages(function, _ASSET_SIGNATURE)
+        signatures = self._reader.messages(function, _ASSET_SIGNATURE)
         arguments = [
-            self._text(one, _ASSET_NAME) for found in signatures for one in self._walk.messages(found, _ARGUMENTS)
+            self._text(argument, _ASSET_NAME)
+            for signature in signatures
+            for argument in self._reader.messages(signature, _ARGUMENTS)
         ]
         return arguments.index(path) - len(arguments) if path in arguments else None
 
@@ -89,36 +101,35 @@ class Assets:
 
     def is_given(self, call: Field, argument: int) -> bool:
         """Whether a node of the graph itself calls a function with an asset."""
-        given = [one for one in self._inputs(call) if not one.startswith(b"^")]
-        return -argument <= len(given) and given[argument].partition(b":")[0] in self._tensors
+        inputs = [name for name in self._inputs(call) if not name.startswith(b"^")]
+        return -argument <= len(inputs) and inputs[argument].partition(b":")[0] in self._tensors
 
     def _is_inside(self, name: str) -> bool:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not path.parts:
             return False
-        place = self._folder / "assets" / path
-        return place.is_file() and place.resolve().is_relative_to(self._folder.resolve())
+        asset = self._folder / "assets" / path
+        return asset.is_file() and asset.resolve().is_relative_to(self._folder.resolve())
 
     def _of_old(self, meta: Field) -> Iterator[Field]:
         """Yield the assets as TensorFlow 1 lists them."""
-        for collection in self._walk.messages(meta, _ASSET_COLLECTIONS):
+        for collection in self._reader.messages(meta, _ASSET_COLLECTIONS):
             if self._text(collection, _ASSET_KEY) != b"saved_model_assets":
                 continue
-            for value in self._walk.messages(collection, _ASSET_VALUE):
-                for listed in self._walk.messages(value, _ANY_LIST):
-                    for one in self._walk.messages(listed, 1):
-                        yield from self._walk.messages(one, _ANY_VALUE)
+            for value in self._reader.messages(collection, _ASSET_VALUE):
+                for any_list in self._reader.messages(value, _ANY_LIST):
+                    for entry in self._reader.messages(any_list, 1):
+                        yield from self._reader.messages(entry, _ANY_VALUE)
 
     def _input(self, node: Field, number: int) -> bytes:
         inputs = self._inputs(node)
         return inputs[number] if number < len(inputs) else b""
 
     def _inputs(self, node: Field) -> list[bytes]:
-        return [bytes(self._walk.data[one.begin : one.end]) for one in self._walk.messages(node, _NODE_INPUTS)]
+        return list(_texts(self._reader, self._reader.messages(node, _NODE_INPUTS)))
 
     def _text(self, message: Field, number: int) -> bytes:
-        found = [bytes(self._walk.data[one.begin : one.end]) for one in self._walk.messages(message, number)]
-        return found[-1] if found else b""
+        return _last(self._reader, message, number)
 
 
 _META_GRAPHS = 2
@@ -146,14 +157,14 @@ class GraphNode(NamedTuple):
     """A node whose operation is not harmless by itself."""
 
     operation: bytes
-    place: Field
+    field: Field
 
 
 class Function(NamedTuple):
     """A function of the library."""
 
     name: bytes
-    place: Field
+    field: Field
     nodes: tuple[GraphNode, ...]
     """Those that have to be looked at."""
 
@@ -161,34 +172,36 @@ class Function(NamedTuple):
 def find_code(folder: Path) -> tuple[str, ...]:
     """Return what the graph of a SavedModel would do beside reckoning, each in words."""
     path = folder / "saved_model.pb"
-    walk = BudgetedReader(mmap_file(path), budgets.MAX_GRAPH_FIELDS)
+    reader = BudgetedReader(mmap_file(path), budgets.MAX_GRAPH_FIELDS)
     try:
-        metas = tuple(walk.messages(None, _META_GRAPHS))
-        found = [fact for meta in metas for fact in _MetaGraph(walk, meta, folder, is_alone=len(metas) == 1).facts()]
+        metas = tuple(reader.messages(None, _META_GRAPHS))
+        descriptions = [
+            fact for meta in metas for fact in _MetaGraph(reader, meta, folder, is_alone=len(metas) == 1).facts()
+        ]
     except WireError as error:
         raise InputError(f"{path} is refused: its graph holds {error}") from error
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(descriptions))
 
 
 class _MetaGraph:
     """A graph with its functions, and what of them is run."""
 
-    def __init__(self, walk: BudgetedReader, meta: Field, folder: Path, *, is_alone: bool) -> None:
-        self._walk, self._meta, self._folder = walk, meta, folder
-        self._is_of_objects = is_alone and any(True for _ in walk.messages(meta, _OBJECTS))
+    def __init__(self, reader: BudgetedReader, meta: Field, folder: Path, *, is_alone: bool) -> None:
+        self._reader, self._meta, self._folder = reader, meta, folder
+        self._is_of_objects = is_alone and any(True for _ in reader.messages(meta, _OBJECTS))
         """Whether TensorFlow loads it by its objects and functions, and runs no node of the graph itself."""
-        self._graphs = tuple(walk.messages(meta, _GRAPH))
+        self._graphs = tuple(reader.messages(meta, _GRAPH))
         self._main: list[Field] = []
         self._special: list[GraphNode] = []
         """Nodes of the graph itself that have to be looked at."""
         self._functions: list[Function] = []
         self._operations: set[bytes] = set()
         for graph in self._graphs:
-            for field in walk.fields(graph):
+            for field in reader.fields(graph):
                 if field.number == _NODES and field.wire == BYTES:
                     self._main.append(field)
                 elif field.number == _LIBRARY and field.wire == BYTES:
-                    self._functions.extend(self._function(found) for found in walk.messages(field, _FUNCTIONS))
+                    self._functions.extend(self._function(function) for function in reader.messages(field, _FUNCTIONS))
         self._special.extend(self._looked_at(self._main))
 
     def facts(self) -> Iterator[str]:
@@ -204,34 +217,34 @@ class _MetaGraph:
         if any(node.operation in _FROM_FILES for node in nodes) and not self._is_filled_from_assets():
             yield f"operation {_some(nodes, _FROM_FILES)} on a file that is no asset of the model"
 
-    def _function(self, place: Field) -> Function:
+    def _function(self, definition: Field) -> Function:
         name, nodes = b"", []
-        for field in self._walk.fields(place):
+        for field in self._reader.fields(definition):
             if field.number == _SIGNATURE and field.wire == BYTES:
-                name = _last(self._walk, field, _NAME) or name
+                name = _last(self._reader, field, _NAME) or name
             elif field.number == _FUNCTION_NODES and field.wire == BYTES:
                 nodes.append(field)
-        return Function(name, place, tuple(self._looked_at(nodes)))
+        return Function(name, definition, tuple(self._looked_at(nodes)))
 
     def _looked_at(self, nodes: Iterable[Field]) -> Iterator[GraphNode]:
         """Yield the nodes that are not harmless by themselves, and note the operations of all."""
-        for place in nodes:
-            operation = operation_of(self._walk, place)
+        for node in nodes:
+            operation = operation_of(self._reader, node)
             self._operations.add(operation)
             if operation in _SAVING or operation in _FROM_FILES or operation in _BY_ATTRIBUTE:
-                yield GraphNode(operation, place)
+                yield GraphNode(operation, node)
 
     def _is_harmless_by_attribute(self, node: GraphNode) -> bool:
         if node.operation not in _BY_ATTRIBUTE:
             return True
         key, pattern = _BY_ATTRIBUTE[node.operation]
-        said = [
-            [bytes(self._walk.data[one.begin : one.end]) for one in self._walk.messages(value, _STRING)]
-            for attribute in self._walk.messages(node.place, _ATTRIBUTES)
-            if _last(self._walk, attribute, _KEY) == key
-            for value in self._walk.messages(attribute, _VALUE)
+        values = [
+            list(_texts(self._reader, self._reader.messages(value, _STRING)))
+            for attribute in self._reader.messages(node.field, _ATTRIBUTES)
+            if _last(self._reader, attribute, _KEY) == key
+            for value in self._reader.messages(attribute, _VALUE)
         ]
-        return all(found and all(map(pattern.fullmatch, found)) for found in said)
+        return all(strings and all(map(pattern.fullmatch, strings)) for strings in values)
 
     def _is_saved_by_others(self) -> bool:
         """Whether something that is run, or could be called, saves or restores variables."""
@@ -239,47 +252,47 @@ class _MetaGraph:
             function.name: {node.operation for node in function.nodes} & _SAVING for function in self._functions
         }
         kinds = {name: kinds for name, kinds in functions.items() if kinds}
-        nodes = {node.place: {node.operation} for node in self._special if node.operation in _SAVING}
+        nodes = {node.field: {node.operation} for node in self._special if node.operation in _SAVING}
         if not kinds and not nodes:
             return False
         if not self._follow(kinds, nodes):
             return True
-        names = {place: _last(self._walk, place, _NAME) for place in nodes}
+        names = {message: _last(self._reader, message, _NAME) for message in nodes}
         after = self._after()
         touched = _closure(after, names.values())
-        saved = _closure(after, (names[place] for place, operations in nodes.items() if operations != {_RESTORING}))
+        saved = _closure(after, (names[message] for message, operations in nodes.items() if operations != {_RESTORING}))
         return bool(touched & self._run()) or bool(saved & self._restored())
 
     def _follow(self, kinds: dict[bytes, set[bytes]], nodes: dict[Field, set[bytes]]) -> bool:
         """Find who calls functions that save, however deep; whether all of them stand in the graph or its library."""
-        names = {function.place: function.name for function in self._functions}
+        names = {function.field: function.name for function in self._functions}
         library, main = _Spans(names), _Spans(self._main)
         pending = list(kinds)
         while pending:
             name = pending.pop()
             if len(kinds) > _MANY or not name:
                 return False
-            for at in self._mentions(name):
-                inside, node = library.around(at), main.around(at)
-                if inside is not None:
-                    caller = names[inside]
+            for offset in self._mentions(name):
+                enclosing, call = library.around(offset), main.around(offset)
+                if enclosing is not None:
+                    caller = names[enclosing]
                     if not kinds.get(caller, set()) >= kinds[name]:
                         kinds[caller] = kinds.get(caller, set()) | kinds[name]
                         pending.append(caller)
-                elif node is not None:
-                    nodes[node] = nodes.get(node, set()) | kinds[name]
+                elif call is not None:
+                    nodes[call] = nodes.get(call, set()) | kinds[name]
                 else:
                     return False
         return True
 
     def _is_filled_from_assets(self) -> bool:
         """Whether every table that is filled from a file is filled from an asset, whoever asks for it."""
-        assets = Assets(self._walk, self._meta, self._folder)
+        assets = Assets(self._reader, self._meta, self._folder)
         filling = {
-            function: [node.place for node in function.nodes if node.operation in _FROM_FILES]
+            function: [node.field for node in function.nodes if node.operation in _FROM_FILES]
             for function in self._functions
         }
-        paths = (node.place for node in self._special if node.operation in _FROM_FILES)
+        paths = (node.field for node in self._special if node.operation in _FROM_FILES)
         return (
             assets.are_inside
             and (self._is_of_objects or all(map(assets.is_path, paths)))
@@ -287,163 +300,155 @@ class _MetaGraph:
         )
 
     def _is_given_assets(self, assets: Assets, function: Function, node: Field) -> bool:
-        argument = assets.argument(function.place, node)
+        argument = assets.argument(function.field, node)
         if argument is None or not assets.is_bound(function.name, argument):
             return False
-        library = _Spans([other.place for other in self._functions if other.place != function.place])
+        library = _Spans([other.field for other in self._functions if other.field != function.field])
         main = _Spans(self._main)
-        for at in self._mentions(function.name):
-            call = None if self._is_of_objects else main.around(at)
-            if library.around(at) is not None or (call is not None and not assets.is_given(call, argument)):
+        for offset in self._mentions(function.name):
+            call = None if self._is_of_objects else main.around(offset)
+            if library.around(offset) is not None or (call is not None and not assets.is_given(call, argument)):
                 return False
         return True
 
     @cached_property
     def _bytes(self) -> bytes:
         """All that a name may be mentioned in."""
-        return bytes(self._walk.data[self._meta.begin : self._meta.end])
+        return bytes(self._reader.data[self._meta.begin : self._meta.end])
 
     def _mentions(self, name: bytes) -> Iterator[int]:
         """Yield where a name stands as a string of its own, not as the beginning of a longer one."""
-        data, begin = self._walk.data, self._meta.begin
-        length = _varint(len(name))
-        at = begin - 1
+        data, begin = self._reader.data, self._meta.begin
+        length = encode_varint(len(name))
+        offset = begin - 1
         # One may begin inside another.
-        while (found := self._bytes.find(name, at + 1 - begin)) >= 0:
-            self._walk.spend(1)
-            at, end = begin + found, begin + found + len(name)
+        while (index := self._bytes.find(name, offset + 1 - begin)) >= 0:
+            self._reader.spend(1)
+            offset, end = begin + index, begin + index + len(name)
             goes_on = end < self._meta.end and re.match(rb"[\w./-]", data[end : end + 1]) is not None
-            before = bytes(data[max(0, at - len(length)) : at])
+            before = bytes(data[max(0, offset - len(length)) : offset])
             # A length may also be written with more bytes than it takes, the last of which is then zero.
             if not goes_on or before == length or before.endswith(b"\0"):
-                yield at
+                yield offset
 
     def _after(self) -> dict[bytes, list[bytes]]:
         """Return the nodes that take what a node gives, or wait for it."""
-        found: defaultdict[bytes, list[bytes]] = defaultdict(list)
-        for place in self._main:
-            name = _last(self._walk, place, _NAME)
-            for given in self._walk.messages(place, _INPUT):
-                found[_plain(bytes(self._walk.data[given.begin : given.end]))].append(name)
-        return found
+        users: defaultdict[bytes, list[bytes]] = defaultdict(list)
+        for node in self._main:
+            name = _last(self._reader, node, _NAME)
+            for source in self._reader.messages(node, _INPUT):
+                users[_plain(bytes(self._reader.data[source.begin : source.end]))].append(name)
+        return users
 
     def _run(self) -> set[bytes]:
         """Return the nodes that loading or a caller runs, those of the saver left aside."""
-        walk, found = self._walk, set[bytes]()
+        walk, names = self._reader, set[bytes]()
         for signature in walk.messages(self._meta, _SIGNATURES):
             for inner in walk.messages(signature, _VALUE):
                 for output in walk.messages(inner, _OUTPUTS):
-                    found.update(name for info in walk.messages(output, _VALUE) for name in _tensors(walk, info, 0))
+                    names.update(name for info in walk.messages(output, _VALUE) for name in _tensors(walk, info, 0))
         for collection in walk.messages(self._meta, _COLLECTIONS):
             if _last(walk, collection, _KEY) == b"savers":
                 continue
             for value in walk.messages(collection, _VALUE):
                 for listed in walk.messages(value, _NODE_LIST):
-                    found.update(_plain(text) for text in _texts(walk, walk.messages(listed, _NAME)))
+                    names.update(_plain(text) for text in _texts(walk, walk.messages(listed, _NAME)))
                 for listed in walk.messages(value, _BYTES_LIST):
                     for described in walk.messages(listed, _NAME):
-                        found.update(_plain(text) for text in _described(walk, described))
-        return found
+                        names.update(_plain(text) for text in _described(walk, described))
+        return names
 
     def _restored(self) -> set[bytes]:
-        savers = self._walk.messages(self._meta, _SAVER)
-        return {_plain(_last(self._walk, saver, _RESTORE)) for saver in savers}
+        savers = self._reader.messages(self._meta, _SAVER)
+        return {_plain(_last(self._reader, saver, _RESTORE)) for saver in savers}
 
 
 class _Spans:
     """Messages, to be found by a place inside them."""
 
-    def __init__(self, places: Iterable[Field]) -> None:
-        self._sorted = sorted(places, key=lambda place: place.begin)
-        self._begins = [place.begin for place in self._sorted]
+    def __init__(self, messages: Iterable[Field]) -> None:
+        self._sorted = sorted(messages, key=lambda message: message.begin)
+        self._begins = [message.begin for message in self._sorted]
 
-    def around(self, at: int) -> Field | None:
+    def around(self, offset: int) -> Field | None:
         """Return the message around a place."""
-        index = bisect_right(self._begins, at) - 1
-        return self._sorted[index] if index >= 0 and at < self._sorted[index].end else None
+        index = bisect_right(self._begins, offset) - 1
+        return self._sorted[index] if index >= 0 and offset < self._sorted[index].end else None
 
 
-def operation_of(walk: BudgetedReader, node: Field) -> bytes:
+def operation_of(reader: BudgetedReader, node: Field) -> bytes:
     """Return the operation of a node, the last one that it names as protobuf reads it; called for every node."""
-    data, at, end, count = walk.data, node.begin, node.end, 0
+    data, offset, end, count = reader.data, node.begin, node.end, 0
     begin = stop = 0
-    while at < end:
-        tag = data[at]
-        at += 1
+    while offset < end:
+        tag = data[offset]
+        offset += 1
         count += 1
         if tag & 0x87 != BYTES or tag < 8:
             # An uncommon field.
-            field = next(fields(data, at - 1, end))
+            field = next(fields(data, offset - 1, end))
             if field.number == _OPERATION and field.wire == BYTES:
                 begin, stop = field.begin, field.end
-            at = field.end
+            offset = field.end
             continue
-        length = data[at] if at < end else 0x80
-        at += 1
+        length = data[offset] if offset < end else 0x80
+        offset += 1
         if length >= 0x80:
-            length, at = read_varint(data, at - 1, end)
+            length, offset = read_varint(data, offset - 1, end)
         if tag == _OPERATION_TAG:
-            begin, stop = at, at + length
-        at += length
-    if at > end:
+            begin, stop = offset, offset + length
+        offset += length
+    if offset > end:
         raise WireError("a field reaches past the end of its message")
-    walk.spend(count)
+    reader.spend(count)
     return bytes(data[begin:stop])
 
 
 def _closure(after: dict[bytes, list[bytes]], names: Iterable[bytes]) -> set[bytes]:
-    found, pending = set(), list(names)
+    reached, pending = set(), list(names)
     while pending:
         name = pending.pop()
-        if name not in found:
-            found.add(name)
+        if name not in reached:
+            reached.add(name)
             pending.extend(after.get(name, ()))
-    return found
+    return reached
 
 
-def _tensors(walk: BudgetedReader, info: Field, depth: int) -> Iterator[bytes]:
+def _tensors(reader: BudgetedReader, info: Field, depth: int) -> Iterator[bytes]:
     """Yield the nodes behind a tensor of a signature, which may consist of several."""
     if depth > 2:
         raise WireError("a signature that is nested too deep")
-    yield from (_plain(name) for name in _texts(walk, walk.messages(info, _TENSOR_NAME)))
-    for sparse in walk.messages(info, _SPARSE):
-        yield from (_plain(name) for name in _described(walk, sparse))
-    for composite in walk.messages(info, _COMPOSITE):
-        for part in walk.messages(composite, _VALUE):
-            yield from _tensors(walk, part, depth + 1)
+    yield from (_plain(name) for name in _texts(reader, reader.messages(info, _TENSOR_NAME)))
+    for sparse in reader.messages(info, _SPARSE):
+        yield from (_plain(name) for name in _described(reader, sparse))
+    for composite in reader.messages(info, _COMPOSITE):
+        for part in reader.messages(composite, _VALUE):
+            yield from _tensors(reader, part, depth + 1)
 
 
-def _described(walk: BudgetedReader, message: Field) -> Iterator[bytes]:
+def _described(reader: BudgetedReader, message: Field) -> Iterator[bytes]:
     """Yield the strings of a message, such as the names that the description of a variable holds."""
     try:
-        yield from _texts(walk, (field for field in walk.fields(message) if field.wire == BYTES))
+        yield from _texts(reader, (field for field in reader.fields(message) if field.wire == BYTES))
     except WireError:
         # No message, but text: nothing that TensorFlow would look for a node in.
         return
 
 
-def _texts(walk: BudgetedReader, places: Iterable[Field]) -> Iterator[bytes]:
-    return (bytes(walk.data[place.begin : place.end]) for place in places)
+def _texts(reader: BudgetedReader, strings: Iterable[Field]) -> Iterator[bytes]:
+    return (bytes(reader.data[string.begin : string.end]) for string in strings)
 
 
-def _last(walk: BudgetedReader, message: Field, number: int) -> bytes:
-    found = b""
-    for found in _texts(walk, walk.messages(message, number)):  # noqa: B007 - the last one counts
+def _last(reader: BudgetedReader, message: Field, number: int) -> bytes:
+    last = b""
+    for last in _texts(reader, reader.messages(message, number)):  # noqa: B007 - the last one counts
         pass
-    return found
+    return last
 
 
 def _plain(name: bytes) -> bytes:
     """Return the node that an input or a tensor is of."""
     return name.removeprefix(b"^").partition(b":")[0]
-
-
-def _varint(number: int) -> bytes:
-    found = bytearray()
-    while number >= 0x80:
-        found.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes((*found, number))
 
 
 def _some(nodes: Iterable[GraphNode], operations: Collection[bytes]) -> str:

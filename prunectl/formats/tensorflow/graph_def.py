@@ -25,6 +25,11 @@ _VERSION = 5
 _OBJECT_NODES, _USER_OBJECT = 1, 4
 _IDENTIFIER, _METADATA = 1, 3
 _KERAS_NODES, _KERAS_IDENTIFIER, _KERAS_METADATA = 1, 4, 5
+_NODES, _LIBRARY, _FUNCTIONS = 1, 2, 1
+_FUNCTION_SIGNATURE, _FUNCTION_NAME, _FUNCTION_NODES = 1, 1, 3
+_NODE_NAME, _NODE_OPERATION, _NODE_INPUT, _NODE_ATTRIBUTES = 1, 2, 3, 5
+_ATTRIBUTE_KEY, _ATTRIBUTE_VALUE = 1, 2
+_VALUE_STRING, _VALUE_TENSOR, _VALUE_FUNCTION, _CALLED_NAME = 2, 8, 10, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,7 @@ class SavedGraph:
     """The facts of a SavedModel, and the walk through its bytes."""
 
     path: Path
-    walk: BudgetedReader
+    reader: BudgetedReader
     version: str
     objects: tuple[KerasObject, ...]
     graphs: tuple[Field, ...]
@@ -54,41 +59,41 @@ class SavedGraph:
 
 def read_graph(path: Path) -> SavedGraph:
     """Read `saved_model.pb`, the nodes of its graphs left alone."""
-    walk = BudgetedReader(mmap_file(path))
+    reader = BudgetedReader(mmap_file(path))
     try:
-        metas = tuple(walk.messages(None, _META_GRAPHS))
-        infos = [info for meta in metas for info in walk.messages(meta, _INFO)]
-        graphs = tuple(graph for meta in metas for graph in walk.messages(meta, _GRAPH))
-        versions = [text(walk.data, version) for info in infos for version in walk.messages(info, _VERSION)]
-        parts = [part for meta in metas for part in walk.messages(meta, _OBJECTS)]
-        nodes = (node for part in parts for node in walk.messages(part, _OBJECT_NODES))
-        users = (user for node in nodes for user in walk.messages(node, _USER_OBJECT))
-        objects = _keras_objects(walk, users, _IDENTIFIER, _METADATA)
-        signed = [signature for meta in metas for signature in walk.messages(meta, _SIGNATURES)]
-        signatures = [text(walk.data, name) for found in signed for name in walk.messages(found, _SIGNATURE_NAME)]
-        assets = sum(1 for meta in metas for _ in walk.messages(meta, _ASSETS))
+        metas = tuple(reader.messages(None, _META_GRAPHS))
+        infos = [info for meta in metas for info in reader.messages(meta, _INFO)]
+        graphs = tuple(graph for meta in metas for graph in reader.messages(meta, _GRAPH))
+        versions = [text(reader.data, version) for info in infos for version in reader.messages(info, _VERSION)]
+        parts = [part for meta in metas for part in reader.messages(meta, _OBJECTS)]
+        nodes = (node for part in parts for node in reader.messages(part, _OBJECT_NODES))
+        users = (user for node in nodes for user in reader.messages(node, _USER_OBJECT))
+        objects = _keras_objects(reader, users, _IDENTIFIER, _METADATA)
+        signed = [signature for meta in metas for signature in reader.messages(meta, _SIGNATURES)]
+        signatures = [text(reader.data, name) for entry in signed for name in reader.messages(entry, _SIGNATURE_NAME)]
+        assets = sum(1 for meta in metas for _ in reader.messages(meta, _ASSETS))
     except WireError as error:
         raise InputError(f"{path} is truncated or damaged: it is not a SavedModel ({error})") from error
     if not graphs:
         raise InputError(f"{path} is damaged: it holds no graph")
-    return SavedGraph(path, walk, next(iter(versions), ""), objects, graphs, tuple(signatures), assets)
+    return SavedGraph(path, reader, next(iter(versions), ""), objects, graphs, tuple(signatures), assets)
 
 
 def read_keras_metadata(path: Path) -> tuple[KerasObject, ...]:
     """Read `keras_metadata.pb`, where Keras 2.5 and later describe their layers."""
-    walk = BudgetedReader(mmap_file(path))
+    reader = BudgetedReader(mmap_file(path))
     try:
-        return _keras_objects(walk, walk.messages(None, _KERAS_NODES), _KERAS_IDENTIFIER, _KERAS_METADATA)
+        return _keras_objects(reader, reader.messages(None, _KERAS_NODES), _KERAS_IDENTIFIER, _KERAS_METADATA)
     except WireError as error:
         raise InputError(f"{path} is truncated or damaged: it is not Keras metadata ({error})") from error
 
 
 def _keras_objects(
-    walk: BudgetedReader, nodes: Iterable[Field], identifier: int, metadata: int
+    reader: BudgetedReader, nodes: Iterable[Field], identifier: int, metadata: int
 ) -> tuple[KerasObject, ...]:
-    found, total = [], 0
+    objects, total = [], 0
     for node in nodes:
-        texts = {field.number: field for field in walk.fields(node) if field.wire == BYTES}
+        texts = {field.number: field for field in reader.fields(node) if field.wire == BYTES}
         nbytes = texts[metadata].value if metadata in texts else 0
         total += nbytes
         if nbytes > MAX_METADATA_BYTES or total > MAX_ALL_METADATA_BYTES:
@@ -96,57 +101,53 @@ def _keras_objects(
         if nbytes:
             # Keras rebuilds what is described in a file of its own, whatever it is called there, or if it is not.
             is_named = identifier in texts and texts[identifier].value <= MAX_IDENTIFIER_BYTES
-            name = text(walk.data, texts[identifier]) if is_named else ""
-            found.append(KerasObject(name, bytes(walk.data[texts[metadata].begin : texts[metadata].end])))
-    return tuple(found)
+            name = text(reader.data, texts[identifier]) if is_named else ""
+            objects.append(KerasObject(name, bytes(reader.data[texts[metadata].begin : texts[metadata].end])))
+    return tuple(objects)
 
 
 MIN_WHOLE_NUMBERS = 1024
 """Fewer bytes of whole numbers than this are shapes and axes."""
-_CONSTANT_NODES, _LIBRARY, _FUNCTIONS = 1, 2, 1
-_SIGNATURE, _CONSTANTS_SIGNATURE, _FUNCTION_NODES = 1, 1, 3
-_NODE_NAME, _NODE_OPERATION, _NODE_ATTRIBUTES = 1, 2, 5
-_ATTRIBUTE_KEY, _ATTRIBUTE_VALUE, _TENSOR = 1, 2, 8
 _DTYPE, _SHAPE, _CONTENT = 1, 2, 4
 
 
 def constants(graph: SavedGraph) -> tuple[Tensor, ...]:
     """Return the constants that are stored as plain runs of bytes."""
     allocator = NameAllocator()
-    found = []
-    for scope, node in _all_nodes(graph.walk, graph.graphs):
-        constant = _constant(graph.walk, scope, node)
+    tensors = []
+    for scope, node in _all_nodes(graph.reader, graph.graphs):
+        constant = _constant(graph.reader, scope, node)
         if constant is not None:
             name, shape, code, content = constant
-            found.append(_tensor(graph, allocator.unique(name), shape, code, content))
-    return tuple(found)
+            tensors.append(_tensor(graph, allocator.unique(name), shape, code, content))
+    return tuple(tensors)
 
 
-def _all_nodes(walk: BudgetedReader, graphs: Iterable[Field]) -> Iterator[tuple[str, Field]]:
+def _all_nodes(reader: BudgetedReader, graphs: Iterable[Field]) -> Iterator[tuple[str, Field]]:
     for definition in graphs:
-        for node in walk.messages(definition, _CONSTANT_NODES):
+        for node in reader.messages(definition, _NODES):
             yield "", node
-        for library in walk.messages(definition, _LIBRARY):
-            for function in walk.messages(library, _FUNCTIONS):
+        for library in reader.messages(definition, _LIBRARY):
+            for function in reader.messages(library, _FUNCTIONS):
                 scope = ""
-                for signature in walk.messages(function, _SIGNATURE):
-                    for name in walk.messages(signature, _CONSTANTS_SIGNATURE):
-                        scope = text(walk.data, name) + "/"
-                for node in walk.messages(function, _FUNCTION_NODES):
+                for signature in reader.messages(function, _FUNCTION_SIGNATURE):
+                    for name in reader.messages(signature, _FUNCTION_NAME):
+                        scope = text(reader.data, name) + "/"
+                for node in reader.messages(function, _FUNCTION_NODES):
                     yield scope, node
 
 
-def _constant(walk: BudgetedReader, scope: str, node: Field) -> tuple[str, tuple[int, ...], int, Field] | None:
+def _constant(reader: BudgetedReader, scope: str, node: Field) -> tuple[str, tuple[int, ...], int, Field] | None:
     name, operation, tensor = "", "", None
-    for field in walk.fields(node):
+    for field in reader.fields(node):
         if field.number == _NODE_NAME and field.wire == BYTES:
-            name = text(walk.data, field)
+            name = text(reader.data, field)
         elif field.number == _NODE_OPERATION and field.wire == BYTES:
-            operation = text(walk.data, field)
+            operation = text(reader.data, field)
             if operation != "Const":
                 return None
         elif field.number == _NODE_ATTRIBUTES and field.wire == BYTES:
-            tensor = _tensor_of(walk, field) or tensor
+            tensor = _tensor_of(reader, field) or tensor
     if operation != "Const" or tensor is None:
         return None
     shape, code, content = tensor
@@ -157,16 +158,16 @@ def _constant(walk: BudgetedReader, scope: str, node: Field) -> tuple[str, tuple
     return (scope + name, shape, code, content) if is_weight else None
 
 
-def _tensor_of(walk: BudgetedReader, attribute: Field) -> tuple[tuple[int, ...], int, Field] | None:
-    for value in walk.messages(attribute, _ATTRIBUTE_VALUE):
-        for tensor in walk.messages(value, _TENSOR):
+def _tensor_of(reader: BudgetedReader, attribute: Field) -> tuple[tuple[int, ...], int, Field] | None:
+    for value in reader.messages(attribute, _ATTRIBUTE_VALUE):
+        for tensor in reader.messages(value, _VALUE_TENSOR):
             shape: tuple[int, ...] = ()
             code, content = 0, None
-            for field in walk.fields(tensor):
+            for field in reader.fields(tensor):
                 if field.number == _DTYPE:
                     code = field.value
                 elif field.number == _SHAPE and field.wire == BYTES:
-                    shape = read_shape(walk.data, field)
+                    shape = read_shape(reader.data, field)
                 elif field.number == _CONTENT and field.wire == BYTES:
                     content = field
             if content is not None and content.value:
@@ -189,9 +190,6 @@ def _tensor(graph: SavedGraph, name: str, shape: tuple[int, ...], code: int, con
     )
 
 
-_READ_NODES = 1
-_READ_NAME, _READ_OPERATION, _INPUT, _READ_ATTRIBUTES = 1, 2, 3, 5
-_READ_KEY, _READ_VALUE, _STRING, _FUNCTION, _FUNCTION_NAME = 1, 2, 2, 10, 1
 _CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
 _OWN = ("traced_save", "traced_restore")
 
@@ -205,10 +203,14 @@ class _Node:
     function: str
 
 
-def variables_read(graph: SavedGraph) -> frozenset[str]:
+def variables_used_by_functions(graph: SavedGraph) -> frozenset[str]:
     """Return the names of variables that are handed to a function other than those that save and restore."""
     try:
-        nodes = [_node(graph.walk, node) for found in graph.graphs for node in graph.walk.messages(found, _READ_NODES)]
+        nodes = [
+            _node(graph.reader, node)
+            for definition in graph.graphs
+            for node in graph.reader.messages(definition, _NODES)
+        ]
     except WireError as error:
         raise InputError(f"{graph.path} is damaged: its graph holds {error}") from error
     handles = {node.name: node.shared_name for node in nodes if node.operation == "VarHandleOp"}
@@ -216,23 +218,23 @@ def variables_read(graph: SavedGraph) -> frozenset[str]:
     return frozenset(handles[name] for call in calls for name in call.inputs if name in handles)
 
 
-def _node(walk: BudgetedReader, node: Field) -> _Node:
+def _node(reader: BudgetedReader, node: Field) -> _Node:
     name = operation = shared_name = function = ""
     inputs = []
-    for field in walk.fields(node):
+    for field in reader.fields(node):
         if field.wire != BYTES:
             continue
-        if field.number == _READ_NAME:
-            name = text(walk.data, field)
-        elif field.number == _READ_OPERATION:
-            operation = text(walk.data, field)
-        elif field.number == _INPUT:
-            inputs.append(text(walk.data, field).lstrip("^").partition(":")[0])
-        elif field.number == _READ_ATTRIBUTES and operation in {"VarHandleOp", *_CALLS}:
-            key = "".join(text(walk.data, found) for found in walk.messages(field, _READ_KEY))
-            for value in walk.messages(field, _READ_VALUE):
+        if field.number == _NODE_NAME:
+            name = text(reader.data, field)
+        elif field.number == _NODE_OPERATION:
+            operation = text(reader.data, field)
+        elif field.number == _NODE_INPUT:
+            inputs.append(text(reader.data, field).lstrip("^").partition(":")[0])
+        elif field.number == _NODE_ATTRIBUTES and operation in {"VarHandleOp", *_CALLS}:
+            key = "".join(text(reader.data, string) for string in reader.messages(field, _ATTRIBUTE_KEY))
+            for value in reader.messages(field, _ATTRIBUTE_VALUE):
                 if key == "shared_name":
-                    shared_name = "".join(text(walk.data, found) for found in walk.messages(value, _STRING))
-                for called in walk.messages(value, _FUNCTION):
-                    function += "".join(text(walk.data, found) for found in walk.messages(called, _FUNCTION_NAME))
+                    shared_name = "".join(text(reader.data, string) for string in reader.messages(value, _VALUE_STRING))
+                for called in reader.messages(value, _VALUE_FUNCTION):
+                    function += "".join(text(reader.data, string) for string in reader.messages(called, _CALLED_NAME))
     return _Node(name, operation, tuple(inputs), shared_name, function)

@@ -18,44 +18,44 @@ _LONG_LITERALS = 60
 
 def unpack(packed: memoryview, limit: int) -> bytes:
     """Return what was packed, refusing more than ``limit`` bytes."""
-    claimed, at = read_varint(packed, 0, len(packed))
-    if claimed > limit:
-        raise WireError(f"a block that claims to unpack to {claimed} bytes")
+    size, offset = read_varint(packed, 0, len(packed))
+    if size > limit:
+        raise WireError(f"a block that claims to unpack to {size} bytes")
     out = bytearray()
-    while at < len(packed):
-        tag = packed[at]
-        at += 1
+    while offset < len(packed):
+        tag = packed[offset]
+        offset += 1
         if tag & 3 == _LITERAL:
-            length, at = _literal_length(packed, tag >> 2, at)
-            out += packed[at : at + length]
-            at += length
+            length, offset = _literal_length(packed, tag >> 2, offset)
+            out += packed[offset : offset + length]
+            offset += length
         else:
-            length, back, at = _copy(packed, tag, at)
+            length, back, offset = _copy(packed, tag, offset)
             if not 0 < back <= len(out):
                 raise WireError("a packed block that copies from before its start")
             # A copy may run into what it writes: then the last bytes repeat.
-            piece = bytes(out[-back:][:length])
-            out += (piece * (length // len(piece) + 1))[:length]
-        if len(out) > claimed or at > len(packed):
+            repeated = bytes(out[-back:][:length])
+            out += (repeated * (length // len(repeated) + 1))[:length]
+        if len(out) > size or offset > len(packed):
             raise WireError("a packed block longer than it claims")
-    if len(out) != claimed:
+    if len(out) != size:
         raise WireError("a packed block shorter than it claims")
     return bytes(out)
 
 
-def _literal_length(packed: memoryview, short: int, at: int) -> tuple[int, int]:
+def _literal_length(packed: memoryview, short: int, offset: int) -> tuple[int, int]:
     if short < _LONG_LITERALS:
-        return short + 1, at
-    end = at + short - _LONG_LITERALS + 1
-    return int.from_bytes(packed[at:end], "little") + 1, end
+        return short + 1, offset
+    end = offset + short - _LONG_LITERALS + 1
+    return int.from_bytes(packed[offset:end], "little") + 1, end
 
 
-def _copy(packed: memoryview, tag: int, at: int) -> tuple[int, int, int]:
+def _copy(packed: memoryview, tag: int, offset: int) -> tuple[int, int, int]:
     if tag & 3 == _NEAR:
-        end = at + 1
-        return 4 + (tag >> 2 & 7), (tag >> 5) << 8 | int.from_bytes(packed[at:end], "little"), end
-    end = at + (2 if tag & 3 == 2 else 4)
-    return 1 + (tag >> 2), int.from_bytes(packed[at:end], "little"), end
+        end = offset + 1
+        return 4 + (tag >> 2 & 7), (tag >> 5) << 8 | int.from_bytes(packed[offset:end], "little"), end
+    end = offset + (2 if tag & 3 == 2 else 4)
+    return 1 + (tag >> 2), int.from_bytes(packed[offset:end], "little"), end
 
 
 MAGIC = bytes.fromhex("57fb808b247547db")
@@ -135,8 +135,8 @@ def records(path: Path, data: memoryview) -> Iterator[IndexRecord]:
 
 def _checked(path: Path, data: memoryview) -> Iterator[IndexRecord]:
     footer = len(data) - FOOTER_BYTES
-    _, at = _handle(data, footer, len(data))
-    index, _ = _handle(data, at, len(data))
+    _, offset = _handle(data, footer, len(data))
+    index, _ = _handle(data, offset, len(data))
     last, reached, count, key_bytes, packed_bytes = b"", 0, 0, 0, 0
     for pointer in _records_of(path, data, index, footer):
         block, _ = _handle(pointer.data, pointer.begin, pointer.end)
@@ -156,10 +156,10 @@ def _checked(path: Path, data: memoryview) -> Iterator[IndexRecord]:
             yield record
 
 
-def _handle(data: memoryview, at: int, end: int) -> tuple[Block, int]:
-    begin, at = read_varint(data, at, end)
-    length, at = read_varint(data, at, end)
-    return Block(begin, begin + length), at
+def _handle(data: memoryview, offset: int, end: int) -> tuple[Block, int]:
+    begin, offset = read_varint(data, offset, end)
+    length, offset = read_varint(data, offset, end)
+    return Block(begin, begin + length), offset
 
 
 def _records_of(path: Path, data: memoryview, block: Block, limit: int) -> Iterator[IndexRecord]:
@@ -183,21 +183,21 @@ def _check_block(path: Path, data: memoryview, block: Block, limit: int) -> None
         raise InputError(f"{path} is refused: a block of its index is too long")
 
 
-def _infer_split(path: Path, data: memoryview, at: int, end: int, block: Block) -> Iterator[IndexRecord]:
-    restarts = int.from_bytes(data[end - 4 : end], "little") if end - at >= 4 else 0
-    begin, end, key = at, end - 4 - 4 * restarts, b""
+def _infer_split(path: Path, data: memoryview, offset: int, end: int, block: Block) -> Iterator[IndexRecord]:
+    restarts = int.from_bytes(data[end - 4 : end], "little") if end - offset >= 4 else 0
+    begin, end, key = offset, end - 4 - 4 * restarts, b""
     if end < begin:
         raise InputError(f"{path} is damaged: a block of its index has no room for its restart points")
-    while at < end:
-        shared, at = read_varint(data, at, end)
-        added, at = read_varint(data, at, end)
-        length, at = read_varint(data, at, end)
-        value = at + added
+    while offset < end:
+        shared, offset = read_varint(data, offset, end)
+        added, offset = read_varint(data, offset, end)
+        length, offset = read_varint(data, offset, end)
+        value = offset + added
         if shared > len(key) or value + length > end or shared + added > MAX_KEY_BYTES:
             raise InputError(f"{path} is damaged: a record of its index reaches past its block")
-        key = key[:shared] + bytes(data[at:value])
-        at = value + length
-        yield IndexRecord(key, data, value, at, block)
+        key = key[:shared] + bytes(data[offset:value])
+        offset = value + length
+        yield IndexRecord(key, data, value, offset, block)
 
 
 BLOCK_BYTES = 1 << 18
@@ -220,9 +220,9 @@ def table(records: Iterable[tuple[bytes, bytes]]) -> bytes:
             pending, pending_bytes = [], 0
     if pending:
         pointers.append((pending[-1][0], _append(out, _block(pending, RESTART_INTERVAL))))
-    about = _append(out, _block([], 1))
+    metaindex = _append(out, _block([], 1))
     index = _append(out, _block(pointers, 1))
-    return bytes(out) + (about + index).ljust(FOOTER_BYTES - len(MAGIC), b"\0") + MAGIC
+    return bytes(out) + (metaindex + index).ljust(FOOTER_BYTES - len(MAGIC), b"\0") + MAGIC
 
 
 def _append(out: bytearray, block: bytes) -> bytes:
@@ -245,10 +245,10 @@ def _block(records: Iterable[tuple[bytes, bytes]], interval: int) -> bytes:
             encode_varint(shared) + encode_varint(len(key) - shared) + encode_varint(len(value)) + key[shared:] + value
         )
         last = key
-    return bytes(out) + b"".join(at.to_bytes(4, "little") for at in [*restarts, len(restarts)])
+    return bytes(out) + b"".join(restart.to_bytes(4, "little") for restart in [*restarts, len(restarts)])
 
 
-def _shared(one: bytes, other: bytes) -> int:
+def _shared(left: bytes, right: bytes) -> int:
     """Return how many bytes both begin with."""
-    limit = min(len(one), len(other))
-    return next((at for at in range(limit) if one[at] != other[at]), limit)
+    limit = min(len(left), len(right))
+    return next((length for length in range(limit) if left[length] != right[length]), limit)

@@ -13,9 +13,9 @@ from prunectl.formats.protobuf import (
     BudgetedReader,
     Field,
     WireError,
-    fields,
     length_prefix,
     number,
+    raw_fields,
     text,
 )
 from prunectl.formats.tensorflow.bundle import Bundle
@@ -56,77 +56,73 @@ class ObjectGraph:
 
 def read(bundle: Bundle) -> ObjectGraph:
     """Return the graph of objects; one without objects for a checkpoint that has names only."""
-    walk = BudgetedReader(memoryview(bundle.text(KEY, budgets.MAX_OBJECT_GRAPH_BYTES)), budgets.MAX_OBJECT_GRAPH_FIELDS)
+    reader = BudgetedReader(
+        memoryview(bundle.text(KEY, budgets.MAX_OBJECT_GRAPH_BYTES)), budgets.MAX_OBJECT_GRAPH_FIELDS
+    )
     try:
-        return ObjectGraph(walk.data, tuple(_node(walk, node) for node in walk.messages(None, NODES)))
+        return ObjectGraph(reader.data, tuple(_node(reader, node) for node in reader.messages(None, NODES)))
     except WireError as error:
         raise InputError(f"{bundle.index} is damaged: its graph of objects holds {error}") from error
 
 
-def _node(walk: BudgetedReader, node: Field) -> ObjectNode:
+def _node(reader: BudgetedReader, node: Field) -> ObjectNode:
     names: dict[str, str] = {}
     children: list[tuple[str, int]] = []
     slots: list[tuple[int, int]] = []
-    for field in walk.fields(node):
+    for field in reader.fields(node):
         if field.wire != BYTES:
             continue
         if field.number not in {CHILDREN, ATTRIBUTES, SLOTS}:
             continue
-        facts = {(fact.number, fact.wire): fact for fact in walk.fields(field)}
+        members = {(fact.number, fact.wire): fact for fact in reader.fields(field)}
         if field.number == CHILDREN:
-            children.append((_text(walk, facts, _LOCAL_NAME), _number(facts, NODE_ID)))
+            children.append((_text(reader, members, _LOCAL_NAME), _number(members, NODE_ID)))
         elif field.number == ATTRIBUTES:
-            names[_text(walk, facts, CHECKPOINT_KEY)] = _text(walk, facts, _FULL_NAME)
+            names[_text(reader, members, CHECKPOINT_KEY)] = _text(reader, members, _FULL_NAME)
         else:
-            slots.append((_number(facts, ORIGINAL_ID), _number(facts, SLOT_ID)))
+            slots.append((_number(members, ORIGINAL_ID), _number(members, SLOT_ID)))
     return ObjectNode(node.begin, node.end, names, tuple(children), tuple(slots))
 
 
-def _text(walk: BudgetedReader, facts: Mapping[tuple[int, int], Field], number: int) -> str:
-    found = facts.get((number, BYTES))
-    return text(walk.data, found) if found is not None else ""
+def _text(reader: BudgetedReader, members: Mapping[tuple[int, int], Field], number: int) -> str:
+    field = members.get((number, BYTES))
+    return text(reader.data, field) if field is not None else ""
 
 
-def _number(facts: Mapping[tuple[int, int], Field], number: int) -> int:
-    found = facts.get((number, VARINT))
-    return found.value if found is not None else 0
+def _number(members: Mapping[tuple[int, int], Field], number: int) -> int:
+    field = members.get((number, VARINT))
+    return field.value if field is not None else 0
 
 
 _REFERENCES = {CHILDREN: (NODE_ID,), SLOTS: (ORIGINAL_ID, SLOT_ID)}
 
 
-def remove_nodes(graph: ObjectGraph, gone: Collection[int]) -> bytes:
+def remove_nodes(graph: ObjectGraph, removed: Collection[int]) -> bytes:
     """Return the text of a graph without some objects and all that refers to them."""
-    kept = [at for at in range(len(graph.nodes)) if at not in gone]
+    kept = [index for index in range(len(graph.nodes)) if index not in removed]
     numbers = {old: new for new, old in enumerate(kept)}
-    out = bytearray()
-    for at in kept:
-        node = b"".join(_cleaned(graph.text, graph.nodes[at].begin, graph.nodes[at].end, numbers))
-        out += length_prefix(NODES, len(node)) + node
-    return bytes(out)
+    encoded = bytearray()
+    for index in kept:
+        node = b"".join(_cleaned(graph.text, graph.nodes[index].begin, graph.nodes[index].end, numbers))
+        encoded += length_prefix(NODES, len(node)) + node
+    return bytes(encoded)
 
 
 def _cleaned(text: memoryview, begin: int, end: int, numbers: Mapping[int, int]) -> Iterator[bytes]:
-    for raw, found in _raw_fields(text, begin, end):
-        ids = _REFERENCES.get(found.number, ()) if found.wire == BYTES else ()
+    for raw, field in raw_fields(text, begin, end):
+        ids = _REFERENCES.get(field.number, ()) if field.wire == BYTES else ()
         if not ids:
             yield raw
             continue
-        said = dict.fromkeys(ids, 0) | {
-            inner.number: inner.value for _, inner in _raw_fields(text, found.begin, found.end) if inner.number in ids
+        references = dict.fromkeys(ids, 0) | {
+            inner.number: inner.value for _, inner in raw_fields(text, field.begin, field.end) if inner.number in ids
         }
-        if all(said[key] in numbers for key in ids):
-            rest = b"".join(raw for raw, inner in _raw_fields(text, found.begin, found.end) if inner.number not in ids)
-            message = b"".join(number(key, new) for key in ids if (new := numbers[said[key]])) + rest
-            yield length_prefix(found.number, len(message)) + message
-
-
-def _raw_fields(text: memoryview, begin: int, end: int) -> Iterator[tuple[bytes, Field]]:
-    """Yield the fields of a message, each with all of its bytes."""
-    at = begin
-    for found in fields(text, begin, end):
-        yield bytes(text[at : found.end]), found
-        at = found.end
+        if all(references[key] in numbers for key in ids):
+            unchanged = b"".join(
+                raw for raw, inner in raw_fields(text, field.begin, field.end) if inner.number not in ids
+            )
+            message = b"".join(number(key, new) for key in ids if (new := numbers[references[key]])) + unchanged
+            yield length_prefix(field.number, len(message)) + message
 
 
 _SIGNS = (frozenset({"_iterations", "_learning_rate"}), frozenset({"beta1_power", "beta2_power"}))
@@ -141,14 +137,14 @@ _WEIGHTS = "_trainable_variables"
 class VariableOwnership:
     """Whose the variables are."""
 
-    dead: frozenset[int]
+    training_only: frozenset[int]
     """Objects that only optimizers lead to, and the optimizers themselves."""
     paths: dict[str, str]
     """How a model leads to each of its variables, by its key; an optimizer may lead there faster and name it."""
 
     def keys(self, graph: ObjectGraph) -> frozenset[str]:
         """Return the keys of variables that only optimizers lead to."""
-        return frozenset(key for number in self.dead for key in graph.nodes[number].names)
+        return frozenset(key for number in self.training_only for key in graph.nodes[number].names)
 
 
 def find_ownership(graph: ObjectGraph) -> VariableOwnership:
@@ -156,23 +152,23 @@ def find_ownership(graph: ObjectGraph) -> VariableOwnership:
     nodes = graph.nodes
     optimizers = _optimizers(nodes)
     paths = _paths(nodes, optimizers)
-    dead = _reachable(nodes, optimizers) - paths.keys() - _reachable(nodes, _trained(nodes, optimizers))
-    named = {key: path for number, path in paths.items() for key in nodes[number].names}
-    return VariableOwnership(frozenset(dead), named)
+    training_only = _reachable(nodes, optimizers) - paths.keys() - _reachable(nodes, _trained(nodes, optimizers))
+    named_paths = {key: path for number, path in paths.items() for key in nodes[number].names}
+    return VariableOwnership(frozenset(training_only), named_paths)
 
 
 def _optimizers(nodes: tuple[ObjectNode, ...]) -> frozenset[int]:
-    found = {number for number, node in enumerate(nodes) if node.slots or _looks_like_optimizer(node, nodes)}
+    optimizers = {number for number, node in enumerate(nodes) if node.slots or _looks_like_optimizer(node, nodes)}
     # A wrapper around an optimizer, such as one that scales losses, goes with it.
-    around = {
+    wrappers = {
         number
         for node in nodes
         for name, number in node.children
         if name in OPTIMIZER_ROOTS
         and number < len(nodes)
-        and any(child in found for _, child in nodes[number].children)
+        and any(child in optimizers for _, child in nodes[number].children)
     }
-    return frozenset(found | around) - {0}
+    return frozenset(optimizers | wrappers) - {0}
 
 
 def _looks_like_optimizer(node: ObjectNode, nodes: tuple[ObjectNode, ...]) -> bool:
@@ -190,25 +186,25 @@ def _trained(nodes: tuple[ObjectNode, ...], optimizers: Iterable[int]) -> Iterat
 
 def _paths(nodes: tuple[ObjectNode, ...], closed: Collection[int]) -> dict[int, str]:
     """Return the shortest way from the root to each object that can be reached without the closed ones."""
-    found = {0: ""} if nodes else {}
-    pending = list(found)
+    paths = {0: ""} if nodes else {}
+    pending = list(paths)
     for index in pending:
         for name, child in nodes[index].children:
-            if child < len(nodes) and child not in found and child not in closed:
-                found[child] = f"{found[index]}/{name}".lstrip("/")
+            if child < len(nodes) and child not in paths and child not in closed:
+                paths[child] = f"{paths[index]}/{name}".lstrip("/")
                 pending.append(child)
-    return found
+    return paths
 
 
 def _reachable(nodes: tuple[ObjectNode, ...], starts: Iterable[int]) -> set[int]:
-    found = set(starts)
-    pending = list(found)
+    reached = set(starts)
+    pending = list(reached)
     for index in pending:
         for child in (*(child for _, child in nodes[index].children), *(slot for _, slot in nodes[index].slots)):
-            if child < len(nodes) and child not in found:
-                found.add(child)
+            if child < len(nodes) and child not in reached:
+                reached.add(child)
                 pending.append(child)
-    return found
+    return reached
 
 
 _LISTS = frozenset(
@@ -230,33 +226,33 @@ PRUNED, _INNER = "pruning_vars", "layer"
 
 def match_objects(wrapped: ObjectGraph, plain: ObjectGraph) -> dict[str, str]:
     """Return the key in the wrapped model of each variable of the plain one that the same names lead to."""
-    found: dict[str, str] = {}
+    pairs: dict[str, str] = {}
     pending = [(0, 0)] if wrapped.nodes and plain.nodes else []
     seen = set(pending)
-    for one, other in pending:
-        ours, theirs = _inside(wrapped, one), plain.nodes[other]
-        found.update(zip(theirs.names, ours.names, strict=False))
-        near = dict(ours.children)
-        for name, child in theirs.children:
-            if name in _LISTS or name not in near:
+    for wrapped_index, plain_index in pending:
+        wrapped_node, plain_node = _inside(wrapped, wrapped_index), plain.nodes[plain_index]
+        pairs.update(zip(plain_node.names, wrapped_node.names, strict=False))
+        members = dict(wrapped_node.children)
+        for name, child in plain_node.children:
+            if name in _LISTS or name not in members:
                 continue
-            pair = near[name], child
+            pair = members[name], child
             if pair not in seen and pair[0] < len(wrapped.nodes) and child < len(plain.nodes):
                 seen.add(pair)
                 pending.append(pair)
-    return found
+    return pairs
 
 
 def match_masks(graph: ObjectGraph) -> dict[str, str]:
     """Return the key of the mask of each pruned weight, by the key of the weight."""
-    found: dict[str, str] = {}
+    masks: dict[str, str] = {}
     for node in graph.nodes:
-        for several in _children(graph, node, PRUNED):
-            for _, child in several.children:
+        for group in _children(graph, node, PRUNED):
+            for _, child in group.children:
                 members = dict(graph.nodes[child].children)
-                weight, mask = (graph.nodes[members[at]].names for at in ("0", "1"))
-                found.update(zip(weight, mask, strict=True))
-    return found
+                weight, mask = (graph.nodes[members[name]].names for name in ("0", "1"))
+                masks.update(zip(weight, mask, strict=True))
+    return masks
 
 
 def _inside(graph: ObjectGraph, number: int) -> ObjectNode:
@@ -266,5 +262,7 @@ def _inside(graph: ObjectGraph, number: int) -> ObjectNode:
     return inner[0] if inner and _children(graph, node, PRUNED) else node
 
 
-def _children(graph: ObjectGraph, node: ObjectNode, wanted: str) -> list[ObjectNode]:
-    return [graph.nodes[child] for name, child in node.children if name == wanted and child < len(graph.nodes)]
+def _children(graph: ObjectGraph, node: ObjectNode, name: str) -> list[ObjectNode]:
+    return [
+        graph.nodes[child] for child_name, child in node.children if child_name == name and child < len(graph.nodes)
+    ]

@@ -22,22 +22,22 @@ _SERVING = "serving_default"
 
 def main() -> None:
     """Do what standard input asks for, and say on standard output what went wrong."""
-    answer = os.dup(1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
-    order = json.load(sys.stdin)
+    channel = os.dup(1)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    request = json.load(sys.stdin)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (order["memory_bytes"],) * 2)
-    said = {"kind": "done"}
+    resource.setrlimit(resource.RLIMIT_AS, (request["memory_bytes"],) * 2)
+    response = {"kind": "done"}
     try:
-        _rebuild(order["config"], Path(order["source"]), Path(order["target"]))
+        _rebuild(request["config"], Path(request["source"]), Path(request["target"]))
     except PrunectlError as error:
-        said = {"kind": error.kind, "message": error.message, "hint": error.hint}
+        response = {"kind": error.kind, "message": error.message, "hint": error.hint}
     except Exception as error:  # noqa: BLE001 - TensorFlow raises what it likes on a damaged file
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        said = {"kind": "input", "message": f"Keras cannot rebuild it: {reason}", "hint": ""}
-    os.write(answer, json.dumps(said).encode())
+        response = {"kind": "input", "message": f"Keras cannot rebuild it: {reason}", "hint": ""}
+    os.write(channel, json.dumps(response).encode())
     # TensorFlow's threads have nothing left to do, and take their time to end.
     os._exit(0)
 
@@ -64,10 +64,10 @@ def _rebuild(config: Mapping[str, Any], source: Path, target: Path) -> None:
 def _signature(tensorflow: Any, model: Any, stripped: Any, source: Path) -> Any:
     """Return a function that serves the stripped model under the names of inputs and outputs that it had."""
     messages = require("tensorflow.core.protobuf.saved_model_pb2", extra=EXTRA)
-    found = messages.SavedModel.FromString((source / "saved_model.pb").read_bytes()).meta_graphs[0].signature_def
-    if _SERVING not in found:
+    signatures = messages.SavedModel.FromString((source / "saved_model.pb").read_bytes()).meta_graphs[0].signature_def
+    if _SERVING not in signatures:
         return None
-    inputs, outputs = found[_SERVING].inputs, found[_SERVING].outputs
+    inputs, outputs = signatures[_SERVING].inputs, signatures[_SERVING].outputs
     if set(inputs) != set(model.input_names) or set(outputs) != set(model.output_names):
         raise InputError(
             "its serving_default is not the one that Keras makes: its names are not those of the model's inputs "

@@ -9,7 +9,7 @@ from typing import Any
 
 from prunectl.errors import InputError
 from prunectl.formats import budgets
-from prunectl.formats.base import ModelFile, ModelInfo, PruningWrapper
+from prunectl.formats.base import ModelFile, ModelInfo, PruningWrapper, Tensor
 from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras.config import PRUNED_PREFIX, part, schedule, text
 from prunectl.formats.protobuf import WireError
@@ -44,18 +44,20 @@ def read_facts(path: Path, objects: Iterable[KerasObject]) -> KerasFacts:
     model: Mapping[str, Any] = {}
     wrappers: dict[PruningWrapper, None] = {}
     code: dict[str, None] = {}
-    described = [found for found in objects if found.identifier.startswith("_tf_keras") and found.metadata]
-    refuse_too_much((found.metadata for found in described), path, "its Keras metadata", budgets.MAX_KERAS_OBJECT_BYTES)
-    for found in described:
-        facts = parse_object(found.metadata, path, "its Keras metadata")
-        name, kind = text(facts, "name"), text(facts, "class_name")
-        if found.identifier in _MODELS:
-            model = model or facts
-        elif found.identifier not in _NOT_LAYERS and kind != "PruneLowMagnitude":
+    keras_objects = [entry for entry in objects if entry.identifier.startswith("_tf_keras") and entry.metadata]
+    refuse_too_much(
+        (entry.metadata for entry in keras_objects), path, "its Keras metadata", budgets.MAX_KERAS_OBJECT_BYTES
+    )
+    for entry in keras_objects:
+        metadata = parse_object(entry.metadata, path, "its Keras metadata")
+        name, kind = text(metadata, "name"), text(metadata, "class_name")
+        if entry.identifier in _MODELS:
+            model = model or metadata
+        elif entry.identifier not in _NOT_LAYERS and kind != "PruneLowMagnitude":
             classes.setdefault(name, kind)
         if kind == "PruneLowMagnitude":
-            how = schedule(part(part(facts, "config"), "pruning_schedule"))
-            wrappers[PruningWrapper("tfmot", name.removeprefix(PRUNED_PREFIX), how)] = None
+            tfmot_schedule = schedule(part(part(metadata, "config"), "pruning_schedule"))
+            wrappers[PruningWrapper("tfmot", name.removeprefix(PRUNED_PREFIX), tfmot_schedule)] = None
         if kind == "Lambda":
             code[f"Lambda layer {name}"] = None
         elif ">" in kind:
@@ -107,7 +109,7 @@ def open_model(path: Path) -> ModelFile:
             graph,
             keras,
             optimizer=keras.optimizer or tensorflow_tensors.optimizer(tensors, names),
-            note=_duplicates(sum(tensor.nbytes for tensor in tensors if tensor.name in copies)) or _reset(bundle),
+            note=_duplicates_note(tensors, copies) or _zeroed_note(bundle),
         ),
         files=files,
         decode=tensorflow_tensors.decoder(bundle),
@@ -139,34 +141,35 @@ def _frozen(path: Path, graph: SavedGraph, keras: KerasFacts, files: tuple[Path,
 
 def _about(graph: SavedGraph, keras: KerasFacts, *, optimizer: str, note: str) -> ModelInfo:
     producer = f"tensorflow {graph.version}" if graph.version else "tensorflow"
-    several = f"It holds {len(graph.graphs)} graphs, for different uses." if len(graph.graphs) > 1 else ""
+    graphs_note = f"It holds {len(graph.graphs)} graphs, for different uses." if len(graph.graphs) > 1 else ""
     return ModelInfo(
         producer=f"{producer}, keras {keras.version}" if keras.version else producer,
         wrappers=keras.wrappers,
         optimizer=optimizer,
         training=keras.training,
         code=keras.code,
-        code_bytes=sum(found.value for found in graph.graphs),
-        notes=tuple(filter(None, (note, several, _RUNS_GRAPHS if keras.code else ""))),
+        code_bytes=sum(definition.value for definition in graph.graphs),
+        notes=tuple(filter(None, (note, graphs_note, _RUNS_GRAPHS if keras.code else ""))),
         keras=keras.model,
     )
 
 
-def _duplicates(nbytes: int) -> str:
+def _duplicates_note(tensors: Iterable[Tensor], copies: Mapping[str, str]) -> str:
+    nbytes = sum(tensor.nbytes for tensor in tensors if tensor.name in copies)
     return f"It holds some variables twice, as Keras 3 exports them: {nbytes} bytes are copies." if nbytes else ""
 
 
-def _reset(bundle: Bundle) -> str:
-    resting = {entry.key: entry.nbytes for entry in bundle.shared.values()}
-    if not resting:
+def _zeroed_note(bundle: Bundle) -> str:
+    leaders = {entry.key: entry.nbytes for entry in bundle.shared.values()}
+    if not leaders:
         return ""
-    nbytes = sum(resting.values())
+    nbytes = sum(leaders.values())
     return f"The state of its optimizer is stripped: its graph still asks for it, and gets {nbytes} bytes of zeros."
 
 
 def _files(path: Path) -> tuple[Path, ...]:
     """Return every file of the folder, without following links to other folders."""
-    found: list[Path] = []
+    files: list[Path] = []
     pending, count = [path], 0
     while pending:
         try:
@@ -176,6 +179,6 @@ def _files(path: Path) -> tuple[Path, ...]:
         count += len(children)
         if count > MAX_FILES:
             raise InputError(f"{path} is refused: it holds more than {MAX_FILES} files")
-        found.extend(child for child in children if child.is_file())
+        files.extend(child for child in children if child.is_file())
         pending.extend(child for child in children if child.is_dir() and not child.is_symlink())
-    return tuple(sorted(found))
+    return tuple(sorted(files))

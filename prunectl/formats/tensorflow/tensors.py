@@ -20,17 +20,17 @@ _EXPORT_LISTS = ("_all_variables/", "_operations/")
 def tensors_of(bundle: Bundle, graph: ObjectGraph, classes: Mapping[str, str]) -> tuple[Tensor, ...]:
     """Return the variables of a bundle, in the order of its index."""
     entries = bundle.numbers()
-    full_names, owned = graph.full_names, find_ownership(graph)
-    state = owned.keys(graph)
+    full_names, ownership = graph.full_names, find_ownership(graph)
+    state = ownership.keys(graph)
     root = _root(entries, full_names)
     allocator = NameAllocator()
-    found = []
+    variables = []
     for entry in entries:
         key = entry.key.decode("utf-8", "backslashreplace")
         name = key.removesuffix(VALUE_SUFFIX)
         # An optimizer of Keras 3 lists the weights too, and may lead there faster than the model does.
-        meaning = variable_names.classify_variable(
-            owned.paths.get(key, name) if variable_names.looks_like_optimizer(name) else name,
+        info = variable_names.classify_variable(
+            ownership.paths.get(key, name) if variable_names.looks_like_optimizer(name) else name,
             full_names.get(key, name),
             entry.shape,
             is_float=entry.dtype.kind == "f" or "float" in entry.dtype.name,
@@ -38,29 +38,29 @@ def tensors_of(bundle: Bundle, graph: ObjectGraph, classes: Mapping[str, str]) -
             root=root,
             is_of_optimizer=key in state,
         )
-        found.append(
+        variables.append(
             Tensor(
                 name=allocator.unique(name),
-                layer=meaning.layer,
+                layer=info.layer,
                 shape=entry.shape,
                 dtype=entry.dtype,
-                role=meaning.role,
+                role=info.role,
                 storage=_storage(bundle, entry, key),
-                kind=meaning.kind,
-                out_axis=meaning.out_axis,
-                in_axis=meaning.in_axis,
+                kind=info.kind,
+                out_axis=info.out_axis,
+                in_axis=info.in_axis,
             )
         )
-    return tuple(found)
+    return tuple(variables)
 
 
 def _storage(bundle: Bundle, entry: BundleEntry, key: str) -> Storage:
     if entry.slices:
         nbytes = sum(piece.nbytes for _, piece in bundle.pieces(entry))
         return Storage(key, nbytes, None, nbytes)
-    whole = bundle.shared.get(entry.key, entry)
-    key = whole.key.decode("utf-8", "backslashreplace")
-    return Storage(key, whole.nbytes, bundle.extent(whole), whole.nbytes, bundle.is_big_endian)
+    leader = bundle.shared.get(entry.key, entry)
+    key = leader.key.decode("utf-8", "backslashreplace")
+    return Storage(key, leader.nbytes, bundle.extent(leader), leader.nbytes, bundle.is_big_endian)
 
 
 def decoder(bundle: Bundle) -> Callable[[Tensor], Array]:
@@ -68,13 +68,13 @@ def decoder(bundle: Bundle) -> Callable[[Tensor], Array]:
     by_key = {entry.key.decode("utf-8", "backslashreplace"): entry for entry in bundle.numbers()}
 
     def decode(tensor: Tensor) -> Array:
-        whole = np.zeros(tensor.shape, tensor.dtype)
-        for place, piece in bundle.pieces(by_key[tensor.storage.key]):
-            whole[place] = view(
+        array = np.zeros(tensor.shape, tensor.dtype)
+        for location, piece in bundle.pieces(by_key[tensor.storage.key]):
+            array[location] = view(
                 bundle.extent(piece), dtype=tensor.dtype, shape=piece.shape, big_endian=bundle.is_big_endian
             )
-        whole.flags.writeable = False
-        return whole
+        array.flags.writeable = False
+        return array
 
     return decode
 
@@ -83,23 +83,23 @@ def optimizer(tensors: Iterable[Tensor], full_names: Mapping[str, str]) -> str:
     """Return the optimizer whose state is among the variables, as far as their names tell."""
     names = [full_names.get(tensor.storage.key, tensor.name) for tensor in tensors if tensor.role == "optimizer"]
     named = next(filter(None, map(variable_names.optimizer_of, names)), "")
-    is_there = any("optimizer" in tensor.name.lower() for tensor in tensors if tensor.role == "optimizer")
-    return named or ("unknown" if is_there else "")
+    has_state = any("optimizer" in tensor.name.lower() for tensor in tensors if tensor.role == "optimizer")
+    return named or ("unknown" if has_state else "")
 
 
 def copies(bundle: Bundle, full_names: Mapping[str, str]) -> dict[str, str]:
     """Return tensors that are there before under the same name with the same checksum, with what they are copies of."""
-    first: dict[tuple[str, tuple[int, ...], int, int], str] = {}
-    found: dict[str, str] = {}
+    seen: dict[tuple[str, tuple[int, ...], int, int], str] = {}
+    originals: dict[str, str] = {}
     for entry in bundle.numbers():
         key = entry.key.decode("utf-8", "backslashreplace")
         name = full_names.get(key, "")
         if "/" in name and entry.crc:
-            own = key.removesuffix(VALUE_SUFFIX)
-            original = first.setdefault((name, entry.shape, entry.nbytes, entry.crc), own)
-            if original != own:
-                found[own] = original
-    return found
+            copy = key.removesuffix(VALUE_SUFFIX)
+            original = seen.setdefault((name, entry.shape, entry.nbytes, entry.crc), copy)
+            if original != copy:
+                originals[copy] = original
+    return originals
 
 
 def _root(entries: Iterable[BundleEntry], full_names: Mapping[str, str]) -> str:
@@ -108,5 +108,5 @@ def _root(entries: Iterable[BundleEntry], full_names: Mapping[str, str]) -> str:
     if not any(key.startswith(_EXPORT_LISTS) for key in keys):
         return ""
     parts = [full_names.get(key, "").split("/") for key in keys]
-    roots = {found[0] for found in parts if len(found) > 2}
+    roots = {steps[0] for steps in parts if len(steps) > 2}
     return roots.pop() if len(roots) == 1 else ""

@@ -18,7 +18,7 @@ from prunectl.formats.base import Array, ModelFile, RemovedItem, Role, StripOpti
 from prunectl.formats.extents import mmap_file
 from prunectl.formats.masked import apply_mask
 from prunectl.formats.masked import pieces as cut
-from prunectl.formats.protobuf import BYTES, WireError, fields, length_prefix
+from prunectl.formats.protobuf import BYTES, WireError, length_prefix, raw_fields
 from prunectl.formats.safe_json import parse_object
 from prunectl.formats.tensorflow import object_graph, tensors
 from prunectl.formats.tensorflow.bundle import Bundle, BundleEntry, read_bundle, slice_key
@@ -36,19 +36,21 @@ _TRAINING = "training_config"
 
 def training_in(folder: Path) -> tuple[dict[Path, bytes], tuple[RemovedItem, ...]]:
     """Return what becomes of the file that holds training configurations, and what goes; nothing if there are none."""
-    own = folder / "keras_metadata.pb"
-    path, trail = (own, _IN_A_FILE_OF_ITS_OWN) if own.is_file() else (folder / "saved_model.pb", _IN_THE_GRAPH)
-    plain = _uncompiled(path, trail)
-    lost = path.stat().st_size - len(plain)
-    if not lost:
+    metadata = folder / "keras_metadata.pb"
+    path, field_path = (
+        (metadata, _IN_A_FILE_OF_ITS_OWN) if metadata.is_file() else (folder / "saved_model.pb", _IN_THE_GRAPH)
+    )
+    stripped = _uncompiled(path, field_path)
+    saved = path.stat().st_size - len(stripped)
+    if not saved:
         return {}, ()
-    return {path: plain}, (RemovedItem(_TRAINING, StripPart.TRAINING, max(lost, 0)),)
+    return {path: stripped}, (RemovedItem(_TRAINING, StripPart.TRAINING, max(saved, 0)),)
 
 
-def _uncompiled(path: Path, trail: tuple[int, ...]) -> bytes:
+def _uncompiled(path: Path, field_path: tuple[int, ...]) -> bytes:
     """Return the file without the training configurations in it."""
 
-    def plain(text: bytes) -> bytes:
+    def without_training(text: bytes) -> bytes:
         if f'"{_TRAINING}"'.encode() not in text:
             return text
         facts = parse_object(text, path, "its Keras metadata")
@@ -58,25 +60,25 @@ def _uncompiled(path: Path, trail: tuple[int, ...]) -> bytes:
 
     data = mmap_file(path)
     try:
-        return _changed(data, 0, len(data), trail, plain)
+        return _changed(data, 0, len(data), field_path, without_training)
     except WireError as error:
         raise InputError(f"{path} is damaged: its Keras metadata holds {error}") from error
 
 
-def _changed(data: memoryview, begin: int, end: int, trail: tuple[int, ...], change: Callable[[bytes], bytes]) -> bytes:
-    if not trail:
+def _changed(
+    data: memoryview, begin: int, end: int, field_path: tuple[int, ...], change: Callable[[bytes], bytes]
+) -> bytes:
+    if not field_path:
         return change(bytes(data[begin:end]))
-    out, at = bytearray(), begin
-    for found in fields(data, begin, end):
-        raw = data[at : found.end]
-        if found.number == trail[0] and found.wire == BYTES:
-            message = _changed(data, found.begin, found.end, trail[1:], change)
-            is_same = message == data[found.begin : found.end]
-            out += raw if is_same else length_prefix(found.number, len(message)) + message
+    encoded = bytearray()
+    for raw, field in raw_fields(data, begin, end):
+        if field.number == field_path[0] and field.wire == BYTES:
+            message = _changed(data, field.begin, field.end, field_path[1:], change)
+            is_same = message == data[field.begin : field.end]
+            encoded += raw if is_same else length_prefix(field.number, len(message)) + message
         else:
-            out += raw
-        at = found.end
-    return bytes(out)
+            encoded += raw
+    return bytes(encoded)
 
 
 _KEPT = frozenset({"save_counter"})
@@ -85,18 +87,20 @@ _KEPT = frozenset({"save_counter"})
 
 def training_state(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, StripPart]:
     """Return the entries that only training needs; whatever else might be a weight is not among them."""
-    found = _owned(bundle, graph) if graph.nodes else _named(bundle, graph)
+    state = _owned(bundle, graph) if graph.nodes else _named(bundle, graph)
     for key in bundle.entries:
         if key.startswith(METRICS.encode()):
-            found[key] = StripPart.TRAINING
-    return found
+            state[key] = StripPart.TRAINING
+    return state
 
 
 def pieces(bundle: Bundle, keys: Iterable[bytes]) -> frozenset[bytes]:
     """Return the entries that hold the numbers: for one in slices, the slices."""
     entries = [bundle.entries[key] for key in keys]
-    whole = {entry.key for entry in entries if not entry.slices}
-    return frozenset(whole | {slice_key(entry.key, bounds) for entry in entries for bounds in entry.slices})
+    keys_without_slices = {entry.key for entry in entries if not entry.slices}
+    return frozenset(
+        keys_without_slices | {slice_key(entry.key, bounds) for entry in entries for bounds in entry.slices}
+    )
 
 
 def _owned(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, StripPart]:
@@ -131,24 +135,26 @@ def _is_state(
     return any(weights[part].shape == entry.shape for part in inner if part in weights)
 
 
-def removed_items(bundle: Bundle, dead: Mapping[bytes, StripPart]) -> tuple[RemovedItem, ...]:
+def removed_items(bundle: Bundle, dropped: Mapping[bytes, StripPart]) -> tuple[RemovedItem, ...]:
     """Return entries that are gone, with the bytes that they had to themselves."""
-    return tuple(RemovedItem(_name(key), part, _own_bytes(bundle, bundle.entries[key])) for key, part in dead.items())
+    return tuple(
+        RemovedItem(_name(key), part, _own_bytes(bundle, bundle.entries[key])) for key, part in dropped.items()
+    )
 
 
-def zeroed_items(bundle: Bundle, dead: Mapping[bytes, StripPart]) -> tuple[RemovedItem, ...]:
+def zeroed_items(bundle: Bundle, zeroed: Mapping[bytes, StripPart]) -> tuple[RemovedItem, ...]:
     """Return entries that became zeros; in each shard the bytes of the longest stay, as the zeros of them all."""
-    resting: dict[int, tuple[int, bytes]] = {}
-    for key in dead:
+    longest: dict[int, tuple[int, bytes]] = {}
+    for key in zeroed:
         for piece in pieces(bundle, [key]):
             entry = bundle.entries[piece]
-            resting[entry.shard] = max(resting.get(entry.shard, (0, b"")), (entry.nbytes, key))
+            longest[entry.shard] = max(longest.get(entry.shard, (0, b"")), (entry.nbytes, key))
     stays: dict[bytes, int] = {}
-    for nbytes, key in resting.values():
+    for nbytes, key in longest.values():
         stays[key] = stays.get(key, 0) + nbytes
     return tuple(
         RemovedItem(_name(key), part, max(_own_bytes(bundle, bundle.entries[key]) - stays.get(key, 0), 0))
-        for key, part in dead.items()
+        for key, part in zeroed.items()
     )
 
 
@@ -193,8 +199,11 @@ def check(model: ModelFile, rebuilt: Path) -> None:
         raise WorkError(f"{model.path} came out without {lost[0]}")
 
 
-def _same(expected: Iterator[Array], found: Array) -> bool:
-    return all(one.tobytes() == other.tobytes() for one, (other,) in zip(expected, cut([found]), strict=True))
+def _same(expected: Iterator[Array], array: Array) -> bool:
+    return all(
+        block.tobytes() == expected_block.tobytes()
+        for block, (expected_block,) in zip(expected, cut([array]), strict=True)
+    )
 
 
 def _shown(key: str) -> str:
@@ -210,29 +219,29 @@ _REST = "the rest can go: prunectl strip --only optimizer,training"
 _OWN = ("saved_model.pb", "keras_metadata.pb", "fingerprint.pb", "variables")
 
 
-def unwrap(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
+def unwrap(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
     """Write the model as tfmot strips it, its weights times their masks, and return what went."""
-    _refuse(model, wish)
+    _refuse(model, options)
     for module in MODULES:
         # Only looked for: imported, it would stay in this process.
         if importlib.util.find_spec(module) is None:
             safe_json.require(module, extra=EXTRA)
     target = targets[model.path / "saved_model.pb"].parent
     _rebuild(model, target)
-    for source, place in targets.items():
+    for source, target_file in targets.items():
         if source.relative_to(model.path).parts[0] not in _OWN:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, place)
+            target_file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target_file)
     check(model, target)
     return _removed(model)
 
 
-def _refuse(model: ModelFile, wish: StripOptions) -> None:
+def _refuse(model: ModelFile, options: StripOptions) -> None:
     """Say what stands in the way, before any work begins."""
     graph = read_graph(model.path / "saved_model.pb")
     needed = WRAPPING | ({StripPart.OPTIMIZER} if model.about.optimizer else set())
     needed |= {StripPart.TRAINING} if model.about.training else set()
-    if not needed <= wish.parts:
+    if not needed <= options.parts:
         raise UsageError(
             f"{model.path} is rebuilt without its wrappers, and then has no {', no '.join(sorted(needed - WRAPPING))}",
             hint=f"--only {','.join(part for part in StripPart if part in needed)}",
@@ -247,39 +256,39 @@ def _refuse(model: ModelFile, wish: StripOptions) -> None:
     if strange := set(graph.signatures) - _SIGNATURES:
         raise InputError(f"{model.path} would lose its signatures {', '.join(sorted(strange))}", hint=_REST)
     if graph.assets or len(graph.graphs) > 1:
-        lost = "the files that its graph reads" if graph.assets else "all of its graphs but one"
-        raise InputError(f"{model.path} would lose {lost}", hint=_REST)
+        what_is_lost = "the files that its graph reads" if graph.assets else "all of its graphs but one"
+        raise InputError(f"{model.path} would lose {what_is_lost}", hint=_REST)
 
 
 def _rebuild(model: ModelFile, target: Path) -> None:
-    order = {
+    request = {
         "config": model.about.keras,
         "source": str(model.path.resolve()),
         "target": str(target.resolve()),
         "memory_bytes": _MEMORY_BYTES + _MEMORY_PER_BYTE * model.nbytes,
     }
-    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "TF_USE_LEGACY_KERAS": "1"}
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "TF_USE_LEGACY_KERAS": "1"}
     # -P keeps the folder that prunectl is called in from lending its own tensorflow.py.
     command = [sys.executable, "-P", "-m", "prunectl.formats.tensorflow.rebuild_worker"]
     try:
-        done = subprocess.run(  # noqa: S603 - this package's own module
+        process = subprocess.run(  # noqa: S603 - this package's own module
             command,
-            input=json.dumps(order).encode(),
+            input=json.dumps(request).encode(),
             capture_output=True,
-            env={**os.environ, **quiet},
+            env={**os.environ, **environment},
             timeout=_SECONDS + _SECONDS_PER_MB * (model.nbytes >> 20),
             check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise InputError(f"{model.path} takes too long to rebuild without its wrappers", hint=_REST) from error
-    _reraise(model.path, done.stdout)
+    _reraise(model.path, process.stdout)
 
 
-def _reraise(path: Path, answer: bytes) -> None:
+def _reraise(path: Path, output: bytes) -> None:
     """Raise what the other process said, or that it said nothing."""
     try:
-        said: Any = json.loads(answer)
-        kind, message, hint = said["kind"], said.get("message", ""), said.get("hint", "")
+        response: Any = json.loads(output)
+        kind, message, hint = response["kind"], response.get("message", ""), response.get("hint", "")
     except (ValueError, TypeError, KeyError) as error:
         raise WorkError(f"{path} cannot be rebuilt: Keras gave up", hint=_REST) from error
     if kind == MissingExtraError.kind:
@@ -290,9 +299,9 @@ def _reraise(path: Path, answer: bytes) -> None:
 
 def _removed(model: ModelFile) -> tuple[RemovedItem, ...]:
     parts = {Role.MASK: StripPart.MASKS, Role.SCHEDULE: StripPart.WRAPPERS, Role.OPTIMIZER: StripPart.OPTIMIZER}
-    gone = (
+    removed = (
         RemovedItem(tensor.name, classify_part(tensor.name) or parts[tensor.role], tensor.storage.stored_bytes)
         for tensor in model.tensors
         if tensor.role in parts
     )
-    return (*gone, *training_in(model.path)[1])
+    return (*removed, *training_in(model.path)[1])

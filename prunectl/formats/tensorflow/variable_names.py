@@ -116,8 +116,8 @@ def without_optimizer(name: str) -> str:
 
 def optimizer_of(full_name: str) -> str:
     """Return the optimizer that a variable's name betrays: `Adam` for `dense/kernel/Adam_1`."""
-    found = (_OPTIMIZER_PART.fullmatch(part) for part in full_name.split("/"))
-    return next((match[1] for match in found if match), "")
+    matches = (_OPTIMIZER_PART.fullmatch(part) for part in full_name.split("/"))
+    return next((match[1] for match in matches if match), "")
 
 
 def _role(leaf: str, name: str, layer: str, shape: tuple[int, ...], *, kind: str, is_float: bool) -> Role:
