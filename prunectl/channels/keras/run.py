@@ -103,7 +103,7 @@ def _resized(array: Array, old: Any, parent: Any, key: str) -> Any:
         chunks = zip(plan.get_chunk(), array.shape, strict=True)
         plan.set_chunk(tuple(max(1, min(pair)) for pair in chunks))
     numbers = array.view(np.uint8) if array.dtype.isbuiltin != 1 else array
-    return create_like(old, parent, key, numbers, space=h5py.h5s.create_simple(array.shape), plan=plan)
+    return create_like(old, parent, key, numbers, space=h5py.h5s.create_simple(array.shape), properties=plan)
 
 
 _LOW = frozenset({"float16", "bfloat16", "mixed_float16", "mixed_bfloat16"})

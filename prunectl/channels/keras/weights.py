@@ -16,7 +16,7 @@ from prunectl.formats.keras.hdf5 import read
 from prunectl.formats.keras.hdf5.child import H5Location
 from prunectl.formats.keras.hdf5.read import H5Contents
 from prunectl.formats.keras.inbound import name_of
-from prunectl.formats.keras.strip_layouts import root_of
+from prunectl.formats.keras.layouts import layer_names_group
 from prunectl.formats.scratch import Scratch
 from prunectl.formats.zip_read import open_archive
 
@@ -29,7 +29,7 @@ class WeightFile:
         self._scratch: Scratch | None = None
         self.file = model.path if model.format == "keras-h5" else self._taken_out()
         self.contents: H5Contents = read.read_contents(H5Location(self.file, 0, self.file.stat().st_size))
-        self.root = root_of(self.contents)
+        self.root = layer_names_group(self.contents)
         self._keys = {found.storage.key: found.name for found in self.contents.datasets}
 
     def _taken_out(self) -> Path:

@@ -22,7 +22,7 @@ from prunectl.formats.keras import h5, layouts
 from prunectl.formats.keras.hdf5 import read, rewrite
 from prunectl.formats.keras.hdf5.child import H5Location
 from prunectl.formats.keras.hdf5.rewrite import H5Edits
-from prunectl.formats.keras.layouts import folders_today, slots_of
+from prunectl.formats.keras.layouts import current_folders, layers_by_folder
 from prunectl.formats.patch import TensorUpdate
 from prunectl.formats.safe_json import parse_object
 from prunectl.formats.scratch import Scratch, temporary_folder
@@ -34,14 +34,14 @@ WEIGHTS = "model.weights.h5"
 def open_model(path: Path) -> ModelFile:
     """Open a `.keras` archive."""
     archive = open_archive(path)
-    said = archive.read("config.json", budgets.MAX_JSON_BYTES)
-    config = parse_object(said, path, "its config.json", budgets.MAX_KERAS_OBJECT_BYTES)
+    text = archive.read("config.json", budgets.MAX_JSON_BYTES)
+    config = parse_object(text, path, "its config.json", budgets.MAX_KERAS_OBJECT_BYTES)
     keras_config.measured(config, path)
     weights = archive.entries[WEIGHTS]
     # Before the weights are inflated, lest they stay for as long as somebody holds on to what is wrong with the rest.
     about = _about(path, archive, config, is_compressed=not weights.is_stored)
     model = _stored(path, weights, config) if weights.is_stored else _deflated(path, archive, weights, config)
-    return replace(model, about=replace(about, notes=layouts.notes(model.tensors)))
+    return replace(model, about=replace(about, notes=layouts.unmatched_note(model.tensors)))
 
 
 def _stored(path: Path, weights: ZipEntry, config: dict[str, Any]) -> ModelFile:
@@ -53,15 +53,15 @@ def _deflated(path: Path, archive: Archive, weights: ZipEntry, config: dict[str,
     # Libhdf5 must be able to seek: the weights are inflated into a file that lives as long as the model.
     scratch = Scratch()
     try:
-        inside = inflate(archive, config, scratch.path / WEIGHTS)
+        inflated = inflate(archive, config, scratch.path / WEIGHTS)
     except BaseException:
         scratch.remove()
         raise
-    inner = {tensor.storage.key: tensor for tensor in inside.tensors}
+    inner = {tensor.storage.key: tensor for tensor in inflated.tensors}
     share = weights.extent.nbytes / max(weights.nbytes, 1)
 
     def decode(tensor: Tensor) -> Array:
-        return inside.read(inner[tensor.storage.key])
+        return inflated.read(inner[tensor.storage.key])
 
     weakref.finalize(decode, scratch.remove)
     return _model(path, tuple(_hidden(tensor, share) for tensor in inner.values()), decode)
@@ -93,8 +93,8 @@ def _model(path: Path, tensors: tuple[Tensor, ...], decode: Any) -> ModelFile:
 def _about(path: Path, archive: Archive, config: dict[str, Any], *, is_compressed: bool) -> ModelInfo:
     metadata: dict[str, Any] = {}
     if "metadata.json" in archive.entries:
-        said = archive.read("metadata.json", budgets.MAX_JSON_BYTES)
-        metadata = parse_object(said, path, "its metadata.json", budgets.MAX_KERAS_OBJECT_BYTES)
+        text = archive.read("metadata.json", budgets.MAX_JSON_BYTES)
+        metadata = parse_object(text, path, "its metadata.json", budgets.MAX_KERAS_OBJECT_BYTES)
     compiled = keras_config.part(config, "compile_config")
     version = keras_config.text(metadata, "keras_version")
     return ModelInfo(
@@ -111,18 +111,18 @@ def _about(path: Path, archive: Archive, config: dict[str, Any], *, is_compresse
 _PIECE_BYTES = 1 << 20
 
 
-def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[TensorUpdate]) -> None:
+def write(model: ModelFile, targets: dict[Path, Path], updates: Sequence[TensorUpdate]) -> None:
     """Write the archive with new numbers in it."""
-    if all(rewrite.tensor.storage.extent is not None for rewrite in rewrites):
-        zip_write.write(model, targets, rewrites)
+    if all(update.tensor.storage.extent is not None for update in updates):
+        zip_write.write(model, targets, updates)
         return
     archive = open_archive(model.path)
     with temporary_folder() as scratch:
-        inside = inflate(archive, dict(model.about.keras or {}), scratch / WEIGHTS)
-        own = {tensor.storage.key: tensor for tensor in inside.tensors}
+        inflated = inflate(archive, dict(model.about.keras or {}), scratch / WEIGHTS)
+        inflated_tensors = {tensor.storage.key: tensor for tensor in inflated.tensors}
         changed = scratch / "changed.h5"
-        inner = [replace(rewrite, tensor=own[rewrite.tensor.storage.key]) for rewrite in rewrites]
-        rewrite.write(inside, {inside.path: changed}, inner)
+        inflated_updates = [replace(update, tensor=inflated_tensors[update.tensor.storage.key]) for update in updates]
+        rewrite.write(inflated, {inflated.path: changed}, inflated_updates)
         _rebuild(archive, changed, targets[model.path])
 
 
@@ -138,8 +138,8 @@ def renumber(path: Path, target: Path) -> bool:
         with weights.open("wb") as file:
             file.writelines(archive.pieces(archive.entries[WEIGHTS]))
         contents = read.read_contents(H5Location(weights, 0, weights.stat().st_size))
-        today = folders_today(config, slots_of(config, contents.datasets))
-        moves = {old: new for old, new in today.items() if old != new}
+        new_folders = current_folders(config, layers_by_folder(config, contents.datasets))
+        moves = {old: new for old, new in new_folders.items() if old != new}
         if not moves:
             return False
         rewrite.edit(weights, renamed, H5Edits(moves=moves), contents, path)

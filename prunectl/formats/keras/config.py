@@ -33,23 +33,25 @@ class LayerConfig:
 def measured(config: dict[str, Any] | None, path: Path) -> dict[str, Any] | None:
     """A configuration that is known to hold no more layers, and no longer names, than walks through it can bear."""
     count = characters = 0
-    waiting: list[tuple[Any, int]] = [(config, 0)]
-    while waiting:
-        found, around = waiting.pop()
-        if isinstance(found, dict) and found.get("class_name"):
-            around += len(text(found, "class_name")) + len(text(found, "name") or text(part(found, "config"), "name"))
-            count, characters = count + 1, characters + around
+    pending: list[tuple[Any, int]] = [(config, 0)]
+    while pending:
+        value, outer_characters = pending.pop()
+        if isinstance(value, dict) and value.get("class_name"):
+            outer_characters += len(text(value, "class_name")) + len(
+                text(value, "name") or text(part(value, "config"), "name")
+            )
+            count, characters = count + 1, characters + outer_characters
             if count > budgets.MAX_KERAS_OBJECTS or characters > budgets.MAX_KERAS_NAME_CHARACTERS:
                 raise InputError(f"{path} is refused: its configuration holds more layers than any model has")
-        inside = found.values() if isinstance(found, dict) else found or ()
-        waiting += [(inner, around) for inner in inside if isinstance(inner, (dict, list))]
+        members = value.values() if isinstance(value, dict) else value or ()
+        pending += [(inner, outer_characters) for inner in members if isinstance(inner, (dict, list))]
     return config
 
 
 def layers(config: Any, path: tuple[str, ...] = ()) -> Iterator[LayerConfig]:
     """Yield the layers of a model's configuration, the nested ones after what holds them."""
-    for found in listed(config):
-        layer = _layer(found, path)
+    for entry in listed(config):
+        layer = _layer(entry, path)
         if layer is None:
             continue
         yield layer
@@ -60,32 +62,32 @@ def layers(config: Any, path: tuple[str, ...] = ()) -> Iterator[LayerConfig]:
             if inner is not None:
                 yield inner
                 yield from layers(layer.config[key], (*path, layer.name, inner.name))
-        yield from layers(found, (*path, layer.name))
+        yield from layers(entry, (*path, layer.name))
 
 
 def children(config: Any) -> Iterator[LayerConfig]:
     """Yield the layers of a model itself, without those inside them."""
-    for found in listed(config):
-        layer = _layer(found, ())
+    for entry in listed(config):
+        layer = _layer(entry, ())
         if layer is not None:
             yield layer
 
 
-def listed(found: Any) -> tuple[Mapping[str, Any], ...]:
+def listed(model: Any) -> tuple[Mapping[str, Any], ...]:
     """Return the layers in a model: in its configuration, or, for Keras 1, that configuration itself."""
-    config = found.get("config") if isinstance(found, (dict, Mapping)) else None
+    config = model.get("config") if isinstance(model, (dict, Mapping)) else None
     entries = config.get("layers") if isinstance(config, (dict, Mapping)) else config
     return tuple(entry for entry in entries if isinstance(entry, dict)) if isinstance(entries, list) else ()
 
 
 def wrappers(config: Any) -> tuple[PruningWrapper, ...]:
     """Return the pruning wrappers of tfmot, each with its schedule."""
-    found = (layer for layer in layers(config) if layer.kind == "PruneLowMagnitude")
+    pruned = (layer for layer in layers(config) if layer.kind == "PruneLowMagnitude")
     return tuple(
         PruningWrapper(
             "tfmot", layer.name.removeprefix(PRUNED_PREFIX), schedule(part(layer.config, "pruning_schedule"))
         )
-        for layer in found
+        for layer in pruned
     )
 
 
@@ -100,28 +102,28 @@ def code(config: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(facts))
 
 
-def schedule(found: Mapping[str, Any]) -> str:
+def schedule(schedule_config: Mapping[str, Any]) -> str:
     """Return a schedule of tfmot in one line."""
-    facts = part(found, "config")
-    name, begin, end = text(found, "class_name"), facts.get("begin_step"), facts.get("end_step")
+    config = part(schedule_config, "config")
+    name, begin, end = text(schedule_config, "class_name"), config.get("begin_step"), config.get("end_step")
     steps = f"steps {begin}-{end}" if isinstance(end, int) and end >= 0 else f"from step {begin}"
-    if "final_sparsity" in facts:
-        return f"{name}({facts.get('initial_sparsity')} -> {facts['final_sparsity']}, {steps})"
-    return f"{name}({facts['target_sparsity']}, {steps})" if "target_sparsity" in facts else name
+    if "final_sparsity" in config:
+        return f"{name}({config.get('initial_sparsity')} -> {config['final_sparsity']}, {steps})"
+    return f"{name}({config['target_sparsity']}, {steps})" if "target_sparsity" in config else name
 
 
-def training(found: Mapping[str, Any]) -> tuple[str, ...]:
+def training(training_config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the loss and the metrics of a training configuration."""
-    facts = [f"loss {named(found.get('loss'))}"] if named(found.get("loss")) else []
-    metrics = found.get("metrics")
+    facts = [f"loss {named(training_config.get('loss'))}"] if named(training_config.get("loss")) else []
+    metrics = training_config.get("metrics")
     names = [_metric(entry) for entry in _flat(metrics if isinstance(metrics, list) else [metrics])]
     names = [name for name in names if name]
     return (*facts, f"metrics {', '.join(names)}") if names else tuple(facts)
 
 
-def optimizer(found: Mapping[str, Any]) -> str:
+def optimizer(training_config: Mapping[str, Any]) -> str:
     """Return the name of the optimizer in a training configuration."""
-    return named(found.get("optimizer_config"))
+    return named(training_config.get("optimizer_config"))
 
 
 def named(value: Any) -> str:
@@ -160,13 +162,13 @@ def _metric(entry: Any) -> str:
     return text(part(entry, "config"), "name") or named(entry)
 
 
-def _layer(found: Any, path: tuple[str, ...]) -> LayerConfig | None:
-    kind, config = text(found, "class_name"), part(found, "config")
+def _layer(entry: Any, path: tuple[str, ...]) -> LayerConfig | None:
+    kind, config = text(entry, "class_name"), part(entry, "config")
     if not kind:
         return None
-    module = text(found, "module")
+    module = text(entry, "module")
     is_custom = bool(module) and module.split(".")[0] not in _OWN_MODULES
-    return LayerConfig(text(config, "name") or text(found, "name") or kind, kind, config, path, is_custom)
+    return LayerConfig(text(config, "name") or text(entry, "name") or kind, kind, config, path, is_custom)
 
 
 _KINDS = {
@@ -217,13 +219,13 @@ def upgrade_class_name(kind: str) -> str:
 
 def upgrade_config(kind: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the settings of a layer under the names that Keras 2 gives them."""
-    found = {_KEYS.get(key, key): value for key, value in config.items()}
+    upgraded = {_KEYS.get(key, key): value for key, value in config.items()}
     for keys in _WINDOWS:
         if all(key in config for key in keys):
-            found["kernel_size"] = [config[key] for key in keys]
+            upgraded["kernel_size"] = [config[key] for key in keys]
     if kind != "Embedding" and "output_dim" in config and "units" not in config:
-        found["units"] = config["output_dim"]
+        upgraded["units"] = config["output_dim"]
     ordering = text(config, "dim_ordering")
     if ordering in _FORMATS:
-        found["data_format"] = _FORMATS[ordering]
-    return found
+        upgraded["data_format"] = _FORMATS[ordering]
+    return upgraded

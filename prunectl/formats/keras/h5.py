@@ -21,7 +21,7 @@ def open_model(path: Path) -> ModelFile:
     contents = read.read_contents(H5Location(path, 0, path.stat().st_size))
     config = keras_config.measured(_parsed(contents, "model_config"), path)
     tensors = describe(contents, config)
-    root = _root(contents)
+    root = layouts.layer_names_group(contents)
     training = _parsed(contents, "training_config") or {}
     return ModelFile(
         path=path,
@@ -44,37 +44,29 @@ def open_model(path: Path) -> ModelFile:
 
 def describe(contents: H5Contents, config: dict[str, Any] | None) -> tuple[Tensor, ...]:
     """Return the tensors of a file, whichever way its Keras lays them out."""
-    root = _root(contents)
+    root = layouts.layer_names_group(contents)
     if root is not None:
         return layouts.tensors_by_layer_name(contents, root, config)
-    if any("vars" in found.name.split("/") for found in contents.datasets):
+    if any("vars" in dataset.name.split("/") for dataset in contents.datasets):
         return layouts.tensors_by_path(contents, config)
-    raise InputError(f"{contents.place.path} is an HDF5 file, but not one that Keras wrote: it names no layers")
-
-
-def _root(contents: H5Contents) -> str | None:
-    """Return the group that names its layers, if there is one."""
-    keys = ("layer_names", "layer_names0")
-    return next(
-        (root for root in ("model_weights", "") if any(contents.attribute(root, key) is not None for key in keys)), None
-    )
+    raise InputError(f"{contents.location.path} is an HDF5 file, but not one that Keras wrote: it names no layers")
 
 
 def decoder(contents: H5Contents) -> Any:
     """Return what reads a tensor that does not lie flat."""
-    names = {found.storage.key: found.name for found in contents.datasets}
+    names = {dataset.storage.key: dataset.name for dataset in contents.datasets}
 
     def decode(tensor: Tensor) -> Array:
-        return read.decode(contents.place, names[tensor.storage.key], tensor.dtype, tensor.shape)
+        return read.decode(contents.location, names[tensor.storage.key], tensor.dtype, tensor.shape)
 
     return decode
 
 
 def _parsed(contents: H5Contents, key: str) -> dict[str, Any] | None:
-    said = contents.attribute("", key)
-    if not isinstance(said, str):
+    text = contents.attribute("", key)
+    if not isinstance(text, str):
         return None
-    return parse_object(said, contents.place.path, key, budgets.MAX_KERAS_OBJECT_BYTES)
+    return parse_object(text, contents.location.path, key, budgets.MAX_KERAS_OBJECT_BYTES)
 
 
 def _producer(contents: H5Contents) -> str:

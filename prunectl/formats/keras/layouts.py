@@ -34,43 +34,55 @@ _MAX_STEPS, _MAX_SLASHES = 40, 8
 """Models around a layer, and slashes in its name: more than any model has."""
 
 
+def layer_names_group(contents: H5Contents) -> str | None:
+    """The group that lists the layers by name; None where weights have only numbers."""
+    keys = ("layer_names", "layer_names0")
+    groups = ("model_weights", "")
+    return next((group for group in groups if any(contents.attribute(group, key) is not None for key in keys)), None)
+
+
 def tensors_by_layer_name(contents: H5Contents, root: str, config: Mapping[str, Any] | None) -> tuple[Tensor, ...]:
     """Return the weights in the order of the layers, then whatever else the file holds."""
-    inside = _inside(config)
-    datasets = {found.name: found for found in contents.datasets}
-    promised = {path: (group, weight) for group, weight, path in _listed_weights(contents, root)}
-    named = [(group, weight, datasets[path]) for path, (group, weight) in promised.items() if path in datasets]
+    layers_by_owner = _layers_by_owner(config)
+    datasets = {dataset.name: dataset for dataset in contents.datasets}
+    listed_weights = {path: (group, weight) for group, weight, path in _listed_weights(contents, root)}
+    named = [(group, weight, datasets[path]) for path, (group, weight) in listed_weights.items() if path in datasets]
     repeated = Counter(weight for _, weight, _ in named)
     tensors = [
-        _named_tensor(found, group, weight if repeated[weight] == 1 else f"{group}/{weight}", _known(inside, group))
-        for group, weight, found in named
+        _named_tensor(
+            dataset,
+            group,
+            weight if repeated[weight] == 1 else f"{group}/{weight}",
+            _group_layers(layers_by_owner, group),
+        )
+        for group, weight, dataset in named
     ]
-    listed = {found.name for _, _, found in named}
-    return (*tensors, *(_other(found) for found in contents.datasets if found.name not in listed))
+    listed = {dataset.name for _, _, dataset in named}
+    return (*tensors, *(_other(dataset) for dataset in contents.datasets if dataset.name not in listed))
 
 
-def _inside(config: Mapping[str, Any] | None) -> Mapping[str, Mapping[str, LayerConfig]]:
+def _layers_by_owner(config: Mapping[str, Any] | None) -> Mapping[str, Mapping[str, LayerConfig]]:
     """Return the layers in each layer and model, itself among them, by their names."""
-    inside: defaultdict[str, dict[str, LayerConfig]] = defaultdict(dict)
+    layers_by_owner: defaultdict[str, dict[str, LayerConfig]] = defaultdict(dict)
     for layer in keras_config.layers(config):
         for owner in (_ANYWHERE, *layer.path, layer.name):
-            inside[owner][layer.name] = layer
-    return inside
+            layers_by_owner[owner][layer.name] = layer
+    return layers_by_owner
 
 
-def _known(inside: Mapping[str, Mapping[str, LayerConfig]], group: str) -> Mapping[str, LayerConfig]:
+def _group_layers(layers_by_owner: Mapping[str, Mapping[str, LayerConfig]], group: str) -> Mapping[str, LayerConfig]:
     """Return the layers that the weights of a group can belong to."""
-    return inside.get(group) or inside.get(_ANYWHERE, {})
+    return layers_by_owner.get(group) or layers_by_owner.get(_ANYWHERE, {})
 
 
 def missing_weights(contents: H5Contents, root: str) -> tuple[str, ...]:
     """Say which weights the file names but does not hold, as Keras leaves them when saving fails half-way."""
-    held = {found.name for found in contents.datasets}
-    missing = [weight for _, weight, path in _listed_weights(contents, root) if path not in held]
+    stored = {dataset.name for dataset in contents.datasets}
+    missing = [weight for _, weight, path in _listed_weights(contents, root) if path not in stored]
     if not missing:
         return ()
-    lacking = "a weight" if len(missing) == 1 else f"{len(missing)} weights"
-    return (f"The file is incomplete: it names {lacking} that it does not hold, such as {abbreviated(missing[0])}.",)
+    count = "a weight" if len(missing) == 1 else f"{len(missing)} weights"
+    return (f"The file is incomplete: it names {count} that it does not hold, such as {abbreviated(missing[0])}.",)
 
 
 def _listed_weights(contents: H5Contents, root: str) -> Iterator[tuple[str, str, str]]:
@@ -78,32 +90,32 @@ def _listed_weights(contents: H5Contents, root: str) -> Iterator[tuple[str, str,
     groups = contents.names(root, "layer_names")
     # Weights of a subclassed model that belong to none of its layers.
     for group in (*groups, *([] if "top_level_model_weights" in groups else ["top_level_model_weights"])):
-        inside = f"{root}/{group}" if root else group
-        for weight in contents.names(inside, "weight_names"):
-            yield group, weight, f"{inside}/{weight}"
+        path = f"{root}/{group}" if root else group
+        for weight in contents.names(path, "weight_names"):
+            yield group, weight, f"{path}/{weight}"
 
 
-def _named_tensor(found: Dataset, group: str, name: str, known: Mapping[str, LayerConfig]) -> Tensor:
+def _named_tensor(dataset: Dataset, group: str, name: str, known: Mapping[str, LayerConfig]) -> Tensor:
     parts = name.removesuffix(":0").rsplit("/", _MAX_STEPS)
     layer = _layer(parts[:-1], known) or known.get(group)
     if layer is not None and layer.kind == "PruneLowMagnitude":
         layer = known.get(layer.name.removeprefix(PRUNED_PREFIX), layer)
     kind = layer.kind if layer is not None else ""
     leaf = parts[-1] if len(parts) > 1 else modern_name(parts[-1])
-    is_theano = layer.config.get("dim_ordering") == "th" if layer else looks_channels_first(parts[-1], found.shape)
-    is_float = found.dtype.kind not in "iub"
-    what = weight_role(leaf, kind, found.shape, is_float=is_float, is_channels_first=is_theano)
-    shown = layer.name if layer is not None else _plain_layer(parts[:-1], group)
+    is_theano = layer.config.get("dim_ordering") == "th" if layer else looks_channels_first(parts[-1], dataset.shape)
+    is_float = dataset.dtype.kind not in "iub"
+    weight = weight_role(leaf, kind, dataset.shape, is_float=is_float, is_channels_first=is_theano)
+    shown_layer = layer.name if layer is not None else _plain_layer(parts[:-1], group)
     return Tensor(
         name=name,
-        layer=shown.removeprefix(PRUNED_PREFIX),
-        shape=found.shape,
-        dtype=found.dtype,
-        role=what.role,
-        storage=found.storage,
+        layer=shown_layer.removeprefix(PRUNED_PREFIX),
+        shape=dataset.shape,
+        dtype=dataset.dtype,
+        role=weight.role,
+        storage=dataset.storage,
         kind=kind,
-        out_axis=what.out_axis,
-        in_axis=what.in_axis,
+        out_axis=weight.out_axis,
+        in_axis=weight.in_axis,
     )
 
 
@@ -124,9 +136,9 @@ def _plain_layer(steps: list[str], group: str) -> str:
     return "/".join(strip_cell_prefix(steps)) or group
 
 
-def _other(found: Dataset) -> Tensor:
-    role = Role.OPTIMIZER if found.name.startswith(f"{_OPTIMIZER_GROUP}/") else Role.OTHER
-    return Tensor(found.name, found.name.rpartition("/")[0], found.shape, found.dtype, role, found.storage)
+def _other(dataset: Dataset) -> Tensor:
+    role = Role.OPTIMIZER if dataset.name.startswith(f"{_OPTIMIZER_GROUP}/") else Role.OTHER
+    return Tensor(dataset.name, dataset.name.rpartition("/")[0], dataset.shape, dataset.dtype, role, dataset.storage)
 
 
 TWICE = "_layer_checkpoint_dependencies"
@@ -140,7 +152,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
+class _StoredFolders:
     """What a file holds, folder by folder."""
 
     folders: Mapping[str, frozenset[str]]
@@ -150,7 +162,7 @@ class _Held:
 
 
 @dataclass(slots=True)
-class _Slots:
+class _FolderAssignment:
     """The layers of folders under one way to count."""
 
     layers: dict[str, LayerConfig] = field(default_factory=dict)
@@ -158,10 +170,10 @@ class _Slots:
     """Containers whose folders are not those of the configuration."""
 
 
-def slots_of(config: Any, datasets: Sequence[Dataset]) -> Mapping[str, LayerConfig]:
+def layers_by_folder(config: Any, datasets: Sequence[Dataset]) -> Mapping[str, LayerConfig]:
     """Return the layers of a configuration by the folders that hold them, as far as there is no doubt."""
-    held = _held(datasets)
-    once, twice = (_assigned(config, held, is_twice=is_twice) for is_twice in (False, True))
+    stored = _stored_folders(datasets)
+    once, twice = (_assigned(config, stored, is_twice=is_twice) for is_twice in (False, True))
     if once.misfits and not twice.misfits:
         return twice.layers
     if not once.misfits and twice.misfits:
@@ -172,75 +184,81 @@ def slots_of(config: Any, datasets: Sequence[Dataset]) -> Mapping[str, LayerConf
     return {path: layer for path, layer in once.layers.items() if twice.layers.get(path) == layer}
 
 
-def folders_today(config: Any, slots: Mapping[str, LayerConfig]) -> Mapping[str, str]:
+def current_folders(config: Any, slots: Mapping[str, LayerConfig]) -> Mapping[str, str]:
     """The folder in which Keras looks for each layer now, by the one that a file has: every layer counted once."""
     old = {id(layer.config): path for path, layer in slots.items()}
-    found: dict[str, str] = {}
-    todo = [("", config, 0)]
-    while todo:
-        prefix, model, depth = todo.pop()
+    folders: dict[str, str] = {}
+    pending = [("", config, 0)]
+    while pending:
+        prefix, model, depth = pending.pop()
         used: Counter[str] = Counter()
         for layer in keras_config.children(model):
             slug = keras_config.snake_case(layer.kind)
-            new = f"{prefix}{CONTAINERS[0]}/{slug}_{used[slug]}" if used[slug] else f"{prefix}{CONTAINERS[0]}/{slug}"
+            new = f"{prefix}{CONTAINERS[0]}/{numbered_folder(slug, used[slug])}"
             used[slug] += 1
             if id(layer.config) in old:
-                found[old[id(layer.config)]] = new
-                todo += _models_in(layer, new, depth)
-    return found
+                folders[old[id(layer.config)]] = new
+                pending += _models_in(layer, new, depth)
+    return folders
 
 
-def doubtful(config: Any, slots: Mapping[str, LayerConfig], names: Iterable[str]) -> frozenset[str]:
+def numbered_folder(slug: str, number: int) -> str:
+    """The folder of a layer: its class in snake case, and from the second of a class on its number."""
+    return f"{slug}_{number}" if number else slug
+
+
+def ambiguous_containers(config: Any, slots: Mapping[str, LayerConfig], names: Iterable[str]) -> frozenset[str]:
     """Return the containers with folders that belong to a layer of the configuration, and nobody knows to which."""
     kinds = {keras_config.snake_case(layer.kind) for layer in keras_config.layers(config)}
-    found = set()
+    containers = set()
     for name in names:
         steps = name.split("/")
-        for at, step in enumerate(steps[:-1]):
-            path = "/".join(steps[: at + 2])
-            slug, _ = _parted(steps[at + 1])
+        for index, step in enumerate(steps[:-1]):
+            path = "/".join(steps[: index + 2])
+            slug, _ = _split_number(steps[index + 1])
             if step in CONTAINERS and path not in slots and slug in kinds:
-                found.add("/".join(steps[: at + 1]))
-    return frozenset(found)
+                containers.add("/".join(steps[: index + 1]))
+    return frozenset(containers)
 
 
-def _held(datasets: Sequence[Dataset]) -> _Held:
+def _stored_folders(datasets: Sequence[Dataset]) -> _StoredFolders:
     folders: defaultdict[str, set[str]] = defaultdict(set)
     kernels: dict[str, Shape] = {}
-    for found in datasets:
-        steps = found.name.split("/")
-        for at, step in enumerate(steps[:-1]):
+    for dataset in datasets:
+        steps = dataset.name.split("/")
+        for index, step in enumerate(steps[:-1]):
             if step in CONTAINERS:
-                folders["/".join(steps[: at + 1])].add(steps[at + 1])
+                folders["/".join(steps[: index + 1])].add(steps[index + 1])
         if steps[-2:] == ["vars", "0"]:
             # The weights of a recurrent layer are its cell's.
-            kernels["/".join(steps[:-2]).removesuffix("/cell")] = found.shape
-    return _Held({path: frozenset(names) for path, names in folders.items()}, kernels)
+            kernels["/".join(steps[:-2]).removesuffix("/cell")] = dataset.shape
+    return _StoredFolders({path: frozenset(names) for path, names in folders.items()}, kernels)
 
 
-def _assigned(config: Any, held: _Held, *, is_twice: bool) -> _Slots:
-    found = _Slots()
-    todo = [("", config, 0)]
-    while todo:
-        prefix, model, depth = todo.pop()
+def _assigned(config: Any, stored: _StoredFolders, *, is_twice: bool) -> _FolderAssignment:
+    assignment = _FolderAssignment()
+    pending = [("", config, 0)]
+    while pending:
+        prefix, model, depth = pending.pop()
         of_kind: defaultdict[str, list[LayerConfig]] = defaultdict(list)
-        for layer in keras_config.children(model):
-            of_kind[keras_config.snake_case(layer.kind)].append(layer)
+        for child in keras_config.children(model):
+            of_kind[keras_config.snake_case(child.kind)].append(child)
         for container in CONTAINERS:
             path = f"{prefix}{container}"
             for slug, same_kind in of_kind.items():
-                numbers = sorted(_numbers(slug, held.folders.get(path, frozenset())))
-                for place, number in enumerate(numbers):
-                    at = number - place if is_twice and container == TWICE else number
-                    folder = f"{path}/{slug}_{number}" if number else f"{path}/{slug}"
-                    before = numbers[place - 1] - place + 1 if place else -1
-                    is_stuck = is_twice and container == TWICE and at <= before
-                    if at >= len(same_kind) or is_stuck or not _fits(same_kind[at], held.kernels.get(folder)):
-                        found.misfits.add(path)
+                numbers = sorted(_numbers(slug, stored.folders.get(path, frozenset())))
+                for position, number in enumerate(numbers):
+                    index = number - position if is_twice and container == TWICE else number
+                    folder = f"{path}/{numbered_folder(slug, number)}"
+                    previous = numbers[position - 1] - position + 1 if position else -1
+                    is_stuck = is_twice and container == TWICE and index <= previous
+                    layer = same_kind[index] if index < len(same_kind) and not is_stuck else None
+                    if layer is None or not _shape_fits(layer, stored.kernels.get(folder)):
+                        assignment.misfits.add(path)
                         continue
-                    found.layers[folder] = same_kind[at]
-                    todo += _models_in(same_kind[at], folder, depth)
-    return found
+                    assignment.layers[folder] = layer
+                    pending += _models_in(layer, folder, depth)
+    return assignment
 
 
 def _models_in(layer: LayerConfig, folder: str, depth: int) -> Iterator[tuple[str, Any, int]]:
@@ -254,12 +272,12 @@ def _models_in(layer: LayerConfig, folder: str, depth: int) -> Iterator[tuple[st
 
 def _numbers(slug: str, folders: Iterable[str]) -> Iterator[int]:
     for folder in folders:
-        name, number = _parted(folder)
+        name, number = _split_number(folder)
         if slug in {name, folder}:
             yield 0 if folder == slug else number
 
 
-def _parted(folder: str) -> tuple[str, int]:
+def _split_number(folder: str) -> tuple[str, int]:
     """Return the class in snake case and the number: 0 where there is none."""
     match = _NUMBERED.fullmatch(folder)
     return (match[1], int(match[2] or 0)) if match is not None else (folder, 0)
@@ -269,19 +287,19 @@ def _is_below(path: str, containers: Iterable[str]) -> bool:
     return any(path.startswith(f"{container}/") for container in containers)
 
 
-def _fits(layer: LayerConfig, kernel: Shape | None) -> bool:
+def _shape_fits(layer: LayerConfig, kernel: Shape | None) -> bool:
     """Whether a kernel has the shape that its layer says, as far as it says one."""
     if kernel is None:
         return True
-    said = layer.config
+    config = layer.config
     kind = layer.kind.rpartition(">")[2]
-    units, filters, size = said.get("units"), said.get("filters"), said.get("kernel_size")
+    units, filters, size = config.get("units"), config.get("filters"), config.get("kernel_size")
     if kind in _GATES and isinstance(units, int):
         return len(kernel) == 2 and kernel[-1] == units * _GATES[kind]
     if kind == "Dense" and isinstance(units, int):
         return len(kernel) == 2 and kernel[-1] == units
-    if kind == "Embedding" and isinstance(said.get("input_dim"), int):
-        return kernel[0] == int(said["input_dim"])
+    if kind == "Embedding" and isinstance(config.get("input_dim"), int):
+        return kernel[0] == int(config["input_dim"])
     if _CONVOLUTION.fullmatch(kind) and len(kernel) > 2:
         window = tuple(size) if isinstance(size, list | tuple) else kernel[:-2]
         channels = kernel[-2] if kind.endswith("Transpose") else kernel[-1]
@@ -307,7 +325,7 @@ class _Owner:
     """Whether it is that layer itself."""
 
     @property
-    def shown(self) -> str:
+    def display_name(self) -> str:
         """What a user would call the layer."""
         if self.layer is not None:
             return self.layer.name.removeprefix(PRUNED_PREFIX)
@@ -321,20 +339,20 @@ class _Owner:
 
 def tensors_by_path(contents: H5Contents, config: Mapping[str, Any] | None) -> tuple[Tensor, ...]:
     """Return the weights under the names that Keras gives to variables: `dense/kernel`."""
-    slots = slots_of(config, contents.datasets)
-    siblings = Counter(found.name.rpartition("/")[0] for found in contents.datasets)
-    unclear = doubtful(config, slots, [found.name for found in contents.datasets])
-    tensors = [_numbered_tensor(found, contents, slots, siblings, unclear) for found in contents.datasets]
+    slots = layers_by_folder(config, contents.datasets)
+    siblings = Counter(dataset.name.rpartition("/")[0] for dataset in contents.datasets)
+    unclear = ambiguous_containers(config, slots, [dataset.name for dataset in contents.datasets])
+    tensors = [_numbered_tensor(dataset, contents, slots, siblings, unclear) for dataset in contents.datasets]
     repeated = Counter(tensor.name for tensor in tensors)
     return tuple(
-        replace(tensor, name=found.name) if repeated[tensor.name] > 1 else tensor
-        for tensor, found in zip(tensors, contents.datasets, strict=True)
+        replace(tensor, name=dataset.name) if repeated[tensor.name] > 1 else tensor
+        for tensor, dataset in zip(tensors, contents.datasets, strict=True)
     )
 
 
-def notes(tensors: Iterable[Tensor]) -> tuple[str, ...]:
+def unmatched_note(tensors: Iterable[Tensor]) -> tuple[str, ...]:
     """Say it where weights have the names of folders, for nobody knows whose they are."""
-    if not any(tensor.name.startswith(tuple(f"{one}/" for one in CONTAINERS)) for tensor in tensors):
+    if not any(tensor.name.startswith(tuple(f"{container}/" for container in CONTAINERS)) for tensor in tensors):
         return ()
     return (
         "Its weights do not fit the layers of its configuration by number and shape: they keep their paths for names.",
@@ -342,31 +360,31 @@ def notes(tensors: Iterable[Tensor]) -> tuple[str, ...]:
 
 
 def _numbered_tensor(
-    found: Dataset,
+    dataset: Dataset,
     contents: H5Contents,
     slots: Mapping[str, LayerConfig],
     siblings: Mapping[str, int],
     unclear: frozenset[str],
 ) -> Tensor:
-    steps = found.name.split("/")
+    steps = dataset.name.split("/")
     if steps[0] in _TRAINING or "vars" not in steps:
         role = Role.OPTIMIZER if steps[0] in _TRAINING else Role.OTHER
-        return Tensor(found.name, "/".join(steps[:-1]), found.shape, found.dtype, role, found.storage)
+        return Tensor(dataset.name, "/".join(steps[:-1]), dataset.shape, dataset.dtype, role, dataset.storage)
     owner = _owner(steps[: steps.index("vars")], contents, slots, unclear)
     index = int(steps[-1]) if steps[-1].isdecimal() else 0
     settings = owner.layer.config if owner.layer is not None and owner.is_layer else {}
-    leaf = name_by_position(owner.slug, index, siblings["/".join(steps[:-1])], found.shape, settings)
-    what = weight_role(leaf, owner.kind, found.shape, is_float=found.dtype.kind not in "iub")
+    leaf = name_by_position(owner.slug, index, siblings["/".join(steps[:-1])], dataset.shape, settings)
+    weight = weight_role(leaf, owner.kind, dataset.shape, is_float=dataset.dtype.kind not in "iub")
     return Tensor(
         name="/".join((*owner.names, leaf)),
-        layer=owner.shown,
-        shape=found.shape,
-        dtype=found.dtype,
-        role=what.role,
-        storage=found.storage,
+        layer=owner.display_name,
+        shape=dataset.shape,
+        dtype=dataset.dtype,
+        role=weight.role,
+        storage=dataset.storage,
         kind=owner.kind,
-        out_axis=what.out_axis,
-        in_axis=what.in_axis,
+        out_axis=weight.out_axis,
+        in_axis=weight.in_axis,
     )
 
 
@@ -375,13 +393,13 @@ def _owner(steps: list[str], contents: H5Contents, slots: Mapping[str, LayerConf
     layer, is_layer = None, False
     for end in range(1, len(steps) + 1):
         path = "/".join(steps[:end])
-        said = contents.attribute(f"{path}/vars", "name")
+        variable_name = contents.attribute(f"{path}/vars", "name")
         is_layer = path in slots
         if is_layer:
             layer = slots[path]
             names.append(layer.name)
-        elif isinstance(said, str):
-            names.append(said)
+        elif isinstance(variable_name, str):
+            names.append(variable_name)
         elif steps[end - 1] not in CONTAINERS or path in unclear:
             names.append(steps[end - 1])
     slug = _COUNTER.sub("", steps[-1]) if steps else ""
@@ -401,7 +419,7 @@ _WIDTHS = {
 """What says how wide the weights of a layer are, and how many gates share their last axis."""
 
 
-def check(model: ModelFile) -> None:
+def check_widths(model: ModelFile) -> None:
     """Refuse a file whose layers say another width than their weights have, or have no weights at all."""
     if model.format != "keras-h5" or model.about.keras is None:
         # Elsewhere weights are numbered, and which layer they belong to is a guess.

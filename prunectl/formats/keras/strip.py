@@ -19,6 +19,7 @@ from prunectl.formats.keras.hdf5 import read, rewrite
 from prunectl.formats.keras.hdf5.child import H5Location
 from prunectl.formats.keras.hdf5.read import H5Contents
 from prunectl.formats.keras.hdf5.rewrite import H5Edits, merge
+from prunectl.formats.keras.layouts import layer_names_group
 from prunectl.formats.keras.strip_layouts import UnmatchedMaskError
 from prunectl.formats.keras.unwrap import LayerNameConflictError, Unwrapped, unwrap_config
 from prunectl.formats.zip_read import Archive, open_archive, written_again
@@ -38,18 +39,20 @@ class StripPlan:
     """What goes from the configuration."""
 
 
-def plan_strip(contents: H5Contents, config: Mapping[str, Any] | None, wish: StripOptions, shown: Path) -> StripPlan:
+def plan_strip(contents: H5Contents, config: Mapping[str, Any] | None, options: StripOptions, shown: Path) -> StripPlan:
     """Return what a wish means for a file; ``shown`` is what the user calls it."""
-    is_unwrapped = bool(wish.parts & WRAPPING)
-    root = strip_layouts.root_of(contents)
+    is_unwrapped = bool(options.parts & WRAPPING)
+    root = layer_names_group(contents)
     try:
         plain = unwrap_config(config) if is_unwrapped else Unwrapped(config, {})
-        gone = tuple(RemovedItem(name, StripPart.WRAPPERS, nbytes) for name, nbytes in plain.wrappers.items())
-        left, uncompiled = _uncompiled(plain.config) if StripPart.TRAINING in wish.parts else (plain.config, ())
+        wrappers = tuple(RemovedItem(name, StripPart.WRAPPERS, nbytes) for name, nbytes in plain.wrappers.items())
+        stripped_config, uncompiled = (
+            _uncompiled(plain.config) if StripPart.TRAINING in options.parts else (plain.config, ())
+        )
         if root is not None:
-            edits = strip_layouts.find_named(contents, root, wish, is_unwrapped=is_unwrapped)
+            edits = strip_layouts.plan_by_layer_name(contents, root, options, is_unwrapped=is_unwrapped)
         else:
-            edits = strip_layouts.find_numbered(contents, config, wish, is_unwrapped=is_unwrapped)
+            edits = strip_layouts.plan_by_path(contents, config, options, is_unwrapped=is_unwrapped)
     except LayerNameConflictError as error:
         raise InputError(f"{shown} has two layers named {error} once its wrappers are gone") from error
     except (UnmatchedMaskError, strip_layouts.UnknownWrappedLayerError, strip_layouts.MissingWeightError) as error:
@@ -57,7 +60,7 @@ def plan_strip(contents: H5Contents, config: Mapping[str, Any] | None, wish: Str
         raise InputError(f"{shown} cannot have its masks applied: {error}", hint=hint) from error
     except RecursionError as error:
         raise InputError(f"{shown} is refused: its configuration is nested too deep") from error
-    return StripPlan(edits, left, (*gone, *uncompiled))
+    return StripPlan(edits, stripped_config, (*wrappers, *uncompiled))
 
 
 def _uncompiled(config: Any) -> tuple[Any, tuple[RemovedItem, ...]]:
@@ -71,28 +74,28 @@ def _uncompiled(config: Any) -> tuple[Any, tuple[RemovedItem, ...]]:
             return value
         if value.get("class_name") and value.get("compile_config"):
             removed.append(RemovedItem("compile_config", StripPart.TRAINING, len(json.dumps(value["compile_config"]))))
-            value = {key: found for key, found in value.items() if key != "compile_config"}
-        return {key: plain(found) for key, found in value.items()}
+            value = {key: stripped for key, stripped in value.items() if key != "compile_config"}
+        return {key: plain(stripped) for key, stripped in value.items()}
 
-    found = plain(config)
-    return found, tuple(removed)
+    stripped = plain(config)
+    return stripped, tuple(removed)
 
 
-def strip_h5(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
+def strip_h5(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
     """Write the file without what the wish names, and return what went."""
     contents = read.read_contents(H5Location(model.path, 0, model.path.stat().st_size))
-    found = plan_strip(contents, model.about.keras, wish, model.path)
-    edits = found.edits
-    if found.removed:
-        edits = merge([edits, H5Edits(attributes={("", "model_config"): json.dumps(found.config)})])
+    plan = plan_strip(contents, model.about.keras, options, model.path)
+    edits = plan.edits
+    if plan.removed:
+        edits = merge([edits, H5Edits(attributes={("", "model_config"): json.dumps(plan.config)})])
     rewrite.edit(model.path, targets[model.path], edits, contents, model.path)
-    return (*edits.removed, *found.removed)
+    return (*edits.removed, *plan.removed)
 
 
 _CONFIG = "config.json"
 
 
-def strip_archive(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
+def strip_archive(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
     """Write the archive without what the wish names, and return what went."""
     archive, target = open_archive(model.path), targets[model.path]
     with tempfile.TemporaryDirectory(prefix=".weights-", dir=target.parent) as scratch:
@@ -100,16 +103,16 @@ def strip_archive(model: ModelFile, wish: StripOptions, targets: dict[Path, Path
         with weights.open("wb") as file:
             file.writelines(archive.pieces(archive.entries[WEIGHTS]))
         contents = read.read_contents(H5Location(weights, 0, weights.stat().st_size))
-        found = plan_strip(contents, model.about.keras, wish, model.path)
+        plan = plan_strip(contents, model.about.keras, options, model.path)
         changed: dict[str, Path] = {}
-        if not found.edits.is_empty:
-            rewrite.edit(weights, edited, found.edits, contents, model.path)
+        if not plan.edits.is_empty:
+            rewrite.edit(weights, edited, plan.edits, contents, model.path)
             changed[WEIGHTS] = edited
-        if found.removed:
+        if plan.removed:
             changed[_CONFIG] = Path(scratch) / _CONFIG
-            changed[_CONFIG].write_text(json.dumps(found.config), encoding="utf-8")
+            changed[_CONFIG].write_text(json.dumps(plan.config), encoding="utf-8")
         _write(archive, target, changed)
-    return (*found.edits.removed, *found.removed)
+    return (*plan.edits.removed, *plan.removed)
 
 
 def _write(archive: Archive, target: Path, changed: Mapping[str, Path]) -> None:
@@ -119,12 +122,12 @@ def _write(archive: Archive, target: Path, changed: Mapping[str, Path]) -> None:
         return
     with ZipFile(archive.path) as old, ZipFile(target, "w", compresslevel=LEVEL) as new:
         new.comment = old.comment
-        for before in old.infolist():
-            info = written_again(before)
+        for old_info in old.infolist():
+            info = written_again(old_info)
             if info.is_dir():
                 new.writestr(info, b"")
                 continue
-            entry = archive.entries[before.filename]
+            entry = archive.entries[old_info.filename]
             info.compress_type = ZIP_STORED if entry.is_stored else ZIP_DEFLATED
             with new.open(info, "w", force_zip64=True) as out:
                 if entry.name in changed:

@@ -14,7 +14,7 @@ from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras.config import PRUNED_PREFIX, part, text
 from prunectl.formats.keras.hdf5.read import Dataset, H5Contents
 from prunectl.formats.keras.hdf5.rewrite import H5Edits, merge
-from prunectl.formats.keras.layouts import CONTAINERS, TWICE
+from prunectl.formats.keras.layouts import CONTAINERS, TWICE, numbered_folder
 from prunectl.formats.keras.roles import name_by_position
 from prunectl.formats.keras.unwrap import inner_layer
 
@@ -27,7 +27,7 @@ class Weight:
     """A weight or a mask: where it lies in the file."""
 
     path: str
-    leaf: str
+    name: str
     shape: tuple[int, ...]
 
 
@@ -40,21 +40,21 @@ class UnmatchedMaskError(Exception):
 
 def match_masks(masks: Sequence[Weight], weights: Sequence[Weight]) -> dict[str, str]:
     """Return the mask of each weight that has one, by their paths."""
-    left: defaultdict[tuple[int, ...], deque[Weight]] = defaultdict(deque)
-    for weight in sorted(weights, key=lambda weight: weight.leaf not in _PRUNED):
-        left[weight.shape].append(weight)
-    found: dict[str, str] = {}
+    unmasked: defaultdict[tuple[int, ...], deque[Weight]] = defaultdict(deque)
+    for weight in sorted(weights, key=lambda weight: weight.name not in _PRUNED):
+        unmasked[weight.shape].append(weight)
+    mask_paths: dict[str, str] = {}
     for mask in masks:
-        if not left[mask.shape]:
+        if not unmasked[mask.shape]:
             raise UnmatchedMaskError(mask)
-        found[left[mask.shape].popleft().path] = mask.path
-    return found
+        mask_paths[unmasked[mask.shape].popleft().path] = mask.path
+    return mask_paths
 
 
 _OPTIMIZER = "optimizer_weights"
 _TRAINING = "training_config"
 _TOP = "top_level_model_weights"
-_OWN = re.compile(r"(mask|threshold|pruning_step)(_\d+)?")
+_WRAPPER_WEIGHT = re.compile(r"(mask|threshold|pruning_step)(_\d+)?")
 _FLOATS = frozenset({"float32", "float64"})
 
 
@@ -62,66 +62,62 @@ class MissingWeightError(Exception):
     """A weight or a mask is named, but not there."""
 
 
-def root_of(contents: H5Contents) -> str | None:
-    """Return the group that names the layers; None where weights have only numbers."""
-    keys = ("layer_names", "layer_names0")
-    roots = ("model_weights", "")
-    return next((root for root in roots if any(contents.attribute(root, key) is not None for key in keys)), None)
-
-
-def find_named(contents: H5Contents, root: str, wish: StripOptions, *, is_unwrapped: bool) -> H5Edits:
+def plan_by_layer_name(contents: H5Contents, root: str, options: StripOptions, *, is_unwrapped: bool) -> H5Edits:
     """Return what changes in such a file, but for the configuration of the model."""
     groups = contents.names(root, "layer_names")
     names = {group: contents.names(_joined(root, group), "weight_names") for group in dict.fromkeys([*groups, _TOP])}
-    pieces = list(_training(contents, wish))
+    pieces = list(_training(contents, options))
     if is_unwrapped and any(_scopes(weights) for weights in names.values()):
         pieces += _unwrapped_named(contents, root, names)
-    if wish.to_half:
-        gone = {path for piece in pieces for path in piece.drops}
-        held = {found.name: found.dtype.name for found in contents.datasets}
-        promised = {_joined(root, group, weight) for group, weights in names.items() for weight in weights}
-        pieces.append(H5Edits(halves=frozenset(path for path in promised - gone if held.get(path) in _FLOATS)))
+    if options.to_half:
+        dropped = {path for piece in pieces for path in piece.drops}
+        dtypes = {dataset.name: dataset.dtype.name for dataset in contents.datasets}
+        listed_paths = {_joined(root, group, weight) for group, weights in names.items() for weight in weights}
+        pieces.append(H5Edits(halves=frozenset(path for path in listed_paths - dropped if dtypes.get(path) in _FLOATS)))
     return merge(pieces)
 
 
-def _training(contents: H5Contents, wish: StripOptions) -> Iterator[H5Edits]:
+def _training(contents: H5Contents, options: StripOptions) -> Iterator[H5Edits]:
     """Yield what goes of the training: the losses and the optimizer's name stand in one attribute, its state apart."""
-    state = [found for found in contents.datasets if found.name.startswith(f"{_OPTIMIZER}/")]
+    state = [dataset for dataset in contents.datasets if dataset.name.startswith(f"{_OPTIMIZER}/")]
     has_state = bool(state) or _OPTIMIZER in contents.attributes
-    if StripPart.OPTIMIZER in wish.parts and has_state:
-        gone = tuple(RemovedItem(found.name, StripPart.OPTIMIZER, found.storage.stored_bytes) for found in state)
-        yield H5Edits(removed=gone, drops=(_OPTIMIZER,))
-    said = contents.attribute("", _TRAINING)
-    if StripPart.TRAINING in wish.parts and isinstance(said, str):
-        gone = (RemovedItem(_TRAINING, StripPart.TRAINING, len(said.encode())),)
-        yield H5Edits(removed=gone, attributes={("", _TRAINING): None})
+    if StripPart.OPTIMIZER in options.parts and has_state:
+        removed = tuple(
+            RemovedItem(dataset.name, StripPart.OPTIMIZER, dataset.storage.stored_bytes) for dataset in state
+        )
+        yield H5Edits(removed=removed, drops=(_OPTIMIZER,))
+    text = contents.attribute("", _TRAINING)
+    if StripPart.TRAINING in options.parts and isinstance(text, str):
+        removed = (RemovedItem(_TRAINING, StripPart.TRAINING, len(text.encode())),)
+        yield H5Edits(removed=removed, attributes={("", _TRAINING): None})
 
 
 def _unwrapped_named(contents: H5Contents, root: str, names: dict[str, list[str]]) -> Iterator[H5Edits]:
-    held = {found.name: found for found in contents.datasets}
+    stored = {dataset.name: dataset for dataset in contents.datasets}
     yield _renamed_lists(contents, root, "layer_names", set())
     for group, weights in names.items():
-        inside = _joined(root, group)
+        path = _joined(root, group)
         for weight in weights:
-            if f"{inside}/{weight}" not in held:
+            if f"{path}/{weight}" not in stored:
                 raise MissingWeightError(
                     f"the file is incomplete, it names {abbreviated(weight)}, but does not hold it"
                 )
-        here = {weight: held[f"{inside}/{weight}"] for weight in weights}
+        members = {weight: stored[f"{path}/{weight}"] for weight in weights}
         scopes = _scopes(weights)
-        own = [weight for weight in here if _is_own(weight, scopes)]
-        rest = [weight for weight in here if not _is_own(weight, scopes)]
-        yield _renamed_lists(contents, inside, "weight_names", set(own))
+        wrapper_weights = [weight for weight in members if _is_wrapper_weight(weight, scopes)]
+        layer_weights = [weight for weight in members if not _is_wrapper_weight(weight, scopes)]
+        yield _renamed_lists(contents, path, "weight_names", set(wrapper_weights))
         yield H5Edits(
-            removed=tuple(_drop_paths(weight, here[weight]) for weight in own),
-            drops=tuple(here[weight].name for weight in own),
-            moves=dict(_moves(root, group, rest)),
+            removed=tuple(_drop_paths(weight, members[weight]) for weight in wrapper_weights),
+            drops=tuple(members[weight].name for weight in wrapper_weights),
+            moves=dict(_moves(root, group, layer_weights)),
         )
-        masks = [weight for weight in own if _leaf(weight).startswith("mask")]
-        for mine, near in _wrapped(scopes, masks, rest):
+        masks = [weight for weight in wrapper_weights if _leaf(weight).startswith("mask")]
+        for wrapper_masks, candidates in _wrapped(scopes, masks, layer_weights):
             yield H5Edits(
                 masks=match_masks(
-                    [_weight(here[name], name) for name in mine], [_weight(here[name], name) for name in near]
+                    [_weight(members[name], name) for name in wrapper_masks],
+                    [_weight(members[name], name) for name in candidates],
                 )
             )
 
@@ -136,9 +132,9 @@ def _wrapped(scopes: Iterable[str], masks: list[str], weights: list[str]) -> Ite
     for mask in masks:
         by_scope[_scope(mask)].append(mask)
     for scope in scopes:
-        around = f"/{_plain(scope)}/"
-        near = [weight for weight in by_step[_plain(scope).rpartition("/")[2]] if around in f"/{_plain(weight)}"]
-        yield by_scope[scope], near or weights
+        scope_path = f"/{_plain(scope)}/"
+        inside = [weight for weight in by_step[_plain(scope).rpartition("/")[2]] if scope_path in f"/{_plain(weight)}"]
+        yield by_scope[scope], inside or weights
 
 
 def _scopes(weights: list[str]) -> dict[str, None]:
@@ -146,8 +142,8 @@ def _scopes(weights: list[str]) -> dict[str, None]:
     return dict.fromkeys(_scope(weight) for weight in weights if _leaf(weight).startswith("pruning_step"))
 
 
-def _is_own(weight: str, scopes: Mapping[str, None]) -> bool:
-    return _scope(weight) in scopes and _OWN.fullmatch(_leaf(weight)) is not None
+def _is_wrapper_weight(weight: str, scopes: Mapping[str, None]) -> bool:
+    return _scope(weight) in scopes and _WRAPPER_WEIGHT.fullmatch(_leaf(weight)) is not None
 
 
 def _moves(root: str, group: str, weights: list[str]) -> Iterator[tuple[str, str]]:
@@ -159,14 +155,14 @@ def _moves(root: str, group: str, weights: list[str]) -> Iterator[tuple[str, str
             yield f"{old}/{weight}", f"{new}/{_plain(weight)}"
 
 
-def _renamed_lists(contents: H5Contents, group: str, key: str, gone: set[str]) -> H5Edits:
+def _renamed_lists(contents: H5Contents, group: str, key: str, dropped: set[str]) -> H5Edits:
     """Return the lists of names without some of them, the others without the wrapper's prefix."""
     changed: dict[tuple[str, str], str | list[str] | None] = {}
-    for said, names in contents.attributes.get(group, {}).items():
-        if re.fullmatch(rf"{key}\d*", said) and isinstance(names, list):
-            left = [_plain(str(name)) for name in names if str(name) not in gone]
-            if left != names:
-                changed[group, said] = list(left)
+    for attribute, names in contents.attributes.get(group, {}).items():
+        if re.fullmatch(rf"{key}\d*", attribute) and isinstance(names, list):
+            kept = [_plain(str(name)) for name in names if str(name) not in dropped]
+            if kept != names:
+                changed[group, attribute] = list(kept)
     return H5Edits(attributes=changed)
 
 
@@ -182,13 +178,13 @@ def _leaf(weight: str) -> str:
     return weight.rpartition("/")[2].removesuffix(":0")
 
 
-def _weight(found: Dataset, name: str) -> Weight:
-    return Weight(found.name, _leaf(name), found.shape)
+def _weight(dataset: Dataset, name: str) -> Weight:
+    return Weight(dataset.name, _leaf(name), dataset.shape)
 
 
-def _drop_paths(weight: str, found: Dataset) -> RemovedItem:
+def _drop_paths(weight: str, dataset: Dataset) -> RemovedItem:
     kind = StripPart.MASKS if _leaf(weight).startswith("mask") else StripPart.WRAPPERS
-    return RemovedItem(weight, kind, found.storage.stored_bytes)
+    return RemovedItem(weight, kind, dataset.storage.stored_bytes)
 
 
 def _joined(*steps: str) -> str:
@@ -210,7 +206,7 @@ class UnknownWrappedLayerError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Slot:
+class _Relocation:
     """Where a layer of the configuration lies, and where it will."""
 
     old: str
@@ -218,148 +214,146 @@ class _Slot:
     wrapped: Mapping[str, Any] | None
 
 
-def find_numbered(
-    contents: H5Contents, config: Mapping[str, Any] | None, wish: StripOptions, *, is_unwrapped: bool
+def plan_by_path(
+    contents: H5Contents, config: Mapping[str, Any] | None, options: StripOptions, *, is_unwrapped: bool
 ) -> H5Edits:
     """Return what changes in such a file."""
-    pieces = [_dropped(contents, kind, pattern) for kind, pattern in _PARTS.items() if kind in wish.parts]
+    pieces = [_dropped(contents, kind, pattern) for kind, pattern in _PARTS.items() if kind in options.parts]
     if is_unwrapped:
         pieces += _unwrapped_numbered(contents, config)
-    if wish.to_half:
-        gone = {path for piece in pieces for path in piece.drops}
-        halves = frozenset(found.name for found in contents.datasets if _is_halved(found, gone))
+    if options.to_half:
+        dropped = {path for piece in pieces for path in piece.drops}
+        halves = frozenset(dataset.name for dataset in contents.datasets if _is_halved(dataset, dropped))
         pieces.append(H5Edits(halves=halves))
     return merge(pieces)
 
 
-def _is_halved(found: Dataset, gone: set[str]) -> bool:
-    is_weight = "vars" in found.name.split("/") and not any(kind.match(found.name) for kind in _PARTS.values())
-    return is_weight and found.dtype.name in _FLOATS and found.name.rpartition("/")[0] not in gone
+def _is_halved(dataset: Dataset, dropped: set[str]) -> bool:
+    is_weight = "vars" in dataset.name.split("/") and not any(kind.match(dataset.name) for kind in _PARTS.values())
+    return is_weight and dataset.dtype.name in _FLOATS and dataset.name.rpartition("/")[0] not in dropped
 
 
 def _dropped(contents: H5Contents, kind: StripPart, pattern: re.Pattern[str]) -> H5Edits:
-    matches = [(found, pattern.match(found.name)) for found in contents.datasets]
-    gone = [(found, match[0]) for found, match in matches if match]
-    removed = tuple(RemovedItem(found.name, kind, found.storage.stored_bytes) for found, _ in gone)
-    return H5Edits(removed=removed, drops=tuple(dict.fromkeys(group for _, group in gone)))
+    matches = [(dataset, pattern.match(dataset.name)) for dataset in contents.datasets]
+    matched = [(dataset, match[0]) for dataset, match in matches if match]
+    removed = tuple(RemovedItem(dataset.name, kind, dataset.storage.stored_bytes) for dataset, _ in matched)
+    return H5Edits(removed=removed, drops=tuple(dict.fromkeys(group for _, group in matched)))
 
 
 def _unwrapped_numbered(contents: H5Contents, config: Mapping[str, Any] | None) -> Iterator[H5Edits]:
     container = next((name for name in reversed(CONTAINERS) if _holds(contents, name)), "")
-    slots = list(_slots(config, container)) if config is not None else []
-    if not any(slot.wrapped for slot in slots):
-        if config is None and any(PRUNED_PREFIX.rstrip("_") in found.name for found in contents.datasets):
+    relocations = list(_relocations(config, container)) if config is not None else []
+    if not any(relocation.wrapped for relocation in relocations):
+        if config is None and any(PRUNED_PREFIX.rstrip("_") in dataset.name for dataset in contents.datasets):
             raise UnknownWrappedLayerError("the file holds weights alone, and does not say what its wrapped layers are")
         return
-    below = _below(contents)
-    if container == TWICE and any(slot.wrapped and not below.get(f"{slot.old}/layer") for slot in slots):
+    below = _datasets_below(contents)
+    if container == TWICE and any(
+        relocation.wrapped and not below.get(f"{relocation.old}/layer") for relocation in relocations
+    ):
         raise UnknownWrappedLayerError("its layers are numbered as Keras 2.13 did it, twice for each that has weights")
-    for slot in slots:
-        if slot.wrapped is None:
-            yield H5Edits(moves={slot.old: slot.new})
+    for relocation in relocations:
+        if relocation.wrapped is None:
+            yield H5Edits(moves={relocation.old: relocation.new})
         else:
-            yield H5Edits(moves={f"{slot.old}/layer": slot.new})
-            yield _unwrapped_variables(below, slot.old, slot.wrapped)
+            yield H5Edits(moves={f"{relocation.old}/layer": relocation.new})
+            yield _unwrapped_variables(below, relocation.old, relocation.wrapped)
 
 
-def _below(contents: H5Contents) -> Mapping[str, list[Dataset]]:
+def _datasets_below(contents: H5Contents) -> Mapping[str, list[Dataset]]:
     """Return what lies anywhere in the variables or in the inside of each layer."""
     below: defaultdict[str, list[Dataset]] = defaultdict(list)
-    for found in contents.datasets:
-        steps = found.name.split("/")
-        for at, step in enumerate(steps[:-1], 1):
+    for dataset in contents.datasets:
+        steps = dataset.name.split("/")
+        for depth, step in enumerate(steps[:-1], 1):
             if step in {"vars", "layer"}:
-                below["/".join(steps[:at])].append(found)
+                below["/".join(steps[:depth])].append(dataset)
     return below
 
 
 def _holds(contents: H5Contents, container: str) -> bool:
-    return any(found.name.startswith(f"{container}/") for found in contents.datasets)
+    return any(dataset.name.startswith(f"{container}/") for dataset in contents.datasets)
 
 
-def _slots(config: Any, container: str) -> Iterator[_Slot]:
+def _relocations(config: Any, container: str) -> Iterator[_Relocation]:
     """Yield the layers whose place changes: the wrapped ones, and those whose number does."""
-    waiting = [(config, "", "")]
-    while waiting:
-        model, old_place, new_place = waiting.pop()
+    pending = [(config, "", "")]
+    while pending:
+        model, old_prefix, new_prefix = pending.pop()
         old_names, new_names = Counter[str](), Counter[str]()
-        for found in _layers(model):
-            wrapped = inner_layer(found)
-            plain = found if wrapped is None else wrapped
-            old = _numbered(old_names, found["class_name"])
-            new = _numbered(new_names, plain["class_name"])
-            old_path, new_path = f"{old_place}{container}/{old}", f"{new_place}{container}/{new}"
+        for layer in keras_config.listed(model):
+            wrapped = inner_layer(layer)
+            plain = layer if wrapped is None else wrapped
+            old = _next_folder(old_names, text(layer, "class_name"))
+            new = _next_folder(new_names, text(plain, "class_name"))
+            old_path, new_path = f"{old_prefix}{container}/{old}", f"{new_prefix}{container}/{new}"
             if wrapped is not None:
-                yield _Slot(old_path, new_path, wrapped)
+                yield _Relocation(old_path, new_path, wrapped)
                 continue
             if old != new:
-                yield _Slot(old_path, new_path, None)
-            waiting.append((found, f"{old_path}/", f"{new_path}/"))
+                yield _Relocation(old_path, new_path, None)
+            pending.append((layer, f"{old_path}/", f"{new_path}/"))
             # Other wrappers, such as TimeDistributed, may be around a wrapped layer or a model.
-            inside = part(part(found, "config"), "layer")
+            inside = part(part(layer, "config"), "layer")
             wrapped = inner_layer(inside)
             if wrapped is not None:
-                yield _Slot(f"{old_path}/layer", f"{new_path}/layer", wrapped)
+                yield _Relocation(f"{old_path}/layer", f"{new_path}/layer", wrapped)
             elif inside:
-                waiting.append((inside, f"{old_path}/layer/", f"{new_path}/layer/"))
+                pending.append((inside, f"{old_path}/layer/", f"{new_path}/layer/"))
 
 
-def _layers(model: Any) -> list[dict[str, Any]]:
-    listed = part(model, "config").get("layers")
-    found = listed if isinstance(listed, list) else []
-    return [layer for layer in found if isinstance(layer, dict) and isinstance(layer.get("class_name"), str)]
-
-
-def _numbered(used: Counter[str], kind: str) -> str:
-    """Return the step of the path that Keras gives to the next layer of a class."""
+def _next_folder(used: Counter[str], kind: str) -> str:
+    """The folder that Keras gives to the next layer of a class."""
     slug = keras_config.snake_case(kind.rpartition(">")[2])
     used[slug] += 1
-    return slug if used[slug] == 1 else f"{slug}_{used[slug] - 1}"
+    return numbered_folder(slug, used[slug] - 1)
 
 
 def _unwrapped_variables(below: Mapping[str, list[Dataset]], wrapper: str, wrapped: Mapping[str, Any]) -> H5Edits:
     """Return what becomes of the variables of a wrapper: weights again, then masks with thresholds, then the step."""
-    own = sorted(below.get(f"{wrapper}/vars", []), key=_order)
-    inside = sorted(below.get(f"{wrapper}/layer", []), key=_order)
+    variables = sorted(below.get(f"{wrapper}/vars", []), key=_order)
+    weights = sorted(below.get(f"{wrapper}/layer", []), key=_order)
     masks: list[Dataset] = []
-    at = len(own) - 3
-    while at >= 0 and own[at].shape and not own[at + 1].shape:
-        masks.insert(0, own[at])
-        at -= 2
-    parts = {found.name: StripPart.MASKS for found in masks}
+    index = len(variables) - 3
+    while index >= 0 and variables[index].shape and not variables[index + 1].shape:
+        masks.insert(0, variables[index])
+        index -= 2
+    parts = {dataset.name: StripPart.MASKS for dataset in masks}
     return H5Edits(
         removed=tuple(
-            RemovedItem(found.name, parts.get(found.name, StripPart.WRAPPERS), found.storage.stored_bytes)
-            for found in own
+            RemovedItem(dataset.name, parts.get(dataset.name, StripPart.WRAPPERS), dataset.storage.stored_bytes)
+            for dataset in variables
         ),
         drops=(f"{wrapper}/vars",),
         masks=match_masks(
-            [Weight(found.name, "mask", found.shape) for found in masks], _weights(inside, wrapper, wrapped)
+            [Weight(dataset.name, "mask", dataset.shape) for dataset in masks], _weights(weights, wrapper, wrapped)
         ),
     )
 
 
-def _weights(inside: Sequence[Dataset], wrapper: str, wrapped: Mapping[str, Any]) -> list[Weight]:
-    siblings = Counter(found.name.rpartition("/")[0] for found in inside)
-    found = []
-    for one in inside:
-        owner, _, number = one.name.rpartition("/vars/")
-        is_whole = owner == f"{wrapper}/layer"
+def _weights(datasets: Sequence[Dataset], wrapper: str, wrapped: Mapping[str, Any]) -> list[Weight]:
+    siblings = Counter(weights.name.rpartition("/")[0] for weights in datasets)
+    weights = []
+    for dataset in datasets:
+        owner, _, number = dataset.name.rpartition("/vars/")
+        is_own = owner == f"{wrapper}/layer"
         slug = (
             keras_config.snake_case(text(wrapped, "class_name"))
-            if is_whole
+            if is_own
             else re.sub(r"_\d+$", "", owner.rpartition("/")[2])
         )
         index = int(number) if number.isdecimal() else 0
-        settings = part(wrapped, "config") if is_whole else {}
-        count = siblings[one.name.rpartition("/")[0]]
-        found.append(Weight(one.name, name_by_position(slug, index, count, one.shape, settings), one.shape))
-    return found
+        settings = part(wrapped, "config") if is_own else {}
+        count = siblings[dataset.name.rpartition("/")[0]]
+        weights.append(
+            Weight(dataset.name, name_by_position(slug, index, count, dataset.shape, settings), dataset.shape)
+        )
+    return weights
 
 
-def _order(found: Dataset) -> list[tuple[int, str]]:
+def _order(dataset: Dataset) -> list[tuple[int, str]]:
     """Return what sorts paths by their numbers, and the parts of an attention by their use."""
-    steps = re.split(r"(\d+)", found.name)
+    steps = re.split(r"(\d+)", dataset.name)
     digits = [(int(step), "") if step.isdecimal() else (0, step) for step in steps]
-    turn = next((at for at, name in enumerate(_ATTENTION) if f"/_{name}_dense/" in found.name), -1)
-    return [(turn, ""), *digits]
+    rank = next((index for index, name in enumerate(_ATTENTION) if f"/_{name}_dense/" in dataset.name), -1)
+    return [(rank, ""), *digits]

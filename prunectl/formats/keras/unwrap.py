@@ -56,20 +56,20 @@ def _plain(value: Any, names: Mapping[str, str], wrappers: dict[str, int]) -> An
     if isinstance(value.get("layers"), list):
         names = _new_names(value["layers"])
     return {
-        key: _referring(found, names) if key in _REFERRING else _plain(found, names, wrappers)
-        for key, found in value.items()
+        key: _referring(member, names) if key in _REFERRING else _plain(member, names, wrappers)
+        for key, member in value.items()
     }
 
 
 def _in_place_of(wrapper: Mapping[str, Any], inner: Mapping[str, Any]) -> dict[str, Any]:
     """Return a wrapped layer with what its model says of the wrapper: its calls, its input, its format."""
-    around = part(wrapper, "config")
-    moved = {key: around[key] for key in _MOVED if key in around}
+    wrapper_config = part(wrapper, "config")
+    moved = {key: wrapper_config[key] for key in _MOVED if key in wrapper_config}
     # Old formats give a layer fewer keys, and loaders tell the formats by these.
-    layer = {key: found for key, found in inner.items() if key in wrapper or key in {"class_name", "config"}}
+    layer = {key: value for key, value in inner.items() if key in wrapper or key in {"class_name", "config"}}
     layer["config"] = {**moved, **part(inner, "config")}
     rest = {
-        key: found for key, found in wrapper.items() if key not in layer and key not in {"module", "registered_name"}
+        key: value for key, value in wrapper.items() if key not in layer and key not in {"module", "registered_name"}
     }
     if "name" in rest:
         rest["name"] = _name(inner)
@@ -92,8 +92,10 @@ def _referring(value: Any, names: Mapping[str, str]) -> Any:
     """Return how a model refers to its layers, such as `["dense", 0, 0, {}]`, by their new names."""
     if isinstance(value, dict):
         return {
-            key: [names.get(found[0], found[0]), *found[1:]] if _is_history(key, found) else _referring(found, names)
-            for key, found in value.items()
+            key: [names.get(member[0], member[0]), *member[1:]]
+            if _is_history(key, member)
+            else _referring(member, names)
+            for key, member in value.items()
         }
     if not isinstance(value, list):
         return value
@@ -102,8 +104,8 @@ def _referring(value: Any, names: Mapping[str, str]) -> Any:
     return [_referring(item, names) for item in value]
 
 
-def _is_history(key: str, found: Any) -> bool:
-    return key == "keras_history" and isinstance(found, list) and bool(found) and isinstance(found[0], str)
+def _is_history(key: str, value: Any) -> bool:
+    return key == "keras_history" and isinstance(value, list) and bool(value) and isinstance(value[0], str)
 
 
 def _name(layer: Any) -> str:

@@ -165,7 +165,7 @@ def _load(model: ModelFile, wrapping: Wrapping) -> LoadedModel:
             f"{model.path} is of Keras 3, and tfmot prunes models of Keras 2 only",
             hint="prune without --wrap: prunectl finetune takes a --schedule for any Keras",
         )
-    layouts.check(model)
+    layouts.check_widths(model)
     load_keras2()
     tfmot()
     return load(model, wrapping.origin, DevicePlacement())

@@ -39,11 +39,11 @@ class H5Location:
 class _FileRange(RawIOBase):
     """A part of a file as a file, which h5py reads through."""
 
-    def __init__(self, place: H5Location) -> None:
+    def __init__(self, location: H5Location) -> None:
         super().__init__()
-        self._fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
-        self._place = place
-        self._at = 0
+        self._fd = os.open(location.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._location = location
+        self._position = 0
 
     def readable(self) -> bool:
         return True
@@ -52,17 +52,17 @@ class _FileRange(RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._place.nbytes}[whence]
-        self._at = max(base + offset, 0)
-        return self._at
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._location.nbytes}[whence]
+        self._position = max(base + offset, 0)
+        return self._position
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
-        want = max(min(len(buffer), self._place.nbytes - self._at), 0)
-        got = os.preadv(self._fd, [memoryview(buffer)[:want]], self._place.offset + self._at)
-        self._at += got
+        want = max(min(len(buffer), self._location.nbytes - self._position), 0)
+        got = os.preadv(self._fd, [memoryview(buffer)[:want]], self._location.offset + self._position)
+        self._position += got
         return got
 
     def close(self) -> None:
@@ -71,31 +71,31 @@ class _FileRange(RawIOBase):
         super().close()
 
 
-def list_objects(place: H5Location) -> dict[str, Any]:
+def list_objects(location: H5Location) -> dict[str, Any]:
     """Return what JSON can carry of a whole file: its datasets, and the attributes of its groups."""
-    with place.open() as file:
+    with location.open() as file:
         datasets: list[dict[str, Any]] = []
         attributes: dict[str, dict[str, Any]] = {}
-        spent = Spent(place.path)
-        for name, thing in _objects(file, place.path):
-            if isinstance(thing, h5py.Dataset):
-                facts = _dataset(name, thing, place.path)
-                if facts:
-                    datasets.append(facts)
+        spent = Spent(location.path)
+        for name, member in _objects(file, location.path):
+            if isinstance(member, h5py.Dataset):
+                description = _dataset(name, member, location.path)
+                if description:
+                    datasets.append(description)
             else:
-                found = _attributes(thing, spent)
-                if found:
-                    attributes[name] = found
+                values = _attributes(member, spent)
+                if values:
+                    attributes[name] = values
         return {"datasets": datasets, "attributes": attributes}
 
 
 def _objects(file: Any, path: Path) -> Iterator[tuple[str, Any]]:
     """Yield groups and datasets with their paths, without following a link out of the file or around in it."""
-    waiting: list[tuple[str, Any, int]] = [("", file["/"], 0)]
+    pending: list[tuple[str, Any, int]] = [("", file["/"], 0)]
     groups: set[int] = set()
     count = 0
-    while waiting:
-        name, group, depth = waiting.pop()
+    while pending:
+        name, group, depth = pending.pop()
         if depth > MAX_DEPTH:
             raise InputError(f"{path} is refused: its groups are nested more than {MAX_DEPTH} deep")
         address = h5py.h5o.get_info(group.id).addr
@@ -103,18 +103,18 @@ def _objects(file: Any, path: Path) -> Iterator[tuple[str, Any]]:
             continue
         groups.add(address)
         yield name, group
-        below = []
+        subgroups = []
         for key in group:
             count += 1
             if count > MAX_OBJECTS:
                 raise InputError(f"{path} is refused: it holds more than {MAX_OBJECTS} objects")
             child = f"{name}/{key}" if name else key
-            thing = _own(group, key, child, path)
-            if isinstance(thing, h5py.Group):
-                below.append((child, thing, depth + 1))
-            elif isinstance(thing, h5py.Dataset):
-                yield child, thing
-        waiting.extend(reversed(below))
+            member = _own(group, key, child, path)
+            if isinstance(member, h5py.Group):
+                subgroups.append((child, member, depth + 1))
+            elif isinstance(member, h5py.Dataset):
+                yield child, member
+        pending.extend(reversed(subgroups))
 
 
 def _own(group: Any, key: str, name: str, path: Path) -> Any:
@@ -142,9 +142,11 @@ def _dataset(name: str, dataset: Any, path: Path) -> dict[str, Any] | None:
     if dataset.is_virtual:
         raise InputError(f"{path} is refused: {abbreviated(name)} is put together from other files")
     dtype = dataset.dtype
-    said = dataset.attrs.get("dtype")
-    if dtype.kind == "V" and dtype.names is None and isinstance(said, str):
-        type_name = said  # Keras stores what NumPy does not know as raw bytes, and says beside them what they are.
+    declared_type = dataset.attrs.get("dtype")
+    if dtype.kind == "V" and dtype.names is None and isinstance(declared_type, str):
+        type_name = (
+            declared_type  # Keras stores what NumPy does not know as raw bytes, and says beside them what they are.
+        )
     elif dtype.kind in "fiubc":
         type_name = dtype.newbyteorder("=").name
     else:
@@ -186,17 +188,17 @@ class Spent:
 
 
 def _attributes(group: Any, spent: Spent) -> dict[str, Any]:
-    found = {}
+    values = {}
     for key in group.attrs:
-        kind = group.attrs.get_id(key)
-        if kind.shape is None:
+        attribute = group.attrs.get_id(key)
+        if attribute.shape is None:
             continue  # an attribute without a value
-        spent.elements(key, kind.shape, kind.dtype.itemsize)
+        spent.elements(key, attribute.shape, attribute.dtype.itemsize)
         value = _plain(group.attrs[key])
         spent.text(key, value)
         if value is not None:
-            found[key] = value
-    return found
+            values[key] = value
+    return values
 
 
 def _plain(value: Any) -> Any:
@@ -209,9 +211,9 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool) else None
 
 
-def read_into(place: H5Location, name: str, target: Any) -> None:
+def read_into(location: H5Location, name: str, target: Any) -> None:
     """Read one dataset into an array of its shape."""
-    with place.open() as file:
+    with location.open() as file:
         dataset = file[name]
         if dataset.shape == ():
             target[()] = dataset[()]

@@ -48,7 +48,7 @@ class Dataset:
 class H5Contents:
     """What an HDF5 file holds."""
 
-    place: H5Location
+    location: H5Location
     datasets: tuple[Dataset, ...]
     attributes: dict[str, dict[str, Any]]
     is_compressed: bool
@@ -59,58 +59,58 @@ class H5Contents:
 
     def names(self, group: str, key: str) -> list[str]:
         """Return a list of names, which Keras splits when it is too long for one attribute."""
-        whole = self.attribute(group, key)
-        parts = [whole] if isinstance(whole, list) else []
+        value = self.attribute(group, key)
+        parts = [value] if isinstance(value, list) else []
         while isinstance(part := self.attribute(group, f"{key}{len(parts)}"), list):
             parts.append(part)
         return [str(name) for part in parts for name in part]
 
 
-def read_contents(place: H5Location) -> H5Contents:
+def read_contents(location: H5Location) -> H5Contents:
     """Return the datasets and attributes of an HDF5 file."""
-    answer = run_sandboxed(
-        partial(_walk, place),
-        place.path,
-        seconds=_SECONDS + place.nbytes / _BYTES_PER_SECOND,
-        extra_bytes=_WALK_BYTES + place.nbytes,
+    response = run_sandboxed(
+        partial(_walk, location),
+        location.path,
+        seconds=_SECONDS + location.nbytes / _BYTES_PER_SECOND,
+        extra_bytes=_WALK_BYTES + location.nbytes,
     )
-    found = parse_object(bytes(answer), place.path, "what libhdf5 says of it")
-    rows = found["datasets"]
-    datasets = tuple(_dataset(place, row) for row in rows)
-    _refuse_overlaps(place.path, datasets)
-    return H5Contents(place, datasets, found["attributes"], any(row["is_filtered"] for row in rows))
+    listing = parse_object(bytes(response), location.path, "what libhdf5 says of it")
+    rows = listing["datasets"]
+    datasets = tuple(_dataset(location, row) for row in rows)
+    _refuse_overlaps(location.path, datasets)
+    return H5Contents(location, datasets, listing["attributes"], any(row["is_filtered"] for row in rows))
 
 
-def decode(place: H5Location, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+def decode(location: H5Location, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     """Return a dataset that does not lie flat, read by libhdf5 in a child."""
     nbytes = math.prod(shape) * dtype.itemsize
     if not nbytes:
         return np.zeros(shape, dtype)
-    answer = run_sandboxed(
-        partial(_read, place, name, _as_stored(dtype), shape),
-        place.path,
+    response = run_sandboxed(
+        partial(_read, location, name, _as_stored(dtype), shape),
+        location.path,
         seconds=_SECONDS + nbytes / _BYTES_PER_SECOND,
-        extra_bytes=_WALK_BYTES + 2 * nbytes + place.nbytes,
+        extra_bytes=_WALK_BYTES + 2 * nbytes + location.nbytes,
     )
-    if len(answer) != nbytes:
-        raise InputError(f"{place.path} is damaged: {abbreviated(name)} is not read as it is described")
-    raw: NDArray[np.uint8] = np.frombuffer(answer, np.uint8)
+    if len(response) != nbytes:
+        raise InputError(f"{location.path} is damaged: {abbreviated(name)} is not read as it is described")
+    raw: NDArray[np.uint8] = np.frombuffer(response, np.uint8)
     return extents.arrange(raw, dtype=dtype, shape=shape)
 
 
-def _walk(place: H5Location) -> bytes:
+def _walk(location: H5Location) -> bytes:
     try:
-        return json.dumps(list_objects(place)).encode()
+        return json.dumps(list_objects(location)).encode()
     except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
         # What libhdf5 found wrong stands in brackets behind what h5py was doing.
         reason = re.search(r"\((.+)\)", str(error))
-        said = reason[1] if reason else "its structure cannot be followed"
-        raise InputError(f"{place.path} is truncated or damaged: {said}") from error
+        explanation = reason[1] if reason else "its structure cannot be followed"
+        raise InputError(f"{location.path} is truncated or damaged: {explanation}") from error
 
 
-def _read(place: H5Location, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> memoryview:
+def _read(location: H5Location, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> memoryview:
     target = np.empty(shape, dtype)
-    read_into(place, name, target)
+    read_into(location, name, target)
     return target.reshape(-1).view(np.uint8).data
 
 
@@ -119,34 +119,40 @@ def _as_stored(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(f"V{dtype.itemsize}") if dtype.isbuiltin != 1 else dtype
 
 
-def _dataset(place: H5Location, row: dict[str, Any]) -> Dataset:
+def _dataset(location: H5Location, row: dict[str, Any]) -> Dataset:
     name, shape = str(row["name"]), tuple(int(size) for size in row["shape"])
-    dtype = _dtype(place.path, name, str(row["type"]))
+    dtype = _dtype(location.path, name, str(row["type"]))
     nbytes, stored = math.prod(shape) * dtype.itemsize, int(row["stored"])
     extent = None
     if row["offset"] is not None:
-        check_inside(place.path, row["offset"], nbytes, place.nbytes, name)
-        extent = Extent(place.path, place.offset + row["offset"], nbytes)
+        check_inside(location.path, row["offset"], nbytes, location.nbytes, name)
+        extent = Extent(location.path, location.offset + row["offset"], nbytes)
     elif nbytes > stored * _MAX_RATIO + _ROOM or nbytes > max(_MAX_BLOWN_UP_BYTES, stored * _BOMB_RATIO):
-        raise InputError(f"{place.path} is refused: {abbreviated(name)} claims {nbytes} bytes, but {stored} are stored")
+        raise InputError(
+            f"{location.path} is refused: {abbreviated(name)} claims {nbytes} bytes, but {stored} are stored"
+        )
     storage = Storage(str(row["address"]), nbytes, extent, stored, bool(row["is_big_endian"]))
     return Dataset(name, shape, dtype, storage)
 
 
-def _dtype(path: Path, name: str, said: str) -> np.dtype[Any]:
+def _dtype(path: Path, name: str, type_name: str) -> np.dtype[Any]:
     try:
-        return np.dtype(getattr(ml_dtypes, said)) if said.startswith(("bfloat", "float8")) else np.dtype(said)
+        return (
+            np.dtype(getattr(ml_dtypes, type_name))
+            if type_name.startswith(("bfloat", "float8"))
+            else np.dtype(type_name)
+        )
     except (TypeError, AttributeError) as error:
         raise InputError(
-            f"{path} holds {abbreviated(name)} as {abbreviated(said)}, a type that prunectl does not read"
+            f"{path} holds {abbreviated(name)} as {abbreviated(type_name)}, a type that prunectl does not read"
         ) from error
 
 
 def _refuse_overlaps(path: Path, datasets: tuple[Dataset, ...]) -> None:
     runs = {
-        (found.storage.extent.offset, found.storage.extent.nbytes): found.name
-        for found in datasets
-        if found.storage.extent is not None and found.storage.extent.nbytes
+        (dataset.storage.extent.offset, dataset.storage.extent.nbytes): dataset.name
+        for dataset in datasets
+        if dataset.storage.extent is not None and dataset.storage.extent.nbytes
     }
     end = 0
     for (offset, nbytes), name in sorted(runs.items()):

@@ -30,7 +30,7 @@ def copy_attributes(old: Any, new: Any) -> None:
         if kind.detect_class(h5py.h5t.REFERENCE):
             raise NotPortableError(key)
         name = key.encode("utf-8", "surrogateescape")
-        made = h5py.h5a.create(new.id, name, kind.copy(), attribute.get_space())
+        new_attribute = h5py.h5a.create(new.id, name, kind.copy(), attribute.get_space())
         if attribute.shape is None:
             continue
         if attribute.dtype.hasobject:
@@ -39,7 +39,7 @@ def copy_attributes(old: Any, new: Any) -> None:
         else:
             values, memory = np.empty((*attribute.shape, kind.get_size()), np.uint8), kind
         attribute.read(values, mtype=memory)
-        made.write(values, mtype=memory)
+        new_attribute.write(values, mtype=memory)
 
 
 LEVEL = 6
@@ -55,24 +55,29 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 def gzipped(old: Any, parent: Any, key: str) -> Any:
     """Return a gzipped copy of a dataset, without its attributes; None where that would not pay."""
-    plan = old.id.get_create_plist()
+    properties = old.id.get_create_plist()
     chunk = chunk_of(old.shape or (), old.dtype.itemsize)
-    if chunk is None or plan.get_nfilters() or old.dtype.hasobject or old.dtype.kind not in "fiubcV":
+    if chunk is None or properties.get_nfilters() or old.dtype.hasobject or old.dtype.kind not in "fiubcV":
         return None
     is_shuffled = _best(_read(old, (0,) * len(chunk), chunk), old.dtype.itemsize)
     if is_shuffled is None:
         return None
-    plan.set_obj_track_times(False)
-    plan.set_chunk(chunk)
+    properties.set_chunk(chunk)
     if is_shuffled:
-        plan.set_shuffle()
-    plan.set_deflate(LEVEL)
-    kind, space = old.id.get_type().copy(), old.id.get_space()
-    new = h5py.Dataset(h5py.h5d.create(parent.id, key.encode("utf-8", "surrogateescape"), kind, space, plan))
+        properties.set_shuffle()
+    properties.set_deflate(LEVEL)
+    kind = old.id.get_type().copy()
+    new = create_dataset(parent, key, kind, old.id.get_space(), properties)
     for begin, lengths in boxes(old.shape, chunk):
-        memory, place = _selected(new, begin, lengths)
-        new.id.write(memory, place, _read(old, begin, lengths), mtype=kind)
+        memory, selection = _selected(new, begin, lengths)
+        new.id.write(memory, selection, _read(old, begin, lengths), mtype=kind)
     return new
+
+
+def create_dataset(parent: Any, key: str, kind: Any, space: Any, properties: Any) -> Any:
+    """An empty dataset in a group, without the time of its creation, which would make two runs differ."""
+    properties.set_obj_track_times(False)
+    return h5py.Dataset(h5py.h5d.create(parent.id, key.encode("utf-8", "surrogateescape"), kind, space, properties))
 
 
 def chunk_of(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...] | None:
@@ -98,15 +103,15 @@ def _read(dataset: Any, begin: tuple[int, ...], lengths: tuple[int, ...]) -> NDA
     """Return a piece of a dataset as raw bytes: types that NumPy does not know pass unchanged."""
     kind = dataset.id.get_type()
     raw = np.empty((*lengths, kind.get_size()), np.uint8)
-    memory, place = _selected(dataset, begin, lengths)
-    dataset.id.read(memory, place, raw, mtype=kind)
+    memory, selection = _selected(dataset, begin, lengths)
+    dataset.id.read(memory, selection, raw, mtype=kind)
     return raw
 
 
 def _selected(dataset: Any, begin: tuple[int, ...], lengths: tuple[int, ...]) -> tuple[Any, Any]:
-    place = dataset.id.get_space()
-    place.select_hyperslab(begin, lengths)
-    return h5py.h5s.create_simple(lengths), place
+    selection = dataset.id.get_space()
+    selection.select_hyperslab(begin, lengths)
+    return h5py.h5s.create_simple(lengths), selection
 
 
 def _best(first: NDArray[np.uint8], itemsize: int) -> bool | None:
@@ -205,19 +210,19 @@ def _created(target: Path, old_root: Any) -> Any:
     """Return a new file whose root remembers the order of its members if the old one does."""
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_libver_bounds(*_NEWER)
-    create = _like(old_root, h5py.h5p.create(h5py.h5p.FILE_CREATE))
-    return h5py.File(h5py.h5f.create(bytes(target), h5py.h5f.ACC_TRUNC, create, access))
+    properties = _like(old_root, h5py.h5p.create(h5py.h5p.FILE_CREATE))
+    return h5py.File(h5py.h5f.create(bytes(target), h5py.h5f.ACC_TRUNC, properties, access))
 
 
 def _created_group(parent: Any, key: str, old: Any) -> Any:
-    create = _like(old, h5py.h5p.create(h5py.h5p.GROUP_CREATE))
-    return h5py.Group(h5py.h5g.create(parent.id, key.encode("utf-8", "surrogateescape"), gcpl=create))
+    properties = _like(old, h5py.h5p.create(h5py.h5p.GROUP_CREATE))
+    return h5py.Group(h5py.h5g.create(parent.id, key.encode("utf-8", "surrogateescape"), gcpl=properties))
 
 
-def _like(old: Any, create: Any) -> Any:
+def _like(old: Any, properties: Any) -> Any:
     """Set how a group is created: in the old one's order, and without the time of day, which would differ each time."""
-    plan = old.id.get_create_plist()
-    create.set_link_creation_order(plan.get_link_creation_order())
-    create.set_attr_creation_order(plan.get_attr_creation_order())
-    create.set_obj_track_times(False)
-    return create
+    old_properties = old.id.get_create_plist()
+    properties.set_link_creation_order(old_properties.get_link_creation_order())
+    properties.set_attr_creation_order(old_properties.get_attr_creation_order())
+    properties.set_obj_track_times(False)
+    return properties

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from prunectl.formats.keras.hdf5.rebuild import (
     address_of,
     copied,
     copy_attributes,
+    create_dataset,
     rebuild_file,
 )
 from prunectl.formats.patch import TensorUpdate, patch_files
@@ -42,12 +43,10 @@ def rebuild_with(source: Path, target: Path, changed: Mapping[int, CopyDataset],
         raise InputError(f"{shown} has references or types of its own ({error}), and cannot be built again") from error
 
 
-def create_like(old: Any, parent: Any, key: str, numbers: Any, *, space: Any, plan: Any) -> Any:
-    """Return a dataset of the type of an old one, with its attributes, and other numbers."""
+def create_like(old: Any, parent: Any, key: str, numbers: Any, *, space: Any, properties: Any) -> Any:
+    """A dataset of the type of an old one, with its attributes, and other numbers."""
     kind = old.id.get_type().copy()
-    # The time of its making would make two runs differ.
-    plan.set_obj_track_times(False)
-    new = h5py.Dataset(h5py.h5d.create(parent.id, key.encode("utf-8", "surrogateescape"), kind, space, plan))
+    new = create_dataset(parent, key, kind, space, properties)
     new.id.write(h5py.h5s.ALL, h5py.h5s.ALL, numbers, mtype=kind)
     copy_attributes(old, new)
     return new
@@ -75,20 +74,20 @@ class H5Edits:
 
 def merge(pieces: Iterable[H5Edits]) -> H5Edits:
     """Return all changes together."""
-    several = list(pieces)
+    edits = list(pieces)
     return H5Edits(
-        removed=tuple(thing for one in several for thing in one.removed),
-        drops=tuple(path for one in several for path in one.drops),
-        moves=dict(pair for one in several for pair in one.moves.items()),
-        attributes=dict(pair for one in several for pair in one.attributes.items()),
-        masks=dict(pair for one in several for pair in one.masks.items()),
-        halves=frozenset(path for one in several for path in one.halves),
+        removed=tuple(thing for edit in edits for thing in edit.removed),
+        drops=tuple(path for edit in edits for path in edit.drops),
+        moves=dict(pair for edit in edits for pair in edit.moves.items()),
+        attributes=dict(pair for edit in edits for pair in edit.attributes.items()),
+        masks=dict(pair for edit in edits for pair in edit.masks.items()),
+        halves=frozenset(path for edit in edits for path in edit.halves),
     )
 
 
 _BYTES_PER_SECOND = 1 << 20
 _ROOM = 512 << 20
-_ASIDE = "being moved by prunectl "
+_TEMPORARY_NAME = "being moved by prunectl "
 _WRAPPED = PRUNED_PREFIX.rstrip("_")
 _HALF = h5py.h5t.IEEE_F16LE
 _MAX_HALF = float(np.finfo(np.float16).max)
@@ -100,7 +99,7 @@ def edit(source: Path, target: Path, edits: H5Edits, contents: H5Contents, shown
         shutil.copyfile(source, target)
         return
     draft = target.with_name(f"{target.name}.draft")
-    largest = max((found.storage.nbytes for found in contents.datasets), default=0)
+    largest = max((dataset.storage.nbytes for dataset in contents.datasets), default=0)
     try:
         run_sandboxed(
             partial(_edit, source, draft, target, edits, shown),
@@ -117,35 +116,27 @@ def _edit(source: Path, draft: Path, target: Path, edits: H5Edits, shown: Path) 
     # Names are changed in a copy, which is cheap; building that again gives back the room of what went.
     shutil.copyfile(source, draft)
     with h5py.File(source, "r", locking=False) as old, h5py.File(draft, "r+", locking=False) as file:
-        changes: dict[int, Callable[[Any], Array]] = {}
+        changed: dict[int, CopyDataset] = {}
         for path in edits.masks.keys() | edits.halves:
-            changes[address_of(file[path])] = partial(_changed, path=path, edits=edits, source=old, shown=shown)
+            changed[address_of(file[path])] = partial(
+                _masked_or_halved, path=path, edits=edits, source=old, shown=shown
+            )
         _apply_moves(file, edits, shown)
         file.close()
-        try:
-            rebuild_file(draft, target, partial(_copy_dataset, changes))
-        except NotPortableError as error:
-            raise InputError(
-                f"{shown} has references or types of its own ({error}), and cannot be built again"
-            ) from error
+        rebuild_with(draft, target, changed, shown)
     return b""
 
 
-def _copy_dataset(changes: dict[int, Callable[[Any], Array]], old: Any, parent: Any, key: str) -> Any:
-    change = changes.get(address_of(old))
-    if change is None:
-        return copied(old, parent, key)
-    numbers = change(old)
-    kind = _HALF if numbers.dtype == np.float16 and old.dtype != np.float16 else old.id.get_type()
-    space, plan = old.id.get_space(), old.id.get_create_plist()
-    plan.set_obj_track_times(False)
-    new = h5py.Dataset(h5py.h5d.create(parent.id, key.encode("utf-8", "surrogateescape"), kind.copy(), space, plan))
+def _masked_or_halved(old: Any, parent: Any, key: str, *, path: str, edits: H5Edits, source: Any, shown: Path) -> Any:
+    numbers = _new_numbers(old, path=path, edits=edits, source=source, shown=shown)
+    kind = _HALF if path in edits.halves and old.dtype != np.float16 else old.id.get_type()
+    new = create_dataset(parent, key, kind.copy(), old.id.get_space(), old.id.get_create_plist())
     new.id.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ascontiguousarray(numbers))
     copy_attributes(old, new)
     return new
 
 
-def _changed(old: Any, *, path: str, edits: H5Edits, source: Any, shown: Path) -> Array:
+def _new_numbers(old: Any, *, path: str, edits: H5Edits, source: Any, shown: Path) -> Array:
     """Return the numbers of a weight: masked, without a minus zero or a NaN where the mask is zero; and halved."""
     numbers: Array = old[()]
     if path in edits.masks:
@@ -171,15 +162,15 @@ def _apply_moves(file: Any, edits: H5Edits, shown: Path) -> None:
     moved = []
     for number, path in enumerate(sorted(edits.moves, key=_depth, reverse=True)):
         if path in file:
-            file.move(path, f"{_ASIDE}{number}")
-            moved.append((edits.moves[path], f"{_ASIDE}{number}"))
+            file.move(path, f"{_TEMPORARY_NAME}{number}")
+            moved.append((edits.moves[path], f"{_TEMPORARY_NAME}{number}"))
             _remove_empty_groups(file, path)
-    for path, aside in sorted(moved, key=lambda pair: _depth(pair[0])):
+    for path, temporary in sorted(moved, key=lambda pair: _depth(pair[0])):
         if path in file and isinstance(file[path], h5py.Group) and _is_empty(file[path]):
             del file[path]
         if path in file:
             raise InputError(f"{shown} cannot have its wrappers taken away: it already holds {path}")
-        file.move(aside, path)
+        file.move(temporary, path)
 
 
 def _remove_empty_groups(file: Any, path: str) -> None:
@@ -221,10 +212,10 @@ def _set(attributes: Any, key: str, value: str | list[str] | None) -> None:
         attributes.create(key, np.array(names, f"S{longest}"), dtype=f"S{longest}")
 
 
-def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[TensorUpdate]) -> None:
+def write(model: ModelFile, targets: dict[Path, Path], updates: Sequence[TensorUpdate]) -> None:
     """Write the file with new numbers in it."""
-    if all(rewrite.tensor.storage.extent is not None for rewrite in rewrites):
-        patch_files(model, targets, rewrites)
+    if all(update.tensor.storage.extent is not None for update in updates):
+        patch_files(model, targets, updates)
         return
     nbytes = sum(tensor.storage.nbytes for tensor in model.tensors)
     target = targets[model.path]
@@ -232,10 +223,10 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Tensor
     # that cannot run in a child which has so much memory and no more. The child gets them in a file.
     with tempfile.NamedTemporaryFile(prefix="numbers-", dir=target.parent) as numbers:
         changed: dict[int, Extent] = {}
-        for rewrite in rewrites:
+        for update in updates:
             begin = numbers.tell()
-            numbers.writelines(rewrite.raw())
-            changed[int(rewrite.tensor.storage.key)] = Extent(Path(numbers.name), begin, numbers.tell() - begin)
+            numbers.writelines(update.raw())
+            changed[int(update.tensor.storage.key)] = Extent(Path(numbers.name), begin, numbers.tell() - begin)
         numbers.flush()
         run_sandboxed(
             partial(_rebuild, model.path, target, changed),
@@ -247,11 +238,11 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Tensor
 
 
 def _rebuild(source: Path, target: Path, changed: Mapping[int, Extent]) -> bytes:
-    makers = {address: partial(_with_new_numbers, numbers) for address, numbers in changed.items()}
-    rebuild_with(source, target, makers, source)
+    copiers = {address: partial(_copy_with_numbers, numbers) for address, numbers in changed.items()}
+    rebuild_with(source, target, copiers, source)
     return b""
 
 
-def _with_new_numbers(where: Extent, old: Any, parent: Any, key: str) -> Any:
-    numbers = view(where, dtype=BYTE, shape=(where.nbytes,))
-    return create_like(old, parent, key, numbers, space=old.id.get_space(), plan=old.id.get_create_plist())
+def _copy_with_numbers(extent: Extent, old: Any, parent: Any, key: str) -> Any:
+    numbers = view(extent, dtype=BYTE, shape=(extent.nbytes,))
+    return create_like(old, parent, key, numbers, space=old.id.get_space(), properties=old.id.get_create_plist())
