@@ -1,8 +1,6 @@
-"""Keras `.keras`: a zip with a configuration and an HDF5 file of weights.
+"""Keras `.keras`: a zip archive of a configuration and an HDF5 file of weights, read, patched and renumbered.
 
-A `.keras` archive with some numbers changed: spliced, or its weights inflated, changed and deflated again.
-
-Or with the folders of its layers numbered anew.
+Stored weights are patched in place; deflated ones are inflated into a scratch file, changed, and deflated again.
 """
 
 from __future__ import annotations
@@ -81,7 +79,7 @@ def inflate(archive: Archive, config: dict[str, Any], target: Path) -> ModelFile
 
 
 def _hidden(tensor: Tensor, share: float) -> Tensor:
-    """Return a tensor that has no place of its own in the archive, only a share of what is deflated."""
+    """A tensor that has no place of its own in the archive, only a share of what is deflated."""
     storage = replace(tensor.storage, extent=None, stored_bytes=int(tensor.storage.stored_bytes * share))
     return replace(tensor, storage=storage)
 

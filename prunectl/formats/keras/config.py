@@ -1,4 +1,4 @@
-"""What a Keras configuration says: layers, training, wrappers, code."""
+"""Parse a Keras configuration: layers, training, wrappers, custom code, and the class names of Keras 1."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ def children(config: Any) -> Iterator[LayerConfig]:
 
 
 def listed(model: Any) -> tuple[Mapping[str, Any], ...]:
-    """Return the layers in a model: in its configuration, or, for Keras 1, that configuration itself."""
+    """The layers in a model: in its configuration, or, for Keras 1, that configuration itself."""
     config = model.get("config") if isinstance(model, (dict, Mapping)) else None
     entries = config.get("layers") if isinstance(config, (dict, Mapping)) else config
     return tuple(entry for entry in entries if isinstance(entry, dict)) if isinstance(entries, list) else ()
 
 
 def wrappers(config: Any) -> tuple[PruningWrapper, ...]:
-    """Return the pruning wrappers of tfmot, each with its schedule."""
+    """The pruning wrappers of tfmot, each with its schedule."""
     pruned = (layer for layer in layers(config) if layer.kind == "PruneLowMagnitude")
     return tuple(
         PruningWrapper(
@@ -92,7 +92,7 @@ def wrappers(config: Any) -> tuple[PruningWrapper, ...]:
 
 
 def code(config: Any) -> tuple[str, ...]:
-    """Return what Keras would run or import to rebuild the model."""
+    """Code that Keras would run or import to rebuild the model."""
     facts = []
     for layer in layers(config):
         if layer.kind == "Lambda":
@@ -103,7 +103,7 @@ def code(config: Any) -> tuple[str, ...]:
 
 
 def schedule(schedule_config: Mapping[str, Any]) -> str:
-    """Return a schedule of tfmot in one line."""
+    """A pruning schedule of tfmot in one line."""
     config = part(schedule_config, "config")
     name, begin, end = text(schedule_config, "class_name"), config.get("begin_step"), config.get("end_step")
     steps = f"steps {begin}-{end}" if isinstance(end, int) and end >= 0 else f"from step {begin}"
@@ -113,7 +113,7 @@ def schedule(schedule_config: Mapping[str, Any]) -> str:
 
 
 def training(training_config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the loss and the metrics of a training configuration."""
+    """The loss and the metrics of a training configuration."""
     facts = [f"loss {named(training_config.get('loss'))}"] if named(training_config.get("loss")) else []
     metrics = training_config.get("metrics")
     names = [_metric(entry) for entry in _flat(metrics if isinstance(metrics, list) else [metrics])]
@@ -122,31 +122,31 @@ def training(training_config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def optimizer(training_config: Mapping[str, Any]) -> str:
-    """Return the name of the optimizer in a training configuration."""
+    """The name of the optimizer in a training configuration."""
     return named(training_config.get("optimizer_config"))
 
 
 def named(value: Any) -> str:
-    """Return the name of what Keras stores as a name, or as a class with its configuration."""
+    """The name of what Keras stores as a name, or as a class with its configuration."""
     name = value if isinstance(value, str) else text(value, "class_name")
     return name.rpartition(">")[2]
 
 
 def part(facts: Any, key: str) -> Mapping[str, Any]:
-    """Return an object inside another, empty if it is not there."""
+    """An object inside another, empty if it is not there."""
     value = facts.get(key) if isinstance(facts, (dict, Mapping)) else None
     return value if isinstance(value, dict) else {}
 
 
 def text(facts: Any, key: str) -> str:
-    """Return a string inside an object, empty if it is not there."""
+    """A string inside an object, empty if it is not there."""
     value = facts.get(key) if isinstance(facts, (dict, Mapping)) else None
     return value if isinstance(value, str) else ""
 
 
 @lru_cache(1024)
 def snake_case(name: str) -> str:
-    """Return the name that Keras gives to layers of a class that were not named."""
+    """The name that Keras gives to layers of a class that were not named."""
     name = re.sub(r"\W+", "", name)
     name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
     return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
@@ -210,7 +210,7 @@ _WINDOWS = (("nb_row", "nb_col"), ("kernel_dim1", "kernel_dim2", "kernel_dim3"))
 
 
 def upgrade_class_name(kind: str) -> str:
-    """Return the class of a layer as Keras 2 calls it."""
+    """The class of a layer as Keras 2 calls it."""
     stem, digit, rest = kind[:-2], kind[-2:-1], kind[-2:]
     if digit in {"1", "2", "3"} and rest.endswith("D") and stem in _KINDS:
         return _KINDS[stem] + rest
@@ -218,7 +218,7 @@ def upgrade_class_name(kind: str) -> str:
 
 
 def upgrade_config(kind: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the settings of a layer under the names that Keras 2 gives them."""
+    """The settings of a layer under the names that Keras 2 gives them."""
     upgraded = {_KEYS.get(key, key): value for key, value in config.items()}
     for keys in _WINDOWS:
         if all(key in config for key in keys):

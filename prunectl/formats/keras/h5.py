@@ -43,7 +43,7 @@ def open_model(path: Path) -> ModelFile:
 
 
 def describe(contents: H5Contents, config: dict[str, Any] | None) -> tuple[Tensor, ...]:
-    """Return the tensors of a file, whichever way its Keras lays them out."""
+    """The tensors of a file, whichever way its Keras lays them out."""
     root = layouts.layer_names_group(contents)
     if root is not None:
         return layouts.tensors_by_layer_name(contents, root, config)
@@ -53,7 +53,7 @@ def describe(contents: H5Contents, config: dict[str, Any] | None) -> tuple[Tenso
 
 
 def decoder(contents: H5Contents) -> Any:
-    """Return what reads a tensor that does not lie flat."""
+    """A reader of chunked or filtered tensors."""
     names = {dataset.storage.key: dataset.name for dataset in contents.datasets}
 
     def decode(tensor: Tensor) -> Array:

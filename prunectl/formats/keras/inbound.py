@@ -1,4 +1,4 @@
-"""Which layer of a Keras model takes what from which, in the dialects of Keras 1 to 3."""
+"""Parse the graph of a functional Keras model: calls and their inbound tensors, in the dialects of Keras 1 to 3."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ class NodeCall:
 
 
 def name_of(layer: Mapping[str, Any]) -> str:
-    """Return the name of a layer."""
+    """The name of a layer."""
     return text(layer, "name") or text(part(layer, "config"), "name") or text(layer, "class_name")
 
 
 def parse_calls(model: Any) -> tuple[NodeCall, ...]:
-    """Return every call in a model whose layers say where their inputs come from."""
+    """Every call in a model whose layers say where their inputs come from."""
     return tuple(call for layer in listed(model) for call in _calls(layer))
 
 
 def model_ends(model: Any, key: str) -> tuple[TensorRef, ...]:
-    """Return the inputs or the outputs of a model."""
+    """The inputs or the outputs of a model."""
     references = part(model, "config").get(key)
     return tuple(_sources(references, 0))
 
@@ -80,7 +80,7 @@ def _calls(layer: Mapping[str, Any]) -> Iterator[NodeCall]:
 
 
 def _named(node: Any) -> Mapping[str, Any]:
-    """Return what a node of Keras 2 takes by name: it stands behind each tensor."""
+    """What a node of Keras 2 takes by name: it stands behind each tensor."""
     entries = [node] if _is_reference(node) else node if isinstance(node, list) else []
     return {
         key: value

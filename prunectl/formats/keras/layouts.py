@@ -42,7 +42,7 @@ def layer_names_group(contents: H5Contents) -> str | None:
 
 
 def tensors_by_layer_name(contents: H5Contents, root: str, config: Mapping[str, Any] | None) -> tuple[Tensor, ...]:
-    """Return the weights in the order of the layers, then whatever else the file holds."""
+    """The weights in the order of the layers, then whatever else the file holds."""
     layers_by_owner = _layers_by_owner(config)
     datasets = {dataset.name: dataset for dataset in contents.datasets}
     listed_weights = {path: (group, weight) for group, weight, path in _listed_weights(contents, root)}
@@ -62,7 +62,7 @@ def tensors_by_layer_name(contents: H5Contents, root: str, config: Mapping[str, 
 
 
 def _layers_by_owner(config: Mapping[str, Any] | None) -> Mapping[str, Mapping[str, LayerConfig]]:
-    """Return the layers in each layer and model, itself among them, by their names."""
+    """The layers inside each layer and model (itself among them), by the name of the outer one."""
     layers_by_owner: defaultdict[str, dict[str, LayerConfig]] = defaultdict(dict)
     for layer in keras_config.layers(config):
         for owner in (_ANYWHERE, *layer.path, layer.name):
@@ -71,12 +71,12 @@ def _layers_by_owner(config: Mapping[str, Any] | None) -> Mapping[str, Mapping[s
 
 
 def _group_layers(layers_by_owner: Mapping[str, Mapping[str, LayerConfig]], group: str) -> Mapping[str, LayerConfig]:
-    """Return the layers that the weights of a group can belong to."""
+    """The layers that the weights of a group can belong to."""
     return layers_by_owner.get(group) or layers_by_owner.get(_ANYWHERE, {})
 
 
 def missing_weights(contents: H5Contents, root: str) -> tuple[str, ...]:
-    """Say which weights the file names but does not hold, as Keras leaves them when saving fails half-way."""
+    """A note on weights that the file lists but does not hold, as Keras leaves them when saving fails half-way."""
     stored = {dataset.name for dataset in contents.datasets}
     missing = [weight for _, weight, path in _listed_weights(contents, root) if path not in stored]
     if not missing:
@@ -120,7 +120,7 @@ def _named_tensor(dataset: Dataset, group: str, name: str, known: Mapping[str, L
 
 
 def _layer(steps: list[str], known: Mapping[str, LayerConfig]) -> LayerConfig | None:
-    """Return the innermost layer on the way to a weight; some layers have a slash in their name."""
+    """The innermost layer on the way to a weight; some layers have a slash in their name."""
     for end in range(len(steps), 0, -1):
         for begin in range(max(end - _MAX_SLASHES, 0), end):
             if (name := "/".join(steps[begin:end])) in known:
@@ -129,7 +129,7 @@ def _layer(steps: list[str], known: Mapping[str, LayerConfig]) -> LayerConfig | 
 
 
 def _plain_layer(steps: list[str], group: str) -> str:
-    """Return the layer where only names tell: the group, and what is inside it."""
+    """The layer where only names tell: the group, and what is inside it."""
     for begin in range(len(steps)):
         if f"{'/'.join(steps[begin:])}/".startswith(f"{group}/"):
             return "/".join(strip_cell_prefix(steps[begin:]))
@@ -153,7 +153,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class _StoredFolders:
-    """What a file holds, folder by folder."""
+    """Folders of layers in a file."""
 
     folders: Mapping[str, frozenset[str]]
     """The folders in each container, by its path."""
@@ -163,7 +163,7 @@ class _StoredFolders:
 
 @dataclass(slots=True)
 class _FolderAssignment:
-    """The layers of folders under one way to count."""
+    """Layers by folder under one of the two ways to count."""
 
     layers: dict[str, LayerConfig] = field(default_factory=dict)
     misfits: set[str] = field(default_factory=set)
@@ -171,7 +171,7 @@ class _FolderAssignment:
 
 
 def layers_by_folder(config: Any, datasets: Sequence[Dataset]) -> Mapping[str, LayerConfig]:
-    """Return the layers of a configuration by the folders that hold them, as far as there is no doubt."""
+    """The layers of a configuration by the folders that hold them, as far as there is no doubt."""
     stored = _stored_folders(datasets)
     once, twice = (_assigned(config, stored, is_twice=is_twice) for is_twice in (False, True))
     if once.misfits and not twice.misfits:
@@ -208,7 +208,7 @@ def numbered_folder(slug: str, number: int) -> str:
 
 
 def ambiguous_containers(config: Any, slots: Mapping[str, LayerConfig], names: Iterable[str]) -> frozenset[str]:
-    """Return the containers with folders that belong to a layer of the configuration, and nobody knows to which."""
+    """The containers with folders that belong to a layer of the configuration, and nobody knows to which."""
     kinds = {keras_config.snake_case(layer.kind) for layer in keras_config.layers(config)}
     containers = set()
     for name in names:
@@ -278,7 +278,7 @@ def _numbers(slug: str, folders: Iterable[str]) -> Iterator[int]:
 
 
 def _split_number(folder: str) -> tuple[str, int]:
-    """Return the class in snake case and the number: 0 where there is none."""
+    """The class in snake case and the number: 0 where there is none."""
     match = _NUMBERED.fullmatch(folder)
     return (match[1], int(match[2] or 0)) if match is not None else (folder, 0)
 
@@ -338,7 +338,7 @@ class _Owner:
 
 
 def tensors_by_path(contents: H5Contents, config: Mapping[str, Any] | None) -> tuple[Tensor, ...]:
-    """Return the weights under the names that Keras gives to variables: `dense/kernel`."""
+    """The weights under the names that Keras gives to variables: `dense/kernel`."""
     slots = layers_by_folder(config, contents.datasets)
     siblings = Counter(dataset.name.rpartition("/")[0] for dataset in contents.datasets)
     unclear = ambiguous_containers(config, slots, [dataset.name for dataset in contents.datasets])
@@ -351,7 +351,7 @@ def tensors_by_path(contents: H5Contents, config: Mapping[str, Any] | None) -> t
 
 
 def unmatched_note(tensors: Iterable[Tensor]) -> tuple[str, ...]:
-    """Say it where weights have the names of folders, for nobody knows whose they are."""
+    """A note where weights keep the names of folders, for it is unknown whose they are."""
     if not any(tensor.name.startswith(tuple(f"{container}/" for container in CONTAINERS)) for tensor in tensors):
         return ()
     return (
@@ -416,7 +416,7 @@ _WIDTHS = {
     "LSTM": ("units", 4),
     "SimpleRNN": ("units", 1),
 }
-"""What says how wide the weights of a layer are, and how many gates share their last axis."""
+"""The setting with the width of a layer, and how many gates share their last axis."""
 
 
 def check_widths(model: ModelFile) -> None:

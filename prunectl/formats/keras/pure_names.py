@@ -1,4 +1,4 @@
-"""What a stranger's Keras file may name: classes and functions that reckon, and reach nothing outside their process.
+"""Allow-list of untrusted Keras files: pure classes and functions, without effects outside their process.
 
 Chosen from what Keras 3.15, tf_keras 2.21 and TensorFlow 2.21 export. What is not here needs `--trust`, or
 `--custom-objects` where it is a class of the user's own:
@@ -176,7 +176,7 @@ row_lengths row_limits row_splits row_starts to_sparse to_tensor value_rowids va
 with_row_splits_dtype with_values
 """
 MEMBERS = frozenset(_MEMBERS.split())
-"""What may be asked of a ragged or a sparse tensor."""
+"""Attributes and methods of ragged and sparse tensors that may be used."""
 
 _NAMES_OF_TENSORFLOW = {
     "": """

@@ -1,4 +1,4 @@
-"""What a weight of a Keras layer is for, told by its name and the class of its layer."""
+"""Roles and channel axes of Keras weights, by their names and the classes of their layers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _KERAS_1 = {"W": "kernel", "b": "bias", "U": "recurrent_kernel", "gamma": "gamma
 
 
 class WeightRole(NamedTuple):
-    """What a weight is for."""
+    """The role and the channel axes of a weight."""
 
     role: Role
     out_axis: int | None = None
@@ -44,7 +44,7 @@ class WeightRole(NamedTuple):
 def weight_role(
     leaf: str, kind: str, shape: tuple[int, ...], *, is_float: bool, is_channels_first: bool = False
 ) -> WeightRole:
-    """Return what the weight called ``leaf`` of a layer of class ``kind`` is for."""
+    """The role of the weight called ``leaf`` of a layer of class ``kind``."""
     role = _role(leaf, kind, shape, is_float=is_float)
     if role not in {Role.KERNEL, Role.RECURRENT} or len(shape) < 2:
         return WeightRole(role)
@@ -58,7 +58,7 @@ def weight_role(
 
 
 def modern_name(leaf: str) -> str:
-    """Return the name that later versions of Keras give to a weight of Keras 1, such as `lstm_1_W_i`."""
+    """The name that later versions of Keras give to a weight of Keras 1, such as `lstm_1_W_i`."""
     for statistic in ("running_mean", "running_std"):
         if leaf.endswith(f"_{statistic}"):
             return statistic
@@ -71,7 +71,7 @@ def looks_channels_first(leaf: str, shape: tuple[int, ...]) -> bool:
 
 
 def strip_cell_prefix(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names on the way to a weight without those of the cells that a recurrent layer ends in."""
+    """The names on the way to a weight without those of the cells that a recurrent layer ends in."""
     end = len(names)
     while end > 1 and _CELL.search(names[end - 1]):
         end -= 1
@@ -79,7 +79,7 @@ def strip_cell_prefix(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def name_by_position(kind: str, index: int, count: int, shape: tuple[int, ...], settings: Mapping[str, Any]) -> str:
-    """Return the name of a weight that the file knows only by its number.
+    """The name of a weight that the file knows only by its number.
 
     ``kind`` is the class of the layer in snake case, as the path to the weight has it; ``settings`` are what the
     configuration says of the layer, nothing where it is not known.

@@ -1,4 +1,4 @@
-"""An HDF5 file of Keras without what a trained model does not need."""
+"""Strip Keras files of optimizer state, training configuration, masks and pruning wrappers."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ WRAPPING = frozenset({StripPart.MASKS, StripPart.WRAPPERS})
 
 @dataclass(frozen=True, slots=True)
 class StripPlan:
-    """What is to change in the weights, and what the configuration becomes."""
+    """Changes of the weights, and the new configuration."""
 
     edits: H5Edits
     config: Any
     removed: tuple[RemovedItem, ...] = ()
-    """What goes from the configuration."""
+    """Removed from the configuration."""
 
 
 def plan_strip(contents: H5Contents, config: Mapping[str, Any] | None, options: StripOptions, shown: Path) -> StripPlan:
-    """Return what a wish means for a file; ``shown`` is what the user calls it."""
+    """The changes that strip options mean for a file; ``shown`` is what the user calls it."""
     is_unwrapped = bool(options.parts & WRAPPING)
     root = layer_names_group(contents)
     try:
@@ -64,7 +64,7 @@ def plan_strip(contents: H5Contents, config: Mapping[str, Any] | None, options: 
 
 
 def _uncompiled(config: Any) -> tuple[Any, tuple[RemovedItem, ...]]:
-    """Return the configuration as of a model that was never compiled, nor any model in it."""
+    """The configuration as of a model that was never compiled, nor any model in it."""
     removed: list[RemovedItem] = []
 
     def plain(value: Any) -> Any:
@@ -82,7 +82,7 @@ def _uncompiled(config: Any) -> tuple[Any, tuple[RemovedItem, ...]]:
 
 
 def strip_h5(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
-    """Write the file without what the wish names, and return what went."""
+    """Write the file without the parts in the options; returns the removed items."""
     contents = read.read_contents(H5Location(model.path, 0, model.path.stat().st_size))
     plan = plan_strip(contents, model.about.keras, options, model.path)
     edits = plan.edits
@@ -96,7 +96,7 @@ _CONFIG = "config.json"
 
 
 def strip_archive(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
-    """Write the archive without what the wish names, and return what went."""
+    """Write the archive without the parts in the options; returns the removed items."""
     archive, target = open_archive(model.path), targets[model.path]
     with tempfile.TemporaryDirectory(prefix=".weights-", dir=target.parent) as scratch:
         weights, edited = Path(scratch) / WEIGHTS, Path(scratch) / "edited.h5"

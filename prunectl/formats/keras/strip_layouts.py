@@ -1,4 +1,4 @@
-"""What is to go where groups of layers name their weights: in every `.h5` but `.weights.h5`."""
+"""What stripping changes in an HDF5 file, in both layouts: weights listed by layer name, and weights by path."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class UnmatchedMaskError(Exception):
 
 
 def match_masks(masks: Sequence[Weight], weights: Sequence[Weight]) -> dict[str, str]:
-    """Return the mask of each weight that has one, by their paths."""
+    """The mask of each weight that has one, by their paths."""
     unmasked: defaultdict[tuple[int, ...], deque[Weight]] = defaultdict(deque)
     for weight in sorted(weights, key=lambda weight: weight.name not in _PRUNED):
         unmasked[weight.shape].append(weight)
@@ -63,7 +63,7 @@ class MissingWeightError(Exception):
 
 
 def plan_by_layer_name(contents: H5Contents, root: str, options: StripOptions, *, is_unwrapped: bool) -> H5Edits:
-    """Return what changes in such a file, but for the configuration of the model."""
+    """Changes of a file whose layers are listed by name (every `.h5` but `.weights.h5`), the configuration apart."""
     groups = contents.names(root, "layer_names")
     names = {group: contents.names(_joined(root, group), "weight_names") for group in dict.fromkeys([*groups, _TOP])}
     pieces = list(_training(contents, options))
@@ -78,7 +78,7 @@ def plan_by_layer_name(contents: H5Contents, root: str, options: StripOptions, *
 
 
 def _training(contents: H5Contents, options: StripOptions) -> Iterator[H5Edits]:
-    """Yield what goes of the training: the losses and the optimizer's name stand in one attribute, its state apart."""
+    """Yield the edits that remove training: losses and the optimizer's name in one attribute, its state in a group."""
     state = [dataset for dataset in contents.datasets if dataset.name.startswith(f"{_OPTIMIZER}/")]
     has_state = bool(state) or _OPTIMIZER in contents.attributes
     if StripPart.OPTIMIZER in options.parts and has_state:
@@ -138,7 +138,7 @@ def _wrapped(scopes: Iterable[str], masks: list[str], weights: list[str]) -> Ite
 
 
 def _scopes(weights: list[str]) -> dict[str, None]:
-    """Return the scopes of wrappers, in their order: each has counted its steps."""
+    """The scopes of wrappers, in their order: each has counted its steps."""
     return dict.fromkeys(_scope(weight) for weight in weights if _leaf(weight).startswith("pruning_step"))
 
 
@@ -156,7 +156,7 @@ def _moves(root: str, group: str, weights: list[str]) -> Iterator[tuple[str, str
 
 
 def _renamed_lists(contents: H5Contents, group: str, key: str, dropped: set[str]) -> H5Edits:
-    """Return the lists of names without some of them, the others without the wrapper's prefix."""
+    """The lists of names without some of them, the others without the wrapper's prefix."""
     changed: dict[tuple[str, str], str | list[str] | None] = {}
     for attribute, names in contents.attributes.get(group, {}).items():
         if re.fullmatch(rf"{key}\d*", attribute) and isinstance(names, list):
@@ -207,7 +207,7 @@ class UnknownWrappedLayerError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Relocation:
-    """Where a layer of the configuration lies, and where it will."""
+    """A layer of the configuration with its old and its new path."""
 
     old: str
     new: str
@@ -217,7 +217,7 @@ class _Relocation:
 def plan_by_path(
     contents: H5Contents, config: Mapping[str, Any] | None, options: StripOptions, *, is_unwrapped: bool
 ) -> H5Edits:
-    """Return what changes in such a file."""
+    """Changes of a file whose weights lie by path (`.weights.h5`, `.keras`)."""
     pieces = [_dropped(contents, kind, pattern) for kind, pattern in _PARTS.items() if kind in options.parts]
     if is_unwrapped:
         pieces += _unwrapped_numbered(contents, config)
@@ -261,7 +261,7 @@ def _unwrapped_numbered(contents: H5Contents, config: Mapping[str, Any] | None) 
 
 
 def _datasets_below(contents: H5Contents) -> Mapping[str, list[Dataset]]:
-    """Return what lies anywhere in the variables or in the inside of each layer."""
+    """Datasets below each `vars` and `layer` group."""
     below: defaultdict[str, list[Dataset]] = defaultdict(list)
     for dataset in contents.datasets:
         steps = dataset.name.split("/")
@@ -310,7 +310,7 @@ def _next_folder(used: Counter[str], kind: str) -> str:
 
 
 def _unwrapped_variables(below: Mapping[str, list[Dataset]], wrapper: str, wrapped: Mapping[str, Any]) -> H5Edits:
-    """Return what becomes of the variables of a wrapper: weights again, then masks with thresholds, then the step."""
+    """What becomes of the variables of a wrapper: weights again, then masks with thresholds, then the step."""
     variables = sorted(below.get(f"{wrapper}/vars", []), key=_order)
     weights = sorted(below.get(f"{wrapper}/layer", []), key=_order)
     masks: list[Dataset] = []
@@ -352,7 +352,7 @@ def _weights(datasets: Sequence[Dataset], wrapper: str, wrapped: Mapping[str, An
 
 
 def _order(dataset: Dataset) -> list[tuple[int, str]]:
-    """Return what sorts paths by their numbers, and the parts of an attention by their use."""
+    """Sort key: paths by their numbers, the parts of an attention by their use."""
     steps = re.split(r"(\d+)", dataset.name)
     digits = [(int(step), "") if step.isdecimal() else (0, step) for step in steps]
     rank = next((index for index, name in enumerate(_ATTENTION) if f"/_{name}_dense/" in dataset.name), -1)

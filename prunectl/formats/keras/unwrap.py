@@ -18,7 +18,7 @@ _MOVED = ("batch_input_shape", "batch_shape")
 
 @dataclass(frozen=True, slots=True)
 class Unwrapped:
-    """What is left of a configuration, and what went."""
+    """An unwrapped configuration, and the wrappers removed from it."""
 
     config: Any
     wrappers: Mapping[str, int]
@@ -30,13 +30,13 @@ class LayerNameConflictError(Exception):
 
 
 def unwrap_config(config: Any) -> Unwrapped:
-    """Return a configuration with every wrapped layer in the place of its wrapper."""
+    """A configuration with every wrapped layer in the place of its wrapper."""
     wrappers: dict[str, int] = {}
     return Unwrapped(_plain(config, {}, wrappers), wrappers)
 
 
 def inner_layer(layer: Any) -> Mapping[str, Any] | None:
-    """Return the layer that a pruning wrapper is around; None of any other layer."""
+    """The layer that a pruning wrapper is around; None of any other layer."""
     if text(layer, "class_name").rpartition(">")[2] != WRAPPER:
         return None
     inner = part(part(layer, "config"), "layer")
@@ -62,7 +62,7 @@ def _plain(value: Any, names: Mapping[str, str], wrappers: dict[str, int]) -> An
 
 
 def _in_place_of(wrapper: Mapping[str, Any], inner: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a wrapped layer with what its model says of the wrapper: its calls, its input, its format."""
+    """A wrapped layer with what its model says of the wrapper: its calls, its input, its format."""
     wrapper_config = part(wrapper, "config")
     moved = {key: wrapper_config[key] for key in _MOVED if key in wrapper_config}
     # Old formats give a layer fewer keys, and loaders tell the formats by these.
@@ -77,7 +77,7 @@ def _in_place_of(wrapper: Mapping[str, Any], inner: Mapping[str, Any]) -> dict[s
 
 
 def _new_names(layers: list[Any]) -> dict[str, str]:
-    """Return what the wrapped layers of a model are called, by the names of their wrappers."""
+    """What the wrapped layers of a model are called, by the names of their wrappers."""
     inner = {_name(layer): inner_layer(layer) for layer in layers}
     names = {name: _name(layer) for name, layer in inner.items() if layer is not None}
     counts = Counter(names.values())
@@ -89,7 +89,7 @@ def _new_names(layers: list[Any]) -> dict[str, str]:
 
 
 def _referring(value: Any, names: Mapping[str, str]) -> Any:
-    """Return how a model refers to its layers, such as `["dense", 0, 0, {}]`, by their new names."""
+    """How a model refers to its layers, such as `["dense", 0, 0, {}]`, by their new names."""
     if isinstance(value, dict):
         return {
             key: [names.get(member[0], member[0]), *member[1:]]

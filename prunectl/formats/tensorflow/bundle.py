@@ -58,7 +58,7 @@ DTYPES: dict[int, np.dtype[Any]] = {
 
 
 def read_shape(data: memoryview, field: Field) -> tuple[int, ...]:
-    """Return the sizes in a TensorShapeProto, refusing what no array can have."""
+    """The sizes in a TensorShapeProto, refusing what no array can have."""
     shape: list[int] = []
     for dimension in fields(data, field.begin, field.end):
         if dimension.number == 2 and dimension.wire == BYTES:
@@ -81,7 +81,7 @@ _END_OF_TEXT = b"\x00\x01"
 
 
 def slice_key(name: bytes, bounds: tuple[tuple[int, int], ...]) -> bytes:
-    """Return the key of the slice of ``name`` that has these starts and lengths."""
+    """The key of the slice of ``name`` that has these starts and lengths."""
     text = b"".join(_ESCAPES.get(byte, bytes((byte,))) for byte in name) + _END_OF_TEXT
     rank = len(bounds).to_bytes(1 if bounds else 0, "big")
     numbers = b"".join(_signed(start) + _signed(length) for start, length in bounds)
@@ -97,7 +97,7 @@ def _signed(value: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class BundleEntry:
-    """What the index says of one key."""
+    """The index entry of one key."""
 
     key: bytes
     code: int
@@ -121,7 +121,7 @@ class BundleEntry:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """All that an index says, not yet held against the data."""
+    """A parsed index, not yet checked against the data."""
 
     path: Path
     shard_count: int
@@ -196,12 +196,12 @@ class TooManyReferencesError(ValueError):
 
 @cache
 def crc_of_zeros(nbytes: int) -> int:
-    """Return the masked CRC-32C of so many zeros."""
+    """The masked CRC-32C of so many zeros."""
     return mask(_plain_crc(nbytes))
 
 
 def shared_zero_blocks(entries: Iterable[BundleEntry], file_bytes: int) -> dict[bytes, BundleEntry]:
-    """Return the entries whose bytes are those at the beginning of another's, with that other: zeros for them all."""
+    """The entries whose bytes are those at the beginning of another's, with that other: zeros for them all."""
     shared: dict[bytes, BundleEntry] = {}
     leader: BundleEntry | None = None
     claimed = 0
@@ -239,7 +239,7 @@ MAX_SHARDS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """An index whose every entry was found to lie inside of its shard."""
+    """An index whose every entry is checked to lie inside its shard."""
 
     index: Path
     is_big_endian: bool
@@ -249,21 +249,21 @@ class Bundle:
     """Entries that are zeros at the beginning of another's bytes, with that other."""
 
     def numbers(self) -> tuple[BundleEntry, ...]:
-        """Return the entries that are tensors of numbers, slices of others left out."""
+        """The entries that are tensors of numbers, slices of others left out."""
         return tuple(
             entry for key, entry in self.entries.items() if key[:1] != b"\x00" and entry.code not in NOT_NUMBERS
         )
 
     def extent(self, entry: BundleEntry) -> Extent:
-        """Return where the bytes of an entry lie."""
+        """Where the bytes of an entry lie."""
         return Extent(self.shards[entry.shard], entry.offset, entry.nbytes)
 
     def pieces(self, entry: BundleEntry) -> tuple[tuple[tuple[slice, ...], BundleEntry], ...]:
-        """Return the slices of a partitioned tensor, each with its place in the whole."""
+        """The slices of a partitioned tensor, each with its place in the whole."""
         return tuple((_tensor_location(bounds), self.entries[slice_key(entry.key, bounds)]) for bounds in entry.slices)
 
     def text(self, key: bytes, limit: int) -> bytes:
-        """Return a scalar string, or nothing if there is none of that name."""
+        """A scalar string, or nothing if there is none of that name."""
         entry = self.entries.get(key)
         if entry is None or entry.code != STRING or entry.shape or entry.slices:
             return b""
@@ -350,7 +350,7 @@ def _check_slices(bundle: Bundle) -> None:
 
 
 def _sizes(shape: tuple[int, ...], bounds: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
-    """Return the shape of a slice, or -1 for an axis that it leaves."""
+    """The shape of a slice, or -1 for an axis that it leaves."""
     return tuple(
         size if length == WHOLE else length if 0 <= start <= start + length <= size else -1
         for size, (start, length) in zip(shape, bounds, strict=True)

@@ -1,4 +1,4 @@
-"""A checkpoint or SavedModel with some numbers changed, and the checksums in its index mended."""
+"""Write a bundle: patch numbers and the checksums in its index, or drop and zero entries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BIG = 1 << 32
 
 
 def string_bytes(text: bytes) -> tuple[bytes, int]:
-    """Return the bytes in the data shard, and the masked CRC-32C for the index."""
+    """The bytes in the data shard, and the masked CRC-32C for the index."""
     crc = google_crc32c.value(len(text).to_bytes(4 if len(text) < _BIG else 8, "little"))
     of_length = mask(crc).to_bytes(4, "little")
     crc = google_crc32c.extend(google_crc32c.extend(crc, of_length), text)
@@ -37,7 +37,7 @@ _CRC_TAG = encode_varint(_CRC << 3 | 5)
 
 @dataclass(frozen=True, slots=True)
 class BundleEdits:
-    """What becomes of entries, by their keys."""
+    """Edits of entries, by key."""
 
     drops: frozenset[bytes] = frozenset()
     zeros: frozenset[bytes] = frozenset()
@@ -52,7 +52,7 @@ class BundleEdits:
 
 @dataclass(frozen=True, slots=True)
 class EntryLocation:
-    """Where the bytes of an entry lie in the new shards."""
+    """The new shard, offset and checksum of an entry."""
 
     shard: int
     offset: int
@@ -106,7 +106,7 @@ def _write(bundle: Bundle, entry: BundleEntry, edits: BundleEdits, out: BinaryIO
 
 
 def _relocated_value(record: IndexRecord, location: EntryLocation | None) -> bytes:
-    """Return what the index says of an entry, with its new place; the header and wholes of slices have none."""
+    """What the index says of an entry, with its new place; the header and wholes of slices have none."""
     if location is None:
         return bytes(record.data[record.begin : record.end])
     kept = (
@@ -122,7 +122,7 @@ def _relocated_value(record: IndexRecord, location: EntryLocation | None) -> byt
 
 
 def write(model: ModelFile, targets: dict[Path, Path], updates: Sequence[TensorUpdate]) -> None:
-    """Write every file of the model, then mend what guards the tensors that changed."""
+    """Write every file of the model, then fix the checksums of the tensors that changed."""
     index = model.path if model.path.is_file() else model.path / "variables" / "variables.index"
     bundle = read_bundle(index)
     entries = {(bundle.extent(entry).path, entry.offset): entry for entry in bundle.numbers() if not entry.slices}

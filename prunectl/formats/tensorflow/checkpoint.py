@@ -1,4 +1,4 @@
-"""TensorFlow checkpoints: an index, and its data shards beside it."""
+"""TensorFlow checkpoints (an index with its data shards): open, and strip of optimizer state."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def open_model(path: Path) -> ModelFile:
 
 
 def strip(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
-    """Write the checkpoint without what the wish names, and return what went."""
+    """Write the checkpoint without the parts in the options; returns the removed items."""
     if options.to_half:
         raise UsageError(
             f"{model.path} cannot hold 16-bit floats: the program that restores it expects its variables as they are",

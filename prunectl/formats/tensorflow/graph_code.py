@@ -1,4 +1,4 @@
-"""What would the graph of a SavedModel do besides reckoning, if TensorFlow loaded and ran it?
+"""What would the graph of a SavedModel do besides pure computation, if TensorFlow loaded and ran it?
 
 `tf.saved_model.load` runs initializers, and whoever calls a signature runs the rest; so every node counts, of the graph
 and of each function in its library. Operations are held against a list of what is allowed (`pure_operations`). Two
@@ -80,7 +80,7 @@ class Assets:
         return self._input(node, _FILE_INPUT).partition(b":")[0] in self._tensors
 
     def argument(self, function: Field, node: Field) -> int | None:
-        """Return which argument of its function a node takes its path from; None where it comes from elsewhere."""
+        """Which argument of its function a node takes its path from; None where it comes from elsewhere."""
         path = self._input(node, _FILE_INPUT)
         signatures = self._reader.messages(function, _ASSET_SIGNATURE)
         arguments = [
@@ -170,7 +170,7 @@ class Function(NamedTuple):
 
 
 def find_code(folder: Path) -> tuple[str, ...]:
-    """Return what the graph of a SavedModel would do beside reckoning, each in words."""
+    """Effects of the graph of a SavedModel beyond pure computation, each described."""
     path = folder / "saved_model.pb"
     reader = BudgetedReader(mmap_file(path), budgets.MAX_GRAPH_FIELDS)
     try:
@@ -209,13 +209,13 @@ class _MetaGraph:
         # Registered operations begin with a capital: a function that looks like one is not taken for itself.
         own = {function.name for function in self._functions if re.match(rb"[a-z]|__", function.name)}
         known = _PURE | _SAVING | _FROM_FILES | _BY_ATTRIBUTE.keys() | own
-        yield from (_worded(operation) for operation in sorted(self._operations - known))
+        yield from (_describe(operation) for operation in sorted(self._operations - known))
         nodes = [*self._special, *(node for function in self._functions for node in function.nodes)]
-        yield from (_worded(node.operation) for node in nodes if not self._is_harmless_by_attribute(node))
+        yield from (_describe(node.operation) for node in nodes if not self._is_harmless_by_attribute(node))
         if self._is_saved_by_others():
-            yield f"operation {_some(nodes, _SAVING)} outside of what saves the model"
+            yield f"operation {_first_operation(nodes, _SAVING)} outside of what saves the model"
         if any(node.operation in _FROM_FILES for node in nodes) and not self._is_filled_from_assets():
-            yield f"operation {_some(nodes, _FROM_FILES)} on a file that is no asset of the model"
+            yield f"operation {_first_operation(nodes, _FROM_FILES)} on a file that is no asset of the model"
 
     def _function(self, definition: Field) -> Function:
         name, nodes = b"", []
@@ -332,7 +332,7 @@ class _MetaGraph:
                 yield offset
 
     def _after(self) -> dict[bytes, list[bytes]]:
-        """Return the nodes that take what a node gives, or wait for it."""
+        """The nodes that take what a node gives, or wait for it."""
         users: defaultdict[bytes, list[bytes]] = defaultdict(list)
         for node in self._main:
             name = _last(self._reader, node, _NAME)
@@ -341,7 +341,7 @@ class _MetaGraph:
         return users
 
     def _run(self) -> set[bytes]:
-        """Return the nodes that loading or a caller runs, those of the saver left aside."""
+        """The nodes that loading or a caller runs, those of the saver left aside."""
         walk, names = self._reader, set[bytes]()
         for signature in walk.messages(self._meta, _SIGNATURES):
             for inner in walk.messages(signature, _VALUE):
@@ -364,20 +364,20 @@ class _MetaGraph:
 
 
 class _Spans:
-    """Messages, to be found by a place inside them."""
+    """Messages, looked up by an offset inside them (binary search)."""
 
     def __init__(self, messages: Iterable[Field]) -> None:
         self._sorted = sorted(messages, key=lambda message: message.begin)
         self._begins = [message.begin for message in self._sorted]
 
     def around(self, offset: int) -> Field | None:
-        """Return the message around a place."""
+        """The message that encloses an offset."""
         index = bisect_right(self._begins, offset) - 1
         return self._sorted[index] if index >= 0 and offset < self._sorted[index].end else None
 
 
 def operation_of(reader: BudgetedReader, node: Field) -> bytes:
-    """Return the operation of a node, the last one that it names as protobuf reads it; called for every node."""
+    """The operation of a node, the last one that it names as protobuf reads it; called for every node."""
     data, offset, end, count = reader.data, node.begin, node.end, 0
     begin = stop = 0
     while offset < end:
@@ -447,13 +447,13 @@ def _last(reader: BudgetedReader, message: Field, number: int) -> bytes:
 
 
 def _plain(name: bytes) -> bytes:
-    """Return the node that an input or a tensor is of."""
+    """The node that an input or a tensor is of."""
     return name.removeprefix(b"^").partition(b":")[0]
 
 
-def _some(nodes: Iterable[GraphNode], operations: Collection[bytes]) -> str:
+def _first_operation(nodes: Iterable[GraphNode], operations: Collection[bytes]) -> str:
     return next(node.operation.decode() for node in nodes if node.operation in operations)
 
 
-def _worded(operation: bytes) -> str:
+def _describe(operation: bytes) -> str:
     return f"operation {operation.decode('utf-8', 'backslashreplace')}"

@@ -1,4 +1,4 @@
-"""What `saved_model.pb` says around the variables: who wrote it, its Keras layers, its constants."""
+"""Read `saved_model.pb`: producer, Keras objects, signatures, constants, and the variables that functions use."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class KerasObject:
     """A Keras model, layer or metric, as TensorFlow describes it."""
 
     identifier: str
-    """What kind it is; nothing if that is not said, or in a text too long to be one."""
+    """Its class; empty if missing or too long."""
     metadata: bytes
     """A JSON object."""
 
 
 @dataclass(frozen=True, slots=True)
 class SavedGraph:
-    """The facts of a SavedModel, and the walk through its bytes."""
+    """The parsed facts of a SavedModel, and the reader of its bytes."""
 
     path: Path
     reader: BudgetedReader
@@ -112,7 +112,7 @@ _DTYPE, _SHAPE, _CONTENT = 1, 2, 4
 
 
 def constants(graph: SavedGraph) -> tuple[Tensor, ...]:
-    """Return the constants that are stored as plain runs of bytes."""
+    """The constants that are stored as plain runs of bytes."""
     allocator = NameAllocator()
     tensors = []
     for scope, node in _all_nodes(graph.reader, graph.graphs):
@@ -204,7 +204,7 @@ class _Node:
 
 
 def variables_used_by_functions(graph: SavedGraph) -> frozenset[str]:
-    """Return the names of variables that are handed to a function other than those that save and restore."""
+    """Names of variables passed to any function other than those that save and restore."""
     try:
         nodes = [
             _node(graph.reader, node)

@@ -1,4 +1,4 @@
-"""A LevelDB table: sorted records in checksummed blocks, and where in the file each of them lies."""
+"""LevelDB tables (SSTables): sorted records in checksummed blocks, with their offsets; Snappy blocks unpacked."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from prunectl.errors import InputError
 from prunectl.formats.protobuf import WireError, encode_varint, read_varint
 
 _LITERAL, _NEAR = 0, 1
-_LONG_LITERALS = 60
+_LONG_LITERAL = 60
 """From here on, the length stands in the bytes that follow."""
 
 
-def unpack(packed: memoryview, limit: int) -> bytes:
-    """Return what was packed, refusing more than ``limit`` bytes."""
+def snappy_decompress(packed: memoryview, limit: int) -> bytes:
+    """Decompress a Snappy block, refusing more than ``limit`` bytes."""
     size, offset = read_varint(packed, 0, len(packed))
     if size > limit:
-        raise WireError(f"a block that claims to unpack to {size} bytes")
+        raise WireError(f"a block that claims to snappy_decompress to {size} bytes")
     out = bytearray()
     while offset < len(packed):
         tag = packed[offset]
@@ -44,9 +44,9 @@ def unpack(packed: memoryview, limit: int) -> bytes:
 
 
 def _literal_length(packed: memoryview, short: int, offset: int) -> tuple[int, int]:
-    if short < _LONG_LITERALS:
+    if short < _LONG_LITERAL:
         return short + 1, offset
-    end = offset + short - _LONG_LITERALS + 1
+    end = offset + short - _LONG_LITERAL + 1
     return int.from_bytes(packed[offset:end], "little") + 1, end
 
 
@@ -64,12 +64,12 @@ TRAILER_BYTES = 5
 """Behind each block: a byte that says how it is compressed, then a masked CRC-32C over the block and that byte."""
 MAX_TABLE_BYTES = 3 << 20
 MAX_PACKED_BYTES = 4 << 20
-"""All compressed blocks together, and also what one of them may unpack to."""
+"""All compressed blocks together, and also what one of them may snappy_decompress to."""
 MAX_RECORDS = 100_000
 """Beyond any model, and little enough to refuse within a second or two."""
 MAX_KEY_BYTES = 16 << 20
 """All keys together: each repeats a part of the one before, so a few bytes in the file can claim many."""
-_BROKEN = 8
+_NON_ASCII_COST = 8
 """How much longer it takes to decode a key that may not be text."""
 _PLAIN_BLOCK, _PACKED = 0, 1
 _MASK_DELTA = 0xA282EAD8
@@ -103,17 +103,17 @@ class IndexRecord:
 
 
 def masked_crc(data: bytes) -> int:
-    """Return the CRC-32C of some bytes as LevelDB stores it: ((crc >> 15) | (crc << 17)) + a constant."""
+    """The CRC-32C of some bytes as LevelDB stores it: ((crc >> 15) | (crc << 17)) + a constant."""
     return mask(google_crc32c.value(data))
 
 
 def mask(crc: int) -> int:
-    """Return a CRC-32C as LevelDB stores it, so that a checksum of checksums is no special case."""
+    """A CRC-32C as LevelDB stores it, so that a checksum of checksums is no special case."""
     return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 
 def read_file(path: Path) -> memoryview:
-    """Return the bytes of a table, which is small beside what it is an index of."""
+    """The bytes of a table, which is small beside what it is an index of."""
     try:
         file_bytes = path.stat().st_size
         if file_bytes > MAX_TABLE_BYTES:
@@ -150,7 +150,7 @@ def _checked(path: Path, data: memoryview) -> Iterator[IndexRecord]:
             if record.block.is_packed and packed_bytes > MAX_PACKED_BYTES:
                 raise InputError(f"{path} is refused: its compressed index is too long")
             last, count = record.key, count + 1
-            key_bytes += len(record.key) * (1 if record.key.isascii() else _BROKEN)
+            key_bytes += len(record.key) * (1 if record.key.isascii() else _NON_ASCII_COST)
             if count > MAX_RECORDS or key_bytes > MAX_KEY_BYTES:
                 raise InputError(f"{path} is refused: it claims more than {count - 1} tensors")
             yield record
@@ -165,10 +165,10 @@ def _handle(data: memoryview, offset: int, end: int) -> tuple[Block, int]:
 def _records_of(path: Path, data: memoryview, block: Block, limit: int) -> Iterator[IndexRecord]:
     _check_block(path, data, block, limit)
     if data[block.end] == _PACKED:
-        unpacked = memoryview(unpack(data[block.begin : block.end], MAX_PACKED_BYTES))
-        yield from _infer_split(path, unpacked, 0, len(unpacked), replace(block, is_packed=True))
+        unpacked = memoryview(snappy_decompress(data[block.begin : block.end], MAX_PACKED_BYTES))
+        yield from _block_records(path, unpacked, 0, len(unpacked), replace(block, is_packed=True))
     else:
-        yield from _infer_split(path, data, block.begin, block.end, block)
+        yield from _block_records(path, data, block.begin, block.end, block)
 
 
 def _check_block(path: Path, data: memoryview, block: Block, limit: int) -> None:
@@ -183,7 +183,7 @@ def _check_block(path: Path, data: memoryview, block: Block, limit: int) -> None
         raise InputError(f"{path} is refused: a block of its index is too long")
 
 
-def _infer_split(path: Path, data: memoryview, offset: int, end: int, block: Block) -> Iterator[IndexRecord]:
+def _block_records(path: Path, data: memoryview, offset: int, end: int, block: Block) -> Iterator[IndexRecord]:
     restarts = int.from_bytes(data[end - 4 : end], "little") if end - offset >= 4 else 0
     begin, end, key = offset, end - 4 - 4 * restarts, b""
     if end < begin:
@@ -207,7 +207,7 @@ _PLAIN_TRAILER = b"\0"
 
 
 def table(records: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Return a table of keys and values; the keys come in ascending order."""
+    """A table of keys and values; the keys come in ascending order."""
     out = bytearray()
     pointers: list[tuple[bytes, bytes]] = []
     pending: list[tuple[bytes, bytes]] = []
@@ -233,7 +233,7 @@ def _append(out: bytearray, block: bytes) -> bytes:
 
 
 def _block(records: Iterable[tuple[bytes, bytes]], interval: int) -> bytes:
-    """Return records, each key without what it shares with the one before, but for every so many."""
+    """Records, each key without what it shares with the one before, but for every so many."""
     out, restarts, last = bytearray(), [0], b""
     for number, (key, value) in enumerate(records):
         shared = 0
@@ -249,6 +249,6 @@ def _block(records: Iterable[tuple[bytes, bytes]], interval: int) -> bytes:
 
 
 def _shared(left: bytes, right: bytes) -> int:
-    """Return how many bytes both begin with."""
+    """How many bytes both begin with."""
     limit = min(len(left), len(right))
     return next((length for length in range(limit) if left[length] != right[length]), limit)

@@ -1,4 +1,4 @@
-"""The graph of objects that TensorFlow 2 stores beside its variables: what it called each of them."""
+"""The `TrackableObjectGraph` of a TensorFlow 2 checkpoint: names, ownership by optimizers, matching, removal."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ObjectGraph:
 
 
 def read(bundle: Bundle) -> ObjectGraph:
-    """Return the graph of objects; one without objects for a checkpoint that has names only."""
+    """The graph of objects; one without objects for a checkpoint that has names only."""
     reader = BudgetedReader(
         memoryview(bundle.text(KEY, budgets.MAX_OBJECT_GRAPH_BYTES)), budgets.MAX_OBJECT_GRAPH_FIELDS
     )
@@ -98,7 +98,7 @@ _REFERENCES = {CHILDREN: (NODE_ID,), SLOTS: (ORIGINAL_ID, SLOT_ID)}
 
 
 def remove_nodes(graph: ObjectGraph, removed: Collection[int]) -> bytes:
-    """Return the text of a graph without some objects and all that refers to them."""
+    """The serialized graph without some objects and all that refers to them, the rest renumbered."""
     kept = [index for index in range(len(graph.nodes)) if index not in removed]
     numbers = {old: new for new, old in enumerate(kept)}
     encoded = bytearray()
@@ -135,7 +135,7 @@ _WEIGHTS = "_trainable_variables"
 
 @dataclass(frozen=True, slots=True)
 class VariableOwnership:
-    """Whose the variables are."""
+    """Which variables belong to optimizers."""
 
     training_only: frozenset[int]
     """Objects that only optimizers lead to, and the optimizers themselves."""
@@ -143,12 +143,12 @@ class VariableOwnership:
     """How a model leads to each of its variables, by its key; an optimizer may lead there faster and name it."""
 
     def keys(self, graph: ObjectGraph) -> frozenset[str]:
-        """Return the keys of variables that only optimizers lead to."""
+        """The keys of variables that only optimizers lead to."""
         return frozenset(key for number in self.training_only for key in graph.nodes[number].names)
 
 
 def find_ownership(graph: ObjectGraph) -> VariableOwnership:
-    """Return what of a graph is there for its optimizers only."""
+    """The part of a graph that only its optimizers need, by reachability from the root."""
     nodes = graph.nodes
     optimizers = _optimizers(nodes)
     paths = _paths(nodes, optimizers)
@@ -185,7 +185,7 @@ def _trained(nodes: tuple[ObjectNode, ...], optimizers: Iterable[int]) -> Iterat
 
 
 def _paths(nodes: tuple[ObjectNode, ...], closed: Collection[int]) -> dict[int, str]:
-    """Return the shortest way from the root to each object that can be reached without the closed ones."""
+    """Shortest paths (breadth-first) from the root to each object, without passing closed ones."""
     paths = {0: ""} if nodes else {}
     pending = list(paths)
     for index in pending:
@@ -220,12 +220,12 @@ _LISTS = frozenset(
         "variables",
     }
 )
-"""What numbers its variables anew once some are gone."""
+"""Lists whose variables are renumbered once some are removed."""
 PRUNED, _INNER = "pruning_vars", "layer"
 
 
 def match_objects(wrapped: ObjectGraph, plain: ObjectGraph) -> dict[str, str]:
-    """Return the key in the wrapped model of each variable of the plain one that the same names lead to."""
+    """The key in the wrapped model of each variable of the plain one that the same names lead to."""
     pairs: dict[str, str] = {}
     pending = [(0, 0)] if wrapped.nodes and plain.nodes else []
     seen = set(pending)
@@ -244,7 +244,7 @@ def match_objects(wrapped: ObjectGraph, plain: ObjectGraph) -> dict[str, str]:
 
 
 def match_masks(graph: ObjectGraph) -> dict[str, str]:
-    """Return the key of the mask of each pruned weight, by the key of the weight."""
+    """The key of the mask of each pruned weight, by the key of the weight."""
     masks: dict[str, str] = {}
     for node in graph.nodes:
         for group in _children(graph, node, PRUNED):
@@ -256,7 +256,7 @@ def match_masks(graph: ObjectGraph) -> dict[str, str]:
 
 
 def _inside(graph: ObjectGraph, number: int) -> ObjectNode:
-    """Return an object, or for a pruning wrapper the layer in it."""
+    """An object, or for a pruning wrapper the layer in it."""
     node = graph.nodes[number]
     inner = _children(graph, node, _INNER)
     return inner[0] if inner and _children(graph, node, PRUNED) else node

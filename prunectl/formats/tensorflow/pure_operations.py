@@ -1,4 +1,4 @@
-"""The operations of TensorFlow that a stranger's graph may hold: they reckon, and reach nothing outside their process.
+"""Allow-list of TensorFlow operations in an untrusted graph: pure computation, without effects outside the process.
 
 Chosen from the registry of operations of TensorFlow 2.21. What is not here needs `--trust`: files, the network, Python,
 other devices and processes, data sets, summaries, debuggers, compilers that take a program as text (XlaCallModule), and

@@ -1,4 +1,4 @@
-"""A SavedModel of a model without its pruning wrappers, made by Keras 2 in a process of its own."""
+"""Entry point of the process in which Keras 2 rebuilds a SavedModel without its pruning wrappers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _rebuild(config: Mapping[str, Any], source: Path, target: Path) -> None:
 
 
 def _signature(tensorflow: Any, model: Any, stripped: Any, source: Path) -> Any:
-    """Return a function that serves the stripped model under the names of inputs and outputs that it had."""
+    """A function that serves the stripped model under the names of inputs and outputs that it had."""
     messages = require("tensorflow.core.protobuf.saved_model_pb2", extra=EXTRA)
     signatures = messages.SavedModel.FromString((source / "saved_model.pb").read_bytes()).meta_graphs[0].signature_def
     if _SERVING not in signatures:
@@ -86,7 +86,7 @@ def _signature(tensorflow: Any, model: Any, stripped: Any, source: Path) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return a configuration with tuples where JSON has words for them."""
+    """A configuration with tuples where JSON has words for them."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if not isinstance(value, dict):

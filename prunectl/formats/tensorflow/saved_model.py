@@ -25,7 +25,7 @@ _NOT_LAYERS = frozenset({"_tf_keras_metric", "_tf_keras_input_layer"})
 
 @dataclass(frozen=True, slots=True)
 class KerasFacts:
-    """What the Keras objects of a SavedModel tell together."""
+    """Facts gathered from the Keras objects of a SavedModel."""
 
     classes: Mapping[str, str]
     """Class of each layer, by its name."""
@@ -39,7 +39,7 @@ class KerasFacts:
 
 
 def read_facts(path: Path, objects: Iterable[KerasObject]) -> KerasFacts:
-    """Return what the Keras objects tell."""
+    """Gather the facts of the Keras objects."""
     classes: dict[str, str] = {}
     model: Mapping[str, Any] = {}
     wrappers: dict[PruningWrapper, None] = {}
@@ -118,7 +118,7 @@ def open_model(path: Path) -> ModelFile:
 
 
 def _frozen(path: Path, graph: SavedGraph, keras: KerasFacts, files: tuple[Path, ...]) -> ModelFile:
-    """Return a model that has no variables: its weights are constants in the graph, if it has any."""
+    """A model that has no variables: its weights are constants in the graph, if it has any."""
     if any(".data-" in file.name and file.parent.name == "variables" for file in files):
         raise InputError(f"{path} is incomplete: it has data, but no variables.index")
     try:
@@ -168,7 +168,7 @@ def _zeroed_note(bundle: Bundle) -> str:
 
 
 def _files(path: Path) -> tuple[Path, ...]:
-    """Return every file of the folder, without following links to other folders."""
+    """Every file of the folder, without following links to other folders."""
     files: list[Path] = []
     pending, count = [path], 0
     while pending:

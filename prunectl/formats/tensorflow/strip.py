@@ -1,4 +1,4 @@
-"""A SavedModel folder without what a trained model does not need."""
+"""Strip a SavedModel folder of training configuration and optimizer state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prunectl.formats.tensorflow.unwrap import pieces, training_state
 
 
 def strip(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
-    """Write the folder without what the wish names, and return what went."""
+    """Write the folder without the parts in the options; returns the removed items."""
     if options.to_half:
         raise UsageError(
             f"{model.path} cannot hold 16-bit floats: its graph says the type of every variable",
@@ -48,7 +48,7 @@ def strip(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) ->
 
 
 def _zeroable_entries(model: ModelFile, bundle: Bundle) -> Mapping[bytes, StripPart]:
-    """Return what training only needs and may start from zero: not the rates and factors of an optimizer.
+    """What training only needs and may start from zero: not the rates and factors of an optimizer.
 
     The graph asks for every variable by its name, also when it is only served: none of them can be missing.
     """

@@ -18,7 +18,7 @@ _EXPORT_LISTS = ("_all_variables/", "_operations/")
 
 
 def tensors_of(bundle: Bundle, graph: ObjectGraph, classes: Mapping[str, str]) -> tuple[Tensor, ...]:
-    """Return the variables of a bundle, in the order of its index."""
+    """The variables of a bundle, in the order of its index."""
     entries = bundle.numbers()
     full_names, ownership = graph.full_names, find_ownership(graph)
     state = ownership.keys(graph)
@@ -64,7 +64,7 @@ def _storage(bundle: Bundle, entry: BundleEntry, key: str) -> Storage:
 
 
 def decoder(bundle: Bundle) -> Callable[[Tensor], Array]:
-    """Return a reader of tensors that are stored in slices."""
+    """A reader of tensors that are stored in slices."""
     by_key = {entry.key.decode("utf-8", "backslashreplace"): entry for entry in bundle.numbers()}
 
     def decode(tensor: Tensor) -> Array:
@@ -80,7 +80,7 @@ def decoder(bundle: Bundle) -> Callable[[Tensor], Array]:
 
 
 def optimizer(tensors: Iterable[Tensor], full_names: Mapping[str, str]) -> str:
-    """Return the optimizer whose state is among the variables, as far as their names tell."""
+    """The optimizer whose state is among the variables, as far as their names tell."""
     names = [full_names.get(tensor.storage.key, tensor.name) for tensor in tensors if tensor.role == "optimizer"]
     named = next(filter(None, map(variable_names.optimizer_of, names)), "")
     has_state = any("optimizer" in tensor.name.lower() for tensor in tensors if tensor.role == "optimizer")
@@ -88,7 +88,7 @@ def optimizer(tensors: Iterable[Tensor], full_names: Mapping[str, str]) -> str:
 
 
 def copies(bundle: Bundle, full_names: Mapping[str, str]) -> dict[str, str]:
-    """Return tensors that are there before under the same name with the same checksum, with what they are copies of."""
+    """Duplicate tensors (same name, shape and checksum as an earlier one), each with its original."""
     seen: dict[tuple[str, tuple[int, ...], int, int], str] = {}
     originals: dict[str, str] = {}
     for entry in bundle.numbers():
@@ -103,7 +103,7 @@ def copies(bundle: Bundle, full_names: Mapping[str, str]) -> dict[str, str]:
 
 
 def _root(entries: Iterable[BundleEntry], full_names: Mapping[str, str]) -> str:
-    """Return the name of the model, with which Keras 3 begins the names of what it exports."""
+    """The name of the model, with which Keras 3 begins the names of what it exports."""
     keys = [entry.key.decode("utf-8", "backslashreplace") for entry in entries]
     if not any(key.startswith(_EXPORT_LISTS) for key in keys):
         return ""

@@ -1,4 +1,4 @@
-"""A SavedModel without its pruning wrappers: rebuilt in a process of its own, and held against the input."""
+"""Strip training state from SavedModels, and rebuild them without pruning wrappers, verified bit for bit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _TRAINING = "training_config"
 
 
 def training_in(folder: Path) -> tuple[dict[Path, bytes], tuple[RemovedItem, ...]]:
-    """Return what becomes of the file that holds training configurations, and what goes; nothing if there are none."""
+    """What becomes of the file that holds training configurations, and what goes; nothing if there are none."""
     metadata = folder / "keras_metadata.pb"
     path, field_path = (
         (metadata, _IN_A_FILE_OF_ITS_OWN) if metadata.is_file() else (folder / "saved_model.pb", _IN_THE_GRAPH)
@@ -48,7 +48,7 @@ def training_in(folder: Path) -> tuple[dict[Path, bytes], tuple[RemovedItem, ...
 
 
 def _uncompiled(path: Path, field_path: tuple[int, ...]) -> bytes:
-    """Return the file without the training configurations in it."""
+    """The file without the training configurations in it."""
 
     def without_training(text: bytes) -> bytes:
         if f'"{_TRAINING}"'.encode() not in text:
@@ -86,7 +86,7 @@ _KEPT = frozenset({"save_counter"})
 
 
 def training_state(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, StripPart]:
-    """Return the entries that only training needs; whatever else might be a weight is not among them."""
+    """The entries that only training needs; whatever else might be a weight is not among them."""
     state = _owned(bundle, graph) if graph.nodes else _named(bundle, graph)
     for key in bundle.entries:
         if key.startswith(METRICS.encode()):
@@ -95,7 +95,7 @@ def training_state(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, StripPart]
 
 
 def pieces(bundle: Bundle, keys: Iterable[bytes]) -> frozenset[bytes]:
-    """Return the entries that hold the numbers: for one in slices, the slices."""
+    """The entries that hold the numbers: for one in slices, the slices."""
     entries = [bundle.entries[key] for key in keys]
     keys_without_slices = {entry.key for entry in entries if not entry.slices}
     return frozenset(
@@ -104,13 +104,13 @@ def pieces(bundle: Bundle, keys: Iterable[bytes]) -> frozenset[bytes]:
 
 
 def _owned(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, StripPart]:
-    """Return what optimizers own, as the graph of objects tells."""
+    """What optimizers own, as the graph of objects tells."""
     keys = frozenset(key.encode() for key in find_ownership(graph).keys(graph))
     return {key: StripPart.OPTIMIZER for key in bundle.entries if key in keys}
 
 
 def _named(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, StripPart]:
-    """Return what is called like the state of an optimizer, if it is a number or there is a weight that it is for."""
+    """What is called like the state of an optimizer, if it is a number or there is a weight that it is for."""
     roles = {tensor.name: tensor.role for tensor in tensors.tensors_of(bundle, graph, {})}
     entries = {
         entry.key.decode("utf-8", "backslashreplace").removesuffix(VALUE_SUFFIX): entry for entry in bundle.numbers()
@@ -136,14 +136,14 @@ def _is_state(
 
 
 def removed_items(bundle: Bundle, dropped: Mapping[bytes, StripPart]) -> tuple[RemovedItem, ...]:
-    """Return entries that are gone, with the bytes that they had to themselves."""
+    """Entries that are gone, with the bytes that they had to themselves."""
     return tuple(
         RemovedItem(_name(key), part, _own_bytes(bundle, bundle.entries[key])) for key, part in dropped.items()
     )
 
 
 def zeroed_items(bundle: Bundle, zeroed: Mapping[bytes, StripPart]) -> tuple[RemovedItem, ...]:
-    """Return entries that became zeros; in each shard the bytes of the longest stay, as the zeros of them all."""
+    """Entries that became zeros; in each shard the bytes of the longest stay, as the zeros of them all."""
     longest: dict[int, tuple[int, bytes]] = {}
     for key in zeroed:
         for piece in pieces(bundle, [key]):
@@ -167,7 +167,7 @@ def _name(key: bytes) -> str:
 
 
 def classify_part(name: str) -> StripPart | None:
-    """Return the part that a metric belongs to; nothing for what tells its part by its role."""
+    """The part that a metric belongs to; nothing for what tells its part by its role."""
     return StripPart.TRAINING if name.startswith(METRICS) else None
 
 
@@ -220,7 +220,7 @@ _OWN = ("saved_model.pb", "keras_metadata.pb", "fingerprint.pb", "variables")
 
 
 def unwrap(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
-    """Write the model as tfmot strips it, its weights times their masks, and return what went."""
+    """Write the model as tfmot strips it, its weights times their masks; returns the removed items."""
     _refuse(model, options)
     for module in MODULES:
         # Only looked for: imported, it would stay in this process.
@@ -237,7 +237,7 @@ def unwrap(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -
 
 
 def _refuse(model: ModelFile, options: StripOptions) -> None:
-    """Say what stands in the way, before any work begins."""
+    """Refuse what cannot be rebuilt, before any work begins."""
     graph = read_graph(model.path / "saved_model.pb")
     needed = WRAPPING | ({StripPart.OPTIMIZER} if model.about.optimizer else set())
     needed |= {StripPart.TRAINING} if model.about.training else set()
@@ -285,7 +285,7 @@ def _rebuild(model: ModelFile, target: Path) -> None:
 
 
 def _reraise(path: Path, output: bytes) -> None:
-    """Raise what the other process said, or that it said nothing."""
+    """Raise the error that the worker reported, or that it reported none."""
     try:
         response: Any = json.loads(output)
         kind, message, hint = response["kind"], response.get("message", ""), response.get("hint", "")

@@ -1,4 +1,4 @@
-"""What the names of TensorFlow variables tell: layers, roles and output axes, by TensorFlow's habits."""
+"""Classify TensorFlow variables by name: layer, role, output axis, optimizer state."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _ONLY_WHEN_PRUNED = frozenset({Role.MASK, Role.SCHEDULE})
 
 @dataclass(frozen=True, slots=True)
 class VariableInfo:
-    """What a variable is for."""
+    """The layer, role and channel axes of a variable."""
 
     layer: str
     role: Role
@@ -66,7 +66,7 @@ def classify_variable(
     root: str = "",
     is_of_optimizer: bool = False,
 ) -> VariableInfo:
-    """Return what the name of a variable tells, unless its optimizer is known to own it.
+    """Classify a variable by its name, unless its optimizer is known to own it.
 
     ``key`` is where the checkpoint keeps it, ``full_name`` what TensorFlow called it, ``classes`` the Keras class of
     each known layer, ``root`` the name of the model where that begins every name.
@@ -109,13 +109,13 @@ def looks_like_optimizer(key: str) -> bool:
 
 
 def without_optimizer(name: str) -> str:
-    """Return a name without what optimizers add to that of a weight, as far as it is known."""
+    """A name without what optimizers add to that of a weight, as far as it is known."""
     parts = [part for part in name.split("/") if not _OPTIMIZER_PART.fullmatch(part) and part not in SLOT_LEAVES]
     return "/".join(parts)
 
 
 def optimizer_of(full_name: str) -> str:
-    """Return the optimizer that a variable's name betrays: `Adam` for `dense/kernel/Adam_1`."""
+    """The optimizer that a variable's name betrays: `Adam` for `dense/kernel/Adam_1`."""
     matches = (_OPTIMIZER_PART.fullmatch(part) for part in full_name.split("/"))
     return next((match[1] for match in matches if match), "")
 

@@ -1,4 +1,4 @@
-"""Keras layers that multiply what they are given: attention, dot products, Einstein sums."""
+"""Matrix products and output shapes of attention, dot products and Einstein sums (`einsum`)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from prunectl.formats.keras.flops.shapes import LayerCall, Matmul, UnknownShapeE
 _MAX_LABELS = 64
 
 
-def projected(step: LayerCall) -> Iterator[Matmul]:
-    """Yield the projections of an attention with several heads, and its two products of what they give."""
-    query, key, value = _three(step)
+def multi_head_attention(step: LayerCall) -> Iterator[Matmul]:
+    """Yield the projections of multi-head attention (Vaswani 2017), then its products QK^T and AV."""
+    query, key, value = _query_key_value(step)
     heads, width = step.number("num_heads"), step.number("key_dim")
     depth = step.number("value_dim", width)
     yield Matmul("query/kernel", (query[-1], heads, width), query[:-1])
@@ -20,12 +20,12 @@ def projected(step: LayerCall) -> Iterator[Matmul]:
     yield Matmul("value/kernel", (value[-1], heads, depth), value[:-1], position=2)
     yield Matmul("", (), (*query[:-1], *key[:-1], heads, width))
     yield Matmul("", (), (*query[:-1], *value[:-1], heads, depth))
-    yield Matmul("output/kernel", (heads, depth, _attended(step)[-1]), query[:-1], position=3)
+    yield Matmul("output/kernel", (heads, depth, _multi_head_output(step)[-1]), query[:-1], position=3)
 
 
-def grouped(step: LayerCall) -> Iterator[Matmul]:
-    """Yield the same where several heads of the query share one of the key."""
-    query, key, value = _three(step)
+def grouped_query_attention(step: LayerCall) -> Iterator[Matmul]:
+    """Yield the same for grouped-query attention (Ainslie 2023): query heads share key heads."""
+    query, key, value = _query_key_value(step)
     heads, few, width = step.number("num_query_heads"), step.number("num_key_value_heads"), step.number("head_dim")
     yield Matmul("query/kernel", (query[-1], heads, width), query[:-1])
     yield Matmul("key/kernel", (key[-1], few, width), key[:-1], position=1)
@@ -35,21 +35,21 @@ def grouped(step: LayerCall) -> Iterator[Matmul]:
     yield Matmul("output/kernel", (heads, width, query[-1]), query[:-1], position=3)
 
 
-def compared(step: LayerCall) -> Iterator[Matmul]:
-    """Yield the two products of an attention without weights."""
+def dot_product_attention(step: LayerCall) -> Iterator[Matmul]:
+    """Yield the products QK^T and AV of an attention without projections."""
     query, value = step.shape(0), step.shape(1, "value")
     key = step.shape(2) if len(step.inputs) > 2 else value
     yield Matmul("", (), (*query, *key[-2:-1]))
     yield Matmul("", (), (*query[:-1], *value[-2:]))
 
 
-def dotted(step: LayerCall) -> Iterator[Matmul]:
-    """Yield the one product of two inputs."""
+def dot_product(step: LayerCall) -> Iterator[Matmul]:
+    """Yield the contraction of two inputs along an axis of each."""
     _, contracted = _contracted(step)
     yield Matmul("", (), (*step.shape(0), *(length for axis, length in enumerate(step.shape(1)) if axis != contracted)))
 
 
-def summed(step: LayerCall) -> Iterator[Matmul]:
+def einsum(step: LayerCall) -> Iterator[Matmul]:
     """Yield the product of an Einstein sum: every label runs once."""
     input_labels, kernel_labels, output_labels = _labels(step)
     lengths = _lengths(step, input_labels, output_labels)
@@ -60,13 +60,13 @@ def summed(step: LayerCall) -> Iterator[Matmul]:
     )
 
 
-def _three(step: LayerCall) -> tuple[Shape, Shape, Shape]:
+def _query_key_value(step: LayerCall) -> tuple[Shape, Shape, Shape]:
     query, value = step.shape(0, "query"), step.shape(1, "value")
     has_key = len(step.inputs) > 2 or step.keywords.get("key") is not None
     return query, step.shape(2, "key") if has_key else value, value
 
 
-def _attended(step: LayerCall) -> Shape:
+def _multi_head_output(step: LayerCall) -> Shape:
     query = step.shape(0, "query")
     output_shape = untuple(step.config.get("output_shape"))
     if output_shape is None:
@@ -94,7 +94,7 @@ def _contracted(step: LayerCall) -> tuple[int, int]:
     return contracted[0], contracted[1]
 
 
-def _dot(step: LayerCall) -> Shape:
+def _dot_output(step: LayerCall) -> Shape:
     left, right = _contracted(step)
     remaining = tuple(
         length
@@ -106,7 +106,7 @@ def _dot(step: LayerCall) -> Shape:
 
 
 def _labels(step: LayerCall) -> tuple[str, str, str]:
-    """Return the labels of the input, of the kernel and of the output, dots replaced by labels of their own."""
+    """The labels of the input, of the kernel and of the output, dots replaced by labels of their own."""
     equation = step.config.get("equation")
     if not isinstance(equation, str) or len(equation) > _MAX_LABELS:
         raise UnknownShapeError
@@ -149,17 +149,17 @@ class _Lengths(dict[str, Length]):
         return None
 
 
-def _einsum(step: LayerCall) -> Shape:
+def _einsum_output(step: LayerCall) -> Shape:
     input_labels, _, output_labels = _labels(step)
     lengths = _lengths(step, input_labels, output_labels)
     return tuple(lengths[label] for label in output_labels if label != input_labels[0])
 
 
 RULES: dict[str, Callable[[LayerCall], Shape]] = {
-    "MultiHeadAttention": _attended,
+    "MultiHeadAttention": _multi_head_output,
     "GroupQueryAttention": _same,
     "Attention": _same_as_query,
     "AdditiveAttention": _same_as_query,
-    "Dot": _dot,
-    "EinsumDense": _einsum,
+    "Dot": _dot_output,
+    "EinsumDense": _einsum_output,
 }

@@ -1,4 +1,4 @@
-"""What Keras layers multiply, by class."""
+"""What each class of Keras layer multiplies, its output shape, and the weights that it multiplies by."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prunectl.formats.keras.roles import modern_name
 
 
 def matmuls(step: LayerCall) -> tuple[Matmul, ...]:
-    """Return what a layer multiplies; raise UnknownShapeError if that is not known."""
+    """The matrix products of a layer; raises UnknownShapeError if that is not known."""
     return tuple(_MULTIPLYING[step.kind](step))
 
 
@@ -82,14 +82,14 @@ _MULTIPLYING: dict[str, Callable[[LayerCall], Iterator[Matmul]]] = {
     **dict.fromkeys(("SeparableConv1D", "SeparableConv2D"), _separable),
     **dict.fromkeys(("LocallyConnected1D", "LocallyConnected2D"), _locally_connected),
     **dict.fromkeys(recurrent.GATES, recurrent.recurrent_matmuls),
-    "RNN": recurrent.products_of_cells,
-    **dict.fromkeys(("ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"), recurrent.products_of_images),
-    "MultiHeadAttention": attention.projected,
-    "GroupQueryAttention": attention.grouped,
-    "Attention": attention.compared,
-    "AdditiveAttention": attention.compared,
-    "Dot": attention.dotted,
-    "EinsumDense": attention.summed,
+    "RNN": recurrent.cell_matmuls,
+    **dict.fromkeys(("ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"), recurrent.conv_lstm_matmuls),
+    "MultiHeadAttention": attention.multi_head_attention,
+    "GroupQueryAttention": attention.grouped_query_attention,
+    "Attention": attention.dot_product_attention,
+    "AdditiveAttention": attention.dot_product_attention,
+    "Dot": attention.dot_product,
+    "EinsumDense": attention.einsum,
 }
 
 
@@ -119,7 +119,7 @@ class Weights:
     def of(
         self, names: tuple[str, ...], models: tuple[str, ...], product: Matmul, direction: int
     ) -> tuple[Tensor, ...]:
-        """Return the weight of a product, or its parts where it is split by gates; nothing if there is none.
+        """The weight of a product, or its parts where it is split by gates; nothing if there is none.
 
         One of the layer's own names must stand in the weight's; the models around it decide between several.
         """
@@ -134,7 +134,7 @@ class Weights:
         return tuple(candidates[(begin + offset) % len(candidates)] for offset in range(count))
 
     def _of(self, names: tuple[str, ...], models: tuple[str, ...], product: Matmul) -> tuple[Tensor, ...]:
-        """Return the weights that fit best, equally well."""
+        """All weights with the best score."""
         named_tensors = {tensor.name: tensor for name in names for tensor in self._named.get(name, ())[:MAX_CANDIDATES]}
         shape = product.shape
         fitting = [tensor for tensor in named_tensors.values() if shapes_match(shape, tensor.shape)]
@@ -172,7 +172,7 @@ def shapes_match(expected: Shape, shape: tuple[int, ...]) -> bool:
 
 
 def _parts(tensor: Tensor) -> tuple[str, ...]:
-    """Return the names that a weight's name consists of, the last of them its own."""
+    """The names that a weight's name consists of, the last of them its own."""
     # Some layers have a slash in their name.
     joined_names = (tensor.layer, tensor.name.rpartition("/")[0])
     steps = [*joined_names, *tensor.layer.split("/"), *tensor.name.removesuffix(":0").split("/")]
@@ -184,7 +184,7 @@ Rule = Callable[[LayerCall], Shape]
 
 
 def output(step: LayerCall) -> Shape | None:
-    """Return the shape of a layer's output, if it is known."""
+    """The shape of a layer's output, if it is known."""
     rule = RULES.get(step.kind)
     try:
         return None if rule is None else validate_shape(rule(step))
@@ -229,7 +229,7 @@ def _concatenated(step: LayerCall) -> Shape:
 
 
 def _axis(axis: int, rank: int) -> int:
-    """Return an axis that Keras counts with the batch, counted without it."""
+    """An axis that Keras counts with the batch, counted without it."""
     position = axis + rank if axis < 0 else axis - 1
     if not 0 <= position < rank:
         raise UnknownShapeError

@@ -1,4 +1,4 @@
-"""Recurrent Keras layers: the shapes they give, and what they multiply by at each step in time."""
+"""Recurrent Keras layers: output shapes, states, and the matrix products of every time step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_CELLS = 256
 
 
 def outputs(step: LayerCall, first: Shape | None) -> tuple[Shape | None, ...]:
-    """Return what a recurrent layer gives: its output, then its states if it is asked for them."""
+    """The output of a recurrent layer, then its states under `return_state`."""
     if not step.flag("return_state"):
         return (first,)
     try:
@@ -31,22 +31,22 @@ def is_recurrent(kind: str) -> bool:
 
 
 def recurrent_matmuls(step: LayerCall) -> Iterator[Matmul]:
-    """Yield what a plain recurrent layer multiplies."""
+    """Yield the products of LSTM, GRU and SimpleRNN."""
     time, width = _sequence(step)
     yield from _cell(step.kind, width, step.number("units"), (time,), 0)
 
 
-def products_of_cells(step: LayerCall) -> Iterator[Matmul]:
-    """Yield what a layer multiplies that is made of cells."""
+def cell_matmuls(step: LayerCall) -> Iterator[Matmul]:
+    """Yield the products of an `RNN` layer, cell by cell."""
     time, width = _sequence(step)
     for position, (kind, units) in enumerate(_cells(step)):
         yield from _cell(kind, width, units, (time,), position)
         width = units
 
 
-def products_of_images(step: LayerCall) -> Iterator[Matmul]:
-    """Yield what a recurrent layer over images multiplies: two convolutions for each gate."""
-    time, space, channels = _film(step)
+def conv_lstm_matmuls(step: LayerCall) -> Iterator[Matmul]:
+    """Yield the products of a ConvLSTM: two convolutions for each gate."""
+    time, space, channels = _image_sequence(step)
     filters, kernel = step.number("filters"), step.numbers("kernel_size", len(space))
     left = _slid(step, space)
     yield Matmul("kernel", (*kernel, channels, 4 * filters), (time, *left))
@@ -82,7 +82,7 @@ def _cells(step: LayerCall) -> tuple[tuple[str, int], ...]:
     return tuple(cells)
 
 
-def _film(step: LayerCall) -> tuple[Length, Shape, Length]:
+def _image_sequence(step: LayerCall) -> tuple[Length, Shape, Length]:
     shape = step.inputs[0] if step.inputs else None
     if shape is None:
         return (None, *step.image())
@@ -100,20 +100,20 @@ def _state(step: LayerCall) -> Shape:
         return (_cells(step)[-1][1],)
     if step.kind in GATES:
         return (step.number("units"),)
-    _, space, _ = _film(step)
+    _, space, _ = _image_sequence(step)
     return step.joined(_slid(step, space), step.number("filters"))
 
 
-def _unrolled(step: LayerCall) -> Shape:
+def _output(step: LayerCall) -> Shape:
     state = _state(step)
-    time = _film(step)[0] if step.kind.startswith("Conv") else _sequence(step)[0]
+    time = _image_sequence(step)[0] if step.kind.startswith("Conv") else _sequence(step)[0]
     if not step.flag("return_sequences"):
         return state
     return (time, *state)
 
 
 def bidirectional_output(shape: Shape | None, step: LayerCall) -> Shape | None:
-    """Return the output of a layer that runs both ways, its two outputs joined."""
+    """The output of a layer that runs both ways, its two outputs joined."""
     if shape is None:
         return None
     mode = step.word("merge_mode", "concat" if "merge_mode" not in step.config else "")
@@ -123,5 +123,5 @@ def bidirectional_output(shape: Shape | None, step: LayerCall) -> Shape | None:
 
 
 RULES: dict[str, Callable[[LayerCall], Shape]] = dict.fromkeys(
-    (*GATES, "RNN", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"), _unrolled
+    (*GATES, "RNN", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"), _output
 )

@@ -1,4 +1,4 @@
-"""Shapes of what flows between Keras layers, without the batch, as far as they are known."""
+"""Shapes of tensors between Keras layers, without the batch axis, and a layer called on them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class UnknownShapeError(Exception):
 
 
 def scale_dim(length: Length, factor: int) -> Length:
-    """Return a length that many times."""
+    """A length times a factor; unknown stays unknown."""
     return None if length is None else length * factor
 
 
 def validate_shape(shape: Iterable[Length]) -> Shape:
-    """Return a shape if an array can have it."""
+    """The same shape, refused unless an array can have it."""
     checked = tuple(shape)
     if len(checked) > MAX_AXES or any(length is not None and not 0 <= length <= MAX_LENGTH for length in checked):
         raise UnknownShapeError
@@ -34,7 +34,7 @@ def validate_shape(shape: Iterable[Length]) -> Shape:
 
 
 def broadcast(shapes: Iterable[Shape]) -> Shape:
-    """Return the shape that arrays of these shapes are stretched to."""
+    """The common shape under broadcasting."""
     unpadded = tuple(shapes)
     rank = max(map(len, unpadded), default=0)
     padded = [(1,) * (rank - len(shape)) + shape for shape in unpadded]
@@ -49,13 +49,13 @@ def _stretched(lengths: tuple[Length, ...]) -> Length:
 
 
 def untuple(value: Any) -> Any:
-    """Return the list behind what Keras writes for a tuple, or a value that is none."""
+    """The list behind what Keras writes for a tuple, or a value that is none."""
     items = value.get("items") if isinstance(value, dict) and value.get("class_name") in _TUPLES else value
     return None if isinstance(items, list) and len(items) > MAX_LISTED else items
 
 
 def shape_in(value: Any) -> Shape | None:
-    """Return a shape without its batch, if this is a shape."""
+    """A configured shape without its batch axis; None for anything else."""
     axes = untuple(value)
     if not isinstance(axes, list) or not axes or len(axes) > MAX_AXES:
         return None
@@ -66,7 +66,7 @@ def shape_in(value: Any) -> Shape | None:
 
 
 def shapes_in(value: Any, nesting: int = 0) -> tuple[Shape | None, ...]:
-    """Return the shapes in what may be one of them, or several in a list or under names."""
+    """The shapes in what may be one of them, or several in a list or under names."""
     shape = shape_in(value)
     if shape is not None or nesting > _MAX_NESTING:
         return (shape,)

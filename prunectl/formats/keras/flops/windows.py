@@ -1,4 +1,4 @@
-"""Output shapes of Keras layers that slide a window over space, stretch it or cut it."""
+"""Output shapes of convolution, pooling, padding, cropping and upsampling."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ _PADDINGS = {"same", "causal"}
 
 
 def convolved(step: LayerCall) -> Shape:
-    """Return the output shape of a convolution."""
+    """The output shape of a convolution."""
     return step.joined(slid(step, "kernel_size", 1), step.number("filters"))
 
 
 def depthwise(step: LayerCall) -> Shape:
-    """Return the output shape of a convolution of each channel by itself."""
+    """The output shape of a depthwise convolution."""
     return step.joined(slid(step, "kernel_size", 1), scale_dim(step.image()[1], step.number("depth_multiplier", 1)))
 
 
 def pooled(step: LayerCall) -> Shape:
-    """Return the output shape of a pool."""
+    """The output shape of pooling."""
     return step.joined(slid(step, "pool_size", None), step.image()[1])
 
 
 def pooled_whole(step: LayerCall) -> Shape:
-    """Return the output shape of a pool over the whole space."""
+    """The output shape of global pooling."""
     space, channels = step.image()
     return step.joined((1,) * len(space), channels) if step.flag("keepdims") else (channels,)
 
 
 def slid(step: LayerCall, size_key: str, stride: int | None, space: Shape | None = None) -> Shape:
-    """Return the space that a window leaves; a pool steps by its own size unless it says otherwise."""
+    """The spatial shape behind a sliding window; pooling strides by its own size by default."""
     space = step.image()[0] if space is None else space
     axes = len(space)
     sizes = step.numbers(size_key, axes, 2 if stride is None else None)
@@ -43,7 +43,7 @@ def slid(step: LayerCall, size_key: str, stride: int | None, space: Shape | None
 
 
 def deconvolved(step: LayerCall) -> Shape:
-    """Return the output shape of a transposed convolution."""
+    """The output shape of a transposed convolution."""
     space, _ = step.image()
     axes = len(space)
     sizes = step.numbers("kernel_size", axes)
@@ -64,24 +64,24 @@ def deconvolved(step: LayerCall) -> Shape:
 
 
 def padded(step: LayerCall) -> Shape:
-    """Return the shape of an image with a border around it."""
+    """The shape of an image with a border around it."""
     return _bordered(step, "padding", 1)
 
 
 def cropped(step: LayerCall) -> Shape:
-    """Return the shape of an image without its border."""
+    """The shape of an image without its border."""
     return _bordered(step, "cropping", -1)
 
 
 def upsampled(step: LayerCall) -> Shape:
-    """Return the shape of an image that is stretched."""
+    """The shape of an upsampled image."""
     space, channels = step.image()
     sizes = step.numbers("size", len(space), 2)
     return step.joined(tuple(scale_dim(length, size) for length, size in zip(space, sizes, strict=True)), channels)
 
 
 def resized(step: LayerCall) -> Shape:
-    """Return the shape of an image that is brought to a size."""
+    """The shape of an image resized to a fixed size."""
     shape = step.shape()
     if len(shape) != 3:
         raise UnknownShapeError
@@ -117,7 +117,7 @@ def _bordered(step: LayerCall, key: str, sign: int) -> Shape:
 
 
 def _borders(setting: object, axes: int) -> tuple[int, ...]:
-    """Return how much both sides of each axis have together."""
+    """How much both sides of each axis have together."""
     if type(setting) is int:
         return (2 * setting,) * axes
     sides = [untuple(number) for number in setting] if isinstance(setting, list) else []

@@ -1,4 +1,4 @@
-"""Every dataset and attribute of an HDF5 file, by libhdf5 itself: to be called in a child."""
+"""Entry points of the sandboxed child: list the objects of an HDF5 file with libhdf5, and read a dataset."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class H5Location:
     nbytes: int
 
     def open(self) -> Any:
-        """Return it open, by h5py."""
+        """Open the file with h5py."""
         if self.offset:
             return h5py.File(_FileRange(self), "r")
         return h5py.File(self.path, "r", locking=False)
@@ -72,18 +72,18 @@ class _FileRange(RawIOBase):
 
 
 def list_objects(location: H5Location) -> dict[str, Any]:
-    """Return what JSON can carry of a whole file: its datasets, and the attributes of its groups."""
+    """The datasets of a file and the attributes of its groups, as JSON can carry them."""
     with location.open() as file:
         datasets: list[dict[str, Any]] = []
         attributes: dict[str, dict[str, Any]] = {}
-        spent = Spent(location.path)
+        budget = AttributeBudget(location.path)
         for name, member in _objects(file, location.path):
             if isinstance(member, h5py.Dataset):
                 description = _dataset(name, member, location.path)
                 if description:
                     datasets.append(description)
             else:
-                values = _attributes(member, spent)
+                values = _attributes(member, budget)
                 if values:
                     attributes[name] = values
         return {"datasets": datasets, "attributes": attributes}
@@ -118,7 +118,7 @@ def _objects(file: Any, path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _own(group: Any, key: str, name: str, path: Path) -> Any:
-    """Return what a group itself holds under a key; None for an alias of something else in the file."""
+    """What a group itself holds under a key; None for an alias of something else in the file."""
     link = group.get(key, getlink=True)
     if isinstance(link, h5py.ExternalLink):
         raise InputError(
@@ -164,8 +164,8 @@ def _dataset(name: str, dataset: Any, path: Path) -> dict[str, Any] | None:
     }
 
 
-class Spent:
-    """What the attributes of a file take together, counted before they are read as far as their shapes tell."""
+class AttributeBudget:
+    """A budget for all attributes of a file, budget by their shapes before they are read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -187,15 +187,15 @@ class Spent:
             raise InputError(f"{self.path} is refused: its attribute {abbreviated(key)} is longer than any model needs")
 
 
-def _attributes(group: Any, spent: Spent) -> dict[str, Any]:
+def _attributes(group: Any, budget: AttributeBudget) -> dict[str, Any]:
     values = {}
     for key in group.attrs:
         attribute = group.attrs.get_id(key)
         if attribute.shape is None:
             continue  # an attribute without a value
-        spent.elements(key, attribute.shape, attribute.dtype.itemsize)
+        budget.elements(key, attribute.shape, attribute.dtype.itemsize)
         value = _plain(group.attrs[key])
-        spent.text(key, value)
+        budget.text(key, value)
         if value is not None:
             values[key] = value
     return values

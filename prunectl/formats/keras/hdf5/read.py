@@ -1,4 +1,4 @@
-"""HDF5 containers: where each dataset lies, found by libhdf5 in a child that may crash."""
+"""Read HDF5 containers: datasets, their offsets and attributes, listed by libhdf5 in a sandboxed child."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class H5Contents:
     is_compressed: bool
 
     def attribute(self, group: str, key: str) -> Any:
-        """Return an attribute of a group, or None."""
+        """An attribute of a group, or None."""
         return self.attributes.get(group, {}).get(key)
 
     def names(self, group: str, key: str) -> list[str]:
-        """Return a list of names, which Keras splits when it is too long for one attribute."""
+        """A list of names, which Keras splits when it is too long for one attribute."""
         value = self.attribute(group, key)
         parts = [value] if isinstance(value, list) else []
         while isinstance(part := self.attribute(group, f"{key}{len(parts)}"), list):
@@ -67,7 +67,7 @@ class H5Contents:
 
 
 def read_contents(location: H5Location) -> H5Contents:
-    """Return the datasets and attributes of an HDF5 file."""
+    """The datasets and attributes of an HDF5 file."""
     response = run_sandboxed(
         partial(_walk, location),
         location.path,
@@ -82,7 +82,7 @@ def read_contents(location: H5Location) -> H5Contents:
 
 
 def decode(location: H5Location, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """Return a dataset that does not lie flat, read by libhdf5 in a child."""
+    """Decode a chunked or filtered dataset in a child."""
     nbytes = math.prod(shape) * dtype.itemsize
     if not nbytes:
         return np.zeros(shape, dtype)
@@ -115,7 +115,7 @@ def _read(location: H5Location, name: str, dtype: np.dtype[Any], shape: tuple[in
 
 
 def _as_stored(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return what h5py takes a type for: what NumPy does not know is raw bytes to it."""
+    """The dtype that h5py sees: raw bytes for types that NumPy does not know."""
     return np.dtype(f"V{dtype.itemsize}") if dtype.isbuiltin != 1 else dtype
 
 

@@ -1,4 +1,4 @@
-"""The same HDF5 file with its datasets chunked and gzipped, which every reader of HDF5 undoes by itself."""
+"""Rebuild an HDF5 file object by object, for packing with its datasets chunked and gzipped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prunectl.formats.sandbox import run_sandboxed
 
 
 class NotPortableError(Exception):
-    """What only means something in the file that it stands in, such as a reference."""
+    """An object that only means something in its own file, such as a reference."""
 
 
 def copy_attributes(old: Any, new: Any) -> None:
@@ -54,7 +54,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def gzipped(old: Any, parent: Any, key: str) -> Any:
-    """Return a gzipped copy of a dataset, without its attributes; None where that would not pay."""
+    """A gzipped copy of a dataset, without its attributes; None where that would not pay."""
     properties = old.id.get_create_plist()
     chunk = chunk_of(old.shape or (), old.dtype.itemsize)
     if chunk is None or properties.get_nfilters() or old.dtype.hasobject or old.dtype.kind not in "fiubcV":
@@ -81,7 +81,7 @@ def create_dataset(parent: Any, key: str, kind: Any, space: Any, properties: Any
 
 
 def chunk_of(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...] | None:
-    """Return the lengths of pieces that are not too big and lie together; none for what cannot be chunked."""
+    """A chunk shape of at most 4 MiB, contiguous in memory; None for what cannot be chunked."""
     if not shape or 0 in shape:
         return None
     room = max(_CHUNK_BYTES // itemsize, 1)
@@ -100,7 +100,7 @@ def boxes(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Box]:
 
 
 def _read(dataset: Any, begin: tuple[int, ...], lengths: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Return a piece of a dataset as raw bytes: types that NumPy does not know pass unchanged."""
+    """A piece of a dataset as raw bytes: types that NumPy does not know pass unchanged."""
     kind = dataset.id.get_type()
     raw = np.empty((*lengths, kind.get_size()), np.uint8)
     memory, selection = _selected(dataset, begin, lengths)
@@ -115,7 +115,7 @@ def _selected(dataset: Any, begin: tuple[int, ...], lengths: tuple[int, ...]) ->
 
 
 def _best(first: NDArray[np.uint8], itemsize: int) -> bool | None:
-    """Return whether bytes should be shuffled before they are gzipped, tried on a chunk; None if neither pays."""
+    """Whether to shuffle bytes before gzip, tried on one chunk; None if neither pays."""
     plain = len(zlib.compress(first.tobytes(), LEVEL))
     shuffled = len(zlib.compress(first.reshape(-1, itemsize).T.tobytes(), LEVEL))
     if min(plain, shuffled) + _OVERHEAD_BYTES > _WORTH * first.size:
@@ -131,7 +131,7 @@ _ROOM = 512 << 20
 CopyDataset = Callable[[Any, Any, str], Any]
 """Makes a dataset in another group of an old one, under a name."""
 Copies = dict[int, Any]
-"""What an object of the old file, known by its address, became in the new one."""
+"""Copies in the new file, by the address of the object in the old one."""
 
 
 def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
@@ -194,7 +194,7 @@ def _copy_dataset(old: Any, parent: Any, key: str) -> Any:
 
 
 def copied(old: Any, parent: Any, key: str) -> Any:
-    """Return a copy of a dataset as it is."""
+    """A copy of a dataset as it is."""
     if old.id.get_type().detect_class(h5py.h5t.REFERENCE):
         raise NotPortableError(key)
     old.file.copy(old, parent, key)
@@ -202,12 +202,12 @@ def copied(old: Any, parent: Any, key: str) -> Any:
 
 
 def address_of(thing: Any) -> int:
-    """Return what tells an object from every other in its file."""
+    """The address of an object, unique in its file."""
     return int(h5py.h5o.get_info(thing.id).addr)
 
 
 def _created(target: Path, old_root: Any) -> Any:
-    """Return a new file whose root remembers the order of its members if the old one does."""
+    """A new file whose root remembers the order of its members if the old one does."""
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_libver_bounds(*_NEWER)
     properties = _like(old_root, h5py.h5p.create(h5py.h5p.FILE_CREATE))

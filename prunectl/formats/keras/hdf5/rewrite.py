@@ -1,4 +1,4 @@
-"""An HDF5 file built again with some of its datasets made anew."""
+"""Rewrite HDF5 files: edit names, attributes and datasets, mask or halve weights, replace numbers."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class H5Edits:
 
 
 def merge(pieces: Iterable[H5Edits]) -> H5Edits:
-    """Return all changes together."""
+    """All edits as one."""
     edits = list(pieces)
     return H5Edits(
         removed=tuple(thing for edit in edits for thing in edit.removed),
@@ -137,7 +137,7 @@ def _masked_or_halved(old: Any, parent: Any, key: str, *, path: str, edits: H5Ed
 
 
 def _new_numbers(old: Any, *, path: str, edits: H5Edits, source: Any, shown: Path) -> Array:
-    """Return the numbers of a weight: masked, without a minus zero or a NaN where the mask is zero; and halved."""
+    """The numbers of a weight: masked, without a minus zero or a NaN where the mask is zero; and halved."""
     numbers: Array = old[()]
     if path in edits.masks:
         mask = source[edits.masks[path]][()]
