@@ -380,4 +380,4 @@ def test_a_rebuilt_model_with_another_number_is_not_handed_out(
     data[extent.offset + 3] ^= 1
     extent.path.write_bytes(data)
     with pytest.raises(WorkError, match="came out with other numbers"):
-        unwrap.check(open_model(path), target)
+        unwrap.verify(open_model(path), target)

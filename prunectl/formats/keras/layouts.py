@@ -29,7 +29,7 @@ from prunectl.formats.keras.roles import (
 )
 
 _OPTIMIZER_GROUP = "optimizer_weights"
-_ANYWHERE = ""
+_WHOLE_MODEL = ""
 _MAX_STEPS, _MAX_SLASHES = 40, 8
 """Models around a layer, and slashes in its name: more than any model has."""
 
@@ -58,21 +58,21 @@ def tensors_by_layer_name(contents: H5Contents, root: str, config: Mapping[str, 
         for group, weight, dataset in named
     ]
     listed = {dataset.name for _, _, dataset in named}
-    return (*tensors, *(_other(dataset) for dataset in contents.datasets if dataset.name not in listed))
+    return (*tensors, *(_unlisted_tensor(dataset) for dataset in contents.datasets if dataset.name not in listed))
 
 
 def _layers_by_owner(config: Mapping[str, Any] | None) -> Mapping[str, Mapping[str, LayerConfig]]:
     """The layers inside each layer and model (itself among them), by the name of the outer one."""
     layers_by_owner: defaultdict[str, dict[str, LayerConfig]] = defaultdict(dict)
     for layer in keras_config.layers(config):
-        for owner in (_ANYWHERE, *layer.path, layer.name):
+        for owner in (_WHOLE_MODEL, *layer.path, layer.name):
             layers_by_owner[owner][layer.name] = layer
     return layers_by_owner
 
 
 def _group_layers(layers_by_owner: Mapping[str, Mapping[str, LayerConfig]], group: str) -> Mapping[str, LayerConfig]:
     """The layers that the weights of a group can belong to."""
-    return layers_by_owner.get(group) or layers_by_owner.get(_ANYWHERE, {})
+    return layers_by_owner.get(group) or layers_by_owner.get(_WHOLE_MODEL, {})
 
 
 def missing_weights(contents: H5Contents, root: str) -> tuple[str, ...]:
@@ -136,7 +136,7 @@ def _plain_layer(steps: list[str], group: str) -> str:
     return "/".join(strip_cell_prefix(steps)) or group
 
 
-def _other(dataset: Dataset) -> Tensor:
+def _unlisted_tensor(dataset: Dataset) -> Tensor:
     role = Role.OPTIMIZER if dataset.name.startswith(f"{_OPTIMIZER_GROUP}/") else Role.OTHER
     return Tensor(dataset.name, dataset.name.rpartition("/")[0], dataset.shape, dataset.dtype, role, dataset.storage)
 

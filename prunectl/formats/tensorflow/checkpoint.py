@@ -12,7 +12,7 @@ from prunectl.formats.tensorflow import tensors as tensorflow_tensors
 from prunectl.formats.tensorflow.bundle import read_bundle
 from prunectl.formats.tensorflow.bundle_write import BundleEdits, rewrite_bundle
 from prunectl.formats.tensorflow.object_graph import find_ownership
-from prunectl.formats.tensorflow.unwrap import pieces, training_state
+from prunectl.formats.tensorflow.unwrap import storage_keys, training_state
 
 
 def open_model(path: Path) -> ModelFile:
@@ -59,6 +59,6 @@ def strip(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) ->
     if graph.nodes:
         texts[object_graph.KEY] = object_graph.remove_nodes(graph, find_ownership(graph).training_only)
     rewrite_bundle(
-        bundle, BundleEdits(drops=pieces(bundle, optimizer_state) | optimizer_state.keys(), texts=texts), targets
+        bundle, BundleEdits(drops=storage_keys(bundle, optimizer_state) | optimizer_state.keys(), texts=texts), targets
     )
     return unwrap.removed_items(bundle, optimizer_state)

@@ -99,7 +99,7 @@ def _keras_objects(
         if nbytes > MAX_METADATA_BYTES or total > MAX_ALL_METADATA_BYTES:
             raise WireError(f"a description of {nbytes} bytes")
         if nbytes:
-            # Keras rebuilds what is described in a file of its own, whatever it is called there, or if it is not.
+            # Keras rebuilds what is described in a file of its saver, whatever it is called there, or if it is not.
             is_named = identifier in texts and texts[identifier].value <= MAX_IDENTIFIER_BYTES
             name = text(reader.data, texts[identifier]) if is_named else ""
             objects.append(KerasObject(name, bytes(reader.data[texts[metadata].begin : texts[metadata].end])))
@@ -191,7 +191,7 @@ def _tensor(graph: SavedGraph, name: str, shape: tuple[int, ...], code: int, con
 
 
 _CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
-_OWN = ("traced_save", "traced_restore")
+_SAVER_FUNCTIONS = ("traced_save", "traced_restore")
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +214,11 @@ def variables_used_by_functions(graph: SavedGraph) -> frozenset[str]:
     except WireError as error:
         raise InputError(f"{graph.path} is damaged: its graph holds {error}") from error
     handles = {node.name: node.shared_name for node in nodes if node.operation == "VarHandleOp"}
-    calls = (node for node in nodes if node.operation in _CALLS and not any(own in node.function for own in _OWN))
+    calls = (
+        node
+        for node in nodes
+        if node.operation in _CALLS and not any(saver in node.function for saver in _SAVER_FUNCTIONS)
+    )
     return frozenset(handles[name] for call in calls for name in call.inputs if name in handles)
 
 

@@ -103,12 +103,12 @@ def remove_nodes(graph: ObjectGraph, removed: Collection[int]) -> bytes:
     numbers = {old: new for new, old in enumerate(kept)}
     encoded = bytearray()
     for index in kept:
-        node = b"".join(_cleaned(graph.text, graph.nodes[index].begin, graph.nodes[index].end, numbers))
+        node = b"".join(_without_references(graph.text, graph.nodes[index].begin, graph.nodes[index].end, numbers))
         encoded += length_prefix(NODES, len(node)) + node
     return bytes(encoded)
 
 
-def _cleaned(text: memoryview, begin: int, end: int, numbers: Mapping[int, int]) -> Iterator[bytes]:
+def _without_references(text: memoryview, begin: int, end: int, numbers: Mapping[int, int]) -> Iterator[bytes]:
     for raw, field in raw_fields(text, begin, end):
         ids = _REFERENCES.get(field.number, ()) if field.wire == BYTES else ()
         if not ids:
@@ -125,11 +125,11 @@ def _cleaned(text: memoryview, begin: int, end: int, numbers: Mapping[int, int])
             yield length_prefix(field.number, len(message)) + message
 
 
-_SIGNS = (frozenset({"_iterations", "_learning_rate"}), frozenset({"beta1_power", "beta2_power"}))
-"""What Keras since 2.11 and TensorFlow 1 call what their optimizers have; one with slots needs no sign."""
-_WEAK_SIGN = frozenset({"iter", "learning_rate"})
+_OPTIMIZER_MARKERS = (frozenset({"_iterations", "_learning_rate"}), frozenset({"beta1_power", "beta2_power"}))
+"""What Keras since 2.11 and TensorFlow 1 call what their optimizers have; one with slots needs no marker."""
+_WEAK_MARKERS = frozenset({"iter", "learning_rate"})
 """What Keras before 2.11 calls it, and perhaps a trainer too, which then has a model as well."""
-_WEIGHTS = "_trainable_variables"
+_TRAINED_WEIGHTS = "_trainable_variables"
 """Under this name Keras 3 lists in an optimizer the weights that it trains."""
 
 
@@ -174,13 +174,13 @@ def _optimizers(nodes: tuple[ObjectNode, ...]) -> frozenset[int]:
 def _looks_like_optimizer(node: ObjectNode, nodes: tuple[ObjectNode, ...]) -> bool:
     names = {name for name, _ in node.children}
     are_leaves = all(not nodes[child].children for _, child in node.children if child < len(nodes))
-    return any(sign <= names for sign in _SIGNS) or (names >= _WEAK_SIGN and are_leaves)
+    return any(marker <= names for marker in _OPTIMIZER_MARKERS) or (names >= _WEAK_MARKERS and are_leaves)
 
 
 def _trained(nodes: tuple[ObjectNode, ...], optimizers: Iterable[int]) -> Iterator[int]:
     """Yield the weights that optimizers know: they are none of their own, even if nothing else leads there."""
     for index in optimizers:
-        yield from (child for name, child in nodes[index].children if name == _WEIGHTS and child < len(nodes))
+        yield from (child for name, child in nodes[index].children if name == _TRAINED_WEIGHTS and child < len(nodes))
         yield from (original for original, _ in nodes[index].slots if original < len(nodes))
 
 
@@ -207,7 +207,7 @@ def _reachable(nodes: tuple[ObjectNode, ...], starts: Iterable[int]) -> set[int]
     return reached
 
 
-_LISTS = frozenset(
+_RENUMBERED_LISTS = frozenset(
     {
         "keras_api",
         "layers",
@@ -234,7 +234,7 @@ def match_objects(wrapped: ObjectGraph, plain: ObjectGraph) -> dict[str, str]:
         pairs.update(zip(plain_node.names, wrapped_node.names, strict=False))
         members = dict(wrapped_node.children)
         for name, child in plain_node.children:
-            if name in _LISTS or name not in members:
+            if name in _RENUMBERED_LISTS or name not in members:
                 continue
             pair = members[name], child
             if pair not in seen and pair[0] < len(wrapped.nodes) and child < len(plain.nodes):

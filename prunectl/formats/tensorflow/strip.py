@@ -12,7 +12,7 @@ from prunectl.formats.tensorflow import object_graph, unwrap
 from prunectl.formats.tensorflow.bundle import Bundle, BundleEntry, read_bundle
 from prunectl.formats.tensorflow.bundle_write import BundleEdits, rewrite_bundle
 from prunectl.formats.tensorflow.graph_def import read_graph, variables_used_by_functions
-from prunectl.formats.tensorflow.unwrap import pieces, training_state
+from prunectl.formats.tensorflow.unwrap import storage_keys, training_state
 
 
 def strip(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
@@ -40,7 +40,7 @@ def strip(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) ->
         if any(item.bytes for item in items):
             owned = {index, *bundle.shards.values()}
             rewrite_bundle(
-                bundle, BundleEdits(zeros=pieces(bundle, zeroed)), {path: unwritten.pop(path) for path in owned}
+                bundle, BundleEdits(zeros=storage_keys(bundle, zeroed)), {path: unwritten.pop(path) for path in owned}
             )
             removed += items
     patch_files(model, unwritten, ())
@@ -62,7 +62,7 @@ def _zeroable_entries(model: ModelFile, bundle: Bundle) -> Mapping[bytes, StripP
         key: part
         for key, part in training_state(bundle, graph).items()
         if key in numbers
-        and not pieces(bundle, [key]) <= zeroed_already
+        and not storage_keys(bundle, [key]) <= zeroed_already
         and _starts_at_zero(bundle.entries[key])
         and names.get(key.decode("utf-8", "backslashreplace"), "") not in used
     }

@@ -16,8 +16,7 @@ from prunectl.errors import InputError, MissingExtraError, UntrustedError, Usage
 from prunectl.formats import extents, safe_json, trust
 from prunectl.formats.base import Array, ModelFile, RemovedItem, Role, StripOptions, StripPart
 from prunectl.formats.extents import mmap_file
-from prunectl.formats.masked import apply_mask
-from prunectl.formats.masked import pieces as cut
+from prunectl.formats.masked import apply_mask, pieces
 from prunectl.formats.protobuf import BYTES, WireError, length_prefix, raw_fields
 from prunectl.formats.safe_json import parse_object
 from prunectl.formats.tensorflow import object_graph, tensors
@@ -27,9 +26,9 @@ from prunectl.formats.tensorflow.object_graph import ObjectGraph, find_ownership
 from prunectl.formats.tensorflow.rebuild_worker import EXTRA, MODULES
 from prunectl.formats.tensorflow.variable_names import METRICS, VALUE_SUFFIX, without_optimizer
 
-_IN_A_FILE_OF_ITS_OWN = (1, 5)
+_METADATA_FILE_PATH = (1, 5)
 """Fields on the way to each JSON text in `keras_metadata.pb`."""
-_IN_THE_GRAPH = (2, 7, 1, 4, 3)
+_GRAPH_FILE_PATH = (2, 7, 1, 4, 3)
 """The same in `saved_model.pb`, where Keras before 2.5 kept them."""
 _TRAINING = "training_config"
 
@@ -38,7 +37,7 @@ def training_in(folder: Path) -> tuple[dict[Path, bytes], tuple[RemovedItem, ...
     """What becomes of the file that holds training configurations, and what goes; nothing if there are none."""
     metadata = folder / "keras_metadata.pb"
     path, field_path = (
-        (metadata, _IN_A_FILE_OF_ITS_OWN) if metadata.is_file() else (folder / "saved_model.pb", _IN_THE_GRAPH)
+        (metadata, _METADATA_FILE_PATH) if metadata.is_file() else (folder / "saved_model.pb", _GRAPH_FILE_PATH)
     )
     stripped = _uncompiled(path, field_path)
     saved = path.stat().st_size - len(stripped)
@@ -60,12 +59,12 @@ def _uncompiled(path: Path, field_path: tuple[int, ...]) -> bytes:
 
     data = mmap_file(path)
     try:
-        return _changed(data, 0, len(data), field_path, without_training)
+        return _map_messages(data, 0, len(data), field_path, without_training)
     except WireError as error:
         raise InputError(f"{path} is damaged: its Keras metadata holds {error}") from error
 
 
-def _changed(
+def _map_messages(
     data: memoryview, begin: int, end: int, field_path: tuple[int, ...], change: Callable[[bytes], bytes]
 ) -> bytes:
     if not field_path:
@@ -73,7 +72,7 @@ def _changed(
     encoded = bytearray()
     for raw, field in raw_fields(data, begin, end):
         if field.number == field_path[0] and field.wire == BYTES:
-            message = _changed(data, field.begin, field.end, field_path[1:], change)
+            message = _map_messages(data, field.begin, field.end, field_path[1:], change)
             is_same = message == data[field.begin : field.end]
             encoded += raw if is_same else length_prefix(field.number, len(message)) + message
         else:
@@ -81,20 +80,20 @@ def _changed(
     return bytes(encoded)
 
 
-_KEPT = frozenset({"save_counter"})
+_COUNTERS = frozenset({"save_counter"})
 """`tf.train.Checkpoint` looks for it."""
 
 
 def training_state(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, StripPart]:
     """The entries that only training needs; whatever else might be a weight is not among them."""
-    state = _owned(bundle, graph) if graph.nodes else _named(bundle, graph)
+    state = _state_by_ownership(bundle, graph) if graph.nodes else _state_by_name(bundle, graph)
     for key in bundle.entries:
         if key.startswith(METRICS.encode()):
             state[key] = StripPart.TRAINING
     return state
 
 
-def pieces(bundle: Bundle, keys: Iterable[bytes]) -> frozenset[bytes]:
+def storage_keys(bundle: Bundle, keys: Iterable[bytes]) -> frozenset[bytes]:
     """The entries that hold the numbers: for one in slices, the slices."""
     entries = [bundle.entries[key] for key in keys]
     keys_without_slices = {entry.key for entry in entries if not entry.slices}
@@ -103,13 +102,13 @@ def pieces(bundle: Bundle, keys: Iterable[bytes]) -> frozenset[bytes]:
     )
 
 
-def _owned(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, StripPart]:
+def _state_by_ownership(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, StripPart]:
     """What optimizers own, as the graph of objects tells."""
     keys = frozenset(key.encode() for key in find_ownership(graph).keys(graph))
     return {key: StripPart.OPTIMIZER for key in bundle.entries if key in keys}
 
 
-def _named(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, StripPart]:
+def _state_by_name(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, StripPart]:
     """What is called like the state of an optimizer, if it is a number or there is a weight that it is for."""
     roles = {tensor.name: tensor.role for tensor in tensors.tensors_of(bundle, graph, {})}
     entries = {
@@ -119,7 +118,7 @@ def _named(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, StripPart]:
     return {
         entry.key: StripPart.OPTIMIZER
         for name, entry in entries.items()
-        if name not in weights and name.rpartition("/")[2] not in _KEPT and _is_state(name, entry, entries, weights)
+        if name not in weights and name.rpartition("/")[2] not in _COUNTERS and _is_state(name, entry, entries, weights)
     }
 
 
@@ -146,7 +145,7 @@ def zeroed_items(bundle: Bundle, zeroed: Mapping[bytes, StripPart]) -> tuple[Rem
     """Entries that became zeros; in each shard the bytes of the longest stay, as the zeros of them all."""
     longest: dict[int, tuple[int, bytes]] = {}
     for key in zeroed:
-        for piece in pieces(bundle, [key]):
+        for piece in storage_keys(bundle, [key]):
             entry = bundle.entries[piece]
             longest[entry.shard] = max(longest.get(entry.shard, (0, b"")), (entry.nbytes, key))
     stays: dict[bytes, int] = {}
@@ -159,7 +158,7 @@ def zeroed_items(bundle: Bundle, zeroed: Mapping[bytes, StripPart]) -> tuple[Rem
 
 
 def _own_bytes(bundle: Bundle, entry: BundleEntry) -> int:
-    return sum(bundle.entries[key].nbytes for key in pieces(bundle, [entry.key]) if key not in bundle.shared)
+    return sum(bundle.entries[key].nbytes for key in storage_keys(bundle, [entry.key]) if key not in bundle.shared)
 
 
 def _name(key: bytes) -> str:
@@ -171,10 +170,10 @@ def classify_part(name: str) -> StripPart | None:
     return StripPart.TRAINING if name.startswith(METRICS) else None
 
 
-_GONE = frozenset({Role.MASK, Role.SCHEDULE, Role.OPTIMIZER})
+_REMOVED_ROLES = frozenset({Role.MASK, Role.SCHEDULE, Role.OPTIMIZER})
 
 
-def check(model: ModelFile, rebuilt: Path) -> None:
+def verify(model: ModelFile, rebuilt: Path) -> None:
     """Raise unless a rebuilt model has every weight, bit for bit as plain multiplication says."""
     wrapped, plain = (read_bundle(path / "variables" / "variables.index") for path in (model.path, rebuilt))
     graph, new_graph = object_graph.read(wrapped), object_graph.read(plain)
@@ -195,14 +194,14 @@ def check(model: ModelFile, rebuilt: Path) -> None:
             or not _same(expected, extents.view(extent, dtype=entry.dtype, shape=entry.shape))
         ):
             raise WorkError(f"{old.name} of {model.path} came out with other numbers than it had")
-    if lost := [tensor.name for tensor in tensors.values() if tensor.role not in _GONE]:
+    if lost := [tensor.name for tensor in tensors.values() if tensor.role not in _REMOVED_ROLES]:
         raise WorkError(f"{model.path} came out without {lost[0]}")
 
 
 def _same(expected: Iterator[Array], array: Array) -> bool:
     return all(
         block.tobytes() == expected_block.tobytes()
-        for block, (expected_block,) in zip(expected, cut([array]), strict=True)
+        for block, (expected_block,) in zip(expected, pieces([array]), strict=True)
     )
 
 
@@ -215,8 +214,8 @@ WRAPPING = frozenset({StripPart.MASKS, StripPart.WRAPPERS})
 _SIGNATURES = frozenset({"serving_default", "__saved_model_init_op"})
 _SECONDS, _SECONDS_PER_MB = 300, 1
 _MEMORY_BYTES, _MEMORY_PER_BYTE = 16 << 30, 16
-_REST = "the rest can go: prunectl strip --only optimizer,training"
-_OWN = ("saved_model.pb", "keras_metadata.pb", "fingerprint.pb", "variables")
+_HINT = "the rest can go: prunectl strip --only optimizer,training"
+_REBUILT_FILES = ("saved_model.pb", "keras_metadata.pb", "fingerprint.pb", "variables")
 
 
 def unwrap(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
@@ -229,10 +228,10 @@ def unwrap(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -
     target = targets[model.path / "saved_model.pb"].parent
     _rebuild(model, target)
     for source, target_file in targets.items():
-        if source.relative_to(model.path).parts[0] not in _OWN:
+        if source.relative_to(model.path).parts[0] not in _REBUILT_FILES:
             target_file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target_file)
-    check(model, target)
+    verify(model, target)
     return _removed(model)
 
 
@@ -247,17 +246,17 @@ def _refuse(model: ModelFile, options: StripOptions) -> None:
             hint=f"--only {','.join(part for part in StripPart if part in needed)}",
         )
     if model.about.keras is None:
-        raise InputError(f"{model.path} has wrappers, but no configuration to rebuild the model from", hint=_REST)
+        raise InputError(f"{model.path} has wrappers, but no configuration to rebuild the model from", hint=_HINT)
     if facts := trust.facts_in(model.about.keras):
         raise UntrustedError(
             f"{model.path} is not rebuilt without its wrappers, since that might run code: {trust.worded(facts)}",
-            hint=_REST,
+            hint=_HINT,
         )
     if strange := set(graph.signatures) - _SIGNATURES:
-        raise InputError(f"{model.path} would lose its signatures {', '.join(sorted(strange))}", hint=_REST)
+        raise InputError(f"{model.path} would lose its signatures {', '.join(sorted(strange))}", hint=_HINT)
     if graph.assets or len(graph.graphs) > 1:
         what_is_lost = "the files that its graph reads" if graph.assets else "all of its graphs but one"
-        raise InputError(f"{model.path} would lose {what_is_lost}", hint=_REST)
+        raise InputError(f"{model.path} would lose {what_is_lost}", hint=_HINT)
 
 
 def _rebuild(model: ModelFile, target: Path) -> None:
@@ -280,7 +279,7 @@ def _rebuild(model: ModelFile, target: Path) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise InputError(f"{model.path} takes too long to rebuild without its wrappers", hint=_REST) from error
+        raise InputError(f"{model.path} takes too long to rebuild without its wrappers", hint=_HINT) from error
     _reraise(model.path, process.stdout)
 
 
@@ -290,11 +289,11 @@ def _reraise(path: Path, output: bytes) -> None:
         response: Any = json.loads(output)
         kind, message, hint = response["kind"], response.get("message", ""), response.get("hint", "")
     except (ValueError, TypeError, KeyError) as error:
-        raise WorkError(f"{path} cannot be rebuilt: Keras gave up", hint=_REST) from error
+        raise WorkError(f"{path} cannot be rebuilt: Keras gave up", hint=_HINT) from error
     if kind == MissingExtraError.kind:
         raise MissingExtraError(message, hint=hint)
     if kind != "done":
-        raise InputError(f"{path} cannot be rebuilt without its wrappers: {message}", hint=hint or _REST)
+        raise InputError(f"{path} cannot be rebuilt without its wrappers: {message}", hint=hint or _HINT)
 
 
 def _removed(model: ModelFile) -> tuple[RemovedItem, ...]:

@@ -125,7 +125,7 @@ class Weights:
         """
         key = (names, models, product)
         if key not in self._known:
-            self._known[key] = self._of(names, models, product)
+            self._known[key] = self._best_matches(names, models, product)
         candidates = self._known[key]
         count = 1 if candidates and shapes_match(product.shape, candidates[0].shape) else product.gates
         if len(candidates) < count or not product.leaf:
@@ -133,7 +133,7 @@ class Weights:
         begin = (product.position + direction) * count % len(candidates)
         return tuple(candidates[(begin + offset) % len(candidates)] for offset in range(count))
 
-    def _of(self, names: tuple[str, ...], models: tuple[str, ...], product: Matmul) -> tuple[Tensor, ...]:
+    def _best_matches(self, names: tuple[str, ...], models: tuple[str, ...], product: Matmul) -> tuple[Tensor, ...]:
         """All weights with the best score."""
         named_tensors = {tensor.name: tensor for name in names for tensor in self._named.get(name, ())[:MAX_CANDIDATES]}
         shape = product.shape

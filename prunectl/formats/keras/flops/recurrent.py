@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from prunectl.formats.base import Length, Shape
 from prunectl.formats.keras.config import part, text
 from prunectl.formats.keras.flops.shapes import LayerCall, Matmul, UnknownShapeError, scale_dim, untuple
-from prunectl.formats.keras.flops.windows import slid
+from prunectl.formats.keras.flops.windows import window_output
 
 GATES = {"LSTM": 4, "GRU": 3, "SimpleRNN": 1}
 _STATES = {"LSTM": 2, "GRU": 1, "SimpleRNN": 1}
@@ -48,7 +48,7 @@ def conv_lstm_matmuls(step: LayerCall) -> Iterator[Matmul]:
     """Yield the products of a ConvLSTM: two convolutions for each gate."""
     time, space, channels = _image_sequence(step)
     filters, kernel = step.number("filters"), step.numbers("kernel_size", len(space))
-    left = _slid(step, space)
+    left = _window_space(step, space)
     yield Matmul("kernel", (*kernel, channels, 4 * filters), (time, *left))
     yield Matmul("recurrent_kernel", (*kernel, filters, 4 * filters), (time, *left))
 
@@ -91,8 +91,8 @@ def _image_sequence(step: LayerCall) -> tuple[Length, Shape, Length]:
     return (shape[0], *step.image(shape[1:]))
 
 
-def _slid(step: LayerCall, space: Shape) -> Shape:
-    return slid(step, "kernel_size", 1, space)
+def _window_space(step: LayerCall, space: Shape) -> Shape:
+    return window_output(step, "kernel_size", 1, space)
 
 
 def _state(step: LayerCall) -> Shape:
@@ -101,7 +101,7 @@ def _state(step: LayerCall) -> Shape:
     if step.kind in GATES:
         return (step.number("units"),)
     _, space, _ = _image_sequence(step)
-    return step.joined(_slid(step, space), step.number("filters"))
+    return step.joined(_window_space(step, space), step.number("filters"))
 
 
 def _output(step: LayerCall) -> Shape:

@@ -10,28 +10,30 @@ from prunectl.formats.keras.flops.shapes import LayerCall, UnknownShapeError, sc
 _PADDINGS = {"same", "causal"}
 
 
-def convolved(step: LayerCall) -> Shape:
+def convolution(step: LayerCall) -> Shape:
     """The output shape of a convolution."""
-    return step.joined(slid(step, "kernel_size", 1), step.number("filters"))
+    return step.joined(window_output(step, "kernel_size", 1), step.number("filters"))
 
 
 def depthwise(step: LayerCall) -> Shape:
     """The output shape of a depthwise convolution."""
-    return step.joined(slid(step, "kernel_size", 1), scale_dim(step.image()[1], step.number("depth_multiplier", 1)))
+    return step.joined(
+        window_output(step, "kernel_size", 1), scale_dim(step.image()[1], step.number("depth_multiplier", 1))
+    )
 
 
-def pooled(step: LayerCall) -> Shape:
+def pooling(step: LayerCall) -> Shape:
     """The output shape of pooling."""
-    return step.joined(slid(step, "pool_size", None), step.image()[1])
+    return step.joined(window_output(step, "pool_size", None), step.image()[1])
 
 
-def pooled_whole(step: LayerCall) -> Shape:
+def global_pooling(step: LayerCall) -> Shape:
     """The output shape of global pooling."""
     space, channels = step.image()
     return step.joined((1,) * len(space), channels) if step.flag("keepdims") else (channels,)
 
 
-def slid(step: LayerCall, size_key: str, stride: int | None, space: Shape | None = None) -> Shape:
+def window_output(step: LayerCall, size_key: str, stride: int | None, space: Shape | None = None) -> Shape:
     """The spatial shape behind a sliding window; pooling strides by its own size by default."""
     space = step.image()[0] if space is None else space
     axes = len(space)
@@ -39,10 +41,12 @@ def slid(step: LayerCall, size_key: str, stride: int | None, space: Shape | None
     strides = _strides(step, axes, sizes if stride is None else (stride,) * axes)
     dilations = step.numbers("dilation_rate", axes, 1) if stride is not None else (1,) * axes
     padding = step.word("padding", "valid")
-    return tuple(_slid(*facts, padding=padding) for facts in zip(space, sizes, strides, dilations, strict=True))
+    return tuple(
+        _window_length(*facts, padding=padding) for facts in zip(space, sizes, strides, dilations, strict=True)
+    )
 
 
-def deconvolved(step: LayerCall) -> Shape:
+def transposed_convolution(step: LayerCall) -> Shape:
     """The output shape of a transposed convolution."""
     space, _ = step.image()
     axes = len(space)
@@ -63,24 +67,24 @@ def deconvolved(step: LayerCall) -> Shape:
     return step.joined(tuple(lengths), step.number("filters"))
 
 
-def padded(step: LayerCall) -> Shape:
+def padding_output(step: LayerCall) -> Shape:
     """The shape of an image with a border around it."""
-    return _bordered(step, "padding", 1)
+    return _with_borders(step, "padding", 1)
 
 
-def cropped(step: LayerCall) -> Shape:
+def cropping_output(step: LayerCall) -> Shape:
     """The shape of an image without its border."""
-    return _bordered(step, "cropping", -1)
+    return _with_borders(step, "cropping", -1)
 
 
-def upsampled(step: LayerCall) -> Shape:
+def upsampling(step: LayerCall) -> Shape:
     """The shape of an upsampled image."""
     space, channels = step.image()
     sizes = step.numbers("size", len(space), 2)
     return step.joined(tuple(scale_dim(length, size) for length, size in zip(space, sizes, strict=True)), channels)
 
 
-def resized(step: LayerCall) -> Shape:
+def resizing(step: LayerCall) -> Shape:
     """The shape of an image resized to a fixed size."""
     shape = step.shape()
     if len(shape) != 3:
@@ -96,7 +100,7 @@ def _strides(step: LayerCall, axes: int, default: tuple[int, ...]) -> tuple[int,
     return strides
 
 
-def _slid(length: Length, size: int, stride: int, dilation: int, *, padding: str) -> Length:
+def _window_length(length: Length, size: int, stride: int, dilation: int, *, padding: str) -> Length:
     if length is None:
         return None
     if padding in _PADDINGS:
@@ -107,7 +111,7 @@ def _slid(length: Length, size: int, stride: int, dilation: int, *, padding: str
     return room // stride + 1
 
 
-def _bordered(step: LayerCall, key: str, sign: int) -> Shape:
+def _with_borders(step: LayerCall, key: str, sign: int) -> Shape:
     space, channels = step.image()
     borders = _borders(untuple(step.config.get(key)), len(space))
     lengths = tuple(
@@ -135,14 +139,14 @@ def _borders(setting: object, axes: int) -> tuple[int, ...]:
 
 
 WINDOW_RULES: dict[str, Callable[[LayerCall], Shape]] = {
-    **dict.fromkeys(("Conv1D", "Conv2D", "Conv3D", "SeparableConv1D", "SeparableConv2D"), convolved),
+    **dict.fromkeys(("Conv1D", "Conv2D", "Conv3D", "SeparableConv1D", "SeparableConv2D"), convolution),
     **dict.fromkeys(("DepthwiseConv1D", "DepthwiseConv2D"), depthwise),
-    **dict.fromkeys(("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"), deconvolved),
-    **dict.fromkeys(("LocallyConnected1D", "LocallyConnected2D"), convolved),
-    **{f"{kind}Pooling{axes}D": pooled for kind in ("Max", "Average") for axes in (1, 2, 3)},
-    **{f"Global{kind}Pooling{axes}D": pooled_whole for kind in ("Max", "Average") for axes in (1, 2, 3)},
-    **{f"ZeroPadding{axes}D": padded for axes in (1, 2, 3)},
-    **{f"Cropping{axes}D": cropped for axes in (1, 2, 3)},
-    **{f"UpSampling{axes}D": upsampled for axes in (1, 2, 3)},
-    **dict.fromkeys(("Resizing", "CenterCrop", "RandomCrop"), resized),
+    **dict.fromkeys(("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"), transposed_convolution),
+    **dict.fromkeys(("LocallyConnected1D", "LocallyConnected2D"), convolution),
+    **{f"{kind}Pooling{axes}D": pooling for kind in ("Max", "Average") for axes in (1, 2, 3)},
+    **{f"Global{kind}Pooling{axes}D": global_pooling for kind in ("Max", "Average") for axes in (1, 2, 3)},
+    **{f"ZeroPadding{axes}D": padding_output for axes in (1, 2, 3)},
+    **{f"Cropping{axes}D": cropping_output for axes in (1, 2, 3)},
+    **{f"UpSampling{axes}D": upsampling for axes in (1, 2, 3)},
+    **dict.fromkeys(("Resizing", "CenterCrop", "RandomCrop"), resizing),
 }
