@@ -67,11 +67,11 @@ def is_pointwise(tensor: Tensor) -> bool:
     return len(tensor.shape) == 4 and None not in axes and all(size == 1 for size in window)
 
 
-def min_size(text: str) -> Policy:
+def min_size(spec: str) -> Policy:
     """The policy that `min-size:N` means."""
-    text = text.removeprefix(MIN_SIZE)
+    text = spec.removeprefix(MIN_SIZE)
     if not (text.isascii() and text.isdecimal()):
-        raise UsageError(f"{text!r} is no policy", hint=f"write {MIN_SIZE}1000: smaller tensors are left alone")
+        raise UsageError(f"{spec!r} is no policy", hint=f"write {MIN_SIZE}1000: smaller tensors are left alone")
     least = int(text)
 
     def judge(tensor: Tensor) -> Verdict:
@@ -79,7 +79,7 @@ def min_size(text: str) -> Policy:
             return _ineligible(tensor)
         return f"fewer than {least:,} weights" if tensor.size < least else ""
 
-    return Policy(text, lambda _: judge, f"kernels of {least:,} weights and more")
+    return Policy(spec, lambda _: judge, f"kernels of {least:,} weights and more")
 
 
 def _all_except(left_out: dict[str, str]) -> Callable[[Tensor], Verdict]:
