@@ -17,12 +17,12 @@ from prunectl.training.keras.distribution import DevicePlacement, resolve_device
 class Pretended(KerasLibrary):
     """A Keras on TensorFlow that sees some GPUs, and takes down which device is entered."""
 
-    def __init__(self, gpus: int, *, is_two: bool) -> None:
+    def __init__(self, gpus: int, *, is_keras2: bool) -> None:
         self.entered: list[str]
         object.__setattr__(self, "entered", [])
         object.__setattr__(self, "_gpus", gpus)
         enter: Any = lambda name: (self.entered.append(name), nullcontext())[1]  # noqa: E731
-        super().__init__(SimpleNamespace(device=enter), is_two, "tensorflow")
+        super().__init__(SimpleNamespace(device=enter), is_keras2, "tensorflow")
         object.__setattr__(self, "_enter", enter)
 
     @property
@@ -46,12 +46,12 @@ class Pretended(KerasLibrary):
     ],
 )
 def test_the_device_is_the_one_that_was_named(device: str, place: str, entered: list[str]) -> None:
-    for is_two in (True, False):
-        library = Pretended(2, is_keras2=is_two)
+    for is_keras2 in (True, False):
+        library = Pretended(2, is_keras2=is_keras2)
         assert resolve_device(library, device) == place
         with DevicePlacement(device=place).scope(library):
             pass
-        assert library.entered == (entered if is_two else [name.lower().lstrip("/") for name in entered])
+        assert library.entered == (entered if is_keras2 else [name.lower().lstrip("/") for name in entered])
 
 
 @pytest.mark.parametrize(
