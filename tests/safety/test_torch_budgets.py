@@ -117,7 +117,7 @@ def test_tied_tensors_are_counted_once(tmp_path: Path, monkeypatch: pytest.Monke
     storage = struct.pack("<4f", 0, 1, 2, 3) * (count // 4)
     path = checkpoint(tmp_path / "m.pt", views([(0, 1000, 1000)] * 400, count), storages={"0": storage})
     model, reads = open_model(path), []
-    monkeypatch.setattr("prunectl.analysis.tensor_io.count_zeros", lambda *of: reads.append(of) or count_zeros(*of))
+    monkeypatch.setattr("prunectl.analysis.stats.count_zeros", lambda *of: reads.append(of) or count_zeros(*of))
     assert {row.zeros for row in measure_stats(model, model.tensors).layers} == {count // 4}
     assert len(reads) == 1
 
