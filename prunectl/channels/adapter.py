@@ -17,39 +17,39 @@ from prunectl.pruning.threshold import Mask
 class PrunedShapes:
     """A network without some of its channels."""
 
-    def __init__(self, trace: LabelTrace, gone: Iterable[int]) -> None:
+    def __init__(self, trace: LabelTrace, removed_labels: Iterable[int]) -> None:
         self.trace = trace
-        self._gone = np.array(sorted(gone), np.int64)
+        self._removed = np.array(sorted(removed_labels), np.int64)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a value without the channels that are gone."""
-        before, labels = self.trace.shape(name), self.trace.of(name)
+        before, labels = self.trace.shape(name), self.trace.labels_of(name)
         after = list(before)
         for axis in self.trace.labels.varying(labels):
             line = self.trace.labels.along(labels, axis)
             if line is not None:
-                after[axis] = int(self._stays(line).sum())
+                after[axis] = int(self._kept(line).sum())
         return tuple(after)
 
-    def before(self, name: str, axis: int, place: int) -> int:
+    def num_kept_before(self, name: str, axis: int, offset: int) -> int:
         """Return how many indices of an axis are left before a place."""
-        labels = self.trace.of(name)
+        labels = self.trace.labels_of(name)
         line = self.trace.labels.along(labels, axis)
         if line is None:
-            return place
-        return int(self._stays(line[:place]).sum())
+            return offset
+        return int(self._kept(line[:offset]).sum())
 
-    def without(self, name: str, array: Array) -> Array:
+    def slice_value(self, name: str, array: Array) -> Array:
         """Return what is left of a value that the whole network gave."""
-        labels = self.trace.of(name)
+        labels = self.trace.labels_of(name)
         for axis in self.trace.labels.varying(labels):
             line = self.trace.labels.along(labels, axis)
             if line is not None:
-                array = np.compress(self._stays(line), array, axis)
+                array = np.compress(self._kept(line), array, axis)
         return array
 
-    def _stays(self, line: LabelArray) -> Mask:
-        return ~np.isin(self.trace.labels.roots(line), self._gone)
+    def _kept(self, line: LabelArray) -> Mask:
+        return ~np.isin(self.trace.labels.roots(line), self._removed)
 
     def has_changed(self, name: str) -> bool:
         """Whether a value is smaller than it was."""
@@ -64,7 +64,7 @@ Axes = Mapping[int, LabelArray]
 Feeds = Mapping[str, Array]
 Runner = Callable[[Feeds], list[Any]]
 """From inputs by name to what comes out, and then what was asked to be shown besides."""
-_MAKERS = frozenset({OpKind.CONVOLUTION, OpKind.LINEAR, OpKind.RECURRENT})
+_WEIGHTED_KINDS = frozenset({OpKind.CONVOLUTION, OpKind.LINEAR, OpKind.RECURRENT})
 
 
 class GraphAdapter(Protocol):
@@ -79,15 +79,15 @@ class GraphAdapter(Protocol):
         """What can be followed; weights are called what the file calls them."""
 
     @property
-    def copies(self) -> Mapping[str, str]:
+    def copied_from(self) -> Mapping[str, str]:
         """What each weight that is in the graph but not in the file is a copy of."""
 
     @property
-    def followers(self) -> Mapping[str, str]:
+    def coupled_tensors(self) -> Mapping[str, str]:
         """What else in the file is cut as a weight is, such as the state of an optimizer, by the weight's name."""
 
     @property
-    def dropped(self) -> frozenset[str]:
+    def omitted_tensors(self) -> frozenset[str]:
         """The tensors of the file that are left out on purpose; `notes` says so."""
 
     @property
@@ -95,30 +95,30 @@ class GraphAdapter(Protocol):
         """What a user should know about what is written."""
 
     @property
-    def doubts(self) -> tuple[str, ...]:
+    def assumptions(self) -> tuple[str, ...]:
         """What was guessed where the file does not say it and it made a difference, with how to say it."""
 
     @property
-    def showable(self) -> frozenset[str]:
+    def observable(self) -> frozenset[str]:
         """The inner values that `runner` can show: what convolutions and dense layers make, as far as it is at hand."""
 
-    def beside(self, target: Path) -> tuple[Path, ...]:
+    def companion_files(self, target: Path) -> tuple[Path, ...]:
         """Return the files that are written beside a target."""
 
-    def cut(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
+    def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
         """Return the smaller network; some weights have other numbers before they are cut."""
 
     def with_weights(self, weights: Mapping[str, Array]) -> Any:
         """Return the network as it was read, some of its numbers replaced."""
 
-    def feeds(self, random: np.random.Generator) -> Feeds:
+    def random_inputs(self, random: np.random.Generator) -> Feeds:
         """Return random inputs, of the shapes that the graph was worked out for."""
 
     @property
     def has_float64(self) -> bool:
         """Whether its runtime can calculate in float64, whatever the network itself does."""
 
-    def runner(self, network: Any, shown: Iterable[str], *, is_wide: bool = False) -> Runner:
+    def runner(self, network: Any, observed: Iterable[str], *, in_float64: bool = False) -> Runner:
         """Return what runs a network in its own runtime, and shows some inner values too, by their names in the graph.
 
         What comes out comes first, then one value for each name, in their order and as the graph has their axes. All
@@ -130,17 +130,17 @@ class GraphAdapter(Protocol):
         """Write a network into a scratch folder, under the names that belong to a target, and return its path."""
 
 
-def made_by_weights(graph: ChannelGraph) -> frozenset[str]:
+def outputs_of_weighted_layers(graph: ChannelGraph) -> frozenset[str]:
     """Return what convolutions, dense and recurrent layers make."""
-    return frozenset(node.outputs[0] for node in graph.nodes if node.kind in _MAKERS)
+    return frozenset(node.outputs[0] for node in graph.nodes if node.kind in _WEIGHTED_KINDS)
 
 
-def axes_of(removed: RemovedIndices) -> dict[str, dict[int, LabelArray]]:
+def removed_by_tensor(removed: RemovedIndices) -> dict[str, dict[int, LabelArray]]:
     """Return the indices that go from each axis, by weight."""
-    found: dict[str, dict[int, LabelArray]] = {}
+    by_tensor: dict[str, dict[int, LabelArray]] = {}
     for (name, axis), indices in removed.items():
-        found.setdefault(name, {})[axis] = indices
-    return found
+        by_tensor.setdefault(name, {})[axis] = indices
+    return by_tensor
 
 
 def pruned_shape(name: str, shape: Iterable[int], removed: RemovedIndices) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ class TargetKind(StrEnum):
 class SizeTarget:
     """How much of something may be left: a number, or a share of what there was."""
 
-    what: TargetKind
+    kind: TargetKind
     number: int = 0
     share: float | None = None
 
@@ -45,32 +45,34 @@ class SizeTarget:
         return self.number if self.share is None else int(self.share * before)
 
 
-def parse_target(what: TargetKind, text: str) -> SizeTarget:
+def parse_target(kind: TargetKind, text: str) -> SizeTarget:
     """Return what `-50%`, `1.5M` or `200000` ask for."""
-    found = re.fullmatch(r"-(\d+(?:\.\d+)?)%", text.strip())
-    if found is not None and float(found[1]) <= 100:
-        return SizeTarget(what, share=1 - float(found[1]) / 100)
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)", text.strip().lower())
-    if found is None:
-        raise UsageError(f"{text!r} is no number of {what}", hint="write -50% for half of it, or how many: 1.5M")
-    return SizeTarget(what, number=int(float(found[1]) * _POWERS[found[2]]))
+    match = re.fullmatch(r"-(\d+(?:\.\d+)?)%", text.strip())
+    if match is not None and float(match[1]) <= 100:
+        return SizeTarget(kind, share=1 - float(match[1]) / 100)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)", text.strip().lower())
+    if match is None:
+        raise UsageError(f"{text!r} is no number of {kind}", hint="write -50% for half of it, or how many: 1.5M")
+    return SizeTarget(kind, number=int(float(match[1]) * _POWERS[match[2]]))
 
 
-def smallest_ratio(goal: SizeTarget, before: int, channels: int, left: Callable[[float], int], tries: int) -> float:
+def smallest_ratio(
+    target: SizeTarget, before: int, channels: int, count_left: Callable[[float], int], tries: int
+) -> float:
     """Return the smallest share of so many channels that reaches a goal, as far as so many tries can tell."""
-    limit = goal.limit(before)
+    limit = target.limit(before)
     if before <= limit:
         return 0.0
-    reached = left(1.0)
-    if reached > limit:
+    smallest = count_left(1.0)
+    if smallest > limit:
         raise WorkError(
-            f"{limit:,} {goal.what} are out of reach: without all channels that may go, {reached:,} are left",
+            f"{limit:,} {target.kind} are out of reach: without all channels that may go, {smallest:,} are left",
             hint="let smaller layers stay: --min-channels 1; or see what is locked: prunectl inspect MODEL --groups",
         )
     low, high = 0, channels
     while high - low > 1 and tries:
         middle = (low + high) // 2
-        if left(middle / channels) <= limit:
+        if count_left(middle / channels) <= limit:
             high = middle
         else:
             low = middle
@@ -82,29 +84,29 @@ KIND = "channel strategy"
 """What `plugins.find` calls them; their entry points are `prunectl.channels`."""
 
 
-def importance_from_function(found: object, name: str, params: tuple[str, ...]) -> Importance:
+def importance_from_function(function: object, name: str, params: tuple[str, ...]) -> Importance:
     """Return a measure made of a function from rows of weights, one for each channel, to a number for each."""
-    if not callable(found):
+    if not callable(function):
         raise UsageError(f"{name} is not a function from rows of weights to scores")
-    function: Callable[..., Any] = found
-    words = bind_params(params, function)
+    scorer: Callable[..., Any] = function
+    options = bind_params(params, scorer)
 
-    def of(weights: Array, axis: int) -> Scores:
+    def score(weights: Array, axis: int) -> Scores:
         rows = channel_rows(weights, axis)
         try:
-            given = np.asarray(function(rows.copy(), **words), np.float64)
+            scores = np.asarray(scorer(rows.copy(), **options), np.float64)
         except PrunectlError:
             raise
         except Exception as error:
             raise WorkError(f"{name} fails: {type(error).__name__}: {error}") from error
-        if given.shape != (len(rows),) or not np.isfinite(given).all():
+        if scores.shape != (len(rows),) or not np.isfinite(scores).all():
             raise WorkError(
-                f"{name} must give a finite number for each of {len(rows)} channels, and gave {given.shape}",
+                f"{name} must give a finite number for each of {len(rows)} channels, and gave {scores.shape}",
                 hint="it gets an array with a row of weights for each channel",
             )
-        return given
+        return scores
 
-    return Importance(name, frozenset({AxisRole.OUT}), of, inspect.getdoc(function) or "")
+    return Importance(name, frozenset({AxisRole.OUT}), score, inspect.getdoc(scorer) or "")
 
 
 MIN_CHANNELS = 2
@@ -118,7 +120,7 @@ class ChannelConfig:
 
     ratio: float
     """Share of the channels that can go."""
-    measure: Importance | None
+    importance: Importance | None
     """None for chance."""
     scope: Scope = Scope.LAYER
     only: str = ""
@@ -133,16 +135,16 @@ class ChannelConfig:
     seed: int = 0
     threshold: float | None = None
     """How much like another a channel is that goes."""
-    goal: SizeTarget | None = None
+    target: SizeTarget | None = None
     """What the ratio is to be found for."""
-    is_dead: bool = False
+    only_dead: bool = False
     """Whether only channels go that make no difference."""
 
     @property
-    def is_nothing(self) -> bool:
+    def removes_nothing(self) -> bool:
         """Whether it was said that no channel goes."""
-        is_told = self.goal is not None or self.is_dead or self.threshold is not None
-        return not is_told and not self.ratio and not any(ratio for _, ratio in self.layers)
+        has_amount = self.target is not None or self.only_dead or self.threshold is not None
+        return not has_amount and not self.ratio and not any(ratio for _, ratio in self.layers)
 
 
 def parse_config(
@@ -156,14 +158,14 @@ def parse_config(
     dead: bool = False,
 ) -> ChannelConfig:
     """Return what a request asks of channels, and refuse what it asks of single weights only."""
-    _check(request)
-    goals = [
-        parse_target(what, text) for what, text in ((TargetKind.PARAMS, params), (TargetKind.FLOPS, flops)) if text
+    _refuse_weight_options(request)
+    targets = [
+        parse_target(kind, text) for kind, text in ((TargetKind.PARAMS, params), (TargetKind.FLOPS, flops)) if text
     ]
     if request.target_gzip is not None:
-        goals.append(SizeTarget(TargetKind.GZIP, request.target_gzip))
-    measure, threshold = _measure(request)
-    _check_amount(request, goals, dead=dead, has_threshold=threshold is not None)
+        targets.append(SizeTarget(TargetKind.GZIP, request.target_gzip))
+    importance, threshold = _parse_importance(request)
+    _check_amount(request, targets, dead=dead, has_threshold=threshold is not None)
     for ratio in (request.sparsity or 0.0, max_ratio, *(own for _, own in request.layers)):
         if not 0 <= ratio <= 1:
             raise UsageError(f"a share of channels is from 0 to 1, not {ratio:g}", hint="write 0.5 or 50%")
@@ -179,7 +181,7 @@ def parse_config(
         raise UsageError("--layer sets the share of a layer, --scope global ranks all together")
     return ChannelConfig(
         ratio=request.sparsity or 0.0,
-        measure=measure,
+        importance=importance,
         threshold=threshold,
         scope=scope,
         only=request.only,
@@ -189,24 +191,24 @@ def parse_config(
         round_to=round_to,
         max_ratio=max_ratio,
         seed=request.seed,
-        goal=goals[0] if goals else None,
-        is_dead=dead,
+        target=targets[0] if targets else None,
+        only_dead=dead,
     )
 
 
-def _check_amount(request: PruneRequest, goals: Sequence[SizeTarget], *, dead: bool, has_threshold: bool) -> None:
-    asked = [request.sparsity is not None, dead, has_threshold, *(True for _ in goals)]
-    if sum(asked) > 1:
+def _check_amount(request: PruneRequest, targets: Sequence[SizeTarget], *, dead: bool, has_threshold: bool) -> None:
+    amounts = [request.sparsity is not None, dead, has_threshold, *(True for _ in targets)]
+    if sum(amounts) > 1:
         raise UsageError(
             "how many channels go is said once: by --sparsity, --params, --flops, --target-gzip, --dead or a threshold"
         )
-    if not sum(asked) and not request.layers:
+    if not sum(amounts) and not request.layers:
         raise UsageError("how many channels? say --sparsity", hint="such as --sparsity 50%, or --flops -50%")
     if dead and (request.layers or request.strategy != _DEFAULT or request.scope != Scope.LAYER):
         raise UsageError("--dead takes what makes no difference: there is nothing to rank")
 
 
-_OTHERS: tuple[tuple[str, Callable[[PruneRequest], bool]], ...] = (
+_WEIGHT_OPTIONS: tuple[tuple[str, Callable[[PruneRequest], bool]], ...] = (
     ("--compression", lambda asked: asked.compression is not None),
     ("--target-packed", lambda asked: asked.target_packed is not None),
     ("--policy", lambda asked: asked.policy != "default"),
@@ -217,50 +219,50 @@ _OTHERS: tuple[tuple[str, Callable[[PruneRequest], bool]], ...] = (
 )
 
 
-def _check(request: PruneRequest) -> None:
-    for word, is_asked in _OTHERS:
-        if is_asked(request):
+def _refuse_weight_options(request: PruneRequest) -> None:
+    for word, is_given in _WEIGHT_OPTIONS:
+        if is_given(request):
             raise UsageError(f"{word} does not go with channels that are cut out", hint=f"leave out {word}")
     if not request.data and (request.samples, request.batch_size) != (SAMPLES, BATCH_SIZE):
         raise UsageError("--samples and --batch-size are about data", hint="add --data SPEC, or leave them out")
 
 
-def _measure(request: PruneRequest) -> tuple[Importance | None, float | None]:
+def _parse_importance(request: PruneRequest) -> tuple[Importance | None, float | None]:
     """Return what channels are ranked by, and from which similarity on they go if that is said."""
     name = MEASURES[0].name if request.strategy == _DEFAULT else request.strategy
-    known: dict[str, Importance | None] = {**{measure.name: measure for measure in MEASURES}, RANDOM: None}
-    meant = find(KIND, name, known)
-    if meant is not None and not isinstance(meant, Importance):
-        return importance_from_function(meant, name, request.params), None
-    found, threshold = meant, None
+    known: dict[str, Importance | None] = {**{builtin.name: builtin for builtin in MEASURES}, RANDOM: None}
+    chosen = find(KIND, name, known)
+    if chosen is not None and not isinstance(chosen, Importance):
+        return importance_from_function(chosen, name, request.params), None
+    importance, threshold = chosen, None
     for word in request.params:
         key, _, value = word.partition("=")
-        if found is not None and found.has_threshold and key == "threshold":
-            threshold = _share(value)
-        elif found is not None and key == found.key and value in found.choices:
-            found = replace(found, of=found.choices[value], choice=value)
+        if importance is not None and importance.has_threshold and key == "threshold":
+            threshold = _parse_threshold(value)
+        elif importance is not None and key == importance.key and value in importance.choices:
+            importance = replace(importance, function=importance.choices[value], choice=value)
         else:
-            raise UsageError(f"the strategy {name} takes no --param {word}", hint=_params(found))
-    needs_data = found is not None and found.needs is not RequiredData.NOTHING
+            raise UsageError(f"the strategy {name} takes no --param {word}", hint=_params(importance))
+    needs_data = importance is not None and importance.needs is not RequiredData.NOTHING
     if needs_data and not request.data:
         raise UsageError(f"the strategy {name} looks at data: say which", hint="--data train.npz")
-    return found, threshold
+    return importance, threshold
 
 
-def _params(measure: Importance | None) -> str:
-    takes = [f"{measure.key}={choice}" for choice in measure.choices] if measure is not None else []
-    takes += ["threshold=0.9"] if measure is not None and measure.has_threshold else []
-    return f"it takes {', '.join(takes)}" if takes else "it takes none"
+def _params(importance: Importance | None) -> str:
+    accepted = [f"{importance.key}={choice}" for choice in importance.choices] if importance is not None else []
+    accepted += ["threshold=0.9"] if importance is not None and importance.has_threshold else []
+    return f"it takes {', '.join(accepted)}" if accepted else "it takes none"
 
 
-def _share(text: str) -> float:
+def _parse_threshold(text: str) -> float:
     try:
-        found = float(text)
+        share = float(text)
     except ValueError:
-        found = -1.0
-    if not 0 <= found <= 1:
+        share = -1.0
+    if not 0 <= share <= 1:
         raise UsageError(f"threshold={text} is no number from 0 to 1", hint="threshold=0.9")
-    return found
+    return share
 
 
 PLURAL = "channels"
@@ -268,6 +270,6 @@ PLURAL = "channels"
 
 def list_importances() -> tuple[Choice, ...]:
     """Return all names, and who brings them."""
-    own = [Choice(PLURAL, one.name, "built in", one.line) for one in MEASURES]
-    chance = Choice(PLURAL, RANDOM, "built in", "whatever the seed says")
-    return (*own, chance, *(Choice(PLURAL, name, package, "") for name, package in installed(KIND).items()))
+    builtin = [Choice(PLURAL, importance.name, "built in", importance.summary) for importance in MEASURES]
+    random_choice = Choice(PLURAL, RANDOM, "built in", "whatever the seed says")
+    return (*builtin, random_choice, *(Choice(PLURAL, name, package, "") for name, package in installed(KIND).items()))

@@ -22,11 +22,11 @@ _CLOSE = 1e-5
 
 
 def fold_into_bias(
-    source: GraphAdapter,
+    adapter: GraphAdapter,
     trace: LabelTrace,
     node: OpNode,
     *,
-    place: tuple[str, int],
+    weight_axis: tuple[str, int],
     indices: Sequence[int],
     weights: dict[str, Array],
 ) -> bool:
@@ -34,28 +34,28 @@ def fold_into_bias(
 
     The weights are those that were changed before, and get what changes here.
     """
-    if node.outputs[0] not in source.showable:
+    if node.outputs[0] not in adapter.observable:
         return False
-    name, axis = place
-    kernel = np.array(weights.get(name, source.graph.weights[name]))
+    name, axis = weight_axis
+    kernel = np.array(weights.get(name, adapter.graph.weights[name]))
     np.moveaxis(kernel, axis, 0)[list(indices)] = 0
-    difference, scale = _difference(source, node, weights, {**weights, name: kernel})
+    difference, scale = _difference(adapter, node, weights, {**weights, name: kernel})
     constant = _constant(node, difference, scale)
-    if constant is None or (constant.any() and not _keep(trace, node, constant, weights)):
+    if constant is None or (constant.any() and not _absorb(trace, node, constant, weights)):
         return False
     weights[name] = kernel
     return True
 
 
 def _difference(
-    source: GraphAdapter, node: OpNode, before: dict[str, Array], after: dict[str, Array]
+    adapter: GraphAdapter, node: OpNode, before: dict[str, Array], after: dict[str, Array]
 ) -> tuple[Array, float]:
     """Return what it makes of a difference, for several inputs behind one another, and the largest number there."""
-    runners = [source.runner(source.with_weights(weights), node.outputs[:1]) for weights in (before, after)]
+    runners = [adapter.runner(adapter.with_weights(weights), node.outputs[:1]) for weights in (before, after)]
     random = np.random.default_rng(0)
-    given = [source.feeds(random) for _ in range(_INPUTS)]
-    one, other = (np.stack([np.asarray(run(feeds)[-1], np.float64) for feeds in given]) for run in runners)
-    return one - other, float(np.abs(one).max(initial=0.0)) or 1.0
+    batches = [adapter.random_inputs(random) for _ in range(_INPUTS)]
+    first, second = (np.stack([np.asarray(run(feeds)[-1], np.float64) for feeds in batches]) for run in runners)
+    return first - second, float(np.abs(first).max(initial=0.0)) or 1.0
 
 
 def _constant(node: OpNode, difference: Array, scale: float) -> Array | None:
@@ -68,38 +68,38 @@ def _constant(node: OpNode, difference: Array, scale: float) -> Array | None:
         return np.zeros(len(rows)) if np.abs(rows).max(initial=0.0) <= _CLOSE * scale else None
     if np.ptp(rows, axis=1).max(initial=0.0) > _CLOSE * scale:
         return None
-    found: Array = rows.mean(axis=1)
-    return found if np.abs(found).max(initial=0.0) > _CLOSE * scale else np.zeros_like(found)
+    constants: Array = rows.mean(axis=1)
+    return constants if np.abs(constants).max(initial=0.0) > _CLOSE * scale else np.zeros_like(constants)
 
 
-def _keep(trace: LabelTrace, node: OpNode, constant: Array, weights: dict[str, Array]) -> bool:
+def _absorb(trace: LabelTrace, node: OpNode, constant: Array, weights: dict[str, Array]) -> bool:
     """Add a constant to a bias, or to what is added next, or take it from the mean that is subtracted next."""
     if trace.is_view(node, 2):
-        return _add(trace, node.inputs[2], constant, weights)
-    reader, axis, is_turned = _single_consumer(trace, node)
+        return _add_to_weight(trace, node.inputs[2], constant, weights)
+    reader, axis, is_transposed = _single_consumer(trace, node)
     if reader is None:
         return False
-    if reader.kind is OpKind.NORM and trace.is_view(reader, 3) and axis == 1:
-        return _add(trace, reader.inputs[3], -constant, weights)
-    if not is_turned and reader.kind is OpKind.EACH and reader.op.lower() == "add":
-        held = [name for name in reader.inputs if name in trace.graph.views]
-        return len(held) == 1 and _add(trace, held[0], constant, weights)
+    if reader.kind is OpKind.CHANNEL_NORM and trace.is_view(reader, 3) and axis == 1:
+        return _add_to_weight(trace, reader.inputs[3], -constant, weights)
+    if not is_transposed and reader.kind is OpKind.ELEMENTWISE and reader.op.lower() == "add":
+        weight_inputs = [name for name in reader.inputs if name in trace.graph.views]
+        return len(weight_inputs) == 1 and _add_to_weight(trace, weight_inputs[0], constant, weights)
     return False
 
 
 def _single_consumer(trace: LabelTrace, node: OpNode) -> tuple[OpNode | None, int, bool]:
     """Return the only operation that reads an output, the axis of its channels there, and if its axes were turned."""
     axis = 1 if node.kind is OpKind.CONVOLUTION else len(trace.shape(node.outputs[0])) - 1
-    is_turned = False
+    is_transposed = False
     while len(readers := trace.readers(node)) == 1:
         (node,) = readers
         if node.kind is not OpKind.TRANSPOSE:
-            return node, axis, is_turned
-        axis, is_turned = list(node.attributes["order"]).index(axis), True
-    return None, axis, is_turned
+            return node, axis, is_transposed
+        axis, is_transposed = list(node.attributes["order"]).index(axis), True
+    return None, axis, is_transposed
 
 
-def _add(trace: LabelTrace, name: str, constant: Array, weights: dict[str, Array]) -> bool:
+def _add_to_weight(trace: LabelTrace, name: str, constant: Array, weights: dict[str, Array]) -> bool:
     tensor = trace.graph.views[name].tensor
     array = weights.get(tensor, trace.graph.weights[tensor])
     if array.size != constant.size or trace.graph.uses[tensor] != 1:
@@ -119,71 +119,75 @@ class DeadChannels:
 
 
 def find_dead(
-    source: GraphAdapter, trace: LabelTrace, found: Sequence[ChannelGroup], wanted: Sequence[ChannelGroup]
+    adapter: GraphAdapter, trace: LabelTrace, groups_: Sequence[ChannelGroup], selected: Sequence[ChannelGroup]
 ) -> DeadChannels:
     """Return which channels of the wanted families are dead; what they always say is folded into what reads them.
 
     A channel that says something else at the borders, as behind a padding, stays, and that is said.
     """
-    weights = source.graph.weights
-    unread = {group.label for family in wanted for group in family.groups if _are_zero(group, AxisRole.IN, weights)}
-    unmade = {
+    weights = adapter.graph.weights
+    zero_consumed = {
+        group.label for family in selected for group in family.groups if _are_zero(group, AxisRole.IN, weights)
+    }
+    zero_produced = {
         group.label
-        for family in wanted
+        for family in selected
         for group in family.groups
-        if group.label not in unread and _are_zero(group, AxisRole.OUT, weights)
+        if group.label not in zero_consumed and _are_zero(group, AxisRole.OUT, weights)
     }
     skips: list[SkippedTensor] = []
     while True:
-        folded, blocked = _folded(source, trace, found, unmade)
+        folded, blocked = _fold_all(adapter, trace, groups_, zero_produced)
         if not blocked:
             break
         for reader, labels in blocked:
             skips.append(SkippedTensor(reader, "it reads what is always the same, and has nowhere to keep it"))
-            unmade -= labels
-    gone = unread | unmade
-    return DeadChannels(tuple(_loss(family, gone) for family in wanted), tuple(skips), folded)
+            zero_produced -= labels
+    dead = zero_consumed | zero_produced
+    return DeadChannels(tuple(_pruned_group(family, dead) for family in selected), tuple(skips), folded)
 
 
-def _loss(family: ChannelGroup, gone: set[int]) -> PrunedGroup:
-    dropped = [number for number, group in enumerate(family.groups) if group.label in gone]
+def _pruned_group(family: ChannelGroup, dead: set[int]) -> PrunedGroup:
+    dropped = [number for number, group in enumerate(family.groups) if group.label in dead]
     # A tensor without channels is none.
     return PrunedGroup(family, tuple(dropped if len(dropped) < len(family.groups) else dropped[1:]))
 
 
 def _are_zero(group: Channel, part: AxisRole, weights: Mapping[str, Array]) -> bool:
-    members = [member for member in group.members if member.place.part is part]
+    members = [member for member in group.members if member.place.role is part]
     return bool(members) and not any(
         np.take(weights[member.place.tensor], member.indices, member.place.axis).any() for member in members
     )
 
 
-def _folded(
-    source: GraphAdapter, trace: LabelTrace, found: Iterable[ChannelGroup], unmade: set[int]
+def _fold_all(
+    adapter: GraphAdapter, trace: LabelTrace, groups_: Iterable[ChannelGroup], zero_produced: set[int]
 ) -> tuple[dict[str, Array], list[tuple[str, set[int]]]]:
     """Fold what reads these channels, one operation after the other; return what could not be folded too."""
-    read: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {}
-    for family in found:
+    consumed: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {}
+    for family in groups_:
         for group in family.groups:
-            for member in group.members if group.label in unmade else ():
-                if member.place.part is AxisRole.IN:
-                    read.setdefault((member.place.tensor, member.place.axis), {})[group.label] = member.indices
+            for member in group.members if group.label in zero_produced else ():
+                if member.place.role is AxisRole.IN:
+                    consumed.setdefault((member.place.tensor, member.place.axis), {})[group.label] = member.indices
     weights: dict[str, Array] = {}
     blocked: list[tuple[str, set[int]]] = []
-    notes = _readings(trace)
-    for node in source.graph.nodes:
-        own = {trace.graph.views[name].tensor for name in node.inputs if name in trace.graph.views}
-        for place in (place for place in notes.get(node.name, {}) if place[0] in own):
-            indices = [index for those in read.get(place, {}).values() for index in those]
-            if indices and not fold_into_bias(source, trace, node, place=place, indices=indices, weights=weights):
-                blocked.append((place[0], set(read[place])))
+    notes = _consumed_axes(trace)
+    for node in adapter.graph.nodes:
+        weights_read = {trace.graph.views[name].tensor for name in node.inputs if name in trace.graph.views}
+        for place in (place for place in notes.get(node.name, {}) if place[0] in weights_read):
+            indices = [index for those in consumed.get(place, {}).values() for index in those]
+            if indices and not fold_into_bias(
+                adapter, trace, node, weight_axis=place, indices=indices, weights=weights
+            ):
+                blocked.append((place[0], set(consumed[place])))
     return weights, blocked
 
 
-def _readings(trace: LabelTrace) -> dict[str, dict[tuple[str, int], None]]:
+def _consumed_axes(trace: LabelTrace) -> dict[str, dict[tuple[str, int], None]]:
     """Return the axes of kernels on which operations read channels, by the name of the operation, each once."""
-    found: dict[str, dict[tuple[str, int], None]] = {}
+    by_node: dict[str, dict[tuple[str, int], None]] = {}
     for note in trace.notes:
-        if note.part is AxisRole.IN and note.labels.any():
-            found.setdefault(note.node, {})[note.tensor, note.axis] = None
-    return found
+        if note.role is AxisRole.IN and note.labels.any():
+            by_node.setdefault(note.node, {})[note.tensor, note.axis] = None
+    return by_node

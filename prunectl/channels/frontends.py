@@ -26,7 +26,7 @@ class Frontend:
     """The package that this module imports, which is called as the extra that brings it."""
 
 
-LANGUAGES = (
+FRONTENDS = (
     Frontend("ONNX", frozenset({"onnx"}), "onnx.adapter:read_onnx"),
     Frontend("Keras", frozenset({"keras-h5", "keras"}), "keras.adapter:read_keras"),
     Frontend("TensorFlow SavedModel", frozenset({"saved-model"}), "keras.saved_model:read_saved_model"),
@@ -44,18 +44,18 @@ def open_adapter(model: ModelFile, origin: ModelOrigin, data: Shapes | None = No
 
     What data goes in tells how long the axes are that a file leaves open.
     """
-    for language in LANGUAGES:
-        if model.format in language.formats:
-            if language.needs:
+    for frontend in FRONTENDS:
+        if model.format in frontend.formats:
+            if frontend.needs:
                 # The others are followed without their framework, and ask before they load it.
                 user_code.check(model, origin)
-                require(language.needs, extra=language.needs)
-            module, _, name = language.reader.partition(":")
-            found: GraphAdapter = getattr(importlib.import_module(f"prunectl.channels.{module}"), name)(
+                require(frontend.needs, extra=frontend.needs)
+            module, _, name = frontend.reader.partition(":")
+            adapter: GraphAdapter = getattr(importlib.import_module(f"prunectl.channels.{module}"), name)(
                 model, origin, data
             )
-            return found
-    names = ", ".join(language.name for language in LANGUAGES)
+            return adapter
+    names = ", ".join(frontend.name for frontend in FRONTENDS)
     raise InputError(
         f"{model.path}: channels are followed in files of {names} only", hint="export the model to ONNX first"
     )

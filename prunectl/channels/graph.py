@@ -19,22 +19,22 @@ class OpKind(StrEnum):
     """Inputs: data, matrix, bias. Attributes: in_axis of the matrix."""
     EMBEDDING = "embedding"
     """Inputs: table, indices."""
-    PRODUCT = "product"
+    MATMUL = "product"
     """Two values multiplied as matrices, over their last two axes."""
     RECURRENT = "recurrent"
     """Inputs: data, kernel, recurrent kernel, bias, whatever else has units on its last axis. Attributes: units, gates.
 
     Kernels have gates times units before their last axis, biases on it. Whatever comes out has units on its last axis.
     """
-    HEADS = "heads"
+    ATTENTION = "heads"
     """An attention with several heads, from projections to projection.
 
     Inputs: query, value, key; kernels of query, value and key, (in, heads, width), and of the output, (heads, width,
     out); biases of the same four, (heads, width) and (out); masks.
     """
-    NORM = "norm"
+    CHANNEL_NORM = "norm"
     """Inputs: data, scale, shift, mean, variance; by channel, on axis 1."""
-    EACH = "each"
+    ELEMENTWISE = "each"
     """Element by element, with broadcasting."""
     CONCAT = "concat"
     """Attributes: axis."""
@@ -46,7 +46,7 @@ class OpKind(StrEnum):
     """Attributes: order."""
     RESHAPE = "reshape"
     """The same numbers in the same order."""
-    STRETCH = "stretch"
+    ALONG_AXES = "stretch"
     """Windows, pads, means, slices and sizes, along axes that have no channels. Attributes: axes."""
     UNKNOWN = "unknown"
 

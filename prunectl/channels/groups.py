@@ -22,7 +22,7 @@ class TensorAxis:
 
     tensor: str
     axis: int
-    part: AxisRole
+    role: AxisRole
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +55,16 @@ class ChannelGroup:
     @property
     def makers(self) -> tuple[str, ...]:
         """The weights that make these channels."""
-        return tuple(dict.fromkeys(place.tensor for place in self.places if place.part is AxisRole.OUT))
+        return tuple(dict.fromkeys(place.tensor for place in self.places if place.role is AxisRole.OUT))
 
 
 def find_groups(trace: LabelTrace) -> tuple[ChannelGroup, ...]:
     """Return the channels of a network, in its order."""
     found: dict[int, list[tuple[int, ChannelSlice]]] = defaultdict(list)
-    notes = _once(trace.notes)
+    notes = _first_of_each_axis(trace.notes)
     for number, note in enumerate(notes):
         roots = trace.labels.roots(note.labels)
-        place = TensorAxis(note.tensor, note.axis, note.part)
+        place = TensorAxis(note.tensor, note.axis, note.role)
         order = np.argsort(roots, kind="stable")
         bounds = (np.flatnonzero(np.diff(roots[order])) + 1).tolist()
         indices, sorted_roots = order.tolist(), roots[order].tolist()
@@ -81,15 +81,15 @@ def find_groups(trace: LabelTrace) -> tuple[ChannelGroup, ...]:
 
 def _family(groups: tuple[Channel, ...], reason: str) -> ChannelGroup:
     places = tuple(member.place for member in groups[0].members)
-    makers = [place.tensor for place in places if place.part is AxisRole.OUT]
-    return ChannelGroup(next(iter(makers), places[0].tensor), places, groups, reason or _unmade(makers))
+    producers = [place.tensor for place in places if place.role is AxisRole.OUT]
+    return ChannelGroup(next(iter(producers), places[0].tensor), places, groups, reason or _missing_producer(producers))
 
 
-def _unmade(makers: list[str]) -> str:
-    return "" if makers else "no weight makes it"
+def _missing_producer(producers: list[str]) -> str:
+    return "" if producers else "no weight makes it"
 
 
-def _once(notes: list[AxisLabels]) -> list[AxisLabels]:
+def _first_of_each_axis(notes: list[AxisLabels]) -> list[AxisLabels]:
     """Return the first note of each axis: the others say the same."""
     return list({(note.tensor, note.axis): note for note in reversed(notes)}.values())[::-1]
 
@@ -125,5 +125,5 @@ def channel_groups(model: ModelFile, origin: ModelOrigin = ORIGIN) -> ChannelGro
 
 def _as_in_the_file(family: ChannelGroup, source: GraphAdapter) -> ChannelGroup:
     """Return a family with each weight under the name that the file has for it."""
-    places = (replace(place, tensor=source.copies.get(place.tensor, place.tensor)) for place in family.places)
+    places = (replace(place, tensor=source.copied_from.get(place.tensor, place.tensor)) for place in family.places)
     return replace(family, places=tuple(places))

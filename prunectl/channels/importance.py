@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunectl.calibration.outputs import output_norms
-from prunectl.calibration.session import load_inputs as whole_load_inputs
+from prunectl.calibration.session import load_inputs as calibration_inputs
 from prunectl.calibration.session import open_calibration, padded_batch_rows
 from prunectl.channels.adapter import Feeds, GraphAdapter
 from prunectl.channels.groups import ChannelGroup
@@ -30,7 +30,6 @@ Rows = NDArray[np.float64]
 Similarity = NDArray[np.float64]
 """How alike every two rows are: 1 if they are the same."""
 
-THRESHOLD = 0.9
 _CHUNK_BYTES = 32 << 20
 
 
@@ -38,8 +37,8 @@ def cosine(rows: Rows) -> Similarity:
     """Return the cosine of the angle between every two rows; rows of zeros are like each other alone."""
     norms = _norms(rows)
     across = np.outer(norms, norms)
-    found = np.divide(rows @ rows.T, across, out=np.zeros_like(across), where=across > 0)
-    return _finalize(np.clip(found, -1, 1), norms)
+    similarity = np.divide(rows @ rows.T, across, out=np.zeros_like(across), where=across > 0)
+    return _finalize(np.clip(similarity, -1, 1), norms)
 
 
 def euclidean(rows: Rows) -> Similarity:
@@ -47,9 +46,9 @@ def euclidean(rows: Rows) -> Similarity:
     norms = _norms(rows)
     across = np.outer(norms, norms)
     # Not from products of rows: where two are nearly the same, little would be left of the difference.
-    apart = np.sqrt(_summed(rows, lambda one, other: np.square(one - other)))
-    found = 1 - np.divide(apart, across, out=np.ones_like(across), where=across > 0)
-    return _finalize(np.maximum(found, 0), norms)
+    distances = np.sqrt(_summed(rows, lambda rows_part, all_rows: np.square(rows_part - all_rows)))
+    similarity = 1 - np.divide(distances, across, out=np.ones_like(across), where=across > 0)
+    return _finalize(np.maximum(similarity, 0), norms)
 
 
 def iou(rows: Rows) -> Similarity:
@@ -58,9 +57,9 @@ def iou(rows: Rows) -> Similarity:
     Two weights of one sign share the smaller and have the larger; those of opposite signs share nothing and have both.
     Where no weight is negative, this is the sum of minima over the sum of maxima.
     """
-    parts = np.concatenate([np.maximum(rows, 0), np.maximum(-rows, 0)], axis=1)
-    shared = _summed(parts, np.minimum)
-    sizes = parts.sum(axis=1)
+    signed = np.concatenate([np.maximum(rows, 0), np.maximum(-rows, 0)], axis=1)
+    shared = _summed(signed, np.minimum)
+    sizes = signed.sum(axis=1)
     either = sizes[:, np.newaxis] + sizes - shared
     return _finalize(np.divide(shared, either, out=np.zeros_like(either), where=either > 0), sizes)
 
@@ -68,34 +67,26 @@ def iou(rows: Rows) -> Similarity:
 METRICS: Mapping[str, Callable[[Rows], Similarity]] = {"cosine": cosine, "euclidean": euclidean, "iou": iou}
 
 
-def redundancy(alike: Similarity) -> Scores:
+def redundancy(similarity: Similarity) -> Scores:
     """Return for each row how well one that stays replaces it, as rows go one by one.
 
     Of the two that are most alike the later goes, again and again, so that those with the highest scores are what goes
     first however many are asked for. The last row has -1, as nothing is left to replace it.
     """
-    count = len(alike)
+    count = len(similarity)
     # What replaces a row stands before it: of a pair it is the later one that goes.
-    before = np.where(np.tri(count, k=-1, dtype=np.bool_), alike, -np.inf)
+    before = np.where(np.tri(count, k=-1, dtype=np.bool_), similarity, -np.inf)
     best = before.max(axis=1, initial=-np.inf)
-    found = np.full(count, -1.0)
+    scores = np.full(count, -1.0)
     for _ in range(count - 1):
         # The last of equals, so that of many that are the same the first stays.
-        gone = count - 1 - int(np.argmax(best[::-1]))
-        found[gone] = best[gone]
-        best[gone] = -np.inf
-        followers = gone + 1 + np.flatnonzero(before[gone + 1 :, gone] == best[gone + 1 :])
-        before[:, gone] = -np.inf
+        removed = count - 1 - int(np.argmax(best[::-1]))
+        scores[removed] = best[removed]
+        best[removed] = -np.inf
+        followers = removed + 1 + np.flatnonzero(before[removed + 1 :, removed] == best[removed + 1 :])
+        before[:, removed] = -np.inf
         best[followers] = np.where(np.isneginf(best[followers]), -np.inf, before[followers].max(axis=1))
-    return found
-
-
-def first_of_each(alike: Similarity, threshold: float = THRESHOLD) -> NDArray[np.bool_]:
-    """Return which rows stay if each goes that is at least so much like an earlier one that stays."""
-    stays = np.zeros(len(alike), np.bool_)
-    for at, line in enumerate(alike):
-        stays[at] = not (line[:at][stays[:at]] >= threshold).any()
-    return stays
+    return scores
 
 
 def dissimilarity(weights: Array, axis: int, metric: str = "cosine") -> Scores:
@@ -108,19 +99,19 @@ def _norms(rows: Rows) -> NDArray[np.float64]:
     return np.asarray(np.sqrt(np.square(rows).sum(axis=1)))
 
 
-def _finalize(alike: Similarity, sizes: NDArray[np.float64]) -> Similarity:
+def _finalize(similarity: Similarity, sizes: NDArray[np.float64]) -> Similarity:
     """Return what is alike with 1 for each row and itself, and for every two rows of zeros."""
     empty = sizes == 0
-    found = np.where(np.outer(empty, empty), 1.0, alike)
-    np.fill_diagonal(found, 1.0)
-    return found
+    completed = np.where(np.outer(empty, empty), 1.0, similarity)
+    np.fill_diagonal(completed, 1.0)
+    return completed
 
 
-def _summed(rows: Rows, of: Callable[[Rows, Rows], Rows]) -> Similarity:
+def _summed(rows: Rows, function: Callable[[Rows, Rows], Rows]) -> Similarity:
     """Return the sum over the weights of something between every two rows, a few rows at a time."""
     step = max(_CHUNK_BYTES // max(rows.nbytes, 1), 1)
-    parts = [of(rows[begin : begin + step, np.newaxis], rows).sum(axis=2) for begin in range(0, len(rows), step)]
-    return np.concatenate(parts) if parts else np.zeros((0, 0))
+    chunks = [function(rows[begin : begin + step, np.newaxis], rows).sum(axis=2) for begin in range(0, len(rows), step)]
+    return np.concatenate(chunks) if chunks else np.zeros((0, 0))
 
 
 Scores = NDArray[np.float64]
@@ -139,10 +130,10 @@ class Importance:
     """A way to score channels by some of their weights."""
 
     name: str
-    parts: frozenset[AxisRole]
-    of: Callable[[Array, int], Scores]
+    roles: frozenset[AxisRole]
+    function: Callable[[Array, int], Scores]
     """From a weight and an axis to one number for each index."""
-    line: str
+    summary: str
     key: str = ""
     """The parameter that tells which way to measure."""
     choices: Mapping[str, Callable[[Array, int], Scores]] = field(default_factory=dict)
@@ -167,8 +158,8 @@ def geometric_median(weights: Array, axis: int) -> Scores:
     """Return how far each index is from all others: the nearer, the better they replace it (He et al. 2019)."""
     rows = channel_rows(weights, axis)
     squares = np.square(rows).sum(axis=1)
-    apart = squares[:, None] + squares[None, :] - 2 * (rows @ rows.T)
-    return np.asarray(np.sqrt(np.maximum(apart, 0)).sum(axis=1))
+    squared_distances = squares[:, None] + squares[None, :] - 2 * (rows @ rows.T)
+    return np.asarray(np.sqrt(np.maximum(squared_distances, 0)).sum(axis=1))
 
 
 def abs_sum(weights: Array, axis: int) -> Scores:
@@ -218,22 +209,24 @@ MEASURES = (
 RANDOM = "random"
 
 
-def group_importance(family: ChannelGroup, weights: Mapping[str, Array], measure: Importance) -> Scores | None:
+def group_importance(family: ChannelGroup, weights: Mapping[str, Array], importance: Importance) -> Scores | None:
     """Return a score for each channel of a family, the mean over its members; None if it has none to look at.
 
     Of a measure that needs data, the weights are what was seen of them.
     """
     kept = [
-        number for number, place in enumerate(family.places) if place.part in measure.parts and place.tensor in weights
+        number
+        for number, place in enumerate(family.places)
+        if place.role in importance.roles and place.tensor in weights
     ]
     if not kept:
         return None
-    found = []
+    scores = []
     for number in kept:
         place = family.places[number]
-        line = measure.of(weights[place.tensor], place.axis)
-        found.append(_means(line, [group.members[number].indices for group in family.groups]))
-    return np.asarray(np.mean(found, axis=0))
+        line = importance.function(weights[place.tensor], place.axis)
+        scores.append(_means(line, [group.members[number].indices for group in family.groups]))
+    return np.asarray(np.mean(scores, axis=0))
 
 
 def _means(line: Scores, indices: Sequence[tuple[int, ...]]) -> Scores:
@@ -260,49 +253,49 @@ def importance_inputs(
     model: ModelFile,
     families: Sequence[ChannelGroup],
     weights: Mapping[str, Array],
-    measure: Importance | None,
+    importance: Importance | None,
     request: PruneRequest,
     *,
     is_trusted: bool,
 ) -> Mapping[str, Array]:
     """Return what a measure looks at, in the shape of each weight; the weights themselves, unless it needs data."""
-    if measure is None or measure.needs is RequiredData.NOTHING:
+    if importance is None or importance.needs is RequiredData.NOTHING:
         return weights
     makers = {
         place.tensor: place.axis
         for family in families
         for place in family.places
-        if place.part is AxisRole.OUT and not family.reason
+        if place.role is AxisRole.OUT and not family.reason
     }
-    held = {tensor.name: tensor for tensor in model.tensors if tensor.name in makers}
-    if measure.needs is RequiredData.OUTPUTS:
-        norms = output_norms(model, held.keys(), request, norm=measure.choice or "1", is_trusted=is_trusted)
+    tensors = {tensor.name: tensor for tensor in model.tensors if tensor.name in makers}
+    if importance.needs is RequiredData.OUTPUTS:
+        norms = output_norms(model, tensors.keys(), request, norm=importance.choice or "1", is_trusted=is_trusted)
         return {
             name: _spread(norm, weights[name].shape, makers[name])
             for name, norm in norms.items()
             if len(norm) == weights[name].shape[makers[name]]
         }
-    found = open_calibration(model, request, is_trusted=is_trusted, needs_targets=True, has_reference=False)
-    with closing(found):
-        gradients = found.calibration.gradients(list(held.values()), np.array)
-        return {name: weights[name].astype(np.float64) * one for name, one in gradients.items()}
+    session = open_calibration(model, request, is_trusted=is_trusted, needs_targets=True, has_reference=False)
+    with closing(session):
+        gradients = session.calibration.gradients(list(tensors.values()), np.array)
+        return {name: weights[name].astype(np.float64) * gradient for name, gradient in gradients.items()}
 
 
 def _spread(line: Array, shape: tuple[int, ...], axis: int) -> Array:
     """Return numbers whose sum at each index of an axis is that of a line."""
-    found = np.zeros(shape)
+    spread = np.zeros(shape)
     first = tuple(slice(None) if number == axis else 0 for number in range(len(shape)))
-    found[first] = line
-    return found
+    spread[first] = line
+    return spread
 
 
-_MADE_UP = "random:"
+_SYNTHETIC = "random:"
 _BATCHES = 4
 """Enough to see what random numbers do not show; each costs two runs of a network."""
 
 
 def load_inputs(
-    model: ModelFile, source: GraphAdapter, request: PruneRequest, measure: Importance | None
+    model: ModelFile, adapter: GraphAdapter, request: PruneRequest, importance: Importance | None
 ) -> tuple[tuple[Feeds, ...], tuple[str, ...]]:
     """Return a few batches, as many examples in each as the network was followed with, and what is to be said of them.
 
@@ -312,36 +305,36 @@ def load_inputs(
     if not request.data:
         return (), ()
     try:
-        return _batches(source, request, is_channels_first=model.about.keras is None)
+        return _batches(adapter, request, is_channels_first=model.about.keras is None)
     except UsageError as error:
-        if measure is None or measure.needs is RequiredData.NOTHING:
+        if importance is None or importance.needs is RequiredData.NOTHING:
             raise
         return (), (f"The cut network was tried on random inputs alone: {error.message}.",)
 
 
 def shapes_of_data(request: PruneRequest) -> Shapes | None:
     """Return what looks up the shapes of data, for models that leave axes open."""
-    if not request.data or (request.data.startswith(_MADE_UP) and "shape=" not in request.data):
+    if not request.data or (request.data.startswith(_SYNTHETIC) and "shape=" not in request.data):
         # What is made up has the shapes of the model.
         return None
 
     def shapes(signature: Signature) -> Sequence[tuple[int, ...]]:
-        whole, _ = whole_load_inputs(request.data, signature, 1, Order(1, request.seed, is_shuffled=False))
-        return [array.shape[1:] for array in whole]
+        arrays, _ = calibration_inputs(request.data, signature, 1, Order(1, request.seed, is_shuffled=False))
+        return [array.shape[1:] for array in arrays]
 
     return shapes
 
 
 def _batches(
-    source: GraphAdapter, request: PruneRequest, *, is_channels_first: bool
+    adapter: GraphAdapter, request: PruneRequest, *, is_channels_first: bool
 ) -> tuple[tuple[Feeds, ...], tuple[str, ...]]:
-    example = source.feeds(np.random.default_rng(request.seed))
-    names = source.graph.inputs
+    example = adapter.random_inputs(np.random.default_rng(request.seed))
+    names = adapter.graph.inputs
     ports = tuple(Port(name, example[name].shape[1:], str(example[name].dtype)) for name in names)
     signature = Signature(ports, (), is_channels_first=is_channels_first)
     size = len(example[names[0]])
     order = Order(request.batch_size, request.seed, is_shuffled=True)
-    whole, notes = whole_load_inputs(request.data, signature, min(request.samples, size * _BATCHES), order)
-    rows = padded_batch_rows(len(whole[0]), size)
-    feeds = tuple(dict(zip(names, (array[row] for array in whole), strict=True)) for row in rows)
+    arrays, notes = calibration_inputs(request.data, signature, min(request.samples, size * _BATCHES), order)
+    rows = padded_batch_rows(len(arrays[0]), size)
+    feeds = tuple(dict(zip(names, (array[row] for array in arrays), strict=True)) for row in rows)
     return feeds, notes

@@ -26,22 +26,22 @@ class UnionFind:
 
     def fresh(self, count: int) -> LabelArray:
         """Return labels that nothing else has."""
-        made = np.arange(len(self._parents), len(self._parents) + count, dtype=np.int64)
-        self._parents = np.concatenate([self._parents, made])
-        return made
+        labels = np.arange(len(self._parents), len(self._parents) + count, dtype=np.int64)
+        self._parents = np.concatenate([self._parents, labels])
+        return labels
 
     def roots(self, labels: LabelArray) -> LabelArray:
         """Return one label for all that are united."""
-        found = self._parents[labels]
-        while not np.array_equal(found, further := self._parents[found]):
-            found = further
-        return found
+        parents = self._parents[labels]
+        while not np.array_equal(parents, grandparents := self._parents[parents]):
+            parents = grandparents
+        return parents
 
-    def unite(self, one: LabelArray, other: LabelArray, reason: str) -> None:
+    def unite(self, first: LabelArray, second: LabelArray, reason: str) -> None:
         """Unite labels position by position; with what is fixed, a channel is locked for that reason."""
-        pairs = np.stack([part.reshape(-1) for part in compact(*np.broadcast_arrays(one, other))])
-        for first, second in np.unique(self.roots(pairs), axis=1).T:
-            low, high = sorted((self._root(int(first)), self._root(int(second))))
+        pairs = np.stack([part.reshape(-1) for part in compact(*np.broadcast_arrays(first, second))])
+        for label, other_label in np.unique(self.roots(pairs), axis=1).T:
+            low, high = sorted((self._root(int(label)), self._root(int(other_label))))
             if low == FIXED and high != FIXED:
                 self._reasons.setdefault(high, reason)
             elif low != high:
@@ -62,8 +62,8 @@ class UnionFind:
     def varies(self, labels: LabelArray, axis: int) -> bool:
         """Whether labels differ along an axis."""
         (small,) = compact(labels)
-        found = self.roots(small)
-        return bool((found != found.take([0], axis=axis)).any()) if found.shape[axis] > 1 else False
+        roots = self.roots(small)
+        return bool((roots != roots.take([0], axis=axis)).any()) if roots.shape[axis] > 1 else False
 
     def varying(self, labels: LabelArray) -> tuple[int, ...]:
         """Return the axes along which labels differ."""
@@ -84,11 +84,11 @@ class UnionFind:
 
 def compact(*arrays: LabelArray) -> tuple[LabelArray, ...]:
     """Return arrays of one shape without the repetitions of axes that all of them are only broadcast along."""
-    short = tuple(
+    index = tuple(
         slice(0, 1) if all(array.strides[axis] == 0 for array in arrays) else slice(None)
         for axis in range(arrays[0].ndim)
     )
-    return tuple(array[short] for array in arrays)
+    return tuple(array[index] for array in arrays)
 
 
 def fixed(shape: tuple[int, ...]) -> LabelArray:
@@ -98,9 +98,9 @@ def fixed(shape: tuple[int, ...]) -> LabelArray:
 
 def spread(line: LabelArray, axis: int, shape: tuple[int, ...]) -> LabelArray:
     """Return the labels of an axis for a whole value."""
-    place = [1] * len(shape)
-    place[axis] = len(line)
-    return np.broadcast_to(line.reshape(place), shape)
+    sizes = [1] * len(shape)
+    sizes[axis] = len(line)
+    return np.broadcast_to(line.reshape(sizes), shape)
 
 
 class AxisRole(StrEnum):
@@ -124,7 +124,7 @@ class AxisLabels:
 
     tensor: str
     axis: int
-    part: AxisRole
+    role: AxisRole
     labels: LabelArray
     node: str
 
@@ -146,42 +146,42 @@ class LabelTrace:
         """Return the operations that read what one gives."""
         return [reader for name in node.outputs for reader in self._readers[name]]
 
-    def of(self, name: str) -> LabelArray:
+    def labels_of(self, name: str) -> LabelArray:
         """Return the labels of a value; those of inputs and constants are fixed."""
-        found = self.values.get(name)
-        return fixed(self.graph.shapes.get(name, ())) if found is None else found
+        labels = self.values.get(name)
+        return fixed(self.graph.shapes.get(name, ())) if labels is None else labels
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a value."""
         return self.graph.shapes[name]
 
-    def note(self, node: OpNode, name: str, axis: int, part: AxisRole, labels: LabelArray) -> None:
+    def note(self, node: OpNode, name: str, axis: int, role: AxisRole, labels: LabelArray) -> None:
         """Note which channel each index of a weight is, on an axis as the operation sees it."""
         view = self.graph.views[name]
-        own = view.axes[axis]
-        if own is None:
+        weight_axis = view.axes[axis]
+        if weight_axis is None:
             self.labels.lock(labels, op_title(node))
         else:
-            self.notes.append(AxisLabels(view.tensor, own, part, labels, node.name))
+            self.notes.append(AxisLabels(view.tensor, weight_axis, role, labels, node.name))
 
-    def is_view(self, node: OpNode, place: int) -> bool:
+    def is_view(self, node: OpNode, position: int) -> bool:
         """Whether an input of an operation is a weight."""
-        return place < len(node.inputs) and node.inputs[place] in self.graph.views
+        return position < len(node.inputs) and node.inputs[position] in self.graph.views
 
-    def line(self, node: OpNode, labels: LabelArray, axis: int) -> LabelArray:
+    def labels_along(self, node: OpNode, labels: LabelArray, axis: int) -> LabelArray:
         """Return one label for each index of an axis; where there are more, they are locked."""
-        found = self.labels.along(labels, axis)
-        if found is None:
+        shared = self.labels.along(labels, axis)
+        if shared is None:
             self.labels.lock(labels, f"{op_title(node)} mixes channels with positions")
             return np.array(fixed((labels.shape[axis],)))
-        return found
+        return shared
 
-    def settle(self) -> None:
+    def unify_shared(self) -> None:
         """Unite what several uses of a weight say of it, and lock what only some of them say."""
-        said: dict[tuple[str, int], list[AxisLabels]] = {}
+        by_axis: dict[tuple[str, int], list[AxisLabels]] = {}
         for note in self.notes:
-            said.setdefault((note.tensor, note.axis), []).append(note)
-        for (tensor, _), notes in said.items():
+            by_axis.setdefault((note.tensor, note.axis), []).append(note)
+        for (tensor, _), notes in by_axis.items():
             for note in notes[1:]:
                 self.labels.unite(notes[0].labels, note.labels, f"{tensor} is shared")
             if len(notes) != self.graph.uses[tensor]:

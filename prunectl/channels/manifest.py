@@ -18,33 +18,33 @@ LIMITS = frozenset({"min_channels", "round_to", "max_ratio", "params", "flops", 
 """Words about channels that a request does not have."""
 
 
-def write(path: Path, found: ChannelPruneResult, limits: Mapping[str, Any]) -> None:
+def write(path: Path, result: ChannelPruneResult, limits: Mapping[str, Any]) -> None:
     """Write the manifest of a cut that has hashed what it read and what it wrote."""
-    whole = {
+    record = {
         "schema": SCHEMA,
         "tool": {"name": "prunectl", "version": __version__},
-        "request": asdict(found.request),
+        "request": asdict(result.request),
         "limits": {name: value for name, value in limits.items() if name in LIMITS},
-        "input": {"format": found.before.format, "sha256": found.before.sha256},
-        "output": {"format": found.after.format, "sha256": found.after.sha256},
+        "input": {"format": result.before.format, "sha256": result.before.sha256},
+        "output": {"format": result.after.format, "sha256": result.after.sha256},
         "channels": [
             {"name": loss.family.name, "channels": len(loss.family.groups), "dropped": list(loss.dropped)}
-            for loss in found.losses
+            for loss in result.losses
         ],
         "removed": [
             {"tensor": tensor, "axis": axis, "indices": indices.tolist()}
-            for (tensor, axis), indices in sorted(removed_indices(found.losses).items())
+            for (tensor, axis), indices in sorted(removed_indices(result.losses).items())
         ],
     }
-    write_json(path, whole)
+    write_json(path, record)
 
 
 def limits_in(path: Path) -> dict[str, Any]:
     """Return the words about channels in a manifest, whose request is known to be sound."""
-    said = read_object(path, "it").get("limits", {})
-    if not isinstance(said, dict) or not said.keys() <= LIMITS or not all(map(_is_plain, said.values())):
+    limits = read_object(path, "it").get("limits", {})
+    if not isinstance(limits, dict) or not limits.keys() <= LIMITS or not all(map(_is_plain, limits.values())):
         raise InputError(f"{path} holds limits of channels that make no sense")
-    return said
+    return limits
 
 
 def _is_plain(value: Any) -> bool:

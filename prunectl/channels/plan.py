@@ -60,13 +60,13 @@ def make_plan(ground: Context, cutting: ChannelConfig, looks: ImportanceInputs) 
     found = find_groups(trace)
     if not found:
         raise UsageError(f"{ground.model.path} has no channels to cut: {_unknown(ground.source.graph)}")
-    if cutting.is_dead:
+    if cutting.only_dead:
         wanted, skips = candidates(ground.model, found, weights, cutting)
         lost = find_dead(ground.source, trace, found, [candidate.family for candidate in wanted])
         return replace(_of(trace, lost.losses), skips=(*skips, *lost.skips), weights=lost.weights, is_lossless=True)
     chosen, skips = candidates(ground.model, found, looks(found, weights), cutting)
-    if cutting.goal is not None:
-        cutting = replace(cutting, ratio=_ratio(ground, chosen, cutting, cutting.goal))
+    if cutting.target is not None:
+        cutting = replace(cutting, ratio=_ratio(ground, chosen, cutting, cutting.target))
     return replace(_of(trace, choose(chosen, cutting)), skips=skips)
 
 
@@ -90,13 +90,13 @@ def _ratio(ground: Context, chosen: Sequence[Candidate], cutting: ChannelConfig,
         TargetKind.FLOPS: lambda plan: 2 * macs(ground.source.graph, plan.after.shape, plan.gone),
         TargetKind.GZIP: partial(_gzipped, ground),
     }
-    left = measures[goal.what]
+    left = measures[goal.kind]
 
     def tried(ratio: float) -> int:
         return left(_of(ground.trace, choose(chosen, replace(cutting, ratio=ratio))))
 
     channels = sum(len(candidate.family.groups) for candidate in chosen)
-    tries = _WRITTEN_TRIES if goal.what is TargetKind.GZIP else _TRIES
+    tries = _WRITTEN_TRIES if goal.kind is TargetKind.GZIP else _TRIES
     return smallest_ratio(goal, left(_of(ground.trace, ())), channels, tried, tries)
 
 
@@ -109,6 +109,6 @@ def _params(ground: Context, plan: ChannelPlan) -> int:
 
 def _gzipped(ground: Context, plan: ChannelPlan) -> int:
     with temporary_folder() as folder:
-        smaller = ground.source.cut(plan.gone, plan.after, plan.weights)
+        smaller = ground.source.prune(plan.gone, plan.after, plan.weights)
         written = ground.source.write(smaller, folder, folder / ground.model.path.name)
         return measure(open_model(written), get_codec(CodecName.GZIP, None)).bytes.compressed or 0

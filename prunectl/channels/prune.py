@@ -92,18 +92,18 @@ def prune_channels(
     before = with_graph_macs(_measured(model), source, trace.shape)
 
     def looks(found: Sequence[ChannelGroup], weights: Mapping[str, Array]) -> Mapping[str, Array]:
-        return importance_inputs(model, found, weights, cutting.measure, request, is_trusted=is_trusted)
+        return importance_inputs(model, found, weights, cutting.importance, request, is_trusted=is_trusted)
 
     try:
         plan = make_plan(Context(model, source, trace, before), cutting, looks)
     except UsageError as error:
-        raise UsageError(error.message, hint="\n".join(filter(None, (*source.doubts, error.hint)))) from error
-    if not plan.gone and not allow_empty and not cutting.is_nothing:
+        raise UsageError(error.message, hint="\n".join(filter(None, (*source.assumptions, error.hint)))) from error
+    if not plan.gone and not allow_empty and not cutting.removes_nothing:
         raise _empty(path, plan, cutting)
-    smaller = source.cut(plan.gone, plan.after, plan.weights)
-    inputs, notes = load_inputs(model, source, request, cutting.measure)
+    smaller = source.prune(plan.gone, plan.after, plan.weights)
+    inputs, notes = load_inputs(model, source, request, cutting.importance)
     proof = verify(source, smaller, plan, cutting.seed, inputs)
-    if source.has_float64 and proof.wide is None:
+    if source.has_float64 and proof.error_float64 is None:
         notes = (*notes, "The two networks were compared in their own precision alone: the original fails in float64.")
     seconds = latency(source, smaller, cutting.seed) if has_latency else None
     with outputs.staging_dir(model, output) as (folder, target):
@@ -116,7 +116,7 @@ def prune_channels(
         if has_digests:
             before = replace(before, sha256=sizes.sha256(model))
             after = replace(after, sha256=sizes.sha256(open_model(written)))
-        beside = tuple((str(path), (folder / path.name).stat().st_size) for path in source.beside(target))
+        beside = tuple((str(path), (folder / path.name).stat().st_size) for path in source.companion_files(target))
     shown = str(target if output is not None else "the result")
     return ChannelPruneResult(
         request,
@@ -126,7 +126,7 @@ def prune_channels(
         before,
         replace(after, path=shown),
         proof,
-        (*source.notes, *source.doubts, *notes, *(() if plan.gone else ("The cut removed nothing.",))),
+        (*source.notes, *source.assumptions, *notes, *(() if plan.gone else ("The cut removed nothing.",))),
         seconds,
         beside if output is not None else (),
     )
@@ -135,7 +135,7 @@ def prune_channels(
 def _empty(path: Path, plan: ChannelPlan, cutting: ChannelConfig) -> WorkError:
     """Return why a cut that removes nothing was not made."""
     may = sum(len(loss.family.groups) for loss in plan.losses)
-    if cutting.is_dead:
+    if cutting.only_dead:
         return WorkError(
             f"{path} has no channels that make no difference; nothing was written",
             hint="--allow-empty writes it as it is",
@@ -152,7 +152,7 @@ def _check_beside(source: GraphAdapter, output: Destination | None) -> None:
     """Refuse what more than one file would be written for, where that cannot be."""
     if output is None:
         return
-    for path in source.beside(output.target):
+    for path in source.companion_files(output.target):
         if output.to_stdout:
             raise UsageError("the result is more than one file, and does not fit through standard output")
         if os.path.lexists(path) and not (output.is_forced or output.is_in_place):
@@ -163,10 +163,10 @@ def _check(model: ModelFile, source: GraphAdapter, written: Path, plan: ChannelP
     """Hold the shapes of what was written against what was to be cut."""
     found = {tensor.name: tensor.shape for tensor in open_model(written).tensors}
     for tensor in model.tensors:
-        name = source.followers.get(tensor.name, tensor.name)
+        name = source.coupled_tensors.get(tensor.name, tensor.name)
         shape = pruned_shape(name, tensor.shape, plan.gone)
         # Lists of sizes may be others now; what is no float was not cut.
-        if tensor.is_float and tensor.name not in source.dropped and found.get(tensor.name) != shape:
+        if tensor.is_float and tensor.name not in source.omitted_tensors and found.get(tensor.name) != shape:
             raise WorkError(f"{tensor.name} of {model.path} came out with another shape than planned")
 
 

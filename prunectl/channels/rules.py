@@ -15,11 +15,11 @@ def elementwise(trace: LabelTrace, node: OpNode) -> None:
     """Unite the labels of what is added, multiplied or compared, and note the weights among it."""
     shape = trace.shape(node.outputs[0])
     names = [name for name in node.inputs if name]
-    values = [_aligned(trace.of(name), len(shape)) for name in names if name not in trace.graph.views]
+    values = [_aligned(trace.labels_of(name), len(shape)) for name in names if name not in trace.graph.views]
     joined = _joined(trace, node, values, shape)
     for name in names:
         if name in trace.graph.views:
-            _weight(trace, node, name, joined)
+            _label_weight(trace, node, name, joined)
     for name in node.outputs:
         trace.values[name] = joined
 
@@ -34,23 +34,23 @@ def _joined(trace: LabelTrace, node: OpNode, values: list[LabelArray], shape: tu
                 if value.shape[axis] == 1:
                     trace.labels.lock(value, f"{op_title(node)} takes it for many channels")
             kept = [value for value in kept if value.shape[axis] > 1]
-    whole = [np.broadcast_to(value, shape) for value in kept]
-    for other in whole[1:]:
-        trace.labels.unite(whole[0], other, f"{op_title(node)} joins it with what stays")
-    labelled = [value for value in whole if value.any()]
+    expanded = [np.broadcast_to(value, shape) for value in kept]
+    for other in expanded[1:]:
+        trace.labels.unite(expanded[0], other, f"{op_title(node)} joins it with what stays")
+    labelled = [value for value in expanded if value.any()]
     return next(iter(labelled), fixed(shape))
 
 
-def _weight(trace: LabelTrace, node: OpNode, name: str, joined: LabelArray) -> None:
+def _label_weight(trace: LabelTrace, node: OpNode, name: str, labels: LabelArray) -> None:
     """Note a weight that has a number for each channel, whichever its axis."""
     shape = trace.shape(name)
-    behind = joined.ndim - len(shape)
-    axes = [axis for axis, length in enumerate(shape) if length > 1 and trace.labels.varies(joined, axis + behind)]
+    behind = labels.ndim - len(shape)
+    axes = [axis for axis, length in enumerate(shape) if length > 1 and trace.labels.varies(labels, axis + behind)]
     if not axes:
         return
-    line = trace.labels.along(joined, axes[0] + behind)
+    line = trace.labels.along(labels, axes[0] + behind)
     if line is None:
-        trace.labels.lock(joined, f"{op_title(node)} mixes channels with positions")
+        trace.labels.lock(labels, f"{op_title(node)} mixes channels with positions")
     else:
         trace.note(node, name, axes[0], AxisRole.OTHER, line)
 
@@ -66,74 +66,74 @@ _OUT, _OUT_BIAS = 6, 10
 def attention(trace: LabelTrace, node: OpNode) -> None:
     """Read the channels of the last axes, put heads in between, and make new channels."""
     kernel, bias, *masks = node.inputs[_OUT], node.inputs[_OUT_BIAS], *node.inputs[_OUT_BIAS + 1 :]
-    between = trace.labels.fresh(trace.shape(kernel)[0])
-    for data, own in zip(node.inputs[_DATA], node.inputs[_KERNELS], strict=True):
-        trace.note(node, own, 0, AxisRole.IN, trace.line(node, trace.of(data), -1))
-        trace.note(node, own, 1, AxisRole.OUT, between)
-    for own in filter(None, node.inputs[_BIASES]):
-        trace.note(node, own, 0, AxisRole.BIAS, between)
+    heads = trace.labels.fresh(trace.shape(kernel)[0])
+    for data, weight in zip(node.inputs[_DATA], node.inputs[_KERNELS], strict=True):
+        trace.note(node, weight, 0, AxisRole.IN, trace.labels_along(node, trace.labels_of(data), -1))
+        trace.note(node, weight, 1, AxisRole.OUT, heads)
+    for weight in filter(None, node.inputs[_BIASES]):
+        trace.note(node, weight, 0, AxisRole.BIAS, heads)
     for mask in masks:
-        trace.labels.lock(trace.of(mask), f"{op_title(node)} has a mask that is calculated")
+        trace.labels.lock(trace.labels_of(mask), f"{op_title(node)} has a mask that is calculated")
     shape = trace.shape(node.outputs[0])
-    made = trace.labels.fresh(shape[-1])
-    trace.note(node, kernel, 0, AxisRole.IN, between)
-    trace.note(node, kernel, 2, AxisRole.OUT, made)
+    produced = trace.labels.fresh(shape[-1])
+    trace.note(node, kernel, 0, AxisRole.IN, heads)
+    trace.note(node, kernel, 2, AxisRole.OUT, produced)
     if bias:
-        trace.note(node, bias, 0, AxisRole.BIAS, made)
-    trace.values[node.outputs[0]] = spread(made, len(shape) - 1, shape)
+        trace.note(node, bias, 0, AxisRole.BIAS, produced)
+    trace.values[node.outputs[0]] = spread(produced, len(shape) - 1, shape)
 
 
 def concat(trace: LabelTrace, node: OpNode) -> None:
     """Put labels one behind the other; along another axis than theirs, they are one and the same."""
     shape = trace.shape(node.outputs[0])
     axis = node.attributes["axis"] % len(shape)
-    arrays = [trace.of(name) for name in node.inputs]
+    arrays = [trace.labels_of(name) for name in node.inputs]
     across = [array for array in arrays if set(trace.labels.varying(array)) - {axis}]
     if not across:
         # Along the other axes, one position says all.
         first = tuple(slice(None) if number == axis else slice(0, 1) for number in range(len(shape)))
-        _put(trace, node, np.broadcast_to(np.concatenate([array[first] for array in arrays], axis), shape))
+        _set_output(trace, node, np.broadcast_to(np.concatenate([array[first] for array in arrays], axis), shape))
         return
     if any(trace.labels.varies(array, axis) for array in arrays):
         for array in arrays:
             trace.labels.lock(array, op_title(node))
-        _put(trace, node, fixed(shape))
+        _set_output(trace, node, fixed(shape))
         return
     heads = [first_along(array, axis) for array in arrays]
     for head in heads[1:]:
         trace.labels.unite(heads[0], head, f"{op_title(node)} joins it with what stays")
-    _put(trace, node, np.broadcast_to(next((head for head in heads if head.any()), heads[0]), shape))
+    _set_output(trace, node, np.broadcast_to(next((head for head in heads if head.any()), heads[0]), shape))
 
 
 def split(trace: LabelTrace, node: OpNode) -> None:
     """Take labels apart."""
-    labels, axis = trace.of(node.inputs[0]), node.attributes["axis"]
+    labels, axis = trace.labels_of(node.inputs[0]), node.attributes["axis"]
     bounds = np.cumsum(node.attributes["sizes"])[:-1]
-    for name, part in zip(node.outputs, np.split(labels, bounds, axis), strict=True):
-        trace.values[name] = part
+    for name, piece in zip(node.outputs, np.split(labels, bounds, axis), strict=True):
+        trace.values[name] = piece
 
 
 def slice_axes(trace: LabelTrace, node: OpNode) -> None:
     """Take a part of some axes."""
-    labels = trace.of(node.inputs[0])
+    labels = trace.labels_of(node.inputs[0])
     for axis, start, stop, step in node.attributes["slices"]:
         if step != 1 and trace.labels.varies(labels, axis):
             trace.labels.lock(labels, f"{op_title(node)} takes channels in another order")
-            _put(trace, node, fixed(trace.shape(node.outputs[0])))
+            _set_output(trace, node, fixed(trace.shape(node.outputs[0])))
             return
-        part = slice(start, None if stop < 0 else stop, step)
-        labels = labels[(slice(None),) * axis + (part,)]
-    _put(trace, node, labels)
+        piece = slice(start, None if stop < 0 else stop, step)
+        labels = labels[(slice(None),) * axis + (piece,)]
+    _set_output(trace, node, labels)
 
 
 def transpose(trace: LabelTrace, node: OpNode) -> None:
     """Put the axes of labels in another order."""
-    _put(trace, node, trace.of(node.inputs[0]).transpose(node.attributes["order"]))
+    _set_output(trace, node, trace.labels_of(node.inputs[0]).transpose(node.attributes["order"]))
 
 
 def along_axes(trace: LabelTrace, node: OpNode) -> None:
     """Change the lengths of axes, or take one off, as pooling, padding, slices and upsampling do."""
-    labels, shape = trace.of(node.inputs[0]), trace.shape(node.outputs[0])
+    labels, shape = trace.labels_of(node.inputs[0]), trace.shape(node.outputs[0])
     axes = node.attributes["axes"]
     if any(trace.labels.varies(labels, axis) for axis in axes):
         trace.labels.lock(labels, f"{op_title(node)} reaches over channels")
@@ -153,7 +153,7 @@ def first_along(labels: LabelArray, axis: int) -> LabelArray:
     return labels[tuple(slice(0, 1) if number == axis % labels.ndim else slice(None) for number in range(labels.ndim))]
 
 
-def _put(trace: LabelTrace, node: OpNode, labels: LabelArray) -> None:
+def _set_output(trace: LabelTrace, node: OpNode, labels: LabelArray) -> None:
     trace.values[node.outputs[0]] = labels
 
 
@@ -168,48 +168,48 @@ class ChannelAxis(StrEnum):
     SEVERAL = "several"
 
 
-def product(trace: LabelTrace, node: OpNode) -> None:
+def matmul(trace: LabelTrace, node: OpNode) -> None:
     """Unite what is summed over together, and the matrices that meet."""
     shape = trace.shape(node.outputs[0])
-    values = [_padded(trace.of(name), len(shape)) for name in node.inputs]
+    values = [_padded(trace.labels_of(name), len(shape)) for name in node.inputs]
     if min(len(trace.shape(name)) for name in node.inputs) < 2:
         _lock_product(trace, node, *values)
         return
-    one, other = values
+    left, right = values
     # Both with what is summed over on their last axis.
-    turned = (one, other.swapaxes(-1, -2))
-    along = [_along(trace, value) for value in turned]
-    match along:
+    operands = (left, right.swapaxes(-1, -2))
+    sides = [_channel_axis(trace, value) for value in operands]
+    match sides:
         case [ChannelAxis.SUMMED, ChannelAxis.SUMMED]:
-            first, second = (first_along(value, -2) for value in turned)
-            trace.labels.unite(first, second, op_title(node))
+            left_row, right_row = (first_along(value, -2) for value in operands)
+            trace.labels.unite(left_row, right_row, op_title(node))
             trace.values[node.outputs[0]] = fixed(shape)
         case [ChannelAxis.FRONT, ChannelAxis.FRONT]:
-            _unite_fronts(trace, node, one, other)
-            _put_product(trace, node, one[..., :1, :1], shape)
+            _unite_fronts(trace, node, left, right)
+            _broadcast_output(trace, node, left[..., :1, :1], shape)
         case [ChannelAxis.FRONT | ChannelAxis.KEPT, ChannelAxis.NONE]:
-            _unite_fronts(trace, node, one, other)
-            _put_product(trace, node, first_along(one, -1), shape)
+            _unite_fronts(trace, node, left, right)
+            _broadcast_output(trace, node, first_along(left, -1), shape)
         case [ChannelAxis.NONE, ChannelAxis.FRONT | ChannelAxis.KEPT]:
-            _unite_fronts(trace, node, one, other)
-            _put_product(trace, node, first_along(other, -2), shape)
+            _unite_fronts(trace, node, left, right)
+            _broadcast_output(trace, node, first_along(right, -2), shape)
         case _:
-            _lock_product(trace, node, one, other)
+            _lock_product(trace, node, left, right)
 
 
-def _along(trace: LabelTrace, value: LabelArray) -> ChannelAxis:
+def _channel_axis(trace: LabelTrace, value: LabelArray) -> ChannelAxis:
     axes = trace.labels.varying(value)
     named = {value.ndim - 1: ChannelAxis.SUMMED, value.ndim - 2: ChannelAxis.KEPT}
     found = {named.get(axis, ChannelAxis.FRONT) for axis in axes}
     return found.pop() if len(found) == 1 else ChannelAxis.SEVERAL if found else ChannelAxis.NONE
 
 
-def _unite_fronts(trace: LabelTrace, node: OpNode, one: LabelArray, other: LabelArray) -> None:
+def _unite_fronts(trace: LabelTrace, node: OpNode, left: LabelArray, right: LabelArray) -> None:
     """Unite the matrices that meet, unless there is one for all."""
-    first, second = one[..., 0, 0], other[..., 0, 0]
-    axes = {*trace.labels.varying(first), *trace.labels.varying(second)}
-    if any(first.shape[axis] > 1 and second.shape[axis] > 1 for axis in axes):
-        trace.labels.unite(first, second, op_title(node))
+    left_fronts, right_fronts = left[..., 0, 0], right[..., 0, 0]
+    axes = {*trace.labels.varying(left_fronts), *trace.labels.varying(right_fronts)}
+    if any(left_fronts.shape[axis] > 1 and right_fronts.shape[axis] > 1 for axis in axes):
+        trace.labels.unite(left_fronts, right_fronts, op_title(node))
 
 
 def _lock_product(trace: LabelTrace, node: OpNode, *values: LabelArray) -> None:
@@ -218,7 +218,7 @@ def _lock_product(trace: LabelTrace, node: OpNode, *values: LabelArray) -> None:
     trace.values[node.outputs[0]] = fixed(trace.shape(node.outputs[0]))
 
 
-def _put_product(trace: LabelTrace, node: OpNode, labels: LabelArray, shape: tuple[int, ...]) -> None:
+def _broadcast_output(trace: LabelTrace, node: OpNode, labels: LabelArray, shape: tuple[int, ...]) -> None:
     trace.values[node.outputs[0]] = np.broadcast_to(labels, shape)
 
 
@@ -228,28 +228,30 @@ def _padded(labels: LabelArray, rank: int) -> LabelArray:
 
 def recurrent(trace: LabelTrace, node: OpNode) -> None:
     """Read the channels of the last axis and the units of the step before, and make units."""
-    data, kernel, inner, *others = node.inputs
+    data, kernel, recurrent_kernel, *biases_and_states = node.inputs
     units, gates = node.attributes["units"], node.attributes["gates"]
-    made = trace.labels.fresh(units)
-    trace.note(node, kernel, -2, AxisRole.OUT, np.tile(made, gates))
-    trace.note(node, kernel, -1, AxisRole.IN, trace.line(node, trace.of(data), -1))
-    trace.note(node, inner, -2, AxisRole.OUT, np.tile(made, gates))
-    trace.note(node, inner, -1, AxisRole.IN, made)
-    for name in filter(None, others):
-        _beside(trace, node, name, made)
+    units_labels = trace.labels.fresh(units)
+    trace.note(node, kernel, -2, AxisRole.OUT, np.tile(units_labels, gates))
+    trace.note(node, kernel, -1, AxisRole.IN, trace.labels_along(node, trace.labels_of(data), -1))
+    trace.note(node, recurrent_kernel, -2, AxisRole.OUT, np.tile(units_labels, gates))
+    trace.note(node, recurrent_kernel, -1, AxisRole.IN, units_labels)
+    for name in filter(None, biases_and_states):
+        _bias_or_state(trace, node, name, units_labels)
     for name in node.outputs:
         shape = trace.shape(name)
-        trace.values[name] = spread(made, len(shape) - 1, shape)
+        trace.values[name] = spread(units_labels, len(shape) - 1, shape)
 
 
-def _beside(trace: LabelTrace, node: OpNode, name: str, made: LabelArray) -> None:
+def _bias_or_state(trace: LabelTrace, node: OpNode, name: str, units_labels: LabelArray) -> None:
     """Note a bias or a first state."""
     if name not in trace.graph.views:
-        trace.labels.unite(_last(trace.of(name)), made, f"{op_title(node)} begins with what is calculated")
+        trace.labels.unite(
+            _last(trace.labels_of(name)), units_labels, f"{op_title(node)} begins with what is calculated"
+        )
         return
-    times = trace.shape(name)[-1] // len(made)
+    times = trace.shape(name)[-1] // len(units_labels)
     # A state that is not zero would speak for a unit that is silent.
-    trace.note(node, name, -1, AxisRole.BIAS, np.tile(made, times))
+    trace.note(node, name, -1, AxisRole.BIAS, np.tile(units_labels, times))
 
 
 def _last(labels: LabelArray) -> LabelArray:
@@ -262,22 +264,22 @@ _FUSED = frozenset({2, 3})
 
 def reshape(trace: LabelTrace, node: OpNode) -> None:
     """Give labels another shape; a channel that goes must leave a block behind on both sides."""
-    labels, shape = trace.of(node.inputs[0]), trace.shape(node.outputs[0])
-    found = np.reshape(labels, shape)
-    axes = trace.labels.varying(found)
+    labels, shape = trace.labels_of(node.inputs[0]), trace.shape(node.outputs[0])
+    reshaped = np.reshape(labels, shape)
+    axes = trace.labels.varying(reshaped)
     if len(axes) > 1 and len(trace.labels.varying(labels)) == 1:
-        stays = _staying(trace, node, axes, shape)
+        kept_axis = _kept_axis(trace, node, axes, shape)
         for axis in axes:
-            if axis != stays:
-                trace.labels.unite(found, found.take([0], axis=axis), op_title(node))
-    left = trace.labels.varying(found)
-    if max(len(trace.labels.varying(labels)), len(left)) > 1 or (axes and not left):
+            if axis != kept_axis:
+                trace.labels.unite(reshaped, reshaped.take([0], axis=axis), op_title(node))
+    varying = trace.labels.varying(reshaped)
+    if max(len(trace.labels.varying(labels)), len(varying)) > 1 or (axes and not varying):
         trace.labels.lock(labels, f"{op_title(node)} takes channels apart")
-        found = np.array(fixed(shape))
-    trace.values[node.outputs[0]] = found
+        reshaped = np.array(fixed(shape))
+    trace.values[node.outputs[0]] = reshaped
 
 
-def _staying(trace: LabelTrace, node: OpNode, axes: tuple[int, ...], shape: tuple[int, ...]) -> int:
+def _kept_axis(trace: LabelTrace, node: OpNode, axes: tuple[int, ...], shape: tuple[int, ...]) -> int:
     """Return the axis along which channels still differ.
 
     In a shuffle of channels it is the last, as the same number of each group must stay. Otherwise whole blocks go,
@@ -303,85 +305,85 @@ def _is_shuffle(trace: LabelTrace, node: OpNode) -> bool:
 
 def convolution(trace: LabelTrace, node: OpNode) -> None:
     """Read the channels of axis 1, and make new ones; one by one if each is a group by itself."""
-    labels, shape = trace.of(node.inputs[0]), trace.shape(node.outputs[0])
+    labels, shape = trace.labels_of(node.inputs[0]), trace.shape(node.outputs[0])
     if not trace.is_view(node, 1):
         _lock(trace, node)
         return
     groups, is_transposed = node.attributes["groups"], node.attributes["is_transposed"]
-    kernel, inputs = node.inputs[1], trace.line(node, labels, 1)
+    kernel, inputs = node.inputs[1], trace.labels_along(node, labels, 1)
     in_axis, out_axis = (0, 1) if is_transposed else (1, 0)
     if groups > 1 and groups == len(inputs):
-        made = np.repeat(inputs, shape[1] // groups)
+        produced = np.repeat(inputs, shape[1] // groups)
         # Axis 0 runs over the groups, and with them over what goes in and what comes out.
-        trace.note(node, kernel, 0, AxisRole.OUT, inputs if is_transposed else made)
+        trace.note(node, kernel, 0, AxisRole.OUT, inputs if is_transposed else produced)
     else:
         per_group = inputs.reshape(groups, -1)
         for others in per_group[1:]:
             trace.labels.unite(per_group[0], others, op_title(node))
         fresh = trace.labels.fresh(shape[1] // groups)
-        made = np.tile(fresh, groups)
-        trace.note(node, kernel, out_axis, AxisRole.OUT, fresh if is_transposed else made)
+        produced = np.tile(fresh, groups)
+        trace.note(node, kernel, out_axis, AxisRole.OUT, fresh if is_transposed else produced)
         trace.note(node, kernel, in_axis, AxisRole.IN, inputs if is_transposed else per_group[0])
-    _bias(trace, node, made)
-    trace.values[node.outputs[0]] = spread(made, 1, shape)
+    _bias(trace, node, produced)
+    trace.values[node.outputs[0]] = spread(produced, 1, shape)
 
 
 def linear(trace: LabelTrace, node: OpNode) -> None:
     """Read the channels of the last axis, and make new ones."""
-    labels, shape = trace.of(node.inputs[0]), trace.shape(node.outputs[0])
+    labels, shape = trace.labels_of(node.inputs[0]), trace.shape(node.outputs[0])
     if not trace.is_view(node, 1):
         _lock(trace, node)
         return
     in_axis = node.attributes["in_axis"]
-    inputs = trace.line(node, labels, -1)
-    made = trace.labels.fresh(shape[-1])
-    trace.note(node, node.inputs[1], 1 - in_axis, AxisRole.OUT, made)
+    inputs = trace.labels_along(node, labels, -1)
+    produced = trace.labels.fresh(shape[-1])
+    trace.note(node, node.inputs[1], 1 - in_axis, AxisRole.OUT, produced)
     trace.note(node, node.inputs[1], in_axis, AxisRole.IN, inputs)
-    _bias(trace, node, made)
-    trace.values[node.outputs[0]] = spread(made, len(shape) - 1, shape)
+    _bias(trace, node, produced)
+    trace.values[node.outputs[0]] = spread(produced, len(shape) - 1, shape)
 
 
 def embedding(trace: LabelTrace, node: OpNode) -> None:
     """Make channels on the last axis; the rows are words, of which none goes."""
     shape = trace.shape(node.outputs[0])
-    trace.labels.lock(trace.of(node.inputs[1]), op_title(node))
-    made = trace.labels.fresh(shape[-1])
+    trace.labels.lock(trace.labels_of(node.inputs[1]), op_title(node))
+    produced = trace.labels.fresh(shape[-1])
     table = node.inputs[0]
-    trace.note(node, table, 1, AxisRole.OUT, made)
+    trace.note(node, table, 1, AxisRole.OUT, produced)
     trace.note(node, table, 0, AxisRole.OTHER, np.array(fixed((trace.shape(table)[0],))))
-    trace.values[node.outputs[0]] = spread(made, len(shape) - 1, shape)
+    trace.values[node.outputs[0]] = spread(produced, len(shape) - 1, shape)
 
 
-def norm(trace: LabelTrace, node: OpNode) -> None:
+def channel_norm(trace: LabelTrace, node: OpNode) -> None:
     """Scale and shift each channel by itself."""
-    labels = trace.of(node.inputs[0])
-    line = trace.line(node, labels, 1)
-    for place, part in enumerate((AxisRole.SCALE, AxisRole.SHIFT, AxisRole.STATE, AxisRole.STATE), 1):
-        if trace.is_view(node, place):
-            trace.note(node, node.inputs[place], 0, part, line)
-        elif place < len(node.inputs) and node.inputs[place]:
+    labels = trace.labels_of(node.inputs[0])
+    line = trace.labels_along(node, labels, 1)
+    for position, role in enumerate((AxisRole.SCALE, AxisRole.SHIFT, AxisRole.STATE, AxisRole.STATE), 1):
+        if trace.is_view(node, position):
+            trace.note(node, node.inputs[position], 0, role, line)
+        elif position < len(node.inputs) and node.inputs[position]:
             trace.labels.lock(labels, f"{op_title(node)} has weights that are calculated")
     trace.values[node.outputs[0]] = labels
 
 
-def _bias(trace: LabelTrace, node: OpNode, made: LabelArray) -> None:
+def _bias(trace: LabelTrace, node: OpNode, produced: LabelArray) -> None:
     if len(node.inputs) < 3 or not node.inputs[2]:
         return
     name = node.inputs[2]
     if not trace.is_view(node, 2):
-        trace.labels.lock(made, f"{op_title(node)} has a bias that is calculated")
+        trace.labels.lock(produced, f"{op_title(node)} has a bias that is calculated")
         return
     shape = trace.shape(name)
-    if shape and shape[-1] == len(made) and len(shape) == sum(length == 1 for length in shape[:-1]) + 1:
-        trace.note(node, name, len(shape) - 1, AxisRole.BIAS, made)
+    if shape and shape[-1] == len(produced) and len(shape) == sum(length == 1 for length in shape[:-1]) + 1:
+        trace.note(node, name, len(shape) - 1, AxisRole.BIAS, produced)
     elif any(length > 1 for length in shape):
-        trace.labels.lock(made, f"{op_title(node)} has a bias for more than channels")
+        trace.labels.lock(produced, f"{op_title(node)} has a bias for more than channels")
 
 
 def _lock(trace: LabelTrace, node: OpNode) -> None:
     """Lock what meets weights that are calculated."""
     for name in node.inputs:
-        trace.labels.lock(trace.of(name), f"{op_title(node)} has weights that are calculated")
+        trace.labels.lock(trace.labels_of(name), f"{op_title(node)} has weights that are calculated")
     trace.values[node.outputs[0]] = fixed(trace.shape(node.outputs[0]))
 
 
@@ -391,7 +393,7 @@ Rule = Callable[[LabelTrace, OpNode], None]
 def lock_all(trace: LabelTrace, node: OpNode) -> None:
     """Lock whatever meets an operation of which nothing is known."""
     for name in node.inputs:
-        trace.labels.lock(trace.of(name), op_title(node))
+        trace.labels.lock(trace.labels_of(name), op_title(node))
     for name in node.outputs:
         trace.values[name] = fixed(trace.graph.shapes.get(name, ()))
 
@@ -400,17 +402,17 @@ RULES: Mapping[OpKind, Rule] = {
     OpKind.CONVOLUTION: convolution,
     OpKind.LINEAR: linear,
     OpKind.EMBEDDING: embedding,
-    OpKind.PRODUCT: product,
+    OpKind.MATMUL: matmul,
     OpKind.RECURRENT: recurrent,
-    OpKind.HEADS: attention,
-    OpKind.NORM: norm,
-    OpKind.EACH: elementwise,
+    OpKind.ATTENTION: attention,
+    OpKind.CHANNEL_NORM: channel_norm,
+    OpKind.ELEMENTWISE: elementwise,
     OpKind.CONCAT: concat,
     OpKind.SPLIT: split,
     OpKind.SLICE: slice_axes,
     OpKind.TRANSPOSE: transpose,
     OpKind.RESHAPE: reshape,
-    OpKind.STRETCH: along_axes,
+    OpKind.ALONG_AXES: along_axes,
     OpKind.UNKNOWN: lock_all,
 }
 
@@ -421,6 +423,6 @@ def propagate(graph: ChannelGraph) -> LabelTrace:
     for node in graph.nodes:
         RULES[node.kind](trace, node)
     for name in graph.outputs:
-        trace.labels.lock(trace.of(name), f"{name} is an output of the network")
-    trace.settle()
+        trace.labels.lock(trace.labels_of(name), f"{name} is an output of the network")
+    trace.unify_shared()
     return trace

@@ -144,9 +144,9 @@ def _reason(family: ChannelGroup, only: set[str] | None, excluded: set[str]) -> 
 
 
 def _scores(family: ChannelGroup, weights: Mapping[str, Array], cutting: ChannelConfig) -> Scores | None:
-    if cutting.measure is None:
+    if cutting.importance is None:
         return random_importance(family, cutting.seed)
-    return group_importance(family, weights, cutting.measure)
+    return group_importance(family, weights, cutting.importance)
 
 
 ShapeOf = Callable[[str], tuple[int, ...]]
@@ -165,9 +165,9 @@ def macs(graph: ChannelGraph, shape_of: ShapeOf, removed: RemovedIndices | None 
 
 
 def _macs_of(node: OpNode, shape_of: ShapeOf, sizes: Mapping[str, int]) -> int:
-    if node.kind is OpKind.PRODUCT:
+    if node.kind is OpKind.MATMUL:
         return math.prod(shape_of(node.outputs[0])) * shape_of(node.inputs[0])[-1]
-    if node.kind is OpKind.HEADS:
+    if node.kind is OpKind.ATTENTION:
         return _of_heads(node, shape_of, sizes)
     if len(node.inputs) < 2 or node.inputs[1] not in sizes:
         return 0

@@ -19,7 +19,7 @@ from prunectl.formats.base import Array
 
 TOLERANCE = 1e-4
 """How far the two may be apart, relative to the largest number that comes out."""
-TOLERANCE_WIDE = 1e-6
+TOLERANCE_FLOAT64 = 1e-6
 """The same in float64, where rounding hides nothing; some layers have numbers in float32 whatever they are told."""
 RUNS = 2
 _ZEROED = frozenset({AxisRole.OUT, AxisRole.IN, AxisRole.BIAS, AxisRole.SCALE, AxisRole.SHIFT})
@@ -32,7 +32,7 @@ class Verification:
 
     error: float
     """As their runtime calculates."""
-    wide: float | None = None
+    error_float64: float | None = None
     """In float64, where their runtime can."""
     batches: int = 0
     """How many batches of the user's own data they were run on, besides random ones."""
@@ -43,122 +43,126 @@ class _Pair:
     """Both networks, and what is compared."""
 
     source: GraphAdapter
-    whole: Any
-    smaller: Any
+    original: Any
+    pruned: Any
     after: PrunedShapes
     inner: Sequence[str]
 
-    def runners(self, *, is_wide: bool) -> tuple[Runner, Runner]:
+    def runners(self, *, in_float64: bool) -> tuple[Runner, Runner]:
         """Return what runs the original, its channels silenced, and what runs the smaller network."""
-        one, other = (self.source.runner(net, self.inner, is_wide=is_wide) for net in (self.whole, self.smaller))
-        return one, other
+        original, pruned = (
+            self.source.runner(net, self.inner, in_float64=in_float64) for net in (self.original, self.pruned)
+        )
+        return original, pruned
 
-    def apart(self, whole: list[Any], said: list[Any]) -> float:
+    def difference(self, expected: list[Any], actual: list[Any]) -> float:
         """Return how far apart what they say is."""
-        outer = len(whole) - len(self.inner)
-        inner = [self.after.without(*pair) for pair in zip(self.inner, whole[outer:], strict=True)]
-        pairs = zip([*whole[:outer], *inner], said, strict=True)
+        outer = len(expected) - len(self.inner)
+        inner = [self.after.slice_value(*pair) for pair in zip(self.inner, expected[outer:], strict=True)]
+        pairs = zip([*expected[:outer], *inner], actual, strict=True)
         return max((relative_difference(first, second) for first, second in pairs), default=0.0)
 
 
 def verify(
-    source: GraphAdapter, smaller: Any, plan: ChannelPlan, seed: int, given: Sequence[Feeds] = ()
+    adapter: GraphAdapter, pruned: Any, plan: ChannelPlan, seed: int, batches: Sequence[Feeds] = ()
 ) -> Verification:
     """Return how far the two networks are apart at most; WorkError if that is too far.
 
     Where channels are dead, nothing is silenced: without them, the network says what it always said.
     """
     # What a constant was folded into may lie behind the layer that read it.
-    inner = [] if plan.is_lossless else _changed(source, plan.after)
-    silent = source.with_weights(
-        {} if plan.is_lossless else _with_zeroed_channels(source.graph, plan.after.trace, plan.gone)
+    inner = [] if plan.is_lossless else _changed_layers(adapter, plan.after)
+    original = adapter.with_weights(
+        {} if plan.is_lossless else _with_zeroed_channels(adapter.graph, plan.after.trace, plan.gone)
     )
-    pair = _Pair(source, silent, smaller, plan.after, inner)
+    pair = _Pair(adapter, original, pruned, plan.after, inner)
     random = np.random.default_rng(seed)
-    made = [source.feeds(random) for _ in range(RUNS)]
-    error = _in_usual(pair, [*made, *given])
-    return Verification(error, _in_float64(pair, made[0]) if source.has_float64 else None, len(given))
+    random_batches = [adapter.random_inputs(random) for _ in range(RUNS)]
+    error = _error_as_run(pair, [*random_batches, *batches])
+    return Verification(
+        error, _error_in_float64(pair, random_batches[0]) if adapter.has_float64 else None, len(batches)
+    )
 
 
-def _in_usual(pair: _Pair, inputs: Sequence[Feeds]) -> float:
-    one, other = pair.runners(is_wide=False)
+def _error_as_run(pair: _Pair, inputs: Sequence[Feeds]) -> float:
+    original, pruned = pair.runners(in_float64=False)
     worst = 0.0
     for feeds in inputs:
         try:
-            worst = max(worst, pair.apart(one(feeds), other(feeds)))
+            worst = max(worst, pair.difference(original(feeds), pruned(feeds)))
         except Exception as error:
-            raise _unable(error) from error
-    return _within(worst, TOLERANCE)
+            raise _cannot_run(error) from error
+    return _checked(worst, TOLERANCE)
 
 
-def _in_float64(pair: _Pair, feeds: Feeds) -> float | None:
+def _error_in_float64(pair: _Pair, feeds: Feeds) -> float | None:
     """Return how far they are apart where numbers are long; None if the original itself does not run so."""
     wide = {name: array.astype(np.float64) if array.dtype.kind == "f" else array for name, array in feeds.items()}
     try:
-        one, other = pair.runners(is_wide=True)
-        whole = one(wide)
+        original, pruned = pair.runners(in_float64=True)
+        expected = original(wide)
     except Exception:  # noqa: BLE001 - a layer of somebody's own may take 32 bits alone
         return None
     try:
-        return _within(pair.apart(whole, other(wide)), TOLERANCE_WIDE, " in float64")
+        return _checked(pair.difference(expected, pruned(wide)), TOLERANCE_FLOAT64, " in float64")
     except WorkError:
         raise
     except Exception as error:
-        raise _unable(error) from error
+        raise _cannot_run(error) from error
 
 
-def _unable(error: Exception) -> WorkError:
+def _cannot_run(error: Exception) -> WorkError:
     return WorkError(f"the cut network cannot be run: {first_line(error)}; nothing was written")
 
 
-def _within(found: float, limit: float, where: str = "") -> float:
-    if not found <= limit:
+def _checked(error: float, limit: float, where: str = "") -> float:
+    if not error <= limit:
         raise WorkError(
-            f"the cut network differs from the original by {found:.1e}{where}, more than {limit:g}; "
+            f"the cut network differs from the original by {error:.1e}{where}, more than {limit:g}; "
             "nothing was written",
             hint="leave out some layers with --exclude",
         )
-    return found
+    return error
 
 
-def relative_difference(one: Any, other: Any) -> float:
+def relative_difference(expected: Any, actual: Any) -> float:
     """Return the largest difference, relative to the largest number; infinite where shapes or gaps differ."""
-    first, second = np.asarray(one), np.asarray(other)
-    if first.shape != second.shape:
+    left, right = np.asarray(expected), np.asarray(actual)
+    if left.shape != right.shape:
         return float("inf")
-    if first.dtype.kind not in "fiub" or not first.size:
-        return 0.0 if np.array_equal(first, second) else float("inf")
-    wide, other_wide = first.astype(np.float64), second.astype(np.float64)
-    is_number = np.isfinite(wide)
-    if not np.array_equal(is_number, np.isfinite(other_wide)):
+    if left.dtype.kind not in "fiub" or not left.size:
+        return 0.0 if np.array_equal(left, right) else float("inf")
+    left_wide, right_wide = left.astype(np.float64), right.astype(np.float64)
+    is_number = np.isfinite(left_wide)
+    if not np.array_equal(is_number, np.isfinite(right_wide)):
         return float("inf")
-    difference = np.abs(wide - other_wide)[is_number].max(initial=0.0)
-    return float(difference / max(np.abs(wide)[is_number].max(initial=0.0), np.finfo(np.float32).tiny))
+    difference = np.abs(left_wide - right_wide)[is_number].max(initial=0.0)
+    return float(difference / max(np.abs(left_wide)[is_number].max(initial=0.0), np.finfo(np.float32).tiny))
 
 
 def _with_zeroed_channels(graph: ChannelGraph, trace: LabelTrace, removed: RemovedIndices) -> dict[str, Array]:
     """Return the weights of the original that make or read what was cut, with zeros in these places."""
-    parts = {(note.tensor, note.axis): note.part for note in trace.notes}
-    found: dict[str, Array] = {}
+    roles = {(note.tensor, note.axis): note.role for note in trace.notes}
+    arrays: dict[str, Array] = {}
     for (name, axis), indices in removed.items():
-        if parts[name, axis] in _ZEROED:
-            array = found.setdefault(name, np.array(graph.weights[name]))
+        if roles[name, axis] in _ZEROED:
+            array = arrays.setdefault(name, np.array(graph.weights[name]))
             np.moveaxis(array, axis, 0)[indices] = 0
-    return found
+    return arrays
 
 
-def _changed(source: GraphAdapter, after: PrunedShapes) -> list[str]:
+def _changed_layers(adapter: GraphAdapter, after: PrunedShapes) -> list[str]:
     """Return what the layers say that lost inputs or outputs.
 
     A softmax at the end of a network may hide what is wrong before it, and a signal may die on its way there.
     """
     names = [
         node.outputs[0]
-        for node in source.graph.nodes
+        for node in adapter.graph.nodes
         if node.kind in {OpKind.CONVOLUTION, OpKind.LINEAR}
         and any(map(after.has_changed, (node.inputs[0], node.outputs[0])))
     ]
-    showable = source.showable.difference(source.graph.outputs)
+    showable = adapter.observable.difference(adapter.graph.outputs)
     return [name for name in dict.fromkeys(names) if name in showable]
 
 
@@ -168,18 +172,18 @@ _RUNS = 50
 _WARM = 2
 
 
-def latency(source: GraphAdapter, smaller: Any, seed: int) -> tuple[float, float]:
+def latency(adapter: GraphAdapter, pruned: Any, seed: int) -> tuple[float, float]:
     """Return the median seconds of a run of both networks in their own runtime."""
-    feeds = source.feeds(np.random.default_rng(seed))
-    runners = (source.runner(source.with_weights({}), ()), source.runner(smaller, ()))
+    feeds = adapter.random_inputs(np.random.default_rng(seed))
+    runners = (adapter.runner(adapter.with_weights({}), ()), adapter.runner(pruned, ()))
     for run in runners * _WARM:
         run(feeds)
-    taken: tuple[list[float], list[float]] = ([], [])
+    seconds: tuple[list[float], list[float]] = ([], [])
     began = time.perf_counter()
-    while len(taken[0]) < _RUNS and (not taken[1] or time.perf_counter() - began < _SECONDS):
-        for run, seconds in zip(runners, taken, strict=True):
-            seconds.append(_timed(run, feeds))
-    return median(taken[0]), median(taken[1])
+    while len(seconds[0]) < _RUNS and (not seconds[1] or time.perf_counter() - began < _SECONDS):
+        for run, times in zip(runners, seconds, strict=True):
+            times.append(_timed(run, feeds))
+    return median(seconds[0]), median(seconds[1])
 
 
 def _timed(run: Runner, feeds: Feeds) -> float:

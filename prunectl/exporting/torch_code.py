@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 
-from prunectl.channels.torch.checkpoint import class_of
-from prunectl.channels.torch.checkpoint import companion_files as place_of
+from prunectl.channels.torch.checkpoint import class_of, companion_file
 from prunectl.channels.torch.code.expressions import literal
-from prunectl.channels.torch.code.module import Written
-from prunectl.channels.torch.code.module import write as written_as
+from prunectl.channels.torch.code.module import GeneratedModule, generate_module
 from prunectl.channels.torch.export import trace_model
 from prunectl.channels.torch.fx import WeightedProgram
 from prunectl.errors import InputError, UsageError, WorkError
@@ -41,7 +39,7 @@ _SHORT_DTYPES = {
 
 def companion_files(target: Path) -> tuple[Path, ...]:
     """The path of the class for a file of weights."""
-    return (place_of(target),)
+    return (companion_file(target),)
 
 
 def write(job: ExportJob, target: Path) -> tuple[str, ...]:
@@ -56,20 +54,20 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
         buffer = io.BytesIO()
         torch.save(_tied_state(arrays, code), buffer)
         target.write_bytes(buffer.getvalue())
-    place_of(target).write_text(code.text, encoding="utf-8")
+    companion_file(target).write_text(code.text, encoding="utf-8")
     return (
-        f"The class {code.name} in {place_of(target).name} takes the weights, and needs nothing but torch.",
+        f"The class {code.name} in {companion_file(target).name} takes the weights, and needs nothing but torch.",
         *_note_fixed_lengths(job),
     )
 
 
-def _generate(job: ExportJob, loading: tuple[str, ...]) -> Written:
+def _generate(job: ExportJob, loading: tuple[str, ...]) -> GeneratedModule:
     try:
         with without_mha_fastpath(), quiet_conversion():
             traced = trace_model(job.file, _origin(job))
             # Of a program the module is all that there is of an original.
             traced = traced if traced.original is not None else replace(traced, original=traced.program.module())
-            return written_as(traced, WeightedProgram(traced.module), class_of(traced), loading)
+            return generate_module(traced, WeightedProgram(traced.module), class_of(traced), loading)
     except (WorkError, InputError) as error:
         raise WorkError(f"no code can be generated for {job.file.path}: {error.message}", hint=error.hint) from error
 
@@ -99,7 +97,7 @@ def _note_fixed_lengths(job: ExportJob) -> tuple[str, ...]:
     return (f"The class was tried with {' and '.join(tried)} alone.",) if tried else ()
 
 
-def _state_in_file_types(job: ExportJob, code: Written) -> dict[str, torch.Tensor]:
+def _state_in_file_types(job: ExportJob, code: GeneratedModule) -> dict[str, torch.Tensor]:
     """The weights in the dtype of the file: 16-bit models are traced in float32."""
     kinds = {tensor.dtype.name for tensor in job.file.tensors if tensor.is_float}
     if kinds in ({"float16"}, {"bfloat16"}):
@@ -108,7 +106,7 @@ def _state_in_file_types(job: ExportJob, code: Written) -> dict[str, torch.Tenso
     return dict(code.state)
 
 
-def _tied_state(arrays: dict[str, Array], code: Written) -> dict[str, torch.Tensor]:
+def _tied_state(arrays: dict[str, Array], code: GeneratedModule) -> dict[str, torch.Tensor]:
     shared: dict[tuple[Any, ...], torch.Tensor] = {}
     tensors: dict[str, torch.Tensor] = {}
     for name, array in arrays.items():
@@ -128,7 +126,7 @@ def _loading_lines(to: str, name: str) -> tuple[str, ...]:
 def runner(job: ExportJob, target: Path) -> Run:
     """A function that runs the written class with the written weights."""
     module_namespace = types.ModuleType("written")
-    exec(compile(place_of(target).read_text("utf-8"), place_of(target).name, "exec"), module_namespace.__dict__)  # noqa: S102 - it is our own text
+    exec(compile(companion_file(target).read_text("utf-8"), companion_file(target).name, "exec"), module_namespace.__dict__)  # noqa: S102 - it is our own text
     classes = [
         cls
         for cls in vars(module_namespace).values()

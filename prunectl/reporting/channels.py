@@ -81,33 +81,33 @@ def _size(name: str, stats: ModelStats) -> tuple[Cell, ...]:
 def _facts(result: ChannelPruneResult) -> tuple[tuple[str, str], ...]:
     return (
         ("asked", _goal(result.cutting)),
-        *(() if result.cutting.is_dead else (("how", f"{_measure(result.cutting)}, {result.cutting.scope} scope"),)),
+        *(() if result.cutting.only_dead else (("how", f"{_measure(result.cutting)}, {result.cutting.scope} scope"),)),
         ("cut", f"{count(result.dropped)} of {count(result.channels)} channels that may go"),
         ("proof", f"the same as {_reference(result.cutting)}, within {_proof(result.proof)}"),
     )
 
 
 def _proof(proof: Verification) -> str:
-    wide = f", {proof.wide:.1e} in float64" if proof.wide is not None else ""
+    wide = f", {proof.error_float64:.1e} in float64" if proof.error_float64 is not None else ""
     return f"{proof.error:.1e}{wide}{', also on your data' if proof.batches else ''}"
 
 
 def _goal(cutting: ChannelConfig) -> str:
-    if cutting.is_dead:
+    if cutting.only_dead:
         return "channels that make no difference"
-    if cutting.goal is None:
+    if cutting.target is None:
         return f"{percent(cutting.ratio)} of the channels"
-    goal = cutting.goal
-    left = f"{goal.number:,}" if goal.share is None else percent(goal.share)
-    return f"{left} of the {goal.what}" if goal.share is not None else f"{left} {goal.what}"
+    target = cutting.target
+    left = f"{target.number:,}" if target.share is None else percent(target.share)
+    return f"{left} of the {target.kind}" if target.share is not None else f"{left} {target.kind}"
 
 
 def _reference(cutting: ChannelConfig) -> str:
-    return "the whole network" if cutting.is_dead else "with these channels at zero"
+    return "the whole network" if cutting.only_dead else "with these channels at zero"
 
 
 def _measure(cutting: ChannelConfig) -> str:
-    return "random" if cutting.measure is None else cutting.measure.name
+    return "random" if cutting.importance is None else cutting.importance.name
 
 
 def _skipped(result: ChannelPruneResult) -> str:
@@ -131,7 +131,7 @@ def _json(result: ChannelPruneResult) -> dict[str, object]:
         "total": result.channels,
         "dropped": result.dropped,
         "error": result.proof.error,
-        "error_float64": result.proof.wide,
+        "error_float64": result.proof.error_float64,
         "data_batches": result.proof.batches,
         "seconds": None if result.seconds is None else dict(zip(("before", "after"), result.seconds, strict=True)),
         "families": [

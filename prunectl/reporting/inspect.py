@@ -207,7 +207,7 @@ def _json(groups: ChannelGroups) -> dict[str, object]:
                 "channels": len(family.groups),
                 "locked": family.reason or None,
                 "places": [
-                    {"tensor": place.tensor, "axis": place.axis, "part": str(place.part)} for place in family.places
+                    {"tensor": place.tensor, "axis": place.axis, "part": str(place.role)} for place in family.places
                 ],
             }
             for family in groups.families

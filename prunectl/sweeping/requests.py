@@ -29,7 +29,7 @@ from prunectl.training.request import asked as asked_of
 def needs_data(request: PruneRequest) -> bool:
     """Whether weights or channels go, or are fitted again, by what data does in the model."""
     if request.pattern == CHANNEL:
-        measure = parse_config(request).measure
+        measure = parse_config(request).importance
         return measure is not None and measure.needs is not RequiredData.NOTHING
     return request.is_repaired or resolve_method(request).strategy.needs not in {Requires.NOTHING, Requires.TRAINING}
 

@@ -21,7 +21,7 @@ def lost(found: ChannelPruneResult) -> dict[str, list[int]]:
     for loss in found.losses:
         for number in loss.dropped:
             for member in loss.family.groups[number].members:
-                if member.place.part in {"out", "scale"}:
+                if member.place.role in {"out", "scale"}:
                     gone.setdefault(member.place.tensor, []).extend(member.indices)
     return gone
 

@@ -135,7 +135,7 @@ def test_a_function_of_ones_own_ranks_channels_by_their_rows(own: str, tmp_path:
     (weights,) = [numpy_helper.to_array(one) for one in onnx.load(NET).graph.initializer if one.name == "conv1.weight"]
     sizes = np.abs(weights.reshape(8, -1)).max(axis=1)
     assert dropped(found, "conv1.weight") == sorted(np.argsort(-sizes)[:2].tolist())
-    assert found.cutting.measure is not None
+    assert found.cutting.importance is not None
     assert cut(NET, None, sparsity=0.5, strategy=f"{own}last", params=("most=3",)).dropped == 28
 
 

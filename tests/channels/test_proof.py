@@ -53,9 +53,9 @@ def test_what_a_softmax_would_hide_is_seen(tmp_path: Path) -> None:
     gone = {("first", 0): np.array([0]), ("last", 0): np.array([0])}
     wrong = {("first", 0): np.array([0]), ("last", 0): np.array([1])}
     after = PrunedShapes(trace, [label])
-    assert verify.verify(source, source.cut(gone, after, {}), ChannelPlan((), gone, after), 0).error < 1e-6
+    assert verify.verify(source, source.prune(gone, after, {}), ChannelPlan((), gone, after), 0).error < 1e-6
     with pytest.raises(WorkError, match="differs from the original"):
-        verify.verify(source, source.cut(wrong, after, {}), ChannelPlan((), gone, after), 0)
+        verify.verify(source, source.prune(wrong, after, {}), ChannelPlan((), gone, after), 0)
 
 
 def blind(folder: Path) -> tuple[Any, Any, ChannelPlan]:
@@ -70,7 +70,7 @@ def blind(folder: Path) -> tuple[Any, Any, ChannelPlan]:
     right = {("first", 0): np.array([0]), ("bias", 0): np.array([0]), ("last", 1): np.array([0])}
     wrong = right | {("last", 1): np.array([1])}
     after = PrunedShapes(trace, [int(trace.notes[0].labels[0])])
-    return source, source.cut(wrong, after, {}), ChannelPlan((), right, after)
+    return source, source.prune(wrong, after, {}), ChannelPlan((), right, after)
 
 
 def test_what_random_numbers_do_not_show_the_users_data_do(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_what_random_numbers_do_not_show_the_users_data_do(tmp_path: Path) -> No
     # Only what comes out is compared: the layers within would show it at once.
     plan = replace(plan, is_lossless=True)
     assert verify.verify(source, smaller, plan, 0).error == 0
-    usual = source.feeds(np.random.default_rng(0))
+    usual = source.random_inputs(np.random.default_rng(0))
     given = {name: array * 1000 for name, array in usual.items()}
     with pytest.raises(WorkError, match="differs from the original"):
         verify.verify(source, smaller, plan, 0, [given])
@@ -87,7 +87,9 @@ def test_what_random_numbers_do_not_show_the_users_data_do(tmp_path: Path) -> No
 def test_data_are_taken_in_batches_as_the_network_has_them(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).random((5, 1, 8, 8), np.float32))
     found = cut(FIXTURE, tmp_path / "small.onnx", data=str(tmp_path / "x.npz"))
-    size = len(next(iter(open_adapter(open_model(FIXTURE), ModelOrigin()).feeds(np.random.default_rng(0)).values())))
+    size = len(
+        next(iter(open_adapter(open_model(FIXTURE), ModelOrigin()).random_inputs(np.random.default_rng(0)).values()))
+    )
     assert found.proof.batches == -(-min(5, 4 * size) // size)
     assert found.proof.error < 1e-5
 
@@ -121,16 +123,16 @@ def test_the_report_says_what_was_compared(tmp_path: Path) -> None:
 
 
 def test_onnxruntime_has_no_float64() -> None:
-    assert cut(FIXTURE, None).proof.wide is None
+    assert cut(FIXTURE, None).proof.error_float64 is None
 
 
 def test_an_original_that_fails_in_float64_is_not_passed_over_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     path, runners = FIXTURE.with_suffix(".keras"), verify._Pair.runners
 
-    def narrow(self: Any, *, is_wide: bool) -> Any:
-        if is_wide:
+    def narrow(self: Any, *, in_float64: bool) -> Any:
+        if in_float64:
             raise TypeError("this layer takes 32 bits alone")
-        return runners(self, is_wide=is_wide)
+        return runners(self, in_float64=in_float64)
 
     monkeypatch.setattr(verify._Pair, "runners", narrow)
     assert "the original fails in float64" in cut(path, None).notes[-1]
@@ -139,9 +141,9 @@ def test_an_original_that_fails_in_float64_is_not_passed_over_in_silence(monkeyp
 def test_what_float32_hides_is_seen_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = FIXTURE.with_suffix(".keras")
     found = cut(path, None)
-    assert found.proof.wide is not None
-    assert found.proof.wide < 1e-12
-    monkeypatch.setattr(verify, "TOLERANCE_WIDE", found.proof.wide / 2)
+    assert found.proof.error_float64 is not None
+    assert found.proof.error_float64 < 1e-12
+    monkeypatch.setattr(verify, "TOLERANCE_FLOAT64", found.proof.error_float64 / 2)
     with pytest.raises(WorkError, match="in float64"):
         cut(path, tmp_path / "small.keras")
     assert not list(tmp_path.iterdir())

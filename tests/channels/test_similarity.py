@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as npst
 from scipy.spatial.distance import cdist
 
 from prunectl.channels import importance as module
-from prunectl.channels.importance import METRICS, cosine, dissimilarity, euclidean, first_of_each, iou, redundancy
+from prunectl.channels.importance import METRICS, cosine, dissimilarity, euclidean, iou, redundancy
 from tests.contract import Array
 
 
@@ -108,25 +108,12 @@ def test_of_real_rows_the_later_of_the_most_alike_goes(metric: str) -> None:
 def test_of_many_that_are_the_same_the_first_stays() -> None:
     rows = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     np.testing.assert_array_equal(redundancy(cosine(rows)), [-1, 0, 1, 1, 1])
-    np.testing.assert_array_equal(first_of_each(cosine(rows)), [True, True, False, False, False])
 
 
 def test_a_row_goes_only_for_one_that_stays() -> None:
     # A chain: the first is like the second and the second like the third, but not the first like the third.
     alike = np.array([[1.0, 0.95, 0.2], [0.95, 1.0, 0.92], [0.2, 0.92, 1.0]])
     np.testing.assert_array_equal(redundancy(alike), [-1.0, 0.95, 0.2])
-    np.testing.assert_array_equal(first_of_each(alike), [True, False, True])
-    np.testing.assert_array_equal(first_of_each(alike, 0.99), [True, True, True])
-
-
-@given(rows=SMALL)
-def test_those_that_stay_are_not_alike_and_those_that_go_are_like_one_that_stays(rows: Array) -> None:
-    alike = cosine(rows)
-    stays = first_of_each(alike, 0.9)
-    among = alike[np.ix_(stays, stays)]
-    assert (among[~np.eye(len(among), dtype=bool)] < 0.9).all()
-    for at in np.flatnonzero(~stays):
-        assert alike[at, :at][stays[:at]].max() >= 0.9
 
 
 @pytest.mark.parametrize("axis", [0, 1, 3])

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.channels.adapter import Feeds, PrunedShapes, RemovedIndices, Runner, axes_of, delete_indices
+from prunectl.channels.adapter import Feeds, PrunedShapes, RemovedIndices, Runner, delete_indices, removed_by_tensor
 from prunectl.channels.graph import ChannelGraph
 from prunectl.channels.keras import run as drafts
 from prunectl.channels.keras.resize import resize_config
 from prunectl.channels.keras.run import EditedFile, random_inputs, runner
 from prunectl.channels.keras.traverse import LoadedKeras, load_keras
-from prunectl.channels.lengths import Lengths, Shapes
+from prunectl.channels.lengths import AxisLengths, Shapes
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array, ModelFile, Role, StripOptions, StripPart, Tensor
 from prunectl.formats.keras.config import part
@@ -28,35 +28,35 @@ from prunectl.training.backend import ModelOrigin
 _STATISTICS = frozenset({"moving_mean", "moving_variance"})
 
 
-def match_slots(opened: LoadedKeras) -> Mapping[str, str] | None:
+def match_slots(loaded: LoadedKeras) -> Mapping[str, str] | None:
     """Return the weight that each slot of the optimizer belongs to; None if that cannot be told for sure."""
-    slots = _slots(opened)
-    weights = list(_trained(opened))
-    return _slots_by_name(slots, weights) or _by_place(opened, slots, weights)
+    slots = _slots(loaded)
+    weights = list(_trained(loaded))
+    return _slots_by_name(slots, weights) or _slots_by_position(loaded, slots, weights)
 
 
-def strange(opened: LoadedKeras) -> frozenset[str]:
+def unmatched_slots(loaded: LoadedKeras) -> frozenset[str]:
     """Return the whole state of an optimizer of which nobody can tell which weights it belongs to."""
-    if not _slots(opened) or match_slots(opened) is not None:
+    if not _slots(loaded) or match_slots(loaded) is not None:
         return frozenset()
-    return frozenset(tensor.name for tensor in opened.model.tensors if tensor.role is Role.OPTIMIZER)
+    return frozenset(tensor.name for tensor in loaded.model.tensors if tensor.role is Role.OPTIMIZER)
 
 
-def _slots(opened: LoadedKeras) -> list[Tensor]:
-    return [tensor for tensor in opened.model.tensors if _is_slot(opened, tensor)]
+def _slots(loaded: LoadedKeras) -> list[Tensor]:
+    return [tensor for tensor in loaded.model.tensors if _is_slot(loaded, tensor)]
 
 
-def _is_slot(opened: LoadedKeras, tensor: Tensor) -> bool:
-    path = opened.stored.path(tensor)
+def _is_slot(loaded: LoadedKeras, tensor: Tensor) -> bool:
+    path = loaded.stored.path(tensor)
     return tensor.role is Role.OPTIMIZER and "optimizer" in path.partition("/")[0] and bool(tensor.shape)
 
 
-def _trained(opened: LoadedKeras) -> Iterator[Tensor]:
+def _trained(loaded: LoadedKeras) -> Iterator[Tensor]:
     """Yield the weights that are trained, in the order of the layers."""
-    known = {met.spot: met.leaves for met in opened.net.met}
-    for layer in opened.layers:
-        if part(layer.found, "config").get("trainable") is not False:
-            for leaf, tensor in known.get(layer.spot, {}).items():
+    weights_by_layer = {layer_call.path: layer_call.weights for layer_call in loaded.builder.called}
+    for layer in loaded.layers:
+        if part(layer.layer, "config").get("trainable") is not False:
+            for leaf, tensor in weights_by_layer.get(layer.path, {}).items():
                 if leaf not in _STATISTICS:
                     yield tensor
 
@@ -64,31 +64,33 @@ def _trained(opened: LoadedKeras) -> Iterator[Tensor]:
 def _slots_by_name(slots: Sequence[Tensor], weights: Sequence[Tensor]) -> dict[str, str] | None:
     """Match where a slot has the name of a weight in its own: `Adam/m/a/kernel`, `adam/a_kernel_momentum`."""
     named = {re.sub(r":\d+$", "", tensor.name): tensor for tensor in weights}
-    found = {}
+    owners = {}
     for slot in slots:
         path = f"/{re.sub(r':[0-9]+$', '', slot.name)}/"
-        near = [
+        candidates = [
             name
             for name, tensor in named.items()
             if (f"/{name}/" in path or f"/{name.replace('/', '_')}_" in path) and tensor.shape == slot.shape
         ]
-        longest = [name for name in near if len(name) == max(map(len, near))]
+        longest = [name for name in candidates if len(name) == max(map(len, candidates))]
         if len(longest) != 1:
             return None
-        found[slot.name] = named[longest[0]].name
-    return found
+        owners[slot.name] = named[longest[0]].name
+    return owners
 
 
-def _by_place(opened: LoadedKeras, slots: Sequence[Tensor], weights: Sequence[Tensor]) -> dict[str, str] | None:
+def _slots_by_position(
+    loaded: LoadedKeras, slots: Sequence[Tensor], weights: Sequence[Tensor]
+) -> dict[str, str] | None:
     """Match slots that have only numbers: weight by weight, or one kind of slot after the other."""
-    ordered = sorted(slots, key=lambda tensor: _natural(opened.stored.path(tensor)))
+    ordered = sorted(slots, key=lambda tensor: _natural(loaded.stored.path(tensor)))
     times, rest = divmod(len(ordered), len(weights)) if weights else (0, 1)
     if rest:
         return None
-    turns = ([weight for weight in weights for _ in range(times)], [*weights] * times)
-    fits = [turn for turn in turns if [one.shape for one in turn] == [slot.shape for slot in ordered]]
-    found = [_paired(ordered, turn) for turn in fits]
-    return found[0] if found and all(one == found[0] for one in found) else None
+    orders = ([weight for weight in weights for _ in range(times)], [*weights] * times)
+    fitting = [order for order in orders if [item.shape for item in order] == [slot.shape for slot in ordered]]
+    pairings = [_paired(ordered, order) for order in fitting]
+    return pairings[0] if pairings and all(item == pairings[0] for item in pairings) else None
 
 
 def _paired(slots: Sequence[Tensor], weights: Sequence[Tensor]) -> dict[str, str]:
@@ -99,10 +101,10 @@ def _natural(path: str) -> list[tuple[int, str]]:
     return [(int(step), "") if step.isdecimal() else (0, step) for step in re.split(r"(\d+)", path)]
 
 
-def read_keras(model: ModelFile, origin: ModelOrigin, data: Shapes | None = None) -> KerasSource:
+def read_keras(model: ModelFile, origin: ModelOrigin, data: Shapes | None = None) -> KerasAdapter:
     """Return the network of a Keras file, which says itself how it is built."""
     require_followable(model, origin)
-    return KerasSource(load_keras(model, Lengths(origin.inputs, data)), origin)
+    return KerasAdapter(load_keras(model, AxisLengths(origin.inputs, data)), origin)
 
 
 def require_followable(model: ModelFile, origin: ModelOrigin) -> None:
@@ -119,97 +121,97 @@ def require_followable(model: ModelFile, origin: ModelOrigin) -> None:
         )
 
 
-class KerasSource:
+class KerasAdapter:
     """A Keras file, as cutting sees it."""
 
-    def __init__(self, source: LoadedKeras, origin: ModelOrigin) -> None:
-        self._opened, self._origin = source, origin
+    def __init__(self, loaded: LoadedKeras, origin: ModelOrigin) -> None:
+        self._loaded, self._origin = loaded, origin
 
     @property
     def graph(self) -> ChannelGraph:
         """What can be followed."""
-        return self._opened.graph
+        return self._loaded.graph
 
     @property
-    def copies(self) -> Mapping[str, str]:
+    def copied_from(self) -> Mapping[str, str]:
         """Nothing: a layer that is called twice has its weights once."""
         return {}
 
     @cached_property
-    def followers(self) -> Mapping[str, str]:
+    def coupled_tensors(self) -> Mapping[str, str]:
         """What the optimizer keeps of each weight, where that can be told."""
-        return match_slots(self._opened) or {}
+        return match_slots(self._loaded) or {}
 
     @cached_property
-    def dropped(self) -> frozenset[str]:
+    def omitted_tensors(self) -> frozenset[str]:
         """The state of an optimizer that cannot be cut as its weights are."""
-        return strange(self._opened)
+        return unmatched_slots(self._loaded)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What is left out."""
-        if not self.dropped:
+        if not self.omitted_tensors:
             return ()
         return ("The state of the optimizer was left out: which weights it belongs to cannot be told.",)
 
     @property
-    def doubts(self) -> tuple[str, ...]:
+    def assumptions(self) -> tuple[str, ...]:
         """How long open axes were taken to be, where some layers do not fit that."""
-        guessed = self._opened.guessed
-        if not guessed:
+        length = self._loaded.guessed_length
+        if not length:
             return ()
         how = "--input or --data says how long they are"
-        return (f"Open axes were taken to be {guessed} long, and layers that do not fit lock their channels: {how}.",)
+        return (f"Open axes were taken to be {length} long, and layers that do not fit lock their channels: {how}.",)
 
     @property
-    def showable(self) -> frozenset[str]:
+    def observable(self) -> frozenset[str]:
         """What layers that are called once make before their activations."""
-        return frozenset(self._opened.net.showable)
+        return frozenset(self._loaded.builder.observable)
 
-    def beside(self, target: Path) -> tuple[Path, ...]:
+    def companion_files(self, target: Path) -> tuple[Path, ...]:
         """Return nothing: a Keras model is one file."""
         del target
         return ()
 
-    def cut(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
+    def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
         """Return what changes in the file."""
-        places = axes_of(removed)
+        removed_by_name = removed_by_tensor(removed)
         arrays = dict(weights)
-        for name, axes in places.items():
+        for name, axes in removed_by_name.items():
             arrays[name] = delete_indices(weights.get(name, self.graph.weights[name]), axes)
-        model = self._opened.model
+        model = self._loaded.model
         tensors = {tensor.name: tensor for tensor in model.tensors}
-        for slot, name in self.followers.items():
-            if name in places:
-                arrays[slot] = delete_indices(model.read(tensors[slot]), places[name])
+        for slot, name in self.coupled_tensors.items():
+            if name in removed_by_name:
+                arrays[slot] = delete_indices(model.read(tensors[slot]), removed_by_name[name])
         shapes = {name: array.shape for name, array in arrays.items()}
-        return EditedFile(resize_config(self._opened.config, self._opened.net, after, shapes), arrays)
+        return EditedFile(resize_config(self._loaded.config, self._loaded.builder, after, shapes), arrays)
 
     def with_weights(self, weights: Mapping[str, Array]) -> Any:
         """Return the file with other numbers in it."""
         return EditedFile(None, weights)
 
-    def feeds(self, random: np.random.Generator) -> Feeds:
+    def random_inputs(self, random: np.random.Generator) -> Feeds:
         """Return random inputs."""
-        return random_inputs(self._opened, random)
+        return random_inputs(self._loaded, random)
 
     @property
     def has_float64(self) -> bool:
         """Always: a configuration says of each layer what it calculates in."""
         return True
 
-    def runner(self, network: Any, shown: Iterable[str], *, is_wide: bool = False) -> Runner:
+    def runner(self, network: Any, observed: Iterable[str], *, in_float64: bool = False) -> Runner:
         """Return what Keras makes of a draft."""
-        return runner(self._opened, network, self._origin, shown, precision="float64" if is_wide else "float32")
+        return runner(self._loaded, network, self._origin, observed, precision="float64" if in_float64 else "float32")
 
     def write(self, network: Any, folder: Path, target: Path) -> Path:
         """Write a draft as a file like the one that was read."""
-        written = outputs.staged_paths(self._opened.model, folder, target)[self._opened.model.path]
-        drafts.write(self._opened, network, written)
-        if self.dropped:
-            whole = written.with_name(f"{written.name}.whole")
-            os.replace(written, whole)
-            wish = StripOptions(frozenset({StripPart.OPTIMIZER}))
-            load(by_name(self._opened.model.format).stripper)(open_model(whole), wish, {whole: written})
-            whole.unlink()
-        return written
+        path = outputs.staged_paths(self._loaded.model, folder, target)[self._loaded.model.path]
+        drafts.write(self._loaded, network, path)
+        if self.omitted_tensors:
+            unstripped = path.with_name(f"{path.name}.whole")
+            os.replace(path, unstripped)
+            options = StripOptions(frozenset({StripPart.OPTIMIZER}))
+            load(by_name(self._loaded.model.format).stripper)(open_model(unstripped), options, {unstripped: path})
+            unstripped.unlink()
+        return path

@@ -23,12 +23,12 @@ Shape = tuple[int, ...]
 class CalledLayer:
     """A layer that was called: what went in and what came out."""
 
-    spot: ConfigPath
+    path: ConfigPath
     names: tuple[str, ...]
     """Of the models around it, and its own."""
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    leaves: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +52,10 @@ class GraphBuilder:
         self.uses: Counter[str] = Counter()
         self.inputs: dict[str, str] = {}
         """Types of numbers by the names of inputs."""
-        self.met: list[CalledLayer] = []
-        self.looks: dict[str, ObservedValue] = {}
+        self.called: list[CalledLayer] = []
+        self.observed: dict[str, ObservedValue] = {}
         """Of values that some layer makes just before its activation."""
-        self.said: dict[tuple[ConfigPath, str, int, int], str] = {}
+        self.references: dict[tuple[ConfigPath, str, int, int], str] = {}
         """Values by how a model refers to them: a layer, the number of a call, the number of an output."""
         self._weights: dict[str, Tensor] = {}
         self._names: set[str] = set()
@@ -63,26 +63,30 @@ class GraphBuilder:
     def fresh(self, name: str, shape: Shape | None) -> str:
         """Return the name of a new value."""
         number = 1
-        while (own := name if number == 1 else f"{name}:{number}") in self._names:
+        while (unique := name if number == 1 else f"{name}:{number}") in self._names:
             number += 1
-        self._names.add(own)
+        self._names.add(unique)
         if shape is not None:
-            self.shapes[own] = shape
-        return own
+            self.shapes[unique] = shape
+        return unique
 
-    def renamed(self, value: str, name: str, since: int) -> str:
+    def rename_output(self, value: str, name: str, start: int) -> str:
         """Give what the operations since some place come to the name of the layer, and return it."""
-        made = {output for node in self.nodes[since:] for output in node.outputs}
-        if value not in made:
+        outputs = {output for node in self.nodes[start:] for output in node.outputs}
+        if value not in outputs:
             return value
-        own = self.fresh(name, self.shapes.pop(value, None))
-        self.nodes[since:] = [
-            replace(node, inputs=_replaced(node.inputs, value, own), outputs=_replaced(node.outputs, value, own))
-            for node in self.nodes[since:]
+        new_name = self.fresh(name, self.shapes.pop(value, None))
+        self.nodes[start:] = [
+            replace(
+                node,
+                inputs=_with_renamed(node.inputs, value, new_name),
+                outputs=_with_renamed(node.outputs, value, new_name),
+            )
+            for node in self.nodes[start:]
         ]
-        if value in self.looks:
-            self.looks[own] = self.looks.pop(value)
-        return own
+        if value in self.observed:
+            self.observed[new_name] = self.observed.pop(value)
+        return new_name
 
     def add(
         self,
@@ -111,7 +115,7 @@ class GraphBuilder:
         return name
 
     @contextmanager
-    def undone_on_failure(self) -> Generator[None]:
+    def rollback(self) -> Generator[None]:
         """Take back what was put in, if something is not known."""
         nodes, uses = len(self.nodes), self.uses.copy()
         try:
@@ -122,22 +126,22 @@ class GraphBuilder:
             raise
 
     @property
-    def showable(self) -> dict[str, ObservedValue]:
+    def observable(self) -> dict[str, ObservedValue]:
         """What can be looked at while it runs; of a layer that is called twice, nobody knows which is which."""
-        made = {output for node in self.nodes for output in node.outputs}
-        times = Counter(look.names for name, look in self.looks.items() if name in made)
-        called = Counter(met.names for met in self.met)
+        outputs = {output for node in self.nodes for output in node.outputs}
+        observed_times = Counter(value.names for name, value in self.observed.items() if name in outputs)
+        call_times = Counter(layer_call.names for layer_call in self.called)
         return {
-            name: look
-            for name, look in self.looks.items()
-            if name in made and times[look.names] == called[look.names] == 1
+            name: value
+            for name, value in self.observed.items()
+            if name in outputs and observed_times[value.names] == call_times[value.names] == 1
         }
 
     def graph(self, outputs: Sequence[str]) -> ChannelGraph:
         """Return what has grown."""
         return ChannelGraph(
             nodes=tuple(self.nodes),
-            weights=_Read(self._model, self._weights),
+            weights=_LazyWeights(self._model, self._weights),
             views=self.views,
             uses=self.uses,
             shapes=self.shapes,
@@ -146,7 +150,7 @@ class GraphBuilder:
         )
 
 
-class _Read(Mapping[str, Array]):
+class _LazyWeights(Mapping[str, Array]):
     """Weights, read when they are first looked at."""
 
     def __init__(self, model: ModelFile, tensors: Mapping[str, Tensor]) -> None:
@@ -166,22 +170,22 @@ class _Read(Mapping[str, Array]):
         return len(self._tensors)
 
 
-def _replaced(names: tuple[str, ...], old: str, new: str) -> tuple[str, ...]:
+def _with_renamed(names: tuple[str, ...], old: str, new: str) -> tuple[str, ...]:
     return tuple(new if name == old else name for name in names)
 
 
 @dataclass(frozen=True, slots=True)
-class Called:
+class LayerContext:
     """A layer with what is known of its inputs; what is not makes it unknown."""
 
-    net: GraphBuilder
+    builder: GraphBuilder
     names: tuple[str, ...]
     """Of the models around it, and its own."""
     step: LayerCall
     inputs: tuple[str, ...]
     """Values, those that are given by name behind the others."""
-    leaves: Mapping[str, Tensor]
-    words: tuple[str, ...] = ()
+    weights: Mapping[str, Tensor]
+    keywords: tuple[str, ...] = ()
     """The names of the last inputs."""
 
     @property
@@ -203,9 +207,9 @@ class Called:
 
     def shape(self, value: str) -> Shape:
         """Return a shape with its batch."""
-        if value not in self.net.shapes:
+        if value not in self.builder.shapes:
             raise UnknownShapeError
-        return self.net.shapes[value]
+        return self.builder.shapes[value]
 
     @property
     def batch(self) -> int:
@@ -216,42 +220,42 @@ class Called:
         """Return the shape of what comes out, with its batch."""
         return with_batch(matmuls.output(self.step), self.batch)
 
-    def does(self, kind: OpKind, inputs: Sequence[str], shape: Shape, **attributes: Any) -> str:
+    def emit(self, kind: OpKind, inputs: Sequence[str], shape: Shape, **attributes: Any) -> str:
         """Put in an operation with one output."""
         if any(length == 0 for length in shape):
             raise UnknownShapeError
-        return self.net.add(self.name, self.op, kind, inputs, (shape,), **attributes)[0]
+        return self.builder.add(self.name, self.op, kind, inputs, (shape,), **attributes)[0]
 
-    def weight(self, leaf: str, axes: Sequence[int | None]) -> str:
+    def weight_view(self, leaf: str, axes: Sequence[int | None]) -> str:
         """Return a weight as an operation sees it; empty if the layer has none of that name."""
-        tensor = self.leaves.get(leaf)
-        return "" if tensor is None else self.net.view(tensor, axes)
+        tensor = self.weights.get(leaf)
+        return "" if tensor is None else self.builder.view(tensor, axes)
 
-    def turned(self, value: str, order: Sequence[int]) -> str:
+    def transpose(self, value: str, order: Sequence[int]) -> str:
         """Put the axes of a value in another order."""
         if list(order) == list(range(len(order))):
             return value
         shape = self.shape(value)
-        return self.does(OpKind.TRANSPOSE, (value,), tuple(shape[axis] for axis in order), order=tuple(order))
+        return self.emit(OpKind.TRANSPOSE, (value,), tuple(shape[axis] for axis in order), order=tuple(order))
 
-    def forward(self, value: str) -> str:
+    def to_channels_first(self, value: str) -> str:
         """Put channels in front of space, where they are not."""
         rank = len(self.shape(value))
-        return value if self.step.is_channels_first else self.turned(value, (0, rank - 1, *range(1, rank - 1)))
+        return value if self.step.is_channels_first else self.transpose(value, (0, rank - 1, *range(1, rank - 1)))
 
-    def back(self, value: str) -> str:
+    def from_channels_first(self, value: str) -> str:
         """Put channels where the layer has them."""
         rank = len(self.shape(value))
-        return value if self.step.is_channels_first else self.turned(value, (0, *range(2, rank), 1))
+        return value if self.step.is_channels_first else self.transpose(value, (0, *range(2, rank), 1))
 
-    def fronted(self, shape: Shape) -> Shape:
+    def channels_first_shape(self, shape: Shape) -> Shape:
         """Return a shape of the layer's with channels in front of space."""
         return shape if self.step.is_channels_first else (shape[0], shape[-1], *shape[1:-1])
 
 
 def with_batch(shape: Sequence[int | None] | None, batch: int) -> Shape:
     """Return a shape with its batch; UnknownShapeError if a length is not known."""
-    found = [] if shape is None else [length for length in shape if length is not None]
-    if shape is None or len(found) != len(shape):
+    lengths = [] if shape is None else [length for length in shape if length is not None]
+    if shape is None or len(lengths) != len(shape):
         raise UnknownShapeError
-    return (batch, *found)
+    return (batch, *lengths)

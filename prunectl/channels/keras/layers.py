@@ -1,4 +1,4 @@
-"""Keras layers that move numbers about, slide windows over space, or put values together."""
+"""Keras layers that move numbers about, slide windows over space, or merge values."""
 
 from __future__ import annotations
 
@@ -6,94 +6,94 @@ from collections.abc import Mapping
 from typing import Any
 
 from prunectl.channels.graph import OpKind
-from prunectl.channels.keras.builder import Called, with_batch
+from prunectl.channels.keras.builder import LayerContext, with_batch
 from prunectl.formats.keras.config import named, text
 from prunectl.formats.keras.flops.shapes import UnknownShapeError, untuple
 
 
-def spatial(call: Called) -> str:
+def pool_or_pad(call: LayerContext) -> str:
     """Pools, borders and sizes: axes of space change, or go."""
-    shape, made = call.shape(call.data), call.made()
+    shape, output = call.shape(call.data), call.made()
     first = 2 if call.step.is_channels_first else 1
-    return call.does(OpKind.STRETCH, (call.data,), made, axes=tuple(range(first, first + len(shape) - 2)))
+    return call.emit(OpKind.ALONG_AXES, (call.data,), output, axes=tuple(range(first, first + len(shape) - 2)))
 
 
-def concatenated(call: Called) -> str:
+def concatenate(call: LayerContext) -> str:
     """One behind the other."""
-    made = call.made()
+    output = call.made()
     axis = call.step.number("axis", -1)
-    if axis == 0 or any(len(call.shape(value)) != len(made) for value in call.inputs):
+    if axis == 0 or any(len(call.shape(value)) != len(output) for value in call.inputs):
         raise UnknownShapeError
-    return call.does(OpKind.CONCAT, call.inputs, made, axis=axis % len(made))
+    return call.emit(OpKind.CONCAT, call.inputs, output, axis=axis % len(output))
 
 
-def flat(call: Called) -> str:
+def flatten(call: LayerContext) -> str:
     """All axes in one; space before channels, whatever the layer has."""
     data = call.data
     if call.step.is_channels_first and len(call.shape(data)) > 2:
-        data = call.turned(data, (0, *range(2, len(call.shape(data))), 1))
-    return call.does(OpKind.RESHAPE, (data,), call.made())
+        data = call.transpose(data, (0, *range(2, len(call.shape(data))), 1))
+    return call.emit(OpKind.RESHAPE, (data,), call.made())
 
 
-def reshaped(call: Called) -> str:
+def reshape(call: LayerContext) -> str:
     """Another shape."""
-    return call.does(OpKind.RESHAPE, (call.data,), call.made())
+    return call.emit(OpKind.RESHAPE, (call.data,), call.made())
 
 
-def permuted(call: Called) -> str:
+def permute(call: LayerContext) -> str:
     """Axes in another order, counted from 1."""
-    made = call.made()
-    order = (0, *call.step.numbers("dims", len(made) - 1))
-    return call.does(OpKind.TRANSPOSE, (call.data,), made, order=order)
+    output = call.made()
+    order = (0, *call.step.numbers("dims", len(output) - 1))
+    return call.emit(OpKind.TRANSPOSE, (call.data,), output, order=order)
 
 
-def repeated(call: Called) -> str:
+def repeat(call: LayerContext) -> str:
     """The same again and again along a new axis."""
-    shape, made = call.shape(call.data), call.made()
-    line = call.does(OpKind.RESHAPE, (call.data,), (shape[0], 1, *shape[1:]))
-    return call.does(OpKind.STRETCH, (line,), made, axes=(1,))
+    shape, output = call.shape(call.data), call.made()
+    row = call.emit(OpKind.RESHAPE, (call.data,), (shape[0], 1, *shape[1:]))
+    return call.emit(OpKind.ALONG_AXES, (row,), output, axes=(1,))
 
 
-def normal(call: Called) -> str:
+def normalize(call: LayerContext) -> str:
     """What needs all numbers of some axes at once, and leaves the shape as it is."""
     shape = call.shape(call.data)
-    said = untuple(call.step.config.get("axis", -1))
-    axes = said if isinstance(said, list) else [said]
+    setting = untuple(call.step.config.get("axis", -1))
+    axes = setting if isinstance(setting, list) else [setting]
     if not all(type(axis) is int and -len(shape) < axis < len(shape) for axis in axes):
         raise UnknownShapeError
-    return call.does(OpKind.STRETCH, (call.data,), shape, axes=tuple(sorted({axis % len(shape) for axis in axes})))
+    return call.emit(OpKind.ALONG_AXES, (call.data,), shape, axes=tuple(sorted({axis % len(shape) for axis in axes})))
 
 
-def together(call: Called) -> str:
+def merge(call: LayerContext) -> str:
     """Sums, products, means: what meets at a position."""
-    made = call.made()
-    if any(len(call.shape(value)) != len(made) for value in call.inputs):
+    output = call.made()
+    if any(len(call.shape(value)) != len(output) for value in call.inputs):
         # Keras and NumPy do not agree on how to match ranks.
         raise UnknownShapeError
-    return call.does(OpKind.EACH, call.inputs, made)
+    return call.emit(OpKind.ELEMENTWISE, call.inputs, output)
 
 
-def alike(call: Called) -> str:
+def merge_same_shape(call: LayerContext) -> str:
     """Sums of values of one shape."""
     shapes = {call.shape(value) for value in call.inputs}
     if len(shapes) != 1:
         raise UnknownShapeError
-    return call.does(OpKind.EACH, call.inputs, shapes.pop())
+    return call.emit(OpKind.ELEMENTWISE, call.inputs, shapes.pop())
 
 
-def alone(call: Called) -> str:
+def elementwise(call: LayerContext) -> str:
     """Element by element."""
-    return call.does(OpKind.EACH, (call.data,), call.shape(call.data))
+    return call.emit(OpKind.ELEMENTWISE, (call.data,), call.shape(call.data))
 
 
-def rescaled(call: Called) -> str:
+def rescale(call: LayerContext) -> str:
     """The same scale and offset for all."""
     if any(isinstance(untuple(call.step.config.get(key)), list) for key in ("scale", "offset")):
         raise UnknownShapeError
-    return alone(call)
+    return elementwise(call)
 
 
-def loosely(call: Called) -> str:
+def broadcast(call: LayerContext) -> str:
     """Arithmetic with broadcasting as NumPy has it."""
     shapes = [call.shape(value) for value in call.inputs]
     rank = max(map(len, shapes), default=0)
@@ -102,7 +102,7 @@ def loosely(call: Called) -> str:
     if any(len(axis) > 1 for axis in lengths):
         raise UnknownShapeError
     longest = [max(axis, default=1) for axis in lengths]
-    return call.does(OpKind.EACH, call.inputs, with_batch(longest[1:], call.batch))
+    return call.emit(OpKind.ELEMENTWISE, call.inputs, with_batch(longest[1:], call.batch))
 
 
 _ELEMENTWISE_ACTIVATIONS = frozenset(
@@ -113,52 +113,52 @@ _ELEMENTWISE_ACTIVATIONS = frozenset(
         *("sparsesigmoid",),
     }
 )
-_STEADY = frozenset(
+_ZERO_KEEPING = frozenset(
     {
         *("linear", "relu", "relu6", "leakyrelu", "elu", "selu", "gelu", "celu", "silu", "swish", "mish", "sigmoid"),
         *("hardswish", "hardsilu", "hardtanh", "tanh", "softsign"),
     }
 )
 """Those that a unit can be left to that has no weights any more: it stays where it is."""
-_OVER_THE_LAST = frozenset({"softmax", "logsoftmax", "sparsemax"})
+_SOFTMAX_LIKE = frozenset({"softmax", "logsoftmax", "sparsemax"})
 
 
-def activated(call: Called, value: str) -> str:
+def apply_activation(call: LayerContext, value: str) -> str:
     """Put in what a layer does to its own output."""
-    return by_name(call, value, name_of(call.step.config.get("activation")))
+    return activation(call, value, activation_name(call.step.config.get("activation")))
 
 
-def by_name(call: Called, value: str, name: str) -> str:
+def activation(call: LayerContext, value: str, name: str) -> str:
     """Put in an activation."""
     shape = call.shape(value)
     if name == "linear":
         return value
     if name in _ELEMENTWISE_ACTIVATIONS:
-        return call.does(OpKind.EACH, (value,), shape)
-    kind = OpKind.STRETCH if name in _OVER_THE_LAST else OpKind.UNKNOWN
-    words: dict[str, Any] = {"axes": (len(shape) - 1,)} if kind is OpKind.STRETCH else {}
-    return call.net.add(call.name, name, kind, (value,), (shape,), **words)[0]
+        return call.emit(OpKind.ELEMENTWISE, (value,), shape)
+    kind = OpKind.ALONG_AXES if name in _SOFTMAX_LIKE else OpKind.UNKNOWN
+    attributes: dict[str, Any] = {"axes": (len(shape) - 1,)} if kind is OpKind.ALONG_AXES else {}
+    return call.builder.add(call.name, name, kind, (value,), (shape,), **attributes)[0]
 
 
-def is_steady(config: Mapping[str, Any]) -> bool:
+def keeps_zero(config: Mapping[str, Any]) -> bool:
     """Whether a recurrent layer has activations under which its units do not meet but in its weights."""
     return (
-        name_of(config.get("activation")) in _STEADY
-        and name_of(config.get("recurrent_activation")) in _ELEMENTWISE_ACTIVATIONS
+        activation_name(config.get("activation")) in _ZERO_KEEPING
+        and activation_name(config.get("recurrent_activation")) in _ELEMENTWISE_ACTIVATIONS
     )
 
 
-def name_of(said: Any) -> str:
+def activation_name(value: Any) -> str:
     """Return the name of an activation as one word in small letters."""
-    if said is None:
+    if value is None:
         return "linear"
-    if isinstance(said, dict) and text(said, "class_name") == "function":
+    if isinstance(value, dict) and text(value, "class_name") == "function":
         # One that somebody registered is not the one of Keras, whatever its name is.
-        said = said.get("registered_name") if ">" in text(said, "registered_name") else said.get("config")
-        return str(said).replace("_", "").lower()
-    if isinstance(said, str) and ">" in said:
-        return said
-    return named(said).replace("_", "").lower()
+        value = value.get("registered_name") if ">" in text(value, "registered_name") else value.get("config")
+        return str(value).replace("_", "").lower()
+    if isinstance(value, str) and ">" in value:
+        return value
+    return named(value).replace("_", "").lower()
 
 
 _ELEMENTWISE_FUNCTIONS = frozenset(
@@ -172,9 +172,9 @@ _ELEMENTWISE_FUNCTIONS = frozenset(
 )
 
 
-def function(call: Called) -> str:
+def function(call: LayerContext) -> str:
     """A function, told by its name: the last of `math.multiply`, or the class of an operation."""
     name = call.step.word("function").rpartition(".")[2].replace("_", "")
     if name not in _ELEMENTWISE_FUNCTIONS or call.step.flag("has_lists"):
         raise UnknownShapeError
-    return loosely(call)
+    return broadcast(call)

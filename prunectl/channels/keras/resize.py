@@ -14,111 +14,115 @@ from prunectl.formats.keras.flops.recurrent import GATES
 from prunectl.formats.keras.flops.shapes import untuple
 
 
-def tell_built(layer: dict[str, Any], met: CalledLayer, after: PrunedShapes) -> None:
+def update_build_config(layer: dict[str, Any], layer_call: CalledLayer, after: PrunedShapes) -> None:
     """Set right what Keras says that a layer was built for: shapes in the order of what goes in, or by its names."""
-    said = layer.get("build_config")
-    named = part(said, "shapes_dict")
-    if "query_shape" in named:
-        tell_three(named, met, after)
+    build_config = layer.get("build_config")
+    shapes_by_name = part(build_config, "shapes_dict")
+    if "query_shape" in shapes_by_name:
+        update_qkv(shapes_by_name, layer_call, after)
         return
-    values = iter(met.inputs)
-    for shape in shapes_in(said):
-        shorten(shape, next(values, ""), after)
+    values = iter(layer_call.inputs)
+    for shape in shapes_in(build_config):
+        update_shape(shape, next(values, ""), after)
 
 
-def tell_three(said: Mapping[str, Any], met: CalledLayer, after: PrunedShapes) -> None:
+def update_qkv(shapes_by_name: Mapping[str, Any], layer_call: CalledLayer, after: PrunedShapes) -> None:
     """Set right the shapes of query, value and key."""
-    three = (*met.inputs, met.inputs[-1])[:3]
-    for word, value in zip(("query", "value", "key"), three, strict=False):
-        for shape in shapes_in(said.get(f"{word}_shape")):
-            shorten(shape, value, after)
+    inputs = (*layer_call.inputs, layer_call.inputs[-1])[:3]
+    for name, value in zip(("query", "value", "key"), inputs, strict=False):
+        for shape in shapes_in(shapes_by_name.get(f"{name}_shape")):
+            update_shape(shape, value, after)
 
 
-def shapes_in(said: Any) -> Iterator[list[Any]]:
+def shapes_in(value: Any) -> Iterator[list[Any]]:
     """Yield the shapes in what Keras says a layer was built for, in their order."""
-    found = untuple(said)
-    if isinstance(found, list):
-        if found and all(length is None or type(length) is int for length in found):
-            yield found
+    unwrapped = untuple(value)
+    if isinstance(unwrapped, list):
+        if unwrapped and all(length is None or type(length) is int for length in unwrapped):
+            yield unwrapped
         else:
-            for one in found:
-                yield from shapes_in(one)
-    elif isinstance(found, dict):
-        for one in found.values():
-            yield from shapes_in(one)
+            for item in unwrapped:
+                yield from shapes_in(item)
+    elif isinstance(unwrapped, dict):
+        for item in unwrapped.values():
+            yield from shapes_in(item)
 
 
-def shorten(said: list[Any], value: str, after: PrunedShapes) -> None:
+def update_shape(shape: list[Any], value: str, after: PrunedShapes) -> None:
     """Set the lengths right that a value no longer has."""
     if not after.has_changed(value):
         return
     old, new = after.trace.shape(value), after.shape(value)
-    if len(said) != len(old):
+    if len(shape) != len(old):
         return
     for axis, pair in enumerate(zip(old, new, strict=True)):
-        if pair[0] != pair[1] and said[axis] is not None:
-            said[axis] = pair[1]
+        if pair[0] != pair[1] and shape[axis] is not None:
+            shape[axis] = pair[1]
 
 
-def tell(nodes: Any, values: Mapping[tuple[str, int, int], str], after: PrunedShapes) -> None:
+def update_tensors(nodes: Any, values: Mapping[tuple[str, int, int], str], after: PrunedShapes) -> None:
     """Set right what Keras 3 says of the shapes of values where a layer takes them: a layer, a call, an output."""
     if isinstance(nodes, list):
-        for one in nodes:
-            tell(one, values, after)
+        for node in nodes:
+            update_tensors(node, values, after)
     elif isinstance(nodes, dict):
         config = part(nodes, "config")
         history, shape = config.get("keras_history"), config.get("shape")
         if isinstance(history, list) and isinstance(shape, list):
-            shorten(shape, values.get(tuple(history), ""), after)
+            update_shape(shape, values.get(tuple(history), ""), after)
         else:
-            for one in nodes.values():
-                tell(one, values, after)
+            for node in nodes.values():
+                update_tensors(node, values, after)
 
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of what is left of each weight."""
-_SAID = ("batch_input_shape", "batch_shape", "build_input_shape", "input_shape")
-_OLD_WORDS = {"filters": "nb_filter", "units": "output_dim"}
+_SHAPE_KEYS = ("batch_input_shape", "batch_shape", "build_input_shape", "input_shape")
+_KERAS1_NAMES = {"filters": "nb_filter", "units": "output_dim"}
 """What Keras 1 called a setting."""
 
 
-def resize_config(config: Mapping[str, Any], net: GraphBuilder, after: PrunedShapes, left: Shapes) -> dict[str, Any]:
+def resize_config(
+    config: Mapping[str, Any], builder: GraphBuilder, after: PrunedShapes, left: Shapes
+) -> dict[str, Any]:
     """Return the configuration of the smaller network."""
-    found: dict[str, Any] = copy.deepcopy(dict(config))
-    for met in net.met:
-        layer = get_at(found, met.spot)
-        _resize(layer, met, after, left)
-        if upgrade_class_name(text(layer, "class_name")) == "GroupNormalization" and after.has_changed(met.inputs[0]):
-            layer["config"]["groups"] = _fewer_groups(get_at(config, met.spot)["config"], met, after)
-        tell_built(layer, met, after)
-        for key in _SAID:
-            for said in shapes_in(part(layer, "config").get(key)):
-                shorten(said, met.inputs[0] if met.inputs else "", after)
+    resized: dict[str, Any] = copy.deepcopy(dict(config))
+    for layer_call in builder.called:
+        layer = get_at(resized, layer_call.path)
+        _resize(layer, layer_call, after, left)
+        if upgrade_class_name(text(layer, "class_name")) == "GroupNormalization" and after.has_changed(
+            layer_call.inputs[0]
+        ):
+            layer["config"]["groups"] = _norm_groups(get_at(config, layer_call.path)["config"], layer_call, after)
+        update_build_config(layer, layer_call, after)
+        for key in _SHAPE_KEYS:
+            for shape in shapes_in(part(layer, "config").get(key)):
+                update_shape(shape, layer_call.inputs[0] if layer_call.inputs else "", after)
     values: dict[ConfigPath, dict[tuple[str, int, int], str]] = {}
-    for (spot, name, node, tensor), value in net.said.items():
+    for (spot, name, node, tensor), value in builder.references.items():
         if after.has_changed(value):
             values.setdefault(spot, {})[name, node, tensor] = value
     for spot, changed in values.items():
-        for layer in get_at(found, spot)["config"]["layers"]:
-            tell(layer.get("inbound_nodes"), changed, after)
-    return found
+        for layer in get_at(resized, spot)["config"]["layers"]:
+            update_tensors(layer.get("inbound_nodes"), changed, after)
+    return resized
 
 
-def _resize(layer: dict[str, Any], met: CalledLayer, after: PrunedShapes, left: Shapes) -> None:
+def _resize(layer: dict[str, Any], layer_call: CalledLayer, after: PrunedShapes, pruned_shapes: Shapes) -> None:
     """Set the numbers of channels of a layer."""
     kind = upgrade_class_name(text(layer, "class_name"))
-    shapes = {leaf: left.get(tensor.name, tensor.shape) for leaf, tensor in met.leaves.items()}
+    shapes = {leaf: pruned_shapes.get(tensor.name, tensor.shape) for leaf, tensor in layer_call.weights.items()}
     settings = layer["config"]
-    changed = {leaf for leaf, tensor in met.leaves.items() if shapes[leaf] != tensor.shape}
-    for key, leaf, axis in _NUMBERS.get(kind, ()):
+    changed = {leaf for leaf, tensor in layer_call.weights.items() if shapes[leaf] != tensor.shape}
+    for key, leaf, axis in _SIZE_SETTINGS.get(kind, ()):
         if leaf in changed:
-            settings[key if key in settings else _OLD_WORDS.get(key, key)] = shapes[leaf][axis]
+            settings[key if key in settings else _KERAS1_NAMES.get(key, key)] = shapes[leaf][axis]
     if "kernel" in changed and settings.get("groups", 1) > 1:
-        settings["groups"] = _groups(settings, met, after)
-    if kind == "Reshape" and after.has_changed(met.outputs[0]):
-        _reshape(settings, met.outputs[0], after)
+        settings["groups"] = _conv_groups(settings, layer_call, after)
+    if kind == "Reshape" and after.has_changed(layer_call.outputs[0]):
+        _resize_reshape(settings, layer_call.outputs[0], after)
     if kind == "MultiHeadAttention":
-        _attend(settings, met, shapes, changed, after)
+        _resize_attention(settings, layer_call, shapes, changed, after)
     if kind == "Bidirectional":
         for way in ("forward", "backward"):
             inner = settings.get("layer" if way == "forward" else "backward_layer")
@@ -126,33 +130,35 @@ def _resize(layer: dict[str, Any], met: CalledLayer, after: PrunedShapes, left: 
                 inner["config"]["units"] = shapes[f"{way}/recurrent_kernel"][0]
 
 
-def _attend(settings: dict[str, Any], met: CalledLayer, left: Shapes, changed: set[str], after: PrunedShapes) -> None:
+def _resize_attention(
+    settings: dict[str, Any], layer_call: CalledLayer, pruned_shapes: Shapes, changed: set[str], after: PrunedShapes
+) -> None:
     """Set the shapes of an attention right; its output has as many channels as its query unless it is said."""
-    tell_three(settings, met, after)
-    made = left["output/kernel"][-1] if "output/kernel" in left else 0
-    is_said = settings.get("output_shape") is not None
-    if changed and made and (is_said or made != after.shape(met.inputs[0])[-1]):
-        settings["output_shape"] = [made]
+    update_qkv(settings, layer_call, after)
+    channels = pruned_shapes["output/kernel"][-1] if "output/kernel" in pruned_shapes else 0
+    is_explicit = settings.get("output_shape") is not None
+    if changed and channels and (is_explicit or channels != after.shape(layer_call.inputs[0])[-1]):
+        settings["output_shape"] = [channels]
 
 
-def _fewer_groups(settings: Mapping[str, Any], met: CalledLayer, after: PrunedShapes) -> int:
+def _norm_groups(settings: Mapping[str, Any], layer_call: CalledLayer, after: PrunedShapes) -> int:
     """Return the number of groups: each has as many channels as before."""
     axis = untuple(settings.get("axis", -1))
     axis = axis[0] if isinstance(axis, list) else axis
     groups: int = settings.get("groups", 32)
-    data = met.inputs[0]
+    data = layer_call.inputs[0]
     return groups if groups == -1 else after.shape(data)[axis] * groups // after.trace.shape(data)[axis]
 
 
-def _groups(settings: Mapping[str, Any], met: CalledLayer, after: PrunedShapes) -> int:
+def _conv_groups(settings: Mapping[str, Any], layer_call: CalledLayer, after: PrunedShapes) -> int:
     """Return the groups of a convolution; channel by channel there are as many as channels."""
     axis = 1 if settings.get("data_format") == "channels_first" else -1
     groups: int = settings["groups"]
-    data = met.inputs[0]
+    data = layer_call.inputs[0]
     return after.shape(data)[axis] if groups == after.trace.shape(data)[axis] else groups
 
 
-def _reshape(settings: dict[str, Any], value: str, after: PrunedShapes) -> None:
+def _resize_reshape(settings: dict[str, Any], value: str, after: PrunedShapes) -> None:
     target, new, old = untuple(settings["target_shape"]), after.shape(value)[1:], after.trace.shape(value)[1:]
     for axis, length in enumerate(target):
         if length != -1 and old[axis] != new[axis]:
@@ -160,7 +166,7 @@ def _reshape(settings: dict[str, Any], value: str, after: PrunedShapes) -> None:
 
 
 _WINDOW = (("filters", "kernel", -1),)
-_NUMBERS: Mapping[str, tuple[tuple[str, str, int], ...]] = {
+_SIZE_SETTINGS: Mapping[str, tuple[tuple[str, str, int], ...]] = {
     **dict.fromkeys(("Conv1D", "Conv2D", "Conv3D"), _WINDOW),
     **dict.fromkeys(("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"), (("filters", "kernel", -2),)),
     **dict.fromkeys(("DepthwiseConv1D", "DepthwiseConv2D"), (("depth_multiplier", "depthwise_kernel", -1),)),

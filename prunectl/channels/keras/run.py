@@ -49,50 +49,50 @@ class EditedFile:
     """Weights by their names."""
 
 
-def write(opened: LoadedKeras, draft: EditedFile, target: Path) -> None:
+def write(loaded: LoadedKeras, edited: EditedFile, target: Path) -> None:
     """Write a file that is laid out like the one that was read."""
-    model = opened.model
+    model = loaded.model
     if model.format == "keras-h5":
         attributes: dict[tuple[str, str], str | list[str] | None] = (
-            {} if draft.config is None else {("", "model_config"): json.dumps(draft.config)}
+            {} if edited.config is None else {("", "model_config"): json.dumps(edited.config)}
         )
-        _write_h5(opened, draft, H5Edits(attributes=attributes), target)
+        _write_h5(loaded, edited, H5Edits(attributes=attributes), target)
         return
     with temporary_folder() as scratch:
         weights = scratch / WEIGHTS
-        _write_h5(opened, draft, H5Edits(), weights)
+        _write_h5(loaded, edited, H5Edits(), weights)
         with weights.open("rb") as file:
-            pieces = iter(partial(file.read, _PIECE), b"")
-            changed: dict[str, Any] = {WEIGHTS: (weights.stat().st_size, pieces)}
-            if draft.config is not None:
-                text = json.dumps(draft.config).encode()
+            chunks = iter(partial(file.read, _PIECE), b"")
+            changed: dict[str, Any] = {WEIGHTS: (weights.stat().st_size, chunks)}
+            if edited.config is not None:
+                text = json.dumps(edited.config).encode()
                 changed[_CONFIG] = (len(text), [text])
             zip_write.rewrite_zip(open_archive(model.path), target, changed)
 
 
-def _write_h5(opened: LoadedKeras, draft: EditedFile, edits: H5Edits, target: Path) -> None:
-    stored = opened.stored
-    paths = {tensor.name: stored.path(tensor) for tensor in opened.model.tensors}
-    arrays = {paths[name]: np.ascontiguousarray(array) for name, array in draft.arrays.items()}
-    edited = target.with_name(f"{target.name}.edited")
+def _write_h5(loaded: LoadedKeras, edited: EditedFile, h5_edits: H5Edits, target: Path) -> None:
+    stored = loaded.stored
+    paths = {tensor.name: stored.path(tensor) for tensor in loaded.model.tensors}
+    arrays = {paths[name]: np.ascontiguousarray(array) for name, array in edited.arrays.items()}
+    intermediate = target.with_name(f"{target.name}.edited")
     nbytes = stored.file.stat().st_size
     try:
-        rewrite.edit(stored.file, edited, edits, stored.contents, opened.model.path)
+        rewrite.edit(stored.file, intermediate, h5_edits, stored.contents, loaded.model.path)
         run_sandboxed(
-            partial(_rebuilt, edited, target, arrays, opened.model.path),
-            opened.model.path,
+            partial(_rebuilt, intermediate, target, arrays, loaded.model.path),
+            loaded.model.path,
             seconds=10 + nbytes / _BYTES_PER_SECOND,
             extra_bytes=_ROOM + 2 * nbytes,
             written=(target,),
         )
     finally:
-        edited.unlink(missing_ok=True)
+        intermediate.unlink(missing_ok=True)
 
 
-def _rebuilt(source: Path, target: Path, arrays: Mapping[str, Array], shown: Path) -> bytes:
+def _rebuilt(source: Path, target: Path, arrays: Mapping[str, Array], display_path: Path) -> bytes:
     with h5py.File(source, "r", locking=False) as file:
         makers = {address_of(file[path]): partial(_resized, array) for path, array in arrays.items()}
-    rebuild_with(source, target, makers, shown)
+    rebuild_with(source, target, makers, display_path)
     return b""
 
 
@@ -106,83 +106,86 @@ def _resized(array: Array, old: Any, parent: Any, key: str) -> Any:
     return create_like(old, parent, key, numbers, space=h5py.h5s.create_simple(array.shape), properties=plan)
 
 
-_LOW = frozenset({"float16", "bfloat16", "mixed_float16", "mixed_bfloat16"})
-_LOWER = {"float32": _LOW, "float64": _LOW | {"float32"}}
+_LOW_PRECISION = frozenset({"float16", "bfloat16", "mixed_float16", "mixed_bfloat16"})
+_LOWER_THAN = {"float32": _LOW_PRECISION, "float64": _LOW_PRECISION | {"float32"}}
 
 
 def with_precision(precision: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the configuration with every lower precision raised to float32, or to float64."""
-    return {str(key): _changed(value, str(key), precision) for key, value in config.items()}
+    return {str(key): _raised(value, str(key), precision) for key, value in config.items()}
 
 
-def _changed(value: Any, key: str, precision: str) -> Any:
-    if key == "dtype" and (value if isinstance(value, str) else _policy(value)) in _LOWER[precision]:
+def _raised(value: Any, key: str, precision: str) -> Any:
+    if key == "dtype" and (value if isinstance(value, str) else _policy_name(value)) in _LOWER_THAN[precision]:
         return precision
     if isinstance(value, Mapping):
         return with_precision(precision, value)
     if isinstance(value, list):
-        return [_changed(one, "", precision) for one in value]
+        return [_raised(item, "", precision) for item in value]
     return value
 
 
-def _policy(value: Any) -> str:
+def _policy_name(value: Any) -> str:
     return text(part(value, "config"), "name")
 
 
-_FEW = 2
+_MAX_INTEGER = 2
 """Whole numbers go up to here, so that any table of words has them."""
 
 
-def random_inputs(opened: LoadedKeras, random: np.random.Generator) -> Feeds:
+def random_inputs(loaded: LoadedKeras, random: np.random.Generator) -> Feeds:
     """Return random inputs: numbers of words where they are looked up."""
-    words = {node.inputs[1] for node in opened.graph.nodes if node.kind is OpKind.EMBEDDING}
-    return {name: _feed(opened, name, words, random) for name in opened.graph.inputs}
+    lookups = {node.inputs[1] for node in loaded.graph.nodes if node.kind is OpKind.EMBEDDING}
+    return {name: _random_input(loaded, name, lookups, random) for name in loaded.graph.inputs}
 
 
 def runner(
-    opened: LoadedKeras, draft: EditedFile, origin: ModelOrigin, shown: Iterable[str], *, precision: str
+    loaded: LoadedKeras, edited: EditedFile, origin: ModelOrigin, observed: Iterable[str], *, precision: str
 ) -> Runner:
     """Return what Keras makes of a draft: its outputs, and what some layers give before their activations."""
-    config = with_precision(precision, opened.config if draft.config is None else draft.config)
+    config = with_precision(precision, loaded.config if edited.config is None else edited.config)
     with temporary_folder() as scratch:
-        path = scratch / f"draft{'.keras' if opened.model.format == 'keras' else '.h5'}"
-        write(opened, EditedFile(config, draft.arrays), path)
+        path = scratch / f"draft{'.keras' if loaded.model.format == 'keras' else '.h5'}"
+        write(loaded, EditedFile(config, edited.arrays), path)
         try:
-            loaded = load(open_model(path), origin, DevicePlacement())
+            keras_model = load(open_model(path), origin, DevicePlacement())
         except PrunectlError as error:
-            said = error.message.replace(str(path), str(opened.model.path))
-            raise type(error)(f"{said}; nothing was written", hint=error.hint) from error
+            message = error.message.replace(str(path), str(loaded.model.path))
+            raise type(error)(f"{message}; nothing was written", hint=error.hint) from error
         except Exception as error:
             raise WorkError(
                 f"the network cannot be loaded by Keras: {first_line(error)}; nothing was written"
             ) from error
-    names = tuple(shown)
-    showable = opened.net.showable
-    looks = {name: showable[name] for name in names}
-    seen: dict[str, list[Any]] = {name: [] for name in looks}
-    for name, look in looks.items():
-        _listen(_layer(loaded.model, look.names), seen[name])
+    names = tuple(observed)
+    showable = loaded.builder.observable
+    observed_values = {name: showable[name] for name in names}
+    recorded: dict[str, list[Any]] = {name: [] for name in observed_values}
+    for name, value in observed_values.items():
+        _record_activation(_layer(keras_model.model, value.names), recorded[name])
 
-    def run(given: Feeds) -> list[Any]:
-        for kept in seen.values():
-            kept.clear()
-        values = tuple(given[name] for name in opened.graph.inputs)
+    def run(feeds: Feeds) -> list[Any]:
+        for calls in recorded.values():
+            calls.clear()
+        values = tuple(feeds[name] for name in loaded.graph.inputs)
         with ignore_warnings():
-            made = loaded.model(compile_outputs.pack_inputs(loaded.model, values), training=False)
-        outputs = [_array(loaded.library, one) for one in flatten(made)]
+            result = keras_model.model(compile_outputs.pack_inputs(keras_model.model, values), training=False)
+        outputs = [_to_numpy(keras_model.library, item) for item in flatten(result)]
         # A layer that is called for each step in time gives its steps one by one; in the graph they are a batch.
-        inner = {name: np.concatenate([_array(loaded.library, one) for one in kept]) for name, kept in seen.items()}
-        return [*outputs, *(inner[name].transpose(looks[name].order) for name in names)]
+        recorded_values = {
+            name: np.concatenate([_to_numpy(keras_model.library, item) for item in calls])
+            for name, calls in recorded.items()
+        }
+        return [*outputs, *(recorded_values[name].transpose(observed_values[name].order) for name in names)]
 
     return run
 
 
-def _feed(opened: LoadedKeras, name: str, words: set[str], random: np.random.Generator) -> Array:
-    shape, kind = opened.graph.shapes[name], opened.net.inputs[name]
-    if kind == "string":
+def _random_input(loaded: LoadedKeras, name: str, lookups: set[str], random: np.random.Generator) -> Array:
+    shape, dtype = loaded.graph.shapes[name], loaded.builder.inputs[name]
+    if dtype == "string":
         raise WorkError(f"the network takes an input, {name}, of which nothing random can be made")
-    if name in words or kind.startswith(("int", "uint", "bool")):
-        return random.integers(0, _FEW, shape).astype(kind if name not in words else "int32")
+    if name in lookups or dtype.startswith(("int", "uint", "bool")):
+        return random.integers(0, _MAX_INTEGER, shape).astype(dtype if name not in lookups else "int32")
     return random.standard_normal(shape).astype(np.float32)
 
 
@@ -192,19 +195,19 @@ def _layer(model: Any, names: Iterable[str]) -> Any:
     return model
 
 
-def _listen(layer: Any, kept: list[Any]) -> None:
+def _record_activation(layer: Any, calls: list[Any]) -> None:
     """Let a layer put down what it hands to its activation."""
     activation: Callable[[Any], Any] = layer.activation
 
     def listening(value: Any) -> Any:
-        kept.append(value)
+        calls.append(value)
         return value if activation is None else activation(value)
 
     layer.activation = listening
 
 
-def _array(library: KerasLibrary, value: Any) -> Array:
+def _to_numpy(library: KerasLibrary, value: Any) -> Array:
     if library.is_keras2 or library.is_on_tensorflow:
         return np.asarray(value)
-    found: Array = library.keras.ops.convert_to_numpy(value)
-    return found
+    array: Array = library.keras.ops.convert_to_numpy(value)
+    return array

@@ -15,9 +15,9 @@ import numpy as np
 from prunectl.channels.adapter import Feeds, PrunedShapes, RemovedIndices, Runner
 from prunectl.channels.graph import ChannelGraph
 from prunectl.channels.keras import run as drafts
-from prunectl.channels.keras.adapter import KerasSource, require_followable
+from prunectl.channels.keras.adapter import KerasAdapter, require_followable
 from prunectl.channels.keras.traverse import load_keras
-from prunectl.channels.lengths import Lengths, Shapes
+from prunectl.channels.lengths import AxisLengths, Shapes
 from prunectl.errors import InputError, PrunectlError, WorkError, first_line
 from prunectl.formats.base import Array, ModelFile, Role
 from prunectl.formats.registry import open_model
@@ -37,11 +37,11 @@ from prunectl.training.keras.load import LoadedModel, load
 class RenamedWeights(Mapping[str, Array]):
     """Weights that are read when they are first looked at, each by a name of its own."""
 
-    def __init__(self, held: Mapping[str, Array], names: Mapping[str, str]) -> None:
-        self._held, self._names = held, names
+    def __init__(self, weights: Mapping[str, Array], names: Mapping[str, str]) -> None:
+        self._scratch_dir, self._names = weights, names
 
     def __getitem__(self, name: str) -> Array:
-        return self._held[self._names[name]]
+        return self._scratch_dir[self._names[name]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -50,14 +50,14 @@ class RenamedWeights(Mapping[str, Array]):
         return len(self._names)
 
 
-def renamed(weights: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
+def rename_weights(weights: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
     """Return some weights under other names."""
     return {names[name]: array for name, array in weights.items()}
 
 
 _SIGNATURES = frozenset({"serving_default", "__saved_model_init_op"})
-_OWN = frozenset({"saved_model.pb", "keras_metadata.pb", "fingerprint.pb", "variables"})
-_INSTEAD = "load it in Keras, save it as .keras, and prune that"
+_WRITTEN_BY_KERAS = frozenset({"saved_model.pb", "keras_metadata.pb", "fingerprint.pb", "variables"})
+_SAVE_AS_KERAS = "load it in Keras, save it as .keras, and prune that"
 
 
 def read_saved_model(model: ModelFile, origin: ModelOrigin, data: Shapes | None = None) -> SavedModelAdapter:
@@ -70,168 +70,169 @@ def read_saved_model(model: ModelFile, origin: ModelOrigin, data: Shapes | None 
     require_followable(model, origin)
     user_code.check(model, origin)
     _refuse_losses(model)
-    return SavedModelAdapter(model, origin, Lengths(origin.inputs, data))
+    return SavedModelAdapter(model, origin, AxisLengths(origin.inputs, data))
 
 
 class SavedModelAdapter:
     """A SavedModel, as cutting sees it."""
 
-    def __init__(self, model: ModelFile, origin: ModelOrigin, lengths: Lengths) -> None:
+    def __init__(self, model: ModelFile, origin: ModelOrigin, lengths: AxisLengths) -> None:
         self._model, self._origin = model, origin
-        self._held = Scratch()
-        self._scratch = self._held.path
+        self._scratch_dir = Scratch()
+        self._scratch = self._scratch_dir.path
         path = self._scratch / "model.h5"
-        with self._named():
+        with self._with_original_name():
             with ignore_warnings():
-                _save(load(model, origin, DevicePlacement()), path)
+                _save_with_keras(load(model, origin, DevicePlacement()), path)
             inner = open_model(path)
-            self._opened = load_keras(inner, lengths)
-            self._names = _matched(model, inner)
-            self._source = KerasSource(self._opened, origin)
+            self._loaded = load_keras(inner, lengths)
+            self._names = _match_weights(model, inner)
+            self._inner = KerasAdapter(self._loaded, origin)
 
     @cached_property
     def graph(self) -> ChannelGraph:
         """What can be followed; weights are called what the SavedModel calls them."""
-        found, names = self._source.graph, self._names
+        graph, names = self._inner.graph, self._names
         return replace(
-            found,
-            weights=RenamedWeights(found.weights, {names[name]: name for name in found.weights}),
-            views={name: replace(view, tensor=names[view.tensor]) for name, view in found.views.items()},
-            uses={names[name]: count for name, count in found.uses.items()},
+            graph,
+            weights=RenamedWeights(graph.weights, {names[name]: name for name in graph.weights}),
+            views={name: replace(view, tensor=names[view.tensor]) for name, view in graph.views.items()},
+            uses={names[name]: count for name, count in graph.uses.items()},
         )
 
     @property
-    def copies(self) -> Mapping[str, str]:
+    def copied_from(self) -> Mapping[str, str]:
         """Nothing: a layer that is called twice has its weights once."""
         return {}
 
     @property
-    def followers(self) -> Mapping[str, str]:
+    def coupled_tensors(self) -> Mapping[str, str]:
         """Nothing: what the optimizer keeps is left out."""
         return {}
 
     @property
-    def dropped(self) -> frozenset[str]:
+    def omitted_tensors(self) -> frozenset[str]:
         """What is no weight of a layer: the state of the optimizer, of metrics and of losses."""
         return frozenset({tensor.name for tensor in self._model.tensors}.difference(self._names.values()))
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a new SavedModel lacks."""
-        if not self.dropped and not self._model.about.training:
+        if not self.omitted_tensors and not self._model.about.training:
             return ()
         return ("Keras wrote the SavedModel anew, without the state of an optimizer, metrics, and how to train it.",)
 
     @property
-    def doubts(self) -> tuple[str, ...]:
+    def assumptions(self) -> tuple[str, ...]:
         """How long open axes were taken to be, where some layers do not fit that."""
-        return self._source.doubts
+        return self._inner.assumptions
 
     @property
-    def showable(self) -> frozenset[str]:
+    def observable(self) -> frozenset[str]:
         """What layers that are called once make before their activations."""
-        return self._source.showable
+        return self._inner.observable
 
-    def beside(self, target: Path) -> tuple[Path, ...]:
+    def companion_files(self, target: Path) -> tuple[Path, ...]:
         """Return nothing: a SavedModel is one folder."""
         del target
         return ()
 
-    def cut(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
+    def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
         """Return what changes in the file."""
-        own = {outer: name for name, outer in self._names.items()}
-        inner = {(own[name], axis): indices for (name, axis), indices in removed.items()}
-        return self._source.cut(inner, after, renamed(weights, own))
+        inner_names = {outer: name for name, outer in self._names.items()}
+        inner_removed = {(inner_names[name], axis): indices for (name, axis), indices in removed.items()}
+        return self._inner.prune(inner_removed, after, rename_weights(weights, inner_names))
 
     def with_weights(self, weights: Mapping[str, Array]) -> Any:
         """Return the network with other numbers in it."""
-        return self._source.with_weights(renamed(weights, {outer: name for name, outer in self._names.items()}))
+        return self._inner.with_weights(rename_weights(weights, {outer: name for name, outer in self._names.items()}))
 
-    def feeds(self, random: np.random.Generator) -> Feeds:
+    def random_inputs(self, random: np.random.Generator) -> Feeds:
         """Return random inputs."""
-        return self._source.feeds(random)
+        return self._inner.random_inputs(random)
 
     @property
     def has_float64(self) -> bool:
         """Always: a configuration says of each layer what it calculates in."""
-        return self._source.has_float64
+        return self._inner.has_float64
 
-    def runner(self, network: Any, shown: Iterable[str], *, is_wide: bool = False) -> Runner:
+    def runner(self, network: Any, observed: Iterable[str], *, in_float64: bool = False) -> Runner:
         """Return what Keras makes of a draft."""
-        with self._named():
-            return self._source.runner(network, shown, is_wide=is_wide)
+        with self._with_original_name():
+            return self._inner.runner(network, observed, in_float64=in_float64)
 
     def write(self, network: Any, folder: Path, target: Path) -> Path:
         """Let Keras write the smaller network as a folder."""
-        places = outputs.staged_paths(self._model, folder, target)
-        written = places[self._model.path / "saved_model.pb"].parent
+        staged = outputs.staged_paths(self._model, folder, target)
+        staged_folder = staged[self._model.path / "saved_model.pb"].parent
         path = self._scratch / "small.h5"
-        with self._named():
-            drafts.write(self._opened, network, path)
-            _save(load(open_model(path), self._origin, DevicePlacement()), written)
-        for source, place in places.items():
-            if source.relative_to(self._model.path).parts[0] not in _OWN:
-                shutil.copyfile(source, place)
-        return written
+        with self._with_original_name():
+            drafts.write(self._loaded, network, path)
+            _save_with_keras(load(open_model(path), self._origin, DevicePlacement()), staged_folder)
+        for source, staged_path in staged.items():
+            if source.relative_to(self._model.path).parts[0] not in _WRITTEN_BY_KERAS:
+                shutil.copyfile(source, staged_path)
+        return staged_folder
 
     @contextmanager
-    def _named(self) -> Generator[None]:
+    def _with_original_name(self) -> Generator[None]:
         """Say the name that the user knows, not that of a scratch file."""
         try:
             yield
         except PrunectlError as error:
-            said = [str(self._scratch / name) for name in ("model.h5", "small.h5")]
+            scratch_paths = [str(self._scratch / name) for name in ("model.h5", "small.h5")]
             message, hint = error.message, error.hint
-            for name in said:
+            for name in scratch_paths:
                 message, hint = message.replace(name, str(self._model.path)), hint.replace(name, str(self._model.path))
             raise type(error)(message, hint=hint) from error
 
 
-def _save(loaded: LoadedModel, path: Path) -> None:
+def _save_with_keras(loaded: LoadedModel, path: Path) -> None:
     """Write a model without its optimizer, as the name says."""
-    words = {"save_format": "h5" if path.suffix == ".h5" else "tf", "include_optimizer": False}
+    options = {"save_format": "h5" if path.suffix == ".h5" else "tf", "include_optimizer": False}
     try:
         with ignore_warnings():
-            loaded.model.save(str(path), **words)
+            loaded.model.save(str(path), **options)
     except Exception as error:
         raise WorkError(
             f"{loaded.file.path} cannot be written again by Keras: {first_line(error)}; nothing was written",
-            hint=_INSTEAD,
+            hint=_SAVE_AS_KERAS,
         ) from error
 
 
 def _refuse_losses(model: ModelFile) -> None:
     """Refuse what Keras would leave out when it writes the folder anew."""
     graph = read_graph(model.path / "saved_model.pb")
-    strange = sorted(set(graph.signatures) - _SIGNATURES)
-    lost = f"its signatures {', '.join(strange)}" if strange else ""
+    signatures = sorted(set(graph.signatures) - _SIGNATURES)
+    lost = f"its signatures {', '.join(signatures)}" if signatures else ""
     lost = lost or ("the files that its graph reads" if graph.assets else "")
     lost = lost or ("all of its graphs but one" if len(graph.graphs) > 1 else "")
     if lost:
-        raise InputError(f"{model.path} would lose {lost}, as Keras writes it anew", hint=_INSTEAD)
+        raise InputError(f"{model.path} would lose {lost}, as Keras writes it anew", hint=_SAVE_AS_KERAS)
 
 
-def _matched(model: ModelFile, inner: ModelFile) -> dict[str, str]:
+def _match_weights(model: ModelFile, inner: ModelFile) -> dict[str, str]:
     """Return what the SavedModel calls each weight of the HDF5 file that Keras made of it."""
     names = object_graph.read(read_bundle(model.path / "variables" / "variables.index")).full_names
-    held = {tensor.name: tensor for tensor in model.tensors}
-    known: dict[str, list[str]] = {}
-    for name in held:
-        known.setdefault(names.get(f"{name}{VALUE_SUFFIX}", ""), []).append(name)
-    found = {}
+    tensors = {tensor.name: tensor for tensor in model.tensors}
+    names_by_variable: dict[str, list[str]] = {}
+    for name in tensors:
+        names_by_variable.setdefault(names.get(f"{name}{VALUE_SUFFIX}", ""), []).append(name)
+    matches = {}
     for tensor in inner.tensors:
-        match known.get(tensor.name.removesuffix(":0"), ()):
-            case [name] if np.array_equal(model.read(held[name]), inner.read(tensor)):
-                found[tensor.name] = name
+        match names_by_variable.get(tensor.name.removesuffix(":0"), ()):
+            case [name] if np.array_equal(model.read(tensors[name]), inner.read(tensor)):
+                matches[tensor.name] = name
             case _:
                 raise InputError(
-                    f"{model.path} calls its weights so that {tensor.name} cannot be told from others", hint=_INSTEAD
+                    f"{model.path} calls its weights so that {tensor.name} cannot be told from others",
+                    hint=_SAVE_AS_KERAS,
                 )
-    strange = [
+    lost = [
         tensor.name
         for tensor in model.tensors
-        if tensor.is_float and tensor.role is not Role.OPTIMIZER and tensor.name not in found.values()
+        if tensor.is_float and tensor.role is not Role.OPTIMIZER and tensor.name not in matches.values()
     ]
-    if strange:
-        raise InputError(f"{model.path} would lose {strange[0]}, which is in no layer", hint=_INSTEAD)
-    return found
+    if lost:
+        raise InputError(f"{model.path} would lose {lost[0]}, which is in no layer", hint=_SAVE_AS_KERAS)
+    return matches

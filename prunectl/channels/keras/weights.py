@@ -27,18 +27,18 @@ class WeightFile:
     def __init__(self, model: ModelFile) -> None:
         self.model = model
         self._scratch: Scratch | None = None
-        self.file = model.path if model.format == "keras-h5" else self._taken_out()
+        self.file = model.path if model.format == "keras-h5" else self._extract()
         self.contents: H5Contents = read.read_contents(H5Location(self.file, 0, self.file.stat().st_size))
         self.root = layer_names_group(self.contents)
-        self._keys = {found.storage.key: found.name for found in self.contents.datasets}
+        self._keys = {dataset.storage.key: dataset.name for dataset in self.contents.datasets}
 
-    def _taken_out(self) -> Path:
+    def _extract(self) -> Path:
         self._scratch = Scratch()
-        weights = self._scratch.path / WEIGHTS
+        path = self._scratch.path / WEIGHTS
         archive = open_archive(self.model.path)
-        with weights.open("wb") as file:
+        with path.open("wb") as file:
             file.writelines(archive.pieces(archive.entries[WEIGHTS]))
-        return weights
+        return path
 
     def path(self, tensor: Tensor) -> str:
         """Return where a tensor stands in the HDF5 file."""
@@ -47,25 +47,30 @@ class WeightFile:
     @property
     def numbered(self) -> Mapping[str, tuple[Tensor, ...]]:
         """Weights that have only numbers, by their layer's path."""
-        found: dict[str, list[tuple[int, Tensor]]] = {}
+        by_layer: dict[str, list[tuple[int, Tensor]]] = {}
         for tensor in self.model.tensors:
             owner, marker, number = self.path(tensor).rpartition("/vars/")
             if marker and number.isdecimal() and tensor.role is not Role.OPTIMIZER:
-                found.setdefault(owner, []).append((int(number), tensor))
-        return {owner: tuple(tensor for _, tensor in sorted(some, key=_first_stored)) for owner, some in found.items()}
+                by_layer.setdefault(owner, []).append((int(number), tensor))
+        return {
+            owner: tuple(tensor for _, tensor in sorted(weights, key=_by_weight_number))
+            for owner, weights in by_layer.items()
+        }
 
     @property
     def named(self) -> Mapping[str, tuple[NamedWeight, ...]]:
         """Weights that have names, by the layer of the model that they are in, in the order of Keras."""
         tensors = {self.path(tensor): tensor for tensor in self.model.tensors}
         root = self.root or ""
-        found: dict[str, tuple[NamedWeight, ...]] = {}
+        by_layer: dict[str, tuple[NamedWeight, ...]] = {}
         for group in self.contents.names(root, "layer_names"):
             inside = f"{root}/{group}" if root else group
             names = self.contents.names(inside, "weight_names")
-            held = [(name, tensors.get(f"{inside}/{name}")) for name in names]
-            found[group] = tuple(NamedWeight(*_steps(name), tensor) for name, tensor in held if tensor is not None)
-        return found
+            weights = [(name, tensors.get(f"{inside}/{name}")) for name in names]
+            by_layer[group] = tuple(
+                NamedWeight(*_steps(name), tensor) for name, tensor in weights if tensor is not None
+            )
+        return by_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,7 @@ def _steps(name: str) -> tuple[tuple[str, ...], str]:
     return tuple(steps), leaf
 
 
-def _first_stored(pair: tuple[int, Tensor]) -> int:
+def _by_weight_number(pair: tuple[int, Tensor]) -> int:
     return pair[0]
 
 
@@ -93,15 +98,15 @@ ROOT: ConfigPath = ()
 _SPOT_WRAPPERS = (("layer", ("layer", "forward_layer")), ("backward_layer", ("backward_layer",)))
 """What a wrapper says is in it, and the attributes that it keeps it in."""
 _MAX_DEPTH = 40
-_PLAIN = frozenset({"name"})
+_NAME_ONLY = frozenset({"name"})
 
 
 @dataclass(frozen=True, slots=True)
 class LayerLocation:
     """A layer, and where it stands."""
 
-    spot: ConfigPath
-    found: Mapping[str, Any]
+    path: ConfigPath
+    layer: Mapping[str, Any]
     names: tuple[str, ...]
     """Of the models and wrappers around it, and its own."""
     slots: tuple[str, ...]
@@ -116,43 +121,43 @@ def located(config: Mapping[str, Any], slots: Mapping[str, LayerConfig]) -> tupl
     return tuple(_inside(config, (), (), {id(layer.config): path for path, layer in slots.items()}))
 
 
-def get_at(config: Any, spot: ConfigPath) -> Any:
+def get_at(config: Any, path: ConfigPath) -> Any:
     """Return what stands somewhere in a configuration."""
-    for key in spot:
+    for key in path:
         config = config[key]
     return config
 
 
-def is_operation(found: Mapping[str, Any]) -> bool:
+def is_operation(layer: Mapping[str, Any]) -> bool:
     """Whether this is a bare function of Keras 3 rather than a layer."""
-    if "module" in found:
-        return ".ops." in text(found, "module")
-    return found.get("config", {}).keys() == _PLAIN if isinstance(found.get("config"), dict) else False
+    if "module" in layer:
+        return ".ops." in text(layer, "module")
+    return layer.get("config", {}).keys() == _NAME_ONLY if isinstance(layer.get("config"), dict) else False
 
 
 def _inside(
-    model: Mapping[str, Any], around: ConfigPath, names: tuple[str, ...], folders: Mapping[int, str]
+    model: Mapping[str, Any], path: ConfigPath, names: tuple[str, ...], folders: Mapping[int, str]
 ) -> Iterator[LayerLocation]:
     entries = part(model, "config").get("layers")
-    for number, found in enumerate(entries if isinstance(entries, list) else ()):
-        if isinstance(found, dict):
-            folder = folders.get(id(found.get("config")))
-            spot = (*around, "config", "layers", number)
+    for number, layer in enumerate(entries if isinstance(entries, list) else ()):
+        if isinstance(layer, dict):
+            folder = folders.get(id(layer.get("config")))
+            layer_path = (*path, "config", "layers", number)
             slots = () if folder is None else (folder,)
-            yield from _with_inner(LayerLocation(spot, found, (*names, name_of(found)), slots), folders)
+            yield from _with_inner(LayerLocation(layer_path, layer, (*names, name_of(layer)), slots), folders)
 
 
-def _with_inner(one: LayerLocation, folders: Mapping[int, str]) -> Iterator[LayerLocation]:
-    yield one
-    if len(one.names) > _MAX_DEPTH:
+def _with_inner(location: LayerLocation, folders: Mapping[int, str]) -> Iterator[LayerLocation]:
+    yield location
+    if len(location.names) > _MAX_DEPTH:
         return
-    yield from _inside(one.found, one.spot, one.names, folders)
+    yield from _inside(location.layer, location.path, location.names, folders)
     for key, attributes in _SPOT_WRAPPERS:
-        inner = part(part(one.found, "config"), key)
+        inner = part(part(location.layer, "config"), key)
         if text(inner, "class_name"):
-            slots = tuple(f"{slot}/{attribute}" for slot in one.slots for attribute in attributes)
-            names = (*one.names, name_of(inner))
-            yield from _with_inner(LayerLocation((*one.spot, "config", key), inner, names, slots), folders)
+            slots = tuple(f"{slot}/{attribute}" for slot in location.slots for attribute in attributes)
+            names = (*location.names, name_of(inner))
+            yield from _with_inner(LayerLocation((*location.path, "config", key), inner, names, slots), folders)
 
 
 LayerWeights = Mapping[str, Tensor]
@@ -161,96 +166,98 @@ LayerWeights = Mapping[str, Tensor]
 
 def bind_weights(stored: WeightFile, layers: Sequence[LayerLocation]) -> dict[ConfigPath, LayerWeights]:
     """Return the weights of each layer that the file holds as its class has them."""
-    found = _bound_by_name(stored, layers) if stored.root is not None else _by_number(stored, layers)
-    return dict(found)
+    bound = _bound_by_name(stored, layers) if stored.root is not None else _bound_by_number(stored, layers)
+    return dict(bound)
 
 
-def expected_weights(found: Mapping[str, Any]) -> tuple[str, ...]:
+def expected_weights(layer: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what the weights of a layer are called, in the order of Keras; nothing for a class without any known."""
-    kind, config = upgrade_class_name(text(found, "class_name")), part(found, "config")
-    maker = _MAKERS.get(kind)
+    kind, config = upgrade_class_name(text(layer, "class_name")), part(layer, "config")
+    maker = _WEIGHTS_OF_LAYER.get(kind)
     return () if maker is None else maker(config)
 
 
-def _by_number(stored: WeightFile, layers: Sequence[LayerLocation]) -> Iterator[tuple[ConfigPath, LayerWeights]]:
-    held = stored.numbered
+def _bound_by_number(stored: WeightFile, layers: Sequence[LayerLocation]) -> Iterator[tuple[ConfigPath, LayerWeights]]:
+    numbered = stored.numbered
     for layer in layers:
-        leaves = expected_weights(layer.found)
-        inside = _INSIDE.get(upgrade_class_name(text(layer.found, "class_name")), {})
-        for slot in layer.slots if leaves else ():
+        names = expected_weights(layer.layer)
+        inside = _SUBLAYERS.get(upgrade_class_name(text(layer.layer, "class_name")), {})
+        for slot in layer.slots if names else ():
             tensors = tuple(
                 tensor
-                for part_of in dict.fromkeys(_front(leaf) for leaf in leaves)
-                for tensor in _first_bound(held, [f"{slot}{way}" for way in inside.get(part_of, ("",))])
+                for sublayer in dict.fromkeys(_part_of_layer(leaf) for leaf in names)
+                for tensor in _first_bound(numbered, [f"{slot}{way}" for way in inside.get(sublayer, ("",))])
             )
-            if len(tensors) == len(leaves):
-                yield layer.spot, dict(zip(leaves, tensors, strict=True))
+            if len(tensors) == len(names):
+                yield layer.path, dict(zip(names, tensors, strict=True))
                 break
 
 
 def _bound_by_name(stored: WeightFile, layers: Sequence[LayerLocation]) -> Iterator[tuple[ConfigPath, LayerWeights]]:
-    held = stored.named
+    named = stored.named
     for layer in layers:
         # Whole numbers are where random ones go on from.
-        leaves, group = (
-            expected_weights(layer.found),
-            [one for one in held.get(layer.names[0], ()) if one.tensor.is_float],
+        names, candidates = (
+            expected_weights(layer.layer),
+            [weight for weight in named.get(layer.names[0], ()) if weight.tensor.is_float],
         )
-        if not leaves:
+        if not names:
             continue
-        if len(layer.names) == 1 and len(group) == len(leaves):
+        if len(layer.names) == 1 and len(candidates) == len(names):
             # Keras itself goes by their order.
-            yield layer.spot, dict(zip(leaves, (one.tensor for one in group), strict=True))
+            yield layer.path, dict(zip(names, (weight.tensor for weight in candidates), strict=True))
             continue
-        near = [one for one in group if _is_in(one, layer)]
-        best = max((_agreement(one, layer.names) for one in near), default=0)
-        own = [one for one in near if _agreement(one, layer.names) == best]
-        if sorted(one.leaf for one in own) == sorted(leaves):
-            yield layer.spot, {one.leaf: one.tensor for one in own}
-        elif [one.leaf for one in own] == [leaf.rpartition("/")[2] for leaf in leaves]:
-            yield layer.spot, dict(zip(leaves, (one.tensor for one in own), strict=True))
+        nearby = [weight for weight in candidates if _is_in(weight, layer)]
+        best = max((_shared_scopes(weight, layer.names) for weight in nearby), default=0)
+        matching = [weight for weight in nearby if _shared_scopes(weight, layer.names) == best]
+        if sorted(weight.leaf for weight in matching) == sorted(names):
+            yield layer.path, {weight.leaf: weight.tensor for weight in matching}
+        elif [weight.leaf for weight in matching] == [leaf.rpartition("/")[2] for leaf in names]:
+            yield layer.path, dict(zip(names, (weight.tensor for weight in matching), strict=True))
 
 
-def _is_in(one: NamedWeight, layer: LayerLocation) -> bool:
+def _is_in(weight: NamedWeight, layer: LayerLocation) -> bool:
     """Whether a weight is named after a layer, or after the wrapper around it."""
-    names = layer.names[-2:] if layer.spot[-1] in _BOUND_WRAPPERS else layer.names[-1:]
-    way = "/".join(("", *one.steps))
-    has_parts = upgrade_class_name(text(layer.found, "class_name")) in _INSIDE
-    return any(way.endswith(f"/{name}") or (has_parts and f"/{name}/" in way) for name in names)
+    names = layer.names[-2:] if layer.path[-1] in _BOUND_WRAPPERS else layer.names[-1:]
+    path = "/".join(("", *weight.steps))
+    has_parts = upgrade_class_name(text(layer.layer, "class_name")) in _SUBLAYERS
+    return any(path.endswith(f"/{name}") or (has_parts and f"/{name}/" in path) for name in names)
 
 
-def _front(leaf: str) -> str:
+def _part_of_layer(leaf: str) -> str:
     """Return the part of a layer that a weight is in."""
     return leaf.rpartition("/")[0]
 
 
-def _first_bound(held: Mapping[str, tuple[Tensor, ...]], slots: Sequence[str]) -> tuple[Tensor, ...]:
-    return next((held[slot] for slot in slots if slot in held), ())
+def _first_bound(numbered: Mapping[str, tuple[Tensor, ...]], slots: Sequence[str]) -> tuple[Tensor, ...]:
+    return next((numbered[slot] for slot in slots if slot in numbered), ())
 
 
-def _agreement(one: NamedWeight, names: tuple[str, ...]) -> int:
+def _shared_scopes(weight: NamedWeight, names: tuple[str, ...]) -> int:
     """Return how many of the models around a layer stand in the name of a weight."""
-    return len(set(one.steps) & set(names))
+    return len(set(weight.steps) & set(names))
 
 
 def _with_bias(*leaves: str) -> Callable[[Mapping[str, Any]], tuple[str, ...]]:
     return lambda config: (*leaves, *(() if config.get("use_bias") is False or config.get("bias") is False else _BIAS))
 
 
-def _normal(config: Mapping[str, Any]) -> tuple[str, ...]:
+def _batch_norm(config: Mapping[str, Any]) -> tuple[str, ...]:
     return (*_affine(config), "moving_mean", "moving_variance")
 
 
-def _both(config: Mapping[str, Any]) -> tuple[str, ...]:
+def _bidirectional(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what the weights of a layer that runs both ways are called; the second may not be described by itself."""
     forward = part(config, "layer")
-    ways = (("forward", forward), ("backward", part(config, "backward_layer") or forward))
-    return tuple(f"{way}/{leaf}" for way, found in ways for leaf in expected_weights(found))
+    directions = (("forward", forward), ("backward", part(config, "backward_layer") or forward))
+    return tuple(f"{direction}/{leaf}" for direction, layer in directions for leaf in expected_weights(layer))
 
 
-def _heads(config: Mapping[str, Any]) -> tuple[str, ...]:
+def _attention(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(
-        f"{one}/{leaf}" for one in ("query", "key", "value", "output") for leaf in _with_bias("kernel")(config)
+        f"{projection}/{leaf}"
+        for projection in ("query", "key", "value", "output")
+        for leaf in _with_bias("kernel")(config)
     )
 
 
@@ -262,22 +269,22 @@ def _affine(config: Mapping[str, Any]) -> tuple[str, ...]:
 _BIAS = ("bias",)
 _BOUND_WRAPPERS = ("layer", "backward_layer")
 _CONVOLUTIONS = ("Conv1D", "Conv2D", "Conv3D", "Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose", "Dense")
-_INSIDE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+_SUBLAYERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     **{kind: {"": ("/cell", "")} for kind in GATES},
     "Bidirectional": {way: (f"/{way}_layer/cell", f"/{way}_layer") for way in ("forward", "backward")},
     "MultiHeadAttention": {one: (f"/{one}_dense", f"/_{one}_dense") for one in ("query", "key", "value", "output")},
 }
 """Where layers that are made of others keep the weights of each part."""
-_MAKERS: dict[str, Callable[[Mapping[str, Any]], tuple[str, ...]]] = {
+_WEIGHTS_OF_LAYER: dict[str, Callable[[Mapping[str, Any]], tuple[str, ...]]] = {
     **dict.fromkeys(_CONVOLUTIONS, _with_bias("kernel")),
     **dict.fromkeys(("DepthwiseConv1D", "DepthwiseConv2D"), _with_bias("depthwise_kernel")),
     **dict.fromkeys(("SeparableConv1D", "SeparableConv2D"), _with_bias("depthwise_kernel", "pointwise_kernel")),
-    **dict.fromkeys(("BatchNormalization", "SyncBatchNormalization"), _normal),
+    **dict.fromkeys(("BatchNormalization", "SyncBatchNormalization"), _batch_norm),
     "Embedding": lambda _: ("embeddings",),
     "PReLU": lambda _: ("alpha",),
     "LayerScale": lambda _: ("gamma",),
     "GroupNormalization": _affine,
     **dict.fromkeys(GATES, _with_bias("kernel", "recurrent_kernel")),
-    "Bidirectional": _both,
-    "MultiHeadAttention": _heads,
+    "Bidirectional": _bidirectional,
+    "MultiHeadAttention": _attention,
 }

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.channels.adapter import Feeds, PrunedShapes, RemovedIndices, Runner, made_by_weights
+from prunectl.channels.adapter import Feeds, PrunedShapes, RemovedIndices, Runner, outputs_of_weighted_layers
 from prunectl.channels.graph import ChannelGraph
-from prunectl.channels.lengths import Lengths, Shapes
+from prunectl.channels.lengths import AxisLengths, Shapes
 from prunectl.channels.onnx import graph
 from prunectl.channels.onnx.graph import LoadedOnnx, load_onnx
-from prunectl.channels.onnx.resize import prune_model, put
+from prunectl.channels.onnx.resize import prune_model, set_tensor
 from prunectl.errors import UsageError, WorkError, first_line
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.onnx.rewrite import relocated
@@ -29,7 +29,7 @@ _WHOLE = {2: np.uint8, 3: np.int8, 4: np.uint16, 5: np.int16, 6: np.int32, 7: np
 """Types of element, by their numbers in the format."""
 
 
-def session(proto: Any, shown: Sequence[str]) -> Any:
+def make_session(proto: Any, observed: Sequence[str]) -> Any:
     """Return a message in onnxruntime, some inner values among its outputs."""
     runtime = require("onnxruntime", extra="onnx")
     if proto.ByteSize() > _MAX_MESSAGE_BYTES:
@@ -37,7 +37,7 @@ def session(proto: Any, shown: Sequence[str]) -> Any:
     options = runtime.SessionOptions()
     options.log_severity_level = _FATAL
     try:
-        message = with_outputs(proto, shown).SerializeToString()
+        message = with_outputs(proto, observed).SerializeToString()
         return runtime.InferenceSession(message, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise WorkError(
@@ -45,54 +45,54 @@ def session(proto: Any, shown: Sequence[str]) -> Any:
         ) from error
 
 
-def feed(port: Any, shape: Sequence[int], random: np.random.Generator) -> Array:
+def random_input(port: Any, shape: Sequence[int], random: np.random.Generator) -> Array:
     """Return random numbers for an input of a message."""
-    kind = port.type.tensor_type.elem_type
-    if kind in _FLOATS:
-        return random.standard_normal(shape).astype(_FLOATS[kind])
-    if kind not in _WHOLE:
+    element_type = port.type.tensor_type.elem_type
+    if element_type in _FLOATS:
+        return random.standard_normal(shape).astype(_FLOATS[element_type])
+    if element_type not in _WHOLE:
         raise WorkError(f"the network takes an input, {port.name}, of which nothing random can be made")
     # Small enough for any table of words.
-    return random.integers(0, 2, shape).astype(_WHOLE[kind])
+    return random.integers(0, 2, shape).astype(_WHOLE[element_type])
 
 
-def read_onnx(model: ModelFile, origin: ModelOrigin, data: Shapes | None = None) -> OnnxSource:
+def read_onnx(model: ModelFile, origin: ModelOrigin, data: Shapes | None = None) -> OnnxAdapter:
     """Return the network of an ONNX file, which needs nothing else but the lengths of axes that it leaves open."""
-    for word, said in (("--model", origin.model), ("--custom-objects", origin.custom_objects)):
-        if said:
+    for option, value in (("--model", origin.model), ("--custom-objects", origin.custom_objects)):
+        if value:
             raise UsageError(
-                f"{word} does not go with an ONNX file, which says all by itself", hint=f"leave out {word}"
+                f"{option} does not go with an ONNX file, which says all by itself", hint=f"leave out {option}"
             )
-    return OnnxSource(model, load_onnx(model, Lengths(origin.inputs, data)))
+    return OnnxAdapter(model, load_onnx(model, AxisLengths(origin.inputs, data)))
 
 
-class OnnxSource:
+class OnnxAdapter:
     """An ONNX model, as cutting sees it."""
 
-    def __init__(self, model: ModelFile, source: LoadedOnnx) -> None:
+    def __init__(self, model: ModelFile, loaded: LoadedOnnx) -> None:
         self._model = model
-        self._opened = source
-        self._dropped: frozenset[str] = frozenset()
+        self._loaded = loaded
+        self._omitted: frozenset[str] = frozenset()
 
     @property
     def graph(self) -> ChannelGraph:
         """What can be followed."""
-        return self._opened.graph
+        return self._loaded.graph
 
     @property
-    def copies(self) -> Mapping[str, str]:
+    def copied_from(self) -> Mapping[str, str]:
         """Shared lists of numbers that were given to each reader by itself."""
-        return self._opened.copies
+        return self._loaded.copied_from
 
     @property
-    def followers(self) -> Mapping[str, str]:
+    def coupled_tensors(self) -> Mapping[str, str]:
         """Nothing: an ONNX file holds no state of an optimizer."""
         return {}
 
     @property
-    def dropped(self) -> frozenset[str]:
+    def omitted_tensors(self) -> frozenset[str]:
         """The zeros that recurrent layers began with: without a first state they begin so by themselves."""
-        return self._dropped
+        return self._omitted
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -100,66 +100,66 @@ class OnnxSource:
         return ()
 
     @property
-    def doubts(self) -> tuple[str, ...]:
+    def assumptions(self) -> tuple[str, ...]:
         """Nothing: what does not fit is refused."""
         return ()
 
     @property
-    def showable(self) -> frozenset[str]:
+    def observable(self) -> frozenset[str]:
         """What every operation with a kernel makes."""
-        return made_by_weights(self.graph)
+        return outputs_of_weighted_layers(self.graph)
 
-    def beside(self, target: Path) -> tuple[Path, ...]:
+    def companion_files(self, target: Path) -> tuple[Path, ...]:
         """Return nothing: data beside the model is known by its handler."""
         del target
         return ()
 
-    def cut(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
+    def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
         """Return the message of the smaller network."""
-        smaller = prune_model(self._opened, removed, after, weights)
-        left = {name for name, _ in graph.tensors(smaller.graph)}
-        self._dropped = frozenset(
-            name for name, array in self.graph.weights.items() if name not in left and not array.any()
+        pruned = prune_model(self._loaded, removed, after, weights)
+        remaining = {name for name, _ in graph.tensors(pruned.graph)}
+        self._omitted = frozenset(
+            name for name, array in self.graph.weights.items() if name not in remaining and not array.any()
         )
-        return smaller
+        return pruned
 
     def with_weights(self, weights: Mapping[str, Array]) -> Any:
         """Return the message with some numbers replaced."""
-        proto = type(self._opened.proto)()
-        proto.CopyFrom(self._opened.proto)
+        proto = type(self._loaded.proto)()
+        proto.CopyFrom(self._loaded.proto)
         for name, slot in graph.tensors(proto.graph):
             if name in weights:
-                put(slot, weights[name])
+                set_tensor(slot, weights[name])
         return proto
 
-    def feeds(self, random: np.random.Generator) -> Feeds:
+    def random_inputs(self, random: np.random.Generator) -> Feeds:
         """Return random inputs."""
-        proto, shapes = self._opened.proto, self._opened.known.shapes
+        proto, shapes = self._loaded.proto, self._loaded.static.shapes
         ports = {port.name: port for port in proto.graph.input}
-        return {name: feed(ports[name], shapes[name], random) for name in self.graph.inputs}
+        return {name: random_input(ports[name], shapes[name], random) for name in self.graph.inputs}
 
     @property
     def has_float64(self) -> bool:
         """Never: onnxruntime convolves in float32 alone."""
         return False
 
-    def runner(self, network: Any, shown: Iterable[str], *, is_wide: bool = False) -> Runner:
+    def runner(self, network: Any, observed: Iterable[str], *, in_float64: bool = False) -> Runner:
         """Return what onnxruntime makes of a message."""
-        assert not is_wide
-        names = tuple(shown)
-        runtime = session(network, names)
+        assert not in_float64
+        names = tuple(observed)
+        runtime = make_session(network, names)
         outputs = [port.name for port in network.graph.output]
         return lambda feeds: list(runtime.run([*outputs, *names], dict(feeds)))
 
     def write(self, network: Any, folder: Path, target: Path) -> Path:
         """Write a message, with the data beside it that was beside the original's."""
         onnx = require("onnx", extra="onnx")
-        places = outputs.staged_paths(self._model, folder, target)
-        written = places[self._model.path]
+        staged = outputs.staged_paths(self._model, folder, target)
+        path = staged[self._model.path]
         for tensor in network.graph.initializer:
-            if tensor.name in self._opened.locations:
-                location = self._opened.locations[tensor.name]
-                name = relocated(self._model, places, location) or location
+            if tensor.name in self._loaded.locations:
+                location = self._loaded.locations[tensor.name]
+                name = relocated(self._model, staged, location) or location
                 onnx.external_data_helper.set_external_data(tensor, name)
-        onnx.save_model(network, written)
-        return written
+        onnx.save_model(network, path)
+        return path

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from prunectl.channels.graph import ChannelGraph, OpKind, OpNode, WeightView
-from prunectl.channels.lengths import NOTHING, Lengths
+from prunectl.channels.lengths import UNKNOWN_LENGTHS, AxisLengths
 from prunectl.channels.onnx.ops import OnnxOpContext, lower
-from prunectl.channels.onnx.shapes import STANDARD, StaticValues, infer_static
+from prunectl.channels.onnx.shapes import STANDARD_DOMAINS, StaticValues, infer_static
 from prunectl.errors import InputError, first_line
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safe_json import require
@@ -26,7 +26,7 @@ def tensors(graph: Any) -> Iterator[tuple[str, Any]]:
     for tensor in graph.initializer:
         yield tensor.name, tensor
     for node in graph.node:
-        if node.op_type == "Constant" and node.domain in STANDARD:
+        if node.op_type == "Constant" and node.domain in STANDARD_DOMAINS:
             for attribute in node.attribute:
                 if attribute.name == "value":
                     yield node.output[0], attribute.t
@@ -42,37 +42,39 @@ def weight_inputs(graph: Any) -> dict[str, Array]:
     }
 
 
-def weight_views(graph: Any, held: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, WeightView]:
+def weight_views(
+    graph: Any, arrays: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, WeightView]:
     """Return weights as operations see them, followed through those that only hand them on."""
-    found = {name: WeightView(name, tuple(range(array.ndim))) for name, array in held.items()}
+    views = {name: WeightView(name, tuple(range(array.ndim))) for name, array in arrays.items()}
     for node in graph.node:
-        if node.domain in STANDARD and node.input and node.input[0] in found and node.output[0] in shapes:
-            axes = _axes(node, found[node.input[0]].axes, shapes[node.input[0]], shapes[node.output[0]])
+        if node.domain in STANDARD_DOMAINS and node.input and node.input[0] in views and node.output[0] in shapes:
+            axes = _axes(node, views[node.input[0]].axes, shapes[node.input[0]], shapes[node.output[0]])
             if axes is not None:
-                found[node.output[0]] = WeightView(found[node.input[0]].tensor, axes)
-    return found
+                views[node.output[0]] = WeightView(views[node.input[0]].tensor, axes)
+    return views
 
 
-def uses(graph: Any, seen: Mapping[str, WeightView]) -> Counter[str]:
+def uses(graph: Any, views: Mapping[str, WeightView]) -> Counter[str]:
     """Return how often each weight meets an operation that does not only hand it on, or leaves the network."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for node in graph.node:
-        if not (node.output and node.output[0] in seen):
-            found.update(seen[name].tensor for name in names_read(node) if name in seen)
-    found.update(seen[port.name].tensor for port in graph.output if port.name in seen)
-    return found
+        if not (node.output and node.output[0] in views):
+            counts.update(views[name].tensor for name in names_read(node) if name in views)
+    counts.update(views[port.name].tensor for port in graph.output if port.name in views)
+    return counts
 
 
 def names_read(node: Any) -> list[str]:
     """Return the values that a node reads, those that its branches read from outside included."""
-    found = list(node.input)
+    names = list(node.input)
     for attribute in node.attribute:
         for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-            own = {port.name for port in (*graph.input, *graph.initializer)}
-            own |= {name for inner in graph.node for name in inner.output}
-            found += [name for inner in graph.node for name in names_read(inner) if name not in own]
-            found += [port.name for port in graph.output if port.name not in own]
-    return found
+            local_names = {port.name for port in (*graph.input, *graph.initializer)}
+            local_names |= {name for inner in graph.node for name in inner.output}
+            names += [name for inner in graph.node for name in names_read(inner) if name not in local_names]
+            names += [port.name for port in graph.output if port.name not in local_names]
+    return names
 
 
 def _axes(
@@ -95,57 +97,57 @@ def _axes(
             return None
 
 
-def untie(proto: Any) -> dict[str, str]:
+def unshare(proto: Any) -> dict[str, str]:
     """Give each reader of a shared list of numbers a copy; return the originals by the names of the copies.
 
     Exporters merge equal initializers, so that fresh biases of layers that have nothing to do with each other are one.
     """
     graph = proto.graph
-    lists = {tensor.name: tensor for tensor in graph.initializer if _is_list(tensor)}
+    lists = {tensor.name: tensor for tensor in graph.initializer if _is_vector(tensor)}
     inner = Counter(name for node in graph.node for name in names_read(node)[len(node.input) :])
     kept = {port.name for port in (*graph.input, *graph.output)} | inner.keys()
-    taken = {name for node in graph.node for name in node.output} | {tensor.name for tensor in graph.initializer}
-    seen: set[str] = set()
+    names = {name for node in graph.node for name in node.output} | {tensor.name for tensor in graph.initializer}
+    used: set[str] = set()
     copies: dict[str, str] = {}
     for node in graph.node:
-        for place, name in enumerate(node.input):
+        for position, name in enumerate(node.input):
             if name not in lists or name in kept:
                 continue
-            if name in seen:
-                copy = graph.initializer.add()
-                copy.CopyFrom(lists[name])
-                copy.name = _unused(name, taken)
-                copies[copy.name] = name
-                node.input[place] = copy.name
-            seen.add(name)
+            if name in used:
+                duplicate = graph.initializer.add()
+                duplicate.CopyFrom(lists[name])
+                duplicate.name = _unused(name, names)
+                copies[duplicate.name] = name
+                node.input[position] = duplicate.name
+            used.add(name)
     return copies
 
 
-def retie(proto: Any, copies: dict[str, str]) -> None:
+def reshare(proto: Any, copies: dict[str, str]) -> None:
     """Let readers share again what is still equal."""
-    held = {tensor.name: tensor for tensor in proto.graph.initializer}
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
     equal = {
         copy: name
         for copy, name in copies.items()
-        if (held[copy].dims, held[copy].raw_data, held[copy].float_data, held[copy].double_data)
-        == (held[name].dims, held[name].raw_data, held[name].float_data, held[name].double_data)
+        if (tensors[copy].dims, tensors[copy].raw_data, tensors[copy].float_data, tensors[copy].double_data)
+        == (tensors[name].dims, tensors[name].raw_data, tensors[name].float_data, tensors[name].double_data)
     }
     for node in proto.graph.node:
-        for place, name in enumerate(node.input):
-            node.input[place] = equal.get(name, name)
+        for position, name in enumerate(node.input):
+            node.input[position] = equal.get(name, name)
     for name in equal:
-        proto.graph.initializer.remove(held[name])
+        proto.graph.initializer.remove(tensors[name])
 
 
-def _is_list(tensor: Any) -> bool:
+def _is_vector(tensor: Any) -> bool:
     return len(tensor.dims) == 1 and tensor.data_type in _FLOATS
 
 
-def _unused(name: str, taken: set[str]) -> str:
+def _unused(name: str, names: set[str]) -> str:
     number = 2
-    while f"{name}_{number}" in taken:
+    while f"{name}_{number}" in names:
         number += 1
-    taken.add(f"{name}_{number}")
+    names.add(f"{name}_{number}")
     return f"{name}_{number}"
 
 
@@ -155,14 +157,14 @@ class LoadedOnnx:
 
     proto: Any
     graph: ChannelGraph
-    known: StaticValues
+    static: StaticValues
     locations: dict[str, str]
     """Files beside the model that tensors lie in, by tensor."""
-    copies: dict[str, str]
+    copied_from: dict[str, str]
     """What each copy of a shared weight is a copy of."""
 
 
-def load_onnx(model: ModelFile, lengths: Lengths = NOTHING) -> LoadedOnnx:
+def load_onnx(model: ModelFile, lengths: AxisLengths = UNKNOWN_LENGTHS) -> LoadedOnnx:
     """Read an ONNX model; its handler has checked where its numbers lie."""
     onnx = require("onnx", extra="onnx")
     try:
@@ -178,14 +180,14 @@ def load_onnx(model: ModelFile, lengths: Lengths = NOTHING) -> LoadedOnnx:
     except Exception as error:
         line = first_line(error)
         raise InputError(f"{model.path} cannot be read by onnx: {line}") from error
-    _fill(proto, model)
-    copies = untie(proto)
+    _densify(proto, model)
+    copies = unshare(proto)
     locations |= {copy: locations[name] for copy, name in copies.items() if name in locations}
-    found = infer_static(proto, str(model.path), lengths)
-    return LoadedOnnx(proto, graph_of(proto, found), found, locations, copies)
+    static = infer_static(proto, str(model.path), lengths)
+    return LoadedOnnx(proto, graph_of(proto, static), static, locations, copies)
 
 
-def _fill(proto: Any, model: ModelFile) -> None:
+def _densify(proto: Any, model: ModelFile) -> None:
     """Put back the zeros of tensors that are stored without."""
     from_array = require("onnx.numpy_helper", extra="onnx").from_array
     tensors = {tensor.name: tensor for tensor in model.tensors}
@@ -195,36 +197,36 @@ def _fill(proto: Any, model: ModelFile) -> None:
     del proto.graph.sparse_initializer[:]
 
 
-def graph_of(proto: Any, found: StaticValues) -> ChannelGraph:
+def graph_of(proto: Any, static: StaticValues) -> ChannelGraph:
     """Return the main graph, its operations by what they do to channels."""
     graph = proto.graph
     weights = weight_inputs(graph)
-    shapes = {**found.shapes, **{name: array.shape for name, array in weights.items()}}
+    shapes = {**static.shapes, **{name: array.shape for name, array in weights.items()}}
     views = weight_views(graph, weights, shapes)
-    given = {tensor.name for tensor in graph.initializer}
-    opset = next((entry.version for entry in proto.opset_import if entry.domain in STANDARD), 1)
+    initializers = {tensor.name for tensor in graph.initializer}
+    opset = next((entry.version for entry in proto.opset_import if entry.domain in STANDARD_DOMAINS), 1)
     nodes = []
     for number, node in enumerate(graph.node):
-        if all(name in views or name in found.constants for name in node.output if name):
+        if all(name in views or name in static.constants for name in node.output if name):
             continue
-        nodes.append(_node(node, number, OnnxOpContext(node, StaticValues(shapes, found.constants), views, opset)))
+        nodes.append(_node(node, number, OnnxOpContext(node, StaticValues(shapes, static.constants), views, opset)))
     return ChannelGraph(
         nodes=tuple(nodes),
         weights=weights,
         views=views,
         uses=uses(graph, views),
         shapes=shapes,
-        inputs=tuple(port.name for port in graph.input if port.name not in given),
+        inputs=tuple(port.name for port in graph.input if port.name not in initializers),
         outputs=tuple(port.name for port in graph.output),
     )
 
 
-def _node(node: Any, number: int, seen: OnnxOpContext) -> OpNode:
+def _node(node: Any, number: int, context: OnnxOpContext) -> OpNode:
     name = node.name or f"#{number}"
-    op = node.op_type if node.domain in STANDARD else f"{node.domain}.{node.op_type}"
+    op = node.op_type if node.domain in STANDARD_DOMAINS else f"{node.domain}.{node.op_type}"
     outputs = tuple(filter(None, node.output))
-    if node.domain in STANDARD:
-        kind, inputs, attributes = lower(seen)
+    if node.domain in STANDARD_DOMAINS:
+        kind, inputs, attributes = lower(context)
     else:
         kind, inputs, attributes = OpKind.UNKNOWN, (), {}
     if kind is OpKind.UNKNOWN:

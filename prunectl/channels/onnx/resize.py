@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.channels.adapter import PrunedShapes, RemovedIndices, axes_of, delete_indices
+from prunectl.channels.adapter import PrunedShapes, RemovedIndices, delete_indices, removed_by_tensor
 from prunectl.channels.graph import OpNode
 from prunectl.channels.onnx import graph
-from prunectl.channels.onnx.graph import LoadedOnnx, names_read, retie
-from prunectl.channels.onnx.shapes import STANDARD
+from prunectl.channels.onnx.graph import LoadedOnnx, names_read, reshare
+from prunectl.channels.onnx.shapes import STANDARD_DOMAINS
 from prunectl.formats.base import Array
 from prunectl.formats.safe_json import require
 
@@ -25,33 +25,33 @@ _STATES = (5, 6)
 _SHAPE_AT = {"Reshape": 1, "Expand": 1, "Resize": 3}
 
 
-def update_onnx_sizes(proto: Any, source: LoadedOnnx, after: PrunedShapes) -> None:
+def update_onnx_sizes(proto: Any, loaded: LoadedOnnx, after: PrunedShapes) -> None:
     """Set right what names a number of channels that is no longer true."""
-    numbers = _Numbers(proto, source, after)
+    sizes = _SizeConstants(proto, loaded, after)
     for node in list(proto.graph.node):
-        if node.domain not in STANDARD or not any(map(after.has_changed, (*node.input, *node.output))):
+        if node.domain not in STANDARD_DOMAINS or not any(map(after.has_changed, (*node.input, *node.output))):
             continue
         if node.op_type in {"Conv", "ConvTranspose"}:
-            numbers.groups(node)
+            sizes.groups(node)
         elif node.op_type in _RECURRENT:
-            numbers.units(node)
+            sizes.units(node)
         elif node.op_type == "Split":
-            numbers.split(node)
+            sizes.split(node)
         elif node.op_type == "Slice":
-            numbers.slice(node, next(known for known in source.graph.nodes if known.outputs == tuple(node.output)))
+            sizes.slice(node, next(known for known in loaded.graph.nodes if known.outputs == tuple(node.output)))
         elif node.op_type in _SHAPE_AT and len(node.input) > _SHAPE_AT[node.op_type]:
-            numbers.shape(node, _SHAPE_AT[node.op_type])
-    numbers.sweep()
+            sizes.shape(node, _SHAPE_AT[node.op_type])
+    sizes.remove_unused()
 
 
-class _Numbers:
+class _SizeConstants:
     """A graph whose constants are replaced one by one: several nodes may share one."""
 
-    def __init__(self, proto: Any, source: LoadedOnnx, after: PrunedShapes) -> None:
+    def __init__(self, proto: Any, loaded: LoadedOnnx, after: PrunedShapes) -> None:
         self._graph = proto.graph
         self._is_listed = proto.ir_version < _UNLISTED
-        self._constants = source.known.constants
-        self._shapes = source.graph.shapes
+        self._constants = loaded.static.constants
+        self._shapes = loaded.graph.shapes
         self._after = after
         self._makers = {name: node for node in proto.graph.node for name in node.output}
         self._replaced: set[str] = set()
@@ -69,11 +69,11 @@ class _Numbers:
         for attribute in node.attribute:
             if attribute.name == "hidden_size":
                 attribute.i = self._after.shape(name)[-1]
-        for place in _STATES:
-            state = node.input[place] if place < len(node.input) else ""
+        for position in _STATES:
+            state = node.input[position] if position < len(node.input) else ""
             if state in self._constants and not self._constants[state].any():
                 # Without a first state it begins with zeros.
-                node.input[place] = ""
+                node.input[position] = ""
                 self._replaced.add(state)
 
     def split(self, node: Any) -> None:
@@ -84,50 +84,53 @@ class _Numbers:
         if listed:
             listed[0].ints[:] = sizes
         elif len(node.input) > 1 and node.input[1]:
-            self._set(node, 1, sizes)
+            self._replace_constant(node, 1, sizes)
         elif len(set(sizes)) > 1:
             for part in [part for part in node.attribute if part.name == "num_outputs"]:
                 node.attribute.remove(part)
             del node.input[1:]
-            node.input.append(self._new("sizes", np.array(sizes, np.int64)))
+            node.input.append(self._new_constant("sizes", np.array(sizes, np.int64)))
 
-    def slice(self, node: Any, known: OpNode) -> None:
+    def slice(self, node: Any, op: OpNode) -> None:
         """Count only the channels that are left before a part and in it."""
         old, new = self._shapes[node.input[0]], self._after.shape(node.input[0])
         starts: list[int] = []
         stops: list[int] = []
-        for axis, start, stop, _ in known.attributes.get("slices", ()):
+        for axis, start, stop, _ in op.attributes.get("slices", ()):
             moved = old[axis] != new[axis]
-            starts.append(self._after.before(node.input[0], axis, start) if moved else start)
-            stops.append(self._after.before(node.input[0], axis, stop) if moved else stop)
-        if not any(old[axis] != new[axis] for axis, *_ in known.attributes.get("slices", ())):
+            starts.append(self._after.num_kept_before(node.input[0], axis, start) if moved else start)
+            stops.append(self._after.num_kept_before(node.input[0], axis, stop) if moved else stop)
+        if not any(old[axis] != new[axis] for axis, *_ in op.attributes.get("slices", ())):
             return
-        for place, (name, numbers) in enumerate((("starts", starts), ("ends", stops)), 1):
-            listed = [part for part in node.attribute if part.name == name]
+        for position, (name, bounds) in enumerate((("starts", starts), ("ends", stops)), 1):
+            listed = [attribute for attribute in node.attribute if attribute.name == name]
             if listed:
-                listed[0].ints[:] = numbers
+                listed[0].ints[:] = bounds
             else:
-                self._set(node, place, [_BACK if number < 0 else number for number in numbers])
+                self._replace_constant(node, position, [_BACK if number < 0 else number for number in bounds])
 
-    def shape(self, node: Any, place: int) -> None:
+    def shape(self, node: Any, position: int) -> None:
         """Say the new shape where the old one was said."""
-        said = self._constants.get(node.input[place])
-        if said is None or not said.size:
+        constant = self._constants.get(node.input[position])
+        if constant is None or not constant.size:
             return
         new, listed = (
             self._after.shape(node.output[0]),
-            next((tuple(part.ints) for part in node.attribute if part.name == "axes"), tuple(range(said.size))),
+            next(
+                (tuple(attribute.ints) for attribute in node.attribute if attribute.name == "axes"),
+                tuple(range(constant.size)),
+            ),
         )
         old = self._shapes[node.output[0]]
         # What is copied or worked out, as 0 and -1 ask for, is so from what is there now.
-        numbers = [
+        lengths = [
             new[axis] if number == old[axis] and number > 0 else number
-            for axis, number in zip(listed, map(int, said), strict=True)
+            for axis, number in zip(listed, map(int, constant), strict=True)
         ]
-        if numbers != list(map(int, said)):
-            self._point(node, place, numbers)
+        if lengths != list(map(int, constant)):
+            self._update_constant(node, position, lengths)
 
-    def sweep(self) -> None:
+    def remove_unused(self) -> None:
         """Remove what only made the numbers that were replaced."""
         waiting = list(self._replaced)
         for name in waiting:
@@ -140,25 +143,25 @@ class _Numbers:
                 waiting += node.input
                 self._graph.node.remove(node)
 
-    def _point(self, node: Any, place: int, numbers: Sequence[int]) -> None:
-        name = node.input[place]
+    def _update_constant(self, node: Any, position: int, lengths: Sequence[int]) -> None:
+        name = node.input[position]
         maker = self._makers.get(name)
         if self._is_static(name):
-            self._set(node, place, numbers)
+            self._replace_constant(node, position, lengths)
         elif maker is not None and maker.op_type in {"Cast", "Identity"}:
-            self._point(maker, 0, numbers)
+            self._update_constant(maker, 0, lengths)
         elif maker is not None and maker.op_type == "Concat":
             # What is measured while it runs is right by itself; what stands there is not.
             begin = 0
             for number, part in enumerate(list(maker.input)):
                 end = begin + self._constants[part].size
-                if list(map(int, self._constants[part])) != list(numbers[begin:end]) and self._is_static(part):
-                    self._point(maker, number, numbers[begin:end])
+                if list(map(int, self._constants[part])) != list(lengths[begin:end]) and self._is_static(part):
+                    self._update_constant(maker, number, lengths[begin:end])
                 begin = end
 
-    def _set(self, node: Any, place: int, numbers: Sequence[int]) -> None:
-        name = node.input[place]
-        node.input[place] = self._new(name, np.array(numbers, self._constants[name].dtype))
+    def _replace_constant(self, node: Any, position: int, lengths: Sequence[int]) -> None:
+        name = node.input[position]
+        node.input[position] = self._new_constant(name, np.array(lengths, self._constants[name].dtype))
         self._replaced.add(name)
 
     def _is_static(self, name: str) -> bool:
@@ -170,52 +173,52 @@ class _Numbers:
             maker.op_type not in {"Shape", "Size"} and all(map(self._is_static, filter(None, maker.input)))
         )
 
-    def _new(self, like: str, numbers: Array) -> str:
+    def _new_constant(self, like: str, lengths: Array) -> str:
         taken = {tensor.name for tensor in self._graph.initializer} | self._makers.keys()
         name = like
         while name in taken:
             self._count += 1
             name = f"{like}_{self._count}"
         onnx = require("onnx", extra="onnx")
-        made = onnx.numpy_helper.from_array(numbers, name)
-        self._graph.initializer.append(made)
+        tensor = onnx.numpy_helper.from_array(lengths, name)
+        self._graph.initializer.append(tensor)
         if self._is_listed:
-            self._graph.input.append(onnx.helper.make_tensor_value_info(name, made.data_type, numbers.shape))
+            self._graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, lengths.shape))
         return name
 
 
-def prune_model(source: LoadedOnnx, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
+def prune_model(loaded: LoadedOnnx, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
     """Return the message of the smaller model; everything else in it stays as it was."""
-    proto = type(source.proto)()
-    proto.CopyFrom(source.proto)
-    shapes, places = {}, axes_of(removed)
-    for name, slot in graph.tensors(proto.graph):
-        axes = places.get(name, {})
+    proto = type(loaded.proto)()
+    proto.CopyFrom(loaded.proto)
+    shapes, removed_by_name = {}, removed_by_tensor(removed)
+    for name, message in graph.tensors(proto.graph):
+        axes = removed_by_name.get(name, {})
         if axes or name in weights:
-            smaller = delete_indices(weights[name] if name in weights else source.graph.weights[name], axes)
-            put(slot, smaller)
+            array = delete_indices(weights[name] if name in weights else loaded.graph.weights[name], axes)
+            set_tensor(message, array)
         if axes:
-            shapes[name] = smaller.shape
+            shapes[name] = array.shape
     for port in proto.graph.input:
         if port.name in shapes:
             for axis, length in zip(port.type.tensor_type.shape.dim, shapes[port.name], strict=True):
                 axis.dim_value = length
-    update_onnx_sizes(proto, source, after)
-    retie(proto, source.copies)
-    _forget(proto.graph, {name for name, view in source.graph.views.items() if view.tensor in shapes}, after)
+    update_onnx_sizes(proto, loaded, after)
+    reshare(proto, loaded.copied_from)
+    _drop_stale_shapes(proto.graph, {name for name, view in loaded.graph.views.items() if view.tensor in shapes}, after)
     return proto
 
 
-def put(slot: Any, array: Array) -> None:
+def set_tensor(message: Any, array: Array) -> None:
     """Give a tensor other numbers; its name, its type and what is said of it stay."""
-    fresh = require("onnx.numpy_helper", extra="onnx").from_array(np.ascontiguousarray(array), slot.name)
+    replacement = require("onnx.numpy_helper", extra="onnx").from_array(np.ascontiguousarray(array), message.name)
     for name in ("dims", "raw_data", "float_data", "double_data", "int32_data"):
-        slot.ClearField(name)
-    slot.dims.extend(fresh.dims)
-    slot.raw_data = fresh.raw_data
+        message.ClearField(name)
+    message.dims.extend(replacement.dims)
+    message.raw_data = replacement.raw_data
 
 
-def _forget(graph: Any, stale: set[str], after: PrunedShapes) -> None:
+def _drop_stale_shapes(graph: Any, stale: set[str], after: PrunedShapes) -> None:
     """Leave out the shapes of inner values that no longer hold."""
     kept = [port for port in graph.value_info if port.name not in stale and not after.has_changed(port.name)]
     del graph.value_info[:]

@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.channels.lengths import NOTHING, TRIED, Lengths
+from prunectl.channels.lengths import TRIED_LENGTHS, UNKNOWN_LENGTHS, AxisLengths
 from prunectl.errors import InputError, first_line
 from prunectl.formats.base import Array
 from prunectl.formats.safe_json import require
 from prunectl.training.backend import Port, Signature
 
-STANDARD = frozenset({"", "ai.onnx"})
+STANDARD_DOMAINS = frozenset({"", "ai.onnx"})
 _SMALL = 64
 """Elements up to which a weight may also be a list of scales or sizes."""
 _FOLDED = 4096
 _FLOAT = 1
-_CHANCE = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial"})
+_RANDOM_OPS = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial"})
 
 
 @dataclass(slots=True)
@@ -31,22 +31,22 @@ class StaticValues:
     constants: dict[str, Array] = field(default_factory=dict)
 
 
-def infer_static(proto: Any, name: str, lengths: Lengths = NOTHING) -> StaticValues:
+def infer_static(proto: Any, name: str, lengths: AxisLengths = UNKNOWN_LENGTHS) -> StaticValues:
     """Return what can be known of the main graph, an open batch counted as 1."""
-    trouble = ""
-    given = {tensor.name for tensor in proto.graph.initializer}
-    ports = [port for port in proto.graph.input if port.name not in given]
-    said = lengths.of(Signature(tuple(map(_port, ports)), (), is_channels_first=True))
-    for length in TRIED[: 1 if said else None]:
-        light = _without_large_weights(proto, length, said)
+    error_line = ""
+    initializers = {tensor.name for tensor in proto.graph.initializer}
+    inputs = [port for port in proto.graph.input if port.name not in initializers]
+    wanted = lengths.resolve(Signature(tuple(map(_port, inputs)), (), is_channels_first=True))
+    for length in TRIED_LENGTHS[: 1 if wanted else None]:
+        skeleton = _without_large_weights(proto, length, wanted)
         try:
-            return _inferred(light, _constants(proto))
+            return _inferred(skeleton, _constants(proto))
         except Exception as error:  # noqa: BLE001 - onnx raises what it likes
-            trouble = first_line(error)
-    is_open = any(None in (port.shape or ()) for port in map(_port, ports))
+            error_line = first_line(error)
+    is_open = any(None in (port.shape or ()) for port in map(_port, inputs))
     raise InputError(
-        f"the shapes in {name} cannot be worked out: {trouble}",
-        hint=f"--input {_example(ports)} says how long open axes are, or --data SPEC" if is_open else "",
+        f"the shapes in {name} cannot be worked out: {error_line}",
+        hint=f"--input {_example(inputs)} says how long open axes are, or --data SPEC" if is_open else "",
     )
 
 
@@ -55,35 +55,35 @@ def _port(port: Any) -> Port:
     axes = port.type.tensor_type.shape.dim
     shape = tuple(axis.dim_value if axis.dim_value > 0 else None for axis in axes)
     helper = require("onnx.helper", extra="onnx")
-    kind = port.type.tensor_type.elem_type
-    dtype = helper.tensor_dtype_to_np_dtype(kind).name if kind in helper.get_all_tensor_dtypes() else ""
+    element_type = port.type.tensor_type.elem_type
+    dtype = helper.tensor_dtype_to_np_dtype(element_type).name if element_type in helper.get_all_tensor_dtypes() else ""
     return Port(port.name, shape[1:] if port.type.tensor_type.HasField("shape") else None, dtype)
 
 
 def _example(ports: Iterable[Any]) -> str:
     return " --input ".join(
-        f"{port.name}:{','.join(map(str, (1, *(length or TRIED[-1] * 2 for length in port.shape or ()))))}"
+        f"{port.name}:{','.join(map(str, (1, *(length or TRIED_LENGTHS[-1] * 2 for length in port.shape or ()))))}"
         for port in map(_port, ports)
     )
 
 
 def shape_of(port: Any) -> tuple[int, ...] | None:
     """Return a shape of which every length is known."""
-    kind = port.type.tensor_type
-    if not kind.HasField("shape") or any(not axis.HasField("dim_value") for axis in kind.shape.dim):
+    tensor_type = port.type.tensor_type
+    if not tensor_type.HasField("shape") or any(not axis.HasField("dim_value") for axis in tensor_type.shape.dim):
         return None
-    return tuple(axis.dim_value for axis in kind.shape.dim)
+    return tuple(axis.dim_value for axis in tensor_type.shape.dim)
 
 
 def _constants(proto: Any) -> dict[str, Array]:
     to_array = require("onnx.numpy_helper", extra="onnx").to_array
-    found = {tensor.name: to_array(tensor) for tensor in proto.graph.initializer if _is_constant(tensor)}
+    constants = {tensor.name: to_array(tensor) for tensor in proto.graph.initializer if _is_constant(tensor)}
     for node in proto.graph.node:
-        if node.op_type == "Constant" and node.domain in STANDARD:
+        if node.op_type == "Constant" and node.domain in STANDARD_DOMAINS:
             for attribute in node.attribute:
                 if attribute.name != "value" or _is_constant(attribute.t):
-                    found |= _run(proto, node, {})
-    return found
+                    constants |= _run(proto, node, {})
+    return constants
 
 
 def _is_constant(tensor: Any) -> bool:
@@ -96,14 +96,14 @@ def _is_zero(tensor: Any) -> bool:
     return not tensor.external_data and not any(tensor.raw_data) and not any(tensor.float_data)
 
 
-def _without_large_weights(proto: Any, length: int, said: Mapping[str, tuple[int, ...]]) -> Any:
+def _without_large_weights(proto: Any, length: int, wanted: Mapping[str, tuple[int, ...]]) -> Any:
     """Return the graph without its big weights, and with every length of its inputs said."""
-    light = type(proto)()
-    light.CopyFrom(_without_data(proto))
-    given = {tensor.name for tensor in proto.graph.initializer}
+    skeleton = type(proto)()
+    skeleton.CopyFrom(_without_data(proto))
+    initializers = {tensor.name for tensor in proto.graph.initializer}
     batches = {""}
-    for port in light.graph.input:
-        if port.name in given:
+    for port in skeleton.graph.input:
+        if port.name in initializers:
             continue
         for number, axis in enumerate(port.type.tensor_type.shape.dim):
             if axis.HasField("dim_value") and axis.dim_value > 0:
@@ -111,23 +111,23 @@ def _without_large_weights(proto: Any, length: int, said: Mapping[str, tuple[int
             if number == 0:
                 batches.add(axis.dim_param)
             is_batch = number == 0 or (axis.dim_param and axis.dim_param in batches)
-            own = said.get(port.name, ())
-            axis.dim_value = own[number - 1] if number and own else 1 if is_batch else length
-    for port in light.graph.output:
+            wanted_shape = wanted.get(port.name, ())
+            axis.dim_value = wanted_shape[number - 1] if number and wanted_shape else 1 if is_batch else length
+    for port in skeleton.graph.output:
         port.type.tensor_type.ClearField("shape")
-    return light
+    return skeleton
 
 
 def _without_data(proto: Any) -> Any:
     helper = require("onnx.helper", extra="onnx")
-    light = type(proto)()
+    skeleton = type(proto)()
     for name in ("ir_version", "opset_import", "functions"):
         value = getattr(proto, name)
         if isinstance(value, int):
-            setattr(light, name, value)
+            setattr(skeleton, name, value)
         else:
-            getattr(light, name).extend(value)
-    graph = light.graph
+            getattr(skeleton, name).extend(value)
+    graph = skeleton.graph
     graph.name = proto.graph.name or "graph"
     graph.node.extend(proto.graph.node)
     graph.output.extend(proto.graph.output)
@@ -138,70 +138,74 @@ def _without_data(proto: Any) -> Any:
             graph.initializer.append(tensor)
         elif tensor.name not in listed:
             graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
-    return light
+    return skeleton
 
 
-def _inferred(light: Any, constants: dict[str, Array]) -> StaticValues:
+def _inferred(skeleton: Any, constants: dict[str, Array]) -> StaticValues:
     """Infer shapes and fold what they make constant, in turns."""
     inference = require("onnx.shape_inference", extra="onnx")
     helper = require("onnx.numpy_helper", extra="onnx")
     while True:
-        found = inference.infer_shapes(light, data_prop=True).graph
-        ports = (*found.input, *found.value_info, *found.output)
+        inferred = inference.infer_shapes(skeleton, data_prop=True).graph
+        ports = (*inferred.input, *inferred.value_info, *inferred.output)
         shapes = {port.name: shape for port in ports if (shape := shape_of(port)) is not None}
-        shapes |= {tensor.name: tuple(tensor.dims) for tensor in light.graph.initializer}
+        shapes |= {tensor.name: tuple(tensor.dims) for tensor in skeleton.graph.initializer}
         state = StaticValues(shapes, constants)
-        made = dict(_folded(light, state))
+        folded = dict(_folded(skeleton, state))
         if any(length < 0 for shape in shapes.values() for length in shape):
             raise ValueError("a length below zero")
-        if not made:
+        if not folded:
             return state
-        constants |= made
-        kept = [node for node in light.graph.node if not set(node.output) <= made.keys()]
-        del light.graph.node[:]
-        light.graph.node.extend(kept)
-        outputs = {port.name for port in light.graph.output}
-        light.graph.initializer.extend(
-            helper.from_array(value, name) for name, value in made.items() if name not in outputs
+        constants |= folded
+        kept = [node for node in skeleton.graph.node if not set(node.output) <= folded.keys()]
+        del skeleton.graph.node[:]
+        skeleton.graph.node.extend(kept)
+        outputs = {port.name for port in skeleton.graph.output}
+        skeleton.graph.initializer.extend(
+            helper.from_array(value, name) for name, value in folded.items() if name not in outputs
         )
 
 
-def _folded(light: Any, state: StaticValues) -> Iterator[tuple[str, Array]]:
+def _folded(skeleton: Any, state: StaticValues) -> Iterator[tuple[str, Array]]:
     """Yield what further nodes give in every run."""
-    made: dict[str, Array] = {}
-    for node in light.graph.node:
-        if node.domain not in STANDARD or node.op_type in _CHANCE or any(part.HasField("g") for part in node.attribute):
+    folded: dict[str, Array] = {}
+    for node in skeleton.graph.node:
+        if (
+            node.domain not in STANDARD_DOMAINS
+            or node.op_type in _RANDOM_OPS
+            or any(part.HasField("g") for part in node.attribute)
+        ):
             continue
-        given: Mapping[str, Array] = {
-            name: value for name in node.input if (value := _value(name, state, made)) is not None
+        inputs: Mapping[str, Array] = {
+            name: value for name in node.input if (value := _value(name, state, folded)) is not None
         }
         if node.op_type == "Shape" and node.input[0] in state.shapes:
-            stand_in = np.broadcast_to(np.zeros((), np.float32), state.shapes[node.input[0]])
-            made |= _run(light, node, {node.input[0]: stand_in})
-        elif node.input and all(name in given for name in node.input if name):
-            made |= _run(light, node, given)
-    yield from ((name, value) for name, value in made.items() if value.size <= _FOLDED)
+            placeholder = np.broadcast_to(np.zeros((), np.float32), state.shapes[node.input[0]])
+            folded |= _run(skeleton, node, {node.input[0]: placeholder})
+        elif node.input and all(name in inputs for name in node.input if name):
+            folded |= _run(skeleton, node, inputs)
+    yield from ((name, value) for name, value in folded.items() if value.size <= _FOLDED)
 
 
-def _value(name: str, state: StaticValues, made: Mapping[str, Array]) -> Array | None:
-    return made[name] if name in made else state.constants.get(name)
+def _value(name: str, state: StaticValues, folded: Mapping[str, Array]) -> Array | None:
+    return folded[name] if name in folded else state.constants.get(name)
 
 
-def _run(proto: Any, node: Any, given: Mapping[str, Array]) -> dict[str, Array]:
+def _run(proto: Any, node: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """Return what a node gives; nothing if the reference implementation does not know it."""
     onnx = require("onnx", extra="onnx")
     reference = require("onnx.reference", extra="onnx")
     helper = onnx.helper
     inputs = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
-        for name, value in given.items()
+        for name, value in feeds.items()
     ]
     outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
     graph = helper.make_graph([node], "one", inputs, outputs)
     model = helper.make_model(graph, opset_imports=list(proto.opset_import))
     try:
-        found = reference.ReferenceEvaluator(model).run(None, dict(given))
+        results = reference.ReferenceEvaluator(model).run(None, dict(feeds))
     except Exception:  # noqa: BLE001 - what it does not know stays unknown
         return {}
     names = [name for name in node.output if name]
-    return {name: value for name, value in zip(names, found, strict=True) if hasattr(value, "dtype")}
+    return {name: value for name, value in zip(names, results, strict=True) if hasattr(value, "dtype")}

@@ -15,7 +15,7 @@ from prunectl.channels.adapter import delete_indices
 from prunectl.channels.labels import LabelArray
 from prunectl.channels.torch.code import module
 from prunectl.channels.torch.code.expressions import literal
-from prunectl.channels.torch.code.module import MARK
+from prunectl.channels.torch.code.module import HEADER
 from prunectl.channels.torch.export import TracedModel
 from prunectl.channels.torch.fx import WeightedProgram
 from prunectl.channels.torch.resize import delete_tensor_indices
@@ -32,7 +32,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class KeptSlots:
+class OptimizerSlots:
     """What optimizers in a checkpoint keep of weights."""
 
     owners: Mapping[str, str] = field(default_factory=dict)
@@ -41,34 +41,34 @@ class KeptSlots:
     """Optimizers of which nobody can tell which weights their states belong to, by their place."""
 
 
-def optimizer_slots(root: Any, order: Mapping[str, str], shapes: Shapes) -> KeptSlots:
+def optimizer_slots(root: Any, order: Mapping[str, str], shapes: Shapes) -> OptimizerSlots:
     """Return what optimizers keep of each weight, by its name in the file; they know weights by numbers.
 
-    The order is that of the parameters of the module, with their names in the file.
+    The order is that of the parameter_order of the module, with their names in the file.
     """
-    found: dict[str, str] = {}
+    owners: dict[str, str] = {}
     unmatched: list[str] = []
     for name, optimizer in _optimizers(root, ""):
         groups = optimizer["param_groups"]
-        numbers = [number for group in groups for number in group.get("params", ())]
-        said = [word for group in groups for word in group.get("param_names", ())]
-        words = said if len(said) == len(numbers) and set(said) <= order.keys() else list(order)
-        owners = {number: order[word] for number, word in zip(numbers, words, strict=False)}
-        own = {
-            _below(_below(_below(name, "state"), number), key): (owners.get(number, ""), tuple(value.shape))
+        param_ids = [number for group in groups for number in group.get("params", ())]
+        param_names = [param_name for group in groups for param_name in group.get("param_names", ())]
+        names = param_names if len(param_names) == len(param_ids) and set(param_names) <= order.keys() else list(order)
+        by_number = {number: order[param_name] for number, param_name in zip(param_ids, names, strict=False)}
+        slots = {
+            _joined(_joined(_joined(name, "state"), number), key): (by_number.get(number, ""), tuple(value.shape))
             for number, state in optimizer["state"].items()
             for key, value in (state.items() if isinstance(state, dict) else ())
             # A count of steps is a tensor as well.
             if isinstance(value, torch.Tensor) and value.numel() > 1
         }
-        if all(shape == shapes.get(owner) for owner, shape in own.values()):
-            found |= {slot: owner for slot, (owner, _) in own.items()}
+        if all(shape == shapes.get(owner) for owner, shape in slots.values()):
+            owners |= {slot: owner for slot, (owner, _) in slots.items()}
         else:
             unmatched.append(name)
-    return KeptSlots(found, tuple(unmatched))
+    return OptimizerSlots(owners, tuple(unmatched))
 
 
-def leave_out(root: Any, optimizers: Collection[str]) -> None:
+def clear_optimizers(root: Any, optimizers: Collection[str]) -> None:
     """Empty the states of optimizers, as they are before the first step."""
     for name, optimizer in _optimizers(root, ""):
         if name in optimizers:
@@ -82,11 +82,11 @@ class WeightChanges:
     axes: Axes
     numbers: Mapping[str, Array]
     """What takes the place of some before they are cut."""
-    left_out: tuple[str, ...] = ()
+    cleared_optimizers: tuple[str, ...] = ()
     """Optimizers whose states are not written, by their place."""
 
 
-def prune_checkpoint(value: Any, change: WeightChanges, path: str, name: str = "") -> Any:
+def prune_checkpoint(value: Any, changes: WeightChanges, path: str, name: str = "") -> Any:
     """Return a value with the tensors in it cut; dictionaries and lists stay the same ones."""
     if isinstance(value, torch.nn.Module):
         raise InputError(
@@ -94,17 +94,17 @@ def prune_checkpoint(value: Any, change: WeightChanges, path: str, name: str = "
             hint="save its state_dict() in its place, and say --model",
         )
     if isinstance(value, torch.Tensor):
-        if name not in change.axes and name not in change.numbers:
+        if name not in changes.axes and name not in changes.numbers:
             return value
-        whole = to_torch(change.numbers[name]).to(value.dtype) if name in change.numbers else value
-        made = delete_tensor_indices(whole, change.axes.get(name, {}))
+        replaced = to_torch(changes.numbers[name]).to(value.dtype) if name in changes.numbers else value
+        pruned = delete_tensor_indices(replaced, changes.axes.get(name, {}))
         is_parameter = isinstance(value, torch.nn.Parameter)
-        return torch.nn.Parameter(made, requires_grad=value.requires_grad) if is_parameter else made
+        return torch.nn.Parameter(pruned, requires_grad=value.requires_grad) if is_parameter else pruned
     if isinstance(value, dict):
         for key, inner in list(value.items()):
-            value[key] = prune_checkpoint(inner, change, path, _below(name, key))
+            value[key] = prune_checkpoint(inner, changes, path, _joined(name, key))
     elif isinstance(value, list):
-        value[:] = [prune_checkpoint(inner, change, path, _below(name, at)) for at, inner in enumerate(value)]
+        value[:] = [prune_checkpoint(inner, changes, path, _joined(name, number)) for number, inner in enumerate(value)]
     return value
 
 
@@ -116,7 +116,7 @@ def owning_dict(root: Any, name: str) -> tuple[dict[str, Any], str]:
     return root, name
 
 
-def _below(name: str, key: object) -> str:
+def _joined(name: str, key: object) -> str:
     return f"{name}.{key}" if name else str(key)
 
 
@@ -126,13 +126,13 @@ def _optimizers(value: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, value
     elif isinstance(value, dict | list | tuple):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _optimizers(inner, _below(name, key))
+            yield from _optimizers(inner, _joined(name, key))
 
 
-def write(model: ModelFile, change: WeightChanges, extras: Mapping[str, torch.Tensor], path: Path) -> None:
+def write_safetensors(model: ModelFile, changes: WeightChanges, extras: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write a copy without what goes, and with what is new."""
     header = read(model.path)
-    held = {tensor.name: tensor for tensor in model.tensors}
+    tensors = {tensor.name: tensor for tensor in model.tensors}
     parts: list[bytes] = []
     end = 0
     names = sorted(header.keys() - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])
@@ -140,20 +140,22 @@ def write(model: ModelFile, change: WeightChanges, extras: Mapping[str, torch.Te
         if name in extras:
             array = to_numpy(extras[name])
         else:
-            whole = model.read(held[name])
-            array = delete_indices(change.numbers.get(name, whole).astype(whole.dtype), change.axes.get(name, {}))
+            original = model.read(tensors[name])
+            array = delete_indices(
+                changes.numbers.get(name, original).astype(original.dtype), changes.axes.get(name, {})
+            )
         data = np.ascontiguousarray(array).tobytes()
-        kind = CODES[array.dtype] if name in extras else header[name]["dtype"]
-        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [end, end + len(data)]}
+        code = CODES[array.dtype] if name in extras else header[name]["dtype"]
+        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [end, end + len(data)]}
         parts.append(data)
         end += len(data)
     path.write_bytes(b"".join([encode_header(header), *parts]))
 
 
-def companion_files(target: Path) -> Path:
+def companion_file(target: Path) -> Path:
     """Return where the class goes whose weights go to a target; never where somebody's own code is."""
     code = code_beside(target)
-    if code.is_file() and MARK not in code.read_text(encoding="utf-8", errors="replace").partition("\n")[0]:
+    if code.is_file() and HEADER not in code.read_text(encoding="utf-8", errors="replace").partition("\n")[0]:
         raise UsageError(
             f"{code} exists, and the class for the weights would take its place", hint="choose another --output"
         )
@@ -161,64 +163,70 @@ def companion_files(target: Path) -> Path:
 
 
 def write_weights(
-    model: ModelFile, found: TracedModel, network: WeightedProgram, change: WeightChanges, folder: Path, *, target: Path
+    model: ModelFile,
+    traced: TracedModel,
+    program: WeightedProgram,
+    changes: WeightChanges,
+    folder: Path,
+    *,
+    target: Path,
 ) -> Path:
     """Write weights and class into a scratch folder, and return the path of the weights."""
-    code, path = companion_files(target), folder / target.name
-    if found.holds_module:
-        written = module.write(found, network, class_of(found), _loading(target.name))
+    code, path = companion_file(target), folder / target.name
+    if traced.holds_module:
+        written = module.generate_module(traced, program, class_of(traced), _loading(target.name))
         torch.save({name: value.contiguous() for name, value in written.state.items()}, path)
     elif model.format == "safetensors":
-        first, of = next(iter(found.names.items()))
-        prefix = of.removesuffix(first)
-        written = module.write(found, network, class_of(found), _loading(target.name, "", prefix))
+        attribute, tensor = next(iter(traced.names.items()))
+        prefix = tensor.removesuffix(attribute)
+        written = module.generate_module(traced, program, class_of(traced), _loading(target.name, "", prefix))
         extras = {prefix + name: value for name, value in written.extras.items()}
-        write(model, change, extras, path)
+        write_safetensors(model, changes, extras, path)
     else:
-        root = load(model, found)
-        leave_out(root, change.left_out)
-        root = prune_checkpoint(root, change, str(model.path))
-        first, of = next(iter(found.names.items()))
-        home, key = owning_dict(root, of)
-        prefix = key.removesuffix(first)
-        keys = "".join(f"[{literal(word)}]" for word in of.removesuffix(key).split(".") if word)
-        written = module.write(found, network, class_of(found), _loading(target.name, keys, prefix))
-        home.update({prefix + name: value for name, value in written.extras.items()})
+        root = load_checkpoint(model, traced)
+        clear_optimizers(root, changes.cleared_optimizers)
+        root = prune_checkpoint(root, changes, str(model.path))
+        attribute, tensor = next(iter(traced.names.items()))
+        owner, key = owning_dict(root, tensor)
+        prefix = key.removesuffix(attribute)
+        keys = "".join(f"[{literal(part)}]" for part in tensor.removesuffix(key).split(".") if part)
+        written = module.generate_module(traced, program, class_of(traced), _loading(target.name, keys, prefix))
+        owner.update({prefix + name: value for name, value in written.extras.items()})
         torch.save(root, path)
     (folder / code.name).write_text(written.text, encoding="utf-8")
     return path
 
 
-def class_of(found: TracedModel) -> str:
+def class_of(traced: TracedModel) -> str:
     """Return the name of the class that is written: that of the module, unless torch has one of this name."""
-    kind = type(found.original)
-    name = str(getattr(found.original, "original_name", kind.__name__))
-    is_own = not kind.__module__.startswith("torch.") or isinstance(found.original, torch.jit.ScriptModule)
+    module_class = type(traced.original)
+    name = str(getattr(traced.original, "original_name", module_class.__name__))
+    is_own = not module_class.__module__.startswith("torch.") or isinstance(traced.original, torch.jit.ScriptModule)
     return name if is_own and name.isidentifier() and not hasattr(torch.nn, name) and name != "F" else "Net"
 
 
-def load(model: ModelFile, found: TracedModel) -> Any:
+def load_checkpoint(model: ModelFile, traced: TracedModel) -> Any:
     """Return what is in a checkpoint."""
-    if not found.is_trusted:
+    if not traced.is_trusted:
         user_code.check_checkpoint(model)
     try:
         return torch.load(model.path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if found.is_trusted:
+        if traced.is_trusted:
             return torch.load(model.path, map_location="cpu", weights_only=False)
-        found_code = f": {model.about.code[0]}" if model.about.code else ""
+        code = f": {model.about.code[0]}" if model.about.code else ""
         raise UntrustedError(
-            f"{model.path} holds more than numbers and words{found_code}",
+            f"{model.path} holds more than numbers and words{code}",
             hint=f"if you trust it: --trust; or leave it out first: prunectl strip {model.path} -o weights.pt",
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
         raise InputError(f"{model.path} cannot be loaded by this PyTorch: {first_line(error)}") from error
 
 
-def parameters(found: TracedModel) -> Mapping[str, str]:
-    """Return the tensors of the file by the names of the parameters, in the order that an optimizer gets them in."""
-    names = [] if found.original is None else [name for name, _ in found.original.named_parameters()]
-    return {name: found.names[name] for name in names if name in found.names}
+def parameter_order(traced: TracedModel) -> Mapping[str, str]:
+    """Return the tensors of the file by parameter name, in the order of an optimizer."""
+    names = [] if traced.original is None else [name for name, _ in traced.original.named_parameters()]
+    return {name: traced.names[name] for name in names if name in traced.names}
 
 
 def _loading(name: str, keys: str = "", prefix: str = "") -> tuple[str, ...]:

@@ -31,26 +31,26 @@ def open_batch_axis(
     `len(x)` is a number like any other once it was traced: where a size is as long as the batch was, it may be that.
     Whether it is so is seen when it runs.
     """
-    sizes = {len(one) for one in examples if one.ndim}
-    if len(sizes) != 1 or sizes == {1} or not all(one.ndim for one in examples):
+    sizes = {len(value) for value in examples if value.ndim}
+    if len(sizes) != 1 or sizes == {1} or not all(value.ndim for value in examples):
         return None
     generator = torch.Generator().manual_seed(0)
-    single = [random_like(with_batch(one, 1), generator) for one in examples]
+    single = [random_like(with_batch(value, 1), generator) for value in examples]
     try:
         with quiet():
-            expected = leaves(original(*(one.clone() for one in single)))
+            expected = leaves(original(*(value.clone() for value in single)))
     except Exception:  # noqa: BLE001 - it is the user's code
         return None
     (size,) = sizes
-    return next((one for one in (module, _measure_batch(module, size)) if _says(one, single, expected)), None)
+    return next((value for value in (module, _measure_batch(module, size)) if _gives(value, single, expected)), None)
 
 
-def _says(module: torch.fx.GraphModule, inputs: Iterable[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+def _gives(module: torch.fx.GraphModule, inputs: Iterable[torch.Tensor], expected: list[torch.Tensor]) -> bool:
     try:
-        found = run(WeightedProgram(module), inputs, lambda *_: None)
+        outputs = run(WeightedProgram(module), inputs, lambda *_: None)
         return all(
-            relative_difference(to_numpy(one), to_numpy(other)) <= _CLOSE
-            for one, other in zip(found, expected, strict=True)
+            relative_difference(to_numpy(value), to_numpy(reference)) <= _CLOSE
+            for value, reference in zip(outputs, expected, strict=True)
         )
     except Exception:  # noqa: BLE001 - PyTorch raises what it likes
         return False
@@ -65,13 +65,13 @@ def _measure_batch(module: torch.fx.GraphModule, size: int) -> torch.fx.GraphMod
         measured = graph.call_function(torch.ops.aten.sym_size.int, (inputs[0], 0))
     for node in graph.nodes:
         for name in _SIZES if node.op == "call_function" else ():
-            said = arguments(node).get(name)
-            if isinstance(said, list | tuple) and said and said[0] == size and type(said[0]) is int:
-                set_argument(node, name, [measured, *said[1:]])
+            sizes = arguments(node).get(name)
+            if isinstance(sizes, list | tuple) and sizes and sizes[0] == size and type(sizes[0]) is int:
+                set_argument(node, name, [measured, *sizes[1:]])
     return torch.fx.GraphModule(module, graph)
 
 
-_BETWEEN: tuple[tuple[str, Mapping[str, int]], ...] = (
+_BEFORE_SELECT: tuple[tuple[str, Mapping[str, int]], ...] = (
     ("contiguous", {}),
     ("squeeze", {"dim": -2}),
     ("transpose", {"dim0": 0, "dim1": -2}),
@@ -83,44 +83,48 @@ _BETWEEN: tuple[tuple[str, Mapping[str, int]], ...] = (
 def split_packed_qkv(graph: torch.fx.Graph) -> None:
     """Take parts of the last axis directly where they are moved to the front first."""
     for node in list(graph.nodes):
-        found = _origin(node) if node.op == "call_function" and op_name(node) == "select" else None
-        if found is not None:
-            whole, width, number = found
+        origin = _origin(node) if node.op == "call_function" and op_name(node) == "select" else None
+        if origin is not None:
+            packed, width, number = origin
             with graph.inserting_before(node):
                 cut = graph.call_function(
-                    torch.ops.aten.slice.Tensor, (whole, -1, number * width, (number + 1) * width)
+                    torch.ops.aten.slice.Tensor, (packed, -1, number * width, (number + 1) * width)
                 )
                 # As it lay in memory before: what follows may see it in another shape without a copy.
                 part = graph.call_function(torch.ops.aten.contiguous.default, (cut,))
             cut.meta, part.meta = dict(node.meta), dict(node.meta)
             node.replace_all_uses_with(part)
             graph.erase_node(node)
-    graph.eliminate_dead_code(_is_needed)
+    graph.eliminate_dead_code(_has_effect)
 
 
 def _origin(node: torch.fx.Node) -> tuple[torch.fx.Node, int, int] | None:
     """Return what a part is taken from, how wide it is, and which it is."""
-    said = arguments(node)
-    if said["dim"] != 0 or type(said["index"]) is not int or said["index"] < 0:
+    inputs = arguments(node)
+    if inputs["dim"] != 0 or type(inputs["index"]) is not int or inputs["index"] < 0:
         return None
-    above = said["self"]
-    for name, wanted in _BETWEEN:
-        held = arguments(above) if isinstance(above, torch.fx.Node) and above.op == "call_function" else {}
-        if not held or op_name(above) != name or any(held.get(key) != value for key, value in wanted.items()):
+    above = inputs["self"]
+    for name, expected in _BEFORE_SELECT:
+        arguments_of = arguments(above) if isinstance(above, torch.fx.Node) and above.op == "call_function" else {}
+        if (
+            not arguments_of
+            or op_name(above) != name
+            or any(arguments_of.get(key) != value for key, value in expected.items())
+        ):
             return None
-        above = held["self"]
+        above = arguments_of["self"]
     if above.op != "call_function" or op_name(above) != "unflatten":
         return None
-    held = arguments(above)
-    sizes = held["sizes"]
-    if held["dim"] != -1 or len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+    arguments_of = arguments(above)
+    sizes = arguments_of["sizes"]
+    if arguments_of["dim"] != -1 or len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
         return None
-    return held["self"], sizes[1], said["index"]
+    return arguments_of["self"], sizes[1], inputs["index"]
 
 
-def _is_needed(node: torch.fx.Node) -> bool:
+def _has_effect(node: torch.fx.Node) -> bool:
     """Whether an operation may do more than give a value: only what took the parts apart goes."""
-    names = {"unflatten", *(name for name, _ in _BETWEEN)}
+    names = {"unflatten", *(name for name, _ in _BEFORE_SELECT)}
     return node.op != "call_function" or op_name(node) not in names
 
 
@@ -136,7 +140,7 @@ class TracedModel:
     """Tensors of the file that are another one under a second name."""
     examples: Examples
     """What it was traced on."""
-    light: Examples
+    single_inputs: Examples
     """The same for one at a time, if it takes that."""
     program: ExportedProgram
     original: torch.nn.Module | None
@@ -149,18 +153,18 @@ class TracedModel:
 def trace_model(model: ModelFile, origin: ModelOrigin) -> TracedModel:
     """Read a file, and trace what is in it."""
     if model.format == "torch-export":
-        return _program(model, origin)
+        return _load_exported(model, origin)
     built = build(model, origin)
     program, used = trace(built.module, examples(origin.inputs, built.module, str(model.path)), str(model.path))
-    named = {name: of for of, name in built.names.items()}
-    module = _graph(program)
+    named = {name: tensor for tensor, name in built.names.items()}
+    module = _graph_module(program)
     open_module = open_batch_axis(module, built.module, used)
     return TracedModel(
         module=open_module or module,
         names=named,
         aliases=_aliases(built.module, named),
         examples=used,
-        light=used if open_module is None else tuple(with_batch(one, 1) for one in used),
+        single_inputs=used if open_module is None else tuple(with_batch(one, 1) for one in used),
         program=program,
         original=built.module,
         holds_module=not origin.model,
@@ -168,19 +172,23 @@ def trace_model(model: ModelFile, origin: ModelOrigin) -> TracedModel:
     )
 
 
-def _program(model: ModelFile, origin: ModelOrigin) -> TracedModel:
-    for word, said in (("--model", origin.model), ("--input", origin.inputs)):
-        if said:
-            raise UsageError(f"{word} does not go with a .pt2, which says all by itself", hint=f"leave out {word}")
+def _load_exported(model: ModelFile, origin: ModelOrigin) -> TracedModel:
+    for option, value in (("--model", origin.model), ("--input", origin.inputs)):
+        if value:
+            raise UsageError(f"{option} does not go with a .pt2, which says all by itself", hint=f"leave out {option}")
     with quiet():
         program = load_program(model, origin)
-    given, named = program.example_inputs, {tensor.name: tensor.name for tensor in model.tensors}
-    if given is None or given[1] or not all(isinstance(one, torch.Tensor) for one in given[0]):
+    example_inputs, names = program.example_inputs, {tensor.name: tensor.name for tensor in model.tensors}
+    if (
+        example_inputs is None
+        or example_inputs[1]
+        or not all(isinstance(value, torch.Tensor) for value in example_inputs[0])
+    ):
         used = _placeholders(program)
     else:
-        used = tuple(given[0])
-    module = _graph(program)
-    return TracedModel(module, named, {}, used, _without_weights(program, module, used), program, None)
+        used = tuple(example_inputs[0])
+    module = _graph_module(program)
+    return TracedModel(module, names, {}, used, _single_inputs(program, module, used), program, None)
 
 
 def _placeholders(program: ExportedProgram) -> Examples:
@@ -201,7 +209,7 @@ def _hint(length: int | torch.SymInt) -> int:
     return 2 if hint is None else int(hint)
 
 
-def _graph(program: ExportedProgram) -> torch.fx.GraphModule:
+def _graph_module(program: ExportedProgram) -> torch.fx.GraphModule:
     module = program.module()
     if not isinstance(module, torch.fx.GraphModule):
         raise InputError("this PyTorch gives no graph for a program")
@@ -213,7 +221,7 @@ def _graph(program: ExportedProgram) -> torch.fx.GraphModule:
     return module
 
 
-def _without_weights(program: ExportedProgram, module: torch.fx.GraphModule, used: Examples) -> Examples:
+def _single_inputs(program: ExportedProgram, module: torch.fx.GraphModule, used: Examples) -> Examples:
     """Return examples of one at a time where a batch may have any size."""
     names = set(program.graph_signature.user_inputs)
     values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names]

@@ -33,13 +33,13 @@ class OpContext:
 
     def arg(self, name: str, default: Any = None) -> Any:
         """Return an argument; LookupError if its value is not known before it runs."""
-        found = self.arguments.get(name, default)
-        return static_value(default if found is None else found)
+        value = self.arguments.get(name, default)
+        return static_value(default if value is None else value)
 
     def name(self, argument: str) -> str:
         """Return the name of a value that goes in; empty where it is left out."""
-        found = self.arguments.get(argument)
-        return found.name if isinstance(found, torch.fx.Node) else ""
+        value = self.arguments.get(argument)
+        return value.name if isinstance(value, torch.fx.Node) else ""
 
     def shape(self, argument: str) -> Shape:
         """Return the shape of what goes in; LookupError if it is not known."""
@@ -55,22 +55,22 @@ class OpContext:
         """Names of what comes out: several are taken apart right behind."""
         if self.node.name in self.shapes:
             return (self.node.name,)
-        found = {user.args[1]: user.name for user in self.node.users if is_item(user) and user.users}
-        count = 1 + max([int(number) for number in found if isinstance(number, int)], default=-1)
-        return tuple(found.get(number, f"{self.node.name}.{number}") for number in range(count))
+        items = {user.args[1]: user.name for user in self.node.users if is_item(user) and user.users}
+        count = 1 + max([int(number) for number in items if isinstance(number, int)], default=-1)
+        return tuple(items.get(number, f"{self.node.name}.{number}") for number in range(count))
 
     @property
     def result(self) -> Shape:
         """Shape of the first that comes out."""
         return self.shapes[self.outputs[0]]
 
-    def made(self, kind: OpKind, inputs: Iterable[str], outputs: Iterable[str] = (), **attributes: Any) -> OpNode:
+    def emit(self, kind: OpKind, inputs: Iterable[str], outputs: Iterable[str] = (), **attributes: Any) -> OpNode:
         """Return what it does, or one step of it."""
         return OpNode(
             module_path(self.node), op_name(self.node), kind, tuple(inputs), tuple(outputs) or self.outputs, attributes
         )
 
-    def between(self, step: str, shape: Shape) -> str:
+    def temporary(self, step: str, shape: Shape) -> str:
         """Return the name of a value that only one step of it makes."""
         name = f"{self.node.name}.{step}"
         self.shapes[name] = shape
@@ -81,22 +81,22 @@ def arguments(node: torch.fx.Node) -> dict[str, Any]:
     """Return the arguments of an operation by their names."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
-        return {str(place): value for place, value in enumerate(node.args)} | dict(node.kwargs)
-    found: dict[str, Any] = {
+        return {str(position): value for position, value in enumerate(node.args)} | dict(node.kwargs)
+    values: dict[str, Any] = {
         argument.name: argument.default_value if argument.has_default_value() else None for argument in schema.arguments
     }
-    found |= {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)}
-    return found | dict(node.kwargs)
+    values |= {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)}
+    return values | dict(node.kwargs)
 
 
 def set_argument(node: torch.fx.Node, name: str, value: Any) -> None:
     """Give an operation another argument."""
     places = [argument.name for argument in getattr(node.target, "_schema").arguments]  # noqa: B009
-    place = places.index(name)
-    if name in node.kwargs or place >= len(node.args):
+    position = places.index(name)
+    if name in node.kwargs or position >= len(node.args):
         node.update_kwarg(name, value)
     else:
-        node.update_arg(place, value)
+        node.update_arg(position, value)
 
 
 def static_value(value: Any) -> Any:
@@ -104,7 +104,7 @@ def static_value(value: Any) -> Any:
     if isinstance(value, torch.fx.Node):
         raise LookupError(value.name)  # noqa: TRY004 - it is a value, but not here
     if isinstance(value, list | tuple):
-        return tuple(static_value(one) for one in value)
+        return tuple(static_value(item) for item in value)
     return value
 
 
@@ -133,31 +133,31 @@ def module_path(node: torch.fx.Node) -> str:
     return inner if inner and not inner.startswith("_") else node.name
 
 
-_HANDED_ON = frozenset({"to", "_to_copy", "contiguous", "clone", "detach", "alias", "lift_fresh_copy"})
-_SAME_NUMBERS = frozenset({"view", "reshape", "unsqueeze", "squeeze", "_unsafe_view"})
+_PASSED_ON = frozenset({"to", "_to_copy", "contiguous", "clone", "detach", "alias", "lift_fresh_copy"})
+_SAME_ORDER = frozenset({"view", "reshape", "unsqueeze", "squeeze", "_unsafe_view"})
 
 
 def views(nodes: Iterable[torch.fx.Node], names: Mapping[str, str], shapes: dict[str, Shape]) -> dict[str, WeightView]:
     """Return the views of weights by the names of values."""
-    found: dict[str, WeightView] = {}
+    weight_views: dict[str, WeightView] = {}
     for node in nodes:
         if node.op == "get_attr" and str(node.target) in names and node.name in shapes:
-            found[node.name] = WeightView(names[str(node.target)], tuple(range(len(shapes[node.name]))))
-        elif node.op == "call_function" and node.all_input_nodes and node.all_input_nodes[0].name in found:
-            axes = _axes(OpContext(node, shapes, found), found[node.all_input_nodes[0].name].axes)
+            weight_views[node.name] = WeightView(names[str(node.target)], tuple(range(len(shapes[node.name]))))
+        elif node.op == "call_function" and node.all_input_nodes and node.all_input_nodes[0].name in weight_views:
+            axes = _axes(OpContext(node, shapes, weight_views), weight_views[node.all_input_nodes[0].name].axes)
             if axes is not None:
-                found[node.name] = WeightView(found[node.all_input_nodes[0].name].tensor, axes)
-    return found
+                weight_views[node.name] = WeightView(weight_views[node.all_input_nodes[0].name].tensor, axes)
+    return weight_views
 
 
-def uses(nodes: Iterable[torch.fx.Node], seen: Mapping[str, WeightView]) -> Counter[str]:
+def uses(nodes: Iterable[torch.fx.Node], weight_views: Mapping[str, WeightView]) -> Counter[str]:
     """Return how often each weight meets an operation that does not only hand it on, or leaves the network."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for node in nodes:
-        if node.name not in seen:
-            read = [*_flat(node.args), *_flat(tuple(node.kwargs.values()))]
-            found.update(seen[one.name].tensor for one in read if one.name in seen)
-    return found
+        if node.name not in weight_views:
+            nodes_read = [*_flat(node.args), *_flat(tuple(node.kwargs.values()))]
+            counts.update(weight_views[value.name].tensor for value in nodes_read if value.name in weight_views)
+    return counts
 
 
 def _flat(value: object) -> list[torch.fx.Node]:
@@ -165,30 +165,30 @@ def _flat(value: object) -> list[torch.fx.Node]:
         return [value]
     if isinstance(value, dict):
         value = tuple(value.values())
-    return [found for one in value for found in _flat(one)] if isinstance(value, list | tuple) else []
+    return [node for item in value for node in _flat(item)] if isinstance(value, list | tuple) else []
 
 
-def _axes(seen: OpContext, axes: tuple[int | None, ...]) -> tuple[int | None, ...] | None:
-    name = op_name(seen.node)
-    if seen.node.name not in seen.shapes:
+def _axes(op: OpContext, axes: tuple[int | None, ...]) -> tuple[int | None, ...] | None:
+    name = op_name(op.node)
+    if op.node.name not in op.shapes:
         return None
-    before, after = seen.shapes[seen.tensors[0]], seen.shapes[seen.node.name]
-    if name in _HANDED_ON:
+    before, after = op.shapes[op.tensors[0]], op.shapes[op.node.name]
+    if name in _PASSED_ON:
         return axes
     if name in {"t", "numpy_T"}:
         return tuple(reversed(axes))
     if name == "permute":
-        return tuple(axes[axis] for axis in seen.arg("dims"))
+        return tuple(axes[axis] for axis in op.arg("dims"))
     if name == "transpose":
         order = list(axes)
-        one, other = seen.arg("dim0"), seen.arg("dim1")
-        order[one], order[other] = order[other], order[one]
+        first, second = op.arg("dim0"), op.arg("dim1")
+        order[first], order[second] = order[second], order[first]
         return tuple(order)
     kept = [length for length in before if length != 1]
-    if name in _SAME_NUMBERS and kept == [length for length in after if length != 1]:
+    if name in _SAME_ORDER and kept == [length for length in after if length != 1]:
         # Only axes of length 1 come and go: the others keep their order.
-        longer = iter([axis for axis, length in zip(axes, before, strict=True) if length != 1])
-        return tuple(None if length == 1 else next(longer) for length in after)
+        remaining = iter([axis for axis, length in zip(axes, before, strict=True) if length != 1])
+        return tuple(None if length == 1 else next(remaining) for length in after)
     return None
 
 
@@ -199,37 +199,37 @@ class WeightedProgram:
     module: torch.fx.GraphModule
     values: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """By the attributes that they are there."""
-    is_wide: bool = False
+    in_float64: bool = False
     """Whether every number of it is a float64."""
 
 
 class RecordingInterpreter(torch.fx.Interpreter):
     """Runs a program, and shows each value to someone."""
 
-    def __init__(self, network: WeightedProgram, see: Callable[[str, Any], None]) -> None:
-        super().__init__(network.module)
-        self._values, self._see, self._is_wide = network.values, see, network.is_wide
+    def __init__(self, weighted: WeightedProgram, record: Callable[[str, Any], None]) -> None:
+        super().__init__(weighted.module)
+        self._values, self._record, self._in_float64 = weighted.values, record, weighted.in_float64
 
     def run_node(self, n: torch.fx.Node) -> Any:
         """Return what a node gives."""
-        found = super().run_node(n)
-        self._see(n.name, found)
-        return found
+        value = super().run_node(n)
+        self._record(n.name, value)
+        return value
 
     def fetch_attr(self, target: str) -> Any:
         """Return a weight."""
-        found = self._values.get(target)
-        found = super().fetch_attr(target) if found is None else found
-        is_short = isinstance(found, torch.Tensor) and found.is_floating_point()
-        return found.double() if self._is_wide and is_short else found
+        value = self._values.get(target)
+        value = super().fetch_attr(target) if value is None else value
+        is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.double() if self._in_float64 and is_float else value
 
     def fetch_args_kwargs_from_env(self, n: torch.fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return what a node takes; one that names a type of number makes longer ones."""
         args, kwargs = super().fetch_args_kwargs_from_env(n)
-        if not self._is_wide:
+        if not self._in_float64:
             return args, kwargs
-        found: tuple[tuple[Any, ...], dict[str, Any]] = map_aggregate((args, kwargs), _widened)
-        return found
+        widened: tuple[tuple[Any, ...], dict[str, Any]] = map_aggregate((args, kwargs), _widened)
+        return widened
 
 
 def _widened(argument: Any) -> Any:
@@ -237,24 +237,26 @@ def _widened(argument: Any) -> Any:
     return torch.float64 if is_float else argument
 
 
-def shapes_of(network: WeightedProgram, inputs: Iterable[torch.Tensor]) -> dict[str, tuple[int, ...]]:
+def shapes_of(weighted: WeightedProgram, inputs: Iterable[torch.Tensor]) -> dict[str, tuple[int, ...]]:
     """Return the shape of every value, as seen on an example; of several that come out, each by its number."""
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
 
-    def see(name: str, value: Any) -> None:
+    def record(name: str, value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            found[name] = tuple(value.shape)
+            shapes[name] = tuple(value.shape)
         elif isinstance(value, list | tuple):
-            found.update({f"{name}.{at}": tuple(one.shape) for at, one in enumerate(value) if hasattr(one, "shape")})
+            shapes.update(
+                {f"{name}.{number}": tuple(item.shape) for number, item in enumerate(value) if hasattr(item, "shape")}
+            )
 
-    run(network, inputs, see)
-    return found
+    run(weighted, inputs, record)
+    return shapes
 
 
 def run(
-    network: WeightedProgram, inputs: Iterable[torch.Tensor], see: Callable[[str, Any], None]
+    weighted: WeightedProgram, inputs: Iterable[torch.Tensor], record: Callable[[str, Any], None]
 ) -> list[torch.Tensor]:
     """Return the tensors that come out."""
     with quiet():
-        found = RecordingInterpreter(network, see).run(*inputs, enable_io_processing=False)
-    return leaves(found)
+        result = RecordingInterpreter(weighted, record).run(*inputs, enable_io_processing=False)
+    return leaves(result)

@@ -29,16 +29,16 @@ _TYPES = {
 _LENGTH = 224
 
 
-def examples(words: tuple[str, ...], module: torch.nn.Module, path: str) -> tuple[torch.Tensor, ...]:
+def examples(specs: tuple[str, ...], module: torch.nn.Module, path: str) -> tuple[torch.Tensor, ...]:
     """Return an example for each shape, such as `1,3,224,224` or `1,128:i64`."""
-    if not words:
+    if not specs:
         raise UsageError(
             f"{path} does not say what goes into it, and it has to be run to be followed",
             hint=f"say a shape with a batch of 1: --input {_suggestion(module)}",
         )
-    taken = inputs_of(module) if len(words) == 1 else ()
-    default = torch.int64 if taken and taken[0].dtype == "int64" else _float(module)
-    return tuple(_example(word, default) for word in words)
+    ports = inputs_of(module) if len(specs) == 1 else ()
+    default = torch.int64 if ports and ports[0].dtype == "int64" else _default_float(module)
+    return tuple(_example(spec, default) for spec in specs)
 
 
 def random_like(example: torch.Tensor, random: torch.Generator) -> torch.Tensor:
@@ -53,17 +53,17 @@ def with_batch(example: torch.Tensor, size: int) -> torch.Tensor:
     return torch.zeros((size, *example.shape[1:]), dtype=example.dtype) if example.ndim else example
 
 
-def _example(word: str, default: torch.dtype) -> torch.Tensor:
-    lengths, _, kind = word.partition(":")
+def _example(spec: str, default: torch.dtype) -> torch.Tensor:
+    lengths, _, type_name = spec.partition(":")
     numbers = lengths.replace("x", ",").split(",")
-    if kind and kind not in _TYPES:
-        raise UsageError(f"{kind!r} is no type of number in --input {word}", hint=f"known: {', '.join(_TYPES)}")
+    if type_name and type_name not in _TYPES:
+        raise UsageError(f"{type_name!r} is no type of number in --input {spec}", hint=f"known: {', '.join(_TYPES)}")
     if not all(number.strip().isdecimal() and int(number) > 0 for number in numbers):
-        raise UsageError(f"--input {word} is no shape", hint="such as --input 1,3,224,224 or 1,128:i64")
-    return torch.zeros([int(number) for number in numbers], dtype=_TYPES[kind] if kind else default)
+        raise UsageError(f"--input {spec} is no shape", hint="such as --input 1,3,224,224 or 1,128:i64")
+    return torch.zeros([int(number) for number in numbers], dtype=_TYPES[type_name] if type_name else default)
 
 
-def _float(module: torch.nn.Module) -> torch.dtype:
+def _default_float(module: torch.nn.Module) -> torch.dtype:
     first = next((weight for weight in module.parameters() if weight.is_floating_point()), None)
     return torch.float64 if first is not None and first.dtype is torch.float64 else torch.float32
 
@@ -78,7 +78,7 @@ def _suggestion(module: torch.nn.Module) -> str:
 
 Examples = tuple[torch.Tensor, ...]
 _HALF = (torch.float16, torch.bfloat16)
-_SEVERAL = 2
+_TRACED_BATCH = 2
 """A batch of 1 would be taken for a length that never changes."""
 
 
@@ -88,19 +88,19 @@ def trace(module: torch.nn.Module, examples: Examples, path: str) -> tuple[Expor
     if any(weight.dtype in _HALF for weight in module.parameters()):
         # What is proved is proved in single precision; the numbers that are written are those of the file.
         module.float()
-    usable = _usable(module, examples, path)
+    accepted = _accepted_inputs(module, examples, path)
     if isinstance(module, torch.jit.ScriptModule):
-        return _converted(module, usable, path), usable
-    open_batch = tuple({0: Dim.AUTO} if one.ndim else None for one in usable)
+        return _convert_script(module, accepted, path), accepted
+    open_batch = tuple({0: Dim.AUTO} if value.ndim else None for value in accepted)
     with quiet():
         try:
-            return _export(module, usable, open_batch), usable
+            return _export(module, accepted, open_batch), accepted
         except Exception as error:  # noqa: BLE001 - PyTorch raises what it likes
-            trouble = error
+            open_error = error
         try:
-            return _export(module, usable, None), usable
+            return _export(module, accepted, None), accepted
         except Exception as error:
-            reason = first_line(trouble)
+            reason = first_line(open_error)
             raise InputError(
                 f"the model of {path} cannot be followed by torch.export: {reason}",
                 hint="what runs must not depend on the numbers that come in; or export it to ONNX, and cut that",
@@ -110,33 +110,33 @@ def trace(module: torch.nn.Module, examples: Examples, path: str) -> tuple[Expor
 def _export(
     module: torch.nn.Module, examples: Examples, axes: tuple[dict[int, Any] | None, ...] | None
 ) -> ExportedProgram:
-    takes_any = getattr(getattr(module.forward, "__code__", None), "co_flags", 0) & inspect.CO_VARARGS
+    takes_varargs = getattr(getattr(module.forward, "__code__", None), "co_flags", 0) & inspect.CO_VARARGS
     # What goes into one parameter, `*inputs`, is described together.
-    dynamic = (axes,) if axes is not None and takes_any else axes
+    dynamic = (axes,) if axes is not None and takes_varargs else axes
     return torch.export.export(module, examples, dynamic_shapes=dynamic, strict=False)
 
 
-def _usable(module: torch.nn.Module, examples: Examples, path: str) -> Examples:
+def _accepted_inputs(module: torch.nn.Module, examples: Examples, path: str) -> Examples:
     """Return examples that the module takes: two at a time, or as many as was said."""
-    several = tuple(with_batch(one, _SEVERAL) if one.ndim and len(one) == 1 else one for one in examples)
-    trouble = None
-    for tried in (several, examples):
+    batched = tuple(with_batch(value, _TRACED_BATCH) if value.ndim and len(value) == 1 else value for value in examples)
+    failure = None
+    for inputs in (batched, examples):
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                module(*tried)
+                module(*inputs)
         except Exception as error:  # noqa: BLE001 - it is the user's code
-            trouble = error
+            failure = error
         else:
-            return tried
-    shapes = " and ".join("x".join(map(str, one.shape)) for one in examples)
+            return inputs
+    shapes = " and ".join("x".join(map(str, value.shape)) for value in examples)
     raise UsageError(
-        f"the model of {path} cannot be run on {shapes}: {first_line(trouble) if trouble else ''}",
+        f"the model of {path} cannot be run on {shapes}: {first_line(failure) if failure else ''}",
         hint="say another shape with --input; one for each input, as 1,128:i64 where it takes whole numbers",
-    ) from trouble
+    ) from failure
 
 
-def _converted(module: torch.jit.ScriptModule, examples: Examples, path: str) -> ExportedProgram:
+def _convert_script(module: torch.jit.ScriptModule, examples: Examples, path: str) -> ExportedProgram:
     from torch._export.converter import TS2EPConverter  # noqa: PLC0415
 
     with quiet():
@@ -152,11 +152,11 @@ def _converted(module: torch.jit.ScriptModule, examples: Examples, path: str) ->
 @contextmanager
 def quiet() -> Generator[None]:
     """Keep to itself what PyTorch has to say while it traces."""
-    before = logging.root.manager.disable
+    level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        logging.disable(level)

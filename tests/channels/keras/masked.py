@@ -33,7 +33,7 @@ def silence(model: Any, found: ChannelPruneResult) -> Any:
             for member in loss.family.groups[number].members:
                 tensor = tensors[member.place.tensor]
                 is_inside = "depthwise" in tensor.name and tensor.kind.startswith("Separable")
-                if member.place.part in MAKERS and not is_inside:
+                if member.place.role in MAKERS and not is_inside:
                     # One that goes channel by channel makes several of each, one beside the other.
                     times = tensor.shape[-1] if tensor.kind.startswith("Depthwise") and len(tensor.shape) > 1 else 1
                     made = {index * times + turn for index in member.indices for turn in range(times)}

@@ -395,9 +395,15 @@ def test_a_saved_model_that_keras_cannot_write_again_is_refused(tmp_path: Path) 
 @pytest.mark.parametrize("which", LIBRARIES)
 def test_what_is_shown_comes_once_for_each_name_as_the_graph_has_it(which: str, tmp_path: Path) -> None:
     source = open_adapter(open_model(saved(shared(LIBRARIES[which]), tmp_path / "net.keras")), ModelOrigin())
-    assert {name.partition("~")[0] for name in source.showable} == {"thin", "each_step/timed", "line", "last", "other"}
-    names = sorted(source.showable, reverse=True)
-    made = source.runner(source.with_weights({}), names)(source.feeds(np.random.default_rng(0)))
+    assert {name.partition("~")[0] for name in source.observable} == {
+        "thin",
+        "each_step/timed",
+        "line",
+        "last",
+        "other",
+    }
+    names = sorted(source.observable, reverse=True)
+    made = source.runner(source.with_weights({}), names)(source.random_inputs(np.random.default_rng(0)))
     shapes = [source.graph.shapes[name] for name in names]
     assert [np.shape(one) for one in made[2:]] == shapes
     assert {(1, 6, 12, 12), (12, 10), (1, 8, 12)} <= set(shapes)

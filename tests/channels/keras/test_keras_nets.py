@@ -73,8 +73,8 @@ def test_half_of_the_channels_go_and_the_rest_say_the_same(kind: Any, which: str
     model.save(path)
     given = images(model)
     found = cut(path, output)
-    assert found.proof.wide is not None
-    assert found.proof.wide < 1e-9
+    assert found.proof.error_float64 is not None
+    assert found.proof.error_float64 < 1e-9
     shapes = short(open_model(output).tensors)
     wanted_shapes = SHAPES[kind.__name__]
     assert {name: shapes[name] for name in wanted_shapes} == wanted_shapes

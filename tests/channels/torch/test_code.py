@@ -25,7 +25,7 @@ def silenced(kind: Any, found: ChannelPruneResult) -> Any:
     for loss in found.losses:
         for number in loss.dropped:
             for member in loss.family.groups[number].members:
-                if member.place.part in {"out", "bias", "scale", "shift"}:
+                if member.place.role in {"out", "bias", "scale", "shift"}:
                     weights[member.place.tensor].data.movedim(member.place.axis, 0)[list(member.indices)] = 0
     return net
 

@@ -33,8 +33,8 @@ def test_a_program_stays_one_and_says_what_it_should(kind: Any, tmp_path: Path) 
     is_open = kind is not more.Encoder  # its token is as often there as the batch was long
     path = exported(net, tmp_path / "net.pt2", torch.randn(3, 3, 16, 16), dynamic_shapes=(BATCH,) if is_open else None)
     found = cut(path, output, inputs=())
-    assert found.proof.wide is not None
-    assert found.proof.wide < 1e-12
+    assert found.proof.error_float64 is not None
+    assert found.proof.error_float64 < 1e-12
     assert [child.name for child in tmp_path.iterdir() if child.stem == "small"] == ["small.pt2"]
     written = torch.export.load(output)
     images = torch.randn(7 if is_open else 3, 3, 16, 16)
