@@ -99,7 +99,7 @@ def cut(name: str) -> None:
             path, output = path.with_suffix(".h5"), output.with_suffix(".h5")
         model.save(path)
         seen = groups(open_model(path))
-        found |= {"channels": seen.channels, "free": seen.free, "reasons": _reasons(seen)}
+        found |= {"channels": seen.channels, "free": seen.prunable, "reasons": _reasons(seen)}
         begin = time.perf_counter()
         try:
             custom = "benchmarks.channels_keras:CUSTOM" if own else ""
@@ -116,9 +116,9 @@ def cut(name: str) -> None:
 
 def _reasons(seen: Any) -> str:
     counted = Counter[str]()
-    for family in seen.families:
-        if family.reason:
-            counted[family.reason.partition(" ")[0]] += len(family.groups)
+    for family in seen.groups:
+        if family.locked_because:
+            counted[family.locked_because.partition(" ")[0]] += len(family)
     return ", ".join(f"{reason} {count}" for reason, count in counted.most_common(4))
 
 

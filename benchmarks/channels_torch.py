@@ -57,7 +57,7 @@ def _ours(known: Known, net: Any, folder: Path, example: Any, before: tuple[floa
     torch.save(net.state_dict(), path)
     model = f"benchmarks.nets_torch:{known.make.__name__}"
     found = channel_groups(open_model(path), ModelOrigin(model, inputs=(known.shape,)))
-    free = f"{found.free / found.channels:.0%}"
+    free = f"{found.prunable / found.channels:.0%}"
     begin = time.perf_counter()
     try:
         request = PruneRequest(sparsity=RATIO, pattern="channel", model=model, inputs=(known.shape,))

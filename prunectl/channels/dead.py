@@ -9,7 +9,7 @@ import numpy as np
 
 from prunectl.channels.adapter import GraphAdapter
 from prunectl.channels.graph import OpKind, OpNode
-from prunectl.channels.groups import Channel, ChannelGroup
+from prunectl.channels.groups import ChannelGroup
 from prunectl.channels.labels import AxisRole, LabelTrace
 from prunectl.channels.selection import PrunedGroup
 from prunectl.formats.base import Array
@@ -112,75 +112,77 @@ def _add_to_weight(trace: LabelTrace, name: str, constant: Array, weights: dict[
 class DeadChannels:
     """Channels that make no difference."""
 
-    losses: tuple[PrunedGroup, ...]
+    pruned_groups: tuple[PrunedGroup, ...]
     skips: tuple[SkippedTensor, ...]
     weights: Mapping[str, Array]
     """Weights that take over what these channels always said."""
 
 
 def find_dead(
-    adapter: GraphAdapter, trace: LabelTrace, groups_: Sequence[ChannelGroup], selected: Sequence[ChannelGroup]
+    adapter: GraphAdapter, trace: LabelTrace, groups: Sequence[ChannelGroup], selected: Sequence[ChannelGroup]
 ) -> DeadChannels:
-    """Return which channels of the wanted families are dead; what they always say is folded into what reads them.
+    """Return which channels of the selected groups are dead; what they always say is folded into what reads them.
 
     A channel that says something else at the borders, as behind a padding, stays, and that is said.
     """
     weights = adapter.graph.weights
-    zero_consumed = {
-        group.label for family in selected for group in family.groups if _are_zero(group, AxisRole.IN, weights)
-    }
-    zero_produced = {
-        group.label
-        for family in selected
-        for group in family.groups
-        if group.label not in zero_consumed and _are_zero(group, AxisRole.OUT, weights)
-    }
+    zero_consumed = _zero_channels(selected, AxisRole.IN, weights)
+    zero_produced = _zero_channels(selected, AxisRole.OUT, weights) - zero_consumed
     skips: list[SkippedTensor] = []
     while True:
-        folded, blocked = _fold_all(adapter, trace, groups_, zero_produced)
+        folded, blocked = _fold_all(adapter, trace, groups, zero_produced)
         if not blocked:
             break
         for reader, labels in blocked:
             skips.append(SkippedTensor(reader, "it reads what is always the same, and has nowhere to keep it"))
             zero_produced -= labels
     dead = zero_consumed | zero_produced
-    return DeadChannels(tuple(_pruned_group(family, dead) for family in selected), tuple(skips), folded)
+    return DeadChannels(tuple(_pruned_group(group, dead) for group in selected), tuple(skips), folded)
 
 
-def _pruned_group(family: ChannelGroup, dead: set[int]) -> PrunedGroup:
-    dropped = [number for number, group in enumerate(family.groups) if group.label in dead]
+def _pruned_group(group: ChannelGroup, dead: set[int]) -> PrunedGroup:
+    dropped = [number for number, label in enumerate(group.labels.tolist()) if label in dead]
     # A tensor without channels is none.
-    return PrunedGroup(family, tuple(dropped if len(dropped) < len(family.groups) else dropped[1:]))
+    return PrunedGroup(group, tuple(dropped if len(dropped) < len(group) else dropped[1:]))
 
 
-def _are_zero(group: Channel, part: AxisRole, weights: Mapping[str, Array]) -> bool:
-    members = [member for member in group.members if member.place.role is part]
-    return bool(members) and not any(
-        np.take(weights[member.place.tensor], member.indices, member.place.axis).any() for member in members
-    )
+def _zero_channels(groups: Iterable[ChannelGroup], role: AxisRole, weights: Mapping[str, Array]) -> set[int]:
+    """The labels of channels that have nothing but zeros wherever they have this role, and have it somewhere."""
+    labels: set[int] = set()
+    for group in groups:
+        axes = [(axis, slices) for axis, slices in zip(group.axes, group.slices, strict=True) if axis.role is role]
+        is_zero = np.full(len(group), bool(axes))
+        for axis, slices in axes:
+            rows = np.moveaxis(weights[axis.tensor], axis.axis, 0)
+            is_used = np.any(rows.reshape(len(rows), -1) != 0, axis=1)[slices.indices]
+            is_zero &= ~np.logical_or.reduceat(is_used, np.cumsum(slices.counts) - slices.counts)
+        labels.update(group.labels[is_zero].tolist())
+    return labels
 
 
 def _fold_all(
-    adapter: GraphAdapter, trace: LabelTrace, groups_: Iterable[ChannelGroup], zero_produced: set[int]
+    adapter: GraphAdapter, trace: LabelTrace, groups: Iterable[ChannelGroup], zero_produced: set[int]
 ) -> tuple[dict[str, Array], list[tuple[str, set[int]]]]:
     """Fold what reads these channels, one operation after the other; return what could not be folded too."""
-    consumed: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {}
-    for family in groups_:
-        for group in family.groups:
-            for member in group.members if group.label in zero_produced else ():
-                if member.place.role is AxisRole.IN:
-                    consumed.setdefault((member.place.tensor, member.place.axis), {})[group.label] = member.indices
+    consumed: dict[tuple[str, int], tuple[list[int], set[int]]] = {}
+    for group in groups:
+        channels = np.isin(group.labels, list(zero_produced))
+        for axis, slices in zip(group.axes, group.slices, strict=True) if channels.any() else ():
+            if axis.role is AxisRole.IN:
+                indices, labels = consumed.setdefault((axis.tensor, axis.axis), ([], set()))
+                indices += slices.of(channels).tolist()
+                labels.update(group.labels[channels].tolist())
     weights: dict[str, Array] = {}
     blocked: list[tuple[str, set[int]]] = []
-    notes = _consumed_axes(trace)
+    axes_by_node = _consumed_axes(trace)
     for node in adapter.graph.nodes:
         weights_read = {trace.graph.views[name].tensor for name in node.inputs if name in trace.graph.views}
-        for place in (place for place in notes.get(node.name, {}) if place[0] in weights_read):
-            indices = [index for those in consumed.get(place, {}).values() for index in those]
+        for weight_axis in (key for key in axes_by_node.get(node.name, {}) if key[0] in weights_read):
+            indices, labels = consumed.get(weight_axis, ([], set()))
             if indices and not fold_into_bias(
-                adapter, trace, node, weight_axis=place, indices=indices, weights=weights
+                adapter, trace, node, weight_axis=weight_axis, indices=indices, weights=weights
             ):
-                blocked.append((place[0], set(consumed[place])))
+                blocked.append((weight_axis[0], labels))
     return weights, blocked
 
 

@@ -1,18 +1,18 @@
-"""Which indices of which weights must go together? Groups, and the families of those that live in the same places."""
+"""Dependency groups: the channels that must be removed together, and the weights that they are sliced from."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 
 from prunectl.channels.adapter import GraphAdapter
 from prunectl.channels.frontends import open_adapter
-from prunectl.channels.labels import FIXED, AxisLabels, AxisRole, LabelTrace
+from prunectl.channels.labels import FIXED, AxisLabels, AxisRole, LabelArray, LabelTrace
 from prunectl.channels.rules import propagate
 from prunectl.formats.base import ModelFile
+from prunectl.pruning.threshold import Mask
 from prunectl.training.backend import ModelOrigin
 
 
@@ -25,72 +25,91 @@ class TensorAxis:
     role: AxisRole
 
 
-@dataclass(frozen=True, slots=True)
-class ChannelSlice:
-    """What a channel is made of in one place."""
+@dataclass(frozen=True, slots=True, eq=False)
+class ChannelSlices:
+    """The indices of every channel of a group on one axis, channel by channel."""
 
-    place: TensorAxis
-    indices: tuple[int, ...]
+    indices: LabelArray
+    counts: LabelArray
+    """How many of them each channel has."""
 
-
-@dataclass(frozen=True, slots=True)
-class Channel:
-    """One channel wherever it is: all of it goes, or nothing."""
-
-    label: int
-    members: tuple[ChannelSlice, ...]
+    def of(self, channels: Mask) -> LabelArray:
+        """The indices of some channels."""
+        return self.indices[np.repeat(channels, self.counts)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ChannelGroup:
-    """Channels that live in the same places."""
+    """Channels that lie on the same axes; each goes from all of them, or from none."""
 
     name: str
-    """The weight that makes them first."""
-    places: tuple[TensorAxis, ...]
-    groups: tuple[Channel, ...]
-    reason: str = ""
+    """The weight that produces them first."""
+    axes: tuple[TensorAxis, ...]
+    labels: LabelArray
+    """One for each channel."""
+    slices: tuple[ChannelSlices, ...]
+    """Where they lie on each axis."""
+    locked_because: str = ""
     """Why none of them may go."""
 
+    def __len__(self) -> int:
+        """The number of channels."""
+        return len(self.labels)
+
     @property
-    def makers(self) -> tuple[str, ...]:
-        """The weights that make these channels."""
-        return tuple(dict.fromkeys(place.tensor for place in self.places if place.role is AxisRole.OUT))
+    def producers(self) -> tuple[str, ...]:
+        """The weights that produce these channels."""
+        return tuple(dict.fromkeys(axis.tensor for axis in self.axes if axis.role is AxisRole.OUT))
+
+    def channel(self, number: int) -> list[tuple[int, ...]]:
+        """The indices of one channel on each axis."""
+        channels = np.arange(len(self)) == number
+        return [tuple(slices.of(channels).tolist()) for slices in self.slices]
 
 
 def find_groups(trace: LabelTrace) -> tuple[ChannelGroup, ...]:
-    """Return the channels of a network, in its order."""
-    found: dict[int, list[tuple[int, ChannelSlice]]] = defaultdict(list)
+    """Group the channels of a network by the axes that they lie on, in its order."""
     notes = _first_of_each_axis(trace.notes)
-    for number, note in enumerate(notes):
-        roots = trace.labels.roots(note.labels)
-        place = TensorAxis(note.tensor, note.axis, note.role)
-        order = np.argsort(roots, kind="stable")
-        bounds = (np.flatnonzero(np.diff(roots[order])) + 1).tolist()
-        indices, sorted_roots = order.tolist(), roots[order].tolist()
-        for begin, end in pairwise([0, *bounds, len(indices)]):
-            if end > begin and (root := sorted_roots[begin]) != FIXED:
-                found[root].append((number, ChannelSlice(place, tuple(indices[begin:end]))))
-    # By numbers of places: they are told apart for each channel, and there may be a hundred thousand.
-    kin: dict[tuple[tuple[int, ...], str], list[Channel]] = defaultdict(list)
-    for root, members in found.items():
-        numbers, own = zip(*members, strict=True)
-        kin[numbers, trace.labels.reason(root)].append(Channel(root, own))
-    return tuple(_family(tuple(groups), reason) for (_, reason), groups in kin.items())
+    labelled = [_by_channel(trace.labels.roots(note.labels)) for note in notes]
+    axes_of: dict[int, list[int]] = defaultdict(list)
+    for number, (roots, _) in enumerate(labelled):
+        for root in np.unique(roots).tolist():
+            axes_of[root].append(number)
+    alike: dict[tuple[tuple[int, ...], str], list[int]] = defaultdict(list)
+    for root, numbers in axes_of.items():
+        alike[tuple(numbers), trace.labels.reason(root)].append(root)
+    groups = []
+    for (lies_on, reason), members in alike.items():
+        axes = tuple(TensorAxis(note.tensor, note.axis, note.role) for note in (notes[number] for number in lies_on))
+        labels = np.array(members, np.int64)
+        slices = tuple(_slices(*labelled[number], labels) for number in lies_on)
+        group = ChannelGroup(axes[0].tensor, axes, labels, slices, reason)
+        producers = group.producers
+        groups.append(
+            replace(group, name=producers[0]) if producers else replace(group, locked_because=reason or _UNPRODUCED)
+        )
+    return tuple(groups)
 
 
-def _family(groups: tuple[Channel, ...], reason: str) -> ChannelGroup:
-    places = tuple(member.place for member in groups[0].members)
-    producers = [place.tensor for place in places if place.role is AxisRole.OUT]
-    return ChannelGroup(next(iter(producers), places[0].tensor), places, groups, reason or _missing_producer(producers))
+_UNPRODUCED = "no weight makes it"
 
 
-def _missing_producer(producers: list[str]) -> str:
-    return "" if producers else "no weight makes it"
+def _by_channel(roots: LabelArray) -> tuple[LabelArray, LabelArray]:
+    """Sort the indices of an axis by their channels, without those that are none; return both."""
+    order = np.argsort(roots, kind="stable")
+    order = order[roots[order] != FIXED]
+    return roots[order], order
+
+
+def _slices(roots: LabelArray, indices: LabelArray, labels: LabelArray) -> ChannelSlices:
+    # Labels ascend: all channels of a group are first seen on the same axis, in the order of their labels.
+    own = np.isin(roots, labels)
+    bounds = np.searchsorted(roots[own], labels)
+    return ChannelSlices(indices[own], np.diff(bounds, append=int(own.sum())))
 
 
 def _first_of_each_axis(notes: list[AxisLabels]) -> list[AxisLabels]:
-    """Return the first note of each axis: the others say the same."""
+    """Keep the first note of each axis: the others say the same."""
     return list({(note.tensor, note.axis): note for note in reversed(notes)}.values())[::-1]
 
 
@@ -99,31 +118,31 @@ ORIGIN = ModelOrigin()
 
 @dataclass(frozen=True, slots=True)
 class ChannelGroups:
-    """The channels of a model."""
+    """The dependency groups of a model."""
 
     path: str
-    families: tuple[ChannelGroup, ...]
+    groups: tuple[ChannelGroup, ...]
 
     @property
     def channels(self) -> int:
-        """How many there are."""
-        return sum(len(family.groups) for family in self.families)
+        """The number of channels."""
+        return sum(map(len, self.groups))
 
     @property
-    def free(self) -> int:
-        """How many of them may go."""
-        return sum(len(family.groups) for family in self.families if not family.reason)
+    def prunable(self) -> int:
+        """The number of channels that are not locked."""
+        return sum(len(group) for group in self.groups if not group.locked_because)
 
 
 def channel_groups(model: ModelFile, origin: ModelOrigin = ORIGIN) -> ChannelGroups:
-    """Return the channels of a model."""
-    source = open_adapter(model, origin)
-    return ChannelGroups(
-        str(model.path), tuple(_as_in_the_file(family, source) for family in find_groups(propagate(source.graph)))
+    """Find the dependency groups of a model."""
+    adapter = open_adapter(model, origin)
+    groups = find_groups(propagate(adapter.graph))
+    return ChannelGroups(str(model.path), tuple(_with_names_of_file(group, adapter) for group in groups))
+
+
+def _with_names_of_file(group: ChannelGroup, adapter: GraphAdapter) -> ChannelGroup:
+    copied_from = adapter.copied_from
+    return replace(
+        group, axes=tuple(replace(axis, tensor=copied_from.get(axis.tensor, axis.tensor)) for axis in group.axes)
     )
-
-
-def _as_in_the_file(family: ChannelGroup, source: GraphAdapter) -> ChannelGroup:
-    """Return a family with each weight under the name that the file has for it."""
-    places = (replace(place, tensor=source.copied_from.get(place.tensor, place.tensor)) for place in family.places)
-    return replace(family, places=tuple(places))

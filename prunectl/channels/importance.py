@@ -15,7 +15,7 @@ from prunectl.calibration.outputs import output_norms
 from prunectl.calibration.session import load_inputs as calibration_inputs
 from prunectl.calibration.session import open_calibration, padded_batch_rows
 from prunectl.channels.adapter import Feeds, GraphAdapter
-from prunectl.channels.groups import ChannelGroup
+from prunectl.channels.groups import ChannelGroup, ChannelSlices
 from prunectl.channels.labels import AxisRole
 from prunectl.channels.lengths import Shapes
 from prunectl.errors import UsageError
@@ -209,39 +209,38 @@ MEASURES = (
 RANDOM = "random"
 
 
-def group_importance(family: ChannelGroup, weights: Mapping[str, Array], importance: Importance) -> Scores | None:
-    """Return a score for each channel of a family, the mean over its members; None if it has none to look at.
+def group_importance(group: ChannelGroup, weights: Mapping[str, Array], importance: Importance) -> Scores | None:
+    """Score each channel of a group, the mean over its axes; None if it has none to look at.
 
     Of a measure that needs data, the weights are what was seen of them.
     """
     kept = [
-        number
-        for number, place in enumerate(family.places)
-        if place.role in importance.roles and place.tensor in weights
+        number for number, axis in enumerate(group.axes) if axis.role in importance.roles and axis.tensor in weights
     ]
     if not kept:
         return None
     scores = []
     for number in kept:
-        place = family.places[number]
-        line = importance.function(weights[place.tensor], place.axis)
-        scores.append(_means(line, [group.members[number].indices for group in family.groups]))
+        axis = group.axes[number]
+        per_index = importance.function(weights[axis.tensor], axis.axis)
+        scores.append(_means(per_index, group.slices[number]))
     return np.asarray(np.mean(scores, axis=0))
 
 
-def _means(line: Scores, indices: Sequence[tuple[int, ...]]) -> Scores:
-    """Return the mean of the scores at the indices of each channel."""
-    if all(len(own) == 1 for own in indices):
-        return line[[own[0] for own in indices]]
-    return np.asarray([line[list(own)].mean() for own in indices])
+def _means(scores: Scores, slices: ChannelSlices) -> Scores:
+    """The mean of the scores at the indices of each channel."""
+    counts = slices.counts
+    if (counts == counts[0]).all():
+        return np.asarray(scores[slices.indices].reshape(len(counts), -1).mean(axis=1))
+    return np.asarray([scores[own].mean() for own in np.split(slices.indices, np.cumsum(counts)[:-1])])
 
 
-def random_importance(family: ChannelGroup, seed: int) -> Scores:
+def random_importance(group: ChannelGroup, seed: int) -> Scores:
     """Return numbers that only the seed, the family and the place in it decide."""
-    start = np.uint64(fnv1a(f"{seed}/{family.name}"))
-    drawn = splitmix64(np.arange(len(family.groups), dtype=np.uint64) + start)
+    start = np.uint64(fnv1a(f"{seed}/{group.name}"))
+    bits = splitmix64(np.arange(len(group), dtype=np.uint64) + start)
     # Of the upper 53 bits, as many as a float64 holds exactly; above zero, as they are divided by their mean.
-    return (drawn >> np.uint64(11)).astype(np.float64) / 2**53
+    return (bits >> np.uint64(11)).astype(np.float64) / 2**53
 
 
 def channel_rows(weights: Array, axis: int) -> NDArray[np.float64]:
@@ -251,7 +250,7 @@ def channel_rows(weights: Array, axis: int) -> NDArray[np.float64]:
 
 def importance_inputs(
     model: ModelFile,
-    families: Sequence[ChannelGroup],
+    groups: Sequence[ChannelGroup],
     weights: Mapping[str, Array],
     importance: Importance | None,
     request: PruneRequest,
@@ -262,10 +261,10 @@ def importance_inputs(
     if importance is None or importance.needs is RequiredData.NOTHING:
         return weights
     makers = {
-        place.tensor: place.axis
-        for family in families
-        for place in family.places
-        if place.role is AxisRole.OUT and not family.reason
+        axis.tensor: axis.axis
+        for group in groups
+        for axis in group.axes
+        if axis.role is AxisRole.OUT and not group.locked_because
     }
     tensors = {tensor.name: tensor for tensor in model.tensors if tensor.name in makers}
     if importance.needs is RequiredData.OUTPUTS:

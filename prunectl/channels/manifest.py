@@ -28,12 +28,12 @@ def write(path: Path, result: ChannelPruneResult, limits: Mapping[str, Any]) -> 
         "input": {"format": result.before.format, "sha256": result.before.sha256},
         "output": {"format": result.after.format, "sha256": result.after.sha256},
         "channels": [
-            {"name": loss.family.name, "channels": len(loss.family.groups), "dropped": list(loss.dropped)}
-            for loss in result.losses
+            {"name": loss.group.name, "channels": len(loss.group), "dropped": list(loss.dropped)}
+            for loss in result.pruned_groups
         ],
         "removed": [
             {"tensor": tensor, "axis": axis, "indices": indices.tolist()}
-            for (tensor, axis), indices in sorted(removed_indices(result.losses).items())
+            for (tensor, axis), indices in sorted(removed_indices(result.pruned_groups).items())
         ],
     }
     write_json(path, record)

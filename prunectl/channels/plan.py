@@ -28,15 +28,15 @@ class Context:
     """A network, before anything is cut out of it."""
 
     model: ModelFile
-    source: GraphAdapter
+    adapter: GraphAdapter
     trace: LabelTrace
     before: ModelStats
 
 
 ImportanceInputs = Callable[[Sequence[ChannelGroup], Mapping[str, Array]], Mapping[str, Array]]
 """From the families and all weights to what is ranked by."""
-_TOLD = 4
-_TRIES = 40
+_SHOWN_OPS = 4
+_MAX_TRIES = 40
 _WRITTEN_TRIES = 8
 """Where each one writes and compresses a network."""
 
@@ -45,8 +45,8 @@ _WRITTEN_TRIES = 8
 class ChannelPlan:
     """What goes, where it lies, and what is left of every value."""
 
-    losses: tuple[PrunedGroup, ...]
-    gone: RemovedIndices
+    pruned_groups: tuple[PrunedGroup, ...]
+    removed: RemovedIndices
     after: PrunedShapes
     skips: tuple[SkippedTensor, ...] = ()
     weights: Mapping[str, Array] = field(default_factory=dict)
@@ -54,61 +54,65 @@ class ChannelPlan:
     is_lossless: bool = False
 
 
-def make_plan(ground: Context, cutting: ChannelConfig, looks: ImportanceInputs) -> ChannelPlan:
+def make_plan(context: Context, config: ChannelConfig, looks: ImportanceInputs) -> ChannelPlan:
     """Return what is to go from a network, as was asked."""
-    trace, weights = ground.trace, ground.source.graph.weights
-    found = find_groups(trace)
-    if not found:
-        raise UsageError(f"{ground.model.path} has no channels to cut: {_unknown(ground.source.graph)}")
-    if cutting.only_dead:
-        wanted, skips = candidates(ground.model, found, weights, cutting)
-        lost = find_dead(ground.source, trace, found, [candidate.family for candidate in wanted])
-        return replace(_of(trace, lost.losses), skips=(*skips, *lost.skips), weights=lost.weights, is_lossless=True)
-    chosen, skips = candidates(ground.model, found, looks(found, weights), cutting)
-    if cutting.target is not None:
-        cutting = replace(cutting, ratio=_ratio(ground, chosen, cutting, cutting.target))
-    return replace(_of(trace, choose(chosen, cutting)), skips=skips)
+    trace, weights = context.trace, context.adapter.graph.weights
+    groups = find_groups(trace)
+    if not groups:
+        raise UsageError(f"{context.model.path} has no channels to cut: {_unknown_ops(context.adapter.graph)}")
+    if config.only_dead:
+        selected, skips = candidates(context.model, groups, weights, config)
+        dead = find_dead(context.adapter, trace, groups, [candidate.group for candidate in selected])
+        return replace(
+            _plan_of(trace, dead.pruned_groups), skips=(*skips, *dead.skips), weights=dead.weights, is_lossless=True
+        )
+    ranked, skips = candidates(context.model, groups, looks(groups, weights), config)
+    if config.target is not None:
+        config = replace(config, ratio=_ratio(context, ranked, config, config.target))
+    return replace(_plan_of(trace, choose(ranked, config)), skips=skips)
 
 
-def _unknown(graph: ChannelGraph) -> str:
+def _unknown_ops(graph: ChannelGraph) -> str:
     """Return why nothing in a graph makes channels."""
     names = dict.fromkeys(node.op for node in graph.nodes if node.kind is OpKind.UNKNOWN)
-    told = ", ".join([*names][:_TOLD]) + (", …" if len(names) > _TOLD else "")
-    return f"what it consists of is not known ({told})" if names else "no weight makes any"
+    listed = ", ".join([*names][:_SHOWN_OPS]) + (", …" if len(names) > _SHOWN_OPS else "")
+    return f"what it consists of is not known ({listed})" if names else "no weight makes any"
 
 
-def _of(trace: LabelTrace, losses: Sequence[PrunedGroup]) -> ChannelPlan:
+def _plan_of(trace: LabelTrace, pruned_groups: Sequence[PrunedGroup]) -> ChannelPlan:
     return ChannelPlan(
-        tuple(losses), removed_indices(losses), PrunedShapes(trace, [label for loss in losses for label in loss.labels])
+        tuple(pruned_groups),
+        removed_indices(pruned_groups),
+        PrunedShapes(trace, [label for loss in pruned_groups for label in loss.labels]),
     )
 
 
-def _ratio(ground: Context, chosen: Sequence[Candidate], cutting: ChannelConfig, goal: SizeTarget) -> float:
+def _ratio(context: Context, ranked: Sequence[Candidate], config: ChannelConfig, target: SizeTarget) -> float:
     """Return the smallest share of channels that reaches a goal."""
     measures: Mapping[TargetKind, Callable[[ChannelPlan], int]] = {
-        TargetKind.PARAMS: partial(_params, ground),
-        TargetKind.FLOPS: lambda plan: 2 * macs(ground.source.graph, plan.after.shape, plan.gone),
-        TargetKind.GZIP: partial(_gzipped, ground),
+        TargetKind.PARAMS: partial(_params_left, context),
+        TargetKind.FLOPS: lambda plan: 2 * macs(context.adapter.graph, plan.after.shape, plan.removed),
+        TargetKind.GZIP: partial(_gzip_bytes_left, context),
     }
-    left = measures[goal.kind]
+    count_left = measures[target.kind]
 
-    def tried(ratio: float) -> int:
-        return left(_of(ground.trace, choose(chosen, replace(cutting, ratio=ratio))))
+    def left_at(ratio: float) -> int:
+        return count_left(_plan_of(context.trace, choose(ranked, replace(config, ratio=ratio))))
 
-    channels = sum(len(candidate.family.groups) for candidate in chosen)
-    tries = _WRITTEN_TRIES if goal.kind is TargetKind.GZIP else _TRIES
-    return smallest_ratio(goal, left(_of(ground.trace, ())), channels, tried, tries)
-
-
-def _params(ground: Context, plan: ChannelPlan) -> int:
-    lost = 0
-    for tensor in ground.model.tensors:
-        lost += tensor.size - math.prod(pruned_shape(tensor.name, tensor.shape, plan.gone))
-    return ground.before.params.total - lost
+    channels = sum(len(candidate.group) for candidate in ranked)
+    tries = _WRITTEN_TRIES if target.kind is TargetKind.GZIP else _MAX_TRIES
+    return smallest_ratio(target, count_left(_plan_of(context.trace, ())), channels, left_at, tries)
 
 
-def _gzipped(ground: Context, plan: ChannelPlan) -> int:
+def _params_left(context: Context, plan: ChannelPlan) -> int:
+    removed = 0
+    for tensor in context.model.tensors:
+        removed += tensor.size - math.prod(pruned_shape(tensor.name, tensor.shape, plan.removed))
+    return context.before.params.total - removed
+
+
+def _gzip_bytes_left(context: Context, plan: ChannelPlan) -> int:
     with temporary_folder() as folder:
-        smaller = ground.source.prune(plan.gone, plan.after, plan.weights)
-        written = ground.source.write(smaller, folder, folder / ground.model.path.name)
-        return measure(open_model(written), get_codec(CodecName.GZIP, None)).bytes.compressed or 0
+        pruned = context.adapter.prune(plan.removed, plan.after, plan.weights)
+        path = context.adapter.write(pruned, folder, folder / context.model.path.name)
+        return measure(open_model(path), get_codec(CodecName.GZIP, None)).bytes.compressed or 0

@@ -37,7 +37,7 @@ class ChannelPruneResult:
 
     request: PruneRequest
     cutting: ChannelConfig
-    losses: tuple[PrunedGroup, ...]
+    pruned_groups: tuple[PrunedGroup, ...]
     skips: tuple[SkippedTensor, ...]
     """Families that were left alone, by their first maker."""
     before: ModelStats
@@ -54,12 +54,12 @@ class ChannelPruneResult:
     @property
     def channels(self) -> int:
         """How many channels could go."""
-        return sum(len(loss.family.groups) for loss in self.losses)
+        return sum(len(loss.group) for loss in self.pruned_groups)
 
     @property
     def dropped(self) -> int:
         """How many went."""
-        return sum(len(loss.dropped) for loss in self.losses)
+        return sum(len(loss.dropped) for loss in self.pruned_groups)
 
 
 def prune_channels(
@@ -78,7 +78,7 @@ def prune_channels(
     The limits are those of `cutting_of`. A cut that removes nothing is refused, unless none was asked for or it is
     allowed to be empty.
     """
-    cutting = parse_config(request, **limits)
+    config = parse_config(request, **limits)
     model = open_model(path)
     if request.is_packed:
         require_can(model, Capability.PACK)
@@ -86,100 +86,102 @@ def prune_channels(
     origin = ModelOrigin(
         request.model, request.custom_objects, is_trusted=is_trusted, seed=request.seed, inputs=request.inputs
     )
-    source = open_adapter(model, origin, shapes_of_data(request))
-    _check_beside(source, output)
-    trace = propagate(source.graph)
-    before = with_graph_macs(_measured(model), source, trace.shape)
+    adapter = open_adapter(model, origin, shapes_of_data(request))
+    _check_companion_files(adapter, output)
+    trace = propagate(adapter.graph)
+    before = with_graph_macs(_stats(model), adapter, trace.shape)
 
-    def looks(found: Sequence[ChannelGroup], weights: Mapping[str, Array]) -> Mapping[str, Array]:
-        return importance_inputs(model, found, weights, cutting.importance, request, is_trusted=is_trusted)
+    def inputs_of(groups: Sequence[ChannelGroup], weights: Mapping[str, Array]) -> Mapping[str, Array]:
+        return importance_inputs(model, groups, weights, config.importance, request, is_trusted=is_trusted)
 
     try:
-        plan = make_plan(Context(model, source, trace, before), cutting, looks)
+        plan = make_plan(Context(model, adapter, trace, before), config, inputs_of)
     except UsageError as error:
-        raise UsageError(error.message, hint="\n".join(filter(None, (*source.assumptions, error.hint)))) from error
-    if not plan.gone and not allow_empty and not cutting.removes_nothing:
-        raise _empty(path, plan, cutting)
-    smaller = source.prune(plan.gone, plan.after, plan.weights)
-    inputs, notes = load_inputs(model, source, request, cutting.importance)
-    proof = verify(source, smaller, plan, cutting.seed, inputs)
-    if source.has_float64 and proof.error_float64 is None:
+        raise UsageError(error.message, hint="\n".join(filter(None, (*adapter.assumptions, error.hint)))) from error
+    if not plan.removed and not allow_empty and not config.removes_nothing:
+        raise _removes_nothing_error(path, plan, config)
+    pruned = adapter.prune(plan.removed, plan.after, plan.weights)
+    batches, notes = load_inputs(model, adapter, request, config.importance)
+    verification = verify(adapter, pruned, plan, config.seed, batches)
+    if adapter.has_float64 and verification.error_float64 is None:
         notes = (*notes, "The two networks were compared in their own precision alone: the original fails in float64.")
-    seconds = latency(source, smaller, cutting.seed) if has_latency else None
+    seconds = latency(adapter, pruned, config.seed) if has_latency else None
     with outputs.staging_dir(model, output) as (folder, target):
-        written = source.write(smaller, folder, target)
+        staged = adapter.write(pruned, folder, target)
         if request.is_packed or model.about.is_compressed:
             # One that was packed comes out packed.
-            outputs.pack(written, folder)
-        _check(model, source, written, plan)
-        after = with_graph_macs(_measured(open_model(written)), source, plan.after.shape, plan.gone)
+            outputs.pack(staged, folder)
+        _check_shapes(model, adapter, staged, plan)
+        after = with_graph_macs(_stats(open_model(staged)), adapter, plan.after.shape, plan.removed)
         if has_digests:
             before = replace(before, sha256=sizes.sha256(model))
-            after = replace(after, sha256=sizes.sha256(open_model(written)))
-        beside = tuple((str(path), (folder / path.name).stat().st_size) for path in source.companion_files(target))
-    shown = str(target if output is not None else "the result")
+            after = replace(after, sha256=sizes.sha256(open_model(staged)))
+        companions = tuple((str(path), (folder / path.name).stat().st_size) for path in adapter.companion_files(target))
+    display_path = str(target if output is not None else "the result")
     return ChannelPruneResult(
         request,
-        cutting,
-        plan.losses,
+        config,
+        plan.pruned_groups,
         plan.skips,
         before,
-        replace(after, path=shown),
-        proof,
-        (*source.notes, *source.assumptions, *notes, *(() if plan.gone else ("The cut removed nothing.",))),
+        replace(after, path=display_path),
+        verification,
+        (*adapter.notes, *adapter.assumptions, *notes, *(() if plan.removed else ("The cut removed nothing.",))),
         seconds,
-        beside if output is not None else (),
+        companions if output is not None else (),
     )
 
 
-def _empty(path: Path, plan: ChannelPlan, cutting: ChannelConfig) -> WorkError:
+def _removes_nothing_error(path: Path, plan: ChannelPlan, config: ChannelConfig) -> WorkError:
     """Return why a cut that removes nothing was not made."""
-    may = sum(len(loss.family.groups) for loss in plan.losses)
-    if cutting.only_dead:
+    prunable = sum(len(loss.group) for loss in plan.pruned_groups)
+    if config.only_dead:
         return WorkError(
             f"{path} has no channels that make no difference; nothing was written",
             hint="--allow-empty writes it as it is",
         )
-    left = len(plan.skips)
-    locked = f", {left} {'groups of layers are' if left > 1 else 'group of layers is'} left alone" if left else ""
+    skipped = len(plan.skips)
+    locked = (
+        f", {skipped} {'groups of layers are' if skipped > 1 else 'group of layers is'} left alone" if skipped else ""
+    )
     return WorkError(
-        f"this cut removes nothing from {path}: none of {may} channels that may go{locked}; nothing was written",
+        f"this cut removes nothing from {path}: none of {prunable} channels that may go{locked}; nothing was written",
         hint="ask for more, lower --min-channels or --round-to, or say --allow-empty",
     )
 
 
-def _check_beside(source: GraphAdapter, output: Destination | None) -> None:
+def _check_companion_files(adapter: GraphAdapter, output: Destination | None) -> None:
     """Refuse what more than one file would be written for, where that cannot be."""
     if output is None:
         return
-    for path in source.companion_files(output.target):
+    for path in adapter.companion_files(output.target):
         if output.to_stdout:
             raise UsageError("the result is more than one file, and does not fit through standard output")
         if os.path.lexists(path) and not (output.is_forced or output.is_in_place):
             raise UsageError(f"{path} exists", hint="write elsewhere, or replace it with --force")
 
 
-def _check(model: ModelFile, source: GraphAdapter, written: Path, plan: ChannelPlan) -> None:
+def _check_shapes(model: ModelFile, adapter: GraphAdapter, path: Path, plan: ChannelPlan) -> None:
     """Hold the shapes of what was written against what was to be cut."""
-    found = {tensor.name: tensor.shape for tensor in open_model(written).tensors}
+    shapes = {tensor.name: tensor.shape for tensor in open_model(path).tensors}
     for tensor in model.tensors:
-        name = source.coupled_tensors.get(tensor.name, tensor.name)
-        shape = pruned_shape(name, tensor.shape, plan.gone)
+        name = adapter.coupled_tensors.get(tensor.name, tensor.name)
+        shape = pruned_shape(name, tensor.shape, plan.removed)
         # Lists of sizes may be others now; what is no float was not cut.
-        if tensor.is_float and tensor.name not in source.omitted_tensors and found.get(tensor.name) != shape:
+        if tensor.is_float and tensor.name not in adapter.omitted_tensors and shapes.get(tensor.name) != shape:
             raise WorkError(f"{tensor.name} of {model.path} came out with another shape than planned")
 
 
-def _measured(model: ModelFile) -> ModelStats:
-    found = stats_for_report(model)
+def _stats(model: ModelFile) -> ModelStats:
+    stats = stats_for_report(model)
     graph = by_name(model.format).graph
-    return with_macs(found, load(graph)(model)) if graph else found
+    return with_macs(stats, load(graph)(model)) if graph else stats
 
 
 def with_graph_macs(
-    found: ModelStats, source: GraphAdapter, shape_of: ShapeOf, removed: RemovedIndices | None = None
+    stats: ModelStats, adapter: GraphAdapter, shape_of: ShapeOf, removed: RemovedIndices | None = None
 ) -> ModelStats:
     """Return a survey with all FLOPs, where the format itself has no graph or does not know every shape in it."""
-    if found.macs is not None and not found.macs_unknown:
-        return found
-    return replace(found, macs=macs(source.graph, shape_of, removed), macs_unknown=())
+    if stats.macs is not None and not stats.macs_unknown:
+        return stats
+    return replace(stats, macs=macs(adapter.graph, shape_of, removed), macs_unknown=())

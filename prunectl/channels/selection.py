@@ -25,7 +25,7 @@ from prunectl.pruning.plan import Scope, SkippedTensor
 class Candidate:
     """A family that may lose channels, and their scores."""
 
-    family: ChannelGroup
+    group: ChannelGroup
     scores: Scores
     ratio: float | None = None
     """The share that is asked for, if it is another than that of the others."""
@@ -33,41 +33,45 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class PrunedGroup:
-    """The channels of a family that go."""
+    """The channels that are removed from a group."""
 
-    family: ChannelGroup
+    group: ChannelGroup
     dropped: tuple[int, ...]
-    """Numbers of its groups."""
+    """Their numbers in it."""
 
     @property
-    def labels(self) -> tuple[int, ...]:
-        """Labels of what goes."""
-        return tuple(self.family.groups[number].label for number in self.dropped)
+    def labels(self) -> LabelArray:
+        """The labels of these channels."""
+        return self.group.labels[list(self.dropped)]
 
 
-def choose(candidates: Sequence[Candidate], cutting: ChannelConfig) -> tuple[PrunedGroup, ...]:
+def choose(candidates: Sequence[Candidate], config: ChannelConfig) -> tuple[PrunedGroup, ...]:
     """Return what each family loses."""
-    counts = _together(candidates, cutting) if cutting.scope is Scope.GLOBAL else _apart(candidates, cutting)
+    counts = (
+        _counts_over_all(candidates, config) if config.scope is Scope.GLOBAL else _counts_by_layer(candidates, config)
+    )
     return tuple(
-        PrunedGroup(candidate.family, tuple(sorted(map(int, pruning_order(candidate.scores)[:count]))))
+        PrunedGroup(candidate.group, tuple(sorted(map(int, pruning_order(candidate.scores)[:count]))))
         for candidate, count in zip(candidates, counts, strict=True)
     )
 
 
-def removed_indices(losses: Sequence[PrunedGroup]) -> Mapping[tuple[str, int], LabelArray]:
-    """Return the indices that go, by weight and axis."""
-    found: dict[tuple[str, int], list[int]] = {}
-    for loss in losses:
-        for number in loss.dropped:
-            for member in loss.family.groups[number].members:
-                found.setdefault((member.place.tensor, member.place.axis), []).extend(member.indices)
-    return {place: np.unique(indices) for place, indices in found.items()}
+def removed_indices(pruned: Sequence[PrunedGroup]) -> Mapping[tuple[str, int], LabelArray]:
+    """The indices that are removed, by weight and axis."""
+    indices: dict[tuple[str, int], list[LabelArray]] = {}
+    for part in pruned:
+        channels = np.zeros(len(part.group), np.bool_)
+        channels[list(part.dropped)] = True
+        for axis, slices in zip(part.group.axes, part.group.slices, strict=True):
+            if part.dropped:
+                indices.setdefault((axis.tensor, axis.axis), []).append(slices.of(channels))
+    return {axis: np.unique(np.concatenate(parts)) for axis, parts in indices.items()}
 
 
-def prunable_count(count: int, asked: int, cutting: ChannelConfig) -> int:
+def prunable_count(count: int, requested: int, config: ChannelConfig) -> int:
     """Return how many of so many channels go if so many are asked for: what stays is rounded up."""
-    kept = max(count - asked, count - math.floor(cutting.max_ratio * count), min(cutting.min_channels, count))
-    return count - min(count, math.ceil(kept / cutting.round_to) * cutting.round_to)
+    kept = max(count - requested, count - math.floor(config.max_ratio * count), min(config.min_channels, count))
+    return count - min(count, math.ceil(kept / config.round_to) * config.round_to)
 
 
 def pruning_order(scores: Scores) -> LabelArray:
@@ -75,78 +79,78 @@ def pruning_order(scores: Scores) -> LabelArray:
     return np.argsort(scores, kind="stable")
 
 
-def _apart(candidates: Sequence[Candidate], cutting: ChannelConfig) -> list[int]:
-    return [prunable_count(len(candidate.scores), _asked(candidate, cutting), cutting) for candidate in candidates]
+def _counts_by_layer(candidates: Sequence[Candidate], config: ChannelConfig) -> list[int]:
+    return [prunable_count(len(candidate.scores), _requested(candidate, config), config) for candidate in candidates]
 
 
-def _asked(candidate: Candidate, cutting: ChannelConfig) -> int:
-    if candidate.ratio is None and cutting.threshold is not None:
-        return int((candidate.scores <= 1 - cutting.threshold).sum())
-    return round((cutting.ratio if candidate.ratio is None else candidate.ratio) * len(candidate.scores))
+def _requested(candidate: Candidate, config: ChannelConfig) -> int:
+    if candidate.ratio is None and config.threshold is not None:
+        return int((candidate.scores <= 1 - config.threshold).sum())
+    return round((config.ratio if candidate.ratio is None else candidate.ratio) * len(candidate.scores))
 
 
-def _together(candidates: Sequence[Candidate], cutting: ChannelConfig) -> list[int]:
+def _counts_over_all(candidates: Sequence[Candidate], config: ChannelConfig) -> list[int]:
     """Rank all channels by their score over the mean of their family, and stop at what a family may lose."""
     ranked = sorted(
-        (float(score) / (float(candidate.scores.mean()) or 1.0), number, place)
+        (float(score) / (float(candidate.scores.mean()) or 1.0), number, rank)
         for number, candidate in enumerate(candidates)
-        for place, score in enumerate(np.sort(candidate.scores))
+        for rank, score in enumerate(np.sort(candidate.scores))
     )
-    left = round(cutting.ratio * len(ranked))
-    limits = [prunable_count(len(candidate.scores), len(candidate.scores), cutting) for candidate in candidates]
-    asked = [0] * len(candidates)
+    remaining = round(config.ratio * len(ranked))
+    limits = [prunable_count(len(candidate.scores), len(candidate.scores), config) for candidate in candidates]
+    requested = [0] * len(candidates)
     for _, number, _ in ranked:
-        if left and asked[number] < limits[number]:
-            asked[number] += 1
-            left -= 1
+        if remaining and requested[number] < limits[number]:
+            requested[number] += 1
+            remaining -= 1
     return [
-        prunable_count(len(candidate.scores), count, cutting)
-        for candidate, count in zip(candidates, asked, strict=True)
+        prunable_count(len(candidate.scores), count, config)
+        for candidate, count in zip(candidates, requested, strict=True)
     ]
 
 
 def candidates(
-    model: ModelFile, families: Sequence[ChannelGroup], weights: Mapping[str, Array], cutting: ChannelConfig
+    model: ModelFile, groups: Sequence[ChannelGroup], weights: Mapping[str, Array], config: ChannelConfig
 ) -> tuple[tuple[Candidate, ...], tuple[SkippedTensor, ...]]:
     """Return the families that are asked for and may be cut, and why the others are left alone."""
-    only = _names(model, (cutting.only,)) if cutting.only else None
-    excluded = _names(model, cutting.exclude)
-    own = {tensor.name: ratio for selector, ratio in cutting.layers for tensor in select_names(model, selector)}
-    found, skips = [], []
-    for family in families:
-        reason = _reason(family, only, excluded)
-        scores = None if reason else _scores(family, weights, cutting)
+    only = _names(model, (config.only,)) if config.only else None
+    excluded = _names(model, config.exclude)
+    layer_ratios = {tensor.name: ratio for selector, ratio in config.layers for tensor in select_names(model, selector)}
+    selected, skips = [], []
+    for group in groups:
+        reason = _reason(group, only, excluded)
+        scores = None if reason else _scores(group, weights, config)
         if scores is None:
-            skips.append(SkippedTensor(family.name, reason or "nothing that the strategy looks at"))
+            skips.append(SkippedTensor(group.name, reason or "nothing that the strategy looks at"))
         else:
-            ratios = [own[name] for name in family.makers if name in own]
-            found.append(Candidate(family, scores, ratios[-1] if ratios else None))
-    if not found:
+            ratios = [layer_ratios[name] for name in group.producers if name in layer_ratios]
+            selected.append(Candidate(group, scores, ratios[-1] if ratios else None))
+    if not selected:
         reasons = Counter(skip.reason for skip in skips)
-        told = ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3))
+        listed = ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3))
         raise UsageError(
-            f"{model.path} has no channels to cut: {told or 'no weight makes any'}",
+            f"{model.path} has no channels to cut: {listed or 'no weight makes any'}",
             hint=f"prunectl inspect {model.path} --groups",
         )
-    return tuple(found), tuple(skips)
+    return tuple(selected), tuple(skips)
 
 
 def _names(model: ModelFile, selectors: Sequence[str]) -> set[str]:
     return {tensor.name for selector in selectors for tensor in select_names(model, selector)}
 
 
-def _reason(family: ChannelGroup, only: set[str] | None, excluded: set[str]) -> str:
-    if family.reason:
-        return family.reason
-    if excluded.intersection(family.makers):
+def _reason(group: ChannelGroup, only: set[str] | None, excluded: set[str]) -> str:
+    if group.locked_because:
+        return group.locked_because
+    if excluded.intersection(group.producers):
         return "excluded"
-    return "" if only is None or only.intersection(family.makers) else "not among --only"
+    return "" if only is None or only.intersection(group.producers) else "not among --only"
 
 
-def _scores(family: ChannelGroup, weights: Mapping[str, Array], cutting: ChannelConfig) -> Scores | None:
-    if cutting.importance is None:
-        return random_importance(family, cutting.seed)
-    return group_importance(family, weights, cutting.importance)
+def _scores(group: ChannelGroup, weights: Mapping[str, Array], config: ChannelConfig) -> Scores | None:
+    if config.importance is None:
+        return random_importance(group, config.seed)
+    return group_importance(group, weights, config.importance)
 
 
 ShapeOf = Callable[[str], tuple[int, ...]]

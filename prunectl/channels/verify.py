@@ -73,7 +73,7 @@ def verify(
     # What a constant was folded into may lie behind the layer that read it.
     inner = [] if plan.is_lossless else _changed_layers(adapter, plan.after)
     original = adapter.with_weights(
-        {} if plan.is_lossless else _with_zeroed_channels(adapter.graph, plan.after.trace, plan.gone)
+        {} if plan.is_lossless else _with_zeroed_channels(adapter.graph, plan.after.trace, plan.removed)
     )
     pair = _Pair(adapter, original, pruned, plan.after, inner)
     random = np.random.default_rng(seed)

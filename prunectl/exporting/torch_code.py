@@ -126,7 +126,8 @@ def _loading_lines(to: str, name: str) -> tuple[str, ...]:
 def runner(job: ExportJob, target: Path) -> Run:
     """A function that runs the written class with the written weights."""
     module_namespace = types.ModuleType("written")
-    exec(compile(companion_file(target).read_text("utf-8"), companion_file(target).name, "exec"), module_namespace.__dict__)  # noqa: S102 - it is our own text
+    path = companion_file(target)
+    exec(compile(path.read_text("utf-8"), path.name, "exec"), module_namespace.__dict__)  # noqa: S102 - it is our own text
     classes = [
         cls
         for cls in vars(module_namespace).values()

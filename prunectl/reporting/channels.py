@@ -135,8 +135,8 @@ def _json(result: ChannelPruneResult) -> dict[str, object]:
         "data_batches": result.proof.batches,
         "seconds": None if result.seconds is None else dict(zip(("before", "after"), result.seconds, strict=True)),
         "families": [
-            {"name": loss.family.name, "channels": len(loss.family.groups), "dropped": list(loss.dropped)}
-            for loss in result.losses
+            {"name": loss.group.name, "channels": len(loss.group), "dropped": list(loss.dropped)}
+            for loss in result.pruned_groups
         ],
         "left_alone": [asdict(skip) for skip in result.skips],
     }

@@ -174,7 +174,7 @@ def add_channel_groups(report: Report, models: Sequence[ChannelGroups]) -> Repor
         for section in report.sections
     )
     # Who asks for groups in a pipe gets groups.
-    rows = tuple((groups.path, *_row(family)) for groups in models for family in groups.families)
+    rows = tuple((groups.path, *_row(family)) for groups in models for family in groups.groups)
     main = Table("groups", (Column("path"), *_COLUMNS), rows)
     return replace(
         report,
@@ -185,17 +185,17 @@ def add_channel_groups(report: Report, models: Sequence[ChannelGroups]) -> Repor
 
 
 def _fact(groups: ChannelGroups) -> str:
-    return f"{count(groups.free)} of {count(groups.channels)} may go"
+    return f"{count(groups.prunable)} of {count(groups.channels)} may go"
 
 
 def _table(groups: ChannelGroups) -> Table:
-    return Table("groups", _COLUMNS, tuple(_row(family) for family in groups.families), title="channels")
+    return Table("groups", _COLUMNS, tuple(_row(family) for family in groups.groups), title="channels")
 
 
 def _row(family: ChannelGroup) -> tuple[Cell, ...]:
-    places = [f"{place.tensor}[{place.axis}]" for place in family.places if place.tensor != family.name]
+    places = [f"{place.tensor}[{place.axis}]" for place in family.axes if place.tensor != family.name]
     listed = ", ".join(places[:_SHOWN]) + (f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else "")
-    return (family.name, len(family.groups), len({place.tensor for place in family.places}), listed, family.reason)
+    return (family.name, len(family), len({place.tensor for place in family.axes}), listed, family.locked_because)
 
 
 def _json(groups: ChannelGroups) -> dict[str, object]:
@@ -204,12 +204,12 @@ def _json(groups: ChannelGroups) -> dict[str, object]:
         "families": [
             {
                 "name": family.name,
-                "channels": len(family.groups),
-                "locked": family.reason or None,
+                "channels": len(family),
+                "locked": family.locked_because or None,
                 "places": [
-                    {"tensor": place.tensor, "axis": place.axis, "part": str(place.role)} for place in family.places
+                    {"tensor": place.tensor, "axis": place.axis, "part": str(place.role)} for place in family.axes
                 ],
             }
-            for family in groups.families
+            for family in groups.groups
         ],
     }

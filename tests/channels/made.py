@@ -64,10 +64,10 @@ def seen(made: Any, folder: Path) -> ChannelGroups:
 
 def places(found: ChannelGroups, name: str) -> set[str]:
     """Where the channels of a weight live, as `tensor[axis]`."""
-    (family,) = [family for family in found.families if family.name == name]
-    return {f"{place.tensor}[{place.axis}]" for place in family.places}
+    (family,) = [family for family in found.groups if family.name == name]
+    return {f"{place.tensor}[{place.axis}]" for place in family.axes}
 
 
 def locks(found: ChannelGroups) -> dict[str, str]:
     """Why channels are locked, by the weight that makes them."""
-    return {family.name: family.reason for family in found.families if family.reason}
+    return {family.name: family.locked_because for family in found.groups if family.locked_because}

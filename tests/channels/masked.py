@@ -18,11 +18,11 @@ MAKERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d)
 def lost(found: ChannelPruneResult) -> dict[str, list[int]]:
     """The numbers of the outputs that went, by the name of a weight."""
     gone: dict[str, list[int]] = {}
-    for loss in found.losses:
+    for loss in found.pruned_groups:
         for number in loss.dropped:
-            for member in loss.family.groups[number].members:
-                if member.place.role in {"out", "scale"}:
-                    gone.setdefault(member.place.tensor, []).extend(member.indices)
+            for place, indices in zip(loss.group.axes, loss.group.channel(number), strict=True):
+                if place.role in {"out", "scale"}:
+                    gone.setdefault(place.tensor, []).extend(indices)
     return gone
 
 

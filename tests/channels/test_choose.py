@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prunectl.channels.config import ChannelConfig
-from prunectl.channels.groups import Channel, ChannelGroup, ChannelSlice, TensorAxis
+from prunectl.channels.groups import ChannelGroup, ChannelSlices, TensorAxis
 from prunectl.channels.importance import MEASURES, group_importance, random_importance
 from prunectl.channels.labels import AxisRole
 from prunectl.channels.selection import Candidate, choose, prunable_count, removed_indices
@@ -20,14 +20,15 @@ WEIGHTS = {"maker": RANDOM.normal(size=(4, 3, 3, 3)), "reader": RANDOM.normal(si
 BY_NAME = {measure.name: measure for measure in MEASURES}
 
 
+def slices(count: int, each: int = 1) -> ChannelSlices:
+    """So many channels, each on so many indices, one behind the other."""
+    return ChannelSlices(np.arange(count * each), np.full(count, each))
+
+
 def family(count: int = 4, each: int = 2, name: str = "maker") -> ChannelGroup:
     """Channels that are one output of one weight, and some inputs of another."""
     maker = TensorAxis(name, 0, AxisRole.OUT)
-    groups = tuple(
-        Channel(at + 1, (ChannelSlice(maker, (at,)), ChannelSlice(READER, tuple(range(at * each, at * each + each)))))
-        for at in range(count)
-    )
-    return ChannelGroup(name, (maker, READER), groups)
+    return ChannelGroup(name, (maker, READER), np.arange(1, count + 1), (slices(count), slices(count, each)))
 
 
 def ranked(*scores: Sequence[float], ratio: float = 0.5) -> list[Candidate]:
@@ -66,10 +67,8 @@ def test_a_family_without_normalisation_has_no_scale_to_look_at() -> None:
     scaled = ChannelGroup(
         "maker",
         (MAKER, TensorAxis("scale", 0, AxisRole.SCALE)),
-        tuple(
-            Channel(at + 1, (ChannelSlice(MAKER, (at,)), ChannelSlice(TensorAxis("scale", 0, AxisRole.SCALE), (at,))))
-            for at in range(4)
-        ),
+        np.arange(1, 5),
+        (slices(4), slices(4)),
     )
     weights = {"scale": np.array([-3.0, 1.0, 2.0, -0.5])}
     np.testing.assert_allclose(group_importance(scaled, weights, BY_NAME["bn-scale"]), [3, 1, 2, 0.5])

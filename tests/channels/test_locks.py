@@ -69,7 +69,7 @@ def test_weights_that_are_calculated_lock_both_sides(tmp_path: Path) -> None:
     nodes = [op("Mul", "direction length", "kernel"), op("Conv", "a kernel", "last_in")]
     found = between(nodes, tmp_path, {"direction": (5, 4, 3, 3), "length": (5, 1, 1, 1)}, width=5)
     assert locks(found)["first"] == "Conv to_last_in has weights that are calculated"
-    assert [family.name for family in found.families] == ["first", "last"]
+    assert [family.name for family in found.groups] == ["first", "last"]
 
 
 def test_a_shared_kernel_makes_its_users_go_together(tmp_path: Path) -> None:

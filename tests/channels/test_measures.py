@@ -28,8 +28,8 @@ def cut(path: Path, output: Path | None, **asked: Any) -> ChannelPruneResult:
 
 
 def dropped(found: ChannelPruneResult, name: str) -> list[int]:
-    (loss,) = [loss for loss in found.losses if loss.family.name == name]
-    return [loss.family.groups[number].members[0].indices[0] for number in loss.dropped]
+    (loss,) = [loss for loss in found.pruned_groups if loss.group.name == name]
+    return [loss.group.channel(number)[0][0] for number in loss.dropped]
 
 
 @pytest.mark.parametrize("norm", ["1", "2"])

@@ -188,7 +188,7 @@ def check_chain(path: Path, output: Path) -> None:
     onnx.checker.check_model(output, full_check=True)
     assert shapes(output)["first"] == (3, 3, 3, 3)
     images = np.random.default_rng(1).normal(size=(1, 3, 8, 8)).astype(np.float32)
-    (loss,) = found.losses
+    (loss,) = found.pruned_groups
     session_input = onnx.load(path)
     for tensor in session_input.graph.initializer:
         if tensor.name == "last":

@@ -96,32 +96,32 @@ def check_like(kind: Any, path: Path, output: Path, **asked: Any) -> ChannelPrun
 def test_an_attention_loses_whole_heads_and_the_inside_of_its_dense_layers(tmp_path: Path) -> None:
     path, output = export(Attention, tmp_path / "net.onnx"), tmp_path / "small.onnx"
     found = check_like(Attention, path, output)
-    assert {loss.family.name: (len(loss.dropped), len(loss.family.groups)) for loss in found.losses} == {
+    assert {loss.group.name: (len(loss.dropped), len(loss.group)) for loss in found.pruned_groups} == {
         "mix.weight": (2, 4),
         "inside.0.weight": (16, 32),
     }
-    (heads,) = [loss.family for loss in found.losses if loss.family.name == "mix.weight"]
+    (heads,) = [loss.group for loss in found.pruned_groups if loss.group.name == "mix.weight"]
     queries, keys, values = np.split(np.arange(48).reshape(12, 4), 3)
-    first = heads.groups[0].members[0].indices
+    first = heads.channel(0)[0]
     assert list(first) == [*queries[0], *keys[0], *values[0]]
-    assert [family for family in groups_of(open_model(path)).families if "reaches over channels" in family.reason]
+    assert [family for family in groups_of(open_model(path)).groups if "reaches over channels" in family.locked_because]
 
 
 def test_shuffled_channels_go_from_every_group_alike(tmp_path: Path) -> None:
     path, output = export(Shuffle, tmp_path / "net.onnx"), tmp_path / "small.onnx"
     found = check_like(Shuffle, path, output)
-    (stem,) = [loss.family for loss in found.losses if loss.family.name == "stem.0.weight"]
-    assert stem.groups[1].members[0].indices == (1, 3, 5, 7)
+    (stem,) = [loss.group for loss in found.pruned_groups if loss.group.name == "stem.0.weight"]
+    assert stem.channel(1)[0] == (1, 3, 5, 7)
 
 
 def test_channels_that_are_normalised_in_groups_go_by_groups(tmp_path: Path) -> None:
     path, output = export(Groups, tmp_path / "net.onnx"), tmp_path / "small.onnx"
-    (loss,) = cut(path, output).losses
-    assert [group.members[0].indices for group in loss.family.groups] == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    (loss,) = cut(path, output).pruned_groups
+    assert [loss.group.channel(number)[0] for number in range(len(loss.group))] == [(0, 1), (2, 3), (4, 5), (6, 7)]
     net, images = built(Groups), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         for number in loss.dropped:
-            net.head.weight[:, loss.family.groups[number].members[0].indices] = 0
+            net.head.weight[:, loss.group.channel(number)[0]] = 0
         wanted = net(images).numpy()
     np.testing.assert_allclose(run(output, images), wanted, rtol=1e-4, atol=1e-5)
 
@@ -135,14 +135,14 @@ def test_a_unit_goes_from_every_gate(kind: str, is_both: bool, tmp_path: Path) -
     path, output = export(make, tmp_path / "net.onnx", is_folded=True), tmp_path / "small.onnx"
     found = cut(path, output)
     onnx.checker.check_model(output, full_check=True)
-    (units,) = [loss for loss in found.losses if len(loss.family.groups) == 8]
+    (units,) = [loss for loss in found.pruned_groups if len(loss.group) == 8]
     net = built(make)
     with torch.no_grad():
         # A unit that sees nothing and says nothing to the next step stays at zero.
         for number in units.dropped:
             for weight in net.cell.parameters():
                 weight[number::8] = 0
-        for loss in found.losses:
+        for loss in found.pruned_groups:
             if loss is not units:
                 net.first.weight[list(loss.dropped)] = 0
                 net.first.bias[list(loss.dropped)] = 0
@@ -157,4 +157,4 @@ def test_many_zeros_that_a_layer_begins_with_go_as_a_whole(tmp_path: Path) -> No
     path = export(lambda: Recurrent(units=80), tmp_path / "net.onnx", is_open=False, is_folded=True)
     found = cut(path, tmp_path / "small.onnx")
     onnx.checker.check_model(tmp_path / "small.onnx", full_check=True)
-    assert sorted(len(loss.dropped) for loss in found.losses) == [3, 40]
+    assert sorted(len(loss.dropped) for loss in found.pruned_groups) == [3, 40]

@@ -34,7 +34,7 @@ def between(
 def test_a_convolution_gives_new_channels_and_reads_those_of_its_input(tmp_path: Path) -> None:
     found = between([op("Relu", "a", "last_in")], tmp_path)
     assert places(found, "first") == {"first[0]", "last[1]"}
-    assert [len(family.groups) for family in found.families] == [4, 2]
+    assert [len(family) for family in found.groups] == [4, 2]
     assert locks(found) == {"last": "y is an output of the network"}
 
 
@@ -90,18 +90,17 @@ def test_a_convolution_by_channel_makes_no_channels_of_its_own(outputs: int, per
         [op("Conv", "a middle", "last_in", group=4)], tmp_path, {"middle": (outputs, 1, 3, 3)}, width=outputs
     )
     assert places(found, "first") == {"first[0]", "middle[0]", "last[1]"}
-    (group, *_) = found.families[0].groups
-    assert [len(member.indices) for member in group.members] == [1, per_channel, per_channel]
+    assert [len(indices) for indices in found.groups[0].channel(0)] == [1, per_channel, per_channel]
 
 
 def test_channels_of_groups_go_one_from_each_group(tmp_path: Path) -> None:
     found = between([op("Conv", "a middle", "last_in", group=2)], tmp_path, {"middle": (6, 2, 1, 1)}, width=6)
     assert places(found, "first") == {"first[0]", "middle[1]"}
-    assert [[member.indices for member in group.members] for group in found.families[0].groups] == [
+    assert [found.groups[0].channel(number) for number in range(len(found.groups[0]))] == [
         [(0, 2), (0,)],
         [(1, 3), (1,)],
     ]
-    assert [[member.indices for member in group.members] for group in found.families[1].groups] == [
+    assert [found.groups[1].channel(number) for number in range(len(found.groups[1]))] == [
         [(at, at + 3), (at, at + 3)] for at in range(3)
     ]
 
@@ -116,8 +115,8 @@ def test_a_transposed_convolution_has_its_inputs_first(tmp_path: Path) -> None:
 def test_a_concatenation_puts_channels_beside_each_other(tmp_path: Path) -> None:
     nodes = [op("Conv", "a second", "b"), op("Concat", "a b a", "last_in", axis=1)]
     found = between(nodes, tmp_path, {"second": (3, 4, 1, 1)}, width=11)
-    assert [member.indices for member in found.families[0].groups[1].members] == [(1,), (1,), (1, 8)]
-    assert [member.indices for member in found.families[1].groups[1].members] == [(1,), (5,)]
+    assert found.groups[0].channel(1) == [(1,), (1,), (1, 8)]
+    assert found.groups[1].channel(1) == [(1,), (5,)]
 
 
 def test_a_concatenation_of_positions_makes_channels_one(tmp_path: Path) -> None:
@@ -127,7 +126,7 @@ def test_a_concatenation_of_positions_makes_channels_one(tmp_path: Path) -> None
 
 def test_a_concatenation_with_the_input_leaves_the_input_alone(tmp_path: Path) -> None:
     found = between([op("Concat", "x a", "last_in", axis=1)], tmp_path, width=7)
-    assert [member.indices for member in found.families[0].groups[0].members] == [(0,), (3,)]
+    assert found.groups[0].channel(0) == [(0,), (3,)]
 
 
 @pytest.mark.parametrize("sizes", [None, [1, 3]])
@@ -141,17 +140,17 @@ def test_parts_of_a_split_are_families_of_their_own(sizes: list[int] | None, tmp
     ]
     weights = {"one": (4, left, 1, 1), "two": (4, right, 1, 1)}
     found = between(nodes, tmp_path, weights, {"sizes": sizes} if sizes else None)
-    assert [{place.tensor for place in family.places} for family in found.families[:2]] == [
+    assert [{place.tensor for place in family.axes} for family in found.groups[:2]] == [
         {"first", "one"},
         {"first", "two"},
     ]
-    assert [len(family.groups) for family in found.families[:2]] == [left, right]
+    assert [len(family) for family in found.groups[:2]] == [left, right]
 
 
 def test_a_slice_of_channels_is_followed(tmp_path: Path) -> None:
     nodes = [op("Slice", "a from to at", "last_in")]
     found = between(nodes, tmp_path, numbers={"from": [1], "to": [99], "at": [1]}, width=3)
-    assert [[place.tensor for place in family.places] for family in found.families] == [
+    assert [[place.tensor for place in family.axes] for family in found.groups] == [
         ["first"],
         ["first", "last"],
         ["last"],
@@ -205,10 +204,10 @@ def between_model(node: Any, weights: Weights, numbers: Numbers) -> Any:
 def test_each_position_of_a_flattened_channel_is_that_channel(tmp_path: Path) -> None:
     nodes = [op("Conv", "x first", "a"), op("Flatten", "a", "b"), op("Gemm", "b dense bias", "y", transB=1)]
     found = seen(model(nodes, {"first": (2, 3, 7, 7), "dense": (5, 8), "bias": (5,)}), tmp_path)
-    assert [member.indices for member in found.families[0].groups[1].members] == [(1,), (4, 5, 6, 7)]
+    assert found.groups[0].channel(1) == [(1,), (4, 5, 6, 7)]
     channels_last = [nodes[0], op("Transpose", "a", "t", perm=[0, 2, 3, 1]), op("Flatten", "t", "b"), nodes[2]]
     found = seen(model(channels_last, {"first": (2, 3, 7, 7), "dense": (5, 8), "bias": (5,)}), tmp_path)
-    assert [member.indices for member in found.families[0].groups[1].members] == [(1,), (1, 3, 5, 7)]
+    assert found.groups[0].channel(1) == [(1,), (1, 3, 5, 7)]
 
 
 def test_matrices_are_read_along_the_last_axis(tmp_path: Path) -> None:
@@ -223,7 +222,7 @@ def test_an_embedding_makes_channels_but_keeps_its_words(tmp_path: Path) -> None
     assert places(seen(made, tmp_path), "words") == {"words[1]", "two[0]"}
     tied = [*nodes[:2], op("Transpose", "words", "back"), op("MatMul", "a back", "y")]
     found = seen(model(tied, {"words": (50, 8)}, inputs={"x": ("N", "T")}), tmp_path)
-    assert [len(family.groups) for family in found.families if not family.reason] == [8]
+    assert [len(family) for family in found.groups if not family.locked_because] == [8]
 
 
 def test_squeeze_and_excite_goes_with_what_it_scales(tmp_path: Path) -> None:

@@ -28,15 +28,15 @@ def silence(model: Any, found: ChannelPruneResult) -> Any:
     """Let a model's layers say nothing in the channels that went."""
     tensors = {tensor.name: tensor for tensor in open_model(Path(found.before.path)).tensors}
     gone: dict[str, set[int]] = {}
-    for loss in found.losses:
+    for loss in found.pruned_groups:
         for number in loss.dropped:
-            for member in loss.family.groups[number].members:
-                tensor = tensors[member.place.tensor]
+            for place, indices in zip(loss.group.axes, loss.group.channel(number), strict=True):
+                tensor = tensors[place.tensor]
                 is_inside = "depthwise" in tensor.name and tensor.kind.startswith("Separable")
-                if member.place.role in MAKERS and not is_inside:
+                if place.role in MAKERS and not is_inside:
                     # One that goes channel by channel makes several of each, one beside the other.
                     times = tensor.shape[-1] if tensor.kind.startswith("Depthwise") and len(tensor.shape) > 1 else 1
-                    made = {index * times + turn for index in member.indices for turn in range(times)}
+                    made = {index * times + turn for index in indices for turn in range(times)}
                     gone.setdefault(tensor.layer.rpartition("/")[2], set()).update(made)
     held = {layer.name: layer for layer in layers(model)}
     for name, indices in gone.items():

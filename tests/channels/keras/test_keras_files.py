@@ -33,7 +33,11 @@ DATA = f"{FIXTURES / 'digits.npz'}?limit=100"
 
 
 def locks(path: Path) -> dict[str, str]:
-    return {family.name: family.reason for family in channel_groups(open_model(path)).families if family.reason}
+    return {
+        family.name: family.locked_because
+        for family in channel_groups(open_model(path)).groups
+        if family.locked_because
+    }
 
 
 def saved(model: Any, path: Path) -> Path:
@@ -95,7 +99,7 @@ def test_what_the_optimizer_knows_of_a_weight_is_cut_with_it(which: str, suffix:
     layers = [library.Input((6, 6, 2)), of.Conv2D(6, 3, name="one"), of.BatchNormalization(name="norm"), of.ReLU()]
     layers += [of.Conv2D(4, 1, name="two"), of.Flatten(), of.Dense(3, name="last")]
     model = filled(library.Sequential(layers, name="net"))
-    model.compile(library.optimizers.Adam(0.01), library.losses.MeanSquaredError(), run_eagerly=True)
+    model.compile(library.optimizers.Adam(0.01), library.pruned_groups.MeanSquaredError(), run_eagerly=True)
     random = np.random.default_rng(0)
     x, y = random.normal(size=(8, 6, 6, 2)), random.normal(size=(8, 3))
     model.fit(x, y, verbose=0)
@@ -111,15 +115,14 @@ def test_what_the_optimizer_knows_of_a_weight_is_cut_with_it(which: str, suffix:
     assert old.keys() == new.keys()
     assert len(old) == 2 * len(model.trainable_variables)
     gone = {
-        (member.place.tensor.removesuffix(":0"), member.place.axis): set[int]()
-        for loss in found.losses
-        for group in loss.family.groups
-        for member in group.members
+        (place.tensor.removesuffix(":0"), place.axis): set[int]()
+        for loss in found.pruned_groups
+        for place in loss.group.axes
     }
-    for loss in found.losses:
+    for loss in found.pruned_groups:
         for number in loss.dropped:
-            for member in loss.family.groups[number].members:
-                gone[member.place.tensor.removesuffix(":0"), member.place.axis].update(member.indices)
+            for place, indices in zip(loss.group.axes, loss.group.channel(number), strict=True):
+                gone[place.tensor.removesuffix(":0"), place.axis].update(indices)
     for (variable, kind), value in old.items():
         left = value
         for (tensor, axis), indices in gone.items():

@@ -33,11 +33,11 @@ def gone(found: ChannelPruneResult, tensor: str, axis: int) -> list[int]:
     return sorted(
         {
             index
-            for loss in found.losses
+            for loss in found.pruned_groups
             for number in loss.dropped
-            for member in loss.family.groups[number].members
-            if member.place.tensor.removesuffix(":0").endswith(tensor) and member.place.axis == axis
-            for index in member.indices
+            for place, indices in zip(loss.group.axes, loss.group.channel(number), strict=True)
+            if place.tensor.removesuffix(":0").endswith(tensor) and place.axis == axis
+            for index in indices
         }
     )
 
@@ -140,7 +140,7 @@ def test_what_is_more_than_units_and_heads_keeps_them(which: str, tmp_path: Path
     made = [of.Dense(2)(odd), of.Dense(2)(left), of.Dense(2)(seen), of.Flatten()(scores), of.Dense(2)(normal)]
     path = tmp_path / "net.keras"
     k.Model(i, made).save(path)
-    reasons = {family.name: family.reason for family in channel_groups(open_model(path)).families}
+    reasons = {family.name: family.locked_because for family in channel_groups(open_model(path)).groups}
     assert not {"odd", "left", "scored"} & {name.split("/")[0] for name in reasons}
     assert reasons["before/kernel"] == "LayerNormalization norm reaches over channels"
 

@@ -48,11 +48,11 @@ class Several(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.image, self.row = conv(3, 8), nn.Linear(6, 8)
-        self.scores, self.places = nn.Linear(8, 5), nn.Conv2d(8, 2, 1)
+        self.scores, self.axes = nn.Linear(8, 5), nn.Conv2d(8, 2, 1)
 
     def forward(self, image: Any, row: Any) -> Any:
         x = self.image(image) * torch.sigmoid(self.row(row))[:, :, None, None]
-        return {"scores": self.scores(x.mean((2, 3))), "more": [self.places(x), row.sum(1)]}
+        return {"scores": self.scores(x.mean((2, 3))), "more": [self.axes(x), row.sum(1)]}
 
 
 class Words(nn.Module):

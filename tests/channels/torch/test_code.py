@@ -22,11 +22,11 @@ def silenced(kind: Any, found: ChannelPruneResult) -> Any:
     """The original with nothing in the places where channels are made."""
     net = nets.built(kind)
     weights = dict(net.named_parameters(remove_duplicate=False))
-    for loss in found.losses:
+    for loss in found.pruned_groups:
         for number in loss.dropped:
-            for member in loss.family.groups[number].members:
-                if member.place.role in {"out", "bias", "scale", "shift"}:
-                    weights[member.place.tensor].data.movedim(member.place.axis, 0)[list(member.indices)] = 0
+            for place, indices in zip(loss.group.axes, loss.group.channel(number), strict=True):
+                if place.role in {"out", "bias", "scale", "shift"}:
+                    weights[place.tensor].data.movedim(place.axis, 0)[list(indices)] = 0
     return net
 
 

@@ -110,11 +110,11 @@ def lost(found: Any, name: str) -> list[int]:
     """The numbers of the channels of a maker that went, whatever prefix the file has."""
     return [
         at
-        for loss in found.losses
+        for loss in found.pruned_groups
         for number in loss.dropped
-        for member in loss.family.groups[number].members
-        if member.place.tensor.endswith(name) and member.place.axis == 0
-        for at in member.indices
+        for place, indices in zip(loss.group.axes, loss.group.channel(number), strict=True)
+        if place.tensor.endswith(name) and place.axis == 0
+        for at in indices
     ]
 
 
