@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -67,65 +68,79 @@ Runner = Callable[[Feeds], list[Any]]
 _WEIGHTED_KINDS = frozenset({OpKind.CONVOLUTION, OpKind.LINEAR, OpKind.RECURRENT})
 
 
-class GraphAdapter(Protocol):
-    """A network that was read, and can be written again without some of its channels.
+class GraphAdapter(ABC):
+    """A network in its own graph language, which can be run, and written again without some of its channels.
 
-    Networks are handed about as the language has them in memory: what `cut` and `with_weights` return, `runner` and
-    `write` take.
+    Networks are handed about as the language has them in memory: what `prune` and `with_weights` return, `runner` and
+    `write` take. What most languages share is said here once.
     """
 
     @property
+    @abstractmethod
     def graph(self) -> ChannelGraph:
-        """What can be followed; weights are called what the file calls them."""
+        """The operations; weights are called what the file calls them."""
 
     @property
     def copied_from(self) -> Mapping[str, str]:
-        """What each weight that is in the graph but not in the file is a copy of."""
+        """The original of each weight that is in the graph but not in the file."""
+        return {}
 
     @property
     def coupled_tensors(self) -> Mapping[str, str]:
-        """What else in the file is cut as a weight is, such as the state of an optimizer, by the weight's name."""
+        """Tensors of the file that are cut as a weight is, such as the state of an optimizer, by the weight's name."""
+        return {}
 
     @property
     def omitted_tensors(self) -> frozenset[str]:
-        """The tensors of the file that are left out on purpose; `notes` says so."""
+        """Tensors of the file that are left out on purpose; `notes` says so."""
+        return frozenset()
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know about what is written."""
+        return ()
 
     @property
     def assumptions(self) -> tuple[str, ...]:
         """What was guessed where the file does not say it and it made a difference, with how to say it."""
+        return ()
 
     @property
     def observable(self) -> frozenset[str]:
-        """The inner values that `runner` can show: what convolutions and dense layers make, as far as it is at hand."""
-
-    def companion_files(self, target: Path) -> tuple[Path, ...]:
-        """Return the files that are written beside a target."""
-
-    def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
-        """Return the smaller network; some weights have other numbers before they are cut."""
-
-    def with_weights(self, weights: Mapping[str, Array]) -> Any:
-        """Return the network as it was read, some of its numbers replaced."""
-
-    def random_inputs(self, random: np.random.Generator) -> Feeds:
-        """Return random inputs, of the shapes that the graph was worked out for."""
+        """The inner values that `runner` can record: outputs of convolutions and dense layers, as far as possible."""
+        return outputs_of_weighted_layers(self.graph)
 
     @property
     def has_float64(self) -> bool:
         """Whether its runtime can calculate in float64, whatever the network itself does."""
+        return True
 
+    def companion_files(self, target: Path) -> tuple[Path, ...]:
+        """The files that are written beside a target."""
+        del target
+        return ()
+
+    @abstractmethod
+    def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
+        """Remove channels; some weights have other numbers before they are cut."""
+
+    @abstractmethod
+    def with_weights(self, weights: Mapping[str, Array]) -> Any:
+        """The network as it was read, some of its numbers replaced."""
+
+    @abstractmethod
+    def random_inputs(self, random: np.random.Generator) -> Feeds:
+        """Random inputs of the shapes that the graph was traced with."""
+
+    @abstractmethod
     def runner(self, network: Any, observed: Iterable[str], *, in_float64: bool = False) -> Runner:
-        """Return what runs a network in its own runtime, and shows some inner values too, by their names in the graph.
+        """A function that runs a network in its own runtime, and records inner values by their names in the graph.
 
-        What comes out comes first, then one value for each name, in their order and as the graph has their axes. All
-        names are showable. What is wide calculates in float64, where that can be. WorkError if the runtime cannot load
-        it.
+        Outputs come first, then one value for each name, in their order and as the graph has their axes. All names are
+        observable. WorkError if the runtime cannot load it.
         """
 
+    @abstractmethod
     def write(self, network: Any, folder: Path, target: Path) -> Path:
         """Write a network into a scratch folder, under the names that belong to a target, and return its path."""
 

@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.channels.adapter import Feeds, PrunedShapes, RemovedIndices, Runner, delete_indices, removed_by_tensor
+from prunectl.channels.adapter import (
+    Feeds,
+    GraphAdapter,
+    PrunedShapes,
+    RemovedIndices,
+    Runner,
+    delete_indices,
+    removed_by_tensor,
+)
 from prunectl.channels.graph import ChannelGraph
 from prunectl.channels.keras import run as drafts
 from prunectl.channels.keras.resize import resize_config
@@ -121,7 +129,7 @@ def require_followable(model: ModelFile, origin: ModelOrigin) -> None:
         )
 
 
-class KerasAdapter:
+class KerasAdapter(GraphAdapter):
     """A Keras file, as cutting sees it."""
 
     def __init__(self, loaded: LoadedKeras, origin: ModelOrigin) -> None:
@@ -131,11 +139,6 @@ class KerasAdapter:
     def graph(self) -> ChannelGraph:
         """What can be followed."""
         return self._loaded.graph
-
-    @property
-    def copied_from(self) -> Mapping[str, str]:
-        """Nothing: a layer that is called twice has its weights once."""
-        return {}
 
     @cached_property
     def coupled_tensors(self) -> Mapping[str, str]:
@@ -168,11 +171,6 @@ class KerasAdapter:
         """What layers that are called once make before their activations."""
         return frozenset(self._loaded.builder.observable)
 
-    def companion_files(self, target: Path) -> tuple[Path, ...]:
-        """Return nothing: a Keras model is one file."""
-        del target
-        return ()
-
     def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
         """Return what changes in the file."""
         removed_by_name = removed_by_tensor(removed)
@@ -194,11 +192,6 @@ class KerasAdapter:
     def random_inputs(self, random: np.random.Generator) -> Feeds:
         """Return random inputs."""
         return random_inputs(self._loaded, random)
-
-    @property
-    def has_float64(self) -> bool:
-        """Always: a configuration says of each layer what it calculates in."""
-        return True
 
     def runner(self, network: Any, observed: Iterable[str], *, in_float64: bool = False) -> Runner:
         """Return what Keras makes of a draft."""

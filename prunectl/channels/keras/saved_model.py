@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.channels.adapter import Feeds, PrunedShapes, RemovedIndices, Runner
+from prunectl.channels.adapter import Feeds, GraphAdapter, PrunedShapes, RemovedIndices, Runner
 from prunectl.channels.graph import ChannelGraph
 from prunectl.channels.keras import run as drafts
 from prunectl.channels.keras.adapter import KerasAdapter, require_followable
@@ -73,7 +73,7 @@ def read_saved_model(model: ModelFile, origin: ModelOrigin, data: Shapes | None 
     return SavedModelAdapter(model, origin, AxisLengths(origin.inputs, data))
 
 
-class SavedModelAdapter:
+class SavedModelAdapter(GraphAdapter):
     """A SavedModel, as cutting sees it."""
 
     def __init__(self, model: ModelFile, origin: ModelOrigin, lengths: AxisLengths) -> None:
@@ -101,16 +101,6 @@ class SavedModelAdapter:
         )
 
     @property
-    def copied_from(self) -> Mapping[str, str]:
-        """Nothing: a layer that is called twice has its weights once."""
-        return {}
-
-    @property
-    def coupled_tensors(self) -> Mapping[str, str]:
-        """Nothing: what the optimizer keeps is left out."""
-        return {}
-
-    @property
     def omitted_tensors(self) -> frozenset[str]:
         """What is no weight of a layer: the state of the optimizer, of metrics and of losses."""
         return frozenset({tensor.name for tensor in self._model.tensors}.difference(self._names.values()))
@@ -132,11 +122,6 @@ class SavedModelAdapter:
         """What layers that are called once make before their activations."""
         return self._inner.observable
 
-    def companion_files(self, target: Path) -> tuple[Path, ...]:
-        """Return nothing: a SavedModel is one folder."""
-        del target
-        return ()
-
     def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
         """Return what changes in the file."""
         inner_names = {outer: name for name, outer in self._names.items()}
@@ -150,11 +135,6 @@ class SavedModelAdapter:
     def random_inputs(self, random: np.random.Generator) -> Feeds:
         """Return random inputs."""
         return self._inner.random_inputs(random)
-
-    @property
-    def has_float64(self) -> bool:
-        """Always: a configuration says of each layer what it calculates in."""
-        return self._inner.has_float64
 
     def runner(self, network: Any, observed: Iterable[str], *, in_float64: bool = False) -> Runner:
         """Return what Keras makes of a draft."""

@@ -8,7 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.channels.adapter import Feeds, PrunedShapes, RemovedIndices, Runner, outputs_of_weighted_layers
+from prunectl.channels.adapter import (
+    Feeds,
+    GraphAdapter,
+    PrunedShapes,
+    RemovedIndices,
+    Runner,
+)
 from prunectl.channels.graph import ChannelGraph
 from prunectl.channels.lengths import AxisLengths, Shapes
 from prunectl.channels.onnx import graph
@@ -66,7 +72,7 @@ def read_onnx(model: ModelFile, origin: ModelOrigin, data: Shapes | None = None)
     return OnnxAdapter(model, load_onnx(model, AxisLengths(origin.inputs, data)))
 
 
-class OnnxAdapter:
+class OnnxAdapter(GraphAdapter):
     """An ONNX model, as cutting sees it."""
 
     def __init__(self, model: ModelFile, loaded: LoadedOnnx) -> None:
@@ -85,34 +91,9 @@ class OnnxAdapter:
         return self._loaded.copied_from
 
     @property
-    def coupled_tensors(self) -> Mapping[str, str]:
-        """Nothing: an ONNX file holds no state of an optimizer."""
-        return {}
-
-    @property
     def omitted_tensors(self) -> frozenset[str]:
         """The zeros that recurrent layers began with: without a first state they begin so by themselves."""
         return self._omitted
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Nothing that the file does not say."""
-        return ()
-
-    @property
-    def assumptions(self) -> tuple[str, ...]:
-        """Nothing: what does not fit is refused."""
-        return ()
-
-    @property
-    def observable(self) -> frozenset[str]:
-        """What every operation with a kernel makes."""
-        return outputs_of_weighted_layers(self.graph)
-
-    def companion_files(self, target: Path) -> tuple[Path, ...]:
-        """Return nothing: data beside the model is known by its handler."""
-        del target
-        return ()
 
     def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
         """Return the message of the smaller network."""

@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from prunectl.channels.adapter import (
     Feeds,
+    GraphAdapter,
     PrunedShapes,
     RemovedIndices,
     Runner,
@@ -159,7 +160,7 @@ def read_torch(model: ModelFile, origin: ModelOrigin, data: Shapes | None = None
     return TorchAdapter(model, trace_model(model, origin))
 
 
-class TorchAdapter:
+class TorchAdapter(GraphAdapter):
     """A network of PyTorch, as cutting sees it."""
 
     def __init__(self, model: ModelFile, traced: TracedModel) -> None:
@@ -173,11 +174,6 @@ class TorchAdapter:
     def graph(self) -> ChannelGraph:
         """What can be followed; weights are called what the file calls them."""
         return self._graph
-
-    @property
-    def copied_from(self) -> Mapping[str, str]:
-        """Nothing: every weight in the graph is one of the file."""
-        return {}
 
     @property
     def omitted_tensors(self) -> frozenset[str]:
@@ -199,11 +195,6 @@ class TorchAdapter:
             f"{subject} class {class_of(self._traced)} that takes them is beside it{batch_note}.",
             *([state] if omitted else []),
         )
-
-    @property
-    def assumptions(self) -> tuple[str, ...]:
-        """Nothing: what does not fit is refused."""
-        return ()
 
     @property
     def observable(self) -> frozenset[str]:
@@ -250,11 +241,6 @@ class TorchAdapter:
         generator = torch.Generator().manual_seed(int(random.integers(1 << 62)))
         used = zip(self.graph.inputs, self._traced.single_inputs, strict=True)
         return {name: to_numpy(random_like(example, generator)) for name, example in used}
-
-    @property
-    def has_float64(self) -> bool:
-        """Always: every step of a program takes it."""
-        return True
 
     def runner(self, program: WeightedProgram, observed: Iterable[str], *, in_float64: bool = False) -> Runner:
         """Return what PyTorch makes of a program, step by step."""
