@@ -26,6 +26,7 @@ from prunectl.channels.graph import ChannelGraph, OpNode
 from prunectl.channels.lengths import Shapes
 from prunectl.channels.torch.checkpoint import (
     OptimizerSlots,
+    PrunedProgram,
     WeightChanges,
     class_of,
     companion_file,
@@ -167,7 +168,6 @@ class TorchAdapter(GraphAdapter):
         self._model = model
         self._traced = traced
         self._graph = graph_of(model, traced)
-        self._changes = WeightChanges({}, {})
         self._written_notes: tuple[str, ...] = ()
 
     @property
@@ -216,16 +216,20 @@ class TorchAdapter(GraphAdapter):
         if self._is_program or self._traced.holds_module or self._model.format == "safetensors":
             return OptimizerSlots()
         shapes = {tensor.name: tensor.shape for tensor in self._model.tensors}
+        if not any(".state." in f".{name}" for name in shapes):
+            # No optimizer has a state: the checkpoint is loaded once, when it is written.
+            return OptimizerSlots()
         return optimizer_slots(load_checkpoint(self._model, self._traced), parameter_order(self._traced), shapes)
 
     @property
     def _is_program(self) -> bool:
         return self._model.format == "torch-export"
 
-    def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> WeightedProgram:
-        """Return the smaller program."""
-        self._changes = WeightChanges(removed_by_tensor(removed), weights)
-        return prune_program(self._traced, self._changes.axes, after, self.with_weights(weights).values)
+    def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> PrunedProgram:
+        """Remove channels from the program."""
+        changes = WeightChanges(removed_by_tensor(removed), weights)
+        program = prune_program(self._traced, changes.axes, after, self.with_weights(weights).values)
+        return PrunedProgram(program.module, program.values, changes=changes)
 
     def with_weights(self, weights: Mapping[str, Array]) -> WeightedProgram:
         """Return the program, some of its numbers replaced."""
@@ -263,12 +267,12 @@ class TorchAdapter(GraphAdapter):
 
         return run
 
-    def write(self, network: WeightedProgram, folder: Path, target: Path) -> Path:
+    def write(self, network: PrunedProgram, folder: Path, target: Path) -> Path:
         """Write a program as a program, all else as weights with a class beside them that takes them."""
         if self._is_program:
             self._written_notes = write_program(self._traced, network, folder / target.name)
             return folder / target.name
-        axes, numbers = self._changes.axes, self._changes.numbers
+        axes, numbers = network.changes.axes, network.changes.numbers
         axes = {**axes, **{name: axes[owner] for name, owner in self.coupled_tensors.items() if owner in axes}}
         numbers = {
             **numbers,

@@ -86,6 +86,13 @@ class WeightChanges:
     """Optimizers whose states are not written, by their place."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PrunedProgram(WeightedProgram):
+    """A smaller program, and what becomes of the file that it was read from."""
+
+    changes: WeightChanges = field(default_factory=lambda: WeightChanges({}, {}))
+
+
 def prune_checkpoint(value: Any, changes: WeightChanges, path: str, name: str = "") -> Any:
     """Return a value with the tensors in it cut; dictionaries and lists stay the same ones."""
     if isinstance(value, torch.nn.Module):
