@@ -23,7 +23,7 @@ class PrunedShapes:
         self._removed = np.array(sorted(removed_labels), np.int64)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a value without the channels that are gone."""
+        """The shape of a value without the channels that are gone."""
         before, labels = self.trace.shape(name), self.trace.labels_of(name)
         after = list(before)
         for axis in self.trace.labels.varying(labels):
@@ -33,7 +33,7 @@ class PrunedShapes:
         return tuple(after)
 
     def num_kept_before(self, name: str, axis: int, offset: int) -> int:
-        """Return how many indices of an axis are left before a place."""
+        """How many indices of an axis are kept before an offset."""
         labels = self.trace.labels_of(name)
         line = self.trace.labels.along(labels, axis)
         if line is None:
@@ -41,7 +41,7 @@ class PrunedShapes:
         return int(self._kept(line[:offset]).sum())
 
     def slice_value(self, name: str, array: Array) -> Array:
-        """Return what is left of a value that the whole network gave."""
+        """What is left of a value that the whole network gave."""
         labels = self.trace.labels_of(name)
         for axis in self.trace.labels.varying(labels):
             line = self.trace.labels.along(labels, axis)
@@ -146,12 +146,12 @@ class GraphAdapter(ABC):
 
 
 def outputs_of_weighted_layers(graph: ChannelGraph) -> frozenset[str]:
-    """Return what convolutions, dense and recurrent layers make."""
+    """What convolutions, dense and recurrent layers make."""
     return frozenset(node.outputs[0] for node in graph.nodes if node.kind in _WEIGHTED_KINDS)
 
 
 def removed_by_tensor(removed: RemovedIndices) -> dict[str, dict[int, LabelArray]]:
-    """Return the indices that go from each axis, by weight."""
+    """The indices that go from each axis, by weight."""
     by_tensor: dict[str, dict[int, LabelArray]] = {}
     for (name, axis), indices in removed.items():
         by_tensor.setdefault(name, {})[axis] = indices
@@ -159,12 +159,12 @@ def removed_by_tensor(removed: RemovedIndices) -> dict[str, dict[int, LabelArray
 
 
 def pruned_shape(name: str, shape: Iterable[int], removed: RemovedIndices) -> tuple[int, ...]:
-    """Return the shape of a weight without what goes."""
+    """The shape of a weight without what goes."""
     return tuple(length - len(removed.get((name, axis), ())) for axis, length in enumerate(shape))
 
 
 def delete_indices(array: Array, axes: Axes) -> Array:
-    """Return a weight without some indices of some axes."""
+    """A weight without some indices of some axes."""
     for axis, indices in axes.items():
         array = np.delete(array, indices, axis)
     return array

@@ -41,12 +41,12 @@ class SizeTarget:
     share: float | None = None
 
     def limit(self, before: int) -> int:
-        """Return how much may be left."""
+        """How much may be left."""
         return self.number if self.share is None else int(self.share * before)
 
 
 def parse_target(kind: TargetKind, text: str) -> SizeTarget:
-    """Return what `-50%`, `1.5M` or `200000` ask for."""
+    """What `-50%`, `1.5M` or `200000` ask for."""
     match = re.fullmatch(r"-(\d+(?:\.\d+)?)%", text.strip())
     if match is not None and float(match[1]) <= 100:
         return SizeTarget(kind, share=1 - float(match[1]) / 100)
@@ -59,7 +59,7 @@ def parse_target(kind: TargetKind, text: str) -> SizeTarget:
 def smallest_ratio(
     target: SizeTarget, before: int, channels: int, count_left: Callable[[float], int], tries: int
 ) -> float:
-    """Return the smallest share of so many channels that reaches a goal, as far as so many tries can tell."""
+    """The smallest share of so many channels that reaches a goal, as far as so many tries can tell."""
     limit = target.limit(before)
     if before <= limit:
         return 0.0
@@ -85,7 +85,7 @@ KIND = "channel strategy"
 
 
 def importance_from_function(function: object, name: str, params: tuple[str, ...]) -> Importance:
-    """Return a measure made of a function from rows of weights, one for each channel, to a number for each."""
+    """A measure made of a function from rows of weights, one for each channel, to a number for each."""
     if not callable(function):
         raise UsageError(f"{name} is not a function from rows of weights to scores")
     scorer: Callable[..., Any] = function
@@ -127,11 +127,11 @@ class ChannelConfig:
     exclude: tuple[str, ...] = ()
     layers: tuple[tuple[str, float], ...] = ()
     min_channels: int = MIN_CHANNELS
-    """How many of a family stay at least."""
+    """How many of a group stay at least."""
     round_to: int = 1
     """What the number of those that stay is a multiple of."""
     max_ratio: float = 1.0
-    """Share of a family that goes at most."""
+    """Share of a group that goes at most."""
     seed: int = 0
     threshold: float | None = None
     """How much like another a channel is that goes."""
@@ -157,7 +157,7 @@ def parse_config(
     flops: str = "",
     dead: bool = False,
 ) -> ChannelConfig:
-    """Return what a request asks of channels, and refuse what it asks of single weights only."""
+    """What a request asks of channels, and refuse what it asks of single weights only."""
     _refuse_weight_options(request)
     targets = [
         parse_target(kind, text) for kind, text in ((TargetKind.PARAMS, params), (TargetKind.FLOPS, flops)) if text
@@ -209,13 +209,13 @@ def _check_amount(request: PruneRequest, targets: Sequence[SizeTarget], *, dead:
 
 
 _WEIGHT_OPTIONS: tuple[tuple[str, Callable[[PruneRequest], bool]], ...] = (
-    ("--compression", lambda asked: asked.compression is not None),
-    ("--target-packed", lambda asked: asked.target_packed is not None),
-    ("--policy", lambda asked: asked.policy != "default"),
-    ("--nan", lambda asked: asked.nan != "error"),
-    ("--repair", lambda asked: asked.is_repaired),
-    ("--cluster", lambda asked: bool(asked.cluster)),
-    ("--loss", lambda asked: bool(asked.loss) and asked.strategy != "taylor"),
+    ("--compression", lambda request: request.compression is not None),
+    ("--target-packed", lambda request: request.target_packed is not None),
+    ("--policy", lambda request: request.policy != "default"),
+    ("--nan", lambda request: request.nan != "error"),
+    ("--repair", lambda request: request.is_repaired),
+    ("--cluster", lambda request: bool(request.cluster)),
+    ("--loss", lambda request: bool(request.loss) and request.strategy != "taylor"),
 )
 
 
@@ -228,7 +228,7 @@ def _refuse_weight_options(request: PruneRequest) -> None:
 
 
 def _parse_importance(request: PruneRequest) -> tuple[Importance | None, float | None]:
-    """Return what channels are ranked by, and from which similarity on they go if that is said."""
+    """What channels are ranked by, and from which similarity on they go if that is said."""
     name = MEASURES[0].name if request.strategy == _DEFAULT else request.strategy
     known: dict[str, Importance | None] = {**{builtin.name: builtin for builtin in MEASURES}, RANDOM: None}
     chosen = find(KIND, name, known)
@@ -269,7 +269,7 @@ PLURAL = "channels"
 
 
 def list_importances() -> tuple[Choice, ...]:
-    """Return all names, and who brings them."""
+    """All names, and who brings them."""
     builtin = [Choice(PLURAL, importance.name, "built in", importance.summary) for importance in MEASURES]
     random_choice = Choice(PLURAL, RANDOM, "built in", "whatever the seed says")
     return (*builtin, random_choice, *(Choice(PLURAL, name, package, "") for name, package in installed(KIND).items()))

@@ -50,7 +50,7 @@ def fold_into_bias(
 def _difference(
     adapter: GraphAdapter, node: OpNode, before: dict[str, Array], after: dict[str, Array]
 ) -> tuple[Array, float]:
-    """Return what it makes of a difference, for several inputs behind one another, and the largest number there."""
+    """What it makes of a difference, for several inputs behind one another, and the largest number there."""
     runners = [adapter.runner(adapter.with_weights(weights), node.outputs[:1]) for weights in (before, after)]
     random = np.random.default_rng(0)
     batches = [adapter.random_inputs(random) for _ in range(_INPUTS)]
@@ -59,7 +59,7 @@ def _difference(
 
 
 def _constant(node: OpNode, difference: Array, scale: float) -> Array | None:
-    """Return one number for each channel that comes out; None if it depends on what goes in, or on the position."""
+    """One number for each channel that comes out; None if it depends on what goes in, or on the position."""
     # In front of the axes of the operation is that of the inputs.
     axis = 2 if node.kind is OpKind.CONVOLUTION else difference.ndim - 1
     rows = np.moveaxis(difference, axis, 0).reshape(difference.shape[axis], -1)
@@ -88,7 +88,7 @@ def _absorb(trace: LabelTrace, node: OpNode, constant: Array, weights: dict[str,
 
 
 def _single_consumer(trace: LabelTrace, node: OpNode) -> tuple[OpNode | None, int, bool]:
-    """Return the only operation that reads an output, the axis of its channels there, and if its axes were turned."""
+    """The only operation that reads an output, the axis of its channels there, and if its axes were turned."""
     axis = 1 if node.kind is OpKind.CONVOLUTION else len(trace.shape(node.outputs[0])) - 1
     is_transposed = False
     while len(readers := trace.readers(node)) == 1:
@@ -121,7 +121,7 @@ class DeadChannels:
 def find_dead(
     adapter: GraphAdapter, trace: LabelTrace, groups: Sequence[ChannelGroup], selected: Sequence[ChannelGroup]
 ) -> DeadChannels:
-    """Return which channels of the selected groups are dead; what they always say is folded into what reads them.
+    """Which channels of the selected groups are dead; what they always say is folded into what reads them.
 
     A channel that says something else at the borders, as behind a padding, stays, and that is said.
     """
@@ -187,7 +187,7 @@ def _fold_all(
 
 
 def _consumed_axes(trace: LabelTrace) -> dict[str, dict[tuple[str, int], None]]:
-    """Return the axes of kernels on which operations read channels, by the name of the operation, each once."""
+    """The axes of kernels on which operations read channels, by the name of the operation, each once."""
     by_node: dict[str, dict[tuple[str, int], None]] = {}
     for note in trace.notes:
         if note.role is AxisRole.IN and note.labels.any():

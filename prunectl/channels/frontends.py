@@ -40,7 +40,7 @@ FRONTENDS = (
 
 
 def open_adapter(model: ModelFile, origin: ModelOrigin, data: Shapes | None = None) -> GraphAdapter:
-    """Return a network that can be followed and cut, or say that its graph cannot be read.
+    """A network that can be followed and cut, or say that its graph cannot be read.
 
     What data goes in tells how long the axes are that a file leaves open.
     """

@@ -34,7 +34,7 @@ _CHUNK_BYTES = 32 << 20
 
 
 def cosine(rows: Rows) -> Similarity:
-    """Return the cosine of the angle between every two rows; rows of zeros are like each other alone."""
+    """The cosine of the angle between every two rows; rows of zeros are like each other alone."""
     norms = _norms(rows)
     across = np.outer(norms, norms)
     similarity = np.divide(rows @ rows.T, across, out=np.zeros_like(across), where=across > 0)
@@ -52,7 +52,7 @@ def euclidean(rows: Rows) -> Similarity:
 
 
 def iou(rows: Rows) -> Similarity:
-    """Return the sum of what every two rows share over that of what either has; rows of zeros share all.
+    """The sum of what every two rows share over that of what either has; rows of zeros share all.
 
     Two weights of one sign share the smaller and have the larger; those of opposite signs share nothing and have both.
     Where no weight is negative, this is the sum of minima over the sum of maxima.
@@ -68,7 +68,7 @@ METRICS: Mapping[str, Callable[[Rows], Similarity]] = {"cosine": cosine, "euclid
 
 
 def redundancy(similarity: Similarity) -> Scores:
-    """Return for each row how well one that stays replaces it, as rows go one by one.
+    """For each row how well one that stays replaces it, as rows go one by one.
 
     Of the two that are most alike the later goes, again and again, so that those with the highest scores are what goes
     first however many are asked for. The last row has -1, as nothing is left to replace it.
@@ -90,7 +90,7 @@ def redundancy(similarity: Similarity) -> Scores:
 
 
 def dissimilarity(weights: Array, axis: int, metric: str = "cosine") -> Scores:
-    """Return how far each index of an axis is from what replaces it, from 0 to 2: the lowest go first."""
+    """How far each index of an axis is from what replaces it, from 0 to 2: the lowest go first."""
     rows = np.moveaxis(weights, axis, 0).reshape(weights.shape[axis], -1).astype(np.float64)
     return np.asarray(1 - redundancy(METRICS[metric](rows)))
 
@@ -100,7 +100,7 @@ def _norms(rows: Rows) -> NDArray[np.float64]:
 
 
 def _finalize(similarity: Similarity, sizes: NDArray[np.float64]) -> Similarity:
-    """Return what is alike with 1 for each row and itself, and for every two rows of zeros."""
+    """What is alike with 1 for each row and itself, and for every two rows of zeros."""
     empty = sizes == 0
     completed = np.where(np.outer(empty, empty), 1.0, similarity)
     np.fill_diagonal(completed, 1.0)
@@ -108,7 +108,7 @@ def _finalize(similarity: Similarity, sizes: NDArray[np.float64]) -> Similarity:
 
 
 def _summed(rows: Rows, function: Callable[[Rows, Rows], Rows]) -> Similarity:
-    """Return the sum over the weights of something between every two rows, a few rows at a time."""
+    """The sum over the weights of something between every two rows, a few rows at a time."""
     step = max(_CHUNK_BYTES // max(rows.nbytes, 1), 1)
     chunks = [function(rows[begin : begin + step, np.newaxis], rows).sum(axis=2) for begin in range(0, len(rows), step)]
     return np.concatenate(chunks) if chunks else np.zeros((0, 0))
@@ -145,17 +145,17 @@ class Importance:
 
 
 def absolute(weights: Array, axis: int) -> Scores:
-    """Return the mean absolute value at each index."""
+    """The mean absolute value at each index."""
     return np.asarray(np.abs(channel_rows(weights, axis)).mean(axis=1))
 
 
 def squared(weights: Array, axis: int) -> Scores:
-    """Return the mean square at each index."""
+    """The mean square at each index."""
     return np.asarray(np.square(channel_rows(weights, axis)).mean(axis=1))
 
 
 def geometric_median(weights: Array, axis: int) -> Scores:
-    """Return how far each index is from all others: the nearer, the better they replace it (He et al. 2019)."""
+    """How far each index is from all others: the nearer, the better they replace it (He et al. 2019)."""
     rows = channel_rows(weights, axis)
     squares = np.square(rows).sum(axis=1)
     squared_distances = squares[:, None] + squares[None, :] - 2 * (rows @ rows.T)
@@ -163,7 +163,7 @@ def geometric_median(weights: Array, axis: int) -> Scores:
 
 
 def abs_sum(weights: Array, axis: int) -> Scores:
-    """Return the absolute value of the sum at each index."""
+    """The absolute value of the sum at each index."""
     return np.asarray(np.abs(channel_rows(weights, axis).sum(axis=1)))
 
 
@@ -236,7 +236,7 @@ def _means(scores: Scores, slices: ChannelSlices) -> Scores:
 
 
 def random_importance(group: ChannelGroup, seed: int) -> Scores:
-    """Return numbers that only the seed, the family and the place in it decide."""
+    """Numbers that only the seed, the group and the position in it decide."""
     start = np.uint64(fnv1a(f"{seed}/{group.name}"))
     bits = splitmix64(np.arange(len(group), dtype=np.uint64) + start)
     # Of the upper 53 bits, as many as a float64 holds exactly; above zero, as they are divided by their mean.
@@ -244,7 +244,7 @@ def random_importance(group: ChannelGroup, seed: int) -> Scores:
 
 
 def channel_rows(weights: Array, axis: int) -> NDArray[np.float64]:
-    """Return the weights at each index of an axis as a row."""
+    """The weights at each index of an axis as a row."""
     return np.moveaxis(weights, axis, 0).reshape(weights.shape[axis], -1).astype(np.float64)
 
 
@@ -257,7 +257,7 @@ def importance_inputs(
     *,
     is_trusted: bool,
 ) -> Mapping[str, Array]:
-    """Return what a measure looks at, in the shape of each weight; the weights themselves, unless it needs data."""
+    """What a measure looks at, in the shape of each weight; the weights themselves, unless it needs data."""
     if importance is None or importance.needs is RequiredData.NOTHING:
         return weights
     makers = {
@@ -281,7 +281,7 @@ def importance_inputs(
 
 
 def _spread(line: Array, shape: tuple[int, ...], axis: int) -> Array:
-    """Return numbers whose sum at each index of an axis is that of a line."""
+    """Numbers whose sum at each index of an axis is that of a line."""
     spread = np.zeros(shape)
     first = tuple(slice(None) if number == axis else 0 for number in range(len(shape)))
     spread[first] = line
@@ -296,7 +296,7 @@ _BATCHES = 4
 def load_inputs(
     model: ModelFile, adapter: GraphAdapter, request: PruneRequest, importance: Importance | None
 ) -> tuple[tuple[Feeds, ...], tuple[str, ...]]:
-    """Return a few batches, as many examples in each as the network was followed with, and what is to be said of them.
+    """A few batches, as many examples in each as the network was followed with, and what is to be said of them.
 
     Data that a strategy looks at may be of another length than the network was followed with; data that are given for
     nothing but the proof may not.
@@ -312,7 +312,7 @@ def load_inputs(
 
 
 def shapes_of_data(request: PruneRequest) -> Shapes | None:
-    """Return what looks up the shapes of data, for models that leave axes open."""
+    """What looks up the shapes of data, for models that leave axes open."""
     if not request.data or (request.data.startswith(_SYNTHETIC) and "shape=" not in request.data):
         # What is made up has the shapes of the model.
         return None

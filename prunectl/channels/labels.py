@@ -25,13 +25,13 @@ class UnionFind:
         self._reasons: dict[int, str] = {}
 
     def fresh(self, count: int) -> LabelArray:
-        """Return labels that nothing else has."""
+        """Labels that nothing else has."""
         labels = np.arange(len(self._parents), len(self._parents) + count, dtype=np.int64)
         self._parents = np.concatenate([self._parents, labels])
         return labels
 
     def roots(self, labels: LabelArray) -> LabelArray:
-        """Return one label for all that are united."""
+        """One label for all that are united."""
         parents = self._parents[labels]
         while not np.array_equal(parents, grandparents := self._parents[parents]):
             parents = grandparents
@@ -56,7 +56,7 @@ class UnionFind:
                 self._reasons.setdefault(int(root), reason)
 
     def reason(self, root: int) -> str:
-        """Return why a channel is locked; empty if it is not."""
+        """Why a channel is locked; empty if it is not."""
         return self._reasons.get(root, "")
 
     def varies(self, labels: LabelArray, axis: int) -> bool:
@@ -66,11 +66,11 @@ class UnionFind:
         return bool((roots != roots.take([0], axis=axis)).any()) if roots.shape[axis] > 1 else False
 
     def varying(self, labels: LabelArray) -> tuple[int, ...]:
-        """Return the axes along which labels differ."""
+        """The axes along which labels differ."""
         return tuple(axis for axis in range(labels.ndim) if self.varies(labels, axis))
 
     def along(self, labels: LabelArray, axis: int) -> LabelArray | None:
-        """Return one label for each index of an axis; None if other axes matter too."""
+        """One label for each index of an axis; None if other axes matter too."""
         if set(self.varying(labels)) - {axis % labels.ndim}:
             return None
         first = tuple(slice(None) if number == axis % labels.ndim else 0 for number in range(labels.ndim))
@@ -83,7 +83,7 @@ class UnionFind:
 
 
 def compact(*arrays: LabelArray) -> tuple[LabelArray, ...]:
-    """Return arrays of one shape without the repetitions of axes that all of them are only broadcast along."""
+    """Arrays of one shape without the repetitions of axes that all of them are only broadcast along."""
     index = tuple(
         slice(0, 1) if all(array.strides[axis] == 0 for array in arrays) else slice(None)
         for axis in range(arrays[0].ndim)
@@ -92,12 +92,12 @@ def compact(*arrays: LabelArray) -> tuple[LabelArray, ...]:
 
 
 def fixed(shape: tuple[int, ...]) -> LabelArray:
-    """Return labels of what has no channels."""
+    """Labels of what has no channels."""
     return np.broadcast_to(np.array(FIXED, np.int64), shape)
 
 
 def spread(line: LabelArray, axis: int, shape: tuple[int, ...]) -> LabelArray:
-    """Return the labels of an axis for a whole value."""
+    """The labels of an axis for a whole value."""
     sizes = [1] * len(shape)
     sizes[axis] = len(line)
     return np.broadcast_to(line.reshape(sizes), shape)
@@ -143,16 +143,16 @@ class LabelTrace:
                 self._readers[name].append(node)
 
     def readers(self, node: OpNode) -> list[OpNode]:
-        """Return the operations that read what one gives."""
+        """The operations that read what one gives."""
         return [reader for name in node.outputs for reader in self._readers[name]]
 
     def labels_of(self, name: str) -> LabelArray:
-        """Return the labels of a value; those of inputs and constants are fixed."""
+        """The labels of a value; those of inputs and constants are fixed."""
         labels = self.values.get(name)
         return fixed(self.graph.shapes.get(name, ())) if labels is None else labels
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a value."""
+        """The shape of a value."""
         return self.graph.shapes[name]
 
     def note(self, node: OpNode, name: str, axis: int, role: AxisRole, labels: LabelArray) -> None:
@@ -169,7 +169,7 @@ class LabelTrace:
         return position < len(node.inputs) and node.inputs[position] in self.graph.views
 
     def labels_along(self, node: OpNode, labels: LabelArray, axis: int) -> LabelArray:
-        """Return one label for each index of an axis; where there are more, they are locked."""
+        """One label for each index of an axis; where there are more, they are locked."""
         shared = self.labels.along(labels, axis)
         if shared is None:
             self.labels.lock(labels, f"{op_title(node)} mixes channels with positions")
@@ -189,5 +189,5 @@ class LabelTrace:
 
 
 def op_title(node: OpNode) -> str:
-    """Return an operation as the reason why channels are locked."""
+    """An operation as the reason why channels are locked."""
     return f"{node.op} {node.name}"

@@ -26,7 +26,7 @@ class AxisLengths:
     data: Shapes | None = None
 
     def resolve(self, signature: Signature) -> dict[str, Shape]:
-        """Return the shape of each input without its batch, if anybody says them; refused where the file differs."""
+        """The shape of each input without its batch, if anybody says them; refused where the file differs."""
         names = [port.name for port in signature.inputs]
         is_open = any(port.shape is None or None in port.shape for port in signature.inputs)
         shapes: Sequence[Shape] | None = None
@@ -51,7 +51,7 @@ UNKNOWN_LENGTHS = AxisLengths()
 
 
 def _parse_shapes(typed: Sequence[str], names: Sequence[str]) -> list[Shape]:
-    """Return the shapes that were typed, in the order of the model's inputs."""
+    """The shapes that were typed, in the order of the model's inputs."""
     shapes_by_name: list[tuple[str, Shape]] = []
     for text in typed:
         match = _SHAPE.fullmatch(text.replace(" ", ""))

@@ -40,7 +40,7 @@ def write(path: Path, result: ChannelPruneResult, limits: Mapping[str, Any]) -> 
 
 
 def limits_in(path: Path) -> dict[str, Any]:
-    """Return the words about channels in a manifest, whose request is known to be sound."""
+    """The words about channels in a manifest, whose request is known to be sound."""
     limits = read_object(path, "it").get("limits", {})
     if not isinstance(limits, dict) or not limits.keys() <= LIMITS or not all(map(_is_plain, limits.values())):
         raise InputError(f"{path} holds limits of channels that make no sense")

@@ -34,7 +34,7 @@ class Context:
 
 
 ImportanceInputs = Callable[[Sequence[ChannelGroup], Mapping[str, Array]], Mapping[str, Array]]
-"""From the families and all weights to what is ranked by."""
+"""From the groups and all weights to what is ranked by."""
 _SHOWN_OPS = 4
 _MAX_TRIES = 40
 _WRITTEN_TRIES = 8
@@ -55,7 +55,7 @@ class ChannelPlan:
 
 
 def make_plan(context: Context, config: ChannelConfig, looks: ImportanceInputs) -> ChannelPlan:
-    """Return what is to go from a network, as was asked."""
+    """What is to go from a network, as was asked."""
     trace, weights = context.trace, context.adapter.graph.weights
     groups = find_groups(trace)
     if not groups:
@@ -73,7 +73,7 @@ def make_plan(context: Context, config: ChannelConfig, looks: ImportanceInputs) 
 
 
 def _unknown_ops(graph: ChannelGraph) -> str:
-    """Return why nothing in a graph makes channels."""
+    """Why nothing in a graph makes channels."""
     names = dict.fromkeys(node.op for node in graph.nodes if node.kind is OpKind.UNKNOWN)
     listed = ", ".join([*names][:_SHOWN_OPS]) + (", …" if len(names) > _SHOWN_OPS else "")
     return f"what it consists of is not known ({listed})" if names else "no weight makes any"
@@ -88,7 +88,7 @@ def _plan_of(trace: LabelTrace, pruned_groups: Sequence[PrunedGroup]) -> Channel
 
 
 def _ratio(context: Context, ranked: Sequence[Candidate], config: ChannelConfig, target: SizeTarget) -> float:
-    """Return the smallest share of channels that reaches a goal."""
+    """The smallest share of channels that reaches a goal."""
     measures: Mapping[TargetKind, Callable[[ChannelPlan], int]] = {
         TargetKind.PARAMS: partial(_params_left, context),
         TargetKind.FLOPS: lambda plan: 2 * macs(context.adapter.graph, plan.after.shape, plan.removed),

@@ -39,7 +39,7 @@ class ChannelPruneResult:
     cutting: ChannelConfig
     pruned_groups: tuple[PrunedGroup, ...]
     skips: tuple[SkippedTensor, ...]
-    """Families that were left alone, by their first maker."""
+    """Groups that were left alone, by their first maker."""
     before: ModelStats
     after: ModelStats
     proof: Verification
@@ -75,7 +75,7 @@ def prune_channels(
 ) -> ChannelPruneResult:
     """Cut channels out of a model; without an output, into a scratch file that is measured and thrown away.
 
-    The limits are those of `cutting_of`. A cut that removes nothing is refused, unless none was asked for or it is
+    The limits are those of `parse_config`. A cut that removes nothing is refused, unless none was asked for or it is
     allowed to be empty.
     """
     config = parse_config(request, **limits)
@@ -133,7 +133,7 @@ def prune_channels(
 
 
 def _removes_nothing_error(path: Path, plan: ChannelPlan, config: ChannelConfig) -> WorkError:
-    """Return why a cut that removes nothing was not made."""
+    """Why a cut that removes nothing was not made."""
     prunable = sum(len(loss.group) for loss in plan.pruned_groups)
     if config.only_dead:
         return WorkError(
@@ -181,7 +181,7 @@ def _stats(model: ModelFile) -> ModelStats:
 def with_graph_macs(
     stats: ModelStats, adapter: GraphAdapter, shape_of: ShapeOf, removed: RemovedIndices | None = None
 ) -> ModelStats:
-    """Return a survey with all FLOPs, where the format itself has no graph or does not know every shape in it."""
+    """A survey with all FLOPs, where the format itself has no graph or does not know every shape in it."""
     if stats.macs is not None and not stats.macs_unknown:
         return stats
     return replace(stats, macs=macs(adapter.graph, shape_of, removed), macs_unknown=())

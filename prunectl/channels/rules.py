@@ -25,7 +25,7 @@ def elementwise(trace: LabelTrace, node: OpNode) -> None:
 
 
 def _joined(trace: LabelTrace, node: OpNode, values: list[LabelArray], shape: tuple[int, ...]) -> LabelArray:
-    """Return the labels of the outcome."""
+    """The labels of the outcome."""
     kept = values
     for axis in (axis for axis, length in enumerate(shape) if length > 1):
         if any(trace.labels.varies(value, axis) for value in kept):
@@ -149,7 +149,7 @@ def along_axes(trace: LabelTrace, node: OpNode) -> None:
 
 
 def first_along(labels: LabelArray, axis: int) -> LabelArray:
-    """Return labels with one position of an axis that they do not differ along."""
+    """Labels with one position of an axis that they do not differ along."""
     return labels[tuple(slice(0, 1) if number == axis % labels.ndim else slice(None) for number in range(labels.ndim))]
 
 
@@ -200,8 +200,8 @@ def matmul(trace: LabelTrace, node: OpNode) -> None:
 def _channel_axis(trace: LabelTrace, value: LabelArray) -> ChannelAxis:
     axes = trace.labels.varying(value)
     named = {value.ndim - 1: ChannelAxis.SUMMED, value.ndim - 2: ChannelAxis.KEPT}
-    found = {named.get(axis, ChannelAxis.FRONT) for axis in axes}
-    return found.pop() if len(found) == 1 else ChannelAxis.SEVERAL if found else ChannelAxis.NONE
+    sides = {named.get(axis, ChannelAxis.FRONT) for axis in axes}
+    return sides.pop() if len(sides) == 1 else ChannelAxis.SEVERAL if sides else ChannelAxis.NONE
 
 
 def _unite_fronts(trace: LabelTrace, node: OpNode, left: LabelArray, right: LabelArray) -> None:
@@ -280,7 +280,7 @@ def reshape(trace: LabelTrace, node: OpNode) -> None:
 
 
 def _kept_axis(trace: LabelTrace, node: OpNode, axes: tuple[int, ...], shape: tuple[int, ...]) -> int:
-    """Return the axis along which channels still differ.
+    """The axis along which channels still differ.
 
     In a shuffle of channels it is the last, as the same number of each group must stay. Otherwise whole blocks go,
     such as the heads of an attention.
@@ -418,7 +418,7 @@ RULES: Mapping[OpKind, Rule] = {
 
 
 def propagate(graph: ChannelGraph) -> LabelTrace:
-    """Return what a network does to channels, from its inputs to its outputs."""
+    """What a network does to channels, from its inputs to its outputs."""
     trace = LabelTrace(graph)
     for node in graph.nodes:
         RULES[node.kind](trace, node)

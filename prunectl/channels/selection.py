@@ -23,7 +23,7 @@ from prunectl.pruning.plan import Scope, SkippedTensor
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A family that may lose channels, and their scores."""
+    """A group that may lose channels, and their scores."""
 
     group: ChannelGroup
     scores: Scores
@@ -46,7 +46,7 @@ class PrunedGroup:
 
 
 def choose(candidates: Sequence[Candidate], config: ChannelConfig) -> tuple[PrunedGroup, ...]:
-    """Return what each family loses."""
+    """What each group loses."""
     counts = (
         _counts_over_all(candidates, config) if config.scope is Scope.GLOBAL else _counts_by_layer(candidates, config)
     )
@@ -69,13 +69,13 @@ def removed_indices(pruned: Sequence[PrunedGroup]) -> Mapping[tuple[str, int], L
 
 
 def prunable_count(count: int, requested: int, config: ChannelConfig) -> int:
-    """Return how many of so many channels go if so many are asked for: what stays is rounded up."""
+    """How many of so many channels go if so many are asked for: what stays is rounded up."""
     kept = max(count - requested, count - math.floor(config.max_ratio * count), min(config.min_channels, count))
     return count - min(count, math.ceil(kept / config.round_to) * config.round_to)
 
 
 def pruning_order(scores: Scores) -> LabelArray:
-    """Return the order in which channels go; of equals the first."""
+    """The order in which channels go; of equals the first."""
     return np.argsort(scores, kind="stable")
 
 
@@ -90,7 +90,7 @@ def _requested(candidate: Candidate, config: ChannelConfig) -> int:
 
 
 def _counts_over_all(candidates: Sequence[Candidate], config: ChannelConfig) -> list[int]:
-    """Rank all channels by their score over the mean of their family, and stop at what a family may lose."""
+    """Rank all channels by their score over the mean of their group, and stop at what a group may lose."""
     ranked = sorted(
         (float(score) / (float(candidate.scores.mean()) or 1.0), number, rank)
         for number, candidate in enumerate(candidates)
@@ -112,7 +112,7 @@ def _counts_over_all(candidates: Sequence[Candidate], config: ChannelConfig) -> 
 def candidates(
     model: ModelFile, groups: Sequence[ChannelGroup], weights: Mapping[str, Array], config: ChannelConfig
 ) -> tuple[tuple[Candidate, ...], tuple[SkippedTensor, ...]]:
-    """Return the families that are asked for and may be cut, and why the others are left alone."""
+    """The groups that are asked for and may be cut, and why the others are left alone."""
     only = _names(model, (config.only,)) if config.only else None
     excluded = _names(model, config.exclude)
     layer_ratios = {tensor.name: ratio for selector, ratio in config.layers for tensor in select_names(model, selector)}
@@ -157,7 +157,7 @@ ShapeOf = Callable[[str], tuple[int, ...]]
 
 
 def macs(graph: ChannelGraph, shape_of: ShapeOf, removed: RemovedIndices | None = None) -> int:
-    """Return the multiply-adds of one example in all operations that weights or products make up."""
+    """The multiply-adds of one example in all operations that weights or products make up."""
     sizes = {
         name: math.prod(
             length - len((removed or {}).get((view.tensor, axis), ())) if axis is not None else 1
@@ -189,7 +189,7 @@ def _macs_of(node: OpNode, shape_of: ShapeOf, sizes: Mapping[str, int]) -> int:
 
 
 def _of_heads(node: OpNode, shape_of: ShapeOf, sizes: Mapping[str, int]) -> int:
-    """Return what the projections cost, and the two products of all positions with all positions."""
+    """What the projections cost, and the two products of all positions with all positions."""
     steps = [math.prod(shape_of(data)[:-1]) for data in node.inputs[:3]]
     made = [sizes[kernel] // shape_of(data)[-1] for data, kernel in zip(node.inputs[:3], node.inputs[3:6], strict=True)]
     times = zip(node.inputs[3:7], (*steps, steps[0]), strict=True)

@@ -49,14 +49,14 @@ class _Pair:
     inner: Sequence[str]
 
     def runners(self, *, in_float64: bool) -> tuple[Runner, Runner]:
-        """Return what runs the original, its channels silenced, and what runs the smaller network."""
+        """What runs the original, its channels silenced, and what runs the smaller network."""
         original, pruned = (
             self.source.runner(net, self.inner, in_float64=in_float64) for net in (self.original, self.pruned)
         )
         return original, pruned
 
     def difference(self, expected: list[Any], actual: list[Any]) -> float:
-        """Return how far apart what they say is."""
+        """How far apart what they say is."""
         outer = len(expected) - len(self.inner)
         inner = [self.after.slice_value(*pair) for pair in zip(self.inner, expected[outer:], strict=True)]
         pairs = zip([*expected[:outer], *inner], actual, strict=True)
@@ -66,7 +66,7 @@ class _Pair:
 def verify(
     adapter: GraphAdapter, pruned: Any, plan: ChannelPlan, seed: int, batches: Sequence[Feeds] = ()
 ) -> Verification:
-    """Return how far the two networks are apart at most; WorkError if that is too far.
+    """How far the two networks are apart at most; WorkError if that is too far.
 
     Where channels are dead, nothing is silenced: without them, the network says what it always said.
     """
@@ -96,7 +96,7 @@ def _error_as_run(pair: _Pair, inputs: Sequence[Feeds]) -> float:
 
 
 def _error_in_float64(pair: _Pair, feeds: Feeds) -> float | None:
-    """Return how far they are apart where numbers are long; None if the original itself does not run so."""
+    """How far they are apart where numbers are long; None if the original itself does not run so."""
     wide = {name: array.astype(np.float64) if array.dtype.kind == "f" else array for name, array in feeds.items()}
     try:
         original, pruned = pair.runners(in_float64=True)
@@ -126,7 +126,7 @@ def _checked(error: float, limit: float, where: str = "") -> float:
 
 
 def relative_difference(expected: Any, actual: Any) -> float:
-    """Return the largest difference, relative to the largest number; infinite where shapes or gaps differ."""
+    """The largest difference, relative to the largest number; infinite where shapes or gaps differ."""
     left, right = np.asarray(expected), np.asarray(actual)
     if left.shape != right.shape:
         return float("inf")
@@ -141,7 +141,7 @@ def relative_difference(expected: Any, actual: Any) -> float:
 
 
 def _with_zeroed_channels(graph: ChannelGraph, trace: LabelTrace, removed: RemovedIndices) -> dict[str, Array]:
-    """Return the weights of the original that make or read what was cut, with zeros in these places."""
+    """The weights of the original that make or read what was cut, with zeros in these places."""
     roles = {(note.tensor, note.axis): note.role for note in trace.notes}
     arrays: dict[str, Array] = {}
     for (name, axis), indices in removed.items():
@@ -152,7 +152,7 @@ def _with_zeroed_channels(graph: ChannelGraph, trace: LabelTrace, removed: Remov
 
 
 def _changed_layers(adapter: GraphAdapter, after: PrunedShapes) -> list[str]:
-    """Return what the layers say that lost inputs or outputs.
+    """What the layers say that lost inputs or outputs.
 
     A softmax at the end of a network may hide what is wrong before it, and a signal may die on its way there.
     """
@@ -173,7 +173,7 @@ _WARM = 2
 
 
 def latency(adapter: GraphAdapter, pruned: Any, seed: int) -> tuple[float, float]:
-    """Return the median seconds of a run of both networks in their own runtime."""
+    """The median seconds of a run of both networks in their own runtime."""
     feeds = adapter.random_inputs(np.random.default_rng(seed))
     runners = (adapter.runner(adapter.with_weights({}), ()), adapter.runner(pruned, ()))
     for run in runners * _WARM:

@@ -174,7 +174,7 @@ def add_channel_groups(report: Report, models: Sequence[ChannelGroups]) -> Repor
         for section in report.sections
     )
     # Who asks for groups in a pipe gets groups.
-    rows = tuple((groups.path, *_row(family)) for groups in models for family in groups.groups)
+    rows = tuple((groups.path, *_row(group)) for groups in models for group in groups.groups)
     main = Table("groups", (Column("path"), *_COLUMNS), rows)
     return replace(
         report,
@@ -189,13 +189,13 @@ def _fact(groups: ChannelGroups) -> str:
 
 
 def _table(groups: ChannelGroups) -> Table:
-    return Table("groups", _COLUMNS, tuple(_row(family) for family in groups.groups), title="channels")
+    return Table("groups", _COLUMNS, tuple(_row(group) for group in groups.groups), title="channels")
 
 
-def _row(family: ChannelGroup) -> tuple[Cell, ...]:
-    places = [f"{place.tensor}[{place.axis}]" for place in family.axes if place.tensor != family.name]
+def _row(group: ChannelGroup) -> tuple[Cell, ...]:
+    places = [f"{place.tensor}[{place.axis}]" for place in group.axes if place.tensor != group.name]
     listed = ", ".join(places[:_SHOWN]) + (f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else "")
-    return (family.name, len(family), len({place.tensor for place in family.axes}), listed, family.locked_because)
+    return (group.name, len(group), len({place.tensor for place in group.axes}), listed, group.locked_because)
 
 
 def _json(groups: ChannelGroups) -> dict[str, object]:
@@ -203,13 +203,13 @@ def _json(groups: ChannelGroups) -> dict[str, object]:
         "path": groups.path,
         "families": [
             {
-                "name": family.name,
-                "channels": len(family),
-                "locked": family.locked_because or None,
+                "name": group.name,
+                "channels": len(group),
+                "locked": group.locked_because or None,
                 "places": [
-                    {"tensor": place.tensor, "axis": place.axis, "part": str(place.role)} for place in family.axes
+                    {"tensor": place.tensor, "axis": place.axis, "part": str(place.role)} for place in group.axes
                 ],
             }
-            for family in groups.groups
+            for group in groups.groups
         ],
     }

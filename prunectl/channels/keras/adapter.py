@@ -37,14 +37,14 @@ _STATISTICS = frozenset({"moving_mean", "moving_variance"})
 
 
 def match_slots(loaded: LoadedKeras) -> Mapping[str, str] | None:
-    """Return the weight that each slot of the optimizer belongs to; None if that cannot be told for sure."""
+    """The weight that each slot of the optimizer belongs to; None if that cannot be told for sure."""
     slots = _slots(loaded)
     weights = list(_trained(loaded))
     return _slots_by_name(slots, weights) or _slots_by_position(loaded, slots, weights)
 
 
 def unmatched_slots(loaded: LoadedKeras) -> frozenset[str]:
-    """Return the whole state of an optimizer of which nobody can tell which weights it belongs to."""
+    """The whole state of an optimizer of which nobody can tell which weights it belongs to."""
     if not _slots(loaded) or match_slots(loaded) is not None:
         return frozenset()
     return frozenset(tensor.name for tensor in loaded.model.tensors if tensor.role is Role.OPTIMIZER)
@@ -110,7 +110,7 @@ def _natural(path: str) -> list[tuple[int, str]]:
 
 
 def read_keras(model: ModelFile, origin: ModelOrigin, data: Shapes | None = None) -> KerasAdapter:
-    """Return the network of a Keras file, which says itself how it is built."""
+    """The network of a Keras file, which says itself how it is built."""
     require_followable(model, origin)
     return KerasAdapter(load_keras(model, AxisLengths(origin.inputs, data)), origin)
 
@@ -172,7 +172,7 @@ class KerasAdapter(GraphAdapter):
         return frozenset(self._loaded.builder.observable)
 
     def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
-        """Return what changes in the file."""
+        """What changes in the file."""
         removed_by_name = removed_by_tensor(removed)
         arrays = dict(weights)
         for name, axes in removed_by_name.items():
@@ -186,15 +186,15 @@ class KerasAdapter(GraphAdapter):
         return EditedFile(resize_config(self._loaded.config, self._loaded.builder, after, shapes), arrays)
 
     def with_weights(self, weights: Mapping[str, Array]) -> Any:
-        """Return the file with other numbers in it."""
+        """The file with other numbers in it."""
         return EditedFile(None, weights)
 
     def random_inputs(self, random: np.random.Generator) -> Feeds:
-        """Return random inputs."""
+        """Random inputs."""
         return random_inputs(self._loaded, random)
 
     def runner(self, network: Any, observed: Iterable[str], *, in_float64: bool = False) -> Runner:
-        """Return what Keras makes of a draft."""
+        """What Keras makes of a draft."""
         return runner(self._loaded, network, self._origin, observed, precision="float64" if in_float64 else "float32")
 
     def write(self, network: Any, folder: Path, target: Path) -> Path:

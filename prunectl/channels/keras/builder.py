@@ -61,7 +61,7 @@ class GraphBuilder:
         self._names: set[str] = set()
 
     def fresh(self, name: str, shape: Shape | None) -> str:
-        """Return the name of a new value."""
+        """The name of a new value."""
         number = 1
         while (unique := name if number == 1 else f"{name}:{number}") in self._names:
             number += 1
@@ -106,7 +106,7 @@ class GraphBuilder:
         return outputs
 
     def view(self, tensor: Tensor, axes: Sequence[int | None]) -> str:
-        """Return the value that a weight is, its axes in another order; axes of length 1 may be put in."""
+        """The value that a weight is, its axes in another order; axes of length 1 may be put in."""
         order = tuple(axes)
         name = tensor.name if order == tuple(range(len(tensor.shape))) else f"{tensor.name} as {order}"
         self._weights[tensor.name] = tensor
@@ -138,7 +138,7 @@ class GraphBuilder:
         }
 
     def graph(self, outputs: Sequence[str]) -> ChannelGraph:
-        """Return what has grown."""
+        """What has grown."""
         return ChannelGraph(
             nodes=tuple(self.nodes),
             weights=_LazyWeights(self._model, self._weights),
@@ -206,7 +206,7 @@ class LayerContext:
         return self.inputs[0]
 
     def shape(self, value: str) -> Shape:
-        """Return a shape with its batch."""
+        """A shape with its batch."""
         if value not in self.builder.shapes:
             raise UnknownShapeError
         return self.builder.shapes[value]
@@ -217,7 +217,7 @@ class LayerContext:
         return self.shape(self.inputs[0])[0]
 
     def made(self) -> Shape:
-        """Return the shape of what comes out, with its batch."""
+        """The shape of what comes out, with its batch."""
         return with_batch(matmuls.output(self.step), self.batch)
 
     def emit(self, kind: OpKind, inputs: Sequence[str], shape: Shape, **attributes: Any) -> str:
@@ -227,7 +227,7 @@ class LayerContext:
         return self.builder.add(self.name, self.op, kind, inputs, (shape,), **attributes)[0]
 
     def weight_view(self, leaf: str, axes: Sequence[int | None]) -> str:
-        """Return a weight as an operation sees it; empty if the layer has none of that name."""
+        """A weight as an operation sees it; empty if the layer has none of that name."""
         tensor = self.weights.get(leaf)
         return "" if tensor is None else self.builder.view(tensor, axes)
 
@@ -249,12 +249,12 @@ class LayerContext:
         return value if self.step.is_channels_first else self.transpose(value, (0, *range(2, rank), 1))
 
     def channels_first_shape(self, shape: Shape) -> Shape:
-        """Return a shape of the layer's with channels in front of space."""
+        """A shape of the layer's with channels in front of space."""
         return shape if self.step.is_channels_first else (shape[0], shape[-1], *shape[1:-1])
 
 
 def with_batch(shape: Sequence[int | None] | None, batch: int) -> Shape:
-    """Return a shape with its batch; UnknownShapeError if a length is not known."""
+    """A shape with its batch; UnknownShapeError if a length is not known."""
     lengths = [] if shape is None else [length for length in shape if length is not None]
     if shape is None or len(lengths) != len(shape):
         raise UnknownShapeError

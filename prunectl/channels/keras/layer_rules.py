@@ -148,7 +148,7 @@ def _emit_convolution(call: LayerContext, kernel: str, *, groups: int, is_transp
 
 
 def _depthwise_kernel(call: LayerContext) -> str:
-    """Return a kernel of channel by channel as one of a transposed convolution in as many groups.
+    """A kernel of channel by channel as one of a transposed convolution in as many groups.
 
     Its first axis runs over what goes in, each of which makes as many as the multiplier says, one beside the other.
     """
@@ -267,7 +267,7 @@ _KERNEL = 3
 
 
 def query_value_key_first(inputs: Sequence[str], keywords: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return what an attention takes with query, value and key in front, in this order."""
+    """What an attention takes with query, value and key in front, in this order."""
     count = len(inputs) - len(keywords)
     by_keyword = dict(zip(keywords, inputs[count:], strict=True))
     if len(by_keyword) != len(keywords):
@@ -365,7 +365,7 @@ _APPLICATION_RULES: Mapping[str, LayerRule] = {
 
 
 def rule_for(layer: Mapping[str, Any], kind: str) -> LayerRule | None:
-    """Return what a layer does, unless it is somebody's own class, whatever its name is."""
+    """What a layer does, unless it is somebody's own class, whatever its name is."""
     module = text(layer, "module")
     is_own = module.split(".")[0] in _KERAS_MODULES if module else ">" not in text(layer, "registered_name")
     if not is_own:

@@ -149,7 +149,7 @@ def keeps_zero(config: Mapping[str, Any]) -> bool:
 
 
 def activation_name(value: Any) -> str:
-    """Return the name of an activation as one word in small letters."""
+    """The name of an activation as one word in small letters."""
     if value is None:
         return "linear"
     if isinstance(value, dict) and text(value, "class_name") == "function":

@@ -85,7 +85,7 @@ _KERAS1_NAMES = {"filters": "nb_filter", "units": "output_dim"}
 def resize_config(
     config: Mapping[str, Any], builder: GraphBuilder, after: PrunedShapes, left: Shapes
 ) -> dict[str, Any]:
-    """Return the configuration of the smaller network."""
+    """The configuration of the smaller network."""
     resized: dict[str, Any] = copy.deepcopy(dict(config))
     for layer_call in builder.called:
         layer = get_at(resized, layer_call.path)
@@ -142,7 +142,7 @@ def _resize_attention(
 
 
 def _norm_groups(settings: Mapping[str, Any], layer_call: CalledLayer, after: PrunedShapes) -> int:
-    """Return the number of groups: each has as many channels as before."""
+    """The number of groups: each has as many channels as before."""
     axis = untuple(settings.get("axis", -1))
     axis = axis[0] if isinstance(axis, list) else axis
     groups: int = settings.get("groups", 32)
@@ -151,7 +151,7 @@ def _norm_groups(settings: Mapping[str, Any], layer_call: CalledLayer, after: Pr
 
 
 def _conv_groups(settings: Mapping[str, Any], layer_call: CalledLayer, after: PrunedShapes) -> int:
-    """Return the groups of a convolution; channel by channel there are as many as channels."""
+    """The groups of a convolution; channel by channel there are as many as channels."""
     axis = 1 if settings.get("data_format") == "channels_first" else -1
     groups: int = settings["groups"]
     data = layer_call.inputs[0]

@@ -97,7 +97,7 @@ def _rebuilt(source: Path, target: Path, arrays: Mapping[str, Array], display_pa
 
 
 def _resized(array: Array, old: Any, parent: Any, key: str) -> Any:
-    """Return a dataset with other numbers, stored and compressed as the old one was."""
+    """A dataset with other numbers, stored and compressed as the old one was."""
     plan = old.id.get_create_plist()
     if plan.get_layout() == h5py.h5d.CHUNKED:
         chunks = zip(plan.get_chunk(), array.shape, strict=True)
@@ -111,7 +111,7 @@ _LOWER_THAN = {"float32": _LOW_PRECISION, "float64": _LOW_PRECISION | {"float32"
 
 
 def with_precision(precision: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the configuration with every lower precision raised to float32, or to float64."""
+    """The configuration with every lower precision raised to float32, or to float64."""
     return {str(key): _raised(value, str(key), precision) for key, value in config.items()}
 
 
@@ -134,7 +134,7 @@ _MAX_INTEGER = 2
 
 
 def random_inputs(loaded: LoadedKeras, random: np.random.Generator) -> Feeds:
-    """Return random inputs: numbers of words where they are looked up."""
+    """Random inputs: numbers of words where they are looked up."""
     lookups = {node.inputs[1] for node in loaded.graph.nodes if node.kind is OpKind.EMBEDDING}
     return {name: _random_input(loaded, name, lookups, random) for name in loaded.graph.inputs}
 
@@ -142,7 +142,7 @@ def random_inputs(loaded: LoadedKeras, random: np.random.Generator) -> Feeds:
 def runner(
     loaded: LoadedKeras, edited: EditedFile, origin: ModelOrigin, observed: Iterable[str], *, precision: str
 ) -> Runner:
-    """Return what Keras makes of a draft: its outputs, and what some layers give before their activations."""
+    """What Keras makes of a draft: its outputs, and what some layers give before their activations."""
     config = with_precision(precision, loaded.config if edited.config is None else edited.config)
     with temporary_folder() as scratch:
         path = scratch / f"draft{'.keras' if loaded.model.format == 'keras' else '.h5'}"

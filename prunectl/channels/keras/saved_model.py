@@ -51,7 +51,7 @@ class RenamedWeights(Mapping[str, Array]):
 
 
 def rename_weights(weights: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
-    """Return some weights under other names."""
+    """Some weights under other names."""
     return {names[name]: array for name, array in weights.items()}
 
 
@@ -61,7 +61,7 @@ _SAVE_AS_KERAS = "load it in Keras, save it as .keras, and prune that"
 
 
 def read_saved_model(model: ModelFile, origin: ModelOrigin, data: Shapes | None = None) -> SavedModelAdapter:
-    """Return the network of a SavedModel that says which Keras layers it consists of."""
+    """The network of a SavedModel that says which Keras layers it consists of."""
     if model.about.keras is None:
         raise InputError(
             f"{model.path} does not say which Keras layers it consists of",
@@ -123,21 +123,21 @@ class SavedModelAdapter(GraphAdapter):
         return self._inner.observable
 
     def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
-        """Return what changes in the file."""
+        """What changes in the file."""
         inner_names = {outer: name for name, outer in self._names.items()}
         inner_removed = {(inner_names[name], axis): indices for (name, axis), indices in removed.items()}
         return self._inner.prune(inner_removed, after, rename_weights(weights, inner_names))
 
     def with_weights(self, weights: Mapping[str, Array]) -> Any:
-        """Return the network with other numbers in it."""
+        """The network with other numbers in it."""
         return self._inner.with_weights(rename_weights(weights, {outer: name for name, outer in self._names.items()}))
 
     def random_inputs(self, random: np.random.Generator) -> Feeds:
-        """Return random inputs."""
+        """Random inputs."""
         return self._inner.random_inputs(random)
 
     def runner(self, network: Any, observed: Iterable[str], *, in_float64: bool = False) -> Runner:
-        """Return what Keras makes of a draft."""
+        """What Keras makes of a draft."""
         with self._with_original_name():
             return self._inner.runner(network, observed, in_float64=in_float64)
 
@@ -192,7 +192,7 @@ def _refuse_losses(model: ModelFile) -> None:
 
 
 def _match_weights(model: ModelFile, inner: ModelFile) -> dict[str, str]:
-    """Return what the SavedModel calls each weight of the HDF5 file that Keras made of it."""
+    """What the SavedModel calls each weight of the HDF5 file that Keras made of it."""
     names = object_graph.read(read_bundle(model.path / "variables" / "variables.index")).full_names
     tensors = {tensor.name: tensor for tensor in model.tensors}
     names_by_variable: dict[str, list[str]] = {}

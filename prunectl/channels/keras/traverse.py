@@ -105,7 +105,7 @@ class GraphTraversal:
         """Values whose shapes nothing in the file has confirmed."""
 
     def model(self, model: Mapping[str, Any], inputs: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
-        """Return what a model gives; without inputs, it has its own."""
+        """What a model gives; without inputs, it has its own."""
         if len(names) > _MAX_DEPTH:
             raise InputError(f"a model is nested deeper than {_MAX_DEPTH} models")
         is_graph = any(layer.get("inbound_nodes") for layer in self._tracer.inner_layers(model))
@@ -223,7 +223,7 @@ class GraphTraversal:
     def _without_mask(
         self, inputs: tuple[str, ...], keywords: tuple[str, ...], names: tuple[str, ...]
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return what a layer is given besides the mask that says which steps count; what a mask is made of stays."""
+        """What a layer is given besides the mask that says which steps count; what a mask is made of stays."""
         count = len(inputs) - len(keywords)
         named = list(zip(keywords, inputs[count:], strict=True))
         masks = [value for keyword, value in named if keyword == _MASK]
@@ -289,7 +289,7 @@ class GraphTraversal:
     def _step(
         self, layer: Mapping[str, Any], inputs: tuple[str, ...], arguments: CallArguments
     ) -> tuple[LayerCall, bool]:
-        """Return a call in the words of Keras 2, and whether it is a bare function."""
+        """A call in the words of Keras 2, and whether it is a bare function."""
         kind = upgrade_class_name(text(layer, "class_name"))
         config = part(layer, "config")
         known_shapes = [self._builder.shapes.get(value) for value in inputs]
@@ -346,7 +346,7 @@ class GraphTraversal:
 
 
 def _lambda_shape(step: LayerCall) -> tuple[int | None, ...] | None:
-    """Return the shape that a Lambda layer says, else that of its input: most only scale.
+    """The shape that a Lambda layer says, else that of its input: most only scale.
 
     What it computes is unknown, so it locks what it meets; what is behind it is traverse all the same. A shape that is
     wrong does not fit the next weights, which lock then, or shows when the cut network is run beside the original.
@@ -358,7 +358,7 @@ def _lambda_shape(step: LayerCall) -> tuple[int | None, ...] | None:
 
 
 def _at_least(result: str | tuple[str, ...], count: int) -> tuple[str, ...]:
-    """Return what a layer gives, if that is all that is asked of it."""
+    """What a layer gives, if that is all that is asked of it."""
     outputs = (result,) if isinstance(result, str) else result
     if len(outputs) < count:
         raise UnknownShapeError

@@ -41,7 +41,7 @@ class WeightFile:
         return path
 
     def path(self, tensor: Tensor) -> str:
-        """Return where a tensor stands in the HDF5 file."""
+        """Where a tensor stands in the HDF5 file."""
         return self._keys[tensor.storage.key]
 
     @property
@@ -114,7 +114,7 @@ class LayerLocation:
 
 
 def located(config: Mapping[str, Any], slots: Mapping[str, LayerConfig]) -> tuple[LayerLocation, ...]:
-    """Return every layer of a model in the order of Keras; the slots are the folders that weights have only numbers in.
+    """Every layer of a model in the order of Keras; the slots are the folders that weights have only numbers in.
 
     Which folder is whose, `formats/keras/numbering.py` knows; the rest have none.
     """
@@ -122,7 +122,7 @@ def located(config: Mapping[str, Any], slots: Mapping[str, LayerConfig]) -> tupl
 
 
 def get_at(config: Any, path: ConfigPath) -> Any:
-    """Return what stands somewhere in a configuration."""
+    """What stands somewhere in a configuration."""
     for key in path:
         config = config[key]
     return config
@@ -165,13 +165,13 @@ LayerWeights = Mapping[str, Tensor]
 
 
 def bind_weights(stored: WeightFile, layers: Sequence[LayerLocation]) -> dict[ConfigPath, LayerWeights]:
-    """Return the weights of each layer that the file holds as its class has them."""
+    """The weights of each layer that the file holds as its class has them."""
     bound = _bound_by_name(stored, layers) if stored.root is not None else _bound_by_number(stored, layers)
     return dict(bound)
 
 
 def expected_weights(layer: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what the weights of a layer are called, in the order of Keras; nothing for a class without any known."""
+    """What the weights of a layer are called, in the order of Keras; nothing for a class without any known."""
     kind, config = upgrade_class_name(text(layer, "class_name")), part(layer, "config")
     maker = _WEIGHTS_OF_LAYER.get(kind)
     return () if maker is None else maker(config)
@@ -225,7 +225,7 @@ def _is_in(weight: NamedWeight, layer: LayerLocation) -> bool:
 
 
 def _part_of_layer(leaf: str) -> str:
-    """Return the part of a layer that a weight is in."""
+    """The part of a layer that a weight is in."""
     return leaf.rpartition("/")[0]
 
 
@@ -234,7 +234,7 @@ def _first_bound(numbered: Mapping[str, tuple[Tensor, ...]], slots: Sequence[str
 
 
 def _shared_scopes(weight: NamedWeight, names: tuple[str, ...]) -> int:
-    """Return how many of the models around a layer stand in the name of a weight."""
+    """How many of the models around a layer stand in the name of a weight."""
     return len(set(weight.steps) & set(names))
 
 
@@ -247,7 +247,7 @@ def _batch_norm(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _bidirectional(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what the weights of a layer that runs both ways are called; the second may not be described by itself."""
+    """What the weights of a layer that runs both ways are called; the second may not be described by itself."""
     forward = part(config, "layer")
     directions = (("forward", forward), ("backward", part(config, "backward_layer") or forward))
     return tuple(f"{direction}/{leaf}" for direction, layer in directions for leaf in expected_weights(layer))

@@ -36,7 +36,7 @@ _WHOLE = {2: np.uint8, 3: np.int8, 4: np.uint16, 5: np.int16, 6: np.int32, 7: np
 
 
 def make_session(proto: Any, observed: Sequence[str]) -> Any:
-    """Return a message in onnxruntime, some inner values among its outputs."""
+    """A message in onnxruntime, some inner values among its outputs."""
     runtime = require("onnxruntime", extra="onnx")
     if proto.ByteSize() > _MAX_MESSAGE_BYTES:
         raise WorkError("a network of more than 2 GB cannot be proved to be the same, and is not cut")
@@ -52,7 +52,7 @@ def make_session(proto: Any, observed: Sequence[str]) -> Any:
 
 
 def random_input(port: Any, shape: Sequence[int], random: np.random.Generator) -> Array:
-    """Return random numbers for an input of a message."""
+    """Random numbers for an input of a message."""
     element_type = port.type.tensor_type.elem_type
     if element_type in _FLOATS:
         return random.standard_normal(shape).astype(_FLOATS[element_type])
@@ -63,7 +63,7 @@ def random_input(port: Any, shape: Sequence[int], random: np.random.Generator) -
 
 
 def read_onnx(model: ModelFile, origin: ModelOrigin, data: Shapes | None = None) -> OnnxAdapter:
-    """Return the network of an ONNX file, which needs nothing else but the lengths of axes that it leaves open."""
+    """The network of an ONNX file, which needs nothing else but the lengths of axes that it leaves open."""
     for option, value in (("--model", origin.model), ("--custom-objects", origin.custom_objects)):
         if value:
             raise UsageError(
@@ -96,7 +96,7 @@ class OnnxAdapter(GraphAdapter):
         return self._omitted
 
     def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
-        """Return the message of the smaller network."""
+        """The message of the smaller network."""
         pruned = prune_model(self._loaded, removed, after, weights)
         remaining = {name for name, _ in graph.tensors(pruned.graph)}
         self._omitted = frozenset(
@@ -105,7 +105,7 @@ class OnnxAdapter(GraphAdapter):
         return pruned
 
     def with_weights(self, weights: Mapping[str, Array]) -> Any:
-        """Return the message with some numbers replaced."""
+        """The message with some numbers replaced."""
         proto = type(self._loaded.proto)()
         proto.CopyFrom(self._loaded.proto)
         for name, slot in graph.tensors(proto.graph):
@@ -114,7 +114,7 @@ class OnnxAdapter(GraphAdapter):
         return proto
 
     def random_inputs(self, random: np.random.Generator) -> Feeds:
-        """Return random inputs."""
+        """Random inputs."""
         proto, shapes = self._loaded.proto, self._loaded.static.shapes
         ports = {port.name: port for port in proto.graph.input}
         return {name: random_input(ports[name], shapes[name], random) for name in self.graph.inputs}
@@ -125,7 +125,7 @@ class OnnxAdapter(GraphAdapter):
         return False
 
     def runner(self, network: Any, observed: Iterable[str], *, in_float64: bool = False) -> Runner:
-        """Return what onnxruntime makes of a message."""
+        """What onnxruntime makes of a message."""
         assert not in_float64
         names = tuple(observed)
         runtime = make_session(network, names)

@@ -33,7 +33,7 @@ def tensors(graph: Any) -> Iterator[tuple[str, Any]]:
 
 
 def weight_inputs(graph: Any) -> dict[str, Array]:
-    """Return the numbers of all weights that may be cut."""
+    """The numbers of all weights that may be cut."""
     to_array = require("onnx.numpy_helper", extra="onnx").to_array
     return {
         name: np.asarray(to_array(tensor))
@@ -45,7 +45,7 @@ def weight_inputs(graph: Any) -> dict[str, Array]:
 def weight_views(
     graph: Any, arrays: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, WeightView]:
-    """Return weights as operations see them, followed through those that only hand them on."""
+    """Weights as operations see them, followed through those that only hand them on."""
     views = {name: WeightView(name, tuple(range(array.ndim))) for name, array in arrays.items()}
     for node in graph.node:
         if node.domain in STANDARD_DOMAINS and node.input and node.input[0] in views and node.output[0] in shapes:
@@ -56,7 +56,7 @@ def weight_views(
 
 
 def uses(graph: Any, views: Mapping[str, WeightView]) -> Counter[str]:
-    """Return how often each weight meets an operation that does not only hand it on, or leaves the network."""
+    """How often each weight meets an operation that does not only hand it on, or leaves the network."""
     counts: Counter[str] = Counter()
     for node in graph.node:
         if not (node.output and node.output[0] in views):
@@ -66,7 +66,7 @@ def uses(graph: Any, views: Mapping[str, WeightView]) -> Counter[str]:
 
 
 def names_read(node: Any) -> list[str]:
-    """Return the values that a node reads, those that its branches read from outside included."""
+    """The values that a node reads, those that its branches read from outside included."""
     names = list(node.input)
     for attribute in node.attribute:
         for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
@@ -198,7 +198,7 @@ def _densify(proto: Any, model: ModelFile) -> None:
 
 
 def graph_of(proto: Any, static: StaticValues) -> ChannelGraph:
-    """Return the main graph, its operations by what they do to channels."""
+    """The main graph, its operations by what they do to channels."""
     graph = proto.graph
     weights = weight_inputs(graph)
     shapes = {**static.shapes, **{name: array.shape for name, array in weights.items()}}

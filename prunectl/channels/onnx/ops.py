@@ -24,7 +24,7 @@ class OnnxOpContext:
     opset: int
 
     def attribute(self, name: str, default: Any) -> Any:
-        """Return an attribute, lists as tuples."""
+        """An attribute, lists as tuples."""
         for attribute in self.node.attribute:
             if attribute.name == name:
                 value = {2: attribute.i, 1: attribute.f, 3: attribute.s}.get(attribute.type)
@@ -32,15 +32,15 @@ class OnnxOpContext:
         return default
 
     def input(self, position: int) -> str:
-        """Return the name of an input; empty where it is left out."""
+        """The name of an input; empty where it is left out."""
         return self.node.input[position] if position < len(self.node.input) else ""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a value; LookupError if it is not known."""
+        """The shape of a value; LookupError if it is not known."""
         return self.static.shapes[name]
 
     def constant(self, position: int) -> tuple[int, ...]:
-        """Return an input that lists whole numbers; LookupError if it is not the same in every run."""
+        """An input that lists whole numbers; LookupError if it is not the same in every run."""
         return tuple(int(number) for number in self.static.constants[self.input(position)].reshape(-1))
 
     @property
@@ -249,7 +249,7 @@ LOWERINGS: Mapping[str, Callable[[OnnxOpContext], Lowering]] = {
 
 
 def lower(op: OnnxOpContext) -> Lowering:
-    """Return what an operation does to channels; unknown where the file does not say enough."""
+    """What an operation does to channels; unknown where the file does not say enough."""
     reader = LOWERINGS.get(op.node.op_type)
     if reader is None:
         return _unknown(op)

@@ -188,7 +188,7 @@ class _SizeConstants:
 
 
 def prune_model(loaded: LoadedOnnx, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
-    """Return the message of the smaller model; everything else in it stays as it was."""
+    """The message of the smaller model; everything else in it stays as it was."""
     proto = type(loaded.proto)()
     proto.CopyFrom(loaded.proto)
     shapes, removed_by_name = {}, removed_by_tensor(removed)

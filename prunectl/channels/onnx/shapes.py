@@ -32,7 +32,7 @@ class StaticValues:
 
 
 def infer_static(proto: Any, name: str, lengths: AxisLengths = UNKNOWN_LENGTHS) -> StaticValues:
-    """Return what can be known of the main graph, an open batch counted as 1."""
+    """What can be known of the main graph, an open batch counted as 1."""
     error_line = ""
     initializers = {tensor.name for tensor in proto.graph.initializer}
     inputs = [port for port in proto.graph.input if port.name not in initializers]
@@ -51,7 +51,7 @@ def infer_static(proto: Any, name: str, lengths: AxisLengths = UNKNOWN_LENGTHS) 
 
 
 def _port(port: Any) -> Port:
-    """Return an input as the file says it, its batch left out."""
+    """An input as the file says it, its batch left out."""
     axes = port.type.tensor_type.shape.dim
     shape = tuple(axis.dim_value if axis.dim_value > 0 else None for axis in axes)
     helper = require("onnx.helper", extra="onnx")
@@ -68,7 +68,7 @@ def _example(ports: Iterable[Any]) -> str:
 
 
 def shape_of(port: Any) -> tuple[int, ...] | None:
-    """Return a shape of which every length is known."""
+    """A shape of which every length is known."""
     tensor_type = port.type.tensor_type
     if not tensor_type.HasField("shape") or any(not axis.HasField("dim_value") for axis in tensor_type.shape.dim):
         return None
@@ -97,7 +97,7 @@ def _is_zero(tensor: Any) -> bool:
 
 
 def _without_large_weights(proto: Any, length: int, wanted: Mapping[str, tuple[int, ...]]) -> Any:
-    """Return the graph without its big weights, and with every length of its inputs said."""
+    """The graph without its big weights, and with every length of its inputs said."""
     skeleton = type(proto)()
     skeleton.CopyFrom(_without_data(proto))
     initializers = {tensor.name for tensor in proto.graph.initializer}
@@ -192,7 +192,7 @@ def _value(name: str, state: StaticValues, folded: Mapping[str, Array]) -> Array
 
 
 def _run(proto: Any, node: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """Return what a node gives; nothing if the reference implementation does not know it."""
+    """What a node gives; nothing if the reference implementation does not know it."""
     onnx = require("onnx", extra="onnx")
     reference = require("onnx.reference", extra="onnx")
     helper = onnx.helper

@@ -61,7 +61,7 @@ def write_program(traced: TracedModel, pruned: WeightedProgram, path: Path) -> t
 
 
 def _export_again(traced: TracedModel, module: torch.nn.Module) -> tuple[ExportedProgram, tuple[str, ...]]:
-    """Return a program with the bounds of the one that was read, or with those that its steps ask for."""
+    """A program with the bounds of the one that was read, or with those that its steps ask for."""
     bounds = _bounds(traced)
     try:
         axes = _open_axes(traced, bounds)
@@ -76,7 +76,7 @@ def _export_again(traced: TracedModel, module: torch.nn.Module) -> tuple[Exporte
 
 
 def with_weights(traced: TracedModel, weighted: WeightedProgram) -> torch.fx.GraphModule:
-    """Return a module with the smaller weights in it, those that nothing reads included."""
+    """A module with the smaller weights in it, those that nothing reads included."""
     memo: dict[int, Any] = {}
     for name, weight in (*traced.module.named_parameters(), *traced.module.named_buffers()):
         value = weighted.values.get(name, weight)
@@ -88,7 +88,7 @@ def with_weights(traced: TracedModel, weighted: WeightedProgram) -> torch.fx.Gra
 
 
 def _open_axes(traced: TracedModel, bounds: Mapping[str, Any]) -> tuple[dict[int, Any] | None, ...]:
-    """Return the axes that may have any length."""
+    """The axes that may have any length."""
     names = set(traced.program.graph_signature.user_inputs)
     axes = []
     for node in traced.program.graph.nodes:
@@ -100,7 +100,7 @@ def _open_axes(traced: TracedModel, bounds: Mapping[str, Any]) -> tuple[dict[int
 
 
 def _bounds(traced: TracedModel) -> dict[str, Any]:
-    """Return an axis for each length that the program gives a name and limits."""
+    """An axis for each length that the program gives a name and limits."""
     return {
         str(symbol): Dim(f"length_{number}", min=int(limits.lower), max=_upper_limit(limits.upper))
         for number, (symbol, limits) in enumerate(traced.program.range_constraints.items())
@@ -112,7 +112,7 @@ def _upper_limit(limit: Any) -> int | None:
 
 
 def graph_of(model: ModelFile, traced: TracedModel) -> ChannelGraph:
-    """Return the operations of a program by what they do to channels; weights are called what the file calls them."""
+    """The operations of a program by what they do to channels; weights are called what the file calls them."""
     weights = _read_weights(model, traced)
     nodes = list(traced.module.graph.nodes)
     shapes = shapes_of(WeightedProgram(traced.module), traced.single_inputs)
@@ -151,7 +151,7 @@ def _read_weights(model: ModelFile, traced: TracedModel) -> dict[str, Array]:
 
 
 def read_torch(model: ModelFile, origin: ModelOrigin, data: Shapes | None = None) -> TorchAdapter:
-    """Return the network of a file of PyTorch, with what builds it where the file holds weights alone.
+    """The network of a file of PyTorch, with what builds it where the file holds weights alone.
 
     It is traced on the shapes that were typed, whatever data there is.
     """
@@ -202,7 +202,7 @@ class TorchAdapter(GraphAdapter):
         return outputs_of_weighted_layers(self.graph) & {node.name for node in self._traced.module.graph.nodes}
 
     def companion_files(self, target: Path) -> tuple[Path, ...]:
-        """Return where the class goes."""
+        """Where the class goes."""
         return () if self._is_program else (companion_file(target),)
 
     @cached_property
@@ -232,7 +232,7 @@ class TorchAdapter(GraphAdapter):
         return PrunedProgram(program.module, program.values, changes=changes)
 
     def with_weights(self, weights: Mapping[str, Array]) -> WeightedProgram:
-        """Return the program, some of its numbers replaced."""
+        """The program, some of its numbers replaced."""
         values = {}
         for name, tensor in self._traced.names.items():
             array = weights.get(self._traced.aliases.get(tensor, tensor))
@@ -241,13 +241,13 @@ class TorchAdapter(GraphAdapter):
         return WeightedProgram(self._traced.module, values)
 
     def random_inputs(self, random: np.random.Generator) -> Feeds:
-        """Return random inputs."""
+        """Random inputs."""
         generator = torch.Generator().manual_seed(int(random.integers(1 << 62)))
         used = zip(self.graph.inputs, self._traced.single_inputs, strict=True)
         return {name: to_numpy(random_like(example, generator)) for name, example in used}
 
     def runner(self, program: WeightedProgram, observed: Iterable[str], *, in_float64: bool = False) -> Runner:
-        """Return what PyTorch makes of a program, step by step."""
+        """What PyTorch makes of a program, step by step."""
         names = tuple(observed)
         program = replace(program, in_float64=in_float64)
 

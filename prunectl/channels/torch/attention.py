@@ -88,7 +88,7 @@ def recurrent(op: OpContext) -> Lowering:
 
 
 def _initial_states(op: OpContext, name: str) -> list[str]:
-    """Return the first states, unless they are zeros, of which there are as many as units."""
+    """The first states, unless they are zeros, of which there are as many as units."""
     states = op.arguments["hx"]
     states = states if isinstance(states, list | tuple) else [states]
     if len(states) != _STATES[name]:

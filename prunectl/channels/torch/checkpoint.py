@@ -42,7 +42,7 @@ class OptimizerSlots:
 
 
 def optimizer_slots(root: Any, order: Mapping[str, str], shapes: Shapes) -> OptimizerSlots:
-    """Return what optimizers keep of each weight, by its name in the file; they know weights by numbers.
+    """What optimizers keep of each weight, by its name in the file; they know weights by numbers.
 
     The order is that of the parameter_order of the module, with their names in the file.
     """
@@ -94,7 +94,7 @@ class PrunedProgram(WeightedProgram):
 
 
 def prune_checkpoint(value: Any, changes: WeightChanges, path: str, name: str = "") -> Any:
-    """Return a value with the tensors in it cut; dictionaries and lists stay the same ones."""
+    """A value with the tensors in it cut; dictionaries and lists stay the same ones."""
     if isinstance(value, torch.nn.Module):
         raise InputError(
             f"{path} holds a whole module, {name}, beside other things",
@@ -116,7 +116,7 @@ def prune_checkpoint(value: Any, changes: WeightChanges, path: str, name: str = 
 
 
 def owning_dict(root: Any, name: str) -> tuple[dict[str, Any], str]:
-    """Return the dictionary that a tensor lies in, and its key there."""
+    """The dictionary that a tensor lies in, and its key there."""
     while name not in root:
         key = next(key for key in root if name.startswith(f"{key}."))
         root, name = root[key], name[len(str(key)) + 1 :]
@@ -160,7 +160,7 @@ def write_safetensors(model: ModelFile, changes: WeightChanges, extras: Mapping[
 
 
 def companion_file(target: Path) -> Path:
-    """Return where the class goes whose weights go to a target; never where somebody's own code is."""
+    """Where the class goes whose weights go to a target; never where somebody's own code is."""
     code = code_beside(target)
     if code.is_file() and HEADER not in code.read_text(encoding="utf-8", errors="replace").partition("\n")[0]:
         raise UsageError(
@@ -205,7 +205,7 @@ def write_weights(
 
 
 def class_of(traced: TracedModel) -> str:
-    """Return the name of the class that is written: that of the module, unless torch has one of this name."""
+    """The name of the class that is written: that of the module, unless torch has one of this name."""
     module_class = type(traced.original)
     name = str(getattr(traced.original, "original_name", module_class.__name__))
     is_own = not module_class.__module__.startswith("torch.") or isinstance(traced.original, torch.jit.ScriptModule)
@@ -213,7 +213,7 @@ def class_of(traced: TracedModel) -> str:
 
 
 def load_checkpoint(model: ModelFile, traced: TracedModel) -> Any:
-    """Return what is in a checkpoint."""
+    """What is in a checkpoint."""
     if not traced.is_trusted:
         user_code.check_checkpoint(model)
     try:
@@ -231,13 +231,13 @@ def load_checkpoint(model: ModelFile, traced: TracedModel) -> Any:
 
 
 def parameter_order(traced: TracedModel) -> Mapping[str, str]:
-    """Return the tensors of the file by parameter name, in the order of an optimizer."""
+    """The tensors of the file by parameter name, in the order of an optimizer."""
     names = [] if traced.original is None else [name for name, _ in traced.original.named_parameters()]
     return {name: traced.names[name] for name in names if name in traced.names}
 
 
 def _loading(name: str, keys: str = "", prefix: str = "") -> tuple[str, ...]:
-    """Return how the weights of a file get into the class: by other names than the file's where these are longer."""
+    """How the weights of a file get into the class: by other names than the file's where these are longer."""
     # Names are quoted as literals: a file may call its tensors whatever it likes.
     state = f"torch.load({literal(name)}, weights_only=True){keys}"
     if name.endswith(".safetensors"):

@@ -26,7 +26,7 @@ _SIZES = ("size", "shape")
 def open_batch_axis(
     module: torch.fx.GraphModule, original: torch.nn.Module, examples: Examples
 ) -> torch.fx.GraphModule | None:
-    """Return a program that says for one at a time what the module says; None if it was traced for so many only.
+    """A program that says for one at a time what the module says; None if it was traced for so many only.
 
     `len(x)` is a number like any other once it was traced: where a size is as long as the batch was, it may be that.
     Whether it is so is seen when it runs.
@@ -57,7 +57,7 @@ def _gives(module: torch.fx.GraphModule, inputs: Iterable[torch.Tensor], expecte
 
 
 def _measure_batch(module: torch.fx.GraphModule, size: int) -> torch.fx.GraphModule:
-    """Return a program with the size of the batch measured wherever a shape begins with it."""
+    """A program with the size of the batch measured wherever a shape begins with it."""
     with quiet():
         graph = copy.deepcopy(module.graph)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
@@ -99,7 +99,7 @@ def split_packed_qkv(graph: torch.fx.Graph) -> None:
 
 
 def _origin(node: torch.fx.Node) -> tuple[torch.fx.Node, int, int] | None:
-    """Return what a part is taken from, how wide it is, and which it is."""
+    """What a part is taken from, how wide it is, and which it is."""
     inputs = arguments(node)
     if inputs["dim"] != 0 or type(inputs["index"]) is not int or inputs["index"] < 0:
         return None
@@ -192,7 +192,7 @@ def _load_exported(model: ModelFile, origin: ModelOrigin) -> TracedModel:
 
 
 def _placeholders(program: ExportedProgram) -> Examples:
-    """Return examples of the shapes that a program says, those that are open with the lengths they were traced on."""
+    """Examples of the shapes that a program says, those that are open with the lengths they were traced on."""
     names = set(program.graph_signature.user_inputs)
     values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     return tuple(
@@ -222,7 +222,7 @@ def _graph_module(program: ExportedProgram) -> torch.fx.GraphModule:
 
 
 def _single_inputs(program: ExportedProgram, module: torch.fx.GraphModule, used: Examples) -> Examples:
-    """Return examples of one at a time where a batch may have any size."""
+    """Examples of one at a time where a batch may have any size."""
     names = set(program.graph_signature.user_inputs)
     values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     shapes = [value.shape for value in values if isinstance(value, torch.Tensor)]
@@ -237,7 +237,7 @@ def _single_inputs(program: ExportedProgram, module: torch.fx.GraphModule, used:
 
 
 def _aliases(module: torch.nn.Module, named: Mapping[str, str]) -> dict[str, str]:
-    """Return the second names of weights that several layers share."""
+    """The second names of weights that several layers share."""
     shared: dict[int, list[str]] = defaultdict(list)
     for name, weight in module.named_parameters(remove_duplicate=False):
         if name in named:

@@ -32,17 +32,17 @@ class OpContext:
         return arguments(self.node)
 
     def arg(self, name: str, default: Any = None) -> Any:
-        """Return an argument; LookupError if its value is not known before it runs."""
+        """An argument; LookupError if its value is not known before it runs."""
         value = self.arguments.get(name, default)
         return static_value(default if value is None else value)
 
     def name(self, argument: str) -> str:
-        """Return the name of a value that goes in; empty where it is left out."""
+        """The name of a value that goes in; empty where it is left out."""
         value = self.arguments.get(argument)
         return value.name if isinstance(value, torch.fx.Node) else ""
 
     def shape(self, argument: str) -> Shape:
-        """Return the shape of what goes in; LookupError if it is not known."""
+        """The shape of what goes in; LookupError if it is not known."""
         return self.shapes[self.name(argument)]
 
     @property
@@ -65,20 +65,20 @@ class OpContext:
         return self.shapes[self.outputs[0]]
 
     def emit(self, kind: OpKind, inputs: Iterable[str], outputs: Iterable[str] = (), **attributes: Any) -> OpNode:
-        """Return what it does, or one step of it."""
+        """What it does, or one step of it."""
         return OpNode(
             module_path(self.node), op_name(self.node), kind, tuple(inputs), tuple(outputs) or self.outputs, attributes
         )
 
     def temporary(self, step: str, shape: Shape) -> str:
-        """Return the name of a value that only one step of it makes."""
+        """The name of a value that only one step of it makes."""
         name = f"{self.node.name}.{step}"
         self.shapes[name] = shape
         return name
 
 
 def arguments(node: torch.fx.Node) -> dict[str, Any]:
-    """Return the arguments of an operation by their names."""
+    """The arguments of an operation by their names."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return {str(position): value for position, value in enumerate(node.args)} | dict(node.kwargs)
@@ -100,7 +100,7 @@ def set_argument(node: torch.fx.Node, name: str, value: Any) -> None:
 
 
 def static_value(value: Any) -> Any:
-    """Return an argument of numbers; LookupError if a value is among them that is known only when it runs."""
+    """An argument of numbers; LookupError if a value is among them that is known only when it runs."""
     if isinstance(value, torch.fx.Node):
         raise LookupError(value.name)  # noqa: TRY004 - it is a value, but not here
     if isinstance(value, list | tuple):
@@ -114,7 +114,7 @@ def is_item(node: torch.fx.Node) -> bool:
 
 
 def op_name(node: torch.fx.Node) -> str:
-    """Return what an operation is called, without its variants and whether it works in place."""
+    """What an operation is called, without its variants and whether it works in place."""
     target: Any = node.target
     packet = getattr(target, "overloadpacket", None)
     name = str(getattr(packet if packet is not None else target, "__name__", target))
@@ -122,12 +122,12 @@ def op_name(node: torch.fx.Node) -> str:
 
 
 def overload_name(node: torch.fx.Node) -> str:
-    """Return the variant of an operation."""
+    """The variant of an operation."""
     return str(getattr(node.target, "_overloadname", ""))
 
 
 def module_path(node: torch.fx.Node) -> str:
-    """Return where an operation is, for people: the layer that it is in, or its own name."""
+    """Where an operation is, for people: the layer that it is in, or its own name."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     inner = str(stack[-1][0]) if stack else ""
     return inner if inner and not inner.startswith("_") else node.name
@@ -138,7 +138,7 @@ _SAME_ORDER = frozenset({"view", "reshape", "unsqueeze", "squeeze", "_unsafe_vie
 
 
 def views(nodes: Iterable[torch.fx.Node], names: Mapping[str, str], shapes: dict[str, Shape]) -> dict[str, WeightView]:
-    """Return the views of weights by the names of values."""
+    """The views of weights by the names of values."""
     weight_views: dict[str, WeightView] = {}
     for node in nodes:
         if node.op == "get_attr" and str(node.target) in names and node.name in shapes:
@@ -151,7 +151,7 @@ def views(nodes: Iterable[torch.fx.Node], names: Mapping[str, str], shapes: dict
 
 
 def uses(nodes: Iterable[torch.fx.Node], weight_views: Mapping[str, WeightView]) -> Counter[str]:
-    """Return how often each weight meets an operation that does not only hand it on, or leaves the network."""
+    """How often each weight meets an operation that does not only hand it on, or leaves the network."""
     counts: Counter[str] = Counter()
     for node in nodes:
         if node.name not in weight_views:
@@ -211,20 +211,20 @@ class RecordingInterpreter(torch.fx.Interpreter):
         self._values, self._record, self._in_float64 = weighted.values, record, weighted.in_float64
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        """Return what a node gives."""
+        """What a node gives."""
         value = super().run_node(n)
         self._record(n.name, value)
         return value
 
     def fetch_attr(self, target: str) -> Any:
-        """Return a weight."""
+        """A weight."""
         value = self._values.get(target)
         value = super().fetch_attr(target) if value is None else value
         is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
         return value.double() if self._in_float64 and is_float else value
 
     def fetch_args_kwargs_from_env(self, n: torch.fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return what a node takes; one that names a type of number makes longer ones."""
+        """What a node takes; one that names a type of number makes longer ones."""
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         if not self._in_float64:
             return args, kwargs
@@ -238,7 +238,7 @@ def _widened(argument: Any) -> Any:
 
 
 def shapes_of(weighted: WeightedProgram, inputs: Iterable[torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every value, as seen on an example; of several that come out, each by its number."""
+    """The shape of every value, as seen on an example; of several that come out, each by its number."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def record(name: str, value: Any) -> None:
@@ -256,7 +256,7 @@ def shapes_of(weighted: WeightedProgram, inputs: Iterable[torch.Tensor]) -> dict
 def run(
     weighted: WeightedProgram, inputs: Iterable[torch.Tensor], record: Callable[[str, Any], None]
 ) -> list[torch.Tensor]:
-    """Return the tensors that come out."""
+    """The tensors that come out."""
     with quiet():
         result = RecordingInterpreter(weighted, record).run(*inputs, enable_io_processing=False)
     return leaves(result)

@@ -163,7 +163,7 @@ def _take_index(op: OpContext, axis: int, number: int, name: str) -> list[OpNode
 
 
 def _list_argument(op: OpContext) -> tuple[str, ...]:
-    """Return the names in a list of values: one may stand in it twice."""
+    """The names in a list of values: one may stand in it twice."""
     return tuple(value.name for value in op.arguments["tensors"])
 
 
@@ -339,7 +339,7 @@ LOWERINGS: Mapping[str, Reader] = {name: reader for names, reader in _LOWERING_R
 
 
 def lower(op: OpContext) -> Lowering:
-    """Return what an operation does to channels; unknown where it is not said before it runs."""
+    """What an operation does to channels; unknown where it is not said before it runs."""
     reader = LOWERINGS.get(op_name(op.node), unknown_operation)
     try:
         steps = reader(op)

@@ -149,7 +149,7 @@ _RESIZERS: Mapping[str, Callable[[OpContext, PrunedShapes], None]] = {
 def prune_program(
     traced: TracedModel, axes: Mapping[str, Axes], after: PrunedShapes, replaced: Mapping[str, torch.Tensor]
 ) -> WeightedProgram:
-    """Return the smaller program, its weights slices of those of the larger, or of what replaces them."""
+    """The smaller program, its weights slices of those of the larger, or of what replaces them."""
     values = dict(replaced)
     for name, tensor in traced.names.items():
         removed = axes.get(traced.aliases.get(tensor, tensor))
@@ -163,7 +163,7 @@ def prune_program(
 
 
 def delete_tensor_indices(tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
-    """Return a tensor without some indices of some axes, its memory its own."""
+    """A tensor without some indices of some axes, its memory its own."""
     for axis, indices in axes.items():
         kept = torch.ones(tensor.shape[axis], dtype=torch.bool)
         kept[torch.from_numpy(indices)] = False
@@ -172,7 +172,7 @@ def delete_tensor_indices(tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
 
 
 def attribute(module: torch.nn.Module, name: str) -> torch.Tensor:
-    """Return a weight or a buffer by its name."""
+    """A weight or a buffer by its name."""
     owner, _, last = name.rpartition(".")
     weight = getattr(module.get_submodule(owner), last)
     if not isinstance(weight, torch.Tensor):

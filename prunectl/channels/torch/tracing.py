@@ -30,7 +30,7 @@ _LENGTH = 224
 
 
 def examples(specs: tuple[str, ...], module: torch.nn.Module, path: str) -> tuple[torch.Tensor, ...]:
-    """Return an example for each shape, such as `1,3,224,224` or `1,128:i64`."""
+    """An example for each shape, such as `1,3,224,224` or `1,128:i64`."""
     if not specs:
         raise UsageError(
             f"{path} does not say what goes into it, and it has to be run to be followed",
@@ -42,14 +42,14 @@ def examples(specs: tuple[str, ...], module: torch.nn.Module, path: str) -> tupl
 
 
 def random_like(example: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """Return random numbers in place of an example: normal ones, or whole ones small enough for any table of words."""
+    """Random numbers in place of an example: normal ones, or whole ones small enough for any table of words."""
     if example.is_floating_point():
         return torch.randn(example.shape, generator=random, dtype=torch.float32).to(example.dtype)
     return torch.randint(0, 2, example.shape, generator=random).to(example.dtype)
 
 
 def with_batch(example: torch.Tensor, size: int) -> torch.Tensor:
-    """Return an example for so many at a time."""
+    """An example for so many at a time."""
     return torch.zeros((size, *example.shape[1:]), dtype=example.dtype) if example.ndim else example
 
 
@@ -83,7 +83,7 @@ _TRACED_BATCH = 2
 
 
 def trace(module: torch.nn.Module, examples: Examples, path: str) -> tuple[ExportedProgram, Examples]:
-    """Return a module as a program, for a batch of any size where it is written so, and what it was traced on."""
+    """A module as a program, for a batch of any size where it is written so, and what it was traced on."""
     module.eval()
     if any(weight.dtype in _HALF for weight in module.parameters()):
         # What is proved is proved in single precision; the numbers that are written are those of the file.
@@ -117,7 +117,7 @@ def _export(
 
 
 def _accepted_inputs(module: torch.nn.Module, examples: Examples, path: str) -> Examples:
-    """Return examples that the module takes: two at a time, or as many as was said."""
+    """Examples that the module takes: two at a time, or as many as was said."""
     batched = tuple(with_batch(value, _TRACED_BATCH) if value.ndim and len(value) == 1 else value for value in examples)
     failure = None
     for inputs in (batched, examples):

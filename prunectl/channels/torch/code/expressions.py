@@ -14,7 +14,7 @@ from prunectl.errors import WorkError
 
 
 def literal(value: Any) -> str:
-    """Return a value of plain Python, or a word of torch, as code."""
+    """A value of plain Python, or a word of torch, as code."""
     if isinstance(value, str):
         return f'"{"".join(map(_letter, value))}"'
     if isinstance(value, bool | int) or value is None:
@@ -31,7 +31,7 @@ def literal(value: Any) -> str:
 
 
 def _letter(letter: str) -> str:
-    """Return a letter as it stands in a text in double quotes, also in one of three: no quote is ever bare.
+    """A letter as it stands in a text in double quotes, also in one of three: no quote is ever bare.
 
     JSON writes what lies beyond the BMP as two halves, which are two other characters in Python.
     """
@@ -41,25 +41,25 @@ def _letter(letter: str) -> str:
 
 
 def sequence(parts: Iterable[str]) -> str:
-    """Return a tuple of what is code already."""
+    """A tuple of what is code already."""
     items = list(parts)
     return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
 
 
 def collapse_equal(numbers: Any) -> Any:
-    """Return one number for several that are equal, as layers take them."""
+    """One number for several that are equal, as layers take them."""
     if isinstance(numbers, list | tuple) and numbers and len(set(map(str, numbers))) == 1:
         return numbers[0]
     return numbers
 
 
 def call(function: str, args: Iterable[str] = (), named: Iterable[tuple[str, str]] = ()) -> str:
-    """Return a call."""
+    """A call."""
     return f"{function}({', '.join([*args, *(f'{name}={value}' for name, value in named)])})"
 
 
 def numbers(tensor: torch.Tensor) -> str:
-    """Return a small tensor as code."""
+    """A small tensor as code."""
     return f"torch.tensor({_listed(tensor.tolist())}, dtype={tensor.dtype})"
 
 
@@ -218,7 +218,7 @@ _METHODS, _FUNCTIONS, _TORCH = (frozenset(names.split()) for names in (_METHOD_N
 
 
 def expression(node: torch.fx.Node, write: Write, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Return the right side of the statement for an operation."""
+    """The right side of the statement for an operation."""
     name, args = op_name(node), arguments(node)
     form = SPECIAL_FORMS.get(name)
     if form is not None and (code := form(node, args, write, shapes)):
@@ -239,7 +239,7 @@ def expression(node: torch.fx.Node, write: Write, shapes: Mapping[str, tuple[int
 
 
 def in_place(node: torch.fx.Node, write: Write) -> str:
-    """Return an operation that changes what goes into it, under its own name."""
+    """An operation that changes what goes into it, under its own name."""
     positional, named = _arguments(node, write)
     name = str(getattr(node.target, "overloadpacket", node.target)).rpartition(".")[2]
     if hasattr(torch.Tensor, name):
@@ -248,7 +248,7 @@ def in_place(node: torch.fx.Node, write: Write) -> str:
 
 
 def _function(node: torch.fx.Node, positional: list[str], named: list[tuple[str, str]]) -> str:
-    """Return a function of torch.nn, what is no value by its name."""
+    """A function of torch.nn, what is no value by its name."""
     schema = getattr(node.target, "_schema").arguments  # noqa: B009
     defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
     args = arguments(node)
@@ -269,7 +269,7 @@ def _function(node: torch.fx.Node, positional: list[str], named: list[tuple[str,
 
 
 def _raw_operator(node: torch.fx.Node, positional: list[str], named: list[tuple[str, str]]) -> str:
-    """Return an operation by the name that torch has for it inside."""
+    """An operation by the name that torch has for it inside."""
     namespace = str(getattr(node.target, "namespace", ""))
     if namespace != "aten":
         raise WorkError(f"the network calls {node.target}, which cannot be written with torch alone")
@@ -277,7 +277,7 @@ def _raw_operator(node: torch.fx.Node, positional: list[str], named: list[tuple[
 
 
 def _arguments(node: torch.fx.Node, write: Write) -> tuple[list[str], list[tuple[str, str]]]:
-    """Return the arguments as code, without those that are as they are by default."""
+    """The arguments as code, without those that are as they are by default."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return [write(argument) for argument in node.args], [

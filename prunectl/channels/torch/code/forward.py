@@ -38,12 +38,12 @@ _IN_PARTS = frozenset({"split", "split_with_sizes", "chunk", "unbind", "tensor_s
 
 
 def signature(program: ForwardCode) -> list[str]:
-    """Return the names of what goes in."""
+    """The names of what goes in."""
     return [_identifier(str(node.target)) for node in program.graph.nodes if node.op == "placeholder"]
 
 
 def body(program: ForwardCode) -> list[str]:
-    """Return the statements, the last of which gives what comes out."""
+    """The statements, the last of which gives what comes out."""
     return _Writer(program).lines()
 
 
@@ -54,7 +54,7 @@ class _Writer:
     used_names: set[str] = field(default_factory=lambda: set(_RESERVED))
 
     def lines(self) -> list[str]:
-        """Return all statements."""
+        """All statements."""
         inputs = [node for node in self.program.graph.nodes if node.op == "placeholder"]
         for node in inputs:
             self.names[node] = _identifier(str(node.target))
@@ -78,7 +78,7 @@ class _Writer:
     def _reused_name(
         self, inputs: list[torch.fx.Node], steps: list[torch.fx.Node], last: Mapping[torch.fx.Node, set[int]]
     ) -> str:
-        """Return a name that no input has which is still read once a value took it."""
+        """A name that no input has which is still read once a value took it."""
         first = next((number for number, step in enumerate(steps) if last.get(step) == {number + 1}), len(steps))
         still_read = {self.names[node] for node in inputs if max(last.get(node, {-1})) > first}
         return next(name for name in (*_REUSED_NAMES, "_passing") if name not in still_read)
@@ -100,7 +100,7 @@ class _Writer:
         last: Mapping[torch.fx.Node, set[int]],
         passing: str,
     ) -> str:
-        """Return names for the several values that come out."""
+        """Names for the several values that come out."""
         used = [item for item in items if last.get(item)]
         for item in used:
             is_passing = len(used) == 1 and last[item] == {step_number + 1}
@@ -121,7 +121,7 @@ class _Writer:
         return expression(step, self.write, self.program.shapes)
 
     def write(self, value: Any) -> str:
-        """Return an argument as code."""
+        """An argument as code."""
         if isinstance(value, torch.fx.Node):
             return self.program.path_of(str(value.target)) if value.op == "get_attr" else self.names[value]
         if isinstance(value, list | tuple):
@@ -156,7 +156,7 @@ class _Writer:
 
 
 def _needed_nodes(graph: torch.fx.Graph) -> list[torch.fx.Node]:
-    """Return the operations that matter for what comes out, without those that only take one of several."""
+    """The operations that matter for what comes out, without those that only take one of several."""
     output = next(node for node in graph.nodes if node.op == "output")
     needed = set(output.all_input_nodes)
     for node in reversed(graph.nodes):

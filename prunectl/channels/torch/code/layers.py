@@ -33,11 +33,11 @@ class StateShapes:
     """All names of a weight that has several."""
 
     def under(self, path: str) -> dict[str, Shape]:
-        """Return what lies in a module, by its name there."""
+        """What lies in a module, by its name there."""
         return {name[len(path) + 1 :]: shape for name, shape in self.shapes.items() if name.startswith(f"{path}.")}
 
     def names(self, node: Any) -> tuple[str, ...]:
-        """Return all names of a weight that goes into an operation; none if it is no weight."""
+        """All names of a weight that goes into an operation; none if it is no weight."""
         if not isinstance(node, torch.fx.Node) or node.op != "get_attr":
             return ()
         return self.shared.get(str(node.target), (str(node.target),))
@@ -54,7 +54,7 @@ class _LayerRow:
 
 
 def as_layer(node: torch.fx.Node, state: StateShapes, rank: int) -> LayerCode | None:
-    """Return the layer that an operation is, if its weights lie in one module together and alone."""
+    """The layer that an operation is, if its weights lie in one module together and alone."""
     kind = _LAYER_ROWS.get(op_name(node))
     if kind is None:
         return None
@@ -131,7 +131,7 @@ def _prelu(_: dict[str, Any], shapes: Mapping[str, Shape], __: int) -> str:
 
 
 def _recurrent(node: torch.fx.Node, state: StateShapes) -> LayerCode | None:
-    """Return a recurrent layer that begins with zeros, as it does by itself."""
+    """A recurrent layer that begins with zeros, as it does by itself."""
     args, name = arguments(node), op_name(node)
     params, states = args.get("params"), args.get("hx")
     states = states if isinstance(states, list | tuple) else [states]

@@ -54,7 +54,7 @@ class ModuleNode:
 
 
 def build_tree(layers: Mapping[str, str], weights: Mapping[str, str]) -> ModuleNode:
-    """Return the modules, of layers and of weights that are in none."""
+    """The modules, of layers and of weights that are in none."""
     root = ModuleNode(is_root=True)
     for path, constructor in layers.items():
         _descend(root, path).layer = constructor
@@ -65,7 +65,7 @@ def build_tree(layers: Mapping[str, str], weights: Mapping[str, str]) -> ModuleN
 
 
 def access_path(root: ModuleNode, path: str, start: str = "self") -> str:
-    """Return the expression for a module or a weight."""
+    """The expression for a module or a weight."""
     node: ModuleNode | None = root
     expression = start
     for part in filter(None, path.split(".")):
@@ -92,7 +92,7 @@ def statements(branch: ModuleNode, path: str = "self") -> Iterator[str]:
 
 
 def _as_expression(branch: ModuleNode) -> str | None:
-    """Return a list of layers, or one by words, as one expression; None if something else is in it."""
+    """A list of layers, or one by words, as one expression; None if something else is in it."""
     if branch.layer or branch.weights or branch.container is Container.ATTRIBUTES:
         return branch.layer or None
     inside = {name: _as_expression(child) for name, child in branch.children.items()}
@@ -150,7 +150,7 @@ class GeneratedModule:
 def generate_module(
     traced: TracedModel, program: WeightedProgram, name: str, loading: Sequence[str]
 ) -> GeneratedModule:
-    """Return a class that does what a network does, held against it."""
+    """A class that does what a network does, held against it."""
     state, extras = _state(traced, program), _constants(traced, program)
     shapes = shapes_of(program, traced.examples)
     layers, constructors = _layers(traced, program, state, shapes)
@@ -177,7 +177,7 @@ def _state(traced: TracedModel, program: WeightedProgram) -> dict[str, torch.Ten
 
 
 def _constants(traced: TracedModel, program: WeightedProgram) -> dict[str, torch.Tensor]:
-    """Return what the graph reads that is in no state."""
+    """What the graph reads that is in no state."""
     state = _state(traced, program)
     targets = [str(node.target) for node in program.module.graph.nodes if node.op == "get_attr" and node.users]
     return {name: attribute(traced.module, name) for name in dict.fromkeys(targets) if name not in state}
@@ -189,7 +189,7 @@ def _layers(
     state: Mapping[str, torch.Tensor],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[dict[torch.fx.Node, LayerCode], dict[str, str]]:
-    """Return the layers of operations, and how each is made; what one is used for differently is written out."""
+    """The layers of operations, and how each is made; what one is used for differently is written out."""
     state_shapes = StateShapes({name: tuple(value.shape) for name, value in state.items()}, _groups(traced))
     layers: dict[torch.fx.Node, LayerCode] = {}
     constructors: dict[str, str] = {}
@@ -208,7 +208,7 @@ def _in_order(constructors: Mapping[str, str], state: Mapping[str, torch.Tensor]
 
 
 def _groups(traced: TracedModel) -> dict[str, tuple[str, ...]]:
-    """Return all names of each weight that has several."""
+    """All names of each weight that has several."""
     groups: dict[int, list[str]] = {}
     if traced.original is not None:
         for name, weight in traced.original.named_parameters(remove_duplicate=False):
@@ -217,7 +217,7 @@ def _groups(traced: TracedModel) -> dict[str, tuple[str, ...]]:
 
 
 def _statement(traced: TracedModel, name: str, value: torch.Tensor, layers: Mapping[torch.fx.Node, LayerCode]) -> str:
-    """Return what makes a weight that no layer makes."""
+    """What makes a weight that no layer makes."""
     owner, _, last = name.rpartition(".")
     if any(layer.path == owner for layer in layers.values()):
         return ""
@@ -257,7 +257,7 @@ def _precision(state: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def _returned(traced: TracedModel, program: WeightedProgram) -> Any:
-    """Return the values that come out, in the structure that the network gives them in."""
+    """The values that come out, in the structure that the network gives them in."""
     output = next(node for node in program.module.graph.nodes if node.op == "output")
     flat = list(output.args[0]) if isinstance(output.args[0], list | tuple) else [output.args[0]]
     spec = traced.program.call_spec.out_spec
