@@ -99,7 +99,7 @@ def test_what_the_optimizer_knows_of_a_weight_is_cut_with_it(which: str, suffix:
     layers = [library.Input((6, 6, 2)), of.Conv2D(6, 3, name="one"), of.BatchNormalization(name="norm"), of.ReLU()]
     layers += [of.Conv2D(4, 1, name="two"), of.Flatten(), of.Dense(3, name="last")]
     model = filled(library.Sequential(layers, name="net"))
-    model.compile(library.optimizers.Adam(0.01), library.pruned_groups.MeanSquaredError(), run_eagerly=True)
+    model.compile(library.optimizers.Adam(0.01), library.losses.MeanSquaredError(), run_eagerly=True)
     random = np.random.default_rng(0)
     x, y = random.normal(size=(8, 6, 6, 2)), random.normal(size=(8, 3))
     model.fit(x, y, verbose=0)
