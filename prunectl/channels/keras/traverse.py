@@ -401,9 +401,7 @@ def load_keras(model: ModelFile, lengths: AxisLengths = UNKNOWN_LENGTHS) -> Load
 
     def traverse(length: int, shapes: Mapping[str, Shape]) -> _Traversal:
         builder = GraphBuilder(model)
-        walker = GraphTraversal(
-            builder, ShapeTracer(model.path, ()), layers, weights, length, shapes=shapes
-        )
+        walker = GraphTraversal(builder, ShapeTracer(model.path, ()), layers, weights, length, shapes=shapes)
         try:
             outputs = walker.model(config, (), ())
         except InputError as error:
