@@ -23,7 +23,7 @@ from prunectl.errors import PrunectlError
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import PruneRequest
-from prunectl.training.backend import ModelOrigin
+from prunectl.training.backend import LoadOptions
 
 RATIO = 0.5
 HEAD = ("network", "free", "parameters", "left", "MACs left", "error", "s", "Torch-Pruning left", "its MACs", "its s")

@@ -29,7 +29,7 @@ from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.strip import Stripped
 from prunectl.training import finetune as training
 from prunectl.training import request as finetune_request
-from prunectl.training.finetune import Finetuned
+from prunectl.training.finetune import FinetuneResult
 
 AnyPath = str | os.PathLike[str]
 
@@ -235,13 +235,13 @@ def finetune(
     force: bool = False,
     in_place: bool = False,
     **options: Unpack[FinetuneOptions],
-) -> Finetuned:
+) -> FinetuneResult:
     """Train a model with its zeros kept, or prune it while it trains.
 
     The options are those of the command line: ``data="train.npz"``, ``sparsity=0.8``, ``schedule="cosine"`` …
     """
     destination = Destination(Path(output), is_forced=force, is_in_place=in_place)
-    return training.finetune(Path(model), finetune_request.request_of(options), destination)
+    return training.finetune(Path(model), finetune_request.parse_request(options), destination)
 
 
 def export(

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from prunectl.formats.base import Array
-from prunectl.training.layer_inputs import SlidingWindow, Use
+from prunectl.training.layer_inputs import SlidingWindow, WeightUse
 
 _CHUNK_BYTES = 32 << 20
 
 
-def weight_matrix(weights: Array, use: Use) -> Array:
+def weight_matrix(weights: Array, use: WeightUse) -> Array:
     """Weights as groups by outputs by features, the input channels of one window position side by side."""
     front = _channels_first(np.ascontiguousarray(weights), use)
     if use.outputs is not None:
@@ -25,7 +25,7 @@ def weight_matrix(weights: Array, use: Use) -> Array:
     return np.moveaxis(front, 2, -1).reshape(groups, outputs, -1)
 
 
-def scatter_rows(rows: Array, use: Use, weights: Array) -> Array:
+def scatter_rows(rows: Array, use: WeightUse, weights: Array) -> Array:
     """A copy of weights with the rows of a use's outputs replaced."""
     result = np.array(weights, dtype=rows.dtype)
     front = _channels_first(result, use)
@@ -35,7 +35,7 @@ def scatter_rows(rows: Array, use: Use, weights: Array) -> Array:
     return result
 
 
-def _channels_first(weights: Array, use: Use) -> Array:
+def _channels_first(weights: Array, use: WeightUse) -> Array:
     """A view of groups, outputs, channels, then the window."""
     if use.shape is not None:
         weights = weights.reshape(use.shape, copy=False)
@@ -52,7 +52,7 @@ def _channels_first(weights: Array, use: Use) -> Array:
     return moved.reshape((use.groups, outputs // use.groups, inputs, *window), copy=False)
 
 
-def im2col(inputs: Array, use: Use, kernel: tuple[int, ...]) -> Iterator[Array]:
+def im2col(inputs: Array, use: WeightUse, kernel: tuple[int, ...]) -> Iterator[Array]:
     """Yield input patches as positions by groups by features, a chunk at a time."""
     if use.window is None:
         flat = inputs.reshape(-1, use.groups, inputs.shape[-1] // use.groups)
@@ -67,7 +67,7 @@ def im2col(inputs: Array, use: Use, kernel: tuple[int, ...]) -> Iterator[Array]:
         yield _split_groups(_sliding_windows(inputs[begin : begin + step], window, shape), use.groups)
 
 
-def im2col_by_group(inputs: Array, use: Use, kernel: tuple[int, ...], outputs: int) -> Iterator[Array]:
+def im2col_by_group(inputs: Array, use: WeightUse, kernel: tuple[int, ...], outputs: int) -> Iterator[Array]:
     """Yield input patches as groups by positions by features, in chunks whose outputs stay small."""
     step = max(_CHUNK_BYTES // max(4 * outputs, 1), 1)
     for seen in im2col(inputs, use, kernel):
@@ -75,7 +75,7 @@ def im2col_by_group(inputs: Array, use: Use, kernel: tuple[int, ...], outputs: i
             yield np.ascontiguousarray(seen[begin : begin + step].transpose(1, 0, 2), np.float32)
 
 
-def kernel_shape(kernel: tuple[int, ...], use: Use) -> tuple[int, ...]:
+def kernel_shape(kernel: tuple[int, ...], use: WeightUse) -> tuple[int, ...]:
     """The size of the window."""
     channel_axes = {axis for axis in (use.out_axis, use.in_axis, use.group_axis) if axis is not None}
     return tuple(size for axis, size in enumerate(kernel) if axis not in channel_axes)

@@ -17,7 +17,7 @@ from prunectl.calibration.session import Calibration, open_calibration
 from prunectl.calibration.statistics import Float64Array, InputStatistics
 from prunectl.formats.base import Array, ModelFile, Role, Tensor
 from prunectl.pruning.request import PruneRequest
-from prunectl.training.layer_inputs import Sight, Use
+from prunectl.training.layer_inputs import LayerInput, WeightUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def output_statistics(
 
 
 def sum_abs_and_squares(
-    weights: Mapping[str, Array], biases: Mapping[str, Array], sight: Sight, kernel: tuple[int, ...]
+    weights: Mapping[str, Array], biases: Mapping[str, Array], sight: LayerInput, kernel: tuple[int, ...]
 ) -> tuple[Float64Array, int]:
     """The sums of |output| and of its square, as those two by groups by outputs.
 
@@ -102,7 +102,7 @@ def _bias(model: ModelFile, tensor: Tensor) -> Tensor | None:
     return bias_of(model, tensor) if tensor.role is not Role.RECURRENT else None
 
 
-def _bias_part(bias: Array, use: Use) -> Array:
+def _bias_part(bias: Array, use: WeightUse) -> Array:
     """A bias as groups by one by outputs."""
     return bias.reshape(use.groups, 1, -1)[..., slice(*use.outputs) if use.outputs is not None else slice(None)]
 

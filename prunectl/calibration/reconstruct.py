@@ -21,7 +21,7 @@ from prunectl.pruning.engine import PrunedTensors, PruningMethod
 from prunectl.pruning.masks import NonFinitePolicy
 from prunectl.pruning.plan import Plan, Selection
 from prunectl.pruning.threshold import Mask
-from prunectl.training.layer_inputs import Use
+from prunectl.training.layer_inputs import WeightUse
 
 _NAMES = (("pointwise_kernel", "bias"), ("kernel", "bias"), ("weight", "bias"), ("Weight", "Bias"))
 
@@ -275,7 +275,7 @@ def _supports_obs(tensor: Tensor, method: PruningMethod, products: InputStatisti
     )
 
 
-def _input_channels(values: Array, use: Use) -> int:
+def _input_channels(values: Array, use: WeightUse) -> int:
     return 1 if use.in_axis is None else values.shape[use.in_axis]
 
 

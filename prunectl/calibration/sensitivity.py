@@ -22,10 +22,10 @@ from prunectl.formats.selectors import select_names
 from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.strategies import BlockContext, magnitude
 from prunectl.pruning.threshold import threshold
-from prunectl.training.backend import Logs, Means, Network, Signature
+from prunectl.training.backend import Logs, ModelSignature, TrainableModel, TrainOptions
 from prunectl.training.data import validate
-from prunectl.training.data.source import Batch, each
-from prunectl.training.layer_inputs import Sight
+from prunectl.training.data.source import Batch, as_tuple
+from prunectl.training.layer_inputs import LayerInput
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 """At which each tensor is looked at."""
@@ -125,7 +125,7 @@ def output_errors(calibration: Calibration, tensor: Tensor, weights: Array, prun
     None if not all outputs of the tensor were seen; None for a sparsity if there is nothing to compare with.
     """
 
-    def lost(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
+    def lost(sight: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
         return _squared_losses(sight, kernel, weights, prune_levels)
 
     seen = calibration.accumulate([tensor], lost).get(tensor.name)
@@ -138,7 +138,7 @@ def output_errors(calibration: Calibration, tensor: Tensor, weights: Array, prun
 
 
 def _squared_losses(
-    sight: Sight, kernel: tuple[int, ...], weights: Array, prune_levels: Levels
+    sight: LayerInput, kernel: tuple[int, ...], weights: Array, prune_levels: Levels
 ) -> tuple[Float64Array, int]:
     """The sum of the squares of what outputs lose at each sparsity, and of the outputs.
 
@@ -158,9 +158,9 @@ def _squared_losses(
 _ACCURACIES = ("accuracy", "acc", "sparse_categorical_accuracy", "categorical_accuracy", "binary_accuracy")
 
 
-def prepare(network: Network, batches: tuple[Batch, ...], loss: str, seed: int, name: str) -> None:
+def prepare(network: TrainableModel, batches: tuple[Batch, ...], loss: str, seed: int, name: str) -> None:
     """Choose the loss, and refuse labels that the model does not know."""
-    network.prepare(Means(loss=loss, optimizer="sgd", lr=0.0, seed=seed, example=batches[0]))
+    network.prepare(TrainOptions(loss=loss, optimizer="sgd", lr=0.0, seed=seed, example=batches[0]))
     begin = 0
     for batch in batches:
         if batch.y is not None and not isinstance(batch.y, tuple):
@@ -168,10 +168,10 @@ def prepare(network: Network, batches: tuple[Batch, ...], loss: str, seed: int, 
             if classes is not None:
                 output = network.signature.outputs[0].shape
                 validate.check_labels(batch.y, classes, output, what=f"y of {name} (shuffled)", begin=begin)
-        begin += len(each(batch.x)[0])
+        begin += len(as_tuple(batch.x)[0])
 
 
-def dense_score(network: Network, batches: tuple[Batch, ...]) -> Score:
+def dense_score(network: TrainableModel, batches: tuple[Batch, ...]) -> Score:
     """How well the model answers as it is."""
     score = _score(network.evaluate(iter(batches)))
     if score.loss is None:
@@ -183,7 +183,7 @@ def dense_score(network: Network, batches: tuple[Batch, ...]) -> Score:
 
 
 def scores_at_each_level(
-    network: Network, batches: tuple[Batch, ...], name: str, weights: Array, prune_levels: Levels
+    network: TrainableModel, batches: tuple[Batch, ...], name: str, weights: Array, prune_levels: Levels
 ) -> tuple[Score, ...]:
     """How well the model answers at each sparsity of one tensor, which is as it was afterwards."""
     scores = []
@@ -200,7 +200,7 @@ def _score(logs: Logs) -> Score:
     return Score(loss if math.isfinite(loss) else None, accuracy)
 
 
-def _classes(signature: Signature, y: Array) -> int | None:
+def _classes(signature: ModelSignature, y: Array) -> int | None:
     """How many classes labels may name; None where the targets are no labels."""
     shape = signature.outputs[0].shape if signature.outputs else None
     is_label = shape is not None and y.dtype.kind in "iu" and (y.ndim == len(shape) or y.shape[1:] == (1,))

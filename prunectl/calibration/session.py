@@ -21,30 +21,30 @@ from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile, Tensor
 from prunectl.pruning.request import PruneRequest
 from prunectl.training import random_state
-from prunectl.training.backend import Means, ModelOrigin, Network, Signature
+from prunectl.training.backend import LoadOptions, ModelSignature, TrainableModel, TrainOptions
 from prunectl.training.data.adapt import adapt
 from prunectl.training.data.registry import open_source
-from prunectl.training.data.source import Batch, Order, each, mapped
+from prunectl.training.data.source import Batch, EpochOrder, as_tuple, map_arrays
 from prunectl.training.data.validate import check_batches
-from prunectl.training.layer_inputs import Graded, Observed, Sight, Use
-from prunectl.training.runtimes import open_network
+from prunectl.training.layer_inputs import DifferentiableModel, InspectableModel, LayerInput, WeightUse
+from prunectl.training.runtimes import load_trainable
 
-Accumulator = Callable[[Sight, tuple[int, ...]], tuple[Float64Array, int]]
+Accumulator = Callable[[LayerInput, tuple[int, ...]], tuple[Float64Array, int]]
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """A model, calibration batches, and passes over them that accumulate statistics."""
 
-    network: Observed
+    network: InspectableModel
     batches: tuple[Batch, ...]
-    reference: Observed | None = None
+    reference: InspectableModel | None = None
     """The dense model, which stays as it was."""
 
     @property
     def examples(self) -> int:
         """How many examples there are."""
-        return sum(len(each(batch.x)[0]) for batch in self.batches)
+        return sum(len(as_tuple(batch.x)[0]) for batch in self.batches)
 
     def accumulate(self, tensors: Sequence[Tensor], accumulator: Accumulator) -> dict[str, InputStatistics]:
         """Statistics of each tensor's inputs, in the order in which data reaches them.
@@ -54,10 +54,10 @@ class Calibration:
         """
         shapes = {tensor.name: tensor.shape for tensor in tensors}
         statistics: dict[str, InputStatistics] = {}
-        use_keys: dict[str, Use] = {}
+        use_keys: dict[str, WeightUse] = {}
         conflicting: set[str] = set()
 
-        def record(sight: Sight) -> None:
+        def record(sight: LayerInput) -> None:
             use_key = replace(sight.use, outputs=None, window=None)
             if use_keys.setdefault(sight.name, use_key) != use_key:
                 conflicting.add(sight.name)
@@ -79,9 +79,9 @@ class Calibration:
 
     def gram(self, tensor: Tensor) -> InputStatistics:
         """Gram matrix of one tensor's inputs: one at a time, since it has the square of the features."""
-        checked: list[Sight] = []
+        checked: list[LayerInput] = []
 
-        def accumulator(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
+        def accumulator(sight: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
             if not checked:
                 checked.append(sight)
                 _, groups, features = next(im2col(sight.inputs[:1], sight.use, kernel)).shape
@@ -106,7 +106,7 @@ class Calibration:
     ) -> dict[str, Float64Array]:
         """Means over batches of a function of their gradients, weighted by examples."""
         network = self.network
-        if not isinstance(network, Graded):
+        if not isinstance(network, DifferentiableModel):
             raise UsageError(
                 "gradients need a framework that can differentiate the model, and onnxruntime does not",
                 hint="--strategy activation-magnitude or obs, or prune the file that the ONNX model was made from",
@@ -114,7 +114,7 @@ class Calibration:
         means: dict[str, Float64Array] = {}
         examples = self.examples
         for batch in self.batches:
-            share = len(each(batch.x)[0]) / examples
+            share = len(as_tuple(batch.x)[0]) / examples
             for name, gradient in network.gradients([tensor.name for tensor in tensors], batch).items():
                 part = of(gradient.astype(np.float64))
                 part *= share
@@ -128,8 +128,8 @@ class Calibration:
         return means
 
 
-def _captured_inputs(network: Observed, tensor: Tensor, batch: Batch) -> list[Sight]:
-    captured: list[Sight] = []
+def _captured_inputs(network: InspectableModel, tensor: Tensor, batch: Batch) -> list[LayerInput]:
+    captured: list[LayerInput] = []
     network.observe([tensor.name], batch.x, lambda sight: captured.append(replace(sight, inputs=sight.inputs.copy())))
     return captured
 
@@ -143,8 +143,8 @@ def take_samples(batches: Iterator[Batch], samples: int) -> tuple[Batch, ...]:
         return array[:remaining]
 
     for batch in batches:
-        count = len(each(batch.x)[0])
-        taken_batches.append(Batch(mapped(head, batch.x), None if batch.y is None else mapped(head, batch.y)))
+        count = len(as_tuple(batch.x)[0])
+        taken_batches.append(Batch(map_arrays(head, batch.x), None if batch.y is None else map_arrays(head, batch.y)))
         remaining -= count
         if remaining <= 0:
             break
@@ -158,7 +158,7 @@ class CalibrationSession:
     """An open model with its calibration data."""
 
     calibration: Calibration
-    trainable: Network | None
+    trainable: TrainableModel | None
     """The same model, where it is one that can be trained as well."""
     notes: tuple[str, ...]
 
@@ -178,7 +178,7 @@ def open_calibration(
             hint=f"prunectl strip {model.path} -o plain{model.path.suffix} first",
         )
     random_state.seed(request.seed)
-    origin = ModelOrigin(request.model, request.custom_objects, is_trusted, request.seed)
+    origin = LoadOptions(request.model, request.custom_objects, is_trusted, request.seed)
     network, trainable = _network(model, origin)
     source, notes = adapt(open_source(request.data, signature=network.signature, seed=request.seed), network.signature)
     if needs_targets and not source.has_targets:
@@ -187,33 +187,37 @@ def open_calibration(
             hint="--strategy activation-magnitude or obs looks at inputs alone",
         )
     # A stream is not read to its end for the sake of a few examples.
-    order = Order(request.batch_size, request.seed, is_shuffled=source.count is not None)
+    order = EpochOrder(request.batch_size, request.seed, is_shuffled=source.count is not None)
     batches = take_samples(source.batches(order), request.samples)
     notes += check_batches(source.first(request.samples), network.signature, needs_targets=needs_targets, classes=None)
     if trainable is not None and needs_targets:
-        trainable.prepare(Means(loss=request.loss, optimizer="sgd", lr=0.0, seed=request.seed, example=batches[0]))
+        trainable.prepare(
+            TrainOptions(loss=request.loss, optimizer="sgd", lr=0.0, seed=request.seed, example=batches[0])
+        )
     reference = _network(model, origin)[0] if has_reference else None
     return CalibrationSession(Calibration(network, batches, reference), trainable, tuple(dict.fromkeys(notes)))
 
 
-def _network(model: ModelFile, origin: ModelOrigin) -> tuple[Observed, Network | None]:
+def _network(model: ModelFile, origin: LoadOptions) -> tuple[InspectableModel, TrainableModel | None]:
     if model.format == "onnx":
-        make: Callable[[ModelFile, ModelOrigin], Observed] = importlib.import_module(
+        make: Callable[[ModelFile, LoadOptions], InspectableModel] = importlib.import_module(
             "prunectl.training.onnx.model"
-        ).open_observed
+        ).load_onnx_model
         return make(model, origin), None
-    network = open_network(model, origin)
-    if not isinstance(network, Observed):
+    network = load_trainable(model, origin)
+    if not isinstance(network, InspectableModel):
         raise UsageError(f"{model.path} cannot be looked at while it runs")
     return network, network
 
 
-def load_inputs(spec: str, signature: Signature, count: int, order: Order) -> tuple[tuple[Array, ...], tuple[str, ...]]:
+def load_inputs(
+    spec: str, signature: ModelSignature, count: int, order: EpochOrder
+) -> tuple[tuple[Array, ...], tuple[str, ...]]:
     """The inputs of so many examples, and what is to be said of them; a stream is never shuffled."""
     source, notes = adapt(open_source(spec, signature=signature, seed=order.seed), signature)
     notes += check_batches(source.first(count), signature, needs_targets=False, classes=None)
-    own = Order(order.batch_size, order.seed, is_shuffled=order.is_shuffled and source.count is not None)
-    parts = [each(batch.x) for batch in take_samples(source.batches(own), count)]
+    own = EpochOrder(order.batch_size, order.seed, is_shuffled=order.is_shuffled and source.count is not None)
+    parts = [as_tuple(batch.x) for batch in take_samples(source.batches(own), count)]
     inputs = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return inputs, tuple(dict.fromkeys(notes))
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from prunectl.calibration.im2col import im2col
 from prunectl.errors import WorkError
 from prunectl.formats.base import Array
-from prunectl.training.layer_inputs import Sight, Use
+from prunectl.training.layer_inputs import LayerInput, WeightUse
 
 Float64Array = NDArray[np.float64]
 OutputRange = tuple[int, int] | None
@@ -25,12 +25,15 @@ OutputRange = tuple[int, int] | None
 class InputStatistics:
     """Sums over a tensor's inputs, for each part of its outputs."""
 
-    uses: dict[OutputRange, Use] = field(default_factory=dict)
+    uses: dict[OutputRange, WeightUse] = field(default_factory=dict)
     totals: dict[OutputRange, Float64Array] = field(default_factory=dict)
     counts: dict[OutputRange, int] = field(default_factory=dict)
 
     def add(
-        self, sight: Sight, kernel: tuple[int, ...], of: Callable[[Sight, tuple[int, ...]], tuple[Float64Array, int]]
+        self,
+        sight: LayerInput,
+        kernel: tuple[int, ...],
+        of: Callable[[LayerInput, tuple[int, ...]], tuple[Float64Array, int]],
     ) -> None:
         """Accumulate one capture of inputs."""
         total, count = of(sight, kernel)
@@ -43,22 +46,22 @@ class InputStatistics:
             self.totals[part] = total
 
 
-def sum_squares(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
+def sum_squares(sight: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
     """The sum of the squares of every feature, as groups by features."""
     return _sum_moments(sight, kernel, lambda inputs: np.einsum("i...,i...->...", inputs, inputs))
 
 
-def sum_abs(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
+def sum_abs(sight: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
     """The sum of the absolute values of every feature."""
     return _sum_moments(sight, kernel, lambda inputs: np.abs(inputs).sum(axis=0))
 
 
-def sum_inputs(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
+def sum_inputs(sight: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
     """The sum of every feature."""
     return _sum_moments(sight, kernel, lambda inputs: inputs.sum(axis=0))
 
 
-def _sum_moments(sight: Sight, kernel: tuple[int, ...], over: Callable[[Array], Any]) -> tuple[Float64Array, int]:
+def _sum_moments(sight: LayerInput, kernel: tuple[int, ...], over: Callable[[Array], Any]) -> tuple[Float64Array, int]:
     # What comes of an element of the inputs is added up over the examples first, and seen through the window after
     # that: zero stays zero, so that the order does not matter, and nothing as big as all windows is ever made.
     inputs = sight.inputs
@@ -73,7 +76,7 @@ def _sum_moments(sight: Sight, kernel: tuple[int, ...], over: Callable[[Array], 
     return np.asarray(total), positions * len(inputs)
 
 
-def gram(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
+def gram(sight: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
     """Gram matrices X^T X: groups by features by features."""
     total: Any = 0.0
     count = 0
@@ -88,7 +91,7 @@ def gram(sight: Sight, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
 class CrossStatistics:
     """Sums, Gram and cross-Gram matrices of the inputs of pruned and dense model."""
 
-    use: Use
+    use: WeightUse
     count: int = 0
     sum_pruned: Float64Array = field(default_factory=lambda: np.zeros(()))
     """The sum of every feature, as groups by features."""
@@ -98,7 +101,7 @@ class CrossStatistics:
     cross_gram: Float64Array = field(default_factory=lambda: np.zeros(()))
     """The same, of features in the pruned model with those in the dense one."""
 
-    def add(self, pruned: Sight, dense: Sight, kernel: tuple[int, ...]) -> None:
+    def add(self, pruned: LayerInput, dense: LayerInput, kernel: tuple[int, ...]) -> None:
         """Accumulate the inputs of the same weights for the same examples."""
         for pruned_inputs, dense_inputs in zip(
             im2col(pruned.inputs, pruned.use, kernel), im2col(dense.inputs, dense.use, kernel), strict=True

@@ -11,7 +11,7 @@ from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.safe_json import require
 from prunectl.training import user_code
-from prunectl.training.backend import ModelOrigin
+from prunectl.training.backend import LoadOptions
 
 
 @dataclass(frozen=True, slots=True)

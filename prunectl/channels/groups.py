@@ -113,7 +113,7 @@ def _first_of_each_axis(notes: list[AxisLabels]) -> list[AxisLabels]:
     return list({(note.tensor, note.axis): note for note in reversed(notes)}.values())[::-1]
 
 
-ORIGIN = ModelOrigin()
+ORIGIN = LoadOptions()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile
 from prunectl.pruning.hashing import fnv1a, splitmix64
 from prunectl.pruning.request import PruneRequest
-from prunectl.training.backend import Port, Signature
-from prunectl.training.data.source import Order
+from prunectl.training.backend import ModelSignature, TensorSpec
+from prunectl.training.data.source import EpochOrder
 
 Rows = NDArray[np.float64]
 """The weights of a channel in each row."""

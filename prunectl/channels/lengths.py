@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from prunectl.errors import UsageError
-from prunectl.training.backend import Signature
+from prunectl.training.backend import ModelSignature
 
 Shape = tuple[int, ...]
-Shapes = Callable[[Signature], Sequence[Shape] | None]
+Shapes = Callable[[ModelSignature], Sequence[Shape] | None]
 """From what goes into a model to the shapes, without the batch, that some data has; None if they say nothing."""
 TRIED_LENGTHS = (64, 224)
 """AxisLengths to try for axes other than the batch, where nobody says them."""

@@ -28,7 +28,7 @@ from prunectl.pruning.destination import Destination
 from prunectl.pruning.plan import SkippedTensor
 from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.strip import stats_for_report
-from prunectl.training.backend import ModelOrigin
+from prunectl.training.backend import LoadOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def prune_channels(
     if request.is_packed:
         require_can(model, Capability.PACK)
     outputs.check(model, output)
-    origin = ModelOrigin(
+    origin = LoadOptions(
         request.model, request.custom_objects, is_trusted=is_trusted, seed=request.seed, inputs=request.inputs
     )
     adapter = open_adapter(model, origin, shapes_of_data(request))

@@ -12,12 +12,11 @@ from prunectl.checks.rules import Finding, evaluate_limit
 from prunectl.checks.schema import MetricUnit
 from prunectl.errors import PrunectlError, attempt
 from prunectl.plugins import check_untrusted
-from prunectl.training.backend import Means, ModelOrigin
+from prunectl.training.backend import LoadOptions, TrainOptions
 from prunectl.training.data import synthetic
-from prunectl.training.evaluation.evaluate import Evaluation, judge_whole
-from prunectl.training.evaluation.max_drop import MaxDrop, gain
-from prunectl.training.evaluation.max_drop import check as check_max_drop
-from prunectl.training.request import FinetuneRequest, asked
+from prunectl.training.evaluation.evaluate import Evaluation, evaluate_baseline
+from prunectl.training.evaluation.max_drop import MaxDrop, check_max_drop, improvement
+from prunectl.training.request import FinetuneRequest, parse_metrics
 
 
 class AccuracyChecker:
@@ -51,7 +50,7 @@ class AccuracyChecker:
                 check_max_drop(
                     MaxDrop(bound, limit.metric is MetricUnit.POINTS), before.metric, before.value, is_up=before.is_up
                 )
-        drop_now = -gain(before.value, after.value, is_up=before.is_up) or 0.0
+        drop_now = -improvement(before.value, after.value, is_up=before.is_up) or 0.0
         note = f"{before.metric} is {before.value:.4g} for {drop.against}, and {after.value:.4g} here, on {drop.data}."
         return evaluate_limit(
             stats.name, before.metric, drop_now, limit, budget=budget.name, message=budget.message, note=note
@@ -60,19 +59,19 @@ class AccuracyChecker:
     def _evaluate(self, path: str, request: FinetuneRequest) -> Evaluation:
         key = path, request
         if key not in self._evaluations:
-            self._evaluations[key] = attempt(lambda model_path: judge_whole(model_path, request), Path(path))
+            self._evaluations[key] = attempt(lambda model_path: evaluate_baseline(model_path, request), Path(path))
         evaluation = self._evaluations[key]
         if isinstance(evaluation, PrunectlError):
             raise evaluation
         return evaluation
 
     def _request(self, drop: MaxDropRule) -> FinetuneRequest:
-        means = Means(**asked((drop.metric,)))
+        means = TrainOptions(**parse_metrics((drop.metric,)))
         data = self._resolve(drop.data)
         if not self._is_trusted:
             named = "" if synthetic.fits(data) else data
             check_untrusted((named, *means.metrics, means.decides, drop.model, drop.custom_objects), "max-drop")
-        origin = ModelOrigin(self._resolve(drop.model), self._resolve(drop.custom_objects), is_trusted=self._is_trusted)
+        origin = LoadOptions(self._resolve(drop.model), self._resolve(drop.custom_objects), is_trusted=self._is_trusted)
         return replace(FinetuneRequest(data), batch_size=drop.batch_size, means=means, origin=origin)
 
     def _resolve(self, spec: str) -> str:

@@ -18,7 +18,7 @@ from prunectl.checks.schema import BUDGET, DROP, LAYER, LEVELS, TOP, KeySpec, Me
 from prunectl.errors import UsageError
 from prunectl.formats.registry import resolve
 from prunectl.formats.selectors import close_matches
-from prunectl.training.evaluation.max_drop import MaxDrop, max_drop
+from prunectl.training.evaluation.max_drop import MaxDrop, parse_drop
 from prunectl.units import parse_ratio, parse_size
 
 
@@ -131,7 +131,7 @@ def parse_max_drop(table: dict[str, Any], line: int, batch_size: int | None) -> 
 def _drop_level(value: Any) -> MaxDrop:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise UsageError(f"{value!r} is no drop", hint='write "0.5pp" (percentage points), or 0.01 of a loss')
-    return max_drop(str(value))
+    return parse_drop(str(value))
 
 
 BASELINE = "prunectl-baseline.json"

@@ -34,7 +34,7 @@ from prunectl.formats.registry import open_model
 from prunectl.pruning.choices import choices
 from prunectl.pruning.plan import Scope
 from prunectl.reporting.checks.ci import REPORT_FORMATS as REPORTS
-from prunectl.training.course import RATES
+from prunectl.training.course import LR_SCHEDULES
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ OFFERS: Mapping[str, Offers] = {
     "to": _matching({target.name: target.title for target in TARGETS}),
     "report": _matching(f"{name}:" for name in REPORTS),
     "fail_on": _matching(map(str, DiffRule)),
-    "lr_schedule": _matching(RATES),
+    "lr_schedule": _matching(LR_SCHEDULES),
     "topic": _matching({name: line for name, (_, line) in {**TOPICS, **COMMANDS}.items()}),
     "precision": _matching(("fp32", "bf16", "fp16")),
 }

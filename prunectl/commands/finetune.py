@@ -17,7 +17,7 @@ from prunectl.reporting.finetune import finetune_report
 from prunectl.reporting.progress import TrainingProgress
 from prunectl.reporting.reporter import Reporter
 from prunectl.training.finetune import finetune as run
-from prunectl.training.request import DEFAULTS, FinetuneRequest, Keep, MaskMode, request_of
+from prunectl.training.request import DEFAULTS, FinetuneRequest, KeepWeights, MaskMode, parse_request
 from prunectl.units import parse_ratio
 
 _RATIOS = ("sparsity", "initial_sparsity", "val_split")
@@ -31,7 +31,7 @@ def finetune_request(ctx: typer.Context) -> FinetuneRequest:
     ratios = {name: parse_ratio(options[name]) for name in _RATIOS if options[name]}
     defaults = {name: DEFAULTS[name] for name in _RATIOS}
     layers = tuple(map(parse_layer_ratio, options.get("layer", ())))
-    return request_of({**options, **defaults, **ratios, "layer": layers})
+    return parse_request({**options, **defaults, **ratios, "layer": layers})
 
 
 _data = option_group("Data")
@@ -67,7 +67,7 @@ def finetune(
     distill_share: Annotated[float, _train(help="How much of the loss is the teacher's.", min=0, max=1)] = 0.5,
     temperature: Annotated[float, _train(help="How soft the teacher's classes are taken.", min=0.01)] = 2.0,
     early_stop: Annotated[int | None, _train(metavar="EPOCHS", help="Stop when nothing improves for so long.")] = None,
-    keep: Annotated[Keep, _train(help="Write the best epoch, by --val, or the last.")] = Keep.BEST,
+    keep: Annotated[KeepWeights, _train(help="Write the best epoch, by --val, or the last.")] = KeepWeights.BEST,
     recalibrate: Annotated[bool, _train("--recalibrate", help="Take batch normalisation's statistics anew.")] = False,
     step: Annotated[str, _train(metavar="MOD:FN", help="A training step of your own.")] = "",
     workers: Annotated[int, _data(help="Threads that read and decode ahead.", min=0)] = 1,

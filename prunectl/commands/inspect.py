@@ -80,7 +80,7 @@ def inspect(
         stats = inspect_model(model, options, parsed, reporter.progress)
         if groups:
             # By name, as below: a look at a file does without.
-            origin = importlib.import_module("prunectl.training.backend").ModelOrigin(
+            origin = importlib.import_module("prunectl.training.backend").LoadOptions(
                 build, custom_objects, is_trusted=trust, inputs=tuple(inputs or ())
             )
             groups_found.append(importlib.import_module("prunectl.channels.groups").channel_groups(model, origin))

@@ -32,12 +32,12 @@ from prunectl.sweeping.journal import digests
 from prunectl.sweeping.max_drop import Search, SearchResult, search
 from prunectl.sweeping.requests import check_channels, needs_data, prune_to
 from prunectl.sweeping.trial import Variant
-from prunectl.training.backend import Means, ModelOrigin
-from prunectl.training.evaluation.max_drop import max_drop
+from prunectl.training.backend import LoadOptions, TrainOptions
+from prunectl.training.evaluation.max_drop import parse_drop
 from prunectl.training.finetune import finetune
 from prunectl.training.monitor import check_direction
 from prunectl.training.request import FinetuneRequest, check
-from prunectl.training.request import asked as metrics_of
+from prunectl.training.request import parse_metrics as metrics_of
 
 _AMOUNTS = ("sparsity", "compression", "target_gzip", "target_packed", "params", "flops", "dead")
 
@@ -89,16 +89,16 @@ def search_mode(ctx: typer.Context, request: PruneRequest) -> PruneMode:
     """The mode that searches for the largest sparsity within a drop; conflicts are rejected before a file is opened."""
     params, reporter = ctx.params, ctx.obj
     assert isinstance(reporter, Reporter)
-    limit = max_drop(params["max_drop"])
+    limit = parse_drop(params["max_drop"])
     reject_conflicts(ctx, _NOT_FOR_PRUNE)
     if not request.data:
         raise UsageError("--max-drop is judged on data, and there is none", hint="such as --data test.npz")
     if request.pattern != CHANNEL and isinstance(parse_pattern(request)[0], NMPattern):
         raise UsageError(f"the pattern {request.pattern} decides the sparsity by itself", hint="leave out --max-drop")
-    origin = ModelOrigin(
+    origin = LoadOptions(
         request.model, request.custom_objects, is_trusted=params["trust"], seed=request.seed, inputs=request.inputs
     )
-    means = Means(loss=request.loss, seed=request.seed, **metrics_of((params["metric"],)))
+    means = TrainOptions(loss=request.loss, seed=request.seed, **metrics_of((params["metric"],)))
     check_direction(means)
     evaluation = FinetuneRequest(request.data, batch_size=request.batch_size, means=means, origin=origin)
     looks_at_data = needs_data(replace(request, sparsity=_LEAST_PRUNED))
@@ -153,7 +153,7 @@ def finetune_search(ctx: typer.Context, request: FinetuneRequest) -> Callable[[P
     """The search for the largest sparsity within a drop; conflicts are rejected before a file is opened."""
     params, reporter = ctx.params, ctx.obj
     assert isinstance(reporter, Reporter)
-    limit = max_drop(params["max_drop"])
+    limit = parse_drop(params["max_drop"])
     reject_conflicts(ctx, _NOT_FOR_FINETUNE)
     if os.environ.get(_PROCESSES, "1") != "1":
         raise UsageError("--max-drop trains in one process", hint="search without torchrun, then train with --sparsity")

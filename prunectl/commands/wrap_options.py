@@ -10,9 +10,9 @@ import typer
 from prunectl.commands._command import option_name
 from prunectl.errors import UsageError
 from prunectl.pruning.schedules import SparsitySchedule
-from prunectl.training.backend import ModelOrigin
-from prunectl.training.request import MOST_FREQUENCY, PointUnit, parse_point, usual_frequency
-from prunectl.training.wrap.schedules import is_tfmots
+from prunectl.training.backend import LoadOptions
+from prunectl.training.request import MOST_FREQUENCY, PointUnit, default_update_interval, parse_time_point
+from prunectl.training.wrap.schedules import has_tfmot_class
 from prunectl.units import parse_ratio
 
 _SCHEDULE_OPTIONS = ("schedule_param", "initial_sparsity", "begin", "end", "frequency", "power")
@@ -25,7 +25,7 @@ class WrapOptions:
 
     ramp: SparsitySchedule | None
     """How weights are pruned later; none if they are pruned now."""
-    origin: ModelOrigin
+    origin: LoadOptions
 
 
 def wrap_options(ctx: typer.Context, *, looks_at_data: bool) -> WrapOptions | None:
@@ -38,7 +38,7 @@ def wrap_options(ctx: typer.Context, *, looks_at_data: bool) -> WrapOptions | No
             raise UsageError("a manifest repeats a run to the same bytes, and frameworks write wrappers as they like")
         ramp = _ramp(params) if params["schedule"] else None
         _reject_wrap_options(ctx, () if ramp is not None else _SCHEDULE_OPTIONS, "a schedule", "--schedule NAME")
-        return WrapOptions(ramp, ModelOrigin(custom_objects=params["custom_objects"], is_trusted=params["trust"]))
+        return WrapOptions(ramp, LoadOptions(custom_objects=params["custom_objects"], is_trusted=params["trust"]))
     _reject_wrap_options(ctx, _SCHEDULE_OPTIONS, "a schedule", "--schedule NAME")
     if not looks_at_data:
         # A recipe may name code as well, which is trusted or not.
@@ -71,7 +71,7 @@ def _ramp(params: dict[str, Any]) -> SparsitySchedule:
         params["frequency"] or _frequency(length),
         _params(params),
     )
-    if is_tfmots(ramp) and name != "constant" and length % ramp.frequency:
+    if has_tfmot_class(ramp) and name != "constant" and length % ramp.frequency:
         # tfmot prunes at whole turns only, and would stop short of the sparsity that was asked for.
         reached = begin + length // ramp.frequency * ramp.frequency
         raise UsageError(
@@ -82,7 +82,7 @@ def _ramp(params: dict[str, Any]) -> SparsitySchedule:
 
 
 def _step(option: str, text: str) -> int:
-    point = parse_point(text)
+    point = parse_time_point(text)
     if point.unit is not PointUnit.STEPS:
         raise UsageError(
             f"{option} {text} depends on how long training takes, which a file does not know",
@@ -95,7 +95,7 @@ def _frequency(length: int) -> int:
     """The largest number of steps between pruning steps that divides the length, and leaves enough pruning steps."""
     if length <= 0:
         return MOST_FREQUENCY
-    return next(steps for steps in range(usual_frequency(length), 0, -1) if length % steps == 0)
+    return next(steps for steps in range(default_update_interval(length), 0, -1) if length % steps == 0)
 
 
 def _params(params: dict[str, Any]) -> tuple[str, ...]:

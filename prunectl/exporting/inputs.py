@@ -9,7 +9,7 @@ from typing import Protocol
 
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array
-from prunectl.training.backend import Port, Signature
+from prunectl.training.backend import ModelSignature, TensorSpec
 
 Axes = tuple[int | None, ...]
 
@@ -46,10 +46,10 @@ class RunnableModel(Protocol):
         """The outputs for one batch, by name and in order."""
 
 
-def signature_of(inputs: tuple[InputSpec, ...], *, is_channels_first: bool) -> Signature:
+def signature_of(inputs: tuple[InputSpec, ...], *, is_channels_first: bool) -> ModelSignature:
     """The signature that data is adapted to."""
-    ports = tuple(Port(flow.name, None if flow.shape is None else flow.shape[1:], flow.dtype) for flow in inputs)
-    return Signature(ports, (), is_channels_first=is_channels_first)
+    ports = tuple(TensorSpec(flow.name, None if flow.shape is None else flow.shape[1:], flow.dtype) for flow in inputs)
+    return ModelSignature(ports, (), is_channels_first=is_channels_first)
 
 
 def shape_text(shape: Axes | None) -> str:

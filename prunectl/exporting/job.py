@@ -13,7 +13,7 @@ from prunectl.errors import UsageError
 from prunectl.exporting.inputs import InputSpec, RunnableModel, shape_text, signature_of
 from prunectl.exporting.request import BATCH_SIZE, SAMPLES, ExportRequest
 from prunectl.formats.base import Array, ModelFile
-from prunectl.training.data.source import Order
+from prunectl.training.data.source import EpochOrder
 
 _IMAGE_LENGTH, _SEQUENCE_LENGTH = 224, 128
 _OPEN_LENGTH = 16
@@ -62,7 +62,7 @@ def _data_samples(
     runnable: RunnableModel, inputs: tuple[InputSpec, ...], request: ExportRequest
 ) -> tuple[tuple[Array, ...], tuple[str, ...]]:
     signature = signature_of(inputs, is_channels_first=runnable.is_channels_first)
-    order = Order(request.batch_size or BATCH_SIZE, request.seed or 0, is_shuffled=False)
+    order = EpochOrder(request.batch_size or BATCH_SIZE, request.seed or 0, is_shuffled=False)
     return load_inputs(request.data, signature, request.samples or SAMPLES, order)
 
 

@@ -16,7 +16,7 @@ from prunectl.exporting.job import ExportJob
 from prunectl.exporting.tensorflow import TfRunnable
 from prunectl.formats.base import ModelFile
 from prunectl.formats.registry import open_model
-from prunectl.training.backend import ModelOrigin
+from prunectl.training.backend import LoadOptions
 from prunectl.training.keras.backend import ignore_warnings, load_keras2
 from prunectl.training.keras.compile import outputs
 from prunectl.training.keras.compile.outputs import flatten
@@ -27,7 +27,7 @@ _tf = load_keras2().tensorflow
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)
 
 
-def open_runnable(model: ModelFile, origin: ModelOrigin) -> TfRunnable:
+def open_runnable(model: ModelFile, origin: LoadOptions) -> TfRunnable:
     """Load a Keras model to be run by TensorFlow."""
     loaded = load(model, origin, DevicePlacement())
     if not loaded.library.is_on_tensorflow:

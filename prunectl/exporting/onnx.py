@@ -16,7 +16,7 @@ from prunectl.exporting.job import ExportJob
 from prunectl.exporting.onnx_canonical import opset_of
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safe_json import require
-from prunectl.training.backend import ModelOrigin
+from prunectl.training.backend import LoadOptions
 
 
 def write(job: ExportJob, target: Path) -> tuple[str, ...]:
@@ -89,7 +89,7 @@ def _output_array(name: str, value: Any) -> Array:
     return array
 
 
-def open_runnable(model: ModelFile, origin: ModelOrigin) -> OnnxRunnable:
+def open_runnable(model: ModelFile, origin: LoadOptions) -> OnnxRunnable:
     """Open a session on an ONNX file, which needs no code to be rebuilt."""
     del origin
     try:

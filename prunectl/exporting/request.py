@@ -10,7 +10,7 @@ from typing import Any
 
 from prunectl.errors import UsageError
 from prunectl.exporting.inputs import InputOption, parse
-from prunectl.training.backend import ModelOrigin
+from prunectl.training.backend import LoadOptions
 
 BATCH_SIZE = 32
 SAMPLES = 256
@@ -29,7 +29,7 @@ class ExportRequest:
     seed: int | None = None
     atol: float | None = None
     rtol: float | None = None
-    origin: ModelOrigin = field(default_factory=ModelOrigin)
+    origin: LoadOptions = field(default_factory=LoadOptions)
     is_half: bool = False
     is_bf16: bool = False
     is_int8: bool = False
@@ -106,7 +106,7 @@ def parse_request(options: Mapping[str, Any]) -> ExportRequest:
         seed=settings["seed"],
         atol=settings["atol"],
         rtol=settings["rtol"],
-        origin=ModelOrigin(settings["model"], settings["custom_objects"], settings["trust"], settings["seed"] or 0),
+        origin=LoadOptions(settings["model"], settings["custom_objects"], settings["trust"], settings["seed"] or 0),
         is_half=settings["half"],
         is_bf16=settings["bf16"],
         is_int8=settings["int8"],

@@ -14,7 +14,7 @@ from prunectl.exporting.inputs import InputSpec
 from prunectl.exporting.job import ExportJob
 from prunectl.formats.base import Array, ModelFile
 from prunectl.training import user_code
-from prunectl.training.backend import ModelOrigin
+from prunectl.training.backend import LoadOptions
 from prunectl.training.keras.backend import ignore_warnings, load_keras2
 from prunectl.training.keras.load import error_line
 
@@ -71,7 +71,7 @@ DEFAULT = "serving_default"
 fingerprint_pb2 = importlib.import_module("tensorflow.core.protobuf.fingerprint_pb2")
 
 
-def open_runnable(model: ModelFile, origin: ModelOrigin) -> TfRunnable:
+def open_runnable(model: ModelFile, origin: LoadOptions) -> TfRunnable:
     """Load the serving signature of a SavedModel."""
     # It is run as it is, whatever builds the model.
     user_code.check(model, replace(origin, model=""))

@@ -15,12 +15,12 @@ from prunectl.exporting.inputs import InputSpec
 from prunectl.exporting.quiet import quiet_conversion
 from prunectl.formats.base import Array, ModelFile
 from prunectl.training import user_code
-from prunectl.training.backend import ModelOrigin
-from prunectl.training.torch.build import Built, Pieces, build, inputs_of
-from prunectl.training.torch.tensors import leaves, reason, to_numpy, to_torch
+from prunectl.training.backend import LoadOptions
+from prunectl.training.torch.build import BuiltModule, FixedBatchModule, build_module, input_specs
+from prunectl.training.torch.tensors import error_line, tensor_leaves, to_numpy, to_torch
 
 
-def frozen_script(model: ModelFile, origin: ModelOrigin) -> torch.nn.Module | None:
+def frozen_script(model: ModelFile, origin: LoadOptions) -> torch.nn.Module | None:
     """A frozen TorchScript, which has no parameters, in eval mode; None for any other model."""
     if origin.model or not user_code.is_script(model):
         return None
@@ -52,7 +52,7 @@ def frozen_inputs(module: Any) -> tuple[InputSpec, ...]:
 class TorchRunnable:
     """A module in eval mode with its inputs."""
 
-    built: Built
+    built: BuiltModule
     inputs: tuple[InputSpec, ...]
     is_channels_first: bool = True
     notes: tuple[str, ...] = ()
@@ -61,28 +61,28 @@ class TorchRunnable:
     def module(self) -> torch.nn.Module:
         """The module itself."""
         module = self.built.module
-        return module.inner if isinstance(module, Pieces) else module
+        return module.inner if isinstance(module, FixedBatchModule) else module
 
     def run(self, inputs: tuple[Array, ...]) -> dict[str, Array]:
         """The outputs for one batch."""
         return run_module(self.module, inputs)
 
 
-def open_runnable(model: ModelFile, origin: ModelOrigin) -> TorchRunnable:
+def open_runnable(model: ModelFile, origin: LoadOptions) -> TorchRunnable:
     """Build the module of a file, in eval mode."""
     script = frozen_script(model, origin)
     if script is not None:
-        return TorchRunnable(Built(script, {}), frozen_inputs(script))
+        return TorchRunnable(BuiltModule(script, {}), frozen_inputs(script))
     with quiet_conversion():
-        built = build(model, origin)
+        built = build_module(model, origin)
     if built.has_modes:
         built.module.eval()
-    size = built.module.size if isinstance(built.module, Pieces) else None
+    size = built.module.size if isinstance(built.module, FixedBatchModule) else None
     inputs = tuple(
         InputSpec(
             port.name, None if port.shape is None else (size, *port.shape), port.dtype, is_declared=bool(built.shapes)
         )
-        for port in inputs_of(built.module, built.shapes)
+        for port in input_specs(built.module, built.shapes)
     )
     return TorchRunnable(built, inputs)
 
@@ -104,11 +104,11 @@ def run_module(module: Any, inputs: tuple[Array, ...]) -> dict[str, Array]:
         with torch.no_grad(), warnings.catch_warnings():
             # What its authors would do otherwise today is not for who only holds the file.
             warnings.simplefilter("ignore")
-            outputs = leaves(module(*map(to_torch, inputs)))
+            outputs = tensor_leaves(module(*map(to_torch, inputs)))
     except Exception as error:
         shapes = ", ".join("x".join(map(str, array.shape)) for array in inputs)
         raise UsageError(
-            f"the model does not take inputs of {shapes}: {reason(error)}",
+            f"the model does not take inputs of {shapes}: {error_line(error)}",
             hint="--input x:1,3,224,224:f32 says what it takes, or --data SPEC shows it",
         ) from error
     return dict(zip(output_names(len(outputs)), [to_numpy(tensor) for tensor in outputs], strict=True))

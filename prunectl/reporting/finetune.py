@@ -9,8 +9,8 @@ from typing import Any
 from prunectl.reporting.prune import before_after
 from prunectl.reporting.report import Artifact, Cell, Column, Report, Section, Table, Unit
 from prunectl.reporting.serialize import survey_json
-from prunectl.training.finetune import Finetuned
-from prunectl.training.monitor import first_of, judged_by
+from prunectl.training.finetune import FinetuneResult
+from prunectl.training.monitor import monitored_log, monitored_metric
 from prunectl.units import count
 
 _RESULT = (
@@ -28,7 +28,7 @@ _RESULT = (
 )
 
 
-def finetune_report(result: Finetuned, model: str, output: str) -> Report:
+def finetune_report(result: FinetuneResult, model: str, output: str) -> Report:
     """The report on a run."""
     table = Table("result", _RESULT, (_result(result, output),))
     epochs = _epochs(result)
@@ -51,8 +51,8 @@ def finetune_report(result: Finetuned, model: str, output: str) -> Report:
     )
 
 
-def _result(result: Finetuned, output: str) -> tuple[Cell, ...]:
-    name = judged_by(result.judged_after, first_of(result.request.means)) if result.judged_after else ""
+def _result(result: FinetuneResult, output: str) -> tuple[Cell, ...]:
+    name = monitored_log(result.judged_after, monitored_metric(result.request.means)) if result.judged_after else ""
     return (
         output,
         name,
@@ -68,14 +68,14 @@ def _result(result: Finetuned, output: str) -> tuple[Cell, ...]:
     )
 
 
-def _method(result: Finetuned) -> str:
+def _method(result: FinetuneResult) -> str:
     request = result.request
     pruning, ramping = request.pruning, request.ramping
     parts = (pruning.strategy, pruning.pattern, pruning.scope, ramping.name or "polynomial") if request.prunes else ()
     return ", ".join(filter(None, (*parts, f"{count(result.course.steps)} steps of {result.course.batch_size}")))
 
 
-def _facts(result: Finetuned) -> tuple[tuple[str, str], ...]:
+def _facts(result: FinetuneResult) -> tuple[tuple[str, str], ...]:
     facts = [("trained", _method(result))]
     for name, after in result.judged_after.items():
         facts.append((name, f"{_number(result.judged_before.get(name))} -> {_number(after)}"))
@@ -85,7 +85,7 @@ def _facts(result: Finetuned) -> tuple[tuple[str, str], ...]:
     return tuple(facts)
 
 
-def _epochs(result: Finetuned) -> Table:
+def _epochs(result: FinetuneResult) -> Table:
     names = list(dict.fromkeys(name for entry in result.history for name in entry.train))
     judged = list(dict.fromkeys(name for entry in result.history for name in entry.val))
     columns = [

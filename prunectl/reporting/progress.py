@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.progress import Progress as RichProgress
 
-    from prunectl.training.logger import LogEntry, Moment
+    from prunectl.training.logger import LogEntry, ProgressEvent
 
 
 PATIENCE_SECONDS = 1.0
@@ -82,7 +82,7 @@ class TrainingProgress:
         self._bar: Progress | None = None
         self._last_epoch = 0
 
-    def watch(self, moment: Moment) -> None:
+    def watch(self, moment: ProgressEvent) -> None:
         """Show where training is."""
         if self._settings.is_quiet:
             return
@@ -97,7 +97,7 @@ class TrainingProgress:
         sys.stderr.write(f"epoch {entry.epoch}/{epochs}: {format_epoch(entry)}\n")
         sys.stderr.flush()
 
-    def _show(self, moment: Moment) -> None:
+    def _show(self, moment: ProgressEvent) -> None:
         from rich import progress  # noqa: PLC0415 - rich is loaded only for people
 
         if self._bar is None:

@@ -17,7 +17,7 @@ from prunectl.reporting.serialize import survey_json
 from prunectl.units import count, percent
 
 if TYPE_CHECKING:
-    from prunectl.training.wrap.prune import Wrapped
+    from prunectl.training.wrap.prune import WrapResult
 
 _COMPARED = (
     Column(""),
@@ -110,7 +110,7 @@ def _skipped(pruned: Pruned) -> str:
 _SHOWN = 6
 
 
-def wrap_report(wrapped: Wrapped, output: str) -> Report:
+def wrap_report(wrapped: WrapResult, output: str) -> Report:
     """The report on a run; without an output it was a dry run."""
     report = prune_report(wrapped.pruned, output)
     (section,) = report.sections
@@ -121,7 +121,7 @@ def wrap_report(wrapped: Wrapped, output: str) -> Report:
     return replace(report, sections=(replace(section, notes=(*_wrapper_notes(wrapped), *rest)),))
 
 
-def _wrapper_notes(wrapped: Wrapped) -> tuple[str, ...]:
+def _wrapper_notes(wrapped: WrapResult) -> tuple[str, ...]:
     tensors = f"{wrapped.wrapped} tensor{'s' * (wrapped.wrapped != 1)}"
     notes = [f"{tensors} got wrappers: {_schedule(wrapped.ramp)}"]
     if wrapped.bare:

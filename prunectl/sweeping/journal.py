@@ -185,8 +185,8 @@ def digests(*, specs: Iterable[str], functions: Iterable[Any], models: Iterable[
     """The hash of every file that data, functions and other models lie in, by its path."""
     specs_and_functions = tuple(functions)
     paths = [
-        *(file for spec in specs if spec for file in registry.of_spec(spec)),
-        *registry.of_functions(specs_and_functions),
+        *(file for spec in specs if spec for file in registry.files_of_spec(spec)),
+        *registry.files_of_references(specs_and_functions),
         *_module_files((*(spec.partition("?")[0] for spec in specs), *specs_and_functions)),
         *(file for model in models if model for file in open_model(Path(model)).files),
     ]

@@ -21,9 +21,9 @@ from prunectl.pruning.request import PruneRequest, resolve_method
 from prunectl.pruning.schedules import CURVES
 from prunectl.pruning.strategies import Requires
 from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial
-from prunectl.training.backend import WATCHED, Means, ModelOrigin
-from prunectl.training.request import FinetuneRequest, Ramping
-from prunectl.training.request import asked as asked_of
+from prunectl.training.backend import STATISTIC_OF_STRATEGY, LoadOptions, TrainOptions
+from prunectl.training.request import FinetuneRequest, ScheduleOptions
+from prunectl.training.request import parse_metrics as asked_of
 
 
 def needs_data(request: PruneRequest) -> bool:
@@ -79,16 +79,16 @@ def training_of(config: SweepConfig, trial: Trial) -> FinetuneRequest:
         val_split=config.val_split,
         epochs=config.epochs,
         batch_size=config.batch_size,
-        means=Means(
+        means=TrainOptions(
             loss=config.loss,
             optimizer=config.optimizer,
             lr=config.lr,
             seed=config.seed,
             **asked_of((config.metric,)),
         ),
-        origin=ModelOrigin(config.model, config.custom_objects, config.is_trusted, config.seed),
+        origin=LoadOptions(config.model, config.custom_objects, config.is_trusted, config.seed),
         pruning=pruning,
-        ramping=Ramping() if is_pruned else Ramping(name=trial.schedule),
+        ramping=ScheduleOptions() if is_pruned else ScheduleOptions(name=trial.schedule),
     )
 
 
@@ -120,7 +120,7 @@ def check_variant(config: SweepConfig, trial: Trial) -> None:
             hint=f"sweep it with --schedules {ONE_SHOT}",
         )
     pruning = pruning_of(config, trial)
-    if not trains or trial.strategy not in WATCHED or looks_at_data(trial):
+    if not trains or trial.strategy not in STATISTIC_OF_STRATEGY or looks_at_data(trial):
         request.check(pruning)
     elif trial.schedule == ONE_SHOT:
         raise UsageError(
@@ -143,7 +143,7 @@ def check_channels(pruning: PruneRequest) -> None:
 
 def _needs_training_scores(trial: Trial) -> bool:
     is_later = trial.schedule not in {"", ONE_SHOT}
-    return trial.pattern != CHANNEL and is_later and trial.strategy in WATCHED
+    return trial.pattern != CHANNEL and is_later and trial.strategy in STATISTIC_OF_STRATEGY
 
 
 def _pruning_request(trial: Trial) -> PruneRequest:

@@ -13,7 +13,7 @@ from prunectl.sweeping.journal import digest, trial_dir
 from prunectl.sweeping.requests import is_one_shot, prune_to, pruning_of, training_of
 from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial, TrialResult, diverged
 from prunectl.training.course import DivergedError
-from prunectl.training.evaluation.evaluate import judge, judge_whole
+from prunectl.training.evaluation.evaluate import evaluate_baseline, evaluate_file
 from prunectl.training.finetune import finetune
 from prunectl.training.request import FinetuneRequest
 
@@ -21,7 +21,7 @@ from prunectl.training.request import FinetuneRequest
 def evaluate(path: Path, request: FinetuneRequest, name: str) -> TrialResult:
     """What a file is worth, as it is noted under a name; one without is the model as it is."""
     survey = measure(open_model(path), get_codec(CodecName.GZIP, None))
-    judged = judge(path, request) if name else judge_whole(path, request)
+    judged = evaluate_file(path, request) if name else evaluate_baseline(path, request)
     assert survey.bytes.compressed is not None
     logs = {key: value for key, value in judged.logs.items() if math.isfinite(value)}
     sparsity = survey.sparsity or 0.0

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from prunectl.errors import PrunectlError
-from prunectl.training.monitor import is_higher_better
+from prunectl.training.monitor import resolve_direction
 
 
 class Variant(NamedTuple):
@@ -85,7 +85,7 @@ class TrialResult:
     @property
     def higher_is_better(self) -> bool:
         """Whether more of the metric is better."""
-        return self.is_up if self.is_up is not None else is_higher_better(self.metric)
+        return self.is_up if self.is_up is not None else resolve_direction(self.metric)
 
     @property
     def as_json(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from prunectl.pruning.strategies import BlockContext, Strategy
 from prunectl.training.data.source import Arrays, Batch
 
 
-class Evidence(StrEnum):
+class GradientStatistic(StrEnum):
     """What is added up over the steps since the last turn, for each weight w with gradient g."""
 
     NONE = ""
@@ -27,15 +27,15 @@ class Evidence(StrEnum):
     """-w * g, over all of training: how far a weight moved away from zero"""
 
 
-WATCHED: Mapping[str, Evidence] = {
-    "magnitude-gradient": Evidence.SALIENCE,
-    "movement": Evidence.MOVEMENT,
+STATISTIC_OF_STRATEGY: Mapping[str, GradientStatistic] = {
+    "magnitude-gradient": GradientStatistic.SALIENCE,
+    "movement": GradientStatistic.MOVEMENT,
 }
 """What the strategies that watch training look at."""
 
 
-def informed(strategy: Strategy, found: Mapping[str, Array], kept: Mapping[str, Array]) -> Strategy:
-    """Return a strategy whose scores are the evidence; what is zero already goes first."""
+def with_gradient_scores(strategy: Strategy, found: Mapping[str, Array], kept: Mapping[str, Array]) -> Strategy:
+    """A strategy whose scores are the evidence; what is zero already goes first."""
     # One shift for all tensors keeps their order, and scores must not be negative.
     least = min((float(array.min()) for array in found.values() if array.size), default=0.0)
     scores = {
@@ -56,7 +56,7 @@ _TINY = 1e-7
 """Below the precision of 32-bit probabilities."""
 
 
-class Ending(StrEnum):
+class FinalActivation(StrEnum):
     """What the last activation makes of its numbers."""
 
     SOFTMAX = "softmax"
@@ -67,44 +67,44 @@ class Ending(StrEnum):
     """Nothing but the numbers tells."""
 
 
-def by_numbers(array: Array, axis: int) -> Ending:
+def activation_of_values(array: Array, axis: int) -> FinalActivation:
     """The ending that outputs look like, where the graph does not tell; the axis is that of the classes."""
     whole = np.asarray(array, np.float64)
     if not whole.size or not np.isfinite(whole).all():
-        return Ending.RAW
+        return FinalActivation.RAW
     has_classes = whole.ndim > 1 and whole.shape[axis] > 1
     if has_classes and whole.max() <= 0.0 and _is_one(np.exp(whole).sum(axis=axis)):
-        return Ending.LOG_SOFTMAX
+        return FinalActivation.LOG_SOFTMAX
     if whole.min() < 0.0 or whole.max() > 1.0:
-        return Ending.RAW
-    return Ending.SOFTMAX if has_classes and _is_one(whole.sum(axis=axis)) else Ending.SIGMOID
+        return FinalActivation.RAW
+    return FinalActivation.SOFTMAX if has_classes and _is_one(whole.sum(axis=axis)) else FinalActivation.SIGMOID
 
 
 def _is_one(sums: Array) -> bool:
     return bool(np.all(np.abs(sums - 1.0) < _SUM_TOLERANCE))
 
 
-def converted(array: Array, theirs: Ending, ours: Ending, axis: int) -> Array:
+def convert_outputs(array: Array, theirs: FinalActivation, ours: FinalActivation, axis: int) -> Array:
     """Outputs of one ending as another would have them; a logarithm of probabilities is as good as their logits."""
-    if theirs is ours or Ending.UNKNOWN in {theirs, ours}:
+    if theirs is ours or FinalActivation.UNKNOWN in {theirs, ours}:
         return array
     kind, wide = array.dtype, array.astype(np.float64)
-    if theirs is Ending.SIGMOID:
+    if theirs is FinalActivation.SIGMOID:
         within = np.clip(wide, _TINY, 1.0 - _TINY)
         found = np.log(within) - np.log1p(-within)
     else:
-        found = np.log(np.maximum(wide, _TINY)) if theirs is Ending.SOFTMAX else wide
-    if ours is Ending.SIGMOID:
+        found = np.log(np.maximum(wide, _TINY)) if theirs is FinalActivation.SOFTMAX else wide
+    if ours is FinalActivation.SIGMOID:
         found = 1.0 / (1.0 + np.exp(-found))
-    elif ours in {Ending.SOFTMAX, Ending.LOG_SOFTMAX}:
+    elif ours in {FinalActivation.SOFTMAX, FinalActivation.LOG_SOFTMAX}:
         found = found - found.max(axis=axis, keepdims=True)
         found = found - np.log(np.exp(found).sum(axis=axis, keepdims=True))
-        found = np.exp(found) if ours is Ending.SOFTMAX else found
+        found = np.exp(found) if ours is FinalActivation.SOFTMAX else found
     return found.astype(kind)
 
 
 @dataclass(frozen=True, slots=True)
-class Port:
+class TensorSpec:
     """One input or output of a model."""
 
     name: str
@@ -112,16 +112,16 @@ class Port:
     """Without the batch axis; None where an axis, or all of it, is unknown."""
     dtype: str
     """Such as float32 or int64; empty if unknown."""
-    ending: Ending = Ending.UNKNOWN
+    ending: FinalActivation = FinalActivation.UNKNOWN
     """The activation that an output ends with."""
 
 
 @dataclass(frozen=True, slots=True)
-class Signature:
+class ModelSignature:
     """Everything that goes into a model and comes out of it."""
 
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     is_channels_first: bool
     """Whether images are CHW, as in PyTorch, and not HWC."""
 
@@ -131,7 +131,7 @@ Logs = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Means:
+class TrainOptions:
     """How a model is trained, as far as its framework has to know; what is empty the file or the framework says."""
 
     loss: str = ""
@@ -165,7 +165,7 @@ class Means:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelOrigin:
+class LoadOptions:
     """How a model becomes a network of its framework."""
 
     model: str = ""
@@ -179,11 +179,11 @@ class ModelOrigin:
     """Shapes of what goes in, `1,3,224,224`, where it has to be run and nothing says them."""
 
 
-class Network(Protocol):
+class TrainableModel(Protocol):
     """A model that can be trained."""
 
     @property
-    def signature(self) -> Signature:
+    def signature(self) -> ModelSignature:
         """What goes in and comes out, as far as it is known."""
 
     @property
@@ -204,14 +204,14 @@ class Network(Protocol):
     def place(self, device: str) -> None:
         """Choose where a model runs that is asked for its outputs alone, and never prepared."""
 
-    def prepare(self, means: Means) -> None:
+    def prepare(self, means: TrainOptions) -> None:
         """Choose loss, optimizer and metrics, before anything is trained or evaluated."""
 
     def weights(self, names: Iterable[str]) -> dict[str, Array]:
-        """Return copies of some weights."""
+        """Copies of some weights."""
 
     def tensors(self) -> dict[str, Array]:
-        """Return copies of all that the file holds and training may change; not the optimizer's state."""
+        """Copies of all that the file holds and training may change; not the optimizer's state."""
 
     def assign(self, values: Mapping[str, Array]) -> None:
         """Replace the numbers of some tensors."""
@@ -219,11 +219,11 @@ class Network(Protocol):
     def mask(self, masks: Mapping[str, Array]) -> None:
         """Zero what the masks do not keep, now and after every step; the optimizer's momentum of it too."""
 
-    def watch(self, evidence: Evidence, names: Sequence[str]) -> None:
+    def watch(self, evidence: GradientStatistic, names: Sequence[str]) -> None:
         """Gather evidence about some weights from the next step on."""
 
     def evidence(self) -> dict[str, Array]:
-        """Return what was gathered, the same in every process."""
+        """What was gathered, the same in every process."""
 
     def forget(self) -> None:
         """Begin to gather anew."""
@@ -235,13 +235,13 @@ class Network(Protocol):
         """
 
     def logs(self) -> Logs:
-        """Return the means of loss and metrics over the examples since the last call."""
+        """The means of loss and metrics over the examples since the last call."""
 
     def evaluate(self, batches: Iterable[Batch]) -> Logs:
-        """Return the means of loss and metrics, without a change to the model."""
+        """The means of loss and metrics, without a change to the model."""
 
     def predict(self, x: Arrays) -> Arrays:
-        """Return what comes out, for one batch."""
+        """What comes out, for one batch."""
 
     def recalibrate(self, batches: Iterable[Batch]) -> int:
         """Take the statistics of batch normalisation anew, and return how many layers have some."""

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from prunectl.errors import InputError, UsageError, writing
 from prunectl.training.backend import Array
 from prunectl.training.logger import LogEntry
 
 if TYPE_CHECKING:
-    from prunectl.training.backend import Network
-    from prunectl.training.loop import LoopState
-    from prunectl.training.mask_schedule import Keeper
+    from prunectl.training.backend import TrainableModel
+    from prunectl.training.loop import TrainState
+    from prunectl.training.mask_schedule import MaskScheduler
 
 
 _LAST, _NEXT, _OLD = "last", "next", "old"
@@ -28,7 +27,7 @@ _FACTS, _MASKS, _BEST, _NETWORK = "run.json", "masks.npz", "best.npz", "network"
 
 
 @dataclass(frozen=True, slots=True)
-class Saver:
+class CheckpointManager:
     """Keeps the last checkpoint of a run in a folder."""
 
     folder: Path
@@ -52,7 +51,7 @@ class Saver:
                 hint="go on with the same choices, or start in another folder",
             )
 
-    def save(self, network: Network, keeper: Keeper, progress: LoopState) -> None:
+    def save(self, network: TrainableModel, keeper: MaskScheduler, progress: TrainState) -> None:
         """Keep where a run is; only the first process writes it."""
         if not network.is_chief:
             network.save(None)
@@ -60,12 +59,12 @@ class Saver:
         with writing(self.folder):
             self._write(network, keeper, progress)
 
-    def _write(self, network: Network, keeper: Keeper, progress: LoopState) -> None:
+    def _write(self, network: TrainableModel, keeper: MaskScheduler, progress: TrainState) -> None:
         scratch = self.folder / _NEXT
         shutil.rmtree(scratch, ignore_errors=True)
         (scratch / _NETWORK).mkdir(parents=True)
-        _write_arrays(scratch / _MASKS, keeper.masks)
-        _write_arrays(scratch / _BEST, progress.best_tensors)
+        save_arrays(scratch / _MASKS, keeper.masks)
+        save_arrays(scratch / _BEST, progress.best_tensors)
         facts = {
             "choices": dict(self.choices),
             "step": progress.step,
@@ -85,20 +84,20 @@ class Saver:
         scratch.rename(last)
         shutil.rmtree(old, ignore_errors=True)
 
-    def resume(self, network: Network, keeper: Keeper, progress: LoopState) -> None:
+    def resume(self, network: TrainableModel, keeper: MaskScheduler, progress: TrainState) -> None:
         """Bring everything to where the run was; from the beginning if there is no checkpoint."""
         place = self._found()
         if place is None or not self.is_resumed:
             return
         facts = _read(place / _FACTS)
         network.restore(place / _NETWORK)
-        keeper.masks = {name: array.astype(np.bool_) for name, array in _read_arrays(place / _MASKS).items()}
+        keeper.masks = {name: array.astype(np.bool_) for name, array in load_arrays(place / _MASKS).items()}
         keeper.turned_at = facts["turned_at"]
         if keeper.masks:
             network.mask(keeper.masks)
         progress.step, progress.stale = facts["step"], facts["stale"]
         progress.best, progress.best_epoch = facts["best"], facts["best_epoch"]
-        progress.best_tensors = _read_arrays(place / _BEST)
+        progress.best_tensors = load_arrays(place / _BEST)
         progress.history = [LogEntry(**entry) for entry in facts["history"]]
 
     def _found(self) -> Path | None:
@@ -164,28 +163,11 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    # By number: a name may hold what no name of a file in an archive may. As bytes: NumPy saves no bfloat16.
-    index = [[name, str(array.dtype), list(array.shape)] for name, array in arrays.items()]
-    flat = {str(at): np.frombuffer(array.tobytes(), np.uint8) for at, array in enumerate(arrays.values())}
-    np.savez(path, index=np.frombuffer(json.dumps(index).encode(), np.uint8), **flat)  # type: ignore[arg-type]
-
-
-def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-
-    with np.load(path, allow_pickle=False) as held:
-        index = json.loads(held["index"].tobytes())
-        return {
-            name: np.frombuffer(held[str(at)].tobytes(), np.dtype(kind)).reshape(shape)
-            for at, (name, kind, shape) in enumerate(index)
-        }
-
-
 _INDEX = "index"
 
 
-def keep(path: Path, arrays: Mapping[str, Array]) -> None:
-    """Write arrays to a file."""
+def save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Write arrays to an .npz file: by number, as names may hold what no entry may; as bytes, for bfloat16."""
     index = [[name, str(array.dtype), list(array.shape)] for name, array in arrays.items()]
     parts = {str(at): np.frombuffer(array.tobytes(), np.uint8) for at, array in enumerate(arrays.values())}
     parts[_INDEX] = np.frombuffer(json.dumps(index).encode(), np.uint8)
@@ -193,8 +175,8 @@ def keep(path: Path, arrays: Mapping[str, Array]) -> None:
         np.savez(file, allow_pickle=False, **parts)
 
 
-def take(path: Path) -> dict[str, Array]:
-    """Return the arrays of a file."""
+def load_arrays(path: Path) -> dict[str, Array]:
+    """The arrays that `save_arrays` wrote."""
     try:
         with np.load(path, allow_pickle=False) as held:
             return {

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from prunectl.errors import UsageError, WorkError
 
-Rate = Callable[[float], float]
+LrSchedule = Callable[[float], float]
 """From the part of training that is done to a share of the learning rate."""
 
-RATES: Mapping[str, Rate] = {
+LR_SCHEDULES: Mapping[str, LrSchedule] = {
     "constant": lambda _: 1.0,
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: (1.0 + math.cos(math.pi * done)) / 2.0,
@@ -21,7 +21,7 @@ RATES: Mapping[str, Rate] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class TrainConfig:
     """How long, in which pieces, and when to stop."""
 
     steps: int
@@ -42,16 +42,16 @@ class Course:
         return math.ceil(self.steps / self.steps_per_epoch) if self.steps_per_epoch else 0
 
     def rate_at(self, step: int) -> float:
-        """Return the share of the learning rate at a step."""
+        """The share of the learning rate at a step."""
         if step < self.warmup:
             return (step + 1) / self.warmup
-        return RATES[self.rate]((step - self.warmup) / max(self.steps - self.warmup, 1))
+        return LR_SCHEDULES[self.rate]((step - self.warmup) / max(self.steps - self.warmup, 1))
 
 
-def course(
+def resolve_steps(
     examples: int, batch_size: int, *, epochs: int | None, steps: int | None, default_epochs: int, ranks: int = 1
 ) -> tuple[int, int]:
-    """Return the number of steps in all and in an epoch, which is the same in each of several processes."""
+    """The number of steps in all and in an epoch, which is the same in each of several processes."""
     if epochs is not None and steps is not None:
         raise UsageError("--epochs and --steps exclude each other")
     if batch_size < 1:

@@ -16,12 +16,19 @@ from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.registry import open_model
 from prunectl.training import user_code
-from prunectl.training.backend import Ending, ModelOrigin, Port, Signature, by_numbers, converted
+from prunectl.training.backend import (
+    FinalActivation,
+    LoadOptions,
+    ModelSignature,
+    TensorSpec,
+    activation_of_values,
+    convert_outputs,
+)
 from prunectl.training.data import adapt
-from prunectl.training.data.adapt import AxisLayout, Fit, matches, text
-from prunectl.training.data.source import Arrays, Batch, each
-from prunectl.training.onnx.model import open_observed
-from prunectl.training.runtimes import open_network
+from prunectl.training.data.adapt import ArrayAdapter, AxisChange, format_shape, shape_matches
+from prunectl.training.data.source import Arrays, Batch, as_tuple
+from prunectl.training.onnx.model import load_onnx_model
+from prunectl.training.runtimes import load_trainable
 
 _COLOURS = frozenset({1, 3, 4})
 
@@ -30,15 +37,15 @@ _COLOURS = frozenset({1, 3, 4})
 class _Answer:
     """How one output of the teacher becomes one of the pupil's."""
 
-    layout: AxisLayout | None
-    theirs: Ending
-    ours: Ending
+    layout: AxisChange | None
+    theirs: FinalActivation
+    ours: FinalActivation
     axis: int
 
     def apply(self, array: Array) -> Array:
-        """Return the output as the pupil would give it."""
+        """The output as the pupil would give it."""
         shaped = self.layout.apply(array) if self.layout else array
-        return converted(shaped, self.theirs, self.ours, self.axis)
+        return convert_outputs(shaped, self.theirs, self.ours, self.axis)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,31 +55,31 @@ class Teacher:
     predict: Callable[[Arrays], Arrays]
     close: Callable[[], None]
     notes: tuple[str, ...]
-    _inputs: Sequence[Fit]
+    _inputs: Sequence[ArrayAdapter]
     _outputs: Sequence[_Answer]
 
     def __call__(self, x: Arrays) -> Arrays:
-        """Return what the teacher makes of inputs, as its pupil would give it."""
+        """What the teacher makes of inputs, as its pupil would give it."""
         found = [answer.apply(array) for answer, array in zip(self._outputs, _asked(self, x), strict=False)]
         return tuple(found) if len(found) > 1 else found[0]
 
 
 def _asked(teacher: Teacher, x: Arrays) -> tuple[Array, ...]:
-    return each(teacher.predict(_fitted(teacher._inputs, x)))  # noqa: SLF001
+    return as_tuple(teacher.predict(_fitted(teacher._inputs, x)))  # noqa: SLF001
 
 
-def open_teacher(
-    path: Path, origin: ModelOrigin, device: str, pupil: Signature, example: Batch, *, builder: str = ""
+def load_teacher(
+    path: Path, origin: LoadOptions, device: str, pupil: ModelSignature, example: Batch, *, builder: str = ""
 ) -> Teacher:
-    """Return a model that answers for the batches of a pupil, of which one example is given.
+    """A model that answers for the batches of a pupil, of which one example is given.
 
     The origin is the pupil's; the builder is the teacher's own.
     """
     model = open_model(path)
-    predict, close, theirs = _opened(model, origin_of(model, origin, builder), device)
+    predict, close, theirs = _opened(model, teacher_load_options(model, origin, builder), device)
     try:
-        inputs = _input_fits(path, theirs, pupil, each(example.x))
-        seen = [np.asarray(array) for array in each(predict(_fitted(inputs, example.x)))]
+        inputs = _input_fits(path, theirs, pupil, as_tuple(example.x))
+        seen = [np.asarray(array) for array in as_tuple(predict(_fitted(inputs, example.x)))]
         outputs = _answers(path, seen, theirs, pupil)
     except BaseException:
         close()
@@ -83,18 +90,18 @@ def open_teacher(
     return Teacher(predict, close, notes, inputs, outputs)
 
 
-def origin_of(model: ModelFile, pupil: ModelOrigin, builder: str) -> ModelOrigin:
+def teacher_load_options(model: ModelFile, pupil: LoadOptions, builder: str) -> LoadOptions:
     """How a teacher becomes a network: by its own builder, else by the pupil's if it holds weights alone."""
     return replace(pupil, model=builder or ("" if _is_complete(model) else pupil.model))
 
 
 def _opened(
-    model: ModelFile, origin: ModelOrigin, device: str
-) -> tuple[Callable[[Arrays], Arrays], Callable[[], None], Signature]:
+    model: ModelFile, origin: LoadOptions, device: str
+) -> tuple[Callable[[Arrays], Arrays], Callable[[], None], ModelSignature]:
     if model.format == "onnx":
-        observed = open_observed(model, origin)
+        observed = load_onnx_model(model, origin)
         return observed.predict, _nothing, observed.signature
-    network = open_network(model, origin)
+    network = load_trainable(model, origin)
     network.place(device)
     return network.predict, network.close, network.signature
 
@@ -110,7 +117,9 @@ def _is_complete(model: ModelFile) -> bool:
     return user_code.is_script(model)
 
 
-def _input_fits(path: Path, theirs: Signature, pupil: Signature, arrays: Sequence[Array]) -> list[Fit]:
+def _input_fits(
+    path: Path, theirs: ModelSignature, pupil: ModelSignature, arrays: Sequence[Array]
+) -> list[ArrayAdapter]:
     if len(theirs.inputs) != len(arrays):
         raise UsageError(
             f"the teacher {path} takes {len(theirs.inputs)} inputs, and the model {len(arrays)}",
@@ -119,47 +128,53 @@ def _input_fits(path: Path, theirs: Signature, pupil: Signature, arrays: Sequenc
     found = []
     for port, array in zip(theirs.inputs, arrays, strict=True):
         shape = array.shape[1:]
-        change = adapt.between(shape, port.shape)
+        change = adapt.find_axis_change(shape, port.shape)
         if port.shape is None and theirs.is_channels_first != pupil.is_channels_first:
             change = _by_convention(shape, is_first=theirs.is_channels_first)
-        elif port.shape is not None and change is None and not matches(shape, port.shape):
+        elif port.shape is not None and change is None and not shape_matches(shape, port.shape):
             raise UsageError(
-                f"the teacher {path} takes {text(port.shape)} for each example, and the model {text(shape)}",
+                f"the teacher {path} takes {format_shape(port.shape)} for each example, "
+                f"and the model {format_shape(shape)}",
                 hint="a teacher has to take what its pupil takes; only the place of the channels may differ",
             )
-        found.append(Fit(f"what the teacher {path.name} takes", change, adapt.of_input(array.dtype, port.dtype)))
+        found.append(
+            ArrayAdapter(f"what the teacher {path.name} takes", change, adapt.input_cast(array.dtype, port.dtype))
+        )
     return found
 
 
-def _by_convention(shape: tuple[int, ...], *, is_first: bool) -> AxisLayout | None:
-    """Return what brings the channels of an image to the other end, for a teacher that does not say what it takes."""
+def _by_convention(shape: tuple[int, ...], *, is_first: bool) -> AxisChange | None:
+    """What brings the channels of an image to the other end, for a teacher that does not say what it takes."""
     if len(shape) != 3 or shape[-1 if is_first else 0] not in _COLOURS:
         return None
     order = (2, 0, 1) if is_first else (1, 2, 0)
     ends = "first" if is_first else "last"
-    return AxisLayout(f"{text(shape)} becomes {text([shape[at] for at in order])}: channels come {ends}", order=order)
+    return AxisChange(
+        f"{format_shape(shape)} becomes {format_shape([shape[at] for at in order])}: channels come {ends}", order=order
+    )
 
 
-def _fitted(fits: Sequence[Fit], x: Arrays) -> Arrays:
-    found = tuple(fit.apply(array) for fit, array in zip(fits, each(x), strict=True))
+def _fitted(fits: Sequence[ArrayAdapter], x: Arrays) -> Arrays:
+    found = tuple(fit.apply(array) for fit, array in zip(fits, as_tuple(x), strict=True))
     return found if len(found) > 1 else found[0]
 
 
-def _answers(path: Path, seen: Sequence[Array], theirs: Signature, pupil: Signature) -> list[_Answer]:
+def _answers(path: Path, seen: Sequence[Array], theirs: ModelSignature, pupil: ModelSignature) -> list[_Answer]:
     if len(seen) < len(pupil.outputs):
         raise UsageError(f"the teacher {path} gives {len(seen)} outputs, and the model {len(pupil.outputs)}")
-    ports = theirs.outputs if len(theirs.outputs) == len(seen) else (Port("", None, ""),) * len(seen)
+    ports = theirs.outputs if len(theirs.outputs) == len(seen) else (TensorSpec("", None, ""),) * len(seen)
     axis, their_axis = (1 if one.is_channels_first else -1 for one in (pupil, theirs))
     found = []
     for array, port, mine in zip(seen, ports, pupil.outputs, strict=False):
         shape = array.shape[1:]
-        change = adapt.between(shape, mine.shape)
-        if mine.shape is not None and change is None and not matches(shape, mine.shape):
+        change = adapt.find_axis_change(shape, mine.shape)
+        if mine.shape is not None and change is None and not shape_matches(shape, mine.shape):
             raise UsageError(
-                f"the teacher {path} gives {text(shape)} for each example, and the model {text(mine.shape)}",
+                f"the teacher {path} gives {format_shape(shape)} for each example, "
+                f"and the model {format_shape(mine.shape)}",
                 hint="a teacher has to know the same classes, in the same order",
             )
         # A matrix has its classes in one place only.
-        ending = port.ending or by_numbers(array, their_axis if array.ndim > 2 else -1)
+        ending = port.ending or activation_of_values(array, their_axis if array.ndim > 2 else -1)
         found.append(_Answer(change, ending, mine.ending, axis))
     return found

@@ -23,29 +23,44 @@ from prunectl.pruning.destination import Destination
 from prunectl.pruning.strip import stats_for_report
 from prunectl.pruning.threshold import Mask
 from prunectl.training import user_code
-from prunectl.training.backend import Logs, Network, Signature
-from prunectl.training.checkpoint import Saver
-from prunectl.training.course import Course, course
+from prunectl.training.backend import Logs, ModelSignature, TrainableModel
+from prunectl.training.checkpoint import CheckpointManager
+from prunectl.training.course import TrainConfig, resolve_steps
 from prunectl.training.data.adapt import adapt
-from prunectl.training.data.batching import length
+from prunectl.training.data.batching import num_examples
 from prunectl.training.data.registry import open_source
-from prunectl.training.data.source import Batch, Order, Source, each, peek, split
+from prunectl.training.data.source import Batch, EpochOrder, Source, as_tuple, peek, train_val_split
 from prunectl.training.data.validate import check_batches, require_targets
-from prunectl.training.distillation import Teacher, open_teacher, origin_of
-from prunectl.training.logger import Diary, LogEntry, Watcher
-from prunectl.training.loop import Data, Lesson, LoopState, Stopping, evaluated, keep_freed, train
-from prunectl.training.mask_schedule import Keeper, Rules, rules_of, zeros_of
-from prunectl.training.monitor import Decider, check_direction, decider
-from prunectl.training.native_pruning import keeper_of
-from prunectl.training.request import DEFAULT_EPOCHS, FinetuneRequest, Keep, MaskMode, check, parse_point
-from prunectl.training.runtimes import open_network
-from prunectl.training.wrap.wrappers import Wrapping, check_wrappable, kept, unwrapped, wrap_in_place, wrapping_of
+from prunectl.training.distillation import Teacher, load_teacher, teacher_load_options
+from prunectl.training.logger import LogEntry, ProgressCallback, TrainingLogger
+from prunectl.training.loop import (
+    DataSplits,
+    GracefulInterrupt,
+    TrainingRun,
+    TrainState,
+    evaluate,
+    retain_freed_memory,
+    train,
+)
+from prunectl.training.mask_schedule import MaskScheduler, PruningConfig, make_pruning_config, masks_of_zeros
+from prunectl.training.monitor import Monitor, check_direction, make_monitor
+from prunectl.training.native_pruning import make_mask_scheduler
+from prunectl.training.request import DEFAULT_EPOCHS, FinetuneRequest, KeepWeights, MaskMode, check, parse_time_point
+from prunectl.training.runtimes import load_trainable
+from prunectl.training.wrap.wrappers import (
+    WrapperSpec,
+    check_wrappable,
+    read_saved_pruning,
+    spec_of_result,
+    strip_wrappers,
+    wrap_in_place,
+)
 
 _COUNTED_BY = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class TrainingData:
     """Examples that fit a model."""
 
     train: Source
@@ -54,7 +69,7 @@ class Read:
     notes: tuple[str, ...]
 
 
-def read(network: Network, request: FinetuneRequest) -> Read:
+def open_training_data(network: TrainableModel, request: FinetuneRequest) -> TrainingData:
     """Open what is learned from and what is judged by."""
     seed, val, val_split = request.means.seed, request.val, request.val_split
     train, notes = _fitted(request.data, network, seed)
@@ -65,16 +80,16 @@ def read(network: Network, request: FinetuneRequest) -> Read:
         judged, more = _fitted(val, network, seed)
         notes += more
     elif val_split:
-        train, judged = split(train, val_split, seed)
+        train, judged = train_val_split(train, val_split, seed)
     if judged is not None and not request.means.custom_step:
         require_targets(judged)
     example = peek(train)
     if example is None:
         raise InputError(f"{train.name} has no examples")
-    return Read(train, judged, example, tuple(dict.fromkeys(notes)))
+    return TrainingData(train, judged, example, tuple(dict.fromkeys(notes)))
 
 
-def look_over(found: Read, signature: Signature, request: FinetuneRequest) -> tuple[str, ...]:
+def validate_training_data(found: TrainingData, signature: ModelSignature, request: FinetuneRequest) -> tuple[str, ...]:
     """Refuse examples that the model cannot learn from, now that it is known what comes out of it."""
     notes: list[str] = []
     for source in filter(None, (found.train, found.val)):
@@ -83,23 +98,23 @@ def look_over(found: Read, signature: Signature, request: FinetuneRequest) -> tu
     return tuple(dict.fromkeys(notes))
 
 
-def count(source: Source) -> int:
-    """Return how many examples there are; those of a stream are counted by going through them once."""
+def count_examples(source: Source) -> int:
+    """How many examples there are; those of a stream are counted by going through them once."""
     if source.count is not None:
         return source.count
-    return sum(length(batch) for batch in source.batches(Order(_COUNTED_BY)))
+    return sum(num_examples(batch) for batch in source.batches(EpochOrder(_COUNTED_BY)))
 
 
-def _fitted(spec: str, network: Network, seed: int) -> tuple[Source, tuple[str, ...]]:
+def _fitted(spec: str, network: TrainableModel, seed: int) -> tuple[Source, tuple[str, ...]]:
     return adapt(open_source(spec, signature=network.signature, seed=seed), network.signature)
 
 
-def _classes(signature: Signature, example: Batch) -> int | None:
-    """Return how many classes labels may name; None where the targets are no labels."""
+def _classes(signature: ModelSignature, example: Batch) -> int | None:
+    """How many classes labels may name; None where the targets are no labels."""
     if example.y is None or isinstance(example.y, tuple) or not signature.outputs:
         return None
     shape: Sequence[int | None] = signature.outputs[0].shape or ()
-    targets = each(example.y)[0]
+    targets = as_tuple(example.y)[0]
     is_label = targets.dtype.kind in "iu" and (targets.ndim == len(shape) or targets.shape[1:] == (1,))
     return shape[-1] if is_label and shape and (shape[-1] or 0) > 1 else None
 
@@ -134,11 +149,11 @@ def _blocks(tensor: Tensor, value: Array) -> Iterator[Array]:
 
 
 @dataclass(frozen=True, slots=True)
-class Finetuned:
+class FinetuneResult:
     """What came of a run."""
 
     request: FinetuneRequest
-    course: Course
+    course: TrainConfig
     before: ModelStats
     after: ModelStats
     judged_before: Logs
@@ -154,7 +169,9 @@ class Finetuned:
     is_chief: bool = True
 
 
-def finetune(path: Path, request: FinetuneRequest, output: Destination, watcher: Watcher | None = None) -> Finetuned:
+def finetune(
+    path: Path, request: FinetuneRequest, output: Destination, watcher: ProgressCallback | None = None
+) -> FinetuneResult:
     """Train a model, and write it into a copy of its file."""
     check(request)
     if _has_best(request):
@@ -163,26 +180,26 @@ def finetune(path: Path, request: FinetuneRequest, output: Destination, watcher:
     outputs.check(model, output)
     if request.distill:
         teaching = open_model(Path(request.distill))
-        user_code.check(teaching, origin_of(teaching, request.origin, request.distill_model))
+        user_code.check(teaching, teacher_load_options(teaching, request.origin, request.distill_model))
     saver = _saver(request)
     with (
         _unwrapped(model) as plain,
-        closing(open_network(plain, request.origin)) as network,
+        closing(load_trainable(plain, request.origin)) as network,
         ExitStack() as at_the_end,
     ):
-        found = read(network, request)
+        found = open_training_data(network, request)
         network.prepare(replace(request.means, frozen=_frozen(plain, request), example=found.example))
-        notes = (*found.notes, *look_over(found, network.signature, request))
+        notes = (*found.notes, *validate_training_data(found, network.signature, request))
         planned = _course(request, found, network.ranks[1])
-        rules = rules_of(plain, request, planned)
-        first = zeros_of(rules.choice, network.weights(rules.names))
+        rules = make_pruning_config(plain, request, planned)
+        first = masks_of_zeros(rules.choice, network.weights(rules.names))
         if request.mask is MaskMode.REGROW and not first and rules.schedule is None:
             raise UsageError(f"{path} has no zeros that could move", hint="add --sparsity 80%")
         notes += _already(path, rules, first)
-        held = kept(model)
-        keeper = keeper_of(network, rules, request, planned, first=first, held=held)
+        held = read_saved_pruning(model)
+        keeper = make_mask_scheduler(network, rules, request, planned, first=first, held=held)
         check_wrappable(plain, request, keeper)
-        judged_before = evaluated(network, found.val, planned.batch_size)
+        judged_before = evaluate(network, found.val, planned.batch_size)
         decides = _decider(request, judged_before, network)
         teacher = _teacher(request, network, found)
         if teacher is not None:
@@ -191,26 +208,33 @@ def finetune(path: Path, request: FinetuneRequest, output: Destination, watcher:
             notes += teacher.notes
         diary = _diary(network, keeper, request, watcher)
         progress = _train(
-            Lesson(
-                network, Data(found.train, found.val, request.workers), planned, keeper, diary, saver, teacher, decides
+            TrainingRun(
+                network,
+                DataSplits(found.train, found.val, request.workers),
+                planned,
+                keeper,
+                diary,
+                saver,
+                teacher,
+                decides,
             )
         )
         if request.is_recalibrated:
             notes = (*notes, _recalibrated(network, found, planned))
-        judged_after = evaluated(network, found.val, planned.batch_size)
+        judged_after = evaluate(network, found.val, planned.batch_size)
         values, before = network.tensors(), stats_for_report(model)
         if not network.is_chief:
-            return Finetuned(
+            return FinetuneResult(
                 request, planned, before, before, judged_before, judged_after, (), None, 0, 0, (), is_chief=False
             )
-        wrapping = wrapping_of(keeper, request, held, progress.step) if request.keeps_wrappers else None
+        wrapping = spec_of_result(keeper, request, held, progress.step) if request.keeps_wrappers else None
         after, zeros = _written(plain, values, keeper, output, wrapping)
         notes = (
             *notes,
             *network.notes,
             *(held.notes(progress.step) if held is not None and not request.prunes else ()),
         )
-    return Finetuned(
+    return FinetuneResult(
         request,
         planned,
         before,
@@ -232,10 +256,10 @@ def _unwrapped(model: ModelFile) -> Generator[ModelFile]:
         yield model
         return
     with temporary_folder() as scratch:
-        yield unwrapped(model, scratch)
+        yield strip_wrappers(model, scratch)
 
 
-def _already(path: Path, rules: Rules, first: Mapping[str, Mask]) -> tuple[str, ...]:
+def _already(path: Path, rules: PruningConfig, first: Mapping[str, Mask]) -> tuple[str, ...]:
     """Say it where a file is sparser than it is asked to become."""
     schedule, size = rules.schedule, sum(mask.size for mask in first.values())
     share = sum(mask.size - np.count_nonzero(mask) for mask in first.values()) / max(size, 1)
@@ -244,10 +268,10 @@ def _already(path: Path, rules: Rules, first: Mapping[str, Mask]) -> tuple[str, 
     return (f"{path} is sparser already than {schedule.final:.1%}: its zeros ({share:.1%}) are kept.",)
 
 
-def _saver(request: FinetuneRequest) -> Saver | None:
+def _saver(request: FinetuneRequest) -> CheckpointManager | None:
     if request.checkpoint_dir is None:
         return None
-    saver = Saver(request.checkpoint_dir, request.choices, request.is_resumed)
+    saver = CheckpointManager(request.checkpoint_dir, request.choices, request.is_resumed)
     saver.check()
     return saver
 
@@ -259,19 +283,19 @@ def _frozen(model: ModelFile, request: FinetuneRequest) -> frozenset[str]:
 def _has_best(request: FinetuneRequest) -> bool:
     """Whether the result depends on which epoch is the best."""
     is_judged = bool(request.val or request.val_split)
-    return is_judged and (request.keep is Keep.BEST or request.early_stop is not None)
+    return is_judged and (request.keep is KeepWeights.BEST or request.early_stop is not None)
 
 
-def _decider(request: FinetuneRequest, logs: Logs, network: Network) -> Decider | None:
+def _decider(request: FinetuneRequest, logs: Logs, network: TrainableModel) -> Monitor | None:
     if not _has_best(request):
         return None
-    return decider(logs, request.means, (port.name for port in network.signature.outputs))
+    return make_monitor(logs, request.means, (port.name for port in network.signature.outputs))
 
 
-def _teacher(request: FinetuneRequest, network: Network, found: Read) -> Teacher | None:
+def _teacher(request: FinetuneRequest, network: TrainableModel, found: TrainingData) -> Teacher | None:
     if not request.distill:
         return None
-    return open_teacher(
+    return load_teacher(
         Path(request.distill),
         request.origin,
         request.means.device,
@@ -281,67 +305,75 @@ def _teacher(request: FinetuneRequest, network: Network, found: Read) -> Teacher
     )
 
 
-def _course(request: FinetuneRequest, found: Read, ranks: int) -> Course:
-    steps, per_epoch = course(
-        count(found.train),
+def _course(request: FinetuneRequest, found: TrainingData, ranks: int) -> TrainConfig:
+    steps, per_epoch = resolve_steps(
+        count_examples(found.train),
         request.batch_size,
         epochs=request.epochs,
         steps=request.steps,
         default_epochs=DEFAULT_EPOCHS,
         ranks=ranks,
     )
-    return Course(
+    return TrainConfig(
         steps,
         per_epoch,
         request.batch_size,
         request.means.seed,
         request.rate,
-        parse_point(request.warmup).step(steps, per_epoch),
+        parse_time_point(request.warmup).step(steps, per_epoch),
         request.early_stop,
-        request.keep is Keep.BEST,
+        request.keep is KeepWeights.BEST,
     )
 
 
-def _train(lesson: Lesson) -> LoopState:
-    keep_freed()
-    with closing(lesson.diary), Stopping() as stopping:
+def _train(lesson: TrainingRun) -> TrainState:
+    retain_freed_memory()
+    with closing(lesson.diary), GracefulInterrupt() as stopping:
         return train(lesson, stopping)
 
 
-def _diary(network: Network, keeper: Keeper, request: FinetuneRequest, watcher: Watcher | None) -> Diary:
+def _diary(
+    network: TrainableModel, keeper: MaskScheduler, request: FinetuneRequest, watcher: ProgressCallback | None
+) -> TrainingLogger:
     folder = (request.logdir or request.checkpoint_dir) if network.is_chief else None
-    diary = Diary(folder, layers=lambda: _by_layer(keeper))
+    diary = TrainingLogger(folder, layers=lambda: _by_layer(keeper))
     if watcher is not None and network.is_chief:
         diary.watcher = watcher
     return diary
 
 
-def _by_layer(keeper: Keeper) -> Logs:
+def _by_layer(keeper: MaskScheduler) -> Logs:
     return {f"sparsity/{name}": 1.0 - float(np.mean(mask)) for name, mask in keeper.masks.items()}
 
 
-def _recalibrated(network: Network, found: Read, planned: Course) -> str:
-    layers = network.recalibrate(found.train.batches(Order(planned.batch_size)))
+def _recalibrated(network: TrainableModel, found: TrainingData, planned: TrainConfig) -> str:
+    layers = network.recalibrate(found.train.batches(EpochOrder(planned.batch_size)))
     if not layers:
         return "The model has no batch normalisation: there was nothing to recalibrate."
     return f"The statistics of {layers} layers with batch normalisation were taken anew from {found.train.name}."
 
 
 def _written(
-    model: ModelFile, values: Mapping[str, Array], keeper: Keeper, output: Destination, wrapping: Wrapping | None
+    model: ModelFile,
+    values: Mapping[str, Array],
+    keeper: MaskScheduler,
+    output: Destination,
+    wrapping: WrapperSpec | None,
 ) -> tuple[ModelStats, int]:
     """Write the result, and return what is in it and how many of the masks' zeros are."""
     with outputs.staging_dir(model, output) as (folder, target):
         places = outputs.staged_paths(model, folder, target)
         write_back(model, values, places)
         found = open_model(places.get(model.path, folder / target.name))
-        kept = _zeros_in(found, keeper.masks)
-        if kept != keeper.zeros:
-            raise WorkError(f"{keeper.zeros - kept} of {keeper.zeros} zeros were lost in training; nothing was written")
+        zeros_in_file = _zeros_in(found, keeper.masks)
+        if zeros_in_file != keeper.zeros:
+            raise WorkError(
+                f"{keeper.zeros - zeros_in_file} of {keeper.zeros} zeros were lost in training; nothing was written"
+            )
         if wrapping is not None:
             wrap_in_place(found.path, wrapping)
         after = stats_for_report(open_model(found.path))
-    return replace(after, path=str(target)), kept
+    return replace(after, path=str(target)), zeros_in_file
 
 
 def _zeros_in(model: ModelFile, masks: Mapping[str, Mask]) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from prunectl.formats.base import Array
-from prunectl.training.backend import Signature
+from prunectl.training.backend import ModelSignature
 from prunectl.training.data.source import Arrays, Batch
 
 
@@ -24,7 +24,7 @@ class SlidingWindow:
 
 
 @dataclass(frozen=True, slots=True)
-class Use:
+class WeightUse:
     """How a tensor of the file meets its inputs."""
 
     out_axis: int
@@ -44,7 +44,7 @@ class Use:
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class LayerInput:
     """A tensor that meets some inputs."""
 
     name: str
@@ -52,36 +52,36 @@ class Sight:
     inputs: Array
     """Of a product: any axes, the features last, those of each group side by side.
     Of a window: examples, channels, then space, whatever the layout."""
-    use: Use
+    use: WeightUse
 
 
-See = Callable[[Sight], None]
+InputCallback = Callable[[LayerInput], None]
 
 
 @runtime_checkable
-class Observed(Protocol):
+class InspectableModel(Protocol):
     """A model that can be looked at. It works as when it predicts: nothing is dropped out, no statistics are taken."""
 
     @property
-    def signature(self) -> Signature:
+    def signature(self) -> ModelSignature:
         """What goes in and comes out, as far as it is known."""
 
-    def observe(self, names: Collection[str], x: Arrays, see: See) -> None:
+    def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
         """Run one batch through, and show every time that one of these tensors meets inputs.
 
         What is shown may be overwritten afterwards. A tensor that is used in a way that cannot be told is not shown.
         """
 
     def predict(self, x: Arrays) -> Arrays:
-        """Return what comes out, for one batch."""
+        """What comes out, for one batch."""
 
     def assign(self, values: Mapping[str, Array]) -> None:
         """Replace the numbers of some tensors."""
 
 
 @runtime_checkable
-class Graded(Observed, Protocol):
+class DifferentiableModel(InspectableModel, Protocol):
     """A model that also knows its gradients, once `prepare` has said which loss."""
 
     def gradients(self, names: Collection[str], batch: Batch) -> dict[str, Array]:
-        """Return the gradient of the mean loss over a batch, in the state in which it predicts."""
+        """The gradient of the mean loss over a batch, in the state in which it predicts."""

@@ -16,14 +16,14 @@ from prunectl.errors import writing
 from prunectl.formats.protobuf import length_prefix, number
 from prunectl.formats.tensorflow.leveldb import masked_crc
 from prunectl.training.backend import Logs
-from prunectl.training.course import Course
+from prunectl.training.course import TrainConfig
 
 _WALL_TIME = 1 << 3 | 1
 _SIMPLE_VALUE = 2 << 3 | 5
 _STEP, _VERSION, _SUMMARY, _VALUE, _TAG = 2, 3, 5, 1, 1
 
 
-class Events:
+class EventWriter:
     """A file of events in a folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -79,7 +79,7 @@ class LogEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class ProgressEvent:
     """Where training is, for whoever watches."""
 
     step: int
@@ -91,27 +91,27 @@ class Moment:
     """The last epoch that is over."""
 
 
-Watcher = Callable[[Moment], None]
+ProgressCallback = Callable[[ProgressEvent], None]
 
 
-def _nobody(_: Moment) -> None:
+def _nobody(_: ProgressEvent) -> None:
     """Watch nothing."""
 
 
 @dataclass(slots=True)
-class Diary:
+class TrainingLogger:
     """Tells a watcher of every step, and keeps every epoch in a folder if there is one."""
 
     folder: Path | None = None
-    watcher: Watcher = _nobody
+    watcher: ProgressCallback = _nobody
     layers: Callable[[], Logs] = dict
     """Numbers of each layer, for TensorBoard."""
-    _course: Course | None = None
+    _course: TrainConfig | None = None
     _last: LogEntry | None = None
     _file: TextIO | None = field(default=None, repr=False)
-    _events: Events | None = field(default=None, repr=False)
+    _events: EventWriter | None = field(default=None, repr=False)
 
-    def begin(self, course: Course, step: int) -> None:
+    def begin(self, course: TrainConfig, step: int) -> None:
         """Open the files; what an interrupted run wrote after its checkpoint is written again, so it goes."""
         self._course = course
         if self.folder is None:
@@ -122,14 +122,14 @@ class Diary:
             kept = _up_to(path, step) if step else []
             path.write_text("".join(kept), encoding="utf-8")
             self._file = path.open("a", encoding="utf-8")
-            self._events = Events(self.folder)
+            self._events = EventWriter(self.folder)
 
     def step(self, step: int, sparsity: float) -> None:
         """Note that a step is done."""
         course = self._course
         assert course is not None
         epoch = (step - 1) // course.steps_per_epoch + 1
-        self.watcher(Moment(step, course.steps, epoch, course.epochs, sparsity, self._last))
+        self.watcher(ProgressEvent(step, course.steps, epoch, course.epochs, sparsity, self._last))
 
     def epoch(self, entry: LogEntry) -> None:
         """Note that an epoch is done."""
@@ -159,7 +159,7 @@ def _up_to(path: Path, step: int) -> list[str]:
 
 
 def _finite(found: object) -> object:
-    """Return a value that JSON has a word for: what is no number is null."""
+    """A value that JSON has a word for: what is no number is null."""
     if isinstance(found, dict):
         return {name: _finite(value) for name, value in found.items()}
     return None if isinstance(found, float) and not math.isfinite(found) else found

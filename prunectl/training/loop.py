@@ -13,18 +13,18 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from prunectl.errors import InputError
-from prunectl.training.backend import Array, Logs, Network
-from prunectl.training.checkpoint import Saver
-from prunectl.training.course import Course, DivergedError
-from prunectl.training.data.readers import Rows
-from prunectl.training.data.source import Arrays, Batch, Order, Source
-from prunectl.training.logger import Diary, LogEntry
-from prunectl.training.mask_schedule import Keeper
-from prunectl.training.monitor import Decider
+from prunectl.training.backend import Array, Logs, TrainableModel
+from prunectl.training.checkpoint import CheckpointManager
+from prunectl.training.course import DivergedError, TrainConfig
+from prunectl.training.data.readers import IndexedSource
+from prunectl.training.data.source import Arrays, Batch, EpochOrder, Source
+from prunectl.training.logger import LogEntry, TrainingLogger
+from prunectl.training.mask_schedule import MaskScheduler
+from prunectl.training.monitor import Monitor
 
 
 @dataclass(slots=True)
-class Stopping:
+class GracefulInterrupt:
     """Whether the user wants training to end, while this is entered."""
 
     is_wanted: bool = False
@@ -48,11 +48,11 @@ class Stopping:
         self.is_wanted = True
 
 
-Teacher = Callable[[Arrays], Arrays]
+TeacherFunction = Callable[[Arrays], Arrays]
 
 
 @dataclass(frozen=True, slots=True)
-class Data:
+class DataSplits:
     """What is learned from, and what is not."""
 
     train: Source
@@ -62,7 +62,7 @@ class Data:
 
 
 @dataclass(slots=True)
-class LoopState:
+class TrainState:
     """How far training has come; kept with a checkpoint."""
 
     step: int = 0
@@ -85,24 +85,24 @@ class LoopState:
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class TrainingRun:
     """Everything that a training run consists of."""
 
-    network: Network
-    data: Data
-    course: Course
-    keeper: Keeper
-    diary: Diary
-    saver: Saver | None = None
-    teacher: Teacher | None = None
-    decider: Decider | None = None
+    network: TrainableModel
+    data: DataSplits
+    course: TrainConfig
+    keeper: MaskScheduler
+    diary: TrainingLogger
+    saver: CheckpointManager | None = None
+    teacher: TeacherFunction | None = None
+    decider: Monitor | None = None
     """Which epoch is the best; none where nothing depends on it."""
 
 
-def train(lesson: Lesson, stopping: Stopping) -> LoopState:
+def train(lesson: TrainingRun, stopping: GracefulInterrupt) -> TrainState:
     """Train to the end of the course, from the last checkpoint if there is one to go on from."""
     network, course, keeper = lesson.network, lesson.course, lesson.keeper
-    progress = LoopState()
+    progress = TrainState()
     keeper.begin(network)
     if lesson.saver is not None:
         lesson.saver.resume(network, keeper, progress)
@@ -133,22 +133,26 @@ def train(lesson: Lesson, stopping: Stopping) -> LoopState:
     return progress
 
 
-def _is_over(lesson: Lesson, progress: LoopState) -> bool:
+def _is_over(lesson: TrainingRun, progress: TrainState) -> bool:
     patience = lesson.course.patience
     return patience is not None and progress.stale >= patience
 
 
-def _batches(lesson: Lesson, epoch: int, done: int) -> Iterator[Batch]:
+def _batches(lesson: TrainingRun, epoch: int, done: int) -> Iterator[Batch]:
     rank, ranks = lesson.network.ranks
     course = lesson.course
     batch_size, workers = course.batch_size // ranks, lesson.data.workers
-    order = Order(batch_size, course.seed, epoch, is_shuffled=True, skip=done, rank=rank, ranks=ranks, workers=workers)
+    order = EpochOrder(
+        batch_size, course.seed, epoch, is_shuffled=True, skip=done, rank=rank, ranks=ranks, workers=workers
+    )
     batches = lesson.data.train.batches(order)
     # Examples with numbers are as many in every process; a stream may end earlier in one, and the others would wait.
-    return batches if ranks == 1 or isinstance(lesson.data.train, Rows) else _while_all_have_one(lesson, batches)
+    return (
+        batches if ranks == 1 or isinstance(lesson.data.train, IndexedSource) else _while_all_have_one(lesson, batches)
+    )
 
 
-def _while_all_have_one(lesson: Lesson, batches: Iterator[Batch]) -> Iterator[Batch]:
+def _while_all_have_one(lesson: TrainingRun, batches: Iterator[Batch]) -> Iterator[Batch]:
     """Yield batches until the stream of any process ends."""
     while True:
         batch = next(batches, None)
@@ -157,14 +161,14 @@ def _while_all_have_one(lesson: Lesson, batches: Iterator[Batch]) -> Iterator[Ba
         yield batch
 
 
-def _refuse_empty_epoch(lesson: Lesson, epoch: int) -> None:
+def _refuse_empty_epoch(lesson: TrainingRun, epoch: int) -> None:
     raise InputError(
         f"{lesson.data.train.name} has no examples in epoch {epoch + 1}",
         hint="a function has to return a new iterator whenever it is called; --epochs 1 goes through the data once",
     )
 
 
-def _end_epoch(lesson: Lesson, progress: LoopState) -> None:
+def _end_epoch(lesson: TrainingRun, progress: TrainState) -> None:
     network, keeper = lesson.network, lesson.keeper
     if progress.step == lesson.course.steps:
         # A ramp that ends with training has its last turn before the model is judged.
@@ -175,7 +179,7 @@ def _end_epoch(lesson: Lesson, progress: LoopState) -> None:
             f"the loss is {logs['loss']:g} after epoch {progress.epoch + 1}",
             hint="a lower --lr, --clip 1, or data that is scaled (?norm=unit) may help",
         )
-    seen = evaluated(network, lesson.data.val, lesson.course.batch_size)
+    seen = evaluate(network, lesson.data.val, lesson.course.batch_size)
     entry = LogEntry(progress.epoch + 1, progress.step, keeper.sparsity, dict(logs), dict(seen))
     progress.history.append(entry)
     lesson.diary.epoch(entry)
@@ -184,7 +188,7 @@ def _end_epoch(lesson: Lesson, progress: LoopState) -> None:
         lesson.saver.save(network, keeper, progress)
 
 
-def _judge(lesson: Lesson, progress: LoopState, entry: LogEntry) -> None:
+def _judge(lesson: TrainingRun, progress: TrainState, entry: LogEntry) -> None:
     """Remember the best epoch of those that are as sparse as was asked for."""
     decider = lesson.decider
     if decider is None or not entry.val or _is_early(lesson.keeper, entry.step):
@@ -197,7 +201,7 @@ def _judge(lesson: Lesson, progress: LoopState, entry: LogEntry) -> None:
         progress.stale += 1
 
 
-def _is_early(keeper: Keeper, step: int) -> bool:
+def _is_early(keeper: MaskScheduler, step: int) -> bool:
     """Whether the last turn is still to come; one that falls between two epochs belongs to the second."""
     schedule = keeper.rules.schedule
     if schedule is None or step > schedule.last_update_step:
@@ -205,9 +209,9 @@ def _is_early(keeper: Keeper, step: int) -> bool:
     return step < schedule.last_update_step or keeper.turned_at != step
 
 
-def evaluated(network: Network, source: Source | None, batch_size: int) -> Logs:
-    """Return loss and metrics over all of a source; nothing without one."""
-    return network.evaluate(source.batches(Order(batch_size))) if source is not None else {}
+def evaluate(network: TrainableModel, source: Source | None, batch_size: int) -> Logs:
+    """Loss and metrics over all of a source; nothing without one."""
+    return network.evaluate(source.batches(EpochOrder(batch_size))) if source is not None else {}
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -216,7 +220,7 @@ _MAPPED_BYTES = 32 << 20
 """As many as glibc lets a block have that does not come from the system each time."""
 
 
-def keep_freed() -> None:
+def retain_freed_memory() -> None:
     """Have freed memory kept for the next step: given back, every page of it costs a fault when it is wanted again."""
     library = ctypes.CDLL(None)
     # A library without such a knob, as musl, does what it does.

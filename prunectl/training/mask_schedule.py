@@ -21,16 +21,22 @@ from prunectl.pruning.engine import PruningMethod
 from prunectl.pruning.plan import PruneSelection, Selection
 from prunectl.pruning.schedules import Schedule, SparsitySchedule
 from prunectl.pruning.strategies import Requires
-from prunectl.training.backend import WATCHED, Evidence, Network, informed
-from prunectl.training.course import Course, DivergedError
-from prunectl.training.request import FinetuneRequest, MaskMode, Ramping, parse_point, usual_frequency
+from prunectl.training.backend import STATISTIC_OF_STRATEGY, GradientStatistic, TrainableModel, with_gradient_scores
+from prunectl.training.course import DivergedError, TrainConfig
+from prunectl.training.request import (
+    FinetuneRequest,
+    MaskMode,
+    ScheduleOptions,
+    default_update_interval,
+    parse_time_point,
+)
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
-class Regrowth:
+class RigLSchedule:
     """How much moves when: a share of the kept weights that falls along half a cosine."""
 
     begin: int
@@ -39,7 +45,7 @@ class Regrowth:
     share: float = 0.3
 
     def share_at(self, step: int) -> float:
-        """Return the share of the kept weights that is exchanged."""
+        """The share of the kept weights that is exchanged."""
         done = min(max((step - self.begin) / max(self.end - self.begin, 1), 0.0), 1.0)
         return self.share * (1.0 + math.cos(math.pi * done)) / 2.0
 
@@ -48,10 +54,10 @@ class Regrowth:
         return self.begin < step < self.end and (step - self.begin) % self.frequency == 0
 
 
-def regrown(
+def regrow_masks(
     masks: Mapping[str, Mask], weights: Mapping[str, Array], gradients: Mapping[str, Array], share: float
 ) -> dict[str, Mask]:
-    """Return masks with the same number of zeros in each tensor."""
+    """Masks with the same number of zeros in each tensor."""
     return {name: _exchanged(mask, weights[name], gradients.get(name), share) for name, mask in masks.items()}
 
 
@@ -74,7 +80,7 @@ def _exchanged(mask: Mask, weights: Array, gradient: Array | None, share: float)
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class PruningConfig:
     """What decides the masks."""
 
     model: ModelFile
@@ -83,8 +89,8 @@ class Rules:
     method: PruningMethod
     schedule: Schedule | None
     """None keeps the masks that there are at the beginning."""
-    evidence: Evidence = Evidence.NONE
-    regrowth: Regrowth | None = None
+    evidence: GradientStatistic = GradientStatistic.NONE
+    regrowth: RigLSchedule | None = None
     has_others: bool = True
     """Whether tensors without a sparsity of their own are pruned, too."""
 
@@ -95,46 +101,46 @@ class Rules:
 
 
 @dataclass(slots=True)
-class Keeper:
+class MaskScheduler:
     """Knows the masks of the moment."""
 
-    rules: Rules
+    rules: PruningConfig
     masks: dict[str, Mask] = field(default_factory=dict)
     """What stays, by tensor; empty before the first turn."""
     first: Mapping[str, Mask] = field(default_factory=dict)
     """The masks of what was zero in the file: it stays zero, unless it may regrow."""
     turned_at: int = -1
 
-    def begin(self, network: Network) -> None:
+    def begin(self, network: TrainableModel) -> None:
         """Put the masks that there are on, and begin to watch."""
         if self.masks:
             network.mask(self.masks)
-        if self._watched is not Evidence.NONE:
+        if self._watched is not GradientStatistic.NONE:
             network.watch(self._watched, self.rules.names)
 
-    def turn(self, network: Network, step: int) -> bool:
+    def turn(self, network: TrainableModel, step: int) -> bool:
         """Make the masks of a step before its batch is trained on, and return whether it was a turn."""
         if not self._is_turn(step) or step == self.turned_at:
             return False
         weights = network.weights(self.rules.names)
         if step:
             _check_finite(weights, step)
-        seen = network.evidence() if self._watched is not Evidence.NONE else {}
+        seen = network.evidence() if self._watched is not GradientStatistic.NONE else {}
         _check_finite({f"the gradient of {name}": array for name, array in seen.items()}, step)
         if self.rules.schedule is not None:
             self.masks = self._cut(step, weights, seen)
         growth = self.rules.regrowth
         if growth is not None and self.masks and step and step < growth.end:
-            self.masks = regrown(self.masks, weights, seen, growth.share_at(step))
+            self.masks = regrow_masks(self.masks, weights, seen, growth.share_at(step))
         network.mask(self.masks)
-        if self._watched is not Evidence.MOVEMENT:
+        if self._watched is not GradientStatistic.MOVEMENT:
             network.forget()
         self.turned_at = step
         return True
 
     @property
-    def _watched(self) -> Evidence:
-        return Evidence.GRADIENT if self.rules.regrowth is not None else self.rules.evidence
+    def _watched(self) -> GradientStatistic:
+        return GradientStatistic.GRADIENT if self.rules.regrowth is not None else self.rules.evidence
 
     def _is_turn(self, step: int) -> bool:
         schedule, growth = self.rules.schedule, self.rules.regrowth
@@ -147,10 +153,10 @@ class Keeper:
         rules, schedule = self.rules, self.rules.schedule
         assert schedule is not None
         method = rules.method
-        if rules.evidence is not Evidence.NONE and seen:
-            method = replace(method, strategy=informed(method.strategy, seen, self.masks))
+        if rules.evidence is not GradientStatistic.NONE and seen:
+            method = replace(method, strategy=with_gradient_scores(method.strategy, seen, self.masks))
         wanted = schedule.sparsity_at(step)
-        choice = scaled(rules.choice, wanted, schedule.final)
+        choice = scale_targets(rules.choice, wanted, schedule.final)
         plan = planning.make_plan(choice, rules.wish, wanted if rules.has_others else 0.0)
         found = engine.keep_masks(rules.model, plan, method, choice, weights)
         if rules.regrowth is None:
@@ -178,8 +184,8 @@ def _check_finite(weights: Mapping[str, Array], step: int) -> None:
             )
 
 
-def scaled(choice: Selection, wanted: float, final: float) -> Selection:
-    """Return a choice whose layers with a sparsity of their own are as far on their way to it as the rest."""
+def scale_targets(choice: Selection, wanted: float, final: float) -> Selection:
+    """A choice whose layers with a sparsity of their own are as far on their way to it as the rest."""
     share = wanted / final if final else 1.0
     return replace(choice, layer_ratios={name: ratio * share for name, ratio in choice.layer_ratios.items()})
 
@@ -188,18 +194,18 @@ _REGROWS_UNTIL = 0.75
 _RAMP_UNTIL = "75%"
 
 
-def rules_of(model: ModelFile, request: FinetuneRequest, course: Course) -> Rules:
-    """Return what decides the masks during a course."""
+def make_pruning_config(model: ModelFile, request: FinetuneRequest, course: TrainConfig) -> PruningConfig:
+    """What decides the masks during a course."""
     asked = request.pruning
     if request.prunes:
         requests.check_shape(asked)
     method = requests.resolve_method(asked)
-    evidence = WATCHED.get(asked.strategy, Evidence.NONE)
-    if method.strategy.needs is not Requires.NOTHING and evidence is Evidence.NONE:
+    evidence = STATISTIC_OF_STRATEGY.get(asked.strategy, GradientStatistic.NONE)
+    if method.strategy.needs is not Requires.NOTHING and evidence is GradientStatistic.NONE:
         raise UsageError(
             f"the strategy {asked.strategy} looks at a model that stands still",
             hint=f"prunectl prune --strategy {asked.strategy} --data …, and finetune keeps its zeros; "
-            f"in finetune: {', '.join(WATCHED)}",
+            f"in finetune: {', '.join(STATISTIC_OF_STRATEGY)}",
         )
     wish = replace(method.selection, exclude=(*method.selection.exclude, *request.frozen))
     choice = planning.select_tensors(model, wish, can_reencode=by_name(model.format).can_reencode)
@@ -210,27 +216,27 @@ def rules_of(model: ModelFile, request: FinetuneRequest, course: Course) -> Rule
         # A layer with a ratio of its own is as far on its way as the others: of the whole way if there are no others.
         final = pattern.zeros / pattern.group if isinstance(pattern, NMPattern) else asked.sparsity
         ramping = replace(request.ramping, name=request.ramping.name or ("constant" if is_grouped else "polynomial"))
-        schedule = schedule_of(ramping, 1.0 if final is None else final, course)
-        if evidence is not Evidence.NONE and schedule.prunes_at(0) and schedule.sparsity_at(0) > 0:
+        schedule = make_schedule(ramping, 1.0 if final is None else final, course)
+        if evidence is not GradientStatistic.NONE and schedule.prunes_at(0) and schedule.sparsity_at(0) > 0:
             raise UsageError(
                 f"the strategy {asked.strategy} watches training, and the schedule prunes before the first step",
                 hint="let it watch for a while: --begin 10%",
             )
     growth = None
     if request.mask is MaskMode.REGROW:
-        growth = Regrowth(0, int(_REGROWS_UNTIL * course.steps), _frequency(request.ramping, course.steps))
+        growth = RigLSchedule(0, int(_REGROWS_UNTIL * course.steps), _frequency(request.ramping, course.steps))
     has_others = asked.sparsity is not None or not asked.layers
-    return Rules(model, choice, wish, method, schedule, evidence, growth, has_others=has_others)
+    return PruningConfig(model, choice, wish, method, schedule, evidence, growth, has_others=has_others)
 
 
-def schedule_of(ramping: Ramping, final: float, course: Course) -> Schedule:
-    """Return a schedule with its points in steps."""
-    begin = parse_point(ramping.begin).step(course.steps, course.steps_per_epoch)
+def make_schedule(ramping: ScheduleOptions, final: float, course: TrainConfig) -> Schedule:
+    """A schedule with its points in steps."""
+    begin = parse_time_point(ramping.begin).step(course.steps, course.steps_per_epoch)
     if ramping.end:
-        end: int | None = parse_point(ramping.end).step(course.steps, course.steps_per_epoch)
+        end: int | None = parse_time_point(ramping.end).step(course.steps, course.steps_per_epoch)
     else:
         # What is left afterwards is for the network to recover in.
-        default = parse_point(_RAMP_UNTIL).step(course.steps, course.steps_per_epoch)
+        default = parse_time_point(_RAMP_UNTIL).step(course.steps, course.steps_per_epoch)
         end = None if ramping.name == "constant" else max(default, begin)
     for word, step in (("begin", begin), ("end", end or 0)):
         if step > course.steps:
@@ -242,11 +248,11 @@ def schedule_of(ramping: Ramping, final: float, course: Course) -> Schedule:
     return SparsitySchedule(ramping.name, final, begin, end, ramping.initial, frequency, ramping.params)
 
 
-def _frequency(ramping: Ramping, steps: int) -> int:
-    return ramping.frequency or usual_frequency(steps)
+def _frequency(ramping: ScheduleOptions, steps: int) -> int:
+    return ramping.frequency or default_update_interval(steps)
 
 
-def zeros_of(choice: Selection, weights: dict[str, Array]) -> dict[str, Mask]:
-    """Return masks of the zeros that there are; none where there are none."""
+def masks_of_zeros(choice: Selection, weights: dict[str, Array]) -> dict[str, Mask]:
+    """Masks of the zeros that there are; none where there are none."""
     masks = {tensor.name: np.asarray(weights[tensor.name] != 0) for tensor in choice.tensors}
     return masks if any(not mask.all() for mask in masks.values()) else {}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from prunectl.errors import UsageError
-from prunectl.training.backend import Means
+from prunectl.training.backend import TrainOptions
 from prunectl.training.request import LOSS, MAX, MIN
 
 _UP = """
@@ -31,15 +31,15 @@ _COUNTED = re.compile(r"_\d+$")
 
 
 def _plain(name: str) -> str:
-    """Return a name as the table has it: `MeanIoU`, `mean_io_u` and `mean-iou` are one."""
+    """A name as the table has it: `MeanIoU`, `mean_io_u` and `mean-iou` are one."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 _KNOWN = {**{_plain(name): True for name in _UP.split()}, **{_plain(name): False for name in _DOWN.split()}}
 
 
-def is_up(name: str, outputs: Iterable[str] = ()) -> bool | None:
-    """Return whether more of a metric is better; None if nobody knows. Keras puts an output's name before it."""
+def known_direction(name: str, outputs: Iterable[str] = ()) -> bool | None:
+    """Whether more of a metric is better; None if nobody knows. Keras puts an output's name before it."""
     word = name.rpartition(":")[2].removeprefix("val_")
     for one in (word, *(word[len(output) + 1 :] for output in outputs if word.startswith(f"{output}_"))):
         for plain in (_plain(one), _plain(_COUNTED.sub("", one))):
@@ -51,7 +51,7 @@ def is_up(name: str, outputs: Iterable[str] = ()) -> bool | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Decider:
+class Monitor:
     """The number that decides, and whether more of it is better."""
 
     name: str
@@ -64,8 +64,8 @@ class Decider:
         return old is None or (new > old if self.is_up else new < old)
 
 
-def judged_by(logs: Mapping[str, float], asked: str = "") -> str:
-    """Return the number that decides: what was asked for, else the first metric, or the loss if there is none."""
+def monitored_log(logs: Mapping[str, float], asked: str = "") -> str:
+    """The number that decides: what was asked for, else the first metric, or the loss if there is none."""
     if asked in logs:
         return asked
     others = [name for name in logs if name != LOSS]
@@ -77,9 +77,9 @@ def judged_by(logs: Mapping[str, float], asked: str = "") -> str:
     return found or next((name for name in others if not name.endswith(f"_{LOSS}")), LOSS)
 
 
-def is_higher_better(name: str, goal: str = "", outputs: Iterable[str] = ()) -> bool:
+def resolve_direction(name: str, goal: str = "", outputs: Iterable[str] = ()) -> bool:
     """Whether a larger number is a better one: as was said, else by its name; refuse to guess."""
-    found = goal == MAX if goal else is_up(name, outputs)
+    found = goal == MAX if goal else known_direction(name, outputs)
     if found is None:
         raise UsageError(
             f"is more of {name} better, or less? Its name does not say, and the result depends on it",
@@ -88,30 +88,30 @@ def is_higher_better(name: str, goal: str = "", outputs: Iterable[str] = ()) -> 
     return found
 
 
-def check_direction(means: Means) -> None:
+def check_direction(means: TrainOptions) -> None:
     """Refuse a function of the user's of which nobody knows whether more is better, before a file is opened."""
-    name = first_of(means)
+    name = monitored_metric(means)
     # A bare name may be misspelled, which the framework tells.
     if ":" in name:
-        is_higher_better(name, means.goal)
+        resolve_direction(name, means.goal)
 
 
-def decider(logs: Mapping[str, float], means: Means, outputs: Iterable[str] = ()) -> Decider:
-    """Return what decides of the numbers that there are."""
-    asked = first_of(means)
-    name = judged_by(logs, asked)
+def make_monitor(logs: Mapping[str, float], means: TrainOptions, outputs: Iterable[str] = ()) -> Monitor:
+    """What decides of the numbers that there are."""
+    asked = monitored_metric(means)
+    name = monitored_log(logs, asked)
     if name == LOSS and asked not in {"", LOSS}:
         raise UsageError(f"{asked} is not measured here, the loss alone is", hint=f"leave it out, or say {LOSS}")
-    return Decider(name, is_higher_better(name, means.goal, outputs))
+    return Monitor(name, resolve_direction(name, means.goal, outputs))
 
 
-def first_of(means: Means) -> str:
-    """Return the metric that was asked for first; empty if none was."""
+def monitored_metric(means: TrainOptions) -> str:
+    """The metric that was asked for first; empty if none was."""
     return means.decides or next(iter(means.metrics), "")
 
 
-def unfitting(metric: str, outputs: Sequence[int], targets: Sequence[int], why: str = "") -> UsageError:
-    """Return what to say of a metric that cannot compare outputs with targets of such shapes."""
+def metric_mismatch(metric: str, outputs: Sequence[int], targets: Sequence[int], why: str = "") -> UsageError:
+    """What to say of a metric that cannot compare outputs with targets of such shapes."""
     shapes = f"outputs of {_shown(outputs)} and targets of {_shown(targets)} for each example"
     return UsageError(
         f"the metric {metric} does not fit {shapes}{f': {why}' if why else ''}",

@@ -12,16 +12,16 @@ from prunectl.pruning.masks import Pooling
 from prunectl.pruning.plan import Scope, Selection
 from prunectl.pruning.schedules import Schedule, SparsitySchedule
 from prunectl.pruning.threshold import Mask
-from prunectl.training.backend import Evidence, Network
-from prunectl.training.course import Course
-from prunectl.training.mask_schedule import Keeper, Rules
+from prunectl.training.backend import GradientStatistic, TrainableModel
+from prunectl.training.course import TrainConfig
+from prunectl.training.mask_schedule import MaskScheduler, PruningConfig
 from prunectl.training.request import FinetuneRequest, MaskMode
-from prunectl.training.wrap.schedules import Begun
+from prunectl.training.wrap.schedules import ResumedSchedule
 from prunectl.training.wrap.wrappers import SavedPruning
 
 
 @dataclass(frozen=True, slots=True)
-class Native:
+class NativePruning:
     """How a network is to prune itself."""
 
     schedules: Mapping[str, Schedule]
@@ -38,21 +38,21 @@ class Native:
 
 
 @runtime_checkable
-class SelfPruning(Protocol):
+class NativePruner(Protocol):
     """What such a network can do beside being trained."""
 
-    def prune_by(self, native: Native) -> frozenset[str]:
+    def prune_by(self, native: NativePruning) -> frozenset[str]:
         """Get ready to prune, and return what will be pruned; nothing, and nothing changed, if it cannot be done."""
 
     def masks(self) -> dict[str, Mask]:
-        """Return what stays at the moment."""
+        """What stays at the moment."""
 
     def end_epoch(self) -> None:
         """Do what is done between epochs."""
 
 
 @dataclass(slots=True)
-class NativeKeeper(Keeper):
+class NativeMaskScheduler(MaskScheduler):
     """Knows the masks that a network makes for itself."""
 
     source: Any = None
@@ -64,10 +64,10 @@ class NativeKeeper(Keeper):
     """Whether the network has made masks that were not asked for yet."""
     is_settled: bool = False
 
-    def begin(self, network: Network) -> None:
+    def begin(self, network: TrainableModel) -> None:
         """Leave the masks to the network, which has them already."""
 
-    def turn(self, network: Network, step: int) -> bool:
+    def turn(self, network: TrainableModel, step: int) -> bool:
         """Follow what the network does; once it has taken its last turn, see to the exact number of zeros."""
         schedule = self.rules.schedule
         assert schedule is not None
@@ -99,39 +99,39 @@ class NativeKeeper(Keeper):
         return self.zeros / max(sum(tensor.size for tensor in self.rules.choice.tensors), 1)
 
 
-def keeper_of(
-    network: Network,
-    rules: Rules,
+def make_mask_scheduler(
+    network: TrainableModel,
+    rules: PruningConfig,
     request: FinetuneRequest,
-    course: Course,
+    course: TrainConfig,
     *,
     first: Mapping[str, Mask],
     held: SavedPruning | None,
-) -> Keeper:
-    """Return what keeps the masks: the network itself where it can, else our own."""
-    if isinstance(network, SelfPruning):
+) -> MaskScheduler:
+    """What keeps the masks: the network itself where it can, else our own."""
+    if isinstance(network, NativePruner):
         found = _goes_on(network, rules, request, first, held) if not request.prunes else None
         found = found or _begins(network, rules, request, first)
         if found is not None:
             found.per_epoch, found.last = course.steps_per_epoch, course.steps
             return found
-    return Keeper(rules, dict(first), first)
+    return MaskScheduler(rules, dict(first), first)
 
 
 def _begins(
-    network: SelfPruning, rules: Rules, request: FinetuneRequest, first: Mapping[str, Mask]
-) -> NativeKeeper | None:
-    """Return a keeper for what the user asks, if it is what tfmot does."""
+    network: NativePruner, rules: PruningConfig, request: FinetuneRequest, first: Mapping[str, Mask]
+) -> NativeMaskScheduler | None:
+    """A keeper for what the user asks, if it is what tfmot does."""
     schedule, asked = rules.schedule, request.pruning
     if schedule is None or first or asked.strategy != "magnitude" or asked.params or asked.scope != Scope.LAYER:
         return None
-    if request.mask is not MaskMode.KEEP or rules.evidence is not Evidence.NONE or request.means.is_compiled:
+    if request.mask is not MaskMode.KEEP or rules.evidence is not GradientStatistic.NONE or request.means.is_compiled:
         return None
     if isinstance(rules.wish.pattern, NMPattern):
         # tfmot makes its groups in the first step, and never again.
         if not (isinstance(schedule, SparsitySchedule) and schedule.curve == "constant" and schedule.begin == 0):
             return None
-    driven = driven_by(schedule)
+    driven = as_tfmot_schedule(schedule)
     if driven is None:
         return None
     schedules: dict[str, Schedule] = {}
@@ -142,15 +142,19 @@ def _begins(
         if final:
             share = final / schedule.final if schedule.final else 1.0
             schedules[name] = replace(driven, final=final, initial=min(driven.initial * share, 1.0))
-    native = Native(schedules, rules.wish.pattern, rules.method.pool, logdir=request.logdir)
+    native = NativePruning(schedules, rules.wish.pattern, rules.method.pool, logdir=request.logdir)
     pruned = network.prune_by(native)
-    return NativeKeeper(replace(rules, schedule=driven), source=network) if pruned else None
+    return NativeMaskScheduler(replace(rules, schedule=driven), source=network) if pruned else None
 
 
 def _goes_on(
-    network: SelfPruning, rules: Rules, request: FinetuneRequest, first: Mapping[str, Mask], held: SavedPruning | None
-) -> NativeKeeper | None:
-    """Return a keeper for the schedule that the file was trained under, if it is not at its end."""
+    network: NativePruner,
+    rules: PruningConfig,
+    request: FinetuneRequest,
+    first: Mapping[str, Mask],
+    held: SavedPruning | None,
+) -> NativeMaskScheduler | None:
+    """A keeper for the schedule that the file was trained under, if it is not at its end."""
     if held is None or not held.schedules or not _is_under_way(held, bool(first)) or request.means.is_compiled:
         return None
     if request.mask is not MaskMode.KEEP:
@@ -158,7 +162,7 @@ def _goes_on(
     driven = {layer: _from_here(schedule, held.step) for layer, schedule in held.schedules.items()}
     tensors = [tensor for tensor in rules.model.tensors if tensor.layer in driven and tensor.is_float]
     schedules = {tensor.name: driven[tensor.layer] for tensor in tensors}
-    native = Native(schedules, held.block, held.pool, first, held.step, is_all=False, logdir=request.logdir)
+    native = NativePruning(schedules, held.block, held.pool, first, held.step, is_all=False, logdir=request.logdir)
     pruned = network.prune_by(native)
     if not pruned:
         return None
@@ -168,17 +172,17 @@ def _goes_on(
     wish = replace(rules.wish, pattern=held.block)
     going = replace(
         rules,
-        schedule=Begun(longest, held.step),
+        schedule=ResumedSchedule(longest, held.step),
         choice=Selection(chosen, (), own),
         wish=wish,
         method=replace(rules.method, selection=wish, pool=held.pool),
     )
     masks = {name: mask for name, mask in first.items() if name in pruned}
-    return NativeKeeper(going, masks, source=network)
+    return NativeMaskScheduler(going, masks, source=network)
 
 
-def driven_by(schedule: Schedule) -> Schedule | None:
-    """Return a schedule whose last turn tfmot will not miss: it counts from 1, and at whole turns alone."""
+def as_tfmot_schedule(schedule: Schedule) -> Schedule | None:
+    """A schedule whose last turn tfmot will not miss: it counts from 1, and at whole turns alone."""
     if not isinstance(schedule, SparsitySchedule):
         return None
     if schedule.curve == "constant" or schedule.last_update_step < 1:
@@ -200,7 +204,7 @@ def _is_under_way(held: SavedPruning, has_zeros: bool) -> bool:
 
 
 def _from_here(schedule: Schedule, step: int) -> Schedule:
-    """Return a constant schedule without an end with its next turn, which is the only one that changes something."""
+    """A constant schedule without an end with its next turn, which is the only one that changes something."""
     if isinstance(schedule, SparsitySchedule) and schedule.curve == "constant" and schedule.end is None:
         first = max(step + 1, schedule.begin)
         late = -(first - schedule.begin) % schedule.frequency

@@ -14,8 +14,8 @@ from typing import Any, TypedDict
 
 from prunectl.errors import UsageError
 from prunectl.pruning.request import PruneRequest as Pruning
-from prunectl.training.backend import Means, ModelOrigin
-from prunectl.training.course import RATES
+from prunectl.training.backend import LoadOptions, TrainOptions
+from prunectl.training.course import LR_SCHEDULES
 
 DEFAULT_EPOCHS = 3
 
@@ -27,7 +27,7 @@ class MaskMode(StrEnum):
     REGROW = "regrow"
 
 
-class Keep(StrEnum):
+class KeepWeights(StrEnum):
     """Whose weights are written."""
 
     BEST = "best"
@@ -35,7 +35,7 @@ class Keep(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Ramping:
+class ScheduleOptions:
     """A schedule whose points in time are still words."""
 
     name: str = ""
@@ -57,12 +57,12 @@ class FinetuneRequest:
     epochs: int | None = None
     steps: int | None = None
     batch_size: int = 32
-    means: Means = field(default_factory=Means)
-    origin: ModelOrigin = field(default_factory=ModelOrigin)
+    means: TrainOptions = field(default_factory=TrainOptions)
+    origin: LoadOptions = field(default_factory=LoadOptions)
     pruning: Pruning = field(default_factory=Pruning)
-    ramping: Ramping = field(default_factory=Ramping)
+    ramping: ScheduleOptions = field(default_factory=ScheduleOptions)
     mask: MaskMode = MaskMode.KEEP
-    keep: Keep = Keep.BEST
+    keep: KeepWeights = KeepWeights.BEST
     rate: str = "constant"
     warmup: str = "0"
     early_stop: int | None = None
@@ -106,8 +106,10 @@ def check(request: FinetuneRequest) -> None:
         raise UsageError("--val and --val-split exclude each other")
     if request.val_split and not 0 < request.val_split < 1:
         raise UsageError(f"--val-split takes a share between 0 and 1, not {request.val_split:g}")
-    if request.rate not in RATES:
-        raise UsageError(f"no learning-rate schedule is called {request.rate}", hint=f"known: {', '.join(RATES)}")
+    if request.rate not in LR_SCHEDULES:
+        raise UsageError(
+            f"no learning-rate schedule is called {request.rate}", hint=f"known: {', '.join(LR_SCHEDULES)}"
+        )
     if request.is_resumed and request.checkpoint_dir is None:
         raise UsageError("--resume needs the folder of the checkpoint", hint="--checkpoint-dir DIR --resume")
     if request.early_stop is not None and not (request.val or request.val_split):
@@ -131,7 +133,7 @@ def _check_unpruned(request: FinetuneRequest) -> None:
     if request.mask is MaskMode.REGROW:
         # Which turns there are is said by the same word.
         ramping = replace(ramping, frequency=None)
-    if ramping != Ramping():
+    if ramping != ScheduleOptions():
         raise UsageError("a schedule needs a sparsity to end at", hint="add --sparsity 80%")
     if pruning.strategy != "magnitude" or pruning.params or pruning.scope != "layer":
         raise UsageError(
@@ -143,7 +145,7 @@ def _check_unpruned(request: FinetuneRequest) -> None:
 MAX, MIN, LOSS = "max", "min", "loss"
 
 
-class Asked(TypedDict):
+class MetricOptions(TypedDict):
     """The part of `Means` that is about metrics."""
 
     metrics: tuple[str, ...]
@@ -154,8 +156,8 @@ class Asked(TypedDict):
     """`max` or `min`, where it was said."""
 
 
-def asked(words: Iterable[str]) -> Asked:
-    """Return what `accuracy`, `loss`, `./file.py:score:max` … ask for; the first of them decides."""
+def parse_metrics(words: Iterable[str]) -> MetricOptions:
+    """What `accuracy`, `loss`, `./file.py:score:max` … ask for; the first of them decides."""
     parts = [_parted(word.strip()) for word in words if word.strip()]
     for name, goal in parts[1:]:
         if goal:
@@ -164,11 +166,11 @@ def asked(words: Iterable[str]) -> Asked:
                 hint=f"leave out :{goal}, or name it first",
             )
     decides, goal = parts[0] if parts else ("", "")
-    return Asked(metrics=tuple(name for name, _ in parts if name != LOSS), decides=decides, goal=goal)
+    return MetricOptions(metrics=tuple(name for name, _ in parts if name != LOSS), decides=decides, goal=goal)
 
 
 def _parted(word: str) -> tuple[str, str]:
-    """Return a name, and what stands behind it of the direction; `./file.py:max` is a function called max."""
+    """A name, and what stands behind it of the direction; `./file.py:max` is a function called max."""
     name, _, goal = word.rpartition(":")
     return (name, goal) if goal in {MAX, MIN} and name and not name.endswith(".py") else (word, "")
 
@@ -229,8 +231,8 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 
-def request_of(words: Mapping[str, Any]) -> FinetuneRequest:
-    """Return the request; what is not said has its default."""
+def parse_request(words: Mapping[str, Any]) -> FinetuneRequest:
+    """The request; what is not said has its default."""
     if unknown := sorted(words.keys() - DEFAULTS.keys()):
         raise UsageError(
             f"finetune has no choice {unknown[0]}", did_you_mean=tuple(get_close_matches(unknown[0], DEFAULTS))
@@ -246,11 +248,11 @@ def request_of(words: Mapping[str, Any]) -> FinetuneRequest:
         steps=said["steps"],
         batch_size=said["batch_size"],
         means=_means(said),
-        origin=ModelOrigin(said["model"], said["custom_objects"], is_trusted=said["trust"], seed=said["seed"]),
+        origin=LoadOptions(said["model"], said["custom_objects"], is_trusted=said["trust"], seed=said["seed"]),
         pruning=_pruning(said),
         ramping=_ramping(said),
         mask=MaskMode(said["mask"]),
-        keep=Keep(said["keep"]),
+        keep=KeepWeights(said["keep"]),
         rate=said["lr_schedule"],
         warmup=str(said["warmup"]),
         early_stop=said["early_stop"],
@@ -266,12 +268,12 @@ def request_of(words: Mapping[str, Any]) -> FinetuneRequest:
     )
 
 
-def _means(said: Mapping[str, Any]) -> Means:
-    return Means(
+def _means(said: Mapping[str, Any]) -> TrainOptions:
+    return TrainOptions(
         loss=said["loss"],
         optimizer=said["optimizer"],
         lr=said["lr"],
-        **asked(said["metric"]),
+        **parse_metrics(said["metric"]),
         clip=said["clip"],
         precision=said["precision"],
         device=said["device"],
@@ -300,11 +302,11 @@ def _pruning(said: Mapping[str, Any]) -> Pruning:
     )
 
 
-def _ramping(said: Mapping[str, Any]) -> Ramping:
+def _ramping(said: Mapping[str, Any]) -> ScheduleOptions:
     params = tuple(said["schedule_param"])
     if said["power"] is not None:
         params += (f"power={said['power']:g}",)
-    return Ramping(
+    return ScheduleOptions(
         name=said["schedule"],
         initial=said["initial_sparsity"],
         begin=str(said["begin"]),
@@ -336,14 +338,14 @@ class PointUnit(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingPoint:
+class TimePoint:
     """A point in the course of training, before it is known how long that is."""
 
     amount: float
     unit: PointUnit
 
     def step(self, steps: int, steps_per_epoch: int) -> int:
-        """Return the step that it is; one step is one batch."""
+        """The step that it is; one step is one batch."""
         # Rounded before it is cut off: 0.29 * 100 is 28.999999999999996.
         if self.unit is PointUnit.PERCENT:
             return math.floor(round(self.amount * steps / 100, 6))
@@ -352,8 +354,8 @@ class TrainingPoint:
         return int(self.amount)
 
 
-def parse_point(text: str) -> TrainingPoint:
-    """Return the point that is meant."""
+def parse_time_point(text: str) -> TimePoint:
+    """The point that is meant."""
     found = _POINT.fullmatch(text.strip())
     if found is None:
         raise UsageError(f"{text!r} is no point in time", hint="write 2000 (steps), 20% (of all steps) or 3ep (epochs)")
@@ -363,9 +365,9 @@ def parse_point(text: str) -> TrainingPoint:
         raise UsageError(f"{text!r} is no whole number of steps", hint="a share is written 20%")
     if unit is PointUnit.PERCENT and amount > 100:
         raise UsageError(f"{text} is more than all steps")
-    return TrainingPoint(amount, unit)
+    return TimePoint(amount, unit)
 
 
-def usual_frequency(steps: int) -> int:
-    """Return how many steps lie between two turns on a way of so many, if nobody says."""
+def default_update_interval(steps: int) -> int:
+    """How many steps lie between two turns on a way of so many, if nobody says."""
     return max(min(MOST_FREQUENCY, steps // _TURNS), 1)

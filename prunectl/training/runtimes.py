@@ -10,11 +10,11 @@ from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.registry import by_name
 from prunectl.training import random_state, user_code
-from prunectl.training.backend import ModelOrigin, Network
+from prunectl.training.backend import LoadOptions, TrainableModel
 
 
 @dataclass(frozen=True, slots=True)
-class Runtime:
+class Backend:
     """A framework, and the files that it trains."""
 
     name: str
@@ -31,26 +31,26 @@ def _is_keras_2(model: ModelFile) -> bool:
     return _is_keras(model) and model.about.keras is not None and "keras 3" not in model.about.producer
 
 
-RUNTIMES = (
-    Runtime("tfmot", _is_keras_2, "tfmot.model:open_network"),
-    Runtime("Keras", _is_keras, "keras.model:open_network"),
-    Runtime("TensorFlow", lambda model: model.format == "saved-model", "tensorflow:open_network"),
-    Runtime(
+BACKENDS = (
+    Backend("tfmot", _is_keras_2, "tfmot.model:load_trainable"),
+    Backend("Keras", _is_keras, "keras.model:load_trainable"),
+    Backend("TensorFlow", lambda model: model.format == "saved-model", "tensorflow:load_trainable"),
+    Backend(
         "PyTorch",
         lambda model: model.format in {"torch", "torch-legacy", "torch-tar", "torch-export", "safetensors", "shards"},
-        "torch.build:open_network",
+        "torch.build:load_trainable",
     ),
 )
 
 
-def open_network(model: ModelFile, origin: ModelOrigin) -> Network:
+def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
     """Load a model in the framework that trains such files, or say that there is none."""
-    for runtime in RUNTIMES:
+    for runtime in BACKENDS:
         if runtime.trains(model):
             user_code.check(model, origin)
             random_state.seed(origin.seed)
             module, _, name = runtime.opener.partition(":")
-            found: Network = getattr(importlib.import_module(f"prunectl.training.{module}"), name)(model, origin)
+            found: TrainableModel = getattr(importlib.import_module(f"prunectl.training.{module}"), name)(model, origin)
             return found
     title = by_name(model.format).title
     raise InputError(

@@ -12,16 +12,16 @@ import numpy as np
 from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import ModelFile
 from prunectl.training import user_code
-from prunectl.training.backend import Array, Evidence, ModelOrigin, Network, Port, Signature
+from prunectl.training.backend import Array, GradientStatistic, LoadOptions, ModelSignature, TensorSpec, TrainableModel
 from prunectl.training.keras import backend
 from prunectl.training.keras.backend import ignore_warnings, load_keras2
 from prunectl.training.keras.distribution import DevicePlacement
 from prunectl.training.keras.load import LoadedModel
 from prunectl.training.keras.model import KerasTrainable
-from prunectl.training.keras.model import open_network as open_keras
+from prunectl.training.keras.model import load_trainable as open_keras
 
 
-def open_network(model: ModelFile, origin: ModelOrigin) -> Network:
+def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
     """A model as TensorFlow trains it."""
     user_code.check(model, origin)
     if origin.model:
@@ -54,7 +54,7 @@ class SignatureModel(_Base):  # type: ignore[misc]
         return next((int(size) for size in sizes if size is not None), None)
 
     @property
-    def ports(self) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+    def ports(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
         """The inputs and outputs of the signature."""
         outputs = self._function.structured_outputs
         return (
@@ -112,9 +112,9 @@ def _as_list(inputs: Any) -> list[Any]:
     return list(inputs) if isinstance(inputs, list | tuple) else [inputs]
 
 
-def _port(name: str, spec: Any) -> Port:
+def _port(name: str, spec: Any) -> TensorSpec:
     dims = None if spec.shape.rank is None else tuple(None if n is None else int(n) for n in spec.shape)[1:]
-    return Port(name, dims, spec.dtype.name)
+    return TensorSpec(name, dims, spec.dtype.name)
 
 
 class SignatureTrainable(KerasTrainable):
@@ -132,10 +132,10 @@ class SignatureTrainable(KerasTrainable):
         self._unserved_weights: dict[str, Array] = {}
 
     @property
-    def signature(self) -> Signature:
+    def signature(self) -> ModelSignature:
         """The inputs and outputs that the signature declares."""
         inputs, outputs = self._model.ports
-        return self._with_activations(Signature(inputs, outputs, is_channels_first=False))
+        return self._with_activations(ModelSignature(inputs, outputs, is_channels_first=False))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -181,7 +181,7 @@ class SignatureTrainable(KerasTrainable):
                 value = self._read(name)
                 self._unserved_weights[name] = np.where(mask, value, np.zeros((), value.dtype))
 
-    def watch(self, evidence: Evidence, names: Sequence[str]) -> None:
+    def watch(self, evidence: GradientStatistic, names: Sequence[str]) -> None:
         """Gather evidence about some weights."""
         for name in names:
             if name not in self._variables:

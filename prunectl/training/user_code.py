@@ -18,30 +18,30 @@ from prunectl.formats import trust, zip_read
 from prunectl.formats.base import ModelFile
 from prunectl.formats.torch import exported_trust, script
 from prunectl.plugins import attribute, find
-from prunectl.training.backend import ModelOrigin
+from prunectl.training.backend import LoadOptions
 
 
-def objects(origin: ModelOrigin) -> dict[str, Any]:
-    """Return the custom objects by name."""
+def custom_objects(origin: LoadOptions) -> dict[str, Any]:
+    """The custom objects by name."""
     if not origin.custom_objects:
         return {}
-    found = named(origin.custom_objects, "--custom-objects", "models:CUSTOM_OBJECTS")
+    found = resolve_reference(origin.custom_objects, "--custom-objects", "models:CUSTOM_OBJECTS")
     if not isinstance(found, Mapping):
         raise UsageError(f"{origin.custom_objects} is no dictionary of custom objects")
     return dict(found)
 
 
-def named(reference: str, option: str, example: str) -> Any:
-    """Return what `mod:name` or `./file.py:name` means."""
+def resolve_reference(reference: str, option: str, example: str) -> Any:
+    """What `mod:name` or `./file.py:name` means."""
     where, colon, name = reference.rpartition(":")
     if not colon or not where or not name:
         raise UsageError(f"{option} {reference} names no thing in a module", hint=f"write {option} {example}")
     return attribute(where, name)
 
 
-def function(reference: str, option: str) -> Any:
-    """Return what can be called under a reference."""
-    found = named(reference, option, "my_module:my_function")
+def resolve_function(reference: str, option: str) -> Any:
+    """What can be called under a reference."""
+    found = resolve_reference(reference, option, "my_module:my_function")
     if not callable(found):
         raise UsageError(f"{option} {reference} is a {type(found).__name__}, not a function")
     return found
@@ -51,7 +51,7 @@ _KERAS = frozenset({"keras", "keras-h5", "saved-model"})
 _TORCH = frozenset({"torch", "torch-legacy", "torch-tar"})
 
 
-def check(model: ModelFile, origin: ModelOrigin) -> None:
+def check(model: ModelFile, origin: LoadOptions) -> None:
     """Refuse a file that brings code, or names code that nobody vouched for.
 
     Where the user's own function builds the model, nothing in the file is looked at but numbers.
@@ -59,7 +59,7 @@ def check(model: ModelFile, origin: ModelOrigin) -> None:
     if origin.is_trusted or origin.model:
         return
     if model.format in _KERAS:
-        trust.check(model, lambda: objects(origin))
+        trust.check(model, lambda: custom_objects(origin))
     elif model.format == "torch-export":
         exported_trust.check_program(model.path)
     elif is_script(model):
@@ -67,12 +67,12 @@ def check(model: ModelFile, origin: ModelOrigin) -> None:
     elif model.format in _TORCH and model.about.code:
         raise UntrustedError(
             f"{model.path} holds a whole Python module ({model.about.code[0]}): opening it would run code",
-            hint=f"if you trust it: --trust {way_to(model, _module_of(model.about.code[0]))}\n"
+            hint=f"if you trust it: --trust {import_option(model, _module_of(model.about.code[0]))}\n"
             "better: torch.save(model.state_dict(), ...) once, then --model module:function",
         )
 
 
-def way_to(model: ModelFile, module: str) -> str:
+def import_option(model: ModelFile, module: str) -> str:
     """The option that imports a module which a file names: by its file, where that lies beside the model or here."""
     name = module.partition(".")[0]
     if not name.isidentifier() or name == "__main__":
@@ -114,8 +114,8 @@ def check_checkpoint(model: ModelFile) -> None:
 _TOLD = 3
 
 
-def builder(reference: str) -> Any:
-    """Return what a reference names, and refuse a file of which it is not said what in it is meant."""
+def resolve_builder(reference: str) -> Any:
+    """What a reference names, and refuse a file of which it is not said what in it is meant."""
     if reference.endswith(".py") and ":" not in reference:
         names = _public(Path(reference))
         told = ", ".join(names[:_TOLD]) or "nothing that could be called"
@@ -127,8 +127,8 @@ def builder(reference: str) -> Any:
     return find("model", reference, {})
 
 
-def built(make: Any, reference: str) -> Any:
-    """Return what a builder makes; its mistakes are the user's to mend."""
+def call_builder(make: Any, reference: str) -> Any:
+    """What a builder makes; its mistakes are the user's to mend."""
     if not callable(make):
         raise UsageError(f"--model {reference} is a {type(make).__name__}, not a function")
     try:
@@ -152,7 +152,7 @@ def built(make: Any, reference: str) -> Any:
 
 
 def _public(path: Path) -> list[str]:
-    """Return the functions and classes of a file, which is not run."""
+    """The functions and classes of a file, which is not run."""
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError) as error:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from prunectl.calibration import im2col as module
 from prunectl.calibration.im2col import scatter_rows, weight_matrix
-from prunectl.training.layer_inputs import SlidingWindow, Use
+from prunectl.training.layer_inputs import SlidingWindow, WeightUse
 from tests.calibration.by_hand import as_rows, every_column, normal, of_outputs, product, run, use_of
 from tests.calibration.layers import LAYERS, made
 
@@ -78,13 +78,13 @@ def test_any_convolution_is_rows_times_columns(data: st.DataObject) -> None:
 
 def test_the_channels_of_one_window_position_lie_side_by_side() -> None:
     weights = np.arange(2 * 3 * 2 * 2).reshape(2, 3, 2, 2)
-    use = Use(0, 1, window=SlidingWindow((1, 1), (1, 1), ((0, 0), (0, 0))))
+    use = WeightUse(0, 1, window=SlidingWindow((1, 1), (1, 1), ((0, 0), (0, 0))))
     np.testing.assert_array_equal(weight_matrix(weights, use)[0], weights.transpose(0, 2, 3, 1).reshape(2, -1))
 
 
 def test_a_depthwise_kernel_of_keras_has_its_groups_on_an_axis_of_their_own() -> None:
     kernel, x = normal(3, 2, 4, 2), normal(2, 4, 6, 5, seed=1)
-    use = Use(3, None, groups=4, group_axis=2, window=SlidingWindow((2, 1), (1, 1), ((1, 1), (0, 1))))
+    use = WeightUse(3, None, groups=4, group_axis=2, window=SlidingWindow((2, 1), (1, 1), ((1, 1), (0, 1))))
     padded = torch.from_numpy(np.pad(x, ((0, 0), (0, 0), (1, 1), (0, 1))))
     theirs = torch.from_numpy(kernel.transpose(2, 3, 0, 1).reshape(8, 1, 3, 2))
     expected = torch.nn.functional.conv2d(padded, theirs, stride=(2, 1), groups=4).numpy()
@@ -94,14 +94,14 @@ def test_a_depthwise_kernel_of_keras_has_its_groups_on_an_axis_of_their_own() ->
 
 def test_matrices_that_are_stacked_each_see_their_own_inputs() -> None:
     stack, x = normal(3, 5, 4), normal(7, 15, seed=1)
-    use = Use(2, 1, groups=3, group_axis=0)
+    use = WeightUse(2, 1, groups=3, group_axis=0)
     expected = np.concatenate([x[:, 5 * at : 5 * at + 5] @ stack[at] for at in range(3)], axis=1)
     np.testing.assert_allclose(product(stack, x, use), expected, atol=1e-12)
     np.testing.assert_array_equal(scatter_rows(weight_matrix(stack, use), use, np.zeros_like(stack)), stack)
 
 
-@pytest.mark.parametrize("use", [Use(0, 1), Use(1, 0)], ids=["rows", "columns"])
-def test_a_part_of_the_outputs_is_seen_and_placed_alone(use: Use) -> None:
+@pytest.mark.parametrize("use", [WeightUse(0, 1), WeightUse(1, 0)], ids=["rows", "columns"])
+def test_a_part_of_the_outputs_is_seen_and_placed_alone(use: WeightUse) -> None:
     weights, x = normal(6, 6), normal(9, 6, seed=1)
     whole, part = product(weights, x, use), of_outputs(use, 2, 5)
     np.testing.assert_allclose(product(weights, x, part), whole[:, 2:5], atol=1e-12)
@@ -113,7 +113,7 @@ def test_a_part_of_the_outputs_is_seen_and_placed_alone(use: Use) -> None:
 
 def test_a_tensor_may_be_seen_in_another_shape() -> None:
     weights, x = normal(2, 3, 4), normal(5, 6, seed=1)
-    use = Use(1, 0, shape=(6, 4))
+    use = WeightUse(1, 0, shape=(6, 4))
     np.testing.assert_allclose(product(weights, x, use), x @ weights.reshape(6, 4), atol=1e-12)
     rows = normal(1, 4, 6, seed=2)
     np.testing.assert_array_equal(scatter_rows(rows, use, weights), rows[0].T.reshape(2, 3, 4))
@@ -121,5 +121,5 @@ def test_a_tensor_may_be_seen_in_another_shape() -> None:
 
 def test_weights_that_do_not_lie_in_order_are_seen_as_they_are() -> None:
     weights, x = np.asfortranarray(normal(4, 6)), normal(5, 6, seed=1)
-    np.testing.assert_allclose(product(weights, x, Use(0, 1)), x @ weights.T, atol=1e-12)
-    np.testing.assert_array_equal(scatter_rows(normal(1, 4, 6, seed=2), Use(0, 1), weights), normal(4, 6, seed=2))
+    np.testing.assert_allclose(product(weights, x, WeightUse(0, 1)), x @ weights.T, atol=1e-12)
+    np.testing.assert_array_equal(scatter_rows(normal(1, 4, 6, seed=2), WeightUse(0, 1), weights), normal(4, 6, seed=2))

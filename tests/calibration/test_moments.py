@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as npst
 
 from prunectl.calibration import statistics
 from prunectl.calibration.statistics import CrossStatistics, InputStatistics
-from prunectl.training.layer_inputs import Use
+from prunectl.training.layer_inputs import WeightUse
 from tests.calibration.by_hand import every_column, normal, of_outputs, shown, use_of
 from tests.calibration.layers import LAYERS, made
 from tests.contract import Array
@@ -50,7 +50,7 @@ def test_what_is_added_up_is_what_all_columns_add_up_to(name: str, kind: str) ->
 )
 def test_sights_add_up_whatever_batches_they_come_in(parts: list[Array], name: str, groups: int) -> None:
     ours, theirs = MOMENTS[name]
-    use, kernel, found = Use(0, 1, groups), (groups, 4 // groups), InputStatistics()
+    use, kernel, found = WeightUse(0, 1, groups), (groups, 4 // groups), InputStatistics()
     for part in parts:
         found.add(shown(part, use), kernel, ours)
     whole = np.concatenate(parts).reshape(-1, groups, 4 // groups).astype("f8")
@@ -60,7 +60,7 @@ def test_sights_add_up_whatever_batches_they_come_in(parts: list[Array], name: s
 
 
 def test_parts_of_a_tensor_are_counted_apart() -> None:
-    found, use = InputStatistics(), Use(0, 1)
+    found, use = InputStatistics(), WeightUse(0, 1)
     first, second = normal(3, 4), normal(8, 4, seed=1)
     found.add(shown(first, of_outputs(use, 0, 2)), (6, 4), statistics.sum_inputs)
     found.add(shown(second, of_outputs(use, 2, 6)), (6, 4), statistics.sum_inputs)

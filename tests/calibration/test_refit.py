@@ -7,7 +7,7 @@ import pytest
 
 from prunectl.calibration.reconstruct import center, least_squares_refit
 from prunectl.calibration.statistics import CrossStatistics
-from prunectl.training.layer_inputs import Use
+from prunectl.training.layer_inputs import WeightUse
 from tests.calibration.by_hand import normal, shown
 from tests.contract import Array
 
@@ -92,7 +92,7 @@ def test_a_weight_without_any_input_stays_as_it_was() -> None:
 
 def test_centred_products_are_those_of_a_regression_with_an_intercept() -> None:
     rows, kept, now, before = layer()
-    use = Use(0, 1)
+    use = WeightUse(0, 1)
     pairs = CrossStatistics(use)
     pairs.add(shown(now, use), shown(before, use), rows.shape)
     among = center(pairs.gram, pairs.sum_pruned, pairs.sum_pruned, pairs.count)[0]

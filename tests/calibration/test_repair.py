@@ -15,7 +15,7 @@ from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.prune import prune as prune_file
 from prunectl.pruning.request import PruneRequest
-from prunectl.training.layer_inputs import Use
+from prunectl.training.layer_inputs import WeightUse
 from tests.calibration import nets
 from tests.calibration.by_hand import normal, of_outputs, shown
 from tests.calibration.runs import NETS, data, digits, examples, numbers, saved
@@ -132,7 +132,7 @@ def said(path: Path) -> Array:
 
 def test_means_of_outputs_are_those_over_all_that_was_met() -> None:
     weights, x, seen = normal(6, 4), normal(30, 4), InputStatistics()
-    parts = (of_outputs(Use(0, 1), 4, 6), of_outputs(Use(0, 1), 0, 4))
+    parts = (of_outputs(WeightUse(0, 1), 4, 6), of_outputs(WeightUse(0, 1), 0, 4))
     for at, use in enumerate(parts):
         seen.add(shown(x + at, use), (6, 4), sum_inputs)
     expected = np.concatenate([((x + 1) @ weights[:4].T).mean(axis=0), (x @ weights[4:].T).mean(axis=0)])

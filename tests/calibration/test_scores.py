@@ -16,10 +16,10 @@ from prunectl.calibration.statistics import InputStatistics, sum_squares
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import PruneRequest
-from prunectl.training.backend import Means, ModelOrigin
+from prunectl.training.backend import LoadOptions, TrainOptions
 from prunectl.training.data.source import Batch
-from prunectl.training.layer_inputs import Graded, Use
-from prunectl.training.runtimes import open_network
+from prunectl.training.layer_inputs import DifferentiableModel, WeightUse
+from prunectl.training.runtimes import load_trainable
 from tests.calibration.by_hand import normal, of_outputs, shown
 from tests.calibration.runs import TORCH_NETS, data, examples, numbers, saved
 from tests.contract import Array
@@ -149,9 +149,9 @@ def test_gradients_are_autograds_weighted_by_examples(
     begins = [0, *cuts[:-1]]
     batches = [Batch(X[begin:end], Y[begin:end]) for begin, end in zip(begins, cuts, strict=True)]
     model = open_model(path)
-    network = open_network(model, ModelOrigin(f"{TORCH_NETS}:Plain"))
-    assert isinstance(network, Graded)
-    network.prepare(Means(optimizer="sgd", lr=0.0, example=batches[0], device="cpu"))
+    network = load_trainable(model, LoadOptions(f"{TORCH_NETS}:Plain"))
+    assert isinstance(network, DifferentiableModel)
+    network.prepare(TrainOptions(optimizer="sgd", lr=0.0, example=batches[0], device="cpu"))
     tensors = [tensor for tensor in model.tensors if tensor.name in NAMES]
     found = Calibration(network, tuple(batches)).gradients(tensors, scores.gradient_reduction(strategy))
     shares = [len(batch.x) / len(X) for batch in batches]
@@ -181,25 +181,25 @@ def test_what_goes_by_gradients_are_the_lowest_scores(
 def test_ranks_within_outputs_count_from_the_smallest() -> None:
     score = np.array([[3.0, 1.0, 2.0], [5.0, 5.0, 4.0]])
     seen = InputStatistics()
-    seen.add(shown(normal(4, 3), Use(0, 1)), (2, 3), sum_squares)
+    seen.add(shown(normal(4, 3), WeightUse(0, 1)), (2, 3), sum_squares)
     np.testing.assert_array_equal(scores.rank_per_output(score, seen), [[2, 0, 1], [1, 2, 0]])
     turned = InputStatistics()
-    turned.add(shown(normal(4, 3), Use(1, 0)), (3, 2), sum_squares)
+    turned.add(shown(normal(4, 3), WeightUse(1, 0)), (3, 2), sum_squares)
     np.testing.assert_array_equal(scores.rank_per_output(score.T, turned), np.array([[2, 0, 1], [1, 2, 0]]).T)
 
 
 def test_a_tensor_is_covered_once_all_its_outputs_were_seen() -> None:
     seen = InputStatistics()
-    seen.add(shown(normal(4, 3), of_outputs(Use(0, 1), 0, 2)), (5, 3), sum_squares)
+    seen.add(shown(normal(4, 3), of_outputs(WeightUse(0, 1), 0, 2)), (5, 3), sum_squares)
     assert not scores.covers_all_outputs((5, 3), seen)
-    seen.add(shown(normal(4, 3), of_outputs(Use(0, 1), 2, 5)), (5, 3), sum_squares)
+    seen.add(shown(normal(4, 3), of_outputs(WeightUse(0, 1), 2, 5)), (5, 3), sum_squares)
     assert scores.covers_all_outputs((5, 3), seen)
 
 
 def test_each_part_of_a_tensor_counts_with_its_own_inputs() -> None:
     weights, seen = normal(5, 3), InputStatistics()
     for begin, end in ((0, 2), (2, 5)):
-        seen.add(shown(normal(4, 3, seed=end), of_outputs(Use(0, 1), begin, end)), (5, 3), sum_squares)
+        seen.add(shown(normal(4, 3, seed=end), of_outputs(WeightUse(0, 1), begin, end)), (5, 3), sum_squares)
     found = scores.wanda_scores(weights, seen)
     for begin, end in ((0, 2), (2, 5)):
         total = np.square(normal(4, 3, seed=end)).sum(axis=0)

@@ -16,7 +16,7 @@ from prunectl.channels.plan import ChannelPlan
 from prunectl.channels.rules import propagate
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.registry import open_model
-from prunectl.training.backend import ModelOrigin
+from prunectl.training.backend import LoadOptions
 from tests.channels.made import model, numpy_helper, onnx, op, saved
 from tests.channels.test_prune import FIXTURE, cut
 from tests.running import here
@@ -30,7 +30,7 @@ def test_a_cut_that_changes_the_outcome_is_not_written(tmp_path: Path, monkeypat
 
 
 def test_a_cut_that_cannot_run_is_not_written(tmp_path: Path) -> None:
-    source = open_adapter(open_model(FIXTURE), ModelOrigin())
+    source = open_adapter(open_model(FIXTURE), LoadOptions())
     trace = propagate(source.graph)
     broken = source.with_weights({})
     broken.graph.initializer[0].dims[0] -= 1
@@ -47,7 +47,7 @@ def test_what_a_softmax_would_hide_is_seen(tmp_path: Path) -> None:
         if tensor.name == "last":
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1e-9), "last"))
     onnx.save(made, path)
-    source = open_adapter(open_model(path), ModelOrigin())
+    source = open_adapter(open_model(path), LoadOptions())
     trace = propagate(source.graph)
     label = int(trace.notes[0].labels[0])
     gone = {("first", 0): np.array([0]), ("last", 0): np.array([0])}
@@ -65,7 +65,7 @@ def blind(folder: Path) -> tuple[Any, Any, ChannelPlan]:
     for tensor in made.graph.initializer:
         if tensor.name == "bias":
             tensor.CopyFrom(numpy_helper.from_array(np.full(8, -99, np.float32), "bias"))
-    source = open_adapter(open_model(saved(made, folder)), ModelOrigin())
+    source = open_adapter(open_model(saved(made, folder)), LoadOptions())
     trace = propagate(source.graph)
     right = {("first", 0): np.array([0]), ("bias", 0): np.array([0]), ("last", 1): np.array([0])}
     wrong = right | {("last", 1): np.array([1])}

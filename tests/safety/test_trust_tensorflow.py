@@ -15,8 +15,8 @@ from prunectl.formats.protobuf import fields
 from prunectl.formats.registry import open_model
 from prunectl.formats.tensorflow import graph_code
 from prunectl.formats.tensorflow.pure_operations import BY_ATTRIBUTE, PURE
-from prunectl.training.backend import ModelOrigin
-from prunectl.training.runtimes import open_network
+from prunectl.training.backend import LoadOptions
+from prunectl.training.runtimes import load_trainable
 from tests.networks import tf_keras
 from tests.running import FIXTURES, here
 from tests.safety.cost import assert_refused_cheaply, cost
@@ -385,7 +385,7 @@ def test_the_canary_sings_for_those_who_trust_the_graph(tmp_path: Path) -> None:
     found = here("export", path, "-o", tmp_path / "o.tflite")
     assert (found.code, "operation PrintV2" in found.err) == (3, True)
     with pytest.raises(UntrustedError, match="PrintV2"):
-        open_network(open_model(path), ModelOrigin())
+        load_trainable(open_model(path), LoadOptions())
     assert not canary.exists()
     here("export", path, "-o", tmp_path / "saved", "--to", "saved-model", "--trust")
     assert canary.exists()

@@ -15,7 +15,7 @@ from prunectl.sweeping.requests import pruning_of, training_of
 from prunectl.sweeping.sweep import compare_schedules, pareto_front
 from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial, TrialResult, Variant
 from prunectl.training.data.source import Batch
-from prunectl.training.evaluation.evaluate import scored
+from prunectl.training.evaluation.evaluate import evaluate_predictions
 from prunectl.training.evaluation.max_drop import MaxDrop
 
 WAY = Variant("magnitude", "layer")
@@ -161,7 +161,7 @@ def test_answers_are_scored_as_by_hand() -> None:
 
     def score(found: np.ndarray, targets: np.ndarray, metric: str = "") -> tuple[str, float]:
         batches = [Batch(found[at : at + 7], targets[at : at + 7]) for at in range(0, 30, 7)]
-        return scored(lambda x: x, batches, metric, "d")
+        return evaluate_predictions(lambda x: x, batches, metric, "d")
 
     assert score(outputs, labels) == ("accuracy", pytest.approx(right))
     assert score(outputs, labels[:, None]) == ("accuracy", pytest.approx(right))

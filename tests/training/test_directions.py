@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from prunectl.errors import UsageError
-from prunectl.training.backend import Means
-from prunectl.training.monitor import Decider, check_direction, decider, is_higher_better, is_up
-from prunectl.training.request import asked
+from prunectl.training.backend import TrainOptions
+from prunectl.training.monitor import Monitor, check_direction, known_direction, make_monitor, resolve_direction
+from prunectl.training.request import parse_metrics
 
 UP = """
 accuracy val_accuracy acc top5 top-3 top_k_categorical_accuracy sparse_top_k_categorical_accuracy binary_accuracy
@@ -27,22 +27,22 @@ UNKNOWN = ("dice.py:score", "km.py:kappa", "laptop/m.py:err", "dice", "stop_accu
 
 @pytest.mark.parametrize("name", UP.split())
 def test_more_of_what_is_known_to_be_good_is_better(name: str) -> None:
-    assert is_up(name) is True
+    assert known_direction(name) is True
 
 
 @pytest.mark.parametrize("name", DOWN.split())
 def test_less_of_what_is_known_to_be_bad_is_better(name: str) -> None:
-    assert is_up(name) is False
+    assert known_direction(name) is False
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_what_no_name_says_is_refused_with_the_way_to_say_it(name: str) -> None:
-    assert is_up(name) is None
+    assert known_direction(name) is None
     with pytest.raises(UsageError, match=r"is more of .* better, or less") as refused:
-        is_higher_better(name)
+        resolve_direction(name)
     assert f"{name}:max or {name}:min" in refused.value.hint
-    assert is_higher_better(name, "max")
-    assert not is_higher_better(name, "min")
+    assert resolve_direction(name, "max")
+    assert not resolve_direction(name, "min")
 
 
 def test_every_metric_and_loss_of_keras_has_a_direction_or_none_on_purpose() -> None:
@@ -51,13 +51,15 @@ def test_every_metric_and_loss_of_keras_has_a_direction_or_none_on_purpose() -> 
     none |= {"mean_metric_wrapper", "circle", "dice", "tversky"}
     plain = {name.replace("_", "") for name in none}
     names = [name for home in (keras.metrics, keras.losses) for name in dir(home) if not name.startswith("_")]
-    assert [name for name in names if is_up(name) is None and name.lower().replace("_", "") not in plain] == []
+    assert [
+        name for name in names if known_direction(name) is None and name.lower().replace("_", "") not in plain
+    ] == []
 
 
 def test_the_name_of_an_output_before_a_metric_is_no_part_of_it() -> None:
-    assert is_up("digits_accuracy", ("digits",)) is True
-    assert is_up("digits_loss", ("digits",)) is False
-    assert is_up("inverse_accuracy", ("digits",)) is None
+    assert known_direction("digits_accuracy", ("digits",)) is True
+    assert known_direction("digits_loss", ("digits",)) is False
+    assert known_direction("inverse_accuracy", ("digits",)) is None
 
 
 @pytest.mark.parametrize(
@@ -75,23 +77,25 @@ def test_the_name_of_an_output_before_a_metric_is_no_part_of_it() -> None:
 def test_the_direction_is_said_behind_the_name_which_stays_free_of_it(
     words: list[str], metrics: tuple[str, ...], decides: str, goal: str
 ) -> None:
-    assert asked(words) == {"metrics": metrics, "decides": decides, "goal": goal}
+    assert parse_metrics(words) == {"metrics": metrics, "decides": decides, "goal": goal}
 
 
 def test_a_direction_of_what_does_not_decide_is_refused() -> None:
     with pytest.raises(UsageError, match="does not decide"):
-        asked(["accuracy", "f.py:score:max"])
+        parse_metrics(["accuracy", "f.py:score:max"])
 
 
 def test_what_was_asked_first_decides_whatever_the_order_of_the_numbers() -> None:
     logs = {"accuracy": 0.5, "loss": 1.0, "score": 3.0}
-    assert decider(logs, Means()) == Decider("accuracy", is_up=True)
-    assert decider(logs, Means(**asked(["loss", "accuracy"]))) == Decider("loss", is_up=False)
-    assert decider(logs, Means(**asked([f"{Path('m.py')}:score:max"]))) == Decider("score", is_up=True)
+    assert make_monitor(logs, TrainOptions()) == Monitor("accuracy", is_up=True)
+    assert make_monitor(logs, TrainOptions(**parse_metrics(["loss", "accuracy"]))) == Monitor("loss", is_up=False)
+    assert make_monitor(logs, TrainOptions(**parse_metrics([f"{Path('m.py')}:score:max"]))) == Monitor(
+        "score", is_up=True
+    )
     with pytest.raises(UsageError, match="is not measured here"):
-        decider({"loss": 1.0}, Means(**asked(["accuracy"])))
+        make_monitor({"loss": 1.0}, TrainOptions(**parse_metrics(["accuracy"])))
 
 
 def test_a_function_without_a_direction_is_refused_before_a_file_is_opened() -> None:
     with pytest.raises(UsageError, match="better, or less"):
-        check_direction(Means(**asked(["m.py:score"])))
+        check_direction(TrainOptions(**parse_metrics(["m.py:score"])))

@@ -18,12 +18,12 @@ from prunectl.errors import InputError, PrunectlError, UsageError, WorkError
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import PruneRequest as Pruning
-from prunectl.training.backend import Means, ModelOrigin
+from prunectl.training.backend import LoadOptions, TrainOptions
 from prunectl.training.checkpoint import differences
-from prunectl.training.finetune import Finetuned, finetune
-from prunectl.training.logger import Events
-from prunectl.training.request import FinetuneRequest, Keep, MaskMode, Ramping, asked
-from prunectl.training.torch.model import TorchNetwork
+from prunectl.training.finetune import FinetuneResult, finetune
+from prunectl.training.logger import EventWriter
+from prunectl.training.request import FinetuneRequest, KeepWeights, MaskMode, ScheduleOptions, parse_metrics
+from prunectl.training.torch.model import TorchTrainable
 from tests.pruning import reference
 from tests.running import COMMAND, FIXTURES, ROOT, clean, prunectl
 
@@ -37,9 +37,15 @@ def _few_threads() -> None:
     torch.set_num_threads(1)
 
 
-def tuned(path: Path, target: Path, **words: Any) -> Finetuned:
+def tuned(path: Path, target: Path, **words: Any) -> FinetuneResult:
     """Fine-tune a digits network briefly."""
-    own = {"means": Means(lr=0.002, device="cpu"), "origin": ModelOrigin(NET), "val_split": 0.25, "epochs": 2, **words}
+    own = {
+        "means": TrainOptions(lr=0.002, device="cpu"),
+        "origin": LoadOptions(NET),
+        "val_split": 0.25,
+        "epochs": 2,
+        **words,
+    }
     return finetune(path, FinetuneRequest(DATA, **own), Destination(target))
 
 
@@ -80,7 +86,7 @@ def test_every_strategy_reaches_the_sparsity(strategy: str, tmp_path: Path) -> N
 
 
 def test_masks_that_regrow_move_and_keep_their_number(pruned: Path, tmp_path: Path) -> None:
-    found = tuned(pruned, tmp_path / "out.pt", mask=MaskMode.REGROW, epochs=4, keep=Keep.LAST)
+    found = tuned(pruned, tmp_path / "out.pt", mask=MaskMode.REGROW, epochs=4, keep=KeepWeights.LAST)
     before, after = arrays(pruned), arrays(tmp_path / "out.pt")
     assert found.masked == found.kept
     for name in ("conv2.weight", "fc1.weight"):
@@ -122,7 +128,7 @@ def test_only_the_bytes_of_the_weights_change(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["digits_cnn_torchscript.pt", "digits_cnn.safetensors", "masks_of_torch_prune.pt"])
 def test_other_containers_of_pytorch_are_trained_as_well(name: str, tmp_path: Path) -> None:
-    origin = ModelOrigin() if "script" in name else ModelOrigin(NET)
+    origin = LoadOptions() if "script" in name else LoadOptions(NET)
     found = tuned(FIXTURES / name, tmp_path / name, origin=origin, pruning=Pruning(sparsity=0.85))
     assert found.masked == found.kept == sum(round(0.85 * size) for size in (72, 1152, 8192, 320))
     assert not open_model(tmp_path / name).about.wrappers
@@ -146,15 +152,15 @@ def test_the_same_run_twice_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_a_resumed_run_gives_the_same_bytes_as_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words: dict[str, Any] = {"pruning": Pruning(sparsity=0.8, strategy="movement"), "epochs": 3}
     tuned(DIGITS, tmp_path / "unbroken.pt", **words)
-    step, done = TorchNetwork.step, []
+    step, done = TorchTrainable.step, []
 
-    def tiring(self: TorchNetwork, *args: Any) -> None:
+    def tiring(self: TorchTrainable, *args: Any) -> None:
         step(self, *args)
         done.append(1)
         if len(done) == 17:  # in the middle of the second epoch
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(TorchNetwork, "step", tiring)
+    monkeypatch.setattr(TorchTrainable, "step", tiring)
     with pytest.raises(KeyboardInterrupt):
         tuned(DIGITS, tmp_path / "broken.pt", checkpoint_dir=tmp_path / "kept", **words)
     assert not (tmp_path / "broken.pt").exists()
@@ -174,15 +180,15 @@ def test_a_run_is_not_resumed_with_other_choices_nor_overwritten(tmp_path: Path)
 
 
 def test_the_best_epoch_is_written_unless_the_last_is_asked_for(tmp_path: Path) -> None:
-    words: dict[str, Any] = {"means": Means(lr=0.3, optimizer="sgd", device="cpu"), "epochs": 4}
+    words: dict[str, Any] = {"means": TrainOptions(lr=0.3, optimizer="sgd", device="cpu"), "epochs": 4}
     best = tuned(DIGITS, tmp_path / "best.pt", **words)
-    last = tuned(DIGITS, tmp_path / "last.pt", keep=Keep.LAST, **words)
+    last = tuned(DIGITS, tmp_path / "last.pt", keep=KeepWeights.LAST, **words)
     assert best.judged_after["accuracy"] == max(entry.val["accuracy"] for entry in best.history)
     assert last.judged_after["accuracy"] == last.history[-1].val["accuracy"]
 
 
 def test_training_stops_early_when_nothing_improves(tmp_path: Path) -> None:
-    means = Means(lr=0.0, optimizer="sgd", device="cpu")
+    means = TrainOptions(lr=0.0, optimizer="sgd", device="cpu")
     found = tuned(DIGITS, tmp_path / "out.pt", means=means, epochs=9, early_stop=2)
     assert len(found.history) == 3
 
@@ -196,8 +202,8 @@ def test_epochs_that_are_not_yet_sparse_enough_are_never_the_best(tmp_path: Path
 
 def test_an_epoch_at_whose_end_the_last_turn_comes_is_not_sparse_enough(tmp_path: Path) -> None:
     # What is never changed by training is best as early as it may be.
-    words: dict[str, Any] = {"means": Means(lr=0.0, optimizer="sgd", device="cpu"), "epochs": 4}
-    words |= {"pruning": Pruning(sparsity=0.5), "ramping": Ramping("polynomial", begin="0", end="2ep")}
+    words: dict[str, Any] = {"means": TrainOptions(lr=0.0, optimizer="sgd", device="cpu"), "epochs": 4}
+    words |= {"pruning": Pruning(sparsity=0.5), "ramping": ScheduleOptions("polynomial", begin="0", end="2ep")}
     found = tuned(DIGITS, tmp_path / "out.pt", **words)
     assert found.best_epoch == 3
     assert found.after.prunable_sparsity == pytest.approx(0.5, abs=1e-3)
@@ -207,8 +213,8 @@ def test_an_epoch_at_whose_end_the_last_turn_comes_is_not_sparse_enough(tmp_path
 def test_what_watches_training_does_not_prune_before_it_has_seen_any(strategy: str, tmp_path: Path) -> None:
     words: dict[str, Any] = {"pruning": Pruning(sparsity=0.5, strategy=strategy), "epochs": 1}
     with pytest.raises(UsageError, match="before the first step"):
-        tuned(DIGITS, tmp_path / "out.pt", ramping=Ramping("constant"), **words)
-    found = tuned(DIGITS, tmp_path / "out.pt", ramping=Ramping("constant", begin="50%"), **words)
+        tuned(DIGITS, tmp_path / "out.pt", ramping=ScheduleOptions("constant"), **words)
+    found = tuned(DIGITS, tmp_path / "out.pt", ramping=ScheduleOptions("constant", begin="50%"), **words)
     assert found.after.prunable_sparsity == pytest.approx(0.5, abs=1e-3)
 
 
@@ -235,7 +241,7 @@ def test_any_file_may_be_the_teacher(tmp_path: Path) -> None:
 def test_a_run_that_is_not_resumed_says_every_choice_that_differs_and_nothing_else(tmp_path: Path) -> None:
     words: dict[str, Any] = {"checkpoint_dir": tmp_path / "kept", "epochs": 1}
     tuned(DIGITS, tmp_path / "a.pt", **words)
-    other = {"means": Means(lr=0.1, clip=1.0, device="cpu", is_compiled=True), "frozen": ("fc*",), "epochs": 1}
+    other = {"means": TrainOptions(lr=0.1, clip=1.0, device="cpu", is_compiled=True), "frozen": ("fc*",), "epochs": 1}
     with pytest.raises(UsageError) as caught:
         tuned(DIGITS, tmp_path / "b.pt", is_resumed=True, **{**words, **other})
     _, _, said = str(caught.value).partition("had ")
@@ -252,7 +258,7 @@ def test_a_choice_that_an_older_checkpoint_does_not_know_differs_in_nothing() ->
 
 
 def test_a_number_beyond_single_precision_does_not_end_the_run(tmp_path: Path) -> None:
-    events = Events(tmp_path)
+    events = EventWriter(tmp_path)
     events.scalars(1, {"loss": 1e39, "other": -1e39, "small": 0.5})
     events.close()
     (path,) = tmp_path.iterdir()
@@ -279,22 +285,22 @@ def test_tensorboard_reads_what_was_logged(tmp_path: Path) -> None:
 
 
 def test_a_lost_zero_fails_and_writes_nothing(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = TorchNetwork.tensors
+    whole = TorchTrainable.tensors
 
-    def leaky(self: TorchNetwork) -> dict[str, Any]:
+    def leaky(self: TorchTrainable) -> dict[str, Any]:
         found = whole(self)
         found["fc2.weight"][found["fc2.weight"] == 0] = 1e-9
         return found
 
-    monkeypatch.setattr(TorchNetwork, "tensors", leaky)
+    monkeypatch.setattr(TorchTrainable, "tensors", leaky)
     with pytest.raises(WorkError, match=r"256 of \d+ zeros were lost"):
-        tuned(pruned, tmp_path / "out.pt", keep=Keep.LAST)
+        tuned(pruned, tmp_path / "out.pt", keep=KeepWeights.LAST)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_advice(tmp_path: Path) -> None:
     with pytest.raises(WorkError, match="the loss is") as caught:
-        tuned(DIGITS, tmp_path / "out.pt", means=Means(lr=1e30, optimizer="sgd", device="cpu"))
+        tuned(DIGITS, tmp_path / "out.pt", means=TrainOptions(lr=1e30, optimizer="sgd", device="cpu"))
     assert "--lr" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
@@ -337,7 +343,7 @@ def other_shape(path: Path) -> str:
 )
 def test_bad_data_is_told_before_the_first_step(spoil: Any, said: str, tmp_path: Path) -> None:
     data = spoil(tmp_path / "data.npz")
-    words = FinetuneRequest(data, origin=ModelOrigin(NET), means=Means(device="cpu"))
+    words = FinetuneRequest(data, origin=LoadOptions(NET), means=TrainOptions(device="cpu"))
     with pytest.raises((UsageError, InputError), match=said):
         finetune(DIGITS, words, Destination(tmp_path / "out.pt"))
     assert not (tmp_path / "out.pt").exists()
@@ -350,12 +356,12 @@ def test_bad_data_is_told_before_the_first_step(spoil: Any, said: str, tmp_path:
         ({"val_split": 0.0, "early_stop": 2}, "something to judge by"),
         ({"is_resumed": True}, "needs the folder"),
         ({"rate": "cosinus"}, "no learning-rate schedule"),
-        ({"ramping": Ramping("cosine")}, "needs a sparsity"),
+        ({"ramping": ScheduleOptions("cosine")}, "needs a sparsity"),
         ({"steps": 5, "epochs": 2}, "exclude each other"),
         ({"frozen": ("cnv*",)}, "cnv"),
         ({"pruning": Pruning(sparsity=0.5, strategy="movement", params=("a=1",))}, "takes no --param"),
         ({"pruning": Pruning(sparsity=0.5, strategy="obs")}, "looks at a model that stands still"),
-        ({"pruning": Pruning(sparsity=0.5), "ramping": Ramping(end="999")}, "end at step 999, training has"),
+        ({"pruning": Pruning(sparsity=0.5), "ramping": ScheduleOptions(end="999")}, "end at step 999, training has"),
     ],
 )
 def test_choices_that_make_no_sense_are_refused(words: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -427,7 +433,9 @@ def test_two_processes_make_the_same_masks_and_one_of_them_writes(more: list[str
     done = in_two(DIGITS, "-o", tmp_path / "two.pt", *words, *more)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["models"][1]["training"]["zeros_kept"] == round(0.8 * 9736)
-    alone = tuned(DIGITS, tmp_path / "one.pt", pruning=Pruning(sparsity=0.8, scope="global"), means=Means(device="cpu"))
+    alone = tuned(
+        DIGITS, tmp_path / "one.pt", pruning=Pruning(sparsity=0.8, scope="global"), means=TrainOptions(device="cpu")
+    )
     one, two = arrays(tmp_path / "one.pt"), arrays(tmp_path / "two.pt")
     assert alone.masked == sum(int((two[name] == 0).sum()) for name in two if two[name].ndim > 1)
     # The same batches in other halves: the same numbers, but for the order in which they are added.
@@ -466,7 +474,7 @@ def test_spread_parameters_go_on_to_the_same_weights_after_an_interruption(tmp_p
 
 def test_a_model_is_spread_over_several_processes_only(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="this is the only one"):
-        tuned(DIGITS, tmp_path / "out.pt", means=Means(is_sharded=True, device="cpu"))
+        tuned(DIGITS, tmp_path / "out.pt", means=TrainOptions(is_sharded=True, device="cpu"))
 
 
 def test_frozen_tensors_are_not_pruned_either(tmp_path: Path) -> None:
@@ -479,15 +487,15 @@ def test_frozen_tensors_are_not_pruned_either(tmp_path: Path) -> None:
 
 def test_training_that_goes_astray_is_not_the_fault_of_the_file(tmp_path: Path) -> None:
     with pytest.raises(WorkError, match="gone astray"):
-        tuned(DIGITS, tmp_path / "out.pt", pruning=Pruning(sparsity=0.8), means=Means(lr=1e30, device="cpu"))
+        tuned(DIGITS, tmp_path / "out.pt", pruning=Pruning(sparsity=0.8), means=TrainOptions(lr=1e30, device="cpu"))
     assert not (tmp_path / "out.pt").exists()
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ({"ramping": Ramping(end="10")}, "a schedule needs a sparsity"),
-        ({"ramping": Ramping(frequency=3)}, "a schedule needs a sparsity"),
+        ({"ramping": ScheduleOptions(end="10")}, "a schedule needs a sparsity"),
+        ({"ramping": ScheduleOptions(frequency=3)}, "a schedule needs a sparsity"),
         ({"pruning": Pruning(strategy="movement")}, "nothing is ranked"),
         ({"mask": MaskMode.REGROW}, "no zeros that could move"),
     ],
@@ -505,7 +513,7 @@ def test_a_file_that_is_sparser_already_keeps_its_zeros_and_it_is_said(pruned: P
 
 def test_targets_of_another_shape_are_refused_with_both(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a target is a number for each example, and the model gives 10"):
-        tuned(DIGITS, tmp_path / "out.pt", means=Means(loss="mse", device="cpu"))
+        tuned(DIGITS, tmp_path / "out.pt", means=TrainOptions(loss="mse", device="cpu"))
 
 
 def test_the_best_epoch_is_not_guessed_from_the_name_of_a_function(tmp_path: Path) -> None:
@@ -515,14 +523,20 @@ def test_the_best_epoch_is_not_guessed_from_the_name_of_a_function(tmp_path: Pat
     )
     name = f"{tmp_path / 'laptop.py'}"
     words: dict[str, Any] = {"epochs": 4}
-    for keep in ({"keep": Keep.BEST}, {"keep": Keep.LAST, "early_stop": 1}):
+    for keep in ({"keep": KeepWeights.BEST}, {"keep": KeepWeights.LAST, "early_stop": 1}):
         with pytest.raises(UsageError, match="better, or less"):
-            tuned(DIGITS, tmp_path / "no.pt", means=Means(device="cpu", **asked([f"{name}:err"])), **words, **keep)
-    free = Means(lr=0.3, optimizer="sgd", device="cpu", **asked([f"{name}:err"]))
-    assert tuned(DIGITS, tmp_path / "last.pt", means=free, **words, keep=Keep.LAST).best_epoch is None
+            tuned(
+                DIGITS,
+                tmp_path / "no.pt",
+                means=TrainOptions(device="cpu", **parse_metrics([f"{name}:err"])),
+                **words,
+                **keep,
+            )
+    free = TrainOptions(lr=0.3, optimizer="sgd", device="cpu", **parse_metrics([f"{name}:err"]))
+    assert tuned(DIGITS, tmp_path / "last.pt", means=free, **words, keep=KeepWeights.LAST).best_epoch is None
     wanted = {"err:min": min, "same:max": max}
     for word, best in wanted.items():
-        means = Means(lr=0.3, optimizer="sgd", device="cpu", **asked([f"{name}:{word}"]))
+        means = TrainOptions(lr=0.3, optimizer="sgd", device="cpu", **parse_metrics([f"{name}:{word}"]))
         found = tuned(DIGITS, tmp_path / f"{best.__name__}.pt", means=means, **words)
         numbers = [entry.val[means.decides] for entry in found.history]
         assert found.best_epoch == numbers.index(best(numbers)) + 1
@@ -533,7 +547,9 @@ def test_a_loss_of_the_users_with_labels_is_judged_by_accuracy(tmp_path: Path) -
     (tmp_path / "own.py").write_text(
         "from torch.nn import functional\ndef loss(out, y):\n    return functional.cross_entropy(out, y.long())\n"
     )
-    found = tuned(DIGITS, tmp_path / "out.pt", means=Means(loss=f"{tmp_path / 'own.py'}:loss", device="cpu"), epochs=1)
-    named = tuned(DIGITS, tmp_path / "named.pt", means=Means(loss="cross-entropy", device="cpu"), epochs=1)
+    found = tuned(
+        DIGITS, tmp_path / "out.pt", means=TrainOptions(loss=f"{tmp_path / 'own.py'}:loss", device="cpu"), epochs=1
+    )
+    named = tuned(DIGITS, tmp_path / "named.pt", means=TrainOptions(loss="cross-entropy", device="cpu"), epochs=1)
     assert found.judged_after == pytest.approx(named.judged_after)
     assert set(found.judged_after) == {"loss", "accuracy"}

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunectl.errors import InputError, UsageError
-from prunectl.training.course import Course, course
-from prunectl.training.data.readers import Stream
-from prunectl.training.data.source import Batch, Source, each
-from prunectl.training.logger import Diary
-from prunectl.training.loop import Data, Lesson, LoopState, Stopping, train
+from prunectl.training.course import TrainConfig, resolve_steps
+from prunectl.training.data.readers import IterableSource
+from prunectl.training.data.source import Batch, Source, as_tuple
+from prunectl.training.logger import TrainingLogger
+from prunectl.training.loop import DataSplits, GracefulInterrupt, TrainingRun, TrainState, train
 from tests.training.data.sources import numbered, streamed
 
 TOO_MANY = 50
@@ -35,7 +35,7 @@ class Counting:
         self._epochs, self._others_have = 0, others_have
 
     def step(self, batch: Batch, _rate: float, _guide: Any = None) -> None:
-        self.sizes.append(len(each(batch.x)[0]))
+        self.sizes.append(len(as_tuple(batch.x)[0]))
 
     def logs(self) -> dict[str, float]:
         self._epochs += 1
@@ -50,11 +50,16 @@ class Counting:
         return mine and self._others_have >= 0
 
 
-def trained(source: Source, network: Counting, steps: int, per_epoch: int, batch_size: int) -> LoopState:
+def trained(source: Source, network: Counting, steps: int, per_epoch: int, batch_size: int) -> TrainState:
     """Go through the loop with no masks."""
     keeper: Any = SimpleNamespace(begin=lambda _: None, turn=lambda *_: None, sparsity=0.0)
     model: Any = network
-    return train(Lesson(model, Data(source, None), Course(steps, per_epoch, batch_size), keeper, Diary()), Stopping())
+    return train(
+        TrainingRun(
+            model, DataSplits(source, None), TrainConfig(steps, per_epoch, batch_size), keeper, TrainingLogger()
+        ),
+        GracefulInterrupt(),
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -64,9 +69,9 @@ def test_every_process_makes_the_planned_steps_in_every_epoch(count: int, per_ra
     for source in (numbered(count), streamed(count, 5)):
         if count < ranks:
             with pytest.raises(UsageError, match="too few for"):
-                course(count, batch_size, epochs=2, steps=None, default_epochs=3, ranks=ranks)
+                resolve_steps(count, batch_size, epochs=2, steps=None, default_epochs=3, ranks=ranks)
             continue
-        steps, per_epoch = course(count, batch_size, epochs=2, steps=None, default_epochs=3, ranks=ranks)
+        steps, per_epoch = resolve_steps(count, batch_size, epochs=2, steps=None, default_epochs=3, ranks=ranks)
         assert steps == 2 * per_epoch
         runs = [Counting((rank, ranks)) for rank in range(ranks)]
         for network in runs:
@@ -78,11 +83,11 @@ def test_every_process_makes_the_planned_steps_in_every_epoch(count: int, per_ra
 
 def test_a_batch_that_the_processes_cannot_share_is_refused_with_one_that_they_can() -> None:
     with pytest.raises(UsageError, match="a batch of 10 examples cannot be shared evenly by 4 processes") as caught:
-        course(100, 10, epochs=1, steps=None, default_epochs=3, ranks=4)
+        resolve_steps(100, 10, epochs=1, steps=None, default_epochs=3, ranks=4)
     assert caught.value.hint == "--batch-size 12"
 
 
-def shrinking(*counts: int) -> Stream:
+def shrinking(*counts: int) -> IterableSource:
     """A stream that gives another number of examples each time that it is read."""
     left = itertools.chain(counts, itertools.repeat(counts[-1]))
 
@@ -91,7 +96,7 @@ def shrinking(*counts: int) -> Stream:
         if numbers.size:
             yield Batch(numbers, -numbers)
 
-    return Stream("shrinking", None, True, read)
+    return IterableSource("shrinking", None, True, read)
 
 
 def test_a_stream_that_gives_fewer_examples_later_ends_its_epochs_early_and_all_steps_are_made() -> None:

@@ -19,8 +19,8 @@ from prunectl.pruning import request as requests
 from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.schedules import SparsitySchedule
 from prunectl.pruning.strategies import BlockContext
-from prunectl.training.backend import WATCHED, Evidence, informed
-from prunectl.training.mask_schedule import Keeper, Regrowth, Rules, regrown
+from prunectl.training.backend import STATISTIC_OF_STRATEGY, GradientStatistic, with_gradient_scores
+from prunectl.training.mask_schedule import MaskScheduler, PruningConfig, RigLSchedule, regrow_masks
 from tests.pruning import reference
 from tests.running import FIXTURES
 
@@ -34,7 +34,7 @@ class Paper:
     def __init__(self, weights: Arrays) -> None:
         self.held = weights
         self.seen: Arrays = {}
-        self.watched = Evidence.NONE
+        self.watched = GradientStatistic.NONE
 
     def weights(self, names: Sequence[str]) -> Arrays:
         return {name: self.held[name].copy() for name in names}
@@ -43,7 +43,7 @@ class Paper:
         for name, mask in masks.items():
             self.held[name] = np.where(mask, self.held[name], 0)
 
-    def watch(self, evidence: Evidence, names: Sequence[str]) -> None:
+    def watch(self, evidence: GradientStatistic, names: Sequence[str]) -> None:
         self.watched = evidence
 
     def evidence(self) -> Arrays:
@@ -62,7 +62,7 @@ def weights() -> Arrays:
     return {tensor.name: model.read(tensor).copy() for tensor in model.tensors if tensor.is_prunable}
 
 
-def rules(**words: Any) -> Rules:
+def rules(**words: Any) -> PruningConfig:
     """Return rules for the digits model, a schedule among them."""
     schedule = words.pop("schedule", None)
     regrowth = words.pop("regrowth", None)
@@ -71,7 +71,7 @@ def rules(**words: Any) -> Rules:
     method = requests.resolve_method(request)
     wish = method.selection
     choice = planning.select_tensors(model, wish, can_reencode=True)
-    return Rules(model, choice, wish, method, schedule, regrowth=regrowth)
+    return PruningConfig(model, choice, wish, method, schedule, regrowth=regrowth)
 
 
 def zeros(network: Paper) -> dict[str, int]:
@@ -114,7 +114,7 @@ def test_making_masks_leaves_the_weights_as_they_are() -> None:
 
 def test_each_turn_has_exactly_the_zeros_of_its_schedule() -> None:
     schedule = SparsitySchedule("polynomial", 0.8, 0, 30, frequency=10)
-    keeper, network = Keeper(rules(schedule=schedule)), Paper(weights())
+    keeper, network = MaskScheduler(rules(schedule=schedule)), Paper(weights())
     for step in range(40):
         is_turn = keeper.turn(network, step)
         assert is_turn == (step in {0, 10, 20, 30})
@@ -123,7 +123,10 @@ def test_each_turn_has_exactly_the_zeros_of_its_schedule() -> None:
 
 
 def test_a_ramp_that_ends_between_two_turns_still_reaches_its_sparsity() -> None:
-    keeper, network = Keeper(rules(schedule=SparsitySchedule("linear", 0.8, 0, 25, frequency=10))), Paper(weights())
+    keeper, network = (
+        MaskScheduler(rules(schedule=SparsitySchedule("linear", 0.8, 0, 25, frequency=10))),
+        Paper(weights()),
+    )
     for step in range(26):
         keeper.turn(network, step)
     assert zeros(network) == {name: round(0.8 * one.size) for name, one in network.held.items()}
@@ -132,7 +135,7 @@ def test_a_ramp_that_ends_between_two_turns_still_reaches_its_sparsity() -> None
 def test_what_was_zero_in_the_file_stays_zero_whatever_a_schedule_asks_for() -> None:
     held = weights()
     first = {name: np.abs(one) > np.quantile(np.abs(one), 0.5) for name, one in held.items()}
-    keeper = Keeper(rules(schedule=SparsitySchedule("linear", 0.9, 0, 20, frequency=5)), dict(first), first)
+    keeper = MaskScheduler(rules(schedule=SparsitySchedule("linear", 0.9, 0, 20, frequency=5)), dict(first), first)
     network = Paper(held)
     keeper.begin(network)
     for step in range(21):
@@ -144,7 +147,7 @@ def test_what_was_zero_in_the_file_stays_zero_whatever_a_schedule_asks_for() -> 
 
 def test_a_layer_with_a_ratio_of_its_own_gets_there_with_the_others() -> None:
     schedule = SparsitySchedule("linear", 0.8, 0, 20, frequency=10)
-    keeper, network = Keeper(rules(schedule=schedule, layers=(("fc1.weight", 0.4),))), Paper(weights())
+    keeper, network = MaskScheduler(rules(schedule=schedule, layers=(("fc1.weight", 0.4),))), Paper(weights())
     for step in range(21):
         keeper.turn(network, step)
         if step in {10, 20}:
@@ -159,20 +162,20 @@ def test_only_layers_with_a_ratio_of_their_own_are_pruned_if_there_is_no_other()
         has_others=False,
     )
     network = Paper(weights())
-    Keeper(decided).turn(network, 0)
+    MaskScheduler(decided).turn(network, 0)
     found = zeros(network)
     assert found.pop("fc1.weight") == round(0.4 * 8192)
     assert not any(found.values())
 
 
-@pytest.mark.parametrize("name", sorted(WATCHED))
+@pytest.mark.parametrize("name", sorted(STATISTIC_OF_STRATEGY))
 def test_evidence_decides_what_goes(name: str) -> None:
     decided = rules(schedule=SparsitySchedule("constant", 0.5), strategy=name)
-    decided = replace(decided, evidence=WATCHED[name])
+    decided = replace(decided, evidence=STATISTIC_OF_STRATEGY[name])
     network, random = Paper(weights()), np.random.default_rng(0)
     network.seen = {key: random.normal(size=one.shape) for key, one in network.held.items()}
     seen = dict(network.seen)
-    keeper = Keeper(decided)
+    keeper = MaskScheduler(decided)
     keeper.turn(network, 0)
     for key, mask in keeper.masks.items():
         order = np.argsort(seen[key].reshape(-1), kind="stable")
@@ -184,7 +187,7 @@ def test_evidence_decides_what_goes(name: str) -> None:
 def test_what_is_zero_goes_first_whatever_the_evidence() -> None:
     kept = np.array([False, True, True, False])
     strategy = rules(strategy="movement").method.strategy
-    found = informed(strategy, {"w": np.array([9.0, -3.0, 1.0, 2.0])}, {"w": kept})
+    found = with_gradient_scores(strategy, {"w": np.array([9.0, -3.0, 1.0, 2.0])}, {"w": kept})
     scores = found.score(np.zeros(4), BlockContext("w", 0, 0))
     assert list(np.argsort(scores, kind="stable")) == [0, 3, 1, 2]
 
@@ -197,23 +200,23 @@ def test_regrowing_keeps_the_number_of_zeros(size: int, sparsity: float, share: 
     random = np.random.default_rng(seed)
     mask = np.ones(size, bool)
     mask[random.permutation(size)[: round(sparsity * size)]] = False
-    found = regrown({"w": mask}, {"w": random.normal(size=size)}, {"w": random.normal(size=size)}, share)["w"]
+    found = regrow_masks({"w": mask}, {"w": random.normal(size=size)}, {"w": random.normal(size=size)}, share)["w"]
     assert found.sum() == mask.sum()
 
 
 def test_what_comes_back_has_the_largest_gradients_and_what_goes_the_smallest_weights() -> None:
     mask = np.array([True, True, True, True, False, False, False])
     weights_, gradient = np.array([0.1, 5.0, 0.2, 7.0, 0, 0, 0]), np.array([0, 0, 0, 0, 3.0, 1.0, 2.0])
-    found = regrown({"w": mask}, {"w": weights_}, {"w": gradient}, 0.5)["w"]
+    found = regrow_masks({"w": mask}, {"w": weights_}, {"w": gradient}, 0.5)["w"]
     assert found.tolist() == [False, True, False, True, True, False, True]
 
 
 def test_masks_that_move_are_moved_at_their_turns_only() -> None:
     first = {name: np.abs(one) > np.quantile(np.abs(one), 0.5) for name, one in weights().items()}
-    keeper = Keeper(rules(regrowth=Regrowth(0, 30, 10)), dict(first), first)
+    keeper = MaskScheduler(rules(regrowth=RigLSchedule(0, 30, 10)), dict(first), first)
     network = Paper(weights())
     keeper.begin(network)
-    assert network.watched is Evidence.GRADIENT
+    assert network.watched is GradientStatistic.GRADIENT
     for step in range(40):
         network.seen = {name: np.random.default_rng(step).normal(size=one.shape) for name, one in first.items()}
         before = {name: mask.copy() for name, mask in keeper.masks.items()}

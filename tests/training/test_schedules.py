@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from prunectl.errors import UsageError, WorkError
 from prunectl.pruning import schedules
 from prunectl.pruning.schedules import CURVES, ChainedSchedule, SparsitySchedule
-from prunectl.training.course import Course
-from prunectl.training.mask_schedule import schedule_of
-from prunectl.training.request import Ramping, parse_point
+from prunectl.training.course import TrainConfig
+from prunectl.training.mask_schedule import make_schedule
+from prunectl.training.request import ScheduleOptions, parse_time_point
 
 ratios = st.floats(0.0, 0.99)
 RISING = sorted(CURVES.keys() - {"constant"})
@@ -100,20 +100,20 @@ def test_a_slip_in_the_name_of_a_schedule_is_answered() -> None:
     ("text", "step"), [("2000", 2000), ("20%", 200), ("29 %", 290), ("3ep", 300), ("0.5ep", 50), ("1 epoch", 100)]
 )
 def test_points_in_time_are_steps_shares_and_epochs(text: str, step: int) -> None:
-    assert parse_point(text).step(1000, 100) == step
+    assert parse_time_point(text).step(1000, 100) == step
 
 
 @pytest.mark.parametrize("text", ["", "-5", "1.5", "120%", "soon", "3 years", "1e3"])
 def test_what_is_no_point_in_time_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
-        parse_point(text)
+        parse_time_point(text)
 
 
 def test_a_schedule_that_would_end_after_training_is_refused_with_both_numbers() -> None:
     with pytest.raises(UsageError, match="end at step 500, training has 100"):
-        schedule_of(Ramping("polynomial", end="500"), 0.8, Course(100, 50, 32))
+        make_schedule(ScheduleOptions("polynomial", end="500"), 0.8, TrainConfig(100, 50, 32))
 
 
 def test_a_short_training_has_turns_enough() -> None:
-    schedule = schedule_of(Ramping("polynomial"), 0.8, Course(40, 10, 32))
+    schedule = make_schedule(ScheduleOptions("polynomial"), 0.8, TrainConfig(40, 10, 32))
     assert sum(schedule.prunes_at(step) for step in range(40)) >= 20

@@ -15,12 +15,20 @@ from onnx import helper, numpy_helper
 
 from prunectl.errors import UntrustedError, UsageError
 from prunectl.pruning.destination import Destination
-from prunectl.training.backend import Ending, Means, ModelOrigin, Port, Signature, by_numbers, converted
+from prunectl.training.backend import (
+    FinalActivation,
+    LoadOptions,
+    ModelSignature,
+    TensorSpec,
+    TrainOptions,
+    activation_of_values,
+    convert_outputs,
+)
 from prunectl.training.data.source import Batch
-from prunectl.training.distillation import Teacher, open_teacher
-from prunectl.training.finetune import Finetuned, finetune
+from prunectl.training.distillation import Teacher, load_teacher
+from prunectl.training.finetune import FinetuneResult, finetune
 from prunectl.training.request import FinetuneRequest
-from prunectl.training.torch.model import TorchNetwork
+from prunectl.training.torch.model import TorchTrainable
 from tests.networks import keras
 from tests.running import FIXTURES
 
@@ -120,21 +128,25 @@ def as_keras(folder: Path) -> Path:
     return folder / "m.keras"
 
 
-FIRST = Signature((Port("x", SHAPE, "float32"),), (Port("y", (CLASSES,), "float32", Ending.RAW),), True)
-LAST = Signature((Port("x", (5, 7, 3), "float32"),), (Port("y", (CLASSES,), "float32", Ending.SOFTMAX),), False)
+FIRST = ModelSignature(
+    (TensorSpec("x", SHAPE, "float32"),), (TensorSpec("y", (CLASSES,), "float32", FinalActivation.RAW),), True
+)
+LAST = ModelSignature(
+    (TensorSpec("x", (5, 7, 3), "float32"),), (TensorSpec("y", (CLASSES,), "float32", FinalActivation.SOFTMAX),), False
+)
 
 
-def opened(path: Path, pupil: Signature, x: Array | None = None) -> tuple[Teacher, Array]:
+def opened(path: Path, pupil: ModelSignature, x: Array | None = None) -> tuple[Teacher, Array]:
     given = IMAGES if pupil.is_channels_first else np.ascontiguousarray(IMAGES.transpose(0, 2, 3, 1))
     given = given if x is None else x
     builder = f"{HERE}:Convolution"
-    return open_teacher(path, ModelOrigin(), "cpu", pupil, Batch(given[:4]), builder=builder), given
+    return load_teacher(path, LoadOptions(), "cpu", pupil, Batch(given[:4]), builder=builder), given
 
 
 @pytest.mark.parametrize("pupil", [FIRST, LAST], ids=["a pupil of PyTorch", "a pupil of Keras"])
 @pytest.mark.parametrize("make", [as_state_dict, as_script, as_script_of_shares, as_onnx, as_keras])
 def test_teachers_of_every_framework_answer_pupils_of_every_other(
-    make: Callable[[Path], Path], pupil: Signature, tmp_path: Path
+    make: Callable[[Path], Path], pupil: ModelSignature, tmp_path: Path
 ) -> None:
     teacher, x = opened(make(tmp_path), pupil)
     found = np.asarray(teacher(x))
@@ -152,30 +164,36 @@ def test_a_teacher_that_takes_other_images_is_refused_before_training(tmp_path: 
 
 
 def test_a_teacher_of_other_classes_is_refused_before_training(tmp_path: Path) -> None:
-    pupil = Signature(FIRST.inputs, (Port("y", (9,), "float32"),), True)
+    pupil = ModelSignature(FIRST.inputs, (TensorSpec("y", (9,), "float32"),), True)
     with pytest.raises(UsageError, match="gives 4 for each example, and the model 9"):
         opened(as_onnx(tmp_path), pupil)
 
 
-@pytest.mark.parametrize("theirs", [Ending.SOFTMAX, Ending.LOG_SOFTMAX, Ending.RAW])
-@pytest.mark.parametrize("ours", [Ending.SOFTMAX, Ending.LOG_SOFTMAX, Ending.RAW])
-def test_probabilities_their_logarithms_and_logits_are_one_thing(theirs: Ending, ours: Ending) -> None:
-    forms = {Ending.RAW: logits(), Ending.SOFTMAX: shares(logits()), Ending.LOG_SOFTMAX: np.log(shares(logits()))}
-    found = converted(forms[theirs], theirs, ours, 1)
-    as_shares = found if ours is Ending.SOFTMAX else shares(found)
-    assert np.allclose(as_shares, forms[Ending.SOFTMAX], atol=1e-5)
+@pytest.mark.parametrize("theirs", [FinalActivation.SOFTMAX, FinalActivation.LOG_SOFTMAX, FinalActivation.RAW])
+@pytest.mark.parametrize("ours", [FinalActivation.SOFTMAX, FinalActivation.LOG_SOFTMAX, FinalActivation.RAW])
+def test_probabilities_their_logarithms_and_logits_are_one_thing(
+    theirs: FinalActivation, ours: FinalActivation
+) -> None:
+    forms = {
+        FinalActivation.RAW: logits(),
+        FinalActivation.SOFTMAX: shares(logits()),
+        FinalActivation.LOG_SOFTMAX: np.log(shares(logits())),
+    }
+    found = convert_outputs(forms[theirs], theirs, ours, 1)
+    as_shares = found if ours is FinalActivation.SOFTMAX else shares(found)
+    assert np.allclose(as_shares, forms[FinalActivation.SOFTMAX], atol=1e-5)
 
 
 def test_the_numbers_tell_how_a_model_ends_where_nothing_else_does() -> None:
-    assert by_numbers(logits(), 1) is Ending.RAW
-    assert by_numbers(shares(logits()), 1) is Ending.SOFTMAX
-    assert by_numbers(np.log(shares(logits())), 1) is Ending.LOG_SOFTMAX
-    assert by_numbers(RANDOM.random((8, 1)), 1) is Ending.SIGMOID
-    assert by_numbers(np.array([[np.nan, 0.5]]), 1) is Ending.RAW
+    assert activation_of_values(logits(), 1) is FinalActivation.RAW
+    assert activation_of_values(shares(logits()), 1) is FinalActivation.SOFTMAX
+    assert activation_of_values(np.log(shares(logits())), 1) is FinalActivation.LOG_SOFTMAX
+    assert activation_of_values(RANDOM.random((8, 1)), 1) is FinalActivation.SIGMOID
+    assert activation_of_values(np.array([[np.nan, 0.5]]), 1) is FinalActivation.RAW
 
 
-def taught(model: str, teacher: str, target: Path, data: str = "", **words: Any) -> Finetuned:
-    own = {"means": Means(device="cpu", teacher_share=words.pop("share", 0.5)), "epochs": 1, **words}
+def taught(model: str, teacher: str, target: Path, data: str = "", **words: Any) -> FinetuneResult:
+    own = {"means": TrainOptions(device="cpu", teacher_share=words.pop("share", 0.5)), "epochs": 1, **words}
     spec = data or f"{FIXTURES / 'digits.npz'}?limit=64"
     return finetune(
         FIXTURES / model, FinetuneRequest(spec, distill=str(FIXTURES / teacher), **own), Destination(target)
@@ -192,8 +210,8 @@ def test_a_model_of_pytorch_learns_images_from_one_of_keras_and_both_are_let_go_
 ) -> None:
     closed: list[str] = []
     monkeypatch.setattr("prunectl.training.keras.model.KerasTrainable.close", lambda _: closed.append("teacher"))
-    monkeypatch.setattr(TorchNetwork, "close", lambda _: closed.append("pupil"))
-    origin = ModelOrigin(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN")
+    monkeypatch.setattr(TorchTrainable, "close", lambda _: closed.append("pupil"))
+    origin = LoadOptions(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN")
     assert taught("digits_cnn.pt", "digits_cnn.keras", tmp_path / "out.pt", origin=origin).history
     assert closed == ["teacher", "pupil"]
 
@@ -211,7 +229,7 @@ class Wide(torch.nn.Module):
 
 def test_a_teacher_that_holds_weights_alone_is_built_by_a_function_of_its_own(tmp_path: Path) -> None:
     torch.save(Wide().state_dict(), tmp_path / "wide.pt")
-    origin, words = ModelOrigin(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"), {"distill_model": f"{HERE}:Wide"}
+    origin, words = LoadOptions(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"), {"distill_model": f"{HERE}:Wide"}
     assert taught("digits_cnn.pt", str(tmp_path / "wide.pt"), tmp_path / "out.pt", origin=origin, **words).history
     with pytest.raises(UsageError, match="--distill-model builds the teacher, and there is none"):
         finetune(FIXTURES / "digits_cnn.pt", FinetuneRequest("d.npz", **words), Destination(tmp_path / "none.pt"))
@@ -229,7 +247,7 @@ def test_what_builds_the_pupil_vouches_for_no_teacher_that_says_itself_what_it_i
     k = keras()
     layers = [k.layers.Input((8, 8, 1)), k.layers.Flatten(), k.layers.Dense(10), k.layers.Lambda(lambda x: x)]
     k.Sequential(layers).save(tmp_path / "code.keras")
-    origin = ModelOrigin(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN")
+    origin = LoadOptions(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN")
     request = FinetuneRequest("no-such-data.npz", origin=origin, distill=str(tmp_path / "code.keras"))
     with pytest.raises(UntrustedError):
         finetune(FIXTURES / "digits_cnn.pt", request, Destination(tmp_path / "out.pt"))
@@ -238,7 +256,7 @@ def test_what_builds_the_pupil_vouches_for_no_teacher_that_says_itself_what_it_i
 @pytest.mark.parametrize("model", ["digits_cnn.pt", "digits_cnn.keras"])
 def test_what_only_a_teacher_tells_needs_no_targets(model: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=np.load(FIXTURES / "digits.npz")["x"][:64])
-    origin = ModelOrigin(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN" if model.endswith(".pt") else "")
+    origin = LoadOptions(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN" if model.endswith(".pt") else "")
     words: dict[str, Any] = {"data": str(tmp_path / "x.npz"), "origin": origin}
     found = taught(model, "digits_cnn.onnx", tmp_path / f"out_{model}", share=1.0, **words)
     assert found.history[0].train["loss"] >= 0

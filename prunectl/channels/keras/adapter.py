@@ -31,7 +31,7 @@ from prunectl.formats.base import Array, ModelFile, Role, StripOptions, StripPar
 from prunectl.formats.keras.config import part
 from prunectl.formats.registry import by_name, load, open_model
 from prunectl.pruning import destination as outputs
-from prunectl.training.backend import ModelOrigin
+from prunectl.training.backend import LoadOptions
 
 _STATISTICS = frozenset({"moving_mean", "moving_variance"})
 
@@ -115,7 +115,7 @@ def read_keras(model: ModelFile, origin: ModelOrigin, data: Shapes | None = None
     return KerasAdapter(load_keras(model, AxisLengths(origin.inputs, data)), origin)
 
 
-def require_followable(model: ModelFile, origin: ModelOrigin) -> None:
+def require_followable(model: ModelFile, origin: LoadOptions) -> None:
     """Refuse what cannot be followed, or needs no words."""
     if origin.model:
         raise UsageError(

@@ -27,7 +27,7 @@ from prunectl.formats.registry import open_model
 from prunectl.formats.sandbox import run_sandboxed
 from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.zip_read import open_archive
-from prunectl.training.backend import ModelOrigin
+from prunectl.training.backend import LoadOptions
 from prunectl.training.keras.backend import KerasLibrary, ignore_warnings
 from prunectl.training.keras.compile import outputs as compile_outputs
 from prunectl.training.keras.compile.outputs import flatten

@@ -25,7 +25,7 @@ from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.onnx.rewrite import relocated
 from prunectl.formats.safe_json import require
 from prunectl.pruning import destination as outputs
-from prunectl.training.backend import ModelOrigin
+from prunectl.training.backend import LoadOptions
 from prunectl.training.onnx.session import with_outputs
 
 _MAX_MESSAGE_BYTES = (1 << 31) - 1

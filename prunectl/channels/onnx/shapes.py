@@ -13,7 +13,7 @@ from prunectl.channels.lengths import TRIED_LENGTHS, UNKNOWN_LENGTHS, AxisLength
 from prunectl.errors import InputError, first_line
 from prunectl.formats.base import Array
 from prunectl.formats.safe_json import require
-from prunectl.training.backend import Port, Signature
+from prunectl.training.backend import ModelSignature, TensorSpec
 
 STANDARD_DOMAINS = frozenset({"", "ai.onnx"})
 _SMALL = 64

@@ -43,7 +43,7 @@ from prunectl.channels.torch.resize import attribute, prune_program
 from prunectl.channels.torch.tracing import quiet, random_like
 from prunectl.errors import UsageError, WorkError, first_line
 from prunectl.formats.base import Array, ModelFile
-from prunectl.training.backend import ModelOrigin
+from prunectl.training.backend import LoadOptions
 from prunectl.training.torch.tensors import to_numpy, to_torch
 
 _ENDLESS = 1 << 62

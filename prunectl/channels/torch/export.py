@@ -15,9 +15,9 @@ from prunectl.channels.torch.tracing import Examples, examples, quiet, random_li
 from prunectl.channels.verify import relative_difference
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import ModelFile
-from prunectl.training.backend import ModelOrigin
-from prunectl.training.torch.build import build, load_program
-from prunectl.training.torch.tensors import leaves, to_numpy
+from prunectl.training.backend import LoadOptions
+from prunectl.training.torch.build import build_module, load_program
+from prunectl.training.torch.tensors import tensor_leaves, to_numpy
 
 _CLOSE = 1e-4
 _SIZES = ("size", "shape")
@@ -150,7 +150,7 @@ class TracedModel:
     is_trusted: bool = False
 
 
-def trace_model(model: ModelFile, origin: ModelOrigin) -> TracedModel:
+def trace_model(model: ModelFile, origin: LoadOptions) -> TracedModel:
     """Read a file, and trace what is in it."""
     if model.format == "torch-export":
         return _load_exported(model, origin)

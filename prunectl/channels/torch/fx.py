@@ -12,7 +12,7 @@ from torch.fx.node import map_aggregate
 
 from prunectl.channels.graph import OpKind, OpNode, WeightView
 from prunectl.channels.torch.tracing import quiet
-from prunectl.training.torch.tensors import leaves
+from prunectl.training.torch.tensors import tensor_leaves
 
 Shape = tuple[int, ...]
 

@@ -14,7 +14,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from prunectl.errors import InputError, UsageError, first_line
-from prunectl.training.torch.build import inputs_of
+from prunectl.training.torch.build import input_specs
 
 _TYPES = {
     "f32": torch.float32,
@@ -69,7 +69,7 @@ def _default_float(module: torch.nn.Module) -> torch.dtype:
 
 
 def _suggestion(module: torch.nn.Module) -> str:
-    ports = inputs_of(module)
+    ports = input_specs(module)
     shape = ports[0].shape if len(ports) == 1 else None
     if shape is None:
         return "1,128:i64" if ports[0].dtype == "int64" else f"1,3,{_LENGTH},{_LENGTH}"

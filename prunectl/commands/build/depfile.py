@@ -149,7 +149,7 @@ OUTPUT_OPTIONS = ("manifest", "card")
 
 def of_spec(text: str) -> tuple[Path, ...]:
     """Files that a data SPEC names."""
-    files: tuple[Path, ...] = _data().of_spec(text)
+    files: tuple[Path, ...] = _data().files_of_spec(text)
     return files
 
 
@@ -178,7 +178,7 @@ def files_of(options: Mapping[str, Any]) -> tuple[Path, ...]:
         *(file for name in MODELS if options.get(name) for file in open_model(Path(options[name])).files),
         *(file for name in CALLABLE_OPTIONS if options.get(name) for file in of_spec(options[name])),
         *(Path(options[name]) for name in FILES if options.get(name) is not None),
-        *_data().of_functions(
+        *_data().files_of_references(
             value for name, value in options.items() if name not in {"model", "output", *CALLABLE_OPTIONS}
         ),
     ]
@@ -188,7 +188,7 @@ def files_of(options: Mapping[str, Any]) -> tuple[Path, ...]:
 def folders_of(options: Mapping[str, Any]) -> tuple[Path, ...]:
     """The folders whose members are examples: one that is added or gone changes them."""
     roots = [Path(_grammar().parse(options[name]).where) for name in CALLABLE_OPTIONS if options.get(name)]
-    return tuple(folder for root in roots if root.is_dir() for folder in _data().folders(root))
+    return tuple(folder for root in roots if root.is_dir() for folder in _data().class_folders(root))
 
 
 def is_callable_spec(text: str) -> bool:

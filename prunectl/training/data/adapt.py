@@ -10,8 +10,8 @@ import numpy as np
 
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array
-from prunectl.training.backend import Port, Signature
-from prunectl.training.data.source import Arrays, Batch, Source, each, peek
+from prunectl.training.backend import ModelSignature, TensorSpec
+from prunectl.training.data.source import Arrays, Batch, Source, as_tuple, peek
 
 _BYTE = np.dtype(np.uint8)
 _FLOAT = np.dtype(np.float32)
@@ -27,7 +27,7 @@ class Cast:
     said: str
 
     def apply(self, array: Array, what: str) -> Array:
-        """Return the array in the other type; whole numbers must be whole and within it."""
+        """The array in the other type; whole numbers must be whole and within it."""
         with np.errstate(invalid="ignore", over="ignore"):
             found = array.astype(self.dtype)
         if self.dtype.kind in "iu" and not np.array_equal(found, array):
@@ -35,8 +35,8 @@ class Cast:
         return found
 
 
-def of_input(found: np.dtype[Any], wanted: str) -> Cast | None:
-    """Return what makes an input of one type fit a model that takes another; an unknown one is taken for floats."""
+def input_cast(found: np.dtype[Any], wanted: str) -> Cast | None:
+    """What makes an input of one type fit a model that takes another; an unknown one is taken for floats."""
     if wanted.startswith(("int", "uint", "bool")):
         return None if found == wanted else Cast(np.dtype(wanted), f"{found} is cast to {wanted}")
     dtype = np.dtype(wanted) if wanted in _HALVES else _FLOAT
@@ -48,8 +48,8 @@ def of_input(found: np.dtype[Any], wanted: str) -> Cast | None:
     return Cast(dtype, said)
 
 
-def of_target(found: np.dtype[Any]) -> Cast | None:
-    """Return what makes targets whole 64-bit or 32-bit floating-point numbers, as losses take them."""
+def target_cast(found: np.dtype[Any]) -> Cast | None:
+    """What makes targets whole 64-bit or 32-bit floating-point numbers, as losses take them."""
     dtype = _FLOAT if found.kind == "f" else _WHOLE
     return None if found == dtype else Cast(dtype, f"{found} is cast to {dtype}")
 
@@ -59,7 +59,7 @@ _TO_FIRST, _TO_LAST = (2, 0, 1), (1, 2, 0)
 
 
 @dataclass(frozen=True, slots=True)
-class AxisLayout:
+class AxisChange:
     """Another order of axes, then others of a single element."""
 
     said: str
@@ -69,7 +69,7 @@ class AxisLayout:
     """Axes of an example once those of a single element are put in or dropped; empty leaves them."""
 
     def apply(self, array: Array) -> Array:
-        """Return the array with the axes of its examples changed."""
+        """The array with the axes of its examples changed."""
         if self.order:
             return np.ascontiguousarray(array.transpose(0, *(axis + 1 for axis in self.order)))
         # An axis whose length the model leaves open keeps the one that it has in this batch.
@@ -77,43 +77,43 @@ class AxisLayout:
         return array.reshape(len(array), *(1 if length == 1 else next(lengths) for length in self.wanted))
 
 
-def matches(shape: Shape, wanted: Shape) -> bool:
+def shape_matches(shape: Shape, wanted: Shape) -> bool:
     """Whether a shape is one that is asked for, where None takes any length."""
     return len(shape) == len(wanted) and all(
         length is None or length == found for found, length in zip(shape, wanted, strict=True)
     )
 
 
-def between(shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> AxisLayout | None:
-    """Return the one clear way from a shape to another; None if there is none, or nothing to do."""
-    if wanted is None or matches(shape, wanted):
+def find_axis_change(shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> AxisChange | None:
+    """The one clear way from a shape to another; None if there is none, or nothing to do."""
+    if wanted is None or shape_matches(shape, wanted):
         return None
     longer = [length for length in shape if length != 1]
-    if matches(longer, [length for length in wanted if length != 1]):
-        return AxisLayout(f"{text(shape)} is read as {text(wanted)}", wanted=wanted)
+    if shape_matches(longer, [length for length in wanted if length != 1]):
+        return AxisChange(f"{format_shape(shape)} is read as {format_shape(wanted)}", wanted=wanted)
     orders = [order for order in (_TO_FIRST, _TO_LAST) if len(shape) == 3]
-    fitting = [order for order in orders if matches([shape[axis] for axis in order], wanted)]
+    fitting = [order for order in orders if shape_matches([shape[axis] for axis in order], wanted)]
     if len(fitting) != 1:
         return None
     ends = "first" if fitting[0] == _TO_FIRST else "last"
-    return AxisLayout(f"{text(shape)} becomes {text(wanted)}: channels come {ends}", order=fitting[0])
+    return AxisChange(f"{format_shape(shape)} becomes {format_shape(wanted)}: channels come {ends}", order=fitting[0])
 
 
-def text(shape: Shape) -> str:
-    """Return a shape as users write it."""
+def format_shape(shape: Shape) -> str:
+    """A shape as users write it."""
     return "x".join("?" if length is None else str(length) for length in shape) or "a single number"
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class ArrayAdapter:
     """What is done to one array of every batch."""
 
     title: str
-    layout: AxisLayout | None = None
+    layout: AxisChange | None = None
     cast: Cast | None = None
 
     def apply(self, array: Array) -> Array:
-        """Return the array as the model takes it."""
+        """The array as the model takes it."""
         shaped = self.layout.apply(array) if self.layout else array
         return self.cast.apply(shaped, self.title) if self.cast else shaped
 
@@ -124,12 +124,12 @@ class Fit:
         return tuple(f"{self.title}: {words}" for words in said if words)
 
 
-def adapt(source: Source, signature: Signature) -> tuple[Source, tuple[str, ...]]:
-    """Return a source that fits a model as far as that is clear, and in sentences all that was decided for it."""
+def adapt(source: Source, signature: ModelSignature) -> tuple[Source, tuple[str, ...]]:
+    """A source that fits a model as far as that is clear, and in sentences all that was decided for it."""
     head = peek(source, 1)
     if head is None:
         raise InputError(f"{source.name} has no examples")
-    inputs, targets = each(head.x), () if head.y is None else each(head.y)
+    inputs, targets = as_tuple(head.x), () if head.y is None else as_tuple(head.y)
     if len(inputs) != len(signature.inputs):
         names = ", ".join(port.name for port in signature.inputs)
         raise UsageError(
@@ -137,11 +137,11 @@ def adapt(source: Source, signature: Signature) -> tuple[Source, tuple[str, ...]
             hint="several are joined with + in the model's order, as in train.npz[a+b,labels] or a.npy+b.npy,y.npy",
         )
     xs = [
-        _input_fit(title(source, "x", place, len(inputs)), array, port)
+        _input_fit(array_name(source, "x", place, len(inputs)), array, port)
         for place, (array, port) in enumerate(zip(inputs, signature.inputs, strict=True))
     ]
     ys = [
-        Fit(title(source, "y", place, len(targets)), None, of_target(array.dtype))
+        ArrayAdapter(array_name(source, "y", place, len(targets)), None, target_cast(array.dtype))
         for place, array in enumerate(targets)
     ]
 
@@ -152,17 +152,17 @@ def adapt(source: Source, signature: Signature) -> tuple[Source, tuple[str, ...]
     return source.changed(change), tuple(dict.fromkeys(notes))
 
 
-def title(source: Source, side: str, place: int, count: int) -> str:
-    """Return what to call an array of a source."""
+def array_name(source: Source, side: str, place: int, count: int) -> str:
+    """What to call an array of a source."""
     return f"{side} of {source.name}" if count == 1 else f"{side}[{place}] of {source.name}"
 
 
-def _input_fit(name: str, array: Array, port: Port) -> Fit:
-    return Fit(name, between(array.shape[1:], port.shape), of_input(array.dtype, port.dtype))
+def _input_fit(name: str, array: Array, port: TensorSpec) -> ArrayAdapter:
+    return ArrayAdapter(name, find_axis_change(array.shape[1:], port.shape), input_cast(array.dtype, port.dtype))
 
 
-def _applied(fits: Sequence[Fit], arrays: Arrays) -> Arrays:
-    found = tuple(fit.apply(array) for fit, array in zip(fits, each(arrays), strict=True))
+def _applied(fits: Sequence[ArrayAdapter], arrays: Arrays) -> Arrays:
+    found = tuple(fit.apply(array) for fit, array in zip(fits, as_tuple(arrays), strict=True))
     return found if isinstance(arrays, tuple) else found[0]
 
 

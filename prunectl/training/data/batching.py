@@ -13,28 +13,28 @@ import numpy as np
 from prunectl.errors import InputError
 from prunectl.formats.base import Array
 from prunectl.formats.workers import workers
-from prunectl.training.data.source import Arrays, Batch, Indices, Mask, each, mapped
+from prunectl.training.data.source import Arrays, Batch, Indices, Mask, as_tuple, map_arrays
 
 
-def length(batch: Batch) -> int:
-    """Return how many examples a batch holds."""
-    return len(each(batch.x)[0])
+def num_examples(batch: Batch) -> int:
+    """How many examples a batch holds."""
+    return len(as_tuple(batch.x)[0])
 
 
 def nbytes(batch: Batch) -> int:
-    """Return how many bytes a batch takes in memory."""
-    targets = () if batch.y is None else each(batch.y)
-    return sum(array.nbytes for array in (*each(batch.x), *targets))
+    """How many bytes a batch takes in memory."""
+    targets = () if batch.y is None else as_tuple(batch.y)
+    return sum(array.nbytes for array in (*as_tuple(batch.x), *targets))
 
 
-def taken(batch: Batch, rows: slice | Indices | Mask) -> Batch:
-    """Return some examples of a batch."""
-    y = None if batch.y is None else mapped(lambda array: array[rows], batch.y)
-    return Batch(mapped(lambda array: array[rows], batch.x), y)
+def take_rows(batch: Batch, rows: slice | Indices | Mask) -> Batch:
+    """Some examples of a batch."""
+    y = None if batch.y is None else map_arrays(lambda array: array[rows], batch.y)
+    return Batch(map_arrays(lambda array: array[rows], batch.x), y)
 
 
-def joined(batches: Sequence[Batch]) -> Batch:
-    """Return all examples of several batches as one."""
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """All examples of several batches as one."""
     if len(batches) == 1:
         return batches[0]
     targets = [batch.y for batch in batches if batch.y is not None]
@@ -43,56 +43,56 @@ def joined(batches: Sequence[Batch]) -> Batch:
     return Batch(_joined([batch.x for batch in batches]), _joined(targets) if targets else None)
 
 
-def rebatched(batches: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
+def rebatch(batches: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
     """Yield the same examples in batches of one size; the last may be smaller."""
     held: list[Batch] = []
     count = 0
     for batch in batches:
         held.append(batch)
-        count += length(batch)
+        count += num_examples(batch)
         if count < batch_size:
             continue
-        whole = joined(held)
+        whole = concatenate(held)
         for begin in range(0, count - batch_size + 1, batch_size):
-            yield whole if count == batch_size else taken(whole, slice(begin, begin + batch_size))
+            yield whole if count == batch_size else take_rows(whole, slice(begin, begin + batch_size))
         rest = count % batch_size
-        held, count = ([taken(whole, slice(count - rest, None))] if rest else []), rest
+        held, count = ([take_rows(whole, slice(count - rest, None))] if rest else []), rest
     if held:
-        yield joined(held)
+        yield concatenate(held)
 
 
-def shared_out(batches: Iterable[Batch], rank: int, ranks: int) -> Iterator[Batch]:
+def shard_examples(batches: Iterable[Batch], rank: int, ranks: int) -> Iterator[Batch]:
     """Yield every ``ranks``-th example, as long as there is one for each rank."""
     if ranks == 1:
         yield from batches
         return
-    for batch in rebatched(batches, ranks * max(1, 1024 // ranks)):
-        whole = length(batch) // ranks * ranks
+    for batch in rebatch(batches, ranks * max(1, 1024 // ranks)):
+        whole = num_examples(batch) // ranks * ranks
         if whole:
-            yield taken(batch, slice(rank, whole, ranks))
+            yield take_rows(batch, slice(rank, whole, ranks))
 
 
-def beginning(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
+def take_first(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
     """Yield the first examples."""
     left = count
     for batch in batches:
-        found = min(left, length(batch))
+        found = min(left, num_examples(batch))
         if found:
-            yield taken(batch, slice(0, found))
+            yield take_rows(batch, slice(0, found))
         left -= found
         if not left:
             return
 
 
-def skipped(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
+def skip_batches(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
     """Yield all but the first batches."""
     return islice(batches, count, None)
 
 
 def _joined(parts: Sequence[Arrays]) -> Arrays:
     if isinstance(parts[0], tuple):
-        return tuple(_one(column) for column in zip(*map(each, parts), strict=True))
-    return _one([each(part)[0] for part in parts])
+        return tuple(_one(column) for column in zip(*map(as_tuple, parts), strict=True))
+    return _one([as_tuple(part)[0] for part in parts])
 
 
 def _one(arrays: Sequence[Array]) -> Array:
@@ -112,7 +112,7 @@ _DEPTH = 2
 """Batches that wait for each thread."""
 
 
-def ahead(make: Callable[[Item], Made], items: Iterable[Item], threads: int) -> Iterator[Made]:
+def parallel_map(make: Callable[[Item], Made], items: Iterable[Item], threads: int) -> Iterator[Made]:
     """Yield what is made of each item, in their order, some of it made beforehand."""
     if not threads:
         yield from map(make, items)
@@ -127,7 +127,7 @@ def ahead(make: Callable[[Item], Made], items: Iterable[Item], threads: int) -> 
             yield waiting.popleft().result()
 
 
-def read_ahead(items: Iterator[Made], threads: int) -> Iterator[Made]:
+def prefetch(items: Iterator[Made], threads: int) -> Iterator[Made]:
     """Yield items that come one after the other, the next of them read by one thread beforehand."""
     if not threads:
         yield from items

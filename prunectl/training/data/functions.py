@@ -11,11 +11,11 @@ import numpy as np
 from prunectl.errors import InputError, PrunectlError, UsageError, WorkError
 from prunectl.formats.base import Array
 from prunectl.plugins import attribute
-from prunectl.training.backend import Signature
-from prunectl.training.data.batching import joined, taken
-from prunectl.training.data.readers import Rows, Stream, from_arrays
-from prunectl.training.data.source import Arrays, Batch, Indices, Source, each
-from prunectl.training.data.spec import Spec
+from prunectl.training.backend import ModelSignature
+from prunectl.training.data.batching import concatenate, take_rows
+from prunectl.training.data.readers import IndexedSource, IterableSource, from_arrays
+from prunectl.training.data.source import Arrays, Batch, Indices, Source, as_tuple
+from prunectl.training.data.spec import DataSpec
 
 _NAMED = re.compile(r"(?P<where>[^:]+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
 _GIVES = "it returns (x, y) arrays, or an iterable of (x, y) batches, or a data set with len() and numbers"
@@ -33,8 +33,8 @@ def fits(where: str) -> bool:
     return _NAMED.fullmatch(where) is not None
 
 
-def open_code(spec: Spec, signature: Signature | None) -> Source:
-    """Return the source that `package.module:function` or `./file.py:function` means."""
+def open_function(spec: DataSpec, signature: ModelSignature | None) -> Source:
+    """The source that `package.module:function` or `./file.py:function` means."""
     named = _NAMED.fullmatch(spec.where)
     found = attribute(*named.groups()) if named else None
     if not callable(found):
@@ -53,7 +53,7 @@ def open_code(spec: Spec, signature: Signature | None) -> Source:
 
 
 def _guarded(where: str, function: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a function whose failures are told as its own."""
+    """A function whose failures are told as its own."""
 
     def call() -> Any:
         try:
@@ -66,7 +66,7 @@ def _guarded(where: str, function: Callable[[], Any]) -> Callable[[], Any]:
     return call
 
 
-def _from_batches(spec: Spec, make: Callable[[], Any], made: Iterable[Any], names: Sequence[str]) -> Stream:
+def _from_batches(spec: DataSpec, make: Callable[[], Any], made: Iterable[Any], names: Sequence[str]) -> IterableSource:
     def pieces(batches: Iterable[Any]) -> Iterator[Batch]:
         # Keras' data sets number their batches, and never end when they are iterated.
         numbered = cast("Any", batches)
@@ -82,10 +82,10 @@ def _from_batches(spec: Spec, make: Callable[[], Any], made: Iterable[Any], name
     first = next(read(), None)
     if first is None:
         raise InputError(f"{spec.where} gives no batches", hint=_GIVES)
-    return Stream(spec.text, None, first.y is not None, read)
+    return IterableSource(spec.text, None, first.y is not None, read)
 
 
-def _from_examples(spec: Spec, examples: _Numbered, names: Sequence[str]) -> Rows:
+def _from_examples(spec: DataSpec, examples: _Numbered, names: Sequence[str]) -> IndexedSource:
     count = len(examples)
     if not count:
         raise InputError(f"{spec.where} gives a data set of no examples")
@@ -97,18 +97,18 @@ def _from_examples(spec: Spec, examples: _Numbered, names: Sequence[str]) -> Row
 
     def take(numbers: Indices) -> Batch:
         found = [one(int(number)) for number in numbers]
-        return joined(found) if found else taken(one(0), slice(0, 0))
+        return concatenate(found) if found else take_rows(one(0), slice(0, 0))
 
-    return Rows(spec.text, count, one(0).y is not None, take)
+    return IndexedSource(spec.text, count, one(0).y is not None, take)
 
 
 def _batch(where: str, parts: Sequence[Any], names: Sequence[str]) -> Batch:
-    """Return what a function gave for some examples as a batch."""
+    """What a function gave for some examples as a batch."""
     if not 1 <= len(parts) <= 2:
         raise InputError(f"{where} gives {len(parts)} things at once", hint="a batch is (x, y), or x alone")
     x = _arrays(where, parts[0], names)
     y = _arrays(where, parts[1], ()) if len(parts) == 2 and parts[1] is not None else None
-    lengths = [len(array) for array in (*each(x), *(() if y is None else each(y)))]
+    lengths = [len(array) for array in (*as_tuple(x), *(() if y is None else as_tuple(y)))]
     if len(set(lengths)) > 1:
         raise InputError(f"{where}: the arrays of a batch differ in their number of examples: {lengths}")
     return Batch(x, y)
@@ -148,7 +148,7 @@ def _map(change: Callable[[Any], Array], part: Any) -> Any:
 
 
 def _titled(side: str, arrays: Arrays) -> dict[str, Array]:
-    many = each(arrays)
+    many = as_tuple(arrays)
     return {side if len(many) == 1 else f"{side}[{place}]": array for place, array in enumerate(many)}
 
 

@@ -13,10 +13,10 @@ import numpy as np
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array
 from prunectl.formats.safe_json import require
-from prunectl.training.backend import Signature
-from prunectl.training.data.readers import Rows
+from prunectl.training.backend import ModelSignature
+from prunectl.training.data.readers import IndexedSource
 from prunectl.training.data.source import Batch, Indices
-from prunectl.training.data.spec import Spec, axes, existing
+from prunectl.training.data.spec import DataSpec, parse_shape, require_path
 
 _MODES = {"grey": "L", "rgb": "RGB"}
 COLORS = tuple(_MODES)
@@ -36,7 +36,7 @@ class ImageOptions:
 
 
 def decode(picture: Path | bytes, look: ImageOptions, what: str) -> Array:
-    """Return a picture's pixels as bytes; a size that is not asked for is resized to (bilinear)."""
+    """A picture's pixels as bytes; a size that is not asked for is resized to (bilinear)."""
     image = require("PIL.Image", extra="images")
     try:
         with image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as file:
@@ -49,7 +49,7 @@ def decode(picture: Path | bytes, look: ImageOptions, what: str) -> Array:
 
 
 def _upright(picture: Any) -> Any:
-    """Return a picture turned as its camera says it was held."""
+    """A picture turned as its camera says it was held."""
     return require("PIL.ImageOps", extra="images").exif_transpose(picture)
 
 
@@ -69,10 +69,10 @@ def fits(where: str) -> bool:
     return where.endswith("/") or Path(where).is_dir()
 
 
-def open_images(spec: Spec, signature: Signature | None) -> Rows:
-    """Return the source that `images/?size=28x28&color=grey` means."""
+def open_images(spec: DataSpec, signature: ModelSignature | None) -> IndexedSource:
+    """The source that `images/?size=28x28&color=grey` means."""
     require("PIL.Image", extra="images")
-    if not existing(spec.path).is_dir():
+    if not require_path(spec.path).is_dir():
         raise InputError(f"{spec.path} is not a folder")
     files, labels, classes = _listed(spec.path)
     look = _look(spec, signature)
@@ -94,11 +94,11 @@ def open_images(spec: Spec, signature: Signature | None) -> Rows:
         return Batch(x, labels[numbers] if classes else None)
 
     known = (lambda numbers: labels[numbers]) if classes else None
-    return Rows(spec.text, len(files), bool(classes), take, known, notes=_notes(spec, classes, look))
+    return IndexedSource(spec.text, len(files), bool(classes), take, known, notes=_notes(spec, classes, look))
 
 
 def _listed(folder: Path) -> tuple[list[Path], Array, list[str]]:
-    """Return all pictures with the number of the class of each, and the names of the classes."""
+    """All pictures with the number of the class of each, and the names of the classes."""
     flat = _pictures(folder)
     classes = sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     if flat and classes:
@@ -124,13 +124,13 @@ def _pictures(folder: Path) -> list[Path]:
     )
 
 
-def _look(spec: Spec, signature: Signature | None) -> ImageOptions:
-    """Return what the options say of all pictures, and the model where they do not."""
+def _look(spec: DataSpec, signature: ModelSignature | None) -> ImageOptions:
+    """What the options say of all pictures, and the model where they do not."""
     first = bool(signature and signature.is_channels_first)
     shape = signature.inputs[0].shape if signature and signature.inputs else None
     height, width, channels = _wanted(shape, is_channels_first=first)
     if "size" in spec.options:
-        size = axes("size", spec.options["size"])
+        size = parse_shape("size", spec.options["size"])
         if len(size) != 2:
             raise UsageError(f"size={spec.options['size']} is no size", hint="write height x width, as in size=28x28")
         height, width = size
@@ -145,7 +145,7 @@ def _look(spec: Spec, signature: Signature | None) -> ImageOptions:
 
 
 def _wanted(shape: Sequence[int | None] | None, *, is_channels_first: bool) -> tuple[int | None, ...]:
-    """Return the height, the width and the channels that a model takes, as far as it says."""
+    """The height, the width and the channels that a model takes, as far as it says."""
     if shape is None or len(shape) not in {2, 3}:
         return None, None, None
     if len(shape) == 2:
@@ -153,7 +153,7 @@ def _wanted(shape: Sequence[int | None] | None, *, is_channels_first: bool) -> t
     return (shape[1], shape[2], shape[0]) if is_channels_first else (shape[0], shape[1], shape[2])
 
 
-def _notes(spec: Spec, classes: list[str], look: ImageOptions) -> tuple[str, ...]:
+def _notes(spec: DataSpec, classes: list[str], look: ImageOptions) -> tuple[str, ...]:
     said = f"{spec.where}: pictures are read as {look.color}"
     if look.size is not None:
         said += f", and resized to {look.size[0]}x{look.size[1]} where they are not"

@@ -16,8 +16,8 @@ from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Array
 from prunectl.formats.extents import check_inside
 from prunectl.formats.zip_read import Archive, open_archive
-from prunectl.training.data.readers import NUMERIC, Rows, from_arrays
-from prunectl.training.data.spec import Spec, existing
+from prunectl.training.data.readers import NUMERIC, IndexedSource, from_arrays
+from prunectl.training.data.spec import DataSpec, require_path
 
 _BETWEEN = re.compile(r"(?<=\.npy)([,+])")
 
@@ -37,15 +37,15 @@ def is_npy(where: str) -> bool:
     return where.endswith(".npy")
 
 
-def open_npy(spec: Spec) -> Rows:
-    """Return the source that `a.npy+b.npy,y.npy` means: inputs, then targets."""
+def open_npy(spec: DataSpec) -> IndexedSource:
+    """The source that `a.npy+b.npy,y.npy` means: inputs, then targets."""
     inputs, *targets = _sides(spec)
-    x = {name: map_npy(existing(Path(name))) for name in inputs}
-    y = {name: map_npy(existing(Path(name))) for name in (targets[0] if targets else [])}
+    x = {name: map_npy(require_path(Path(name))) for name in inputs}
+    y = {name: map_npy(require_path(Path(name))) for name in (targets[0] if targets else [])}
     return from_arrays(spec.text, x, y)
 
 
-def _sides(spec: Spec) -> list[list[str]]:
+def _sides(spec: DataSpec) -> list[list[str]]:
     sides: list[list[str]] = [[]]
     for word in _BETWEEN.split(spec.where):
         if word == ",":
@@ -64,7 +64,7 @@ def _sides(spec: Spec) -> list[list[str]]:
 
 
 def map_npy(path: Path) -> Array:
-    """Return the array in a file without reading it."""
+    """The array in a file without reading it."""
     with path.open("rb") as file:
         header = read_header(file, str(path))
     file_bytes = path.stat().st_size
@@ -72,7 +72,7 @@ def map_npy(path: Path) -> Array:
 
 
 def map_array(path: Path, header: Header, offset: int, nbytes: int, what: str) -> Array:
-    """Return the array whose bytes lie at an offset of a file."""
+    """The array whose bytes lie at an offset of a file."""
     size = int(np.prod(header.shape, dtype=object)) * header.dtype.itemsize
     check_inside(path, 0, size, nbytes, what)
     if not size:
@@ -81,7 +81,7 @@ def map_array(path: Path, header: Header, offset: int, nbytes: int, what: str) -
 
 
 def read_header(file: BinaryIO, what: str) -> Header:
-    """Return what an array says of itself; never one of Python objects, which would have to be unpickled."""
+    """What an array says of itself; never one of Python objects, which would have to be unpickled."""
     begin = file.tell()
     try:
         version = np.lib.format.read_magic(file)
@@ -107,10 +107,10 @@ def is_npz(where: str) -> bool:
     return where.endswith(".npz") or _CHOSEN.fullmatch(where) is not None
 
 
-def open_npz(spec: Spec) -> Rows:
-    """Return the source that `train.npz` or `train.npz[a+b,labels]` means."""
+def open_npz(spec: DataSpec) -> IndexedSource:
+    """The source that `train.npz` or `train.npz[a+b,labels]` means."""
     chosen = _CHOSEN.fullmatch(spec.where)
-    path = existing(Path(chosen["path"] if chosen else spec.where))
+    path = require_path(Path(chosen["path"] if chosen else spec.where))
     archive = open_archive(path)
     names = [name.removesuffix(".npy") for name in archive.entries if name.endswith(".npy")]
     if not names:
@@ -160,7 +160,7 @@ def _header(archive: Archive, name: str) -> Header:
 
 
 def _opening(archive: Archive, name: str) -> bytes:
-    """Return the first bytes of an entry, in which its header ends."""
+    """The first bytes of an entry, in which its header ends."""
     entry = archive.entries[f"{name}.npy"]
     return next(archive.pieces(entry), b"")
 

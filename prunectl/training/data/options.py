@@ -9,9 +9,9 @@ import numpy as np
 
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array
-from prunectl.training.backend import Signature
-from prunectl.training.data.source import Arrays, Batch, Source, each, mapped, peek
-from prunectl.training.data.spec import Spec, axes
+from prunectl.training.backend import ModelSignature
+from prunectl.training.data.source import Arrays, Batch, Source, as_tuple, map_arrays, peek
+from prunectl.training.data.spec import DataSpec, parse_shape
 
 _BYTE_MAX = 255
 _IMAGENET = "0.485,0.456,0.406:0.229,0.224,0.225"
@@ -19,7 +19,7 @@ _HINT = "write norm=unit (x / 255), norm=imagenet, norm=none, norm=/16 (x / 16),
 
 
 @dataclass(frozen=True, slots=True)
-class Norm:
+class Normalization:
     """x / 255, or over another number, less a mean, over a deviation: of all channels, or of each."""
 
     mean: tuple[float, ...]
@@ -27,7 +27,7 @@ class Norm:
     scale: float = _BYTE_MAX
 
     def apply(self, x: Array, channel_axis: int) -> Array:
-        """Return the numbers as 32-bit floats."""
+        """The numbers as 32-bit floats."""
         along = [1] * x.ndim
         along[channel_axis] = -1
         mean = np.array(self.mean, np.float32)
@@ -38,15 +38,15 @@ class Norm:
         return found
 
 
-def normed(source: Source, text: str, *, is_channels_first: bool) -> Source:
-    """Return a source whose inputs are normalised as the option `norm` says."""
+def normalize(source: Source, text: str, *, is_channels_first: bool) -> Source:
+    """A source whose inputs are normalised as the option `norm` says."""
     if text == "none":
         return source.changed(lambda batch: Batch(_each_float(batch.x), batch.y))
     norm = _parsed(text)
     head = peek(source)
     if head is None:
         return source
-    first = each(head.x)
+    first = as_tuple(head.x)
     chosen = {0} if len(first) == 1 else {place for place, x in enumerate(first) if x.dtype == np.uint8}
     if not chosen:
         raise UsageError(f"norm={text}: none of the inputs of {source.name} consists of bytes")
@@ -60,23 +60,25 @@ def normed(source: Source, text: str, *, is_channels_first: bool) -> Source:
     places = {place: _channel_axis(first[place], norm, is_channels_first=is_channels_first) for place in chosen}
 
     def change(batch: Batch) -> Batch:
-        found = tuple(norm.apply(x, places[place]) if place in places else x for place, x in enumerate(each(batch.x)))
+        found = tuple(
+            norm.apply(x, places[place]) if place in places else x for place, x in enumerate(as_tuple(batch.x))
+        )
         return Batch(found if isinstance(batch.x, tuple) else found[0], batch.y)
 
     return source.changed(change)
 
 
 def _each_float(arrays: Arrays) -> Arrays:
-    found = tuple(x.astype(np.float32) if x.dtype == np.uint8 else x for x in each(arrays))
+    found = tuple(x.astype(np.float32) if x.dtype == np.uint8 else x for x in as_tuple(arrays))
     return found if isinstance(arrays, tuple) else found[0]
 
 
-def _parsed(text: str) -> Norm:
+def _parsed(text: str) -> Normalization:
     if text.startswith("/"):
         return _divided(text)
     mean, sign, deviation = {"unit": "0:1", "imagenet": _IMAGENET}.get(text, text).partition(":")
     try:
-        norm = Norm(tuple(map(float, mean.split(","))), tuple(map(float, deviation.split(","))))
+        norm = Normalization(tuple(map(float, mean.split(","))), tuple(map(float, deviation.split(","))))
     except ValueError as error:
         raise UsageError(f"norm={text} is not known", hint=_HINT) from error
     numbers = (*norm.mean, *norm.deviation)
@@ -85,8 +87,8 @@ def _parsed(text: str) -> Norm:
     return norm
 
 
-def _channel_axis(x: Array, norm: Norm, *, is_channels_first: bool) -> int:
-    """Return the axis that is as long as there are means: where both ends are, the model's own layout decides."""
+def _channel_axis(x: Array, norm: Normalization, *, is_channels_first: bool) -> int:
+    """The axis that is as long as there are means: where both ends are, the model's own layout decides."""
     places = [axis for axis in (1, x.ndim - 1) if axis and x.shape[axis] == len(norm.mean)]
     if len(norm.mean) == 1:
         return x.ndim - 1
@@ -95,18 +97,18 @@ def _channel_axis(x: Array, norm: Norm, *, is_channels_first: bool) -> int:
     return places[0 if is_channels_first else -1]
 
 
-def _divided(text: str) -> Norm:
+def _divided(text: str) -> Normalization:
     try:
         scale = float(text[1:])
     except ValueError as error:
         raise UsageError(f"norm={text} divides by what?", hint=_HINT) from error
     if not np.isfinite(scale) or scale <= 0:
         raise UsageError(f"norm={text} divides by no number above zero", hint=_HINT)
-    return Norm((0.0,), (1.0,), scale)
+    return Normalization((0.0,), (1.0,), scale)
 
 
-def apply(source: Source, spec: Spec, signature: Signature | None) -> Source:
-    """Return a source with the general options of its SPEC: classes first, then limit, then what changes numbers."""
+def apply_options(source: Source, spec: DataSpec, signature: ModelSignature | None) -> Source:
+    """A source with the general options of its SPEC: classes first, then limit, then what changes numbers."""
     if spec.is_asked("relabel") and "classes" not in spec.options:
         raise UsageError("relabel numbers the classes that are chosen anew", hint="write classes=0,3,5&relabel=1")
     if "classes" in spec.options:
@@ -120,12 +122,12 @@ def apply(source: Source, spec: Spec, signature: Signature | None) -> Source:
         source = source.changed(_on_inputs(lambda x: x.reshape(len(x), int(np.prod(x.shape[1:])))))
     if "norm" in spec.options:
         first = bool(signature and signature.is_channels_first)
-        source = normed(source, spec.options["norm"], is_channels_first=first)
+        source = normalize(source, spec.options["norm"], is_channels_first=first)
     depth = spec.number("onehot")
     return source if depth is None else source.changed(_on_targets(_one_hot(depth), source, "onehot"))
 
 
-def _only_classes(source: Source, spec: Spec) -> Source:
+def _only_classes(source: Source, spec: DataSpec) -> Source:
     words = spec.words("classes")
     if not words or any(not word.isdecimal() for word in words) or len(set(words)) < len(words):
         raise UsageError(f"classes={spec.options['classes']} is no list of classes", hint="write classes=0,3,5")
@@ -140,8 +142,8 @@ def _only_classes(source: Source, spec: Spec) -> Source:
 
 
 def _labels(y: Arrays, option: str) -> Array:
-    """Return one whole number for each example."""
-    arrays = each(y)
+    """One whole number for each example."""
+    arrays = as_tuple(y)
     flat = arrays[0].reshape(len(arrays[0]), -1)
     if len(arrays) > 1 or flat.shape[1:] not in {(1,), (0,)}:
         raise InputError(
@@ -164,9 +166,9 @@ def _one_hot(depth: int) -> Callable[[Arrays], Array]:
     return encode
 
 
-def _reshape(spec: Spec) -> Callable[[Batch], Batch]:
+def _reshape(spec: DataSpec) -> Callable[[Batch], Batch]:
     text = spec.options["shape"]
-    shapes = [axes("shape", part) for part in text.split("+")]
+    shapes = [parse_shape("shape", part) for part in text.split("+")]
 
     def one(x: Array, shape: tuple[int, ...]) -> Array:
         if int(np.prod(x.shape[1:])) != int(np.prod(shape)):
@@ -174,7 +176,7 @@ def _reshape(spec: Spec) -> Callable[[Batch], Batch]:
         return x.reshape(len(x), *shape)
 
     def change(batch: Batch) -> Batch:
-        arrays = each(batch.x)
+        arrays = as_tuple(batch.x)
         if len(arrays) != len(shapes):
             raise UsageError(f"shape={text} names {len(shapes)} shapes, and there are {len(arrays)} inputs")
         found = tuple(map(one, arrays, shapes))
@@ -184,7 +186,7 @@ def _reshape(spec: Spec) -> Callable[[Batch], Batch]:
 
 
 def _on_inputs(change: Callable[[Array], Array]) -> Callable[[Batch], Batch]:
-    return lambda batch: replace(batch, x=mapped(change, batch.x))
+    return lambda batch: replace(batch, x=map_arrays(change, batch.x))
 
 
 def _on_targets(change: Callable[[Arrays], Array], source: Source, option: str) -> Callable[[Batch], Batch]:

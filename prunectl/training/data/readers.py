@@ -11,25 +11,25 @@ import numpy as np
 from prunectl.errors import InputError
 from prunectl.formats.base import Array
 from prunectl.training.data.batching import (
-    ahead,
-    beginning,
-    joined,
-    length,
+    concatenate,
     nbytes,
-    read_ahead,
-    rebatched,
-    shared_out,
-    skipped,
-    taken,
+    num_examples,
+    parallel_map,
+    prefetch,
+    rebatch,
+    shard_examples,
+    skip_batches,
+    take_first,
+    take_rows,
 )
-from prunectl.training.data.source import Arrays, Batch, Indices, Mask, Order, mapped
+from prunectl.training.data.source import Arrays, Batch, EpochOrder, Indices, Mask, map_arrays
 
 LOOKED_AT_ONCE = 1 << 16
 """Labels in a chunk."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class IndexedSource:
     """A source whose examples have numbers."""
 
     name: str
@@ -42,11 +42,11 @@ class Rows:
     is_random: bool = False
     notes: tuple[str, ...] = ()
 
-    def batches(self, order: Order) -> Iterator[Batch]:
+    def batches(self, order: EpochOrder) -> Iterator[Batch]:
         """Yield the batches of one epoch."""
         mine = self._numbers(order)
         begins = range(order.skip * order.batch_size, len(mine), order.batch_size)
-        return ahead(lambda begin: self.take(mine[begin : begin + order.batch_size]), begins, order.workers)
+        return parallel_map(lambda begin: self.take(mine[begin : begin + order.batch_size]), begins, order.workers)
 
     def labels(self) -> Iterator[Arrays]:
         """Yield all targets in order, where this is cheap."""
@@ -57,8 +57,8 @@ class Rows:
             if found is not None:
                 yield found
 
-    def changed(self, change: Callable[[Batch], Batch], *notes: str) -> Rows:
-        """Return the source whose batches are changed."""
+    def changed(self, change: Callable[[Batch], Batch], *notes: str) -> IndexedSource:
+        """The source whose batches are changed."""
         take, targets = self.take, self.targets
         nothing = np.zeros(0, np.int64)
 
@@ -73,26 +73,26 @@ class Rows:
             notes=(*self.notes, *notes),
         )
 
-    def numbered(self, is_kept: Callable[[Indices], Mask]) -> Rows:
-        """Return the examples whose numbers are kept."""
+    def numbered(self, is_kept: Callable[[Indices], Mask]) -> IndexedSource:
+        """The examples whose numbers are kept."""
         return self._among(np.flatnonzero(is_kept(np.arange(self.count))))
 
-    def where(self, holds: Callable[[Arrays], Mask]) -> Rows:
-        """Return the examples with targets for which something holds."""
+    def where(self, holds: Callable[[Arrays], Mask]) -> IndexedSource:
+        """The examples with targets for which something holds."""
         labels = self.labels() if self.targets is not None else self._labels_with_inputs()
         masks = [holds(label) for label in labels]
         return self._among(np.flatnonzero(np.concatenate(masks)) if masks else np.zeros(0, np.int64))
 
-    def first(self, count: int) -> Rows:
-        """Return at most that many examples from the beginning."""
+    def first(self, count: int) -> IndexedSource:
+        """At most that many examples from the beginning."""
         return replace(self, count=min(count, self.count))
 
     def _labels_with_inputs(self) -> Iterator[Arrays]:
-        for batch in self.batches(Order(256)):
+        for batch in self.batches(EpochOrder(256)):
             if batch.y is not None:
                 yield batch.y
 
-    def _among(self, numbers: Indices) -> Rows:
+    def _among(self, numbers: Indices) -> IndexedSource:
         take, targets = self.take, self.targets
         return replace(
             self,
@@ -101,7 +101,7 @@ class Rows:
             targets=None if targets is None else lambda chosen: targets(numbers[chosen]),
         )
 
-    def _numbers(self, order: Order) -> Indices:
+    def _numbers(self, order: EpochOrder) -> Indices:
         found = order.random.permutation(self.count) if order.is_shuffled else np.arange(self.count)
         whole = self.count // order.ranks * order.ranks
         return found[order.rank : whole : order.ranks] if order.ranks > 1 else found
@@ -113,7 +113,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
-class Stream:
+class IterableSource:
     """A source that is read from its beginning each time."""
 
     name: str
@@ -124,73 +124,73 @@ class Stream:
     is_random: bool = False
     notes: tuple[str, ...] = ()
 
-    def batches(self, order: Order) -> Iterator[Batch]:
+    def batches(self, order: EpochOrder) -> Iterator[Batch]:
         """Yield the batches of one epoch."""
-        pieces = shuffled(self.read(), order.random) if order.is_shuffled else self.read()
-        mine = shared_out(pieces, order.rank, order.ranks)
-        return read_ahead(skipped(rebatched(mine, order.batch_size), order.skip), order.workers)
+        pieces = shuffle_buffer(self.read(), order.random) if order.is_shuffled else self.read()
+        mine = shard_examples(pieces, order.rank, order.ranks)
+        return prefetch(skip_batches(rebatch(mine, order.batch_size), order.skip), order.workers)
 
     def labels(self) -> Iterator[Arrays]:
         """Yield nothing: targets come only with their inputs."""
         return iter(())
 
-    def changed(self, change: Callable[[Batch], Batch], *notes: str) -> Stream:
-        """Return the source whose batches are changed."""
+    def changed(self, change: Callable[[Batch], Batch], *notes: str) -> IterableSource:
+        """The source whose batches are changed."""
         read = self.read
         return replace(self, read=lambda: map(change, read()), notes=(*self.notes, *notes))
 
-    def numbered(self, is_kept: Callable[[Indices], Mask]) -> Stream:
-        """Return the examples whose numbers are kept."""
+    def numbered(self, is_kept: Callable[[Indices], Mask]) -> IterableSource:
+        """The examples whose numbers are kept."""
         read = self.read
 
         def chosen() -> Iterator[Batch]:
             begin = 0
             for piece in read():
-                end = begin + length(piece)
-                yield taken(piece, is_kept(np.arange(begin, end)))
+                end = begin + num_examples(piece)
+                yield take_rows(piece, is_kept(np.arange(begin, end)))
                 begin = end
 
         known = None if self.count is None else int(is_kept(np.arange(self.count)).sum())
-        return replace(self, count=known, read=lambda: filter(length, chosen()))
+        return replace(self, count=known, read=lambda: filter(num_examples, chosen()))
 
-    def where(self, holds: Callable[[Arrays], Mask]) -> Stream:
-        """Return the examples with targets for which something holds."""
+    def where(self, holds: Callable[[Arrays], Mask]) -> IterableSource:
+        """The examples with targets for which something holds."""
         read = self.read
 
         def chosen() -> Iterator[Batch]:
             for piece in read():
                 if piece.y is not None:
-                    yield taken(piece, holds(piece.y))
+                    yield take_rows(piece, holds(piece.y))
 
-        return replace(self, count=None, read=lambda: filter(length, chosen()))
+        return replace(self, count=None, read=lambda: filter(num_examples, chosen()))
 
-    def first(self, count: int) -> Stream:
-        """Return at most that many examples from the beginning."""
+    def first(self, count: int) -> IterableSource:
+        """At most that many examples from the beginning."""
         read = self.read
         known = None if self.count is None else min(count, self.count)
-        return replace(self, count=known, read=lambda: beginning(read(), count))
+        return replace(self, count=known, read=lambda: take_first(read(), count))
 
 
-def shuffled(pieces: Iterable[Batch], random: np.random.Generator) -> Iterator[Batch]:
+def shuffle_buffer(pieces: Iterable[Batch], random: np.random.Generator) -> Iterator[Batch]:
     """Yield examples in an order that is random within a pool of the next thousands."""
     pool: list[Batch] = []
     count = held_bytes = 0
     for piece in pieces:
         pool.append(piece)
-        count += length(piece)
+        count += num_examples(piece)
         held_bytes += nbytes(piece)
         if count > 1 and (count >= SHUFFLED_EXAMPLES or held_bytes >= SHUFFLED_BYTES):
-            whole = joined(pool)
+            whole = concatenate(pool)
             order = random.permutation(count)
             # Half of the pool stays, to mix with what comes next.
-            yield taken(whole, order[count // 2 :])
-            rest = taken(whole, order[: count // 2])
+            yield take_rows(whole, order[count // 2 :])
+            rest = take_rows(whole, order[: count // 2])
             pool, count, held_bytes = [rest], count // 2, nbytes(rest)
     if pool:
-        yield taken(joined(pool), random.permutation(count))
+        yield take_rows(concatenate(pool), random.permutation(count))
 
 
-def in_pieces(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Yield items in lists of one size; the last may be smaller."""
     held: list[Item] = []
     for item in items:
@@ -206,8 +206,8 @@ NUMERIC = "fiub"
 """Kinds of numbers that a model can be fed: floats, integers, signed or not, and booleans."""
 
 
-def from_arrays(name: str, x: Mapping[str, Array], y: Mapping[str, Array], *notes: str) -> Rows:
-    """Return the examples that arrays hold along their first axes, by the arrays' names."""
+def from_arrays(name: str, x: Mapping[str, Array], y: Mapping[str, Array], *notes: str) -> IndexedSource:
+    """The examples that arrays hold along their first axes, by the arrays' names."""
     named = {**x, **y}
     for title, array in named.items():
         if array.ndim == 0:
@@ -219,12 +219,12 @@ def from_arrays(name: str, x: Mapping[str, Array], y: Mapping[str, Array], *note
     inputs, targets = _together(x), _together(y) if y else None
 
     def of(arrays: Arrays, numbers: Indices) -> Arrays:
-        return mapped(lambda array: np.asarray(array[_run(numbers)]), arrays)
+        return map_arrays(lambda array: np.asarray(array[_run(numbers)]), arrays)
 
     def take(numbers: Indices) -> Batch:
         return Batch(of(inputs, numbers), None if targets is None else of(targets, numbers))
 
-    return Rows(
+    return IndexedSource(
         name,
         next(iter(lengths.values())),
         targets is not None,
@@ -240,7 +240,7 @@ def _together(arrays: Mapping[str, Array]) -> Arrays:
 
 
 def _run(numbers: Indices) -> slice | Indices:
-    """Return numbers that follow each other as a slice, which copies nothing."""
+    """Numbers that follow each other as a slice, which copies nothing."""
     if len(numbers) and numbers[-1] - numbers[0] == len(numbers) - 1 and (np.diff(numbers) == 1).all():
         return slice(int(numbers[0]), int(numbers[-1]) + 1)
     return numbers

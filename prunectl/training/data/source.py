@@ -27,7 +27,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class EpochOrder:
     """Which examples come when, for one process of perhaps several."""
 
     batch_size: int
@@ -71,42 +71,42 @@ class Source(Protocol):
     def notes(self) -> tuple[str, ...]:
         """What was decided when it was opened, in sentences."""
 
-    def batches(self, order: Order) -> Iterator[Batch]:
+    def batches(self, order: EpochOrder) -> Iterator[Batch]:
         """Yield the batches of one epoch; the last may be smaller."""
 
     def labels(self) -> Iterator[Arrays]:
         """Yield all targets in order, where this needs no inputs; else nothing."""
 
     def changed(self, change: Callable[[Batch], Batch], *notes: str) -> Source:
-        """Return the source whose batches are changed, example by example."""
+        """The source whose batches are changed, example by example."""
 
     def numbered(self, is_kept: Callable[[Indices], Mask]) -> Source:
-        """Return the examples whose numbers are kept."""
+        """The examples whose numbers are kept."""
 
     def where(self, holds: Callable[[Arrays], Mask]) -> Source:
-        """Return the examples with targets for which something holds."""
+        """The examples with targets for which something holds."""
 
     def first(self, count: int) -> Source:
-        """Return at most that many examples from the beginning."""
+        """At most that many examples from the beginning."""
 
 
-def each(arrays: Arrays) -> tuple[Array, ...]:
-    """Return the arrays one by one, also if there is only one."""
+def as_tuple(arrays: Arrays) -> tuple[Array, ...]:
+    """The arrays one by one, also if there is only one."""
     return arrays if isinstance(arrays, tuple) else (arrays,)
 
 
-def mapped(change: Callable[[Array], Any], arrays: Arrays) -> Arrays:
-    """Return the arrays, each changed, alone if there was only one."""
+def map_arrays(change: Callable[[Array], Any], arrays: Arrays) -> Arrays:
+    """The arrays, each changed, alone if there was only one."""
     return tuple(change(one) for one in arrays) if isinstance(arrays, tuple) else change(arrays)
 
 
 def peek(source: Source, examples: int = 32) -> Batch | None:
-    """Return the first examples; None if there are none."""
-    return next(source.batches(Order(examples)), None)
+    """The first examples; None if there are none."""
+    return next(source.batches(EpochOrder(examples)), None)
 
 
-def split(source: Source, share: float, seed: int) -> tuple[Source, Source]:
-    """Return the rest and the share of a source, which have no example in common.
+def train_val_split(source: Source, share: float, seed: int) -> tuple[Source, Source]:
+    """The rest and the share of a source, which have no example in common.
 
     Of n examples the share gets round(share * n); where n is unknown, each goes where a hash of its number says.
     """
@@ -136,7 +136,7 @@ def _falls_in(numbers: Indices, share: float, seed: int) -> Mask:
 
 
 def _mixed(numbers: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:
-    """Return numbers of which every bit depends on every bit (the finaliser of SplitMix64)."""
+    """Numbers of which every bit depends on every bit (the finaliser of SplitMix64)."""
     z = np.atleast_1d(np.asarray(numbers, np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -24,7 +24,7 @@ _YES = {"": True, "1": True, "true": True, "yes": True, "0": False, "false": Fal
 
 
 @dataclass(frozen=True, slots=True)
-class Spec:
+class DataSpec:
     """A SPEC taken apart."""
 
     text: str
@@ -38,14 +38,14 @@ class Spec:
         return Path(self.where)
 
     def words(self, name: str) -> tuple[str, ...]:
-        """Return the parts of an option that commas separate."""
+        """The parts of an option that commas separate."""
         return tuple(word.strip() for word in self.options.get(name, "").split(",") if word.strip())
 
     def number(self, name: str) -> int | None:
-        """Return an option that is a count, if it is given."""
+        """An option that is a count, if it is given."""
         if name not in self.options:
             return None
-        return counted(name, self.options[name])
+        return parse_count(name, self.options[name])
 
     def is_asked(self, name: str) -> bool:
         """Whether an option that is yes or no says yes."""
@@ -57,23 +57,23 @@ class Spec:
         return _YES[said]
 
 
-def parse(text: str) -> Spec:
-    """Return the words of a SPEC."""
+def parse(text: str) -> DataSpec:
+    """The words of a SPEC."""
     if not text.strip():
         raise UsageError("the data SPEC is empty", hint=GRAMMAR)
     found = None if os.path.lexists(text) else _OPTIONS.search(text)
     if found is None:
-        return Spec(text, text, {})
+        return DataSpec(text, text, {})
     options: dict[str, str] = {}
     for word in text[found.end() :].split("&"):
         name, _, value = word.partition("=")
         if name in options:
             raise UsageError(f"the data SPEC {text} says {name} twice")
         options[name] = unquote(value)
-    return Spec(text, text[: found.start()], options)
+    return DataSpec(text, text[: found.start()], options)
 
 
-def check_options(spec: Spec, own: Iterable[str]) -> None:
+def check_options(spec: DataSpec, own: Iterable[str]) -> None:
     """Refuse an option that this kind of data does not have."""
     known = (*own, *GENERAL)
     for name in spec.options:
@@ -85,20 +85,20 @@ def check_options(spec: Spec, own: Iterable[str]) -> None:
             )
 
 
-def counted(name: str, text: str) -> int:
-    """Return a positive whole number that somebody wrote."""
+def parse_count(name: str, text: str) -> int:
+    """A positive whole number that somebody wrote."""
     if not (text.isascii() and text.isdecimal() and int(text)):
         raise UsageError(f"{name}={text} is no count", hint=f"write a whole number above zero, as in {name}=100")
     return int(text)
 
 
-def axes(name: str, text: str) -> tuple[int, ...]:
-    """Return lengths of axes that are written as 28x28."""
-    return tuple(counted(name, length) for length in text.lower().split("x"))
+def parse_shape(name: str, text: str) -> tuple[int, ...]:
+    """Lengths of axes that are written as 28x28."""
+    return tuple(parse_count(name, length) for length in text.lower().split("x"))
 
 
-def existing(path: Path) -> Path:
-    """Return a path that is there, or say that it is not."""
+def require_path(path: Path) -> Path:
+    """A path that is there, or say that it is not."""
     if not os.path.lexists(path):
         raise address(str(path)) or InputError(f"{path} does not exist", hint=_quoting(str(path)))
     return path

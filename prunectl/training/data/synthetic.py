@@ -8,9 +8,9 @@ import numpy as np
 
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array
-from prunectl.training.backend import Port, Signature
-from prunectl.training.data.readers import Rows, from_arrays
-from prunectl.training.data.spec import Spec, axes, counted
+from prunectl.training.backend import ModelSignature, TensorSpec
+from prunectl.training.data.readers import IndexedSource, from_arrays
+from prunectl.training.data.spec import DataSpec, parse_count, parse_shape
 
 _PREFIX = "random:"
 
@@ -20,12 +20,12 @@ def fits(where: str) -> bool:
     return where.startswith(_PREFIX)
 
 
-def open_random(spec: Spec, signature: Signature | None, seed: int) -> Rows:
-    """Return the source that `random:64` means: normal floats, and labels of every class."""
-    count = counted("random", spec.where.removeprefix(_PREFIX))
+def open_random(spec: DataSpec, signature: ModelSignature | None, seed: int) -> IndexedSource:
+    """The source that `random:64` means: normal floats, and labels of every class."""
+    count = parse_count("random", spec.where.removeprefix(_PREFIX))
     if signature is None or not signature.inputs:
         raise UsageError(f"{spec.where} needs a model that says what it takes")
-    said = [axes("shape", part) for part in spec.options["shape"].split("+")] if "shape" in spec.options else []
+    said = [parse_shape("shape", part) for part in spec.options["shape"].split("+")] if "shape" in spec.options else []
     if said and len(said) != len(signature.inputs):
         raise UsageError(
             f"shape={spec.options['shape']} names {len(said)} shapes, the model has {len(signature.inputs)}"
@@ -40,7 +40,7 @@ def open_random(spec: Spec, signature: Signature | None, seed: int) -> Rows:
     return replace(from_arrays(spec.text, x, y, note), is_random=True)
 
 
-def _known(port: Port) -> tuple[int, ...]:
+def _known(port: TensorSpec) -> tuple[int, ...]:
     shape = port.shape
     if shape is None or any(length is None for length in shape):
         raise UsageError(
@@ -50,7 +50,7 @@ def _known(port: Port) -> tuple[int, ...]:
     return tuple(length for length in shape if length is not None)
 
 
-def _said(port: Port) -> str:
+def _said(port: TensorSpec) -> str:
     return "unknown" if port.shape is None else str(port.shape).replace("None", "?")
 
 
@@ -61,8 +61,8 @@ def _filled(random: np.random.Generator, shape: tuple[int, ...], dtype: str) -> 
     return random.standard_normal(shape, np.float32)
 
 
-def _labels(random: np.random.Generator, count: int, port: Port) -> Array:
-    """Return a label for each vector of outputs; of two classes where there is one output, or nobody knows."""
+def _labels(random: np.random.Generator, count: int, port: TensorSpec) -> Array:
+    """A label for each vector of outputs; of two classes where there is one output, or nobody knows."""
     shape = port.shape or (None,)
     inner = tuple(length or 1 for length in shape[:-1])
     classes = shape[-1] or 2

@@ -14,30 +14,30 @@ import numpy as np
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array
 from prunectl.formats.safe_json import require
-from prunectl.training.data.batching import joined
-from prunectl.training.data.readers import NUMERIC, Stream, from_arrays, in_pieces
-from prunectl.training.data.source import Batch, Source, each
-from prunectl.training.data.spec import Spec, existing
+from prunectl.training.data.batching import concatenate
+from prunectl.training.data.readers import NUMERIC, IterableSource, chunked, from_arrays
+from prunectl.training.data.source import Batch, Source, as_tuple
+from prunectl.training.data.spec import DataSpec, require_path
 
 OPTIONS = ("target", "columns")
 HELD_BYTES = 64 << 20
 """A table that takes no more than this is held in memory: its rows then come in any order."""
 MAX_CLASSES = 100_000
 _LISTED = 5
-Words = Mapping[str, Array]
+ClassNames = Mapping[str, Array]
 """For each target of words, all different ones in their order."""
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class TableColumns:
     """The columns of a table that are read."""
 
     inputs: tuple[str, ...]
     targets: tuple[str, ...]
 
 
-def chosen(spec: Spec, names: Sequence[str]) -> Columns:
-    """Return which columns of a table the options name: all but the targets go in, unless they say otherwise."""
+def select_columns(spec: DataSpec, names: Sequence[str]) -> TableColumns:
+    """Which columns of a table the options name: all but the targets go in, unless they say otherwise."""
     targets = spec.words("target")
     inputs = spec.words("columns") or tuple(name for name in names if name not in targets)
     for name in (*targets, *inputs):
@@ -53,26 +53,28 @@ def chosen(spec: Spec, names: Sequence[str]) -> Columns:
         raise UsageError(f"{spec.where} has no column besides its target")
     if both := set(inputs) & set(targets):
         raise UsageError(f"{min(both)!r} would be an input and a target at once")
-    return Columns(inputs, targets)
+    return TableColumns(inputs, targets)
 
 
-def as_source(spec: Spec, read: Callable[[], Iterator[Batch]], words: Words, count: int, nbytes: int) -> Source:
-    """Return a table of ``count`` rows as a source: held if ``nbytes`` is little, else read anew each time."""
+def as_source(
+    spec: DataSpec, read: Callable[[], Iterator[Batch]], words: ClassNames, count: int, nbytes: int
+) -> Source:
+    """A table of ``count`` rows as a source: held if ``nbytes`` is little, else read anew each time."""
     notes = tuple(
         f"{spec.where}: {name} has {len(known)} classes, in the order of their names: {_numbered(known)}"
         for name, known in words.items()
     )
     has_targets = bool(spec.words("target"))
-    stream = Stream(spec.text, count, has_targets, read, notes=notes)
+    stream = IterableSource(spec.text, count, has_targets, read, notes=notes)
     if nbytes > HELD_BYTES or not count:
         return stream
-    whole = joined(list(stream.read()))
-    y = {} if whole.y is None else {"the targets": each(whole.y)[0]}
-    return from_arrays(spec.text, {"the columns": each(whole.x)[0]}, y, *notes)
+    whole = concatenate(list(stream.read()))
+    y = {} if whole.y is None else {"the targets": as_tuple(whole.y)[0]}
+    return from_arrays(spec.text, {"the columns": as_tuple(whole.x)[0]}, y, *notes)
 
 
-def known_words(where: str, name: str, values: set[str]) -> Array:
-    """Return the classes that a column of words names."""
+def class_names_of(where: str, name: str, values: set[str]) -> Array:
+    """The classes that a column of words names."""
     if len(values) > MAX_CLASSES:
         raise InputError(f"{where}: {name} has more than {MAX_CLASSES:,} different words, which are no classes")
     return np.array(sorted(values))
@@ -87,8 +89,8 @@ def is_number(word: str) -> bool:
     return True
 
 
-def target(columns: Sequence[Array]) -> Array:
-    """Return the columns of targets as one array: whole numbers stay whole."""
+def stack_targets(columns: Sequence[Array]) -> Array:
+    """The columns of targets as one array: whole numbers stay whole."""
     if len(columns) == 1:
         return columns[0]
     return np.stack([column.astype(np.float32) for column in columns], axis=1)
@@ -115,11 +117,11 @@ class Row(NamedTuple):
     cells: list[str]
 
 
-class Scan(NamedTuple):
+class CsvSummary(NamedTuple):
     """What a first look at every row tells."""
 
     rows: int
-    words: Words
+    words: ClassNames
     whole: frozenset[str]
     """Targets that consist of whole numbers."""
 
@@ -129,20 +131,20 @@ def is_csv(where: str) -> bool:
     return where.endswith((".csv", ".tsv"))
 
 
-def open_csv(spec: Spec) -> Source:
-    """Return the source that `table.csv?target=label&columns=a,b` means."""
-    path = existing(spec.path)
+def open_csv(spec: DataSpec) -> Source:
+    """The source that `table.csv?target=label&columns=a,b` means."""
+    path = require_path(spec.path)
     names = _header(path)
-    picked = chosen(spec, names)
+    picked = select_columns(spec, names)
     scan = _scan(path, names, picked)
     if not scan.rows:
         raise InputError(f"{path} has a header and no rows")
 
     def read() -> Iterator[Batch]:
-        for rows in in_pieces(_rows(path, len(names)), CSV_ROWS_AT_ONCE):
+        for rows in chunked(_rows(path, len(names)), CSV_ROWS_AT_ONCE):
             x = np.stack([_floats(path, rows, names.index(name), name) for name in picked.inputs], axis=1)
             y = [_csv_target(path, rows, names.index(name), name, scan) for name in picked.targets]
-            yield Batch(x, target(y) if y else None)
+            yield Batch(x, stack_targets(y) if y else None)
 
     nbytes = scan.rows * (4 * len(picked.inputs) + 8 * len(picked.targets))
     return as_source(spec, read, scan.words, scan.rows, nbytes)
@@ -158,8 +160,8 @@ def _header(path: Path) -> list[str]:
     raise InputError(f"{path} is empty")
 
 
-def _scan(path: Path, names: Sequence[str], picked: Columns) -> Scan:
-    """Return how many rows there are, and what the targets consist of."""
+def _scan(path: Path, names: Sequence[str], picked: TableColumns) -> CsvSummary:
+    """How many rows there are, and what the targets consist of."""
     rows = 0
     values: dict[str, set[str]] = {name: set() for name in picked.targets}
     is_words = dict.fromkeys(picked.targets, False)
@@ -176,11 +178,11 @@ def _scan(path: Path, names: Sequence[str], picked: Columns) -> Scan:
                 values[name].add(word)
             is_words[name] = is_words[name] or not is_number(word)
             is_whole[name] = is_whole[name] and len(word) <= _WHOLE_DIGITS and word.lstrip("+-").isdecimal()
-    words = {name: known_words(str(path), name, values[name]) for name in places if is_words[name]}
-    return Scan(rows, words, frozenset(name for name in places if is_whole[name]))
+    words = {name: class_names_of(str(path), name, values[name]) for name in places if is_words[name]}
+    return CsvSummary(rows, words, frozenset(name for name in places if is_whole[name]))
 
 
-def _csv_target(path: Path, rows: Sequence[Row], place: int, name: str, scan: Scan) -> Array:
+def _csv_target(path: Path, rows: Sequence[Row], place: int, name: str, scan: CsvSummary) -> Array:
     if name in scan.words:
         cells = np.array([row.cells[place].strip() for row in rows])
         return np.searchsorted(scan.words[name], cells).astype(np.int64)
@@ -229,7 +231,7 @@ def _records(path: Path) -> Iterator[Row]:
 
 
 def _separator(path: Path) -> str:
-    """Return what stands between cells: a tab in .tsv, else what the header has more of."""
+    """What stands between cells: a tab in .tsv, else what the header has more of."""
     if path.suffix == ".tsv":
         return "\t"
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -245,12 +247,12 @@ def is_parquet(where: str) -> bool:
     return where.endswith((".parquet", ".pq"))
 
 
-def open_parquet(spec: Spec) -> Source:
-    """Return the source that `table.parquet?target=label&columns=a,b` means."""
-    path = existing(spec.path)
+def open_parquet(spec: DataSpec) -> Source:
+    """The source that `table.parquet?target=label&columns=a,b` means."""
+    path = require_path(spec.path)
     with _opened(path) as file:
         names, count = list(file.schema_arrow.names), int(file.metadata.num_rows)
-    picked = chosen(spec, names)
+    picked = select_columns(spec, names)
     if not count:
         raise InputError(f"{path} has no rows")
     words = {name: found for name in picked.targets if (found := _words(path, name)) is not None}
@@ -259,7 +261,7 @@ def open_parquet(spec: Spec) -> Source:
         for table in _tables(path, [*picked.inputs, *picked.targets]):
             x = _inputs(path, table, picked.inputs)
             y = [_parquet_target(path, table, name, words) for name in picked.targets]
-            yield Batch(x, target(y) if y else None)
+            yield Batch(x, stack_targets(y) if y else None)
 
     first = next(read())
     row_bytes = (np.asarray(first.x).nbytes + 8 * len(picked.targets) * len(first.x)) // len(first.x)
@@ -298,7 +300,7 @@ def _inputs(path: Path, table: Any, names: tuple[str, ...]) -> Array:
 
 
 def _numbers(path: Path, column: Any, name: str) -> Array:
-    """Return a column as numbers; lists of one length become rows."""
+    """A column as numbers; lists of one length become rows."""
     if column.null_count:
         raise InputError(f"{path}: nothing stands in {column.null_count} rows of the column {name!r}")
     types = require("pyarrow.types", extra="parquet")
@@ -318,7 +320,7 @@ def _numbers(path: Path, column: Any, name: str) -> Array:
 
 
 def _words(path: Path, name: str) -> Array | None:
-    """Return the classes that a target names; None if it consists of numbers."""
+    """The classes that a target names; None if it consists of numbers."""
     seen: set[str] = set()
     for table in _tables(path, [name]):
         column = _plain(table.column(name))
@@ -328,10 +330,10 @@ def _words(path: Path, name: str) -> Array | None:
         if column.null_count:
             raise InputError(f"{path}: nothing stands in {column.null_count} rows of the column {name!r}")
         seen.update(column.unique().to_pylist())
-    return known_words(str(path), name, seen)
+    return class_names_of(str(path), name, seen)
 
 
-def _parquet_target(path: Path, table: Any, name: str, words: Words) -> Array:
+def _parquet_target(path: Path, table: Any, name: str, words: ClassNames) -> Array:
     column = _plain(table.column(name))
     if name in words:
         return np.searchsorted(words[name], np.array(column.to_pylist())).astype(np.int64)
@@ -340,6 +342,6 @@ def _parquet_target(path: Path, table: Any, name: str, words: Words) -> Array:
 
 
 def _plain(column: Any) -> Any:
-    """Return a column of words as words, also where the file numbers them in a dictionary."""
+    """A column of words as words, also where the file numbers them in a dictionary."""
     types = require("pyarrow.types", extra="parquet")
     return column.dictionary_decode() if types.is_dictionary(column.type) else column

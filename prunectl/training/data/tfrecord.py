@@ -19,9 +19,9 @@ from prunectl.formats.base import Array
 from prunectl.formats.protobuf import BYTES, Field, WireError, fields, text, varints
 from prunectl.formats.tensorflow.leveldb import masked_crc
 from prunectl.training.data.images import ImageOptions, decode
-from prunectl.training.data.readers import NUMERIC, Stream, in_pieces
+from prunectl.training.data.readers import NUMERIC, IterableSource, chunked
 from prunectl.training.data.source import Arrays, Batch
-from prunectl.training.data.spec import Spec, existing
+from prunectl.training.data.spec import DataSpec, require_path
 
 _HEAD_BYTES = 12
 _CRC_BYTES = 4
@@ -29,7 +29,7 @@ _GZIP = b"\x1f\x8b"
 MAX_RECORD_BYTES = 1 << 30
 
 
-def records(path: Path) -> Iterator[bytes]:
+def read_records(path: Path) -> Iterator[bytes]:
     """Yield the records of a file, each checked; it may be compressed with gzip."""
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
@@ -73,8 +73,8 @@ Value = Array | list[bytes]
 _BYTES_LIST, _FLOAT_LIST, _INT64_LIST = 1, 2, 3
 
 
-def features(record: bytes, what: str) -> Mapping[str, Value]:
-    """Return the features of an example by their names."""
+def parse_example(record: bytes, what: str) -> Mapping[str, Value]:
+    """The features of an example by their names."""
     data = memoryview(record)
     try:
         return dict(
@@ -88,8 +88,8 @@ def features(record: bytes, what: str) -> Mapping[str, Value]:
         raise InputError(f"{what} is no tf.train.Example: {error}") from error
 
 
-def kind(value: Value) -> str:
-    """Return what a feature holds, in words."""
+def describe_feature(value: Value) -> str:
+    """What a feature holds, in words."""
     if isinstance(value, list):
         return f"{len(value)} x bytes" if len(value) != 1 else f"{len(value[0])} bytes"
     return f"{value.size} x {value.dtype}"
@@ -145,7 +145,7 @@ EXAMPLE = '{"x": {"feature": "image", "dtype": "uint8", "shape": [28, 28, 1]}, "
 
 
 @dataclass(frozen=True, slots=True)
-class Feature:
+class FeatureSpec:
     """How one feature becomes an array."""
 
     name: str
@@ -155,9 +155,9 @@ class Feature:
     is_image: bool
 
     def array(self, values: Mapping[str, Value], what: str) -> Array:
-        """Return the feature of one example."""
+        """The feature of one example."""
         if self.name not in values:
-            held = ", ".join(f"{name} ({kind(value)})" for name, value in values.items())
+            held = ", ".join(f"{name} ({describe_feature(value)})" for name, value in values.items())
             raise InputError(
                 f"{what} has no feature {self.name!r}",
                 did_you_mean=tuple(get_close_matches(self.name, values)),
@@ -167,7 +167,7 @@ class Feature:
         flat = self._from_bytes(found, what) if isinstance(found, list) else found
         if flat.size != int(np.prod(self.shape)):
             raise InputError(
-                f"{what}: the feature {self.name!r} holds {flat.size} numbers ({kind(found)}), "
+                f"{what}: the feature {self.name!r} holds {flat.size} numbers ({describe_feature(found)}), "
                 f"and the schema says {list(self.shape)}"
             )
         shaped = flat.reshape(self.shape)
@@ -175,7 +175,7 @@ class Feature:
 
     def _from_bytes(self, found: list[bytes], what: str) -> Array:
         if len(found) != 1:
-            raise InputError(f"{what}: the feature {self.name!r} holds {kind(found)}, not one run of bytes")
+            raise InputError(f"{what}: the feature {self.name!r} holds {describe_feature(found)}, not one run of bytes")
         if self.is_image:
             height, width, *channels = self.shape
             color = "rgb" if channels == [3] else "grey"
@@ -191,12 +191,12 @@ class Feature:
 class Schema:
     """The inputs and the targets of an example."""
 
-    x: tuple[Feature, ...]
-    y: tuple[Feature, ...]
+    x: tuple[FeatureSpec, ...]
+    y: tuple[FeatureSpec, ...]
 
 
 def read_example_schema(path: Path) -> Schema:
-    """Return the schema in a JSON file."""
+    """The schema in a JSON file."""
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -206,14 +206,14 @@ def read_example_schema(path: Path) -> Schema:
     return Schema(_side(path, found["x"]), _side(path, found["y"]) if "y" in found else ())
 
 
-def _side(path: Path, said: Any) -> tuple[Feature, ...]:
+def _side(path: Path, said: Any) -> tuple[FeatureSpec, ...]:
     many = said if isinstance(said, list) else [said]
     if not many:
         raise InputError(f"{path} is no schema: a list of features is empty", hint=EXAMPLE)
     return tuple(_feature_spec(path, one) for one in many)
 
 
-def _feature_spec(path: Path, said: Any) -> Feature:
+def _feature_spec(path: Path, said: Any) -> FeatureSpec:
     if not isinstance(said, dict) or not isinstance(said.get("feature"), str):
         raise InputError(f"{path} is no schema: each of x and y names a feature", hint=EXAMPLE)
     for key in said:
@@ -231,7 +231,7 @@ def _feature_spec(path: Path, said: Any) -> Feature:
         raise InputError(f"{path}: the encoding {encoding!r} is not known", hint=f"known: {', '.join(ENCODINGS)}")
     if encoding == "image" and (len(shape) not in {2, 3} or (len(shape) == 3 and shape[2] not in {1, 3})):
         raise InputError(f"{path}: a picture has the shape [height, width, 1 or 3], not {shape}")
-    return Feature(said["feature"], _dtype(path, said.get("dtype")), tuple(shape), encoding == "image")
+    return FeatureSpec(said["feature"], _dtype(path, said.get("dtype")), tuple(shape), encoding == "image")
 
 
 def _dtype(path: Path, name: Any) -> np.dtype[Any] | None:
@@ -256,36 +256,38 @@ def fits(where: str) -> bool:
     return where.endswith(_SUFFIXES) or ".tfrecord-" in Path(where).name
 
 
-def open_records(spec: Spec) -> Stream:
-    """Return the source that `'*.tfrecord?schema=f.json'` means."""
-    paths = [Path(name) for name in sorted(glob.glob(spec.where))] or [existing(spec.path)]
+def open_records(spec: DataSpec) -> IterableSource:
+    """The source that `'*.tfrecord?schema=f.json'` means."""
+    paths = [Path(name) for name in sorted(glob.glob(spec.where))] or [require_path(spec.path)]
     if "schema" not in spec.options:
         held = ", ".join(
-            f"{name} ({kind(value)})" for _, values in _examples(paths[:1], 1) for name, value in values.items()
+            f"{name} ({describe_feature(value)})"
+            for _, values in _examples(paths[:1], 1)
+            for name, value in values.items()
         )
         raise UsageError(
             f"{spec.text} needs a schema that says which features are inputs and targets: '{spec.where}?schema=f.json'",
             hint=f"f.json is like {EXAMPLE}; the first example has {held or 'no features'}",
         )
-    said = read_example_schema(existing(Path(spec.options["schema"])))
+    said = read_example_schema(require_path(Path(spec.options["schema"])))
 
     def read() -> Iterator[Batch]:
-        for piece in in_pieces(_examples(paths), RECORDS_AT_ONCE):
+        for piece in chunked(_examples(paths), RECORDS_AT_ONCE):
             yield Batch(_stacked(said.x, piece), _stacked(said.y, piece) if said.y else None)
 
-    return Stream(spec.text, None, bool(said.y), read)
+    return IterableSource(spec.text, None, bool(said.y), read)
 
 
 def _examples(paths: Sequence[Path], most: int | None = None) -> Iterator[tuple[str, Mapping[str, Value]]]:
     """Yield the features of each example, and what to call it."""
     for path in paths:
-        for number, record in enumerate(records(path)):
+        for number, record in enumerate(read_records(path)):
             if most is not None and number >= most:
                 return
             what = f"record {number} of {path}"
-            yield what, features(record, what)
+            yield what, parse_example(record, what)
 
 
-def _stacked(wanted: Sequence[Feature], piece: Sequence[tuple[str, Mapping[str, Value]]]) -> Arrays:
+def _stacked(wanted: Sequence[FeatureSpec], piece: Sequence[tuple[str, Mapping[str, Value]]]) -> Arrays:
     arrays = tuple(np.stack([feature.array(values, what) for what, values in piece]) for feature in wanted)
     return arrays[0] if len(arrays) == 1 else arrays

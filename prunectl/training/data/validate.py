@@ -8,11 +8,11 @@ import numpy as np
 
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array
-from prunectl.training.backend import Signature
-from prunectl.training.data.adapt import matches, text, title
-from prunectl.training.data.batching import length, nbytes
-from prunectl.training.data.readers import NUMERIC, Rows
-from prunectl.training.data.source import Arrays, Batch, Order, Source, each
+from prunectl.training.backend import ModelSignature
+from prunectl.training.data.adapt import array_name, format_shape, shape_matches
+from prunectl.training.data.batching import nbytes, num_examples
+from prunectl.training.data.readers import NUMERIC, IndexedSource
+from prunectl.training.data.source import Arrays, Batch, EpochOrder, Source, as_tuple
 
 Shape = tuple[int | None, ...]
 
@@ -22,7 +22,7 @@ def check_labels(y: Array, classes: int, output: Shape | None, *, what: str, beg
     if _is_for_each_class(y, classes, output):
         return
     if not _is_for_each_example(y, output):
-        given, wanted = text(y.shape[1:]), text(output or (classes,))
+        given, wanted = format_shape(y.shape[1:]), format_shape(output or (classes,))
         raise UsageError(
             f"{what} is {given} for each example, and the output of the model is {wanted}",
             hint="targets are one label, or a number for each class (?onehot makes these)",
@@ -47,7 +47,7 @@ def _is_for_each_class(y: Array, classes: int, output: Shape | None) -> bool:
     """Whether there is a number for each class, such as a one-hot row or a probability."""
     if y.ndim < 2 or y.shape[-1] != classes or classes < 2:
         return False
-    return output is None or matches(y.shape[1:], output)
+    return output is None or shape_matches(y.shape[1:], output)
 
 
 def _is_for_each_example(y: Array, output: Shape | None) -> bool:
@@ -55,7 +55,7 @@ def _is_for_each_example(y: Array, output: Shape | None) -> bool:
     if output is None:
         return True
     inner = output[:-1]
-    return matches(y.shape[1:], inner) or matches(y.shape[1:], (*inner, 1))
+    return shape_matches(y.shape[1:], inner) or shape_matches(y.shape[1:], (*inner, 1))
 
 
 LOOKED_AT_BYTES = 256 << 20
@@ -64,8 +64,10 @@ LOOKED_AT_EXAMPLES = 2048
 _BATCH = 256
 
 
-def check_batches(source: Source, signature: Signature, *, needs_targets: bool, classes: int | None) -> tuple[str, ...]:
-    """Return what the user should know of a source that fits a model; refuse one that does not."""
+def check_batches(
+    source: Source, signature: ModelSignature, *, needs_targets: bool, classes: int | None
+) -> tuple[str, ...]:
+    """What the user should know of a source that fits a model; refuse one that does not."""
     if needs_targets:
         require_targets(source)
     seen = 0
@@ -73,13 +75,13 @@ def check_batches(source: Source, signature: Signature, *, needs_targets: bool, 
         _check_inputs(source, batch, signature, seen)
         if batch.y is not None:
             _check_targets(source, batch.y, signature, classes, seen)
-        seen += length(batch)
+        seen += num_examples(batch)
     if not seen:
         raise InputError(f"{source.name} has no examples", hint="do its options leave any?")
     begin = 0
     for targets in source.labels():
         _check_targets(source, targets, signature, classes, begin)
-        begin += len(each(targets)[0])
+        begin += len(as_tuple(targets)[0])
     return _notes(source, seen, are_labels_seen=begin > 0)
 
 
@@ -94,41 +96,41 @@ def require_targets(source: Source) -> None:
 def _beginning(source: Source) -> Iterator[Batch]:
     """Yield batches in order until enough was looked at."""
     examples = looked_at_bytes = 0
-    for batch in source.batches(Order(_BATCH)):
+    for batch in source.batches(EpochOrder(_BATCH)):
         yield batch
-        examples += length(batch)
+        examples += num_examples(batch)
         looked_at_bytes += nbytes(batch)
-        is_enough = examples >= LOOKED_AT_EXAMPLES and not isinstance(source, Rows)
+        is_enough = examples >= LOOKED_AT_EXAMPLES and not isinstance(source, IndexedSource)
         if is_enough or looked_at_bytes >= LOOKED_AT_BYTES:
             return
 
 
-def _check_inputs(source: Source, batch: Batch, signature: Signature, begin: int) -> None:
-    inputs = each(batch.x)
+def _check_inputs(source: Source, batch: Batch, signature: ModelSignature, begin: int) -> None:
+    inputs = as_tuple(batch.x)
     if len(inputs) != len(signature.inputs):
         raise UsageError(f"{source.name} has {len(inputs)} inputs, and the model has {len(signature.inputs)}")
     for place, (array, port) in enumerate(zip(inputs, signature.inputs, strict=True)):
-        what = title(source, "x", place, len(inputs))
+        what = array_name(source, "x", place, len(inputs))
         _check_numbers(array, what, begin)
-        if port.shape is not None and not matches(array.shape[1:], port.shape):
+        if port.shape is not None and not shape_matches(array.shape[1:], port.shape):
             raise UsageError(
-                f"{what} is {text(array.shape[1:])} for each example, "
-                f"and the input {port.name!r} of the model is {text(port.shape)}",
+                f"{what} is {format_shape(array.shape[1:])} for each example, "
+                f"and the input {port.name!r} of the model is {format_shape(port.shape)}",
                 hint="?shape=1x28x28 reads the same numbers in another shape, ?flatten=1 as one row",
             )
         if port.dtype.startswith(("int", "uint")) and array.dtype.kind == "f":
             raise UsageError(f"{what} is {array.dtype}, and the input {port.name!r} of the model is {port.dtype}")
 
 
-def _check_targets(source: Source, y: Arrays, signature: Signature, classes: int | None, begin: int) -> None:
-    targets = each(y)
+def _check_targets(source: Source, y: Arrays, signature: ModelSignature, classes: int | None, begin: int) -> None:
+    targets = as_tuple(y)
     if isinstance(y, tuple) and signature.outputs and len(y) != len(signature.outputs):
         raise UsageError(f"{source.name} has {len(y)} targets, and the model has {len(signature.outputs)} outputs")
     for place, array in enumerate(targets):
-        _check_numbers(array, title(source, "y", place, len(targets)), begin)
+        _check_numbers(array, array_name(source, "y", place, len(targets)), begin)
     if classes is not None and not isinstance(y, tuple):
         shape = signature.outputs[0].shape if signature.outputs else None
-        check_labels(y, classes, shape, what=title(source, "y", 0, 1), begin=begin)
+        check_labels(y, classes, shape, what=array_name(source, "y", 0, 1), begin=begin)
 
 
 def _check_numbers(array: Array, what: str, begin: int) -> None:

@@ -16,32 +16,34 @@ from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.registry import open_model
 from prunectl.training.data.adapt import adapt
 from prunectl.training.data.registry import open_source
-from prunectl.training.data.source import Arrays, Batch, Order, each, split
+from prunectl.training.data.source import Arrays, Batch, EpochOrder, as_tuple, train_val_split
 from prunectl.training.data.validate import check_batches
-from prunectl.training.finetune import look_over, read
-from prunectl.training.loop import evaluated
-from prunectl.training.monitor import check_direction, decider, first_of, unfitting
-from prunectl.training.onnx.model import open_observed
+from prunectl.training.finetune import open_training_data, validate_training_data
+from prunectl.training.loop import evaluate
+from prunectl.training.monitor import check_direction, make_monitor, metric_mismatch, monitored_metric
+from prunectl.training.onnx.model import load_onnx_model
 from prunectl.training.request import FinetuneRequest
-from prunectl.training.runtimes import open_network
+from prunectl.training.runtimes import load_trainable
 
 _EVEN = 0.5
 Score = Callable[[Array, Array], Array]
 """A number for each example, of outputs and targets."""
 
 
-def scored(predict: Callable[[Arrays], Arrays], batches: Iterable[Batch], metric: str, name: str) -> tuple[str, float]:
-    """Return a metric by its name, and its mean over the examples; of the first output, if there are several."""
+def evaluate_predictions(
+    predict: Callable[[Arrays], Arrays], batches: Iterable[Batch], metric: str, name: str
+) -> tuple[str, float]:
+    """A metric by its name, and its mean over the examples; of the first output, if there are several."""
     total, count, chosen = 0.0, 0, metric
     single: list[tuple[Array, Array]] = []
     for batch in batches:
         assert batch.y is not None
-        found, targets = np.asarray(each(predict(batch.x))[0], np.float64), each(batch.y)[0]
+        found, targets = np.asarray(as_tuple(predict(batch.x))[0], np.float64), as_tuple(batch.y)[0]
         chosen = chosen or _usual(found, targets)
         score = _score(chosen)
         if score is _accuracy and found.size == len(found):
             if targets.size != found.size:
-                raise unfitting(chosen, found.shape, targets.shape)
+                raise metric_mismatch(chosen, found.shape, targets.shape)
             single.append((found.reshape(-1), targets.reshape(-1)))
         else:
             total += float(_fitting(chosen, score, found, targets).sum())
@@ -52,22 +54,22 @@ def scored(predict: Callable[[Arrays], Arrays], batches: Iterable[Batch], metric
 
 
 def _fitting(name: str, score: Score, found: Array, targets: Array) -> Array:
-    """Return a score of outputs and targets that fit it, and each other."""
+    """A score of outputs and targets that fit it, and each other."""
     try:
         return score(found, targets)
     except ValueError as error:
-        raise unfitting(name, found.shape, targets.shape, str(error)) from error
+        raise metric_mismatch(name, found.shape, targets.shape, str(error)) from error
 
 
 def _of_two_classes(pieces: Sequence[tuple[Array, Array]]) -> float:
-    """Return how often one output for two classes is on the right side: of zero, if it is ever no probability."""
+    """How often one output for two classes is on the right side: of zero, if it is ever no probability."""
     found, targets = (np.concatenate(part) for part in zip(*pieces, strict=True))
     is_logit = found.min() < 0 or found.max() > 1
     return float(np.mean((found > (0.0 if is_logit else _EVEN)) == (targets > _EVEN)))
 
 
 def _usual(found: Array, targets: Array) -> str:
-    """Return what is asked if nobody says: whether labels are right, how far numbers are off."""
+    """What is asked if nobody says: whether labels are right, how far numbers are off."""
     return "accuracy" if targets.dtype.kind in "biu" or _is_one_hot(found, targets) else "mae"
 
 
@@ -133,8 +135,8 @@ class Evaluation:
         return math.isfinite(self.value)
 
 
-def judge(path: Path, request: FinetuneRequest) -> Evaluation:
-    """Return how good a model is on what it is judged by: the data itself, if nothing else is named."""
+def evaluate_file(path: Path, request: FinetuneRequest) -> Evaluation:
+    """How good a model is on what it is judged by: the data itself, if nothing else is named."""
     check_direction(request.means)
     model = open_model(path)
     if model.about.wrappers:
@@ -145,21 +147,21 @@ def judge(path: Path, request: FinetuneRequest) -> Evaluation:
     return _by_onnxruntime(model, request) if model.format == "onnx" else _by_framework(model, request)
 
 
-def judge_whole(path: Path, request: FinetuneRequest) -> Evaluation:
-    """Return how good a model is of which a number is expected: one that nothing was taken from."""
-    found = judge(path, request)
+def evaluate_baseline(path: Path, request: FinetuneRequest) -> Evaluation:
+    """How good a model is of which a number is expected: one that nothing was taken from."""
+    found = evaluate_file(path, request)
     if not found.is_finite:
         raise WorkError(f"{found.metric} is {found.value:g} for {path}", hint="is the data scaled as in training?")
     return found
 
 
 def _by_framework(model: ModelFile, request: FinetuneRequest) -> Evaluation:
-    with closing(open_network(model, request.origin)) as network:
-        found = read(network, request)
+    with closing(load_trainable(model, request.origin)) as network:
+        found = open_training_data(network, request)
         network.prepare(replace(request.means, example=found.example))
-        notes = (*found.notes, *look_over(found, network.signature, request))
-        logs = dict(evaluated(network, found.val or found.train, request.batch_size))
-        found_by = decider(logs, request.means, (port.name for port in network.signature.outputs))
+        notes = (*found.notes, *validate_training_data(found, network.signature, request))
+        logs = dict(evaluate(network, found.val or found.train, request.batch_size))
+        found_by = make_monitor(logs, request.means, (port.name for port in network.signature.outputs))
         return Evaluation(found_by.name, logs, (*notes, *network.notes), found_by.is_up)
 
 
@@ -171,14 +173,14 @@ def _by_onnxruntime(model: ModelFile, request: FinetuneRequest) -> Evaluation:
         )
     if request.means.loss:
         raise UsageError("--loss is for models that can be trained, and onnxruntime takes none", hint="leave it out")
-    network = open_observed(model, request.origin)
+    network = load_onnx_model(model, request.origin)
     signature, seed = network.signature, request.means.seed
     opened = open_source(request.val or request.data, signature=signature, seed=seed)
     source, notes = adapt(opened, signature)
     if request.val_split:
-        source = split(source, request.val_split, seed)[1]
+        source = train_val_split(source, request.val_split, seed)[1]
     notes += check_batches(source, signature, needs_targets=True, classes=None)
-    batches = source.batches(Order(request.batch_size))
-    metric, value = scored(network.predict, batches, first_of(request.means), source.name)
+    batches = source.batches(EpochOrder(request.batch_size))
+    metric, value = evaluate_predictions(network.predict, batches, monitored_metric(request.means), source.name)
     logs = {metric: value}
-    return Evaluation(metric, logs, tuple(dict.fromkeys(notes)), decider(logs, request.means).is_up)
+    return Evaluation(metric, logs, tuple(dict.fromkeys(notes)), make_monitor(logs, request.means).is_up)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prunectl.training.backend import Ending
+from prunectl.training.backend import FinalActivation
 from prunectl.training.keras.backend import KerasLibrary
 from prunectl.training.keras.compile.outputs import flatten
 
@@ -25,7 +25,7 @@ class OutputLoss:
     """How one output is compared with the teacher's."""
 
     is_classification: bool
-    ending: Ending
+    ending: FinalActivation
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def _output_loss(config: DistillationConfig, output: OutputLoss, teacher: Any, s
     if not output.is_classification:
         return ops.mean(ops.square(teacher - student))
     temperature = config.temperature
-    if output.ending is Ending.SIGMOID or student.shape[-1] == 1:
+    if output.ending is FinalActivation.SIGMOID or student.shape[-1] == 1:
         return temperature**2 * ops.mean(_binary_kl(ops, output, teacher, student, temperature))
     teacher_log, student_log = (_log_probabilities(ops, output, logits, temperature) for logits in (teacher, student))
     return temperature**2 * ops.mean(ops.sum(ops.exp(teacher_log) * (teacher_log - student_log), axis=-1))
@@ -112,13 +112,13 @@ def _output_loss(config: DistillationConfig, output: OutputLoss, teacher: Any, s
 
 def _log_probabilities(ops: Any, output: OutputLoss, outputs: Any, temperature: float) -> Any:
     # Where a model ends in softmax, the logarithm of what comes out is a logit as good as the one that went in.
-    logits = ops.log(ops.maximum(outputs, _TINY)) if output.ending is Ending.SOFTMAX else outputs
+    logits = ops.log(ops.maximum(outputs, _TINY)) if output.ending is FinalActivation.SOFTMAX else outputs
     return ops.log_softmax(logits / temperature)
 
 
 def _binary_kl(ops: Any, output: OutputLoss, teacher: Any, student: Any, temperature: float) -> Any:
     """KL divergence of Bernoulli distributions."""
-    if output.ending is Ending.SIGMOID:
+    if output.ending is FinalActivation.SIGMOID:
         teacher, student = (
             ops.log(ops.maximum(outputs, _TINY)) - ops.log(ops.maximum(1.0 - outputs, _TINY))
             for outputs in (teacher, student)

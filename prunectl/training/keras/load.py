@@ -18,10 +18,10 @@ from prunectl.formats.base import ModelFile
 from prunectl.formats.keras.archive import renumber
 from prunectl.formats.scratch import temporary_folder
 from prunectl.training import user_code
-from prunectl.training.backend import ModelOrigin
+from prunectl.training.backend import LoadOptions
 from prunectl.training.keras.backend import KerasLibrary, ignore_warnings, load_keras2, load_keras3
 from prunectl.training.keras.distribution import DevicePlacement
-from prunectl.training.user_code import builder, built
+from prunectl.training.user_code import call_builder, resolve_builder
 
 
 class WeightLayout(StrEnum):
@@ -94,12 +94,12 @@ class LoadedModel:
             raise ValueError(facts[0].words)
 
 
-def load(file: ModelFile, origin: ModelOrigin, place: DevicePlacement) -> LoadedModel:
+def load(file: ModelFile, origin: LoadOptions, place: DevicePlacement) -> LoadedModel:
     """The model of a file, made in some place."""
     user_code.check(file, origin)
-    objects = user_code.objects(origin)
+    objects = user_code.custom_objects(origin)
     weight_layout = detect_layout(file)
-    build = builder(origin.model) if origin.model else None
+    build = resolve_builder(origin.model) if origin.model else None
     if build is None and (
         weight_layout in {WeightLayout.NAMED_WEIGHTS, WeightLayout.NUMBERED_WEIGHTS} or file.about.keras is None
     ):
@@ -107,7 +107,9 @@ def load(file: ModelFile, origin: ModelOrigin, place: DevicePlacement) -> Loaded
     library = _library_of_file(file) if build is None else _library_of_code(file)
     with place.scope(library), ignore_warnings():
         model = (
-            _from_file(library, file, weight_layout, origin, objects) if build is None else built(build, origin.model)
+            _from_file(library, file, weight_layout, origin, objects)
+            if build is None
+            else call_builder(build, origin.model)
         )
     if build is not None:
         library = _library_of_model(model, origin.model)
@@ -165,7 +167,7 @@ def _check_built(model: Any, reference: str) -> None:
 
 
 def _from_file(
-    library: KerasLibrary, file: ModelFile, weight_layout: WeightLayout, origin: ModelOrigin, objects: Mapping[str, Any]
+    library: KerasLibrary, file: ModelFile, weight_layout: WeightLayout, origin: LoadOptions, objects: Mapping[str, Any]
 ) -> Any:
     options: dict[str, Any] = {"compile": False, "custom_objects": dict(objects)}
     if weight_layout is not WeightLayout.SAVED_MODEL:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.training.backend import Array, Evidence
+from prunectl.training.backend import Array, GradientStatistic
 from prunectl.training.keras import backend
 from prunectl.training.keras._compat import trained_variables
 from prunectl.training.keras.backend import KerasLibrary, densify, mask_gradient
@@ -29,7 +29,7 @@ class OptimizerMasking(ABC):
         self._masks: dict[int, Any] = {}
         self._variables: dict[int, Any] = {}
         self._sums: dict[int, Any] = {}
-        self._statistic = Evidence.NONE
+        self._statistic = GradientStatistic.NONE
         self.has_seen_gradients = False
         """Whether any step has gone through the optimizer."""
 
@@ -76,7 +76,7 @@ class OptimizerMasking(ABC):
     def is_trained(self, variable: Any) -> bool:
         """Whether the optimizer trains a variable."""
 
-    def track(self, evidence: Evidence, variables: Iterable[Any]) -> None:
+    def track(self, evidence: GradientStatistic, variables: Iterable[Any]) -> None:
         """Accumulate a statistic from the next step on; the training step has to be retraced."""
         self._statistic = evidence
         for variable in variables:
@@ -126,12 +126,12 @@ class OptimizerMasking(ABC):
             self._assign(masked)
 
 
-def gradient_statistic(kind: Evidence, weight: Any, gradient: Any) -> Any:
+def gradient_statistic(kind: GradientStatistic, weight: Any, gradient: Any) -> Any:
     """What a step adds to a gradient statistic: g, |w g| (saliency) or -w g (movement, Sanh et al. 2020)."""
-    if kind is Evidence.GRADIENT:
+    if kind is GradientStatistic.GRADIENT:
         return gradient
     product = weight * gradient
-    return abs(product) if kind is Evidence.SALIENCE else -product
+    return abs(product) if kind is GradientStatistic.SALIENCE else -product
 
 
 def paired_slots(optimizer: Any, index: int, count: int, shape: tuple[int, ...]) -> list[Any]:

@@ -14,9 +14,17 @@ import numpy as np
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.formats.base import ModelFile
 from prunectl.training import random_state
-from prunectl.training.backend import Array, Evidence, Logs, Means, ModelOrigin, Network, Signature
-from prunectl.training.checkpoint import keep, take
-from prunectl.training.data.source import Arrays, Batch, each
+from prunectl.training.backend import (
+    Array,
+    GradientStatistic,
+    LoadOptions,
+    Logs,
+    ModelSignature,
+    TrainableModel,
+    TrainOptions,
+)
+from prunectl.training.checkpoint import load_arrays, save_arrays
+from prunectl.training.data.source import Arrays, Batch, as_tuple
 from prunectl.training.keras import backend, gradients
 from prunectl.training.keras._compat import distinct_layers
 from prunectl.training.keras.backend import KerasLibrary, ignore_warnings
@@ -28,7 +36,7 @@ from prunectl.training.keras.load import LoadedModel, load
 from prunectl.training.keras.random_state import RandomState
 from prunectl.training.keras.train_step import CompiledModel
 from prunectl.training.keras.variable_names import match_variables
-from prunectl.training.layer_inputs import See
+from prunectl.training.layer_inputs import InputCallback
 
 
 def batch_norm_layers(library: KerasLibrary, model: Any) -> list[Any]:
@@ -58,7 +66,7 @@ def recalibrate_batch_norm(library: KerasLibrary, model: Any, layers: list[Any],
             for variable, value in zip(statistics, old, strict=True):
                 # From zero, what is added to it comes out unrounded.
                 backend.set_value(library, variable, np.zeros_like(value))
-            count = len(each(batch.x)[0])
+            count = len(as_tuple(batch.x)[0])
             with ignore_warnings():
                 run(outputs.pack_inputs(model, batch.x))
             for index, variable in enumerate(statistics):
@@ -120,7 +128,7 @@ def save_state(
     parts.update(
         {f"{_TORCH}/{kind}": module.get_rng_state().numpy() for kind, module in _torch_generators(library).items()}
     )
-    keep(folder / _ARRAYS_FILE, parts)
+    save_arrays(folder / _ARRAYS_FILE, parts)
     (folder / _RANDOM_FILE).write_text(json.dumps(random_state.state()), encoding="utf-8")
 
 
@@ -128,7 +136,7 @@ def restore_state(
     folder: Path, library: KerasLibrary, training: CompiledModel, chance: RandomState
 ) -> dict[str, Array]:
     """Restore what `save_state` wrote; returns the gradient statistics."""
-    arrays = take(folder / _ARRAYS_FILE)
+    arrays = load_arrays(folder / _ARRAYS_FILE)
     torch_states = {name: arrays.pop(name) for name in list(arrays) if name.startswith(f"{_TORCH}/")}
     variables = _state_variables(training)
     generators = {name: array for name, array in arrays.items() if name.startswith(f"{_GENERATORS}/")}
@@ -210,11 +218,11 @@ class KerasTrainable:
             )
 
     @property
-    def signature(self) -> Signature:
+    def signature(self) -> ModelSignature:
         """What goes in and comes out, as far as it is known."""
         return self._with_activations(outputs.signature(self._model))
 
-    def _with_activations(self, signature: Signature) -> Signature:
+    def _with_activations(self, signature: ModelSignature) -> ModelSignature:
         """A signature with what each output ends in, once that is known."""
         endings = self._training.endings if self._training is not None else ()
         if len(endings) != len(signature.outputs):
@@ -245,7 +253,7 @@ class KerasTrainable:
         """What is true here: every process goes through the same batches."""
         return mine
 
-    def prepare(self, means: Means) -> None:
+    def prepare(self, means: TrainOptions) -> None:
         """Compile the model."""
         if means.precision != "fp32":
             raise UsageError(
@@ -303,7 +311,7 @@ class KerasTrainable:
         with self._placement.scope(self._library):
             self._compiled.mask((self._variables[name], mask) for name, mask in masks.items())
 
-    def watch(self, evidence: Evidence, names: Sequence[str]) -> None:
+    def watch(self, evidence: GradientStatistic, names: Sequence[str]) -> None:
         """Accumulate a gradient statistic of some weights from the next step on."""
         self._tracked = tuple(names)
         with self._placement.scope(self._library):
@@ -335,7 +343,7 @@ class KerasTrainable:
             arrays: Arrays = backend.as_arrays(self._model.predict_on_batch(outputs.pack_inputs(self._model, x)))
         return arrays
 
-    def observe(self, names: Collection[str], x: Arrays, see: See) -> None:
+    def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
         """Run a batch, and capture the inputs of these weights."""
         variables = {name: self._variables[name] for name in names}
         with (
@@ -397,6 +405,6 @@ class KerasTrainable:
         self._training = None
 
 
-def open_network(model: ModelFile, origin: ModelOrigin) -> Network:
+def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
     """The model of a file as a network of the Keras that wrote it."""
     return KerasTrainable(partial(load, model, origin))

@@ -9,8 +9,8 @@ import numpy as np
 
 from prunectl.errors import UsageError, WorkError
 from prunectl.training import user_code
-from prunectl.training.backend import Array, Ending, Evidence, Means
-from prunectl.training.data.source import Arrays, Batch, each
+from prunectl.training.backend import Array, FinalActivation, GradientStatistic, TrainOptions
+from prunectl.training.data.source import Arrays, Batch, as_tuple
 from prunectl.training.keras import backend, distillation
 from prunectl.training.keras._compat import count_train_step, flat_layers
 from prunectl.training.keras.backend import KerasLibrary, ignore_warnings
@@ -167,10 +167,10 @@ class CompiledTrainStep:
 class CompiledModel:
     """A compiled model with its masks, and its training and test steps."""
 
-    def __init__(self, loaded: LoadedModel, place: DevicePlacement, means: Means, frozen: Sequence[Any]) -> None:
+    def __init__(self, loaded: LoadedModel, place: DevicePlacement, means: TrainOptions, frozen: Sequence[Any]) -> None:
         self._library, self.model, self._placement = loaded.library, loaded.model, place
         self._means = means
-        self._custom_step = user_code.function(means.custom_step, "--step") if means.custom_step else None
+        self._custom_step = user_code.resolve_function(means.custom_step, "--step") if means.custom_step else None
         infos = outputs.describe_outputs(self.model, means.example)
         config = resolve_compile_config(loaded, means, infos)
         self.notes = config.notes
@@ -191,7 +191,9 @@ class CompiledModel:
         self._train_step = CompiledTrainStep(self._library, self.model) if is_alone else None
         self._rate = LearningRate(self._library, self.model.optimizer, config.chosen.schedule)
         self._output_losses = [
-            OutputLoss(loss.kind.is_classification if loss is not None else info.ending is not Ending.RAW, info.ending)
+            OutputLoss(
+                loss.kind.is_classification if loss is not None else info.ending is not FinalActivation.RAW, info.ending
+            )
             for loss, info in zip(config.losses, infos, strict=True)
         ]
         self.endings = tuple(info.ending for info in infos)
@@ -219,7 +221,7 @@ class CompiledModel:
         if self.masking.set_masks(masks):
             self.retrace()
 
-    def watch(self, evidence: Evidence, variables: Sequence[Any]) -> None:
+    def watch(self, evidence: GradientStatistic, variables: Sequence[Any]) -> None:
         """Accumulate a gradient statistic of some variables."""
         self.masking.track(evidence, variables)
         self.retrace()
@@ -254,7 +256,7 @@ class CompiledModel:
                 # It may move weights without the optimizer, or with another.
                 self.masking.apply_masks()
         self._has_trained = True
-        self._averager.update(logs, len(each(batch.x)[0]))
+        self._averager.update(logs, len(as_tuple(batch.x)[0]))
 
     def _train_batch(self, x: Any, y: Any) -> Mapping[str, Any]:
         try:
@@ -329,7 +331,7 @@ class CompiledModel:
                     logs = self._on_batch("test", x, y)
                 except self._failures as error:
                     raise _refused("evaluate a batch", error) from error
-                averager.update(logs, len(each(batch.x)[0]))
+                averager.update(logs, len(as_tuple(batch.x)[0]))
         self._reset_metrics()
         for variable, value in saved:
             backend.set_value(self._library, variable, value)

@@ -10,21 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunectl.formats.base import Array
-from prunectl.training.layer_inputs import SlidingWindow, Use
+from prunectl.training.layer_inputs import SlidingWindow, WeightUse
 from prunectl.training.onnx import uses
-from prunectl.training.onnx.uses import InputCapture, Ran, WeightUse
+from prunectl.training.onnx.uses import InputCapture, RunValues, WeightSite
 
 DATA, KERNEL, RECURRENT, BIAS, LENGTHS, FIRST = 0, 1, 2, 3, 4, 5
 """Numbers of the inputs."""
 
 
-def given(node: Any, *places: int) -> tuple[str, ...]:
-    """Return the names of those inputs that are not left out."""
+def present_inputs(node: Any, *places: int) -> tuple[str, ...]:
+    """The names of those inputs that are not left out."""
     return tuple(name for name in (uses.input_of(node, place) for place in places) if name)
 
 
-def real(node: Any, ran: Ran, inputs: Array) -> Array | None:
-    """Return what goes into those steps that a sequence has; their first axes become one if some are short."""
+def drop_padded_steps(node: Any, ran: RunValues, inputs: Array) -> Array | None:
+    """What goes into those steps that a sequence has; their first axes become one if some are short."""
     steps, batch = ran[uses.input_of(node, DATA)].shape[:2]
     lengths = _lengths(node, ran)
     if ran.ran is not None:
@@ -35,14 +35,14 @@ def real(node: Any, ran: Ran, inputs: Array) -> Array | None:
     return inputs if is_real.all() else inputs[is_real]
 
 
-def data(node: Any, ran: Ran, directions: int) -> Array:
-    """Return the inputs of each step, once for each direction."""
+def data(node: Any, ran: RunValues, directions: int) -> Array:
+    """The inputs of each step, once for each direction."""
     found = ran[uses.input_of(node, DATA)]
     return found if directions == 1 else np.concatenate([found] * directions, axis=-1)
 
 
-def states(node: Any, ran: Ran) -> Array:
-    """Return the state before each step, those of the directions side by side."""
+def states(node: Any, ran: RunValues) -> Array:
+    """The state before each step, those of the directions side by side."""
     after = ran[uses.output_of(node, 0)]
     steps, directions, batch, size = after.shape
     first = np.zeros((directions, batch, size), np.float32)
@@ -50,7 +50,7 @@ def states(node: Any, ran: Ran) -> Array:
         first = ran[name]
     before = np.empty((steps, batch, directions, size), np.float32)
     for number in range(directions):
-        is_back = number == 1 or uses.setting(node, "direction", "forward") == "reverse"
+        is_back = number == 1 or uses.get_attribute(node, "direction", "forward") == "reverse"
         shifted = _backward if is_back else _forward
         before[:, :, number] = shifted(after[:, number], first[number], _lengths(node, ran))
     return before.reshape(steps, batch, directions * size)
@@ -67,60 +67,60 @@ def _backward(after: Array, first: Array, lengths: NDArray[np.int64]) -> Array:
     return before
 
 
-def _lengths(node: Any, ran: Ran) -> NDArray[np.int64]:
+def _lengths(node: Any, ran: RunValues) -> NDArray[np.int64]:
     name = uses.input_of(node, LENGTHS)
     steps, batch = ran[uses.input_of(node, DATA)].shape[:2]
     return np.array(ran[name], np.int64) if name else np.full(batch, steps, np.int64)
 
 
-def recurrent(meeting: WeightUse) -> InputCapture | None:
-    """Return how the weights of a layer are seen; each direction is a group of its own."""
+def recurrent(meeting: WeightSite) -> InputCapture | None:
+    """How the weights of a layer are seen; each direction is a group of its own."""
     node = meeting.node
-    if len(meeting.shape) != 3 or uses.setting(node, "layout", 0):
+    if len(meeting.shape) != 3 or uses.get_attribute(node, "layout", 0):
         return None
-    use = Use(meeting.order[1], meeting.order[2], meeting.shape[0], meeting.order[0])
+    use = WeightUse(meeting.order[1], meeting.order[2], meeting.shape[0], meeting.order[0])
     if meeting.place == KERNEL:
         return _of_data(meeting, use)
     if meeting.place == RECURRENT:
-        is_reset = node.op_type == "GRU" and not uses.setting(node, "linear_before_reset", 0)
+        is_reset = node.op_type == "GRU" and not uses.get_attribute(node, "linear_before_reset", 0)
         return _of_reset(meeting, use) if is_reset else _of_states(meeting, use)
     return None
 
 
-def _of_data(meeting: WeightUse, use: Use) -> InputCapture:
-    def show(ran: Ran) -> Iterator[tuple[Array, Use]]:
+def _of_data(meeting: WeightSite, use: WeightUse) -> InputCapture:
+    def show(ran: RunValues) -> Iterator[tuple[Array, WeightUse]]:
         yield from _real_steps(meeting, ran, data(meeting.node, ran, use.groups), use)
 
-    return InputCapture(given(meeting.node, DATA, LENGTHS), show)
+    return InputCapture(present_inputs(meeting.node, DATA, LENGTHS), show)
 
 
-def _of_states(meeting: WeightUse, use: Use) -> InputCapture:
-    def show(ran: Ran) -> Iterator[tuple[Array, Use]]:
+def _of_states(meeting: WeightSite, use: WeightUse) -> InputCapture:
+    def show(ran: RunValues) -> Iterator[tuple[Array, WeightUse]]:
         yield from _real_steps(meeting, ran, states(meeting.node, ran), use)
 
     return InputCapture(_needed(meeting), show)
 
 
-def _of_reset(meeting: WeightUse, use: Use) -> InputCapture | None:
-    """Return how a GRU is seen whose last gate meets the state as far as it is not reset."""
+def _of_reset(meeting: WeightSite, use: WeightUse) -> InputCapture | None:
+    """How a GRU is seen whose last gate meets the state as far as it is not reset."""
     node = meeting.node
-    activations = uses.setting(node, "activations", ("Sigmoid",))
-    is_plain = use.groups == 1 and activations[0] == "Sigmoid" and uses.setting(node, "clip", 0.0) == 0.0
+    activations = uses.get_attribute(node, "activations", ("Sigmoid",))
+    is_plain = use.groups == 1 and activations[0] == "Sigmoid" and uses.get_attribute(node, "clip", 0.0) == 0.0
     if not is_plain:
         return None
     rows, size = meeting.shape[1:]
 
-    def show(ran: Ran) -> Iterator[tuple[Array, Use]]:
+    def show(ran: RunValues) -> Iterator[tuple[Array, WeightUse]]:
         before = states(node, ran)
         yield from _real_steps(meeting, ran, before, replace(use, outputs=(0, rows - size)))
         kept = before * _reset(meeting, ran, before)
         yield from _real_steps(meeting, ran, kept, replace(use, outputs=(rows - size, rows)))
 
-    return InputCapture((*_needed(meeting), *given(node, KERNEL, RECURRENT, BIAS)), show)
+    return InputCapture((*_needed(meeting), *present_inputs(node, KERNEL, RECURRENT, BIAS)), show)
 
 
-def _reset(meeting: WeightUse, ran: Ran, before: Array) -> Array:
-    """Return how much of each state the reset gate, the second of three, lets through."""
+def _reset(meeting: WeightSite, ran: RunValues, before: Array) -> Array:
+    """How much of each state the reset gate, the second of three, lets through."""
     node, size = meeting.node, meeting.shape[2]
     gate = slice(size, 2 * size)
     kernel, recurrent = (ran[uses.input_of(node, place)][0, gate] for place in (KERNEL, RECURRENT))
@@ -132,31 +132,33 @@ def _reset(meeting: WeightUse, ran: Ran, before: Array) -> Array:
     return opened
 
 
-def _needed(meeting: WeightUse) -> tuple[str, ...]:
-    known = given(meeting.node, DATA, LENGTHS, FIRST)
+def _needed(meeting: WeightSite) -> tuple[str, ...]:
+    known = present_inputs(meeting.node, DATA, LENGTHS, FIRST)
     return (*known, uses.output_of(meeting.node, 0))
 
 
-def _real_steps(meeting: WeightUse, ran: Ran, inputs: Array, use: Use) -> Iterator[tuple[Array, Use]]:
-    found = real(meeting.node, ran, inputs)
+def _real_steps(
+    meeting: WeightSite, ran: RunValues, inputs: Array, use: WeightUse
+) -> Iterator[tuple[Array, WeightUse]]:
+    found = drop_padded_steps(meeting.node, ran, inputs)
     if found is not None:
         yield found, use
 
 
-def gemm(meeting: WeightUse) -> InputCapture | None:
-    """Return how a matrix is seen in a product that may turn its sides and scale what comes out."""
+def gemm(meeting: WeightSite) -> InputCapture | None:
+    """How a matrix is seen in a product that may turn its sides and scale what comes out."""
     node = meeting.node
     if meeting.place > 1 or len(meeting.shape) != 2 or _is_mixed(node):
         return None
-    turns = bool(uses.setting(node, "transA", 0)), bool(uses.setting(node, "transB", 0))
+    turns = bool(uses.get_attribute(node, "transA", 0)), bool(uses.get_attribute(node, "transB", 0))
     is_right = meeting.place == 1
     # Features stand last in what is left of a weight, and first in what is right of it.
     in_axis = int(turns[1]) if is_right else 1 - int(turns[0])
     is_turned = turns[0] if is_right else not turns[1]
-    use = Use(out_axis=meeting.order[1 - in_axis], in_axis=meeting.order[in_axis])
-    data, scale = uses.input_of(node, 1 - meeting.place), uses.setting(node, "alpha", 1.0)
+    use = WeightUse(out_axis=meeting.order[1 - in_axis], in_axis=meeting.order[in_axis])
+    data, scale = uses.input_of(node, 1 - meeting.place), uses.get_attribute(node, "alpha", 1.0)
 
-    def show(ran: Ran) -> Iterator[tuple[Array, Use]]:
+    def show(ran: RunValues) -> Iterator[tuple[Array, WeightUse]]:
         inputs = _turned(ran[data]) if is_turned else ran[data]
         # The sum is scaled as a whole, which is the same as scaling what goes in.
         yield from _real(ran, inputs if scale == 1.0 else inputs * np.float32(scale), use)
@@ -164,8 +166,8 @@ def gemm(meeting: WeightUse) -> InputCapture | None:
     return InputCapture((data,), show)
 
 
-def matmul(meeting: WeightUse) -> InputCapture | None:
-    """Return how a matrix is seen in a plain product, or a stack of matrices, each with its own inputs."""
+def matmul(meeting: WeightSite) -> InputCapture | None:
+    """How a matrix is seen in a plain product, or a stack of matrices, each with its own inputs."""
     is_right = meeting.place == 1
     data, rank = uses.input_of(meeting.node, 1 - meeting.place), len(meeting.shape)
     if rank not in {2, 3}:
@@ -173,9 +175,9 @@ def matmul(meeting: WeightUse) -> InputCapture | None:
     in_axis, out_axis = (rank - 2, rank - 1) if is_right else (rank - 1, rank - 2)
     groups = meeting.shape[0] if rank == 3 else 1
     group_axis = meeting.order[0] if rank == 3 else None
-    use = Use(meeting.order[out_axis], meeting.order[in_axis], groups, group_axis)
+    use = WeightUse(meeting.order[out_axis], meeting.order[in_axis], groups, group_axis)
 
-    def show(ran: Ran) -> Iterator[tuple[Array, Use]]:
+    def show(ran: RunValues) -> Iterator[tuple[Array, WeightUse]]:
         inputs = ran[data] if is_right or ran[data].ndim == 1 else _turned(ran[data])
         yield from _real(ran, inputs if groups == 1 else _side_by_side(inputs, groups), use)
 
@@ -184,7 +186,7 @@ def matmul(meeting: WeightUse) -> InputCapture | None:
 
 def _is_mixed(node: Any) -> bool:
     """Whether a fused product also swaps the batch with the rows."""
-    return bool(uses.setting(node, "transBatchA", 0) or uses.setting(node, "transBatchB", 0))
+    return bool(uses.get_attribute(node, "transBatchA", 0) or uses.get_attribute(node, "transBatchB", 0))
 
 
 def _turned(inputs: Array) -> Array:
@@ -192,59 +194,59 @@ def _turned(inputs: Array) -> Array:
 
 
 def _side_by_side(inputs: Array, groups: int) -> Array:
-    """Return the inputs of each matrix of a stack as runs of one feature axis."""
+    """The inputs of each matrix of a stack as runs of one feature axis."""
     stacked = np.broadcast_to(inputs, (*inputs.shape[:-3], groups, *np.atleast_2d(inputs).shape[-2:]))
     rows, features = stacked.shape[-2:]
     return np.moveaxis(stacked, -3, -2).reshape(*stacked.shape[:-3], rows, groups * features)
 
 
-def _real(ran: Ran, inputs: Array, use: Use) -> Iterator[tuple[Array, Use]]:
-    real = ran.real(inputs, inputs.ndim - 1)
-    if real is not None:
-        yield real, use
+def _real(ran: RunValues, inputs: Array, use: WeightUse) -> Iterator[tuple[Array, WeightUse]]:
+    real_inputs = ran.real(inputs, inputs.ndim - 1)
+    if real_inputs is not None:
+        yield real_inputs, use
 
 
 Pads = tuple[tuple[int, int], ...]
 _SAME = ("SAME_UPPER", "SAME_LOWER")
 
 
-def convolution(meeting: WeightUse) -> InputCapture | None:
-    """Return how the kernel of a convolution is seen."""
+def convolution(meeting: WeightSite) -> InputCapture | None:
+    """How the kernel of a convolution is seen."""
     return _seen(meeting, is_transposed=False)
 
 
-def transposed(meeting: WeightUse) -> InputCapture | None:
-    """Return how the kernel of a transposed convolution is seen."""
+def transposed(meeting: WeightSite) -> InputCapture | None:
+    """How the kernel of a transposed convolution is seen."""
     return _seen(meeting, is_transposed=True)
 
 
-def _seen(meeting: WeightUse, *, is_transposed: bool) -> InputCapture | None:
+def _seen(meeting: WeightSite, *, is_transposed: bool) -> InputCapture | None:
     node, space = meeting.node, meeting.order[2:]
     # What is left of the axes is read in their order, whatever the layout of the file.
     if meeting.place != 1 or not space or list(space) != sorted(space):
         return None
     data, kernel = uses.input_of(node, 0), meeting.shape[2:]
     ones = (1,) * len(kernel)
-    strides, dilations = uses.setting(node, "strides", ones), uses.setting(node, "dilations", ones)
+    strides, dilations = uses.get_attribute(node, "strides", ones), uses.get_attribute(node, "dilations", ones)
     reaches = tuple((size - 1) * dilation + 1 for size, dilation in zip(kernel, dilations, strict=True))
-    groups = uses.setting(node, "group", 1)
+    groups = uses.get_attribute(node, "group", 1)
     out_axis, in_axis = (1, 0) if is_transposed else (0, 1)
 
-    def show(ran: Ran) -> Iterator[tuple[Array, Use]]:
+    def show(ran: RunValues) -> Iterator[tuple[Array, WeightUse]]:
         inputs = ran.real(ran[data], 1)
         if inputs is None:
             return
         measure = _cut if is_transposed else _padded
         pads = measure(node, inputs.shape[2:], reaches, strides)
         window = SlidingWindow(strides, dilations, pads, is_transposed)
-        yield inputs, Use(meeting.order[out_axis], meeting.order[in_axis], groups, window=window)
+        yield inputs, WeightUse(meeting.order[out_axis], meeting.order[in_axis], groups, window=window)
 
     return InputCapture((data,), show)
 
 
 def _padded(node: Any, image: Sequence[int], reaches: Sequence[int], strides: Sequence[int]) -> Pads:
-    """Return the zeros before and after each axis of an image."""
-    padding = uses.setting(node, "auto_pad", "NOTSET")
+    """The zeros before and after each axis of an image."""
+    padding = uses.get_attribute(node, "auto_pad", "NOTSET")
     if padding not in _SAME:
         return _explicit(node, len(image), padding)
     found = []
@@ -255,10 +257,10 @@ def _padded(node: Any, image: Sequence[int], reaches: Sequence[int], strides: Se
 
 
 def _cut(node: Any, image: Sequence[int], reaches: Sequence[int], strides: Sequence[int]) -> Pads:
-    """Return what is cut before and after each axis of the full result; less than nothing where some is added."""
-    padding, axes = uses.setting(node, "auto_pad", "NOTSET"), len(image)
-    added = uses.setting(node, "output_padding", (0,) * axes)
-    asked = uses.setting(node, "output_shape", ())[-axes:]
+    """What is cut before and after each axis of the full result; less than nothing where some is added."""
+    padding, axes = uses.get_attribute(node, "auto_pad", "NOTSET"), len(image)
+    added = uses.get_attribute(node, "output_padding", (0,) * axes)
+    asked = uses.get_attribute(node, "output_shape", ())[-axes:]
     if not asked and padding not in _SAME:
         pads = _explicit(node, axes, padding)
         return tuple((before, after - more) for (before, after), more in zip(pads, added, strict=True))
@@ -272,7 +274,7 @@ def _cut(node: Any, image: Sequence[int], reaches: Sequence[int], strides: Seque
 
 
 def _explicit(node: Any, axes: int, padding: str) -> Pads:
-    pads = uses.setting(node, "pads", (0,) * 2 * axes) if padding != "VALID" else (0,) * 2 * axes
+    pads = uses.get_attribute(node, "pads", (0,) * 2 * axes) if padding != "VALID" else (0,) * 2 * axes
     return tuple(zip(pads[:axes], pads[axes:], strict=True))
 
 
@@ -281,7 +283,7 @@ def _shared(total: int, *, is_more_behind: bool) -> tuple[int, int]:
     return (less, total - less) if is_more_behind else (total - less, less)
 
 
-_Rule = Callable[[WeightUse], InputCapture | None]
+_Rule = Callable[[WeightSite], InputCapture | None]
 
 _STANDARD: Mapping[str, _Rule] = {
     "Conv": convolution,
@@ -296,8 +298,8 @@ _MICROSOFT: Mapping[str, _Rule] = {"FusedConv": convolution, "FusedGemm": gemm, 
 """What onnxruntime writes in place of others when it is asked for an optimised model."""
 
 
-def look(meeting: WeightUse) -> InputCapture | None:
-    """Return how a meeting can be seen; none if it cannot be told."""
+def capture_rule(meeting: WeightSite) -> InputCapture | None:
+    """How a meeting can be seen; none if it cannot be told."""
     rules = {**dict.fromkeys(uses.STANDARD, _STANDARD), uses.MICROSOFT: _MICROSOFT}
     rule = rules.get(meeting.node.domain, {}).get(meeting.node.op_type)
     return rule(meeting) if rule is not None else None

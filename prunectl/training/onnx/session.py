@@ -12,9 +12,9 @@ from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Array
 from prunectl.formats.onnx.tensors import CODES
 from prunectl.formats.safe_json import require
-from prunectl.training.backend import Ending, Port, Signature
-from prunectl.training.data.source import Arrays, each
-from prunectl.training.onnx.uses import LoadedWeights, Ran
+from prunectl.training.backend import FinalActivation, ModelSignature, TensorSpec
+from prunectl.training.data.source import Arrays, as_tuple
+from prunectl.training.onnx.uses import LoadedWeights, RunValues
 
 _FATAL = 4
 """What onnxruntime logs by itself; the rest comes as exceptions."""
@@ -33,7 +33,7 @@ class Session:
             raise InputError(f"{self._path} cannot be loaded by onnxruntime: {first_line(error)}") from error
 
     def run(self, names: Collection[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Return some values for what goes in."""
+        """Some values for what goes in."""
         try:
             found = self._session.run(list(names), dict(feeds))
         except Exception as error:
@@ -61,7 +61,7 @@ def _session(proto: Any, inner: Collection[str], outside: Mapping[str, Array]) -
 
 
 def with_outputs(proto: Any, names: Iterable[str]) -> Any:
-    """Return a copy of a message whose graph gives some inner values out as well."""
+    """A copy of a message whose graph gives some inner values out as well."""
     found = type(proto)()
     found.CopyFrom(proto)
     known = {port.name for port in proto.graph.output}
@@ -78,19 +78,23 @@ def _aligned(array: Array) -> Array:
 Shape = tuple[int | None, ...]
 
 
-def signature(graph: Any) -> Signature:
-    """Return the ports of a graph, without the axis that counts the examples."""
+def signature(graph: Any) -> ModelSignature:
+    """The ports of a graph, without the axis that counts the examples."""
     makers = {name: node for node in graph.node for name in node.output}
     outputs = tuple(replace(_port(port), ending=_ending(makers, port.name)) for port in graph.output)
-    return Signature(tuple(map(_port, graph.input)), outputs, is_channels_first=True)
+    return ModelSignature(tuple(map(_port, graph.input)), outputs, is_channels_first=True)
 
 
 _PASSED_ON = frozenset({"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Cast"})
-_ENDINGS = {"Softmax": Ending.SOFTMAX, "LogSoftmax": Ending.LOG_SOFTMAX, "Sigmoid": Ending.SIGMOID}
+_ENDINGS = {
+    "Softmax": FinalActivation.SOFTMAX,
+    "LogSoftmax": FinalActivation.LOG_SOFTMAX,
+    "Sigmoid": FinalActivation.SIGMOID,
+}
 _RAW = frozenset({"Gemm", "MatMul", "Conv", "Add", "Relu", "BatchNormalization", "Tanh", "GlobalAveragePool"})
 
 
-def _ending(makers: Mapping[str, Any], name: str) -> Ending:
+def _ending(makers: Mapping[str, Any], name: str) -> FinalActivation:
     """The last activation, by the node that makes an output; unknown where that does not tell."""
     for _ in range(len(makers)):
         node = makers.get(name)
@@ -98,19 +102,19 @@ def _ending(makers: Mapping[str, Any], name: str) -> Ending:
             break
         name = node.input[0]
     kind = node.op_type if (node := makers.get(name)) is not None else ""
-    return _ENDINGS.get(kind, Ending.RAW if kind in _RAW else Ending.UNKNOWN)
+    return _ENDINGS.get(kind, FinalActivation.RAW if kind in _RAW else FinalActivation.UNKNOWN)
 
 
-def piece(graph: Any) -> int | None:
-    """Return how many examples go in at a time, if it is always the same number."""
+def fixed_batch_size(graph: Any) -> int | None:
+    """How many examples go in at a time, if it is always the same number."""
     shapes = [_shape(port) for port in graph.input]
     sizes = {shape[0] if shape else None for shape in shapes}
     return next(iter(sizes)) if len(sizes) == 1 else None
 
 
 def feeds(graph: Any, x: Arrays, *, is_any_count: bool) -> dict[str, Array]:
-    """Return what is given to each input, refused if it does not fit."""
-    arrays = each(x)
+    """What is given to each input, refused if it does not fit."""
+    arrays = as_tuple(x)
     if len(arrays) != len(graph.input):
         raise UsageError(f"the model takes {len(graph.input)} inputs, and {len(arrays)} are given")
     return {
@@ -140,13 +144,13 @@ def _fits(shape: Sequence[int], expected: Shape) -> bool:
     )
 
 
-def _port(port: Any) -> Port:
+def _port(port: Any) -> TensorSpec:
     shape, code = _shape(port), CODES.get(port.type.tensor_type.elem_type)
-    return Port(port.name, shape[1:] if shape else None, "" if code is None else code.dtype.name)
+    return TensorSpec(port.name, shape[1:] if shape else None, "" if code is None else code.dtype.name)
 
 
 def _shape(port: Any) -> Shape | None:
-    """Return the shape with the axis of the examples; None if it is unknown."""
+    """The shape with the axis of the examples; None if it is unknown."""
     kind = port.type.tensor_type
     if not port.type.HasField("tensor_type") or not kind.HasField("shape"):
         return None
@@ -160,7 +164,7 @@ def _text(shape: Shape) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class PaddedBatch:
     """What goes in at a time."""
 
     feeds: Mapping[str, Array]
@@ -168,30 +172,30 @@ class Piece:
     count: int
     """Examples of the batch; the rest repeats the first of them."""
 
-    def left(self, values: Mapping[str, Array]) -> Ran:
-        """Return what a pass left behind, which tells what only filled it up."""
-        return Ran(values, self.ran, self.count) if self.count < self.ran else Ran(values)
+    def left(self, values: Mapping[str, Array]) -> RunValues:
+        """What a pass left behind, which tells what only filled it up."""
+        return RunValues(values, self.ran, self.count) if self.count < self.ran else RunValues(values)
 
 
-def pieces(feeds: Mapping[str, Array], size: int | None) -> Iterator[Piece]:
+def split_batches(feeds: Mapping[str, Array], size: int | None) -> Iterator[PaddedBatch]:
     """Yield the pieces of a batch, or all of it if any number may go in."""
     total = max((len(array) for array in feeds.values() if array.ndim), default=0)
     if size is None or size == total:
-        yield Piece(feeds, total, total)
+        yield PaddedBatch(feeds, total, total)
         return
     for begin in range(0, total, size):
         part = {name: array[begin : begin + size] for name, array in feeds.items()}
         count = min(size, total - begin)
-        yield Piece({name: _filled(array, size) for name, array in part.items()}, size, count)
+        yield PaddedBatch({name: _filled(array, size) for name, array in part.items()}, size, count)
 
 
-def joined(found: Sequence[tuple[Piece, Array]]) -> Array | None:
-    """Return what came out of the pieces as one array; none if its examples cannot be told."""
+def join_outputs(found: Sequence[tuple[PaddedBatch, Array]]) -> Array | None:
+    """What came out of the pieces as one array; none if its examples cannot be told."""
     first, array = found[0]
     if len(found) == 1 and first.count == first.ran:
         return array
-    axis = Ran({}, first.ran).axis(array.shape)
-    cut = [Ran({}, piece.ran, piece.count).real(array, array.ndim) for piece, array in found]
+    axis = RunValues({}, first.ran).axis(array.shape)
+    cut = [RunValues({}, batch.ran, batch.count).real(array, array.ndim) for batch, array in found]
     if axis is None:
         return None
     return np.concatenate([array for array in cut if array is not None], axis=axis)

@@ -15,15 +15,15 @@ from prunectl.formats.onnx.model import Names
 from prunectl.formats.onnx.tensors import CODES, STRING
 from prunectl.formats.onnx.usage import CELLS
 from prunectl.formats.safe_json import require
-from prunectl.training.layer_inputs import Use
+from prunectl.training.layer_inputs import WeightUse
 
 STANDARD = ("", "ai.onnx")
 MICROSOFT = "com.microsoft"
 """Operators that onnxruntime brings along."""
 
 
-def setting(node: Any, name: str, default: Any) -> Any:
-    """Return an attribute as a plain value."""
+def get_attribute(node: Any, name: str, default: Any) -> Any:
+    """An attribute as a plain value."""
     for attribute in node.attribute:
         if attribute.name == name:
             return _plain(attribute)
@@ -31,21 +31,21 @@ def setting(node: Any, name: str, default: Any) -> Any:
 
 
 def input_of(node: Any, place: int) -> str:
-    """Return the name of an input; empty if it is left out."""
+    """The name of an input; empty if it is left out."""
     return str(node.input[place]) if place < len(node.input) else ""
 
 
 def output_of(node: Any, place: int) -> str:
-    """Return the name of an output; empty if it is left out."""
+    """The name of an output; empty if it is left out."""
     return str(node.output[place]) if place < len(node.output) else ""
 
 
 def label(node: Any) -> str:
-    """Return what the file handler calls a node: its name, else that of its first output."""
+    """What the file handler calls a node: its name, else that of its first output."""
     return str(node.name or output_of(node, 0) or node.op_type)
 
 
-def graphs(node: Any) -> Iterable[tuple[str, Any]]:
+def subgraphs(node: Any) -> Iterable[tuple[str, Any]]:
     """Yield the graphs inside a node, with the names that the file handler gives them."""
     for attribute in node.attribute:
         found = [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
@@ -90,7 +90,7 @@ class WeightLocation:
     """The message of its numbers without the zeros."""
 
 
-def places(model: Any) -> Iterator[WeightLocation]:
+def tensor_locations(model: Any) -> Iterator[WeightLocation]:
     """Yield all tensors in the order in which the file handler names them."""
     names = Names()
     waiting: list[tuple[str, Any]] = [("", model.graph)]
@@ -101,7 +101,7 @@ def places(model: Any) -> Iterator[WeightLocation]:
         for place in _inside(scope, is_main=number == 0):
             yield _named(place, names.unique(prefix + place.inner))
         for node in scope.node:
-            waiting.extend((f"{prefix}{label(node)}/{name}/", graph) for name, graph in graphs(node))
+            waiting.extend((f"{prefix}{label(node)}/{name}/", graph) for name, graph in subgraphs(node))
 
 
 def _of_training(part: Any) -> Iterator[Any]:
@@ -127,7 +127,7 @@ def _inside(scope: Any, *, is_main: bool) -> Iterator[WeightLocation]:
 
 
 def _constant(node: Any, scope: Any, *, is_main: bool) -> WeightLocation | None:
-    """Return the array that a Constant node makes; none for a scalar or a list of whole numbers, as in the handler."""
+    """The array that a Constant node makes; none for a scalar or a list of whole numbers, as in the handler."""
     if node.op_type != "Constant" or not node.output:
         return None
     name = node.output[0]
@@ -151,7 +151,7 @@ _STATES = "prunectl/states_"
 
 
 @dataclass(frozen=True, slots=True)
-class Slots:
+class InitializerLayout:
     """The tensors of a message by their names in the model."""
 
     inside: Mapping[str, Any]
@@ -162,10 +162,10 @@ class Slots:
     """Those of the main graph."""
 
 
-def settle(proto: Any, tensors: Mapping[str, Tensor]) -> Slots:
+def normalize_initializers(proto: Any, tensors: Mapping[str, Tensor]) -> InitializerLayout:
     """Let every tensor be dense, each of the main graph an initializer, large ones outside; none is filled."""
     inside, outside, main = {}, set(), set()
-    for place in list(places(proto)):
+    for place in list(tensor_locations(proto)):
         tensor = tensors.get(place.name)
         if tensor is None:
             continue
@@ -183,10 +183,10 @@ def settle(proto: Any, tensors: Mapping[str, Tensor]) -> Slots:
     proto.ClearField("training_info")
     _delist(proto, main)
     _name_states(proto.graph)
-    return Slots(inside, frozenset(outside), frozenset(main))
+    return InitializerLayout(inside, frozenset(outside), frozenset(main))
 
 
-def fill(slot: Any, array: Array) -> None:
+def set_tensor_data(slot: Any, array: Array) -> None:
     """Write the numbers of a tensor into the message."""
     if CODES[slot.data_type].bits >= 8:
         slot.raw_data = np.ascontiguousarray(array).tobytes()
@@ -196,7 +196,7 @@ def fill(slot: Any, array: Array) -> None:
 
 
 def _slot(place: WeightLocation) -> Any:
-    """Return an empty message of a tensor in the place of what was there."""
+    """An empty message of a tensor in the place of what was there."""
     if place.node is None and place.dense is not None:
         return place.dense
     if place.node is None:
@@ -249,10 +249,10 @@ class LoadedWeights:
         self.proto = proto
         """What onnxruntime is given, together with what stands outside."""
         self._tensors = {tensor.name: tensor for tensor in model.tensors}
-        self._slots = settle(proto, self._tensors)
+        self._slots = normalize_initializers(proto, self._tensors)
         self._assigned: dict[str, Array] = {}
         for name, slot in self._slots.inside.items():
-            fill(slot, self.value(name))
+            set_tensor_data(slot, self.value(name))
 
     @property
     def weights(self) -> frozenset[str]:
@@ -265,16 +265,16 @@ class LoadedWeights:
         return {name: self.value(name) for name in self._slots.outside}
 
     def tensor(self, name: str) -> Tensor:
-        """Return what the file says of a tensor."""
+        """What the file says of a tensor."""
         return self._tensors[name]
 
     def value(self, name: str) -> Array:
-        """Return the numbers of a tensor, not to be written to."""
+        """The numbers of a tensor, not to be written to."""
         found = self._assigned.get(name)
         return found if found is not None else self.model.read(self._tensors[name])
 
     def copies(self, names: Iterable[str] | None = None) -> dict[str, Array]:
-        """Return copies of some tensors, or of all."""
+        """Copies of some tensors, or of all."""
         return {name: np.array(self.value(name)) for name in (self._tensors if names is None else names)}
 
     def assign(self, values: Mapping[str, Array]) -> None:
@@ -291,10 +291,10 @@ class LoadedWeights:
         array = np.array(value, tensor.dtype).reshape(tensor.shape)
         self._assigned[tensor.name] = array
         if tensor.name not in self._slots.outside:
-            fill(self._slots.inside[tensor.name], array)
+            set_tensor_data(self._slots.inside[tensor.name], array)
 
 
-def hold(model: ModelFile) -> LoadedWeights:
+def load_weights(model: ModelFile) -> LoadedWeights:
     """Read the message of a model; the handler has checked where its numbers lie, and reads them."""
     onnx = require("onnx", extra="onnx")
     try:
@@ -310,7 +310,7 @@ _REAL = frozenset({1, 10, 11, 16})
 
 
 @dataclass(frozen=True, slots=True)
-class WeightUse:
+class WeightSite:
     """A tensor at an input of a node."""
 
     name: str
@@ -325,7 +325,7 @@ class WeightUse:
     """As the node sees it."""
 
 
-class Meetings:
+class WeightUses:
     """The users of every value of a graph."""
 
     def __init__(self, held: LoadedWeights) -> None:
@@ -335,8 +335,8 @@ class Meetings:
             for place, name in enumerate(node.input):
                 self._users[name].append((at, node, place))
 
-    def of(self, names: Collection[str]) -> list[WeightUse]:
-        """Return where these tensors are used, in the order of the graph."""
+    def of(self, names: Collection[str]) -> list[WeightSite]:
+        """Where these tensors are used, in the order of the graph."""
         found = [
             meeting
             for name in dict.fromkeys(names)
@@ -345,7 +345,7 @@ class Meetings:
         ]
         return sorted(found, key=lambda meeting: meeting.at)
 
-    def _of(self, name: str) -> list[WeightUse]:
+    def _of(self, name: str) -> list[WeightSite]:
         shape = self._held.tensor(name).shape
         waiting = [(name, tuple(range(len(shape))))]
         found = []
@@ -355,30 +355,30 @@ class Meetings:
                 behind = _behind(node, order)
                 if behind is None:
                     seen = tuple(shape[axis] for axis in order)
-                    found.append(WeightUse(name, node, at, place, order, seen))
+                    found.append(WeightSite(name, node, at, place, order, seen))
                 elif output_of(node, 0):
                     waiting.append((output_of(node, 0), behind))
         return found
 
 
 def _behind(node: Any, order: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return the order of the axes behind a node that hands a tensor on; none if it does something else to it."""
+    """The order of the axes behind a node that hands a tensor on; none if it does something else to it."""
     if node.domain not in STANDARD:
         return None
     match node.op_type:
         case "Identity":
             return order
-        case "Cast" if setting(node, "to", 0) in _REAL:
+        case "Cast" if get_attribute(node, "to", 0) in _REAL:
             return order
         case "Transpose":
-            turned = setting(node, "perm", tuple(reversed(range(len(order)))))
+            turned = get_attribute(node, "perm", tuple(reversed(range(len(order)))))
             return tuple(order[axis] for axis in turned)
         case _:
             return None
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
+class RunValues:
     """What a pass through the graph left behind."""
 
     values: Mapping[str, Array]
@@ -391,14 +391,14 @@ class Ran:
         return self.values[name]
 
     def axis(self, shape: tuple[int, ...]) -> int | None:
-        """Return which axis counts the examples: the first of that length, else one that counts parts of each."""
+        """Which axis counts the examples: the first of that length, else one that counts parts of each."""
         assert self.ran is not None
         exact = (axis for axis, length in enumerate(shape) if length == self.ran)
         parts = (axis for axis, length in enumerate(shape) if length and length % self.ran == 0)
         return next(exact, next(parts, None))
 
     def real(self, array: Array, axes: int) -> Array | None:
-        """Return an array without what only filled up the batch, where one of the first axes counts the examples."""
+        """An array without what only filled up the batch, where one of the first axes counts the examples."""
         if self.ran is None:
             return array
         axis = self.axis(array.shape[:axes])
@@ -415,4 +415,4 @@ class InputCapture:
 
     needs: tuple[str, ...]
     """Names of values."""
-    show: Callable[[Ran], Iterator[tuple[Array, Use]]]
+    show: Callable[[RunValues], Iterator[tuple[Array, WeightUse]]]

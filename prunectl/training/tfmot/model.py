@@ -15,14 +15,14 @@ from prunectl.analysis.patterns import BlockPattern, NMPattern
 from prunectl.formats.base import ModelFile
 from prunectl.pruning.schedules import Schedule
 from prunectl.pruning.threshold import Mask
-from prunectl.training.backend import Array, Logs, Means, ModelOrigin, Network
+from prunectl.training.backend import Array, LoadOptions, Logs, TrainableModel, TrainOptions
 from prunectl.training.data.source import Arrays, Batch
 from prunectl.training.keras import backend
 from prunectl.training.keras.backend import ignore_warnings
 from prunectl.training.keras.load import load
 from prunectl.training.keras.model import KerasTrainable
 from prunectl.training.keras.random_state import RandomState
-from prunectl.training.native_pruning import Native
+from prunectl.training.native_pruning import NativePruning
 from prunectl.training.tfmot.schedules import ScheduleAdapter, tfmot, to_tfmot_schedule, version
 from prunectl.training.tfmot.wrappers import (
     WrappedModel,
@@ -31,7 +31,7 @@ from prunectl.training.tfmot.wrappers import (
     is_mixed_precision,
     wrap_layers,
 )
-from prunectl.training.wrap.schedules import is_aligned
+from prunectl.training.wrap.schedules import tfmot_reaches_end
 
 _MATRIX_RANK = 2
 _NM_RANKS = frozenset({2, 4})
@@ -42,13 +42,13 @@ class TfmotTrainable(KerasTrainable):
 
     _wrapped: WrappedModel | None = None
     _callbacks: tuple[Any, ...] = ()
-    _options: Means
+    _options: TrainOptions
     _lacks_tensorboard = False
     _has_tensorboard = find_spec("tensorboard") is not None
     _step = 0
     _epoch = 0
 
-    def prepare(self, means: Means) -> None:
+    def prepare(self, means: TrainOptions) -> None:
         """Compile the model."""
         self._options = means
         super().prepare(means)
@@ -64,7 +64,7 @@ class TfmotTrainable(KerasTrainable):
         )
         return (*super().notes, note, *(tensorboard_note if self._lacks_tensorboard else ()))
 
-    def prune_by(self, native: Native) -> frozenset[str]:
+    def prune_by(self, native: NativePruning) -> frozenset[str]:
         """Put wrappers around the layers, if tfmot can prune all that is asked for."""
         library = self._library
         if (
@@ -88,7 +88,7 @@ class TfmotTrainable(KerasTrainable):
         self._start_pruning(native)
         return pruned
 
-    def _start_pruning(self, native: Native) -> None:
+    def _start_pruning(self, native: NativePruning) -> None:
         library, wrapped = self._library, self._wrapped
         assert wrapped is not None
         with self._placement.scope(library):
@@ -182,7 +182,7 @@ class TfmotTrainable(KerasTrainable):
 class _SettingsChooser:
     """Says for each layer how tfmot is to prune it."""
 
-    def __init__(self, native: Native) -> None:
+    def __init__(self, native: NativePruning) -> None:
         self._native = native
 
     def choose(self, layer: Any, weights: Mapping[str, Any]) -> WrapperSettings | None:
@@ -206,9 +206,9 @@ class _SettingsChooser:
 
 
 def _schedule_for(schedule: Schedule) -> Any:
-    return to_tfmot_schedule(schedule) if is_aligned(schedule) else ScheduleAdapter(schedule)
+    return to_tfmot_schedule(schedule) if tfmot_reaches_end(schedule) else ScheduleAdapter(schedule)
 
 
-def open_network(model: ModelFile, origin: ModelOrigin) -> Network:
+def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
     """The model of a file as a network that tfmot can prune."""
     return TfmotTrainable(partial(load, model, origin))

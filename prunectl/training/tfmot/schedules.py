@@ -11,7 +11,7 @@ from prunectl.errors import UsageError
 from prunectl.formats.safe_json import require
 from prunectl.pruning.schedules import Schedule, SparsitySchedule
 from prunectl.training.keras.backend import ignore_warnings, load_keras2
-from prunectl.training.wrap.schedules import OURS, from_config, is_tfmots, power_of, to_config
+from prunectl.training.wrap.schedules import OURS, from_config, has_tfmot_class, power_of, to_config
 
 _LEGACY = "TF_USE_LEGACY_KERAS"
 
@@ -86,7 +86,7 @@ def to_tfmot_schedule(schedule: Schedule) -> Any:
     """A schedule as tfmot takes it."""
     if schedule.final >= 1.0:
         raise UsageError("tfmot leaves a weight in every layer: a sparsity of 100% is beyond it", hint="such as 99%")
-    if not is_tfmots(schedule):
+    if not has_tfmot_class(schedule):
         return ScheduleAdapter(schedule)
     assert isinstance(schedule, SparsitySchedule)
     end = -1 if schedule.end is None else schedule.end

@@ -24,8 +24,8 @@ from prunectl.training.keras.distribution import DevicePlacement
 from prunectl.training.keras.load import LoadedModel, WeightLayout, detect_layout, load
 from prunectl.training.keras.variable_names import match_variables
 from prunectl.training.tfmot.schedules import tfmot, to_tfmot_schedule
-from prunectl.training.wrap.schedules import is_tfmots
-from prunectl.training.wrap.wrappers import Wrapping
+from prunectl.training.wrap.schedules import has_tfmot_class
+from prunectl.training.wrap.wrappers import WrapperSpec
 
 WrapperSettings = Mapping[str, Any]
 """Arguments of `prune_low_magnitude` besides the layer."""
@@ -116,7 +116,7 @@ def is_cloneable(keras: Any, model: Any) -> bool:
 _MATRIX_RANK = 2
 
 
-def wrap(model: ModelFile, wrapping: Wrapping, target: Path) -> tuple[str, ...]:
+def wrap(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[str, ...]:
     """Write the copy, and return the tensors that tfmot has no wrapper for."""
     loaded = _load(model, wrapping)
     variables = match_variables(loaded.file, loaded.library, loaded.model.weights, loaded.load_weights)
@@ -147,7 +147,7 @@ def wrap(model: ModelFile, wrapping: Wrapping, target: Path) -> tuple[str, ...]:
     return tuple(name for name in wrapping.names if name not in wrapped.weights)
 
 
-def _load(model: ModelFile, wrapping: Wrapping) -> LoadedModel:
+def _load(model: ModelFile, wrapping: WrapperSpec) -> LoadedModel:
     # What the file alone shows to be wrong is refused before TensorFlow is imported.
     user_code.check(model, wrapping.origin)
     if model.about.keras is None:
@@ -155,7 +155,7 @@ def _load(model: ModelFile, wrapping: Wrapping) -> LoadedModel:
             f"{model.path} holds weights alone, and a wrapper is part of a model",
             hint="wrap the file that holds the model, or prune without --wrap",
         )
-    if detect_layout(model) is WeightLayout.SAVED_MODEL and not all(map(is_tfmots, wrapping.schedules.values())):
+    if detect_layout(model) is WeightLayout.SAVED_MODEL and not all(map(has_tfmot_class, wrapping.schedules.values())):
         raise UsageError(
             "in a SavedModel, tfmot can keep a constant or a polynomial schedule alone",
             hint="save the model as .h5, or give the schedule to prunectl finetune",
@@ -171,7 +171,7 @@ def _load(model: ModelFile, wrapping: Wrapping) -> LoadedModel:
     return load(model, wrapping.origin, DevicePlacement())
 
 
-def _constant_sparsity(weights: Mapping[str, Any], wrapping: Wrapping) -> WrapperSettings:
+def _constant_sparsity(weights: Mapping[str, Any], wrapping: WrapperSpec) -> WrapperSettings:
     """What keeps masks as they are, whoever trains on."""
     masks = [wrapping.masks[name] for name in weights if name in wrapping.masks]
     size = sum(mask.size for mask in masks)
@@ -182,7 +182,7 @@ def _constant_sparsity(weights: Mapping[str, Any], wrapping: Wrapping) -> Wrappe
     return {"pruning_schedule": schedule, **_block_settings(weights, wrapping)}
 
 
-def _settings_of_layer(layer: Any, weights: Mapping[str, Any], wrapping: Wrapping) -> WrapperSettings | None:
+def _settings_of_layer(layer: Any, weights: Mapping[str, Any], wrapping: WrapperSpec) -> WrapperSettings | None:
     """The schedule of a layer, which all of its weights share."""
     if isinstance(wrapping.pattern, BlockPattern) and any(
         len(weight.shape) != _MATRIX_RANK for weight in weights.values()
@@ -197,7 +197,7 @@ def _settings_of_layer(layer: Any, weights: Mapping[str, Any], wrapping: Wrappin
     return {"pruning_schedule": to_tfmot_schedule(schedules.pop()), **_block_settings(weights, wrapping)}
 
 
-def _block_settings(weights: Mapping[str, Any], wrapping: Wrapping) -> WrapperSettings:
+def _block_settings(weights: Mapping[str, Any], wrapping: WrapperSpec) -> WrapperSettings:
     pattern = wrapping.pattern
     if not isinstance(pattern, BlockPattern) or any(len(weight.shape) != _MATRIX_RANK for weight in weights.values()):
         return {}

@@ -20,21 +20,20 @@ from prunectl.formats.base import ModelFile, Role, Tensor
 from prunectl.formats.safe_json import require
 from prunectl.formats.torch import exported_trust
 from prunectl.training import user_code
-from prunectl.training.backend import ModelOrigin, Network, Port
-from prunectl.training.torch.tensors import ending, to_torch
-from prunectl.training.user_code import builder, built
+from prunectl.training.backend import LoadOptions, TensorSpec, TrainableModel
+from prunectl.training.torch.tensors import final_activation, to_torch
+from prunectl.training.user_code import call_builder, resolve_builder
 
 
-def open_network(model: ModelFile, origin: ModelOrigin) -> Network:
-    """Return a model as PyTorch trains it."""
+def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
+    """A model as PyTorch trains it."""
     require("torch", extra="torch")
-    build = importlib.import_module("prunectl.training.torch.build").build
-    network = importlib.import_module("prunectl.training.torch.model").TorchNetwork
-    found: Network = network(build(model, origin))
+    network = importlib.import_module("prunectl.training.torch.model").TorchTrainable
+    found: TrainableModel = network(build_module(model, origin))
     return found
 
 
-def load_program(model: ModelFile, origin: ModelOrigin) -> torch.export.ExportedProgram:
+def load_program(model: ModelFile, origin: LoadOptions) -> torch.export.ExportedProgram:
     """The program in a file; without trust, in an archive of our own that holds what is on the lists and no more."""
     safe = None if origin.is_trusted else exported_trust.check_program(model.path)
     try:
@@ -61,7 +60,7 @@ def _example_inputs(found: bytes) -> bytes:
     return whole.getvalue()
 
 
-class Pieces(torch.nn.Module):
+class FixedBatchModule(torch.nn.Module):
     """Runs any batch through a module that takes so many examples at a time."""
 
     def __init__(self, inner: torch.nn.Module, size: int) -> None:
@@ -72,7 +71,7 @@ class Pieces(torch.nn.Module):
         """How many of the examples that go through now are not there to fill up."""
 
     def state_dict(self, *args: Any, **more: Any) -> Any:
-        """Return the inner module's, under its names."""
+        """The inner module's, under its names."""
         return self.inner.state_dict(*args, **more)
 
     def named_parameters(self, *args: Any, **more: Any) -> Any:
@@ -84,7 +83,7 @@ class Pieces(torch.nn.Module):
         return self.inner.named_buffers(*args, **more)
 
     def forward(self, *inputs: torch.Tensor) -> Any:
-        """Return what comes out of all pieces, the last filled up with its first example."""
+        """What comes out of all pieces, the last filled up with its first example."""
         count = len(inputs[0])
         found = []
         for begin in range(0, count, self.size):
@@ -104,8 +103,8 @@ def _joined(found: list[Any]) -> Any:
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
-def shapes_of(program: Any) -> tuple[tuple[int | None, ...], ...]:
-    """Return the shapes that a program takes, the batch first; None for an axis that may have any length."""
+def input_shapes(program: Any) -> tuple[tuple[int | None, ...], ...]:
+    """The shapes that a program takes, the batch first; None for an axis that may have any length."""
     names = set(program.graph_signature.user_inputs)
     shapes = [
         getattr(node.meta.get("val"), "shape", ())
@@ -118,8 +117,8 @@ def shapes_of(program: Any) -> tuple[tuple[int | None, ...], ...]:
 _IDLE = frozenset({Role.OPTIMIZER, Role.MASK, Role.SCHEDULE})
 
 
-def matched(model: ModelFile, module: torch.nn.Module, said: str) -> dict[str, str]:
-    """Return the name in the module of each tensor of the file that has one; every parameter must have a tensor."""
+def match_parameters(model: ModelFile, module: torch.nn.Module, said: str) -> dict[str, str]:
+    """The name in the module of each tensor of the file that has one; every parameter must have a tensor."""
     wanted = module.state_dict()
     held = {tensor.name: tensor for tensor in model.tensors if tensor.role not in _IDLE}
     prefix = _prefix(held, wanted)
@@ -141,7 +140,7 @@ def matched(model: ModelFile, module: torch.nn.Module, said: str) -> dict[str, s
 
 
 def _prefix(held: Mapping[str, Tensor], wanted: Mapping[str, torch.Tensor]) -> str:
-    """Return what stands before most names; of several the first in the file."""
+    """What stands before most names; of several the first in the file."""
     votes: Counter[str] = Counter()
     for name in held:
         parts = name.split(".")
@@ -156,7 +155,7 @@ def _text(shape: tuple[int, ...]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
+class BuiltModule:
     """A module with its numbers in it."""
 
     module: torch.nn.Module
@@ -169,8 +168,8 @@ class Built:
     """What goes in, without the batch, where the file says so."""
 
 
-def build(model: ModelFile, origin: ModelOrigin) -> Built:
-    """Return the module in a file, or that of a function with the file's weights."""
+def build_module(model: ModelFile, origin: LoadOptions) -> BuiltModule:
+    """The module in a file, or that of a function with the file's weights."""
     user_code.check(model, origin)
     torch.manual_seed(origin.seed)
     if origin.model:
@@ -187,18 +186,18 @@ def build(model: ModelFile, origin: ModelOrigin) -> Built:
     )
 
 
-def _of_function(model: ModelFile, origin: ModelOrigin) -> Built:
-    make = builder(origin.model)
-    made = make if isinstance(make, torch.nn.Module) else built(make, origin.model)
+def _of_function(model: ModelFile, origin: LoadOptions) -> BuiltModule:
+    make = resolve_builder(origin.model)
+    made = make if isinstance(make, torch.nn.Module) else call_builder(make, origin.model)
     if not isinstance(made, torch.nn.Module):
         raise UsageError(f"{origin.model} gives a {type(made).__name__}, and no torch.nn.Module")
-    names = matched(model, made, origin.model)
+    names = match_parameters(model, made, origin.model)
     held = {tensor.name: tensor for tensor in model.tensors}
     made.load_state_dict({name: to_torch(model.read(held[of])) for of, name in names.items()}, strict=False)
-    return Built(made, names)
+    return BuiltModule(made, names)
 
 
-def _scripted(model: ModelFile) -> Built:
+def _scripted(model: ModelFile) -> BuiltModule:
     try:
         with warnings.catch_warnings():
             # That PyTorch would rather have it exported is not for who only holds the file.
@@ -206,65 +205,69 @@ def _scripted(model: ModelFile) -> Built:
             module = torch.jit.load(str(model.path), map_location="cpu")  # type: ignore[no-untyped-call]
     except Exception as error:
         raise InputError(f"{model.path} cannot be loaded by this PyTorch: {first_line(error)}") from error
-    return _whole(model, module)
+    return _from_module(model, module)
 
 
-def _exported(model: ModelFile, origin: ModelOrigin) -> Built:
+def _exported(model: ModelFile, origin: LoadOptions) -> BuiltModule:
     program = load_program(model, origin)
     module: torch.nn.Module = program.module()
-    shapes = shapes_of(program)
+    shapes = input_shapes(program)
     size = shapes[0][0] if shapes and shapes[0] else None
     notes: tuple[str, ...] = (
         "An exported program is trained as it runs: its dropout and batch normalisation do not learn.",
     )
     if size is not None:
-        module = Pieces(module, size)
+        module = FixedBatchModule(module, size)
         notes += (f"It was exported for {size} at a time: every batch goes through it in such pieces.",)
-    built = _whole(model, module)
+    built = _from_module(model, module)
     return replace(built, has_modes=False, notes=notes, shapes=tuple(shape[1:] for shape in shapes))
 
 
-def _trusted(model: ModelFile) -> Built:
+def _trusted(model: ModelFile) -> BuiltModule:
     try:
         module = torch.load(str(model.path), map_location="cpu", weights_only=False)
     except (AttributeError, ModuleNotFoundError) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        hint = f"{user_code.way_to(model, missing)} loads it first" if missing else "say what builds the model: --model"
+        hint = (
+            f"{user_code.import_option(model, missing)} loads it first"
+            if missing
+            else "say what builds the model: --model"
+        )
         raise InputError(f"{model.path} names code that is not here: {first_line(error)}", hint=hint) from error
     if not isinstance(module, torch.nn.Module):
         raise UsageError(f"{model.path} holds a {type(module).__name__}", hint="say what builds the model: --model")
-    return _whole(model, module)
+    return _from_module(model, module)
 
 
-def _whole(model: ModelFile, module: torch.nn.Module) -> Built:
+def _from_module(model: ModelFile, module: torch.nn.Module) -> BuiltModule:
     if not any(True for _ in module.parameters()):
         raise InputError(f"{model.path} has no parameters that can be trained: they were frozen into constants")
-    return Built(module, matched(model, module, str(model.path)))
+    return BuiltModule(module, match_parameters(model, module, str(model.path)))
 
 
 _CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
 
-def inputs_of(module: torch.nn.Module, shapes: tuple[tuple[int | None, ...], ...] = ()) -> tuple[Port, ...]:
-    """Return the inputs: their names by what `forward` takes, their shapes by the file or the first layer."""
+def input_specs(module: torch.nn.Module, shapes: tuple[tuple[int | None, ...], ...] = ()) -> tuple[TensorSpec, ...]:
+    """The inputs: their names by what `forward` takes, their shapes by the file or the first layer."""
     if shapes:
         dtype = _first_layer(module)[1] if len(shapes) == 1 else ""
-        return tuple(Port(f"input{at}", shape, dtype) for at, shape in enumerate(shapes))
+        return tuple(TensorSpec(f"input{at}", shape, dtype) for at, shape in enumerate(shapes))
     names = _names(module)
     if len(names) > 1:
-        return tuple(Port(name, None, "") for name in names)
+        return tuple(TensorSpec(name, None, "") for name in names)
     shape, dtype = _first_layer(module)
-    return (Port(names[0] if names else "x", shape, dtype),)
+    return (TensorSpec(names[0] if names else "x", shape, dtype),)
 
 
-def outputs_of(outputs: tuple[torch.Tensor, ...]) -> tuple[Port, ...]:
-    """Return the outputs, seen on an example."""
+def output_specs(outputs: tuple[torch.Tensor, ...]) -> tuple[TensorSpec, ...]:
+    """The outputs, seen on an example."""
     return tuple(
-        Port(
+        TensorSpec(
             f"output{at}" if len(outputs) > 1 else "output",
             tuple(one.shape[1:]),
             str(one.dtype).rpartition(".")[2],
-            ending(one),
+            final_activation(one),
         )
         for at, one in enumerate(outputs)
     )
@@ -281,7 +284,7 @@ def _names(module: torch.nn.Module) -> list[str]:
 
 
 def _first_layer(module: torch.nn.Module) -> tuple[tuple[int | None, ...] | None, str]:
-    """Return the shape and the type that the first layer with weights takes."""
+    """The shape and the type that the first layer with weights takes."""
     for layer in module.modules():
         if isinstance(layer, torch.nn.Embedding):
             return None, "int64"

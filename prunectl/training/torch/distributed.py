@@ -20,7 +20,7 @@ from prunectl.training import random_state
 
 
 @dataclass(frozen=True, slots=True)
-class ProcessGroup:
+class DistributedContext:
     """Which process this is, and what it reckons on."""
 
     rank: int
@@ -28,7 +28,7 @@ class ProcessGroup:
     device: torch.device
 
 
-def take_place(device: str) -> ProcessGroup:
+def join(device: str) -> DistributedContext:
     """Join the other processes, if there are any, and return the device to use."""
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     found = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -36,16 +36,16 @@ def take_place(device: str) -> ProcessGroup:
         if found.type == "cuda":
             torch.cuda.set_device(found)
         torch.distributed.init_process_group("nccl" if found.type == "cuda" else "gloo")
-    return ProcessGroup(rank, ranks, found)
+    return DistributedContext(rank, ranks, found)
 
 
-def wait(place: ProcessGroup) -> None:
+def barrier(place: DistributedContext) -> None:
     """Go on together: who ends earlier would have the others ended too."""
     if place.ranks > 1:
         torch.distributed.barrier()
 
 
-def all_true(place: ProcessGroup, mine: bool) -> bool:
+def all_true(place: DistributedContext, mine: bool) -> bool:
     """Whether something is true in every process (an all-reduce by the minimum)."""
     if place.ranks == 1:
         return mine
@@ -76,7 +76,7 @@ def failures(device: torch.device) -> Iterator[None]:
         raise
 
 
-def gathered(place: ProcessGroup, mine: Any) -> list[Any]:
+def gather_objects(place: DistributedContext, mine: Any) -> list[Any]:
     """What each process holds, in the order of their ranks."""
     found: list[Any] = [mine]
     if place.ranks > 1:
@@ -108,7 +108,7 @@ def _device(name: str, local_rank: int) -> torch.device:
 _CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList)
 
 
-def shard(module: torch.nn.Module, place: ProcessGroup) -> None:
+def shard(module: torch.nn.Module, place: DistributedContext) -> None:
     """Leave each process its part of the parameters; layer by layer, so that none holds all of them on its device."""
     if place.ranks == 1:
         raise UsageError(
@@ -121,15 +121,15 @@ def shard(module: torch.nn.Module, place: ProcessGroup) -> None:
             hint="--model module:function, or leave out --shard",
         )
     mesh = init_device_mesh(place.device.type, (place.ranks,))
-    for piece in reversed(_pieces(module)):
+    for piece in reversed(_shardable_layers(module)):
         fully_shard(piece, mesh=mesh)
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
     for buffer in module.buffers():
         buffer.data = buffer.data.to(place.device)
 
 
-def _pieces(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the layers that lie in containers, which are called one after the other; outer ones first."""
+def _shardable_layers(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers that lie in containers, which are called one after the other; outer ones first."""
     names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
     if len(names) != len(list(module.parameters())):
         return []  # two layers that share a parameter have to keep it together
@@ -142,29 +142,29 @@ def _pieces(module: torch.nn.Module) -> list[torch.nn.Module]:
     ]
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with the parts of all processes, which all of them must ask for."""
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with the parts of all processes, which all of them must ask for."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_all(state: Any) -> Any:
-    """Return a state with every tensor in it whole."""
-    return tree_map_only(torch.Tensor, whole, state)
+def full_state(state: Any) -> Any:
+    """A state with every tensor in it whole."""
+    return tree_map_only(torch.Tensor, full_tensor, state)
 
 
-def like(value: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
-    """Return the part of a tensor that this process holds of another of its shape."""
+def distribute_like(value: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds of another of its shape."""
     if isinstance(model, DTensor):
         return distribute_tensor(value.to(model.device), model.device_mesh, model.placements)
     return value.to(model.device)
 
 
-def all_like(state: Any, models: Any) -> Any:
-    """Return a state of an optimizer, or of a module, with every tensor spread as it is in another."""
+def distribute_state(state: Any, models: Any) -> Any:
+    """A state of an optimizer, or of a module, with every tensor spread as it is in another."""
     if isinstance(state, torch.Tensor) and isinstance(models, torch.Tensor):
-        return like(state, models) if state.shape == models.shape else state
+        return distribute_like(state, models) if state.shape == models.shape else state
     if isinstance(state, dict) and isinstance(models, dict):
-        return {key: all_like(value, models.get(key)) for key, value in state.items()}
+        return {key: distribute_state(value, models.get(key)) for key, value in state.items()}
     return state
 
 
@@ -173,13 +173,13 @@ def are_finite(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     mine = [one.to_local() if isinstance(one, DTensor) else one for one in gradients]
     found = torch.stack([one.isfinite().all() for one in mine]).all()
     if any(isinstance(one, DTensor) for one in gradients):
-        whole = found.to(torch.int32)
-        torch.distributed.all_reduce(whole, torch.distributed.ReduceOp.MIN)
-        found = whole.bool()
+        all_finite = found.to(torch.int32)
+        torch.distributed.all_reduce(all_finite, torch.distributed.ReduceOp.MIN)
+        found = all_finite.bool()
     return found
 
 
-def agree(module: torch.nn.Module) -> None:
+def sync_buffers(module: torch.nn.Module) -> None:
     """Give all processes the buffers of the first, such as the statistics of its normalisations."""
     for buffer in module.buffers():
         torch.distributed.broadcast(buffer, 0)
@@ -191,25 +191,25 @@ _OWN = ("numpy", "python")
 
 
 @dataclass(frozen=True, slots=True)
-class RunState:
+class TrainerState:
     """What changes from step to step."""
 
     module: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: Any
-    place: ProcessGroup
+    place: DistributedContext
     evidence: Mapping[str, torch.Tensor]
     """What was added up, by tensor."""
 
 
-def save(folder: Path | None, state: RunState) -> None:
+def save(folder: Path | None, state: TrainerState) -> None:
     """Keep everything in a folder; without one, only give others this process's part."""
-    parts = whole_all(
+    parts = full_state(
         {
             "module": state.module.state_dict(),
             "optimizer": state.optimizer.state_dict(),
             "scaler": state.scaler.state_dict(),
-            "random": gathered(state.place, _random_states(state.place)),
+            "random": gather_objects(state.place, _random_states(state.place)),
             "evidence": state.evidence,
         }
     )
@@ -217,7 +217,7 @@ def save(folder: Path | None, state: RunState) -> None:
         torch.save(parts, folder / _FILE)
 
 
-def restore(folder: Path, state: RunState) -> None:
+def restore(folder: Path, state: TrainerState) -> None:
     """Take everything up again."""
     place = state.place
     parts = torch.load(folder / _FILE, map_location=place.device, weights_only=True)
@@ -227,12 +227,12 @@ def restore(folder: Path, state: RunState) -> None:
             f"the run was made by {len(parts['random'])} processes, and is resumed by {place.ranks}",
             hint="start as many processes as before",
         )
-    state.module.load_state_dict(all_like(parts["module"], state.module.state_dict()))
+    state.module.load_state_dict(distribute_state(parts["module"], state.module.state_dict()))
     state.optimizer.load_state_dict(_slots(parts["optimizer"], state.optimizer))
     state.scaler.load_state_dict(parts["scaler"])
     _resume_random(parts["random"][place.rank], place)
     for name, total in parts["evidence"].items():
-        state.evidence[name].copy_(like(total, state.evidence[name]))
+        state.evidence[name].copy_(distribute_like(total, state.evidence[name]))
 
 
 def _check_version(path: Path, parts: Any) -> None:
@@ -246,7 +246,7 @@ def _check_version(path: Path, parts: Any) -> None:
     )
 
 
-def _random_states(place: ProcessGroup) -> dict[str, Any]:
+def _random_states(place: DistributedContext) -> dict[str, Any]:
     """Where each generator of this process is: no two processes drop out the same."""
     found = {"cpu": torch.get_rng_state(), **random_state.state()}
     if place.device.type == "cuda":
@@ -256,7 +256,7 @@ def _random_states(place: ProcessGroup) -> dict[str, Any]:
     return found
 
 
-def _resume_random(found: Mapping[str, Any], place: ProcessGroup) -> None:
+def _resume_random(found: Mapping[str, Any], place: DistributedContext) -> None:
     torch.set_rng_state(found["cpu"].cpu())
     random_state.restore(found)
     # A run that goes on upon another kind of device cannot be the same to the bit.
@@ -267,9 +267,10 @@ def _resume_random(found: Mapping[str, Any], place: ProcessGroup) -> None:
 
 
 def _slots(kept: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return what an optimizer kept, spread as its weights are."""
+    """What an optimizer kept, spread as its weights are."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     parts = {
-        at: {name: all_like(value, weights[at]) for name, value in slots.items()} for at, slots in kept["state"].items()
+        at: {name: distribute_state(value, weights[at]) for name, value in slots.items()}
+        for at, slots in kept["state"].items()
     }
     return {**kept, "state": parts}

@@ -14,8 +14,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunectl.formats.base import Array
-from prunectl.training.layer_inputs import See, Sight, SlidingWindow, Use
-from prunectl.training.torch.build import Pieces
+from prunectl.training.layer_inputs import InputCallback, LayerInput, SlidingWindow, WeightUse
+from prunectl.training.torch.build import FixedBatchModule
 
 _aten = torch.ops.aten
 _PRODUCTS = {
@@ -30,19 +30,23 @@ _RECURRENT = _aten.mkldnn_rnn_layer.default
 
 
 @contextmanager
-def watching(weights: Mapping[str, torch.Tensor], see: See, pieces: Pieces | None = None) -> Generator[None]:
+def capture_layer_inputs(
+    weights: Mapping[str, torch.Tensor], see: InputCallback, pieces: FixedBatchModule | None = None
+) -> Generator[None]:
     """Show what these weights meet while the context lasts; of pieces, only what does not fill them up."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), _Watching(weights, see, pieces):
+        with torch.no_grad(), _InputRecorder(weights, see, pieces):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, weights: Mapping[str, torch.Tensor], see: See, pieces: Pieces | None) -> None:
+class _InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(
+        self, weights: Mapping[str, torch.Tensor], see: InputCallback, pieces: FixedBatchModule | None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._see, self._pieces = see, pieces
         self._weights: dict[int, list[tuple[str, torch.Tensor]]] = {}
@@ -71,9 +75,9 @@ class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return
             first, second = first[0], second[0]
         for name, weight in self._named(second):
-            self._show(name, first, _part(weight, second))
+            self._show(name, first, _layout_of_view(weight, second))
         for name, weight in self._named(first):
-            self._show(name, second.t(), _part(weight, first.t()))
+            self._show(name, second.t(), _layout_of_view(weight, first.t()))
 
     def _recurrent(self, args: tuple[Any, ...], out: torch.Tensor) -> None:
         steps, kernel, recurrent, first, is_reversed = args[0], args[1], args[2], args[5], args[7]
@@ -81,26 +85,26 @@ class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
         before = torch.cat([out[1:], begin] if is_reversed else [begin, out[:-1]])
         for view, inputs in ((kernel, steps), (recurrent, before)):
             for name, weight in self._named(view):
-                self._show(name, inputs, _part(weight, view.t()))
+                self._show(name, inputs, _layout_of_view(weight, view.t()))
 
     def _convolution(self, args: tuple[Any, ...]) -> None:
         inputs, view, _, strides, padding, dilations, is_transposed, output_padding, groups = args[:9]
         more = output_padding if is_transposed else [0] * len(padding)
         pads = tuple((pad, pad - extra) for pad, extra in zip(padding, more, strict=True))
         window = SlidingWindow(tuple(strides), tuple(dilations), pads, is_transposed)
-        use = Use(1, 0, groups, window=window) if is_transposed else Use(0, 1, groups, window=window)
+        use = WeightUse(1, 0, groups, window=window) if is_transposed else WeightUse(0, 1, groups, window=window)
         for name, weight in self._named(view):
             is_whole = view.shape == weight.shape and view.stride() == weight.stride()
             self._show(name, inputs, use if is_whole else None)
 
-    def _show(self, name: str, inputs: torch.Tensor, use: Use | None) -> None:
+    def _show(self, name: str, inputs: torch.Tensor, use: WeightUse | None) -> None:
         if use is None:
             return
         pieces = self._pieces
         if pieces is not None and len(inputs) % pieces.size == 0:
             # The examples come first, alone or with what each of them has several of.
             inputs = inputs[: len(inputs) // pieces.size * pieces.kept]
-        self._see(Sight(name, _array(inputs), use))
+        self._see(LayerInput(name, _array(inputs), use))
 
 
 def _array(inputs: torch.Tensor) -> Array:
@@ -108,8 +112,8 @@ def _array(inputs: torch.Tensor) -> Array:
     return found
 
 
-def _part(weight: torch.Tensor, view: torch.Tensor) -> Use | None:
-    """Return how a matrix of inputs by outputs lies in a weight; None if it is not some of its outputs."""
+def _layout_of_view(weight: torch.Tensor, view: torch.Tensor) -> WeightUse | None:
+    """How a matrix of inputs by outputs lies in a weight; None if it is not some of its outputs."""
     if weight.ndim != 2 or not weight.is_contiguous():
         return None
     rows, columns = weight.shape
@@ -117,7 +121,7 @@ def _part(weight: torch.Tensor, view: torch.Tensor) -> Use | None:
     row, column = divmod(int(view.storage_offset() - weight.storage_offset()), columns)
     down, right = view.stride()
     if inputs == columns and column == 0 and (inputs == 1 or down == 1) and (outputs == 1 or right == columns):
-        return Use(0, 1, outputs=None if outputs == rows else (row, row + outputs))
+        return WeightUse(0, 1, outputs=None if outputs == rows else (row, row + outputs))
     if inputs == rows and row == 0 and (inputs == 1 or down == columns) and (outputs == 1 or right == 1):
-        return Use(1, 0, outputs=None if outputs == columns else (column, column + outputs))
+        return WeightUse(1, 0, outputs=None if outputs == columns else (column, column + outputs))
     return None

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from prunectl.errors import PrunectlError, UsageError, first_line
 from prunectl.plugins import find
-from prunectl.training.backend import Ending, by_numbers
-from prunectl.training.monitor import unfitting
+from prunectl.training.backend import FinalActivation, activation_of_values
+from prunectl.training.monitor import metric_mismatch
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -29,7 +29,7 @@ def _nll(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return functional.nll_loss(out, y.long().reshape(out.shape[0], *out.shape[2:]))
 
 
-def _nll_of_shares(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def _nll_of_probabilities(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return _nll(_log(out), y)
 
 
@@ -42,7 +42,7 @@ def _kl(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return _kl_of_logs(functional.log_softmax(out, 1), y)
 
 
-def _kl_of_shares(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def _kl_of_probabilities(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return _kl_of_logs(_log(out), y)
 
 
@@ -52,7 +52,11 @@ def _kl_of_logs(logs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return functional.kl_div(logs, wanted, reduction="none").sum(1).mean()
 
 
-_KL = {Ending.SOFTMAX: _kl_of_shares, Ending.SIGMOID: _kl_of_shares, Ending.LOG_SOFTMAX: _kl_of_logs}
+_KL = {
+    FinalActivation.SOFTMAX: _kl_of_probabilities,
+    FinalActivation.SIGMOID: _kl_of_probabilities,
+    FinalActivation.LOG_SOFTMAX: _kl_of_logs,
+}
 
 
 def _hinge(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -61,7 +65,7 @@ def _hinge(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (1 - out * signs).clamp_min(0).mean()
 
 
-def _alike(loss: Callable[..., torch.Tensor]) -> Loss:
+def _elementwise(loss: Callable[..., torch.Tensor]) -> Loss:
     return lambda out, y: loss(out, _shaped(y, out).to(out.dtype))
 
 
@@ -78,20 +82,20 @@ def _shaped(y: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 LOSSES: Mapping[str, Loss] = {
     "cross-entropy": _cross_entropy,
     "nll": _nll,
-    "probabilities": _nll_of_shares,
-    "bce": _alike(functional.binary_cross_entropy_with_logits),
-    "bce-probabilities": _alike(functional.binary_cross_entropy),
-    "mse": _alike(functional.mse_loss),
-    "mae": _alike(functional.l1_loss),
-    "huber": _alike(functional.huber_loss),
+    "probabilities": _nll_of_probabilities,
+    "bce": _elementwise(functional.binary_cross_entropy_with_logits),
+    "bce-probabilities": _elementwise(functional.binary_cross_entropy),
+    "mse": _elementwise(functional.mse_loss),
+    "mae": _elementwise(functional.l1_loss),
+    "huber": _elementwise(functional.huber_loss),
     "kl": _kl,
-    "hinge": _alike(_hinge),
+    "hinge": _elementwise(_hinge),
 }
 _CLASSIFY = {"cross-entropy", "nll", "probabilities"}
 
 
 @dataclass(frozen=True, slots=True)
-class ChosenLoss:
+class TorchLoss:
     """A loss, and what kind of targets it is for."""
 
     name: str
@@ -108,61 +112,65 @@ class ChosenLoss:
         return self.name.startswith("bce")
 
     def logits(self, out: torch.Tensor) -> torch.Tensor:
-        """Return outputs of a classifier as logits."""
+        """Outputs of a classifier as logits."""
         return _log(out) if self.name == "probabilities" else out
 
     @property
-    def ending(self) -> Ending:
+    def ending(self) -> FinalActivation:
         """What outputs this loss is for, as far as it tells."""
-        return _ENDINGS_OF.get(self.name, Ending.UNKNOWN)
+        return _ENDINGS_OF.get(self.name, FinalActivation.UNKNOWN)
 
 
 _BY_ENDING = {
-    Ending.SOFTMAX: "probabilities",
-    Ending.LOG_SOFTMAX: "nll",
-    Ending.SIGMOID: "bce-probabilities",
+    FinalActivation.SOFTMAX: "probabilities",
+    FinalActivation.LOG_SOFTMAX: "nll",
+    FinalActivation.SIGMOID: "bce-probabilities",
 }
 _ENDINGS_OF = {
     **{name: ending for ending, name in _BY_ENDING.items()},
-    "cross-entropy": Ending.RAW,
-    "bce": Ending.RAW,
+    "cross-entropy": FinalActivation.RAW,
+    "bce": FinalActivation.RAW,
 }
 
 
-def choose_loss(name: str, out: torch.Tensor, y: torch.Tensor | None, ending: Ending = Ending.UNKNOWN) -> ChosenLoss:
-    """Return the loss of a name; without one, that which fits outputs and targets.
+def resolve_loss(
+    name: str, out: torch.Tensor, y: torch.Tensor | None, ending: FinalActivation = FinalActivation.UNKNOWN
+) -> TorchLoss:
+    """The loss of a name; without one, that which fits outputs and targets.
 
     The ending is the model's last activation. Where it is unknown the numbers of the outputs have to tell.
     """
-    if ending is Ending.UNKNOWN:
-        ending = by_numbers(out.detach().float().cpu().numpy(), 1)
+    if ending is FinalActivation.UNKNOWN:
+        ending = activation_of_values(out.detach().float().cpu().numpy(), 1)
     if name == "kl":
-        return ChosenLoss(name, _KL.get(ending, _kl))
+        return TorchLoss(name, _KL.get(ending, _kl))
     if name:
         found: Any = find("loss", name, LOSSES)
-        return ChosenLoss(name, found)
+        return TorchLoss(name, found)
     if y is None:
         raise UsageError("there is no target to learn from, and no --loss", hint="--loss module:function")
     guess = _guess(out, y, ending)
-    return ChosenLoss(guess, LOSSES[guess])
+    return TorchLoss(guess, LOSSES[guess])
 
 
-def without_targets(out: torch.Tensor, ending: Ending) -> ChosenLoss:
-    """Return what compares outputs with a teacher's alone: classes where the model ends in them, else numbers."""
-    if ending is Ending.UNKNOWN:
-        ending = by_numbers(out.detach().float().cpu().numpy(), 1)
+def without_targets(out: torch.Tensor, ending: FinalActivation) -> TorchLoss:
+    """What compares outputs with a teacher's alone: classes where the model ends in them, else numbers."""
+    if ending is FinalActivation.UNKNOWN:
+        ending = activation_of_values(out.detach().float().cpu().numpy(), 1)
     name = _BY_ENDING.get(ending, "mse")
-    return ChosenLoss(name, LOSSES[name])
+    return TorchLoss(name, LOSSES[name])
 
 
-def _guess(out: torch.Tensor, y: torch.Tensor, ending: Ending) -> str:
+def _guess(out: torch.Tensor, y: torch.Tensor, ending: FinalActivation) -> str:
     is_label = not y.is_floating_point()
     if is_label and out.ndim >= 2 and out.shape[1] > 1 and y.numel() * out.shape[1] == out.numel():
-        return _BY_ENDING[ending] if ending in {Ending.SOFTMAX, Ending.LOG_SOFTMAX} else "cross-entropy"
+        return (
+            _BY_ENDING[ending] if ending in {FinalActivation.SOFTMAX, FinalActivation.LOG_SOFTMAX} else "cross-entropy"
+        )
     if is_label and out.ndim == 3 and y.shape == out.shape[:2]:
         return "cross-entropy"
     if y.numel() == out.numel() and bool(((y == 0) | (y == 1)).all()):
-        return "bce-probabilities" if ending in {Ending.SIGMOID, Ending.SOFTMAX} else "bce"
+        return "bce-probabilities" if ending in {FinalActivation.SIGMOID, FinalActivation.SOFTMAX} else "bce"
     if y.numel() == out.numel():
         return "mse"
     raise UsageError(
@@ -187,7 +195,7 @@ def _top5(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _labels(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return the number of the class of each example, which may be said as one-hot."""
+    """The number of the class of each example, which may be said as one-hot."""
     if y.shape == out.shape and y.ndim > 1:
         return y.argmax(1)
     if y.is_floating_point() and not bool((y == y.round()).all()):
@@ -203,25 +211,25 @@ METRICS: Mapping[str, Metric] = {
 }
 
 
-def _of_logits(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def _binary_of_logits(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return ((out > 0) == (y.reshape(out.shape) > 0.5)).float().mean()
 
 
-def _of_shares(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def _binary_of_probabilities(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return ((out > 0.5) == (y.reshape(out.shape) > 0.5)).float().mean()
 
 
-def choose_metric(
-    names: tuple[str, ...], chosen: ChosenLoss, out: torch.Tensor, y: torch.Tensor | None
+def resolve_metrics(
+    names: tuple[str, ...], chosen: TorchLoss, out: torch.Tensor, y: torch.Tensor | None
 ) -> dict[str, Metric]:
-    """Return metrics by name; without names, the one that people judge such outputs and targets by."""
-    found: dict[str, Any] = {name: find("metric", name, METRICS) for name in names or _usual(chosen, out, y)}
+    """Metrics by name; without names, the one that people judge such outputs and targets by."""
+    found: dict[str, Any] = {name: find("metric", name, METRICS) for name in names or _default_metrics(chosen, out, y)}
     if chosen.is_binary and "accuracy" in found:
-        found["accuracy"] = _of_logits if chosen.name == "bce" else _of_shares
-    return {name: _fitting(name, metric) for name, metric in found.items()}
+        found["accuracy"] = _binary_of_logits if chosen.name == "bce" else _binary_of_probabilities
+    return {name: _checked(name, metric) for name, metric in found.items()}
 
 
-def _usual(chosen: ChosenLoss, out: torch.Tensor, y: torch.Tensor | None) -> tuple[str, ...]:
+def _default_metrics(chosen: TorchLoss, out: torch.Tensor, y: torch.Tensor | None) -> tuple[str, ...]:
     if chosen.classifies or chosen.is_binary:
         return ("accuracy",)
     if y is None:
@@ -234,27 +242,27 @@ def _usual(chosen: ChosenLoss, out: torch.Tensor, y: torch.Tensor | None) -> tup
     return ("mae",) if y.numel() == out.numel() and not (is_label and chosen.name not in LOSSES) else ()
 
 
-def _fitting(name: str, metric: Metric) -> Metric:
-    """Return a metric that says so where it cannot compare outputs with targets."""
+def _checked(name: str, metric: Metric) -> Metric:
+    """A metric that says so where it cannot compare outputs with targets."""
 
     def measure(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         try:
-            return _one(torch.as_tensor(metric(out, y)))
+            return _scalar(torch.as_tensor(metric(out, y)))
         except PrunectlError:
             raise
         except Exception as error:
-            raise unfitting(name, out.shape, y.shape, first_line(error)) from error
+            raise metric_mismatch(name, out.shape, y.shape, first_line(error)) from error
 
     return measure
 
 
-def _one(found: torch.Tensor) -> torch.Tensor:
+def _scalar(found: torch.Tensor) -> torch.Tensor:
     if found.numel() != 1:
         raise ValueError(f"it returns {found.numel()} numbers, and one is due")
     return found.reshape(())
 
 
-def _wide(found: torch.Tensor) -> torch.Tensor:
+def _double(found: torch.Tensor) -> torch.Tensor:
     """A number in double precision, where its device has that: Apple's GPUs have not."""
     return found.float() if found.device.type == "mps" else found.double()
 
@@ -270,11 +278,11 @@ class RunningMeans:
         """Count some examples with their means."""
         self._count += count
         for name, mean in means.items():
-            value = _wide(mean.detach()) * count
+            value = _double(mean.detach()) * count
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def take(self) -> dict[str, float]:
-        """Return the means, over all processes, and begin anew."""
+        """The means, over all processes, and begin anew."""
         if not self._count:
             return {}
         names = list(self._sums)
@@ -286,10 +294,10 @@ class RunningMeans:
         return {name: value / values[-1] for name, value in zip(names, values[:-1], strict=True)}
 
 
-def distilled(
-    losses: Sequence[ChosenLoss], outs: Sequence[torch.Tensor], guides: Sequence[torch.Tensor], temperature: float
+def distillation_loss(
+    losses: Sequence[TorchLoss], outs: Sequence[torch.Tensor], guides: Sequence[torch.Tensor], temperature: float
 ) -> torch.Tensor:
-    """Return the divergence of classes at a temperature, or the squared distance of numbers.
+    """The divergence of classes at a temperature, or the squared distance of numbers.
 
     The teacher's outputs come as the model's own would: as probabilities where it ends in them.
     """

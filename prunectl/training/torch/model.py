@@ -14,22 +14,31 @@ from torch.nn.parallel import DistributedDataParallel
 from prunectl.errors import UsageError, WorkError
 from prunectl.plugins import find
 from prunectl.training import random_state
-from prunectl.training.backend import Array, Ending, Evidence, Logs, Means, Port, Signature, by_numbers
-from prunectl.training.data.source import Arrays, Batch, each
-from prunectl.training.layer_inputs import See
+from prunectl.training.backend import (
+    Array,
+    FinalActivation,
+    GradientStatistic,
+    Logs,
+    ModelSignature,
+    TensorSpec,
+    TrainOptions,
+    activation_of_values,
+)
+from prunectl.training.data.source import Arrays, Batch, as_tuple
+from prunectl.training.layer_inputs import InputCallback
 from prunectl.training.torch import distributed, losses, tensors
-from prunectl.training.torch.build import Built, Pieces, inputs_of, outputs_of
-from prunectl.training.torch.distributed import like, whole
-from prunectl.training.torch.layer_inputs import watching
-from prunectl.training.torch.losses import distilled
-from prunectl.training.torch.optimizers import Gathered, Masks, optimizer
+from prunectl.training.torch.build import BuiltModule, FixedBatchModule, input_specs, output_specs
+from prunectl.training.torch.distributed import distribute_like, full_tensor
+from prunectl.training.torch.layer_inputs import capture_layer_inputs
+from prunectl.training.torch.losses import distillation_loss
+from prunectl.training.torch.optimizers import GradientSums, WeightMasks, make_optimizer
 from prunectl.training.torch.tensors import to_numpy, to_torch
 
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - the only name of what all of them are
 
 
-def still(module: torch.nn.Module, frozen: set[str]) -> list[torch.nn.Module]:
-    """Return the normalisations of which something is frozen: they stay as they are altogether."""
+def frozen_batch_norms(module: torch.nn.Module, frozen: set[str]) -> list[torch.nn.Module]:
+    """The normalisations of which something is frozen: they stay as they are altogether."""
     return [
         layer
         for name, layer in module.named_modules()
@@ -46,7 +55,7 @@ def recalibrate(module: torch.nn.Module, inputs: Iterable[Arrays], run: Callable
         layer.train()
     seen = 0
     for x in inputs if layers else ():
-        count = len(each(x)[0])
+        count = len(as_tuple(x)[0])
         seen += count
         for layer in layers:
             layer.momentum = count / seen  # every example counts the same: the last batch may be a smaller one
@@ -60,23 +69,23 @@ def recalibrate(module: torch.nn.Module, inputs: Iterable[Arrays], run: Callable
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class TorchNetwork:
+class TorchTrainable:
     """Loss, gradients, masks and state of a module."""
 
-    def __init__(self, built: Built) -> None:
+    def __init__(self, built: BuiltModule) -> None:
         self._built = built
         self._module = built.module
         self._run: Any = built.module
         self._notes = list(built.notes)
-        self._signature = Signature(inputs_of(built.module, built.shapes), (), is_channels_first=True)
-        self._masks, self._gathered, self._seen = Masks(), Gathered(), losses.RunningMeans()
+        self._signature = ModelSignature(input_specs(built.module, built.shapes), (), is_channels_first=True)
+        self._masks, self._gathered, self._seen = WeightMasks(), GradientSums(), losses.RunningMeans()
         self._rate = 1.0
         kinds = {one.dtype for one in built.module.parameters() if one.is_floating_point()}
         self._kind = kinds.pop() if len(kinds) == 1 else None
         """The type of all parameters, if they have one."""
 
     @property
-    def signature(self) -> Signature:
+    def signature(self) -> ModelSignature:
         """What goes in and comes out."""
         return self._signature
 
@@ -99,11 +108,11 @@ class TorchNetwork:
         """Whether something is true in every process."""
         return distributed.all_true(self._place, mine)
 
-    def prepare(self, means: Means) -> None:
+    def prepare(self, means: TrainOptions) -> None:
         """Choose a device, a loss, metrics and an optimizer."""
         if means.precision not in _PRECISIONS:
             raise UsageError(f"{means.precision!r} is no precision", hint=f"one of {', '.join(_PRECISIONS)}")
-        self._means, self._place = means, distributed.take_place(means.device)
+        self._means, self._place = means, distributed.join(means.device)
         self._half = _PRECISIONS[means.precision]
         self._scaler = torch.amp.GradScaler(self._place.device.type, enabled=self._half is torch.float16)
         self._freeze(means.frozen)
@@ -116,7 +125,7 @@ class TorchNetwork:
             raise ValueError("a network is prepared with an example")
         self._custom: Any = find("step", means.custom_step, {}) if means.custom_step else None
         self._choose(example)
-        self._optimizer = optimizer(means.optimizer, self._trained(), means.lr)
+        self._optimizer = make_optimizer(means.optimizer, self._trained(), means.lr)
         self._base_rates = [group["lr"] for group in self._optimizer.param_groups]
         if means.is_compiled:
             self._run = torch.compile(self._module)
@@ -130,17 +139,19 @@ class TorchNetwork:
             if self._built.names[name] in parameters:
                 parameters[self._built.names[name]].requires_grad_(False)
         # The statistics of a frozen normalisation are frozen as well.
-        self._still = still(self._module, {self._built.names[name] for name in names & self._built.names.keys()})
+        self._still = frozen_batch_norms(
+            self._module, {self._built.names[name] for name in names & self._built.names.keys()}
+        )
 
     def _choose(self, example: Batch) -> None:
         """Choose by what comes out for an example, and leave out what its gradient does not reach."""
         self._mode(training=False)
         # With gradients: by them autograd tells which activation came last.
         outs = self._forward(self._module, example.x)
-        found = outputs_of(outs)
+        found = output_specs(outs)
         outs = tuple(out.detach() for out in outs)
-        self._signature = Signature(self._signature.inputs, found, is_channels_first=True)
-        targets = [] if example.y is None else [self._on_device(one) for one in each(example.y)]
+        self._signature = ModelSignature(self._signature.inputs, found, is_channels_first=True)
+        targets = [] if example.y is None else [self._on_device(one) for one in as_tuple(example.y)]
         self._metrics: dict[str, losses.Metric] = {}
         if self._custom is not None and not self._means.loss and not targets:
             self._losses = []
@@ -151,11 +162,11 @@ class TorchNetwork:
             self._losses = [losses.without_targets(out, port.ending) for out, port in zip(outs, found, strict=True)]
         else:
             self._losses = [
-                losses.choose_loss(self._means.loss, out.float(), targets[at] if targets else None, found[at].ending)
+                losses.resolve_loss(self._means.loss, out.float(), targets[at] if targets else None, found[at].ending)
                 for at, out in enumerate(outs[: len(targets) or 1])
             ]
             target = targets[0] if targets else None
-            self._metrics = losses.choose_metric(self._means.metrics, self._losses[0], outs[0], target)
+            self._metrics = losses.resolve_metrics(self._means.metrics, self._losses[0], outs[0], target)
         self._signature = replace(self._signature, outputs=self._ended(found, outs))
         if not self._means.loss:
             self._notes.append(f"The loss is {', '.join(one.name for one in self._losses)}, {_known_by(found)}.")
@@ -166,11 +177,11 @@ class TorchNetwork:
         if self._place.ranks > 1 and not self._means.is_sharded:
             self._leave_out_unreached(example)
 
-    def _ended(self, found: Sequence[Port], outs: Sequence[torch.Tensor]) -> tuple[Port, ...]:
-        """Return the outputs with what each ends in, also where only the loss or the numbers tell."""
-        by_loss = [one.ending for one in self._losses] + [Ending.UNKNOWN] * len(outs)
+    def _ended(self, found: Sequence[TensorSpec], outs: Sequence[torch.Tensor]) -> tuple[TensorSpec, ...]:
+        """The outputs with what each ends in, also where only the loss or the numbers tell."""
+        by_loss = [one.ending for one in self._losses] + [FinalActivation.UNKNOWN] * len(outs)
         return tuple(
-            replace(port, ending=told or port.ending or by_numbers(to_numpy(out.float()), 1))
+            replace(port, ending=told or port.ending or activation_of_values(to_numpy(out.float()), 1))
             for port, out, told in zip(found, outs, by_loss, strict=False)
         )
 
@@ -191,7 +202,7 @@ class TorchNetwork:
         return to_torch(array).to(self._place.device)
 
     def _as_taken(self, array: Array) -> torch.Tensor:
-        """Return an input in the precision of a model that is kept in 16 bits as a whole."""
+        """An input in the precision of a model that is kept in 16 bits as a whole."""
         found = self._on_device(array)
         if self._half is None and found.is_floating_point() and self._kind is not None:
             return found.to(self._kind)
@@ -202,24 +213,26 @@ class TorchNetwork:
         context = torch.autocast(self._place.device.type, half) if half is not None else nullcontext()
         try:
             with distributed.failures(self._place.device), context:
-                found = module(*(self._as_taken(one) for one in each(x)))
+                found = module(*(self._as_taken(one) for one in as_tuple(x)))
         except (AssertionError, RuntimeError, TypeError) as error:
-            shapes = ", ".join("x".join(map(str, one.shape)) for one in each(x))
+            shapes = ", ".join("x".join(map(str, one.shape)) for one in as_tuple(x))
             raise UsageError(
-                f"the model does not take inputs of {shapes}: {tensors.reason(error)}",
+                f"the model does not take inputs of {shapes}: {tensors.error_line(error)}",
                 hint="?shape=1x28x28 (without the batch) reads the same numbers in another shape",
             ) from error
-        return tensors.tensors(found)
+        return tensors.output_tensors(found)
 
     def _loss(self, outs: tuple[torch.Tensor, ...], y: Arrays | None, guide: Arrays | None) -> torch.Tensor:
         share = self._means.teacher_share if guide is not None else 0.0
-        targets = [] if y is None else [self._on_device(one) for one in each(y)]
+        targets = [] if y is None else [self._on_device(one) for one in as_tuple(y)]
         self._last = (outs, targets)
         if not targets and share < 1:
             raise UsageError("there is no target to learn from")
         if guide is None:
             return self._loss_of_targets(outs, targets)
-        taught = distilled(self._losses, outs, [self._on_device(one) for one in each(guide)], self._means.temperature)
+        taught = distillation_loss(
+            self._losses, outs, [self._on_device(one) for one in as_tuple(guide)], self._means.temperature
+        )
         return share * taught + (1 - share) * self._loss_of_targets(outs, targets) if share < 1 else taught
 
     def _loss_of_targets(self, outs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -243,7 +256,7 @@ class TorchNetwork:
                 numbers = {name: metric(outs[0].detach().float(), targets[0]) for name, metric in judged.items()}
         with distributed.failures(self._place.device):
             self._learn(loss)
-        self._seen.add(len(each(batch.x)[0]), loss=loss, **numbers)
+        self._seen.add(len(as_tuple(batch.x)[0]), loss=loss, **numbers)
 
     def _learn(self, loss: torch.Tensor) -> None:
         """Take a step down the gradient of a loss."""
@@ -257,7 +270,7 @@ class TorchNetwork:
         self._scaler.update()
         self._masks.hold()
         if self._means.is_sharded:
-            distributed.agree(self._module)
+            distributed.sync_buffers(self._module)
 
     def _is_taken(self) -> torch.Tensor | None:
         """Whether GradScaler takes this step; none where it takes every one, or nobody asks."""
@@ -267,7 +280,7 @@ class TorchNetwork:
         return distributed.are_finite(gradients)
 
     def _moved(self, arrays: Arrays) -> Any:
-        found = tuple(self._on_device(one) for one in each(arrays))
+        found = tuple(self._on_device(one) for one in as_tuple(arrays))
         return found if isinstance(arrays, tuple) else found[0]
 
     def _set_rate(self, rate: float) -> None:
@@ -284,11 +297,11 @@ class TorchNetwork:
                 norm.eval()
 
     def logs(self) -> Logs:
-        """Return the means since the last call."""
+        """The means since the last call."""
         return self._seen.take()
 
     def evaluate(self, batches: Iterable[Batch]) -> Logs:
-        """Return the means over all batches; every process sees all of them."""
+        """The means over all batches; every process sees all of them."""
         self._mode(training=False)
         seen = losses.RunningMeans()
         with torch.no_grad():
@@ -297,11 +310,11 @@ class TorchNetwork:
                 loss = self._loss(outs, batch.y, None)
                 _, targets = self._last
                 numbers = {name: metric(outs[0].float(), targets[0]) for name, metric in self._metrics.items()}
-                seen.add(len(each(batch.x)[0]), loss=loss, **numbers)
+                seen.add(len(as_tuple(batch.x)[0]), loss=loss, **numbers)
         return seen.take()
 
     def predict(self, x: Arrays) -> Arrays:
-        """Return what comes out."""
+        """What comes out."""
         self._rest()
         with torch.no_grad():
             found = tuple(to_numpy(out.float()) for out in self._forward(self._module, x))
@@ -315,18 +328,18 @@ class TorchNetwork:
 
     def place(self, device: str) -> None:
         """Choose the device of a model that is asked for its outputs alone."""
-        self._place, self._half = distributed.take_place(device), None
+        self._place, self._half = distributed.join(device), None
         self._module.to(self._place.device)
 
-    def observe(self, names: Collection[str], x: Arrays, see: See) -> None:
+    def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
         """Run a batch through, and show what these weights meet."""
         self._rest()
-        pieces = self._module if isinstance(self._module, Pieces) else None
-        with watching(self._parameters(names), see, pieces):
+        pieces = self._module if isinstance(self._module, FixedBatchModule) else None
+        with capture_layer_inputs(self._parameters(names), see, pieces):
             self._forward(self._module, x)
 
     def gradients(self, names: Collection[str], batch: Batch) -> dict[str, Array]:
-        """Return the gradient of the mean loss over a batch."""
+        """The gradient of the mean loss over a batch."""
         self._mode(training=False)
         weights = self._parameters(names)
         loss = self._loss(self._forward(self._module, batch.x), batch.y, None)
@@ -343,13 +356,13 @@ class TorchNetwork:
             self._forward(self._module, x)
 
     def weights(self, names: Iterable[str]) -> dict[str, Array]:
-        """Return copies of some weights."""
+        """Copies of some weights."""
         held = self._held()
-        return {name: to_numpy(whole(held[name])) for name in names}
+        return {name: to_numpy(full_tensor(held[name])) for name in names}
 
     def tensors(self) -> dict[str, Array]:
-        """Return copies of all parameters and buffers."""
-        return {name: to_numpy(whole(value)) for name, value in self._held().items()}
+        """Copies of all parameters and buffers."""
+        return {name: to_numpy(full_tensor(value)) for name, value in self._held().items()}
 
     def _held(self) -> dict[str, torch.Tensor]:
         inside = self._module.state_dict()
@@ -364,23 +377,23 @@ class TorchNetwork:
         """Replace the numbers of some tensors."""
         held = self._held()
         for name, value in values.items():
-            held[name].copy_(like(to_torch(value), held[name]))
+            held[name].copy_(distribute_like(to_torch(value), held[name]))
 
     def mask(self, masks: Mapping[str, Array]) -> None:
         """Zero what the masks do not keep, from now on."""
         parameters = self._parameters(masks)
         if missing := masks.keys() - parameters.keys():
             raise WorkError(f"{min(missing)} is no parameter that PyTorch trains, and cannot be pruned here")
-        kept = {weight: like(torch.from_numpy(masks[name]), weight) for name, weight in parameters.items()}
+        kept = {weight: distribute_like(torch.from_numpy(masks[name]), weight) for name, weight in parameters.items()}
         self._masks.put(kept, self._optimizer)
 
-    def watch(self, evidence: Evidence, names: Sequence[str]) -> None:
+    def watch(self, evidence: GradientStatistic, names: Sequence[str]) -> None:
         """Gather evidence about some weights."""
         self._gathered.begin(evidence, self._parameters(names))
 
     def evidence(self) -> dict[str, Array]:
-        """Return what was gathered; gradients are the same in every process."""
-        return {name: to_numpy(whole(value)) for name, value in self._gathered.sums.items()}
+        """What was gathered; gradients are the same in every process."""
+        return {name: to_numpy(full_tensor(value)) for name, value in self._gathered.sums.items()}
 
     def forget(self) -> None:
         """Gather anew."""
@@ -395,7 +408,7 @@ class TorchNetwork:
     def save(self, folder: Path | None) -> None:
         """Keep everything that the next step depends on; without a folder, only give others this process's part."""
         distributed.save(folder, self._state)
-        distributed.wait(self._place)
+        distributed.barrier(self._place)
 
     def restore(self, folder: Path) -> None:
         """Take up what was kept."""
@@ -403,17 +416,17 @@ class TorchNetwork:
         self._rate = float("nan")
 
     @property
-    def _state(self) -> distributed.RunState:
-        return distributed.RunState(self._module, self._optimizer, self._scaler, self._place, self._gathered.sums)
+    def _state(self) -> distributed.TrainerState:
+        return distributed.TrainerState(self._module, self._optimizer, self._scaler, self._place, self._gathered.sums)
 
     def close(self) -> None:
         """Part from the other processes."""
         distributed.leave()
 
 
-def _known_by(outputs: Sequence[Port]) -> str:
+def _known_by(outputs: Sequence[TensorSpec]) -> str:
     """What told which loss it is."""
-    if any(port.ending is Ending.UNKNOWN for port in outputs):
+    if any(port.ending is FinalActivation.UNKNOWN for port in outputs):
         return "by targets and the numbers that come out for some examples"
-    last = ", ".join(dict.fromkeys("logits" if port.ending is Ending.RAW else port.ending for port in outputs))
+    last = ", ".join(dict.fromkeys("logits" if port.ending is FinalActivation.RAW else port.ending for port in outputs))
     return f"by targets and by what the model ends in ({last})"

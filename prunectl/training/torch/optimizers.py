@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from prunectl.errors import UsageError
-from prunectl.training.backend import Evidence
+from prunectl.training.backend import GradientStatistic
 
 DEFAULT = "adam"
 DEFAULT_RATE = 1e-3
 
 
-def optimizer(words: str, parameters: Iterable[torch.nn.Parameter], rate: float | None) -> torch.optim.Optimizer:
-    """Return the optimizer that is meant."""
+def make_optimizer(words: str, parameters: Iterable[torch.nn.Parameter], rate: float | None) -> torch.optim.Optimizer:
+    """The optimizer that is meant."""
     name, _, rest = (words or DEFAULT).partition(":")
     known = {
         one.lower(): kind
@@ -71,7 +71,7 @@ def _value(text: str) -> Any:
         raise UsageError(f"{text!r} is no number") from error
 
 
-class Masks:
+class WeightMasks:
     """Holds some weights at zero: their gradients, their momentum, and themselves after every step."""
 
     def __init__(self) -> None:
@@ -101,15 +101,15 @@ class Masks:
             weight.masked_fill_(dropped, 0)
 
 
-class Gathered:
+class GradientSums:
     """Adds up evidence about some weights."""
 
     def __init__(self) -> None:
-        self.kind = Evidence.NONE
+        self.kind = GradientStatistic.NONE
         self.sums: dict[str, torch.Tensor] = {}
         self._weights: dict[str, torch.nn.Parameter] = {}
 
-    def begin(self, kind: Evidence, weights: Mapping[str, torch.nn.Parameter]) -> None:
+    def begin(self, kind: GradientStatistic, weights: Mapping[str, torch.nn.Parameter]) -> None:
         """Gather about other weights from here on."""
         self.kind, self._weights = kind, dict(weights)
         self.sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -123,11 +123,11 @@ class Gathered:
         for name, weight in self._weights.items():
             if weight.grad is None:
                 continue
-            if self.kind is Evidence.GRADIENT:
+            if self.kind is GradientStatistic.GRADIENT:
                 found = weight.grad
-            elif self.kind is Evidence.SALIENCE:
+            elif self.kind is GradientStatistic.SALIENCE:
                 found = (weight * weight.grad).abs()
-            elif self.kind is Evidence.MOVEMENT:
+            elif self.kind is GradientStatistic.MOVEMENT:
                 found = -(weight * weight.grad)
             else:
                 continue

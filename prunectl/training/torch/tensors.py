@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from prunectl.errors import UsageError
-from prunectl.training.backend import Ending
+from prunectl.training.backend import FinalActivation
 
 _AS_BITS = {
     "bfloat16": (np.int16, torch.bfloat16),
@@ -21,7 +21,7 @@ _AS_BITS = {
 
 
 def to_torch(array: NDArray[Any]) -> torch.Tensor:
-    """Return a tensor of the same numbers, its memory its own."""
+    """A tensor of the same numbers, its memory its own."""
     own = np.array(array, order="C")
     if own.dtype.name in _AS_BITS:
         bits, dtype = _AS_BITS[own.dtype.name]
@@ -30,7 +30,7 @@ def to_torch(array: NDArray[Any]) -> torch.Tensor:
 
 
 def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
-    """Return an array of the same numbers, its memory its own."""
+    """An array of the same numbers, its memory its own."""
     found = tensor.detach().cpu().contiguous()
     for name, (bits, dtype) in _AS_BITS.items():
         if found.dtype is dtype:
@@ -39,8 +39,8 @@ def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
     return np.array(found.numpy())
 
 
-def tensors(found: Any) -> tuple[torch.Tensor, ...]:
-    """Return the outputs in a row, whatever a module gives them in."""
+def output_tensors(found: Any) -> tuple[torch.Tensor, ...]:
+    """The outputs in a row, whatever a module gives them in."""
     if isinstance(found, torch.Tensor):
         return (found,)
     if isinstance(found, Mapping):
@@ -51,8 +51,8 @@ def tensors(found: Any) -> tuple[torch.Tensor, ...]:
     return outs
 
 
-def leaves(found: Any) -> list[torch.Tensor]:
-    """Return every tensor in what a module gives, whatever they are packed in."""
+def tensor_leaves(found: Any) -> list[torch.Tensor]:
+    """Every tensor in what a module gives, whatever they are packed in."""
     packed = torch.utils._pytree.tree_leaves(found)  # noqa: SLF001
     return [one for one in packed if isinstance(one, torch.Tensor)]
 
@@ -76,15 +76,15 @@ _PASSED_ON = frozenset(
     }
 )
 _ENDINGS = {
-    "Softmax": Ending.SOFTMAX,
-    "SafeSoftmax": Ending.SOFTMAX,
-    "LogSoftmax": Ending.LOG_SOFTMAX,
-    "Sigmoid": Ending.SIGMOID,
+    "Softmax": FinalActivation.SOFTMAX,
+    "SafeSoftmax": FinalActivation.SOFTMAX,
+    "LogSoftmax": FinalActivation.LOG_SOFTMAX,
+    "Sigmoid": FinalActivation.SIGMOID,
 }
 _RAW = frozenset({"Addmm", "Mm", "Bmm", "Convolution", "Add", "Relu", "NativeBatchNorm", "CudnnBatchNorm", "Tanh"})
 
 
-def ending(out: torch.Tensor) -> Ending:
+def final_activation(out: torch.Tensor) -> FinalActivation:
     """The last activation, by the operation of autograd that made an output; unknown where that does not tell."""
     step: Any = out.grad_fn
     while step is not None:
@@ -92,12 +92,12 @@ def ending(out: torch.Tensor) -> Ending:
         if name in _ENDINGS:
             return _ENDINGS[name]
         if name not in _PASSED_ON or not step.next_functions:
-            return Ending.RAW if name in _RAW else Ending.UNKNOWN
+            return FinalActivation.RAW if name in _RAW else FinalActivation.UNKNOWN
         step = step.next_functions[0][0]
-    return Ending.UNKNOWN
+    return FinalActivation.UNKNOWN
 
 
-def reason(error: Exception) -> str:
-    """Return the line in which PyTorch comes to the point: the first, or the last where a script was interpreted."""
+def error_line(error: Exception) -> str:
+    """The line in which PyTorch comes to the point: the first, or the last where a script was interpreted."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1 if "TorchScript" in lines[0] else 0]

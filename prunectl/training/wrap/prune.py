@@ -23,15 +23,15 @@ from prunectl.pruning.schedules import Schedule, SparsitySchedule
 from prunectl.pruning.strip import stats_for_report
 from prunectl.pruning.threshold import Mask
 from prunectl.training import user_code
-from prunectl.training.backend import ModelOrigin
+from prunectl.training.backend import LoadOptions
 from prunectl.training.keras.compile.config import read_training_config
-from prunectl.training.wrap.wrappers import Wrapping, check_stripped, wrap, wrapper_of
+from prunectl.training.wrap.wrappers import WrapperSpec, verify_roundtrip, wrap, wrapper_format
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 @dataclass(frozen=True, slots=True)
-class Wrapped:
+class WrapResult:
     """What came of a run."""
 
     pruned: Pruned
@@ -47,11 +47,11 @@ class Wrapped:
 
 
 def prune_wrapped(
-    path: Path, request: PruneRequest, ramp: SparsitySchedule | None, origin: ModelOrigin, output: Destination | None
-) -> Wrapped:
+    path: Path, request: PruneRequest, ramp: SparsitySchedule | None, origin: LoadOptions, output: Destination | None
+) -> WrapResult:
     """Prune a model behind wrappers: now, or, with a ramp, in later training."""
     model = open_model(path)
-    wrapper_of(model, has_schedule=ramp is not None)
+    wrapper_format(model, has_schedule=ramp is not None)
     outputs.check(model, output)
     user_code.check(model, origin)
     with temporary_folder() as scratch:
@@ -62,7 +62,7 @@ def prune_wrapped(
         with outputs.staging_dir(model, output) as (folder, target):
             written = folder / target.name
             bare = wrap(model, wrapping, written)
-            check_stripped(found if ramp is None else model, written)
+            verify_roundtrip(found if ramp is None else model, written)
             if request.is_packed:
                 outputs.pack(written, folder)
             result = open_model(written)
@@ -72,13 +72,13 @@ def prune_wrapped(
         pruned = replace(pruned, tallies=_untouched(model, pruned))
     shown = str(output.target if output is not None else "the result")
     pruned = replace(pruned, request=request, after=replace(after, path=shown))
-    return Wrapped(pruned, len(wrapping.names) - len(bare), bare, ramp, is_bare, lost)
+    return WrapResult(pruned, len(wrapping.names) - len(bare), bare, ramp, is_bare, lost)
 
 
-def _wrapping(found: ModelFile, pruned: Pruned, ramp: SparsitySchedule | None, origin: ModelOrigin) -> Wrapping:
+def _wrapping(found: ModelFile, pruned: Pruned, ramp: SparsitySchedule | None, origin: LoadOptions) -> WrapperSpec:
     pattern, pool = parse_pattern(pruned.request)
     if ramp is None:
-        return Wrapping(_masks(found, pruned), pattern=pattern, pool=pool, origin=origin)
+        return WrapperSpec(_masks(found, pruned), pattern=pattern, pool=pool, origin=origin)
     if not isinstance(pattern, BlockPattern | None):
         raise UsageError(
             f"tfmot makes the pattern {pruned.request.pattern} at once, without a schedule",
@@ -88,7 +88,7 @@ def _wrapping(found: ModelFile, pruned: Pruned, ramp: SparsitySchedule | None, o
     schedules: dict[str, Schedule] = {
         name: replace(ramp, final=share, initial=min(ramp.initial, share)) for name, share in shares.items()
     }
-    return Wrapping({}, schedules, pattern=pattern, pool=pool, origin=origin)
+    return WrapperSpec({}, schedules, pattern=pattern, pool=pool, origin=origin)
 
 
 def _has_optimizer(model: ModelFile) -> bool:
@@ -100,7 +100,7 @@ def _is_compiled(model: ModelFile) -> bool:
 
 
 def _masks(found: ModelFile, pruned: Pruned) -> dict[str, Mask]:
-    """Return what stays: everything that is not a plain zero in the pruned file."""
+    """What stays: everything that is not a plain zero in the pruned file."""
     tensors = {tensor.name: tensor for tensor in found.tensors}
     return {cut.tensor.name: _bits(found.read(tensors[cut.tensor.name])) != 0 for cut in pruned.plan.cuts}
 
@@ -111,7 +111,7 @@ def _bits(array: Array) -> Array:
 
 
 def _share(cut: TensorPlan, pruned: Pruned) -> float:
-    """Return how much of a tensor goes: as it was asked, or as it came out where tensors were ranked or weighed."""
+    """How much of a tensor goes: as it was asked, or as it came out where tensors were ranked or weighed."""
     dropped = pruned.tallies[cut.tensor.name].dropped
     asked = (pruned.sparsity, *(ratio for _, ratio in pruned.request.layers))
     exact = (ratio for ratio in asked if round(ratio * cut.tensor.size) == dropped)
@@ -119,5 +119,5 @@ def _share(cut: TensorPlan, pruned: Pruned) -> float:
 
 
 def _untouched(model: ModelFile, pruned: Pruned) -> dict[str, TensorCounts]:
-    """Return what is in a file that nothing was dropped from yet."""
+    """What is in a file that nothing was dropped from yet."""
     return {cut.tensor.name: TensorCounts(0, count_zeros(model, cut.tensor)) for cut in pruned.plan.cuts}

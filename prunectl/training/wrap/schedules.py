@@ -17,7 +17,7 @@ _FOREVER = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class ResumedSchedule:
     """Go on with a schedule that so many steps were made under already."""
 
     schedule: Schedule
@@ -43,12 +43,12 @@ class Begun:
 
 
 def power_of(ramp: SparsitySchedule) -> float:
-    """Return the power of a polynomial."""
+    """The power of a polynomial."""
     words = dict(word.split("=", 1) for word in ramp.params)
     return float(words.get("power", _POWER))
 
 
-def is_tfmots(schedule: Schedule) -> bool:
+def has_tfmot_class(schedule: Schedule) -> bool:
     """Whether tfmot has a class for a schedule."""
     if not isinstance(schedule, SparsitySchedule):
         return False
@@ -56,15 +56,15 @@ def is_tfmots(schedule: Schedule) -> bool:
     return schedule.curve == "constant" or (schedule.curve == "polynomial" and (schedule.end or 0) > schedule.begin)
 
 
-def is_aligned(schedule: Schedule) -> bool:
+def tfmot_reaches_end(schedule: Schedule) -> bool:
     """Whether tfmot's own class for a schedule reaches its end."""
-    if not is_tfmots(schedule) or not isinstance(schedule, SparsitySchedule):
+    if not has_tfmot_class(schedule) or not isinstance(schedule, SparsitySchedule):
         return False
     return schedule.curve == "constant" or (schedule.last_update_step - schedule.begin) % schedule.frequency == 0
 
 
 def to_config(schedule: Schedule) -> dict[str, Any]:
-    """Return a schedule of our own as Keras keeps it."""
+    """A schedule of our own as Keras keeps it."""
     if isinstance(schedule, SparsitySchedule):
         return {
             "curve": schedule.curve,
@@ -77,22 +77,22 @@ def to_config(schedule: Schedule) -> dict[str, Any]:
         }
     if isinstance(schedule, ChainedSchedule):
         return {"first": to_config(schedule.first), "at": schedule.switch_step, "second": to_config(schedule.second)}
-    if isinstance(schedule, Begun):
+    if isinstance(schedule, ResumedSchedule):
         return {"since": schedule.since, "schedule": to_config(schedule.schedule)}
     raise UsageError(f"a {type(schedule).__name__} cannot be kept in a file: it has no name to be found by again")
 
 
 def from_config(config: Mapping[str, Any]) -> Schedule:
-    """Return the schedule of our own that a file keeps."""
+    """The schedule of our own that a file keeps."""
     if "first" in config:
         return ChainedSchedule(from_config(config["first"]), config["at"], from_config(config["second"]))
     if "since" in config:
-        return Begun(from_config(config["schedule"]), config["since"])
+        return ResumedSchedule(from_config(config["schedule"]), config["since"])
     return SparsitySchedule(**{**config, "params": tuple(config["params"])})
 
 
-def read(kept: Mapping[str, Any]) -> Schedule | None:
-    """Return the schedule in the configuration of a wrapper; None for a class that nobody here knows."""
+def read_schedule(kept: Mapping[str, Any]) -> Schedule | None:
+    """The schedule in the configuration of a wrapper; None for a class that nobody here knows."""
     name, said = text(kept, "class_name"), part(kept, "config")
     try:
         if name == "ConstantSparsity":

@@ -32,14 +32,14 @@ from prunectl.formats.torch.strip import containers
 from prunectl.formats.torch.strip.masks import StateDict, TensorData, iter_nested_dicts
 from prunectl.formats.zip_read import open_archive
 from prunectl.pruning.threshold import Mask
-from prunectl.training.wrap.wrappers import Wrapping
+from prunectl.training.wrap.wrappers import WrapperSpec
 
 ORIGINAL, MASK = "_orig", "_mask"
 """What torch.nn.utils.prune adds to the name of a weight."""
 
 
-def masked(model: ModelFile, masks: Mapping[str, Mask]) -> dict[str, Array]:
-    """Return the masks of all tensors that need one, as numbers of the type of their weight."""
+def mask_entries(model: ModelFile, masks: Mapping[str, Mask]) -> dict[str, Array]:
+    """The masks of all tensors that need one, as numbers of the type of their weight."""
     known = {tensor.name: tensor for tensor in model.tensors}
     found: dict[str, Array] = {}
     by_place = {_place(known[name]): name for name in masks}
@@ -66,7 +66,7 @@ def _place(tensor: Tensor) -> object:
     return (tensor.storage.key, tensor.start, tensor.shape, tensor.strides, tensor.dtype)
 
 
-def wrap_pickle(model: ModelFile, wrapping: Wrapping, target: Path) -> tuple[str, ...]:
+def wrap_pickle(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[str, ...]:
     """Write the copy; every weight gets its mask."""
     archive = open_archive(model.path)
     if containers.is_script(archive) or model.about.code:
@@ -76,7 +76,7 @@ def wrap_pickle(model: ModelFile, wrapping: Wrapping, target: Path) -> tuple[str
         )
     container = containers.open_zip_container(model, archive)
     root = container.ir.root
-    masks = masked(model, wrapping.masks)
+    masks = mask_entries(model, wrapping.masks)
     taken = {ask.key for ask in storage_refs(root)} | container.sizes.keys()
     keys = dict(zip(masks, (key for number in count() if (key := str(number)) not in taken), strict=False))
     missing = set(masks)
@@ -113,7 +113,7 @@ def _put_beside(place: StateDict, keys: Mapping[str, str], masks: Mapping[str, A
 
 
 def _plain(node: IRNode) -> IRNode | None:
-    """Return the tensor inside what makes it a parameter: a mask is none."""
+    """The tensor inside what makes it a parameter: a mask is none."""
     while called(node) not in views.VIEW_CALLS:
         given = arguments(node)
         if not given:
@@ -130,9 +130,9 @@ class _Written:
     blocks: Callable[[], Iterator[Array]]
 
 
-def wrap_safetensors(model: ModelFile, wrapping: Wrapping, target: Path) -> tuple[str, ...]:
+def wrap_safetensors(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[str, ...]:
     """Write the copy; every weight gets its mask."""
-    masks = masked(model, wrapping.masks)
+    masks = mask_entries(model, wrapping.masks)
     written: list[_Written] = []
     for tensor in model.tensors:
         name, mask = tensor.name, masks.get(tensor.name)

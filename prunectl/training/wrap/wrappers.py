@@ -24,14 +24,14 @@ from prunectl.pruning.masks import Pooling
 from prunectl.pruning.schedules import Schedule
 from prunectl.pruning.strip import strip
 from prunectl.pruning.threshold import Mask
-from prunectl.training.backend import ModelOrigin
-from prunectl.training.mask_schedule import Keeper
+from prunectl.training.backend import LoadOptions
+from prunectl.training.mask_schedule import MaskScheduler
 from prunectl.training.request import FinetuneRequest
-from prunectl.training.wrap.schedules import read
+from prunectl.training.wrap.schedules import read_schedule
 
 
 @dataclass(frozen=True, slots=True)
-class Wrapping:
+class WrapperSpec:
     """What wrappers are to say."""
 
     masks: Mapping[str, Mask]
@@ -42,7 +42,7 @@ class Wrapping:
     """How many steps were made under the schedules; -1 before the first, as tfmot has it."""
     pattern: NMPattern | BlockPattern | None = None
     pool: Pooling = Pooling.AVG
-    origin: ModelOrigin = field(default_factory=ModelOrigin)
+    origin: LoadOptions = field(default_factory=LoadOptions)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -51,7 +51,7 @@ class Wrapping:
 
 
 @dataclass(frozen=True, slots=True)
-class Wrapper:
+class WrapperFormat:
     """A framework's wrappers, and the files that they are put into."""
 
     formats: frozenset[str]
@@ -62,15 +62,15 @@ class Wrapper:
     has_schedules: bool
 
 
-WRAPPERS = (
-    Wrapper(frozenset({"torch"}), "torch.nn.utils.prune", "wrap.state_dict:wrap_pickle", has_schedules=False),
-    Wrapper(
+WRAPPER_FORMATS = (
+    WrapperFormat(frozenset({"torch"}), "torch.nn.utils.prune", "wrap.state_dict:wrap_pickle", has_schedules=False),
+    WrapperFormat(
         frozenset({"safetensors"}),
         "torch.nn.utils.prune",
         "wrap.state_dict:wrap_safetensors",
         has_schedules=False,
     ),
-    Wrapper(
+    WrapperFormat(
         frozenset({"keras-h5", "keras", "saved-model"}),
         "tfmot",
         "tfmot.wrappers:wrap",
@@ -79,9 +79,9 @@ WRAPPERS = (
 )
 
 
-def wrapper_of(model: ModelFile, *, has_schedule: bool) -> Wrapper:
-    """Return what wraps a model, or say that nothing can."""
-    found = next((row for row in WRAPPERS if model.format in row.formats), None)
+def wrapper_format(model: ModelFile, *, has_schedule: bool) -> WrapperFormat:
+    """What wraps a model, or say that nothing can."""
+    found = next((row for row in WRAPPER_FORMATS if model.format in row.formats), None)
     if found is None:
         raise InputError(
             f"{model.path} ({by_name(model.format).title}) cannot be wrapped: no framework prunes such files",
@@ -101,11 +101,11 @@ def wrapper_of(model: ModelFile, *, has_schedule: bool) -> Wrapper:
     return found
 
 
-def wrap(model: ModelFile, wrapping: Wrapping, target: Path) -> tuple[str, ...]:
+def wrap(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[str, ...]:
     """Write a copy with wrappers, and return which tensors could get none."""
-    found = wrapper_of(model, has_schedule=bool(wrapping.schedules))
+    found = wrapper_format(model, has_schedule=bool(wrapping.schedules))
     module, _, name = found.writer.partition(":")
-    write: Callable[[ModelFile, Wrapping, Path], tuple[str, ...]] = getattr(
+    write: Callable[[ModelFile, WrapperSpec, Path], tuple[str, ...]] = getattr(
         importlib.import_module(f"prunectl.training.{module}"), name
     )
     bare = write(model, wrapping, target)
@@ -113,7 +113,9 @@ def wrap(model: ModelFile, wrapping: Wrapping, target: Path) -> tuple[str, ...]:
     return bare
 
 
-def _check_wrapped(model: ModelFile, row: Wrapper, wrapping: Wrapping, target: Path, bare: frozenset[str]) -> None:
+def _check_wrapped(
+    model: ModelFile, row: WrapperFormat, wrapping: WrapperSpec, target: Path, bare: frozenset[str]
+) -> None:
     written = open_model(target)
     around = {wrapper.layer for wrapper in written.about.wrappers if wrapper.kind == row.kind}
     for tensor in model.tensors:
@@ -121,8 +123,8 @@ def _check_wrapped(model: ModelFile, row: Wrapper, wrapping: Wrapping, target: P
             raise WorkError(f"{tensor.name} of {model.path} came out without a wrapper")
 
 
-def unwrapped(model: ModelFile, folder: Path) -> ModelFile:
-    """Return a copy without wrappers in a folder: what their masks hold at zero is zero in it."""
+def strip_wrappers(model: ModelFile, folder: Path) -> ModelFile:
+    """A copy without wrappers in a folder: what their masks hold at zero is zero in it."""
     target = folder / model.path.name
     # A SavedModel is built anew without its wrappers, and has no training configuration after that.
     parts = frozenset(StripPart) if model.format == "saved-model" else frozenset({StripPart.MASKS, StripPart.WRAPPERS})
@@ -130,10 +132,10 @@ def unwrapped(model: ModelFile, folder: Path) -> ModelFile:
     return open_model(target)
 
 
-def check_stripped(plain: ModelFile, wrapped: Path) -> None:
+def verify_roundtrip(plain: ModelFile, wrapped: Path) -> None:
     """Refuse a wrapped file whose wrappers, taken off again, do not leave what they should."""
     with temporary_folder() as scratch:
-        found = unwrapped(open_model(wrapped), scratch)
+        found = strip_wrappers(open_model(wrapped), scratch)
         held = {tensor.name: tensor for tensor in found.tensors}
         for tensor in plain.tensors:
             if tensor.role not in WEIGHTS:
@@ -163,7 +165,7 @@ class SavedPruning:
         return any(schedule.last_update_step > self.step + steps for schedule in self.schedules.values())
 
     def notes(self, steps: int) -> tuple[str, ...]:
-        """Return what a user should know of them after so many steps more."""
+        """What a user should know of them after so many steps more."""
         found = [f"The schedule {name} of the file is not known here: its zeros are kept." for name in self.unknown]
         if self.is_open_after(steps):
             end = max(one.last_update_step for one in self.schedules.values())
@@ -173,8 +175,8 @@ class SavedPruning:
         return tuple(found)
 
 
-def kept(model: ModelFile) -> SavedPruning | None:
-    """Return what the wrappers of a file say; None without any."""
+def read_saved_pruning(model: ModelFile) -> SavedPruning | None:
+    """What the wrappers of a file say; None without any."""
     if not any(wrapper.kind == KIND for wrapper in model.about.wrappers):
         return None
     schedules: dict[str, Schedule] = {}
@@ -184,7 +186,7 @@ def kept(model: ModelFile) -> SavedPruning | None:
         if layer.kind != "PruneLowMagnitude":
             continue
         said = part(layer.config, "pruning_schedule")
-        schedule = read(said)
+        schedule = read_schedule(said)
         if schedule is None:
             unknown[str(said.get("class_name"))] = None
             continue
@@ -201,7 +203,7 @@ def _block(config: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _step(model: ModelFile) -> int:
-    """Return the steps that the wrappers have counted; tfmot writes -1 before the first."""
+    """The steps that the wrappers have counted; tfmot writes -1 before the first."""
     wrapped = {wrapper.layer for wrapper in model.about.wrappers}
     counted = [
         int(model.read(tensor))
@@ -211,11 +213,11 @@ def _step(model: ModelFile) -> int:
     return max([0, *counted])
 
 
-def check_wrappable(model: ModelFile, request: FinetuneRequest, keeper: Keeper) -> None:
+def check_wrappable(model: ModelFile, request: FinetuneRequest, keeper: MaskScheduler) -> None:
     """Refuse, before training, what could not be wrapped after it."""
     if not request.keeps_wrappers:
         return
-    wrapper_of(model, has_schedule=False)
+    wrapper_format(model, has_schedule=False)
     if not keeper.masks and keeper.rules.schedule is None:
         raise UsageError(
             f"{model.path} has no zeros that wrappers could keep",
@@ -223,25 +225,29 @@ def check_wrappable(model: ModelFile, request: FinetuneRequest, keeper: Keeper) 
         )
 
 
-def wrapping_of(keeper: Keeper, request: FinetuneRequest, held: SavedPruning | None, steps: int) -> Wrapping:
-    """Return what the wrappers of a result say: its masks, and the schedule of the file if that is not at its end."""
+def spec_of_result(
+    keeper: MaskScheduler, request: FinetuneRequest, held: SavedPruning | None, steps: int
+) -> WrapperSpec:
+    """What the wrappers of a result say: its masks, and the schedule of the file if that is not at its end."""
     rules = keeper.rules
-    wrapping = Wrapping(dict(keeper.masks), pattern=rules.wish.pattern, pool=rules.method.pool, origin=request.origin)
+    wrapping = WrapperSpec(
+        dict(keeper.masks), pattern=rules.wish.pattern, pool=rules.method.pool, origin=request.origin
+    )
     if held is None or request.prunes or not held.is_open_after(steps):
         return wrapping
     schedules = {
         tensor.name: held.schedules[tensor.layer] for tensor in rules.choice.tensors if tensor.layer in held.schedules
     }
-    return Wrapping(wrapping.masks, schedules, held.step + steps, held.block, held.pool, request.origin)
+    return WrapperSpec(wrapping.masks, schedules, held.step + steps, held.block, held.pool, request.origin)
 
 
-def wrap_in_place(written: Path, wrapping: Wrapping) -> tuple[str, ...]:
+def wrap_in_place(written: Path, wrapping: WrapperSpec) -> tuple[str, ...]:
     """Put wrappers into a result that was just written, and return which tensors could get none."""
     plain = open_model(written)
     with tempfile.TemporaryDirectory(dir=written.parent, prefix=".wrapped-") as scratch:
         target = Path(scratch) / written.name
         bare = wrap(plain, wrapping, target)
-        check_stripped(plain, target)
+        verify_roundtrip(plain, target)
         if written.is_dir():
             shutil.rmtree(written)
         os.replace(target, written)

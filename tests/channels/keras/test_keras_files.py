@@ -20,9 +20,9 @@ from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import PruneRequest as Asked
-from prunectl.training.backend import Means, ModelOrigin
+from prunectl.training.backend import LoadOptions, TrainOptions
 from prunectl.training.finetune import finetune
-from prunectl.training.request import FinetuneRequest, Keep
+from prunectl.training.request import FinetuneRequest, KeepWeights
 from tests.channels.keras.masked import silence
 from tests.channels.keras.nets import LIBRARIES, filled, keras, nested, residual, shared, tf_keras
 from tests.channels.keras.test_keras_nets import cut, images, say, short
@@ -332,7 +332,9 @@ def test_what_is_left_can_be_fine_tuned(name: str, tmp_path: Path) -> None:
     output = tmp_path / name
     cut(FIXTURES / name, output)
     shapes = {tensor.name: tensor.shape for tensor in open_model(output).tensors}
-    request = FinetuneRequest(DATA, means=Means(lr=0.002, device="cpu"), origin=ModelOrigin(), epochs=1, keep=Keep.LAST)
+    request = FinetuneRequest(
+        DATA, means=TrainOptions(lr=0.002, device="cpu"), origin=LoadOptions(), epochs=1, keep=KeepWeights.LAST
+    )
     done = finetune(output, request, Destination(tmp_path / f"tuned_{name}"))
     assert done is not None
     assert {tensor.name: tensor.shape for tensor in open_model(tmp_path / f"tuned_{name}").tensors} == shapes

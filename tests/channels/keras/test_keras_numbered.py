@@ -17,7 +17,7 @@ import pytest
 from prunectl.errors import InputError
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
-from prunectl.training.backend import Means
+from prunectl.training.backend import TrainOptions
 from prunectl.training.finetune import finetune
 from prunectl.training.request import FinetuneRequest
 from tests.channels.keras.masked import silence
@@ -146,7 +146,9 @@ def test_it_is_trained_as_the_same_model_of_today_is(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     x, y = random.normal(size=(8, 6, 6, 3)).astype(np.float32), random.normal(size=(8, 3)).astype(np.float32)
     np.savez(tmp_path / "data.npz", x=x, y=y)
-    request = FinetuneRequest(str(tmp_path / "data.npz"), epochs=1, means=Means(loss="mse", optimizer="sgd", lr=0.01))
+    request = FinetuneRequest(
+        str(tmp_path / "data.npz"), epochs=1, means=TrainOptions(loss="mse", optimizer="sgd", lr=0.01)
+    )
     for name in ("now", "old"):
         finetune(tmp_path / f"{name}.keras", request, Destination(tmp_path / f"{name}-out.keras"))
     now, old = (open_model(tmp_path / f"{name}-out.keras") for name in ("now", "old"))

@@ -14,7 +14,7 @@ from prunectl.errors import UntrustedError, UsageError
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
 from prunectl.training.finetune import finetune
-from prunectl.training.request import request_of
+from prunectl.training.request import parse_request
 from tests.channels import nets
 from tests.channels.masked import masked
 from tests.channels.nets import nn, torch
@@ -198,7 +198,7 @@ def test_what_was_cut_is_trained_further(tmp_path: Path) -> None:
         y=random.integers(0, 5, 12),
     )
     words = {"data": str(tmp_path / "train.npz"), "epochs": 1, "batch_size": 5, "lr": 0.01, "loss": "cross-entropy"}
-    finetune(small, request_of({**words, "model": f"{tmp_path / 'small.py'}:Mobile"}), Destination(output))
+    finetune(small, parse_request({**words, "model": f"{tmp_path / 'small.py'}:Mobile"}), Destination(output))
     assert not np.array_equal(
         torch.load(output, weights_only=True)["head.weight"], torch.load(small, weights_only=True)["head.weight"]
     )

@@ -13,7 +13,7 @@ from prunectl.errors import InputError, UsageError
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import PruneRequest
-from prunectl.training.backend import ModelOrigin
+from prunectl.training.backend import LoadOptions
 from tests.channels import nets
 from tests.channels.nets import F, nn, torch
 from tests.channels.torch import nets as more

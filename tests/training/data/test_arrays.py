@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError, UsageError
-from prunectl.training.data.source import Order, each, peek
+from prunectl.training.data.source import EpochOrder, as_tuple, peek
 from tests.training.data.sources import opened, whole
 
 X = np.arange(24, dtype=np.float32).reshape(6, 4)
@@ -34,7 +34,7 @@ def test_npz_arrays_are_chosen_in_brackets_and_several_inputs_with_a_plus(tmp_pa
     batch = peek(opened(f"{tmp_path}/a.npz[b+a,labels]"))
     assert batch is not None
     assert batch.y is not None
-    assert [part.tolist() for part in each(batch.x)] == [(X * 2).tolist(), X.tolist()]
+    assert [part.tolist() for part in as_tuple(batch.x)] == [(X * 2).tolist(), X.tolist()]
     assert not opened(f"{tmp_path}/a.npz[a]").has_targets
 
 
@@ -45,7 +45,7 @@ def test_stored_npz_entries_are_mapped_and_not_read(tmp_path: Path) -> None:
     batch = peek(opened(tmp_path / "a.npz"))
     assert batch is not None
     assert batch.y is not None
-    assert isinstance(each(batch.y)[0].base, np.memmap)
+    assert isinstance(as_tuple(batch.y)[0].base, np.memmap)
 
 
 def test_npz_with_many_arrays_says_which_it_holds(tmp_path: Path) -> None:
@@ -75,8 +75,8 @@ def test_npy_files_are_joined_by_commas_and_pluses(tmp_path: Path) -> None:
     batch = peek(opened(f"{folder}/a.npy+{folder}/b.npy,{folder}/y.npy"))
     assert batch is not None
     assert batch.y is not None
-    assert [part.sum() for part in each(batch.x)] == [X.sum(), 2 * X.sum()]
-    assert isinstance(each(batch.x)[0].base, np.memmap)
+    assert [part.sum() for part in as_tuple(batch.x)] == [X.sum(), 2 * X.sum()]
+    assert isinstance(as_tuple(batch.x)[0].base, np.memmap)
     with pytest.raises(UsageError, match="3 sides"):
         opened(f"{folder}/a.npy,{folder}/b.npy,{folder}/y.npy")
 
@@ -124,6 +124,6 @@ def test_a_path_that_is_not_there_is_an_input_error_and_says_how_to_quote(tmp_pa
 def test_a_slice_of_a_mapped_array_can_be_shuffled(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=X, y=Y)
     source = opened(tmp_path / "a.npz")
-    rows = np.concatenate([each(b.x)[0] for b in source.batches(Order(4, is_shuffled=True))])
+    rows = np.concatenate([as_tuple(b.x)[0] for b in source.batches(EpochOrder(4, is_shuffled=True))])
     assert sorted(rows[:, 0].tolist()) == X[:, 0].tolist()
     assert rows.tolist() != X.tolist()

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError, UsageError, WorkError
-from prunectl.training.backend import Port, Signature
-from prunectl.training.data.readers import Rows, Stream
-from prunectl.training.data.source import Order, each, peek
+from prunectl.training.backend import ModelSignature, TensorSpec
+from prunectl.training.data.readers import IndexedSource, IterableSource
+from prunectl.training.data.source import EpochOrder, as_tuple, peek
 from tests.training.data.sources import numbers, opened
 
 LOADERS = """
@@ -98,11 +98,11 @@ def loaders(tmp_path: Path) -> str:
 @pytest.mark.parametrize("name", ["arrays", "generator", "batches", "examples", "keras"])
 def test_whatever_a_function_gives_becomes_batches_of_one_size(loaders: str, name: str) -> None:
     source = opened(f"{loaders}:{name}")
-    assert isinstance(source, Rows if name in {"arrays", "examples"} else Stream)
+    assert isinstance(source, IndexedSource if name in {"arrays", "examples"} else IterableSource)
     for _ in range(2):
-        assert [len(each(batch.x)[0]) for batch in source.batches(Order(4))] == [4, 4, 2]
+        assert [len(as_tuple(batch.x)[0]) for batch in source.batches(EpochOrder(4))] == [4, 4, 2]
         assert numbers(source) == list(range(10))
-    assert sorted(numbers(source, Order(4, is_shuffled=True))) == list(range(10))
+    assert sorted(numbers(source, EpochOrder(4, is_shuffled=True))) == list(range(10))
 
 
 def test_a_loader_of_pytorch_is_gone_through_anew_each_time(loaders: str) -> None:
@@ -116,10 +116,10 @@ def test_inputs_alone_have_no_targets(loaders: str) -> None:
 
 
 def test_a_dictionary_of_inputs_is_put_in_the_order_of_the_model(loaders: str) -> None:
-    signature = Signature((Port("a", (), ""), Port("b", (), "")), (), is_channels_first=False)
+    signature = ModelSignature((TensorSpec("a", (), ""), TensorSpec("b", (), "")), (), is_channels_first=False)
     batch = peek(opened(f"{loaders}:by_name", signature))
     assert batch is not None
-    assert [part.tolist() for part in each(batch.x)] == [[2 * n for n in range(10)], list(range(10))]
+    assert [part.tolist() for part in as_tuple(batch.x)] == [[2 * n for n in range(10)], list(range(10))]
     with pytest.raises(InputError, match="dictionary of b, a"):
         opened(f"{loaders}:by_name")
 
@@ -143,7 +143,7 @@ def test_a_function_that_gives_something_else_is_told_so(
     loaders: str, name: str, error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said):
-        list(opened(f"{loaders}:{name}").batches(Order(3)))
+        list(opened(f"{loaders}:{name}").batches(EpochOrder(3)))
 
 
 def test_a_file_or_a_module_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError, PrunectlError, UsageError
-from prunectl.training.backend import Port, Signature
+from prunectl.training.backend import ModelSignature, TensorSpec
 from prunectl.training.data.adapt import adapt
-from prunectl.training.data.readers import Stream, from_arrays
-from prunectl.training.data.source import Batch, Order, Source, each
+from prunectl.training.data.readers import IterableSource, from_arrays
+from prunectl.training.data.source import Batch, EpochOrder, Source, as_tuple
 from prunectl.training.data.validate import LOOKED_AT_EXAMPLES, check_batches
 from tests.training.data.sources import Array, model, whole
 
@@ -24,7 +24,7 @@ def adapted(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> Array:
 
 
 def whole_x(source: Source) -> Array:
-    return np.concatenate([each(batch.x)[0] for batch in source.batches(Order(5))])
+    return np.concatenate([as_tuple(batch.x)[0] for batch in source.batches(EpochOrder(5))])
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,9 @@ def test_too_many_inputs_or_none_at_all_are_refused() -> None:
         adapt(source_of(np.zeros((0, 3))), model(3))
 
 
-def checked(x: Array, y: Array | None = None, *, signature: Signature | None = None, classes: int | None = 10) -> None:
+def checked(
+    x: Array, y: Array | None = None, *, signature: ModelSignature | None = None, classes: int | None = 10
+) -> None:
     check_batches(source_of(x, y), signature or model(4), needs_targets=y is not None, classes=classes)
 
 
@@ -146,7 +148,9 @@ def test_labels_and_a_number_for_each_class_pass(y: Array) -> None:
 
 
 def test_pixels_have_labels_too() -> None:
-    signature = Signature((Port("image", (4,), "float32"),), (Port("map", (5, 6, 3), "float32"),), False)
+    signature = ModelSignature(
+        (TensorSpec("image", (4,), "float32"),), (TensorSpec("map", (5, 6, 3), "float32"),), False
+    )
     checked(ZEROS, np.full((700, 5, 6), 2), signature=signature, classes=3)
     with pytest.raises(UsageError, match="the label 3"):
         checked(ZEROS, np.full((700, 5, 6), 3), signature=signature, classes=3)
@@ -175,12 +179,12 @@ def test_an_endless_stream_is_looked_at_from_its_beginning_only() -> None:
         while True:
             yield Batch(np.zeros((100, 4), np.float32), np.zeros(100, np.int64))
 
-    notes = check_batches(Stream("endless", None, True, forever), model(4), needs_targets=True, classes=10)
+    notes = check_batches(IterableSource("endless", None, True, forever), model(4), needs_targets=True, classes=10)
     assert f"first {LOOKED_AT_EXAMPLES:,} examples" in notes[0]
 
 
 def test_a_change_of_inputs_and_targets_reaches_the_cheap_labels() -> None:
     source, _ = adapt(source_of(np.zeros((3, 4, 4), np.uint8), np.arange(3, dtype=np.uint8)), model(4, 4, 1))
-    assert [each(y)[0].dtype for y in source.labels()] == [np.int64]
+    assert [as_tuple(y)[0].dtype for y in source.labels()] == [np.int64]
     with pytest.raises(PrunectlError, match="the label 2 in example 2"):
         check_batches(source, model(4, 4, 1, classes=2), needs_targets=True, classes=2)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError, UsageError
-from prunectl.training.backend import Signature
-from prunectl.training.data.source import Source, each, peek
+from prunectl.training.backend import ModelSignature
+from prunectl.training.data.source import Source, as_tuple, peek
 from tests.training.data.sources import Array, model, opened, whole
 
 image: Any = pytest.importorskip("PIL.Image")
@@ -36,7 +36,7 @@ def pixels(path: Path, mode: str = "RGB") -> Array:
 def first(source: Source) -> Array:
     batch = peek(source)
     assert batch is not None
-    return each(batch.x)[0][0]
+    return as_tuple(batch.x)[0][0]
 
 
 def test_folders_are_classes_in_the_order_of_their_names(folder: Path) -> None:
@@ -62,7 +62,7 @@ def test_folders_are_classes_in_the_order_of_their_names(folder: Path) -> None:
     ],
 )
 def test_pictures_take_the_shape_of_the_model(
-    folder: Path, signature: Signature | None, shape: tuple[int, ...]
+    folder: Path, signature: ModelSignature | None, shape: tuple[int, ...]
 ) -> None:
     assert first(opened(folder, signature)).shape == shape
 

@@ -7,7 +7,7 @@ import pytest
 
 from prunectl.errors import InputError, UsageError
 from prunectl.training.data import spec
-from prunectl.training.data.source import each, peek
+from prunectl.training.data.source import as_tuple, peek
 from tests.training.data.sources import model, opened, whole
 
 BYTES = np.arange(0, 240, 10, dtype=np.uint8).reshape(6, 2, 2)
@@ -141,7 +141,7 @@ def test_random_data_needs_every_length() -> None:
         opened("random:8", model(3, None, None))
     batch = peek(opened("random:8?shape=3x16x16", model(3, None, None)))
     assert batch is not None
-    assert each(batch.x)[0].shape == (8, 3, 16, 16)
+    assert as_tuple(batch.x)[0].shape == (8, 3, 16, 16)
     with pytest.raises(UsageError, match="no count"):
         opened("random:many", model(3))
     with pytest.raises(UsageError, match="needs a model"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError, UsageError
-from prunectl.training.data.source import each, peek
+from prunectl.training.data.source import as_tuple, peek
 from tests.networks import keras
 from tests.training.data.sources import opened, whole
 
@@ -64,8 +64,8 @@ def test_several_features_are_several_inputs(folder: Path) -> None:
     assert batch is not None
     assert batch.y is None
     assert not source.has_targets
-    assert np.array_equal(each(batch.x)[0], FLOATS[:4])
-    assert np.array_equal(each(batch.x)[1], LABELS[:4].astype(np.float32))
+    assert np.array_equal(as_tuple(batch.x)[0], FLOATS[:4])
+    assert np.array_equal(as_tuple(batch.x)[1], LABELS[:4].astype(np.float32))
 
 
 def test_gzip_is_seen_by_content(folder: Path, tf: Any) -> None:
@@ -135,4 +135,4 @@ def test_encoded_pictures_are_decoded(folder: Path, tf: Any) -> None:
     (folder / "g.json").write_text(json.dumps({"x": {"feature": "png", "encoding": "image", "shape": list(SHAPE)}}))
     batch = peek(opened(f"{folder}/p.tfrecord?schema={folder}/g.json"))
     assert batch is not None
-    assert np.array_equal(each(batch.x)[0][0], IMAGES[0])
+    assert np.array_equal(as_tuple(batch.x)[0][0], IMAGES[0])

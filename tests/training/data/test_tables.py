@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from prunectl.errors import InputError, MissingExtraError, UsageError
 from prunectl.formats import safe_json
 from prunectl.training.data import tables
-from prunectl.training.data.readers import Rows, Stream
-from prunectl.training.data.source import Order
+from prunectl.training.data.readers import IndexedSource, IterableSource
+from prunectl.training.data.source import EpochOrder
 from tests.training.data.sources import opened, whole
 
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -65,7 +65,7 @@ def test_the_separator_is_found(tmp_path: Path, name: str, separator: str) -> No
 
 def test_columns_come_in_the_order_that_is_asked(tmp_path: Path) -> None:
     path = written(tmp_path / "t.csv", "a,b,c", "1,2,3")
-    assert [batch.x.tolist() for batch in opened(f"{path}?columns=c,a").batches(Order(2))] == [[[3, 1]]]
+    assert [batch.x.tolist() for batch in opened(f"{path}?columns=c,a").batches(EpochOrder(2))] == [[[3, 1]]]
     assert not opened(path).has_targets
 
 
@@ -86,7 +86,7 @@ def test_columns_come_in_the_order_that_is_asked(tmp_path: Path) -> None:
 def test_a_flaw_in_a_table_is_told_with_its_line(tmp_path: Path, lines: list[str], said: str) -> None:
     path = written(tmp_path / "t.csv", *lines)
     with pytest.raises(InputError, match=said):
-        list(opened(f"{path}?target=y").batches(Order(2)))
+        list(opened(f"{path}?target=y").batches(EpochOrder(2)))
 
 
 def test_a_misspelt_column_says_what_was_meant(tmp_path: Path) -> None:
@@ -103,8 +103,8 @@ def test_a_table_too_big_to_hold_streams_the_same_rows(tmp_path: Path, monkeypat
     held = opened(f"{path}?target=y")
     monkeypatch.setattr(tables, "HELD_BYTES", 0)
     streamed = opened(f"{path}?target=y")
-    assert isinstance(held, Rows)
-    assert isinstance(streamed, Stream)
+    assert isinstance(held, IndexedSource)
+    assert isinstance(streamed, IterableSource)
     assert held.count == streamed.count == 3000
     for one, other in zip(whole(held), whole(streamed), strict=True):
         assert np.array_equal(one, other)
@@ -131,7 +131,7 @@ def test_parquet_columns_are_read_like_those_of_a_text(tmp_path: Path, monkeypat
         assert [["ant", "cat", "dog"][number] for number in y] == words
     monkeypatch.setattr(tables, "HELD_BYTES", 0)
     source = opened(f"{tmp_path}/t.parquet?target=whole&columns=flat")
-    assert isinstance(source, Stream)
+    assert isinstance(source, IterableSource)
     assert source.count == 5000
     found, y = whole(source)
     assert np.array_equal(found, x)

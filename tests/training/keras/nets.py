@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from prunectl.formats.registry import open_model
-from prunectl.training.backend import Means, ModelOrigin
+from prunectl.training.backend import LoadOptions, TrainOptions
 from prunectl.training.data.source import Batch
 from prunectl.training.keras.backend import ignore_warnings
-from prunectl.training.keras.model import KerasTrainable, open_network
+from prunectl.training.keras.model import KerasTrainable, load_trainable
 from tests.contract import Array
 from tests.networks import keras, tf_keras
 
@@ -87,7 +87,7 @@ def saved(model: Any, path: Path) -> Path:
 
 def opened(path: Path, **origin: Any) -> KerasTrainable:
     """Open a file for training."""
-    network = open_network(open_model(path), ModelOrigin(**origin))
+    network = load_trainable(open_model(path), LoadOptions(**origin))
     assert isinstance(network, KerasTrainable)
     return network
 
@@ -95,7 +95,7 @@ def opened(path: Path, **origin: Any) -> KerasTrainable:
 def prepared(path: Path, example: Batch | None = None, **means: Any) -> KerasTrainable:
     """Open a file and prepare it."""
     network = opened(path)
-    network.prepare(Means(example=example if example is not None else batches(1)[0], **means))
+    network.prepare(TrainOptions(example=example if example is not None else batches(1)[0], **means))
     return network
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from prunectl.formats.registry import open_model
-from prunectl.training.backend import Evidence, Means, ModelOrigin, Network
+from prunectl.training.backend import GradientStatistic, LoadOptions, TrainableModel, TrainOptions
 from prunectl.training.data.source import Batch
-from prunectl.training.keras.model import open_network
+from prunectl.training.keras.model import load_trainable
 
 
 def batches(count: int, seed: int) -> list[Batch]:
@@ -24,9 +24,9 @@ def batches(count: int, seed: int) -> list[Batch]:
     ]
 
 
-def fresh(path: Path) -> Network:
-    network = open_network(open_model(path), ModelOrigin())
-    network.prepare(Means(example=batches(1, 0)[0], optimizer="adamw:weight_decay=0.05,learning_rate=0.01"))
+def fresh(path: Path) -> TrainableModel:
+    network = load_trainable(open_model(path), LoadOptions())
+    network.prepare(TrainOptions(example=batches(1, 0)[0], optimizer="adamw:weight_decay=0.05,learning_rate=0.01"))
     return network
 
 
@@ -40,7 +40,7 @@ def main(folder: Path) -> dict[str, Any]:
     network = fresh(path)
     names = [name for name in network.tensors() if "kernel" in name]
     masks = {name: np.abs(one) > np.median(np.abs(one)) for name, one in network.weights(names).items()}
-    network.watch(Evidence.SALIENCE, names)
+    network.watch(GradientStatistic.SALIENCE, names)
     network.step(batches(1, 5)[0], 0.5)
     network.mask(masks)
     network.reseed(1)
@@ -54,7 +54,7 @@ def main(folder: Path) -> dict[str, Any]:
         network.step(batch, 1.0, np.full((12, 4), 0.25, np.float32))
     logs = dict(network.logs())
     again = fresh(path)
-    again.watch(Evidence.SALIENCE, names)
+    again.watch(GradientStatistic.SALIENCE, names)
     again.restore(folder)
     again.mask(masks)
     again.reseed(2)

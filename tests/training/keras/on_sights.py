@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from prunectl.formats.registry import open_model
-from prunectl.training.backend import Means, ModelOrigin
+from prunectl.training.backend import LoadOptions, TrainOptions
 from prunectl.training.data.source import Batch
-from prunectl.training.keras.model import KerasTrainable, open_network
-from prunectl.training.layer_inputs import Sight
+from prunectl.training.keras.model import KerasTrainable, load_trainable
+from prunectl.training.layer_inputs import LayerInput
 
 
 def batch() -> Batch:
@@ -24,10 +24,10 @@ def batch() -> Batch:
 
 
 def main(folder: Path) -> dict[str, Any]:
-    network = open_network(open_model(folder / "model.keras"), ModelOrigin())
+    network = load_trainable(open_model(folder / "model.keras"), LoadOptions())
     assert isinstance(network, KerasTrainable)
-    given, found = batch(), list[Sight]()
-    network.prepare(Means(example=given, frozen=frozenset(one for one in network.tensors() if "dense" in one)))
+    given, found = batch(), list[LayerInput]()
+    network.prepare(TrainOptions(example=given, frozen=frozenset(one for one in network.tensors() if "dense" in one)))
     before = {name: one.tobytes() for name, one in network.tensors().items()}
     network.observe(list(before), given.x, found.append)
     slopes = network.gradients(list(before), given)

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from prunectl.formats.registry import open_model
-from prunectl.training.backend import Evidence, Means, ModelOrigin
-from prunectl.training.keras.model import open_network
+from prunectl.training.backend import GradientStatistic, LoadOptions, TrainOptions
+from prunectl.training.keras.model import load_trainable
 from tests.training.keras.on_backend import batches
 
 
 def main(path: Path) -> dict[str, Any]:
-    network = open_network(open_model(path), ModelOrigin())
-    network.prepare(Means(example=batches(1, 0)[0], optimizer="sgd:momentum=0.9,learning_rate=0.1"))
+    network = load_trainable(open_model(path), LoadOptions())
+    network.prepare(TrainOptions(example=batches(1, 0)[0], optimizer="sgd:momentum=0.9,learning_rate=0.1"))
     names = [name for name in network.tensors() if "kernel" in name]
     masks = {name: np.abs(one) > np.median(np.abs(one)) for name, one in network.weights(names).items()}
-    network.watch(Evidence.GRADIENT, names)
+    network.watch(GradientStatistic.GRADIENT, names)
     network.mask(masks)
     for batch in batches(4, 1):
         network.step(batch, 1.0)

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.training.data.source import each
-from prunectl.training.layer_inputs import Sight, SlidingWindow, Use
+from prunectl.training.data.source import as_tuple
+from prunectl.training.layer_inputs import LayerInput, SlidingWindow, WeightUse
 from tests.contract import Array
 from tests.training.keras import nets
 
 TOLERANCE = 1e-5
 
 
-def groups_of(weight: Array, use: Use) -> Iterator[Array]:
+def groups_of(weight: Array, use: WeightUse) -> Iterator[Array]:
     """The part of each group, (out, in, *window)."""
     weight = np.moveaxis(weight, use.out_axis, 0)
     group_axis, in_axis = (
@@ -32,7 +32,7 @@ def groups_of(weight: Array, use: Use) -> Iterator[Array]:
         yield np.moveaxis(part, in_axis, 1) if in_axis is not None else part[:, np.newaxis]
 
 
-def multiplied(sight: Sight, weight: Array) -> Array:
+def multiplied(sight: LayerInput, weight: Array) -> Array:
     """A product, group by group."""
     weight = weight if sight.use.shape is None else weight.reshape(sight.use.shape)
     runs = np.split(sight.inputs, sight.use.groups, axis=-1)
@@ -41,7 +41,7 @@ def multiplied(sight: Sight, weight: Array) -> Array:
     return found[..., slice(*sight.use.outputs)] if sight.use.outputs else found
 
 
-def slid(sight: Sight, weight: Array) -> Array:
+def slid(sight: LayerInput, weight: Array) -> Array:
     """A convolution, one number at a time."""
     use = sight.use
     runs = np.split(sight.inputs, use.groups, axis=1)
@@ -84,18 +84,20 @@ def spread(x: Array, kernel: Array, window: SlidingWindow) -> Array:
     return np.pad(found[(..., *kept)], ((0, 0), (0, 0), *added))
 
 
-def linear(sight: Sight, weight: Array) -> Array:
+def linear(sight: LayerInput, weight: Array) -> Array:
     return multiplied(sight, weight) if sight.use.window is None else slid(sight, weight)
 
 
-def looked_at(path: Path, x: Any) -> tuple[list[Sight], dict[str, Array]]:
+def looked_at(path: Path, x: Any) -> tuple[list[LayerInput], dict[str, Array]]:
     network = nets.opened(path)
     weights = network.tensors()
-    before, found = network.predict(x), list[Sight]()
-    network.observe(list(weights), x, lambda sight: found.append(Sight(sight.name, sight.inputs.copy(), sight.use)))
+    before, found = network.predict(x), list[LayerInput]()
+    network.observe(
+        list(weights), x, lambda sight: found.append(LayerInput(sight.name, sight.inputs.copy(), sight.use))
+    )
     for name, value in network.tensors().items():
         np.testing.assert_array_equal(value, weights[name])
-    for old, new in zip(each(before), each(network.predict(x)), strict=True):
+    for old, new in zip(as_tuple(before), as_tuple(network.predict(x)), strict=True):
         np.testing.assert_array_equal(old, new)
     assert all(sight.inputs.dtype == np.float32 for sight in found)
     return found, weights

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError, UntrustedError, UsageError, WorkError
-from prunectl.training.backend import Evidence, Means
+from prunectl.training.backend import GradientStatistic, TrainOptions
 from tests.networks import keras, tf_keras
 from tests.running import FIXTURES
 from tests.training.keras import customs, nets
@@ -73,7 +73,7 @@ def test_a_training_step_of_the_model_keeps_the_zeros(k: Any, tmp_path: Path) ->
     inputs = source.layers.Input((nets.FEATURES,))
     model = customs.OWN_STEP[k](inputs, source.layers.Dense(3, name="only")(inputs))
     network = nets.opened(nets.saved(model, tmp_path / "model.keras"), custom_objects=objects(k))
-    network.prepare(Means(example=nets.batches(1)[0]))
+    network.prepare(TrainOptions(example=nets.batches(1)[0]))
     masks = nets.half(nets.kernels(network))
     network.mask(masks)
     nets.train(network, nets.batches(2))
@@ -91,7 +91,7 @@ def test_the_step_of_a_user_trains_and_keeps_the_zeros(k: Any, tmp_path: Path) -
     network = nets.prepared(path, custom_step=f"{HERE}:plain_step", optimizer="sgd", lr=0.5)
     masks = nets.half(nets.kernels(network))
     network.mask(masks)
-    network.watch(Evidence.GRADIENT, list(masks))
+    network.watch(GradientStatistic.GRADIENT, list(masks))
     batch = nets.batches(1)[0]
     losses = []
     for _ in range(30):
@@ -108,7 +108,7 @@ def test_a_step_that_goes_round_the_optimizer_keeps_the_zeros_but_gives_no_evide
     network = nets.prepared(path, custom_step=f"{HERE}:stray_step")
     masks = nets.half(nets.kernels(network))
     network.mask(masks)
-    network.watch(Evidence.GRADIENT, list(masks))
+    network.watch(GradientStatistic.GRADIENT, list(masks))
     nets.train(network, nets.batches(2))
     assert nets.lost_zeros(network, masks) == 0
     assert network.logs() == {"loss": nets.EXAMPLES}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.training.backend import Evidence
+from prunectl.training.backend import GradientStatistic
 from prunectl.training.data.source import Batch
 from tests.contract import Array
 from tests.training.keras import nets
@@ -36,9 +36,11 @@ def numbers(count: int) -> list[Batch]:
 
 @both
 @pytest.mark.parametrize("is_masked", [False, True])
-@pytest.mark.parametrize("evidence", [Evidence.GRADIENT, Evidence.SALIENCE, Evidence.MOVEMENT])
+@pytest.mark.parametrize(
+    "evidence", [GradientStatistic.GRADIENT, GradientStatistic.SALIENCE, GradientStatistic.MOVEMENT]
+)
 def test_evidence_adds_up_what_it_says_also_of_what_is_masked(
-    evidence: Evidence, is_masked: bool, k: Any, tmp_path: Path
+    evidence: GradientStatistic, is_masked: bool, k: Any, tmp_path: Path
 ) -> None:
     network = nets.prepared(
         nets.saved(linear(k()), tmp_path / "model.keras"), numbers(1)[0], loss="mse", optimizer="sgd", lr=0.05
@@ -54,9 +56,9 @@ def test_evidence_adds_up_what_it_says_also_of_what_is_masked(
             kernel, bias = network.tensors().values()
             slope = gradient(batch, kernel, bias)
             expected += {
-                Evidence.GRADIENT: slope,
-                Evidence.SALIENCE: np.abs(kernel * slope),
-                Evidence.MOVEMENT: -kernel * slope,
+                GradientStatistic.GRADIENT: slope,
+                GradientStatistic.SALIENCE: np.abs(kernel * slope),
+                GradientStatistic.MOVEMENT: -kernel * slope,
             }[evidence]
             network.step(batch, 1.0)
         np.testing.assert_allclose(network.evidence()[name], expected, rtol=1e-4, atol=1e-5)
@@ -78,7 +80,7 @@ def test_gradients_of_embeddings_are_held_too(k: Any, tmp_path: Path) -> None:
     name = next(name for name in network.tensors() if "embeddings" in name)
     masks = nets.half(network.weights([name]))
     network.mask(masks)
-    network.watch(Evidence.GRADIENT, [name])
+    network.watch(GradientStatistic.GRADIENT, [name])
     before = network.weights([name])[name]
     nets.train(network, [batch] * 4)
     after = network.weights([name])[name]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError
-from prunectl.training.backend import Evidence, Means
+from prunectl.training.backend import GradientStatistic, TrainOptions
 from prunectl.training.keras.model import KerasTrainable
 from tests.contract import raw
 from tests.training.keras import customs, nets
@@ -30,7 +30,7 @@ def test_a_restored_run_ends_with_the_same_bits(k: Any, tmp_path: Path) -> None:
     masks = nets.half(nets.kernels(whole))
     whole.mask(masks)
     names = list(masks)
-    whole.watch(Evidence.MOVEMENT, names)
+    whole.watch(GradientStatistic.MOVEMENT, names)
     whole.reseed(1)
     nets.train(whole, given[:3])
     whole.save(tmp_path)
@@ -39,7 +39,7 @@ def test_a_restored_run_ends_with_the_same_bits(k: Any, tmp_path: Path) -> None:
 
     again = nets.prepared(path, seed=77)
     nets.train(again, nets.batches(2, seed=9))
-    again.watch(Evidence.MOVEMENT, names)
+    again.watch(GradientStatistic.MOVEMENT, names)
     again.restore(tmp_path)
     again.mask(masks)
     again.reseed(2)
@@ -54,7 +54,7 @@ def test_a_restored_run_ends_with_the_same_bits(k: Any, tmp_path: Path) -> None:
 def whole_logs(path: Path, folder: Path, masks: Any, given: Any) -> float:
     """Loss over the batches after the checkpoint alone."""
     network = nets.prepared(path)
-    network.watch(Evidence.MOVEMENT, list(masks))
+    network.watch(GradientStatistic.MOVEMENT, list(masks))
     network.restore(folder)
     network.mask(masks)
     network.reseed(2)
@@ -87,7 +87,7 @@ def test_what_all_layers_share_is_random_as_in_an_unbroken_run(is_within_an_epoc
         # As it is in another process.
         k.src.backend.common.global_state.set_global_attribute("global_seed_generator", None)
         network = nets.opened(path, custom_objects="tests.training.keras.customs:THREE")
-        network.prepare(Means(example=given[0]))
+        network.prepare(TrainOptions(example=given[0]))
         return network
 
     def went_on(network: KerasTrainable) -> dict[str, bytes]:

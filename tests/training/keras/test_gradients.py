@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from prunectl.errors import UsageError
-from prunectl.training.backend import Evidence
+from prunectl.training.backend import GradientStatistic
 from prunectl.training.data.source import Batch
-from prunectl.training.layer_inputs import Graded
+from prunectl.training.layer_inputs import DifferentiableModel
 from tests.contract import Array
 from tests.training.keras import nets
 from tests.training.keras.nets import both, kinds
@@ -42,7 +42,7 @@ def test_a_gradient_is_that_of_the_mean_loss(k: Callable[[], Any], suffix: str, 
     model = nets.dense(k())
     path = nets.saved(model, tmp_path / f"model{suffix}")
     network, (batch,) = nets.prepared(path), nets.batches(1)
-    graded: Graded = network
+    graded: DifferentiableModel = network
     found = graded.gradients(list(network.tensors()), batch)
     expected = by_hand(model, lambda out: _mean(_cross(k(), batch.y, out)), batch.x)
     matched(found, expected)
@@ -65,7 +65,7 @@ def test_nothing_is_changed(k: Callable[[], Any], tmp_path: Path) -> None:
     networks = [nets.prepared(path), nets.prepared(path)]
     for one in networks:
         one.reseed(3)
-        one.watch(Evidence.GRADIENT, list(nets.kernels(one)))
+        one.watch(GradientStatistic.GRADIENT, list(nets.kernels(one)))
         nets.train(one, given[:2])
     looking, other = networks
     before, logs = looking.tensors(), looking.evidence()

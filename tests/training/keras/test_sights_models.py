@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.training.layer_inputs import Sight, SlidingWindow, Use
+from prunectl.training.layer_inputs import LayerInput, SlidingWindow, WeightUse
 from tests.contract import Array
 from tests.networks import keras
 from tests.training.keras import nets, on_sights
@@ -165,7 +165,7 @@ def test_a_model_of_own_code_is_shown_where_keras_does_the_work(
     monkeypatch.setitem(sys.modules, "own_code", module)
     path = tmp_path / "model.weights.h5"
     of_own_code(k()).save_weights(path)
-    network, found = nets.opened(path, model="own_code:build"), list[Sight]()
+    network, found = nets.opened(path, model="own_code:build"), list[LayerInput]()
     weights, x = network.tensors(), numbers(3, 6)
     network.predict(x)
     network.observe(list(weights), x, found.append)
@@ -232,12 +232,12 @@ def test_an_error_of_who_looks_on_comes_through_and_leaves_the_model_whole(
 ) -> None:
     network = nets.opened(nets.saved(nets.dense(k()), tmp_path / "model.keras"))
 
-    def see(_: Sight) -> None:
+    def see(_: LayerInput) -> None:
         raise RefusedError("this", "that")
 
     with pytest.raises(RefusedError):
         network.observe(list(nets.kernels(network)), numbers(3, 6), see)
-    found = list[Sight]()
+    found = list[LayerInput]()
     network.observe(list(nets.kernels(network)), numbers(3, 6), found.append)
     assert len(found) == 2
     network.predict(numbers(3, 6))
@@ -285,10 +285,10 @@ def test_another_backend_shows_the_same(backend: str, tmp_path: Path) -> None:
     assert theirs["evaluated"] == pytest.approx(ours["evaluated"], rel=1e-3)
 
 
-def told(said: dict[str, Any]) -> Use:
+def told(said: dict[str, Any]) -> WeightUse:
     """What was written as JSON."""
     window = said.pop("window")
-    return Use(**said, window=SlidingWindow(**window) if window is not None else None)
+    return WeightUse(**said, window=SlidingWindow(**window) if window is not None else None)
 
 
 def test_channels_may_come_first(tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_channels_may_come_first(tmp_path: Path) -> None:
     nets.saved(model, tmp_path / "model.keras")
     said, _ = outcome(start("on_sights", tmp_path, KERAS_BACKEND="torch"))
     weights = nets.opened(tmp_path / "model.keras").tensors()
-    shown = [Sight(name, np.asarray(inputs, np.float32), told(use)) for name, inputs, use in said["sights"]]
+    shown = [LayerInput(name, np.asarray(inputs, np.float32), told(use)) for name, inputs, use in said["sights"]]
     assert len(shown) == 4
     np.testing.assert_array_equal(shown[0].inputs, on_sights.batch().x)
     for one, following in pairwise(shown):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.training.backend import Means
+from prunectl.training.backend import TrainOptions
 from prunectl.training.data.source import Batch
 from prunectl.training.keras.model import KerasTrainable
 from tests.contract import raw
@@ -205,7 +205,7 @@ def test_the_file_is_not_touched(tmp_path: Path) -> None:
 def test_a_network_is_prepared_again_with_other_means(tmp_path: Path) -> None:
     path = nets.saved(nets.dense(tf_keras(), **ADAM), tmp_path / "model.h5")
     network = nets.prepared(path)
-    network.prepare(Means(example=nets.batches(1)[0], optimizer="sgd", lr=0.0))
+    network.prepare(TrainOptions(example=nets.batches(1)[0], optimizer="sgd", lr=0.0))
     before = [raw(array) for array in network.tensors().values()]
     nets.train(network, nets.batches())
     assert [raw(array) for array in network.tensors().values()] == before

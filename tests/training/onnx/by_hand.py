@@ -6,11 +6,11 @@ import itertools
 
 import numpy as np
 
-from prunectl.training.layer_inputs import Sight, SlidingWindow, Use
+from prunectl.training.layer_inputs import LayerInput, SlidingWindow, WeightUse
 from tests.contract import Array
 
 
-def meet(weight: Array, sight: Sight) -> Array:
+def meet(weight: Array, sight: LayerInput) -> Array:
     """Return what comes out: features last of a product, channels second of a window."""
     use, weight = sight.use, weight.astype(np.float64)
     inputs = sight.inputs.astype(np.float64)
@@ -21,7 +21,7 @@ def meet(weight: Array, sight: Sight) -> Array:
     )
 
 
-def product(weight: Array, use: Use, inputs: Array) -> Array:
+def product(weight: Array, use: WeightUse, inputs: Array) -> Array:
     stack = weight[None] if use.group_axis is None else np.moveaxis(weight, use.group_axis, 0)
     assert use.in_axis is not None
     axes = [axis for axis in range(weight.ndim) if axis != use.group_axis]
@@ -34,7 +34,7 @@ def product(weight: Array, use: Use, inputs: Array) -> Array:
     return np.concatenate([run @ matrix.T for run, matrix in zip(runs, stack, strict=True)], axis=-1)
 
 
-def slid(weight: Array, use: Use, window: SlidingWindow, inputs: Array) -> Array:
+def slid(weight: Array, use: WeightUse, window: SlidingWindow, inputs: Array) -> Array:
     kernel = ordered(weight, use)
     padded = np.pad(inputs, [(0, 0), (0, 0), *window.pads])
     size = [
@@ -56,7 +56,7 @@ def slid(weight: Array, use: Use, window: SlidingWindow, inputs: Array) -> Array
     return found
 
 
-def spread(weight: Array, use: Use, window: SlidingWindow, inputs: Array) -> Array:
+def spread(weight: Array, use: WeightUse, window: SlidingWindow, inputs: Array) -> Array:
     kernel = ordered(weight, use)  # outputs of a group, all inputs, window
     outputs, channels = len(kernel), inputs.shape[1] // use.groups
     size = [
@@ -81,6 +81,6 @@ def spread(weight: Array, use: Use, window: SlidingWindow, inputs: Array) -> Arr
     return full
 
 
-def ordered(weight: Array, use: Use) -> Array:
+def ordered(weight: Array, use: WeightUse) -> Array:
     assert use.in_axis is not None
     return np.moveaxis(weight, (use.out_axis, use.in_axis), (0, 1))

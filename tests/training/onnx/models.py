@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from prunectl.formats.registry import open_model
-from prunectl.training.backend import ModelOrigin
-from prunectl.training.data.source import Arrays, each
-from prunectl.training.layer_inputs import Sight
-from prunectl.training.onnx.model import open_observed
+from prunectl.training.backend import LoadOptions
+from prunectl.training.data.source import Arrays, as_tuple
+from prunectl.training.layer_inputs import LayerInput
+from prunectl.training.onnx.model import load_onnx_model
 from tests.contract import Array
 
 onnx = pytest.importorskip("onnx")
@@ -44,11 +44,11 @@ def save(path: Path, *args: Any, **more: Any) -> Path:
 
 
 def load(path: Path) -> Any:
-    return open_observed(open_model(path), ModelOrigin())
+    return load_onnx_model(open_model(path), LoadOptions())
 
 
-def sights(path: Path, names: list[str], x: Arrays) -> list[Sight]:
-    found: list[Sight] = []
+def sights(path: Path, names: list[str], x: Arrays) -> list[LayerInput]:
+    found: list[LayerInput] = []
     load(path).observe(names, x, found.append)
     assert all(sight.inputs.dtype == np.float32 for sight in found)
     return found
@@ -58,5 +58,5 @@ def run(path: Path, x: Arrays) -> list[Array]:
     """What onnxruntime says of the file as it is."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [found.name for found in session.get_inputs()]
-    answers: list[Array] = session.run(None, dict(zip(names, each(x), strict=True)))
+    answers: list[Array] = session.run(None, dict(zip(names, as_tuple(x), strict=True)))
     return answers

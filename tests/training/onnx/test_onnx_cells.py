@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.training.layer_inputs import Sight
+from prunectl.training.layer_inputs import LayerInput
 from tests.contract import Array
 from tests.training.onnx.by_hand import meet
 from tests.training.onnx.models import load, node, normal, port, run, save, sights
@@ -61,7 +61,7 @@ def states(op: str, held: dict[str, Array], shown: dict[str, Array], direction: 
     return found
 
 
-def shown(held: dict[str, Array], found: list[Sight]) -> dict[str, Array]:
+def shown(held: dict[str, Array], found: list[LayerInput]) -> dict[str, Array]:
     return {sight.name: meet(held[sight.name], sight) for sight in found}
 
 

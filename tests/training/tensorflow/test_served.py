@@ -11,11 +11,11 @@ from prunectl.errors import InputError, UntrustedError, UsageError
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import PruneRequest as Pruning
-from prunectl.training.backend import Evidence, Means, ModelOrigin
+from prunectl.training.backend import GradientStatistic, LoadOptions, TrainOptions
 from prunectl.training.data.source import Batch
-from prunectl.training.finetune import Finetuned, finetune
-from prunectl.training.request import FinetuneRequest, Keep
-from prunectl.training.runtimes import open_network
+from prunectl.training.finetune import FinetuneResult, finetune
+from prunectl.training.request import FinetuneRequest, KeepWeights
+from prunectl.training.runtimes import load_trainable
 from tests.networks import tf_keras
 from tests.running import FIXTURES
 
@@ -27,7 +27,7 @@ X = RANDOM.normal(size=(22, 6)).astype(np.float32)
 Z = RANDOM.normal(size=(22, 3)).astype(np.float32)
 Y = RANDOM.normal(size=(22, 4)).astype(np.float32)
 BATCH = Batch((X, Z), Y)
-MEANS = Means(optimizer="sgd:learning_rate=0.1", loss="mse", example=BATCH)
+MEANS = TrainOptions(optimizer="sgd:learning_rate=0.1", loss="mse", example=BATCH)
 
 
 class Plain(tf.Module):  # type: ignore[misc, name-defined]
@@ -54,7 +54,7 @@ def saved(path: Path, batch: int | None = None) -> Path:
 
 
 def opened(path: Path) -> Any:
-    network = open_network(open_model(path), ModelOrigin())
+    network = load_trainable(open_model(path), LoadOptions())
     network.prepare(MEANS)
     return network
 
@@ -93,8 +93,8 @@ def test_says_what_goes_in_and_comes_out(tmp_path: Path) -> None:
 
 
 def test_masks_hold_under_momentum_and_decay(tmp_path: Path) -> None:
-    network = open_network(open_model(saved(tmp_path / "m")), ModelOrigin())
-    network.prepare(Means(optimizer="adamw:learning_rate=0.1,weight_decay=0.1", loss="mse", example=BATCH))
+    network = load_trainable(open_model(saved(tmp_path / "m")), LoadOptions())
+    network.prepare(TrainOptions(optimizer="adamw:learning_rate=0.1,weight_decay=0.1", loss="mse", example=BATCH))
     network.step(BATCH, 1.0)
     mask = RANDOM.random((6, 8)) > 0.5
     network.mask({"first": mask})
@@ -103,10 +103,10 @@ def test_masks_hold_under_momentum_and_decay(tmp_path: Path) -> None:
     assert np.array_equal(network.tensors()["first"] != 0, mask)
 
 
-def tuned(path: Path, target: Path, data: str, **words: Any) -> Finetuned:
+def tuned(path: Path, target: Path, data: str, **words: Any) -> FinetuneResult:
     pruning = Pruning(sparsity=0.75)
     return finetune(
-        path, FinetuneRequest(data, epochs=2, pruning=pruning, keep=Keep.LAST, **words), Destination(target)
+        path, FinetuneRequest(data, epochs=2, pruning=pruning, keep=KeepWeights.LAST, **words), Destination(target)
     )
 
 
@@ -115,7 +115,7 @@ def test_a_model_that_keras_3_has_exported_is_tuned_and_served_again(tmp_path: P
         FIXTURES / "every_variable_twice",
         tmp_path / "out",
         f"{FIXTURES / 'digits.npz'}?limit=200",
-        means=Means(lr=0.01),
+        means=TrainOptions(lr=0.01),
     )
     assert found.masked == found.kept == sum(round(0.75 * size) for size in (72, 1152, 8192, 320))
     root = tf.saved_model.load(str(tmp_path / "out"))
@@ -144,13 +144,13 @@ def test_what_is_not_served_is_pruned_but_not_trained(tmp_path: Path) -> None:
 def test_what_is_not_served_has_no_gradient_to_rank_it_by(tmp_path: Path) -> None:
     network = opened(saved(tmp_path / "m"))
     with pytest.raises(UsageError, match="no part in what"):
-        network.watch(Evidence.SALIENCE, ["first", "unused"])
+        network.watch(GradientStatistic.SALIENCE, ["first", "unused"])
 
 
 def test_without_a_signature_there_is_nothing_to_train(tmp_path: Path) -> None:
     tf.saved_model.save(Plain(), tmp_path / "m")
     with pytest.raises(InputError, match="serves nothing"):
-        open_network(open_model(tmp_path / "m"), ModelOrigin())
+        load_trainable(open_model(tmp_path / "m"), LoadOptions())
 
 
 def test_constants_are_not_trained(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_constants_are_not_trained(tmp_path: Path) -> None:
     double = tf.function(lambda x: {"out": 2 * x}).get_concrete_function(tf.TensorSpec((None, 6), tf.float32, "x"))
     tf.saved_model.save(module, tmp_path / "m", signatures=double)
     with pytest.raises(InputError, match="frozen into constants"):
-        open_network(open_model(tmp_path / "m"), ModelOrigin())
+        load_trainable(open_model(tmp_path / "m"), LoadOptions())
 
 
 def test_a_program_that_reads_files_is_run_for_those_who_trust_it_alone(tmp_path: Path) -> None:
@@ -171,6 +171,6 @@ def test_a_program_that_reads_files_is_run_for_those_who_trust_it_alone(tmp_path
     signature = tf.function(answer).get_concrete_function(tf.TensorSpec((None, 6), tf.float32, "x"))
     tf.saved_model.save(module, tmp_path / "m", signatures=signature)
     with pytest.raises(UntrustedError, match="ReadFile") as caught:
-        open_network(open_model(tmp_path / "m"), ModelOrigin())
+        load_trainable(open_model(tmp_path / "m"), LoadOptions())
     assert "--trust" in caught.value.hint
-    assert open_network(open_model(tmp_path / "m"), ModelOrigin(is_trusted=True)).signature.inputs[0].name == "x"
+    assert load_trainable(open_model(tmp_path / "m"), LoadOptions(is_trusted=True)).signature.inputs[0].name == "x"

@@ -12,14 +12,14 @@ from prunectl.pruning.destination import Destination
 from prunectl.pruning.plan import Scope
 from prunectl.pruning.request import PruneRequest as Pruning
 from prunectl.pruning.schedules import SparsitySchedule
-from prunectl.training.backend import Means, ModelOrigin
+from prunectl.training.backend import LoadOptions, TrainOptions
 from prunectl.training.data.source import Batch
-from prunectl.training.finetune import Finetuned, finetune
+from prunectl.training.finetune import FinetuneResult, finetune
 from prunectl.training.keras.model import KerasTrainable
-from prunectl.training.native_pruning import Native
-from prunectl.training.request import FinetuneRequest, Keep, MaskMode, Ramping
+from prunectl.training.native_pruning import NativePruning
+from prunectl.training.request import FinetuneRequest, KeepWeights, MaskMode, ScheduleOptions
 from prunectl.training.wrap.prune import prune_wrapped
-from prunectl.training.wrap.wrappers import kept
+from prunectl.training.wrap.wrappers import read_saved_pruning
 from tests.networks import tf_keras
 from tests.pruning import reference
 from tests.running import FIXTURES, prunectl
@@ -27,7 +27,7 @@ from tests.training.tfmot.models import convolutional, functional, recurrent, sa
 
 k = tf_keras()
 tfmot = pytest.importorskip("prunectl.training.tfmot.schedules").tfmot()
-open_network = importlib.import_module("prunectl.training.tfmot.model").open_network
+load_trainable = importlib.import_module("prunectl.training.tfmot.model").load_trainable
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file:UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -53,12 +53,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def tuned(path: Path, target: Path, data: Path, ramping: Ramping | None = None, **words: Any) -> Finetuned:
+def tuned(path: Path, target: Path, data: Path, ramping: ScheduleOptions | None = None, **words: Any) -> FinetuneResult:
     pruning = {
         name: words.pop(name) for name in ("sparsity", "pattern", "scope", "layers", "strategy") if name in words
     }
-    given = {"epochs": 3, "batch_size": 8, "means": Means(optimizer=SGD, loss=LOSS), "keep": Keep.LAST, **words}
-    request = FinetuneRequest(str(data), pruning=Pruning(**pruning), ramping=ramping or Ramping(), **given)
+    given = {
+        "epochs": 3,
+        "batch_size": 8,
+        "means": TrainOptions(optimizer=SGD, loss=LOSS),
+        "keep": KeepWeights.LAST,
+        **words,
+    }
+    request = FinetuneRequest(str(data), pruning=Pruning(**pruning), ramping=ramping or ScheduleOptions(), **given)
     return finetune(path, request, Destination(target))
 
 
@@ -75,7 +81,7 @@ def by_tfmot(path: Path, schedule: Any, batches: list[Batch], **words: Any) -> A
     return tfmot.strip_pruning(model)
 
 
-def is_by_tfmot(found: Finetuned) -> bool:
+def is_by_tfmot(found: FinetuneResult) -> bool:
     return any("tensorflow-model-optimization" in note for note in found.notes)
 
 
@@ -91,10 +97,10 @@ class TestTheNetwork:
     def test_ends_with_the_very_weights_of_tfmot(
         self, path: Path, ours: SparsitySchedule, theirs: Any, words: Any
     ) -> None:
-        network = open_network(open_model(path), ModelOrigin())
-        network.prepare(Means(optimizer=SGD, loss=LOSS, example=BATCHES[0]))
+        network = load_trainable(open_model(path), LoadOptions())
+        network.prepare(TrainOptions(optimizer=SGD, loss=LOSS, example=BATCHES[0]))
         names = ["conv/kernel:0", "hidden/kernel:0", "out/kernel:0"]
-        assert network.prune_by(Native(dict.fromkeys(names, ours))) == set(names)
+        assert network.prune_by(NativePruning(dict.fromkeys(names, ours))) == set(names)
         for batch in BATCHES:
             network.step(batch, 1.0)
         expected = by_tfmot(path, theirs, BATCHES, **words)
@@ -105,9 +111,9 @@ class TestTheNetwork:
             assert np.array_equal(mask, found[name] != 0)
 
     def test_its_step_is_traced_once_and_not_at_every_epoch(self, path: Path) -> None:
-        network = open_network(open_model(path), ModelOrigin())
-        network.prepare(Means(optimizer=SGD, loss=LOSS, example=BATCHES[0]))
-        network.prune_by(Native({"hidden/kernel:0": SparsitySchedule("polynomial", 0.8, 0, 8, 0.0, 2)}))
+        network = load_trainable(open_model(path), LoadOptions())
+        network.prepare(TrainOptions(optimizer=SGD, loss=LOSS, example=BATCHES[0]))
+        network.prune_by(NativePruning({"hidden/kernel:0": SparsitySchedule("polynomial", 0.8, 0, 8, 0.0, 2)}))
         traced = []
         step = network._model.train_step
         network._model.train_step = lambda data: (traced.append(1), step(data))[1]
@@ -118,9 +124,9 @@ class TestTheNetwork:
         assert len(traced) == 1
 
     def test_is_masked_when_it_is_looked_at_though_tfmot_masks_at_the_end_of_an_epoch(self, path: Path) -> None:
-        network = open_network(open_model(path), ModelOrigin())
-        network.prepare(Means(optimizer=SGD, loss=LOSS, example=BATCHES[0]))
-        network.prune_by(Native({"hidden/kernel:0": SparsitySchedule("constant", 0.5, 1, 1, frequency=1)}))
+        network = load_trainable(open_model(path), LoadOptions())
+        network.prepare(TrainOptions(optimizer=SGD, loss=LOSS, example=BATCHES[0]))
+        network.prune_by(NativePruning({"hidden/kernel:0": SparsitySchedule("constant", 0.5, 1, 1, frequency=1)}))
         for batch in BATCHES[:3]:
             network.step(batch, 1.0)
         (mask,) = network.masks().values()
@@ -131,9 +137,9 @@ class TestTheNetwork:
 
     def test_goes_on_from_a_checkpoint_to_the_same_weights(self, path: Path, tmp_path: Path) -> None:
         def begun() -> Any:
-            network = open_network(open_model(path), ModelOrigin())
-            network.prepare(Means(optimizer="adam", loss=LOSS, example=BATCHES[0]))
-            network.prune_by(Native({"hidden/kernel:0": SparsitySchedule("polynomial", 0.8, 0, 8, 0.0, 2)}))
+            network = load_trainable(open_model(path), LoadOptions())
+            network.prepare(TrainOptions(optimizer="adam", loss=LOSS, example=BATCHES[0]))
+            network.prune_by(NativePruning({"hidden/kernel:0": SparsitySchedule("polynomial", 0.8, 0, 8, 0.0, 2)}))
             return network
 
         whole, half, rest = begun(), begun(), begun()
@@ -149,22 +155,22 @@ class TestTheNetwork:
 
     def test_that_tfmot_cannot_wrap_as_asked_is_left_as_it_was(self, tmp_path: Path) -> None:
         path = saved(functional(k), tmp_path / "m.h5")
-        network = open_network(open_model(path), ModelOrigin())
+        network = load_trainable(open_model(path), LoadOptions())
         ramp = SparsitySchedule("constant", 0.5, 1, 1, frequency=1)
-        network.prepare(Means(optimizer=SGD, loss=LOSS))
-        assert not network.prune_by(Native({"spread/kernel:0": ramp, "shared/kernel:0": ramp}))
+        network.prepare(TrainOptions(optimizer=SGD, loss=LOSS))
+        assert not network.prune_by(NativePruning({"spread/kernel:0": ramp, "shared/kernel:0": ramp}))
         assert not any(hasattr(layer, "pruning_vars") for layer in network._model.layers)
 
     def test_of_a_layer_that_is_called_twice_counts_batches(self, tmp_path: Path) -> None:
         path = saved(functional(k), tmp_path / "m.h5")
-        network = open_network(open_model(path), ModelOrigin())
+        network = load_trainable(open_model(path), LoadOptions())
         x = tuple(RANDOM.normal(size=(4, 6)).astype(np.float32) for _ in range(2))
         batch = Batch(x, np.array([0, 1, 2, 0]))
-        network.prepare(Means(optimizer=SGD, loss=LOSS, example=batch))
+        network.prepare(TrainOptions(optimizer=SGD, loss=LOSS, example=batch))
         names = ("shared/kernel:0", "inside/kernel:0", "out/kernel:0")
-        assert network.prune_by(Native(dict.fromkeys(names, SparsitySchedule("polynomial", 0.5, 0, 6, 0.0, 2)))) == set(
-            names
-        )
+        assert network.prune_by(
+            NativePruning(dict.fromkeys(names, SparsitySchedule("polynomial", 0.5, 0, 6, 0.0, 2)))
+        ) == set(names)
         for _ in range(6):
             network.step(batch, 1.0)
         assert {int(wrapper.pruning_step) for wrapper in network._wrapped.wrappers} == {6}
@@ -176,17 +182,17 @@ class TestWhoPrunes:
     @pytest.mark.parametrize(
         ("words", "ramping"),
         [
-            ({"sparsity": 0.8}, Ramping()),
-            ({"sparsity": 0.8}, Ramping("cosine", end="60%")),
-            ({"sparsity": 0.8}, Ramping("constant")),
-            ({"sparsity": 0.8}, Ramping("polynomial", end="13", frequency=5)),
-            ({"pattern": "2:4"}, Ramping()),
-            ({"sparsity": 0.6, "layers": (("hidden/kernel*", 0.9),)}, Ramping()),
+            ({"sparsity": 0.8}, ScheduleOptions()),
+            ({"sparsity": 0.8}, ScheduleOptions("cosine", end="60%")),
+            ({"sparsity": 0.8}, ScheduleOptions("constant")),
+            ({"sparsity": 0.8}, ScheduleOptions("polynomial", end="13", frequency=5)),
+            ({"pattern": "2:4"}, ScheduleOptions()),
+            ({"sparsity": 0.6, "layers": (("hidden/kernel*", 0.9),)}, ScheduleOptions()),
         ],
         ids=["polynomial", "cosine", "constant", "an end between turns", "groups", "a ratio of its own"],
     )
     def test_tfmot_does_what_it_can_to_the_exact_count(
-        self, words: Any, ramping: Ramping, path: Path, data: Path, tmp_path: Path
+        self, words: Any, ramping: ScheduleOptions, path: Path, data: Path, tmp_path: Path
     ) -> None:
         found = tuned(path, tmp_path / "out.h5", data, ramping, **words)
         assert is_by_tfmot(found)
@@ -248,7 +254,7 @@ class TestWhoPrunes:
         for weight in model.weights:
             weight.assign(np.ones(weight.shape, np.float32))
         model.save(path)
-        still = Means(optimizer="sgd:learning_rate=0.0", loss=LOSS)
+        still = TrainOptions(optimizer="sgd:learning_rate=0.0", loss=LOSS)
         found = tuned(path, tmp_path / "out.h5", data, sparsity=0.5, means=still)
         assert is_by_tfmot(found)
         assert found.kept == sum(round(0.5 * size) for size in (72, 288 * 12, 36))
@@ -260,7 +266,7 @@ class TestWhoPrunes:
         np.savez(tmp_path / "d.npz", x=np.ones((16, 3), np.float32), y=np.zeros((16, 1), np.float32))
         # tfmot keeps round(1.5) = 2 of three weights, and we drop as many.
         found = tuned(
-            path, tmp_path / "out.h5", tmp_path / "d.npz", sparsity=0.5, means=Means(optimizer=SGD, loss="mse")
+            path, tmp_path / "out.h5", tmp_path / "d.npz", sparsity=0.5, means=TrainOptions(optimizer=SGD, loss="mse")
         )
         assert is_by_tfmot(found)
         assert found.kept == 2
@@ -269,7 +275,7 @@ class TestWhoPrunes:
 class TestAFileWithWrappers:
     def test_goes_on_with_its_own_schedule(self, data: Path, path: Path, tmp_path: Path) -> None:
         ramp = SparsitySchedule("polynomial", 0.0, 0, 20, 0.1, 4)
-        prune_wrapped(path, Pruning(sparsity=0.75), ramp, ModelOrigin(), Destination(tmp_path / "w.h5"))
+        prune_wrapped(path, Pruning(sparsity=0.75), ramp, LoadOptions(), Destination(tmp_path / "w.h5"))
         found = tuned(tmp_path / "w.h5", tmp_path / "out.h5", data)
         assert is_by_tfmot(found)
         assert found.masked == found.kept == sum(round(0.75 * size) for size in (72, 288 * 12, 36))
@@ -280,10 +286,10 @@ class TestAFileWithWrappers:
         path = saved(convolutional(k), tmp_path / f"m{suffix}")
         ramp = SparsitySchedule("polynomial", 0.0, 0, 20, 0.1, 5)
         middle, end = tmp_path / f"middle{suffix}", tmp_path / f"end{suffix}"
-        prune_wrapped(path, Pruning(sparsity=0.75), ramp, ModelOrigin(), Destination(tmp_path / f"w{suffix}"))
+        prune_wrapped(path, Pruning(sparsity=0.75), ramp, LoadOptions(), Destination(tmp_path / f"w{suffix}"))
         first = tuned(tmp_path / f"w{suffix}", middle, data, epochs=1, keeps_wrappers=True)
         assert any("goes on to step 20, and training ended at step 10" in note for note in first.notes)
-        held = kept(open_model(middle))
+        held = read_saved_pruning(open_model(middle))
         assert held is not None
         assert held.step == 10
         assert first.masked == sum(round(ramp_at(10) * size) for size in (72, 288 * 12, 36))
@@ -292,7 +298,7 @@ class TestAFileWithWrappers:
         assert second.kept == sum(round(0.75 * size) for size in (72, 288 * 12, 36))
 
     def test_that_is_at_its_end_keeps_its_zeros_by_our_own_masks(self, data: Path, path: Path, tmp_path: Path) -> None:
-        prune_wrapped(path, Pruning(sparsity=0.75), None, ModelOrigin(), Destination(tmp_path / "w.h5"))
+        prune_wrapped(path, Pruning(sparsity=0.75), None, LoadOptions(), Destination(tmp_path / "w.h5"))
         found = tuned(tmp_path / "w.h5", tmp_path / "out.h5", data, keeps_wrappers=True)
         assert not is_by_tfmot(found)
         assert found.masked == found.kept == sum(round(0.75 * size) for size in (72, 288 * 12, 36))
@@ -314,7 +320,7 @@ class TestAFileWithWrappers:
 
     def test_follows_another_schedule_if_one_is_asked_for(self, data: Path, path: Path, tmp_path: Path) -> None:
         ramp = SparsitySchedule("polynomial", 0.0, 0, 20, 0.1, 4)
-        prune_wrapped(path, Pruning(sparsity=0.75), ramp, ModelOrigin(), Destination(tmp_path / "w.h5"))
+        prune_wrapped(path, Pruning(sparsity=0.75), ramp, LoadOptions(), Destination(tmp_path / "w.h5"))
         found = tuned(tmp_path / "w.h5", tmp_path / "out.h5", data, sparsity=0.5)
         assert found.kept == sum(round(0.5 * size) for size in (72, 288 * 12, 36))
 
@@ -338,7 +344,7 @@ def ramp_at(step: int) -> float:
 
 
 def test_a_keras_network_stands_behind_it(path: Path) -> None:
-    assert isinstance(open_network(open_model(path), ModelOrigin()), KerasTrainable)
+    assert isinstance(load_trainable(open_model(path), LoadOptions()), KerasTrainable)
 
 
 def test_the_command_tunes_a_wrapped_file_and_says_who_prunes(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from prunectl.errors import UsageError
 from prunectl.pruning.schedules import ChainedSchedule, Schedule, SparsitySchedule
-from prunectl.training.wrap.schedules import Begun, read
+from prunectl.training.wrap.schedules import ResumedSchedule, read_schedule
 from tests.networks import tf_keras
 
 tf_keras()
@@ -42,7 +42,7 @@ def test_a_constant_ramp_is_the_constant_sparsity_of_tfmot_at_every_step(
     assert asked(theirs, 90) == said(ours, 90)
     assert type(schedules.to_tfmot_schedule(ours)) is type(theirs)
     assert schedules.to_tfmot_schedule(ours).get_config() == theirs.get_config()
-    assert read(theirs.get_config()) == ours
+    assert read_schedule(theirs.get_config()) == ours
 
 
 @settings(max_examples=25, deadline=None)
@@ -62,7 +62,7 @@ def test_a_polynomial_ramp_is_the_polynomial_decay_of_tfmot_at_every_step(
     assert asked(theirs, 90) == said(ours, 90)
     assert type(schedules.to_tfmot_schedule(ours)) is type(theirs)
     assert schedules.to_tfmot_schedule(ours).get_config() == theirs.get_config()
-    assert read(theirs.get_config()) == ours
+    assert read_schedule(theirs.get_config()) == ours
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_polynomial_ramp_is_the_polynomial_decay_of_tfmot_at_every_step(
         ChainedSchedule(
             SparsitySchedule("constant", 0.3, 2, 4, frequency=2), 6, SparsitySchedule("linear", 0.9, 0, 9, 0.3, 3)
         ),
-        Begun(SparsitySchedule("cosine", 0.8, 3, 20, 0.1, 4), 5),
+        ResumedSchedule(SparsitySchedule("cosine", 0.8, 3, 20, 0.1, 4), 5),
     ],
     ids=["cosine", "step", "polynomial in no time", "then", "begun"],
 )
@@ -103,7 +103,7 @@ class TestSchedulesThatTfmotDoesNotHave:
         with tfmot.prune_scope():
             layer = k.models.load_model(tmp_path / "wrapped.h5").layers[0]
         assert layer.pruning_schedule.schedule == schedule
-        assert read(layer.pruning_schedule.get_config()) == schedule
+        assert read_schedule(layer.pruning_schedule.get_config()) == schedule
 
 
 def test_a_plugin_survives_by_its_name(tmp_path: Any) -> None:
@@ -111,7 +111,7 @@ def test_a_plugin_survives_by_its_name(tmp_path: Any) -> None:
     path.write_text("def sudden(done, initial, final, *, at=0.5):\n    return final if done >= at else initial\n")
     schedule = SparsitySchedule(f"{path}:sudden", 0.6, 0, 10, 0.1, 2, ("at=0.4",))
     kept = schedules.to_tfmot_schedule(schedule).get_config()
-    assert read(kept) == schedule
+    assert read_schedule(kept) == schedule
     assert asked(schedules.ScheduleAdapter.from_config(kept["config"]), 11)[4] == (True, pytest.approx(0.6))
 
 
@@ -121,7 +121,7 @@ def test_all_weights_are_too_many_for_tfmot() -> None:
 
 
 def test_a_class_that_nobody_knows_is_no_schedule() -> None:
-    assert read({"class_name": "MySchedule", "config": {}}) is None
+    assert read_schedule({"class_name": "MySchedule", "config": {}}) is None
 
 
 def test_tfmot_leaves_no_trace_in_the_environment() -> None:

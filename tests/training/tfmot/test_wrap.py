@@ -17,8 +17,8 @@ from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.schedules import SparsitySchedule
 from prunectl.pruning.strip import strip
 from prunectl.reporting.prune import wrap_report
-from prunectl.training.backend import ModelOrigin
-from prunectl.training.wrap.prune import Wrapped, prune_wrapped
+from prunectl.training.backend import LoadOptions
+from prunectl.training.wrap.prune import WrapResult, prune_wrapped
 from tests.networks import tf_keras
 from tests.running import FIXTURES
 from tests.training.tfmot.models import convolutional, functional, recurrent, saved
@@ -33,9 +33,9 @@ pytestmark = [
 POLYNOMIAL = SparsitySchedule("polynomial", 0.0, 10, 60, 0.1, 5, ("power=2.0",))
 
 
-def wrapped(path: Path, out: Path, ramp: SparsitySchedule | None = None, custom: str = "", **words: Any) -> Wrapped:
+def wrapped(path: Path, out: Path, ramp: SparsitySchedule | None = None, custom: str = "", **words: Any) -> WrapResult:
     return prune_wrapped(
-        path, PruneRequest(**{"sparsity": 0.75, **words}), ramp, ModelOrigin(custom_objects=custom), Destination(out)
+        path, PruneRequest(**{"sparsity": 0.75, **words}), ramp, LoadOptions(custom_objects=custom), Destination(out)
     )
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from prunectl.errors import UsageError
-from prunectl.training.torch.losses import METRICS, ChosenLoss, choose_metric
+from prunectl.training.torch.losses import METRICS, TorchLoss, resolve_metrics
 
 OUT = torch.tensor([[0.1, 0.7, 0.2, 0.0, 0.0, 0.0], [0.3, 0.1, 0.05, 0.2, 0.25, 0.1]])
 LABELS = torch.tensor([1, 2])
-OWN = ChosenLoss("f.py:loss", lambda out, y: out.sum() * y.sum())
+OWN = TorchLoss("f.py:loss", lambda out, y: out.sum() * y.sum())
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ OWN = ChosenLoss("f.py:loss", lambda out, y: out.sum() * y.sum())
 def test_a_metric_that_does_not_fit_the_targets_says_so(
     metric: str, out: torch.Tensor, y: torch.Tensor, shapes: str
 ) -> None:
-    (measure,) = choose_metric((metric,), OWN, out, y).values()
+    (measure,) = resolve_metrics((metric,), OWN, out, y).values()
     with pytest.raises(UsageError, match=f"the metric {metric} does not fit") as refused:
         measure(out, y)
     assert shapes in refused.value.message
@@ -46,9 +46,9 @@ def test_a_metric_of_the_users_that_gives_many_numbers_is_told(tmp_path: Path) -
     (tmp_path / "many.py").write_text("def score(out, y):\n    return out[:, 0]\ndef good(out, y):\n    return 0.25\n")
     name = f"{tmp_path / 'many.py'}:score"
     with pytest.raises(UsageError, match="it returns 2 numbers, and one is due"):
-        choose_metric((name,), OWN, OUT, LABELS)[name](OUT, LABELS)
+        resolve_metrics((name,), OWN, OUT, LABELS)[name](OUT, LABELS)
     good = f"{tmp_path / 'many.py'}:good"
-    assert choose_metric((good,), OWN, OUT, LABELS)[good](OUT, LABELS).item() == 0.25
+    assert resolve_metrics((good,), OWN, OUT, LABELS)[good](OUT, LABELS).item() == 0.25
 
 
 @pytest.mark.parametrize(
@@ -65,4 +65,4 @@ def test_a_metric_of_the_users_that_gives_many_numbers_is_told(tmp_path: Path) -
 def test_a_loss_of_the_users_gets_a_metric_that_fits_or_none(
     out: torch.Tensor, y: torch.Tensor | None, names: list[str]
 ) -> None:
-    assert list(choose_metric((), OWN, out, y)) == names
+    assert list(resolve_metrics((), OWN, out, y)) == names

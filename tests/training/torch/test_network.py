@@ -16,13 +16,13 @@ import torch
 
 from prunectl.errors import InputError, UntrustedError, UsageError, WorkError
 from prunectl.formats.registry import open_model
-from prunectl.training.backend import Evidence, Means, ModelOrigin
+from prunectl.training.backend import GradientStatistic, LoadOptions, TrainOptions
 from prunectl.training.course import DivergedError
 from prunectl.training.data.source import Batch
-from prunectl.training.mask_schedule import Keeper, Rules
+from prunectl.training.mask_schedule import MaskScheduler, PruningConfig
 from prunectl.training.torch import losses
-from prunectl.training.torch.build import Built, open_network
-from prunectl.training.torch.model import TorchNetwork
+from prunectl.training.torch.build import BuiltModule, load_trainable
+from prunectl.training.torch.model import TorchTrainable
 from tests.running import FIXTURES
 from tests.training.torch import nets
 
@@ -40,10 +40,10 @@ def saved(module: torch.nn.Module, path: Path) -> Path:
     return path
 
 
-def opened(path: Path, model: str, example: Batch, **means: Any) -> TorchNetwork:
-    network = open_network(open_model(path), ModelOrigin(f"{NETS}:{model}"))
-    assert isinstance(network, TorchNetwork)
-    network.prepare(Means(example=example, device="cpu", **means))
+def opened(path: Path, model: str, example: Batch, **means: Any) -> TorchTrainable:
+    network = load_trainable(open_model(path), LoadOptions(f"{NETS}:{model}"))
+    assert isinstance(network, TorchTrainable)
+    network.prepare(TrainOptions(example=example, device="cpu", **means))
     return network
 
 
@@ -97,8 +97,8 @@ def test_zeros_stay_zero_through_momentum_and_decay(words: str, plain: tuple[net
             assert not np.signbit(one[~masks[name]]).any()
 
 
-@pytest.mark.parametrize("kind", [Evidence.GRADIENT, Evidence.SALIENCE, Evidence.MOVEMENT])
-def test_evidence_is_that_of_autograd_by_hand(kind: Evidence, plain: tuple[nets.Plain, Path]) -> None:
+@pytest.mark.parametrize("kind", [GradientStatistic.GRADIENT, GradientStatistic.SALIENCE, GradientStatistic.MOVEMENT])
+def test_evidence_is_that_of_autograd_by_hand(kind: GradientStatistic, plain: tuple[nets.Plain, Path]) -> None:
     module, path = plain
     network = opened(path, "Plain", examples(), optimizer="sgd:lr=0.1")
     network.watch(kind, ["one.weight"])
@@ -111,9 +111,9 @@ def test_evidence_is_that_of_autograd_by_hand(kind: Evidence, plain: tuple[nets.
         weight, gradient = module.one.weight.detach(), module.one.weight.grad
         assert gradient is not None
         total += {
-            Evidence.GRADIENT: gradient,
-            Evidence.SALIENCE: (weight * gradient).abs(),
-            Evidence.MOVEMENT: -weight * gradient,
+            GradientStatistic.GRADIENT: gradient,
+            GradientStatistic.SALIENCE: (weight * gradient).abs(),
+            GradientStatistic.MOVEMENT: -weight * gradient,
         }[kind]
         optimizer.step()
     assert np.allclose(network.evidence()["one.weight"], total.numpy(), atol=1e-7)
@@ -124,9 +124,9 @@ def test_evidence_is_that_of_autograd_by_hand(kind: Evidence, plain: tuple[nets.
 def test_the_gradient_of_what_is_masked_is_gathered_before_it_is_zeroed(plain: tuple[nets.Plain, Path]) -> None:
     network = opened(plain[1], "Plain", examples())
     network.mask({"one.weight": np.zeros((16, 12), bool)})
-    network.watch(Evidence.GRADIENT, ["two.weight"])
+    network.watch(GradientStatistic.GRADIENT, ["two.weight"])
     network.mask({"two.weight": np.zeros((4, 16), bool)})
-    network.watch(Evidence.GRADIENT, ["two.weight"])
+    network.watch(GradientStatistic.GRADIENT, ["two.weight"])
     network.step(examples(), 1.0)
     assert network.evidence()["two.weight"].any()
 
@@ -227,14 +227,14 @@ def test_going_on_from_what_was_saved_is_as_if_nothing_had_happened(tmp_path: Pa
     batches = [Batch(random.normal(size=(16, 1, 8, 8)).astype("f4"), random.integers(0, 10, 16)) for _ in range(6)]
     unbroken = opened(path, "Noisy", batches[0], seed=3)
     unbroken.reseed(5)
-    unbroken.watch(Evidence.MOVEMENT, ["head.weight"])
+    unbroken.watch(GradientStatistic.MOVEMENT, ["head.weight"])
     for batch in batches[:3]:
         unbroken.step(batch, 1.0)
     unbroken.save(tmp_path)
     for batch in batches[3:]:
         unbroken.step(batch, 1.0)
     again = opened(path, "Noisy", batches[0], seed=3)
-    again.watch(Evidence.MOVEMENT, ["head.weight"])
+    again.watch(GradientStatistic.MOVEMENT, ["head.weight"])
     again.restore(tmp_path)
     for batch in batches[3:]:
         again.step(batch, 1.0)
@@ -333,18 +333,18 @@ def test_inputs_that_do_not_fit_are_told_with_their_shape(plain: tuple[nets.Plai
 
 def test_weights_alone_need_something_that_builds_the_model(plain: tuple[nets.Plain, Path]) -> None:
     with pytest.raises(UsageError, match="weights alone"):
-        open_network(open_model(plain[1]), ModelOrigin())
+        load_trainable(open_model(plain[1]), LoadOptions())
 
 
 def test_a_model_with_other_widths_is_told_by_tensor_and_shapes(plain: tuple[nets.Plain, Path]) -> None:
     with pytest.raises(UsageError, match=r"has no words\.weight"):
-        open_network(open_model(plain[1]), ModelOrigin(f"{NETS}:Reader"))
+        load_trainable(open_model(plain[1]), LoadOptions(f"{NETS}:Reader"))
 
 
 def test_a_whole_module_is_not_unpickled_without_trust(tmp_path: Path) -> None:
     with pytest.raises(UntrustedError):
-        open_network(open_model(FIXTURES / "whole_module.pt"), ModelOrigin())
-    network = open_network(open_model(FIXTURES / "whole_module.pt"), ModelOrigin(is_trusted=True))
+        load_trainable(open_model(FIXTURES / "whole_module.pt"), LoadOptions())
+    network = load_trainable(open_model(FIXTURES / "whole_module.pt"), LoadOptions(is_trusted=True))
     assert set(network.tensors()) == {"0.weight", "0.bias"}
 
 
@@ -353,15 +353,15 @@ def test_a_script_whose_weights_were_frozen_is_refused(tmp_path: Path) -> None:
     script = torch.jit.freeze(torch.jit.script(nets.Plain().eval()))
     torch.jit.save(script, tmp_path / "frozen.pt")
     with pytest.raises((InputError, UsageError)):
-        open_network(open_model(tmp_path / "frozen.pt"), ModelOrigin())
+        load_trainable(open_model(tmp_path / "frozen.pt"), LoadOptions())
 
 
 def test_an_exported_program_for_one_example_takes_any_batch(tmp_path: Path) -> None:
     module = nets.Plain()
     torch.export.save(torch.export.export(module, (torch.zeros(3, 12),)), tmp_path / "plain.pt2")
-    network = open_network(open_model(tmp_path / "plain.pt2"), ModelOrigin())
+    network = load_trainable(open_model(tmp_path / "plain.pt2"), LoadOptions())
     batch = examples(7)
-    network.prepare(Means(example=batch, device="cpu"))
+    network.prepare(TrainOptions(example=batch, device="cpu"))
     wanted = module(torch.from_numpy(batch.x)).detach().numpy()
     assert np.allclose(np.asarray(network.predict(batch.x)), wanted, atol=1e-6)
     other = copy.deepcopy(module)
@@ -373,9 +373,9 @@ def test_an_exported_program_for_one_example_takes_any_batch(tmp_path: Path) -> 
         assert np.allclose(value, other.state_dict()[name].numpy(), atol=1e-5), name
 
 
-@pytest.mark.parametrize("kind", [Evidence.GRADIENT, Evidence.SALIENCE, Evidence.MOVEMENT])
+@pytest.mark.parametrize("kind", [GradientStatistic.GRADIENT, GradientStatistic.SALIENCE, GradientStatistic.MOVEMENT])
 def test_gradients_of_half_precision_steps_that_overflow_are_no_evidence(
-    kind: Evidence, plain: tuple[nets.Plain, Path]
+    kind: GradientStatistic, plain: tuple[nets.Plain, Path]
 ) -> None:
     batch = examples()
     network = opened(plain[1], "Plain", batch, precision="fp16", lr=0.01)
@@ -395,12 +395,15 @@ def test_evidence_that_is_not_finite_ends_the_run(
     plain: tuple[nets.Plain, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = opened(plain[1], "Plain", examples(), lr=0.01)
-    network.watch(Evidence.MOVEMENT, ["one.weight"])
-    keeper = Keeper(
-        cast("Rules", SimpleNamespace(names=("one.weight",), evidence=Evidence.MOVEMENT, schedule=None, regrowth=None))
+    network.watch(GradientStatistic.MOVEMENT, ["one.weight"])
+    keeper = MaskScheduler(
+        cast(
+            "PruningConfig",
+            SimpleNamespace(names=("one.weight",), evidence=GradientStatistic.MOVEMENT, schedule=None, regrowth=None),
+        )
     )
     network._gathered.sums["one.weight"][0, 0] = float("inf")
-    monkeypatch.setattr(Keeper, "_is_turn", lambda *_: True)
+    monkeypatch.setattr(MaskScheduler, "_is_turn", lambda *_: True)
     with pytest.raises(DivergedError, match=r"gradient of one\.weight"):
         keeper.turn(network, 5)
 
@@ -447,8 +450,8 @@ def test_every_process_goes_on_with_its_own_random_numbers(tmp_path: Path, monke
 
     first = opened(path, "Noisy", batch)
     first._place = replace(first._place, ranks=2)
-    monkeypatch.setattr("prunectl.training.torch.distributed.gathered", gathered)
-    monkeypatch.setattr("prunectl.training.torch.distributed.wait", lambda _: None)
+    monkeypatch.setattr("prunectl.training.torch.distributed.gather_objects", gathered)
+    monkeypatch.setattr("prunectl.training.torch.distributed.barrier", lambda _: None)
     first.reseed(1)
     first.save(tmp_path)
     own = torch.get_rng_state()
@@ -522,9 +525,9 @@ class Ended(torch.nn.Module):
         return self.last(self.two(x))
 
 
-def network_of(module: torch.nn.Module, example: Batch, **means: Any) -> TorchNetwork:
-    network = TorchNetwork(Built(module, {name: name for name in module.state_dict()}))
-    network.prepare(Means(example=example, device="cpu", **means))
+def network_of(module: torch.nn.Module, example: Batch, **means: Any) -> TorchTrainable:
+    network = TorchTrainable(BuiltModule(module, {name: name for name in module.state_dict()}))
+    network.prepare(TrainOptions(example=example, device="cpu", **means))
     return network
 
 
@@ -601,8 +604,8 @@ def test_a_teacher_alone_needs_no_targets(plain: tuple[nets.Plain, Path]) -> Non
 
 def test_means_are_added_up_without_double_precision_where_a_device_has_none() -> None:
     on_mps = cast("torch.Tensor", SimpleNamespace(device=SimpleNamespace(type="mps"), float=lambda: "single"))
-    assert losses._wide(on_mps) == "single"
-    assert losses._wide(torch.ones(())).dtype == torch.float64
+    assert losses._double(on_mps) == "single"
+    assert losses._double(torch.ones(())).dtype == torch.float64
 
 
 def test_a_run_of_an_older_version_is_said_to_be_one(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from prunectl.formats.registry import open_model
-from prunectl.training.backend import ModelOrigin
+from prunectl.training.backend import LoadOptions
 from prunectl.training.data.source import Arrays
-from prunectl.training.layer_inputs import Observed, Sight
-from prunectl.training.runtimes import open_network
-from prunectl.training.torch.layer_inputs import watching
+from prunectl.training.layer_inputs import InspectableModel, LayerInput
+from prunectl.training.runtimes import load_trainable
+from prunectl.training.torch.layer_inputs import capture_layer_inputs
 from tests.calibration.by_hand import as_rows, product
 from tests.calibration.layers import LAYERS
 from tests.contract import Array
@@ -25,18 +25,18 @@ from tests.running import FIXTURES
 from tests.training.torch import nets
 
 
-def seen(module: nn.Module, *x: torch.Tensor) -> dict[str, list[Sight]]:
+def seen(module: nn.Module, *x: torch.Tensor) -> dict[str, list[LayerInput]]:
     """All sights of all parameters, in order; nothing else is different while somebody looks."""
     weights = dict(module.named_parameters())
     with torch.no_grad():
         before = module(*x)
-    found: dict[str, list[Sight]] = {}
+    found: dict[str, list[LayerInput]] = {}
 
-    def see(sight: Sight) -> None:
-        found.setdefault(sight.name, []).append(Sight(sight.name, sight.inputs.copy(), sight.use))
+    def see(sight: LayerInput) -> None:
+        found.setdefault(sight.name, []).append(LayerInput(sight.name, sight.inputs.copy(), sight.use))
 
     values = {name: weight.detach().clone() for name, weight in weights.items()}
-    with watching(weights, see):
+    with capture_layer_inputs(weights, see):
         after = module(*x)
     for old, new in zip(flat(before), flat(after), strict=True):
         torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-6)
@@ -56,11 +56,11 @@ def close(found: Array, expected: Any) -> None:
     np.testing.assert_allclose(found, np.asarray(expected.detach()), rtol=1e-4, atol=1e-5)
 
 
-def outputs(module: nn.Module, sight: Sight) -> Array:
+def outputs(module: nn.Module, sight: LayerInput) -> Array:
     return product(dict(module.named_parameters())[sight.name].detach().numpy(), sight.inputs, sight.use)
 
 
-def met(sights: list[Sight]) -> Array:
+def met(sights: list[LayerInput]) -> Array:
     """All rows of inputs in some order that is always the same."""
     rows = np.concatenate([sight.inputs.reshape(-1, sight.inputs.shape[-1]) for sight in sights]).astype("f8")
     return rows[np.lexsort(rows.round(4).T)]
@@ -71,7 +71,7 @@ def in_order(rows: torch.Tensor) -> Array:
     return found[np.lexsort(found.round(4).T)]
 
 
-def meets(sights: list[Sight], *rows: torch.Tensor) -> None:
+def meets(sights: list[LayerInput], *rows: torch.Tensor) -> None:
     expected = torch.cat([one.reshape(-1, one.shape[-1]) for one in rows])
     np.testing.assert_allclose(met(sights), in_order(expected), atol=1e-4)
 
@@ -180,7 +180,7 @@ class Attentive(nn.Module):
         return found
 
 
-def projected(module: Attentive, sights: list[Sight]) -> dict[tuple[int, int], Array]:
+def projected(module: Attentive, sights: list[LayerInput]) -> dict[tuple[int, int], Array]:
     """What comes out of each part of the projections of query, key and value."""
     return {sight.use.outputs or (0, 24): outputs(module, sight) for sight in sights}
 
@@ -343,7 +343,7 @@ def test_a_layer_that_is_used_twice_is_seen_twice() -> None:
 def test_a_weight_with_two_names_is_seen_under_both() -> None:
     weight, x = nn.Parameter(normal(4, 6)), normal(5, 6)
     names: list[str] = []
-    with watching({"one": weight, "two": weight}, lambda sight: names.append(sight.name)):
+    with capture_layer_inputs({"one": weight, "two": weight}, lambda sight: names.append(sight.name)):
         nn.functional.linear(x, weight)
     assert names == ["one", "two"]
 
@@ -352,15 +352,15 @@ def test_only_what_was_asked_for_is_shown_and_in_the_order_of_the_data() -> None
     module = nets.Plain()
     names: list[str] = []
     weights = {"second": module.two.weight, "first": module.one.weight}
-    with watching(weights, lambda sight: names.append(sight.name)):
+    with capture_layer_inputs(weights, lambda sight: names.append(sight.name)):
         module(normal(3, 12))
     assert names == ["first", "second"]
 
 
 def test_a_layer_that_is_never_called_is_not_shown() -> None:
     module = nn.ModuleDict({"one": nn.Linear(6, 4), "two": nn.Linear(6, 4)})
-    found: list[Sight] = []
-    with watching(dict(module.named_parameters()), found.append):
+    found: list[LayerInput] = []
+    with capture_layer_inputs(dict(module.named_parameters()), found.append):
         module["one"](normal(3, 6))
     assert {sight.name for sight in found} == {"one.weight"}
 
@@ -392,8 +392,8 @@ def test_an_error_leaves_nothing_behind(is_enabled: bool) -> None:
     torch.backends.mha.set_fastpath_enabled(is_enabled)
     try:
         layer = nn.Linear(6, 4)
-        found: list[Sight] = []
-        with pytest.raises(RuntimeError), watching({"w": layer.weight}, found.append):
+        found: list[LayerInput] = []
+        with pytest.raises(RuntimeError), capture_layer_inputs({"w": layer.weight}, found.append):
             layer(normal(3, 5))
         assert torch.backends.mha.get_fastpath_enabled() is is_enabled
     finally:
@@ -403,14 +403,16 @@ def test_an_error_leaves_nothing_behind(is_enabled: bool) -> None:
     assert torch.is_grad_enabled()
 
 
-def observed(path: Path, x: Arrays, origin: ModelOrigin | None = None) -> tuple[Observed, dict[str, list[Sight]]]:
-    network = open_network(open_model(path), origin or ModelOrigin())
-    assert isinstance(network, Observed)
+def observed(
+    path: Path, x: Arrays, origin: LoadOptions | None = None
+) -> tuple[InspectableModel, dict[str, list[LayerInput]]]:
+    network = load_trainable(open_model(path), origin or LoadOptions())
+    assert isinstance(network, InspectableModel)
     names = [tensor.name for tensor in open_model(path).tensors]
-    before, found = network.predict(x), dict[str, list[Sight]]()
+    before, found = network.predict(x), dict[str, list[LayerInput]]()
 
-    def see(sight: Sight) -> None:
-        found.setdefault(sight.name, []).append(Sight(sight.name, sight.inputs.copy(), sight.use))
+    def see(sight: LayerInput) -> None:
+        found.setdefault(sight.name, []).append(LayerInput(sight.name, sight.inputs.copy(), sight.use))
 
     network.observe(names, x, see)
     np.testing.assert_array_equal(network.predict(x), before)
@@ -422,7 +424,7 @@ def observed(path: Path, x: Arrays, origin: ModelOrigin | None = None) -> tuple[
 )
 def test_every_file_of_one_network_shows_the_same(file: str) -> None:
     path, x = FIXTURES / file, normal(4, 1, 8, 8).numpy()
-    build = ModelOrigin(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN")
+    build = LoadOptions(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN")
     is_weights_alone = file in {"digits_cnn.pt", "digits_cnn.safetensors"}
     _, found = observed(path, x, build if is_weights_alone else None)
     state = torch.load(FIXTURES / "digits_cnn.pt", weights_only=True)
@@ -431,7 +433,7 @@ def test_every_file_of_one_network_shows_the_same(file: str) -> None:
     for name, sights in found.items():
         # What was exported for one example sees one at a time.
         assert len(sights) == (len(x) if path.suffix == ".pt2" else 1)
-        sight = Sight(name, np.concatenate([sight.inputs for sight in sights]), sights[0].use)
+        sight = LayerInput(name, np.concatenate([sight.inputs for sight in sights]), sights[0].use)
         np.testing.assert_allclose(sight.inputs, inputs.numpy(), atol=1e-5)
         weight, bias = state[name], state[name.replace("weight", "bias")]
         apply = nn.functional.conv2d if weight.ndim == 4 else nn.functional.linear
@@ -450,12 +452,12 @@ def test_looking_drops_nothing_out_and_takes_no_statistics(tmp_path: Path) -> No
     module = nets.Noisy()
     torch.save(module.state_dict(), tmp_path / "m.pt")
     x = normal(8, 1, 8, 8).numpy()
-    network, found = observed(tmp_path / "m.pt", x, ModelOrigin("tests.training.torch.nets:Noisy"))
+    network, found = observed(tmp_path / "m.pt", x, LoadOptions("tests.training.torch.nets:Noisy"))
     module.eval()
     with torch.no_grad():
         inside = torch.relu(module.norm(module.conv(torch.from_numpy(x)))).flatten(1)
     meets(found["head.weight"], inside)
-    assert isinstance(network, Observed)
+    assert isinstance(network, InspectableModel)
     for name, value in module.state_dict().items():
         np.testing.assert_array_equal(network.tensors()[name], value.numpy())  # type: ignore[attr-defined]
 

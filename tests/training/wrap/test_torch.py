@@ -14,8 +14,8 @@ from prunectl.pruning.prune import prune
 from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.schedules import SparsitySchedule
 from prunectl.pruning.strip import strip
-from prunectl.training.backend import ModelOrigin
-from prunectl.training.wrap.prune import Wrapped, prune_wrapped
+from prunectl.training.backend import LoadOptions
+from prunectl.training.wrap.prune import WrapResult, prune_wrapped
 from tests.running import FIXTURES
 
 torch = pytest.importorskip("torch")
@@ -32,8 +32,8 @@ class Net(torch.nn.Module):
         self.second = torch.nn.Linear(8, 4, bias=False)
 
 
-def wrapped(path: Path, out: Path, **words: Any) -> Wrapped:
-    return prune_wrapped(path, PruneRequest(**{"sparsity": 0.5, **words}), None, ModelOrigin(), Destination(out))
+def wrapped(path: Path, out: Path, **words: Any) -> WrapResult:
+    return prune_wrapped(path, PruneRequest(**{"sparsity": 0.5, **words}), None, LoadOptions(), Destination(out))
 
 
 def numbers(model: ModelFile) -> dict[str, bytes]:
@@ -102,7 +102,7 @@ class TestAStateDict:
                 net,
                 PruneRequest(sparsity=0.5),
                 SparsitySchedule("linear", 0.5, 0, 9),
-                ModelOrigin(),
+                LoadOptions(),
                 Destination(tmp_path / "w.pt"),
             )
         assert "finetune" in caught.value.hint

@@ -21,7 +21,7 @@ from prunectl.channels.torch.resize import attribute
 from prunectl.channels.torch.tracing import quiet, random_like
 from prunectl.channels.verify import TOLERANCE, relative_difference
 from prunectl.errors import WorkError, first_line
-from prunectl.training.torch.tensors import leaves, to_numpy
+from prunectl.training.torch.tensors import tensor_leaves, to_numpy
 
 
 class Container(StrEnum):

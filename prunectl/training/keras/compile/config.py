@@ -13,8 +13,8 @@ from prunectl.formats.base import ModelFile
 from prunectl.formats.keras.config import part
 from prunectl.formats.safe_json import parse_object
 from prunectl.formats.tensorflow.graph_def import read_graph, read_keras_metadata
-from prunectl.training.backend import Array, Means
-from prunectl.training.data.source import each
+from prunectl.training.backend import Array, TrainOptions
+from prunectl.training.data.source import as_tuple
 from prunectl.training.keras._compat import flat_layers
 from prunectl.training.keras.backend import KerasLibrary
 from prunectl.training.keras.compile import losses, optimizers, outputs
@@ -80,7 +80,7 @@ class CompileConfig:
     notes: tuple[str, ...]
 
 
-def resolve_compile_config(loaded: LoadedModel, means: Means, infos: Sequence[OutputInfo]) -> CompileConfig:
+def resolve_compile_config(loaded: LoadedModel, means: TrainOptions, infos: Sequence[OutputInfo]) -> CompileConfig:
     """Resolve loss, metrics and optimizer."""
     context = _Context(loaded, means, infos, read_training_config(loaded.file) if loaded.has_config else {})
     targets = _targets(means, len(infos))
@@ -102,7 +102,7 @@ class _Context:
     """The sources of a configuration, and the notes gathered while resolving it."""
 
     loaded: LoadedModel
-    means: Means
+    means: TrainOptions
     answers: Sequence[OutputInfo]
     file: Mapping[str, Any]
     """What the file says, in its words."""
@@ -114,10 +114,10 @@ class _Context:
         return self.loaded.library
 
 
-def _targets(means: Means, count: int) -> tuple[Array | None, ...]:
+def _targets(means: TrainOptions, count: int) -> tuple[Array | None, ...]:
     if means.example is None or means.example.y is None:
         return (None,) * count
-    arrays = each(means.example.y)
+    arrays = as_tuple(means.example.y)
     if len(arrays) != count:
         raise UsageError(f"the model has {count} outputs, the data has {len(arrays)} arrays of targets")
     return arrays

@@ -16,10 +16,10 @@ import numpy as np
 from prunectl.errors import UsageError
 from prunectl.formats.keras.config import part, text
 from prunectl.training import user_code
-from prunectl.training.backend import Array, Ending
+from prunectl.training.backend import Array, FinalActivation
 from prunectl.training.keras.backend import KerasLibrary
 from prunectl.training.keras.compile.outputs import OutputInfo, flatten
-from prunectl.training.monitor import unfitting
+from prunectl.training.monitor import metric_mismatch
 
 _SHORT_NAMES = {
     "mse": "MeanSquaredError",
@@ -76,7 +76,7 @@ def default_loss(library: KerasLibrary, output: OutputInfo, y: Array | None) -> 
 
 def cross_entropy(library: KerasLibrary, encoding: CrossEntropy, answer: OutputInfo) -> KerasLoss:
     """A cross-entropy that takes what the model ends with."""
-    is_of_logits = answer.ending is Ending.RAW
+    is_of_logits = answer.ending is FinalActivation.RAW
     loss = getattr(library.keras.losses, encoding.value)(from_logits=is_of_logits)
     return KerasLoss(encoding, loss, is_of_logits, _snake(encoding))
 
@@ -85,14 +85,14 @@ def loss_by_name(library: KerasLibrary, name: str, output: OutputInfo, y: Array 
     """The loss that a user asks for."""
     text = name.strip()
     if ":" in text:
-        function = user_code.function(text, "--loss")
+        function = user_code.resolve_function(text, "--loss")
         loss = function() if isinstance(function, type) else function
         return describe_loss(loss)
     if text.lower() in _CROSS_ENTROPY_NAMES:
         return cross_entropy(library, _encoding(output, y), output)
     if text.lower() == "bce":
         return cross_entropy(library, CrossEntropy.BINARY, output)
-    if text.lower() == "kl" and output.ending is Ending.RAW:
+    if text.lower() == "kl" and output.ending is FinalActivation.RAW:
         return KerasLoss(CrossEntropy.OTHER, _kl_of_logits(library), name="kl_divergence")
     if text.lower() in _SHORT_NAMES:
         return _instance(library, _SHORT_NAMES[text.lower()])
@@ -161,9 +161,9 @@ def _encoding_of_classes(output: OutputInfo, y: Array) -> CrossEntropy | None:
     is_same = _is_same_shape(output, y)
     if y.dtype.kind in "iub":
         return _encoding(output, y)
-    if output.ending is Ending.SIGMOID and bool(np.all((y >= 0) & (y <= 1))):
+    if output.ending is FinalActivation.SIGMOID and bool(np.all((y >= 0) & (y <= 1))):
         return CrossEntropy.BINARY
-    if output.ending is Ending.SOFTMAX:
+    if output.ending is FinalActivation.SOFTMAX:
         return CrossEntropy.CATEGORICAL if is_same else CrossEntropy.SPARSE
     return None
 
@@ -174,7 +174,7 @@ def _encoding(output: OutputInfo, y: Array | None) -> CrossEntropy:
         return CrossEntropy.BINARY
     if y is None or not _is_same_shape(output, y):
         return CrossEntropy.SPARSE
-    return CrossEntropy.BINARY if output.ending is Ending.SIGMOID else CrossEntropy.CATEGORICAL
+    return CrossEntropy.BINARY if output.ending is FinalActivation.SIGMOID else CrossEntropy.CATEGORICAL
 
 
 def _is_same_shape(output: OutputInfo, y: Array) -> bool:
@@ -236,7 +236,7 @@ def check_metric_shape(name: str, output: OutputInfo, y: Array | None) -> None:
     """Refuse a metric that compares number with number where there are more of the one."""
     text = name.strip().lower()
     if y is not None and (text in _ELEMENTWISE_METRICS or text.endswith("_error")) and not _has_output_size(output, y):
-        raise unfitting(name, [0, *(size or 0 for size in output.shape[1:])], y.shape)
+        raise metric_mismatch(name, [0, *(size or 0 for size in output.shape[1:])], y.shape)
 
 
 def _has_output_size(output: OutputInfo, y: Array | None) -> bool:
@@ -251,7 +251,7 @@ def metric_by_name(library: KerasLibrary, name: str, loss: KerasLoss | None, obj
     """The metric that a user asks for, by a name that Keras knows or the custom objects."""
     text = name.strip()
     if ":" in text:
-        metric = user_code.function(text, "--metric")
+        metric = user_code.resolve_function(text, "--metric")
         return metric() if isinstance(metric, type) else _per_example(library, metric)
     if text.lower() in ACCURACY:
         return accuracy(library, loss)

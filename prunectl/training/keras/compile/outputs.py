@@ -6,20 +6,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prunectl.training.backend import Array, Ending, Port, Signature, by_numbers
-from prunectl.training.data.source import Arrays, Batch, each
+from prunectl.training.backend import Array, FinalActivation, ModelSignature, TensorSpec, activation_of_values
+from prunectl.training.data.source import Arrays, Batch, as_tuple
 from prunectl.training.keras import backend
 from prunectl.training.keras._compat import built_shape, flat_layers, producer, structure
 
 
 def pack_inputs(model: Any, x: Arrays) -> Any:
     """Inputs as the model takes them."""
-    return _pack(_names(model, "inputs"), each(x))
+    return _pack(_names(model, "inputs"), as_tuple(x))
 
 
 def pack_targets(model: Any, y: Arrays | None) -> Any:
     """Targets as the model puts out its answers."""
-    return _pack(_names(model, "outputs"), each(y)) if y is not None else None
+    return _pack(_names(model, "outputs"), as_tuple(y)) if y is not None else None
 
 
 def per_output(model: Any, parts: Sequence[Any]) -> Any:
@@ -48,7 +48,7 @@ class OutputInfo:
     """One output."""
 
     name: str
-    ending: Ending
+    ending: FinalActivation
     shape: tuple[int | None, ...]
     """With the batch axis."""
 
@@ -65,8 +65,8 @@ def describe_outputs(model: Any, example: Batch | None) -> tuple[OutputInfo, ...
     activations = [activation_of(tensor) for tensor in outputs]
     if (outputs and all(activations)) or example is None:
         shapes = [tuple(tensor.shape) for tensor in outputs]
-        return _output_infos(names, [activation or Ending.RAW for activation in activations], shapes)
-    arrays = each(backend.as_arrays(model.predict_on_batch(pack_inputs(model, example.x))))
+        return _output_infos(names, [activation or FinalActivation.RAW for activation in activations], shapes)
+    arrays = as_tuple(backend.as_arrays(model.predict_on_batch(pack_inputs(model, example.x))))
     known = activations if len(activations) == len(arrays) else [None] * len(arrays)
     resolved = [activation or _activation_from_values(array) for activation, array in zip(known, arrays, strict=True)]
     return _output_infos(names, resolved, [(None, *array.shape[1:]) for array in arrays])
@@ -85,7 +85,7 @@ def output_names(model: Any, outputs: Sequence[Any]) -> list[str]:
 
 
 def _output_infos(
-    names: Sequence[str], activations: Sequence[Ending], shapes: Sequence[tuple[int | None, ...]]
+    names: Sequence[str], activations: Sequence[FinalActivation], shapes: Sequence[tuple[int | None, ...]]
 ) -> tuple[OutputInfo, ...]:
     if len(names) != len(activations):
         names = [f"output_{index + 1}" for index in range(len(activations))]
@@ -124,12 +124,12 @@ def _producer(tensor: Any) -> Any:
     return layer
 
 
-def activation_of(tensor: Any) -> Ending | None:
+def activation_of(tensor: Any) -> FinalActivation | None:
     """The activation of the layer that makes a symbolic tensor, if it says so."""
     return _layer_activation(_producer(tensor))
 
 
-def _layer_activation(layer: Any) -> Ending | None:
+def _layer_activation(layer: Any) -> FinalActivation | None:
     """The activation that a layer ends with, if it says so."""
     if layer is None:
         return None
@@ -140,31 +140,31 @@ def _layer_activation(layer: Any) -> Ending | None:
     activation_name = getattr(activation, "__name__", "") or type(activation).__name__ if activation is not None else ""
     kind = type(layer).__name__
     name = (activation_name or (getattr(layer, "symbol", None) or kind)).lower()
-    for ending in (Ending.SOFTMAX, Ending.SIGMOID):
+    for ending in (FinalActivation.SOFTMAX, FinalActivation.SIGMOID):
         if name.rpartition(".")[2] == ending.value:
             return ending
     # A layer with an activation of its own says what it ends with; one without, such as Reshape, does not.
-    return Ending.RAW if activation is not None else None
+    return FinalActivation.RAW if activation is not None else None
 
 
-def _activation_from_values(array: Array) -> Ending:
-    activation = by_numbers(array, -1)
+def _activation_from_values(array: Array) -> FinalActivation:
+    activation = activation_of_values(array, -1)
     # The logarithms of probabilities are logits as good as any.
-    return Ending.RAW if activation is Ending.LOG_SOFTMAX else activation
+    return FinalActivation.RAW if activation is FinalActivation.LOG_SOFTMAX else activation
 
 
-def signature(model: Any) -> Signature:
+def signature(model: Any) -> ModelSignature:
     """The inputs and outputs of a model, as far as it knows them."""
     inputs, outputs = flatten(_tensors(model, "inputs")), flatten(_tensors(model, "outputs"))
     names = output_names(model, outputs)
-    return Signature(
+    return ModelSignature(
         inputs=tuple(_port(tensor, f"input_{index + 1}") for index, tensor in enumerate(inputs))
         or (_from_build(model),),
         outputs=tuple(
-            replace(_port(tensor, name), name=name, ending=activation_of(tensor) or Ending.UNKNOWN)
+            replace(_port(tensor, name), name=name, ending=activation_of(tensor) or FinalActivation.UNKNOWN)
             for tensor, name in zip(outputs, names, strict=True)
         )
-        or (Port("output_1", None, ""),),
+        or (TensorSpec("output_1", None, ""),),
         is_channels_first=_is_channels_first(model),
     )
 
@@ -176,21 +176,21 @@ def _tensors(model: Any, which: str) -> Any:
         return ()
 
 
-def _port(tensor: Any, name: str) -> Port:
+def _port(tensor: Any, name: str) -> TensorSpec:
     shape = tensor.shape
     dims = (
         None if getattr(shape, "rank", 0) is None else tuple(None if size is None else int(size) for size in shape)[1:]
     )
     dtype = tensor.dtype if isinstance(tensor.dtype, str) else tensor.dtype.name
-    return Port(str(getattr(tensor, "name", "") or name).partition(":")[0], dims, dtype)
+    return TensorSpec(str(getattr(tensor, "name", "") or name).partition(":")[0], dims, dtype)
 
 
-def _from_build(model: Any) -> Port:
+def _from_build(model: Any) -> TensorSpec:
     """The input of a model that is code, from the shape that it was built for."""
     shape = built_shape(model)
     if shape is None or not all(size is None or isinstance(size, int) for size in tuple(shape)):
-        return Port("input_1", None, "")
-    return Port("input_1", tuple(shape)[1:], "")
+        return TensorSpec("input_1", None, "")
+    return TensorSpec("input_1", tuple(shape)[1:], "")
 
 
 def _is_channels_first(model: Any) -> bool:

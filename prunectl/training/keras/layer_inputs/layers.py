@@ -14,7 +14,7 @@ import numpy as np
 from prunectl.training.backend import Array
 from prunectl.training.keras import backend
 from prunectl.training.keras.backend import KerasLibrary
-from prunectl.training.layer_inputs import SlidingWindow, Use
+from prunectl.training.layer_inputs import SlidingWindow, WeightUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class WeightInput:
 
     variable: Any
     inputs: Array
-    use: Use
+    use: WeightUse
 
 
 LayerHandler = Callable[[LayerCall], Iterator[WeightInput]]
@@ -68,7 +68,7 @@ def tree_of(library: KerasLibrary) -> Any:
     return library.tensorflow.nest if library.is_keras2 else library.keras.tree
 
 
-_MATMUL = Use(out_axis=1, in_axis=0)
+_MATMUL = WeightUse(out_axis=1, in_axis=0)
 
 
 def dense(call: LayerCall) -> Iterator[WeightInput]:
@@ -100,7 +100,7 @@ def einsum_dense(call: LayerCall) -> Iterator[WeightInput]:
     if grouping and not shared:
         # An axis that the inputs do not have, as that of attention heads: each group has the same inputs.
         x = np.broadcast_to(x[..., np.newaxis, :], (*x.shape[:-1], groups, x.shape[-1]))
-    use = Use(
+    use = WeightUse(
         out_axis=kernel.index(produced[-1]),
         in_axis=kernel.index(contracted[0]),
         groups=groups,
@@ -109,7 +109,7 @@ def einsum_dense(call: LayerCall) -> Iterator[WeightInput]:
     yield WeightInput(call.layer.kernel, x.reshape(*x.shape[: len(rest)], -1), use)
 
 
-def _as_a_matrix(first: str, kernel: str, last: str, size: tuple[int, ...]) -> tuple[Use, int] | None:
+def _as_a_matrix(first: str, kernel: str, last: str, size: tuple[int, ...]) -> tuple[WeightUse, int] | None:
     """How a kernel is a matrix of what is contracted by what is made, and how many axes are contracted."""
     contracted = "".join(axis for axis in kernel if axis in first and axis not in last)
     produced = "".join(axis for axis in kernel if axis not in first)
@@ -118,9 +118,9 @@ def _as_a_matrix(first: str, kernel: str, last: str, size: tuple[int, ...]) -> t
     inputs = math.prod(size[kernel.index(axis)] for axis in contracted)
     outputs = math.prod(size[kernel.index(axis)] for axis in produced)
     if kernel == contracted + produced:
-        return Use(out_axis=1, in_axis=0, shape=(inputs, outputs)), len(contracted)
+        return WeightUse(out_axis=1, in_axis=0, shape=(inputs, outputs)), len(contracted)
     if kernel == produced + contracted:
-        return Use(out_axis=0, in_axis=1, shape=(outputs, inputs)), len(contracted)
+        return WeightUse(out_axis=0, in_axis=1, shape=(outputs, inputs)), len(contracted)
     return None
 
 
@@ -148,9 +148,9 @@ def gru_cell(call: LayerCall) -> Iterator[WeightInput]:
         return
     (x, state), units = call.inputs[:2], int(cell.units)
     yield WeightInput(cell.kernel, x, _MATMUL)
-    yield WeightInput(cell.recurrent_kernel, state, Use(1, 0, outputs=(0, 2 * units)))
+    yield WeightInput(cell.recurrent_kernel, state, WeightUse(1, 0, outputs=(0, 2 * units)))
     reset = _gate(call, x, state, slice(units, 2 * units))
-    yield WeightInput(cell.recurrent_kernel, reset * state, Use(1, 0, outputs=(2 * units, 3 * units)))
+    yield WeightInput(cell.recurrent_kernel, reset * state, WeightUse(1, 0, outputs=(2 * units, 3 * units)))
 
 
 def _gate(call: LayerCall, x: Array, state: Array, columns: slice) -> Array:
@@ -198,7 +198,7 @@ Pads = tuple[int, int]
 def convolution(call: LayerCall) -> Iterator[WeightInput]:
     """A kernel (..., in, out)."""
     layer, x = call.layer, _channels_first(call)
-    use = Use(
+    use = WeightUse(
         out_axis=layer.rank + 1,
         in_axis=layer.rank,
         groups=int(getattr(layer, "groups", 1)),
@@ -225,7 +225,7 @@ def separable(call: LayerCall) -> Iterator[WeightInput]:
     yield WeightInput(
         layer.pointwise_kernel,
         depthwise_conv(x, kernel, use.window),
-        Use(out_axis=layer.rank + 1, in_axis=layer.rank, window=window),
+        WeightUse(out_axis=layer.rank + 1, in_axis=layer.rank, window=window),
     )
 
 
@@ -240,7 +240,7 @@ def transposed(call: LayerCall) -> Iterator[WeightInput]:
         tuple(_transposed_padding(layer.padding, *lengths) for lengths in sizes),
         is_transposed=True,
     )
-    yield WeightInput(layer.kernel, x, Use(out_axis=layer.rank, in_axis=layer.rank + 1, window=window))
+    yield WeightInput(layer.kernel, x, WeightUse(out_axis=layer.rank, in_axis=layer.rank + 1, window=window))
 
 
 def _is_channels_last(layer: Any) -> bool:
@@ -260,8 +260,8 @@ def _depthwise_kernel(layer: Any) -> Any:
     return layer.depthwise_kernel if hasattr(layer, "depthwise_kernel") else layer.kernel
 
 
-def _depthwise_use(layer: Any, x: Array) -> Use:
-    return Use(
+def _depthwise_use(layer: Any, x: Array) -> WeightUse:
+    return WeightUse(
         out_axis=layer.rank + 1,
         in_axis=None,
         groups=x.shape[1],

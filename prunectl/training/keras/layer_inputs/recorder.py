@@ -28,7 +28,7 @@ from prunectl.training.keras.layer_inputs.layers import (
     tree_of,
 )
 from prunectl.training.keras.random_state import RandomState
-from prunectl.training.layer_inputs import See, Sight, Use
+from prunectl.training.layer_inputs import InputCallback, LayerInput, WeightUse
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def _mask(library: KerasLibrary, layer: Any, mask: Any) -> Array | None:
 class InputRecorder:
     """Patches layers, and passes on the inputs of their weights."""
 
-    def __init__(self, library: KerasLibrary, variables: Mapping[str, Any], see: See) -> None:
+    def __init__(self, library: KerasLibrary, variables: Mapping[str, Any], see: InputCallback) -> None:
         self._library, self._on_input = library, see
         self._names = {id(variable): name for name, variable in variables.items()}
         self._is_paused = False
@@ -194,7 +194,7 @@ class InputRecorder:
 
     def _replay(self, replay: RnnReplay) -> None:
         """Replay the steps, and emit their inputs concatenated."""
-        outer_buffer, grouped = self._buffer, dict[tuple[int, Use], list[WeightInput]]()
+        outer_buffer, grouped = self._buffer, dict[tuple[int, WeightUse], list[WeightInput]]()
         try:
             self._buffer = []
             for keep in replay.run():
@@ -216,7 +216,7 @@ class InputRecorder:
                 self._buffer.append(weight_input)
                 continue
             try:
-                self._on_input(Sight(name, weight_input.inputs, weight_input.use))
+                self._on_input(LayerInput(name, weight_input.inputs, weight_input.use))
             except Exception as error:
                 self.failure = error
                 raise
@@ -240,7 +240,9 @@ def _concatenated(parts: list[WeightInput]) -> WeightInput:
     return WeightInput(parts[0].variable, np.concatenate([part.inputs for part in parts]), parts[0].use)
 
 
-def capture_layer_inputs(library: KerasLibrary, model: Any, variables: Mapping[str, Any], x: Arrays, see: See) -> None:
+def capture_layer_inputs(
+    library: KerasLibrary, model: Any, variables: Mapping[str, Any], x: Arrays, see: InputCallback
+) -> None:
     """Run a batch, and pass the inputs of each variable to `see`."""
     recorder = InputRecorder(library, variables, see)
     layers = distinct_layers(model)
