@@ -56,7 +56,7 @@ def _ours(known: Known, net: Any, folder: Path, example: Any, before: tuple[floa
     path, output = folder / "net.pt", folder / "small.pt"
     torch.save(net.state_dict(), path)
     model = f"benchmarks.nets_torch:{known.make.__name__}"
-    found = channel_groups(open_model(path), ModelOrigin(model, inputs=(known.shape,)))
+    found = channel_groups(open_model(path), LoadOptions(model, inputs=(known.shape,)))
     free = f"{found.prunable / found.channels:.0%}"
     begin = time.perf_counter()
     try:

@@ -39,7 +39,7 @@ FRONTENDS = (
 )
 
 
-def open_adapter(model: ModelFile, origin: ModelOrigin, data: Shapes | None = None) -> GraphAdapter:
+def open_adapter(model: ModelFile, origin: LoadOptions, data: Shapes | None = None) -> GraphAdapter:
     """A network that can be followed and cut, or say that its graph cannot be read.
 
     What data goes in tells how long the axes are that a file leaves open.

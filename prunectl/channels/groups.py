@@ -13,7 +13,7 @@ from prunectl.channels.labels import FIXED, AxisLabels, AxisRole, LabelArray, La
 from prunectl.channels.rules import propagate
 from prunectl.formats.base import ModelFile
 from prunectl.pruning.threshold import Mask
-from prunectl.training.backend import ModelOrigin
+from prunectl.training.backend import LoadOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class ChannelGroups:
         return sum(len(group) for group in self.groups if not group.locked_because)
 
 
-def channel_groups(model: ModelFile, origin: ModelOrigin = ORIGIN) -> ChannelGroups:
+def channel_groups(model: ModelFile, origin: LoadOptions = ORIGIN) -> ChannelGroups:
     """Find the dependency groups of a model."""
     adapter = open_adapter(model, origin)
     groups = find_groups(propagate(adapter.graph))

@@ -317,8 +317,8 @@ def shapes_of_data(request: PruneRequest) -> Shapes | None:
         # What is made up has the shapes of the model.
         return None
 
-    def shapes(signature: Signature) -> Sequence[tuple[int, ...]]:
-        arrays, _ = calibration_inputs(request.data, signature, 1, Order(1, request.seed, is_shuffled=False))
+    def shapes(signature: ModelSignature) -> Sequence[tuple[int, ...]]:
+        arrays, _ = calibration_inputs(request.data, signature, 1, EpochOrder(1, request.seed, is_shuffled=False))
         return [array.shape[1:] for array in arrays]
 
     return shapes
@@ -329,10 +329,10 @@ def _batches(
 ) -> tuple[tuple[Feeds, ...], tuple[str, ...]]:
     example = adapter.random_inputs(np.random.default_rng(request.seed))
     names = adapter.graph.inputs
-    ports = tuple(Port(name, example[name].shape[1:], str(example[name].dtype)) for name in names)
-    signature = Signature(ports, (), is_channels_first=is_channels_first)
+    ports = tuple(TensorSpec(name, example[name].shape[1:], str(example[name].dtype)) for name in names)
+    signature = ModelSignature(ports, (), is_channels_first=is_channels_first)
     size = len(example[names[0]])
-    order = Order(request.batch_size, request.seed, is_shuffled=True)
+    order = EpochOrder(request.batch_size, request.seed, is_shuffled=True)
     arrays, notes = calibration_inputs(request.data, signature, min(request.samples, size * _BATCHES), order)
     rows = padded_batch_rows(len(arrays[0]), size)
     feeds = tuple(dict(zip(names, (array[row] for array in arrays), strict=True)) for row in rows)

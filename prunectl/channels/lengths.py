@@ -25,7 +25,7 @@ class AxisLengths:
     """What was typed: `1,3,224,224`, or `name:1,3,224,224`."""
     data: Shapes | None = None
 
-    def resolve(self, signature: Signature) -> dict[str, Shape]:
+    def resolve(self, signature: ModelSignature) -> dict[str, Shape]:
         """The shape of each input without its batch, if anybody says them; refused where the file differs."""
         names = [port.name for port in signature.inputs]
         is_open = any(port.shape is None or None in port.shape for port in signature.inputs)

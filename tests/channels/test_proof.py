@@ -88,7 +88,7 @@ def test_data_are_taken_in_batches_as_the_network_has_them(tmp_path: Path) -> No
     np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).random((5, 1, 8, 8), np.float32))
     found = cut(FIXTURE, tmp_path / "small.onnx", data=str(tmp_path / "x.npz"))
     size = len(
-        next(iter(open_adapter(open_model(FIXTURE), ModelOrigin()).random_inputs(np.random.default_rng(0)).values()))
+        next(iter(open_adapter(open_model(FIXTURE), LoadOptions()).random_inputs(np.random.default_rng(0)).values()))
     )
     assert found.proof.batches == -(-min(5, 4 * size) // size)
     assert found.proof.error < 1e-5

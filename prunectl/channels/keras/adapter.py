@@ -109,7 +109,7 @@ def _natural(path: str) -> list[tuple[int, str]]:
     return [(int(step), "") if step.isdecimal() else (0, step) for step in re.split(r"(\d+)", path)]
 
 
-def read_keras(model: ModelFile, origin: ModelOrigin, data: Shapes | None = None) -> KerasAdapter:
+def read_keras(model: ModelFile, origin: LoadOptions, data: Shapes | None = None) -> KerasAdapter:
     """The network of a Keras file, which says itself how it is built."""
     require_followable(model, origin)
     return KerasAdapter(load_keras(model, AxisLengths(origin.inputs, data)), origin)
@@ -132,7 +132,7 @@ def require_followable(model: ModelFile, origin: LoadOptions) -> None:
 class KerasAdapter(GraphAdapter):
     """A Keras file, as cutting sees it."""
 
-    def __init__(self, loaded: LoadedKeras, origin: ModelOrigin) -> None:
+    def __init__(self, loaded: LoadedKeras, origin: LoadOptions) -> None:
         self._loaded, self._origin = loaded, origin
 
     @property

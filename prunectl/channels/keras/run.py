@@ -140,7 +140,7 @@ def random_inputs(loaded: LoadedKeras, random: np.random.Generator) -> Feeds:
 
 
 def runner(
-    loaded: LoadedKeras, edited: EditedFile, origin: ModelOrigin, observed: Iterable[str], *, precision: str
+    loaded: LoadedKeras, edited: EditedFile, origin: LoadOptions, observed: Iterable[str], *, precision: str
 ) -> Runner:
     """What Keras makes of a draft: its outputs, and what some layers give before their activations."""
     config = with_precision(precision, loaded.config if edited.config is None else edited.config)

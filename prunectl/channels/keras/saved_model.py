@@ -60,7 +60,7 @@ _WRITTEN_BY_KERAS = frozenset({"saved_model.pb", "keras_metadata.pb", "fingerpri
 _SAVE_AS_KERAS = "load it in Keras, save it as .keras, and prune that"
 
 
-def read_saved_model(model: ModelFile, origin: ModelOrigin, data: Shapes | None = None) -> SavedModelAdapter:
+def read_saved_model(model: ModelFile, origin: LoadOptions, data: Shapes | None = None) -> SavedModelAdapter:
     """The network of a SavedModel that says which Keras layers it consists of."""
     if model.about.keras is None:
         raise InputError(
@@ -76,7 +76,7 @@ def read_saved_model(model: ModelFile, origin: ModelOrigin, data: Shapes | None 
 class SavedModelAdapter(GraphAdapter):
     """A SavedModel, as cutting sees it."""
 
-    def __init__(self, model: ModelFile, origin: ModelOrigin, lengths: AxisLengths) -> None:
+    def __init__(self, model: ModelFile, origin: LoadOptions, lengths: AxisLengths) -> None:
         self._model, self._origin = model, origin
         self._scratch_dir = Scratch()
         self._scratch = self._scratch_dir.path

@@ -442,9 +442,9 @@ class _Traversal:
     length: int
 
 
-def _signature(traversal: _Traversal) -> Signature:
+def _signature(traversal: _Traversal) -> ModelSignature:
     shapes = {
         name: traversal.open_axes.get(name, traversal.builder.shapes[name][1:]) for name in traversal.builder.inputs
     }
-    ports = tuple(Port(name, shapes[name], dtype) for name, dtype in traversal.builder.inputs.items())
-    return Signature(ports, (), is_channels_first=False)
+    ports = tuple(TensorSpec(name, shapes[name], dtype) for name, dtype in traversal.builder.inputs.items())
+    return ModelSignature(ports, (), is_channels_first=False)

@@ -62,7 +62,7 @@ def random_input(port: Any, shape: Sequence[int], random: np.random.Generator) -
     return random.integers(0, 2, shape).astype(_WHOLE[element_type])
 
 
-def read_onnx(model: ModelFile, origin: ModelOrigin, data: Shapes | None = None) -> OnnxAdapter:
+def read_onnx(model: ModelFile, origin: LoadOptions, data: Shapes | None = None) -> OnnxAdapter:
     """The network of an ONNX file, which needs nothing else but the lengths of axes that it leaves open."""
     for option, value in (("--model", origin.model), ("--custom-objects", origin.custom_objects)):
         if value:

@@ -36,7 +36,7 @@ def infer_static(proto: Any, name: str, lengths: AxisLengths = UNKNOWN_LENGTHS) 
     error_line = ""
     initializers = {tensor.name for tensor in proto.graph.initializer}
     inputs = [port for port in proto.graph.input if port.name not in initializers]
-    wanted = lengths.resolve(Signature(tuple(map(_port, inputs)), (), is_channels_first=True))
+    wanted = lengths.resolve(ModelSignature(tuple(map(_port, inputs)), (), is_channels_first=True))
     for length in TRIED_LENGTHS[: 1 if wanted else None]:
         skeleton = _without_large_weights(proto, length, wanted)
         try:
@@ -50,14 +50,14 @@ def infer_static(proto: Any, name: str, lengths: AxisLengths = UNKNOWN_LENGTHS) 
     )
 
 
-def _port(port: Any) -> Port:
+def _port(port: Any) -> TensorSpec:
     """An input as the file says it, its batch left out."""
     axes = port.type.tensor_type.shape.dim
     shape = tuple(axis.dim_value if axis.dim_value > 0 else None for axis in axes)
     helper = require("onnx.helper", extra="onnx")
     element_type = port.type.tensor_type.elem_type
     dtype = helper.tensor_dtype_to_np_dtype(element_type).name if element_type in helper.get_all_tensor_dtypes() else ""
-    return Port(port.name, shape[1:] if port.type.tensor_type.HasField("shape") else None, dtype)
+    return TensorSpec(port.name, shape[1:] if port.type.tensor_type.HasField("shape") else None, dtype)
 
 
 def _example(ports: Iterable[Any]) -> str:

@@ -150,7 +150,7 @@ def _read_weights(model: ModelFile, traced: TracedModel) -> dict[str, Array]:
     }
 
 
-def read_torch(model: ModelFile, origin: ModelOrigin, data: Shapes | None = None) -> TorchAdapter:
+def read_torch(model: ModelFile, origin: LoadOptions, data: Shapes | None = None) -> TorchAdapter:
     """The network of a file of PyTorch, with what builds it where the file holds weights alone.
 
     It is traced on the shapes that were typed, whatever data there is.

@@ -38,7 +38,7 @@ def open_batch_axis(
     single = [random_like(with_batch(value, 1), generator) for value in examples]
     try:
         with quiet():
-            expected = leaves(original(*(value.clone() for value in single)))
+            expected = tensor_leaves(original(*(value.clone() for value in single)))
     except Exception:  # noqa: BLE001 - it is the user's code
         return None
     (size,) = sizes
@@ -154,7 +154,7 @@ def trace_model(model: ModelFile, origin: LoadOptions) -> TracedModel:
     """Read a file, and trace what is in it."""
     if model.format == "torch-export":
         return _load_exported(model, origin)
-    built = build(model, origin)
+    built = build_module(model, origin)
     program, used = trace(built.module, examples(origin.inputs, built.module, str(model.path)), str(model.path))
     named = {name: tensor for tensor, name in built.names.items()}
     module = _graph_module(program)
@@ -172,7 +172,7 @@ def trace_model(model: ModelFile, origin: LoadOptions) -> TracedModel:
     )
 
 
-def _load_exported(model: ModelFile, origin: ModelOrigin) -> TracedModel:
+def _load_exported(model: ModelFile, origin: LoadOptions) -> TracedModel:
     for option, value in (("--model", origin.model), ("--input", origin.inputs)):
         if value:
             raise UsageError(f"{option} does not go with a .pt2, which says all by itself", hint=f"leave out {option}")

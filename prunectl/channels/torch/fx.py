@@ -259,4 +259,4 @@ def run(
     """The tensors that come out."""
     with quiet():
         result = RecordingInterpreter(weighted, record).run(*inputs, enable_io_processing=False)
-    return leaves(result)
+    return tensor_leaves(result)

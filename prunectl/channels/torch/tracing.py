@@ -36,7 +36,7 @@ def examples(specs: tuple[str, ...], module: torch.nn.Module, path: str) -> tupl
             f"{path} does not say what goes into it, and it has to be run to be followed",
             hint=f"say a shape with a batch of 1: --input {_suggestion(module)}",
         )
-    ports = inputs_of(module) if len(specs) == 1 else ()
+    ports = input_specs(module) if len(specs) == 1 else ()
     default = torch.int64 if ports and ports[0].dtype == "int64" else _default_float(module)
     return tuple(_example(spec, default) for spec in specs)
 

@@ -399,7 +399,7 @@ def test_a_saved_model_that_keras_cannot_write_again_is_refused(tmp_path: Path) 
 
 @pytest.mark.parametrize("which", LIBRARIES)
 def test_what_is_shown_comes_once_for_each_name_as_the_graph_has_it(which: str, tmp_path: Path) -> None:
-    source = open_adapter(open_model(saved(shared(LIBRARIES[which]), tmp_path / "net.keras")), ModelOrigin())
+    source = open_adapter(open_model(saved(shared(LIBRARIES[which]), tmp_path / "net.keras")), LoadOptions())
     assert {name.partition("~")[0] for name in source.observable} == {
         "thin",
         "each_step/timed",

@@ -68,7 +68,7 @@ class Odd(nn.Module):
 
 def test_what_is_not_known_locks_and_is_named(tmp_path: Path) -> None:
     path = saved(Odd(), tmp_path / "net.pt")
-    found = channel_groups(open_model(path), ModelOrigin(f"{__name__}:Odd", inputs=("1,3,8,8",)))
+    found = channel_groups(open_model(path), LoadOptions(f"{__name__}:Odd", inputs=("1,3,8,8",)))
     locks = {family.name: family.locked_because for family in found.groups}
     assert locks["one.weight"] == "sort sort"
     assert locks["two.weight"] == ""

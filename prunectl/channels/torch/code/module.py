@@ -317,7 +317,7 @@ def _verify(traced: TracedModel, program: WeightedProgram, generated: GeneratedM
         generator = torch.Generator().manual_seed(0)
         inputs = [random_like(example, generator) for example in traced.examples]
         with quiet():
-            actual = leaves(module(*[value.clone() for value in inputs]))
+            actual = tensor_leaves(module(*[value.clone() for value in inputs]))
         expected = run(program, inputs, lambda *_: None)
         pairs = zip(actual, expected, strict=True)
         worst = max(
