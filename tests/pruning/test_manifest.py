@@ -132,16 +132,16 @@ def test_a_dry_run_looks_at_no_more_than_the_run(is_big: bool, tmp_path: Path, m
 
         monkeypatch.setattr(module, name, called)
 
-    counted(pruning, "survey")
-    counted(engine, "survey")
-    for name in ("survey", "compress", "packed_bytes"):
+    counted(pruning, "measure_stats")
+    counted(engine, "measure_stats")
+    for name in ("measure_stats", "compress", "packed_bytes"):
         counted(sizes, name)
     monkeypatch.setattr(destination, "BIG_BYTES", 0 if is_big else 1 << 24)
     found = [prune(DIGITS, PruneRequest(sparsity=0.5), where) for where in (None, Destination(tmp_path / "out.pt"))]
     half = len(looks) // 2
     assert Counter(looks[:half]) == Counter(looks[half:])
     # One before and one after.
-    assert looks.count("survey") == 4
+    assert looks.count("measure_stats") == 4
     assert looks.count("compress") == looks.count("packed_bytes") == (0 if is_big else 4)
     assert found[0].after.bytes == found[1].after.bytes
     assert found[0].after.bytes.raw == (tmp_path / "out.pt").stat().st_size
