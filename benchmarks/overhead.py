@@ -23,7 +23,7 @@ import json, os, statistics, sys
 from pathlib import Path
 import prunectl.training.finetune as training
 from prunectl.pruning.destination import Destination
-from prunectl.training.request import request_of
+from prunectl.training.request import parse_request
 source, target, data, model, epochs, batch = sys.argv[1:]
 ends = []
 def watch(moment):
@@ -31,7 +31,7 @@ def watch(moment):
         ends.append(os.times().user)
 words = {"data": data, "epochs": int(epochs), "batch_size": int(batch), "sparsity": 0.875, "begin": "10",
          "device": "cpu", "frequency": 100, "model": model, "keep": "last"}
-training.finetune(Path(source), request_of(words), Destination(Path(target), is_forced=True), watch)
+training.finetune(Path(source), parse_request(words), Destination(Path(target), is_forced=True), watch)
 print(json.dumps(statistics.median(later - earlier for earlier, later in zip(ends, ends[1:]))))
 """
 _KERAS = """
