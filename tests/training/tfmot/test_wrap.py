@@ -204,7 +204,7 @@ class TestModels:
         model.save(tmp_path / "m.h5")
         found = wrapped(tmp_path / "m.h5", tmp_path / "w.h5")
         assert found.loses_compilation
-        assert any("The result is not compiled" in one for one in wrap_report(found, "w.h5").sections[0].remarks)
+        assert any("The result is not compiled" in one for one in wrap_report(found, "w.h5").sections[0].notes)
         assert not wrapped(saved(convolutional(k), tmp_path / "known.h5"), tmp_path / "out.h5").loses_compilation
 
     def test_for_xnnpack_get_wrappers_where_tfmots_policy_puts_them(self, tmp_path: Path) -> None:
