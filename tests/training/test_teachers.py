@@ -139,8 +139,8 @@ LAST = ModelSignature(
 def opened(path: Path, pupil: ModelSignature, x: Array | None = None) -> tuple[Teacher, Array]:
     given = IMAGES if pupil.is_channels_first else np.ascontiguousarray(IMAGES.transpose(0, 2, 3, 1))
     given = given if x is None else x
-    builder = f"{HERE}:Convolution"
-    return load_teacher(path, LoadOptions(), "cpu", pupil, Batch(given[:4]), builder=builder), given
+    pupils = LoadOptions(f"{HERE}:Convolution")
+    return load_teacher(path, pupils, "cpu", pupil, Batch(given[:4])), given
 
 
 @pytest.mark.parametrize("pupil", [FIRST, LAST], ids=["a pupil of PyTorch", "a pupil of Keras"])
