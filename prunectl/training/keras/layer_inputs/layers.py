@@ -18,7 +18,7 @@ from prunectl.training.layer_inputs import SlidingWindow, WeightUse
 
 
 @dataclass(frozen=True, slots=True)
-class LayerCall:
+class LayerUse:
     """One run of a layer, with numbers."""
 
     library: KerasLibrary
@@ -37,7 +37,7 @@ class WeightInput:
     use: WeightUse
 
 
-LayerHandler = Callable[[LayerCall], Iterator[WeightInput]]
+LayerHandler = Callable[[LayerUse], Iterator[WeightInput]]
 
 
 def concrete_array(library: KerasLibrary, tensor: Any) -> Array | None:
@@ -71,12 +71,12 @@ def tree_of(library: KerasLibrary) -> Any:
 _MATMUL = WeightUse(out_axis=1, in_axis=0)
 
 
-def dense(call: LayerCall) -> Iterator[WeightInput]:
+def dense(call: LayerUse) -> Iterator[WeightInput]:
     """A dense layer multiplies the last axis."""
     yield WeightInput(call.layer.kernel, call.inputs[0], _MATMUL)
 
 
-def einsum_dense(call: LayerCall) -> Iterator[WeightInput]:
+def einsum_dense(call: LayerUse) -> Iterator[WeightInput]:
     """A product by what is contracted, such as the heads of attention; an axis that is not makes groups."""
     x = call.inputs[0]
     first, kernel, last = _terms(call.layer.equation, x.ndim)
@@ -133,14 +133,14 @@ def _terms(equation: str, axes: int) -> tuple[str, str, str]:
     return first.replace("...", dots), kernel, last.replace("...", dots)
 
 
-def rnn_cell(call: LayerCall) -> Iterator[WeightInput]:
+def rnn_cell(call: LayerUse) -> Iterator[WeightInput]:
     """The cell of a simple recurrent layer or an LSTM: one kernel for the inputs, one for the state."""
     x, state = call.inputs[:2]
     yield WeightInput(call.layer.kernel, x, _MATMUL)
     yield WeightInput(call.layer.recurrent_kernel, state, _MATMUL)
 
 
-def gru_cell(call: LayerCall) -> Iterator[WeightInput]:
+def gru_cell(call: LayerUse) -> Iterator[WeightInput]:
     """The cell of a GRU; an older kind resets the state before the candidate's columns meet it."""
     cell = call.layer
     if cell.reset_after:
@@ -153,7 +153,7 @@ def gru_cell(call: LayerCall) -> Iterator[WeightInput]:
     yield WeightInput(cell.recurrent_kernel, reset * state, WeightUse(1, 0, outputs=(2 * units, 3 * units)))
 
 
-def _gate(call: LayerCall, x: Array, state: Array, columns: slice) -> Array:
+def _gate(call: LayerUse, x: Array, state: Array, columns: slice) -> Array:
     cell = call.layer
 
     def columns_of(variable: Any) -> Array:
@@ -195,7 +195,7 @@ def depthwise_conv(x: Array, kernel: Array, window: SlidingWindow) -> Array:
 Pads = tuple[int, int]
 
 
-def convolution(call: LayerCall) -> Iterator[WeightInput]:
+def convolution(call: LayerUse) -> Iterator[WeightInput]:
     """A kernel (..., in, out)."""
     layer, x = call.layer, _channels_first(call)
     use = WeightUse(
@@ -207,13 +207,13 @@ def convolution(call: LayerCall) -> Iterator[WeightInput]:
     yield WeightInput(layer.kernel, x, use)
 
 
-def depthwise(call: LayerCall) -> Iterator[WeightInput]:
+def depthwise(call: LayerUse) -> Iterator[WeightInput]:
     """A kernel (..., channels, multiplier)."""
     layer, x = call.layer, _channels_first(call)
     yield WeightInput(_depthwise_kernel(layer), x, _depthwise_use(layer, x))
 
 
-def separable(call: LayerCall) -> Iterator[WeightInput]:
+def separable(call: LayerUse) -> Iterator[WeightInput]:
     """A depthwise kernel, then one that mixes the channels at each place."""
     layer, x = call.layer, _channels_first(call)
     use = _depthwise_use(layer, x)
@@ -229,7 +229,7 @@ def separable(call: LayerCall) -> Iterator[WeightInput]:
     )
 
 
-def transposed(call: LayerCall) -> Iterator[WeightInput]:
+def transposed(call: LayerUse) -> Iterator[WeightInput]:
     """A kernel (..., out, in)."""
     layer, x = call.layer, _channels_first(call)
     output_size = call.out_shape[-layer.rank - 1 : -1] if _is_channels_last(layer) else call.out_shape[-layer.rank :]
@@ -247,7 +247,7 @@ def _is_channels_last(layer: Any) -> bool:
     return bool(layer.data_format == "channels_last")
 
 
-def _channels_first(call: LayerCall) -> Array:
+def _channels_first(call: LayerUse) -> Array:
     """Inputs as (examples, channels, space)."""
     layer, x = call.layer, call.inputs[0]
     # Keras 2 takes several axes of examples.

@@ -18,7 +18,7 @@ from prunectl.training.keras.backend import KerasLibrary
 from prunectl.training.keras.compile import outputs
 from prunectl.training.keras.layer_inputs.layers import (
     KERNELS,
-    LayerCall,
+    LayerUse,
     LayerHandler,
     WeightInput,
     concrete_array,
@@ -157,7 +157,7 @@ class InputRecorder:
                 inputs = self._inputs(list(bound.values())[:2])
                 if inputs is not None:
                     first_output = tree_of(self._library).flatten(result)[0]
-                    self._emit(handler(LayerCall(self._library, layer, inputs, tuple(map(int, first_output.shape)))))
+                    self._emit(handler(LayerUse(self._library, layer, inputs, tuple(map(int, first_output.shape)))))
             return result
 
         return _with_signature(call, original)
