@@ -18,8 +18,8 @@ from prunectl.training.keras.backend import KerasLibrary
 from prunectl.training.keras.compile import outputs
 from prunectl.training.keras.layer_inputs.layers import (
     KERNELS,
-    LayerUse,
     LayerHandler,
+    LayerUse,
     WeightInput,
     concrete_array,
     handler_for,
