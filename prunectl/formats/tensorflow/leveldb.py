@@ -20,7 +20,7 @@ def snappy_decompress(packed: memoryview, limit: int) -> bytes:
     """Decompress a Snappy block, refusing more than ``limit`` bytes."""
     size, offset = read_varint(packed, 0, len(packed))
     if size > limit:
-        raise WireError(f"a block that claims to snappy_decompress to {size} bytes")
+        raise WireError(f"a block that claims to unpack to {size} bytes")
     out = bytearray()
     while offset < len(packed):
         tag = packed[offset]
