@@ -27,11 +27,9 @@ if TYPE_CHECKING:
     from prunectl.commands.wrap_options import WrapOptions
 
 PruneMode = Callable[[Path, Destination | None], Report]
-_OF_WRAPPERS = (
-    *("wrap", "schedule", "schedule_param", "initial_sparsity", "begin", "end", "frequency", "power"),
-    *("custom_objects", "trust", "build"),
-)
-"""Options that mean something for wrappers, or for nothing."""
+SCHEDULE_OPTIONS = ("schedule_param", "initial_sparsity", "begin", "end", "frequency", "power")
+OPENING_OPTIONS = ("custom_objects", "trust", "build")
+"""What a model needs that is opened in its framework, to be wrapped or to look at data."""
 _LIMITS = ("min_channels", "round_to", "max_ratio", "params", "flops", "dead", "latency")
 
 
@@ -52,7 +50,7 @@ def build_mode(ctx: typer.Context, request: PruneRequest) -> PruneMode:
         _reject_options(ctx, ("wrap", "schedule"), "does not go with channels that are cut out")
     # A network that is cut is opened, as one that looks at data is.
     wrappers: WrapOptions | None = None
-    if any(params[name] for name in _OF_WRAPPERS):
+    if any(params[name] for name in ("wrap", "schedule", *SCHEDULE_OPTIONS, *OPENING_OPTIONS)):
         looks_at_data = is_cut or bool(request.data or params["max_drop"])
         wrappers = _load("prunectl.commands.wrap_options:wrap_options")(ctx, looks_at_data=looks_at_data)
     if is_cut:

@@ -8,15 +8,13 @@ from typing import Any
 import typer
 
 from prunectl.commands._command import option_name
+from prunectl.commands.prune_modes import OPENING_OPTIONS, SCHEDULE_OPTIONS
 from prunectl.errors import UsageError
 from prunectl.pruning.schedules import SparsitySchedule
 from prunectl.training.backend import LoadOptions
 from prunectl.training.request import MOST_FREQUENCY, PointUnit, default_update_interval, parse_time_point
 from prunectl.training.wrap.schedules import has_tfmot_class
 from prunectl.units import parse_ratio
-
-_SCHEDULE_OPTIONS = ("schedule_param", "initial_sparsity", "begin", "end", "frequency", "power")
-_WRAP_OPTIONS = ("custom_objects", "trust", "build")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +35,12 @@ def wrap_options(ctx: typer.Context, *, looks_at_data: bool) -> WrapOptions | No
         if params["manifest"] is not None:
             raise UsageError("a manifest repeats a run to the same bytes, and frameworks write wrappers as they like")
         ramp = _ramp(params) if params["schedule"] else None
-        _reject_wrap_options(ctx, () if ramp is not None else _SCHEDULE_OPTIONS, "a schedule", "--schedule NAME")
+        _reject_wrap_options(ctx, () if ramp is not None else SCHEDULE_OPTIONS, "a schedule", "--schedule NAME")
         return WrapOptions(ramp, LoadOptions(custom_objects=params["custom_objects"], is_trusted=params["trust"]))
-    _reject_wrap_options(ctx, _SCHEDULE_OPTIONS, "a schedule", "--schedule NAME")
+    _reject_wrap_options(ctx, SCHEDULE_OPTIONS, "a schedule", "--schedule NAME")
     if not looks_at_data:
         # A recipe may name code as well, which is trusted or not.
-        names = tuple(name for name in _WRAP_OPTIONS if name != "trust" or params["recipe"] is None)
+        names = tuple(name for name in OPENING_OPTIONS if name != "trust" or params["recipe"] is None)
         _reject_wrap_options(ctx, names, "models that are opened, as for wrappers or data", "--wrap or --data SPEC")
     return None
 
