@@ -34,6 +34,19 @@ from prunectl.training.finetune import FinetuneResult
 AnyPath = str | os.PathLike[str]
 
 
+class SelectionOptions(TypedDict, total=False):
+    """Which weights are pruned, by what, and in what shape."""
+
+    strategy: str
+    param: Sequence[str]
+    scope: str
+    pattern: str
+    policy: str
+    only: str
+    exclude: Sequence[str]
+    layer: Sequence[tuple[str, float]]
+
+
 class ChannelOptions(TypedDict, total=False):
     """What `prune` takes with ``pattern="channel"`` only."""
 
@@ -46,21 +59,13 @@ class ChannelOptions(TypedDict, total=False):
     allow_empty: bool
 
 
-class PruneOptions(ChannelOptions, total=False):
+class PruneOptions(SelectionOptions, ChannelOptions, total=False):
     """The options of `prune` that decide the numbers in its output; each has the default of the command line."""
 
     sparsity: float | None
     compression: float | None
     target_gzip: int | None
     target_packed: int | None
-    strategy: str
-    param: Sequence[str]
-    scope: str
-    pattern: str
-    policy: str
-    only: str
-    exclude: Sequence[str]
-    layer: Sequence[tuple[str, float]]
     seed: int
     nan: str
     pack: bool
@@ -75,7 +80,7 @@ class PruneOptions(ChannelOptions, total=False):
     cluster: str
 
 
-class FinetuneOptions(TypedDict, total=False):
+class FinetuneOptions(SelectionOptions, total=False):
     """The options of `finetune`; each has the default of the command line."""
 
     data: str
@@ -114,14 +119,6 @@ class FinetuneOptions(TypedDict, total=False):
     end: str | int
     frequency: int | None
     power: float | None
-    strategy: str
-    param: Sequence[str]
-    scope: str
-    pattern: str
-    policy: str
-    only: str
-    exclude: Sequence[str]
-    layer: Sequence[tuple[str, float]]
     mask: str
     keep_wrappers: bool
     checkpoint_dir: AnyPath | None
