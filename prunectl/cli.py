@@ -81,9 +81,9 @@ def _run(arguments: list[str]) -> int:
 
 
 def _explain(error: Exception, arguments: list[str]) -> int:
-    from prunectl.reporting.reporter import report_error as explain  # noqa: PLC0415 - see _run
+    from prunectl.reporting.reporter import report_error  # noqa: PLC0415 - see _run
 
-    return explain(error, arguments)
+    return report_error(error, arguments)
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:

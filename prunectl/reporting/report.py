@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from prunectl import units as words
 from prunectl.analysis.sizes import LimitCheck
 from prunectl.analysis.sparsity_map import SparsityMap
 from prunectl.errors import PrunectlError, abbreviated
-from prunectl.units import Units
+from prunectl.units import Units, count, nbytes, percent, printable
 
 Cell = str | int | float | None
 _MAX_SHOWN, _MAX_WRITTEN = 200, 1000
@@ -50,16 +49,16 @@ class Column:
         if cell is None:
             return "-"
         if self.unit is Unit.COUNT and isinstance(cell, int):
-            return words.count(cell)
+            return count(cell)
         if self.unit is Unit.BYTES and isinstance(cell, int):
-            return words.nbytes(cell, units)
+            return nbytes(cell, units)
         if self.unit is Unit.RATIO and isinstance(cell, int | float):
-            return words.percent(cell)
+            return percent(cell)
         if self.unit is Unit.FACTOR and isinstance(cell, int | float):
             return f"{cell:.2f}x"
         if self.unit is Unit.NUMBER and isinstance(cell, int | float):
             return f"{cell:.4g}"
-        return words.printable(abbreviated(str(cell), _MAX_SHOWN))
+        return printable(abbreviated(str(cell), _MAX_SHOWN))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ class Table:
 def _plain(cell: str | int | float) -> str:  # noqa: PYI041 - the three kinds of cell, spelled out
     if isinstance(cell, float):
         return f"{cell:.6g}"
-    return words.printable(abbreviated(cell, _MAX_WRITTEN)) if isinstance(cell, str) else str(cell)
+    return printable(abbreviated(cell, _MAX_WRITTEN)) if isinstance(cell, str) else str(cell)
 
 
 @dataclass(frozen=True, slots=True)

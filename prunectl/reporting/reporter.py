@@ -15,14 +15,13 @@ from pathlib import Path
 
 from typer import Abort, TyperException
 
-from prunectl import units as arguments
 from prunectl.analysis.sizes import gate_sentence
 from prunectl.errors import PrunectlError, UsageError, translate
 from prunectl.reporting import serialize, terminal
 from prunectl.reporting.progress import ProgressBars
 from prunectl.reporting.report import Artifact, Layout, Report, Settings
 from prunectl.reporting.terminal import escape_unencodable, make_console
-from prunectl.units import printable
+from prunectl.units import nbytes, printable
 
 _BEGAN = time.time()
 
@@ -79,9 +78,7 @@ class Reporter:
         for failure in report.failures:
             print_error(failure.error)
         if self.settings.is_verbose:
-            sys.stderr.write(
-                f"took {_seconds():.2f} s and {arguments.nbytes(_peak_bytes(), self.settings.units)} of memory\n"
-            )
+            sys.stderr.write(f"took {_seconds():.2f} s and {nbytes(_peak_bytes(), self.settings.units)} of memory\n")
         return report.exit_code
 
     def copy_to_stdout(self, path: Path) -> int:

@@ -30,7 +30,6 @@ from prunectl.formats.onnx.proto import (
     location,
     parsing,
 )
-from prunectl.formats.onnx.proto import location as wire_location
 from prunectl.formats.onnx.scopes import MAX_DEPTH
 from prunectl.formats.onnx.tensors import BOMB_RATIO, MAX_BLOWN_UP_BYTES
 from prunectl.formats.patch import TensorUpdate, patch_files
@@ -86,11 +85,11 @@ def replace_fields(path: Path, target: Path, change: Change, tick: Callable[[int
             tick(whole.end - whole.begin)
 
 
-def relocate(path: Path, location: Location) -> None:
+def relocate(path: Path, target_of: Location) -> None:
     """Name the files of external data otherwise, in every tensor of a written model."""
     target = path.with_name(f"{path.name}.relocated")
     with parsing(path) as reader, path.open("rb") as source, target.open("wb") as out:
-        for run, part in _relocated(reader, reader.whole, "model", location, _MAX_MESSAGES) or [(reader.whole, None)]:
+        for run, part in _relocated(reader, reader.whole, "model", target_of, _MAX_MESSAGES) or [(reader.whole, None)]:
             if part is None:
                 _copy(source, run, out)
             else:
@@ -98,14 +97,14 @@ def relocate(path: Path, location: Location) -> None:
     os.replace(target, path)
 
 
-def _relocated(reader: ProtoReader, span: Span, kind: str, location: Location, depth: int) -> Runs | None:
+def _relocated(reader: ProtoReader, span: Span, kind: str, target_of: Location, depth: int) -> Runs | None:
     """Return a message in which external data has other names; None if it stays as it is."""
     if kind == _ENTRY:
-        return _entry(reader, span, location)
+        return _entry(reader, span, target_of)
     runs: Runs = []
     for whole, field in fields(reader, span):
         inner = _INNER[kind].get(field.number) if field.wire == BYTES and depth else None
-        replaced = _relocated(reader, wire_location(field), inner, location, depth - 1) if inner else None
+        replaced = _relocated(reader, location(field), inner, target_of, depth - 1) if inner else None
         if replaced is not None:
             nbytes = sum(run.end - run.begin if part is None else len(part) for run, part in replaced)
             runs += [(Span(whole.begin, field.begin), length_prefix(field.number, nbytes)), *replaced]
@@ -116,9 +115,9 @@ def _relocated(reader: ProtoReader, span: Span, kind: str, location: Location, d
     return runs if any(part is not None for _, part in runs) else None
 
 
-def _entry(reader: ProtoReader, span: Span, location: Location) -> Runs | None:
+def _entry(reader: ProtoReader, span: Span, target_of: Location) -> Runs | None:
     texts = {field.number: protobuf.text(reader.data, field) for _, field in fields(reader, span)}
-    moved = location(texts.get(_VALUE, "")) if texts.get(_KEY) == _LOCATION else None
+    moved = target_of(texts.get(_VALUE, "")) if texts.get(_KEY) == _LOCATION else None
     if moved is None:
         return None
     key, value = _LOCATION.encode(), moved.encode()
@@ -139,7 +138,7 @@ def _plan(reader: ProtoReader, change: Change) -> Iterator[tuple[Span, FieldRepl
         if field.number != GRAPH:
             yield whole, None
             continue
-        graph = [(inner, change(reader, inner, item)) for inner, item in fields(reader, wire_location(field))]
+        graph = [(inner, change(reader, inner, item)) for inner, item in fields(reader, location(field))]
         if all(part is None for _, part in graph):
             yield whole, None
             continue
