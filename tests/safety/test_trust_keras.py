@@ -17,6 +17,7 @@ from prunectl.errors import InputError, UntrustedError, UsageError
 from prunectl.formats import trust
 from prunectl.formats.keras.pure_names import CLASSES, FUNCTIONS_OF_TENSORFLOW
 from prunectl.formats.registry import open_model
+from prunectl.training.backend import TrainOptions
 from tests.networks import keras, tf_keras
 from tests.running import FIXTURES
 from tests.safety.cost import MAX_BYTES, assert_refused_cheaply, cost
@@ -347,8 +348,8 @@ def test_a_loss_in_a_module_that_the_file_names_is_not_imported(
     training = {"loss": entry, "metrics": [entry], "optimizer_config": {"class_name": "SGD", "config": {"lr": entry}}}
     network = nets.opened(h5(tmp_path / "m.h5", functional(), training))
     with pytest.raises(UsageError, match="custom class Loss"):
-        network.prepare(nets.Means(example=nets.batches(1)[0]))
-    network.prepare(nets.Means(loss="sparse_categorical_crossentropy", example=nets.batches(1)[0]))
+        network.prepare(TrainOptions(example=nets.batches(1)[0]))
+    network.prepare(TrainOptions(loss="sparse_categorical_crossentropy", example=nets.batches(1)[0]))
     assert not canary.exists()
 
 

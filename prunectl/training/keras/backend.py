@@ -21,6 +21,7 @@ from prunectl.formats.safe_json import require
 from prunectl.training.backend import Array
 
 _BACKEND_EXTRAS = frozenset({"tensorflow", "torch"})
+_LEGACY = "TF_USE_LEGACY_KERAS"
 TRAINING_BACKENDS = ("tensorflow", "torch", "jax")
 
 
@@ -86,6 +87,22 @@ def load_keras2() -> KerasLibrary:
     """Keras 2."""
     with quiet_import():
         return KerasLibrary(require("tf_keras", extra="tensorflow"), is_keras2=True, backend="tensorflow")
+
+
+def load_tfmot() -> Any:
+    """What tfmot has for sparsity in Keras 2."""
+    load_keras2()
+    legacy = os.environ.get(_LEGACY)
+    try:
+        with ignore_warnings():
+            module = require("tensorflow_model_optimization", extra="tensorflow")
+    finally:
+        # tfmot turns every Keras that is imported later, in this process and in those it starts, into Keras 2.
+        if legacy is None:
+            os.environ.pop(_LEGACY, None)
+        else:
+            os.environ[_LEGACY] = legacy
+    return module.sparsity.keras
 
 
 def load_keras3() -> KerasLibrary:

@@ -13,17 +13,18 @@ import numpy as np
 
 from prunectl.analysis.patterns import BlockPattern, NMPattern
 from prunectl.formats.base import ModelFile
+from prunectl.formats.safe_json import require
 from prunectl.pruning.schedules import Schedule
 from prunectl.pruning.threshold import Mask
 from prunectl.training.backend import Array, LoadOptions, Logs, TrainableModel, TrainOptions
 from prunectl.training.data.source import Arrays, Batch
 from prunectl.training.keras import backend
-from prunectl.training.keras.backend import ignore_warnings
+from prunectl.training.keras.backend import ignore_warnings, load_tfmot
 from prunectl.training.keras.load import load
 from prunectl.training.keras.model import KerasTrainable
 from prunectl.training.keras.random_state import RandomState
 from prunectl.training.native_pruning import NativePruning
-from prunectl.training.tfmot.schedules import ScheduleAdapter, tfmot, to_tfmot_schedule, version
+from prunectl.training.tfmot.schedules import ScheduleAdapter, to_tfmot_schedule
 from prunectl.training.tfmot.wrappers import (
     WrappedModel,
     WrapperSettings,
@@ -58,7 +59,8 @@ class TfmotTrainable(KerasTrainable):
         """What was chosen for want of a word, and who prunes."""
         if self._wrapped is None:
             return super().notes
-        note = f"Pruned by tensorflow-model-optimization {version()}, layer by layer."
+        version = require("tensorflow_model_optimization", extra="tensorflow").__version__
+        note = f"Pruned by tensorflow-model-optimization {version}, layer by layer."
         tensorboard_note = (
             "tfmot writes its summaries with TensorBoard, which is not installed: --logdir has ours alone.",
         )
@@ -99,7 +101,7 @@ class TfmotTrainable(KerasTrainable):
         for wrapper in wrapped.wrappers:
             backend.set_value(library, wrapper.pruning_step, np.array(native.step or -1))
         super().prepare(self._options)
-        sparsity = tfmot()
+        sparsity = load_tfmot()
         callbacks = [sparsity.UpdatePruningStep()]
         if native.logdir is not None and self.is_chief and self._has_tensorboard:
             callbacks.append(sparsity.PruningSummaries(str(native.logdir), write_graph=False))

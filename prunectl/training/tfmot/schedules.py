@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -10,36 +9,11 @@ from typing import Any
 from prunectl.errors import UsageError
 from prunectl.formats.safe_json import require
 from prunectl.pruning.schedules import Schedule, SparsitySchedule
-from prunectl.training.keras.backend import ignore_warnings, load_keras2
+from prunectl.training.keras.backend import load_keras2, load_tfmot
 from prunectl.training.wrap.schedules import OURS, from_config, has_tfmot_class, power_of, to_config
 
-_LEGACY = "TF_USE_LEGACY_KERAS"
-
-
-def tfmot() -> Any:
-    """What tfmot has for sparsity in Keras 2."""
-    load_keras2()
-    legacy = os.environ.get(_LEGACY)
-    try:
-        with ignore_warnings():
-            module = require("tensorflow_model_optimization", extra="tensorflow")
-    finally:
-        # tfmot turns every Keras that is imported later, in this process and in those it starts, into Keras 2.
-        if legacy is None:
-            os.environ.pop(_LEGACY, None)
-        else:
-            os.environ[_LEGACY] = legacy
-    return module.sparsity.keras
-
-
-def version() -> str:
-    """Which tfmot it is."""
-    number: str = require("tensorflow_model_optimization", extra="tensorflow").__version__
-    return number
-
-
 _MAX_STEPS = 10_000_000
-_sparsity = tfmot()
+_sparsity = load_tfmot()
 _PACKAGE, _, _NAME = OURS.partition(">")
 
 

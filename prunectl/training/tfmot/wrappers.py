@@ -18,12 +18,11 @@ from prunectl.formats.keras import layouts
 from prunectl.training import user_code
 from prunectl.training.keras import backend
 from prunectl.training.keras._compat import compile_arguments, flat_layers, is_graph_network, rename
-from prunectl.training.keras.backend import ignore_warnings, load_keras2
+from prunectl.training.keras.backend import ignore_warnings, load_keras2, load_tfmot
 from prunectl.training.keras.compile.config import read_training_config
 from prunectl.training.keras.distribution import DevicePlacement
 from prunectl.training.keras.load import LoadedModel, WeightLayout, detect_layout, load
 from prunectl.training.keras.variable_names import match_variables
-from prunectl.training.tfmot.schedules import tfmot, to_tfmot_schedule
 from prunectl.training.wrap.schedules import has_tfmot_class
 from prunectl.training.wrap.wrappers import WrapperSpec
 
@@ -55,7 +54,7 @@ def wrap_layers(keras: Any, model: Any, names: Mapping[int, str], choose: Settin
             "tfmot multiplies weights by masks of the same precision, and this model reckons in another than it keeps",
             hint="prune without --wrap",
         )
-    sparsity = tfmot()
+    sparsity = load_tfmot()
 
     def cloned(layer: Any) -> Any:
         if isinstance(layer, keras.Model):
@@ -85,7 +84,7 @@ def prunable_weights(layer: Any) -> list[Any]:
         try:
             # A wrapper that is thrown away: making one is how tfmot says which layers it knows, and teaches them which
             # of their weights can be pruned.
-            tfmot().prune_low_magnitude(layer)
+            load_tfmot().prune_low_magnitude(layer)
         except ValueError:
             return []
     weights: list[Any] = list(layer.get_prunable_weights())
@@ -94,7 +93,7 @@ def prunable_weights(layer: Any) -> list[Any]:
 
 def wrappers(keras: Any, model: Any) -> Iterator[Any]:
     """Yield the wrappers in a model and in those inside it."""
-    kind = type(tfmot().prune_low_magnitude(keras.layers.Dense(1)))
+    kind = type(load_tfmot().prune_low_magnitude(keras.layers.Dense(1)))
     for layer in model.layers:
         if isinstance(layer, keras.Model):
             yield from wrappers(keras, layer)
@@ -167,7 +166,7 @@ def _load(model: ModelFile, wrapping: WrapperSpec) -> LoadedModel:
         )
     layouts.check_widths(model)
     load_keras2()
-    tfmot()
+    load_tfmot()
     return load(model, wrapping.origin, DevicePlacement())
 
 
@@ -178,7 +177,7 @@ def _constant_sparsity(weights: Mapping[str, Any], wrapping: WrapperSpec) -> Wra
     zeros = size - sum(int(np.count_nonzero(mask)) for mask in masks)
     # tfmot counts its steps from 1, so that a schedule which ends at 0 has no turn: masks that tfmot would not make by
     # itself, in groups, in blocks of images or ranked over all layers, stay what they are.
-    schedule = tfmot().ConstantSparsity(min(zeros, size - 1) / size, begin_step=0, end_step=0, frequency=1)
+    schedule = load_tfmot().ConstantSparsity(min(zeros, size - 1) / size, begin_step=0, end_step=0, frequency=1)
     return {"pruning_schedule": schedule, **_block_settings(weights, wrapping)}
 
 
@@ -194,6 +193,9 @@ def _settings_of_layer(layer: Any, weights: Mapping[str, Any], wrapping: Wrapper
             f"tfmot prunes all weights of {layer.name} along one schedule, to one sparsity",
             hint=f"choose all or none of {layer.name}, with the same --layer ratio, or leave out --schedule",
         )
+    # It makes a class of tfmot's, and what a file shows to be wrong is refused before tfmot is imported.
+    from prunectl.training.tfmot.schedules import to_tfmot_schedule  # noqa: PLC0415
+
     return {"pruning_schedule": to_tfmot_schedule(schedules.pop()), **_block_settings(weights, wrapping)}
 
 

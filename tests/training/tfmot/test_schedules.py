@@ -14,7 +14,7 @@ from prunectl.training.wrap.schedules import ResumedSchedule, read_schedule
 from tests.networks import tf_keras
 
 tf_keras()
-tfmot = pytest.importorskip("prunectl.training.tfmot.schedules").tfmot()
+tfmot = pytest.importorskip("prunectl.training.tfmot.schedules").load_tfmot()
 schedules = importlib.import_module("prunectl.training.tfmot.schedules")
 tensorflow = importlib.import_module("tensorflow")
 
