@@ -30,6 +30,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 _COMPLETE = "_PRUNECTL_COMPLETE"
 """Set by the completion that a shell has installed."""
+_COMPLETION_OPTIONS = ("--show-completion", "--install-completion")
+_NO_SHELL_DETECTION = "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"
+"""Lets typer take the shell that is named after these options; else it looks which one has started prunectl."""
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
 
@@ -83,6 +86,8 @@ def prunectl(
 
 def run(arguments: list[str]) -> int:
     """Run what was typed, and return its exit code."""
+    if len(arguments) > 1 and arguments[0] in _COMPLETION_OPTIONS:
+        os.environ[_NO_SHELL_DETECTION] = "1"
     command = typer.main.get_command(app)
     if os.environ.get(_COMPLETE):
         return int(importlib.import_module("prunectl.commands.completion").complete(command, _COMPLETE))

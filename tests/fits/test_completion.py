@@ -135,6 +135,14 @@ def test_what_no_shell_asks_is_refused(asking: str, monkeypatch: pytest.MonkeyPa
     assert err.getvalue().startswith(f"error: _PRUNECTL_COMPLETE is {asking!r}, which no shell asks\n")
 
 
+def test_the_shell_that_is_named_gets_its_script_whatever_has_started_the_command() -> None:
+    scripts = {shell: prunectl("--show-completion", shell) for shell in ("bash", "zsh", "fish")}
+    assert {shell: script.code for shell, script in scripts.items()} == dict.fromkeys(scripts, 0)
+    assert "COMP_WORDS" in scripts["bash"].out
+    assert "compdef" in scripts["zsh"].out
+    assert "complete --command prunectl" in scripts["fish"].out
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 def test_the_script_for_bash_asks_the_command(tmp_path: Path) -> None:
     script = prunectl("--show-completion", "bash")
