@@ -13,9 +13,11 @@ from prunectl.exporting import onnx_finish
 from prunectl.exporting.compare import Run
 from prunectl.exporting.inputs import InputSpec
 from prunectl.exporting.job import ExportJob
-from prunectl.exporting.onnx_canonical import opset_of
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safe_json import require
+from prunectl.graphs.onnx.nodes import opset_of
+from prunectl.graphs.onnx.session import OnnxSession
+from prunectl.graphs.onnx.tensors import load_message
 from prunectl.training.backend import LoadOptions
 
 
@@ -25,11 +27,7 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
     if job.request.inputs and not is_open:
         raise UsageError("--input does not change what an ONNX model takes", hint="export its source again")
     notes = ("It was tried on what --input says; what it takes is as open as it was.",) if job.request.inputs else ()
-    onnx = require("onnx", extra="onnx")
-    try:
-        proto = onnx.load(str(job.file.path))
-    except Exception as error:
-        raise InputError(f"{job.file.path} cannot be read by onnx: {first_line(error)}") from error
+    proto = load_message(job.file.path)
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     opset = opset_of(proto)
     if job.request.opset is not None and job.request.opset != opset:
@@ -47,8 +45,6 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
         raise
 
 
-_FATAL = 4
-"""The severity from which onnxruntime logs; the rest comes as exceptions."""
 _DTYPES = {"float": "float32", "double": "float64"}
 
 
@@ -56,14 +52,14 @@ _DTYPES = {"float": "float32", "double": "float64"}
 class OnnxRunnable:
     """An onnxruntime session with its inputs."""
 
-    session: Any
+    session: OnnxSession
     inputs: tuple[InputSpec, ...]
     is_channels_first: bool = True
     notes: tuple[str, ...] = ()
 
     def run(self, inputs: tuple[Array, ...]) -> dict[str, Array]:
         """The outputs for one batch."""
-        names = [output.name for output in self.session.get_outputs()]
+        names = [output.name for output in self.session.runtime.get_outputs()]
         feeds = {
             spec.name: array.astype(spec.dtype, copy=False) for spec, array in zip(self.inputs, inputs, strict=True)
         }
@@ -99,13 +95,9 @@ def open_runnable(model: ModelFile, origin: LoadOptions) -> OnnxRunnable:
 
 
 def _open_session(path: Path) -> OnnxRunnable:
-    runtime = require("onnxruntime", extra="onnx")
-    options = runtime.SessionOptions()
-    options.log_severity_level = _FATAL
     # One thread after the other gives the same sums each time.
-    options.intra_op_num_threads = 1
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return OnnxRunnable(session, tuple(_input_spec(port) for port in session.get_inputs()))
+    session = OnnxSession(path, num_threads=1)
+    return OnnxRunnable(session, tuple(_input_spec(port) for port in session.runtime.get_inputs()))
 
 
 def _input_spec(port: Any) -> InputSpec:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safe_json import require
+from prunectl.graphs.onnx.nodes import all_graphs, copy_message, inner_graphs, names_defined, names_read
 
 BATCH = "batch"
 _FOLDED_BIAS = "_bias"
@@ -116,7 +117,7 @@ def _rename_values(graph: Any, outer: Mapping[str, str], unused: _UnusedNames, w
             if value and value not in names:
                 names[value] = unused.free(kind)
         node.name = unused.free(f"{kind}_node")
-        for inner in inner_graphs(node):
+        for _, inner in inner_graphs(node):
             # A name inside may be that of a value around it, which it hides.
             hidden = names_defined(inner)
             _rename_values(inner, {old: new for old, new in names.items() if old not in hidden}, unused, weight)
@@ -163,14 +164,14 @@ def _name_axes(graph: Any) -> None:
 def canonical_order(graph: Any) -> None:
     """Topological sort, depth first from the first output on; nodes and initializers that nothing needs are dropped."""
     for node in graph.node:
-        for inner in inner_graphs(node):
+        for _, inner in inner_graphs(node):
             canonical_order(inner)
     nodes = [copy_message(node) for node in graph.node]
     producers = {name: index for index, node in enumerate(nodes) for name in node.output if name}
     ordered = _topological_order(nodes, producers, [port.name for port in graph.output])
     del graph.node[:]
     graph.node.extend(nodes[index] for index in ordered)
-    used = dict.fromkeys(name for node in graph.node for name in values_read(node))
+    used = dict.fromkeys(name for node in graph.node for name in names_read(node))
     used |= dict.fromkeys(port.name for port in graph.output)
     initializers = {initializer.name: copy_message(initializer) for initializer in graph.initializer}
     del graph.initializer[:]
@@ -187,9 +188,7 @@ def _topological_order(nodes: list[Any], producers: dict[str, int], wanted: Iter
             pending.pop()
             continue
         missing = [
-            producers[name]
-            for name in values_read(nodes[index])
-            if name in producers and producers[name] not in ordered
+            producers[name] for name in names_read(nodes[index]) if name in producers and producers[name] not in ordered
         ]
         if not missing or index in visited:
             ordered[index] = None
@@ -198,46 +197,3 @@ def _topological_order(nodes: list[Any], producers: dict[str, int], wanted: Iter
         visited.add(index)
         pending.extend(reversed(missing))
     return list(ordered)
-
-
-def inner_graphs(node: Any) -> Iterator[Any]:
-    """Yield the graphs inside a node, such as the body of a loop."""
-    for attribute in node.attribute:
-        for inner in (attribute.g, *attribute.graphs):
-            if inner.node or inner.output:
-                yield inner
-
-
-def all_graphs(graph: Any) -> Iterator[Any]:
-    """Yield a graph and those inside its nodes, at any depth."""
-    yield graph
-    for node in graph.node:
-        for inner in inner_graphs(node):
-            yield from all_graphs(inner)
-
-
-def names_defined(graph: Any) -> set[str]:
-    """The names that a graph gives itself, which inside of it hide those of the graphs around it."""
-    own = {value.name for value in (*graph.input, *graph.initializer)}
-    return own | {name for node in graph.node for name in node.output}
-
-
-def values_read(node: Any) -> Iterator[str]:
-    """Yield the values that a node reads, including those that its inner graphs read from outside."""
-    yield from filter(None, node.input)
-    for inner in inner_graphs(node):
-        own = names_defined(inner)
-        yield from (name for inner_node in inner.node for name in values_read(inner_node) if name not in own)
-        yield from (port.name for port in inner.output if port.name not in own)
-
-
-def copy_message(message: Any) -> Any:
-    """A message of protobuf, copied out of the one that holds it."""
-    copy = type(message)()
-    copy.CopyFrom(message)
-    return copy
-
-
-def opset_of(proto: Any) -> int | None:
-    """The version of the default operator set that a model imports."""
-    return next((opset.version for opset in proto.opset_import if opset.domain in {"", "ai.onnx"}), None)

@@ -8,9 +8,9 @@ from typing import Any
 
 from prunectl.errors import WorkError, first_line
 from prunectl.exporting.job import ExportJob
-from prunectl.exporting.onnx_canonical import all_graphs, opset_of
 from prunectl.exporting.onnx_precision import reduce_precision
 from prunectl.formats.safe_json import require
+from prunectl.graphs.onnx.nodes import all_graphs, opset_of
 
 MAX_BYTES = (1 << 31) - 1
 """Limit of a protobuf message."""

@@ -8,12 +8,13 @@ from typing import Any
 
 from prunectl.errors import UsageError, WorkError, first_line
 from prunectl.exporting.job import ExportJob
-from prunectl.exporting.onnx_canonical import canonical_order, copy_message, inner_graphs, names_defined, opset_of
+from prunectl.exporting.onnx_canonical import canonical_order
 from prunectl.exporting.quiet import quiet_logging
 from prunectl.exporting.request import ExportRequest
 from prunectl.exporting.weights import cast_down
 from prunectl.formats.base import Array
 from prunectl.formats.safe_json import require
+from prunectl.graphs.onnx.nodes import copy_message, inner_graphs, names_defined, opset_of
 
 _DYNAMIC_OPERATORS = ["MatMul", "Gemm", "LSTM", "Gather"]
 """Operators with a dynamically quantized form, whose input ranges need no calibration."""
@@ -73,7 +74,7 @@ def _narrow_kernels(graph: Any, request: ExportRequest) -> None:
             )
             initializer.CopyFrom(numbers.from_array(cast_down(request, initializer.name, array), initializer.name))
     for node in graph.node:
-        for inner in inner_graphs(node):
+        for _, inner in inner_graphs(node):
             _narrow_kernels(inner, request)
     _redirect_reads(graph, widened)
     nodes += [copy_message(node) for node in graph.node]
@@ -93,7 +94,7 @@ def _redirect_reads(graph: Any, names: Mapping[str, str]) -> None:
     for node in graph.node:
         for index, name in enumerate(node.input):
             node.input[index] = names.get(name, name)
-        for inner in inner_graphs(node):
+        for _, inner in inner_graphs(node):
             hidden = names_defined(inner)
             _redirect_reads(inner, {old: new for old, new in names.items() if old not in hidden})
 

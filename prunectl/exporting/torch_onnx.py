@@ -13,7 +13,7 @@ from prunectl.exporting.job import ExportJob
 from prunectl.exporting.quiet import quiet_conversion
 from prunectl.exporting.torch import TorchRunnable, output_names, run_module, without_mha_fastpath
 from prunectl.exporting.torch_files import example, is_script, program_of
-from prunectl.formats.safe_json import require
+from prunectl.graphs.onnx.tensors import load_message
 from prunectl.training.torch.build import load_program
 
 OPSET = 18
@@ -78,9 +78,8 @@ def _convert_script(job: ExportJob, outputs: list[str]) -> tuple[Any, tuple[str,
         dynamic_axes=axes,
         opset_version=job.request.opset or OPSET,
     )
-    onnx = require("onnx", extra="onnx")
     note = "It is TorchScript, which the older exporter of PyTorch converts: the newer one takes no such file."
-    return onnx.load(str(path)), (note,)
+    return load_message(path), (note,)
 
 
 def _open_axes(shape: tuple[int | None, ...] | None) -> list[int]:

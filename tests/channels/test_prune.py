@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
+from prunectl.channels.onnx import adapter
 from prunectl.channels.prune import ChannelPruneResult, prune_channels
-from prunectl.errors import InputError, UsageError
+from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.formats.registry import open_model
+from prunectl.graphs.onnx.tensors import save_network
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.prune import prune
 from prunectl.pruning.request import PruneRequest
@@ -254,6 +257,59 @@ def test_data_beside_the_model_keeps_its_name_in_place(tmp_path: Path) -> None:
     prune_channels(path, PruneRequest(sparsity=0.5, pattern="channel"), Destination(path, is_in_place=True))
     assert sorted(child.name for child in tmp_path.iterdir()) == ["net.data", "net.onnx"]
     assert shapes(path)["first"][0] * 2 == before.graph.initializer[0].dims[0]
+
+
+def wide(path: Path, **more: Any) -> Path:
+    """Two dense layers, the first of which has 64 KB of numbers."""
+    nodes = [op("Gemm", "x first bias", "a"), op("Relu", "a", "b"), op("MatMul", "b last", "y")]
+    made = model(nodes, {"first": (64, 256), "bias": (256,), "last": (256, 10)}, inputs={"x": ("N", 64)})
+    onnx.save(made, path, **more)
+    return path
+
+
+def test_large_numbers_beside_the_model_are_in_no_message_and_are_cut_as_those_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = wide(tmp_path / "inside.onnx")
+    beside = wide(tmp_path / "beside.onnx", save_as_external_data=True, location="b.data", size_threshold=100)
+    messages: list[int] = []
+    session = onnxruntime.InferenceSession
+
+    def record(message: Any, *args: Any, **words: Any) -> Any:
+        messages.append(len(message))
+        return session(message, *args, **words)
+
+    cut(inside, tmp_path / "one.onnx")
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime, "InferenceSession", record)
+        cut(beside, tmp_path / "two.onnx")
+    assert messages
+    assert max(messages) < 20_000 < (tmp_path / "two.onnx.data").stat().st_size
+    one, two = onnx.load(tmp_path / "one.onnx"), onnx.load(tmp_path / "two.onnx")
+    assert [tensor.raw_data for tensor in two.graph.initializer] == [
+        tensor.raw_data for tensor in one.graph.initializer
+    ]
+    assert two.graph.node == one.graph.node
+    x = np.random.default_rng(1).normal(size=(4, 64)).astype(np.float32)
+    np.testing.assert_allclose(run(tmp_path / "two.onnx", x), run(tmp_path / "one.onnx", x), rtol=1e-5)
+
+
+def test_numbers_that_came_out_wrong_beside_the_model_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    path = wide(tmp_path / "in" / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=100)
+
+    def damaged(network: Any, staged: Path, locations: dict[str, str]) -> None:
+        save_network(network, staged, locations)
+        data = staged.with_name("small.onnx.data")
+        data.write_bytes(bytes([data.read_bytes()[0] ^ 1]) + data.read_bytes()[1:])
+
+    monkeypatch.setattr(adapter, "save_network", damaged)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(WorkError, match="first came out with other numbers"):
+        cut(path, tmp_path / "out" / "small.onnx")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_shapes_of_inner_values_that_no_longer_hold_are_left_out(tmp_path: Path) -> None:

@@ -17,38 +17,20 @@ from prunectl.channels.adapter import (
 )
 from prunectl.channels.graph import ChannelGraph
 from prunectl.channels.lengths import AxisLengths, Shapes
-from prunectl.channels.onnx import graph
 from prunectl.channels.onnx.graph import LoadedOnnx, load_onnx
-from prunectl.channels.onnx.resize import prune_model, set_tensor
+from prunectl.channels.onnx.resize import prune_model
 from prunectl.errors import UsageError, WorkError, first_line
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.onnx.rewrite import relocated
-from prunectl.formats.safe_json import require
+from prunectl.formats.registry import open_model
+from prunectl.graphs.onnx.session import OnnxSession
+from prunectl.graphs.onnx.tensors import graph_tensors, save_network
 from prunectl.pruning import destination as outputs
 from prunectl.training.backend import LoadOptions
-from prunectl.training.onnx.session import with_outputs
 
-_MAX_MESSAGE_BYTES = (1 << 31) - 1
-_FATAL = 4
 _FLOATS = {1: np.float32, 10: np.float16, 11: np.float64}
 _WHOLE = {2: np.uint8, 3: np.int8, 4: np.uint16, 5: np.int16, 6: np.int32, 7: np.int64, 9: np.bool_, 12: np.uint32}
 """Types of element, by their numbers in the format."""
-
-
-def make_session(proto: Any, observed: Sequence[str]) -> Any:
-    """A message in onnxruntime, some inner values among its outputs."""
-    runtime = require("onnxruntime", extra="onnx")
-    if proto.ByteSize() > _MAX_MESSAGE_BYTES:
-        raise WorkError("a network of more than 2 GB cannot be proved to be the same, and is not cut")
-    options = runtime.SessionOptions()
-    options.log_severity_level = _FATAL
-    try:
-        message = with_outputs(proto, observed).SerializeToString()
-        return runtime.InferenceSession(message, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise WorkError(
-            f"the network cannot be loaded by onnxruntime: {first_line(error)}; nothing was written"
-        ) from error
 
 
 def random_input(port: Any, shape: Sequence[int], random: np.random.Generator) -> Array:
@@ -98,25 +80,24 @@ class OnnxAdapter(GraphAdapter):
     def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
         """The message of the smaller network."""
         pruned = prune_model(self._loaded, removed, after, weights)
-        remaining = {name for name, _ in graph.tensors(pruned.graph)}
+        remaining = {tensor.name for tensor in graph_tensors(pruned.proto.graph)}
         self._omitted = frozenset(
             name for name, array in self.graph.weights.items() if name not in remaining and not array.any()
         )
         return pruned
 
     def with_weights(self, weights: Mapping[str, Array]) -> Any:
-        """The message with some numbers replaced."""
-        proto = type(self._loaded.proto)()
-        proto.CopyFrom(self._loaded.proto)
-        for name, slot in graph.tensors(proto.graph):
-            if name in weights:
-                set_tensor(slot, weights[name])
-        return proto
+        """The network with some numbers replaced."""
+        network = self._loaded.network.copy()
+        for tensor in graph_tensors(network.proto.graph):
+            if tensor.name in weights:
+                network.assign(tensor.dense, weights[tensor.name])
+        return network
 
     def random_inputs(self, random: np.random.Generator) -> Feeds:
         """Random inputs."""
-        proto, shapes = self._loaded.proto, self._loaded.static.shapes
-        ports = {port.name: port for port in proto.graph.input}
+        shapes = self._loaded.static.shapes
+        ports = {port.name: port for port in self._loaded.network.proto.graph.input}
         return {name: random_input(ports[name], shapes[name], random) for name in self.graph.inputs}
 
     @property
@@ -125,22 +106,30 @@ class OnnxAdapter(GraphAdapter):
         return False
 
     def runner(self, network: Any, observed: Iterable[str], *, in_float64: bool = False) -> Runner:
-        """What onnxruntime makes of a message."""
+        """What onnxruntime makes of a network."""
         assert not in_float64
         names = tuple(observed)
-        runtime = make_session(network, names)
-        outputs = [port.name for port in network.graph.output]
-        return lambda feeds: list(runtime.run([*outputs, *names], dict(feeds)))
+        try:
+            session = OnnxSession(network, names)
+        except Exception as error:
+            raise WorkError(
+                f"the network cannot be loaded by onnxruntime: {first_line(error)}; nothing was written"
+            ) from error
+        outputs = [port.name for port in network.proto.graph.output]
+        return lambda feeds: session.run([*outputs, *names], feeds)
 
     def write(self, network: Any, folder: Path, target: Path) -> Path:
-        """Write a message, with the data beside it that was beside the original's."""
-        onnx = require("onnx", extra="onnx")
+        """Write a network, with the data beside it that was beside the original's."""
         staged = outputs.staged_paths(self._model, folder, target)
+        locations = {
+            name: relocated(self._model, staged, location) or location
+            for name, location in self._loaded.locations.items()
+        }
         path = staged[self._model.path]
-        for tensor in network.graph.initializer:
-            if tensor.name in self._loaded.locations:
-                location = self._loaded.locations[tensor.name]
-                name = relocated(self._model, staged, location) or location
-                onnx.external_data_helper.set_external_data(tensor, name)
-        onnx.save_model(network, path)
+        save_network(network, path, locations)
+        result = open_model(path)
+        for tensor in result.tensors:
+            array = network.outside.get(tensor.name)
+            if array is not None and result.read(tensor).tobytes() != array.tobytes():
+                raise WorkError(f"{tensor.name} came out with other numbers than it has; nothing was written")
         return path

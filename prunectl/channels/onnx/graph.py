@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,33 +12,25 @@ import numpy as np
 from prunectl.channels.graph import ChannelGraph, OpKind, OpNode, WeightView
 from prunectl.channels.lengths import UNKNOWN_LENGTHS, AxisLengths
 from prunectl.channels.onnx.ops import OnnxOpContext, lower
-from prunectl.channels.onnx.shapes import STANDARD_DOMAINS, StaticValues, infer_static
-from prunectl.errors import InputError, first_line
+from prunectl.channels.onnx.shapes import StaticValues, infer_static
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safe_json import require
+from prunectl.graphs.onnx.nodes import STANDARD_DOMAINS, axes_behind, names_captured, names_read, opset_of
+from prunectl.graphs.onnx.tensors import OnnxNetwork, graph_tensors, load_network
 
 _FLOATS = frozenset({1, 10, 11})
 """Types of element that channels are cut from: float32, float16, float64."""
 
 
-def tensors(graph: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the messages of all tensors with a name: initializers, and those of Constant nodes."""
-    for tensor in graph.initializer:
-        yield tensor.name, tensor
-    for node in graph.node:
-        if node.op_type == "Constant" and node.domain in STANDARD_DOMAINS:
-            for attribute in node.attribute:
-                if attribute.name == "value":
-                    yield node.output[0], attribute.t
-
-
-def weight_inputs(graph: Any) -> dict[str, Array]:
+def weight_inputs(network: OnnxNetwork) -> dict[str, Array]:
     """The numbers of all weights that may be cut."""
     to_array = require("onnx.numpy_helper", extra="onnx").to_array
     return {
-        name: np.asarray(to_array(tensor))
-        for name, tensor in tensors(graph)
-        if tensor.data_type in _FLOATS and len(tensor.dims) >= 1
+        tensor.name: network.outside[tensor.name]
+        if tensor.name in network.outside
+        else np.asarray(to_array(tensor.dense))
+        for tensor in graph_tensors(network.proto.graph)
+        if tensor.dense is not None and tensor.data_type in _FLOATS and len(tensor.dense.dims) >= 1
     }
 
 
@@ -65,36 +57,14 @@ def uses(graph: Any, views: Mapping[str, WeightView]) -> Counter[str]:
     return counts
 
 
-def names_read(node: Any) -> list[str]:
-    """The values that a node reads, those that its branches read from outside included."""
-    names = list(node.input)
-    for attribute in node.attribute:
-        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-            local_names = {port.name for port in (*graph.input, *graph.initializer)}
-            local_names |= {name for inner in graph.node for name in inner.output}
-            names += [name for inner in graph.node for name in names_read(inner) if name not in local_names]
-            names += [port.name for port in graph.output if port.name not in local_names]
-    return names
-
-
 def _axes(
     node: Any, axes: tuple[int | None, ...], before: tuple[int, ...], after: tuple[int, ...]
 ) -> tuple[int | None, ...] | None:
-    match node.op_type:
-        case "Identity":
-            return axes
-        case "Cast" if all(attribute.i in _FLOATS for attribute in node.attribute if attribute.name == "to"):
-            return axes
-        case "Transpose":
-            turned = [tuple(attribute.ints) for attribute in node.attribute if attribute.name == "perm"]
-            order = turned[0] if turned else tuple(reversed(range(len(axes))))
-            return tuple(axes[axis] for axis in order)
-        case "Unsqueeze" | "Squeeze":
-            # Only axes of length 1 come and go: the others keep their order.
-            longer = iter([axis for axis, length in zip(axes, before, strict=True) if length != 1])
-            return tuple(None if length == 1 else next(longer) for length in after)
-        case _:
-            return None
+    if node.op_type not in {"Unsqueeze", "Squeeze"}:
+        return axes_behind(node, axes)
+    # Only axes of length 1 come and go: the others keep their order.
+    longer = iter([axis for axis, length in zip(axes, before, strict=True) if length != 1])
+    return tuple(None if length == 1 else next(longer) for length in after)
 
 
 def unshare(proto: Any) -> dict[str, str]:
@@ -104,8 +74,8 @@ def unshare(proto: Any) -> dict[str, str]:
     """
     graph = proto.graph
     lists = {tensor.name: tensor for tensor in graph.initializer if _is_vector(tensor)}
-    inner = Counter(name for node in graph.node for name in names_read(node)[len(node.input) :])
-    kept = {port.name for port in (*graph.input, *graph.output)} | inner.keys()
+    kept = {port.name for port in (*graph.input, *graph.output)}
+    kept |= {name for node in graph.node for name in names_captured(node)}
     names = {name for node in graph.node for name in node.output} | {tensor.name for tensor in graph.initializer}
     used: set[str] = set()
     copies: dict[str, str] = {}
@@ -155,7 +125,7 @@ def _unused(name: str, names: set[str]) -> str:
 class LoadedOnnx:
     """An ONNX model in memory, and what was read from it."""
 
-    proto: Any
+    network: OnnxNetwork
     graph: ChannelGraph
     static: StaticValues
     locations: dict[str, str]
@@ -166,25 +136,12 @@ class LoadedOnnx:
 
 def load_onnx(model: ModelFile, lengths: AxisLengths = UNKNOWN_LENGTHS) -> LoadedOnnx:
     """Read an ONNX model; its handler has checked where its numbers lie."""
-    onnx = require("onnx", extra="onnx")
-    try:
-        proto = onnx.load(model.path, load_external_data=False)
-        locations = {
-            tensor.name: entry.value
-            for tensor in proto.graph.initializer
-            for entry in tensor.external_data
-            if entry.key == "location"
-        }
-        if locations:
-            onnx.load_external_data_for_model(proto, str(model.path.parent))
-    except Exception as error:
-        line = first_line(error)
-        raise InputError(f"{model.path} cannot be read by onnx: {line}") from error
-    _densify(proto, model)
-    copies = unshare(proto)
+    network, locations = load_network(model)
+    _densify(network.proto, model)
+    copies = unshare(network.proto)
     locations |= {copy: locations[name] for copy, name in copies.items() if name in locations}
-    static = infer_static(proto, str(model.path), lengths)
-    return LoadedOnnx(proto, graph_of(proto, static), static, locations, copies)
+    static = infer_static(network.proto, str(model.path), lengths)
+    return LoadedOnnx(network, graph_of(network, static), static, locations, copies)
 
 
 def _densify(proto: Any, model: ModelFile) -> None:
@@ -197,14 +154,14 @@ def _densify(proto: Any, model: ModelFile) -> None:
     del proto.graph.sparse_initializer[:]
 
 
-def graph_of(proto: Any, static: StaticValues) -> ChannelGraph:
+def graph_of(network: OnnxNetwork, static: StaticValues) -> ChannelGraph:
     """The main graph, its operations by what they do to channels."""
-    graph = proto.graph
-    weights = weight_inputs(graph)
+    graph = network.proto.graph
+    weights = weight_inputs(network)
     shapes = {**static.shapes, **{name: array.shape for name, array in weights.items()}}
     views = weight_views(graph, weights, shapes)
     initializers = {tensor.name for tensor in graph.initializer}
-    opset = next((entry.version for entry in proto.opset_import if entry.domain in STANDARD_DOMAINS), 1)
+    opset = opset_of(network.proto) or 1
     nodes = []
     for number, node in enumerate(graph.node):
         if all(name in views or name in static.constants for name in node.output if name):
@@ -230,5 +187,5 @@ def _node(node: Any, number: int, context: OnnxOpContext) -> OpNode:
     else:
         kind, inputs, attributes = OpKind.UNKNOWN, (), {}
     if kind is OpKind.UNKNOWN:
-        inputs = tuple(filter(None, names_read(node)))
+        inputs = tuple(names_read(node))
     return OpNode(name, op, kind, inputs, outputs, attributes)

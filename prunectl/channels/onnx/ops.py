@@ -8,6 +8,7 @@ from typing import Any
 
 from prunectl.channels.graph import OpKind, WeightView
 from prunectl.channels.onnx.shapes import StaticValues
+from prunectl.graphs.onnx.nodes import get_attribute, input_of
 
 _SOFTMAX_BY_AXIS = 13
 Lowering = tuple[OpKind, tuple[str, ...], Mapping[str, Any]]
@@ -25,15 +26,11 @@ class OnnxOpContext:
 
     def attribute(self, name: str, default: Any) -> Any:
         """An attribute, lists as tuples."""
-        for attribute in self.node.attribute:
-            if attribute.name == name:
-                value = {2: attribute.i, 1: attribute.f, 3: attribute.s}.get(attribute.type)
-                return value if value is not None else tuple(attribute.ints)
-        return default
+        return get_attribute(self.node, name, default)
 
     def input(self, position: int) -> str:
         """The name of an input; empty where it is left out."""
-        return self.node.input[position] if position < len(self.node.input) else ""
+        return input_of(self.node, position)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a value; LookupError if it is not known."""
@@ -101,8 +98,7 @@ def _recurrent(op: OnnxOpContext) -> Lowering:
 
 def _is_silent_at_zero(op: OnnxOpContext) -> bool:
     """Whether a unit whose weights are zero stays at zero."""
-    activations = [tuple(part.strings) for part in op.node.attribute if part.name == "activations"]
-    return all(name in {b"Sigmoid", b"Tanh", b"Relu"} for names in activations for name in names)
+    return set(op.attribute("activations", ())) <= {"Sigmoid", "Tanh", "Relu"}
 
 
 def _is_zero(op: OnnxOpContext, name: str) -> bool:

@@ -9,11 +9,11 @@ import numpy as np
 
 from prunectl.channels.adapter import PrunedShapes, RemovedIndices, delete_indices, removed_by_tensor
 from prunectl.channels.graph import OpNode
-from prunectl.channels.onnx import graph
-from prunectl.channels.onnx.graph import LoadedOnnx, names_read, reshare
-from prunectl.channels.onnx.shapes import STANDARD_DOMAINS
+from prunectl.channels.onnx.graph import LoadedOnnx, reshare
 from prunectl.formats.base import Array
 from prunectl.formats.safe_json import require
+from prunectl.graphs.onnx.nodes import STANDARD_DOMAINS, find_attribute, get_attribute, input_of, names_read
+from prunectl.graphs.onnx.tensors import OnnxNetwork, graph_tensors
 
 _BACK = -(1 << 31)
 """Where a slice ends that runs backwards to the first."""
@@ -59,18 +59,17 @@ class _SizeConstants:
 
     def groups(self, node: Any) -> None:
         """A convolution channel by channel has as many groups as channels."""
-        for attribute in node.attribute:
-            if attribute.name == "group" and attribute.i > 1 and attribute.i == self._shapes[node.input[0]][1]:
-                attribute.i = self._after.shape(node.input[0])[1]
+        groups = get_attribute(node, "group", 1)
+        if groups > 1 and groups == self._shapes[node.input[0]][1]:
+            find_attribute(node, "group").i = self._after.shape(node.input[0])[1]
 
     def units(self, node: Any) -> None:
         """A recurrent layer names its units, and may begin with as many zeros."""
         name = next(filter(None, node.output))
-        for attribute in node.attribute:
-            if attribute.name == "hidden_size":
-                attribute.i = self._after.shape(name)[-1]
+        if (units := find_attribute(node, "hidden_size")) is not None:
+            units.i = self._after.shape(name)[-1]
         for position in _STATES:
-            state = node.input[position] if position < len(node.input) else ""
+            state = input_of(node, position)
             if state in self._constants and not self._constants[state].any():
                 # Without a first state it begins with zeros.
                 node.input[position] = ""
@@ -78,16 +77,15 @@ class _SizeConstants:
 
     def split(self, node: Any) -> None:
         """Say the size of each part, unless they are equal still."""
-        axis = next((part.i for part in node.attribute if part.name == "axis"), 0) % len(self._shapes[node.input[0]])
+        axis = get_attribute(node, "axis", 0) % len(self._shapes[node.input[0]])
         sizes = [self._after.shape(name)[axis] for name in node.output]
-        listed = [part for part in node.attribute if part.name == "split"]
-        if listed:
-            listed[0].ints[:] = sizes
-        elif len(node.input) > 1 and node.input[1]:
+        if (listed := find_attribute(node, "split")) is not None:
+            listed.ints[:] = sizes
+        elif input_of(node, 1):
             self._replace_constant(node, 1, sizes)
         elif len(set(sizes)) > 1:
-            for part in [part for part in node.attribute if part.name == "num_outputs"]:
-                node.attribute.remove(part)
+            if (num_outputs := find_attribute(node, "num_outputs")) is not None:
+                node.attribute.remove(num_outputs)
             del node.input[1:]
             node.input.append(self._new_constant("sizes", np.array(sizes, np.int64)))
 
@@ -103,9 +101,8 @@ class _SizeConstants:
         if not any(old[axis] != new[axis] for axis, *_ in op.attributes.get("slices", ())):
             return
         for position, (name, bounds) in enumerate((("starts", starts), ("ends", stops)), 1):
-            listed = [attribute for attribute in node.attribute if attribute.name == name]
-            if listed:
-                listed[0].ints[:] = bounds
+            if (listed := find_attribute(node, name)) is not None:
+                listed.ints[:] = bounds
             else:
                 self._replace_constant(node, position, [_BACK if number < 0 else number for number in bounds])
 
@@ -114,18 +111,12 @@ class _SizeConstants:
         constant = self._constants.get(node.input[position])
         if constant is None or not constant.size:
             return
-        new, listed = (
-            self._after.shape(node.output[0]),
-            next(
-                (tuple(attribute.ints) for attribute in node.attribute if attribute.name == "axes"),
-                tuple(range(constant.size)),
-            ),
-        )
-        old = self._shapes[node.output[0]]
+        old, new = self._shapes[node.output[0]], self._after.shape(node.output[0])
+        axes = get_attribute(node, "axes", tuple(range(constant.size)))
         # What is copied or worked out, as 0 and -1 ask for, is so from what is there now.
         lengths = [
             new[axis] if number == old[axis] and number > 0 else number
-            for axis, number in zip(listed, map(int, constant), strict=True)
+            for axis, number in zip(axes, map(int, constant), strict=True)
         ]
         if lengths != list(map(int, constant)):
             self._update_constant(node, position, lengths)
@@ -187,16 +178,18 @@ class _SizeConstants:
         return name
 
 
-def prune_model(loaded: LoadedOnnx, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
-    """The message of the smaller model; everything else in it stays as it was."""
-    proto = type(loaded.proto)()
-    proto.CopyFrom(loaded.proto)
+def prune_model(
+    loaded: LoadedOnnx, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]
+) -> OnnxNetwork:
+    """The smaller model; everything else in it stays as it was."""
+    network = loaded.network.copy()
+    proto = network.proto
     shapes, removed_by_name = {}, removed_by_tensor(removed)
-    for name, message in graph.tensors(proto.graph):
-        axes = removed_by_name.get(name, {})
+    for tensor in graph_tensors(proto.graph):
+        name, axes = tensor.name, removed_by_name.get(tensor.name, {})
         if axes or name in weights:
             array = delete_indices(weights[name] if name in weights else loaded.graph.weights[name], axes)
-            set_tensor(message, array)
+            network.assign(tensor.dense, array)
         if axes:
             shapes[name] = array.shape
     for port in proto.graph.input:
@@ -206,16 +199,7 @@ def prune_model(loaded: LoadedOnnx, removed: RemovedIndices, after: PrunedShapes
     update_onnx_sizes(proto, loaded, after)
     reshare(proto, loaded.copied_from)
     _drop_stale_shapes(proto.graph, {name for name, view in loaded.graph.views.items() if view.tensor in shapes}, after)
-    return proto
-
-
-def set_tensor(message: Any, array: Array) -> None:
-    """Give a tensor other numbers; its name, its type and what is said of it stay."""
-    replacement = require("onnx.numpy_helper", extra="onnx").from_array(np.ascontiguousarray(array), message.name)
-    for name in ("dims", "raw_data", "float_data", "double_data", "int32_data"):
-        message.ClearField(name)
-    message.dims.extend(replacement.dims)
-    message.raw_data = replacement.raw_data
+    return network
 
 
 def _drop_stale_shapes(graph: Any, stale: set[str], after: PrunedShapes) -> None:

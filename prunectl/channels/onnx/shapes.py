@@ -13,9 +13,10 @@ from prunectl.channels.lengths import TRIED_LENGTHS, UNKNOWN_LENGTHS, AxisLength
 from prunectl.errors import InputError, first_line
 from prunectl.formats.base import Array
 from prunectl.formats.safe_json import require
-from prunectl.training.backend import ModelSignature, TensorSpec
+from prunectl.graphs.onnx.nodes import STANDARD_DOMAINS, inner_graphs
+from prunectl.training.backend import ModelSignature
+from prunectl.training.onnx.session import port_spec
 
-STANDARD_DOMAINS = frozenset({"", "ai.onnx"})
 _SMALL = 64
 """Elements up to which a weight may also be a list of scales or sizes."""
 _FOLDED = 4096
@@ -36,34 +37,24 @@ def infer_static(proto: Any, name: str, lengths: AxisLengths = UNKNOWN_LENGTHS) 
     error_line = ""
     initializers = {tensor.name for tensor in proto.graph.initializer}
     inputs = [port for port in proto.graph.input if port.name not in initializers]
-    wanted = lengths.resolve(ModelSignature(tuple(map(_port, inputs)), (), is_channels_first=True))
+    wanted = lengths.resolve(ModelSignature(tuple(map(port_spec, inputs)), (), is_channels_first=True))
     for length in TRIED_LENGTHS[: 1 if wanted else None]:
         skeleton = _without_large_weights(proto, length, wanted)
         try:
             return _inferred(skeleton, _constants(proto))
         except Exception as error:  # noqa: BLE001 - onnx raises what it likes
             error_line = first_line(error)
-    is_open = any(None in (port.shape or ()) for port in map(_port, inputs))
+    is_open = any(None in (port.shape or ()) for port in map(port_spec, inputs))
     raise InputError(
         f"the shapes in {name} cannot be worked out: {error_line}",
         hint=f"--input {_example(inputs)} says how long open axes are, or --data SPEC" if is_open else "",
     )
 
 
-def _port(port: Any) -> TensorSpec:
-    """An input as the file says it, its batch left out."""
-    axes = port.type.tensor_type.shape.dim
-    shape = tuple(axis.dim_value if axis.dim_value > 0 else None for axis in axes)
-    helper = require("onnx.helper", extra="onnx")
-    element_type = port.type.tensor_type.elem_type
-    dtype = helper.tensor_dtype_to_np_dtype(element_type).name if element_type in helper.get_all_tensor_dtypes() else ""
-    return TensorSpec(port.name, shape[1:] if port.type.tensor_type.HasField("shape") else None, dtype)
-
-
 def _example(ports: Iterable[Any]) -> str:
     return " --input ".join(
         f"{port.name}:{','.join(map(str, (1, *(length or TRIED_LENGTHS[-1] * 2 for length in port.shape or ()))))}"
-        for port in map(_port, ports)
+        for port in map(port_spec, ports)
     )
 
 
@@ -170,11 +161,7 @@ def _folded(skeleton: Any, state: StaticValues) -> Iterator[tuple[str, Array]]:
     """Yield what further nodes give in every run."""
     folded: dict[str, Array] = {}
     for node in skeleton.graph.node:
-        if (
-            node.domain not in STANDARD_DOMAINS
-            or node.op_type in _RANDOM_OPS
-            or any(part.HasField("g") for part in node.attribute)
-        ):
+        if node.domain not in STANDARD_DOMAINS or node.op_type in _RANDOM_OPS or any(inner_graphs(node)):
             continue
         inputs: Mapping[str, Array] = {
             name: value for name in node.input if (value := _value(name, state, folded)) is not None

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunectl.formats.base import Array
+from prunectl.graphs.onnx.nodes import STANDARD_DOMAINS, get_attribute, input_of, output_of
 from prunectl.training.layer_inputs import SlidingWindow, WeightUse
-from prunectl.training.onnx import uses
 from prunectl.training.onnx.uses import InputCapture, RunValues, WeightSite
 
 DATA, KERNEL, RECURRENT, BIAS, LENGTHS, FIRST = 0, 1, 2, 3, 4, 5
@@ -20,12 +20,12 @@ DATA, KERNEL, RECURRENT, BIAS, LENGTHS, FIRST = 0, 1, 2, 3, 4, 5
 
 def present_inputs(node: Any, *places: int) -> tuple[str, ...]:
     """The names of those inputs that are not left out."""
-    return tuple(name for name in (uses.input_of(node, place) for place in places) if name)
+    return tuple(name for name in (input_of(node, place) for place in places) if name)
 
 
 def drop_padded_steps(node: Any, ran: RunValues, inputs: Array) -> Array | None:
     """What goes into those steps that a sequence has; their first axes become one if some are short."""
-    steps, batch = ran[uses.input_of(node, DATA)].shape[:2]
+    steps, batch = ran[input_of(node, DATA)].shape[:2]
     lengths = _lengths(node, ran)
     if ran.ran is not None:
         if batch % ran.ran:
@@ -37,20 +37,20 @@ def drop_padded_steps(node: Any, ran: RunValues, inputs: Array) -> Array | None:
 
 def data(node: Any, ran: RunValues, directions: int) -> Array:
     """The inputs of each step, once for each direction."""
-    found = ran[uses.input_of(node, DATA)]
+    found = ran[input_of(node, DATA)]
     return found if directions == 1 else np.concatenate([found] * directions, axis=-1)
 
 
 def states(node: Any, ran: RunValues) -> Array:
     """The state before each step, those of the directions side by side."""
-    after = ran[uses.output_of(node, 0)]
+    after = ran[output_of(node, 0)]
     steps, directions, batch, size = after.shape
     first = np.zeros((directions, batch, size), np.float32)
-    if name := uses.input_of(node, FIRST):
+    if name := input_of(node, FIRST):
         first = ran[name]
     before = np.empty((steps, batch, directions, size), np.float32)
     for number in range(directions):
-        is_back = number == 1 or uses.get_attribute(node, "direction", "forward") == "reverse"
+        is_back = number == 1 or get_attribute(node, "direction", "forward") == "reverse"
         shifted = _backward if is_back else _forward
         before[:, :, number] = shifted(after[:, number], first[number], _lengths(node, ran))
     return before.reshape(steps, batch, directions * size)
@@ -68,21 +68,21 @@ def _backward(after: Array, first: Array, lengths: NDArray[np.int64]) -> Array:
 
 
 def _lengths(node: Any, ran: RunValues) -> NDArray[np.int64]:
-    name = uses.input_of(node, LENGTHS)
-    steps, batch = ran[uses.input_of(node, DATA)].shape[:2]
+    name = input_of(node, LENGTHS)
+    steps, batch = ran[input_of(node, DATA)].shape[:2]
     return np.array(ran[name], np.int64) if name else np.full(batch, steps, np.int64)
 
 
 def recurrent(meeting: WeightSite) -> InputCapture | None:
     """How the weights of a layer are seen; each direction is a group of its own."""
     node = meeting.node
-    if len(meeting.shape) != 3 or uses.get_attribute(node, "layout", 0):
+    if len(meeting.shape) != 3 or get_attribute(node, "layout", 0):
         return None
     use = WeightUse(meeting.order[1], meeting.order[2], meeting.shape[0], meeting.order[0])
     if meeting.place == KERNEL:
         return _of_data(meeting, use)
     if meeting.place == RECURRENT:
-        is_reset = node.op_type == "GRU" and not uses.get_attribute(node, "linear_before_reset", 0)
+        is_reset = node.op_type == "GRU" and not get_attribute(node, "linear_before_reset", 0)
         return _of_reset(meeting, use) if is_reset else _of_states(meeting, use)
     return None
 
@@ -104,8 +104,8 @@ def _of_states(meeting: WeightSite, use: WeightUse) -> InputCapture:
 def _of_reset(meeting: WeightSite, use: WeightUse) -> InputCapture | None:
     """How a GRU is seen whose last gate meets the state as far as it is not reset."""
     node = meeting.node
-    activations = uses.get_attribute(node, "activations", ("Sigmoid",))
-    is_plain = use.groups == 1 and activations[0] == "Sigmoid" and uses.get_attribute(node, "clip", 0.0) == 0.0
+    activations = get_attribute(node, "activations", ("Sigmoid",))
+    is_plain = use.groups == 1 and activations[0] == "Sigmoid" and get_attribute(node, "clip", 0.0) == 0.0
     if not is_plain:
         return None
     rows, size = meeting.shape[1:]
@@ -123,9 +123,9 @@ def _reset(meeting: WeightSite, ran: RunValues, before: Array) -> Array:
     """How much of each state the reset gate, the second of three, lets through."""
     node, size = meeting.node, meeting.shape[2]
     gate = slice(size, 2 * size)
-    kernel, recurrent = (ran[uses.input_of(node, place)][0, gate] for place in (KERNEL, RECURRENT))
-    total: Array = ran[uses.input_of(node, DATA)] @ kernel.T + before @ recurrent.T
-    if name := uses.input_of(node, BIAS):
+    kernel, recurrent = (ran[input_of(node, place)][0, gate] for place in (KERNEL, RECURRENT))
+    total: Array = ran[input_of(node, DATA)] @ kernel.T + before @ recurrent.T
+    if name := input_of(node, BIAS):
         total = total + ran[name][0].reshape(6, size)[[1, 4]].sum(axis=0)
     # By the tangent, which does not overflow.
     opened: Array = (1 + np.tanh(total / 2)) / 2
@@ -134,7 +134,7 @@ def _reset(meeting: WeightSite, ran: RunValues, before: Array) -> Array:
 
 def _needed(meeting: WeightSite) -> tuple[str, ...]:
     known = present_inputs(meeting.node, DATA, LENGTHS, FIRST)
-    return (*known, uses.output_of(meeting.node, 0))
+    return (*known, output_of(meeting.node, 0))
 
 
 def _real_steps(
@@ -150,13 +150,13 @@ def gemm(meeting: WeightSite) -> InputCapture | None:
     node = meeting.node
     if meeting.place > 1 or len(meeting.shape) != 2 or _is_mixed(node):
         return None
-    turns = bool(uses.get_attribute(node, "transA", 0)), bool(uses.get_attribute(node, "transB", 0))
+    turns = bool(get_attribute(node, "transA", 0)), bool(get_attribute(node, "transB", 0))
     is_right = meeting.place == 1
     # Features stand last in what is left of a weight, and first in what is right of it.
     in_axis = int(turns[1]) if is_right else 1 - int(turns[0])
     is_turned = turns[0] if is_right else not turns[1]
     use = WeightUse(out_axis=meeting.order[1 - in_axis], in_axis=meeting.order[in_axis])
-    data, scale = uses.input_of(node, 1 - meeting.place), uses.get_attribute(node, "alpha", 1.0)
+    data, scale = input_of(node, 1 - meeting.place), get_attribute(node, "alpha", 1.0)
 
     def show(ran: RunValues) -> Iterator[tuple[Array, WeightUse]]:
         inputs = _turned(ran[data]) if is_turned else ran[data]
@@ -169,7 +169,7 @@ def gemm(meeting: WeightSite) -> InputCapture | None:
 def matmul(meeting: WeightSite) -> InputCapture | None:
     """How a matrix is seen in a plain product, or a stack of matrices, each with its own inputs."""
     is_right = meeting.place == 1
-    data, rank = uses.input_of(meeting.node, 1 - meeting.place), len(meeting.shape)
+    data, rank = input_of(meeting.node, 1 - meeting.place), len(meeting.shape)
     if rank not in {2, 3}:
         return None
     in_axis, out_axis = (rank - 2, rank - 1) if is_right else (rank - 1, rank - 2)
@@ -186,7 +186,7 @@ def matmul(meeting: WeightSite) -> InputCapture | None:
 
 def _is_mixed(node: Any) -> bool:
     """Whether a fused product also swaps the batch with the rows."""
-    return bool(uses.get_attribute(node, "transBatchA", 0) or uses.get_attribute(node, "transBatchB", 0))
+    return bool(get_attribute(node, "transBatchA", 0) or get_attribute(node, "transBatchB", 0))
 
 
 def _turned(inputs: Array) -> Array:
@@ -225,11 +225,11 @@ def _seen(meeting: WeightSite, *, is_transposed: bool) -> InputCapture | None:
     # What is left of the axes is read in their order, whatever the layout of the file.
     if meeting.place != 1 or not space or list(space) != sorted(space):
         return None
-    data, kernel = uses.input_of(node, 0), meeting.shape[2:]
+    data, kernel = input_of(node, 0), meeting.shape[2:]
     ones = (1,) * len(kernel)
-    strides, dilations = uses.get_attribute(node, "strides", ones), uses.get_attribute(node, "dilations", ones)
+    strides, dilations = get_attribute(node, "strides", ones), get_attribute(node, "dilations", ones)
     reaches = tuple((size - 1) * dilation + 1 for size, dilation in zip(kernel, dilations, strict=True))
-    groups = uses.get_attribute(node, "group", 1)
+    groups = get_attribute(node, "group", 1)
     out_axis, in_axis = (1, 0) if is_transposed else (0, 1)
 
     def show(ran: RunValues) -> Iterator[tuple[Array, WeightUse]]:
@@ -246,7 +246,7 @@ def _seen(meeting: WeightSite, *, is_transposed: bool) -> InputCapture | None:
 
 def _padded(node: Any, image: Sequence[int], reaches: Sequence[int], strides: Sequence[int]) -> Pads:
     """The zeros before and after each axis of an image."""
-    padding = uses.get_attribute(node, "auto_pad", "NOTSET")
+    padding = get_attribute(node, "auto_pad", "NOTSET")
     if padding not in _SAME:
         return _explicit(node, len(image), padding)
     found = []
@@ -258,9 +258,9 @@ def _padded(node: Any, image: Sequence[int], reaches: Sequence[int], strides: Se
 
 def _cut(node: Any, image: Sequence[int], reaches: Sequence[int], strides: Sequence[int]) -> Pads:
     """What is cut before and after each axis of the full result; less than nothing where some is added."""
-    padding, axes = uses.get_attribute(node, "auto_pad", "NOTSET"), len(image)
-    added = uses.get_attribute(node, "output_padding", (0,) * axes)
-    asked = uses.get_attribute(node, "output_shape", ())[-axes:]
+    padding, axes = get_attribute(node, "auto_pad", "NOTSET"), len(image)
+    added = get_attribute(node, "output_padding", (0,) * axes)
+    asked = get_attribute(node, "output_shape", ())[-axes:]
     if not asked and padding not in _SAME:
         pads = _explicit(node, axes, padding)
         return tuple((before, after - more) for (before, after), more in zip(pads, added, strict=True))
@@ -274,7 +274,7 @@ def _cut(node: Any, image: Sequence[int], reaches: Sequence[int], strides: Seque
 
 
 def _explicit(node: Any, axes: int, padding: str) -> Pads:
-    pads = uses.get_attribute(node, "pads", (0,) * 2 * axes) if padding != "VALID" else (0,) * 2 * axes
+    pads = get_attribute(node, "pads", (0,) * 2 * axes) if padding != "VALID" else (0,) * 2 * axes
     return tuple(zip(pads[:axes], pads[axes:], strict=True))
 
 
@@ -300,6 +300,6 @@ _MICROSOFT: Mapping[str, _Rule] = {"FusedConv": convolution, "FusedGemm": gemm, 
 
 def capture_rule(meeting: WeightSite) -> InputCapture | None:
     """How a meeting can be seen; none if it cannot be told."""
-    rules = {**dict.fromkeys(uses.STANDARD, _STANDARD), uses.MICROSOFT: _MICROSOFT}
-    rule = rules.get(meeting.node.domain, {}).get(meeting.node.op_type)
+    rules = _STANDARD if meeting.node.domain in STANDARD_DOMAINS else {}
+    rule = (_MICROSOFT if meeting.node.domain == "com.microsoft" else rules).get(meeting.node.op_type)
     return rule(meeting) if rule is not None else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +11,10 @@ import numpy as np
 from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Array
 from prunectl.formats.onnx.tensors import CODES
-from prunectl.formats.safe_json import require
+from prunectl.graphs.onnx.session import OnnxSession
 from prunectl.training.backend import FinalActivation, ModelSignature, TensorSpec
 from prunectl.training.data.source import Arrays, as_tuple
 from prunectl.training.onnx.uses import LoadedWeights, RunValues
-
-_FATAL = 4
-"""What onnxruntime logs by itself; the rest comes as exceptions."""
 
 
 class Session:
@@ -25,54 +22,23 @@ class Session:
 
     def __init__(self, held: LoadedWeights, inner: Collection[str] = ()) -> None:
         self._path = held.model.path
-        # Kept alive, as onnxruntime reads the arrays where they lie.
-        self._outside = {name: _aligned(array) for name, array in held.outside.items()}
         try:
-            self._session = _session(held.proto, inner, self._outside)
+            # A value that is given out stands at the same place whatever is optimised; building is faster without.
+            # Prepacked, each weight would be kept once more, in the order of some kernel, after every assignment.
+            self._session = OnnxSession(held.network, inner, is_optimized=not inner, is_prepacked=False)
         except Exception as error:
             raise InputError(f"{self._path} cannot be loaded by onnxruntime: {first_line(error)}") from error
 
     def run(self, names: Collection[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Some values for what goes in."""
         try:
-            found = self._session.run(list(names), dict(feeds))
+            values = self._session.run(names, feeds)
         except Exception as error:
             raise InputError(f"{self._path} cannot be run by onnxruntime: {first_line(error)}") from error
-        for name, value in zip(names, found, strict=True):
+        for name, value in zip(names, values, strict=True):
             if not isinstance(value, np.ndarray):
                 raise InputError(f"{self._path} cannot be used: its value {name!r} is not an array of numbers")
-        return dict(zip(names, found, strict=True))
-
-
-def _session(proto: Any, inner: Collection[str], outside: Mapping[str, Array]) -> Any:
-    runtime = require("onnxruntime", extra="onnx")
-    options = runtime.SessionOptions()
-    options.log_severity_level = _FATAL
-    # Else each weight would be kept once more, in the order of some kernel, after every assignment anew.
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    if inner:
-        # A value that is given out stands at the same place whatever is optimised; building is faster without.
-        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if outside:
-        values = [runtime.OrtValue.ortvalue_from_numpy(array) for array in outside.values()]
-        options.add_external_initializers(list(outside), values)
-    message = with_outputs(proto, inner).SerializeToString()
-    return runtime.InferenceSession(message, options, providers=["CPUExecutionProvider"])
-
-
-def with_outputs(proto: Any, names: Iterable[str]) -> Any:
-    """A copy of a message whose graph gives some inner values out as well."""
-    found = type(proto)()
-    found.CopyFrom(proto)
-    known = {port.name for port in proto.graph.output}
-    for name in names:
-        if name not in known:
-            found.graph.output.add().name = name
-    return found
-
-
-def _aligned(array: Array) -> Array:
-    return np.require(array, requirements=["C", "A"])
+        return dict(zip(names, values, strict=True))
 
 
 Shape = tuple[int | None, ...]
@@ -81,8 +47,8 @@ Shape = tuple[int | None, ...]
 def signature(graph: Any) -> ModelSignature:
     """The ports of a graph, without the axis that counts the examples."""
     makers = {name: node for node in graph.node for name in node.output}
-    outputs = tuple(replace(_port(port), ending=_ending(makers, port.name)) for port in graph.output)
-    return ModelSignature(tuple(map(_port, graph.input)), outputs, is_channels_first=True)
+    outputs = tuple(replace(port_spec(port), ending=_ending(makers, port.name)) for port in graph.output)
+    return ModelSignature(tuple(map(port_spec, graph.input)), outputs, is_channels_first=True)
 
 
 _PASSED_ON = frozenset({"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Cast"})
@@ -144,9 +110,10 @@ def _fits(shape: Sequence[int], expected: Shape) -> bool:
     )
 
 
-def _port(port: Any) -> TensorSpec:
+def port_spec(port: Any) -> TensorSpec:
+    """An input or output as the file describes it, its batch left out."""
     shape, code = _shape(port), CODES.get(port.type.tensor_type.elem_type)
-    return TensorSpec(port.name, shape[1:] if shape else None, "" if code is None else code.dtype.name)
+    return TensorSpec(port.name, None if shape is None else shape[1:], "" if code is None else code.dtype.name)
 
 
 def _shape(port: Any) -> Shape | None:

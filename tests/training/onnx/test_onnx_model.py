@@ -11,6 +11,7 @@ import pytest
 
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.registry import open_model
+from prunectl.graphs.onnx import tensors
 from tests.contract import Array
 from tests.training.onnx.by_hand import meet
 from tests.training.onnx.models import load, node, normal, onnx, port, proto, run, save, sights
@@ -18,6 +19,11 @@ from tests.training.onnx.models import load, node, normal, onnx, port, proto, ru
 FIXTURES = Path(__file__).parents[3] / "fixtures"
 BIG = (64, 48)
 """More bytes than stay in the message."""
+
+
+@pytest.fixture(autouse=True)
+def _little_stays_in_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "INLINE_BYTES", 1 << 12)
 
 
 def two_layers(dtype: Any = np.float32) -> tuple[list[Any], dict[str, Array]]:

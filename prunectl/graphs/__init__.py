@@ -1,0 +1,1 @@
+"""Graph languages that several rooms need."""
