@@ -33,7 +33,7 @@ def test_a_cut_that_cannot_run_is_not_written(tmp_path: Path) -> None:
     source = open_adapter(open_model(FIXTURE), LoadOptions())
     trace = propagate(source.graph)
     broken = source.with_weights({})
-    broken.graph.initializer[0].dims[0] -= 1
+    broken.proto.graph.initializer[0].dims[0] -= 1
     with pytest.raises(WorkError, match="nothing was written"):
         verify.verify(source, broken, ChannelPlan((), {}, PrunedShapes(trace, ())), 0)
 
