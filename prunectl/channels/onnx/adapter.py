@@ -22,26 +22,22 @@ from prunectl.channels.onnx.resize import prune_model
 from prunectl.errors import UsageError, WorkError, first_line
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.onnx.rewrite import relocated
+from prunectl.formats.onnx.tensors import CODES
 from prunectl.formats.registry import open_model
 from prunectl.graphs.onnx.session import OnnxSession
 from prunectl.graphs.onnx.tensors import graph_tensors, save_network
 from prunectl.pruning import destination as outputs
 from prunectl.training.backend import LoadOptions
 
-_FLOATS = {1: np.float32, 10: np.float16, 11: np.float64}
-_WHOLE = {2: np.uint8, 3: np.int8, 4: np.uint16, 5: np.int16, 6: np.int32, 7: np.int64, 9: np.bool_, 12: np.uint32}
-"""Types of element, by their numbers in the format."""
-
 
 def random_input(port: Any, shape: Sequence[int], random: np.random.Generator) -> Array:
     """Random numbers for an input of a message."""
-    element_type = port.type.tensor_type.elem_type
-    if element_type in _FLOATS:
-        return random.standard_normal(shape).astype(_FLOATS[element_type])
-    if element_type not in _WHOLE:
+    code = CODES.get(port.type.tensor_type.elem_type)
+    if code is None or code.dtype.kind not in "fiub":
         raise WorkError(f"the network takes an input, {port.name}, of which nothing random can be made")
-    # Small enough for any table of words.
-    return random.integers(0, 2, shape).astype(_WHOLE[element_type])
+    # Whole numbers are small enough for any table of words.
+    numbers = random.standard_normal(shape) if code.dtype.kind == "f" else random.integers(0, 2, shape)
+    return numbers.astype(code.dtype)
 
 
 def read_onnx(model: ModelFile, origin: LoadOptions, data: Shapes | None = None) -> OnnxAdapter:

@@ -19,8 +19,8 @@ from prunectl.graphs.onnx.nodes import copy_message, inner_graphs, output_of
 INLINE_BYTES = 1 << 15
 """Up to this a tensor stays in the message, where shapes, axes and first states of zeros are looked for."""
 _FLOAT, _EXTERNAL = 1, 1
-_DATA_FIELDS = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data")
-_OTHER_FIELDS = ("dims", "external_data", "data_location")
+_NUMBERS = "raw_data float_data int32_data int64_data double_data uint64_data dims external_data data_location"
+"""The fields of a tensor that say its numbers and its shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,8 @@ def load_network(model: ModelFile) -> tuple[OnnxNetwork, dict[str, str]]:
     locations: dict[str, str] = {}
     outside: dict[str, Any] = {}
     for initializer in proto.graph.initializer:
-        if initializer.data_location == _EXTERNAL:
-            tensor = tensors[initializer.name]
+        tensor = tensors.get(initializer.name)
+        if tensor is not None and initializer.data_location == _EXTERNAL:
             locations[tensor.name] = next(entry.value for entry in initializer.external_data if entry.key == "location")
             if stands_outside(tensor.shape, tensor.dtype):
                 outside[tensor.name] = initializer
@@ -112,7 +112,7 @@ def refer(tensor: Any, shape: tuple[int, ...], nbytes: int, location: str = "out
 
 
 def _clear_data(tensor: Any, shape: tuple[int, ...]) -> None:
-    for name in (*_DATA_FIELDS, *_OTHER_FIELDS):
+    for name in _NUMBERS.split():
         tensor.ClearField(name)
     tensor.dims.extend(shape)
 
