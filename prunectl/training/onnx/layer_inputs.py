@@ -18,9 +18,9 @@ DATA, KERNEL, RECURRENT, BIAS, LENGTHS, FIRST = 0, 1, 2, 3, 4, 5
 """Numbers of the inputs."""
 
 
-def present_inputs(node: Any, *places: int) -> tuple[str, ...]:
+def present_inputs(node: Any, *indices: int) -> tuple[str, ...]:
     """The names of those inputs that are not left out."""
-    return tuple(name for name in (input_of(node, place) for place in places) if name)
+    return tuple(name for name in (input_of(node, index) for index in indices) if name)
 
 
 def drop_padded_steps(node: Any, ran: RunValues, inputs: Array) -> Array | None:
@@ -73,57 +73,57 @@ def _lengths(node: Any, ran: RunValues) -> NDArray[np.int64]:
     return np.array(ran[name], np.int64) if name else np.full(batch, steps, np.int64)
 
 
-def recurrent(meeting: WeightSite) -> InputCapture | None:
+def recurrent(site: WeightSite) -> InputCapture | None:
     """How the weights of a layer are seen; each direction is a group of its own."""
-    node = meeting.node
-    if len(meeting.shape) != 3 or get_attribute(node, "layout", 0):
+    node = site.node
+    if len(site.shape) != 3 or get_attribute(node, "layout", 0):
         return None
-    use = WeightUse(meeting.order[1], meeting.order[2], meeting.shape[0], meeting.order[0])
-    if meeting.place == KERNEL:
-        return _of_data(meeting, use)
-    if meeting.place == RECURRENT:
+    use = WeightUse(site.order[1], site.order[2], site.shape[0], site.order[0])
+    if site.input == KERNEL:
+        return _of_data(site, use)
+    if site.input == RECURRENT:
         is_reset = node.op_type == "GRU" and not get_attribute(node, "linear_before_reset", 0)
-        return _of_reset(meeting, use) if is_reset else _of_states(meeting, use)
+        return _of_reset(site, use) if is_reset else _of_states(site, use)
     return None
 
 
-def _of_data(meeting: WeightSite, use: WeightUse) -> InputCapture:
+def _of_data(site: WeightSite, use: WeightUse) -> InputCapture:
     def show(ran: RunValues) -> Iterator[tuple[Array, WeightUse]]:
-        yield from _real_steps(meeting, ran, data(meeting.node, ran, use.groups), use)
+        yield from _real_steps(site, ran, data(site.node, ran, use.groups), use)
 
-    return InputCapture(present_inputs(meeting.node, DATA, LENGTHS), show)
+    return InputCapture(present_inputs(site.node, DATA, LENGTHS), show)
 
 
-def _of_states(meeting: WeightSite, use: WeightUse) -> InputCapture:
+def _of_states(site: WeightSite, use: WeightUse) -> InputCapture:
     def show(ran: RunValues) -> Iterator[tuple[Array, WeightUse]]:
-        yield from _real_steps(meeting, ran, states(meeting.node, ran), use)
+        yield from _real_steps(site, ran, states(site.node, ran), use)
 
-    return InputCapture(_needed(meeting), show)
+    return InputCapture(_needed(site), show)
 
 
-def _of_reset(meeting: WeightSite, use: WeightUse) -> InputCapture | None:
+def _of_reset(site: WeightSite, use: WeightUse) -> InputCapture | None:
     """How a GRU is seen whose last gate meets the state as far as it is not reset."""
-    node = meeting.node
+    node = site.node
     activations = get_attribute(node, "activations", ("Sigmoid",))
     is_plain = use.groups == 1 and activations[0] == "Sigmoid" and get_attribute(node, "clip", 0.0) == 0.0
     if not is_plain:
         return None
-    rows, size = meeting.shape[1:]
+    rows, size = site.shape[1:]
 
     def show(ran: RunValues) -> Iterator[tuple[Array, WeightUse]]:
         before = states(node, ran)
-        yield from _real_steps(meeting, ran, before, replace(use, outputs=(0, rows - size)))
-        kept = before * _reset(meeting, ran, before)
-        yield from _real_steps(meeting, ran, kept, replace(use, outputs=(rows - size, rows)))
+        yield from _real_steps(site, ran, before, replace(use, outputs=(0, rows - size)))
+        kept = before * _reset(site, ran, before)
+        yield from _real_steps(site, ran, kept, replace(use, outputs=(rows - size, rows)))
 
-    return InputCapture((*_needed(meeting), *present_inputs(node, KERNEL, RECURRENT, BIAS)), show)
+    return InputCapture((*_needed(site), *present_inputs(node, KERNEL, RECURRENT, BIAS)), show)
 
 
-def _reset(meeting: WeightSite, ran: RunValues, before: Array) -> Array:
+def _reset(site: WeightSite, ran: RunValues, before: Array) -> Array:
     """How much of each state the reset gate, the second of three, lets through."""
-    node, size = meeting.node, meeting.shape[2]
+    node, size = site.node, site.shape[2]
     gate = slice(size, 2 * size)
-    kernel, recurrent = (ran[input_of(node, place)][0, gate] for place in (KERNEL, RECURRENT))
+    kernel, recurrent = (ran[input_of(node, index)][0, gate] for index in (KERNEL, RECURRENT))
     total: Array = ran[input_of(node, DATA)] @ kernel.T + before @ recurrent.T
     if name := input_of(node, BIAS):
         total = total + ran[name][0].reshape(6, size)[[1, 4]].sum(axis=0)
@@ -132,31 +132,29 @@ def _reset(meeting: WeightSite, ran: RunValues, before: Array) -> Array:
     return opened
 
 
-def _needed(meeting: WeightSite) -> tuple[str, ...]:
-    known = present_inputs(meeting.node, DATA, LENGTHS, FIRST)
-    return (*known, output_of(meeting.node, 0))
+def _needed(site: WeightSite) -> tuple[str, ...]:
+    known = present_inputs(site.node, DATA, LENGTHS, FIRST)
+    return (*known, output_of(site.node, 0))
 
 
-def _real_steps(
-    meeting: WeightSite, ran: RunValues, inputs: Array, use: WeightUse
-) -> Iterator[tuple[Array, WeightUse]]:
-    found = drop_padded_steps(meeting.node, ran, inputs)
+def _real_steps(site: WeightSite, ran: RunValues, inputs: Array, use: WeightUse) -> Iterator[tuple[Array, WeightUse]]:
+    found = drop_padded_steps(site.node, ran, inputs)
     if found is not None:
         yield found, use
 
 
-def gemm(meeting: WeightSite) -> InputCapture | None:
+def gemm(site: WeightSite) -> InputCapture | None:
     """How a matrix is seen in a product that may turn its sides and scale what comes out."""
-    node = meeting.node
-    if meeting.place > 1 or len(meeting.shape) != 2 or _is_mixed(node):
+    node = site.node
+    if site.input > 1 or len(site.shape) != 2 or _is_mixed(node):
         return None
     turns = bool(get_attribute(node, "transA", 0)), bool(get_attribute(node, "transB", 0))
-    is_right = meeting.place == 1
+    is_right = site.input == 1
     # Features stand last in what is left of a weight, and first in what is right of it.
     in_axis = int(turns[1]) if is_right else 1 - int(turns[0])
     is_turned = turns[0] if is_right else not turns[1]
-    use = WeightUse(out_axis=meeting.order[1 - in_axis], in_axis=meeting.order[in_axis])
-    data, scale = input_of(node, 1 - meeting.place), get_attribute(node, "alpha", 1.0)
+    use = WeightUse(out_axis=site.order[1 - in_axis], in_axis=site.order[in_axis])
+    data, scale = input_of(node, 1 - site.input), get_attribute(node, "alpha", 1.0)
 
     def show(ran: RunValues) -> Iterator[tuple[Array, WeightUse]]:
         inputs = _turned(ran[data]) if is_turned else ran[data]
@@ -166,16 +164,16 @@ def gemm(meeting: WeightSite) -> InputCapture | None:
     return InputCapture((data,), show)
 
 
-def matmul(meeting: WeightSite) -> InputCapture | None:
+def matmul(site: WeightSite) -> InputCapture | None:
     """How a matrix is seen in a plain product, or a stack of matrices, each with its own inputs."""
-    is_right = meeting.place == 1
-    data, rank = input_of(meeting.node, 1 - meeting.place), len(meeting.shape)
+    is_right = site.input == 1
+    data, rank = input_of(site.node, 1 - site.input), len(site.shape)
     if rank not in {2, 3}:
         return None
     in_axis, out_axis = (rank - 2, rank - 1) if is_right else (rank - 1, rank - 2)
-    groups = meeting.shape[0] if rank == 3 else 1
-    group_axis = meeting.order[0] if rank == 3 else None
-    use = WeightUse(meeting.order[out_axis], meeting.order[in_axis], groups, group_axis)
+    groups = site.shape[0] if rank == 3 else 1
+    group_axis = site.order[0] if rank == 3 else None
+    use = WeightUse(site.order[out_axis], site.order[in_axis], groups, group_axis)
 
     def show(ran: RunValues) -> Iterator[tuple[Array, WeightUse]]:
         inputs = ran[data] if is_right or ran[data].ndim == 1 else _turned(ran[data])
@@ -210,22 +208,22 @@ Pads = tuple[tuple[int, int], ...]
 _SAME = ("SAME_UPPER", "SAME_LOWER")
 
 
-def convolution(meeting: WeightSite) -> InputCapture | None:
+def convolution(site: WeightSite) -> InputCapture | None:
     """How the kernel of a convolution is seen."""
-    return _seen(meeting, is_transposed=False)
+    return _seen(site, is_transposed=False)
 
 
-def transposed(meeting: WeightSite) -> InputCapture | None:
+def transposed(site: WeightSite) -> InputCapture | None:
     """How the kernel of a transposed convolution is seen."""
-    return _seen(meeting, is_transposed=True)
+    return _seen(site, is_transposed=True)
 
 
-def _seen(meeting: WeightSite, *, is_transposed: bool) -> InputCapture | None:
-    node, space = meeting.node, meeting.order[2:]
+def _seen(site: WeightSite, *, is_transposed: bool) -> InputCapture | None:
+    node, space = site.node, site.order[2:]
     # What is left of the axes is read in their order, whatever the layout of the file.
-    if meeting.place != 1 or not space or list(space) != sorted(space):
+    if site.input != 1 or not space or list(space) != sorted(space):
         return None
-    data, kernel = input_of(node, 0), meeting.shape[2:]
+    data, kernel = input_of(node, 0), site.shape[2:]
     ones = (1,) * len(kernel)
     strides, dilations = get_attribute(node, "strides", ones), get_attribute(node, "dilations", ones)
     reaches = tuple((size - 1) * dilation + 1 for size, dilation in zip(kernel, dilations, strict=True))
@@ -239,7 +237,7 @@ def _seen(meeting: WeightSite, *, is_transposed: bool) -> InputCapture | None:
         measure = _cut if is_transposed else _padded
         pads = measure(node, inputs.shape[2:], reaches, strides)
         window = SlidingWindow(strides, dilations, pads, is_transposed)
-        yield inputs, WeightUse(meeting.order[out_axis], meeting.order[in_axis], groups, window=window)
+        yield inputs, WeightUse(site.order[out_axis], site.order[in_axis], groups, window=window)
 
     return InputCapture((data,), show)
 
@@ -298,8 +296,8 @@ _MICROSOFT: Mapping[str, _Rule] = {"FusedConv": convolution, "FusedGemm": gemm, 
 """What onnxruntime writes in place of others when it is asked for an optimised model."""
 
 
-def capture_rule(meeting: WeightSite) -> InputCapture | None:
-    """How a meeting can be seen; none if it cannot be told."""
-    rules = _STANDARD if meeting.node.domain in STANDARD_DOMAINS else {}
-    rule = (_MICROSOFT if meeting.node.domain == "com.microsoft" else rules).get(meeting.node.op_type)
-    return rule(meeting) if rule is not None else None
+def capture_rule(site: WeightSite) -> InputCapture | None:
+    """How a site can be seen; none if it cannot be told."""
+    rules = _STANDARD if site.node.domain in STANDARD_DOMAINS else {}
+    rule = (_MICROSOFT if site.node.domain == "com.microsoft" else rules).get(site.node.op_type)
+    return rule(site) if rule is not None else None

@@ -15,7 +15,7 @@ from prunectl.training.layer_inputs import InputCallback, InspectableModel, Laye
 from prunectl.training.onnx import session
 from prunectl.training.onnx.layer_inputs import capture_rule
 from prunectl.training.onnx.session import PaddedBatch, Session, join_outputs, split_batches
-from prunectl.training.onnx.uses import InputCapture, LoadedWeights, WeightUses, load_weights
+from prunectl.training.onnx.uses import InputCapture, LoadedWeights, load_weights, weight_sites
 
 _REAL = np.dtype(np.float32)
 
@@ -26,7 +26,7 @@ class OnnxModel:
     def __init__(self, held: LoadedWeights) -> None:
         self._held = held
         self._graph = held.proto.graph
-        self._meetings = WeightUses(held)
+        self._sites = weight_sites(held)
         self._made = {name for node in self._graph.node for name in node.output}
         self._size = session.fixed_batch_size(self._graph)
         self._predicting: Session | None = Session(held)
@@ -47,8 +47,8 @@ class OnnxModel:
 
     def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
         """Run one batch through, and show every time that one of these tensors meets inputs."""
-        met = self._meetings.of(names)
-        looks = [(meeting.name, found) for meeting in met if (found := self._told(capture_rule(meeting)))]
+        sites = [site for site in self._sites if site.name in names]
+        looks = [(site.name, found) for site in sites if (found := self._told(capture_rule(site)))]
         needs = {need for _, found in looks for need in found.needs}
         for piece in self._pieces(x):
             values = {name: _real(value) for name, value in self._values(needs, piece.feeds).items()}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,9 +142,7 @@ class WeightSite:
 
     name: str
     node: Any
-    at: int
-    """Number of the node in its graph."""
-    place: int
+    input: int
     """Number of the input."""
     order: tuple[int, ...]
     """Which axis of the tensor each axis is that the node sees."""
@@ -153,40 +150,22 @@ class WeightSite:
     """As the node sees it."""
 
 
-class WeightUses:
-    """The users of every value of a graph."""
-
-    def __init__(self, held: LoadedWeights) -> None:
-        self._held = held
-        self._users: dict[str, list[tuple[int, Any, int]]] = defaultdict(list)
-        for at, node in enumerate(held.proto.graph.node):
-            for place, name in enumerate(node.input):
-                self._users[name].append((at, node, place))
-
-    def of(self, names: Collection[str]) -> list[WeightSite]:
-        """Where these tensors are used, in the order of the graph."""
-        found = [
-            meeting
-            for name in dict.fromkeys(names)
-            if name in self._held.weights and self._held.tensor(name).is_float
-            for meeting in self._of(name)
-        ]
-        return sorted(found, key=lambda meeting: meeting.at)
-
-    def _of(self, name: str) -> list[WeightSite]:
-        shape = self._held.tensor(name).shape
-        waiting = [(name, tuple(range(len(shape))))]
-        found = []
-        # A value has one maker, so that none is seen twice.
-        for value, order in waiting:
-            for at, node, place in self._users[value]:
-                behind = axes_behind(node, order)
-                if behind is None:
-                    seen = tuple(shape[axis] for axis in order)
-                    found.append(WeightSite(name, node, at, place, order, seen))
-                elif output_of(node, 0):
-                    waiting.append((output_of(node, 0), behind))
-        return found
+def weight_sites(held: LoadedWeights) -> list[WeightSite]:
+    """Where a node uses a float tensor of the main graph, or what others have only handed on, in their order."""
+    shapes = {name: held.tensor(name).shape for name in held.weights if held.tensor(name).is_float}
+    views = {name: (name, tuple(range(len(shape)))) for name, shape in shapes.items()}
+    sites: list[WeightSite] = []
+    for node in held.proto.graph.node:
+        read = [(index, *views[value]) for index, value in enumerate(node.input) if value in views]
+        behind = axes_behind(node, read[0][2]) if read else None
+        if behind is not None and output_of(node, 0):
+            views[output_of(node, 0)] = (read[0][1], behind)
+        elif behind is None:
+            sites += [
+                WeightSite(name, node, index, order, tuple(shapes[name][axis] for axis in order))
+                for index, name, order in read
+            ]
+    return sites
 
 
 @dataclass(frozen=True, slots=True)
