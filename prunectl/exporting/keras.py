@@ -16,6 +16,7 @@ from prunectl.exporting.job import ExportJob
 from prunectl.exporting.tensorflow import TfRunnable
 from prunectl.formats.base import ModelFile
 from prunectl.formats.registry import open_model
+from prunectl.formats.zip_write import EPOCH
 from prunectl.training.backend import LoadOptions
 from prunectl.training.keras.backend import ignore_warnings, load_keras2
 from prunectl.training.keras.compile import outputs
@@ -24,7 +25,6 @@ from prunectl.training.keras.distribution import DevicePlacement
 from prunectl.training.keras.load import LoadedModel, error_line, load
 
 _tf = load_keras2().tensorflow
-_LONG_AGO = (1980, 1, 1, 0, 0, 0)
 
 
 def open_runnable(model: ModelFile, origin: LoadOptions) -> TfRunnable:
@@ -97,7 +97,7 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
 def _without_times(archive: Path, target: Path) -> None:
     with zipfile.ZipFile(archive) as old, zipfile.ZipFile(target, "x") as new:
         for info in sorted(old.infolist(), key=lambda info: info.filename):
-            entry = zipfile.ZipInfo(info.filename, _LONG_AGO)
+            entry = zipfile.ZipInfo(info.filename, EPOCH)
             entry.compress_type = info.compress_type
             new.writestr(entry, _undated(info.filename, old.read(info)))
 

@@ -16,6 +16,7 @@ from prunectl.exporting.job import ExportJob
 from prunectl.exporting.request import ExportRequest
 from prunectl.formats.base import WEIGHTS, Array, ModelFile, Tensor
 from prunectl.formats.safetensors import CODES, encode_header, open_model
+from prunectl.formats.zip_write import EPOCH
 
 _LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38}
 
@@ -120,7 +121,6 @@ def _entry_of_array(name: str, array: Array) -> ExportedEntry:
 
 
 _NUMPY_DTYPES = frozenset(np.dtype(code).name for code in "?bhiqBHIQefdFD")
-_EPOCH = (1980, 1, 1, 0, 0, 0)
 _FRAMEWORKS = {"torch": "pt", "torch-legacy": "pt", "torch-tar": "pt", "torch-export": "pt", "shards": "pt"}
 
 
@@ -148,7 +148,7 @@ def write_npz(job: ExportJob, target: Path) -> tuple[str, ...]:
     compression = zipfile.ZIP_DEFLATED if job.request.is_packed else zipfile.ZIP_STORED
     with zipfile.ZipFile(target, "x") as archive:
         for tensor, array in sorted(exported_arrays(job), key=lambda pair: pair[0].name):
-            entry = zipfile.ZipInfo(f"{tensor.name}.npy", _EPOCH)
+            entry = zipfile.ZipInfo(f"{tensor.name}.npy", EPOCH)
             entry.compress_type = compression
             with archive.open(entry, "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)

@@ -1,4 +1,4 @@
-"""A zip with some numbers changed: spliced and its checksums mended, or deflated again where it was."""
+"""A zip with other bytes in some entries: written again, or spliced and its checksums mended."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import mmap
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 from prunectl.formats.base import ModelFile
 from prunectl.formats.extents import Extent
@@ -17,35 +18,94 @@ from prunectl.formats.patch import TensorUpdate, copy_with_patches
 from prunectl.formats.zip_read import Archive, FileWindow, ZipEntry, open_archive, open_inside, written_again
 
 LEVEL = 6
-_EPOCH = (1980, 1, 1, 0, 0, 0)
+EPOCH = (1980, 1, 1, 0, 0, 0)
 """The same time for every entry (extra records hold times too), or the same model would not give the same bytes."""
 FORMAT_VERSION_ENTRY = "/.format_version"
 """With it PyTorch promises itself where each record lies, which no longer holds."""
+Content = tuple[int, Iterable[bytes | memoryview]]
+"""How many bytes an entry has, and the bytes."""
+
+
+def rewrite_zip(
+    archive: Archive,
+    target: Path,
+    changed: Mapping[str, Content],
+    *,
+    names: Sequence[str] = (),
+    revise: Callable[[ZipInfo], object] = lambda _: None,
+    alignment: int = 0,
+    force_zip64: bool = False,
+) -> None:
+    """Write an archive again, compressed where it was, with other bytes in the entries that have changed.
+
+    The names are those of the entries, old and new ones, in their order; `revise` sees each before it is written. With
+    an alignment the bytes of stored entries begin at its multiples, as PyTorch has them.
+    """
+    with ZipFile(archive.path) as old, ZipFile(target, "w", compresslevel=LEVEL) as new:
+        new.comment = old.comment
+        for name in names or [name for name in old.namelist() if not name.endswith(FORMAT_VERSION_ENTRY)]:
+            entry = archive.entries.get(name)
+            info = written_again(old.NameToInfo[name]) if name in old.NameToInfo else ZipInfo(name, EPOCH)
+            info.compress_type = ZIP_STORED if entry is None or entry.is_stored else ZIP_DEFLATED
+            revise(info)
+            if info.is_dir():
+                new.writestr(info, b"")
+                continue
+            info.file_size, content = (
+                changed[name] if entry is None or name in changed else (entry.nbytes, archive.pieces(entry))
+            )
+            if alignment and info.compress_type == ZIP_STORED:
+                info.extra = _padding(new.start_dir, info, alignment)
+            with new.open(info, "w", force_zip64=force_zip64) as out:
+                out.writelines(content)
+            if alignment:
+                # The directory needs no padding.
+                info.extra = b""
+
+
+_HEADER_BYTES = 30
+_ZIP64_BYTES = 20
+_ZIP64_ABOVE = 1 << 30
+"""Above it the header has room for 64-bit lengths."""
+_PADDING = b"FB"
+
+
+def _padding(offset: int, info: ZipInfo, alignment: int) -> bytes:
+    """An extra field after which the bytes of an entry begin at a round place, as PyTorch pads them."""
+    is_big = info.file_size > _ZIP64_ABOVE
+    begin = offset + _HEADER_BYTES + len(info.filename.encode()) + 4 + (_ZIP64_BYTES if is_big else 0)
+    fill = -begin % alignment
+    return _PADDING + fill.to_bytes(2, "little") + b"Z" * fill
+
+
+def file_content(path: Path) -> Content:
+    """A file as what an entry holds."""
+
+    def pieces() -> Iterator[bytes]:
+        with path.open("rb") as file:
+            yield from iter(partial(file.read, _PIECE_BYTES), b"")
+
+    return path.stat().st_size, pieces()
 
 
 def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
-    """Write a zip again, entry by entry in the same order."""
+    """Write a zip with every entry deflated, in the same order."""
     archive = open_archive(model.path)
-    with ZipFile(model.path) as old, ZipFile(target, "w", ZIP_DEFLATED, compresslevel=LEVEL) as packed:
-        packed.comment = old.comment
-        for name in old.namelist():
-            if name.endswith(FORMAT_VERSION_ENTRY):
-                continue
-            info = written_again(old.getinfo(name))
-            info.date_time, info.extra = _EPOCH, b""
-            if info.is_dir():
-                packed.writestr(info, b"")
-                continue
-            entry = archive.entries[name]
-            info.compress_type = ZIP_DEFLATED
-            info.file_size = entry.nbytes
-            with packed.open(info, "w") as out:
-                for piece in archive.pieces(entry):
-                    out.write(piece)
-                    tick(len(piece))
+
+    def ticking(entry: ZipEntry) -> Iterator[bytes]:
+        for piece in archive.pieces(entry):
+            tick(len(piece))
+            yield piece
+
+    def revise(info: ZipInfo) -> None:
+        info.date_time, info.extra = EPOCH, b""
+        info.compress_type = ZIP_STORED if info.is_dir() else ZIP_DEFLATED
+
+    content = {name: (entry.nbytes, ticking(entry)) for name, entry in archive.entries.items()}
+    rewrite_zip(archive, target, content, revise=revise)
 
 
-_HEADER, _CENTRAL, _DESCRIPTOR = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
+_LOCAL, _CENTRAL, _DESCRIPTOR = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
 _CENTRAL_BYTES = 46
 _HAS_DESCRIPTOR = 1 << 3
 _PIECE_BYTES = 1 << 20
@@ -95,7 +155,7 @@ def _touched(entries: Iterable[ZipEntry], offsets: Iterable[int]) -> list[ZipEnt
 
 def _is_zip(entry: ZipEntry) -> bool:
     with entry.extent.path.open("rb") as file:
-        return os.pread(file.fileno(), len(_HEADER), entry.extent.offset) == _HEADER
+        return os.pread(file.fileno(), len(_LOCAL), entry.extent.offset) == _LOCAL
 
 
 def _is_around(entry: ZipEntry, rewrites: Sequence[TensorUpdate]) -> bool:
@@ -130,23 +190,3 @@ def _records(path: Path, within: Extent | None) -> dict[str, tuple[int, int, int
             lengths = (int.from_bytes(data[offset + at : offset + at + 2], "little") for at in (28, 30, 32))
             offset += _CENTRAL_BYTES + sum(lengths)
     return records
-
-
-def rewrite_zip(
-    archive: Archive, target: Path, changed: Mapping[str, tuple[int, Iterable[bytes | memoryview]]]
-) -> None:
-    """Write an archive again, compressed where it was, with other bytes (so many of them) in some entries."""
-    with ZipFile(archive.path) as old, ZipFile(target, "w", compresslevel=LEVEL) as new:
-        new.comment = old.comment
-        for before in old.infolist():
-            if before.filename.endswith(FORMAT_VERSION_ENTRY):
-                continue
-            info = written_again(before)
-            if before.is_dir():
-                new.writestr(info, b"")
-                continue
-            entry = archive.entries[before.filename]
-            info.compress_type = ZIP_STORED if entry.is_stored else ZIP_DEFLATED
-            info.file_size, content = changed.get(entry.name, (entry.nbytes, archive.pieces(entry)))
-            with new.open(info, "w") as out:
-                out.writelines(content)

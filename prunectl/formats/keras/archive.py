@@ -8,7 +8,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +105,6 @@ def _about(path: Path, archive: Archive, config: dict[str, Any], *, is_compresse
     )
 
 
-_PIECE_BYTES = 1 << 20
-
-
 def write(model: ModelFile, targets: dict[Path, Path], updates: Sequence[TensorUpdate]) -> None:
     """Write the archive with new numbers in it."""
     if all(update.tensor.storage.extent is not None for update in updates):
@@ -121,7 +117,7 @@ def write(model: ModelFile, targets: dict[Path, Path], updates: Sequence[TensorU
         changed = scratch / "changed.h5"
         inflated_updates = [replace(update, tensor=inflated_tensors[update.tensor.storage.key]) for update in updates]
         rewrite.write(inflated, {inflated.path: changed}, inflated_updates)
-        _rebuild(archive, changed, targets[model.path])
+        zip_write.rewrite_zip(archive, targets[model.path], {WEIGHTS: zip_write.file_content(changed)})
 
 
 def renumber(path: Path, target: Path) -> bool:
@@ -141,11 +137,5 @@ def renumber(path: Path, target: Path) -> bool:
         if not moves:
             return False
         rewrite.edit(weights, renamed, H5Edits(moves=moves), contents, path)
-        _rebuild(archive, renamed, target)
+        zip_write.rewrite_zip(archive, target, {WEIGHTS: zip_write.file_content(renamed)})
     return True
-
-
-def _rebuild(archive: Archive, weights: Path, target: Path) -> None:
-    with weights.open("rb") as file:
-        pieces = iter(partial(file.read, _PIECE_BYTES), b"")
-        zip_write.rewrite_zip(archive, target, {WEIGHTS: (weights.stat().st_size, pieces)})

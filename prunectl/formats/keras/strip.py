@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile, RemovedItem, StripOptions, StripPart
@@ -22,8 +21,8 @@ from prunectl.formats.keras.hdf5.rewrite import H5Edits, merge
 from prunectl.formats.keras.layouts import layer_names_group
 from prunectl.formats.keras.strip_layouts import UnmatchedMaskError
 from prunectl.formats.keras.unwrap import LayerNameConflictError, Unwrapped, unwrap_config
-from prunectl.formats.zip_read import Archive, open_archive, written_again
-from prunectl.formats.zip_write import LEVEL
+from prunectl.formats.zip_read import open_archive
+from prunectl.formats.zip_write import Content, file_content, rewrite_zip
 
 WRAPPING = frozenset({StripPart.MASKS, StripPart.WRAPPERS})
 """Neither means anything without the other: they go together."""
@@ -104,34 +103,15 @@ def strip_archive(model: ModelFile, options: StripOptions, targets: dict[Path, P
             file.writelines(archive.pieces(archive.entries[WEIGHTS]))
         contents = read.read_contents(H5Location(weights, 0, weights.stat().st_size))
         plan = plan_strip(contents, model.about.keras, options, model.path)
-        changed: dict[str, Path] = {}
+        changed: dict[str, Content] = {}
         if not plan.edits.is_empty:
             rewrite.edit(weights, edited, plan.edits, contents, model.path)
-            changed[WEIGHTS] = edited
+            changed[WEIGHTS] = file_content(edited)
         if plan.removed:
-            changed[_CONFIG] = Path(scratch) / _CONFIG
-            changed[_CONFIG].write_text(json.dumps(plan.config), encoding="utf-8")
-        _write(archive, target, changed)
+            config = json.dumps(plan.config).encode()
+            changed[_CONFIG] = len(config), (config,)
+        if changed:
+            rewrite_zip(archive, target, changed, force_zip64=True)
+        else:
+            shutil.copyfile(archive.path, target)
     return (*plan.edits.removed, *plan.removed)
-
-
-def _write(archive: Archive, target: Path, changed: Mapping[str, Path]) -> None:
-    """Write the archive again with other contents for some entries, compressed where it was."""
-    if not changed:
-        shutil.copyfile(archive.path, target)
-        return
-    with ZipFile(archive.path) as old, ZipFile(target, "w", compresslevel=LEVEL) as new:
-        new.comment = old.comment
-        for old_info in old.infolist():
-            info = written_again(old_info)
-            if info.is_dir():
-                new.writestr(info, b"")
-                continue
-            entry = archive.entries[old_info.filename]
-            info.compress_type = ZIP_STORED if entry.is_stored else ZIP_DEFLATED
-            with new.open(info, "w", force_zip64=True) as out:
-                if entry.name in changed:
-                    with changed[entry.name].open("rb") as file:
-                        shutil.copyfileobj(file, out)
-                else:
-                    out.writelines(archive.pieces(entry))

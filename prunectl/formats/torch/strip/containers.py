@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
+from zipfile import ZIP_DEFLATED, ZipInfo
 
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile, RemovedItem, Role, StripOptions, StripPart
@@ -24,8 +24,8 @@ from prunectl.formats.torch.pickle.edit import (
     value,
 )
 from prunectl.formats.torch.pickle.ir import Bytes, IRNode, Mutation, emit_pickle, emitted, parse_ir
-from prunectl.formats.zip_read import Archive, open_archive, written_again
-from prunectl.formats.zip_write import LEVEL, rewrite_zip
+from prunectl.formats.zip_read import Archive, open_archive
+from prunectl.formats.zip_write import Content, rewrite_zip
 
 _PIECE_BYTES = 1 << 20
 _PROTOCOL = b"\x80\x02"
@@ -84,12 +84,6 @@ def _storage(data: mmap.mmap, runs: dict[str, tuple[int, int]], edits: Checkpoin
 
 ALIGNMENT = 64
 MAX_ALIGNMENT = 1 << 16
-_HEADER_BYTES = 30
-_ZIP64_BYTES = 20
-_ZIP64_ABOVE = 1 << 30
-"""Above it the header has room for 64-bit lengths."""
-_PADDING = b"FB"
-_EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 def is_script(archive: Archive) -> bool:
@@ -138,49 +132,21 @@ def _write(archive: Archive, folder: str, target: Path, edits: CheckpointEdits) 
         if f"{data}{key}" not in archive.entries and f"{folder}{key}" not in archive.entries
     ]
     is_deflated = not all(entry.is_stored for name, entry in archive.entries.items() if name.startswith(data))
-    alignment = _alignment(archive, folder)
     pickle = b"".join(emit_pickle(edits.ir))
-    with ZipFile(archive.path) as old, ZipFile(target, "w", compresslevel=LEVEL) as out_zip:
-        out_zip.comment = old.comment
-        for name in names:
-            entry = archive.entries.get(name)
-            info = _info(old, name)
-            info.compress_type = ZIP_STORED if (entry.is_stored if entry else not is_deflated) else ZIP_DEFLATED
-            pieces: Iterable[Bytes]
-            if name == f"{folder}data.pkl":
-                info.file_size, pieces = len(pickle), [pickle]
-            elif name in written:
-                info.file_size, pieces = written[name].nbytes, written[name].raw()
-            else:
-                kept = archive.entries[name]
-                info.file_size, pieces = kept.nbytes, archive.pieces(kept)
-            if info.compress_type == ZIP_STORED:
-                info.extra = _padding(out_zip.start_dir, info, alignment)
-            with out_zip.open(info, "w") as out:
-                for piece in pieces:
-                    out.write(piece)
-            # The directory needs no padding.
-            info.extra = b""
+    changed: dict[str, Content] = {name: (written[name].nbytes, written[name].raw()) for name in written}
+    changed[f"{folder}data.pkl"] = len(pickle), (pickle,)
 
+    def revise(info: ZipInfo) -> None:
+        if info.filename not in archive.entries and is_deflated:
+            info.compress_type = ZIP_DEFLATED
 
-def _info(old: ZipFile, name: str) -> ZipInfo:
-    if name not in old.NameToInfo:
-        return ZipInfo(name, _EPOCH)
-    return written_again(old.getinfo(name))
+    rewrite_zip(archive, target, changed, names=names, revise=revise, alignment=_alignment(archive, folder))
 
 
 def _alignment(archive: Archive, folder: str) -> int:
     name = f"{folder}.storage_alignment"
     marker = archive.read(name, MAX_MARK_BYTES).decode("ascii", "replace").strip() if name in archive.entries else ""
     return int(marker) if marker.isdigit() and 0 < int(marker) <= MAX_ALIGNMENT else ALIGNMENT
-
-
-def _padding(offset: int, info: ZipInfo, alignment: int) -> bytes:
-    """Return an extra field after which the bytes of an entry begin at a round place, as PyTorch pads them."""
-    is_big = info.file_size > _ZIP64_ABOVE
-    begin = offset + _HEADER_BYTES + len(info.filename.encode()) + 4 + (_ZIP64_BYTES if is_big else 0)
-    fill = -begin % alignment
-    return _PADDING + fill.to_bytes(2, "little") + b"Z" * fill
 
 
 def strip(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
