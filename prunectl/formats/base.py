@@ -292,6 +292,10 @@ class StripPart(StrEnum):
     """Inputs that a program was exported with, which it keeps to be tried."""
 
 
+WRAPPING = frozenset({StripPart.MASKS, StripPart.WRAPPERS})
+"""Neither means anything without the other: they go together."""
+
+
 @dataclass(frozen=True, slots=True)
 class StripOptions:
     """Which parts to strip, and whether to halve the floats."""

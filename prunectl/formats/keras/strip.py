@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.errors import InputError
-from prunectl.formats.base import ModelFile, RemovedItem, StripOptions, StripPart
+from prunectl.formats.base import WRAPPING, ModelFile, RemovedItem, StripOptions, StripPart
 from prunectl.formats.keras import strip_layouts
 from prunectl.formats.keras.archive import WEIGHTS
 from prunectl.formats.keras.hdf5 import read, rewrite
@@ -23,9 +23,6 @@ from prunectl.formats.keras.strip_layouts import UnmatchedMaskError
 from prunectl.formats.keras.unwrap import LayerNameConflictError, Unwrapped, unwrap_config
 from prunectl.formats.zip_read import open_archive
 from prunectl.formats.zip_write import Content, file_content, rewrite_zip
-
-WRAPPING = frozenset({StripPart.MASKS, StripPart.WRAPPERS})
-"""Neither means anything without the other: they go together."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats import state_dict
-from prunectl.formats.base import Array, ModelFile, RemovedItem, Role, StripOptions, StripPart, Tensor
+from prunectl.formats.base import WRAPPING, Array, ModelFile, RemovedItem, Role, StripOptions, StripPart, Tensor
 from prunectl.formats.extents import blocks
 from prunectl.formats.masked import HALF, HALVED, apply_mask, broadcast_mask, to_float16
 from prunectl.formats.patch import patch_files
@@ -44,7 +44,7 @@ def strip(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tu
     kept = {name: tensor for name, tensor in tensors.items() if name not in dead}
     removed = [RemovedItem(name, part, tensors[name].nbytes) for name, part in dead.items() if part is not None]
     wrapped: tuple[MaskedParam, ...] = ()
-    if wish.parts & {StripPart.MASKS, StripPart.WRAPPERS}:
+    if wish.parts & WRAPPING:
         wrapped = tuple(weight for weight in state_dict.find(kept, {}) if _fits(weight, kept))
         removed += [
             RemovedItem(mask, StripPart.MASKS, kept[mask].nbytes) for weight in wrapped for mask in weight.masks

@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from prunectl.errors import InputError, UsageError
-from prunectl.formats.base import ModelFile, ModelInfo, PruningWrapper, RemovedItem, Role, StripOptions, StripPart
+from prunectl.formats.base import (
+    WRAPPING,
+    ModelFile,
+    ModelInfo,
+    PruningWrapper,
+    RemovedItem,
+    Role,
+    StripOptions,
+    StripPart,
+)
 from prunectl.formats.patch import patch_files
 from prunectl.formats.tensorflow import object_graph, unwrap
 from prunectl.formats.tensorflow import tensors as tensorflow_tensors
@@ -43,7 +52,7 @@ def strip(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) ->
             f"{model.path} cannot hold 16-bit floats: the program that restores it expects its variables as they are",
             hint="leave out --half",
         )
-    if options.parts & unwrap.WRAPPING and model.about.wrappers:
+    if options.parts & WRAPPING and model.about.wrappers:
         raise InputError(
             f"{model.path} has pruning wrappers, around {model.about.wrappers[0].layer} to begin with, "
             "and a checkpoint does not hold the model that they would be taken out of",

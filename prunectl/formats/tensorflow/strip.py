@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from prunectl.errors import UsageError
-from prunectl.formats.base import ModelFile, RemovedItem, StripOptions, StripPart
+from prunectl.formats.base import WRAPPING, ModelFile, RemovedItem, StripOptions, StripPart
 from prunectl.formats.patch import patch_files
 from prunectl.formats.tensorflow import object_graph, unwrap
 from prunectl.formats.tensorflow.bundle import Bundle, BundleEntry, read_bundle
@@ -22,7 +22,7 @@ def strip(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) ->
             f"{model.path} cannot hold 16-bit floats: its graph says the type of every variable",
             hint="leave out --half",
         )
-    if options.parts & unwrap.WRAPPING and model.about.wrappers:
+    if options.parts & WRAPPING and model.about.wrappers:
         return unwrap.unwrap(model, options, targets)
     unwritten = dict(targets)
     removed: list[RemovedItem] = []

@@ -14,7 +14,7 @@ from typing import Any
 
 from prunectl.errors import InputError, MissingExtraError, UntrustedError, UsageError, WorkError
 from prunectl.formats import extents, safe_json, trust
-from prunectl.formats.base import Array, ModelFile, RemovedItem, Role, StripOptions, StripPart
+from prunectl.formats.base import WRAPPING, Array, ModelFile, RemovedItem, Role, StripOptions, StripPart
 from prunectl.formats.extents import mmap_file
 from prunectl.formats.masked import apply_mask, pieces
 from prunectl.formats.protobuf import BYTES, WireError, length_prefix, raw_fields
@@ -209,8 +209,6 @@ def _shown(key: str) -> str:
     return key.removesuffix(VALUE_SUFFIX)
 
 
-WRAPPING = frozenset({StripPart.MASKS, StripPart.WRAPPERS})
-"""Neither means anything without the other: they go together."""
 _SIGNATURES = frozenset({"serving_default", "__saved_model_init_op"})
 _SECONDS, _SECONDS_PER_MB = 300, 1
 _MEMORY_BYTES, _MEMORY_PER_BYTE = 16 << 30, 16

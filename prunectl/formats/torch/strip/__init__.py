@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prunectl.errors import InputError
-from prunectl.formats.base import ModelFile, RemovedItem, Role, StripOptions, StripPart
+from prunectl.formats.base import WRAPPING, ModelFile, RemovedItem, Role, StripOptions, StripPart
 from prunectl.formats.patch import patch_files
 from prunectl.formats.state_dict import MODEL_ROOTS, OPTIMIZER_ROOTS, TRAINING_ROOTS
 from prunectl.formats.torch.pickle.edit import (
@@ -128,7 +128,6 @@ _GRADIENT_LEAVES = (".grad", ".main_grad")
 _WITH_STATE = frozenset(
     {"torch._utils._rebuild_parameter_with_state", "torch._tensor._rebuild_from_type_v2"},
 )
-_PARTS_OF_MASKS = frozenset({StripPart.MASKS, StripPart.WRAPPERS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +155,7 @@ def strip(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) ->
         *(_drop_all_gradients(root) if StripPart.GRADIENTS in options.parts else ()),
     ]
     masked_weights: list[MaskedWeight] = []
-    if options.parts & _PARTS_OF_MASKS:
+    if options.parts & WRAPPING:
         masked_weights = unwrap(root, {tensor.name: tensor for tensor in model.tensors})
         removed += _removed_masks({container.name_of(key): key for key in keys_before}, masked_weights)
         _reject_other_masks(model, removed)
@@ -184,7 +183,7 @@ def _open(model: ModelFile, options: StripOptions) -> CheckpointContainer | None
             f"{model.path} is a TorchScript program, whose code says of which type its weights are",
             hint="leave out --half, or make the program from a model in half precision",
         )
-    if options.parts & _PARTS_OF_MASKS:
+    if options.parts & WRAPPING:
         _reject_other_masks(model, [])
     return None
 
