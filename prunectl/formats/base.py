@@ -158,6 +158,8 @@ class ModelInfo:
     is_compressed: bool = False
     keras: Mapping[str, Any] | None = field(default=None, repr=False)
     """The Keras configuration (class_name, config), where the file holds one."""
+    programs: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """The graphs of an exported program by their entries; None for one too big to be read."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from prunectl.formats.state_dict import StateUse
 from prunectl.formats.torch import archive as torch_archive
 from prunectl.formats.torch import exported_graph, views
 from prunectl.formats.torch import model as torch_model
-from prunectl.formats.torch.exported_graph import parameters
+from prunectl.formats.torch.exported_graph import ExportedGraph, parameters
 from prunectl.formats.torch.pickle.opcodes import describe_value
 from prunectl.formats.torch.views import DTYPES, SCALAR_TYPES, StorageInfo
 from prunectl.formats.zip_read import Archive, ZipEntry
@@ -75,20 +75,24 @@ def open_model(path: Path) -> ModelFile:
         raise InputError(f"{path} is damaged: it has no model in its folder models")
     tensors: list[Tensor] = []
     uses: dict[str, StateUse | None] = {}
-    about = ModelInfo(producer="pytorch")
+    programs: dict[str, ExportedGraph | None] = {}
+    producer = ""
     for entry in models:
         name = PurePosixPath(entry).stem
-        graph = _graph(archive, entry)
-        about = replace(about, producer=exported_graph.producer(graph) or about.producer)
+        program = _program(archive, entry)
+        programs[entry] = graph = exported_graph.main_graph(program) if program is not None else None
+        program = program or {}
+        producer = exported_graph.producer(program) or producer
         prefix = f"{name}." if len(models) > 1 else ""
-        found = list(
-            nested_tensors(archive, graph)
+        listed = list(
+            nested_tensors(archive, program)
             if is_old
-            else (one for part, end in _CONFIGS for one in _tensors(archive, folder, part, f"{name}{end}", graph))
+            else (one for part, end in _CONFIGS for one in _tensors(archive, folder, part, f"{name}{end}", program))
         )
-        kinds = exported_graph.tensor_kinds(graph)
-        uses |= {prefix + tensor: use for tensor, use in exported_graph.uses(graph, found).items()}
-        tensors += [replace(tensor, name=prefix + tensor.name, kind=kinds.get(tensor.name, "")) for tensor in found]
+        kinds = exported_graph.tensor_kinds(program)
+        if program and graph:
+            uses |= {prefix + tensor: use for tensor, use in exported_graph.uses(graph, listed).items()}
+        tensors += [replace(tensor, name=prefix + tensor.name, kind=kinds.get(tensor.name, "")) for tensor in listed]
     if not tensors:
         raise InputError(f"{path} holds no tensors")
     views.reject_rereading(path, tensors)
@@ -98,14 +102,15 @@ def open_model(path: Path) -> ModelFile:
         path=path,
         format="torch-export",
         tensors=described,
-        about=replace(
-            about,
+        about=ModelInfo(
+            producer=producer or "pytorch",
             wrappers=state_dict.wrappers(described),
             code=("compiled code",) if code else (),
             code_bytes=sum(entry.extent.nbytes for entry in code),
             example_bytes=sum(entry.extent.nbytes for entry in examples(archive)),
             notes=_notes(archive, folder),
             is_compressed=any(tensor.storage.extent is None for tensor in described),
+            programs=programs,
         ),
         files=(path,),
         decode=torch_archive.decoder(archive),
@@ -124,10 +129,10 @@ def _top_folder(archive: Archive) -> str:
     return min(formats, key=lambda name: (name.count("/"), name), default="").removesuffix("archive_format")
 
 
-def _graph(archive: Archive, entry: str) -> dict[str, Any]:
-    """Return the graph of a model; none when it is too big to be read for its facts."""
+def _program(archive: Archive, entry: str) -> dict[str, Any] | None:
+    """The JSON of a program; None when it is too big to be read for its facts."""
     if archive.entries[entry].nbytes > MAX_JSON_BYTES:
-        return {}
+        return None
     return parse_object(archive.read(entry, MAX_JSON_BYTES), archive.path, f"its entry {entry}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import PurePosixPath
@@ -10,28 +9,23 @@ from pathlib import PurePosixPath
 from prunectl.errors import InputError
 from prunectl.formats import zip_read
 from prunectl.formats.base import ModelFile, Operation, Shape, numel
-from prunectl.formats.safe_json import parse_object
-from prunectl.formats.torch.exported import MAX_JSON_BYTES, PROGRAM
-from prunectl.formats.torch.exported_graph import ExportedGraph, ExportedNode, inner_graph, main_graph
+from prunectl.formats.torch.exported import MAX_JSON_BYTES
+from prunectl.formats.torch.exported_graph import ExportedGraph, ExportedNode, inner_graph
 
 MAX_DEPTH = 20
-_PROGRAM = re.compile(rf"([^/]+/)?models/[^/]+\.json|{re.escape(PROGRAM)}")
 _RUN_ONCE = "wrap_with_"
 """How operations begin that run their graph as it stands, such as `wrap_with_set_grad_enabled`."""
 
 
 def operations(model: ModelFile) -> tuple[Operation, ...]:
     """Return the operations that multiply, a batch counted as 1 when the program leaves it open."""
-    archive = zip_read.open_archive(model.path)
-    programs = [name for name in archive.entries if _PROGRAM.fullmatch(name)]
     counted: list[Operation] = []
-    for entry in programs:
-        nbytes = archive.entries[entry].nbytes
-        if nbytes > MAX_JSON_BYTES:
+    for entry, graph in model.about.programs.items():
+        if graph is None:
+            nbytes = zip_read.open_archive(model.path).entries[entry].nbytes
             raise InputError(f"{model.path} has a graph of {nbytes} bytes: prunectl counts in at most {MAX_JSON_BYTES}")
-        program = parse_object(archive.read(entry, MAX_JSON_BYTES), model.path, f"its entry {entry}")
-        prefix = f"{PurePosixPath(entry).stem}." if len(programs) > 1 else ""
-        counted += (_prefixed(operation, prefix) for operation in _count_macs(main_graph(program)))
+        prefix = f"{PurePosixPath(entry).stem}." if len(model.about.programs) > 1 else ""
+        counted += (_prefixed(operation, prefix) for operation in _count_macs(graph))
     return tuple(counted)
 
 

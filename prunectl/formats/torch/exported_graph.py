@@ -327,12 +327,9 @@ MAX_DEPTH = 20
 _OPERANDS = ("self", "other")
 
 
-def uses(program: Mapping[str, Any], tensors: list[Tensor]) -> dict[str, StateUse | None]:
-    """Return what each weight is used for; of a program whose graph is not at hand, nothing."""
-    if not program:
-        return {}
+def uses(graph: ExportedGraph, tensors: list[Tensor]) -> dict[str, StateUse | None]:
+    """What each weight is used for."""
     flow = Flow()
-    graph = main_graph(program)
     _follow(graph, {name: frozenset((ValueOrigin(weight),)) for name, weight in graph.weights.items()}, flow, 0)
     resolved = flow.resolve()
     return {tensor.name: resolved.get(tensor.name) for tensor in tensors}
