@@ -244,3 +244,10 @@ def test_a_graph_too_big_to_be_read_is_refused(tmp_path: Path) -> None:
     model = open_model(changed(path, lambda program: program.update(remark=" " * (12 << 20))))
     with pytest.raises(InputError, match=r"changed\.pt2 has a graph of \d+ bytes"):
         operations(model)
+
+
+def test_operations_are_counted_without_reading_the_file_again(tmp_path: Path) -> None:
+    path = exported(nn.Linear(4, 3), torch.ones(2, 4), tmp_path / "m.pt2")
+    model = open_model(path)
+    path.unlink()
+    assert [operation.macs for operation in operations(model)] == [24]
