@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunectl.analysis.stats import ModelStats
-from prunectl.analysis.tensor_io import MAX_OVERLAP, iter_slabs, nonzero_mask, storage_numel
+from prunectl.analysis.tensor_io import iter_slabs, nonzero_mask, storage_numel
+from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile, Tensor
 
 FIELDS = 64
@@ -85,4 +86,4 @@ def _bin_sizes(size: int, fields: int) -> Counts:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether it is no view that shows its elements again and again."""
-    return tensor.size <= storage_numel(tensor) * MAX_OVERLAP
+    return tensor.size <= storage_numel(tensor) * budgets.MAX_REPEATS

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunectl.errors import InputError
-from prunectl.formats import extents
+from prunectl.formats import budgets, extents
 from prunectl.formats.base import Array, ModelFile, Tensor
 from prunectl.formats.extents import Extent
 from prunectl.formats.workers import check_stopped
@@ -97,8 +97,6 @@ _SIGN_FIRST = frozenset({"float16", "bfloat16", "float8_e3m4", "float8_e4m3", "f
 """Small floats whose first bit is the sign and nothing else: those that know a minus zero."""
 _NO_ZERO = "float8_e8m0fnu"
 """Powers of two, none of which is zero, though NumPy's zero becomes the smallest."""
-MAX_OVERLAP = 64
-"""A view that shows its storage more often than this is made to keep us busy."""
 
 
 def nonzero_mask(block: Array) -> NDArray[np.bool_]:
@@ -120,7 +118,7 @@ def count_zeros(model: ModelFile, tensor: Tensor) -> int:
         return tensor.size - _count_nonzero(blocks(model, tensor))
     # An expanded axis shows the same elements again and again: count them once.
     shown = expansion_factor(tensor)
-    if tensor.size // shown > storage_numel(tensor) * MAX_OVERLAP:
+    if tensor.size // shown > storage_numel(tensor) * budgets.MAX_REPEATS:
         raise InputError(
             f"{model.path} is refused: {tensor.name} shows its {storage_numel(tensor)} stored elements "
             f"{tensor.size} times"

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.analysis.tensor_io import MAX_OVERLAP, is_contiguous, nonzero_mask, storage_numel
+from prunectl.analysis.tensor_io import is_contiguous, nonzero_mask, storage_numel
 from prunectl.errors import InputError
-from prunectl.formats import extents
+from prunectl.formats import budgets, extents
 from prunectl.formats.base import WEIGHTS, Array, ModelFile, Role, Tensor
 from prunectl.formats.extents import Extent
 
@@ -34,7 +34,7 @@ class TensorView:
     def pieces(self, length: int) -> Iterator[Array]:
         """Yield its elements in C order, so many at a time; flat ones are never all in memory."""
         tensor = self.tensor
-        if tensor.size > storage_numel(tensor) * MAX_OVERLAP:
+        if tensor.size > storage_numel(tensor) * budgets.MAX_REPEATS:
             raise InputError(f"{self.model.path} is refused: {tensor.name} shows what it stores {tensor.size} times")
         if self.axes is None and is_contiguous(tensor):
             yield from map(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunectl.errors import MAX_NAME_CHARACTERS, abbreviated
-from prunectl.formats import extents
+from prunectl.formats import budgets, extents
 from prunectl.formats.extents import Extent
 
 if TYPE_CHECKING:
@@ -267,7 +267,6 @@ Length = int | None
 Shape = tuple[Length, ...]
 MAX_LENGTH = 1 << 48
 """An axis longer than this is a lie."""
-MAX_COUNT = 1 << 62
 
 
 def numel(lengths: Iterable[Length]) -> int | None:
@@ -276,7 +275,7 @@ def numel(lengths: Iterable[Length]) -> int | None:
     if any(length is None for length in known):
         return None
     count = math.prod(length for length in known if length is not None)
-    return count if count <= MAX_COUNT else None
+    return count if count <= budgets.MAX_COUNT else None
 
 
 class StripPart(StrEnum):

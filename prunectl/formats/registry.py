@@ -228,11 +228,17 @@ def _refuse_blown_up(path: Path, model: ModelFile) -> None:
         raise InputError(
             f"{path} is refused: more than {budgets.MAX_TIED} of its tensors share their bytes with others"
         )
-    flat = [tensor for tensor in views if tensor.storage.extent is not None]
-    shown_bytes = sum(min(tensor.nbytes, tensor.storage.nbytes) for tensor in flat)
+    read_bytes = sum(_read_bytes(tensor) for tensor in views if tensor.storage.extent is not None)
     allocated = sum(min(fact.st_size, fact.st_blocks * _BLOCK_BYTES) for fact in facts)
-    if shown_bytes > whole + max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_READINGS * allocated):
+    if read_bytes > whole + max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_READINGS * allocated):
         raise InputError(f"{path} is refused: its tensors show the bytes that they share again and again")
+
+
+def _read_bytes(tensor: Tensor) -> int:
+    """Bytes that are read for a flat tensor: along an expanded axis, once."""
+    steps = tensor.strides or (1,) * len(tensor.shape)
+    lengths = (length for length, step in zip(tensor.shape, steps, strict=True) if step)
+    return math.prod(lengths) * tensor.dtype.itemsize
 
 
 def require(model: ModelFile, needs: Capability) -> None:

@@ -15,14 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunectl.errors import InputError, abbreviated, reading
+from prunectl.formats.budgets import BOMB_RATIO, MAX_DEFLATE_RATIO, MAX_UNFOLDED_BYTES
 from prunectl.formats.detect import refuse_long_directory
 from prunectl.formats.extents import Extent
 
-MAX_RATIO = 1100
-"""Deflate cannot do better than 1032 to 1: an entry that claims more lies."""
-MAX_BLOWN_UP_BYTES = 256 << 20
-"""An archive that inflates to more than this, and more than BOMB_RATIO times itself, is a bomb."""
-BOMB_RATIO = 200
 _LOCAL_HEADER_BYTES = 30
 _RECORD_BYTES, _ZIP64 = 4, b"\x01\x00"
 """How long the head of an extra record is, and the kind that holds 64-bit lengths."""
@@ -260,7 +256,7 @@ def _refuse_lies(path: Path, entries: list[ZipEntry], end: int) -> None:
             raise InputError(f"{path} is refused: it holds two entries named {abbreviated(entry.name)}")
         if name.is_absolute() or ".." in name.parts or "\\" in entry.name:
             raise InputError(f"{path} is refused: its entry {abbreviated(entry.name)} points out of the archive")
-        if entry.nbytes > entry.extent.nbytes * MAX_RATIO:
+        if entry.nbytes > entry.extent.nbytes * MAX_DEFLATE_RATIO:
             raise InputError(
                 f"{path} is refused: its entry {abbreviated(entry.name)} claims to inflate beyond what deflate can do"
             )
@@ -273,5 +269,5 @@ def _refuse_lies(path: Path, entries: list[ZipEntry], end: int) -> None:
     if last > end:
         raise InputError(f"{path} is a damaged zip: its entries reach beyond their directory")
     total = sum(entry.nbytes for entry in entries)
-    if total > max(MAX_BLOWN_UP_BYTES, BOMB_RATIO * sum(entry.extent.nbytes for entry in entries)):
+    if total > max(MAX_UNFOLDED_BYTES, BOMB_RATIO * sum(entry.extent.nbytes for entry in entries)):
         raise InputError(f"{path} is refused: it would inflate to {total} bytes, like a zip bomb")

@@ -22,6 +22,7 @@ from prunectl.channels.keras.weights import (
 )
 from prunectl.channels.lengths import TRIED_LENGTHS, UNKNOWN_LENGTHS, AxisLengths
 from prunectl.errors import InputError
+from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile
 from prunectl.formats.keras.config import LayerConfig, listed, part, text, upgrade_class_name, upgrade_config
 from prunectl.formats.keras.flops import matmuls, recurrent
@@ -32,12 +33,11 @@ from prunectl.formats.keras.layouts import ambiguous_containers, layers_by_folde
 from prunectl.training.backend import ModelSignature, TensorSpec
 
 _SCALAR = (int, float, str, bool, type(None))
-_MAX_NESTING = 12
 
 
 def has_lists(argument: Any, nesting: int = 0) -> bool:
     """Whether an argument of a call is a list of numbers, which may have one for each channel."""
-    if nesting > _MAX_NESTING:
+    if nesting > budgets.MAX_INBOUND_DEPTH:
         return True
     if isinstance(argument, Mapping):
         if argument.get("class_name") == "__keras_tensor__":
@@ -62,7 +62,6 @@ def _is_reference(argument: list[Any]) -> bool:
 
 
 _FUNCTIONS = frozenset({"TFOpLambda", "TensorFlowOpLayer"})
-_MAX_DEPTH = 40
 _MASK = "mask"
 _DEFAULT_DTYPE = "float32"
 
@@ -106,8 +105,8 @@ class GraphTraversal:
 
     def model(self, model: Mapping[str, Any], inputs: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
         """What a model gives; without inputs, it has its own."""
-        if len(names) > _MAX_DEPTH:
-            raise InputError(f"a model is nested deeper than {_MAX_DEPTH} models")
+        if len(names) > budgets.MAX_KERAS_DEPTH:
+            raise InputError(f"a model is nested deeper than {budgets.MAX_KERAS_DEPTH} models")
         is_graph = any(layer.get("inbound_nodes") for layer in self._tracer.inner_layers(model))
         return self._graph(model, inputs, names) if is_graph else self._sequence(model, inputs, names)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile, Role, Tensor
 from prunectl.formats.keras.archive import WEIGHTS
 from prunectl.formats.keras.config import LayerConfig, part, text, upgrade_class_name
@@ -97,7 +98,6 @@ ConfigPath = tuple[str | int, ...]
 ROOT: ConfigPath = ()
 _SPOT_WRAPPERS = (("layer", ("layer", "forward_layer")), ("backward_layer", ("backward_layer",)))
 """What a wrapper says is in it, and the attributes that it keeps it in."""
-_MAX_DEPTH = 40
 _NAME_ONLY = frozenset({"name"})
 
 
@@ -149,7 +149,7 @@ def _inside(
 
 def _with_inner(location: LayerLocation, folders: Mapping[int, str]) -> Iterator[LayerLocation]:
     yield location
-    if len(location.names) > _MAX_DEPTH:
+    if len(location.names) > budgets.MAX_KERAS_DEPTH:
         return
     yield from _inside(location.layer, location.path, location.names, folders)
     for key, attributes in _SPOT_WRAPPERS:

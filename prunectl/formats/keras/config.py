@@ -14,7 +14,6 @@ from prunectl.formats import budgets
 from prunectl.formats.base import PruningWrapper
 
 PRUNED_PREFIX = "prune_low_magnitude_"
-MAX_DEPTH = 100
 _OWN_MODULES = ("keras", "tf_keras", "builtins", "tensorflow", "tensorflow_model_optimization")
 
 
@@ -55,7 +54,7 @@ def layers(config: Any, path: tuple[str, ...] = ()) -> Iterator[LayerConfig]:
         if layer is None:
             continue
         yield layer
-        if len(path) > MAX_DEPTH:
+        if len(path) > budgets.MAX_CONFIG_DEPTH:
             return
         for key in ("layer", "backward_layer", "cell"):
             inner = _layer(layer.config.get(key), (*path, layer.name))

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from prunectl.formats import budgets
 from prunectl.formats.base import Shape
 from prunectl.formats.keras.config import listed, part, text
 from prunectl.formats.keras.flops.shapes import shape_in
-
-_MAX_NESTING = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,7 @@ def _named(node: Any) -> Mapping[str, Any]:
 
 
 def _sources(value: Any, nesting: int) -> Iterator[TensorRef]:
-    if nesting > _MAX_NESTING:
+    if nesting > budgets.MAX_INBOUND_DEPTH:
         return
     if _is_reference(value):
         yield from _source(value)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prunectl.errors import InputError, abbreviated
+from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile, Role, Tensor
 from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras.config import PRUNED_PREFIX, LayerConfig, layers, upgrade_class_name, upgrade_config
@@ -263,7 +264,7 @@ def _assigned(config: Any, stored: _StoredFolders, *, is_twice: bool) -> _Folder
 
 def _models_in(layer: LayerConfig, folder: str, depth: int) -> Iterator[tuple[str, Any, int]]:
     """Yield a layer as the model that it may be, and the one that it may be wrapped around, each with its prefix."""
-    if depth < keras_config.MAX_DEPTH:
+    if depth < budgets.MAX_CONFIG_DEPTH:
         yield f"{folder}/", {"config": layer.config}, depth + 1
         wrapped = keras_config.part(layer.config, "layer")
         if wrapped:

@@ -18,12 +18,8 @@ from prunectl.formats.extents import Extent
 from prunectl.formats.safe_json import parse_object
 
 LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the format's own library."""
 
 _MAX_BITS = 63
-MAX_TENSORS = 100_000
-"""Far beyond any one file of a model, and little enough to tell within seconds."""
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -53,11 +49,11 @@ def open_model(path: Path) -> ModelFile:
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")
-        if header_bytes > min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES):
+        if header_bytes > min(budgets.MAX_SAFETENSORS_HEADER_BYTES, file_bytes - LENGTH_BYTES):
             raise InputError(f"{path} is truncated or damaged: it claims a header of {header_bytes} bytes")
         header = parse_object(file.read(header_bytes), path, "its header")
     metadata = header.pop("__metadata__", {})
-    if len(header) > MAX_TENSORS:
+    if len(header) > budgets.MAX_TENSORS:
         raise InputError(f"{path} is refused: it claims {len(header)} tensors")
     start = LENGTH_BYTES + header_bytes
     tensors = [_tensor(path, name, facts, start) for name, facts in header.items()]

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from prunectl.errors import InputError, abbreviated
+from prunectl.formats import budgets
 from prunectl.formats.base import format_shape
 from prunectl.formats.extents import Extent, check_inside
 from prunectl.formats.protobuf import BYTES, Field, WireError, fields, signed
@@ -21,9 +22,6 @@ from prunectl.formats.tensorflow.leveldb import Block, IndexRecord, mask, read_f
 
 STRING, RESOURCE, VARIANT = 7, 20, 21
 NOT_NUMBERS = frozenset({STRING, RESOURCE, VARIANT})
-MAX_RANK = 32
-"""NumPy's limit before version 2."""
-MAX_BYTES = 1 << 62
 
 DTYPES: dict[int, np.dtype[Any]] = {
     1: np.dtype(np.float32),
@@ -64,11 +62,11 @@ def read_shape(data: memoryview, field: Field) -> tuple[int, ...]:
         if dimension.number == 2 and dimension.wire == BYTES:
             sizes = [signed(size.value) for size in fields(data, dimension.begin, dimension.end) if size.number == 1]
             shape.append(sizes[-1] if sizes else 0)
-        if len(shape) > MAX_RANK:
-            raise WireError(f"a shape of more than {MAX_RANK} dimensions")
+        if len(shape) > budgets.MAX_TENSORFLOW_AXES:
+            raise WireError(f"a shape of more than {budgets.MAX_TENSORFLOW_AXES} dimensions")
     if any(size < 0 for size in shape):
         raise WireError("a shape with a negative size")
-    if math.prod(max(size, 1) for size in shape) > MAX_BYTES // 16:
+    if math.prod(max(size, 1) for size in shape) > budgets.MAX_COUNT // 16:
         raise WireError("a shape beyond any memory")
     return tuple(shape)
 
@@ -177,15 +175,13 @@ def _read_entry(record: IndexRecord) -> BundleEntry:
 def _read_slice(data: memoryview, field: Field) -> tuple[tuple[int, int], ...]:
     bounds: list[tuple[int, int]] = []
     for extent in fields(data, field.begin, field.end):
-        if len(bounds) == MAX_RANK:
-            raise WireError(f"a slice of more than {MAX_RANK} dimensions")
+        if len(bounds) == budgets.MAX_TENSORFLOW_AXES:
+            raise WireError(f"a slice of more than {budgets.MAX_TENSORFLOW_AXES} dimensions")
         numbers = {number.number: signed(number.value) for number in fields(data, extent.begin, extent.end)}
         bounds.append((numbers.get(1, 0), numbers.get(2, WHOLE)))
     return tuple(bounds)
 
 
-MAX_REFERENCES = 64
-"""A run shared by every slot of an optimizer saves a few times the weights; far beyond that, a file only pretends."""
 _FREE_BYTES = 1 << 20
 _PIECE = bytes(1 << 20)
 
@@ -210,8 +206,8 @@ def shared_zero_blocks(entries: Iterable[BundleEntry], file_bytes: int) -> dict[
             leader = entry
             continue
         claimed += entry.nbytes
-        if claimed > MAX_REFERENCES * file_bytes + _FREE_BYTES:
-            raise TooManyReferencesError(f"its tensors claim over {MAX_REFERENCES} times the bytes of its data")
+        if claimed > budgets.MAX_REPEATS * file_bytes + _FREE_BYTES:
+            raise TooManyReferencesError(f"its tensors claim over {budgets.MAX_REPEATS} times the bytes of its data")
         if 0 < entry.nbytes <= leader.nbytes <= file_bytes and _is_zeros(entry) and _is_zeros(leader):
             shared[entry.key] = leader
     return shared
@@ -232,9 +228,6 @@ def zeros(nbytes: int) -> Iterator[bytes]:
     """Yield so many zeros, piece by piece."""
     for begin in range(0, nbytes, len(_PIECE)):
         yield _PIECE[: nbytes - begin]
-
-
-MAX_SHARDS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +283,7 @@ def read_bundle(path: Path) -> Bundle:
 
 def _find_shards(index: Index) -> dict[int, Path]:
     path, count = index.path, index.shard_count
-    if count > MAX_SHARDS:
+    if count > budgets.MAX_TENSORS:
         raise InputError(f"{path} is refused: it claims {count} data shards")
     used = sorted({entry.shard for entry in index.entries.values()})
     if used and used[-1] >= count:

@@ -8,15 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prunectl.errors import InputError
+from prunectl.formats import budgets
 from prunectl.formats.base import NameAllocator, Role, Storage, Tensor
 from prunectl.formats.extents import Extent, mmap_file
 from prunectl.formats.protobuf import BYTES, BudgetedReader, Field, WireError, text
 from prunectl.formats.tensorflow.bundle import DTYPES, read_shape
-
-MAX_METADATA_BYTES = 8 << 20
-"""Of one object; once parsed it takes many times as much."""
-MAX_ALL_METADATA_BYTES = 64 << 20
-MAX_IDENTIFIER_BYTES = 1 << 10
 
 _META_GRAPHS = 2
 _INFO, _GRAPH, _SIGNATURES, _ASSETS, _OBJECTS = 1, 2, 5, 6, 7
@@ -96,11 +92,11 @@ def _keras_objects(
         texts = {field.number: field for field in reader.fields(node) if field.wire == BYTES}
         nbytes = texts[metadata].value if metadata in texts else 0
         total += nbytes
-        if nbytes > MAX_METADATA_BYTES or total > MAX_ALL_METADATA_BYTES:
+        if nbytes > budgets.MAX_KERAS_METADATA_BYTES or total > budgets.MAX_JSON_BYTES:
             raise WireError(f"a description of {nbytes} bytes")
         if nbytes:
             # Keras rebuilds what is described in a file of its saver, whatever it is called there, or if it is not.
-            is_named = identifier in texts and texts[identifier].value <= MAX_IDENTIFIER_BYTES
+            is_named = identifier in texts and texts[identifier].value <= budgets.MAX_MARK_BYTES
             name = text(reader.data, texts[identifier]) if is_named else ""
             objects.append(KerasObject(name, bytes(reader.data[texts[metadata].begin : texts[metadata].end])))
     return tuple(objects)

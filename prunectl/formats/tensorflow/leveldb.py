@@ -9,6 +9,7 @@ from pathlib import Path
 import google_crc32c
 
 from prunectl.errors import InputError
+from prunectl.formats import budgets
 from prunectl.formats.protobuf import WireError, encode_varint, read_varint
 
 _LITERAL, _NEAR = 0, 1
@@ -62,13 +63,6 @@ MAGIC = bytes.fromhex("57fb808b247547db")
 FOOTER_BYTES = 48
 TRAILER_BYTES = 5
 """Behind each block: a byte that says how it is compressed, then a masked CRC-32C over the block and that byte."""
-MAX_TABLE_BYTES = 3 << 20
-MAX_PACKED_BYTES = 4 << 20
-"""All compressed blocks together, and also what one of them may snappy_decompress to."""
-MAX_RECORDS = 100_000
-"""Beyond any model, and little enough to refuse within a second or two."""
-MAX_KEY_BYTES = 16 << 20
-"""All keys together: each repeats a part of the one before, so a few bytes in the file can claim many."""
 _NON_ASCII_COST = 8
 """How much longer it takes to decode a key that may not be text."""
 _PLAIN_BLOCK, _PACKED = 0, 1
@@ -116,7 +110,7 @@ def read_file(path: Path) -> memoryview:
     """The bytes of a table, which is small beside what it is an index of."""
     try:
         file_bytes = path.stat().st_size
-        if file_bytes > MAX_TABLE_BYTES:
+        if file_bytes > budgets.MAX_TABLE_BYTES:
             raise InputError(f"{path} is refused: an index of {file_bytes} bytes is more than any model needs")
         return memoryview(path.read_bytes())
     except OSError as error:
@@ -147,11 +141,11 @@ def _checked(path: Path, data: memoryview) -> Iterator[IndexRecord]:
         for record in _records_of(path, data, block, footer):
             if count and record.key <= last:
                 raise InputError(f"{path} is damaged: the keys of its index are out of order")
-            if record.block.is_packed and packed_bytes > MAX_PACKED_BYTES:
+            if record.block.is_packed and packed_bytes > budgets.MAX_SNAPPY_BYTES:
                 raise InputError(f"{path} is refused: its compressed index is too long")
             last, count = record.key, count + 1
             key_bytes += len(record.key) * (1 if record.key.isascii() else _NON_ASCII_COST)
-            if count > MAX_RECORDS or key_bytes > MAX_KEY_BYTES:
+            if count > budgets.MAX_TENSORS or key_bytes > budgets.MAX_NAMES_BYTES:
                 raise InputError(f"{path} is refused: it claims more than {count - 1} tensors")
             yield record
 
@@ -165,7 +159,7 @@ def _handle(data: memoryview, offset: int, end: int) -> tuple[Block, int]:
 def _records_of(path: Path, data: memoryview, block: Block, limit: int) -> Iterator[IndexRecord]:
     _check_block(path, data, block, limit)
     if data[block.end] == _PACKED:
-        unpacked = memoryview(snappy_decompress(data[block.begin : block.end], MAX_PACKED_BYTES))
+        unpacked = memoryview(snappy_decompress(data[block.begin : block.end], budgets.MAX_SNAPPY_BYTES))
         yield from _block_records(path, unpacked, 0, len(unpacked), replace(block, is_packed=True))
     else:
         yield from _block_records(path, data, block.begin, block.end, block)
@@ -179,7 +173,7 @@ def _check_block(path: Path, data: memoryview, block: Block, limit: int) -> None
         raise InputError(f"{path} is damaged: a block of its index is not what its checksum says")
     if data[block.end] not in {_PLAIN_BLOCK, _PACKED}:
         raise InputError(f"{path} compresses its index in a way that prunectl does not read")
-    if data[block.end] == _PACKED and block.end - block.begin > MAX_PACKED_BYTES:
+    if data[block.end] == _PACKED and block.end - block.begin > budgets.MAX_SNAPPY_BYTES:
         raise InputError(f"{path} is refused: a block of its index is too long")
 
 
@@ -193,7 +187,7 @@ def _block_records(path: Path, data: memoryview, offset: int, end: int, block: B
         added, offset = read_varint(data, offset, end)
         length, offset = read_varint(data, offset, end)
         value = offset + added
-        if shared > len(key) or value + length > end or shared + added > MAX_KEY_BYTES:
+        if shared > len(key) or value + length > end or shared + added > budgets.MAX_NAMES_BYTES:
             raise InputError(f"{path} is damaged: a record of its index reaches past its block")
         key = key[:shared] + bytes(data[offset:value])
         offset = value + length

@@ -80,7 +80,6 @@ def _has_config(model: Mapping[str, Any]) -> bool:
     return "class_name" in model and bool(part(model, "config"))
 
 
-MAX_FILES = 10_000
 _RUNS_GRAPHS = "A SavedModel runs only the operations of its graph, no Python code, unless Keras rebuilds its layers."
 
 
@@ -177,8 +176,8 @@ def _files(path: Path) -> tuple[Path, ...]:
         except OSError as error:
             raise InputError(f"{path} cannot be listed: {error.strerror}") from error
         count += len(children)
-        if count > MAX_FILES:
-            raise InputError(f"{path} is refused: it holds more than {MAX_FILES} files")
+        if count > budgets.MAX_FILES:
+            raise InputError(f"{path} is refused: it holds more than {budgets.MAX_FILES} files")
         files.extend(child for child in children if child.is_file())
         pending.extend(child for child in children if child.is_dir() and not child.is_symlink())
     return tuple(sorted(files))

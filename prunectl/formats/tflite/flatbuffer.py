@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from prunectl.formats import budgets
+
 OFFSET_BYTES = 4
-MAX_TEXT_BYTES = 1 << 16
 
 
 class FlatBufferError(ValueError):
@@ -72,7 +73,7 @@ class FlatTable:
     def text(self, field: int) -> str:
         """Return a string."""
         run = self.run(field, 1)
-        if run.count > MAX_TEXT_BYTES:
+        if run.count > budgets.MAX_NAME_BYTES:
             raise FlatBufferError(f"a name of {run.count} bytes")
         return str(self.data[run.begin : run.begin + run.count], "utf-8", "backslashreplace")
 

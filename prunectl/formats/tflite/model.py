@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunectl.errors import InputError, abbreviated
-from prunectl.formats import state_dict
+from prunectl.formats import budgets, state_dict
 from prunectl.formats.base import (
     PRUNABLE,
     Array,
@@ -41,7 +41,6 @@ from prunectl.formats.tflite.usage import LiteTensorPurpose, LiteTensorUse, mean
 
 _COMPRESSED = 1
 _INDEX_TYPES: dict[int, type[np.generic]] = {1: np.int32, 2: np.uint16, 3: np.uint8}
-_MAX_LEVELS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +55,8 @@ class _Level:
 
 def densify(sparsity: FlatTable, shape: tuple[int, ...], values: NDArray[Any]) -> NDArray[Any]:
     """Return the dense tensor whose non-zero blocks are ``values``."""
-    order, blocks = (sparsity.numbers(field, np.int32, _MAX_LEVELS + 1).tolist() for field in (0, 1))
-    levels = [_level(level) for level in sparsity.children(2, _MAX_LEVELS)]
+    order, blocks = (sparsity.numbers(field, np.int32, budgets.MAX_AXES + 1).tolist() for field in (0, 1))
+    levels = [_level(level) for level in sparsity.children(2, budgets.MAX_AXES)]
     rank = len(shape)
     if sorted(order) != list(range(rank + len(blocks))) or len(levels) != len(order):
         raise FlatBufferError("a sparse tensor does not say in which order it is stored")
@@ -117,8 +116,6 @@ def _walk(levels: list[_Level], limit: int) -> list[NDArray[np.int64]]:
     return spots or [np.zeros(1, np.int64)]
 
 
-MAX_UNFOLDING = 256
-"""How many times bigger than its bytes in the file a sparse tensor may be; a small one may always be."""
 SMALL_BYTES = 1 << 20
 _UNUSED = LiteTensorPurpose("", "", LiteTensorUse(Role.OTHER))
 
@@ -181,7 +178,7 @@ def _tensor(lite: LiteFile, name: str, source: LiteTensor, meaning: LiteTensorPu
             f"{lite.path} is damaged: {abbreviated(name)} of shape {format_shape(source.shape)} "
             f"does not fill {nbytes} bytes"
         )
-    if size * dtype.itemsize > max(SMALL_BYTES, MAX_UNFOLDING * nbytes):
+    if size * dtype.itemsize > max(SMALL_BYTES, budgets.MAX_SPARSE_UNFOLDING * nbytes):
         raise InputError(
             f"{lite.path} is refused: {abbreviated(name)} claims to unfold {nbytes} bytes to {size * dtype.itemsize}"
         )

@@ -14,7 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunectl.errors import InputError
-from prunectl.formats import budgets
+from prunectl.formats.budgets import (
+    MAX_OPERANDS,
+    MAX_OPERATOR_KINDS,
+    MAX_TENSORFLOW_AXES,
+    MAX_TENSORS,
+    MAX_TEXTS_BYTES,
+    MAX_TIED,
+)
 from prunectl.formats.extents import mmap_file
 from prunectl.formats.tflite.flatbuffer import FlatBufferError, FlatTable, root
 
@@ -51,16 +58,8 @@ OPERATORS = tuple(_NAMES.split())
 CUSTOM = OPERATORS.index("CUSTOM")
 
 
-MAX_PARTS = 100_000
-"""Tensors, operators or buffers: beyond any model, and little enough to refuse within a second or two."""
 _PART_BYTES, _FEW_PARTS = 24, 1000
 """What a tensor or an operator takes in a file at least, and how many may be told in however small a file."""
-MAX_KINDS = 1000
-"""Kinds of operators in one model."""
-MAX_NAMES_BYTES = 32 << 20
-MAX_RANK = 32
-MAX_INPUTS = 32
-"""No operator with weights has more inputs that matter."""
 _PLACEHOLDER_OFFSET = 1
 _RUNTIME = "min_runtime_version"
 
@@ -120,17 +119,17 @@ def read_lite(path: Path) -> LiteFile:
 
 
 def _read(path: Path, data: memoryview, model: FlatTable) -> LiteFile:
-    codes = tuple(_operator_name(code) for code in model.children(1, MAX_KINDS))
-    buffers = tuple(_buffer(buffer) for buffer in model.children(4, MAX_PARTS))
+    codes = tuple(_operator_name(code) for code in model.children(1, MAX_OPERATOR_KINDS))
+    buffers = tuple(_buffer(buffer) for buffer in model.children(4, MAX_TENSORS))
     for number, (offset, nbytes) in enumerate(buffers):
         if offset + nbytes > len(data):
             raise FlatBufferError(f"buffer {number} should end at byte {offset + nbytes}, the file has {len(data)}")
     runs = [run for run in buffers if run[1]]
-    if len(runs) - len(set(runs)) > budgets.MAX_TIED:
-        raise FlatBufferError(f"more than {budgets.MAX_TIED} buffers are the same bytes")
+    if len(runs) - len(set(runs)) > MAX_TIED:
+        raise FlatBufferError(f"more than {MAX_TIED} buffers are the same bytes")
     spend = _Budget(len(data)).spend
-    graphs = tuple(_graph(graph, codes, spend) for graph in model.children(2, MAX_PARTS))
-    names = {facts.text(0): facts.number(1, 4) for facts in model.children(6, MAX_KINDS)}
+    graphs = tuple(_graph(graph, codes, spend) for graph in model.children(2, MAX_TENSORS))
+    names = {facts.text(0): facts.number(1, 4) for facts in model.children(6, MAX_OPERATOR_KINDS)}
     runtime = ""
     if 0 < names.get(_RUNTIME, 0) < len(buffers):
         offset, nbytes = buffers[names[_RUNTIME]]
@@ -143,7 +142,7 @@ class _Budget:
 
     def __init__(self, file_bytes: int) -> None:
         self.parts, self.names_bytes = 0, 0
-        self.most = min(MAX_PARTS, max(file_bytes // _PART_BYTES, _FEW_PARTS))
+        self.most = min(MAX_TENSORS, max(file_bytes // _PART_BYTES, _FEW_PARTS))
         self.buffers: Counter[int] = Counter()
 
     def spend(self, name_bytes: int, buffer: int = 0) -> None:
@@ -151,10 +150,10 @@ class _Budget:
         self.parts += 1
         self.names_bytes += name_bytes
         self.buffers[buffer] += buffer > 0
-        if self.parts > self.most or self.names_bytes > MAX_NAMES_BYTES:
+        if self.parts > self.most or self.names_bytes > MAX_TEXTS_BYTES:
             raise FlatBufferError(f"it claims more than {self.parts - 1} tensors and operators")
-        if self.buffers[buffer] > budgets.MAX_TIED:
-            raise FlatBufferError(f"more than {budgets.MAX_TIED} tensors share buffer {buffer}")
+        if self.buffers[buffer] > MAX_TIED:
+            raise FlatBufferError(f"more than {MAX_TIED} tensors share buffer {buffer}")
 
 
 def _operator_name(code: FlatTable) -> str:
@@ -176,21 +175,21 @@ def _buffer(buffer: FlatTable) -> tuple[int, int]:
 
 def _graph(graph: FlatTable, codes: tuple[str, ...], spend: Callable[..., None]) -> LiteGraph:
     tensors = []
-    for table in graph.children(0, MAX_PARTS):
+    for table in graph.children(0, MAX_TENSORS):
         tensor = _tensor(table)
         spend(len(tensor.name), tensor.buffer)
         tensors.append(tensor)
     operators = []
-    for table in graph.children(3, MAX_PARTS):
+    for table in graph.children(3, MAX_TENSORS):
         spend(0)
         operators.append(_operator(table, codes, len(tensors)))
     return LiteGraph(tuple(tensors), tuple(operators))
 
 
 def _tensor(tensor: FlatTable) -> LiteTensor:
-    sizes = tensor.numbers(0, np.int32, MAX_RANK + 1)
-    if len(sizes) > MAX_RANK:
-        raise FlatBufferError(f"a tensor of more than {MAX_RANK} dimensions")
+    sizes = tensor.numbers(0, np.int32, MAX_TENSORFLOW_AXES + 1)
+    if len(sizes) > MAX_TENSORFLOW_AXES:
+        raise FlatBufferError(f"a tensor of more than {MAX_TENSORFLOW_AXES} dimensions")
     shape = tuple(int(size) for size in sizes)
     if math.prod(max(size, 1) for size in shape) > 1 << 58:
         raise FlatBufferError("a shape beyond any memory")
@@ -208,7 +207,7 @@ def _tensor(tensor: FlatTable) -> LiteTensor:
 
 def _operator(operator: FlatTable, codes: tuple[str, ...], tensors: int) -> LiteOperator:
     code = operator.number(0, 4)
-    inputs, outputs = (tuple(int(at) for at in operator.numbers(field, np.int32, MAX_INPUTS)) for field in (1, 2))
+    inputs, outputs = (tuple(int(at) for at in operator.numbers(field, np.int32, MAX_OPERANDS)) for field in (1, 2))
     if code >= len(codes) or any(not -1 <= at < tensors for at in inputs + outputs):
         raise FlatBufferError("an operator names a code or a tensor that is not there")
     return LiteOperator(codes[code], inputs, outputs, operator.child(4))

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from prunectl.errors import InputError
-from prunectl.formats import extents, zip_read
+from prunectl.formats import budgets, extents, zip_read
 from prunectl.formats.base import Array, ModelFile, ModelInfo, Storage, Tensor
 from prunectl.formats.torch import model as torch_model
 from prunectl.formats.torch import script
@@ -20,10 +20,6 @@ from prunectl.formats.torch.pickle.opcodes import describe_value
 from prunectl.formats.torch.pickle.vm import PickleProgram, interpret
 from prunectl.formats.torch.views import StorageInfo
 from prunectl.formats.zip_read import Archive, ZipEntry
-
-MAX_PICKLE_BYTES = 64 << 20
-"""How long a compressed pickle may be; one that is stored is mapped instead."""
-MAX_MARK_BYTES = 64
 
 
 def open_model(path: Path) -> ModelFile:
@@ -111,7 +107,7 @@ def decoder(archive: Archive) -> Callable[[Tensor], Array]:
 def _program(archive: Archive, entry: ZipEntry) -> PickleProgram:
     what = f"its entry {entry.name}"
     if not entry.is_stored:
-        return interpret(archive.read(entry.name, MAX_PICKLE_BYTES), archive.path, what)
+        return interpret(archive.read(entry.name, budgets.MAX_PICKLE_BYTES), archive.path, what)
     with archive.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         begin = entry.extent.offset
         return interpret(data, archive.path, what, start=begin, end=begin + entry.extent.nbytes)
@@ -120,7 +116,7 @@ def _program(archive: Archive, entry: ZipEntry) -> PickleProgram:
 def _read_marker(archive: Archive, name: str) -> str:
     if name not in archive.entries:
         return ""
-    return describe_value(archive.read(name, MAX_MARK_BYTES).decode("ascii", "replace").strip())
+    return describe_value(archive.read(name, budgets.MAX_VERSION_BYTES).decode("ascii", "replace").strip())
 
 
 def _producer(archive: Archive, folder: str, kind: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from prunectl.errors import InputError
 from prunectl.formats import state_dict, zip_read
 from prunectl.formats.base import ModelFile, ModelInfo, Role, Storage, Tensor
+from prunectl.formats.budgets import MAX_EXPORTED_GRAPH_BYTES
 from prunectl.formats.safe_json import parse_object
 from prunectl.formats.state_dict import StateUse
 from prunectl.formats.torch import archive as torch_archive
@@ -58,7 +59,6 @@ def inside(archive: Archive, name: str, graph: dict[str, Any]) -> Iterator[Tenso
         yield replace(tensor, role=role, storage=storage)
 
 
-MAX_JSON_BYTES = 12 << 20
 STRIDED = 7
 """The number of the dense layout."""
 _CONFIGS = (("data/weights/", "_weights_config.json"), ("data/constants/", "_constants_config.json"))
@@ -95,7 +95,6 @@ def open_model(path: Path) -> ModelFile:
         tensors += [replace(tensor, name=prefix + tensor.name, kind=kinds.get(tensor.name, "")) for tensor in listed]
     if not tensors:
         raise InputError(f"{path} holds no tensors")
-    views.reject_rereading(path, tensors)
     described = state_dict.describe(tensors, uses=uses)
     code = [entry for entry in archive.entries.values() if entry.name.startswith(f"{folder}data/aotinductor/")]
     return ModelFile(
@@ -131,9 +130,9 @@ def _top_folder(archive: Archive) -> str:
 
 def _program(archive: Archive, entry: str) -> dict[str, Any] | None:
     """The JSON of a program; None when it is too big to be read for its facts."""
-    if archive.entries[entry].nbytes > MAX_JSON_BYTES:
+    if archive.entries[entry].nbytes > MAX_EXPORTED_GRAPH_BYTES:
         return None
-    return parse_object(archive.read(entry, MAX_JSON_BYTES), archive.path, f"its entry {entry}")
+    return parse_object(archive.read(entry, MAX_EXPORTED_GRAPH_BYTES), archive.path, f"its entry {entry}")
 
 
 def _tensors(archive: Archive, folder: str, part: str, config: str, graph: dict[str, Any]) -> Iterator[Tensor]:
@@ -147,7 +146,7 @@ def _tensors(archive: Archive, folder: str, part: str, config: str, graph: dict[
             return
         raise InputError(f"{archive.path} is damaged: it has no entry {name}")
     is_big = archive.entries.get(f"{folder}byteorder") and archive.read(f"{folder}byteorder", 64) == b"big"
-    listed = parse_object(archive.read(name, MAX_JSON_BYTES), archive.path, f"its entry {name}").get("config")
+    listed = parse_object(archive.read(name, MAX_EXPORTED_GRAPH_BYTES), archive.path, f"its entry {name}").get("config")
     if not isinstance(listed, dict):
         raise InputError(f"{archive.path} is damaged: its entry {name} lists no tensors")
     for tensor, facts in listed.items():

@@ -9,10 +9,9 @@ from pathlib import PurePosixPath
 from prunectl.errors import InputError
 from prunectl.formats import zip_read
 from prunectl.formats.base import ModelFile, Operation, Shape, numel
-from prunectl.formats.torch.exported import MAX_JSON_BYTES
+from prunectl.formats.budgets import MAX_EXPORTED_GRAPH_BYTES, MAX_EXPORTED_GRAPH_DEPTH
 from prunectl.formats.torch.exported_graph import ExportedGraph, ExportedNode, inner_graph
 
-MAX_DEPTH = 20
 _RUN_ONCE = "wrap_with_"
 """How operations begin that run their graph as it stands, such as `wrap_with_set_grad_enabled`."""
 
@@ -23,7 +22,9 @@ def operations(model: ModelFile) -> tuple[Operation, ...]:
     for entry, graph in model.about.programs.items():
         if graph is None:
             nbytes = zip_read.open_archive(model.path).entries[entry].nbytes
-            raise InputError(f"{model.path} has a graph of {nbytes} bytes: prunectl counts in at most {MAX_JSON_BYTES}")
+            raise InputError(
+                f"{model.path} has a graph of {nbytes} bytes: prunectl counts in at most {MAX_EXPORTED_GRAPH_BYTES}"
+            )
         prefix = f"{PurePosixPath(entry).stem}." if len(model.about.programs) > 1 else ""
         counted += (_prefixed(operation, prefix) for operation in _count_macs(graph))
     return tuple(counted)
@@ -37,7 +38,7 @@ def _count_macs(graph: ExportedGraph, depth: int = 0) -> Iterator[Operation]:
     for node in graph.nodes:
         yield from _node_macs(node, graph)
         operands = node.operands
-        for inner_json in node.graphs if depth < MAX_DEPTH else ():
+        for inner_json in node.graphs if depth < MAX_EXPORTED_GRAPH_DEPTH else ():
             for operation in _count_macs(inner_graph(inner_json, operands, graph), depth + 1):
                 yield operation if node.op.startswith(_RUN_ONCE) else replace(operation, macs=None)
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prunectl.formats.base import MAX_LENGTH, Length, Shape, Tensor
+from prunectl.formats import budgets
+from prunectl.formats.base import Length, Shape, Tensor
 from prunectl.formats.state_dict import StateUse
 from prunectl.formats.torch.pickle.opcodes import describe_value
 from prunectl.formats.torch.usage import (
@@ -85,13 +86,9 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-MAX_AXES = 64
-_MAX_CHARACTERS = 256
-
-
 def shape(sizes: Any, batch_symbols: frozenset[str]) -> Shape | None:
     """Return the sizes of a tensor; the symbols in ``ones`` count as 1."""
-    if not isinstance(sizes, list) or len(sizes) > MAX_AXES:
+    if not isinstance(sizes, list) or len(sizes) > budgets.MAX_AXES:
         return None
     return tuple(_length(size, batch_symbols) for size in sizes)
 
@@ -109,13 +106,13 @@ def _length(size: Any, batch_symbols: frozenset[str]) -> Length:
     if type(value) is not int:
         tree = _parsed(_expression(size))
         value = _value(tree, batch_symbols) if tree is not None else None
-    return value if value is not None and 0 <= value <= MAX_LENGTH else None
+    return value if value is not None and 0 <= value <= budgets.MAX_ELEMENTS else None
 
 
 def _expression(size: Any) -> str:
     expression = size.get("as_expr") if isinstance(size, dict) else None
     text = expression.get("expr_str") if isinstance(expression, dict) else expression
-    return text if isinstance(text, str) and len(text) <= _MAX_CHARACTERS else ""
+    return text if isinstance(text, str) and len(text) <= budgets.MAX_SIZE_CHARACTERS else ""
 
 
 def _parsed(text: str) -> ast.expr | None:
@@ -142,7 +139,7 @@ def _function(tree: ast.expr) -> str:
 def _value(tree: ast.expr, batch_symbols: frozenset[str]) -> int | None:
     """Return the value of an expression of whole numbers; None for what is not known or not understood."""
     if isinstance(tree, ast.Constant):
-        return tree.value if type(tree.value) is int and abs(tree.value) <= MAX_LENGTH else None
+        return tree.value if type(tree.value) is int and abs(tree.value) <= budgets.MAX_ELEMENTS else None
     symbol = _symbol_name(tree)
     if symbol:
         return 1 if symbol in batch_symbols else None
@@ -163,7 +160,7 @@ def _fold(
     if combine is None or not known or len(known) != len(values):
         return None
     result = combine(known)
-    return result if result is not None and abs(result) <= MAX_LENGTH else None
+    return result if result is not None and abs(result) <= budgets.MAX_ELEMENTS else None
 
 
 def _floor_div(values: list[int]) -> int | None:
@@ -186,7 +183,6 @@ _OPERATORS: dict[type[ast.operator], Callable[[list[int]], int | None]] = {
 }
 
 
-MAX_NODES = 1_000_000
 _PASSTHROUGH = frozenset(
     {
         *("t", "transpose", "permute", "view", "reshape", "contiguous", "detach", "alias", "to", "_to_copy", "clone"),
@@ -290,7 +286,7 @@ def input_names(graph: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _graph(graph: Mapping[str, Any], batch_symbols: frozenset[str], weights: Mapping[str, str]) -> ExportedGraph:
-    nodes = tuple(_node(as_dict(node_json)) for node_json in as_list(graph.get("nodes"))[:MAX_NODES])
+    nodes = tuple(_node(as_dict(node_json)) for node_json in as_list(graph.get("nodes"))[: budgets.MAX_EXPORTED_NODES])
     producers = {name: node for node in nodes for name in node.outputs}
     return ExportedGraph(nodes, as_dict(graph.get("tensor_values")), batch_symbols, weights, producers)
 
@@ -323,7 +319,6 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-MAX_DEPTH = 20
 _OPERANDS = ("self", "other")
 
 
@@ -348,7 +343,7 @@ def _follow(graph: ExportedGraph, values: dict[str, Origins], flow: Flow, depth:
             first = _OPERANDS if node.op in ARITHMETIC else FIRST
             origins = pass_through(node.op, join_origins(operands.get(key, NOTHING) for key in first))
             values.update(dict.fromkeys(node.outputs, origins) if origins else {})
-        for inner in node.graphs if depth < MAX_DEPTH else ():
+        for inner in node.graphs if depth < budgets.MAX_EXPORTED_GRAPH_DEPTH else ():
             inner_operands = [values.get(key, NOTHING) for key in node.operands]
             below = inner_graph(inner, node.operands, graph)
             _follow(below, dict(zip(input_names(inner), inner_operands, strict=False)), flow, depth + 1)

@@ -22,9 +22,10 @@ from zipfile import BadZipFile, ZipFile
 from prunectl.errors import InputError, UntrustedError, abbreviated
 from prunectl.formats import zip_read
 from prunectl.formats.budgets import (
-    MAX_EXPORTED_DEPTH,
-    MAX_EXPORTED_JSON_BYTES,
+    MAX_CONFIG_DEPTH,
     MAX_EXPRESSION_CHARACTERS,
+    MAX_JSON_BYTES,
+    MAX_MARK_BYTES,
     MAX_SAMPLE_INPUTS_BYTES,
 )
 from prunectl.formats.safe_json import parse_object
@@ -76,7 +77,6 @@ CONTAINERS = frozenset(
 )
 """What inputs and outputs may be packed in."""
 
-_MAX_MARK_BYTES = 1024
 _MARKS = ("archive_format", "archive_version", "byteorder", "version", ".data/version", ".data/serialization_id")
 _MODEL = "model"
 """The program of an archive that torch.export.load gives back."""
@@ -128,7 +128,7 @@ def check_program(path: Path) -> SafeProgram:
     """Hold an exported program against the lists; UntrustedError where it holds anything that is not on them."""
     archive = zip_read.open_archive(path)
     folder = _folder(archive)
-    texts = {name: archive.read(folder + name, _MAX_MARK_BYTES) for name in _MARKS if folder + name in archive.entries}
+    texts = {name: archive.read(folder + name, MAX_MARK_BYTES) for name in _MARKS if folder + name in archive.entries}
     program = _json(archive, f"{folder}models/{_MODEL}.json")
     # Checks of inputs are Python source that PyTorch executes; what they ask follows from the shapes.
     if "guards_code" in program:
@@ -159,7 +159,7 @@ def _json(archive: Archive, name: str) -> dict[str, Any]:
         raise InputError(
             f"{archive.path} is not laid out as torch.export.save does: it has no entry {abbreviated(name)}"
         )
-    return parse_object(archive.read(name, MAX_EXPORTED_JSON_BYTES), archive.path, f"its entry {abbreviated(name)}")
+    return parse_object(archive.read(name, MAX_JSON_BYTES), archive.path, f"its entry {abbreviated(name)}")
 
 
 def _without_remarks(program: dict[str, Any]) -> dict[str, Any]:
@@ -238,8 +238,8 @@ class _AllowLists:
         self._value("", program, 0)
 
     def _value(self, key: str, value: Any, depth: int) -> None:
-        if depth > MAX_EXPORTED_DEPTH:
-            raise InputError(f"{self.path} is refused: its program is nested more than {MAX_EXPORTED_DEPTH} deep")
+        if depth > MAX_CONFIG_DEPTH:
+            raise InputError(f"{self.path} is refused: its program is nested more than {MAX_CONFIG_DEPTH} deep")
         if isinstance(value, str):
             self._text(key, value)
         elif isinstance(value, list):

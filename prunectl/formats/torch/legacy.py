@@ -7,6 +7,7 @@ from pathlib import Path
 
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile, ModelInfo, Storage
+from prunectl.formats.budgets import MAX_LEGACY_FACT_BYTES, MAX_VERSION_BYTES
 from prunectl.formats.extents import Extent, check_inside
 from prunectl.formats.torch import model, views
 from prunectl.formats.torch.model import PickleSource
@@ -17,24 +18,27 @@ from prunectl.formats.torch.views import StorageInfo
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 COUNT_BYTES = 8
-MAX_FACT_BYTES = 4096
-"""Where the pickles before the object end at the latest."""
-MAX_KEY_BYTES = 64
 
 
 def open_model(path: Path) -> ModelFile:
     """Open a file that torch.save wrote before it used zips."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        magic = interpret(data, path, "its magic number", end=min(len(data), MAX_FACT_BYTES))
-        protocol = interpret(data, path, "its protocol number", start=magic.end, end=min(len(data), MAX_FACT_BYTES))
+        magic = interpret(data, path, "its magic number", end=min(len(data), MAX_LEGACY_FACT_BYTES))
+        protocol = interpret(
+            data, path, "its protocol number", start=magic.end, end=min(len(data), MAX_LEGACY_FACT_BYTES)
+        )
         if magic.value != MAGIC or protocol.value != PROTOCOL:
             raise InputError(f"{path} is damaged: it is not of the protocol that PyTorch wrote")
         system = interpret(
-            data, path, "what it says of its machine", start=protocol.end, end=min(len(data), MAX_FACT_BYTES)
+            data,
+            path,
+            "what it says of its machine",
+            start=protocol.end,
+            end=min(len(data), MAX_LEGACY_FACT_BYTES),
         )
         program = interpret(data, path, "its object", start=system.end)
         storages = {info.key: info for info in (views.parse_persistent_id(path, key) for key in program.storages)}
-        end = min(len(data), program.end + MAX_FACT_BYTES + MAX_KEY_BYTES * len(storages))
+        end = min(len(data), program.end + MAX_LEGACY_FACT_BYTES + MAX_VERSION_BYTES * len(storages))
         keys = interpret(data, path, "its list of storages", start=program.end, end=end)
         located = _locate(path, data, keys.value, storages, keys.end)
 

@@ -11,6 +11,7 @@ from typing import Any
 from prunectl.errors import InputError, UntrustedError
 from prunectl.formats import state_dict
 from prunectl.formats.base import Array, ModelFile, ModelInfo, Role, Storage, Tensor
+from prunectl.formats.budgets import MAX_SEARCHED
 from prunectl.formats.extents import Extent
 from prunectl.formats.state_dict import StateUse
 from prunectl.formats.torch import tree, views
@@ -21,8 +22,6 @@ from prunectl.formats.torch.views import StorageInfo, View
 
 MAX_FACTS = 20
 MAX_VALUE_CHARACTERS = 60
-MAX_SEARCHED = 1000
-"""How many entries of a checkpoint are looked at for facts."""
 
 _OPTIMIZERS: tuple[tuple[str, frozenset[str], frozenset[str]], ...] = (
     ("NAdam", frozenset({"betas", "momentum_decay"}), frozenset()),
@@ -218,7 +217,6 @@ def model_from_pickle(
         tensors_found += rebuilt
         missing += unreadable
     root = sources[0].program.value
-    views.reject_rereading(path, tensors_found)
     foreign_calls = tuple(dict.fromkeys(call for source in sources for call in source.program.foreign_calls))
     if not tensors_found and not about.code:
         reject_without_tensors(path, foreign_calls)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prunectl.errors import InputError, UntrustedError, abbreviated
-from prunectl.formats import zip_read
+from prunectl.formats import budgets, zip_read
 from prunectl.formats.budgets import MAX_SCRIPT_CODE_BYTES, MAX_SCRIPT_DEPTH, MAX_SCRIPT_TOKENS
 from prunectl.formats.state_dict import StateUse
 from prunectl.formats.torch.exported_trust import WRITING
@@ -32,8 +32,6 @@ from prunectl.formats.torch.usage import (
 )
 from prunectl.formats.zip_read import Archive
 
-MAX_CODE_BYTES = 4 << 20
-"""Code beyond this is not looked at; the names alone tell the roles then."""
 _CLASS = re.compile(r"^class (\w+)\(Module\):$")
 _PARAMETERS = re.compile(r"^  __parameters__ = \[(.*)\]$")
 _NAME = re.compile(r'"([^"]*)"')
@@ -42,7 +40,7 @@ _NAME = re.compile(r'"([^"]*)"')
 def code(archive: Archive, folder: str) -> tuple[Sequence[tuple[str, str]], bool]:
     """Return the code as pairs of a dotted path and a text, and whether it is there and all of it."""
     modules: list[tuple[str, str]] = []
-    left, is_whole = MAX_CODE_BYTES, True
+    left, is_whole = budgets.MAX_READ_CODE_BYTES, True
     for name, entry in archive.entries.items():
         if not name.startswith(f"{folder}code/") or not name.endswith(".py"):
             continue

@@ -9,6 +9,7 @@ from typing import Any
 
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile, ModelInfo, Storage
+from prunectl.formats.budgets import MAX_AXES, MAX_FILES, MAX_TAR_FACT_BYTES
 from prunectl.formats.extents import Extent, check_inside
 from prunectl.formats.torch import model
 from prunectl.formats.torch import views as torch_views
@@ -31,7 +32,7 @@ def locate(path: Path, data: mmap.mmap) -> dict[str, tuple[int, int]]:
         raise InputError(f"{path} is truncated: a tar has whole records of {RECORD_BYTES} bytes")
     files: dict[str, tuple[int, int]] = {}
     offset = 0
-    for _ in range(MAX_ENTRIES):
+    for _ in range(MAX_FILES):
         header = data[offset : offset + BLOCK_BYTES]
         if header == bytes(BLOCK_BYTES):
             return files
@@ -61,9 +62,6 @@ def _entry(path: Path, header: bytes) -> tuple[str, int]:
     return name.removeprefix("./"), size
 
 
-MAX_ENTRIES = 10_000
-MAX_FACT_BYTES = 512
-"""How long the pickle before a storage or a tensor may be."""
 COUNT_BYTES = 8
 _REBUILD = Global("torch._utils", "_rebuild_tensor")
 _LocatedStorage = tuple[StorageInfo, Storage]
@@ -92,7 +90,7 @@ def open_model(path: Path) -> ModelFile:
 
 
 def _count(path: Path, value: Any, what: str) -> int:
-    if type(value) is not int or not 0 <= value <= MAX_ENTRIES:
+    if type(value) is not int or not 0 <= value <= MAX_FILES:
         raise InputError(f"{path} is damaged: it does not say how many {what} it holds")
     return value
 
@@ -107,7 +105,9 @@ def _storages(
     located: dict[str, _LocatedStorage] = {}
     ids: dict[str, tuple[Any, ...]] = {}
     for _ in range(_count(path, head.value, "storages")):
-        facts = interpret(data, path, "what it says of a storage", start=offset, end=min(end, offset + MAX_FACT_BYTES))
+        facts = interpret(
+            data, path, "what it says of a storage", start=offset, end=min(end, offset + MAX_TAR_FACT_BYTES)
+        )
         key, location, kind = facts.value if isinstance(facts.value, tuple) and len(facts.value) == 3 else (None,) * 3
         offset = facts.end
         check_inside(path, offset, COUNT_BYTES, end, "the length of a storage")
@@ -145,7 +145,9 @@ def _tensors(
     offset = head.end
     tensors: dict[str, OpaqueCall] = {}
     for _ in range(_count(path, head.value, "tensors")):
-        facts = interpret(data, path, "what it says of a tensor", start=offset, end=min(end, offset + MAX_FACT_BYTES))
+        facts = interpret(
+            data, path, "what it says of a tensor", start=offset, end=min(end, offset + MAX_TAR_FACT_BYTES)
+        )
         offset = facts.end
         key, storage, _ = facts.value if isinstance(facts.value, tuple) and len(facts.value) == 3 else (None,) * 3
         if not isinstance(key, str | int) or not isinstance(storage, str | int) or str(storage) not in ids:
@@ -153,7 +155,7 @@ def _tensors(
         check_inside(path, offset, COUNT_BYTES, end, "the shape of a tensor")
         (rank,) = struct.unpack_from("<i", data, offset)
         offset += COUNT_BYTES
-        if not 0 <= rank <= torch_views.MAX_RANK:
+        if not 0 <= rank <= MAX_AXES:
             raise InputError(f"{path} is damaged: a tensor has {rank} dimensions")
         nbytes = COUNT_BYTES * (2 * rank + 1)
         check_inside(path, offset, nbytes, end, "the shape of a tensor")

@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.errors import InputError
+from prunectl.formats.budgets import (
+    MAX_CHECKPOINT_DEPTH,
+    MAX_CHECKPOINT_PLACES,
+    MAX_NAMES_BYTES,
+    MAX_TENSORS,
+    MAX_WRAPPERS,
+)
 from prunectl.formats.torch import views
 from prunectl.formats.torch.pickle.opcodes import Global, OpaqueCall, Persistent, PickleDict
 
-MAX_WRAPPERS = 16
 _PARAMETERS = frozenset(
     {
         *("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"),
@@ -64,12 +70,6 @@ def component_tensors(call: OpaqueCall) -> tuple[tuple[str, Any], ...]:
     is_compressed = len(data) > 2 and isinstance(inner_tensor(data[2]), OpaqueCall)
     return tuple(zip(_COMPRESSED if is_compressed else _LISTED, data, strict=False))
 
-
-MAX_DEPTH = 400
-MAX_WORK = 3_000_000
-"""A value may stand in several places, as a tied layer does; a web of such values is a trap."""
-MAX_TENSORS = 100_000
-MAX_NAMES_CHARACTERS = 1 << 24
 
 Parameters = Mapping[str, frozenset[str]]
 """The trained attributes of classes that declare them."""
@@ -170,10 +170,10 @@ def iter_tensors(path: Path, root: Any, parameters: Parameters) -> list[TensorEn
             if not _may_be_shared(node.value) or node.is_inside_itself():
                 continue
         seen[id(node.value)] = node.value
-        if work > MAX_WORK or characters > MAX_NAMES_CHARACTERS or len(entries) > MAX_TENSORS:
+        if work > MAX_CHECKPOINT_PLACES or characters > MAX_NAMES_BYTES or len(entries) > MAX_TENSORS:
             raise InputError(f"{path} is refused: its values share each other without end, or are too many")
-        if node.depth > MAX_DEPTH:
-            raise InputError(f"{path} is refused: its values are nested more than {MAX_DEPTH} deep")
+        if node.depth > MAX_CHECKPOINT_DEPTH:
+            raise InputError(f"{path} is refused: its values are nested more than {MAX_CHECKPOINT_DEPTH} deep")
         todo.append(_children(node, parameters))
     return entries
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from prunectl.formats import budgets
 from prunectl.formats.base import Role
 from prunectl.formats.state_dict import StateUse
 
@@ -85,8 +86,6 @@ class ValueOrigin(NamedTuple):
 
 Origins = frozenset[ValueOrigin]
 NOTHING: Origins = frozenset()
-MAX_ORIGINS = 16
-"""Tensors that one value is followed back to; what comes from more is no weight."""
 
 
 def join_origins(groups: Iterable[Origins]) -> Origins:
@@ -94,7 +93,7 @@ def join_origins(groups: Iterable[Origins]) -> Origins:
     union: set[ValueOrigin] = set()
     for origins in groups:
         union |= origins
-        if len(union) > MAX_ORIGINS:
+        if len(union) > budgets.MAX_ORIGINS:
             return NOTHING
     return frozenset(union)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from prunectl.errors import InputError, abbreviated
-from prunectl.formats.base import Tensor
-from prunectl.formats.budgets import MAX_VIEWED_BYTES, MAX_VIEWED_TIMES
+from prunectl.errors import InputError
+from prunectl.formats.budgets import MAX_AXES, MAX_ELEMENTS, MAX_EXPANDED_ELEMENTS, MAX_REPEATS
 from prunectl.formats.torch.pickle.opcodes import Global, OpaqueCall, Persistent, RawBytes, describe_value
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -94,13 +91,6 @@ SCALAR_TYPES: dict[int, str] = {
 }
 """The numbers that exported programs use."""
 
-
-MAX_RANK = 64
-MAX_REPEATS = 64
-"""How often a view may use each element of its storage on average."""
-MAX_EXPANDED = 1 << 28
-"""How many elements a view may make out of few by a stride of zero."""
-MAX_LENGTH = 1 << 48
 
 _UTILS = "torch._utils"
 VIEW_CALLS = frozenset(
@@ -191,30 +181,12 @@ def resolve_view(
             f"should reach up to element {last} of its storage, which has {elements}"
         )
     is_expanded = any(step == 0 and length > 1 for length, step in zip(shape, strides, strict=True))
-    if size > max(MAX_REPEATS * elements, MAX_EXPANDED if is_expanded else 0):
+    if size > max(MAX_REPEATS * elements, MAX_EXPANDED_ELEMENTS if is_expanded else 0):
         raise InputError(
             f"{path} is refused: {describe_value(name)} claims {size} elements of a storage that has {elements}"
         )
     is_dense = size == 0 or _is_dense(shape, strides)
     return View(storage, dtype, start if size else 0, tuple(shape), None if is_dense else tuple(strides))
-
-
-def reject_rereading(path: Path, tensors: Iterable[Tensor]) -> None:
-    """Refuse a file whose tensors show the same stored bytes again and again, each in a way of its own."""
-    seen: set[object] = set()
-    viewed: Counter[str] = Counter()
-    for tensor in tensors:
-        if tensor.view_key in seen:
-            continue
-        seen.add(tensor.view_key)
-        steps = tensor.strides or (1,) * len(tensor.shape)
-        read = math.prod(length for length, step in zip(tensor.shape, steps, strict=True) if step)
-        viewed[tensor.storage.key] += read * tensor.dtype.itemsize
-        if viewed[tensor.storage.key] > max(MAX_VIEWED_TIMES * tensor.storage.nbytes, MAX_VIEWED_BYTES):
-            raise InputError(
-                f"{path} is refused: its tensors show the {tensor.storage.nbytes} bytes of storage "
-                f"{abbreviated(tensor.storage.key)} more than {MAX_VIEWED_TIMES} times"
-            )
 
 
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -227,13 +199,13 @@ def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= MAX_LENGTH
+    return type(value) is int and 0 <= value <= MAX_ELEMENTS
 
 
 def _are_counts(values: Any) -> bool:
-    if not isinstance(values, list | tuple) or len(values) > MAX_RANK:
+    if not isinstance(values, list | tuple) or len(values) > MAX_AXES:
         return False
-    return all(_is_count(value) for value in values) and math.prod(value or 1 for value in values) <= MAX_LENGTH
+    return all(_is_count(value) for value in values) and math.prod(value or 1 for value in values) <= MAX_ELEMENTS
 
 
 CODES = frozenset({"b1", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8", "c8", "c16"})
@@ -285,7 +257,7 @@ def _parse_dtype(call: Any) -> tuple[np.dtype[Any], bool] | None:
 
 def _is_shape(shape: Any) -> bool:
     return (
-        isinstance(shape, tuple) and len(shape) <= MAX_RANK and all(type(n) is int and 0 <= n < 1 << 32 for n in shape)
+        isinstance(shape, tuple) and len(shape) <= MAX_AXES and all(type(n) is int and 0 <= n < 1 << 32 for n in shape)
     )
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from prunectl.formats import budgets
 from prunectl.formats.base import Length, Shape
 from prunectl.formats.keras.flops.shapes import LayerCall, Matmul, UnknownShapeError, untuple
-
-_MAX_LABELS = 64
 
 
 def multi_head_attention(step: LayerCall) -> Iterator[Matmul]:
@@ -108,14 +107,14 @@ def _dot_output(step: LayerCall) -> Shape:
 def _labels(step: LayerCall) -> tuple[str, str, str]:
     """The labels of the input, of the kernel and of the output, dots replaced by labels of their own."""
     equation = step.config.get("equation")
-    if not isinstance(equation, str) or len(equation) > _MAX_LABELS:
+    if not isinstance(equation, str) or len(equation) > budgets.MAX_EINSUM_LABELS:
         raise UnknownShapeError
     operands, _, output_labels = equation.replace(" ", "").partition("->")
     input_labels, _, kernel_labels = operands.partition(",")
     if "..." in input_labels:
-        spare = (chr(0x100 + number) for number in range(_MAX_LABELS))
+        spare = (chr(0x100 + number) for number in range(budgets.MAX_EINSUM_LABELS))
         missing = len(step.shape()) + 1 - len(input_labels.replace("...", ""))
-        dots = "".join(next(spare) for _ in range(min(max(missing, 0), _MAX_LABELS - 1)))
+        dots = "".join(next(spare) for _ in range(min(max(missing, 0), budgets.MAX_EINSUM_LABELS - 1)))
         input_labels, output_labels = input_labels.replace("...", dots), output_labels.replace("...", dots)
     if (
         not input_labels

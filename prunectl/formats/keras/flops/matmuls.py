@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
 from prunectl.formats.base import Length, Role, Shape, Tensor, numel
+from prunectl.formats.budgets import MAX_LAYER_WEIGHTS
 from prunectl.formats.keras.config import PRUNED_PREFIX
 from prunectl.formats.keras.flops import attention, recurrent
 from prunectl.formats.keras.flops.shapes import (
@@ -94,8 +95,6 @@ _MULTIPLYING: dict[str, Callable[[LayerCall], Iterator[Matmul]]] = {
 
 
 MULTIPLIED = frozenset({Role.KERNEL, Role.RECURRENT})
-MAX_CANDIDATES = 256
-"""More weights than one layer has."""
 _BY_LEAF, _BY_ROLE = 2, 1
 
 
@@ -135,7 +134,9 @@ class Weights:
 
     def _best_matches(self, names: tuple[str, ...], models: tuple[str, ...], product: Matmul) -> tuple[Tensor, ...]:
         """All weights with the best score."""
-        named_tensors = {tensor.name: tensor for name in names for tensor in self._named.get(name, ())[:MAX_CANDIDATES]}
+        named_tensors = {
+            tensor.name: tensor for name in names for tensor in self._named.get(name, ())[:MAX_LAYER_WEIGHTS]
+        }
         shape = product.shape
         fitting = [tensor for tensor in named_tensors.values() if shapes_match(shape, tensor.shape)]
         if not fitting and product.gates > 1 and shape[-1] is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from prunectl.formats import budgets
 from prunectl.formats.base import Length, Shape
 from prunectl.formats.keras.config import part, text
 from prunectl.formats.keras.flops.shapes import LayerCall, Matmul, UnknownShapeError, scale_dim, untuple
@@ -11,7 +12,6 @@ from prunectl.formats.keras.flops.windows import window_output
 
 GATES = {"LSTM": 4, "GRU": 3, "SimpleRNN": 1}
 _STATES = {"LSTM": 2, "GRU": 1, "SimpleRNN": 1}
-_MAX_CELLS = 256
 
 
 def outputs(step: LayerCall, first: Shape | None) -> tuple[Shape | None, ...]:
@@ -71,7 +71,7 @@ def _sequence(step: LayerCall) -> tuple[Length, Length]:
 def _cells(step: LayerCall) -> tuple[tuple[str, int], ...]:
     cell = part(step.config, "cell")
     listed = untuple(part(cell, "config").get("cells")) if text(cell, "class_name") == "StackedRNNCells" else [cell]
-    if not isinstance(listed, list) or not 0 < len(listed) <= _MAX_CELLS:
+    if not isinstance(listed, list) or not 0 < len(listed) <= budgets.MAX_LAYER_WEIGHTS:
         raise UnknownShapeError
     cells = []
     for cell_config in listed:

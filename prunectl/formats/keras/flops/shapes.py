@@ -7,12 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prunectl.formats.base import MAX_LENGTH, Length, Shape
+from prunectl.formats.base import Length, Shape
+from prunectl.formats.budgets import MAX_ELEMENTS, MAX_LISTED, MAX_SHAPE_DEPTH, MAX_TENSORFLOW_AXES
 
-MAX_AXES = 32
-MAX_LISTED = 4096
-"""No layer has a setting that is a longer list."""
-_MAX_NESTING = 4
 _TUPLES = ("__tuple__", "TensorShape")
 
 
@@ -28,7 +25,9 @@ def scale_dim(length: Length, factor: int) -> Length:
 def validate_shape(shape: Iterable[Length]) -> Shape:
     """The same shape, refused unless an array can have it."""
     checked = tuple(shape)
-    if len(checked) > MAX_AXES or any(length is not None and not 0 <= length <= MAX_LENGTH for length in checked):
+    if len(checked) > MAX_TENSORFLOW_AXES or any(
+        length is not None and not 0 <= length <= MAX_ELEMENTS for length in checked
+    ):
         raise UnknownShapeError
     return checked
 
@@ -57,18 +56,18 @@ def untuple(value: Any) -> Any:
 def shape_in(value: Any) -> Shape | None:
     """A configured shape without its batch axis; None for anything else."""
     axes = untuple(value)
-    if not isinstance(axes, list) or not axes or len(axes) > MAX_AXES:
+    if not isinstance(axes, list) or not axes or len(axes) > MAX_TENSORFLOW_AXES:
         return None
     if not all(length is None or type(length) is int for length in axes):
         return None
-    lengths = [None if length is None or not 0 <= length <= MAX_LENGTH else length for length in axes]
+    lengths = [None if length is None or not 0 <= length <= MAX_ELEMENTS else length for length in axes]
     return tuple(lengths[1:])
 
 
 def shapes_in(value: Any, nesting: int = 0) -> tuple[Shape | None, ...]:
     """The shapes in what may be one of them, or several in a list or under names."""
     shape = shape_in(value)
-    if shape is not None or nesting > _MAX_NESTING:
+    if shape is not None or nesting > MAX_SHAPE_DEPTH:
         return (shape,)
     items = untuple(value)
     members = items.values() if isinstance(items, Mapping) else items if isinstance(items, list) else ()
@@ -110,7 +109,7 @@ class LayerCall:
         value = self.config.get(key)
         if type(value) is not int:
             value = default
-        if value is None or abs(value) > MAX_LENGTH:
+        if value is None or abs(value) > MAX_ELEMENTS:
             raise UnknownShapeError
         return value
 
@@ -118,7 +117,7 @@ class LayerCall:
         """A setting that is a number for each axis, or one for all of them."""
         value = untuple(self.config.get(key))
         if isinstance(value, list) and len(value) == count and all(type(number) is int for number in value):
-            if all(abs(number) <= MAX_LENGTH for number in value):
+            if all(abs(number) <= MAX_ELEMENTS for number in value):
                 return tuple(value)
             raise UnknownShapeError
         if isinstance(value, list):

@@ -14,6 +14,7 @@ from typing import Any
 
 from prunectl.errors import InputError
 from prunectl.formats.base import Length, ModelFile, Operation, Shape, Tensor, numel
+from prunectl.formats.budgets import MAX_KERAS_CALLS, MAX_KERAS_DEPTH
 from prunectl.formats.keras.config import PRUNED_PREFIX, listed, named, part, text, upgrade_class_name, upgrade_config
 from prunectl.formats.keras.flops import matmuls, recurrent
 from prunectl.formats.keras.flops.matmuls import Weights
@@ -22,10 +23,6 @@ from prunectl.formats.keras.inbound import NodeCall, TensorRef, model_ends, name
 
 Shapes = tuple[Shape | None, ...]
 SHAPE_KEYS = ("batch_input_shape", "batch_shape")
-MAX_DEPTH = 40
-"""No model is nested deeper."""
-MAX_STEPS = 50_000
-"""Calls of layers and their inputs: more than any model needs."""
 _TRANSPARENT = frozenset(
     {
         *("PruneLowMagnitude", "QuantizeWrapper", "QuantizeWrapperV2", "QuantizeAnnotate", "ClusterWeights"),
@@ -108,8 +105,10 @@ class ShapeTracer:
     def spend(self, steps: int) -> None:
         """Refuse a configuration that models inside models make endless."""
         self._steps += steps
-        if self._steps > MAX_STEPS:
-            raise InputError(f"{self._path} is refused: its configuration takes more than {MAX_STEPS} steps to follow")
+        if self._steps > MAX_KERAS_CALLS:
+            raise InputError(
+                f"{self._path} is refused: its configuration takes more than {MAX_KERAS_CALLS} steps to follow"
+            )
 
     def inner_layers(self, layer: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
         """The layers of a model, if the layer is one."""
@@ -167,8 +166,10 @@ class ShapeTracer:
     ) -> Shapes:
         """The output shapes of a layer."""
         self.spend(1 + len(inputs) + len(keywords))
-        if context.depth > MAX_DEPTH:
-            raise InputError(f"{self._path} is refused: its configuration is nested deeper than {MAX_DEPTH} models")
+        if context.depth > MAX_KERAS_DEPTH:
+            raise InputError(
+                f"{self._path} is refused: its configuration is nested deeper than {MAX_KERAS_DEPTH} models"
+            )
         if not inputs or None in inputs:
             inputs = _filled(inputs, shapes_in(_build_shape(layer)))
         outputs = self._call(layer, inputs, keywords, context)

@@ -17,9 +17,6 @@ from prunectl.errors import InputError, abbreviated
 from prunectl.formats import budgets
 from prunectl.formats.base import format_shape
 
-MAX_OBJECTS = 1_000_000
-MAX_DEPTH = 200
-
 
 @dataclass(frozen=True, slots=True)
 class H5Location:
@@ -96,8 +93,8 @@ def _objects(file: Any, path: Path) -> Iterator[tuple[str, Any]]:
     count = 0
     while pending:
         name, group, depth = pending.pop()
-        if depth > MAX_DEPTH:
-            raise InputError(f"{path} is refused: its groups are nested more than {MAX_DEPTH} deep")
+        if depth > budgets.MAX_HDF5_DEPTH:
+            raise InputError(f"{path} is refused: its groups are nested more than {budgets.MAX_HDF5_DEPTH} deep")
         address = h5py.h5o.get_info(group.id).addr
         if address in groups:
             continue
@@ -106,8 +103,8 @@ def _objects(file: Any, path: Path) -> Iterator[tuple[str, Any]]:
         subgroups = []
         for key in group:
             count += 1
-            if count > MAX_OBJECTS:
-                raise InputError(f"{path} is refused: it holds more than {MAX_OBJECTS} objects")
+            if count > budgets.MAX_HDF5_OBJECTS:
+                raise InputError(f"{path} is refused: it holds more than {budgets.MAX_HDF5_OBJECTS} objects")
             child = f"{name}/{key}" if name else key
             member = _own(group, key, child, path)
             if isinstance(member, h5py.Group):
@@ -169,7 +166,7 @@ class AttributeBudget:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._elements, self._characters = budgets.MAX_ATTRIBUTE_ELEMENTS, budgets.MAX_ATTRIBUTE_CHARACTERS
+        self._elements, self._characters = budgets.MAX_ATTRIBUTE_ELEMENTS, budgets.MAX_TEXTS_BYTES
 
     def elements(self, key: str, shape: tuple[int, ...], itemsize: int) -> None:
         """Count the elements of an attribute that is to be read."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats import extents
 from prunectl.formats.base import Storage
+from prunectl.formats.budgets import BOMB_RATIO, MAX_DEFLATE_RATIO, MAX_UNFOLDED_TENSOR_BYTES
 from prunectl.formats.extents import Extent, check_inside
 from prunectl.formats.keras.hdf5.child import H5Location, list_objects, read_into
 from prunectl.formats.safe_json import parse_object
@@ -26,12 +27,7 @@ _SECONDS = 1.5
 _BYTES_PER_SECOND = 1 << 20
 """Far below what a walk over many small objects takes; a second for each MiB of file is enough."""
 _WALK_BYTES = 200 << 20
-_MAX_RATIO = 1100
-"""No filter of HDF5 compresses better than deflate does at its best."""
 _ROOM = 16 << 20
-_MAX_BLOWN_UP_BYTES = 128 << 20
-"""A dataset that unfolds to more than this, and more than _BOMB_RATIO times itself, is a bomb."""
-_BOMB_RATIO = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +123,7 @@ def _dataset(location: H5Location, row: dict[str, Any]) -> Dataset:
     if row["offset"] is not None:
         check_inside(location.path, row["offset"], nbytes, location.nbytes, name)
         extent = Extent(location.path, location.offset + row["offset"], nbytes)
-    elif nbytes > stored * _MAX_RATIO + _ROOM or nbytes > max(_MAX_BLOWN_UP_BYTES, stored * _BOMB_RATIO):
+    elif nbytes > stored * MAX_DEFLATE_RATIO + _ROOM or nbytes > max(MAX_UNFOLDED_TENSOR_BYTES, stored * BOMB_RATIO):
         raise InputError(
             f"{location.path} is refused: {abbreviated(name)} claims {nbytes} bytes, but {stored} are stored"
         )

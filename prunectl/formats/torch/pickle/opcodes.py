@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from prunectl.formats import budgets
 from prunectl.formats.budgets import BROKEN_TEXT_COST, MAX_PICKLE_TEXT_BYTES
 
 MAX_SHOWN_CHARACTERS = 120
@@ -80,11 +81,6 @@ def describe_value(text: str) -> str:
     return plain if len(text) <= MAX_SHOWN_CHARACTERS else f"{plain}..."
 
 
-MAX_TEXT_BYTES = 1 << 16
-"""No name of a tensor is longer: what is stays where it lies."""
-MAX_NUMBER_BYTES = 1024
-MAX_LINE_BYTES = 1 << 16
-
 CONSTANTS: dict[int, Any] = {ord("N"): None, 0x88: True, 0x89: False}
 NUMBERS = {ord("J"): "<i", ord("K"): "<B", ord("M"): "<H", ord("G"): ">d"}
 LONG_NUMBERS = {0x8A: "<B", 0x8B: "<i"}
@@ -147,7 +143,7 @@ class OpcodeReader:
             raise ValueError("it ends early")
         offset = self.offset
         head = b""
-        if nbytes <= MAX_TEXT_BYTES:
+        if nbytes <= budgets.MAX_NAME_BYTES:
             self.count_text(nbytes)
             head = self.run(nbytes)
         self.offset = offset + nbytes
@@ -155,7 +151,7 @@ class OpcodeReader:
 
     def text(self, nbytes: int) -> str | RawBytes:
         """Return a text; one that is too long to be a name only by its place."""
-        if nbytes > MAX_TEXT_BYTES:
+        if nbytes > budgets.MAX_NAME_BYTES:
             return self.raw(nbytes)
         raw = self.run(nbytes)
         try:
@@ -171,19 +167,19 @@ class OpcodeReader:
         """Return a string of Python 2: text where it is UTF-8."""
         raw = self.raw(nbytes)
         try:
-            return raw.head.decode() if nbytes <= MAX_TEXT_BYTES else raw
+            return raw.head.decode() if nbytes <= budgets.MAX_NAME_BYTES else raw
         except UnicodeDecodeError:
             return raw
 
     def long(self, nbytes: int) -> int:
         """Return a whole number of any size that makes sense."""
-        if nbytes > MAX_NUMBER_BYTES:
+        if nbytes > budgets.MAX_MARK_BYTES:
             raise ValueError("a number in it is absurdly long")
         return int.from_bytes(self.run(nbytes), "little", signed=True)
 
     def line(self) -> bytes:
         """Return the bytes up to the end of the line."""
-        stop = self.data.find(b"\n", self.offset, min(self.end, self.offset + MAX_LINE_BYTES))
+        stop = self.data.find(b"\n", self.offset, min(self.end, self.offset + budgets.MAX_NAME_BYTES))
         if stop < 0:
             raise ValueError("it ends early")
         data = self.data[self.offset : stop]

@@ -21,7 +21,7 @@ from prunectl.formats.budgets import (
     MAX_PICKLE_NAMES,
     MAX_PICKLE_OBJECTS,
     MAX_PICKLE_STEPS,
-    MAX_STORAGE_TENSORS,
+    MAX_TIED,
 )
 from prunectl.formats.torch.pickle import allowlist, opcodes
 from prunectl.formats.torch.pickle.opcodes import (
@@ -201,7 +201,7 @@ class PickleVM(PickleMachine[Any]):
         key = fields[2] if len(fields) > 2 else None  # ("storage", class, key, location, count)
         if isinstance(key, str):
             self.views[key] += 1
-            if self.views[key] > MAX_STORAGE_TENSORS:
+            if self.views[key] > MAX_TIED:
                 raise ValueError("more tensors share one storage than in any model")
 
     def push_new(self, thing: Any) -> None:

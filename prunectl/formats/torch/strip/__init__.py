@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prunectl.errors import InputError
+from prunectl.formats import budgets
 from prunectl.formats.base import WRAPPING, ModelFile, RemovedItem, Role, StripOptions, StripPart
 from prunectl.formats.patch import patch_files
 from prunectl.formats.state_dict import MODEL_ROOTS, OPTIMIZER_ROOTS, TRAINING_ROOTS
@@ -122,8 +123,6 @@ def _is_averaged_copy(name: str, sections: Mapping[str, CheckpointSection]) -> b
     return name in averages and bool(models)
 
 
-MAX_WORK = 8_000_000
-"""Looked at once, all values of a program are far fewer."""
 _GRADIENT_LEAVES = (".grad", ".main_grad")
 _WITH_STATE = frozenset(
     {"torch._utils._rebuild_parameter_with_state", "torch._tensor._rebuild_from_type_v2"},
@@ -200,7 +199,7 @@ def _drop_sections(path: Path, root: IRNode, options: StripOptions) -> list[_Rem
         storages = frozenset(ref.key for node in nodes.values() if (ref := storage_ref(node)) is not None)
         sections[name] = CheckpointSection(item, storages, is_tensor(item))
         work += len(nodes)
-        if work > MAX_WORK:
+        if work > budgets.MAX_CHECKPOINT_VALUES:
             raise InputError(f"{path} is refused: its values share each other without end")
     removed = {name: part for name, part in training_sections(sections).items() if part in options.parts}
     if not removed:

@@ -9,9 +9,10 @@ from zipfile import ZIP_DEFLATED, ZipInfo
 
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile, RemovedItem, Role, StripOptions, StripPart
+from prunectl.formats.budgets import MAX_ALIGNMENT, MAX_PICKLE_BYTES, MAX_VERSION_BYTES
 from prunectl.formats.patch import patch_files
 from prunectl.formats.torch import views
-from prunectl.formats.torch.archive import MAX_MARK_BYTES, MAX_PICKLE_BYTES, top_folder
+from prunectl.formats.torch.archive import top_folder
 from prunectl.formats.torch.exported import examples
 from prunectl.formats.torch.legacy import COUNT_BYTES
 from prunectl.formats.torch.pickle.edit import (
@@ -83,7 +84,6 @@ def _storage(data: mmap.mmap, runs: dict[str, tuple[int, int]], edits: Checkpoin
 
 
 ALIGNMENT = 64
-MAX_ALIGNMENT = 1 << 16
 
 
 def is_script(archive: Archive) -> bool:
@@ -145,7 +145,7 @@ def _write(archive: Archive, folder: str, target: Path, edits: CheckpointEdits) 
 
 def _alignment(archive: Archive, folder: str) -> int:
     name = f"{folder}.storage_alignment"
-    marker = archive.read(name, MAX_MARK_BYTES).decode("ascii", "replace").strip() if name in archive.entries else ""
+    marker = archive.read(name, MAX_VERSION_BYTES).decode("ascii", "replace").strip() if name in archive.entries else ""
     return int(marker) if marker.isdigit() and 0 < int(marker) <= MAX_ALIGNMENT else ALIGNMENT
 
 
