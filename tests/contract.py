@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile
-from prunectl.formats.registry import open_model, recognise
+from prunectl.formats.registry import by_name, open_model, recognise
 
 Array = NDArray[Any]
 
@@ -134,4 +134,5 @@ class FormatContract:
     def test_its_own_name_appears_in_the_facts(self, path: Path, model: ModelFile) -> None:
         assert model.path == path
         assert model.format == self.format
+        assert model.family is by_name(self.format).family
         assert all(file.is_file() for file in model.files)

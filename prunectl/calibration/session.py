@@ -18,7 +18,7 @@ from prunectl.calibration.statistics import (
     gram,
 )
 from prunectl.errors import UsageError, WorkError
-from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile, Tensor
+from prunectl.formats.base import PARAMETRIZATION, Array, Family, ModelFile, Tensor
 from prunectl.pruning.request import PruneRequest
 from prunectl.training import random_state
 from prunectl.training.backend import LoadOptions, ModelSignature, TrainableModel, TrainOptions
@@ -199,7 +199,7 @@ def open_calibration(
 
 
 def _network(model: ModelFile, origin: LoadOptions) -> tuple[InspectableModel, TrainableModel | None]:
-    if model.format == "onnx":
+    if model.family is Family.ONNX:
         make: Callable[[ModelFile, LoadOptions], InspectableModel] = importlib.import_module(
             "prunectl.training.onnx.model"
         ).load_onnx_model

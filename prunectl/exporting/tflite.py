@@ -13,7 +13,7 @@ from prunectl.exporting.inputs import shape_text
 from prunectl.exporting.job import ExportJob
 from prunectl.exporting.quiet import silence
 from prunectl.exporting.tensorflow import DEFAULT, TfRunnable, save
-from prunectl.formats.base import Array
+from prunectl.formats.base import Array, Family
 from prunectl.training.keras.backend import ignore_warnings, load_keras2
 from prunectl.training.keras.load import error_line
 
@@ -72,7 +72,7 @@ def _hint(job: ExportJob) -> str:
     if not any(spec.shape is None or None in spec.shape for spec in job.inputs):
         return ""
     fixed = " ".join(f"--input {spec.name}:1,{shape_text(spec.shape)[2:]}" for spec in job.inputs)
-    if job.file.format == "saved-model" and job.file.about.keras is not None:
+    if job.file.family is Family.SAVED_MODEL and job.file.about.keras is not None:
         # What it serves keeps the open axes that it was traced with.
         return f"fixed shapes may help, of what Keras builds: prunectl export {job.file.path} -o m.h5, and then {fixed}"
     return f"fixed shapes may help: {fixed}"

@@ -22,7 +22,7 @@ from prunectl.exporting.job import ExportJob
 from prunectl.exporting.quiet import quiet_conversion
 from prunectl.exporting.torch import run_module, without_mha_fastpath
 from prunectl.exporting.weights import cast_down, save_arrays
-from prunectl.formats.base import Array
+from prunectl.formats.base import Array, Family
 from prunectl.formats.registry import open_model
 from prunectl.training.torch.tensors import to_numpy, to_torch
 
@@ -74,7 +74,7 @@ def _generate(job: ExportJob, loading: tuple[str, ...]) -> GeneratedModule:
 
 def _origin(job: ExportJob) -> Any:
     origin = job.request.origin
-    if job.file.format == "torch-export" and not origin.model:
+    if job.file.family is Family.TORCH_PROGRAM and not origin.model:
         return origin
     return replace(origin, inputs=tuple(map(_input_text, job.inputs, job.samples.batches[0])))
 

@@ -13,6 +13,7 @@ from prunectl.exporting.job import ExportJob
 from prunectl.exporting.quiet import quiet_conversion
 from prunectl.exporting.torch import TorchRunnable, output_names, run_module, without_mha_fastpath
 from prunectl.exporting.torch_files import example, is_script, program_of
+from prunectl.formats.base import Family
 from prunectl.graphs.onnx.tensors import load_message
 from prunectl.training.torch.build import load_program
 
@@ -48,7 +49,7 @@ def _reason(error: Exception) -> str:
 
 def _convert_program(job: ExportJob, outputs: list[str]) -> tuple[Any, tuple[str, ...]]:
     del outputs
-    is_program = job.file.format == "torch-export" and not job.request.origin.model
+    is_program = job.file.family is Family.TORCH_PROGRAM and not job.request.origin.model
     program = load_program(job.file, job.request.origin) if is_program else program_of(job)
     exported = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=job.request.opset or OPSET)
     if exported is None:

@@ -14,7 +14,7 @@ import numpy as np
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.job import ExportJob
 from prunectl.exporting.request import ExportRequest
-from prunectl.formats.base import WEIGHTS, Array, ModelFile, Tensor
+from prunectl.formats.base import WEIGHTS, Array, Family, ModelFile, Tensor
 from prunectl.formats.safetensors import CODES, encode_header, open_model
 from prunectl.formats.zip_write import EPOCH
 
@@ -121,13 +121,13 @@ def _entry_of_array(name: str, array: Array) -> ExportedEntry:
 
 
 _NUMPY_DTYPES = frozenset(np.dtype(code).name for code in "?bhiqBHIQefdFD")
-_FRAMEWORKS = {"torch": "pt", "torch-legacy": "pt", "torch-tar": "pt", "torch-export": "pt", "shards": "pt"}
+_OF_TORCH = frozenset({Family.TORCH, Family.TORCH_PROGRAM, Family.SAFETENSORS})
 
 
 def write_safetensors(job: ExportJob, target: Path) -> tuple[str, ...]:
     """Export to safetensors, sorted by item size and then by name."""
     check_types(job, frozenset(dtype.name for dtype in CODES), "safetensors")
-    metadata = {"format": _FRAMEWORKS[job.file.format]} if job.file.format in _FRAMEWORKS else {}
+    metadata = {"format": "pt"} if job.file.family in _OF_TORCH else {}
     write_entries(
         [_entry_of_tensor(job, tensor) for tensor in exported_tensors(job.file)],
         {**metadata, **dict(job.request.metadata)},

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Flag, StrEnum, auto
+from enum import Enum, Flag, StrEnum, auto
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -183,6 +183,20 @@ class Capability(Flag):
     STRIP = auto()
 
 
+class Family(Enum):
+    """Formats that a framework opens in the same way."""
+
+    KERAS = auto()
+    SAVED_MODEL = auto()
+    TORCH = auto()
+    """What `torch.load` opens: zips, and the pickles and tars before them."""
+    TORCH_PROGRAM = auto()
+    SAFETENSORS = auto()
+    ONNX = auto()
+    OTHER = auto()
+    """What no framework trains, runs or cuts here."""
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
     """A row of the table of formats."""
@@ -193,6 +207,7 @@ class Format:
     matches: Callable[[FileProbe], bool]
     opener: str
     """`module:function` in this package that opens a path as a ModelFile."""
+    family: Family = Family.OTHER
     packer: str = ""
     """`module:function` that writes a model again with the container's own compression."""
     graph: str = ""
@@ -225,6 +240,8 @@ class ModelFile:
     """Reads a tensor that has no flat extent."""
     duplicates: Mapping[str, str] = field(default_factory=dict)
     """Tensors that the file holds once more, with the names of what they are copies of: they change together."""
+    family: Family = Family.OTHER
+    """That of its format, as the table of formats says."""
 
     @property
     def nbytes(self) -> int:

@@ -8,12 +8,13 @@ import math
 import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prunectl.errors import InputError, abbreviated, reading
 from prunectl.formats import budgets, detect
-from prunectl.formats.base import Capability, Format, ModelFile, Tensor, format_shape
+from prunectl.formats.base import Capability, Family, Format, ModelFile, Tensor, format_shape
 from prunectl.formats.detect import FileProbe
 
 FORMATS = (
@@ -23,6 +24,7 @@ FORMATS = (
         ("",),
         detect.is_saved_model,
         "tensorflow.saved_model:open_model",
+        Family.SAVED_MODEL,
         writer="tensorflow.bundle_write:write",
         stripper="tensorflow.strip:strip",
         graph="keras.flops.trace:operations",
@@ -33,6 +35,7 @@ FORMATS = (
         (".h5", ".hdf5"),
         detect.is_hdf5,
         "keras.h5:open_model",
+        Family.KERAS,
         writer="keras.hdf5.rewrite:write",
         stripper="keras.strip:strip_h5",
         can_reencode=True,
@@ -45,6 +48,7 @@ FORMATS = (
         (".keras",),
         detect.is_keras_zip,
         "keras.archive:open_model",
+        Family.KERAS,
         writer="keras.archive:write",
         stripper="keras.strip:strip_archive",
         can_reencode=True,
@@ -57,6 +61,7 @@ FORMATS = (
         (".pt2",),
         detect.is_exported_program,
         "torch.exported:open_model",
+        Family.TORCH_PROGRAM,
         writer="zip_write:write",
         can_reencode=True,
         packer="zip_write:pack",
@@ -69,6 +74,7 @@ FORMATS = (
         (".pt", ".pth", ".bin"),
         detect.is_torch_zip,
         "torch.archive:open_model",
+        Family.TORCH,
         writer="zip_write:write",
         can_reencode=True,
         packer="zip_write:pack",
@@ -80,15 +86,24 @@ FORMATS = (
         (".pt", ".pth"),
         detect.is_torch_legacy,
         "torch.legacy:open_model",
+        Family.TORCH,
         stripper="torch.strip:strip",
     ),
-    Format("torch-tar", "PyTorch before 0.2", (".pt", ".pth", ".tar"), detect.is_torch_tar, "torch.tar:open_model"),
+    Format(
+        "torch-tar",
+        "PyTorch before 0.2",
+        (".pt", ".pth", ".tar"),
+        detect.is_torch_tar,
+        "torch.tar:open_model",
+        Family.TORCH,
+    ),
     Format(
         "shards",
         "sharded checkpoint",
         (".json",),
         detect.is_shard_index,
         "safetensors.shards:open_model",
+        Family.SAFETENSORS,
         writer="safetensors.shards:write",
     ),
     Format(
@@ -97,6 +112,7 @@ FORMATS = (
         (".safetensors",),
         detect.is_safetensors,
         "safetensors:open_model",
+        Family.SAFETENSORS,
         stripper="safetensors.strip:strip",
     ),
     Format(
@@ -122,6 +138,7 @@ FORMATS = (
         (".onnx",),
         detect.is_onnx,
         "onnx.model:open_model",
+        Family.ONNX,
         packer="onnx.rewrite:pack",
         writer="onnx.rewrite:write",
         can_reencode=True,
@@ -186,7 +203,8 @@ def open_model(path: Path) -> ModelFile:
     """Open a model of any format, or say in one sentence why not."""
     real = resolve(path)
     with reading(real), _uncollected():
-        model: ModelFile = load(recognise(real).opener)(real)
+        row = recognise(real)
+        model: ModelFile = replace(load(row.opener)(real), family=row.family)
         for tensor in model.tensors:
             _refuse_impossible(real, tensor)
         _refuse_blown_up(real, model)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from prunectl.errors import UntrustedError, abbreviated
 from prunectl.formats import budgets
-from prunectl.formats.base import ModelFile
+from prunectl.formats.base import Family, ModelFile
 from prunectl.formats.keras.config import text
 from prunectl.formats.keras.pure_names import (
     CLASSES,
@@ -94,7 +94,7 @@ def check(model: ModelFile, known: Callable[[], Collection[str]]) -> None:
 
 def facts_of(model: ModelFile) -> tuple[Fact, ...]:
     """Return what would run if the framework of a file opened it."""
-    if model.format == "saved-model":
+    if model.family is Family.SAVED_MODEL:
         graph = tuple(Fact(words) for words in graph_code.find_code(model.path))
         return (*_facts(_metadata(model), is_saved_model=True), *graph)
     # How it was trained is not rebuilt with the model: what that names is looked at when it is used.

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from prunectl.errors import UsageError
-from prunectl.formats.base import Array, ModelFile
+from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.registry import open_model
 from prunectl.training import user_code
 from prunectl.training.backend import (
@@ -98,7 +98,7 @@ def teacher_load_options(model: ModelFile, pupil: LoadOptions, builder: str) -> 
 def _opened(
     model: ModelFile, origin: LoadOptions, device: str
 ) -> tuple[Callable[[Arrays], Arrays], Callable[[], None], ModelSignature]:
-    if model.format == "onnx":
+    if model.family is Family.ONNX:
         observed = load_onnx_model(model, origin)
         return observed.predict, _nothing, observed.signature
     network = load_trainable(model, origin)
@@ -112,7 +112,7 @@ def _nothing() -> None:
 
 def _is_complete(model: ModelFile) -> bool:
     """Whether a file says how its weights are connected: then what builds the pupil has nothing to do with it."""
-    if model.format in {"torch-export", "saved-model"} or model.about.keras is not None:
+    if model.family in {Family.TORCH_PROGRAM, Family.SAVED_MODEL} or model.about.keras is not None:
         return True
     return user_code.is_script(model)
 

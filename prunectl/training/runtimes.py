@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from prunectl.errors import InputError
-from prunectl.formats.base import ModelFile
+from prunectl.formats.base import Family, ModelFile
 from prunectl.formats.registry import by_name
 from prunectl.training import random_state, user_code
 from prunectl.training.backend import LoadOptions, TrainableModel
@@ -24,7 +24,7 @@ class Backend:
 
 
 def _is_keras(model: ModelFile) -> bool:
-    return model.format in {"keras", "keras-h5"} or (model.format == "saved-model" and model.about.keras is not None)
+    return model.family is Family.KERAS or (model.family is Family.SAVED_MODEL and model.about.keras is not None)
 
 
 def _is_keras_2(model: ModelFile) -> bool:
@@ -34,10 +34,10 @@ def _is_keras_2(model: ModelFile) -> bool:
 BACKENDS = (
     Backend("tfmot", _is_keras_2, "tfmot.model:load_trainable"),
     Backend("Keras", _is_keras, "keras.model:load_trainable"),
-    Backend("TensorFlow", lambda model: model.format == "saved-model", "tensorflow:load_trainable"),
+    Backend("TensorFlow", lambda model: model.family is Family.SAVED_MODEL, "tensorflow:load_trainable"),
     Backend(
         "PyTorch",
-        lambda model: model.format in {"torch", "torch-legacy", "torch-tar", "torch-export", "safetensors", "shards"},
+        lambda model: model.family in {Family.TORCH, Family.TORCH_PROGRAM, Family.SAFETENSORS},
         "torch.build:load_trainable",
     ),
 )

@@ -15,7 +15,7 @@ from typing import Any
 
 from prunectl.errors import InputError, PrunectlError, UntrustedError, UsageError, abbreviated, first_line
 from prunectl.formats import trust, zip_read
-from prunectl.formats.base import ModelFile
+from prunectl.formats.base import Family, ModelFile
 from prunectl.formats.torch import exported_trust, script
 from prunectl.plugins import attribute, find
 from prunectl.training.backend import LoadOptions
@@ -47,10 +47,6 @@ def resolve_function(reference: str, option: str) -> Any:
     return found
 
 
-_KERAS = frozenset({"keras", "keras-h5", "saved-model"})
-_TORCH = frozenset({"torch", "torch-legacy", "torch-tar"})
-
-
 def check(model: ModelFile, origin: LoadOptions) -> None:
     """Refuse a file that brings code, or names code that nobody vouched for.
 
@@ -58,13 +54,13 @@ def check(model: ModelFile, origin: LoadOptions) -> None:
     """
     if origin.is_trusted or origin.model:
         return
-    if model.format in _KERAS:
+    if model.family in {Family.KERAS, Family.SAVED_MODEL}:
         trust.check(model, lambda: custom_objects(origin))
-    elif model.format == "torch-export":
+    elif model.family is Family.TORCH_PROGRAM:
         exported_trust.check_program(model.path)
     elif is_script(model):
         script.check(model.path)
-    elif model.format in _TORCH and model.about.code:
+    elif model.family is Family.TORCH and model.about.code:
         raise UntrustedError(
             f"{model.path} holds a whole Python module ({model.about.code[0]}): opening it would run code",
             hint=f"if you trust it: --trust {import_option(model, _module_of(model.about.code[0]))}\n"

@@ -42,7 +42,7 @@ from prunectl.channels.torch.ops import lower
 from prunectl.channels.torch.resize import attribute, prune_program
 from prunectl.channels.torch.tracing import quiet, random_like
 from prunectl.errors import UsageError, WorkError, first_line
-from prunectl.formats.base import Array, ModelFile
+from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.training.backend import LoadOptions
 from prunectl.training.torch.tensors import to_numpy, to_torch
 
@@ -213,7 +213,7 @@ class TorchAdapter(GraphAdapter):
 
     @cached_property
     def _slots(self) -> OptimizerSlots:
-        if self._is_program or self._traced.holds_module or self._model.format == "safetensors":
+        if self._is_program or self._traced.holds_module or self._model.family is Family.SAFETENSORS:
             return OptimizerSlots()
         shapes = {tensor.name: tensor.shape for tensor in self._model.tensors}
         if not any(".state." in f".{name}" for name in shapes):
@@ -223,7 +223,7 @@ class TorchAdapter(GraphAdapter):
 
     @property
     def _is_program(self) -> bool:
-        return self._model.format == "torch-export"
+        return self._model.family is Family.TORCH_PROGRAM
 
     def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> PrunedProgram:
         """Remove channels from the program."""

@@ -20,7 +20,7 @@ from prunectl.channels.torch.export import TracedModel
 from prunectl.channels.torch.fx import WeightedProgram
 from prunectl.channels.torch.resize import delete_tensor_indices
 from prunectl.errors import InputError, UntrustedError, UsageError, first_line
-from prunectl.formats.base import Array, ModelFile
+from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.safetensors import CODES, encode_header, read
 from prunectl.pruning.destination import code_beside
 from prunectl.training import user_code
@@ -183,7 +183,7 @@ def write_weights(
     if traced.holds_module:
         written = module.generate_module(traced, program, class_of(traced), _loading(target.name))
         torch.save({name: value.contiguous() for name, value in written.state.items()}, path)
-    elif model.format == "safetensors":
+    elif model.family is Family.SAFETENSORS:
         attribute, tensor = next(iter(traced.names.items()))
         prefix = tensor.removesuffix(attribute)
         written = module.generate_module(traced, program, class_of(traced), _loading(target.name, "", prefix))

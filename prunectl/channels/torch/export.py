@@ -14,7 +14,7 @@ from prunectl.channels.torch.fx import WeightedProgram, arguments, op_name, run,
 from prunectl.channels.torch.tracing import Examples, examples, quiet, random_like, trace, with_batch
 from prunectl.channels.verify import relative_difference
 from prunectl.errors import InputError, UsageError
-from prunectl.formats.base import ModelFile
+from prunectl.formats.base import Family, ModelFile
 from prunectl.training.backend import LoadOptions
 from prunectl.training.torch.build import build_module, load_program
 from prunectl.training.torch.tensors import tensor_leaves, to_numpy
@@ -152,7 +152,7 @@ class TracedModel:
 
 def trace_model(model: ModelFile, origin: LoadOptions) -> TracedModel:
     """Read a file, and trace what is in it."""
-    if model.format == "torch-export":
+    if model.family is Family.TORCH_PROGRAM:
         return _load_exported(model, origin)
     built = build_module(model, origin)
     program, used = trace(built.module, examples(origin.inputs, built.module, str(model.path)), str(model.path))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from prunectl.errors import InputError, UsageError, WorkError
-from prunectl.formats.base import Array, ModelFile
+from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.registry import open_model
 from prunectl.training.data.adapt import adapt
 from prunectl.training.data.registry import open_source
@@ -144,7 +144,7 @@ def evaluate_file(path: Path, request: FinetuneRequest) -> Evaluation:
             f"{path} has pruning wrappers",
             hint=f"prunectl strip {path} -o plain{path.suffix} first",
         )
-    return _by_onnxruntime(model, request) if model.format == "onnx" else _by_framework(model, request)
+    return _by_onnxruntime(model, request) if model.family is Family.ONNX else _by_framework(model, request)
 
 
 def evaluate_baseline(path: Path, request: FinetuneRequest) -> Evaluation:

@@ -14,7 +14,7 @@ import h5py
 
 from prunectl.errors import InputError, PrunectlError, UsageError
 from prunectl.formats import trust
-from prunectl.formats.base import ModelFile
+from prunectl.formats.base import Family, ModelFile
 from prunectl.formats.keras.archive import renumber
 from prunectl.formats.scratch import temporary_folder
 from prunectl.training import user_code
@@ -40,7 +40,7 @@ class WeightLayout(StrEnum):
 
 def detect_layout(model: ModelFile) -> WeightLayout:
     """How a file is laid out."""
-    if model.format == "saved-model":
+    if model.family is Family.SAVED_MODEL:
         return WeightLayout.SAVED_MODEL
     if model.format == "keras":
         return WeightLayout.ARCHIVE

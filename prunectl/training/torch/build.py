@@ -16,7 +16,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from prunectl.errors import InputError, UsageError, first_line
-from prunectl.formats.base import ModelFile, Role, Tensor
+from prunectl.formats.base import Family, ModelFile, Role, Tensor
 from prunectl.formats.safe_json import require
 from prunectl.formats.torch import exported_trust
 from prunectl.training import user_code
@@ -174,7 +174,7 @@ def build_module(model: ModelFile, origin: LoadOptions) -> BuiltModule:
     torch.manual_seed(origin.seed)
     if origin.model:
         return _of_function(model, origin)
-    if model.format == "torch-export":
+    if model.family is Family.TORCH_PROGRAM:
         return _exported(model, origin)
     if user_code.is_script(model):
         return _scripted(model)

@@ -14,7 +14,16 @@ from typing import Any
 from prunectl.analysis.patterns import BlockPattern, NMPattern
 from prunectl.analysis.tensor_io import bitwise_equal
 from prunectl.errors import InputError, UsageError, WorkError
-from prunectl.formats.base import PARAMETRIZATION, WEIGHTS, WRAPPING, ModelFile, Role, StripOptions, StripPart
+from prunectl.formats.base import (
+    PARAMETRIZATION,
+    WEIGHTS,
+    WRAPPING,
+    Family,
+    ModelFile,
+    Role,
+    StripOptions,
+    StripPart,
+)
 from prunectl.formats.keras.config import PRUNED_PREFIX, layers, part
 from prunectl.formats.keras.flops.shapes import untuple
 from prunectl.formats.registry import by_name, open_model
@@ -127,7 +136,7 @@ def strip_wrappers(model: ModelFile, folder: Path) -> ModelFile:
     """A copy without wrappers in a folder: what their masks hold at zero is zero in it."""
     target = folder / model.path.name
     # A SavedModel is built anew without its wrappers, and has no training configuration after that.
-    parts = frozenset(StripPart) if model.format == "saved-model" else WRAPPING
+    parts = frozenset(StripPart) if model.family is Family.SAVED_MODEL else WRAPPING
     strip(model.path, StripOptions(parts), Destination(target), is_packed=False)
     return open_model(target)
 
