@@ -61,7 +61,7 @@ def prunectl(*words: str | Path, stdin: bytes | None = None, cwd: Path | None = 
         capture_output=True,
         timeout=HANG_SECONDS,
         cwd=cwd,
-        env=clean(PYTHONPATH=str(ROOT), **environment),
+        env=clean(**{"PYTHONPATH": str(ROOT), **environment}),
         check=False,
     )
     return Outcome(done.returncode, done.stdout.decode(), done.stderr.decode())

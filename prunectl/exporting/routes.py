@@ -102,6 +102,7 @@ ONNX = ("onnx",)
 _LEGACY = frozenset({"torch-legacy", "torch-tar", "shards"})
 """PyTorch sources that hints do not list."""
 WEIGHTS_SOURCES = (*KERAS, *SAVED_MODEL, *TORCH, *PROGRAM, *ONNX, "tflite", "tf-checkpoint")
+"""All formats, those of plug-ins as well."""
 
 _TENSORFLOW = (("tensorflow", "tensorflow"), ("tf_keras", "tensorflow"))
 _TORCH = (("torch", "torch"),)
@@ -236,7 +237,8 @@ def _strip_hint(model: ModelFile) -> str:
 
 def _route_between(source: str, target: str, *, has_code: bool = False) -> Route | None:
     routes = (route for route in ROUTES if bool(route.companion_files) == has_code)
-    return next((route for route in routes if source in route.sources and route.target == target), None)
+    routes = (route for route in routes if source in route.sources or route.sources is WEIGHTS_SOURCES)
+    return next((route for route in routes if route.target == target), None)
 
 
 def _own_targets(model: ModelFile) -> frozenset[str]:

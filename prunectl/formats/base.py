@@ -181,6 +181,7 @@ class Capability(Flag):
     PACK = auto()
     FLOPS = auto()
     STRIP = auto()
+    WRITE = auto()
 
 
 class Family(Enum):
@@ -205,8 +206,8 @@ class Format:
     title: str
     suffixes: tuple[str, ...]
     matches: Callable[[FileProbe], bool]
-    opener: str
-    """`module:function` in this package that opens a path as a ModelFile."""
+    opener: str | Callable[[Path], ModelFile]
+    """`module:function` in this package that opens a path as a ModelFile; a function, where a plug-in brings it."""
     family: Family = Family.OTHER
     packer: str = ""
     """`module:function` that writes a model again with the container's own compression."""
@@ -222,7 +223,12 @@ class Format:
     @property
     def can(self) -> Capability:
         """What is there to do with such a file."""
-        offers = ((self.packer, Capability.PACK), (self.graph, Capability.FLOPS), (self.stripper, Capability.STRIP))
+        offers = (
+            (self.packer, Capability.PACK),
+            (self.graph, Capability.FLOPS),
+            (self.stripper, Capability.STRIP),
+            (self.writer, Capability.WRITE),
+        )
         return reduce(or_, (can for module, can in offers if module), Capability.NOTHING)
 
 

@@ -10,7 +10,7 @@ from prunectl.pruning.policies import MIN_SIZE, POLICIES
 from prunectl.pruning.schedules import CURVES, line_of
 from prunectl.pruning.strategies import STRATEGIES
 
-_KINDS = {"strategies": "strategy", "schedules": "schedule", "policies": "policy"}
+_KINDS = {"strategies": "strategy", "schedules": "schedule", "policies": "policy", "formats": "format"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from prunectl.errors import UsageError
 from prunectl.formats import atomic, scratch
-from prunectl.formats.base import ModelFile
-from prunectl.formats.registry import FORMATS, by_name, load, open_model
+from prunectl.formats.base import Capability, ModelFile
+from prunectl.formats.registry import FORMATS, by_name, load, open_model, require
 
 _ANYTHING = frozenset({"", ".bin", ".json", ".index"})
 """Suffixes that promise nothing, though some formats have them."""
@@ -36,6 +36,7 @@ class Destination:
 
 def check(model: ModelFile, output: Destination | None) -> None:
     """Refuse an output that may not be written, before any work begins."""
+    require(model, Capability.WRITE)
     if output is not None:
         if not (output.to_stdout or output.is_in_place):
             _check_name(model, output.target)
