@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from prunectl.channels.adapter import PrunedShapes
 from prunectl.channels.graph import OpKind, OpNode
-from prunectl.channels.torch.fx import OpContext, op_name
+from prunectl.channels.torch.fx import OpContext, arguments, op_name, set_argument
 
 Lowering = tuple[OpNode, ...]
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
@@ -32,6 +35,13 @@ def scaled_dot_product(op: OpContext) -> Lowering:
         similarity = masked
     steps.append(op.emit(OpKind.ALONG_AXES, (similarity,), (attention,), axes=(rank - 1,)))
     return (*steps, op.emit(OpKind.MATMUL, (attention, value)))
+
+
+def resize_scale(op: OpContext, after: PrunedShapes) -> None:
+    """Divide by what was divided by, however many numbers of a head are left."""
+    before = op.shape("query")[-1]
+    if op.arguments.get("scale") is None and after.shape(op.name("query"))[-1] != before:
+        set_argument(op.node, "scale", 1 / math.sqrt(before))
 
 
 def glu(op: OpContext) -> Lowering:
@@ -94,6 +104,24 @@ def _initial_states(op: OpContext, name: str) -> list[str]:
     if len(states) != _STATES[name]:
         raise LookupError(name)
     return [state.name for state in states if not is_zeros(state)]
+
+
+def resize_initial_states(op: OpContext, after: PrunedShapes) -> None:
+    """Begin with as many zeros as there are units."""
+    states = op.arguments["hx"]
+    state = f"{op.node.name}.state0.0"
+    units = after.shape(state)[-1]
+    if units == op.shapes[state][-1]:
+        return
+    copies = {}
+    for initial in states if isinstance(states, list | tuple) else [states]:
+        size = arguments(initial).get("size")
+        if is_zeros(initial) and initial not in copies and isinstance(size, list | tuple):
+            with op.node.graph.inserting_before(op.node):
+                copies[initial] = op.node.graph.node_copy(initial)
+            set_argument(copies[initial], "size", [*size[:-1], units])
+    for old, new in copies.items():
+        op.node.replace_input_with(old, new)
 
 
 def is_zeros(node: torch.fx.Node) -> bool:

@@ -1,21 +1,39 @@
-"""What each operation of PyTorch does to channels: often one kind, sometimes several steps."""
+"""What each operation of PyTorch does to channels, in one kind or several steps, and how it is resized."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
+import torch
+
+from prunectl.channels.adapter import PrunedShapes
 from prunectl.channels.graph import OpKind, OpNode, WeightView
-from prunectl.channels.torch.attention import glu, recurrent, scaled_dot_product
-from prunectl.channels.torch.fx import OpContext, op_name
+from prunectl.channels.torch.attention import (
+    glu,
+    recurrent,
+    resize_initial_states,
+    resize_scale,
+    scaled_dot_product,
+)
+from prunectl.channels.torch.fx import OpContext, op_name, set_argument
+
+Lowering = tuple[OpNode, ...]
 
 
-def cat(op: OpContext) -> Lowering:
-    """Read what is put one behind the other."""
+@dataclass(frozen=True, slots=True)
+class OpRule:
+    """What an operation does to channels, and how the lengths that it names are set right once some are gone."""
+
+    lower: Callable[[OpContext], Lowering]
+    resize: Callable[[OpContext, PrunedShapes], None] | None = None
+
+
+def _concat(op: OpContext) -> Lowering:
     return (op.emit(OpKind.CONCAT, _list_argument(op), axis=op.arg("dim", 0)),)
 
 
-def stack(op: OpContext) -> Lowering:
-    """Read what is put one behind the other along an axis of its own."""
+def _stack(op: OpContext) -> Lowering:
     shape, axis = op.result, op.arg("dim", 0) % len(op.result)
     single = (*shape[:axis], 1, *shape[axis + 1 :])
     parts = {op.temporary(f"part{number}", single): name for number, name in enumerate(_list_argument(op))}
@@ -23,8 +41,7 @@ def stack(op: OpContext) -> Lowering:
     return (*reshaped, op.emit(OpKind.CONCAT, parts, axis=axis))
 
 
-def chunk(op: OpContext) -> Lowering:
-    """Read what is taken apart along an axis."""
+def _split(op: OpContext) -> Lowering:
     before, axis = op.shapes[op.tensors[0]], op.arg("dim", 0)
     axis %= len(before)
     sizes = [op.shapes[name][axis] for name in op.outputs if name in op.shapes]
@@ -37,8 +54,19 @@ def chunk(op: OpContext) -> Lowering:
     return (op.emit(OpKind.SPLIT, op.tensors[:1], outputs, axis=axis, sizes=tuple(sizes)),)
 
 
-def unbind(op: OpContext) -> Lowering:
-    """Read what is taken apart along an axis that is no more."""
+def _resize_split(op: OpContext, after: PrunedShapes) -> None:
+    name = op.tensors[0]
+    axis = op.arg("dim", 0) % len(op.shapes[name])
+    if op.shapes[name][axis] == after.shape(name)[axis]:
+        return
+    sizes = [after.shape(output)[axis] for output in op.outputs]
+    if rest := after.shape(name)[axis] - sum(sizes):
+        sizes.append(rest)
+    op.node.target = torch.ops.aten.split_with_sizes.default
+    op.node.args, op.node.kwargs = (op.node.args[0], sizes, axis), {}
+
+
+def _unbind(op: OpContext) -> Lowering:
     axis = op.arg("dim", 0) % len(op.shapes[op.tensors[0]])
     steps: list[OpNode] = []
     for number, name in enumerate(op.outputs):
@@ -47,8 +75,8 @@ def unbind(op: OpContext) -> Lowering:
     return tuple(steps)
 
 
-def select(op: OpContext) -> Lowering:
-    """Read one of what lies along an axis; behind the first it is a position, and no channel."""
+def _select(op: OpContext) -> Lowering:
+    """Behind the first axis it is a position, and no channel."""
     before = op.shapes[op.tensors[0]]
     axis, number = op.arg("dim", 0) % len(before), op.arg("index", 0)
     if axis:
@@ -56,40 +84,73 @@ def select(op: OpContext) -> Lowering:
     return tuple(_take_index(op, axis, number % before[axis], op.outputs[0]))
 
 
-def slice_(op: OpContext) -> Lowering:
-    """Read a part of an axis."""
+def _bounds(op: OpContext) -> tuple[int, int, int, int]:
+    """The axis of which a part is taken, where that begins and ends, and its step."""
     before = op.shape("self")
-    axis = op.arg("dim", 0) % len(before)
-    bounds = slice(op.arg("start"), op.arg("end"), op.arg("step", 1)).indices(before[axis])
-    return (op.emit(OpKind.SLICE, op.tensors[:1], slices=((axis, *bounds),)),)
+    axis, start = op.arg("dim", 0) % len(before), op.arg("start")
+    if "length" in op.arguments:
+        start %= before[axis]
+        return axis, start, start + op.arg("length"), 1
+    return (axis, *slice(start, op.arg("end"), op.arg("step", 1)).indices(before[axis]))
 
 
-def narrow(op: OpContext) -> Lowering:
-    """Read a part of an axis, by where it begins and how long it is."""
-    before = op.shape("self")
-    axis, start = op.arg("dim") % len(before), op.arg("start")
-    start %= before[axis]
-    return (op.emit(OpKind.SLICE, op.tensors[:1], slices=((axis, start, start + op.arg("length"), 1),)),)
+def _slice(op: OpContext) -> Lowering:
+    return (op.emit(OpKind.SLICE, op.tensors[:1], slices=(_bounds(op),)),)
 
 
-def index_select(op: OpContext) -> Lowering:
-    """Read positions taken in another order."""
+def _resize_slice(op: OpContext, after: PrunedShapes) -> None:
+    name, (axis, *bounds, _) = op.name("self"), _bounds(op)
+    if op.shapes[name][axis] == after.shape(name)[axis]:
+        return
+    start, end = (after.num_kept_before(name, axis, offset) for offset in bounds)
+    set_argument(op.node, "start", start)
+    if "length" in op.arguments:
+        set_argument(op.node, "length", end - start)
+    else:
+        set_argument(op.node, "end", end)
+
+
+def _index_select(op: OpContext) -> Lowering:
     return (op.emit(OpKind.ALONG_AXES, (op.name("self"),), axes=(op.arg("dim") % len(op.shape("self")),)),)
 
 
-def reshape(op: OpContext) -> Lowering:
-    """Read the same numbers in another shape."""
+def _reshape(op: OpContext) -> Lowering:
     return (op.emit(OpKind.RESHAPE, op.tensors[:1]),)
 
 
-def permute(op: OpContext) -> Lowering:
-    """Read axes in another order."""
+def _resize_shape(op: OpContext, after: PrunedShapes) -> None:
+    for name in ("size", "shape"):
+        if isinstance(sizes := op.arguments.get(name), list | tuple):
+            old, new = op.result, after.shape(op.outputs[0])
+            front = len(old) - len(sizes)
+            numbers = [
+                new[axis + front] if number == old[axis + front] else number for axis, number in enumerate(sizes)
+            ]
+            # What is measured and multiplied, as a batch times heads is, comes out by itself.
+            computed = [
+                axis
+                for axis, number in enumerate(sizes)
+                if isinstance(number, torch.fx.Node) and old[axis + front] != new[axis + front]
+            ]
+            for axis in computed if -1 not in sizes else ():
+                numbers[axis] = -1
+            set_argument(op.node, name, numbers)
+
+
+def _resize_unflatten(op: OpContext, after: PrunedShapes) -> None:
+    before, lengths = op.shape("self"), list(op.arguments["sizes"])
+    axis = op.arg("dim") % len(before)
+    old, new = op.result[axis : axis + len(lengths)], after.shape(op.outputs[0])[axis : axis + len(lengths)]
+    sizes = [new[offset] if number == old[offset] else number for offset, number in enumerate(lengths)]
+    set_argument(op.node, "sizes", sizes)
+
+
+def _permute(op: OpContext) -> Lowering:
     rank = len(op.result)
     return (op.emit(OpKind.TRANSPOSE, op.tensors, order=tuple(axis % rank for axis in op.arg("dims"))),)
 
 
-def transpose(op: OpContext) -> Lowering:
-    """Read two axes that change places."""
+def _transpose(op: OpContext) -> Lowering:
     names = ("axis0", "axis1") if "axis0" in op.arguments else ("dim0", "dim1")
     order = list(range(len(op.result)))
     first, second = (op.arg(name) % len(order) for name in names)
@@ -97,13 +158,12 @@ def transpose(op: OpContext) -> Lowering:
     return (op.emit(OpKind.TRANSPOSE, op.tensors, order=tuple(order)),)
 
 
-def reverse_axes(op: OpContext) -> Lowering:
-    """Read all axes backwards."""
+def _reverse_axes(op: OpContext) -> Lowering:
     return (op.emit(OpKind.TRANSPOSE, op.tensors, order=tuple(reversed(range(len(op.result))))),)
 
 
-def pixel_shuffle(op: OpContext) -> Lowering:
-    """Read channels that become positions: a reshape, a transposition, a reshape."""
+def _pixel_shuffle(op: OpContext) -> Lowering:
+    """Channels become positions: a reshape, a transposition, a reshape."""
     *front, channels, height, width = op.shape("self")
     if len(front) != 1:
         return ()
@@ -118,8 +178,8 @@ def pixel_shuffle(op: OpContext) -> Lowering:
     )
 
 
-def channel_shuffle(op: OpContext) -> Lowering:
-    """Read channels of groups dealt out in turns: a reshape, a transposition, a reshape."""
+def _channel_shuffle(op: OpContext) -> Lowering:
+    """Channels of groups are dealt out in turns: a reshape, a transposition, a reshape."""
     batch, channels, *space = op.shape("self")
     groups = op.arg("groups")
     blocks = op.temporary("apart", (batch, groups, channels // groups, *space))
@@ -132,8 +192,12 @@ def channel_shuffle(op: OpContext) -> Lowering:
     )
 
 
-def expand(op: OpContext) -> Lowering:
-    """Read axes of length 1 that are made longer; new ones are put in front first."""
+def _resize_shuffle(op: OpContext, after: PrunedShapes) -> None:
+    set_argument(op.node, "groups", after.shape(f"{op.node.name}.apart")[1])
+
+
+def _expand(op: OpContext) -> Lowering:
+    """New axes of length 1 are put in front, before any is made longer."""
     before, after = op.shape("self"), op.result
     padded = (1,) * (len(after) - len(before)) + before
     axes = tuple(axis for axis, pair in enumerate(zip(padded, after, strict=True)) if len(set(pair)) > 1)
@@ -146,8 +210,8 @@ def expand(op: OpContext) -> Lowering:
     )
 
 
-def pad(op: OpContext) -> Lowering:
-    """Read edges, two numbers for each axis, the last axis first."""
+def _pad(op: OpContext) -> Lowering:
+    """Two widths for each axis, the last axis first."""
     pads, rank = op.arg("pad"), len(op.result)
     axes = [rank - 1 - number // 2 for number, width in enumerate(pads) if width]
     return (op.emit(OpKind.ALONG_AXES, op.tensors[:1], axes=tuple(sorted(set(axes)))),)
@@ -167,8 +231,8 @@ def _list_argument(op: OpContext) -> tuple[str, ...]:
     return tuple(value.name for value in op.arguments["tensors"])
 
 
-def convolution(op: OpContext) -> Lowering:
-    """Read a convolution; one without a batch is not known."""
+def _convolution(op: OpContext) -> Lowering:
+    """One without a batch is not known."""
     name = op_name(op.node)
     data, kernel = op.name("input"), op.name("weight")
     if len(op.shapes[data]) != len(op.shapes[kernel]):
@@ -178,20 +242,25 @@ def convolution(op: OpContext) -> Lowering:
     return (op.emit(OpKind.CONVOLUTION, inputs, groups=op.arg("groups"), is_transposed=is_transposed),)
 
 
-def linear(op: OpContext) -> Lowering:
-    """Read a dense layer, its matrix outputs by inputs."""
+def _resize_groups(op: OpContext, after: PrunedShapes) -> None:
+    groups = op.arg("groups", 1)
+    if groups > 1 and groups == op.shape("input")[1]:
+        set_argument(op.node, "groups", after.shape(op.name("input"))[1])
+
+
+def _linear(op: OpContext) -> Lowering:
+    """The matrix is outputs by inputs."""
     if len(op.shape("weight")) != 2:
         return ()
     return (op.emit(OpKind.LINEAR, (op.name("input"), op.name("weight"), op.name("bias")), in_axis=1),)
 
 
-def addmm(op: OpContext) -> Lowering:
-    """Read a dense layer as it is without its name."""
+def _addmm(op: OpContext) -> Lowering:
+    """The matrix is inputs by outputs."""
     return (op.emit(OpKind.LINEAR, (op.name("mat1"), op.name("mat2"), op.name("self")), in_axis=0),)
 
 
-def matmul(op: OpContext) -> Lowering:
-    """Read a product of a value and a matrix, or of two values."""
+def _matmul(op: OpContext) -> Lowering:
     left, right = op.tensors if len(op.tensors) == 2 else op.tensors * 2
     if left in op.views:
         return ()
@@ -200,8 +269,8 @@ def matmul(op: OpContext) -> Lowering:
     return (op.emit(OpKind.MATMUL, (left, right)),)
 
 
-def channel_norm(op: OpContext) -> Lowering:
-    """Read a normalisation of each channel; by numbers of its own it needs a scale and a shift, to fall silent."""
+def _channel_norm(op: OpContext) -> Lowering:
+    """By statistics of its own it needs a scale and a shift, to fall silent."""
     names = {name: op.name(name) for name in ("input", "weight", "bias", "running_mean", "running_var")}
     if not names["weight"]:
         if names["running_mean"]:
@@ -213,16 +282,21 @@ def channel_norm(op: OpContext) -> Lowering:
     return (op.emit(OpKind.CHANNEL_NORM, inputs, op.outputs[:1]),)
 
 
-def group_norm(op: OpContext) -> Lowering:
-    """Read a normalisation over groups of channels, known where each channel is a group."""
+def _group_norm(op: OpContext) -> Lowering:
+    """Known where each channel is a group."""
     if op.arg("num_groups", op.arg("group")) != op.shape("input")[1] or not op.name("weight"):
         return ()
     inputs = (op.name("input"), op.name("weight"), op.name("bias"))
     return (op.emit(OpKind.CHANNEL_NORM, inputs, op.outputs[:1]),)
 
 
-def prelu(op: OpContext) -> Lowering:
-    """Read slopes, which lie along axis 1."""
+def _resize_norm_groups(op: OpContext, after: PrunedShapes) -> None:
+    name = "num_groups" if "num_groups" in op.arguments else "group"
+    set_argument(op.node, name, after.shape(op.name("input"))[1])
+
+
+def _prelu(op: OpContext) -> Lowering:
+    """The slopes lie along axis 1."""
     data, slopes = op.tensors
     rank = len(op.shapes[data])
     if slopes in op.views and len(op.shapes[slopes]) == 1 and rank > 1:
@@ -233,19 +307,13 @@ def prelu(op: OpContext) -> Lowering:
     return (op.emit(OpKind.ELEMENTWISE, (data, slopes)),)
 
 
-def embedding(op: OpContext) -> Lowering:
-    """Read a table of words."""
+def _embedding(op: OpContext) -> Lowering:
     if op.name("weight") not in op.views:
         return ()
     return (op.emit(OpKind.EMBEDDING, (op.name("weight"), op.name("indices"))),)
 
 
-Lowering = tuple[OpNode, ...]
-Reader = Callable[[OpContext], Lowering]
-
-
-def unknown_operation(op: OpContext) -> Lowering:
-    """Say that nothing is known of it."""
+def _unknown(op: OpContext) -> Lowering:
     return (op.emit(OpKind.UNKNOWN, op.tensors),)
 
 
@@ -265,12 +333,11 @@ def _along_axes(op: OpContext, axes: tuple[int, ...]) -> Lowering:
 def _pool(op: OpContext) -> Lowering:
     rank = len(op.result)
     if rank < 3 or len(op.outputs) > 1:
-        return unknown_operation(op)
+        return _unknown(op)
     return _along_axes(op, tuple(range(2, rank)))
 
 
 def _reduce(op: OpContext) -> Lowering:
-    """Read what is taken over some axes, or over all."""
     dims = op.arg("dim")
     axes = tuple(range(len(op.shapes[op.tensors[0]]))) if dims is None or dims == () else dims
     return _along_axes(op, (axes,) if isinstance(axes, int) else axes)
@@ -279,7 +346,7 @@ def _reduce(op: OpContext) -> Lowering:
 def _along_dims(op: OpContext) -> Lowering:
     axes = op.arg("dims") if "dims" in op.arguments else op.arg("dim")
     if axes is None or axes == ():
-        return unknown_operation(op)
+        return _unknown(op)
     return _along_axes(op, (axes,) if isinstance(axes, int) else axes)
 
 
@@ -299,52 +366,55 @@ adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2
 upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact2d upsample_linear1d
 upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d reflection_pad1d reflection_pad2d replication_pad1d
 replication_pad2d"""
-_LOWERING_ROWS: tuple[tuple[str, Reader], ...] = (
-    (_ELEMENTWISE, _elementwise),
-    (_PASSED_ON, _elementwise_first),
-    (_POOLS, _pool),
-    ("mean sum amax amin prod std var logsumexp norm linalg_vector_norm", _reduce),
-    ("argmax argmin max min any all", _reduce),
-    ("softmax log_softmax _softmax _log_softmax cumsum flip roll", _along_dims),
-    ("layer_norm native_layer_norm rms_norm", _last_axes),
-    ("conv1d conv2d conv3d convolution _convolution conv_transpose1d conv_transpose2d conv_transpose3d", convolution),
-    ("linear", linear),
-    ("addmm", addmm),
-    ("mm matmul bmm", matmul),
-    ("batch_norm _native_batch_norm_legit_no_training instance_norm", channel_norm),
-    ("group_norm native_group_norm", group_norm),
-    ("prelu _prelu_kernel", prelu),
-    ("embedding", embedding),
-    ("scaled_dot_product_attention", scaled_dot_product),
-    ("lstm gru rnn_tanh rnn_relu", recurrent),
-    ("glu", glu),
-    ("cat", cat),
-    ("stack", stack),
-    ("chunk split split_with_sizes tensor_split", chunk),
-    ("unbind", unbind),
-    ("select", select),
-    ("slice", slice_),
-    ("narrow", narrow),
-    ("index_select", index_select),
-    ("view reshape _unsafe_view flatten unflatten squeeze unsqueeze", reshape),
-    ("permute", permute),
-    ("transpose swapaxes", transpose),
-    ("t numpy_T", reverse_axes),
-    ("pixel_shuffle", pixel_shuffle),
-    ("channel_shuffle", channel_shuffle),
-    ("expand expand_as", expand),
-    ("pad constant_pad_nd", pad),
+_ROWS: tuple[tuple[str, OpRule], ...] = (
+    (_ELEMENTWISE, OpRule(_elementwise)),
+    (_PASSED_ON, OpRule(_elementwise_first)),
+    (_POOLS, OpRule(_pool)),
+    ("mean sum amax amin prod std var logsumexp norm linalg_vector_norm", OpRule(_reduce)),
+    ("argmax argmin max min any all", OpRule(_reduce)),
+    ("softmax log_softmax _softmax _log_softmax cumsum flip roll", OpRule(_along_dims)),
+    ("layer_norm native_layer_norm rms_norm", OpRule(_last_axes)),
+    (
+        "conv1d conv2d conv3d convolution _convolution conv_transpose1d conv_transpose2d conv_transpose3d",
+        OpRule(_convolution, _resize_groups),
+    ),
+    ("linear", OpRule(_linear)),
+    ("addmm", OpRule(_addmm)),
+    ("mm matmul bmm", OpRule(_matmul)),
+    ("batch_norm _native_batch_norm_legit_no_training instance_norm", OpRule(_channel_norm)),
+    ("group_norm native_group_norm", OpRule(_group_norm, _resize_norm_groups)),
+    ("prelu _prelu_kernel", OpRule(_prelu)),
+    ("embedding", OpRule(_embedding)),
+    ("scaled_dot_product_attention", OpRule(scaled_dot_product, resize_scale)),
+    ("lstm gru rnn_tanh rnn_relu", OpRule(recurrent, resize_initial_states)),
+    ("glu", OpRule(glu)),
+    ("cat", OpRule(_concat)),
+    ("stack", OpRule(_stack)),
+    ("chunk split split_with_sizes tensor_split", OpRule(_split, _resize_split)),
+    ("unbind", OpRule(_unbind)),
+    ("select", OpRule(_select)),
+    ("slice narrow", OpRule(_slice, _resize_slice)),
+    ("index_select", OpRule(_index_select)),
+    ("view reshape _unsafe_view flatten squeeze unsqueeze", OpRule(_reshape, _resize_shape)),
+    ("unflatten", OpRule(_reshape, _resize_unflatten)),
+    ("permute", OpRule(_permute)),
+    ("transpose swapaxes", OpRule(_transpose)),
+    ("t numpy_T", OpRule(_reverse_axes)),
+    ("pixel_shuffle", OpRule(_pixel_shuffle)),
+    ("channel_shuffle", OpRule(_channel_shuffle, _resize_shuffle)),
+    ("expand expand_as", OpRule(_expand, _resize_shape)),
+    ("pad constant_pad_nd", OpRule(_pad)),
 )
-LOWERINGS: Mapping[str, Reader] = {name: reader for names, reader in _LOWERING_ROWS for name in names.split()}
+RULES: Mapping[str, OpRule] = {name: rule for names, rule in _ROWS for name in names.split()}
 
 
 def lower(op: OpContext) -> Lowering:
     """What an operation does to channels; unknown where it is not said before it runs."""
-    reader = LOWERINGS.get(op_name(op.node), unknown_operation)
+    rule = RULES.get(op_name(op.node), OpRule(_unknown))
     try:
-        steps = reader(op)
+        steps = rule.lower(op)
         if any(0 in op.shapes[name] for node in steps for name in (*filter(None, node.inputs), *node.outputs)):
-            return unknown_operation(op)
+            return _unknown(op)
     except LookupError:
-        return unknown_operation(op)
-    return steps or unknown_operation(op)
+        return _unknown(op)
+    return steps or _unknown(op)
