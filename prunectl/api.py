@@ -154,12 +154,6 @@ class ExportOptions(TypedDict, total=False):
     card: AnyPath | None
 
 
-_REQUEST_FIELDS = {
-    "pack": "is_packed", "input": "inputs", "param": "params", "repair": "is_repaired", "layer": "layers",
-}  # fmt: skip
-"""Options that manifests, and so `PruneRequest`, have another name for."""
-
-
 def inspect(
     model: AnyPath, *, layers: str = "", pattern: str = "", flops: bool = False, zeros: bool = True
 ) -> ModelStats:
@@ -192,13 +186,7 @@ def prune(
     limits: dict[str, Any] = {
         name: value for name, value in options.items() if is_cut and name in ChannelOptions.__annotations__
     }
-    request = prune_request.from_json(
-        {
-            _REQUEST_FIELDS.get(name, name): list(value) if isinstance(value, list | tuple) else value
-            for name, value in options.items()
-            if name not in limits
-        }
-    )
+    request = prune_request.parse_request({name: value for name, value in options.items() if name not in limits})
     destination = _destination(output, force=force, in_place=in_place)
     if is_cut:
         return channels.prune_channels(Path(model), request, destination, is_trusted=trust, **limits)

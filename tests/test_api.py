@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
 
@@ -12,9 +11,10 @@ import pytest
 
 import prunectl
 from prunectl import api
+from prunectl.commands._requests import CHANNEL_LIMITS
 from prunectl.errors import UsageError
 from prunectl.exporting import request as export_request
-from prunectl.pruning.request import PruneRequest
+from prunectl.pruning.request import OPTIONS
 from prunectl.training import request as finetune_request
 from tests.running import FIXTURES
 from tests.running import prunectl as command
@@ -64,10 +64,10 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_the_keywords_are_the_options_that_requests_know() -> None:
-    assert get_type_hints(api.FinetuneOptions).keys() == finetune_request.DEFAULTS.keys()
-    assert get_type_hints(api.ExportOptions).keys() == export_request.DEFAULTS.keys()
-    own = get_type_hints(api.PruneOptions).keys() - get_type_hints(api.ChannelOptions).keys()
-    assert {api._REQUEST_FIELDS.get(name, name) for name in own} == {field.name for field in fields(PruneRequest)}
+    assert get_type_hints(api.FinetuneOptions).keys() == set(finetune_request.OPTIONS)
+    assert get_type_hints(api.ExportOptions).keys() == set(export_request.OPTIONS)
+    assert get_type_hints(api.PruneOptions).keys() - get_type_hints(api.ChannelOptions).keys() == OPTIONS.keys()
+    assert get_type_hints(api.ChannelOptions).keys() == {*CHANNEL_LIMITS, "allow_empty"} - {"latency"}
 
 
 def test_a_word_that_does_not_exist_is_refused() -> None:

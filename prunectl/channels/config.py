@@ -16,10 +16,11 @@ from prunectl.channels.labels import AxisRole
 from prunectl.errors import PrunectlError, UsageError, WorkError
 from prunectl.formats.base import Array
 from prunectl.plugins import find, installed
+from prunectl.pruning import BATCH_SIZE, SAMPLES
 from prunectl.pruning.choices import Choice
 from prunectl.pruning.plan import Scope
 from prunectl.pruning.plugin_adapters import bind_params
-from prunectl.pruning.request import BATCH_SIZE, SAMPLES, PruneRequest
+from prunectl.pruning.request import PruneRequest
 
 _POWERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 

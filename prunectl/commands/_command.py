@@ -137,10 +137,10 @@ def options_from_signature(function: Callable[..., Any]) -> Any:
     return typer.main.get_command(single)
 
 
-def make_command(function: Callable[..., int], kind: type[BaseCommand] = BaseCommand) -> TyperCommand:
-    """Make a command of a function that takes the context first and returns the exit code."""
+def make_command(callback: Callable[..., Any], kind: type[BaseCommand] = BaseCommand) -> TyperCommand:
+    """Make a command of a function that returns the exit code, or of a dataclass of options for a kind that runs it."""
     single = typer.Typer(context_settings=HELP_NAMES, rich_markup_mode="rich", add_completion=False)
-    single.command(cls=kind)(function)
+    single.command(cls=kind)(callback)
     command = typer.main.get_command(single)
     assert isinstance(command, TyperCommand)
     return command

@@ -1,102 +1,194 @@
-"""Parsing of options into requests, and of `--output` into a destination."""
+"""From options to requests, and from `--output` to a destination."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Container, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from difflib import get_close_matches
+from dataclasses import dataclass, replace
+from enum import Enum, auto
 from pathlib import Path
+from typing import Any
 
 import typer
 
-from prunectl.commands._command import STDIN, given_on_command_line, option_name
+from prunectl.commands._command import STDIN, option_name, resolve_stdin
 from prunectl.errors import UsageError
-from prunectl.formats.base import StripPart
 from prunectl.formats.scratch import temporary_folder
-from prunectl.pruning import manifest
 from prunectl.pruning.destination import Destination
-from prunectl.pruning.request import PruneRequest
+from prunectl.reporting.report import Report
+from prunectl.reporting.reporter import Reporter
 from prunectl.units import parse_ratio, parse_size
 
-_NOT_IN_RECIPE = frozenset(
-    {"model", "output", "dry_run", "manifest", "recipe", "force", "in_place", "trust", "allow_empty"}
-)
-"""What a recipe leaves open."""
 
+class OutputOptions:
+    """The options of a command that writes one output; those that a command does not have are never given."""
 
-def prune_request(ctx: typer.Context, recipe: Path | None) -> PruneRequest:
-    """The request of a recipe, or of the options on the command line."""
-    params = ctx.params
-    if recipe is not None:
-        typed = [name for name in params if name not in _NOT_IN_RECIPE and given_on_command_line(ctx, name)]
-        if typed:
-            raise UsageError(f"--recipe says all that decides the result: leave out {option_name(ctx, typed[0])}")
-        return manifest.read(recipe, is_trusted=params["trust"])
-    return PruneRequest(
-        sparsity=parse_ratio(params["sparsity"]) if params["sparsity"] else None,
-        compression=params["compression"],
-        target_gzip=parse_size(params["target_gzip"]) if params["target_gzip"] else None,
-        target_packed=parse_size(params["target_packed"]) if params["target_packed"] else None,
-        strategy=params["strategy"],
-        params=tuple(params["param"] or ()),
-        scope=str(params["scope"]),
-        pattern=params["pattern"],
-        policy=params["policy"],
-        only=params["only"],
-        exclude=tuple(params["exclude"] or ()),
-        layers=tuple(map(parse_layer_ratio, params["layer"] or ())),
-        seed=params["seed"],
-        nan=str(params["nan"]),
-        is_packed=params["pack"],
-        data=params["data"],
-        samples=params["samples"],
-        batch_size=params["batch_size"],
-        loss=params["loss"],
-        model=params["build"],
-        custom_objects=params["custom_objects"],
-        inputs=tuple(params["inputs"] or ()),
-        is_repaired=params["repair"],
-        cluster=params["cluster"],
-    )
+    model: str
+    output: str
+    force: bool
+    in_place = False
+    dry_run = False
+    trust = False
+    manifest: Path | None = None
+    card: Path | None = None
+    recipe: Path | None = None
 
+    def write(
+        self,
+        reporter: Reporter,
+        work: Callable[[Path, Destination | None], Report | None],
+        *,
+        suffix: str | None = None,
+    ) -> int:
+        """Call what writes the output, and show its report, unless there is none or standard output has the model."""
+        with resolve_stdin(self.model) as path, self._destination(path, suffix) as destination:
+            report = work(path, destination)
+            if report is None:
+                return 0
+            if self.output == STDIN and destination is not None:
+                return reporter.copy_to_stdout(destination.target)
+            return reporter.show(report)
 
-@contextmanager
-def open_destination(
-    model: Path, output: str, *, force: bool, in_place: bool, dry_run: bool
-) -> Generator[Destination | None]:
-    """Yield where the result goes: nowhere for a dry run, through a scratch file to standard output."""
-    if in_place and output:
-        raise UsageError("--in-place replaces the input: leave out --output")
-    if dry_run:
-        yield None
-    elif in_place:
-        yield Destination(model, is_in_place=True)
-    elif not output:
-        raise UsageError("where to? say --output", hint="or --in-place, or --dry-run to see what would come of it")
-    elif output != STDIN:
-        yield Destination(Path(output), is_forced=force)
-    elif sys.stdout.isatty():
-        raise UsageError(
-            "-o - writes a model to standard output, which is a terminal", hint="send it to a file or a pipe"
-        )
-    else:
-        with temporary_folder() as scratch:
-            yield Destination(scratch / f"standard-output{model.suffix}", to_stdout=True)
-
-
-def parse_parts(text: str) -> frozenset[StripPart]:
-    """The parts in a list with commas; all of them if it is empty."""
-    known = {str(part): part for part in StripPart}
-    for name in filter(None, text.split(",")):
-        if name not in known:
+    @contextmanager
+    def _destination(self, model: Path, suffix: str | None) -> Generator[Destination | None]:
+        """Yield where the result goes: nowhere for a dry run, through a scratch file to standard output."""
+        if self.in_place and self.output:
+            raise UsageError("--in-place replaces the input: leave out --output")
+        if self.dry_run:
+            yield None
+        elif self.in_place:
+            yield Destination(model, is_in_place=True)
+        elif not self.output:
+            raise UsageError("where to? say --output", hint="or --in-place, or --dry-run to see what would come of it")
+        elif self.output != STDIN:
+            yield Destination(Path(self.output), is_forced=self.force)
+        elif sys.stdout.isatty():
             raise UsageError(
-                f"{name!r} is no part of a model",
-                did_you_mean=tuple(get_close_matches(name, known, n=2)),
-                hint=f"parts: {', '.join(known)}",
+                "-o - writes a model to standard output, which is a terminal", hint="send it to a file or a pipe"
             )
-    return frozenset(known[name] for name in text.split(",")) if text else frozenset(StripPart)
+        else:
+            with temporary_folder() as scratch:
+                name = f"standard-output{model.suffix if suffix is None else suffix}"
+                yield Destination(scratch / name, to_stdout=True)
+
+
+class Mode(Enum):
+    """What decides which options `prune` and `finetune` take."""
+
+    SEARCH = auto()
+    CHANNELS = auto()
+    WRAPPERS = auto()
+    SCHEDULE = auto()
+    """Of wrappers."""
+    DATA = auto()
+    RECIPE = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class OptionRule:
+    """Options that go only with some modes, or never with others; `{}` in what is said is the option."""
+
+    options: tuple[str, ...]
+    message: str
+    hint: str = ""
+    only: frozenset[Mode] = frozenset()
+    never: frozenset[Mode] = frozenset()
+
+
+CHANNEL_LIMITS = ("min_channels", "round_to", "max_ratio", "params", "flops", "dead", "latency")
+_SEARCH = frozenset({Mode.SEARCH})
+_WRAPPERS = ("wrap", "schedule")
+_AMOUNTS = OptionRule(
+    ("sparsity", "compression", "target_gzip", "target_packed", "params", "flops", "dead"),
+    "{} and --max-drop both say how much goes",
+    "leave out {}",
+    never=_SEARCH,
+)
+
+
+def _not_in_search(options: tuple[str, ...], reason: str) -> OptionRule:
+    return OptionRule(options, f"{{}} does not go with --max-drop: {reason}", never=_SEARCH)
+
+
+OPTION_RULES = {
+    "prune": (
+        _AMOUNTS,
+        _not_in_search(_WRAPPERS, "wrappers prune later"),
+        _not_in_search(("latency",), "only the result is timed, by prune --sparsity"),
+        OptionRule(("metric", "tried"), "{} is about what a drop is judged by: add --max-drop 0.5pp", only=_SEARCH),
+        OptionRule(_WRAPPERS, "{} does not go with channels that are cut out", never=frozenset({Mode.CHANNELS})),
+        OptionRule(
+            _WRAPPERS,
+            "wrappers are written by strategies that look at weights alone",
+            "leave out --data",
+            never=frozenset({Mode.DATA}),
+        ),
+        OptionRule(
+            ("manifest",),
+            "a manifest repeats a run to the same bytes, and frameworks write wrappers as they like",
+            never=frozenset({Mode.WRAPPERS}),
+        ),
+        OptionRule(
+            ("schedule_param", "initial_sparsity", "begin", "end", "frequency", "power"),
+            "{} is about a schedule",
+            "add --schedule NAME",
+            only=frozenset({Mode.SCHEDULE}),
+        ),
+        OptionRule(
+            ("custom_objects", "trust", "build"),
+            "{} is about models that are opened, as for wrappers or data",
+            "add --wrap or --data SPEC",
+            # A recipe may name code as well, which is trusted or not.
+            only=frozenset({Mode.WRAPPERS, Mode.DATA, Mode.CHANNELS, Mode.SEARCH, Mode.RECIPE}),
+        ),
+        OptionRule(
+            (*CHANNEL_LIMITS, "allow_empty", "inputs"),
+            "{} is about channels: add --pattern channel",
+            only=frozenset({Mode.CHANNELS}),
+        ),
+        OptionRule(
+            ("cluster",),
+            "{} does not go with wrappers: training would part the clusters again",
+            never=frozenset({Mode.WRAPPERS}),
+        ),
+    ),
+    "finetune": (
+        OptionRule(("tried",), "{} is about a search: add --max-drop 0.5pp", only=_SEARCH),
+        replace(_AMOUNTS, options=("sparsity",)),
+        _not_in_search(
+            ("checkpoint_dir",), "each try is a run of its own; --tried DIR goes on where a search was stopped"
+        ),
+        _not_in_search(("resume",), "--tried DIR goes on where a search was stopped"),
+        _not_in_search(("logdir",), "each try is a run of its own"),
+        _not_in_search(("keep_wrappers",), "what has wrappers is not judged"),
+    ),
+}
+"""Which option goes with which mode, by command; the first rule that is broken is told."""
+
+
+def check_options(ctx: typer.Context, options: object, modes: set[Mode]) -> None:
+    """Refuse options that do not go with the modes of a run."""
+    for rule in OPTION_RULES[str(ctx.command.name)]:
+        if modes & rule.never or (rule.only and not modes & rule.only):
+            for name in rule.options:
+                if getattr(options, name):
+                    option = option_name(ctx, name)
+                    raise UsageError(rule.message.format(option), hint=rule.hint.format(option))
+
+
+def request_options(ctx: typer.Context, options: object, names: Container[str]) -> dict[str, Any]:
+    """The options that were given, by the names that are typed and that requests know: `model` for `build`."""
+    given = {}
+    for param in ctx.command.params:
+        name = option_name(ctx, str(param.name)).removeprefix("--").replace("-", "_")
+        value = getattr(options, str(param.name), None)
+        if param.param_type_name == "option" and name in names and value not in ("", None) and value is not False:
+            given[name] = (
+                _PARSERS[name](value) if name in _PARSERS else str(value) if isinstance(value, Enum) else value
+            )
+    return given
 
 
 def parse_layer_ratio(text: str) -> tuple[str, float]:
@@ -105,6 +197,14 @@ def parse_layer_ratio(text: str) -> tuple[str, float]:
     if not sign or not selector:
         raise UsageError(f"{text!r} is not a selector and a ratio", hint="write --layer 'conv*=0.5'")
     return selector, parse_ratio(ratio)
+
+
+_PARSERS: Mapping[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("sparsity", "initial_sparsity", "max_ratio", "val_split"), parse_ratio),
+    **dict.fromkeys(("target_gzip", "target_packed"), parse_size),
+    "layer": lambda texts: tuple(map(parse_layer_ratio, texts)),
+}
+"""From the text of an option to its value, by name."""
 
 
 def module_of(name: str) -> str:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from prunectl.commands._command import STDIN, make_command, option_group, resolve_stdin
-from prunectl.commands._requests import import_first, open_destination
+from prunectl.commands._command import make_command, option_group
+from prunectl.commands._requests import OutputOptions, import_first, request_options
 from prunectl.commands.build.command import BuildCommand
 from prunectl.exporting.compare import Comparison, ExportResult
-from prunectl.exporting.export import export as run
-from prunectl.exporting.request import parse_request
+from prunectl.exporting.export import export
+from prunectl.exporting.request import OPTIONS, parse_request
 from prunectl.exporting.routes import suffix_of
+from prunectl.pruning.destination import Destination
 from prunectl.reporting.prune import before_after
 from prunectl.reporting.report import Artifact, Column, Report, Section, Table, Unit
-from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.serialize import survey_json
 
 _OUTPUTS = (
@@ -96,38 +97,8 @@ _small = option_group("Smaller")
 _file = option_group("What the file does not say")
 
 
-def export(
-    ctx: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="File or folder; - is standard input.")],
-    *,
-    output: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="Where to; - is standard output.")] = "",
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="Of what is written; else as the suffix says.")] = "",
-    opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators.  [default: 18]")] = None,
-    metadata: Annotated[list[str] | None, typer.Option(metavar="K=V", help="Kept in ONNX and safetensors.")] = None,
-    card: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a model card, in Markdown.")] = None,
-    input_: Annotated[
-        list[str] | None, _run("--input", metavar="NAME:SHAPE:TYPE", help="Such as x:1,3,224,224:f32; ? is open.")
-    ] = None,
-    data: Annotated[str, _run(metavar="SPEC", help="What to run both on; else random inputs.")] = "",
-    samples: Annotated[int | None, _run(help="Examples to run both on.  [default: 256 of --data]", min=1)] = None,
-    batch_size: Annotated[int | None, _run(help="Examples at a time.  [default: 32]", min=1)] = None,
-    seed: Annotated[int | None, _run(help="Decides random inputs.  [default: 0]")] = None,
-    atol: Annotated[float | None, _run(help="How far two outputs may be apart.  [default: 1e-4]")] = None,
-    rtol: Annotated[float | None, _run(help="The same, as a share of the output.  [default: 1e-4]")] = None,
-    half: Annotated[bool, _small("--half", help="Weights as 16-bit floats.")] = False,
-    bf16: Annotated[bool, _small("--bf16", help="Weights as bfloat16 (ONNX, safetensors, state dict).")] = False,
-    int8: Annotated[bool, _small("--int8", help="Weights as 8-bit integers; with --data, activations too.")] = False,
-    sparse: Annotated[bool, _small("--sparse", help="Leave zeros out (ONNX, TensorFlow Lite).")] = False,
-    code: Annotated[
-        bool, typer.Option("--code", help="Beside weights of PyTorch, OUT.py with the class that takes them.")
-    ] = False,
-    pack: Annotated[bool, _small("--pack", help="Compress the output inside its container.")] = False,
-    build: Annotated[str, _file("--model", metavar="MOD:FN", help="Builds the model, for weights alone.")] = "",
-    custom_objects: Annotated[str, _file(metavar="MOD:DICT", help="Explains custom Keras layers.")] = "",
-    imports: Annotated[list[str] | None, _file("--import", metavar="MOD", help="Imported first; or ./net.py.")] = None,
-    trust: Annotated[bool, _file("--trust", help="Let code that comes with the file run.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Export(OutputOptions):
     """Write MODEL in another format, run both on the same inputs, and keep the result only if they agree.
 
     Masks and wrappers of pruning are taken off on the way. The suffix of OUT says the format, or --to: onnx, tflite,
@@ -141,25 +112,46 @@ def export(
 
     [dim]$[/] prunectl export net.pt -o weights.pt --code --model net.py:Net --input x:?,1,8,8
     """
-    reporter: Reporter = ctx.obj
-    import_first(imports or ())
-    options = {
-        "to": to, "opset": opset, "metadata": metadata, "card": card, "input": input_,
-        "data": data, "samples": samples, "batch_size": batch_size, "seed": seed, "atol": atol, "rtol": rtol,
-        "half": half, "bf16": bf16, "int8": int8, "sparse": sparse, "code": code, "pack": pack,
-        "model": build, "custom_objects": custom_objects, "trust": trust,
-    }  # fmt: skip
-    request = parse_request({name: value for name, value in options.items() if value is not None})
-    model_name = Path(f"model{suffix_of(request.to)}")
-    with (
-        resolve_stdin(model) as path,
-        open_destination(model_name, output, force=force, in_place=False, dry_run=False) as destination,
-    ):
-        assert destination is not None
-        result = run(path, request, destination)
-        if output == STDIN:
-            return reporter.copy_to_stdout(destination.target)
-        return reporter.show(export_report(result, str(destination.target)))
+
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="File or folder; - is standard input.")]
+    output: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="Where to; - is standard output.")] = ""
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="Of what is written; else as the suffix says.")] = ""
+    opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators.  [default: 18]")] = None
+    metadata: Annotated[list[str] | None, typer.Option(metavar="K=V", help="Kept in ONNX and safetensors.")] = None
+    card: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a model card, in Markdown.")] = None
+    input_: Annotated[
+        list[str] | None, _run("--input", metavar="NAME:SHAPE:TYPE", help="Such as x:1,3,224,224:f32; ? is open.")
+    ] = None
+    data: Annotated[str, _run(metavar="SPEC", help="What to run both on; else random inputs.")] = ""
+    samples: Annotated[int | None, _run(help="Examples to run both on.  [default: 256 of --data]", min=1)] = None
+    batch_size: Annotated[int | None, _run(help="Examples at a time.  [default: 32]", min=1)] = None
+    seed: Annotated[int | None, _run(help="Decides random inputs.  [default: 0]")] = None
+    atol: Annotated[float | None, _run(help="How far two outputs may be apart.  [default: 1e-4]")] = None
+    rtol: Annotated[float | None, _run(help="The same, as a share of the output.  [default: 1e-4]")] = None
+    half: Annotated[bool, _small("--half", help="Weights as 16-bit floats.")] = False
+    bf16: Annotated[bool, _small("--bf16", help="Weights as bfloat16 (ONNX, safetensors, state dict).")] = False
+    int8: Annotated[bool, _small("--int8", help="Weights as 8-bit integers; with --data, activations too.")] = False
+    sparse: Annotated[bool, _small("--sparse", help="Leave zeros out (ONNX, TensorFlow Lite).")] = False
+    code: Annotated[
+        bool, typer.Option("--code", help="Beside weights of PyTorch, OUT.py with the class that takes them.")
+    ] = False
+    pack: Annotated[bool, _small("--pack", help="Compress the output inside its container.")] = False
+    build: Annotated[str, _file("--model", metavar="MOD:FN", help="Builds the model, for weights alone.")] = ""
+    custom_objects: Annotated[str, _file(metavar="MOD:DICT", help="Explains custom Keras layers.")] = ""
+    imports: Annotated[list[str] | None, _file("--import", metavar="MOD", help="Imported first; or ./net.py.")] = None
+    trust: Annotated[bool, _file("--trust", help="Let code that comes with the file run.")] = False
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False
+
+    def run(self, ctx: typer.Context) -> int:
+        """Export the model, and show how far its outputs are from those of the source."""
+        import_first(self.imports or ())
+        request = parse_request(request_options(ctx, self, OPTIONS))
+
+        def work(path: Path, destination: Destination | None) -> Report:
+            assert destination is not None
+            return export_report(export(path, request, destination), str(destination.target))
+
+        return self.write(ctx.obj, work, suffix=suffix_of(request.to))
 
 
-command = make_command(export, BuildCommand)
+command = make_command(Export, BuildCommand)

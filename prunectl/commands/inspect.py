@@ -17,6 +17,7 @@ from prunectl.commands._command import given_on_command_line, inspect_each, make
 from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.registry import open_model
+from prunectl.pruning import BATCH_SIZE, SAMPLES
 from prunectl.reporting.inspect import inspect_report
 from prunectl.reporting.reporter import Reporter
 
@@ -46,8 +47,8 @@ def inspect(
     ] = None,
     sensitivity: Annotated[bool, _data("--sensitivity", help="Prune each tensor alone; see what goes.")] = False,
     data: Annotated[str, _data(metavar="SPEC", help="Examples to run: train.npz, x.npy,y.npy, images/…")] = "",
-    samples: Annotated[int, _data(help="How many of them.", min=1)] = 128,
-    batch_size: Annotated[int, _data(help="How many at a time.", min=1)] = 32,
+    samples: Annotated[int, _data(help="How many of them.", min=1)] = SAMPLES,
+    batch_size: Annotated[int, _data(help="How many at a time.", min=1)] = BATCH_SIZE,
     build: Annotated[str, _data("--model", metavar="MOD:FN", help="Builds the model, for weights alone.")] = "",
     custom_objects: Annotated[str, _data(metavar="MOD:DICT", help="Explains custom Keras layers.")] = "",
     loss: Annotated[str, _data(metavar="NAME", help="What is measured; else as the file says.")] = "",
@@ -65,7 +66,7 @@ def inspect(
 
     [dim]$[/] prunectl inspect model.keras --sensitivity --data train.npz
     """
-    _check(ctx)
+    _check(ctx, data=data, is_measured=sensitivity, inputs=inputs, groups=groups)
     reporter: Reporter = ctx.obj
     parsed = patterns.parse(pattern) if pattern else None
     options = InspectOptions(layers, sort, pattern, hist, flops, zeros, has_digest=reporter.is_json)
@@ -109,17 +110,14 @@ def _measured(model: ModelFile, options: dict[str, Any], **settings: Any) -> Sen
     return result
 
 
-def _check(ctx: typer.Context) -> None:
+def _check(ctx: typer.Context, *, data: str, is_measured: bool, inputs: list[str] | None, groups: bool) -> None:
     """Refuse options that would have no effect."""
-    params = ctx.params
-    if params["data"] and not params["sensitivity"]:
+    if data and not is_measured:
         raise UsageError("inspect looks at data for --sensitivity only", hint="add --sensitivity, or leave out --data")
-    if params["inputs"] and not params["groups"]:
+    if inputs and not groups:
         raise UsageError("--input is about channels", hint="add --groups, or leave out --input")
-    typed = [
-        name for name in _ABOUT_DATA if given_on_command_line(ctx, name) and not (params["groups"] and name in _OPENING)
-    ]
-    if typed and not params["data"]:
+    typed = [name for name in _ABOUT_DATA if given_on_command_line(ctx, name) and not (groups and name in _OPENING)]
+    if typed and not data:
         raise UsageError(
             f"{option_name(ctx, typed[0])} is about data, and there is none",
             hint="such as --sensitivity --data train.npz",

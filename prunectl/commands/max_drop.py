@@ -8,20 +8,18 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from prunectl.analysis.patterns import CHANNEL, NMPattern
-from prunectl.commands._command import option_name
-from prunectl.commands.prune_modes import PruneMode, build_mode, channel_limits
+from prunectl.commands.prune_modes import PruneMode, build_mode
 from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.registry import by_name, load, open_model
 from prunectl.formats.scratch import temporary_folder
+from prunectl.pruning import BATCH_SIZE, SAMPLES
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import Destination
-from prunectl.pruning.request import BATCH_SIZE, SAMPLES, PruneRequest, parse_pattern
+from prunectl.pruning.request import PruneRequest, parse_pattern
 from prunectl.pruning.strip import stats_for_report
 from prunectl.reporting.max_drop import max_drop_report, with_search
 from prunectl.reporting.progress import TrainingProgress
@@ -39,18 +37,9 @@ from prunectl.training.monitor import check_direction
 from prunectl.training.request import FinetuneRequest, check
 from prunectl.training.request import parse_metrics as metrics_of
 
-_AMOUNTS = ("sparsity", "compression", "target_gzip", "target_packed", "params", "flops", "dead")
-
-
-def reject_conflicts(ctx: typer.Context, reasons: Mapping[str, str]) -> None:
-    """Refuse what says how much goes as well, and others with the reason why."""
-    for name in _AMOUNTS:
-        if ctx.params.get(name):
-            option = option_name(ctx, name)
-            raise UsageError(f"{option} and --max-drop both say how much goes", hint=f"leave out {option}")
-    for name, reason in reasons.items():
-        if ctx.params.get(name):
-            raise UsageError(f"{option_name(ctx, name)} does not go with --max-drop: {reason}")
+if TYPE_CHECKING:
+    from prunectl.commands.finetune import Finetune
+    from prunectl.commands.prune import Prune
 
 
 @contextmanager
@@ -77,28 +66,20 @@ def journal_key(choices: Mapping[str, Any], is_left_out: Callable[[str], bool]) 
     return plain
 
 
-_NOT_FOR_PRUNE = {
-    "wrap": "wrappers prune later",
-    "schedule": "wrappers prune later",
-    "latency": "only the result is timed, by prune --sparsity",
-}
 _LEAST_PRUNED = 0.01
 
 
-def search_mode(ctx: typer.Context, request: PruneRequest) -> PruneMode:
+def search_mode(reporter: Reporter, options: Prune, request: PruneRequest, limits: Mapping[str, Any]) -> PruneMode:
     """The mode that searches for the largest sparsity within a drop; conflicts are rejected before a file is opened."""
-    params, reporter = ctx.params, ctx.obj
-    assert isinstance(reporter, Reporter)
-    limit = parse_drop(params["max_drop"])
-    reject_conflicts(ctx, _NOT_FOR_PRUNE)
+    limit = parse_drop(options.max_drop)
     if not request.data:
         raise UsageError("--max-drop is judged on data, and there is none", hint="such as --data test.npz")
     if request.pattern != CHANNEL and isinstance(parse_pattern(request)[0], NMPattern):
         raise UsageError(f"the pattern {request.pattern} decides the sparsity by itself", hint="leave out --max-drop")
     origin = LoadOptions(
-        request.model, request.custom_objects, is_trusted=params["trust"], seed=request.seed, inputs=request.inputs
+        request.model, request.custom_objects, is_trusted=options.trust, seed=request.seed, inputs=request.inputs
     )
-    means = TrainOptions(loss=request.loss, seed=request.seed, **metrics_of((params["metric"],)))
+    means = TrainOptions(loss=request.loss, seed=request.seed, **metrics_of((options.metric,)))
     check_direction(means)
     evaluation = FinetuneRequest(request.data, batch_size=request.batch_size, means=means, origin=origin)
     looks_at_data = needs_data(replace(request, sparsity=_LEAST_PRUNED))
@@ -109,14 +90,13 @@ def search_mode(ctx: typer.Context, request: PruneRequest) -> PruneMode:
     pruning = request if looks_at_data else _drop_data_options(request)
     if request.pattern == CHANNEL:
         check_channels(replace(pruning, sparsity=_LEAST_PRUNED))
-    limits = channel_limits(params)
-    build_mode(ctx, replace(pruning, sparsity=_LEAST_PRUNED))
+    build_mode(options, replace(pruning, sparsity=_LEAST_PRUNED), limits)
 
     def make(path: Path, sparsity: float, output: Destination) -> None:
         prune_to(path, replace(pruning, sparsity=sparsity), output, is_trusted=origin.is_trusted, limits=limits)
 
     choices = journal_key(
-        {**asdict(request), "metric": params["metric"], **limits}, {"sparsity", "is_packed"}.__contains__
+        {**asdict(request), "metric": options.metric, **limits}, {"sparsity", "is_packed"}.__contains__
     )
     variant = Variant(request.strategy, request.scope, "", request.pattern, ",".join(request.params))
     functions = (request.strategy, request.policy, request.loss, request.model, request.custom_objects, *means.metrics)
@@ -125,8 +105,8 @@ def search_mode(ctx: typer.Context, request: PruneRequest) -> PruneMode:
         outputs.check(open_model(path), destination)
         files = digests(specs=(request.data,), functions=functions)
         spec = Search(variant, limit, evaluation, make, choices, files)
-        with run_search(path, spec, Path(params["tried"]) if params["tried"] else None, reporter) as result:
-            report = build_mode(ctx, replace(pruning, sparsity=result.best.sparsity))(path, destination)
+        with run_search(path, spec, options.tried, reporter) as result:
+            report = build_mode(options, replace(pruning, sparsity=result.best.sparsity), limits)(path, destination)
             return with_search(report, result, request.data, looks_at_data=looks_at_data)
 
     return run
@@ -139,22 +119,15 @@ def _drop_data_options(request: PruneRequest) -> PruneRequest:
     return replace(request, data="", batch_size=BATCH_SIZE, loss="")
 
 
-_NOT_FOR_FINETUNE = {
-    "checkpoint_dir": "each try is a run of its own; --tried DIR goes on where a search was stopped",
-    "resume": "--tried DIR goes on where a search was stopped",
-    "logdir": "each try is a run of its own",
-    "keep_wrappers": "what has wrappers is not judged",
-}
 _PROCESSES, _LEAST_FINETUNED = "WORLD_SIZE", 0.01
 _NOT_IN_SEARCH = frozenset({"pruning sparsity"})
 
 
-def finetune_search(ctx: typer.Context, request: FinetuneRequest) -> Callable[[Path, Destination], Report]:
+def finetune_search(
+    reporter: Reporter, options: Finetune, request: FinetuneRequest
+) -> Callable[[Path, Destination], Report]:
     """The search for the largest sparsity within a drop; conflicts are rejected before a file is opened."""
-    params, reporter = ctx.params, ctx.obj
-    assert isinstance(reporter, Reporter)
-    limit = parse_drop(params["max_drop"])
-    reject_conflicts(ctx, _NOT_FOR_FINETUNE)
+    limit = parse_drop(options.max_drop)
     if os.environ.get(_PROCESSES, "1") != "1":
         raise UsageError("--max-drop trains in one process", hint="search without torchrun, then train with --sparsity")
     pruning = request.pruning
@@ -173,16 +146,15 @@ def finetune_search(ctx: typer.Context, request: FinetuneRequest) -> Callable[[P
         model = open_model(path)
         outputs.check(model, destination)
         # As it is now: in place, the result takes its place.
-        before = replace(stats_for_report(model), path=params["model"])
-        tried = Path(params["tried"]) if params["tried"] else None
+        before = replace(stats_for_report(model), path=options.model)
         spec = Search(
             variant, limit, request, make, journal_key(request.choices, _NOT_IN_SEARCH.__contains__), _files(request)
         )
-        with run_search(path, spec, tried, reporter) as result:
+        with run_search(path, spec, options.tried, reporter) as result:
             _copy_result(model, open_model(result.path), destination)
         after = replace(stats_for_report(open_model(_result_path(model, destination))), path=str(destination.target))
         notes = () if request.val or request.val_split else (_judged_on_training_data(request),)
-        return max_drop_report(result, (before, after), params["model"], str(destination.target), notes)
+        return max_drop_report(result, (before, after), options.model, str(destination.target), notes)
 
     return run
 

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from prunectl.commands._command import STDIN, make_command, option_group, resolve_stdin
-from prunectl.commands._requests import open_destination, prune_request
+from prunectl.commands._command import given_on_command_line, make_command, option_group, option_name
+from prunectl.commands._requests import OutputOptions, request_options
 from prunectl.commands.build.command import BuildCommand
 from prunectl.commands.prune_modes import select_mode
+from prunectl.errors import UsageError
+from prunectl.pruning import manifest
 from prunectl.pruning.masks import NonFinitePolicy
 from prunectl.pruning.plan import Scope
-from prunectl.reporting.reporter import Reporter
+from prunectl.pruning.request import OPTIONS, PruneRequest, parse_request
 
+_NOT_IN_RECIPE = frozenset(
+    {"model", "output", "dry_run", "manifest", "recipe", "force", "in_place", "trust", "allow_empty"}
+)
+"""What a recipe leaves open."""
+_DEFAULT = PruneRequest()
+_SCOPE, _NAN = Scope(_DEFAULT.scope), NonFinitePolicy(_DEFAULT.nan)
 _much = option_group("How much")
 _which = option_group("Which weights")
 _later = option_group("Wrappers for later training")
@@ -22,61 +31,8 @@ _cut = option_group("Channels (--pattern channel)")
 _data = option_group("With data")
 
 
-def prune(
-    ctx: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="File or folder; - is standard input.")],
-    *,
-    output: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="Where to; - is standard output.")] = "",
-    sparsity: Annotated[str, _much("-s", "--sparsity", metavar="RATIO", help="Share of zeros, 0.8 or 80%.")] = "",
-    compression: Annotated[float | None, _much(metavar="X", min=1, help="All parameters over those kept.")] = None,
-    target_gzip: Annotated[str, _much(metavar="SIZE", help="As sparse as this gzipped size needs.")] = "",
-    target_packed: Annotated[str, _much(metavar="SIZE", help="As sparse as this packed size needs.")] = "",
-    max_drop: Annotated[str, _much(metavar="DROP", help="As much as costs 0.5pp of a metric on --data.")] = "",
-    metric: Annotated[str, _much(metavar="NAME", help="Of --max-drop: accuracy, loss, f.py:fn:max …")] = "",
-    tried: Annotated[Path | None, _much(metavar="DIR", help="Keep what --max-drop tries, and go on from it.")] = None,
-    strategy: Annotated[str, _which(metavar="NAME", help="What goes first.")] = "magnitude",
-    param: Annotated[list[str] | None, _which(metavar="K=V", help="A parameter of the strategy.")] = None,
-    scope: Annotated[Scope, _which(help="Ranked in each layer, or over all.")] = Scope.LAYER,
-    pattern: Annotated[str, _which(metavar="PATTERN", help="2:4, block:1x4, block:4x4:max or channel.")] = "",
-    cluster: Annotated[str, _which(metavar="K[:START]", help="Leave K distinct values in each tensor.")] = "",
-    policy: Annotated[str, _which(metavar="NAME", help="Which tensors.")] = "default",
-    only: Annotated[str, _which(metavar="GLOB", help="Only these tensors, whatever the policy.")] = "",
-    exclude: Annotated[list[str] | None, _which(metavar="GLOB", help="Not these; may be repeated.")] = None,
-    layer: Annotated[list[str] | None, _which(metavar="GLOB=R", help="A ratio of their own; the last wins.")] = None,
-    seed: Annotated[int, _which(help="Decides what is random.")] = 0,
-    nan: Annotated[NonFinitePolicy, _which(help="What becomes of NaN and infinity.")] = NonFinitePolicy.ERROR,
-    min_channels: Annotated[int | None, _cut(help="So many stay in each layer.  [default: 2]", min=1)] = None,
-    round_to: Annotated[int | None, _cut(help="What stays is a multiple of this.", min=1)] = None,
-    max_ratio: Annotated[str, _cut(metavar="RATIO", help="No layer loses more than this.")] = "",
-    params: Annotated[str, _cut(metavar="-R|N", help="So many parameters less, -50%, or left, 1.5M.")] = "",
-    flops: Annotated[str, _cut(metavar="-R|N", help="The same of operations.")] = "",
-    latency: Annotated[bool, _cut("--latency", help="Time both networks in their runtime.")] = False,
-    dead: Annotated[bool, _cut("--dead", help="Only channels that make no difference.")] = False,
-    allow_empty: Annotated[bool, _cut("--allow-empty", help="Write it even if no channel goes.")] = False,
-    data: Annotated[str, _data(metavar="SPEC", help="What strategies, --max-drop and cuts look at: train.npz …")] = "",
-    samples: Annotated[int, _data(help="How many examples of it.", min=1)] = 128,
-    batch_size: Annotated[int, _data(help="How many at a time.", min=1)] = 32,
-    repair: Annotated[bool, _data("--repair", help="Fit what stays anew, to make up for what goes.")] = False,
-    loss: Annotated[str, _data(metavar="NAME", help="What gradients are taken of; else as the file says.")] = "",
-    build: Annotated[str, _data("--model", metavar="MOD:FN", help="Builds the model, for weights alone.")] = "",
-    custom_objects: Annotated[str, _data(metavar="MOD:DICT", help="Explains custom Keras layers.")] = "",
-    trust: Annotated[bool, _data("--trust", help="Let code that comes with the file run.")] = False,
-    inputs: Annotated[list[str] | None, _cut("--input", metavar="SHAPE", help="What goes in: 1,3,224,224 …")] = None,
-    wrap: Annotated[bool, _later("--wrap", help="Write the framework's pruning wrappers.")] = False,
-    schedule: Annotated[str, _later(metavar="NAME", help="Prune later, along this curve (Keras 2).")] = "",
-    schedule_param: Annotated[list[str] | None, _later(metavar="K=V", help="A parameter of the schedule.")] = None,
-    initial_sparsity: Annotated[str, _later(metavar="RATIO", help="Where it begins.")] = "",
-    begin: Annotated[str, _later(metavar="STEP", help="When: a step is a batch.")] = "",
-    end: Annotated[str, _later(metavar="STEP", help="Until when.")] = "",
-    frequency: Annotated[int | None, _later(metavar="STEPS", help="From one turn to the next.", min=1)] = None,
-    power: Annotated[float | None, _later(help="Of the polynomial.  [default: 3]")] = None,
-    pack: Annotated[bool, typer.Option("--pack", help="Compress the output inside its container.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would come of it; write nothing.")] = False,
-    manifest: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep a record of the run.")] = None,
-    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="Repeat the run of a manifest.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
-    in_place: Annotated[bool, typer.Option("--in-place", help="Replace the input.")] = False,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Prune(OutputOptions):
     """Zero the least important weights of MODEL; everything else stays as it was, byte for byte.
 
     [dim]$[/] prunectl prune model.h5 -o pruned.h5 --sparsity 80%
@@ -97,16 +53,71 @@ def prune(
 
     [dim]$[/] prunectl prune model.h5 -o wrapped.h5 -s 80% --schedule polynomial --end 2000
     """
-    reporter: Reporter = ctx.obj
-    run = select_mode(ctx, prune_request(ctx, recipe))
-    with (
-        resolve_stdin(model) as path,
-        open_destination(path, output, force=force, in_place=in_place, dry_run=dry_run) as destination,
-    ):
-        report = run(path, destination)
-        if output == STDIN and destination is not None:
-            return reporter.copy_to_stdout(destination.target)
-        return reporter.show(report)
+
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="File or folder; - is standard input.")]
+    output: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="Where to; - is standard output.")] = ""
+    sparsity: Annotated[str, _much("-s", "--sparsity", metavar="RATIO", help="Share of zeros, 0.8 or 80%.")] = ""
+    compression: Annotated[float | None, _much(metavar="X", min=1, help="All parameters over those kept.")] = None
+    target_gzip: Annotated[str, _much(metavar="SIZE", help="As sparse as this gzipped size needs.")] = ""
+    target_packed: Annotated[str, _much(metavar="SIZE", help="As sparse as this packed size needs.")] = ""
+    max_drop: Annotated[str, _much(metavar="DROP", help="As much as costs 0.5pp of a metric on --data.")] = ""
+    metric: Annotated[str, _much(metavar="NAME", help="Of --max-drop: accuracy, loss, f.py:fn:max …")] = ""
+    tried: Annotated[Path | None, _much(metavar="DIR", help="Keep what --max-drop tries, and go on from it.")] = None
+    strategy: Annotated[str, _which(metavar="NAME", help="What goes first.")] = _DEFAULT.strategy
+    param: Annotated[list[str] | None, _which(metavar="K=V", help="A parameter of the strategy.")] = None
+    scope: Annotated[Scope, _which(help="Ranked in each layer, or over all.")] = _SCOPE
+    pattern: Annotated[str, _which(metavar="PATTERN", help="2:4, block:1x4, block:4x4:max or channel.")] = ""
+    cluster: Annotated[str, _which(metavar="K[:START]", help="Leave K distinct values in each tensor.")] = ""
+    policy: Annotated[str, _which(metavar="NAME", help="Which tensors.")] = _DEFAULT.policy
+    only: Annotated[str, _which(metavar="GLOB", help="Only these tensors, whatever the policy.")] = ""
+    exclude: Annotated[list[str] | None, _which(metavar="GLOB", help="Not these; may be repeated.")] = None
+    layer: Annotated[list[str] | None, _which(metavar="GLOB=R", help="A ratio of their own; the last wins.")] = None
+    seed: Annotated[int, _which(help="Decides what is random.")] = _DEFAULT.seed
+    nan: Annotated[NonFinitePolicy, _which(help="What becomes of NaN and infinity.")] = _NAN
+    min_channels: Annotated[int | None, _cut(help="So many stay in each layer.  [default: 2]", min=1)] = None
+    round_to: Annotated[int | None, _cut(help="What stays is a multiple of this.", min=1)] = None
+    max_ratio: Annotated[str, _cut(metavar="RATIO", help="No layer loses more than this.")] = ""
+    params: Annotated[str, _cut(metavar="-R|N", help="So many parameters less, -50%, or left, 1.5M.")] = ""
+    flops: Annotated[str, _cut(metavar="-R|N", help="The same of operations.")] = ""
+    latency: Annotated[bool, _cut("--latency", help="Time both networks in their runtime.")] = False
+    dead: Annotated[bool, _cut("--dead", help="Only channels that make no difference.")] = False
+    allow_empty: Annotated[bool, _cut("--allow-empty", help="Write it even if no channel goes.")] = False
+    data: Annotated[str, _data(metavar="SPEC", help="What strategies, --max-drop and cuts look at: train.npz …")] = ""
+    samples: Annotated[int, _data(help="How many examples of it.", min=1)] = _DEFAULT.samples
+    batch_size: Annotated[int, _data(help="How many at a time.", min=1)] = _DEFAULT.batch_size
+    repair: Annotated[bool, _data("--repair", help="Fit what stays anew, to make up for what goes.")] = False
+    loss: Annotated[str, _data(metavar="NAME", help="What gradients are taken of; else as the file says.")] = ""
+    build: Annotated[str, _data("--model", metavar="MOD:FN", help="Builds the model, for weights alone.")] = ""
+    custom_objects: Annotated[str, _data(metavar="MOD:DICT", help="Explains custom Keras layers.")] = ""
+    trust: Annotated[bool, _data("--trust", help="Let code that comes with the file run.")] = False
+    inputs: Annotated[list[str] | None, _cut("--input", metavar="SHAPE", help="What goes in: 1,3,224,224 …")] = None
+    wrap: Annotated[bool, _later("--wrap", help="Write the framework's pruning wrappers.")] = False
+    schedule: Annotated[str, _later(metavar="NAME", help="Prune later, along this curve (Keras 2).")] = ""
+    schedule_param: Annotated[list[str] | None, _later(metavar="K=V", help="A parameter of the schedule.")] = None
+    initial_sparsity: Annotated[str, _later(metavar="RATIO", help="Where it begins.")] = ""
+    begin: Annotated[str, _later(metavar="STEP", help="When: a step is a batch.")] = ""
+    end: Annotated[str, _later(metavar="STEP", help="Until when.")] = ""
+    frequency: Annotated[int | None, _later(metavar="STEPS", help="From one turn to the next.", min=1)] = None
+    power: Annotated[float | None, _later(help="Of the polynomial.  [default: 3]")] = None
+    pack: Annotated[bool, typer.Option("--pack", help="Compress the output inside its container.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would come of it; write nothing.")] = False
+    manifest: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep a record of the run.")] = None
+    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="Repeat the run of a manifest.")] = None
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False
+    in_place: Annotated[bool, typer.Option("--in-place", help="Replace the input.")] = False
+
+    def run(self, ctx: typer.Context) -> int:
+        """Prune the model in the mode that its options select, and show what came of it."""
+        return self.write(ctx.obj, select_mode(ctx, self, self._request(ctx)))
+
+    def _request(self, ctx: typer.Context) -> PruneRequest:
+        """The request of a recipe, or of the options."""
+        if self.recipe is None:
+            return parse_request(request_options(ctx, self, OPTIONS))
+        typed = [name for name in ctx.params if name not in _NOT_IN_RECIPE and given_on_command_line(ctx, name)]
+        if typed:
+            raise UsageError(f"--recipe says all that decides the result: leave out {option_name(ctx, typed[0])}")
+        return manifest.read(self.recipe, is_trusted=self.trust)
 
 
-command = make_command(prune, BuildCommand)
+command = make_command(Prune, BuildCommand)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from prunectl.commands._command import STDIN, make_command, resolve_stdin
-from prunectl.commands._requests import open_destination, parse_parts
+from prunectl.commands._command import make_command
+from prunectl.commands._requests import OutputOptions
 from prunectl.commands.build.command import BuildCommand
+from prunectl.errors import UsageError
 from prunectl.formats.base import StripOptions, StripPart
-from prunectl.pruning.strip import Stripped
-from prunectl.pruning.strip import strip as run
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.strip import Stripped, strip
 from prunectl.reporting.prune import before_after
 from prunectl.reporting.report import Artifact, Column, Report, Section, Table, Unit
-from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.serialize import survey_json
 
 _ITEMS = (Column("removed"), Column("part"), Column("bytes", Unit.BYTES))
@@ -47,18 +50,8 @@ def _by_part(result: Stripped) -> Table:
     return Table("parts", _PARTS, rows, total=total)
 
 
-def strip(
-    ctx: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="File or folder; - is standard input.")],
-    *,
-    output: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="Where to; - is standard output.")] = "",
-    only: Annotated[str, typer.Option(metavar="PARTS", help=f"Of {','.join(StripPart)}.")] = "",
-    half: Annotated[bool, typer.Option("--half", help="Store weights as 16-bit floats.")] = False,
-    pack: Annotated[bool, typer.Option("--pack", help="Compress the output inside its container.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would come of it; write nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
-    in_place: Annotated[bool, typer.Option("--in-place", help="Replace the input.")] = False,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Strip(OutputOptions):
     """Drop pruning masks and wrappers, optimizer state, training configuration and example inputs from MODEL.
 
     Pruned weights come out as weight times mask. What is left loads as a model that was never pruned or compiled.
@@ -67,16 +60,38 @@ def strip(
 
     [dim]$[/] prunectl strip model.pt -o small.pt --only masks,optimizer --pack
     """
-    reporter: Reporter = ctx.obj
-    options = StripOptions(parse_parts(only), to_half=half)
-    with (
-        resolve_stdin(model) as path,
-        open_destination(path, output, force=force, in_place=in_place, dry_run=dry_run) as destination,
-    ):
-        result = run(path, options, destination, is_packed=pack)
-        if output == STDIN and destination is not None:
-            return reporter.copy_to_stdout(destination.target)
-        return reporter.show(strip_report(result, str(destination.target) if destination is not None else ""))
+
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="File or folder; - is standard input.")]
+    output: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="Where to; - is standard output.")] = ""
+    only: Annotated[str, typer.Option(metavar="PARTS", help=f"Of {','.join(StripPart)}.")] = ""
+    half: Annotated[bool, typer.Option("--half", help="Store weights as 16-bit floats.")] = False
+    pack: Annotated[bool, typer.Option("--pack", help="Compress the output inside its container.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would come of it; write nothing.")] = False
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False
+    in_place: Annotated[bool, typer.Option("--in-place", help="Replace the input.")] = False
+
+    def run(self, ctx: typer.Context) -> int:
+        """Strip the model, and show what came off."""
+        strip_options = StripOptions(_parse_parts(self.only), to_half=self.half)
+
+        def work(path: Path, destination: Destination | None) -> Report:
+            result = strip(path, strip_options, destination, is_packed=self.pack)
+            return strip_report(result, str(destination.target) if destination is not None else "")
+
+        return self.write(ctx.obj, work)
 
 
-command = make_command(strip, BuildCommand)
+def _parse_parts(text: str) -> frozenset[StripPart]:
+    """The parts in a list with commas; all of them if it is empty."""
+    known = {str(part): part for part in StripPart}
+    for name in filter(None, text.split(",")):
+        if name not in known:
+            raise UsageError(
+                f"{name!r} is no part of a model",
+                did_you_mean=tuple(get_close_matches(name, known, n=2)),
+                hint=f"parts: {', '.join(known)}",
+            )
+    return frozenset(known[name] for name in text.split(",")) if text else frozenset(StripPart)
+
+
+command = make_command(Strip, BuildCommand)

@@ -21,6 +21,7 @@ _data = option_group("Data")
 _train = option_group("Training")
 _file = option_group("What the file does not say")
 _USUAL = "50%,80%,90%"
+_DEFAULT = SweepConfig("")
 
 
 def sweep(
@@ -31,8 +32,8 @@ def sweep(
     data: Annotated[str, _data(metavar="SPEC", help="What to learn from, and to look at: train.npz, images/ …")],
     val: Annotated[str, _data(metavar="SPEC", help="What to judge by; else the data itself.")] = "",
     val_split: Annotated[str, _data(metavar="RATIO", help="Judge by this share of the data instead.")] = "",
-    batch_size: Annotated[int, _data(help="Examples in a batch.", min=1)] = 32,
-    samples: Annotated[int, _data(help="How many examples strategies look at.", min=1)] = 128,
+    batch_size: Annotated[int, _data(help="Examples in a batch.", min=1)] = _DEFAULT.batch_size,
+    samples: Annotated[int, _data(help="How many examples strategies look at.", min=1)] = _DEFAULT.samples,
     metric: Annotated[
         str, _data(metavar="NAME", help="What decides: accuracy, loss, f.py:fn:max …; else as the file says.")
     ] = "",
@@ -52,14 +53,14 @@ def sweep(
     max_drop: Annotated[
         str, _ways(metavar="DROP", help="Find the largest sparsity that costs no more: 0.5pp, or 0.01 of a loss.")
     ] = "",
-    policy: Annotated[str, _ways(metavar="NAME", help="Which tensors.")] = "default",
+    policy: Annotated[str, _ways(metavar="NAME", help="Which tensors.")] = _DEFAULT.policy,
     only: Annotated[str, _ways(metavar="GLOB", help="Only these tensors, whatever the policy.")] = "",
     exclude: Annotated[list[str] | None, _ways(metavar="GLOB", help="Not these; may be repeated.")] = None,
-    epochs: Annotated[int, _train(help="Train each point so long; 0 prunes alone.", min=0)] = 0,
+    epochs: Annotated[int, _train(help="Train each point so long; 0 prunes alone.", min=0)] = _DEFAULT.epochs,
     lr: Annotated[float | None, _train(help="Learning rate; else as the file says, or the framework.")] = None,
     optimizer: Annotated[str, _train(metavar="NAME", help="Such as adam or sgd:momentum=0.9.")] = "",
     loss: Annotated[str, _train(metavar="NAME", help="Such as cross-entropy or mse, or mod:fn.")] = "",
-    seed: Annotated[int, _train(help="Decides what is random.")] = 0,
+    seed: Annotated[int, _train(help="Decides what is random.")] = _DEFAULT.seed,
     jobs: Annotated[int, typer.Option("-j", "--jobs", metavar="N", help="Processes side by side.", min=1)] = 1,
     on: Annotated[str, typer.Option("--on", metavar="PLACE", help="ray, or ray:ADDRESS: on a Ray cluster.")] = "",
     build: Annotated[str, _file("--model", metavar="MOD:FN", help="Builds the model, for weights alone.")] = "",

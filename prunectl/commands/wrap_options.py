@@ -1,73 +1,53 @@
-"""What `prune` is asked about wrappers: pruned later by a schedule, or written with masks now."""
+"""`prune` with wrappers: weights are pruned later by a schedule, or written with masks now."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-import typer
-
-from prunectl.commands._command import option_name
-from prunectl.commands.prune_modes import OPENING_OPTIONS, SCHEDULE_OPTIONS
+from prunectl.commands.prune import Prune
+from prunectl.commands.prune_modes import PruneMode, load, target_name
 from prunectl.errors import UsageError
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.schedules import SparsitySchedule
+from prunectl.reporting.prune import wrap_report
+from prunectl.reporting.report import Report
 from prunectl.training.backend import LoadOptions
 from prunectl.training.request import MOST_FREQUENCY, PointUnit, default_update_interval, parse_time_point
 from prunectl.training.wrap.schedules import has_tfmot_class
 from prunectl.units import parse_ratio
 
 
-@dataclass(frozen=True, slots=True)
-class WrapOptions:
-    """What is asked of wrappers."""
+def wrap_mode(options: Prune, request: PruneRequest) -> PruneMode:
+    """The mode that writes wrappers; without a schedule, weights are pruned now."""
+    ramp = _ramp(options, request) if options.schedule else None
+    origin = LoadOptions(custom_objects=options.custom_objects, is_trusted=options.trust)
 
-    ramp: SparsitySchedule | None
-    """How weights are pruned later; none if they are pruned now."""
-    origin: LoadOptions
+    def run(path: Path, destination: Destination | None) -> Report:
+        result = load("prunectl.training.wrap.prune:prune_wrapped")(path, request, ramp, origin, destination)
+        return wrap_report(result, target_name(destination))
 
-
-def wrap_options(ctx: typer.Context, *, looks_at_data: bool) -> WrapOptions | None:
-    """The options about wrappers; None if no wrappers are to be written."""
-    params = ctx.params
-    if params["schedule"] or params["wrap"]:
-        if looks_at_data:
-            raise UsageError("wrappers are written by strategies that look at weights alone", hint="leave out --data")
-        if params["manifest"] is not None:
-            raise UsageError("a manifest repeats a run to the same bytes, and frameworks write wrappers as they like")
-        ramp = _ramp(params) if params["schedule"] else None
-        _reject_wrap_options(ctx, () if ramp is not None else SCHEDULE_OPTIONS, "a schedule", "--schedule NAME")
-        return WrapOptions(ramp, LoadOptions(custom_objects=params["custom_objects"], is_trusted=params["trust"]))
-    _reject_wrap_options(ctx, SCHEDULE_OPTIONS, "a schedule", "--schedule NAME")
-    if not looks_at_data:
-        # A recipe may name code as well, which is trusted or not.
-        names = tuple(name for name in OPENING_OPTIONS if name != "trust" or params["recipe"] is None)
-        _reject_wrap_options(ctx, names, "models that are opened, as for wrappers or data", "--wrap or --data SPEC")
-    return None
+    return run
 
 
-def _reject_wrap_options(ctx: typer.Context, names: tuple[str, ...], subject: str, hint: str) -> None:
-    for name in names:
-        if ctx.params[name]:
-            raise UsageError(f"{option_name(ctx, name)} is about {subject}", hint=f"add {hint}")
-
-
-def _ramp(params: dict[str, Any]) -> SparsitySchedule:
-    name, begin, end = params["schedule"], _step("--begin", params["begin"] or "0"), None
-    if params["end"]:
-        end = _step("--end", params["end"])
+def _ramp(options: Prune, request: PruneRequest) -> SparsitySchedule:
+    name, begin, end = options.schedule, _step("--begin", options.begin or "0"), None
+    if options.end:
+        end = _step("--end", options.end)
     elif name != "constant":
         raise UsageError(
             f"the schedule {name} needs an end, a number of batches", hint="such as --end 2000, or finetune --schedule"
         )
     length = (end or 0) - begin
+    params = tuple(options.schedule_param or ())
     ramp = SparsitySchedule(
         name,
-        parse_ratio(params["sparsity"]) if params["sparsity"] else 0.0,
+        request.sparsity or 0.0,
         begin,
         end,
-        parse_ratio(params["initial_sparsity"]) if params["initial_sparsity"] else 0.0,
-        params["frequency"] or _frequency(length),
-        _params(params),
+        parse_ratio(options.initial_sparsity) if options.initial_sparsity else 0.0,
+        options.frequency or _frequency(length),
+        params if options.power is None else (*params, f"power={options.power!r}"),
     )
     if has_tfmot_class(ramp) and name != "constant" and length % ramp.frequency:
         # tfmot prunes at whole turns only, and would stop short of the sparsity that was asked for.
@@ -94,8 +74,3 @@ def _frequency(length: int) -> int:
     if length <= 0:
         return MOST_FREQUENCY
     return next(steps for steps in range(default_update_interval(length), 0, -1) if length % steps == 0)
-
-
-def _params(params: dict[str, Any]) -> tuple[str, ...]:
-    schedule_params = tuple(params["schedule_param"] or ())
-    return schedule_params if params["power"] is None else (*schedule_params, f"power={params['power']!r}")

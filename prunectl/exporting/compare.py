@@ -47,7 +47,7 @@ on the digits to 99.2 to 100 % of top-1."""
 
 def tolerance_of(request: ExportRequest) -> Tolerance:
     """The tolerance of the options, or else the usual one of the precision that is written."""
-    usual = HALF if request.is_half else BFLOAT16 if request.is_bf16 else INTEGERS if request.is_int8 else EXACT
+    usual = HALF if request.half else BFLOAT16 if request.bf16 else INTEGERS if request.int8 else EXACT
     if request.atol is None and request.rtol is None:
         return usual
     atol = usual.atol if request.atol is None else request.atol

@@ -114,9 +114,9 @@ def check(request: ExportRequest, target: Target, output: Destination) -> None:
     for option, value in (("--atol", request.atol), ("--rtol", request.rtol)):
         if value is not None and not value >= 0:
             raise UsageError(f"{option} takes a number that is not negative, and not {value:g}")
-    if not request.data and request.samples is not None and request.is_int8:
+    if not request.data and request.samples is not None and request.int8:
         raise UsageError("--int8 with --samples needs examples", hint="add --data SPEC")
-    if request.has_code and output.to_stdout:
+    if request.code and output.to_stdout:
         raise UsageError("--code writes a second file, which does not fit through standard output", hint="say -o OUT")
 
 
@@ -183,7 +183,7 @@ def export(path: Path, request: ExportRequest, output: Destination) -> ExportRes
     request = replace(request, to=target.name)
     check(request, target, output)
     model = open_model(path)
-    route = find_route(model, target, has_code=request.has_code)
+    route = find_route(model, target, has_code=request.code)
     companions = load(route, route.companion_files)(output.target) if route.companion_files else ()
     check_destination(model, output, target, companions)
     check_card(request, output)
@@ -204,7 +204,7 @@ def export(path: Path, request: ExportRequest, output: Destination) -> ExportRes
             notes = load(route, route.writer)(job, written)
         if output.to_stdout and len(list(folder.iterdir())) > 1:
             raise WorkError(f"{path} becomes more than one file, which does not fit through standard output")
-        if request.is_packed or request.is_sparse:
+        if request.pack or request.sparse:
             _pack(written, folder, target)
         with naming_original(path, plain.path):
             comparison = _comparison(job, route, written)
@@ -239,7 +239,7 @@ def _export_job(model: ModelFile, request: ExportRequest, route: Route, scratch:
     if not route.opener:
         return ExportJob(model, request, scratch=scratch)
     runnable = load(route, route.opener)(model, request.origin)
-    inputs = apply_input_options(runnable.inputs, request.inputs)
+    inputs = apply_input_options(runnable.inputs, request.input)
     check_known(inputs, request)
     samples = make_samples(runnable, inputs, request)
     # What no file says, an example does.

@@ -83,7 +83,7 @@ def _example_shape(spec: InputSpec) -> tuple[int, ...]:
 def check_known(inputs: tuple[InputSpec, ...], request: ExportRequest) -> None:
     """Refuse open axes that neither `--input` nor `--data` closes: no sample could be made."""
     for spec in inputs:
-        if request.data or request.inputs or (spec.shape is not None and None not in spec.shape[1:]):
+        if request.data or request.input or (spec.shape is not None and None not in spec.shape[1:]):
             continue
         raise UsageError(
             f"the input {spec.name} of the model is {shape_text(spec.shape)}: it does not say how long each axis is",

@@ -24,9 +24,9 @@ from prunectl.training.backend import LoadOptions
 def write(job: ExportJob, target: Path) -> tuple[str, ...]:
     """Write a model anew, with all of its weights in one file."""
     is_open = any(spec.shape is None or None in spec.shape[1:] for spec in job.runnable.inputs)
-    if job.request.inputs and not is_open:
+    if job.request.input and not is_open:
         raise UsageError("--input does not change what an ONNX model takes", hint="export its source again")
-    notes = ("It was tried on what --input says; what it takes is as open as it was.",) if job.request.inputs else ()
+    notes = ("It was tried on what --input says; what it takes is as open as it was.",) if job.request.input else ()
     proto = load_message(job.file.path)
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     opset = opset_of(proto)

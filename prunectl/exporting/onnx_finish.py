@@ -70,7 +70,7 @@ def is_large(proto: Any) -> bool:
 
 def save_external(job: ExportJob, proto: Any, target: Path) -> str:
     """Move the weights into an external data file; returns a note for the user."""
-    if job.request.is_packed or job.request.is_sparse:
+    if job.request.pack or job.request.sparse:
         raise WorkError(
             f"{job.file.path} is more than 2 GB as ONNX, and a model in two files is neither packed nor made sparse",
             hint="leave out --pack and --sparse",

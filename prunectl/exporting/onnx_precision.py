@@ -25,11 +25,11 @@ _WIDE = frozenset({"float32", "float64"})
 
 def reduce_precision(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]:
     """Apply --half, --bf16 or --int8; returns the model and notes for the user."""
-    if job.request.is_half:
+    if job.request.half:
         return _to_float16(job, proto), ("Its weights are 16-bit floats; what goes in and comes out stays as it was.",)
-    if job.request.is_bf16:
+    if job.request.bf16:
         return to_bfloat16(proto, job.request), ("Its kernels are bfloat16, and widened where they are used.",)
-    if job.request.is_int8:
+    if job.request.int8:
         return (_quantize_static if job.request.data else _quantize_dynamic)(job, proto)
     return proto, ()
 

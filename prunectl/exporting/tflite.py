@@ -38,17 +38,17 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
 def _configure(converter: Any, job: ExportJob) -> tuple[str, ...]:
     request, optimize = job.request, _tf.lite.Optimize
     optimizations, notes = [], []
-    if request.is_half or request.is_int8:
+    if request.half or request.int8:
         optimizations.append(optimize.DEFAULT)
-    if request.is_half:
+    if request.half:
         converter.target_spec.supported_types = [_tf.float16]
         notes.append("Its weights are 16-bit floats; what goes in and comes out stays as it was.")
-    if request.is_int8 and request.data:
+    if request.int8 and request.data:
         converter.representative_dataset = lambda: _examples(job)
         notes.append(f"Weights and activations are 8-bit integers, their ranges by {job.samples.examples} examples.")
-    elif request.is_int8:
+    elif request.int8:
         notes.append("Weights are 8-bit integers where they are large; activations stay floats without --data.")
-    if request.is_sparse:
+    if request.sparse:
         optimizations.append(optimize.EXPERIMENTAL_SPARSITY)
     converter.optimizations = optimizations
     return tuple(notes)

@@ -135,12 +135,12 @@ def write_script(job: ExportJob, target: Path) -> tuple[str, ...]:
     runnable: TorchRunnable = job.runnable
     buffer = io.BytesIO()
     module, notes = runnable.module, tuple[str, ...]()
-    if job.request.is_int8:
+    if job.request.int8:
         with quiet_conversion():
             module, notes = quantize(job)
     try:
         # What encoders do all at once reads weights as floats.
-        with quiet_conversion(), without_mha_fastpath() if job.request.is_int8 else nullcontext(), torch.no_grad():
+        with quiet_conversion(), without_mha_fastpath() if job.request.int8 else nullcontext(), torch.no_grad():
             trace: Any = torch.jit.trace
             traced = module if is_script(runnable) else trace(module, example(job))
             torch.jit.save(traced, buffer)

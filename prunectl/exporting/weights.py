@@ -62,9 +62,9 @@ def cast_down(request: ExportRequest, name: str, array: Array) -> Array:
 
 def _narrow_dtype(request: ExportRequest, dtype: np.dtype[Any]) -> np.dtype[Any]:
     is_wide = dtype.kind == "f" and dtype.itemsize > 2
-    if is_wide and request.is_half:
+    if is_wide and request.half:
         return np.dtype(np.float16)
-    return np.dtype(ml_dtypes.bfloat16) if is_wide and request.is_bf16 else dtype
+    return np.dtype(ml_dtypes.bfloat16) if is_wide and request.bf16 else dtype
 
 
 def same_bits(first: Array, second: Array) -> bool:
@@ -145,7 +145,7 @@ def _entry_of_tensor(job: ExportJob, tensor: Tensor) -> ExportedEntry:
 def write_npz(job: ExportJob, target: Path) -> tuple[str, ...]:
     """Export to an npz archive without timestamps; packed, its entries are deflated."""
     check_types(job, _NUMPY_DTYPES, "npz")
-    compression = zipfile.ZIP_DEFLATED if job.request.is_packed else zipfile.ZIP_STORED
+    compression = zipfile.ZIP_DEFLATED if job.request.pack else zipfile.ZIP_STORED
     with zipfile.ZipFile(target, "x") as archive:
         for tensor, array in sorted(exported_arrays(job), key=lambda pair: pair[0].name):
             entry = zipfile.ZipInfo(f"{tensor.name}.npy", EPOCH)

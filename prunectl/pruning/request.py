@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import partial
@@ -11,6 +12,7 @@ from prunectl.analysis import patterns
 from prunectl.analysis.patterns import BlockPattern, NMPattern
 from prunectl.errors import UsageError
 from prunectl.plugins import find
+from prunectl.pruning import BATCH_SIZE, SAMPLES
 from prunectl.pruning.clustering import parse as parse_clustering
 from prunectl.pruning.engine import PruningMethod
 from prunectl.pruning.masks import NonFinitePolicy, Pooling
@@ -18,8 +20,6 @@ from prunectl.pruning.plan import Allocation, PruneSelection, Scope, erk
 from prunectl.pruning.plugin_adapters import adapt_policy, adapt_strategy
 from prunectl.pruning.policies import MIN_SIZE, POLICIES, Policy, min_size
 from prunectl.pruning.strategies import STRATEGIES, Requires, Strategy
-
-SAMPLES, BATCH_SIZE = 128, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,18 @@ class PruneRequest:
     """Whether kept weights are reconstructed by least squares to make up for pruned ones."""
     cluster: str = ""
     """How many distinct values each tensor keeps, and where they are sought first: `16:linear`."""
+
+
+_OPTION_OF = {"is_packed": "pack", "inputs": "input", "params": "param", "is_repaired": "repair", "layers": "layer"}
+OPTIONS = {_OPTION_OF.get(field.name, field.name): field.name for field in fields(PruneRequest)}
+"""The fields that options decide; a manifest calls some of them otherwise."""
+
+
+def parse_request(options: Mapping[str, Any]) -> PruneRequest:
+    """Parse options, by the names of the command line; those that are not given have their defaults."""
+    return from_json(
+        {OPTIONS.get(name, name): [*value] if isinstance(value, tuple) else value for name, value in options.items()}
+    )
 
 
 def from_json(data: dict[str, Any]) -> PruneRequest:

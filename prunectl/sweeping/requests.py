@@ -14,7 +14,7 @@ from prunectl.channels.importance import RequiredData
 from prunectl.channels.prune import prune_channels
 from prunectl.errors import UsageError
 from prunectl.plugins import find
-from prunectl.pruning import request
+from prunectl.pruning import BATCH_SIZE, SAMPLES, request
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.prune import prune
 from prunectl.pruning.request import PruneRequest, resolve_method
@@ -61,8 +61,8 @@ def pruning_of(config: SweepConfig, trial: Trial) -> PruneRequest:
         exclude=config.exclude,
         seed=config.seed,
         data=config.data if needs_data_here else "",
-        samples=config.samples if needs_data_here else request.SAMPLES,
-        batch_size=config.batch_size if needs_data_here else request.BATCH_SIZE,
+        samples=config.samples if needs_data_here else SAMPLES,
+        batch_size=config.batch_size if needs_data_here else BATCH_SIZE,
         loss=config.loss if needs_data_here else "",
         model=config.model,
         custom_objects=config.custom_objects,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from prunectl.errors import PrunectlError
+from prunectl.pruning import BATCH_SIZE, SAMPLES
 from prunectl.training.monitor import resolve_direction
 
 
@@ -119,8 +120,8 @@ class SweepConfig:
     sparsities: tuple[float, ...] = ()
     schedules: tuple[str, ...] = ("constant",)
     epochs: int = 0
-    batch_size: int = 32
-    samples: int = 128
+    batch_size: int = BATCH_SIZE
+    samples: int = SAMPLES
     """Examples for strategies that look at data."""
     lr: float | None = None
     optimizer: str = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from enum import StrEnum
@@ -175,149 +175,68 @@ def _parted(word: str) -> tuple[str, str]:
     return (name, goal) if goal in {MAX, MIN} and name and not name.endswith(".py") else (word, "")
 
 
-DEFAULTS: Mapping[str, Any] = {
-    "data": "",
-    "val": "",
-    "val_split": 0.0,
-    "epochs": None,
-    "steps": None,
-    "batch_size": 32,
-    "lr": None,
-    "lr_schedule": "constant",
-    "warmup": "0",
-    "optimizer": "",
-    "loss": "",
-    "metric": (),
-    "clip": None,
-    "freeze": (),
-    "distill": "",
-    "distill_model": "",
-    "distill_share": 0.5,
-    "temperature": 2.0,
-    "early_stop": None,
-    "keep": "best",
-    "recalibrate": False,
-    "step": "",
-    "precision": "fp32",
-    "device": "auto",
-    "compile": False,
-    "shard": False,
-    "workers": 1,
-    "seed": 0,
-    "sparsity": None,
-    "schedule": "",
-    "schedule_param": (),
-    "initial_sparsity": 0.0,
-    "begin": "0",
-    "end": "",
-    "frequency": None,
-    "power": None,
-    "strategy": "magnitude",
-    "param": (),
-    "scope": "layer",
-    "pattern": "",
-    "policy": "default",
-    "only": "",
-    "exclude": (),
-    "layer": (),
-    "mask": "keep",
-    "keep_wrappers": False,
-    "checkpoint_dir": None,
-    "resume": False,
-    "logdir": None,
-    "model": "",
-    "custom_objects": "",
-    "trust": False,
+def _fields(same: str, **others: str) -> dict[str, str]:
+    return {**{name: name for name in same.split()}, **others}
+
+
+_PARTS: Mapping[str, Mapping[str, str]] = {
+    "": _fields(
+        "data val val_split epochs steps batch_size mask keep warmup early_stop distill distill_model checkpoint_dir "
+        "workers logdir",
+        lr_schedule="rate",
+        freeze="frozen",
+        recalibrate="is_recalibrated",
+        keep_wrappers="keeps_wrappers",
+        resume="is_resumed",
+    ),
+    "means": _fields(
+        "loss optimizer lr clip precision device seed temperature",
+        compile="is_compiled",
+        shard="is_sharded",
+        step="custom_step",
+        distill_share="teacher_share",
+    ),
+    "origin": _fields("model custom_objects seed", trust="is_trusted"),
+    "pruning": _fields("sparsity strategy scope pattern policy only exclude seed", param="params", layer="layers"),
+    "ramping": _fields("begin end frequency", schedule="name", initial_sparsity="initial", schedule_param="params"),
+}
+"""The fields that options decide, for each part of a request; a checkpoint calls some of them otherwise."""
+OPTIONS = ("metric", "power", *dict.fromkeys(option for part in _PARTS.values() for option in part))
+_PARSERS: Mapping[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("warmup", "begin", "end", "distill", "scope"), str),
+    **dict.fromkeys(("checkpoint_dir", "logdir"), Path),
+    **dict.fromkeys(("param", "exclude", "freeze", "schedule_param"), tuple),
+    "layer": lambda pairs: tuple(map(tuple, pairs)),
+    "mask": MaskMode,
+    "keep": KeepWeights,
 }
 
 
-def parse_request(words: Mapping[str, Any]) -> FinetuneRequest:
-    """The request; what is not said has its default."""
-    if unknown := sorted(words.keys() - DEFAULTS.keys()):
+def parse_request(options: Mapping[str, Any]) -> FinetuneRequest:
+    """Parse options, by the names of the command line; those that are not given, or None, have their defaults."""
+    if unknown := sorted(options.keys() - {*OPTIONS}):
         raise UsageError(
-            f"finetune has no choice {unknown[0]}", did_you_mean=tuple(get_close_matches(unknown[0], DEFAULTS))
+            f"finetune has no choice {unknown[0]}", did_you_mean=tuple(get_close_matches(unknown[0], OPTIONS))
         )
-    said = {**DEFAULTS, **words}
-    if not said["data"]:
+    if not options.get("data"):
         raise UsageError("what is there to learn from? say --data", hint="such as --data train.npz")
+    given = {
+        name: _PARSERS[name](value) if name in _PARSERS else value
+        for name, value in options.items()
+        if value is not None
+    }
+    parts = {
+        part: {field: given[name] for name, field in names.items() if name in given} for part, names in _PARTS.items()
+    }
+    if "power" in given:
+        parts["ramping"]["params"] = (*given.get("schedule_param", ()), f"power={given['power']:g}")
     return FinetuneRequest(
-        data=said["data"],
-        val=said["val"],
-        val_split=said["val_split"],
-        epochs=said["epochs"],
-        steps=said["steps"],
-        batch_size=said["batch_size"],
-        means=_means(said),
-        origin=LoadOptions(said["model"], said["custom_objects"], is_trusted=said["trust"], seed=said["seed"]),
-        pruning=_pruning(said),
-        ramping=_ramping(said),
-        mask=MaskMode(said["mask"]),
-        keep=KeepWeights(said["keep"]),
-        rate=said["lr_schedule"],
-        warmup=str(said["warmup"]),
-        early_stop=said["early_stop"],
-        frozen=tuple(said["freeze"]),
-        distill=str(said["distill"]),
-        distill_model=said["distill_model"],
-        is_recalibrated=said["recalibrate"],
-        keeps_wrappers=said["keep_wrappers"],
-        checkpoint_dir=_path(said["checkpoint_dir"]),
-        workers=said["workers"],
-        is_resumed=said["resume"],
-        logdir=_path(said["logdir"]),
+        means=TrainOptions(**parts["means"], **parse_metrics(given.get("metric", ()))),
+        origin=LoadOptions(**parts["origin"]),
+        pruning=Pruning(**parts["pruning"]),
+        ramping=ScheduleOptions(**parts["ramping"]),
+        **parts[""],
     )
-
-
-def _means(said: Mapping[str, Any]) -> TrainOptions:
-    return TrainOptions(
-        loss=said["loss"],
-        optimizer=said["optimizer"],
-        lr=said["lr"],
-        **parse_metrics(said["metric"]),
-        clip=said["clip"],
-        precision=said["precision"],
-        device=said["device"],
-        is_compiled=said["compile"],
-        is_sharded=said["shard"],
-        custom_step=said["step"],
-        seed=said["seed"],
-        teacher_share=said["distill_share"],
-        temperature=said["temperature"],
-    )
-
-
-def _pruning(said: Mapping[str, Any]) -> Pruning:
-    layers: Iterable[tuple[str, float]] = said["layer"]
-    return Pruning(
-        sparsity=said["sparsity"],
-        strategy=said["strategy"],
-        params=tuple(said["param"]),
-        scope=str(said["scope"]),
-        pattern=said["pattern"],
-        policy=said["policy"],
-        only=said["only"],
-        exclude=tuple(said["exclude"]),
-        layers=tuple((selector, ratio) for selector, ratio in layers),
-        seed=said["seed"],
-    )
-
-
-def _ramping(said: Mapping[str, Any]) -> ScheduleOptions:
-    params = tuple(said["schedule_param"])
-    if said["power"] is not None:
-        params += (f"power={said['power']:g}",)
-    return ScheduleOptions(
-        name=said["schedule"],
-        initial=said["initial_sparsity"],
-        begin=str(said["begin"]),
-        end=str(said["end"]),
-        frequency=said["frequency"],
-        params=params,
-    )
-
-
-def _path(word: Any) -> Path | None:
-    return None if word is None else Path(word)
 
 
 _POINT = re.compile(r"(\d+(?:\.\d+)?)\s*(%|ep|epochs?|steps?)?")

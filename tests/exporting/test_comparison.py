@@ -164,8 +164,8 @@ def test_of_a_few_examples_one_may_be_another_if_all_numbers_are_near() -> None:
 
 
 def test_what_the_user_allows_takes_the_place_of_what_is_usual() -> None:
-    assert tolerance_of(ExportRequest(is_int8=True)) is INTEGERS
-    assert tolerance_of(ExportRequest(is_int8=True, atol=0.5)) == Tolerance(0.5, 0.0)
+    assert tolerance_of(ExportRequest(int8=True)) is INTEGERS
+    assert tolerance_of(ExportRequest(int8=True, atol=0.5)) == Tolerance(0.5, 0.0)
     assert tolerance_of(ExportRequest(rtol=0.5)) == Tolerance(1e-4, 0.5)
 
 

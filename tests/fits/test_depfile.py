@@ -175,8 +175,8 @@ def test_what_only_a_recipe_names_is_a_prerequisite(tmp_path: Path) -> None:
     recipe = {"request": {"data": "images/", "model": "./net.py:Net", "strategy": "fits_found:score"}}
     (tmp_path / "m.json").write_text(json.dumps(recipe))
     with contextlib.chdir(tmp_path):
-        said = {"model": "a.safetensors", "recipe": Path("m.json"), "data": "", "build": "", "trust": True}
-        words = depfile.with_recipe(said)
+        typed = {"model": "a.safetensors", "recipe": Path("m.json"), "data": "", "build": ""}
+        words = typed | depfile.options_of_recipe(Path("m.json"), is_trusted=True)
         found = [*depfile.files_of(words), *depfile.folders_of(words)]
     pictures = ["images/cat/1.png", "images/dog/2.png"]
     folders = ["images", "images/cat", "images/dog"]

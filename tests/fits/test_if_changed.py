@@ -16,6 +16,8 @@ from prunectl.commands.build import command as build
 from prunectl.commands.build import depfile
 from prunectl.commands.build import stamp as build_stamp
 from prunectl.commands.build.command import BuildCommand, check_unmodified
+from prunectl.commands.export import Export
+from prunectl.commands.finetune import Finetune
 from prunectl.errors import UsageError
 from tests.checks.checking import MODEL, prunectl
 from tests.fits.building import written
@@ -190,10 +192,10 @@ def test_pictures_behind_links_count(folder: Path) -> None:
     (folder / "real/1.png").write_bytes(b"one")
     (folder / "images").mkdir()
     (folder / "images/cat").symlink_to("../real")
-    said = {"model": str(folder / "a.safetensors"), "output": str(folder / OUT), "data": f"{folder}/images/"}
-    before = build.BuildStep.of("finetune", said, None).digests
+    options = Finetune(model=str(folder / "a.safetensors"), output=str(folder / OUT), data=f"{folder}/images/")
+    before = build.BuildStep.of("finetune", options, vars(options), None).digests
     (folder / "real/1.png").write_bytes(b"two")
-    assert build.BuildStep.of("finetune", said, None).digests != before
+    assert build.BuildStep.of("finetune", options, vars(options), None).digests != before
 
 
 def test_a_recipe_with_data_from_a_function_cannot_be_known(folder: Path) -> None:
@@ -266,7 +268,7 @@ def test_every_file_of_a_folder_counts(tmp_path: Path) -> None:
 
 
 def test_every_option_that_names_a_file_is_known_to_be_read_or_written() -> None:
-    written_or_kept = {"output", "html", "depfile", *depfile.OUTPUT_OPTIONS, "checkpoint_dir", "logdir", "tried"}
+    written_or_kept = {"output", "html", "depfile", "manifest", "card", "checkpoint_dir", "logdir", "tried"}
     known = {*written_or_kept, *depfile.FILES, *depfile.CALLABLE_OPTIONS, *depfile.MODELS, "model"}
     for name in ("prune", "strip", "finetune", "export"):
         command = importlib.import_module(COMMANDS[name][0]).command
@@ -287,8 +289,8 @@ def test_the_class_that_comes_with_weights_counts_as_well(tmp_path: Path) -> Non
 
 
 def test_a_class_that_was_changed_by_hand_stays(folder: Path) -> None:
-    said = {"model": str(folder / "a.safetensors"), "output": str(folder / "w.pt"), "code": True}
-    run = build.BuildStep.of("export", said, None)
+    options = Export(model=str(folder / "a.safetensors"), output=str(folder / "w.pt"), code=True)
+    run = build.BuildStep.of("export", options, vars(options), None)
     (folder / "w.pt").write_bytes(b"weights")
     (folder / "w.py").write_text("class Net: ...")
     stamp = run.stamp({})

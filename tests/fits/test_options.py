@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import Field, fields
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +15,15 @@ import pytest
 import typer
 
 from prunectl.commands._command import option_name
+from prunectl.commands._requests import CHANNEL_LIMITS, OPTION_RULES, request_options
 from prunectl.commands.app import COMMANDS
 from prunectl.commands.build.stamp import Stamp, first_difference
+from prunectl.exporting.request import ExportRequest
 from prunectl.exporting.routes import TARGETS
+from prunectl.pruning.masks import NonFinitePolicy
+from prunectl.pruning.plan import Scope
+from prunectl.pruning.request import PruneRequest
+from prunectl.training.request import FinetuneRequest, KeepWeights, MaskMode
 from tests.running import FIXTURES, ROOT, here, without_colors
 
 FOREIGN = {
@@ -108,6 +115,67 @@ def test_an_option_that_has_changed_is_named_as_it_is_typed(command: str, name: 
 def test_an_option_that_nobody_has_is_not_made_up() -> None:
     old, new = (Stamp("1", "prune", asked, {}, {}, {}) for asked in ({"no_such_thing": 1}, {}))
     assert first_difference(old, new, partial(option_name, context("prune"))) == "no_such_thing has changed"
+
+
+REQUESTS = {"prune": PruneRequest(), "finetune": FinetuneRequest("train.npz"), "export": ExportRequest()}
+TEXTS = {
+    **dict.fromkeys(("sparsity", "initial_sparsity", "val_split"), "25%"),
+    **dict.fromkeys(("target_gzip", "target_packed"), "3kB"),
+    "layer": ["a=0.5"],
+    "metadata": ["a=b"],
+    "input_": ["1,8"],
+    "scope": Scope.GLOBAL,
+    "keep": KeepWeights.LAST,
+    "mask": MaskMode.REGROW,
+    "nan": NonFinitePolicy.KEEP,
+    "card": Path("card.md"),
+    "logdir": Path("logs"),
+    "checkpoint_dir": Path("epochs"),
+    "data": "other.npz",
+}
+"""What an option may be, where not any flag, number, text or list of texts."""
+
+
+def request_of(command: str, **given: object) -> object:
+    ctx, module = context(command), importlib.import_module(COMMANDS[command][0])
+    needed = {"data": "train.npz"} if command == "finetune" else {}
+    options = ctx.command.callback.__wrapped__(model="m", **{**needed, **given})
+    return module.parse_request(request_options(ctx, options, module.OPTIONS))
+
+
+def other_value(field: Field[object]) -> object:
+    if field.name in TEXTS:
+        return TEXTS[field.name]
+    kinds = {"bool": True, "int": 7, "float": 7.5, "str": "other", "list[str]": ["other"]}
+    return next(value for kind, value in kinds.items() if f"Annotated[{kind}" in str(field.type).replace("\n", ""))
+
+
+@pytest.mark.parametrize("command", REQUESTS)
+def test_every_option_reaches_a_field_of_its_request_or_the_code_of_its_command(command: str) -> None:
+    """Of the other commands a function takes the options, and the linter looks for arguments that it does not use."""
+    ctx, module = context(command), importlib.import_module(COMMANDS[command][0])
+    read = {
+        node.attr
+        for name in ("_requests", "build/command", "prune_modes", "max_drop", "wrap_options", command)
+        for node in ast.walk(ast.parse((ROOT / f"prunectl/commands/{name}.py").read_bytes()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in {"self", "options"}
+    }
+    assert request_of(command) == REQUESTS[command]
+    known = set()
+    for field in fields(ctx.command.callback.__wrapped__):
+        name = option_name(ctx, field.name).removeprefix("--").replace("-", "_")
+        if field.name == "model" or (name not in module.OPTIONS and name not in CHANNEL_LIMITS):
+            assert field.name in read, field.name
+        elif name in module.OPTIONS:
+            known.add(name)
+            assert request_of(command, **{field.name: other_value(field)}) != REQUESTS[command], name
+    assert known == set(module.OPTIONS)
+
+
+@pytest.mark.parametrize("command", OPTION_RULES)
+def test_rules_are_about_options_that_there_are(command: str) -> None:
+    names = {field.name for field in fields(context(command).command.callback.__wrapped__)}
+    assert {name for rule in OPTION_RULES[command] for name in rule.options} <= names
 
 
 def modules() -> Iterator[tuple[str, ast.AST]]:

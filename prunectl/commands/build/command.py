@@ -14,13 +14,8 @@ from typing import Annotated, Any
 
 from prunectl import __version__
 from prunectl.analysis.patterns import CHANNEL
-from prunectl.commands._command import (
-    STDIN,
-    BaseCommand,
-    option_group,
-    option_name,
-    options_from_signature,
-)
+from prunectl.commands._command import STDIN, BaseCommand, option_group, option_name, options_from_signature
+from prunectl.commands._requests import OutputOptions
 from prunectl.commands.build import depfile as depfiles
 from prunectl.commands.build import stamp as stamps
 from prunectl.commands.build.stamp import Stamp
@@ -55,11 +50,12 @@ class BuildCommand(BaseCommand):
         """Run the command, unless its output is up to date; write the depfile and the stamp when it has succeeded."""
         file, if_changed = (ctx.params.pop(option.name) for option in self._build_params)
         depfile = Path(file) if file is not None else None
-        _check_manifest(ctx.params)
+        options = super().run(ctx)
+        _check_manifest(options)
         if depfile is None and not if_changed:
-            return super().run(ctx)
+            return options.run(ctx)
         reporter: Reporter = ctx.obj
-        step = BuildStep.of(str(self.name), ctx.params, reporter.html)
+        step = BuildStep.of(str(self.name), options, ctx.params, reporter.html)
         step.check(depfile, has_stamp=if_changed)
         old = stamps.read(step.output) if if_changed else None
         guard: AbstractContextManager[None] = nullcontext()
@@ -68,23 +64,23 @@ class BuildCommand(BaseCommand):
             if not reason:
                 notes = step.write_files(depfile, stamps.paths(old.code, step.output), has_stamp=False)
                 return replace(reporter, html=None).show(_up_to_date(step.output, notes))
-            if not ctx.params["force"]:
+            if not options.force:
                 check_unmodified(step, old)
                 # All that is there is what this command wrote: nothing of anybody else's is replaced.
-                ctx.params["force"] = True
+                options = replace(options, force=True)
                 # So it still has to be when the work is done.
                 guard = atomic.guarded(partial(check_unmodified, step, old))
             reporter.note(f"{step.output} is made again: {reason}")
         imported = step.track_imports()
         ctx.obj = replace(reporter, on_success=lambda: step.write_files(depfile, imported(), has_stamp=if_changed))
         with guard:
-            return super().run(ctx)
+            return options.run(ctx)
 
 
-def _check_manifest(params: Mapping[str, Any]) -> None:
-    if params.get("manifest") is not None and not params.get("dry_run"):
-        models = [Path(params[name]) for name in ("model", "output") if params[name]]
-        manifest.check(Path(params["manifest"]), models, is_forced=params["force"])
+def _check_manifest(options: OutputOptions) -> None:
+    if options.manifest is not None and not options.dry_run:
+        models = [Path(name) for name in (options.model, options.output) if name]
+        manifest.check(options.manifest, models, is_forced=options.force)
 
 
 def _up_to_date(output: Path, notes: tuple[str, ...]) -> Report:
@@ -99,7 +95,7 @@ def _up_to_date(output: Path, notes: tuple[str, ...]) -> Report:
     )
 
 
-_NOT_STAMPED = frozenset({"model", "output", "force", "in_place", "dry_run", *depfiles.OUTPUT_OPTIONS})
+_NOT_STAMPED = frozenset({"model", "output", "force", "in_place", "dry_run", "manifest", "card"})
 """Options that do not affect the bytes of the output, or only by the files that they name."""
 
 
@@ -119,26 +115,26 @@ class BuildStep:
     """Of the files, taken before any of them is read."""
 
     @classmethod
-    def of(cls, command: str, params: Mapping[str, Any], html: Path | None) -> BuildStep:
+    def of(cls, command: str, typed: OutputOptions, params: Mapping[str, Any], html: Path | None) -> BuildStep:
         """Collect the files of a command, and reject what makes no file of files."""
-        for name, is_so in (
-            ("-o -", params["output"] == STDIN),
-            ("a model from standard input", params["model"] == STDIN),
-            ("--in-place", bool(params.get("in_place"))),
-            ("--dry-run", bool(params.get("dry_run"))),
+        for name, is_given in (
+            ("-o -", typed.output == STDIN),
+            ("a model from standard input", typed.model == STDIN),
+            ("--in-place", typed.in_place),
+            ("--dry-run", typed.dry_run),
         ):
-            if is_so:
+            if is_given:
                 raise UsageError(
                     f"--depfile and --if-changed are about an output and the files that it is made of, not {name}"
                 )
-        if not params["output"]:
+        if not typed.output:
             raise UsageError("where to? say --output")
-        written = [Path(params[name]) for name in depfiles.OUTPUT_OPTIONS if params.get(name) is not None]
-        written += [html] if html else []
-        options, output = depfiles.with_recipe(params), Path(params["output"])
+        written = tuple(path for path in (typed.manifest, typed.card, html) if path is not None)
+        options, output = dict(params), Path(typed.output)
+        if typed.recipe is not None:
+            options |= depfiles.options_of_recipe(typed.recipe, is_trusted=typed.trust)
         files = depfiles.files_of(options)
-        digests = stamps.digests(files, output)
-        return cls(command, dict(params), options, output, files, tuple(written), digests)
+        return cls(command, dict(params), options, output, files, written, stamps.digests(files, output))
 
     def check(self, depfile: Path | None, *, has_stamp: bool) -> None:
         """Reject a depfile or a stamp that cannot be written, before any work begins."""

@@ -143,8 +143,6 @@ MODELS = ("distill",)
 """Options that name a model, beside MODEL itself."""
 CALLABLE_OPTIONS = ("data", "val")
 FILES = ("recipe",)
-OUTPUT_OPTIONS = ("manifest", "card")
-"""Options that name a file which is written beside the output."""
 
 
 def of_spec(text: str) -> tuple[Path, ...]:
@@ -162,13 +160,11 @@ def _data() -> ModuleType:
     return importlib.import_module("prunectl.training.data.registry")
 
 
-def with_recipe(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the command line, and those of its recipe, which may name files of its own."""
-    if params.get("recipe") is None:
-        return dict(params)
-    request = asdict(manifest.read(Path(params["recipe"]), is_trusted=params["trust"]))
+def options_of_recipe(recipe: Path, *, is_trusted: bool) -> dict[str, Any]:
+    """The options in a recipe, which may name files of their own."""
+    request = asdict(manifest.read(recipe, is_trusted=is_trusted))
     # What a recipe calls model builds one; MODEL is the file.
-    return {**params, **{name: value for name, value in request.items() if name != "model"}, "build": request["model"]}
+    return {"build": request.pop("model"), **request}
 
 
 def files_of(options: Mapping[str, Any]) -> tuple[Path, ...]:
