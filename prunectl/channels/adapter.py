@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,17 @@ Feeds = Mapping[str, Array]
 Runner = Callable[[Feeds], list[Any]]
 """From inputs by name to what comes out, and then what was asked to be shown besides."""
 _WEIGHTED_KINDS = frozenset({OpKind.CONVOLUTION, OpKind.LINEAR, OpKind.RECURRENT})
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenNetwork:
+    """A network on disk, and what only came up while it was cut and written."""
+
+    path: Path
+    notes: tuple[str, ...] = ()
+    """What a user should know."""
+    omitted_tensors: frozenset[str] = frozenset()
+    """Tensors of the file that the smaller network has no use for."""
 
 
 class GraphAdapter(ABC):
@@ -141,8 +153,8 @@ class GraphAdapter(ABC):
         """
 
     @abstractmethod
-    def write(self, network: Any, folder: Path, target: Path) -> Path:
-        """Write a network into a scratch folder, under the names that belong to a target, and return its path."""
+    def write(self, network: Any, folder: Path, target: Path) -> WrittenNetwork:
+        """Write a network into a scratch folder, under the names that belong to a target."""
 
 
 def outputs_of_weighted_layers(graph: ChannelGraph) -> frozenset[str]:

@@ -114,5 +114,5 @@ def _params_left(context: Context, plan: ChannelPlan) -> int:
 def _gzip_bytes_left(context: Context, plan: ChannelPlan) -> int:
     with temporary_folder() as folder:
         pruned = context.adapter.prune(plan.removed, plan.after, plan.weights)
-        path = context.adapter.write(pruned, folder, folder / context.model.path.name)
-        return measure(open_model(path), get_codec(CodecName.GZIP, None)).bytes.compressed or 0
+        written = context.adapter.write(pruned, folder, folder / context.model.path.name)
+        return measure(open_model(written.path), get_codec(CodecName.GZIP, None)).bytes.compressed or 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from prunectl.analysis import sizes
 from prunectl.analysis.stats import ModelStats, with_macs
-from prunectl.channels.adapter import GraphAdapter, RemovedIndices, pruned_shape
+from prunectl.channels.adapter import GraphAdapter, RemovedIndices, WrittenNetwork, pruned_shape
 from prunectl.channels.config import ChannelConfig, parse_config
 from prunectl.channels.frontends import open_adapter
 from prunectl.channels.groups import ChannelGroup
@@ -107,11 +107,12 @@ def prune_channels(
         notes = (*notes, "The two networks were compared in their own precision alone: the original fails in float64.")
     seconds = latency(adapter, pruned, config.seed) if has_latency else None
     with outputs.staging_dir(model, output) as (folder, target):
-        staged = adapter.write(pruned, folder, target)
+        written = adapter.write(pruned, folder, target)
+        staged = written.path
         if request.is_packed or model.about.is_compressed:
             # One that was packed comes out packed.
             outputs.pack(staged, folder)
-        _check_shapes(model, adapter, staged, plan)
+        _check_shapes(model, adapter, written, plan)
         after = with_graph_macs(_stats(open_model(staged)), adapter, plan.after.shape, plan.removed)
         if has_digests:
             before = replace(before, sha256=sizes.sha256(model))
@@ -126,7 +127,13 @@ def prune_channels(
         before,
         replace(after, path=display_path),
         verification,
-        (*adapter.notes, *adapter.assumptions, *notes, *(() if plan.removed else ("The cut removed nothing.",))),
+        (
+            *adapter.notes,
+            *written.notes,
+            *adapter.assumptions,
+            *notes,
+            *(() if plan.removed else ("The cut removed nothing.",)),
+        ),
         seconds,
         companions if output is not None else (),
     )
@@ -161,14 +168,15 @@ def _check_companion_files(adapter: GraphAdapter, output: Destination | None) ->
             raise UsageError(f"{path} exists", hint="write elsewhere, or replace it with --force")
 
 
-def _check_shapes(model: ModelFile, adapter: GraphAdapter, path: Path, plan: ChannelPlan) -> None:
+def _check_shapes(model: ModelFile, adapter: GraphAdapter, written: WrittenNetwork, plan: ChannelPlan) -> None:
     """Hold the shapes of what was written against what was to be cut."""
-    shapes = {tensor.name: tensor.shape for tensor in open_model(path).tensors}
+    shapes = {tensor.name: tensor.shape for tensor in open_model(written.path).tensors}
+    omitted = adapter.omitted_tensors | written.omitted_tensors
     for tensor in model.tensors:
         name = adapter.coupled_tensors.get(tensor.name, tensor.name)
         shape = pruned_shape(name, tensor.shape, plan.removed)
         # Lists of sizes may be others now; what is no float was not cut.
-        if tensor.is_float and tensor.name not in adapter.omitted_tensors and shapes.get(tensor.name) != shape:
+        if tensor.is_float and tensor.name not in omitted and shapes.get(tensor.name) != shape:
             raise WorkError(f"{tensor.name} of {model.path} came out with another shape than planned")
 
 

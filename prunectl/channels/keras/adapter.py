@@ -17,6 +17,7 @@ from prunectl.channels.adapter import (
     PrunedShapes,
     RemovedIndices,
     Runner,
+    WrittenNetwork,
     delete_indices,
     removed_by_tensor,
 )
@@ -197,7 +198,7 @@ class KerasAdapter(GraphAdapter):
         """What Keras makes of a draft."""
         return runner(self._loaded, network, self._origin, observed, precision="float64" if in_float64 else "float32")
 
-    def write(self, network: Any, folder: Path, target: Path) -> Path:
+    def write(self, network: Any, folder: Path, target: Path) -> WrittenNetwork:
         """Write a draft as a file like the one that was read."""
         path = outputs.staged_paths(self._loaded.model, folder, target)[self._loaded.model.path]
         drafts.write(self._loaded, network, path)
@@ -207,4 +208,4 @@ class KerasAdapter(GraphAdapter):
             options = StripOptions(frozenset({StripPart.OPTIMIZER}))
             load(by_name(self._loaded.model.format).stripper)(open_model(unstripped), options, {unstripped: path})
             unstripped.unlink()
-        return path
+        return WrittenNetwork(path)

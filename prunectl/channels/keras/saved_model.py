@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.channels.adapter import Feeds, GraphAdapter, PrunedShapes, RemovedIndices, Runner
+from prunectl.channels.adapter import Feeds, GraphAdapter, PrunedShapes, RemovedIndices, Runner, WrittenNetwork
 from prunectl.channels.graph import ChannelGraph
 from prunectl.channels.keras import run as drafts
 from prunectl.channels.keras.adapter import KerasAdapter, require_followable
@@ -141,7 +141,7 @@ class SavedModelAdapter(GraphAdapter):
         with self._with_original_name():
             return self._inner.runner(network, observed, in_float64=in_float64)
 
-    def write(self, network: Any, folder: Path, target: Path) -> Path:
+    def write(self, network: Any, folder: Path, target: Path) -> WrittenNetwork:
         """Let Keras write the smaller network as a folder."""
         staged = outputs.staged_paths(self._model, folder, target)
         staged_folder = staged[self._model.path / "saved_model.pb"].parent
@@ -152,7 +152,7 @@ class SavedModelAdapter(GraphAdapter):
         for source, staged_path in staged.items():
             if source.relative_to(self._model.path).parts[0] not in _WRITTEN_BY_KERAS:
                 shutil.copyfile(source, staged_path)
-        return staged_folder
+        return WrittenNetwork(staged_folder)
 
     @contextmanager
     def _with_original_name(self) -> Generator[None]:

@@ -14,6 +14,7 @@ from prunectl.channels.adapter import (
     PrunedShapes,
     RemovedIndices,
     Runner,
+    WrittenNetwork,
 )
 from prunectl.channels.graph import ChannelGraph
 from prunectl.channels.lengths import AxisLengths, Shapes
@@ -56,7 +57,6 @@ class OnnxAdapter(GraphAdapter):
     def __init__(self, model: ModelFile, loaded: LoadedOnnx) -> None:
         self._model = model
         self._loaded = loaded
-        self._omitted: frozenset[str] = frozenset()
 
     @property
     def graph(self) -> ChannelGraph:
@@ -68,19 +68,9 @@ class OnnxAdapter(GraphAdapter):
         """Shared lists of numbers that were given to each reader by itself."""
         return self._loaded.copied_from
 
-    @property
-    def omitted_tensors(self) -> frozenset[str]:
-        """The zeros that recurrent layers began with: without a first state they begin so by themselves."""
-        return self._omitted
-
     def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
         """The message of the smaller network."""
-        pruned = prune_model(self._loaded, removed, after, weights)
-        remaining = {tensor.name for tensor in graph_tensors(pruned.proto.graph)}
-        self._omitted = frozenset(
-            name for name, array in self.graph.weights.items() if name not in remaining and not array.any()
-        )
-        return pruned
+        return prune_model(self._loaded, removed, after, weights)
 
     def with_weights(self, weights: Mapping[str, Array]) -> Any:
         """The network with some numbers replaced."""
@@ -114,8 +104,11 @@ class OnnxAdapter(GraphAdapter):
         outputs = [port.name for port in network.proto.graph.output]
         return lambda feeds: session.run([*outputs, *names], feeds)
 
-    def write(self, network: Any, folder: Path, target: Path) -> Path:
+    def write(self, network: Any, folder: Path, target: Path) -> WrittenNetwork:
         """Write a network, with the data beside it that was beside the original's."""
+        # The zeros that recurrent layers began with: without a first state they begin so by themselves.
+        remaining = {tensor.name for tensor in graph_tensors(network.proto.graph)}
+        dropped = [name for name, array in self.graph.weights.items() if name not in remaining and not array.any()]
         staged = outputs.staged_paths(self._model, folder, target)
         locations = {
             name: relocated(self._model, staged, location) or location
@@ -128,4 +121,4 @@ class OnnxAdapter(GraphAdapter):
             array = network.outside.get(tensor.name)
             if array is not None and result.read(tensor).tobytes() != array.tobytes():
                 raise WorkError(f"{tensor.name} came out with other numbers than it has; nothing was written")
-        return path
+        return WrittenNetwork(path, omitted_tensors=frozenset(dropped))

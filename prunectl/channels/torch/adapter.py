@@ -19,6 +19,7 @@ from prunectl.channels.adapter import (
     PrunedShapes,
     RemovedIndices,
     Runner,
+    WrittenNetwork,
     outputs_of_weighted_layers,
     removed_by_tensor,
 )
@@ -168,7 +169,6 @@ class TorchAdapter(GraphAdapter):
         self._model = model
         self._traced = traced
         self._graph = graph_of(model, traced)
-        self._written_notes: tuple[str, ...] = ()
 
     @property
     def graph(self) -> ChannelGraph:
@@ -185,7 +185,7 @@ class TorchAdapter(GraphAdapter):
     def notes(self) -> tuple[str, ...]:
         """What is written in place of a module."""
         if self._is_program:
-            return self._written_notes
+            return ()
         omitted = ", ".join(name or "the file" for name in self._slots.unmatched)
         state = f"The state of {omitted} was left out: which weights it belongs to cannot be told."
         subject = "The file holds weights alone now; the" if self._traced.holds_module else "The"
@@ -267,11 +267,11 @@ class TorchAdapter(GraphAdapter):
 
         return run
 
-    def write(self, network: PrunedProgram, folder: Path, target: Path) -> Path:
+    def write(self, network: PrunedProgram, folder: Path, target: Path) -> WrittenNetwork:
         """Write a program as a program, all else as weights with a class beside them that takes them."""
         if self._is_program:
-            self._written_notes = write_program(self._traced, network, folder / target.name)
-            return folder / target.name
+            path = folder / target.name
+            return WrittenNetwork(path, write_program(self._traced, network, path))
         axes, numbers = network.changes.axes, network.changes.numbers
         axes = {**axes, **{name: axes[owner] for name, owner in self.coupled_tensors.items() if owner in axes}}
         numbers = {
@@ -279,4 +279,4 @@ class TorchAdapter(GraphAdapter):
             **{name: numbers[owner] for name, owner in self._traced.aliases.items() if owner in numbers},
         }
         change = WeightChanges(axes, numbers, self._slots.unmatched)
-        return write_weights(self._model, self._traced, network, change, folder, target=target)
+        return WrittenNetwork(write_weights(self._model, self._traced, network, change, folder, target=target))
