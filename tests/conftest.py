@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +17,19 @@ for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     # Workers share the processors: threads that wait for one another by spinning take ten times as long then.
     os.environ.setdefault(_threads, "1")
 
+# Commands run in hundreds of processes, each of which would compile prunectl again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 TRUSTED = frozenset({"analysis", "calibration", "channels", "checks", "exporting", "golden", "pruning", "training"})
 """Folders of tests whose files are sound: what is asked of them is not how files are read."""
 TRUSTED_FILES = frozenset({"test_packing.py", "test_strip_keras.py", "test_strip_saved_model.py", "test_inspect.py"})
+
+
+def pytest_collection_finish() -> None:
+    """Keep the objects of the frameworks, millions that never go, out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

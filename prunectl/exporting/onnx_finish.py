@@ -11,9 +11,8 @@ from prunectl.exporting.job import ExportJob
 from prunectl.exporting.onnx_precision import reduce_precision
 from prunectl.formats.safe_json import require
 from prunectl.graphs.onnx.nodes import all_graphs, opset_of
+from prunectl.graphs.onnx.tensors import is_too_large
 
-MAX_BYTES = (1 << 31) - 1
-"""Limit of a protobuf message."""
 _SMALL_BYTES = 1024
 """Initializers below this size stay in the file, as shapes do."""
 
@@ -26,7 +25,7 @@ def finalize(job: ExportJob, proto: Any, target: Path, metadata: Mapping[str, st
     del reduced.metadata_props[:]
     for key, value in {**(metadata or {}), **dict(job.request.metadata)}.items():
         reduced.metadata_props.add(key=key, value=value)
-    if is_large(reduced):
+    if is_too_large(reduced):
         notes += (save_external(job, reduced, target),)
     target.write_bytes(reduced.SerializeToString(deterministic=True))
     check_valid(target)
@@ -59,13 +58,6 @@ def clear_metadata(proto: Any) -> None:
         for node in function.node:
             del node.metadata_props[:]
             node.doc_string = ""
-
-
-def is_large(proto: Any) -> bool:
-    """Whether a model exceeds the limit of one protobuf message."""
-    num_bytes = sum(len(initializer.raw_data) for graph in all_graphs(proto.graph) for initializer in graph.initializer)
-    # A message beyond the limit cannot be measured as a whole.
-    return bool(num_bytes > MAX_BYTES or proto.ByteSize() > MAX_BYTES)
 
 
 def save_external(job: ExportJob, proto: Any, target: Path) -> str:

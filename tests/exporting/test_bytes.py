@@ -147,9 +147,10 @@ def test_logging_is_as_disabled_after_quantising_as_it_was_before(
 ) -> None:
     seen = []
     silent = cast("Any", SimpleNamespace(scratch=tmp_path))
-    monkeypatch.setattr(onnx, "save", lambda *_: None)
-    monkeypatch.setattr(onnx, "load", lambda _: "loaded")
+    monkeypatch.setattr(onnx, "load", lambda *_, **__: "loaded")
     monkeypatch.setattr(logging.root.manager, "disable", level)
-    found = onnx_precision._through_files(silent, None, lambda *_: seen.append(logging.root.manager.disable))
+    found = onnx_precision._through_files(
+        silent, onnx.ModelProto(), lambda *_: seen.append(logging.root.manager.disable)
+    )
     assert (found, seen) == ("loaded", [max(level, logging.WARNING)])
     assert logging.root.manager.disable == level

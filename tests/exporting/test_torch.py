@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from prunectl.errors import InputError, UsageError, WorkError
-from prunectl.exporting import onnx_finish
 from prunectl.exporting.export import export as run
 from prunectl.exporting.request import parse_request
 from prunectl.formats.registry import open_model
+from prunectl.graphs.onnx import tensors
 from prunectl.pruning.destination import Destination
 from tests.contract import Array
 from tests.exporting import nets_torch
@@ -186,7 +186,7 @@ def test_onnx_becomes_onnx_of_another_version_and_keeps_what_is_said_of_it(tmp_p
 def test_what_is_too_large_for_one_file_has_its_numbers_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_finish, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(tensors, "MAX_MESSAGE_BYTES", 10_000)
     found = export("digits_cnn.pt", tmp_path / "m.onnx", model=NET, input=["?,1,8,8"])
     assert any("in m.onnx.data beside it" in remark for remark in found.notes)
     assert (tmp_path / "m.onnx").stat().st_size < 10_000
@@ -198,6 +198,17 @@ def test_what_is_too_large_for_one_file_has_its_numbers_beside_it(
     with pytest.raises(WorkError, match="more than one file"):
         run(FIXTURES / "digits_cnn.onnx", parse_request({"to": "onnx"}), Destination(tmp_path / "out", to_stdout=True))
     assert {file.name for file in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
+    save, sizes = onnx.save, dict[str, int]()
+
+    def measured(proto: object, path: str | Path, **words: object) -> None:
+        save(proto, path, **words)
+        sizes[Path(path).name] = Path(path).stat().st_size
+
+    monkeypatch.setattr(onnx, "save", measured)
+    for name, data in (("dynamic", ""), ("static", DIGITS)):
+        export("digits_cnn.onnx", tmp_path / f"{name}.onnx", int8=True, data=data)
+        assert (tmp_path / f"{name}.onnx").stat().st_size < 10_000
+        assert sizes.pop("floats.onnx") < 10_000
 
 
 def test_an_onnx_model_that_gives_what_each_class_is_worth_by_its_name_is_compared(tmp_path: Path) -> None:

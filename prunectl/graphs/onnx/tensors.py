@@ -14,8 +14,10 @@ from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.onnx.model import Names
 from prunectl.formats.onnx.tensors import CODES, STRING
 from prunectl.formats.safe_json import require
-from prunectl.graphs.onnx.nodes import copy_message, inner_graphs, output_of
+from prunectl.graphs.onnx.nodes import all_graphs, copy_message, inner_graphs, output_of
 
+MAX_MESSAGE_BYTES = (1 << 31) - 1
+"""Limit of a protobuf message."""
 INLINE_BYTES = 1 << 15
 """Up to this a tensor stays in the message, where shapes, axes and first states of zeros are looked for."""
 _FLOAT, _EXTERNAL = 1, 1
@@ -50,6 +52,13 @@ def load_message(path: Path, *, has_external_data: bool = True) -> Any:
         return require("onnx", extra="onnx").load(path, load_external_data=has_external_data)
     except Exception as error:
         raise InputError(f"{path} cannot be read by onnx: {first_line(error)}") from error
+
+
+def is_too_large(proto: Any) -> bool:
+    """Whether a model exceeds the limit of one protobuf message."""
+    num_bytes = sum(len(initializer.raw_data) for graph in all_graphs(proto.graph) for initializer in graph.initializer)
+    # A message beyond the limit cannot be measured as a whole.
+    return bool(num_bytes > MAX_MESSAGE_BYTES or proto.ByteSize() > MAX_MESSAGE_BYTES)
 
 
 def load_network(model: ModelFile) -> tuple[OnnxNetwork, dict[str, str]]:
