@@ -190,10 +190,10 @@ def prune(
     destination = _destination(output, force=force, in_place=in_place)
     if is_cut:
         return channels.prune_channels(Path(model), request, destination, is_trusted=trust, **limits)
-    prune_request.check(request)
+    method = prune_request.check(request)
     if request.data:
-        return calibration.prune(Path(model), request, destination, is_trusted=trust)
-    return pruning.prune(Path(model), request, destination)
+        return calibration.prune(Path(model), request, destination, is_trusted=trust, method=method)
+    return pruning.prune(Path(model), request, destination, method=method)
 
 
 def strip(

@@ -132,9 +132,10 @@ def prune(
     *,
     has_digests: bool = False,
     is_trusted: bool = False,
+    method: PruningMethod | None = None,
 ) -> Pruned:
     """Prune a model with calibration data."""
-    model, method = open_model(path), resolve_method(request)
+    model, method = open_model(path), method or resolve_method(request)
     outputs.check(model, output)
     criteria, needs = method.selection, method.strategy.needs
     selection = planning.select_tensors(model, criteria, can_reencode=by_name(model.format).can_reencode)
@@ -168,7 +169,7 @@ def prune(
                 if request.is_repaired
                 else reconstructor.solve,
             )
-        pruned = prune_file(path, request, output, has_digests=has_digests, method=method)
+        pruned = prune_file(model, request, output, has_digests=has_digests, method=method)
         if reconstructor is not None:
             reconstructed = sum(cut.tensor.name not in reconstructor.skipped for cut in pruned.plan.cuts)
             examples = session.calibration.examples

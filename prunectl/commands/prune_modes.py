@@ -16,6 +16,7 @@ from prunectl.commands._requests import CHANNEL_LIMITS, Mode, check_options, req
 from prunectl.pruning import manifest as manifests
 from prunectl.pruning import request as requests
 from prunectl.pruning.destination import Destination
+from prunectl.pruning.engine import PruningMethod
 from prunectl.pruning.prune import prune
 from prunectl.pruning.request import PruneRequest
 from prunectl.reporting.prune import prune_report
@@ -53,8 +54,7 @@ def build_mode(options: Prune, request: PruneRequest, limits: Mapping[str, Any])
         mode: PruneMode = load("prunectl.commands.wrap_options:wrap_mode")(options, request)
         requests.check(request)
         return mode
-    requests.check(request)
-    return partial(_prune_weights, request, options)
+    return partial(_prune_weights, request, requests.check(request), options)
 
 
 def _prune_channels(
@@ -81,11 +81,13 @@ def _prune_channels(
     return report
 
 
-def _prune_weights(request: PruneRequest, options: Prune, path: Path, destination: Destination | None) -> Report:
+def _prune_weights(
+    request: PruneRequest, method: PruningMethod, options: Prune, path: Path, destination: Destination | None
+) -> Report:
     run: Callable[..., Any] = prune
     if request.data:
         run = partial(load("prunectl.calibration.prune:prune"), is_trusted=options.trust)
-    result = run(path, request, destination, has_digests=options.manifest is not None)
+    result = run(path, request, destination, has_digests=options.manifest is not None, method=method)
     if options.manifest is not None and destination is not None:
         manifests.write(options.manifest, result)
     return prune_report(replace(result, before=replace(result.before, path=options.model)), target_name(destination))

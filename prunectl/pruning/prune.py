@@ -90,7 +90,7 @@ class Pruned:
 
 
 def prune(
-    path: Path,
+    source: Path | ModelFile,
     request: PruneRequest,
     output: Destination | None,
     *,
@@ -100,7 +100,8 @@ def prune(
     """Prune a model; without an output, into a scratch file that is measured and thrown away."""
     # The input and what was written are read by one child, where it takes a child to read them.
     with reuse_worker():
-        return _prune(open_model(path), request, output, has_digests=has_digests, method=method)
+        model = source if isinstance(source, ModelFile) else open_model(source)
+        return _prune(model, request, output, has_digests=has_digests, method=method)
 
 
 def _prune(

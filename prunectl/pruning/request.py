@@ -121,9 +121,14 @@ def parse_pattern(request: PruneRequest) -> tuple[NMPattern | BlockPattern | Non
 
 
 def resolve_method(request: PruneRequest) -> PruningMethod:
-    """What a request names, looked up once: its strategy, policy, pattern and clustering."""
-    strategy = _strategy(request)
-    pattern, pool = parse_pattern(request)
+    """What a request names, looked up: its strategy, policy, pattern and clustering."""
+    return _method(request, _strategy(request), parse_pattern(request))
+
+
+def _method(
+    request: PruneRequest, strategy: Strategy, pattern_and_pool: tuple[NMPattern | BlockPattern | None, Pooling]
+) -> PruningMethod:
+    pattern, pool = pattern_and_pool
     allocation: Allocation | None = erk if request.scope == Scope.ERK else None
     if strategy.allocation is not None:
         allocation = partial(strategy.allocation, seed=request.seed, **strategy.params)
@@ -161,8 +166,8 @@ def _policy(name: str) -> Policy:
     return adapt_policy(find("policy", name, builtin))
 
 
-def check(request: PruneRequest) -> None:
-    """Reject options that contradict each other, before a file is opened."""
+def check(request: PruneRequest) -> PruningMethod:
+    """What a request names, looked up; options that contradict each other are rejected before a file is opened."""
     strategy = _strategy(request)
     needs = strategy.needs
     if needs is Requires.TRAINING:
@@ -183,15 +188,15 @@ def check(request: PruneRequest) -> None:
     for option, number in (("--samples", request.samples), ("--batch-size", request.batch_size)):
         if number < 1:
             raise UsageError(f"{option} is at least 1")
-    check_shape(request, strategy)
+    return check_shape(request, strategy)
 
 
-def check_shape(request: PruneRequest, strategy: Strategy | None = None) -> None:
-    """Reject amounts, scopes, patterns and clusters that contradict each other."""
+def check_shape(request: PruneRequest, strategy: Strategy | None = None) -> PruningMethod:
+    """The same of a request whose strategy may watch training: amounts, scopes, patterns and clusters are checked."""
     strategy = strategy or _strategy(request)
     if request.cluster:
         parse_clustering(request.cluster)
-    pattern, _ = parse_pattern(request)
+    pattern, pool = parse_pattern(request)
     _check_amounts(request, pattern)
     is_by_layer = request.scope == Scope.LAYER
     if isinstance(pattern, NMPattern):
@@ -208,6 +213,7 @@ def check_shape(request: PruneRequest, strategy: Strategy | None = None) -> None
             f"{request.strategy} says by itself how much of each layer goes",
             hint="leave out --scope, --layer and --pattern",
         )
+    return _method(request, strategy, (pattern, pool))
 
 
 def _check_amounts(request: PruneRequest, pattern: NMPattern | BlockPattern | None) -> None:
