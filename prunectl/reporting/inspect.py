@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ from prunectl.analysis.stats import Histogram, ModelStats, TensorStats, totals
 from prunectl.errors import abbreviated
 from prunectl.formats.base import QUANTISED
 from prunectl.formats.registry import by_name
-from prunectl.reporting.report import Cell, Column, Failure, Report, Section, Table, Unit
+from prunectl.reporting.report import Cell, Column, Failure, Report, Row, Section, Table, Unit
 from prunectl.reporting.serialize import survey_json
 from prunectl.units import count, percent
 
@@ -26,10 +26,15 @@ def inspect_report(models: Sequence[ModelStats], failures: Sequence[Failure], *,
     """The report on some models."""
     pattern = next((stats.pattern for stats in models if stats.pattern), "")
     columns = _columns(pattern, has_flops=has_flops)
-    rows = [(stats.path, *_cells(row, pattern, has_flops=has_flops)) for stats in models for row in stats.layers]
+
+    def rows() -> Iterator[Row]:
+        for stats in models:
+            for row in stats.layers:
+                yield stats.path, *_cells(row, pattern, has_flops=has_flops)
+
     return Report(
         models=tuple(survey_json(stats) for stats in models),
-        table=Table("tensors", (Column("path"), *columns), tuple(rows)),
+        table=Table("tensors", (Column("path"), *columns), rows),
         sections=tuple(_section(stats, columns, pattern, has_flops=has_flops) for stats in models),
         failures=tuple(failures),
     )
@@ -69,7 +74,7 @@ def _section(stats: ModelStats, columns: tuple[Column, ...], pattern: str, *, ha
     tensors = Table(
         "tensors",
         columns,
-        tuple(_cells(row, pattern, has_flops=has_flops) for row in stats.layers),
+        lambda: (_cells(row, pattern, has_flops=has_flops) for row in stats.layers),
         total=_total(stats, columns, has_flops=has_flops),
     )
     tables = [_parts(stats), *([tensors] if stats.layers else [])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from prunectl.pruning.plan import sample_depth_bias
 from prunectl.pruning.policies import UNKNOWN
 from prunectl.pruning.prune import Pruned
 from prunectl.pruning.schedules import SparsitySchedule
-from prunectl.reporting.report import Artifact, Cell, Column, Report, Section, Table, Unit
+from prunectl.reporting.report import Artifact, Cell, Column, Report, Row, Section, Table, Unit
 from prunectl.reporting.serialize import survey_json
 from prunectl.units import count, percent
 
@@ -49,11 +50,12 @@ _COLUMNS = (
 
 def prune_report(pruned: Pruned, output: str) -> Report:
     """The report on a run; without an output it was a dry run."""
-    rows = tuple(_row(pruned, number) for number in range(len(pruned.plan.cuts)))
     dropped = sum(tally.dropped for tally in pruned.tallies.values())
     zeros = sum(tally.zeros for tally in pruned.tallies.values())
     size = pruned.plan.size
-    cuts = Table("cuts", _COLUMNS, rows, total=("all", "", size, dropped, zeros, zeros / size if size else 0.0))
+    cuts = Table(
+        "cuts", _COLUMNS, lambda: _rows(pruned), total=("all", "", size, dropped, zeros, zeros / size if size else 0.0)
+    )
     notes = [*([_skipped(pruned)] if pruned.plan.skips else []), *pruned.notes, *averaged_copies_hint(pruned.before)]
     if any(skip.reason == UNKNOWN for skip in pruned.plan.skips):
         notes.append(f"What is {UNKNOWN} is pruned when --only names it.")
@@ -81,11 +83,11 @@ def prune_report(pruned: Pruned, output: str) -> Report:
     )
 
 
-def _row(pruned: Pruned, number: int) -> tuple[Cell, ...]:
-    tensor = pruned.plan.cuts[number].tensor
-    tally = pruned.tallies[tensor.name]
-    shape = "x".join(map(str, tensor.shape))
-    return (tensor.name, shape, tensor.size, tally.dropped, tally.zeros, tally.zeros / tensor.size)
+def _rows(pruned: Pruned) -> Iterator[Row]:
+    for cut in pruned.plan.cuts:
+        tensor, tally = cut.tensor, pruned.tallies[cut.tensor.name]
+        shape = "x".join(map(str, tensor.shape))
+        yield tensor.name, shape, tensor.size, tally.dropped, tally.zeros, tally.zeros / tensor.size
 
 
 def _facts(pruned: Pruned) -> tuple[tuple[str, str], ...]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from prunectl.analysis.sizes import LimitCheck
@@ -61,15 +62,24 @@ class Column:
         return printable(abbreviated(str(cell), _MAX_SHOWN))
 
 
-@dataclass(frozen=True, slots=True)
+Row = tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
 class Table:
     """Columns, rows, and a last row of totals."""
 
     name: str
     columns: tuple[Column, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    total: tuple[Cell, ...] | None = None
+    cells: tuple[Row, ...] | Callable[[], Iterable[Row]]
+    """The rows, or what makes them once they are shown."""
+    total: Row | None = None
     title: str = ""
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows without the last one."""
+        return tuple(self.cells()) if callable(self.cells) else self.cells
 
     def raw_row(self, row: Sequence[Cell]) -> list[str]:
         """A row as programs read it: plain numbers, ratios from 0 to 1."""
