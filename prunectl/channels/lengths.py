@@ -9,12 +9,66 @@ from dataclasses import dataclass
 from prunectl.errors import UsageError
 from prunectl.training.backend import ModelSignature
 
+Axes = tuple[int | None, ...]
 Shape = tuple[int, ...]
 Shapes = Callable[[ModelSignature], Sequence[Shape] | None]
 """From what goes into a model to the shapes, without the batch, that some data has; None if they say nothing."""
 TRIED_LENGTHS = (64, 224)
 """AxisLengths to try for axes other than the batch, where nobody says them."""
-_SHAPE = re.compile(r"(?:(?P<name>.+):)?(?P<shape>\d+(?:,\d+)*)")
+_LENGTH = r"(?:\?|-1|[1-9]\d*)"
+_SHAPE = re.compile(rf"{_LENGTH}(?:[,x]{_LENGTH})*")
+_DTYPES = {
+    "f32": "float32",
+    "f64": "float64",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "i64": "int64",
+    "i32": "int32",
+    "i16": "int16",
+    "i8": "int8",
+    "u8": "uint8",
+    "bool": "bool",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class InputOption:
+    """One `--input` option, `[NAME:]SHAPE[:TYPE]`."""
+
+    name: str
+    shape: Axes
+    """With the batch axis; None for an axis that -1 or ? leaves open."""
+    dtype: str
+    """A NumPy name such as float32; empty if not said."""
+
+    @property
+    def lengths(self) -> Shape:
+        """Of the axes that are not left open."""
+        return tuple(length for length in self.shape if length is not None)
+
+
+def parse_input(text: str, example: str) -> InputOption:
+    """Parse `[NAME:]SHAPE[:TYPE]`, such as `x:1,3,224,224:f32` or `1x128:i64`."""
+    *names, shape = text.split(":")
+    dtype = ""
+    if names and not _is_shape(shape) and _is_shape(names[-1]):
+        dtype, shape = shape, names.pop()
+        if dtype not in {*_DTYPES, *_DTYPES.values()}:
+            raise UsageError(f"{dtype!r} is no type of number in --input {text}", hint=f"known: {', '.join(_DTYPES)}")
+    if not _is_shape(shape):
+        raise no_shape(text, example)
+    axes = re.split("[,x]", shape.replace(" ", ""))
+    lengths = tuple(None if axis in {"?", "-1"} else int(axis) for axis in axes)
+    return InputOption(":".join(names), lengths, _DTYPES.get(dtype, dtype))
+
+
+def no_shape(text: str, example: str) -> UsageError:
+    """The error about an `--input` that is not what it has to be here."""
+    return UsageError(f"--input {text} is no shape", hint=f"such as --input {example}")
+
+
+def _is_shape(text: str) -> bool:
+    return _SHAPE.fullmatch(text.replace(" ", "")) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +102,18 @@ class AxisLengths:
 
 
 UNKNOWN_LENGTHS = AxisLengths()
+_EXAMPLE = "1,3,224,224 or name:1,3,224,224"
 
 
 def _parse_shapes(typed: Sequence[str], names: Sequence[str]) -> list[Shape]:
     """The shapes that were typed, in the order of the model's inputs."""
     shapes_by_name: list[tuple[str, Shape]] = []
     for text in typed:
-        match = _SHAPE.fullmatch(text.replace(" ", ""))
-        if match is None or "0" in match["shape"].split(","):
-            raise UsageError(f"--input {text} is no shape", hint="such as --input 1,3,224,224 or name:1,3,224,224")
-        lengths = tuple(map(int, match["shape"].split(",")))
+        option = parse_input(text, _EXAMPLE)
+        if option.dtype or option.lengths != option.shape:
+            raise no_shape(text, _EXAMPLE)
         # The batch is tried one example at a time.
-        shapes_by_name.append((match["name"] or "", lengths[1:]))
+        shapes_by_name.append((option.name, option.lengths[1:]))
     if len(shapes_by_name) != len(names):
         raise UsageError(
             f"the model has {len(names)} inputs ({', '.join(names)}), and --input says {len(shapes_by_name)}"

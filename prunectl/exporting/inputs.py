@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from prunectl.channels.lengths import Axes, InputOption
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array
 from prunectl.training.backend import ModelSignature, TensorSpec
-
-Axes = tuple[int | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,50 +53,6 @@ def signature_of(inputs: tuple[InputSpec, ...], *, is_channels_first: bool) -> M
 def shape_text(shape: Axes | None) -> str:
     """A shape as users write it."""
     return "?" if shape is None else ",".join("?" if length is None else str(length) for length in shape)
-
-
-_EXAMPLE = "--input x:1,3,224,224:f32, where -1 or ? leaves an axis open"
-_DTYPES = {
-    "f16": "float16",
-    "f32": "float32",
-    "f64": "float64",
-    "i8": "int8",
-    "i16": "int16",
-    "i32": "int32",
-    "i64": "int64",
-    "u8": "uint8",
-    "bool": "bool",
-}
-_SHAPE = re.compile(r"(?:\?|-1|[1-9]\d*)(?:,(?:\?|-1|[1-9]\d*))*")
-
-
-@dataclass(frozen=True, slots=True)
-class InputOption:
-    """One `--input` option."""
-
-    name: str
-    shape: Axes
-    dtype: str
-
-
-def parse(text: str) -> InputOption:
-    """Parse `[NAME:]SHAPE[:TYPE]`, where -1 or ? in the shape is an open axis."""
-    parts = text.split(":")
-    dtype = ""
-    if len(parts) > 1 and not _SHAPE.fullmatch(parts[-1]):
-        dtype = _dtype(parts.pop(), text)
-    if len(parts) > 2 or not _SHAPE.fullmatch(parts[-1]):
-        raise UsageError(f"--input {text} says no shape", hint=_EXAMPLE)
-    shape = tuple(None if axis in {"?", "-1"} else int(axis) for axis in parts[-1].split(","))
-    return InputOption(parts[0] if len(parts) == 2 else "", shape, dtype)
-
-
-def _dtype(name: str, text: str) -> str:
-    if name in _DTYPES.values():
-        return name
-    if name not in _DTYPES:
-        raise UsageError(f"--input {text} ends with no type", hint=f"types: {', '.join(_DTYPES)}")
-    return _DTYPES[name]
 
 
 def apply_input_options(inputs: tuple[InputSpec, ...], options: Sequence[InputOption]) -> tuple[InputSpec, ...]:

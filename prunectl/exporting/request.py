@@ -8,12 +8,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from prunectl.channels.lengths import InputOption, parse_input
 from prunectl.errors import UsageError
-from prunectl.exporting.inputs import InputOption, parse
 from prunectl.training.backend import LoadOptions
 
 BATCH_SIZE = 32
 SAMPLES = 256
+_INPUT = "x:1,3,224,224:f32, where -1 or ? leaves an axis open"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def parse_request(options: Mapping[str, Any]) -> ExportRequest:
     request = ExportRequest(**options)
     return replace(
         request,
-        input=tuple(map(parse, options.get("input", ()))),
+        input=tuple(parse_input(text, _INPUT) for text in options.get("input", ())),
         metadata=tuple(map(_parse_metadata, options.get("metadata", ()))),
         card=Path(options["card"]) if options.get("card") else None,
     )

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from prunectl.channels.lengths import InputOption, parse_input
 from prunectl.errors import UsageError
-from prunectl.exporting.inputs import InputOption, InputSpec, apply_input_options, parse
+from prunectl.exporting.inputs import InputSpec, apply_input_options
+
+
+def parse(text: str) -> InputOption:
+    return parse_input(text, "1,3,8,8")
 
 
 @pytest.mark.parametrize(
@@ -16,13 +21,15 @@ from prunectl.exporting.inputs import InputOption, InputSpec, apply_input_option
         ("x:-1,3", InputOption("x", (None, 3), "")),
         ("2,3:i64", InputOption("", (2, 3), "int64")),
         ("ids:?,?:int32", InputOption("ids", (None, None), "int32")),
+        ("serving_default_x:0:1x3x8", InputOption("serving_default_x:0", (1, 3, 8), "")),
+        ("1, 128:bf16", InputOption("", (1, 128), "bfloat16")),
     ],
 )
 def test_a_name_and_a_type_may_be_left_out(word: str, said: InputOption) -> None:
     assert parse(word) == said
 
 
-@pytest.mark.parametrize("word", ["x", "x:0,3", "x:1,3:q8", "a:b:1,2:f32", "x:1,,2", ""])
+@pytest.mark.parametrize("word", ["x", "x:0,3", "x:1,3:q8", "a:b:f32", "x:1,,2", ""])
 def test_nonsense_is_refused(word: str) -> None:
     with pytest.raises(UsageError, match="--input"):
         parse(word)

@@ -13,20 +13,11 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 
+from prunectl.channels.lengths import no_shape, parse_input
 from prunectl.errors import InputError, UsageError, first_line
 from prunectl.training.torch.build import input_specs
 
-_TYPES = {
-    "f32": torch.float32,
-    "f64": torch.float64,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-    "i64": torch.int64,
-    "i32": torch.int32,
-    "u8": torch.uint8,
-    "bool": torch.bool,
-}
-_LENGTH = 224
+_LENGTH, _EXAMPLE = 224, "1,3,224,224 or 1,128:i64"
 
 
 def examples(specs: tuple[str, ...], module: torch.nn.Module, path: str) -> tuple[torch.Tensor, ...]:
@@ -54,13 +45,10 @@ def with_batch(example: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _example(spec: str, default: torch.dtype) -> torch.Tensor:
-    lengths, _, type_name = spec.partition(":")
-    numbers = lengths.replace("x", ",").split(",")
-    if type_name and type_name not in _TYPES:
-        raise UsageError(f"{type_name!r} is no type of number in --input {spec}", hint=f"known: {', '.join(_TYPES)}")
-    if not all(number.strip().isdecimal() and int(number) > 0 for number in numbers):
-        raise UsageError(f"--input {spec} is no shape", hint="such as --input 1,3,224,224 or 1,128:i64")
-    return torch.zeros([int(number) for number in numbers], dtype=_TYPES[type_name] if type_name else default)
+    option = parse_input(spec, _EXAMPLE)
+    if option.name or option.lengths != option.shape:
+        raise no_shape(spec, _EXAMPLE)
+    return torch.zeros(option.lengths, dtype=getattr(torch, option.dtype) if option.dtype else default)
 
 
 def _default_float(module: torch.nn.Module) -> torch.dtype:
