@@ -288,8 +288,6 @@ class NameAllocator:
 
 Length = int | None
 Shape = tuple[Length, ...]
-MAX_LENGTH = 1 << 48
-"""An axis longer than this is a lie."""
 
 
 def numel(lengths: Iterable[Length]) -> int | None:

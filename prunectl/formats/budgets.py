@@ -116,6 +116,19 @@ MAX_OPERATOR_KINDS = 1000
 MAX_OPERANDS = 32
 """Inputs or outputs of a TensorFlow Lite operator that are looked at; none with weights has more that matter."""
 
+MAX_ONNX_FIELDS = 400_000
+"""Fields of an ONNX graph that are read."""
+MAX_ONNX_NAME_BYTES = 1 << 12
+"""One name in an ONNX graph."""
+MAX_ONNX_LIST_BYTES = 4096
+"""A short list of numbers in an ONNX graph, such as a shape or the pads of a convolution."""
+MAX_ONNX_DEPTH = 32
+"""ONNX graphs inside each other: a few in real models."""
+MAX_ONNX_PREFIX = 2048
+"""Characters that say where an ONNX graph stands: each of its tensors repeats them."""
+MAX_ONNX_VISITS = 500_000
+"""Uses of ONNX tensors that are looked at, before weights are no longer followed."""
+
 MAX_EXPORTED_GRAPH_BYTES = 12 << 20
 """The graph of a program of torch.export that is read for its facts: a model of a hundred layers takes 5 MB."""
 MAX_EXPORTED_GRAPH_DEPTH = 20

@@ -13,8 +13,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from prunectl.formats import extents
-from prunectl.formats.onnx import rewrite
+from prunectl.formats import budgets, extents
 from prunectl.formats.onnx.rewrite import pack
 from prunectl.formats.registry import open_model
 from tests.contract import Array, raw, read_all
@@ -311,7 +310,7 @@ def test_a_tensor_that_a_reader_would_take_for_a_bomb_stays_dense(
 ) -> None:
     path = saved(one_node(numpy_helper.from_array(np.zeros((30, 40), np.float32), "w")), tmp_path)
     assert scattered(packed(path)) == {"w"}
-    monkeypatch.setattr(rewrite, "MAX_BLOWN_UP_BYTES", 1000)
+    monkeypatch.setattr(budgets, "MAX_UNFOLDED_TENSOR_BYTES", 1000)
     assert dense(packed(path)) == {"w"}
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from prunectl import errors
 from prunectl.errors import InputError
-from prunectl.formats import protobuf
+from prunectl.formats import budgets, protobuf
 from prunectl.formats.protobuf import BYTES, FIXED32, FIXED64, VARINT, Field, WireError
 
 FLOATS, INT32S, INT64S, RAW, DOUBLES, UINT64S = 4, 5, 7, 9, 10, 11
@@ -107,13 +107,6 @@ class Model:
     training: tuple[Span, ...]
 
 
-MAX_PARTS = 400_000
-"""Fields that a file may have: more than any real graph, few enough to be walked in seconds."""
-MAX_LIST_BYTES = 4096
-"""Bytes of a short list of numbers, such as a shape or the pads of a convolution."""
-MAX_NAME_BYTES = 1 << 12
-MAX_TEXT_BYTES = 32 << 20
-"""Bytes of all names together: they are what a graph costs in memory."""
 SHOWN_BYTES = 200
 _BROKEN = 31
 
@@ -129,8 +122,8 @@ class ProtoReader:
 
     def __init__(self, data: memoryview) -> None:
         self.data = data
-        self._left = MAX_PARTS
-        self._text_left = MAX_TEXT_BYTES
+        self._left = budgets.MAX_ONNX_FIELDS
+        self._text_left = budgets.MAX_TEXTS_BYTES
 
     @property
     def whole(self) -> Span:
@@ -142,7 +135,7 @@ class ProtoReader:
         for entry in protobuf.fields(self.data, *span):
             self._left -= 1
             if self._left < 0:
-                raise WireError(f"it has more than {MAX_PARTS} parts")
+                raise WireError(f"it has more than {budgets.MAX_ONNX_FIELDS} parts")
             wires = schema.get(entry.number)
             if wires is None:
                 continue
@@ -152,11 +145,11 @@ class ProtoReader:
 
     def text(self, field: Field) -> str:
         """Return a name."""
-        if field.value > MAX_NAME_BYTES:
+        if field.value > budgets.MAX_ONNX_NAME_BYTES:
             raise WireError(f"a name has {field.value} bytes")
         self._text_left -= field.value
         if self._text_left < 0:
-            raise WireError(f"its names have more than {MAX_TEXT_BYTES} bytes")
+            raise WireError(f"its names have more than {budgets.MAX_TEXTS_BYTES} bytes")
         text = protobuf.text(self.data, field)
         if len(text) > field.value:
             # Broken text takes longer to decode by as much.
@@ -175,7 +168,7 @@ class ProtoReader:
 
     def numbers(self, spans: tuple[Span, ...]) -> tuple[int, ...]:
         """Return the whole numbers of a short list."""
-        if sum(end - begin for begin, end in spans) > MAX_LIST_BYTES:
+        if sum(end - begin for begin, end in spans) > budgets.MAX_ONNX_LIST_BYTES:
             raise WireError("a list that should be short is long")
         numbers: list[int] = []
         for at, end in spans:

@@ -30,8 +30,6 @@ from prunectl.formats.onnx.proto import (
     location,
     parsing,
 )
-from prunectl.formats.onnx.scopes import MAX_DEPTH
-from prunectl.formats.onnx.tensors import BOMB_RATIO, MAX_BLOWN_UP_BYTES
 from prunectl.formats.patch import TensorUpdate, patch_files
 from prunectl.formats.protobuf import BYTES, Field, length_prefix, number
 
@@ -49,7 +47,7 @@ _INNER: Mapping[str, Mapping[int, str]] = {
     "tensor": {13: _ENTRY},
 }
 """Messages in which a tensor may lie, by the number of their field."""
-_MAX_MESSAGES = 3 * MAX_DEPTH + 8
+_MAX_MESSAGES = 3 * budgets.MAX_ONNX_DEPTH + 8
 """Messages inside messages, as far as their tensors are read."""
 
 
@@ -188,7 +186,7 @@ class Sparse:
     @property
     def is_too_good(self) -> bool:
         """Whether a reader would take it for a bomb."""
-        return self.tensor.nbytes > max(MAX_BLOWN_UP_BYTES, BOMB_RATIO * self._data_bytes)
+        return self.tensor.nbytes > max(budgets.MAX_UNFOLDED_TENSOR_BYTES, budgets.BOMB_RATIO * self._data_bytes)
 
     @property
     def _data_bytes(self) -> int:

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from prunectl.formats import budgets
 from prunectl.formats.onnx import messages
 from prunectl.formats.onnx.proto import GraphProto, Model, NodeProto, ProtoReader
 from prunectl.formats.protobuf import WireError
-
-MAX_DEPTH = 32
-"""Graphs inside graphs: a few in real models."""
-MAX_PREFIX = 2048
-"""Characters that say where a graph stands: each of its tensors repeats them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,11 +52,11 @@ def _inside(reader: ProtoReader, scope: GraphScope) -> Iterator[GraphScope]:
     for node in scope.graph.nodes:
         for name, attribute in node.attributes.items():
             for number, span in enumerate(attribute.graphs):
-                if scope.depth == MAX_DEPTH:
-                    raise WireError(f"its graphs are nested more than {MAX_DEPTH} deep")
+                if scope.depth == budgets.MAX_ONNX_DEPTH:
+                    raise WireError(f"its graphs are nested more than {budgets.MAX_ONNX_DEPTH} deep")
                 place = name if len(attribute.graphs) == 1 else f"{name}_{number}"
                 prefix = f"{scope.prefix}{node.label}/{place}/"
-                if len(prefix) > MAX_PREFIX:
+                if len(prefix) > budgets.MAX_ONNX_PREFIX:
                     raise WireError("the names of its nested graphs are too long")
                 yield _scope(
                     messages.graph(reader, span), prefix, scope, scope.depth + 1, is_training=scope.is_training

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from prunectl.errors import InputError, abbreviated
+from prunectl.formats import budgets
 from prunectl.formats.base import Storage, format_shape
 from prunectl.formats.extents import Extent, check_inside
 from prunectl.formats.onnx.decode import SparseSource, TensorSource
@@ -149,14 +150,6 @@ def refuse_overlaps(model: Path, places: Iterable[tuple[str, Extent]]) -> None:
             last[extent.path] = this
 
 
-MAX_AXES = 64
-"""NumPy's limit."""
-MAX_ELEMENTS = 1 << 48
-MAX_BLOWN_UP_BYTES = 128 << 20
-"""A sparse tensor that unfolds to more than this, and more than BOMB_RATIO times itself, is a bomb."""
-BOMB_RATIO = 200
-
-
 @dataclass(frozen=True, slots=True)
 class Located:
     """A tensor whose bytes are known to be there."""
@@ -203,7 +196,7 @@ class TensorLocator:
             raise InputError(f"{self.path} is damaged: the indices of {abbreviated(name)} do not match its values")
         stored = values.storage.stored_bytes + indices.storage.stored_bytes
         nbytes = math.prod(proto.dims) * values.dtype.itemsize
-        if nbytes > max(MAX_BLOWN_UP_BYTES, BOMB_RATIO * stored):
+        if nbytes > max(budgets.MAX_UNFOLDED_TENSOR_BYTES, budgets.BOMB_RATIO * stored):
             raise InputError(f"{self.path} is refused: {abbreviated(name)} would unfold to {nbytes} bytes, like a bomb")
         source = SparseSource(_dense(values), _dense(indices), proto.dims)
         return Located(proto.dims, values.dtype, Storage(name, nbytes, None, stored), source)
@@ -237,9 +230,9 @@ class TensorLocator:
             )
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        if len(shape) > MAX_AXES or any(length < 0 for length in shape):
+        if len(shape) > budgets.MAX_AXES or any(length < 0 for length in shape):
             raise InputError(f"{self.path} is damaged: {abbreviated(name)} has an impossible shape")
-        if math.prod(length for length in shape if length) > MAX_ELEMENTS:
+        if math.prod(length for length in shape if length) > budgets.MAX_ELEMENTS:
             raise InputError(f"{self.path} is damaged: {abbreviated(name)} has an impossible shape")
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from prunectl.formats import budgets
 from prunectl.formats.base import Role
 from prunectl.formats.onnx.proto import NodeProto, ProtoReader
 from prunectl.formats.onnx.scopes import GraphScope
@@ -120,8 +121,6 @@ MAX_STEPS = 4
 """Operations to follow a weight through: quantise, dequantise, transpose, reshape."""
 MAX_USES = 8
 """Users of one tensor to look at: a tied weight has two, a shared constant hundreds."""
-MAX_VISITS = 500_000
-"""Uses to look at in one model, before weights are no longer followed."""
 _BETWEEN = PASSING | {"Mul"}
 """What may stand between a product and its bias."""
 _BIAS, _OTHER = OperandRole(Role.BIAS), OperandRole(Role.OTHER)
@@ -151,7 +150,7 @@ class UsageIndex:
 
     def __init__(self, reader: ProtoReader, scopes: tuple[GraphScope, ...]) -> None:
         self._reader = reader
-        self._left = MAX_VISITS
+        self._left = budgets.MAX_ONNX_VISITS
         self._users: dict[tuple[int, str], list[OnnxTensorUse]] = {}
         for scope in scopes:
             for node in scope.graph.nodes:

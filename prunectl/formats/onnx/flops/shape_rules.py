@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from prunectl.formats.onnx.proto import NodeProto
 
 Shape = tuple[int, ...]
-MAX_LENGTH = 1 << 48
-"""An axis longer than this is a lie."""
-MAX_AXES = 64
 
 
 class UnknownOnnxShapeError(Exception):

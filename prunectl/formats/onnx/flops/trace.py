@@ -7,11 +7,10 @@ import operator
 from collections.abc import Callable, Iterator
 
 from prunectl.formats.base import ModelFile, Operation
+from prunectl.formats.budgets import MAX_AXES, MAX_ELEMENTS
 from prunectl.formats.onnx import decode, messages, scopes
 from prunectl.formats.onnx.decode import TensorSource
 from prunectl.formats.onnx.flops.shape_rules import (
-    MAX_AXES,
-    MAX_LENGTH,
     RULES,
     OnnxStep,
     Shape,
@@ -22,8 +21,6 @@ from prunectl.formats.onnx.proto import GraphProto, NodeProto, ProtoReader, Tens
 from prunectl.formats.onnx.scopes import GraphScope
 from prunectl.formats.onnx.tensors import TensorLocator
 from prunectl.formats.onnx.usage import CALCULATING, CELLS, MAX_STEPS, PASSING
-
-MAX_NUMBERS = 64
 
 
 def value(step: OnnxStep) -> Shape | None:
@@ -46,7 +43,7 @@ def _gather(step: OnnxStep) -> Shape:
 
 
 def _concat(step: OnnxStep) -> Shape:
-    if len(step.inputs) > MAX_NUMBERS:
+    if len(step.inputs) > MAX_AXES:
         raise UnknownOnnxShapeError
     return tuple(number for place in range(len(step.inputs)) for number in step.numbers(place))
 
@@ -132,7 +129,7 @@ class Shapes:
         if (
             tensor.data_type in _NUMBERS
             and len(tensor.dims) <= 1
-            and math.prod(tensor.dims) <= MAX_NUMBERS
+            and math.prod(tensor.dims) <= MAX_AXES
             and not tensor.external
         ):
             source = self._locator.dense(tensor, name).source
@@ -161,7 +158,7 @@ class Shapes:
             numbers = value(step)
         except (UnknownOnnxShapeError, ValueError):
             return
-        if numbers is not None and len(numbers) <= MAX_NUMBERS and all(abs(n) <= MAX_LENGTH for n in numbers):
+        if numbers is not None and len(numbers) <= MAX_AXES and all(abs(n) <= MAX_ELEMENTS for n in numbers):
             self._values[output] = numbers
 
     def _constant(self, node: NodeProto, output: str) -> None:
@@ -181,7 +178,7 @@ class Shapes:
             self._keep(output, (*shape[:axis], length, *shape[axis + 1 :]))
 
     def _keep(self, name: str, shape: Shape) -> None:
-        if len(shape) <= MAX_AXES and all(0 <= length <= MAX_LENGTH for length in shape):
+        if len(shape) <= MAX_AXES and all(0 <= length <= MAX_ELEMENTS for length in shape):
             self._shapes[name] = shape
 
 
