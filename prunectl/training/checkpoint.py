@@ -15,6 +15,7 @@ import numpy as np
 from prunectl.errors import InputError, UsageError, writing
 from prunectl.training.backend import Array
 from prunectl.training.logger import LogEntry
+from prunectl.training.request import OPTION_OF_FIELD
 
 if TYPE_CHECKING:
     from prunectl.training.backend import TrainableModel
@@ -106,25 +107,12 @@ class CheckpointManager:
 
 
 _OPTIONS = {
+    **{field: f"--{option.replace('_', '-')}" for field, option in OPTION_OF_FIELD.items()},
     "means.metrics": "--metric",
     "means.decides": "--metric (the one that decides)",
     "means.goal": "--metric (max or min)",
-    "means.is_compiled": "--compile",
-    "means.is_sharded": "--shard",
-    "means.custom_step": "--step",
-    "means.teacher_share": "--distill-share",
-    "origin.is_trusted": "--trust",
-    "origin.inputs": "--input",
-    "pruning.params": "--param",
-    "pruning.layers": "--layer",
-    "ramping.name": "--schedule",
-    "ramping.initial": "--initial-sparsity",
-    "ramping.params": "--schedule-param",
-    "frozen": "--freeze",
-    "rate": "--lr-schedule",
-    "is_recalibrated": "--recalibrate",
 }
-"""What a choice is called on the command line, where not by its own name."""
+"""What a choice is called on the command line."""
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from prunectl.errors import UsageError
-from prunectl.pruning.request import PruneRequest as Pruning
+from prunectl.pruning.request import PruneRequest
 from prunectl.training.backend import LoadOptions, TrainOptions
 from prunectl.training.course import LR_SCHEDULES
 
@@ -59,7 +59,7 @@ class FinetuneRequest:
     batch_size: int = 32
     means: TrainOptions = field(default_factory=TrainOptions)
     origin: LoadOptions = field(default_factory=LoadOptions)
-    pruning: Pruning = field(default_factory=Pruning)
+    pruning: PruneRequest = field(default_factory=PruneRequest)
     ramping: ScheduleOptions = field(default_factory=ScheduleOptions)
     mask: MaskMode = MaskMode.KEEP
     keep: KeepWeights = KeepWeights.BEST
@@ -201,7 +201,12 @@ _PARTS: Mapping[str, Mapping[str, str]] = {
     "ramping": _fields("begin end frequency", schedule="name", initial_sparsity="initial", schedule_param="params"),
 }
 """The fields that options decide, for each part of a request; a checkpoint calls some of them otherwise."""
-OPTIONS = ("metric", "power", *dict.fromkeys(option for part in _PARTS.values() for option in part))
+OPTION_OF_FIELD = {
+    f"{part}.{field}" if part else field: option
+    for part, options in _PARTS.items()
+    for option, field in options.items()
+}
+OPTIONS = ("metric", "power", *dict.fromkeys(OPTION_OF_FIELD.values()))
 _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("warmup", "begin", "end", "distill", "scope"), str),
     **dict.fromkeys(("checkpoint_dir", "logdir"), Path),
@@ -233,7 +238,7 @@ def parse_request(options: Mapping[str, Any]) -> FinetuneRequest:
     return FinetuneRequest(
         means=TrainOptions(**parts["means"], **parse_metrics(given.get("metric", ()))),
         origin=LoadOptions(**parts["origin"]),
-        pruning=Pruning(**parts["pruning"]),
+        pruning=PruneRequest(**parts["pruning"]),
         ramping=ScheduleOptions(**parts["ramping"]),
         **parts[""],
     )
