@@ -27,9 +27,14 @@ def field(key: int, content: bytes) -> bytes:
     return length_prefix(key, len(content)) + content
 
 
+def commas(piece: bytes, times: int) -> bytes:
+    """One piece again and again, with commas between."""
+    return (piece + b",") * (times - 1) + piece
+
+
 def filled(nbytes: int, piece: bytes, before: bytes = b"", after: bytes = b"") -> bytes:
     """A text of about so many bytes: one piece again and again, with commas between."""
-    return before + b"[" + b",".join([piece] * (nbytes // (len(piece) + 1))) + b"]" + after
+    return before + b"[" + commas(piece, nbytes // (len(piece) + 1)) + b"]" + after
 
 
 def weights(path: Path) -> Path:

@@ -13,7 +13,7 @@ from prunectl.formats import budgets
 from tests.running import FIXTURES
 from tests.safety import makers
 from tests.safety.cost import assert_refused_cheaply, cost
-from tests.safety.makers import MEGABYTE, Maker, field, filled
+from tests.safety.makers import MEGABYTE, Maker, commas, field, filled
 
 INSPECT, FLOPS, SIZE = ("inspect",), ("inspect", "--flops"), ("size",)
 STRIP, PRUNE = ("strip", "-o"), ("prune", "--sparsity", "0.5", "-o")
@@ -56,10 +56,10 @@ FILES: dict[str, Hostile] = {
         lambda: makers.safetensors(filled(98_999_000, b"[]", b'{"__metadata__":', b"}"))
     ),
     "safetensors metadata of 63 MB": Hostile(lambda: makers.safetensors(listed(63, key=b"__metadata__"))),
-    "safetensors shape of 10^7 ones": Hostile(lambda: makers.one_tensor(b",".join([b"1"] * 10**7), 4)),
-    "safetensors shape of 10^6 twos": Hostile(lambda: makers.one_tensor(b",".join([b"2"] * 10**6))),
-    "safetensors shape of 4*10^7 twos": Hostile(lambda: makers.one_tensor(b",".join([b"2"] * (4 * 10**7)))),
-    "safetensors shape of long numbers": Hostile(lambda: makers.one_tensor(b",".join([b"9" * 4000] * 10**4))),
+    "safetensors shape of 10^7 ones": Hostile(lambda: makers.one_tensor(commas(b"1", 10**7), 4)),
+    "safetensors shape of 10^6 twos": Hostile(lambda: makers.one_tensor(commas(b"2", 10**6))),
+    "safetensors shape of 4*10^7 twos": Hostile(lambda: makers.one_tensor(commas(b"2", 4 * 10**7))),
+    "safetensors shape of long numbers": Hostile(lambda: makers.one_tensor(commas(b"9" * 4000, 10**4))),
     "a million empty tensors": Hostile(lambda: makers.empty_tensors(10**6), (INSPECT, STRIP)),
     "an empty tensor of an impossible shape": Hostile(
         lambda: makers.one_tensor(b"0,9223372036854775807,9223372036854775807"), (INSPECT, STRIP, PRUNE)

@@ -90,13 +90,11 @@ def views(ways: list[tuple[int, int, int]], elements: int) -> bytes:
     """Tensors over one storage: of each the start, the rows and the columns."""
     program = PROTOCOL + b"ctorch._utils\n_rebuild_tensor_v2\nq\x000" + b"ccollections\nOrderedDict\n)Rq\x010"
     asked = text(b"storage") + b"ctorch\nFloatStorage\n" + text(b"0") + text(b"cpu") + number(elements)
-    program += b"(" + asked + b"tQq\x020}("
+    pieces = [program, b"(", asked, b"tQq\x020}("]
     for at, (start, rows, columns) in enumerate(ways):
         shape, strides = number(rows) + number(columns), number(columns) + number(1)
-        program += (
-            text(b"%06d" % at) + b"h\x00(h\x02" + number(start) + b"(" + shape + b"t(" + strides + b"t\x89h\x01tR"
-        )
-    return program + b"u."
+        pieces += text(b"%06d" % at), b"h\x00(h\x02", number(start), b"(", shape, b"t(", strides, b"t\x89h\x01tR"
+    return b"".join([*pieces, b"u."])
 
 
 def test_two_thousand_views_of_a_deflated_storage_are_refused(tmp_path: Path) -> None:
