@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from prunectl.errors import UsageError, WorkError, first_line
@@ -15,6 +14,7 @@ from prunectl.exporting.weights import cast_down
 from prunectl.formats.base import Array
 from prunectl.formats.safe_json import require
 from prunectl.graphs.onnx.nodes import copy_message, inner_graphs, names_defined, opset_of
+from prunectl.graphs.onnx.tensors import is_too_large, load_message
 
 _DYNAMIC_OPERATORS = ["MatMul", "Gemm", "LSTM", "Gather"]
 """Operators with a dynamically quantized form, whose input ranges need no calibration."""
@@ -104,12 +104,13 @@ def _quantize_dynamic(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]
     # It infers every shape anew, and exporters leave some between that no longer hold, which it would stumble over.
     del proto.graph.value_info[:]
 
-    def quantize(before: Path, after: Path) -> None:
+    def quantize(before: str, after: str, has_external_data: bool) -> None:
         quantization.quantize_dynamic(
-            str(before),
-            str(after),
+            before,
+            after,
             op_types_to_quantize=_DYNAMIC_OPERATORS,
             weight_type=quantization.QuantType.QInt8,
+            use_external_data_format=has_external_data,
             extra_options={"WeightSymmetric": True},
         )
 
@@ -134,13 +135,14 @@ def _quantize_static(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]:
         def get_next(self) -> dict[str, Array] | None:
             return next(self._left, None)
 
-    def quantize(before: Path, after: Path) -> None:
+    def quantize(before: str, after: str, has_external_data: bool) -> None:
         quantization.quantize_static(
-            str(before),
-            str(after),
+            before,
+            after,
             Reader(),
             quant_format=quantization.QuantFormat.QDQ,
             weight_type=quantization.QuantType.QInt8,
+            use_external_data_format=has_external_data,
             per_channel=True,
             # Of eight bits, products of two overflow the sixteen that x86 processors without VNNI add them up in.
             reduce_range=True,
@@ -153,16 +155,16 @@ def _quantize_static(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]:
     )
 
 
-def _through_files(job: ExportJob, proto: Any, quantize: Any) -> Any:
-    onnx = require("onnx", extra="onnx")
+def _through_files(job: ExportJob, proto: Any, quantize: Callable[[str, str, bool], None]) -> Any:
     before, after = job.scratch / "floats.onnx", job.scratch / "integers.onnx"
-    onnx.save(proto, str(before))
+    has_external_data = is_too_large(proto)
+    require("onnx", extra="onnx").save(proto, before, save_as_external_data=has_external_data, location="floats.data")
     try:
         with quiet_logging():
-            quantize(before, after)
+            quantize(str(before), str(after), has_external_data)
     except Exception as error:
         raise _failed(job, "--int8", error) from error
-    return onnx.load(str(after))
+    return load_message(after)
 
 
 def _failed(job: ExportJob, option: str, error: Exception) -> WorkError:
