@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -24,12 +23,6 @@ sys.dont_write_bytecode = False
 TRUSTED = frozenset({"analysis", "calibration", "channels", "checks", "exporting", "golden", "pruning", "training"})
 """Folders of tests whose files are sound: what is asked of them is not how files are read."""
 TRUSTED_FILES = frozenset({"test_packing.py", "test_strip_keras.py", "test_strip_saved_model.py", "test_inspect.py"})
-
-
-def pytest_collection_finish() -> None:
-    """Keep the objects of the frameworks, millions that never go, out of every later garbage collection."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
