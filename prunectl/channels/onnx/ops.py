@@ -92,7 +92,7 @@ def _recurrent(op: OnnxOpContext) -> Lowering:
     units = op.attribute("hidden_size", 0) or op.shape(op.input(2))[-1]
     states = tuple("" if _is_zero(op, name) else name for name in (op.input(5), op.input(6)))
     gates = op.shape(op.input(1))[-2] // units
-    inputs = (*(op.input(place) for place in range(4)), *states)
+    inputs = (*(op.input(position) for position in range(4)), *states)
     return OpKind.RECURRENT, inputs, {"units": units, "gates": gates}
 
 

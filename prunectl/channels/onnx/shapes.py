@@ -89,11 +89,15 @@ def _is_zero(tensor: Any) -> bool:
 
 def _without_large_weights(proto: Any, length: int, wanted: Mapping[str, tuple[int, ...]]) -> Any:
     """The graph without its big weights, and with every length of its inputs said."""
-    skeleton = type(proto)()
-    skeleton.CopyFrom(_without_data(proto))
     initializers = {tensor.name for tensor in proto.graph.initializer}
+    skeleton = type(proto)(ir_version=proto.ir_version, opset_import=proto.opset_import, functions=proto.functions)
+    graph = skeleton.graph
+    graph.name = proto.graph.name or "graph"
+    graph.node.extend(proto.graph.node)
+    graph.input.extend(proto.graph.input)
+    graph.output.extend(proto.graph.output)
     batches = {""}
-    for port in skeleton.graph.input:
+    for port in graph.input:
         if port.name in initializers:
             continue
         for number, axis in enumerate(port.type.tensor_type.shape.dim):
@@ -104,31 +108,15 @@ def _without_large_weights(proto: Any, length: int, wanted: Mapping[str, tuple[i
             is_batch = number == 0 or (axis.dim_param and axis.dim_param in batches)
             wanted_shape = wanted.get(port.name, ())
             axis.dim_value = wanted_shape[number - 1] if number and wanted_shape else 1 if is_batch else length
-    for port in skeleton.graph.output:
+    for port in graph.output:
         port.type.tensor_type.ClearField("shape")
-    return skeleton
-
-
-def _without_data(proto: Any) -> Any:
-    helper = require("onnx.helper", extra="onnx")
-    skeleton = type(proto)()
-    for name in ("ir_version", "opset_import", "functions"):
-        value = getattr(proto, name)
-        if isinstance(value, int):
-            setattr(skeleton, name, value)
-        else:
-            getattr(skeleton, name).extend(value)
-    graph = skeleton.graph
-    graph.name = proto.graph.name or "graph"
-    graph.node.extend(proto.graph.node)
-    graph.output.extend(proto.graph.output)
-    listed = {port.name for port in proto.graph.input}
-    graph.input.extend(proto.graph.input)
+    make_port = require("onnx.helper", extra="onnx").make_tensor_value_info
+    listed = {port.name for port in graph.input}
     for tensor in proto.graph.initializer:
         if _is_constant(tensor):
             graph.initializer.append(tensor)
         elif tensor.name not in listed:
-            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+            graph.input.append(make_port(tensor.name, tensor.data_type, list(tensor.dims)))
     return skeleton
 
 

@@ -37,8 +37,8 @@ def drop_padded_steps(node: Any, ran: RunValues, inputs: Array) -> Array | None:
 
 def data(node: Any, ran: RunValues, directions: int) -> Array:
     """The inputs of each step, once for each direction."""
-    found = ran[input_of(node, DATA)]
-    return found if directions == 1 else np.concatenate([found] * directions, axis=-1)
+    inputs = ran[input_of(node, DATA)]
+    return inputs if directions == 1 else np.concatenate([inputs] * directions, axis=-1)
 
 
 def states(node: Any, ran: RunValues) -> Array:
@@ -138,9 +138,9 @@ def _needed(site: WeightSite) -> tuple[str, ...]:
 
 
 def _real_steps(site: WeightSite, ran: RunValues, inputs: Array, use: WeightUse) -> Iterator[tuple[Array, WeightUse]]:
-    found = drop_padded_steps(site.node, ran, inputs)
-    if found is not None:
-        yield found, use
+    real_inputs = drop_padded_steps(site.node, ran, inputs)
+    if real_inputs is not None:
+        yield real_inputs, use
 
 
 def gemm(site: WeightSite) -> InputCapture | None:
@@ -247,28 +247,28 @@ def _padded(node: Any, image: Sequence[int], reaches: Sequence[int], strides: Se
     padding = get_attribute(node, "auto_pad", "NOTSET")
     if padding not in _SAME:
         return _explicit(node, len(image), padding)
-    found = []
+    pads = []
     for length, reach, stride in zip(image, reaches, strides, strict=True):
         total = max(0, (-(-length // stride) - 1) * stride + reach - length)
-        found.append(_shared(total, is_more_behind=padding == "SAME_UPPER"))
-    return tuple(found)
+        pads.append(_shared(total, is_more_behind=padding == "SAME_UPPER"))
+    return tuple(pads)
 
 
 def _cut(node: Any, image: Sequence[int], reaches: Sequence[int], strides: Sequence[int]) -> Pads:
     """What is cut before and after each axis of the full result; less than nothing where some is added."""
     padding, axes = get_attribute(node, "auto_pad", "NOTSET"), len(image)
     added = get_attribute(node, "output_padding", (0,) * axes)
-    asked = get_attribute(node, "output_shape", ())[-axes:]
-    if not asked and padding not in _SAME:
-        pads = _explicit(node, axes, padding)
-        return tuple((before, after - more) for (before, after), more in zip(pads, added, strict=True))
-    found = []
+    output_shape = get_attribute(node, "output_shape", ())[-axes:]
+    if not output_shape and padding not in _SAME:
+        explicit = zip(_explicit(node, axes, padding), added, strict=True)
+        return tuple((before, after - more) for (before, after), more in explicit)
+    pads = []
     for axis, (length, reach, stride) in enumerate(zip(image, reaches, strides, strict=True)):
         full = (length - 1) * stride + reach
-        total = full + added[axis] - (asked[axis] if asked else length * stride)
+        total = full + added[axis] - (output_shape[axis] if output_shape else length * stride)
         before, after = _shared(max(0, total), is_more_behind=padding == "SAME_UPPER")
-        found.append((before, full - asked[axis] - before if asked else after - added[axis]))
-    return tuple(found)
+        pads.append((before, full - output_shape[axis] - before if output_shape else after - added[axis]))
+    return tuple(pads)
 
 
 def _explicit(node: Any, axes: int, padding: str) -> Pads:
@@ -297,7 +297,7 @@ _MICROSOFT: Mapping[str, _Rule] = {"FusedConv": convolution, "FusedGemm": gemm, 
 
 
 def capture_rule(site: WeightSite) -> InputCapture | None:
-    """How a site can be seen; none if it cannot be told."""
+    """How a site is seen; None if there is no rule for its operation."""
     rules = _STANDARD if site.node.domain in STANDARD_DOMAINS else {}
     rule = (_MICROSOFT if site.node.domain == "com.microsoft" else rules).get(site.node.op_type)
     return rule(site) if rule is not None else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from prunectl.training.layer_inputs import InputCallback, InspectableModel, Laye
 from prunectl.training.onnx import session
 from prunectl.training.onnx.layer_inputs import capture_rule
 from prunectl.training.onnx.session import PaddedBatch, Session, join_outputs, split_batches
-from prunectl.training.onnx.uses import InputCapture, LoadedWeights, load_weights, weight_sites
+from prunectl.training.onnx.uses import InputCapture, LoadedWeights, WeightSite, weight_sites
 
 _REAL = np.dtype(np.float32)
 
@@ -23,13 +23,13 @@ _REAL = np.dtype(np.float32)
 class OnnxModel:
     """A model in onnxruntime, on the processor."""
 
-    def __init__(self, held: LoadedWeights) -> None:
-        self._held = held
-        self._graph = held.proto.graph
-        self._sites = weight_sites(held)
+    def __init__(self, weights: LoadedWeights) -> None:
+        self._weights = weights
+        self._graph = weights.proto.graph
+        self._sites = weight_sites(weights)
         self._made = {name for node in self._graph.node for name in node.output}
         self._size = session.fixed_batch_size(self._graph)
-        self._predicting: Session | None = Session(held)
+        self._predicting: Session | None = Session(weights)
         self._observing: tuple[frozenset[str], Session] | None = None
 
     @property
@@ -43,67 +43,68 @@ class OnnxModel:
         if self._size is None:
             return ()
         some = "1 example" if self._size == 1 else f"{self._size} examples"
-        return (f"{self._held.model.path.name} takes {some} at a time: each batch goes through in such pieces",)
+        return (f"{self._weights.model.path.name} takes {some} at a time: each batch goes through in such pieces",)
 
     def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
         """Run one batch through, and show every time that one of these tensors meets inputs."""
-        sites = [site for site in self._sites if site.name in names]
-        looks = [(site.name, found) for site in sites if (found := self._told(capture_rule(site)))]
-        needs = {need for _, found in looks for need in found.needs}
-        for piece in self._pieces(x):
-            values = {name: _real(value) for name, value in self._values(needs, piece.feeds).items()}
-            for name, found in looks:
-                for inputs, use in found.show(piece.left(values)):
+        captures = [
+            (site.name, capture) for site in self._sites if site.name in names for capture in self._captures(site)
+        ]
+        needs = {need for _, capture in captures for need in capture.needs}
+        for batch in self._batches(x):
+            values = {name: _real(value) for name, value in self._values(needs, batch.feeds).items()}
+            for name, capture in captures:
+                for inputs, use in capture.show(batch.run_values(values)):
                     see(LayerInput(name, np.asarray(inputs, _REAL), use))
 
     def predict(self, x: Arrays) -> Arrays:
         """What comes out, for one batch."""
         if self._predicting is None:
-            self._predicting = Session(self._held)
+            self._predicting = Session(self._weights)
         names = [port.name for port in self._graph.output]
-        ran = [(piece, self._predicting.run(names, piece.feeds)) for piece in self._pieces(x)]
-        found = tuple(self._joined(name, [(piece, values[name]) for piece, values in ran]) for name in names)
-        return found if len(found) > 1 else found[0]
+        runs = [(batch, self._predicting.run(names, batch.feeds)) for batch in self._batches(x)]
+        outputs = tuple(self._joined(name, [(batch, values[name]) for batch, values in runs]) for name in names)
+        return outputs if len(outputs) > 1 else outputs[0]
 
     def assign(self, values: Mapping[str, Array]) -> None:
         """Replace the numbers of some tensors."""
-        self._held.assign(values)
+        self._weights.assign(values)
         self._predicting = self._observing = None
 
     def weights(self, names: Iterable[str]) -> dict[str, Array]:
         """Copies of some tensors."""
-        return self._held.copies(names)
+        return self._weights.copies(names)
 
     def tensors(self) -> dict[str, Array]:
         """Copies of all tensors."""
-        return self._held.copies()
+        return self._weights.copies()
 
-    def _told(self, found: InputCapture | None) -> InputCapture | None:
-        """A way to see something through which data goes, and whose values the graph has."""
-        if found is None or found.needs[0] in self._held.weights:
-            return None
-        known = self._made | self._held.weights | {port.name for port in self._graph.input}
-        return found if known.issuperset(found.needs) else None
+    def _captures(self, site: WeightSite) -> Iterator[InputCapture]:
+        """Yield the way to see a site, if there is one, data goes through it, and the graph has the values it needs."""
+        capture = capture_rule(site)
+        known = self._made | self._weights.names | {port.name for port in self._graph.input}
+        if capture is not None and capture.needs[0] not in self._weights.names and known.issuperset(capture.needs):
+            yield capture
 
     def _values(self, names: Collection[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Values of the graph: what goes in, what is made in it, what stands in tensors."""
         inner = frozenset(names) & self._made
-        known = {name: feeds[name] if name in feeds else self._held.value(name) for name in set(names) - inner}
+        known = {name: feeds[name] if name in feeds else self._weights.value(name) for name in set(names) - inner}
         if not inner:
             return known
         if self._observing is None or self._observing[0] != inner:
             self._observing = None
-            self._observing = (inner, Session(self._held, inner))
+            self._observing = (inner, Session(self._weights, inner))
         return known | self._observing[1].run(sorted(inner), feeds)
 
-    def _pieces(self, x: Arrays) -> Iterable[PaddedBatch]:
+    def _batches(self, x: Arrays) -> Iterable[PaddedBatch]:
         return split_batches(session.feeds(self._graph, x, is_any_count=self._size is not None), self._size)
 
-    def _joined(self, name: str, found: list[tuple[PaddedBatch, Array]]) -> Array:
-        array = join_outputs(found)
+    def _joined(self, name: str, outputs: list[tuple[PaddedBatch, Array]]) -> Array:
+        array = join_outputs(outputs)
         if array is None:
             raise InputError(
-                f"{self._held.model.path} takes {self._size} examples at a time, "
+                f"{self._weights.model.path} takes {self._size} examples at a time, "
                 f"and its output {name!r} does not tell one from another"
             )
         return array
@@ -118,4 +119,4 @@ def load_onnx_model(model: ModelFile, origin: LoadOptions) -> InspectableModel:
     del origin
     require("onnx", extra="onnx")
     require("onnxruntime", extra="onnx")
-    return OnnxModel(load_weights(model))
+    return OnnxModel(LoadedWeights(model))

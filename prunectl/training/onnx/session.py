@@ -20,12 +20,12 @@ from prunectl.training.onnx.uses import LoadedWeights, RunValues
 class Session:
     """A graph that is ready to run; what was assigned later is not in it."""
 
-    def __init__(self, held: LoadedWeights, inner: Collection[str] = ()) -> None:
-        self._path = held.model.path
+    def __init__(self, weights: LoadedWeights, inner: Collection[str] = ()) -> None:
+        self._path = weights.model.path
         try:
             # A value that is given out stands at the same place whatever is optimised; building is faster without.
             # Prepacked, each weight would be kept once more, in the order of some kernel, after every assignment.
-            self._session = OnnxSession(held.network, inner, is_optimized=not inner, is_prepacked=False)
+            self._session = OnnxSession(weights.network, inner, is_optimized=not inner, is_prepacked=False)
         except Exception as error:
             raise InputError(f"{self._path} cannot be loaded by onnxruntime: {first_line(error)}") from error
 
@@ -139,7 +139,7 @@ class PaddedBatch:
     count: int
     """Examples of the batch; the rest repeats the first of them."""
 
-    def left(self, values: Mapping[str, Array]) -> RunValues:
+    def run_values(self, values: Mapping[str, Array]) -> RunValues:
         """What a pass left behind, which tells what only filled it up."""
         return RunValues(values, self.ran, self.count) if self.count < self.ran else RunValues(values)
 
@@ -156,13 +156,13 @@ def split_batches(feeds: Mapping[str, Array], size: int | None) -> Iterator[Padd
         yield PaddedBatch({name: _filled(array, size) for name, array in part.items()}, size, count)
 
 
-def join_outputs(found: Sequence[tuple[PaddedBatch, Array]]) -> Array | None:
+def join_outputs(outputs: Sequence[tuple[PaddedBatch, Array]]) -> Array | None:
     """What came out of the pieces as one array; none if its examples cannot be told."""
-    first, array = found[0]
-    if len(found) == 1 and first.count == first.ran:
+    first, array = outputs[0]
+    if len(outputs) == 1 and first.count == first.ran:
         return array
     axis = RunValues({}, first.ran).axis(array.shape)
-    cut = [RunValues({}, batch.ran, batch.count).real(array, array.ndim) for batch, array in found]
+    cut = [RunValues({}, batch.ran, batch.count).real(array, array.ndim) for batch, array in outputs]
     if axis is None:
         return None
     return np.concatenate([array for array in cut if array is not None], axis=axis)

@@ -28,26 +28,21 @@ _TENSOR = 4
 _STATES = "prunectl/states_"
 
 
-def load_weights(model: ModelFile) -> LoadedWeights:
-    """Read the message of a model; the handler has checked where its numbers lie, and reads them."""
-    return LoadedWeights(model, load_message(model.path, has_external_data=False))
-
-
 class LoadedWeights:
     """A model whose tensors can be changed; what was not stays in the file.
 
     In its message every tensor is dense, and each of the main graph an initializer, large ones outside.
     """
 
-    def __init__(self, model: ModelFile, proto: Any) -> None:
+    def __init__(self, model: ModelFile) -> None:
         self.model = model
-        self.proto = proto
+        self.proto = load_message(model.path, has_external_data=False)
         self._tensors = {tensor.name: tensor for tensor in model.tensors}
         self._inside: dict[str, Any] = {}
         self._outside: set[str] = set()
         self._assigned: dict[str, Array] = {}
         main: set[str] = set()
-        for name, old in list(all_tensors(proto)):
+        for name, old in list(all_tensors(self.proto)):
             tensor = self._tensors.get(name)
             if tensor is None:
                 continue
@@ -62,11 +57,11 @@ class LoadedWeights:
             else:
                 self._inside[name] = slot
                 set_tensor_data(slot, self.value(name))
-        self.weights = frozenset(main)
+        self.names = frozenset(main)
         """The tensors of the main graph."""
-        proto.ClearField("training_info")
-        _delist(proto, main)
-        _name_states(proto.graph)
+        self.proto.ClearField("training_info")
+        _delist(self.proto, main)
+        _name_states(self.proto.graph)
 
     @property
     def network(self) -> OnnxNetwork:
@@ -79,8 +74,7 @@ class LoadedWeights:
 
     def value(self, name: str) -> Array:
         """The numbers of a tensor, not to be written to."""
-        found = self._assigned.get(name)
-        return found if found is not None else self.model.read(self._tensors[name])
+        return self._assigned[name] if name in self._assigned else self.model.read(self._tensors[name])
 
     def copies(self, names: Iterable[str] | None = None) -> dict[str, Array]:
         """Copies of some tensors, or of all."""
@@ -150,12 +144,12 @@ class WeightSite:
     """As the node sees it."""
 
 
-def weight_sites(held: LoadedWeights) -> list[WeightSite]:
+def weight_sites(weights: LoadedWeights) -> list[WeightSite]:
     """Where a node uses a float tensor of the main graph, or what others have only handed on, in their order."""
-    shapes = {name: held.tensor(name).shape for name in held.weights if held.tensor(name).is_float}
+    shapes = {name: weights.tensor(name).shape for name in weights.names if weights.tensor(name).is_float}
     views = {name: (name, tuple(range(len(shape)))) for name, shape in shapes.items()}
     sites: list[WeightSite] = []
-    for node in held.proto.graph.node:
+    for node in weights.proto.graph.node:
         read = [(index, *views[value]) for index, value in enumerate(node.input) if value in views]
         behind = axes_behind(node, read[0][2]) if read else None
         if behind is not None and output_of(node, 0):
@@ -196,8 +190,8 @@ class RunValues:
         if axis is None:
             return None
         kept = array.shape[axis] // self.ran * self.count
-        found: Array = array[(slice(None),) * axis + (slice(kept),)]
-        return found
+        real: Array = array[(slice(None),) * axis + (slice(kept),)]
+        return real
 
 
 @dataclass(frozen=True, slots=True)
