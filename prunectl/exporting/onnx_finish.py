@@ -44,20 +44,12 @@ def _check_opset(job: ExportJob, proto: Any) -> None:
 
 def clear_metadata(proto: Any) -> None:
     """Remove metadata and doc strings, in which exporters leave stack traces with paths."""
-    del proto.metadata_props[:]
-    proto.doc_string = ""
+    entries = [proto, *proto.functions, *(node for function in proto.functions for node in function.node)]
     for graph in all_graphs(proto.graph):
-        del graph.metadata_props[:]
-        graph.doc_string = ""
-        for entry in (*graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info):
-            del entry.metadata_props[:]
-            entry.doc_string = ""
-    for function in proto.functions:
-        del function.metadata_props[:]
-        function.doc_string = ""
-        for node in function.node:
-            del node.metadata_props[:]
-            node.doc_string = ""
+        entries += [graph, *graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info]
+    for entry in entries:
+        del entry.metadata_props[:]
+        entry.doc_string = ""
 
 
 def save_external(job: ExportJob, proto: Any, target: Path) -> str:

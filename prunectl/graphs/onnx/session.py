@@ -43,7 +43,9 @@ class OnnxSession:
         if isinstance(source, OnnxNetwork):
             outside = source.outside.items()
             self._outside = {name: np.require(array, requirements=["C", "A"]) for name, array in outside}
-            values = [runtime.OrtValue.ortvalue_from_numpy(array) for array in self._outside.values()]
+            types = {tensor.name: tensor.data_type for tensor in source.proto.graph.initializer}
+            as_value = runtime.OrtValue.ortvalue_from_numpy_with_onnx_type
+            values = [as_value(array, types[name]) for name, array in self._outside.items()]
             if values:
                 options.add_external_initializers(list(self._outside), values)
             model = _with_outputs(source.proto, observed).SerializeToString()

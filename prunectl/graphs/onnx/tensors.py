@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +72,7 @@ def load_network(model: ModelFile) -> tuple[OnnxNetwork, dict[str, str]]:
         tensor = tensors.get(initializer.name)
         if tensor is not None and initializer.data_location == _EXTERNAL:
             locations[tensor.name] = next(entry.value for entry in initializer.external_data if entry.key == "location")
-            if stands_outside(tensor.shape, tensor.dtype):
+            if stands_outside(tensor.shape, initializer.data_type):
                 outside[tensor.name] = initializer
                 initializer.ClearField("data_location")
     try:
@@ -97,10 +98,10 @@ def save_network(network: OnnxNetwork, path: Path, locations: Mapping[str, str])
     path.write_bytes(proto.SerializeToString())
 
 
-def stands_outside(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
-    """Whether a tensor is too large to be copied with the message, and of a type that onnxruntime takes from NumPy."""
-    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    return len(shape) > 1 and nbytes > INLINE_BYTES and dtype.isbuiltin == 1 and dtype.kind in "fiu"
+def stands_outside(shape: tuple[int, ...], data_type: int) -> bool:
+    """Whether a tensor is too large to be copied with the message; what has less than a byte is in it always."""
+    bits = CODES[data_type].bits
+    return len(shape) > 1 and bits >= 8 and math.prod(shape) * bits > INLINE_BYTES * 8
 
 
 def set_tensor_data(tensor: Any, array: Array) -> None:

@@ -51,7 +51,7 @@ class LoadedWeights:
             slot.name, slot.data_type = old.name, old.data_type
             if old.is_main:
                 main.add(name)
-            if old.is_main and stands_outside(tensor.shape, tensor.dtype):
+            if old.is_main and stands_outside(tensor.shape, old.data_type):
                 self._outside.add(name)
                 refer(slot, tensor.shape, tensor.nbytes)
             else:
