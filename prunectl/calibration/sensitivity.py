@@ -22,7 +22,7 @@ from prunectl.formats.selectors import select_names
 from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.strategies import BlockContext, magnitude
 from prunectl.pruning.threshold import threshold
-from prunectl.training.backend import Logs, ModelSignature, TrainableModel, TrainOptions
+from prunectl.training.backend import Logs, TrainableModel, TrainOptions
 from prunectl.training.data import validate
 from prunectl.training.data.source import Batch, as_tuple
 from prunectl.training.layer_inputs import LayerInput
@@ -161,13 +161,10 @@ _ACCURACIES = ("accuracy", "acc", "sparse_categorical_accuracy", "categorical_ac
 def prepare(network: TrainableModel, batches: tuple[Batch, ...], loss: str, seed: int, name: str) -> None:
     """Choose the loss, and refuse labels that the model does not know."""
     network.prepare(TrainOptions(loss=loss, optimizer="sgd", lr=0.0, seed=seed, example=batches[0]))
-    begin = 0
+    tasks, begin = validate.infer_tasks(network.signature, batches[0]), 0
     for batch in batches:
-        if batch.y is not None and not isinstance(batch.y, tuple):
-            classes = _classes(network.signature, batch.y)
-            if classes is not None:
-                output = network.signature.outputs[0].shape
-                validate.check_labels(batch.y, classes, output, what=f"y of {name} (shuffled)", begin=begin)
+        if batch.y is not None:
+            validate.check_labels(batch.y, tasks, network.signature, name=f"{name} (shuffled)", begin=begin)
         begin += len(as_tuple(batch.x)[0])
 
 
@@ -198,14 +195,6 @@ def _score(logs: Logs) -> Score:
     loss = float(logs["loss"])
     accuracy = next((float(logs[name]) for name in _ACCURACIES if name in logs), None)
     return Score(loss if math.isfinite(loss) else None, accuracy)
-
-
-def _classes(signature: ModelSignature, y: Array) -> int | None:
-    """How many classes labels may name; None where the targets are no labels."""
-    shape = signature.outputs[0].shape if signature.outputs else None
-    is_label = shape is not None and y.dtype.kind in "iu" and (y.ndim == len(shape) or y.shape[1:] == (1,))
-    classes = shape[-1] if shape and is_label else None
-    return classes if classes is not None and classes > 1 else None
 
 
 _Measured = tuple[list[LayerSensitivity], tuple[str, ...]]

@@ -189,7 +189,7 @@ def open_calibration(
     # A stream is not read to its end for the sake of a few examples.
     order = EpochOrder(request.batch_size, request.seed, is_shuffled=source.count is not None)
     batches = take_samples(source.batches(order), request.samples)
-    notes += check_batches(source.first(request.samples), network.signature, needs_targets=needs_targets, classes=None)
+    notes += check_batches(source.first(request.samples), network.signature, needs_targets=needs_targets)
     if trainable is not None and needs_targets:
         trainable.prepare(
             TrainOptions(loss=request.loss, optimizer="sgd", lr=0.0, seed=request.seed, example=batches[0])
@@ -215,7 +215,7 @@ def load_inputs(
 ) -> tuple[tuple[Array, ...], tuple[str, ...]]:
     """The inputs of so many examples, and what is to be said of them; a stream is never shuffled."""
     source, notes = adapt(open_source(spec, signature=signature, seed=order.seed), signature)
-    notes += check_batches(source.first(count), signature, needs_targets=False, classes=None)
+    notes += check_batches(source.first(count), signature, needs_targets=False)
     own = EpochOrder(order.batch_size, order.seed, is_shuffled=order.is_shuffled and source.count is not None)
     parts = [as_tuple(batch.x) for batch in take_samples(source.batches(own), count)]
     inputs = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from prunectl.pruning.strategies import BlockContext, Strategy
 from prunectl.training.data.source import Arrays, Batch
+from prunectl.training.task import FinalActivation
 
 
 class GradientStatistic(StrEnum):
@@ -49,58 +50,6 @@ def with_gradient_scores(strategy: Strategy, found: Mapping[str, Array], kept: M
         return scores[place.name]
 
     return replace(strategy, score=score, is_elementwise=False, is_precomputed=True)
-
-
-_SUM_TOLERANCE = 1e-3
-_TINY = 1e-7
-"""Below the precision of 32-bit probabilities."""
-
-
-class FinalActivation(StrEnum):
-    """What the last activation makes of its numbers."""
-
-    SOFTMAX = "softmax"
-    LOG_SOFTMAX = "log-softmax"
-    SIGMOID = "sigmoid"
-    RAW = "raw"
-    UNKNOWN = ""
-    """Nothing but the numbers tells."""
-
-
-def activation_of_values(array: Array, axis: int) -> FinalActivation:
-    """The ending that outputs look like, where the graph does not tell; the axis is that of the classes."""
-    whole = np.asarray(array, np.float64)
-    if not whole.size or not np.isfinite(whole).all():
-        return FinalActivation.RAW
-    has_classes = whole.ndim > 1 and whole.shape[axis] > 1
-    if has_classes and whole.max() <= 0.0 and _is_one(np.exp(whole).sum(axis=axis)):
-        return FinalActivation.LOG_SOFTMAX
-    if whole.min() < 0.0 or whole.max() > 1.0:
-        return FinalActivation.RAW
-    return FinalActivation.SOFTMAX if has_classes and _is_one(whole.sum(axis=axis)) else FinalActivation.SIGMOID
-
-
-def _is_one(sums: Array) -> bool:
-    return bool(np.all(np.abs(sums - 1.0) < _SUM_TOLERANCE))
-
-
-def convert_outputs(array: Array, theirs: FinalActivation, ours: FinalActivation, axis: int) -> Array:
-    """Outputs of one ending as another would have them; a logarithm of probabilities is as good as their logits."""
-    if theirs is ours or FinalActivation.UNKNOWN in {theirs, ours}:
-        return array
-    kind, wide = array.dtype, array.astype(np.float64)
-    if theirs is FinalActivation.SIGMOID:
-        within = np.clip(wide, _TINY, 1.0 - _TINY)
-        found = np.log(within) - np.log1p(-within)
-    else:
-        found = np.log(np.maximum(wide, _TINY)) if theirs is FinalActivation.SOFTMAX else wide
-    if ours is FinalActivation.SIGMOID:
-        found = 1.0 / (1.0 + np.exp(-found))
-    elif ours in {FinalActivation.SOFTMAX, FinalActivation.LOG_SOFTMAX}:
-        found = found - found.max(axis=axis, keepdims=True)
-        found = found - np.log(np.exp(found).sum(axis=axis, keepdims=True))
-        found = np.exp(found) if ours is FinalActivation.SOFTMAX else found
-    return found.astype(kind)
 
 
 @dataclass(frozen=True, slots=True)

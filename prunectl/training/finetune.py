@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,8 +29,8 @@ from prunectl.training.course import TrainConfig, resolve_steps
 from prunectl.training.data.adapt import adapt
 from prunectl.training.data.batching import num_examples
 from prunectl.training.data.registry import open_source
-from prunectl.training.data.source import Batch, EpochOrder, Source, as_tuple, peek, train_val_split
-from prunectl.training.data.validate import check_batches, require_targets
+from prunectl.training.data.source import Batch, EpochOrder, Source, peek, train_val_split
+from prunectl.training.data.validate import check_batches, infer_tasks, require_targets
 from prunectl.training.distillation import Teacher, load_teacher, teacher_load_options
 from prunectl.training.logger import LogEntry, ProgressCallback, TrainingLogger
 from prunectl.training.loop import (
@@ -92,9 +92,9 @@ def open_training_data(network: TrainableModel, request: FinetuneRequest) -> Tra
 def validate_training_data(found: TrainingData, signature: ModelSignature, request: FinetuneRequest) -> tuple[str, ...]:
     """Refuse examples that the model cannot learn from, now that it is known what comes out of it."""
     notes: list[str] = []
+    tasks = infer_tasks(signature, found.example)
     for source in filter(None, (found.train, found.val)):
-        classes = _classes(signature, found.example)
-        notes += check_batches(source, signature, needs_targets=request.needs_targets, classes=classes)
+        notes += check_batches(source, signature, needs_targets=request.needs_targets, tasks=tasks)
     return tuple(dict.fromkeys(notes))
 
 
@@ -107,16 +107,6 @@ def count_examples(source: Source) -> int:
 
 def _fitted(spec: str, network: TrainableModel, seed: int) -> tuple[Source, tuple[str, ...]]:
     return adapt(open_source(spec, signature=network.signature, seed=seed), network.signature)
-
-
-def _classes(signature: ModelSignature, example: Batch) -> int | None:
-    """How many classes labels may name; None where the targets are no labels."""
-    if example.y is None or isinstance(example.y, tuple) or not signature.outputs:
-        return None
-    shape: Sequence[int | None] = signature.outputs[0].shape or ()
-    targets = as_tuple(example.y)[0]
-    is_label = targets.dtype.kind in "iu" and (targets.ndim == len(shape) or targets.shape[1:] == (1,))
-    return shape[-1] if is_label and shape and (shape[-1] or 0) > 1 else None
 
 
 def write_back(model: ModelFile, values: Mapping[str, Array], places: dict[Path, Path]) -> int:

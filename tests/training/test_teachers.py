@@ -15,19 +15,12 @@ from onnx import helper, numpy_helper
 
 from prunectl.errors import UntrustedError, UsageError
 from prunectl.pruning.destination import Destination
-from prunectl.training.backend import (
-    FinalActivation,
-    LoadOptions,
-    ModelSignature,
-    TensorSpec,
-    TrainOptions,
-    activation_of_values,
-    convert_outputs,
-)
+from prunectl.training.backend import LoadOptions, ModelSignature, TensorSpec, TrainOptions
 from prunectl.training.data.source import Batch
 from prunectl.training.distillation import Teacher, load_teacher
 from prunectl.training.finetune import FinetuneResult, finetune
 from prunectl.training.request import FinetuneRequest
+from prunectl.training.task import FinalActivation, activation_of_values, convert_outputs
 from prunectl.training.torch.model import TorchTrainable
 from tests.networks import keras
 from tests.running import FIXTURES

@@ -12,6 +12,7 @@ from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array
 from prunectl.training.backend import ModelSignature, TensorSpec
 from prunectl.training.data.source import Arrays, Batch, Source, as_tuple, peek
+from prunectl.training.task import Shape, shape_matches
 
 _BYTE = np.dtype(np.uint8)
 _FLOAT = np.dtype(np.float32)
@@ -54,7 +55,6 @@ def target_cast(found: np.dtype[Any]) -> Cast | None:
     return None if found == dtype else Cast(dtype, f"{found} is cast to {dtype}")
 
 
-Shape = Sequence[int | None]
 _TO_FIRST, _TO_LAST = (2, 0, 1), (1, 2, 0)
 
 
@@ -75,13 +75,6 @@ class AxisChange:
         # An axis whose length the model leaves open keeps the one that it has in this batch.
         lengths = iter(length for length in array.shape[1:] if length != 1)
         return array.reshape(len(array), *(1 if length == 1 else next(lengths) for length in self.wanted))
-
-
-def shape_matches(shape: Shape, wanted: Shape) -> bool:
-    """Whether a shape is one that is asked for, where None takes any length."""
-    return len(shape) == len(wanted) and all(
-        length is None or length == found for found, length in zip(shape, wanted, strict=True)
-    )
 
 
 def find_axis_change(shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> AxisChange | None:
@@ -137,11 +130,11 @@ def adapt(source: Source, signature: ModelSignature) -> tuple[Source, tuple[str,
             hint="several are joined with + in the model's order, as in train.npz[a+b,labels] or a.npy+b.npy,y.npy",
         )
     xs = [
-        _input_fit(array_name(source, "x", place, len(inputs)), array, port)
+        _input_fit(array_name(source.name, "x", place, len(inputs)), array, port)
         for place, (array, port) in enumerate(zip(inputs, signature.inputs, strict=True))
     ]
     ys = [
-        ArrayAdapter(array_name(source, "y", place, len(targets)), None, target_cast(array.dtype))
+        ArrayAdapter(array_name(source.name, "y", place, len(targets)), None, target_cast(array.dtype))
         for place, array in enumerate(targets)
     ]
 
@@ -152,9 +145,9 @@ def adapt(source: Source, signature: ModelSignature) -> tuple[Source, tuple[str,
     return source.changed(change), tuple(dict.fromkeys(notes))
 
 
-def array_name(source: Source, side: str, place: int, count: int) -> str:
+def array_name(name: str, side: str, place: int, count: int) -> str:
     """What to call an array of a source."""
-    return f"{side} of {source.name}" if count == 1 else f"{side}[{place}] of {source.name}"
+    return f"{side} of {name}" if count == 1 else f"{side}[{place}] of {name}"
 
 
 def _input_fit(name: str, array: Array, port: TensorSpec) -> ArrayAdapter:

@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array
 from prunectl.training.backend import ModelSignature
-from prunectl.training.data.adapt import array_name, format_shape, shape_matches
+from prunectl.training.data.adapt import array_name, format_shape
 from prunectl.training.data.batching import nbytes, num_examples
 from prunectl.training.data.readers import NUMERIC, IndexedSource
 from prunectl.training.data.source import Arrays, Batch, EpochOrder, Source, as_tuple
+from prunectl.training.task import TargetKind, Task, infer_task, label_axis, shape_matches
 
-Shape = tuple[int | None, ...]
 
-
-def check_labels(y: Array, classes: int, output: Shape | None, *, what: str, begin: int) -> None:
-    """Refuse targets that are neither labels from 0 to classes - 1 nor a number for each class."""
-    if _is_for_each_class(y, classes, output):
-        return
-    if not _is_for_each_example(y, output):
-        given, wanted = format_shape(y.shape[1:]), format_shape(output or (classes,))
-        raise UsageError(
-            f"{what} is {given} for each example, and the output of the model is {wanted}",
-            hint="targets are one label, or a number for each class (?onehot makes these)",
+def infer_tasks(signature: ModelSignature, example: Batch) -> tuple[Task, ...]:
+    """The task of each output that has targets, by what a first batch holds; none where shapes are not known."""
+    return tuple(
+        Task(TargetKind.UNKNOWN)
+        if output.shape is None
+        else infer_task(output.shape, output.ending, targets, is_channels_first=signature.is_channels_first)
+        for output, targets in zip(
+            signature.outputs, as_tuple(example.y) if example.y is not None else (), strict=False
         )
+    )
+
+
+def check_labels(y: Arrays, tasks: Sequence[Task], signature: ModelSignature, *, name: str, begin: int) -> None:
+    """Refuse targets of a classifier that are neither labels from 0 to classes - 1 nor a number for each class."""
+    arrays = as_tuple(y)
+    for place, (array, task, output) in enumerate(zip(arrays, tasks, signature.outputs, strict=False)):
+        if task.classes is None or output.shape is None or shape_matches(array.shape[1:], output.shape):
+            continue
+        what = array_name(name, "y", place, len(arrays))
+        if label_axis(output.shape, array.shape[1:], is_channels_first=signature.is_channels_first) is None:
+            raise UsageError(
+                f"{what} is {format_shape(array.shape[1:])} for each example, "
+                f"and the output of the model is {format_shape(output.shape)}",
+                hint="targets are one label, or a number for each class (?onehot makes these)",
+            )
+        _check_range(array, task.classes, what, begin)
+
+
+def _check_range(y: Array, classes: int, what: str, begin: int) -> None:
     rows = y.reshape(len(y), -1)
     if y.dtype.kind == "f" and not np.array_equal(rows, np.trunc(rows)):
         row, column = np.argwhere(rows != np.trunc(rows))[0]
@@ -43,21 +61,6 @@ def check_labels(y: Array, classes: int, output: Shape | None, *, what: str, beg
         )
 
 
-def _is_for_each_class(y: Array, classes: int, output: Shape | None) -> bool:
-    """Whether there is a number for each class, such as a one-hot row or a probability."""
-    if y.ndim < 2 or y.shape[-1] != classes or classes < 2:
-        return False
-    return output is None or shape_matches(y.shape[1:], output)
-
-
-def _is_for_each_example(y: Array, output: Shape | None) -> bool:
-    """Whether there is a label wherever the model answers: for each example, pixel or word."""
-    if output is None:
-        return True
-    inner = output[:-1]
-    return shape_matches(y.shape[1:], inner) or shape_matches(y.shape[1:], (*inner, 1))
-
-
 LOOKED_AT_BYTES = 256 << 20
 LOOKED_AT_EXAMPLES = 2048
 """Of a stream, which may be endless and slow."""
@@ -65,7 +68,7 @@ _BATCH = 256
 
 
 def check_batches(
-    source: Source, signature: ModelSignature, *, needs_targets: bool, classes: int | None
+    source: Source, signature: ModelSignature, *, needs_targets: bool, tasks: Sequence[Task] = ()
 ) -> tuple[str, ...]:
     """What the user should know of a source that fits a model; refuse one that does not."""
     if needs_targets:
@@ -74,13 +77,13 @@ def check_batches(
     for batch in _beginning(source):
         _check_inputs(source, batch, signature, seen)
         if batch.y is not None:
-            _check_targets(source, batch.y, signature, classes, seen)
+            _check_targets(source, batch.y, signature, tasks, seen)
         seen += num_examples(batch)
     if not seen:
         raise InputError(f"{source.name} has no examples", hint="do its options leave any?")
     begin = 0
     for targets in source.labels():
-        _check_targets(source, targets, signature, classes, begin)
+        _check_targets(source, targets, signature, tasks, begin)
         begin += len(as_tuple(targets)[0])
     return _notes(source, seen, are_labels_seen=begin > 0)
 
@@ -110,7 +113,7 @@ def _check_inputs(source: Source, batch: Batch, signature: ModelSignature, begin
     if len(inputs) != len(signature.inputs):
         raise UsageError(f"{source.name} has {len(inputs)} inputs, and the model has {len(signature.inputs)}")
     for place, (array, port) in enumerate(zip(inputs, signature.inputs, strict=True)):
-        what = array_name(source, "x", place, len(inputs))
+        what = array_name(source.name, "x", place, len(inputs))
         _check_numbers(array, what, begin)
         if port.shape is not None and not shape_matches(array.shape[1:], port.shape):
             raise UsageError(
@@ -122,15 +125,13 @@ def _check_inputs(source: Source, batch: Batch, signature: ModelSignature, begin
             raise UsageError(f"{what} is {array.dtype}, and the input {port.name!r} of the model is {port.dtype}")
 
 
-def _check_targets(source: Source, y: Arrays, signature: ModelSignature, classes: int | None, begin: int) -> None:
+def _check_targets(source: Source, y: Arrays, signature: ModelSignature, tasks: Sequence[Task], begin: int) -> None:
     targets = as_tuple(y)
     if isinstance(y, tuple) and signature.outputs and len(y) != len(signature.outputs):
         raise UsageError(f"{source.name} has {len(y)} targets, and the model has {len(signature.outputs)} outputs")
     for place, array in enumerate(targets):
-        _check_numbers(array, array_name(source, "y", place, len(targets)), begin)
-    if classes is not None and not isinstance(y, tuple):
-        shape = signature.outputs[0].shape if signature.outputs else None
-        check_labels(y, classes, shape, what=array_name(source, "y", 0, 1), begin=begin)
+        _check_numbers(array, array_name(source.name, "y", place, len(targets)), begin)
+    check_labels(y, tasks, signature, name=source.name, begin=begin)
 
 
 def _check_numbers(array: Array, what: str, begin: int) -> None:

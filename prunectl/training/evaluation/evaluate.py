@@ -24,6 +24,7 @@ from prunectl.training.monitor import check_direction, make_monitor, metric_mism
 from prunectl.training.onnx.model import load_onnx_model
 from prunectl.training.request import FinetuneRequest
 from prunectl.training.runtimes import load_trainable
+from prunectl.training.task import FinalActivation, TargetKind, Task, infer_task, label_axis
 
 _EVEN = 0.5
 Score = Callable[[Array, Array], Array]
@@ -35,22 +36,24 @@ def evaluate_predictions(
 ) -> tuple[str, float]:
     """A metric by its name, and its mean over the examples; of the first output, if there are several."""
     total, count, chosen = 0.0, 0, metric
-    single: list[tuple[Array, Array]] = []
+    binary: list[tuple[Array, Array]] = []
+    task: Task | None = None
     for batch in batches:
         assert batch.y is not None
-        found, targets = np.asarray(as_tuple(predict(batch.x))[0], np.float64), as_tuple(batch.y)[0]
-        chosen = chosen or _usual(found, targets)
+        outputs, targets = np.asarray(as_tuple(predict(batch.x))[0], np.float64), as_tuple(batch.y)[0]
+        task = task or infer_task(outputs.shape[1:], FinalActivation.UNKNOWN, targets, is_channels_first=True)
+        chosen = chosen or ("accuracy" if task.is_classification else "mae")
         score = _score(chosen)
-        if score is _accuracy and found.size == len(found):
-            if targets.size != found.size:
-                raise metric_mismatch(chosen, found.shape, targets.shape)
-            single.append((found.reshape(-1), targets.reshape(-1)))
+        if score is _accuracy and (task.kind is TargetKind.BINARY or outputs.size == len(outputs)):
+            if targets.size != outputs.size:
+                raise metric_mismatch(chosen, outputs.shape, targets.shape)
+            binary.append((outputs.reshape(-1), targets.reshape(-1)))
         else:
-            total += float(_fitting(chosen, score, found, targets).sum())
-        count += len(found)
+            total += float(_fitting(chosen, score, outputs, targets).sum())
+        count += len(outputs)
     if not count:
         raise InputError(f"{name} has no examples")
-    return chosen, (_of_two_classes(single) if single else total / count)
+    return chosen, (_binary_accuracy(binary) if binary else total / count)
 
 
 def _fitting(name: str, score: Score, found: Array, targets: Array) -> Array:
@@ -61,32 +64,22 @@ def _fitting(name: str, score: Score, found: Array, targets: Array) -> Array:
         raise metric_mismatch(name, found.shape, targets.shape, str(error)) from error
 
 
-def _of_two_classes(pieces: Sequence[tuple[Array, Array]]) -> float:
+def _binary_accuracy(pieces: Sequence[tuple[Array, Array]]) -> float:
     """How often one output for two classes is on the right side: of zero, if it is ever no probability."""
     found, targets = (np.concatenate(part) for part in zip(*pieces, strict=True))
     is_logit = found.min() < 0 or found.max() > 1
     return float(np.mean((found > (0.0 if is_logit else _EVEN)) == (targets > _EVEN)))
 
 
-def _usual(found: Array, targets: Array) -> str:
-    """What is asked if nobody says: whether labels are right, how far numbers are off."""
-    return "accuracy" if targets.dtype.kind in "biu" or _is_one_hot(found, targets) else "mae"
-
-
-def _is_one_hot(found: Array, targets: Array) -> bool:
-    return (
-        targets.shape == found.shape
-        and targets.ndim > 1
-        and targets.shape[-1] > 1
-        and bool(np.isin(targets, (0, 1)).all() and (targets.sum(axis=-1) == 1).all())
-    )
-
-
-def _accuracy(found: Array, targets: Array) -> Array:
-    if targets.dtype.kind == "f" and targets.shape != found.shape and not (targets == targets.round()).all():
+def _accuracy(outputs: Array, targets: Array) -> Array:
+    if targets.dtype.kind == "f" and targets.shape != outputs.shape and not (targets == targets.round()).all():
         raise ValueError("the targets are no labels")
-    labels = targets.argmax(axis=-1) if targets.shape == found.shape else targets.reshape(found.shape[:-1])
-    return _by_example(found.argmax(axis=-1) == labels)
+    axis = label_axis(outputs.shape[1:], targets.shape[1:], is_channels_first=True)
+    if axis is None:
+        axis = outputs.ndim - 1
+    answers = outputs.argmax(axis=axis)
+    labels = targets.argmax(axis=axis) if targets.shape == outputs.shape else targets.reshape(answers.shape)
+    return _by_example(answers == labels)
 
 
 def _absolute(found: Array, targets: Array) -> Array:
@@ -179,7 +172,7 @@ def _by_onnxruntime(model: ModelFile, request: FinetuneRequest) -> Evaluation:
     source, notes = adapt(opened, signature)
     if request.val_split:
         source = train_val_split(source, request.val_split, seed)[1]
-    notes += check_batches(source, signature, needs_targets=True, classes=None)
+    notes += check_batches(source, signature, needs_targets=True)
     batches = source.batches(EpochOrder(request.batch_size))
     metric, value = evaluate_predictions(network.predict, batches, monitored_metric(request.means), source.name)
     logs = {metric: value}

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prunectl.training.backend import FinalActivation
 from prunectl.training.keras.backend import KerasLibrary
 from prunectl.training.keras.compile.outputs import flatten
+from prunectl.training.task import FinalActivation
 
 TARGETS, TEACHER = "targets", "guide"
 _TINY = 1e-7

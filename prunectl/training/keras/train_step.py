@@ -9,7 +9,7 @@ import numpy as np
 
 from prunectl.errors import UsageError, WorkError
 from prunectl.training import user_code
-from prunectl.training.backend import Array, FinalActivation, GradientStatistic, TrainOptions
+from prunectl.training.backend import Array, GradientStatistic, TrainOptions
 from prunectl.training.data.source import Arrays, Batch, as_tuple
 from prunectl.training.keras import backend, distillation
 from prunectl.training.keras._compat import count_train_step, flat_layers
@@ -19,6 +19,7 @@ from prunectl.training.keras.compile.config import compile_model, resolve_compil
 from prunectl.training.keras.distillation import DistillationConfig, OutputLoss
 from prunectl.training.keras.distribution import DevicePlacement
 from prunectl.training.keras.load import LoadedModel, error_line
+from prunectl.training.task import FinalActivation
 
 
 def freeze(library: KerasLibrary, model: Any, variables: Sequence[Any]) -> list[tuple[Any, Array]]:

@@ -12,9 +12,10 @@ from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Array
 from prunectl.formats.onnx.tensors import CODES
 from prunectl.graphs.onnx.session import OnnxSession
-from prunectl.training.backend import FinalActivation, ModelSignature, TensorSpec
+from prunectl.training.backend import ModelSignature, TensorSpec
 from prunectl.training.data.source import Arrays, as_tuple
 from prunectl.training.onnx.uses import LoadedWeights, RunValues
+from prunectl.training.task import FinalActivation
 
 
 class Session:

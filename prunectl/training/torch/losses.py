@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,26 +12,34 @@ from torch.nn import functional
 
 from prunectl.errors import PrunectlError, UsageError, first_line
 from prunectl.plugins import find
-from prunectl.training.backend import FinalActivation, activation_of_values
 from prunectl.training.monitor import metric_mismatch
+from prunectl.training.task import FinalActivation, TargetKind, activation_of_values, infer_task, label_axis
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def _cross_entropy(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    # The classes are axis 1 for PyTorch; a row of outputs for each word of a sentence has them last.
-    if out.ndim == 3 and y.ndim == 2 and y.shape == out.shape[:2]:
-        out = out.transpose(1, 2)
-    labels = y.reshape(out.shape[0], *out.shape[2:]) if not y.is_floating_point() else y
-    return functional.cross_entropy(out, labels.long() if not y.is_floating_point() else labels)
+    return functional.cross_entropy(*_by_classes(out, y))
 
 
-def _nll(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return functional.nll_loss(out, y.long().reshape(out.shape[0], *out.shape[2:]))
+def _nll(logs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    logs, y = _by_classes(logs, y)
+    return -(logs * y).sum(1).mean() if y.is_floating_point() else functional.nll_loss(logs, y)
 
 
 def _nll_of_probabilities(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return _nll(_log(out), y)
+
+
+def _by_classes(out: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs with their classes in axis 1, and targets as labels of type int64, or as a share of each class."""
+    axis = label_axis(out.shape[1:], y.shape[1:], is_channels_first=True)
+    if axis is None and y.shape == out.shape:
+        return out, y.to(out.dtype)
+    if y.is_floating_point() and not bool((y == y.round()).all()):
+        raise UsageError("the targets are no labels", hint="--loss mse compares numbers with numbers")
+    out = out if axis is None else out.movedim(axis, 1)
+    return out, y.long().reshape(out.shape[0], *out.shape[2:])
 
 
 def _log(shares: torch.Tensor) -> torch.Tensor:
@@ -121,13 +130,26 @@ class TorchLoss:
         return _ENDINGS_OF.get(self.name, FinalActivation.UNKNOWN)
 
 
-_BY_ENDING = {
+_CROSS_ENTROPIES = {
     FinalActivation.SOFTMAX: "probabilities",
     FinalActivation.LOG_SOFTMAX: "nll",
-    FinalActivation.SIGMOID: "bce-probabilities",
+    FinalActivation.UNKNOWN: "cross-entropy",
 }
+_LOSSES_OF_TASKS: Mapping[TargetKind, Mapping[FinalActivation, str]] = {
+    TargetKind.LABELS: _CROSS_ENTROPIES,
+    TargetKind.SHARES: {**_CROSS_ENTROPIES, FinalActivation.SIGMOID: "bce-probabilities"},
+    TargetKind.BINARY: {
+        FinalActivation.SOFTMAX: "bce-probabilities",
+        FinalActivation.SIGMOID: "bce-probabilities",
+        FinalActivation.UNKNOWN: "bce",
+    },
+    TargetKind.NUMBERS: {FinalActivation.UNKNOWN: "mse"},
+}
+"""The loss of a task by the last activation; UNKNOWN stands for all others."""
 _ENDINGS_OF = {
-    **{name: ending for ending, name in _BY_ENDING.items()},
+    "probabilities": FinalActivation.SOFTMAX,
+    "nll": FinalActivation.LOG_SOFTMAX,
+    "bce-probabilities": FinalActivation.SIGMOID,
     "cross-entropy": FinalActivation.RAW,
     "bce": FinalActivation.RAW,
 }
@@ -136,47 +158,47 @@ _ENDINGS_OF = {
 def resolve_loss(
     name: str, out: torch.Tensor, y: torch.Tensor | None, ending: FinalActivation = FinalActivation.UNKNOWN
 ) -> TorchLoss:
-    """The loss of a name; without one, that which fits outputs and targets.
+    """The loss of a name, as the model's last activation needs it; without a name, that of the task.
 
-    The ending is the model's last activation. Where it is unknown the numbers of the outputs have to tell.
+    Where the activation is unknown the numbers of the outputs have to tell.
     """
-    if ending is FinalActivation.UNKNOWN:
-        ending = activation_of_values(out.detach().float().cpu().numpy(), 1)
+    apparent = ending or activation_of_values(out.detach().float().cpu().numpy(), 1)
     if name == "kl":
-        return TorchLoss(name, _KL.get(ending, _kl))
+        return TorchLoss(name, _KL.get(apparent, _kl))
     if name:
-        found: Any = find("loss", name, LOSSES)
-        return TorchLoss(name, found)
+        kind = _KINDS_BY_NAME.get(name, TargetKind.UNKNOWN)
+        if kind is TargetKind.LABELS and math.prod(out.shape[1:2]) == 1:
+            kind = TargetKind.BINARY  # one output for two classes
+        name = _loss_of_task(kind, ending) or name
+        function: Any = find("loss", name, LOSSES)
+        return TorchLoss(name, function)
     if y is None:
         raise UsageError("there is no target to learn from, and no --loss", hint="--loss module:function")
-    guess = _guess(out, y, ending)
-    return TorchLoss(guess, LOSSES[guess])
+    task = infer_task(out.shape[1:], ending, y.cpu().numpy(), is_channels_first=True)
+    name = _loss_of_task(task.kind, apparent)
+    if not name:
+        raise UsageError(
+            f"no loss fits outputs of {tuple(out.shape)} and targets of {tuple(y.shape)}",
+            hint=f"--loss NAME ({', '.join(LOSSES)}) or --loss module:function",
+        )
+    return TorchLoss(name, LOSSES[name])
+
+
+_KINDS_BY_NAME = {"cross-entropy": TargetKind.LABELS, "bce": TargetKind.BINARY}
+"""Losses that mean the same whether a model ends in logits or in probabilities."""
+
+
+def _loss_of_task(kind: TargetKind, ending: FinalActivation) -> str:
+    names = _LOSSES_OF_TASKS.get(kind, {})
+    return names.get(ending) or names.get(FinalActivation.UNKNOWN, "")
 
 
 def without_targets(out: torch.Tensor, ending: FinalActivation) -> TorchLoss:
     """What compares outputs with a teacher's alone: classes where the model ends in them, else numbers."""
     if ending is FinalActivation.UNKNOWN:
         ending = activation_of_values(out.detach().float().cpu().numpy(), 1)
-    name = _BY_ENDING.get(ending, "mse")
+    name = _LOSSES_OF_TASKS[TargetKind.SHARES].get(ending, "mse")
     return TorchLoss(name, LOSSES[name])
-
-
-def _guess(out: torch.Tensor, y: torch.Tensor, ending: FinalActivation) -> str:
-    is_label = not y.is_floating_point()
-    if is_label and out.ndim >= 2 and out.shape[1] > 1 and y.numel() * out.shape[1] == out.numel():
-        return (
-            _BY_ENDING[ending] if ending in {FinalActivation.SOFTMAX, FinalActivation.LOG_SOFTMAX} else "cross-entropy"
-        )
-    if is_label and out.ndim == 3 and y.shape == out.shape[:2]:
-        return "cross-entropy"
-    if y.numel() == out.numel() and bool(((y == 0) | (y == 1)).all()):
-        return "bce-probabilities" if ending in {FinalActivation.SIGMOID, FinalActivation.SOFTMAX} else "bce"
-    if y.numel() == out.numel():
-        return "mse"
-    raise UsageError(
-        f"no loss fits outputs of {tuple(out.shape)} and targets of {tuple(y.shape)}",
-        hint=f"--loss NAME ({', '.join(LOSSES)}) or --loss module:function",
-    )
 
 
 Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -184,23 +206,23 @@ Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def _accuracy(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    if out.ndim == 3 and y.ndim == 2 and y.shape == out.shape[:2]:
-        return (out.argmax(-1) == y).float().mean()
-    return (out.argmax(1) == _labels(out, y)).float().mean()
+    out, labels = _with_labels(out, y)
+    return (out.argmax(1) == labels).float().mean()
 
 
 def _top5(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    out, labels = _with_labels(out, y)
     best = out.topk(min(5, out.shape[1]), 1).indices
-    return (best == _labels(out, y).unsqueeze(1)).any(1).float().mean()
+    return (best == labels.unsqueeze(1)).any(1).float().mean()
 
 
-def _labels(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The number of the class of each example, which may be said as one-hot."""
+def _with_labels(out: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs with their classes in axis 1, and the number of the class of each example, which may come as one-hot."""
     if y.shape == out.shape and y.ndim > 1:
-        return y.argmax(1)
+        return out, y.argmax(1)
     if y.is_floating_point() and not bool((y == y.round()).all()):
         raise ValueError("the targets are no labels")
-    return y.reshape(out.shape[0], *out.shape[2:])
+    return _by_classes(out, y)
 
 
 METRICS: Mapping[str, Metric] = {
@@ -234,12 +256,11 @@ def _default_metrics(chosen: TorchLoss, out: torch.Tensor, y: torch.Tensor | Non
         return ("accuracy",)
     if y is None:
         return ()
-    is_label = not y.is_floating_point()
-    if is_label and out.ndim >= 2 and out.shape[1] > 1 and y.numel() * out.shape[1] == out.numel():
+    task = infer_task(out.shape[1:], FinalActivation.UNKNOWN, y.cpu().numpy(), is_channels_first=True)
+    is_named = chosen.name in LOSSES
+    if task.kind is TargetKind.LABELS or (task.kind is TargetKind.SHARES and not is_named):
         return ("accuracy",)
-    if is_label and out.ndim == 3 and y.shape == out.shape[:2]:
-        return ("accuracy",)
-    return ("mae",) if y.numel() == out.numel() and not (is_label and chosen.name not in LOSSES) else ()
+    return () if task.kind is TargetKind.UNKNOWN else ("mae",)
 
 
 def _checked(name: str, metric: Metric) -> Metric:

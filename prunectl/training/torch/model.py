@@ -14,18 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from prunectl.errors import UsageError, WorkError
 from prunectl.plugins import find
 from prunectl.training import random_state
-from prunectl.training.backend import (
-    Array,
-    FinalActivation,
-    GradientStatistic,
-    Logs,
-    ModelSignature,
-    TensorSpec,
-    TrainOptions,
-    activation_of_values,
-)
+from prunectl.training.backend import Array, GradientStatistic, Logs, ModelSignature, TensorSpec, TrainOptions
 from prunectl.training.data.source import Arrays, Batch, as_tuple
 from prunectl.training.layer_inputs import InputCallback
+from prunectl.training.task import FinalActivation, activation_of_values
 from prunectl.training.torch import distributed, losses, tensors
 from prunectl.training.torch.build import BuiltModule, FixedBatchModule, input_specs, output_specs
 from prunectl.training.torch.distributed import distribute_like, full_tensor

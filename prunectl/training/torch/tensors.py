@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from prunectl.errors import UsageError
-from prunectl.training.backend import FinalActivation
+from prunectl.training.task import FinalActivation
 
 _AS_BITS = {
     "bfloat16": (np.int16, torch.bfloat16),

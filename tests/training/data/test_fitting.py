@@ -11,6 +11,7 @@ from prunectl.training.data.adapt import adapt
 from prunectl.training.data.readers import IterableSource, from_arrays
 from prunectl.training.data.source import Batch, EpochOrder, Source, as_tuple
 from prunectl.training.data.validate import LOOKED_AT_EXAMPLES, check_batches
+from prunectl.training.task import TargetKind, Task
 from tests.training.data.sources import Array, model, whole
 
 
@@ -92,7 +93,8 @@ def test_too_many_inputs_or_none_at_all_are_refused() -> None:
 def checked(
     x: Array, y: Array | None = None, *, signature: ModelSignature | None = None, classes: int | None = 10
 ) -> None:
-    check_batches(source_of(x, y), signature or model(4), needs_targets=y is not None, classes=classes)
+    tasks = () if classes is None else (Task(TargetKind.LABELS, classes),)
+    check_batches(source_of(x, y), signature or model(4), needs_targets=y is not None, tasks=tasks)
 
 
 def spoilt(place: tuple[int, ...], value: float) -> Array:
@@ -103,6 +105,7 @@ def spoilt(place: tuple[int, ...], value: float) -> Array:
 
 ZEROS = np.zeros((700, 4), np.float32)
 LABELS = np.zeros(700, np.int64)
+TEN = Task(TargetKind.LABELS, 10)
 
 
 def labelled(place: int, value: float, dtype: type = np.int64) -> Array:
@@ -162,15 +165,15 @@ def test_numbers_to_be_predicted_need_no_classes() -> None:
 
 def test_missing_targets_are_refused_only_where_they_are_needed() -> None:
     with pytest.raises(UsageError, match="no targets"):
-        check_batches(source_of(ZEROS), model(4), needs_targets=True, classes=10)
-    assert check_batches(source_of(ZEROS), model(4), needs_targets=False, classes=10) == ()
+        check_batches(source_of(ZEROS), model(4), needs_targets=True, tasks=(TEN,))
+    assert check_batches(source_of(ZEROS), model(4), needs_targets=False, tasks=(TEN,)) == ()
 
 
 def test_a_late_label_is_found_also_where_the_inputs_are_too_many_to_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prunectl.training.data.validate.LOOKED_AT_BYTES", 1)
     with pytest.raises(UsageError, match="the label 10 in example 650"):
         checked(ZEROS, labelled(650, 10))
-    notes = check_batches(source_of(ZEROS, LABELS), model(4), needs_targets=True, classes=10)
+    notes = check_batches(source_of(ZEROS, LABELS), model(4), needs_targets=True, tasks=(TEN,))
     assert notes == ("train.npz: the first 256 of 700 examples were checked, and all labels",)
 
 
@@ -179,7 +182,7 @@ def test_an_endless_stream_is_looked_at_from_its_beginning_only() -> None:
         while True:
             yield Batch(np.zeros((100, 4), np.float32), np.zeros(100, np.int64))
 
-    notes = check_batches(IterableSource("endless", None, True, forever), model(4), needs_targets=True, classes=10)
+    notes = check_batches(IterableSource("endless", None, True, forever), model(4), needs_targets=True, tasks=(TEN,))
     assert f"first {LOOKED_AT_EXAMPLES:,} examples" in notes[0]
 
 
@@ -187,4 +190,4 @@ def test_a_change_of_inputs_and_targets_reaches_the_cheap_labels() -> None:
     source, _ = adapt(source_of(np.zeros((3, 4, 4), np.uint8), np.arange(3, dtype=np.uint8)), model(4, 4, 1))
     assert [as_tuple(y)[0].dtype for y in source.labels()] == [np.int64]
     with pytest.raises(PrunectlError, match="the label 2 in example 2"):
-        check_batches(source, model(4, 4, 1, classes=2), needs_targets=True, classes=2)
+        check_batches(source, model(4, 4, 1, classes=2), needs_targets=True, tasks=(Task(TargetKind.LABELS, 2),))

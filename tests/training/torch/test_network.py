@@ -300,7 +300,8 @@ def test_recurrent_kernels_are_masked_like_any(tmp_path: Path) -> None:
         ("Plain", np.arange(48) % 4, "cross-entropy"),
         ("Shares", np.arange(48) % 4, "probabilities"),
         ("Plain", np.ones((48, 4), "f4") * 0.3, "mse"),
-        ("Plain", np.eye(4, dtype="f4")[np.arange(48) % 4], "bce"),
+        ("Plain", np.eye(4, dtype="f4")[np.arange(48) % 4], "cross-entropy"),
+        ("Plain", np.tile(np.array([1, 1, 0, 0], "f4"), (48, 1)), "bce"),
     ],
 )
 def test_the_loss_that_nobody_named_fits_the_outputs_and_is_told(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,15 +10,14 @@ from enum import StrEnum
 from functools import wraps
 from typing import Any
 
-import numpy as np
-
 from prunectl.errors import UsageError
 from prunectl.formats.keras.config import part, text
 from prunectl.training import user_code
-from prunectl.training.backend import Array, FinalActivation
+from prunectl.training.backend import Array
 from prunectl.training.keras.backend import KerasLibrary
 from prunectl.training.keras.compile.outputs import OutputInfo, flatten
 from prunectl.training.monitor import metric_mismatch
+from prunectl.training.task import FinalActivation, TargetKind, has_same_size, shape_matches
 
 _SHORT_NAMES = {
     "mse": "MeanSquaredError",
@@ -57,6 +55,11 @@ class KerasLoss:
     name: str = ""
 
 
+_ENCODINGS = {
+    TargetKind.LABELS: CrossEntropy.SPARSE,
+    TargetKind.SHARES: CrossEntropy.CATEGORICAL,
+    TargetKind.BINARY: CrossEntropy.BINARY,
+}
 _FUNCTIONS = {
     "sparse_categorical_crossentropy": CrossEntropy.SPARSE,
     "categorical_crossentropy": CrossEntropy.CATEGORICAL,
@@ -68,10 +71,8 @@ def default_loss(library: KerasLibrary, output: OutputInfo, y: Array | None) -> 
     """The loss that fits an output and its targets; none without targets."""
     if y is None:
         return None
-    encoding = _encoding_of_classes(output, y)
-    if encoding is not None:
-        return cross_entropy(library, encoding, output)
-    return _instance(library, "MeanSquaredError")
+    encoding = _ENCODINGS.get(output.task(y).kind)
+    return _instance(library, "MeanSquaredError") if encoding is None else cross_entropy(library, encoding, output)
 
 
 def cross_entropy(library: KerasLibrary, encoding: CrossEntropy, answer: OutputInfo) -> KerasLoss:
@@ -146,9 +147,7 @@ _ELEMENTWISE = frozenset(
 def check_shape(loss: KerasLoss, output: OutputInfo, y: Array | None) -> None:
     """Refuse targets of another shape than the outputs that they are compared with."""
     shape = output.shape[1:]
-    if y is None or loss.name not in _ELEMENTWISE or any(size is None for size in shape):
-        return
-    if math.prod(y.shape[1:]) != math.prod(size or 1 for size in shape):
+    if y is not None and loss.name in _ELEMENTWISE and None not in shape and not has_same_size(shape, y.shape[1:]):
         target_shape, output_shape = ("x".join(map(str, dims)) or "a number" for dims in (y.shape[1:], shape))
         raise UsageError(
             f"a target is {target_shape} for each example, and the output {output.name} is {output_shape}",
@@ -156,29 +155,13 @@ def check_shape(loss: KerasLoss, output: OutputInfo, y: Array | None) -> None:
         )
 
 
-def _encoding_of_classes(output: OutputInfo, y: Array) -> CrossEntropy | None:
-    """The cross-entropy for targets that say classes; None if they are measurements."""
-    is_same = _is_same_shape(output, y)
-    if y.dtype.kind in "iub":
-        return _encoding(output, y)
-    if output.ending is FinalActivation.SIGMOID and bool(np.all((y >= 0) & (y <= 1))):
-        return CrossEntropy.BINARY
-    if output.ending is FinalActivation.SOFTMAX:
-        return CrossEntropy.CATEGORICAL if is_same else CrossEntropy.SPARSE
-    return None
-
-
 def _encoding(output: OutputInfo, y: Array | None) -> CrossEntropy:
-    """The cross-entropy for the form of targets."""
+    """The cross-entropy for the shape of targets, where it is known that they name classes."""
     if output.width == 1:
         return CrossEntropy.BINARY
-    if y is None or not _is_same_shape(output, y):
+    if y is None or not shape_matches(y.shape[1:], output.shape[1:]):
         return CrossEntropy.SPARSE
     return CrossEntropy.BINARY if output.ending is FinalActivation.SIGMOID else CrossEntropy.CATEGORICAL
-
-
-def _is_same_shape(output: OutputInfo, y: Array) -> bool:
-    return len(y.shape) == len(output.shape) and (output.width in {None, y.shape[-1]})
 
 
 def _instance(library: KerasLibrary, name: str) -> KerasLoss:
@@ -226,25 +209,21 @@ def default_metrics(library: KerasLibrary, loss: KerasLoss | None, output: Outpu
         return []
     if loss.kind.is_classification:
         return [accuracy(library, loss)]
-    if not _has_output_size(output, y):
-        is_label = y is not None and y.dtype.kind in "iub" and (output.width or 0) > 1
-        return [library.keras.metrics.SparseCategoricalAccuracy(name="accuracy")] if is_label else []
-    return [] if loss.name == "mean_absolute_error" else [library.keras.metrics.MeanAbsoluteError(name="mae")]
+    kind = TargetKind.NUMBERS if y is None else output.task(y).kind
+    if kind is TargetKind.LABELS:
+        return [library.keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
+    if kind is TargetKind.SHARES and loss.name not in _ELEMENTWISE:
+        return [library.keras.metrics.CategoricalAccuracy(name="accuracy")]
+    is_compared = kind is TargetKind.UNKNOWN or loss.name == "mean_absolute_error"
+    return [] if is_compared else [library.keras.metrics.MeanAbsoluteError(name="mae")]
 
 
 def check_metric_shape(name: str, output: OutputInfo, y: Array | None) -> None:
     """Refuse a metric that compares number with number where there are more of the one."""
-    text = name.strip().lower()
-    if y is not None and (text in _ELEMENTWISE_METRICS or text.endswith("_error")) and not _has_output_size(output, y):
-        raise metric_mismatch(name, [0, *(size or 0 for size in output.shape[1:])], y.shape)
-
-
-def _has_output_size(output: OutputInfo, y: Array | None) -> bool:
-    """Whether a target has as many numbers as the output, as far as it is known."""
-    shape = output.shape[1:]
-    if y is None or None in shape:
-        return True
-    return math.prod(y.shape[1:]) == math.prod(size or 1 for size in shape)
+    text, shape = name.strip().lower(), output.shape[1:]
+    is_elementwise = text in _ELEMENTWISE_METRICS or text.endswith("_error")
+    if y is not None and is_elementwise and None not in shape and not has_same_size(shape, y.shape[1:]):
+        raise metric_mismatch(name, [0, *(size or 0 for size in shape)], y.shape)
 
 
 def metric_by_name(library: KerasLibrary, name: str, loss: KerasLoss | None, objects: Mapping[str, Any]) -> Any:

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prunectl.training.backend import Array, FinalActivation, ModelSignature, TensorSpec, activation_of_values
+from prunectl.training.backend import Array, ModelSignature, TensorSpec
 from prunectl.training.data.source import Arrays, Batch, as_tuple
 from prunectl.training.keras import backend
 from prunectl.training.keras._compat import built_shape, flat_layers, producer, structure
+from prunectl.training.task import FinalActivation, Task, activation_of_values, infer_task
 
 
 def pack_inputs(model: Any, x: Arrays) -> Any:
@@ -56,6 +57,10 @@ class OutputInfo:
     def width(self) -> int | None:
         """Size of the last axis."""
         return self.shape[-1] if len(self.shape) > 1 else 1
+
+    def task(self, targets: Array) -> Task:
+        """What targets are to this output."""
+        return infer_task(self.shape[1:], self.ending, targets)
 
 
 def describe_outputs(model: Any, example: Batch | None) -> tuple[OutputInfo, ...]:

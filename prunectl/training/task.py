@@ -1,0 +1,152 @@
+"""The task: what the outputs and the targets of a model are, asked once for every framework."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from prunectl.formats.base import Array
+
+Shape = Sequence[int | None]
+"""Without the batch axis; None for an axis of any length."""
+
+
+_SUM_TOLERANCE = 1e-3
+_TINY = 1e-7
+"""Below the precision of 32-bit probabilities."""
+
+
+class FinalActivation(StrEnum):
+    """What the last activation makes of its numbers."""
+
+    SOFTMAX = "softmax"
+    LOG_SOFTMAX = "log-softmax"
+    SIGMOID = "sigmoid"
+    RAW = "raw"
+    UNKNOWN = ""
+    """Nothing but the numbers tells."""
+
+
+def activation_of_values(array: Array, axis: int) -> FinalActivation:
+    """The ending that outputs look like, where the graph does not tell; the axis is that of the classes."""
+    whole = np.asarray(array, np.float64)
+    if not whole.size or not np.isfinite(whole).all():
+        return FinalActivation.RAW
+    has_classes = whole.ndim > 1 and whole.shape[axis] > 1
+    if has_classes and whole.max() <= 0.0 and _is_one(np.exp(whole).sum(axis=axis)):
+        return FinalActivation.LOG_SOFTMAX
+    if whole.min() < 0.0 or whole.max() > 1.0:
+        return FinalActivation.RAW
+    return FinalActivation.SOFTMAX if has_classes and _is_one(whole.sum(axis=axis)) else FinalActivation.SIGMOID
+
+
+def _is_one(sums: Array) -> bool:
+    return bool(np.all(np.abs(sums - 1.0) < _SUM_TOLERANCE))
+
+
+def convert_outputs(array: Array, theirs: FinalActivation, ours: FinalActivation, axis: int) -> Array:
+    """Outputs of one ending as another would have them; a logarithm of probabilities is as good as their logits."""
+    if theirs is ours or FinalActivation.UNKNOWN in {theirs, ours}:
+        return array
+    kind, wide = array.dtype, array.astype(np.float64)
+    if theirs is FinalActivation.SIGMOID:
+        within = np.clip(wide, _TINY, 1.0 - _TINY)
+        found = np.log(within) - np.log1p(-within)
+    else:
+        found = np.log(np.maximum(wide, _TINY)) if theirs is FinalActivation.SOFTMAX else wide
+    if ours is FinalActivation.SIGMOID:
+        found = 1.0 / (1.0 + np.exp(-found))
+    elif ours in {FinalActivation.SOFTMAX, FinalActivation.LOG_SOFTMAX}:
+        found = found - found.max(axis=axis, keepdims=True)
+        found = found - np.log(np.exp(found).sum(axis=axis, keepdims=True))
+        found = np.exp(found) if ours is FinalActivation.SOFTMAX else found
+    return found.astype(kind)
+
+
+class TargetKind(StrEnum):
+    """What targets are to outputs."""
+
+    LABELS = "labels"
+    """The number of a class for each example, pixel or word."""
+    SHARES = "shares"
+    """A probability for each class, such as a one-hot row."""
+    BINARY = "binary"
+    """Yes or no for each number of the output."""
+    NUMBERS = "numbers"
+    """Measurements, one for each number of the output."""
+    UNKNOWN = ""
+    """Of a shape that fits none of these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What targets are, and how many classes there are if they are labels."""
+
+    kind: TargetKind
+    classes: int | None = None
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether targets name classes: cross-entropy and accuracy compare them."""
+        return self.kind in {TargetKind.LABELS, TargetKind.SHARES, TargetKind.BINARY}
+
+
+def infer_task(outputs: Shape, activation: FinalActivation, targets: Array, *, is_channels_first: bool = False) -> Task:
+    """Which task targets set, by their numbers, the shape of an output and the activation that it ends with.
+
+    Whole numbers of type float are labels only where the model ends in probabilities of classes: a loss of the user's
+    own may compare several outputs with one measurement. Numbers between 0 and 1 are yes or no where it ends in a
+    sigmoid.
+    """
+    shape, ends_in_classes = targets.shape[1:], activation in {FinalActivation.SOFTMAX, FinalActivation.LOG_SOFTMAX}
+    axis = label_axis(outputs, shape, is_channels_first=is_channels_first)
+    if axis is not None:
+        is_label = targets.dtype.kind in "iub" or (ends_in_classes and bool((targets == np.trunc(targets)).all()))
+        return Task(TargetKind.LABELS, outputs[axis - 1]) if is_label else Task(TargetKind.UNKNOWN)
+    if not has_same_size(outputs, shape):
+        return Task(TargetKind.UNKNOWN)
+    is_share = bool(((targets >= 0) & (targets <= 1)).all())
+    # Measurements may be zero in all of a first batch.
+    is_bit = (
+        is_share
+        and bool(((targets == 0) | (targets == 1)).all())
+        and (targets.dtype.kind != "f" or targets.min() != targets.max())
+    )
+    has_classes = 1 < targets.ndim == len(outputs) + 1 and activation is not FinalActivation.SIGMOID
+    if is_share and has_classes and (is_bit or ends_in_classes):
+        axis = 1 if is_channels_first else targets.ndim - 1
+        if outputs[axis - 1] != 1 and _is_one(targets.sum(axis=axis)):
+            return Task(TargetKind.SHARES)
+    if is_bit or (is_share and activation is FinalActivation.SIGMOID):
+        return Task(TargetKind.BINARY)
+    return Task(TargetKind.NUMBERS)
+
+
+def label_axis(outputs: Shape, targets: Shape, *, is_channels_first: bool) -> int | None:
+    """The axis of the classes, counted with that of the batch, if targets are a number for each place without it."""
+    last = len(outputs)
+    # In PyTorch classes are axis 1; a row of outputs for each word of a sentence has them last.
+    axes = [last] if not is_channels_first or last == 1 else [last, 1] if last == 2 else [1, last]
+    for axis in axes if outputs else ():
+        before, after = outputs[: axis - 1], outputs[axis:]
+        if outputs[axis - 1] != 1 and any(shape_matches(targets, (*before, *one, *after)) for one in ((), (1,))):
+            return axis
+    return None
+
+
+def has_same_size(outputs: Shape, targets: Shape) -> bool:
+    """Whether there is a target for each number of an output."""
+    if None in outputs:
+        return shape_matches(targets, outputs)
+    return math.prod(size or 0 for size in outputs) == math.prod(size or 0 for size in targets)
+
+
+def shape_matches(shape: Shape, expected: Shape) -> bool:
+    """Whether a shape is one that is expected, where None takes any length."""
+    return len(shape) == len(expected) and all(
+        length is None or length == size for size, length in zip(shape, expected, strict=True)
+    )
