@@ -149,13 +149,18 @@ def _annotation(parameter: inspect.Parameter) -> str:
     return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
 
 
+def parse_literal(text: str) -> Any:
+    """A Python literal as it is typed, `true` and `none` among them; anything else is a text."""
+    try:
+        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        return text
+
+
 def _parse_value(name: str, text: str, kind: str) -> Any:
     if kind == "str":
         return text
-    try:
-        parsed = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
-    except (ValueError, SyntaxError):
-        parsed = text
+    parsed = parse_literal(text)
     if kind == "float" and type(parsed) is int:
         return float(parsed)
     if kind in {"int", "float", "bool"} and type(parsed).__name__ != kind:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from enum import StrEnum
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from prunectl.errors import UsageError
+from prunectl.pruning.plugin_adapters import parse_literal
 from prunectl.pruning.request import PruneRequest
 from prunectl.training.backend import LoadOptions, TrainOptions
 from prunectl.training.course import LR_SCHEDULES
@@ -242,6 +243,58 @@ def parse_request(options: Mapping[str, Any]) -> FinetuneRequest:
         ramping=ScheduleOptions(**parts["ramping"]),
         **parts[""],
     )
+
+
+DEFAULT_OPTIMIZER = "adam"
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSpec:
+    """An optimizer as it is typed, `sgd:momentum=0.9,weight_decay=1e-4`, before its framework looks it up."""
+
+    name: str
+    settings: Mapping[str, Any]
+
+    def resolve(
+        self, classes: Mapping[str, Any], settings_of: Callable[[Any], Collection[str]], rate: str
+    ) -> tuple[Any, dict[str, Any]]:
+        """The class and its settings; the learning rate may be called `lr` or `learning_rate`, whoever trains."""
+        key = self.name.strip().lower().replace("-", "").replace("_", "")
+        if key not in classes:
+            raise UsageError(
+                f"no optimizer is called {self.name}",
+                did_you_mean=tuple(get_close_matches(key, classes, n=3, cutoff=0.5)),
+                hint=f"known: {', '.join(sorted(classes))}",
+            )
+        known = settings_of(classes[key])
+        settings = {rate if name in {"lr", "learning_rate"} else name: value for name, value in self.settings.items()}
+        for name in settings:
+            if name not in known:
+                raise UsageError(
+                    f"{self.name} has no setting {name}",
+                    did_you_mean=tuple(get_close_matches(name, known, n=3, cutoff=0.5)),
+                    hint=f"it has {', '.join(sorted(known))}",
+                )
+        return classes[key], settings
+
+    def construct(self, cls: Any, *args: Any, **settings: Any) -> Any:
+        """The optimizer, whose own refusals are the user's to mend."""
+        try:
+            return cls(*args, **settings)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{self.name} cannot be set up like that: {error}") from error
+
+
+def parse_optimizer(text: str) -> OptimizerSpec:
+    """The optimizer that is typed; a comma in parentheses separates nothing: `adam:betas=(0.9,0.99)`."""
+    name, _, rest = (text or DEFAULT_OPTIMIZER).partition(":")
+    settings = {}
+    for setting in filter(str.strip, re.split(r",(?![^(\[]*[)\]])", rest)):
+        key, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals:
+            raise UsageError(f"{key!r} sets nothing in --optimizer {name}", hint=f"write {name}:key=value,key=value")
+        settings[key] = parse_literal(value)
+    return OptimizerSpec(name, settings)
 
 
 _POINT = re.compile(r"(\d+(?:\.\d+)?)\s*(%|ep|epochs?|steps?)?")

@@ -16,9 +16,12 @@ from prunectl.training.data.validate import check_batches, infer_tasks
 from prunectl.training.evaluation.evaluate import evaluate_predictions
 from prunectl.training.keras.backend import load_keras3
 from prunectl.training.keras.compile.losses import default_loss
+from prunectl.training.keras.compile.optimizers import optimizer_by_name
 from prunectl.training.keras.compile.outputs import OutputInfo
+from prunectl.training.request import OptimizerSpec, parse_optimizer
 from prunectl.training.task import FinalActivation, TargetKind, infer_task
 from prunectl.training.torch.losses import LOSSES, METRICS, resolve_loss
+from prunectl.training.torch.optimizers import make_optimizer
 from tests.contract import Array
 
 RANDOM = np.random.default_rng(0)
@@ -116,3 +119,17 @@ def test_labels_of_pixels_are_checked_where_channels_come_first() -> None:
     check_batches(from_arrays("d", {"x": x}, {"y": y}), signature, needs_targets=True, tasks=tasks)
     with pytest.raises(UsageError, match=r"the label 4 .* the model has 4 classes"):
         check_batches(from_arrays("d", {"x": x}, {"y": y + 1}), signature, needs_targets=True, tasks=tasks)
+
+
+def test_an_optimizer_is_typed_alike_for_every_framework() -> None:
+    spec = parse_optimizer("Adam-W: lr=0.1, betas=(0.9,0.99),amsgrad=true,foreach=none,mode=[1,2],word=x")
+    assert spec.settings == {
+        "lr": 0.1, "betas": (0.9, 0.99), "amsgrad": True, "foreach": None, "mode": [1, 2], "word": "x",
+    }  # fmt: skip
+    for rate in ("lr", "learning_rate"):
+        weight = torch.nn.Parameter(torch.zeros(2))
+        by_torch = make_optimizer(f"adam_w:{rate}=0.5,weight_decay=0.25", [weight], None).param_groups[0]
+        by_keras = optimizer_by_name(load_keras3(), f"adam_w:{rate}=0.5,weight_decay=0.25", lr=None, clip=None)
+        settings = by_keras.optimizer.get_config()
+        assert (by_torch["lr"], by_torch["weight_decay"]) == (settings["learning_rate"], settings["weight_decay"])
+    assert parse_optimizer("") == OptimizerSpec("adam", {})

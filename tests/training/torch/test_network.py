@@ -314,9 +314,9 @@ def test_the_loss_that_nobody_named_fits_the_outputs_and_is_told(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ({"optimizer": "adm"}, "no optimizer adm"),
-        ({"optimizer": "sgd:momentm=0.9"}, "takes no momentm"),
-        ({"optimizer": "sgd:momentum=-1"}, "refuses"),
+        ({"optimizer": "adm"}, "no optimizer is called adm"),
+        ({"optimizer": "sgd:momentm=0.9"}, "no setting momentm"),
+        ({"optimizer": "sgd:momentum=-1"}, "cannot be set up"),
         ({"loss": "cross-entropi"}, "no loss is called"),
         ({"metrics": ("acuracy",)}, "no metric is called"),
         ({"precision": "fp8"}, "no precision"),

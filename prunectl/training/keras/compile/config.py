@@ -23,6 +23,7 @@ from prunectl.training.keras.compile.optimizers import ScheduledOptimizer
 from prunectl.training.keras.compile.outputs import OutputInfo
 from prunectl.training.keras.load import LoadedModel, error_line
 from prunectl.training.keras.masking import Keras3Masking, OptimizerMasking, TfKerasMasking
+from prunectl.training.request import DEFAULT_OPTIMIZER
 
 _PARTS = ("loss", "metrics", "weighted_metrics", "loss_weights")
 
@@ -169,7 +170,7 @@ def _optimizer(context: _Context) -> ScheduledOptimizer:
             )
         except _UNKNOWN_NAME as error:
             context.notes.append(
-                f"The file's optimizer is not known here ({error_line(error)}): {optimizers.DEFAULT} it is."
+                f"The file's optimizer is not known here ({error_line(error)}): {DEFAULT_OPTIMIZER} it is."
             )
         else:
             if resolved.schedule is not None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
-from prunectl.errors import UsageError
 from prunectl.formats.keras.config import named, part
 from prunectl.training.keras.backend import KerasLibrary
+from prunectl.training.request import parse_optimizer
 
-DEFAULT = "adam"
 _NOT_FOR_USERS = frozenset({"Optimizer", "LossScaleOptimizer"})
-_ALIASES = {"lr": "learning_rate"}
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 _BASE_PARAMETERS = (
     "weight_decay",
@@ -38,19 +34,11 @@ class ScheduledOptimizer:
 
 def optimizer_by_name(library: KerasLibrary, text: str, *, lr: float | None, clip: float | None) -> ScheduledOptimizer:
     """The optimizer that a user asks for."""
-    name, _, rest = (text or DEFAULT).partition(":")
-    classes = _optimizer_classes(library)
-    cls = classes.get(name.strip().lower().replace("-", "").replace("_", ""))
-    if cls is None:
-        raise UsageError(
-            f"no optimizer is called {name}",
-            did_you_mean=tuple(get_close_matches(name.lower(), classes, n=3, cutoff=0.5)),
-            hint=f"known: {', '.join(sorted(classes))}",
-        )
-    settings = dict(_parse_setting(name, setting, cls) for setting in rest.split(",") if setting.strip())
+    spec = parse_optimizer(text)
+    cls, settings = spec.resolve(_optimizer_classes(library), _parameters, "learning_rate")
     if lr is not None:
         settings["learning_rate"] = float(lr)
-    return ScheduledOptimizer(_construct(name, cls, _with_clipping(settings, clip)))
+    return ScheduledOptimizer(spec.construct(cls, **_with_clipping(settings, clip)))
 
 
 def optimizer_from_config(
@@ -105,23 +93,6 @@ def _optimizer_classes(library: KerasLibrary) -> dict[str, Any]:
     }
 
 
-def _parse_setting(name: str, text: str, cls: Any) -> tuple[str, Any]:
-    key, equals, value = (piece.strip() for piece in text.partition("="))
-    if not equals:
-        raise UsageError(
-            f"{text.strip()!r} sets nothing in --optimizer {name}", hint=f"write {name}:key=value,key=value"
-        )
-    key = _ALIASES.get(key, key)
-    parameters = _parameters(cls)
-    if key not in parameters:
-        raise UsageError(
-            f"{name} has no setting {key}",
-            did_you_mean=tuple(get_close_matches(key, parameters, n=3, cutoff=0.5)),
-            hint=f"it has {', '.join(sorted(parameters))}",
-        )
-    return key, _parse_value(value)
-
-
 def _parameters(cls: Any) -> frozenset[str]:
     parameters = inspect.signature(cls.__init__).parameters.values()
     names = {
@@ -133,23 +104,7 @@ def _parameters(cls: Any) -> frozenset[str]:
     return frozenset((names | (set(_BASE_PARAMETERS) if has_kwargs else set())) - {"self", "name", "jit_compile"})
 
 
-def _parse_value(text: str) -> Any:
-    if text.lower() in {"true", "false"}:
-        return text.lower() == "true"
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
 def _with_clipping(settings: dict[str, Any], clip: float | None) -> dict[str, Any]:
     if clip is None:
         return settings
     return {**{key: value for key, value in settings.items() if key not in _CLIPS}, "global_clipnorm": float(clip)}
-
-
-def _construct(name: str, cls: Any, settings: dict[str, Any]) -> Any:
-    try:
-        return cls(**settings)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{name} cannot be set up like that: {error}") from error
