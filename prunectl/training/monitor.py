@@ -1,14 +1,51 @@
-"""Which of two epochs is better, by the numbers of its evaluation?"""
+"""Metrics: their protocol, whether more of one is better, and which of them decides between two epochs."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 from prunectl.errors import UsageError
 from prunectl.training.backend import TrainOptions
 from prunectl.training.request import LOSS, MAX, MIN
+
+
+class Metric(Protocol):
+    """What is updated batch by batch and computed at the end, as the metrics of torchmetrics are."""
+
+    def update(self, outputs: Any, targets: Any, /) -> None:
+        """Take the outputs and the targets of a batch."""
+
+    def compute(self) -> Any:
+        """The value over all that was taken."""
+
+
+class GatheredMetric:
+    """A function that is called once on all outputs and targets: F1 and Dice are no means of those of batches."""
+
+    def __init__(self, function: Callable[[Any, Any], Any], concatenate: Callable[[Sequence[Any]], Any]) -> None:
+        self._function, self._concatenate = function, concatenate
+        self._batches: list[tuple[Any, Any]] = []
+
+    def update(self, outputs: Any, targets: Any, /) -> None:
+        """Keep the outputs and the targets of a batch."""
+        self._batches.append((outputs, targets))
+
+    def compute(self) -> Any:
+        """The function of all of them."""
+        return self._function(*map(self._concatenate, zip(*self._batches, strict=True)))
+
+
+def metric_factory(metric: Any) -> Callable[[], Metric] | None:
+    """What makes a new metric of a class, or of an object, that has `update` and `compute`; None for a function."""
+    if not all(callable(getattr(metric, method, None)) for method in ("update", "compute")):
+        return None
+    return metric if isinstance(metric, type) else partial(deepcopy, metric)
+
 
 _UP = """
 accuracy acc binary_accuracy categorical_accuracy sparse_categorical_accuracy top_k_categorical_accuracy

@@ -175,6 +175,7 @@ class CompiledModel:
         infos = outputs.describe_outputs(self.model, means.example)
         config = resolve_compile_config(loaded, means, infos)
         self.notes = config.notes
+        self._user_functions, self._user_metrics = config.user_functions, config.user_metrics
         self._frozen_statistics = freeze(self._library, self.model, frozen)
         if not self.model.trainable_weights:
             raise UsageError("nothing is left to train: every weight is frozen")
@@ -325,6 +326,8 @@ class CompiledModel:
         ]
         self._reset_metrics()
         averager = MetricAverager(lambda *_: True)
+        started = {name: start() for name, start in self._user_metrics.items()}
+        gathered: list[tuple[tuple[Array, ...], tuple[Array, ...]]] = []
         with self._placement.scope(self._library), ignore_warnings():
             for batch in batches:
                 x, y = outputs.pack_inputs(self.model, batch.x), outputs.pack_targets(self.model, batch.y)
@@ -333,10 +336,40 @@ class CompiledModel:
                 except self._failures as error:
                     raise _refused("evaluate a batch", error) from error
                 averager.update(logs, len(as_tuple(batch.x)[0]))
+                if (started or self._user_functions) and batch.y is not None:
+                    arrays = as_tuple(backend.as_arrays(self.model.predict_on_batch(x)))
+                    targets = as_tuple(batch.y)
+                    for metric in started.values():
+                        metric.update(arrays[0], targets[0])
+                    gathered += [(targets, arrays)] if self._user_functions else []
+            logs = averager.compute()
+            if gathered:
+                logs |= self._of_all_examples(logs, gathered)
         self._reset_metrics()
         for variable, value in saved:
             backend.set_value(self._library, variable, value)
-        return averager.compute()
+        return {**logs, **{name: float(metric.compute()) for name, metric in started.items()}}
+
+    def _of_all_examples(
+        self, logs: Mapping[str, float], gathered: Sequence[tuple[tuple[Array, ...], tuple[Array, ...]]]
+    ) -> dict[str, float]:
+        """The user's functions of all outputs and targets at once: F1 and Dice are no means of those of batches."""
+        convert = self._library.ops.convert_to_tensor
+        y, y_pred = (
+            outputs.per_output(self.model, [convert(np.concatenate(parts)) for parts in zip(*arrays, strict=True)])
+            for arrays in zip(*gathered, strict=True)
+        )
+        self._reset_metrics()
+        # The metrics of several processes count in each for itself.
+        strategy = self._placement.strategy
+        arguments = (None, y, y_pred, None)
+        values = (
+            self.model.compute_metrics(*arguments)
+            if strategy is None
+            else strategy.run(self.model.compute_metrics, arguments)
+        )
+        names = [name for name in logs if any(f"_{name}".endswith(f"_{own}") for own in self._user_functions)]
+        return {name: float(np.mean(np.asarray(values[name], np.float64))) for name in names}
 
     def reset_counters(self) -> None:
         """Reset the averaged logs and the learning rate that was set."""

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from prunectl.errors import PrunectlError, UsageError, first_line
 from prunectl.plugins import find
-from prunectl.training.monitor import metric_mismatch
+from prunectl.training.monitor import GatheredMetric, Metric, metric_factory, metric_mismatch
 from prunectl.training.task import FinalActivation, TargetKind, activation_of_values, infer_task, label_axis
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -201,8 +201,49 @@ def without_targets(out: torch.Tensor, ending: FinalActivation) -> TorchLoss:
     return TorchLoss(name, LOSSES[name])
 
 
-Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+MeanFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From outputs and targets to the mean over the examples."""
+
+
+@dataclass(frozen=True, slots=True)
+class TorchMetric:
+    """A metric by its name: a mean over examples, or one of the user's."""
+
+    name: str
+    function: Any
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the mean of batches, weighed by their examples, is that of all."""
+        return self.name in METRICS
+
+    def start(self, *, is_training: bool) -> Metric | None:
+        """What takes the batches; None where the mean of batches will do.
+
+        The outputs of an epoch of training are not kept: there a function counts by the mean of the batches, too.
+        """
+        make = metric_factory(self.function)
+        if make is not None:
+            return make()
+        if self.is_mean or is_training:
+            return None
+        return GatheredMetric(self.function, lambda tensors: torch.cat(list(tensors)))
+
+    def mean(self, out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The mean over the examples of a batch."""
+        return self.checked(lambda: self.function(out, y), out, y)
+
+    def checked(self, measure: Callable[[], Any], out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """A number, or a sentence that outputs cannot be compared with such targets."""
+        try:
+            value = torch.as_tensor(measure())
+            if value.numel() != 1:
+                raise ValueError(f"it returns {value.numel()} numbers, and one is due")  # noqa: TRY301
+            return value.reshape(())
+        except PrunectlError:
+            raise
+        except Exception as error:
+            raise metric_mismatch(self.name, out.shape, y.shape, first_line(error)) from error
 
 
 def _accuracy(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -225,7 +266,7 @@ def _with_labels(out: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torc
     return _by_classes(out, y)
 
 
-METRICS: Mapping[str, Metric] = {
+METRICS: Mapping[str, MeanFunction] = {
     "accuracy": _accuracy,
     "top5": _top5,
     "mae": lambda out, y: (out - y.reshape(out.shape)).abs().mean(),
@@ -243,12 +284,14 @@ def _binary_of_probabilities(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor
 
 def resolve_metrics(
     names: tuple[str, ...], chosen: TorchLoss, out: torch.Tensor, y: torch.Tensor | None
-) -> dict[str, Metric]:
+) -> tuple[TorchMetric, ...]:
     """Metrics by name; without names, the one that people judge such outputs and targets by."""
-    found: dict[str, Any] = {name: find("metric", name, METRICS) for name in names or _default_metrics(chosen, out, y)}
-    if chosen.is_binary and "accuracy" in found:
-        found["accuracy"] = _binary_of_logits if chosen.name == "bce" else _binary_of_probabilities
-    return {name: _checked(name, metric) for name, metric in found.items()}
+    functions: dict[str, Any] = {
+        name: find("metric", name, METRICS) for name in names or _default_metrics(chosen, out, y)
+    }
+    if chosen.is_binary and "accuracy" in functions:
+        functions["accuracy"] = _binary_of_logits if chosen.name == "bce" else _binary_of_probabilities
+    return tuple(map(TorchMetric, functions, functions.values()))
 
 
 def _default_metrics(chosen: TorchLoss, out: torch.Tensor, y: torch.Tensor | None) -> tuple[str, ...]:
@@ -263,54 +306,56 @@ def _default_metrics(chosen: TorchLoss, out: torch.Tensor, y: torch.Tensor | Non
     return () if task.kind is TargetKind.UNKNOWN else ("mae",)
 
 
-def _checked(name: str, metric: Metric) -> Metric:
-    """A metric that says so where it cannot compare outputs with targets."""
-
-    def measure(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        try:
-            return _scalar(torch.as_tensor(metric(out, y)))
-        except PrunectlError:
-            raise
-        except Exception as error:
-            raise metric_mismatch(name, out.shape, y.shape, first_line(error)) from error
-
-    return measure
-
-
-def _scalar(found: torch.Tensor) -> torch.Tensor:
-    if found.numel() != 1:
-        raise ValueError(f"it returns {found.numel()} numbers, and one is due")
-    return found.reshape(())
-
-
-def _double(found: torch.Tensor) -> torch.Tensor:
+def _double(number: torch.Tensor) -> torch.Tensor:
     """A number in double precision, where its device has that: Apple's GPUs have not."""
-    return found.float() if found.device.type == "mps" else found.double()
+    return number.float() if number.device.type == "mps" else number.double()
 
 
-class RunningMeans:
-    """Means over examples, kept as sums."""
+class MetricAverager:
+    """The loss and the metrics of some batches: means over examples are kept as sums, on the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Sequence[TorchMetric] = (), *, is_training: bool) -> None:
+        self._metrics, self._is_training = metrics, is_training
+        self._reset()
+
+    def _reset(self) -> None:
+        started = {metric.name: metric.start(is_training=self._is_training) for metric in self._metrics}
+        self._started = {name: metric for name, metric in started.items() if metric is not None}
         self._sums: dict[str, torch.Tensor] = {}
         self._count = 0
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def add(self, count: int, **means: torch.Tensor) -> None:
-        """Count some examples with their means."""
+    @torch.no_grad()
+    def update(
+        self, count: int, loss: torch.Tensor, out: torch.Tensor | None = None, y: torch.Tensor | None = None
+    ) -> None:
+        """Take the mean loss of some examples, and what came out for which targets."""
+        means = {"loss": loss.detach()}
+        if out is not None and y is not None and self._metrics:
+            out = out.detach().float()
+            self._last = (out, y)
+            means |= {metric.name: metric.mean(out, y) for metric in self._metrics if metric.name not in self._started}
+            for metric in self._started.values():
+                gathers = isinstance(metric, GatheredMetric)
+                metric.update(*((out.cpu(), y.cpu()) if gathers else (out, y)))
         self._count += count
         for name, mean in means.items():
-            value = _double(mean.detach()) * count
+            value = _double(mean) * count
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def take(self) -> dict[str, float]:
-        """The means, over all processes, and begin anew."""
+    def compute(self) -> dict[str, float]:
+        """The values over all processes, which resets them."""
         if not self._count:
             return {}
-        names = list(self._sums)
-        sums = torch.stack([*(self._sums[name] for name in names), self._sums[names[0]].new_tensor(self._count)])
+        names = ["loss", *(metric.name for metric in self._metrics if self._last is not None)]
+        for metric in self._metrics:
+            if metric.name in self._started and self._last is not None:
+                value = metric.checked(self._started[metric.name].compute, *self._last)
+                self._sums[metric.name] = _double(value.detach()).to(self._sums["loss"].device) * self._count
+        sums = torch.stack([*(self._sums[name] for name in names), self._sums["loss"].new_tensor(self._count)])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
-        self._sums, self._count = {}, 0
+        self._reset()
         values = sums.tolist()
         return {name: value / values[-1] for name, value in zip(names, values[:-1], strict=True)}
 

@@ -70,7 +70,7 @@ class TorchTrainable:
         self._run: Any = built.module
         self._notes = list(built.notes)
         self._signature = ModelSignature(input_specs(built.module, built.shapes), (), is_channels_first=True)
-        self._masks, self._gathered, self._seen = WeightMasks(), GradientSums(), losses.RunningMeans()
+        self._masks, self._gathered = WeightMasks(), GradientSums()
         self._rate = 1.0
         kinds = {one.dtype for one in built.module.parameters() if one.is_floating_point()}
         self._kind = kinds.pop() if len(kinds) == 1 else None
@@ -117,6 +117,7 @@ class TorchTrainable:
             raise ValueError("a network is prepared with an example")
         self._custom: Any = find("step", means.custom_step, {}) if means.custom_step else None
         self._choose(example)
+        self._averager = losses.MetricAverager(self._metrics, is_training=True)
         self._optimizer = make_optimizer(means.optimizer, self._trained(), means.lr)
         self._base_rates = [group["lr"] for group in self._optimizer.param_groups]
         if means.is_compiled:
@@ -144,7 +145,7 @@ class TorchTrainable:
         outs = tuple(out.detach() for out in outs)
         self._signature = ModelSignature(self._signature.inputs, found, is_channels_first=True)
         targets = [] if example.y is None else [self._on_device(one) for one in as_tuple(example.y)]
-        self._metrics: dict[str, losses.Metric] = {}
+        self._metrics: tuple[losses.TorchMetric, ...] = ()
         if self._custom is not None and not self._means.loss and not targets:
             self._losses = []
             return
@@ -239,16 +240,16 @@ class TorchTrainable:
         self._optimizer.zero_grad(set_to_none=True)
         if self._custom is not None:
             loss = self._custom(self._run, self._moved(batch.x), None if batch.y is None else self._moved(batch.y))
-            numbers = {}
         else:
             loss = self._loss(self._forward(self._run, batch.x), batch.y, guide)
-            outs, targets = self._last
-            with torch.no_grad():
-                judged = self._metrics if targets else {}
-                numbers = {name: metric(outs[0].detach().float(), targets[0]) for name, metric in judged.items()}
         with distributed.failures(self._place.device):
             self._learn(loss)
-        self._seen.add(len(as_tuple(batch.x)[0]), loss=loss, **numbers)
+        self._averager.update(len(as_tuple(batch.x)[0]), loss, *(self._judged() if self._custom is None else ()))
+
+    def _judged(self) -> tuple[torch.Tensor, ...]:
+        """The output that the metrics judge, and its targets, if there are any."""
+        outs, targets = self._last
+        return (outs[0], targets[0]) if targets else ()
 
     def _learn(self, loss: torch.Tensor) -> None:
         """Take a step down the gradient of a loss."""
@@ -290,20 +291,17 @@ class TorchTrainable:
 
     def logs(self) -> Logs:
         """The means since the last call."""
-        return self._seen.take()
+        return self._averager.compute()
 
     def evaluate(self, batches: Iterable[Batch]) -> Logs:
         """The means over all batches; every process sees all of them."""
         self._mode(training=False)
-        seen = losses.RunningMeans()
+        averager = losses.MetricAverager(self._metrics, is_training=False)
         with torch.no_grad():
             for batch in batches:
-                outs = self._forward(self._module, batch.x)
-                loss = self._loss(outs, batch.y, None)
-                _, targets = self._last
-                numbers = {name: metric(outs[0].float(), targets[0]) for name, metric in self._metrics.items()}
-                seen.add(len(as_tuple(batch.x)[0]), loss=loss, **numbers)
-        return seen.take()
+                loss = self._loss(self._forward(self._module, batch.x), batch.y, None)
+                averager.update(len(as_tuple(batch.x)[0]), loss, *self._judged())
+        return averager.compute()
 
     def predict(self, x: Arrays) -> Arrays:
         """What comes out."""

@@ -17,7 +17,9 @@ from tests.training.keras.on_backend import batches
 
 def main(path: Path) -> dict[str, Any]:
     network = load_trainable(open_model(path), LoadOptions())
-    network.prepare(TrainOptions(example=batches(1, 0)[0], optimizer="sgd:momentum=0.9,learning_rate=0.1"))
+    metrics = ("accuracy", "tests.training.keras.customs:spread")
+    means = TrainOptions(example=batches(1, 0)[0], optimizer="sgd:momentum=0.9,learning_rate=0.1", metrics=metrics)
+    network.prepare(means)
     names = [name for name in network.tensors() if "kernel" in name]
     masks = {name: np.abs(one) > np.median(np.abs(one)) for name, one in network.weights(names).items()}
     network.watch(GradientStatistic.GRADIENT, names)

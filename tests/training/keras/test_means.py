@@ -323,3 +323,42 @@ def test_one_number_for_a_batch_counts_for_each_of_its_examples(k: Any, tmp_path
     parts = [Batch(x[:10], LABELS[:10] % 3), Batch(x[10:], LABELS[10:] % 3)]
     expected = np.square(np.asarray(network.predict(x)).astype(np.float64)).mean()
     assert network.evaluate(parts)["spread"] == pytest.approx(expected, rel=1e-4)
+
+
+F1 = """
+def graph_f1(y, out):
+    y, out = OPS.cast(y, "float32"), OPS.cast(out > 0, "float32")
+    return 2 * OPS.sum(y * out) / (OPS.sum(y) + OPS.sum(out))
+
+
+class F1:
+    def __init__(self):
+        self.both = self.each = 0
+
+    def update(self, out, y):
+        y, chosen = y.reshape(-1), out.reshape(-1) > 0
+        self.both, self.each = self.both + (chosen & (y > 0)).sum(), self.each + chosen.sum() + (y > 0).sum()
+
+    def compute(self):
+        return 2 * self.both / self.each
+"""
+
+
+@both
+@pytest.mark.parametrize("name", ["graph_f1", "F1"])
+def test_what_is_no_mean_of_batches_is_measured_over_all_examples(name: str, k: Any, tmp_path: Path) -> None:
+    library = "import keras\nOPS = keras.ops" if k().__name__ == "keras" else "import tensorflow as tf\nOPS = tf"
+    code = F1.replace("OPS.sum", "OPS.reduce_sum") if "tensorflow" in library else F1
+    (tmp_path / "own.py").write_text(f"{library}\n{code}")
+    bits = (np.arange(nets.EXAMPLES) % 5 == 0).astype(np.int64)
+    given = batch(bits[:, None])
+    metrics = ("accuracy", f"{tmp_path / 'own.py'}:{name}")
+    network = nets.prepared(ending(k(), 1, "linear", tmp_path / "model.keras"), given, metrics=metrics)
+    chosen = np.asarray(network.predict(given.x)).reshape(-1) > 0
+    parts = [Batch(given.x[at : at + 7], given.y[at : at + 7]) for at in range(0, nets.EXAMPLES, 7)]
+    found = network.evaluate(parts)
+    assert found[name] == pytest.approx(2 * (chosen & (bits > 0)).sum() / (chosen.sum() + bits.sum()), rel=1e-5)
+    assert found["accuracy"] == pytest.approx(np.mean(chosen == bits))
+    assert network.evaluate(parts) == found
+    network.step(parts[0], 1.0)
+    assert (name in network.logs()) == (name != "F1")

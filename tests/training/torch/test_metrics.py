@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prunectl.errors import UsageError
-from prunectl.training.torch.losses import METRICS, TorchLoss, resolve_metrics
+from prunectl.training.torch.losses import METRICS, MetricAverager, TorchLoss, resolve_metrics
 
 OUT = torch.tensor([[0.1, 0.7, 0.2, 0.0, 0.0, 0.0], [0.3, 0.1, 0.05, 0.2, 0.25, 0.1]])
 LABELS = torch.tensor([1, 2])
@@ -29,9 +29,9 @@ OWN = TorchLoss("f.py:loss", lambda out, y: out.sum() * y.sum())
 def test_a_metric_that_does_not_fit_the_targets_says_so(
     metric: str, out: torch.Tensor, y: torch.Tensor, shapes: str
 ) -> None:
-    (measure,) = resolve_metrics((metric,), OWN, out, y).values()
+    (measure,) = resolve_metrics((metric,), OWN, out, y)
     with pytest.raises(UsageError, match=f"the metric {metric} does not fit") as refused:
-        measure(out, y)
+        measure.mean(out, y)
     assert shapes in refused.value.message
     assert refused.value.hint
 
@@ -46,9 +46,9 @@ def test_a_metric_of_the_users_that_gives_many_numbers_is_told(tmp_path: Path) -
     (tmp_path / "many.py").write_text("def score(out, y):\n    return out[:, 0]\ndef good(out, y):\n    return 0.25\n")
     name = f"{tmp_path / 'many.py'}:score"
     with pytest.raises(UsageError, match="it returns 2 numbers, and one is due"):
-        resolve_metrics((name,), OWN, OUT, LABELS)[name](OUT, LABELS)
+        resolve_metrics((name,), OWN, OUT, LABELS)[0].mean(OUT, LABELS)
     good = f"{tmp_path / 'many.py'}:good"
-    assert resolve_metrics((good,), OWN, OUT, LABELS)[good](OUT, LABELS).item() == 0.25
+    assert resolve_metrics((good,), OWN, OUT, LABELS)[0].mean(OUT, LABELS).item() == 0.25
 
 
 @pytest.mark.parametrize(
@@ -66,4 +66,48 @@ def test_a_metric_of_the_users_that_gives_many_numbers_is_told(tmp_path: Path) -
 def test_a_loss_of_the_users_gets_a_metric_that_fits_or_none(
     out: torch.Tensor, y: torch.Tensor | None, names: list[str]
 ) -> None:
-    assert list(resolve_metrics((), OWN, out, y)) == names
+    assert [metric.name for metric in resolve_metrics((), OWN, out, y)] == names
+
+
+F1 = """
+def f1(out, y):
+    chosen, y = (out.reshape(-1) > 0), y.reshape(-1) > 0
+    return 2 * (chosen & y).sum() / (chosen.sum() + y.sum())
+
+
+class F1:
+    def __init__(self):
+        self.both = self.each = 0
+
+    def update(self, out, y):
+        chosen, y = (out.reshape(-1) > 0), y.reshape(-1) > 0
+        self.both, self.each = self.both + (chosen & y).sum(), self.each + chosen.sum() + y.sum()
+
+    def compute(self):
+        return 2 * self.both / self.each
+
+
+READY = F1()
+"""
+
+
+@pytest.mark.parametrize("name", ["f1", "F1", "READY"])
+def test_what_is_no_mean_of_batches_is_measured_over_all_examples(name: str, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(F1)
+    random = torch.Generator().manual_seed(0)
+    out, y = torch.randn(50, 1, generator=random), (torch.randn(50, generator=random) > 0.8).long()
+    metrics = resolve_metrics((f"{tmp_path / 'own.py'}:{name}",), OWN, out, y)
+    averager = MetricAverager(metrics, is_training=False)
+
+    def f1(out: torch.Tensor, y: torch.Tensor) -> float:
+        both = float(((out[:, 0] > 0) & (y > 0)).sum())
+        return 2 * both / float((out > 0).sum() + (y > 0).sum())
+
+    batches = list(zip(out.split(7), y.split(7), strict=True))
+    for _ in range(2):
+        for some, targets in batches:
+            averager.update(len(some), torch.zeros(()), some, targets)
+        found = averager.compute()[metrics[0].name]
+        assert found == pytest.approx(f1(out, y))
+    batchwise = sum(f1(some, targets) * len(some) for some, targets in batches) / 50
+    assert abs(found - batchwise) > 0.01

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from prunectl.formats.base import ModelFile
 from prunectl.formats.keras.config import part
 from prunectl.formats.safe_json import parse_object
 from prunectl.formats.tensorflow.graph_def import read_graph, read_keras_metadata
+from prunectl.training import user_code
 from prunectl.training.backend import Array, TrainOptions
 from prunectl.training.data.source import as_tuple
 from prunectl.training.keras._compat import flat_layers
@@ -23,6 +24,7 @@ from prunectl.training.keras.compile.optimizers import ScheduledOptimizer
 from prunectl.training.keras.compile.outputs import OutputInfo
 from prunectl.training.keras.load import LoadedModel, error_line
 from prunectl.training.keras.masking import Keras3Masking, OptimizerMasking, TfKerasMasking
+from prunectl.training.monitor import Metric, metric_factory
 from prunectl.training.request import DEFAULT_OPTIMIZER
 
 _PARTS = ("loss", "metrics", "weighted_metrics", "loss_weights")
@@ -79,12 +81,16 @@ class CompileConfig:
     metrics: tuple[list[Any], ...]
     loss_weights: Any
     notes: tuple[str, ...]
+    user_functions: frozenset[str] = frozenset()
+    """What Keras calls the metrics that are functions of the user's: their value is that over all examples."""
+    user_metrics: Mapping[str, Callable[[], Metric]] = field(default_factory=dict)
+    """Metrics of the user's with `update` and `compute`, of which Keras knows nothing."""
 
 
 def resolve_compile_config(loaded: LoadedModel, means: TrainOptions, infos: Sequence[OutputInfo]) -> CompileConfig:
     """Resolve loss, metrics and optimizer."""
     context = _Context(loaded, means, infos, read_training_config(loaded.file) if loaded.has_config else {})
-    targets = _targets(means, len(infos))
+    targets, factories = _targets(means, len(infos)), context.metric_factories
     output_losses = _losses(context, targets)
     for loss, info, y in zip(output_losses, infos, targets, strict=True):
         if loss is not None:
@@ -95,6 +101,12 @@ def resolve_compile_config(loaded: LoadedModel, means: TrainOptions, infos: Sequ
         metrics=_metrics(context, output_losses, targets),
         loss_weights=_loss_weights(context.file.get("loss_weights"), infos),
         notes=tuple(dict.fromkeys(context.notes)),
+        user_functions=frozenset(
+            metric.__name__
+            for name, metric in context.user_metrics.items()
+            if name not in factories and not isinstance(metric, type)
+        ),
+        user_metrics={name.rpartition(":")[2]: factory for name, factory in factories.items()},
     )
 
 
@@ -108,6 +120,21 @@ class _Context:
     file: Mapping[str, Any]
     """What the file says, in its words."""
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def user_metrics(self) -> dict[str, Any]:
+        """What the user's own metrics are."""
+        return {
+            name: user_code.resolve_reference(name, "--metric", "my_module:my_function")
+            for name in map(str.strip, self.means.metrics)
+            if ":" in name
+        }
+
+    @property
+    def metric_factories(self) -> dict[str, Callable[[], Metric]]:
+        """Those of them that are no functions and no metrics of Keras."""
+        factories = {name: metric_factory(metric) for name, metric in self.user_metrics.items()}
+        return {name: factory for name, factory in factories.items() if factory is not None}
 
     @property
     def library(self) -> KerasLibrary:
@@ -184,6 +211,7 @@ def _metrics(
 ) -> tuple[list[Any], ...]:
     library, names = context.library, context.means.metrics
     if names:
+        names = tuple(name for name in names if name.strip() not in context.metric_factories)
         for name in names:
             for output, y in zip(context.answers, targets, strict=True):
                 losses.check_metric_shape(name, output, y)
