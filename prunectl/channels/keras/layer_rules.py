@@ -1,14 +1,15 @@
-"""Keras layers that make channels by weights, or scale them one by one."""
+"""What each layer of Keras does to channels, and how it is resized; those without weights are in `layers.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from prunectl.channels.adapter import PrunedShapes
 from prunectl.channels.graph import OpKind
 from prunectl.channels.keras import layers
-from prunectl.channels.keras.builder import LayerContext, ObservedValue
+from prunectl.channels.keras.builder import CalledLayer, LayerContext, ObservedValue
 from prunectl.channels.keras.layers import apply_activation, keeps_zero
 from prunectl.formats.keras.config import part, text, upgrade_class_name, upgrade_config
 from prunectl.formats.keras.flops.matmuls import matmuls
@@ -16,7 +17,7 @@ from prunectl.formats.keras.flops.recurrent import GATES
 from prunectl.formats.keras.flops.shapes import UnknownShapeError, untuple
 
 
-def convolution(call: LayerContext) -> str:
+def _convolution(call: LayerContext) -> str:
     """A convolution, plain or in groups; its kernel is (*space, in, out)."""
     _check_shapes(call)
     axes = call.step.axes
@@ -25,7 +26,7 @@ def convolution(call: LayerContext) -> str:
     return _emit_convolution(call, kernel, groups=groups, is_transposed=False)
 
 
-def transposed_convolution(call: LayerContext) -> str:
+def _transposed_convolution(call: LayerContext) -> str:
     """A transposed convolution; its kernel is (*space, out, in)."""
     _check_shapes(call)
     axes = call.step.axes
@@ -33,14 +34,14 @@ def transposed_convolution(call: LayerContext) -> str:
     return _emit_convolution(call, kernel, groups=1, is_transposed=True)
 
 
-def depthwise(call: LayerContext) -> str:
+def _depthwise(call: LayerContext) -> str:
     """A convolution channel by channel; its kernel is (*space, channels, multiplier)."""
     _check_shapes(call)
     channels = call.channels_first_shape(call.shape(call.data))[1]
     return _emit_convolution(call, _depthwise_kernel(call), groups=channels, is_transposed=True)
 
 
-def separable(call: LayerContext) -> str:
+def _separable(call: LayerContext) -> str:
     """A convolution channel by channel, and one that mixes the channels at each position."""
     _check_shapes(call)
     axes = call.step.axes
@@ -68,7 +69,7 @@ def separable(call: LayerContext) -> str:
     return apply_activation(call, call.from_channels_first(_observe(call, pointwise)))
 
 
-def dense(call: LayerContext) -> str:
+def _dense(call: LayerContext) -> str:
     """A matrix, (in, out), over the last axis."""
     _check_shapes(call)
     inputs = (call.data, call.weight_view("kernel", (0, 1)), *_bias_inputs(call))
@@ -77,8 +78,7 @@ def dense(call: LayerContext) -> str:
     )
 
 
-def embedding(call: LayerContext) -> str:
-    """A table of words."""
+def _embedding(call: LayerContext) -> str:
     table = call.weights["embeddings"]
     shape = call.made()
     if table.shape[1:] != shape[-1:]:
@@ -86,7 +86,7 @@ def embedding(call: LayerContext) -> str:
     return call.emit(OpKind.EMBEDDING, (call.weight_view("embeddings", (0, 1)), call.data), shape)
 
 
-def batch_norm(call: LayerContext) -> str:
+def _batch_norm(call: LayerContext) -> str:
     """Batch normalisation, along one axis."""
     shape = call.shape(call.data)
     axis = _single_axis(call, len(shape))
@@ -100,7 +100,7 @@ def batch_norm(call: LayerContext) -> str:
     return call.transpose(normalized, tuple(order.index(position) for position in range(len(shape))))
 
 
-def group_norm(call: LayerContext) -> str:
+def _group_norm(call: LayerContext) -> str:
     """Normalisation over groups of channels, and over all positions; whole groups go."""
     shape = call.shape(call.data)
     axis, groups = _single_axis(call, len(shape)), call.step.number("groups", 32)
@@ -122,7 +122,7 @@ def group_norm(call: LayerContext) -> str:
     return call.transpose(normalized, tuple(order.index(position) for position in range(len(shape))))
 
 
-def prelu(call: LayerContext) -> str:
+def _prelu(call: LayerContext) -> str:
     """A rectifier with slopes of its own; along shared axes they have length 1."""
     shape, slopes = call.shape(call.data), call.weights["alpha"]
     if len(slopes.shape) != len(shape) - 1:
@@ -130,7 +130,7 @@ def prelu(call: LayerContext) -> str:
     return call.emit(OpKind.ELEMENTWISE, (call.data, call.weight_view("alpha", range(len(slopes.shape)))), shape)
 
 
-def layer_scale(call: LayerContext) -> str:
+def _layer_scale(call: LayerContext) -> str:
     """A scale of its own for each channel of the last axis."""
     shape, scales = call.shape(call.data), call.weights["gamma"]
     if scales.shape != shape[-1:]:
@@ -188,7 +188,7 @@ def _single_axis(call: LayerContext, rank: int) -> int:
     return int(axes[0]) % rank
 
 
-RECURRENT_OPTIONS = frozenset({"initial_state"})
+_INITIAL_STATE = frozenset({"initial_state"})
 _STATES = {"LSTM": 2, "GRU": 1, "SimpleRNN": 1}
 _REFUSED_RECURRENT = ("stateful", "time_major")
 """Settings under which a layer begins with what it was left with, or has its steps in front of its examples."""
@@ -196,12 +196,12 @@ _MERGED = ("sum", "mul", "ave")
 _RANK = 3
 
 
-def recurrent(call: LayerContext) -> tuple[str, ...]:
+def _recurrent(call: LayerContext) -> tuple[str, ...]:
     """A layer that goes through the steps in time."""
     return _direction(call, call.step.kind, call.step.config, "", call.inputs[1:])
 
 
-def bidirectional(call: LayerContext) -> tuple[str, ...]:
+def _bidirectional(call: LayerContext) -> tuple[str, ...]:
     """Two layers, of which the second goes through the steps from behind; the file may describe it or not."""
     config, initial_states = call.step.config, call.inputs[1:]
     forward = part(config, "layer")
@@ -259,7 +259,7 @@ def _direction(
     return call.builder.add(name, kind, OpKind.RECURRENT, inputs, (output, *more), units=units, gates=gates)
 
 
-ATTENTION_OPTIONS = frozenset({"query", "value", "key", "attention_mask", "query_mask", "value_mask", "key_mask"})
+_ATTENTION_INPUTS = frozenset({"query", "value", "key", "attention_mask", "query_mask", "value_mask", "key_mask"})
 _QUERY_VALUE_KEY = ("query", "value", "key")
 _REFUSED_ATTENTION = ("use_gate", "flash_attention", "sliding_window")
 """Settings that put more between the projections than heads that do not know of one another."""
@@ -277,7 +277,7 @@ def query_value_key_first(inputs: Sequence[str], keywords: Sequence[str]) -> tup
     return (*leading, *inputs[len(_QUERY_VALUE_KEY) : count], *arguments.values()), tuple(arguments)
 
 
-def multi_head_attention(call: LayerContext) -> str:
+def _multi_head_attention(call: LayerContext) -> str:
     """Projections, heads, and a projection of what they found."""
     count = len(call.inputs) - len(call.keywords)
     if count not in {2, 3} or any(call.step.config.get(key) for key in _REFUSED_ATTENTION):
@@ -301,13 +301,81 @@ def multi_head_attention(call: LayerContext) -> str:
     return call.emit(OpKind.ATTENTION, (query, value, key, *kernels, *biases, *masks), (*call.shape(query)[:-1], out))
 
 
+@dataclass(frozen=True, slots=True)
+class LayerResize:
+    """A layer that was called, and what is left of it."""
+
+    call: CalledLayer
+    settings: dict[str, Any]
+    """Those of the smaller network, to be set right."""
+    original: Mapping[str, Any]
+    """The settings as they were."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of what is left of each weight."""
+    after: PrunedShapes
+
+    def has_changed(self, leaf: str) -> bool:
+        """Whether the layer has this weight, and lost a part of it."""
+        return leaf in self.shapes and self.shapes[leaf] != self.call.weights[leaf].shape
+
+
+def _resize_conv_groups(layer: LayerResize) -> None:
+    """Channel by channel there are as many groups as channels."""
+    groups, data = layer.settings.get("groups", 1), layer.call.inputs[0]
+    axis = 1 if layer.settings.get("data_format") == "channels_first" else -1
+    if layer.has_changed("kernel") and 1 < groups == layer.after.trace.shape(data)[axis]:
+        layer.settings["groups"] = layer.after.shape(data)[axis]
+
+
+def _resize_norm_groups(layer: LayerResize) -> None:
+    """Each group has as many channels as before."""
+    axis, groups = untuple(layer.original.get("axis", -1)), layer.original.get("groups", 32)
+    axis, data = axis[0] if isinstance(axis, list) else axis, layer.call.inputs[0]
+    if layer.after.has_changed(data):
+        channels, channels_before = layer.after.shape(data)[axis], layer.after.trace.shape(data)[axis]
+        layer.settings["groups"] = groups if groups == -1 else channels * groups // channels_before
+
+
+def _resize_target(layer: LayerResize) -> None:
+    value, target = layer.call.outputs[0], untuple(layer.settings["target_shape"])
+    if not layer.after.has_changed(value):
+        return
+    pairs = zip(layer.after.trace.shape(value)[1:], layer.after.shape(value)[1:], strict=True)
+    for axis, (old, new) in enumerate(pairs):
+        if target[axis] != -1 and old != new:
+            target[axis] = new
+
+
+def _resize_attention(layer: LayerResize) -> None:
+    """Its output has as many channels as its query unless it is said."""
+    channels = layer.shapes["output/kernel"][-1] if "output/kernel" in layer.shapes else 0
+    is_explicit = layer.settings.get("output_shape") is not None
+    if channels and any(map(layer.has_changed, layer.shapes)):
+        if is_explicit or channels != layer.after.shape(layer.call.inputs[0])[-1]:
+            layer.settings["output_shape"] = [channels]
+
+
+def _resize_directions(layer: LayerResize) -> None:
+    for direction, key in (("forward", "layer"), ("backward", "backward_layer")):
+        kernel, inner = f"{direction}/recurrent_kernel", layer.settings.get(key)
+        if layer.has_changed(kernel) and inner is not None:
+            inner["config"]["units"] = layer.shapes[kernel][0]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRule:
+    """What a layer does to channels, and how its settings are set right once some are gone."""
+
+    lower: Callable[[LayerContext], str | tuple[str, ...]]
+    lengths: tuple[tuple[str, str, int], ...] = ()
+    """Settings that are lengths of weights: the setting, the weight, its axis."""
+    resize: Callable[[LayerResize], None] | None = None
+    keywords: frozenset[str] = frozenset()
+    """What it can be given by name."""
+
+
 FUNCTION = "function"
 """The row of what is no layer."""
-LayerRule = Callable[[LayerContext], str | tuple[str, ...]]
-
-
-def _activation(call: LayerContext) -> str:
-    return apply_activation(call, call.data)
 
 
 _ELEMENTWISE = (
@@ -315,51 +383,58 @@ _ELEMENTWISE = (
     *("SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D", "ActivityRegularization", "Identity"),
     *("RandomContrast", "RandomBrightness"),
 )
+_MULTIPLIER = ("depth_multiplier", "depthwise_kernel", -1)
 _SPATIAL = (
     *(f"{kind}Pooling{axes}D" for kind in ("Max", "Average", "GlobalMax", "GlobalAverage") for axes in (1, 2, 3)),
     *(f"{kind}{axes}D" for kind in ("ZeroPadding", "Cropping", "UpSampling") for axes in (1, 2, 3)),
     *("Resizing", "CenterCrop"),
 )
 RULES: Mapping[str, LayerRule] = {
-    **dict.fromkeys(("Conv1D", "Conv2D", "Conv3D"), convolution),
-    **dict.fromkeys(("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"), transposed_convolution),
-    **dict.fromkeys(("DepthwiseConv1D", "DepthwiseConv2D"), depthwise),
-    **dict.fromkeys(("SeparableConv1D", "SeparableConv2D"), separable),
-    "Dense": dense,
-    "Embedding": embedding,
-    **dict.fromkeys(("BatchNormalization", "SyncBatchNormalization"), batch_norm),
-    "GroupNormalization": group_norm,
-    **dict.fromkeys(GATES, recurrent),
-    "Bidirectional": bidirectional,
-    "MultiHeadAttention": multi_head_attention,
-    "PReLU": prelu,
-    **dict.fromkeys(("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum"), layers.merge),
-    "Concatenate": layers.concatenate,
-    **dict.fromkeys(_ELEMENTWISE, layers.elementwise),
-    "Rescaling": layers.rescale,
-    "Activation": _activation,
     **dict.fromkeys(
-        ("Softmax", "Masking", "LayerNormalization", "UnitNormalization", "RMSNormalization"), layers.normalize
+        ("Conv1D", "Conv2D", "Conv3D"), LayerRule(_convolution, (("filters", "kernel", -1),), _resize_conv_groups)
     ),
-    **dict.fromkeys(_SPATIAL, layers.pool_or_pad),
-    "Flatten": layers.flatten,
-    "Reshape": layers.reshape,
-    "Permute": layers.permute,
-    "RepeatVector": layers.repeat,
-    FUNCTION: layers.function,
+    **dict.fromkeys(
+        ("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"),
+        LayerRule(_transposed_convolution, (("filters", "kernel", -2),)),
+    ),
+    **dict.fromkeys(("DepthwiseConv1D", "DepthwiseConv2D"), LayerRule(_depthwise, (_MULTIPLIER,))),
+    **dict.fromkeys(
+        ("SeparableConv1D", "SeparableConv2D"),
+        LayerRule(_separable, (("filters", "pointwise_kernel", -1), _MULTIPLIER)),
+    ),
+    "Dense": LayerRule(_dense, (("units", "kernel", -1),)),
+    "Embedding": LayerRule(_embedding, (("output_dim", "embeddings", -1),)),
+    **dict.fromkeys(("BatchNormalization", "SyncBatchNormalization"), LayerRule(_batch_norm)),
+    "GroupNormalization": LayerRule(_group_norm, resize=_resize_norm_groups),
+    **dict.fromkeys(GATES, LayerRule(_recurrent, (("units", "recurrent_kernel", 0),), keywords=_INITIAL_STATE)),
+    "Bidirectional": LayerRule(_bidirectional, resize=_resize_directions, keywords=_INITIAL_STATE),
+    "MultiHeadAttention": LayerRule(
+        _multi_head_attention, (("num_heads", "query/kernel", 1),), _resize_attention, _ATTENTION_INPUTS
+    ),
+    "PReLU": LayerRule(_prelu),
+    **dict.fromkeys(("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum"), LayerRule(layers.merge)),
+    "Concatenate": LayerRule(layers.concatenate),
+    **dict.fromkeys(_ELEMENTWISE, LayerRule(layers.elementwise)),
+    "Rescaling": LayerRule(layers.rescale),
+    "Activation": LayerRule(lambda call: apply_activation(call, call.data)),
+    **dict.fromkeys(
+        ("Softmax", "Masking", "LayerNormalization", "UnitNormalization", "RMSNormalization"),
+        LayerRule(layers.normalize),
+    ),
+    **dict.fromkeys(_SPATIAL, LayerRule(layers.pool_or_pad)),
+    "Flatten": LayerRule(layers.flatten),
+    "Reshape": LayerRule(layers.reshape, resize=_resize_target),
+    "Permute": LayerRule(layers.permute),
+    "RepeatVector": LayerRule(layers.repeat),
+    FUNCTION: LayerRule(layers.function),
 }
 
 
-KEYWORDS: Mapping[str, frozenset[str]] = {
-    **dict.fromkeys((*GATES, "Bidirectional"), RECURRENT_OPTIONS),
-    "MultiHeadAttention": ATTENTION_OPTIONS,
-}
-"""What layers can be given by name."""
 _KERAS_MODULES = ("keras", "tf_keras", "tensorflow")
 _APPLICATION_RULES: Mapping[str, LayerRule] = {
-    "LayerScale": layer_scale,
-    "StochasticDepth": layers.elementwise,
-    "CustomScaleLayer": layers.merge_same_shape,
+    "LayerScale": LayerRule(_layer_scale),
+    "StochasticDepth": LayerRule(layers.elementwise),
+    "CustomScaleLayer": LayerRule(layers.merge_same_shape),
 }
 """Layers that come with the architectures of Keras: a scale for each channel, a sum with a share of another."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from prunectl.channels.graph import ChannelGraph, OpKind
 from prunectl.channels.keras.builder import CalledLayer, GraphBuilder, LayerContext, Shape, with_batch
-from prunectl.channels.keras.layer_rules import FUNCTION, KEYWORDS, RULES, query_value_key_first, rule_for
+from prunectl.channels.keras.layer_rules import FUNCTION, RULES, query_value_key_first, rule_for
 from prunectl.channels.keras.weights import (
     ROOT,
     ConfigPath,
@@ -260,15 +260,14 @@ class GraphTraversal:
         arguments: CallArguments,
     ) -> tuple[str, ...]:
         step, is_function = self._step(layer, inputs, arguments)
-        is_taken = set(arguments.keywords) <= KEYWORDS.get(step.kind, frozenset())
-        rule = RULES[FUNCTION] if is_function else rule_for(layer, step.kind) if is_taken else None
+        rule = RULES[FUNCTION] if is_function else rule_for(layer, step.kind)
         path = self._path_of(layer)
         call = LayerContext(self._builder, names, step, inputs, self._weights.get(path, {}), arguments.keywords)
-        if rule is not None:
+        if rule is not None and (is_function or rule.keywords.issuperset(arguments.keywords)):
             try:
                 with self._builder.rollback():
                     since = len(self._builder.nodes)
-                    result = rule(call)
+                    result = rule.lower(call)
                     first, *others = _at_least(result, arguments.outputs)
                     if step.kind == "Bidirectional":
                         self._record_directions(layer, names, inputs, first)
