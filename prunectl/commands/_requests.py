@@ -6,8 +6,9 @@ import importlib
 import sys
 from collections.abc import Callable, Container, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from enum import Enum, auto
+from dataclasses import dataclass
+from enum import Enum, Flag, auto
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,10 @@ class OutputOptions:
                 yield Destination(scratch / name, to_stdout=True)
 
 
-class Mode(Enum):
+class Mode(Flag):
     """What decides which options `prune` and `finetune` take."""
 
+    NONE = 0
     SEARCH = auto()
     CHANNELS = auto()
     WRAPPERS = auto()
@@ -88,94 +90,78 @@ class Mode(Enum):
 
 @dataclass(frozen=True, slots=True)
 class OptionRule:
-    """Options that go only with some modes, or never with others; `{}` in what is said is the option."""
+    """Options that go with some modes only, or never with others; `{}` in a message is the option."""
 
     options: tuple[str, ...]
     message: str
     hint: str = ""
-    only: frozenset[Mode] = frozenset()
-    never: frozenset[Mode] = frozenset()
+    only: Mode = Mode.NONE
+    never: Mode = Mode.NONE
 
 
 CHANNEL_LIMITS = ("min_channels", "round_to", "max_ratio", "params", "flops", "dead", "latency")
-_SEARCH = frozenset({Mode.SEARCH})
-_WRAPPERS = ("wrap", "schedule")
-_AMOUNTS = OptionRule(
-    ("sparsity", "compression", "target_gzip", "target_packed", "params", "flops", "dead"),
-    "{} and --max-drop both say how much goes",
-    "leave out {}",
-    never=_SEARCH,
-)
-
-
-def _not_in_search(options: tuple[str, ...], reason: str) -> OptionRule:
-    return OptionRule(options, f"{{}} does not go with --max-drop: {reason}", never=_SEARCH)
-
-
+_AMOUNTS = ("sparsity", "compression", "target_gzip", "target_packed", "params", "flops", "dead")
+_SCHEDULE = ("schedule_param", "initial_sparsity", "begin", "end", "frequency", "power")
+_SECOND_AMOUNT = "{} and --max-drop both say how much goes", "leave out {}"
+_SEARCH = "{} does not go with --max-drop: "
 OPTION_RULES = {
     "prune": (
-        _AMOUNTS,
-        _not_in_search(_WRAPPERS, "wrappers prune later"),
-        _not_in_search(("latency",), "only the result is timed, by prune --sparsity"),
-        OptionRule(("metric", "tried"), "{} is about what a drop is judged by: add --max-drop 0.5pp", only=_SEARCH),
-        OptionRule(_WRAPPERS, "{} does not go with channels that are cut out", never=frozenset({Mode.CHANNELS})),
+        OptionRule(_AMOUNTS, *_SECOND_AMOUNT, never=Mode.SEARCH),
+        OptionRule(("wrap", "schedule"), f"{_SEARCH}wrappers prune later", never=Mode.SEARCH),
+        OptionRule(("latency",), f"{_SEARCH}only the result is timed, by prune --sparsity", never=Mode.SEARCH),
+        OptionRule(("metric", "tried"), "{} is about what a drop is judged by: add --max-drop 0.5pp", only=Mode.SEARCH),
+        OptionRule(("wrap", "schedule"), "{} does not go with channels that are cut out", never=Mode.CHANNELS),
         OptionRule(
-            _WRAPPERS,
+            ("wrap", "schedule"),
             "wrappers are written by strategies that look at weights alone",
             "leave out --data",
-            never=frozenset({Mode.DATA}),
+            never=Mode.DATA,
         ),
         OptionRule(
             ("manifest",),
             "a manifest repeats a run to the same bytes, and frameworks write wrappers as they like",
-            never=frozenset({Mode.WRAPPERS}),
+            never=Mode.WRAPPERS,
         ),
-        OptionRule(
-            ("schedule_param", "initial_sparsity", "begin", "end", "frequency", "power"),
-            "{} is about a schedule",
-            "add --schedule NAME",
-            only=frozenset({Mode.SCHEDULE}),
-        ),
+        OptionRule(_SCHEDULE, "{} is about a schedule", "add --schedule NAME", only=Mode.SCHEDULE),
         OptionRule(
             ("custom_objects", "trust", "build"),
             "{} is about models that are opened, as for wrappers or data",
             "add --wrap or --data SPEC",
             # A recipe may name code as well, which is trusted or not.
-            only=frozenset({Mode.WRAPPERS, Mode.DATA, Mode.CHANNELS, Mode.SEARCH, Mode.RECIPE}),
+            only=Mode.WRAPPERS | Mode.DATA | Mode.CHANNELS | Mode.SEARCH | Mode.RECIPE,
         ),
         OptionRule(
             (*CHANNEL_LIMITS, "allow_empty", "inputs"),
             "{} is about channels: add --pattern channel",
-            only=frozenset({Mode.CHANNELS}),
+            only=Mode.CHANNELS,
         ),
         OptionRule(
-            ("cluster",),
-            "{} does not go with wrappers: training would part the clusters again",
-            never=frozenset({Mode.WRAPPERS}),
+            ("cluster",), "{} does not go with wrappers: training would part the clusters again", never=Mode.WRAPPERS
         ),
     ),
     "finetune": (
-        OptionRule(("tried",), "{} is about a search: add --max-drop 0.5pp", only=_SEARCH),
-        replace(_AMOUNTS, options=("sparsity",)),
-        _not_in_search(
-            ("checkpoint_dir",), "each try is a run of its own; --tried DIR goes on where a search was stopped"
+        OptionRule(("tried",), "{} is about a search: add --max-drop 0.5pp", only=Mode.SEARCH),
+        OptionRule(("sparsity",), *_SECOND_AMOUNT, never=Mode.SEARCH),
+        OptionRule(
+            ("checkpoint_dir",),
+            f"{_SEARCH}each try is a run of its own; --tried DIR goes on where a search was stopped",
+            never=Mode.SEARCH,
         ),
-        _not_in_search(("resume",), "--tried DIR goes on where a search was stopped"),
-        _not_in_search(("logdir",), "each try is a run of its own"),
-        _not_in_search(("keep_wrappers",), "what has wrappers is not judged"),
+        OptionRule(("resume",), f"{_SEARCH}--tried DIR goes on where a search was stopped", never=Mode.SEARCH),
+        OptionRule(("logdir",), f"{_SEARCH}each try is a run of its own", never=Mode.SEARCH),
+        OptionRule(("keep_wrappers",), f"{_SEARCH}what has wrappers is not judged", never=Mode.SEARCH),
     ),
 }
-"""Which option goes with which mode, by command; the first rule that is broken is told."""
+"""Which option goes with which mode, by command; of the rules that are broken the first is told."""
 
 
-def check_options(ctx: typer.Context, options: object, modes: set[Mode]) -> None:
-    """Refuse options that do not go with the modes of a run."""
+def check_options(ctx: typer.Context, options: object, mode: Mode) -> None:
+    """Refuse options that do not go with the mode of a run."""
     for rule in OPTION_RULES[str(ctx.command.name)]:
-        if modes & rule.never or (rule.only and not modes & rule.only):
-            for name in rule.options:
-                if getattr(options, name):
-                    option = option_name(ctx, name)
-                    raise UsageError(rule.message.format(option), hint=rule.hint.format(option))
+        if mode & rule.never or (rule.only and not mode & rule.only):
+            for name in filter(partial(getattr, options), rule.options):
+                option = option_name(ctx, name)
+                raise UsageError(rule.message.format(option), hint=rule.hint.format(option))
 
 
 def request_options(ctx: typer.Context, options: object, names: Container[str]) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class Finetune(OutputOptions):
         reporter: Reporter = ctx.obj
         import_first(self.imports or ())
         request = parse_request(request_options(ctx, self, OPTIONS))
-        check_options(ctx, self, {Mode.SEARCH} if self.max_drop else set())
+        check_options(ctx, self, Mode.SEARCH if self.max_drop else Mode.NONE)
 
         def work(path: Path, destination: Destination | None) -> Report | None:
             assert destination is not None

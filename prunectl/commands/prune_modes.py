@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def select_mode(ctx: typer.Context, options: Prune, request: PruneRequest) -> Pr
         Mode.DATA: bool(request.data),
         Mode.RECIPE: options.recipe is not None,
     }
-    check_options(ctx, options, {mode for mode, is_selected in modes.items() if is_selected})
+    check_options(ctx, options, reduce(or_, (mode for mode, is_selected in modes.items() if is_selected), Mode.NONE))
     limits = request_options(ctx, options, CHANNEL_LIMITS)
     if options.max_drop:
         mode: PruneMode = load("prunectl.commands.max_drop:search_mode")(ctx.obj, options, request, limits)
