@@ -22,7 +22,7 @@ _MENTIONED_SHARE = 0.01
 
 
 def hints(stats: ModelStats) -> tuple[str, ...]:
-    """Return what makes the file bigger than it must be."""
+    """What makes the file bigger than it must be."""
     shares = {part.name: part.bytes / stats.bytes.raw for part in stats.parts if stats.bytes.raw}
     sentences = list(stats.about.notes)
     zeros = stats.prunable_sparsity
@@ -69,12 +69,12 @@ def quantised_hint(stats: ModelStats) -> list[str]:
 
 
 def _percent(share: float) -> str:
-    """Return a share in whole percents, which are a hundred only when it is everything."""
+    """A share in whole percents, which are a hundred only when it is everything."""
     return f"{share:.0%}" if share == 1 else f"{min(round(share * 100), 99)}%"
 
 
 def _suggestion(stats: ModelStats) -> str:
-    """Return the command that turns zeros into a smaller file."""
+    """The command that turns zeros into a smaller file."""
     if Capability.PACK & by_name(stats.format).can:
         return "`prunectl strip --pack` compresses it inside its container, so that it still loads as it is."
     return "It pays once the file is compressed, as `prunectl size` shows."
@@ -114,7 +114,7 @@ class InspectOptions:
 def inspect_model(
     model: ModelFile, options: InspectOptions, pattern: Pattern | None = None, meter: ProgressFactory = no_progress
 ) -> ModelStats:
-    """Return a survey of a model with everything that is wanted in it."""
+    """A survey of a model with everything that is wanted in it."""
     if options.has_flops:
         require(model, Capability.FLOPS)
     selected = select_names(model, options.layers) if options.layers else model.tensors

@@ -83,7 +83,7 @@ CHANNEL = "channel"
 
 
 def parse(text: str) -> Pattern:
-    """Return the pattern that `2:4`, `block:1x4` or `channel` names."""
+    """The pattern that `2:4`, `block:1x4` or `channel` names."""
     if text == CHANNEL:
         return ChannelPattern()
     if match := _BLOCK.fullmatch(text):

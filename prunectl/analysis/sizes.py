@@ -34,12 +34,12 @@ def iter_model_bytes(model: ModelFile) -> Iterator[bytes]:
 
 
 def sha256(model: ModelFile) -> str:
-    """Return the hash of a model: of its file, or of the tar of its files."""
+    """The hash of a model: of its file, or of the tar of its files."""
     return _hashed(iter_model_bytes(model))
 
 
 def sha256_of(path: Path) -> str:
-    """Return the hash of one file."""
+    """The hash of one file."""
     return _hashed(iter_chunks(path))
 
 
@@ -86,10 +86,10 @@ class Compressor(Protocol):
     """What zlib, lzma and zstandard have in common."""
 
     def compress(self, data: bytes, /) -> bytes:
-        """Return what is ready of the output."""
+        """What is ready of the output."""
 
     def flush(self) -> bytes:
-        """Return the rest of it."""
+        """The rest of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ _MAKERS: dict[CodecName, tuple[Callable[[int], Compressor], int, int]] = {
 
 
 def get_codec(name: CodecName, level: int | None) -> Codec:
-    """Return the codec that was asked for, with the version of the library behind it."""
+    """The codec that was asked for, with the version of the library behind it."""
     _, usual, highest = _MAKERS[name]
     if level is not None and not min(1, highest) <= level <= highest:
         raise UsageError(f"{name} has levels {min(1, highest)} to {highest}, not {level}")
@@ -152,7 +152,7 @@ def get_codec(name: CodecName, level: int | None) -> Codec:
 
 
 def compress(pieces: Iterable[bytes], codec: Codec, tick: Callable[[int], None] = lambda _: None) -> Compressed:
-    """Return how many bytes a codec leaves of a stream, keeping none of them."""
+    """How many bytes a codec leaves of a stream, keeping none of them."""
     compressor = _MAKERS[codec.name][0](codec.level)
     digest = hashlib.sha256()
     nbytes = 0
@@ -179,7 +179,7 @@ _PASSES = 3
 def measure(
     model: ModelFile, codec: Codec, meter: ProgressFactory = no_progress, known: ModelStats | None = None
 ) -> ModelStats:
-    """Return a survey with every size in it, compressing and packing side by side; one that is known is not redone."""
+    """A survey with every size in it, compressing and packing side by side; one that is known is not redone."""
     total = model.nbytes * (_PASSES if known is None else _PASSES - 1)
     with workers(2) as pool, meter(f"measuring {model.path.name}", total) as bar:
 
@@ -196,7 +196,7 @@ def measure(
 
 
 def packed_bytes(model: ModelFile, tick: Tick) -> int:
-    """Return the size that the container's own compression leaves, found by packing into a scratch file."""
+    """The size that the container's own compression leaves, found by packing into a scratch file."""
     row = by_name(model.format)
     if not row.packer:
         return model.nbytes
@@ -237,7 +237,7 @@ class SizeLimits:
 
 
 def check_limits(stats: ModelStats, limits: SizeLimits) -> tuple[LimitCheck, ...]:
-    """Return every limit that was set, each with its verdict."""
+    """Every limit that was set, each with its verdict."""
     sizes = stats.bytes
     checks = [
         _check_max(stats, "max-raw", "bytes.raw", limits.max_raw, sizes.raw),
@@ -265,7 +265,7 @@ def _check_max(
 
 
 def gate_sentence(gate: LimitCheck, units: Units) -> str:
-    """Return a limit and what was found, as people read them."""
+    """A limit and what was found, as people read them."""
     is_bytes = isinstance(gate.limit, int)
     actual, limit = (nbytes(int(value), units) if is_bytes else percent(value) for value in (gate.actual, gate.limit))
     return f"{gate.id}: {printable(gate.model)} has {actual}, the limit is {limit}"

@@ -41,7 +41,7 @@ class SparsityMap:
 
 
 def sparsity_maps(model: ModelFile, stats: ModelStats) -> tuple[SparsityMap, ...]:
-    """Return the maps of the largest prunable tensors that have zeros, in the order of the file."""
+    """The maps of the largest prunable tensors that have zeros, in the order of the file."""
     rows = [row for row in stats.layers if row.is_prunable and row.zeros and not row.tied_to]
     largest = {row.name for row in sorted(rows, key=lambda row: -row.params)[:_MOST]}
     return tuple(
@@ -50,7 +50,7 @@ def sparsity_maps(model: ModelFile, stats: ModelStats) -> tuple[SparsityMap, ...
 
 
 def sparsity_map(model: ModelFile, tensor: Tensor) -> SparsityMap:
-    """Return the map of a tensor that is no scalar; where it lies flat, a piece of it is in memory at a time."""
+    """The map of a tensor that is no scalar; where it lies flat, a piece of it is in memory at a time."""
     axis = tensor.out_axis or 0
     rows = tensor.shape[axis]
     columns = tensor.size // rows
@@ -70,7 +70,7 @@ def sparsity_map(model: ModelFile, tensor: Tensor) -> SparsityMap:
 
 
 def _summed(part: NDArray[np.generic], begin: int, size: int, fields: int, *, axis: int) -> Counts:
-    """Return the sums by field of a part of an axis that begins somewhere on it; zero in fields that it is not in."""
+    """The sums by field of a part of an axis that begins somewhere on it; zero in fields that it is not in."""
     field_of = np.arange(begin, begin + part.shape[axis]) * fields // size
     touched, starts = np.unique(field_of, return_index=True)
     sums = np.add.reduceat(part, starts, axis=axis, dtype=np.int64)

@@ -33,7 +33,7 @@ class Histogram:
 
 
 def histogram(model: ModelFile, tensors: Iterable[Tensor]) -> Histogram:
-    """Return the magnitudes of some tensors, in the sixteen powers of two below the biggest."""
+    """The magnitudes of some tensors, in the sixteen powers of two below the biggest."""
     totals = np.zeros(len(_EXPONENTS), np.int64)
     zero = not_finite = 0
     for tensor in tensors:
@@ -56,7 +56,7 @@ def histogram(model: ModelFile, tensors: Iterable[Tensor]) -> Histogram:
 
 
 def _power(exponent: int) -> float:
-    """Return a power of two; the first that is too big for a float is the biggest float."""
+    """A power of two; the first that is too big for a float is the biggest float."""
     return math.ldexp(1.0, exponent) if exponent < sys.float_info.max_exp else sys.float_info.max
 
 
@@ -97,7 +97,7 @@ Run = tuple[int, int, str]
 
 
 def find_tied_tensors(tensors: Iterable[Tensor], first: Container[str] = ()) -> dict[str, str]:
-    """Return the names of tensors that overlap one that stands for them, with the name of that one.
+    """The names of tensors that overlap one that stands for them, with the name of that one.
 
     Views of different parts of one storage, such as the weights of a recurrent layer in one buffer, are not tied.
     Of those that are, the biggest stands for the others, the first of equal ones; one of those that come first, if any.
@@ -216,7 +216,7 @@ class ModelStats:
 
 
 def ratio(part: int | None, whole: int) -> float | None:
-    """Return a share; unknown if the part is, none of nothing."""
+    """A share; unknown if the part is, none of nothing."""
     if part is None:
         return None
     return part / whole if whole else 0.0
@@ -281,7 +281,7 @@ def totals(rows: Iterable[TensorStats]) -> ParamCounts:
 
 
 def with_macs(measured: ModelStats, operations: Iterable[Operation]) -> ModelStats:
-    """Return the survey with the multiply-accumulates of the graph, and of each weight."""
+    """The survey with the multiply-accumulates of the graph, and of each weight."""
     macs: Counter[str] = Counter()
     unknown = []
     for operation in operations:

@@ -83,12 +83,12 @@ def _as_bytes(array: Array, other: Tensor) -> bytes:
 
 
 def storage_numel(tensor: Tensor) -> int:
-    """Return how many elements the storage of a tensor holds."""
+    """How many elements the storage of a tensor holds."""
     return tensor.storage.nbytes // tensor.dtype.itemsize
 
 
 def expansion_factor(tensor: Tensor) -> int:
-    """Return how often an expanded view shows each of its elements."""
+    """How often an expanded view shows each of its elements."""
     steps = tensor.strides or ()
     return math.prod(size for size, step in zip(tensor.shape, steps, strict=False) if step == 0)
 
@@ -111,7 +111,7 @@ def nonzero_mask(block: Array) -> NDArray[np.bool_]:
 
 
 def count_zeros(model: ModelFile, tensor: Tensor) -> int:
-    """Return how many elements of a tensor are zero; the memory it takes is one block."""
+    """How many elements of a tensor are zero; the memory it takes is one block."""
     if tensor.size == 0:
         return 0
     if tensor.strides is None:
@@ -148,5 +148,5 @@ class _NoProgress:
 
 
 def no_progress(_label: str, _total_bytes: int) -> AbstractContextManager[ProgressBar]:
-    """Return a bar that nobody sees."""
+    """A bar that nobody sees."""
     return nullcontext(_NoProgress())

@@ -96,7 +96,7 @@ def check_target(model: ModelFile, target: Path, *, is_forced: bool, is_in_place
 
 
 def _place_of(name: Path, target: Path) -> Path:
-    """Return what is put into its place as a whole: a file, or the folder that is the model."""
+    """What is put into its place as a whole: a file, or the folder that is the model."""
     return target if name.parts[0] == target.name else target.parent / name
 
 
@@ -106,7 +106,7 @@ def is_same(one: Path, other: Path) -> bool:
 
 
 def targets(model: ModelFile, target: Path) -> dict[Path, Path]:
-    """Return where each file of a model goes, relative to the folder that it is written in.
+    """Where each file of a model goes, relative to the folder that it is written in.
 
     Data beside a model is named after the output, so that two outputs in one folder never share it: that of `out.onnx`
     is `out.onnx.data`, then `out.onnx.1.data`; the shards of `out.safetensors.index.json` are
@@ -133,7 +133,7 @@ def _data_names(files: Sequence[Path], name: str) -> list[Path]:
 
 
 def _shard_names(shards: Sequence[Path], index: str) -> list[Path]:
-    """Return names for shards that keep their numbers, where all of them have one."""
+    """Names for shards that keep their numbers, where all of them have one."""
     stem = index.removesuffix(_INDEX).removesuffix(shards[0].suffix if shards else "")
     tails = [match.group() for shard in shards if (match := _SHARD_TAIL.search(shard.name))]
     if len(set(tails)) < len(shards):
@@ -171,7 +171,7 @@ def atomic_replace(target: Path, *, may_replace: bool, model: ModelFile | None =
 
 
 def _move_order(folder: Path, target: Path) -> list[tuple[Path, Path]]:
-    """Return what goes where; that by which a model is opened comes last: until it is there, there is no model."""
+    """What goes where; that by which a model is opened comes last: until it is there, there is no model."""
     whole = folder / target.name
     news = [whole] if whole.is_dir() else [child for child in folder.rglob("*") if child.is_file()]
     order = sorted(news, key=lambda new: (new == whole, new.suffix in {".index", ".json"}, new))

@@ -255,7 +255,7 @@ class ModelFile:
         return sum(path.stat().st_size for path in self.files)
 
     def read(self, tensor: Tensor) -> Array:
-        """Return the tensor as a read-only array, paged in as it is touched where the bytes lie flat."""
+        """The tensor as a read-only array, paged in as it is touched where the bytes lie flat."""
         if tensor.storage.extent is not None:
             return extents.view(
                 tensor.storage.extent,

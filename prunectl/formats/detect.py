@@ -236,7 +236,7 @@ _MAGICS = (
 
 
 def explain_unsupported(peek: FileProbe) -> str:
-    """Return the best guess at what a file that no format recognises is."""
+    """The best guess at what a file that no format recognises is."""
     if peek.is_folder:
         return _describe_folder(peek)
     if peek.nbytes == 0:
@@ -288,7 +288,7 @@ def _describe_zip(peek: FileProbe) -> str:
 
 
 def _describe_part(peek: FileProbe) -> str:
-    """Return which part of a TensorFlow model a file is, if it is one."""
+    """Which part of a TensorFlow model a file is, if it is one."""
     if peek.path.name == "saved_model.pb":
         return f"is the graph of a SavedModel: name its folder, {peek.path.parent}"
     if peek.path.name == "keras_metadata.pb" or ".data-0" in peek.path.name:

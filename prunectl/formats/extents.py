@@ -48,7 +48,7 @@ def view(
     strides: tuple[int, ...] | None = None,
     big_endian: bool = False,
 ) -> NDArray[Any]:
-    """Return the extent as a read-only array, mapped into memory rather than read."""
+    """The extent as a read-only array, mapped into memory rather than read."""
     if math.prod(shape) == 0 or extent.nbytes == 0:
         return np.zeros(shape, dtype)
     mapped = np.memmap(extent.path, np.uint8, "r", extent.offset, (extent.nbytes,))
@@ -100,7 +100,7 @@ def blocks(extent: Extent, dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
 
 
 def mmap_file(path: Path) -> memoryview:
-    """Return the bytes of a file without reading them."""
+    """The bytes of a file without reading them."""
     try:
         if path.stat().st_size == 0:
             raise InputError(f"{path} is truncated or damaged: it is empty")

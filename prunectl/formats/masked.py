@@ -39,7 +39,7 @@ def apply_mask(weights: Array, masks: Sequence[Array]) -> Iterator[Array]:
 
 
 def broadcast_mask(weights: Array, mask: Array) -> Array | None:
-    """Return a mask in the shape of its weights: one for each row counts for all of it; None where it does not fit."""
+    """A mask in the shape of its weights: one for each row counts for all of it; None where it does not fit."""
     if mask.shape == weights.shape:
         return mask
     if weights.ndim > 1 and mask.shape == weights.shape[:1]:

@@ -46,7 +46,7 @@ class TensorUpdate:
 
 
 def in_storage_order(tensor: Tensor, array: Array) -> Array:
-    """Return an array with its axes in the order in which its elements lie in the storage."""
+    """An array with its axes in the order in which its elements lie in the storage."""
     if tensor.strides is None:
         return array
     steps = tensor.strides

@@ -77,7 +77,7 @@ def raw_fields(data: memoryview, begin: int, end: int) -> Iterator[tuple[bytes, 
 
 
 def read_varint(data: memoryview, at: int, end: int) -> tuple[int, int]:
-    """Return the number that begins at ``at``, and where the next byte is."""
+    """The number that begins at ``at``, and where the next byte is."""
     value = shift = 0
     while at < end and shift <= _MAX_SHIFT:
         byte = data[at]
@@ -90,12 +90,12 @@ def read_varint(data: memoryview, at: int, end: int) -> tuple[int, int]:
 
 
 def signed(value: int) -> int:
-    """Return the varint of an int32 or int64 field as the signed number that it is."""
+    """The varint of an int32 or int64 field as the signed number that it is."""
     return value - (_SIGN_BIT << 1) if value >= _SIGN_BIT else value
 
 
 def packed(data: memoryview, field: Field) -> list[int]:
-    """Return the varints of a repeated field, packed into one or standing alone."""
+    """The varints of a repeated field, packed into one or standing alone."""
     if field.wire == VARINT:
         return [field.value]
     numbers, at = [], field.begin
@@ -106,7 +106,7 @@ def packed(data: memoryview, field: Field) -> list[int]:
 
 
 def text(data: memoryview, field: Field) -> str:
-    """Return the string in a field."""
+    """The string in a field."""
     raw = bytes(data[field.begin : field.end])
     try:
         return raw.decode()
@@ -118,7 +118,7 @@ def text(data: memoryview, field: Field) -> str:
 
 
 def varints(raw: bytes) -> NDArray[np.uint64]:
-    """Return all numbers of a packed field at once."""
+    """All numbers of a packed field at once."""
     data = np.frombuffer(raw, np.uint8)
     if data.size and data[-1] >= 0x80:
         raise WireError("a number that does not end")
@@ -136,7 +136,7 @@ def varints(raw: bytes) -> NDArray[np.uint64]:
 
 
 def encode_varint(value: int) -> bytes:
-    """Return a number that is not negative, seven bits to a byte, the lowest first."""
+    """A number that is not negative, seven bits to a byte, the lowest first."""
     digits = bytearray()
     while value > 0x7F:
         digits.append(value & 0x7F | 0x80)
@@ -146,12 +146,12 @@ def encode_varint(value: int) -> bytes:
 
 
 def number(field: int, value: int) -> bytes:
-    """Return a field that is a number."""
+    """A field that is a number."""
     return encode_varint(field << 3 | VARINT) + encode_varint(value)
 
 
 def length_prefix(field: int, nbytes: int) -> bytes:
-    """Return what stands before the bytes of a field."""
+    """What stands before the bytes of a field."""
     return encode_varint(field << 3 | BYTES) + encode_varint(nbytes)
 
 

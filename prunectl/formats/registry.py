@@ -181,7 +181,7 @@ def load(reference: str | Callable[..., Any]) -> Callable[..., Any]:
 
 
 def recognise(path: Path) -> Format:
-    """Return the format of ``path``: judged by its content, its name breaking ties."""
+    """The format of ``path``: judged by its content, its name breaking ties."""
     peek = FileProbe(path)
     # Only where no row of the table fits are plug-ins looked for: they can take no file over, and slow no start down.
     row = _best_match(FORMATS, peek) or _best_match(load("external:installed_formats")(), peek)
@@ -199,7 +199,7 @@ def _best_match(rows: Iterable[Format], peek: FileProbe) -> Format | None:
 
 
 def resolve(path: Path) -> Path:
-    """Return the file that stands for what the user named: a checkpoint's prefix, a folder with shards."""
+    """The file that stands for what the user named: a checkpoint's prefix, a folder with shards."""
     # os.path asks without complaining about names that cannot be: Peek has the sentence for those.
     if not os.path.lexists(path) and os.path.isfile(f"{path}.index"):
         return path.with_name(f"{path.name}.index")

@@ -24,13 +24,13 @@ Those inside strings count as well: looking for the ends of strings would take a
 
 
 def read_object(path: Path, what: str) -> dict[str, Any]:
-    """Return the object that a file of JSON holds, of which no more is read than may be parsed."""
+    """The object that a file of JSON holds, of which no more is read than may be parsed."""
     with path.open("rb") as file:
         return parse_object(file.read(budgets.MAX_JSON_BYTES + 1), path, what)
 
 
 def parse_object(text: bytes | str, path: Path, what: str, most: int = budgets.MAX_JSON_OBJECT_BYTES) -> dict[str, Any]:
-    """Return the object that a JSON text holds, which may take so much memory at most."""
+    """The object that a JSON text holds, which may take so much memory at most."""
     refuse_too_much([text], path, what, most)
     try:
         with _short_numbers():
@@ -102,7 +102,7 @@ def _is_deeper(value: dict[str, Any], most: int) -> bool:
 
 
 def require(module: str, *, extra: str) -> Any:
-    """Return a module, or say which extra brings it."""
+    """A module, or say which extra brings it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

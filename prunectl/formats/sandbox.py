@@ -61,7 +61,7 @@ def run_sandboxed(
     extra_bytes: int,
     written: tuple[Path, ...] = (),
 ) -> bytes | bytearray:
-    """Return what ``work`` returns in a child of its own; whatever kills the child is the file's fault.
+    """What ``work`` returns in a child of its own; whatever kills the child is the file's fault.
 
     The work must be such that pickle can send it. The seconds are of processor time, so that a busy machine is not
     taken for a hostile file. The answer is bytes that the caller must parse with care: a child that a file has taken
@@ -139,7 +139,7 @@ class Child:
     def ask(
         self, work: Callable[[], bytes | memoryview], seconds: float, extra_bytes: int
     ) -> tuple[tuple[bytes, bytes | bytearray] | None, int]:
-        """Return the answer, or nothing where time is up, and how the child ended if it did."""
+        """The answer, or nothing where time is up, and how the child ended if it did."""
         request = pickle.dumps(SandboxRequest(work, seconds, extra_bytes, _folder(), is_last=not self._is_kept))
         with self._lock:
             if self._socket is None:
@@ -178,7 +178,7 @@ class _Server:
         self._control: socket.socket | None = None
 
     def fork(self, module: str) -> tuple[int, socket.socket]:
-        """Return a new child that knows a module, and what to talk to it through."""
+        """A new child that knows a module, and what to talk to it through."""
         ours, theirs = socket.socketpair()
         with theirs, self._lock:
             try:
@@ -324,7 +324,7 @@ def _whole(channel: socket.socket, nbytes: int) -> bytes:
 
 
 def _folder() -> str:
-    """Return where paths begin that a request names; nowhere, if that folder is gone."""
+    """Where paths begin that a request names; nowhere, if that folder is gone."""
     with suppress(OSError):
         return os.getcwd()
     return ""

@@ -156,7 +156,7 @@ def _limit(kind: int, most: int, beyond: int | None) -> None:
 
 
 def run_and_encode(work: Callable[[], bytes | memoryview]) -> tuple[bytes, bytes | memoryview]:
-    """Return what comes of some work: how it went, and the bytes."""
+    """What comes of some work: how it went, and the bytes."""
     try:
         return DONE, work()
     except InputError as error:
@@ -178,7 +178,7 @@ def _failure(error: Exception) -> tuple[bytes, bytes]:
 
 
 def _read(channel: int, nbytes: int) -> bytes:
-    """Return so many bytes, or fewer where the other side is gone."""
+    """A number of bytes, or fewer where the other side is gone."""
     data = bytearray()
     while len(data) < nbytes and (piece := os.read(channel, min(nbytes - len(data), 1 << 20))):
         data += piece

@@ -194,7 +194,7 @@ def _lock(fd: int, how: int) -> bool:
 
 
 def _touched(folder: Path) -> float:
-    """Return when anything in a folder was last changed."""
+    """When anything in a folder was last changed."""
     times = [os.lstat(folder).st_mtime]
     for place, folders, files in os.walk(folder):
         times += [os.lstat(os.path.join(place, name)).st_mtime for name in (*folders, *files)]
@@ -243,7 +243,7 @@ def give(folder: Path, parent: Path, origins: Mapping[Path, Path], model: ModelF
 
 
 def _replaced(path: Path) -> os.stat_result | None:
-    """Return what is known of a file or folder that is there; nothing of a link, whose own mode says nothing."""
+    """What is known of a file or folder that is there; nothing of a link, whose own mode says nothing."""
     with suppress(OSError):
         facts = os.lstat(path)
         if stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode):

@@ -15,7 +15,7 @@ _NEAREST = 3
 
 
 def select_names(model: ModelFile, selector: str) -> tuple[Tensor, ...]:
-    """Return the tensors whose name or layer a selector matches; matching none is a slip."""
+    """The tensors whose name or layer a selector matches; matching none is a slip."""
     matches = _matcher(selector)
     tensors = tuple(tensor for tensor in model.tensors if matches(tensor.name) or matches(tensor.layer))
     if not tensors:
@@ -28,7 +28,7 @@ def select_names(model: ModelFile, selector: str) -> tuple[Tensor, ...]:
 
 
 def close_matches(word: str, known: Sequence[str]) -> tuple[str, ...]:
-    """Return the known words that look most like a misspelt one."""
+    """The known words that look most like a misspelt one."""
     bare = word.removeprefix("re:").strip("*?.$^")
     return tuple(get_close_matches(bare, dict.fromkeys(known), n=_NEAREST, cutoff=0.5))
 

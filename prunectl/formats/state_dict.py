@@ -92,7 +92,7 @@ def is_kernel(tensor: Tensor, shapes: Shapes) -> bool:
 
 
 def _parted(name: str, shapes: Shapes) -> tuple[str, str]:
-    """Return the layer with its dot, and the name in it: the weight itself for what a parametrization keeps."""
+    """The layer with its dot, and the name in it: the weight itself for what a parametrization keeps."""
     inside = ".parametrizations."
     if inside in f".{name}":
         before, _, rest = f".{name}".partition(inside)
@@ -187,7 +187,7 @@ def describe(
     sections: frozenset[str] = frozenset(),
     uses: Mapping[str, StateUse | None] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Return the tensors with the layer, the role and the output axis that their names tell.
+    """The tensors with the layer, the role and the output axis that their names tell.
 
     What already has the role of a state, because the file says so, keeps it unless it is a mask.
     The sections are the entries of a checkpoint that hold further entries, such as `state_dict`.
@@ -265,7 +265,7 @@ def _is_for_training(section: str, sections: frozenset[str]) -> bool:
 
 
 def wrappers(tensors: Iterable[Tensor]) -> tuple[PruningWrapper, ...]:
-    """Return the wrappers that the names give away, those that prune first."""
+    """The wrappers that the names give away, those that prune first."""
     candidates = []
     names = {tensor.name: tensor for tensor in tensors}
     for name, tensor in names.items():
@@ -375,7 +375,7 @@ class MaskedParam:
 
 
 def find(names: Collection[str], others: Mapping[str, str]) -> tuple[MaskedParam, ...]:
-    """Return the weights of one state dict that are kept beside their masks.
+    """The weights of one state dict that are kept beside their masks.
 
     The others are masks that a sparsifier keeps elsewhere, by the name of the weight that they belong to.
     """
@@ -394,7 +394,7 @@ def _of_torch_prune(names: frozenset[str]) -> list[MaskedParam]:
 
 
 def _of_parametrize(names: frozenset[str], others: Mapping[str, str]) -> list[MaskedParam]:
-    """Return weights with masks and nothing else between them and their layer."""
+    """Weights with masks and nothing else between them and their layer."""
     beside: dict[str, list[str]] = {}
     for name in sorted(names):
         layer, between, rest = f".{name}".partition(_BETWEEN)
@@ -424,7 +424,7 @@ def _of_nni(names: frozenset[str]) -> list[MaskedParam]:
 
 
 def renamed(names: Collection[str], wrapped: Collection[MaskedParam]) -> dict[str, str]:
-    """Return what names are called once the wrappers are gone: NNI's stand in every name of their layer."""
+    """What names are called once the wrappers are gone: NNI's stand in every name of their layer."""
     plain = {weight.original: weight.plain for weight in wrapped}
     inside = {weight.wrapper for weight in wrapped if weight.wrapper == f"{_owner(weight.plain)}module"}
     for name in names:

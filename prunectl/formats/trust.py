@@ -93,7 +93,7 @@ def check(model: ModelFile, known: Callable[[], Collection[str]]) -> None:
 
 
 def facts_of(model: ModelFile) -> tuple[Fact, ...]:
-    """Return what would run if the framework of a file opened it."""
+    """What would run if the framework of a file opened it."""
     if model.family is Family.SAVED_MODEL:
         graph = tuple(Fact(words) for words in graph_code.find_code(model.path))
         return (*_facts(_metadata(model), is_saved_model=True), *graph)
@@ -103,23 +103,23 @@ def facts_of(model: ModelFile) -> tuple[Fact, ...]:
 
 
 def facts_in(config: Any) -> tuple[Fact, ...]:
-    """Return what would run if Keras rebuilt something from a configuration, wherever in it that hides."""
+    """What would run if Keras rebuilt something from a configuration, wherever in it that hides."""
     return _facts(config, is_saved_model=False)
 
 
 def unknown(facts: Collection[Fact], known: Collection[str]) -> tuple[Fact, ...]:
-    """Return the facts that no custom object explains."""
+    """The facts that no custom object explains."""
     names = {name.rpartition(">")[2] for name in known}
     return tuple(fact for fact in facts if not fact.custom or fact.custom not in names)
 
 
 def worded(facts: Collection[Fact]) -> str:
-    """Return what would run in a few words."""
+    """What would run in a few words."""
     return f"{', '.join(fact.words for fact in tuple(facts)[:_MANY])}{' …' if len(facts) > _MANY else ''}"
 
 
 def _metadata(model: ModelFile) -> list[Any]:
-    """Return all that Keras wrote about the layers of a SavedModel, how they were trained left aside."""
+    """All that Keras wrote about the layers of a SavedModel, how they were trained left aside."""
     graph, metadata = model.path / "saved_model.pb", model.path / "keras_metadata.pb"
     objects: tuple[KerasObject, ...]
     if metadata.is_file():
@@ -229,7 +229,7 @@ def _is_of_keras(one: Mapping[str, Any], *, is_function: bool = False) -> bool:
 
 
 def _of_lambda(config: Any) -> str | None:
-    """Return the function of TensorFlow that a layer wraps, if it is not on the list."""
+    """The function of TensorFlow that a layer wraps, if it is not on the list."""
     name = text(config, "function")
     function = name.removeprefix("compat.v1.")
     is_pure = function in FUNCTIONS_OF_TENSORFLOW or (
@@ -239,7 +239,7 @@ def _of_lambda(config: Any) -> str | None:
 
 
 def _of_node(config: Any) -> str | None:
-    """Return the operation of the node that a layer holds, if it is not on the list."""
+    """The operation of the node that a layer holds, if it is not on the list."""
     node = config.get("node_def") if isinstance(config, Mapping) else None
     operation = text(node, "op")
     if isinstance(node, str):

@@ -48,14 +48,14 @@ class Archive:
     entries: Mapping[str, ZipEntry]
 
     def read(self, name: str, limit: int) -> bytes:
-        """Return a whole entry that is known to be small, such as a configuration."""
+        """A whole entry that is known to be small, such as a configuration."""
         entry = self.entries[name]
         if entry.nbytes > limit:
             raise InputError(f"{self.path} is damaged: its entry {abbreviated(name)} claims {entry.nbytes} bytes")
         return b"".join(self.pieces(entry))
 
     def inflated(self, entry: ZipEntry) -> NDArray[np.uint8]:
-        """Return a whole entry, in as much memory as it has bytes."""
+        """A whole entry, in as much memory as it has bytes."""
         raw = np.empty(entry.nbytes, np.uint8)
         done = 0
         for piece in self.pieces(entry):
@@ -136,7 +136,7 @@ class FileWindow(io.RawIOBase):
         return self._at
 
     def tell(self) -> int:
-        """Return the current place."""
+        """The current place."""
         return self._at
 
     def readinto(self, buffer: Any) -> int:
@@ -207,7 +207,7 @@ def _has_one_directory(file: BinaryIO | io.BufferedReader) -> bool:
 
 
 def written_again(old: ZipInfo) -> ZipInfo:
-    """Return what an entry is written again with: all that its directory says, but for lengths and compression."""
+    """What an entry is written again with: all that its directory says, but for lengths and compression."""
     new = ZipInfo(old.filename, old.date_time)
     new.comment, new.create_system = old.comment, old.create_system
     new.internal_attr, new.external_attr = old.internal_attr, old.external_attr

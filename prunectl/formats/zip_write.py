@@ -146,7 +146,7 @@ def fix_crcs(path: Path, entries: Iterable[ZipEntry], within: Extent | None = No
 
 
 def _touched(entries: Iterable[ZipEntry], offsets: Iterable[int]) -> list[ZipEntry]:
-    """Return the entries that hold any of these places."""
+    """The entries that hold any of these places."""
     ordered = sorted(entries, key=lambda entry: entry.extent.offset)
     begins = [entry.extent.offset for entry in ordered]
     indices = {bisect_right(begins, offset) - 1 for offset in offsets}
@@ -176,7 +176,7 @@ def _crc(fd: int, entry: ZipEntry) -> int:
 
 
 def _records(path: Path, within: Extent | None) -> dict[str, tuple[int, int, int]]:
-    """Return where each entry's record lies in the directory, its flags, and where its header lies."""
+    """Where each entry's record lies in the directory, its flags, and where its header lies."""
     base, nbytes = (within.offset, within.nbytes) if within is not None else (0, path.stat().st_size)
     with FileWindow(path, base, nbytes) as part, ZipFile(io.BufferedReader(part)) as archive:
         offset = base + archive.start_dir

@@ -117,19 +117,19 @@ _ROUND_BYTES = 8
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return the header of a file that was opened before."""
+    """The header of a file that was opened before."""
     with path.open("rb") as file:
         return parse_object(file.read(int.from_bytes(file.read(LENGTH_BYTES), "little")), path, "its header")
 
 
 def header_without_tensors(path: Path) -> dict[str, Any]:
-    """Return a header without tensors, which says of itself what another file does."""
+    """A header without tensors, which says of itself what another file does."""
     old = read(path)
     return {_METADATA: old[_METADATA]} if _METADATA in old else {}
 
 
 def encode_header(header: Mapping[str, Any]) -> bytes:
-    """Return a header as it stands in a file, its length before it."""
+    """A header as it stands in a file, its length before it."""
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ROUND_BYTES)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text

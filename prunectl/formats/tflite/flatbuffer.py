@@ -35,17 +35,17 @@ class FlatTable:
     table_bytes: int
 
     def number(self, field: int, nbytes: int, *, default: int = 0, is_signed: bool = False) -> int:
-        """Return a whole number, or its default if the table leaves it out."""
+        """A whole number, or its default if the table leaves it out."""
         at = self._find(field, nbytes)
         return default if at == 0 else int.from_bytes(self.data[at : at + nbytes], "little", signed=is_signed)
 
     def child(self, field: int) -> FlatTable | None:
-        """Return the table that a field points to."""
+        """The table that a field points to."""
         at = self._find(field, OFFSET_BYTES)
         return None if at == 0 else table_at(self.data, _follow(self.data, at))
 
     def run(self, field: int, item_bytes: int) -> Vector:
-        """Return where the elements of a vector lie; an absent vector is empty."""
+        """Where the elements of a vector lie; an absent vector is empty."""
         at = self._find(field, OFFSET_BYTES)
         if at == 0:
             return Vector(0, 0)
@@ -56,7 +56,7 @@ class FlatTable:
         return Vector(begin + 4, count)
 
     def children(self, field: int, limit: int) -> tuple[FlatTable, ...]:
-        """Return the tables in a vector, refusing more than ``limit``."""
+        """The tables in a vector, refusing more than ``limit``."""
         run = self.run(field, OFFSET_BYTES)
         if run.count > limit:
             raise FlatBufferError(f"a vector of {run.count} tables, more than any model has")
@@ -64,21 +64,21 @@ class FlatTable:
         return tuple(table_at(self.data, _follow(self.data, at)) for at in places)
 
     def numbers(self, field: int, dtype: type[np.generic], limit: int | None = None) -> NDArray[np.int64]:
-        """Return the numbers in a vector, or as many of the first as ``limit`` says."""
+        """The numbers in a vector, or as many of the first as ``limit`` says."""
         kind = np.dtype(dtype).newbyteorder("<")
         run = self.run(field, kind.itemsize)
         count = run.count if limit is None else min(limit, run.count)
         return np.frombuffer(self.data, kind, count, run.begin).astype(np.int64) if count else np.zeros(0, np.int64)
 
     def text(self, field: int) -> str:
-        """Return a string."""
+        """A string."""
         run = self.run(field, 1)
         if run.count > budgets.MAX_NAME_BYTES:
             raise FlatBufferError(f"a name of {run.count} bytes")
         return str(self.data[run.begin : run.begin + run.count], "utf-8", "backslashreplace")
 
     def _find(self, field: int, nbytes: int) -> int:
-        """Return where a field lies, or 0 if the table leaves it out."""
+        """Where a field lies, or 0 if the table leaves it out."""
         slot = 4 + 2 * field
         if slot + 2 > self.vtable_bytes:
             return 0
@@ -89,12 +89,12 @@ class FlatTable:
 
 
 def root(data: memoryview) -> FlatTable:
-    """Return the table that a FlatBuffer begins with."""
+    """The table that a FlatBuffer begins with."""
     return table_at(data, _follow(data, 0))
 
 
 def table_at(data: memoryview, at: int) -> FlatTable:
-    """Return the table at an offset, its extent checked."""
+    """The table at an offset, its extent checked."""
     vtable = at - _number_at(data, at, 4, is_signed=True)
     vtable_bytes, table_bytes = _number_at(data, vtable, 2), _number_at(data, vtable + 2, 2)
     if vtable + vtable_bytes > len(data) or at + table_bytes > len(data):

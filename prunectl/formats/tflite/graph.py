@@ -16,7 +16,7 @@ _MAX_PASSED = 4
 
 
 def operations(model: ModelFile) -> tuple[Operation, ...]:
-    """Return the multiply-accumulate operations of a model, for the shapes in the file; a free size counts as 1."""
+    """The multiply-accumulate operations of a model, for the shapes in the file; a free size counts as 1."""
     lite = read_lite(model.path)
     names = {place: tensor.name for place, (tensor, _) in constants(lite)}
     operations = []
@@ -47,7 +47,7 @@ def _is_whole(operator: LiteOperator) -> bool:
 
 
 def _origin(at: int, makers: dict[int, LiteOperator]) -> int:
-    """Return the tensor that is stored, behind what turns it into what is used."""
+    """The tensor that is stored, behind what turns it into what is used."""
     for _ in range(_MAX_PASSED):
         maker = makers.get(at)
         if maker is None or maker.kind not in _SHAPE_OPERATORS or not maker.inputs:

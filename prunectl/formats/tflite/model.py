@@ -54,7 +54,7 @@ class _Level:
 
 
 def densify(sparsity: FlatTable, shape: tuple[int, ...], values: NDArray[Any]) -> NDArray[Any]:
-    """Return the dense tensor whose non-zero blocks are ``values``."""
+    """The dense tensor whose non-zero blocks are ``values``."""
     order, blocks = (sparsity.numbers(field, np.int32, budgets.MAX_AXES + 1).tolist() for field in (0, 1))
     levels = [_level(level) for level in sparsity.children(2, budgets.MAX_AXES)]
     rank = len(shape)
@@ -94,7 +94,7 @@ def _numbers(facts: FlatTable, field: int) -> NDArray[np.int64]:
 
 
 def _walk(levels: list[_Level], limit: int) -> list[NDArray[np.int64]]:
-    """Return the index of every value along each level.
+    """The index of every value along each level.
 
     No level has more places than there are values, or segments of the level below: ``limit`` is the most of these.
     """
@@ -160,7 +160,7 @@ def _has_values(lite: LiteFile, source: LiteTensor) -> bool:
 
 
 def _role(name: str, meaning: LiteTensorPurpose) -> Role:
-    """Return what a tensor is for: a fixed basis is none to prune, although a convolution takes it."""
+    """What a tensor is for: a fixed basis is none to prune, although a convolution takes it."""
     is_fixed = meaning.use.role in PRUNABLE and state_dict.is_constant(name, meaning.layer)
     return Role.STATE if is_fixed else meaning.use.role
 

@@ -243,12 +243,12 @@ BITS = {17: 4, 19: 2, 20: 4}
 
 
 def stored_bytes(code: int, size: int) -> int:
-    """Return the bytes that a number of elements take in the file."""
+    """The bytes that a number of elements take in the file."""
     return (size * BITS[code] + 7) // 8 if code in BITS else size * DTYPES[code].itemsize
 
 
 def unpack(raw: NDArray[np.uint8], code: int, size: int) -> NDArray[Any]:
-    """Return the elements as one each, the lowest bits of a byte first."""
+    """The elements as one each, the lowest bits of a byte first."""
     if code not in BITS:
         return raw.view(DTYPES[code])[:size]
     bits = BITS[code]

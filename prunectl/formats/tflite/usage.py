@@ -63,7 +63,7 @@ class LiteTensorPurpose:
 
 
 def meanings(graph: LiteGraph) -> dict[int, LiteTensorPurpose]:
-    """Return what each tensor that an operator takes is for; of several takers, the first."""
+    """What each tensor that an operator takes is for; of several takers, the first."""
     takers: dict[int, tuple[LiteOperator, int]] = {}
     for operator in graph.operators:
         for place, at in enumerate(operator.inputs):
@@ -101,7 +101,7 @@ def _use(operator: LiteOperator, place: int, rank: int) -> LiteTensorUse:
 
 
 def layer_of(graph: LiteGraph, operator: LiteOperator, at: int) -> str:
-    """Return what a user would call the operator: the scope of its weight, else that of its result."""
+    """What a user would call the operator: the scope of its weight, else that of its result."""
     weights = [place for place, use in USES.get(operator.kind, {}).items() if use.role in {Role.KERNEL, Role.EMBEDDING}]
     named = [operator.inputs[place] for place in weights if place < len(operator.inputs)]
     for index in (*named, at, *operator.outputs):

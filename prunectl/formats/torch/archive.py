@@ -49,13 +49,13 @@ def open_model(path: Path) -> ModelFile:
 
 
 def _load_without_classes(program: PickleProgram) -> PickleProgram:
-    """Return the program without mention of the classes that the code beside it defines."""
+    """The program without mention of the classes that the code beside it defines."""
     foreign_calls = tuple(call for call in program.foreign_calls if not call.partition(" ")[2].startswith("__torch__."))
     return replace(program, foreign_calls=foreign_calls)
 
 
 def top_folder(archive: Archive) -> str:
-    """Return the folder that all entries lie in, with its slash; it is named after the file or `archive`."""
+    """The folder that all entries lie in, with its slash; it is named after the file or `archive`."""
     pickles = [name for name in archive.entries if name == "data.pkl" or name.endswith("/data.pkl")]
     if not pickles:
         raise InputError(f"{archive.path} is damaged: it has no data.pkl")
@@ -63,7 +63,7 @@ def top_folder(archive: Archive) -> str:
 
 
 def pickle_source(archive: Archive, folder: str, part: str, prefix: str = "") -> PickleSource:
-    """Return one pickle of the archive with the storages that belong to it."""
+    """One pickle of the archive with the storages that belong to it."""
     entry = archive.entries[f"{folder}{part}.pkl"]
     is_big = _read_marker(archive, f"{folder}byteorder") == "big"
 
@@ -77,7 +77,7 @@ def pickle_source(archive: Archive, folder: str, part: str, prefix: str = "") ->
 
 
 def storage_of(archive: Archive, name: str, info: StorageInfo, *, big_endian: bool) -> Storage:
-    """Return the entry behind a storage, if it is as long as the pickle says."""
+    """The entry behind a storage, if it is as long as the pickle says."""
     entry = archive.entries[name]
     if entry.nbytes != info.nbytes:
         raise InputError(
@@ -88,7 +88,7 @@ def storage_of(archive: Archive, name: str, info: StorageInfo, *, big_endian: bo
 
 
 def decoder(archive: Archive) -> Callable[[Tensor], Array]:
-    """Return what reads a tensor out of a compressed entry."""
+    """What reads a tensor out of a compressed entry."""
 
     def decode(tensor: Tensor) -> Array:
         entry = archive.entries[tensor.storage.key]

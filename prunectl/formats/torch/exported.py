@@ -117,7 +117,7 @@ def open_model(path: Path) -> ModelFile:
 
 
 def examples(archive: Archive) -> tuple[ZipEntry, ...]:
-    """Return the inputs that the programs were exported with, where they are not empty."""
+    """The inputs that the programs were exported with, where they are not empty."""
     folder = f"{_top_folder(archive)}data/sample_inputs/"
     starts = (folder, EXAMPLES)
     return tuple(entry for name, entry in archive.entries.items() if name.startswith(starts) and entry.nbytes)

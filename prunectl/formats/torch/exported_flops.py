@@ -17,7 +17,7 @@ _RUN_ONCE = "wrap_with_"
 
 
 def operations(model: ModelFile) -> tuple[Operation, ...]:
-    """Return the operations that multiply, a batch counted as 1 when the program leaves it open."""
+    """The operations that multiply, a batch counted as 1 when the program leaves it open."""
     counted: list[Operation] = []
     for entry, graph in model.about.programs.items():
         if graph is None:
@@ -101,7 +101,7 @@ def _linear(node: ExportedNode, graph: ExportedGraph) -> int | None:
 
 
 def _summed_over(argument: str) -> Callable[[ExportedNode, ExportedGraph], int | None]:
-    """Return the rule of a product of matrices that sums over the last axis of one of them."""
+    """The rule of a product of matrices that sums over the last axis of one of them."""
 
     def rule(node: ExportedNode, graph: ExportedGraph) -> int | None:
         return numel((*_output(node, graph), *_shape(node, graph, argument)[-1:]))

@@ -29,13 +29,13 @@ _KINDS = ("parameter", "buffer", "tensor_constant")
 
 
 def producer(graph: dict[str, Any]) -> str:
-    """Return the version of PyTorch that exported the graph, where it says so."""
+    """The version of PyTorch that exported the graph, where it says so."""
     version = graph.get("torch_version")
     return f"pytorch {describe_value(version)}" if isinstance(version, str) and version else ""
 
 
 def tensor_kinds(graph: dict[str, Any]) -> dict[str, str]:
-    """Return the type of the first operation that uses each weight, such as `linear`."""
+    """The type of the first operation that uses each weight, such as `linear`."""
     module = as_dict(graph.get("graph_module"))
     names = argument_names(as_dict(module.get("signature")).get("input_specs"))
     kinds: dict[str, str] = {}
@@ -57,7 +57,7 @@ def operation(target: str) -> str:
 
 
 def argument_names(specs: Any) -> dict[str, str]:
-    """Return the weights by the names that the graph gives them."""
+    """The weights by the names that the graph gives them."""
     names: dict[str, str] = {}
     for spec in as_list(specs):
         for kind in _KINDS:
@@ -70,31 +70,31 @@ def argument_names(specs: Any) -> dict[str, str]:
 
 
 def parameters(graph: dict[str, Any]) -> frozenset[str]:
-    """Return the weights that are trained; buffers and constants are not."""
+    """The weights that are trained; buffers and constants are not."""
     specs = as_list(as_dict(as_dict(graph.get("graph_module")).get("signature")).get("input_specs"))
     names = (as_dict(as_dict(spec).get("parameter")).get("parameter_name") for spec in specs)
     return frozenset(name for name in names if isinstance(name, str))
 
 
 def as_dict(value: Any) -> dict[str, Any]:
-    """Return what should be an object, empty if it is none."""
+    """What should be an object, empty if it is none."""
     return value if isinstance(value, dict) else {}
 
 
 def as_list(value: Any) -> list[Any]:
-    """Return what should be a list, empty if it is none."""
+    """What should be a list, empty if it is none."""
     return value if isinstance(value, list) else []
 
 
 def shape(sizes: Any, batch_symbols: frozenset[str]) -> Shape | None:
-    """Return the sizes of a tensor; the symbols in ``ones`` count as 1."""
+    """The sizes of a tensor; the symbols in ``ones`` count as 1."""
     if not isinstance(sizes, list) or len(sizes) > budgets.MAX_AXES:
         return None
     return tuple(_length(size, batch_symbols) for size in sizes)
 
 
 def first_symbol(sizes: Any) -> str:
-    """Return the symbol that stands for the first size of a tensor, if one does."""
+    """The symbol that stands for the first size of a tensor, if one does."""
     if not isinstance(sizes, list) or len(sizes) < 2:
         return ""
     tree = _parsed(_expression(sizes[0]))
@@ -123,7 +123,7 @@ def _parsed(text: str) -> ast.expr | None:
 
 
 def _symbol_name(tree: ast.expr) -> str:
-    """Return the name of what is nothing but a symbol."""
+    """The name of what is nothing but a symbol."""
     if isinstance(tree, ast.Name):
         return tree.id
     if _function(tree) == "Symbol" and isinstance(tree, ast.Call) and tree.args:
@@ -137,7 +137,7 @@ def _function(tree: ast.expr) -> str:
 
 
 def _value(tree: ast.expr, batch_symbols: frozenset[str]) -> int | None:
-    """Return the value of an expression of whole numbers; None for what is not known or not understood."""
+    """The value of an expression of whole numbers; None for what is not known or not understood."""
     if isinstance(tree, ast.Constant):
         return tree.value if type(tree.value) is int and abs(tree.value) <= budgets.MAX_ELEMENTS else None
     symbol = _symbol_name(tree)
@@ -247,11 +247,11 @@ class ExportedGraph:
     producers: Mapping[str, ExportedNode]
 
     def shape(self, name: str) -> Shape | None:
-        """Return what is known of the shape of a tensor."""
+        """What is known of the shape of a tensor."""
         return shape(as_dict(self.sizes.get(name)).get("sizes"), self.batch_symbols)
 
     def weight(self, name: str) -> str:
-        """Return the tensor of the model that this is, behind what only hands it on."""
+        """The tensor of the model that this is, behind what only hands it on."""
         for _ in range(_MAX_PASSTHROUGH):
             producer_node = self.producers.get(name)
             if name in self.weights or producer_node is None or producer_node.op not in _PASSTHROUGH:
@@ -261,7 +261,7 @@ class ExportedGraph:
 
 
 def main_graph(program: Mapping[str, Any]) -> ExportedGraph:
-    """Return the graph of a program."""
+    """The graph of a program."""
     module = as_dict(program.get("graph_module"))
     graph, specs = as_dict(module.get("graph")), as_list(as_dict(module.get("signature")).get("input_specs"))
     sizes = as_dict(graph.get("tensor_values"))
@@ -274,14 +274,14 @@ def main_graph(program: Mapping[str, Any]) -> ExportedGraph:
 
 
 def inner_graph(graph: Mapping[str, Any], operands: tuple[str, ...], outer: ExportedGraph) -> ExportedGraph:
-    """Return a graph that a node of another one runs on some operands."""
+    """A graph that a node of another one runs on some operands."""
     inputs = input_names(graph)
     weights = {inner: outer.weight(name) for inner, name in zip(inputs, operands, strict=False) if outer.weight(name)}
     return _graph(graph, outer.batch_symbols, weights)
 
 
 def input_names(graph: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what a graph that a node runs calls its inputs."""
+    """What a graph that a node runs calls its inputs."""
     return tuple(_text(as_dict(as_dict(item).get("as_tensor")).get("name")) for item in as_list(graph.get("inputs")))
 
 
@@ -306,7 +306,7 @@ def _node(data: Mapping[str, Any]) -> ExportedNode:
 
 
 def _output_tensors(output: Any) -> list[Any]:
-    """Return the tensor that an output is, or those that it lists."""
+    """The tensor that an output is, or those that it lists."""
     listed = as_list(as_dict(output).get("as_tensors"))
     return listed or [as_dict(output).get("as_tensor")]
 

@@ -186,7 +186,7 @@ def _payloads(path: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, dict
 
 
 def _entry(archive: Archive, folder: str, name: str, facts: Mapping[str, Any]) -> str:
-    """Return the entry of a tensor that is written as its bytes."""
+    """The entry of a tensor that is written as its bytes."""
     entry = facts.get("path_name")
     if facts.get("use_pickle") is not False or not isinstance(entry, str) or not _ENTRY.fullmatch(entry):
         raise _untrusted(archive.path, f"PyTorch would unpickle {abbreviated(name)}")
@@ -196,7 +196,7 @@ def _entry(archive: Archive, folder: str, name: str, facts: Mapping[str, Any]) -
 
 
 def _inputs(archive: Archive, name: str) -> bytes:
-    """Return example inputs, of which the pickle VM says that they are plain."""
+    """Example inputs, of which the pickle VM says that they are plain."""
     if name not in archive.entries or not archive.entries[name].nbytes:
         return b""
     if archive.entries[name].nbytes > MAX_SAMPLE_INPUTS_BYTES:
@@ -307,7 +307,7 @@ def is_tree_of_inputs(text: str) -> bool:
 
 
 def _nodes(text: str) -> list[tuple[int, list[Any]]] | None:
-    """Return the depth and the keys of each container; None where one is not on the list."""
+    """The depth and the keys of each container; None where one is not on the list."""
     containers = []
     try:
         version, root = json.loads(text)

@@ -55,7 +55,7 @@ def open_model(path: Path) -> ModelFile:
 def _locate(
     path: Path, data: mmap.mmap, keys: object, infos: dict[str, StorageInfo], offset: int
 ) -> dict[str, Storage]:
-    """Return where the storages lie: each behind the number of its elements."""
+    """Where the storages lie: each behind the number of its elements."""
     if not isinstance(keys, list):
         raise InputError(f"{path} is damaged: it does not list its storages")
     located: dict[str, Storage] = {}

@@ -46,7 +46,7 @@ _AVERAGES = frozenset(
 
 
 def optimizer(root: Any) -> str:
-    """Return the name of the optimizer whose state the checkpoint holds."""
+    """The name of the optimizer whose state the checkpoint holds."""
     if not isinstance(root, PickleDict):
         return _optimizer_name(root)
     candidates = [root, *(value for key, value in root.items[:MAX_SEARCHED] if _is_about_optimizer(key))]
@@ -83,7 +83,7 @@ def _optimizer_name(value: Any) -> str:
 
 
 def training(root: Any) -> tuple[str, ...]:
-    """Return the plain values that stand beside the tensors: `epoch 12`, `best_acc 0.93`."""
+    """The plain values that stand beside the tensors: `epoch 12`, `best_acc 0.93`."""
     if not isinstance(root, PickleDict):
         return ()
     facts = [
@@ -109,7 +109,7 @@ def _format_value(value: Any) -> str:
 
 
 def notes(root: Any) -> tuple[str, ...]:
-    """Return what a user should know of a checkpoint before pruning it."""
+    """What a user should know of a checkpoint before pruning it."""
     if not isinstance(root, PickleDict):
         return ()
     keys = [
@@ -121,7 +121,7 @@ def notes(root: Any) -> tuple[str, ...]:
 
 
 def sections(root: Any) -> frozenset[str]:
-    """Return the entries of a checkpoint that hold more values, such as `state_dict`."""
+    """The entries of a checkpoint that hold more values, such as `state_dict`."""
     if not isinstance(root, PickleDict):
         return frozenset()
     return frozenset(
@@ -157,7 +157,7 @@ class PickleSource:
 
 
 def tensors(path: Path, source: PickleSource, uses: dict[str, StateUse | None]) -> tuple[list[Tensor], int]:
-    """Return the tensors of a program, and how many NumPy arrays are not to be had; fill in what code uses them for."""
+    """The tensors of a program, and how many NumPy arrays are not to be had; fill in what code uses them for."""
     rebuilt: list[Tensor] = []
     names: dict[str, int] = {}
     storages: dict[StorageInfo, Storage] = {}
@@ -208,7 +208,7 @@ def model_from_pickle(
     about: ModelInfo,
     decode: Callable[[Tensor], Array] | None = None,
 ) -> ModelFile:
-    """Return the model that one program or several rebuild; the first is the one that the facts come from."""
+    """The model that one program or several rebuild; the first is the one that the facts come from."""
     tensors_found: list[Tensor] = []
     missing = 0
     uses: dict[str, StateUse | None] = {}

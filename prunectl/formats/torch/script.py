@@ -38,7 +38,7 @@ _NAME = re.compile(r'"([^"]*)"')
 
 
 def code(archive: Archive, folder: str) -> tuple[Sequence[tuple[str, str]], bool]:
-    """Return the code as pairs of a dotted path and a text, and whether it is there and all of it."""
+    """The code as pairs of a dotted path and a text, and whether it is there and all of it."""
     modules: list[tuple[str, str]] = []
     left, is_whole = budgets.MAX_READ_CODE_BYTES, True
     for name, entry in archive.entries.items():
@@ -54,7 +54,7 @@ def code(archive: Archive, folder: str) -> tuple[Sequence[tuple[str, str]], bool
 
 
 def parameters(modules: Sequence[tuple[str, str]]) -> Mapping[str, frozenset[str]]:
-    """Return the parameters of each class of module, by the dotted path of the class."""
+    """The parameters of each class of module, by the dotted path of the class."""
     by_class: dict[str, frozenset[str]] = {}
     for module, text in modules:
         owner = ""
@@ -110,7 +110,7 @@ class _Function:
 
 
 def uses(modules: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], StateUse] | None:
-    """Return what the attributes of each class, and the constants, are used for; None if the code is odd or too long.
+    """What the attributes of each class, and the constants, are used for; None if the code is odd or too long.
 
     Modules come as pairs of a dotted path and a text. A use is found under the class and the attribute.
     """
@@ -214,13 +214,13 @@ class _Reader:
         function.names[name] = value
 
     def attribute(self, value: _Value, name: str) -> _Value:
-        """Return an attribute of a module."""
+        """An attribute of a module."""
         if not value.kind:
             return _UNKNOWN
         return _Value(_origin_of((value.kind, name)), self._kinds.get((value.kind, name), ""))
 
     def call(self, callee: _Value, name: str, arguments: list[_Value], named: Mapping[str, _Value]) -> _Value:
-        """Return what is known of the result of a call."""
+        """What is known of the result of a call."""
         if name in _CASTS and len(arguments) > 1:
             return arguments[1]
         if name == "getattr" and len(arguments) > 1:
@@ -265,7 +265,7 @@ class _Parser:
         self._tokens, self._position, self._depth = tokens, position, 0
 
     def row(self) -> _Value:
-        """Return the value of what is parted by commas: a tuple, unless there is but one."""
+        """The value of what is parted by commas: a tuple, unless there is but one."""
         values: list[_Value] = []
         named: dict[str, _Value] = {}
         self._items(values, named)
@@ -372,7 +372,7 @@ class _Parser:
 
 
 def _item(value: _Value, _: _Value) -> _Value:
-    """Return an item of a list or a tuple: it may be any."""
+    """An item of a list or a tuple: it may be any."""
     return _Value(value.origins)
 
 
@@ -381,7 +381,7 @@ def _origin_of(key: Hashable) -> Origins:
 
 
 def _list_value(items: list[_Value]) -> _Value:
-    """Return a list: its origins are joined once, since lists of lists could name one value without end."""
+    """A list: its origins are joined once, since lists of lists could name one value without end."""
     return _Value(join_origins(item.origins for item in items), items=tuple(items))
 
 

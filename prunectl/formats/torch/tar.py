@@ -27,7 +27,7 @@ _FILES = b"\x000"
 
 
 def locate(path: Path, data: mmap.mmap) -> dict[str, tuple[int, int]]:
-    """Return the first and the last byte of each plain file in a tar."""
+    """The first and the last byte of each plain file in a tar."""
     if len(data) % RECORD_BYTES:
         raise InputError(f"{path} is truncated: a tar has whole records of {RECORD_BYTES} bytes")
     files: dict[str, tuple[int, int]] = {}
@@ -98,7 +98,7 @@ def _count(path: Path, value: Any, what: str) -> int:
 def _storages(
     path: Path, data: mmap.mmap, entry: tuple[int, int]
 ) -> tuple[dict[str, _LocatedStorage], dict[str, tuple[Any, ...]]]:
-    """Return the storages by their keys, and the ids that a later pickle would give them."""
+    """The storages by their keys, and the ids that a later pickle would give them."""
     offset, end = entry
     head = interpret(data, path, "its number of storages", start=offset, end=end)
     offset = head.end
@@ -139,7 +139,7 @@ def _view_records(path: Path, views: Any) -> list[tuple[Any, ...]]:
 def _tensors(
     path: Path, data: mmap.mmap, entry: tuple[int, int], ids: dict[str, tuple[Any, ...]]
 ) -> dict[str, OpaqueCall]:
-    """Return the tensors by their keys, as the calls that newer files have in their place."""
+    """The tensors by their keys, as the calls that newer files have in their place."""
     offset, end = entry
     head = interpret(data, path, "its number of tensors", start=offset, end=end)
     offset = head.end

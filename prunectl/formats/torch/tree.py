@@ -43,7 +43,7 @@ def is_tensor(value: Any) -> bool:
 
 
 def inner_tensor(value: Any) -> Any:
-    """Return the tensor inside a parameter or a subclass."""
+    """The tensor inside a parameter or a subclass."""
     for _ in range(MAX_WRAPPERS):
         if not isinstance(value, OpaqueCall):
             break
@@ -60,7 +60,7 @@ def inner_tensor(value: Any) -> Any:
 
 
 def component_tensors(call: OpaqueCall) -> tuple[tuple[str, Any], ...]:
-    """Return the tensors that a sparse or quantized one consists of, by names."""
+    """The tensors that a sparse or quantized one consists of, by names."""
     if call.path == _QUANTIZED:
         settings = call.arg(4)
         return tuple(zip(_QUANTIZER, settings, strict=False)) if isinstance(settings, tuple) else ()
@@ -118,7 +118,7 @@ class _Node:
         return ".".join(reversed(keys))
 
     def owner(self) -> tuple[str, str]:
-        """Return the class of the object that it lies in, and the attribute; nothing if it lies in none."""
+        """The class of the object that it lies in, and the attribute; nothing if it lies in none."""
         attribute, node = self.key, self.parent
         while node is not None:
             if isinstance(node.value, OpaqueCall):
@@ -142,7 +142,7 @@ class _Node:
 
 
 def iter_tensors(path: Path, root: Any, parameters: Parameters) -> list[TensorEntry]:
-    """Return every tensor that a value holds, in the order of the program."""
+    """Every tensor that a value holds, in the order of the program."""
     entries: list[TensorEntry] = []
     # The values are kept, so that no other can take the identity of one that was met.
     seen: dict[int, Any] = {}

@@ -89,7 +89,7 @@ NOTHING: Origins = frozenset()
 
 
 def join_origins(groups: Iterable[Origins]) -> Origins:
-    """Return all origins of several values."""
+    """All origins of several values."""
     union: set[ValueOrigin] = set()
     for origins in groups:
         union |= origins
@@ -99,7 +99,7 @@ def join_origins(groups: Iterable[Origins]) -> Origins:
 
 
 def pass_through(op: str, origins: Origins) -> Origins:
-    """Return the origins of what an operation makes of its argument."""
+    """The origins of what an operation makes of its argument."""
     if op in TRANSPOSING:
         return frozenset(origin._replace(is_transposed=not origin.is_transposed) for origin in origins)
     if op in ARITHMETIC:
@@ -134,7 +134,7 @@ class Flow:
         self._uses += ((origin, StateUse(Role.RECURRENT, op)) for origins in weights for origin in origins)
 
     def resolve(self) -> dict[Hashable, StateUse]:
-        """Return what each key is used for: the first use that is a weight's, or else the first of all."""
+        """What each key is used for: the first use that is a weight's, or else the first of all."""
         best: dict[tuple[Hashable, bool], StateUse] = {}
         # Of several uses a kernel's tells most.
         todo = sorted(self._uses, key=lambda item: item[1].role not in {Role.KERNEL, Role.RECURRENT}, reverse=True)

@@ -127,7 +127,7 @@ class View:
 
 
 def parse_persistent_id(path: Path, key: Any) -> StorageInfo:
-    """Return the storage that a persistent id names."""
+    """The storage that a persistent id names."""
     if not isinstance(key, tuple) or len(key) not in {5, 6} or not isinstance(key[1], Global):
         raise InputError(f"{path} is damaged: its pickle does not say which storage it means")
     _, storage_class, name, _, count, *view = key
@@ -151,7 +151,7 @@ def parse_persistent_id(path: Path, key: Any) -> StorageInfo:
 
 
 def view_of(path: Path, call: OpaqueCall, name: str) -> View:
-    """Return the view that a call would rebuild, checked against its storage."""
+    """The view that a call would rebuild, checked against its storage."""
     key, start, shape, strides = (call.arg(index) for index in range(4))
     storage = parse_persistent_id(path, key.id if isinstance(key, Persistent) else key)
     dtype = storage.dtype
@@ -166,7 +166,7 @@ def view_of(path: Path, call: OpaqueCall, name: str) -> View:
 def resolve_view(
     path: Path, name: str, storage: StorageInfo, dtype: np.dtype[Any], position: tuple[Any, Any, Any]
 ) -> View:
-    """Return the view of a storage from a start, a shape and strides, unless it reaches beyond it."""
+    """The view of a storage from a start, a shape and strides, unless it reaches beyond it."""
     start, shape, strides = position
     if not (_are_counts(shape) and _are_counts(strides) and _is_count(start) and len(shape) == len(strides)):
         raise InputError(f"{path} is damaged: {describe_value(name)} has no shape that makes sense")
@@ -228,7 +228,7 @@ def is_array(call: OpaqueCall) -> bool:
 
 
 def flat_array(call: OpaqueCall) -> FlatArray | None:
-    """Return where the bytes of an array lie; None where they do not lie as they are."""
+    """Where the bytes of an array lie; None where they do not lie as they are."""
     if call.path.endswith("_frombuffer"):
         raw, kind, shape, order = (call.arg(index) for index in range(4))
         is_fortran = order == "F"

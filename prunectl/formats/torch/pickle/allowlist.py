@@ -87,7 +87,7 @@ def copied(function: Any, args: Any) -> int:
 
 
 def call_allowed(function: Any, args: Any) -> Any:
-    """Return what a call makes: plain containers as they are, anything else as an opaque value."""
+    """What a call makes: plain containers as they are, anything else as an opaque value."""
     if isinstance(function, Global) and isinstance(args, tuple):
         first = args[0] if args else None
         if function.path in _DICTIONARIES:

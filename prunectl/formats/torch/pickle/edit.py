@@ -31,12 +31,12 @@ _NOWHERE = Path("the pickle")
 
 
 def value(node: IRNode) -> Any:
-    """Return what a small recipe makes, as the restricted machine sees it."""
+    """What a small recipe makes, as the restricted machine sees it."""
     return interpret(emitted(node), _NOWHERE, "a value").value
 
 
 def text(node: IRNode) -> str | None:
-    """Return a text; None for what is none."""
+    """A text; None for what is none."""
     if node.code == _TEXT:
         return bytes(node.raw[5:]).decode("utf-8", "backslashreplace")
     atom = value(node) if node.is_atom else None
@@ -44,7 +44,7 @@ def text(node: IRNode) -> str | None:
 
 
 def called(node: IRNode) -> str:
-    """Return the dotted path of the function or class that makes a value."""
+    """The dotted path of the function or class that makes a value."""
     if node.code not in _CALLS or not node.parts:
         return ""
     function = node.parts[0]
@@ -56,14 +56,14 @@ def called(node: IRNode) -> str:
 
 
 def arguments(node: IRNode) -> list[IRNode]:
-    """Return what a call is given."""
+    """What a call is given."""
     if node.code not in _CALLS or len(node.parts) < 2:
         return []
     return node.parts[1].parts if node.parts[1].code in _TUPLES else []
 
 
 def entries(node: IRNode) -> list[Entry] | None:
-    """Return the entries of a dictionary; None for what is none."""
+    """The entries of a dictionary; None for what is none."""
     pairs: list[Entry] = []
     if node.code == ord("d"):
         pairs += zip(node.parts[::2], node.parts[1::2], strict=True)
@@ -78,13 +78,13 @@ def entries(node: IRNode) -> list[Entry] | None:
 
 
 def _listed_entries(args: Sequence[IRNode]) -> list[Entry]:
-    """Return the entries that an ordered dictionary of Python 2 is made from."""
+    """The entries that an ordered dictionary of Python 2 is made from."""
     rows = items(args[0]) if args else []
     return [(row[0], row[1]) for row in map(items, rows) if len(row) == 2]
 
 
 def items(node: IRNode) -> list[IRNode]:
-    """Return the items of a list or a tuple."""
+    """The items of a list or a tuple."""
     if node.code in _TUPLES:
         return node.parts
     if node.code not in _LISTS:
@@ -104,18 +104,18 @@ def replace_entries(node: IRNode, kept: Sequence[Entry]) -> None:
 
 
 def texts(node: IRNode) -> dict[str, IRNode]:
-    """Return the entries of a dictionary whose keys are texts."""
+    """The entries of a dictionary whose keys are texts."""
     return {name: item for key, item in entries(node) or () if (name := text(key)) is not None}
 
 
 def text_node(characters: str) -> IRNode:
-    """Return the recipe of a text."""
+    """The recipe of a text."""
     raw = characters.encode("utf-8", "backslashreplace")
     return IRNode(bytes([_TEXT]) + struct.pack("<I", len(raw)) + raw)
 
 
 def number_node(number: int) -> IRNode:
-    """Return the recipe of a whole number that is not negative."""
+    """The recipe of a whole number that is not negative."""
     if number < 1 << 31:
         return IRNode(b"J" + struct.pack("<i", number))
     raw = number.to_bytes((number.bit_length() + 8) // 8, "little")
@@ -123,7 +123,7 @@ def number_node(number: int) -> IRNode:
 
 
 def tuple_node(parts: Sequence[IRNode]) -> IRNode:
-    """Return the recipe of a tuple."""
+    """The recipe of a tuple."""
     return IRNode(b"t", list(parts)) if parts else IRNode(b")")
 
 
@@ -171,7 +171,7 @@ class CheckpointContainer:
 
 
 def storage_ref(node: IRNode) -> StorageRef | None:
-    """Return the storage that a value is asked for with; None if it is no such value."""
+    """The storage that a value is asked for with; None if it is no such value."""
     if node.code != _PERSISTENT_ID or len(node.parts[0].parts) <= _COUNT:
         return None
     id_node = node.parts[0]
@@ -184,12 +184,12 @@ def storage_ref(node: IRNode) -> StorageRef | None:
 
 
 def storage_refs(root: IRNode) -> list[StorageRef]:
-    """Return every place where a program asks for a storage, in its order."""
+    """Every place where a program asks for a storage, in its order."""
     return [ref for node in reachable(root).values() if (ref := storage_ref(node)) is not None]
 
 
 def storage_keys(node: IRNode) -> frozenset[str]:
-    """Return the storages behind a value."""
+    """The storages behind a value."""
     return frozenset(ref.key for ref in storage_refs(node))
 
 
@@ -200,7 +200,7 @@ def is_tensor(node: IRNode) -> bool:
 
 
 def with_storage(node: IRNode, key: str, shape: tuple[int, ...]) -> IRNode | None:
-    """Return a tensor that sees the whole of another storage, row by row; None where it is not a plain one."""
+    """A tensor that sees the whole of another storage, row by row; None where it is not a plain one."""
     args = arguments(node)
     if not args:
         return None

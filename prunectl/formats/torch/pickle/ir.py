@@ -80,7 +80,7 @@ class PickleIR:
 
 
 def reachable(root: IRNode) -> dict[int, IRNode]:
-    """Return every value that takes part in one, by identity, in the order in which they are met."""
+    """Every value that takes part in one, by identity, in the order in which they are met."""
     nodes = {id(root): root}
     todo = [root.children()]
     while todo:
@@ -202,7 +202,7 @@ def emit_pickle(program: PickleIR) -> Iterator[Bytes]:
 
 
 def emitted(node: IRNode) -> bytes:
-    """Return a program that makes one value."""
+    """A program that makes one value."""
     return b"".join(emit_pickle(PickleIR(node, b"", 0)))
 
 

@@ -51,7 +51,7 @@ class PickleDict:
     items: list[tuple[Any, Any]] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
-        """Return the entries whose keys are texts."""
+        """The entries whose keys are texts."""
         return {key: value for key, value in self.items if isinstance(key, str)}
 
 
@@ -71,12 +71,12 @@ class OpaqueCall:
         return self.function.path if isinstance(self.function, Global) else ""
 
     def arg(self, index: int) -> Any:
-        """Return one positional argument, or None."""
+        """One positional argument, or None."""
         return self.args[index] if isinstance(self.args, tuple) and index < len(self.args) else None
 
 
 def describe_value(text: str) -> str:
-    """Return a stranger's text fit for one line."""
+    """A stranger's text fit for one line."""
     plain = "".join(letter if letter.isprintable() else "?" for letter in text[:MAX_SHOWN_CHARACTERS])
     return plain if len(text) <= MAX_SHOWN_CHARACTERS else f"{plain}..."
 
@@ -121,7 +121,7 @@ class OpcodeReader:
         self.offset += nbytes
 
     def number(self, layout: str) -> Any:
-        """Return a number of fixed size."""
+        """A number of fixed size."""
         size = struct.calcsize(layout)
         if self.offset + size > self.end:
             raise ValueError("it ends early")
@@ -130,7 +130,7 @@ class OpcodeReader:
         return value
 
     def run(self, nbytes: int) -> bytes:
-        """Return so many bytes."""
+        """The next bytes of the file."""
         if nbytes < 0 or self.offset + nbytes > self.end:
             raise ValueError("it ends early")
         data = self.data[self.offset : self.offset + nbytes]
@@ -138,7 +138,7 @@ class OpcodeReader:
         return data
 
     def raw(self, nbytes: int) -> RawBytes:
-        """Return a run of bytes by its place."""
+        """A run of bytes by its place."""
         if nbytes < 0 or self.offset + nbytes > self.end:
             raise ValueError("it ends early")
         offset = self.offset
@@ -150,7 +150,7 @@ class OpcodeReader:
         return RawBytes(offset, nbytes, head)
 
     def text(self, nbytes: int) -> str | RawBytes:
-        """Return a text; one that is too long to be a name only by its place."""
+        """A text; one that is too long to be a name only by its place."""
         if nbytes > budgets.MAX_NAME_BYTES:
             return self.raw(nbytes)
         raw = self.run(nbytes)
@@ -164,7 +164,7 @@ class OpcodeReader:
         return decoded
 
     def string(self, nbytes: int) -> str | RawBytes:
-        """Return a string of Python 2: text where it is UTF-8."""
+        """A string of Python 2: text where it is UTF-8."""
         raw = self.raw(nbytes)
         try:
             return raw.head.decode() if nbytes <= budgets.MAX_NAME_BYTES else raw
@@ -172,13 +172,13 @@ class OpcodeReader:
             return raw
 
     def long(self, nbytes: int) -> int:
-        """Return a whole number of any size that makes sense."""
+        """A whole number of any size that makes sense."""
         if nbytes > budgets.MAX_MARK_BYTES:
             raise ValueError("a number in it is absurdly long")
         return int.from_bytes(self.run(nbytes), "little", signed=True)
 
     def line(self) -> bytes:
-        """Return the bytes up to the end of the line."""
+        """The bytes up to the end of the line."""
         stop = self.data.find(b"\n", self.offset, min(self.end, self.offset + budgets.MAX_NAME_BYTES))
         if stop < 0:
             raise ValueError("it ends early")
@@ -188,7 +188,7 @@ class OpcodeReader:
         return data
 
     def line_of(self, kind: str) -> Any:
-        """Return what protocol 0 writes as a line."""
+        """What protocol 0 writes as a line."""
         line = self.line()
         if kind == "int":
             known = {b"00": False, b"01": True}

@@ -66,12 +66,12 @@ class CheckpointSection:
         return bool(self.storages) and not self.is_tensor
 
     def keys(self) -> set[str]:
-        """Return its own entries' names."""
+        """Its own entries' names."""
         return set(texts(self.node))
 
 
 def training_sections(sections: Mapping[str, CheckpointSection]) -> dict[str, StripPart]:
-    """Return the entries that only training needs; none unless a model is left without them."""
+    """The entries that only training needs; none unless a model is left without them."""
     parts = {
         name: needed for name, section in sections.items() if (needed := _part_of(name, section, sections)) is not None
     }
@@ -171,7 +171,7 @@ def strip(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) ->
 
 
 def _open(model: ModelFile, options: StripOptions) -> CheckpointContainer | None:
-    """Return what can be changed; None where there is nothing that could go."""
+    """What can be changed; None where there is nothing that could go."""
     if model.format != "torch":
         return containers.open_legacy_container(model)
     archive = open_archive(model.path)
@@ -243,7 +243,7 @@ def _is_gradient(name: str, node: IRNode, names: dict[str, IRNode]) -> bool:
 
 
 def _removed_masks(key_of: Mapping[str, str], masked_weights: Iterable[MaskedWeight]) -> list[_RemovedSection]:
-    """Return the masks and the wrappers that went; the known are the keys of storages."""
+    """The masks and the wrappers that went; the known are the keys of storages."""
     removed: dict[str, _RemovedSection] = {}
     for masked in masked_weights:
         for mask in masked.masks:

@@ -33,7 +33,7 @@ _PROTOCOL = b"\x80\x02"
 
 
 def open_legacy_container(model: ModelFile) -> CheckpointContainer:
-    """Return the program and the storages of a file."""
+    """The program and the storages of a file."""
     path = model.path
     with path.open("rb") as file:
         # Stays open as long as something of the program lies in it.
@@ -93,7 +93,7 @@ def is_script(archive: Archive) -> bool:
 
 
 def open_zip_container(model: ModelFile, archive: Archive) -> CheckpointContainer:
-    """Return the program and the storages of a zip."""
+    """The program and the storages of a zip."""
     folder = top_folder(archive)
     entry = archive.entries[f"{folder}data.pkl"]
     if entry.is_stored:

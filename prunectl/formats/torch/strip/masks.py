@@ -122,7 +122,7 @@ def _match_masks(
 
 
 def _sparsifier(parent: StateDict) -> dict[str, str]:
-    """Return the masks that a sparsifier of torch.ao keeps, by the weights that they belong to."""
+    """The masks that a sparsifier of torch.ao keeps, by the weights that they belong to."""
     inside = texts(parent.node)
     if not inside.keys() >= _SPARSIFIER:
         return {}
@@ -167,11 +167,11 @@ class TensorData:
     blocks: Callable[[], Iterator[Array]]
 
     def to_storage(self) -> NewStorage:
-        """Return the storage as bytes."""
+        """The storage as bytes."""
         return NewStorage(self.size * self.tensor.dtype.itemsize, self.tensor.dtype.itemsize, self._raw)
 
     def half(self, model: ModelFile) -> NewStorage:
-        """Return the storage as the bytes of 16-bit floats."""
+        """The storage as the bytes of 16-bit floats."""
 
         def raw() -> Iterator[Bytes]:
             for block in to_float16(self.blocks(), model.path, self.tensor.name):
@@ -193,7 +193,7 @@ def _bytes(block: Array, *, is_big: bool) -> Bytes:
 def materialise_masked(
     model: ModelFile, container: CheckpointContainer, masked_weights: Collection[MaskedWeight]
 ) -> dict[str, TensorData]:
-    """Return the storages of weights times masks, by their keys; a weight that shares its own gets another."""
+    """The storages of weights times masks, by their keys; a weight that shares its own gets another."""
     root = container.ir.root
     used = Counter(container.name_of(ref.key) for ref in storage_refs(root))
     key_of = {container.name_of(ref.key): ref.key for ref in storage_refs(root)}
@@ -281,7 +281,7 @@ _TYPED = (
 
 
 def halve(model: ModelFile, container: CheckpointContainer, numbers: Mapping[str, TensorData]) -> dict[str, NewStorage]:
-    """Return every storage of plain 32-bit and wider floats as one of 16-bit floats, and name it so in the program."""
+    """Storages of 16-bit floats for those of plain wider floats, named so in the program."""
     first_tensors: dict[str, Tensor] = {}
     for tensor in model.tensors:
         first_tensors.setdefault(tensor.storage.key, tensor)
@@ -303,13 +303,13 @@ def halve(model: ModelFile, container: CheckpointContainer, numbers: Mapping[str
 
 
 def _explicitly_typed(root: IRNode) -> frozenset[str]:
-    """Return the storages whose type is also said elsewhere, as that of scales and of wrapper classes is."""
+    """The storages whose type is also said elsewhere, as that of scales and of wrapper classes is."""
     calls = [node for node in reachable(root).values() if called(node).startswith(_TYPED)]
     return frozenset(key for node in calls for key in storage_keys(node))
 
 
 def _whole(model: ModelFile, tensor: Tensor | None) -> TensorData | None:
-    """Return all that a storage holds, whichever part of it a tensor sees."""
+    """All that a storage holds, whichever part of it a tensor sees."""
     if tensor is None or tensor.storage.key.startswith("pickle@"):
         return None
     size = tensor.storage.nbytes // tensor.dtype.itemsize
