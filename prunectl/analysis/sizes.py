@@ -16,19 +16,18 @@ from prunectl.analysis.stats import ModelStats, SizeStats, measure_stats
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile
+from prunectl.formats.extents import file_chunks
 from prunectl.formats.registry import by_name, load
 from prunectl.formats.safe_json import require
 from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.workers import check_stopped, workers
 from prunectl.units import Units, nbytes, percent, printable
 
-_PIECE_BYTES = 1 << 20
-
 
 def iter_model_bytes(model: ModelFile) -> Iterator[bytes]:
     """Yield the bytes that the size of a model is measured on."""
     if len(model.files) == 1 and not model.path.is_dir():
-        yield from iter_chunks(model.files[0])
+        yield from file_chunks(model.files[0])
     else:
         yield from iter_tar(model.path if model.path.is_dir() else model.path.parent, model.files)
 
@@ -40,7 +39,7 @@ def sha256(model: ModelFile) -> str:
 
 def sha256_of(path: Path) -> str:
     """The hash of one file."""
-    return _hashed(iter_chunks(path))
+    return _hashed(file_chunks(path))
 
 
 def _hashed(content: Iterator[bytes]) -> str:
@@ -48,13 +47,6 @@ def _hashed(content: Iterator[bytes]) -> str:
     for piece in content:
         digest.update(piece)
     return digest.hexdigest()
-
-
-def iter_chunks(path: Path) -> Iterator[bytes]:
-    """Yield a file piece by piece."""
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE_BYTES):
-            yield piece
 
 
 def iter_tar(root: Path, files: tuple[Path, ...]) -> Iterator[bytes]:
@@ -65,7 +57,7 @@ def iter_tar(root: Path, files: tuple[Path, ...]) -> Iterator[bytes]:
         info.size = path.stat().st_size
         head = info.tobuf(tarfile.GNU_FORMAT)
         yield head
-        yield from iter_chunks(path)
+        yield from file_chunks(path)
         padding = bytes(-info.size % tarfile.BLOCKSIZE)
         yield padding
         done += len(head) + info.size + len(padding)

@@ -80,6 +80,13 @@ def arrange(
     return array
 
 
+def file_chunks(path: Path) -> Iterator[bytes]:
+    """Yield a file chunk by chunk."""
+    with path.open("rb") as file:
+        while chunk := file.read(BLOCK_BYTES):
+            yield chunk
+
+
 def blocks(extent: Extent, dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
     """Yield the extent piece by piece, each valid until the next: memory stays one block."""
     buffer = np.empty(min(BLOCK_BYTES, extent.nbytes), np.uint8)

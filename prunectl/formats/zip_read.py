@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 from prunectl.errors import InputError, abbreviated, reading
 from prunectl.formats.budgets import BOMB_RATIO, MAX_DEFLATE_RATIO, MAX_UNFOLDED_BYTES
 from prunectl.formats.detect import refuse_long_directory
-from prunectl.formats.extents import Extent
+from prunectl.formats.extents import BLOCK_BYTES, Extent
 
 _LOCAL_HEADER_BYTES = 30
 _RECORD_BYTES, _ZIP64 = 4, b"\x01\x00"
 """How long the head of an extra record is, and the kind that holds 64-bit lengths."""
-_PIECE_BYTES = 1 << 20
 _END, _LOCATOR_64, _END_64 = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
 _END_BYTES, _LOCATOR_BYTES, _END_64_BYTES, _MAX_COMMENT_BYTES = 22, 20, 56, (1 << 16) - 1
 
@@ -85,7 +84,7 @@ def _inflated(file: BinaryIO, entry: ZipEntry) -> Iterator[bytes]:
     inflate = zlib.decompressobj(-zlib.MAX_WBITS)
     while left:
         with reading(entry.extent.path):
-            raw = file.read(min(_PIECE_BYTES, left))
+            raw = file.read(min(BLOCK_BYTES, left))
         if not raw:
             return
         left -= len(raw)
@@ -94,7 +93,7 @@ def _inflated(file: BinaryIO, entry: ZipEntry) -> Iterator[bytes]:
             continue
         try:
             while raw:
-                yield inflate.decompress(raw, _PIECE_BYTES)
+                yield inflate.decompress(raw, BLOCK_BYTES)
                 raw = inflate.unconsumed_tail
         except zlib.error as error:
             raise InputError(

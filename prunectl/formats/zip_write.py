@@ -8,12 +8,11 @@ import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 from prunectl.formats.base import ModelFile
-from prunectl.formats.extents import Extent
+from prunectl.formats.extents import BLOCK_BYTES, Extent, file_chunks
 from prunectl.formats.patch import TensorUpdate, copy_with_patches
 from prunectl.formats.zip_read import Archive, FileWindow, ZipEntry, open_archive, open_inside, written_again
 
@@ -80,12 +79,7 @@ def _padding(offset: int, info: ZipInfo, alignment: int) -> bytes:
 
 def file_content(path: Path) -> Content:
     """A file as what an entry holds."""
-
-    def pieces() -> Iterator[bytes]:
-        with path.open("rb") as file:
-            yield from iter(partial(file.read, _PIECE_BYTES), b"")
-
-    return path.stat().st_size, pieces()
+    return path.stat().st_size, file_chunks(path)
 
 
 def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
@@ -108,7 +102,6 @@ def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
 _LOCAL, _CENTRAL, _DESCRIPTOR = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
 _CENTRAL_BYTES = 46
 _HAS_DESCRIPTOR = 1 << 3
-_PIECE_BYTES = 1 << 20
 
 
 def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[TensorUpdate]) -> None:
@@ -170,7 +163,7 @@ def _end(entry: ZipEntry) -> int:
 def _crc(fd: int, entry: ZipEntry) -> int:
     crc, offset, end = 0, entry.extent.offset, entry.extent.offset + entry.extent.nbytes
     while offset < end:
-        piece = os.pread(fd, min(_PIECE_BYTES, end - offset), offset)
+        piece = os.pread(fd, min(BLOCK_BYTES, end - offset), offset)
         crc, offset = zlib.crc32(piece, crc), offset + len(piece)
     return crc
 

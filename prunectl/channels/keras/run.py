@@ -21,10 +21,9 @@ from prunectl.formats.base import Array
 from prunectl.formats.keras.archive import WEIGHTS
 from prunectl.formats.keras.config import part, text
 from prunectl.formats.keras.hdf5 import rewrite
-from prunectl.formats.keras.hdf5.rebuild import address_of
+from prunectl.formats.keras.hdf5.rebuild import address_of, run_rewriting
 from prunectl.formats.keras.hdf5.rewrite import H5Edits, create_like, rebuild_with
 from prunectl.formats.registry import open_model
-from prunectl.formats.sandbox import run_sandboxed
 from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.zip_read import open_archive
 from prunectl.training.backend import LoadOptions
@@ -35,9 +34,6 @@ from prunectl.training.keras.distribution import DevicePlacement
 from prunectl.training.keras.load import load
 
 _CONFIG = "config.json"
-_BYTES_PER_SECOND = 1 << 20
-_ROOM = 512 << 20
-_PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +57,11 @@ def write(loaded: LoadedKeras, edited: EditedFile, target: Path) -> None:
     with temporary_folder() as scratch:
         weights = scratch / WEIGHTS
         _write_h5(loaded, edited, H5Edits(), weights)
-        with weights.open("rb") as file:
-            chunks = iter(partial(file.read, _PIECE), b"")
-            changed: dict[str, Any] = {WEIGHTS: (weights.stat().st_size, chunks)}
-            if edited.config is not None:
-                text = json.dumps(edited.config).encode()
-                changed[_CONFIG] = (len(text), [text])
-            zip_write.rewrite_zip(open_archive(model.path), target, changed)
+        changed = {WEIGHTS: zip_write.file_content(weights)}
+        if edited.config is not None:
+            text = json.dumps(edited.config).encode()
+            changed[_CONFIG] = (len(text), [text])
+        zip_write.rewrite_zip(open_archive(model.path), target, changed)
 
 
 def _write_h5(loaded: LoadedKeras, edited: EditedFile, h5_edits: H5Edits, target: Path) -> None:
@@ -78,13 +72,8 @@ def _write_h5(loaded: LoadedKeras, edited: EditedFile, h5_edits: H5Edits, target
     nbytes = stored.file.stat().st_size
     try:
         rewrite.edit(stored.file, intermediate, h5_edits, stored.contents, loaded.model.path)
-        run_sandboxed(
-            partial(_rebuilt, intermediate, target, arrays, loaded.model.path),
-            loaded.model.path,
-            seconds=10 + nbytes / _BYTES_PER_SECOND,
-            extra_bytes=_ROOM + 2 * nbytes,
-            written=(target,),
-        )
+        work = partial(_rebuilt, intermediate, target, arrays, loaded.model.path)
+        run_rewriting(work, loaded.model.path, nbytes, 2 * nbytes, (target,))
     finally:
         intermediate.unlink(missing_ok=True)
 

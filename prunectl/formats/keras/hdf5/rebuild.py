@@ -137,14 +137,16 @@ Copies = dict[int, Any]
 def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
     """Write an HDF5 file again, in a child, since libhdf5 may not survive what it reads."""
     nbytes = model.path.stat().st_size
-    run_sandboxed(
-        partial(_pack, model.path, target),
-        model.path,
-        seconds=10 + nbytes / _BYTES_PER_SECOND,
-        extra_bytes=_ROOM + 2 * nbytes,
-        written=(target,),
-    )
+    run_rewriting(partial(_pack, model.path, target), model.path, nbytes, 2 * nbytes, (target,))
     tick(nbytes)
+
+
+def run_rewriting(
+    work: Callable[[], bytes], shown: Path, nbytes: int, extra_bytes: int, written: tuple[Path, ...]
+) -> None:
+    """Rewrite so many bytes of an HDF5 file in a child, which may take so much memory more than libhdf5 does."""
+    seconds = 10 + nbytes / _BYTES_PER_SECOND
+    run_sandboxed(work, shown, seconds=seconds, extra_bytes=_ROOM + extra_bytes, written=written)
 
 
 def _pack(source: Path, target: Path) -> bytes:

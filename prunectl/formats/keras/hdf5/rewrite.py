@@ -26,9 +26,9 @@ from prunectl.formats.keras.hdf5.rebuild import (
     copy_attributes,
     create_dataset,
     rebuild_file,
+    run_rewriting,
 )
 from prunectl.formats.patch import TensorUpdate, patch_files
-from prunectl.formats.sandbox import run_sandboxed
 
 
 def rebuild_with(source: Path, target: Path, changed: Mapping[int, CopyDataset], shown: Path) -> None:
@@ -85,8 +85,6 @@ def merge(pieces: Iterable[H5Edits]) -> H5Edits:
     )
 
 
-_BYTES_PER_SECOND = 1 << 20
-_ROOM = 512 << 20
 _TEMPORARY_NAME = "being moved by prunectl "
 _WRAPPED = PRUNED_PREFIX.rstrip("_")
 _HALF = h5py.h5t.IEEE_F16LE
@@ -101,13 +99,8 @@ def edit(source: Path, target: Path, edits: H5Edits, contents: H5Contents, shown
     draft = target.with_name(f"{target.name}.draft")
     largest = max((dataset.storage.nbytes for dataset in contents.datasets), default=0)
     try:
-        run_sandboxed(
-            partial(_edit, source, draft, target, edits, shown),
-            shown,
-            seconds=10 + source.stat().st_size / _BYTES_PER_SECOND,
-            extra_bytes=_ROOM + 5 * largest,
-            written=(draft, target),
-        )
+        work = partial(_edit, source, draft, target, edits, shown)
+        run_rewriting(work, shown, source.stat().st_size, 5 * largest, (draft, target))
     finally:
         draft.unlink(missing_ok=True)
 
@@ -228,13 +221,8 @@ def write(model: ModelFile, targets: dict[Path, Path], updates: Sequence[TensorU
             numbers.writelines(update.raw())
             changed[int(update.tensor.storage.key)] = Extent(Path(numbers.name), begin, numbers.tell() - begin)
         numbers.flush()
-        run_sandboxed(
-            partial(_rebuild, model.path, target, changed),
-            model.path,
-            seconds=10 + nbytes / _BYTES_PER_SECOND,
-            extra_bytes=_ROOM + 3 * max((tensor.nbytes for tensor in model.tensors), default=0),
-            written=(target,),
-        )
+        largest = max((tensor.nbytes for tensor in model.tensors), default=0)
+        run_rewriting(partial(_rebuild, model.path, target, changed), model.path, nbytes, 3 * largest, (target,))
 
 
 def _rebuild(source: Path, target: Path, changed: Mapping[int, Extent]) -> bytes:

@@ -10,6 +10,7 @@ from zipfile import ZIP_DEFLATED, ZipInfo
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile, RemovedItem, Role, StripOptions, StripPart
 from prunectl.formats.budgets import MAX_ALIGNMENT, MAX_PICKLE_BYTES, MAX_VERSION_BYTES
+from prunectl.formats.extents import BLOCK_BYTES
 from prunectl.formats.patch import patch_files
 from prunectl.formats.torch import views
 from prunectl.formats.torch.archive import top_folder
@@ -28,7 +29,6 @@ from prunectl.formats.torch.pickle.ir import Bytes, IRNode, Mutation, emit_pickl
 from prunectl.formats.zip_read import Archive, open_archive
 from prunectl.formats.zip_write import Content, rewrite_zip
 
-_PIECE_BYTES = 1 << 20
 _PROTOCOL = b"\x80\x02"
 
 
@@ -79,8 +79,8 @@ def _storage(data: mmap.mmap, runs: dict[str, tuple[int, int]], edits: Checkpoin
         yield from new.raw()
         return
     offset, nbytes = runs[key]
-    for begin in range(offset, offset + nbytes, _PIECE_BYTES):
-        yield data[begin : min(begin + _PIECE_BYTES, offset + nbytes)]
+    for begin in range(offset, offset + nbytes, BLOCK_BYTES):
+        yield data[begin : min(begin + BLOCK_BYTES, offset + nbytes)]
 
 
 ALIGNMENT = 64
