@@ -16,7 +16,7 @@ demo: .venv/.full
 	@BIN=$(BIN) sh examples/demo.sh
 
 test: .venv/.full
-	$(BIN)/python -m pytest -q -n $(JOBS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 check: lint test
 

@@ -65,11 +65,19 @@ def trained(optimizer: Any = "adam") -> Any:
     return model
 
 
-@pytest.fixture(params=["new", "legacy"])
-def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
+@pytest.fixture(scope="module", params=["new", "legacy"])
+def saved_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    path = tmp_path_factory.mktemp("trained") / "m"
     model = trained(tf_keras().optimizers.legacy.Adam() if request.param == "legacy" else "adam")
-    model.save(tmp_path / "m", save_format="tf")
-    return model, tmp_path / "m"
+    model.save(path, save_format="tf")
+    return model, path
+
+
+@pytest.fixture
+def saved(saved_once: tuple[Any, Path], tmp_path: Path) -> tuple[Any, Path]:
+    """A model, and a copy of its folder that a test may change."""
+    model, path = saved_once
+    return model, Path(shutil.copytree(path, tmp_path / "m"))
 
 
 def test_a_trained_model_loads_everywhere_and_predicts_the_same(saved: tuple[Any, Path]) -> None:
@@ -222,7 +230,7 @@ def branched() -> Any:
     x = k.layers.BatchNormalization(name="norm")(shared(shared(inputs)))
     inner_inputs = k.Input((5,))
     inner = k.Model(inner_inputs, wrapped(k.layers.Dense(4, name="deep"))(inner_inputs), name="inner")
-    y = wrapped(k.layers.LSTM(3, name="rnn"))(k.layers.Reshape((1, 4))(inner(x)))
+    y = wrapped(k.layers.SimpleRNN(3, name="rnn"))(k.layers.Reshape((1, 4))(inner(x)))
     return k.Model(inputs, [wrapped(k.layers.Dense(2, name="head"))(y), x * 2.0 + 1.0])
 
 

@@ -115,7 +115,7 @@ def test_a_broken_program_is_refused_in_a_sentence(program: bytes) -> None:
         interpret(program, WHERE, "its pickle")
 
 
-MANY = 1_900_000
+MANY = 600_000
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ MANY = 1_900_000
         b"}" * MANY + b".",
         b"(" * MANY + b".",
         b"cos\nsystem\nq\x00" + b"h\x00)R" * (MANY // 3) + b".",
-        b"]" * (MANY * 2) + b".",
+        b"]" * 3_800_000 + b".",
         b"\x8c\x03abc" * MANY + b".",
     ],
     ids=["deep lists", "deep tuples", "doubling", "dictionaries", "marks", "calls", "too long", "texts"],
@@ -139,7 +139,7 @@ def test_a_bomb_is_followed_or_refused_in_bounded_time(program: bytes) -> None:
     except InputError as error:
         assert str(error).startswith("m.pt is")  # noqa: PT017 (some are followed to their end)
     # Far above what it takes, and far below what it would take unbounded.
-    assert time.process_time() - begin < 15
+    assert time.process_time() - begin < 8
 
 
 def test_a_billion_laughs_of_dictionaries_is_refused() -> None:
