@@ -16,7 +16,7 @@ from typing import Any
 from prunectl.errors import InputError, PrunectlError, UntrustedError, UsageError, abbreviated, first_line
 from prunectl.formats import trust, zip_read
 from prunectl.formats.base import Family, ModelFile
-from prunectl.formats.torch import exported_trust, script
+from prunectl.formats.torch import exported_trust, script_trust
 from prunectl.plugins import attribute, find
 from prunectl.training.backend import LoadOptions
 
@@ -59,7 +59,7 @@ def check(model: ModelFile, origin: LoadOptions) -> None:
     elif model.family is Family.TORCH_PROGRAM:
         exported_trust.check_program(model.path)
     elif is_script(model):
-        script.check(model.path)
+        script_trust.check(model.path)
     elif model.family is Family.TORCH and model.about.code:
         raise UntrustedError(
             f"{model.path} holds a whole Python module ({model.about.code[0]}): opening it would run code",

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from prunectl.errors import UntrustedError
-from prunectl.formats.torch import exported_trust, script
+from prunectl.formats.torch import exported_trust, script_trust
 from tests.running import Outcome, here
 from tests.safety.cost import assert_refused_cheaply, cost
 
@@ -320,7 +320,7 @@ def test_sizes_that_do_more_are_not(text: str) -> None:
     ],
 )
 def test_operators_of_scripts_that_do_more_than_compute_are_found(code: str) -> None:
-    assert script.find_foreign(code)
+    assert script_trust.find_foreign(code)
 
 
 def prefixed(target: io.BytesIO, script: Path) -> tuple[int, int, bytes]:
@@ -369,6 +369,6 @@ def test_a_second_directory_that_pytorch_alone_finds_is_refused(where: str, cana
 def test_ordinary_scripts_pass(tmp_path: Path) -> None:
     net = torch.jit.script(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU()))
     net.save(str(tmp_path / "m.pt"))
-    script.check(tmp_path / "m.pt")
+    script_trust.check(tmp_path / "m.pt")
     with pytest.raises(UntrustedError):
-        script.check(planted_script(tmp_path / "n.pt", tmp_path / "canary"))
+        script_trust.check(planted_script(tmp_path / "n.pt", tmp_path / "canary"))

@@ -29,7 +29,7 @@ from prunectl.formats.keras.flops import matmuls, recurrent
 from prunectl.formats.keras.flops.shapes import LayerCall, UnknownShapeError, shape_in, untuple
 from prunectl.formats.keras.flops.trace import SHAPE_KEYS, NodeResolver, ShapeTracer, input_shape, topological_order
 from prunectl.formats.keras.inbound import NodeCall, TensorRef, model_ends, name_of
-from prunectl.formats.keras.layouts import ambiguous_containers, layers_by_folder
+from prunectl.formats.keras.numbering import ambiguous_containers, layers_by_folder
 from prunectl.training.backend import ModelSignature, TensorSpec
 
 _SCALAR = (int, float, str, bool, type(None))

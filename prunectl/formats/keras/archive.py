@@ -19,7 +19,7 @@ from prunectl.formats.keras import h5, layouts
 from prunectl.formats.keras.hdf5 import read, rewrite
 from prunectl.formats.keras.hdf5.child import H5Location
 from prunectl.formats.keras.hdf5.rewrite import H5Edits
-from prunectl.formats.keras.layouts import current_folders, layers_by_folder
+from prunectl.formats.keras.numbering import current_folders, layers_by_folder
 from prunectl.formats.patch import TensorUpdate
 from prunectl.formats.safe_json import parse_object
 from prunectl.formats.scratch import Scratch, temporary_folder

@@ -14,7 +14,7 @@ from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras.config import PRUNED_PREFIX, part, text
 from prunectl.formats.keras.hdf5.read import Dataset, H5Contents
 from prunectl.formats.keras.hdf5.rewrite import H5Edits, merge
-from prunectl.formats.keras.layouts import CONTAINERS, TWICE, numbered_folder
+from prunectl.formats.keras.numbering import CONTAINERS, TWICE, numbered_folder
 from prunectl.formats.keras.roles import name_by_position
 from prunectl.formats.keras.unwrap import inner_layer
 
