@@ -12,21 +12,19 @@ from prunectl.analysis import patterns, sizes
 from prunectl.analysis.inspect import InspectOptions
 from prunectl.analysis.sizes import CodecName
 from prunectl.analysis.stats import ModelStats
-from prunectl.calibration import prune as calibration
-from prunectl.channels import prune as channels
 from prunectl.channels.prune import ChannelPruneResult
 from prunectl.exporting import export as exporting
 from prunectl.exporting import request as export_request
 from prunectl.exporting.compare import ExportResult
 from prunectl.formats.base import StripOptions, StripPart
 from prunectl.formats.registry import open_model
-from prunectl.pruning import prune as pruning
 from prunectl.pruning import request as prune_request
 from prunectl.pruning import strip as stripping
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.prune import Pruned
 from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.strip import Stripped
+from prunectl.sweeping.requests import prune_by_request
 from prunectl.training import finetune as training
 from prunectl.training import request as finetune_request
 from prunectl.training.finetune import FinetuneResult
@@ -188,12 +186,7 @@ def prune(
     }
     request = prune_request.parse_request({name: value for name, value in options.items() if name not in limits})
     destination = _destination(output, force=force, in_place=in_place)
-    if is_cut:
-        return channels.prune_channels(Path(model), request, destination, is_trusted=trust, **limits)
-    method = prune_request.check(request)
-    if request.data:
-        return calibration.prune(Path(model), request, destination, is_trusted=trust, method=method)
-    return pruning.prune(Path(model), request, destination, method=method)
+    return prune_by_request(Path(model), request, destination, is_trusted=trust, limits=limits)
 
 
 def strip(

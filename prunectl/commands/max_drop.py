@@ -28,14 +28,13 @@ from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.sweep import trial_line
 from prunectl.sweeping.journal import digests
 from prunectl.sweeping.max_drop import Search, SearchResult, search
-from prunectl.sweeping.requests import check_channels, needs_data, prune_to
+from prunectl.sweeping.requests import check_channels, needs_data, prune_by_request
 from prunectl.sweeping.trial import Variant
 from prunectl.training.backend import LoadOptions, TrainOptions
 from prunectl.training.evaluation.max_drop import parse_drop
 from prunectl.training.finetune import finetune
 from prunectl.training.monitor import check_direction
-from prunectl.training.request import FinetuneRequest, check
-from prunectl.training.request import parse_metrics as metrics_of
+from prunectl.training.request import FinetuneRequest, check, parse_metrics
 
 if TYPE_CHECKING:
     from prunectl.commands.finetune import Finetune
@@ -79,7 +78,7 @@ def search_mode(reporter: Reporter, options: Prune, request: PruneRequest, limit
     origin = LoadOptions(
         request.model, request.custom_objects, is_trusted=options.trust, seed=request.seed, inputs=request.inputs
     )
-    means = TrainOptions(loss=request.loss, seed=request.seed, **metrics_of((options.metric,)))
+    means = TrainOptions(loss=request.loss, seed=request.seed, **parse_metrics((options.metric,)))
     check_direction(means)
     evaluation = FinetuneRequest(request.data, batch_size=request.batch_size, means=means, origin=origin)
     looks_at_data = needs_data(replace(request, sparsity=_LEAST_PRUNED))
@@ -93,7 +92,9 @@ def search_mode(reporter: Reporter, options: Prune, request: PruneRequest, limit
     build_mode(options, replace(pruning, sparsity=_LEAST_PRUNED), limits)
 
     def make(path: Path, sparsity: float, output: Destination) -> None:
-        prune_to(path, replace(pruning, sparsity=sparsity), output, is_trusted=origin.is_trusted, limits=limits)
+        # A small step may be less than a channel.
+        step_limits, step = {**limits, "allow_empty": True}, replace(pruning, sparsity=sparsity)
+        prune_by_request(path, step, output, is_trusted=origin.is_trusted, limits=step_limits)
 
     choices = journal_key(
         {**asdict(request), "metric": options.metric, **limits}, {"sparsity", "is_packed"}.__contains__

@@ -11,19 +11,18 @@ from prunectl.analysis.patterns import CHANNEL
 from prunectl.calibration.prune import prune as prune_with_data
 from prunectl.channels.config import parse_config
 from prunectl.channels.importance import RequiredData
-from prunectl.channels.prune import prune_channels
+from prunectl.channels.prune import ChannelPruneResult, prune_channels
 from prunectl.errors import UsageError
 from prunectl.plugins import find
-from prunectl.pruning import BATCH_SIZE, SAMPLES, request
+from prunectl.pruning import BATCH_SIZE, SAMPLES
 from prunectl.pruning.destination import Destination
-from prunectl.pruning.prune import prune
-from prunectl.pruning.request import PruneRequest, resolve_method
+from prunectl.pruning.prune import Pruned, prune
+from prunectl.pruning.request import PruneRequest, check, check_shape, resolve_method
 from prunectl.pruning.schedules import CURVES
 from prunectl.pruning.strategies import Requires
 from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial
 from prunectl.training.backend import STATISTIC_OF_STRATEGY, LoadOptions, TrainOptions
-from prunectl.training.request import FinetuneRequest, ScheduleOptions
-from prunectl.training.request import parse_metrics as asked_of
+from prunectl.training.request import FinetuneRequest, ScheduleOptions, parse_metrics
 
 
 def needs_data(request: PruneRequest) -> bool:
@@ -34,17 +33,16 @@ def needs_data(request: PruneRequest) -> bool:
     return request.is_repaired or resolve_method(request).strategy.needs not in {Requires.NOTHING, Requires.TRAINING}
 
 
-def prune_to(
-    path: Path, request: PruneRequest, output: Destination, *, is_trusted: bool, limits: Mapping[str, Any] | None = None
-) -> None:
-    """Write what a request asks for; limits are about channels."""
+def prune_by_request(
+    path: Path, request: PruneRequest, output: Destination | None, *, is_trusted: bool, limits: Mapping[str, Any]
+) -> Pruned | ChannelPruneResult:
+    """Prune channels, or weights with data or without; limits are about channels."""
     if request.pattern == CHANNEL:
-        # A small step may be less than a channel.
-        prune_channels(path, request, output, is_trusted=is_trusted, allow_empty=True, **(limits or {}))
-    elif request.data:
-        prune_with_data(path, request, output, is_trusted=is_trusted)
-    else:
-        prune(path, request, output)
+        return prune_channels(path, request, output, is_trusted=is_trusted, **limits)
+    method = check(request)
+    if request.data:
+        return prune_with_data(path, request, output, is_trusted=is_trusted, method=method)
+    return prune(path, request, output, method=method)
 
 
 ONE_SHOT = "constant"
@@ -84,7 +82,7 @@ def training_of(config: SweepConfig, trial: Trial) -> FinetuneRequest:
             optimizer=config.optimizer,
             lr=config.lr,
             seed=config.seed,
-            **asked_of((config.metric,)),
+            **parse_metrics((config.metric,)),
         ),
         origin=LoadOptions(config.model, config.custom_objects, config.is_trusted, config.seed),
         pruning=pruning,
@@ -121,14 +119,14 @@ def check_variant(config: SweepConfig, trial: Trial) -> None:
         )
     pruning = pruning_of(config, trial)
     if not trains or trial.strategy not in STATISTIC_OF_STRATEGY or looks_at_data(trial):
-        request.check(pruning)
+        check(pruning)
     elif trial.schedule == ONE_SHOT:
         raise UsageError(
             f"the strategy {trial.strategy} watches training, and the schedule {ONE_SHOT} prunes before there is any",
             hint="such as --schedules polynomial",
         )
     else:
-        request.check_shape(pruning)
+        check_shape(pruning)
 
 
 def check_channels(pruning: PruneRequest) -> None:

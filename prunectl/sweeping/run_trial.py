@@ -10,7 +10,7 @@ from prunectl.formats.registry import open_model
 from prunectl.formats.scratch import temporary_folder
 from prunectl.pruning.destination import Destination
 from prunectl.sweeping.journal import digest, trial_dir
-from prunectl.sweeping.requests import is_one_shot, prune_to, pruning_of, training_of
+from prunectl.sweeping.requests import is_one_shot, prune_by_request, pruning_of, training_of
 from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial, TrialResult, diverged
 from prunectl.training.course import DivergedError
 from prunectl.training.evaluation.evaluate import evaluate_baseline, evaluate_file
@@ -64,4 +64,7 @@ def _write_trial(path: Path, config: SweepConfig, trial: Trial, output: Destinat
 
 
 def _write_pruned(path: Path, config: SweepConfig, trial: Trial, output: Destination) -> None:
-    prune_to(path, pruning_of(config, trial), output, is_trusted=config.is_trusted)
+    # A small step may be less than a channel.
+    prune_by_request(
+        path, pruning_of(config, trial), output, is_trusted=config.is_trusted, limits={"allow_empty": True}
+    )

@@ -1,4 +1,4 @@
-"""What the user asks of `finetune`, in the words of the command line."""
+"""The finetune request: options of the command line, and the points in time that they name."""
 
 from __future__ import annotations
 
@@ -94,10 +94,10 @@ class FinetuneRequest:
     def choices(self) -> dict[str, Any]:
         """What decides the numbers in the output; a run is resumed only with the same."""
         free = {"checkpoint_dir", "is_resumed", "logdir", "workers", "keeps_wrappers"}
-        found = {name: value for name, value in asdict(self).items() if name not in free}
+        values = {name: value for name, value in asdict(self).items() if name not in free}
         known_later = {"example", "frozen"}
-        means = {name: value for name, value in found["means"].items() if name not in known_later}
-        plain: dict[str, Any] = json.loads(json.dumps({**found, "means": means}))
+        means = {name: value for name, value in values["means"].items() if name not in known_later}
+        plain: dict[str, Any] = json.loads(json.dumps({**values, "means": means}))
         return plain
 
 
@@ -333,11 +333,11 @@ class TimePoint:
 
 def parse_time_point(text: str) -> TimePoint:
     """The point that is meant."""
-    found = _POINT.fullmatch(text.strip())
-    if found is None:
+    match = _POINT.fullmatch(text.strip())
+    if match is None:
         raise UsageError(f"{text!r} is no point in time", hint="write 2000 (steps), 20% (of all steps) or 3ep (epochs)")
-    amount, word = float(found[1]), found[2] or "steps"
-    unit = PointUnit.PERCENT if word == "%" else PointUnit.EPOCHS if word.startswith("ep") else PointUnit.STEPS
+    amount, suffix = float(match[1]), match[2] or "steps"
+    unit = PointUnit.PERCENT if suffix == "%" else PointUnit.EPOCHS if suffix.startswith("ep") else PointUnit.STEPS
     if unit is PointUnit.STEPS and not amount.is_integer():
         raise UsageError(f"{text!r} is no whole number of steps", hint="a share is written 20%")
     if unit is PointUnit.PERCENT and amount > 100:
