@@ -35,6 +35,14 @@ STATISTIC_OF_STRATEGY: Mapping[str, GradientStatistic] = {
 """What the strategies that watch training look at."""
 
 
+def gradient_statistic(kind: GradientStatistic, weight: Any, gradient: Any) -> Any:
+    """What a step adds to a gradient statistic: g, |w g| (saliency) or -w g (movement, Sanh et al. 2020)."""
+    if kind is GradientStatistic.GRADIENT:
+        return gradient
+    product = weight * gradient
+    return abs(product) if kind is GradientStatistic.SALIENCE else -product
+
+
 def with_gradient_scores(strategy: Strategy, found: Mapping[str, Array], kept: Mapping[str, Array]) -> Strategy:
     """A strategy whose scores are the evidence; what is zero already goes first."""
     # One shift for all tensors keeps their order, and scores must not be negative.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 
@@ -150,3 +151,43 @@ def shape_matches(shape: Shape, expected: Shape) -> bool:
     return len(shape) == len(expected) and all(
         length is None or length == size for size, length in zip(shape, expected, strict=True)
     )
+
+
+@dataclass(frozen=True, slots=True)
+class DistilledOutput:
+    """How an output is compared with a teacher's: as classes, as yes or no, or as numbers."""
+
+    is_classification: bool
+    is_binary: bool
+    activation: FinalActivation
+    axis: int = -1
+    """Of the classes."""
+
+
+def distillation_loss(ops: Any, output: DistilledOutput, teacher: Any, student: Any, temperature: float) -> Any:
+    """T^2 KL(teacher at T || student at T) (Hinton et al. 2015), or the squared distance of numbers.
+
+    Written over the operations of a framework, by the names that `keras.ops` has for them. The teacher's outputs come
+    as the student's own would: as probabilities where it ends in them.
+    """
+    teacher, student = ops.cast(teacher, "float32"), ops.cast(student, "float32")
+    if not output.is_classification:
+        return ops.mean(ops.square(teacher - student))
+    teacher, student = (_logits(ops, output.activation, outputs) / temperature for outputs in (teacher, student))
+    if output.is_binary or output.activation is FinalActivation.SIGMOID or student.shape[output.axis] == 1:
+        p = ops.sigmoid(teacher)
+        positive = p * (ops.log_sigmoid(teacher) - ops.log_sigmoid(student))
+        divergence = positive + (1.0 - p) * (ops.log_sigmoid(-teacher) - ops.log_sigmoid(-student))
+    else:
+        teacher, student = (ops.log_softmax(logits, output.axis) for logits in (teacher, student))
+        divergence = ops.sum(ops.exp(teacher) * (teacher - student), axis=output.axis)
+    return temperature**2 * ops.mean(divergence)
+
+
+def _logits(ops: Any, activation: FinalActivation, outputs: Any) -> Any:
+    """Logits of probabilities: finite at zero, and with a gradient there, which a maximum would take away."""
+    if activation is FinalActivation.SOFTMAX:
+        return ops.log(outputs + _TINY)
+    if activation is FinalActivation.SIGMOID:
+        return ops.log(outputs + _TINY) - ops.log(1.0 - outputs + _TINY)
+    return outputs

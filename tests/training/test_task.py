@@ -14,13 +14,13 @@ from prunectl.training.data.readers import from_arrays
 from prunectl.training.data.source import Batch
 from prunectl.training.data.validate import check_batches, infer_tasks
 from prunectl.training.evaluation.evaluate import evaluate_predictions
-from prunectl.training.keras.backend import load_keras3
+from prunectl.training.keras.backend import load_keras2, load_keras3
 from prunectl.training.keras.compile.losses import default_loss
 from prunectl.training.keras.compile.optimizers import optimizer_by_name
 from prunectl.training.keras.compile.outputs import OutputInfo
 from prunectl.training.request import OptimizerSpec, parse_optimizer
-from prunectl.training.task import FinalActivation, TargetKind, infer_task
-from prunectl.training.torch.losses import LOSSES, METRICS, resolve_loss
+from prunectl.training.task import DistilledOutput, FinalActivation, TargetKind, distillation_loss, infer_task
+from prunectl.training.torch.losses import LOSSES, METRICS, TorchLoss, distilled, resolve_loss
 from prunectl.training.torch.optimizers import make_optimizer
 from tests.contract import Array
 
@@ -133,3 +133,37 @@ def test_an_optimizer_is_typed_alike_for_every_framework() -> None:
         settings = by_keras.optimizer.get_config()
         assert (by_torch["lr"], by_torch["weight_decay"]) == (settings["learning_rate"], settings["weight_decay"])
     assert parse_optimizer("") == OptimizerSpec("adam", {})
+
+
+def softmax(logits: Array) -> Array:
+    return np.asarray(np.exp(logits) / np.exp(logits).sum(1, keepdims=True))
+
+
+def sigmoid(logits: Array) -> Array:
+    return np.asarray(1 / (1 + np.exp(-logits)))
+
+
+@pytest.mark.parametrize(
+    ("loss", "activation"),
+    [("cross-entropy", RAW), ("probabilities", SOFTMAX), ("bce", RAW), ("bce-probabilities", SIGMOID), ("mse", RAW)],
+)
+def test_a_teacher_is_followed_alike_in_every_framework(loss: str, activation: FinalActivation) -> None:
+    teacher, student = RANDOM.normal(size=(2, 24, 3))
+    temperature = 3.0
+    if loss == "mse":
+        expected = np.mean((teacher - student) ** 2)
+    elif loss.startswith("bce"):
+        p, q = sigmoid(teacher / temperature), sigmoid(student / temperature)
+        expected = temperature**2 * np.mean(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
+    else:
+        p, q = softmax(teacher / temperature), softmax(student / temperature)
+        expected = temperature**2 * np.mean((p * np.log(p / q)).sum(1))
+    form = {SOFTMAX: softmax, SIGMOID: sigmoid}.get(activation, np.asarray)
+    theirs, ours = (torch.from_numpy(form(logits).astype(np.float32)) for logits in (teacher, student))
+    assert float(distilled([TorchLoss(loss, LOSSES[loss])], [ours], [theirs], temperature)) == pytest.approx(
+        expected, rel=1e-4
+    )
+    output = DistilledOutput(loss != "mse", loss.startswith("bce"), activation)
+    for library in (load_keras2(), load_keras3()):
+        found = distillation_loss(library.ops, output, theirs.numpy(), ours.numpy(), temperature)
+        assert float(found) == pytest.approx(expected, rel=1e-4)

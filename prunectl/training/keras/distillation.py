@@ -13,19 +13,9 @@ from typing import Any
 
 from prunectl.training.keras.backend import KerasLibrary
 from prunectl.training.keras.compile.outputs import flatten
-from prunectl.training.task import FinalActivation
+from prunectl.training.task import DistilledOutput, distillation_loss
 
 TARGETS, TEACHER = "targets", "guide"
-_TINY = 1e-7
-"""Below the precision of 32-bit probabilities."""
-
-
-@dataclass(frozen=True, slots=True)
-class OutputLoss:
-    """How one output is compared with the teacher's."""
-
-    is_classification: bool
-    ending: FinalActivation
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +23,7 @@ class DistillationConfig:
     """The weight of the teacher, the temperature, and the loss of each output."""
 
     library: KerasLibrary
-    outputs: Sequence[OutputLoss]
+    outputs: Sequence[DistilledOutput]
     alpha: float
     temperature: float
 
@@ -92,41 +82,10 @@ def has_teacher(y: Any) -> bool:
 
 def _distillation_loss(config: DistillationConfig, teacher_outputs: Any, y_pred: Any) -> Any:
     losses = [
-        _output_loss(config, output, teacher, student)
+        distillation_loss(config.library.ops, output, teacher, student, config.temperature)
         for output, teacher, student in zip(config.outputs, flatten(teacher_outputs), flatten(y_pred), strict=True)
     ]
     return sum(losses[1:], losses[0]) / _num_replicas(config.library)
-
-
-def _output_loss(config: DistillationConfig, output: OutputLoss, teacher: Any, student: Any) -> Any:
-    ops = config.library.ops
-    teacher, student = ops.cast(teacher, "float32"), ops.cast(student, "float32")
-    if not output.is_classification:
-        return ops.mean(ops.square(teacher - student))
-    temperature = config.temperature
-    if output.ending is FinalActivation.SIGMOID or student.shape[-1] == 1:
-        return temperature**2 * ops.mean(_binary_kl(ops, output, teacher, student, temperature))
-    teacher_log, student_log = (_log_probabilities(ops, output, logits, temperature) for logits in (teacher, student))
-    return temperature**2 * ops.mean(ops.sum(ops.exp(teacher_log) * (teacher_log - student_log), axis=-1))
-
-
-def _log_probabilities(ops: Any, output: OutputLoss, outputs: Any, temperature: float) -> Any:
-    # Where a model ends in softmax, the logarithm of what comes out is a logit as good as the one that went in.
-    logits = ops.log(ops.maximum(outputs, _TINY)) if output.ending is FinalActivation.SOFTMAX else outputs
-    return ops.log_softmax(logits / temperature)
-
-
-def _binary_kl(ops: Any, output: OutputLoss, teacher: Any, student: Any, temperature: float) -> Any:
-    """KL divergence of Bernoulli distributions."""
-    if output.ending is FinalActivation.SIGMOID:
-        teacher, student = (
-            ops.log(ops.maximum(outputs, _TINY)) - ops.log(ops.maximum(1.0 - outputs, _TINY))
-            for outputs in (teacher, student)
-        )
-    teacher, student = teacher / temperature, student / temperature
-    p = ops.sigmoid(teacher)
-    positive = p * (ops.log_sigmoid(teacher) - ops.log_sigmoid(student))
-    return positive + (1.0 - p) * (ops.log_sigmoid(-teacher) - ops.log_sigmoid(-student))
 
 
 def _num_replicas(library: KerasLibrary) -> int:

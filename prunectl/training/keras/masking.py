@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.training.backend import Array, GradientStatistic
+from prunectl.training.backend import Array, GradientStatistic, gradient_statistic
 from prunectl.training.keras import backend
 from prunectl.training.keras._compat import trained_variables
 from prunectl.training.keras.backend import KerasLibrary, densify, mask_gradient
@@ -124,14 +124,6 @@ class OptimizerMasking(ABC):
         masked = [(variable, self._masks[id(variable)]) for variable in variables if id(variable) in self._masks]
         if masked:
             self._assign(masked)
-
-
-def gradient_statistic(kind: GradientStatistic, weight: Any, gradient: Any) -> Any:
-    """What a step adds to a gradient statistic: g, |w g| (saliency) or -w g (movement, Sanh et al. 2020)."""
-    if kind is GradientStatistic.GRADIENT:
-        return gradient
-    product = weight * gradient
-    return abs(product) if kind is GradientStatistic.SALIENCE else -product
 
 
 def paired_slots(optimizer: Any, index: int, count: int, shape: tuple[int, ...]) -> list[Any]:

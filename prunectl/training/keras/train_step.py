@@ -16,10 +16,11 @@ from prunectl.training.keras._compat import count_train_step, flat_layers
 from prunectl.training.keras.backend import KerasLibrary, ignore_warnings
 from prunectl.training.keras.compile import outputs
 from prunectl.training.keras.compile.config import compile_model, resolve_compile_config
-from prunectl.training.keras.distillation import DistillationConfig, OutputLoss
+from prunectl.training.keras.compile.losses import CrossEntropy
+from prunectl.training.keras.distillation import DistillationConfig
 from prunectl.training.keras.distribution import DevicePlacement
 from prunectl.training.keras.load import LoadedModel, error_line
-from prunectl.training.task import FinalActivation
+from prunectl.training.task import DistilledOutput, FinalActivation
 
 
 def freeze(library: KerasLibrary, model: Any, variables: Sequence[Any]) -> list[tuple[Any, Array]]:
@@ -193,8 +194,10 @@ class CompiledModel:
         self._train_step = CompiledTrainStep(self._library, self.model) if is_alone else None
         self._rate = LearningRate(self._library, self.model.optimizer, config.chosen.schedule)
         self._output_losses = [
-            OutputLoss(
-                loss.kind.is_classification if loss is not None else info.ending is not FinalActivation.RAW, info.ending
+            DistilledOutput(
+                loss.kind.is_classification if loss is not None else info.ending is not FinalActivation.RAW,
+                loss is not None and loss.kind is CrossEntropy.BINARY,
+                info.ending,
             )
             for loss, info in zip(config.losses, infos, strict=True)
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,7 +14,15 @@ from torch.nn import functional
 from prunectl.errors import PrunectlError, UsageError, first_line
 from prunectl.plugins import find
 from prunectl.training.monitor import GatheredMetric, Metric, metric_factory, metric_mismatch
-from prunectl.training.task import FinalActivation, TargetKind, activation_of_values, infer_task, label_axis
+from prunectl.training.task import (
+    DistilledOutput,
+    FinalActivation,
+    TargetKind,
+    activation_of_values,
+    distillation_loss,
+    infer_task,
+    label_axis,
+)
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -119,10 +128,6 @@ class TorchLoss:
     def is_binary(self) -> bool:
         """Whether it is about yes or no."""
         return self.name.startswith("bce")
-
-    def logits(self, out: torch.Tensor) -> torch.Tensor:
-        """Outputs of a classifier as logits."""
-        return _log(out) if self.name == "probabilities" else out
 
     @property
     def ending(self) -> FinalActivation:
@@ -360,22 +365,28 @@ class MetricAverager:
         return {name: value / values[-1] for name, value in zip(names, values[:-1], strict=True)}
 
 
-def distillation_loss(
-    losses: Sequence[TorchLoss], outs: Sequence[torch.Tensor], guides: Sequence[torch.Tensor], temperature: float
-) -> torch.Tensor:
-    """The divergence of classes at a temperature, or the squared distance of numbers.
+_OPS = SimpleNamespace(
+    cast=lambda tensor, _: tensor.float(),
+    exp=torch.exp,
+    log=torch.log,
+    log_sigmoid=functional.logsigmoid,
+    log_softmax=functional.log_softmax,
+    mean=torch.mean,
+    sigmoid=torch.sigmoid,
+    square=torch.square,
+    sum=torch.sum,
+)
 
-    The teacher's outputs come as the model's own would: as probabilities where it ends in them.
-    """
+
+def distilled(
+    losses: Sequence[TorchLoss], outs: Sequence[torch.Tensor], teacher_outs: Sequence[torch.Tensor], temperature: float
+) -> torch.Tensor:
+    """The distillation loss of all outputs."""
     parts = []
-    for chosen, out, guide in zip(losses, outs, guides, strict=False):
-        if out.shape != guide.shape:
-            raise UsageError(f"the teacher gives {tuple(guide.shape)}, the model {tuple(out.shape)}")
-        if chosen.classifies:
-            student = functional.log_softmax(chosen.logits(out.float()) / temperature, 1)
-            teacher = functional.log_softmax(chosen.logits(guide) / temperature, 1)
-            divergence = functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
-            parts.append(divergence * temperature**2)
-        else:
-            parts.append(functional.mse_loss(out.float(), guide))
+    for chosen, out, teacher_out in zip(losses, outs, teacher_outs, strict=False):
+        if out.shape != teacher_out.shape:
+            raise UsageError(f"the teacher gives {tuple(teacher_out.shape)}, the model {tuple(out.shape)}")
+        axis = min(1, out.ndim - 1)
+        output = DistilledOutput(chosen.classifies or chosen.is_binary, chosen.is_binary, chosen.ending, axis)
+        parts.append(distillation_loss(_OPS, output, teacher_out, out, temperature))
     return torch.stack(parts).sum()

@@ -22,7 +22,6 @@ from prunectl.training.torch import distributed, losses, tensors
 from prunectl.training.torch.build import BuiltModule, FixedBatchModule, input_specs, output_specs
 from prunectl.training.torch.distributed import distribute_like, full_tensor
 from prunectl.training.torch.layer_inputs import capture_layer_inputs
-from prunectl.training.torch.losses import distillation_loss
 from prunectl.training.torch.optimizers import GradientSums, WeightMasks, make_optimizer
 from prunectl.training.torch.tensors import to_numpy, to_torch
 
@@ -223,7 +222,7 @@ class TorchTrainable:
             raise UsageError("there is no target to learn from")
         if guide is None:
             return self._loss_of_targets(outs, targets)
-        taught = distillation_loss(
+        taught = losses.distilled(
             self._losses, outs, [self._on_device(one) for one in as_tuple(guide)], self._means.temperature
         )
         return share * taught + (1 - share) * self._loss_of_targets(outs, targets) if share < 1 else taught

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prunectl.training.backend import GradientStatistic
+from prunectl.training.backend import GradientStatistic, gradient_statistic
 from prunectl.training.request import parse_optimizer
 
 DEFAULT_RATE = 1e-3
@@ -78,17 +78,11 @@ class GradientSums:
         The gradients of an fp16 step that overflowed are infinite, and GradScaler skips it.
         """
         for name, weight in self._weights.items():
-            if weight.grad is None:
-                continue
-            if self.kind is GradientStatistic.GRADIENT:
-                found = weight.grad
-            elif self.kind is GradientStatistic.SALIENCE:
-                found = (weight * weight.grad).abs()
-            elif self.kind is GradientStatistic.MOVEMENT:
-                found = -(weight * weight.grad)
-            else:
-                continue
-            self.sums[name] += found if is_taken is None else torch.where(is_taken, found, torch.zeros_like(found))
+            if weight.grad is not None:
+                addend = gradient_statistic(self.kind, weight, weight.grad)
+                self.sums[name] += (
+                    addend if is_taken is None else torch.where(is_taken, addend, torch.zeros_like(addend))
+                )
 
     def forget(self) -> None:
         """Begin anew."""
