@@ -1,16 +1,25 @@
-"""What each ONNX operation does to channels, as far as its attributes and constants say."""
+"""What each ONNX operation does to channels, and what in it names their number: one row for each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from prunectl.channels.graph import OpKind, WeightView
 from prunectl.channels.onnx.shapes import StaticValues
-from prunectl.graphs.onnx.nodes import get_attribute, input_of
+from prunectl.graphs.onnx.nodes import find_attribute, get_attribute, input_of
+
+if TYPE_CHECKING:
+    from prunectl.channels.onnx.resize import SizeConstants
 
 _SOFTMAX_BY_AXIS = 13
+_STATES = (5, 6)
+"""Where a recurrent layer is given its first states."""
+_BACK = -(1 << 31)
+"""Where a slice ends that runs backwards to the first."""
 Lowering = tuple[OpKind, tuple[str, ...], Mapping[str, Any]]
 """Kind, inputs, attributes."""
 
@@ -56,6 +65,14 @@ class OnnxOpContext:
         return tuple(self.node.input)
 
 
+@dataclass(frozen=True, slots=True)
+class OnnxOpRule:
+    """What an operation does to channels, and what of a node is set right when there are fewer."""
+
+    lower: Callable[[OnnxOpContext], Lowering]
+    resize: Callable[[Any, SizeConstants], None] | None = None
+
+
 def _elementwise(op: OnnxOpContext) -> Lowering:
     return OpKind.ELEMENTWISE, op.inputs, {}
 
@@ -67,6 +84,13 @@ def _elementwise_first(op: OnnxOpContext) -> Lowering:
 def _convolution(op: OnnxOpContext) -> Lowering:
     is_transposed = op.node.op_type == "ConvTranspose"
     return OpKind.CONVOLUTION, op.inputs, {"groups": op.attribute("group", 1), "is_transposed": is_transposed}
+
+
+def _resize_groups(node: Any, sizes: SizeConstants) -> None:
+    """A convolution channel by channel has as many groups as channels."""
+    groups = get_attribute(node, "group", 1)
+    if groups > 1 and groups == sizes.before[node.input[0]][1]:
+        find_attribute(node, "group").i = sizes.after.shape(node.input[0])[1]
 
 
 def _gemm(op: OnnxOpContext) -> Lowering:
@@ -106,6 +130,19 @@ def _is_zero(op: OnnxOpContext, name: str) -> bool:
     return constant is not None and name not in op.views and not constant.any()
 
 
+def _resize_units(node: Any, sizes: SizeConstants) -> None:
+    """A recurrent layer names its units, and may begin with as many zeros."""
+    name = next(filter(None, node.output))
+    if (units := find_attribute(node, "hidden_size")) is not None:
+        units.i = sizes.after.shape(name)[-1]
+    for position in _STATES:
+        state = input_of(node, position)
+        if state in sizes.constants and not sizes.constants[state].any():
+            # Without a first state it begins with zeros.
+            node.input[position] = ""
+            sizes.replaced.add(state)
+
+
 def _softmax(op: OnnxOpContext) -> Lowering:
     rank = len(op.first)
     # Before opset 13 all axes behind were one.
@@ -134,6 +171,21 @@ def _split(op: OnnxOpContext) -> Lowering:
     return OpKind.SPLIT, op.inputs[:1], {"axis": axis, "sizes": sizes}
 
 
+def _resize_split(node: Any, sizes: SizeConstants) -> None:
+    """Say the size of each part, unless they are equal still."""
+    axis = get_attribute(node, "axis", 0) % len(sizes.before[node.input[0]])
+    parts = [sizes.after.shape(name)[axis] for name in node.output]
+    if (listed := find_attribute(node, "split")) is not None:
+        listed.ints[:] = parts
+    elif input_of(node, 1):
+        sizes.replace(node, 1, parts)
+    elif len(set(parts)) > 1:
+        if (num_outputs := find_attribute(node, "num_outputs")) is not None:
+            node.attribute.remove(num_outputs)
+        del node.input[1:]
+        node.input.append(sizes.add("sizes", np.array(parts, np.int64)))
+
+
 def _transpose(op: OnnxOpContext) -> Lowering:
     backwards = tuple(reversed(range(len(op.first))))
     return OpKind.TRANSPOSE, op.inputs, {"order": op.attribute("perm", backwards)}
@@ -141,6 +193,23 @@ def _transpose(op: OnnxOpContext) -> Lowering:
 
 def _reshape(op: OnnxOpContext) -> Lowering:
     return OpKind.RESHAPE, op.inputs[:1], {}
+
+
+def _resize_shape(node: Any, sizes: SizeConstants) -> None:
+    """Say the new shape where the old one was."""
+    position = 3 if node.op_type == "Resize" else 1
+    constant = sizes.constants.get(input_of(node, position))
+    if constant is None or not constant.size:
+        return
+    before, after = sizes.before[node.output[0]], sizes.after.shape(node.output[0])
+    axes = get_attribute(node, "axes", tuple(range(constant.size)))
+    # What is copied or worked out, as 0 and -1 ask for, is so from what is there now.
+    lengths = [
+        after[axis] if number == before[axis] and number > 0 else number
+        for axis, number in zip(axes, map(int, constant), strict=True)
+    ]
+    if lengths != list(map(int, constant)):
+        sizes.update(node, position, lengths)
 
 
 def _along_axes(op: OnnxOpContext, axes: tuple[int, ...]) -> Lowering:
@@ -198,6 +267,26 @@ def _slice(op: OnnxOpContext) -> Lowering:
     return OpKind.SLICE, op.inputs[:1], {"slices": tuple(slices)}
 
 
+def _resize_slice(node: Any, sizes: SizeConstants) -> None:
+    """Count only the channels that are left before a part and in it."""
+    data = node.input[0]
+    before, after = sizes.before[data], sizes.after.shape(data)
+    slices = sizes.ops[tuple(node.output)].attributes.get("slices", ())
+    if all(before[axis] == after[axis] for axis, *_ in slices):
+        return
+    for position, name in enumerate(("starts", "ends"), 1):
+        bounds = [
+            sizes.after.num_kept_before(data, part[0], part[position])
+            if before[part[0]] != after[part[0]]
+            else part[position]
+            for part in slices
+        ]
+        if (listed := find_attribute(node, name)) is not None:
+            listed.ints[:] = bounds
+        else:
+            sizes.replace(node, position, [_BACK if number < 0 else number for number in bounds])
+
+
 def _gather(op: OnnxOpContext) -> Lowering:
     axis = op.attribute("axis", 0) % len(op.first)
     if op.input(0) in op.views:
@@ -217,40 +306,38 @@ _ELEMENTWISE = """Relu LeakyRelu Sigmoid Tanh Elu Selu Celu HardSigmoid HardSwis
 Exp Log Sqrt Abs Neg Floor Ceil Round Sign Reciprocal Sin Cos Tan Atan Not IsNaN IsInf ThresholdedRelu Shrink Identity
 Cast Add Sub Mul Div Pow Min Max Mean Sum PRelu Clip Where Equal Greater Less GreaterOrEqual LessOrEqual And Or Xor
 Mod"""
-_LOWERING_ROWS: tuple[tuple[str, Callable[[OnnxOpContext], Lowering]], ...] = (
-    (_ELEMENTWISE, _elementwise),
-    ("Dropout CastLike", _elementwise_first),
-    ("Conv ConvTranspose", _convolution),
-    ("Gemm", _gemm),
-    ("MatMul", _matmul),
-    ("LSTM GRU RNN", _recurrent),
-    ("Softmax LogSoftmax Hardmax", _softmax),
-    ("LayerNormalization", _layer_norm),
-    ("BatchNormalization InstanceNormalization", _channel_norm),
-    ("Concat", _concat),
-    ("Split", _split),
-    ("Transpose", _transpose),
-    ("Reshape Flatten Squeeze Unsqueeze", _reshape),
-    ("MaxPool AveragePool LpPool GlobalAveragePool GlobalMaxPool GlobalLpPool", _pool),
-    ("Resize Upsample", _resize),
-    ("Expand", _expand),
-    ("ReduceMean ReduceMax ReduceMin ReduceSum ReduceProd ReduceL1 ReduceL2 ReduceSumSquare", _reduce),
-    ("Pad", _pad),
-    ("Slice", _slice),
-    ("Gather", _gather),
+_ROWS: tuple[tuple[str, OnnxOpRule], ...] = (
+    (_ELEMENTWISE, OnnxOpRule(_elementwise)),
+    ("Dropout CastLike", OnnxOpRule(_elementwise_first)),
+    ("Conv ConvTranspose", OnnxOpRule(_convolution, _resize_groups)),
+    ("Gemm", OnnxOpRule(_gemm)),
+    ("MatMul", OnnxOpRule(_matmul)),
+    ("LSTM GRU RNN", OnnxOpRule(_recurrent, _resize_units)),
+    ("Softmax LogSoftmax Hardmax", OnnxOpRule(_softmax)),
+    ("LayerNormalization", OnnxOpRule(_layer_norm)),
+    ("BatchNormalization InstanceNormalization", OnnxOpRule(_channel_norm)),
+    ("Concat", OnnxOpRule(_concat)),
+    ("Split", OnnxOpRule(_split, _resize_split)),
+    ("Transpose", OnnxOpRule(_transpose)),
+    ("Reshape", OnnxOpRule(_reshape, _resize_shape)),
+    ("Flatten Squeeze Unsqueeze", OnnxOpRule(_reshape)),
+    ("MaxPool AveragePool LpPool GlobalAveragePool GlobalMaxPool GlobalLpPool", OnnxOpRule(_pool)),
+    ("Resize", OnnxOpRule(_resize, _resize_shape)),
+    ("Upsample", OnnxOpRule(_resize)),
+    ("Expand", OnnxOpRule(_expand, _resize_shape)),
+    ("ReduceMean ReduceMax ReduceMin ReduceSum ReduceProd ReduceL1 ReduceL2 ReduceSumSquare", OnnxOpRule(_reduce)),
+    ("Pad", OnnxOpRule(_pad)),
+    ("Slice", OnnxOpRule(_slice, _resize_slice)),
+    ("Gather", OnnxOpRule(_gather)),
 )
-LOWERINGS: Mapping[str, Callable[[OnnxOpContext], Lowering]] = {
-    op: reader for ops, reader in _LOWERING_ROWS for op in ops.split()
-}
+RULES: Mapping[str, OnnxOpRule] = {op: rule for ops, rule in _ROWS for op in ops.split()}
 
 
 def lower(op: OnnxOpContext) -> Lowering:
     """What an operation does to channels; unknown where the file does not say enough."""
-    reader = LOWERINGS.get(op.node.op_type)
-    if reader is None:
-        return _unknown(op)
+    rule = RULES.get(op.node.op_type, OnnxOpRule(_unknown))
     try:
-        lowering = reader(op)
+        lowering = rule.lower(op)
         for name in (*lowering[1], *op.node.output):
             if name and 0 in op.shape(name):
                 return _unknown(op)
