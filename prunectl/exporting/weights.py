@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.job import ExportJob
 from prunectl.exporting.request import ExportRequest
 from prunectl.formats.base import WEIGHTS, Array, Family, ModelFile, Tensor
-from prunectl.formats.safetensors import CODES, encode_header, open_model
+from prunectl.formats.safetensors import CODES, SafetensorsEntry, array_entry, open_model, write_entries
 from prunectl.formats.zip_write import EPOCH
 
 _LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38}
@@ -82,42 +82,15 @@ def check_types(job: ExportJob, allowed: frozenset[str], title: str) -> None:
             raise UsageError(f"{tensor.name} is {name}, and {title} has no such type")
 
 
-@dataclass(frozen=True, slots=True)
-class ExportedEntry:
-    """A tensor of a safetensors file, read lazily."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    read: Callable[[], Array]
-
-
-def write_entries(entries: Sequence[ExportedEntry], metadata: Mapping[str, str], target: Path) -> None:
-    """Write a safetensors file with one tensor in memory at a time."""
-    entries_by_size = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    offset = 0
-    for entry in entries_by_size:
-        end = offset + int(np.prod(entry.shape, dtype=np.int64)) * entry.dtype.itemsize
-        header[entry.name] = {
-            "dtype": CODES[entry.dtype.newbyteorder("=")],
-            "shape": list(entry.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    with target.open("xb") as file:
-        file.write(encode_header(header))
-        for entry in entries_by_size:
-            file.write(np.ascontiguousarray(entry.read()).tobytes())
-
-
 def save_arrays(arrays: Sequence[tuple[str, Array]], metadata: Mapping[str, str], target: Path) -> None:
     """Write a safetensors file of arrays in memory."""
-    write_entries([_entry_of_array(name, array) for name, array in arrays], metadata, target)
+    _save(starmap(array_entry, arrays), metadata, target)
 
 
-def _entry_of_array(name: str, array: Array) -> ExportedEntry:
-    return ExportedEntry(name, array.shape, array.dtype, lambda: array)
+def _save(entries: Iterable[SafetensorsEntry], metadata: Mapping[str, str], target: Path) -> None:
+    """Write a safetensors file, sorted by item size and then by name."""
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    write_entries(target, header, sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name)))
 
 
 _NUMPY_DTYPES = frozenset(np.dtype(code).name for code in "?bhiqBHIQefdFD")
@@ -125,11 +98,11 @@ _OF_TORCH = frozenset({Family.TORCH, Family.TORCH_PROGRAM, Family.SAFETENSORS})
 
 
 def write_safetensors(job: ExportJob, target: Path) -> tuple[str, ...]:
-    """Export to safetensors, sorted by item size and then by name."""
+    """Export to safetensors, with one tensor in memory at a time."""
     check_types(job, frozenset(dtype.name for dtype in CODES), "safetensors")
     metadata = {"format": "pt"} if job.file.family in _OF_TORCH else {}
-    write_entries(
-        [_entry_of_tensor(job, tensor) for tensor in exported_tensors(job.file)],
+    _save(
+        [_entry(job, tensor) for tensor in exported_tensors(job.file)],
         {**metadata, **dict(job.request.metadata)},
         target,
     )
@@ -138,8 +111,8 @@ def write_safetensors(job: ExportJob, target: Path) -> tuple[str, ...]:
     return _notes(job)
 
 
-def _entry_of_tensor(job: ExportJob, tensor: Tensor) -> ExportedEntry:
-    return ExportedEntry(tensor.name, tensor.shape, exported_dtype(job, tensor), lambda: cast_tensor(job, tensor))
+def _entry(job: ExportJob, tensor: Tensor) -> SafetensorsEntry:
+    return SafetensorsEntry(tensor.name, exported_dtype(job, tensor), tensor.shape, lambda: (cast_tensor(job, tensor),))
 
 
 def write_npz(job: ExportJob, target: Path) -> tuple[str, ...]:

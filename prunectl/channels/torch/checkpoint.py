@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from prunectl.channels.adapter import delete_indices
@@ -21,7 +20,7 @@ from prunectl.channels.torch.fx import WeightedProgram
 from prunectl.channels.torch.resize import delete_tensor_indices
 from prunectl.errors import InputError, UntrustedError, UsageError, first_line
 from prunectl.formats.base import Array, Family, ModelFile
-from prunectl.formats.safetensors import CODES, encode_header, read
+from prunectl.formats.safetensors import array_entry, read, write_entries
 from prunectl.pruning.destination import code_beside
 from prunectl.training import user_code
 from prunectl.training.torch.tensors import to_numpy, to_torch
@@ -140,23 +139,13 @@ def write_safetensors(model: ModelFile, changes: WeightChanges, extras: Mapping[
     """Write a copy without what goes, and with what is new."""
     header = read(model.path)
     tensors = {tensor.name: tensor for tensor in model.tensors}
-    parts: list[bytes] = []
-    end = 0
-    names = sorted(header.keys() - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])
-    for name in (*names, *extras):
-        if name in extras:
-            array = to_numpy(extras[name])
-        else:
-            original = model.read(tensors[name])
-            array = delete_indices(
-                changes.numbers.get(name, original).astype(original.dtype), changes.axes.get(name, {})
-            )
-        data = np.ascontiguousarray(array).tobytes()
-        code = CODES[array.dtype] if name in extras else header[name]["dtype"]
-        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [end, end + len(data)]}
-        parts.append(data)
-        end += len(data)
-    path.write_bytes(b"".join([encode_header(header), *parts]))
+    arrays: dict[str, Array] = {}
+    for name in sorted(header.keys() - {"__metadata__"}, key=lambda name: header[name]["data_offsets"]):
+        original = model.read(tensors[name])
+        array = changes.numbers.get(name, original).astype(original.dtype)
+        arrays[name] = delete_indices(array, changes.axes.get(name, {}))
+    arrays |= {name: to_numpy(extra) for name, extra in extras.items()}
+    write_entries(path, header, [array_entry(name, array) for name, array in arrays.items()])
 
 
 def companion_file(target: Path) -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import numpy as np
 
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats import budgets, state_dict
-from prunectl.formats.base import ModelFile, ModelInfo, Role, Storage, Tensor, format_shape
-from prunectl.formats.extents import Extent
+from prunectl.formats.base import Array, ModelFile, ModelInfo, Role, Storage, Tensor, format_shape
+from prunectl.formats.extents import Extent, blocks
 from prunectl.formats.safe_json import parse_object
 
 LENGTH_BYTES = 8
@@ -133,3 +134,42 @@ def encode_header(header: Mapping[str, Any]) -> bytes:
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ROUND_BYTES)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsEntry:
+    """A tensor to be written."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterable[Array]]
+    """Its numbers, piece by piece."""
+
+
+def array_entry(name: str, array: Array) -> SafetensorsEntry:
+    """A tensor in memory."""
+    return SafetensorsEntry(name, array.dtype, array.shape, lambda: (array,))
+
+
+def unchanged_entry(tensor: Tensor, name: str) -> SafetensorsEntry:
+    """A tensor of another file, perhaps by another name."""
+    extent = tensor.storage.extent
+    return SafetensorsEntry(
+        name, tensor.dtype, tensor.shape, lambda: blocks(extent, tensor.dtype) if extent is not None else ()
+    )
+
+
+def write_entries(path: Path, header: dict[str, Any], entries: Sequence[SafetensorsEntry]) -> None:
+    """Write a file of tensors in this order, a block in memory at a time; the header has what else stands in it."""
+    offset = 0
+    for entry in entries:
+        end = offset + math.prod(entry.shape) * entry.dtype.itemsize
+        code = CODES[entry.dtype.newbyteorder("=")]
+        header[entry.name] = {"dtype": code, "shape": list(entry.shape), "data_offsets": [offset, end]}
+        offset = end
+    with path.open("xb") as file:
+        file.write(encode_header(header))
+        for entry in entries:
+            for block in entry.blocks():
+                file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)

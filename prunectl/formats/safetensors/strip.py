@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats import state_dict
 from prunectl.formats.base import WRAPPING, Array, ModelFile, RemovedItem, Role, StripOptions, StripPart, Tensor
-from prunectl.formats.extents import blocks
 from prunectl.formats.masked import HALF, HALVED, apply_mask, broadcast_mask, to_float16
 from prunectl.formats.patch import patch_files
-from prunectl.formats.safetensors import CODES, encode_header, header_without_tensors
+from prunectl.formats.safetensors import SafetensorsEntry, header_without_tensors, unchanged_entry, write_entries
 from prunectl.formats.state_dict import OPTIMIZER_ROOTS, MaskedParam
 
 _AVERAGES = ("ema.", "model_ema.", "ema_model.", "swa_model.")
 _GRADIENTS = (".grad", ".main_grad")
-
-
-@dataclass(frozen=True, slots=True)
-class _Written:
-    """A tensor of the output."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    blocks: Callable[[], Iterator[Array]]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the buffer."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
 def strip(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
@@ -56,7 +37,10 @@ def strip(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tu
     if not removed and not (wish.to_half and any(tensor.dtype in HALVED for tensor in kept.values())):
         patch_files(model, targets, ())
         return ()
-    _write(model, targets[model.path], [_halved(model, one, wish) for one in _written(model, kept, wrapped)])
+    entries = [_halved(model, entry, wish) for entry in _entries(model, kept, wrapped)]
+    # Wide numbers first, as the format's own library has it: each then begins at a multiple of its width.
+    entries.sort(key=lambda entry: -entry.dtype.itemsize)
+    write_entries(targets[model.path], header_without_tensors(model.path), entries)
     return tuple(removed)
 
 
@@ -84,20 +68,17 @@ def _refuse_others(model: ModelFile, kept: Mapping[str, Tensor], wrapped: tuple[
             raise InputError(f"{model.path} holds {abbreviated(name)}, a mask that does not fit its weight")
 
 
-def _written(model: ModelFile, kept: Mapping[str, Tensor], wrapped: tuple[MaskedParam, ...]) -> Iterator[_Written]:
+def _entries(
+    model: ModelFile, kept: Mapping[str, Tensor], wrapped: tuple[MaskedParam, ...]
+) -> Iterator[SafetensorsEntry]:
     """Yield the tensors of the output, as they were or as products, in the order of the header."""
     products = {weight.original: weight for weight in wrapped}
     masks = {mask for weight in wrapped for mask in weight.masks}
     plain = state_dict.renamed(kept, wrapped)
     for name, tensor in kept.items():
         if name not in masks:
-            numbers = _product(model, products[name], kept) if name in products else _as_it_was(tensor)
-            yield _Written(plain[name], tensor.dtype, tensor.shape, numbers)
-
-
-def _as_it_was(tensor: Tensor) -> Callable[[], Iterator[Array]]:
-    extent = tensor.storage.extent
-    return lambda: blocks(extent, tensor.dtype) if extent is not None else iter(())
+            entry = unchanged_entry(tensor, plain[name])
+            yield replace(entry, blocks=_product(model, products[name], kept)) if name in products else entry
 
 
 def _product(model: ModelFile, weight: MaskedParam, kept: Mapping[str, Tensor]) -> Callable[[], Iterator[Array]]:
@@ -109,29 +90,7 @@ def _product(model: ModelFile, weight: MaskedParam, kept: Mapping[str, Tensor]) 
     return numbers
 
 
-def _halved(model: ModelFile, one: _Written, wish: StripOptions) -> _Written:
-    if not wish.to_half or one.dtype not in HALVED:
-        return one
-    return _Written(one.name, HALF, one.shape, lambda: to_float16(one.blocks(), model.path, one.name))
-
-
-def _write(model: ModelFile, target: Path, written: list[_Written]) -> None:
-    places: dict[str, list[int]] = {}
-    at = 0
-    # Wide numbers first, as the format's own library has it: each then begins at a multiple of its width.
-    laid = sorted(written, key=lambda one: -one.dtype.itemsize)
-    for one in laid:
-        places[one.name] = [at, at + one.nbytes]
-        at += one.nbytes
-    header = header_without_tensors(model.path)
-    for one in laid:
-        header[one.name] = {
-            "dtype": CODES[one.dtype],
-            "shape": list(one.shape),
-            "data_offsets": places[one.name],
-        }
-    with target.open("xb") as out:
-        out.write(encode_header(header))
-        for one in laid:
-            for block in one.blocks():
-                out.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+def _halved(model: ModelFile, entry: SafetensorsEntry, options: StripOptions) -> SafetensorsEntry:
+    if not options.to_half or entry.dtype not in HALVED:
+        return entry
+    return replace(entry, dtype=HALF, blocks=lambda: to_float16(iter(entry.blocks()), model.path, entry.name))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 
@@ -11,8 +10,13 @@ import numpy as np
 
 from prunectl.errors import InputError
 from prunectl.formats.base import Array, ModelFile, Tensor
-from prunectl.formats.extents import blocks
-from prunectl.formats.safetensors import CODES, encode_header, header_without_tensors
+from prunectl.formats.safetensors import (
+    SafetensorsEntry,
+    array_entry,
+    header_without_tensors,
+    unchanged_entry,
+    write_entries,
+)
 from prunectl.formats.torch import views
 from prunectl.formats.torch.pickle.edit import (
     CheckpointEdits,
@@ -122,51 +126,17 @@ def _plain(node: IRNode) -> IRNode | None:
     return node
 
 
-@dataclass(frozen=True, slots=True)
-class _Written:
-    name: str
-    tensor: Tensor
-    """Says the type and the shape."""
-    blocks: Callable[[], Iterator[Array]]
-
-
 def wrap_safetensors(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[str, ...]:
     """Write the copy; every weight gets its mask."""
     masks = mask_entries(model, wrapping.masks)
-    written: list[_Written] = []
+    entries: list[SafetensorsEntry] = []
     for tensor in model.tensors:
         name, mask = tensor.name, masks.get(tensor.name)
-        written.append(_Written(name if mask is None else name + ORIGINAL, tensor, _as_it_was(tensor)))
+        entry = unchanged_entry(tensor, name if mask is None else name + ORIGINAL)
+        entries.append(entry)
         if mask is not None:
-            written.append(_Written(name + MASK, tensor, _given(mask)))
+            entries.append(array_entry(name + MASK, mask))
     # Wide numbers first, as the format's own library has it: each then begins at a multiple of its width.
-    written.sort(key=lambda one: -one.tensor.dtype.itemsize)
-    with target.open("xb") as out:
-        out.write(_header(model, written))
-        for one in written:
-            for block in one.blocks():
-                out.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+    entries.sort(key=lambda entry: -entry.dtype.itemsize)
+    write_entries(target, header_without_tensors(model.path), entries)
     return ()
-
-
-def _as_it_was(tensor: Tensor) -> Callable[[], Iterator[Array]]:
-    extent = tensor.storage.extent
-    return lambda: blocks(extent, tensor.dtype) if extent is not None else iter(())
-
-
-def _given(mask: Array) -> Callable[[], Iterator[Array]]:
-    return lambda: iter([mask])
-
-
-def _header(model: ModelFile, written: list[_Written]) -> bytes:
-    header = header_without_tensors(model.path)
-    at = 0
-    for one in written:
-        end = at + one.tensor.nbytes
-        header[one.name] = {
-            "dtype": CODES[one.tensor.dtype],
-            "shape": list(one.tensor.shape),
-            "data_offsets": [at, end],
-        }
-        at = end
-    return encode_header(header)
