@@ -67,10 +67,7 @@ def arrange(
     """See raw bytes as a tensor, read-only."""
     raw = raw[start * dtype.itemsize :]
     if big_endian:
-        # Swapping as plain integers also serves bfloat16, which knows no byte order.
-        whole = raw[: raw.size // dtype.itemsize * dtype.itemsize]
-        width = dtype.itemsize // 2 if dtype.kind == "c" else dtype.itemsize
-        raw = np.ascontiguousarray(whole.reshape(-1, width)[:, ::-1]).reshape(-1)
+        raw = _swapped(raw[: raw.size // dtype.itemsize * dtype.itemsize], dtype)
     if strides is None:
         array = raw[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
     else:
@@ -78,6 +75,18 @@ def arrange(
         array = as_strided(elements, shape, [step * dtype.itemsize for step in strides], writeable=False)
     array.flags.writeable = False
     return array
+
+
+def _swapped(raw: NDArray[np.uint8], dtype: np.dtype[Any]) -> NDArray[np.uint8]:
+    """Numbers in the other order of bytes: as plain bytes, which also serves bfloat16, that knows no byte order."""
+    width = dtype.itemsize // 2 if dtype.kind == "c" else dtype.itemsize
+    return np.ascontiguousarray(raw.reshape(-1, width)[:, ::-1]).reshape(-1)
+
+
+def raw_bytes(array: NDArray[Any], *, big_endian: bool = False) -> memoryview:
+    """An array as the bytes that a file has of it, in C order."""
+    raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return (_swapped(raw, array.dtype) if big_endian else raw).data
 
 
 def file_chunks(path: Path) -> Iterator[bytes]:

@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from prunectl.errors import NO_ROOM, InputError, reading
 from prunectl.formats.base import Array, ModelFile, Tensor
-from prunectl.formats.extents import Extent
+from prunectl.formats.extents import Extent, raw_bytes
 from prunectl.formats.workers import check_stopped, workers
 
 THREADS = 2
@@ -38,11 +36,7 @@ class TensorUpdate:
     def raw(self) -> Iterator[memoryview]:
         """Yield the bytes as the file has them."""
         for block in self.blocks():
-            whole = np.ascontiguousarray(block).reshape(-1)
-            pieces = whole.view(np.uint8)
-            if self.tensor.storage.big_endian:
-                pieces = np.ascontiguousarray(pieces.reshape(-1, whole.itemsize)[:, ::-1]).reshape(-1)
-            yield pieces.data
+            yield raw_bytes(block, big_endian=self.tensor.storage.big_endian)
 
 
 def in_storage_order(tensor: Tensor, array: Array) -> Array:

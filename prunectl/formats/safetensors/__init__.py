@@ -15,7 +15,7 @@ import numpy as np
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats import budgets, state_dict
 from prunectl.formats.base import Array, ModelFile, ModelInfo, Role, Storage, Tensor, format_shape
-from prunectl.formats.extents import Extent, blocks
+from prunectl.formats.extents import Extent, blocks, raw_bytes
 from prunectl.formats.safe_json import parse_object
 
 LENGTH_BYTES = 8
@@ -172,4 +172,4 @@ def write_entries(path: Path, header: dict[str, Any], entries: Sequence[Safetens
         file.write(encode_header(header))
         for entry in entries:
             for block in entry.blocks():
-                file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+                file.write(raw_bytes(block))

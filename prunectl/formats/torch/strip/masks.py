@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
+from typing import Any
 
 import numpy as np
 
 from prunectl.errors import InputError
 from prunectl.formats import state_dict
 from prunectl.formats.base import Array, ModelFile, Tensor
+from prunectl.formats.extents import raw_bytes
 from prunectl.formats.masked import HALF, HALVED, apply_mask, broadcast_mask, to_float16
 from prunectl.formats.patch import in_storage_order, is_permuted
 from prunectl.formats.state_dict import MaskedParam
@@ -30,7 +33,7 @@ from prunectl.formats.torch.pickle.edit import (
     value,
     with_storage,
 )
-from prunectl.formats.torch.pickle.ir import Bytes, IRNode, reachable
+from prunectl.formats.torch.pickle.ir import IRNode, reachable
 from prunectl.formats.torch.pickle.opcodes import Global
 
 _SPARSIFIER = {"state", "groups"}
@@ -168,26 +171,15 @@ class TensorData:
 
     def to_storage(self) -> NewStorage:
         """The storage as bytes."""
-        return NewStorage(self.size * self.tensor.dtype.itemsize, self.tensor.dtype.itemsize, self._raw)
+        return self._storage(self.tensor.dtype, self.blocks)
 
     def half(self, model: ModelFile) -> NewStorage:
         """The storage as the bytes of 16-bit floats."""
+        return self._storage(HALF, lambda: to_float16(self.blocks(), model.path, self.tensor.name))
 
-        def raw() -> Iterator[Bytes]:
-            for block in to_float16(self.blocks(), model.path, self.tensor.name):
-                yield _bytes(block, is_big=self.tensor.storage.big_endian)
-
-        return NewStorage(self.size * HALF.itemsize, HALF.itemsize, raw)
-
-    def _raw(self) -> Iterator[Bytes]:
-        for block in self.blocks():
-            yield _bytes(block, is_big=self.tensor.storage.big_endian)
-
-
-def _bytes(block: Array, *, is_big: bool) -> Bytes:
-    whole = np.ascontiguousarray(block).reshape(-1)
-    raw = whole.view(np.uint8)
-    return np.ascontiguousarray(raw.reshape(-1, whole.itemsize)[:, ::-1]).data if is_big else raw.data
+    def _storage(self, dtype: np.dtype[Any], blocks: Callable[[], Iterator[Array]]) -> NewStorage:
+        raw = partial(raw_bytes, big_endian=self.tensor.storage.big_endian)
+        return NewStorage(self.size * dtype.itemsize, dtype.itemsize, lambda: map(raw, blocks()))
 
 
 def materialise_masked(
@@ -206,12 +198,12 @@ def materialise_masked(
         nodes = [_node(masked) for masked in group]
         own = {id(node) for top in nodes for node in reachable(top).values() if storage_ref(node) is not None}
         if used[name] == len(own) and _are_alike(model, group):
-            data[key_of[name]] = _in_existing_storage(model, group[0])
+            data[key_of[name]] = _masked_data(model, group[0], is_in_place=True)
             continue
         for masked, node in zip(group, nodes, strict=True):
             key = next(unused)
             _replace(model, masked, with_storage(node, key, masked.tensor.shape))
-            data[key] = _as_new_storage(model, masked)
+            data[key] = _masked_data(model, masked, is_in_place=False)
     return data
 
 
@@ -255,19 +247,13 @@ def _weights(model: ModelFile, masked: MaskedWeight) -> tuple[Array, list[Array]
     return weights, [mask for mask in masks if mask is not None]
 
 
-def _in_existing_storage(model: ModelFile, masked: MaskedWeight) -> TensorData:
+def _masked_data(model: ModelFile, masked: MaskedWeight, *, is_in_place: bool) -> TensorData:
+    """A weight times its masks, in the order of its storage or in C order."""
+
     def blocks() -> Iterator[Array]:
         weights, masks = _weights(model, masked)
-        yield from apply_mask(
-            in_storage_order(masked.tensor, weights), [in_storage_order(masked.tensor, mask) for mask in masks]
-        )
-
-    return TensorData(masked.tensor, masked.tensor.size, blocks)
-
-
-def _as_new_storage(model: ModelFile, masked: MaskedWeight) -> TensorData:
-    def blocks() -> Iterator[Array]:
-        weights, masks = _weights(model, masked)
+        if is_in_place:
+            weights, *masks = (in_storage_order(masked.tensor, array) for array in (weights, *masks))
         yield from apply_mask(weights, masks)
 
     return TensorData(masked.tensor, masked.tensor.size, blocks)
