@@ -36,15 +36,12 @@ def producer(graph: dict[str, Any]) -> str:
 
 def tensor_kinds(graph: dict[str, Any]) -> dict[str, str]:
     """The type of the first operation that uses each weight, such as `linear`."""
-    module = as_dict(graph.get("graph_module"))
-    names = argument_names(as_dict(module.get("signature")).get("input_specs"))
+    names = argument_names(dig(graph, "graph_module", "signature", "input_specs"))
     kinds: dict[str, str] = {}
-    for node in as_list(as_dict(module.get("graph")).get("nodes")):
-        target = as_dict(node).get("target")
-        if not isinstance(target, str):
-            continue
-        for operand in as_list(as_dict(node).get("inputs")):
-            argument = as_dict(as_dict(as_dict(operand).get("arg")).get("as_tensor")).get("name")
+    for node in as_list(dig(graph, "graph_module", "graph", "nodes")):
+        target = dig(node, "target")
+        for operand in as_list(dig(node, "inputs")) if isinstance(target, str) else ():
+            argument = dig(operand, "arg", "as_tensor", "name")
             if isinstance(argument, str) and argument in names:
                 kinds.setdefault(names[argument], operation(target))
     return kinds
@@ -61,9 +58,7 @@ def argument_names(specs: Any) -> dict[str, str]:
     names: dict[str, str] = {}
     for spec in as_list(specs):
         for kind in _KINDS:
-            facts = as_dict(as_dict(spec).get(kind))
-            name = facts.get(f"{kind}_name")
-            argument = as_dict(facts.get("arg")).get("name")
+            name, argument = dig(spec, kind, f"{kind}_name"), dig(spec, kind, "arg", "name")
             if isinstance(name, str) and isinstance(argument, str):
                 names[argument] = name
     return names
@@ -71,14 +66,21 @@ def argument_names(specs: Any) -> dict[str, str]:
 
 def parameters(graph: dict[str, Any]) -> frozenset[str]:
     """The weights that are trained; buffers and constants are not."""
-    specs = as_list(as_dict(as_dict(graph.get("graph_module")).get("signature")).get("input_specs"))
-    names = (as_dict(as_dict(spec).get("parameter")).get("parameter_name") for spec in specs)
+    specs = as_list(dig(graph, "graph_module", "signature", "input_specs"))
+    names = (dig(spec, "parameter", "parameter_name") for spec in specs)
     return frozenset(name for name in names if isinstance(name, str))
 
 
 def as_dict(value: Any) -> dict[str, Any]:
     """What should be an object, empty if it is none."""
     return value if isinstance(value, dict) else {}
+
+
+def dig(value: Any, *keys: str) -> Any:
+    """What stands under keys of objects inside each other; None where there is no such thing."""
+    for key in keys:
+        value = as_dict(value).get(key)
+    return value
 
 
 def as_list(value: Any) -> list[Any]:
@@ -205,25 +207,24 @@ class ExportedNode:
 
     def tensor(self, argument: str) -> str:
         """Name of the tensor that an argument is."""
-        return _text(as_dict(as_dict(self.arguments.get(argument)).get("as_tensor")).get("name"))
+        return _text(dig(self.arguments.get(argument), "as_tensor", "name"))
 
     def tensors(self, argument: str) -> tuple[str, ...]:
         """Names of the tensors that an argument lists."""
-        listed = as_list(as_dict(self.arguments.get(argument)).get("as_tensors"))
-        return tuple(_text(as_dict(tensor).get("name")) for tensor in listed)
+        return tuple(_text(dig(tensor, "name")) for tensor in as_list(dig(self.arguments.get(argument), "as_tensors")))
 
     def flag(self, argument: str) -> bool:
         """An argument that is off unless it is on."""
-        return as_dict(self.arguments.get(argument)).get("as_bool") is True
+        return dig(self.arguments.get(argument), "as_bool") is True
 
     def string_arg(self, argument: str) -> str:
         """An argument that is a text."""
-        return _text(as_dict(self.arguments.get(argument)).get("as_string"))
+        return _text(dig(self.arguments.get(argument), "as_string"))
 
     @property
     def graphs(self) -> tuple[Mapping[str, Any], ...]:
         """Graphs that it runs, once or in a loop or not at all."""
-        graphs = (as_dict(as_dict(as_dict(value).get("as_graph")).get("graph")) for value in self.arguments.values())
+        graphs = (as_dict(dig(value, "as_graph", "graph")) for value in self.arguments.values())
         return tuple(graph for graph in graphs if graph)
 
     @property
@@ -248,7 +249,7 @@ class ExportedGraph:
 
     def shape(self, name: str) -> Shape | None:
         """What is known of the shape of a tensor."""
-        return shape(as_dict(self.sizes.get(name)).get("sizes"), self.batch_symbols)
+        return shape(dig(self.sizes, name, "sizes"), self.batch_symbols)
 
     def weight(self, name: str) -> str:
         """The tensor of the model that this is, behind what only hands it on."""
@@ -262,15 +263,11 @@ class ExportedGraph:
 
 def main_graph(program: Mapping[str, Any]) -> ExportedGraph:
     """The graph of a program."""
-    module = as_dict(program.get("graph_module"))
-    graph, specs = as_dict(module.get("graph")), as_list(as_dict(module.get("signature")).get("input_specs"))
-    sizes = as_dict(graph.get("tensor_values"))
-    inputs = [
-        _text(as_dict(as_dict(as_dict(as_dict(spec).get("user_input")).get("arg")).get("as_tensor")).get("name"))
-        for spec in specs
-    ]
-    batch_symbols = frozenset(filter(None, (first_symbol(as_dict(sizes.get(name)).get("sizes")) for name in inputs)))
-    return _graph(graph, batch_symbols, argument_names(specs))
+    graph = as_dict(dig(program, "graph_module", "graph"))
+    specs = as_list(dig(program, "graph_module", "signature", "input_specs"))
+    inputs = [_text(dig(spec, "user_input", "arg", "as_tensor", "name")) for spec in specs]
+    symbols = (first_symbol(dig(graph, "tensor_values", name, "sizes")) for name in inputs)
+    return _graph(graph, frozenset(filter(None, symbols)), argument_names(specs))
 
 
 def inner_graph(graph: Mapping[str, Any], operands: tuple[str, ...], outer: ExportedGraph) -> ExportedGraph:
@@ -282,7 +279,7 @@ def inner_graph(graph: Mapping[str, Any], operands: tuple[str, ...], outer: Expo
 
 def input_names(graph: Mapping[str, Any]) -> tuple[str, ...]:
     """What a graph that a node runs calls its inputs."""
-    return tuple(_text(as_dict(as_dict(item).get("as_tensor")).get("name")) for item in as_list(graph.get("inputs")))
+    return tuple(_text(dig(item, "as_tensor", "name")) for item in as_list(graph.get("inputs")))
 
 
 def _graph(graph: Mapping[str, Any], batch_symbols: frozenset[str], weights: Mapping[str, str]) -> ExportedGraph:
@@ -292,13 +289,13 @@ def _graph(graph: Mapping[str, Any], batch_symbols: frozenset[str], weights: Map
 
 
 def _node(data: Mapping[str, Any]) -> ExportedNode:
-    named = [(_text(as_dict(item).get("name")), as_dict(item).get("arg")) for item in as_list(data.get("inputs"))]
+    named = [(_text(dig(item, "name")), dig(item, "arg")) for item in as_list(data.get("inputs"))]
     # What higher operations run and pass on has no names.
     arguments = {name or str(index): value for index, (name, value) in enumerate(named)}
     outputs = tuple(
-        _text(as_dict(item).get("name")) for value in as_list(data.get("outputs")) for item in _output_tensors(value)
+        _text(dig(item, "name")) for value in as_list(data.get("outputs")) for item in _output_tensors(value)
     )
-    stack = _text(as_dict(data.get("metadata")).get("nn_module_stack"))
+    stack = _text(dig(data, "metadata", "nn_module_stack"))
     module = stack.rpartition(";")[2].split(",")
     return ExportedNode(
         operation(_text(data.get("target"))), arguments, outputs, describe_value(module[1]) if len(module) > 1 else ""
@@ -307,8 +304,7 @@ def _node(data: Mapping[str, Any]) -> ExportedNode:
 
 def _output_tensors(output: Any) -> list[Any]:
     """The tensor that an output is, or those that it lists."""
-    listed = as_list(as_dict(output).get("as_tensors"))
-    return listed or [as_dict(output).get("as_tensor")]
+    return as_list(dig(output, "as_tensors")) or [dig(output, "as_tensor")]
 
 
 def _is_graph(argument: Any) -> bool:
