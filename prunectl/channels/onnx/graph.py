@@ -22,7 +22,7 @@ _FLOATS = frozenset({1, 10, 11})
 """Types of element that channels are cut from: float32, float16, float64."""
 
 
-def weight_inputs(network: OnnxNetwork) -> dict[str, Array]:
+def _weights(network: OnnxNetwork) -> dict[str, Array]:
     """The numbers of all weights that may be cut."""
     to_array = require("onnx.numpy_helper", extra="onnx").to_array
     return {
@@ -34,7 +34,7 @@ def weight_inputs(network: OnnxNetwork) -> dict[str, Array]:
     }
 
 
-def weight_views(
+def _weight_views(
     graph: Any, arrays: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, WeightView]:
     """Weights as operations see them, followed through those that only hand them on."""
@@ -47,7 +47,7 @@ def weight_views(
     return views
 
 
-def uses(graph: Any, views: Mapping[str, WeightView]) -> Counter[str]:
+def _use_counts(graph: Any, views: Mapping[str, WeightView]) -> Counter[str]:
     """How often each weight meets an operation that does not only hand it on, or leaves the network."""
     counts: Counter[str] = Counter()
     for node in graph.node:
@@ -141,7 +141,7 @@ def load_onnx(model: ModelFile, lengths: AxisLengths = UNKNOWN_LENGTHS) -> Loade
     copies = unshare(network.proto)
     locations |= {copy: locations[name] for copy, name in copies.items() if name in locations}
     static = infer_static(network.proto, str(model.path), lengths)
-    return LoadedOnnx(network, graph_of(network, static), static, locations, copies)
+    return LoadedOnnx(network, _channel_graph(network, static), static, locations, copies)
 
 
 def _densify(proto: Any, model: ModelFile) -> None:
@@ -154,12 +154,12 @@ def _densify(proto: Any, model: ModelFile) -> None:
     del proto.graph.sparse_initializer[:]
 
 
-def graph_of(network: OnnxNetwork, static: StaticValues) -> ChannelGraph:
+def _channel_graph(network: OnnxNetwork, static: StaticValues) -> ChannelGraph:
     """The main graph, its operations by what they do to channels."""
     graph = network.proto.graph
-    weights = weight_inputs(network)
+    weights = _weights(network)
     shapes = {**static.shapes, **{name: array.shape for name, array in weights.items()}}
-    views = weight_views(graph, weights, shapes)
+    views = _weight_views(graph, weights, shapes)
     initializers = {tensor.name for tensor in graph.initializer}
     opset = opset_of(network.proto) or 1
     nodes = []
@@ -171,7 +171,7 @@ def graph_of(network: OnnxNetwork, static: StaticValues) -> ChannelGraph:
         nodes=tuple(nodes),
         weights=weights,
         views=views,
-        uses=uses(graph, views),
+        uses=_use_counts(graph, views),
         shapes=shapes,
         inputs=tuple(port.name for port in graph.input if port.name not in initializers),
         outputs=tuple(port.name for port in graph.output),

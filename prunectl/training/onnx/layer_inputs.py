@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,21 @@ from numpy.typing import NDArray
 from prunectl.formats.base import Array
 from prunectl.graphs.onnx.nodes import STANDARD_DOMAINS, get_attribute, input_of, output_of
 from prunectl.training.layer_inputs import SlidingWindow, WeightUse
-from prunectl.training.onnx.uses import InputCapture, RunValues, WeightSite
+from prunectl.training.onnx.session import RunValues
+from prunectl.training.onnx.weights import WeightSite
+
+Inputs = Iterator[tuple[Array, WeightUse]]
+"""What a tensor meets, and how."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputCapture:
+    """What must be known, and how it is then shown."""
+
+    needs: tuple[str, ...]
+    """Names of values."""
+    show: Callable[[RunValues], Inputs]
+
 
 DATA, KERNEL, RECURRENT, BIAS, LENGTHS, FIRST = 0, 1, 2, 3, 4, 5
 """Numbers of the inputs."""
@@ -23,36 +37,36 @@ def present_inputs(node: Any, *indices: int) -> tuple[str, ...]:
     return tuple(name for name in (input_of(node, index) for index in indices) if name)
 
 
-def drop_padded_steps(node: Any, ran: RunValues, inputs: Array) -> Array | None:
+def drop_padded_steps(node: Any, values: RunValues, inputs: Array) -> Array | None:
     """What goes into those steps that a sequence has; their first axes become one if some are short."""
-    steps, batch = ran[input_of(node, DATA)].shape[:2]
-    lengths = _lengths(node, ran)
-    if ran.ran is not None:
-        if batch % ran.ran:
+    steps, batch = values[input_of(node, DATA)].shape[:2]
+    lengths = _lengths(node, values)
+    if values.batch_size is not None:
+        if batch % values.batch_size:
             return None
-        lengths[batch // ran.ran * ran.count :] = 0
+        lengths[batch // values.batch_size * values.count :] = 0
     is_real = np.arange(steps)[:, None] < lengths
     return inputs if is_real.all() else inputs[is_real]
 
 
-def data(node: Any, ran: RunValues, directions: int) -> Array:
+def data(node: Any, values: RunValues, directions: int) -> Array:
     """The inputs of each step, once for each direction."""
-    inputs = ran[input_of(node, DATA)]
+    inputs = values[input_of(node, DATA)]
     return inputs if directions == 1 else np.concatenate([inputs] * directions, axis=-1)
 
 
-def states(node: Any, ran: RunValues) -> Array:
+def states(node: Any, values: RunValues) -> Array:
     """The state before each step, those of the directions side by side."""
-    after = ran[output_of(node, 0)]
+    after = values[output_of(node, 0)]
     steps, directions, batch, size = after.shape
     first = np.zeros((directions, batch, size), np.float32)
     if name := input_of(node, FIRST):
-        first = ran[name]
+        first = values[name]
     before = np.empty((steps, batch, directions, size), np.float32)
     for number in range(directions):
         is_back = number == 1 or get_attribute(node, "direction", "forward") == "reverse"
         shifted = _backward if is_back else _forward
-        before[:, :, number] = shifted(after[:, number], first[number], _lengths(node, ran))
+        before[:, :, number] = shifted(after[:, number], first[number], _lengths(node, values))
     return before.reshape(steps, batch, directions * size)
 
 
@@ -67,10 +81,10 @@ def _backward(after: Array, first: Array, lengths: NDArray[np.int64]) -> Array:
     return before
 
 
-def _lengths(node: Any, ran: RunValues) -> NDArray[np.int64]:
+def _lengths(node: Any, values: RunValues) -> NDArray[np.int64]:
     name = input_of(node, LENGTHS)
-    steps, batch = ran[input_of(node, DATA)].shape[:2]
-    return np.array(ran[name], np.int64) if name else np.full(batch, steps, np.int64)
+    steps, batch = values[input_of(node, DATA)].shape[:2]
+    return np.array(values[name], np.int64) if name else np.full(batch, steps, np.int64)
 
 
 def recurrent(site: WeightSite) -> InputCapture | None:
@@ -88,15 +102,15 @@ def recurrent(site: WeightSite) -> InputCapture | None:
 
 
 def _of_data(site: WeightSite, use: WeightUse) -> InputCapture:
-    def show(ran: RunValues) -> Iterator[tuple[Array, WeightUse]]:
-        yield from _real_steps(site, ran, data(site.node, ran, use.groups), use)
+    def show(values: RunValues) -> Inputs:
+        yield from _real_steps(site, values, data(site.node, values, use.groups), use)
 
     return InputCapture(present_inputs(site.node, DATA, LENGTHS), show)
 
 
 def _of_states(site: WeightSite, use: WeightUse) -> InputCapture:
-    def show(ran: RunValues) -> Iterator[tuple[Array, WeightUse]]:
-        yield from _real_steps(site, ran, states(site.node, ran), use)
+    def show(values: RunValues) -> Inputs:
+        yield from _real_steps(site, values, states(site.node, values), use)
 
     return InputCapture(_needed(site), show)
 
@@ -110,23 +124,23 @@ def _of_reset(site: WeightSite, use: WeightUse) -> InputCapture | None:
         return None
     rows, size = site.shape[1:]
 
-    def show(ran: RunValues) -> Iterator[tuple[Array, WeightUse]]:
-        before = states(node, ran)
-        yield from _real_steps(site, ran, before, replace(use, outputs=(0, rows - size)))
-        kept = before * _reset(site, ran, before)
-        yield from _real_steps(site, ran, kept, replace(use, outputs=(rows - size, rows)))
+    def show(values: RunValues) -> Inputs:
+        before = states(node, values)
+        yield from _real_steps(site, values, before, replace(use, outputs=(0, rows - size)))
+        kept = before * _reset(site, values, before)
+        yield from _real_steps(site, values, kept, replace(use, outputs=(rows - size, rows)))
 
     return InputCapture((*_needed(site), *present_inputs(node, KERNEL, RECURRENT, BIAS)), show)
 
 
-def _reset(site: WeightSite, ran: RunValues, before: Array) -> Array:
+def _reset(site: WeightSite, values: RunValues, before: Array) -> Array:
     """How much of each state the reset gate, the second of three, lets through."""
     node, size = site.node, site.shape[2]
     gate = slice(size, 2 * size)
-    kernel, recurrent = (ran[input_of(node, index)][0, gate] for index in (KERNEL, RECURRENT))
-    total: Array = ran[input_of(node, DATA)] @ kernel.T + before @ recurrent.T
+    kernel, recurrent = (values[input_of(node, index)][0, gate] for index in (KERNEL, RECURRENT))
+    total: Array = values[input_of(node, DATA)] @ kernel.T + before @ recurrent.T
     if name := input_of(node, BIAS):
-        total = total + ran[name][0].reshape(6, size)[[1, 4]].sum(axis=0)
+        total = total + values[name][0].reshape(6, size)[[1, 4]].sum(axis=0)
     # By the tangent, which does not overflow.
     opened: Array = (1 + np.tanh(total / 2)) / 2
     return opened
@@ -137,8 +151,8 @@ def _needed(site: WeightSite) -> tuple[str, ...]:
     return (*known, output_of(site.node, 0))
 
 
-def _real_steps(site: WeightSite, ran: RunValues, inputs: Array, use: WeightUse) -> Iterator[tuple[Array, WeightUse]]:
-    real_inputs = drop_padded_steps(site.node, ran, inputs)
+def _real_steps(site: WeightSite, values: RunValues, inputs: Array, use: WeightUse) -> Inputs:
+    real_inputs = drop_padded_steps(site.node, values, inputs)
     if real_inputs is not None:
         yield real_inputs, use
 
@@ -156,10 +170,10 @@ def gemm(site: WeightSite) -> InputCapture | None:
     use = WeightUse(out_axis=site.order[1 - in_axis], in_axis=site.order[in_axis])
     data, scale = input_of(node, 1 - site.input), get_attribute(node, "alpha", 1.0)
 
-    def show(ran: RunValues) -> Iterator[tuple[Array, WeightUse]]:
-        inputs = _turned(ran[data]) if is_turned else ran[data]
+    def show(values: RunValues) -> Inputs:
+        inputs = _turned(values[data]) if is_turned else values[data]
         # The sum is scaled as a whole, which is the same as scaling what goes in.
-        yield from _real(ran, inputs if scale == 1.0 else inputs * np.float32(scale), use)
+        yield from _real(values, inputs if scale == 1.0 else inputs * np.float32(scale), use)
 
     return InputCapture((data,), show)
 
@@ -175,9 +189,9 @@ def matmul(site: WeightSite) -> InputCapture | None:
     group_axis = site.order[0] if rank == 3 else None
     use = WeightUse(site.order[out_axis], site.order[in_axis], groups, group_axis)
 
-    def show(ran: RunValues) -> Iterator[tuple[Array, WeightUse]]:
-        inputs = ran[data] if is_right or ran[data].ndim == 1 else _turned(ran[data])
-        yield from _real(ran, inputs if groups == 1 else _side_by_side(inputs, groups), use)
+    def show(values: RunValues) -> Inputs:
+        inputs = values[data] if is_right or values[data].ndim == 1 else _turned(values[data])
+        yield from _real(values, inputs if groups == 1 else _side_by_side(inputs, groups), use)
 
     return InputCapture((data,), show)
 
@@ -198,8 +212,8 @@ def _side_by_side(inputs: Array, groups: int) -> Array:
     return np.moveaxis(stacked, -3, -2).reshape(*stacked.shape[:-3], rows, groups * features)
 
 
-def _real(ran: RunValues, inputs: Array, use: WeightUse) -> Iterator[tuple[Array, WeightUse]]:
-    real_inputs = ran.real(inputs, inputs.ndim - 1)
+def _real(values: RunValues, inputs: Array, use: WeightUse) -> Inputs:
+    real_inputs = values.real(inputs, inputs.ndim - 1)
     if real_inputs is not None:
         yield real_inputs, use
 
@@ -209,16 +223,7 @@ _SAME = ("SAME_UPPER", "SAME_LOWER")
 
 
 def convolution(site: WeightSite) -> InputCapture | None:
-    """How the kernel of a convolution is seen."""
-    return _seen(site, is_transposed=False)
-
-
-def transposed(site: WeightSite) -> InputCapture | None:
-    """How the kernel of a transposed convolution is seen."""
-    return _seen(site, is_transposed=True)
-
-
-def _seen(site: WeightSite, *, is_transposed: bool) -> InputCapture | None:
+    """How the kernel of a convolution, transposed or not, is seen."""
     node, space = site.node, site.order[2:]
     # What is left of the axes is read in their order, whatever the layout of the file.
     if site.input != 1 or not space or list(space) != sorted(space):
@@ -227,11 +232,11 @@ def _seen(site: WeightSite, *, is_transposed: bool) -> InputCapture | None:
     ones = (1,) * len(kernel)
     strides, dilations = get_attribute(node, "strides", ones), get_attribute(node, "dilations", ones)
     reaches = tuple((size - 1) * dilation + 1 for size, dilation in zip(kernel, dilations, strict=True))
-    groups = get_attribute(node, "group", 1)
+    groups, is_transposed = get_attribute(node, "group", 1), node.op_type == "ConvTranspose"
     out_axis, in_axis = (1, 0) if is_transposed else (0, 1)
 
-    def show(ran: RunValues) -> Iterator[tuple[Array, WeightUse]]:
-        inputs = ran.real(ran[data], 1)
+    def show(values: RunValues) -> Inputs:
+        inputs = values.real(values[data], 1)
         if inputs is None:
             return
         measure = _cut if is_transposed else _padded
@@ -285,7 +290,7 @@ _Rule = Callable[[WeightSite], InputCapture | None]
 
 _STANDARD: Mapping[str, _Rule] = {
     "Conv": convolution,
-    "ConvTranspose": transposed,
+    "ConvTranspose": convolution,
     "Gemm": gemm,
     "MatMul": matmul,
     "LSTM": recurrent,

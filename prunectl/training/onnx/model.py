@@ -13,9 +13,9 @@ from prunectl.training.backend import LoadOptions, ModelSignature
 from prunectl.training.data.source import Arrays
 from prunectl.training.layer_inputs import InputCallback, InspectableModel, LayerInput
 from prunectl.training.onnx import session
-from prunectl.training.onnx.layer_inputs import capture_rule
+from prunectl.training.onnx.layer_inputs import InputCapture, capture_rule
 from prunectl.training.onnx.session import PaddedBatch, Session, join_outputs, split_batches
-from prunectl.training.onnx.uses import InputCapture, LoadedWeights, WeightSite, weight_sites
+from prunectl.training.onnx.weights import LoadedWeights, WeightSite, weight_sites
 
 _REAL = np.dtype(np.float32)
 

@@ -14,7 +14,7 @@ from prunectl.formats.onnx.tensors import CODES
 from prunectl.graphs.onnx.session import OnnxSession
 from prunectl.training.backend import ModelSignature, TensorSpec
 from prunectl.training.data.source import Arrays, as_tuple
-from prunectl.training.onnx.uses import LoadedWeights, RunValues
+from prunectl.training.onnx.weights import LoadedWeights
 from prunectl.training.task import FinalActivation
 
 
@@ -132,17 +132,49 @@ def _text(shape: Shape) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class RunValues:
+    """What a pass through the graph left behind."""
+
+    values: Mapping[str, Array]
+    batch_size: int | None = None
+    """Examples that went through, if some of them only filled up the batch."""
+    count: int = 0
+    """Those that did not."""
+
+    def __getitem__(self, name: str) -> Array:
+        return self.values[name]
+
+    def axis(self, shape: tuple[int, ...]) -> int | None:
+        """Which axis counts the examples: the first of that length, else one that counts parts of each."""
+        assert self.batch_size is not None
+        exact = (axis for axis, length in enumerate(shape) if length == self.batch_size)
+        parts = (axis for axis, length in enumerate(shape) if length and length % self.batch_size == 0)
+        return next(exact, next(parts, None))
+
+    def real(self, array: Array, axes: int) -> Array | None:
+        """An array without what only filled up the batch, where one of the first axes counts the examples."""
+        if self.batch_size is None:
+            return array
+        axis = self.axis(array.shape[:axes])
+        if axis is None:
+            return None
+        kept = array.shape[axis] // self.batch_size * self.count
+        real: Array = array[(slice(None),) * axis + (slice(kept),)]
+        return real
+
+
+@dataclass(frozen=True, slots=True)
 class PaddedBatch:
     """What goes in at a time."""
 
     feeds: Mapping[str, Array]
-    ran: int
+    batch_size: int
     count: int
     """Examples of the batch; the rest repeats the first of them."""
 
     def run_values(self, values: Mapping[str, Array]) -> RunValues:
         """What a pass left behind, which tells what only filled it up."""
-        return RunValues(values, self.ran, self.count) if self.count < self.ran else RunValues(values)
+        return RunValues(values, self.batch_size, self.count) if self.count < self.batch_size else RunValues(values)
 
 
 def split_batches(feeds: Mapping[str, Array], size: int | None) -> Iterator[PaddedBatch]:
@@ -160,10 +192,10 @@ def split_batches(feeds: Mapping[str, Array], size: int | None) -> Iterator[Padd
 def join_outputs(outputs: Sequence[tuple[PaddedBatch, Array]]) -> Array | None:
     """What came out of the pieces as one array; none if its examples cannot be told."""
     first, array = outputs[0]
-    if len(outputs) == 1 and first.count == first.ran:
+    if len(outputs) == 1 and first.count == first.batch_size:
         return array
-    axis = RunValues({}, first.ran).axis(array.shape)
-    cut = [RunValues({}, batch.ran, batch.count).real(array, array.ndim) for batch, array in outputs]
+    axis = RunValues({}, first.batch_size).axis(array.shape)
+    cut = [RunValues({}, batch.batch_size, batch.count).real(array, array.ndim) for batch, array in outputs]
     if axis is None:
         return None
     return np.concatenate([array for array in cut if array is not None], axis=axis)

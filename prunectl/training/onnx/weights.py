@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from prunectl.graphs.onnx.tensors import (
     set_tensor_data,
     stands_outside,
 )
-from prunectl.training.layer_inputs import WeightUse
 
 _LISTED_BEFORE = 4
 """Version of the format before which a tensor had to be listed among the inputs."""
@@ -160,44 +159,3 @@ def weight_sites(weights: LoadedWeights) -> list[WeightSite]:
                 for index, name, order in read
             ]
     return sites
-
-
-@dataclass(frozen=True, slots=True)
-class RunValues:
-    """What a pass through the graph left behind."""
-
-    values: Mapping[str, Array]
-    ran: int | None = None
-    """Examples that went through, if some of them only filled up the batch."""
-    count: int = 0
-    """Those that did not."""
-
-    def __getitem__(self, name: str) -> Array:
-        return self.values[name]
-
-    def axis(self, shape: tuple[int, ...]) -> int | None:
-        """Which axis counts the examples: the first of that length, else one that counts parts of each."""
-        assert self.ran is not None
-        exact = (axis for axis, length in enumerate(shape) if length == self.ran)
-        parts = (axis for axis, length in enumerate(shape) if length and length % self.ran == 0)
-        return next(exact, next(parts, None))
-
-    def real(self, array: Array, axes: int) -> Array | None:
-        """An array without what only filled up the batch, where one of the first axes counts the examples."""
-        if self.ran is None:
-            return array
-        axis = self.axis(array.shape[:axes])
-        if axis is None:
-            return None
-        kept = array.shape[axis] // self.ran * self.count
-        real: Array = array[(slice(None),) * axis + (slice(kept),)]
-        return real
-
-
-@dataclass(frozen=True, slots=True)
-class InputCapture:
-    """What must be known, and how it is then shown."""
-
-    needs: tuple[str, ...]
-    """Names of values."""
-    show: Callable[[RunValues], Iterator[tuple[Array, WeightUse]]]
