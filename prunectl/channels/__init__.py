@@ -1,1 +1,1 @@
-"""Channels cut out for good: what goes together, what goes first, and the smaller network."""
+"""Structured pruning: dependency groups, importance, and a smaller network that is verified."""

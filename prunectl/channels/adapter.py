@@ -1,4 +1,4 @@
-"""What cutting asks of a network in its own graph language."""
+"""The interface of a network in its own graph language, which structured pruning needs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from prunectl.pruning.threshold import Mask
 
 
 class PrunedShapes:
-    """A network without some of its channels."""
+    """The shapes of all values after channels were removed."""
 
     def __init__(self, trace: LabelTrace, removed_labels: Iterable[int]) -> None:
         self.trace = trace
         self._removed = np.array(sorted(removed_labels), np.int64)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a value without the channels that are gone."""
+        """The shape of a value after the removal."""
         before, labels = self.trace.shape(name), self.trace.labels_of(name)
         after = list(before)
         for axis in self.trace.labels.varying(labels):
@@ -34,7 +34,7 @@ class PrunedShapes:
         return tuple(after)
 
     def num_kept_before(self, name: str, axis: int, offset: int) -> int:
-        """How many indices of an axis are kept before an offset."""
+        """The number of kept indices of an axis before an offset."""
         labels = self.trace.labels_of(name)
         line = self.trace.labels.along(labels, axis)
         if line is None:
@@ -42,7 +42,7 @@ class PrunedShapes:
         return int(self._kept(line[:offset]).sum())
 
     def slice_value(self, name: str, array: Array) -> Array:
-        """What is left of a value that the whole network gave."""
+        """A value of the original network without the removed channels."""
         labels = self.trace.labels_of(name)
         for axis in self.trace.labels.varying(labels):
             line = self.trace.labels.along(labels, axis)
@@ -54,7 +54,7 @@ class PrunedShapes:
         return ~np.isin(self.trace.labels.roots(line), self._removed)
 
     def has_changed(self, name: str) -> bool:
-        """Whether a value is smaller than it was."""
+        """Whether a value lost channels."""
         is_known = name in self.trace.values and name in self.trace.graph.shapes
         return is_known and self.shape(name) != self.trace.shape(name)
 
@@ -81,7 +81,7 @@ class WrittenNetwork:
 
 
 class GraphAdapter(ABC):
-    """A network in its own graph language, which can be run, and written again without some of its channels.
+    """A network in its own graph language: read as a graph, pruned, run, and written.
 
     Networks are handed about as the language has them in memory: what `prune` and `with_weights` return, `runner` and
     `write` take. What most languages share is said here once.
@@ -109,12 +109,12 @@ class GraphAdapter(ABC):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know about what is written."""
+        """Sentences for the user about what is written."""
         return ()
 
     @property
     def assumptions(self) -> tuple[str, ...]:
-        """What was guessed where the file does not say it and it made a difference, with how to say it."""
+        """Guesses that made a difference, each with the option that replaces it."""
         return ()
 
     @property
@@ -158,7 +158,7 @@ class GraphAdapter(ABC):
 
 
 def outputs_of_weighted_layers(graph: ChannelGraph) -> frozenset[str]:
-    """What convolutions, dense and recurrent layers make."""
+    """The outputs of convolutions, dense and recurrent layers."""
     return frozenset(node.outputs[0] for node in graph.nodes if node.kind in _WEIGHTED_KINDS)
 
 
@@ -171,7 +171,7 @@ def removed_by_tensor(removed: RemovedIndices) -> dict[str, dict[int, LabelArray
 
 
 def pruned_shape(name: str, shape: Iterable[int], removed: RemovedIndices) -> tuple[int, ...]:
-    """The shape of a weight without what goes."""
+    """The shape of a weight after the removal."""
     return tuple(length - len(removed.get((name, axis), ())) for axis, length in enumerate(shape))
 
 

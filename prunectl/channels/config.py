@@ -1,4 +1,4 @@
-"""What is asked of a cut: how many channels, by which measure, and what must be left."""
+"""The configuration of channel pruning: how many channels, by which importance, within which limits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _POWERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
 class TargetKind(StrEnum):
-    """What is counted."""
+    """The quantity that a target limits."""
 
     PARAMS = "parameters"
     FLOPS = "FLOPs"
@@ -35,19 +35,19 @@ class TargetKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SizeTarget:
-    """How much of something may be left: a number, or a share of what there was."""
+    """A target for parameters, FLOPs or compressed bytes: a number, or a share of the original's."""
 
     kind: TargetKind
     number: int = 0
     share: float | None = None
 
     def limit(self, before: int) -> int:
-        """How much may be left."""
+        """The target as a number, of an original amount."""
         return self.number if self.share is None else int(self.share * before)
 
 
 def parse_target(kind: TargetKind, text: str) -> SizeTarget:
-    """What `-50%`, `1.5M` or `200000` ask for."""
+    """Parse a target, such as `-50%`, `1.5M` or `200000`."""
     match = re.fullmatch(r"-(\d+(?:\.\d+)?)%", text.strip())
     if match is not None and float(match[1]) <= 100:
         return SizeTarget(kind, share=1 - float(match[1]) / 100)
@@ -60,7 +60,7 @@ def parse_target(kind: TargetKind, text: str) -> SizeTarget:
 def smallest_ratio(
     target: SizeTarget, before: int, channels: int, count_left: Callable[[float], int], tries: int
 ) -> float:
-    """The smallest share of so many channels that reaches a goal, as far as so many tries can tell."""
+    """The smallest ratio of channels that reaches a target, found by bisection in a limited number of tries."""
     limit = target.limit(before)
     if before <= limit:
         return 0.0
@@ -86,7 +86,7 @@ KIND = "channel strategy"
 
 
 def importance_from_function(function: object, name: str, params: tuple[str, ...]) -> Importance:
-    """A measure made of a function from rows of weights, one for each channel, to a number for each."""
+    """An importance made of a user's function from rows of weights, one row a channel, to a score for each."""
     if not callable(function):
         raise UsageError(f"{name} is not a function from rows of weights to scores")
     scorer: Callable[..., Any] = function
@@ -143,7 +143,7 @@ class ChannelConfig:
 
     @property
     def removes_nothing(self) -> bool:
-        """Whether it was said that no channel goes."""
+        """Whether the configuration removes no channel by itself."""
         has_amount = self.target is not None or self.only_dead or self.threshold is not None
         return not has_amount and not self.ratio and not any(ratio for _, ratio in self.layers)
 
@@ -158,7 +158,7 @@ def parse_config(
     flops: str = "",
     dead: bool = False,
 ) -> ChannelConfig:
-    """What a request asks of channels, and refuse what it asks of single weights only."""
+    """The channel configuration of a request; options that prune single weights are refused."""
     _refuse_weight_options(request)
     targets = [
         parse_target(kind, text) for kind, text in ((TargetKind.PARAMS, params), (TargetKind.FLOPS, flops)) if text
@@ -229,7 +229,7 @@ def _refuse_weight_options(request: PruneRequest) -> None:
 
 
 def _parse_importance(request: PruneRequest) -> tuple[Importance | None, float | None]:
-    """What channels are ranked by, and from which similarity on they go if that is said."""
+    """The importance, and the similarity threshold if there is one."""
     name = MEASURES[0].name if request.strategy == _DEFAULT else request.strategy
     known: dict[str, Importance | None] = {**{builtin.name: builtin for builtin in MEASURES}, RANDOM: None}
     chosen = find(KIND, name, known)
@@ -270,7 +270,7 @@ PLURAL = "channels"
 
 
 def list_importances() -> tuple[Choice, ...]:
-    """All names, and who brings them."""
+    """All importances by name, built in and installed."""
     builtin = [Choice(PLURAL, importance.name, "built in", importance.summary) for importance in MEASURES]
     random_choice = Choice(PLURAL, RANDOM, "built in", "whatever the seed says")
     return (*builtin, random_choice, *(Choice(PLURAL, name, package, "") for name, package in installed(KIND).items()))

@@ -1,4 +1,4 @@
-"""Which channels can go without a trace? Those that nothing reads, and those that say the same whatever goes in."""
+"""Dead channels: those that nothing reads, and constant ones, which are folded into the biases of their readers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fold_into_bias(
     indices: Sequence[int],
     weights: dict[str, Array],
 ) -> bool:
-    """Let a layer read nothing at some indices, and keep what it read there in its bias; False where it cannot.
+    """Fold constant inputs of a layer into its bias, and zero the weights that read them; False where it cannot.
 
     The weights are those that were changed before, and get what changes here.
     """
@@ -110,12 +110,12 @@ def _add_to_weight(trace: LabelTrace, name: str, constant: Array, weights: dict[
 
 @dataclass(frozen=True, slots=True)
 class DeadChannels:
-    """Channels that make no difference."""
+    """Dead channels, and the weights that absorb the constants they carried."""
 
     pruned_groups: tuple[PrunedGroup, ...]
     skips: tuple[SkippedTensor, ...]
     weights: Mapping[str, Array]
-    """Weights that take over what these channels always said."""
+    """Weights that absorb the constants of these channels."""
 
 
 def find_dead(

@@ -40,7 +40,7 @@ FRONTENDS = (
 
 
 def open_adapter(model: ModelFile, origin: LoadOptions, data: Shapes | None = None) -> GraphAdapter:
-    """A network that can be followed and cut, or say that its graph cannot be read.
+    """The adapter of the graph language that a file is written in.
 
     What data goes in tells how long the axes are that a file leaves open.
     """

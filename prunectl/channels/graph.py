@@ -76,7 +76,7 @@ class WeightView:
 
 @dataclass(frozen=True, slots=True)
 class ChannelGraph:
-    """A network that can be followed."""
+    """A network as a graph."""
 
     nodes: tuple[OpNode, ...]
     """In an order in which they can run."""

@@ -1,4 +1,4 @@
-"""How much is each channel worth? Pure functions from weights to one number for each index of an axis."""
+"""Channel importance: pure functions from weights to one score for each index of an axis."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ Scores = NDArray[np.float64]
 
 
 class RequiredData(StrEnum):
-    """What is measured on data."""
+    """The statistics of calibration data that an importance needs."""
 
     NOTHING = "nothing"
     OUTPUTS = "outputs"
@@ -155,7 +155,7 @@ def squared(weights: Array, axis: int) -> Scores:
 
 
 def geometric_median(weights: Array, axis: int) -> Scores:
-    """How far each index is from all others: the nearer, the better they replace it (He et al. 2019)."""
+    """The sum of distances to all others, low for what the others replace best: FPGM (He et al. 2019)."""
     rows = channel_rows(weights, axis)
     squares = np.square(rows).sum(axis=1)
     squared_distances = squares[:, None] + squares[None, :] - 2 * (rows @ rows.T)
@@ -257,7 +257,7 @@ def importance_inputs(
     *,
     is_trusted: bool,
 ) -> Mapping[str, Array]:
-    """What a measure looks at, in the shape of each weight; the weights themselves, unless it needs data."""
+    """The inputs of an importance, in the shape of each weight: the weights, activations or gradients."""
     if importance is None or importance.needs is RequiredData.NOTHING:
         return weights
     makers = {
@@ -296,7 +296,7 @@ _BATCHES = 4
 def load_inputs(
     model: ModelFile, adapter: GraphAdapter, request: PruneRequest, importance: Importance | None
 ) -> tuple[tuple[Feeds, ...], tuple[str, ...]]:
-    """A few batches, as many examples in each as the network was followed with, and what is to be said of them.
+    """Batches of calibration data of the traced batch size, and notes for the user.
 
     Data that a strategy looks at may be of another length than the network was followed with; data that are given for
     nothing but the proof may not.
@@ -312,7 +312,7 @@ def load_inputs(
 
 
 def shapes_of_data(request: PruneRequest) -> Shapes | None:
-    """What looks up the shapes of data, for models that leave axes open."""
+    """A lookup of the shapes of the user's data, for models with open axes."""
     if not request.data or (request.data.startswith(_SYNTHETIC) and "shape=" not in request.data):
         # What is made up has the shapes of the model.
         return None

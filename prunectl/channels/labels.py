@@ -1,4 +1,4 @@
-"""Which channels are one and the same? Labels that are united, and locked where nobody may cut."""
+"""Channel labels, united by union-find where operations tie channels together, and locked with a reason."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ FIXED = 0
 
 
 class UnionFind:
-    """Labels of channels, united as operations tie them together."""
+    """Union-find over channel labels (disjoint sets), with the reasons why some are locked."""
 
     def __init__(self) -> None:
         self._parents = np.zeros(1, np.int64)
         self._reasons: dict[int, str] = {}
 
     def fresh(self, count: int) -> LabelArray:
-        """Labels that nothing else has."""
+        """New labels."""
         labels = np.arange(len(self._parents), len(self._parents) + count, dtype=np.int64)
         self._parents = np.concatenate([self._parents, labels])
         return labels
 
     def roots(self, labels: LabelArray) -> LabelArray:
-        """One label for all that are united."""
+        """The representative of each label."""
         parents = self._parents[labels]
         while not np.array_equal(parents, grandparents := self._parents[parents]):
             parents = grandparents
@@ -104,7 +104,7 @@ def spread(line: LabelArray, axis: int, shape: tuple[int, ...]) -> LabelArray:
 
 
 class AxisRole(StrEnum):
-    """What an index of a weight does for its channel."""
+    """The role of an index of a weight for its channel."""
 
     OUT = "out"
     """Makes it."""
@@ -130,7 +130,7 @@ class AxisLabels:
 
 
 class LabelTrace:
-    """What is known of a network while it is followed."""
+    """The labels of every value while they are propagated through a network."""
 
     def __init__(self, graph: ChannelGraph) -> None:
         self.graph = graph

@@ -73,7 +73,7 @@ def _is_shape(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class AxisLengths:
-    """What is known of open axes beside the file."""
+    """The lengths of open axes from options and data."""
 
     typed: tuple[str, ...] = ()
     """What was typed: `1,3,224,224`, or `name:1,3,224,224`."""

@@ -1,4 +1,4 @@
-"""The record of a cut, from which it can be repeated to the same bytes."""
+"""The manifest of channel pruning, from which it can be repeated to the same bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is to go, and what the network is without it."""
+"""The plan of channel pruning: which indices are removed, and the shapes that remain."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from prunectl.pruning.plan import SkippedTensor
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A network, before anything is cut out of it."""
+    """A network before pruning."""
 
     model: ModelFile
     adapter: GraphAdapter
@@ -43,7 +43,7 @@ _WRITTEN_TRIES = 8
 
 @dataclass(frozen=True, slots=True)
 class ChannelPlan:
-    """What goes, where it lies, and what is left of every value."""
+    """The removed channels, their indices in each weight, and the shapes that remain."""
 
     pruned_groups: tuple[PrunedGroup, ...]
     removed: RemovedIndices
@@ -55,7 +55,7 @@ class ChannelPlan:
 
 
 def make_plan(context: Context, config: ChannelConfig, looks: ImportanceInputs) -> ChannelPlan:
-    """What is to go from a network, as was asked."""
+    """The plan of a configuration for a network."""
     trace, weights = context.trace, context.adapter.graph.weights
     groups = find_groups(trace)
     if not groups:
@@ -88,7 +88,7 @@ def _plan_of(trace: LabelTrace, pruned_groups: Sequence[PrunedGroup]) -> Channel
 
 
 def _ratio(context: Context, ranked: Sequence[Candidate], config: ChannelConfig, target: SizeTarget) -> float:
-    """The smallest share of channels that reaches a goal."""
+    """The smallest ratio of channels that reaches a target."""
     measures: Mapping[TargetKind, Callable[[ChannelPlan], int]] = {
         TargetKind.PARAMS: partial(_params_left, context),
         TargetKind.FLOPS: lambda plan: 2 * macs(context.adapter.graph, plan.after.shape, plan.removed),

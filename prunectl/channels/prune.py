@@ -1,4 +1,4 @@
-"""Cutting channels out, from a file to a file."""
+"""Channel pruning from file to file: trace, plan, prune, verify, write."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from prunectl.training.backend import LoadOptions
 
 @dataclass(frozen=True, slots=True)
 class ChannelPruneResult:
-    """What was cut, and what came of it."""
+    """The report of channel pruning."""
 
     request: PruneRequest
     cutting: ChannelConfig
@@ -53,12 +53,12 @@ class ChannelPruneResult:
 
     @property
     def channels(self) -> int:
-        """How many channels could go."""
+        """The number of prunable channels."""
         return sum(len(loss.group) for loss in self.pruned_groups)
 
     @property
     def dropped(self) -> int:
-        """How many went."""
+        """The number of removed channels."""
         return sum(len(loss.dropped) for loss in self.pruned_groups)
 
 
@@ -73,7 +73,7 @@ def prune_channels(
     allow_empty: bool = False,
     **limits: Any,
 ) -> ChannelPruneResult:
-    """Cut channels out of a model; without an output, into a scratch file that is measured and thrown away.
+    """Prune channels of a model; without an output, into a scratch file that is measured and thrown away.
 
     The limits are those of `parse_config`. A cut that removes nothing is refused, unless none was asked for or it is
     allowed to be empty.
@@ -169,7 +169,7 @@ def _check_companion_files(adapter: GraphAdapter, output: Destination | None) ->
 
 
 def _check_shapes(model: ModelFile, adapter: GraphAdapter, written: WrittenNetwork, plan: ChannelPlan) -> None:
-    """Hold the shapes of what was written against what was to be cut."""
+    """Compare the shapes in the written file with the plan."""
     shapes = {tensor.name: tensor.shape for tensor in open_model(written.path).tensors}
     omitted = adapter.omitted_tensors | written.omitted_tensors
     for tensor in model.tensors:

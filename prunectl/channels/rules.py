@@ -1,4 +1,4 @@
-"""What each kind of operation does to labels."""
+"""Label propagation: how each kind of operation maps the labels of its inputs to those of its outputs."""
 
 from __future__ import annotations
 
@@ -418,7 +418,7 @@ RULES: Mapping[OpKind, Rule] = {
 
 
 def propagate(graph: ChannelGraph) -> LabelTrace:
-    """What a network does to channels, from its inputs to its outputs."""
+    """Propagate labels through a network, from its inputs to its outputs."""
     trace = LabelTrace(graph)
     for node in graph.nodes:
         RULES[node.kind](trace, node)

@@ -1,4 +1,4 @@
-"""Which channels go? Those with the lowest scores, as many as were asked for and as may."""
+"""Selection: the channels with the lowest scores, as many as the ratio and the limits allow."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from prunectl.pruning.plan import Scope, SkippedTensor
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A group that may lose channels, and their scores."""
+    """A prunable group with its scores."""
 
     group: ChannelGroup
     scores: Scores
@@ -46,7 +46,7 @@ class PrunedGroup:
 
 
 def choose(candidates: Sequence[Candidate], config: ChannelConfig) -> tuple[PrunedGroup, ...]:
-    """What each group loses."""
+    """The channels that each group loses."""
     counts = (
         _counts_over_all(candidates, config) if config.scope is Scope.GLOBAL else _counts_by_layer(candidates, config)
     )
@@ -69,7 +69,7 @@ def removed_indices(pruned: Sequence[PrunedGroup]) -> Mapping[tuple[str, int], L
 
 
 def prunable_count(count: int, requested: int, config: ChannelConfig) -> int:
-    """How many of so many channels go if so many are asked for: what stays is rounded up."""
+    """The number of channels to remove: what stays is rounded up to the multiple, and kept above the minimum."""
     kept = max(count - requested, count - math.floor(config.max_ratio * count), min(config.min_channels, count))
     return count - min(count, math.ceil(kept / config.round_to) * config.round_to)
 

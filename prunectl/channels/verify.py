@@ -1,4 +1,4 @@
-"""Does the smaller network do what it should? The original, its channels silenced, must say the same."""
+"""Equivalence check: the pruned network must compute what the original does with zeroed channels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ZEROED = frozenset({AxisRole.OUT, AxisRole.IN, AxisRole.BIAS, AxisRole.SCALE, A
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """How far two networks are apart, relative to the largest number that comes out."""
+    """The difference of two networks, relative to the largest output."""
 
     error: float
     """As their runtime calculates."""
@@ -40,7 +40,7 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """Both networks, and what is compared."""
+    """The two networks of an equivalence check."""
 
     source: GraphAdapter
     original: Any
@@ -49,14 +49,14 @@ class _Pair:
     inner: Sequence[str]
 
     def runners(self, *, in_float64: bool) -> tuple[Runner, Runner]:
-        """What runs the original, its channels silenced, and what runs the smaller network."""
+        """The runners of the original with zeroed channels and of the pruned network."""
         original, pruned = (
             self.source.runner(net, self.inner, in_float64=in_float64) for net in (self.original, self.pruned)
         )
         return original, pruned
 
     def difference(self, expected: list[Any], actual: list[Any]) -> float:
-        """How far apart what they say is."""
+        """The largest relative difference of their outputs."""
         outer = len(expected) - len(self.inner)
         inner = [self.after.slice_value(*pair) for pair in zip(self.inner, expected[outer:], strict=True)]
         pairs = zip([*expected[:outer], *inner], actual, strict=True)
@@ -66,7 +66,7 @@ class _Pair:
 def verify(
     adapter: GraphAdapter, pruned: Any, plan: ChannelPlan, seed: int, batches: Sequence[Feeds] = ()
 ) -> Verification:
-    """How far the two networks are apart at most; WorkError if that is too far.
+    """The largest difference of the two networks; WorkError if it is above the tolerance.
 
     Where channels are dead, nothing is silenced: without them, the network says what it always said.
     """
@@ -152,7 +152,7 @@ def _with_zeroed_channels(graph: ChannelGraph, trace: LabelTrace, removed: Remov
 
 
 def _changed_layers(adapter: GraphAdapter, after: PrunedShapes) -> list[str]:
-    """What the layers say that lost inputs or outputs.
+    """The outputs of the layers that lost inputs or outputs.
 
     A softmax at the end of a network may hide what is wrong before it, and a signal may die on its way there.
     """

@@ -1,1 +1,1 @@
-"""Channels in files of Keras: the configuration is the graph."""
+"""Structured pruning of Keras files: the configuration is the graph."""

@@ -1,4 +1,4 @@
-"""A Keras network that can be cut: its configuration and its weights, run by the Keras that wrote it."""
+"""The adapter of Keras files: configuration and weights, run by the Keras that wrote them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _trained(loaded: LoadedKeras) -> Iterator[Tensor]:
 
 
 def _slots_by_name(slots: Sequence[Tensor], weights: Sequence[Tensor]) -> dict[str, str] | None:
-    """Match where a slot has the name of a weight in its own: `Adam/m/a/kernel`, `adam/a_kernel_momentum`."""
+    """Match slots whose name contains that of a weight: `Adam/m/a/kernel`, `adam/a_kernel_momentum`."""
     named = {re.sub(r":\d+$", "", tensor.name): tensor for tensor in weights}
     owners = {}
     for slot in slots:
@@ -131,19 +131,19 @@ def require_followable(model: ModelFile, origin: LoadOptions) -> None:
 
 
 class KerasAdapter(GraphAdapter):
-    """A Keras file, as cutting sees it."""
+    """A Keras file as a prunable graph."""
 
     def __init__(self, loaded: LoadedKeras, origin: LoadOptions) -> None:
         self._loaded, self._origin = loaded, origin
 
     @property
     def graph(self) -> ChannelGraph:
-        """What can be followed."""
+        """The graph that the configuration describes."""
         return self._loaded.graph
 
     @cached_property
     def coupled_tensors(self) -> Mapping[str, str]:
-        """What the optimizer keeps of each weight, where that can be told."""
+        """The optimizer slots of each weight, where they can be matched."""
         return match_slots(self._loaded) or {}
 
     @cached_property
@@ -153,7 +153,7 @@ class KerasAdapter(GraphAdapter):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is left out."""
+        """Whether the state of the optimizer is left out."""
         if not self.omitted_tensors:
             return ()
         return ("The state of the optimizer was left out: which weights it belongs to cannot be told.",)
@@ -169,11 +169,11 @@ class KerasAdapter(GraphAdapter):
 
     @property
     def observable(self) -> frozenset[str]:
-        """What layers that are called once make before their activations."""
+        """The outputs, before their activation, of layers that are called once."""
         return frozenset(self._loaded.builder.observable)
 
     def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
-        """What changes in the file."""
+        """The smaller configuration, and sliced weights and optimizer slots."""
         removed_by_name = removed_by_tensor(removed)
         arrays = dict(weights)
         for name, axes in removed_by_name.items():
@@ -187,19 +187,19 @@ class KerasAdapter(GraphAdapter):
         return EditedFile(resize_config(self._loaded.config, self._loaded.builder, after, shapes), arrays)
 
     def with_weights(self, weights: Mapping[str, Array]) -> Any:
-        """The file with other numbers in it."""
+        """The file with some weights replaced."""
         return EditedFile(None, weights)
 
     def random_inputs(self, random: np.random.Generator) -> Feeds:
-        """Random inputs."""
+        """Random inputs, small integers for embeddings."""
         return random_inputs(self._loaded, random)
 
     def runner(self, network: Any, observed: Iterable[str], *, in_float64: bool = False) -> Runner:
-        """What Keras makes of a draft."""
+        """A runner of the network that Keras builds of the edited file."""
         return runner(self._loaded, network, self._origin, observed, precision="float64" if in_float64 else "float32")
 
     def write(self, network: Any, folder: Path, target: Path) -> WrittenNetwork:
-        """Write a draft as a file like the one that was read."""
+        """Write an edited file in the layout of the one that was read."""
         path = outputs.staged_paths(self._loaded.model, folder, target)[self._loaded.model.path]
         drafts.write(self._loaded, network, path)
         if self.omitted_tensors:

@@ -1,4 +1,4 @@
-"""A graph that grows operation by operation, as a Keras configuration is followed."""
+"""The graph builder that the rules of layers emit operations into."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ObservedValue:
 
 
 class GraphBuilder:
-    """Operations, values and weights so far."""
+    """A graph under construction."""
 
     def __init__(self, model: ModelFile) -> None:
         self._model = model
@@ -97,7 +97,7 @@ class GraphBuilder:
         shapes: Sequence[Shape | None],
         **attributes: Any,
     ) -> tuple[str, ...]:
-        """Put an operation in, and return the names of its outputs."""
+        """Emit an operation, and return the names of its outputs."""
         outputs = tuple(self.fresh(f"{name}~{len(self.nodes)}", shape) for shape in shapes)
         for value in inputs:
             if value in self.views:
@@ -116,7 +116,7 @@ class GraphBuilder:
 
     @contextmanager
     def rollback(self) -> Generator[None]:
-        """Take back what was put in, if something is not known."""
+        """Remove what was emitted if an exception is raised."""
         nodes, uses = len(self.nodes), self.uses.copy()
         try:
             yield
@@ -138,7 +138,7 @@ class GraphBuilder:
         }
 
     def graph(self, outputs: Sequence[str]) -> ChannelGraph:
-        """What has grown."""
+        """The finished graph."""
         return ChannelGraph(
             nodes=tuple(self.nodes),
             weights=_LazyWeights(self._model, self._weights),
@@ -151,7 +151,7 @@ class GraphBuilder:
 
 
 class _LazyWeights(Mapping[str, Array]):
-    """Weights, read when they are first looked at."""
+    """Weights that are read on first access."""
 
     def __init__(self, model: ModelFile, tensors: Mapping[str, Tensor]) -> None:
         self._model, self._tensors = model, tensors
@@ -176,7 +176,7 @@ def _with_renamed(names: tuple[str, ...], old: str, new: str) -> tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class LayerContext:
-    """A layer with what is known of its inputs; what is not makes it unknown."""
+    """A call of a layer, as its rule sees it; what is not known raises UnknownShapeError."""
 
     builder: GraphBuilder
     names: tuple[str, ...]
@@ -190,7 +190,7 @@ class LayerContext:
 
     @property
     def name(self) -> str:
-        """What a user would call it."""
+        """Its name, with those of the models around it."""
         return "/".join(self.names)
 
     @property
@@ -217,11 +217,11 @@ class LayerContext:
         return self.shape(self.inputs[0])[0]
 
     def made(self) -> Shape:
-        """The shape of what comes out, with its batch."""
+        """The output shape, with its batch."""
         return with_batch(matmuls.output(self.step), self.batch)
 
     def emit(self, kind: OpKind, inputs: Sequence[str], shape: Shape, **attributes: Any) -> str:
-        """Put in an operation with one output."""
+        """Emit an operation with one output."""
         if any(length == 0 for length in shape):
             raise UnknownShapeError
         return self.builder.add(self.name, self.op, kind, inputs, (shape,), **attributes)[0]

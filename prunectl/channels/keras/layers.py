@@ -1,4 +1,4 @@
-"""Keras layers that move numbers about, slide windows over space, or merge values."""
+"""Rules of Keras layers without weights: elementwise, merging, reshaping, pooling."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from prunectl.formats.keras.flops.shapes import UnknownShapeError, untuple
 
 
 def pool_or_pad(call: LayerContext) -> str:
-    """Pools, borders and sizes: axes of space change, or go."""
+    """Pooling, padding, cropping, resizing: spatial axes change, or are reduced."""
     shape, output = call.shape(call.data), call.made()
     first = 2 if call.step.is_channels_first else 1
     return call.emit(OpKind.ALONG_AXES, (call.data,), output, axes=tuple(range(first, first + len(shape) - 2)))
 
 
 def concatenate(call: LayerContext) -> str:
-    """One behind the other."""
+    """Concatenation along an axis."""
     output = call.made()
     axis = call.step.number("axis", -1)
     if axis == 0 or any(len(call.shape(value)) != len(output) for value in call.inputs):
@@ -28,7 +28,7 @@ def concatenate(call: LayerContext) -> str:
 
 
 def flatten(call: LayerContext) -> str:
-    """All axes in one; space before channels, whatever the layer has."""
+    """Flatten in the order of channels last, whatever the layout of the layer."""
     data = call.data
     if call.step.is_channels_first and len(call.shape(data)) > 2:
         data = call.transpose(data, (0, *range(2, len(call.shape(data))), 1))
@@ -36,26 +36,26 @@ def flatten(call: LayerContext) -> str:
 
 
 def reshape(call: LayerContext) -> str:
-    """Another shape."""
+    """A reshape."""
     return call.emit(OpKind.RESHAPE, (call.data,), call.made())
 
 
 def permute(call: LayerContext) -> str:
-    """Axes in another order, counted from 1."""
+    """A transposition; the setting counts axes from 1."""
     output = call.made()
     order = (0, *call.step.numbers("dims", len(output) - 1))
     return call.emit(OpKind.TRANSPOSE, (call.data,), output, order=order)
 
 
 def repeat(call: LayerContext) -> str:
-    """The same again and again along a new axis."""
+    """Repetition along a new axis."""
     shape, output = call.shape(call.data), call.made()
     row = call.emit(OpKind.RESHAPE, (call.data,), (shape[0], 1, *shape[1:]))
     return call.emit(OpKind.ALONG_AXES, (row,), output, axes=(1,))
 
 
 def normalize(call: LayerContext) -> str:
-    """What needs all numbers of some axes at once, and leaves the shape as it is."""
+    """Softmax, masking and layer normalisation, which mix all numbers of some axes."""
     shape = call.shape(call.data)
     setting = untuple(call.step.config.get("axis", -1))
     axes = setting if isinstance(setting, list) else [setting]
@@ -65,7 +65,7 @@ def normalize(call: LayerContext) -> str:
 
 
 def merge(call: LayerContext) -> str:
-    """Sums, products, means: what meets at a position."""
+    """Elementwise merging: sum, product, mean, extremes."""
     output = call.made()
     if any(len(call.shape(value)) != len(output) for value in call.inputs):
         # Keras and NumPy do not agree on how to match ranks.
@@ -82,7 +82,7 @@ def merge_same_shape(call: LayerContext) -> str:
 
 
 def elementwise(call: LayerContext) -> str:
-    """Element by element."""
+    """An elementwise layer."""
     return call.emit(OpKind.ELEMENTWISE, (call.data,), call.shape(call.data))
 
 

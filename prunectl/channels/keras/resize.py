@@ -1,4 +1,4 @@
-"""A Keras configuration without some channels: what names their number, set right."""
+"""A Keras configuration resized after channels were removed."""
 
 from __future__ import annotations
 

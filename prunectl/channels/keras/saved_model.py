@@ -1,4 +1,4 @@
-"""A SavedModel that Keras 2 wrote: read as the HDF5 file that it would write too, and written anew."""
+"""The adapter of SavedModels of Keras 2, which are converted to HDF5 and saved again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from prunectl.training.keras.load import LoadedModel, load
 
 
 class RenamedWeights(Mapping[str, Array]):
-    """Weights that are read when they are first looked at, each by a name of its own."""
+    """Lazily read weights under other names."""
 
     def __init__(self, weights: Mapping[str, Array], names: Mapping[str, str]) -> None:
         self._scratch_dir, self._names = weights, names
@@ -74,7 +74,7 @@ def read_saved_model(model: ModelFile, origin: LoadOptions, data: Shapes | None 
 
 
 class SavedModelAdapter(GraphAdapter):
-    """A SavedModel, as cutting sees it."""
+    """A SavedModel as a prunable graph."""
 
     def __init__(self, model: ModelFile, origin: LoadOptions, lengths: AxisLengths) -> None:
         self._model, self._origin = model, origin
@@ -119,25 +119,25 @@ class SavedModelAdapter(GraphAdapter):
 
     @property
     def observable(self) -> frozenset[str]:
-        """What layers that are called once make before their activations."""
+        """The outputs, before their activation, of layers that are called once."""
         return self._inner.observable
 
     def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
-        """What changes in the file."""
+        """The smaller configuration, and sliced weights."""
         inner_names = {outer: name for name, outer in self._names.items()}
         inner_removed = {(inner_names[name], axis): indices for (name, axis), indices in removed.items()}
         return self._inner.prune(inner_removed, after, rename_weights(weights, inner_names))
 
     def with_weights(self, weights: Mapping[str, Array]) -> Any:
-        """The network with other numbers in it."""
+        """The network with some weights replaced."""
         return self._inner.with_weights(rename_weights(weights, {outer: name for name, outer in self._names.items()}))
 
     def random_inputs(self, random: np.random.Generator) -> Feeds:
-        """Random inputs."""
+        """Random inputs, small integers for embeddings."""
         return self._inner.random_inputs(random)
 
     def runner(self, network: Any, observed: Iterable[str], *, in_float64: bool = False) -> Runner:
-        """What Keras makes of a draft."""
+        """A runner of the network that Keras builds of the edited file."""
         with self._with_original_name():
             return self._inner.runner(network, observed, in_float64=in_float64)
 

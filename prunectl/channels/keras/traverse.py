@@ -1,4 +1,4 @@
-"""Follows a Keras configuration call by call, models inside models too, and puts each into a graph."""
+"""Traversal of a Keras configuration: each call of a layer, in nested models too, becomes operations of the graph."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class CallArguments:
 
 
 class GraphTraversal:
-    """Calls layers on values."""
+    """The traversal of a model: symbolic calls of its layers on named values."""
 
     def __init__(
         self,

@@ -103,7 +103,7 @@ _NAME_ONLY = frozenset({"name"})
 
 @dataclass(frozen=True, slots=True)
 class LayerLocation:
-    """A layer, and where it stands."""
+    """A layer, and its path in the configuration."""
 
     path: ConfigPath
     layer: Mapping[str, Any]
@@ -122,7 +122,7 @@ def located(config: Mapping[str, Any], slots: Mapping[str, LayerConfig]) -> tupl
 
 
 def get_at(config: Any, path: ConfigPath) -> Any:
-    """What stands somewhere in a configuration."""
+    """The part of a configuration at a path."""
     for key in path:
         config = config[key]
     return config

@@ -1,1 +1,1 @@
-"""Networks of PyTorch: traced, followed, cut, and written as files that nothing but torch is needed for."""
+"""Structured pruning of PyTorch networks: traced by torch.export, written as files that need torch alone."""

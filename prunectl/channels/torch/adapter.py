@@ -1,4 +1,4 @@
-"""A network of PyTorch that can be cut: a program that torch.export made of it."""
+"""The adapter of PyTorch files: a program that torch.export traced."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _ENDLESS = 1 << 62
 
 
 def write_program(traced: TracedModel, pruned: WeightedProgram, path: Path) -> tuple[str, ...]:
-    """Trace a smaller program anew, so that every shape in it is right, write it, and return what has to be said."""
+    """Export a smaller program again, so that every shape in it is right, write it, and return notes."""
     with quiet():
         try:
             program, notes = _export_again(traced, with_weights(traced, pruned))
@@ -163,7 +163,7 @@ def read_torch(model: ModelFile, origin: LoadOptions, data: Shapes | None = None
 
 
 class TorchAdapter(GraphAdapter):
-    """A network of PyTorch, as cutting sees it."""
+    """A PyTorch network as a prunable graph."""
 
     def __init__(self, model: ModelFile, traced: TracedModel) -> None:
         self._model = model
@@ -172,7 +172,7 @@ class TorchAdapter(GraphAdapter):
 
     @property
     def graph(self) -> ChannelGraph:
-        """What can be followed; weights are called what the file calls them."""
+        """The traced operations; weights have the names of the file."""
         return self._graph
 
     @property
@@ -183,7 +183,7 @@ class TorchAdapter(GraphAdapter):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is written in place of a module."""
+        """That a class is written beside weights, and what is left out."""
         if self._is_program:
             return ()
         omitted = ", ".join(name or "the file" for name in self._slots.unmatched)
@@ -202,12 +202,12 @@ class TorchAdapter(GraphAdapter):
         return outputs_of_weighted_layers(self.graph) & {node.name for node in self._traced.module.graph.nodes}
 
     def companion_files(self, target: Path) -> tuple[Path, ...]:
-        """Where the class goes."""
+        """The file of the generated class."""
         return () if self._is_program else (companion_file(target),)
 
     @cached_property
     def coupled_tensors(self) -> Mapping[str, str]:
-        """Second names of shared weights, and what optimizers keep of each."""
+        """Second names of shared weights, and the optimizer slots of each."""
         owners = {**self._traced.aliases, **self._slots.owners}
         return {name: self._traced.aliases.get(owner, owner) for name, owner in owners.items()}
 
@@ -232,7 +232,7 @@ class TorchAdapter(GraphAdapter):
         return PrunedProgram(program.module, program.values, changes=changes)
 
     def with_weights(self, weights: Mapping[str, Array]) -> WeightedProgram:
-        """The program, some of its numbers replaced."""
+        """The program with some weights replaced."""
         values = {}
         for name, tensor in self._traced.names.items():
             array = weights.get(self._traced.aliases.get(tensor, tensor))
@@ -241,13 +241,13 @@ class TorchAdapter(GraphAdapter):
         return WeightedProgram(self._traced.module, values)
 
     def random_inputs(self, random: np.random.Generator) -> Feeds:
-        """Random inputs."""
+        """Random inputs of the types that it was traced on."""
         generator = torch.Generator().manual_seed(int(random.integers(1 << 62)))
         used = zip(self.graph.inputs, self._traced.single_inputs, strict=True)
         return {name: to_numpy(random_like(example, generator)) for name, example in used}
 
     def runner(self, program: WeightedProgram, observed: Iterable[str], *, in_float64: bool = False) -> Runner:
-        """What PyTorch makes of a program, step by step."""
+        """A runner that interprets the program node by node."""
         names = tuple(observed)
         program = replace(program, in_float64=in_float64)
 

@@ -1,4 +1,4 @@
-"""Operations of PyTorch that are layers of several steps: attention, gates, recurrent layers."""
+"""Rules of PyTorch operations that take several steps: attention, gated units, recurrent layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STATES = {"lstm": 2, "gru": 1, "rnn_tanh": 1, "rnn_relu": 1}
 
 
 def scaled_dot_product(op: OpContext) -> Lowering:
-    """Read an attention: keys turned, multiplied, a softmax, multiplied."""
+    """Scaled dot-product attention: transposed keys, a product, a softmax, a product."""
     query, key, value = (op.name(name) for name in ("query", "key", "value"))
     if op.arg("enable_gqa", default=False) or len({len(op.shapes[name]) for name in (query, key, value)}) > 1:
         return ()
@@ -38,14 +38,14 @@ def scaled_dot_product(op: OpContext) -> Lowering:
 
 
 def resize_scale(op: OpContext, after: PrunedShapes) -> None:
-    """Divide by what was divided by, however many numbers of a head are left."""
+    """Keep the scale of the original heads, however many numbers are left in each."""
     before = op.shape("query")[-1]
     if op.arguments.get("scale") is None and after.shape(op.name("query"))[-1] != before:
         set_argument(op.node, "scale", 1 / math.sqrt(before))
 
 
 def glu(op: OpContext) -> Lowering:
-    """Read two halves, of which one opens or closes the other."""
+    """A gated linear unit: one half gates the other."""
     before = op.shapes[op.tensors[0]]
     axis = op.arg("dim", -1) % len(before)
     halves = [op.temporary(half, op.result) for half in ("half", "gate")]
@@ -57,7 +57,7 @@ def glu(op: OpContext) -> Lowering:
 
 
 def recurrent(op: OpContext) -> Lowering:
-    """Read layers one on the other, each in one direction or in both; all have as many units."""
+    """Stacked recurrent layers, in one direction or both; all have as many units."""
     name, arguments = op_name(op.node), op.arguments
     if "batch_sizes" in arguments or not isinstance(arguments.get("params"), list | tuple):
         return ()

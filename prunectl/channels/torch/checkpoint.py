@@ -1,4 +1,4 @@
-"""What lies in a checkpoint beside the weights, and what of it is cut as they are."""
+"""Checkpoints of PyTorch: weights and optimizer slots sliced alike, all else kept."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSlots:
-    """What optimizers in a checkpoint keep of weights."""
+    """The optimizer slots in a checkpoint."""
 
     owners: Mapping[str, str] = field(default_factory=dict)
     """The weight of each tensor of their states, both by their names in the file."""
@@ -41,7 +41,7 @@ class OptimizerSlots:
 
 
 def optimizer_slots(root: Any, order: Mapping[str, str], shapes: Shapes) -> OptimizerSlots:
-    """What optimizers keep of each weight, by its name in the file; they know weights by numbers.
+    """Match the slots of optimizers, which number their weights, to the names of the file.
 
     The order is that of the parameter_order of the module, with their names in the file.
     """
@@ -76,7 +76,7 @@ def clear_optimizers(root: Any, optimizers: Collection[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class WeightChanges:
-    """What becomes of the tensors of a file."""
+    """The changes to the tensors of a file."""
 
     axes: Axes
     numbers: Mapping[str, Array]
@@ -87,7 +87,7 @@ class WeightChanges:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrunedProgram(WeightedProgram):
-    """A smaller program, and what becomes of the file that it was read from."""
+    """A pruned program, and the changes to the file that it was read from."""
 
     changes: WeightChanges = field(default_factory=lambda: WeightChanges({}, {}))
 
@@ -136,7 +136,7 @@ def _optimizers(value: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def write_safetensors(model: ModelFile, changes: WeightChanges, extras: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write a copy without what goes, and with what is new."""
+    """Write a safetensors file with sliced weights, and with the extras of the class."""
     header = read(model.path)
     tensors = {tensor.name: tensor for tensor in model.tensors}
     arrays: dict[str, Array] = {}
@@ -202,7 +202,7 @@ def class_of(traced: TracedModel) -> str:
 
 
 def load_checkpoint(model: ModelFile, traced: TracedModel) -> Any:
-    """What is in a checkpoint."""
+    """Load a checkpoint, restricted to weights unless it is trusted."""
     if not traced.is_trusted:
         user_code.check_checkpoint(model)
     try:

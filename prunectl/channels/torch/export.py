@@ -1,4 +1,4 @@
-"""From a file of PyTorch to a graph of its operations, every weight known by the file's name for it."""
+"""From a PyTorch file to a traced program, each weight with its name in the file."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def split_packed_qkv(graph: torch.fx.Graph) -> None:
 
 
 def _origin(node: torch.fx.Node) -> tuple[torch.fx.Node, int, int] | None:
-    """What a part is taken from, how wide it is, and which it is."""
+    """The source of a part, its width and its number."""
     inputs = arguments(node)
     if inputs["dim"] != 0 or type(inputs["index"]) is not int or inputs["index"] < 0:
         return None

@@ -1,4 +1,4 @@
-"""An operation of a program, with its arguments by name and the shapes around it."""
+"""Nodes of torch.fx as the rules see them: arguments by name, shapes, weight views; and the interpreter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class OpContext:
-    """A node of a program, and what is known around it."""
+    """A node with the shapes and weight views around it."""
 
     node: torch.fx.Node
     shapes: dict[str, Shape]
@@ -65,7 +65,7 @@ class OpContext:
         return self.shapes[self.outputs[0]]
 
     def emit(self, kind: OpKind, inputs: Iterable[str], outputs: Iterable[str] = (), **attributes: Any) -> OpNode:
-        """What it does, or one step of it."""
+        """An operation of the graph, one step of this node."""
         return OpNode(
             module_path(self.node), op_name(self.node), kind, tuple(inputs), tuple(outputs) or self.outputs, attributes
         )
@@ -204,14 +204,14 @@ class WeightedProgram:
 
 
 class RecordingInterpreter(torch.fx.Interpreter):
-    """Runs a program, and shows each value to someone."""
+    """An interpreter that hands each value to a callback."""
 
     def __init__(self, weighted: WeightedProgram, record: Callable[[str, Any], None]) -> None:
         super().__init__(weighted.module)
         self._values, self._record, self._in_float64 = weighted.values, record, weighted.in_float64
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        """What a node gives."""
+        """The value of a node, which is recorded."""
         value = super().run_node(n)
         self._record(n.name, value)
         return value
@@ -224,7 +224,7 @@ class RecordingInterpreter(torch.fx.Interpreter):
         return value.double() if self._in_float64 and is_float else value
 
     def fetch_args_kwargs_from_env(self, n: torch.fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What a node takes; one that names a type of number makes longer ones."""
+        """The arguments of a node; in float64 every conversion to a float is one to float64."""
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         if not self._in_float64:
             return args, kwargs

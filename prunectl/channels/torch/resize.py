@@ -15,7 +15,7 @@ from prunectl.channels.torch.tracing import quiet
 
 
 def update_sizes(graph: torch.fx.Graph, after: PrunedShapes) -> None:
-    """Set right what names a number of channels that is no longer true."""
+    """Update the lengths in the arguments of operations."""
     shapes, views = dict(after.trace.graph.shapes), dict(after.trace.graph.views)
     for node in list(graph.nodes):
         if node.op != "call_function":

@@ -1,4 +1,4 @@
-"""From a module to a program that shows each of its operations."""
+"""Tracing a module by torch.export."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _export(
 
 
 def _accepted_inputs(module: torch.nn.Module, examples: Examples, path: str) -> Examples:
-    """Examples that the module takes: two at a time, or as many as was said."""
+    """Examples that the module accepts: a batch of two, or that of `--input`."""
     batched = tuple(with_batch(value, _TRACED_BATCH) if value.ndim and len(value) == 1 else value for value in examples)
     failure = None
     for inputs in (batched, examples):
@@ -139,7 +139,7 @@ def _convert_script(module: torch.jit.ScriptModule, examples: Examples, path: st
 
 @contextmanager
 def quiet() -> Generator[None]:
-    """Keep to itself what PyTorch has to say while it traces."""
+    """Silence warnings, loggers and output of PyTorch, and record no gradients."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

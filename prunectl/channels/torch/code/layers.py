@@ -33,7 +33,7 @@ class StateShapes:
     """All names of a weight that has several."""
 
     def under(self, path: str) -> dict[str, Shape]:
-        """What lies in a module, by its name there."""
+        """The shapes of a module's weights by their names in it."""
         return {name[len(path) + 1 :]: shape for name, shape in self.shapes.items() if name.startswith(f"{path}.")}
 
     def names(self, node: Any) -> tuple[str, ...]:

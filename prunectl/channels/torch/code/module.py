@@ -1,4 +1,4 @@
-"""A network as the text of a Python module with one class."""
+"""Code generation: a network as a Python module with one class."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def _state(traced: TracedModel, program: WeightedProgram) -> dict[str, torch.Ten
 
 
 def _constants(traced: TracedModel, program: WeightedProgram) -> dict[str, torch.Tensor]:
-    """What the graph reads that is in no state."""
+    """Constants that the graph reads and the state dict lacks."""
     state = _state(traced, program)
     targets = [str(node.target) for node in program.module.graph.nodes if node.op == "get_attr" and node.users]
     return {name: attribute(traced.module, name) for name in dict.fromkeys(targets) if name not in state}
@@ -217,7 +217,7 @@ def _groups(traced: TracedModel) -> dict[str, tuple[str, ...]]:
 
 
 def _statement(traced: TracedModel, name: str, value: torch.Tensor, layers: Mapping[torch.fx.Node, LayerCode]) -> str:
-    """What makes a weight that no layer makes."""
+    """The statement that registers a weight outside of layers."""
     owner, _, last = name.rpartition(".")
     if any(layer.path == owner for layer in layers.values()):
         return ""
