@@ -8,13 +8,13 @@ from typing import Any
 from prunectl.errors import UsageError, WorkError, first_line
 from prunectl.exporting.job import ExportJob
 from prunectl.exporting.onnx_canonical import canonical_order
-from prunectl.exporting.quiet import quiet_logging
 from prunectl.exporting.request import ExportRequest
 from prunectl.exporting.weights import cast_down
 from prunectl.formats.base import Array
 from prunectl.formats.safe_json import require
 from prunectl.graphs.onnx.nodes import copy_message, inner_graphs, names_defined, opset_of
 from prunectl.graphs.onnx.tensors import is_too_large, load_message
+from prunectl.training.quiet import quiet_logging
 
 _DYNAMIC_OPERATORS = ["MatMul", "Gemm", "LSTM", "Gather"]
 """Operators with a dynamically quantized form, whose input ranges need no calibration."""

@@ -15,8 +15,9 @@ from prunectl.exporting.job import ExportJob
 from prunectl.formats.base import Array, ModelFile
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions
-from prunectl.training.keras.backend import ignore_warnings, load_keras2
+from prunectl.training.keras.backend import load_keras2
 from prunectl.training.keras.load import error_line
+from prunectl.training.quiet import ignore_warnings
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ from prunectl.exporting import onnx_canonical, onnx_finish
 from prunectl.exporting.job import ExportJob
 from prunectl.exporting.tensorflow import TfRunnable
 from prunectl.formats.safe_json import require
-from prunectl.training.keras.backend import ignore_warnings, load_keras2
+from prunectl.training.keras.backend import load_keras2
 from prunectl.training.keras.load import error_line
+from prunectl.training.quiet import ignore_warnings
 
 Handler = Callable[[Any, Any, str, Any], None]
 

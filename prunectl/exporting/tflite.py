@@ -11,11 +11,11 @@ from prunectl.errors import WorkError
 from prunectl.exporting.compare import Run
 from prunectl.exporting.inputs import shape_text
 from prunectl.exporting.job import ExportJob
-from prunectl.exporting.quiet import silence
 from prunectl.exporting.tensorflow import DEFAULT, TfRunnable, save
 from prunectl.formats.base import Array, Family
-from prunectl.training.keras.backend import ignore_warnings, load_keras2
+from prunectl.training.keras.backend import load_keras2
 from prunectl.training.keras.load import error_line
+from prunectl.training.quiet import ignore_warnings, silence
 
 _tf = load_keras2().tensorflow
 

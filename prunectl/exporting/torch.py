@@ -12,10 +12,10 @@ import torch
 
 from prunectl.errors import InputError, UsageError, first_line
 from prunectl.exporting.inputs import InputSpec
-from prunectl.exporting.quiet import quiet_conversion
 from prunectl.formats.base import Array, ModelFile
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions
+from prunectl.training.quiet import quiet_conversion
 from prunectl.training.torch.build import BuiltModule, FixedBatchModule, build_module, input_specs
 from prunectl.training.torch.tensors import error_line, tensor_leaves, to_numpy, to_torch
 

@@ -19,11 +19,11 @@ from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.compare import Run
 from prunectl.exporting.inputs import InputSpec, shape_text
 from prunectl.exporting.job import ExportJob
-from prunectl.exporting.quiet import quiet_conversion
 from prunectl.exporting.torch import run_module, without_mha_fastpath
 from prunectl.exporting.weights import cast_down, save_arrays
 from prunectl.formats.base import Array, Family
 from prunectl.formats.registry import open_model
+from prunectl.training.quiet import quiet_conversion
 from prunectl.training.torch.tensors import to_numpy, to_torch
 
 _SHORT_DTYPES = {

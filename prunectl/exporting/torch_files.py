@@ -15,10 +15,10 @@ import torch
 from prunectl.errors import UsageError, WorkError, first_line
 from prunectl.exporting.compare import Run
 from prunectl.exporting.job import ExportJob
-from prunectl.exporting.quiet import quiet_conversion
 from prunectl.exporting.torch import TorchRunnable, run_module, without_mha_fastpath
 from prunectl.exporting.weights import exported_arrays, same_bits
 from prunectl.formats.base import Array
+from prunectl.training.quiet import quiet_conversion
 from prunectl.training.torch.tensors import to_numpy, to_torch
 
 _ONNX_HINT = "--to onnx has 8 bits for whatever it can hold"

@@ -10,11 +10,11 @@ import torch
 from prunectl.errors import WorkError, first_line
 from prunectl.exporting import onnx_canonical, onnx_finish
 from prunectl.exporting.job import ExportJob
-from prunectl.exporting.quiet import quiet_conversion
 from prunectl.exporting.torch import TorchRunnable, output_names, run_module, without_mha_fastpath
 from prunectl.exporting.torch_files import example, is_script, program_of
 from prunectl.formats.base import Family
 from prunectl.graphs.onnx.tensors import load_message
+from prunectl.training.quiet import quiet_conversion
 from prunectl.training.torch.build import load_program
 
 OPSET = 18

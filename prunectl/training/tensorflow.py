@@ -14,11 +14,12 @@ from prunectl.formats.base import ModelFile
 from prunectl.training import user_code
 from prunectl.training.backend import Array, GradientStatistic, LoadOptions, ModelSignature, TensorSpec, TrainableModel
 from prunectl.training.keras import backend
-from prunectl.training.keras.backend import ignore_warnings, load_keras2
+from prunectl.training.keras.backend import load_keras2
 from prunectl.training.keras.distribution import DevicePlacement
 from prunectl.training.keras.load import LoadedModel
 from prunectl.training.keras.model import KerasTrainable
 from prunectl.training.keras.model import load_trainable as open_keras
+from prunectl.training.quiet import ignore_warnings
 
 
 def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:

@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from prunectl.channels.lengths import no_shape, parse_input
 from prunectl.errors import InputError, UsageError, first_line
+from prunectl.training.quiet import ignore_warnings, quiet_logging
 from prunectl.training.torch.build import input_specs
 
 _LENGTH, _EXAMPLE = 224, "1,3,224,224 or 1,128:i64"
@@ -140,11 +141,12 @@ def _convert_script(module: torch.jit.ScriptModule, examples: Examples, path: st
 @contextmanager
 def quiet() -> Generator[None]:
     """Silence warnings, loggers and output of PyTorch, and record no gradients."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), torch.no_grad():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
+    output = io.StringIO()
+    with (
+        quiet_logging(logging.CRITICAL),
+        ignore_warnings(),
+        redirect_stdout(output),
+        redirect_stderr(output),
+        torch.no_grad(),
+    ):
+        yield

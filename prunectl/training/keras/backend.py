@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from prunectl.errors import MissingExtraError, UsageError
 from prunectl.formats.safe_json import require
 from prunectl.training.backend import Array
+from prunectl.training.quiet import ignore_warnings, silence
 
 _BACKEND_EXTRAS = frozenset({"tensorflow", "torch"})
 _LEGACY = "TF_USE_LEGACY_KERAS"
@@ -127,14 +127,6 @@ def load_keras3() -> KerasLibrary:
 
 
 @contextmanager
-def ignore_warnings() -> Iterator[None]:
-    """Ignore the warnings of frameworks."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextmanager
 def quiet_import() -> Iterator[None]:
     """Silence the import of TensorFlow and JAX below errors, unless TF_CPP_MIN_LOG_LEVEL is set."""
     level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -146,16 +138,8 @@ def quiet_import() -> Iterator[None]:
             yield
         return
     # What TensorFlow's libraries find while they are loaded goes to the file itself, whatever that level.
-    sys.stderr.flush()
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        with ignore_warnings():
-            yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
+    with silence(2), ignore_warnings():
+        yield
 
 
 def get_value(library: KerasLibrary, variable: Any) -> Array:

@@ -27,7 +27,7 @@ from prunectl.training.checkpoint import load_arrays, save_arrays
 from prunectl.training.data.source import Arrays, Batch, as_tuple
 from prunectl.training.keras import backend, gradients
 from prunectl.training.keras._compat import distinct_layers
-from prunectl.training.keras.backend import KerasLibrary, ignore_warnings
+from prunectl.training.keras.backend import KerasLibrary
 from prunectl.training.keras.compile import outputs
 from prunectl.training.keras.compile.config import optimizer_variables
 from prunectl.training.keras.distribution import DevicePlacement, resolve_device
@@ -37,6 +37,7 @@ from prunectl.training.keras.random_state import RandomState
 from prunectl.training.keras.train_step import CompiledModel
 from prunectl.training.keras.variable_names import match_variables
 from prunectl.training.layer_inputs import InputCallback
+from prunectl.training.quiet import ignore_warnings
 
 
 def batch_norm_layers(library: KerasLibrary, model: Any) -> list[Any]:

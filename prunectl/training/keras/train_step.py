@@ -13,13 +13,14 @@ from prunectl.training.backend import Array, GradientStatistic, TrainOptions
 from prunectl.training.data.source import Arrays, Batch, as_tuple
 from prunectl.training.keras import backend, distillation
 from prunectl.training.keras._compat import count_train_step, flat_layers
-from prunectl.training.keras.backend import KerasLibrary, ignore_warnings
+from prunectl.training.keras.backend import KerasLibrary
 from prunectl.training.keras.compile import outputs
 from prunectl.training.keras.compile.config import compile_model, resolve_compile_config
 from prunectl.training.keras.compile.losses import CrossEntropy
 from prunectl.training.keras.distillation import DistillationConfig
 from prunectl.training.keras.distribution import DevicePlacement
 from prunectl.training.keras.load import LoadedModel, error_line
+from prunectl.training.quiet import ignore_warnings
 from prunectl.training.task import DistilledOutput, FinalActivation
 
 

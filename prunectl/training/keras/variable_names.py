@@ -19,7 +19,8 @@ from prunectl.formats.patch import TensorUpdate
 from prunectl.formats.registry import by_name, load
 from prunectl.formats.scratch import temporary_folder
 from prunectl.training.keras import backend
-from prunectl.training.keras.backend import KerasLibrary, ignore_warnings
+from prunectl.training.keras.backend import KerasLibrary
+from prunectl.training.quiet import ignore_warnings
 
 _SKIPPED_ROLES = frozenset({Role.OPTIMIZER})
 _CHUNK = 1 << 20

@@ -1,4 +1,4 @@
-"""Silence for converters, those in C++ included, which know no `sys.stderr`."""
+"""Silence for frameworks and converters, what their C++ prints included, which knows no `sys.stderr`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def silence() -> Iterator[None]:
-    """Redirect the file descriptors of standard output and error to the null device."""
+def silence(*descriptors: int) -> Iterator[None]:
+    """Redirect the file descriptors of standard output and error, or those that are named, to the null device."""
     null = os.open(os.devnull, os.O_WRONLY)
-    saved = {number: os.dup(number) for number in (1, 2)}
+    saved = {number: os.dup(number) for number in descriptors or (1, 2)}
     _flush()
     try:
         for number in saved:
@@ -37,16 +37,23 @@ def _flush() -> None:
 def quiet_conversion() -> Iterator[None]:
     """Silence PyTorch's exporters: warnings, loggers, and what C++ prints."""
     # Its exporters tell of every operator of packages that are not installed.
-    with warnings.catch_warnings(), quiet_logging(), silence():
+    with ignore_warnings(), quiet_logging(), silence():
+        yield
+
+
+@contextmanager
+def ignore_warnings() -> Iterator[None]:
+    """Ignore the warnings of frameworks."""
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 @contextmanager
-def quiet_logging() -> Iterator[None]:
-    """Disable logging up to warnings, and restore the level of the host program."""
+def quiet_logging(up_to: int = logging.WARNING) -> Iterator[None]:
+    """Disable logging up to a level, and restore that of the host program."""
     level = logging.root.manager.disable
-    logging.disable(max(logging.WARNING, level))
+    logging.disable(max(up_to, level))
     try:
         yield
     finally:
