@@ -19,6 +19,14 @@ from prunectl.formats.state_dict import averaged_copies
 
 _MANY_ZEROS = 0.3
 _MENTIONED_SHARE = 0.01
+_STRIPPABLE = {
+    "masks": "Pruning wrappers are still in the file: their masks take {} of it. `prunectl strip` takes them out.",
+    "optimizer": "The optimizer's state takes {} of the file; predictions do not need it. "
+    "`prunectl strip` takes it out.",
+    "example inputs": "The inputs that it was exported with take {} of the file; predictions do not need them. "
+    "`prunectl strip` takes them out.",
+}
+"""What is said of parts of a file that only training needs, with their share."""
 
 
 def hints(stats: ModelStats) -> tuple[str, ...]:
@@ -31,21 +39,9 @@ def hints(stats: ModelStats) -> tuple[str, ...]:
             f"{_percent(zeros)} of the prunable weights are zero, yet the file is as big as before: in this container "
             f"a zero takes as many bytes as any number. {_suggestion(stats)}"
         )
-    if shares.get("masks", 0) > _MENTIONED_SHARE:
-        sentences.append(
-            f"Pruning wrappers are still in the file: their masks take {_percent(shares['masks'])} of it. "
-            "`prunectl strip` takes them out."
-        )
-    if shares.get("optimizer", 0) > _MENTIONED_SHARE:
-        sentences.append(
-            f"The optimizer's state takes {_percent(shares['optimizer'])} of the file; predictions do not need it. "
-            "`prunectl strip` takes it out."
-        )
-    if shares.get("example inputs", 0) > _MENTIONED_SHARE:
-        sentences.append(
-            f"The inputs that it was exported with take {_percent(shares['example inputs'])} of the file; predictions "
-            "do not need them. `prunectl strip` takes them out."
-        )
+    for part, sentence in _STRIPPABLE.items():
+        if (share := shares.get(part, 0)) > _MENTIONED_SHARE:
+            sentences.append(sentence.format(_percent(share)))
     return (*sentences, *quantised_hint(stats), *averaged_copies_hint(stats))
 
 

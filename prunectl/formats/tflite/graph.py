@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from prunectl.formats.base import ModelFile, Operation
 from prunectl.formats.tflite.model import constants
 from prunectl.formats.tflite.schema import LiteGraph, LiteOperator, read_lite
 from prunectl.formats.tflite.usage import layer_of
 
-Shape = tuple[int, ...]
 _SHAPE_OPERATORS = frozenset({"DEQUANTIZE", "DENSIFY"})
 _MAX_PASSED = 4
 
@@ -23,7 +21,7 @@ def operations(model: ModelFile) -> tuple[Operation, ...]:
     for number, graph in enumerate(lite.graphs):
         makers = {at: operator for operator in graph.operators for at in operator.outputs}
         for operator in graph.operators:
-            if operator.kind not in _MACS or not _is_whole(operator):
+            if operator.kind not in _MULTIPLYING or not _is_whole(operator):
                 continue
             weight = _origin(operator.inputs[1], makers)
             operations.append(
@@ -57,41 +55,23 @@ def _origin(at: int, makers: dict[int, LiteOperator]) -> int:
 
 
 def _count(graph: LiteGraph, operator: LiteOperator) -> int:
-    shapes = [tuple(max(size, 1) for size in graph.tensors[at].shape) if at >= 0 else () for at in operator.inputs]
+    """Elements of the output, each a sum over the axes of one input: those of the weight that the output has not."""
+    inputs = [tuple(max(size, 1) for size in graph.tensors[at].shape) if at >= 0 else () for at in operator.inputs]
     output = tuple(max(size, 1) for size in graph.tensors[operator.outputs[0]].shape)
-    return _MACS[operator.kind](operator, shapes, output)
+    if operator.kind == "BATCH_MATMUL":
+        is_turned = operator.options is not None and operator.options.number(0, 1) != 0
+        return math.prod(output) * math.prod(inputs[0][-2:-1] if is_turned else inputs[0][-1:])
+    if operator.kind == "TRANSPOSE_CONV":
+        output = inputs[2]
+    return math.prod(output) * math.prod(inputs[1][_SUMMED[operator.kind]])
 
 
-def _convolution(_: LiteOperator, inputs: list[Shape], output: Shape) -> int:
-    return math.prod(output) * math.prod(inputs[1][1:])  # [out, height, width, in]
-
-
-def _depthwise(_: LiteOperator, inputs: list[Shape], output: Shape) -> int:
-    return math.prod(output) * math.prod(inputs[1][1:3])  # [1, height, width, channels]
-
-
-def _fully_connected(_: LiteOperator, inputs: list[Shape], output: Shape) -> int:
-    return math.prod(output) * math.prod(inputs[1][-1:])  # [out, in]
-
-
-def _transposed(_: LiteOperator, inputs: list[Shape], output: Shape) -> int:  # noqa: ARG001  (same shape as its siblings)
-    return math.prod(inputs[2]) * math.prod(inputs[1][:-1])  # [out, height, width, in]
-
-
-def _volume(_: LiteOperator, inputs: list[Shape], output: Shape) -> int:
-    return math.prod(output) * math.prod(inputs[1][:-1])  # [depth, height, width, in, out]
-
-
-def _matrices(operator: LiteOperator, inputs: list[Shape], output: Shape) -> int:
-    is_turned = operator.options is not None and operator.options.number(0, 1) != 0
-    return math.prod(output) * math.prod(inputs[0][-2:-1] if is_turned else inputs[0][-1:])
-
-
-_MACS: dict[str, Callable[[LiteOperator, list[Shape], Shape], int]] = {
-    "CONV_2D": _convolution,
-    "DEPTHWISE_CONV_2D": _depthwise,
-    "FULLY_CONNECTED": _fully_connected,
-    "TRANSPOSE_CONV": _transposed,
-    "CONV_3D": _volume,
-    "BATCH_MATMUL": _matrices,
+_SUMMED = {
+    "CONV_2D": slice(1, None),  # [out, height, width, in]
+    "DEPTHWISE_CONV_2D": slice(1, 3),  # [1, height, width, channels]
+    "FULLY_CONNECTED": slice(-1, None),  # [out, in]
+    "TRANSPOSE_CONV": slice(None, -1),  # [out, height, width, in]
+    "CONV_3D": slice(None, -1),  # [depth, height, width, in, out]
 }
+"""The axes of the weight that are summed over: for a transposed convolution those of each element of its input."""
+_MULTIPLYING = frozenset({*_SUMMED, "BATCH_MATMUL"})

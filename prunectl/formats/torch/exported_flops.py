@@ -96,10 +96,6 @@ def _transposed(node: ExportedNode, graph: ExportedGraph) -> int | None:
     return numel((*_shape(node, graph, "input"), *_shape(node, graph, "weight")[1:]))
 
 
-def _linear(node: ExportedNode, graph: ExportedGraph) -> int | None:
-    return numel((*_output(node, graph), *_shape(node, graph, "weight")[-1:]))
-
-
 def _summed_over(argument: str) -> Callable[[ExportedNode, ExportedGraph], int | None]:
     """The rule of a product of matrices that sums over the last axis of one of them."""
 
@@ -143,7 +139,7 @@ _RECURRENT = frozenset(
 _RULES: dict[str, tuple[Callable[[ExportedNode, ExportedGraph], int | None], str]] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), (_convolution, "weight")),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), (_transposed, "weight")),
-    "linear": (_linear, "weight"),
+    "linear": (_summed_over("weight"), "weight"),
     "addmm": (_summed_over("mat1"), "mat2"),
     "mm": (_summed_over("self"), "mat2"),
     "bmm": (_summed_over("self"), "mat2"),
