@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-from prunectl.analysis.stats import ModelStats, SizeStats, measure_stats
+from prunectl.analysis.stats import ModelStats, SizeStats, Tick, measure_stats
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile
@@ -143,7 +143,7 @@ def get_codec(name: CodecName, level: int | None) -> Codec:
     return Codec(name, usual if level is None else level, _library(name))
 
 
-def compress(pieces: Iterable[bytes], codec: Codec, tick: Callable[[int], None] = lambda _: None) -> Compressed:
+def compress(pieces: Iterable[bytes], codec: Codec, tick: Tick = lambda _: None) -> Compressed:
     """How many bytes a codec leaves of a stream, keeping none of them."""
     compressor = _MAKERS[codec.name][0](codec.level)
     digest = hashlib.sha256()
@@ -163,7 +163,6 @@ def _library(name: CodecName) -> str:
     return "liblzma" if name is CodecName.XZ else ""
 
 
-Tick = Callable[[int], None]
 _PASSES = 3
 """Each byte is counted, compressed and packed."""
 

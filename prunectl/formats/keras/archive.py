@@ -18,6 +18,7 @@ from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras import h5, layouts
 from prunectl.formats.keras.hdf5 import read, rewrite
 from prunectl.formats.keras.hdf5.child import H5Location
+from prunectl.formats.keras.hdf5.read import H5Contents
 from prunectl.formats.keras.hdf5.rewrite import H5Edits
 from prunectl.formats.keras.numbering import current_folders, layers_by_folder
 from prunectl.formats.patch import TensorUpdate
@@ -50,7 +51,7 @@ def _deflated(path: Path, archive: Archive, weights: ZipEntry, config: dict[str,
     # Libhdf5 must be able to seek: the weights are inflated into a file that lives as long as the model.
     scratch = Scratch()
     try:
-        inflated = inflate(archive, config, scratch.path / WEIGHTS)
+        inflated = inflated_model(archive, config, scratch.path / WEIGHTS)
     except BaseException:
         scratch.remove()
         raise
@@ -64,16 +65,21 @@ def _deflated(path: Path, archive: Archive, weights: ZipEntry, config: dict[str,
     return _model(path, tuple(_hidden(tensor, share) for tensor in inner.values()), decode)
 
 
-def inflate(archive: Archive, config: dict[str, Any], target: Path) -> ModelFile:
-    """Write the weights of an archive to a file of their own, and open it."""
+def inflate(archive: Archive, target: Path) -> H5Contents:
+    """Write the weights of an archive to a file of their own, and read what it holds."""
     weights = archive.entries[WEIGHTS]
     with target.open("wb") as file:
         file.writelines(archive.pieces(weights))
     try:
-        contents = read.read_contents(H5Location(target, 0, weights.nbytes))
+        return read.read_contents(H5Location(target, 0, weights.nbytes))
     except InputError as error:
         # The user has never heard of the file that they were inflated into.
         raise InputError(error.message.replace(str(target), f"{archive.path}: its {WEIGHTS}")) from error
+
+
+def inflated_model(archive: Archive, config: dict[str, Any], target: Path) -> ModelFile:
+    """The weights of an archive as a model, in a file of their own."""
+    contents = inflate(archive, target)
     return ModelFile(target, "keras-h5", h5.describe(contents, config), ModelInfo(), (target,), h5.decoder(contents))
 
 
@@ -112,7 +118,7 @@ def write(model: ModelFile, targets: dict[Path, Path], updates: Sequence[TensorU
         return
     archive = open_archive(model.path)
     with temporary_folder() as scratch:
-        inflated = inflate(archive, dict(model.about.keras or {}), scratch / WEIGHTS)
+        inflated = inflated_model(archive, dict(model.about.keras or {}), scratch / WEIGHTS)
         inflated_tensors = {tensor.storage.key: tensor for tensor in inflated.tensors}
         changed = scratch / "changed.h5"
         inflated_updates = [replace(update, tensor=inflated_tensors[update.tensor.storage.key]) for update in updates]
@@ -129,9 +135,7 @@ def renumber(path: Path, target: Path) -> bool:
     config = parse_object(archive.read("config.json", budgets.MAX_JSON_BYTES), path, "its config.json")
     with temporary_folder() as scratch:
         weights, renamed = scratch / WEIGHTS, scratch / "renamed.h5"
-        with weights.open("wb") as file:
-            file.writelines(archive.pieces(archive.entries[WEIGHTS]))
-        contents = read.read_contents(H5Location(weights, 0, weights.stat().st_size))
+        contents = inflate(archive, weights)
         new_folders = current_folders(config, layers_by_folder(config, contents.datasets))
         moves = {old: new for old, new in new_folders.items() if old != new}
         if not moves:

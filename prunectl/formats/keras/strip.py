@@ -13,7 +13,7 @@ from typing import Any
 from prunectl.errors import InputError
 from prunectl.formats.base import WRAPPING, ModelFile, RemovedItem, StripOptions, StripPart
 from prunectl.formats.keras import strip_layouts
-from prunectl.formats.keras.archive import WEIGHTS
+from prunectl.formats.keras.archive import WEIGHTS, inflate
 from prunectl.formats.keras.hdf5 import read, rewrite
 from prunectl.formats.keras.hdf5.child import H5Location
 from prunectl.formats.keras.hdf5.read import H5Contents
@@ -96,9 +96,7 @@ def strip_archive(model: ModelFile, options: StripOptions, targets: dict[Path, P
     archive, target = open_archive(model.path), targets[model.path]
     with tempfile.TemporaryDirectory(prefix=".weights-", dir=target.parent) as scratch:
         weights, edited = Path(scratch) / WEIGHTS, Path(scratch) / "edited.h5"
-        with weights.open("wb") as file:
-            file.writelines(archive.pieces(archive.entries[WEIGHTS]))
-        contents = read.read_contents(H5Location(weights, 0, weights.stat().st_size))
+        contents = inflate(archive, weights)
         plan = plan_strip(contents, model.about.keras, options, model.path)
         changed: dict[str, Content] = {}
         if not plan.edits.is_empty:
