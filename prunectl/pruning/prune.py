@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prunectl.analysis import sizes
-from prunectl.analysis.inspect import InspectOptions, inspect_model
 from prunectl.analysis.patterns import NMPattern
 from prunectl.analysis.sizes import CodecName, compress, get_codec, measure, packed_bytes
-from prunectl.analysis.stats import ModelStats, measure_stats
+from prunectl.analysis.stats import ModelStats, measure_stats, structured_sparsity
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.atomic import flush
 from prunectl.formats.base import Capability, ModelFile
@@ -161,10 +160,11 @@ def _check_pattern(written: ModelFile, plan: Plan, method: PruningMethod) -> Non
     if not isinstance(method.pattern, NMPattern):
         return
     names = {cut.tensor.name for cut in plan.cuts}
-    stats = inspect_model(written, InspectOptions(), method.pattern)
-    broken = [row.name for row in stats.layers if row.name in names and (row.conforming or 1.0) < 1.0]
-    if broken:
-        raise WorkError(f"{broken[0]} came out without the pattern that was asked for")
+    for tensor in written.tensors:
+        if tensor.name in names and tensor.is_prunable and tensor.out_axis is not None:
+            share = structured_sparsity(written, tensor, tensor.out_axis, method.pattern).conforming
+            if share is not None and share < 1:
+                raise WorkError(f"{tensor.name} came out without the pattern that was asked for")
 
 
 def _sparsity(

@@ -12,7 +12,7 @@ import pytest
 
 import prunectl as prunectl_module
 from prunectl.analysis.patterns import parse
-from prunectl.errors import UsageError
+from prunectl.errors import UsageError, WorkError
 from prunectl.formats import extents
 from prunectl.pruning.masks import Pooling, lowest_blocks, lowest_per_group
 from prunectl.pruning.request import PruneRequest, check
@@ -190,3 +190,15 @@ def test_nan_and_patterns_go_together(tmp_path: Path) -> None:
     (zeroed,) = arrays(prune(path, tmp_path / "zero", pattern="2:4", nan="zero")[1]).values()
     assert (zeroed[[0, 1], [0, 1]] == 0).all()
     assert ((zeroed.reshape(2, 4, 3) == 0).sum(axis=1) == 2).all()
+
+
+def test_what_came_out_without_the_pattern_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_half(scores: Array, axis: int, zeros: int, group: int) -> Array:
+        dropped = np.zeros(scores.shape, np.bool_)
+        np.moveaxis(dropped, axis, 0)[: scores.shape[axis] * zeros // group] = True
+        return dropped
+
+    monkeypatch.setattr("prunectl.pruning.engine.lowest_per_group", first_half)
+    with pytest.raises(WorkError, match="came out without the pattern"):
+        prunectl_module.prune(FIXTURES / "digits_cnn.onnx", tmp_path / "o.onnx", pattern="2:4", exclude=["fc2"])
+    assert not list(tmp_path.iterdir())
