@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from prunectl.formats.base import Array, Family, Format, ModelFile, ModelInfo, R
 from prunectl.formats.detect import FileProbe
 from prunectl.formats.registry import FORMATS
 from prunectl.formats.safe_json import parse_object
-from prunectl.formats.sandbox import run_sandboxed
+from prunectl.formats.sandbox import Child, run_sandboxed
 
 _SECONDS, _BYTES_PER_SECOND, _EXTRA_BYTES = 10, 4 << 20, 512 << 20
 
@@ -85,7 +86,10 @@ def _open(name: str, path: Path) -> ModelFile:
         files = tuple(map(Path, facts["files"]))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged: {name} does not say what it holds") from error
-    return ModelFile(path, name, tensors, about, files, partial(_decode, name, path))
+    child = Child(is_kept=True)
+    decode = partial(_decode, name, path, child)
+    weakref.finalize(decode, child.close)
+    return ModelFile(path, name, tensors, about, files, decode)
 
 
 def _tensor(facts: dict[str, Any]) -> Tensor:
@@ -97,19 +101,22 @@ def _tensor(facts: dict[str, Any]) -> Tensor:
     return Tensor(facts["name"], facts["layer"], shape, dtype, role, storage, facts["kind"], out_axis, in_axis)
 
 
-def _decode(name: str, path: Path, tensor: Tensor) -> Array:
+def _decode(name: str, path: Path, child: Child, tensor: Tensor) -> Array:
     if not tensor.nbytes:
         return np.zeros(tensor.shape, tensor.dtype)
-    numbers = _run(name, path, partial(_read, name, path, tensor.name), path.stat().st_size + tensor.nbytes)
+    nbytes = path.stat().st_size + tensor.nbytes
+    numbers = _run(name, path, partial(_read, name, path, tensor.name), nbytes, child)
     if len(numbers) != tensor.nbytes:
         raise InputError(f"{path} is damaged: {name} reads it otherwise than it described it")
     return extents.arrange(np.frombuffer(numbers, np.uint8), dtype=tensor.dtype, shape=tensor.shape)
 
 
-def _run(name: str, path: Path, work: Callable[[], bytes | memoryview], nbytes: int) -> bytes | bytearray:
+def _run(
+    name: str, path: Path, work: Callable[[], bytes | memoryview], nbytes: int, child: Child | None = None
+) -> bytes | bytearray:
     seconds, extra_bytes = _SECONDS + nbytes / _BYTES_PER_SECOND, _EXTRA_BYTES + 2 * nbytes
     try:
-        return run_sandboxed(work, path, seconds=seconds, extra_bytes=extra_bytes)
+        return run_sandboxed(work, path, seconds=seconds, extra_bytes=extra_bytes, child=child)
     except InputError as error:
         raise InputError(f"the plug-in {plugins.installed('format')[name]}: {error.message}") from error
 
@@ -121,14 +128,16 @@ def _match(name: str, probe: FileProbe) -> bytes:
     return b"1" if _definition(name).matches(probe) else b""
 
 
-def _model(name: str, path: Path) -> ModelFile:
+@lru_cache(maxsize=1)
+def _model(name: str, path: Path, modified: int) -> ModelFile:
+    del modified
     opener: Any = _definition(name).opener
     model: ModelFile = opener(path)
     return model
 
 
 def _describe(name: str, path: Path) -> bytes:
-    model = _model(name, path)
+    model = _model(name, path, path.stat().st_mtime_ns)
     tensors = [
         {
             **{key: getattr(tensor, key) for key in ("name", "layer", "shape", "role", "kind", "out_axis", "in_axis")},
@@ -144,7 +153,7 @@ def _describe(name: str, path: Path) -> bytes:
 
 
 def _read(name: str, path: Path, tensor_name: str) -> memoryview:
-    model = _model(name, path)
+    model = _model(name, path, path.stat().st_mtime_ns)
     tensor = next(tensor for tensor in model.tensors if tensor.name == tensor_name)
     array = np.ascontiguousarray(model.read(tensor), tensor.dtype.newbyteorder("="))
     return array.reshape(-1).view(np.uint8).data

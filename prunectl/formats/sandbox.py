@@ -60,6 +60,7 @@ def run_sandboxed(
     seconds: float,
     extra_bytes: int,
     written: tuple[Path, ...] = (),
+    child: Child | None = None,
 ) -> bytes | bytearray:
     """What ``work`` returns in a child of its own; whatever kills the child is the file's fault.
 
@@ -69,7 +70,7 @@ def run_sandboxed(
     """
     if policy is SandboxPolicy.HERE:
         return bytes(work())
-    kept = _kept.get()
+    kept = child or _kept.get()
     if kept is not None:
         answer, status = kept.ask(work, seconds, extra_bytes)
     else:
