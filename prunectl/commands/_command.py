@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,18 +89,15 @@ class BaseCommand(TyperCommand):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self._common = options_from_signature(output_settings)
-        self.params.extend(self._common.params)
+        self._take_common = add_options(self, CommonOptions)
 
     def invoke(self, ctx: Any) -> Any:
         """Take the common options out, and work with a reporter made of them."""
         _check_addresses(self.params, ctx.params)
-        settings = {str(option.name): ctx.params.pop(option.name) for option in self._common.params}
-        assert self._common.callback is not None
-        html = Path(settings["html"]) if settings["html"] else None
-        if html is not None:
-            _check_page(html, ctx.params)
-        ctx.obj = Reporter(self._common.callback(**settings), command=str(self.name), html=html)
+        common: CommonOptions = self._take_common(ctx)
+        if common.html is not None:
+            _check_page(common.html, ctx.params)
+        ctx.obj = Reporter(common.settings, command=str(self.name), html=common.html)
         return self.run(ctx)
 
     def run(self, ctx: Any) -> Any:
@@ -130,14 +127,15 @@ def _check_page(html: Path, values: Mapping[str, Any]) -> None:
     importlib.import_module("prunectl.reporting.html.page").check(html)
 
 
-def options_from_signature(function: Callable[..., Any]) -> Any:
-    """A throw-away command: typer parses its options from a signature, and another command takes them over."""
-    single = typer.Typer(add_completion=False)
-    single.command()(function)
-    return typer.main.get_command(single)
+def add_options(command: TyperCommand, kind: type[Any]) -> Callable[[Any], Any]:
+    """Add the fields of a dataclass to the options of a command, and give what takes them out of a context."""
+    lender = make_command(kind, TyperCommand)
+    command.params.extend(lender.params)
+    make: Any = lender.callback
+    return lambda ctx: make(**{str(option.name): ctx.params.pop(option.name) for option in lender.params})
 
 
-def make_command(callback: Callable[..., Any], kind: type[BaseCommand] = BaseCommand) -> TyperCommand:
+def make_command(callback: Callable[..., Any], kind: type[TyperCommand] = BaseCommand) -> TyperCommand:
     """Make a command of a function that returns the exit code, or of a dataclass of options for a kind that runs it."""
     single = typer.Typer(context_settings=HELP_NAMES, rich_markup_mode="rich", add_completion=False)
     single.command(cls=kind)(callback)
@@ -149,31 +147,37 @@ def make_command(callback: Callable[..., Any], kind: type[BaseCommand] = BaseCom
 _option = option_group("Options of every command")
 
 
-def output_settings(
-    *,
-    json: Annotated[bool, _option("--json", help="One JSON object on stdout.")] = False,
-    layout: Annotated[
-        Layout | None, _option("--format", help="How to print; a terminal gets human, a pipe plain.")
-    ] = None,
-    html: Annotated[  # noqa: ARG001 - see Verb
-        Path | None, _option("--html", metavar="FILE", help="Also write the report as a page for a browser.")
-    ] = None,
-    quiet: Annotated[bool, _option("-q", "--quiet", help="No notes.")] = False,
-    verbose: Annotated[bool, _option("-v", "--verbose", help="Say how long it took, and how much memory.")] = False,
-    debug: Annotated[bool, _option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - see failure.py
-    color: Annotated[Color, _option("--color", help="When to colour.")] = Color.AUTO,
-    no_progress: Annotated[bool, _option("--no-progress", help="No progress bars.")] = False,
-    rows: Annotated[
-        int, _option("-n", "--rows", help="Rows of the main table on a terminal; 0 is all.", min=0)
-    ] = DEFAULT_ROWS,
-    units: Annotated[Units, _option("--units", help="How to write bytes.")] = Units.SI,
-) -> Settings:
-    return Settings(
-        layout=Layout.JSON if json else layout,
-        is_quiet=quiet,
-        is_verbose=verbose,
-        color=color,
-        has_progress=not no_progress,
-        rows=rows,
-        units=units,
+@dataclass(frozen=True, kw_only=True)
+class CommonOptions:
+    """The options about output."""
+
+    json: Annotated[bool, _option("--json", help="One JSON object on stdout.")] = False
+    layout: Annotated[Layout | None, _option("--format", help="How to print; a terminal gets human, a pipe plain.")] = (
+        None
     )
+    html: Annotated[
+        Path | None, _option("--html", metavar="FILE", help="Also write the report as a page for a browser.")
+    ] = None
+    quiet: Annotated[bool, _option("-q", "--quiet", help="No notes.")] = False
+    verbose: Annotated[bool, _option("-v", "--verbose", help="Say how long it took, and how much memory.")] = False
+    debug: Annotated[bool, _option("--debug", help="Show tracebacks.")] = False
+    """Looked for where errors are caught, which may be before options are parsed."""
+    color: Annotated[Color, _option("--color", help="When to colour.")] = Color.AUTO
+    no_progress: Annotated[bool, _option("--no-progress", help="No progress bars.")] = False
+    rows: Annotated[int, _option("-n", "--rows", help="Rows of the main table on a terminal; 0 is all.", min=0)] = (
+        DEFAULT_ROWS
+    )
+    units: Annotated[Units, _option("--units", help="How to write bytes.")] = Units.SI
+
+    @property
+    def settings(self) -> Settings:
+        """The choices about output."""
+        return Settings(
+            layout=Layout.JSON if self.json else self.layout,
+            is_quiet=self.quiet,
+            is_verbose=self.verbose,
+            color=self.color,
+            has_progress=not self.no_progress,
+            rows=self.rows,
+            units=self.units,
+        )

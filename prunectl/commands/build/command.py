@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from prunectl import __version__
 from prunectl.analysis.patterns import CHANNEL
-from prunectl.commands._command import STDIN, BaseCommand, option_group, option_name, options_from_signature
+from prunectl.commands._command import STDIN, BaseCommand, add_options, option_group, option_name
 from prunectl.commands._requests import OutputOptions
 from prunectl.commands.build import depfile as depfiles
 from prunectl.commands.build import stamp as stamps
@@ -30,12 +30,12 @@ from prunectl.reporting.reporter import Reporter
 _build = option_group("In a build")
 
 
-def _build_options(
-    *,
-    depfile: Annotated[Path | None, _build(metavar="FILE", help="Write for make which files were read.")] = None,
-    if_changed: Annotated[bool, _build("--if-changed", help="Do nothing where the output is up to date.")] = False,
-) -> None:
-    """Lend a signature to options."""
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """The options about builds."""
+
+    depfile: Annotated[Path | None, _build(metavar="FILE", help="Write for make which files were read.")] = None
+    if_changed: Annotated[bool, _build("--if-changed", help="Do nothing where the output is up to date.")] = False
 
 
 class BuildCommand(BaseCommand):
@@ -43,13 +43,12 @@ class BuildCommand(BaseCommand):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self._build_params = options_from_signature(_build_options).params
-        self.params.extend(self._build_params)
+        self._take_build = add_options(self, BuildOptions)
 
     def run(self, ctx: Any) -> Any:
         """Run the command, unless its output is up to date; write the depfile and the stamp when it has succeeded."""
-        file, if_changed = (ctx.params.pop(option.name) for option in self._build_params)
-        depfile = Path(file) if file is not None else None
+        build: BuildOptions = self._take_build(ctx)
+        depfile, if_changed = build.depfile, build.if_changed
         options = super().run(ctx)
         _check_manifest(options)
         if depfile is None and not if_changed:
