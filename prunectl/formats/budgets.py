@@ -39,6 +39,8 @@ MAX_UNFOLDING = 400
 """How many times bigger than their file all tensors that do not lie flat may be together, where that is more."""
 MAX_SPARSE_UNFOLDING = 256
 """How many times bigger than its bytes a sparse tensor of TensorFlow Lite may be."""
+MAX_FREE_BYTES = 1 << 20
+"""What sparse tensors, or bytes that entries of a bundle share, may come to in any case."""
 
 MAX_TIED = 20_000
 """Tensors whose bytes are, or are among, those of another: some frameworks lay all parameters into one buffer."""
@@ -83,6 +85,8 @@ MAX_INBOUND_DEPTH = 12
 """Lists and dictionaries around an input of a Keras layer."""
 MAX_SHAPE_DEPTH = 4
 """Lists and dictionaries around the shape of an input."""
+MAX_NAME_SLASHES = 8
+"""Slashes in the name of a Keras layer."""
 MAX_LISTED = 4096
 """Items of a list in the settings of a layer."""
 MAX_LAYER_WEIGHTS = 256
@@ -111,6 +115,10 @@ MAX_SNAPPY_BYTES = 4 << 20
 """All compressed blocks of such an index together, and what one of them may decompress to."""
 MAX_BROKEN_TEXT_BYTES = 256
 """A name that is not UTF-8, which is shown byte by byte."""
+MAX_SAVING_FUNCTIONS = 100
+"""Functions of a SavedModel that save or restore variables, in turn by others."""
+MAX_PASSED_OPERATORS = 4
+"""Operators of ONNX or TensorFlow Lite that a weight is followed through: quantise, dequantise, transpose, reshape."""
 MAX_OPERATOR_KINDS = 1000
 """Kinds of operators, or descriptions, in a TensorFlow Lite model."""
 MAX_OPERANDS = 32
@@ -126,6 +134,8 @@ MAX_ONNX_DEPTH = 32
 """ONNX graphs inside each other: a few in real models."""
 MAX_ONNX_PREFIX = 2048
 """Characters that say where an ONNX graph stands: each of its tensors repeats them."""
+MAX_ONNX_USES = 8
+"""Uses of one ONNX tensor that are looked at: a tied weight has two, a shared constant hundreds."""
 MAX_ONNX_VISITS = 500_000
 """Uses of ONNX tensors that are looked at, before weights are no longer followed."""
 
@@ -135,6 +145,8 @@ MAX_EXPORTED_GRAPH_DEPTH = 20
 """Graphs inside each other in such a program."""
 MAX_EXPORTED_NODES = 1_000_000
 """Operations of one of its graphs."""
+MAX_PASSED_NODES = 8
+"""Operations of such a program that only hand a weight on."""
 MAX_SIZE_CHARACTERS = 256
 """A symbolic size whose value is computed here."""
 MAX_EXPRESSION_CHARACTERS = 2000

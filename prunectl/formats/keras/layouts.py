@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prunectl.errors import InputError, abbreviated
+from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile, Role, Tensor
 from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras.config import PRUNED_PREFIX, LayerConfig, layers, upgrade_class_name, upgrade_config
@@ -24,8 +25,6 @@ from prunectl.formats.keras.roles import (
 
 _OPTIMIZER_GROUP = "optimizer_weights"
 _WHOLE_MODEL = ""
-_MAX_STEPS, _MAX_SLASHES = 40, 8
-"""Models around a layer, and slashes in its name: more than any model has."""
 
 
 def layer_names_group(contents: H5Contents) -> str | None:
@@ -90,7 +89,7 @@ def _listed_weights(contents: H5Contents, root: str) -> Iterator[tuple[str, str,
 
 
 def _named_tensor(dataset: Dataset, group: str, name: str, known: Mapping[str, LayerConfig]) -> Tensor:
-    parts = name.removesuffix(":0").rsplit("/", _MAX_STEPS)
+    parts = name.removesuffix(":0").rsplit("/", budgets.MAX_KERAS_DEPTH)
     layer = _layer(parts[:-1], known) or known.get(group)
     if layer is not None and layer.kind == "PruneLowMagnitude":
         layer = known.get(layer.name.removeprefix(PRUNED_PREFIX), layer)
@@ -116,7 +115,7 @@ def _named_tensor(dataset: Dataset, group: str, name: str, known: Mapping[str, L
 def _layer(steps: list[str], known: Mapping[str, LayerConfig]) -> LayerConfig | None:
     """The innermost layer on the way to a weight; some layers have a slash in their name."""
     for end in range(len(steps), 0, -1):
-        for begin in range(max(end - _MAX_SLASHES, 0), end):
+        for begin in range(max(end - budgets.MAX_NAME_SLASHES, 0), end):
             if (name := "/".join(steps[begin:end])) in known:
                 return known[name]
     return None

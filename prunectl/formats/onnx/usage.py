@@ -117,10 +117,6 @@ def axis_before_transpose(node: NodeProto, axis: int | None, rank: int, order: t
     return order[axis] if axis < len(order) and 0 <= order[axis] < rank else None
 
 
-MAX_STEPS = 4
-"""Operations to follow a weight through: quantise, dequantise, transpose, reshape."""
-MAX_USES = 8
-"""Users of one tensor to look at: a tied weight has two, a shared constant hundreds."""
 _BETWEEN = PASSING | {"Mul"}
 """What may stand between a product and its bias."""
 _BIAS, _OTHER = OperandRole(Role.BIAS), OperandRole(Role.OTHER)
@@ -161,11 +157,11 @@ class UsageIndex:
 
     def of(self, scope: GraphScope, name: str) -> list[OnnxTensorUse]:
         """Return the first users of a value that this graph owns."""
-        return self._users.get((id(scope), name), [])[:MAX_USES]
+        return self._users.get((id(scope), name), [])[: budgets.MAX_ONNX_USES]
 
     def purpose(self, scope: GraphScope, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> OnnxTensorPurpose:
         """Return what a tensor is for: the first use that tells, or the first of all."""
-        purposes = list(self._purposes(scope, name, shape, dtype, MAX_STEPS))
+        purposes = list(self._purposes(scope, name, shape, dtype, budgets.MAX_PASSED_OPERATORS))
         telling = (purpose for purpose in purposes if purpose.role is not Role.OTHER)
         return next(telling, purposes[0] if purposes else OnnxTensorPurpose())
 
@@ -198,7 +194,7 @@ class UsageIndex:
         if use.node.op != "Add" or len(use.node.inputs) != 2 or not shape or math.prod(shape) != max(shape):
             return False
         value, scope = use.node.inputs[1 - use.place], use.scope
-        for _ in range(MAX_STEPS):
+        for _ in range(budgets.MAX_PASSED_OPERATORS):
             owner = scope.owner(value)
             maker = owner.makers[value] if owner is not None else None
             if owner is None or maker is None:

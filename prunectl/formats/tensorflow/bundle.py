@@ -182,7 +182,6 @@ def _read_slice(data: memoryview, field: Field) -> tuple[tuple[int, int], ...]:
     return tuple(bounds)
 
 
-_FREE_BYTES = 1 << 20
 _PIECE = bytes(1 << 20)
 
 
@@ -206,7 +205,7 @@ def shared_zero_blocks(entries: Iterable[BundleEntry], file_bytes: int) -> dict[
             leader = entry
             continue
         claimed += entry.nbytes
-        if claimed > budgets.MAX_REPEATS * file_bytes + _FREE_BYTES:
+        if claimed > budgets.MAX_REPEATS * file_bytes + budgets.MAX_FREE_BYTES:
             raise TooManyReferencesError(f"its tensors claim over {budgets.MAX_REPEATS} times the bytes of its data")
         if 0 < entry.nbytes <= leader.nbytes <= file_bytes and _is_zeros(entry) and _is_zeros(leader):
             shared[entry.key] = leader

@@ -142,7 +142,6 @@ _OPERATION_TAG = _OPERATION << 3 | BYTES
 _OUTPUTS, _TENSOR_NAME, _SPARSE, _COMPOSITE = 2, 1, 4, 5
 _NODE_LIST, _BYTES_LIST = 1, 2
 _RESTORE = 3
-_MANY = 100
 _RESTORING = b"RestoreV2"
 _PURE = frozenset(name.encode() for name in PURE)
 _SAVING = frozenset(name.encode() for name in SAVING)
@@ -270,7 +269,7 @@ class _MetaGraph:
         pending = list(kinds)
         while pending:
             name = pending.pop()
-            if len(kinds) > _MANY or not name:
+            if len(kinds) > budgets.MAX_SAVING_FUNCTIONS or not name:
                 return False
             for offset in self._mentions(name):
                 enclosing, call = library.around(offset), main.around(offset)

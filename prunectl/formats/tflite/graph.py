@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
+from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile, Operation
 from prunectl.formats.tflite.model import constants
 from prunectl.formats.tflite.schema import LiteGraph, LiteOperator, read_lite
 from prunectl.formats.tflite.usage import layer_of
 
 _SHAPE_OPERATORS = frozenset({"DEQUANTIZE", "DENSIFY"})
-_MAX_PASSED = 4
 
 
 def operations(model: ModelFile) -> tuple[Operation, ...]:
@@ -46,7 +46,7 @@ def _is_whole(operator: LiteOperator) -> bool:
 
 def _origin(at: int, makers: dict[int, LiteOperator]) -> int:
     """The tensor that is stored, behind what turns it into what is used."""
-    for _ in range(_MAX_PASSED):
+    for _ in range(budgets.MAX_PASSED_OPERATORS):
         maker = makers.get(at)
         if maker is None or maker.kind not in _SHAPE_OPERATORS or not maker.inputs:
             break

@@ -116,7 +116,6 @@ def _walk(levels: list[_Level], limit: int) -> list[NDArray[np.int64]]:
     return spots or [np.zeros(1, np.int64)]
 
 
-SMALL_BYTES = 1 << 20
 _UNUSED = LiteTensorPurpose("", "", LiteTensorUse(Role.OTHER))
 
 
@@ -178,7 +177,7 @@ def _tensor(lite: LiteFile, name: str, source: LiteTensor, meaning: LiteTensorPu
             f"{lite.path} is damaged: {abbreviated(name)} of shape {format_shape(source.shape)} "
             f"does not fill {nbytes} bytes"
         )
-    if size * dtype.itemsize > max(SMALL_BYTES, budgets.MAX_SPARSE_UNFOLDING * nbytes):
+    if size * dtype.itemsize > max(budgets.MAX_FREE_BYTES, budgets.MAX_SPARSE_UNFOLDING * nbytes):
         raise InputError(
             f"{lite.path} is refused: {abbreviated(name)} claims to unfold {nbytes} bytes to {size * dtype.itemsize}"
         )

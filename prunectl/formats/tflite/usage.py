@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prunectl.formats import budgets
 from prunectl.formats.base import Role
 from prunectl.formats.tflite.schema import LiteGraph, LiteOperator
 
 _PASSING = frozenset({"DEQUANTIZE", "DENSIFY", "CAST"})
 """What stands between a weight that is stored small and the operator that takes it."""
-_MAX_PASSED = 4
 _WEIGHTY = ("Conv2D", "depthwise", "MatMul", "conv2d_transpose", "Conv3D", "Tensordot", "embedding_lookup")
 """How TensorFlow names the operations that weights belong to."""
 
@@ -73,7 +73,7 @@ def meanings(graph: LiteGraph) -> dict[int, LiteTensorPurpose]:
 
 def _meaning(graph: LiteGraph, at: int, takers: dict[int, tuple[LiteOperator, int]]) -> LiteTensorPurpose:
     operator, place = takers[at]
-    for _ in range(_MAX_PASSED):
+    for _ in range(budgets.MAX_PASSED_OPERATORS):
         if operator.kind not in _PASSING or not operator.outputs or operator.outputs[0] not in takers:
             break
         operator, place = takers[operator.outputs[0]]

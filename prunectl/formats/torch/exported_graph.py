@@ -191,7 +191,6 @@ _PASSTHROUGH = frozenset(
         *("unsqueeze", "squeeze", "expand", "numpy_T", "lift_fresh_copy", "_unsafe_view"),
     }
 )
-_MAX_PASSTHROUGH = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +252,7 @@ class ExportedGraph:
 
     def weight(self, name: str) -> str:
         """The tensor of the model that this is, behind what only hands it on."""
-        for _ in range(_MAX_PASSTHROUGH):
+        for _ in range(budgets.MAX_PASSED_NODES):
             producer_node = self.producers.get(name)
             if name in self.weights or producer_node is None or producer_node.op not in _PASSTHROUGH:
                 break

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Iterator
 
 from prunectl.formats.base import ModelFile, Operation
-from prunectl.formats.budgets import MAX_AXES, MAX_ELEMENTS
+from prunectl.formats.budgets import MAX_AXES, MAX_ELEMENTS, MAX_PASSED_OPERATORS
 from prunectl.formats.onnx import decode, messages, scopes
 from prunectl.formats.onnx.decode import TensorSource
 from prunectl.formats.onnx.flops.shape_rules import (
@@ -20,7 +20,7 @@ from prunectl.formats.onnx.flops.shape_rules import (
 from prunectl.formats.onnx.proto import GraphProto, NodeProto, ProtoReader, TensorProto, parsing
 from prunectl.formats.onnx.scopes import GraphScope
 from prunectl.formats.onnx.tensors import TensorLocator
-from prunectl.formats.onnx.usage import CALCULATING, CELLS, MAX_STEPS, PASSING
+from prunectl.formats.onnx.usage import CALCULATING, CELLS, PASSING
 
 
 def value(step: OnnxStep) -> Shape | None:
@@ -251,7 +251,7 @@ def _weight(node: NodeProto, scope: GraphScope, place: int | None = None) -> str
     for at in places:
         name = node.inputs[at] if at < len(node.inputs) else ""
         here: GraphScope = scope
-        for _ in range(MAX_STEPS + 1):
+        for _ in range(MAX_PASSED_OPERATORS + 1):
             owner = here.owner(name)
             if owner is None:
                 break
