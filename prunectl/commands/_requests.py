@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Container, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum, Flag, auto
 from functools import partial
 from pathlib import Path
@@ -164,13 +164,13 @@ def check_options(ctx: typer.Context, options: object, mode: Mode) -> None:
                 raise UsageError(rule.message.format(option), hint=rule.hint.format(option))
 
 
-def request_options(ctx: typer.Context, options: object, names: Container[str]) -> dict[str, Any]:
-    """The options that were given, by the names that are typed and that requests know: `model` for `build`."""
+def request_options(ctx: typer.Context, options: Any, names: Container[str]) -> dict[str, Any]:
+    """The options that differ from their defaults, by the names that are typed, as requests know them."""
     given = {}
-    for param in ctx.command.params:
-        name = option_name(ctx, str(param.name)).removeprefix("--").replace("-", "_")
-        value = getattr(options, str(param.name), None)
-        if param.param_type_name == "option" and name in names and value not in ("", None) and value is not False:
+    for field in fields(options):
+        option, value = option_name(ctx, field.name), getattr(options, field.name)
+        name = option.removeprefix("--").replace("-", "_")
+        if option.startswith("--") and name in names and value != field.default:
             given[name] = (
                 _PARSERS[name](value) if name in _PARSERS else str(value) if isinstance(value, Enum) else value
             )

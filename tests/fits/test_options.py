@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import Field, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -136,7 +137,7 @@ TEXTS = {
 """What an option may be, where not any flag, number, text or list of texts."""
 
 
-def request_of(command: str, **given: object) -> object:
+def request_of(command: str, **given: object) -> Any:
     ctx, module = context(command), importlib.import_module(COMMANDS[command][0])
     needed = {"data": "train.npz"} if command == "finetune" else {}
     options = ctx.command.callback.__wrapped__(model="m", **{**needed, **given})
@@ -170,6 +171,12 @@ def test_every_option_reaches_a_field_of_its_request_or_the_code_of_its_command(
             known.add(name)
             assert request_of(command, **{field.name: other_value(field)}) != REQUESTS[command], name
     assert known == set(module.OPTIONS)
+
+
+def test_a_name_that_is_empty_is_not_as_if_there_were_none() -> None:
+    assert request_of("finetune", lr_schedule="").rate == ""
+    done = here("prune", PT, *SPEC, "--strategy", "")
+    assert (done.code, "no strategy is called" in done.err) == (2, True)
 
 
 @pytest.mark.parametrize("command", OPTION_RULES)
