@@ -6,7 +6,7 @@ import importlib
 from dataclasses import dataclass
 
 from prunectl.channels.adapter import GraphAdapter
-from prunectl.channels.lengths import Shapes
+from prunectl.channels.lengths import DataShapes
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.safe_json import require
@@ -39,7 +39,7 @@ FRONTENDS = (
 )
 
 
-def open_adapter(model: ModelFile, origin: LoadOptions, data: Shapes | None = None) -> GraphAdapter:
+def open_adapter(model: ModelFile, origin: LoadOptions, data: DataShapes | None = None) -> GraphAdapter:
     """The adapter of the graph language that a file is written in.
 
     What data goes in tells how long the axes are that a file leaves open.

@@ -9,6 +9,10 @@ from typing import Any
 
 from prunectl.formats.base import Array
 
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+"""By the names of values or weights."""
+
 
 class OpKind(StrEnum):
     """What an operation does to channels."""

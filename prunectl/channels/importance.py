@@ -17,7 +17,7 @@ from prunectl.calibration.session import open_calibration, padded_batch_rows
 from prunectl.channels.adapter import Feeds, GraphAdapter
 from prunectl.channels.groups import ChannelGroup, ChannelSlices
 from prunectl.channels.labels import AxisRole
-from prunectl.channels.lengths import Shapes
+from prunectl.channels.lengths import DataShapes
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile
 from prunectl.pruning.hashing import fnv1a, splitmix64
@@ -311,7 +311,7 @@ def load_inputs(
         return (), (f"The cut network was tried on random inputs alone: {error.message}.",)
 
 
-def shapes_of_data(request: PruneRequest) -> Shapes | None:
+def shapes_of_data(request: PruneRequest) -> DataShapes | None:
     """A lookup of the shapes of the user's data, for models with open axes."""
     if not request.data or (request.data.startswith(_SYNTHETIC) and "shape=" not in request.data):
         # What is made up has the shapes of the model.

@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from prunectl.channels.graph import Shape
 from prunectl.errors import UsageError
 from prunectl.training.backend import ModelSignature
 
-Axes = tuple[int | None, ...]
-Shape = tuple[int, ...]
-Shapes = Callable[[ModelSignature], Sequence[Shape] | None]
+OpenShape = tuple[int | None, ...]
+DataShapes = Callable[[ModelSignature], Sequence[Shape] | None]
 """From what goes into a model to the shapes, without the batch, that some data has; None if they say nothing."""
 TRIED_LENGTHS = (64, 224)
 """AxisLengths to try for axes other than the batch, where nobody says them."""
@@ -36,7 +36,7 @@ class InputOption:
     """One `--input` option, `[NAME:]SHAPE[:TYPE]`."""
 
     name: str
-    shape: Axes
+    shape: OpenShape
     """With the batch axis; None for an axis that -1 or ? leaves open."""
     dtype: str
     """A NumPy name such as float32; empty if not said."""
@@ -77,7 +77,7 @@ class AxisLengths:
 
     typed: tuple[str, ...] = ()
     """What was typed: `1,3,224,224`, or `name:1,3,224,224`."""
-    data: Shapes | None = None
+    data: DataShapes | None = None
 
     def resolve(self, signature: ModelSignature) -> dict[str, Shape]:
         """The shape of each input without its batch, if anybody says them; refused where the file differs."""

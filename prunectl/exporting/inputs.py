@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from prunectl.channels.lengths import Axes, InputOption
+from prunectl.channels.lengths import InputOption, OpenShape
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array
 from prunectl.training.backend import ModelSignature, TensorSpec
@@ -17,7 +17,7 @@ class InputSpec:
     """One input of a model."""
 
     name: str
-    shape: Axes | None
+    shape: OpenShape | None
     """With the batch axis; None for an axis of any length, or for the whole shape where it is unknown."""
     dtype: str
     """A NumPy name such as float32; empty if unknown."""
@@ -50,7 +50,7 @@ def signature_of(inputs: tuple[InputSpec, ...], *, is_channels_first: bool) -> M
     return ModelSignature(ports, (), is_channels_first=is_channels_first)
 
 
-def shape_text(shape: Axes | None) -> str:
+def shape_text(shape: OpenShape | None) -> str:
     """A shape as users write it."""
     return "?" if shape is None else ",".join("?" if length is None else str(length) for length in shape)
 
@@ -81,7 +81,7 @@ def _apply_option(spec: InputSpec, option: InputOption) -> InputSpec:
     return replace(spec, name=option.name or spec.name, shape=option.shape, dtype=option.dtype or spec.dtype)
 
 
-def _fits(shape: Axes, known: Axes) -> bool:
+def _fits(shape: OpenShape, known: OpenShape) -> bool:
     return len(shape) == len(known) and all(
         size is None or size == known_size for known_size, size in zip(shape, known, strict=True)
     )

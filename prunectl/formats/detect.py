@@ -26,14 +26,14 @@ def refuse_long_directory(path: Path, file: BinaryIO | BufferedReader) -> None:
     file_bytes = file.seek(0, os.SEEK_END)
     file.seek(max(file_bytes - _END_BYTES, 0))
     end = file.read()
-    at = end.rfind(b"PK\x05\x06")
-    if at < 0 or at + _END_HEAD_BYTES > len(end):
+    end_offset = end.rfind(b"PK\x05\x06")
+    if end_offset < 0 or end_offset + _END_HEAD_BYTES > len(end):
         return  # no directory at all, which has its own sentence
-    nbytes = int.from_bytes(end[at + 12 : at + 16], "little")
-    if at >= _END64_BYTES and end[at - 20 : at - 16] == b"PK\x06\x07":
-        nbytes = int.from_bytes(end[at - 36 : at - 28], "little")
+    nbytes = int.from_bytes(end[end_offset + 12 : end_offset + 16], "little")
+    if end_offset >= _END64_BYTES and end[end_offset - 20 : end_offset - 16] == b"PK\x06\x07":
+        nbytes = int.from_bytes(end[end_offset - 36 : end_offset - 28], "little")
     if nbytes <= budgets.MAX_ZIP_DIRECTORY_BYTES:
-        behind = file_bytes - len(end) + at
+        behind = file_bytes - len(end) + end_offset
         begin = max(behind - nbytes - _END64_BYTES, 0)
         file.seek(begin)
         if file.read(behind - begin).count(b"PK\x01\x02") <= budgets.MAX_ZIP_ENTRIES:
@@ -64,7 +64,7 @@ def address(word: str, *, is_written: bool = False) -> InputError | None:
     if is_written:
         return InputError(f"{abbreviated(url)} is a URL, and prunectl writes files", hint="write a file, and upload it")
     # What follows a file with code is the name of a function.
-    url, rest = (re.sub(r"(?<=\.py):\w.*", "", one) for one in (url, rest))
+    url, rest = (re.sub(r"(?<=\.py):\w.*", "", text) for text in (url, rest))
     fetch = _FETCH.get(scheme, "curl -LO {url}").format(url=url, rest=rest)
     return InputError(f"{abbreviated(url)} is a URL, and prunectl reads files: download it first", hint=fetch)
 
@@ -146,7 +146,7 @@ TORCH_LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa85019")
 
 def is_hdf5(peek: FileProbe) -> bool:
     """HDF5, with or without a user block before it."""
-    return any(peek.head[at : at + 8] == HDF5_MAGIC for at in (0, 512, 1024, 2048))
+    return any(peek.head[offset : offset + 8] == HDF5_MAGIC for offset in (0, 512, 1024, 2048))
 
 
 def is_keras_zip(peek: FileProbe) -> bool:

@@ -26,7 +26,7 @@ from prunectl.channels.keras import run as drafts
 from prunectl.channels.keras.resize import resize_config
 from prunectl.channels.keras.run import EditedFile, random_inputs, runner
 from prunectl.channels.keras.traverse import LoadedKeras, load_keras
-from prunectl.channels.lengths import AxisLengths, Shapes
+from prunectl.channels.lengths import AxisLengths, DataShapes
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array, ModelFile, Role, StripOptions, StripPart, Tensor
 from prunectl.formats.keras.config import part
@@ -110,7 +110,7 @@ def _natural(path: str) -> list[tuple[int, str]]:
     return [(int(step), "") if step.isdecimal() else (0, step) for step in re.split(r"(\d+)", path)]
 
 
-def read_keras(model: ModelFile, origin: LoadOptions, data: Shapes | None = None) -> KerasAdapter:
+def read_keras(model: ModelFile, origin: LoadOptions, data: DataShapes | None = None) -> KerasAdapter:
     """The network of a Keras file, which says itself how it is built."""
     require_followable(model, origin)
     return KerasAdapter(load_keras(model, AxisLengths(origin.inputs, data)), origin)

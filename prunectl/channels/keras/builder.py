@@ -10,13 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.channels.graph import ChannelGraph, OpKind, OpNode, WeightView
+from prunectl.channels.graph import ChannelGraph, OpKind, OpNode, Shape, WeightView
 from prunectl.channels.keras.weights import ConfigPath
 from prunectl.formats.base import Array, ModelFile, Tensor
 from prunectl.formats.keras.flops import matmuls
 from prunectl.formats.keras.flops.shapes import LayerCall, UnknownShapeError
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prunectl.channels.adapter import PrunedShapes
+from prunectl.channels.graph import Shapes
 from prunectl.channels.keras.builder import CalledLayer, GraphBuilder
 from prunectl.channels.keras.layer_rules import RULES, LayerResize
 from prunectl.channels.keras.weights import ConfigPath, get_at
@@ -77,8 +78,6 @@ def update_tensors(nodes: Any, values: Mapping[tuple[str, int, int], str], after
                 update_tensors(node, values, after)
 
 
-Shapes = Mapping[str, tuple[int, ...]]
-"""Of what is left of each weight."""
 _SHAPE_KEYS = ("batch_input_shape", "batch_shape", "build_input_shape", "input_shape")
 _KERAS1_NAMES = {"filters": "nb_filter", "units": "output_dim"}
 """What Keras 1 called a setting."""

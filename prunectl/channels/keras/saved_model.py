@@ -17,7 +17,7 @@ from prunectl.channels.graph import ChannelGraph
 from prunectl.channels.keras import run as drafts
 from prunectl.channels.keras.adapter import KerasAdapter, require_followable
 from prunectl.channels.keras.traverse import load_keras
-from prunectl.channels.lengths import AxisLengths, Shapes
+from prunectl.channels.lengths import AxisLengths, DataShapes
 from prunectl.errors import InputError, PrunectlError, WorkError, first_line
 from prunectl.formats.base import Array, ModelFile, Role
 from prunectl.formats.registry import open_model
@@ -60,7 +60,7 @@ _WRITTEN_BY_KERAS = frozenset({"saved_model.pb", "keras_metadata.pb", "fingerpri
 _SAVE_AS_KERAS = "load it in Keras, save it as .keras, and prune that"
 
 
-def read_saved_model(model: ModelFile, origin: LoadOptions, data: Shapes | None = None) -> SavedModelAdapter:
+def read_saved_model(model: ModelFile, origin: LoadOptions, data: DataShapes | None = None) -> SavedModelAdapter:
     """The network of a SavedModel that says which Keras layers it consists of."""
     if model.about.keras is None:
         raise InputError(

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prunectl.channels.graph import ChannelGraph, OpKind
-from prunectl.channels.keras.builder import CalledLayer, GraphBuilder, LayerContext, Shape, with_batch
+from prunectl.channels.graph import ChannelGraph, OpKind, Shape, Shapes
+from prunectl.channels.keras.builder import CalledLayer, GraphBuilder, LayerContext, with_batch
 from prunectl.channels.keras.layer_rules import FUNCTION, RULES, query_value_key_first, rule_for
 from prunectl.channels.keras.weights import (
     ROOT,
@@ -89,7 +89,7 @@ class GraphTraversal:
         weights: Mapping[ConfigPath, LayerWeights],
         length: int,
         *,
-        shapes: Mapping[str, Shape],
+        shapes: Shapes,
     ) -> None:
         self._builder, self._tracer = builder, tracer
         self._located = {id(layer.layer): layer for layer in layers}
@@ -397,7 +397,7 @@ def load_keras(model: ModelFile, lengths: AxisLengths = UNKNOWN_LENGTHS) -> Load
         _refuse_doubt(stored, config, slots)
     weights = bind_weights(stored, layers)
 
-    def traverse(length: int, shapes: Mapping[str, Shape]) -> _Traversal:
+    def traverse(length: int, shapes: Shapes) -> _Traversal:
         builder = GraphBuilder(model)
         walker = GraphTraversal(builder, ShapeTracer(model.path, ()), layers, weights, length, shapes=shapes)
         try:
@@ -408,13 +408,13 @@ def load_keras(model: ModelFile, lengths: AxisLengths = UNKNOWN_LENGTHS) -> Load
         return _Traversal(unknown, builder, outputs, walker.open_axes, length)
 
     traversals = [traverse(TRIED_LENGTHS[0], {})]
-    said = lengths.resolve(_signature(traversals[0]))
-    if said and traversals[0].open_axes:
-        traversals = [traverse(TRIED_LENGTHS[0], said)]
+    known_lengths = lengths.resolve(_signature(traversals[0]))
+    if known_lengths and traversals[0].open_axes:
+        traversals = [traverse(TRIED_LENGTHS[0], known_lengths)]
     elif traversals[0].open_axes:
         traversals += [traverse(length, {}) for length in TRIED_LENGTHS[1:]]
     best = min(traversals, key=lambda traversal: traversal.unknown)
-    guessed = best.length if best.open_axes and best.unknown and not said else 0
+    guessed = best.length if best.open_axes and best.unknown and not known_lengths else 0
     return LoadedKeras(model, stored, config, layers, best.builder, best.builder.graph(best.outputs), guessed)
 
 

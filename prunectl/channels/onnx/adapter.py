@@ -17,7 +17,7 @@ from prunectl.channels.adapter import (
     WrittenNetwork,
 )
 from prunectl.channels.graph import ChannelGraph
-from prunectl.channels.lengths import AxisLengths, Shapes
+from prunectl.channels.lengths import AxisLengths, DataShapes
 from prunectl.channels.onnx.graph import LoadedOnnx, load_onnx
 from prunectl.channels.onnx.resize import prune_model
 from prunectl.errors import UsageError, WorkError, first_line
@@ -41,7 +41,7 @@ def random_input(port: Any, shape: Sequence[int], random: np.random.Generator) -
     return numbers.astype(code.dtype)
 
 
-def read_onnx(model: ModelFile, origin: LoadOptions, data: Shapes | None = None) -> OnnxAdapter:
+def read_onnx(model: ModelFile, origin: LoadOptions, data: DataShapes | None = None) -> OnnxAdapter:
     """The network of an ONNX file, which needs nothing else but the lengths of axes that it leaves open."""
     for option, value in (("--model", origin.model), ("--custom-objects", origin.custom_objects)):
         if value:

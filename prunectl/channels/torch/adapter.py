@@ -24,7 +24,7 @@ from prunectl.channels.adapter import (
     removed_by_tensor,
 )
 from prunectl.channels.graph import ChannelGraph, OpNode
-from prunectl.channels.lengths import Shapes
+from prunectl.channels.lengths import DataShapes
 from prunectl.channels.torch.checkpoint import (
     OptimizerSlots,
     PrunedProgram,
@@ -151,7 +151,7 @@ def _read_weights(model: ModelFile, traced: TracedModel) -> dict[str, Array]:
     }
 
 
-def read_torch(model: ModelFile, origin: LoadOptions, data: Shapes | None = None) -> TorchAdapter:
+def read_torch(model: ModelFile, origin: LoadOptions, data: DataShapes | None = None) -> TorchAdapter:
     """The network of a file of PyTorch, with what builds it where the file holds weights alone.
 
     It is traced on the shapes that were typed, whatever data there is.
@@ -178,8 +178,8 @@ class TorchAdapter(GraphAdapter):
     @property
     def omitted_tensors(self) -> frozenset[str]:
         """The states of optimizers that cannot be cut as their weights are."""
-        places = tuple(f"{name}.state." if name else "state." for name in self._slots.unmatched)
-        return frozenset(tensor.name for tensor in self._model.tensors if tensor.name.startswith(places))
+        prefixes = tuple(f"{name}.state." if name else "state." for name in self._slots.unmatched)
+        return frozenset(tensor.name for tensor in self._model.tensors if tensor.name.startswith(prefixes))
 
     @property
     def notes(self) -> tuple[str, ...]:

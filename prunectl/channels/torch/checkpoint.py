@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from prunectl.channels.adapter import delete_indices
-from prunectl.channels.labels import LabelArray
+from prunectl.channels.adapter import Axes, delete_indices
+from prunectl.channels.graph import Shapes
 from prunectl.channels.torch.code import module
 from prunectl.channels.torch.code.expressions import literal
 from prunectl.channels.torch.code.module import HEADER
@@ -24,10 +24,6 @@ from prunectl.formats.safetensors import array_entry, read, write_entries
 from prunectl.pruning.destination import code_beside
 from prunectl.training import user_code
 from prunectl.training.torch.tensors import to_numpy, to_torch
-
-Axes = Mapping[str, Mapping[int, LabelArray]]
-"""The indices that go from each axis, by tensor of the file."""
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +74,8 @@ def clear_optimizers(root: Any, optimizers: Collection[str]) -> None:
 class WeightChanges:
     """The changes to the tensors of a file."""
 
-    axes: Axes
+    axes: Mapping[str, Axes]
+    """The indices that are removed, by tensor of the file."""
     numbers: Mapping[str, Array]
     """What takes the place of some before they are cut."""
     cleared_optimizers: tuple[str, ...] = ()

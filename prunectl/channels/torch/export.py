@@ -164,7 +164,7 @@ def trace_model(model: ModelFile, origin: LoadOptions) -> TracedModel:
         names=named,
         aliases=_aliases(built.module, named),
         examples=used,
-        single_inputs=used if open_module is None else tuple(with_batch(one, 1) for one in used),
+        single_inputs=used if open_module is None else tuple(with_batch(example, 1) for example in used),
         program=program,
         original=built.module,
         holds_module=not origin.model,
@@ -228,7 +228,7 @@ def _single_inputs(program: ExportedProgram, module: torch.fx.GraphModule, used:
     shapes = [value.shape for value in values if isinstance(value, torch.Tensor)]
     if not shapes or not all(shape and isinstance(shape[0], torch.SymInt) for shape in shapes):
         return used
-    single = tuple(with_batch(one, 1) for one in used)
+    single = tuple(with_batch(example, 1) for example in used)
     try:
         shapes_of(WeightedProgram(module), single)
     except Exception:  # noqa: BLE001 - PyTorch raises what it likes

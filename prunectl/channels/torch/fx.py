@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch.fx.node import map_aggregate
 
-from prunectl.channels.graph import OpKind, OpNode, WeightView
+from prunectl.channels.graph import OpKind, OpNode, Shape, WeightView
 from prunectl.channels.torch.tracing import quiet
 from prunectl.training.torch.tensors import tensor_leaves
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +89,8 @@ def arguments(node: torch.fx.Node) -> dict[str, Any]:
 
 def set_argument(node: torch.fx.Node, name: str, value: Any) -> None:
     """Give an operation another argument."""
-    places = [argument.name for argument in getattr(node.target, "_schema").arguments]  # noqa: B009
-    position = places.index(name)
+    names = [argument.name for argument in getattr(node.target, "_schema").arguments]  # noqa: B009
+    position = names.index(name)
     if name in node.kwargs or position >= len(node.args):
         node.update_kwarg(name, value)
     else:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from prunectl.channels.graph import Shapes
 from prunectl.channels.torch.fx import arguments, op_name, overload_name
 from prunectl.errors import WorkError
 
@@ -69,7 +70,6 @@ def _listed(value: Any) -> str:
 
 Write = Callable[[Any], str]
 """From an argument, which may be a value of the network, to code."""
-Shapes = Mapping[str, tuple[int, ...]]
 Form = Callable[[torch.fx.Node, dict[str, Any], Write, Shapes], str]
 COLLAPSIBLE = frozenset({"kernel_size", "stride", "padding", "dilation", "output_size", "output_padding"})
 """Arguments that say one number for several."""

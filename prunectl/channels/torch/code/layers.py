@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from prunectl.channels.graph import Shape, Shapes
+from prunectl.channels.torch.attention import is_zeros
 from prunectl.channels.torch.code.expressions import call, collapse_equal, literal
 from prunectl.channels.torch.fx import arguments, op_name
 
-Shape = tuple[int, ...]
 _NO_MOMENTUM = 0.1
 
 
@@ -28,7 +29,7 @@ class LayerCode:
 class StateShapes:
     """What a file has, by the names in the class."""
 
-    shapes: Mapping[str, Shape]
+    shapes: Shapes
     shared: Mapping[str, tuple[str, ...]]
     """All names of a weight that has several."""
 
@@ -48,7 +49,7 @@ class _LayerRow:
     """A kind of layer: what its weights are called, by the arguments of the operation, and what else it holds."""
 
     weights: Mapping[str, str]
-    emit: Callable[[dict[str, Any], Mapping[str, Shape], int], str]
+    emit: Callable[[dict[str, Any], Shapes, int], str]
     data: str = "input"
     also_holds: frozenset[str] = frozenset()
 
@@ -77,7 +78,7 @@ def as_layer(node: torch.fx.Node, state: StateShapes, rank: int) -> LayerCode | 
     return None
 
 
-def _convolution(args: dict[str, Any], shapes: Mapping[str, Shape], _: int) -> str:
+def _convolution(args: dict[str, Any], shapes: Shapes, _: int) -> str:
     kernel = shapes["weight"]
     groups = args["groups"]
     options = {
@@ -95,12 +96,12 @@ def _convolution(args: dict[str, Any], shapes: Mapping[str, Shape], _: int) -> s
     return _call(layer, (inputs, outputs, collapse_equal(kernel[2:])), options, defaults)
 
 
-def _linear(_: dict[str, Any], shapes: Mapping[str, Shape], __: int) -> str:
+def _linear(_: dict[str, Any], shapes: Shapes, __: int) -> str:
     outputs, inputs = shapes["weight"]
     return _call("nn.Linear", (inputs, outputs), {"bias": "bias" in shapes}, {"bias": True})
 
 
-def _batch_norm(args: dict[str, Any], shapes: Mapping[str, Shape], rank: int) -> str:
+def _batch_norm(args: dict[str, Any], shapes: Shapes, rank: int) -> str:
     if "running_mean" not in shapes or args.get("training") or ("weight" in shapes) != ("bias" in shapes):
         return ""
     dimensions = {2: 1, 3: 1, 4: 2, 5: 3}.get(rank)
@@ -109,24 +110,24 @@ def _batch_norm(args: dict[str, Any], shapes: Mapping[str, Shape], rank: int) ->
     return _call(f"nn.BatchNorm{dimensions}d", shapes["running_mean"], options, defaults) if dimensions else ""
 
 
-def _layer_norm(args: dict[str, Any], shapes: Mapping[str, Shape], _: int) -> str:
+def _layer_norm(args: dict[str, Any], shapes: Shapes, _: int) -> str:
     shape = tuple(args["normalized_shape"])
     options = {"eps": args["eps"], "bias": "bias" in shapes}
     return _call("nn.LayerNorm", (shape[0] if len(shape) == 1 else shape,), options, {"eps": 1e-5, "bias": True})
 
 
-def _group_norm(args: dict[str, Any], shapes: Mapping[str, Shape], _: int) -> str:
+def _group_norm(args: dict[str, Any], shapes: Shapes, _: int) -> str:
     if "bias" not in shapes:
         return ""
     return _call("nn.GroupNorm", (args["num_groups"], *shapes["weight"]), {"eps": args["eps"]}, {"eps": 1e-5})
 
 
-def _embedding(args: dict[str, Any], shapes: Mapping[str, Shape], _: int) -> str:
+def _embedding(args: dict[str, Any], shapes: Shapes, _: int) -> str:
     padding = args["padding_idx"]
     return _call("nn.Embedding", shapes["weight"], {"padding_idx": padding}, {"padding_idx": -1})
 
 
-def _prelu(_: dict[str, Any], shapes: Mapping[str, Shape], __: int) -> str:
+def _prelu(_: dict[str, Any], shapes: Shapes, __: int) -> str:
     return _call("nn.PReLU", shapes["weight"], {}, {})
 
 
@@ -137,7 +138,7 @@ def _recurrent(node: torch.fx.Node, state: StateShapes) -> LayerCode | None:
     states = states if isinstance(states, list | tuple) else [states]
     if not isinstance(params, list | tuple) or "batch_sizes" in args:
         return None
-    if not all(isinstance(param, torch.fx.Node) and op_name(param) in {"zeros", "new_zeros"} for param in states):
+    if not all(isinstance(state_node, torch.fx.Node) and is_zeros(state_node) for state_node in states):
         return None
     paths = {weight_name.rpartition(".")[0] for weight_name in state.names(params[0])}
     for path in sorted(filter(None, paths)):
