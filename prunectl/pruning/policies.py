@@ -31,8 +31,13 @@ class Policy:
     """What it does, in a line."""
 
 
+def _among_kernels(reason: Callable[[Tensor], Verdict]) -> Callable[[Tensor], Verdict]:
+    """Why a tensor is skipped that is no kernel; of kernels the reason given."""
+    return lambda tensor: reason(tensor) if tensor.is_prunable else _ineligible(tensor)
+
+
 def _default(_: ModelFile) -> Callable[[Tensor], Verdict]:
-    return lambda tensor: "" if tensor.is_prunable else _ineligible(tensor)
+    return _among_kernels(lambda _: "")
 
 
 def _all(_: ModelFile) -> Callable[[Tensor], Verdict]:
@@ -51,13 +56,7 @@ def _skip_classifier(model: ModelFile) -> Callable[[Tensor], Verdict]:
 
 def _xnnpack(model: ModelFile) -> Callable[[Tensor], Verdict]:
     check_sparse_inference(model)
-
-    def judge(tensor: Tensor) -> Verdict:
-        if not tensor.is_prunable:
-            return _ineligible(tensor)
-        return "" if is_pointwise(tensor) else "no 1x1 convolution"
-
-    return judge
+    return _among_kernels(lambda tensor: "" if is_pointwise(tensor) else "no 1x1 convolution")
 
 
 def is_pointwise(tensor: Tensor) -> bool:
@@ -73,22 +72,12 @@ def min_size(spec: str) -> Policy:
     if not (text.isascii() and text.isdecimal()):
         raise UsageError(f"{spec!r} is no policy", hint=f"write {MIN_SIZE}1000: smaller tensors are left alone")
     least = int(text)
-
-    def judge(tensor: Tensor) -> Verdict:
-        if not tensor.is_prunable:
-            return _ineligible(tensor)
-        return f"fewer than {least:,} weights" if tensor.size < least else ""
-
-    return Policy(spec, lambda _: judge, f"kernels of {least:,} weights and more")
+    skip_reason = _among_kernels(lambda tensor: f"fewer than {least:,} weights" if tensor.size < least else "")
+    return Policy(spec, lambda _: skip_reason, f"kernels of {least:,} weights and more")
 
 
 def _all_except(left_out: dict[str, str]) -> Callable[[Tensor], Verdict]:
-    def judge(tensor: Tensor) -> Verdict:
-        if not tensor.is_prunable:
-            return _ineligible(tensor)
-        return left_out.get(tensor.layer, "")
-
-    return judge
+    return _among_kernels(lambda tensor: left_out.get(tensor.layer, ""))
 
 
 def _prunable_layers(model: ModelFile) -> Sequence[str]:

@@ -42,9 +42,8 @@ def check_sparse_inference(model: ModelFile) -> None:
     if not listed(config):
         raise UsageError(f"{model.path} has a configuration without layers, so that XNNPACK's path is not to be found")
     layers = _layers(config)
-    channels = {
-        tensor.layer: tensor.shape[2] for tensor in model.tensors if _is_image_kernel(tensor.shape, tensor.role)
-    }
+    kernels = (tensor for tensor in model.tensors if tensor.role is Role.KERNEL and len(tensor.shape) == 4)
+    channels = {tensor.layer: tensor.shape[2] for tensor in kernels}
     consumers: dict[str, list[str]] = {name: [] for name in layers}
     for layer in layers.values():
         for producer in layer.producers:
@@ -74,10 +73,6 @@ def _unsupported(model: ModelFile, missing: str) -> UsageError:
         f"XNNPACK would not run {model.path} sparsely: it needs {missing}",
         hint="prune without --policy xnnpack, or with --only",
     )
-
-
-def _is_image_kernel(shape: tuple[int, ...], role: Role) -> bool:
-    return role is Role.KERNEL and len(shape) == 4
 
 
 def _layers(config: Mapping[str, Any]) -> Mapping[str, _Layer]:
