@@ -7,6 +7,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +336,7 @@ def network(k: Any) -> Any:
     )
 
 
+@cache
 def trained(k: Any) -> Any:
     """A model with an optimizer that has state; a model inside it was compiled by itself."""
     model = network(k)
