@@ -1,4 +1,4 @@
-"""Signals, full disks, shrinking inputs and rivals, at many moments of every command that writes.
+"""Signals, full disks, shrinking inputs, rivals and odd surroundings, for every command that writes.
 
 `python -m benchmarks faults`, or `python -m benchmarks.faults [--moments N] [--only NAMES]`. After each run the input
 must be whole, the output whole or absent, and the user's other files untouched; after a signal that can be caught,
@@ -98,11 +98,12 @@ class Place:
     def outputs(self) -> list[str]:
         return [self.input if name == "IN" else name for name in self.writer.outputs]
 
-    def start(self, *more: str) -> subprocess.Popen[bytes]:
+    def start(self, *more: str, before: str = "", umask: int = -1) -> subprocess.Popen[bytes]:
+        """Start the command, perhaps with a folder of modules before all others."""
         return subprocess.Popen(
-            [PYTHON, "-m", "prunectl", *self.words, *more],
+            [PYTHON, "-m", "prunectl", *self.words, *more], umask=umask,
             cwd=self.root, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            env=os.environ | QUIET | {"TMPDIR": str(self.root / "tmp"), "PYTHONPATH": str(ROOT)},
+            env=os.environ | QUIET | {"TMPDIR": str(self.root / "tmp"), "PYTHONPATH": f"{before}:{ROOT}".lstrip(":")},
         )  # fmt: skip
 
     def made(self) -> dict[str, bytes]:
@@ -247,6 +248,40 @@ def rivals(place: Place, whole: dict[str, bytes], moments: int) -> list[str]:
     return faults
 
 
+CRIPPLED = """import errno, fcntl, os
+
+def _refuse(*_, **__):
+    raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+os.link = fcntl.flock = fcntl.lockf = _refuse
+"""
+"""A filesystem without hard links and locks, for any process of Python that begins with it."""
+
+
+def surroundings(place: Place, whole: dict[str, bytes]) -> list[str]:
+    """Run where there are no hard links and no locks, under a strict umask, and in a folder whose name is no text."""
+    faults, crippled = [], place.root.parent / "crippled"
+    crippled.mkdir(exist_ok=True)
+    (crippled / "sitecustomize.py").write_text(CRIPPLED)
+    odd = Path(os.fsdecode(os.fsencode(place.root.parent) + b"/w\xff\x1b\n"))
+    for name, here, options in (
+        ("no links or locks", place, {"before": str(crippled)}),
+        ("umask 077", place, {"umask": 0o077}),
+        ("odd folder", Place(odd, place.writer), {}),
+    ):
+        here.make()
+        process = here.start(**options)
+        err = process.communicate()[1].decode(errors="replace")
+        found = list(here.faults(whole, is_caught=True))
+        if process.returncode or not here.made():
+            found.append(f"exit {process.returncode}: {err.splitlines()[:1]}")
+        modes = [(here.root / made).stat().st_mode for made in here.made()]
+        if "umask" in options and here.input not in here.outputs and any(mode & 0o077 for mode in modes):
+            found.append("others may read the output")
+        faults += [f"{name}: {fault}" for fault in found]
+    return faults
+
+
 def disturbed(place: Place, whole: dict[str, bytes], seconds: float, moments: int) -> Iterator[tuple[str, list[str]]]:
     """Disturb a command in every way, and say what was wrong each time."""
     yield "SIGINT", signalled(place, signal.SIGINT, whole, seconds, moments)
@@ -256,6 +291,7 @@ def disturbed(place: Place, whole: dict[str, bytes], seconds: float, moments: in
     yield "rivals", rivals(place, whole, 5) if is_rival else []
     yield "shrinking", shrinking(place, whole, seconds, moments // 3) if place.writer.source == "LARGE" else []
     yield "full disk", full_disk(place, whole) if os.geteuid() == 0 else []
+    yield "surroundings", surroundings(place, whole)
 
 
 def run(moments: int = 30, only: list[str] | None = None) -> list[str]:
@@ -283,7 +319,11 @@ def run(moments: int = 30, only: list[str] | None = None) -> list[str]:
             rows.append(tuple(row))
     for path in _LARGE:
         shutil.rmtree(path.parent)
-    show("Faults", ("command", "alone", "SIGINT", "SIGTERM", "SIGKILL", "rivals", "shrinking", "full disk"), rows)
+    show(
+        "Faults",
+        ("command", "alone", "SIGINT", "SIGTERM", "SIGKILL", "rivals", "shrinking", "full disk", "surroundings"),
+        rows,
+    )
     return faults
 
 
