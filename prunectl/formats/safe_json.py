@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 import threading
 from collections.abc import Generator, Iterable
@@ -103,6 +104,8 @@ def _is_deeper(value: dict[str, Any], most: int) -> bool:
 
 def require(module: str, *, extra: str) -> Any:
     """A module, or say which extra brings it."""
+    # onnxruntime, which other packages import too, reports to its maker about models and machines unless told not to.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 
 from prunectl.errors import InputError
 from prunectl.formats.registry import open_model
-from tests.running import FIXTURES, here
+from tests.running import FIXTURES, ROOT, here
 from tests.safety import makers
 from tests.safety.cost import assert_refused_cheaply, cost
 
@@ -94,3 +97,16 @@ def test_a_damaged_file_among_others_is_named_on_their_page(damaged: Path, tmp_p
     assert "sound.keras" in text
     assert "damaged.keras" in text
     assert "truncated or damaged" in text
+
+
+def test_a_runtime_that_would_report_to_its_maker_is_told_not_to(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    # Where it reports, importing it leaves the number of a session in the temporary folder.
+    environment = {name: value for name, value in os.environ.items() if name not in {"ORT_DISABLE_TELEMETRY", "CI"}}
+    code = "from prunectl.formats.safe_json import require; require('onnxruntime', extra='onnx')"
+    subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    assert not list(tmp_path.iterdir())
