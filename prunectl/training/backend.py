@@ -43,19 +43,19 @@ def gradient_statistic(kind: GradientStatistic, weight: Any, gradient: Any) -> A
     return abs(product) if kind is GradientStatistic.SALIENCE else -product
 
 
-def with_gradient_scores(strategy: Strategy, found: Mapping[str, Array], kept: Mapping[str, Array]) -> Strategy:
+def with_gradient_scores(strategy: Strategy, statistics: Mapping[str, Array], kept: Mapping[str, Array]) -> Strategy:
     """A strategy whose scores are the evidence; what is zero already goes first."""
     # One shift for all tensors keeps their order, and scores must not be negative.
-    least = min((float(array.min()) for array in found.values() if array.size), default=0.0)
+    least = min((float(array.min()) for array in statistics.values() if array.size), default=0.0)
     scores = {
         name: np.where(kept[name], array.astype(np.float64) - least + np.finfo(np.float64).tiny, 0.0)
         if name in kept
         else array.astype(np.float64) - least
-        for name, array in found.items()
+        for name, array in statistics.items()
     }
 
-    def score(_: Array, place: BlockContext) -> Array:
-        return scores[place.name]
+    def score(_: Array, context: BlockContext) -> Array:
+        return scores[context.name]
 
     return replace(strategy, score=score, is_elementwise=False, is_precomputed=True)
 

@@ -52,19 +52,19 @@ class CheckpointManager:
                 hint="go on with the same choices, or start in another folder",
             )
 
-    def save(self, network: TrainableModel, keeper: MaskScheduler, progress: TrainState) -> None:
+    def save(self, network: TrainableModel, scheduler: MaskScheduler, progress: TrainState) -> None:
         """Keep where a run is; only the first process writes it."""
         if not network.is_chief:
             network.save(None)
             return
         with writing(self.folder):
-            self._write(network, keeper, progress)
+            self._write(network, scheduler, progress)
 
-    def _write(self, network: TrainableModel, keeper: MaskScheduler, progress: TrainState) -> None:
+    def _write(self, network: TrainableModel, scheduler: MaskScheduler, progress: TrainState) -> None:
         scratch = self.folder / _NEXT
         shutil.rmtree(scratch, ignore_errors=True)
         (scratch / _NETWORK).mkdir(parents=True)
-        save_arrays(scratch / _MASKS, keeper.masks)
+        save_arrays(scratch / _MASKS, scheduler.masks)
         save_arrays(scratch / _BEST, progress.best_tensors)
         facts = {
             "choices": dict(self.choices),
@@ -72,7 +72,7 @@ class CheckpointManager:
             "stale": progress.stale,
             "best": progress.best,
             "best_epoch": progress.best_epoch,
-            "turned_at": keeper.turned_at,
+            "turned_at": scheduler.turned_at,
             "history": [asdict(entry) for entry in progress.history],
         }
         network.save(scratch / _NETWORK)
@@ -85,20 +85,20 @@ class CheckpointManager:
         scratch.rename(last)
         shutil.rmtree(old, ignore_errors=True)
 
-    def resume(self, network: TrainableModel, keeper: MaskScheduler, progress: TrainState) -> None:
+    def resume(self, network: TrainableModel, scheduler: MaskScheduler, progress: TrainState) -> None:
         """Bring everything to where the run was; from the beginning if there is no checkpoint."""
-        place = self._found()
-        if place is None or not self.is_resumed:
+        folder = self._found()
+        if folder is None or not self.is_resumed:
             return
-        facts = _read(place / _FACTS)
-        network.restore(place / _NETWORK)
-        keeper.masks = {name: array.astype(np.bool_) for name, array in load_arrays(place / _MASKS).items()}
-        keeper.turned_at = facts["turned_at"]
-        if keeper.masks:
-            network.mask(keeper.masks)
+        facts = _read(folder / _FACTS)
+        network.restore(folder / _NETWORK)
+        scheduler.masks = {name: array.astype(np.bool_) for name, array in load_arrays(folder / _MASKS).items()}
+        scheduler.turned_at = facts["turned_at"]
+        if scheduler.masks:
+            network.mask(scheduler.masks)
         progress.step, progress.stale = facts["step"], facts["stale"]
         progress.best, progress.best_epoch = facts["best"], facts["best_epoch"]
-        progress.best_tensors = load_arrays(place / _BEST)
+        progress.best_tensors = load_arrays(folder / _BEST)
         progress.history = [LogEntry(**entry) for entry in facts["history"]]
 
     def _found(self) -> Path | None:
@@ -118,20 +118,20 @@ _OPTIONS = {
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What a run had and what is asked for now, as options: `--lr 0.0001, not 0.001`; all that differ."""
     before, now = _flat(old), _flat(new)
-    found: dict[str, str] = {}
+    changes: dict[str, str] = {}
     # A choice that a version did not have yet is what it is where nobody makes it.
     for name in sorted(before.keys() & now.keys()):
         option = _OPTIONS.get(name, f"--{name.rpartition('.')[2].replace('_', '-')}")
         if before[name] != now[name]:
-            found.setdefault(option, f"{option} {_shown(before[name])}, not {_shown(now[name])}")
-    return list(found.values())
+            changes.setdefault(option, f"{option} {_shown(before[name])}, not {_shown(now[name])}")
+    return list(changes.values())
 
 
 def _flat(choices: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for name, value in choices.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
+        options |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return options
 
 
 def _shown(value: Any) -> str:
@@ -139,16 +139,16 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list):
-        return " ".join(_shown(one) for one in value) or "(none)"
+        return " ".join(_shown(item) for item in value) or "(none)"
     return "(none)" if value is None or value == "" else str(value)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}", hint="remove its folder to start again") from error
-    return found
+    return state
 
 
 _INDEX = "index"
@@ -157,7 +157,7 @@ _INDEX = "index"
 def save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
     """Write arrays to an .npz file: by number, as names may hold what no entry may; as bytes, for bfloat16."""
     index = [[name, str(array.dtype), list(array.shape)] for name, array in arrays.items()]
-    parts = {str(at): np.frombuffer(array.tobytes(), np.uint8) for at, array in enumerate(arrays.values())}
+    parts = {str(number): np.frombuffer(array.tobytes(), np.uint8) for number, array in enumerate(arrays.values())}
     parts[_INDEX] = np.frombuffer(json.dumps(index).encode(), np.uint8)
     with path.open("wb") as file:
         np.savez(file, allow_pickle=False, **parts)
@@ -166,10 +166,10 @@ def save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
 def load_arrays(path: Path) -> dict[str, Array]:
     """The arrays that `save_arrays` wrote."""
     try:
-        with np.load(path, allow_pickle=False) as held:
+        with np.load(path, allow_pickle=False) as archive:
             return {
-                name: np.frombuffer(held[str(at)].tobytes(), np.dtype(dtype)).reshape(shape)
-                for at, (name, dtype, shape) in enumerate(json.loads(held[_INDEX].tobytes()))
+                name: np.frombuffer(archive[str(index)].tobytes(), np.dtype(dtype)).reshape(shape)
+                for index, (name, dtype, shape) in enumerate(json.loads(archive[_INDEX].tobytes()))
             }
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is damaged: {error}", hint="remove its folder to start again") from error

@@ -54,8 +54,8 @@ class Teacher:
 
     def __call__(self, x: Arrays) -> Arrays:
         """What the teacher makes of inputs, as its pupil would give it."""
-        found = [answer.apply(array) for answer, array in zip(self._outputs, _asked(self, x), strict=False)]
-        return tuple(found) if len(found) > 1 else found[0]
+        answers = [answer.apply(array) for answer, array in zip(self._outputs, _asked(self, x), strict=False)]
+        return tuple(answers) if len(answers) > 1 else answers[0]
 
 
 def _asked(teacher: Teacher, x: Arrays) -> tuple[Array, ...]:
@@ -119,7 +119,7 @@ def _input_fits(
             f"the teacher {path} takes {len(theirs.inputs)} inputs, and the model {len(arrays)}",
             hint="a teacher has to take what its pupil takes, in the same order",
         )
-    found = []
+    adapters = []
     for port, array in zip(theirs.inputs, arrays, strict=True):
         shape = array.shape[1:]
         change = adapt.find_axis_change(shape, port.shape)
@@ -131,34 +131,35 @@ def _input_fits(
                 f"and the model {format_shape(shape)}",
                 hint="a teacher has to take what its pupil takes; only the place of the channels may differ",
             )
-        found.append(
+        adapters.append(
             ArrayAdapter(f"what the teacher {path.name} takes", change, adapt.input_cast(array.dtype, port.dtype))
         )
-    return found
+    return adapters
 
 
 def _by_convention(shape: tuple[int, ...], *, is_first: bool) -> AxisChange | None:
     """What brings the channels of an image to the other end, for a teacher that does not say what it takes."""
     if len(shape) != 3 or shape[-1 if is_first else 0] not in _COLOURS:
         return None
-    order = (2, 0, 1) if is_first else (1, 2, 0)
+    axes = (2, 0, 1) if is_first else (1, 2, 0)
     ends = "first" if is_first else "last"
     return AxisChange(
-        f"{format_shape(shape)} becomes {format_shape([shape[at] for at in order])}: channels come {ends}", order=order
+        f"{format_shape(shape)} becomes {format_shape([shape[axis] for axis in axes])}: channels come {ends}",
+        order=axes,
     )
 
 
 def _fitted(fits: Sequence[ArrayAdapter], x: Arrays) -> Arrays:
-    found = tuple(fit.apply(array) for fit, array in zip(fits, as_tuple(x), strict=True))
-    return found if len(found) > 1 else found[0]
+    adapted = tuple(fit.apply(array) for fit, array in zip(fits, as_tuple(x), strict=True))
+    return adapted if len(adapted) > 1 else adapted[0]
 
 
 def _answers(path: Path, seen: Sequence[Array], theirs: ModelSignature, pupil: ModelSignature) -> list[_Answer]:
     if len(seen) < len(pupil.outputs):
         raise UsageError(f"the teacher {path} gives {len(seen)} outputs, and the model {len(pupil.outputs)}")
     ports = theirs.outputs if len(theirs.outputs) == len(seen) else (TensorSpec("", None, ""),) * len(seen)
-    axis, their_axis = (1 if one.is_channels_first else -1 for one in (pupil, theirs))
-    found = []
+    axis, their_axis = (1 if signature.is_channels_first else -1 for signature in (pupil, theirs))
+    answers = []
     for array, port, mine in zip(seen, ports, pupil.outputs, strict=False):
         shape = array.shape[1:]
         change = adapt.find_axis_change(shape, mine.shape)
@@ -170,5 +171,5 @@ def _answers(path: Path, seen: Sequence[Array], theirs: ModelSignature, pupil: M
             )
         # A matrix has its classes in one place only.
         ending = port.ending or activation_of_values(array, their_axis if array.ndim > 2 else -1)
-        found.append(_Answer(change, ending, mine.ending, axis))
-    return found
+        answers.append(_Answer(change, ending, mine.ending, axis))
+    return answers

@@ -89,11 +89,11 @@ def open_training_data(network: TrainableModel, request: FinetuneRequest) -> Tra
     return TrainingData(train, judged, example, tuple(dict.fromkeys(notes)))
 
 
-def validate_training_data(found: TrainingData, signature: ModelSignature, request: FinetuneRequest) -> tuple[str, ...]:
+def validate_training_data(data: TrainingData, signature: ModelSignature, request: FinetuneRequest) -> tuple[str, ...]:
     """Refuse examples that the model cannot learn from, now that it is known what comes out of it."""
     notes: list[str] = []
-    tasks = infer_tasks(signature, found.example)
-    for source in filter(None, (found.train, found.val)):
+    tasks = infer_tasks(signature, data.example)
+    for source in filter(None, (data.train, data.val)):
         notes += check_batches(source, signature, needs_targets=request.needs_targets, tasks=tasks)
     return tuple(dict.fromkeys(notes))
 
@@ -111,14 +111,14 @@ def _fitted(spec: str, network: TrainableModel, seed: int) -> tuple[Source, tupl
 
 def write_back(model: ModelFile, values: Mapping[str, Array], places: dict[Path, Path]) -> int:
     """Write a copy with new numbers in it, and return how many tensors have some."""
-    given = {**values, **{name: values[of] for name, of in model.duplicates.items() if of in values}}
+    arrays = {**values, **{name: values[of] for name, of in model.duplicates.items() if of in values}}
     rewrites: dict[tuple[str, int], TensorUpdate] = {}
     for tensor in model.tensors:
-        if tensor.name not in given or _is_same(model, tensor, given[tensor.name]):
+        if tensor.name not in arrays or _is_same(model, tensor, arrays[tensor.name]):
             continue
-        _check(model, tensor, given[tensor.name])
+        _check(model, tensor, arrays[tensor.name])
         # Tied tensors share their bytes, which are written once.
-        rewrites[tensor.storage.key, tensor.start] = TensorUpdate(tensor, partial(_blocks, tensor, given[tensor.name]))
+        rewrites[tensor.storage.key, tensor.start] = TensorUpdate(tensor, partial(_blocks, tensor, arrays[tensor.name]))
     load(by_name(model.format).writer)(model, places, tuple(rewrites.values()))
     return len(rewrites)
 
@@ -177,63 +177,63 @@ def finetune(
         closing(load_trainable(plain, request.origin)) as network,
         ExitStack() as at_the_end,
     ):
-        found = open_training_data(network, request)
-        network.prepare(replace(request.means, frozen=_frozen(plain, request), example=found.example))
-        notes = (*found.notes, *validate_training_data(found, network.signature, request))
-        planned = _course(request, found, network.ranks[1])
-        rules = make_pruning_config(plain, request, planned)
-        first = masks_of_zeros(rules.choice, network.weights(rules.names))
-        if request.mask is MaskMode.REGROW and not first and rules.schedule is None:
+        data = open_training_data(network, request)
+        network.prepare(replace(request.means, frozen=_frozen(plain, request), example=data.example))
+        notes = (*data.notes, *validate_training_data(data, network.signature, request))
+        config = _course(request, data, network.ranks[1])
+        pruning = make_pruning_config(plain, request, config)
+        first = masks_of_zeros(pruning.choice, network.weights(pruning.names))
+        if request.mask is MaskMode.REGROW and not first and pruning.schedule is None:
             raise UsageError(f"{path} has no zeros that could move", hint="add --sparsity 80%")
-        notes += _already(path, rules, first)
-        held = read_saved_pruning(model)
-        keeper = make_mask_scheduler(network, rules, request, planned, first=first, held=held)
-        check_wrappable(plain, request, keeper)
-        judged_before = evaluate(network, found.val, planned.batch_size)
-        decides = _decider(request, judged_before, network)
-        teacher = _teacher(request, network, found)
+        notes += _already(path, pruning, first)
+        saved_pruning = read_saved_pruning(model)
+        scheduler = make_mask_scheduler(network, pruning, request, config, first=first, saved=saved_pruning)
+        check_wrappable(plain, request, scheduler)
+        judged_before = evaluate(network, data.val, config.batch_size)
+        monitor = _decider(request, judged_before, network)
+        teacher = _teacher(request, network, data)
         if teacher is not None:
             # Its runtime may share what joins the processes with the pupil's: it is let go of when all is done.
             at_the_end.callback(teacher.close)
             notes += teacher.notes
-        diary = _diary(network, keeper, request, watcher)
+        logger = _diary(network, scheduler, request, watcher)
         progress = _train(
             TrainingRun(
                 network,
-                DataSplits(found.train, found.val, request.workers),
-                planned,
-                keeper,
-                diary,
+                DataSplits(data.train, data.val, request.workers),
+                config,
+                scheduler,
+                logger,
                 saver,
                 teacher,
-                decides,
+                monitor,
             )
         )
         if request.is_recalibrated:
-            notes = (*notes, _recalibrated(network, found, planned))
-        judged_after = evaluate(network, found.val, planned.batch_size)
+            notes = (*notes, _recalibrated(network, data, config))
+        judged_after = evaluate(network, data.val, config.batch_size)
         values, before = network.tensors(), stats_for_report(model)
         if not network.is_chief:
             return FinetuneResult(
-                request, planned, before, before, judged_before, judged_after, (), None, 0, 0, (), is_chief=False
+                request, config, before, before, judged_before, judged_after, (), None, 0, 0, (), is_chief=False
             )
-        wrapping = spec_of_result(keeper, request, held, progress.step) if request.keeps_wrappers else None
-        after, zeros = _written(plain, values, keeper, output, wrapping)
+        wrapping = spec_of_result(scheduler, request, saved_pruning, progress.step) if request.keeps_wrappers else None
+        after, zeros = _written(plain, values, scheduler, output, wrapping)
         notes = (
             *notes,
             *network.notes,
-            *(held.notes(progress.step) if held is not None and not request.prunes else ()),
+            *(saved_pruning.notes(progress.step) if saved_pruning is not None and not request.prunes else ()),
         )
     return FinetuneResult(
         request,
-        planned,
+        config,
         before,
         after,
         judged_before,
         judged_after,
         tuple(progress.history),
-        progress.best_epoch if planned.keeps_best else None,
-        keeper.zeros,
+        progress.best_epoch if config.keeps_best else None,
+        scheduler.zeros,
         zeros,
         notes,
     )
@@ -267,7 +267,7 @@ def _saver(request: FinetuneRequest) -> CheckpointManager | None:
 
 
 def _frozen(model: ModelFile, request: FinetuneRequest) -> frozenset[str]:
-    return frozenset(tensor.name for word in request.frozen for tensor in select_names(model, word))
+    return frozenset(tensor.name for selector in request.frozen for tensor in select_names(model, selector))
 
 
 def _has_best(request: FinetuneRequest) -> bool:
@@ -282,7 +282,7 @@ def _decider(request: FinetuneRequest, logs: Logs, network: TrainableModel) -> M
     return make_monitor(logs, request.means, (port.name for port in network.signature.outputs))
 
 
-def _teacher(request: FinetuneRequest, network: TrainableModel, found: TrainingData) -> Teacher | None:
+def _teacher(request: FinetuneRequest, network: TrainableModel, data: TrainingData) -> Teacher | None:
     if not request.distill:
         return None
     return load_teacher(
@@ -290,14 +290,14 @@ def _teacher(request: FinetuneRequest, network: TrainableModel, found: TrainingD
         request.origin,
         request.means.device,
         network.signature,
-        found.example,
+        data.example,
         builder=request.distill_model,
     )
 
 
-def _course(request: FinetuneRequest, found: TrainingData, ranks: int) -> TrainConfig:
+def _course(request: FinetuneRequest, data: TrainingData, ranks: int) -> TrainConfig:
     steps, per_epoch = resolve_steps(
-        count_examples(found.train),
+        count_examples(data.train),
         request.batch_size,
         epochs=request.epochs,
         steps=request.steps,
@@ -316,37 +316,37 @@ def _course(request: FinetuneRequest, found: TrainingData, ranks: int) -> TrainC
     )
 
 
-def _train(lesson: TrainingRun) -> TrainState:
+def _train(run: TrainingRun) -> TrainState:
     retain_freed_memory()
-    with closing(lesson.diary), GracefulInterrupt() as stopping:
-        return train(lesson, stopping)
+    with closing(run.diary), GracefulInterrupt() as stopping:
+        return train(run, stopping)
 
 
 def _diary(
-    network: TrainableModel, keeper: MaskScheduler, request: FinetuneRequest, watcher: ProgressCallback | None
+    network: TrainableModel, scheduler: MaskScheduler, request: FinetuneRequest, watcher: ProgressCallback | None
 ) -> TrainingLogger:
     folder = (request.logdir or request.checkpoint_dir) if network.is_chief else None
-    diary = TrainingLogger(folder, layers=lambda: _by_layer(keeper))
+    logger = TrainingLogger(folder, layers=lambda: _by_layer(scheduler))
     if watcher is not None and network.is_chief:
-        diary.watcher = watcher
-    return diary
+        logger.watcher = watcher
+    return logger
 
 
-def _by_layer(keeper: MaskScheduler) -> Logs:
-    return {f"sparsity/{name}": 1.0 - float(np.mean(mask)) for name, mask in keeper.masks.items()}
+def _by_layer(scheduler: MaskScheduler) -> Logs:
+    return {f"sparsity/{name}": 1.0 - float(np.mean(mask)) for name, mask in scheduler.masks.items()}
 
 
-def _recalibrated(network: TrainableModel, found: TrainingData, planned: TrainConfig) -> str:
-    layers = network.recalibrate(found.train.batches(EpochOrder(planned.batch_size)))
+def _recalibrated(network: TrainableModel, data: TrainingData, config: TrainConfig) -> str:
+    layers = network.recalibrate(data.train.batches(EpochOrder(config.batch_size)))
     if not layers:
         return "The model has no batch normalisation: there was nothing to recalibrate."
-    return f"The statistics of {layers} layers with batch normalisation were taken anew from {found.train.name}."
+    return f"The statistics of {layers} layers with batch normalisation were taken anew from {data.train.name}."
 
 
 def _written(
     model: ModelFile,
     values: Mapping[str, Array],
-    keeper: MaskScheduler,
+    scheduler: MaskScheduler,
     output: Destination,
     wrapping: WrapperSpec | None,
 ) -> tuple[ModelStats, int]:
@@ -354,15 +354,14 @@ def _written(
     with outputs.staging_dir(model, output) as (folder, target):
         places = outputs.staged_paths(model, folder, target)
         write_back(model, values, places)
-        found = open_model(places.get(model.path, folder / target.name))
-        zeros_in_file = _zeros_in(found, keeper.masks)
-        if zeros_in_file != keeper.zeros:
-            raise WorkError(
-                f"{keeper.zeros - zeros_in_file} of {keeper.zeros} zeros were lost in training; nothing was written"
-            )
+        written = open_model(places.get(model.path, folder / target.name))
+        zeros_in_file = _zeros_in(written, scheduler.masks)
+        if zeros_in_file != scheduler.zeros:
+            lost = scheduler.zeros - zeros_in_file
+            raise WorkError(f"{lost} of {scheduler.zeros} zeros were lost in training; nothing was written")
         if wrapping is not None:
-            wrap_in_place(found.path, wrapping)
-        after = stats_for_report(open_model(found.path))
+            wrap_in_place(written.path, wrapping)
+        after = stats_for_report(open_model(written.path))
     return replace(after, path=str(target)), zeros_in_file
 
 

@@ -158,8 +158,8 @@ def _up_to(path: Path, step: int) -> list[str]:
     return [line for line in lines if json.loads(line)["step"] <= step]
 
 
-def _finite(found: object) -> object:
+def _finite(entry: object) -> object:
     """A value that JSON has a word for: what is no number is null."""
-    if isinstance(found, dict):
-        return {name: _finite(value) for name, value in found.items()}
-    return None if isinstance(found, float) and not math.isfinite(found) else found
+    if isinstance(entry, dict):
+        return {name: _finite(value) for name, value in entry.items()}
+    return None if isinstance(entry, float) and not math.isfinite(entry) else entry

@@ -99,114 +99,112 @@ class TrainingRun:
     """Which epoch is the best; none where nothing depends on it."""
 
 
-def train(lesson: TrainingRun, stopping: GracefulInterrupt) -> TrainState:
+def train(run: TrainingRun, stopping: GracefulInterrupt) -> TrainState:
     """Train to the end of the course, from the last checkpoint if there is one to go on from."""
-    network, course, keeper = lesson.network, lesson.course, lesson.keeper
+    network, course, scheduler = run.network, run.course, run.keeper
     progress = TrainState()
-    keeper.begin(network)
-    if lesson.saver is not None:
-        lesson.saver.resume(network, keeper, progress)
-    lesson.diary.begin(course, progress.step)
-    while progress.step < course.steps and not _is_over(lesson, progress):
+    scheduler.begin(network)
+    if run.saver is not None:
+        run.saver.resume(network, scheduler, progress)
+    run.diary.begin(course, progress.step)
+    while progress.step < course.steps and not _is_over(run, progress):
         done = progress.step - progress.epoch_began
         if not done:
             network.reseed(course.seed * 1_000_003 + progress.epoch)
         left = min(course.steps - progress.step, course.steps_per_epoch - done)
-        for batch in islice(_batches(lesson, progress.epoch, done), left):
+        for batch in islice(_batches(run, progress.epoch, done), left):
             if stopping.is_wanted:
                 break
-            keeper.turn(network, progress.step)
-            guide = lesson.teacher(batch.x) if lesson.teacher is not None else None
+            scheduler.turn(network, progress.step)
+            guide = run.teacher(batch.x) if run.teacher is not None else None
             network.step(batch, course.rate_at(progress.step), guide)
             progress.step += 1
-            lesson.diary.step(progress.step, keeper.sparsity)
+            run.diary.step(progress.step, scheduler.sparsity)
         if stopping.is_wanted:
-            if lesson.saver is not None:
-                lesson.saver.save(network, keeper, progress)
+            if run.saver is not None:
+                run.saver.save(network, scheduler, progress)
             raise KeyboardInterrupt
         if progress.step == progress.epoch_began:
-            _refuse_empty_epoch(lesson, progress.epoch)
-        _end_epoch(lesson, progress)
-    keeper.turn(network, progress.step)
+            _refuse_empty_epoch(run, progress.epoch)
+        _end_epoch(run, progress)
+    scheduler.turn(network, progress.step)
     if course.keeps_best and progress.best_tensors and progress.stale:
         network.assign(progress.best_tensors)
     return progress
 
 
-def _is_over(lesson: TrainingRun, progress: TrainState) -> bool:
-    patience = lesson.course.patience
+def _is_over(run: TrainingRun, progress: TrainState) -> bool:
+    patience = run.course.patience
     return patience is not None and progress.stale >= patience
 
 
-def _batches(lesson: TrainingRun, epoch: int, done: int) -> Iterator[Batch]:
-    rank, ranks = lesson.network.ranks
-    course = lesson.course
-    batch_size, workers = course.batch_size // ranks, lesson.data.workers
+def _batches(run: TrainingRun, epoch: int, done: int) -> Iterator[Batch]:
+    rank, ranks = run.network.ranks
+    course = run.course
+    batch_size, workers = course.batch_size // ranks, run.data.workers
     order = EpochOrder(
         batch_size, course.seed, epoch, is_shuffled=True, skip=done, rank=rank, ranks=ranks, workers=workers
     )
-    batches = lesson.data.train.batches(order)
+    batches = run.data.train.batches(order)
     # Examples with numbers are as many in every process; a stream may end earlier in one, and the others would wait.
-    return (
-        batches if ranks == 1 or isinstance(lesson.data.train, IndexedSource) else _while_all_have_one(lesson, batches)
-    )
+    return batches if ranks == 1 or isinstance(run.data.train, IndexedSource) else _while_all_have_one(run, batches)
 
 
-def _while_all_have_one(lesson: TrainingRun, batches: Iterator[Batch]) -> Iterator[Batch]:
+def _while_all_have_one(run: TrainingRun, batches: Iterator[Batch]) -> Iterator[Batch]:
     """Yield batches until the stream of any process ends."""
     while True:
         batch = next(batches, None)
-        if not lesson.network.is_true_everywhere(batch is not None) or batch is None:
+        if not run.network.is_true_everywhere(batch is not None) or batch is None:
             return
         yield batch
 
 
-def _refuse_empty_epoch(lesson: TrainingRun, epoch: int) -> None:
+def _refuse_empty_epoch(run: TrainingRun, epoch: int) -> None:
     raise InputError(
-        f"{lesson.data.train.name} has no examples in epoch {epoch + 1}",
+        f"{run.data.train.name} has no examples in epoch {epoch + 1}",
         hint="a function has to return a new iterator whenever it is called; --epochs 1 goes through the data once",
     )
 
 
-def _end_epoch(lesson: TrainingRun, progress: TrainState) -> None:
-    network, keeper = lesson.network, lesson.keeper
-    if progress.step == lesson.course.steps:
+def _end_epoch(run: TrainingRun, progress: TrainState) -> None:
+    network, scheduler = run.network, run.keeper
+    if progress.step == run.course.steps:
         # A ramp that ends with training has its last turn before the model is judged.
-        keeper.turn(network, progress.step)
+        scheduler.turn(network, progress.step)
     logs = network.logs()
     if not math.isfinite(logs.get("loss", 0.0)):
         raise DivergedError(
             f"the loss is {logs['loss']:g} after epoch {progress.epoch + 1}",
             hint="a lower --lr, --clip 1, or data that is scaled (?norm=unit) may help",
         )
-    seen = evaluate(network, lesson.data.val, lesson.course.batch_size)
-    entry = LogEntry(progress.epoch + 1, progress.step, keeper.sparsity, dict(logs), dict(seen))
+    seen = evaluate(network, run.data.val, run.course.batch_size)
+    entry = LogEntry(progress.epoch + 1, progress.step, scheduler.sparsity, dict(logs), dict(seen))
     progress.history.append(entry)
-    lesson.diary.epoch(entry)
-    _judge(lesson, progress, entry)
-    if lesson.saver is not None:
-        lesson.saver.save(network, keeper, progress)
+    run.diary.epoch(entry)
+    _judge(run, progress, entry)
+    if run.saver is not None:
+        run.saver.save(network, scheduler, progress)
 
 
-def _judge(lesson: TrainingRun, progress: TrainState, entry: LogEntry) -> None:
+def _judge(run: TrainingRun, progress: TrainState, entry: LogEntry) -> None:
     """Remember the best epoch of those that are as sparse as was asked for."""
-    decider = lesson.decider
-    if decider is None or not entry.val or _is_early(lesson.keeper, entry.step):
+    decider = run.decider
+    if decider is None or not entry.val or _is_early(run.keeper, entry.step):
         return
     value = entry.val[decider.name]
     if decider.is_better(value, progress.best):
         progress.best, progress.best_epoch, progress.stale = value, entry.epoch, 0
-        progress.best_tensors = lesson.network.tensors() if lesson.course.keeps_best else {}
+        progress.best_tensors = run.network.tensors() if run.course.keeps_best else {}
     else:
         progress.stale += 1
 
 
-def _is_early(keeper: MaskScheduler, step: int) -> bool:
+def _is_early(scheduler: MaskScheduler, step: int) -> bool:
     """Whether the last turn is still to come; one that falls between two epochs belongs to the second."""
-    schedule = keeper.rules.schedule
+    schedule = scheduler.rules.schedule
     if schedule is None or step > schedule.last_update_step:
         return False
-    return step < schedule.last_update_step or keeper.turned_at != step
+    return step < schedule.last_update_step or scheduler.turned_at != step
 
 
 def evaluate(network: TrainableModel, source: Source | None, batch_size: int) -> Logs:

@@ -65,13 +65,13 @@ def _exchanged(mask: Mask, weights: Array, gradient: Array | None, share: float)
     if gradient is None:
         return mask
     flat = mask.reshape(-1).copy()
-    held, free = np.flatnonzero(flat), np.flatnonzero(~flat)
-    count = min(round(share * held.size), free.size)
+    kept, free = np.flatnonzero(flat), np.flatnonzero(~flat)
+    count = min(round(share * kept.size), free.size)
     if not count:
         return mask
-    by_size = np.argsort(np.abs(weights.reshape(-1)[held]), kind="stable")
+    by_size = np.argsort(np.abs(weights.reshape(-1)[kept]), kind="stable")
     # What was just dropped may come back at once, as in the paper: its gradient decides.
-    gone = held[by_size[:count]]
+    gone = kept[by_size[:count]]
     candidates = np.sort(np.concatenate([free, gone]))
     by_gradient = np.argsort(-np.abs(gradient.reshape(-1)[candidates]), kind="stable")
     flat[gone] = False
@@ -155,13 +155,13 @@ class MaskScheduler:
         method = rules.method
         if rules.evidence is not GradientStatistic.NONE and seen:
             method = replace(method, strategy=with_gradient_scores(method.strategy, seen, self.masks))
-        wanted = schedule.sparsity_at(step)
-        choice = scale_targets(rules.choice, wanted, schedule.final)
-        plan = planning.make_plan(choice, rules.wish, wanted if rules.has_others else 0.0)
-        found = engine.keep_masks(rules.model, plan, method, choice, weights)
+        sparsity = schedule.sparsity_at(step)
+        choice = scale_targets(rules.choice, sparsity, schedule.final)
+        plan = planning.make_plan(choice, rules.wish, sparsity if rules.has_others else 0.0)
+        masks = engine.keep_masks(rules.model, plan, method, choice, weights)
         if rules.regrowth is None:
-            found = {name: mask & self.first[name] if name in self.first else mask for name, mask in found.items()}
-        return found
+            masks = {name: mask & self.first[name] if name in self.first else mask for name, mask in masks.items()}
+        return masks
 
     @property
     def zeros(self) -> int:
@@ -184,9 +184,9 @@ def _check_finite(weights: Mapping[str, Array], step: int) -> None:
             )
 
 
-def scale_targets(choice: Selection, wanted: float, final: float) -> Selection:
+def scale_targets(choice: Selection, sparsity: float, final: float) -> Selection:
     """A choice whose layers with a sparsity of their own are as far on their way to it as the rest."""
-    share = wanted / final if final else 1.0
+    share = sparsity / final if final else 1.0
     return replace(choice, layer_ratios={name: ratio * share for name, ratio in choice.layer_ratios.items()})
 
 
@@ -196,15 +196,15 @@ _RAMP_UNTIL = "75%"
 
 def make_pruning_config(model: ModelFile, request: FinetuneRequest, course: TrainConfig) -> PruningConfig:
     """What decides the masks during a course."""
-    asked = request.pruning
+    pruning = request.pruning
     if request.prunes:
-        requests.check_shape(asked)
-    method = requests.resolve_method(asked)
-    evidence = STATISTIC_OF_STRATEGY.get(asked.strategy, GradientStatistic.NONE)
+        requests.check_shape(pruning)
+    method = requests.resolve_method(pruning)
+    evidence = STATISTIC_OF_STRATEGY.get(pruning.strategy, GradientStatistic.NONE)
     if method.strategy.needs is not Requires.NOTHING and evidence is GradientStatistic.NONE:
         raise UsageError(
-            f"the strategy {asked.strategy} looks at a model that stands still",
-            hint=f"prunectl prune --strategy {asked.strategy} --data …, and finetune keeps its zeros; "
+            f"the strategy {pruning.strategy} looks at a model that stands still",
+            hint=f"prunectl prune --strategy {pruning.strategy} --data …, and finetune keeps its zeros; "
             f"in finetune: {', '.join(STATISTIC_OF_STRATEGY)}",
         )
     wish = replace(method.selection, exclude=(*method.selection.exclude, *request.frozen))
@@ -214,18 +214,18 @@ def make_pruning_config(model: ModelFile, request: FinetuneRequest, course: Trai
         pattern = wish.pattern
         is_grouped = isinstance(pattern, NMPattern)
         # A layer with a ratio of its own is as far on its way as the others: of the whole way if there are no others.
-        final = pattern.zeros / pattern.group if isinstance(pattern, NMPattern) else asked.sparsity
+        final = pattern.zeros / pattern.group if isinstance(pattern, NMPattern) else pruning.sparsity
         ramping = replace(request.ramping, name=request.ramping.name or ("constant" if is_grouped else "polynomial"))
         schedule = make_schedule(ramping, 1.0 if final is None else final, course)
         if evidence is not GradientStatistic.NONE and schedule.prunes_at(0) and schedule.sparsity_at(0) > 0:
             raise UsageError(
-                f"the strategy {asked.strategy} watches training, and the schedule prunes before the first step",
+                f"the strategy {pruning.strategy} watches training, and the schedule prunes before the first step",
                 hint="let it watch for a while: --begin 10%",
             )
     growth = None
     if request.mask is MaskMode.REGROW:
         growth = RigLSchedule(0, int(_REGROWS_UNTIL * course.steps), _frequency(request.ramping, course.steps))
-    has_others = asked.sparsity is not None or not asked.layers
+    has_others = pruning.sparsity is not None or not pruning.layers
     return PruningConfig(model, choice, wish, method, schedule, evidence, growth, has_others=has_others)
 
 
@@ -238,11 +238,11 @@ def make_schedule(ramping: ScheduleOptions, final: float, course: TrainConfig) -
         # What is left afterwards is for the network to recover in.
         default = parse_time_point(_RAMP_UNTIL).step(course.steps, course.steps_per_epoch)
         end = None if ramping.name == "constant" else max(default, begin)
-    for word, step in (("begin", begin), ("end", end or 0)):
+    for name, step in (("begin", begin), ("end", end or 0)):
         if step > course.steps:
             raise UsageError(
-                f"the schedule would {word} at step {step}, training has {course.steps}",
-                hint=f"one step is one batch; write --{word} as a share (75%) or in epochs (2ep), or train longer",
+                f"the schedule would {name} at step {step}, training has {course.steps}",
+                hint=f"one step is one batch; write --{name} as a share (75%) or in epochs (2ep), or train longer",
             )
     frequency = _frequency(ramping, (course.steps if end is None else end) - begin)
     return SparsitySchedule(ramping.name, final, begin, end, ramping.initial, frequency, ramping.params)

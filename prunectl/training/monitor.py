@@ -77,9 +77,9 @@ _KNOWN = {**{_plain(name): True for name in _UP.split()}, **{_plain(name): False
 
 def known_direction(name: str, outputs: Iterable[str] = ()) -> bool | None:
     """Whether more of a metric is better; None if nobody knows. Keras puts an output's name before it."""
-    word = name.rpartition(":")[2].removeprefix("val_")
-    for one in (word, *(word[len(output) + 1 :] for output in outputs if word.startswith(f"{output}_"))):
-        for plain in (_plain(one), _plain(_COUNTED.sub("", one))):
+    metric = name.rpartition(":")[2].removeprefix("val_")
+    for candidate in (metric, *(metric[len(output) + 1 :] for output in outputs if metric.startswith(f"{output}_"))):
+        for plain in (_plain(candidate), _plain(_COUNTED.sub("", candidate))):
             if plain in _KNOWN:
                 return _KNOWN[plain]
             if _TOP.fullmatch(plain):
@@ -101,28 +101,28 @@ class Monitor:
         return old is None or (new > old if self.is_up else new < old)
 
 
-def monitored_log(logs: Mapping[str, float], asked: str = "") -> str:
+def monitored_log(logs: Mapping[str, float], requested: str = "") -> str:
     """The number that decides: what was asked for, else the first metric, or the loss if there is none."""
-    if asked in logs:
-        return asked
+    if requested in logs:
+        return requested
     others = [name for name in logs if name != LOSS]
-    if not asked:
+    if not requested:
         return next(iter(others), LOSS)
     # A framework may have its own word for what was asked.
-    short = asked.rpartition(":")[2]
-    found = next((name for name in others if name == short or name.endswith(f"_{short}")), None)
-    return found or next((name for name in others if not name.endswith(f"_{LOSS}")), LOSS)
+    short = requested.rpartition(":")[2]
+    match = next((name for name in others if name == short or name.endswith(f"_{short}")), None)
+    return match or next((name for name in others if not name.endswith(f"_{LOSS}")), LOSS)
 
 
 def resolve_direction(name: str, goal: str = "", outputs: Iterable[str] = ()) -> bool:
     """Whether a larger number is a better one: as was said, else by its name; refuse to guess."""
-    found = goal == MAX if goal else known_direction(name, outputs)
-    if found is None:
+    direction = goal == MAX if goal else known_direction(name, outputs)
+    if direction is None:
         raise UsageError(
             f"is more of {name} better, or less? Its name does not say, and the result depends on it",
             hint=f"say {name}:{MAX} or {name}:{MIN} where the metric is named, as in --metric {name}:{MAX}",
         )
-    return found
+    return direction
 
 
 def check_direction(means: TrainOptions) -> None:
@@ -135,10 +135,10 @@ def check_direction(means: TrainOptions) -> None:
 
 def make_monitor(logs: Mapping[str, float], means: TrainOptions, outputs: Iterable[str] = ()) -> Monitor:
     """What decides of the numbers that there are."""
-    asked = monitored_metric(means)
-    name = monitored_log(logs, asked)
-    if name == LOSS and asked not in {"", LOSS}:
-        raise UsageError(f"{asked} is not measured here, the loss alone is", hint=f"leave it out, or say {LOSS}")
+    requested = monitored_metric(means)
+    name = monitored_log(logs, requested)
+    if name == LOSS and requested not in {"", LOSS}:
+        raise UsageError(f"{requested} is not measured here, the loss alone is", hint=f"leave it out, or say {LOSS}")
     return Monitor(name, resolve_direction(name, means.goal, outputs))
 
 

@@ -106,15 +106,15 @@ def make_mask_scheduler(
     course: TrainConfig,
     *,
     first: Mapping[str, Mask],
-    held: SavedPruning | None,
+    saved: SavedPruning | None,
 ) -> MaskScheduler:
     """What keeps the masks: the network itself where it can, else our own."""
     if isinstance(network, NativePruner):
-        found = _goes_on(network, rules, request, first, held) if not request.prunes else None
-        found = found or _begins(network, rules, request, first)
-        if found is not None:
-            found.per_epoch, found.last = course.steps_per_epoch, course.steps
-            return found
+        resumed = _goes_on(network, rules, request, first, saved) if not request.prunes else None
+        resumed = resumed or _begins(network, rules, request, first)
+        if resumed is not None:
+            resumed.per_epoch, resumed.last = course.steps_per_epoch, course.steps
+            return resumed
     return MaskScheduler(rules, dict(first), first)
 
 
@@ -122,8 +122,8 @@ def _begins(
     network: NativePruner, rules: PruningConfig, request: FinetuneRequest, first: Mapping[str, Mask]
 ) -> NativeMaskScheduler | None:
     """A keeper for what the user asks, if it is what tfmot does."""
-    schedule, asked = rules.schedule, request.pruning
-    if schedule is None or first or asked.strategy != "magnitude" or asked.params or asked.scope != Scope.LAYER:
+    schedule, pruning = rules.schedule, request.pruning
+    if schedule is None or first or pruning.strategy != "magnitude" or pruning.params or pruning.scope != Scope.LAYER:
         return None
     if request.mask is not MaskMode.KEEP or rules.evidence is not GradientStatistic.NONE or request.means.is_compiled:
         return None
@@ -152,30 +152,30 @@ def _goes_on(
     rules: PruningConfig,
     request: FinetuneRequest,
     first: Mapping[str, Mask],
-    held: SavedPruning | None,
+    saved: SavedPruning | None,
 ) -> NativeMaskScheduler | None:
     """A keeper for the schedule that the file was trained under, if it is not at its end."""
-    if held is None or not held.schedules or not _is_under_way(held, bool(first)) or request.means.is_compiled:
+    if saved is None or not saved.schedules or not _is_under_way(saved, bool(first)) or request.means.is_compiled:
         return None
     if request.mask is not MaskMode.KEEP:
         return None
-    driven = {layer: _from_here(schedule, held.step) for layer, schedule in held.schedules.items()}
+    driven = {layer: _from_here(schedule, saved.step) for layer, schedule in saved.schedules.items()}
     tensors = [tensor for tensor in rules.model.tensors if tensor.layer in driven and tensor.is_float]
     schedules = {tensor.name: driven[tensor.layer] for tensor in tensors}
-    native = NativePruning(schedules, held.block, held.pool, first, held.step, is_all=False, logdir=request.logdir)
+    native = NativePruning(schedules, saved.block, saved.pool, first, saved.step, is_all=False, logdir=request.logdir)
     pruned = network.prune_by(native)
     if not pruned:
         return None
     chosen = tuple(tensor for tensor in tensors if tensor.name in pruned)
     own = {tensor.name: schedules[tensor.name].final for tensor in chosen}
     longest = max((schedules[tensor.name] for tensor in chosen), key=lambda schedule: schedule.last_update_step)
-    wish = replace(rules.wish, pattern=held.block)
+    wish = replace(rules.wish, pattern=saved.block)
     going = replace(
         rules,
-        schedule=ResumedSchedule(longest, held.step),
+        schedule=ResumedSchedule(longest, saved.step),
         choice=Selection(chosen, (), own),
         wish=wish,
-        method=replace(rules.method, selection=wish, pool=held.pool),
+        method=replace(rules.method, selection=wish, pool=saved.pool),
     )
     masks = {name: mask for name, mask in first.items() if name in pruned}
     return NativeMaskScheduler(going, masks, source=network)
@@ -192,10 +192,10 @@ def as_tfmot_schedule(schedule: Schedule) -> Schedule | None:
     return schedule
 
 
-def _is_under_way(held: SavedPruning, has_zeros: bool) -> bool:
+def _is_under_way(saved: SavedPruning, has_zeros: bool) -> bool:
     """Whether any schedule still has a turn to take, beside those that change nothing."""
-    for schedule in held.schedules.values():
-        if schedule.last_update_step > max(held.step, 0):
+    for schedule in saved.schedules.values():
+        if schedule.last_update_step > max(saved.step, 0):
             return True
         forever = isinstance(schedule, SparsitySchedule) and schedule.end is None
         if forever and not has_zeros and schedule.final:

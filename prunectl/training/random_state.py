@@ -24,9 +24,9 @@ def state() -> dict[str, Any]:
     return {"numpy": [kind, np.asarray(keys).tolist(), *rest], "python": [version, list(inner), gauss]}
 
 
-def restore(found: Mapping[str, Any]) -> None:
+def restore(state: Mapping[str, Any]) -> None:
     """Bring both to where they were."""
-    kind, keys, *rest = found["numpy"]
+    kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, np.uint32), *rest))  # noqa: NPY002
-    version, inner, gauss = found["python"]
+    version, inner, gauss = state["python"]
     random.setstate((version, tuple(inner), gauss))

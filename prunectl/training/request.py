@@ -157,9 +157,9 @@ class MetricOptions(TypedDict):
     """`max` or `min`, where it was said."""
 
 
-def parse_metrics(words: Iterable[str]) -> MetricOptions:
+def parse_metrics(texts: Iterable[str]) -> MetricOptions:
     """What `accuracy`, `loss`, `./file.py:score:max` … ask for; the first of them decides."""
-    parts = [_parted(word.strip()) for word in words if word.strip()]
+    parts = [_parted(text.strip()) for text in texts if text.strip()]
     for name, goal in parts[1:]:
         if goal:
             raise UsageError(
@@ -170,10 +170,10 @@ def parse_metrics(words: Iterable[str]) -> MetricOptions:
     return MetricOptions(metrics=tuple(name for name, _ in parts if name != LOSS), decides=decides, goal=goal)
 
 
-def _parted(word: str) -> tuple[str, str]:
+def _parted(text: str) -> tuple[str, str]:
     """A name, and what stands behind it of the direction; `./file.py:max` is a function called max."""
-    name, _, goal = word.rpartition(":")
-    return (name, goal) if goal in {MAX, MIN} and name and not name.endswith(".py") else (word, "")
+    name, _, goal = text.rpartition(":")
+    return (name, goal) if goal in {MAX, MIN} and name and not name.endswith(".py") else (text, "")
 
 
 def _fields(same: str, **others: str) -> dict[str, str]:

@@ -50,8 +50,10 @@ def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
             user_code.check(model, origin)
             random_state.seed(origin.seed)
             module, _, name = runtime.opener.partition(":")
-            found: TrainableModel = getattr(importlib.import_module(f"prunectl.training.{module}"), name)(model, origin)
-            return found
+            model_: TrainableModel = getattr(importlib.import_module(f"prunectl.training.{module}"), name)(
+                model, origin
+            )
+            return model_
     title = by_name(model.format).title
     raise InputError(
         f"{model.path} ({title}) cannot be trained: it holds no graph that a framework can differentiate",

@@ -34,15 +34,15 @@ class FinalActivation(StrEnum):
 
 def activation_of_values(array: Array, axis: int) -> FinalActivation:
     """The ending that outputs look like, where the graph does not tell; the axis is that of the classes."""
-    whole = np.asarray(array, np.float64)
-    if not whole.size or not np.isfinite(whole).all():
+    values = np.asarray(array, np.float64)
+    if not values.size or not np.isfinite(values).all():
         return FinalActivation.RAW
-    has_classes = whole.ndim > 1 and whole.shape[axis] > 1
-    if has_classes and whole.max() <= 0.0 and _is_one(np.exp(whole).sum(axis=axis)):
+    has_classes = values.ndim > 1 and values.shape[axis] > 1
+    if has_classes and values.max() <= 0.0 and _is_one(np.exp(values).sum(axis=axis)):
         return FinalActivation.LOG_SOFTMAX
-    if whole.min() < 0.0 or whole.max() > 1.0:
+    if values.min() < 0.0 or values.max() > 1.0:
         return FinalActivation.RAW
-    return FinalActivation.SOFTMAX if has_classes and _is_one(whole.sum(axis=axis)) else FinalActivation.SIGMOID
+    return FinalActivation.SOFTMAX if has_classes and _is_one(values.sum(axis=axis)) else FinalActivation.SIGMOID
 
 
 def _is_one(sums: Array) -> bool:
@@ -56,16 +56,16 @@ def convert_outputs(array: Array, theirs: FinalActivation, ours: FinalActivation
     kind, wide = array.dtype, array.astype(np.float64)
     if theirs is FinalActivation.SIGMOID:
         within = np.clip(wide, _TINY, 1.0 - _TINY)
-        found = np.log(within) - np.log1p(-within)
+        result = np.log(within) - np.log1p(-within)
     else:
-        found = np.log(np.maximum(wide, _TINY)) if theirs is FinalActivation.SOFTMAX else wide
+        result = np.log(np.maximum(wide, _TINY)) if theirs is FinalActivation.SOFTMAX else wide
     if ours is FinalActivation.SIGMOID:
-        found = 1.0 / (1.0 + np.exp(-found))
+        result = 1.0 / (1.0 + np.exp(-result))
     elif ours in {FinalActivation.SOFTMAX, FinalActivation.LOG_SOFTMAX}:
-        found = found - found.max(axis=axis, keepdims=True)
-        found = found - np.log(np.exp(found).sum(axis=axis, keepdims=True))
-        found = np.exp(found) if ours is FinalActivation.SOFTMAX else found
-    return found.astype(kind)
+        result = result - result.max(axis=axis, keepdims=True)
+        result = result - np.log(np.exp(result).sum(axis=axis, keepdims=True))
+        result = np.exp(result) if ours is FinalActivation.SOFTMAX else result
+    return result.astype(kind)
 
 
 class TargetKind(StrEnum):
@@ -134,7 +134,7 @@ def label_axis(outputs: Shape, targets: Shape, *, is_channels_first: bool) -> in
     axes = [last] if not is_channels_first or last == 1 else [last, 1] if last == 2 else [1, last]
     for axis in axes if outputs else ():
         before, after = outputs[: axis - 1], outputs[axis:]
-        if outputs[axis - 1] != 1 and any(shape_matches(targets, (*before, *one, *after)) for one in ((), (1,))):
+        if outputs[axis - 1] != 1 and any(shape_matches(targets, (*before, *own, *after)) for own in ((), (1,))):
             return axis
     return None
 

@@ -193,14 +193,14 @@ class SignatureTrainable(KerasTrainable):
         super().watch(evidence, names)
 
 
-def load(model: ModelFile, place: DevicePlacement) -> LoadedModel:
+def load(model: ModelFile, placement: DevicePlacement) -> LoadedModel:
     """Load a SavedModel's signature on a device."""
     library = load_keras2()
-    with place.scope(library):
+    with placement.scope(library):
         served = load_signature_model(model.path)
 
     def fill(path: Path) -> None:
-        with place.scope(library):
+        with placement.scope(library):
             source_model = load_signature_model(path)
         for variable, source in zip(served.served_variables, source_model.served_variables, strict=True):
             backend.set_value(library, variable, backend.get_value(library, source))

@@ -25,10 +25,10 @@ def custom_objects(origin: LoadOptions) -> dict[str, Any]:
     """The custom objects by name."""
     if not origin.custom_objects:
         return {}
-    found = resolve_reference(origin.custom_objects, "--custom-objects", "models:CUSTOM_OBJECTS")
-    if not isinstance(found, Mapping):
+    objects = resolve_reference(origin.custom_objects, "--custom-objects", "models:CUSTOM_OBJECTS")
+    if not isinstance(objects, Mapping):
         raise UsageError(f"{origin.custom_objects} is no dictionary of custom objects")
-    return dict(found)
+    return dict(objects)
 
 
 def resolve_reference(reference: str, option: str, example: str) -> Any:
@@ -41,10 +41,10 @@ def resolve_reference(reference: str, option: str, example: str) -> Any:
 
 def resolve_function(reference: str, option: str) -> Any:
     """What can be called under a reference."""
-    found = resolve_reference(reference, option, "my_module:my_function")
-    if not callable(found):
-        raise UsageError(f"{option} {reference} is a {type(found).__name__}, not a function")
-    return found
+    function = resolve_reference(reference, option, "my_module:my_function")
+    if not callable(function):
+        raise UsageError(f"{option} {reference} is a {type(function).__name__}, not a function")
+    return function
 
 
 def check(model: ModelFile, origin: LoadOptions) -> None:
@@ -74,10 +74,10 @@ def import_option(model: ModelFile, module: str) -> str:
     if not name.isidentifier() or name == "__main__":
         return "--import MODULE"
     places = (Path(f"{name}.py"), model.path.parent / f"{name}.py")
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
         return f"--import {abbreviated(module)}"
-    return f"--import {found}" if found.is_absolute() or found.parent != Path() else f"--import ./{found}"
+    return f"--import {file}" if file.is_absolute() or file.parent != Path() else f"--import ./{file}"
 
 
 def _module_of(code: str) -> str:

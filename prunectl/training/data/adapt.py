@@ -30,29 +30,29 @@ class Cast:
     def apply(self, array: Array, what: str) -> Array:
         """The array in the other type; whole numbers must be whole and within it."""
         with np.errstate(invalid="ignore", over="ignore"):
-            found = array.astype(self.dtype)
-        if self.dtype.kind in "iu" and not np.array_equal(found, array):
+            result = array.astype(self.dtype)
+        if self.dtype.kind in "iu" and not np.array_equal(result, array):
             raise InputError(f"{what} must be whole numbers that a {self.dtype} can hold, and some are not")
-        return found
+        return result
 
 
-def input_cast(found: np.dtype[Any], wanted: str) -> Cast | None:
+def input_cast(given: np.dtype[Any], expected: str) -> Cast | None:
     """What makes an input of one type fit a model that takes another; an unknown one is taken for floats."""
-    if wanted.startswith(("int", "uint", "bool")):
-        return None if found == wanted else Cast(np.dtype(wanted), f"{found} is cast to {wanted}")
-    dtype = np.dtype(wanted) if wanted in _HALVES else _FLOAT
-    if found == dtype or (not wanted and found.kind in "bi"):
+    if expected.startswith(("int", "uint", "bool")):
+        return None if given == expected else Cast(np.dtype(expected), f"{given} is cast to {expected}")
+    dtype = np.dtype(expected) if expected in _HALVES else _FLOAT
+    if given == dtype or (not expected and given.kind in "bi"):
         return None
-    said = f"{found} is cast to {dtype}"
-    if found == _BYTE:
-        said += " as it is; a model that was trained on x / 255 needs ?norm=unit, one on x / 16 ?norm=/16"
-    return Cast(dtype, said)
+    note = f"{given} is cast to {dtype}"
+    if given == _BYTE:
+        note += " as it is; a model that was trained on x / 255 needs ?norm=unit, one on x / 16 ?norm=/16"
+    return Cast(dtype, note)
 
 
-def target_cast(found: np.dtype[Any]) -> Cast | None:
+def target_cast(given: np.dtype[Any]) -> Cast | None:
     """What makes targets whole 64-bit or 32-bit floating-point numbers, as losses take them."""
-    dtype = _FLOAT if found.kind == "f" else _WHOLE
-    return None if found == dtype else Cast(dtype, f"{found} is cast to {dtype}")
+    dtype = _FLOAT if given.kind == "f" else _WHOLE
+    return None if given == dtype else Cast(dtype, f"{given} is cast to {dtype}")
 
 
 _TO_FIRST, _TO_LAST = (2, 0, 1), (1, 2, 0)
@@ -77,19 +77,19 @@ class AxisChange:
         return array.reshape(len(array), *(1 if length == 1 else next(lengths) for length in self.wanted))
 
 
-def find_axis_change(shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> AxisChange | None:
+def find_axis_change(shape: tuple[int, ...], expected: tuple[int | None, ...] | None) -> AxisChange | None:
     """The one clear way from a shape to another; None if there is none, or nothing to do."""
-    if wanted is None or shape_matches(shape, wanted):
+    if expected is None or shape_matches(shape, expected):
         return None
     longer = [length for length in shape if length != 1]
-    if shape_matches(longer, [length for length in wanted if length != 1]):
-        return AxisChange(f"{format_shape(shape)} is read as {format_shape(wanted)}", wanted=wanted)
+    if shape_matches(longer, [length for length in expected if length != 1]):
+        return AxisChange(f"{format_shape(shape)} is read as {format_shape(expected)}", wanted=expected)
     orders = [order for order in (_TO_FIRST, _TO_LAST) if len(shape) == 3]
-    fitting = [order for order in orders if shape_matches([shape[axis] for axis in order], wanted)]
+    fitting = [order for order in orders if shape_matches([shape[axis] for axis in order], expected)]
     if len(fitting) != 1:
         return None
     ends = "first" if fitting[0] == _TO_FIRST else "last"
-    return AxisChange(f"{format_shape(shape)} becomes {format_shape(wanted)}: channels come {ends}", order=fitting[0])
+    return AxisChange(f"{format_shape(shape)} becomes {format_shape(expected)}: channels come {ends}", order=fitting[0])
 
 
 def format_shape(shape: Shape) -> str:
@@ -113,8 +113,8 @@ class ArrayAdapter:
     @property
     def notes(self) -> tuple[str, ...]:
         """What is done, in sentences."""
-        said = (self.layout.said if self.layout else "", self.cast.said if self.cast else "")
-        return tuple(f"{self.title}: {words}" for words in said if words)
+        parts = (self.layout.said if self.layout else "", self.cast.said if self.cast else "")
+        return tuple(f"{self.title}: {note}" for note in parts if note)
 
 
 def adapt(source: Source, signature: ModelSignature) -> tuple[Source, tuple[str, ...]]:
@@ -155,8 +155,8 @@ def _input_fit(name: str, array: Array, port: TensorSpec) -> ArrayAdapter:
 
 
 def _applied(fits: Sequence[ArrayAdapter], arrays: Arrays) -> Arrays:
-    found = tuple(fit.apply(array) for fit, array in zip(fits, as_tuple(arrays), strict=True))
-    return found if isinstance(arrays, tuple) else found[0]
+    adapted = tuple(fit.apply(array) for fit, array in zip(fits, as_tuple(arrays), strict=True))
+    return adapted if isinstance(arrays, tuple) else adapted[0]
 
 
 def _inputs(count: int) -> str:

@@ -45,20 +45,20 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
 
 def rebatch(batches: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
     """Yield the same examples in batches of one size; the last may be smaller."""
-    held: list[Batch] = []
+    pending: list[Batch] = []
     count = 0
     for batch in batches:
-        held.append(batch)
+        pending.append(batch)
         count += num_examples(batch)
         if count < batch_size:
             continue
-        whole = concatenate(held)
+        joined = concatenate(pending)
         for begin in range(0, count - batch_size + 1, batch_size):
-            yield whole if count == batch_size else take_rows(whole, slice(begin, begin + batch_size))
+            yield joined if count == batch_size else take_rows(joined, slice(begin, begin + batch_size))
         rest = count % batch_size
-        held, count = ([take_rows(whole, slice(count - rest, None))] if rest else []), rest
-    if held:
-        yield concatenate(held)
+        pending, count = ([take_rows(joined, slice(count - rest, None))] if rest else []), rest
+    if pending:
+        yield concatenate(pending)
 
 
 def shard_examples(batches: Iterable[Batch], rank: int, ranks: int) -> Iterator[Batch]:
@@ -67,19 +67,19 @@ def shard_examples(batches: Iterable[Batch], rank: int, ranks: int) -> Iterator[
         yield from batches
         return
     for batch in rebatch(batches, ranks * max(1, 1024 // ranks)):
-        whole = num_examples(batch) // ranks * ranks
-        if whole:
-            yield take_rows(batch, slice(rank, whole, ranks))
+        usable = num_examples(batch) // ranks * ranks
+        if usable:
+            yield take_rows(batch, slice(rank, usable, ranks))
 
 
 def take_first(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
     """Yield the first examples."""
     left = count
     for batch in batches:
-        found = min(left, num_examples(batch))
-        if found:
-            yield take_rows(batch, slice(0, found))
-        left -= found
+        available = min(left, num_examples(batch))
+        if available:
+            yield take_rows(batch, slice(0, available))
+        left -= available
         if not left:
             return
 
@@ -98,9 +98,9 @@ def _joined(parts: Sequence[Arrays]) -> Arrays:
 def _one(arrays: Sequence[Array]) -> Array:
     shapes = {array.shape[1:] for array in arrays}
     if len(shapes) > 1:
-        said = " and ".join(str(shape) for shape in sorted(shapes))
+        titles = " and ".join(str(shape) for shape in sorted(shapes))
         raise InputError(
-            f"the examples of the data differ in shape: {said}",
+            f"the examples of the data differ in shape: {titles}",
             hint="pad or resize them to one shape; batches of differing shape pass only in their own size, unshuffled",
         )
     return np.concatenate(arrays)
@@ -139,7 +139,7 @@ def prefetch(items: Iterator[Made], threads: int) -> Iterator[Made]:
         while True:
             while len(waiting) < _DEPTH:
                 waiting.append(pool.submit(next, items, end))
-            found = waiting.popleft().result()
-            if found is end:
+            item = waiting.popleft().result()
+            if item is end:
                 return
-            yield found  # type: ignore[misc]
+            yield item  # type: ignore[misc]

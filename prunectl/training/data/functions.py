@@ -36,20 +36,20 @@ def fits(where: str) -> bool:
 def open_function(spec: DataSpec, signature: ModelSignature | None) -> Source:
     """The source that `package.module:function` or `./file.py:function` means."""
     named = _NAMED.fullmatch(spec.where)
-    found = attribute(*named.groups()) if named else None
-    if not callable(found):
+    function = attribute(*named.groups()) if named else None
+    if not callable(function):
         raise UsageError(f"{spec.where} is not a function", hint=_GIVES)
-    make = _guarded(spec.where, found)
-    made = make()
+    make = _guarded(spec.where, function)
+    examples = make()
     names = tuple(port.name for port in signature.inputs) if signature else ()
-    if _is_array(made) or _is_pair_of_arrays(made):
-        batch = _batch(spec.where, made if isinstance(made, tuple | list) else (made,), names)
+    if _is_array(examples) or _is_pair_of_arrays(examples):
+        batch = _batch(spec.where, examples if isinstance(examples, tuple | list) else (examples,), names)
         return from_arrays(spec.text, _titled("x", batch.x), {} if batch.y is None else _titled("y", batch.y))
-    if _is_numbered(made):
-        return _from_examples(spec, cast("_Numbered", made), names)
-    if isinstance(made, Iterable) or _is_keras(made):
-        return _from_batches(spec, make, made, names)
-    raise InputError(f"{spec.where} returns a {type(made).__name__}", hint=_GIVES)
+    if _is_numbered(examples):
+        return _from_examples(spec, cast("_Numbered", examples), names)
+    if isinstance(examples, Iterable) or _is_keras(examples):
+        return _from_batches(spec, make, examples, names)
+    raise InputError(f"{spec.where} returns a {type(examples).__name__}", hint=_GIVES)
 
 
 def _guarded(where: str, function: Callable[[], Any]) -> Callable[[], Any]:
@@ -66,18 +66,20 @@ def _guarded(where: str, function: Callable[[], Any]) -> Callable[[], Any]:
     return call
 
 
-def _from_batches(spec: DataSpec, make: Callable[[], Any], made: Iterable[Any], names: Sequence[str]) -> IterableSource:
+def _from_batches(
+    spec: DataSpec, make: Callable[[], Any], examples: Iterable[Any], names: Sequence[str]
+) -> IterableSource:
     def pieces(batches: Iterable[Any]) -> Iterator[Batch]:
         # Keras' data sets number their batches, and never end when they are iterated.
         numbered = cast("Any", batches)
-        items = (numbered[at] for at in range(len(numbered))) if _is_keras(batches) else iter(batches)
+        items = (numbered[index] for index in range(len(numbered))) if _is_keras(batches) else iter(batches)
         advance = _guarded(spec.where, lambda: next(items, _END))
         while (item := advance()) is not _END:
             yield _batch(spec.where, item if isinstance(item, tuple | list) else (item,), names)
 
     def read() -> Iterator[Batch]:
         # An iterator can be gone through once: the function is called anew for the next one.
-        return pieces(make() if isinstance(made, Iterator) else made)
+        return pieces(make() if isinstance(examples, Iterator) else examples)
 
     first = next(read(), None)
     if first is None:
@@ -96,8 +98,8 @@ def _from_examples(spec: DataSpec, examples: _Numbered, names: Sequence[str]) ->
         return _batch(spec.where, [_map(lambda array: np.asarray(array)[None], part) for part in parts], names)
 
     def take(numbers: Indices) -> Batch:
-        found = [one(int(number)) for number in numbers]
-        return concatenate(found) if found else take_rows(one(0), slice(0, 0))
+        examples = [one(int(number)) for number in numbers]
+        return concatenate(examples) if examples else take_rows(one(0), slice(0, 0))
 
     return IndexedSource(spec.text, count, one(0).y is not None, take)
 
@@ -122,34 +124,34 @@ def _arrays(where: str, part: Any, names: Sequence[str]) -> Arrays:
                 f"{where} gives a dictionary of {', '.join(map(str, part))}",
                 hint=f"the model's inputs are {', '.join(names) or 'not named'}; a tuple in their order serves too",
             )
-        found = tuple(_array(where, part[name]) for name in names)
-        return found[0] if len(found) == 1 else found
+        arrays = tuple(_array(where, part[name]) for name in names)
+        return arrays[0] if len(arrays) == 1 else arrays
     if isinstance(part, tuple | list) and part and all(map(_is_array, part)):
-        return tuple(_array(where, one) for one in part)
+        return tuple(_array(where, array) for array in part)
     return _array(where, part)
 
 
 def _array(where: str, given: Any) -> Array:
     try:
-        found: Array = np.asarray(given)
+        array: Array = np.asarray(given)
     except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"{where} gives a {type(given).__name__} that is no array: {error}") from error
-    if found.ndim == 0:
+    if array.ndim == 0:
         raise InputError(f"{where} gives a single {type(given).__name__} where a batch of them is due", hint=_GIVES)
-    return found
+    return array
 
 
 def _map(change: Callable[[Any], Array], part: Any) -> Any:
     if isinstance(part, Mapping):
-        return {name: change(one) for name, one in part.items()}
+        return {name: change(array) for name, array in part.items()}
     if isinstance(part, tuple | list) and part and all(map(_is_array, part)):
-        return tuple(change(one) for one in part)
+        return tuple(change(array) for array in part)
     return change(part)
 
 
 def _titled(side: str, arrays: Arrays) -> dict[str, Array]:
     many = as_tuple(arrays)
-    return {side if len(many) == 1 else f"{side}[{place}]": array for place, array in enumerate(many)}
+    return {side if len(many) == 1 else f"{side}[{index}]": array for index, array in enumerate(many)}
 
 
 def _is_array(thing: Any) -> bool:

@@ -79,18 +79,18 @@ def open_images(spec: DataSpec, signature: ModelSignature | None) -> IndexedSour
     shape = decode(files[0], look, str(files[0])).shape
 
     def pixels(number: int) -> Array:
-        found = decode(files[number], look, str(files[number]))
-        if found.shape != shape:
+        image = decode(files[number], look, str(files[number]))
+        if image.shape != shape:
             raise InputError(
-                f"the pictures differ in size: {files[number]} is {found.shape}, {files[0]} is {shape}",
+                f"the pictures differ in size: {files[number]} is {image.shape}, {files[0]} is {shape}",
                 hint=f"resize all of them: '{spec.where}?size=224x224'",
             )
-        return found
+        return image
 
     def take(numbers: Indices) -> Batch:
         x = np.empty((len(numbers), *shape), np.uint8)
-        for place, number in enumerate(numbers):
-            x[place] = pixels(int(number))
+        for index, number in enumerate(numbers):
+            x[index] = pixels(int(number))
         return Batch(x, labels[numbers] if classes else None)
 
     known = (lambda numbers: labels[numbers]) if classes else None
@@ -108,14 +108,14 @@ def _listed(folder: Path) -> tuple[list[Path], Array, list[str]]:
         )
     if not classes and not flat:
         raise InputError(f"{folder} holds no pictures", hint=f"prunectl looks for {' '.join(sorted(SUFFIXES))}")
-    found = [_pictures(folder / name) for name in classes]
-    for name, files in zip(classes, found, strict=True):
+    files_of_classes = [_pictures(folder / name) for name in classes]
+    for name, files in zip(classes, files_of_classes, strict=True):
         if not files:
             inside = sorted(child.name for child in (folder / name).iterdir() if child.is_dir())
             hint = f"is {folder / name} the folder of the classes? then name it instead" if inside else ""
             raise InputError(f"{folder / name} holds no pictures, and each folder stands for a class", hint=hint)
-    labels = np.repeat(np.arange(len(classes)), [len(files) for files in found])
-    return [file for files in found for file in files] or flat, labels, classes
+    labels = np.repeat(np.arange(len(classes)), [len(files) for files in files_of_classes])
+    return [file for files in files_of_classes for file in files] or flat, labels, classes
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -136,8 +136,8 @@ def _look(spec: DataSpec, signature: ModelSignature | None) -> ImageOptions:
         height, width = size
     color = spec.options.get("color", {1: "grey", 3: "rgb", None: "rgb"}.get(channels, ""))
     if color not in COLORS:
-        said = f"color={color} is none" if color else f"the model takes {channels} channels"
-        raise UsageError(f"{said}: pictures are {' or '.join(COLORS)}")
+        reason = f"color={color} is none" if color else f"the model takes {channels} channels"
+        raise UsageError(f"{reason}: pictures are {' or '.join(COLORS)}")
     size_known = None if height is None or width is None else (height, width)
     return ImageOptions(
         color, size_known, first, has_channels=not (shape is not None and len(shape) == 2 and color == "grey")
@@ -154,11 +154,11 @@ def _wanted(shape: Sequence[int | None] | None, *, is_channels_first: bool) -> t
 
 
 def _notes(spec: DataSpec, classes: list[str], look: ImageOptions) -> tuple[str, ...]:
-    said = f"{spec.where}: pictures are read as {look.color}"
+    note = f"{spec.where}: pictures are read as {look.color}"
     if look.size is not None:
-        said += f", and resized to {look.size[0]}x{look.size[1]} where they are not"
+        note += f", and resized to {look.size[0]}x{look.size[1]} where they are not"
     if not classes:
-        return (said,)
+        return (note,)
     more = ", ..." if len(classes) > _LISTED else ""
     named = ", ".join(f"{number} {name}" for number, name in enumerate(classes[:_LISTED]))
-    return (said, f"{spec.where}: {len(classes)} classes by their folders: {named}{more}")
+    return (note, f"{spec.where}: {len(classes)} classes by their folders: {named}{more}")

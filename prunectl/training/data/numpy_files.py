@@ -47,11 +47,11 @@ def open_npy(spec: DataSpec) -> IndexedSource:
 
 def _sides(spec: DataSpec) -> list[list[str]]:
     sides: list[list[str]] = [[]]
-    for word in _BETWEEN.split(spec.where):
-        if word == ",":
+    for part in _BETWEEN.split(spec.where):
+        if part == ",":
             sides.append([])
-        elif word != "+":
-            sides[-1].append(word)
+        elif part != "+":
+            sides[-1].append(part)
     if len(sides) > 2:
         raise UsageError(
             f"{spec.where} names {len(sides)} sides: there are inputs and targets",

@@ -34,8 +34,8 @@ class Normalization:
         deviation = np.array(self.deviation, np.float32)
         if mean.size > 1:
             mean, deviation = mean.reshape(along), deviation.reshape(along)
-        found: Array = (x.astype(np.float32) / np.float32(self.scale) - mean) / deviation
-        return found
+        normalized: Array = (x.astype(np.float32) / np.float32(self.scale) - mean) / deviation
+        return normalized
 
 
 def normalize(source: Source, text: str, *, is_channels_first: bool) -> Source:
@@ -47,30 +47,30 @@ def normalize(source: Source, text: str, *, is_channels_first: bool) -> Source:
     if head is None:
         return source
     first = as_tuple(head.x)
-    chosen = {0} if len(first) == 1 else {place for place, x in enumerate(first) if x.dtype == np.uint8}
+    chosen = {0} if len(first) == 1 else {index for index, x in enumerate(first) if x.dtype == np.uint8}
     if not chosen:
         raise UsageError(f"norm={text}: none of the inputs of {source.name} consists of bytes")
-    for place in chosen:
+    for index in chosen:
         is_byte = norm.scale == _BYTE_MAX
-        if is_byte and first[place].dtype.kind == "f" and np.abs(first[place]).max(initial=0) <= 1:
+        if is_byte and first[index].dtype.kind == "f" and np.abs(first[index]).max(initial=0) <= 1:
             raise UsageError(
                 f"norm={text} divides by {_BYTE_MAX}, and the inputs of {source.name} are within -1 and 1 already",
                 hint="leave out norm",
             )
-    places = {place: _channel_axis(first[place], norm, is_channels_first=is_channels_first) for place in chosen}
+    places = {index: _channel_axis(first[index], norm, is_channels_first=is_channels_first) for index in chosen}
 
     def change(batch: Batch) -> Batch:
-        found = tuple(
-            norm.apply(x, places[place]) if place in places else x for place, x in enumerate(as_tuple(batch.x))
+        arrays = tuple(
+            norm.apply(x, places[index]) if index in places else x for index, x in enumerate(as_tuple(batch.x))
         )
-        return Batch(found if isinstance(batch.x, tuple) else found[0], batch.y)
+        return Batch(arrays if isinstance(batch.x, tuple) else arrays[0], batch.y)
 
     return source.changed(change)
 
 
 def _each_float(arrays: Arrays) -> Arrays:
-    found = tuple(x.astype(np.float32) if x.dtype == np.uint8 else x for x in as_tuple(arrays))
-    return found if isinstance(arrays, tuple) else found[0]
+    floats = tuple(x.astype(np.float32) if x.dtype == np.uint8 else x for x in as_tuple(arrays))
+    return floats if isinstance(arrays, tuple) else floats[0]
 
 
 def _parsed(text: str) -> Normalization:
@@ -128,17 +128,17 @@ def apply_options(source: Source, spec: DataSpec, signature: ModelSignature | No
 
 
 def _only_classes(source: Source, spec: DataSpec) -> Source:
-    words = spec.words("classes")
-    if not words or any(not word.isdecimal() for word in words) or len(set(words)) < len(words):
+    labels = spec.words("classes")
+    if not labels or any(not label.isdecimal() for label in labels) or len(set(labels)) < len(labels):
         raise UsageError(f"classes={spec.options['classes']} is no list of classes", hint="write classes=0,3,5")
-    chosen = np.array([int(word) for word in words])
+    chosen = np.array([int(label) for label in labels])
     if not source.has_targets:
         raise UsageError(f"{source.name} has no targets, so that classes cannot be chosen")
-    found = source.where(lambda y: np.isin(_labels(y, "classes"), chosen))
+    filtered = source.where(lambda y: np.isin(_labels(y, "classes"), chosen))
     if not spec.is_asked("relabel"):
-        return found
+        return filtered
     ranked = np.sort(chosen)
-    return found.changed(_on_targets(lambda y: np.searchsorted(ranked, _labels(y, "relabel")), found, "relabel"))
+    return filtered.changed(_on_targets(lambda y: np.searchsorted(ranked, _labels(y, "relabel")), filtered, "relabel"))
 
 
 def _labels(y: Arrays, option: str) -> Array:
@@ -179,8 +179,8 @@ def _reshape(spec: DataSpec) -> Callable[[Batch], Batch]:
         arrays = as_tuple(batch.x)
         if len(arrays) != len(shapes):
             raise UsageError(f"shape={text} names {len(shapes)} shapes, and there are {len(arrays)} inputs")
-        found = tuple(map(one, arrays, shapes))
-        return replace(batch, x=found if isinstance(batch.x, tuple) else found[0])
+        reshaped = tuple(map(one, arrays, shapes))
+        return replace(batch, x=reshaped if isinstance(batch.x, tuple) else reshaped[0])
 
     return change
 

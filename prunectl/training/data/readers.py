@@ -53,9 +53,9 @@ class IndexedSource:
         if self.targets is None or not self.has_targets:
             return
         for begin in range(0, self.count, LOOKED_AT_ONCE):
-            found = self.targets(np.arange(begin, min(self.count, begin + LOOKED_AT_ONCE)))
-            if found is not None:
-                yield found
+            targets = self.targets(np.arange(begin, min(self.count, begin + LOOKED_AT_ONCE)))
+            if targets is not None:
+                yield targets
 
     def changed(self, change: Callable[[Batch], Batch], *notes: str) -> IndexedSource:
         """The source whose batches are changed."""
@@ -102,9 +102,9 @@ class IndexedSource:
         )
 
     def _numbers(self, order: EpochOrder) -> Indices:
-        found = order.random.permutation(self.count) if order.is_shuffled else np.arange(self.count)
-        whole = self.count // order.ranks * order.ranks
-        return found[order.rank : whole : order.ranks] if order.ranks > 1 else found
+        indices = order.random.permutation(self.count) if order.is_shuffled else np.arange(self.count)
+        usable = self.count // order.ranks * order.ranks
+        return indices[order.rank : usable : order.ranks] if order.ranks > 1 else indices
 
 
 SHUFFLED_EXAMPLES = 10_000
@@ -180,11 +180,11 @@ def shuffle_buffer(pieces: Iterable[Batch], random: np.random.Generator) -> Iter
         count += num_examples(piece)
         held_bytes += nbytes(piece)
         if count > 1 and (count >= SHUFFLED_EXAMPLES or held_bytes >= SHUFFLED_BYTES):
-            whole = concatenate(pool)
+            buffer = concatenate(pool)
             order = random.permutation(count)
             # Half of the pool stays, to mix with what comes next.
-            yield take_rows(whole, order[count // 2 :])
-            rest = take_rows(whole, order[: count // 2])
+            yield take_rows(buffer, order[count // 2 :])
+            rest = take_rows(buffer, order[: count // 2])
             pool, count, held_bytes = [rest], count // 2, nbytes(rest)
     if pool:
         yield take_rows(concatenate(pool), random.permutation(count))
@@ -192,14 +192,14 @@ def shuffle_buffer(pieces: Iterable[Batch], random: np.random.Generator) -> Iter
 
 def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Yield items in lists of one size; the last may be smaller."""
-    held: list[Item] = []
+    chunk: list[Item] = []
     for item in items:
-        held.append(item)
-        if len(held) == size:
-            yield held
-            held = []
-    if held:
-        yield held
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
 
 
 NUMERIC = "fiub"
@@ -214,8 +214,8 @@ def from_arrays(name: str, x: Mapping[str, Array], y: Mapping[str, Array], *note
             raise InputError(f"{name}: {title} is a single number, and no array of examples")
     lengths = {title: len(array) for title, array in named.items()}
     if len(set(lengths.values())) > 1:
-        said = ", ".join(f"{title} has {length}" for title, length in lengths.items())
-        raise InputError(f"{name}: the arrays differ in their number of examples: {said}")
+        lengths_text = ", ".join(f"{title} has {length}" for title, length in lengths.items())
+        raise InputError(f"{name}: the arrays differ in their number of examples: {lengths_text}")
     inputs, targets = _together(x), _together(y) if y else None
 
     def of(arrays: Arrays, numbers: Indices) -> Arrays:
@@ -235,8 +235,8 @@ def from_arrays(name: str, x: Mapping[str, Array], y: Mapping[str, Array], *note
 
 
 def _together(arrays: Mapping[str, Array]) -> Arrays:
-    found = tuple(arrays.values())
-    return found[0] if len(found) == 1 else found
+    values = tuple(arrays.values())
+    return values[0] if len(values) == 1 else values
 
 
 def _run(numbers: Indices) -> slice | Indices:

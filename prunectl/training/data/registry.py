@@ -73,8 +73,8 @@ def files_of_spec(text: str) -> tuple[Path, ...]:
     if os.path.isdir(spec.where):
         return tuple(picture for folder in class_folders(spec.path) for picture in _pictures(folder))
     names = _BETWEEN.split(spec.where) if spec.where.endswith(".npy") else sorted(glob.glob(spec.where))
-    found = [Path(name) for name in names or [spec.where]]
-    return tuple(path for path in (*found, *schema) if path.is_file())
+    paths = [Path(name) for name in names or [spec.where]]
+    return tuple(path for path in (*paths, *schema) if path.is_file())
 
 
 def class_folders(root: Path) -> tuple[Path, ...]:
@@ -84,14 +84,14 @@ def class_folders(root: Path) -> tuple[Path, ...]:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    found = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
-    return sorted(path for path in found if path.is_file())
+    pictures = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    return sorted(path for path in pictures if path.is_file())
 
 
 def files_of_references(values: Iterable[Any]) -> Iterator[Path]:
     """Yield the files of the functions that words name as `./file.py:name`."""
     for value in values:
-        for word in value if isinstance(value, list | tuple) else (value,):
-            named = _IN_A_FILE.fullmatch(word) if isinstance(word, str) else None
+        for reference in value if isinstance(value, list | tuple) else (value,):
+            named = _IN_A_FILE.fullmatch(reference) if isinstance(reference, str) else None
             if named is not None and Path(named["path"]).is_file():
                 yield Path(named["path"])

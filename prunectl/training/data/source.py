@@ -97,7 +97,7 @@ def as_tuple(arrays: Arrays) -> tuple[Array, ...]:
 
 def map_arrays(change: Callable[[Array], Any], arrays: Arrays) -> Arrays:
     """The arrays, each changed, alone if there was only one."""
-    return tuple(change(one) for one in arrays) if isinstance(arrays, tuple) else change(arrays)
+    return tuple(change(array) for array in arrays) if isinstance(arrays, tuple) else change(arrays)
 
 
 def peek(source: Source, examples: int = 32) -> Batch | None:

@@ -39,7 +39,7 @@ class DataSpec:
 
     def words(self, name: str) -> tuple[str, ...]:
         """The parts of an option that commas separate."""
-        return tuple(word.strip() for word in self.options.get(name, "").split(",") if word.strip())
+        return tuple(item.strip() for item in self.options.get(name, "").split(",") if item.strip())
 
     def number(self, name: str) -> int | None:
         """An option that is a count, if it is given."""
@@ -51,26 +51,26 @@ class DataSpec:
         """Whether an option that is yes or no says yes."""
         if name not in self.options:
             return False
-        said = self.options[name].lower()
-        if said not in _YES:
+        value = self.options[name].lower()
+        if value not in _YES:
             raise UsageError(f"{name}={self.options[name]} is neither yes nor no", hint=f"write {name}=1 or {name}=0")
-        return _YES[said]
+        return _YES[value]
 
 
 def parse(text: str) -> DataSpec:
     """The words of a SPEC."""
     if not text.strip():
         raise UsageError("the data SPEC is empty", hint=GRAMMAR)
-    found = None if os.path.lexists(text) else _OPTIONS.search(text)
-    if found is None:
+    options_match = None if os.path.lexists(text) else _OPTIONS.search(text)
+    if options_match is None:
         return DataSpec(text, text, {})
     options: dict[str, str] = {}
-    for word in text[found.end() :].split("&"):
-        name, _, value = word.partition("=")
+    for option in text[options_match.end() :].split("&"):
+        name, _, value = option.partition("=")
         if name in options:
             raise UsageError(f"the data SPEC {text} says {name} twice")
         options[name] = unquote(value)
-    return DataSpec(text, text[: found.start()], options)
+    return DataSpec(text, text[: options_match.start()], options)
 
 
 def check_options(spec: DataSpec, own: Iterable[str]) -> None:

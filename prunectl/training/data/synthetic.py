@@ -25,17 +25,17 @@ def open_random(spec: DataSpec, signature: ModelSignature | None, seed: int) -> 
     count = parse_count("random", spec.where.removeprefix(_PREFIX))
     if signature is None or not signature.inputs:
         raise UsageError(f"{spec.where} needs a model that says what it takes")
-    said = [parse_shape("shape", part) for part in spec.options["shape"].split("+")] if "shape" in spec.options else []
-    if said and len(said) != len(signature.inputs):
+    typed = [parse_shape("shape", part) for part in spec.options["shape"].split("+")] if "shape" in spec.options else []
+    if typed and len(typed) != len(signature.inputs):
         raise UsageError(
-            f"shape={spec.options['shape']} names {len(said)} shapes, the model has {len(signature.inputs)}"
+            f"shape={spec.options['shape']} names {len(typed)} shapes, the model has {len(signature.inputs)}"
         )
     random = np.random.default_rng(seed)
     x = {}
-    for place, port in enumerate(signature.inputs):
-        shape = said[place] if said else _known(port)
-        x[f"input {place}"] = _filled(random, (count, *shape), port.dtype)
-    y = {f"output {place}": _labels(random, count, port) for place, port in enumerate(signature.outputs)}
+    for index, port in enumerate(signature.inputs):
+        shape = typed[index] if typed else _known(port)
+        x[f"input {index}"] = _filled(random, (count, *shape), port.dtype)
+    y = {f"output {index}": _labels(random, count, port) for index, port in enumerate(signature.outputs)}
     note = f"{spec.where}: the data is made up, which shows that things run and says nothing of accuracy"
     return replace(from_arrays(spec.text, x, y, note), is_random=True)
 

@@ -57,20 +57,20 @@ def select_columns(spec: DataSpec, names: Sequence[str]) -> TableColumns:
 
 
 def as_source(
-    spec: DataSpec, read: Callable[[], Iterator[Batch]], words: ClassNames, count: int, nbytes: int
+    spec: DataSpec, read: Callable[[], Iterator[Batch]], class_names: ClassNames, count: int, nbytes: int
 ) -> Source:
     """A table of ``count`` rows as a source: held if ``nbytes`` is little, else read anew each time."""
     notes = tuple(
         f"{spec.where}: {name} has {len(known)} classes, in the order of their names: {_numbered(known)}"
-        for name, known in words.items()
+        for name, known in class_names.items()
     )
     has_targets = bool(spec.words("target"))
     stream = IterableSource(spec.text, count, has_targets, read, notes=notes)
     if nbytes > HELD_BYTES or not count:
         return stream
-    whole = concatenate(list(stream.read()))
-    y = {} if whole.y is None else {"the targets": as_tuple(whole.y)[0]}
-    return from_arrays(spec.text, {"the columns": as_tuple(whole.x)[0]}, y, *notes)
+    table = concatenate(list(stream.read()))
+    y = {} if table.y is None else {"the targets": as_tuple(table.y)[0]}
+    return from_arrays(spec.text, {"the columns": as_tuple(table.x)[0]}, y, *notes)
 
 
 def class_names_of(where: str, name: str, values: set[str]) -> Array:
@@ -80,10 +80,10 @@ def class_names_of(where: str, name: str, values: set[str]) -> Array:
     return np.array(sorted(values))
 
 
-def is_number(word: str) -> bool:
+def is_number(text: str) -> bool:
     """Whether a word is a number."""
     try:
-        float(word)
+        float(text)
     except ValueError:
         return False
     return True
@@ -101,8 +101,8 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _numbered(known: Array) -> str:
-    said = ", ".join(f"{number} {word}" for number, word in enumerate(known[:_LISTED]))
-    return said + (", ..." if len(known) > _LISTED else "")
+    names = ", ".join(f"{number} {name}" for number, name in enumerate(known[:_LISTED]))
+    return names + (", ..." if len(known) > _LISTED else "")
 
 
 CSV_ROWS_AT_ONCE = 1024
@@ -169,37 +169,37 @@ def _scan(path: Path, names: Sequence[str], picked: TableColumns) -> CsvSummary:
     places = {name: names.index(name) for name in picked.targets}
     for row in _rows(path, len(names)):
         rows += 1
-        for name, place in places.items():
-            word = row.cells[place].strip()
-            if not word:
+        for name, column in places.items():
+            text = row.cells[column].strip()
+            if not text:
                 raise _missing(path, row, name)
             # A target of continuous numbers has as many values as rows: only words are worth remembering.
             if len(values[name]) <= MAX_CLASSES:
-                values[name].add(word)
-            is_words[name] = is_words[name] or not is_number(word)
-            is_whole[name] = is_whole[name] and len(word) <= _WHOLE_DIGITS and word.lstrip("+-").isdecimal()
-    words = {name: class_names_of(str(path), name, values[name]) for name in places if is_words[name]}
-    return CsvSummary(rows, words, frozenset(name for name in places if is_whole[name]))
+                values[name].add(text)
+            is_words[name] = is_words[name] or not is_number(text)
+            is_whole[name] = is_whole[name] and len(text) <= _WHOLE_DIGITS and text.lstrip("+-").isdecimal()
+    class_names = {name: class_names_of(str(path), name, values[name]) for name in places if is_words[name]}
+    return CsvSummary(rows, class_names, frozenset(name for name in places if is_whole[name]))
 
 
-def _csv_target(path: Path, rows: Sequence[Row], place: int, name: str, scan: CsvSummary) -> Array:
+def _csv_target(path: Path, rows: Sequence[Row], column: int, name: str, scan: CsvSummary) -> Array:
     if name in scan.words:
-        cells = np.array([row.cells[place].strip() for row in rows])
+        cells = np.array([row.cells[column].strip() for row in rows])
         return np.searchsorted(scan.words[name], cells).astype(np.int64)
     if name in scan.whole:
-        return np.array([int(row.cells[place]) for row in rows], np.int64)
-    return _floats(path, rows, place, name)
+        return np.array([int(row.cells[column]) for row in rows], np.int64)
+    return _floats(path, rows, column, name)
 
 
-def _floats(path: Path, rows: Sequence[Row], place: int, name: str) -> Array:
+def _floats(path: Path, rows: Sequence[Row], column: int, name: str) -> Array:
     try:
-        return np.array([float(row.cells[place]) for row in rows], np.float32)
+        return np.array([float(row.cells[column]) for row in rows], np.float32)
     except ValueError:
-        bad = next(row for row in rows if not is_number(row.cells[place]))
-        if not bad.cells[place].strip():
+        bad = next(row for row in rows if not is_number(row.cells[column]))
+        if not bad.cells[column].strip():
             raise _missing(path, bad, name) from None
         raise InputError(
-            f"{path}, line {bad.line}: {bad.cells[place]!r} in column {name!r} is no number",
+            f"{path}, line {bad.line}: {bad.cells[column]!r} in column {name!r} is no number",
             hint=f"choose columns of numbers, as in '{path}?target=label&columns=a,b'",
         ) from None
 
@@ -255,17 +255,19 @@ def open_parquet(spec: DataSpec) -> Source:
     picked = select_columns(spec, names)
     if not count:
         raise InputError(f"{path} has no rows")
-    words = {name: found for name in picked.targets if (found := _words(path, name)) is not None}
+    class_names = {
+        name: names_of_column for name in picked.targets if (names_of_column := _words(path, name)) is not None
+    }
 
     def read() -> Iterator[Batch]:
         for table in _tables(path, [*picked.inputs, *picked.targets]):
             x = _inputs(path, table, picked.inputs)
-            y = [_parquet_target(path, table, name, words) for name in picked.targets]
+            y = [_parquet_target(path, table, name, class_names) for name in picked.targets]
             yield Batch(x, stack_targets(y) if y else None)
 
     first = next(read())
     row_bytes = (np.asarray(first.x).nbytes + 8 * len(picked.targets) * len(first.x)) // len(first.x)
-    return as_source(spec, read, words, count, row_bytes * count)
+    return as_source(spec, read, class_names, count, row_bytes * count)
 
 
 def _opened(path: Path) -> Any:
@@ -287,16 +289,16 @@ def _tables(path: Path, names: list[str]) -> Iterator[Any]:
 
 
 def _inputs(path: Path, table: Any, names: tuple[str, ...]) -> Array:
-    found = [_numbers(path, table.column(name), name) for name in names]
-    if len(found) == 1 and found[0].ndim == 2:
-        return found[0]
-    lists = [name for name, one in zip(names, found, strict=True) if one.ndim > 1]
+    columns = [_numbers(path, table.column(name), name) for name in names]
+    if len(columns) == 1 and columns[0].ndim == 2:
+        return columns[0]
+    lists = [name for name, column in zip(names, columns, strict=True) if column.ndim > 1]
     if lists:
         raise InputError(
             f"{path}: the column {lists[0]!r} holds lists, which do not stand beside other columns",
             hint=f"choose it alone: columns={lists[0]}",
         )
-    return np.stack([one.astype(np.float32) for one in found], axis=1)
+    return np.stack([column.astype(np.float32) for column in columns], axis=1)
 
 
 def _numbers(path: Path, column: Any, name: str) -> Array:
@@ -310,13 +312,13 @@ def _numbers(path: Path, column: Any, name: str) -> Array:
             raise InputError(f"{path}: the lists in the column {name!r} differ in length")
         flat = _numbers(path, column.flatten(), name)
         return flat.reshape(len(column), -1)
-    found: Array = column.to_numpy(zero_copy_only=False)
-    if found.dtype.kind not in NUMERIC:
+    numbers: Array = column.to_numpy(zero_copy_only=False)
+    if numbers.dtype.kind not in NUMERIC:
         raise InputError(
             f"{path}: the column {name!r} holds {column.type}, and no numbers",
             hint="choose columns of numbers with columns=a,b",
         )
-    return found
+    return numbers
 
 
 def _words(path: Path, name: str) -> Array | None:
@@ -333,12 +335,12 @@ def _words(path: Path, name: str) -> Array | None:
     return class_names_of(str(path), name, seen)
 
 
-def _parquet_target(path: Path, table: Any, name: str, words: ClassNames) -> Array:
+def _parquet_target(path: Path, table: Any, name: str, class_names: ClassNames) -> Array:
     column = _plain(table.column(name))
-    if name in words:
-        return np.searchsorted(words[name], np.array(column.to_pylist())).astype(np.int64)
-    found = _numbers(path, column, name)
-    return found.astype(np.float32 if found.dtype.kind == "f" else np.int64)
+    if name in class_names:
+        return np.searchsorted(class_names[name], np.array(column.to_pylist())).astype(np.int64)
+    numbers = _numbers(path, column, name)
+    return numbers.astype(np.float32 if numbers.dtype.kind == "f" else np.int64)
 
 
 def _plain(column: Any) -> Any:

@@ -54,8 +54,8 @@ def _next(file: IO[bytes] | gzip.GzipFile, path: Path, number: int) -> bytes | N
     if not head:
         return None
     if not _is_head(head):
-        told = "is no TFRecord file" if number == 0 else "is truncated or damaged"
-        raise InputError(f"{path} {told}: the length of record {number} has a wrong checksum")
+        reason = "is no TFRecord file" if number == 0 else "is truncated or damaged"
+        raise InputError(f"{path} {reason}: the length of record {number} has a wrong checksum")
     length = int.from_bytes(head[:8], "little")
     if length > MAX_RECORD_BYTES:
         raise InputError(f"{path} is refused: record {number} claims {length} bytes")
@@ -97,33 +97,33 @@ def describe_feature(value: Value) -> str:
 
 def _entry(data: memoryview, entry: Field) -> tuple[str, Value]:
     name, value = "", list[bytes]()
-    found: Value = value
+    feature: Value = value
     for field in fields(data, entry.begin, entry.end):
         if (field.number, field.wire) == (1, BYTES):
             name = text(data, field)
         elif (field.number, field.wire) == (2, BYTES):
-            found = _parse_feature(data, field)
-    return name, found
+            feature = _parse_feature(data, field)
+    return name, feature
 
 
 def _parse_feature(data: memoryview, feature: Field) -> Value:
-    found: Value = []
+    values: Value = []
     for field in fields(data, feature.begin, feature.end):
         if field.wire != BYTES:
             raise WireError(f"wire type {field.wire} in a feature")
         if field.number == _BYTES_LIST:
-            found = [
-                bytes(data[one.begin : one.end]) for one in fields(data, field.begin, field.end) if one.number == 1
+            values = [
+                bytes(data[item.begin : item.end]) for item in fields(data, field.begin, field.end) if item.number == 1
             ]
         elif field.number == _FLOAT_LIST:
-            found = _floats(data, field)
+            values = _floats(data, field)
         elif field.number == _INT64_LIST:
-            found = _integers(data, field)
-    return found
+            values = _integers(data, field)
+    return values
 
 
 def _floats(data: memoryview, values: Field) -> Array:
-    runs = [bytes(data[one.begin : one.end]) for one in fields(data, values.begin, values.end) if one.number == 1]
+    runs = [bytes(data[run.begin : run.end]) for run in fields(data, values.begin, values.end) if run.number == 1]
     raw = b"".join(runs)
     if len(raw) % 4:
         raise WireError("a list of floats that ends within one")
@@ -132,9 +132,9 @@ def _floats(data: memoryview, values: Field) -> Array:
 
 def _integers(data: memoryview, values: Field) -> Array:
     runs = [
-        varints(bytes(data[one.begin : one.end])) if one.wire == BYTES else np.array([one.value], np.uint64)
-        for one in fields(data, values.begin, values.end)
-        if one.number == 1
+        varints(bytes(data[run.begin : run.end])) if run.wire == BYTES else np.array([run.value], np.uint64)
+        for run in fields(data, values.begin, values.end)
+        if run.number == 1
     ]
     return np.concatenate(runs).view(np.int64) if runs else np.zeros(0, np.int64)
 
@@ -157,34 +157,36 @@ class FeatureSpec:
     def array(self, values: Mapping[str, Value], what: str) -> Array:
         """The feature of one example."""
         if self.name not in values:
-            held = ", ".join(f"{name} ({describe_feature(value)})" for name, value in values.items())
+            features = ", ".join(f"{name} ({describe_feature(value)})" for name, value in values.items())
             raise InputError(
                 f"{what} has no feature {self.name!r}",
                 did_you_mean=tuple(get_close_matches(self.name, values)),
-                hint=f"it has {held or 'none'}",
+                hint=f"it has {features or 'none'}",
             )
-        found = values[self.name]
-        flat = self._from_bytes(found, what) if isinstance(found, list) else found
+        content = values[self.name]
+        flat = self._from_bytes(content, what) if isinstance(content, list) else content
         if flat.size != int(np.prod(self.shape)):
             raise InputError(
-                f"{what}: the feature {self.name!r} holds {flat.size} numbers ({describe_feature(found)}), "
+                f"{what}: the feature {self.name!r} holds {flat.size} numbers ({describe_feature(content)}), "
                 f"and the schema says {list(self.shape)}"
             )
         shaped = flat.reshape(self.shape)
-        return shaped if self.dtype is None or isinstance(found, list) else shaped.astype(self.dtype)
+        return shaped if self.dtype is None or isinstance(content, list) else shaped.astype(self.dtype)
 
-    def _from_bytes(self, found: list[bytes], what: str) -> Array:
-        if len(found) != 1:
-            raise InputError(f"{what}: the feature {self.name!r} holds {describe_feature(found)}, not one run of bytes")
+    def _from_bytes(self, values: list[bytes], what: str) -> Array:
+        if len(values) != 1:
+            raise InputError(
+                f"{what}: the feature {self.name!r} holds {describe_feature(values)}, not one run of bytes"
+            )
         if self.is_image:
             height, width, *channels = self.shape
             color = "rgb" if channels == [3] else "grey"
-            return decode(found[0], ImageOptions(color, (height, width)), f"{what}, feature {self.name!r}")
+            return decode(values[0], ImageOptions(color, (height, width)), f"{what}, feature {self.name!r}")
         if self.dtype is None:
             raise UsageError(f"the feature {self.name!r} holds bytes: the schema must say their dtype", hint=EXAMPLE)
-        if len(found[0]) % self.dtype.itemsize:
+        if len(values[0]) % self.dtype.itemsize:
             raise InputError(f"{what}: the feature {self.name!r} ends within a {self.dtype}")
-        return np.frombuffer(found[0], self.dtype.newbyteorder("<"))
+        return np.frombuffer(values[0], self.dtype.newbyteorder("<"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,52 +200,52 @@ class Schema:
 def read_example_schema(path: Path) -> Schema:
     """The schema in a JSON file."""
     try:
-        found = json.loads(path.read_bytes())
+        schema = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON", hint=f"a schema is {EXAMPLE}") from error
-    if not isinstance(found, dict) or "x" not in found or found.keys() - {"x", "y"}:
+    if not isinstance(schema, dict) or "x" not in schema or schema.keys() - {"x", "y"}:
         raise InputError(f"{path} is no schema: it has x, and y where there are targets", hint=EXAMPLE)
-    return Schema(_side(path, found["x"]), _side(path, found["y"]) if "y" in found else ())
+    return Schema(_side(path, schema["x"]), _side(path, schema["y"]) if "y" in schema else ())
 
 
-def _side(path: Path, said: Any) -> tuple[FeatureSpec, ...]:
-    many = said if isinstance(said, list) else [said]
+def _side(path: Path, entry: Any) -> tuple[FeatureSpec, ...]:
+    many = entry if isinstance(entry, list) else [entry]
     if not many:
         raise InputError(f"{path} is no schema: a list of features is empty", hint=EXAMPLE)
-    return tuple(_feature_spec(path, one) for one in many)
+    return tuple(_feature_spec(path, feature) for feature in many)
 
 
-def _feature_spec(path: Path, said: Any) -> FeatureSpec:
-    if not isinstance(said, dict) or not isinstance(said.get("feature"), str):
+def _feature_spec(path: Path, entry: Any) -> FeatureSpec:
+    if not isinstance(entry, dict) or not isinstance(entry.get("feature"), str):
         raise InputError(f"{path} is no schema: each of x and y names a feature", hint=EXAMPLE)
-    for key in said:
+    for key in entry:
         if key not in KEYS:
             raise InputError(
                 f"{path}: a feature has no {key!r}",
                 did_you_mean=tuple(get_close_matches(key, KEYS)),
                 hint=f"it has {', '.join(KEYS)}",
             )
-    shape = said.get("shape", [])
+    shape = entry.get("shape", [])
     if not isinstance(shape, list) or not all(type(length) is int and length > 0 for length in shape):
-        raise InputError(f"{path}: the shape {shape} of {said['feature']} is no list of lengths", hint=EXAMPLE)
-    encoding = said.get("encoding", "raw")
+        raise InputError(f"{path}: the shape {shape} of {entry['feature']} is no list of lengths", hint=EXAMPLE)
+    encoding = entry.get("encoding", "raw")
     if encoding not in ENCODINGS:
         raise InputError(f"{path}: the encoding {encoding!r} is not known", hint=f"known: {', '.join(ENCODINGS)}")
     if encoding == "image" and (len(shape) not in {2, 3} or (len(shape) == 3 and shape[2] not in {1, 3})):
         raise InputError(f"{path}: a picture has the shape [height, width, 1 or 3], not {shape}")
-    return FeatureSpec(said["feature"], _dtype(path, said.get("dtype")), tuple(shape), encoding == "image")
+    return FeatureSpec(entry["feature"], _dtype(path, entry.get("dtype")), tuple(shape), encoding == "image")
 
 
 def _dtype(path: Path, name: Any) -> np.dtype[Any] | None:
     if name is None:
         return None
     try:
-        found = np.dtype(name) if isinstance(name, str) else None
+        dtype = np.dtype(name) if isinstance(name, str) else None
     except TypeError:
-        found = None
-    if found is None or found.kind not in NUMERIC:
+        dtype = None
+    if dtype is None or dtype.kind not in NUMERIC:
         raise InputError(f"{path}: {name!r} is no type of numbers", hint="such as uint8, int64 or float32")
-    return found
+    return dtype
 
 
 OPTIONS = ("schema",)
@@ -260,22 +262,22 @@ def open_records(spec: DataSpec) -> IterableSource:
     """The source that `'*.tfrecord?schema=f.json'` means."""
     paths = [Path(name) for name in sorted(glob.glob(spec.where))] or [require_path(spec.path)]
     if "schema" not in spec.options:
-        held = ", ".join(
+        features = ", ".join(
             f"{name} ({describe_feature(value)})"
             for _, values in _examples(paths[:1], 1)
             for name, value in values.items()
         )
         raise UsageError(
             f"{spec.text} needs a schema that says which features are inputs and targets: '{spec.where}?schema=f.json'",
-            hint=f"f.json is like {EXAMPLE}; the first example has {held or 'no features'}",
+            hint=f"f.json is like {EXAMPLE}; the first example has {features or 'no features'}",
         )
-    said = read_example_schema(require_path(Path(spec.options["schema"])))
+    schema = read_example_schema(require_path(Path(spec.options["schema"])))
 
     def read() -> Iterator[Batch]:
         for piece in chunked(_examples(paths), RECORDS_AT_ONCE):
-            yield Batch(_stacked(said.x, piece), _stacked(said.y, piece) if said.y else None)
+            yield Batch(_stacked(schema.x, piece), _stacked(schema.y, piece) if schema.y else None)
 
-    return IterableSource(spec.text, None, bool(said.y), read)
+    return IterableSource(spec.text, None, bool(schema.y), read)
 
 
 def _examples(paths: Sequence[Path], most: int | None = None) -> Iterator[tuple[str, Mapping[str, Value]]]:
@@ -288,6 +290,6 @@ def _examples(paths: Sequence[Path], most: int | None = None) -> Iterator[tuple[
             yield what, parse_example(record, what)
 
 
-def _stacked(wanted: Sequence[FeatureSpec], piece: Sequence[tuple[str, Mapping[str, Value]]]) -> Arrays:
-    arrays = tuple(np.stack([feature.array(values, what) for what, values in piece]) for feature in wanted)
+def _stacked(features: Sequence[FeatureSpec], piece: Sequence[tuple[str, Mapping[str, Value]]]) -> Arrays:
+    arrays = tuple(np.stack([feature.array(values, what) for what, values in piece]) for feature in features)
     return arrays[0] if len(arrays) == 1 else arrays

@@ -31,10 +31,10 @@ def infer_tasks(signature: ModelSignature, example: Batch) -> tuple[Task, ...]:
 def check_labels(y: Arrays, tasks: Sequence[Task], signature: ModelSignature, *, name: str, begin: int) -> None:
     """Refuse targets of a classifier that are neither labels from 0 to classes - 1 nor a number for each class."""
     arrays = as_tuple(y)
-    for place, (array, task, output) in enumerate(zip(arrays, tasks, signature.outputs, strict=False)):
+    for index, (array, task, output) in enumerate(zip(arrays, tasks, signature.outputs, strict=False)):
         if task.classes is None or output.shape is None or shape_matches(array.shape[1:], output.shape):
             continue
-        what = array_name(name, "y", place, len(arrays))
+        what = array_name(name, "y", index, len(arrays))
         if label_axis(output.shape, array.shape[1:], is_channels_first=signature.is_channels_first) is None:
             raise UsageError(
                 f"{what} is {format_shape(array.shape[1:])} for each example, "
@@ -112,8 +112,8 @@ def _check_inputs(source: Source, batch: Batch, signature: ModelSignature, begin
     inputs = as_tuple(batch.x)
     if len(inputs) != len(signature.inputs):
         raise UsageError(f"{source.name} has {len(inputs)} inputs, and the model has {len(signature.inputs)}")
-    for place, (array, port) in enumerate(zip(inputs, signature.inputs, strict=True)):
-        what = array_name(source.name, "x", place, len(inputs))
+    for index, (array, port) in enumerate(zip(inputs, signature.inputs, strict=True)):
+        what = array_name(source.name, "x", index, len(inputs))
         _check_numbers(array, what, begin)
         if port.shape is not None and not shape_matches(array.shape[1:], port.shape):
             raise UsageError(
@@ -129,8 +129,8 @@ def _check_targets(source: Source, y: Arrays, signature: ModelSignature, tasks: 
     targets = as_tuple(y)
     if isinstance(y, tuple) and signature.outputs and len(y) != len(signature.outputs):
         raise UsageError(f"{source.name} has {len(y)} targets, and the model has {len(signature.outputs)} outputs")
-    for place, array in enumerate(targets):
-        _check_numbers(array, array_name(source.name, "y", place, len(targets)), begin)
+    for index, array in enumerate(targets):
+        _check_numbers(array, array_name(source.name, "y", index, len(targets)), begin)
     check_labels(y, tasks, signature, name=source.name, begin=begin)
 
 

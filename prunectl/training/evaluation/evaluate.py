@@ -56,19 +56,19 @@ def evaluate_predictions(
     return chosen, (_binary_accuracy(binary) if binary else total / count)
 
 
-def _fitting(name: str, score: Score, found: Array, targets: Array) -> Array:
+def _fitting(name: str, score: Score, outputs: Array, targets: Array) -> Array:
     """A score of outputs and targets that fit it, and each other."""
     try:
-        return score(found, targets)
+        return score(outputs, targets)
     except ValueError as error:
-        raise metric_mismatch(name, found.shape, targets.shape, str(error)) from error
+        raise metric_mismatch(name, outputs.shape, targets.shape, str(error)) from error
 
 
-def _binary_accuracy(pieces: Sequence[tuple[Array, Array]]) -> float:
+def _binary_accuracy(batches: Sequence[tuple[Array, Array]]) -> float:
     """How often one output for two classes is on the right side: of zero, if it is ever no probability."""
-    found, targets = (np.concatenate(part) for part in zip(*pieces, strict=True))
-    is_logit = found.min() < 0 or found.max() > 1
-    return float(np.mean((found > (0.0 if is_logit else _EVEN)) == (targets > _EVEN)))
+    outputs, targets = (np.concatenate(part) for part in zip(*batches, strict=True))
+    is_logit = outputs.min() < 0 or outputs.max() > 1
+    return float(np.mean((outputs > (0.0 if is_logit else _EVEN)) == (targets > _EVEN)))
 
 
 def _accuracy(outputs: Array, targets: Array) -> Array:
@@ -82,12 +82,12 @@ def _accuracy(outputs: Array, targets: Array) -> Array:
     return _by_example(answers == labels)
 
 
-def _absolute(found: Array, targets: Array) -> Array:
-    return _by_example(np.abs(found - targets.reshape(found.shape)))
+def _absolute(outputs: Array, targets: Array) -> Array:
+    return _by_example(np.abs(outputs - targets.reshape(outputs.shape)))
 
 
-def _squared(found: Array, targets: Array) -> Array:
-    return _by_example(np.square(found - targets.reshape(found.shape)))
+def _squared(outputs: Array, targets: Array) -> Array:
+    return _by_example(np.square(outputs - targets.reshape(outputs.shape)))
 
 
 def _by_example(values: Array) -> Array:
@@ -142,20 +142,20 @@ def evaluate_file(path: Path, request: FinetuneRequest) -> Evaluation:
 
 def evaluate_baseline(path: Path, request: FinetuneRequest) -> Evaluation:
     """How good a model is of which a number is expected: one that nothing was taken from."""
-    found = evaluate_file(path, request)
-    if not found.is_finite:
-        raise WorkError(f"{found.metric} is {found.value:g} for {path}", hint="is the data scaled as in training?")
-    return found
+    result = evaluate_file(path, request)
+    if not result.is_finite:
+        raise WorkError(f"{result.metric} is {result.value:g} for {path}", hint="is the data scaled as in training?")
+    return result
 
 
 def _by_framework(model: ModelFile, request: FinetuneRequest) -> Evaluation:
     with closing(load_trainable(model, request.origin)) as network:
-        found = open_training_data(network, request)
-        network.prepare(replace(request.means, example=found.example))
-        notes = (*found.notes, *validate_training_data(found, network.signature, request))
-        logs = dict(evaluate(network, found.val or found.train, request.batch_size))
-        found_by = make_monitor(logs, request.means, (port.name for port in network.signature.outputs))
-        return Evaluation(found_by.name, logs, (*notes, *network.notes), found_by.is_up)
+        data = open_training_data(network, request)
+        network.prepare(replace(request.means, example=data.example))
+        notes = (*data.notes, *validate_training_data(data, network.signature, request))
+        logs = dict(evaluate(network, data.val or data.train, request.batch_size))
+        monitor = make_monitor(logs, request.means, (port.name for port in network.signature.outputs))
+        return Evaluation(monitor.name, logs, (*notes, *network.notes), monitor.is_up)
 
 
 def _by_onnxruntime(model: ModelFile, request: FinetuneRequest) -> Evaluation:

@@ -28,10 +28,10 @@ class MaxDrop:
 
 def parse_drop(text: str) -> MaxDrop:
     """By how much a metric may be worse: in percentage points, or in what the metric counts."""
-    words = text.strip()
-    is_points = words.endswith(POINTS)
+    stripped = text.strip()
+    is_points = stripped.endswith(POINTS)
     try:
-        amount = float(words.removesuffix(POINTS))
+        amount = float(stripped.removesuffix(POINTS))
     except ValueError:
         raise UsageError(
             f"{text!r} is no drop", hint="write 0.5pp (percentage points), or 0.01 of what is no share"

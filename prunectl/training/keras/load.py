@@ -95,7 +95,7 @@ class LoadedModel:
             raise ValueError(facts[0].words)
 
 
-def load(file: ModelFile, origin: LoadOptions, place: DevicePlacement) -> LoadedModel:
+def load(file: ModelFile, origin: LoadOptions, placement: DevicePlacement) -> LoadedModel:
     """The model of a file, made in some place."""
     user_code.check(file, origin)
     objects = user_code.custom_objects(origin)
@@ -106,7 +106,7 @@ def load(file: ModelFile, origin: LoadOptions, place: DevicePlacement) -> Loaded
     ):
         raise _no_builder(file, weight_layout)
     library = _library_of_file(file) if build is None else _library_of_code(file)
-    with place.scope(library), ignore_warnings():
+    with placement.scope(library), ignore_warnings():
         model = (
             _from_file(library, file, weight_layout, origin, objects)
             if build is None
@@ -117,7 +117,7 @@ def load(file: ModelFile, origin: LoadOptions, place: DevicePlacement) -> Loaded
         _check_built(model, origin.model)
     fill = _weight_loader(model, weight_layout, is_old=_keras_version(file) < _KERAS3)
     if build is not None:
-        with place.scope(library), ignore_warnings():
+        with placement.scope(library), ignore_warnings():
             fill(file.path)
     return LoadedModel(model, library, file, objects, fill, build is None, origin.is_trusted)
 

@@ -170,12 +170,14 @@ class CompiledTrainStep:
 class CompiledModel:
     """A compiled model with its masks, and its training and test steps."""
 
-    def __init__(self, loaded: LoadedModel, place: DevicePlacement, means: TrainOptions, frozen: Sequence[Any]) -> None:
-        self._library, self.model, self._placement = loaded.library, loaded.model, place
-        self._means = means
-        self._custom_step = user_code.resolve_function(means.custom_step, "--step") if means.custom_step else None
-        infos = outputs.describe_outputs(self.model, means.example)
-        config = resolve_compile_config(loaded, means, infos)
+    def __init__(
+        self, loaded: LoadedModel, placement: DevicePlacement, options: TrainOptions, frozen: Sequence[Any]
+    ) -> None:
+        self._library, self.model, self._placement = loaded.library, loaded.model, placement
+        self._means = options
+        self._custom_step = user_code.resolve_function(options.custom_step, "--step") if options.custom_step else None
+        infos = outputs.describe_outputs(self.model, options.example)
+        config = resolve_compile_config(loaded, options, infos)
         self.notes = config.notes
         self._user_functions, self._user_metrics = config.user_functions, config.user_metrics
         self._frozen_statistics = freeze(self._library, self.model, frozen)
@@ -186,12 +188,12 @@ class CompiledModel:
             self.model,
             config,
             frozen,
-            is_compiled=means.is_compiled,
+            is_compiled=options.is_compiled,
         )
-        if place.strategy is not None:
+        if placement.strategy is not None:
             # The metrics of Keras are those of all processes already; added up, they would count double.
             self.model.distribute_reduction_method = "first"
-        is_alone = place.strategy is None and CompiledTrainStep.supports(self._library, self.model)
+        is_alone = placement.strategy is None and CompiledTrainStep.supports(self._library, self.model)
         self._train_step = CompiledTrainStep(self._library, self.model) if is_alone else None
         self._rate = LearningRate(self._library, self.model.optimizer, config.chosen.schedule)
         self._output_losses = [

@@ -95,8 +95,8 @@ def _fed(port: Any, array: Array, *, is_any_count: bool) -> Array:
     if shape is not None:
         expected = (None, *shape[1:]) if is_any_count else shape
         if not _fits(array.shape, expected):
-            given, wanted = _text(array.shape), _text(expected)
-            raise UsageError(f"the input {port.name!r} of the model has the shape {wanted}, and {given} is given")
+            actual_text, wanted = _text(array.shape), _text(expected)
+            raise UsageError(f"the input {port.name!r} of the model has the shape {wanted}, and {actual_text} is given")
     code = CODES.get(port.type.tensor_type.elem_type)
     if code is None or array.dtype == code.dtype:
         return array
@@ -107,7 +107,7 @@ def _fed(port: Any, array: Array, *, is_any_count: bool) -> Array:
 
 def _fits(shape: Sequence[int], expected: Shape) -> bool:
     return len(shape) == len(expected) and all(
-        wanted in {None, length} for length, wanted in zip(shape, expected, strict=True)
+        size in {None, length} for length, size in zip(shape, expected, strict=True)
     )
 
 

@@ -115,9 +115,9 @@ def _slot(tensor: GraphTensor) -> Any:
 def _delist(proto: Any, main: set[str]) -> None:
     """Leave only what really goes in among the inputs."""
     proto.ir_version = max(proto.ir_version, _LISTED_BEFORE)
-    given = [port for port in proto.graph.input if port.name not in main]
+    inputs = [port for port in proto.graph.input if port.name not in main]
     del proto.graph.input[:]
-    proto.graph.input.extend(given)
+    proto.graph.input.extend(inputs)
 
 
 def _name_states(graph: Any) -> None:

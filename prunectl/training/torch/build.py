@@ -29,8 +29,8 @@ def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
     """A model as PyTorch trains it."""
     require("torch", extra="torch")
     network = importlib.import_module("prunectl.training.torch.model").TorchTrainable
-    found: TrainableModel = network(build_module(model, origin))
-    return found
+    trainable: TrainableModel = network(build_module(model, origin))
+    return trainable
 
 
 def load_program(model: ModelFile, origin: LoadOptions) -> torch.export.ExportedProgram:
@@ -47,17 +47,17 @@ def load_program(model: ModelFile, origin: LoadOptions) -> torch.export.Exported
         raise InputError(f"{model.path} cannot be loaded by this PyTorch: {first_line(error)}") from error
 
 
-def _example_inputs(found: bytes) -> bytes:
+def _example_inputs(payload: bytes) -> bytes:
     """Example inputs as torch.export.load, which falls back to unpickling anything, does not have to fall back for."""
     try:
-        inputs = torch.load(io.BytesIO(found), map_location="cpu", weights_only=True) if found else None
+        inputs = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True) if payload else None
     except Exception:  # noqa: BLE001 - PyTorch raises what it likes; the shapes of the program say what goes in
         return b""
     if not isinstance(inputs, tuple):
         return b""
-    whole = io.BytesIO()
-    torch.save(inputs, whole)
-    return whole.getvalue()
+    buffer = io.BytesIO()
+    torch.save(inputs, buffer)
+    return buffer.getvalue()
 
 
 class FixedBatchModule(torch.nn.Module):
@@ -85,22 +85,22 @@ class FixedBatchModule(torch.nn.Module):
     def forward(self, *inputs: torch.Tensor) -> Any:
         """What comes out of all pieces, the last filled up with its first example."""
         count = len(inputs[0])
-        found = []
+        outputs = []
         for begin in range(0, count, self.size):
-            piece = [one[begin : begin + self.size] for one in inputs]
+            piece = [tensor[begin : begin + self.size] for tensor in inputs]
             missing = self.size - len(piece[0])
             if missing:
-                piece = [torch.cat([one, one[:1].expand(missing, *one.shape[1:])]) for one in piece]
+                piece = [torch.cat([tensor, tensor[:1].expand(missing, *tensor.shape[1:])]) for tensor in piece]
             self.kept = self.size - missing
             out = self.inner(*piece)
-            found.append(tree_map(lambda one, end=self.size - missing: one[:end], out))
-        return found[0] if len(found) == 1 else _joined(found)
+            outputs.append(tree_map(lambda tensor, end=self.size - missing: tensor[:end], out))
+        return outputs[0] if len(outputs) == 1 else _joined(outputs)
 
 
-def _joined(found: list[Any]) -> Any:
-    if isinstance(found[0], torch.Tensor):
-        return torch.cat(found)
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+def _joined(outputs: list[Any]) -> Any:
+    if isinstance(outputs[0], torch.Tensor):
+        return torch.cat(outputs)
+    return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
 
 def input_shapes(program: Any) -> tuple[tuple[int | None, ...], ...]:
@@ -117,35 +117,35 @@ def input_shapes(program: Any) -> tuple[tuple[int | None, ...], ...]:
 _IDLE = frozenset({Role.OPTIMIZER, Role.MASK, Role.SCHEDULE})
 
 
-def match_parameters(model: ModelFile, module: torch.nn.Module, said: str) -> dict[str, str]:
+def match_parameters(model: ModelFile, module: torch.nn.Module, source: str) -> dict[str, str]:
     """The name in the module of each tensor of the file that has one; every parameter must have a tensor."""
-    wanted = module.state_dict()
-    held = {tensor.name: tensor for tensor in model.tensors if tensor.role not in _IDLE}
-    prefix = _prefix(held, wanted)
-    found = {prefix + name: name for name in wanted if prefix + name in held}
-    for name, value in wanted.items():
-        tensor = held.get(prefix + name)
+    state = module.state_dict()
+    tensors = {tensor.name: tensor for tensor in model.tensors if tensor.role not in _IDLE}
+    prefix = _prefix(tensors, state)
+    names = {prefix + name: name for name in state if prefix + name in tensors}
+    for name, value in state.items():
+        tensor = tensors.get(prefix + name)
         if tensor is None and name in dict(module.named_parameters()):
             raise UsageError(
-                f"{model.path} has no {prefix + name}, which the model of {said} needs",
+                f"{model.path} has no {prefix + name}, which the model of {source} needs",
                 hint=f"see what it has: prunectl inspect {model.path}",
             )
         if tensor is not None and tensor.shape != tuple(value.shape):
             raise UsageError(
                 f"{tensor.name} is {_text(tensor.shape)} in {model.path}, and {_text(tuple(value.shape))} in the "
-                f"model of {said}",
+                f"model of {source}",
                 hint="does it build the model with other widths?",
             )
-    return found
+    return names
 
 
-def _prefix(held: Mapping[str, Tensor], wanted: Mapping[str, torch.Tensor]) -> str:
+def _prefix(tensors: Mapping[str, Tensor], state: Mapping[str, torch.Tensor]) -> str:
     """What stands before most names; of several the first in the file."""
     votes: Counter[str] = Counter()
-    for name in held:
+    for name in tensors:
         parts = name.split(".")
         votes.update(
-            ".".join(parts[:at]) + "." * bool(at) for at in range(len(parts)) if ".".join(parts[at:]) in wanted
+            ".".join(parts[:cut]) + "." * bool(cut) for cut in range(len(parts)) if ".".join(parts[cut:]) in state
         )
     return max(votes, key=lambda prefix: votes[prefix]) if votes else ""
 
@@ -188,13 +188,13 @@ def build_module(model: ModelFile, origin: LoadOptions) -> BuiltModule:
 
 def _of_function(model: ModelFile, origin: LoadOptions) -> BuiltModule:
     make = resolve_builder(origin.model)
-    made = make if isinstance(make, torch.nn.Module) else call_builder(make, origin.model)
-    if not isinstance(made, torch.nn.Module):
-        raise UsageError(f"{origin.model} gives a {type(made).__name__}, and no torch.nn.Module")
-    names = match_parameters(model, made, origin.model)
-    held = {tensor.name: tensor for tensor in model.tensors}
-    made.load_state_dict({name: to_torch(model.read(held[of])) for of, name in names.items()}, strict=False)
-    return BuiltModule(made, names)
+    module = make if isinstance(make, torch.nn.Module) else call_builder(make, origin.model)
+    if not isinstance(module, torch.nn.Module):
+        raise UsageError(f"{origin.model} gives a {type(module).__name__}, and no torch.nn.Module")
+    names = match_parameters(model, module, origin.model)
+    tensors = {tensor.name: tensor for tensor in model.tensors}
+    module.load_state_dict({name: to_torch(model.read(tensors[of])) for of, name in names.items()}, strict=False)
+    return BuiltModule(module, names)
 
 
 def _scripted(model: ModelFile) -> BuiltModule:
@@ -252,7 +252,7 @@ def input_specs(module: torch.nn.Module, shapes: tuple[tuple[int | None, ...], .
     """The inputs: their names by what `forward` takes, their shapes by the file or the first layer."""
     if shapes:
         dtype = _first_layer(module)[1] if len(shapes) == 1 else ""
-        return tuple(TensorSpec(f"input{at}", shape, dtype) for at, shape in enumerate(shapes))
+        return tuple(TensorSpec(f"input{index}", shape, dtype) for index, shape in enumerate(shapes))
     names = _names(module)
     if len(names) > 1:
         return tuple(TensorSpec(name, None, "") for name in names)
@@ -264,12 +264,12 @@ def output_specs(outputs: tuple[torch.Tensor, ...]) -> tuple[TensorSpec, ...]:
     """The outputs, seen on an example."""
     return tuple(
         TensorSpec(
-            f"output{at}" if len(outputs) > 1 else "output",
-            tuple(one.shape[1:]),
-            str(one.dtype).rpartition(".")[2],
-            final_activation(one),
+            f"output{index}" if len(outputs) > 1 else "output",
+            tuple(output.shape[1:]),
+            str(output.dtype).rpartition(".")[2],
+            final_activation(output),
         )
-        for at, one in enumerate(outputs)
+        for index, output in enumerate(outputs)
     )
 
 

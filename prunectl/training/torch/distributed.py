@@ -31,12 +31,12 @@ class DistributedContext:
 def join(device: str) -> DistributedContext:
     """Join the other processes, if there are any, and return the device to use."""
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    found = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if ranks > 1 and not torch.distributed.is_initialized():
-        if found.type == "cuda":
-            torch.cuda.set_device(found)
-        torch.distributed.init_process_group("nccl" if found.type == "cuda" else "gloo")
-    return DistributedContext(rank, ranks, found)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return DistributedContext(rank, ranks, chosen)
 
 
 def barrier(place: DistributedContext) -> None:
@@ -49,9 +49,9 @@ def all_true(place: DistributedContext, mine: bool) -> bool:
     """Whether something is true in every process (an all-reduce by the minimum)."""
     if place.ranks == 1:
         return mine
-    found = torch.tensor(int(mine), device=place.device)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN)
-    return bool(found)
+    flag = torch.tensor(int(mine), device=place.device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
+    return bool(flag)
 
 
 _MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -78,11 +78,11 @@ def failures(device: torch.device) -> Iterator[None]:
 
 def gather_objects(place: DistributedContext, mine: Any) -> list[Any]:
     """What each process holds, in the order of their ranks."""
-    found: list[Any] = [mine]
+    gathered: list[Any] = [mine]
     if place.ranks > 1:
-        found = [None] * place.ranks
-        torch.distributed.all_gather_object(found, mine)
-    return found
+        gathered = [None] * place.ranks
+        torch.distributed.all_gather_object(gathered, mine)
+    return gathered
 
 
 def leave() -> None:
@@ -95,14 +95,14 @@ def _device(name: str, local_rank: int) -> torch.device:
     if name in {"", "auto"}:
         return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
-        found = torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"{name!r} is no device", hint="cpu, cuda, cuda:1 or mps") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("there is no GPU that PyTorch can use", hint="--device cpu")
     if name == "cuda":
         return torch.device("cuda", local_rank)
-    return found
+    return device
 
 
 _CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList)
@@ -171,12 +171,12 @@ def distribute_state(state: Any, models: Any) -> Any:
 def are_finite(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """Whether all gradients are finite numbers, in every process; a tensor, so that no step waits for it."""
     mine = [one.to_local() if isinstance(one, DTensor) else one for one in gradients]
-    found = torch.stack([one.isfinite().all() for one in mine]).all()
+    is_finite = torch.stack([one.isfinite().all() for one in mine]).all()
     if any(isinstance(one, DTensor) for one in gradients):
-        all_finite = found.to(torch.int32)
+        all_finite = is_finite.to(torch.int32)
         torch.distributed.all_reduce(all_finite, torch.distributed.ReduceOp.MIN)
-        found = all_finite.bool()
-    return found
+        is_finite = all_finite.bool()
+    return is_finite
 
 
 def sync_buffers(module: torch.nn.Module) -> None:
@@ -248,22 +248,22 @@ def _check_version(path: Path, parts: Any) -> None:
 
 def _random_states(place: DistributedContext) -> dict[str, Any]:
     """Where each generator of this process is: no two processes drop out the same."""
-    found = {"cpu": torch.get_rng_state(), **random_state.state()}
+    states = {"cpu": torch.get_rng_state(), **random_state.state()}
     if place.device.type == "cuda":
-        found["cuda"] = torch.cuda.get_rng_state(place.device)
+        states["cuda"] = torch.cuda.get_rng_state(place.device)
     elif place.device.type == "mps":
-        found["mps"] = torch.mps.get_rng_state()
-    return found
+        states["mps"] = torch.mps.get_rng_state()
+    return states
 
 
-def _resume_random(found: Mapping[str, Any], place: DistributedContext) -> None:
-    torch.set_rng_state(found["cpu"].cpu())
-    random_state.restore(found)
+def _resume_random(states: Mapping[str, Any], place: DistributedContext) -> None:
+    torch.set_rng_state(states["cpu"].cpu())
+    random_state.restore(states)
     # A run that goes on upon another kind of device cannot be the same to the bit.
-    if place.device.type == "cuda" and "cuda" in found:
-        torch.cuda.set_rng_state(found["cuda"].cpu(), place.device)
-    elif place.device.type == "mps" and "mps" in found:
-        torch.mps.set_rng_state(found["mps"].cpu())
+    if place.device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"].cpu(), place.device)
+    elif place.device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"].cpu())
 
 
 def _slots(kept: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -56,15 +56,15 @@ class _InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        found = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         if func in _PRODUCTS:
             first, second = args[_PRODUCTS[func] :][:2]
             self._product(first, second)
         elif func in _CONVOLUTIONS:
             self._convolution(args)
         elif func is _RECURRENT:
-            self._recurrent(args, found[0])
-        return found
+            self._recurrent(args, result[0])
+        return result
 
     def _named(self, view: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         return self._weights.get(view.untyped_storage().data_ptr(), [])
@@ -108,8 +108,8 @@ class _InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _array(inputs: torch.Tensor) -> Array:
-    found: Array = inputs.detach().float().cpu().numpy()
-    return found
+    array: Array = inputs.detach().float().cpu().numpy()
+    return array
 
 
 def _layout_of_view(weight: torch.Tensor, view: torch.Tensor) -> WeightUse | None:

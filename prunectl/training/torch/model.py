@@ -140,9 +140,9 @@ class TorchTrainable:
         self._mode(training=False)
         # With gradients: by them autograd tells which activation came last.
         outs = self._forward(self._module, example.x)
-        found = output_specs(outs)
+        specs = output_specs(outs)
         outs = tuple(out.detach() for out in outs)
-        self._signature = ModelSignature(self._signature.inputs, found, is_channels_first=True)
+        self._signature = ModelSignature(self._signature.inputs, specs, is_channels_first=True)
         targets = [] if example.y is None else [self._on_device(one) for one in as_tuple(example.y)]
         self._metrics: tuple[losses.TorchMetric, ...] = ()
         if self._custom is not None and not self._means.loss and not targets:
@@ -151,17 +151,17 @@ class TorchTrainable:
         if targets and len(targets) > len(outs):
             raise UsageError(f"there are {len(targets)} targets, and the model gives {len(outs)} outputs")
         if not targets and not self._means.loss and self._means.teacher_share == 1:
-            self._losses = [losses.without_targets(out, port.ending) for out, port in zip(outs, found, strict=True)]
+            self._losses = [losses.without_targets(out, port.ending) for out, port in zip(outs, specs, strict=True)]
         else:
             self._losses = [
-                losses.resolve_loss(self._means.loss, out.float(), targets[at] if targets else None, found[at].ending)
+                losses.resolve_loss(self._means.loss, out.float(), targets[at] if targets else None, specs[at].ending)
                 for at, out in enumerate(outs[: len(targets) or 1])
             ]
             target = targets[0] if targets else None
             self._metrics = losses.resolve_metrics(self._means.metrics, self._losses[0], outs[0], target)
-        self._signature = replace(self._signature, outputs=self._ended(found, outs))
+        self._signature = replace(self._signature, outputs=self._ended(specs, outs))
         if not self._means.loss:
-            self._notes.append(f"The loss is {', '.join(one.name for one in self._losses)}, {_known_by(found)}.")
+            self._notes.append(f"The loss is {', '.join(one.name for one in self._losses)}, {_known_by(specs)}.")
         if len(outs) > 1 and self._metrics:
             self._notes.append(f"The metrics judge the first of the model's {len(outs)} outputs alone.")
         if not self._means.optimizer:
@@ -169,12 +169,12 @@ class TorchTrainable:
         if self._place.ranks > 1 and not self._means.is_sharded:
             self._leave_out_unreached(example)
 
-    def _ended(self, found: Sequence[TensorSpec], outs: Sequence[torch.Tensor]) -> tuple[TensorSpec, ...]:
+    def _ended(self, specs: Sequence[TensorSpec], outs: Sequence[torch.Tensor]) -> tuple[TensorSpec, ...]:
         """The outputs with what each ends in, also where only the loss or the numbers tell."""
         by_loss = [one.ending for one in self._losses] + [FinalActivation.UNKNOWN] * len(outs)
         return tuple(
             replace(port, ending=told or port.ending or activation_of_values(to_numpy(out.float()), 1))
-            for port, out, told in zip(found, outs, by_loss, strict=False)
+            for port, out, told in zip(specs, outs, by_loss, strict=False)
         )
 
     def _leave_out_unreached(self, example: Batch) -> None:
@@ -195,24 +195,24 @@ class TorchTrainable:
 
     def _as_taken(self, array: Array) -> torch.Tensor:
         """An input in the precision of a model that is kept in 16 bits as a whole."""
-        found = self._on_device(array)
-        if self._half is None and found.is_floating_point() and self._kind is not None:
-            return found.to(self._kind)
-        return found
+        tensor = self._on_device(array)
+        if self._half is None and tensor.is_floating_point() and self._kind is not None:
+            return tensor.to(self._kind)
+        return tensor
 
     def _forward(self, module: Any, x: Arrays) -> tuple[torch.Tensor, ...]:
         half = self._half
         context = torch.autocast(self._place.device.type, half) if half is not None else nullcontext()
         try:
             with distributed.failures(self._place.device), context:
-                found = module(*(self._as_taken(one) for one in as_tuple(x)))
+                outputs = module(*(self._as_taken(one) for one in as_tuple(x)))
         except (AssertionError, RuntimeError, TypeError) as error:
             shapes = ", ".join("x".join(map(str, one.shape)) for one in as_tuple(x))
             raise UsageError(
                 f"the model does not take inputs of {shapes}: {tensors.error_line(error)}",
                 hint="?shape=1x28x28 (without the batch) reads the same numbers in another shape",
             ) from error
-        return tensors.output_tensors(found)
+        return tensors.output_tensors(outputs)
 
     def _loss(self, outs: tuple[torch.Tensor, ...], y: Arrays | None, guide: Arrays | None) -> torch.Tensor:
         share = self._means.teacher_share if guide is not None else 0.0
@@ -272,8 +272,8 @@ class TorchTrainable:
         return distributed.are_finite(gradients)
 
     def _moved(self, arrays: Arrays) -> Any:
-        found = tuple(self._on_device(one) for one in as_tuple(arrays))
-        return found if isinstance(arrays, tuple) else found[0]
+        tensors = tuple(self._on_device(one) for one in as_tuple(arrays))
+        return tensors if isinstance(arrays, tuple) else tensors[0]
 
     def _set_rate(self, rate: float) -> None:
         if rate != self._rate:
@@ -306,8 +306,8 @@ class TorchTrainable:
         """What comes out."""
         self._rest()
         with torch.no_grad():
-            found = tuple(to_numpy(out.float()) for out in self._forward(self._module, x))
-        return found if len(found) > 1 else found[0]
+            outputs = tuple(to_numpy(out.float()) for out in self._forward(self._module, x))
+        return outputs if len(outputs) > 1 else outputs[0]
 
     def _rest(self) -> None:
         """Get ready to predict; a teacher is asked before, and without, any preparation."""
@@ -332,8 +332,8 @@ class TorchTrainable:
         self._mode(training=False)
         weights = self._parameters(names)
         loss = self._loss(self._forward(self._module, batch.x), batch.y, None)
-        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
-        return {name: to_numpy(gradient) for name, gradient in zip(weights, found, strict=True)}
+        slopes = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
+        return {name: to_numpy(gradient) for name, gradient in zip(weights, slopes, strict=True)}
 
     def recalibrate(self, batches: Iterable[Batch]) -> int:
         """Take the statistics of batch normalisation anew."""

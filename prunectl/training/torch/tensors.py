@@ -31,29 +31,29 @@ def to_torch(array: NDArray[Any]) -> torch.Tensor:
 
 def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
     """An array of the same numbers, its memory its own."""
-    found = tensor.detach().cpu().contiguous()
+    dense = tensor.detach().cpu().contiguous()
     for name, (bits, dtype) in _AS_BITS.items():
-        if found.dtype is dtype:
-            as_bits = found.view(torch.int16 if bits is np.int16 else torch.int8).numpy().copy()
+        if dense.dtype is dtype:
+            as_bits = dense.view(torch.int16 if bits is np.int16 else torch.int8).numpy().copy()
             return as_bits.view(np.dtype(getattr(ml_dtypes, name)))
-    return np.array(found.numpy())
+    return np.array(dense.numpy())
 
 
-def output_tensors(found: Any) -> tuple[torch.Tensor, ...]:
+def output_tensors(outputs: Any) -> tuple[torch.Tensor, ...]:
     """The outputs in a row, whatever a module gives them in."""
-    if isinstance(found, torch.Tensor):
-        return (found,)
-    if isinstance(found, Mapping):
-        found = [found["logits"]] if "logits" in found else list(found.values())
-    outs = tuple(one for one in found if isinstance(one, torch.Tensor))
+    if isinstance(outputs, torch.Tensor):
+        return (outputs,)
+    if isinstance(outputs, Mapping):
+        outputs = [outputs["logits"]] if "logits" in outputs else list(outputs.values())
+    outs = tuple(one for one in outputs if isinstance(one, torch.Tensor))
     if not outs:
-        raise UsageError(f"the model gives a {type(found).__name__} without a tensor in it")
+        raise UsageError(f"the model gives a {type(outputs).__name__} without a tensor in it")
     return outs
 
 
-def tensor_leaves(found: Any) -> list[torch.Tensor]:
+def tensor_leaves(outputs: Any) -> list[torch.Tensor]:
     """Every tensor in what a module gives, whatever they are packed in."""
-    packed = torch.utils._pytree.tree_leaves(found)  # noqa: SLF001
+    packed = torch.utils._pytree.tree_leaves(outputs)  # noqa: SLF001
     return [one for one in packed if isinstance(one, torch.Tensor)]
 
 

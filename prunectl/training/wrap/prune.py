@@ -57,12 +57,12 @@ def prune_wrapped(
     with temporary_folder() as scratch:
         plain = scratch / path.resolve().name
         pruned = prune(path, replace(request, is_packed=False), Destination(plain))
-        found = open_model(plain)
-        wrapping = _wrapping(found, pruned, ramp, origin)
+        pruned_model = open_model(plain)
+        wrapping = _wrapping(pruned_model, pruned, ramp, origin)
         with outputs.staging_dir(model, output) as (folder, target):
             written = folder / target.name
             bare = wrap(model, wrapping, written)
-            verify_roundtrip(found if ramp is None else model, written)
+            verify_roundtrip(pruned_model if ramp is None else model, written)
             if request.is_packed:
                 outputs.pack(written, folder)
             result = open_model(written)
@@ -75,10 +75,10 @@ def prune_wrapped(
     return WrapResult(pruned, len(wrapping.names) - len(bare), bare, ramp, is_bare, lost)
 
 
-def _wrapping(found: ModelFile, pruned: Pruned, ramp: SparsitySchedule | None, origin: LoadOptions) -> WrapperSpec:
+def _wrapping(model: ModelFile, pruned: Pruned, ramp: SparsitySchedule | None, origin: LoadOptions) -> WrapperSpec:
     pattern, pool = parse_pattern(pruned.request)
     if ramp is None:
-        return WrapperSpec(_masks(found, pruned), pattern=pattern, pool=pool, origin=origin)
+        return WrapperSpec(_masks(model, pruned), pattern=pattern, pool=pool, origin=origin)
     if not isinstance(pattern, BlockPattern | None):
         raise UsageError(
             f"tfmot makes the pattern {pruned.request.pattern} at once, without a schedule",
@@ -99,10 +99,10 @@ def _is_compiled(model: ModelFile) -> bool:
     return model.about.keras is not None and bool(read_training_config(model).get("loss"))
 
 
-def _masks(found: ModelFile, pruned: Pruned) -> dict[str, Mask]:
+def _masks(model: ModelFile, pruned: Pruned) -> dict[str, Mask]:
     """What stays: everything that is not a plain zero in the pruned file."""
-    tensors = {tensor.name: tensor for tensor in found.tensors}
-    return {cut.tensor.name: _bits(found.read(tensors[cut.tensor.name])) != 0 for cut in pruned.plan.cuts}
+    tensors = {tensor.name: tensor for tensor in model.tensors}
+    return {cut.tensor.name: _bits(model.read(tensors[cut.tensor.name])) != 0 for cut in pruned.plan.cuts}
 
 
 def _bits(array: Array) -> Array:

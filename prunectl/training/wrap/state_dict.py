@@ -45,13 +45,13 @@ ORIGINAL, MASK = "_orig", "_mask"
 def mask_entries(model: ModelFile, masks: Mapping[str, Mask]) -> dict[str, Array]:
     """The masks of all tensors that need one, as numbers of the type of their weight."""
     known = {tensor.name: tensor for tensor in model.tensors}
-    found: dict[str, Array] = {}
+    arrays: dict[str, Array] = {}
     by_place = {_place(known[name]): name for name in masks}
     by_storage: dict[str, str] = {known[name].storage.key: name for name in masks}
     for tensor in model.tensors:
         name = by_place.get(_place(tensor))
         if name is not None:
-            found[tensor.name] = np.ascontiguousarray(masks[name]).astype(tensor.dtype)
+            arrays[tensor.name] = np.ascontiguousarray(masks[name]).astype(tensor.dtype)
         elif tensor.storage.key in by_storage:
             raise InputError(
                 f"{tensor.name} of {model.path} shares some numbers with {by_storage[tensor.storage.key]}, "
@@ -59,11 +59,11 @@ def mask_entries(model: ModelFile, masks: Mapping[str, Mask]) -> dict[str, Array
                 hint="prune without --wrap, or leave it out with --exclude",
             )
     taken = {tensor.name for tensor in model.tensors}
-    for name in found:
+    for name in arrays:
         for new in (name + ORIGINAL, name + MASK):
             if new in taken:
                 raise InputError(f"{model.path} holds a {new} of its own, beside {name}")
-    return found
+    return arrays
 
 
 def _place(tensor: Tensor) -> object:

@@ -90,8 +90,8 @@ WRAPPER_FORMATS = (
 
 def wrapper_format(model: ModelFile, *, has_schedule: bool) -> WrapperFormat:
     """What wraps a model, or say that nothing can."""
-    found = next((row for row in WRAPPER_FORMATS if model.format in row.formats), None)
-    if found is None:
+    matching = next((row for row in WRAPPER_FORMATS if model.format in row.formats), None)
+    if matching is None:
         raise InputError(
             f"{model.path} ({by_name(model.format).title}) cannot be wrapped: no framework prunes such files",
             hint="wrappers go into state dicts of PyTorch (.pt, .safetensors) and models of Keras 2; "
@@ -102,23 +102,23 @@ def wrapper_format(model: ModelFile, *, has_schedule: bool) -> WrapperFormat:
             f"{model.path} has pruning wrappers already ({model.about.wrappers[0].kind})",
             hint=f"take them off first: prunectl strip {model.path} -o plain{model.path.suffix} --only masks,wrappers",
         )
-    if has_schedule and not found.has_schedules:
+    if has_schedule and not matching.has_schedules:
         raise UsageError(
             f"the wrappers of PyTorch are masks, which hold no schedule: {model.path} cannot keep one",
             hint="leave out --schedule here, and give it to prunectl finetune",
         )
-    return found
+    return matching
 
 
 def wrap(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[str, ...]:
     """Write a copy with wrappers, and return which tensors could get none."""
-    found = wrapper_format(model, has_schedule=bool(wrapping.schedules))
-    module, _, name = found.writer.partition(":")
+    row = wrapper_format(model, has_schedule=bool(wrapping.schedules))
+    module, _, name = row.writer.partition(":")
     write: Callable[[ModelFile, WrapperSpec, Path], tuple[str, ...]] = getattr(
         importlib.import_module(f"prunectl.training.{module}"), name
     )
     bare = write(model, wrapping, target)
-    _check_wrapped(model, found, wrapping, target, frozenset(bare))
+    _check_wrapped(model, row, wrapping, target, frozenset(bare))
     return bare
 
 
@@ -144,13 +144,13 @@ def strip_wrappers(model: ModelFile, folder: Path) -> ModelFile:
 def verify_roundtrip(plain: ModelFile, wrapped: Path) -> None:
     """Refuse a wrapped file whose wrappers, taken off again, do not leave what they should."""
     with temporary_folder() as scratch:
-        found = strip_wrappers(open_model(wrapped), scratch)
-        held = {tensor.name: tensor for tensor in found.tensors}
+        stripped = strip_wrappers(open_model(wrapped), scratch)
+        held = {tensor.name: tensor for tensor in stripped.tensors}
         for tensor in plain.tensors:
             if tensor.role not in WEIGHTS:
                 continue
             other = held.get(tensor.name)
-            if other is None or other.shape != tensor.shape or not bitwise_equal(plain, tensor, found, other):
+            if other is None or other.shape != tensor.shape or not bitwise_equal(plain, tensor, stripped, other):
                 raise WorkError(f"{tensor.name} would come out of its wrapper with other numbers; nothing was written")
 
 
@@ -175,13 +175,13 @@ class SavedPruning:
 
     def notes(self, steps: int) -> tuple[str, ...]:
         """What a user should know of them after so many steps more."""
-        found = [f"The schedule {name} of the file is not known here: its zeros are kept." for name in self.unknown]
+        parts = [f"The schedule {name} of the file is not known here: its zeros are kept." for name in self.unknown]
         if self.is_open_after(steps):
             end = max(one.last_update_step for one in self.schedules.values())
-            found.append(
+            parts.append(
                 f"The schedule of the file goes on to step {end}, and training ended at step {self.step + steps}."
             )
-        return tuple(found)
+        return tuple(parts)
 
 
 def read_saved_pruning(model: ModelFile) -> SavedPruning | None:
