@@ -243,7 +243,7 @@ def _wrapper_note(model: ModelFile) -> tuple[str, ...]:
 def _dense_score(
     model: ModelFile, session: CalibrationSession, request: PruneRequest
 ) -> tuple[Score | None, tuple[str, ...]]:
-    """How well the model answers as it is, and why not if that cannot be told."""
+    """The score of the dense model, or a note why there is none."""
     batches = session.calibration.batches
     has_targets = batches[0].y is not None
     if session.trainable is not None and has_targets:

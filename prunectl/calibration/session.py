@@ -213,7 +213,7 @@ def _network(model: ModelFile, origin: LoadOptions) -> tuple[InspectableModel, T
 def load_inputs(
     spec: str, signature: ModelSignature, count: int, order: EpochOrder
 ) -> tuple[tuple[Array, ...], tuple[str, ...]]:
-    """The inputs of so many examples, and what is to be said of them; a stream is never shuffled."""
+    """The inputs of so many examples, with notes about them; a stream is never shuffled."""
     source, notes = adapt(open_source(spec, signature=signature, seed=order.seed), signature)
     notes += check_batches(source.first(count), signature, needs_targets=False)
     own = EpochOrder(order.batch_size, order.seed, is_shuffled=order.is_shuffled and source.count is not None)

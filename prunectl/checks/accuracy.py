@@ -48,9 +48,12 @@ class AccuracyChecker:
         for bound in (limit.fail, limit.warn):
             if bound is not None:
                 check_max_drop(
-                    MaxDrop(bound, limit.metric is MetricUnit.POINTS), before.metric, before.value, is_up=before.is_up
+                    MaxDrop(bound, limit.metric is MetricUnit.POINTS),
+                    before.metric,
+                    before.value,
+                    higher_is_better=before.higher_is_better,
                 )
-        drop_now = -improvement(before.value, after.value, is_up=before.is_up) or 0.0
+        drop_now = -improvement(before.value, after.value, higher_is_better=before.higher_is_better) or 0.0
         note = f"{before.metric} is {before.value:.4g} for {drop.against}, and {after.value:.4g} here, on {drop.data}."
         return evaluate_limit(
             stats.name, before.metric, drop_now, limit, budget=budget.name, message=budget.message, note=note

@@ -14,7 +14,7 @@ from prunectl.training.evaluation.max_drop import MaxDrop
 
 def gain(before: TrialResult, after: TrialResult) -> float:
     """By how much one model is better than another."""
-    return drops.improvement(before.value, after.value, is_up=before.higher_is_better)
+    return drops.improvement(before.value, after.value, higher_is_better=before.higher_is_better)
 
 
 def drop(result: TrialResult, base: TrialResult) -> float:
@@ -24,7 +24,7 @@ def drop(result: TrialResult, base: TrialResult) -> float:
 
 def amount(difference: float, base: TrialResult) -> str:
     """A difference as people read it."""
-    return drops.format_drop(difference, base.value, is_up=base.higher_is_better)
+    return drops.format_drop(difference, base.value, higher_is_better=base.higher_is_better)
 
 
 def finite(value: float) -> float | None:
@@ -34,7 +34,7 @@ def finite(value: float) -> float | None:
 
 def check(limit: MaxDrop, base: TrialResult) -> None:
     """Refuse a limit that does not go with the metric."""
-    drops.check_max_drop(limit, base.metric, base.value, is_up=base.higher_is_better)
+    drops.check_max_drop(limit, base.metric, base.value, higher_is_better=base.higher_is_better)
 
 
 _STEP, _DIGITS = 0.01, 2

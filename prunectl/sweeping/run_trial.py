@@ -34,7 +34,7 @@ def evaluate(path: Path, request: FinetuneRequest, name: str) -> TrialResult:
         gzip=survey.bytes.compressed,
         path=name,
         notes=judged.notes,
-        is_up=judged.is_up,
+        is_up=judged.higher_is_better,
         digest=digest(path),
     )
 

@@ -17,7 +17,7 @@ from prunectl.training.task import FinalActivation
 
 
 class GradientStatistic(StrEnum):
-    """What is added up over the steps since the last turn, for each weight w with gradient g."""
+    """A statistic of gradients, summed over the steps since the last mask update, for weights w with gradients g."""
 
     NONE = ""
     GRADIENT = "gradient"
@@ -100,7 +100,7 @@ class TrainOptions:
     decides: str = ""
     """The metric that decides, or `loss`; else the first of the metrics, or as the file says."""
     goal: str = ""
-    """`max` or `min` where somebody said in which direction it is better; else its name tells."""
+    """`max` or `min` where the user says which is better; else its name tells."""
     frozen: frozenset[str] = frozenset()
     """Tensors that stay as they are."""
     clip: float | None = None
@@ -118,7 +118,7 @@ class TrainOptions:
     temperature: float = 2.0
     """What logits are divided by before they are compared with the teacher's."""
     example: Batch | None = field(default=None, compare=False)
-    """A first batch: tells labels from numbers where the loss is not said, and builds what has no shape yet."""
+    """A first batch: tells labels from numbers where no loss is named, and builds what has no shape yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ class TrainableModel(Protocol):
         """Whether something is true in every process; all of them have to ask."""
 
     def place(self, device: str) -> None:
-        """Choose where a model runs that is asked for its outputs alone, and never prepared."""
+        """Choose the device of a model that only predicts, and is never prepared."""
 
     def prepare(self, means: TrainOptions) -> None:
         """Choose loss, optimizer and metrics, before anything is trained or evaluated."""
@@ -177,13 +177,13 @@ class TrainableModel(Protocol):
         """Zero what the masks do not keep, now and after every step; the optimizer's momentum of it too."""
 
     def watch(self, evidence: GradientStatistic, names: Sequence[str]) -> None:
-        """Gather evidence about some weights from the next step on."""
+        """Accumulate a gradient statistic of some weights from the next step on."""
 
     def evidence(self) -> dict[str, Array]:
-        """What was gathered, the same in every process."""
+        """The accumulated gradient statistics, the same in every process."""
 
     def forget(self) -> None:
-        """Begin to gather anew."""
+        """Reset the gradient statistics."""
 
     def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
         """Train on a batch with a share of the learning rate, also towards what a teacher makes of it.
@@ -201,7 +201,7 @@ class TrainableModel(Protocol):
         """What comes out, for one batch."""
 
     def recalibrate(self, batches: Iterable[Batch]) -> int:
-        """Take the statistics of batch normalisation anew, and return how many layers have some."""
+        """Recalibrate the statistics of batch normalisation, and return how many layers have some."""
 
     def reseed(self, number: int) -> None:
         """Make what is random from here on depend on a number alone."""

@@ -38,7 +38,7 @@ class CheckpointManager:
 
     def check(self) -> None:
         """Refuse a folder whose run would be lost, or that has none to go on with."""
-        there = self._found()
+        there = self._latest()
         if there is not None and not self.is_resumed:
             raise UsageError(
                 f"{self.folder} holds the checkpoint of a run", hint="say --resume to go on with it, or name another"
@@ -72,12 +72,12 @@ class CheckpointManager:
             "stale": progress.stale,
             "best": progress.best,
             "best_epoch": progress.best_epoch,
-            "turned_at": scheduler.turned_at,
+            "turned_at": scheduler.last_updated,
             "history": [asdict(entry) for entry in progress.history],
         }
         network.save(scratch / _NETWORK)
         (scratch / _FACTS).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
-        # Two renames, and `_found` knows what lies there between them.
+        # Two renames, and `_latest` knows what lies there between them.
         last, old = self.folder / _LAST, self.folder / _OLD
         shutil.rmtree(old, ignore_errors=True)
         if last.exists():
@@ -87,13 +87,13 @@ class CheckpointManager:
 
     def resume(self, network: TrainableModel, scheduler: MaskScheduler, progress: TrainState) -> None:
         """Bring everything to where the run was; from the beginning if there is no checkpoint."""
-        folder = self._found()
+        folder = self._latest()
         if folder is None or not self.is_resumed:
             return
         facts = _read(folder / _FACTS)
         network.restore(folder / _NETWORK)
         scheduler.masks = {name: array.astype(np.bool_) for name, array in load_arrays(folder / _MASKS).items()}
-        scheduler.turned_at = facts["turned_at"]
+        scheduler.last_updated = facts["turned_at"]
         if scheduler.masks:
             network.mask(scheduler.masks)
         progress.step, progress.stale = facts["step"], facts["stale"]
@@ -101,7 +101,7 @@ class CheckpointManager:
         progress.best_tensors = load_arrays(folder / _BEST)
         progress.history = [LogEntry(**entry) for entry in facts["history"]]
 
-    def _found(self) -> Path | None:
+    def _latest(self) -> Path | None:
         places = (self.folder / _LAST, self.folder / _OLD)
         return next((place for place in places if (place / _FACTS).is_file()), None)
 
@@ -116,7 +116,7 @@ _OPTIONS = {
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What a run had and what is asked for now, as options: `--lr 0.0001, not 0.001`; all that differ."""
+    """What a run had and what this one has, as options: `--lr 0.0001, not 0.001`; all that differ."""
     before, now = _flat(old), _flat(new)
     changes: dict[str, str] = {}
     # A choice that a version did not have yet is what it is where nobody makes it.

@@ -54,11 +54,11 @@ class Teacher:
 
     def __call__(self, x: Arrays) -> Arrays:
         """What the teacher makes of inputs, as its pupil would give it."""
-        answers = [answer.apply(array) for answer, array in zip(self._outputs, _asked(self, x), strict=False)]
+        answers = [answer.apply(array) for answer, array in zip(self._outputs, _predict(self, x), strict=False)]
         return tuple(answers) if len(answers) > 1 else answers[0]
 
 
-def _asked(teacher: Teacher, x: Arrays) -> tuple[Array, ...]:
+def _predict(teacher: Teacher, x: Arrays) -> tuple[Array, ...]:
     return as_tuple(teacher.predict(_fitted(teacher._inputs, x)))  # noqa: SLF001
 
 

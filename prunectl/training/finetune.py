@@ -196,7 +196,7 @@ def finetune(
             # Its runtime may share what joins the processes with the pupil's: it is let go of when all is done.
             at_the_end.callback(teacher.close)
             notes += teacher.notes
-        logger = _diary(network, scheduler, request, watcher)
+        logger = _logger(network, scheduler, request, watcher)
         progress = _train(
             TrainingRun(
                 network,
@@ -250,7 +250,7 @@ def _unwrapped(model: ModelFile) -> Generator[ModelFile]:
 
 
 def _already(path: Path, rules: PruningConfig, first: Mapping[str, Mask]) -> tuple[str, ...]:
-    """Say it where a file is sparser than it is asked to become."""
+    """A note where a file is sparser than the target."""
     schedule, size = rules.schedule, sum(mask.size for mask in first.values())
     share = sum(mask.size - np.count_nonzero(mask) for mask in first.values()) / max(size, 1)
     if schedule is None or not rules.has_others or share <= schedule.final:
@@ -318,11 +318,11 @@ def _course(request: FinetuneRequest, data: TrainingData, ranks: int) -> TrainCo
 
 def _train(run: TrainingRun) -> TrainState:
     retain_freed_memory()
-    with closing(run.diary), GracefulInterrupt() as stopping:
+    with closing(run.logger), GracefulInterrupt() as stopping:
         return train(run, stopping)
 
 
-def _diary(
+def _logger(
     network: TrainableModel, scheduler: MaskScheduler, request: FinetuneRequest, watcher: ProgressCallback | None
 ) -> TrainingLogger:
     folder = (request.logdir or request.checkpoint_dir) if network.is_chief else None

@@ -91,8 +91,8 @@ class TrainingRun:
     network: TrainableModel
     data: DataSplits
     course: TrainConfig
-    keeper: MaskScheduler
-    diary: TrainingLogger
+    scheduler: MaskScheduler
+    logger: TrainingLogger
     saver: CheckpointManager | None = None
     teacher: TeacherFunction | None = None
     decider: Monitor | None = None
@@ -101,12 +101,12 @@ class TrainingRun:
 
 def train(run: TrainingRun, stopping: GracefulInterrupt) -> TrainState:
     """Train to the end of the course, from the last checkpoint if there is one to go on from."""
-    network, course, scheduler = run.network, run.course, run.keeper
+    network, course, scheduler = run.network, run.course, run.scheduler
     progress = TrainState()
     scheduler.begin(network)
     if run.saver is not None:
         run.saver.resume(network, scheduler, progress)
-    run.diary.begin(course, progress.step)
+    run.logger.begin(course, progress.step)
     while progress.step < course.steps and not _is_over(run, progress):
         done = progress.step - progress.epoch_began
         if not done:
@@ -115,11 +115,11 @@ def train(run: TrainingRun, stopping: GracefulInterrupt) -> TrainState:
         for batch in islice(_batches(run, progress.epoch, done), left):
             if stopping.is_wanted:
                 break
-            scheduler.turn(network, progress.step)
+            scheduler.maybe_update(network, progress.step)
             guide = run.teacher(batch.x) if run.teacher is not None else None
             network.step(batch, course.rate_at(progress.step), guide)
             progress.step += 1
-            run.diary.step(progress.step, scheduler.sparsity)
+            run.logger.step(progress.step, scheduler.sparsity)
         if stopping.is_wanted:
             if run.saver is not None:
                 run.saver.save(network, scheduler, progress)
@@ -127,7 +127,7 @@ def train(run: TrainingRun, stopping: GracefulInterrupt) -> TrainState:
         if progress.step == progress.epoch_began:
             _refuse_empty_epoch(run, progress.epoch)
         _end_epoch(run, progress)
-    scheduler.turn(network, progress.step)
+    scheduler.maybe_update(network, progress.step)
     if course.keeps_best and progress.best_tensors and progress.stale:
         network.assign(progress.best_tensors)
     return progress
@@ -167,10 +167,10 @@ def _refuse_empty_epoch(run: TrainingRun, epoch: int) -> None:
 
 
 def _end_epoch(run: TrainingRun, progress: TrainState) -> None:
-    network, scheduler = run.network, run.keeper
+    network, scheduler = run.network, run.scheduler
     if progress.step == run.course.steps:
-        # A ramp that ends with training has its last turn before the model is judged.
-        scheduler.turn(network, progress.step)
+        # A ramp that ends with training has its last update before the model is judged.
+        scheduler.maybe_update(network, progress.step)
     logs = network.logs()
     if not math.isfinite(logs.get("loss", 0.0)):
         raise DivergedError(
@@ -180,16 +180,16 @@ def _end_epoch(run: TrainingRun, progress: TrainState) -> None:
     seen = evaluate(network, run.data.val, run.course.batch_size)
     entry = LogEntry(progress.epoch + 1, progress.step, scheduler.sparsity, dict(logs), dict(seen))
     progress.history.append(entry)
-    run.diary.epoch(entry)
+    run.logger.epoch(entry)
     _judge(run, progress, entry)
     if run.saver is not None:
         run.saver.save(network, scheduler, progress)
 
 
 def _judge(run: TrainingRun, progress: TrainState, entry: LogEntry) -> None:
-    """Remember the best epoch of those that are as sparse as was asked for."""
+    """Remember the best epoch of those at the final sparsity."""
     decider = run.decider
-    if decider is None or not entry.val or _is_early(run.keeper, entry.step):
+    if decider is None or not entry.val or _is_early(run.scheduler, entry.step):
         return
     value = entry.val[decider.name]
     if decider.is_better(value, progress.best):
@@ -200,11 +200,11 @@ def _judge(run: TrainingRun, progress: TrainState, entry: LogEntry) -> None:
 
 
 def _is_early(scheduler: MaskScheduler, step: int) -> bool:
-    """Whether the last turn is still to come; one that falls between two epochs belongs to the second."""
+    """Whether the last mask update is still to come; one between two epochs belongs to the second."""
     schedule = scheduler.rules.schedule
     if schedule is None or step > schedule.last_update_step:
         return False
-    return step < schedule.last_update_step or scheduler.turned_at != step
+    return step < schedule.last_update_step or scheduler.last_updated != step
 
 
 def evaluate(network: TrainableModel, source: Source | None, batch_size: int) -> Logs:

@@ -50,7 +50,7 @@ class RigLSchedule:
         return self.share * (1.0 + math.cos(math.pi * done)) / 2.0
 
     def prunes_at(self, step: int) -> bool:
-        """Whether it is a turn."""
+        """Whether masks are updated at a step."""
         return self.begin < step < self.end and (step - self.begin) % self.frequency == 0
 
 
@@ -85,7 +85,7 @@ class PruningConfig:
 
     model: ModelFile
     choice: Selection
-    wish: PruneSelection
+    selection: PruneSelection
     method: PruningMethod
     schedule: Schedule | None
     """None keeps the masks that there are at the beginning."""
@@ -102,14 +102,14 @@ class PruningConfig:
 
 @dataclass(slots=True)
 class MaskScheduler:
-    """Knows the masks of the moment."""
+    """Updates the masks along a schedule."""
 
     rules: PruningConfig
     masks: dict[str, Mask] = field(default_factory=dict)
-    """What stays, by tensor; empty before the first turn."""
+    """What stays, by tensor; empty before the first update."""
     first: Mapping[str, Mask] = field(default_factory=dict)
     """The masks of what was zero in the file: it stays zero, unless it may regrow."""
-    turned_at: int = -1
+    last_updated: int = -1
 
     def begin(self, network: TrainableModel) -> None:
         """Put the masks that there are on, and begin to watch."""
@@ -118,9 +118,9 @@ class MaskScheduler:
         if self._watched is not GradientStatistic.NONE:
             network.watch(self._watched, self.rules.names)
 
-    def turn(self, network: TrainableModel, step: int) -> bool:
-        """Make the masks of a step before its batch is trained on, and return whether it was a turn."""
-        if not self._is_turn(step) or step == self.turned_at:
+    def maybe_update(self, network: TrainableModel, step: int) -> bool:
+        """Update the masks before the batch of a step is trained on, if it is time; returns whether it was."""
+        if not self._is_update(step) or step == self.last_updated:
             return False
         weights = network.weights(self.rules.names)
         if step:
@@ -135,14 +135,14 @@ class MaskScheduler:
         network.mask(self.masks)
         if self._watched is not GradientStatistic.MOVEMENT:
             network.forget()
-        self.turned_at = step
+        self.last_updated = step
         return True
 
     @property
     def _watched(self) -> GradientStatistic:
         return GradientStatistic.GRADIENT if self.rules.regrowth is not None else self.rules.evidence
 
-    def _is_turn(self, step: int) -> bool:
+    def _is_update(self, step: int) -> bool:
         schedule, growth = self.rules.schedule, self.rules.regrowth
         if growth is not None and growth.prunes_at(step):
             return True
@@ -157,7 +157,7 @@ class MaskScheduler:
             method = replace(method, strategy=with_gradient_scores(method.strategy, seen, self.masks))
         sparsity = schedule.sparsity_at(step)
         choice = scale_targets(rules.choice, sparsity, schedule.final)
-        plan = planning.make_plan(choice, rules.wish, sparsity if rules.has_others else 0.0)
+        plan = planning.make_plan(choice, rules.selection, sparsity if rules.has_others else 0.0)
         masks = engine.keep_masks(rules.model, plan, method, choice, weights)
         if rules.regrowth is None:
             masks = {name: mask & self.first[name] if name in self.first else mask for name, mask in masks.items()}
@@ -207,11 +207,11 @@ def make_pruning_config(model: ModelFile, request: FinetuneRequest, course: Trai
             hint=f"prunectl prune --strategy {pruning.strategy} --data …, and finetune keeps its zeros; "
             f"in finetune: {', '.join(STATISTIC_OF_STRATEGY)}",
         )
-    wish = replace(method.selection, exclude=(*method.selection.exclude, *request.frozen))
-    choice = planning.select_tensors(model, wish, can_reencode=by_name(model.format).can_reencode)
+    selection = replace(method.selection, exclude=(*method.selection.exclude, *request.frozen))
+    choice = planning.select_tensors(model, selection, can_reencode=by_name(model.format).can_reencode)
     schedule = None
     if request.prunes:
-        pattern = wish.pattern
+        pattern = selection.pattern
         is_grouped = isinstance(pattern, NMPattern)
         # A layer with a ratio of its own is as far on its way as the others: of the whole way if there are no others.
         final = pattern.zeros / pattern.group if isinstance(pattern, NMPattern) else pruning.sparsity
@@ -226,7 +226,7 @@ def make_pruning_config(model: ModelFile, request: FinetuneRequest, course: Trai
     if request.mask is MaskMode.REGROW:
         growth = RigLSchedule(0, int(_REGROWS_UNTIL * course.steps), _frequency(request.ramping, course.steps))
     has_others = pruning.sparsity is not None or not pruning.layers
-    return PruningConfig(model, choice, wish, method, schedule, evidence, growth, has_others=has_others)
+    return PruningConfig(model, choice, selection, method, schedule, evidence, growth, has_others=has_others)
 
 
 def make_schedule(ramping: ScheduleOptions, final: float, course: TrainConfig) -> Schedule:

@@ -89,20 +89,20 @@ def known_direction(name: str, outputs: Iterable[str] = ()) -> bool | None:
 
 @dataclass(frozen=True, slots=True)
 class Monitor:
-    """The number that decides, and whether more of it is better."""
+    """The metric that is monitored, and whether more of it is better."""
 
     name: str
-    is_up: bool
+    higher_is_better: bool
 
     def is_better(self, new: float, old: float | None) -> bool:
         """Whether a number is better than the best so far; what is no number never is."""
         if new != new:  # NaN  # noqa: PLR0124
             return False
-        return old is None or (new > old if self.is_up else new < old)
+        return old is None or (new > old if self.higher_is_better else new < old)
 
 
 def monitored_log(logs: Mapping[str, float], requested: str = "") -> str:
-    """The number that decides: what was asked for, else the first metric, or the loss if there is none."""
+    """The log that is monitored: what was requested, else the first metric, or the loss if there is none."""
     if requested in logs:
         return requested
     others = [name for name in logs if name != LOSS]
@@ -115,7 +115,7 @@ def monitored_log(logs: Mapping[str, float], requested: str = "") -> str:
 
 
 def resolve_direction(name: str, goal: str = "", outputs: Iterable[str] = ()) -> bool:
-    """Whether a larger number is a better one: as was said, else by its name; refuse to guess."""
+    """Whether more of a metric is better: as the user says, else by its name; refuse to guess."""
     direction = goal == MAX if goal else known_direction(name, outputs)
     if direction is None:
         raise UsageError(
@@ -134,7 +134,7 @@ def check_direction(means: TrainOptions) -> None:
 
 
 def make_monitor(logs: Mapping[str, float], means: TrainOptions, outputs: Iterable[str] = ()) -> Monitor:
-    """What decides of the numbers that there are."""
+    """The monitor of some logs."""
     requested = monitored_metric(means)
     name = monitored_log(logs, requested)
     if name == LOSS and requested not in {"", LOSS}:
@@ -143,7 +143,7 @@ def make_monitor(logs: Mapping[str, float], means: TrainOptions, outputs: Iterab
 
 
 def monitored_metric(means: TrainOptions) -> str:
-    """The metric that was asked for first; empty if none was."""
+    """The metric that was requested first; empty if none was."""
     return means.decides or next(iter(means.metrics), "")
 
 

@@ -1,4 +1,4 @@
-"""Networks that prune by themselves, as those of tfmot do: they are told how, and asked which masks came of it."""
+"""Networks that prune by themselves, as those of tfmot do: their masks are read back."""
 
 from __future__ import annotations
 
@@ -61,19 +61,19 @@ class NativeMaskScheduler(MaskScheduler):
     last: int = 0
     """The step at which training ends."""
     is_stale: bool = False
-    """Whether the network has made masks that were not asked for yet."""
+    """Whether the network has made masks that were not read yet."""
     is_settled: bool = False
 
     def begin(self, network: TrainableModel) -> None:
         """Leave the masks to the network, which has them already."""
 
-    def turn(self, network: TrainableModel, step: int) -> bool:
+    def maybe_update(self, network: TrainableModel, step: int) -> bool:
         """Follow what the network does; once it has taken its last turn, see to the exact number of zeros."""
         schedule = self.rules.schedule
         assert schedule is not None
-        if step and step != self.turned_at and (step % self.per_epoch == 0 or step == self.last):
+        if step and step != self.last_updated and (step % self.per_epoch == 0 or step == self.last):
             self.source.end_epoch()
-        self.turned_at = step
+        self.last_updated = step
         is_over = step >= schedule.last_update_step and step > 0
         if is_over and not self.is_settled:
             # tfmot keeps what is as great as its threshold, and so all that ties with it; and it rounds what it keeps
@@ -110,24 +110,24 @@ def make_mask_scheduler(
 ) -> MaskScheduler:
     """What keeps the masks: the network itself where it can, else our own."""
     if isinstance(network, NativePruner):
-        resumed = _goes_on(network, rules, request, first, saved) if not request.prunes else None
-        resumed = resumed or _begins(network, rules, request, first)
+        resumed = _resume(network, rules, request, first, saved) if not request.prunes else None
+        resumed = resumed or _start(network, rules, request, first)
         if resumed is not None:
             resumed.per_epoch, resumed.last = course.steps_per_epoch, course.steps
             return resumed
     return MaskScheduler(rules, dict(first), first)
 
 
-def _begins(
+def _start(
     network: NativePruner, rules: PruningConfig, request: FinetuneRequest, first: Mapping[str, Mask]
 ) -> NativeMaskScheduler | None:
-    """A keeper for what the user asks, if it is what tfmot does."""
+    """A scheduler for what the user asks, if it is what tfmot does."""
     schedule, pruning = rules.schedule, request.pruning
     if schedule is None or first or pruning.strategy != "magnitude" or pruning.params or pruning.scope != Scope.LAYER:
         return None
     if request.mask is not MaskMode.KEEP or rules.evidence is not GradientStatistic.NONE or request.means.is_compiled:
         return None
-    if isinstance(rules.wish.pattern, NMPattern):
+    if isinstance(rules.selection.pattern, NMPattern):
         # tfmot makes its groups in the first step, and never again.
         if not (isinstance(schedule, SparsitySchedule) and schedule.curve == "constant" and schedule.begin == 0):
             return None
@@ -142,19 +142,19 @@ def _begins(
         if final:
             share = final / schedule.final if schedule.final else 1.0
             schedules[name] = replace(driven, final=final, initial=min(driven.initial * share, 1.0))
-    native = NativePruning(schedules, rules.wish.pattern, rules.method.pool, logdir=request.logdir)
+    native = NativePruning(schedules, rules.selection.pattern, rules.method.pool, logdir=request.logdir)
     pruned = network.prune_by(native)
     return NativeMaskScheduler(replace(rules, schedule=driven), source=network) if pruned else None
 
 
-def _goes_on(
+def _resume(
     network: NativePruner,
     rules: PruningConfig,
     request: FinetuneRequest,
     first: Mapping[str, Mask],
     saved: SavedPruning | None,
 ) -> NativeMaskScheduler | None:
-    """A keeper for the schedule that the file was trained under, if it is not at its end."""
+    """A scheduler for the schedule that the file was trained under, if it is not at its end."""
     if saved is None or not saved.schedules or not _is_under_way(saved, bool(first)) or request.means.is_compiled:
         return None
     if request.mask is not MaskMode.KEEP:
@@ -169,13 +169,13 @@ def _goes_on(
     chosen = tuple(tensor for tensor in tensors if tensor.name in pruned)
     own = {tensor.name: schedules[tensor.name].final for tensor in chosen}
     longest = max((schedules[tensor.name] for tensor in chosen), key=lambda schedule: schedule.last_update_step)
-    wish = replace(rules.wish, pattern=saved.block)
+    selection = replace(rules.selection, pattern=saved.block)
     going = replace(
         rules,
         schedule=ResumedSchedule(longest, saved.step),
         choice=Selection(chosen, (), own),
-        wish=wish,
-        method=replace(rules.method, selection=wish, pool=saved.pool),
+        selection=selection,
+        method=replace(rules.method, selection=selection, pool=saved.pool),
     )
     masks = {name: mask for name, mask in first.items() if name in pruned}
     return NativeMaskScheduler(going, masks, source=network)

@@ -22,7 +22,7 @@ DEFAULT_EPOCHS = 3
 
 
 class MaskMode(StrEnum):
-    """What becomes of zeros between two turns."""
+    """What becomes of zeros between two mask updates."""
 
     KEEP = "keep"
     REGROW = "regrow"
@@ -40,7 +40,7 @@ class ScheduleOptions:
     """A schedule whose points in time are still words."""
 
     name: str = ""
-    """A curve; empty keeps the zeros that there are, or is polynomial where a sparsity is asked for."""
+    """A curve; empty keeps the zeros that there are, or is polynomial where there is a sparsity."""
     initial: float = 0.0
     begin: str = "0"
     end: str = ""
@@ -154,7 +154,7 @@ class MetricOptions(TypedDict):
     decides: str
     """The first that was named; it may be the loss."""
     goal: str
-    """`max` or `min`, where it was said."""
+    """`max` or `min`, where the user says it."""
 
 
 def parse_metrics(texts: Iterable[str]) -> MetricOptions:
@@ -301,9 +301,9 @@ _POINT = re.compile(r"(\d+(?:\.\d+)?)\s*(%|ep|epochs?|steps?)?")
 
 
 MOST_FREQUENCY = 100
-"""Steps from one turn to the next on a long way, as in tfmot."""
-_TURNS = 20
-"""At least so many turns are taken on the way, however short it is."""
+"""Steps between two mask updates of a long schedule, as in tfmot."""
+_FEWEST_UPDATES = 20
+"""At least so many mask updates are made, however short the schedule is."""
 
 
 class PointUnit(StrEnum):
@@ -346,5 +346,5 @@ def parse_time_point(text: str) -> TimePoint:
 
 
 def default_update_interval(steps: int) -> int:
-    """How many steps lie between two turns on a way of so many, if nobody says."""
-    return max(min(MOST_FREQUENCY, steps // _TURNS), 1)
+    """The default number of steps between two mask updates of a schedule of so many."""
+    return max(min(MOST_FREQUENCY, steps // _FEWEST_UPDATES), 1)

@@ -107,17 +107,17 @@ def check_checkpoint(model: ModelFile) -> None:
         )
 
 
-_TOLD = 3
+_MOST_NAMES = 3
 
 
 def resolve_builder(reference: str) -> Any:
     """What a reference names, and refuse a file of which it is not said what in it is meant."""
     if reference.endswith(".py") and ":" not in reference:
         names = _public(Path(reference))
-        told = ", ".join(names[:_TOLD]) or "nothing that could be called"
+        listed = ", ".join(names[:_MOST_NAMES]) or "nothing that could be called"
         raise UsageError(
-            f"{reference} has {told}: which of them builds the model?",
-            did_you_mean=tuple(f"{reference}:{name}" for name in names[:_TOLD]),
+            f"{reference} has {listed}: which of them builds the model?",
+            did_you_mean=tuple(f"{reference}:{name}" for name in names[:_MOST_NAMES]),
             hint=f"--model {reference}:{names[0] if names else 'function'}",
         )
     return find("model", reference, {})

@@ -87,10 +87,12 @@ def test_a_direction_of_what_does_not_decide_is_refused() -> None:
 
 def test_what_was_asked_first_decides_whatever_the_order_of_the_numbers() -> None:
     logs = {"accuracy": 0.5, "loss": 1.0, "score": 3.0}
-    assert make_monitor(logs, TrainOptions()) == Monitor("accuracy", is_up=True)
-    assert make_monitor(logs, TrainOptions(**parse_metrics(["loss", "accuracy"]))) == Monitor("loss", is_up=False)
+    assert make_monitor(logs, TrainOptions()) == Monitor("accuracy", higher_is_better=True)
+    assert make_monitor(logs, TrainOptions(**parse_metrics(["loss", "accuracy"]))) == Monitor(
+        "loss", higher_is_better=False
+    )
     assert make_monitor(logs, TrainOptions(**parse_metrics([f"{Path('m.py')}:score:max"]))) == Monitor(
-        "score", is_up=True
+        "score", higher_is_better=True
     )
     with pytest.raises(UsageError, match="is not measured here"):
         make_monitor({"loss": 1.0}, TrainOptions(**parse_metrics(["accuracy"])))

@@ -52,7 +52,7 @@ class Counting:
 
 def trained(source: Source, network: Counting, steps: int, per_epoch: int, batch_size: int) -> TrainState:
     """Go through the loop with no masks."""
-    keeper: Any = SimpleNamespace(begin=lambda _: None, turn=lambda *_: None, sparsity=0.0)
+    keeper: Any = SimpleNamespace(begin=lambda _: None, maybe_update=lambda *_: None, sparsity=0.0)
     model: Any = network
     return train(
         TrainingRun(

@@ -84,7 +84,7 @@ def test_masks_in_memory_are_those_that_prune_would_write(scope: str, strategy: 
     _, target = reference.prune(DIGITS, tmp_path, sparsity=0.7, scope=scope, strategy=strategy)
     written = reference.arrays(target)
     decided = rules(sparsity=0.7, scope=scope, strategy=strategy)
-    plan = planning.make_plan(decided.choice, decided.wish, 0.7)
+    plan = planning.make_plan(decided.choice, decided.selection, 0.7)
     masks = engine.keep_masks(decided.model, plan, decided.method, decided.choice, weights())
     for name, mask in masks.items():
         assert np.array_equal(mask, written[name] != 0), name
@@ -96,7 +96,7 @@ def test_patterns_are_the_same_in_memory_and_in_a_file(pattern: str, tmp_path: P
     _, target = reference.prune(DIGITS, tmp_path, sparsity=amount, pattern=pattern)
     written = reference.arrays(target)
     decided = rules(sparsity=amount, pattern=pattern)
-    plan = planning.make_plan(decided.choice, decided.wish, 0.5)
+    plan = planning.make_plan(decided.choice, decided.selection, 0.5)
     masks = engine.keep_masks(decided.model, plan, decided.method, decided.choice, weights())
     for name, mask in masks.items():
         assert np.array_equal(mask, written[name] != 0), name
@@ -107,7 +107,7 @@ def test_making_masks_leaves_the_weights_as_they_are() -> None:
     before = {name: one.copy() for name, one in held.items()}
     decided = rules()
     engine.keep_masks(
-        decided.model, planning.make_plan(decided.choice, decided.wish, 0.8), decided.method, decided.choice, held
+        decided.model, planning.make_plan(decided.choice, decided.selection, 0.8), decided.method, decided.choice, held
     )
     assert all(np.array_equal(held[name], before[name]) for name in held)
 
@@ -116,7 +116,7 @@ def test_each_turn_has_exactly_the_zeros_of_its_schedule() -> None:
     schedule = SparsitySchedule("polynomial", 0.8, 0, 30, frequency=10)
     keeper, network = MaskScheduler(rules(schedule=schedule)), Paper(weights())
     for step in range(40):
-        is_turn = keeper.turn(network, step)
+        is_turn = keeper.maybe_update(network, step)
         assert is_turn == (step in {0, 10, 20, 30})
         wanted = schedule.sparsity_at(step // 10 * 10)
         assert zeros(network) == {name: round(wanted * one.size) for name, one in network.held.items()}
@@ -128,7 +128,7 @@ def test_a_ramp_that_ends_between_two_turns_still_reaches_its_sparsity() -> None
         Paper(weights()),
     )
     for step in range(26):
-        keeper.turn(network, step)
+        keeper.maybe_update(network, step)
     assert zeros(network) == {name: round(0.8 * one.size) for name, one in network.held.items()}
 
 
@@ -141,7 +141,7 @@ def test_what_was_zero_in_the_file_stays_zero_whatever_a_schedule_asks_for() -> 
     for step in range(21):
         network.jitter(step)
         network.mask(keeper.masks)
-        keeper.turn(network, step)
+        keeper.maybe_update(network, step)
         assert all((network.held[name][~mask] == 0).all() for name, mask in first.items())
 
 
@@ -149,7 +149,7 @@ def test_a_layer_with_a_ratio_of_its_own_gets_there_with_the_others() -> None:
     schedule = SparsitySchedule("linear", 0.8, 0, 20, frequency=10)
     keeper, network = MaskScheduler(rules(schedule=schedule, layers=(("fc1.weight", 0.4),))), Paper(weights())
     for step in range(21):
-        keeper.turn(network, step)
+        keeper.maybe_update(network, step)
         if step in {10, 20}:
             found = zeros(network)
             assert found["fc1.weight"] == round(0.4 * step / 20 * network.held["fc1.weight"].size)
@@ -162,7 +162,7 @@ def test_only_layers_with_a_ratio_of_their_own_are_pruned_if_there_is_no_other()
         has_others=False,
     )
     network = Paper(weights())
-    MaskScheduler(decided).turn(network, 0)
+    MaskScheduler(decided).maybe_update(network, 0)
     found = zeros(network)
     assert found.pop("fc1.weight") == round(0.4 * 8192)
     assert not any(found.values())
@@ -176,7 +176,7 @@ def test_evidence_decides_what_goes(name: str) -> None:
     network.seen = {key: random.normal(size=one.shape) for key, one in network.held.items()}
     seen = dict(network.seen)
     keeper = MaskScheduler(decided)
-    keeper.turn(network, 0)
+    keeper.maybe_update(network, 0)
     for key, mask in keeper.masks.items():
         order = np.argsort(seen[key].reshape(-1), kind="stable")
         wanted = np.ones(mask.size, bool)
@@ -220,7 +220,7 @@ def test_masks_that_move_are_moved_at_their_turns_only() -> None:
     for step in range(40):
         network.seen = {name: np.random.default_rng(step).normal(size=one.shape) for name, one in first.items()}
         before = {name: mask.copy() for name, mask in keeper.masks.items()}
-        is_turn = keeper.turn(network, step)
+        is_turn = keeper.maybe_update(network, step)
         assert is_turn == (step in {10, 20})
         moved = any(not np.array_equal(before[name], mask) for name, mask in keeper.masks.items())
         assert moved == is_turn

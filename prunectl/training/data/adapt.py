@@ -1,4 +1,4 @@
-"""Arrays made to fit what a model takes, where only one way is possible, and said aloud."""
+"""Arrays adapted to what a model takes, where only one way is possible, with a note of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Cast:
     """From one type of numbers to another."""
 
     dtype: np.dtype[Any]
-    said: str
+    note: str
 
     def apply(self, array: Array, what: str) -> Array:
         """The array in the other type; whole numbers must be whole and within it."""
@@ -62,7 +62,7 @@ _TO_FIRST, _TO_LAST = (2, 0, 1), (1, 2, 0)
 class AxisChange:
     """Another order of axes, then others of a single element."""
 
-    said: str
+    note: str
     order: tuple[int, ...] = ()
     """Axes of an example in their new order; empty leaves them."""
     wanted: tuple[int | None, ...] = ()
@@ -113,7 +113,7 @@ class ArrayAdapter:
     @property
     def notes(self) -> tuple[str, ...]:
         """What is done, in sentences."""
-        parts = (self.layout.said if self.layout else "", self.cast.said if self.cast else "")
+        parts = (self.layout.note if self.layout else "", self.cast.note if self.cast else "")
         return tuple(f"{self.title}: {note}" for note in parts if note)
 
 

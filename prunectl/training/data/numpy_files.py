@@ -115,13 +115,15 @@ def open_npz(spec: DataSpec) -> IndexedSource:
     names = [name.removesuffix(".npy") for name in archive.entries if name.endswith(".npy")]
     if not names:
         raise InputError(f"{path} holds no arrays")
-    inputs, targets, notes = (*_said(path, chosen["names"], names), ()) if chosen else _found(archive, names)
+    inputs, targets, notes = (
+        (*_named_arrays(path, chosen["names"], names), ()) if chosen else _guessed_arrays(archive, names)
+    )
     x = {name: _array(archive, name) for name in inputs}
     y = {name: _array(archive, name) for name in targets}
     return from_arrays(spec.text, x, y, *notes)
 
 
-def _said(path: Path, words: str, names: list[str]) -> tuple[list[str], list[str]]:
+def _named_arrays(path: Path, words: str, names: list[str]) -> tuple[list[str], list[str]]:
     sides = [[name.strip() for name in side.split("+")] for side in words.split(",")]
     if len(sides) > 2:
         raise UsageError(
@@ -138,7 +140,7 @@ def _said(path: Path, words: str, names: list[str]) -> tuple[list[str], list[str
     return sides[0], sides[1] if len(sides) > 1 else []
 
 
-def _found(archive: Archive, names: list[str]) -> tuple[list[str], list[str], tuple[str, ...]]:
+def _guessed_arrays(archive: Archive, names: list[str]) -> tuple[list[str], list[str], tuple[str, ...]]:
     for x, y in _USUAL:
         if x in names and y in names:
             return [x], [y], ()

@@ -109,33 +109,33 @@ def _divided(text: str) -> Normalization:
 
 def apply_options(source: Source, spec: DataSpec, signature: ModelSignature | None) -> Source:
     """A source with the general options of its SPEC: classes first, then limit, then what changes numbers."""
-    if spec.is_asked("relabel") and "classes" not in spec.options:
+    if spec.flag("relabel") and "classes" not in spec.options:
         raise UsageError("relabel numbers the classes that are chosen anew", hint="write classes=0,3,5&relabel=1")
     if "classes" in spec.options:
         source = _only_classes(source, spec)
-    limit = spec.number("limit")
+    limit = spec.int_option("limit")
     if limit is not None:
         source = source.first(limit)
     if "shape" in spec.options:
         source = source.changed(_reshape(spec))
-    if spec.is_asked("flatten"):
+    if spec.flag("flatten"):
         source = source.changed(_on_inputs(lambda x: x.reshape(len(x), int(np.prod(x.shape[1:])))))
     if "norm" in spec.options:
         first = bool(signature and signature.is_channels_first)
         source = normalize(source, spec.options["norm"], is_channels_first=first)
-    depth = spec.number("onehot")
+    depth = spec.int_option("onehot")
     return source if depth is None else source.changed(_on_targets(_one_hot(depth), source, "onehot"))
 
 
 def _only_classes(source: Source, spec: DataSpec) -> Source:
-    labels = spec.words("classes")
+    labels = spec.list_option("classes")
     if not labels or any(not label.isdecimal() for label in labels) or len(set(labels)) < len(labels):
         raise UsageError(f"classes={spec.options['classes']} is no list of classes", hint="write classes=0,3,5")
     chosen = np.array([int(label) for label in labels])
     if not source.has_targets:
         raise UsageError(f"{source.name} has no targets, so that classes cannot be chosen")
     filtered = source.where(lambda y: np.isin(_labels(y, "classes"), chosen))
-    if not spec.is_asked("relabel"):
+    if not spec.flag("relabel"):
         return filtered
     ranked = np.sort(chosen)
     return filtered.changed(_on_targets(lambda y: np.searchsorted(ranked, _labels(y, "relabel")), filtered, "relabel"))

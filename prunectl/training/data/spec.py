@@ -37,17 +37,17 @@ class DataSpec:
         """Where the examples lie, if that is one file or folder."""
         return Path(self.where)
 
-    def words(self, name: str) -> tuple[str, ...]:
+    def list_option(self, name: str) -> tuple[str, ...]:
         """The parts of an option that commas separate."""
         return tuple(item.strip() for item in self.options.get(name, "").split(",") if item.strip())
 
-    def number(self, name: str) -> int | None:
+    def int_option(self, name: str) -> int | None:
         """An option that is a count, if it is given."""
         if name not in self.options:
             return None
         return parse_count(name, self.options[name])
 
-    def is_asked(self, name: str) -> bool:
+    def flag(self, name: str) -> bool:
         """Whether an option that is yes or no says yes."""
         if name not in self.options:
             return False

@@ -44,13 +44,13 @@ def _known(port: TensorSpec) -> tuple[int, ...]:
     shape = port.shape
     if shape is None or any(length is None for length in shape):
         raise UsageError(
-            f"the model does not say how long each axis of its input {port.name!r} is: {_said(port)}",
+            f"the model does not say how long each axis of its input {port.name!r} is: {_axes_text(port)}",
             hint="say it: 'random:64?shape=3x224x224' (several inputs: shape=3x224x224+10)",
         )
     return tuple(length for length in shape if length is not None)
 
 
-def _said(port: TensorSpec) -> str:
+def _axes_text(port: TensorSpec) -> str:
     return "unknown" if port.shape is None else str(port.shape).replace("None", "?")
 
 

@@ -38,8 +38,8 @@ class TableColumns:
 
 def select_columns(spec: DataSpec, names: Sequence[str]) -> TableColumns:
     """Which columns of a table the options name: all but the targets go in, unless they say otherwise."""
-    targets = spec.words("target")
-    inputs = spec.words("columns") or tuple(name for name in names if name not in targets)
+    targets = spec.list_option("target")
+    inputs = spec.list_option("columns") or tuple(name for name in names if name not in targets)
     for name in (*targets, *inputs):
         if name not in names:
             raise UsageError(
@@ -64,7 +64,7 @@ def as_source(
         f"{spec.where}: {name} has {len(known)} classes, in the order of their names: {_numbered(known)}"
         for name, known in class_names.items()
     )
-    has_targets = bool(spec.words("target"))
+    has_targets = bool(spec.list_option("target"))
     stream = IterableSource(spec.text, count, has_targets, read, notes=notes)
     if nbytes > HELD_BYTES or not count:
         return stream

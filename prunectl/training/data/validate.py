@@ -1,4 +1,4 @@
-"""Whether a model can learn from a source, told before the first step."""
+"""Whether a model can learn from a source, checked before the first step."""
 
 from __future__ import annotations
 

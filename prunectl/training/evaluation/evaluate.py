@@ -114,7 +114,7 @@ class Evaluation:
     metric: str
     logs: dict[str, float]
     notes: tuple[str, ...]
-    is_up: bool
+    higher_is_better: bool
     """Whether more of the metric is better."""
 
     @property
@@ -155,7 +155,7 @@ def _by_framework(model: ModelFile, request: FinetuneRequest) -> Evaluation:
         notes = (*data.notes, *validate_training_data(data, network.signature, request))
         logs = dict(evaluate(network, data.val or data.train, request.batch_size))
         monitor = make_monitor(logs, request.means, (port.name for port in network.signature.outputs))
-        return Evaluation(monitor.name, logs, (*notes, *network.notes), monitor.is_up)
+        return Evaluation(monitor.name, logs, (*notes, *network.notes), monitor.higher_is_better)
 
 
 def _by_onnxruntime(model: ModelFile, request: FinetuneRequest) -> Evaluation:
@@ -176,4 +176,4 @@ def _by_onnxruntime(model: ModelFile, request: FinetuneRequest) -> Evaluation:
     batches = source.batches(EpochOrder(request.batch_size))
     metric, value = evaluate_predictions(network.predict, batches, monitored_metric(request.means), source.name)
     logs = {metric: value}
-    return Evaluation(metric, logs, tuple(dict.fromkeys(notes)), make_monitor(logs, request.means).is_up)
+    return Evaluation(metric, logs, tuple(dict.fromkeys(notes)), make_monitor(logs, request.means).higher_is_better)

@@ -41,30 +41,34 @@ def parse_drop(text: str) -> MaxDrop:
     return MaxDrop(amount / 100 if is_points else amount, is_points)
 
 
-def improvement(before: float, after: float, *, is_up: bool) -> float:
+def improvement(before: float, after: float, *, higher_is_better: bool) -> float:
     """By how much one number is better than another; more is better, or less."""
     more = after - before
-    return round(more if is_up else -more, _DIGITS)
+    return round(more if higher_is_better else -more, _DIGITS)
 
 
-def is_fraction(value: float, *, is_up: bool) -> bool:
+def is_fraction(value: float, *, higher_is_better: bool) -> bool:
     """Whether a metric is a share of the examples, of which percentage points can be lost."""
-    return is_up and 0 <= value <= 1
+    return higher_is_better and 0 <= value <= 1
 
 
-def format_drop(difference: float, of: float, *, is_up: bool) -> str:
+def format_drop(difference: float, of: float, *, higher_is_better: bool) -> str:
     """A difference as people read it: in percentage points where the metric is a share."""
-    return f"{100 * difference:.3g} {POINTS}" if is_fraction(of, is_up=is_up) else f"{difference:.4g}"
+    return (
+        f"{100 * difference:.3g} {POINTS}"
+        if is_fraction(of, higher_is_better=higher_is_better)
+        else f"{difference:.4g}"
+    )
 
 
-def check_max_drop(limit: MaxDrop, metric: str, value: float, *, is_up: bool) -> None:
+def check_max_drop(limit: MaxDrop, metric: str, value: float, *, higher_is_better: bool) -> None:
     """Refuse a limit that does not go with the metric, of which the model as it is has a value."""
-    if limit.is_points and not is_fraction(value, is_up=is_up):
+    if limit.is_points and not is_fraction(value, higher_is_better=higher_is_better):
         raise UsageError(
             f"a drop of {limit.shown} is about a share, and {metric} is none ({value:.4g})",
             hint=f"write a number, such as {abs(value) / 100:.2g}, or name another metric",
         )
-    if not limit.is_points and is_fraction(value, is_up=is_up):
+    if not limit.is_points and is_fraction(value, higher_is_better=higher_is_better):
         raise UsageError(
             f"a drop of {limit.shown} of {metric}: in which unit?",
             hint=f"write {limit.shown}pp or {100 * limit.amount:g}pp",

@@ -21,7 +21,7 @@ from prunectl.training import random_state
 
 @dataclass(frozen=True, slots=True)
 class DistributedContext:
-    """Which process this is, and what it reckons on."""
+    """The rank of this process, and its device."""
 
     rank: int
     ranks: int

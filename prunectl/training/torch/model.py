@@ -173,8 +173,8 @@ class TorchTrainable:
         """The outputs with what each ends in, also where only the loss or the numbers tell."""
         by_loss = [one.ending for one in self._losses] + [FinalActivation.UNKNOWN] * len(outs)
         return tuple(
-            replace(port, ending=told or port.ending or activation_of_values(to_numpy(out.float()), 1))
-            for port, out, told in zip(specs, outs, by_loss, strict=False)
+            replace(port, ending=activation or port.ending or activation_of_values(to_numpy(out.float()), 1))
+            for port, out, activation in zip(specs, outs, by_loss, strict=False)
         )
 
     def _leave_out_unreached(self, example: Batch) -> None:
@@ -310,13 +310,13 @@ class TorchTrainable:
         return outputs if len(outputs) > 1 else outputs[0]
 
     def _rest(self) -> None:
-        """Get ready to predict; a teacher is asked before, and without, any preparation."""
+        """Get ready to predict, as a teacher does without being prepared."""
         if not hasattr(self, "_place"):
             self.place("auto")
         self._mode(training=False)
 
     def place(self, device: str) -> None:
-        """Choose the device of a model that is asked for its outputs alone."""
+        """Choose the device of a model that only predicts."""
         self._place, self._half = distributed.join(device), None
         self._module.to(self._place.device)
 
@@ -336,7 +336,7 @@ class TorchTrainable:
         return {name: to_numpy(gradient) for name, gradient in zip(weights, slopes, strict=True)}
 
     def recalibrate(self, batches: Iterable[Batch]) -> int:
-        """Take the statistics of batch normalisation anew."""
+        """Recalibrate the statistics of batch normalisation."""
         self._mode(training=False)
         return recalibrate(self._module, (batch.x for batch in batches), self._run_through)
 
@@ -377,15 +377,15 @@ class TorchTrainable:
         self._masks.put(kept, self._optimizer)
 
     def watch(self, evidence: GradientStatistic, names: Sequence[str]) -> None:
-        """Gather evidence about some weights."""
+        """Accumulate a gradient statistic of some weights."""
         self._gathered.begin(evidence, self._parameters(names))
 
     def evidence(self) -> dict[str, Array]:
-        """What was gathered; gradients are the same in every process."""
+        """The accumulated gradient statistics, the same in every process."""
         return {name: to_numpy(full_tensor(value)) for name, value in self._gathered.sums.items()}
 
     def forget(self) -> None:
-        """Gather anew."""
+        """Reset the gradient statistics."""
         self._gathered.forget()
 
     def reseed(self, number: int) -> None:

@@ -59,7 +59,7 @@ class WeightMasks:
 
 
 class GradientSums:
-    """Adds up evidence about some weights."""
+    """Accumulates a gradient statistic of some weights."""
 
     def __init__(self) -> None:
         self.kind = GradientStatistic.NONE
@@ -67,13 +67,13 @@ class GradientSums:
         self._weights: dict[str, torch.nn.Parameter] = {}
 
     def begin(self, kind: GradientStatistic, weights: Mapping[str, torch.nn.Parameter]) -> None:
-        """Gather about other weights from here on."""
+        """Start with other weights, from zero."""
         self.kind, self._weights = kind, dict(weights)
         self.sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
 
     @torch.no_grad()
     def add(self, is_taken: torch.Tensor | None = None) -> None:
-        """Count the gradients of a step; on the device it is told whether the step is taken, None where it always is.
+        """Add the gradients of a step; a tensor says whether the step is taken, None that it always is.
 
         The gradients of an fp16 step that overflowed are infinite, and GradScaler skips it.
         """
@@ -85,6 +85,6 @@ class GradientSums:
                 )
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Set all sums to zero."""
         for total in self.sums.values():
             total.zero_()

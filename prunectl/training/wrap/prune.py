@@ -113,8 +113,8 @@ def _bits(array: Array) -> Array:
 def _share(cut: TensorPlan, pruned: Pruned) -> float:
     """How much of a tensor goes: as it was asked, or as it came out where tensors were ranked or weighed."""
     dropped = pruned.tallies[cut.tensor.name].dropped
-    asked = (pruned.sparsity, *(ratio for _, ratio in pruned.request.layers))
-    exact = (ratio for ratio in asked if round(ratio * cut.tensor.size) == dropped)
+    requested = (pruned.sparsity, *(ratio for _, ratio in pruned.request.layers))
+    exact = (ratio for ratio in requested if round(ratio * cut.tensor.size) == dropped)
     return next(exact, dropped / cut.tensor.size)
 
 

@@ -93,23 +93,23 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
 
 def read_schedule(kept: Mapping[str, Any]) -> Schedule | None:
     """The schedule in the configuration of a wrapper; None for a class that nobody here knows."""
-    name, said = text(kept, "class_name"), part(kept, "config")
+    name, config = text(kept, "class_name"), part(kept, "config")
     try:
         if name == "ConstantSparsity":
             return SparsitySchedule(
-                "constant", said["target_sparsity"], said["begin_step"], _end(said), 0.0, said["frequency"]
+                "constant", config["target_sparsity"], config["begin_step"], _end(config), 0.0, config["frequency"]
             )
         if name == "PolynomialDecay":
-            power = f"power={float(said['power'])!r}"
-            first, final = said["initial_sparsity"], said["final_sparsity"]
+            power = f"power={float(config['power'])!r}"
+            first, final = config["initial_sparsity"], config["final_sparsity"]
             return SparsitySchedule(
-                "polynomial", final, said["begin_step"], _end(said), first, said["frequency"], (power,)
+                "polynomial", final, config["begin_step"], _end(config), first, config["frequency"], (power,)
             )
-        return from_config(said) if name == OURS else None
+        return from_config(config) if name == OURS else None
     except (KeyError, TypeError, ValueError):
         # Of a version that words it otherwise.
         return None
 
 
-def _end(said: Mapping[str, Any]) -> int | None:
-    return None if said["end_step"] == _FOREVER else int(said["end_step"])
+def _end(config: Mapping[str, Any]) -> int | None:
+    return None if config["end_step"] == _FOREVER else int(config["end_step"])

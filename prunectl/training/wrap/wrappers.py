@@ -194,10 +194,10 @@ def read_saved_pruning(model: ModelFile) -> SavedPruning | None:
     for layer in layers(model.about.keras):
         if layer.kind != "PruneLowMagnitude":
             continue
-        said = part(layer.config, "pruning_schedule")
-        schedule = read_schedule(said)
+        config = part(layer.config, "pruning_schedule")
+        schedule = read_schedule(config)
         if schedule is None:
-            unknown[str(said.get("class_name"))] = None
+            unknown[str(config.get("class_name"))] = None
             continue
         schedules[layer.name.removeprefix(PRUNED_PREFIX)] = schedule
         blocks[_block(layer.config)] = None
@@ -222,12 +222,12 @@ def _step(model: ModelFile) -> int:
     return max([0, *counted])
 
 
-def check_wrappable(model: ModelFile, request: FinetuneRequest, keeper: MaskScheduler) -> None:
+def check_wrappable(model: ModelFile, request: FinetuneRequest, scheduler: MaskScheduler) -> None:
     """Refuse, before training, what could not be wrapped after it."""
     if not request.keeps_wrappers:
         return
     wrapper_format(model, has_schedule=False)
-    if not keeper.masks and keeper.rules.schedule is None:
+    if not scheduler.masks and scheduler.rules.schedule is None:
         raise UsageError(
             f"{model.path} has no zeros that wrappers could keep",
             hint="add --sparsity 80%, or leave out --keep-wrappers",
@@ -235,12 +235,12 @@ def check_wrappable(model: ModelFile, request: FinetuneRequest, keeper: MaskSche
 
 
 def spec_of_result(
-    keeper: MaskScheduler, request: FinetuneRequest, held: SavedPruning | None, steps: int
+    scheduler: MaskScheduler, request: FinetuneRequest, held: SavedPruning | None, steps: int
 ) -> WrapperSpec:
     """What the wrappers of a result say: its masks, and the schedule of the file if that is not at its end."""
-    rules = keeper.rules
+    rules = scheduler.rules
     wrapping = WrapperSpec(
-        dict(keeper.masks), pattern=rules.wish.pattern, pool=rules.method.pool, origin=request.origin
+        dict(scheduler.masks), pattern=rules.selection.pattern, pool=rules.method.pool, origin=request.origin
     )
     if held is None or request.prunes or not held.is_open_after(steps):
         return wrapping

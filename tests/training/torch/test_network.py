@@ -404,9 +404,9 @@ def test_evidence_that_is_not_finite_ends_the_run(
         )
     )
     network._gathered.sums["one.weight"][0, 0] = float("inf")
-    monkeypatch.setattr(MaskScheduler, "_is_turn", lambda *_: True)
+    monkeypatch.setattr(MaskScheduler, "_is_update", lambda *_: True)
     with pytest.raises(DivergedError, match=r"gradient of one\.weight"):
-        keeper.turn(network, 5)
+        keeper.maybe_update(network, 5)
 
 
 def test_recalibration_weighs_a_smaller_last_batch_by_its_examples(tmp_path: Path) -> None:
