@@ -13,7 +13,7 @@ from prunectl.commands._requests import OutputOptions, import_first, request_opt
 from prunectl.commands.build.command import BuildCommand
 from prunectl.exporting.compare import Comparison, ExportResult
 from prunectl.exporting.export import export
-from prunectl.exporting.request import OPTIONS, parse_request
+from prunectl.exporting.request import BATCH_SIZE, OPTIONS, SAMPLES, parse_request
 from prunectl.exporting.routes import suffix_of
 from prunectl.pruning.destination import Destination
 from prunectl.reporting.prune import before_after
@@ -123,8 +123,8 @@ class Export(OutputOptions):
         list[str] | None, _run("--input", metavar="NAME:SHAPE:TYPE", help="Such as x:1,3,224,224:f32; ? is open.")
     ] = None
     data: Annotated[str, _run(metavar="SPEC", help="What to run both on; else random inputs.")] = ""
-    samples: Annotated[int | None, _run(help="Examples to run both on.  [default: 256 of --data]", min=1)] = None
-    batch_size: Annotated[int | None, _run(help="Examples at a time.  [default: 32]", min=1)] = None
+    samples: Annotated[int | None, _run(help=f"Examples to run both on.  [default: {SAMPLES} of --data]", min=1)] = None
+    batch_size: Annotated[int | None, _run(help=f"Examples at a time.  [default: {BATCH_SIZE}]", min=1)] = None
     seed: Annotated[int | None, _run(help="Decides random inputs.  [default: 0]")] = None
     atol: Annotated[float | None, _run(help="How far two outputs may be apart.  [default: 1e-4]")] = None
     rtol: Annotated[float | None, _run(help="The same, as a share of the output.  [default: 1e-4]")] = None

@@ -19,7 +19,7 @@ from prunectl.reporting.progress import TrainingProgress
 from prunectl.reporting.report import Report
 from prunectl.reporting.reporter import Reporter
 from prunectl.training.finetune import finetune
-from prunectl.training.request import OPTIONS, FinetuneRequest, KeepWeights, MaskMode, parse_request
+from prunectl.training.request import DEFAULT_EPOCHS, OPTIONS, FinetuneRequest, KeepWeights, MaskMode, parse_request
 
 _DEFAULT = FinetuneRequest("")
 _SCOPE = Scope(_DEFAULT.pruning.scope)
@@ -52,7 +52,7 @@ class Finetune(OutputOptions):
     data: Annotated[str, _data(metavar="SPEC", help="What to learn from: train.npz, images/, t.csv?target=y …")]
     val: Annotated[str, _data(metavar="SPEC", help="What to judge by.")] = ""
     val_split: Annotated[str, _data(metavar="RATIO", help="Judge by this share of the data instead.")] = ""
-    epochs: Annotated[int | None, _train(help="Times through the data.  [default: 3]", min=0)] = None
+    epochs: Annotated[int | None, _train(help=f"Times through the data.  [default: {DEFAULT_EPOCHS}]", min=0)] = None
     steps: Annotated[int | None, _train(help="Batches, instead of epochs.", min=0)] = None
     batch_size: Annotated[int, _train(help="Examples in a batch, of all processes together.", min=1)] = (
         _DEFAULT.batch_size

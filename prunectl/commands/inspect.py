@@ -18,7 +18,7 @@ from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.registry import open_model
 from prunectl.pruning import BATCH_SIZE, SAMPLES
-from prunectl.reporting.inspect import inspect_report
+from prunectl.reporting.inspect import add_channel_groups, inspect_report
 from prunectl.reporting.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def inspect(
     if sensitivity:
         report = importlib.import_module("prunectl.reporting.sensitivity").add_sensitivity(report, sensitivities)
     if groups:
-        report = importlib.import_module("prunectl.reporting.inspect").add_channel_groups(report, groups_found)
+        report = add_channel_groups(report, groups_found)
     return reporter.show(report)
 
 

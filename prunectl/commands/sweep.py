@@ -22,6 +22,9 @@ _train = option_group("Training")
 _file = option_group("What the file does not say")
 _USUAL = "50%,80%,90%"
 _DEFAULT = SweepConfig("")
+_STRATEGIES, _SCOPES, _PATTERNS, _SCHEDULES = map(
+    ",".join, (_DEFAULT.strategies, _DEFAULT.scopes, _DEFAULT.patterns, _DEFAULT.schedules)
+)
 
 
 def sweep(
@@ -37,9 +40,9 @@ def sweep(
     metric: Annotated[
         str, _data(metavar="NAME", help="What decides: accuracy, loss, f.py:fn:max …; else as the file says.")
     ] = "",
-    strategies: Annotated[str, _ways(metavar="NAME,…", help="What goes first.")] = "magnitude",
-    scopes: Annotated[str, _ways(metavar="NAME,…", help="layer, global …, as in prune.")] = "layer",
-    patterns: Annotated[str, _ways(metavar="NAME,…", help="unstructured, 2:4, block:1x4, channel …")] = "unstructured",
+    strategies: Annotated[str, _ways(metavar="NAME,…", help="What goes first.")] = _STRATEGIES,
+    scopes: Annotated[str, _ways(metavar="NAME,…", help="layer, global …, as in prune.")] = _SCOPES,
+    patterns: Annotated[str, _ways(metavar="NAME,…", help="unstructured, 2:4, block:1x4, channel …")] = _PATTERNS,
     param: Annotated[
         list[str] | None,
         _ways(metavar="K=V,…", help="Values to try, for the strategies that have it; may be repeated."),
@@ -49,7 +52,7 @@ def sweep(
     ] = "",
     schedules: Annotated[
         str, _ways(metavar="NAME,…", help="How it goes while training; constant is before the first step.")
-    ] = "constant",
+    ] = _SCHEDULES,
     max_drop: Annotated[
         str, _ways(metavar="DROP", help="Find the largest sparsity that costs no more: 0.5pp, or 0.01 of a loss.")
     ] = "",
