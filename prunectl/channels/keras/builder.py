@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -139,7 +139,8 @@ class GraphBuilder:
         """The finished graph."""
         return ChannelGraph(
             nodes=tuple(self.nodes),
-            weights=_LazyWeights(self._model, self._weights),
+            # A copy: each view of the file would keep it open once more.
+            weights=LazyWeights(self._weights, lambda name: np.array(self._model.read(self._weights[name]))),
             views=self.views,
             uses=self.uses,
             shapes=self.shapes,
@@ -148,24 +149,23 @@ class GraphBuilder:
         )
 
 
-class _LazyWeights(Mapping[str, Array]):
+class LazyWeights(Mapping[str, Array]):
     """Weights that are read on first access."""
 
-    def __init__(self, model: ModelFile, tensors: Mapping[str, Tensor]) -> None:
-        self._model, self._tensors = model, tensors
-        self._held: dict[str, Array] = {}
+    def __init__(self, names: Collection[str], read: Callable[[str], Array]) -> None:
+        self._names, self._read = names, read
+        self._arrays: dict[str, Array] = {}
 
     def __getitem__(self, name: str) -> Array:
-        if name not in self._held:
-            # A copy: each view of the file would keep it open once more.
-            self._held[name] = np.array(self._model.read(self._tensors[name]))
-        return self._held[name]
+        if name not in self._arrays:
+            self._arrays[name] = self._read(name)
+        return self._arrays[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._names)
 
 
 def _with_renamed(names: tuple[str, ...], old: str, new: str) -> tuple[str, ...]:

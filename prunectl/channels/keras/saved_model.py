@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -16,6 +16,7 @@ from prunectl.channels.adapter import Feeds, GraphAdapter, PrunedShapes, Removed
 from prunectl.channels.graph import ChannelGraph
 from prunectl.channels.keras import run as drafts
 from prunectl.channels.keras.adapter import KerasAdapter, require_followable
+from prunectl.channels.keras.builder import LazyWeights
 from prunectl.channels.keras.traverse import load_keras
 from prunectl.channels.lengths import AxisLengths, DataShapes
 from prunectl.errors import InputError, PrunectlError, WorkError, first_line
@@ -32,28 +33,6 @@ from prunectl.training.backend import LoadOptions
 from prunectl.training.keras.distribution import DevicePlacement
 from prunectl.training.keras.load import LoadedModel, load
 from prunectl.training.quiet import ignore_warnings
-
-
-class RenamedWeights(Mapping[str, Array]):
-    """Lazily read weights under other names."""
-
-    def __init__(self, weights: Mapping[str, Array], names: Mapping[str, str]) -> None:
-        self._scratch_dir, self._names = weights, names
-
-    def __getitem__(self, name: str) -> Array:
-        return self._scratch_dir[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def rename_weights(weights: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
-    """Some weights under other names."""
-    return {names[name]: array for name, array in weights.items()}
-
 
 _SIGNATURES = frozenset({"serving_default", "__saved_model_init_op"})
 _WRITTEN_BY_KERAS = frozenset({"saved_model.pb", "keras_metadata.pb", "fingerprint.pb", "variables"})
@@ -87,6 +66,7 @@ class SavedModelAdapter(GraphAdapter):
             inner = open_model(path)
             self._loaded = load_keras(inner, lengths)
             self._names = _match_weights(model, inner)
+            self._inner_names = {outer: name for name, outer in self._names.items()}
             self._inner = KerasAdapter(self._loaded, origin)
 
     @cached_property
@@ -95,7 +75,9 @@ class SavedModelAdapter(GraphAdapter):
         graph, names = self._inner.graph, self._names
         return replace(
             graph,
-            weights=RenamedWeights(graph.weights, {names[name]: name for name in graph.weights}),
+            weights=LazyWeights(
+                [names[name] for name in graph.weights], lambda name: graph.weights[self._inner_names[name]]
+            ),
             views={name: replace(view, tensor=names[view.tensor]) for name, view in graph.views.items()},
             uses={names[name]: count for name, count in graph.uses.items()},
         )
@@ -124,13 +106,15 @@ class SavedModelAdapter(GraphAdapter):
 
     def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
         """The smaller configuration, and sliced weights."""
-        inner_names = {outer: name for name, outer in self._names.items()}
-        inner_removed = {(inner_names[name], axis): indices for (name, axis), indices in removed.items()}
-        return self._inner.prune(inner_removed, after, rename_weights(weights, inner_names))
+        inner_removed = {(self._inner_names[name], axis): indices for (name, axis), indices in removed.items()}
+        return self._inner.prune(inner_removed, after, self._renamed(weights))
 
     def with_weights(self, weights: Mapping[str, Array]) -> Any:
         """The network with some weights replaced."""
-        return self._inner.with_weights(rename_weights(weights, {outer: name for name, outer in self._names.items()}))
+        return self._inner.with_weights(self._renamed(weights))
+
+    def _renamed(self, weights: Mapping[str, Array]) -> dict[str, Array]:
+        return {self._inner_names[name]: array for name, array in weights.items()}
 
     def random_inputs(self, random: np.random.Generator) -> Feeds:
         """Random inputs, small integers for embeddings."""
