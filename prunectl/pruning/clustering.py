@@ -66,25 +66,20 @@ def parse(text: str) -> Clustering:
 
 def clustered(make: Callable[[], Blocks], clustering: Clustering, name: str, seed: int) -> Blocks:
     """Yield the blocks of a tensor with every weight that is kept replaced by the centroid nearest to it."""
-    kept: list[Array] = []
-    size = 0
-    for block, _ in make():
-        size += block.size
-        kept.append(block[_is_clustered(block)])
+    # Made once, as scores and reconstructions may take long; each block is valid until the next.
+    pruned = [(block.copy(order="C"), dropped.copy()) for block, dropped in make()]
+    kept = [block[_is_clustered(block)] for block, _ in pruned]
     values = np.sort(np.concatenate(kept).astype(np.float64)) if kept else np.empty(0)
-    if not values.size:
-        yield from make()
-        return
-    dtype = kept[0].dtype
-    del kept
-    uniform = _uniform_numbers(clustering.count, f"{seed}/{name}/clusters")
-    book = codebook(values, clustering, uniform, has_zeros=values.size < size, dtype=dtype)
-    codes = book.astype(dtype)
-    for block, dropped in make():
-        is_clustered = _is_clustered(block)
-        result = block.copy(order="C")
-        result[is_clustered] = codes[nearest(block[is_clustered].astype(np.float64), book)]
-        yield result, dropped
+    if values.size:
+        dtype, size = kept[0].dtype, sum(block.size for block, _ in pruned)
+        del kept
+        uniform = _uniform_numbers(clustering.count, f"{seed}/{name}/clusters")
+        book = codebook(values, clustering, uniform, has_zeros=values.size < size, dtype=dtype)
+        codes = book.astype(dtype)
+        for block, _ in pruned:
+            is_clustered = _is_clustered(block)
+            block[is_clustered] = codes[nearest(block[is_clustered].astype(np.float64), book)]
+    yield from pruned
 
 
 def codebook(

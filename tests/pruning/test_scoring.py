@@ -149,10 +149,11 @@ def test_the_lowest_scores_go_and_the_bytes_are_what_they_ever_were(
         np.testing.assert_array_equal(after, np.where(marks[name], np.zeros_like(before[name]), before[name]))
 
 
+@pytest.mark.parametrize("cluster", ["", "8"])
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_a_tensor_is_scored_once(scope: str, tmp_path: Path) -> None:
+def test_a_tensor_is_scored_once(scope: str, cluster: str, tmp_path: Path) -> None:
     before = weights(has_doubles=True)
-    words = {"sparsity": 0.5, "scope": scope, "strategy": named(tmp_path, "coarse")}
+    words = {"sparsity": 0.5, "scope": scope, "strategy": named(tmp_path, "coarse"), "cluster": cluster}
     prune(model(tmp_path, before), tmp_path / "out", **words)
     assert sorted(calls(tmp_path)) == sorted(str(array.shape) for array in before.values())
 
