@@ -23,33 +23,21 @@ COUNT_BYTES = 8
 def open_model(path: Path) -> ModelFile:
     """Open a file that torch.save wrote before it used zips."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        magic = interpret(data, path, "its magic number", end=min(len(data), MAX_LEGACY_FACT_BYTES))
-        protocol = interpret(
-            data, path, "its protocol number", start=magic.end, end=min(len(data), MAX_LEGACY_FACT_BYTES)
-        )
+        most = min(len(data), MAX_LEGACY_FACT_BYTES)
+        magic = interpret(data, path, "its magic number", end=most)
+        protocol = interpret(data, path, "its protocol number", start=magic.end, end=most)
         if magic.value != MAGIC or protocol.value != PROTOCOL:
             raise InputError(f"{path} is damaged: it is not of the protocol that PyTorch wrote")
-        system = interpret(
-            data,
-            path,
-            "what it says of its machine",
-            start=protocol.end,
-            end=min(len(data), MAX_LEGACY_FACT_BYTES),
-        )
+        system = interpret(data, path, "what it says of its machine", start=protocol.end, end=most)
         program = interpret(data, path, "its object", start=system.end)
         storages = {info.key: info for info in (views.parse_persistent_id(path, key) for key in program.storages)}
         end = min(len(data), program.end + MAX_LEGACY_FACT_BYTES + MAX_VERSION_BYTES * len(storages))
         keys = interpret(data, path, "its list of storages", start=program.end, end=end)
         located = _locate(path, data, keys.value, storages, keys.end)
 
-    def find(info: StorageInfo) -> Storage:
-        place = located.get(info.key)
-        if place is None or place.nbytes != info.nbytes:
-            raise InputError(f"{path} is damaged: it does not hold the whole storage {describe_value(info.key)}")
-        return place
-
     about = ModelInfo(producer="pytorch (format before 1.6)")
-    return model.model_from_pickle(path, "torch-legacy", [PickleSource(program, find)], about)
+    source = PickleSource(program, model.storages_by_key(path, located))
+    return model.model_from_pickle(path, "torch-legacy", [source], about)
 
 
 def _locate(

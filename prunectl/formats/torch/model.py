@@ -156,6 +156,18 @@ class PickleSource:
     """Whether the pickle lies in the file as it is, so that its places are places in the file."""
 
 
+def storages_by_key(path: Path, located: Mapping[str, Storage]) -> Callable[[StorageInfo], Storage]:
+    """What finds storages that a container lists by their keys, each as long as the pickle says."""
+
+    def find(info: StorageInfo) -> Storage:
+        storage = located.get(info.key)
+        if storage is None or storage.nbytes != info.nbytes:
+            raise InputError(f"{path} is damaged: it does not hold the whole storage {describe_value(info.key)}")
+        return storage
+
+    return find
+
+
 def tensors(path: Path, source: PickleSource, uses: dict[str, StateUse | None]) -> tuple[list[Tensor], int]:
     """The tensors of a program, and how many NumPy arrays are not to be had; fill in what code uses them for."""
     rebuilt: list[Tensor] = []

@@ -16,7 +16,6 @@ from prunectl.formats.torch import views as torch_views
 from prunectl.formats.torch.model import PickleSource
 from prunectl.formats.torch.pickle.opcodes import Global, OpaqueCall, Persistent, describe_value
 from prunectl.formats.torch.pickle.vm import interpret
-from prunectl.formats.torch.views import StorageInfo
 
 BLOCK_BYTES = 512
 RECORD_BYTES = 20 * BLOCK_BYTES
@@ -64,7 +63,6 @@ def _entry(path: Path, header: bytes) -> tuple[str, int]:
 
 COUNT_BYTES = 8
 _REBUILD = Global("torch._utils", "_rebuild_tensor")
-_LocatedStorage = tuple[StorageInfo, Storage]
 
 
 def open_model(path: Path) -> ModelFile:
@@ -79,14 +77,9 @@ def open_model(path: Path) -> ModelFile:
         begin, end = entries["pickle"]
         program = interpret(data, path, "its entry pickle", start=begin, end=end)
 
-    def find(info: StorageInfo) -> Storage:
-        known, storage = located.get(info.key, (None, None))
-        if known is None or storage is None or known.nbytes != info.nbytes:
-            raise InputError(f"{path} is damaged: it does not hold the whole storage {describe_value(info.key)}")
-        return storage
-
     about = ModelInfo(producer="pytorch (format before 0.2)")
-    return model.model_from_pickle(path, "torch-tar", [PickleSource(program, find, named)], about)
+    source = PickleSource(program, model.storages_by_key(path, located), named)
+    return model.model_from_pickle(path, "torch-tar", [source], about)
 
 
 def _count(path: Path, value: Any, what: str) -> int:
@@ -95,28 +88,32 @@ def _count(path: Path, value: Any, what: str) -> int:
     return value
 
 
+def _three_facts(path: Path, data: mmap.mmap, what: str, offset: int, end: int) -> tuple[tuple[Any, Any, Any], int]:
+    """The pickle of three values before a storage or a tensor, and where it ends."""
+    most = min(end, offset + MAX_TAR_FACT_BYTES)
+    facts = interpret(data, path, f"what it says of {what}", start=offset, end=most)
+    value = facts.value if isinstance(facts.value, tuple) and len(facts.value) == 3 else (None, None, None)
+    return value, facts.end
+
+
 def _storages(
     path: Path, data: mmap.mmap, entry: tuple[int, int]
-) -> tuple[dict[str, _LocatedStorage], dict[str, tuple[Any, ...]]]:
+) -> tuple[dict[str, Storage], dict[str, tuple[Any, ...]]]:
     """The storages by their keys, and the ids that a later pickle would give them."""
     offset, end = entry
     head = interpret(data, path, "its number of storages", start=offset, end=end)
     offset = head.end
-    located: dict[str, _LocatedStorage] = {}
+    located: dict[str, Storage] = {}
     ids: dict[str, tuple[Any, ...]] = {}
     for _ in range(_count(path, head.value, "storages")):
-        facts = interpret(
-            data, path, "what it says of a storage", start=offset, end=min(end, offset + MAX_TAR_FACT_BYTES)
-        )
-        key, location, kind = facts.value if isinstance(facts.value, tuple) and len(facts.value) == 3 else (None,) * 3
-        offset = facts.end
+        (key, location, kind), offset = _three_facts(path, data, "a storage", offset, end)
         check_inside(path, offset, COUNT_BYTES, end, "the length of a storage")
         count = int.from_bytes(data[offset : offset + COUNT_BYTES], "little")
         offset += COUNT_BYTES
         persistent_id = ("storage", kind, key, location, count)
         info = torch_views.parse_persistent_id(path, persistent_id)
         check_inside(path, offset, info.nbytes, end, f"storage {describe_value(info.key)}")
-        located[info.key] = info, Storage(info.key, info.nbytes, Extent(path, offset, info.nbytes), info.nbytes)
+        located[info.key] = Storage(info.key, info.nbytes, Extent(path, offset, info.nbytes), info.nbytes)
         ids[info.key] = persistent_id
         offset += info.nbytes
     if offset < end:
@@ -145,11 +142,7 @@ def _tensors(
     offset = head.end
     tensors: dict[str, OpaqueCall] = {}
     for _ in range(_count(path, head.value, "tensors")):
-        facts = interpret(
-            data, path, "what it says of a tensor", start=offset, end=min(end, offset + MAX_TAR_FACT_BYTES)
-        )
-        offset = facts.end
-        key, storage, _ = facts.value if isinstance(facts.value, tuple) and len(facts.value) == 3 else (None,) * 3
+        (key, storage, _), offset = _three_facts(path, data, "a tensor", offset, end)
         if not isinstance(key, str | int) or not isinstance(storage, str | int) or str(storage) not in ids:
             raise InputError(f"{path} is damaged: it does not say which storage a tensor uses")
         check_inside(path, offset, COUNT_BYTES, end, "the shape of a tensor")
