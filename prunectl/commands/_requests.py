@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Container, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from enum import Enum, Flag, auto
+from enum import Flag, auto
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -171,9 +171,7 @@ def request_options(ctx: typer.Context, options: Any, names: Container[str]) -> 
         option, value = option_name(ctx, field.name), getattr(options, field.name)
         name = option.removeprefix("--").replace("-", "_")
         if option.startswith("--") and name in names and value != field.default:
-            given[name] = (
-                _PARSERS[name](value) if name in _PARSERS else str(value) if isinstance(value, Enum) else value
-            )
+            given[name] = _PARSERS[name](value) if name in _PARSERS else value
     return given
 
 
@@ -188,9 +186,10 @@ def parse_layer_ratio(text: str) -> tuple[str, float]:
 _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("sparsity", "initial_sparsity", "max_ratio", "val_split"), parse_ratio),
     **dict.fromkeys(("target_gzip", "target_packed"), parse_size),
+    **dict.fromkeys(("scope", "nan"), str),
     "layer": lambda texts: tuple(map(parse_layer_ratio, texts)),
 }
-"""From the text of an option to its value, by name."""
+"""From what typer makes of an option to its value in a request, by name."""
 
 
 def module_of(name: str) -> str:
