@@ -70,9 +70,9 @@ def im2col(inputs: Array, use: WeightUse, kernel: tuple[int, ...]) -> Iterator[A
 def im2col_by_group(inputs: Array, use: WeightUse, kernel: tuple[int, ...], outputs: int) -> Iterator[Array]:
     """Yield input patches as groups by positions by features, in chunks whose outputs stay small."""
     step = max(_CHUNK_BYTES // max(4 * outputs, 1), 1)
-    for seen in im2col(inputs, use, kernel):
-        for begin in range(0, len(seen), step):
-            yield np.ascontiguousarray(seen[begin : begin + step].transpose(1, 0, 2), np.float32)
+    for columns in im2col(inputs, use, kernel):
+        for begin in range(0, len(columns), step):
+            yield np.ascontiguousarray(columns[begin : begin + step].transpose(1, 0, 2), np.float32)
 
 
 def kernel_shape(kernel: tuple[int, ...], use: WeightUse) -> tuple[int, ...]:
@@ -91,13 +91,13 @@ def _sliding_windows(inputs: Array, window: SlidingWindow, shape: tuple[int, ...
         inputs, strides = _with_strides(inputs, window.strides), (1,) * rank
         pads = [(far - before, far - after) for far, (before, after) in zip(reach, window.pads, strict=True)]
     inputs = _padded(inputs, pads)
-    seen: Array = sliding_window_view(inputs, [far + 1 for far in reach], axis=space)
+    windows: Array = sliding_window_view(inputs, [far + 1 for far in reach], axis=space)
     every: list[Any] = [slice(None)] * 2
     taps = [slice(None, None, step) for step in window.dilations]
-    seen = seen[tuple(every + [slice(None, None, step) for step in strides] + taps)]
+    windows = windows[tuple(every + [slice(None, None, step) for step in strides] + taps)]
     if window.is_transposed:
-        seen = np.flip(seen, axis=tuple(range(2 + rank, 2 + 2 * rank)))
-    return np.moveaxis(seen, 1, -1)
+        windows = np.flip(windows, axis=tuple(range(2 + rank, 2 + 2 * rank)))
+    return np.moveaxis(windows, 1, -1)
 
 
 def _with_strides(inputs: Array, strides: tuple[int, ...]) -> Array:
@@ -116,10 +116,10 @@ def _padded(inputs: Array, pads: list[tuple[int, int]]) -> Array:
     return padded[(slice(None), slice(None), *cut)]
 
 
-def _split_groups(seen: Array, groups: int) -> Array:
+def _split_groups(columns: Array, groups: int) -> Array:
     """Positions by groups by features, of what has the channels last."""
-    channels = seen.shape[-1] // groups
-    split = seen.reshape(*seen.shape[:-1], groups, channels)
+    channels = columns.shape[-1] // groups
+    split = columns.reshape(*columns.shape[:-1], groups, channels)
     rank = (split.ndim - 3) // 2
     # Examples and positions first, then groups, the window, channels.
     moved = np.moveaxis(split, -2, 1 + rank)

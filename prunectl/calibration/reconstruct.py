@@ -257,11 +257,11 @@ class Reconstructor:
 
 
 def _correctable_bias(
-    model: ModelFile, tensor: Tensor, seen: InputStatistics, pruned: Collection[str]
+    model: ModelFile, tensor: Tensor, statistics: InputStatistics, pruned: Collection[str]
 ) -> Tensor | None:
     """The bias that can make up for what outputs lose: one number for each, and not pruned itself."""
     bias = bias_of(model, tensor)
-    if bias is None or bias.name in pruned or bias.size != scores.count_outputs(tensor.shape, seen):
+    if bias is None or bias.name in pruned or bias.size != scores.count_outputs(tensor.shape, statistics):
         return None
     return bias
 

@@ -37,10 +37,10 @@ def rank_per_output(scores: Float64Array, sums: InputStatistics) -> Float64Array
 
 def covers_all_outputs(shape: tuple[int, ...], sums: InputStatistics) -> bool:
     """Whether every output of a tensor was observed."""
-    seen = np.zeros(shape, np.bool_)
+    covered = np.zeros(shape, np.bool_)
     for use in sums.uses.values():
-        seen = scatter_rows(np.ones(weight_matrix(seen, use).shape, np.bool_), use, seen)
-    return bool(seen.all())
+        covered = scatter_rows(np.ones(weight_matrix(covered, use).shape, np.bool_), use, covered)
+    return bool(covered.all())
 
 
 def count_outputs(shape: tuple[int, ...], sums: InputStatistics) -> int:

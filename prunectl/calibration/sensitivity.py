@@ -128,10 +128,10 @@ def output_errors(calibration: Calibration, tensor: Tensor, weights: Array, prun
     def lost(sight: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
         return _squared_losses(sight, kernel, weights, prune_levels)
 
-    seen = calibration.accumulate([tensor], lost).get(tensor.name)
-    if seen is None or not scores.covers_all_outputs(tensor.shape, seen):
+    losses = calibration.accumulate([tensor], lost).get(tensor.name)
+    if losses is None or not scores.covers_all_outputs(tensor.shape, losses):
         return None
-    *squares, energy = np.sum(list(seen.totals.values()), axis=0).tolist()
+    *squares, energy = np.sum(list(losses.totals.values()), axis=0).tolist()
     if not energy:
         return tuple(None if square else 0.0 for square in squares)
     return tuple(float(np.sqrt(square / energy)) for square in squares)

@@ -70,9 +70,9 @@ def _sum_moments(sight: LayerInput, kernel: tuple[int, ...], over: Callable[[Arr
         return np.asarray(over(flat), np.float64).reshape(sight.use.groups, -1), len(flat)
     moments = np.asarray(over(inputs))[None]
     total, positions = np.float64(0), 0
-    for seen in im2col(moments, sight.use, kernel):
-        total = total + seen.sum(axis=0, dtype=np.float64)
-        positions += len(seen)
+    for columns in im2col(moments, sight.use, kernel):
+        total = total + columns.sum(axis=0, dtype=np.float64)
+        positions += len(columns)
     return np.asarray(total), positions * len(inputs)
 
 
@@ -80,10 +80,10 @@ def gram(sight: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]
     """Gram matrices X^T X: groups by features by features."""
     total: Any = 0.0
     count = 0
-    for seen in im2col(sight.inputs, sight.use, kernel):
-        by_group = _by_group(seen)
+    for columns in im2col(sight.inputs, sight.use, kernel):
+        by_group = _by_group(columns)
         total = total + np.matmul(by_group.transpose(0, 2, 1), by_group).astype(np.float64)
-        count += len(seen)
+        count += len(columns)
     return np.asarray(total, np.float64), count
 
 
@@ -155,5 +155,5 @@ _MEMORY_FILES = (
 )
 
 
-def _by_group(seen: Array) -> Array:
-    return np.ascontiguousarray(seen.transpose(1, 0, 2), np.float32)
+def _by_group(columns: Array) -> Array:
+    return np.ascontiguousarray(columns.transpose(1, 0, 2), np.float32)

@@ -103,7 +103,7 @@ class CheckpointManager:
 
     def _latest(self) -> Path | None:
         places = (self.folder / _LAST, self.folder / _OLD)
-        return next((place for place in places if (place / _FACTS).is_file()), None)
+        return next((folder for folder in places if (folder / _FACTS).is_file()), None)
 
 
 _OPTIONS = {

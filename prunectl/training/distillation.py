@@ -73,14 +73,14 @@ def load_teacher(
     predict, close, theirs = _opened(model, teacher_load_options(model, origin, builder), device)
     try:
         inputs = _input_fits(path, theirs, pupil, as_tuple(example.x))
-        seen = [np.asarray(array) for array in as_tuple(predict(_fitted(inputs, example.x)))]
-        outputs = _answers(path, seen, theirs, pupil)
+        answers = [np.asarray(array) for array in as_tuple(predict(_fitted(inputs, example.x)))]
+        outputs = _answers(path, answers, theirs, pupil)
     except BaseException:
         close()
         raise
     notes = tuple(note for fit in inputs for note in fit.notes)
-    if len(seen) > len(outputs):
-        notes += (f"{path} gives {len(seen)} outputs: the first {len(outputs)} teach.",)
+    if len(answers) > len(outputs):
+        notes += (f"{path} gives {len(answers)} outputs: the first {len(outputs)} teach.",)
     return Teacher(predict, close, notes, inputs, outputs)
 
 

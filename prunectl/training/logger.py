@@ -119,8 +119,8 @@ class TrainingLogger:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / METRICS
-            kept = _up_to(path, step) if step else []
-            path.write_text("".join(kept), encoding="utf-8")
+            lines = _up_to(path, step) if step else []
+            path.write_text("".join(lines), encoding="utf-8")
             self._file = path.open("a", encoding="utf-8")
             self._events = EventWriter(self.folder)
 

@@ -125,13 +125,13 @@ class MaskScheduler:
         weights = network.weights(self.rules.names)
         if step:
             _check_finite(weights, step)
-        seen = network.evidence() if self._watched is not GradientStatistic.NONE else {}
-        _check_finite({f"the gradient of {name}": array for name, array in seen.items()}, step)
+        statistics = network.evidence() if self._watched is not GradientStatistic.NONE else {}
+        _check_finite({f"the gradient of {name}": array for name, array in statistics.items()}, step)
         if self.rules.schedule is not None:
-            self.masks = self._cut(step, weights, seen)
+            self.masks = self._cut(step, weights, statistics)
         growth = self.rules.regrowth
         if growth is not None and self.masks and step and step < growth.end:
-            self.masks = regrow_masks(self.masks, weights, seen, growth.share_at(step))
+            self.masks = regrow_masks(self.masks, weights, statistics, growth.share_at(step))
         network.mask(self.masks)
         if self._watched is not GradientStatistic.MOVEMENT:
             network.forget()
@@ -149,12 +149,12 @@ class MaskScheduler:
         # A ramp whose end lies between two turns gets one more there, or it would never reach its sparsity.
         return schedule is not None and (schedule.prunes_at(step) or step == schedule.last_update_step)
 
-    def _cut(self, step: int, weights: Mapping[str, Array], seen: Mapping[str, Array]) -> dict[str, Mask]:
+    def _cut(self, step: int, weights: Mapping[str, Array], statistics: Mapping[str, Array]) -> dict[str, Mask]:
         rules, schedule = self.rules, self.rules.schedule
         assert schedule is not None
         method = rules.method
-        if rules.evidence is not GradientStatistic.NONE and seen:
-            method = replace(method, strategy=with_gradient_scores(method.strategy, seen, self.masks))
+        if rules.evidence is not GradientStatistic.NONE and statistics:
+            method = replace(method, strategy=with_gradient_scores(method.strategy, statistics, self.masks))
         sparsity = schedule.sparsity_at(step)
         choice = scale_targets(rules.choice, sparsity, schedule.final)
         plan = planning.make_plan(choice, rules.selection, sparsity if rules.has_others else 0.0)

@@ -73,8 +73,8 @@ def import_option(model: ModelFile, module: str) -> str:
     name = module.partition(".")[0]
     if not name.isidentifier() or name == "__main__":
         return "--import MODULE"
-    places = (Path(f"{name}.py"), model.path.parent / f"{name}.py")
-    file = next((place for place in places if place.is_file()), None)
+    paths = (Path(f"{name}.py"), model.path.parent / f"{name}.py")
+    file = next((path for path in paths if path.is_file()), None)
     if file is None:
         return f"--import {abbreviated(module)}"
     return f"--import {file}" if file.is_absolute() or file.parent != Path() else f"--import ./{file}"

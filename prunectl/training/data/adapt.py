@@ -130,12 +130,12 @@ def adapt(source: Source, signature: ModelSignature) -> tuple[Source, tuple[str,
             hint="several are joined with + in the model's order, as in train.npz[a+b,labels] or a.npy+b.npy,y.npy",
         )
     xs = [
-        _input_fit(array_name(source.name, "x", place, len(inputs)), array, port)
-        for place, (array, port) in enumerate(zip(inputs, signature.inputs, strict=True))
+        _input_fit(array_name(source.name, "x", index, len(inputs)), array, port)
+        for index, (array, port) in enumerate(zip(inputs, signature.inputs, strict=True))
     ]
     ys = [
-        ArrayAdapter(array_name(source.name, "y", place, len(targets)), None, target_cast(array.dtype))
-        for place, array in enumerate(targets)
+        ArrayAdapter(array_name(source.name, "y", index, len(targets)), None, target_cast(array.dtype))
+        for index, array in enumerate(targets)
     ]
 
     def change(batch: Batch) -> Batch:
@@ -145,9 +145,9 @@ def adapt(source: Source, signature: ModelSignature) -> tuple[Source, tuple[str,
     return source.changed(change), tuple(dict.fromkeys(notes))
 
 
-def array_name(name: str, side: str, place: int, count: int) -> str:
+def array_name(name: str, side: str, index: int, count: int) -> str:
     """What to call an array of a source."""
-    return f"{side} of {name}" if count == 1 else f"{side}[{place}] of {name}"
+    return f"{side} of {name}" if count == 1 else f"{side}[{index}] of {name}"
 
 
 def _input_fit(name: str, array: Array, port: TensorSpec) -> ArrayAdapter:

@@ -131,13 +131,13 @@ def _arrays(where: str, part: Any, names: Sequence[str]) -> Arrays:
     return _array(where, part)
 
 
-def _array(where: str, given: Any) -> Array:
+def _array(where: str, value: Any) -> Array:
     try:
-        array: Array = np.asarray(given)
+        array: Array = np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"{where} gives a {type(given).__name__} that is no array: {error}") from error
+        raise InputError(f"{where} gives a {type(value).__name__} that is no array: {error}") from error
     if array.ndim == 0:
-        raise InputError(f"{where} gives a single {type(given).__name__} where a batch of them is due", hint=_GIVES)
+        raise InputError(f"{where} gives a single {type(value).__name__} where a batch of them is due", hint=_GIVES)
     return array
 
 

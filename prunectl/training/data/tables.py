@@ -323,7 +323,7 @@ def _numbers(path: Path, column: Any, name: str) -> Array:
 
 def _words(path: Path, name: str) -> Array | None:
     """The classes that a target names; None if it consists of numbers."""
-    seen: set[str] = set()
+    values: set[str] = set()
     for table in _tables(path, [name]):
         column = _plain(table.column(name))
         types = require("pyarrow.types", extra="parquet")
@@ -331,8 +331,8 @@ def _words(path: Path, name: str) -> Array | None:
             return None
         if column.null_count:
             raise InputError(f"{path}: nothing stands in {column.null_count} rows of the column {name!r}")
-        seen.update(column.unique().to_pylist())
-    return class_names_of(str(path), name, seen)
+        values.update(column.unique().to_pylist())
+    return class_names_of(str(path), name, values)
 
 
 def _parquet_target(path: Path, table: Any, name: str, class_names: ClassNames) -> Array:

@@ -73,19 +73,19 @@ def check_batches(
     """What the user should know of a source that fits a model; refuse one that does not."""
     if needs_targets:
         require_targets(source)
-    seen = 0
+    checked = 0
     for batch in _beginning(source):
-        _check_inputs(source, batch, signature, seen)
+        _check_inputs(source, batch, signature, checked)
         if batch.y is not None:
-            _check_targets(source, batch.y, signature, tasks, seen)
-        seen += num_examples(batch)
-    if not seen:
+            _check_targets(source, batch.y, signature, tasks, checked)
+        checked += num_examples(batch)
+    if not checked:
         raise InputError(f"{source.name} has no examples", hint="do its options leave any?")
     begin = 0
     for targets in source.labels():
         _check_targets(source, targets, signature, tasks, begin)
         begin += len(as_tuple(targets)[0])
-    return _notes(source, seen, are_labels_seen=begin > 0)
+    return _notes(source, checked, are_labels_seen=begin > 0)
 
 
 def require_targets(source: Source) -> None:
@@ -145,9 +145,9 @@ def _check_numbers(array: Array, what: str, begin: int) -> None:
         )
 
 
-def _notes(source: Source, seen: int, *, are_labels_seen: bool) -> tuple[str, ...]:
-    if source.count == seen:
+def _notes(source: Source, checked: int, *, are_labels_seen: bool) -> tuple[str, ...]:
+    if source.count == checked:
         return ()
     of = "" if source.count is None else f" of {source.count:,}"
     but = ", and all labels" if are_labels_seen else ""
-    return (f"{source.name}: the first {seen:,}{of} examples were checked{but}",)
+    return (f"{source.name}: the first {checked:,}{of} examples were checked{but}",)

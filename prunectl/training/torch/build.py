@@ -278,9 +278,11 @@ def _names(module: torch.nn.Module) -> list[str]:
         method: Any = module.forward
         return [arg.name for arg in method.schema.arguments[1:] if not arg.has_default_value()]
     inner = getattr(module, "inner", module)
-    taken = inspect.signature(inner.forward).parameters.values()
+    parameters = inspect.signature(inner.forward).parameters.values()
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [one.name for one in taken if one.default is one.empty and one.kind in plain]
+    return [
+        parameter.name for parameter in parameters if parameter.default is parameter.empty and parameter.kind in plain
+    ]
 
 
 def _first_layer(module: torch.nn.Module) -> tuple[tuple[int | None, ...] | None, str]:

@@ -39,17 +39,17 @@ def join(device: str) -> DistributedContext:
     return DistributedContext(rank, ranks, chosen)
 
 
-def barrier(place: DistributedContext) -> None:
+def barrier(context: DistributedContext) -> None:
     """Go on together: who ends earlier would have the others ended too."""
-    if place.ranks > 1:
+    if context.ranks > 1:
         torch.distributed.barrier()
 
 
-def all_true(place: DistributedContext, mine: bool) -> bool:
+def all_true(context: DistributedContext, mine: bool) -> bool:
     """Whether something is true in every process (an all-reduce by the minimum)."""
-    if place.ranks == 1:
+    if context.ranks == 1:
         return mine
-    flag = torch.tensor(int(mine), device=place.device)
+    flag = torch.tensor(int(mine), device=context.device)
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
     return bool(flag)
 
@@ -65,22 +65,22 @@ def failures(device: torch.device) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = first_line(error)
-        if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _MEMORY):
+        if isinstance(error, torch.OutOfMemoryError) or any(phrase in text for phrase in _MEMORY):
             raise WorkError(
                 f"out of memory on {device}", hint="a smaller --batch-size, or --precision bf16, takes less"
             ) from error
         if isinstance(error, torch.distributed.DistError):
             raise WorkError(f"the processes lost each other: {text}", hint="see what the others say") from error
-        if any(words in text for words in _DEVICE):
+        if any(phrase in text for phrase in _DEVICE):
             raise WorkError(f"{device} failed: {text}") from error
         raise
 
 
-def gather_objects(place: DistributedContext, mine: Any) -> list[Any]:
+def gather_objects(context: DistributedContext, mine: Any) -> list[Any]:
     """What each process holds, in the order of their ranks."""
     gathered: list[Any] = [mine]
-    if place.ranks > 1:
-        gathered = [None] * place.ranks
+    if context.ranks > 1:
+        gathered = [None] * context.ranks
         torch.distributed.all_gather_object(gathered, mine)
     return gathered
 
@@ -108,9 +108,9 @@ def _device(name: str, local_rank: int) -> torch.device:
 _CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList)
 
 
-def shard(module: torch.nn.Module, place: DistributedContext) -> None:
+def shard(module: torch.nn.Module, context: DistributedContext) -> None:
     """Leave each process its part of the parameters; layer by layer, so that none holds all of them on its device."""
-    if place.ranks == 1:
+    if context.ranks == 1:
         raise UsageError(
             "--shard spreads a model over processes, and this is the only one",
             hint="torchrun --nproc-per-node 2 -m prunectl finetune … --shard",
@@ -120,12 +120,12 @@ def shard(module: torch.nn.Module, place: DistributedContext) -> None:
             "--shard needs a module of Python: a program that was saved as a graph has no layers to spread",
             hint="--model module:function, or leave out --shard",
         )
-    mesh = init_device_mesh(place.device.type, (place.ranks,))
+    mesh = init_device_mesh(context.device.type, (context.ranks,))
     for piece in reversed(_shardable_layers(module)):
         fully_shard(piece, mesh=mesh)
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
     for buffer in module.buffers():
-        buffer.data = buffer.data.to(place.device)
+        buffer.data = buffer.data.to(context.device)
 
 
 def _shardable_layers(module: torch.nn.Module) -> list[torch.nn.Module]:
@@ -170,9 +170,9 @@ def distribute_state(state: Any, models: Any) -> Any:
 
 def are_finite(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """Whether all gradients are finite numbers, in every process; a tensor, so that no step waits for it."""
-    mine = [one.to_local() if isinstance(one, DTensor) else one for one in gradients]
-    is_finite = torch.stack([one.isfinite().all() for one in mine]).all()
-    if any(isinstance(one, DTensor) for one in gradients):
+    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    is_finite = torch.stack([gradient.isfinite().all() for gradient in local]).all()
+    if any(isinstance(gradient, DTensor) for gradient in gradients):
         all_finite = is_finite.to(torch.int32)
         torch.distributed.all_reduce(all_finite, torch.distributed.ReduceOp.MIN)
         is_finite = all_finite.bool()
@@ -219,18 +219,18 @@ def save(folder: Path | None, state: TrainerState) -> None:
 
 def restore(folder: Path, state: TrainerState) -> None:
     """Take everything up again."""
-    place = state.place
-    parts = torch.load(folder / _FILE, map_location=place.device, weights_only=True)
+    context = state.place
+    parts = torch.load(folder / _FILE, map_location=context.device, weights_only=True)
     _check_version(folder / _FILE, parts)
-    if len(parts["random"]) != place.ranks:
+    if len(parts["random"]) != context.ranks:
         raise UsageError(
-            f"the run was made by {len(parts['random'])} processes, and is resumed by {place.ranks}",
+            f"the run was made by {len(parts['random'])} processes, and is resumed by {context.ranks}",
             hint="start as many processes as before",
         )
     state.module.load_state_dict(distribute_state(parts["module"], state.module.state_dict()))
     state.optimizer.load_state_dict(_slots(parts["optimizer"], state.optimizer))
     state.scaler.load_state_dict(parts["scaler"])
-    _resume_random(parts["random"][place.rank], place)
+    _resume_random(parts["random"][context.rank], context)
     for name, total in parts["evidence"].items():
         state.evidence[name].copy_(distribute_like(total, state.evidence[name]))
 
@@ -238,7 +238,9 @@ def restore(folder: Path, state: TrainerState) -> None:
 def _check_version(path: Path, parts: Any) -> None:
     """Refuse what another version kept: at first that was one random state, of the first process."""
     random = parts.get("random") if isinstance(parts, dict) else None
-    if isinstance(random, list) and all(isinstance(one, dict) and one.keys() >= {"cpu", *_OWN} for one in random):
+    if isinstance(random, list) and all(
+        isinstance(states, dict) and states.keys() >= {"cpu", *_OWN} for states in random
+    ):
         return
     raise InputError(
         f"{path} was made by another version of prunectl, whose runs this one cannot resume",
@@ -246,31 +248,31 @@ def _check_version(path: Path, parts: Any) -> None:
     )
 
 
-def _random_states(place: DistributedContext) -> dict[str, Any]:
+def _random_states(context: DistributedContext) -> dict[str, Any]:
     """Where each generator of this process is: no two processes drop out the same."""
     states = {"cpu": torch.get_rng_state(), **random_state.state()}
-    if place.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(place.device)
-    elif place.device.type == "mps":
+    if context.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(context.device)
+    elif context.device.type == "mps":
         states["mps"] = torch.mps.get_rng_state()
     return states
 
 
-def _resume_random(states: Mapping[str, Any], place: DistributedContext) -> None:
+def _resume_random(states: Mapping[str, Any], context: DistributedContext) -> None:
     torch.set_rng_state(states["cpu"].cpu())
     random_state.restore(states)
     # A run that goes on upon another kind of device cannot be the same to the bit.
-    if place.device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"].cpu(), place.device)
-    elif place.device.type == "mps" and "mps" in states:
+    if context.device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"].cpu(), context.device)
+    elif context.device.type == "mps" and "mps" in states:
         torch.mps.set_rng_state(states["mps"].cpu())
 
 
-def _slots(kept: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _slots(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What an optimizer kept, spread as its weights are."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     parts = {
-        at: {name: distribute_state(value, weights[at]) for name, value in slots.items()}
-        for at, slots in kept["state"].items()
+        index: {name: distribute_state(value, weights[index]) for name, value in slots.items()}
+        for index, slots in saved["state"].items()
     }
-    return {**kept, "state": parts}
+    return {**saved, "state": parts}

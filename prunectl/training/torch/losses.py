@@ -66,8 +66,8 @@ def _kl_of_probabilities(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def _kl_of_logs(logs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Sum over the classes of y log(y / p), the mean over all else, as Keras has it."""
-    wanted = _shaped(y, logs).to(logs.dtype)
-    return functional.kl_div(logs, wanted, reduction="none").sum(1).mean()
+    targets = _shaped(y, logs).to(logs.dtype)
+    return functional.kl_div(logs, targets, reduction="none").sum(1).mean()
 
 
 _KL = {
@@ -89,7 +89,7 @@ def _elementwise(loss: Callable[..., torch.Tensor]) -> Loss:
 
 def _shaped(y: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     if y.numel() != out.numel():
-        mine, theirs = ("x".join(map(str, one.shape[1:])) or "a number" for one in (y, out))
+        mine, theirs = ("x".join(map(str, tensor.shape[1:])) or "a number" for tensor in (y, out))
         raise UsageError(
             f"a target is {mine} for each example, and the model gives {theirs}",
             hint="choose other targets (train.npz[x,y]), or a --loss that compares such as these",

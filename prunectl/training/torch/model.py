@@ -44,12 +44,12 @@ def recalibrate(module: torch.nn.Module, inputs: Iterable[Arrays], run: Callable
     for layer in layers:
         layer.reset_running_stats()
         layer.train()
-    seen = 0
+    total = 0
     for x in inputs if layers else ():
         count = len(as_tuple(x)[0])
-        seen += count
+        total += count
         for layer in layers:
-            layer.momentum = count / seen  # every example counts the same: the last batch may be a smaller one
+            layer.momentum = count / total  # every example counts the same: the last batch may be a smaller one
         run(x)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
@@ -71,7 +71,7 @@ class TorchTrainable:
         self._signature = ModelSignature(input_specs(built.module, built.shapes), (), is_channels_first=True)
         self._masks, self._gathered = WeightMasks(), GradientSums()
         self._rate = 1.0
-        kinds = {one.dtype for one in built.module.parameters() if one.is_floating_point()}
+        kinds = {weight.dtype for weight in built.module.parameters() if weight.is_floating_point()}
         self._kind = kinds.pop() if len(kinds) == 1 else None
         """The type of all parameters, if they have one."""
 
@@ -143,7 +143,7 @@ class TorchTrainable:
         specs = output_specs(outs)
         outs = tuple(out.detach() for out in outs)
         self._signature = ModelSignature(self._signature.inputs, specs, is_channels_first=True)
-        targets = [] if example.y is None else [self._on_device(one) for one in as_tuple(example.y)]
+        targets = [] if example.y is None else [self._on_device(array) for array in as_tuple(example.y)]
         self._metrics: tuple[losses.TorchMetric, ...] = ()
         if self._custom is not None and not self._means.loss and not targets:
             self._losses = []
@@ -154,14 +154,16 @@ class TorchTrainable:
             self._losses = [losses.without_targets(out, port.ending) for out, port in zip(outs, specs, strict=True)]
         else:
             self._losses = [
-                losses.resolve_loss(self._means.loss, out.float(), targets[at] if targets else None, specs[at].ending)
-                for at, out in enumerate(outs[: len(targets) or 1])
+                losses.resolve_loss(
+                    self._means.loss, out.float(), targets[index] if targets else None, specs[index].ending
+                )
+                for index, out in enumerate(outs[: len(targets) or 1])
             ]
             target = targets[0] if targets else None
             self._metrics = losses.resolve_metrics(self._means.metrics, self._losses[0], outs[0], target)
         self._signature = replace(self._signature, outputs=self._ended(specs, outs))
         if not self._means.loss:
-            self._notes.append(f"The loss is {', '.join(one.name for one in self._losses)}, {_known_by(specs)}.")
+            self._notes.append(f"The loss is {', '.join(array.name for array in self._losses)}, {_known_by(specs)}.")
         if len(outs) > 1 and self._metrics:
             self._notes.append(f"The metrics judge the first of the model's {len(outs)} outputs alone.")
         if not self._means.optimizer:
@@ -171,7 +173,7 @@ class TorchTrainable:
 
     def _ended(self, specs: Sequence[TensorSpec], outs: Sequence[torch.Tensor]) -> tuple[TensorSpec, ...]:
         """The outputs with what each ends in, also where only the loss or the numbers tell."""
-        by_loss = [one.ending for one in self._losses] + [FinalActivation.UNKNOWN] * len(outs)
+        by_loss = [loss.ending for loss in self._losses] + [FinalActivation.UNKNOWN] * len(outs)
         return tuple(
             replace(port, ending=activation or port.ending or activation_of_values(to_numpy(out.float()), 1))
             for port, out, activation in zip(specs, outs, by_loss, strict=False)
@@ -205,9 +207,9 @@ class TorchTrainable:
         context = torch.autocast(self._place.device.type, half) if half is not None else nullcontext()
         try:
             with distributed.failures(self._place.device), context:
-                outputs = module(*(self._as_taken(one) for one in as_tuple(x)))
+                outputs = module(*(self._as_taken(array) for array in as_tuple(x)))
         except (AssertionError, RuntimeError, TypeError) as error:
-            shapes = ", ".join("x".join(map(str, one.shape)) for one in as_tuple(x))
+            shapes = ", ".join("x".join(map(str, array.shape)) for array in as_tuple(x))
             raise UsageError(
                 f"the model does not take inputs of {shapes}: {tensors.error_line(error)}",
                 hint="?shape=1x28x28 (without the batch) reads the same numbers in another shape",
@@ -216,20 +218,20 @@ class TorchTrainable:
 
     def _loss(self, outs: tuple[torch.Tensor, ...], y: Arrays | None, guide: Arrays | None) -> torch.Tensor:
         share = self._means.teacher_share if guide is not None else 0.0
-        targets = [] if y is None else [self._on_device(one) for one in as_tuple(y)]
+        targets = [] if y is None else [self._on_device(array) for array in as_tuple(y)]
         self._last = (outs, targets)
         if not targets and share < 1:
             raise UsageError("there is no target to learn from")
         if guide is None:
             return self._loss_of_targets(outs, targets)
         taught = losses.distilled(
-            self._losses, outs, [self._on_device(one) for one in as_tuple(guide)], self._means.temperature
+            self._losses, outs, [self._on_device(array) for array in as_tuple(guide)], self._means.temperature
         )
         return share * taught + (1 - share) * self._loss_of_targets(outs, targets) if share < 1 else taught
 
     def _loss_of_targets(self, outs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.stack(
-            [one.loss(out.float(), target) for one, out, target in zip(self._losses, outs, targets, strict=False)]
+            [chosen.loss(out.float(), target) for chosen, out, target in zip(self._losses, outs, targets, strict=False)]
         ).sum()
 
     def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
@@ -272,7 +274,7 @@ class TorchTrainable:
         return distributed.are_finite(gradients)
 
     def _moved(self, arrays: Arrays) -> Any:
-        tensors = tuple(self._on_device(one) for one in as_tuple(arrays))
+        tensors = tuple(self._on_device(array) for array in as_tuple(arrays))
         return tensors if isinstance(arrays, tuple) else tensors[0]
 
     def _set_rate(self, rate: float) -> None:
@@ -346,8 +348,8 @@ class TorchTrainable:
 
     def weights(self, names: Iterable[str]) -> dict[str, Array]:
         """Copies of some weights."""
-        held = self._held()
-        return {name: to_numpy(full_tensor(held[name])) for name in names}
+        state = self._held()
+        return {name: to_numpy(full_tensor(state[name])) for name in names}
 
     def tensors(self) -> dict[str, Array]:
         """Copies of all parameters and buffers."""
@@ -364,9 +366,9 @@ class TorchTrainable:
     @torch.no_grad()
     def assign(self, values: Mapping[str, Array]) -> None:
         """Replace the numbers of some tensors."""
-        held = self._held()
+        state = self._held()
         for name, value in values.items():
-            held[name].copy_(distribute_like(to_torch(value), held[name]))
+            state[name].copy_(distribute_like(to_torch(value), state[name]))
 
     def mask(self, masks: Mapping[str, Array]) -> None:
         """Zero what the masks do not keep, from now on."""

@@ -45,7 +45,7 @@ def output_tensors(outputs: Any) -> tuple[torch.Tensor, ...]:
         return (outputs,)
     if isinstance(outputs, Mapping):
         outputs = [outputs["logits"]] if "logits" in outputs else list(outputs.values())
-    outs = tuple(one for one in outputs if isinstance(one, torch.Tensor))
+    outs = tuple(tensor for tensor in outputs if isinstance(tensor, torch.Tensor))
     if not outs:
         raise UsageError(f"the model gives a {type(outputs).__name__} without a tensor in it")
     return outs
@@ -54,7 +54,7 @@ def output_tensors(outputs: Any) -> tuple[torch.Tensor, ...]:
 def tensor_leaves(outputs: Any) -> list[torch.Tensor]:
     """Every tensor in what a module gives, whatever they are packed in."""
     packed = torch.utils._pytree.tree_leaves(outputs)  # noqa: SLF001
-    return [one for one in packed if isinstance(one, torch.Tensor)]
+    return [leaf for leaf in packed if isinstance(leaf, torch.Tensor)]
 
 
 _PASSED_ON = frozenset(

@@ -44,8 +44,8 @@ class ResumedSchedule:
 
 def power_of(ramp: SparsitySchedule) -> float:
     """The power of a polynomial."""
-    words = dict(word.split("=", 1) for word in ramp.params)
-    return float(words.get("power", _POWER))
+    params = dict(param.split("=", 1) for param in ramp.params)
+    return float(params.get("power", _POWER))
 
 
 def has_tfmot_class(schedule: Schedule) -> bool:
@@ -91,9 +91,9 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
     return SparsitySchedule(**{**config, "params": tuple(config["params"])})
 
 
-def read_schedule(kept: Mapping[str, Any]) -> Schedule | None:
+def read_schedule(entry: Mapping[str, Any]) -> Schedule | None:
     """The schedule in the configuration of a wrapper; None for a class that nobody here knows."""
-    name, config = text(kept, "class_name"), part(kept, "config")
+    name, config = text(entry, "class_name"), part(entry, "config")
     try:
         if name == "ConstantSparsity":
             return SparsitySchedule(

@@ -58,10 +58,10 @@ def mask_entries(model: ModelFile, masks: Mapping[str, Mask]) -> dict[str, Array
                 "and a mask would part them",
                 hint="prune without --wrap, or leave it out with --exclude",
             )
-    taken = {tensor.name for tensor in model.tensors}
+    names = {tensor.name for tensor in model.tensors}
     for name in arrays:
         for new in (name + ORIGINAL, name + MASK):
-            if new in taken:
+            if new in names:
                 raise InputError(f"{model.path} holds a {new} of its own, beside {name}")
     return arrays
 
@@ -81,11 +81,11 @@ def wrap_pickle(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[
     container = containers.open_zip_container(model, archive)
     root = container.ir.root
     masks = mask_entries(model, wrapping.masks)
-    taken = {ask.key for ask in storage_refs(root)} | container.sizes.keys()
-    keys = dict(zip(masks, (key for number in count() if (key := str(number)) not in taken), strict=False))
+    used_keys = {ask.key for ask in storage_refs(root)} | container.sizes.keys()
+    keys = dict(zip(masks, (key for number in count() if (key := str(number)) not in used_keys), strict=False))
     missing = set(masks)
-    for place in list(iter_nested_dicts(root)):
-        missing -= _put_beside(place, keys, masks)
+    for nested in list(iter_nested_dicts(root)):
+        missing -= _put_beside(nested, keys, masks)
     if missing:
         raise InputError(f"{model.path} keeps {min(missing)} in a way that no mask can be put beside")
     tensors = {tensor.name: tensor for tensor in model.tensors}
@@ -97,13 +97,13 @@ def wrap_pickle(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[
     return ()
 
 
-def _put_beside(place: StateDict, keys: Mapping[str, str], masks: Mapping[str, Array]) -> set[str]:
+def _put_beside(nested: StateDict, keys: Mapping[str, str], masks: Mapping[str, Array]) -> set[str]:
     """Give the weights of one dictionary their new names and their masks, and return which it had."""
     done: set[str] = set()
     put: list[tuple[IRNode, IRNode]] = []
-    for key, item in entries(place.node) or ():
+    for key, item in entries(nested.node) or ():
         leaf = text(key)
-        name = place.prefix + (leaf or "")
+        name = nested.prefix + (leaf or "")
         plain = _plain(item) if leaf is not None and name in masks and name not in done and is_tensor(item) else None
         mask = with_storage(plain, keys[name], masks[name].shape) if plain is not None else None
         if mask is None or leaf is None:
@@ -112,17 +112,17 @@ def _put_beside(place: StateDict, keys: Mapping[str, str], masks: Mapping[str, A
         put += [(text_node(leaf + ORIGINAL), item), (text_node(leaf + MASK), mask)]
         done.add(name)
     if done:
-        replace_entries(place.node, put)
+        replace_entries(nested.node, put)
     return done
 
 
 def _plain(node: IRNode) -> IRNode | None:
     """The tensor inside what makes it a parameter: a mask is none."""
     while called(node) not in views.VIEW_CALLS:
-        given = arguments(node)
-        if not given:
+        parts = arguments(node)
+        if not parts:
             return None
-        node = given[0]
+        node = parts[0]
     return node
 
 

@@ -145,11 +145,11 @@ def verify_roundtrip(plain: ModelFile, wrapped: Path) -> None:
     """Refuse a wrapped file whose wrappers, taken off again, do not leave what they should."""
     with temporary_folder() as scratch:
         stripped = strip_wrappers(open_model(wrapped), scratch)
-        held = {tensor.name: tensor for tensor in stripped.tensors}
+        tensors = {tensor.name: tensor for tensor in stripped.tensors}
         for tensor in plain.tensors:
             if tensor.role not in WEIGHTS:
                 continue
-            other = held.get(tensor.name)
+            other = tensors.get(tensor.name)
             if other is None or other.shape != tensor.shape or not bitwise_equal(plain, tensor, stripped, other):
                 raise WorkError(f"{tensor.name} would come out of its wrapper with other numbers; nothing was written")
 
@@ -177,7 +177,7 @@ class SavedPruning:
         """What a user should know of them after so many steps more."""
         parts = [f"The schedule {name} of the file is not known here: its zeros are kept." for name in self.unknown]
         if self.is_open_after(steps):
-            end = max(one.last_update_step for one in self.schedules.values())
+            end = max(schedule.last_update_step for schedule in self.schedules.values())
             parts.append(
                 f"The schedule of the file goes on to step {end}, and training ended at step {self.step + steps}."
             )
@@ -235,19 +235,19 @@ def check_wrappable(model: ModelFile, request: FinetuneRequest, scheduler: MaskS
 
 
 def spec_of_result(
-    scheduler: MaskScheduler, request: FinetuneRequest, held: SavedPruning | None, steps: int
+    scheduler: MaskScheduler, request: FinetuneRequest, saved: SavedPruning | None, steps: int
 ) -> WrapperSpec:
     """What the wrappers of a result say: its masks, and the schedule of the file if that is not at its end."""
     rules = scheduler.rules
     wrapping = WrapperSpec(
         dict(scheduler.masks), pattern=rules.selection.pattern, pool=rules.method.pool, origin=request.origin
     )
-    if held is None or request.prunes or not held.is_open_after(steps):
+    if saved is None or request.prunes or not saved.is_open_after(steps):
         return wrapping
     schedules = {
-        tensor.name: held.schedules[tensor.layer] for tensor in rules.choice.tensors if tensor.layer in held.schedules
+        tensor.name: saved.schedules[tensor.layer] for tensor in rules.choice.tensors if tensor.layer in saved.schedules
     }
-    return WrapperSpec(wrapping.masks, schedules, held.step + steps, held.block, held.pool, request.origin)
+    return WrapperSpec(wrapping.masks, schedules, saved.step + steps, saved.block, saved.pool, request.origin)
 
 
 def wrap_in_place(written: Path, wrapping: WrapperSpec) -> tuple[str, ...]:
