@@ -39,20 +39,9 @@ _STATISTICS = frozenset({"moving_mean", "moving_variance"})
 
 def match_slots(loaded: LoadedKeras) -> Mapping[str, str] | None:
     """The weight that each slot of the optimizer belongs to; None if that cannot be told for sure."""
-    slots = _slots(loaded)
+    slots = [tensor for tensor in loaded.model.tensors if _is_slot(loaded, tensor)]
     weights = list(_trained(loaded))
-    return _slots_by_name(slots, weights) or _slots_by_position(loaded, slots, weights)
-
-
-def unmatched_slots(loaded: LoadedKeras) -> frozenset[str]:
-    """The whole state of an optimizer of which nobody can tell which weights it belongs to."""
-    if not _slots(loaded) or match_slots(loaded) is not None:
-        return frozenset()
-    return frozenset(tensor.name for tensor in loaded.model.tensors if tensor.role is Role.OPTIMIZER)
-
-
-def _slots(loaded: LoadedKeras) -> list[Tensor]:
-    return [tensor for tensor in loaded.model.tensors if _is_slot(loaded, tensor)]
+    return {} if not slots else _slots_by_name(slots, weights) or _slots_by_position(loaded, slots, weights)
 
 
 def _is_slot(loaded: LoadedKeras, tensor: Tensor) -> bool:
@@ -142,14 +131,19 @@ class KerasAdapter(GraphAdapter):
         return self._loaded.graph
 
     @cached_property
+    def _slots(self) -> Mapping[str, str] | None:
+        return match_slots(self._loaded)
+
+    @property
     def coupled_tensors(self) -> Mapping[str, str]:
         """The optimizer slots of each weight, where they can be matched."""
-        return match_slots(self._loaded) or {}
+        return self._slots or {}
 
-    @cached_property
+    @property
     def omitted_tensors(self) -> frozenset[str]:
-        """The state of an optimizer that cannot be cut as its weights are."""
-        return unmatched_slots(self._loaded)
+        """The whole state of an optimizer whose slots cannot be matched to weights."""
+        is_matched, tensors = self._slots is not None, self._loaded.model.tensors
+        return frozenset(tensor.name for tensor in tensors if tensor.role is Role.OPTIMIZER and not is_matched)
 
     @property
     def notes(self) -> tuple[str, ...]:
