@@ -136,7 +136,7 @@ _MAKERS: dict[CodecName, tuple[Callable[[int], Compressor], int, int]] = {
 
 
 def get_codec(name: CodecName, level: int | None) -> Codec:
-    """The codec that was asked for, with the version of the library behind it."""
+    """A codec by its name, with the version of the library behind it."""
     _, usual, highest = _MAKERS[name]
     if level is not None and not min(1, highest) <= level <= highest:
         raise UsageError(f"{name} has levels {min(1, highest)} to {highest}, not {level}")
@@ -200,7 +200,7 @@ def packed_bytes(model: ModelFile, tick: Tick) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LimitCheck:
-    """A limit, and what was found."""
+    """A limit, and the value that is held against it."""
 
     id: str
     metric: str
@@ -256,7 +256,7 @@ def _check_max(
 
 
 def gate_sentence(gate: LimitCheck, units: Units) -> str:
-    """A limit and what was found, as people read them."""
+    """A limit and the value held against it, as people read them."""
     is_bytes = isinstance(gate.limit, int)
     actual, limit = (nbytes(int(value), units) if is_bytes else percent(value) for value in (gate.actual, gate.limit))
     return f"{gate.id}: {printable(gate.model)} has {actual}, the limit is {limit}"

@@ -13,7 +13,7 @@ from prunectl.formats.extents import Extent, raw_bytes
 from prunectl.formats.workers import check_stopped, workers
 
 THREADS = 2
-"""Enough to write while another block is reckoned; more would only hold more blocks."""
+"""Enough to write while another block is computed; more would only hold more blocks."""
 _COPY_BYTES = 1 << 28
 
 

@@ -31,7 +31,7 @@ _OUT_OF_TIME = "takes too long to read: it is damaged, or made to keep its reade
 _PIECE_BYTES = 1 << 20
 _PROBE = bytes(1 << 16)
 _PATIENCE = 20
-"""How much longer than it may reckon a child may take on a machine that is busy with other things."""
+"""How much longer than it may compute a child may take on a machine that is busy with other things."""
 _OVER_TIME = frozenset({signal.SIGPROF, signal.SIGXCPU})
 _BOOT = """
 import json, sys

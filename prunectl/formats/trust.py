@@ -1,4 +1,4 @@
-"""May a framework open a stranger's file? Only if all that the file names is known to do nothing but reckon.
+"""May a framework open a stranger's file? Only if all that the file names is known to do nothing but compute.
 
 Keras rebuilds a model from names: of classes, of functions, of operations of TensorFlow. TensorFlow runs whatever
 operations a graph holds. So both are read here first, without a framework, and every name is held against a list of

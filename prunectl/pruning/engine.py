@@ -171,7 +171,7 @@ def _per_tensor_threshold(source: Source, cut: TensorPlan) -> ThresholdMasker:
 class _TensorScores:
     """Scores of the tensors of a plan, computed or cached.
 
-    Scores of single weights are reckoned again each time, block by block. A strategy that sees a tensor whole scores
+    Scores of single weights are computed again each time, block by block. A strategy that sees a tensor whole scores
     it once: the scores are kept until the tensor is pruned, beyond some megabytes in a file without a name.
     """
 

@@ -65,7 +65,7 @@ def top_folder(archive: Archive) -> str:
 def pickle_source(archive: Archive, folder: str, part: str, prefix: str = "") -> PickleSource:
     """One pickle of the archive with the storages that belong to it."""
     entry = archive.entries[f"{folder}{part}.pkl"]
-    is_big = _read_marker(archive, f"{folder}byteorder") == "big"
+    is_big = read_marker(archive, f"{folder}byteorder") == "big"
 
     def find(info: StorageInfo) -> Storage:
         for name in (f"{folder}{part}/{info.key}", f"{folder}{info.key}"):
@@ -113,12 +113,13 @@ def _program(archive: Archive, entry: ZipEntry) -> PickleProgram:
         return interpret(data, archive.path, what, start=begin, end=begin + entry.extent.nbytes)
 
 
-def _read_marker(archive: Archive, name: str) -> str:
+def read_marker(archive: Archive, name: str) -> str:
+    """A small entry with one word, such as a version; empty if there is none."""
     if name not in archive.entries:
         return ""
     return describe_value(archive.read(name, budgets.MAX_VERSION_BYTES).decode("ascii", "replace").strip())
 
 
 def _producer(archive: Archive, folder: str, kind: str) -> str:
-    version = _read_marker(archive, f"{folder}version") or _read_marker(archive, f"{folder}.data/version")
+    version = read_marker(archive, f"{folder}version") or read_marker(archive, f"{folder}.data/version")
     return f"pytorch ({kind} format {version})" if version else f"pytorch ({kind} format)"

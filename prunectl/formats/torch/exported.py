@@ -84,11 +84,11 @@ def open_model(path: Path) -> ModelFile:
         program = program or {}
         producer = exported_graph.producer(program) or producer
         prefix = f"{name}." if len(models) > 1 else ""
-        listed = list(
-            nested_tensors(archive, program)
-            if is_old
-            else (one for part, end in _CONFIGS for one in _tensors(archive, folder, part, f"{name}{end}", program))
-        )
+        if is_old:
+            listed = list(nested_tensors(archive, program))
+        else:
+            ends = ((part, f"{name}{end}") for part, end in _CONFIGS)
+            listed = [tensor for part, end in ends for tensor in _tensors(archive, folder, part, end, program)]
         kinds = exported_graph.tensor_kinds(program)
         if program and graph:
             uses |= {prefix + tensor: use for tensor, use in exported_graph.uses(graph, listed).items()}

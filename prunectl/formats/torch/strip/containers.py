@@ -9,11 +9,11 @@ from zipfile import ZIP_DEFLATED, ZipInfo
 
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile, RemovedItem, Role, StripOptions, StripPart
-from prunectl.formats.budgets import MAX_ALIGNMENT, MAX_PICKLE_BYTES, MAX_VERSION_BYTES
+from prunectl.formats.budgets import MAX_ALIGNMENT, MAX_PICKLE_BYTES
 from prunectl.formats.extents import BLOCK_BYTES
 from prunectl.formats.patch import patch_files
 from prunectl.formats.torch import views
-from prunectl.formats.torch.archive import top_folder
+from prunectl.formats.torch.archive import read_marker, top_folder
 from prunectl.formats.torch.exported import examples
 from prunectl.formats.torch.legacy import COUNT_BYTES
 from prunectl.formats.torch.pickle.edit import (
@@ -144,8 +144,7 @@ def _write(archive: Archive, folder: str, target: Path, edits: CheckpointEdits) 
 
 
 def _alignment(archive: Archive, folder: str) -> int:
-    name = f"{folder}.storage_alignment"
-    marker = archive.read(name, MAX_VERSION_BYTES).decode("ascii", "replace").strip() if name in archive.entries else ""
+    marker = read_marker(archive, f"{folder}.storage_alignment")
     return int(marker) if marker.isdigit() and 0 < int(marker) <= MAX_ALIGNMENT else ALIGNMENT
 
 
