@@ -425,16 +425,18 @@ def test_an_error_of_the_system_is_that_of_the_input_only_if_it_is_about_it(
 
 def test_names_that_are_not_utf8_are_read_and_written(tmp_path: Path) -> None:
     model = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff\x1b[31m.safetensors"))
-    out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/out\xfe.safetensors"))
+    out, stripped = (
+        Path(os.fsdecode(os.fsencode(tmp_path) + name))
+        for name in (b"/out\xfe.safetensors", b"/stripped\xfd.safetensors")
+    )
     shutil.copy(FIXTURES / "digits_cnn.safetensors", model)
-    for words in (["prune", model, "-o", out, *HALF[:2]], ["inspect", out], ["strip", model, "-o", out]):
+    for words in (["prune", model, "-o", out, *HALF[:2]], ["inspect", out], ["strip", model, "-o", stripped]):
         done = subprocess.run(
             [*COMMAND, *map(os.fspath, words)], env=clean(PYTHONPATH=str(ROOT)), capture_output=True, check=False
         )
-        assert done.returncode == (2 if words[0] == "strip" else 0), done.stderr
-        assert b"Traceback" not in done.stderr
+        assert done.returncode == 0, done.stderr
         assert b"\x1b" not in done.stdout + done.stderr
-    assert sorted(os.listdir(os.fsencode(tmp_path))) == sorted([os.fsencode(model.name), os.fsencode(out.name)])
+    assert set(os.listdir(os.fsencode(tmp_path))) == {os.fsencode(path.name) for path in (model, out, stripped)}
 
 
 BUDGET = """

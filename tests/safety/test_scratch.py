@@ -219,15 +219,30 @@ def umask() -> Iterator[None]:
 
 @pytest.mark.usefixtures("umask")
 @pytest.mark.parametrize(("source", "result"), [(0o600, 0o600), (0o640, 0o640), (0o666, 0o644), (0o400, 0o400)])
-@pytest.mark.parametrize("words", [("prune", *HALF), ("strip", "-q")])
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (("prune", *HALF), "digits_cnn.pt"),
+        (("strip", "-q"), "digits_cnn.pt"),
+        (("export", "--to", "npz", "-q"), "digits_cnn.pt"),
+        (("prune", "--pattern", "channel", *HALF), "digits_cnn.onnx"),
+        (("prune", *HALF), "external_data/model.onnx"),
+    ],
+)
 def test_a_result_may_be_read_by_those_who_may_read_its_source(
-    words: tuple[str, ...], source: int, result: int, tmp_path: Path
+    words: tuple[str, ...], name: str, source: int, result: int, tmp_path: Path
 ) -> None:
-    model = Path(shutil.copy(FIXTURES / "digits_cnn.pt", tmp_path / "m.pt"))
-    model.chmod(source)
+    folder = Path(shutil.copytree((FIXTURES / name).parent, tmp_path / "in")) if "/" in name else tmp_path / "in"
+    folder.mkdir(exist_ok=True)
+    model = folder / Path(name).name
+    shutil.copy(FIXTURES / name, model)
+    for path in folder.iterdir():
+        path.chmod(source)
+    (tmp_path / "out").mkdir()
     command, *more = words
-    assert here(command, model, "-o", tmp_path / "out.pt", *more).code == 0
-    assert mode(tmp_path / "out.pt") == result
+    done = here(command, model, "-o", tmp_path / "out" / f"m{model.suffix if command != 'export' else '.npz'}", *more)
+    assert done.code == 0, done.err
+    assert {mode(path) for path in (tmp_path / "out").iterdir()} == {result}
 
 
 @pytest.mark.usefixtures("umask")

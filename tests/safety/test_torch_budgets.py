@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zipfile
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from prunectl.analysis.stats import measure_stats
 from prunectl.analysis.tensor_io import count_zeros
 from prunectl.formats.registry import open_model
+from tests.running import FIXTURES, here
 from tests.safety.cost import assert_refused_cheaply, cost
 
 PROTOCOL, KEPT, POPPED = b"\x80\x02", 40, b"0"
@@ -120,12 +122,33 @@ def test_tied_tensors_are_counted_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(reads) == 1
 
 
-def test_an_entry_without_a_name_is_refused_by_what_writes_archives(tmp_path: Path) -> None:
-    path = checkpoint(tmp_path / "m.pt", views([(0, 2, 2)], 4), storages={"0": bytes(16)})
-    raw = path.read_bytes()
-    path.write_bytes(raw.replace(b"archive/version", b"\0rchive/version"))
-    for words in (("size", path), ("prune", path, "-o", tmp_path / "p.pt", "-s", "50%", "--pack")):
-        assert_refused_cheaply(cost(*words, scratch=tmp_path))
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("digits_cnn.pt", "/version"),
+        ("digits_cnn_torchscript.pt", "/version"),
+        ("digits_cnn.pt2", "/version"),
+        ("lambda_layer.keras", "metadata.json"),
+    ],
+)
+def test_an_entry_without_a_name_is_refused_by_every_command(name: str, entry: str, tmp_path: Path) -> None:
+    path, out = tmp_path / name, tmp_path / f"out{Path(name).suffix}"
+    with zipfile.ZipFile(FIXTURES / name) as archive:
+        (whole,) = (inside.encode() for inside in archive.namelist() if inside.endswith(entry))
+    path.write_bytes((FIXTURES / name).read_bytes().replace(whole, b"\0" + whole[1:]))
+    for words in (
+        ("inspect", path),
+        ("size", path),
+        ("diff", FIXTURES / name, path),
+        ("strip", path, "-o", out),
+        ("prune", path, "-o", out, "-s", "50%", "--pack"),
+        ("prune", path, "-o", out, "-s", "50%", "--wrap"),
+        ("export", path, "-o", tmp_path / "out.npz"),
+        ("finetune", path, "-o", out, "--data", FIXTURES / "digits.npz"),
+    ):
+        done = here(*words)
+        assert (done.code, "one of its entries has no name" in done.err) == (3, True), (words, done.err)
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_a_program_whose_json_is_nested_without_end_is_refused(tmp_path: Path) -> None:
