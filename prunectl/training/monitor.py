@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from prunectl.errors import UsageError
+from prunectl.errors import PrunectlError, UsageError, first_line
 from prunectl.training.backend import TrainOptions
 from prunectl.training.request import LOSS, MAX, MIN
 
@@ -40,11 +41,35 @@ class GatheredMetric:
         return self._function(*map(self._concatenate, zip(*self._batches, strict=True)))
 
 
-def metric_factory(metric: Any) -> Callable[[], Metric] | None:
+def metric_factory(name: str, metric: Any) -> Callable[[], Metric] | None:
     """What makes a new metric of a class, or of an object, that has `update` and `compute`; None for a function."""
     if not all(callable(getattr(metric, method, None)) for method in ("update", "compute")):
         return None
-    return metric if isinstance(metric, type) else partial(deepcopy, metric)
+    if not isinstance(metric, type):
+        return partial(deepcopy, metric)
+
+    def make() -> Metric:
+        try:
+            started: Metric = metric()
+        except Exception as error:
+            raise UsageError(
+                f"the metric {name} cannot be made without arguments: {first_line(error)}",
+                hint="name an object of that class, which your module makes with its arguments",
+            ) from error
+        return started
+
+    return make
+
+
+@contextmanager
+def metric_failures(name: str, outputs: Sequence[int], targets: Sequence[int]) -> Iterator[None]:
+    """Tell what a metric raises as what it is: it cannot compare outputs with targets of such shapes."""
+    try:
+        yield
+    except PrunectlError:
+        raise
+    except Exception as error:
+        raise metric_mismatch(name, outputs, targets, first_line(error)) from error
 
 
 _UP = """

@@ -20,6 +20,7 @@ from prunectl.training.keras.compile.losses import CrossEntropy
 from prunectl.training.keras.distillation import DistillationConfig
 from prunectl.training.keras.distribution import DevicePlacement
 from prunectl.training.keras.load import LoadedModel, error_line
+from prunectl.training.monitor import metric_failures
 from prunectl.training.quiet import ignore_warnings
 from prunectl.training.task import DistilledOutput, FinalActivation
 
@@ -345,8 +346,9 @@ class CompiledModel:
                 if (started or self._user_functions) and batch.y is not None:
                     arrays = as_tuple(backend.as_arrays(self.model.predict_on_batch(x)))
                     targets = as_tuple(batch.y)
-                    for metric in started.values():
-                        metric.update(arrays[0], targets[0])
+                    for name, metric in started.items():
+                        with metric_failures(name, arrays[0].shape, targets[0].shape):
+                            metric.update(arrays[0], targets[0])
                     gathered += [(targets, arrays)] if self._user_functions else []
             logs = averager.compute()
             if gathered:

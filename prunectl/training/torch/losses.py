@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from prunectl.errors import PrunectlError, UsageError, first_line
+from prunectl.errors import UsageError
 from prunectl.plugins import find
-from prunectl.training.monitor import GatheredMetric, Metric, metric_factory, metric_mismatch
+from prunectl.training.monitor import GatheredMetric, Metric, metric_factory, metric_failures
 from prunectl.training.task import (
     DistilledOutput,
     FinalActivation,
@@ -227,7 +227,7 @@ class TorchMetric:
 
         The outputs of an epoch of training are not kept: there a function counts by the mean of the batches, too.
         """
-        make = metric_factory(self.function)
+        make = metric_factory(self.name, self.function)
         if make is not None:
             return make()
         if self.is_mean or is_training:
@@ -236,19 +236,15 @@ class TorchMetric:
 
     def mean(self, out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The mean over the examples of a batch."""
-        return self.checked(lambda: self.function(out, y), out, y)
+        with metric_failures(self.name, out.shape, y.shape):
+            return _scalar(self.function(out, y))
 
-    def checked(self, measure: Callable[[], Any], out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """A number, or a sentence that outputs cannot be compared with such targets."""
-        try:
-            value = torch.as_tensor(measure())
-            if value.numel() != 1:
-                raise ValueError(f"it returns {value.numel()} numbers, and one is due")  # noqa: TRY301
-            return value.reshape(())
-        except PrunectlError:
-            raise
-        except Exception as error:
-            raise metric_mismatch(self.name, out.shape, y.shape, first_line(error)) from error
+
+def _scalar(number: Any) -> torch.Tensor:
+    value = torch.as_tensor(number)
+    if value.numel() != 1:
+        raise ValueError(f"it returns {value.numel()} numbers, and one is due")
+    return value.reshape(())
 
 
 def _accuracy(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -339,10 +335,13 @@ class MetricAverager:
         if out is not None and y is not None and self._metrics:
             out = out.detach().float()
             self._last = (out, y)
-            means |= {metric.name: metric.mean(out, y) for metric in self._metrics if metric.name not in self._started}
-            for metric in self._started.values():
-                gathers = isinstance(metric, GatheredMetric)
-                metric.update(*((out.cpu(), y.cpu()) if gathers else (out, y)))
+            for metric in self._metrics:
+                started = self._started.get(metric.name)
+                if started is None:
+                    means[metric.name] = metric.mean(out, y)
+                    continue
+                with metric_failures(metric.name, out.shape, y.shape):
+                    started.update(*((out.cpu(), y.cpu()) if isinstance(started, GatheredMetric) else (out, y)))
         self._count += count
         for name, mean in means.items():
             value = _double(mean) * count
@@ -352,12 +351,14 @@ class MetricAverager:
         """The values over all processes, which resets them."""
         if not self._count:
             return {}
-        names = ["loss", *(metric.name for metric in self._metrics if self._last is not None)]
-        for metric in self._metrics:
-            if metric.name in self._started and self._last is not None:
-                value = metric.checked(self._started[metric.name].compute, *self._last)
-                self._sums[metric.name] = _double(value.detach()).to(self._sums["loss"].device) * self._count
-        sums = torch.stack([*(self._sums[name] for name in names), self._sums["loss"].new_tensor(self._count)])
+        names, loss = ["loss"], self._sums["loss"]
+        if self._last is not None:
+            names += [metric.name for metric in self._metrics]
+            for name, started in self._started.items():
+                with metric_failures(name, *(tensor.shape for tensor in self._last)):
+                    value = _scalar(started.compute())
+                self._sums[name] = _double(value.detach().to(loss.device)) * self._count
+        sums = torch.stack([*(self._sums[name] for name in names), loss.new_tensor(self._count)])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
         self._reset()

@@ -111,3 +111,16 @@ def test_what_is_no_mean_of_batches_is_measured_over_all_examples(name: str, tmp
         assert found == pytest.approx(f1(out, y))
     batchwise = sum(f1(some, targets) * len(some) for some, targets in batches) / 50
     assert abs(found - batchwise) > 0.01
+
+
+def test_a_metric_of_the_users_that_fails_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(
+        "class Failing:\n    def update(self, out, y):\n        raise KeyError(3)\n    compute = update\n"
+        "class Wanting(Failing):\n    def __init__(self, task):\n        pass\n"
+    )
+    averager = MetricAverager(resolve_metrics((f"{path}:Failing",), OWN, OUT, LABELS), is_training=True)
+    with pytest.raises(UsageError, match=r"the metric .*:Failing does not fit outputs of 6"):
+        averager.update(2, torch.zeros(()), OUT, LABELS)
+    with pytest.raises(UsageError, match=r"the metric .*:Wanting cannot be made without arguments"):
+        MetricAverager(resolve_metrics((f"{path}:Wanting",), OWN, OUT, LABELS), is_training=True)

@@ -133,7 +133,7 @@ class _Context:
     @property
     def metric_factories(self) -> dict[str, Callable[[], Metric]]:
         """Those of them that are no functions and no metrics of Keras."""
-        factories = {name: metric_factory(metric) for name, metric in self.user_metrics.items()}
+        factories = {name: metric_factory(name, metric) for name, metric in self.user_metrics.items()}
         return {name: factory for name, factory in factories.items() if factory is not None}
 
     @property
