@@ -20,7 +20,7 @@ from tests.running import ROOT
 from tests.training.keras import nets, on_backend, on_workers
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-SECONDS = 120
+SECONDS = 300
 
 
 def start(script: str, path: Path, **environment: str) -> subprocess.Popen[bytes]:
