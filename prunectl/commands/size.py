@@ -22,24 +22,6 @@ from prunectl.reporting.serialize import survey_json
 from prunectl.units import parse_ratio, parse_size
 
 
-def size_limits(
-    *, raw: str, packed: str, compressed: str, sparsity: str, baseline: str, growth: str, codec: Codec
-) -> SizeLimits:
-    """Parse the limits before any work begins."""
-    if bool(baseline) != bool(growth):
-        raise UsageError("--baseline and --max-growth go together", hint="--baseline old.h5 --max-growth 2%")
-    is_share = growth.endswith("%")
-    return SizeLimits(
-        max_raw=parse_size(raw) if raw else None,
-        max_packed=parse_size(packed) if packed else None,
-        max_compressed=parse_size(compressed) if compressed else None,
-        min_sparsity=parse_ratio(sparsity) if sparsity else None,
-        max_growth_ratio=parse_ratio(growth) if is_share else None,
-        max_growth_bytes=parse_size(growth) if growth and not is_share else None,
-        baseline=measure(open_model(Path(baseline)), codec) if baseline else None,
-    )
-
-
 def size_report(
     models: Sequence[ModelStats], gates: Sequence[LimitCheck], failures: Sequence[Failure], codec: Codec
 ) -> Report:
@@ -103,10 +85,18 @@ def size(
     """
     reporter: Reporter = ctx.obj
     compressor = sizes.get_codec(codec, level)
-    limits = size_limits(
-        raw=max_raw, packed=max_packed, compressed=max_gzip, sparsity=min_sparsity,
-        baseline=baseline, growth=max_growth, codec=compressor,
-    )  # fmt: skip
+    if bool(baseline) != bool(max_growth):
+        raise UsageError("--baseline and --max-growth go together", hint="--baseline old.h5 --max-growth 2%")
+    is_share = max_growth.endswith("%")
+    limits = SizeLimits(
+        max_raw=parse_size(max_raw) if max_raw else None,
+        max_packed=parse_size(max_packed) if max_packed else None,
+        max_compressed=parse_size(max_gzip) if max_gzip else None,
+        min_sparsity=parse_ratio(min_sparsity) if min_sparsity else None,
+        max_growth_ratio=parse_ratio(max_growth) if is_share else None,
+        max_growth_bytes=parse_size(max_growth) if max_growth and not is_share else None,
+        baseline=measure(open_model(Path(baseline)), compressor) if baseline else None,
+    )
     models, failures = inspect_each(paths, lambda path: measure(open_model(path), compressor, reporter.progress))
     checks = [gate for stats in models for gate in check_limits(stats, limits)]
     return reporter.show(size_report(models, checks, failures, compressor))
