@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -79,8 +80,23 @@ def threshold(sources: Sequence[Source], drop: int) -> Threshold:
     """The threshold that prunes exactly so many scores, ties in the order of the sources."""
     if drop == 0:
         return Threshold(0, (0,) * len(sources))
-    key, below, equal = sampled_select(sources, drop) or radix_select(sources, drop)
+    key, below, equal = sorted_select(sources, drop) or sampled_select(sources, drop) or radix_select(sources, drop)
     return Threshold(key, _split_ties(sources, key, drop - below, equal))
+
+
+def sorted_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int] | None:
+    """As `radix_select`, by sorting; None where there are scores enough for a sample of them."""
+    few, size = [], 0
+    for block in chain.from_iterable(source() for source in sources):
+        few.append(sort_keys(block).reshape(-1))
+        size += block.size
+        if size >= _SAMPLE_LEAST * _SAMPLE_STEP:
+            return None
+    if size < drop:
+        return None
+    keys = np.concatenate(few)
+    key = np.partition(keys, drop - 1)[drop - 1]
+    return int(key), int(np.count_nonzero(keys < key)), int(np.count_nonzero(keys == key))
 
 
 def sampled_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int] | None:

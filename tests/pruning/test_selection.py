@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from prunectl.pruning.threshold import Source, threshold
+from prunectl.pruning.threshold import Source, radix_select, sorted_select, threshold
 
 
 def in_blocks(scores: NDArray[np.floating], size: int) -> Source:
@@ -49,8 +49,12 @@ def test_the_cut_is_that_of_a_stable_sort_whatever_the_blocks(dtype: type, data:
     sizes = data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=4))
     tensors = [data.draw(arrays(dtype, size, elements=elements)) for size in sizes]
     drop = data.draw(st.integers(0, sum(sizes)))
-    masks = dropped(tensors, drop, data.draw(st.integers(1, 7)))
+    size = data.draw(st.integers(1, 7))
+    masks = dropped(tensors, drop, size)
     np.testing.assert_array_equal(np.concatenate(masks), by_sorting(tensors, drop))
+    if drop:
+        sources = [in_blocks(scores, size) for scores in tensors]
+        assert sorted_select(sources, drop) == radix_select(sources, drop)
 
 
 def test_minus_zero_is_a_zero() -> None:
