@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from prunectl.formats.workers import check_stopped, workers
 THREADS = 2
 """Enough to write while another block is computed; more would only hold more blocks."""
 _COPY_BYTES = 1 << 28
+_BATCH_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ def copy_with_patches(source: Path, target: Path, rewrites: Sequence[TensorUpdat
         offset, end = 0, os.fstat(old).st_size
         # Each run is written in its own place, so that two can be written at once.
         with workers(THREADS) as pool:
-            writing = [pool.submit(_write_run, new, rewrite.run, rewrite.raw()) for rewrite in rewrites]
+            writing = [pool.submit(_write_runs, new, batch) for batch in _batches(rewrites)]
             for run in (rewrite.run for rewrite in rewrites):
                 _copy(source, old, new, offset, run.offset)
                 offset = run.offset + run.nbytes
@@ -92,16 +93,32 @@ def copy_with_patches(source: Path, target: Path, rewrites: Sequence[TensorUpdat
         os.close(new)
 
 
-def _write_run(new: int, run: Extent, pieces: Iterator[memoryview]) -> None:
-    offset = run.offset
-    for view in pieces:
-        check_stopped()
-        remaining = view
-        while remaining:
-            done = os.pwrite(new, remaining, offset)
-            offset, remaining = offset + done, remaining[done:]
-    if offset != run.offset + run.nbytes:
-        raise ValueError(f"{offset - run.offset} bytes were written in the place of {run.nbytes}")
+def _batches(rewrites: Iterable[TensorUpdate]) -> Iterator[list[TensorUpdate]]:
+    """Group updates in their order: a job for each of many small ones takes longer than the update."""
+    batch: list[TensorUpdate] = []
+    nbytes = 0
+    for rewrite in rewrites:
+        batch.append(rewrite)
+        nbytes += rewrite.tensor.nbytes
+        if nbytes >= _BATCH_BYTES:
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch
+
+
+def _write_runs(new: int, batch: Iterable[TensorUpdate]) -> None:
+    for rewrite in batch:
+        run = rewrite.run
+        offset = run.offset
+        for view in rewrite.raw():
+            check_stopped()
+            remaining = view
+            while remaining:
+                done = os.pwrite(new, remaining, offset)
+                offset, remaining = offset + done, remaining[done:]
+        if offset != run.offset + run.nbytes:
+            raise ValueError(f"{offset - run.offset} bytes were written in the place of {run.nbytes}")
 
 
 def _copy(source: Path, old: int, new: int, begin: int, end: int) -> None:
