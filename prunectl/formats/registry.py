@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +248,10 @@ def _refuse_blown_up(path: Path, model: ModelFile) -> None:
     whole = sum(fact.st_size for fact in facts)
     # What is the same in every way is read once, and holes in a file cost their maker nothing.
     views = {tensor.view_key: tensor for tensor in model.tensors}.values()
-    unfolded = sum(tensor.nbytes for tensor in views if tensor.storage.extent is None)
+    hidden = [tensor for tensor in views if tensor.storage.extent is None]
+    # A storage is unfolded whole, and kept for the tensors that follow each other in it.
+    storages = (next(group).storage.nbytes for _, group in groupby(hidden, key=lambda tensor: tensor.storage.key))
+    unfolded = max(sum(tensor.nbytes for tensor in hidden), sum(storages))
     if unfolded > max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_UNFOLDING * whole):
         raise InputError(f"{path} is refused: its tensors would unfold to {unfolded} bytes, like a bomb")
     flat = [tensor for tensor in model.tensors if tensor.storage.extent is not None]

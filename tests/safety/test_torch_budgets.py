@@ -88,14 +88,18 @@ def test_a_persistent_id_that_is_no_name_is_refused_in_a_tar_and_a_legacy_file(t
     assert_refused_cheaply(cost("inspect", path, scratch=tmp_path))
 
 
-def views(ways: list[tuple[int, int, int]], elements: int) -> bytes:
-    """Tensors over one storage: of each the start, the rows and the columns."""
+def views(ways: list[tuple[int, int, int]], elements: int, *, keys: bytes = b"0") -> bytes:
+    """Tensors over one storage, or over several in turn: of each the start, the rows and the columns."""
     program = PROTOCOL + b"ctorch._utils\n_rebuild_tensor_v2\nq\x000" + b"ccollections\nOrderedDict\n)Rq\x010"
-    asked = text(b"storage") + b"ctorch\nFloatStorage\n" + text(b"0") + text(b"cpu") + number(elements)
-    pieces = [program, b"(", asked, b"tQq\x020}("]
+    pieces = [program]
+    for at, key in enumerate(keys, 2):
+        storage = text(b"storage") + b"ctorch\nFloatStorage\n" + text(bytes([key])) + text(b"cpu") + number(elements)
+        pieces += b"(", storage, b"tQq", bytes([at]), b"0"
+    pieces.append(b"}(")
     for at, (start, rows, columns) in enumerate(ways):
         shape, strides = number(rows) + number(columns), number(columns) + number(1)
-        pieces += text(b"%06d" % at), b"h\x00(h\x02", number(start), b"(", shape, b"t(", strides, b"t\x89h\x01tR"
+        memo = bytes([2 + at % len(keys)])
+        pieces += text(b"%06d" % at), b"h\x00(h", memo, number(start), b"(", shape, b"t(", strides, b"t\x89h\x01tR"
     return b"".join([*pieces, b"u."])
 
 
@@ -103,6 +107,21 @@ def test_two_thousand_views_of_a_deflated_storage_are_refused(tmp_path: Path) ->
     count = 60_000_000
     ways = [(at, 999, count // 1000) for at in range(2000)]
     path = checkpoint(tmp_path / "m.pt", views(ways, count), storages={"0": bytes(4 * count)})
+    assert_refused_cheaply(cost("inspect", path, scratch=tmp_path))
+
+
+def test_a_deflated_storage_is_inflated_once_for_all_that_see_it(tmp_path: Path) -> None:
+    ways = [(4 * at, 2, 2) for at in range(2000)]
+    path = checkpoint(tmp_path / "m.pt", views(ways, 2_000_000), storages={"0": bytes(8_000_000)})
+    found = cost("inspect", path, scratch=tmp_path)
+    assert found.outcome.code == 0
+    # Inflating it for each of them would take a minute.
+    assert found.seconds < 10, found.seconds
+
+
+def test_deflated_storages_that_are_seen_in_turn_are_refused(tmp_path: Path) -> None:
+    program = views([(4 * at, 2, 2) for at in range(2000)], 2_000_000, keys=b"01")
+    path = checkpoint(tmp_path / "m.pt", program, storages={key: bytes(8_000_000) for key in "01"})
     assert_refused_cheaply(cost("inspect", path, scratch=tmp_path))
 
 

@@ -8,7 +8,11 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from prunectl.errors import InputError
 from prunectl.formats import budgets, extents, zip_read
@@ -90,10 +94,16 @@ def storage_of(archive: Archive, name: str, info: StorageInfo, *, big_endian: bo
 def decoder(archive: Archive) -> Callable[[Tensor], Array]:
     """What reads a tensor out of a compressed entry."""
 
+    def inflated(key: str) -> NDArray[np.uint8]:
+        return archive.inflated(archive.entries[key])
+
+    shared = lru_cache(maxsize=1)(inflated)
+
     def decode(tensor: Tensor) -> Array:
-        entry = archive.entries[tensor.storage.key]
+        # What several tensors see is inflated once for those that follow each other.
+        is_whole = tensor.nbytes == tensor.storage.nbytes
         return extents.arrange(
-            archive.inflated(entry),
+            (inflated if is_whole else shared)(tensor.storage.key),
             dtype=tensor.dtype,
             shape=tensor.shape,
             start=tensor.start,
