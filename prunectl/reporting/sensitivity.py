@@ -19,7 +19,7 @@ from prunectl.units import count, percent
 
 
 @dataclass(frozen=True, slots=True)
-class Metric:
+class SensitivityScore:
     """A number that is measured at each sparsity."""
 
     name: str
@@ -29,14 +29,16 @@ class Metric:
 
 
 METRICS = (
-    Metric("weight error", Unit.RATIO, lambda point: point.weight_error),
-    Metric("output error", Unit.RATIO, lambda point: point.output_error),
-    Metric("loss", Unit.NUMBER, lambda point: point.score.loss if point.score else None),
-    Metric("accuracy", Unit.RATIO, lambda point: point.score.accuracy if point.score else None, higher_is_better=True),
+    SensitivityScore("weight error", Unit.RATIO, lambda point: point.weight_error),
+    SensitivityScore("output error", Unit.RATIO, lambda point: point.output_error),
+    SensitivityScore("loss", Unit.NUMBER, lambda point: point.score.loss if point.score else None),
+    SensitivityScore(
+        "accuracy", Unit.RATIO, lambda point: point.score.accuracy if point.score else None, higher_is_better=True
+    ),
 )
 
 
-def known_metrics(sensitivity: Sensitivity) -> tuple[Metric, ...]:
+def known_metrics(sensitivity: Sensitivity) -> tuple[SensitivityScore, ...]:
     """The metrics that are known of at least one layer."""
     points = [point for layer in sensitivity.layers for point in layer.points]
     return tuple(metric for metric in METRICS if any(metric.value_of(point) is not None for point in points))
@@ -70,7 +72,7 @@ def plot(sensitivity: Sensitivity) -> Table | None:
     return Table("most sensitive", columns, tuple(rows))
 
 
-def _metric_drop(sensitivity: Sensitivity, layer: LayerSensitivity, metric: Metric) -> float | None:
+def _metric_drop(sensitivity: Sensitivity, layer: LayerSensitivity, metric: SensitivityScore) -> float | None:
     value = metric.value_of(layer.points[_AT])
     if value is None or metric.name != "loss" or sensitivity.base is None or sensitivity.base.loss is None:
         return value
@@ -81,7 +83,7 @@ def _bar(cost: float, longest: float) -> str:
     return "#" * round(max(cost, 0.0) / longest * _BAR_WIDTH) if longest > 0 else ""
 
 
-def _format(cost: float, metric: Metric) -> str:
+def _format(cost: float, metric: SensitivityScore) -> str:
     return f"{cost:.4g}" if metric.name == "loss" else percent(cost)
 
 
@@ -132,7 +134,7 @@ def _with_tables(section: Section, sensitivity: Sensitivity) -> Section:
     return replace(section, tables=(*section.tables, *tables), notes=(*section.notes, *_notes(sensitivity)))
 
 
-def _table(sensitivity: Sensitivity, metric: Metric) -> Table:
+def _table(sensitivity: Sensitivity, metric: SensitivityScore) -> Table:
     columns = (Column(f"{metric.name} at"), Column("weights", Unit.COUNT, is_optional=True), *_heads(metric.unit))
     rows: list[tuple[Cell, ...]] = [
         (layer.name, layer.weights, *map(metric.value_of, layer.points)) for layer in sensitivity.layers

@@ -68,7 +68,7 @@ def convert_outputs(array: Array, theirs: FinalActivation, ours: FinalActivation
     return result.astype(kind)
 
 
-class TargetKind(StrEnum):
+class TaskKind(StrEnum):
     """What targets are to outputs."""
 
     LABELS = "labels"
@@ -87,13 +87,13 @@ class TargetKind(StrEnum):
 class Task:
     """What targets are, and how many classes there are if they are labels."""
 
-    kind: TargetKind
+    kind: TaskKind
     classes: int | None = None
 
     @property
     def is_classification(self) -> bool:
         """Whether targets name classes: cross-entropy and accuracy compare them."""
-        return self.kind in {TargetKind.LABELS, TargetKind.SHARES, TargetKind.BINARY}
+        return self.kind in {TaskKind.LABELS, TaskKind.SHARES, TaskKind.BINARY}
 
 
 def infer_task(outputs: Shape, activation: FinalActivation, targets: Array, *, is_channels_first: bool = False) -> Task:
@@ -107,9 +107,9 @@ def infer_task(outputs: Shape, activation: FinalActivation, targets: Array, *, i
     axis = label_axis(outputs, shape, is_channels_first=is_channels_first)
     if axis is not None:
         is_label = targets.dtype.kind in "iub" or (ends_in_classes and bool((targets == np.trunc(targets)).all()))
-        return Task(TargetKind.LABELS, outputs[axis - 1]) if is_label else Task(TargetKind.UNKNOWN)
+        return Task(TaskKind.LABELS, outputs[axis - 1]) if is_label else Task(TaskKind.UNKNOWN)
     if not has_same_size(outputs, shape):
-        return Task(TargetKind.UNKNOWN)
+        return Task(TaskKind.UNKNOWN)
     is_share = bool(((targets >= 0) & (targets <= 1)).all())
     # Measurements may be zero in all of a first batch.
     is_bit = (
@@ -121,10 +121,10 @@ def infer_task(outputs: Shape, activation: FinalActivation, targets: Array, *, i
     if is_share and has_classes and (is_bit or ends_in_classes):
         axis = 1 if is_channels_first else targets.ndim - 1
         if outputs[axis - 1] != 1 and _is_one(targets.sum(axis=axis)):
-            return Task(TargetKind.SHARES)
+            return Task(TaskKind.SHARES)
     if is_bit or (is_share and activation is FinalActivation.SIGMOID):
-        return Task(TargetKind.BINARY)
-    return Task(TargetKind.NUMBERS)
+        return Task(TaskKind.BINARY)
+    return Task(TaskKind.NUMBERS)
 
 
 def label_axis(outputs: Shape, targets: Shape, *, is_channels_first: bool) -> int | None:

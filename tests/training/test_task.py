@@ -19,7 +19,7 @@ from prunectl.training.keras.compile.losses import default_loss
 from prunectl.training.keras.compile.optimizers import optimizer_by_name
 from prunectl.training.keras.compile.outputs import OutputInfo
 from prunectl.training.request import OptimizerSpec, parse_optimizer
-from prunectl.training.task import DistilledOutput, FinalActivation, TargetKind, distillation_loss, infer_task
+from prunectl.training.task import DistilledOutput, FinalActivation, TaskKind, distillation_loss, infer_task
 from prunectl.training.torch.losses import LOSSES, METRICS, TorchLoss, distilled, resolve_loss
 from prunectl.training.torch.optimizers import make_optimizer
 from tests.contract import Array
@@ -64,7 +64,7 @@ def test_targets_tell_the_task(shape: Any, activation: FinalActivation, targets:
 def test_classes_are_the_first_axis_where_channels_are_or_the_last_of_a_row_of_words(shape: tuple[int, ...]) -> None:
     places = (5, 6) if len(shape) == 3 else (5,)
     task = infer_task(shape, RAW, np.ones((24, *places), int), is_channels_first=True)
-    assert (task.kind, task.classes) == (TargetKind.LABELS, 4)
+    assert (task.kind, task.classes) == (TaskKind.LABELS, 4)
 
 
 @pytest.mark.parametrize(("activation", "targets"), [(RAW, LABELS), (RAW, HOT), (SOFTMAX, HOT), (RAW, LABELS % 2)])

@@ -13,13 +13,13 @@ from prunectl.training.data.adapt import array_name, format_shape
 from prunectl.training.data.batching import nbytes, num_examples
 from prunectl.training.data.readers import NUMERIC, IndexedSource
 from prunectl.training.data.source import Arrays, Batch, EpochOrder, Source, as_tuple
-from prunectl.training.task import TargetKind, Task, infer_task, label_axis, shape_matches
+from prunectl.training.task import Task, TaskKind, infer_task, label_axis, shape_matches
 
 
 def infer_tasks(signature: ModelSignature, example: Batch) -> tuple[Task, ...]:
     """The task of each output that has targets, by what a first batch holds; none where shapes are not known."""
     return tuple(
-        Task(TargetKind.UNKNOWN)
+        Task(TaskKind.UNKNOWN)
         if output.shape is None
         else infer_task(output.shape, output.ending, targets, is_channels_first=signature.is_channels_first)
         for output, targets in zip(

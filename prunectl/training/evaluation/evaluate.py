@@ -24,7 +24,7 @@ from prunectl.training.monitor import check_direction, make_monitor, metric_mism
 from prunectl.training.onnx.model import load_onnx_model
 from prunectl.training.request import FinetuneRequest
 from prunectl.training.runtimes import load_trainable
-from prunectl.training.task import FinalActivation, TargetKind, Task, infer_task, label_axis
+from prunectl.training.task import FinalActivation, Task, TaskKind, infer_task, label_axis
 
 _EVEN = 0.5
 Score = Callable[[Array, Array], Array]
@@ -44,7 +44,7 @@ def evaluate_predictions(
         task = task or infer_task(outputs.shape[1:], FinalActivation.UNKNOWN, targets, is_channels_first=True)
         chosen = chosen or ("accuracy" if task.is_classification else "mae")
         score = _score(chosen)
-        if score is _accuracy and (task.kind is TargetKind.BINARY or outputs.size == len(outputs)):
+        if score is _accuracy and (task.kind is TaskKind.BINARY or outputs.size == len(outputs)):
             if targets.size != outputs.size:
                 raise metric_mismatch(chosen, outputs.shape, targets.shape)
             binary.append((outputs.reshape(-1), targets.reshape(-1)))

@@ -55,7 +55,7 @@ def restore_frozen(library: KerasLibrary, frozen: Iterable[tuple[Any, Array]]) -
         backend.set_value(library, variable, value)
 
 
-class MetricAverager:
+class StepAverager:
     """Averages the logs of training steps over examples."""
 
     def __init__(self, is_running: Callable[[str, float], bool]) -> None:
@@ -211,7 +211,7 @@ class CompiledModel:
         self._reset_metrics: Callable[[], None] = self.model.reset_metrics
         self.model.reset_metrics = lambda: None
         self._reset_distillation: Callable[[], None] = lambda: None
-        self._averager = MetricAverager(self._is_running_mean)
+        self._averager = StepAverager(self._is_running_mean)
 
     @property
     def _has_custom_step(self) -> bool:
@@ -332,7 +332,7 @@ class CompiledModel:
             for variable in metric.variables
         ]
         self._reset_metrics()
-        averager = MetricAverager(lambda *_: True)
+        averager = StepAverager(lambda *_: True)
         started = {name: start() for name, start in self._user_metrics.items()}
         gathered: list[tuple[tuple[Array, ...], tuple[Array, ...]]] = []
         with self._placement.scope(self._library), ignore_warnings():

@@ -17,7 +17,7 @@ from prunectl.training.monitor import GatheredMetric, Metric, metric_factory, me
 from prunectl.training.task import (
     DistilledOutput,
     FinalActivation,
-    TargetKind,
+    TaskKind,
     activation_of_values,
     distillation_loss,
     infer_task,
@@ -140,15 +140,15 @@ _CROSS_ENTROPIES = {
     FinalActivation.LOG_SOFTMAX: "nll",
     FinalActivation.UNKNOWN: "cross-entropy",
 }
-_LOSSES_OF_TASKS: Mapping[TargetKind, Mapping[FinalActivation, str]] = {
-    TargetKind.LABELS: _CROSS_ENTROPIES,
-    TargetKind.SHARES: {**_CROSS_ENTROPIES, FinalActivation.SIGMOID: "bce-probabilities"},
-    TargetKind.BINARY: {
+_LOSSES_OF_TASKS: Mapping[TaskKind, Mapping[FinalActivation, str]] = {
+    TaskKind.LABELS: _CROSS_ENTROPIES,
+    TaskKind.SHARES: {**_CROSS_ENTROPIES, FinalActivation.SIGMOID: "bce-probabilities"},
+    TaskKind.BINARY: {
         FinalActivation.SOFTMAX: "bce-probabilities",
         FinalActivation.SIGMOID: "bce-probabilities",
         FinalActivation.UNKNOWN: "bce",
     },
-    TargetKind.NUMBERS: {FinalActivation.UNKNOWN: "mse"},
+    TaskKind.NUMBERS: {FinalActivation.UNKNOWN: "mse"},
 }
 """The loss of a task by the last activation; UNKNOWN stands for all others."""
 _ENDINGS_OF = {
@@ -171,9 +171,9 @@ def resolve_loss(
     if name == "kl":
         return TorchLoss(name, _KL.get(apparent, _kl))
     if name:
-        kind = _KINDS_BY_NAME.get(name, TargetKind.UNKNOWN)
-        if kind is TargetKind.LABELS and math.prod(out.shape[1:2]) == 1:
-            kind = TargetKind.BINARY  # one output for two classes
+        kind = _KINDS_BY_NAME.get(name, TaskKind.UNKNOWN)
+        if kind is TaskKind.LABELS and math.prod(out.shape[1:2]) == 1:
+            kind = TaskKind.BINARY  # one output for two classes
         name = _loss_of_task(kind, ending) or name
         function: Any = find("loss", name, LOSSES)
         return TorchLoss(name, function)
@@ -189,11 +189,11 @@ def resolve_loss(
     return TorchLoss(name, LOSSES[name])
 
 
-_KINDS_BY_NAME = {"cross-entropy": TargetKind.LABELS, "bce": TargetKind.BINARY}
+_KINDS_BY_NAME = {"cross-entropy": TaskKind.LABELS, "bce": TaskKind.BINARY}
 """Losses that mean the same whether a model ends in logits or in probabilities."""
 
 
-def _loss_of_task(kind: TargetKind, ending: FinalActivation) -> str:
+def _loss_of_task(kind: TaskKind, ending: FinalActivation) -> str:
     names = _LOSSES_OF_TASKS.get(kind, {})
     return names.get(ending) or names.get(FinalActivation.UNKNOWN, "")
 
@@ -202,7 +202,7 @@ def without_targets(out: torch.Tensor, ending: FinalActivation) -> TorchLoss:
     """What compares outputs with a teacher's alone: classes where the model ends in them, else numbers."""
     if ending is FinalActivation.UNKNOWN:
         ending = activation_of_values(out.detach().float().cpu().numpy(), 1)
-    name = _LOSSES_OF_TASKS[TargetKind.SHARES].get(ending, "mse")
+    name = _LOSSES_OF_TASKS[TaskKind.SHARES].get(ending, "mse")
     return TorchLoss(name, LOSSES[name])
 
 
@@ -302,9 +302,9 @@ def _default_metrics(chosen: TorchLoss, out: torch.Tensor, y: torch.Tensor | Non
         return ()
     task = infer_task(out.shape[1:], FinalActivation.UNKNOWN, y.cpu().numpy(), is_channels_first=True)
     is_named = chosen.name in LOSSES
-    if task.kind is TargetKind.LABELS or (task.kind is TargetKind.SHARES and not is_named):
+    if task.kind is TaskKind.LABELS or (task.kind is TaskKind.SHARES and not is_named):
         return ("accuracy",)
-    return () if task.kind is TargetKind.UNKNOWN else ("mae",)
+    return () if task.kind is TaskKind.UNKNOWN else ("mae",)
 
 
 def _double(number: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from prunectl.training.data.adapt import adapt
 from prunectl.training.data.readers import IterableSource, from_arrays
 from prunectl.training.data.source import Batch, EpochOrder, Source, as_tuple
 from prunectl.training.data.validate import LOOKED_AT_EXAMPLES, check_batches
-from prunectl.training.task import TargetKind, Task
+from prunectl.training.task import Task, TaskKind
 from tests.training.data.sources import Array, model, whole
 
 
@@ -93,7 +93,7 @@ def test_too_many_inputs_or_none_at_all_are_refused() -> None:
 def checked(
     x: Array, y: Array | None = None, *, signature: ModelSignature | None = None, classes: int | None = 10
 ) -> None:
-    tasks = () if classes is None else (Task(TargetKind.LABELS, classes),)
+    tasks = () if classes is None else (Task(TaskKind.LABELS, classes),)
     check_batches(source_of(x, y), signature or model(4), needs_targets=y is not None, tasks=tasks)
 
 
@@ -105,7 +105,7 @@ def spoilt(place: tuple[int, ...], value: float) -> Array:
 
 ZEROS = np.zeros((700, 4), np.float32)
 LABELS = np.zeros(700, np.int64)
-TEN = Task(TargetKind.LABELS, 10)
+TEN = Task(TaskKind.LABELS, 10)
 
 
 def labelled(place: int, value: float, dtype: type = np.int64) -> Array:
@@ -190,4 +190,4 @@ def test_a_change_of_inputs_and_targets_reaches_the_cheap_labels() -> None:
     source, _ = adapt(source_of(np.zeros((3, 4, 4), np.uint8), np.arange(3, dtype=np.uint8)), model(4, 4, 1))
     assert [as_tuple(y)[0].dtype for y in source.labels()] == [np.int64]
     with pytest.raises(PrunectlError, match="the label 2 in example 2"):
-        check_batches(source, model(4, 4, 1, classes=2), needs_targets=True, tasks=(Task(TargetKind.LABELS, 2),))
+        check_batches(source, model(4, 4, 1, classes=2), needs_targets=True, tasks=(Task(TaskKind.LABELS, 2),))

@@ -17,7 +17,7 @@ from prunectl.training.backend import Array
 from prunectl.training.keras.backend import KerasLibrary
 from prunectl.training.keras.compile.outputs import OutputInfo, flatten
 from prunectl.training.monitor import metric_mismatch
-from prunectl.training.task import FinalActivation, TargetKind, has_same_size, shape_matches
+from prunectl.training.task import FinalActivation, TaskKind, has_same_size, shape_matches
 
 _SHORT_NAMES = {
     "mse": "MeanSquaredError",
@@ -56,9 +56,9 @@ class KerasLoss:
 
 
 _ENCODINGS = {
-    TargetKind.LABELS: CrossEntropy.SPARSE,
-    TargetKind.SHARES: CrossEntropy.CATEGORICAL,
-    TargetKind.BINARY: CrossEntropy.BINARY,
+    TaskKind.LABELS: CrossEntropy.SPARSE,
+    TaskKind.SHARES: CrossEntropy.CATEGORICAL,
+    TaskKind.BINARY: CrossEntropy.BINARY,
 }
 _FUNCTIONS = {
     "sparse_categorical_crossentropy": CrossEntropy.SPARSE,
@@ -209,12 +209,12 @@ def default_metrics(library: KerasLibrary, loss: KerasLoss | None, output: Outpu
         return []
     if loss.kind.is_classification:
         return [accuracy(library, loss)]
-    kind = TargetKind.NUMBERS if y is None else output.task(y).kind
-    if kind is TargetKind.LABELS:
+    kind = TaskKind.NUMBERS if y is None else output.task(y).kind
+    if kind is TaskKind.LABELS:
         return [library.keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
-    if kind is TargetKind.SHARES and loss.name not in _ELEMENTWISE:
+    if kind is TaskKind.SHARES and loss.name not in _ELEMENTWISE:
         return [library.keras.metrics.CategoricalAccuracy(name="accuracy")]
-    is_compared = kind is TargetKind.UNKNOWN or loss.name == "mean_absolute_error"
+    is_compared = kind is TaskKind.UNKNOWN or loss.name == "mean_absolute_error"
     return [] if is_compared else [library.keras.metrics.MeanAbsoluteError(name="mae")]
 
 
