@@ -69,15 +69,15 @@ def is_constant(name: str, layer: str = "") -> bool:
 
     A converter may have renamed the tensor, but not the operations that take it, with semicolons between them.
     """
-    leaf = re.split(r"[./]", name)[-1]
+    leaf = name[max(name.rfind("."), name.rfind("/")) + 1 :]
     if leaf in _CONSTANTS or _CONSTANT_LAYERS.search(name):
         return True
-    return all(_CONSTANT_LAYERS.search(f"{part}/") for part in layer.split(";"))
+    return bool(layer) and all(_CONSTANT_LAYERS.search(f"{part}/") for part in layer.split(";"))
 
 
 def is_kernel(tensor: Tensor, shapes: Shapes) -> bool:
-    """Whether the names and shapes say that a layer multiplies by a tensor."""
-    if not 2 <= len(tensor.shape) <= _MAX_RANK or is_constant(tensor.name):
+    """Whether the names and shapes say that a layer multiplies by a tensor that is no constant."""
+    if not 2 <= len(tensor.shape) <= _MAX_RANK:
         return False
     prefix, leaf = _parted(tensor.name, shapes)
     if leaf in {"weight_v", "weight_v_orig"}:
@@ -296,16 +296,15 @@ def _describe(tensor: Tensor, names: _Names) -> Tensor:
     layer = layer.removeprefix(names.model) if layer != names.model.rstrip(".") else layer
     use = names.uses.get(tensor.name)
     kind = tensor.kind or (use.kind if use is not None else "")
-    tensor = replace(tensor, layer=layer, role=role, kind=kind)
-    return replace(tensor, out_axis=_out_axis(tensor, role, use))
+    return replace(tensor, layer=layer, role=role, kind=kind, out_axis=_out_axis(tensor, kind, role, use))
 
 
-def _out_axis(tensor: Tensor, role: Role, use: StateUse | None) -> int | None:
+def _out_axis(tensor: Tensor, kind: str, role: Role, use: StateUse | None) -> int | None:
     if role not in PRUNABLE or len(tensor.shape) < 2:
         return None
     if use is not None and use.out_axis is not None:
         return use.out_axis % len(tensor.shape)
-    is_transposed = tensor.kind.startswith(_TRANSPOSED_KINDS) or (use is not None and use.kind == "conv_transpose")
+    is_transposed = kind.startswith(_TRANSPOSED_KINDS) or (use is not None and use.kind == "conv_transpose")
     return 1 if is_transposed else 0
 
 
@@ -317,9 +316,10 @@ def _role(tensor: Tensor, layer: str, leaf: str, names: _Names) -> Role:
     if tensor.role == Role.STATE or is_constant(tensor.name):
         return Role.STATE
     plain = leaf.removesuffix("_orig")
-    is_norm = names.has_beside(layer, "running_mean") or any(part in layer.lower() for part in _NORM_PARTS)
-    if (is_norm or tensor.kind.startswith(_NORM_KINDS)) and len(tensor.shape) <= 1:
-        return Role.NORM
+    if len(tensor.shape) <= 1:
+        is_norm = names.has_beside(layer, "running_mean") or any(part in layer.lower() for part in _NORM_PARTS)
+        if is_norm or tensor.kind.startswith(_NORM_KINDS):
+            return Role.NORM
     if plain.startswith("bias") or plain.endswith("bias"):
         return Role.BIAS
     if not tensor.is_float:
@@ -337,7 +337,8 @@ def _role_of_numbers(tensor: Tensor, leaf: str, names: _Names) -> Role:
         if use is not None and use.role is not Role.EMBEDDING:
             return Role.BIAS if use.role in PRUNABLE else use.role
         return Role.NORM if leaf == "weight" else Role.OTHER
-    if tensor.kind.startswith(_EMBEDDING_KINDS) or any(part in tensor.name.lower() for part in _EMBEDDING_PARTS):
+    lowered = tensor.name.lower()
+    if tensor.kind.startswith(_EMBEDDING_KINDS) or any(part in lowered for part in _EMBEDDING_PARTS):
         return Role.EMBEDDING
     if not _is_used_as_kernel(tensor, names):
         use = names.uses.get(tensor.name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -11,8 +13,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from prunectl.errors import InputError
+from prunectl.formats import safetensors, state_dict
 from prunectl.formats.registry import open_model
+from prunectl.formats.workers import Workers
 from tests.contract import Array, FormatContract, raw
+from tests.running import here
 
 
 class TestSafetensors(FormatContract):
@@ -82,3 +87,30 @@ def test_a_header_of_two_to_the_sixty_bytes_is_refused(tmp_path: Path) -> None:
     path.write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
     with pytest.raises(InputError, match="claims a header of 1152921504606846976 bytes"):
         open_model(path)
+
+
+def test_many_shards_are_read_once_for_each_opening_and_written_by_one_job_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = [f"model-{number:05}-of-00040.safetensors" for number in range(40)]
+    weight_map = {f"{number}.{i}.weight": shards[number] for number in range(40) for i in range(6)}
+    for number, shard in enumerate(shards):
+        rows = np.random.default_rng(number).standard_normal((6, 4, 8)).astype(np.float32)
+        save_file({f"{number}.{i}.weight": row for i, row in enumerate(rows)}, tmp_path / shard)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        return lambda *args, **named: calls.update([name]) or function(*args, **named)
+
+    monkeypatch.setattr(safetensors, "parse_object", counted("headers", safetensors.parse_object))
+    monkeypatch.setattr(state_dict, "_describe", counted("tensors", state_dict._describe))
+    monkeypatch.setattr(Workers, "submit", counted("jobs", Workers.submit))
+    model = open_model(tmp_path)
+    assert calls == {"headers": 40, "tensors": 240}
+    output = tmp_path / "pruned" / "model.safetensors.index.json"
+    output.parent.mkdir()
+    assert here("prune", tmp_path, "-o", output, "-s", "50%").code == 0
+    assert (calls["headers"], calls["tensors"]) == (3 * 40, 3 * 240), "the input once more, and the output"
+    assert calls["jobs"] < 60, "as many as shards, and a few for all"
+    assert [(tensor.name, tensor.out_axis) for tensor in model.tensors] == [(name, 0) for name in weight_map]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,14 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 def open_model(path: Path) -> ModelFile:
     """Open a safetensors file."""
+    model = open_undescribed(path)
+    described = state_dict.describe(model.tensors)
+    about = replace(model.about, wrappers=state_dict.wrappers(described))
+    return replace(model, tensors=described, about=about)
+
+
+def open_undescribed(path: Path, prefix: str = "") -> ModelFile:
+    """Open a safetensors file without a look at what its names tell, with this in front of its storages' keys."""
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")
@@ -57,30 +65,24 @@ def open_model(path: Path) -> ModelFile:
     if len(header) > budgets.MAX_TENSORS:
         raise InputError(f"{path} is refused: it claims {len(header)} tensors")
     start = LENGTH_BYTES + header_bytes
-    tensors = [_tensor(path, name, facts, start) for name, facts in header.items()]
+    tensors = tuple(_tensor(path, name, facts, start, prefix) for name, facts in header.items())
     _check_layout(path, tensors, start, file_bytes)
-    described = state_dict.describe(tensors)
-    return ModelFile(
-        path=path,
-        format="safetensors",
-        tensors=described,
-        about=ModelInfo(producer=_producer(metadata), wrappers=state_dict.wrappers(described)),
-        files=(path,),
-    )
+    return ModelFile(path, "safetensors", tensors, ModelInfo(producer=_producer(metadata)), files=(path,))
 
 
 def _producer(metadata: Any) -> str:
     return f"format {metadata['format']}" if isinstance(metadata, dict) and "format" in metadata else ""
 
 
-def _tensor(path: Path, name: str, facts: Any, start: int) -> Tensor:
+def _tensor(path: Path, name: str, facts: Any, start: int, prefix: str) -> Tensor:
     try:
         (begin, end), shape, code = facts["data_offsets"], tuple(facts["shape"]), facts["dtype"]
     except (TypeError, KeyError, ValueError) as error:
         raise InputError(f"{path} is damaged: its header does not say where {abbreviated(name)} lies") from error
-    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+    numbers = (begin, end, *shape)
+    if not all(type(number) is int and number >= 0 for number in numbers):
         raise InputError(f"{path} is damaged: its header does not say where {abbreviated(name)} lies")
-    if len(shape) > budgets.MAX_AXES or any(number.bit_length() > _MAX_BITS for number in (begin, end, *shape)):
+    if len(shape) > budgets.MAX_AXES or max(numbers).bit_length() > _MAX_BITS:
         raise InputError(
             f"{path} is refused: {abbreviated(name)} claims the shape {format_shape(shape)}, beyond any memory"
         )
@@ -93,11 +95,11 @@ def _tensor(path: Path, name: str, facts: Any, start: int) -> Tensor:
         raise InputError(
             f"{path} is damaged: {abbreviated(name)} of shape {format_shape(shape)} does not fill bytes {begin}..{end}"
         )
-    storage = Storage(name, end - begin, Extent(path, start + begin, end - begin), end - begin)
+    storage = Storage(f"{prefix}{name}", end - begin, Extent(path, start + begin, end - begin), end - begin)
     return Tensor(name, "", shape, dtype, Role.OTHER, storage)
 
 
-def _check_layout(path: Path, tensors: list[Tensor], start: int, file_bytes: int) -> None:
+def _check_layout(path: Path, tensors: Iterable[Tensor], start: int, file_bytes: int) -> None:
     at = start
     for extent, name in sorted((_extent(tensor), tensor.name) for tensor in tensors):
         if extent[0] != at:

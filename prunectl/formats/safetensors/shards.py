@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from prunectl.errors import InputError, abbreviated
+from prunectl.errors import InputError, abbreviated, reading
 from prunectl.formats import budgets, registry, state_dict
 from prunectl.formats.base import Array, ModelFile, ModelInfo, Tensor
 from prunectl.formats.patch import TensorUpdate, patch_files
 from prunectl.formats.safe_json import read_object
+from prunectl.formats.safetensors import open_undescribed
 
 
 def open_model(path: Path) -> ModelFile:
@@ -22,7 +23,7 @@ def open_model(path: Path) -> ModelFile:
     if len(weight_map) > budgets.MAX_INDEX_NAMES:
         raise InputError(f"{path} is refused: it names more than {budgets.MAX_INDEX_NAMES} tensors")
     shards = [_open_shard(path, name) for name in dict.fromkeys(weight_map.values())]
-    tensors = [_tagged(shard, tensor) for shard in shards for tensor in shard.tensors]
+    tensors = [tensor for shard in shards for tensor in shard.tensors]
     held = {tensor.name for tensor in tensors}
     if missing := [name for name in weight_map if name not in held]:
         raise InputError(
@@ -70,11 +71,17 @@ def _open_shard(index: Path, name: str) -> ModelFile:
     shard = index.parent / name
     if not shard.is_file():
         raise InputError(f"{index} is incomplete: its shard {abbreviated(name)} is missing")
-    if registry.recognise(shard).name == "shards":
-        raise InputError(f"{index} is refused: its shard {abbreviated(name)} is itself an index")
-    return registry.open_model(shard)
+    prefix = f"{name}:"
+    with reading(shard):
+        row = registry.recognise(shard)
+        if row.name == "shards":
+            raise InputError(f"{index} is refused: its shard {abbreviated(name)} is itself an index")
+        if row.name == "safetensors":
+            # Its names are read beside those of the other shards, and only there.
+            return open_undescribed(shard, prefix)
+    model = registry.open_model(shard)
+    return replace(model, tensors=tuple(_tagged(tensor, prefix) for tensor in model.tensors))
 
 
-def _tagged(shard: ModelFile, tensor: Tensor) -> Tensor:
-    storage = replace(tensor.storage, key=f"{shard.path.name}:{tensor.storage.key}")
-    return replace(tensor, storage=storage)
+def _tagged(tensor: Tensor, prefix: str) -> Tensor:
+    return replace(tensor, storage=replace(tensor.storage, key=f"{prefix}{tensor.storage.key}"))
