@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import shlex
 import signal
 import subprocess
@@ -13,7 +15,7 @@ import pytest
 from prunectl import cli
 from prunectl.commands.app import COMMANDS
 from prunectl.commands.help.command import man
-from tests.running import COMMAND, FIXTURES, HANG_SECONDS, at_terminal, clean, prunectl, without_colors
+from tests.running import COMMAND, FIXTURES, HANG_SECONDS, at_terminal, clean, here, prunectl, without_colors
 
 MODEL = FIXTURES / "digits_cnn.h5"
 HEAVY = {"tensorflow", "keras", "tf_keras", "torch", "onnx", "onnxruntime", "pydantic", "scipy", "pandas"}
@@ -289,3 +291,21 @@ def test_what_stands_in_square_brackets_is_no_markup() -> None:
     usage = prunectl("plugins", "--help", COLUMNS="200").out
     assert "plugins [OPTIONS] [KIND] [FILE.svg]" in usage
     assert "strategies, schedules, policies, formats, channels" in usage
+
+
+@pytest.mark.parametrize("name", ["export", "finetune", "prune", "sweep"])
+def test_help_shows_every_default_that_a_text_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = here(name, "--help").out
+    help_texts = [getattr(param, "help", "") for param in importlib.import_module(COMMANDS[name][0]).command.params]
+    defaults = re.findall(r"\[default: .*?\]", " ".join(help_texts))
+    assert defaults
+    assert all(default in shown for default in defaults)
+
+
+@pytest.mark.parametrize("name", ["check", "finetune", "size"])
+def test_a_paragraph_breaks_where_the_terminal_ends_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "800")
+    description = here(name, "--help").out.partition("Usage:")[2].partition("╭")[0]
+    paragraphs = [line for line in description.splitlines()[1:] if line.strip()]
+    assert all(line.strip().endswith(".") or line.strip().startswith("$") for line in paragraphs)

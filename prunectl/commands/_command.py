@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import shutil
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -141,6 +142,10 @@ def make_command(callback: Callable[..., Any], kind: type[TyperCommand] = BaseCo
     single.command(cls=kind)(callback)
     command = typer.main.get_command(single)
     assert isinstance(command, TyperCommand)
+    # A paragraph breaks where the terminal ends, and not where the source does.
+    command.help = re.sub(r"(?<!\n)\n(?!\n)", " ", command.help or "")
+    for param in command.params:
+        param.help = re.sub(r"(?<!\\)\[", r"\\[", param.help or "")  # type: ignore[attr-defined]
     return command
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -85,9 +84,7 @@ def _argument(param: TyperArgument) -> str:
 
 def _split(command: TyperCommand) -> tuple[list[str], list[str]]:
     """The paragraphs of a command's description, and its examples."""
-    assert command.callback is not None
-    text = _MARKUP.sub("", inspect.getdoc(command.callback) or "")
-    parts = [" ".join(part.split()) for part in text.split("\n\n")]
+    parts = _MARKUP.sub("", command.help or "").split("\n\n")
     examples = [part.removeprefix("$ ") for part in parts if part.startswith("$ ")]
     return [part for part in parts if not part.startswith("$ ")], examples
 
