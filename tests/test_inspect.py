@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +178,32 @@ def test_csv_and_markdown_hold_the_same_rows() -> None:
     assert all(line.startswith("| ") for line in bars)
 
 
+def test_no_text_in_csv_is_a_formula_and_numbers_stay_numbers(tmp_path: Path) -> None:
+    names = ["=cmd|' /C calc'!A0", "+a", "-a+1", "@SUM(A1)", "\t=1", "\r=1", "-1.5", "+2e3", "-", "a=1", "=a,b"]
+    save_file({name: np.ones(3, np.float32) for name in names}, tmp_path / "m.safetensors")
+    commas = here("inspect", tmp_path / "m.safetensors", "--format", "csv").out
+    shown = {row["tensor"] for row in csv.DictReader(io.StringIO(commas))}
+    assert shown == {
+        "'=cmd|' /C calc'!A0", "'+a", "'-a+1", "'@SUM(A1)", "\\t=1", "\\r=1", "-1.5", "+2e3", "-", "a=1", "'=a,b"
+    }  # fmt: skip
+    plain = {row[1] for row in here("inspect", tmp_path / "m.safetensors", "--format", "plain").rows}
+    assert plain == {cell.removeprefix("'") for cell in shown}
+
+
 def test_rows_limits_a_table_on_a_terminal_and_says_so() -> None:
     shown = without_colors(at_terminal("inspect", FIXTURES / "digits_cnn.pt", "-n", "3").out)
     assert "5 more rows: -n 0 shows all" in shown
     assert "more rows" not in at_terminal("inspect", FIXTURES / "digits_cnn.pt", "-n", "0").out
+
+
+def test_rows_limits_the_list_of_tensors_and_no_part_or_histogram() -> None:
+    shown, cut = (
+        here("inspect", FIXTURES / "digits_cnn.pt", "--hist", "-n", rows, "--format", "human").out for rows in "01"
+    )
+    pairs = list(zip(shown.split("\n\n"), cut.split("\n\n"), strict=True))
+    assert [before == after for before, after in pairs] == [True, True, False, True]
+    assert "|weight|" in pairs[3][0]
+    assert pairs[2][1].endswith("7 more rows: -n 0 shows all")
 
 
 def test_bytes_are_written_in_the_units_asked_for() -> None:

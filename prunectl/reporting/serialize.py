@@ -21,12 +21,26 @@ def plain(table: Table) -> str:
 
 
 def comma_separated(table: Table) -> str:
-    """CSV with a head."""
+    """CSV with a head, in which no text is a formula."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([column.name for column in table.columns])
-    writer.writerows(table.raw_row(row) for row in table.rows)
+    head = [column.name for column in table.columns]
+    writer.writerows(map(_without_formula, cells) for cells in (head, *map(table.raw_row, table.rows)))
     return text.getvalue()
+
+
+def _without_formula(cell: str) -> str:
+    """A cell with an apostrophe before it where a spreadsheet would calculate it, as OWASP advises.
+
+    Tabs and carriage returns, which can begin a formula too, are escaped in every cell.
+    """
+    if len(cell) < len("=A") or cell[0] not in "=+-@":
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 def markdown(table: Table, units: Units) -> str:

@@ -460,7 +460,7 @@ _HOSTILE = (
 def test_hostile_names_of_tensors_reach_no_terminal_page_or_report_as_they_are(tmp_path: Path) -> None:
     model = tmp_path / "m.safetensors"
     save_file({name + ".weight": np.ones((8, 8), np.float32) for name in _HOSTILE}, model)
-    for words in (("--format", "human"), ("--format", "plain"), ("--json",)):
+    for words in (("--format", "human"), ("--format", "plain"), ("--format", "csv"), ("--json",)):
         found = here("inspect", model, *words, "--html", tmp_path / "page.html")
         assert found.code == 0, found.err
         assert not {"\x1b", "\x07", "\r", "\u202e"} & set(found.out)
