@@ -8,12 +8,13 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from prunectl.analysis.patterns import ChannelPattern, Pattern
 from prunectl.analysis.tensor_io import blocks, count_zeros, iter_slabs, nonzero_mask
-from prunectl.formats.base import PRUNABLE, WEIGHTS, ModelFile, ModelInfo, Operation, Role, Tensor
+from prunectl.formats.base import PRUNABLE, WEIGHTS, ModelFile, ModelInfo, Operation, Role, Tensor, dtype_name
 
 _EXPONENTS = range(-1100, 1100)
 _SHOWN = 16
@@ -236,20 +237,17 @@ def measure_stats(
     chosen = tuple(chosen)
     tied_to = find_tied_tensors(chosen)
     # Of tensors that are measured alike, all but the first are told from it.
-    known: dict[tuple[object, ...], TensorStats] = {}
+    known: dict[tuple[object, ...], _Zeros] = {}
     uses = Counter(tensor.storage.key for tensor in chosen)
     for tensor in chosen:
-        row = _row(tensor, tied_to.get(tensor.name, ""))
         same = _identity(tensor) if has_zeros and uses[tensor.storage.key] > 1 else None
-        if same is not None and same in known:
-            twin = known[same]
-            row = replace(row, zeros=twin.zeros, dead_channels=twin.dead_channels, conforming=twin.conforming)
-        elif has_zeros:
-            row = replace(row, zeros=count_zeros(model, tensor))
-            row = _structure_stats(model, tensor, row, pattern) if has_channels else row
+        zeros = known.get(same, _Zeros()) if same is not None else _Zeros()
+        if has_zeros and zeros.count is None:
+            zeros = _Zeros(count_zeros(model, tensor))
+            zeros = _structure_stats(model, tensor, zeros, pattern) if has_channels else zeros
             if same is not None:
-                known[same] = row
-        rows.append(row)
+                known[same] = zeros
+        rows.append(_row(tensor, tied_to.get(tensor.name, ""), zeros))
         tick(tensor.storage.stored_bytes)
     raw = model.nbytes
     return ModelStats(
@@ -298,36 +296,47 @@ def _sum_or_none(rows: list[TensorStats]) -> int | None:
     return sum(zero for zero in zeros if zero is not None) if None not in zeros else None
 
 
-def _row(tensor: Tensor, tied_to: str) -> TensorStats:
+class _Zeros(NamedTuple):
+    """What reading a tensor tells of it."""
+
+    count: int | None = None
+    dead_channels: int | None = None
+    conforming: float | None = None
+
+
+def _row(tensor: Tensor, tied_to: str, zeros: _Zeros) -> TensorStats:
     return TensorStats(
         name=tensor.name,
         layer=tensor.layer,
         kind=tensor.kind,
         role=tensor.role,
         shape=tensor.shape,
-        dtype=tensor.dtype.name,
+        dtype=dtype_name(tensor.dtype),
         params=tensor.size,
         bytes=tensor.storage.stored_bytes,
         is_prunable=tensor.is_prunable or _is_quantised(tensor),
         tied_to=tied_to,
+        zeros=zeros.count,
+        dead_channels=zeros.dead_channels,
+        conforming=zeros.conforming,
         channels=None if tensor.out_axis is None else tensor.shape[tensor.out_axis],
     )
 
 
 def _is_quantised(tensor: Tensor) -> bool:
     """Whether it is a kernel in 8 bits, pruned before it was quantised: zeros stay zeros in signed bytes."""
-    return tensor.role in PRUNABLE and tensor.dtype.name == "int8" and len(tensor.shape) >= 2
+    return tensor.role in PRUNABLE and dtype_name(tensor.dtype) == "int8" and len(tensor.shape) >= 2
 
 
-def _structure_stats(model: ModelFile, tensor: Tensor, row: TensorStats, pattern: Pattern | None) -> TensorStats:
+def _structure_stats(model: ModelFile, tensor: Tensor, zeros: _Zeros, pattern: Pattern | None) -> _Zeros:
     if tensor.out_axis is None or not tensor.size:
-        return row
+        return zeros
     applicable = pattern if tensor.is_prunable else None
-    if applicable is None and (row.zeros or 0) < tensor.size // tensor.shape[tensor.out_axis]:
+    if applicable is None and (zeros.count or 0) < tensor.size // tensor.shape[tensor.out_axis]:
         # Fewer zeros than a channel has weights: none can be dead, and no second look is needed.
-        return replace(row, dead_channels=0)
+        return _Zeros(zeros.count, 0)
     structure = structured_sparsity(model, tensor, tensor.out_axis, applicable)
-    return replace(row, dead_channels=structure.dead_channels, conforming=structure.conforming)
+    return _Zeros(zeros.count, structure.dead_channels, structure.conforming)
 
 
 def _parts(model: ModelFile, raw: int) -> tuple[FileSection, ...]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from prunectl.errors import InputError
 from prunectl.formats import budgets, extents
-from prunectl.formats.base import Array, ModelFile, Tensor
+from prunectl.formats.base import Array, ModelFile, Tensor, dtype_name
 from prunectl.formats.extents import Extent
 from prunectl.formats.workers import check_stopped
 
@@ -101,11 +101,12 @@ _NO_ZERO = "float8_e8m0fnu"
 
 def nonzero_mask(block: Array) -> NDArray[np.bool_]:
     """Mark what is not zero; minus zero is zero, NaN is not."""
-    if block.dtype.name in _SIGN_FIRST:
+    name = dtype_name(block.dtype)
+    if name in _SIGN_FIRST:
         # NumPy compares small floats one by one; as integers without their sign bit it is ten times as fast.
         bits = block.view(f"u{block.dtype.itemsize}") << 1
         return np.asarray(bits != 0)
-    if block.dtype.name == _NO_ZERO:
+    if name == _NO_ZERO:
         return np.ones(block.shape, np.bool_)
     return np.asarray(block != np.zeros((), block.dtype))
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, Flag, StrEnum, auto
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 
 
 Array = NDArray[Any]
+
+
+@lru_cache
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """The name of a type of numbers, which NumPy puts together from its parts each time."""
+    return dtype.name
 
 
 def format_shape(shape: Sequence[int]) -> str:
@@ -108,7 +114,7 @@ class Tensor:
     @property
     def is_float(self) -> bool:
         """Whether its elements are real floating-point numbers, bfloat16 and float8 included."""
-        return self.dtype.kind == "f" or self.dtype.name.startswith(("bfloat", "float"))
+        return self.dtype.kind == "f" or dtype_name(self.dtype).startswith(("bfloat", "float"))
 
     @property
     def is_prunable(self) -> bool:
