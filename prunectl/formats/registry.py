@@ -157,7 +157,7 @@ _IN_A_FOLDER = (
 
 _CANNOT = {
     Capability.PACK: "the container has no compression of its own",
-    Capability.STRIP: "it holds nothing that prunectl knows how to leave out",
+    Capability.STRIP: "strip can neither leave tensors out of it nor store them as 16-bit floats",
     Capability.FLOPS: "it holds tensors, but no graph to count operations in",
     Capability.WRITE: "its format comes from a plug-in, which only reads it",
 }

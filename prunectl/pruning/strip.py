@@ -9,7 +9,16 @@ from prunectl.analysis.sizes import CodecName, get_codec, measure
 from prunectl.analysis.stats import ModelStats, measure_stats
 from prunectl.analysis.tensor_io import bitwise_equal, count_zeros
 from prunectl.errors import WorkError
-from prunectl.formats.base import PARAMETRIZATION, Capability, ModelFile, RemovedItem, Role, StripOptions, StripPart
+from prunectl.formats.base import (
+    PARAMETRIZATION,
+    WEIGHTS,
+    Capability,
+    ModelFile,
+    RemovedItem,
+    Role,
+    StripOptions,
+    StripPart,
+)
 from prunectl.formats.registry import by_name, load, open_model, require
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import Destination
@@ -27,8 +36,10 @@ class Stripped:
 def strip(path: Path, options: StripOptions, output: Destination | None, *, is_packed: bool) -> Stripped:
     """Write a copy without what inference does not need; without an output, into a scratch file."""
     model = open_model(path)
-    # What has nothing to strip may still be packed.
-    require(model, Capability.PACK if is_packed else Capability.STRIP)
+    require(model, Capability.PACK if is_packed else Capability.WRITE)
+    # What has nothing to strip is copied, whatever the format.
+    if options.to_half or model.about.wrappers or any(tensor.role not in WEIGHTS for tensor in model.tensors):
+        require(model, Capability.STRIP)
     row = by_name(model.format)
     outputs.check(model, output)
     with outputs.staging_dir(model, output) as (folder, target):

@@ -539,7 +539,7 @@ MISTAKES = (
     ),
     documents("input/not-a-model", "inspect a.h5 --json", "size a.h5 --json", a_h5="no model at all"),
     documents("input/empty", "inspect a.pt --json", a_pt=""),
-    documents("input/not-strippable", "strip {fixtures}/digits_cnn.tflite -o out.tflite --json"),
+    documents("input/not-strippable", "strip {fixtures}/digits_cnn.tflite -o out.tflite --half --json"),
     documents("input/whole-module", "prune {fixtures}/whole_module.pt -o out.pt -s 80% --json"),
     documents("input/data", f"finetune {PT} -o out.pt {NET} --data missing.npz --epochs 1 --json", needs="torch"),
     documents(

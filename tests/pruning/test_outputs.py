@@ -370,7 +370,16 @@ def test_external_data_is_named_after_its_graph(tmp_path: Path) -> None:
     assert sparsity(out / "small.onnx") == 0.5
 
 
-@pytest.mark.parametrize("words", [("prune", "-s", "0.5", "--pack"), ("prune", "-s", "0.5"), ("strip", "--pack")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("prune", "-s", "0.5", "--pack"),
+        ("prune", "-s", "0.5"),
+        ("strip", "--pack"),
+        ("strip",),
+        ("export", "--int8", "--data", "random:16"),
+    ],
+)
 def test_a_graph_with_external_data_is_written_into_its_own_folder(words: tuple[str, ...], tmp_path: Path) -> None:
     own = copy_of("external_data", tmp_path / "own")
     before = digest(own)
@@ -380,7 +389,7 @@ def test_a_graph_with_external_data_is_written_into_its_own_folder(words: tuple[
     if words[0] == "prune":
         assert sparsity(own / "small.onnx") == 0.5
     for name in ("small.onnx", "small.onnx.data"):
-        (own / name).unlink()
+        (own / name).unlink(missing_ok=words[0] == "export")
     assert digest(own) == before
 
 
@@ -528,3 +537,36 @@ def test_what_was_read_is_what_is_written_back_at_no_sparsity(model: Path, tmp_p
     assert prunectl("prune", model, "-o", tmp_path / "out.pt", "-s", "0").code == 0
     assert digest(model) == digest(tmp_path / "out.pt")
     assert list(read_all(model)) == list(read_all(tmp_path / "out.pt"))
+
+
+@pytest.mark.parametrize(
+    "name", ["digits_cnn.onnx", "external_data/model.onnx", "digits_cnn.tflite", "digits_cnn.pt", "two_shards"]
+)
+def test_a_model_with_nothing_to_strip_is_copied_whatever_its_format(name: str, tmp_path: Path) -> None:
+    out = tmp_path / f"out{Path(name).suffix}"
+    done = here("strip", FIXTURES / name, "-o", out)
+    assert done.code == 0, done.err
+    assert "There was nothing to strip" in done.err
+    assert list(read_all(out)) == list(read_all(FIXTURES / name))
+
+
+@pytest.mark.parametrize("name", ["digits_cnn.onnx", "digits_cnn.tflite", "two_shards"])
+@pytest.mark.parametrize("more", [(), ("--pack",)])
+def test_to_store_halves_is_refused_where_strip_writes_copies_alone(
+    name: str, more: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = here("strip", FIXTURES / name, "-o", tmp_path / f"out{Path(name).suffix}", "--half", *more)
+    assert done.code == 3
+    assert ("no compression of its own" if more and "onnx" not in name else "16-bit floats") in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_with_masks_are_not_copied_as_if_there_was_nothing_to_strip(tmp_path: Path) -> None:
+    arrays = {"fc.weight_orig": np.ones((4, 4), np.float32), "fc.weight_mask": np.eye(4, dtype=np.float32)}
+    save_file(arrays, tmp_path / "a.safetensors")
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(arrays, "a.safetensors")}))
+    done = here("strip", index, "-o", tmp_path / "out")
+    assert done.code == 3
+    assert "leave tensors out" in done.err
+    assert not (tmp_path / "out").exists()
