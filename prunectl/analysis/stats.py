@@ -237,17 +237,17 @@ def measure_stats(
     chosen = tuple(chosen)
     tied_to = find_tied_tensors(chosen)
     # Of tensors that are measured alike, all but the first are told from it.
-    known: dict[tuple[object, ...], _Zeros] = {}
+    known: dict[tuple[object, ...], _Contents] = {}
     uses = Counter(tensor.storage.key for tensor in chosen)
     for tensor in chosen:
         same = _identity(tensor) if has_zeros and uses[tensor.storage.key] > 1 else None
-        zeros = known.get(same, _Zeros()) if same is not None else _Zeros()
-        if has_zeros and zeros.count is None:
-            zeros = _Zeros(count_zeros(model, tensor))
-            zeros = _structure_stats(model, tensor, zeros, pattern) if has_channels else zeros
+        contents = known.get(same, _Contents()) if same is not None else _Contents()
+        if has_zeros and contents.zeros is None:
+            contents = _Contents(count_zeros(model, tensor))
+            contents = _structure_stats(model, tensor, contents, pattern) if has_channels else contents
             if same is not None:
-                known[same] = zeros
-        rows.append(_row(tensor, tied_to.get(tensor.name, ""), zeros))
+                known[same] = contents
+        rows.append(_row(tensor, tied_to.get(tensor.name, ""), contents))
         tick(tensor.storage.stored_bytes)
     raw = model.nbytes
     return ModelStats(
@@ -296,15 +296,15 @@ def _sum_or_none(rows: list[TensorStats]) -> int | None:
     return sum(zero for zero in zeros if zero is not None) if None not in zeros else None
 
 
-class _Zeros(NamedTuple):
+class _Contents(NamedTuple):
     """What reading a tensor tells of it."""
 
-    count: int | None = None
+    zeros: int | None = None
     dead_channels: int | None = None
     conforming: float | None = None
 
 
-def _row(tensor: Tensor, tied_to: str, zeros: _Zeros) -> TensorStats:
+def _row(tensor: Tensor, tied_to: str, contents: _Contents) -> TensorStats:
     return TensorStats(
         name=tensor.name,
         layer=tensor.layer,
@@ -316,9 +316,9 @@ def _row(tensor: Tensor, tied_to: str, zeros: _Zeros) -> TensorStats:
         bytes=tensor.storage.stored_bytes,
         is_prunable=tensor.is_prunable or _is_quantised(tensor),
         tied_to=tied_to,
-        zeros=zeros.count,
-        dead_channels=zeros.dead_channels,
-        conforming=zeros.conforming,
+        zeros=contents.zeros,
+        dead_channels=contents.dead_channels,
+        conforming=contents.conforming,
         channels=None if tensor.out_axis is None else tensor.shape[tensor.out_axis],
     )
 
@@ -328,15 +328,15 @@ def _is_quantised(tensor: Tensor) -> bool:
     return tensor.role in PRUNABLE and dtype_name(tensor.dtype) == "int8" and len(tensor.shape) >= 2
 
 
-def _structure_stats(model: ModelFile, tensor: Tensor, zeros: _Zeros, pattern: Pattern | None) -> _Zeros:
+def _structure_stats(model: ModelFile, tensor: Tensor, contents: _Contents, pattern: Pattern | None) -> _Contents:
     if tensor.out_axis is None or not tensor.size:
-        return zeros
+        return contents
     applicable = pattern if tensor.is_prunable else None
-    if applicable is None and (zeros.count or 0) < tensor.size // tensor.shape[tensor.out_axis]:
+    if applicable is None and (contents.zeros or 0) < tensor.size // tensor.shape[tensor.out_axis]:
         # Fewer zeros than a channel has weights: none can be dead, and no second look is needed.
-        return _Zeros(zeros.count, 0)
+        return _Contents(contents.zeros, 0)
     structure = structured_sparsity(model, tensor, tensor.out_axis, applicable)
-    return _Zeros(zeros.count, structure.dead_channels, structure.conforming)
+    return _Contents(contents.zeros, structure.dead_channels, structure.conforming)
 
 
 def _parts(model: ModelFile, raw: int) -> tuple[FileSection, ...]:
