@@ -18,9 +18,11 @@ from prunectl.sweeping.bisection import check as check_limit
 from prunectl.sweeping.bisection import gain, make_bracket, next_trials
 from prunectl.sweeping.grid import check, variants
 from prunectl.sweeping.journal import Journal, files_of, find_stale, open_journal
+from prunectl.sweeping.requests import training_of
 from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial, TrialResult, Variant
 from prunectl.sweeping.workers import WorkerPool, encode_job, make_workers, threads_per_worker
 from prunectl.sweeping.workers import check as check_on
+from prunectl.training import user_code
 from prunectl.training.evaluation.max_drop import MaxDrop
 
 Watcher = Callable[[Trial, TrialResult | PrunectlError], None]
@@ -71,6 +73,8 @@ def sweep(
     check(config)
     check_on(on)
     model, job = open_model(path), encode_job(path, config, folder)
+    # Before there is a folder, or a worker to refuse it.
+    user_code.check(model, training_of(config, BASELINE).origin)
     failed: dict[Trial, PrunectlError] = {}
     with (
         open_journal(

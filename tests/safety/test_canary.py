@@ -1,0 +1,120 @@
+"""A canary for every way in times every command that loads a framework: nothing that a file brings along runs."""
+
+from __future__ import annotations
+
+import base64
+import marshal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.running import FIXTURES, here
+from tests.safety import test_trust_torch as pytorch
+from tests.safety.test_trust_keras import archive, functional, h5, writing
+from tests.safety.test_trust_tensorflow import KERAS, SERVED, field, function, graph, node, with_more
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+FRAMEWORKS = ("tensorflow", "keras", "tf_keras", "tensorflow_model_optimization", "torch", "jax", "onnxruntime")
+Maker = Callable[[Path, Path], Path]
+"""Makes a model in a folder that leaves a canary where a framework opens it."""
+
+
+def keras_archive(folder: Path, canary: Path) -> Path:
+    """An archive with a Lambda, as Keras 3 marshals it."""
+    code = compile(f"lambda x: (open({str(canary)!r}, 'w').close(), x)[1]", "evil", "eval").co_consts[0]
+    marshalled = {"code": base64.b64encode(marshal.dumps(code)).decode(), "defaults": None, "closure": None}
+    function = {"class_name": "__lambda__", "config": marshalled}
+    config = {"name": "evil", "trainable": True, "dtype": "float32", "function": function, "arguments": {}}
+    layer = {"module": "keras.layers", "class_name": "Lambda", "config": config, "registered_name": None}
+    return archive(folder / "m.keras", lambda layers: layers.insert(1, layer))
+
+
+def saved_model(fixture: str) -> Maker:
+    def make(folder: Path, canary: Path) -> Path:
+        printed = node("PrintV2", output_stream=field(2, f"file://{canary}"))
+        return with_more(fixture, folder / "m", graph(functions=[function("__inference_evil_1", printed)]))
+
+    return make
+
+
+PLANTED: dict[str, Maker] = {
+    "h5": lambda folder, canary: h5(folder / "m.h5", functional(writing(canary))),
+    "keras": keras_archive,
+    "SavedModel of Keras": saved_model(KERAS),
+    "SavedModel": saved_model(SERVED),
+    "TorchScript": lambda folder, canary: pytorch.planted_script(folder / "m.pt", canary),
+    "pt": lambda folder, canary: pytorch.planted_module(folder / "m.pt", canary),
+    "pt2 inputs": lambda folder, canary: pytorch.planted_inputs(FIXTURES / "digits_cnn.pt2", folder / "m.pt2", canary),
+    "pt2 weight": lambda folder, canary: pytorch.planted_weight(FIXTURES / "digits_cnn.pt2", folder / "m.pt2", canary),
+}
+COMMANDS: dict[str, str] = {
+    "groups": "inspect M --groups",
+    "sensitivity": "inspect M --sensitivity --data D",
+    "channels": "prune M -o O --pattern channel -s 50%",
+    "data": "prune M -o O -s 50% --strategy activation-magnitude --data D",
+    "wrap": "prune M -o O -s 50% --wrap",
+    "max-drop": "prune M -o O --max-drop 1pp --data D",
+    "export": "export M -o X",
+    "finetune": "finetune M -o O --data D --epochs 1",
+    "finetune max-drop": "finetune M -o O --data D --epochs 1 --max-drop 1pp",
+    "distill": "finetune S -o P --data D --epochs 1 --distill M",
+    "sweep": "sweep M -o O --data D --sparsities 50%",
+    "check": "check --config C",
+    "check against": "check --config A",
+}
+
+
+SOUND = {"m": "h5", "m.h5": "h5", "m.keras": "keras", "m.pt": "pt2", "m.pt2": "pt2"}
+UNOPENED = {
+    ("h5", "groups"): (0, ""),
+    ("keras", "groups"): (0, ""),
+    ("SavedModel", "groups"): (3, "does not say which Keras layers"),
+    ("SavedModel", "channels"): (3, "does not say which Keras layers"),
+    ("pt2 inputs", "wrap"): (3, "cannot be wrapped"),
+    ("pt2 weight", "wrap"): (3, "cannot be wrapped"),
+}
+"""What ends otherwise, as it needs no framework, or is no way for such files."""
+
+
+def words(command: str, path: Path, data: Path, out: Path) -> list[str | Path]:
+    """A command about a model, a sound model beside it."""
+    sound = FIXTURES / f"digits_cnn.{SOUND[path.name]}"
+    places = {
+        "M": path,
+        "D": data,
+        "S": sound,
+        "O": out / f"out{path.suffix}",
+        "P": out / f"out{sound.suffix}",
+        "X": out / "m.onnx",
+    }
+    for name, judged, against in (("C", path, path), ("A", sound, path)):
+        places[name] = path.parent / f"{name}.toml"
+        drop = f"max-drop = {{fail = '1pp', data = '{data}', against = '{against}'}}"
+        places[name].write_text(f"[[budget]]\npath = '{judged}'\n{drop}\n")
+    return [places.get(word, word) for word in COMMANDS[command].split()]
+
+
+def digits(folder: Path) -> Path:
+    with np.load(FIXTURES / "digits.npz") as all_digits:
+        np.savez(folder / "d.npz", x=all_digits["x"][:16], y=all_digits["y"][:16])
+    return folder / "d.npz"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("kind", PLANTED)
+def test_nothing_runs_without_trust_and_no_framework_is_imported_to_find_out(
+    kind: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canary, out = tmp_path / "canary", tmp_path / "out"
+    out.mkdir()
+    path = PLANTED[kind](tmp_path, canary)
+    command_line = words(command, path, digits(tmp_path), out)
+    for name in FRAMEWORKS:
+        monkeypatch.setitem(sys.modules, name, None)
+    done = here(*command_line)
+    code, words_of_error = UNOPENED.get((kind, command), (3, "--trust"))
+    assert (done.code, canary.exists(), list(out.iterdir())) == (code, False, []), done.err
+    assert words_of_error in done.err
