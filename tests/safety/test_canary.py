@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import marshal
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from tests.running import FIXTURES, here
@@ -50,6 +52,7 @@ PLANTED: dict[str, Maker] = {
     "pt2 inputs": lambda folder, canary: pytorch.planted_inputs(FIXTURES / "digits_cnn.pt2", folder / "m.pt2", canary),
     "pt2 weight": lambda folder, canary: pytorch.planted_weight(FIXTURES / "digits_cnn.pt2", folder / "m.pt2", canary),
 }
+"""The canary of a SavedModel sings in `test_trust_tensorflow`: one that sings takes TensorFlow to make."""
 COMMANDS: dict[str, str] = {
     "groups": "inspect M --groups",
     "sensitivity": "inspect M --sensitivity --data D",
@@ -67,7 +70,7 @@ COMMANDS: dict[str, str] = {
 }
 
 
-SOUND = {"m": "h5", "m.h5": "h5", "m.keras": "keras", "m.pt": "pt2", "m.pt2": "pt2"}
+SOUND = {"m": "h5", "m.h5": "h5", "m.keras": "keras", "m.pt": "pt2", "m.pt2": "pt2", "m.onnx": "onnx"}
 UNOPENED = {
     ("h5", "groups"): (0, ""),
     ("keras", "groups"): (0, ""),
@@ -118,3 +121,74 @@ def test_nothing_runs_without_trust_and_no_framework_is_imported_to_find_out(
     code, words_of_error = UNOPENED.get((kind, command), (3, "--trust"))
     assert (done.code, canary.exists(), list(out.iterdir())) == (code, False, []), done.err
     assert words_of_error in done.err
+
+
+@pytest.mark.parametrize("kind", ["h5", "keras", "TorchScript", "pt", "pt2 inputs", "pt2 weight"])
+def test_the_canary_sings_for_those_who_trust_the_file(kind: str, tmp_path: Path) -> None:
+    """Otherwise the test above would hold nothing."""
+    path = PLANTED[kind](tmp_path, tmp_path / "canary")
+    shape = ("--input", "2,16") if path.suffix == ".pt" else ()
+    # It may well be no model that works; what matters is that it runs.
+    here("export", path, "-o", tmp_path / "out.onnx", "--trust", *shape)
+    assert (tmp_path / "canary").exists()
+
+
+def graph_of_onnx(path: Path, operator: str, domain: str, location: str) -> Path:
+    """A graph of one weight and one operator, the weight maybe in a file of its own."""
+    weight, value = onnx.numpy_helper.from_array(np.ones((64, 10), np.float32), "w"), onnx.helper.make_tensor_value_info
+    nodes = [
+        onnx.helper.make_node("Flatten", ["x"], ["flat"]),
+        onnx.helper.make_node("MatMul", ["flat", "w"], ["hidden"]),
+        onnx.helper.make_node(operator, ["hidden"], ["y"], domain=domain),
+    ]
+    ports = [value("x", onnx.TensorProto.FLOAT, ["n", 1, 8, 8])], [value("y", onnx.TensorProto.FLOAT, ["n", 10])]
+    sets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("foreign", 1)]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "g", *ports, [weight]), opset_imports=sets, ir_version=9
+    )
+    if location:
+        onnx.external_data_helper.set_external_data(model.graph.initializer[0], location)
+        model.graph.initializer[0].ClearField("raw_data")
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("location", ["../secret", "{}/secret", "link"])
+def test_no_graph_reads_outside_of_its_folder(location: str, command: str, tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    out.mkdir()
+    (tmp_path / "secret").write_bytes(bytes(2560))
+    (folder / "link").symlink_to("../secret")
+    path = graph_of_onnx(folder / "m.onnx", "Relu", "", location.format(tmp_path))
+    done = here(*words(command, path, digits(tmp_path), out))
+    assert (done.code, list(out.iterdir())) == (3, []), done.err
+    assert "points outside its folder" in done.err
+
+
+@pytest.mark.parametrize("command", ["sensitivity", "data", "max-drop", "export", "sweep", "check", "check against"])
+def test_no_library_is_looked_for_that_an_operator_would_come_from(command: str, tmp_path: Path) -> None:
+    path, out = graph_of_onnx(tmp_path / "m.onnx", "Deed", "foreign", ""), tmp_path / "out"
+    out.mkdir()
+    done = here(*words(command, path, digits(tmp_path), out))
+    assert (done.code, "is not a registered function/op" in done.err) == (3, True), done.err
+
+
+@pytest.mark.parametrize("command", [name for name, line in COMMANDS.items() if set("DCA") & set(line.split())])
+@pytest.mark.parametrize("kind", ["npz", "npy", "two"])
+def test_no_command_unpickles_data(kind: str, command: str, tmp_path: Path) -> None:
+    canary, x, y = tmp_path / "canary", np.ones((16, 1, 8, 8), np.float32), np.arange(16) % 10
+    planted, data = np.array([pytorch.Planted(canary)] * 16, object), tmp_path / f"d.{kind}"
+    if kind == "npz":
+        np.savez(data, x=planted, y=y)
+    else:
+        np.save(tmp_path / "d.npy", planted, allow_pickle=True)
+        np.save(tmp_path / "x.npy", x)
+    if kind == "two":
+        data = Path(f"{tmp_path / 'x.npy'},{tmp_path / 'd.npy'}")
+    name = "m.pt2" if command.startswith(("finetune", "distill")) else "m.onnx"
+    path = Path(shutil.copy(FIXTURES / f"digits_cnn{Path(name).suffix}", tmp_path / name))
+    done = here(*words(command, path, data, tmp_path))
+    assert (done.code, canary.exists()) == (3, False), done.err
+    assert "holds Python objects, which prunectl never unpickles" in done.err

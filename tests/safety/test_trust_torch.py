@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from prunectl.errors import UntrustedError
 from prunectl.formats.torch import exported_trust, script_trust
-from tests.running import Outcome, here
+from tests.running import here
 from tests.safety.cost import assert_refused_cheaply, cost
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -57,13 +55,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def canary(tmp_path: Path) -> Path:
     return tmp_path / "canary"
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    random = np.random.default_rng(0)
-    np.savez(tmp_path / "d.npz", x=random.random((16, 1, 4, 4), np.float32), y=np.arange(16) % 4)
-    return tmp_path / "d.npz"
 
 
 def changed(plain: Path, target: Path, changes: dict[str, Callable[[bytes], bytes]]) -> Path:
@@ -193,60 +184,6 @@ def planted_module(target: Path, canary: Path) -> Path:
     return target
 
 
-def words(path: Path, data: Path, plain: Path, out: Path) -> list[list[str | Path]]:
-    """Every command that opens a model in PyTorch."""
-    shape = ("--input", "2,1,4,4") if path.suffix != ".pt2" else ()
-    return [
-        ["inspect", path, "--groups", *shape],
-        ["prune", path, "-o", out / f"a{path.suffix}", "--pattern", "channel", "-s", "50%", *shape],
-        ["prune", path, "-o", out / f"b{path.suffix}", "--strategy", "obs", "-s", "50%", "--data", data],
-        ["prune", path, "-o", out / f"c{path.suffix}", "--max-drop", "50pp", "--data", data],
-        ["export", path, "-o", out / "d.onnx", "--input", "2,1,4,4"],
-        ["finetune", path, "-o", out / f"e{path.suffix}", "--data", data, "--epochs", "1"],
-        ["finetune", plain, "-o", out / "f.pt2", "--data", data, "--epochs", "1", "--distill", path],
-        ["sweep", path, "-o", out / "points", "--data", data, "--sparsities", "50%"],
-        ["check", "--config", budget(path, data, path), "judged"],
-        ["check", "--config", budget(plain, data, path), "judged"],
-    ]
-
-
-def budget(path: Path, data: Path, against: Path) -> Path:
-    """A file of budgets that judges a model against another."""
-    config = against.parent / f"{path.stem}_{path.suffix[1:]}.toml"
-    names = {name: os.path.relpath(place, against.parent) for name, place in (("path", path), ("data", data))}
-    drop = f"max-drop = {{fail = '50pp', data = '{names['data']}', against = '{against.name}'}}"
-    config.write_text(f"[[budget]]\nname = 'judged'\npath = '{names['path']}'\n{drop}\n")
-    return config
-
-
-def test_no_command_runs_what_stands_in_example_inputs(plain: Path, data: Path, canary: Path, tmp_path: Path) -> None:
-    held_by_every_command(planted_inputs(plain, tmp_path / "m.pt2", canary), data, plain, canary, tmp_path)
-
-
-def test_no_command_unpickles_a_weight_of_a_program(plain: Path, data: Path, canary: Path, tmp_path: Path) -> None:
-    held_by_every_command(planted_weight(plain, tmp_path / "m.pt2", canary), data, plain, canary, tmp_path)
-
-
-def test_no_command_runs_a_script_that_writes(plain: Path, data: Path, canary: Path, tmp_path: Path) -> None:
-    held_by_every_command(planted_script(tmp_path / "m.pt", canary), data, plain, canary, tmp_path)
-
-
-def test_no_command_unpickles_a_module(plain: Path, data: Path, canary: Path, tmp_path: Path) -> None:
-    held_by_every_command(planted_module(tmp_path / "m.pt", canary), data, plain, canary, tmp_path)
-
-
-def held_by_every_command(path: Path, data: Path, plain: Path, canary: Path, out: Path) -> None:
-    for command in words(path, data, plain, out):
-        done = here(*command)
-        assert (done.code, canary.exists()) == (3, False), (command[0], done.code, done.err)
-
-
-def test_what_is_planted_runs_where_it_is_trusted(plain: Path, canary: Path, tmp_path: Path) -> None:
-    """Otherwise the tests above would hold nothing."""
-    here("inspect", planted_inputs(plain, tmp_path / "m.pt2", canary), "--groups", "--trust")
-    assert canary.exists()
-
-
 @pytest.mark.parametrize("kind", ["inputs", "script"])
 def test_it_is_refused_before_pytorch_is_imported(kind: str, plain: Path, canary: Path, tmp_path: Path) -> None:
     if kind == "inputs":
@@ -263,11 +200,32 @@ def test_checks_of_inputs_are_left_out_rather_than_executed(plain: Path, canary:
     assert (done.code, canary.exists()) == (0, False), done.err
 
 
-def test_plain_programs_go_on_working(plain: Path, data: Path, tmp_path: Path) -> None:
-    for command in words(plain, data, plain, tmp_path)[:2]:
-        done: Outcome = here(*command)
-        assert done.code == 0, (command[0], done.err)
+def test_plain_programs_go_on_working(plain: Path, tmp_path: Path) -> None:
+    done = here("prune", plain, "-o", tmp_path / "a.pt2", "--pattern", "channel", "-s", "50%")
+    assert done.code == 0, done.err
     assert torch.export.load(tmp_path / "a.pt2").state_dict["conv.weight"].shape[0] == 4
+
+
+IMAGE = torch.ones(2, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "examples",
+    [((IMAGE, IMAGE), {}), ((), {}), ((torch.ones(2, 3),), {}), ((IMAGE,), {"k": IMAGE}), ((None,), {})],
+    ids=["two", "none", "another-shape", "another-name", "no-tensor"],
+)
+def test_example_inputs_that_do_not_go_in_are_passed_over(examples: Any, plain: Path, tmp_path: Path) -> None:
+    path = changed(plain, tmp_path / "m.pt2", {INPUTS: lambda _: saved(examples)})
+    done = here("inspect", path, "--groups")
+    assert done.code == 0, done.err
+
+
+def test_a_program_that_does_not_run_on_what_it_says_goes_in_is_refused(plain: Path, tmp_path: Path) -> None:
+    def widen(program: Any) -> None:
+        graph(program)["tensor_values"]["x"]["sizes"][1]["as_int"] = 3
+
+    done = here("inspect", changed(plain, tmp_path / "m.pt2", {MODEL: edited(widen)}), "--groups")
+    assert (done.code, "cannot be run by PyTorch" in done.err) == (3, True), done.err
 
 
 def test_programs_of_many_kinds_are_on_the_lists(tmp_path: Path) -> None:

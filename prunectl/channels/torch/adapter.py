@@ -42,7 +42,7 @@ from prunectl.channels.torch.fx import run as run_program
 from prunectl.channels.torch.ops import lower
 from prunectl.channels.torch.resize import attribute, prune_program
 from prunectl.channels.torch.tracing import quiet, random_like
-from prunectl.errors import UsageError, WorkError, first_line
+from prunectl.errors import InputError, UsageError, WorkError, first_line
 from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.training.backend import LoadOptions
 from prunectl.training.torch.tensors import to_numpy, to_torch
@@ -116,7 +116,10 @@ def graph_of(model: ModelFile, traced: TracedModel) -> ChannelGraph:
     """The operations of a program by what they do to channels; weights are called what the file calls them."""
     weights = _read_weights(model, traced)
     nodes = list(traced.module.graph.nodes)
-    shapes = shapes_of(WeightedProgram(traced.module), traced.single_inputs)
+    try:
+        shapes = shapes_of(WeightedProgram(traced.module), traced.single_inputs)
+    except Exception as error:
+        raise InputError(f"{model.path} cannot be run by PyTorch: {first_line(error)}") from error
     names = {name: traced.aliases.get(tensor, tensor) for name, tensor in traced.names.items()}
     weight_views = views(nodes, {name: tensor for name, tensor in names.items() if tensor in weights}, shapes)
     # A copy: what several steps see of a weight is added on the way.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Family, ModelFile, Role, Tensor
@@ -38,13 +38,30 @@ def load_program(model: ModelFile, origin: LoadOptions) -> torch.export.Exported
     safe = None if origin.is_trusted else exported_trust.check_program(model.path)
     try:
         if safe is None:
-            return torch.export.load(str(model.path))
-        with tempfile.TemporaryFile(prefix="prunectl-") as file:
-            safe.write(file, _example_inputs(safe.inputs))
-            file.seek(0)
-            return torch.export.load(file)
+            program = torch.export.load(str(model.path))
+        else:
+            with tempfile.TemporaryFile(prefix="prunectl-") as file:
+                safe.write(file, _example_inputs(safe.inputs))
+                file.seek(0)
+                program = torch.export.load(file)
+        if not _takes_its_examples(program):
+            program.example_inputs = None
     except Exception as error:
         raise InputError(f"{model.path} cannot be loaded by this PyTorch: {first_line(error)}") from error
+    return program
+
+
+def _takes_its_examples(program: torch.export.ExportedProgram) -> bool:
+    """Whether what the file calls example inputs is what goes in: PyTorch makes checks of it, and fails."""
+    values, spec = tree_flatten(program.example_inputs)
+    return spec == program.call_spec.in_spec and all(
+        not isinstance(value, torch.Tensor) or (len(value.shape) == len(shape) and all(map(_fits, value.shape, shape)))
+        for value, shape in zip(values, input_shapes(program), strict=True)
+    )
+
+
+def _fits(length: int, expected: int | None) -> bool:
+    return expected in {None, length}
 
 
 def _example_inputs(payload: bytes) -> bytes:
