@@ -12,7 +12,7 @@ import pytest
 from prunectl.commands import doctor
 from prunectl.commands.doctor import Extra, Package
 from tests.checks.checking import GZIP, MODEL, PARAMS, RAW, prunectl
-from tests.running import FIXTURES, ROOT
+from tests.running import FIXTURES, ROOT, here
 
 
 def test_budgets_are_a_little_above_and_then_hold(tmp_path: Path) -> None:
@@ -112,6 +112,18 @@ def test_sources_that_are_not_installed_say_so(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("prunectl.commands.doctor.metadata.requires", unknown)
     found = prunectl(tmp_path, "doctor")
     assert (found.code, "pip install -e ." in found.err) == (3, True)
+
+
+@pytest.mark.parametrize(("system", "is_weaker"), [("Linux", False), ("Darwin", True)])
+def test_the_doctor_names_what_protects_less_off_linux(
+    system: str, is_weaker: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prunectl.commands.doctor.platform.system", lambda: system)
+    done = here("doctor", "--format", "human")
+    assert done.code == 0, done.err
+    assert (f"On {system} the child that reads HDF5 has no limit on its memory" in " ".join(done.out.split())) is (
+        is_weaker
+    )
 
 
 @pytest.mark.parametrize(
