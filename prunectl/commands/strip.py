@@ -24,11 +24,12 @@ _ITEMS = (Column("removed"), Column("part"), Column("bytes", Unit.BYTES))
 _PARTS = (Column("part"), Column("removed", Unit.COUNT), Column("bytes", Unit.BYTES))
 
 
-def strip_report(result: Stripped, output: str) -> Report:
-    """The report on a run; without an output it was a dry run."""
+def strip_report(result: Stripped, output: str, *, is_rewritten: bool) -> Report:
+    """The report on a run; without an output it was a dry run, and rewritten is what is packed or stored as halves."""
     rows = tuple((item.name, str(item.part), item.bytes) for item in result.removed)
     items = Table("removed", _ITEMS, rows, total=("all", "", sum(item.bytes for item in result.removed)))
-    has_shrunk = result.after.bytes.raw < result.before.bytes.raw
+    # A copy may be smaller by the name of its data.
+    has_shrunk = is_rewritten and result.after.bytes.raw < result.before.bytes.raw
     notes = [*result.after.about.notes]
     notes += [] if rows or has_shrunk else ["There was nothing to strip: the output has all that the input had."]
     notes += [f"Next: prunectl size {output}" if output else "This was a dry run: nothing was written."]
@@ -76,7 +77,8 @@ class Strip(OutputOptions):
 
         def work(path: Path, destination: Destination | None) -> Report:
             result = strip(path, strip_options, destination, is_packed=self.pack)
-            return strip_report(result, str(destination.target) if destination is not None else "")
+            target = str(destination.target) if destination is not None else ""
+            return strip_report(result, target, is_rewritten=self.half or self.pack)
 
         return self.write(ctx.obj, work)
 

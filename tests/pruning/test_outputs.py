@@ -550,6 +550,15 @@ def test_a_model_with_nothing_to_strip_is_copied_whatever_its_format(name: str, 
     assert list(read_all(out)) == list(read_all(FIXTURES / name))
 
 
+def test_a_copy_that_is_smaller_by_the_name_of_its_data_had_nothing_to_strip(tmp_path: Path) -> None:
+    graph = onnx.load(FIXTURES / "external_data" / "model.onnx")
+    source = tmp_path / "m.onnx"
+    onnx.save(graph, source, save_as_external_data=True, location="of_a_longer_name.data", size_threshold=0)
+    done = here("strip", source, "-o", tmp_path / "out.onnx")
+    assert (tmp_path / "out.onnx").stat().st_size < source.stat().st_size
+    assert "There was nothing to strip" in done.err
+
+
 @pytest.mark.parametrize("name", ["digits_cnn.onnx", "digits_cnn.tflite", "two_shards"])
 @pytest.mark.parametrize("more", [(), ("--pack",)])
 def test_to_store_halves_is_refused_where_strip_writes_copies_alone(
