@@ -9,6 +9,7 @@ or a mel filter bank, and is left alone.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -231,21 +232,25 @@ def averaged_copies(tensors: Iterable[Named]) -> tuple[str, str, int] | None:
     `model_state_dict.a.weight`, `model_ema.aweight` beside `model.a.weight`.
     """
     averages: dict[str, list[Named]] = {}
-    others: dict[str, tuple[str, tuple[int, ...]]] = {}
+    trained: list[tuple[list[str], tuple[int, ...]]] = []
     for tensor in tensors:
         if tensor.role in {Role.OPTIMIZER, Role.MASK}:
             continue
         parts = tensor.name.split(".")
-        at = next((at for at, part in enumerate(parts[:_MOST_ROOTS]) if _AVERAGE.search(part.lower())), None)
-        if at is not None:
-            averages.setdefault(".".join(parts[: at + 1]), []).append(tensor)
-            continue
+        for i, part in enumerate(parts[:_MOST_ROOTS]):
+            if _AVERAGE.search(part.lower()):
+                averages.setdefault(".".join(parts[: i + 1]), []).append(tensor)
+                break
+        else:
+            trained.append((parts, tensor.shape))
+    others: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for parts, shape in trained if averages else ():
         for skip in range(min(_MOST_ROOTS, len(parts))):
-            others.setdefault("".join(parts[skip:]), (".".join(parts[:skip]), tensor.shape))
+            others.setdefault("".join(parts[skip:]), (".".join(parts[:skip]), shape))
     for place, held in averages.items():
         originals = [other for tensor in held if (other := _other(tensor, place, others)) is not None]
         if 2 * len(originals) >= len(held):
-            return max(set(originals), key=originals.count), place, len(originals)
+            return Counter(originals).most_common(1)[0][0], place, len(originals)
     return None
 
 
