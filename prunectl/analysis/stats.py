@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from prunectl.analysis.patterns import ChannelPattern, Pattern
-from prunectl.analysis.tensor_io import blocks, count_zeros, iter_slabs, nonzero_mask
-from prunectl.formats.base import PRUNABLE, WEIGHTS, ModelFile, ModelInfo, Operation, Role, Tensor, dtype_name
+from prunectl.analysis.tensor_io import blocks, count_zeros, is_contiguous, iter_slabs, nonzero_mask
+from prunectl.formats import extents
+from prunectl.formats.base import PRUNABLE, WEIGHTS, Array, ModelFile, ModelInfo, Operation, Role, Tensor, dtype_name
 
 _EXPONENTS = range(-1100, 1100)
 _SHOWN = 16
@@ -70,11 +71,17 @@ class StructuredSparsity:
     """Share of the pattern's groups that follow it."""
 
 
-def structured_sparsity(model: ModelFile, tensor: Tensor, out_axis: int, pattern: Pattern | None) -> StructuredSparsity:
-    """Look at the zeros of a kernel slab by slab."""
+def structured_sparsity(
+    model: ModelFile,
+    tensor: Tensor,
+    out_axis: int,
+    pattern: Pattern | None,
+    slabs: Iterable[tuple[int, Array]] | None = None,
+) -> StructuredSparsity:
+    """Look at the zeros of a kernel slab by slab; what was read before need not be read again."""
     kept_per_channel = np.zeros(tensor.shape[out_axis], np.int64)
     conforming = groups = 0
-    for begin, slab in iter_slabs(model, tensor, pattern.row_alignment if pattern else 1):
+    for begin, slab in slabs or iter_slabs(model, tensor, pattern.row_alignment if pattern else 1):
         kept = nonzero_mask(slab)
         others = tuple(axis for axis in range(kept.ndim) if axis != out_axis)
         if out_axis == 0:
@@ -243,8 +250,7 @@ def measure_stats(
         same = _identity(tensor) if has_zeros and uses[tensor.storage.key] > 1 else None
         contents = known.get(same, _Contents()) if same is not None else _Contents()
         if has_zeros and contents.zeros is None:
-            contents = _Contents(count_zeros(model, tensor))
-            contents = _structure_stats(model, tensor, contents, pattern) if has_channels else contents
+            contents = _read_contents(model, tensor, pattern, has_channels=has_channels)
             if same is not None:
                 known[same] = contents
         rows.append(_row(tensor, tied_to.get(tensor.name, ""), contents))
@@ -328,15 +334,22 @@ def _is_quantised(tensor: Tensor) -> bool:
     return tensor.role in PRUNABLE and dtype_name(tensor.dtype) == "int8" and len(tensor.shape) >= 2
 
 
-def _structure_stats(model: ModelFile, tensor: Tensor, contents: _Contents, pattern: Pattern | None) -> _Contents:
-    if tensor.out_axis is None or not tensor.size:
-        return contents
+def _read_contents(model: ModelFile, tensor: Tensor, pattern: Pattern | None, *, has_channels: bool) -> _Contents:
+    slabs = None
+    if is_contiguous(tensor) and 0 < tensor.nbytes <= extents.BLOCK_BYTES:
+        # It is one block, which both looks share.
+        array = next(blocks(model, tensor)).reshape(tensor.shape)
+        slabs, zeros = [(0, array)], tensor.size - int(np.count_nonzero(nonzero_mask(array)))
+    else:
+        zeros = count_zeros(model, tensor)
+    if not has_channels or tensor.out_axis is None or not tensor.size:
+        return _Contents(zeros)
     applicable = pattern if tensor.is_prunable else None
-    if applicable is None and (contents.zeros or 0) < tensor.size // tensor.shape[tensor.out_axis]:
+    if applicable is None and zeros < tensor.size // tensor.shape[tensor.out_axis]:
         # Fewer zeros than a channel has weights: none can be dead, and no second look is needed.
-        return _Contents(contents.zeros, 0)
-    structure = structured_sparsity(model, tensor, tensor.out_axis, applicable)
-    return _Contents(contents.zeros, structure.dead_channels, structure.conforming)
+        return _Contents(zeros, 0)
+    structure = structured_sparsity(model, tensor, tensor.out_axis, applicable, slabs)
+    return _Contents(zeros, structure.dead_channels, structure.conforming)
 
 
 def _parts(model: ModelFile, raw: int) -> tuple[FileSection, ...]:

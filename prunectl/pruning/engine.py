@@ -13,7 +13,7 @@ import numpy as np
 
 from prunectl.analysis.patterns import BlockPattern, NMPattern
 from prunectl.analysis.stats import ModelStats, measure_stats
-from prunectl.analysis.tensor_io import blocks, iter_blocks, iter_slabs, nonzero_mask
+from prunectl.analysis.tensor_io import blocks, is_contiguous, iter_blocks, iter_slabs, nonzero_mask
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import Array, ModelFile, Storage, Tensor
 from prunectl.formats.extents import BLOCK_BYTES
@@ -239,7 +239,8 @@ class _TensorScores:
         if tensor.storage.extent is None:
             yield from iter_blocks(in_storage_order(tensor, self._read(tensor)))
         else:
-            yield from blocks(self.model, replace(tensor, shape=(tensor.size,), strides=None))
+            flat = tensor if is_contiguous(tensor) else replace(tensor, shape=(tensor.size,), strides=None)
+            yield from blocks(self.model, flat)
 
     def _read(self, tensor: Tensor) -> Array:
         """A tensor whole; what has to be decoded is decoded once, if one tensor is pruned after the other."""
