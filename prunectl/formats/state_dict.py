@@ -57,7 +57,7 @@ _EXPERT_KERNELS = frozenset(
 )
 """What mixtures of experts call their stacks of matrices."""
 _NORMS = re.compile(
-    r"(^|[./])(\w*_)?(layer|batch|group|rms|instance)?_?norm_?\d*$|(^|[./])(ln_?(\d+|f|pre|post|final|attn|mlp|in|out)?|bn_?\d*)$"
+    r"(\w*_)?(layer|batch|group|rms|instance)?_?norm_?\d*|ln_?(\d+|f|pre|post|final|attn|mlp|in|out)?|bn_?\d*"
 )
 _MAGNITUDES = re.compile(r"(^|[./])lora_magnitude_vector[./]")
 _SWITCHED = (("weight", "bias"), ("kernel", "bias"), ("W", "b"), ("w", "b"))
@@ -110,7 +110,8 @@ def _is_norm(tensor: Tensor, prefix: str, shapes: Shapes) -> bool:
     if shapes.get(f"{prefix}bias") == tensor.shape:
         return True
     is_window = len(tensor.shape) > 3 and tensor.shape[0] > 1
-    return not is_window and _NORMS.search(prefix.rstrip("./")) is not None
+    layer = prefix.rstrip("./")
+    return not is_window and _NORMS.fullmatch(layer, max(layer.rfind("."), layer.rfind("/")) + 1) is not None
 
 
 def _has_bias(prefix: str, leaf: str, shape: tuple[int, ...], shapes: Shapes) -> bool:
