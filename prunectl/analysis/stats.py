@@ -112,7 +112,10 @@ def find_tied_tensors(tensors: Iterable[Tensor], first: Container[str] = ()) -> 
     """
     tied_to: dict[str, str] = {}
     runs_of: defaultdict[str, list[Run]] = defaultdict(list)
-    for tensor in sorted(tensors, key=lambda item: (item.name not in first, item.role not in WEIGHTS, -item.size)):
+    tensors = tuple(tensors)
+    uses = Counter(tensor.storage.key for tensor in tensors)
+    shared = (tensor for tensor in tensors if uses[tensor.storage.key] > 1)
+    for tensor in sorted(shared, key=lambda item: (item.name not in first, item.role not in WEIGHTS, -item.size)):
         runs, run = runs_of[tensor.storage.key], _run(tensor)
         i = bisect_right(runs, run)
         neighbours = runs[max(i - 1, 0) : i + 1]
