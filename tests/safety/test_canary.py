@@ -13,6 +13,11 @@ import numpy as np
 import onnx
 import pytest
 
+from prunectl.errors import PrunectlError, attempt
+from prunectl.formats.registry import open_model
+from prunectl.training import user_code
+from prunectl.training.backend import LoadOptions
+from tests.pruning.test_real_models import FOLDER, found
 from tests.running import FIXTURES, here
 from tests.safety import test_trust_torch as pytorch
 from tests.safety.test_trust_keras import archive, functional, h5, writing
@@ -133,6 +138,23 @@ def test_the_canary_sings_for_those_who_trust_the_file(kind: str, tmp_path: Path
     assert (tmp_path / "canary").exists()
 
 
+WITH_CODE = {
+    "cifar10_resnet56_group_sl.pth": "class engine.models.cifar.resnet_tiny.ResNet",
+    "garnet_1layer_weights.h5": "custom class GarNet",
+    "garnet_3layer_weights.h5": "custom class GarNetStack",
+    "hgq_mnist_heterogeneous.h5": "custom class FixedPointQuantizer",
+    "hgq_mnist_homogeneous.h5": "custom class FixedPointQuantizer",
+    "model.keras": "custom class VAE",
+    "model_colab.keras": "custom class VAE",
+    "model_k112.h5": "Lambda layer lambda_1",
+    "model_k206.h5": "Lambda layer lambda_1",
+    **dict.fromkeys(("pruned_model_50.h5", "pruned_model_95.h5"), "custom class CustomModel"),
+    **dict.fromkeys((f"pruned_model_{share}.h5" for share in (55, 60, 65, 90)), "custom class DynamicPolyActn_D2"),
+    "q_aware.h5": "custom class QuantizeWrapperV2",
+}
+"""Published models that need `--trust`, and what for."""
+
+
 def graph_of_onnx(path: Path, operator: str, domain: str, location: str) -> Path:
     """A graph of one weight and one operator, the weight maybe in a file of its own."""
     weight, value = onnx.numpy_helper.from_array(np.ones((64, 10), np.float32), "w"), onnx.helper.make_tensor_value_info
@@ -192,3 +214,19 @@ def test_no_command_unpickles_data(kind: str, command: str, tmp_path: Path) -> N
     done = here(*words(command, path, data, tmp_path))
     assert (done.code, canary.exists()) == (3, False), done.err
     assert "holds Python objects, which prunectl never unpickles" in done.err
+
+
+@pytest.mark.skipif(not FOLDER.is_dir(), reason="there are no real models here")
+def test_of_models_that_others_have_published_those_with_code_of_their_own_need_trust_and_no_others() -> None:
+    refused, opened = {}, 0
+    for path in found():
+        model = attempt(open_model, path)
+        if isinstance(model, PrunectlError):
+            continue
+        verdict = attempt(lambda file: user_code.check(file, LoadOptions()), model)
+        opened += verdict is None
+        if isinstance(verdict, PrunectlError):
+            refused[path.name.partition("__")[2]] = str(verdict).removeprefix(f"{path} holds ")
+    assert opened > 100
+    assert refused.keys() == WITH_CODE.keys()
+    assert {name: words for name, words in refused.items() if WITH_CODE[name] not in words} == {}
