@@ -222,6 +222,34 @@ def test_whatever_the_moment_the_output_is_whole_or_absent_and_the_next_run_tidi
     assert (tmp_path / "mine.txt").read_text() == "dear"
 
 
+def test_an_export_that_is_killed_while_its_framework_works_leaves_what_the_next_one_clears(
+    tmp_path: Path, temporary: Path
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    model, out = put("digits_cnn.pt2", work), work / "out.onnx"
+    before, command = digest(model), [*COMMAND, "export", str(model), "-o", str(out), "-q"]
+    paths = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "TMPDIR": str(temporary)}
+
+    def code(opened: str) -> int:
+        # Python imports it by itself, before anything else.
+        (tmp_path / "sitecustomize.py").write_text(f"""
+import os, signal, sys
+def hook(event, given):
+    if event == "open" and {opened!r} in str(given[0]):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+""")
+        return subprocess.run(command, env=clean(**paths), capture_output=True, check=False).returncode
+
+    for opened in ("/out.onnx", "/onnxruntime/"):
+        assert (code(opened), digest(model), out.exists()) == (-signal.SIGKILL, before, False), opened
+    assert (code("of none"), out.exists()) == (0, True)
+    assert sorted(os.listdir(work)) == [model.name, out.name]
+    # PyTorch has a cache there.
+    assert not [name for name in os.listdir(temporary) if name.startswith(scratch.SHOWN)]
+
+
 def test_a_change_of_mind_between_two_files_comes_before_or_after_both(tmp_path: Path) -> None:
     real, seen = atomic._move_into_place, []
 
