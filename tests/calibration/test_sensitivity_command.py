@@ -156,7 +156,7 @@ def test_a_look_without_it_imports_neither_a_framework_nor_what_trains() -> None
     for words in (("inspect", DIGITS), ("inspect", DIGITS, "--json")):
         found = imported(*words)
         assert not {"torch", "tensorflow", "keras", "tf_keras", "onnx", "onnxruntime"} & found
-        assert not [name for name in found if name.startswith(("prunectl.training", "prunectl.pruning"))]
+        assert not [name for name in found if name.startswith(("prunectl.training", "prunectl.pruning."))]
 
 
 def test_weights_alone_are_looked_at_without_a_framework() -> None:
