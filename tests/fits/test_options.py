@@ -29,7 +29,7 @@ from tests.running import FIXTURES, ROOT, here, without_colors
 
 FOREIGN = {
     "cli.py": {"--version"},
-    "commands/app.py": {"--version"},
+    "commands/app.py": {"--version", "--show-completion", "--install-completion"},
     "commands/completion.py": {"--show-completion"},
     "commands/doctor.py": {"--force-reinstall"},
     "commands/help/topics.py": {"--install-completion", "--show-completion"},
