@@ -15,7 +15,7 @@ import pytest
 from prunectl import cli
 from prunectl.commands.app import COMMANDS
 from prunectl.commands.help.command import man
-from tests.running import COMMAND, FIXTURES, HANG_SECONDS, at_terminal, clean, here, prunectl, without_colors
+from tests.running import COMMAND, FIXTURES, HANG_SECONDS, ROOT, at_terminal, clean, here, prunectl, without_colors
 
 MODEL = FIXTURES / "digits_cnn.h5"
 HEAVY = {"tensorflow", "keras", "tf_keras", "torch", "onnx", "onnxruntime", "pydantic", "scipy", "pandas"}
@@ -94,6 +94,24 @@ def test_exit_4_when_an_extra_is_missing_with_the_line_that_brings_it() -> None:
     found = subprocess.run(words, capture_output=True, text=True, env=clean(), check=False)
     assert found.returncode == 4
     assert "pip install 'prunectl[zstd]'" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ("torch", ("finetune", FIXTURES / "digits_cnn.pt", "-o", "out.pt", "--data", "random:8")),
+        ("tf_keras", ("finetune", FIXTURES / "digits_cnn.h5", "-o", "out.h5", "--data", "random:8")),
+        ("onnx", ("prune", FIXTURES / "digits_cnn.onnx", "-o", "out.onnx", "--pattern", "channel", "-s", "50%")),
+        ("onnx", ("inspect", FIXTURES / "digits_cnn.onnx", "--groups")),
+    ],
+)
+def test_exit_4_when_a_framework_is_missing(missing: str, words: tuple[str | Path, ...], tmp_path: Path) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None\nfrom prunectl.cli import main\nsys.exit(main())"
+    command = [sys.executable, "-c", code, *map(str, words)]
+    environment = clean(PYTHONPATH=str(ROOT))
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert found.returncode == 4, found.stderr
+    assert "pip install 'prunectl[" in found.stderr
 
 
 @pytest.mark.parametrize(

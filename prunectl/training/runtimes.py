@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from prunectl.errors import InputError
 from prunectl.formats.base import Family, ModelFile
 from prunectl.formats.registry import by_name
+from prunectl.formats.safe_json import require
 from prunectl.training import random_state, user_code
 from prunectl.training.backend import LoadOptions, TrainableModel
 
@@ -21,6 +22,8 @@ class Backend:
     trains: Callable[[ModelFile], bool]
     opener: str
     """`module:function` in this package that makes a network of a model."""
+    imports: str = ""
+    """What the module imports at once, and the extra that brings it."""
 
 
 def _is_keras(model: ModelFile) -> bool:
@@ -39,6 +42,7 @@ BACKENDS = (
         "PyTorch",
         lambda model: model.family in {Family.TORCH, Family.TORCH_PROGRAM, Family.SAFETENSORS},
         "torch.build:load_trainable",
+        imports="torch",
     ),
 )
 
@@ -48,6 +52,8 @@ def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
     for runtime in BACKENDS:
         if runtime.trains(model):
             user_code.check(model, origin)
+            if runtime.imports:
+                require(runtime.imports, extra=runtime.imports)
             random_state.seed(origin.seed)
             module, _, name = runtime.opener.partition(":")
             model_: TrainableModel = getattr(importlib.import_module(f"prunectl.training.{module}"), name)(

@@ -49,8 +49,9 @@ class OnnxNetwork:
 
 def load_message(path: Path, *, has_external_data: bool = True) -> Any:
     """The message of a model; its handler has checked where its external data lies."""
+    onnx = require("onnx", extra="onnx")
     try:
-        return require("onnx", extra="onnx").load(path, load_external_data=has_external_data)
+        return onnx.load(path, load_external_data=has_external_data)
     except Exception as error:
         raise InputError(f"{path} cannot be read by onnx: {first_line(error)}") from error
 

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Family, ModelFile, Role, Tensor
-from prunectl.formats.safe_json import require
 from prunectl.formats.torch import exported_trust
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions, TensorSpec, TrainableModel
@@ -27,7 +26,6 @@ from prunectl.training.user_code import call_builder, resolve_builder
 
 def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
     """A model as PyTorch trains it."""
-    require("torch", extra="torch")
     network = importlib.import_module("prunectl.training.torch.model").TorchTrainable
     trainable: TrainableModel = network(build_module(model, origin))
     return trainable
