@@ -118,7 +118,8 @@ class Place:
             if name not in self.outputs and now.get(name) != data:
                 yield f"{name} is {'changed' if name in now else 'gone'}"
         is_in_place = self.input in self.outputs
-        if is_in_place and made not in (whole, {self.input: self.before[self.input]}):
+        new = {name: data for name, data in whole.items() if name in self.outputs}
+        if is_in_place and made not in (new, {self.input: self.before[self.input]}):
             yield "the input is neither old nor new"
         elif not is_in_place and made:
             for out in self.outputs:
