@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from prunectl.formats import sandbox
 from prunectl.formats.sandbox import SandboxPolicy
@@ -15,6 +16,10 @@ from prunectl.formats.sandbox import SandboxPolicy
 for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     # Workers share the processors: threads that wait for one another by spinning take ten times as long then.
     os.environ.setdefault(_threads, "1")
+
+# How long an example takes is the machine's affair.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 # Commands run in hundreds of processes, each of which would compile prunectl again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
