@@ -87,7 +87,7 @@ def pruning_levels(weights: Array) -> Levels:
     result = np.full(weights.shape, len(SPARSITIES), np.uint8)
     # From the highest down: what goes early goes at every sparsity after that as well.
     for level in reversed(range(len(SPARSITIES))):
-        cut = threshold([lambda: iter([scores])], round(SPARSITIES[level] * weights.size))
+        cut = threshold([lambda: iter([scores])], round(SPARSITIES[level] * weights.size), weights.size)
         result[cut.masker(0).mask(scores)] = level
     return result
 

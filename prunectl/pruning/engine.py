@@ -151,7 +151,7 @@ def pruned_blocks(
     scored = _TensorScores(model, method, plan, scratch, is_wide=is_wide, is_joint=joint)
     sources = [partial(scored.scores, cut.tensor) for cut in plan.cuts]
     if joint:
-        joint_threshold = threshold(sources, plan.drop)
+        joint_threshold = threshold(sources, plan.drop, sum(cut.tensor.size for cut in plan.cuts))
         masker_makers = [partial(joint_threshold.masker, number) for number in range(len(sources))]
     else:
         # Each threshold is selected just before its tensor is written, while the tensor is still in the caches.
@@ -165,7 +165,7 @@ def pruned_blocks(
 
 
 def _per_tensor_threshold(source: Source, cut: TensorPlan) -> ThresholdMasker:
-    return threshold([source], cut.drop or 0).masker(0)
+    return threshold([source], cut.drop or 0, cut.tensor.size).masker(0)
 
 
 class _TensorScores:

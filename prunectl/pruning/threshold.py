@@ -76,25 +76,22 @@ def sort_keys(scores: Array) -> Array:
     return np.asarray(contiguous.view(np.uint32) & np.uint32(0x7FFFFFFF))
 
 
-def threshold(sources: Sequence[Source], drop: int) -> Threshold:
-    """The threshold that prunes exactly so many scores, ties in the order of the sources."""
+def threshold(sources: Sequence[Source], drop: int, size: int) -> Threshold:
+    """The threshold that prunes exactly so many of all scores, ties in the order of the sources."""
     if drop == 0:
         return Threshold(0, (0,) * len(sources))
-    key, below, equal = sorted_select(sources, drop) or sampled_select(sources, drop) or radix_select(sources, drop)
+    select = sorted_select if size < _SAMPLE_LEAST * _SAMPLE_STEP else sampled_select
+    key, below, equal = select(sources, drop) or radix_select(sources, drop)
     return Threshold(key, _split_ties(sources, key, drop - below, equal))
 
 
 def sorted_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int] | None:
-    """As `radix_select`, by sorting; None where there are scores enough for a sample of them."""
-    few, size = [], 0
-    for block in chain.from_iterable(source() for source in sources):
-        few.append(sort_keys(block).reshape(-1))
-        size += block.size
-        if size >= _SAMPLE_LEAST * _SAMPLE_STEP:
-            return None
-    if size < drop:
+    """As `radix_select`, by sorting, which is faster where the scores are too few to be sampled."""
+    keys = np.concatenate(
+        [sort_keys(block).reshape(-1) for block in chain.from_iterable(source() for source in sources)]
+    )
+    if keys.size < drop:
         return None
-    keys = np.concatenate(few)
     key = np.partition(keys, drop - 1)[drop - 1]
     return int(key), int(np.count_nonzero(keys < key)), int(np.count_nonzero(keys == key))
 

@@ -24,7 +24,7 @@ def in_blocks(scores: NDArray[np.floating], size: int) -> Source:
 
 def dropped(tensors: list[NDArray[np.floating]], drop: int, size: int) -> list[NDArray[np.bool_]]:
     sources = [in_blocks(scores, size) for scores in tensors]
-    cut = threshold(sources, drop)
+    cut = threshold(sources, drop, sum(scores.size for scores in tensors))
     masks = []
     for number, source in enumerate(sources):
         dropper = cut.masker(number)
