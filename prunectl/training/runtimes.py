@@ -41,7 +41,7 @@ BACKENDS = (
     Backend(
         "PyTorch",
         lambda model: model.family in {Family.TORCH, Family.TORCH_PROGRAM, Family.SAFETENSORS},
-        "torch.build:load_trainable",
+        "torch.model:load_trainable",
         imports="torch",
     ),
 )
@@ -56,10 +56,9 @@ def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
                 require(runtime.imports, extra=runtime.imports)
             random_state.seed(origin.seed)
             module, _, name = runtime.opener.partition(":")
-            model_: TrainableModel = getattr(importlib.import_module(f"prunectl.training.{module}"), name)(
-                model, origin
-            )
-            return model_
+            load = getattr(importlib.import_module(f"prunectl.training.{module}"), name)
+            trainable: TrainableModel = load(model, origin)
+            return trainable
     title = by_name(model.format).title
     raise InputError(
         f"{model.path} ({title}) cannot be trained: it holds no graph that a framework can differentiate",

@@ -1,8 +1,7 @@
-"""From a file to a network in PyTorch, which is imported here and not before."""
+"""From a file to a module of PyTorch."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import io
 import tempfile
@@ -19,16 +18,9 @@ from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Family, ModelFile, Role, Tensor
 from prunectl.formats.torch import exported_trust
 from prunectl.training import user_code
-from prunectl.training.backend import LoadOptions, TensorSpec, TrainableModel
+from prunectl.training.backend import LoadOptions, TensorSpec
 from prunectl.training.torch.tensors import final_activation, to_torch
 from prunectl.training.user_code import call_builder, resolve_builder
-
-
-def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
-    """A model as PyTorch trains it."""
-    network = importlib.import_module("prunectl.training.torch.model").TorchTrainable
-    trainable: TrainableModel = network(build_module(model, origin))
-    return trainable
 
 
 def load_program(model: ModelFile, origin: LoadOptions) -> torch.export.ExportedProgram:

@@ -12,14 +12,23 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from prunectl.errors import UsageError, WorkError
+from prunectl.formats.base import ModelFile
 from prunectl.plugins import find
 from prunectl.training import random_state
-from prunectl.training.backend import Array, GradientStatistic, Logs, ModelSignature, TensorSpec, TrainOptions
+from prunectl.training.backend import (
+    Array,
+    GradientStatistic,
+    LoadOptions,
+    Logs,
+    ModelSignature,
+    TensorSpec,
+    TrainOptions,
+)
 from prunectl.training.data.source import Arrays, Batch, as_tuple
 from prunectl.training.layer_inputs import InputCallback
 from prunectl.training.task import FinalActivation, activation_of_values
 from prunectl.training.torch import distributed, losses, tensors
-from prunectl.training.torch.build import BuiltModule, FixedBatchModule, input_specs, output_specs
+from prunectl.training.torch.build import BuiltModule, FixedBatchModule, build_module, input_specs, output_specs
 from prunectl.training.torch.distributed import distribute_like, full_tensor
 from prunectl.training.torch.layer_inputs import capture_layer_inputs
 from prunectl.training.torch.optimizers import GradientSums, WeightMasks, make_optimizer
@@ -58,6 +67,11 @@ def recalibrate(module: torch.nn.Module, inputs: Iterable[Arrays], run: Callable
 
 
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_trainable(model: ModelFile, origin: LoadOptions) -> TorchTrainable:
+    """A model as PyTorch trains it."""
+    return TorchTrainable(build_module(model, origin))
 
 
 class TorchTrainable:

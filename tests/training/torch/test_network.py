@@ -21,8 +21,8 @@ from prunectl.training.course import DivergedError
 from prunectl.training.data.source import Batch
 from prunectl.training.mask_schedule import MaskScheduler, PruningConfig
 from prunectl.training.torch import losses
-from prunectl.training.torch.build import BuiltModule, load_trainable
-from prunectl.training.torch.model import TorchTrainable
+from prunectl.training.torch.build import BuiltModule
+from prunectl.training.torch.model import TorchTrainable, load_trainable
 from tests.running import FIXTURES
 from tests.training.torch import nets
 
