@@ -32,7 +32,7 @@ TRACES = {
     "inspect m.h5 --json": ["inspect", f"{FIXTURES}/digits_cnn.h5", "--json"],
     "prune a chunked HDF5": ["prune", f"{FIXTURES}/chunked_and_gzipped.h5", "-o", "out.h5", "-s", "0.8"],
     "finetune m.h5": [
-        *("finetune", f"{FIXTURES}/digits_cnn.h5", "-o", "out.h5", "--epochs", "1", "-s", "0.8", "--batch", "8"),
+        *("finetune", f"{FIXTURES}/digits_cnn.h5", "-o", "out.h5", "--epochs", "1", "-s", "0.8", "--batch-size", "8"),
         *("--data", f"{FIXTURES}/digits.npz"),
     ],
     "prune m.onnx by channels": [
@@ -54,11 +54,9 @@ threading.setprofile(note)
 sys.setprofile(note)
 from prunectl import cli
 try:
-    cli.main()
+    code = cli.main()
 except SystemExit as stop:
     code = stop.code
-else:
-    code = 0
 sys.setprofile(None)
 own = os.path.dirname(cli.__file__) + os.sep
 modules = [name for name in sys.modules if name.startswith("prunectl.")]
