@@ -10,7 +10,6 @@ from prunectl.channels.lengths import DataShapes
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.safe_json import require
-from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions
 
 
@@ -47,6 +46,8 @@ def open_adapter(model: ModelFile, origin: LoadOptions, data: DataShapes | None 
     for frontend in FRONTENDS:
         if model.format in frontend.formats:
             if frontend.needs:
+                from prunectl.training import user_code  # noqa: PLC0415 - it knows the code of all formats
+
                 # The others are followed without their framework, and ask before they load it.
                 user_code.check(model, origin)
                 require(frontend.needs, extra=frontend.needs)

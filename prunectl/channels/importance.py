@@ -11,9 +11,6 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from prunectl.calibration.outputs import output_norms
-from prunectl.calibration.session import load_inputs as calibration_inputs
-from prunectl.calibration.session import open_calibration, padded_batch_rows
 from prunectl.channels.adapter import Feeds, GraphAdapter
 from prunectl.channels.groups import ChannelGroup, ChannelSlices
 from prunectl.channels.labels import AxisRole
@@ -260,6 +257,9 @@ def importance_inputs(
     """The inputs of an importance, in the shape of each weight: the weights, activations or gradients."""
     if importance is None or importance.needs is RequiredData.NOTHING:
         return weights
+    from prunectl.calibration.outputs import output_norms  # noqa: PLC0415 - most cuts look at no data
+    from prunectl.calibration.session import open_calibration  # noqa: PLC0415 - most cuts look at no data
+
     makers = {
         axis.tensor: axis.axis
         for group in groups
@@ -293,7 +293,7 @@ _BATCHES = 4
 """Enough to see what random numbers do not show; each costs two runs of a network."""
 
 
-def load_inputs(
+def calibration_batches(
     model: ModelFile, adapter: GraphAdapter, request: PruneRequest, importance: Importance | None
 ) -> tuple[tuple[Feeds, ...], tuple[str, ...]]:
     """Batches of calibration data of the traced batch size, and notes for the user.
@@ -318,7 +318,9 @@ def shapes_of_data(request: PruneRequest) -> DataShapes | None:
         return None
 
     def shapes(signature: ModelSignature) -> Sequence[tuple[int, ...]]:
-        arrays, _ = calibration_inputs(request.data, signature, 1, EpochOrder(1, request.seed, is_shuffled=False))
+        from prunectl.calibration.session import load_inputs  # noqa: PLC0415 - most cuts look at no data
+
+        arrays, _ = load_inputs(request.data, signature, 1, EpochOrder(1, request.seed, is_shuffled=False))
         return [array.shape[1:] for array in arrays]
 
     return shapes
@@ -327,13 +329,15 @@ def shapes_of_data(request: PruneRequest) -> DataShapes | None:
 def _batches(
     adapter: GraphAdapter, request: PruneRequest, *, is_channels_first: bool
 ) -> tuple[tuple[Feeds, ...], tuple[str, ...]]:
+    from prunectl.calibration.session import load_inputs, padded_batch_rows  # noqa: PLC0415 - most cuts look at no data
+
     example = adapter.random_inputs(np.random.default_rng(request.seed))
     names = adapter.graph.inputs
     ports = tuple(TensorSpec(name, example[name].shape[1:], str(example[name].dtype)) for name in names)
     signature = ModelSignature(ports, (), is_channels_first=is_channels_first)
     size = len(example[names[0]])
     order = EpochOrder(request.batch_size, request.seed, is_shuffled=True)
-    arrays, notes = calibration_inputs(request.data, signature, min(request.samples, size * _BATCHES), order)
+    arrays, notes = load_inputs(request.data, signature, min(request.samples, size * _BATCHES), order)
     rows = padded_batch_rows(len(arrays[0]), size)
     feeds = tuple(dict(zip(names, (array[row] for array in arrays), strict=True)) for row in rows)
     return feeds, notes

@@ -14,7 +14,7 @@ from prunectl.channels.adapter import GraphAdapter, RemovedIndices, WrittenNetwo
 from prunectl.channels.config import ChannelConfig, parse_config
 from prunectl.channels.frontends import open_adapter
 from prunectl.channels.groups import ChannelGroup
-from prunectl.channels.importance import importance_inputs, load_inputs, shapes_of_data
+from prunectl.channels.importance import calibration_batches, importance_inputs, shapes_of_data
 from prunectl.channels.plan import ChannelPlan, Context, make_plan
 from prunectl.channels.rules import propagate
 from prunectl.channels.selection import PrunedGroup, ShapeOf, macs
@@ -101,7 +101,7 @@ def prune_channels(
     if not plan.removed and not allow_empty and not config.removes_nothing:
         raise _removes_nothing_error(path, plan, config)
     pruned = adapter.prune(plan.removed, plan.after, plan.weights)
-    batches, notes = load_inputs(model, adapter, request, config.importance)
+    batches, notes = calibration_batches(model, adapter, request, config.importance)
     verification = verify(adapter, pruned, plan, config.seed, batches)
     if adapter.has_float64 and verification.error_float64 is None:
         notes = (*notes, "The two networks were compared in their own precision alone: the original fails in float64.")
