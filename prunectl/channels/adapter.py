@@ -1,7 +1,8 @@
-"""The interface of a network in its own graph language, which structured pruning needs."""
+"""A network in its own graph language, as structured pruning needs it: the interface, and who speaks which language."""
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,8 +13,12 @@ import numpy as np
 
 from prunectl.channels.graph import ChannelGraph, OpKind
 from prunectl.channels.labels import LabelArray, LabelTrace
-from prunectl.formats.base import Array
+from prunectl.channels.lengths import DataShapes
+from prunectl.errors import InputError
+from prunectl.formats.base import Array, ModelFile
+from prunectl.formats.safe_json import require
 from prunectl.pruning.threshold import Mask
+from prunectl.training.backend import LoadOptions
 
 
 class PrunedShapes:
@@ -180,3 +185,52 @@ def delete_indices(array: Array, axes: Axes) -> Array:
     for axis, indices in axes.items():
         array = np.delete(array, indices, axis)
     return array
+
+
+@dataclass(frozen=True, slots=True)
+class Frontend:
+    """A graph language, and the formats whose files speak it."""
+
+    name: str
+    formats: frozenset[str]
+    reader: str
+    """`module:function` in this package that makes a source of a model, its origin and the shapes of data."""
+    needs: str = ""
+    """The package that this module imports, which is called as the extra that brings it."""
+
+
+FRONTENDS = (
+    Frontend("ONNX", frozenset({"onnx"}), "onnx.adapter:read_onnx"),
+    Frontend("Keras", frozenset({"keras-h5", "keras"}), "keras.adapter:read_keras"),
+    Frontend("TensorFlow SavedModel", frozenset({"saved-model"}), "keras.saved_model:read_saved_model"),
+    Frontend(
+        "PyTorch",
+        frozenset({"torch", "torch-legacy", "torch-export", "safetensors"}),
+        "torch.adapter:read_torch",
+        "torch",
+    ),
+)
+
+
+def open_adapter(model: ModelFile, origin: LoadOptions, data: DataShapes | None = None) -> GraphAdapter:
+    """The adapter of the graph language that a file is written in.
+
+    What data goes in tells how long the axes are that a file leaves open.
+    """
+    for frontend in FRONTENDS:
+        if model.format in frontend.formats:
+            if frontend.needs:
+                from prunectl.training import user_code  # noqa: PLC0415 - it knows the code of all formats
+
+                # The others are followed without their framework, and ask before they load it.
+                user_code.check(model, origin)
+                require(frontend.needs, extra=frontend.needs)
+            module, _, name = frontend.reader.partition(":")
+            adapter: GraphAdapter = getattr(importlib.import_module(f"prunectl.channels.{module}"), name)(
+                model, origin, data
+            )
+            return adapter
+    names = ", ".join(frontend.name for frontend in FRONTENDS)
+    raise InputError(
+        f"{model.path}: channels are followed in files of {names} only", hint="export the model to ONNX first"
+    )

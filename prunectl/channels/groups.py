@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from prunectl.channels.adapter import GraphAdapter
-from prunectl.channels.frontends import open_adapter
+from prunectl.channels.adapter import GraphAdapter, open_adapter
 from prunectl.channels.labels import FIXED, AxisLabels, AxisRole, LabelArray, LabelTrace
 from prunectl.channels.rules import propagate
 from prunectl.formats.base import ModelFile

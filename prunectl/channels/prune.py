@@ -10,9 +10,8 @@ from typing import Any
 
 from prunectl.analysis import sizes
 from prunectl.analysis.stats import ModelStats, with_macs
-from prunectl.channels.adapter import GraphAdapter, RemovedIndices, WrittenNetwork, pruned_shape
+from prunectl.channels.adapter import GraphAdapter, RemovedIndices, WrittenNetwork, open_adapter, pruned_shape
 from prunectl.channels.config import ChannelConfig, parse_config
-from prunectl.channels.frontends import open_adapter
 from prunectl.channels.groups import ChannelGroup
 from prunectl.channels.importance import calibration_batches, importance_inputs, shapes_of_data
 from prunectl.channels.plan import ChannelPlan, Context, make_plan

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from prunectl.channels import verify
-from prunectl.channels.adapter import PrunedShapes
-from prunectl.channels.frontends import open_adapter
+from prunectl.channels.adapter import PrunedShapes, open_adapter
 from prunectl.channels.plan import ChannelPlan
 from prunectl.channels.rules import propagate
 from prunectl.errors import UsageError, WorkError

@@ -1,4 +1,4 @@
-"""An ONNX network that can be cut: its message in memory, run by onnxruntime."""
+"""An ONNX network that can be cut: its message in memory, the numbers of channels in it set right, run by onnxruntime."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ from prunectl.channels.adapter import (
     RemovedIndices,
     Runner,
     WrittenNetwork,
+    delete_indices,
+    removed_by_tensor,
 )
 from prunectl.channels.graph import ChannelGraph
 from prunectl.channels.lengths import AxisLengths, DataShapes
-from prunectl.channels.onnx.graph import LoadedOnnx, load_onnx
-from prunectl.channels.onnx.resize import prune_model
+from prunectl.channels.onnx.graph import LoadedOnnx, load_onnx, reshare
+from prunectl.channels.onnx.ops import RULES
 from prunectl.errors import UsageError, WorkError, first_line
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.onnx.rewrite import relocated
 from prunectl.formats.onnx.tensors import CODES
 from prunectl.formats.registry import open_model
+from prunectl.formats.safe_json import require
+from prunectl.graphs.onnx.nodes import STANDARD_DOMAINS, names_read
 from prunectl.graphs.onnx.session import OnnxSession
-from prunectl.graphs.onnx.tensors import graph_tensors, save_network
+from prunectl.graphs.onnx.tensors import OnnxNetwork, graph_tensors, save_network
 from prunectl.pruning import destination as outputs
 from prunectl.training.backend import LoadOptions
 
@@ -122,3 +126,123 @@ class OnnxAdapter(GraphAdapter):
             if array is not None and result.read(tensor).tobytes() != array.tobytes():
                 raise WorkError(f"{tensor.name} came out with other numbers than it has; nothing was written")
         return WrittenNetwork(path, omitted_tensors=frozenset(dropped))
+
+
+_UNLISTED = 4
+"""Version of the format from which initializers are no inputs."""
+
+
+def update_onnx_sizes(proto: Any, loaded: LoadedOnnx, after: PrunedShapes) -> None:
+    """Set right what names a number of channels that is no longer true."""
+    sizes = SizeConstants(proto, loaded, after)
+    for node in list(proto.graph.node):
+        rule = RULES.get(node.op_type) if node.domain in STANDARD_DOMAINS else None
+        if rule is not None and rule.resize and any(map(after.has_changed, (*node.input, *node.output))):
+            rule.resize(node, sizes)
+    sizes.remove_unused()
+
+
+class SizeConstants:
+    """A graph whose constants are replaced one by one: several nodes may share one."""
+
+    def __init__(self, proto: Any, loaded: LoadedOnnx, after: PrunedShapes) -> None:
+        self.constants = loaded.static.constants
+        self.before = loaded.graph.shapes
+        self.after = after
+        self.ops = {op.outputs: op for op in loaded.graph.nodes}
+        self.replaced: set[str] = set()
+        """Values that may have no reader any more."""
+        self._graph = proto.graph
+        self._is_listed = proto.ir_version < _UNLISTED
+        self._makers = {name: node for node in proto.graph.node for name in node.output}
+        self._count = 0
+
+    def remove_unused(self) -> None:
+        """Remove what only made the numbers that were replaced."""
+        waiting = list(self.replaced)
+        for name in waiting:
+            read = {name for node in self._graph.node for name in names_read(node)}
+            if name in read or name in {port.name for port in (*self._graph.output, *self._graph.input)}:
+                continue
+            for tensor in [tensor for tensor in self._graph.initializer if tensor.name == name]:
+                self._graph.initializer.remove(tensor)
+            for node in [node for node in self._graph.node if list(node.output) == [name]]:
+                waiting += node.input
+                self._graph.node.remove(node)
+
+    def update(self, node: Any, position: int, lengths: Sequence[int]) -> None:
+        """Say other lengths at an input, where those that it says are made."""
+        name = node.input[position]
+        maker = self._makers.get(name)
+        if self._is_static(name):
+            self.replace(node, position, lengths)
+        elif maker is not None and maker.op_type in {"Cast", "Identity"}:
+            self.update(maker, 0, lengths)
+        elif maker is not None and maker.op_type == "Concat":
+            # What is measured while it runs is right by itself; what stands there is not.
+            begin = 0
+            for number, part in enumerate(list(maker.input)):
+                end = begin + self.constants[part].size
+                if list(map(int, self.constants[part])) != list(lengths[begin:end]) and self._is_static(part):
+                    self.update(maker, number, lengths[begin:end])
+                begin = end
+
+    def replace(self, node: Any, position: int, lengths: Sequence[int]) -> None:
+        """Say other lengths at an input by a constant of its own."""
+        name = node.input[position]
+        node.input[position] = self.add(name, np.array(lengths, self.constants[name].dtype))
+        self.replaced.add(name)
+
+    def _is_static(self, name: str) -> bool:
+        """Whether a constant depends on no shape of a value."""
+        maker = self._makers.get(name)
+        if maker is None:
+            return name in self.constants
+        return maker.op_type == "Constant" or (
+            maker.op_type not in {"Shape", "Size"} and all(map(self._is_static, filter(None, maker.input)))
+        )
+
+    def add(self, like: str, lengths: Array) -> str:
+        """Add a constant, and return its name."""
+        taken = {tensor.name for tensor in self._graph.initializer} | self._makers.keys()
+        name = like
+        while name in taken:
+            self._count += 1
+            name = f"{like}_{self._count}"
+        onnx = require("onnx", extra="onnx")
+        tensor = onnx.numpy_helper.from_array(lengths, name)
+        self._graph.initializer.append(tensor)
+        if self._is_listed:
+            self._graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, lengths.shape))
+        return name
+
+
+def prune_model(
+    loaded: LoadedOnnx, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]
+) -> OnnxNetwork:
+    """The smaller model; everything else in it stays as it was."""
+    network = loaded.network.copy()
+    proto = network.proto
+    shapes, removed_by_name = {}, removed_by_tensor(removed)
+    for tensor in graph_tensors(proto.graph):
+        name, axes = tensor.name, removed_by_name.get(tensor.name, {})
+        if axes or name in weights:
+            array = delete_indices(weights[name] if name in weights else loaded.graph.weights[name], axes)
+            network.assign(tensor.dense, array)
+        if axes:
+            shapes[name] = array.shape
+    for port in proto.graph.input:
+        if port.name in shapes:
+            for axis, length in zip(port.type.tensor_type.shape.dim, shapes[port.name], strict=True):
+                axis.dim_value = length
+    update_onnx_sizes(proto, loaded, after)
+    reshare(proto, loaded.copied_from)
+    _drop_stale_shapes(proto.graph, {name for name, view in loaded.graph.views.items() if view.tensor in shapes}, after)
+    return network
+
+
+def _drop_stale_shapes(graph: Any, stale: set[str], after: PrunedShapes) -> None:
+    """Leave out the shapes of inner values that no longer hold."""
+    kept = [port for port in graph.value_info if port.name not in stale and not after.has_changed(port.name)]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)

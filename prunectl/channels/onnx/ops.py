@@ -13,7 +13,7 @@ from prunectl.channels.onnx.shapes import StaticValues
 from prunectl.graphs.onnx.nodes import find_attribute, get_attribute, input_of
 
 if TYPE_CHECKING:
-    from prunectl.channels.onnx.resize import SizeConstants
+    from prunectl.channels.onnx.adapter import SizeConstants
 
 _SOFTMAX_BY_AXIS = 13
 _STATES = (5, 6)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from prunectl.channels import adapter, verify
-from prunectl.channels.frontends import open_adapter
+from prunectl.channels.adapter import open_adapter
 from prunectl.channels.groups import channel_groups
 from prunectl.channels.keras import adapter as keras_adapter
 from prunectl.channels.prune import prune_channels
