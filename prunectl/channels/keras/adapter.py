@@ -38,70 +38,6 @@ from prunectl.formats.registry import by_name, load, open_model
 from prunectl.pruning import destination as outputs
 from prunectl.training.backend import LoadOptions
 
-_STATISTICS = frozenset({"moving_mean", "moving_variance"})
-
-
-def match_slots(loaded: LoadedKeras) -> Mapping[str, str] | None:
-    """The weight that each slot of the optimizer belongs to; None if that cannot be told for sure."""
-    slots = [tensor for tensor in loaded.model.tensors if _is_slot(loaded, tensor)]
-    weights = list(_trained(loaded))
-    return {} if not slots else _slots_by_name(slots, weights) or _slots_by_position(loaded, slots, weights)
-
-
-def _is_slot(loaded: LoadedKeras, tensor: Tensor) -> bool:
-    path = loaded.stored.path(tensor)
-    return tensor.role is Role.OPTIMIZER and "optimizer" in path.partition("/")[0] and bool(tensor.shape)
-
-
-def _trained(loaded: LoadedKeras) -> Iterator[Tensor]:
-    """Yield the weights that are trained, in the order of the layers."""
-    weights_by_layer = {layer_call.path: layer_call.weights for layer_call in loaded.builder.called}
-    for layer in loaded.layers:
-        if part(layer.layer, "config").get("trainable") is not False:
-            for leaf, tensor in weights_by_layer.get(layer.path, {}).items():
-                if leaf not in _STATISTICS:
-                    yield tensor
-
-
-def _slots_by_name(slots: Sequence[Tensor], weights: Sequence[Tensor]) -> dict[str, str] | None:
-    """Match slots whose name contains that of a weight: `Adam/m/a/kernel`, `adam/a_kernel_momentum`."""
-    named = {re.sub(r":\d+$", "", tensor.name): tensor for tensor in weights}
-    owners = {}
-    for slot in slots:
-        path = f"/{re.sub(r':[0-9]+$', '', slot.name)}/"
-        candidates = [
-            name
-            for name, tensor in named.items()
-            if (f"/{name}/" in path or f"/{name.replace('/', '_')}_" in path) and tensor.shape == slot.shape
-        ]
-        longest = [name for name in candidates if len(name) == max(map(len, candidates))]
-        if len(longest) != 1:
-            return None
-        owners[slot.name] = named[longest[0]].name
-    return owners
-
-
-def _slots_by_position(
-    loaded: LoadedKeras, slots: Sequence[Tensor], weights: Sequence[Tensor]
-) -> dict[str, str] | None:
-    """Match slots that have only numbers: weight by weight, or one kind of slot after the other."""
-    ordered = sorted(slots, key=lambda tensor: _natural(loaded.stored.path(tensor)))
-    times, rest = divmod(len(ordered), len(weights)) if weights else (0, 1)
-    if rest:
-        return None
-    orders = ([weight for weight in weights for _ in range(times)], [*weights] * times)
-    fitting = [order for order in orders if [item.shape for item in order] == [slot.shape for slot in ordered]]
-    pairings = [_paired(ordered, order) for order in fitting]
-    return pairings[0] if pairings and all(item == pairings[0] for item in pairings) else None
-
-
-def _paired(slots: Sequence[Tensor], weights: Sequence[Tensor]) -> dict[str, str]:
-    return {slot.name: weight.name for slot, weight in zip(slots, weights, strict=True)}
-
-
-def _natural(path: str) -> list[tuple[int, str]]:
-    return [(int(step), "") if step.isdecimal() else (0, step) for step in re.split(r"(\d+)", path)]
-
 
 def read_keras(model: ModelFile, origin: LoadOptions, data: DataShapes | None = None) -> KerasAdapter:
     """The network of a Keras file, which says itself how it is built."""
@@ -209,6 +145,116 @@ class KerasAdapter(GraphAdapter):
         return WrittenNetwork(path)
 
 
+_SHAPE_KEYS = ("batch_input_shape", "batch_shape", "build_input_shape", "input_shape")
+_KERAS1_NAMES = {"filters": "nb_filter", "units": "output_dim"}
+"""What Keras 1 called a setting."""
+
+
+def resize_config(
+    config: Mapping[str, Any], builder: GraphBuilder, after: PrunedShapes, left: Shapes
+) -> dict[str, Any]:
+    """The configuration of the smaller network."""
+    resized: dict[str, Any] = copy.deepcopy(dict(config))
+    for layer_call in builder.called:
+        layer = get_at(resized, layer_call.path)
+        _resize(layer, get_at(config, layer_call.path)["config"], layer_call, after, left)
+        update_build_config(layer, layer_call, after)
+        for key in _SHAPE_KEYS:
+            for shape in shapes_in(part(layer, "config").get(key)):
+                update_shape(shape, layer_call.inputs[0] if layer_call.inputs else "", after)
+    values: dict[ConfigPath, dict[tuple[str, int, int], str]] = {}
+    for (spot, name, node, tensor), value in builder.references.items():
+        if after.has_changed(value):
+            values.setdefault(spot, {})[name, node, tensor] = value
+    for spot, changed in values.items():
+        for layer in get_at(resized, spot)["config"]["layers"]:
+            update_tensors(layer.get("inbound_nodes"), changed, after)
+    return resized
+
+
+def _resize(
+    layer: dict[str, Any], original: Mapping[str, Any], layer_call: CalledLayer, after: PrunedShapes, left: Shapes
+) -> None:
+    """Set the numbers of channels of a layer."""
+    rule = RULES.get(upgrade_class_name(text(layer, "class_name")))
+    if rule is None:
+        return
+    settings = layer["config"]
+    shapes = {leaf: left.get(tensor.name, tensor.shape) for leaf, tensor in layer_call.weights.items()}
+    resize = LayerResize(layer_call, settings, original, shapes, after)
+    for key, leaf, axis in rule.lengths:
+        if resize.has_changed(leaf):
+            settings[key if key in settings else _KERAS1_NAMES.get(key, key)] = shapes[leaf][axis]
+    if rule.resize is not None:
+        rule.resize(resize)
+    update_qkv(settings, layer_call, after)
+
+
+_STATISTICS = frozenset({"moving_mean", "moving_variance"})
+
+
+def match_slots(loaded: LoadedKeras) -> Mapping[str, str] | None:
+    """The weight that each slot of the optimizer belongs to; None if that cannot be told for sure."""
+    slots = [tensor for tensor in loaded.model.tensors if _is_slot(loaded, tensor)]
+    weights = list(_trained(loaded))
+    return {} if not slots else _slots_by_name(slots, weights) or _slots_by_position(loaded, slots, weights)
+
+
+def _is_slot(loaded: LoadedKeras, tensor: Tensor) -> bool:
+    path = loaded.stored.path(tensor)
+    return tensor.role is Role.OPTIMIZER and "optimizer" in path.partition("/")[0] and bool(tensor.shape)
+
+
+def _trained(loaded: LoadedKeras) -> Iterator[Tensor]:
+    """Yield the weights that are trained, in the order of the layers."""
+    weights_by_layer = {layer_call.path: layer_call.weights for layer_call in loaded.builder.called}
+    for layer in loaded.layers:
+        if part(layer.layer, "config").get("trainable") is not False:
+            for leaf, tensor in weights_by_layer.get(layer.path, {}).items():
+                if leaf not in _STATISTICS:
+                    yield tensor
+
+
+def _slots_by_name(slots: Sequence[Tensor], weights: Sequence[Tensor]) -> dict[str, str] | None:
+    """Match slots whose name contains that of a weight: `Adam/m/a/kernel`, `adam/a_kernel_momentum`."""
+    named = {re.sub(r":\d+$", "", tensor.name): tensor for tensor in weights}
+    owners = {}
+    for slot in slots:
+        path = f"/{re.sub(r':[0-9]+$', '', slot.name)}/"
+        candidates = [
+            name
+            for name, tensor in named.items()
+            if (f"/{name}/" in path or f"/{name.replace('/', '_')}_" in path) and tensor.shape == slot.shape
+        ]
+        longest = [name for name in candidates if len(name) == max(map(len, candidates))]
+        if len(longest) != 1:
+            return None
+        owners[slot.name] = named[longest[0]].name
+    return owners
+
+
+def _slots_by_position(
+    loaded: LoadedKeras, slots: Sequence[Tensor], weights: Sequence[Tensor]
+) -> dict[str, str] | None:
+    """Match slots that have only numbers: weight by weight, or one kind of slot after the other."""
+    ordered = sorted(slots, key=lambda tensor: _natural(loaded.stored.path(tensor)))
+    times, rest = divmod(len(ordered), len(weights)) if weights else (0, 1)
+    if rest:
+        return None
+    orders = ([weight for weight in weights for _ in range(times)], [*weights] * times)
+    fitting = [order for order in orders if [item.shape for item in order] == [slot.shape for slot in ordered]]
+    pairings = [_paired(ordered, order) for order in fitting]
+    return pairings[0] if pairings and all(item == pairings[0] for item in pairings) else None
+
+
+def _paired(slots: Sequence[Tensor], weights: Sequence[Tensor]) -> dict[str, str]:
+    return {slot.name: weight.name for slot, weight in zip(slots, weights, strict=True)}
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    return [(int(step), "") if step.isdecimal() else (0, step) for step in re.split(r"(\d+)", path)]
+
+
 def update_build_config(layer: dict[str, Any], layer_call: CalledLayer, after: PrunedShapes) -> None:
     """Set right what Keras says that a layer was built for: shapes in the order of what goes in, or by its names."""
     build_config = layer.get("build_config")
@@ -270,48 +316,3 @@ def update_tensors(nodes: Any, values: Mapping[tuple[str, int, int], str], after
         else:
             for node in nodes.values():
                 update_tensors(node, values, after)
-
-
-_SHAPE_KEYS = ("batch_input_shape", "batch_shape", "build_input_shape", "input_shape")
-_KERAS1_NAMES = {"filters": "nb_filter", "units": "output_dim"}
-"""What Keras 1 called a setting."""
-
-
-def resize_config(
-    config: Mapping[str, Any], builder: GraphBuilder, after: PrunedShapes, left: Shapes
-) -> dict[str, Any]:
-    """The configuration of the smaller network."""
-    resized: dict[str, Any] = copy.deepcopy(dict(config))
-    for layer_call in builder.called:
-        layer = get_at(resized, layer_call.path)
-        _resize(layer, get_at(config, layer_call.path)["config"], layer_call, after, left)
-        update_build_config(layer, layer_call, after)
-        for key in _SHAPE_KEYS:
-            for shape in shapes_in(part(layer, "config").get(key)):
-                update_shape(shape, layer_call.inputs[0] if layer_call.inputs else "", after)
-    values: dict[ConfigPath, dict[tuple[str, int, int], str]] = {}
-    for (spot, name, node, tensor), value in builder.references.items():
-        if after.has_changed(value):
-            values.setdefault(spot, {})[name, node, tensor] = value
-    for spot, changed in values.items():
-        for layer in get_at(resized, spot)["config"]["layers"]:
-            update_tensors(layer.get("inbound_nodes"), changed, after)
-    return resized
-
-
-def _resize(
-    layer: dict[str, Any], original: Mapping[str, Any], layer_call: CalledLayer, after: PrunedShapes, left: Shapes
-) -> None:
-    """Set the numbers of channels of a layer."""
-    rule = RULES.get(upgrade_class_name(text(layer, "class_name")))
-    if rule is None:
-        return
-    settings = layer["config"]
-    shapes = {leaf: left.get(tensor.name, tensor.shape) for leaf, tensor in layer_call.weights.items()}
-    resize = LayerResize(layer_call, settings, original, shapes, after)
-    for key, leaf, axis in rule.lengths:
-        if resize.has_changed(leaf):
-            settings[key if key in settings else _KERAS1_NAMES.get(key, key)] = shapes[leaf][axis]
-    if rule.resize is not None:
-        rule.resize(resize)
-    update_qkv(settings, layer_call, after)

@@ -1,4 +1,4 @@
-"""An ONNX network that can be cut: its message in memory, the numbers of channels in it set right, run by onnxruntime."""
+"""An ONNX network that can be cut: its message, the numbers of channels in it set right, and onnxruntime to run it."""
 
 from __future__ import annotations
 
@@ -33,16 +33,6 @@ from prunectl.graphs.onnx.session import OnnxSession
 from prunectl.graphs.onnx.tensors import OnnxNetwork, graph_tensors, save_network
 from prunectl.pruning import destination as outputs
 from prunectl.training.backend import LoadOptions
-
-
-def random_input(port: Any, shape: Sequence[int], random: np.random.Generator) -> Array:
-    """Random numbers for an input of a message."""
-    code = CODES.get(port.type.tensor_type.elem_type)
-    if code is None or code.dtype.kind not in "fiub":
-        raise WorkError(f"the network takes an input, {port.name}, of which nothing random can be made")
-    # Whole numbers are small enough for any table of words.
-    numbers = random.standard_normal(shape) if code.dtype.kind == "f" else random.integers(0, 2, shape)
-    return numbers.astype(code.dtype)
 
 
 def read_onnx(model: ModelFile, origin: LoadOptions, data: DataShapes | None = None) -> OnnxAdapter:
@@ -126,6 +116,47 @@ class OnnxAdapter(GraphAdapter):
             if array is not None and result.read(tensor).tobytes() != array.tobytes():
                 raise WorkError(f"{tensor.name} came out with other numbers than it has; nothing was written")
         return WrittenNetwork(path, omitted_tensors=frozenset(dropped))
+
+
+def random_input(port: Any, shape: Sequence[int], random: np.random.Generator) -> Array:
+    """Random numbers for an input of a message."""
+    code = CODES.get(port.type.tensor_type.elem_type)
+    if code is None or code.dtype.kind not in "fiub":
+        raise WorkError(f"the network takes an input, {port.name}, of which nothing random can be made")
+    # Whole numbers are small enough for any table of words.
+    numbers = random.standard_normal(shape) if code.dtype.kind == "f" else random.integers(0, 2, shape)
+    return numbers.astype(code.dtype)
+
+
+def prune_model(
+    loaded: LoadedOnnx, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]
+) -> OnnxNetwork:
+    """The smaller model; everything else in it stays as it was."""
+    network = loaded.network.copy()
+    proto = network.proto
+    shapes, removed_by_name = {}, removed_by_tensor(removed)
+    for tensor in graph_tensors(proto.graph):
+        name, axes = tensor.name, removed_by_name.get(tensor.name, {})
+        if axes or name in weights:
+            array = delete_indices(weights[name] if name in weights else loaded.graph.weights[name], axes)
+            network.assign(tensor.dense, array)
+        if axes:
+            shapes[name] = array.shape
+    for port in proto.graph.input:
+        if port.name in shapes:
+            for axis, length in zip(port.type.tensor_type.shape.dim, shapes[port.name], strict=True):
+                axis.dim_value = length
+    update_onnx_sizes(proto, loaded, after)
+    reshare(proto, loaded.copied_from)
+    _drop_stale_shapes(proto.graph, {name for name, view in loaded.graph.views.items() if view.tensor in shapes}, after)
+    return network
+
+
+def _drop_stale_shapes(graph: Any, stale: set[str], after: PrunedShapes) -> None:
+    """Leave out the shapes of inner values that no longer hold."""
+    kept = [port for port in graph.value_info if port.name not in stale and not after.has_changed(port.name)]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
 
 
 _UNLISTED = 4
@@ -215,34 +246,3 @@ class SizeConstants:
         if self._is_listed:
             self._graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, lengths.shape))
         return name
-
-
-def prune_model(
-    loaded: LoadedOnnx, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]
-) -> OnnxNetwork:
-    """The smaller model; everything else in it stays as it was."""
-    network = loaded.network.copy()
-    proto = network.proto
-    shapes, removed_by_name = {}, removed_by_tensor(removed)
-    for tensor in graph_tensors(proto.graph):
-        name, axes = tensor.name, removed_by_name.get(tensor.name, {})
-        if axes or name in weights:
-            array = delete_indices(weights[name] if name in weights else loaded.graph.weights[name], axes)
-            network.assign(tensor.dense, array)
-        if axes:
-            shapes[name] = array.shape
-    for port in proto.graph.input:
-        if port.name in shapes:
-            for axis, length in zip(port.type.tensor_type.shape.dim, shapes[port.name], strict=True):
-                axis.dim_value = length
-    update_onnx_sizes(proto, loaded, after)
-    reshare(proto, loaded.copied_from)
-    _drop_stale_shapes(proto.graph, {name for name, view in loaded.graph.views.items() if view.tensor in shapes}, after)
-    return network
-
-
-def _drop_stale_shapes(graph: Any, stale: set[str], after: PrunedShapes) -> None:
-    """Leave out the shapes of inner values that no longer hold."""
-    kept = [port for port in graph.value_info if port.name not in stale and not after.has_changed(port.name)]
-    del graph.value_info[:]
-    graph.value_info.extend(kept)

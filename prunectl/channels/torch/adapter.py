@@ -14,6 +14,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from prunectl.channels.adapter import (
+    Axes,
     Feeds,
     GraphAdapter,
     PrunedShapes,
@@ -31,127 +32,20 @@ from prunectl.channels.torch.checkpoint import (
     WeightChanges,
     class_of,
     companion_file,
+    delete_tensor_indices,
     load_checkpoint,
     optimizer_slots,
     parameter_order,
     write_weights,
 )
-from prunectl.channels.torch.export import TracedModel, trace_model
-from prunectl.channels.torch.fx import OpContext, WeightedProgram, is_item, shapes_of, uses, views
+from prunectl.channels.torch.export import TracedModel, random_like, trace_model
+from prunectl.channels.torch.fx import OpContext, WeightedProgram, attribute, is_item, quiet, shapes_of, uses, views
 from prunectl.channels.torch.fx import run as run_program
-from prunectl.channels.torch.ops import lower
-from prunectl.channels.torch.resize import attribute, prune_program
-from prunectl.channels.torch.tracing import quiet, random_like
+from prunectl.channels.torch.ops import lower, resize
 from prunectl.errors import InputError, UsageError, WorkError, first_line
 from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.training.backend import LoadOptions
 from prunectl.training.torch.tensors import to_numpy, to_torch
-
-_ENDLESS = 1 << 62
-
-
-def write_program(traced: TracedModel, pruned: WeightedProgram, path: Path) -> tuple[str, ...]:
-    """Export a smaller program again, so that every shape in it is right, write it, and return notes."""
-    with quiet():
-        try:
-            program, notes = _export_again(traced, with_weights(traced, pruned))
-            torch.export.save(program, path)
-        except Exception as error:
-            raise WorkError(f"the cut program cannot be exported: {first_line(error)}; nothing was written") from error
-    return notes
-
-
-def _export_again(traced: TracedModel, module: torch.nn.Module) -> tuple[ExportedProgram, tuple[str, ...]]:
-    """A program with the bounds of the one that was read, or with those that its steps ask for."""
-    bounds = _bounds(traced)
-    try:
-        axes = _open_axes(traced, bounds)
-        return torch.export.export(module, traced.examples, dynamic_shapes=axes, strict=False), ()
-    except Exception as error:
-        if not bounds:
-            raise
-        axes = _open_axes(traced, {})
-        program = torch.export.export(module, traced.examples, dynamic_shapes=axes, strict=False)
-        reason = first_line(error)
-        return program, (f"The bounds of the program's sizes are not those of the file, but PyTorch's own: {reason}.",)
-
-
-def with_weights(traced: TracedModel, weighted: WeightedProgram) -> torch.fx.GraphModule:
-    """A module with the smaller weights in it, those that nothing reads included."""
-    memo: dict[int, Any] = {}
-    for name, weight in (*traced.module.named_parameters(), *traced.module.named_buffers()):
-        value = weighted.values.get(name, weight)
-        is_trained = isinstance(weight, torch.nn.Parameter)
-        memo[id(weight)] = torch.nn.Parameter(value, requires_grad=weight.requires_grad) if is_trained else value
-    module = copy.deepcopy(traced.module, memo)
-    module.graph = copy.deepcopy(weighted.module.graph)
-    return module
-
-
-def _open_axes(traced: TracedModel, bounds: Mapping[str, Any]) -> tuple[dict[int, Any] | None, ...]:
-    """The axes that may have any length."""
-    names = set(traced.program.graph_signature.user_inputs)
-    axes = []
-    for node in traced.program.graph.nodes:
-        if node.op == "placeholder" and node.name in names:
-            shape = getattr(node.meta.get("val"), "shape", ())
-            lengths = {axis: length for axis, length in enumerate(shape) if not isinstance(length, int)}
-            axes.append({axis: bounds.get(str(length), Dim.AUTO) for axis, length in lengths.items()})
-    return tuple(bounds_of_axes or None for bounds_of_axes in axes)
-
-
-def _bounds(traced: TracedModel) -> dict[str, Any]:
-    """An axis for each length that the program gives a name and limits."""
-    return {
-        str(symbol): Dim(f"length_{number}", min=int(limits.lower), max=_upper_limit(limits.upper))
-        for number, (symbol, limits) in enumerate(traced.program.range_constraints.items())
-    }
-
-
-def _upper_limit(limit: Any) -> int | None:
-    return int(limit) if str(limit).isdecimal() and int(limit) < _ENDLESS else None
-
-
-def graph_of(model: ModelFile, traced: TracedModel) -> ChannelGraph:
-    """The operations of a program by what they do to channels; weights are called what the file calls them."""
-    weights = _read_weights(model, traced)
-    nodes = list(traced.module.graph.nodes)
-    try:
-        shapes = shapes_of(WeightedProgram(traced.module), traced.single_inputs)
-    except Exception as error:
-        raise InputError(f"{model.path} cannot be run by PyTorch: {first_line(error)}") from error
-    names = {name: traced.aliases.get(tensor, tensor) for name, tensor in traced.names.items()}
-    weight_views = views(nodes, {name: tensor for name, tensor in names.items() if tensor in weights}, shapes)
-    # A copy: what several steps see of a weight is added on the way.
-    use_counts = uses(nodes, dict(weight_views))
-    operations: list[OpNode] = []
-    for node in nodes:
-        is_operation = node.op == "call_function" and node.name not in weight_views and not is_item(node)
-        if is_operation and _has_shape(node, shapes):
-            operations += lower(OpContext(node, shapes, weight_views))
-    return ChannelGraph(
-        nodes=tuple(operations),
-        weights=weights,
-        views=weight_views,
-        uses=use_counts,
-        shapes=shapes,
-        inputs=tuple(node.name for node in nodes if node.op == "placeholder" and node.name in shapes),
-        outputs=tuple(dict.fromkeys(value.name for value in nodes[-1].all_input_nodes if value.name in shapes)),
-    )
-
-
-def _has_shape(node: torch.fx.Node, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether values come out of it, and not a length alone."""
-    return node.name in shapes or any(is_item(user) and user.name in shapes for user in node.users)
-
-
-def _read_weights(model: ModelFile, traced: TracedModel) -> dict[str, Array]:
-    tensors = {tensor.name: tensor for tensor in model.tensors}
-    return {
-        name: model.read(tensors[name])
-        for name in dict.fromkeys(traced.names.values())
-        if tensors[name].is_float and tensors[name].shape and name not in traced.aliases
-    }
 
 
 def read_torch(model: ModelFile, origin: LoadOptions, data: DataShapes | None = None) -> TorchAdapter:
@@ -283,3 +177,126 @@ class TorchAdapter(GraphAdapter):
         }
         change = WeightChanges(axes, numbers, self._slots.unmatched)
         return WrittenNetwork(write_weights(self._model, self._traced, network, change, folder, target=target))
+
+
+_ENDLESS = 1 << 62
+
+
+def prune_program(
+    traced: TracedModel, axes: Mapping[str, Axes], after: PrunedShapes, replaced: Mapping[str, torch.Tensor]
+) -> WeightedProgram:
+    """The smaller program, its weights slices of those of the larger, or of what replaces them."""
+    values = dict(replaced)
+    for name, tensor in traced.names.items():
+        removed = axes.get(traced.aliases.get(tensor, tensor))
+        if removed is not None:
+            values[name] = delete_tensor_indices(values.get(name, attribute(traced.module, name)), removed)
+    with quiet():
+        graph = copy.deepcopy(traced.module.graph)
+        resize(graph, after)
+        graph.lint()
+        return WeightedProgram(torch.fx.GraphModule(traced.module, graph), values)
+
+
+def write_program(traced: TracedModel, pruned: WeightedProgram, path: Path) -> tuple[str, ...]:
+    """Export a smaller program again, so that every shape in it is right, write it, and return notes."""
+    with quiet():
+        try:
+            program, notes = _export_again(traced, with_weights(traced, pruned))
+            torch.export.save(program, path)
+        except Exception as error:
+            raise WorkError(f"the cut program cannot be exported: {first_line(error)}; nothing was written") from error
+    return notes
+
+
+def _export_again(traced: TracedModel, module: torch.nn.Module) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """A program with the bounds of the one that was read, or with those that its steps ask for."""
+    bounds = _bounds(traced)
+    try:
+        axes = _open_axes(traced, bounds)
+        return torch.export.export(module, traced.examples, dynamic_shapes=axes, strict=False), ()
+    except Exception as error:
+        if not bounds:
+            raise
+        axes = _open_axes(traced, {})
+        program = torch.export.export(module, traced.examples, dynamic_shapes=axes, strict=False)
+        reason = first_line(error)
+        return program, (f"The bounds of the program's sizes are not those of the file, but PyTorch's own: {reason}.",)
+
+
+def with_weights(traced: TracedModel, weighted: WeightedProgram) -> torch.fx.GraphModule:
+    """A module with the smaller weights in it, those that nothing reads included."""
+    memo: dict[int, Any] = {}
+    for name, weight in (*traced.module.named_parameters(), *traced.module.named_buffers()):
+        value = weighted.values.get(name, weight)
+        is_trained = isinstance(weight, torch.nn.Parameter)
+        memo[id(weight)] = torch.nn.Parameter(value, requires_grad=weight.requires_grad) if is_trained else value
+    module = copy.deepcopy(traced.module, memo)
+    module.graph = copy.deepcopy(weighted.module.graph)
+    return module
+
+
+def _open_axes(traced: TracedModel, bounds: Mapping[str, Any]) -> tuple[dict[int, Any] | None, ...]:
+    """The axes that may have any length."""
+    names = set(traced.program.graph_signature.user_inputs)
+    axes = []
+    for node in traced.program.graph.nodes:
+        if node.op == "placeholder" and node.name in names:
+            shape = getattr(node.meta.get("val"), "shape", ())
+            lengths = {axis: length for axis, length in enumerate(shape) if not isinstance(length, int)}
+            axes.append({axis: bounds.get(str(length), Dim.AUTO) for axis, length in lengths.items()})
+    return tuple(bounds_of_axes or None for bounds_of_axes in axes)
+
+
+def _bounds(traced: TracedModel) -> dict[str, Any]:
+    """An axis for each length that the program gives a name and limits."""
+    return {
+        str(symbol): Dim(f"length_{number}", min=int(limits.lower), max=_upper_limit(limits.upper))
+        for number, (symbol, limits) in enumerate(traced.program.range_constraints.items())
+    }
+
+
+def _upper_limit(limit: Any) -> int | None:
+    return int(limit) if str(limit).isdecimal() and int(limit) < _ENDLESS else None
+
+
+def graph_of(model: ModelFile, traced: TracedModel) -> ChannelGraph:
+    """The operations of a program by what they do to channels; weights are called what the file calls them."""
+    weights = _read_weights(model, traced)
+    nodes = list(traced.module.graph.nodes)
+    try:
+        shapes = shapes_of(WeightedProgram(traced.module), traced.single_inputs)
+    except Exception as error:
+        raise InputError(f"{model.path} cannot be run by PyTorch: {first_line(error)}") from error
+    names = {name: traced.aliases.get(tensor, tensor) for name, tensor in traced.names.items()}
+    weight_views = views(nodes, {name: tensor for name, tensor in names.items() if tensor in weights}, shapes)
+    # A copy: what several steps see of a weight is added on the way.
+    use_counts = uses(nodes, dict(weight_views))
+    operations: list[OpNode] = []
+    for node in nodes:
+        is_operation = node.op == "call_function" and node.name not in weight_views and not is_item(node)
+        if is_operation and _has_shape(node, shapes):
+            operations += lower(OpContext(node, shapes, weight_views))
+    return ChannelGraph(
+        nodes=tuple(operations),
+        weights=weights,
+        views=weight_views,
+        uses=use_counts,
+        shapes=shapes,
+        inputs=tuple(node.name for node in nodes if node.op == "placeholder" and node.name in shapes),
+        outputs=tuple(dict.fromkeys(value.name for value in nodes[-1].all_input_nodes if value.name in shapes)),
+    )
+
+
+def _has_shape(node: torch.fx.Node, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether values come out of it, and not a length alone."""
+    return node.name in shapes or any(is_item(user) and user.name in shapes for user in node.users)
+
+
+def _read_weights(model: ModelFile, traced: TracedModel) -> dict[str, Array]:
+    tensors = {tensor.name: tensor for tensor in model.tensors}
+    return {
+        name: model.read(tensors[name])
+        for name in dict.fromkeys(traced.names.values())
+        if tensors[name].is_float and tensors[name].shape and name not in traced.aliases
+    }

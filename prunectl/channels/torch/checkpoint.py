@@ -17,7 +17,6 @@ from prunectl.channels.torch.code.expressions import literal
 from prunectl.channels.torch.code.module import HEADER
 from prunectl.channels.torch.export import TracedModel
 from prunectl.channels.torch.fx import WeightedProgram
-from prunectl.channels.torch.resize import delete_tensor_indices
 from prunectl.errors import InputError, UntrustedError, UsageError, first_line
 from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.safetensors import array_entry, read, write_entries
@@ -109,6 +108,15 @@ def prune_checkpoint(value: Any, changes: WeightChanges, path: str, name: str = 
     elif isinstance(value, list):
         value[:] = [prune_checkpoint(inner, changes, path, _joined(name, number)) for number, inner in enumerate(value)]
     return value
+
+
+def delete_tensor_indices(tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
+    """A tensor without some indices of some axes, its memory its own."""
+    for axis, indices in axes.items():
+        kept = torch.ones(tensor.shape[axis], dtype=torch.bool)
+        kept[torch.from_numpy(indices)] = False
+        tensor = tensor.index_select(axis, kept.nonzero()[:, 0].to(tensor.device))
+    return tensor.detach()
 
 
 def owning_dict(root: Any, name: str) -> tuple[dict[str, Any], str]:

@@ -1,131 +1,28 @@
-"""From a PyTorch file to a traced program, each weight with its name in the file."""
+"""From a PyTorch file to a program that torch.export traced, each weight with its name in the file."""
 
 from __future__ import annotations
 
 import copy
+import inspect
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 
-from prunectl.channels.torch.fx import WeightedProgram, arguments, op_name, run, set_argument, shapes_of
-from prunectl.channels.torch.tracing import Examples, examples, quiet, random_like, trace, with_batch
+from prunectl.channels.lengths import no_shape, parse_input
+from prunectl.channels.torch.fx import WeightedProgram, arguments, op_name, quiet, run, set_argument, shapes_of
 from prunectl.channels.verify import relative_difference
-from prunectl.errors import InputError, UsageError
+from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Family, ModelFile
 from prunectl.training.backend import LoadOptions
-from prunectl.training.torch.build import build_module, load_program
+from prunectl.training.torch.build import build_module, input_specs, load_program
 from prunectl.training.torch.tensors import tensor_leaves, to_numpy
 
-_CLOSE = 1e-4
-_SIZES = ("size", "shape")
-
-
-def open_batch_axis(
-    module: torch.fx.GraphModule, original: torch.nn.Module, examples: Examples
-) -> torch.fx.GraphModule | None:
-    """A program that says for one at a time what the module says; None if it was traced for so many only.
-
-    `len(x)` is a number like any other once it was traced: where a size is as long as the batch was, it may be that.
-    Whether it is so is seen when it runs.
-    """
-    sizes = {len(value) for value in examples if value.ndim}
-    if len(sizes) != 1 or sizes == {1} or not all(value.ndim for value in examples):
-        return None
-    generator = torch.Generator().manual_seed(0)
-    single = [random_like(with_batch(value, 1), generator) for value in examples]
-    try:
-        with quiet():
-            expected = tensor_leaves(original(*(value.clone() for value in single)))
-    except Exception:  # noqa: BLE001 - it is the user's code
-        return None
-    (size,) = sizes
-    return next((value for value in (module, _measure_batch(module, size)) if _gives(value, single, expected)), None)
-
-
-def _gives(module: torch.fx.GraphModule, inputs: Iterable[torch.Tensor], expected: list[torch.Tensor]) -> bool:
-    try:
-        outputs = run(WeightedProgram(module), inputs, lambda *_: None)
-        return all(
-            relative_difference(to_numpy(value), to_numpy(reference)) <= _CLOSE
-            for value, reference in zip(outputs, expected, strict=True)
-        )
-    except Exception:  # noqa: BLE001 - PyTorch raises what it likes
-        return False
-
-
-def _measure_batch(module: torch.fx.GraphModule, size: int) -> torch.fx.GraphModule:
-    """A program with the size of the batch measured wherever a shape begins with it."""
-    with quiet():
-        graph = copy.deepcopy(module.graph)
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    with graph.inserting_after(inputs[-1]):
-        measured = graph.call_function(torch.ops.aten.sym_size.int, (inputs[0], 0))
-    for node in graph.nodes:
-        for name in _SIZES if node.op == "call_function" else ():
-            sizes = arguments(node).get(name)
-            if isinstance(sizes, list | tuple) and sizes and sizes[0] == size and type(sizes[0]) is int:
-                set_argument(node, name, [measured, *sizes[1:]])
-    return torch.fx.GraphModule(module, graph)
-
-
-_BEFORE_SELECT: tuple[tuple[str, Mapping[str, int]], ...] = (
-    ("contiguous", {}),
-    ("squeeze", {"dim": -2}),
-    ("transpose", {"dim0": 0, "dim1": -2}),
-    ("unsqueeze", {"dim": 0}),
-)
-"""What stands between what is taken and what was taken apart, from behind."""
-
-
-def split_packed_qkv(graph: torch.fx.Graph) -> None:
-    """Take parts of the last axis directly where they are moved to the front first."""
-    for node in list(graph.nodes):
-        origin = _origin(node) if node.op == "call_function" and op_name(node) == "select" else None
-        if origin is not None:
-            packed, width, number = origin
-            with graph.inserting_before(node):
-                cut = graph.call_function(
-                    torch.ops.aten.slice.Tensor, (packed, -1, number * width, (number + 1) * width)
-                )
-                # As it lay in memory before: what follows may see it in another shape without a copy.
-                part = graph.call_function(torch.ops.aten.contiguous.default, (cut,))
-            cut.meta, part.meta = dict(node.meta), dict(node.meta)
-            node.replace_all_uses_with(part)
-            graph.erase_node(node)
-    graph.eliminate_dead_code(_has_effect)
-
-
-def _origin(node: torch.fx.Node) -> tuple[torch.fx.Node, int, int] | None:
-    """The source of a part, its width and its number."""
-    inputs = arguments(node)
-    if inputs["dim"] != 0 or type(inputs["index"]) is not int or inputs["index"] < 0:
-        return None
-    above = inputs["self"]
-    for name, expected in _BEFORE_SELECT:
-        arguments_of = arguments(above) if isinstance(above, torch.fx.Node) and above.op == "call_function" else {}
-        if (
-            not arguments_of
-            or op_name(above) != name
-            or any(arguments_of.get(key) != value for key, value in expected.items())
-        ):
-            return None
-        above = arguments_of["self"]
-    if above.op != "call_function" or op_name(above) != "unflatten":
-        return None
-    arguments_of = arguments(above)
-    sizes = arguments_of["sizes"]
-    if arguments_of["dim"] != -1 or len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
-        return None
-    return arguments_of["self"], sizes[1], inputs["index"]
-
-
-def _has_effect(node: torch.fx.Node) -> bool:
-    """Whether an operation may do more than give a value: only what took the parts apart goes."""
-    names = {"unflatten", *(name for name, _ in _BEFORE_SELECT)}
-    return node.op != "call_function" or op_name(node) not in names
+Examples = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -243,3 +140,231 @@ def _aliases(module: torch.nn.Module, named: Mapping[str, str]) -> dict[str, str
         if name in named:
             shared[id(weight)].append(named[name])
     return {second: first for first, *others in shared.values() for second in others}
+
+
+_HALF = (torch.float16, torch.bfloat16)
+_TRACED_BATCH = 2
+"""A batch of 1 would be taken for a length that never changes."""
+
+
+def trace(module: torch.nn.Module, examples: Examples, path: str) -> tuple[ExportedProgram, Examples]:
+    """A module as a program, for a batch of any size where it is written so, and what it was traced on."""
+    module.eval()
+    if any(weight.dtype in _HALF for weight in module.parameters()):
+        # What is proved is proved in single precision; the numbers that are written are those of the file.
+        module.float()
+    accepted = _accepted_inputs(module, examples, path)
+    if isinstance(module, torch.jit.ScriptModule):
+        return _convert_script(module, accepted, path), accepted
+    open_batch = tuple({0: Dim.AUTO} if value.ndim else None for value in accepted)
+    with quiet():
+        try:
+            return _export(module, accepted, open_batch), accepted
+        except Exception as error:  # noqa: BLE001 - PyTorch raises what it likes
+            open_error = error
+        try:
+            return _export(module, accepted, None), accepted
+        except Exception as error:
+            reason = first_line(open_error)
+            raise InputError(
+                f"the model of {path} cannot be followed by torch.export: {reason}",
+                hint="what runs must not depend on the numbers that come in; or export it to ONNX, and cut that",
+            ) from error
+
+
+def _export(
+    module: torch.nn.Module, examples: Examples, axes: tuple[dict[int, Any] | None, ...] | None
+) -> ExportedProgram:
+    takes_varargs = getattr(getattr(module.forward, "__code__", None), "co_flags", 0) & inspect.CO_VARARGS
+    # What goes into one parameter, `*inputs`, is described together.
+    dynamic = (axes,) if axes is not None and takes_varargs else axes
+    return torch.export.export(module, examples, dynamic_shapes=dynamic, strict=False)
+
+
+def _accepted_inputs(module: torch.nn.Module, examples: Examples, path: str) -> Examples:
+    """Examples that the module accepts: a batch of two, or that of `--input`."""
+    batched = tuple(with_batch(value, _TRACED_BATCH) if value.ndim and len(value) == 1 else value for value in examples)
+    failure = None
+    for inputs in (batched, examples):
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                module(*inputs)
+        except Exception as error:  # noqa: BLE001 - it is the user's code
+            failure = error
+        else:
+            return inputs
+    shapes = " and ".join("x".join(map(str, value.shape)) for value in examples)
+    raise UsageError(
+        f"the model of {path} cannot be run on {shapes}: {first_line(failure) if failure else ''}",
+        hint="say another shape with --input; one for each input, as 1,128:i64 where it takes whole numbers",
+    ) from failure
+
+
+def _convert_script(module: torch.jit.ScriptModule, examples: Examples, path: str) -> ExportedProgram:
+    from torch._export.converter import TS2EPConverter  # noqa: PLC0415
+
+    with quiet():
+        try:
+            return TS2EPConverter(module, examples, {}).convert()
+        except Exception as error:
+            raise InputError(
+                f"{path} is a script that PyTorch cannot turn into a graph: {first_line(error)}",
+                hint="say what built it: --model package.module:function with a state dict",
+            ) from error
+
+
+_LENGTH, _EXAMPLE = 224, "1,3,224,224 or 1,128:i64"
+
+
+def examples(specs: tuple[str, ...], module: torch.nn.Module, path: str) -> tuple[torch.Tensor, ...]:
+    """An example for each shape, such as `1,3,224,224` or `1,128:i64`."""
+    if not specs:
+        raise UsageError(
+            f"{path} does not say what goes into it, and it has to be run to be followed",
+            hint=f"say a shape with a batch of 1: --input {_suggestion(module)}",
+        )
+    ports = input_specs(module) if len(specs) == 1 else ()
+    default = torch.int64 if ports and ports[0].dtype == "int64" else _default_float(module)
+    return tuple(_example(spec, default) for spec in specs)
+
+
+def random_like(example: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """Random numbers in place of an example: normal ones, or whole ones small enough for any table of words."""
+    if example.is_floating_point():
+        return torch.randn(example.shape, generator=random, dtype=torch.float32).to(example.dtype)
+    return torch.randint(0, 2, example.shape, generator=random).to(example.dtype)
+
+
+def with_batch(example: torch.Tensor, size: int) -> torch.Tensor:
+    """An example for so many at a time."""
+    return torch.zeros((size, *example.shape[1:]), dtype=example.dtype) if example.ndim else example
+
+
+_CLOSE = 1e-4
+_SIZES = ("size", "shape")
+
+
+def open_batch_axis(
+    module: torch.fx.GraphModule, original: torch.nn.Module, examples: Examples
+) -> torch.fx.GraphModule | None:
+    """A program that says for one at a time what the module says; None if it was traced for so many only.
+
+    `len(x)` is a number like any other once it was traced: where a size is as long as the batch was, it may be that.
+    Whether it is so is seen when it runs.
+    """
+    sizes = {len(value) for value in examples if value.ndim}
+    if len(sizes) != 1 or sizes == {1} or not all(value.ndim for value in examples):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    single = [random_like(with_batch(value, 1), generator) for value in examples]
+    try:
+        with quiet():
+            expected = tensor_leaves(original(*(value.clone() for value in single)))
+    except Exception:  # noqa: BLE001 - it is the user's code
+        return None
+    (size,) = sizes
+    return next((value for value in (module, _measure_batch(module, size)) if _gives(value, single, expected)), None)
+
+
+def _gives(module: torch.fx.GraphModule, inputs: Iterable[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    try:
+        outputs = run(WeightedProgram(module), inputs, lambda *_: None)
+        return all(
+            relative_difference(to_numpy(value), to_numpy(reference)) <= _CLOSE
+            for value, reference in zip(outputs, expected, strict=True)
+        )
+    except Exception:  # noqa: BLE001 - PyTorch raises what it likes
+        return False
+
+
+def _measure_batch(module: torch.fx.GraphModule, size: int) -> torch.fx.GraphModule:
+    """A program with the size of the batch measured wherever a shape begins with it."""
+    with quiet():
+        graph = copy.deepcopy(module.graph)
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_after(inputs[-1]):
+        measured = graph.call_function(torch.ops.aten.sym_size.int, (inputs[0], 0))
+    for node in graph.nodes:
+        for name in _SIZES if node.op == "call_function" else ():
+            sizes = arguments(node).get(name)
+            if isinstance(sizes, list | tuple) and sizes and sizes[0] == size and type(sizes[0]) is int:
+                set_argument(node, name, [measured, *sizes[1:]])
+    return torch.fx.GraphModule(module, graph)
+
+
+_BEFORE_SELECT: tuple[tuple[str, Mapping[str, int]], ...] = (
+    ("contiguous", {}),
+    ("squeeze", {"dim": -2}),
+    ("transpose", {"dim0": 0, "dim1": -2}),
+    ("unsqueeze", {"dim": 0}),
+)
+"""What stands between what is taken and what was taken apart, from behind."""
+
+
+def split_packed_qkv(graph: torch.fx.Graph) -> None:
+    """Take parts of the last axis directly where they are moved to the front first."""
+    for node in list(graph.nodes):
+        origin = _origin(node) if node.op == "call_function" and op_name(node) == "select" else None
+        if origin is not None:
+            packed, width, number = origin
+            with graph.inserting_before(node):
+                cut = graph.call_function(
+                    torch.ops.aten.slice.Tensor, (packed, -1, number * width, (number + 1) * width)
+                )
+                # As it lay in memory before: what follows may see it in another shape without a copy.
+                part = graph.call_function(torch.ops.aten.contiguous.default, (cut,))
+            cut.meta, part.meta = dict(node.meta), dict(node.meta)
+            node.replace_all_uses_with(part)
+            graph.erase_node(node)
+    graph.eliminate_dead_code(_has_effect)
+
+
+def _origin(node: torch.fx.Node) -> tuple[torch.fx.Node, int, int] | None:
+    """The source of a part, its width and its number."""
+    inputs = arguments(node)
+    if inputs["dim"] != 0 or type(inputs["index"]) is not int or inputs["index"] < 0:
+        return None
+    above = inputs["self"]
+    for name, expected in _BEFORE_SELECT:
+        arguments_of = arguments(above) if isinstance(above, torch.fx.Node) and above.op == "call_function" else {}
+        if (
+            not arguments_of
+            or op_name(above) != name
+            or any(arguments_of.get(key) != value for key, value in expected.items())
+        ):
+            return None
+        above = arguments_of["self"]
+    if above.op != "call_function" or op_name(above) != "unflatten":
+        return None
+    arguments_of = arguments(above)
+    sizes = arguments_of["sizes"]
+    if arguments_of["dim"] != -1 or len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+        return None
+    return arguments_of["self"], sizes[1], inputs["index"]
+
+
+def _has_effect(node: torch.fx.Node) -> bool:
+    """Whether an operation may do more than give a value: only what took the parts apart goes."""
+    names = {"unflatten", *(name for name, _ in _BEFORE_SELECT)}
+    return node.op != "call_function" or op_name(node) not in names
+
+
+def _example(spec: str, default: torch.dtype) -> torch.Tensor:
+    option = parse_input(spec, _EXAMPLE)
+    if option.name or option.lengths != option.shape:
+        raise no_shape(spec, _EXAMPLE)
+    return torch.zeros(option.lengths, dtype=getattr(torch, option.dtype) if option.dtype else default)
+
+
+def _default_float(module: torch.nn.Module) -> torch.dtype:
+    first = next((weight for weight in module.parameters() if weight.is_floating_point()), None)
+    return torch.float64 if first is not None and first.dtype is torch.float64 else torch.float32
+
+
+def _suggestion(module: torch.nn.Module) -> str:
+    ports = input_specs(module)
+    shape = ports[0].shape if len(ports) == 1 else None
+    if shape is None:
+        return "1,128:i64" if ports[0].dtype == "int64" else f"1,3,{_LENGTH},{_LENGTH}"
+    return ",".join(map(str, (1, *(length or _LENGTH for length in shape))))

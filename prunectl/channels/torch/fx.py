@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 from torch.fx.node import map_aggregate
 
 from prunectl.channels.graph import OpKind, OpNode, Shape, WeightView
-from prunectl.channels.torch.tracing import quiet
+from prunectl.training.quiet import ignore_warnings, quiet_logging
 from prunectl.training.torch.tensors import tensor_leaves
 
 
@@ -129,6 +132,15 @@ def module_path(node: torch.fx.Node) -> str:
     stack = list(node.meta.get("nn_module_stack", {}).values())
     inner = str(stack[-1][0]) if stack else ""
     return inner if inner and not inner.startswith("_") else node.name
+
+
+def attribute(module: torch.nn.Module, name: str) -> torch.Tensor:
+    """A weight or a buffer by its name."""
+    owner, _, last = name.rpartition(".")
+    weight = getattr(module.get_submodule(owner), last)
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"{name} is no tensor")
+    return weight
 
 
 _PASSED_ON = frozenset({"to", "_to_copy", "contiguous", "clone", "detach", "alias", "lift_fresh_copy"})
@@ -258,3 +270,17 @@ def run(
     with quiet():
         result = RecordingInterpreter(weighted, record).run(*inputs, enable_io_processing=False)
     return tensor_leaves(result)
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """Silence warnings, loggers and output of PyTorch, and record no gradients."""
+    output = io.StringIO()
+    with (
+        quiet_logging(logging.CRITICAL),
+        ignore_warnings(),
+        redirect_stdout(output),
+        redirect_stderr(output),
+        torch.no_grad(),
+    ):
+        yield

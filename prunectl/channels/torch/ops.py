@@ -29,6 +29,31 @@ class OpRule:
     resize: Callable[[OpContext, PrunedShapes], None] | None = None
 
 
+def lower(op: OpContext) -> Lowering:
+    """What an operation does to channels; unknown where it is not said before it runs."""
+    rule = RULES.get(op_name(op.node), OpRule(_unknown))
+    try:
+        steps = rule.lower(op)
+        if any(0 in op.shapes[name] for node in steps for name in (*filter(None, node.inputs), *node.outputs)):
+            return _unknown(op)
+    except LookupError:
+        return _unknown(op)
+    return steps or _unknown(op)
+
+
+def resize(graph: torch.fx.Graph, after: PrunedShapes) -> None:
+    """Update the lengths in the arguments of operations."""
+    shapes, views = dict(after.trace.graph.shapes), dict(after.trace.graph.views)
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        op = OpContext(node, shapes, views)
+        names = (*op.tensors, *(name for name in op.outputs if name in shapes))
+        rule = RULES.get(op_name(node))
+        if rule is not None and rule.resize is not None and any(map(after.has_changed, names)):
+            rule.resize(op, after)
+
+
 def _concat(op: OpContext) -> Lowering:
     return (op.emit(OpKind.CONCAT, _list_argument(op), axis=op.arg("dim", 0)),)
 
@@ -406,15 +431,3 @@ _ROWS: tuple[tuple[str, OpRule], ...] = (
     ("pad constant_pad_nd", OpRule(_pad)),
 )
 RULES: Mapping[str, OpRule] = {name: rule for names, rule in _ROWS for name in names.split()}
-
-
-def lower(op: OpContext) -> Lowering:
-    """What an operation does to channels; unknown where it is not said before it runs."""
-    rule = RULES.get(op_name(op.node), OpRule(_unknown))
-    try:
-        steps = rule.lower(op)
-        if any(0 in op.shapes[name] for node in steps for name in (*filter(None, node.inputs), *node.outputs)):
-            return _unknown(op)
-    except LookupError:
-        return _unknown(op)
-    return steps or _unknown(op)

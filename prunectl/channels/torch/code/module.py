@@ -15,10 +15,8 @@ from prunectl.channels.torch.code import forward
 from prunectl.channels.torch.code.expressions import literal, numbers
 from prunectl.channels.torch.code.forward import ForwardCode
 from prunectl.channels.torch.code.layers import LayerCode, StateShapes, as_layer
-from prunectl.channels.torch.export import TracedModel
-from prunectl.channels.torch.fx import WeightedProgram, run, shapes_of
-from prunectl.channels.torch.resize import attribute
-from prunectl.channels.torch.tracing import quiet, random_like
+from prunectl.channels.torch.export import TracedModel, random_like
+from prunectl.channels.torch.fx import WeightedProgram, attribute, quiet, run, shapes_of
 from prunectl.channels.verify import TOLERANCE, relative_difference
 from prunectl.errors import WorkError, first_line
 from prunectl.training.torch.tensors import tensor_leaves, to_numpy
