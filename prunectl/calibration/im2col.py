@@ -10,7 +10,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from prunectl.formats.base import Array
-from prunectl.training.layer_inputs import SlidingWindow, WeightUse
+from prunectl.training.backend import SlidingWindow, WeightUse
 
 _CHUNK_BYTES = 32 << 20
 

@@ -17,7 +17,7 @@ from prunectl.calibration.session import Calibration, open_calibration
 from prunectl.calibration.statistics import Float64Array, InputStatistics
 from prunectl.formats.base import Array, ModelFile, Role, Tensor
 from prunectl.pruning.request import PruneRequest
-from prunectl.training.layer_inputs import LayerInput, WeightUse
+from prunectl.training.backend import LayerInput, WeightUse
 
 
 @dataclass(frozen=True, slots=True)

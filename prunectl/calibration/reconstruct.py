@@ -21,7 +21,7 @@ from prunectl.pruning.engine import PrunedTensors, PruningMethod
 from prunectl.pruning.masks import NonFinitePolicy
 from prunectl.pruning.plan import Plan, Selection
 from prunectl.pruning.threshold import Mask
-from prunectl.training.layer_inputs import WeightUse
+from prunectl.training.backend import WeightUse
 
 _NAMES = (("pointwise_kernel", "bias"), ("kernel", "bias"), ("weight", "bias"), ("Weight", "Bias"))
 

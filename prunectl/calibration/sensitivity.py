@@ -22,10 +22,9 @@ from prunectl.formats.selectors import select_names
 from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.strategies import BlockContext, magnitude
 from prunectl.pruning.threshold import threshold
-from prunectl.training.backend import Logs, TrainableModel, TrainOptions
-from prunectl.training.data import validate
+from prunectl.training.backend import LayerInput, Logs, TrainableModel, TrainOptions
+from prunectl.training.data import adapt
 from prunectl.training.data.source import Batch, as_tuple
-from prunectl.training.layer_inputs import LayerInput
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 """At which each tensor is looked at."""
@@ -161,10 +160,10 @@ _ACCURACIES = ("accuracy", "acc", "sparse_categorical_accuracy", "categorical_ac
 def prepare(network: TrainableModel, batches: tuple[Batch, ...], loss: str, seed: int, name: str) -> None:
     """Choose the loss, and refuse labels that the model does not know."""
     network.prepare(TrainOptions(loss=loss, optimizer="sgd", lr=0.0, seed=seed, example=batches[0]))
-    tasks, begin = validate.infer_tasks(network.signature, batches[0]), 0
+    tasks, begin = adapt.infer_tasks(network.signature, batches[0]), 0
     for batch in batches:
         if batch.y is not None:
-            validate.check_labels(batch.y, tasks, network.signature, name=f"{name} (shuffled)", begin=begin)
+            adapt.check_labels(batch.y, tasks, network.signature, name=f"{name} (shuffled)", begin=begin)
         begin += len(as_tuple(batch.x)[0])
 
 

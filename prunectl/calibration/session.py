@@ -21,12 +21,19 @@ from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import PARAMETRIZATION, Array, Family, ModelFile, Tensor
 from prunectl.pruning.request import PruneRequest
 from prunectl.training import random_state
-from prunectl.training.backend import LoadOptions, ModelSignature, TrainableModel, TrainOptions
-from prunectl.training.data.adapt import adapt
+from prunectl.training.backend import (
+    DifferentiableModel,
+    InspectableModel,
+    LayerInput,
+    LoadOptions,
+    ModelSignature,
+    TrainableModel,
+    TrainOptions,
+    WeightUse,
+)
+from prunectl.training.data.adapt import adapt, check_batches
 from prunectl.training.data.registry import open_source
 from prunectl.training.data.source import Batch, EpochOrder, as_tuple, map_arrays
-from prunectl.training.data.validate import check_batches
-from prunectl.training.layer_inputs import DifferentiableModel, InspectableModel, LayerInput, WeightUse
 from prunectl.training.runtimes import load_trainable
 
 Accumulator = Callable[[LayerInput, tuple[int, ...]], tuple[Float64Array, int]]

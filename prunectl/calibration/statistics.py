@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from prunectl.calibration.im2col import im2col
 from prunectl.errors import WorkError
 from prunectl.formats.base import Array
-from prunectl.training.layer_inputs import LayerInput, WeightUse
+from prunectl.training.backend import LayerInput, WeightUse
 
 Float64Array = NDArray[np.float64]
 OutputRange = tuple[int, int] | None

@@ -13,7 +13,7 @@ from prunectl.checks.schema import MetricUnit
 from prunectl.errors import PrunectlError, attempt
 from prunectl.plugins import check_untrusted
 from prunectl.training.backend import LoadOptions, TrainOptions
-from prunectl.training.data import synthetic
+from prunectl.training.data.spec import RANDOM_PREFIX
 from prunectl.training.evaluation.evaluate import Evaluation, evaluate_baseline
 from prunectl.training.evaluation.max_drop import MaxDrop, check_max_drop, improvement
 from prunectl.training.request import FinetuneRequest, parse_metrics
@@ -72,7 +72,7 @@ class AccuracyChecker:
         means = TrainOptions(**parse_metrics((drop.metric,)))
         data = self._resolve(drop.data)
         if not self._is_trusted:
-            named = "" if synthetic.fits(data) else data
+            named = "" if data.startswith(RANDOM_PREFIX) else data
             check_untrusted((named, *means.metrics, means.decides, drop.model, drop.custom_objects), "max-drop")
         origin = LoadOptions(self._resolve(drop.model), self._resolve(drop.custom_objects), is_trusted=self._is_trusted)
         return replace(FinetuneRequest(data), batch_size=drop.batch_size, means=means, origin=origin)

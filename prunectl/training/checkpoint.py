@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prunectl.errors import InputError, UsageError, writing
-from prunectl.training.backend import Array
+from prunectl.formats.base import Array
 from prunectl.training.logger import LogEntry
 from prunectl.training.request import OPTION_OF_FIELD
 

@@ -26,11 +26,9 @@ from prunectl.training import user_code
 from prunectl.training.backend import Logs, ModelSignature, TrainableModel
 from prunectl.training.checkpoint import CheckpointManager
 from prunectl.training.course import TrainConfig, resolve_steps
-from prunectl.training.data.adapt import adapt
-from prunectl.training.data.batching import num_examples
+from prunectl.training.data.adapt import adapt, check_batches, infer_tasks, require_targets
 from prunectl.training.data.registry import open_source
-from prunectl.training.data.source import Batch, EpochOrder, Source, peek, train_val_split
-from prunectl.training.data.validate import check_batches, infer_tasks, require_targets
+from prunectl.training.data.source import Batch, EpochOrder, Source, num_examples, peek, train_val_split
 from prunectl.training.distillation import Teacher, load_teacher, teacher_load_options
 from prunectl.training.logger import LogEntry, ProgressCallback, TrainingLogger
 from prunectl.training.loop import (

@@ -13,7 +13,8 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from prunectl.errors import InputError
-from prunectl.training.backend import Array, Logs, TrainableModel
+from prunectl.formats.base import Array
+from prunectl.training.backend import Logs, TrainableModel
 from prunectl.training.checkpoint import CheckpointManager
 from prunectl.training.course import DivergedError, TrainConfig
 from prunectl.training.data.readers import IndexedSource

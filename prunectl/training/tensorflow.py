@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from prunectl.errors import InputError, UsageError, first_line
-from prunectl.formats.base import ModelFile
+from prunectl.formats.base import Array, ModelFile
 from prunectl.training import user_code
-from prunectl.training.backend import Array, GradientStatistic, LoadOptions, ModelSignature, TensorSpec, TrainableModel
+from prunectl.training.backend import GradientStatistic, LoadOptions, ModelSignature, TensorSpec, TrainableModel
 from prunectl.training.keras import backend
 from prunectl.training.keras.backend import load_keras2
 from prunectl.training.keras.distribution import DevicePlacement

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from prunectl.calibration.im2col import im2col, weight_matrix
-from prunectl.training.layer_inputs import LayerInput, SlidingWindow, WeightUse
+from prunectl.training.backend import LayerInput, SlidingWindow, WeightUse
 from tests.contract import Array
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from prunectl.calibration import im2col as module
 from prunectl.calibration.im2col import scatter_rows, weight_matrix
-from prunectl.training.layer_inputs import SlidingWindow, WeightUse
+from prunectl.training.backend import SlidingWindow, WeightUse
 from tests.calibration.by_hand import as_rows, every_column, normal, of_outputs, product, run, use_of
 from tests.calibration.layers import LAYERS, made
 

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as npst
 
 from prunectl.calibration import statistics
 from prunectl.calibration.statistics import CrossStatistics, InputStatistics
-from prunectl.training.layer_inputs import WeightUse
+from prunectl.training.backend import WeightUse
 from tests.calibration.by_hand import every_column, normal, of_outputs, shown, use_of
 from tests.calibration.layers import LAYERS, made
 from tests.contract import Array

@@ -7,7 +7,7 @@ import pytest
 
 from prunectl.calibration.reconstruct import center, least_squares_refit
 from prunectl.calibration.statistics import CrossStatistics
-from prunectl.training.layer_inputs import WeightUse
+from prunectl.training.backend import WeightUse
 from tests.calibration.by_hand import normal, shown
 from tests.contract import Array
 

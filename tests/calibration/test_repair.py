@@ -15,7 +15,7 @@ from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.prune import prune as prune_file
 from prunectl.pruning.request import PruneRequest
-from prunectl.training.layer_inputs import WeightUse
+from prunectl.training.backend import WeightUse
 from tests.calibration import nets
 from tests.calibration.by_hand import normal, of_outputs, shown
 from tests.calibration.runs import NETS, data, digits, examples, numbers, saved

@@ -16,9 +16,8 @@ from prunectl.calibration.statistics import InputStatistics, sum_squares
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import PruneRequest
-from prunectl.training.backend import LoadOptions, TrainOptions
+from prunectl.training.backend import DifferentiableModel, LoadOptions, TrainOptions, WeightUse
 from prunectl.training.data.source import Batch
-from prunectl.training.layer_inputs import DifferentiableModel, WeightUse
 from prunectl.training.runtimes import load_trainable
 from tests.calibration.by_hand import normal, of_outputs, shown
 from tests.calibration.runs import TORCH_NETS, data, examples, numbers, saved

@@ -25,7 +25,7 @@ from prunectl.pruning.policies import POLICIES
 from prunectl.pruning.schedules import CURVES
 from prunectl.pruning.strategies import STRATEGIES
 from prunectl.reporting.checks.ci import REPORT_FORMATS as REPORTS
-from prunectl.training.data import images, spec, tables, tfrecord
+from prunectl.training.data import spec
 from tests.checks.checking import MODEL, prunectl
 from tests.running import ROOT
 
@@ -77,7 +77,7 @@ def test_the_topics_name_everything_that_the_tables_hold() -> None:
         "formats": [*(row.title for row in FORMATS), *(target.name for target in TARGETS)],
         "sizes": list(map(str, CodecName)),
         "builds": list(REPORTS),
-        "data": [*spec.GENERAL, *tables.OPTIONS, *images.OPTIONS, *tfrecord.OPTIONS],
+        "data": [*spec.GENERAL, *spec.TABLE_OPTIONS, *spec.IMAGE_OPTIONS, *spec.RECORD_OPTIONS],
         "json": list(KEYS),
     }
     for topic, names in held.items():

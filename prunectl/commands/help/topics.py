@@ -16,10 +16,7 @@ from prunectl.reporting.checks.ci import REPORT_FORMATS
 from prunectl.reporting.report import Layout
 from prunectl.reporting.reporter import BUG, CANCELLED
 from prunectl.reporting.serialize import SCHEMA
-from prunectl.training.data.images import OPTIONS as IMAGES
-from prunectl.training.data.spec import GENERAL
-from prunectl.training.data.tables import OPTIONS as COLUMNS
-from prunectl.training.data.tfrecord import OPTIONS as RECORDS
+from prunectl.training.data.spec import GENERAL, IMAGE_OPTIONS, RECORD_OPTIONS, TABLE_OPTIONS
 
 
 def builds_text() -> str:
@@ -94,8 +91,8 @@ Options follow a question mark, with & between them:
   onehot=10  flatten    what they say
 
 For all: {", ".join(GENERAL)}.
-For pictures: {", ".join(IMAGES)}. For tables: {", ".join(COLUMNS)}.
-For TFRecords: {", ".join(RECORDS)}.
+For pictures: {", ".join(IMAGE_OPTIONS)}. For tables: {", ".join(TABLE_OPTIONS)}.
+For TFRecords: {", ".join(RECORD_OPTIONS)}.
 
 Quote a SPEC with ? * [ or & in it. Shapes, types, labels and NaN are checked
 before anything is run, and what was decided for you is said.

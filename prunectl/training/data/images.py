@@ -16,7 +16,7 @@ from prunectl.formats.safe_json import require
 from prunectl.training.backend import ModelSignature
 from prunectl.training.data.readers import IndexedSource
 from prunectl.training.data.source import Batch, Indices
-from prunectl.training.data.spec import DataSpec, parse_shape, require_path
+from prunectl.training.data.spec import PICTURE_SUFFIXES, DataSpec, parse_shape, pictures_in, require_path
 
 _MODES = {"grey": "L", "rgb": "RGB"}
 COLORS = tuple(_MODES)
@@ -59,17 +59,10 @@ def _laid_out(pixels: Array, look: ImageOptions) -> Array:
     return np.moveaxis(pixels, -1, 0) if look.is_channels_first and pixels.ndim == 3 else pixels
 
 
-OPTIONS = ("size", "color")
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 _LISTED = 5
 
 
-def fits(where: str) -> bool:
-    """Whether a SPEC names a folder."""
-    return where.endswith("/") or Path(where).is_dir()
-
-
-def open_images(spec: DataSpec, signature: ModelSignature | None) -> IndexedSource:
+def open_images(spec: DataSpec, signature: ModelSignature | None, *_: object) -> IndexedSource:
     """The source that `images/?size=28x28&color=grey` means."""
     require("PIL.Image", extra="images")
     if not require_path(spec.path).is_dir():
@@ -99,7 +92,7 @@ def open_images(spec: DataSpec, signature: ModelSignature | None) -> IndexedSour
 
 def _listed(folder: Path) -> tuple[list[Path], Array, list[str]]:
     """All pictures with the number of the class of each, and the names of the classes."""
-    flat = _pictures(folder)
+    flat = pictures_in(folder)
     classes = sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     if flat and classes:
         raise InputError(
@@ -107,8 +100,8 @@ def _listed(folder: Path) -> tuple[list[Path], Array, list[str]]:
             hint="put every picture into the folder of its class, or all into one folder without others",
         )
     if not classes and not flat:
-        raise InputError(f"{folder} holds no pictures", hint=f"prunectl looks for {' '.join(sorted(SUFFIXES))}")
-    files_of_classes = [_pictures(folder / name) for name in classes]
+        raise InputError(f"{folder} holds no pictures", hint=f"prunectl looks for {' '.join(sorted(PICTURE_SUFFIXES))}")
+    files_of_classes = [pictures_in(folder / name) for name in classes]
     for name, files in zip(classes, files_of_classes, strict=True):
         if not files:
             inside = sorted(child.name for child in (folder / name).iterdir() if child.is_dir())
@@ -116,12 +109,6 @@ def _listed(folder: Path) -> tuple[list[Path], Array, list[str]]:
             raise InputError(f"{folder / name} holds no pictures, and each folder stands for a class", hint=hint)
     labels = np.repeat(np.arange(len(classes)), [len(files) for files in files_of_classes])
     return [file for files in files_of_classes for file in files] or flat, labels, classes
-
-
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(
-        child for child in folder.iterdir() if child.suffix.lower() in SUFFIXES and not child.name.startswith(".")
-    )
 
 
 def _look(spec: DataSpec, signature: ModelSignature | None) -> ImageOptions:

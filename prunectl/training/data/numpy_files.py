@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 import struct
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,9 +16,7 @@ from prunectl.formats.base import Array
 from prunectl.formats.extents import check_inside
 from prunectl.formats.zip_read import Archive, open_archive
 from prunectl.training.data.readers import NUMERIC, IndexedSource, from_arrays
-from prunectl.training.data.spec import DataSpec, require_path
-
-_BETWEEN = re.compile(r"(?<=\.npy)([,+])")
+from prunectl.training.data.spec import NPY_SEPARATOR, NPZ_ARRAYS, DataSpec, require_path
 
 
 class Header(NamedTuple):
@@ -32,12 +29,7 @@ class Header(NamedTuple):
     """Of the header itself."""
 
 
-def is_npy(where: str) -> bool:
-    """Whether a SPEC names .npy files."""
-    return where.endswith(".npy")
-
-
-def open_npy(spec: DataSpec) -> IndexedSource:
+def open_npy(spec: DataSpec, *_: object) -> IndexedSource:
     """The source that `a.npy+b.npy,y.npy` means: inputs, then targets."""
     inputs, *targets = _sides(spec)
     x = {name: map_npy(require_path(Path(name))) for name in inputs}
@@ -47,7 +39,7 @@ def open_npy(spec: DataSpec) -> IndexedSource:
 
 def _sides(spec: DataSpec) -> list[list[str]]:
     sides: list[list[str]] = [[]]
-    for part in _BETWEEN.split(spec.where):
+    for part in NPY_SEPARATOR.split(spec.where):
         if part == ",":
             sides.append([])
         elif part != "+":
@@ -98,18 +90,12 @@ def read_header(file: BinaryIO, what: str) -> Header:
     return Header(shape, is_fortran, dtype, file.tell() - begin)
 
 
-_CHOSEN = re.compile(r"(?P<path>.+\.npz)\[(?P<names>.*)\]")
 _USUAL = (("x", "y"), ("X", "y"), ("x_train", "y_train"), ("X_train", "y_train"))
 
 
-def is_npz(where: str) -> bool:
-    """Whether a SPEC names an .npz file."""
-    return where.endswith(".npz") or _CHOSEN.fullmatch(where) is not None
-
-
-def open_npz(spec: DataSpec) -> IndexedSource:
+def open_npz(spec: DataSpec, *_: object) -> IndexedSource:
     """The source that `train.npz` or `train.npz[a+b,labels]` means."""
-    chosen = _CHOSEN.fullmatch(spec.where)
+    chosen = NPZ_ARRAYS.fullmatch(spec.where)
     path = require_path(Path(chosen["path"] if chosen else spec.where))
     archive = open_archive(path)
     names = [name.removesuffix(".npy") for name in archive.entries if name.endswith(".npy")]

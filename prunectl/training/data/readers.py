@@ -10,8 +10,14 @@ import numpy as np
 
 from prunectl.errors import InputError
 from prunectl.formats.base import Array
-from prunectl.training.data.batching import (
+from prunectl.training.data.source import (
+    Arrays,
+    Batch,
+    EpochOrder,
+    Indices,
+    Mask,
     concatenate,
+    map_arrays,
     nbytes,
     num_examples,
     parallel_map,
@@ -22,7 +28,6 @@ from prunectl.training.data.batching import (
     take_first,
     take_rows,
 )
-from prunectl.training.data.source import Arrays, Batch, EpochOrder, Indices, Mask, map_arrays
 
 LOOKED_AT_ONCE = 1 << 16
 """Labels in a chunk."""

@@ -19,6 +19,14 @@ GRAMMAR = (
 )
 GENERAL = ("norm", "shape", "flatten", "classes", "relabel", "onehot", "limit")
 """Options that every SPEC takes."""
+TABLE_OPTIONS = ("target", "columns")
+RECORD_OPTIONS = ("schema",)
+IMAGE_OPTIONS = ("size", "color")
+NPZ_ARRAYS = re.compile(r"(?P<path>.+\.npz)\[(?P<names>.*)\]")
+NPY_SEPARATOR = re.compile(r"(?<=\.npy)([,+])")
+FUNCTION = re.compile(r"(?P<where>[^:]+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
+PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+RANDOM_PREFIX = "random:"
 _OPTIONS = re.compile(r"\?(?=[A-Za-z_]+(?:=[^&]*)?(?:&[A-Za-z_]+(?:=[^&]*)?)*$)")
 _YES = {"": True, "1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
@@ -95,6 +103,13 @@ def parse_count(name: str, text: str) -> int:
 def parse_shape(name: str, text: str) -> tuple[int, ...]:
     """Lengths of axes that are written as 28x28."""
     return tuple(parse_count(name, length) for length in text.lower().split("x"))
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """What is taken for a picture in a folder, by its name."""
+    return sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
+    )
 
 
 def require_path(path: Path) -> Path:

@@ -14,12 +14,10 @@ import numpy as np
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array
 from prunectl.formats.safe_json import require
-from prunectl.training.data.batching import concatenate
 from prunectl.training.data.readers import NUMERIC, IterableSource, chunked, from_arrays
-from prunectl.training.data.source import Batch, Source, as_tuple
+from prunectl.training.data.source import Batch, Source, as_tuple, concatenate
 from prunectl.training.data.spec import DataSpec, require_path
 
-OPTIONS = ("target", "columns")
 HELD_BYTES = 64 << 20
 """A table that takes no more than this is held in memory: its rows then come in any order."""
 MAX_CLASSES = 100_000
@@ -126,12 +124,7 @@ class CsvSummary(NamedTuple):
     """Targets that consist of whole numbers."""
 
 
-def is_csv(where: str) -> bool:
-    """Whether a SPEC names a table of text."""
-    return where.endswith((".csv", ".tsv"))
-
-
-def open_csv(spec: DataSpec) -> Source:
+def open_csv(spec: DataSpec, *_: object) -> Source:
     """The source that `table.csv?target=label&columns=a,b` means."""
     path = require_path(spec.path)
     names = _header(path)
@@ -242,12 +235,7 @@ def _separator(path: Path) -> str:
 PARQUET_ROWS_AT_ONCE = 4096
 
 
-def is_parquet(where: str) -> bool:
-    """Whether a SPEC names a Parquet file."""
-    return where.endswith((".parquet", ".pq"))
-
-
-def open_parquet(spec: DataSpec) -> Source:
+def open_parquet(spec: DataSpec, *_: object) -> Source:
     """The source that `table.parquet?target=label&columns=a,b` means."""
     path = require_path(spec.path)
     with _opened(path) as file:

@@ -248,17 +248,10 @@ def _dtype(path: Path, name: Any) -> np.dtype[Any] | None:
     return dtype
 
 
-OPTIONS = ("schema",)
 RECORDS_AT_ONCE = 256
-_SUFFIXES = (".tfrecord", ".tfrecords", ".tfrec", ".tfrecord.gz", ".tfrecords.gz")
 
 
-def fits(where: str) -> bool:
-    """Whether a SPEC names TFRecord files, also the many of one split such as train.tfrecord-00000-of-00008."""
-    return where.endswith(_SUFFIXES) or ".tfrecord-" in Path(where).name
-
-
-def open_records(spec: DataSpec) -> IterableSource:
+def open_records(spec: DataSpec, *_: object) -> IterableSource:
     """The source that `'*.tfrecord?schema=f.json'` means."""
     paths = [Path(name) for name in sorted(glob.glob(spec.where))] or [require_path(spec.path)]
     if "schema" not in spec.options:

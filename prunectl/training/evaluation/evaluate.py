@@ -14,10 +14,9 @@ import numpy as np
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.registry import open_model
-from prunectl.training.data.adapt import adapt
+from prunectl.training.data.adapt import adapt, check_batches
 from prunectl.training.data.registry import open_source
 from prunectl.training.data.source import Arrays, Batch, EpochOrder, as_tuple, train_val_split
-from prunectl.training.data.validate import check_batches
 from prunectl.training.finetune import open_training_data, validate_training_data
 from prunectl.training.loop import evaluate
 from prunectl.training.monitor import check_direction, make_monitor, metric_mismatch, monitored_metric

@@ -16,8 +16,8 @@ import ml_dtypes
 import numpy as np
 
 from prunectl.errors import MissingExtraError, UsageError
+from prunectl.formats.base import Array
 from prunectl.formats.safe_json import require
-from prunectl.training.backend import Array
 from prunectl.training.quiet import ignore_warnings, silence
 
 _BACKEND_EXTRAS = frozenset({"tensorflow", "torch"})

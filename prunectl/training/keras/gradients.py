@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from prunectl.errors import UsageError
-from prunectl.training.backend import Array
+from prunectl.formats.base import Array
 from prunectl.training.keras import backend
 from prunectl.training.keras._compat import flat_layers, is_loss_built
 from prunectl.training.keras.backend import KerasLibrary, densify

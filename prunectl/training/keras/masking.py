@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.training.backend import Array, GradientStatistic, gradient_statistic
+from prunectl.formats.base import Array
+from prunectl.training.backend import GradientStatistic, gradient_statistic
 from prunectl.training.keras import backend
 from prunectl.training.keras._compat import trained_variables
 from prunectl.training.keras.backend import KerasLibrary, densify, mask_gradient

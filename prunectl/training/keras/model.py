@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from prunectl.errors import InputError, UsageError, WorkError
-from prunectl.formats.base import ModelFile
+from prunectl.formats.base import Array, ModelFile
 from prunectl.training import random_state
 from prunectl.training.backend import (
-    Array,
     GradientStatistic,
+    InputCallback,
     LoadOptions,
     Logs,
     ModelSignature,
@@ -36,7 +36,6 @@ from prunectl.training.keras.load import LoadedModel, load
 from prunectl.training.keras.random_state import RandomState
 from prunectl.training.keras.train_step import CompiledModel
 from prunectl.training.keras.variable_names import match_variables
-from prunectl.training.layer_inputs import InputCallback
 from prunectl.training.quiet import ignore_warnings
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.training.backend import Array
+from prunectl.formats.base import Array
 from prunectl.training.keras import backend
 from prunectl.training.keras._compat import (
     flat_layers,

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from prunectl.errors import UsageError, WorkError
+from prunectl.formats.base import Array
 from prunectl.training import user_code
-from prunectl.training.backend import Array, GradientStatistic, TrainOptions
+from prunectl.training.backend import GradientStatistic, TrainOptions
 from prunectl.training.data.source import Arrays, Batch, as_tuple
 from prunectl.training.keras import backend, distillation
 from prunectl.training.keras._compat import count_train_step, flat_layers

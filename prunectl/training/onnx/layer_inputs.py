@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from prunectl.formats.base import Array
 from prunectl.graphs.onnx.nodes import STANDARD_DOMAINS, get_attribute, input_of, output_of
-from prunectl.training.layer_inputs import SlidingWindow, WeightUse
+from prunectl.training.backend import SlidingWindow, WeightUse
 from prunectl.training.onnx.session import RunValues
 from prunectl.training.onnx.weights import WeightSite
 

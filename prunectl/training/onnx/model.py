@@ -9,9 +9,8 @@ import numpy as np
 from prunectl.errors import InputError
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safe_json import require
-from prunectl.training.backend import LoadOptions, ModelSignature
+from prunectl.training.backend import InputCallback, InspectableModel, LayerInput, LoadOptions, ModelSignature
 from prunectl.training.data.source import Arrays
-from prunectl.training.layer_inputs import InputCallback, InspectableModel, LayerInput
 from prunectl.training.onnx import session
 from prunectl.training.onnx.layer_inputs import InputCapture, capture_rule
 from prunectl.training.onnx.session import PaddedBatch, Session, join_outputs, split_batches

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunectl.formats.base import Array
-from prunectl.training.layer_inputs import InputCallback, LayerInput, SlidingWindow, WeightUse
+from prunectl.training.backend import InputCallback, LayerInput, SlidingWindow, WeightUse
 from prunectl.training.torch.build import FixedBatchModule
 
 _aten = torch.ops.aten

@@ -12,12 +12,12 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from prunectl.errors import UsageError, WorkError
-from prunectl.formats.base import ModelFile
+from prunectl.formats.base import Array, ModelFile
 from prunectl.plugins import find
 from prunectl.training import random_state
 from prunectl.training.backend import (
-    Array,
     GradientStatistic,
+    InputCallback,
     LoadOptions,
     Logs,
     ModelSignature,
@@ -25,7 +25,6 @@ from prunectl.training.backend import (
     TrainOptions,
 )
 from prunectl.training.data.source import Arrays, Batch, as_tuple
-from prunectl.training.layer_inputs import InputCallback
 from prunectl.training.task import FinalActivation, activation_of_values
 from prunectl.training.torch import distributed, losses, tensors
 from prunectl.training.torch.build import BuiltModule, FixedBatchModule, build_module, input_specs, output_specs

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunectl.training.data.batching import parallel_map, prefetch
 from prunectl.training.data.readers import IndexedSource, IterableSource
-from prunectl.training.data.source import Batch, EpochOrder
+from prunectl.training.data.source import Batch, EpochOrder, parallel_map, prefetch
 
 
 @given(st.lists(st.integers(), max_size=40), st.integers(0, 4))

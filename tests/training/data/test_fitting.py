@@ -7,10 +7,9 @@ import pytest
 
 from prunectl.errors import InputError, PrunectlError, UsageError
 from prunectl.training.backend import ModelSignature, TensorSpec
-from prunectl.training.data.adapt import adapt
+from prunectl.training.data.adapt import LOOKED_AT_EXAMPLES, adapt, check_batches
 from prunectl.training.data.readers import IterableSource, from_arrays
 from prunectl.training.data.source import Batch, EpochOrder, Source, as_tuple
-from prunectl.training.data.validate import LOOKED_AT_EXAMPLES, check_batches
 from prunectl.training.task import Task, TaskKind
 from tests.training.data.sources import Array, model, whole
 
@@ -170,7 +169,7 @@ def test_missing_targets_are_refused_only_where_they_are_needed() -> None:
 
 
 def test_a_late_label_is_found_also_where_the_inputs_are_too_many_to_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prunectl.training.data.validate.LOOKED_AT_BYTES", 1)
+    monkeypatch.setattr("prunectl.training.data.adapt.LOOKED_AT_BYTES", 1)
     with pytest.raises(UsageError, match="the label 10 in example 650"):
         checked(ZEROS, labelled(650, 10))
     notes = check_batches(source_of(ZEROS, LABELS), model(4), needs_targets=True, tasks=(TEN,))

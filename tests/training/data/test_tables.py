@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunectl.errors import InputError, MissingExtraError, UsageError
-from prunectl.formats import safe_json
 from prunectl.training.data import tables
 from prunectl.training.data.readers import IndexedSource, IterableSource
 from prunectl.training.data.source import EpochOrder
@@ -151,11 +152,15 @@ def test_parquet_holes_words_and_damage_are_refused(tmp_path: Path) -> None:
 
 
 def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise ModuleNotFoundError(name=name.partition(".")[0])
+    load = importlib.import_module
+
+    def missing(name: str) -> ModuleType:
+        if name.startswith("pyarrow"):
+            raise ModuleNotFoundError(name="pyarrow")
+        return load(name)
 
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
-    monkeypatch.setattr(safe_json.importlib, "import_module", missing)
+    monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(MissingExtraError) as caught:
         opened(tmp_path / "t.parquet")
     assert caught.value.hint == "pip install 'prunectl[parquet]'"

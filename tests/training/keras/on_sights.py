@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from prunectl.formats.registry import open_model
-from prunectl.training.backend import LoadOptions, TrainOptions
+from prunectl.training.backend import LayerInput, LoadOptions, TrainOptions
 from prunectl.training.data.source import Batch
 from prunectl.training.keras.model import KerasTrainable, load_trainable
-from prunectl.training.layer_inputs import LayerInput
 
 
 def batch() -> Batch:

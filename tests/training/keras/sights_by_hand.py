@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from prunectl.training.backend import LayerInput, SlidingWindow, WeightUse
 from prunectl.training.data.source import as_tuple
-from prunectl.training.layer_inputs import LayerInput, SlidingWindow, WeightUse
 from tests.contract import Array
 from tests.training.keras import nets
 

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from prunectl.errors import UsageError
-from prunectl.training.backend import GradientStatistic
+from prunectl.training.backend import DifferentiableModel, GradientStatistic
 from prunectl.training.data.source import Batch
-from prunectl.training.layer_inputs import DifferentiableModel
 from tests.contract import Array
 from tests.training.keras import nets
 from tests.training.keras.nets import both, kinds

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.training.layer_inputs import LayerInput, SlidingWindow, WeightUse
+from prunectl.training.backend import LayerInput, SlidingWindow, WeightUse
 from tests.contract import Array
 from tests.networks import keras
 from tests.training.keras import nets, on_sights

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from prunectl.training.layer_inputs import LayerInput, SlidingWindow, WeightUse
+from prunectl.training.backend import LayerInput, SlidingWindow, WeightUse
 from tests.contract import Array
 
 

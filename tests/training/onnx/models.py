@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from prunectl.formats.registry import open_model
-from prunectl.training.backend import LoadOptions
+from prunectl.training.backend import LayerInput, LoadOptions
 from prunectl.training.data.source import Arrays, as_tuple
-from prunectl.training.layer_inputs import LayerInput
 from prunectl.training.onnx.model import load_onnx_model
 from tests.contract import Array
 

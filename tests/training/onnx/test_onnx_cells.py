@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.training.layer_inputs import LayerInput
+from prunectl.training.backend import LayerInput
 from tests.contract import Array
 from tests.training.onnx.by_hand import meet
 from tests.training.onnx.models import load, node, normal, port, run, save, sights

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from prunectl.formats.registry import open_model
-from prunectl.training.backend import LoadOptions
+from prunectl.training.backend import InspectableModel, LayerInput, LoadOptions
 from prunectl.training.data.source import Arrays
-from prunectl.training.layer_inputs import InspectableModel, LayerInput
 from prunectl.training.runtimes import load_trainable
 from prunectl.training.torch.layer_inputs import capture_layer_inputs
 from tests.calibration.by_hand import as_rows, product

@@ -9,12 +9,12 @@ from typing import Any
 import h5py
 
 from prunectl.errors import UsageError
-from prunectl.formats.base import ModelFile
+from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.keras.config import part
 from prunectl.formats.safe_json import parse_object
 from prunectl.formats.tensorflow.graph_def import read_graph, read_keras_metadata
 from prunectl.training import user_code
-from prunectl.training.backend import Array, TrainOptions
+from prunectl.training.backend import TrainOptions
 from prunectl.training.data.source import as_tuple
 from prunectl.training.keras._compat import flat_layers
 from prunectl.training.keras.backend import KerasLibrary

@@ -11,9 +11,9 @@ from functools import wraps
 from typing import Any
 
 from prunectl.errors import UsageError
+from prunectl.formats.base import Array
 from prunectl.formats.keras.config import part, text
 from prunectl.training import user_code
-from prunectl.training.backend import Array
 from prunectl.training.keras.backend import KerasLibrary
 from prunectl.training.keras.compile.outputs import OutputInfo, flatten
 from prunectl.training.monitor import metric_mismatch

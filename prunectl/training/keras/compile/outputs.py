@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prunectl.training.backend import Array, ModelSignature, TensorSpec
+from prunectl.formats.base import Array
+from prunectl.training.backend import ModelSignature, TensorSpec
 from prunectl.training.data.source import Arrays, Batch, as_tuple
 from prunectl.training.keras import backend
 from prunectl.training.keras._compat import built_shape, flat_layers, producer, structure

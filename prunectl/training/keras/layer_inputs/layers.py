@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.training.backend import Array
+from prunectl.formats.base import Array
+from prunectl.training.backend import SlidingWindow, WeightUse
 from prunectl.training.keras import backend
 from prunectl.training.keras.backend import KerasLibrary
-from prunectl.training.layer_inputs import SlidingWindow, WeightUse
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.training.backend import Array
+from prunectl.formats.base import Array
+from prunectl.training.backend import InputCallback, LayerInput, WeightUse
 from prunectl.training.data.source import Arrays
 from prunectl.training.keras import backend
 from prunectl.training.keras._compat import distinct_layers, flat_layers, layer_statistics, rnn_inputs, takes_training
@@ -28,7 +29,6 @@ from prunectl.training.keras.layer_inputs.layers import (
     tree_of,
 )
 from prunectl.training.keras.random_state import RandomState
-from prunectl.training.layer_inputs import InputCallback, LayerInput, WeightUse
 
 
 @contextmanager
