@@ -9,9 +9,8 @@ import numpy as np
 
 from prunectl.channels.adapter import GraphAdapter
 from prunectl.channels.graph import OpKind, OpNode
-from prunectl.channels.groups import ChannelGroup
+from prunectl.channels.groups import ChannelGroup, PrunedGroup
 from prunectl.channels.labels import AxisRole, LabelTrace
-from prunectl.channels.selection import PrunedGroup
 from prunectl.formats.base import Array
 from prunectl.pruning.plan import SkippedTensor
 

@@ -66,6 +66,20 @@ class ChannelGroup:
         return [tuple(slices.of(channels).tolist()) for slices in self.slices]
 
 
+@dataclass(frozen=True, slots=True)
+class PrunedGroup:
+    """The channels that are removed from a group."""
+
+    group: ChannelGroup
+    dropped: tuple[int, ...]
+    """Their numbers in it."""
+
+    @property
+    def labels(self) -> LabelArray:
+        """The labels of these channels."""
+        return self.group.labels[list(self.dropped)]
+
+
 def find_groups(trace: LabelTrace) -> tuple[ChannelGroup, ...]:
     """Group the channels of a network by the axes that they lie on, in its order."""
     notes = _first_of_each_axis(trace.notes)

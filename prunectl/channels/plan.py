@@ -1,26 +1,30 @@
-"""The plan of channel pruning: which indices are removed, and the shapes that remain."""
+"""The plan of channel pruning: which channels score lowest, their indices in each weight, the shapes that remain."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+
+import numpy as np
 
 from prunectl.analysis.sizes import CodecName, get_codec, measure
 from prunectl.analysis.stats import ModelStats
 from prunectl.channels.adapter import GraphAdapter, PrunedShapes, RemovedIndices, pruned_shape
 from prunectl.channels.config import ChannelConfig, SizeTarget, TargetKind, smallest_ratio
 from prunectl.channels.dead import find_dead
-from prunectl.channels.graph import ChannelGraph, OpKind
-from prunectl.channels.groups import ChannelGroup, find_groups
-from prunectl.channels.labels import LabelTrace
-from prunectl.channels.selection import Candidate, PrunedGroup, candidates, choose, macs, removed_indices
+from prunectl.channels.graph import ChannelGraph, OpKind, OpNode
+from prunectl.channels.groups import ChannelGroup, PrunedGroup, find_groups
+from prunectl.channels.importance import Scores, group_importance, random_importance
+from prunectl.channels.labels import LabelArray, LabelTrace
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.registry import open_model
 from prunectl.formats.scratch import temporary_folder
-from prunectl.pruning.plan import SkippedTensor
+from prunectl.formats.selectors import select_names
+from prunectl.pruning.plan import Scope, SkippedTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,3 +120,165 @@ def _gzip_bytes_left(context: Context, plan: ChannelPlan) -> int:
         pruned = context.adapter.prune(plan.removed, plan.after, plan.weights)
         written = context.adapter.write(pruned, folder, folder / context.model.path.name)
         return measure(open_model(written.path), get_codec(CodecName.GZIP, None)).bytes.compressed or 0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A prunable group with its scores."""
+
+    group: ChannelGroup
+    scores: Scores
+    ratio: float | None = None
+    """The share that is asked for, if it is another than that of the others."""
+
+
+def choose(candidates: Sequence[Candidate], config: ChannelConfig) -> tuple[PrunedGroup, ...]:
+    """The channels that each group loses."""
+    counts = (
+        _counts_over_all(candidates, config) if config.scope is Scope.GLOBAL else _counts_by_layer(candidates, config)
+    )
+    return tuple(
+        PrunedGroup(candidate.group, tuple(sorted(map(int, pruning_order(candidate.scores)[:count]))))
+        for candidate, count in zip(candidates, counts, strict=True)
+    )
+
+
+def removed_indices(pruned: Sequence[PrunedGroup]) -> Mapping[tuple[str, int], LabelArray]:
+    """The indices that are removed, by weight and axis."""
+    indices: dict[tuple[str, int], list[LabelArray]] = {}
+    for part in pruned:
+        channels = np.zeros(len(part.group), np.bool_)
+        channels[list(part.dropped)] = True
+        for axis, slices in zip(part.group.axes, part.group.slices, strict=True):
+            if part.dropped:
+                indices.setdefault((axis.tensor, axis.axis), []).append(slices.of(channels))
+    return {axis: np.unique(np.concatenate(parts)) for axis, parts in indices.items()}
+
+
+def prunable_count(count: int, requested: int, config: ChannelConfig) -> int:
+    """The number of channels to remove: what stays is rounded up to the multiple, and kept above the minimum."""
+    kept = max(count - requested, count - math.floor(config.max_ratio * count), min(config.min_channels, count))
+    return count - min(count, math.ceil(kept / config.round_to) * config.round_to)
+
+
+def pruning_order(scores: Scores) -> LabelArray:
+    """The order in which channels go; of equals the first."""
+    return np.argsort(scores, kind="stable")
+
+
+def _counts_by_layer(candidates: Sequence[Candidate], config: ChannelConfig) -> list[int]:
+    return [prunable_count(len(candidate.scores), _requested(candidate, config), config) for candidate in candidates]
+
+
+def _requested(candidate: Candidate, config: ChannelConfig) -> int:
+    if candidate.ratio is None and config.threshold is not None:
+        return int((candidate.scores <= 1 - config.threshold).sum())
+    return round((config.ratio if candidate.ratio is None else candidate.ratio) * len(candidate.scores))
+
+
+def _counts_over_all(candidates: Sequence[Candidate], config: ChannelConfig) -> list[int]:
+    """Rank all channels by their score over the mean of their group, and stop at what a group may lose."""
+    ranked = sorted(
+        (float(score) / (float(candidate.scores.mean()) or 1.0), number, rank)
+        for number, candidate in enumerate(candidates)
+        for rank, score in enumerate(np.sort(candidate.scores))
+    )
+    remaining = round(config.ratio * len(ranked))
+    limits = [prunable_count(len(candidate.scores), len(candidate.scores), config) for candidate in candidates]
+    requested = [0] * len(candidates)
+    for _, number, _ in ranked:
+        if remaining and requested[number] < limits[number]:
+            requested[number] += 1
+            remaining -= 1
+    return [
+        prunable_count(len(candidate.scores), count, config)
+        for candidate, count in zip(candidates, requested, strict=True)
+    ]
+
+
+def candidates(
+    model: ModelFile, groups: Sequence[ChannelGroup], weights: Mapping[str, Array], config: ChannelConfig
+) -> tuple[tuple[Candidate, ...], tuple[SkippedTensor, ...]]:
+    """The groups that are asked for and may be cut, and why the others are left alone."""
+    only = _names(model, (config.only,)) if config.only else None
+    excluded = _names(model, config.exclude)
+    layer_ratios = {tensor.name: ratio for selector, ratio in config.layers for tensor in select_names(model, selector)}
+    selected, skips = [], []
+    for group in groups:
+        reason = _reason(group, only, excluded)
+        scores = None if reason else _scores(group, weights, config)
+        if scores is None:
+            skips.append(SkippedTensor(group.name, reason or "nothing that the strategy looks at"))
+        else:
+            ratios = [layer_ratios[name] for name in group.producers if name in layer_ratios]
+            selected.append(Candidate(group, scores, ratios[-1] if ratios else None))
+    if not selected:
+        reasons = Counter(skip.reason for skip in skips)
+        listed = ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3))
+        raise UsageError(
+            f"{model.path} has no channels to cut: {listed or 'no weight makes any'}",
+            hint=f"prunectl inspect {model.path} --groups",
+        )
+    return tuple(selected), tuple(skips)
+
+
+def _names(model: ModelFile, selectors: Sequence[str]) -> set[str]:
+    return {tensor.name for selector in selectors for tensor in select_names(model, selector)}
+
+
+def _reason(group: ChannelGroup, only: set[str] | None, excluded: set[str]) -> str:
+    if group.locked_because:
+        return group.locked_because
+    if excluded.intersection(group.producers):
+        return "excluded"
+    return "" if only is None or only.intersection(group.producers) else "not among --only"
+
+
+def _scores(group: ChannelGroup, weights: Mapping[str, Array], config: ChannelConfig) -> Scores | None:
+    if config.importance is None:
+        return random_importance(group, config.seed)
+    return group_importance(group, weights, config.importance)
+
+
+ShapeOf = Callable[[str], tuple[int, ...]]
+
+
+def macs(graph: ChannelGraph, shape_of: ShapeOf, removed: RemovedIndices | None = None) -> int:
+    """The multiply-adds of one example in all operations that weights or products make up."""
+    sizes = {
+        name: math.prod(
+            length - len((removed or {}).get((view.tensor, axis), ())) if axis is not None else 1
+            for axis, length in zip(view.axes, graph.shapes[name], strict=True)
+        )
+        for name, view in graph.views.items()
+    }
+    return sum(_macs_of(node, shape_of, sizes) for node in graph.nodes)
+
+
+def _macs_of(node: OpNode, shape_of: ShapeOf, sizes: Mapping[str, int]) -> int:
+    if node.kind is OpKind.MATMUL:
+        return math.prod(shape_of(node.outputs[0])) * shape_of(node.inputs[0])[-1]
+    if node.kind is OpKind.ATTENTION:
+        return _of_heads(node, shape_of, sizes)
+    if len(node.inputs) < 2 or node.inputs[1] not in sizes:
+        return 0
+    match node.kind:
+        case OpKind.CONVOLUTION:
+            spread = node.inputs[0] if node.attributes["is_transposed"] else node.outputs[0]
+            return sizes[node.inputs[1]] * math.prod(shape_of(spread)[2:])
+        case OpKind.LINEAR:
+            return sizes[node.inputs[1]] * math.prod(shape_of(node.inputs[0])[:-1])
+        case OpKind.RECURRENT:
+            steps = math.prod(shape_of(node.inputs[0])[:-1])
+            return (sizes[node.inputs[1]] + sizes[node.inputs[2]]) * steps
+        case _:
+            return 0
+
+
+def _of_heads(node: OpNode, shape_of: ShapeOf, sizes: Mapping[str, int]) -> int:
+    """What the projections cost, and the two products of all positions with all positions."""
+    steps = [math.prod(shape_of(data)[:-1]) for data in node.inputs[:3]]
+    made = [sizes[kernel] // shape_of(data)[-1] for data, kernel in zip(node.inputs[:3], node.inputs[3:6], strict=True)]
+    times = zip(node.inputs[3:7], (*steps, steps[0]), strict=True)
+    # Numbers for each position in all heads: as many in a query as in a key.
+    return sum(sizes[kernel] * count for kernel, count in times) + steps[0] * steps[1] * (made[0] + made[1])

@@ -1,29 +1,31 @@
-"""Channel pruning from file to file: trace, plan, prune, verify, write."""
+"""Channel pruning from file to file: trace, plan, prune, verify, write, and the manifest that repeats it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from prunectl import __version__
 from prunectl.analysis import sizes
 from prunectl.analysis.stats import ModelStats, with_macs
 from prunectl.channels.adapter import GraphAdapter, RemovedIndices, WrittenNetwork, open_adapter, pruned_shape
 from prunectl.channels.config import ChannelConfig, parse_config
-from prunectl.channels.groups import ChannelGroup
+from prunectl.channels.groups import ChannelGroup, PrunedGroup
 from prunectl.channels.importance import calibration_batches, importance_inputs, shapes_of_data
-from prunectl.channels.plan import ChannelPlan, Context, make_plan
+from prunectl.channels.plan import ChannelPlan, Context, ShapeOf, macs, make_plan, removed_indices
 from prunectl.channels.rules import propagate
-from prunectl.channels.selection import PrunedGroup, ShapeOf, macs
 from prunectl.channels.verify import Verification, latency, verify
-from prunectl.errors import UsageError, WorkError
+from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.formats.base import Array, Capability, ModelFile
 from prunectl.formats.registry import by_name, load, open_model
 from prunectl.formats.registry import require as require_can
+from prunectl.formats.safe_json import read_object
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import Destination
+from prunectl.pruning.manifest import SCHEMA, write_json
 from prunectl.pruning.plan import SkippedTensor
 from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.strip import stats_for_report
@@ -192,3 +194,40 @@ def with_graph_macs(
     if stats.macs is not None and not stats.macs_unknown:
         return stats
     return replace(stats, macs=macs(adapter.graph, shape_of, removed), macs_unknown=())
+
+
+LIMITS = frozenset({"min_channels", "round_to", "max_ratio", "params", "flops", "dead"})
+"""Words about channels that a request does not have."""
+
+
+def write_manifest(path: Path, result: ChannelPruneResult, limits: Mapping[str, Any]) -> None:
+    """Write the manifest of a cut that has hashed what it read and what it wrote."""
+    record = {
+        "schema": SCHEMA,
+        "tool": {"name": "prunectl", "version": __version__},
+        "request": asdict(result.request),
+        "limits": {name: value for name, value in limits.items() if name in LIMITS},
+        "input": {"format": result.before.format, "sha256": result.before.sha256},
+        "output": {"format": result.after.format, "sha256": result.after.sha256},
+        "channels": [
+            {"name": loss.group.name, "channels": len(loss.group), "dropped": list(loss.dropped)}
+            for loss in result.pruned_groups
+        ],
+        "removed": [
+            {"tensor": tensor, "axis": axis, "indices": indices.tolist()}
+            for (tensor, axis), indices in sorted(removed_indices(result.pruned_groups).items())
+        ],
+    }
+    write_json(path, record)
+
+
+def limits_in(path: Path) -> dict[str, Any]:
+    """The words about channels in a manifest, whose request is known to be sound."""
+    limits = read_object(path, "it").get("limits", {})
+    if not isinstance(limits, dict) or not limits.keys() <= LIMITS or not all(map(_is_plain, limits.values())):
+        raise InputError(f"{path} holds limits of channels that make no sense")
+    return limits
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool)

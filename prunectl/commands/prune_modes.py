@@ -61,11 +61,11 @@ def build_mode(options: Prune, request: PruneRequest, limits: Mapping[str, Any])
 def _prune_channels(
     request: PruneRequest, options: Prune, limits: Mapping[str, Any], path: Path, destination: Destination | None
 ) -> Report:
-    manifests_of_cuts = importlib.import_module("prunectl.channels.manifest")
+    cuts = importlib.import_module("prunectl.channels.prune")
     if options.recipe is not None:
-        limits = {**limits, **manifests_of_cuts.limits_in(options.recipe)}
+        limits = {**limits, **cuts.limits_in(options.recipe)}
     has_latency, limits = "latency" in limits, {name: limits[name] for name in limits if name != "latency"}
-    result = load("prunectl.channels.prune:prune_channels")(
+    result = cuts.prune_channels(
         path,
         request,
         destination,
@@ -76,7 +76,7 @@ def _prune_channels(
         **limits,
     )
     if options.manifest is not None and destination is not None:
-        manifests_of_cuts.write(options.manifest, result, limits)
+        cuts.write_manifest(options.manifest, result, limits)
     result = replace(result, before=replace(result.before, path=options.model))
     report: Report = load("prunectl.reporting.channels:channels_report")(result, target_name(destination))
     return report

@@ -11,7 +11,7 @@ from prunectl.channels.config import ChannelConfig
 from prunectl.channels.groups import ChannelGroup, ChannelSlices, TensorAxis
 from prunectl.channels.importance import MEASURES, group_importance, random_importance
 from prunectl.channels.labels import AxisRole
-from prunectl.channels.selection import Candidate, choose, prunable_count, removed_indices
+from prunectl.channels.plan import Candidate, choose, prunable_count, removed_indices
 from prunectl.pruning.plan import Scope
 
 MAKER, READER = TensorAxis("maker", 0, AxisRole.OUT), TensorAxis("reader", 1, AxisRole.IN)
