@@ -9,8 +9,7 @@ import numpy as np
 
 from prunectl.analysis.stats import ModelStats
 from prunectl.errors import WorkError
-from prunectl.exporting.inputs import RunnableModel
-from prunectl.exporting.job import Samples
+from prunectl.exporting.job import RunnableModel, Samples
 from prunectl.exporting.request import ExportRequest
 from prunectl.formats.base import Array
 

@@ -15,8 +15,7 @@ from prunectl.analysis.sizes import CodecName, compress, get_codec, iter_model_b
 from prunectl.analysis.stats import ModelStats, SizeStats, measure_stats
 from prunectl.errors import PrunectlError, UsageError, WorkError
 from prunectl.exporting.compare import Comparison, ExportResult, compare, tolerance_of
-from prunectl.exporting.inputs import apply_input_options
-from prunectl.exporting.job import ExportJob, check_known, make_samples
+from prunectl.exporting.job import ExportJob, apply_input_options, check_known, make_samples
 from prunectl.exporting.request import ExportRequest
 from prunectl.exporting.routes import Route, Target, check_options, find_route, load, target_of
 from prunectl.formats import atomic as places

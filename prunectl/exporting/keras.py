@@ -11,8 +11,7 @@ from typing import Any
 
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.compare import Run
-from prunectl.exporting.inputs import InputSpec
-from prunectl.exporting.job import ExportJob
+from prunectl.exporting.job import ExportJob, InputSpec
 from prunectl.exporting.tensorflow import TfRunnable
 from prunectl.formats.base import ModelFile
 from prunectl.formats.registry import open_model

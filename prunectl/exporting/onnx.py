@@ -11,8 +11,7 @@ import numpy as np
 from prunectl.errors import InputError, UsageError, WorkError, first_line
 from prunectl.exporting import onnx_finish
 from prunectl.exporting.compare import Run
-from prunectl.exporting.inputs import InputSpec
-from prunectl.exporting.job import ExportJob
+from prunectl.exporting.job import ExportJob, InputSpec
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safe_json import require
 from prunectl.graphs.onnx.nodes import opset_of

@@ -10,8 +10,7 @@ from typing import Any
 
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.compare import Run
-from prunectl.exporting.inputs import InputSpec
-from prunectl.exporting.job import ExportJob
+from prunectl.exporting.job import ExportJob, InputSpec
 from prunectl.formats.base import Array, ModelFile
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions

@@ -9,8 +9,7 @@ from typing import Any
 
 from prunectl.errors import WorkError
 from prunectl.exporting.compare import Run
-from prunectl.exporting.inputs import shape_text
-from prunectl.exporting.job import ExportJob
+from prunectl.exporting.job import ExportJob, shape_text
 from prunectl.exporting.tensorflow import DEFAULT, TfRunnable, save
 from prunectl.formats.base import Array, Family
 from prunectl.training.keras.backend import load_keras2

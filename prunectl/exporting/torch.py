@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from prunectl.errors import InputError, UsageError, first_line
-from prunectl.exporting.inputs import InputSpec
+from prunectl.exporting.job import InputSpec
 from prunectl.formats.base import Array, ModelFile
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions

@@ -17,8 +17,7 @@ from prunectl.channels.torch.export import trace_model
 from prunectl.channels.torch.fx import WeightedProgram
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.compare import Run
-from prunectl.exporting.inputs import InputSpec, shape_text
-from prunectl.exporting.job import ExportJob
+from prunectl.exporting.job import ExportJob, InputSpec, shape_text
 from prunectl.exporting.torch import run_module, without_mha_fastpath
 from prunectl.exporting.weights import cast_down, save_arrays
 from prunectl.formats.base import Array, Family

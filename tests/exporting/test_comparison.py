@@ -11,8 +11,7 @@ import pytest
 from prunectl.errors import WorkError
 from prunectl.exporting import onnx as exporting_onnx
 from prunectl.exporting.compare import INTEGERS, Tolerance, compare, tolerance_of
-from prunectl.exporting.inputs import InputSpec
-from prunectl.exporting.job import ExportJob, Samples
+from prunectl.exporting.job import ExportJob, InputSpec, Samples
 from prunectl.exporting.request import ExportRequest
 from tests.contract import Array
 from tests.exporting.exporting import DIGITS, export

@@ -6,7 +6,7 @@ import pytest
 
 from prunectl.channels.lengths import InputOption, parse_input
 from prunectl.errors import UsageError
-from prunectl.exporting.inputs import InputSpec, apply_input_options
+from prunectl.exporting.job import InputSpec, apply_input_options
 
 
 def parse(text: str) -> InputOption:
