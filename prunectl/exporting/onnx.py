@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from prunectl.errors import InputError, UsageError, WorkError, first_line
-from prunectl.exporting import onnx_finish
 from prunectl.exporting.compare import Run
 from prunectl.exporting.job import ExportJob, InputSpec
+from prunectl.exporting.onnx_finish import checker_error, finalize
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safe_json import require
 from prunectl.graphs.onnx.nodes import opset_of
@@ -37,9 +37,9 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
                 f"onnx cannot bring {job.file.path} from opset {opset} to {job.request.opset}: {first_line(error)}"
             ) from error
     try:
-        return (*notes, *onnx_finish.finalize(job, proto, target, metadata=metadata))
+        return (*notes, *finalize(job, proto, target, metadata=metadata))
     except WorkError as error:
-        if reason := onnx_finish.checker_error(job.file.path):
+        if reason := checker_error(job.file.path):
             raise InputError(f"{job.file.path} is no valid ONNX itself: {reason}") from error
         raise
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from prunectl.errors import WorkError, first_line
+from prunectl.errors import UsageError, WorkError, first_line
 from prunectl.exporting.job import ExportJob
-from prunectl.exporting.onnx_precision import reduce_precision
+from prunectl.exporting.onnx_canonical import canonical_order
+from prunectl.exporting.request import ExportRequest
+from prunectl.exporting.weights import cast_down
+from prunectl.formats.base import Array
 from prunectl.formats.safe_json import require
-from prunectl.graphs.onnx.nodes import all_graphs, opset_of
-from prunectl.graphs.onnx.tensors import is_too_large
+from prunectl.graphs.onnx.nodes import all_graphs, copy_message, inner_graphs, names_defined, opset_of
+from prunectl.graphs.onnx.tensors import is_too_large, load_message
+from prunectl.training.quiet import quiet_logging
 
+OPSET = 18
+"""What exporters write unless `--opset` says otherwise."""
 _SMALL_BYTES = 1024
 """Initializers below this size stay in the file, as shapes do."""
 
@@ -80,3 +86,158 @@ def checker_error(path: Path) -> str:
     except Exception as error:  # noqa: BLE001 - it raises what it likes
         return first_line(error)
     return ""
+
+
+_DYNAMIC_OPERATORS = ["MatMul", "Gemm", "LSTM", "Gather"]
+"""Operators with a dynamically quantized form, whose input ranges need no calibration."""
+_FIRST_OPSET = 13
+"""Since when Cast takes bfloat16."""
+_WIDE = frozenset({"float32", "float64"})
+
+
+def reduce_precision(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]:
+    """Apply --half, --bf16 or --int8; returns the model and notes for the user."""
+    if job.request.half:
+        return _to_float16(job, proto), ("Its weights are 16-bit floats; what goes in and comes out stays as it was.",)
+    if job.request.bf16:
+        return to_bfloat16(proto, job.request), ("Its kernels are bfloat16, and widened where they are used.",)
+    if job.request.int8:
+        return (_quantize_static if job.request.data else _quantize_dynamic)(job, proto)
+    return proto, ()
+
+
+def _to_float16(job: ExportJob, proto: Any) -> Any:
+    converter = require("onnxruntime.transformers.float16", extra="onnx")
+    try:
+        converted = converter.convert_float_to_float16(proto, keep_io_types=True)
+    except Exception as error:
+        raise _failed(job, "--half", error) from error
+    # It puts its casts behind what they are for.
+    canonical_order(converted.graph)
+    return converted
+
+
+def to_bfloat16(proto: Any, request: ExportRequest) -> Any:
+    """Store kernels as bfloat16 with a Cast in front of their readers; vectors keep their type."""
+    opset = opset_of(proto)
+    if opset is not None and opset < _FIRST_OPSET:
+        raise UsageError(
+            f"--bf16 needs opset {_FIRST_OPSET} of ONNX, and the model is of {opset}", hint=f"--opset {_FIRST_OPSET}"
+        )
+    _narrow_kernels(proto.graph, request)
+    return proto
+
+
+def _narrow_kernels(graph: Any, request: ExportRequest) -> None:
+    helper = require("onnx.helper", extra="onnx")
+    numbers = require("onnx.numpy_helper", extra="onnx")
+    ports = {port.name for port in (*graph.input, *graph.output)}
+    used_names = {name for node in graph.node for name in (*node.input, *node.output)}
+    widened: dict[str, str] = {}
+    nodes = []
+    for initializer in graph.initializer:
+        array = numbers.to_array(initializer)
+        # Numbers of one axis may say a shape, which is inferred from what they are.
+        if array.dtype.name in _WIDE and array.ndim > 1 and initializer.name not in ports:
+            widened[initializer.name] = _free(f"{initializer.name}_wide", used_names)
+            cast = [initializer.name], [widened[initializer.name]]
+            nodes.append(
+                helper.make_node("Cast", *cast, name=f"{widened[initializer.name]}_node", to=initializer.data_type)
+            )
+            initializer.CopyFrom(numbers.from_array(cast_down(request, initializer.name, array), initializer.name))
+    for node in graph.node:
+        for _, inner in inner_graphs(node):
+            _narrow_kernels(inner, request)
+    _redirect_reads(graph, widened)
+    nodes += [copy_message(node) for node in graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _free(name: str, used_names: set[str]) -> str:
+    while name in used_names:
+        name += "_"
+    used_names.add(name)
+    return name
+
+
+def _redirect_reads(graph: Any, names: Mapping[str, str]) -> None:
+    """Make the readers of some values read others, in inner graphs too."""
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = names.get(name, name)
+        for _, inner in inner_graphs(node):
+            hidden = names_defined(inner)
+            _redirect_reads(inner, {old: new for old, new in names.items() if old not in hidden})
+
+
+def _quantize_dynamic(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]:
+    quantization = require("onnxruntime.quantization", extra="onnx")
+    # It infers every shape anew, and exporters leave some between that no longer hold, which it would stumble over.
+    del proto.graph.value_info[:]
+
+    def quantize(before: str, after: str, has_external_data: bool) -> None:
+        quantization.quantize_dynamic(
+            before,
+            after,
+            op_types_to_quantize=_DYNAMIC_OPERATORS,
+            weight_type=quantization.QuantType.QInt8,
+            use_external_data_format=has_external_data,
+            extra_options={"WeightSymmetric": True},
+        )
+
+    return _through_files(job, proto, quantize), (
+        "Weights of dense and recurrent layers are 8-bit integers; those of convolutions stay floats without --data.",
+    )
+
+
+def _quantize_static(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]:
+    quantization = require("onnxruntime.quantization", extra="onnx")
+    feeds = [
+        {port.name: array for port, array in zip(proto.graph.input, batch, strict=True)}
+        for batch in job.samples.batches
+    ]
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
+        """Gives one batch after the other."""
+
+        def __init__(self) -> None:
+            self._left: Iterator[dict[str, Array]] = iter(feeds)
+
+        def get_next(self) -> dict[str, Array] | None:
+            return next(self._left, None)
+
+    def quantize(before: str, after: str, has_external_data: bool) -> None:
+        quantization.quantize_static(
+            before,
+            after,
+            Reader(),
+            quant_format=quantization.QuantFormat.QDQ,
+            weight_type=quantization.QuantType.QInt8,
+            use_external_data_format=has_external_data,
+            per_channel=True,
+            # Of eight bits, products of two overflow the sixteen that x86 processors without VNNI add them up in.
+            reduce_range=True,
+            extra_options={"WeightSymmetric": True, "ActivationSymmetric": False},
+        )
+
+    return _through_files(job, proto, quantize), (
+        f"Weights and activations are 8-bit integers, their ranges by {job.samples.examples} examples.",
+        "Weights use 7 of the 8 bits, so that sums overflow on no processor.",
+    )
+
+
+def _through_files(job: ExportJob, proto: Any, quantize: Callable[[str, str, bool], None]) -> Any:
+    before, after = job.scratch / "floats.onnx", job.scratch / "integers.onnx"
+    has_external_data = is_too_large(proto)
+    require("onnx", extra="onnx").save(proto, before, save_as_external_data=has_external_data, location="floats.data")
+    try:
+        with quiet_logging():
+            quantize(str(before), str(after), has_external_data)
+    except Exception as error:
+        raise _failed(job, "--int8", error) from error
+    return load_message(after)
+
+
+def _failed(job: ExportJob, option: str, error: Exception) -> WorkError:
+    return WorkError(f"onnxruntime cannot do {option} for {job.file.path}: {first_line(error)}")

@@ -1,22 +1,31 @@
-"""SavedModels: the signature of one as a source, and writing one from any TensorFlow function."""
+"""TensorFlow models as sources, and what TensorFlow makes of them: SavedModel, TensorFlow Lite, and ONNX by tf2onnx."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.compare import Run
-from prunectl.exporting.job import ExportJob, InputSpec
-from prunectl.formats.base import Array, ModelFile
+from prunectl.exporting.job import ExportJob, InputSpec, shape_text
+from prunectl.exporting.onnx_canonical import canonical_names
+from prunectl.exporting.onnx_finish import OPSET, finalize
+from prunectl.formats.base import Array, Family, ModelFile
+from prunectl.formats.safe_json import require
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions
 from prunectl.training.keras.backend import load_keras2
 from prunectl.training.keras.load import error_line
-from prunectl.training.quiet import ignore_warnings
+from prunectl.training.quiet import ignore_warnings, silence
+
+_tf = load_keras2().tensorflow
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +55,7 @@ class TfRunnable:
         except Exception as error:
             shapes = ", ".join("x".join(map(str, array.shape)) for array in inputs)
             raise UsageError(
-                f"the model does not take inputs of {shapes}: {reason(error)}",
+                f"the model does not take inputs of {shapes}: {_reason(error)}",
                 hint="--data SPEC shows what it takes, or --input x:1,224,224,3:f32 says it",
             ) from error
         return {name: tensor.numpy() for name, tensor in zip(self.output_names, outputs, strict=True)}
@@ -59,16 +68,15 @@ class TfRunnable:
 _TRACE_PREFIXES = ("Graph execution error", "Detected at", "<stack", "[[", "File ", "Traceback")
 
 
-def reason(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """The line of an error that names the cause, after those of TensorFlow's graph traceback."""
     lines = [line.strip() for line in str(error).splitlines()]
     reasons = [line for line in lines if line and not line.startswith(_TRACE_PREFIXES)]
     return reasons[0][:300].rstrip(".:") if reasons and lines[0].startswith(_TRACE_PREFIXES) else error_line(error)
 
 
-_tf = load_keras2().tensorflow
-DEFAULT = "serving_default"
-fingerprint_pb2 = importlib.import_module("tensorflow.core.protobuf.fingerprint_pb2")
+_SIGNATURE = "serving_default"
+_fingerprint_pb2 = importlib.import_module("tensorflow.core.protobuf.fingerprint_pb2")
 
 
 def open_runnable(model: ModelFile, origin: LoadOptions) -> TfRunnable:
@@ -90,7 +98,7 @@ def _load_signature(path: Path) -> TfRunnable:
             f"{path} serves nothing: it has variables, and no function that says how they are used",
             hint="save it with signatures=",
         )
-    signature = DEFAULT if DEFAULT in names else names[0]
+    signature = _SIGNATURE if _SIGNATURE in names else names[0]
     function = root.signatures[signature]
     # By their names: a signature knows no other order.
     specs = dict(sorted(function.structured_input_signature[1].items()))
@@ -110,12 +118,6 @@ def _axes(spec: Any) -> tuple[int | None, ...] | None:
 
 
 def write(job: ExportJob, target: Path) -> tuple[str, ...]:
-    """Write a SavedModel; no notes."""
-    save(job, target)
-    return ()
-
-
-def save(job: ExportJob, target: Path) -> None:
     """Write a SavedModel with one signature, its inputs and outputs named as in the source."""
     runnable: TfRunnable = job.runnable
 
@@ -129,15 +131,16 @@ def save(job: ExportJob, target: Path) -> None:
     module.serve = _tf.function(serve, input_signature=runnable.specs(job.inputs))
     try:
         with ignore_warnings():
-            _tf.saved_model.save(module, str(target), signatures={DEFAULT: module.serve})
+            _tf.saved_model.save(module, str(target), signatures={_SIGNATURE: module.serve})
     except Exception as error:
         raise WorkError(f"TensorFlow cannot save {job.file.path}: {error_line(error)}") from error
     _clear_random_id(target / "fingerprint.pb")
+    return ()
 
 
 def _clear_random_id(path: Path) -> None:
     """Clear the random uuid of the fingerprint, so that equal exports are equal bytes."""
-    fingerprint = fingerprint_pb2.FingerprintDef.FromString(path.read_bytes())
+    fingerprint = _fingerprint_pb2.FingerprintDef.FromString(path.read_bytes())
     fingerprint.ClearField("uuid")
     path.write_bytes(fingerprint.SerializeToString(deterministic=True))
 
@@ -158,9 +161,137 @@ def runner(job: ExportJob, target: Path) -> Run:
         try:
             return runnable.run(inputs)
         except UsageError as error:
-            cause = reason(error.__cause__) if isinstance(error.__cause__, Exception) else error.message
+            cause = _reason(error.__cause__) if isinstance(error.__cause__, Exception) else error.message
             raise WorkError(
                 f"TensorFlow cannot run the SavedModel that it made of {job.file.path}: {cause}; nothing was written"
             ) from error
 
     return run
+
+
+def write_tflite(job: ExportJob, target: Path) -> tuple[str, ...]:
+    """Write a TensorFlow Lite model with one signature."""
+    saved_model = job.scratch / "between"
+    write(job, saved_model)
+    converter = _tf.lite.TFLiteConverter.from_saved_model(str(saved_model), signature_keys=[_SIGNATURE])
+    notes = _configure(converter, job)
+    try:
+        with silence(), ignore_warnings():
+            content = converter.convert()
+    except Exception as error:
+        raise _failed(job, error) from error
+    target.write_bytes(content)
+    return notes
+
+
+def _configure(converter: Any, job: ExportJob) -> tuple[str, ...]:
+    request, optimize = job.request, _tf.lite.Optimize
+    optimizations, notes = [], []
+    if request.half or request.int8:
+        optimizations.append(optimize.DEFAULT)
+    if request.half:
+        converter.target_spec.supported_types = [_tf.float16]
+        notes.append("Its weights are 16-bit floats; what goes in and comes out stays as it was.")
+    if request.int8 and request.data:
+        converter.representative_dataset = lambda: _examples(job)
+        notes.append(f"Weights and activations are 8-bit integers, their ranges by {job.samples.examples} examples.")
+    elif request.int8:
+        notes.append("Weights are 8-bit integers where they are large; activations stay floats without --data.")
+    if request.sparse:
+        optimizations.append(optimize.EXPERIMENTAL_SPARSITY)
+    converter.optimizations = optimizations
+    return tuple(notes)
+
+
+def _examples(job: ExportJob) -> Iterator[dict[str, Array]]:
+    names = [spec.name for spec in job.inputs]
+    for batch in job.samples.batches:
+        for index in range(len(batch[0])):
+            yield {name: array[index : index + 1] for name, array in zip(names, batch, strict=True)}
+
+
+def _failed(job: ExportJob, error: Exception) -> WorkError:
+    # The converter says where in a file of its own it was, and in a later line what of TensorFlow it has no way for.
+    match = re.search(r"'(tf\.[\w.]+)' op ([^\n]*)", str(error))
+    reason = f"{match[1]} {match[2]}" if match else error_line(error)
+    return WorkError(f"the converter of TensorFlow Lite cannot take {job.file.path}: {reason}", hint=_hint(job))
+
+
+def _hint(job: ExportJob) -> str:
+    if not any(spec.shape is None or None in spec.shape for spec in job.inputs):
+        return ""
+    fixed = " ".join(f"--input {spec.name}:1,{shape_text(spec.shape)[2:]}" for spec in job.inputs)
+    if job.file.family is Family.SAVED_MODEL and job.file.about.keras is not None:
+        # What it serves keeps the open axes that it was traced with.
+        return f"fixed shapes may help, of what Keras builds: prunectl export {job.file.path} -o m.h5, and then {fixed}"
+    return f"fixed shapes may help: {fixed}"
+
+
+def run_tflite(job: ExportJob, target: Path) -> Run:
+    """A function that runs the result in the interpreter."""
+    runnable: TfRunnable = job.runnable
+    with silence():
+        interpreter = _tf.lite.Interpreter(model_path=str(target), num_threads=1)
+        run_signature = interpreter.get_signature_runner(_SIGNATURE)
+
+    def run(inputs: tuple[Array, ...]) -> dict[str, Array]:
+        feeds = {spec.name: array.astype(spec.dtype) for spec, array in zip(job.inputs, inputs, strict=True)}
+        try:
+            with silence():
+                outputs = run_signature(**feeds)
+        except Exception as error:
+            raise WorkError(f"TensorFlow Lite cannot run what was made: {error_line(error)}") from error
+        return {name: outputs[name] for name in runnable.output_names}
+
+    return run
+
+
+def _erfc(graph: Any, node: Any, name: str, _: Any) -> None:
+    """Handler for Erfc, as in GELU: erfc(x) = 1 - erf(x)."""
+    dtype = graph.get_dtype(node.output[0])
+    erf = graph.make_node("Erf", [node.input[0]], dtypes=[dtype], shapes=[graph.get_shape(node.output[0])])
+    ones = graph.make_const(f"{name}/one", np.array(1.0, np.float32))
+    node.type, node.domain = "Sub", ""
+    graph.replace_inputs(node, [ones.output[0], erf.output[0]])
+
+
+_HANDLERS: Mapping[str, tuple[Callable[[Any, Any, str, Any], None], list[str]]] = {"Erfc": (_erfc, [])}
+"""Of operators that tf2onnx lacks."""
+
+
+def write_onnx(job: ExportJob, target: Path) -> tuple[str, ...]:
+    """Write an ONNX model, its weights named as in the source where they can be matched."""
+    tf2onnx = require("tf2onnx", extra="export")
+    logging.getLogger("tf2onnx").setLevel(logging.CRITICAL)
+    runnable: TfRunnable = job.runnable
+
+    def called(*arguments: Any) -> list[Any]:
+        return runnable.call(arguments)
+
+    function = _tf.function(called)
+    try:
+        with ignore_warnings():
+            proto, _ = tf2onnx.convert.from_function(
+                function,
+                input_signature=runnable.specs(job.inputs),
+                opset=job.request.opset or OPSET,
+                custom_op_handlers=_HANDLERS,
+            )
+    except Exception as error:
+        raise WorkError(
+            f"tf2onnx cannot convert {job.file.path}: {error_line(error)}",
+            hint="another --opset may know the operator",
+        ) from error
+    _check_operators(job, proto)
+    inputs = [flow.name for flow in job.inputs]
+    canonical_names(proto, job.file, inputs, runnable.output_names)
+    return finalize(job, proto, target)
+
+
+def _check_operators(job: ExportJob, proto: Any) -> None:
+    """Refuse operators of TensorFlow that tf2onnx has left in the graph."""
+    defs = require("onnx.defs", extra="onnx")
+    unknown = [node for node in proto.graph.node if node.domain in {"", "ai.onnx"} and not defs.has(node.op_type)]
+    if unknown:
+        operators = ", ".join(dict.fromkeys(f"{node.op_type} ({node.name})" for node in unknown[:5]))
+        raise WorkError(f"tf2onnx has no way for operators of {job.file.path}: {operators}; nothing was written")

@@ -1,26 +1,55 @@
-"""PyTorch modules as sources: state dicts with their class, TorchScript, exported programs."""
+"""PyTorch models as sources, and what PyTorch makes of them: programs, TorchScript (int8 too), state dicts, ONNX."""
 
 from __future__ import annotations
 
+import copy
+import importlib
+import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from prunectl.errors import InputError, UsageError, first_line
-from prunectl.exporting.job import InputSpec
-from prunectl.formats.base import Array, ModelFile
+from prunectl.errors import InputError, UsageError, WorkError, first_line
+from prunectl.exporting.compare import Run
+from prunectl.exporting.job import ExportJob, InputSpec
+from prunectl.exporting.onnx_canonical import BATCH, canonical_names
+from prunectl.exporting.onnx_finish import OPSET, finalize
+from prunectl.exporting.weights import exported_arrays, same_bits
+from prunectl.formats.base import Array, Family, ModelFile
+from prunectl.graphs.onnx.tensors import load_message
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions
 from prunectl.training.quiet import quiet_conversion
-from prunectl.training.torch.build import BuiltModule, FixedBatchModule, build_module, input_specs
+from prunectl.training.torch.build import BuiltModule, FixedBatchModule, build_module, input_specs, load_program
 from prunectl.training.torch.tensors import error_line, tensor_leaves, to_numpy, to_torch
 
 
-def frozen_script(model: ModelFile, origin: LoadOptions) -> torch.nn.Module | None:
+def open_runnable(model: ModelFile, origin: LoadOptions) -> TorchRunnable:
+    """Build the module of a file, in eval mode."""
+    script = _frozen_script(model, origin)
+    if script is not None:
+        return TorchRunnable(BuiltModule(script, {}), _frozen_inputs(script))
+    with quiet_conversion():
+        built = build_module(model, origin)
+    if built.has_modes:
+        built.module.eval()
+    size = built.module.size if isinstance(built.module, FixedBatchModule) else None
+    inputs = tuple(
+        InputSpec(
+            port.name, None if port.shape is None else (size, *port.shape), port.dtype, is_declared=bool(built.shapes)
+        )
+        for port in input_specs(built.module, built.shapes)
+    )
+    return TorchRunnable(built, inputs)
+
+
+def _frozen_script(model: ModelFile, origin: LoadOptions) -> torch.nn.Module | None:
     """A frozen TorchScript, which has no parameters, in eval mode; None for any other model."""
     if origin.model or not user_code.is_script(model):
         return None
@@ -38,7 +67,7 @@ def frozen_script(model: ModelFile, origin: LoadOptions) -> torch.nn.Module | No
     return script
 
 
-def frozen_inputs(module: Any) -> tuple[InputSpec, ...]:
+def _frozen_inputs(module: Any) -> tuple[InputSpec, ...]:
     """The inputs of a frozen script, which declares only their names."""
     arguments = module.forward.schema.arguments[1:]
     return tuple(
@@ -66,25 +95,6 @@ class TorchRunnable:
     def run(self, inputs: tuple[Array, ...]) -> dict[str, Array]:
         """The outputs for one batch."""
         return run_module(self.module, inputs)
-
-
-def open_runnable(model: ModelFile, origin: LoadOptions) -> TorchRunnable:
-    """Build the module of a file, in eval mode."""
-    script = frozen_script(model, origin)
-    if script is not None:
-        return TorchRunnable(BuiltModule(script, {}), frozen_inputs(script))
-    with quiet_conversion():
-        built = build_module(model, origin)
-    if built.has_modes:
-        built.module.eval()
-    size = built.module.size if isinstance(built.module, FixedBatchModule) else None
-    inputs = tuple(
-        InputSpec(
-            port.name, None if port.shape is None else (size, *port.shape), port.dtype, is_declared=bool(built.shapes)
-        )
-        for port in input_specs(built.module, built.shapes)
-    )
-    return TorchRunnable(built, inputs)
 
 
 @contextmanager
@@ -117,3 +127,233 @@ def run_module(module: Any, inputs: tuple[Array, ...]) -> dict[str, Array]:
 def output_names(count: int) -> list[str]:
     """Default names of outputs."""
     return ["output"] if count == 1 else [f"output{index}" for index in range(count)]
+
+
+_ONNX_HINT = "--to onnx has 8 bits for whatever it can hold"
+_INT8_LAYERS = "torch.ao.nn."
+"""The package of 8-bit layers."""
+
+
+def quantize(job: ExportJob) -> tuple[torch.nn.Module, tuple[str, ...]]:
+    """Post-training quantization to int8 of a copy; weights are quantized symmetrically, so zeros stay zeros."""
+    runnable: TorchRunnable = job.runnable
+    if isinstance(runnable.module, torch.jit.ScriptModule):
+        raise UsageError(
+            f"{job.file.path} shows PyTorch no layers, whose weights it could hold in 8 bits",
+            hint=f"begin from the state dict: --model mod:fn; or {_ONNX_HINT}",
+        )
+    module = copy.deepcopy(runnable.module)
+    try:
+        # By name: PyTorch has not decided how long it keeps them.
+        quantization: Any = importlib.import_module("torch.ao.quantization")
+        module_int8 = (
+            _quantize_static(job, quantization, module) if job.request.data else _quantize_dynamic(quantization, module)
+        )
+    except Exception as error:
+        raise WorkError(
+            f"PyTorch cannot hold {job.file.path} in 8 bits: {first_line(error)}", hint=_ONNX_HINT
+        ) from error
+    count = sum(type(layer).__module__.startswith(_INT8_LAYERS) for layer in module_int8.modules())
+    if not count:
+        raise UsageError(
+            f"no layer of {job.file.path} has weights that PyTorch could hold in 8 bits",
+            hint="convolutions need examples: --data SPEC",
+        )
+    if job.request.data:
+        return module_int8, (
+            f"Weights and activations are 8-bit integers, their ranges by {job.samples.examples} examples.",
+        )
+    return module_int8, (
+        "Weights of dense and recurrent layers are 8-bit integers; convolutions stay floats without --data.",
+    )
+
+
+def _quantize_dynamic(quantization: Any, module: torch.nn.Module) -> Any:
+    kinds = {torch.nn.Linear, torch.nn.LSTM, torch.nn.GRU}
+    return quantization.quantize_dynamic(module, kinds, dtype=torch.qint8, inplace=True)
+
+
+def _quantize_static(job: ExportJob, quantization: Any, module: torch.nn.Module) -> Any:
+    fx: Any = importlib.import_module("torch.ao.quantization.quantize_fx")
+    batches = [tuple(map(to_torch, batch)) for batch in job.samples.batches]
+    qconfig = quantization.get_default_qconfig_mapping(torch.backends.quantized.engine)
+    prepared = fx.prepare_fx(module, qconfig, batches[0])
+    with torch.no_grad():
+        for batch in batches:
+            prepared(*batch)
+    return fx.convert_fx(prepared)
+
+
+def example(job: ExportJob) -> tuple[torch.Tensor, ...]:
+    """Inputs to trace with."""
+    return tuple(to_torch(one) for one in job.samples.batches[0])
+
+
+def program_of(job: ExportJob) -> Any:
+    """A module as an exported program, its open axes open."""
+    runnable: TorchRunnable = job.runnable
+    dynamic = torch.export.Dim.DYNAMIC
+    dynamic_shapes = tuple(
+        {axis: dynamic for axis, length in enumerate(spec.shape or ()) if length is None} or None for spec in job.inputs
+    )
+    try:
+        with quiet_conversion(), without_mha_fastpath(), torch.no_grad():
+            return torch.export.export(runnable.module, example(job), dynamic_shapes=dynamic_shapes)
+    except Exception as error:
+        options = " ".join(
+            f"--input {spec.name}:{','.join(map(str, array.shape))}"
+            for spec, array in zip(job.inputs, example(job), strict=True)
+        )
+        raise WorkError(
+            f"PyTorch cannot export {job.file.path}: {first_line(error)}", hint=f"fixed shapes may help: {options}"
+        ) from error
+
+
+def is_script(runnable: TorchRunnable) -> bool:
+    """Whether a module is TorchScript, of which no program can be made."""
+    return isinstance(runnable.module, torch.jit.ScriptModule)
+
+
+def check_names(job: ExportJob) -> None:
+    """Refuse other input names than those of `forward`."""
+    for spec, declared in zip(job.inputs, job.runnable.inputs, strict=True):
+        if spec.name != declared.name:
+            raise UsageError(f"--input {spec.name}: the inputs of a PyTorch model are called as forward calls them")
+
+
+def write_program(job: ExportJob, target: Path) -> tuple[str, ...]:
+    """Write an exported program."""
+    if is_script(job.runnable):
+        raise UsageError(
+            f"{job.file.path} is TorchScript, and PyTorch makes no exported program of it",
+            hint="export it to ONNX, or begin from the state dict: --model mod:fn",
+        )
+    check_names(job)
+    buffer = io.BytesIO()
+    program = program_of(job)
+    with quiet_conversion():
+        torch.export.save(program, buffer)
+    target.write_bytes(buffer.getvalue())
+    return ()
+
+
+def write_script(job: ExportJob, target: Path) -> tuple[str, ...]:
+    """Write TorchScript, traced."""
+    check_names(job)
+    runnable: TorchRunnable = job.runnable
+    buffer = io.BytesIO()
+    module, notes = runnable.module, tuple[str, ...]()
+    if job.request.int8:
+        with quiet_conversion():
+            module, notes = quantize(job)
+    try:
+        # What encoders do all at once reads weights as floats.
+        with quiet_conversion(), without_mha_fastpath() if job.request.int8 else nullcontext(), torch.no_grad():
+            trace: Any = torch.jit.trace
+            traced = module if is_script(runnable) else trace(module, example(job))
+            torch.jit.save(traced, buffer)
+    except Exception as error:
+        raise WorkError(f"PyTorch cannot trace {job.file.path}: {first_line(error)}") from error
+    target.write_bytes(buffer.getvalue())
+    return (*notes, "It was traced: the way that its code took for one batch is the way that it takes.")
+
+
+def run_program(job: ExportJob, target: Path) -> Run:
+    """A function that runs an exported program."""
+    del job
+    with quiet_conversion():
+        module = torch.export.load(target).module()
+    return partial(run_module, module)
+
+
+def run_script(job: ExportJob, target: Path) -> Run:
+    """A function that runs TorchScript."""
+    del job
+    with quiet_conversion():
+        module = torch.jit.load(str(target), map_location="cpu")  # type: ignore[no-untyped-call]
+    return partial(run_module, module)
+
+
+def write_state_dict(job: ExportJob, target: Path) -> tuple[str, ...]:
+    """Write a state dict under the names of the file; tied tensors stay tied."""
+    state: dict[str, torch.Tensor] = {}
+    shared: dict[object, torch.Tensor] = {}
+    for tensor, array in exported_arrays(job):
+        view = (tensor.storage.key, tensor.start, tensor.shape, tensor.strides)
+        if view not in shared:
+            shared[view] = to_torch(array)
+        state[tensor.name] = shared[view]
+    # Into memory: a file would be named inside of itself.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    target.write_bytes(buffer.getvalue())
+    loaded = torch.load(target, weights_only=True)
+    for tensor, array in exported_arrays(job):
+        if not same_bits(array, to_numpy(loaded[tensor.name])):
+            raise WorkError(f"{tensor.name} came out with other numbers than it has; nothing was written")
+    return ()
+
+
+def write_onnx(job: ExportJob, target: Path) -> tuple[str, ...]:
+    """Write an ONNX model."""
+    runnable: TorchRunnable = job.runnable
+    outputs = output_names(len(run_module(runnable.module, job.samples.batches[0])))
+    try:
+        with quiet_conversion(), without_mha_fastpath(), torch.no_grad():
+            proto, notes = (_convert_script if is_script(runnable) else _convert_program)(job, outputs)
+    except WorkError:
+        raise
+    except Exception as error:
+        raise WorkError(
+            f"PyTorch cannot convert {job.file.path} to ONNX: {_reason(error)}",
+            hint="another --opset may know the operator",
+        ) from error
+    inputs = [spec.name for spec in job.inputs]
+    parameters = {parameter: name for name, parameter in runnable.built.names.items()}
+    canonical_names(proto, job.file, inputs, outputs, parameters)
+    return (*notes, *finalize(job, proto, target))
+
+
+def _reason(error: Exception) -> str:
+    """The message of the innermost cause: the outer errors only name the step."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return first_line(error)
+
+
+def _convert_program(job: ExportJob, outputs: list[str]) -> tuple[Any, tuple[str, ...]]:
+    del outputs
+    is_program = job.file.family is Family.TORCH_PROGRAM and not job.request.origin.model
+    program = load_program(job.file, job.request.origin) if is_program else program_of(job)
+    exported = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=job.request.opset or OPSET)
+    if exported is None:
+        raise WorkError(f"PyTorch made nothing of {job.file.path}")
+    return exported.model_proto, ()
+
+
+def _convert_script(job: ExportJob, outputs: list[str]) -> tuple[Any, tuple[str, ...]]:
+    runnable: TorchRunnable = job.runnable
+    inputs = [spec.name for spec in job.inputs]
+    axes = {
+        spec.name: {axis: BATCH if axis == 0 else f"{spec.name}_{axis}" for axis in _open_axes(spec.shape)}
+        for spec in job.inputs
+    }
+    if any(0 in open_axes for open_axes in axes.values()):
+        axes |= {name: {0: BATCH} for name in outputs}
+    path = job.scratch / "script.onnx"
+    torch.onnx.export(
+        runnable.module,
+        example(job),
+        str(path),
+        dynamo=False,
+        input_names=inputs,
+        output_names=outputs,
+        dynamic_axes=axes,
+        opset_version=job.request.opset or OPSET,
+    )
+    note = "It is TorchScript, which the older exporter of PyTorch converts: the newer one takes no such file."
+    return load_message(path), (note,)
+
+
+def _open_axes(shape: tuple[int | None, ...] | None) -> list[int]:
+    return [axis for axis, length in enumerate(shape or ()) if length is None]

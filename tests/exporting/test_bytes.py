@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import load_file
 
 from prunectl.errors import UsageError, WorkError
-from prunectl.exporting import onnx_precision
+from prunectl.exporting import onnx_finish
 from tests.exporting.exporting import export
 from tests.running import FIXTURES, ROOT
 
@@ -149,8 +149,6 @@ def test_logging_is_as_disabled_after_quantising_as_it_was_before(
     silent = cast("Any", SimpleNamespace(scratch=tmp_path))
     monkeypatch.setattr(onnx, "load", lambda *_, **__: "loaded")
     monkeypatch.setattr(logging.root.manager, "disable", level)
-    found = onnx_precision._through_files(
-        silent, onnx.ModelProto(), lambda *_: seen.append(logging.root.manager.disable)
-    )
+    found = onnx_finish._through_files(silent, onnx.ModelProto(), lambda *_: seen.append(logging.root.manager.disable))
     assert (found, seen) == ("loaded", [max(level, logging.WARNING)])
     assert logging.root.manager.disable == level
