@@ -14,9 +14,8 @@ from prunectl.exporting.job import ExportJob, InputSpec
 from prunectl.exporting.onnx_finish import checker_error, finalize
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safe_json import require
+from prunectl.graphs.onnx.network import OnnxSession, load_message
 from prunectl.graphs.onnx.nodes import opset_of
-from prunectl.graphs.onnx.session import OnnxSession
-from prunectl.graphs.onnx.tensors import load_message
 from prunectl.training.backend import LoadOptions
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Array
 from prunectl.formats.onnx.tensors import CODES
-from prunectl.graphs.onnx.session import OnnxSession
+from prunectl.graphs.onnx.network import OnnxSession
 from prunectl.training.backend import ModelSignature, TensorSpec
 from prunectl.training.data.source import Arrays, as_tuple
 from prunectl.training.onnx.weights import LoadedWeights

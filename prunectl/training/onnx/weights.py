@@ -10,8 +10,7 @@ import numpy as np
 
 from prunectl.formats.base import Array, ModelFile, Tensor
 from prunectl.formats.onnx.usage import CELLS
-from prunectl.graphs.onnx.nodes import axes_behind, output_of
-from prunectl.graphs.onnx.tensors import (
+from prunectl.graphs.onnx.network import (
     GraphTensor,
     OnnxNetwork,
     all_tensors,
@@ -20,6 +19,7 @@ from prunectl.graphs.onnx.tensors import (
     set_tensor_data,
     stands_outside,
 )
+from prunectl.graphs.onnx.nodes import axes_behind, output_of
 
 _LISTED_BEFORE = 4
 """Version of the format before which a tensor had to be listed among the inputs."""

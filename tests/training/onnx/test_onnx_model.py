@@ -11,7 +11,7 @@ import pytest
 
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.registry import open_model
-from prunectl.graphs.onnx import tensors
+from prunectl.graphs.onnx import network
 from tests.contract import Array
 from tests.training.onnx.by_hand import meet
 from tests.training.onnx.models import load, node, normal, onnx, port, proto, run, save, sights
@@ -23,7 +23,7 @@ BIG = (64, 48)
 
 @pytest.fixture(autouse=True)
 def _little_stays_in_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensors, "INLINE_BYTES", 1 << 12)
+    monkeypatch.setattr(network, "INLINE_BYTES", 1 << 12)
 
 
 def two_layers(dtype: Any = np.float32) -> tuple[list[Any], dict[str, Array]]:
