@@ -17,11 +17,10 @@ from prunectl.formats.base import ModelFile
 from prunectl.formats.registry import open_model
 from prunectl.formats.zip_write import EPOCH
 from prunectl.training.backend import LoadOptions
-from prunectl.training.keras.backend import load_keras2
-from prunectl.training.keras.compile import outputs
-from prunectl.training.keras.compile.outputs import flatten
-from prunectl.training.keras.distribution import DevicePlacement
+from prunectl.training.keras import outputs
+from prunectl.training.keras.backend import DevicePlacement, load_keras2
 from prunectl.training.keras.load import LoadedModel, error_line, load
+from prunectl.training.keras.outputs import flatten
 from prunectl.training.quiet import ignore_warnings
 
 _tf = load_keras2().tensorflow

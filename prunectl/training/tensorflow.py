@@ -14,8 +14,7 @@ from prunectl.formats.base import Array, ModelFile
 from prunectl.training import user_code
 from prunectl.training.backend import GradientStatistic, LoadOptions, ModelSignature, TensorSpec, TrainableModel
 from prunectl.training.keras import backend
-from prunectl.training.keras.backend import load_keras2
-from prunectl.training.keras.distribution import DevicePlacement
+from prunectl.training.keras.backend import DevicePlacement, load_keras2
 from prunectl.training.keras.load import LoadedModel
 from prunectl.training.keras.model import KerasTrainable
 from prunectl.training.keras.model import load_trainable as open_keras

@@ -15,9 +15,9 @@ from prunectl.training.data.readers import from_arrays
 from prunectl.training.data.source import Batch
 from prunectl.training.evaluation.evaluate import evaluate_predictions
 from prunectl.training.keras.backend import load_keras2, load_keras3
-from prunectl.training.keras.compile.losses import default_loss
-from prunectl.training.keras.compile.optimizers import optimizer_by_name
-from prunectl.training.keras.compile.outputs import OutputInfo
+from prunectl.training.keras.compile import optimizer_by_name
+from prunectl.training.keras.losses import default_loss
+from prunectl.training.keras.outputs import OutputInfo
 from prunectl.training.request import OptimizerSpec, parse_optimizer
 from prunectl.training.task import DistilledOutput, FinalActivation, TaskKind, distillation_loss, infer_task
 from prunectl.training.torch.losses import LOSSES, METRICS, TorchLoss, distilled, resolve_loss

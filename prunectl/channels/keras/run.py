@@ -27,11 +27,10 @@ from prunectl.formats.registry import open_model
 from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.zip_read import open_archive
 from prunectl.training.backend import LoadOptions
-from prunectl.training.keras.backend import KerasLibrary
-from prunectl.training.keras.compile import outputs as compile_outputs
-from prunectl.training.keras.compile.outputs import flatten
-from prunectl.training.keras.distribution import DevicePlacement
+from prunectl.training.keras import outputs as compile_outputs
+from prunectl.training.keras.backend import DevicePlacement, KerasLibrary
 from prunectl.training.keras.load import load
+from prunectl.training.keras.outputs import flatten
 from prunectl.training.quiet import ignore_warnings
 
 _CONFIG = "config.json"

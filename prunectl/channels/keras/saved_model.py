@@ -30,7 +30,7 @@ from prunectl.formats.tensorflow.variable_names import VALUE_SUFFIX
 from prunectl.pruning import destination as outputs
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions
-from prunectl.training.keras.distribution import DevicePlacement
+from prunectl.training.keras.backend import DevicePlacement
 from prunectl.training.keras.load import LoadedModel, load
 from prunectl.training.quiet import ignore_warnings
 

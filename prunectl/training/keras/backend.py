@@ -1,12 +1,13 @@
-"""Keras 2 or Keras 3 on one of its backends: imports, operations and variables behind one interface."""
+"""Keras 2 or 3 on one of its backends: imports, variables, devices and random generators behind one interface."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -18,6 +19,13 @@ import numpy as np
 from prunectl.errors import MissingExtraError, UsageError
 from prunectl.formats.base import Array
 from prunectl.formats.safe_json import require
+from prunectl.training.keras._compat import (
+    flat_layers,
+    global_generator,
+    make_stateful,
+    seed_generators,
+    set_global_generator,
+)
 from prunectl.training.quiet import ignore_warnings, silence
 
 _BACKEND_EXTRAS = frozenset({"tensorflow", "torch"})
@@ -198,3 +206,171 @@ def densify(tf: Any, gradient: Any) -> Any:
     if isinstance(gradient, tf.IndexedSlices):
         return tf.math.unsorted_segment_sum(gradient.values, gradient.indices, gradient.dense_shape[0])
     return gradient
+
+
+_CPU, _AUTO = "cpu", "auto"
+_ACCELERATORS = ("gpu", "cuda")
+
+
+@dataclass(slots=True)
+class DevicePlacement:
+    """The device and the strategy under which variables are made and steps are taken."""
+
+    strategy: Any = None
+    device: str = ""
+    """A forced device such as `cpu:0` or `gpu:1`; empty leaves it to the framework."""
+
+    @contextmanager
+    def scope(self, library: KerasLibrary) -> Iterator[None]:
+        """Make variables and run in this place."""
+        with ExitStack() as stack:
+            if self.strategy is None and _num_processes() > 1:
+                self.strategy = _distribution_strategy(library)
+            if self.strategy is not None:
+                stack.enter_context(self.strategy.scope())
+            if self.device:
+                stack.enter_context(_device_scope(library, self.device))
+            yield
+
+    @property
+    def processes(self) -> tuple[int, int]:
+        """Which process this is, of how many."""
+        return (_process_index(), _num_processes()) if self.strategy is not None else (0, 1)
+
+
+def resolve_device(library: KerasLibrary, device: str) -> str:
+    """The device to force for `--device`, empty where the framework takes it anyway; a missing one is refused."""
+    name, _, number = device.strip().lower().partition(":")
+    if name in {"", _AUTO}:
+        return ""
+    if name not in {_CPU, *_ACCELERATORS} or not (number.isdecimal() or not number):
+        raise UsageError(f"Keras has no device {device}", hint="known: auto, cpu, gpu, gpu:1")
+    num_accelerators = _num_accelerators(library)
+    if name == _CPU:
+        return "cpu:0" if num_accelerators else ""
+    if not num_accelerators:
+        raise UsageError(f"{library.backend} finds no GPU here", hint="say --device cpu, or auto")
+    index = int(number or 0)
+    if index >= num_accelerators:
+        raise UsageError(f"{library.backend} finds no {device}: {num_accelerators} GPU here, counted from 0")
+    return f"gpu:{index}" if index else ""
+
+
+def _distribution_strategy(library: KerasLibrary) -> Any:
+    if not library.is_keras2:
+        raise UsageError(
+            "Keras 3 does not train in several processes: its metrics fail in a MultiWorkerMirroredStrategy",
+            hint="unset TF_CONFIG, or save the model with tf_keras",
+        )
+    return library.tensorflow.distribute.MultiWorkerMirroredStrategy()
+
+
+def _num_accelerators(library: KerasLibrary) -> int:
+    if library.is_on_tensorflow:
+        return len(library.tensorflow.config.list_physical_devices("GPU"))
+    if library.backend == "torch":
+        return int(library.torch.cuda.device_count())
+    return sum(device.platform != _CPU for device in library.jax.devices())
+
+
+def _device_scope(library: KerasLibrary, device: str) -> Any:
+    return library.tensorflow.device(f"/{device.upper()}") if library.is_keras2 else library.keras.device(device)
+
+
+def _tf_config() -> dict[str, Any]:
+    """What TF_CONFIG says of the processes that train together."""
+    text = os.environ.get("TF_CONFIG", "")
+    if not text:
+        return {}
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"TF_CONFIG is no JSON: {error}") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _processes() -> list[tuple[str, int]]:
+    cluster = _tf_config().get("cluster") or {}
+    return [(kind, index) for kind in ("chief", "worker") for index in range(len(cluster.get(kind) or []))]
+
+
+def _num_processes() -> int:
+    return max(len(_processes()), 1)
+
+
+def _process_index() -> int:
+    task = _tf_config().get("task") or {}
+    own = (str(task.get("type", "")), int(task.get("index", 0)))
+    return _processes().index(own) if own in _processes() else 0
+
+
+_SEED_RANGE = 1 << 32
+_INT32_SEEDS = 1 << 31
+
+
+class RandomState:
+    """All random generators of a model."""
+
+    def __init__(self, library: KerasLibrary, model: Any) -> None:
+        self._library = library
+        self._model = model
+        self._generators = _generators(library, model)
+        self.needs_retrace = library.is_keras2 and _has_custom_layers(model)
+        """Whether some random operations take a new seed only when they are retraced."""
+
+    def seed(self, number: int) -> None:
+        """Seed all generators from a number."""
+        shared = self._global_generator()
+        with quiet_import():  # it seeds, and for that imports, whatever framework there is
+            self._library.keras.utils.set_random_seed(number % _INT32_SEEDS)
+        for generator in shared:
+            # Keras forgets it when it seeds, but steps that are traced already go on with it.
+            set_global_generator(generator)
+        source = np.random.default_rng(number % _SEED_RANGE)
+        for generator in [*self._generators, *shared]:
+            seed = int(source.integers(1, _INT32_SEEDS))
+            if self._library.is_keras2:
+                generator.reset_from_seed(seed)
+            else:
+                set_value(self._library, generator.state, np.array([seed, 0]))
+
+    def get_state(self) -> list[Array]:
+        """The state of each generator, the global one of Keras 3 last."""
+        return [
+            get_value(self._library, generator.state) for generator in [*self._generators, *self._global_generator()]
+        ]
+
+    def set_state(self, states: list[Array]) -> None:
+        """Restore the states of `get_state`."""
+        num_own = len(self._generators)
+        if len(states) not in ((num_own,) if self._library.is_keras2 else (num_own, num_own + 1)):
+            raise ValueError(f"a model with {num_own} random generators cannot go on from {len(states)} states")
+        shared = self._global_generator()
+        if len(states) > num_own and not shared:
+            shared = [self._library.keras.random.SeedGenerator(1)]
+            set_global_generator(shared[0])
+        # One that there was not yet, when the states were taken, goes on from where it is.
+        for generator, state in zip([*self._generators, *shared], states, strict=False):
+            set_value(self._library, generator.state, state)
+
+    def _global_generator(self) -> list[Any]:
+        """The generator of Keras 3 for layers that have none of their own, once there is one."""
+        if self._library.is_keras2:
+            return []
+        generator = global_generator()
+        return [generator] if generator is not None else []
+
+
+def _generators(library: KerasLibrary, model: Any) -> list[Any]:
+    if library.is_keras2:
+        return [generator for layer in flat_layers(model) for generator in make_stateful(library.tensorflow, layer)]
+    by_id = {id(generator): generator for layer in flat_layers(model) for generator in seed_generators(layer)}
+    return list(by_id.values())
+
+
+_KNOWN_PACKAGES = frozenset({"tf_keras", "tensorflow_model_optimization"})
+"""Whose layers have random generators that can be set, or nothing random."""
+
+
+def _has_custom_layers(model: Any) -> bool:
+    return any(type(layer).__module__.partition(".")[0] not in _KNOWN_PACKAGES for layer in flat_layers(model))

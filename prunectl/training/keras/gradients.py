@@ -17,7 +17,7 @@ from prunectl.formats.base import Array
 from prunectl.training.keras import backend
 from prunectl.training.keras._compat import flat_layers, is_loss_built
 from prunectl.training.keras.backend import KerasLibrary, densify
-from prunectl.training.keras.layer_inputs.recorder import predict
+from prunectl.training.keras.layer_inputs import predict
 from prunectl.training.keras.load import error_line
 
 _HALF_SCALES = (2.0**15, 2.0**10, 2.0**5, 1.0)

@@ -19,8 +19,7 @@ from prunectl.formats.keras.archive import renumber
 from prunectl.formats.scratch import temporary_folder
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions
-from prunectl.training.keras.backend import KerasLibrary, load_keras2, load_keras3
-from prunectl.training.keras.distribution import DevicePlacement
+from prunectl.training.keras.backend import DevicePlacement, KerasLibrary, load_keras2, load_keras3
 from prunectl.training.quiet import ignore_warnings
 from prunectl.training.user_code import call_builder, resolve_builder
 

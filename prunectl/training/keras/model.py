@@ -25,15 +25,12 @@ from prunectl.training.backend import (
 )
 from prunectl.training.checkpoint import load_arrays, save_arrays
 from prunectl.training.data.source import Arrays, Batch, as_tuple
-from prunectl.training.keras import backend, gradients
+from prunectl.training.keras import backend, gradients, outputs
 from prunectl.training.keras._compat import distinct_layers
-from prunectl.training.keras.backend import KerasLibrary
-from prunectl.training.keras.compile import outputs
-from prunectl.training.keras.compile.config import optimizer_variables
-from prunectl.training.keras.distribution import DevicePlacement, resolve_device
-from prunectl.training.keras.layer_inputs.recorder import capture_layer_inputs, preserved_state
+from prunectl.training.keras.backend import DevicePlacement, KerasLibrary, RandomState, resolve_device
+from prunectl.training.keras.compile import optimizer_variables
+from prunectl.training.keras.layer_inputs import capture_layer_inputs, preserved_state
 from prunectl.training.keras.load import LoadedModel, load
-from prunectl.training.keras.random_state import RandomState
 from prunectl.training.keras.train_step import CompiledModel
 from prunectl.training.keras.variable_names import match_variables
 from prunectl.training.quiet import ignore_warnings

@@ -12,15 +12,12 @@ from prunectl.formats.base import Array
 from prunectl.training import user_code
 from prunectl.training.backend import GradientStatistic, TrainOptions
 from prunectl.training.data.source import Arrays, Batch, as_tuple
-from prunectl.training.keras import backend, distillation
+from prunectl.training.keras import backend, losses, outputs
 from prunectl.training.keras._compat import count_train_step, flat_layers
-from prunectl.training.keras.backend import KerasLibrary
-from prunectl.training.keras.compile import outputs
-from prunectl.training.keras.compile.config import compile_model, resolve_compile_config
-from prunectl.training.keras.compile.losses import CrossEntropy
-from prunectl.training.keras.distillation import DistillationConfig
-from prunectl.training.keras.distribution import DevicePlacement
+from prunectl.training.keras.backend import DevicePlacement, KerasLibrary
+from prunectl.training.keras.compile import compile_model, resolve_compile_config
 from prunectl.training.keras.load import LoadedModel, error_line
+from prunectl.training.keras.losses import CrossEntropy, DistillationConfig
 from prunectl.training.monitor import metric_failures
 from prunectl.training.quiet import ignore_warnings
 from prunectl.training.task import DistilledOutput, FinalActivation
@@ -258,8 +255,8 @@ class CompiledModel:
             self._rate.set_scale(scale)
             if teacher_outputs is not None:
                 self._enable_distillation()
-                teacher_targets = {distillation.TEACHER: outputs.pack_targets(self.model, teacher_outputs)}
-                y = teacher_targets if y is None else {distillation.TARGETS: y, **teacher_targets}
+                teacher_targets = {losses.TEACHER: outputs.pack_targets(self.model, teacher_outputs)}
+                y = teacher_targets if y is None else {losses.TARGETS: y, **teacher_targets}
             logs = self._train_batch(x, y)
             restore_frozen(self._library, self._frozen_statistics)
             if self._has_custom_step:
@@ -314,7 +311,7 @@ class CompiledModel:
             )
         means = self._means
         guidance = DistillationConfig(self._library, self._output_losses, means.teacher_share, means.temperature)
-        self._reset_distillation = distillation.install_distillation(self.model, guidance)
+        self._reset_distillation = losses.install_distillation(self.model, guidance)
         self.retrace()
         self._is_distilling = True
 

@@ -19,10 +19,9 @@ from prunectl.pruning.threshold import Mask
 from prunectl.training.backend import LoadOptions, Logs, TrainableModel, TrainOptions
 from prunectl.training.data.source import Arrays, Batch
 from prunectl.training.keras import backend
-from prunectl.training.keras.backend import load_tfmot
+from prunectl.training.keras.backend import RandomState, load_tfmot
 from prunectl.training.keras.load import load
 from prunectl.training.keras.model import KerasTrainable
-from prunectl.training.keras.random_state import RandomState
 from prunectl.training.native_pruning import NativePruning
 from prunectl.training.quiet import ignore_warnings
 from prunectl.training.tfmot.schedules import ScheduleAdapter, to_tfmot_schedule

@@ -18,9 +18,8 @@ from prunectl.formats.keras import layouts
 from prunectl.training import user_code
 from prunectl.training.keras import backend
 from prunectl.training.keras._compat import compile_arguments, flat_layers, is_graph_network, rename
-from prunectl.training.keras.backend import load_keras2, load_tfmot
-from prunectl.training.keras.compile.config import read_training_config
-from prunectl.training.keras.distribution import DevicePlacement
+from prunectl.training.keras.backend import DevicePlacement, load_keras2, load_tfmot
+from prunectl.training.keras.compile import read_training_config
 from prunectl.training.keras.load import LoadedModel, WeightLayout, detect_layout, load
 from prunectl.training.keras.variable_names import match_variables
 from prunectl.training.quiet import ignore_warnings

@@ -10,8 +10,7 @@ import pytest
 
 from prunectl.errors import MissingExtraError, UsageError
 from prunectl.formats import safe_json
-from prunectl.training.keras.backend import KerasLibrary
-from prunectl.training.keras.distribution import DevicePlacement, resolve_device
+from prunectl.training.keras.backend import DevicePlacement, KerasLibrary, resolve_device
 
 
 class Pretended(KerasLibrary):

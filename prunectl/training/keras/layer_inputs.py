@@ -13,11 +13,10 @@ import numpy as np
 from prunectl.formats.base import Array
 from prunectl.training.backend import InputCallback, LayerInput, WeightUse
 from prunectl.training.data.source import Arrays
-from prunectl.training.keras import backend
+from prunectl.training.keras import backend, outputs
 from prunectl.training.keras._compat import distinct_layers, flat_layers, layer_statistics, rnn_inputs, takes_training
-from prunectl.training.keras.backend import KerasLibrary
-from prunectl.training.keras.compile import outputs
-from prunectl.training.keras.layer_inputs.layers import (
+from prunectl.training.keras.backend import KerasLibrary, RandomState
+from prunectl.training.keras.layer_uses import (
     KERNELS,
     LayerHandler,
     LayerUse,
@@ -28,7 +27,6 @@ from prunectl.training.keras.layer_inputs.layers import (
     is_rnn,
     tree_of,
 )
-from prunectl.training.keras.random_state import RandomState
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""The compile configuration: from the options, else from the file, else from the outputs and targets."""
+"""The compile configuration, its optimizer too: from the options, else the file, else the outputs and targets."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,22 +11,21 @@ import h5py
 
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile
-from prunectl.formats.keras.config import part
+from prunectl.formats.keras.config import named, part
 from prunectl.formats.safe_json import parse_object
 from prunectl.formats.tensorflow.graph_def import read_graph, read_keras_metadata
 from prunectl.training import user_code
 from prunectl.training.backend import TrainOptions
 from prunectl.training.data.source import as_tuple
+from prunectl.training.keras import losses, outputs
 from prunectl.training.keras._compat import flat_layers
 from prunectl.training.keras.backend import KerasLibrary
-from prunectl.training.keras.compile import losses, optimizers, outputs
-from prunectl.training.keras.compile.losses import KerasLoss
-from prunectl.training.keras.compile.optimizers import ScheduledOptimizer
-from prunectl.training.keras.compile.outputs import OutputInfo
 from prunectl.training.keras.load import LoadedModel, error_line
+from prunectl.training.keras.losses import KerasLoss
 from prunectl.training.keras.masking import Keras3Masking, OptimizerMasking, TfKerasMasking
+from prunectl.training.keras.outputs import OutputInfo
 from prunectl.training.monitor import Metric, metric_factory
-from prunectl.training.request import DEFAULT_OPTIMIZER
+from prunectl.training.request import DEFAULT_OPTIMIZER, parse_optimizer
 
 _PARTS = ("loss", "metrics", "weighted_metrics", "loss_weights")
 
@@ -192,9 +192,7 @@ def _optimizer(context: _Context) -> ScheduledOptimizer:
     if not means.optimizer and entry:
         try:
             context.loaded.check_trusted(entry)
-            resolved = optimizers.optimizer_from_config(
-                library, entry, context.loaded.objects, lr=means.lr, clip=means.clip
-            )
+            resolved = optimizer_from_config(library, entry, context.loaded.objects, lr=means.lr, clip=means.clip)
         except _UNKNOWN_NAME as error:
             context.notes.append(
                 f"The file's optimizer is not known here ({error_line(error)}): {DEFAULT_OPTIMIZER} it is."
@@ -203,7 +201,7 @@ def _optimizer(context: _Context) -> ScheduledOptimizer:
             if resolved.schedule is not None:
                 context.notes.append("The learning rate follows the schedule of the file, from its beginning.")
             return resolved
-    return optimizers.optimizer_by_name(library, means.optimizer, lr=means.lr, clip=means.clip)
+    return optimizer_by_name(library, means.optimizer, lr=means.lr, clip=means.clip)
 
 
 def _metrics(
@@ -315,3 +313,102 @@ def optimizer_variables(model: Any) -> list[Any]:
     inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     variables = {id(variable): variable for owner in (model.optimizer, inner) for variable in owner.variables}
     return list(variables.values())
+
+
+_NOT_FOR_USERS = frozenset({"Optimizer", "LossScaleOptimizer"})
+_CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
+_BASE_PARAMETERS = (
+    "weight_decay",
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledOptimizer:
+    """An optimizer, and the schedule that the file has its rate follow, if there is one."""
+
+    optimizer: Any
+    schedule: Any = None
+
+
+def optimizer_by_name(library: KerasLibrary, text: str, *, lr: float | None, clip: float | None) -> ScheduledOptimizer:
+    """The optimizer that a user asks for."""
+    spec = parse_optimizer(text)
+    cls, settings = spec.resolve(_optimizer_classes(library), _parameters, "learning_rate")
+    if lr is not None:
+        settings["learning_rate"] = float(lr)
+    return ScheduledOptimizer(spec.construct(cls, **_with_clipping(settings, clip)))
+
+
+def optimizer_from_config(
+    library: KerasLibrary,
+    entry: Mapping[str, Any] | str,
+    objects: Mapping[str, Any],
+    *,
+    lr: float | None,
+    clip: float | None,
+) -> ScheduledOptimizer:
+    """A new optimizer of the kind that a file names; KeyError if that is unknown here."""
+    if isinstance(entry, str):
+        return optimizer_by_name(library, entry, lr=lr, clip=clip)
+    name = named(entry)
+    settings = dict(part(entry, "config"))
+    if "LossScaleOptimizer" in name:
+        # Keras puts one around the optimizer of every model that needs it.
+        inner = settings.get("inner_optimizer")
+        return optimizer_from_config(library, inner if isinstance(inner, dict) else {}, objects, lr=lr, clip=clip)
+    cls = objects.get(name) or _optimizer_classes(library)[name.lower()]
+    settings = _upgrade_settings(library, settings)
+    if lr is not None:
+        settings["learning_rate"] = float(lr)
+    rate, schedule = settings.get("learning_rate"), None
+    if isinstance(rate, library.keras.optimizers.schedules.LearningRateSchedule):
+        settings["learning_rate"], schedule = float(rate(0)), rate
+    parameters = _parameters(cls)
+    optimizer = cls(**{key: value for key, value in _with_clipping(settings, clip).items() if key in parameters})
+    return ScheduledOptimizer(optimizer, schedule)
+
+
+def _upgrade_settings(library: KerasLibrary, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an optimizer, those of older Keras versions under their current names."""
+    rate = settings.pop("lr", settings.get("learning_rate"))
+    decay = settings.pop("decay", 0.0) or 0.0
+    schedules = library.keras.optimizers.schedules
+    if isinstance(rate, dict):
+        rate = schedules.deserialize(rate)
+    elif isinstance(rate, int | float) and decay:
+        rate = schedules.InverseTimeDecay(float(rate), decay_steps=1, decay_rate=float(decay))
+    upgraded = {key: value for key, value in settings.items() if value is not None and key != "learning_rate"}
+    return {**upgraded, "learning_rate": rate} if rate is not None else upgraded
+
+
+def _optimizer_classes(library: KerasLibrary) -> dict[str, Any]:
+    optimizers = library.keras.optimizers
+    members = {name: getattr(optimizers, name) for name in dir(optimizers) if name not in _NOT_FOR_USERS}
+    return {
+        name.lower(): cls
+        for name, cls in members.items()
+        if isinstance(cls, type) and issubclass(cls, optimizers.Optimizer)
+    }
+
+
+def _parameters(cls: Any) -> frozenset[str]:
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    names = {
+        parameter.name
+        for parameter in parameters
+        if parameter.kind in {parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY}
+    }
+    has_kwargs = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return frozenset((names | (set(_BASE_PARAMETERS) if has_kwargs else set())) - {"self", "name", "jit_compile"})
+
+
+def _with_clipping(settings: dict[str, Any], clip: float | None) -> dict[str, Any]:
+    if clip is None:
+        return settings
+    return {**{key: value for key, value in settings.items() if key not in _CLIPS}, "global_clipnorm": float(clip)}

@@ -1,1 +1,0 @@
-"""How a Keras model is compiled: losses, metrics, optimizer."""

@@ -1,1 +1,0 @@
-"""Layer inputs (activations) of Keras models, captured while a model runs."""
