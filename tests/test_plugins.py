@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prunectl.pruning.policies import POLICIES
+from prunectl.pruning.plan import POLICIES
 from prunectl.pruning.schedules import CURVES
 from prunectl.pruning.strategies import STRATEGIES
 from prunectl.reporting.plots import braille_plot, svg_plot

@@ -18,9 +18,8 @@ from prunectl.formats.base import Array, ModelFile, Role, Tensor
 from prunectl.formats.patch import in_storage_order, is_writable
 from prunectl.pruning import engine
 from prunectl.pruning.engine import PrunedTensors, PruningMethod
-from prunectl.pruning.masks import NonFinitePolicy
+from prunectl.pruning.masks import Mask, NonFinitePolicy
 from prunectl.pruning.plan import Plan, Selection
-from prunectl.pruning.threshold import Mask
 from prunectl.training.backend import WeightUse
 
 _NAMES = (("pointwise_kernel", "bias"), ("kernel", "bias"), ("weight", "bias"), ("Weight", "Bias"))

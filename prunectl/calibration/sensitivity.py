@@ -19,9 +19,9 @@ from prunectl.calibration.statistics import Float64Array
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile, Tensor
 from prunectl.formats.selectors import select_names
+from prunectl.pruning.masks import threshold
 from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.strategies import BlockContext, magnitude
-from prunectl.pruning.threshold import threshold
 from prunectl.training.backend import LayerInput, Logs, TrainableModel, TrainOptions
 from prunectl.training.data import adapt
 from prunectl.training.data.source import Batch, as_tuple

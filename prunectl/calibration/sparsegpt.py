@@ -12,7 +12,7 @@ import numpy as np
 
 from prunectl.calibration.statistics import Float64Array
 from prunectl.errors import WorkError
-from prunectl.pruning.threshold import Mask
+from prunectl.pruning.masks import Mask
 
 _MOST_DAMP = 1e3
 

@@ -17,7 +17,7 @@ from prunectl.channels.lengths import DataShapes
 from prunectl.errors import InputError
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safe_json import require
-from prunectl.pruning.threshold import Mask
+from prunectl.pruning.masks import Mask
 from prunectl.training.backend import LoadOptions
 
 

@@ -11,7 +11,7 @@ from prunectl.channels.adapter import GraphAdapter, open_adapter
 from prunectl.channels.labels import FIXED, AxisLabels, AxisRole, LabelArray, LabelTrace
 from prunectl.channels.rules import propagate
 from prunectl.formats.base import ModelFile
-from prunectl.pruning.threshold import Mask
+from prunectl.pruning.masks import Mask
 from prunectl.training.backend import LoadOptions
 
 

@@ -17,8 +17,8 @@ from prunectl.channels.labels import AxisRole
 from prunectl.channels.lengths import DataShapes
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile
-from prunectl.pruning.hashing import fnv1a, splitmix64
 from prunectl.pruning.request import PruneRequest
+from prunectl.pruning.strategies import fnv1a, splitmix64
 from prunectl.training.backend import ModelSignature, TensorSpec
 from prunectl.training.data.source import EpochOrder
 

@@ -25,9 +25,8 @@ from prunectl.formats.registry import require as require_can
 from prunectl.formats.safe_json import read_object
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import Destination
-from prunectl.pruning.manifest import SCHEMA, write_json
 from prunectl.pruning.plan import SkippedTensor
-from prunectl.pruning.request import PruneRequest
+from prunectl.pruning.request import SCHEMA, PruneRequest, write_json
 from prunectl.pruning.strip import stats_for_report
 from prunectl.training.backend import LoadOptions
 

@@ -17,9 +17,8 @@ from prunectl.errors import UsageError
 from prunectl.formats.registry import open_model
 from prunectl.reporting.checks.text import describe, table
 from prunectl.reporting.prune import before_after
-from prunectl.reporting.report import Cell, Column, Report, Section, Table, Unit
+from prunectl.reporting.report import Cell, Column, Report, Section, Table, Unit, survey_json
 from prunectl.reporting.reporter import Reporter
-from prunectl.reporting.serialize import survey_json
 from prunectl.units import count, percent
 
 _COLUMNS = (

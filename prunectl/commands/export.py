@@ -17,8 +17,7 @@ from prunectl.exporting.request import BATCH_SIZE, OPTIONS, SAMPLES, parse_reque
 from prunectl.exporting.routes import suffix_of
 from prunectl.pruning.destination import Destination
 from prunectl.reporting.prune import before_after
-from prunectl.reporting.report import Artifact, Column, Report, Section, Table, Unit
-from prunectl.reporting.serialize import survey_json
+from prunectl.reporting.report import Artifact, Column, Report, Section, Table, Unit, survey_json
 
 _OUTPUTS = (
     Column("output"),

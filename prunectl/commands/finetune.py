@@ -14,8 +14,7 @@ from prunectl.commands.build.command import BuildCommand
 from prunectl.commands.max_drop import finetune_search
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.plan import Scope
-from prunectl.reporting.finetune import finetune_report
-from prunectl.reporting.progress import TrainingProgress
+from prunectl.reporting.finetune import TrainingProgress, finetune_report
 from prunectl.reporting.report import Report
 from prunectl.reporting.reporter import Reporter
 from prunectl.training.finetune import finetune

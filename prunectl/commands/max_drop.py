@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunectl.analysis.patterns import CHANNEL, NMPattern
-from prunectl.commands.prune_modes import PruneMode, build_mode
+from prunectl.commands.prune import PruneMode, build_mode
 from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.registry import by_name, load, open_model
@@ -21,8 +21,8 @@ from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import PruneRequest, parse_pattern
 from prunectl.pruning.strip import stats_for_report
+from prunectl.reporting.finetune import TrainingProgress
 from prunectl.reporting.max_drop import max_drop_report, with_search
-from prunectl.reporting.progress import TrainingProgress
 from prunectl.reporting.report import Report
 from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.sweep import trial_line

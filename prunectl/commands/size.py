@@ -16,9 +16,8 @@ from prunectl.analysis.stats import ModelStats
 from prunectl.commands._command import inspect_each, make_command
 from prunectl.errors import UsageError
 from prunectl.formats.registry import open_model
-from prunectl.reporting.report import Cell, Column, Failure, Report, Table, Unit
+from prunectl.reporting.report import Cell, Column, Failure, Report, Table, Unit, survey_json
 from prunectl.reporting.reporter import Reporter
-from prunectl.reporting.serialize import survey_json
 from prunectl.units import parse_ratio, parse_size
 
 

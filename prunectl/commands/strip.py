@@ -17,8 +17,7 @@ from prunectl.formats.base import StripOptions, StripPart
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.strip import Stripped, strip
 from prunectl.reporting.prune import before_after
-from prunectl.reporting.report import Artifact, Column, Report, Section, Table, Unit
-from prunectl.reporting.serialize import survey_json
+from prunectl.reporting.report import Artifact, Column, Report, Section, Table, Unit, survey_json
 
 _ITEMS = (Column("removed"), Column("part"), Column("bytes", Unit.BYTES))
 _PARTS = (Column("part"), Column("removed", Unit.COUNT), Column("bytes", Unit.BYTES))

@@ -13,7 +13,7 @@ from prunectl.checks.verify import verify as run
 from prunectl.commands._command import make_command, resolve_stdin
 from prunectl.errors import UsageError
 from prunectl.formats.registry import open_model
-from prunectl.pruning import manifest as pruning_manifest
+from prunectl.pruning.request import read_record
 from prunectl.reporting.report import Column, Report, Section, Table, Unit
 from prunectl.reporting.reporter import Reporter
 
@@ -76,7 +76,7 @@ def verify(
     reporter: Reporter = ctx.obj
     if manifest is None and against is None:
         raise UsageError("what is it to be held against?", hint="--manifest FILE, or --against SRC, or both")
-    record = pruning_manifest.read_record(manifest) if manifest is not None else None
+    record = read_record(manifest) if manifest is not None else None
     with resolve_stdin(out) as path:
         source = open_model(against) if against is not None else None
         findings = run(open_model(path), record, source, reporter.progress)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunectl.commands.prune import Prune
-from prunectl.commands.prune_modes import PruneMode, load, target_name
+from prunectl.commands.prune import Prune, PruneMode, load, target_name
 from prunectl.errors import UsageError
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import PruneRequest

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from prunectl.formats.registry import FORMATS
 from prunectl.plugins import installed
-from prunectl.pruning.policies import MIN_SIZE, POLICIES
+from prunectl.pruning.plan import MIN_SIZE, POLICIES
 from prunectl.pruning.schedules import CURVES, line_of
 from prunectl.pruning.strategies import STRATEGIES
 

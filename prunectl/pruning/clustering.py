@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from prunectl.analysis.tensor_io import nonzero_mask
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array
-from prunectl.pruning.hashing import fnv1a, splitmix64
-from prunectl.pruning.threshold import Mask
+from prunectl.pruning.masks import Mask
+from prunectl.pruning.strategies import fnv1a, splitmix64
 
 MAX_CLUSTERS = 1 << 16
 """A code of 16 bits; more values than that are no code book."""

@@ -22,16 +22,19 @@ from prunectl.formats.registry import by_name, load
 from prunectl.formats.workers import check_stopped
 from prunectl.pruning.clustering import Clustering, clustered
 from prunectl.pruning.masks import (
+    Mask,
     NonFinitePolicy,
     Pooling,
+    Source,
+    ThresholdMasker,
     check_pruned_nonfinite,
     lowest_blocks,
     lowest_per_group,
     rank_nonfinite,
+    threshold,
 )
 from prunectl.pruning.plan import Plan, PruneSelection, Selection, SkippedTensor, TensorPlan
 from prunectl.pruning.strategies import BlockContext, Strategy
-from prunectl.pruning.threshold import Mask, Source, ThresholdMasker, threshold
 
 KEPT_BYTES = 256 << 20
 """Scores beyond this lie in a file until they are needed: they may be twice the size of the model."""

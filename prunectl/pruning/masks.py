@@ -1,13 +1,234 @@
-"""Structured masks: N:M and block sparsity, and weights that are not finite."""
+"""Masks from scores: exact selection of the k lowest of n by radix select, N:M groups, blocks.
+
+Radix select takes constant memory, and gives the same on any machine. Scores are non-negative floats, whose order is
+that of their bits read as integers. Each pass over the scores counts sixteen more of these bits into bins, and looks
+closer at the one bin in which the k-th lowest score must lie.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
+from itertools import chain
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prunectl.errors import InputError
-from prunectl.pruning.threshold import Array, Mask
+from prunectl.formats.workers import workers
+
+Array = NDArray[Any]
+Mask = NDArray[np.bool_]
+Source = Callable[[], Iterator[Array]]
+"""Yields the scores of one tensor in order, block by block, each time it is called."""
+
+Result = TypeVar("Result")
+THREADS = 2
+_MANY = 1 << 20
+_DIGIT_BITS = 16
+_BINS = 1 << _DIGIT_BITS
+_SAMPLE_STEP = 64
+_SAMPLE_LEAST = 10_000
+_SAMPLE_ERRORS = 6
+"""How many standard errors of the sample the cut may lie off."""
+_CLOSE_BINS = 32
+"""How many bins of the first pass are looked into at once: a few megabytes of counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """The k-th lowest score: all below its sort key are pruned, and so many of those that equal it."""
+
+    key: int
+    ties: tuple[int, ...]
+    """How many ties are pruned in each source, counted from its beginning."""
+
+    def masker(self, source: int) -> ThresholdMasker:
+        """The masker of one source's scores, block by block in order."""
+        return ThresholdMasker(self.key, self.ties[source])
+
+
+@dataclass(slots=True)
+class ThresholdMasker:
+    """Masks scores below a threshold block by block, counting the ties that are still to be pruned."""
+
+    key: int
+    ties_left: int
+
+    def mask(self, scores: Array) -> Mask:
+        """Mask of the scores of the next block that are pruned."""
+        keys = sort_keys(scores)
+        dropped: Mask = keys < self.key
+        if self.ties_left:
+            tied = np.flatnonzero(keys == self.key)[: self.ties_left]
+            dropped.reshape(-1)[tied] = True
+            self.ties_left -= len(tied)
+        return dropped
+
+
+def sort_keys(scores: Array) -> Array:
+    """Sort keys: the bits of non-negative floats as integers of the same order; minus zero is zero."""
+    contiguous = np.ascontiguousarray(scores)
+    if contiguous.dtype.itemsize == 8:
+        return np.asarray(contiguous.view(np.uint64) & np.uint64(0x7FFFFFFFFFFFFFFF))
+    return np.asarray(contiguous.view(np.uint32) & np.uint32(0x7FFFFFFF))
+
+
+def threshold(sources: Sequence[Source], drop: int, size: int) -> Threshold:
+    """The threshold that prunes exactly so many of all scores, ties in the order of the sources."""
+    if drop == 0:
+        return Threshold(0, (0,) * len(sources))
+    select = sorted_select if size < _SAMPLE_LEAST * _SAMPLE_STEP else sampled_select
+    key, below, equal = select(sources, drop) or radix_select(sources, drop)
+    return Threshold(key, _split_ties(sources, key, drop - below, equal))
+
+
+def sorted_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int] | None:
+    """As `radix_select`, by sorting, which is faster where the scores are too few to be sampled."""
+    keys = np.concatenate(
+        [sort_keys(block).reshape(-1) for block in chain.from_iterable(source() for source in sources)]
+    )
+    if keys.size < drop:
+        return None
+    key = np.partition(keys, drop - 1)[drop - 1]
+    return int(key), int(np.count_nonzero(keys < key)), int(np.count_nonzero(keys == key))
+
+
+def sampled_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int] | None:
+    """As `radix_select`, within a bracket estimated from a sample; None where the bracket misses.
+
+    Comparing a block with two numbers is ten times as fast as counting it into bins.
+    """
+    guess = _bracket_from_sample(sources, drop)
+    if guess is None:
+        return None
+    first, last = guess
+    low, high = np.uint32(first << _DIGIT_BITS), np.uint32((last << _DIGIT_BITS) + _BINS - 1)
+    below, counts = 0, np.zeros((last - first + 1) * _BINS, np.int64)
+    with closing(_map_parallel(partial(_count_between, low=low, high=high), sources)) as counted:
+        for counted_part in counted:
+            below, counts = below + counted_part[0], counts + counted_part[1].counts()
+    rising = np.cumsum(counts)
+    if not below < drop <= below + int(rising[-1]):
+        return None
+    index = int(np.searchsorted(rising, drop - below))
+    return int(low) + index, below + int(rising[index] - counts[index]), int(counts[index])
+
+
+def _count_between(source: Source, low: np.uint32, high: np.uint32) -> tuple[int, LazyHistogram]:
+    """How many keys of a source are below two numbers, and how far those between them lie above the first."""
+    below, between = 0, LazyHistogram(int(high) - int(low) + 1)
+    for block in source():
+        keys = sort_keys(block).reshape(-1)
+        below += int(np.count_nonzero(keys < low))
+        between.add(keys[np.flatnonzero((keys >= low) & (keys <= high))] - low)
+    return below, between
+
+
+def _sample(source: Source) -> tuple[int, LazyHistogram | None]:
+    """How many scores a source has, and the upper bits of some; none if they are wider than 32 bits."""
+    size, digits = 0, LazyHistogram(_BINS)
+    for block in source():
+        if block.dtype.itemsize != np.dtype(np.float32).itemsize:
+            return 0, None
+        keys = sort_keys(np.ascontiguousarray(block.reshape(-1)[::_SAMPLE_STEP]))
+        digits.add(keys >> np.uint32(_DIGIT_BITS))
+        size += block.size
+    return size, digits
+
+
+class LazyHistogram:
+    """A histogram of small integers that batches them until it pays to count."""
+
+    def __init__(self, length: int) -> None:
+        self._counts = np.zeros(length, np.int64)
+        self._waiting: list[Array] = []
+        self._waiting_size = 0
+
+    def add(self, numbers: Array) -> None:
+        """Add numbers, counted now or later."""
+        self._waiting.append(numbers)
+        self._waiting_size += numbers.size
+        if self._waiting_size > _MANY:
+            self.counts()
+
+    def counts(self) -> NDArray[np.int64]:
+        """The counts of all numbers added."""
+        if self._waiting_size:
+            numbers = np.concatenate(self._waiting).astype(np.intp)
+            self._counts += np.bincount(numbers, minlength=len(self._counts))
+            self._waiting, self._waiting_size = [], 0
+        return self._counts
+
+
+def _map_parallel(work: Callable[[Source], Result], sources: Sequence[Source]) -> Generator[Result]:
+    """Yield the results of a function on each source, two at a time."""
+    with workers(THREADS) as pool:
+        yield from pool.map(work, sources)
+
+
+def _bracket_from_sample(sources: Sequence[Source], drop: int) -> tuple[int, int] | None:
+    """First and last bin of the upper bits between which the threshold lies by a sample, or None."""
+    counts = np.zeros(_BINS, np.int64)
+    total = 0
+    with closing(_map_parallel(_sample, sources)) as sampled_each:
+        for size, digits in sampled_each:
+            if digits is None:
+                return None
+            counts += digits.counts()
+            total += size
+    sampled = int(counts.sum())
+    if sampled < _SAMPLE_LEAST:
+        return None
+    share = drop / total
+    error = _SAMPLE_ERRORS * math.sqrt(share * (1 - share) / sampled) * sampled + 1
+    rising = np.cumsum(counts)
+    first = int(np.searchsorted(rising, max(share * sampled - error, 0)))
+    last = min(int(np.searchsorted(rising, share * sampled + error)), _BINS - 1)
+    return (first, last) if last - first < _CLOSE_BINS else None
+
+
+def radix_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int]:
+    """The key of the k-th lowest score, how many are below it, and how many equal it, sixteen bits a pass."""
+    prefix, below, equal, shift = 0, 0, 0, None
+    while shift is None or shift > 0:
+        counts = np.zeros(_BINS, np.int64)
+        for source in sources:
+            for block in source():
+                keys = sort_keys(block).reshape(-1)
+                bits = keys.dtype.itemsize * 8
+                low = (bits if shift is None else shift) - _DIGIT_BITS
+                if shift is not None:
+                    keys = keys[keys >> keys.dtype.type(shift) == prefix]
+                digits = (keys >> keys.dtype.type(low)) & keys.dtype.type(_BINS - 1)
+                counts += np.bincount(digits.astype(np.intp), minlength=_BINS)
+        rising = np.cumsum(counts)
+        digit = int(np.searchsorted(rising, drop - below))
+        if digit == _BINS:
+            raise ValueError(f"there are fewer than {drop} scores")
+        below += int(rising[digit] - counts[digit])
+        equal = int(counts[digit])
+        prefix = prefix << _DIGIT_BITS | digit
+        shift = low
+    return prefix, below, equal
+
+
+def _split_ties(sources: Sequence[Source], key: int, ties: int, equal: int) -> tuple[int, ...]:
+    """Ties to prune in each source, the first sources first."""
+    if len(sources) == 1 or ties == equal:
+        return (ties,) * len(sources)
+    shares = []
+    for source in sources:
+        tied = sum(int(np.count_nonzero(sort_keys(block) == key)) for block in source()) if ties else 0
+        shares.append(min(tied, ties))
+        ties -= shares[-1]
+    return tuple(shares)
+
 
 _FEW = 16
 

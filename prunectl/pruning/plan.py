@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,63 +11,12 @@ from enum import StrEnum
 from prunectl.analysis.patterns import BlockPattern, NMPattern
 from prunectl.analysis.stats import find_tied_tensors
 from prunectl.errors import UsageError
-from prunectl.formats.base import ModelFile, Tensor
+from prunectl.formats.base import PRUNABLE, QUANTISED, ModelFile, Role, Tensor
 from prunectl.formats.patch import is_writable
 from prunectl.formats.selectors import select_names
-from prunectl.pruning.hashing import fnv1a, splitmix64
-from prunectl.pruning.policies import Policy, non_float_reason
 
 Allocation = Callable[[Sequence[Tensor], int], Sequence[int]]
 """From the tensors and the number of weights to prune in all to the number in each."""
-
-BIASES = ("late", "early", "uniform")
-_BIAS_ODDS = (0.3, 0.6)
-"""Up to the first of these numbers late layers lose most, up to the second early ones."""
-
-
-def proportional_counts(sizes: Sequence[int], rates: Sequence[float], total: int) -> list[int]:
-    """Counts proportional to size times rate, capped at the size, that sum to the total (largest remainders)."""
-    saturated: set[int] = set()
-    while True:
-        rest = [index for index in range(len(sizes)) if index not in saturated]
-        left = total - sum(sizes[index] for index in saturated)
-        mass = sum(sizes[index] * rates[index] for index in rest)
-        above = {index for index in rest if rates[index] * left > mass}
-        if not above:
-            break
-        saturated |= above
-    ideal = {index: sizes[index] * rates[index] * left / mass for index in rest} if left else dict.fromkeys(rest, 0.0)
-    counts = [sizes[index] if index in saturated else int(ideal[index]) for index in range(len(sizes))]
-    # What rounding down left over goes to the largest remainders.
-    for index in sorted(rest, key=lambda index: (int(ideal[index]) - ideal[index], index))[: total - sum(counts)]:
-        counts[index] += 1
-    return counts
-
-
-def erk(tensors: Sequence[Tensor], drop: int) -> Sequence[int]:
-    """Counts by Erdos-Renyi-Kernel (RigL, Evci et al. 2020): density goes with a shape's sum over its product."""
-    sizes = [tensor.size for tensor in tensors]
-    densities = [(sum(tensor.shape) or 1) / tensor.size for tensor in tensors]
-    kept = proportional_counts(sizes, densities, sum(sizes) - drop)
-    return [size - keep for size, keep in zip(sizes, kept, strict=True)]
-
-
-def depth_biased(tensors: Sequence[Tensor], drop: int, *, seed: int, bias: str = "") -> Sequence[int]:
-    """Counts that rise or fall evenly from the first layer to the last, or that are the same share of each."""
-    layers = list(dict.fromkeys(tensor.layer for tensor in tensors))
-    depths = [layers.index(tensor.layer) for tensor in tensors]
-    rates = {
-        "late": [1.0 + depth for depth in depths],
-        "early": [float(len(layers) - depth) for depth in depths],
-        "uniform": [1.0] * len(depths),
-    }[bias or sample_depth_bias(seed)]
-    return proportional_counts([tensor.size for tensor in tensors], rates, drop)
-
-
-def sample_depth_bias(seed: int) -> str:
-    """The bias drawn by a seed: late or early with odds of 30 % each, else uniform."""
-    number = float(splitmix64(fnv1a(f"{seed}/bias")) >> 11) / (1 << 53)
-    return BIASES[sum(number >= odds for odds in _BIAS_ODDS)]
 
 
 class Scope(StrEnum):
@@ -230,3 +180,104 @@ def _obstacle(tensor: Tensor, criteria: PruneSelection, *, can_reencode: bool) -
         covers = tensor.start == 0 and tensor.nbytes == tensor.storage.nbytes
         return "" if can_reencode and covers else "stored in a way that cannot be changed in place"
     return "" if is_writable(tensor) else "a view with gaps or repeats"
+
+
+MIN_SIZE = "min-size:"
+UNKNOWN = "not known to be a kernel"
+"""Why a tensor is left alone whose name and use do not tell what it is for."""
+_ROLE_REASONS = {
+    Role.EMBEDDING: "an embedding",
+    Role.OPTIMIZER: "optimizer state",
+    Role.OTHER: UNKNOWN,
+}
+Verdict = str
+"""Reason to skip a tensor; empty if it may be pruned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A rule that selects tensors."""
+
+    name: str
+    skip_reason: Callable[[ModelFile], Callable[[Tensor], Verdict]]
+    summary: str
+    """What it does, in a line."""
+
+
+def _among_kernels(reason: Callable[[Tensor], Verdict]) -> Callable[[Tensor], Verdict]:
+    """Why a tensor is skipped that is no kernel; of kernels the reason given."""
+    return lambda tensor: reason(tensor) if tensor.is_prunable else _ineligible(tensor)
+
+
+def _default(_: ModelFile) -> Callable[[Tensor], Verdict]:
+    return _among_kernels(lambda _: "")
+
+
+def _all(_: ModelFile) -> Callable[[Tensor], Verdict]:
+    dead = {Role.MASK, Role.SCHEDULE, Role.OPTIMIZER}
+    return lambda tensor: _ineligible(tensor) if tensor.role in dead else ""
+
+
+def _skip_first_last(model: ModelFile) -> Callable[[Tensor], Verdict]:
+    layers = _prunable_layers(model)
+    return _all_except(dict.fromkeys(layers[:1], "the first layer") | dict.fromkeys(layers[-1:], "the last layer"))
+
+
+def _skip_classifier(model: ModelFile) -> Callable[[Tensor], Verdict]:
+    return _all_except(dict.fromkeys(_prunable_layers(model)[-1:], "the classifier"))
+
+
+def _xnnpack(model: ModelFile) -> Callable[[Tensor], Verdict]:
+    # Loaded for this policy alone, as it reads configurations of Keras.
+    importlib.import_module("prunectl.pruning.xnnpack").check_sparse_inference(model)
+    return _among_kernels(lambda tensor: "" if is_pointwise(tensor) else "no 1x1 convolution")
+
+
+def is_pointwise(tensor: Tensor) -> bool:
+    """Whether it is the kernel of a convolution whose window is a single pixel."""
+    axes = {tensor.out_axis, tensor.reduction_axis}
+    window = [size for axis, size in enumerate(tensor.shape) if axis not in axes]
+    return len(tensor.shape) == 4 and None not in axes and all(size == 1 for size in window)
+
+
+def min_size(spec: str) -> Policy:
+    """The policy that `min-size:N` means."""
+    text = spec.removeprefix(MIN_SIZE)
+    if not (text.isascii() and text.isdecimal()):
+        raise UsageError(f"{spec!r} is no policy", hint=f"write {MIN_SIZE}1000: smaller tensors are left alone")
+    least = int(text)
+    skip_reason = _among_kernels(lambda tensor: f"fewer than {least:,} weights" if tensor.size < least else "")
+    return Policy(spec, lambda _: skip_reason, f"kernels of {least:,} weights and more")
+
+
+def _all_except(left_out: dict[str, str]) -> Callable[[Tensor], Verdict]:
+    return _among_kernels(lambda tensor: left_out.get(tensor.layer, ""))
+
+
+def _prunable_layers(model: ModelFile) -> Sequence[str]:
+    return list(dict.fromkeys(tensor.layer for tensor in model.tensors if tensor.is_prunable))
+
+
+def non_float_reason(tensor: Tensor) -> Verdict:
+    """Why a tensor that is not floating-point cannot be pruned; empty for floats."""
+    name = tensor.dtype.name
+    if tensor.is_float:
+        return ""
+    return f"quantised to {name}: prune it before" if name in QUANTISED else f"numbers of type {name}"
+
+
+def _ineligible(tensor: Tensor) -> Verdict:
+    """Why a tensor is not among those that are pruned by default."""
+    role = tensor.role
+    if role in PRUNABLE:
+        return non_float_reason(tensor) or "a kernel with a single axis"
+    return _ROLE_REASONS.get(role, f"a {role}")
+
+
+POLICIES = (
+    Policy("default", _default, "kernels; not biases, norms, embeddings"),
+    Policy("all", _all, "every tensor of floating-point numbers"),
+    Policy("skip-first-last", _skip_first_last, "kernels, but those of the first and the last layer"),
+    Policy("skip-classifier", _skip_classifier, "kernels, but those of the last layer"),
+    Policy("xnnpack", _xnnpack, "kernels of 1x1 convolutions, which XNNPACK runs faster when they are sparse"),
+)

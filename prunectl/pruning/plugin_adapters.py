@@ -14,7 +14,7 @@ import numpy as np
 
 from prunectl.errors import PrunectlError, UsageError, WorkError
 from prunectl.formats.base import ModelFile, Tensor
-from prunectl.pruning.policies import Policy
+from prunectl.pruning.plan import Policy
 from prunectl.pruning.strategies import Array, BlockContext, Strategy
 
 if TYPE_CHECKING:

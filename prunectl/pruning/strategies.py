@@ -1,17 +1,16 @@
-"""Strategies: functions from weights to importance scores; the lowest are pruned."""
+"""Strategies: importance scores of weights, the lowest of which are pruned, and how much of each layer that takes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prunectl.pruning.hashing import fnv1a, splitmix64
-from prunectl.pruning.plan import BIASES, depth_biased
+from prunectl.formats.base import Tensor
 
 Array = NDArray[Any]
 
@@ -94,6 +93,56 @@ def _needs_data(_: Array, context: BlockContext) -> Array:
     raise ValueError(f"{context.name} is scored by what nobody has looked at")
 
 
+BIASES = ("late", "early", "uniform")
+_BIAS_ODDS = (0.3, 0.6)
+"""Up to the first of these numbers late layers lose most, up to the second early ones."""
+
+
+def proportional_counts(sizes: Sequence[int], rates: Sequence[float], total: int) -> list[int]:
+    """Counts proportional to size times rate, capped at the size, that sum to the total (largest remainders)."""
+    saturated: set[int] = set()
+    while True:
+        rest = [index for index in range(len(sizes)) if index not in saturated]
+        left = total - sum(sizes[index] for index in saturated)
+        mass = sum(sizes[index] * rates[index] for index in rest)
+        above = {index for index in rest if rates[index] * left > mass}
+        if not above:
+            break
+        saturated |= above
+    ideal = {index: sizes[index] * rates[index] * left / mass for index in rest} if left else dict.fromkeys(rest, 0.0)
+    counts = [sizes[index] if index in saturated else int(ideal[index]) for index in range(len(sizes))]
+    # What rounding down left over goes to the largest remainders.
+    for index in sorted(rest, key=lambda index: (int(ideal[index]) - ideal[index], index))[: total - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
+def erk(tensors: Sequence[Tensor], drop: int) -> Sequence[int]:
+    """Counts by Erdos-Renyi-Kernel (RigL, Evci et al. 2020): density goes with a shape's sum over its product."""
+    sizes = [tensor.size for tensor in tensors]
+    densities = [(sum(tensor.shape) or 1) / tensor.size for tensor in tensors]
+    kept = proportional_counts(sizes, densities, sum(sizes) - drop)
+    return [size - keep for size, keep in zip(sizes, kept, strict=True)]
+
+
+def depth_biased(tensors: Sequence[Tensor], drop: int, *, seed: int, bias: str = "") -> Sequence[int]:
+    """Counts that rise or fall evenly from the first layer to the last, or that are the same share of each."""
+    layers = list(dict.fromkeys(tensor.layer for tensor in tensors))
+    depths = [layers.index(tensor.layer) for tensor in tensors]
+    rates = {
+        "late": [1.0 + depth for depth in depths],
+        "early": [float(len(layers) - depth) for depth in depths],
+        "uniform": [1.0] * len(depths),
+    }[bias or sample_depth_bias(seed)]
+    return proportional_counts([tensor.size for tensor in tensors], rates, drop)
+
+
+def sample_depth_bias(seed: int) -> str:
+    """The bias drawn by a seed: late or early with odds of 30 % each, else uniform."""
+    number = float(splitmix64(fnv1a(f"{seed}/bias")) >> 11) / (1 << 53)
+    return BIASES[sum(number >= odds for odds in _BIAS_ODDS)]
+
+
 STRATEGIES = (
     Strategy("magnitude", magnitude, "the smallest absolute values"),
     Strategy("random", random, "any, decided by the seed"),
@@ -136,3 +185,26 @@ STRATEGIES = (
         "movement", _needs_data, "those that finetune moves towards zero (Sanh et al. 2020)", needs=Requires.TRAINING
     ),
 )
+
+
+@overload
+def splitmix64(numbers: int) -> int: ...
+@overload
+def splitmix64(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
+def splitmix64(numbers: int | NDArray[np.uint64]) -> int | NDArray[np.uint64]:
+    """The splitmix64 finaliser of each number (Steele, Lea and Flood 2014)."""
+    if isinstance(numbers, int):
+        return int(splitmix64(np.array([numbers], np.uint64))[0])
+    with np.errstate(over="ignore"):
+        bits = numbers * np.uint64(0x9E3779B97F4A7C15)
+        bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def fnv1a(text: str) -> int:
+    """The FNV-1a hash of a text, in 62 bits to leave room for indices."""
+    digest = 0xCBF29CE484222325
+    for byte in text.encode():
+        digest = (digest ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+    return digest >> 2

@@ -9,8 +9,7 @@ from prunectl.analysis.stats import ModelStats
 from prunectl.channels.config import ChannelConfig
 from prunectl.channels.prune import ChannelPruneResult
 from prunectl.channels.verify import Verification
-from prunectl.reporting.report import Artifact, Cell, Column, Report, Section, Table, Unit
-from prunectl.reporting.serialize import survey_json
+from prunectl.reporting.report import Artifact, Cell, Column, Report, Section, Table, Unit, survey_json
 from prunectl.units import count, percent
 
 _CUTS = (

@@ -10,8 +10,7 @@ from prunectl.analysis.stats import Histogram, ModelStats, TensorStats, totals
 from prunectl.errors import abbreviated
 from prunectl.formats.base import QUANTISED
 from prunectl.formats.registry import by_name
-from prunectl.reporting.report import Cell, Column, Failure, Report, Row, Section, Table, Unit
-from prunectl.reporting.serialize import survey_json
+from prunectl.reporting.report import Cell, Column, Failure, Report, Row, Section, Table, Unit, survey_json
 from prunectl.units import count, percent
 
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ from typing import Any
 from prunectl.analysis.patterns import CHANNEL
 from prunectl.analysis.stats import ModelStats
 from prunectl.reporting.prune import before_after
-from prunectl.reporting.report import Artifact, Cell, Column, Report, Section, Table, Unit
-from prunectl.reporting.serialize import survey_json
+from prunectl.reporting.report import Artifact, Cell, Column, Report, Section, Table, Unit, survey_json
 from prunectl.sweeping.bisection import amount, drop, finite
 from prunectl.sweeping.max_drop import SearchResult
 from prunectl.sweeping.trial import Trial

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING
 
 from prunectl.analysis.inspect import averaged_copies_hint
 from prunectl.analysis.stats import ModelStats
-from prunectl.pruning.plan import sample_depth_bias
-from prunectl.pruning.policies import UNKNOWN
+from prunectl.pruning.plan import UNKNOWN
 from prunectl.pruning.prune import Pruned
-from prunectl.pruning.schedules import SparsitySchedule
-from prunectl.reporting.report import Artifact, Cell, Column, Report, Row, Section, Table, Unit
-from prunectl.reporting.serialize import survey_json
+from prunectl.pruning.strategies import sample_depth_bias
+from prunectl.reporting.report import Artifact, Cell, Column, Report, Row, Section, Table, Unit, survey_json
 from prunectl.units import count, percent
 
 if TYPE_CHECKING:
+    from prunectl.pruning.schedules import SparsitySchedule
     from prunectl.training.wrap.prune import WrapResult
 
 _COMPARED = (

@@ -17,10 +17,19 @@ from typer import Abort, TyperException
 
 from prunectl.analysis.sizes import gate_sentence
 from prunectl.errors import PrunectlError, UsageError, translate
-from prunectl.reporting import serialize, terminal
-from prunectl.reporting.progress import ProgressBars
-from prunectl.reporting.report import Artifact, Layout, Report, Settings
-from prunectl.reporting.terminal import escape_unencodable, make_console
+from prunectl.reporting import terminal
+from prunectl.reporting.report import (
+    Artifact,
+    Layout,
+    Report,
+    Settings,
+    comma_separated,
+    failure_json,
+    markdown,
+    report_json,
+    tab_separated,
+)
+from prunectl.reporting.terminal import ProgressBars, escape_unencodable, make_console
 from prunectl.units import nbytes, printable
 
 _BEGAN = time.time()
@@ -65,7 +74,7 @@ class Reporter:
         if self.settings.is_quiet and layout is not Layout.JSON:
             report = _without_notes(report)
         if layout is Layout.JSON:
-            sys.stdout.write(serialize.report_json(report, self.command))
+            sys.stdout.write(report_json(report, self.command))
             return report.exit_code
         if self.settings.is_quiet and report.quiet_lines is not None:
             sys.stdout.writelines(f"{line}\n" for line in report.quiet_lines)
@@ -133,11 +142,11 @@ def print_error(error: PrunectlError) -> None:
 
 def _as_rows(report: Report, layout: Layout, settings: Settings) -> str:
     if layout is Layout.CSV:
-        return serialize.comma_separated(report.table)
+        return comma_separated(report.table)
     if layout is Layout.MARKDOWN:
-        return serialize.markdown(report.table, settings.units)
+        return markdown(report.table, settings.units)
     drawings = (line for section in report.sections if section.drawing for line in (section.title, *section.drawing))
-    return serialize.plain(report.table) + "".join(f"{line}\n" for line in drawings)
+    return tab_separated(report.table) + "".join(f"{line}\n" for line in drawings)
 
 
 CANCELLED, BUG = 130, 70
@@ -159,7 +168,7 @@ def report_error(error: Exception, arguments: list[str]) -> int:
         traceback.print_exception(error)
     if wants_json(arguments):
         command = next((argument for argument in arguments if not argument.startswith("-")), "")
-        sys.stdout.write(serialize.failure_json(reported, command))
+        sys.stdout.write(failure_json(reported, command))
         sys.stdout.flush()
     else:
         print_error(reported)

@@ -20,8 +20,8 @@ from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.selectors import select_names
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import Destination
+from prunectl.pruning.masks import Mask
 from prunectl.pruning.strip import stats_for_report
-from prunectl.pruning.threshold import Mask
 from prunectl.training import user_code
 from prunectl.training.backend import Logs, ModelSignature, TrainableModel
 from prunectl.training.checkpoint import CheckpointManager

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from prunectl.analysis.patterns import BlockPattern, NMPattern
-from prunectl.pruning.masks import Pooling
+from prunectl.pruning.masks import Mask, Pooling
 from prunectl.pruning.plan import Scope, Selection
 from prunectl.pruning.schedules import Schedule, SparsitySchedule
-from prunectl.pruning.threshold import Mask
 from prunectl.training.backend import GradientStatistic, TrainableModel
 from prunectl.training.course import TrainConfig
 from prunectl.training.mask_schedule import MaskScheduler, PruningConfig

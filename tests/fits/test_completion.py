@@ -15,7 +15,7 @@ from prunectl.analysis import patterns
 from prunectl.commands.app import COMMANDS
 from prunectl.commands.completion import PATTERNS
 from prunectl.exporting.routes import TARGETS
-from prunectl.pruning.policies import POLICIES
+from prunectl.pruning.plan import POLICIES
 from prunectl.pruning.request import PruneRequest, parse_pattern
 from prunectl.pruning.schedules import CURVES
 from prunectl.pruning.strategies import STRATEGIES

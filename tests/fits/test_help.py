@@ -21,7 +21,7 @@ from prunectl.commands.help.table import TOPICS, WIDTH, topic_lines
 from prunectl.commands.help.topics import KEYS, MEANINGS
 from prunectl.exporting.routes import TARGETS
 from prunectl.formats.registry import FORMATS
-from prunectl.pruning.policies import POLICIES
+from prunectl.pruning.plan import POLICIES
 from prunectl.pruning.schedules import CURVES
 from prunectl.pruning.strategies import STRATEGIES
 from prunectl.reporting.checks.ci import REPORT_FORMATS as REPORTS

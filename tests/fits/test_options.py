@@ -157,7 +157,7 @@ def test_every_option_reaches_a_field_of_its_request_or_the_code_of_its_command(
     ctx, module = context(command), importlib.import_module(COMMANDS[command][0])
     read = {
         node.attr
-        for name in ("_requests", "build/command", "prune_modes", "max_drop", "wrap_options", command)
+        for name in ("_requests", "build/command", "max_drop", "wrap_options", command)
         for node in ast.walk(ast.parse((ROOT / f"prunectl/commands/{name}.py").read_bytes()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in {"self", "options"}
     }

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from prunectl.pruning.threshold import Source, radix_select, sorted_select, threshold
+from prunectl.pruning.masks import Source, radix_select, sorted_select, threshold
 
 
 def in_blocks(scores: NDArray[np.floating], size: int) -> Source:

@@ -12,8 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prunectl.formats.base import Role, Storage, Tensor
-from prunectl.pruning.plan import BIASES, depth_biased, erk, proportional_counts, sample_depth_bias
-from prunectl.pruning.strategies import BlockContext, lamp, random
+from prunectl.pruning.strategies import (
+    BIASES,
+    BlockContext,
+    depth_biased,
+    erk,
+    lamp,
+    proportional_counts,
+    random,
+    sample_depth_bias,
+)
 from tests.contract import Array
 from tests.pruning import reference
 from tests.pruning.reference import arrays, prune

@@ -22,8 +22,8 @@ from prunectl.commands.build.stamp import Stamp
 from prunectl.errors import PrunectlError, UsageError, attempt
 from prunectl.formats import atomic
 from prunectl.formats.registry import open_model
-from prunectl.pruning import manifest
 from prunectl.pruning.destination import code_beside
+from prunectl.pruning.request import check_manifest
 from prunectl.reporting.report import Artifact, Report, Table
 from prunectl.reporting.reporter import Reporter
 
@@ -79,7 +79,7 @@ class BuildCommand(BaseCommand):
 def _check_manifest(options: OutputOptions) -> None:
     if options.manifest is not None and not options.dry_run:
         models = [Path(name) for name in (options.model, options.output) if name]
-        manifest.check(options.manifest, models, is_forced=options.force)
+        check_manifest(options.manifest, models, is_forced=options.force)
 
 
 def _up_to_date(output: Path, notes: tuple[str, ...]) -> Report:

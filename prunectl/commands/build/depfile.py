@@ -23,7 +23,7 @@ from prunectl.errors import UsageError
 from prunectl.formats import atomic
 from prunectl.formats.registry import open_model
 from prunectl.plugins import group
-from prunectl.pruning import manifest
+from prunectl.pruning.request import read_manifest
 
 _EQUALS = "prunectl_equals"
 _HEAD = f"{_EQUALS} := =\n"
@@ -162,7 +162,7 @@ def _data() -> ModuleType:
 
 def options_of_recipe(recipe: Path, *, is_trusted: bool) -> dict[str, Any]:
     """The options in a recipe, which may name files of their own."""
-    request = asdict(manifest.read(recipe, is_trusted=is_trusted))
+    request = asdict(read_manifest(recipe, is_trusted=is_trusted))
     # What a recipe calls model builds one; MODEL is the file.
     return {"build": request.pop("model"), **request}
 

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 
 from prunectl.checks.rules import Finding, Findings
 from prunectl.checks.schema import MetricUnit
-from prunectl.reporting import serialize
-from prunectl.reporting.report import Cell, Column, Failure, Report, Section, Table
+from prunectl.reporting.report import Cell, Column, Failure, Report, Section, Table, report_json, tab_separated
 from prunectl.units import Units, count, nbytes, percent, printable
 
 
@@ -137,7 +136,7 @@ def human(findings: Findings) -> str:
 
 def plain(findings: Findings) -> str:
     """Tab-separated rows with raw numbers: verdict, gate, model, tensor, actual, limit, unit, budget."""
-    return serialize.plain(rows(findings.findings))
+    return tab_separated(rows(findings.findings))
 
 
 _COMMAND = "check"
@@ -145,7 +144,7 @@ _COMMAND = "check"
 
 def as_json(findings: Findings) -> str:
     """The findings as the JSON of `check --json`."""
-    return serialize.report_json(check_report(findings, has_gates=True), _COMMAND)
+    return report_json(check_report(findings, has_gates=True), _COMMAND)
 
 
 def as_html(findings: Findings) -> str:

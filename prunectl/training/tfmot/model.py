@@ -14,8 +14,8 @@ import numpy as np
 from prunectl.analysis.patterns import BlockPattern, NMPattern
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safe_json import require
+from prunectl.pruning.masks import Mask
 from prunectl.pruning.schedules import Schedule
-from prunectl.pruning.threshold import Mask
 from prunectl.training.backend import LoadOptions, Logs, TrainableModel, TrainOptions
 from prunectl.training.data.source import Arrays, Batch
 from prunectl.training.keras import backend

@@ -16,12 +16,12 @@ from prunectl.formats.scratch import temporary_folder
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.engine import TensorCounts
+from prunectl.pruning.masks import Mask
 from prunectl.pruning.plan import TensorPlan
 from prunectl.pruning.prune import Pruned, prune
 from prunectl.pruning.request import PruneRequest, parse_pattern
 from prunectl.pruning.schedules import Schedule, SparsitySchedule
 from prunectl.pruning.strip import stats_for_report
-from prunectl.pruning.threshold import Mask
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions
 from prunectl.training.keras.compile import read_training_config

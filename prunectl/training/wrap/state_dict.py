@@ -35,7 +35,7 @@ from prunectl.formats.torch.pickle.ir import IRNode
 from prunectl.formats.torch.strip import containers
 from prunectl.formats.torch.strip.masks import StateDict, TensorData, iter_nested_dicts
 from prunectl.formats.zip_read import open_archive
-from prunectl.pruning.threshold import Mask
+from prunectl.pruning.masks import Mask
 from prunectl.training.wrap.wrappers import WrapperSpec
 
 ORIGINAL, MASK = "_orig", "_mask"

@@ -29,10 +29,9 @@ from prunectl.formats.keras.flops.shapes import untuple
 from prunectl.formats.registry import by_name, open_model
 from prunectl.formats.scratch import temporary_folder
 from prunectl.pruning.destination import Destination
-from prunectl.pruning.masks import Pooling
+from prunectl.pruning.masks import Mask, Pooling
 from prunectl.pruning.schedules import Schedule
 from prunectl.pruning.strip import strip
-from prunectl.pruning.threshold import Mask
 from prunectl.training.backend import LoadOptions
 from prunectl.training.mask_schedule import MaskScheduler
 from prunectl.training.request import FinetuneRequest
