@@ -9,13 +9,11 @@ from typing import Any
 
 from prunectl.analysis import sizes
 from prunectl.analysis.patterns import Pattern
-from prunectl.analysis.stats import ModelStats, TensorStats, histogram, measure_stats, with_macs
+from prunectl.analysis.stats import ModelStats, TensorStats, averaged_copies_hint, histogram, measure_stats, with_macs
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
-from prunectl.errors import abbreviated
 from prunectl.formats.base import PRUNABLE, QUANTISED, Capability, ModelFile
 from prunectl.formats.registry import by_name, load, require
 from prunectl.formats.selectors import select_names
-from prunectl.formats.state_dict import averaged_copies
 
 _MANY_ZEROS = 0.3
 _MENTIONED_SHARE = 0.01
@@ -43,17 +41,6 @@ def hints(stats: ModelStats) -> tuple[str, ...]:
         if (share := shares.get(part, 0)) > _MENTIONED_SHARE:
             sentences.append(sentence.format(_percent(share)))
     return (*sentences, *quantised_hint(stats), *averaged_copies_hint(stats))
-
-
-def averaged_copies_hint(stats: ModelStats) -> tuple[str, ...]:
-    """Say it where a file holds its weights twice: as they were trained, and averaged (EMA, SWA)."""
-    copies = averaged_copies(stats.layers)
-    if copies is None:
-        return ()
-    trained, average, count = copies
-    names = f"{abbreviated(trained) or 'at the top'} and {abbreviated(average)}"
-    sentence = f"The weights are in the file twice: {names}, an average of them ({count} tensors). "
-    return (sentence + "Both are pruned, each by its own numbers; the code that loads the file chooses one.",)
 
 
 def quantised_hint(stats: ModelStats) -> list[str]:

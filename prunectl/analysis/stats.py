@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
-from prunectl.analysis.patterns import ChannelPattern, Pattern
-from prunectl.analysis.tensor_io import blocks, count_zeros, is_contiguous, iter_slabs, nonzero_mask
+from prunectl.analysis.patterns import Pattern, structured_sparsity
+from prunectl.analysis.tensor_io import blocks, count_zeros, is_contiguous, nonzero_mask
+from prunectl.errors import abbreviated
 from prunectl.formats import extents
-from prunectl.formats.base import PRUNABLE, WEIGHTS, Array, ModelFile, ModelInfo, Operation, Role, Tensor, dtype_name
+from prunectl.formats.base import PRUNABLE, WEIGHTS, ModelFile, ModelInfo, Operation, Role, Tensor, dtype_name
 
 _EXPONENTS = range(-1100, 1100)
 _SHOWN = 16
@@ -60,44 +62,6 @@ def histogram(model: ModelFile, tensors: Iterable[Tensor]) -> Histogram:
 def _power(exponent: int) -> float:
     """A power of two; the first that is too big for a float is the biggest float."""
     return math.ldexp(1.0, exponent) if exponent < sys.float_info.max_exp else sys.float_info.max
-
-
-@dataclass(frozen=True, slots=True)
-class StructuredSparsity:
-    """What a second look at a tensor's zeros finds."""
-
-    dead_channels: int
-    conforming: float | None
-    """Share of the pattern's groups that follow it."""
-
-
-def structured_sparsity(
-    model: ModelFile,
-    tensor: Tensor,
-    out_axis: int,
-    pattern: Pattern | None,
-    slabs: Iterable[tuple[int, Array]] | None = None,
-) -> StructuredSparsity:
-    """Look at the zeros of a kernel slab by slab; what was read before need not be read again."""
-    kept_per_channel = np.zeros(tensor.shape[out_axis], np.int64)
-    conforming = groups = 0
-    for begin, slab in slabs or iter_slabs(model, tensor, pattern.row_alignment if pattern else 1):
-        kept = nonzero_mask(slab)
-        others = tuple(axis for axis in range(kept.ndim) if axis != out_axis)
-        if out_axis == 0:
-            kept_per_channel[begin : begin + len(kept)] = kept.sum(axis=others)
-        else:
-            kept_per_channel += kept.sum(axis=others)
-        tally = pattern.count_conforming(tensor, kept) if pattern else None
-        if tally is not None:
-            conforming, groups = conforming + tally[0], groups + tally[1]
-    if isinstance(pattern, ChannelPattern):
-        per_channel = tensor.size // len(kept_per_channel)
-        conforming, groups = (
-            int(np.count_nonzero((kept_per_channel == 0) | (kept_per_channel == per_channel))),
-            len(kept_per_channel),
-        )
-    return StructuredSparsity(int(np.count_nonzero(kept_per_channel == 0)), conforming / groups if groups else None)
 
 
 Run = tuple[int, int, str]
@@ -370,3 +334,56 @@ def _parts(model: ModelFile, raw: int) -> tuple[FileSection, ...]:
     return tuple(
         FileSection(name, size, name in training_only) for name, size in sizes.items() if size or name == "weights"
     )
+
+
+_AVERAGE = re.compile(r"(^|_)(ema|swa|averaged)(_|$)")
+_MOST_ROOTS = 3
+
+
+def averaged_copies_hint(stats: ModelStats) -> tuple[str, ...]:
+    """Say it where a file holds its weights twice: as they were trained, and averaged (EMA, SWA)."""
+    copies = averaged_copies(stats.layers)
+    if copies is None:
+        return ()
+    trained, average, count = copies
+    names = f"{abbreviated(trained) or 'at the top'} and {abbreviated(average)}"
+    sentence = f"The weights are in the file twice: {names}, an average of them ({count} tensors). "
+    return (sentence + "Both are pruned, each by its own numbers; the code that loads the file chooses one.",)
+
+
+def averaged_copies(tensors: Iterable[TensorStats]) -> tuple[str, str, int] | None:
+    """Where a file holds its weights twice, as trained and as an average (EMA, SWA): both places, and how many.
+
+    A copy is known by a part of its names, and by the rest of them: `ema_model_state_dict.ema_model.a.weight` beside
+    `model_state_dict.a.weight`, `model_ema.aweight` beside `model.a.weight`.
+    """
+    averages: dict[str, list[TensorStats]] = {}
+    trained: list[tuple[list[str], tuple[int, ...]]] = []
+    for tensor in tensors:
+        if tensor.role in {Role.OPTIMIZER, Role.MASK}:
+            continue
+        parts = tensor.name.split(".")
+        for i, part in enumerate(parts[:_MOST_ROOTS]):
+            if _AVERAGE.search(part.lower()):
+                averages.setdefault(".".join(parts[: i + 1]), []).append(tensor)
+                break
+        else:
+            trained.append((parts, tensor.shape))
+    others: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for parts, shape in trained if averages else ():
+        for skip in range(min(_MOST_ROOTS, len(parts))):
+            others.setdefault("".join(parts[skip:]), (".".join(parts[:skip]), shape))
+    for copy, averaged in averages.items():
+        originals = [other for tensor in averaged if (other := _other(tensor, copy, others)) is not None]
+        if 2 * len(originals) >= len(averaged):
+            return Counter(originals).most_common(1)[0][0], copy, len(originals)
+    return None
+
+
+def _other(tensor: TensorStats, place: str, others: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
+    parts = tensor.name.removeprefix(f"{place}.").split(".")
+    for skip in range(min(_MOST_ROOTS, len(parts))):
+        where, shape = others.get("".join(parts[skip:]), ("", None))
+        if shape == tensor.shape:
+            return where
+    return None

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prunectl.analysis.sparsity_map import sparsity_maps
+from prunectl.analysis.patterns import sparsity_maps
 from prunectl.analysis.stats import TensorStats
 from prunectl.checks.diff import ModelDiff, TensorDiff, diff_models, judge, parse
 from prunectl.checks.rules import Finding

@@ -11,7 +11,7 @@ import typer
 
 from prunectl.analysis import patterns
 from prunectl.analysis.inspect import InspectOptions, SortKey, inspect_model
-from prunectl.analysis.sparsity_map import SparsityMap, sparsity_maps
+from prunectl.analysis.patterns import SparsityMap, sparsity_maps
 from prunectl.analysis.stats import ModelStats
 from prunectl.commands._command import given_on_command_line, inspect_each, make_command, option_group, option_name
 from prunectl.errors import UsageError

@@ -9,10 +9,9 @@ or a mel filter bank, and is left alone.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from prunectl.formats.base import PARAMETRIZATION, PRUNABLE, PruningWrapper, Role, Tensor
 
@@ -204,64 +203,6 @@ def describe(
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     names = _Names(frozenset(shapes), training, model, shapes, uses or {})
     return tuple(_describe(tensor, names) for tensor in tensors)
-
-
-_AVERAGE = re.compile(r"(^|_)(ema|swa|averaged)(_|$)")
-_MOST_ROOTS = 3
-
-
-class Named(Protocol):
-    """A tensor, or a row about one."""
-
-    @property
-    def name(self) -> str:
-        """What the file calls it."""
-
-    @property
-    def role(self) -> Role:
-        """What it is for."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its axes."""
-
-
-def averaged_copies(tensors: Iterable[Named]) -> tuple[str, str, int] | None:
-    """Where a file holds its weights twice, as trained and as an average (EMA, SWA): both places, and how many.
-
-    A copy is known by a part of its names, and by the rest of them: `ema_model_state_dict.ema_model.a.weight` beside
-    `model_state_dict.a.weight`, `model_ema.aweight` beside `model.a.weight`.
-    """
-    averages: dict[str, list[Named]] = {}
-    trained: list[tuple[list[str], tuple[int, ...]]] = []
-    for tensor in tensors:
-        if tensor.role in {Role.OPTIMIZER, Role.MASK}:
-            continue
-        parts = tensor.name.split(".")
-        for i, part in enumerate(parts[:_MOST_ROOTS]):
-            if _AVERAGE.search(part.lower()):
-                averages.setdefault(".".join(parts[: i + 1]), []).append(tensor)
-                break
-        else:
-            trained.append((parts, tensor.shape))
-    others: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for parts, shape in trained if averages else ():
-        for skip in range(min(_MOST_ROOTS, len(parts))):
-            others.setdefault("".join(parts[skip:]), (".".join(parts[:skip]), shape))
-    for place, held in averages.items():
-        originals = [other for tensor in held if (other := _other(tensor, place, others)) is not None]
-        if 2 * len(originals) >= len(held):
-            return Counter(originals).most_common(1)[0][0], place, len(originals)
-    return None
-
-
-def _other(tensor: Named, place: str, others: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
-    parts = tensor.name.removeprefix(f"{place}.").split(".")
-    for skip in range(min(_MOST_ROOTS, len(parts))):
-        where, shape = others.get("".join(parts[skip:]), ("", None))
-        if shape == tensor.shape:
-            return where
-    return None
 
 
 def _is_for_training(section: str, sections: frozenset[str]) -> bool:

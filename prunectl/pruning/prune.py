@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prunectl.analysis import sizes
-from prunectl.analysis.patterns import NMPattern
+from prunectl.analysis.patterns import NMPattern, structured_sparsity
 from prunectl.analysis.sizes import CodecName, compress, get_codec, measure, packed_bytes
-from prunectl.analysis.stats import ModelStats, measure_stats, structured_sparsity
+from prunectl.analysis.stats import ModelStats, measure_stats
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.atomic import flush
 from prunectl.formats.base import Capability, ModelFile

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from prunectl.analysis.inspect import averaged_copies_hint
-from prunectl.analysis.stats import ModelStats
+from prunectl.analysis.stats import ModelStats, averaged_copies_hint
 from prunectl.pruning.plan import UNKNOWN
 from prunectl.pruning.prune import Pruned
 from prunectl.pruning.strategies import sample_depth_bias

@@ -14,8 +14,8 @@ from functools import cached_property
 from typing import Any
 
 from prunectl import __version__
+from prunectl.analysis.patterns import SparsityMap
 from prunectl.analysis.sizes import LimitCheck
-from prunectl.analysis.sparsity_map import SparsityMap
 from prunectl.analysis.stats import ModelStats, TensorStats
 from prunectl.errors import PrunectlError, abbreviated
 from prunectl.units import Units, count, nbytes, percent, printable

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunectl.analysis.patterns import BlockPattern, ChannelPattern, NMPattern, Pattern
-from prunectl.analysis.stats import structured_sparsity
+from prunectl.analysis.patterns import BlockPattern, ChannelPattern, NMPattern, Pattern, structured_sparsity
 from prunectl.analysis.tensor_io import iter_slabs
 from tests.analysis.made import flat, in_memory, small_blocks, thinned
 from tests.analysis.test_patterns import LAYOUTS, blocks_by_hand, groups_by_hand, inputs_of, shape_of

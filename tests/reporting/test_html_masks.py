@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from prunectl import api
-from prunectl.analysis.sparsity_map import FIELDS, sparsity_map, sparsity_maps
+from prunectl.analysis.patterns import FIELDS, sparsity_map, sparsity_maps
 from prunectl.commands import app
 from prunectl.formats import extents
 from prunectl.formats.base import ModelFile

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunectl.analysis.sparsity_map import SparsityMap
+from prunectl.analysis.patterns import SparsityMap
 from prunectl.errors import abbreviated
 from prunectl.reporting.report import Report, Table, Unit
 from prunectl.sweeping.grid import UNSTRUCTURED

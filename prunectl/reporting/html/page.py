@@ -9,8 +9,8 @@ from itertools import count as numbers
 from pathlib import Path
 
 from prunectl import __version__
+from prunectl.analysis.patterns import SparsityMap
 from prunectl.analysis.sizes import LimitCheck, gate_sentence
-from prunectl.analysis.sparsity_map import SparsityMap
 from prunectl.errors import UsageError
 from prunectl.formats import atomic
 from prunectl.reporting.html.assets import SCRIPT, STYLE
