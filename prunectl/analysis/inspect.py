@@ -11,9 +11,8 @@ from prunectl.analysis import sizes
 from prunectl.analysis.patterns import Pattern
 from prunectl.analysis.stats import ModelStats, TensorStats, averaged_copies_hint, histogram, measure_stats, with_macs
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
-from prunectl.formats.base import PRUNABLE, QUANTISED, Capability, ModelFile
+from prunectl.formats.base import PRUNABLE, QUANTISED, Capability, ModelFile, select_names
 from prunectl.formats.registry import by_name, load, require
-from prunectl.formats.selectors import select_names
 
 _MANY_ZEROS = 0.3
 _MENTIONED_SHARE = 0.01

@@ -17,8 +17,7 @@ from prunectl.calibration.im2col import im2col_by_group, weight_matrix
 from prunectl.calibration.session import Calibration, CalibrationSession, note_about, open_calibration
 from prunectl.calibration.statistics import Float64Array
 from prunectl.errors import UsageError, WorkError
-from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile, Tensor
-from prunectl.formats.selectors import select_names
+from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile, Tensor, select_names
 from prunectl.pruning.masks import threshold
 from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.strategies import BlockContext, magnitude

@@ -20,10 +20,9 @@ from prunectl.channels.groups import ChannelGroup, PrunedGroup, find_groups
 from prunectl.channels.importance import Scores, group_importance, random_importance
 from prunectl.channels.labels import LabelArray, LabelTrace
 from prunectl.errors import UsageError
-from prunectl.formats.base import Array, ModelFile
+from prunectl.formats.base import Array, ModelFile, select_names
 from prunectl.formats.registry import open_model
 from prunectl.formats.scratch import temporary_folder
-from prunectl.formats.selectors import select_names
 from prunectl.pruning.plan import Scope, SkippedTensor
 
 

@@ -28,9 +28,9 @@ from prunectl.checks.rules import (
     check_zeros_kept,
 )
 from prunectl.errors import PrunectlError, UsageError, attempt
+from prunectl.formats.base import select_names
 from prunectl.formats.registry import open_model
 from prunectl.formats.sandbox import reuse_worker
-from prunectl.formats.selectors import select_names
 
 BudgetCheck = tuple[int, Callable[[LazyModelStats], Finding | list[Finding]]]
 """The line of a rule in the config, and the function that evaluates it."""

@@ -14,8 +14,7 @@ from prunectl.checks.parse import Limit
 from prunectl.checks.rules import Finding, evaluate_limit
 from prunectl.checks.schema import MetricUnit
 from prunectl.errors import UsageError
-from prunectl.formats.base import WEIGHTS, ModelFile
-from prunectl.formats.selectors import close_matches
+from prunectl.formats.base import WEIGHTS, ModelFile, close_matches
 from prunectl.units import parse_ratio, parse_size
 
 

@@ -16,8 +16,8 @@ from prunectl.analysis.patterns import NMPattern
 from prunectl.checks.config import ConfigFile
 from prunectl.checks.schema import BUDGET, DROP, LAYER, LEVELS, TOP, KeySpec, MetricUnit, ValueType
 from prunectl.errors import UsageError
+from prunectl.formats.base import close_matches
 from prunectl.formats.registry import resolve
-from prunectl.formats.selectors import close_matches
 from prunectl.training.evaluation.max_drop import MaxDrop, parse_drop
 from prunectl.units import parse_ratio, parse_size
 

@@ -19,8 +19,8 @@ from prunectl.checks.rules import Findings
 from prunectl.commands._command import STDIN, make_command
 from prunectl.errors import PrunectlError, UsageError, attempt, writing
 from prunectl.formats import atomic
+from prunectl.formats.base import close_matches
 from prunectl.formats.registry import recognise
-from prunectl.formats.selectors import close_matches
 from prunectl.reporting.checks.ci import REPORT_FORMATS
 from prunectl.reporting.checks.text import check_report
 from prunectl.reporting.reporter import Reporter, print_error

@@ -1,12 +1,15 @@
-"""The interface of a format: ModelFile, its tensors, and the facts around them."""
+"""The interface of a format: ModelFile, its tensors and how selectors name them, and the facts around them."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from enum import Enum, Flag, StrEnum, auto
+from fnmatch import fnmatchcase
 from functools import lru_cache, reduce
 from operator import or_
 from pathlib import Path
@@ -15,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunectl.errors import MAX_NAME_CHARACTERS, abbreviated
+from prunectl.errors import MAX_NAME_CHARACTERS, UsageError, abbreviated
 from prunectl.formats import budgets, extents
 from prunectl.formats.extents import Extent
 
@@ -340,3 +343,36 @@ class RemovedItem:
     name: str
     part: StripPart
     bytes: int
+
+
+Matcher = Callable[[str], bool]
+_NEAREST = 3
+
+
+def select_names(model: ModelFile, selector: str) -> tuple[Tensor, ...]:
+    """The tensors whose name or layer a selector matches; matching none is a slip."""
+    matches = _matcher(selector)
+    tensors = tuple(tensor for tensor in model.tensors if matches(tensor.name) or matches(tensor.layer))
+    if not tensors:
+        raise UsageError(
+            f"no layer matches {selector!r} in {model.path}",
+            did_you_mean=close_matches(selector, [tensor.layer or tensor.name for tensor in model.tensors]),
+            hint=f"list them: prunectl inspect {model.path}",
+        )
+    return tensors
+
+
+def close_matches(word: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The known words that look most like a misspelt one."""
+    bare = word.removeprefix("re:").strip("*?.$^")
+    return tuple(get_close_matches(bare, dict.fromkeys(known), n=_NEAREST, cutoff=0.5))
+
+
+def _matcher(selector: str) -> Matcher:
+    if not selector.startswith("re:"):
+        return lambda name: fnmatchcase(name, selector)
+    try:
+        pattern = re.compile(selector.removeprefix("re:"))
+    except re.error as error:
+        raise UsageError(f"{selector!r} is not a regular expression: {error}") from error
+    return lambda name: pattern.search(name) is not None

@@ -11,9 +11,8 @@ from enum import StrEnum
 from prunectl.analysis.patterns import BlockPattern, NMPattern
 from prunectl.analysis.stats import find_tied_tensors
 from prunectl.errors import UsageError
-from prunectl.formats.base import PRUNABLE, QUANTISED, ModelFile, Role, Tensor
+from prunectl.formats.base import PRUNABLE, QUANTISED, ModelFile, Role, Tensor, select_names
 from prunectl.formats.patch import is_writable
-from prunectl.formats.selectors import select_names
 
 Allocation = Callable[[Sequence[Tensor], int], Sequence[int]]
 """From the tensors and the number of weights to prune in all to the number in each."""

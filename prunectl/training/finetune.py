@@ -13,11 +13,10 @@ import numpy as np
 from prunectl.analysis.stats import ModelStats
 from prunectl.analysis.tensor_io import iter_blocks
 from prunectl.errors import InputError, UsageError, WorkError
-from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile, Tensor
+from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile, Tensor, select_names
 from prunectl.formats.patch import TensorUpdate, in_storage_order, is_writable
 from prunectl.formats.registry import by_name, load, open_model
 from prunectl.formats.scratch import temporary_folder
-from prunectl.formats.selectors import select_names
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.masks import Mask

@@ -16,7 +16,7 @@ from prunectl.commands.app import COMMANDS, HELP_NAMES
 from prunectl.commands.help.table import TOPICS, aligned, topic_lines
 from prunectl.commands.help.topics import MEANINGS
 from prunectl.errors import UsageError
-from prunectl.formats.selectors import close_matches
+from prunectl.formats.base import close_matches
 from prunectl.reporting.terminal import escape_unencodable
 
 _MARKUP = re.compile(r"\[/?(?:dim|bold|italic)?\]|\\(?=\[)")

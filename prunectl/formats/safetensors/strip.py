@@ -9,8 +9,7 @@ from pathlib import Path
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats import state_dict
 from prunectl.formats.base import WRAPPING, Array, ModelFile, RemovedItem, Role, StripOptions, StripPart, Tensor
-from prunectl.formats.masked import HALF, HALVED, apply_mask, broadcast_mask, to_float16
-from prunectl.formats.patch import patch_files
+from prunectl.formats.patch import HALF, HALVED, apply_mask, broadcast_mask, patch_files, to_float16
 from prunectl.formats.safetensors import SafetensorsEntry, header_without_tensors, unchanged_entry, write_entries
 from prunectl.formats.state_dict import OPTIMIZER_ROOTS, MaskedParam
 

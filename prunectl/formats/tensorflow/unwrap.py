@@ -16,7 +16,7 @@ from prunectl.errors import InputError, MissingExtraError, UntrustedError, Usage
 from prunectl.formats import extents, safe_json, trust
 from prunectl.formats.base import WRAPPING, Array, ModelFile, RemovedItem, Role, StripOptions, StripPart
 from prunectl.formats.extents import mmap_file
-from prunectl.formats.masked import apply_mask, pieces
+from prunectl.formats.patch import apply_mask, pieces
 from prunectl.formats.protobuf import BYTES, WireError, length_prefix, raw_fields
 from prunectl.formats.safe_json import parse_object
 from prunectl.formats.tensorflow import object_graph, tensors

@@ -15,8 +15,7 @@ from prunectl.errors import InputError
 from prunectl.formats import state_dict
 from prunectl.formats.base import Array, ModelFile, Tensor
 from prunectl.formats.extents import raw_bytes
-from prunectl.formats.masked import HALF, HALVED, apply_mask, broadcast_mask, to_float16
-from prunectl.formats.patch import in_storage_order, is_permuted
+from prunectl.formats.patch import HALF, HALVED, apply_mask, broadcast_mask, in_storage_order, is_permuted, to_float16
 from prunectl.formats.state_dict import MaskedParam
 from prunectl.formats.torch.pickle.edit import (
     CheckpointContainer,
