@@ -10,14 +10,15 @@ from dataclasses import dataclass, fields
 from enum import Flag, auto
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from prunectl.commands._command import STDIN, option_name, resolve_stdin
+from prunectl.commands._command import STDIN, BaseCommand, add_options, option_group, option_name, resolve_stdin
 from prunectl.errors import UsageError
 from prunectl.formats.scratch import temporary_folder
 from prunectl.pruning.destination import Destination
+from prunectl.pruning.request import check_manifest
 from prunectl.reporting.report import Report
 from prunectl.reporting.reporter import Reporter
 from prunectl.units import parse_ratio, parse_size
@@ -73,6 +74,36 @@ class OutputOptions:
             with temporary_folder() as scratch:
                 name = f"standard-output{model.suffix if suffix is None else suffix}"
                 yield Destination(scratch / name, to_stdout=True)
+
+
+_building = option_group("In a build")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """The options about builds."""
+
+    depfile: Annotated[Path | None, _building(metavar="FILE", help="Write for make which files were read.")] = None
+    if_changed: Annotated[bool, _building("--if-changed", help="Do nothing where the output is up to date.")] = False
+
+
+class BuildCommand(BaseCommand):
+    """A command that makes one output of files, and can say of which, and whether it still is what they give."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._take_build = add_options(self, BuildOptions)
+
+    def run(self, ctx: Any) -> Any:
+        """Run the command, unless its output is up to date; write the depfile and the stamp when it has succeeded."""
+        build: BuildOptions = self._take_build(ctx)
+        options: Any = super().run(ctx)
+        if options.manifest is not None and not options.dry_run:
+            models = [Path(name) for name in (options.model, options.output) if name]
+            check_manifest(options.manifest, models, is_forced=options.force)
+        if build.depfile is None and not build.if_changed:
+            return options.run(ctx)
+        return importlib.import_module("prunectl.commands._build").run_step(ctx, options, build)
 
 
 class Mode(Flag):

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from prunectl.commands._command import make_command, option_group
-from prunectl.commands._requests import OutputOptions, import_first, request_options
-from prunectl.commands.build.command import BuildCommand
+from prunectl.commands._requests import BuildCommand, OutputOptions, import_first, request_options
 from prunectl.exporting.compare import Comparison, ExportResult
 from prunectl.exporting.export import export
 from prunectl.exporting.request import BATCH_SIZE, OPTIONS, SAMPLES, parse_request

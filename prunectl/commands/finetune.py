@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from prunectl.commands._command import make_command, option_group
-from prunectl.commands._requests import Mode, OutputOptions, check_options, import_first, request_options
-from prunectl.commands.build.command import BuildCommand
+from prunectl.commands._requests import BuildCommand, Mode, OutputOptions, check_options, import_first, request_options
 from prunectl.commands.max_drop import finetune_search
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.plan import Scope

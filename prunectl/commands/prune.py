@@ -14,8 +14,14 @@ import typer
 
 from prunectl.analysis.patterns import CHANNEL
 from prunectl.commands._command import given_on_command_line, make_command, option_group, option_name
-from prunectl.commands._requests import CHANNEL_LIMITS, Mode, OutputOptions, check_options, request_options
-from prunectl.commands.build.command import BuildCommand
+from prunectl.commands._requests import (
+    CHANNEL_LIMITS,
+    BuildCommand,
+    Mode,
+    OutputOptions,
+    check_options,
+    request_options,
+)
 from prunectl.errors import UsageError
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.engine import PruningMethod

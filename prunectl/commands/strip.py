@@ -10,8 +10,7 @@ from typing import Annotated
 import typer
 
 from prunectl.commands._command import make_command
-from prunectl.commands._requests import OutputOptions
-from prunectl.commands.build.command import BuildCommand
+from prunectl.commands._requests import BuildCommand, OutputOptions
 from prunectl.errors import UsageError
 from prunectl.formats.base import StripOptions, StripPart
 from prunectl.pruning.destination import Destination

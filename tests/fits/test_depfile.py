@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from prunectl.commands import _depfile as depfile
+from prunectl.commands._depfile import make_escaped, make_rule
 from prunectl.commands.app import COMMANDS
-from prunectl.commands.build import depfile
-from prunectl.commands.build.depfile import make_escaped, make_rule
 from prunectl.errors import UsageError
 from tests.checks.checking import MODEL, prunectl
 from tests.fits.building import written

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from prunectl.commands import _build as build
+from prunectl.commands import _depfile as depfile
+from prunectl.commands._build import check_unmodified
+from prunectl.commands._requests import BuildCommand
 from prunectl.commands.app import COMMANDS
-from prunectl.commands.build import command as build
-from prunectl.commands.build import depfile
-from prunectl.commands.build import stamp as build_stamp
-from prunectl.commands.build.command import BuildCommand, check_unmodified
 from prunectl.commands.export import Export
 from prunectl.commands.finetune import Finetune
 from prunectl.errors import UsageError
@@ -88,7 +88,7 @@ def test_what_somebody_else_wrote_is_noticed_and_stays(folder: Path) -> None:
 
 @pytest.mark.parametrize("stamp", [None, "", "[]", '{"schema": "prunectl.stamp/1"}', '{"schema": "other/1"}'])
 def test_without_a_stamp_nothing_is_known(stamp: str | None, folder: Path) -> None:
-    place = build_stamp.stamp_path(folder / OUT)
+    place = build.stamp_path(folder / OUT)
     place.unlink()
     if stamp is not None:
         place.write_text(stamp)

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import typer
 
+from prunectl.commands._build import Stamp, first_difference
 from prunectl.commands._command import option_name
 from prunectl.commands._requests import CHANNEL_LIMITS, OPTION_RULES, request_options
 from prunectl.commands.app import COMMANDS
-from prunectl.commands.build.stamp import Stamp, first_difference
 from prunectl.exporting.request import ExportRequest
 from prunectl.exporting.routes import TARGETS
 from prunectl.pruning.masks import NonFinitePolicy
@@ -157,7 +157,7 @@ def test_every_option_reaches_a_field_of_its_request_or_the_code_of_its_command(
     ctx, module = context(command), importlib.import_module(COMMANDS[command][0])
     read = {
         node.attr
-        for name in ("_requests", "build/command", "max_drop", "wrap_options", command)
+        for name in ("_requests", "_build", "max_drop", "wrap_options", command)
         for node in ast.walk(ast.parse((ROOT / f"prunectl/commands/{name}.py").read_bytes()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in {"self", "options"}
     }

@@ -2,88 +2,59 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from prunectl import __version__
+from prunectl.analysis import sizes
 from prunectl.analysis.patterns import CHANNEL
-from prunectl.commands._command import STDIN, BaseCommand, add_options, option_group, option_name
-from prunectl.commands._requests import OutputOptions
-from prunectl.commands.build import depfile as depfiles
-from prunectl.commands.build import stamp as stamps
-from prunectl.commands.build.stamp import Stamp
+from prunectl.commands import _depfile as depfiles
+from prunectl.commands._command import STDIN, option_name
+from prunectl.commands._requests import BuildOptions, OutputOptions
 from prunectl.errors import PrunectlError, UsageError, attempt
 from prunectl.formats import atomic
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import code_beside
-from prunectl.pruning.request import check_manifest
 from prunectl.reporting.report import Artifact, Report, Table
 from prunectl.reporting.reporter import Reporter
 
-_build = option_group("In a build")
 
-
-@dataclass(frozen=True, kw_only=True)
-class BuildOptions:
-    """The options about builds."""
-
-    depfile: Annotated[Path | None, _build(metavar="FILE", help="Write for make which files were read.")] = None
-    if_changed: Annotated[bool, _build("--if-changed", help="Do nothing where the output is up to date.")] = False
-
-
-class BuildCommand(BaseCommand):
-    """A command that makes one output of files, and can say of which, and whether it still is what they give."""
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self._take_build = add_options(self, BuildOptions)
-
-    def run(self, ctx: Any) -> Any:
-        """Run the command, unless its output is up to date; write the depfile and the stamp when it has succeeded."""
-        build: BuildOptions = self._take_build(ctx)
-        depfile, if_changed = build.depfile, build.if_changed
-        options = super().run(ctx)
-        _check_manifest(options)
-        if depfile is None and not if_changed:
-            return options.run(ctx)
-        reporter: Reporter = ctx.obj
-        step = BuildStep.of(str(self.name), options, ctx.params, reporter.html)
-        step.check(depfile, has_stamp=if_changed)
-        old = stamps.read(step.output) if if_changed else None
-        guard: AbstractContextManager[None] = nullcontext()
-        if old is not None:
-            reason = stamps.first_difference(old, step.restamped(old), partial(option_name, ctx))
-            if not reason:
-                notes = step.write_files(depfile, stamps.paths(old.code, step.output), has_stamp=False)
-                return replace(reporter, html=None).show(_up_to_date(step.output, notes))
-            if not options.force:
-                check_unmodified(step, old)
-                # All that is there is what this command wrote: nothing of anybody else's is replaced.
-                options = replace(options, force=True)
-                # So it still has to be when the work is done.
-                guard = atomic.guarded(partial(check_unmodified, step, old))
-            reporter.note(f"{step.output} is made again: {reason}")
-        imported = step.track_imports()
-        ctx.obj = replace(reporter, on_success=lambda: step.write_files(depfile, imported(), has_stamp=if_changed))
-        with guard:
-            return options.run(ctx)
-
-
-def _check_manifest(options: OutputOptions) -> None:
-    if options.manifest is not None and not options.dry_run:
-        models = [Path(name) for name in (options.model, options.output) if name]
-        check_manifest(options.manifest, models, is_forced=options.force)
+def run_step(ctx: Any, options: Any, build: BuildOptions) -> int:
+    """Run a command, unless its output is up to date; write the depfile and the stamp when it has succeeded."""
+    depfile, if_changed = build.depfile, build.if_changed
+    reporter: Reporter = ctx.obj
+    step = BuildStep.of(str(ctx.command.name), options, ctx.params, reporter.html)
+    step.check(depfile, has_stamp=if_changed)
+    old = read_stamp(step.output) if if_changed else None
+    guard: AbstractContextManager[None] = nullcontext()
+    if old is not None:
+        reason = first_difference(old, step.restamped(old), partial(option_name, ctx))
+        if not reason:
+            notes = step.write_files(depfile, stamped_paths(old.code, step.output), has_stamp=False)
+            return replace(reporter, html=None).show(_up_to_date(step.output, notes))
+        if not options.force:
+            check_unmodified(step, old)
+            # All that is there is what this command wrote: nothing of anybody else's is replaced.
+            options = replace(options, force=True)
+            # So it still has to be when the work is done.
+            guard = atomic.guarded(partial(check_unmodified, step, old))
+        reporter.note(f"{step.output} is made again: {reason}")
+    imported = step.track_imports()
+    ctx.obj = replace(reporter, on_success=lambda: step.write_files(depfile, imported(), has_stamp=if_changed))
+    with guard:
+        return int(options.run(ctx))
 
 
 def _up_to_date(output: Path, notes: tuple[str, ...]) -> Report:
-    nbytes = sum(path.stat().st_size for path in stamps.files_of(output))
+    nbytes = sum(path.stat().st_size for path in output_files(output))
     return Report(
         models=(),
         table=Table("", (), ()),
@@ -133,7 +104,7 @@ class BuildStep:
         if typed.recipe is not None:
             options |= depfiles.options_of_recipe(typed.recipe, is_trusted=typed.trust)
         files = depfiles.files_of(options)
-        return cls(command, dict(params), options, output, files, written, stamps.digests(files, output))
+        return cls(command, dict(params), options, output, files, written, digests(files, output))
 
     def check(self, depfile: Path | None, *, has_stamp: bool) -> None:
         """Reject a depfile or a stamp that cannot be written, before any work begins."""
@@ -143,7 +114,7 @@ class BuildStep:
                 depfiles.make_escaped(str(path))
         if not has_stamp:
             return
-        stamps.check(self.output)
+        check_stamp(self.output)
         for name in depfiles.CALLABLE_OPTIONS:
             if self.options.get(name) and depfiles.is_callable_spec(self.options[name]):
                 raise UsageError(
@@ -154,16 +125,16 @@ class BuildStep:
     def stamp(self, code: Mapping[str, str]) -> Stamp:
         """The stamp of the output as it is now, with the digests of the user's modules."""
         options = {name: _as_json(value) for name, value in self.params.items() if name not in _NOT_STAMPED}
-        written = stamps.digests(self.all_outputs(), self.output)
+        written = digests(self.all_outputs(), self.output)
         return Stamp(__version__, self.command, options, self.digests, code, written)
 
     def restamped(self, old: Stamp) -> Stamp:
         """The stamp that the output would have now with the modules of an older one."""
-        return self.stamp(stamps.rehash(old.code, self.output))
+        return self.stamp(rehash(old.code, self.output))
 
     def all_outputs(self) -> tuple[Path, ...]:
         """The files of the output that there are, and those beside it."""
-        return (*stamps.files_of(self.output), *self.side_outputs, *_generated_class(self.output, self.options))
+        return (*output_files(self.output), *self.side_outputs, *_generated_class(self.output, self.options))
 
     def output_paths(self) -> tuple[Path, ...]:
         """Where the output will go, file by file, as far as the format of the model stays."""
@@ -199,7 +170,7 @@ class BuildStep:
         if has_stamp:
             error = attempt(lambda output: self.write_stamp(output, code), self.output)
             consequence = f"the next run needs --force to replace {self.output}"
-            notes += _not_written(stamps.stamp_path(self.output), consequence, error)
+            notes += _not_written(stamp_path(self.output), consequence, error)
         return tuple(notes)
 
     def write_depfile(self, depfile: Path, imported: Iterable[Path]) -> None:
@@ -211,7 +182,7 @@ class BuildStep:
 
     def write_stamp(self, output: Path, imported: Iterable[Path]) -> None:
         """Write the stamp beside the output."""
-        stamps.write(output, self.stamp(stamps.digests(imported, output)))
+        write_stamp(output, self.stamp(digests(imported, output)))
 
 
 def _not_written(path: Path, consequence: str, error: PrunectlError | None) -> list[str]:
@@ -244,15 +215,115 @@ def check_unmodified(step: BuildStep, old: Stamp, folder: Path | None = None) ->
 
     With a folder, only what lies in it is looked at.
     """
-    known = stamps.paths(old.written, step.output)
+    known = stamped_paths(old.written, step.output)
     inputs = {path.resolve() for path in step.files}
     for path in (*step.all_outputs(), *step.output_paths(), *known):
         if not os.path.lexists(path) or path.resolve() in inputs:
             continue
         if folder is not None and not path.absolute().is_relative_to(folder.absolute()):
             continue
-        ((name, digest),) = stamps.digests([path], step.output).items()
+        ((name, digest),) = digests([path], step.output).items()
         if digest != old.written.get(name):
             is_known = name in old.written
             problem = "has changed since prunectl wrote it" if is_known else f"was not written with {step.output}"
             raise UsageError(f"{path} {problem}", hint="write elsewhere, or replace it with --force")
+
+
+SCHEMA = "prunectl.stamp/1"
+Digests = Mapping[str, str]
+"""SHA-256 by the path as seen from the folder of the output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What decided the bytes of an output."""
+
+    version: str
+    command: str
+    asked: Mapping[str, Any]
+    """The options, but for those that say where to."""
+    read: Digests
+    code: Digests
+    """Modules of the user's that were imported."""
+    written: Digests
+
+
+def stamp_path(output: Path) -> Path:
+    """Where the stamp of an output lies."""
+    return output.parent / f".{output.name}.prunectl"
+
+
+def read_stamp(output: Path) -> Stamp | None:
+    """Read the stamp of an output, if there is one that can be understood."""
+    try:
+        fields = json.loads(stamp_path(output).read_bytes())
+        if fields.pop("schema") != SCHEMA:
+            return None
+        stamp = Stamp(**fields)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    parts = (stamp.asked, stamp.read, stamp.code, stamp.written)
+    return stamp if all(isinstance(part, dict) for part in parts) else None
+
+
+def write_stamp(output: Path, stamp: Stamp) -> None:
+    """Write a stamp beside its output, whole or not at all."""
+    text = json.dumps({"schema": SCHEMA, **asdict(stamp)}, indent=2, sort_keys=True) + "\n"
+    atomic.write_text(stamp_path(output), text, is_forced=True)
+
+
+def check_stamp(output: Path) -> None:
+    """Reject an output whose stamp cannot be written, because something else has its name."""
+    path = stamp_path(output)
+    if os.path.lexists(path) and not path.is_file():
+        raise UsageError(f"{path} is where the stamp of {output} goes, and no file", hint="remove it")
+
+
+def digests(files: Iterable[Path], output: Path) -> dict[str, str]:
+    """SHA-256 of files by their names in a stamp; empty where there is no file."""
+    return {stamped_name(path, output): _digest(path) for path in files}
+
+
+def rehash(known: Digests, output: Path) -> dict[str, str]:
+    """Hash the files of a stamp again, as they are now."""
+    return {name: _digest(path) for name, path in zip(known, stamped_paths(known, output), strict=True)}
+
+
+def _digest(path: Path) -> str:
+    return sizes.sha256_of(path) if path.is_file() else ""
+
+
+def stamped_name(path: Path, output: Path) -> str:
+    """A path as seen from the folder of the output, which .. leads out of, also where that is a link."""
+    return os.path.relpath(os.path.join(os.path.realpath(path.parent), path.name), os.path.realpath(output.parent))
+
+
+def stamped_paths(known: Iterable[str], output: Path) -> tuple[Path, ...]:
+    """The files of a stamp, relative or absolute as the output is."""
+    absolute = [os.path.normpath(os.path.join(os.path.realpath(output.parent), name)) for name in known]
+    return tuple(Path(path if output.is_absolute() else os.path.relpath(path)) for path in absolute)
+
+
+def output_files(output: Path) -> tuple[Path, ...]:
+    """All files that an output consists of."""
+    if output.is_dir():
+        return tuple(sorted(path for path in output.rglob("*") if path.is_file()))
+    model = attempt(open_model, output)
+    # Weights without a model around them (.npz) are one file.
+    return (output,) if isinstance(model, PrunectlError) else model.files
+
+
+def first_difference(old: Stamp, new: Stamp, option_name: Callable[[str], str]) -> str:
+    """Why an output is out of date, with options as they are typed; empty if it is not."""
+    if old.version != new.version:
+        return f"prunectl was {old.version}"
+    if old.command != new.command:
+        return f"it was made by {old.command}"
+    changed = [name for name in {**old.asked, **new.asked} if old.asked.get(name) != new.asked.get(name)]
+    if changed:
+        return f"{option_name(min(changed))} has changed"
+    for before, after in ((old.read, new.read), (old.code, new.code), (old.written, new.written)):
+        for name in sorted({**before, **after}):
+            if before.get(name) != after.get(name):
+                return f"{name} {'has changed' if after.get(name) else 'is not there'}"
+    return ""

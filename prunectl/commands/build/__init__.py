@@ -1,1 +1,0 @@
-"""`--depfile` and `--if-changed`: prunectl in a build system."""
