@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +19,6 @@ from prunectl.calibration.statistics import (
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import PARAMETRIZATION, Array, Family, ModelFile, Tensor
 from prunectl.pruning.request import PruneRequest
-from prunectl.training import random_state
 from prunectl.training.backend import (
     DifferentiableModel,
     InspectableModel,
@@ -34,7 +32,7 @@ from prunectl.training.backend import (
 from prunectl.training.data.adapt import adapt, check_batches
 from prunectl.training.data.registry import open_source
 from prunectl.training.data.source import Batch, EpochOrder, as_tuple, map_arrays
-from prunectl.training.runtimes import load_trainable
+from prunectl.training.runtimes import load_onnx_model, load_trainable, seed_everything
 
 Accumulator = Callable[[LayerInput, tuple[int, ...]], tuple[Float64Array, int]]
 
@@ -184,7 +182,7 @@ def open_calibration(
             f"{model.path} has pruning wrappers, and no model runs with them and without them alike",
             hint=f"prunectl strip {model.path} -o plain{model.path.suffix} first",
         )
-    random_state.seed(request.seed)
+    seed_everything(request.seed)
     origin = LoadOptions(request.model, request.custom_objects, is_trusted, request.seed)
     network, trainable = _network(model, origin)
     source, notes = adapt(open_source(request.data, signature=network.signature, seed=request.seed), network.signature)
@@ -207,10 +205,7 @@ def open_calibration(
 
 def _network(model: ModelFile, origin: LoadOptions) -> tuple[InspectableModel, TrainableModel | None]:
     if model.family is Family.ONNX:
-        make: Callable[[ModelFile, LoadOptions], InspectableModel] = importlib.import_module(
-            "prunectl.training.onnx.model"
-        ).load_onnx_model
-        return make(model, origin), None
+        return load_onnx_model(model), None
     network = load_trainable(model, origin)
     if not isinstance(network, InspectableModel):
         raise UsageError(f"{model.path} cannot be looked at while it runs")

@@ -18,7 +18,7 @@ from prunectl.checks.schema import BUDGET, DROP, LAYER, LEVELS, TOP, KeySpec, Me
 from prunectl.errors import UsageError
 from prunectl.formats.base import close_matches
 from prunectl.formats.registry import resolve
-from prunectl.training.evaluation.max_drop import MaxDrop, parse_drop
+from prunectl.training.max_drop import MaxDrop, parse_drop
 from prunectl.units import parse_ratio, parse_size
 
 

@@ -31,8 +31,8 @@ from prunectl.sweeping.max_drop import Search, SearchResult, search
 from prunectl.sweeping.requests import check_channels, needs_data, prune_by_request
 from prunectl.sweeping.trial import Variant
 from prunectl.training.backend import LoadOptions, TrainOptions
-from prunectl.training.evaluation.max_drop import parse_drop
 from prunectl.training.finetune import finetune
+from prunectl.training.max_drop import parse_drop
 from prunectl.training.monitor import check_direction
 from prunectl.training.request import FinetuneRequest, check, parse_metrics
 

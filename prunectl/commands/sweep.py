@@ -13,7 +13,7 @@ from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.sweep import sweep_report, trial_line
 from prunectl.sweeping.sweep import sweep as run
 from prunectl.sweeping.trial import SweepConfig
-from prunectl.training.evaluation.max_drop import parse_drop
+from prunectl.training.max_drop import parse_drop
 from prunectl.units import parse_ratio
 
 _ways = option_group("What is tried")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from prunectl.sweeping.grid import grid, implied_sparsity, variants
 from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial, TrialResult, Variant
-from prunectl.training.evaluation import max_drop as drops
-from prunectl.training.evaluation.max_drop import MaxDrop
+from prunectl.training import max_drop as drops
+from prunectl.training.max_drop import MaxDrop
 
 
 def gain(before: TrialResult, after: TrialResult) -> float:

@@ -16,7 +16,7 @@ from prunectl.sweeping.run_trial import evaluate
 from prunectl.sweeping.trial import BASELINE, Trial, TrialResult, Variant, diverged
 from prunectl.sweeping.workers import threads_per_worker
 from prunectl.training.course import DivergedError
-from prunectl.training.evaluation.max_drop import MaxDrop
+from prunectl.training.max_drop import MaxDrop
 from prunectl.training.request import FinetuneRequest
 
 Watcher = Callable[[Trial, TrialResult], None]

@@ -23,7 +23,7 @@ from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial, TrialResult, V
 from prunectl.sweeping.workers import WorkerPool, encode_job, make_workers, threads_per_worker
 from prunectl.sweeping.workers import check as check_on
 from prunectl.training import user_code
-from prunectl.training.evaluation.max_drop import MaxDrop
+from prunectl.training.max_drop import MaxDrop
 
 Watcher = Callable[[Trial, TrialResult | PrunectlError], None]
 """Told each point when it is made."""

@@ -20,8 +20,7 @@ from prunectl.training.backend import LoadOptions, ModelSignature, TensorSpec
 from prunectl.training.data import adapt
 from prunectl.training.data.adapt import ArrayAdapter, AxisChange, format_shape
 from prunectl.training.data.source import Arrays, Batch, as_tuple
-from prunectl.training.onnx.model import load_onnx_model
-from prunectl.training.runtimes import load_trainable
+from prunectl.training.runtimes import load_onnx_model, load_trainable
 from prunectl.training.task import FinalActivation, activation_of_values, convert_outputs, shape_matches
 
 _COLOURS = frozenset({1, 3, 4})
@@ -54,12 +53,9 @@ class Teacher:
 
     def __call__(self, x: Arrays) -> Arrays:
         """What the teacher makes of inputs, as its pupil would give it."""
-        answers = [answer.apply(array) for answer, array in zip(self._outputs, _predict(self, x), strict=False)]
+        outputs = as_tuple(self.predict(adapt.apply_each(self._inputs, x)))
+        answers = [answer.apply(array) for answer, array in zip(self._outputs, outputs, strict=False)]
         return tuple(answers) if len(answers) > 1 else answers[0]
-
-
-def _predict(teacher: Teacher, x: Arrays) -> tuple[Array, ...]:
-    return as_tuple(teacher.predict(_fitted(teacher._inputs, x)))  # noqa: SLF001
 
 
 def load_teacher(
@@ -73,7 +69,7 @@ def load_teacher(
     predict, close, theirs = _opened(model, teacher_load_options(model, origin, builder), device)
     try:
         inputs = _input_fits(path, theirs, pupil, as_tuple(example.x))
-        answers = [np.asarray(array) for array in as_tuple(predict(_fitted(inputs, example.x)))]
+        answers = [np.asarray(array) for array in as_tuple(predict(adapt.apply_each(inputs, example.x)))]
         outputs = _answers(path, answers, theirs, pupil)
     except BaseException:
         close()
@@ -93,7 +89,7 @@ def _opened(
     model: ModelFile, origin: LoadOptions, device: str
 ) -> tuple[Callable[[Arrays], Arrays], Callable[[], None], ModelSignature]:
     if model.family is Family.ONNX:
-        observed = load_onnx_model(model, origin)
+        observed = load_onnx_model(model)
         return observed.predict, _nothing, observed.signature
     network = load_trainable(model, origin)
     network.place(device)
@@ -147,11 +143,6 @@ def _by_convention(shape: tuple[int, ...], *, is_first: bool) -> AxisChange | No
         f"{format_shape(shape)} becomes {format_shape([shape[axis] for axis in axes])}: channels come {ends}",
         order=axes,
     )
-
-
-def _fitted(fits: Sequence[ArrayAdapter], x: Arrays) -> Arrays:
-    adapted = tuple(fit.apply(array) for fit, array in zip(fits, as_tuple(x), strict=True))
-    return adapted if len(adapted) > 1 else adapted[0]
 
 
 def _answers(path: Path, seen: Sequence[Array], theirs: ModelSignature, pupil: ModelSignature) -> list[_Answer]:

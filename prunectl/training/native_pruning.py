@@ -15,8 +15,7 @@ from prunectl.training.backend import GradientStatistic, TrainableModel
 from prunectl.training.course import TrainConfig
 from prunectl.training.mask_schedule import MaskScheduler, PruningConfig
 from prunectl.training.request import FinetuneRequest, MaskMode
-from prunectl.training.wrap.schedules import ResumedSchedule
-from prunectl.training.wrap.wrappers import SavedPruning
+from prunectl.training.wrap.wrappers import ResumedSchedule, SavedPruning
 
 
 @dataclass(frozen=True, slots=True)

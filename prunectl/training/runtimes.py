@@ -1,17 +1,21 @@
-"""Which framework trains which file: a table, each row imported only when it is used."""
+"""Which framework runs which file: a table, each row imported only when it is used, with what is random seeded."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from prunectl.errors import InputError
 from prunectl.formats.base import Family, ModelFile
 from prunectl.formats.registry import by_name
 from prunectl.formats.safe_json import require
-from prunectl.training import random_state, user_code
-from prunectl.training.backend import LoadOptions, TrainableModel
+from prunectl.training import user_code
+from prunectl.training.backend import InspectableModel, LoadOptions, TrainableModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,7 @@ def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
             user_code.check(model, origin)
             if runtime.imports:
                 require(runtime.imports, extra=runtime.imports)
-            random_state.seed(origin.seed)
+            seed_everything(origin.seed)
             module, _, name = runtime.opener.partition(":")
             load = getattr(importlib.import_module(f"prunectl.training.{module}"), name)
             trainable: TrainableModel = load(model, origin)
@@ -64,3 +68,35 @@ def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
         f"{model.path} ({title}) cannot be trained: it holds no graph that a framework can differentiate",
         hint="train the Keras or PyTorch file that it was made from, then export it again",
     )
+
+
+def load_onnx_model(model: ModelFile) -> InspectableModel:
+    """Load an ONNX model in onnxruntime, which runs it and does not train it."""
+    for name in ("onnx", "onnxruntime"):
+        require(name, extra="onnx")
+    load: Callable[[ModelFile], InspectableModel] = importlib.import_module("prunectl.training.onnx.model").OnnxModel
+    return load(model)
+
+
+_LEGACY_SEEDS = 1 << 32
+
+
+def seed_everything(number: int) -> None:
+    """Seed the generators that belong to no framework: Python's own, and NumPy's global one, which users' code uses."""
+    random.seed(number)
+    np.random.seed(number % _LEGACY_SEEDS)  # noqa: NPY002 - it is the one that is meant
+
+
+def random_state() -> dict[str, Any]:
+    """The state of both, as JSON can hold it."""
+    kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    version, inner, gauss = random.getstate()
+    return {"numpy": [kind, np.asarray(keys).tolist(), *rest], "python": [version, list(inner), gauss]}
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Restore the state of both."""
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))  # noqa: NPY002
+    version, inner, gauss = state["python"]
+    random.setstate((version, tuple(inner), gauss))

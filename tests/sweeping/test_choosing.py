@@ -15,8 +15,8 @@ from prunectl.sweeping.requests import pruning_of, training_of
 from prunectl.sweeping.sweep import compare_schedules, pareto_front
 from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial, TrialResult, Variant
 from prunectl.training.data.source import Batch
-from prunectl.training.evaluation.evaluate import evaluate_predictions
-from prunectl.training.evaluation.max_drop import MaxDrop
+from prunectl.training.evaluate import evaluate_predictions
+from prunectl.training.max_drop import MaxDrop
 
 WAY = Variant("magnitude", "layer")
 ONE_WAY = SweepConfig(data="d.npz")

@@ -13,7 +13,7 @@ from prunectl.training.backend import ModelSignature, TensorSpec
 from prunectl.training.data.adapt import check_batches, infer_tasks
 from prunectl.training.data.readers import from_arrays
 from prunectl.training.data.source import Batch
-from prunectl.training.evaluation.evaluate import evaluate_predictions
+from prunectl.training.evaluate import evaluate_predictions
 from prunectl.training.keras.backend import load_keras2, load_keras3
 from prunectl.training.keras.compile import optimizer_by_name
 from prunectl.training.keras.losses import default_loss

@@ -19,6 +19,7 @@ from prunectl.channels.verify import relative_difference
 from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Family, ModelFile
 from prunectl.training.backend import LoadOptions
+from prunectl.training.torch._compat import convert_script
 from prunectl.training.torch.build import build_module, input_specs, load_program
 from prunectl.training.torch.tensors import tensor_leaves, to_numpy
 
@@ -202,11 +203,9 @@ def _accepted_inputs(module: torch.nn.Module, examples: Examples, path: str) -> 
 
 
 def _convert_script(module: torch.jit.ScriptModule, examples: Examples, path: str) -> ExportedProgram:
-    from torch._export.converter import TS2EPConverter  # noqa: PLC0415
-
     with quiet():
         try:
-            return TS2EPConverter(module, examples, {}).convert()
+            return convert_script(module, examples)
         except Exception as error:
             raise InputError(
                 f"{path} is a script that PyTorch cannot turn into a graph: {first_line(error)}",

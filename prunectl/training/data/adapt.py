@@ -140,7 +140,7 @@ def adapt(source: Source, signature: ModelSignature) -> tuple[Source, tuple[str,
     ]
 
     def change(batch: Batch) -> Batch:
-        return Batch(_applied(xs, batch.x), None if batch.y is None else _applied(ys, batch.y))
+        return Batch(apply_each(xs, batch.x), None if batch.y is None else apply_each(ys, batch.y))
 
     notes = (*source.notes, *(note for fit in (*xs, *ys) for note in fit.notes))
     return source.changed(change), tuple(dict.fromkeys(notes))
@@ -155,7 +155,8 @@ def _input_fit(name: str, array: Array, port: TensorSpec) -> ArrayAdapter:
     return ArrayAdapter(name, find_axis_change(array.shape[1:], port.shape), input_cast(array.dtype, port.dtype))
 
 
-def _applied(fits: Sequence[ArrayAdapter], arrays: Arrays) -> Arrays:
+def apply_each(fits: Sequence[ArrayAdapter], arrays: Arrays) -> Arrays:
+    """Arrays as the model takes them, each by its own adapter."""
     adapted = tuple(fit.apply(array) for fit, array in zip(fits, as_tuple(arrays), strict=True))
     return adapted if isinstance(arrays, tuple) else adapted[0]
 

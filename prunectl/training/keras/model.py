@@ -13,7 +13,6 @@ import numpy as np
 
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.formats.base import Array, ModelFile
-from prunectl.training import random_state
 from prunectl.training.backend import (
     GradientStatistic,
     InputCallback,
@@ -34,6 +33,7 @@ from prunectl.training.keras.load import LoadedModel, load
 from prunectl.training.keras.train_step import CompiledModel
 from prunectl.training.keras.variable_names import match_variables
 from prunectl.training.quiet import ignore_warnings
+from prunectl.training.runtimes import random_state, restore_random_state
 
 
 def batch_norm_layers(library: KerasLibrary, model: Any) -> list[Any]:
@@ -126,7 +126,7 @@ def save_state(
         {f"{_TORCH}/{kind}": module.get_rng_state().numpy() for kind, module in _torch_generators(library).items()}
     )
     save_arrays(folder / _ARRAYS_FILE, parts)
-    (folder / _RANDOM_FILE).write_text(json.dumps(random_state.state()), encoding="utf-8")
+    (folder / _RANDOM_FILE).write_text(json.dumps(random_state()), encoding="utf-8")
 
 
 def restore_state(
@@ -163,7 +163,7 @@ def restore_state(
         if f"{_TORCH}/{kind}" in torch_states:
             module.set_rng_state(library.torch.from_numpy(torch_states[f"{_TORCH}/{kind}"].copy()))
     if (folder / _RANDOM_FILE).is_file():
-        random_state.restore(json.loads((folder / _RANDOM_FILE).read_text(encoding="utf-8")))
+        restore_random_state(json.loads((folder / _RANDOM_FILE).read_text(encoding="utf-8")))
     training.reset_counters()
     return statistics
 

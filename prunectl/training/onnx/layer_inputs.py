@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from prunectl.formats.base import Array
 from prunectl.graphs.onnx.nodes import STANDARD_DOMAINS, get_attribute, input_of, output_of
 from prunectl.training.backend import SlidingWindow, WeightUse
-from prunectl.training.onnx.session import RunValues
-from prunectl.training.onnx.weights import WeightSite
+from prunectl.training.onnx.session import RunValues, WeightSite
 
 Inputs = Iterator[tuple[Array, WeightUse]]
 """What a tensor meets, and how."""

@@ -8,13 +8,19 @@ import numpy as np
 
 from prunectl.errors import InputError
 from prunectl.formats.base import Array, ModelFile
-from prunectl.formats.safe_json import require
-from prunectl.training.backend import InputCallback, InspectableModel, LayerInput, LoadOptions, ModelSignature
+from prunectl.training.backend import InputCallback, LayerInput, ModelSignature
 from prunectl.training.data.source import Arrays
 from prunectl.training.onnx import session
 from prunectl.training.onnx.layer_inputs import InputCapture, capture_rule
-from prunectl.training.onnx.session import PaddedBatch, Session, join_outputs, split_batches
-from prunectl.training.onnx.weights import LoadedWeights, WeightSite, weight_sites
+from prunectl.training.onnx.session import (
+    LoadedWeights,
+    PaddedBatch,
+    Session,
+    WeightSite,
+    join_outputs,
+    split_batches,
+    weight_sites,
+)
 
 _REAL = np.dtype(np.float32)
 
@@ -22,8 +28,8 @@ _REAL = np.dtype(np.float32)
 class OnnxModel:
     """A model in onnxruntime, on the processor."""
 
-    def __init__(self, weights: LoadedWeights) -> None:
-        self._weights = weights
+    def __init__(self, model: ModelFile) -> None:
+        self._weights = weights = LoadedWeights(model)
         self._graph = weights.proto.graph
         self._sites = weight_sites(weights)
         self._made = {name for node in self._graph.node for name in node.output}
@@ -111,11 +117,3 @@ class OnnxModel:
 
 def _real(value: Array) -> Array:
     return value.astype(_REAL, copy=False) if value.dtype.kind == "f" or value.dtype.name == "bfloat16" else value
-
-
-def load_onnx_model(model: ModelFile, origin: LoadOptions) -> InspectableModel:
-    """A model as onnxruntime runs it; the file says all of it, so that nothing of its origin is asked."""
-    del origin
-    require("onnx", extra="onnx")
-    require("onnxruntime", extra="onnx")
-    return OnnxModel(LoadedWeights(model))

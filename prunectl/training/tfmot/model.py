@@ -24,15 +24,16 @@ from prunectl.training.keras.load import load
 from prunectl.training.keras.model import KerasTrainable
 from prunectl.training.native_pruning import NativePruning
 from prunectl.training.quiet import ignore_warnings
-from prunectl.training.tfmot.schedules import ScheduleAdapter, to_tfmot_schedule
 from prunectl.training.tfmot.wrappers import (
+    ScheduleAdapter,
     WrappedModel,
     WrapperSettings,
     is_cloneable,
     is_mixed_precision,
+    to_tfmot_schedule,
     wrap_layers,
 )
-from prunectl.training.wrap.schedules import tfmot_reaches_end
+from prunectl.training.wrap.wrappers import tfmot_reaches_end
 
 _MATRIX_RANK = 2
 _NM_RANKS = frozenset({2, 4})

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
 
 from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Family, ModelFile, Role, Tensor
 from prunectl.formats.torch import exported_trust
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions, TensorSpec
+from prunectl.training.torch._compat import tree_flatten, tree_map
 from prunectl.training.torch.tensors import final_activation, to_torch
 from prunectl.training.user_code import call_builder, resolve_builder
 

@@ -13,10 +13,10 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map_only
 
 from prunectl.errors import InputError, UsageError, WorkError, first_line
-from prunectl.training import random_state
+from prunectl.training.runtimes import random_state, restore_random_state
+from prunectl.training.torch._compat import tree_map_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +250,7 @@ def _check_version(path: Path, parts: Any) -> None:
 
 def _random_states(context: DistributedContext) -> dict[str, Any]:
     """Where each generator of this process is: no two processes drop out the same."""
-    states = {"cpu": torch.get_rng_state(), **random_state.state()}
+    states = {"cpu": torch.get_rng_state(), **random_state()}
     if context.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(context.device)
     elif context.device.type == "mps":
@@ -260,7 +260,7 @@ def _random_states(context: DistributedContext) -> dict[str, Any]:
 
 def _resume_random(states: Mapping[str, Any], context: DistributedContext) -> None:
     torch.set_rng_state(states["cpu"].cpu())
-    random_state.restore(states)
+    restore_random_state(states)
     # A run that goes on upon another kind of device cannot be the same to the bit.
     if context.device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"].cpu(), context.device)

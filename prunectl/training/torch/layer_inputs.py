@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunectl.formats.base import Array
 from prunectl.training.backend import InputCallback, LayerInput, SlidingWindow, WeightUse
+from prunectl.training.torch._compat import ADDMM_ACTIVATION, CONVOLUTION, TorchDispatchMode
 from prunectl.training.torch.build import FixedBatchModule
 
 _aten = torch.ops.aten
@@ -22,10 +22,10 @@ _PRODUCTS = {
     _aten.mm.default: 0,
     _aten.bmm.default: 0,
     _aten.addmm.default: 1,
-    _aten._addmm_activation.default: 1,  # noqa: SLF001
+    ADDMM_ACTIVATION: 1,
 }
 """Where the two factors of a product are among the arguments."""
-_CONVOLUTIONS = frozenset({_aten.convolution.default, _aten._convolution.default})  # noqa: SLF001
+_CONVOLUTIONS = frozenset({_aten.convolution.default, CONVOLUTION})
 _RECURRENT = _aten.mkldnn_rnn_layer.default
 
 

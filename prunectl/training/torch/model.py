@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import Array, ModelFile
 from prunectl.plugins import find
-from prunectl.training import random_state
 from prunectl.training.backend import (
     GradientStatistic,
     InputCallback,
@@ -25,15 +24,15 @@ from prunectl.training.backend import (
     TrainOptions,
 )
 from prunectl.training.data.source import Arrays, Batch, as_tuple
+from prunectl.training.runtimes import seed_everything
 from prunectl.training.task import FinalActivation, activation_of_values
 from prunectl.training.torch import distributed, losses, tensors
+from prunectl.training.torch._compat import BatchNorm
 from prunectl.training.torch.build import BuiltModule, FixedBatchModule, build_module, input_specs, output_specs
 from prunectl.training.torch.distributed import distribute_like, full_tensor
 from prunectl.training.torch.layer_inputs import capture_layer_inputs
 from prunectl.training.torch.optimizers import GradientSums, WeightMasks, make_optimizer
 from prunectl.training.torch.tensors import to_numpy, to_torch
-
-BatchNorm = torch.nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - the only name of what all of them are
 
 
 def frozen_batch_norms(module: torch.nn.Module, frozen: set[str]) -> list[torch.nn.Module]:
@@ -407,7 +406,7 @@ class TorchTrainable:
         """Make what is random depend on a number alone, and on the process."""
         own = number * 4099 + self._place.rank
         torch.manual_seed(own % (1 << 63))
-        random_state.seed(own)
+        seed_everything(own)
 
     def save(self, folder: Path | None) -> None:
         """Keep everything that the next step depends on; without a folder, only give others this process's part."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from prunectl.errors import UsageError
 from prunectl.training.task import FinalActivation
+from prunectl.training.torch._compat import tree_leaves
 
 _AS_BITS = {
     "bfloat16": (np.int16, torch.bfloat16),
@@ -53,8 +54,7 @@ def output_tensors(outputs: Any) -> tuple[torch.Tensor, ...]:
 
 def tensor_leaves(outputs: Any) -> list[torch.Tensor]:
     """Every tensor in what a module gives, whatever they are packed in."""
-    packed = torch.utils._pytree.tree_leaves(outputs)  # noqa: SLF001
-    return [leaf for leaf in packed if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
 
 
 _PASSED_ON = frozenset(

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from prunectl.formats.registry import open_model
-from prunectl.training.backend import LayerInput, LoadOptions
+from prunectl.training.backend import LayerInput
 from prunectl.training.data.source import Arrays, as_tuple
-from prunectl.training.onnx.model import load_onnx_model
+from prunectl.training.runtimes import load_onnx_model
 from tests.contract import Array
 
 onnx = pytest.importorskip("onnx")
@@ -43,7 +43,7 @@ def save(path: Path, *args: Any, **more: Any) -> Path:
 
 
 def load(path: Path) -> Any:
-    return load_onnx_model(open_model(path), LoadOptions())
+    return load_onnx_model(open_model(path))
 
 
 def sights(path: Path, names: list[str], x: Arrays) -> list[LayerInput]:

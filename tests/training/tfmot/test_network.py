@@ -26,7 +26,7 @@ from tests.running import FIXTURES, prunectl
 from tests.training.tfmot.models import convolutional, functional, recurrent, saved
 
 k = tf_keras()
-tfmot = pytest.importorskip("prunectl.training.tfmot.schedules").load_tfmot()
+tfmot = pytest.importorskip("prunectl.training.tfmot.wrappers").load_tfmot()
 load_trainable = importlib.import_module("prunectl.training.tfmot.model").load_trainable
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file:UserWarning"),

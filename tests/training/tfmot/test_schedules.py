@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from prunectl.errors import UsageError
 from prunectl.pruning.schedules import ChainedSchedule, Schedule, SparsitySchedule
-from prunectl.training.wrap.schedules import ResumedSchedule, read_schedule
+from prunectl.training.wrap.wrappers import ResumedSchedule, read_schedule
 from tests.networks import tf_keras
 
 tf_keras()
-tfmot = pytest.importorskip("prunectl.training.tfmot.schedules").load_tfmot()
-schedules = importlib.import_module("prunectl.training.tfmot.schedules")
+tfmot = pytest.importorskip("prunectl.training.tfmot.wrappers").load_tfmot()
+schedules = importlib.import_module("prunectl.training.tfmot.wrappers")
 tensorflow = importlib.import_module("tensorflow")
 
 ratios = st.integers(0, 99).map(lambda hundredths: hundredths / 100)

@@ -24,7 +24,7 @@ from tests.running import FIXTURES
 from tests.training.tfmot.models import convolutional, functional, recurrent, saved
 
 k = tf_keras()
-tfmot = pytest.importorskip("prunectl.training.tfmot.schedules").load_tfmot()
+tfmot = pytest.importorskip("prunectl.training.tfmot.wrappers").load_tfmot()
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file:UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

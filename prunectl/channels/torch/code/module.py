@@ -19,6 +19,7 @@ from prunectl.channels.torch.export import TracedModel, random_like
 from prunectl.channels.torch.fx import WeightedProgram, attribute, quiet, run, shapes_of
 from prunectl.channels.verify import TOLERANCE, relative_difference
 from prunectl.errors import WorkError, first_line
+from prunectl.training.torch._compat import tree_unflatten
 from prunectl.training.torch.tensors import tensor_leaves, to_numpy
 
 
@@ -259,7 +260,7 @@ def _returned(traced: TracedModel, program: WeightedProgram) -> Any:
     output = next(node for node in program.module.graph.nodes if node.op == "output")
     flat = list(output.args[0]) if isinstance(output.args[0], list | tuple) else [output.args[0]]
     spec = traced.program.call_spec.out_spec
-    return flat[0] if spec is None else _unwrapped(torch.utils._pytree.tree_unflatten(flat, spec))  # noqa: SLF001
+    return flat[0] if spec is None else _unwrapped(tree_unflatten(flat, spec))
 
 
 def _unwrapped(value: Any) -> Any:

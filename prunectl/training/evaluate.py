@@ -20,9 +20,8 @@ from prunectl.training.data.source import Arrays, Batch, EpochOrder, as_tuple, t
 from prunectl.training.finetune import open_training_data, validate_training_data
 from prunectl.training.loop import evaluate
 from prunectl.training.monitor import check_direction, make_monitor, metric_mismatch, monitored_metric
-from prunectl.training.onnx.model import load_onnx_model
 from prunectl.training.request import FinetuneRequest
-from prunectl.training.runtimes import load_trainable
+from prunectl.training.runtimes import load_onnx_model, load_trainable
 from prunectl.training.task import FinalActivation, Task, TaskKind, infer_task, label_axis
 
 _EVEN = 0.5
@@ -165,7 +164,7 @@ def _by_onnxruntime(model: ModelFile, request: FinetuneRequest) -> Evaluation:
         )
     if request.means.loss:
         raise UsageError("--loss is for models that can be trained, and onnxruntime takes none", hint="leave it out")
-    network = load_onnx_model(model, request.origin)
+    network = load_onnx_model(model)
     signature, seed = network.signature, request.means.seed
     opened = open_source(request.val or request.data, signature=signature, seed=seed)
     source, notes = adapt(opened, signature)

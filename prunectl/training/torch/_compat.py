@@ -1,0 +1,25 @@
+"""The private APIs of PyTorch that prunectl uses; no other module touches them."""
+# ruff: noqa: SLF001
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
+
+__all__ = ["TorchDispatchMode", "tree_flatten", "tree_leaves", "tree_map", "tree_map_only", "tree_unflatten"]
+
+BatchNorm = torch.nn.modules.batchnorm._BatchNorm
+"""The base of every batch normalisation."""
+ADDMM_ACTIVATION = torch.ops.aten._addmm_activation.default
+CONVOLUTION = torch.ops.aten._convolution.default
+
+
+def convert_script(module: torch.jit.ScriptModule, examples: tuple[Any, ...]) -> torch.export.ExportedProgram:
+    """A script as an exported program."""
+    converter = importlib.import_module("torch._export.converter").TS2EPConverter
+    program: torch.export.ExportedProgram = converter(module, examples, {}).convert()
+    return program
