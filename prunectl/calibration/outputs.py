@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from prunectl.calibration import scores
+from prunectl.calibration import statistics
 from prunectl.calibration.im2col import im2col_by_group, weight_matrix
 from prunectl.calibration.reconstruct import bias_of
 from prunectl.calibration.session import Calibration, open_calibration
@@ -74,7 +74,7 @@ def output_statistics(
     return {
         tensor.name: _merge_parts(weights[tensor.name], sums[tensor.name], biases.get(tensor.name))
         for tensor in tensors
-        if tensor.name in sums and scores.covers_all_outputs(tensor.shape, sums[tensor.name])
+        if tensor.name in sums and statistics.covers_all_outputs(tensor.shape, sums[tensor.name])
     }
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from prunectl.analysis.patterns import BlockPattern
-from prunectl.calibration import scores, statistics
+from prunectl.calibration import statistics
 from prunectl.calibration.im2col import scatter_rows, weight_matrix
 from prunectl.calibration.reconstruct import BLOCK, DAMP, Reconstructor
 from prunectl.calibration.session import Calibration, CalibrationSession, note_about, open_calibration
 from prunectl.calibration.sparsegpt import inverse_cholesky
 from prunectl.calibration.sparsegpt import scores as obs_scores
-from prunectl.calibration.statistics import Float64Array, InputStatistics
+from prunectl.calibration.statistics import Float64Array, InputStatistics, covers_all_outputs, rank_per_output
 from prunectl.formats.base import Array, ModelFile, Tensor
 from prunectl.formats.registry import by_name, open_model
 from prunectl.pruning import destination as outputs
@@ -38,9 +38,9 @@ def with_data_scores(
     """The method with data-based scores precomputed, and the tensors that fall back to magnitude."""
     strategy = method.strategy
     if strategy.needs is Requires.GRADIENTS:
-        gradients = calibration.gradients(tensors, scores.gradient_reduction(strategy.name))
+        gradients = calibration.gradients(tensors, statistics.gradient_reduction(strategy.name))
         scores_by_name = {
-            tensor.name: scores.gradient_scores(strategy.name, model.read(tensor), gradients[tensor.name])
+            tensor.name: statistics.gradient_scores(strategy.name, model.read(tensor), gradients[tensor.name])
             for tensor in tensors
         }
         return replace(method, strategy=_with_scores(strategy, scores_by_name, 1.0)), ()
@@ -58,8 +58,8 @@ def with_data_scores(
     for tensor in tensors:
         weights = model.read(tensor)
         if tensor.name in norms:
-            score = scores.wanda_scores(weights, norms[tensor.name])
-            scores_by_name[tensor.name] = scores.rank_per_output(score, norms[tensor.name]) if is_by_output else score
+            score = statistics.wanda_scores(weights, norms[tensor.name])
+            scores_by_name[tensor.name] = rank_per_output(score, norms[tensor.name]) if is_by_output else score
     unseen = tuple(tensor.name for tensor in tensors if tensor.name not in scores_by_name)
     # Beside others, a magnitude counts as if it met what the others meet on the average.
     mean_norm = float(np.median(np.concatenate([_flat(sums) for sums in norms.values()]))) if norms else 1.0
@@ -75,7 +75,7 @@ def _norms(calibration: Calibration, tensors: Sequence[Tensor], strategy: Strate
             mean = total / sums.counts[part]
             sums.totals[part] = np.sqrt(mean) if is_square else mean
     shapes = {tensor.name: tensor.shape for tensor in tensors}
-    return {name: sums for name, sums in statistics_by_name.items() if scores.covers_all_outputs(shapes[name], sums)}
+    return {name: sums for name, sums in statistics_by_name.items() if covers_all_outputs(shapes[name], sums)}
 
 
 def _costs(
@@ -88,7 +88,7 @@ def _costs(
     costs_by_name: dict[str, Array] = {}
     for tensor in tensors:
         gram = calibration.gram(tensor)
-        if not scores.covers_all_outputs(tensor.shape, gram):
+        if not covers_all_outputs(tensor.shape, gram):
             continue
         weights: Float64Array = model.read(tensor).astype(np.float64)
         values, total_energy = np.zeros(tensor.shape), 0.0

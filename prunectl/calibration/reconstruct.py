@@ -9,11 +9,18 @@ from functools import partial
 import numpy as np
 
 from prunectl.analysis.patterns import NMPattern
-from prunectl.calibration import scores, sparsegpt, statistics
+from prunectl.calibration import sparsegpt, statistics
 from prunectl.calibration.im2col import scatter_rows, weight_matrix
 from prunectl.calibration.session import Calibration
 from prunectl.calibration.sparsegpt import dampen
-from prunectl.calibration.statistics import CrossStatistics, Float64Array, InputStatistics, OutputRange
+from prunectl.calibration.statistics import (
+    CrossStatistics,
+    Float64Array,
+    InputStatistics,
+    OutputRange,
+    count_outputs,
+    covers_all_outputs,
+)
 from prunectl.formats.base import Array, ModelFile, Role, Tensor
 from prunectl.formats.patch import in_storage_order, is_writable
 from prunectl.pruning import engine
@@ -152,7 +159,7 @@ class Reconstructor:
             bias = (
                 _correctable_bias(model, tensor, inputs, tensors) if self.is_repaired and inputs is not None else None
             )
-            if inputs is not None and np.isfinite(weights).all() and scores.covers_all_outputs(tensor.shape, inputs):
+            if inputs is not None and np.isfinite(weights).all() and covers_all_outputs(tensor.shape, inputs):
                 values, dropped = self._fit(tensor, weights, ~kept[name], method, inputs, has_bias=bias is not None)
             else:
                 self.skipped.append(name)
@@ -260,7 +267,7 @@ def _correctable_bias(
 ) -> Tensor | None:
     """The bias that can make up for what outputs lose: one number for each, and not pruned itself."""
     bias = bias_of(model, tensor)
-    if bias is None or bias.name in pruned or bias.size != scores.count_outputs(tensor.shape, statistics):
+    if bias is None or bias.name in pruned or bias.size != count_outputs(tensor.shape, statistics):
         return None
     return bias
 

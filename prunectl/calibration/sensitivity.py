@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from prunectl.analysis.stats import find_tied_tensors
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress, nonzero_mask
-from prunectl.calibration import scores
+from prunectl.calibration import statistics
 from prunectl.calibration.im2col import im2col_by_group, weight_matrix
 from prunectl.calibration.session import Calibration, CalibrationSession, note_about, open_calibration
 from prunectl.calibration.statistics import Float64Array
@@ -127,7 +127,7 @@ def output_errors(calibration: Calibration, tensor: Tensor, weights: Array, prun
         return _squared_losses(sight, kernel, weights, prune_levels)
 
     losses = calibration.accumulate([tensor], lost).get(tensor.name)
-    if losses is None or not scores.covers_all_outputs(tensor.shape, losses):
+    if losses is None or not statistics.covers_all_outputs(tensor.shape, losses):
         return None
     *squares, energy = np.sum(list(losses.totals.values()), axis=0).tolist()
     if not energy:

@@ -9,7 +9,7 @@ from prunectl.analysis.patterns import CHANNEL
 from prunectl.analysis.stats import ModelStats
 from prunectl.reporting.prune import before_after
 from prunectl.reporting.report import Artifact, Cell, Column, Report, Section, Table, Unit, survey_json
-from prunectl.sweeping.bisection import amount, drop, finite
+from prunectl.sweeping.grid import amount, drop, finite
 from prunectl.sweeping.max_drop import SearchResult
 from prunectl.sweeping.trial import Trial
 from prunectl.units import count, percent

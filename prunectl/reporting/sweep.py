@@ -7,8 +7,7 @@ from typing import Any
 from prunectl.errors import PrunectlError
 from prunectl.reporting.plots import braille_plot
 from prunectl.reporting.report import Artifact, Cell, Column, Failure, Report, Section, Table, Unit
-from prunectl.sweeping.bisection import amount, drop, finite
-from prunectl.sweeping.grid import UNSTRUCTURED, implied_sparsity, skipped_combinations, variants
+from prunectl.sweeping.grid import UNSTRUCTURED, amount, drop, finite, implied_sparsity, skipped_combinations, variants
 from prunectl.sweeping.sweep import ScheduleComparison, Swept, compare_schedules, pareto_front
 from prunectl.sweeping.trial import BASELINE, Trial, TrialResult, Variant
 from prunectl.units import count, nbytes, percent

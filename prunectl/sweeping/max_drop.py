@@ -9,12 +9,10 @@ from typing import Any
 
 from prunectl.errors import WorkError
 from prunectl.pruning.destination import Destination
-from prunectl.sweeping.bisection import amount, drop, make_bracket
-from prunectl.sweeping.bisection import check as check_limit
+from prunectl.sweeping.grid import amount, check_limit, drop, make_bracket
 from prunectl.sweeping.journal import digest, find_stale, open_journal, trial_dir
-from prunectl.sweeping.run_trial import evaluate
 from prunectl.sweeping.trial import BASELINE, Trial, TrialResult, Variant, diverged
-from prunectl.sweeping.workers import threads_per_worker
+from prunectl.sweeping.workers import evaluate, threads_per_worker
 from prunectl.training.course import DivergedError
 from prunectl.training.max_drop import MaxDrop
 from prunectl.training.request import FinetuneRequest

@@ -14,9 +14,7 @@ from prunectl.analysis import sizes
 from prunectl.errors import PrunectlError
 from prunectl.formats.registry import open_model
 from prunectl.formats.workers import workers
-from prunectl.sweeping.bisection import check as check_limit
-from prunectl.sweeping.bisection import gain, make_bracket, next_trials
-from prunectl.sweeping.grid import check, variants
+from prunectl.sweeping.grid import check, check_limit, gain, make_bracket, next_trials, variants
 from prunectl.sweeping.journal import Journal, files_of, find_stale, open_journal
 from prunectl.sweeping.requests import training_of
 from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial, TrialResult, Variant

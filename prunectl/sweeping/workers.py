@@ -1,13 +1,18 @@
-"""Workers that run trials in parallel: processes here, or on a Ray cluster."""
+"""Runs trials, each pruned, finetuned and evaluated: in this process, in others beside it, or on a Ray cluster.
+
+`python -m prunectl.sweeping.workers` is such a process: it reads trials from its standard input.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import queue
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from prunectl.analysis.sizes import CodecName, get_codec, measure
 from prunectl.errors import (
     InputError,
     MissingExtraError,
@@ -24,9 +30,17 @@ from prunectl.errors import (
     WorkError,
     translate,
 )
+from prunectl.formats.registry import open_model
 from prunectl.formats.safe_json import require
-from prunectl.sweeping.run_trial import run_trial
-from prunectl.sweeping.trial import SweepConfig, Trial, TrialResult
+from prunectl.formats.scratch import temporary_folder
+from prunectl.pruning.destination import Destination
+from prunectl.sweeping.journal import digest, trial_dir
+from prunectl.sweeping.requests import is_one_shot, prune_by_request, pruning_of, training_of
+from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial, TrialResult, diverged
+from prunectl.training.course import DivergedError
+from prunectl.training.evaluate import evaluate_baseline, evaluate_file
+from prunectl.training.finetune import finetune
+from prunectl.training.request import FinetuneRequest
 
 _KINDS = {
     error_type.kind: error_type for error_type in (UsageError, InputError, UntrustedError, MissingExtraError, WorkError)
@@ -43,7 +57,7 @@ def handle(job: dict[str, Any], trial: dict[str, Any]) -> dict[str, Any]:
     config = SweepConfig.from_json(job["choices"])
     try:
         return {"outcome": run_trial(Path(job["model"]), config, Path(job["folder"]), Trial(**trial)).as_json}
-    except Exception as error:  # noqa: BLE001 - the other points can do without this one
+    except Exception as error:  # noqa: BLE001 - the other trials can do without this one
         failure = error if isinstance(error, PrunectlError) else translate(error)
         if failure is None:
             return {"bug": f"{type(error).__name__}: {error}", "trace": "".join(traceback.format_exception(error))}
@@ -139,7 +153,7 @@ class ProcessWorker:
                 **worker_env(self._threads),
             }
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "prunectl.sweeping.worker"],
+                [sys.executable, "-P", "-m", "prunectl.sweeping.workers"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -218,3 +232,82 @@ def make_workers(cluster: str, job: dict[str, Any], *, jobs: int, threads: int, 
         address, job, jobs, threads
     )
     return ray_workers
+
+
+def evaluate(path: Path, request: FinetuneRequest, name: str) -> TrialResult:
+    """What a file is worth, as it is noted under a name; one without is the model as it is."""
+    survey = measure(open_model(path), get_codec(CodecName.GZIP, None))
+    judged = evaluate_file(path, request) if name else evaluate_baseline(path, request)
+    assert survey.bytes.compressed is not None
+    logs = {key: value for key, value in judged.logs.items() if math.isfinite(value)}
+    sparsity = survey.sparsity or 0.0
+    return TrialResult(
+        metric=judged.metric,
+        value=judged.value if judged.is_finite else math.nan,
+        logs=logs,
+        sparsity=sparsity,
+        raw=survey.bytes.raw,
+        gzip=survey.bytes.compressed,
+        path=name,
+        notes=judged.notes,
+        is_up=judged.higher_is_better,
+        digest=digest(path),
+    )
+
+
+def run_trial(path: Path, config: SweepConfig, folder: Path, trial: Trial) -> TrialResult:
+    """Make a point in its own folder, which only a noted point needs to keep, and return what came of it."""
+    if trial == BASELINE:
+        return evaluate(path, training_of(config, BASELINE), "")
+    output = Destination(trial_dir(folder, trial) / f"model{''.join(path.suffixes[-1:])}", is_forced=True)
+    try:
+        _write_trial(path, config, trial, output)
+    except DivergedError as error:
+        return diverged(trial, error)
+    return evaluate(output.target, training_of(config, BASELINE), output.target.relative_to(folder).as_posix())
+
+
+def _write_trial(path: Path, config: SweepConfig, trial: Trial, output: Destination) -> None:
+    if not config.epochs:
+        _write_pruned(path, config, trial, output)
+    elif is_one_shot(trial):
+        with temporary_folder() as scratch:
+            between = Destination(scratch / path.name)
+            _write_pruned(path, config, trial, between)
+            finetune(between.target, training_of(config, trial), output)
+    else:
+        finetune(path, training_of(config, trial), output)
+
+
+def _write_pruned(path: Path, config: SweepConfig, trial: Trial, output: Destination) -> None:
+    # A small step may be less than a channel.
+    prune_by_request(
+        path, pruning_of(config, trial), output, is_trusted=config.is_trusted, limits={"allow_empty": True}
+    )
+
+
+_GONE = 1
+
+
+def main() -> None:
+    """Run trials until there are no more: a line with the job, then a line for each; answers go to what was stdout."""
+    # What frameworks print is not an answer.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(lines,), daemon=True).start()
+    job = json.loads(lines.get())
+    while True:
+        answers.write(json.dumps(handle(job, json.loads(lines.get()))) + "\n")
+        answers.flush()
+
+
+def _listen(lines: queue.SimpleQueue[str]) -> None:
+    """Take lines, and end at once when nobody is there any more: another run may run the same trial."""
+    for line in sys.stdin:
+        lines.put(line)
+    os._exit(_GONE)
+
+
+if __name__ == "__main__":
+    main()

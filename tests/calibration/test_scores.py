@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from prunectl.calibration import scores
+from prunectl.calibration import statistics
 from prunectl.calibration.prune import prune
 from prunectl.calibration.session import Calibration
 from prunectl.calibration.statistics import InputStatistics, sum_squares
@@ -139,7 +139,7 @@ def by_autograd(module: nets.Plain, batches: list[Batch]) -> dict[str, list[Arra
     return found
 
 
-@pytest.mark.parametrize("strategy", scores.GRADIENTS)
+@pytest.mark.parametrize("strategy", statistics.GRADIENTS)
 @pytest.mark.parametrize("cuts", [[40], [10, 20, 30, 40], [32, 40]], ids=str)
 def test_gradients_are_autograds_weighted_by_examples(
     cuts: list[int], strategy: str, plain: tuple[nets.Plain, Path]
@@ -152,15 +152,15 @@ def test_gradients_are_autograds_weighted_by_examples(
     assert isinstance(network, DifferentiableModel)
     network.prepare(TrainOptions(optimizer="sgd", lr=0.0, example=batches[0], device="cpu"))
     tensors = [tensor for tensor in model.tensors if tensor.name in NAMES]
-    found = Calibration(network, tuple(batches)).gradients(tensors, scores.gradient_reduction(strategy))
+    found = Calibration(network, tuple(batches)).gradients(tensors, statistics.gradient_reduction(strategy))
     shares = [len(batch.x) / len(X) for batch in batches]
     for name, gradients in by_autograd(module, batches).items():
         weights = module.state_dict()[name].numpy().astype("f8")
-        score = scores.gradient_scores(strategy, weights, found[name])
+        score = statistics.gradient_scores(strategy, weights, found[name])
         np.testing.assert_allclose(score, wanted(strategy, weights, gradients, shares), rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("strategy", scores.GRADIENTS)
+@pytest.mark.parametrize("strategy", statistics.GRADIENTS)
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_what_goes_by_gradients_are_the_lowest_scores(
     scope: str, strategy: str, plain: tuple[nets.Plain, Path]
@@ -181,25 +181,25 @@ def test_ranks_within_outputs_count_from_the_smallest() -> None:
     score = np.array([[3.0, 1.0, 2.0], [5.0, 5.0, 4.0]])
     seen = InputStatistics()
     seen.add(shown(normal(4, 3), WeightUse(0, 1)), (2, 3), sum_squares)
-    np.testing.assert_array_equal(scores.rank_per_output(score, seen), [[2, 0, 1], [1, 2, 0]])
+    np.testing.assert_array_equal(statistics.rank_per_output(score, seen), [[2, 0, 1], [1, 2, 0]])
     turned = InputStatistics()
     turned.add(shown(normal(4, 3), WeightUse(1, 0)), (3, 2), sum_squares)
-    np.testing.assert_array_equal(scores.rank_per_output(score.T, turned), np.array([[2, 0, 1], [1, 2, 0]]).T)
+    np.testing.assert_array_equal(statistics.rank_per_output(score.T, turned), np.array([[2, 0, 1], [1, 2, 0]]).T)
 
 
 def test_a_tensor_is_covered_once_all_its_outputs_were_seen() -> None:
     seen = InputStatistics()
     seen.add(shown(normal(4, 3), of_outputs(WeightUse(0, 1), 0, 2)), (5, 3), sum_squares)
-    assert not scores.covers_all_outputs((5, 3), seen)
+    assert not statistics.covers_all_outputs((5, 3), seen)
     seen.add(shown(normal(4, 3), of_outputs(WeightUse(0, 1), 2, 5)), (5, 3), sum_squares)
-    assert scores.covers_all_outputs((5, 3), seen)
+    assert statistics.covers_all_outputs((5, 3), seen)
 
 
 def test_each_part_of_a_tensor_counts_with_its_own_inputs() -> None:
     weights, seen = normal(5, 3), InputStatistics()
     for begin, end in ((0, 2), (2, 5)):
         seen.add(shown(normal(4, 3, seed=end), of_outputs(WeightUse(0, 1), begin, end)), (5, 3), sum_squares)
-    found = scores.wanda_scores(weights, seen)
+    found = statistics.wanda_scores(weights, seen)
     for begin, end in ((0, 2), (2, 5)):
         total = np.square(normal(4, 3, seed=end)).sum(axis=0)
         np.testing.assert_allclose(found[begin:end], np.abs(weights[begin:end]) * total)

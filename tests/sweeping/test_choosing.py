@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from prunectl.errors import UsageError
-from prunectl.sweeping.bisection import check, drop, make_bracket, next_trials
 from prunectl.sweeping.grid import check as check_choices
-from prunectl.sweeping.grid import grid
+from prunectl.sweeping.grid import check_limit, drop, grid, make_bracket, next_trials
 from prunectl.sweeping.requests import pruning_of, training_of
 from prunectl.sweeping.sweep import compare_schedules, pareto_front
 from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial, TrialResult, Variant
@@ -81,12 +80,12 @@ def test_a_drop_of_just_so_much_is_within_the_limit() -> None:
 
 
 def test_a_limit_says_its_unit() -> None:
-    check(MaxDrop(0.005, is_points=True), worth(0.98))
-    check(MaxDrop(0.5, is_points=False), worth(3.0, metric="loss"))
+    check_limit(MaxDrop(0.005, is_points=True), worth(0.98))
+    check_limit(MaxDrop(0.5, is_points=False), worth(3.0, metric="loss"))
     with pytest.raises(UsageError, match="in which unit"):
-        check(MaxDrop(0.5, is_points=False), worth(0.98))
+        check_limit(MaxDrop(0.5, is_points=False), worth(0.98))
     with pytest.raises(UsageError, match="is about a share"):
-        check(MaxDrop(0.005, is_points=True), worth(3.0, metric="loss"))
+        check_limit(MaxDrop(0.005, is_points=True), worth(3.0, metric="loss"))
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])

@@ -16,7 +16,7 @@ from prunectl.commands import app, max_drop
 from prunectl.errors import PrunectlError, UsageError, WorkError
 from prunectl.formats.registry import open_model
 from prunectl.sweeping import max_drop as sweeping_max_drop
-from prunectl.sweeping import run_trial as searching
+from prunectl.sweeping import workers as searching
 from tests.running import FIXTURES
 
 ONNX, DIGITS = FIXTURES / "digits_cnn.onnx", FIXTURES / "digits.npz"

@@ -10,8 +10,7 @@ import pytest
 from prunectl import api
 from prunectl.commands import app
 from prunectl.errors import UsageError
-from prunectl.sweeping.bisection import next_trials
-from prunectl.sweeping.grid import grid, skipped_combinations, variants
+from prunectl.sweeping.grid import grid, next_trials, skipped_combinations, variants
 from prunectl.sweeping.sweep import sweep
 from prunectl.sweeping.trial import BASELINE, SweepConfig, TrialResult, Variant
 from tests.running import FIXTURES
