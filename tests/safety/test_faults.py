@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 
 from prunectl.errors import InputError, PrunectlError, WorkError, translate
 from prunectl.formats import atomic, extents, patch, scratch
-from prunectl.formats.onnx import proto, rewrite
+from prunectl.formats.onnx import messages, rewrite
 from prunectl.formats.patch import TensorUpdate
 from prunectl.formats.registry import open_model
 from tests.contract import digest
@@ -384,7 +384,7 @@ def test_a_graph_that_becomes_shorter_while_it_is_copied_does_not_keep_the_copy_
         (tmp_path / "out").open("wb") as out,
         pytest.raises(InputError, match="became shorter while it was copied"),
     ):
-        rewrite._copy(source, proto.Span(0, 10), out)
+        rewrite._copy(source, messages.Span(0, 10), out)
 
 
 def broken(number: int) -> Callable[..., Any]:

@@ -9,15 +9,20 @@ from pathlib import Path
 
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats import state_dict
-from prunectl.formats.base import PRUNABLE, Array, ModelFile, ModelInfo, Role, Tensor
-from prunectl.formats.onnx import decode as onnx_decode
+from prunectl.formats.base import PRUNABLE, Array, ModelFile, ModelInfo, NameAllocator, Role, Tensor
 from prunectl.formats.onnx import messages
-from prunectl.formats.onnx import scopes as onnx_scopes
-from prunectl.formats.onnx.decode import SparseSource
-from prunectl.formats.onnx.proto import Model, NodeProto, SparseProto, TensorProto, parsing
-from prunectl.formats.onnx.scopes import GraphScope
-from prunectl.formats.onnx.tensors import STRING, Located, TensorLocator, constant, refuse_overlaps
-from prunectl.formats.onnx.usage import OnnxTensorPurpose, UsageIndex
+from prunectl.formats.onnx.messages import Model, NodeProto, SparseProto, TensorProto, parsing
+from prunectl.formats.onnx.tensors import (
+    STRING,
+    Located,
+    SparseSource,
+    TensorLocator,
+    constant,
+    decode_dense,
+    decode_sparse,
+    refuse_overlaps,
+)
+from prunectl.formats.onnx.usage import GraphScope, OnnxTensorPurpose, UsageIndex, read_scopes
 
 _CLASSICAL = "ai.onnx.ml"
 _TRAINING = "ai.onnx.preview.training"
@@ -86,23 +91,6 @@ def layer_of(name: str, user: str) -> str:
     return user or layer or name
 
 
-class Names:
-    """Names given so far, none of them twice."""
-
-    def __init__(self) -> None:
-        self._given: set[str] = set()
-        self._counts: dict[str, int] = {}
-
-    def unique(self, name: str) -> str:
-        """Return the name, numbered if it was given before: two nodes may have one name."""
-        unique = name
-        while unique in self._given:
-            self._counts[name] = self._counts.get(name, 1) + 1
-            unique = f"{name}#{self._counts[name]}"
-        self._given.add(unique)
-        return unique
-
-
 @dataclass(frozen=True, slots=True)
 class _Found:
     """A tensor, and the graph that it stands in."""
@@ -121,7 +109,7 @@ def open_model(path: Path) -> ModelFile:
     locator = TensorLocator(path)
     with parsing(path) as reader:
         model = messages.model(reader)
-        scopes = onnx_scopes.read(reader, model)
+        scopes = read_scopes(reader, model)
         declared = list(_found(scopes, locator))
         uses = UsageIndex(reader, scopes)
         described = [_described(tensor, uses) for tensor in declared]
@@ -138,8 +126,8 @@ def open_model(path: Path) -> ModelFile:
     def decode(tensor: Tensor) -> Array:
         source = sources[tensor.name]
         if isinstance(source, SparseSource):
-            return onnx_decode.decode_sparse(source, path)
-        return onnx_decode.decode_dense(source, path)
+            return decode_sparse(source, path)
+        return decode_dense(source, path)
 
     return ModelFile(
         path=path,
@@ -152,7 +140,7 @@ def open_model(path: Path) -> ModelFile:
 
 
 def _found(scopes: tuple[GraphScope, ...], locator: TensorLocator) -> Iterator[_Found]:
-    names = Names()
+    names = NameAllocator()
     for scope in scopes:
         seen: set[str] = set()
         for name, proto, is_constant in _protos(scope):

@@ -17,8 +17,7 @@ from prunectl.errors import InputError
 from prunectl.formats import budgets, extents, protobuf
 from prunectl.formats.base import ModelFile, Tensor
 from prunectl.formats.onnx import messages
-from prunectl.formats.onnx.model import open_model
-from prunectl.formats.onnx.proto import (
+from prunectl.formats.onnx.messages import (
     DOUBLES,
     FLOATS,
     INT32S,
@@ -30,6 +29,7 @@ from prunectl.formats.onnx.proto import (
     location,
     parsing,
 )
+from prunectl.formats.onnx.model import open_model
 from prunectl.formats.patch import TensorUpdate, patch_files
 from prunectl.formats.protobuf import BYTES, Field, length_prefix, number
 

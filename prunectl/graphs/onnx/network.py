@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from prunectl.errors import InputError, first_line
-from prunectl.formats.base import Array, ModelFile
-from prunectl.formats.onnx.model import Names
+from prunectl.formats.base import Array, ModelFile, NameAllocator
 from prunectl.formats.onnx.tensors import CODES, STRING
 from prunectl.formats.safe_json import require
 from prunectl.graphs.onnx.nodes import all_graphs, copy_message, inner_graphs, output_of
@@ -49,9 +50,16 @@ class OnnxNetwork:
 
 def load_message(path: Path, *, has_external_data: bool = True) -> Any:
     """The message of a model; its handler has checked where its external data lies."""
+    with _reading(path) as onnx:
+        return onnx.load(path, load_external_data=has_external_data)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[ModuleType]:
+    """The library onnx; whatever it raises is the fault of the file that it reads."""
     onnx = require("onnx", extra="onnx")
     try:
-        return onnx.load(path, load_external_data=has_external_data)
+        yield onnx
     except Exception as error:
         raise InputError(f"{path} cannot be read by onnx: {first_line(error)}") from error
 
@@ -76,10 +84,8 @@ def load_network(model: ModelFile) -> tuple[OnnxNetwork, dict[str, str]]:
             if stands_outside(tensor.shape, initializer.data_type):
                 outside[tensor.name] = initializer
                 initializer.ClearField("data_location")
-    try:
-        require("onnx", extra="onnx").load_external_data_for_model(proto, str(model.path.parent))
-    except Exception as error:
-        raise InputError(f"{model.path} cannot be read by onnx: {first_line(error)}") from error
+    with _reading(model.path) as onnx:
+        onnx.load_external_data_for_model(proto, str(model.path.parent))
     for name, initializer in outside.items():
         refer(initializer, tensors[name].shape, tensors[name].nbytes)
     return OnnxNetwork(proto, {name: model.read(tensors[name]) for name in outside}), locations
@@ -148,7 +154,7 @@ class GraphTensor:
 
 def all_tensors(model: Any) -> Iterator[tuple[str, GraphTensor]]:
     """Yield all tensors with the names, and in the order, that the file handler gives them."""
-    names = Names()
+    names = NameAllocator()
     waiting: list[tuple[str, Any]] = [("", model.graph)]
     waiting += [(f"{function.name}/", function) for function in model.functions]
     training = [graph for part in model.training_info for graph in _training_graphs(part)]

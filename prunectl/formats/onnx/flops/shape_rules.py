@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from prunectl.formats.onnx.proto import NodeProto
+from prunectl.formats.onnx.messages import NodeProto
 
 Shape = tuple[int, ...]
 

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 
 from prunectl.formats.base import ModelFile, Operation
 from prunectl.formats.budgets import MAX_AXES, MAX_ELEMENTS, MAX_PASSED_OPERATORS
-from prunectl.formats.onnx import decode, messages, scopes
-from prunectl.formats.onnx.decode import TensorSource
+from prunectl.formats.onnx import messages
 from prunectl.formats.onnx.flops.shape_rules import (
     RULES,
     OnnxStep,
@@ -17,10 +16,9 @@ from prunectl.formats.onnx.flops.shape_rules import (
     UnknownOnnxShapeError,
     wrap_axis,
 )
-from prunectl.formats.onnx.proto import GraphProto, NodeProto, ProtoReader, TensorProto, parsing
-from prunectl.formats.onnx.scopes import GraphScope
-from prunectl.formats.onnx.tensors import TensorLocator
-from prunectl.formats.onnx.usage import CALCULATING, CELLS, PASSING
+from prunectl.formats.onnx.messages import GraphProto, NodeProto, ProtoReader, TensorProto, parsing
+from prunectl.formats.onnx.tensors import TensorLocator, TensorSource, decode_dense
+from prunectl.formats.onnx.usage import CALCULATING, CELLS, PASSING, GraphScope, read_scopes
 
 
 def value(step: OnnxStep) -> Shape | None:
@@ -134,7 +132,7 @@ class Shapes:
         ):
             source = self._locator.dense(tensor, name).source
             if isinstance(source, TensorSource):
-                numbers = decode.decode_dense(source, self._locator.path).reshape(-1).tolist()
+                numbers = decode_dense(source, self._locator.path).reshape(-1).tolist()
                 if all(number == number // 1 for number in numbers):
                     self._values[name] = tuple(map(int, numbers))
 
@@ -192,7 +190,7 @@ def operations(model: ModelFile) -> tuple[Operation, ...]:
     Those whose shapes the file does not tell, or that stand in branches, loops and functions, have no count.
     """
     with parsing(model.path) as reader:
-        main, *inner = scopes.read(reader, messages.model(reader))
+        main, *inner = read_scopes(reader, messages.model(reader))
         shapes = Shapes(reader, TensorLocator(model.path), main.graph)
         counted = [found for node in _calculating(main) for found in _counted(node, main, shapes.step(node), shapes)]
     uncounted = [
