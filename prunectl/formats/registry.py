@@ -103,9 +103,9 @@ FORMATS = (
         "sharded checkpoint",
         (".json",),
         detect.is_shard_index,
-        "safetensors.shards:open_model",
+        "safetensors:open_shards",
         Family.SAFETENSORS,
-        writer="safetensors.shards:write",
+        writer="safetensors:write_shards",
     ),
     Format(
         "safetensors",
@@ -114,7 +114,7 @@ FORMATS = (
         detect.is_safetensors,
         "safetensors:open_model",
         Family.SAFETENSORS,
-        stripper="safetensors.strip:strip",
+        stripper="safetensors:strip",
     ),
     Format(
         "tflite",

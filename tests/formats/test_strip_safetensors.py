@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 from prunectl.errors import InputError
 from prunectl.formats.base import RemovedItem, StripOptions, StripPart
 from prunectl.formats.registry import open_model
-from prunectl.formats.safetensors.strip import strip
+from prunectl.formats.safetensors import strip
 
 EVERYTHING = StripOptions()
 

@@ -1,0 +1,345 @@
+"""Safetensors: a length, a JSON header and one buffer, or several such files under an index; and their strip."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from prunectl.errors import InputError, abbreviated, reading
+from prunectl.formats import budgets, registry, state_dict
+from prunectl.formats.base import (
+    WRAPPING,
+    Array,
+    ModelFile,
+    ModelInfo,
+    RemovedItem,
+    Role,
+    Storage,
+    StripOptions,
+    StripPart,
+    Tensor,
+    format_shape,
+)
+from prunectl.formats.extents import Extent, blocks, raw_bytes
+from prunectl.formats.patch import HALF, HALVED, TensorUpdate, apply_mask, broadcast_mask, patch_files, to_float16
+from prunectl.formats.safe_json import parse_object, read_object
+from prunectl.formats.state_dict import OPTIMIZER_ROOTS, MaskedParam
+
+LENGTH_BYTES = 8
+
+_MAX_BITS = 63
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "C64": np.dtype(np.complex64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+
+
+def open_model(path: Path) -> ModelFile:
+    """Open a safetensors file."""
+    model = open_undescribed(path)
+    described = state_dict.describe(model.tensors)
+    about = replace(model.about, wrappers=state_dict.wrappers(described))
+    return replace(model, tensors=described, about=about)
+
+
+def open_undescribed(path: Path, prefix: str = "") -> ModelFile:
+    """Open a safetensors file without a look at what its names tell, with this in front of its storages' keys."""
+    file_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        if header_bytes > min(budgets.MAX_SAFETENSORS_HEADER_BYTES, file_bytes - LENGTH_BYTES):
+            raise InputError(f"{path} is truncated or damaged: it claims a header of {header_bytes} bytes")
+        header = parse_object(file.read(header_bytes), path, "its header")
+    metadata = header.pop("__metadata__", {})
+    if len(header) > budgets.MAX_TENSORS:
+        raise InputError(f"{path} is refused: it claims {len(header)} tensors")
+    start = LENGTH_BYTES + header_bytes
+    tensors = tuple(_tensor(path, name, facts, start, prefix) for name, facts in header.items())
+    _check_layout(path, tensors, start, file_bytes)
+    return ModelFile(path, "safetensors", tensors, ModelInfo(producer=_producer(metadata)), files=(path,))
+
+
+def _producer(metadata: Any) -> str:
+    return f"format {metadata['format']}" if isinstance(metadata, dict) and "format" in metadata else ""
+
+
+def _tensor(path: Path, name: str, facts: Any, start: int, prefix: str) -> Tensor:
+    try:
+        (begin, end), shape, code = facts["data_offsets"], tuple(facts["shape"]), facts["dtype"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise InputError(f"{path} is damaged: its header does not say where {abbreviated(name)} lies") from error
+    numbers = (begin, end, *shape)
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise InputError(f"{path} is damaged: its header does not say where {abbreviated(name)} lies")
+    if len(shape) > budgets.MAX_AXES or max(numbers).bit_length() > _MAX_BITS:
+        raise InputError(
+            f"{path} is refused: {abbreviated(name)} claims the shape {format_shape(shape)}, beyond any memory"
+        )
+    dtype = DTYPES.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        raise InputError(
+            f"{path} holds {abbreviated(name)} as {abbreviated(str(code))}, a type that prunectl does not read"
+        )
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise InputError(
+            f"{path} is damaged: {abbreviated(name)} of shape {format_shape(shape)} does not fill bytes {begin}..{end}"
+        )
+    storage = Storage(f"{prefix}{name}", end - begin, Extent(path, start + begin, end - begin), end - begin)
+    return Tensor(name, "", shape, dtype, Role.OTHER, storage)
+
+
+def _check_layout(path: Path, tensors: Iterable[Tensor], start: int, file_bytes: int) -> None:
+    at = start
+    for extent, name in sorted((_extent(tensor), tensor.name) for tensor in tensors):
+        if extent[0] != at:
+            raise InputError(f"{path} is damaged: {abbreviated(name)} overlaps another tensor or leaves a gap")
+        at += extent[1]
+    if at != file_bytes:
+        raise InputError(f"{path} is truncated or damaged: its tensors end at byte {at}, the file at {file_bytes}")
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    extent = tensor.storage.extent
+    return (extent.offset, extent.nbytes) if extent is not None else (0, 0)
+
+
+CODES: Mapping[np.dtype[Any], str] = {dtype: code for code, dtype in DTYPES.items()}
+_METADATA = "__metadata__"
+_ROUND_BYTES = 8
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The header of a file that was opened before."""
+    with path.open("rb") as file:
+        return parse_object(file.read(int.from_bytes(file.read(LENGTH_BYTES), "little")), path, "its header")
+
+
+def header_without_tensors(path: Path) -> dict[str, Any]:
+    """A header without tensors, which says of itself what another file does."""
+    old = read(path)
+    return {_METADATA: old[_METADATA]} if _METADATA in old else {}
+
+
+def encode_header(header: Mapping[str, Any]) -> bytes:
+    """A header as it stands in a file, its length before it."""
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ROUND_BYTES)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsEntry:
+    """A tensor to be written."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterable[Array]]
+    """Its numbers, piece by piece."""
+
+
+def array_entry(name: str, array: Array) -> SafetensorsEntry:
+    """A tensor in memory."""
+    return SafetensorsEntry(name, array.dtype, array.shape, lambda: (array,))
+
+
+def unchanged_entry(tensor: Tensor, name: str) -> SafetensorsEntry:
+    """A tensor of another file, perhaps by another name."""
+    extent = tensor.storage.extent
+    return SafetensorsEntry(
+        name, tensor.dtype, tensor.shape, lambda: blocks(extent, tensor.dtype) if extent is not None else ()
+    )
+
+
+def write_entries(path: Path, header: dict[str, Any], entries: Sequence[SafetensorsEntry]) -> None:
+    """Write a file of tensors in this order, a block in memory at a time; the header has what else stands in it."""
+    offset = 0
+    for entry in entries:
+        end = offset + math.prod(entry.shape) * entry.dtype.itemsize
+        code = CODES[entry.dtype.newbyteorder("=")]
+        header[entry.name] = {"dtype": code, "shape": list(entry.shape), "data_offsets": [offset, end]}
+        offset = end
+    with path.open("xb") as file:
+        file.write(encode_header(header))
+        for entry in entries:
+            for block in entry.blocks():
+                file.write(raw_bytes(block))
+
+
+def open_shards(path: Path) -> ModelFile:
+    """Open the shards that an index names, as one model."""
+    weight_map = read_object(path, "the index").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{path} is JSON, but not the index of a sharded checkpoint: it has no weight_map")
+    if len(weight_map) > budgets.MAX_INDEX_NAMES:
+        raise InputError(f"{path} is refused: it names more than {budgets.MAX_INDEX_NAMES} tensors")
+    shards = [_open_shard(path, name) for name in dict.fromkeys(weight_map.values())]
+    tensors = [tensor for shard in shards for tensor in shard.tensors]
+    held = {tensor.name for tensor in tensors}
+    if missing := [name for name in weight_map if name not in held]:
+        raise InputError(
+            f"{path} is damaged: "
+            f"it promises {abbreviated(missing[0])}, which {abbreviated(weight_map[missing[0]])} does not hold"
+        )
+    described = state_dict.describe(tensors)
+    owners = {shard.path.name: shard for shard in shards}
+
+    def decode(tensor: Tensor) -> Array:
+        owner, _, key = tensor.storage.key.partition(":")
+        return owners[owner].read(replace(tensor, storage=replace(tensor.storage, key=key)))
+
+    return ModelFile(
+        path=path,
+        format="shards",
+        tensors=described,
+        about=ModelInfo(
+            producer=shards[0].about.producer if shards else "",
+            wrappers=state_dict.wrappers(described),
+            code=tuple(dict.fromkeys(code for shard in shards for code in shard.about.code)),
+            code_bytes=sum(shard.about.code_bytes for shard in shards),
+            is_compressed=any(shard.about.is_compressed for shard in shards),
+        ),
+        files=(path, *(shard.path for shard in shards)),
+        decode=decode,
+    )
+
+
+def write_shards(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[TensorUpdate]) -> None:
+    """Write every shard with new numbers in it, and an index that names them as they are called now."""
+    names = {source.name: target.name for source, target in targets.items() if source != model.path}
+    if all(old == new for old, new in names.items()):
+        patch_files(model, targets, rewrites)
+        return
+    patch_files(model, {source: target for source, target in targets.items() if source != model.path}, rewrites)
+    index = read_object(model.path, "the index")
+    index["weight_map"] = {tensor: names[shard] for tensor, shard in index["weight_map"].items()}
+    targets[model.path].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _open_shard(index: Path, name: str) -> ModelFile:
+    if "/" in name or "\\" in name or name in {"", ".", ".."}:
+        raise InputError(f"{index} is refused: it names a shard outside its folder: {abbreviated(name)}")
+    shard = index.parent / name
+    if not shard.is_file():
+        raise InputError(f"{index} is incomplete: its shard {abbreviated(name)} is missing")
+    prefix = f"{name}:"
+    with reading(shard):
+        row = registry.recognise(shard)
+        if row.name == "shards":
+            raise InputError(f"{index} is refused: its shard {abbreviated(name)} is itself an index")
+        if row.name == "safetensors":
+            # Its names are read beside those of the other shards, and only there.
+            return open_undescribed(shard, prefix)
+    model = registry.open_model(shard)
+    return replace(model, tensors=tuple(_tagged(tensor, prefix) for tensor in model.tensors))
+
+
+def _tagged(tensor: Tensor, prefix: str) -> Tensor:
+    return replace(tensor, storage=replace(tensor.storage, key=f"{prefix}{tensor.storage.key}"))
+
+
+_AVERAGES = ("ema.", "model_ema.", "ema_model.", "swa_model.")
+_GRADIENTS = (".grad", ".main_grad")
+
+
+def strip(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
+    """Write a copy without the parts that are to go, and return what went."""
+    tensors = {tensor.name: tensor for tensor in model.tensors}
+    dead = {name: part for name in tensors if (part := _part(name, tensors)) in wish.parts}
+    kept = {name: tensor for name, tensor in tensors.items() if name not in dead}
+    removed = [RemovedItem(name, part, tensors[name].nbytes) for name, part in dead.items() if part is not None]
+    wrapped: tuple[MaskedParam, ...] = ()
+    if wish.parts & WRAPPING:
+        wrapped = tuple(weight for weight in state_dict.find(kept, {}) if _fits(weight, kept))
+        removed += [
+            RemovedItem(mask, StripPart.MASKS, kept[mask].nbytes) for weight in wrapped for mask in weight.masks
+        ]
+        removed += [
+            RemovedItem(name, StripPart.WRAPPERS, 0) for name in dict.fromkeys(weight.wrapper for weight in wrapped)
+        ]
+        _refuse_others(model, kept, wrapped)
+    if not removed and not (wish.to_half and any(tensor.dtype in HALVED for tensor in kept.values())):
+        patch_files(model, targets, ())
+        return ()
+    entries = [_halved(model, entry, wish) for entry in _entries(model, kept, wrapped)]
+    # Wide numbers first, as the format's own library has it: each then begins at a multiple of its width.
+    entries.sort(key=lambda entry: -entry.dtype.itemsize)
+    write_entries(targets[model.path], header_without_tensors(model.path), entries)
+    return tuple(removed)
+
+
+def _part(name: str, tensors: Mapping[str, Tensor]) -> StripPart | None:
+    root, dot, rest = name.partition(".")
+    if dot and root in OPTIMIZER_ROOTS:
+        return StripPart.OPTIMIZER
+    if name.endswith(_GRADIENTS) and name.rpartition(".")[0] in tensors:
+        return StripPart.GRADIENTS
+    is_copy = name.startswith(_AVERAGES) and (rest in tensors or f"model.{rest}" in tensors)
+    return StripPart.TRAINING if is_copy else None
+
+
+def _fits(weight: MaskedParam, tensors: Mapping[str, Tensor]) -> bool:
+    original = tensors[weight.original]
+    return original.is_float and all(
+        tensors[mask].shape in (original.shape, original.shape[:1]) for mask in weight.masks
+    )
+
+
+def _refuse_others(model: ModelFile, kept: Mapping[str, Tensor], wrapped: tuple[MaskedParam, ...]) -> None:
+    known = {mask for weight in wrapped for mask in weight.masks}
+    for name, tensor in kept.items():
+        if tensor.role == Role.MASK and name not in known:
+            raise InputError(f"{model.path} holds {abbreviated(name)}, a mask that does not fit its weight")
+
+
+def _entries(
+    model: ModelFile, kept: Mapping[str, Tensor], wrapped: tuple[MaskedParam, ...]
+) -> Iterator[SafetensorsEntry]:
+    """Yield the tensors of the output, as they were or as products, in the order of the header."""
+    products = {weight.original: weight for weight in wrapped}
+    masks = {mask for weight in wrapped for mask in weight.masks}
+    plain = state_dict.renamed(kept, wrapped)
+    for name, tensor in kept.items():
+        if name not in masks:
+            entry = unchanged_entry(tensor, plain[name])
+            yield replace(entry, blocks=_product(model, products[name], kept)) if name in products else entry
+
+
+def _product(model: ModelFile, weight: MaskedParam, kept: Mapping[str, Tensor]) -> Callable[[], Iterator[Array]]:
+    def numbers() -> Iterator[Array]:
+        weights = model.read(kept[weight.original])
+        factors = (broadcast_mask(weights, model.read(kept[mask])) for mask in weight.masks)
+        yield from apply_mask(weights, [factor for factor in factors if factor is not None])
+
+    return numbers
+
+
+def _halved(model: ModelFile, entry: SafetensorsEntry, options: StripOptions) -> SafetensorsEntry:
+    if not options.to_half or entry.dtype not in HALVED:
+        return entry
+    return replace(entry, dtype=HALF, blocks=lambda: to_float16(iter(entry.blocks()), model.path, entry.name))
