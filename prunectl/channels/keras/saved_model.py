@@ -26,7 +26,7 @@ from prunectl.formats.scratch import Scratch
 from prunectl.formats.tensorflow import object_graph
 from prunectl.formats.tensorflow.bundle import read_bundle
 from prunectl.formats.tensorflow.graph_def import read_graph
-from prunectl.formats.tensorflow.variable_names import VALUE_SUFFIX
+from prunectl.formats.tensorflow.variables import VALUE_SUFFIX
 from prunectl.pruning import destination as outputs
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions

@@ -116,6 +116,11 @@ class BundleEntry:
         """The type of its numbers."""
         return DTYPES[self.code]
 
+    @property
+    def name(self) -> str:
+        """Its key as text."""
+        return self.key.decode("utf-8", "backslashreplace")
+
 
 @dataclass(frozen=True, slots=True)
 class Index:
@@ -306,7 +311,7 @@ def _shared(bundle: Bundle, file_bytes: int) -> dict[bytes, BundleEntry]:
 def _check_extents(bundle: Bundle, sizes: Mapping[int, int]) -> None:
     reached = dict.fromkeys(sizes, 0)
     for entry in sorted(bundle.entries.values(), key=lambda item: (item.shard, item.offset, item.key in bundle.shared)):
-        name = entry.key.decode("utf-8", "backslashreplace")
+        name = entry.name
         if entry.code not in DTYPES and entry.code not in NOT_NUMBERS:
             raise InputError(
                 f"{bundle.index} holds {abbreviated(name)} as type {entry.code}, which prunectl does not read"
@@ -326,7 +331,7 @@ def _check_extents(bundle: Bundle, sizes: Mapping[int, int]) -> None:
 
 def _check_slices(bundle: Bundle) -> None:
     for entry in bundle.entries.values():
-        name = entry.key.decode("utf-8", "backslashreplace")
+        name = entry.name
         for bounds in entry.slices:
             piece = bundle.entries.get(slice_key(entry.key, bounds))
             if piece is None or piece.code != entry.code or piece.slices:

@@ -19,7 +19,6 @@ from prunectl.formats.protobuf import (
     text,
 )
 from prunectl.formats.tensorflow.bundle import Bundle
-from prunectl.formats.tensorflow.variable_names import OPTIMIZER_ROOTS
 
 KEY = b"_CHECKPOINTABLE_OBJECT_GRAPH"
 NODES, CHILDREN, ATTRIBUTES, SLOTS = 1, 1, 2, 3
@@ -129,6 +128,8 @@ _OPTIMIZER_MARKERS = (frozenset({"_iterations", "_learning_rate"}), frozenset({"
 """What Keras since 2.11 and TensorFlow 1 call what their optimizers have; one with slots needs no marker."""
 _WEAK_MARKERS = frozenset({"iter", "learning_rate"})
 """What Keras before 2.11 calls it, and perhaps a trainer too, which then has a model as well."""
+OPTIMIZER_ROOTS = frozenset({"optimizer", "_optimizer", "optimizer_v2"})
+"""Under these names a model has its optimizer."""
 _TRAINED_WEIGHTS = "_trainable_variables"
 """Under this name Keras 3 lists in an optimizer the weights that it trains."""
 

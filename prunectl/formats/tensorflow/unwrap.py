@@ -19,12 +19,12 @@ from prunectl.formats.extents import mmap_file
 from prunectl.formats.patch import apply_mask, pieces
 from prunectl.formats.protobuf import BYTES, WireError, length_prefix, raw_fields
 from prunectl.formats.safe_json import parse_object
-from prunectl.formats.tensorflow import object_graph, tensors
+from prunectl.formats.tensorflow import object_graph, variables
 from prunectl.formats.tensorflow.bundle import Bundle, BundleEntry, read_bundle, slice_key
 from prunectl.formats.tensorflow.graph_def import read_graph
 from prunectl.formats.tensorflow.object_graph import ObjectGraph, find_ownership
 from prunectl.formats.tensorflow.rebuild_worker import EXTRA, MODULES
-from prunectl.formats.tensorflow.variable_names import METRICS, VALUE_SUFFIX, without_optimizer
+from prunectl.formats.tensorflow.variables import METRICS, VALUE_SUFFIX, without_optimizer
 
 _METADATA_FILE_PATH = (1, 5)
 """Fields on the way to each JSON text in `keras_metadata.pb`."""
@@ -110,10 +110,8 @@ def _state_by_ownership(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, Strip
 
 def _state_by_name(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, StripPart]:
     """What is called like the state of an optimizer, if it is a number or there is a weight that it is for."""
-    roles = {tensor.name: tensor.role for tensor in tensors.tensors_of(bundle, graph, {})}
-    entries = {
-        entry.key.decode("utf-8", "backslashreplace").removesuffix(VALUE_SUFFIX): entry for entry in bundle.numbers()
-    }
+    roles = {tensor.name: tensor.role for tensor in variables.tensors_of(bundle, graph, {})}
+    entries = {entry.name.removesuffix(VALUE_SUFFIX): entry for entry in bundle.numbers()}
     weights = {name: entry for name, entry in entries.items() if roles.get(name) is not Role.OPTIMIZER}
     return {
         entry.key: StripPart.OPTIMIZER
@@ -180,10 +178,12 @@ def verify(model: ModelFile, rebuilt: Path) -> None:
     pairs, masks = object_graph.match_objects(graph, new_graph), object_graph.match_masks(graph)
     tensors = {tensor.storage.key: tensor for tensor in model.tensors}
     for entry in plain.numbers():
-        key = entry.key.decode("utf-8", "backslashreplace")
+        key = entry.name
         old = tensors.pop(pairs.get(key, ""), None)
         if old is None:
-            raise WorkError(f"{model.path} came out with a variable that it did not have: {_shown(key)}")
+            raise WorkError(
+                f"{model.path} came out with a variable that it did not have: {key.removesuffix(VALUE_SUFFIX)}"
+            )
         weight = model.read(old)
         mask = next((tensor for tensor in model.tensors if tensor.storage.key == masks.get(old.storage.key)), None)
         expected = apply_mask(weight, [model.read(mask)] if mask else [])
@@ -203,10 +203,6 @@ def _same(expected: Iterator[Array], array: Array) -> bool:
         block.tobytes() == expected_block.tobytes()
         for block, (expected_block,) in zip(expected, pieces([array]), strict=True)
     )
-
-
-def _shown(key: str) -> str:
-    return key.removesuffix(VALUE_SUFFIX)
 
 
 _SIGNATURES = frozenset({"serving_default", "__saved_model_init_op"})

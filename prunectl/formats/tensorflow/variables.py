@@ -1,13 +1,117 @@
-"""Classify TensorFlow variables by name: layer, role, output axis, optimizer state."""
+"""The variables in a TensorFlow bundle, as tensors: their names tell layers, roles, axes and what optimizers keep."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from prunectl.formats.base import Role
+import numpy as np
+
+from prunectl.formats.base import Array, NameAllocator, Role, Storage, Tensor
+from prunectl.formats.extents import view
 from prunectl.formats.keras.config import PRUNED_PREFIX
+from prunectl.formats.tensorflow.bundle import Bundle, BundleEntry
+from prunectl.formats.tensorflow.object_graph import OPTIMIZER_ROOTS, ObjectGraph, find_ownership
+
+_EXPORT_LISTS = ("_all_variables/", "_operations/")
+"""Keras 3 lists the variables of an exported model under one of these, and once more under `variables/`."""
+
+
+def tensors_of(bundle: Bundle, graph: ObjectGraph, classes: Mapping[str, str]) -> tuple[Tensor, ...]:
+    """The variables of a bundle, in the order of its index."""
+    entries = bundle.numbers()
+    full_names, ownership = graph.full_names, find_ownership(graph)
+    state = ownership.keys(graph)
+    root = _root(entries, full_names)
+    allocator = NameAllocator()
+    variables = []
+    for entry in entries:
+        key = entry.name
+        name = key.removesuffix(VALUE_SUFFIX)
+        # An optimizer of Keras 3 lists the weights too, and may lead there faster than the model does.
+        info = classify_variable(
+            ownership.paths.get(key, name) if looks_like_optimizer(name) else name,
+            full_names.get(key, name),
+            entry.shape,
+            is_float=entry.dtype.kind == "f" or "float" in entry.dtype.name,
+            classes=classes,
+            root=root,
+            is_of_optimizer=key in state,
+        )
+        variables.append(
+            Tensor(
+                name=allocator.unique(name),
+                layer=info.layer,
+                shape=entry.shape,
+                dtype=entry.dtype,
+                role=info.role,
+                storage=_storage(bundle, entry, key),
+                kind=info.kind,
+                out_axis=info.out_axis,
+                in_axis=info.in_axis,
+            )
+        )
+    return tuple(variables)
+
+
+def _storage(bundle: Bundle, entry: BundleEntry, key: str) -> Storage:
+    if entry.slices:
+        nbytes = sum(piece.nbytes for _, piece in bundle.pieces(entry))
+        return Storage(key, nbytes, None, nbytes)
+    leader = bundle.shared.get(entry.key, entry)
+    key = leader.name
+    return Storage(key, leader.nbytes, bundle.extent(leader), leader.nbytes, bundle.is_big_endian)
+
+
+def decoder(bundle: Bundle) -> Callable[[Tensor], Array]:
+    """A reader of tensors that are stored in slices."""
+    by_key = {entry.name: entry for entry in bundle.numbers()}
+
+    def decode(tensor: Tensor) -> Array:
+        array = np.zeros(tensor.shape, tensor.dtype)
+        for location, piece in bundle.pieces(by_key[tensor.storage.key]):
+            array[location] = view(
+                bundle.extent(piece), dtype=tensor.dtype, shape=piece.shape, big_endian=bundle.is_big_endian
+            )
+        array.flags.writeable = False
+        return array
+
+    return decode
+
+
+def optimizer(tensors: Iterable[Tensor], full_names: Mapping[str, str]) -> str:
+    """The optimizer whose state is among the variables, as far as their names tell."""
+    names = [full_names.get(tensor.storage.key, tensor.name) for tensor in tensors if tensor.role == "optimizer"]
+    named = next(filter(None, map(optimizer_of, names)), "")
+    has_state = any("optimizer" in tensor.name.lower() for tensor in tensors if tensor.role == "optimizer")
+    return named or ("unknown" if has_state else "")
+
+
+def copies(bundle: Bundle, full_names: Mapping[str, str]) -> dict[str, str]:
+    """Duplicate tensors (same name, shape and checksum as an earlier one), each with its original."""
+    seen: dict[tuple[str, tuple[int, ...], int, int], str] = {}
+    originals: dict[str, str] = {}
+    for entry in bundle.numbers():
+        key = entry.name
+        name = full_names.get(key, "")
+        if "/" in name and entry.crc:
+            copy = key.removesuffix(VALUE_SUFFIX)
+            original = seen.setdefault((name, entry.shape, entry.nbytes, entry.crc), copy)
+            if original != copy:
+                originals[copy] = original
+    return originals
+
+
+def _root(entries: Iterable[BundleEntry], full_names: Mapping[str, str]) -> str:
+    """The name of the model, with which Keras 3 begins the names of what it exports."""
+    keys = [entry.name for entry in entries]
+    if not any(key.startswith(_EXPORT_LISTS) for key in keys):
+        return ""
+    parts = [full_names.get(key, "").split("/") for key in keys]
+    roots = {steps[0] for steps in parts if len(steps) > 2}
+    return roots.pop() if len(roots) == 1 else ""
+
 
 VALUE_SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 OPTIMIZERS = (
@@ -24,7 +128,6 @@ OPTIMIZERS = (
     "Ftrl",
 )
 _OPTIMIZER_PART = re.compile(rf"({'|'.join(OPTIMIZERS)})(_\d+)?")
-OPTIMIZER_ROOTS = frozenset({"optimizer", "_optimizer", "optimizer_v2"})
 _TRAINING_LEAVES = frozenset({"beta1_power", "beta2_power", "save_counter"})
 SLOT_LEAVES = frozenset({"adam_m", "adam_v", "lamb_m", "lamb_v"})
 """What the optimizers of BERT and its kin append to the name of a weight."""
