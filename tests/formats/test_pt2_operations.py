@@ -13,7 +13,7 @@ import pytest
 from prunectl.errors import InputError
 from prunectl.formats.base import Operation
 from prunectl.formats.registry import open_model
-from prunectl.formats.torch.exported_flops import operations
+from prunectl.formats.torch.exported import operations
 
 torch = pytest.importorskip("torch")
 nn = torch.nn

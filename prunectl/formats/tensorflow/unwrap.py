@@ -163,11 +163,6 @@ def _name(key: bytes) -> str:
     return key.decode("utf-8", "backslashreplace").removesuffix(VALUE_SUFFIX)
 
 
-def classify_part(name: str) -> StripPart | None:
-    """The part that a metric belongs to; nothing for what tells its part by its role."""
-    return StripPart.TRAINING if name.startswith(METRICS) else None
-
-
 _REMOVED_ROLES = frozenset({Role.MASK, Role.SCHEDULE, Role.OPTIMIZER})
 
 
@@ -293,7 +288,11 @@ def _reraise(path: Path, output: bytes) -> None:
 def _removed(model: ModelFile) -> tuple[RemovedItem, ...]:
     parts = {Role.MASK: StripPart.MASKS, Role.SCHEDULE: StripPart.WRAPPERS, Role.OPTIMIZER: StripPart.OPTIMIZER}
     removed = (
-        RemovedItem(tensor.name, classify_part(tensor.name) or parts[tensor.role], tensor.storage.stored_bytes)
+        RemovedItem(
+            tensor.name,
+            StripPart.TRAINING if tensor.name.startswith(METRICS) else parts[tensor.role],
+            tensor.storage.stored_bytes,
+        )
         for tensor in model.tensors
         if tensor.role in parts
     )

@@ -1,26 +1,28 @@
-"""The file of PyTorch 0.2 to 1.5: five pickles, then the storages one after another."""
+"""Files of PyTorch before 1.6: five pickles with the storages behind them, and before 0.2 a tar of pickles."""
 
 from __future__ import annotations
 
 import mmap
+import struct
 from pathlib import Path
+from typing import Any
 
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile, ModelInfo, Storage
-from prunectl.formats.budgets import MAX_LEGACY_FACT_BYTES, MAX_VERSION_BYTES
+from prunectl.formats.budgets import MAX_AXES, MAX_FILES, MAX_LEGACY_FACT_BYTES, MAX_TAR_FACT_BYTES, MAX_VERSION_BYTES
 from prunectl.formats.extents import Extent, check_inside
-from prunectl.formats.torch import model, views
+from prunectl.formats.torch import model
 from prunectl.formats.torch.model import PickleSource
-from prunectl.formats.torch.pickle.opcodes import describe_value
+from prunectl.formats.torch.pickle.opcodes import Global, OpaqueCall, Persistent, describe_value
 from prunectl.formats.torch.pickle.vm import interpret
-from prunectl.formats.torch.views import StorageInfo
+from prunectl.formats.torch.views import StorageInfo, parse_persistent_id
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 COUNT_BYTES = 8
 
 
-def open_model(path: Path) -> ModelFile:
+def open_legacy(path: Path) -> ModelFile:
     """Open a file that torch.save wrote before it used zips."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         most = min(len(data), MAX_LEGACY_FACT_BYTES)
@@ -30,7 +32,7 @@ def open_model(path: Path) -> ModelFile:
             raise InputError(f"{path} is damaged: it is not of the protocol that PyTorch wrote")
         system = interpret(data, path, "what it says of its machine", start=protocol.end, end=most)
         program = interpret(data, path, "its object", start=system.end)
-        storages = {info.key: info for info in (views.parse_persistent_id(path, key) for key in program.storages)}
+        storages = {info.key: info for info in (parse_persistent_id(path, key) for key in program.storages)}
         end = min(len(data), program.end + MAX_LEGACY_FACT_BYTES + MAX_VERSION_BYTES * len(storages))
         keys = interpret(data, path, "its list of storages", start=program.end, end=end)
         located = _locate(path, data, keys.value, storages, keys.end)
@@ -63,3 +65,145 @@ def _locate(
         located[info.key] = Storage(info.key, info.nbytes, Extent(path, offset, info.nbytes), info.nbytes)
         offset += info.nbytes
     return located
+
+
+BLOCK_BYTES = 512
+RECORD_BYTES = 20 * BLOCK_BYTES
+"""A tar is filled up to whole records: one that is not was cut."""
+
+_FILES = b"\x000"
+"""The two marks of a plain file."""
+
+
+def locate(path: Path, data: mmap.mmap) -> dict[str, tuple[int, int]]:
+    """The first and the last byte of each plain file in a tar."""
+    if len(data) % RECORD_BYTES:
+        raise InputError(f"{path} is truncated: a tar has whole records of {RECORD_BYTES} bytes")
+    files: dict[str, tuple[int, int]] = {}
+    offset = 0
+    for _ in range(MAX_FILES):
+        header = data[offset : offset + BLOCK_BYTES]
+        if header == bytes(BLOCK_BYTES):
+            return files
+        name, size = _entry(path, header)
+        begin = offset + BLOCK_BYTES
+        if begin + size > len(data):
+            raise InputError(f"{path} is truncated or damaged: its entry {name} reaches past the end")
+        if header[156] in _FILES:
+            if name in files:
+                raise InputError(f"{path} is refused: it holds two entries named {name}")
+            files[name] = begin, begin + size
+        offset = begin + -(-size // BLOCK_BYTES) * BLOCK_BYTES
+    raise InputError(f"{path} is refused: it has more entries than any model")
+
+
+def _entry(path: Path, header: bytes) -> tuple[str, int]:
+    stated = header[148:156].strip(b"\0 ")
+    actual = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    try:
+        is_right = len(header) == BLOCK_BYTES and int(stated, 8) == actual
+        size = int(header[124:136].strip(b"\0 ") or b"0", 8)
+    except ValueError as error:
+        raise InputError(f"{path} is truncated or damaged: a header in the tar is broken") from error
+    if not is_right or size < 0:
+        raise InputError(f"{path} is truncated or damaged: a header in the tar is broken")
+    name = header[:100].split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
+    return name.removeprefix("./"), size
+
+
+_REBUILD = Global("torch._utils", "_rebuild_tensor")
+
+
+def open_tar(path: Path) -> ModelFile:
+    """Open a tar that torch.save wrote."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        entries = locate(path, data)
+        for name in ("pickle", "storages"):
+            if name not in entries:
+                raise InputError(f"{path} is damaged: the tar has no entry {name}")
+        located, ids = _storages(path, data, entries["storages"])
+        named = _tensors(path, data, entries["tensors"], ids) if "tensors" in entries else {}
+        begin, end = entries["pickle"]
+        program = interpret(data, path, "its entry pickle", start=begin, end=end)
+
+    about = ModelInfo(producer="pytorch (format before 0.2)")
+    source = PickleSource(program, model.storages_by_key(path, located), named)
+    return model.model_from_pickle(path, "torch-tar", [source], about)
+
+
+def _count(path: Path, value: Any, what: str) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_FILES:
+        raise InputError(f"{path} is damaged: it does not say how many {what} it holds")
+    return value
+
+
+def _three_facts(path: Path, data: mmap.mmap, what: str, offset: int, end: int) -> tuple[tuple[Any, Any, Any], int]:
+    """The pickle of three values before a storage or a tensor, and where it ends."""
+    most = min(end, offset + MAX_TAR_FACT_BYTES)
+    facts = interpret(data, path, f"what it says of {what}", start=offset, end=most)
+    value = facts.value if isinstance(facts.value, tuple) and len(facts.value) == 3 else (None, None, None)
+    return value, facts.end
+
+
+def _storages(
+    path: Path, data: mmap.mmap, entry: tuple[int, int]
+) -> tuple[dict[str, Storage], dict[str, tuple[Any, ...]]]:
+    """The storages by their keys, and the ids that a later pickle would give them."""
+    offset, end = entry
+    head = interpret(data, path, "its number of storages", start=offset, end=end)
+    offset = head.end
+    located: dict[str, Storage] = {}
+    ids: dict[str, tuple[Any, ...]] = {}
+    for _ in range(_count(path, head.value, "storages")):
+        (key, location, kind), offset = _three_facts(path, data, "a storage", offset, end)
+        check_inside(path, offset, COUNT_BYTES, end, "the length of a storage")
+        count = int.from_bytes(data[offset : offset + COUNT_BYTES], "little")
+        offset += COUNT_BYTES
+        persistent_id = ("storage", kind, key, location, count)
+        info = parse_persistent_id(path, persistent_id)
+        check_inside(path, offset, info.nbytes, end, f"storage {describe_value(info.key)}")
+        located[info.key] = Storage(info.key, info.nbytes, Extent(path, offset, info.nbytes), info.nbytes)
+        ids[info.key] = persistent_id
+        offset += info.nbytes
+    if offset < end:
+        views = interpret(data, path, "its list of shared storages", start=offset, end=end).value
+        for target, root, offset, count in _view_records(path, views):
+            if str(root) not in ids:
+                raise InputError(f"{path} is damaged: it shares a storage that it does not hold")
+            ids[str(target)] = (*ids[str(root)][:5], (target, offset, count))
+    return located, ids
+
+
+def _view_records(path: Path, views: Any) -> list[tuple[Any, ...]]:
+    if not isinstance(views, list) or not all(isinstance(view, tuple) and len(view) == 4 for view in views):
+        raise InputError(f"{path} is damaged: it does not say which storages are shared")
+    if not all(isinstance(name, str | int) for view in views for name in view):
+        raise InputError(f"{path} is damaged: it does not say which storages are shared")
+    return views
+
+
+def _tensors(
+    path: Path, data: mmap.mmap, entry: tuple[int, int], ids: dict[str, tuple[Any, ...]]
+) -> dict[str, OpaqueCall]:
+    """The tensors by their keys, as the calls that newer files have in their place."""
+    offset, end = entry
+    head = interpret(data, path, "its number of tensors", start=offset, end=end)
+    offset = head.end
+    tensors: dict[str, OpaqueCall] = {}
+    for _ in range(_count(path, head.value, "tensors")):
+        (key, storage, _), offset = _three_facts(path, data, "a tensor", offset, end)
+        if not isinstance(key, str | int) or not isinstance(storage, str | int) or str(storage) not in ids:
+            raise InputError(f"{path} is damaged: it does not say which storage a tensor uses")
+        check_inside(path, offset, COUNT_BYTES, end, "the shape of a tensor")
+        (rank,) = struct.unpack_from("<i", data, offset)
+        offset += COUNT_BYTES
+        if not 0 <= rank <= MAX_AXES:
+            raise InputError(f"{path} is damaged: a tensor has {rank} dimensions")
+        nbytes = COUNT_BYTES * (2 * rank + 1)
+        check_inside(path, offset, nbytes, end, "the shape of a tensor")
+        numbers = struct.unpack_from(f"<{2 * rank + 1}q", data, offset)
+        offset += nbytes
+        tensors[str(key)] = OpaqueCall(
+            _REBUILD, (Persistent(ids[str(storage)]), numbers[-1], numbers[:rank], numbers[rank : 2 * rank])
+        )
+    return tensors

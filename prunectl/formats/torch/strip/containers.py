@@ -13,9 +13,9 @@ from prunectl.formats.budgets import MAX_ALIGNMENT, MAX_PICKLE_BYTES
 from prunectl.formats.extents import BLOCK_BYTES
 from prunectl.formats.patch import patch_files
 from prunectl.formats.torch import views
-from prunectl.formats.torch.archive import read_marker, top_folder
 from prunectl.formats.torch.exported import examples
 from prunectl.formats.torch.legacy import COUNT_BYTES
+from prunectl.formats.torch.model import read_marker, top_folder
 from prunectl.formats.torch.pickle.edit import (
     CheckpointContainer,
     CheckpointEdits,
