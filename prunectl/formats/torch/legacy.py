@@ -75,7 +75,7 @@ _FILES = b"\x000"
 """The two marks of a plain file."""
 
 
-def locate(path: Path, data: mmap.mmap) -> dict[str, tuple[int, int]]:
+def _tar_entries(path: Path, data: mmap.mmap) -> dict[str, tuple[int, int]]:
     """The first and the last byte of each plain file in a tar."""
     if len(data) % RECORD_BYTES:
         raise InputError(f"{path} is truncated: a tar has whole records of {RECORD_BYTES} bytes")
@@ -85,7 +85,7 @@ def locate(path: Path, data: mmap.mmap) -> dict[str, tuple[int, int]]:
         header = data[offset : offset + BLOCK_BYTES]
         if header == bytes(BLOCK_BYTES):
             return files
-        name, size = _entry(path, header)
+        name, size = _tar_entry(path, header)
         begin = offset + BLOCK_BYTES
         if begin + size > len(data):
             raise InputError(f"{path} is truncated or damaged: its entry {name} reaches past the end")
@@ -97,7 +97,7 @@ def locate(path: Path, data: mmap.mmap) -> dict[str, tuple[int, int]]:
     raise InputError(f"{path} is refused: it has more entries than any model")
 
 
-def _entry(path: Path, header: bytes) -> tuple[str, int]:
+def _tar_entry(path: Path, header: bytes) -> tuple[str, int]:
     stated = header[148:156].strip(b"\0 ")
     actual = sum(header) - sum(header[148:156]) + 8 * ord(" ")
     try:
@@ -117,12 +117,12 @@ _REBUILD = Global("torch._utils", "_rebuild_tensor")
 def open_tar(path: Path) -> ModelFile:
     """Open a tar that torch.save wrote."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        entries = locate(path, data)
+        entries = _tar_entries(path, data)
         for name in ("pickle", "storages"):
             if name not in entries:
                 raise InputError(f"{path} is damaged: the tar has no entry {name}")
-        located, ids = _storages(path, data, entries["storages"])
-        named = _tensors(path, data, entries["tensors"], ids) if "tensors" in entries else {}
+        located, ids = _tar_storages(path, data, entries["storages"])
+        named = _tar_tensors(path, data, entries["tensors"], ids) if "tensors" in entries else {}
         begin, end = entries["pickle"]
         program = interpret(data, path, "its entry pickle", start=begin, end=end)
 
@@ -145,7 +145,7 @@ def _three_facts(path: Path, data: mmap.mmap, what: str, offset: int, end: int) 
     return value, facts.end
 
 
-def _storages(
+def _tar_storages(
     path: Path, data: mmap.mmap, entry: tuple[int, int]
 ) -> tuple[dict[str, Storage], dict[str, tuple[Any, ...]]]:
     """The storages by their keys, and the ids that a later pickle would give them."""
@@ -182,7 +182,7 @@ def _view_records(path: Path, views: Any) -> list[tuple[Any, ...]]:
     return views
 
 
-def _tensors(
+def _tar_tensors(
     path: Path, data: mmap.mmap, entry: tuple[int, int], ids: dict[str, tuple[Any, ...]]
 ) -> dict[str, OpaqueCall]:
     """The tensors by their keys, as the calls that newer files have in their place."""
