@@ -14,6 +14,8 @@ from prunectl.formats import budgets
 from prunectl.formats.base import PruningWrapper
 
 PRUNED_PREFIX = "prune_low_magnitude_"
+WRAPPER = "PruneLowMagnitude"
+"""The class around a layer that tfmot prunes."""
 _OWN_MODULES = ("keras", "tf_keras", "builtins", "tensorflow", "tensorflow_model_optimization")
 
 
@@ -81,13 +83,21 @@ def listed(model: Any) -> tuple[Mapping[str, Any], ...]:
 
 def wrappers(config: Any) -> tuple[PruningWrapper, ...]:
     """The pruning wrappers of tfmot, each with its schedule."""
-    pruned = (layer for layer in layers(config) if layer.kind == "PruneLowMagnitude")
+    pruned = (layer for layer in layers(config) if layer.kind == WRAPPER)
     return tuple(
         PruningWrapper(
             "tfmot", layer.name.removeprefix(PRUNED_PREFIX), schedule(part(layer.config, "pruning_schedule"))
         )
         for layer in pruned
     )
+
+
+def inner_layer(layer: Any) -> Mapping[str, Any] | None:
+    """The layer that a pruning wrapper is around; None of any other layer."""
+    if text(layer, "class_name").rpartition(">")[2] != WRAPPER:
+        return None
+    inner = part(part(layer, "config"), "layer")
+    return inner if text(inner, "class_name") else None
 
 
 def code(config: Any) -> tuple[str, ...]:
@@ -204,6 +214,7 @@ _KEYS = {
     "stride": "strides",
     "length": "size",
 }
+_KERAS_1 = {"W": "kernel", "b": "bias", "U": "recurrent_kernel", "gamma": "gamma", "beta": "beta"}
 _FORMATS = {"th": "channels_first", "tf": "channels_last"}
 _WINDOWS = (("nb_row", "nb_col"), ("kernel_dim1", "kernel_dim2", "kernel_dim3"))
 
@@ -228,3 +239,11 @@ def upgrade_config(kind: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     if ordering in _FORMATS:
         upgraded["data_format"] = _FORMATS[ordering]
     return upgraded
+
+
+def modern_name(leaf: str) -> str:
+    """The name that later versions of Keras give to a weight of Keras 1, such as `lstm_1_W_i`."""
+    for statistic in ("running_mean", "running_std"):
+        if leaf.endswith(f"_{statistic}"):
+            return statistic
+    return next((_KERAS_1[piece] for piece in leaf.split("_")[1:] if piece in _KERAS_1), leaf)

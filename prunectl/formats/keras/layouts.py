@@ -12,12 +12,18 @@ from prunectl.errors import InputError, abbreviated
 from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile, Role, Tensor
 from prunectl.formats.keras import config as keras_config
-from prunectl.formats.keras.config import PRUNED_PREFIX, LayerConfig, layers, upgrade_class_name, upgrade_config
+from prunectl.formats.keras.config import (
+    PRUNED_PREFIX,
+    LayerConfig,
+    layers,
+    modern_name,
+    upgrade_class_name,
+    upgrade_config,
+)
 from prunectl.formats.keras.hdf5.read import Dataset, H5Contents
 from prunectl.formats.keras.numbering import CONTAINERS, ambiguous_containers, layers_by_folder
 from prunectl.formats.keras.roles import (
     looks_channels_first,
-    modern_name,
     name_by_position,
     strip_cell_prefix,
     weight_role,

@@ -30,7 +30,6 @@ _ROLES = {
     "pruning_step": Role.SCHEDULE,
 }
 _CELL = re.compile(r"cells?(_\d+)?$")
-_KERAS_1 = {"W": "kernel", "b": "bias", "U": "recurrent_kernel", "gamma": "gamma", "beta": "beta"}
 
 
 class WeightRole(NamedTuple):
@@ -55,14 +54,6 @@ def weight_role(
     if kind.endswith("Transpose") or kind.startswith("Deconvolution"):  # [height, width, out, in]
         return WeightRole(role, len(shape) - 2, len(shape) - 1)
     return WeightRole(role, len(shape) - 1)
-
-
-def modern_name(leaf: str) -> str:
-    """The name that later versions of Keras give to a weight of Keras 1, such as `lstm_1_W_i`."""
-    for statistic in ("running_mean", "running_std"):
-        if leaf.endswith(f"_{statistic}"):
-            return statistic
-    return next((_KERAS_1[piece] for piece in leaf.split("_")[1:] if piece in _KERAS_1), leaf)
 
 
 def looks_channels_first(leaf: str, shape: tuple[int, ...]) -> bool:

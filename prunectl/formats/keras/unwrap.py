@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prunectl.formats.keras.config import part, text
+from prunectl.formats.keras.config import WRAPPER, inner_layer, part, text
 
-WRAPPER = "PruneLowMagnitude"
 _REFERRING = frozenset({"inbound_nodes", "input_layers", "output_layers"})
 _MOVED = ("batch_input_shape", "batch_shape")
 """What the first layer of a model says of its input, also when it is wrapped."""
@@ -33,14 +32,6 @@ def unwrap_config(config: Any) -> Unwrapped:
     """A configuration with every wrapped layer in the place of its wrapper."""
     wrappers: dict[str, int] = {}
     return Unwrapped(_plain(config, {}, wrappers), wrappers)
-
-
-def inner_layer(layer: Any) -> Mapping[str, Any] | None:
-    """The layer that a pruning wrapper is around; None of any other layer."""
-    if text(layer, "class_name").rpartition(">")[2] != WRAPPER:
-        return None
-    inner = part(part(layer, "config"), "layer")
-    return inner if text(inner, "class_name") else None
 
 
 def _plain(value: Any, names: Mapping[str, str], wrappers: dict[str, int]) -> Any:

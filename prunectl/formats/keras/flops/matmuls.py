@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from prunectl.formats.base import Length, Role, Shape, Tensor, numel
 from prunectl.formats.budgets import MAX_LAYER_WEIGHTS
-from prunectl.formats.keras.config import PRUNED_PREFIX
+from prunectl.formats.keras.config import PRUNED_PREFIX, modern_name
 from prunectl.formats.keras.flops import attention, recurrent
 from prunectl.formats.keras.flops.shapes import (
     LayerCall,
@@ -19,7 +19,6 @@ from prunectl.formats.keras.flops.shapes import (
     validate_shape,
 )
 from prunectl.formats.keras.flops.windows import WINDOW_RULES
-from prunectl.formats.keras.roles import modern_name
 
 
 def matmuls(step: LayerCall) -> tuple[Matmul, ...]:
