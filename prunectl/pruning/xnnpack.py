@@ -11,8 +11,7 @@ from typing import Any
 
 from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile, Role
-from prunectl.formats.keras.config import PRUNED_PREFIX, listed, part
-from prunectl.formats.keras.inbound import model_ends, name_of, parse_calls
+from prunectl.formats.keras.config import PRUNED_PREFIX, listed, model_ends, name_of, parse_calls, part
 
 _ALWAYS = frozenset({"Add", "Multiply", "ZeroPadding2D", "ReLU", "LeakyReLU", "ELU", "Dropout", "SpatialDropout2D"})
 _ACTIVATIONS = frozenset({"relu", "relu6", "leaky_relu", "elu", "sigmoid"})

@@ -13,7 +13,7 @@ import pytest
 from prunectl.errors import InputError, WorkError
 from prunectl.formats import sandbox
 from prunectl.formats.base import ModelFile, Tensor
-from prunectl.formats.keras.hdf5 import read
+from prunectl.formats.keras import hdf5
 from prunectl.formats.registry import open_model
 from tests.contract import Array, FormatContract, raw
 from tests.networks import keras, small_keras, tf_keras
@@ -365,13 +365,13 @@ def test_a_dataset_in_chunks_is_decoded_no_more_often_than_it_is_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[str] = []
-    decode = read.decode
+    decode = hdf5.decode
 
     def counted(place: Any, name: str, *words: Any) -> Any:
         decoded.append(name)
         return decode(place, name, *words)
 
-    monkeypatch.setattr(read, "decode", counted)
+    monkeypatch.setattr(hdf5, "decode", counted)
     reference.prune(CHUNKED, tmp_path / "out", sparsity=0.5)
     # Counted before and after, each time with a second look at its channels, and pruned in between.
     assert max(Counter(decoded).values()) <= 5

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from prunectl.formats.keras.strip import LayerNameConflictError, inner_layer, unwrap_config
 from prunectl.formats.keras.strip_layouts import UnmatchedMaskError, Weight, match_masks
-from prunectl.formats.keras.unwrap import LayerNameConflictError, inner_layer, unwrap_config
 
 
 def layer(name: str, *calls: Any, kind: str = "Dense", **facts: Any) -> dict[str, Any]:

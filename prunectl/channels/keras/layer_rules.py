@@ -13,7 +13,7 @@ from prunectl.channels.keras.builder import CalledLayer, LayerContext, ObservedV
 from prunectl.channels.keras.layers import apply_activation, keeps_zero
 from prunectl.formats.keras.config import part, text, upgrade_class_name, upgrade_config
 from prunectl.formats.keras.flops.matmuls import matmuls
-from prunectl.formats.keras.flops.recurrent import GATES
+from prunectl.formats.keras.flops.sequences import GATES
 from prunectl.formats.keras.flops.shapes import UnknownShapeError, untuple
 
 

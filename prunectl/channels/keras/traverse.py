@@ -24,11 +24,21 @@ from prunectl.channels.lengths import TRIED_LENGTHS, UNKNOWN_LENGTHS, AxisLength
 from prunectl.errors import InputError
 from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile
-from prunectl.formats.keras.config import LayerConfig, listed, part, text, upgrade_class_name, upgrade_config
-from prunectl.formats.keras.flops import matmuls, recurrent
+from prunectl.formats.keras.config import (
+    LayerConfig,
+    NodeCall,
+    TensorRef,
+    listed,
+    model_ends,
+    name_of,
+    part,
+    text,
+    upgrade_class_name,
+    upgrade_config,
+)
+from prunectl.formats.keras.flops import matmuls, sequences
 from prunectl.formats.keras.flops.shapes import LayerCall, UnknownShapeError, shape_in, untuple
 from prunectl.formats.keras.flops.trace import SHAPE_KEYS, NodeResolver, ShapeTracer, input_shape, topological_order
-from prunectl.formats.keras.inbound import NodeCall, TensorRef, model_ends, name_of
 from prunectl.formats.keras.numbering import ambiguous_containers, layers_by_folder
 from prunectl.training.backend import ModelSignature, TensorSpec
 
@@ -278,7 +288,7 @@ class GraphTraversal:
         is_lambda = step.kind == "Lambda" and output_shape is None
         if is_lambda:
             output_shape = _lambda_shape(step)
-        shapes = recurrent.outputs(step, output_shape) if recurrent.is_recurrent(step.kind) else (output_shape,)
+        shapes = sequences.outputs(step, output_shape) if sequences.is_recurrent(step.kind) else (output_shape,)
         shapes += (None,) * (arguments.outputs - len(shapes))
         outputs = self._unknown(layer, inputs, names, tuple(self._with_batch(shape, inputs) for shape in shapes))
         self._guessed.update(outputs if is_lambda else ())

@@ -10,14 +10,12 @@ from typing import Any
 
 from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile, Role, Tensor
-from prunectl.formats.keras.archive import WEIGHTS
-from prunectl.formats.keras.config import LayerConfig, part, text, upgrade_class_name
-from prunectl.formats.keras.flops.recurrent import GATES
-from prunectl.formats.keras.hdf5 import read
-from prunectl.formats.keras.hdf5.child import H5Location
-from prunectl.formats.keras.hdf5.read import H5Contents
-from prunectl.formats.keras.inbound import name_of
+from prunectl.formats.keras import hdf5
+from prunectl.formats.keras.config import LayerConfig, name_of, part, text, upgrade_class_name
+from prunectl.formats.keras.flops.sequences import GATES
+from prunectl.formats.keras.hdf5 import H5Contents, H5Location
 from prunectl.formats.keras.layouts import layer_names_group
+from prunectl.formats.keras.model import WEIGHTS
 from prunectl.formats.scratch import Scratch
 from prunectl.formats.zip_read import open_archive
 
@@ -29,7 +27,7 @@ class WeightFile:
         self.model = model
         self._scratch: Scratch | None = None
         self.file = model.path if model.format == "keras-h5" else self._extract()
-        self.contents: H5Contents = read.read_contents(H5Location(self.file, 0, self.file.stat().st_size))
+        self.contents: H5Contents = hdf5.read_contents(H5Location(self.file, 0, self.file.stat().st_size))
         self.root = layer_names_group(self.contents)
         self._keys = {dataset.storage.key: dataset.name for dataset in self.contents.datasets}
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats import budgets
@@ -20,14 +20,8 @@ from prunectl.formats.keras.config import (
     upgrade_class_name,
     upgrade_config,
 )
-from prunectl.formats.keras.hdf5.read import Dataset, H5Contents
+from prunectl.formats.keras.hdf5 import Dataset, H5Contents
 from prunectl.formats.keras.numbering import CONTAINERS, ambiguous_containers, layers_by_folder
-from prunectl.formats.keras.roles import (
-    looks_channels_first,
-    name_by_position,
-    strip_cell_prefix,
-    weight_role,
-)
 
 _OPTIMIZER_GROUP = "optimizer_weights"
 _WHOLE_MODEL = ""
@@ -283,3 +277,111 @@ def _check_layer(model: ModelFile, layer: LayerConfig, kernels: list[Tensor]) ->
                 f"{model.path} is damaged: {kind} {name} has {width} {key}, and {abbreviated(kernel.name)} the shape "
                 f"{abbreviated(str(kernel.shape))}"
             )
+
+
+_ROLES = {
+    "recurrent_kernel": Role.RECURRENT,
+    "embeddings": Role.EMBEDDING,
+    "bias": Role.BIAS,
+    "gamma": Role.NORM,
+    "beta": Role.NORM,
+    "scale": Role.NORM,
+    "moving_mean": Role.STATE,
+    "moving_variance": Role.STATE,
+    "running_mean": Role.STATE,
+    "running_std": Role.STATE,
+    "mean": Role.STATE,
+    "variance": Role.STATE,
+    "count": Role.STATE,
+    "seed_generator_state": Role.STATE,
+    "vector_u": Role.STATE,
+    "alpha": Role.OTHER,
+    "mask": Role.MASK,
+    "threshold": Role.SCHEDULE,
+    "pruning_step": Role.SCHEDULE,
+}
+_CELL = re.compile(r"cells?(_\d+)?$")
+
+
+class WeightRole(NamedTuple):
+    """The role and the channel axes of a weight."""
+
+    role: Role
+    out_axis: int | None = None
+    in_axis: int | None = None
+
+
+def weight_role(
+    leaf: str, kind: str, shape: tuple[int, ...], *, is_float: bool, is_channels_first: bool = False
+) -> WeightRole:
+    """The role of the weight called ``leaf`` of a layer of class ``kind``."""
+    role = _role(leaf, kind, shape, is_float=is_float)
+    if role not in {Role.KERNEL, Role.RECURRENT} or len(shape) < 2:
+        return WeightRole(role)
+    if is_channels_first and len(shape) > 2:  # Keras 1 on Theano: [out, in, height, width]
+        return WeightRole(role, 0, 1)
+    if "depthwise" in leaf or kind.startswith("Depthwise"):  # [height, width, channels, multiplier]
+        return WeightRole(role, len(shape) - 2)
+    if kind.endswith("Transpose") or kind.startswith("Deconvolution"):  # [height, width, out, in]
+        return WeightRole(role, len(shape) - 2, len(shape) - 1)
+    return WeightRole(role, len(shape) - 1)
+
+
+def looks_channels_first(leaf: str, shape: tuple[int, ...]) -> bool:
+    """Whether a convolution of Keras 1 must be Theano's, judged by its shape alone: the window stands last."""
+    return len(shape) == 4 and leaf.endswith("_W") and shape[2] * shape[3] < shape[0] * shape[1]
+
+
+def strip_cell_prefix(names: Sequence[str]) -> tuple[str, ...]:
+    """The names on the way to a weight without those of the cells that a recurrent layer ends in."""
+    end = len(names)
+    while end > 1 and _CELL.search(names[end - 1]):
+        end -= 1
+    return tuple(names[:end])
+
+
+def name_by_position(kind: str, index: int, count: int, shape: tuple[int, ...], settings: Mapping[str, Any]) -> str:
+    """The name of a weight that the file knows only by its number.
+
+    ``kind`` is the class of the layer in snake case, as the path to the weight has it; ``settings`` are what the
+    configuration says of the layer, nothing where it is not known.
+    """
+    names = _POSITIONS.get("cell" if kind.endswith("_cell") else kind)
+    # gamma and beta may be switched off; the moving statistics always come last.
+    affine = tuple(leaf for leaf, switch in _AFFINE.items() if settings.get(switch, True))
+    if kind.startswith("batch_normalization"):
+        names = (*affine[: max(count - 2, 0)], "moving_mean", "moving_variance")
+    elif kind.endswith("normalization") and names is None:
+        names = affine
+    elif kind.startswith("separable_conv"):
+        names = ("depthwise_kernel", "pointwise_kernel", "bias")
+    if names is not None and index < len(names):
+        return names[index]
+    return "kernel" if len(shape) >= 2 and index == 0 else "bias" if index <= 1 else f"weight_{index}"
+
+
+_AFFINE = {"gamma": "scale", "beta": "center"}
+"""Weights of a normalization, and the settings that switch them off."""
+_POSITIONS: dict[str, tuple[str, ...]] = {
+    "cell": ("kernel", "recurrent_kernel", "bias"),
+    "embedding": ("embeddings",),
+    "seed_generator": ("seed_generator_state",),
+    "normalization": ("mean", "variance", "count"),
+    "rms_normalization": ("scale",),
+    "spectral_normalization": ("kernel", "vector_u"),
+    "p_re_lu": ("alpha",),
+    "attention": ("scale",),
+    "additive_attention": ("scale",),
+}
+
+
+def _role(leaf: str, kind: str, shape: tuple[int, ...], *, is_float: bool) -> Role:
+    if leaf in _ROLES:
+        return _ROLES[leaf]
+    if leaf.endswith("bias"):
+        return Role.BIAS
+    if kind == "Embedding":
+        return Role.EMBEDDING
+    if not is_float or len(shape) < 2:
+        return Role.OTHER
+    return Role.KERNEL

@@ -16,7 +16,7 @@ from typing import Any
 from prunectl.formats import budgets
 from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras.config import LayerConfig
-from prunectl.formats.keras.hdf5.read import Dataset
+from prunectl.formats.keras.hdf5 import Dataset
 
 TWICE = "_layer_checkpoint_dependencies"
 """The list in which layers with weights stood twice."""

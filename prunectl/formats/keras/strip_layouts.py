@@ -12,10 +12,10 @@ from prunectl.errors import abbreviated
 from prunectl.formats.base import RemovedItem, StripOptions, StripPart
 from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras.config import PRUNED_PREFIX, inner_layer, part, text
-from prunectl.formats.keras.hdf5.read import Dataset, H5Contents
+from prunectl.formats.keras.hdf5 import Dataset, H5Contents
 from prunectl.formats.keras.hdf5.rewrite import H5Edits, merge
+from prunectl.formats.keras.layouts import name_by_position
 from prunectl.formats.keras.numbering import CONTAINERS, TWICE, numbered_folder
-from prunectl.formats.keras.roles import name_by_position
 
 _PRUNED = frozenset({"kernel", "recurrent_kernel", "pointwise_kernel", "embeddings"})
 """What tfmot prunes in the layers that it knows; in others it may be anything."""

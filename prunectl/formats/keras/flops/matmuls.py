@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from prunectl.formats.base import Length, Role, Shape, Tensor, numel
 from prunectl.formats.budgets import MAX_LAYER_WEIGHTS
 from prunectl.formats.keras.config import PRUNED_PREFIX, modern_name
-from prunectl.formats.keras.flops import attention, recurrent
+from prunectl.formats.keras.flops import sequences
 from prunectl.formats.keras.flops.shapes import (
+    WINDOW_RULES,
     LayerCall,
     Matmul,
     UnknownShapeError,
@@ -18,7 +19,6 @@ from prunectl.formats.keras.flops.shapes import (
     untuple,
     validate_shape,
 )
-from prunectl.formats.keras.flops.windows import WINDOW_RULES
 
 
 def matmuls(step: LayerCall) -> tuple[Matmul, ...]:
@@ -81,15 +81,7 @@ _MULTIPLYING: dict[str, Callable[[LayerCall], Iterator[Matmul]]] = {
     **dict.fromkeys(("DepthwiseConv1D", "DepthwiseConv2D"), _depthwise),
     **dict.fromkeys(("SeparableConv1D", "SeparableConv2D"), _separable),
     **dict.fromkeys(("LocallyConnected1D", "LocallyConnected2D"), _locally_connected),
-    **dict.fromkeys(recurrent.GATES, recurrent.recurrent_matmuls),
-    "RNN": recurrent.cell_matmuls,
-    **dict.fromkeys(("ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"), recurrent.conv_lstm_matmuls),
-    "MultiHeadAttention": attention.multi_head_attention,
-    "GroupQueryAttention": attention.grouped_query_attention,
-    "Attention": attention.dot_product_attention,
-    "AdditiveAttention": attention.dot_product_attention,
-    "Dot": attention.dot_product,
-    "EinsumDense": attention.einsum,
+    **sequences.MATMULS,
 }
 
 
@@ -294,8 +286,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum"), _merged),
     **dict.fromkeys(("TFOpLambda", "TensorFlowOpLayer"), _elementwise),
     **WINDOW_RULES,
-    **recurrent.RULES,
-    **attention.RULES,
+    **sequences.SHAPES,
     "Concatenate": _concatenated,
     "Dense": _dense_shape,
     "Embedding": _embedded,

@@ -15,11 +15,23 @@ from typing import Any
 from prunectl.errors import InputError
 from prunectl.formats.base import Length, ModelFile, Operation, Shape, Tensor, numel
 from prunectl.formats.budgets import MAX_KERAS_CALLS, MAX_KERAS_DEPTH
-from prunectl.formats.keras.config import PRUNED_PREFIX, listed, named, part, text, upgrade_class_name, upgrade_config
-from prunectl.formats.keras.flops import matmuls, recurrent
+from prunectl.formats.keras.config import (
+    PRUNED_PREFIX,
+    NodeCall,
+    TensorRef,
+    listed,
+    model_ends,
+    name_of,
+    named,
+    parse_calls,
+    part,
+    text,
+    upgrade_class_name,
+    upgrade_config,
+)
+from prunectl.formats.keras.flops import matmuls, sequences
 from prunectl.formats.keras.flops.matmuls import Weights
 from prunectl.formats.keras.flops.shapes import LayerCall, Matmul, UnknownShapeError, shape_in, shapes_in
-from prunectl.formats.keras.inbound import NodeCall, TensorRef, model_ends, name_of, parse_calls
 
 Shapes = tuple[Shape | None, ...]
 SHAPE_KEYS = ("batch_input_shape", "batch_shape")
@@ -211,7 +223,7 @@ class ShapeTracer:
         states = (*first[1:], *second[1:])
         if "merge_mode" in config and config["merge_mode"] is None:
             return (first[0], second[0], *states)
-        return (recurrent.bidirectional_output(first[0], LayerCall("Bidirectional", config, inputs)), *states)
+        return (sequences.bidirectional_output(first[0], LayerCall("Bidirectional", config, inputs)), *states)
 
     def _plain(
         self, layer: Mapping[str, Any], inputs: Shapes, keywords: Mapping[str, Shape | None], context: CallContext
@@ -233,7 +245,7 @@ class ShapeTracer:
         elif kind not in matmuls.RULES and self._weights.owns((name_of(layer), *context.wrappers)):
             self._mark_uncounted(layer)
         output = matmuls.output(call)
-        return recurrent.outputs(call, output) if recurrent.is_recurrent(kind) else (output,)
+        return sequences.outputs(call, output) if sequences.is_recurrent(kind) else (output,)
 
     def _record(self, call: LayerCall, name: str, context: CallContext) -> None:
         try:

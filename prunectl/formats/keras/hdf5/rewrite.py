@@ -17,7 +17,7 @@ from prunectl.errors import InputError
 from prunectl.formats.base import Array, ModelFile, RemovedItem
 from prunectl.formats.extents import BYTE, Extent, view
 from prunectl.formats.keras.config import PRUNED_PREFIX
-from prunectl.formats.keras.hdf5.read import H5Contents
+from prunectl.formats.keras.hdf5 import H5Contents
 from prunectl.formats.keras.hdf5.rebuild import (
     CopyDataset,
     NotPortableError,
