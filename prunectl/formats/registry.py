@@ -67,7 +67,7 @@ FORMATS = (
         can_reencode=True,
         packer="zip_write:pack",
         graph="torch.exported:operations",
-        stripper="torch.strip.containers:strip",
+        stripper="torch.exported:strip_examples",
     ),
     Format(
         "torch",
@@ -143,7 +143,7 @@ FORMATS = (
         packer="onnx.rewrite:pack",
         writer="onnx.rewrite:write",
         can_reencode=True,
-        graph="onnx.flops.trace:operations",
+        graph="onnx.flops:operations",
     ),
 )
 

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from prunectl.formats.base import Operation
 from prunectl.formats.onnx import messages
-from prunectl.formats.onnx.flops.trace import Shapes, operations
+from prunectl.formats.onnx.flops import Shapes, operations
 from prunectl.formats.onnx.messages import parsing
 from prunectl.formats.onnx.tensors import TensorLocator
 from prunectl.formats.registry import open_model

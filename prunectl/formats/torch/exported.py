@@ -9,8 +9,21 @@ from typing import Any
 
 from prunectl.errors import InputError
 from prunectl.formats import state_dict, zip_read
-from prunectl.formats.base import ModelFile, ModelInfo, Operation, Role, Shape, Storage, Tensor, numel
+from prunectl.formats.base import (
+    ModelFile,
+    ModelInfo,
+    Operation,
+    RemovedItem,
+    Role,
+    Shape,
+    Storage,
+    StripOptions,
+    StripPart,
+    Tensor,
+    numel,
+)
 from prunectl.formats.budgets import MAX_EXPORTED_GRAPH_BYTES, MAX_EXPORTED_GRAPH_DEPTH
+from prunectl.formats.patch import patch_files
 from prunectl.formats.safe_json import parse_object
 from prunectl.formats.state_dict import StateUse
 from prunectl.formats.torch import exported_graph, views
@@ -19,6 +32,7 @@ from prunectl.formats.torch.exported_graph import ExportedGraph, ExportedNode, i
 from prunectl.formats.torch.pickle.opcodes import describe_value
 from prunectl.formats.torch.views import DTYPES, SCALAR_TYPES, StorageInfo
 from prunectl.formats.zip_read import Archive, ZipEntry
+from prunectl.formats.zip_write import rewrite_zip
 
 PROGRAM = "serialized_exported_program.json"
 """The graph of a program of PyTorch 2.7 or earlier, which has no folders."""
@@ -120,6 +134,29 @@ def examples(archive: Archive) -> tuple[ZipEntry, ...]:
     folder = f"{_top_folder(archive)}data/sample_inputs/"
     starts = (folder, EXAMPLES)
     return tuple(entry for name, entry in archive.entries.items() if name.startswith(starts) and entry.nbytes)
+
+
+def strip_examples(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
+    """Write a copy whose example inputs are empty, as PyTorch saves a program that has none; return what went."""
+    if options.to_half:
+        raise InputError(
+            f"{model.path} is an exported program, whose graph says of which type its weights are",
+            hint="leave out --half, or export a model in half precision",
+        )
+    if StripPart.MASKS in options.parts and any(tensor.role is Role.MASK for tensor in model.tensors):
+        raise InputError(
+            f"{model.path} is an exported program, whose graph multiplies its weights by masks",
+            hint="strip the rest with --only examples, or strip the model before it is exported",
+        )
+    archive = zip_read.open_archive(model.path)
+    entries = examples(archive) if StripPart.EXAMPLES in options.parts else ()
+    if not entries:
+        patch_files(model, targets, ())
+        return ()
+    rewrite_zip(archive, targets[model.path], {entry.name: (0, ()) for entry in entries})
+    return tuple(
+        RemovedItem(entry.name.rpartition("data/")[2], StripPart.EXAMPLES, entry.extent.nbytes) for entry in entries
+    )
 
 
 def _top_folder(archive: Archive) -> str:

@@ -17,7 +17,7 @@ from prunectl.formats.safetensors import (
     unchanged_entry,
     write_entries,
 )
-from prunectl.formats.torch import views
+from prunectl.formats.torch import strip, views
 from prunectl.formats.torch.pickle.edit import (
     CheckpointEdits,
     NewStorage,
@@ -32,7 +32,6 @@ from prunectl.formats.torch.pickle.edit import (
     with_storage,
 )
 from prunectl.formats.torch.pickle.ir import IRNode
-from prunectl.formats.torch.strip import containers
 from prunectl.formats.torch.strip.masks import StateDict, TensorData, iter_nested_dicts
 from prunectl.formats.zip_read import open_archive
 from prunectl.pruning.masks import Mask
@@ -73,12 +72,12 @@ def _place(tensor: Tensor) -> object:
 def wrap_pickle(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[str, ...]:
     """Write the copy; every weight gets its mask."""
     archive = open_archive(model.path)
-    if containers.is_script(archive) or model.about.code:
+    if strip.is_script(archive) or model.about.code:
         raise InputError(
             f"{model.path} is a whole model with its code, and masks go beside the weights of a state dict",
             hint="torch.save(model.state_dict(), ...), or prune without --wrap",
         )
-    container = containers.open_zip_container(model, archive)
+    container = strip.open_zip_container(model, archive)
     root = container.ir.root
     masks = mask_entries(model, wrapping.masks)
     used_keys = {ask.key for ask in storage_refs(root)} | container.sizes.keys()

@@ -1,1 +1,0 @@
-"""Multiply-accumulate operations of ONNX models, with shape inference of our own."""
