@@ -6,12 +6,14 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
 
 from prunectl.formats import sandbox
 from prunectl.formats.sandbox import SandboxPolicy
+from tests import forked
 
 for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     # Workers share the processors: threads that wait for one another by spinning take ten times as long then.
@@ -38,3 +40,10 @@ def _policy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patched:
         patched.setattr(sandbox, "policy", SandboxPolicy.HERE if is_trusted else SandboxPolicy.SANDBOX)
         yield
+
+
+@pytest.fixture
+def _forked_rebuilding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rebuild SavedModels in processes that are forked: what they do is asked, not how they are started."""
+    subprocess = SimpleNamespace(run=forked.run, TimeoutExpired=TimeoutError)
+    monkeypatch.setattr("prunectl.formats.tensorflow.unwrap.subprocess", subprocess)

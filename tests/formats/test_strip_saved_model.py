@@ -258,6 +258,14 @@ def reference(model: Any) -> Any:
     return tfmot().strip_pruning(model)
 
 
+@pytest.fixture
+def _rebuilding(request: pytest.FixtureRequest) -> None:
+    """Rebuild one model as it is done for users."""
+    if request.node.callspec.params["make"] is not plain_network:
+        request.getfixturevalue("_forked_rebuilding")
+
+
+@pytest.mark.usefixtures("_rebuilding")
 @pytest.mark.parametrize("make", [plain_network, branched])
 def test_a_pruned_model_is_what_tfmot_strips_it_to(make: Any, tmp_path: Path) -> None:
     model = pruned(make())
@@ -329,6 +337,7 @@ def test_a_class_that_keras_does_not_know_is_named(tmp_path: Path) -> None:
         strip(tmp_path / "m")
 
 
+@pytest.mark.usefixtures("_forked_rebuilding")
 def test_a_pruned_layer_inside_another_wrapper_is_refused(tmp_path: Path) -> None:
     k = tf_keras()
     model = k.Sequential([k.Input((3, 5)), k.layers.TimeDistributed(wrapped(k.layers.Dense(2, name="deep")))])
@@ -355,6 +364,7 @@ def test_another_signature_would_be_lost(tmp_path: Path) -> None:
         strip(tmp_path / "m")
 
 
+@pytest.mark.usefixtures("_forked_rebuilding")
 def test_a_signature_of_the_users_own_is_refused(tmp_path: Path) -> None:
     model = pruned(plain_network())
     serve = tf.function(lambda x: {"y": model(x)}).get_concrete_function(tf.TensorSpec((None, 5), tf.float32))
@@ -377,6 +387,7 @@ def test_keras_that_gives_up_is_told(pruned_folder: Path, monkeypatch: pytest.Mo
         strip(pruned_folder)
 
 
+@pytest.mark.usefixtures("_forked_rebuilding")
 def test_a_rebuilt_model_with_another_number_is_not_handed_out(
     pruned_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,8 +24,9 @@ from prunectl.training.finetune import FinetuneResult, finetune
 from prunectl.training.logger import EventWriter
 from prunectl.training.request import FinetuneRequest, KeepWeights, MaskMode, ScheduleOptions, parse_metrics
 from prunectl.training.torch.model import TorchTrainable
+from tests import forked
 from tests.pruning import reference
-from tests.running import COMMAND, FIXTURES, ROOT, clean, prunectl
+from tests.running import COMMAND, FIXTURES, ROOT, clean, here
 
 DIGITS = FIXTURES / "digits_cnn.pt"
 DATA = f"{FIXTURES / 'digits.npz'}?limit=400"
@@ -377,7 +378,7 @@ def test_formats_without_a_graph_to_differentiate_are_refused(tmp_path: Path) ->
 
 def test_the_command_prints_the_result_and_a_line_for_each_epoch(tmp_path: Path) -> None:
     words = ["--data", DATA, "--val-split", "25%", "--epochs", "2", "-s", "80%", "--model", NET, "--device", "cpu"]
-    done = prunectl("finetune", DIGITS, "-o", tmp_path / "out.pt", *words)
+    done = here("finetune", DIGITS, "-o", tmp_path / "out.pt", *words)
     assert done.code == 0, done.err
     ((path, metric, before, after, *_, kept, zeros, how),) = done.rows
     assert (path, metric, kept, zeros) == (str(tmp_path / "out.pt"), "accuracy", "7790", "7790")
@@ -389,7 +390,7 @@ def test_the_command_prints_the_result_and_a_line_for_each_epoch(tmp_path: Path)
 
 def test_the_json_has_the_training_beside_the_model(tmp_path: Path) -> None:
     words = ["--data", DATA, "--val-split", "25%", "--epochs", "1", "--model", NET, "--device", "cpu", "--json"]
-    done = prunectl("finetune", DIGITS, "-o", tmp_path / "out.pt", *words)
+    done = here("finetune", DIGITS, "-o", tmp_path / "out.pt", *words)
     assert done.code == 0, done.err
     training = done.json["models"][1]["training"]
     assert training["steps"] == 10
@@ -414,23 +415,35 @@ def test_ctrl_c_keeps_a_checkpoint_and_leaves_no_output(tmp_path: Path) -> None:
     assert (tmp_path / "kept" / "last" / "run.json").is_file()
 
 
-def in_two(*words: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run finetune in two processes that know of each other."""
+ALIKE = ["--device", "cpu", "--json"]
+
+
+def by_torchrun(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run prunectl in two processes, as users start them."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "prunectl"]
     return subprocess.run(
-        [*launch, "finetune", *map(str, words), "--device", "cpu", "--json"],
+        [*launch, *map(str, words)],
         capture_output=True,
         text=True,
-        env=clean(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", **env),
+        env=clean(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
         timeout=180,
         check=False,
     )
 
 
-@pytest.mark.parametrize("more", [[], ["--shard"]], ids=["whole models", "each its part"])
-def test_two_processes_make_the_same_masks_and_one_of_them_writes(more: list[str], tmp_path: Path) -> None:
+def in_two(*words: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run prunectl in two processes as torchrun would have started them, and return what came of the first."""
+    first, second = forked.run_two([*COMMAND, *map(str, words)], env=clean(OMP_NUM_THREADS="1", **env))
+    assert (first.returncode == 0) == (second.returncode == 0), second.stderr.decode()
+    return subprocess.CompletedProcess([], first.returncode, first.stdout.decode(), first.stderr.decode())
+
+
+@pytest.mark.parametrize(
+    ("run", "more"), [(by_torchrun, []), (in_two, ["--shard"])], ids=["whole models", "each its part"]
+)
+def test_two_processes_make_the_same_masks_and_one_of_them_writes(run: Any, more: list[str], tmp_path: Path) -> None:
     words = ["--data", DATA, "--val-split", "25%", "--epochs", "2", "-s", "80%", "--scope", "global", "--model", NET]
-    done = in_two(DIGITS, "-o", tmp_path / "two.pt", *words, *more)
+    done = run("finetune", DIGITS, "-o", tmp_path / "two.pt", *words, *more, *ALIKE)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["models"][1]["training"]["zeros_kept"] == round(0.8 * 9736)
     alone = tuned(
@@ -461,13 +474,13 @@ def step(model, x, y):
 def test_spread_parameters_go_on_to_the_same_weights_after_an_interruption(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(STEP)
     words = ["--data", DATA, "-s", "80%", "--strategy", "movement", "--model", NET, "--clip", "1", "--shard"]
-    words += ["--optimizer", "adam:weight_decay=0.01", "--step", f"{tmp_path / 'own.py'}:step", "--epochs", "2"]
-    whole = in_two(DIGITS, "-o", tmp_path / "whole.pt", *words)
+    words += ["--optimizer", "adam:weight_decay=0.01", "--step", f"{tmp_path / 'own.py'}:step", "--epochs", "2", *ALIKE]
+    whole = in_two("finetune", DIGITS, "-o", tmp_path / "whole.pt", *words)
     assert whole.returncode == 0, whole.stderr
     kept = ["--checkpoint-dir", tmp_path / "kept"]
-    assert in_two(DIGITS, "-o", tmp_path / "broken.pt", *words, *kept, STOPS_AT="17").returncode != 0
+    assert in_two("finetune", DIGITS, "-o", tmp_path / "broken.pt", *words, *kept, STOPS_AT="17").returncode != 0
     assert not (tmp_path / "broken.pt").exists()
-    again = in_two(DIGITS, "-o", tmp_path / "again.pt", *words, *kept, "--resume")
+    again = in_two("finetune", DIGITS, "-o", tmp_path / "again.pt", *words, *kept, "--resume")
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "again.pt").read_bytes() == (tmp_path / "whole.pt").read_bytes()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 from prunectl.errors import UsageError
+from tests import forked
 from tests.networks import keras, tf_keras
 from tests.running import ROOT
 from tests.training.keras import nets, on_backend, on_workers
@@ -23,23 +23,20 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 SECONDS = 300
 
 
-def start(script: str, path: Path, **environment: str) -> subprocess.Popen[bytes]:
+def command(script: str, path: Path) -> list[str]:
+    return [sys.executable, "-m", f"tests.training.keras.{script}", str(path)]
+
+
+def silent(**environment: str) -> dict[str, str]:
     # Without the level that the tests set: what is silent here is silent for users.
     kept = {name: value for name, value in os.environ.items() if name not in {"TF_CPP_MIN_LOG_LEVEL", "TF_CONFIG"}}
-    return subprocess.Popen(
-        [sys.executable, "-m", f"tests.training.keras.{script}", str(path)],
-        env={**kept, "PYTHONPATH": str(ROOT), **environment},
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    return {**kept, "PYTHONPATH": str(ROOT), **environment}
 
 
-def outcome(process: subprocess.Popen[bytes]) -> tuple[dict[str, Any], str]:
-    out, err = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, err.decode()[-2000:]
-    found: dict[str, Any] = json.loads(out)
-    return found, err.decode()
+def outcome(done: subprocess.CompletedProcess[bytes]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
@@ -55,34 +52,33 @@ def test_every_backend_of_keras_3_trains_and_keeps_the_zeros(backend: str, tmp_p
         ]
     )
     nets.saved(model, tmp_path / "model.keras")
-    theirs, said = outcome(start("on_backend", tmp_path, KERAS_BACKEND=backend))
+    # A process that loads nothing but what it needs, as it does for users, has nothing to say; to load it takes long.
+    run = forked.run if backend == "jax" else subprocess.run
+    done = run(command("on_backend", tmp_path), env=silent(KERAS_BACKEND=backend), capture_output=True, timeout=SECONDS)
+    theirs = outcome(done)
     ours: dict[str, Any] = on_backend.main(tmp_path)
     assert (theirs["backend"], ours["backend"]) == (backend, "tensorflow")
     assert theirs["lost"] == ours["lost"] == 0
     assert theirs["is_same"]
     assert ours["is_same"]
     assert theirs["recalibrated"] == 1
-    assert backend == "jax" or not said
+    assert backend == "jax" or not done.stderr
     for name, array in ours["dense"].items():
         np.testing.assert_allclose(theirs["dense"][name], array, rtol=1e-3, atol=1e-4)
     for key in ("logs", "evaluated", "evidence"):
         assert theirs[key] == pytest.approx(ours[key], rel=1e-2)
 
 
-def cluster(path: Path) -> list[subprocess.Popen[bytes]]:
-    ports = []
-    for _ in range(2):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            ports.append(free.getsockname()[1])
-    workers = [f"localhost:{port}" for port in ports]
+def cluster(path: Path) -> list[dict[str, Any]]:
+    workers = [f"localhost:{forked.free_port()}" for _ in range(2)]
     tasks = [{"cluster": {"worker": workers}, "task": {"type": "worker", "index": at}} for at in range(2)]
-    return [start("on_workers", path, TF_CONFIG=json.dumps(task)) for task in tasks]
+    running = [forked.Forked(command("on_workers", path), env=silent(TF_CONFIG=json.dumps(task))) for task in tasks]
+    return [outcome(one.end()) for one in running]
 
 
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     path = nets.saved(nets.dense(tf_keras()), tmp_path / "model.keras")
-    (first, _), (second, _) = map(outcome, cluster(path))
+    first, second = cluster(path)
     alone: dict[str, Any] = on_workers.main(path)
     assert (first["is_chief"], second["is_chief"], alone["is_chief"]) == (True, False, True)
     assert first["lost"] == second["lost"] == 0

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from prunectl.training.backend import LayerInput, SlidingWindow, WeightUse
+from tests import forked
 from tests.contract import Array
 from tests.networks import keras
 from tests.training.keras import nets, on_sights
 from tests.training.keras.nets import both, kinds
 from tests.training.keras.sights_by_hand import TOLERANCE, looked_at, multiplied, numbers, slid
-from tests.training.keras.test_processes import outcome, start
+from tests.training.keras.test_processes import command, outcome, silent
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -269,7 +270,7 @@ def test_another_backend_shows_the_same(backend: str, tmp_path: Path) -> None:
     if find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     nets.saved(of_many_kinds(keras()), tmp_path / "model.keras")
-    theirs, _ = outcome(start("on_sights", tmp_path, KERAS_BACKEND=backend))
+    theirs = outcome(forked.run(command("on_sights", tmp_path), env=silent(KERAS_BACKEND=backend)))
     ours: dict[str, Any] = json.loads(json.dumps(on_sights.main(tmp_path)))
     assert (theirs["backend"], ours["backend"]) == (backend, "tensorflow")
     assert theirs["is_same"]
@@ -307,7 +308,7 @@ def test_channels_may_come_first(tmp_path: Path) -> None:
         ]
     )
     nets.saved(model, tmp_path / "model.keras")
-    said, _ = outcome(start("on_sights", tmp_path, KERAS_BACKEND="torch"))
+    said = outcome(forked.run(command("on_sights", tmp_path), env=silent(KERAS_BACKEND="torch")))
     weights = nets.opened(tmp_path / "model.keras").tensors()
     shown = [LayerInput(name, np.asarray(inputs, np.float32), told(use)) for name, inputs, use in said["sights"]]
     assert len(shown) == 4

@@ -22,13 +22,14 @@ from prunectl.training.wrap.prune import prune_wrapped
 from prunectl.training.wrap.wrappers import read_saved_pruning
 from tests.networks import tf_keras
 from tests.pruning import reference
-from tests.running import FIXTURES, prunectl
+from tests.running import FIXTURES, here
 from tests.training.tfmot.models import convolutional, functional, recurrent, saved
 
 k = tf_keras()
 tfmot = pytest.importorskip("prunectl.training.tfmot.wrappers").load_tfmot()
 load_trainable = importlib.import_module("prunectl.training.tfmot.model").load_trainable
 pytestmark = [
+    pytest.mark.usefixtures("_forked_rebuilding"),
     pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file:UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
@@ -350,7 +351,7 @@ def test_a_keras_network_stands_behind_it(path: Path) -> None:
 def test_the_command_tunes_a_wrapped_file_and_says_who_prunes(tmp_path: Path) -> None:
     wrapped = FIXTURES / "wrapped_by_tfmot.h5"
     words = ("--data", FIXTURES / "digits.npz", "--val-split", "20%", "--epochs", "3", "--logdir", tmp_path / "log")
-    done = prunectl("finetune", wrapped, "-o", tmp_path / "out.h5", *words, "--lr", "0.002")
+    done = here("finetune", wrapped, "-o", tmp_path / "out.h5", *words, "--lr", "0.002")
     assert done.code == 0, done.err
     assert "Pruned by tensorflow-model-optimization" in done.err
     row = done.rows[0]

@@ -26,6 +26,7 @@ from tests.training.tfmot.models import convolutional, functional, recurrent, sa
 k = tf_keras()
 tfmot = pytest.importorskip("prunectl.training.tfmot.wrappers").load_tfmot()
 pytestmark = [
+    pytest.mark.usefixtures("_forked_rebuilding"),
     pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file:UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
