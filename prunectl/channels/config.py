@@ -19,8 +19,8 @@ from prunectl.plugins import find, installed
 from prunectl.pruning import BATCH_SIZE, SAMPLES
 from prunectl.pruning.choices import Choice
 from prunectl.pruning.plan import Scope
-from prunectl.pruning.plugin_adapters import bind_params
 from prunectl.pruning.request import PruneRequest
+from prunectl.pruning.strategies import bind_params
 
 _POWERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from prunectl.analysis.stats import find_tied_tensors
 from prunectl.errors import UsageError
 from prunectl.formats.base import PRUNABLE, QUANTISED, ModelFile, Role, Tensor, select_names
 from prunectl.formats.patch import is_writable
+from prunectl.pruning.strategies import call_plugin
 
 Allocation = Callable[[Sequence[Tensor], int], Sequence[int]]
 """From the tensors and the number of weights to prune in all to the number in each."""
@@ -247,6 +249,22 @@ def min_size(spec: str) -> Policy:
     least = int(text)
     skip_reason = _among_kernels(lambda tensor: f"fewer than {least:,} weights" if tensor.size < least else "")
     return Policy(spec, lambda _: skip_reason, f"kernels of {least:,} weights and more")
+
+
+def adapt_policy(plugin: object) -> Policy:
+    """A built-in policy, or a function from a tensor to a reason to skip it wrapped as one."""
+    if isinstance(plugin, Policy):
+        return plugin
+    if not callable(plugin):
+        raise UsageError("a policy is a function from a tensor to the reason why it is not pruned, or to nothing")
+    function: Callable[[Tensor], str | None] = plugin
+
+    def skip_reasons(_: ModelFile) -> Callable[[Tensor], str]:
+        return lambda tensor: str(
+            call_plugin(function, getattr(plugin, "__name__", "policy"), tensor.name, tensor) or ""
+        )
+
+    return Policy(getattr(plugin, "__name__", "policy"), skip_reasons, inspect.getdoc(plugin) or "")
 
 
 def _all_except(left_out: dict[str, str]) -> Callable[[Tensor], Verdict]:

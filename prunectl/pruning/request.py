@@ -23,9 +23,8 @@ from prunectl.pruning import BATCH_SIZE, SAMPLES
 from prunectl.pruning.clustering import parse as parse_clustering
 from prunectl.pruning.engine import PruningMethod
 from prunectl.pruning.masks import NonFinitePolicy, Pooling
-from prunectl.pruning.plan import MIN_SIZE, POLICIES, Allocation, Policy, PruneSelection, Scope, min_size
-from prunectl.pruning.plugin_adapters import adapt_policy, adapt_strategy
-from prunectl.pruning.strategies import STRATEGIES, Requires, Strategy, erk
+from prunectl.pruning.plan import MIN_SIZE, POLICIES, Allocation, Policy, PruneSelection, Scope, adapt_policy, min_size
+from prunectl.pruning.strategies import STRATEGIES, Requires, Strategy, adapt_strategy, erk
 
 if TYPE_CHECKING:
     from prunectl.pruning.prune import Pruned

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from prunectl.errors import UsageError, WorkError
 from prunectl.plugins import find
-from prunectl.pruning.plugin_adapters import bind_params
+from prunectl.pruning.strategies import bind_params
 
 Curve = Callable[..., float]
 """From what is done, the initial and the final sparsity to the sparsity; what else it takes are parameters."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from prunectl.errors import UsageError
-from prunectl.pruning.plugin_adapters import parse_literal
 from prunectl.pruning.request import PruneRequest
+from prunectl.pruning.strategies import parse_literal
 from prunectl.training.backend import LoadOptions, TrainOptions
 from prunectl.training.course import LR_SCHEDULES
 

@@ -16,7 +16,7 @@ import pytest
 from prunectl.errors import PrunectlError
 from prunectl.formats.registry import open_model
 from prunectl.plugins import attribute
-from prunectl.pruning.plugin_adapters import bind_params
+from prunectl.pruning.strategies import bind_params
 from tests.pruning import reference
 from tests.pruning.reference import arrays, prune
 from tests.running import FIXTURES, ROOT, Outcome, prunectl
