@@ -14,7 +14,7 @@ import pytest
 
 from prunectl import cli
 from prunectl.commands.app import COMMANDS
-from prunectl.commands.help.command import man
+from prunectl.commands.help import man
 from tests.running import COMMAND, FIXTURES, HANG_SECONDS, ROOT, at_terminal, clean, here, prunectl, without_colors
 
 MODEL = FIXTURES / "digits_cnn.h5"

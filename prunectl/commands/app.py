@@ -25,8 +25,26 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "init": ("prunectl.commands.init", "Measure the models that are there, and write budgets a little above."),
     "doctor": ("prunectl.commands.doctor", "What is installed, what works, and what to install for the rest."),
     "plugins": ("prunectl.commands.plugins", "Strategies, schedules, policies and formats, also installed ones."),
-    "help": ("prunectl.commands.help.command", "What exit codes, selectors, patterns, data and the like are."),
+    "help": ("prunectl.commands.help", "What exit codes, selectors, patterns, data and the like are."),
 }
+
+TOPICS: dict[str, tuple[str, str]] = {
+    "exit-codes": ("exit_codes", "What the exit code of a command says."),
+    "selectors": ("selectors", "Which tensors: --layer, --only, --exclude and --policy."),
+    "sizes": ("sizes", "How sizes, ratios and limits are written, and what is measured."),
+    "strategies": ("strategies", "Which weights go first, and what is looked at to tell."),
+    "patterns": ("patterns", "In what shape weights go: any, 2:4, blocks, channels."),
+    "schedules": ("schedules", "How sparsity rises while a model is trained."),
+    "data": ("data", "How examples are named: train.npz, images/, table.csv?target=y."),
+    "formats": ("formats", "Which files are read and written."),
+    "recipes": ("recipes", "How a run is recorded, repeated to the byte, and verified."),
+    "builds": ("builds", "make and CI: --depfile, --if-changed, check, reports."),
+    "json": ("json", "What scripts read: --json, plain rows, CSV."),
+    "trust": ("trust", "When code that comes with a file may run: --trust, --model."),
+    "extending": ("extending", "Strategies, schedules and policies of your own."),
+    "completion": ("completion", "How a shell completes commands, options and layer names."),
+}
+"""The topics of `prunectl help`, each with the function of its text."""
 
 _COMPLETE = "_PRUNECTL_COMPLETE"
 """Set by the completion that a shell has installed."""

@@ -25,8 +25,7 @@ from typer.core import TyperArgument, TyperCommand
 
 from prunectl.analysis.patterns import CHANNEL
 from prunectl.checks.diff import DiffRule
-from prunectl.commands.app import COMMANDS
-from prunectl.commands.help.table import TOPICS
+from prunectl.commands.app import COMMANDS, TOPICS
 from prunectl.errors import PrunectlError, UsageError, attempt
 from prunectl.exporting.routes import TARGETS
 from prunectl.formats.base import StripPart

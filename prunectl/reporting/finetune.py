@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from prunectl.reporting.prune import before_after
 from prunectl.reporting.report import Artifact, Cell, Column, Report, Section, Settings, Table, Unit, survey_json
-from prunectl.reporting.terminal import escape_unencodable, make_console
+from prunectl.reporting.reporter import escape_unencodable, make_console
 from prunectl.training.finetune import FinetuneResult
 from prunectl.training.monitor import monitored_log, monitored_metric
 from prunectl.units import count, percent

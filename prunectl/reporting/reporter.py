@@ -1,7 +1,8 @@
-"""What commands speak through: data to stdout, everything else to stderr."""
+"""What commands speak through: data to stdout, as tables on a terminal or as rows, everything else to stderr."""
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import sys
@@ -12,25 +13,35 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from textwrap import wrap
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
 
 from typer import Abort, TyperException
 
 from prunectl.analysis.sizes import gate_sentence
 from prunectl.errors import PrunectlError, UsageError, translate
-from prunectl.reporting import terminal
 from prunectl.reporting.report import (
+    DEFAULT_ROWS,
     Artifact,
     Layout,
     Report,
+    Section,
     Settings,
+    Table,
     comma_separated,
     failure_json,
     markdown,
     report_json,
     tab_separated,
 )
-from prunectl.reporting.terminal import ProgressBars, escape_unencodable, make_console
-from prunectl.units import nbytes, printable
+from prunectl.units import Units, count, nbytes, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table as RichTable
+
 
 _BEGAN = time.time()
 
@@ -79,7 +90,7 @@ class Reporter:
         if self.settings.is_quiet and report.quiet_lines is not None:
             sys.stdout.writelines(f"{line}\n" for line in report.quiet_lines)
         elif layout is Layout.HUMAN:
-            terminal.render(report, make_console(sys.stdout, self.settings), self.settings)
+            render(report, make_console(sys.stdout, self.settings), self.settings)
         else:
             sys.stdout.write(_as_rows(report, layout, self.settings))
             self._note_on_stderr(report)
@@ -202,3 +213,195 @@ def _help_hint(error: TyperException) -> str:
     """A hint at the help of the command that was typed, or of prunectl after a slip in its name."""
     context = getattr(error, "ctx", None)
     return f"see: {context.command_path if context is not None else 'prunectl'} --help"
+
+
+_GAP = 2
+_NARROWEST_NAME = 16
+
+
+def render(report: Report, console: Console, settings: Settings) -> None:
+    """Print a report."""
+    for number, section in enumerate(report.sections):
+        if number:
+            console.print()
+        _print_section(section, report.table.name, console, settings)
+    if not report.sections and report.table.rows:
+        _print_table(report.table, console, settings, settings.rows)
+    for note in report.notes:
+        _print_note(note, console)
+    for gate in report.gates:
+        sign, style = ("pass", "green") if gate.ok else ("FAIL", "bold red")
+        console.print(f"{sign}  ", style=style, end="")
+        console.print(gate_sentence(gate, settings.units), soft_wrap=True)
+
+
+def _print_section(section: Section, main: str, console: Console, settings: Settings) -> None:
+    if section.title:
+        console.print(printable(section.title), style="bold", soft_wrap=True)
+    width = max((len(name) for name, _ in section.facts), default=0)
+    for name, value in section.facts:
+        console.print(f"  {name:<{width}}  ", style="dim", end="")
+        console.print(printable(value), soft_wrap=True)
+    for line in section.drawing:
+        console.print(line, soft_wrap=True)
+    for number, table in enumerate(section.tables):
+        if section.title or number:
+            console.print()
+        # What -n cuts is the list of tensors, not the few rows that sum it up.
+        least = 0 if table.name == main else DEFAULT_ROWS
+        _print_table(table, console, settings, settings.rows and max(settings.rows, least))
+    if section.notes:
+        console.print()
+    for note in section.notes:
+        _print_note(note, console)
+
+
+def _print_note(text: str, console: Console) -> None:
+    lines = wrap(printable(text), max(console.width - 2, 20))
+    for number, line in enumerate(lines):
+        console.print("  " if number else "* ", style="yellow", end="")
+        console.print(line, soft_wrap=True)
+
+
+def _print_table(table: Table, console: Console, settings: Settings, rows: int) -> None:
+    shown = table.rows[:rows] if rows else table.rows
+    formatted = [_format_cell(table, row, settings.units) for row in (*shown, *([table.total] if table.total else []))]
+    columns = _fit_columns(table, formatted, console.width)
+    rich = _grid(table, columns)
+    for number, line in enumerate(formatted):
+        is_total = table.total is not None and number == len(formatted) - 1
+        rich.add_row(*(line[column] for column in columns), style="bold" if is_total else None)
+    console.print(rich)
+    if hidden := len(table.rows) - len(shown):
+        console.print(f"  {count(hidden)} more {'row' if hidden == 1 else 'rows'}: -n 0 shows all", style="dim")
+
+
+def _grid(table: Table, columns: list[int]) -> RichTable:
+    from rich.table import Table as RichTable  # noqa: PLC0415 - rich is loaded only for people
+
+    rich = RichTable(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="dim", title_justify="left")
+    for number in columns:
+        column = table.columns[number]
+        rich.add_column(
+            column.name,
+            justify="right" if column.is_number else "left",
+            overflow="fold",
+            no_wrap=column.is_number,
+        )
+    return rich
+
+
+def _format_cell(table: Table, row: tuple[str | int | float | None, ...], units: Units) -> list[str]:
+    return [column.format(cell, units) for column, cell in zip(table.columns, row, strict=True)]
+
+
+def _fit_columns(table: Table, formatted: list[list[str]], width: int) -> list[int]:
+    """The columns that fit: those that are optional go first, the last of them before the others."""
+    columns = list(range(len(table.columns)))
+    widths = [max(len(table.columns[number].name), *(len(line[number]) for line in formatted), 1) for number in columns]
+    # Text folds, so that only a part of it must fit.
+    needs = [
+        column_width if table.columns[number].is_number else min(column_width, _NARROWEST_NAME)
+        for number, column_width in enumerate(widths)
+    ]
+    for number in reversed(range(len(columns))):
+        if sum(needs[column] + _GAP for column in columns) <= width:
+            break
+        if table.columns[number].is_optional:
+            columns.remove(number)
+    return columns
+
+
+_WIDE = 10_000
+"""Off a terminal nothing is cropped."""
+_HEIGHT = 25
+"""Rich heeds an explicit width under TERM=dumb only beside an explicit height."""
+
+
+def make_console(stream: TextIO, settings: Settings) -> Console:
+    """A console for a stream."""
+    from rich.console import Console  # noqa: PLC0415 - 40 ms that plain rows and JSON do not need
+
+    escape_unencodable(stream)
+    is_terminal = stream.isatty()
+    width = os.environ.get("COLUMNS", "")
+    if not width.isdecimal() or not int(width):
+        width = str(_terminal_width(stream) if is_terminal else _WIDE)
+    has_colors = settings.colors(is_terminal=is_terminal)
+    return Console(
+        file=stream,
+        width=int(width),
+        height=_HEIGHT,
+        force_terminal=has_colors or is_terminal,
+        no_color=not has_colors,
+        color_system="auto" if has_colors and is_terminal else "standard" if has_colors else None,
+        markup=False,
+        highlight=False,
+        emoji=False,
+        legacy_windows=False,
+    )
+
+
+def escape_unencodable(stream: TextIO) -> None:
+    """Let a stream show what its encoding cannot, escaped."""
+    if stream in {sys.stdout, sys.stderr} and hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def _terminal_width(stream: TextIO) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except OSError:
+        return 80
+
+
+PATIENCE_SECONDS = 1.0
+
+
+class ProgressBars:
+    """Counts bytes; shows a bar once it has taken long enough to ask what is going on."""
+
+    def __init__(self, label: str, total_bytes: int, settings: Settings) -> None:
+        self._label = label
+        self._total = total_bytes
+        self._settings = settings
+        self._done = 0
+        self._began = time.monotonic()
+        self._is_wanted = (
+            settings.has_progress and not settings.is_quiet and sys.stderr.isatty() and not os.environ.get("CI")
+        )
+        self._bar: Progress | None = None
+
+    def advance(self, nbytes: int) -> None:
+        """Count work that is done."""
+        self._done += nbytes
+        if not self._is_wanted:
+            return
+        if self._bar is None and time.monotonic() - self._began > PATIENCE_SECONDS:
+            self._bar = self._start()
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=self._done)
+
+    def _start(self) -> Progress:
+        from rich import progress  # noqa: PLC0415 - rich is loaded only for people
+
+        bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.DownloadColumn(),
+            progress.TimeRemainingColumn(),
+            console=make_console(sys.stderr, self._settings),
+            transient=True,
+        )
+        bar.add_task(self._label, total=self._total)
+        bar.start()
+        return bar
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -15,10 +15,9 @@ import pytest
 
 from prunectl import cli, errors
 from prunectl.analysis.sizes import CodecName
-from prunectl.commands.app import COMMANDS
-from prunectl.commands.help.command import man, roff
-from prunectl.commands.help.table import TOPICS, WIDTH, topic_lines
-from prunectl.commands.help.topics import KEYS, MEANINGS
+from prunectl.commands._topics import KEYS, MEANINGS, WIDTH
+from prunectl.commands.app import COMMANDS, TOPICS
+from prunectl.commands.help import man, roff, topic_lines
 from prunectl.exporting.routes import TARGETS
 from prunectl.formats.registry import FORMATS
 from prunectl.pruning.plan import POLICIES

@@ -32,7 +32,7 @@ FOREIGN = {
     "commands/app.py": {"--version", "--show-completion", "--install-completion"},
     "commands/completion.py": {"--show-completion"},
     "commands/doctor.py": {"--force-reinstall"},
-    "commands/help/topics.py": {"--install-completion", "--show-completion"},
+    "commands/_topics.py": {"--install-completion", "--show-completion"},
     "checks/baseline.py": {"--verify", "--quiet", "--end-of-options", "--depth"},
     "sweeping/ray_workers.py": {"--head"},
     "training/torch/distributed.py": {"--nproc-per-node"},

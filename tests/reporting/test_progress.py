@@ -6,9 +6,9 @@ import io
 
 import pytest
 
-from prunectl.reporting import terminal as reports
+from prunectl.reporting import reporter
 from prunectl.reporting.report import Settings
-from prunectl.reporting.terminal import ProgressBars
+from prunectl.reporting.reporter import ProgressBars
 
 
 class Terminal(io.StringIO):
@@ -34,7 +34,7 @@ def work(settings: Settings) -> None:
 
 def test_a_bar_appears_once_the_work_has_taken_long(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = at_terminal(monkeypatch)
-    monkeypatch.setattr(reports, "PATIENCE_SECONDS", -1.0)
+    monkeypatch.setattr(reporter, "PATIENCE_SECONDS", -1.0)
     work(Settings())
     assert "reading big.pt" in terminal.getvalue()
 
@@ -48,14 +48,14 @@ def test_quick_work_shows_none(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("settings", [Settings(has_progress=False), Settings(is_quiet=True)])
 def test_nor_does_work_that_was_asked_to_be_quiet(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = at_terminal(monkeypatch)
-    monkeypatch.setattr(reports, "PATIENCE_SECONDS", -1.0)
+    monkeypatch.setattr(reporter, "PATIENCE_SECONDS", -1.0)
     work(settings)
     assert terminal.getvalue() == ""
 
 
 def test_nor_does_work_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = at_terminal(monkeypatch)
-    monkeypatch.setattr(reports, "PATIENCE_SECONDS", -1.0)
+    monkeypatch.setattr(reporter, "PATIENCE_SECONDS", -1.0)
     monkeypatch.setenv("CI", "true")
     work(Settings())
     assert terminal.getvalue() == ""
@@ -64,6 +64,6 @@ def test_nor_does_work_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nor_does_work_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
     monkeypatch.setattr("sys.stderr", shown)
-    monkeypatch.setattr(reports, "PATIENCE_SECONDS", -1.0)
+    monkeypatch.setattr(reporter, "PATIENCE_SECONDS", -1.0)
     work(Settings())
     assert shown.getvalue() == ""

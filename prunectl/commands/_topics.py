@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from textwrap import fill, indent
 
 from prunectl.analysis.sizes import CodecName
 from prunectl.commands.completion import PATTERNS
-from prunectl.commands.help.table import WIDTH, aligned, builtin_rows
 from prunectl.errors import InputError, MissingExtraError, UsageError, WorkError
 from prunectl.exporting.routes import TARGETS
 from prunectl.formats.registry import FORMATS
 from prunectl.plugins import group
+from prunectl.pruning.choices import Choice, choices
 from prunectl.pruning.strategies import STRATEGIES, Requires
 from prunectl.reporting.checks.ci import REPORT_FORMATS
 from prunectl.reporting.report import SCHEMA, Layout
 from prunectl.reporting.reporter import BUG, CANCELLED
 from prunectl.training.data.spec import GENERAL, IMAGE_OPTIONS, RECORD_OPTIONS, TABLE_OPTIONS
+
+WIDTH = 80
+"""Of a terminal that nobody has made wider."""
 
 
 def builds_text() -> str:
@@ -413,3 +417,18 @@ A recipe or a file of budgets may be a stranger's as well. Code that it names,
 such as data = "./data.py:load", runs only with --trust. In CI, check the pull
 requests of forks without it.
 """
+
+
+def builtin_rows(kind: str) -> list[Choice]:
+    """What is built in of a kind: these texts are the same wherever prunectl runs."""
+    return [choice for choice in choices(kind) if choice.source == "built in"]
+
+
+def aligned(pairs: Iterable[tuple[str, str]]) -> str:
+    """A list of names and their meanings, in two columns."""
+    known = list(pairs)
+    width = max(len(name) for name, _ in known) + 4
+    return "\n".join(
+        fill(line, WIDTH, initial_indent=f"  {name}".ljust(width), subsequent_indent=" " * width) or f"  {name}"
+        for name, line in known
+    )

@@ -12,17 +12,23 @@ import typer
 from typer.core import TyperArgument, TyperCommand
 
 from prunectl import __version__
-from prunectl.commands.app import COMMANDS, HELP_NAMES
-from prunectl.commands.help.table import TOPICS, aligned, topic_lines
-from prunectl.commands.help.topics import MEANINGS
+from prunectl.commands import _topics
+from prunectl.commands._topics import MEANINGS, aligned
+from prunectl.commands.app import COMMANDS, HELP_NAMES, TOPICS
 from prunectl.errors import UsageError
 from prunectl.formats.base import close_matches
-from prunectl.reporting.terminal import escape_unencodable
+from prunectl.reporting.reporter import escape_unencodable
 
 _MARKUP = re.compile(r"\[/?(?:dim|bold|italic)?\]|\\(?=\[)")
 _COMMON = "Options of every command"
 _HELP = (".TP", "\\fB\\-h\\fR, \\fB\\-\\-help\\fR", "Show what a command takes.")
 _ESCAPED = {"\\": "\\e", "-": "\\-", "…": "...", "“": '"', "”": '"'}
+
+
+def topic_lines(topic: str) -> tuple[str, ...]:
+    """The text of a topic, line by line."""
+    text: str = getattr(_topics, f"{TOPICS[topic][0]}_text")()
+    return tuple(text.strip().splitlines())
 
 
 def man() -> str:

@@ -1,1 +1,0 @@
-"""`prunectl help`: topics and the manual page."""
