@@ -196,8 +196,9 @@ def export(path: Path, request: ExportRequest, output: Destination) -> ExportRes
         temporary_folder() as scratch,
         places.atomic_replace(output.target, may_replace=output.is_forced, model=model) as folder,
     ):
-        written = folder / output.target.name
-        plain, stripped = _without_wrappers(model, scratch)
+        written = _utf8_path(folder / output.target.name, scratch / "target")
+        readable = _utf8_path(model.path, scratch / "source")
+        plain, stripped = _without_wrappers(model if readable is model.path else open_model(readable), scratch)
         with naming_original(path, plain.path):
             job = _export_job(plain, request, route, scratch)
             notes = load(route, route.writer)(job, written)
@@ -221,6 +222,16 @@ def export(path: Path, request: ExportRequest, output: Destination) -> ExportRes
         card = card_text(result)
     write_card(request, card, output)
     return result
+
+
+def _utf8_path(path: Path, link: Path) -> Path:
+    """A path, through a link to its folder where the name of that is not UTF-8: most frameworks take no such path."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        link.symlink_to(path.parent.absolute(), target_is_directory=True)
+        return link / path.name
+    return path
 
 
 def _without_wrappers(model: ModelFile, scratch: Path) -> tuple[ModelFile, tuple[str, ...]]:

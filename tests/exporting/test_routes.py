@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -194,3 +196,18 @@ def test_standard_output_takes_a_file_and_asks_for_its_format(tmp_path: Path) ->
     run(model, parse_request({"to": "npz"}), Destination(tmp_path / "standard-output", to_stdout=True))
     export(model, tmp_path / "w.npz")
     assert (tmp_path / "standard-output").read_bytes() == (tmp_path / "w.npz").read_bytes()
+
+
+@pytest.mark.parametrize("source", ["digits_cnn.onnx", "digits_cnn_savedmodel"])
+def test_folders_may_have_names_that_are_no_utf_8(source: str, tmp_path: Path) -> None:
+    # By its bytes: onnxruntime, onnx and TensorFlow take text alone.
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    copy = shutil.copytree if (FIXTURES / source).is_dir() else shutil.copyfile
+    folder.mkdir()
+    copy(FIXTURES / source, folder / source)
+    result = export(folder / source, folder / "new.onnx")
+    assert result.after.path == str(folder / "new.onnx")
+    assert result.before.path == str(folder / source)
+    export(FIXTURES / source, tmp_path / "plain.onnx")
+    assert (folder / "new.onnx").read_bytes() == (tmp_path / "plain.onnx").read_bytes()
+    assert sorted(os.listdir(folder)) == sorted([source, "new.onnx"])
