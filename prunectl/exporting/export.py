@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import zipfile
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
@@ -194,6 +195,7 @@ def export(path: Path, request: ExportRequest, output: Destination) -> ExportRes
     load(route, route.writer)
     with (
         temporary_folder() as scratch,
+        _temporary_files_in(scratch),
         places.atomic_replace(output.target, may_replace=output.is_forced, model=model) as folder,
     ):
         written = _utf8_path(folder / output.target.name, scratch / "target")
@@ -222,6 +224,19 @@ def export(path: Path, request: ExportRequest, output: Destination) -> ExportRes
         card = card_text(result)
     write_card(request, card, output)
     return result
+
+
+@contextmanager
+def _temporary_files_in(folder: Path) -> Generator[None]:
+    """Let frameworks put their temporary files into a folder of ours, which the next run clears where one is killed.
+
+    TensorFlow writes each function that it has rewritten to a file, and an interrupt may abort it.
+    """
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def _utf8_path(path: Path, link: Path) -> Path:

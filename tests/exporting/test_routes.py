@@ -7,11 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from prunectl.errors import MissingExtraError, UntrustedError, UsageError
+from prunectl.errors import SCRATCH, MissingExtraError, UntrustedError, UsageError
 from prunectl.exporting import routes
 from prunectl.exporting.export import export as run
 from prunectl.exporting.export import naming_original
@@ -211,3 +212,20 @@ def test_folders_may_have_names_that_are_no_utf_8(source: str, tmp_path: Path) -
     export(FIXTURES / source, tmp_path / "plain.onnx")
     assert (folder / "new.onnx").read_bytes() == (tmp_path / "plain.onnx").read_bytes()
     assert sorted(os.listdir(folder)) == sorted([source, "new.onnx"])
+
+
+def test_what_frameworks_write_for_a_while_goes_into_the_scratch_folder_of_the_export(tmp_path: Path) -> None:
+    before = tempfile.gettempdir()
+    code = tmp_path / "net.py"
+    code.write_text(
+        "import pathlib, tempfile\nfrom prunectl.plugins import attribute\n"
+        "def build():\n"
+        f"    pathlib.Path({str(tmp_path / 'seen')!r}).write_text(tempfile.gettempdir())\n"
+        f"    return attribute({str(FIXTURES / 'digits_torch.py')!r}, 'DigitsCNN')()\n"
+    )
+    export("digits_cnn.pt", tmp_path / "m.torchscript", model=f"{code}:build", input=["1,1,8,8"])
+    scratch = Path((tmp_path / "seen").read_text())
+    assert scratch.is_relative_to(before)
+    assert SCRATCH.fullmatch(scratch.parent.name)
+    assert not scratch.exists()
+    assert tempfile.gettempdir() == before
