@@ -134,6 +134,8 @@ MAX_ONNX_DEPTH = 32
 """ONNX graphs inside each other: a few in real models."""
 MAX_ONNX_PREFIX = 2048
 """Characters that say where an ONNX graph stands: each of its tensors repeats them."""
+MAX_ONNX_FOLDED = 1 << 24
+"""Elements that are worked out at a time where an ONNX graph is the same in every run: a mask of attention has 1 M."""
 MAX_ONNX_USES = 8
 """Uses of one ONNX tensor that are looked at: a tied weight has two, a shared constant hundreds."""
 MAX_ONNX_VISITS = 500_000

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from prunectl.channels.onnx.shapes import infer_static
 from tests.channels.made import helper, locks, model, op, places, seen
 from tests.channels.test_rules import between
 
@@ -105,3 +107,33 @@ def test_what_a_branch_reads_from_outside_stays(tmp_path: Path) -> None:
         op("If", "choice", "y", then_branch=branch("Relu"), else_branch=branch("Neg")),
     ]
     assert locks(seen(model(nodes, {"first": (4, 3, 3, 3), "c": (1,)}), tmp_path))["first"] == "If to_y"
+
+
+@pytest.mark.parametrize("size", [1 << 26, 1 << 42])
+def test_what_a_few_numbers_ask_a_great_many_of_is_not_worked_out(size: int) -> None:
+    nodes = [op("Add", "size zero", "sizes"), op("ConstantOfShape", "sizes", "many"), op("ReduceSum", "many", "s")]
+    made = model([*nodes, op("Add", "x s", "y")], {}, numbers={"size": [size], "zero": [0]})
+    tracemalloc.start()
+    constants = infer_static(made, "made.onnx").constants
+    assert tracemalloc.get_traced_memory()[1] < 4 * size
+    tracemalloc.stop()
+    assert constants["sizes"] == size
+    assert not {"many", "s"} & constants.keys()
+
+
+def test_an_operator_that_onnx_does_not_know_is_worked_out_by_nobody() -> None:
+    made = model(
+        [op("Nothing", "size", "n"), op("Cast", "n", "f", to=1), op("Add", "x f", "y")], {}, numbers={"size": [3]}
+    )
+    assert infer_static(made, "made.onnx").constants.keys() == {"size"}
+
+
+@pytest.mark.parametrize("function", ["onnx.reference.ReferenceEvaluator.run", "onnx.shape_inference.infer_shapes"])
+def test_what_is_no_fault_of_the_model_is_not_passed_over(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(function, exhausted)
+    made = model([op("Add", "size size", "sizes"), op("Expand", "x sizes", "y")], {}, numbers={"size": [1, 3, 8, 8]})
+    with pytest.raises(MemoryError):
+        infer_static(made, "made.onnx")

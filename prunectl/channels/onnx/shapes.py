@@ -11,6 +11,7 @@ import numpy as np
 
 from prunectl.channels.lengths import TRIED_LENGTHS, UNKNOWN_LENGTHS, AxisLengths
 from prunectl.errors import InputError, first_line
+from prunectl.formats import budgets
 from prunectl.formats.base import Array
 from prunectl.formats.safe_json import require
 from prunectl.graphs.onnx.nodes import STANDARD_DOMAINS, inner_graphs
@@ -21,7 +22,26 @@ _SMALL = 64
 """Elements up to which a weight may also be a list of scales or sizes."""
 _FOLDED = 4096
 _FLOAT = 1
+_MISFITS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What onnx raises for an operator or numbers that it cannot take; what else goes wrong is no fault of the model."""
 _RANDOM_OPS = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial"})
+_GROWING_OPS = frozenset(
+    {
+        *("AffineGrid", "BlackmanWindow", "CenterCropPad", "Col2Im", "ConstantOfShape", "DFT", "Expand"),
+        *("HammingWindow", "HannWindow", "MaxUnpool", "MelWeightMatrix", "OneHot", "Pad", "Range", "Resize"),
+        *("Tile", "Upsample"),
+    }
+)
+"""Of which a few numbers may ask for a great many."""
 
 
 @dataclass(slots=True)
@@ -38,11 +58,12 @@ def infer_static(proto: Any, name: str, lengths: AxisLengths = UNKNOWN_LENGTHS) 
     initializers = {tensor.name for tensor in proto.graph.initializer}
     inputs = [port for port in proto.graph.input if port.name not in initializers]
     wanted = lengths.resolve(ModelSignature(tuple(map(port_spec, inputs)), (), is_channels_first=True))
+    inference_error = require("onnx.shape_inference", extra="onnx").InferenceError
     for length in TRIED_LENGTHS[: 1 if wanted else None]:
         skeleton = _without_large_weights(proto, length, wanted)
         try:
             return _inferred(skeleton, _constants(proto))
-        except Exception as error:  # noqa: BLE001 - onnx raises what it likes
+        except (inference_error, *_MISFITS) as error:
             error_line = first_line(error)
     is_open = any(None in (port.shape or ()) for port in map(port_spec, inputs))
     raise InputError(
@@ -148,6 +169,7 @@ def _inferred(skeleton: Any, constants: dict[str, Array]) -> StaticValues:
 def _folded(skeleton: Any, state: StaticValues) -> Iterator[tuple[str, Array]]:
     """Yield what further nodes give in every run."""
     folded: dict[str, Array] = {}
+    left = budgets.MAX_ONNX_FOLDED
     for node in skeleton.graph.node:
         if node.domain not in STANDARD_DOMAINS or node.op_type in _RANDOM_OPS or any(inner_graphs(node)):
             continue
@@ -158,8 +180,20 @@ def _folded(skeleton: Any, state: StaticValues) -> Iterator[tuple[str, Array]]:
             placeholder = np.broadcast_to(np.zeros((), np.float32), state.shapes[node.input[0]])
             folded |= _run(skeleton, node, {node.input[0]: placeholder})
         elif node.input and all(name in inputs for name in node.input if name):
-            folded |= _run(skeleton, node, inputs)
+            most = _most(node, inputs, state)
+            if most is not None and most <= left:
+                results = _run(skeleton, node, inputs)
+                left -= sum(value.size for value in results.values())
+                folded |= results
     yield from ((name, value) for name, value in folded.items() if value.size <= _FOLDED)
+
+
+def _most(node: Any, inputs: Mapping[str, Array], state: StaticValues) -> int | None:
+    """How many elements a node gives at most; None if that depends on what inference does not know yet."""
+    shapes = [state.shapes.get(name) for name in node.output if name]
+    if None not in shapes:
+        return sum(math.prod(shape) for shape in shapes if shape is not None)
+    return None if node.op_type in _GROWING_OPS else math.prod(max(value.size, 1) for value in inputs.values())
 
 
 def _value(name: str, state: StaticValues, folded: Mapping[str, Array]) -> Array | None:
@@ -180,7 +214,7 @@ def _run(proto: Any, node: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:
     model = helper.make_model(graph, opset_imports=list(proto.opset_import))
     try:
         results = reference.ReferenceEvaluator(model).run(None, dict(feeds))
-    except Exception:  # noqa: BLE001 - what it does not know stays unknown
+    except _MISFITS:
         return {}
     names = [name for name in node.output if name]
     return {name: value for name, value in zip(names, results, strict=True) if hasattr(value, "dtype")}

@@ -24,6 +24,8 @@ from prunectl.training.torch.build import build_module, input_specs, load_progra
 from prunectl.training.torch.tensors import tensor_leaves, to_numpy
 
 Examples = tuple[torch.Tensor, ...]
+_MISFITS = (AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+"""What PyTorch raises where a program does not take what goes in."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,7 +131,7 @@ def _single_inputs(program: ExportedProgram, module: torch.fx.GraphModule, used:
     single = tuple(with_batch(example, 1) for example in used)
     try:
         shapes_of(WeightedProgram(module), single)
-    except Exception:  # noqa: BLE001 - PyTorch raises what it likes
+    except _MISFITS:
         return used
     return single
 
@@ -269,12 +271,12 @@ def open_batch_axis(
 def _gives(module: torch.fx.GraphModule, inputs: Iterable[torch.Tensor], expected: list[torch.Tensor]) -> bool:
     try:
         outputs = run(WeightedProgram(module), inputs, lambda *_: None)
-        return all(
-            relative_difference(to_numpy(value), to_numpy(reference)) <= _CLOSE
-            for value, reference in zip(outputs, expected, strict=True)
-        )
-    except Exception:  # noqa: BLE001 - PyTorch raises what it likes
+    except _MISFITS:
         return False
+    return len(outputs) == len(expected) and all(
+        relative_difference(to_numpy(value), to_numpy(reference)) <= _CLOSE
+        for value, reference in zip(outputs, expected, strict=True)
+    )
 
 
 def _measure_batch(module: torch.fx.GraphModule, size: int) -> torch.fx.GraphModule:
