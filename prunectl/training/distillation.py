@@ -18,10 +18,10 @@ from prunectl.formats.registry import open_model
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions, ModelSignature, TensorSpec
 from prunectl.training.data import adapt
-from prunectl.training.data.adapt import ArrayAdapter, AxisChange, format_shape
+from prunectl.training.data.adapt import ArrayAdapter, AxisChange
 from prunectl.training.data.source import Arrays, Batch, as_tuple
 from prunectl.training.runtimes import load_onnx_model, load_trainable
-from prunectl.training.task import FinalActivation, activation_of_values, convert_outputs, shape_matches
+from prunectl.training.task import FinalActivation, activation_of_values, convert_outputs, format_shape, shape_matches
 
 _COLOURS = frozenset({1, 3, 4})
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from prunectl.analysis.patterns import NMPattern
 from prunectl.errors import UsageError
-from prunectl.formats.base import ModelFile
+from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.registry import by_name
 from prunectl.pruning import engine
 from prunectl.pruning import plan as planning
 from prunectl.pruning import request as requests
 from prunectl.pruning.engine import PruningMethod
+from prunectl.pruning.masks import Mask
 from prunectl.pruning.plan import PruneSelection, Selection
 from prunectl.pruning.schedules import Schedule, SparsitySchedule
 from prunectl.pruning.strategies import Requires
@@ -30,9 +29,6 @@ from prunectl.training.request import (
     default_update_interval,
     parse_time_point,
 )
-
-Array = NDArray[Any]
-Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from prunectl.errors import PrunectlError, UsageError, first_line
 from prunectl.training.backend import TrainOptions
 from prunectl.training.request import LOSS, MAX, MIN
+from prunectl.training.task import format_shape
 
 
 class Metric(Protocol):
@@ -174,12 +175,9 @@ def monitored_metric(means: TrainOptions) -> str:
 
 def metric_mismatch(metric: str, outputs: Sequence[int], targets: Sequence[int], why: str = "") -> UsageError:
     """What to say of a metric that cannot compare outputs with targets of such shapes."""
-    shapes = f"outputs of {_shown(outputs)} and targets of {_shown(targets)} for each example"
+    output, target = (format_shape(shape[1:], "one number") for shape in (outputs, targets))
     return UsageError(
-        f"the metric {metric} does not fit {shapes}{f': {why}' if why else ''}",
+        f"the metric {metric} does not fit outputs of {output} and targets of {target} for each example"
+        f"{f': {why}' if why else ''}",
         hint="--metric accuracy for labels, mae or mse where targets are as wide as outputs; or other targets",
     )
-
-
-def _shown(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape[1:])) or "one number"

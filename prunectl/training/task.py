@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from prunectl.errors import UsageError
 from prunectl.formats.base import Array
 
 Shape = Sequence[int | None]
@@ -150,6 +151,20 @@ def shape_matches(shape: Shape, expected: Shape) -> bool:
     """Whether a shape is one that is expected, where None takes any length."""
     return len(shape) == len(expected) and all(
         length is None or length == size for size, length in zip(shape, expected, strict=True)
+    )
+
+
+def format_shape(shape: Shape, scalar: str = "a single number") -> str:
+    """A shape as users write it."""
+    return "x".join("?" if length is None else str(length) for length in shape) or scalar
+
+
+def target_mismatch(targets: Shape, outputs: Shape, of: str) -> UsageError:
+    """The refusal of targets that no loss can compare, number by number, with outputs of another size."""
+    target, output = (format_shape(shape, "a number") for shape in (targets, outputs))
+    return UsageError(
+        f"a target is {target} for each example, and {of} {output}",
+        hint="choose other targets (train.npz[x,y]), or a --loss that compares such as these",
     )
 
 

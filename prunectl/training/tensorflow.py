@@ -202,6 +202,6 @@ def load(model: ModelFile, placement: DevicePlacement) -> LoadedModel:
         with placement.scope(library):
             source_model = load_signature_model(path)
         for variable, source in zip(served.served_variables, source_model.served_variables, strict=True):
-            backend.set_value(library, variable, backend.get_value(library, source))
+            backend.set_value(variable, backend.get_value(library, source))
 
     return LoadedModel(served, library, model, {}, fill, has_config=False)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.errors import InputError, PrunectlError, UntrustedError, UsageError, abbreviated, first_line
-from prunectl.formats import trust, zip_read
+from prunectl.formats import zip_read
 from prunectl.formats.base import Family, ModelFile
-from prunectl.formats.torch import exported_trust, script_trust
+from prunectl.formats.registry import load
 from prunectl.plugins import attribute, find
 from prunectl.training.backend import LoadOptions
 
@@ -55,11 +55,11 @@ def check(model: ModelFile, origin: LoadOptions) -> None:
     if origin.is_trusted or origin.model:
         return
     if model.family in {Family.KERAS, Family.SAVED_MODEL}:
-        trust.check(model, lambda: custom_objects(origin))
+        load("trust:check")(model, lambda: custom_objects(origin))
     elif model.family is Family.TORCH_PROGRAM:
-        exported_trust.check_program(model.path)
+        load("torch.exported_trust:check_program")(model.path)
     elif is_script(model):
-        script_trust.check(model.path)
+        load("torch.script_trust:check")(model.path)
     elif model.family is Family.TORCH and model.about.code:
         raise UntrustedError(
             f"{model.path} holds a whole Python module ({model.about.code[0]}): opening it would run code",

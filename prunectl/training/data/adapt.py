@@ -13,7 +13,7 @@ from prunectl.formats.base import Array
 from prunectl.training.backend import ModelSignature, TensorSpec
 from prunectl.training.data.readers import NUMERIC, IndexedSource
 from prunectl.training.data.source import Arrays, Batch, EpochOrder, Source, as_tuple, nbytes, num_examples, peek
-from prunectl.training.task import Shape, Task, TaskKind, infer_task, label_axis, shape_matches
+from prunectl.training.task import Task, TaskKind, format_shape, infer_task, label_axis, shape_matches
 
 _BYTE = np.dtype(np.uint8)
 _FLOAT = np.dtype(np.float32)
@@ -91,11 +91,6 @@ def find_axis_change(shape: tuple[int, ...], expected: tuple[int | None, ...] | 
         return None
     ends = "first" if fitting[0] == _TO_FIRST else "last"
     return AxisChange(f"{format_shape(shape)} becomes {format_shape(expected)}: channels come {ends}", order=fitting[0])
-
-
-def format_shape(shape: Shape) -> str:
-    """A shape as users write it."""
-    return "x".join("?" if length is None else str(length) for length in shape) or "a single number"
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,8 +169,7 @@ def normalize(source: Source, text: str, *, is_channels_first: bool) -> Source:
 
 
 def _each_float(arrays: Arrays) -> Arrays:
-    floats = tuple(x.astype(np.float32) if x.dtype == np.uint8 else x for x in as_tuple(arrays))
-    return floats if isinstance(arrays, tuple) else floats[0]
+    return map_arrays(lambda x: x.astype(np.float32) if x.dtype == np.uint8 else x, arrays)
 
 
 def _parsed(text: str) -> Normalization:

@@ -160,7 +160,7 @@ def get_value(library: KerasLibrary, variable: Any) -> Array:
         return np.array(library.keras.ops.convert_to_numpy(variable.value)).astype(dtype(variable), copy=False)
 
 
-def set_value(_: KerasLibrary, variable: Any, value: Array) -> None:
+def set_value(variable: Any, value: Array) -> None:
     """Assign a variable."""
     variable.assign(np.asarray(value).astype(dtype(variable), copy=False))
 
@@ -332,7 +332,7 @@ class RandomState:
             if self._library.is_keras2:
                 generator.reset_from_seed(seed)
             else:
-                set_value(self._library, generator.state, np.array([seed, 0]))
+                set_value(generator.state, np.array([seed, 0]))
 
     def get_state(self) -> list[Array]:
         """The state of each generator, the global one of Keras 3 last."""
@@ -351,7 +351,7 @@ class RandomState:
             set_global_generator(shared[0])
         # One that there was not yet, when the states were taken, goes on from where it is.
         for generator, state in zip([*self._generators, *shared], states, strict=False):
-            set_value(self._library, generator.state, state)
+            set_value(generator.state, state)
 
     def _global_generator(self) -> list[Any]:
         """The generator of Keras 3 for layers that have none of their own, once there is one."""

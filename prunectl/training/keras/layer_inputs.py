@@ -278,11 +278,11 @@ def preserved_state(library: KerasLibrary, model: Any, random: RandomState) -> I
         yield
     finally:
         for variable, value in saved:
-            backend.set_value(library, variable, value)
+            backend.set_value(variable, value)
         for variable in _metric_variables(model):
             if id(variable) not in known:
                 # It was made by the run itself, and counted already.
-                backend.set_value(library, variable, np.zeros(backend.shape(variable), backend.dtype(variable)))
+                backend.set_value(variable, np.zeros(backend.shape(variable), backend.dtype(variable)))
         random.set_state(random_state)
 
 

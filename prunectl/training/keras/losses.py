@@ -28,6 +28,7 @@ from prunectl.training.task import (
     distillation_loss,
     has_same_size,
     shape_matches,
+    target_mismatch,
 )
 
 _SHORT_NAMES = {
@@ -159,11 +160,7 @@ def check_shape(loss: KerasLoss, output: OutputInfo, y: Array | None) -> None:
     """Refuse targets of another shape than the outputs that they are compared with."""
     shape = output.shape[1:]
     if y is not None and loss.name in _ELEMENTWISE and None not in shape and not has_same_size(shape, y.shape[1:]):
-        target_shape, output_shape = ("x".join(map(str, dims)) or "a number" for dims in (y.shape[1:], shape))
-        raise UsageError(
-            f"a target is {target_shape} for each example, and the output {output.name} is {output_shape}",
-            hint="choose other targets (train.npz[x,y]), or a --loss that compares such as these",
-        )
+        raise target_mismatch(y.shape[1:], shape, f"the output {output.name} is")
 
 
 def _encoding(output: OutputInfo, y: Array | None) -> CrossEntropy:

@@ -61,16 +61,16 @@ class OptimizerMasking(ABC):
             key = id(variable)
             keep = np.asarray(mask, np.bool_)
             value = backend.get_value(self._library, variable)
-            backend.set_value(self._library, variable, np.where(keep, value, np.zeros((), value.dtype)))
+            backend.set_value(variable, np.where(keep, value, np.zeros((), value.dtype)))
             if not self.is_trained(variable):
                 continue
             if key not in self._masks:
                 self._masks[key], self._variables[key] = self._new_variable(variable, "mask", is_mask=True), variable
                 is_new = True
-            backend.set_value(self._library, self._masks[key], keep)
+            backend.set_value(self._masks[key], keep)
             for slot in self.optimizer_slots(variable):
                 slot_value = backend.get_value(self._library, slot)
-                backend.set_value(self._library, slot, np.where(keep, slot_value, np.zeros((), slot_value.dtype)))
+                backend.set_value(slot, np.where(keep, slot_value, np.zeros((), slot_value.dtype)))
         return is_new
 
     @abstractmethod
@@ -97,12 +97,12 @@ class OptimizerMasking(ABC):
     def restore_statistic(self, variable: Any, total: Array) -> None:
         """Restore the sum of a variable."""
         if id(variable) in self._sums:
-            backend.set_value(self._library, self._sums[id(variable)], total)
+            backend.set_value(self._sums[id(variable)], total)
 
     def reset(self) -> None:
         """Set all sums to zero."""
         for total in self._sums.values():
-            backend.set_value(self._library, total, np.zeros(backend.shape(total), backend.dtype(total)))
+            backend.set_value(total, np.zeros(backend.shape(total), backend.dtype(total)))
 
     def is_own_variable(self, variable: Any) -> bool:
         """Whether a variable of the optimizer is one of these masks and sums."""

@@ -62,7 +62,7 @@ def recalibrate_batch_norm(library: KerasLibrary, model: Any, layers: list[Any],
         for batch in batches:
             for variable, value in zip(statistics, old, strict=True):
                 # From zero, what is added to it comes out unrounded.
-                backend.set_value(library, variable, np.zeros_like(value))
+                backend.set_value(variable, np.zeros_like(value))
             count = len(as_tuple(batch.x)[0])
             with ignore_warnings():
                 run(outputs.pack_inputs(model, batch.x))
@@ -73,10 +73,10 @@ def recalibrate_batch_norm(library: KerasLibrary, model: Any, layers: list[Any],
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
         for variable, value in zip(others, before, strict=True):
-            backend.set_value(library, variable, value)
+            backend.set_value(variable, value)
         new = [total / examples for total in sums] if examples else old
         for variable, value, previous in zip(statistics, new, old, strict=True):
-            backend.set_value(library, variable, value.astype(previous.dtype))
+            backend.set_value(variable, value.astype(previous.dtype))
 
 
 def _batch_norm_variables(library: KerasLibrary, model: Any) -> list[Any]:
@@ -151,7 +151,7 @@ def restore_state(
         array = arrays[f"{kind}/{index}"]
         if array.shape != backend.shape(variable):
             raise InputError(f"{folder / _ARRAYS_FILE} is of another model: {kind} {index} has the shape {array.shape}")
-        backend.set_value(library, variable, array)
+        backend.set_value(variable, array)
     try:
         chance.set_state([generators[f"{_GENERATORS}/{index}"] for index in range(len(generators))])
     except ValueError as error:
@@ -301,7 +301,7 @@ class KerasTrainable:
             variable = self._variables[name]
             if backend.shape(variable) != np.shape(value):
                 raise ValueError(f"{name} has the shape {backend.shape(variable)}, not {np.shape(value)}")
-            backend.set_value(self._library, variable, value)
+            backend.set_value(variable, value)
 
     def mask(self, masks: Mapping[str, Array]) -> None:
         """Zero what the masks do not keep, now and after every step; the optimizer's momentum of it too."""

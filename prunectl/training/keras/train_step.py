@@ -47,12 +47,6 @@ def freeze(library: KerasLibrary, model: Any, variables: Sequence[Any]) -> list[
     return [(variable, backend.get_value(library, variable)) for variable in statistics]
 
 
-def restore_frozen(library: KerasLibrary, frozen: Iterable[tuple[Any, Array]]) -> None:
-    """Restore frozen statistics of layers that train otherwise."""
-    for variable, value in frozen:
-        backend.set_value(library, variable, value)
-
-
 class StepAverager:
     """Averages the logs of training steps over examples."""
 
@@ -258,7 +252,8 @@ class CompiledModel:
                 teacher_targets = {losses.TEACHER: outputs.pack_targets(self.model, teacher_outputs)}
                 y = teacher_targets if y is None else {losses.TARGETS: y, **teacher_targets}
             logs = self._train_batch(x, y)
-            restore_frozen(self._library, self._frozen_statistics)
+            for variable, value in self._frozen_statistics:
+                backend.set_value(variable, value)
             if self._has_custom_step:
                 # It may move weights without the optimizer, or with another.
                 self.masking.apply_masks()
@@ -353,7 +348,7 @@ class CompiledModel:
                 logs |= self._of_all_examples(logs, gathered)
         self._reset_metrics()
         for variable, value in saved:
-            backend.set_value(self._library, variable, value)
+            backend.set_value(variable, value)
         return {**logs, **{name: float(metric.compute()) for name, metric in started.items()}}
 
     def _of_all_examples(

@@ -41,7 +41,7 @@ def match_variables(
         marks = _probe(file, library, tensors, nonempty, fill)
     finally:
         for variable, value in zip(nonempty, values, strict=True):
-            backend.set_value(library, variable, value)
+            backend.set_value(variable, value)
     matched = {}
     for variable, value, mark in zip(nonempty, values, marks, strict=True):
         if mark:
@@ -66,7 +66,7 @@ def _probe(
     marks, weight = [0] * len(variables), 1
     while weight <= len(tensors):
         for variable in variables:
-            backend.set_value(library, variable, np.zeros(backend.shape(variable), backend.dtype(variable)))
+            backend.set_value(variable, np.zeros(backend.shape(variable), backend.dtype(variable)))
         digits = {tensor.name: (index + 1) // weight % base for index, tensor in enumerate(tensors)}
         with temporary_folder() as scratch, ignore_warnings():
             fill(_write_probe(file, tensors, digits, scratch))

@@ -25,7 +25,7 @@ from prunectl.graphs.onnx.network import (
 from prunectl.graphs.onnx.nodes import axes_behind, output_of
 from prunectl.training.backend import ModelSignature, TensorSpec
 from prunectl.training.data.source import Arrays, as_tuple
-from prunectl.training.task import FinalActivation
+from prunectl.training.task import FinalActivation, format_shape, shape_matches
 
 
 class Session:
@@ -104,8 +104,8 @@ def _fed(port: Any, array: Array, *, is_any_count: bool) -> Array:
     shape = _shape(port)
     if shape is not None:
         expected = (None, *shape[1:]) if is_any_count else shape
-        if not _fits(array.shape, expected):
-            actual_text, wanted = _text(array.shape), _text(expected)
+        if not shape_matches(array.shape, expected):
+            actual_text, wanted = format_shape(array.shape, "()"), format_shape(expected, "()")
             raise UsageError(f"the input {port.name!r} of the model has the shape {wanted}, and {actual_text} is given")
     code = CODES.get(port.type.tensor_type.elem_type)
     if code is None or array.dtype == code.dtype:
@@ -113,12 +113,6 @@ def _fed(port: Any, array: Array, *, is_any_count: bool) -> Array:
     if not np.can_cast(array.dtype, code.dtype, "same_kind"):
         raise UsageError(f"the input {port.name!r} of the model is {code.dtype}, and {array.dtype} is given")
     return array.astype(code.dtype)
-
-
-def _fits(shape: Sequence[int], expected: Shape) -> bool:
-    return len(shape) == len(expected) and all(
-        size in {None, length} for length, size in zip(shape, expected, strict=True)
-    )
 
 
 def port_spec(port: Any) -> TensorSpec:
@@ -135,10 +129,6 @@ def _shape(port: Any) -> Shape | None:
     return tuple(
         axis.dim_value if axis.HasField("dim_value") and axis.dim_value > 0 else None for axis in kind.shape.dim
     )
-
-
-def _text(shape: Shape) -> str:
-    return "x".join("?" if length is None else str(length) for length in shape) or "()"
 
 
 @dataclass(frozen=True, slots=True)

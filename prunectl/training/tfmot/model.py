@@ -24,13 +24,12 @@ from prunectl.training.keras.load import load
 from prunectl.training.keras.model import KerasTrainable
 from prunectl.training.native_pruning import NativePruning
 from prunectl.training.quiet import ignore_warnings
+from prunectl.training.tfmot.schedules import ScheduleAdapter, to_tfmot_schedule
 from prunectl.training.tfmot.wrappers import (
-    ScheduleAdapter,
     WrappedModel,
     WrapperSettings,
     is_cloneable,
     is_mixed_precision,
-    to_tfmot_schedule,
     wrap_layers,
 )
 from prunectl.training.wrap.wrappers import tfmot_reaches_end
@@ -98,9 +97,9 @@ class TfmotTrainable(KerasTrainable):
             self._random = RandomState(library, self._model)
         for name, keep in native.masks.items():
             if name in wrapped.weights:
-                backend.set_value(library, wrapped.weights[name][1], keep)
+                backend.set_value(wrapped.weights[name][1], keep)
         for wrapper in wrapped.wrappers:
-            backend.set_value(library, wrapper.pruning_step, np.array(native.step or -1))
+            backend.set_value(wrapper.pruning_step, np.array(native.step or -1))
         super().prepare(self._options)
         sparsity = load_tfmot()
         callbacks = [sparsity.UpdatePruningStep()]
@@ -127,7 +126,7 @@ class TfmotTrainable(KerasTrainable):
             return
         for name, keep in masks.items():
             _, mask = self._wrapped.weights[name]
-            backend.set_value(self._library, mask, (backend.get_value(self._library, mask) != 0) & keep)
+            backend.set_value(mask, (backend.get_value(self._library, mask) != 0) & keep)
         self._apply_masks()
 
     def _apply_masks(self) -> None:
@@ -154,7 +153,7 @@ class TfmotTrainable(KerasTrainable):
         for wrapper in self._wrapped.wrappers:
             # A layer that is called twice in a model counts every batch twice.
             if int(wrapper.pruning_step) != self._step:
-                backend.set_value(self._library, wrapper.pruning_step, np.array(self._step))
+                backend.set_value(wrapper.pruning_step, np.array(self._step))
 
     def weights(self, names: Iterable[str]) -> dict[str, Array]:
         """Copies of some weights."""

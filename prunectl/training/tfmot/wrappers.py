@@ -1,4 +1,4 @@
-"""Wrappers of tfmot, with its schedules, around the layers that are to be pruned; the variables stay the same."""
+"""Wrappers of tfmot around those layers of a model that are to be pruned; the variables stay the same."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from prunectl.analysis.patterns import BlockPattern
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.keras import layouts
-from prunectl.formats.safe_json import require
-from prunectl.pruning.schedules import Schedule, SparsitySchedule
 from prunectl.training import user_code
 from prunectl.training.keras import backend
 from prunectl.training.keras._compat import compile_arguments, flat_layers, is_graph_network, rename
@@ -26,7 +23,7 @@ from prunectl.training.keras.compile import read_training_config
 from prunectl.training.keras.load import LoadedModel, WeightLayout, detect_layout, load
 from prunectl.training.keras.variable_names import match_variables
 from prunectl.training.quiet import ignore_warnings
-from prunectl.training.wrap.wrappers import OURS, WrapperSpec, from_config, has_tfmot_class, power_of, to_config
+from prunectl.training.wrap.wrappers import WrapperSpec, has_tfmot_class
 
 WrapperSettings = Mapping[str, Any]
 """Arguments of `prune_low_magnitude` besides the layer."""
@@ -137,11 +134,11 @@ def wrap(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[str, ..
         )
     for name, keep in wrapping.masks.items():
         value = backend.get_value(loaded.library, variables[name])
-        backend.set_value(loaded.library, variables[name], np.where(keep, value, np.zeros((), value.dtype)))
+        backend.set_value(variables[name], np.where(keep, value, np.zeros((), value.dtype)))
         if name in wrapped.weights:
-            backend.set_value(loaded.library, wrapped.weights[name][1], keep)
+            backend.set_value(wrapped.weights[name][1], keep)
     for wrapper in wrapped.wrappers:
-        backend.set_value(loaded.library, wrapper.pruning_step, np.array(wrapping.step))
+        backend.set_value(wrapper.pruning_step, np.array(wrapping.step))
     _compile(loaded, wrapped)
     _rename_masks(wrapped)
     _save(wrapped.model, detect_layout(model), target)
@@ -196,7 +193,7 @@ def _settings_of_layer(layer: Any, weights: Mapping[str, Any], wrapping: Wrapper
             hint=f"choose all or none of {layer.name}, with the same --layer ratio, or leave out --schedule",
         )
     # It makes a class of tfmot's, and what a file shows to be wrong is refused before tfmot is imported.
-    from prunectl.training.tfmot.wrappers import to_tfmot_schedule  # noqa: PLC0415
+    from prunectl.training.tfmot.schedules import to_tfmot_schedule  # noqa: PLC0415
 
     return {"pruning_schedule": to_tfmot_schedule(schedules.pop()), **_block_settings(weights, wrapping)}
 
@@ -244,62 +241,3 @@ def _save(model: Any, weight_layout: WeightLayout, target: Path) -> None:
         path = Path(folder) / (weight_layout.value or "model")
         model.save(str(path), **({"save_format": "tf"} if weight_layout is WeightLayout.SAVED_MODEL else {}))
         os.replace(path, target)
-
-
-_MAX_STEPS = 10_000_000
-_sparsity = load_tfmot()
-_PACKAGE, _, _NAME = OURS.partition(">")
-
-
-_Base: Any = _sparsity.PruningSchedule
-
-
-@load_keras2().keras.utils.register_keras_serializable(package=_PACKAGE, name=_NAME)
-class ScheduleAdapter(_Base):  # type: ignore[misc]
-    """Any schedule of prunectl as a tfmot schedule; a file keeps the name of its curve."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        if schedule.last_update_step > _MAX_STEPS:
-            raise UsageError(f"a schedule of {schedule.last_update_step} steps is too long to be laid out")
-        self.schedule = schedule
-
-    @cached_property
-    def steps(self) -> list[int]:
-        """The pruning steps, the last of which reaches the final sparsity."""
-        last = self.schedule.last_update_step
-        return [step for step in range(last + 1) if self.schedule.prunes_at(step) or step == last]
-
-    def __call__(self, step: Any) -> tuple[Any, Any]:
-        """Whether to prune at a step, and the sparsity of the last pruning step."""
-        tensorflow = require("tensorflow", extra="tensorflow")
-        steps = tensorflow.constant(self.steps, tensorflow.int64)
-        initial = self.schedule.sparsity_at(0)
-        sparsities = [initial, *(self.schedule.sparsity_at(pruning_step) for pruning_step in self.steps)]
-        now = tensorflow.reshape(tensorflow.cast(step, tensorflow.int64), [1])
-        num_passed = tensorflow.searchsorted(steps, now, side="right")[0]
-        is_pruning_step = tensorflow.reduce_any(tensorflow.equal(steps, now))
-        return is_pruning_step, tensorflow.gather(tensorflow.constant(sparsities, tensorflow.float32), num_passed)
-
-    def get_config(self) -> dict[str, Any]:
-        """What a file keeps."""
-        return {"class_name": OURS, "config": to_config(self.schedule)}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ScheduleAdapter:
-        """What a file has kept."""
-        return cls(from_config(config))
-
-
-def to_tfmot_schedule(schedule: Schedule) -> Any:
-    """A schedule as tfmot takes it."""
-    if schedule.final >= 1.0:
-        raise UsageError("tfmot leaves a weight in every layer: a sparsity of 100% is beyond it", hint="such as 99%")
-    if not has_tfmot_class(schedule):
-        return ScheduleAdapter(schedule)
-    assert isinstance(schedule, SparsitySchedule)
-    end = -1 if schedule.end is None else schedule.end
-    if schedule.curve == "constant":
-        return _sparsity.ConstantSparsity(schedule.final, schedule.begin, end, schedule.frequency)
-    return _sparsity.PolynomialDecay(
-        schedule.initial, schedule.final, schedule.begin, end, power_of(schedule), schedule.frequency
-    )

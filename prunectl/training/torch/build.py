@@ -18,6 +18,7 @@ from prunectl.formats.base import Family, ModelFile, Role, Tensor
 from prunectl.formats.torch import exported_trust
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions, TensorSpec
+from prunectl.training.task import format_shape, shape_matches
 from prunectl.training.torch._compat import tree_flatten, tree_map
 from prunectl.training.torch.tensors import final_activation, to_torch
 from prunectl.training.user_code import call_builder, resolve_builder
@@ -45,13 +46,9 @@ def _takes_its_examples(program: torch.export.ExportedProgram) -> bool:
     """Whether what the file calls example inputs is what goes in: PyTorch makes checks of it, and fails."""
     values, spec = tree_flatten(program.example_inputs)
     return spec == program.call_spec.in_spec and all(
-        not isinstance(value, torch.Tensor) or (len(value.shape) == len(shape) and all(map(_fits, value.shape, shape)))
+        not isinstance(value, torch.Tensor) or shape_matches(value.shape, shape)
         for value, shape in zip(values, input_shapes(program), strict=True)
     )
-
-
-def _fits(length: int, expected: int | None) -> bool:
-    return expected in {None, length}
 
 
 def _example_inputs(payload: bytes) -> bytes:
@@ -139,7 +136,8 @@ def match_parameters(model: ModelFile, module: torch.nn.Module, source: str) -> 
             )
         if tensor is not None and tensor.shape != tuple(value.shape):
             raise UsageError(
-                f"{tensor.name} is {_text(tensor.shape)} in {model.path}, and {_text(tuple(value.shape))} in the "
+                f"{tensor.name} is {format_shape(tensor.shape, 'a scalar')} in {model.path}, "
+                f"and {format_shape(value.shape, 'a scalar')} in the "
                 f"model of {source}",
                 hint="does it build the model with other widths?",
             )
@@ -155,10 +153,6 @@ def _prefix(tensors: Mapping[str, Tensor], state: Mapping[str, torch.Tensor]) ->
             ".".join(parts[:cut]) + "." * bool(cut) for cut in range(len(parts)) if ".".join(parts[cut:]) in state
         )
     return max(votes, key=lambda prefix: votes[prefix]) if votes else ""
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "a scalar"
 
 
 @dataclass(frozen=True, slots=True)

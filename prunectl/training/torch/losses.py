@@ -22,6 +22,7 @@ from prunectl.training.task import (
     distillation_loss,
     infer_task,
     label_axis,
+    target_mismatch,
 )
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -89,11 +90,7 @@ def _elementwise(loss: Callable[..., torch.Tensor]) -> Loss:
 
 def _shaped(y: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     if y.numel() != out.numel():
-        mine, theirs = ("x".join(map(str, tensor.shape[1:])) or "a number" for tensor in (y, out))
-        raise UsageError(
-            f"a target is {mine} for each example, and the model gives {theirs}",
-            hint="choose other targets (train.npz[x,y]), or a --loss that compares such as these",
-        )
+        raise target_mismatch(y.shape[1:], out.shape[1:], "the model gives")
     return y.reshape(out.shape)
 
 

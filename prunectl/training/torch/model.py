@@ -23,7 +23,7 @@ from prunectl.training.backend import (
     TensorSpec,
     TrainOptions,
 )
-from prunectl.training.data.source import Arrays, Batch, as_tuple
+from prunectl.training.data.source import Arrays, Batch, as_tuple, map_arrays
 from prunectl.training.runtimes import seed_everything
 from prunectl.training.task import FinalActivation, activation_of_values
 from prunectl.training.torch import distributed, losses, tensors
@@ -252,7 +252,8 @@ class TorchTrainable:
         self._set_rate(rate)
         self._optimizer.zero_grad(set_to_none=True)
         if self._custom is not None:
-            loss = self._custom(self._run, self._moved(batch.x), None if batch.y is None else self._moved(batch.y))
+            targets = None if batch.y is None else map_arrays(self._on_device, batch.y)
+            loss = self._custom(self._run, map_arrays(self._on_device, batch.x), targets)
         else:
             loss = self._loss(self._forward(self._run, batch.x), batch.y, guide)
         with distributed.failures(self._place.device):
@@ -284,10 +285,6 @@ class TorchTrainable:
         if not self._scaler.is_enabled() or not self._gathered.sums or not gradients:
             return None
         return distributed.are_finite(gradients)
-
-    def _moved(self, arrays: Arrays) -> Any:
-        tensors = tuple(self._on_device(array) for array in as_tuple(arrays))
-        return tensors if isinstance(arrays, tuple) else tensors[0]
 
     def _set_rate(self, rate: float) -> None:
         if rate != self._rate:

@@ -15,7 +15,7 @@ from tests.networks import tf_keras
 
 tf_keras()
 tfmot = pytest.importorskip("prunectl.training.tfmot.wrappers").load_tfmot()
-schedules = importlib.import_module("prunectl.training.tfmot.wrappers")
+schedules = importlib.import_module("prunectl.training.tfmot.schedules")
 tensorflow = importlib.import_module("tensorflow")
 
 ratios = st.integers(0, 99).map(lambda hundredths: hundredths / 100)

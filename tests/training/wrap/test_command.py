@@ -83,9 +83,10 @@ def test_turns_come_often_enough_on_a_short_way_and_reach_its_end(tmp_path: Path
     assert schedule.prunes_at(210)
 
 
-def test_help_of_prune_loads_no_framework() -> None:
+@pytest.mark.parametrize("module", ["commands.prune", "training.tfmot.wrappers"])
+def test_neither_help_nor_the_refusal_of_a_file_loads_a_framework(module: str) -> None:
     code = (
-        "import sys, prunectl.commands.prune;"
+        f"import sys, prunectl.{module};"
         "sys.exit(bool({'torch', 'tensorflow', 'tf_keras', 'keras', 'onnx'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
