@@ -16,7 +16,7 @@ import pytest
 
 from prunectl.commands.app import COMMANDS
 from prunectl.formats.registry import FORMATS
-from tests.running import FIXTURES, HANG_SECONDS, ROOT, clean, prunectl
+from tests.running import FIXTURES, HANG_SECONDS, ROOT, clean, here, prunectl
 
 README = (ROOT / "README.md").read_text()
 COVERAGE = (ROOT / "docs/coverage.md").read_text()
@@ -60,6 +60,8 @@ def test_every_example_in_the_help_runs(command: str, tmp_path: Path) -> None:
     for suffix in (".h5", ".pt", ".onnx", ".keras"):
         shutil.copy(FIXTURES / f"digits_cnn{suffix}", tmp_path / f"model{suffix}")
     shutil.copy(FIXTURES / "digits_cnn.h5", tmp_path / "sparse.h5")
+    if command == "size":
+        here("prune", tmp_path / "model.h5", "-o", tmp_path / "small.h5", "-s", "80%")
     shutil.copy(FIXTURES / "digits_cnn.pt", tmp_path / "net.pt")
     (tmp_path / "net.py").write_text((FIXTURES / "digits_torch.py").read_text().replace("DigitsCNN", "Net"))
     few(tmp_path, "train.npz", "test.npz")

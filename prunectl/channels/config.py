@@ -272,5 +272,5 @@ PLURAL = "channels"
 def list_importances() -> tuple[Choice, ...]:
     """All importances by name, built in and installed."""
     builtin = [Choice(PLURAL, importance.name, "built in", importance.summary) for importance in MEASURES]
-    random_choice = Choice(PLURAL, RANDOM, "built in", "whatever the seed says")
+    random_choice = Choice(PLURAL, RANDOM, "built in", "random channels, chosen by --seed")
     return (*builtin, random_choice, *(Choice(PLURAL, name, package, "") for name, package in installed(KIND).items()))

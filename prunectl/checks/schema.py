@@ -74,7 +74,7 @@ BUDGET = (
     KeySpec("max-gzip", ValueType.SIZE, "Bytes compressed, by zlib at level 6.", is_limit=True),
     KeySpec("max-packed", ValueType.SIZE, "Bytes packed by the container's own compression.", is_limit=True),
     KeySpec("max-params", ValueType.COUNT, "Parameters, tied ones once.", is_limit=True),
-    KeySpec("max-flops", ValueType.COUNT, "Floating-point operations for one input.", is_limit=True),
+    KeySpec("max-flops", ValueType.COUNT, "Show the FLOPs of each layer for one input.", is_limit=True),
     KeySpec("min-sparsity", ValueType.RATIO, "Share of zeros among the prunable weights.", is_limit=True),
     KeySpec(
         "min-nm", ValueType.PATTERN, "A pattern such as 2:4 that every prunable tensor follows whose inputs divide."

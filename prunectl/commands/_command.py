@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperOption
 
 from prunectl.analysis.stats import ModelStats
-from prunectl.commands.app import HELP_NAMES
+from prunectl.commands.app import COMMON_OPTIONS
 from prunectl.errors import PrunectlError, UsageError, attempt
 from prunectl.formats.detect import address
 from prunectl.formats.scratch import temporary_folder
@@ -91,6 +91,7 @@ class BaseCommand(TyperCommand):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self._take_common = add_options(self, CommonOptions)
+        add_help_options(self)
 
     def invoke(self, ctx: Any) -> Any:
         """Take the common options out, and work with a reporter made of them."""
@@ -138,41 +139,54 @@ def add_options(command: TyperCommand, kind: type[Any]) -> Callable[[Any], Any]:
 
 def make_command(callback: Callable[..., Any], kind: type[TyperCommand] = BaseCommand) -> TyperCommand:
     """Make a command of a function that returns the exit code, or of a dataclass of options for a kind that runs it."""
-    single = typer.Typer(context_settings=HELP_NAMES, rich_markup_mode="rich", add_completion=False)
-    single.command(cls=kind)(callback)
+    single = typer.Typer(rich_markup_mode="rich", add_completion=False)
+    single.command(cls=kind, add_help_option=False)(callback)
     command = typer.main.get_command(single)
     assert isinstance(command, TyperCommand)
     # A paragraph breaks where the terminal ends, and not where the source does.
     command.help = re.sub(r"(?<!\n)\n(?!\n)", " ", command.help or "")
-    for param in command.params:
-        param.help = re.sub(r"(?<!\\)\[", r"\\[", param.help or "")  # type: ignore[attr-defined]
     return command
 
 
-_option = option_group("Options of every command")
+def add_help_options(command: TyperCommand) -> None:
+    """Add `-h`, a page that fits on a screen, and `--help`, which has every option."""
+    for name, line in (("-h", "Show the options that are used most."), ("--help", "Show all options.")):
+        show = partial(_show_help, is_short=name == "-h")
+        option = TyperOption(param_decls=[name], is_flag=True, is_eager=True, expose_value=False, help=line)
+        option.callback, option.rich_help_panel = show, COMMON_OPTIONS
+        command.params.append(option)
+
+
+def _show_help(ctx: typer.Context, _option: object, is_given: bool, *, is_short: bool) -> None:
+    if is_given and not ctx.resilient_parsing:
+        importlib.import_module("prunectl.commands._help_page").show_help(ctx, is_short=is_short)
+        raise typer.Exit
+
+
+_option = option_group(COMMON_OPTIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommonOptions:
     """The options about output."""
 
-    json: Annotated[bool, _option("--json", help="One JSON object on stdout.")] = False
-    layout: Annotated[Layout | None, _option("--format", help="How to print; a terminal gets human, a pipe plain.")] = (
+    json: Annotated[bool, _option("--json", help="Print one JSON object instead of tables.")] = False
+    layout: Annotated[
+        Layout | None, _option("--format", help="Output format; human on a terminal, plain in a pipe.")
+    ] = None
+    html: Annotated[Path | None, _option("--html", metavar="FILE", help="Also write the report as an HTML page.")] = (
         None
     )
-    html: Annotated[
-        Path | None, _option("--html", metavar="FILE", help="Also write the report as a page for a browser.")
-    ] = None
-    quiet: Annotated[bool, _option("-q", "--quiet", help="No notes.")] = False
-    verbose: Annotated[bool, _option("-v", "--verbose", help="Say how long it took, and how much memory.")] = False
-    debug: Annotated[bool, _option("--debug", help="Show tracebacks.")] = False
+    quiet: Annotated[bool, _option("-q", "--quiet", help="Print only errors and the bare result.")] = False
+    verbose: Annotated[bool, _option("-v", "--verbose", help="Also print run time and peak memory.")] = False
+    debug: Annotated[bool, _option("--debug", help="Show tracebacks of errors.")] = False
     """Looked for where errors are caught, which may be before options are parsed."""
-    color: Annotated[Color, _option("--color", help="When to colour.")] = Color.AUTO
-    no_progress: Annotated[bool, _option("--no-progress", help="No progress bars.")] = False
-    rows: Annotated[int, _option("-n", "--rows", help="Rows of the main table on a terminal; 0 is all.", min=0)] = (
+    color: Annotated[Color, _option("--color", help="Colour the output; auto: on a terminal.")] = Color.AUTO
+    no_progress: Annotated[bool, _option("--no-progress", help="Hide progress bars.")] = False
+    rows: Annotated[int, _option("-n", "--rows", help="Rows to show in the main table; 0 shows all.", min=0)] = (
         DEFAULT_ROWS
     )
-    units: Annotated[Units, _option("--units", help="How to write bytes.")] = Units.SI
+    units: Annotated[Units, _option("--units", help="Unit of sizes: si (kB), iec (KiB) or bytes.")] = Units.SI
 
     @property
     def settings(self) -> Settings:

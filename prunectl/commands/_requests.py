@@ -76,15 +76,17 @@ class OutputOptions:
                 yield Destination(scratch / name, to_stdout=True)
 
 
-_building = option_group("In a build")
+_building = option_group("Builds (make, CI)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
     """The options about builds."""
 
-    depfile: Annotated[Path | None, _building(metavar="FILE", help="Write for make which files were read.")] = None
-    if_changed: Annotated[bool, _building("--if-changed", help="Do nothing where the output is up to date.")] = False
+    depfile: Annotated[Path | None, _building(metavar="FILE", help="Write a make dependency file of all inputs.")] = (
+        None
+    )
+    if_changed: Annotated[bool, _building("--if-changed", help="Skip the run if the output is up to date.")] = False
 
 
 class BuildCommand(BaseCommand):

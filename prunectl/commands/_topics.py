@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from textwrap import fill, indent
 
 from prunectl.analysis.sizes import CodecName
+from prunectl.commands._help_page import common_options
 from prunectl.commands.completion import PATTERNS
 from prunectl.errors import InputError, MissingExtraError, UsageError, WorkError
 from prunectl.exporting.routes import TARGETS
@@ -29,23 +30,23 @@ Builds: make and CI
 
 prune, strip, finetune and export take:
 
-  --depfile FILE  writes for make which files were read
-  --if-changed    does nothing where the output is up to date
+  --depfile FILE  write a make dependency file that lists all inputs
+  --if-changed    skip the run if the output is up to date
 
   %.p.h5: %.h5
           prunectl prune $< -o $@ -s 80% --if-changed --depfile $@.d
           @touch $@
   -include *.d
 
-Up to date is an output that the same options of the same version made of files
-with the same content, and that nobody has changed since. .OUT.prunectl, beside
-the output, holds the digests: keep both in a cache, or neither. What prunectl
-wrote it may replace; what somebody changed since needs --force. What a function
-of --data reads cannot be known, and is refused with --if-changed. An output is
-there whole or not at all, also where a build is killed.
+An output is up to date if the same version made it with the same options from
+files with the same content, and nobody has changed it since. The digests are in
+.OUT.prunectl beside the output: cache both or neither. --if-changed overwrites
+what prunectl wrote; an output that somebody has changed needs --force. It
+refuses --data that is a function, as it cannot know what the function reads.
+Outputs are written whole or not at all, even if the build is killed.
 
-prunectl init writes budgets, prunectl check holds models against them, and
---report FORMAT:PATH writes what your CI shows:
+prunectl init writes budgets, prunectl check compares models with them, and
+--report FORMAT:PATH writes the result for your CI:
 
   {", ".join(REPORT_FORMATS)}
 """
@@ -56,98 +57,99 @@ def completion_text() -> str:
     return """
 Completion in bash, zsh and fish
 
-  prunectl --install-completion     for the shell that you are in
-  prunectl --show-completion bash   only prints the script
+  prunectl --install-completion     install it for the current shell
+  prunectl --show-completion bash   only print the script
 
-Commands, options and their values are completed, and names of layers and
-tensors of the model that stands before them:
+The shell completes commands, options and their values, and the names of layers
+and tensors of the model that stands earlier on the line:
 
   prunectl prune model.h5 --layer <Tab>
   prunectl prune model.h5 --strategy <Tab>
   prunectl help <Tab>
 
-Nothing of the model is read but its list of tensors.
+Completion reads the list of tensors of the model, but no weights.
 """
 
 
 def data_text() -> str:
     """The topic `data`."""
     return f"""
-Data: how examples are named, the same in every command
+Data: how to name examples, the same in every command
 
   train.npz                   arrays x and y, or x_train and y_train
   train.npz[imgs,labels]      arrays by name; several inputs as [a+b,labels]
-  x.npy,y.npy                 one array a file
-  images/                     pictures; folders in it are classes
+  x.npy,y.npy                 one file per array
+  images/                     images; each subfolder is a class
   table.csv?target=label      a table; also .parquet
   '*.tfrecord?schema=f.json'  TFRecord files
-  package.module:function     a function that gives (x, y) or batches of them
-  ./file.py:function          the same, in a file
-  random:64                   made up, to try whether something runs
+  package.module:function     a function that returns (x, y) or batches of them
+  ./file.py:function          the same, from a file
+  random:64                   64 random examples, to test that a command runs
 
-Options follow a question mark, with & between them:
+Options follow a question mark, separated by &:
 
   norm=unit  norm=/16   divide by 255, or by 16; also imagenet and MEAN:STD
-  shape=1x28x28         of each input
-  limit=1000            only the first
-  classes=0,3,5         only these labels; relabel=1 numbers them anew
-  onehot=10  flatten    what they say
+  shape=1x28x28         reshape each input
+  limit=1000            use only the first 1000 examples
+  classes=0,3,5         use only these labels; relabel=1 numbers them from 0
+  onehot=10             turn labels into one-hot targets of 10 classes
+  flatten               make each input one-dimensional
 
 For all: {", ".join(GENERAL)}.
-For pictures: {", ".join(IMAGE_OPTIONS)}. For tables: {", ".join(TABLE_OPTIONS)}.
+For images: {", ".join(IMAGE_OPTIONS)}. For tables: {", ".join(TABLE_OPTIONS)}.
 For TFRecords: {", ".join(RECORD_OPTIONS)}.
 
-Quote a SPEC with ? * [ or & in it. Shapes, types, labels and NaN are checked
-before anything is run, and what was decided for you is said.
+Quote a SPEC that contains ? * [ or &. Shapes, types, labels and NaN are checked
+before anything runs, and every automatic choice is reported.
 """
 
 
 KEYS = {
     "schema": SCHEMA,
     "tool": "name and version",
-    "command": "what ran",
+    "command": "name of the command",
     "ok": "whether the exit code is 0",
-    "exit_code": "prunectl help exit-codes",
-    "models": "one for each input: path, format, bytes, params, layers ...",
-    "gates": "limits: metric, limit, actual, ok",
-    "artifacts": "what was written: path, bytes",
+    "exit_code": "see prunectl help exit-codes",
+    "models": "one per input: path, format, bytes, params, layers ...",
+    "gates": "one per limit: metric, limit, actual, ok",
+    "artifacts": "one per file written: path, bytes",
     "warnings": "sentences",
-    "error": "code, kind, message, hint, did_you_mean; null if all went well",
+    "error": "code, kind, message, hint, did_you_mean; null on success",
 }
 
 
 def json_text() -> str:
     """The topic `json`."""
     return f"""
-JSON, and what else scripts read
+JSON and other output for scripts
 
---json prints one object on standard output, also when a command fails:
+--json prints one object to standard output, even if a command fails:
 
 {aligned(KEYS.items())}
 
-Bytes and counts are whole numbers, ratios lie between 0 and 1, keys are sorted,
-and keys are only ever added.
+Bytes and counts are integers, ratios are between 0 and 1, and keys are sorted.
+Later versions add keys, but never remove any.
 
   prunectl inspect model.h5 --json | jq '.models[0].prunable_sparsity'
 
---format chooses among {", ".join(Layout)}. In a pipe it is
-plain: rows with tabs between, without a head, never cropped. Notes, progress
-and errors go to standard error. -q leaves notes out; size -q prints the
-compressed bytes alone.
+--format chooses among {", ".join(Layout)}. In a pipe the
+default is plain: tab-separated rows without a header, never cropped. Notes,
+progress and errors go to standard error. -q prints no notes, and where there is
+a short answer only that: size -q prints the compressed bytes.
 """
 
 
 MEANINGS: dict[int, str] = {
-    0: "done; every gate passed",
-    1: "a gate said no, and nothing else: check, size, diff, verify",
-    UsageError.exit_code: "usage: a flag, a name or a limit that makes no sense; an output exists",
+    0: "success; every limit was kept",
+    1: "a limit was exceeded or a check failed: check, size, diff, verify",
+    UsageError.exit_code: "wrong usage: an option, a name or a value; or the output exists already",
     InputError.exit_code: "the input is missing, damaged, not a model, or needs --trust",
-    MissingExtraError.exit_code: "an optional package is missing; the line that installs it is printed",
-    WorkError.exit_code: "the work failed, or its result was rejected: nothing was written",
+    MissingExtraError.exit_code: "an optional package is missing; the error says how to install it",
+    WorkError.exit_code: "the work failed or its result was rejected; nothing was written",
     BUG: "a bug in prunectl; --debug shows the traceback",
-    CANCELLED: "Ctrl-C",
-    141: "whoever read the output has closed it",
-    143: "SIGTERM",
+    CANCELLED: "stopped by Ctrl-C",
+    141: "the reader of the output closed the pipe (SIGPIPE)",
+    143: "stopped by SIGTERM",
 }
 
 
@@ -158,31 +160,31 @@ Exit codes
 
 {aligned((str(code), line) for code, line in MEANINGS.items())}
 
-Only a gate gives 1, so that a build can tell "too big" from "broken":
+Only a limit or a check gives 1, so a build can tell "too big" from "broken":
 
   prunectl size model.h5 --max-gzip 5MB
   case $? in 0) ship ;; 1) echo "too big" ;; *) echo "broken" ;; esac
 
-Of several inputs each is tried, and the worst code wins. Whatever the code,
-an output is there whole or not at all.
+With several inputs all are processed, and the worst code is returned. Whatever
+the code, outputs are written whole or not at all.
 """
 
 
 _KINDS = {
-    "strategy": "from weights to scores of their shape; the lowest go",
-    "schedule": "from (done, initial, final) to a sparsity",
-    "policy": "from a tensor to why it is left alone, or nothing",
-    "channel strategy": "from rows of weights to a score for each row",
+    "strategy": "takes weights, returns scores of the same shape; the lowest are pruned",
+    "schedule": "takes (done, initial, final), returns the sparsity",
+    "policy": "takes a tensor, returns why not to prune it, or nothing",
+    "channel strategy": "takes one row of weights per channel, returns a score per row",
 }
 
 
 def extending_text() -> str:
     """The topic `extending`."""
     return f"""
-Extending: strategies, schedules and policies of your own
+Extending: your own strategies, schedules and policies
 
-Wherever a name is taken, so is a function: ./file.py:name, package.module:name,
-or the name of an entry point of an installed package.
+Options that take such a name also take a function: ./file.py:name,
+package.module:name, or the entry point of an installed package.
 
   # mine.py
   import numpy as np
@@ -191,13 +193,13 @@ or the name of an entry point of an installed package.
 
   prunectl prune model.h5 -o out.h5 -s 80% --strategy ./mine.py:small_squares
 
-Entry points, and what stands behind them:
+Entry points, and what each function does:
 
 {aligned((group(kind), line) for kind, line in _KINDS.items())}
 
-A function takes --param K=V (of a schedule, --schedule-param) as keyword
-arguments. prunectl plugins lists what is built in, and what is installed by
-which package.
+--param K=V (for schedules, --schedule-param) is passed to the function as a
+keyword argument. prunectl plugins lists what is built in, and what other
+packages have installed.
 """
 
 
@@ -212,35 +214,52 @@ Read without a framework:
 
 {read}
 
-A file is judged by its content; its name only breaks ties. A folder of Hugging
-Face and the prefix of a TensorFlow checkpoint stand for what is in them.
+The content of a file decides its format; the name matters only if the content
+is ambiguous. You can also name a Hugging Face folder, or the prefix of a
+TensorFlow checkpoint.
 
-Written by prunectl export, which runs the result beside its source:
+Written by prunectl export, which compares each result with its source:
 
 {written}
+"""
+
+
+def output_text() -> str:
+    """The topic `output`."""
+    return f"""
+Output: the options of every command
+
+{common_options(WIDTH)}
+
+Standard output has only what was asked for: tables on a terminal, tab-separated
+rows in a pipe, one object with --json. Notes, hints, progress and errors go to
+standard error. NO_COLOR, FORCE_COLOR and COLUMNS are honoured.
 """
 
 
 def patterns_text() -> str:
     """The topic `patterns`."""
     return f"""
-Patterns: in what shape weights go
+Patterns: the shape of the zeros
 
 {aligned(PATTERNS.items())}
 
 unstructured is the default. It keeps the most accuracy, and makes files smaller
-once they are compressed; it makes nothing faster by itself.
+once they are compressed, but nothing faster by itself.
 
-N:M has at least N zeros in every M weights along the inputs; 2:4 is what the
-sparse cores of NVIDIA's GPUs run. It decides the sparsity by itself. What does
-not divide is padded, as tfmot does.
+N:M sets at least N of every M weights along the inputs to zero. It counts
+zeros, not kept weights: 2:4 is 50 % sparse and runs on the sparse tensor cores
+of NVIDIA GPUs; 1:4 is 1 zero in every 4, 25 % sparse; 3:4 is 75 % sparse. The
+pattern sets the sparsity, so leave out --sparsity. Inputs that M does not
+divide are padded, as in tfmot.
 
-block:RxC zeroes R x C blocks, ranked by their mean magnitude (:avg) or by their
-largest weight (:max).
+block:RxC zeroes blocks of R inputs x C outputs, ranked by their mean magnitude
+(:avg) or by their largest weight (:max).
 
-channel removes whole channels, filters, units and heads for good, with whatever
-depends on them: the network is smaller and faster everywhere. Every cut network
-is run beside the original before it is kept.
+channel removes whole channels, filters, units and heads, and everything that
+depends on them (their dependency group): the network becomes smaller and faster
+everywhere. Each result is compared with the original, with the same channels
+set to zero, before it is written.
 
   prunectl prune model.onnx -o fast.onnx --pattern 2:4
   prunectl inspect fast.onnx --pattern 2:4
@@ -251,25 +270,25 @@ is run beside the original before it is kept.
 def recipes_text() -> str:
     """The topic `recipes`."""
     return """
-Recipes: how a run is recorded, repeated and verified
+Recipes: how to record, repeat and verify a run
 
---manifest FILE keeps a record of a run of prune: every choice, the digests of
-input and output, and what went from each tensor.
+prune --manifest FILE records a run: every option, the digests of input and
+output, and how many weights were pruned in each tensor.
 
---recipe FILE takes all choices from such a record. The same input then gives
-the same bytes, on any machine; only where to, and from what, is still said.
+prune --recipe FILE repeats it. The same input then gives the same bytes, on any
+machine; only the input and the output are named again.
 
   prunectl prune model.h5 -o small.h5 -s 80% --manifest run.json
   prunectl prune model.h5 -o again.h5 --recipe run.json
   cmp small.h5 again.h5
 
-verify holds a file against the record and against its source: digests, zeros of
-every tensor, no weight changed that was to stay, no zero lost.
+verify compares a file with the record and with its source: the digests, the
+zeros of every tensor, kept weights unchanged, no zero lost.
 
   prunectl verify small.h5 --manifest run.json --against model.h5
 
-What a recipe names lies where it lay: data files and functions of your own are
-not in it.
+A recipe refers to data files and to your own functions by path; it does not
+contain them.
 """
 
 
@@ -277,24 +296,24 @@ def schedules_text() -> str:
     """The topic `schedules`."""
     curves = ((choice.name, choice.summary.replace("``", "")) for choice in builtin_rows("schedules"))
     return f"""
-Schedules: how sparsity rises while a model is trained
+Schedules: how sparsity rises during training
 
 {aligned(curves)}
 
-  --sparsity 90%          where it ends
-  --initial-sparsity 50%  where it begins; else at 0
-  --begin 10% --end 75%   when
-  --frequency 100         steps from one turn to the next
-  --schedule-param K=V    a parameter of the curve, as in power=2
+  --sparsity 90%          final sparsity
+  --initial-sparsity 50%  sparsity at --begin; unset: 0
+  --begin 10% --end 75%   first pruning step, and when the final sparsity is due
+  --frequency 100         steps between two pruning steps
+  --schedule-param K=V    parameter of the schedule, e.g. power=2
 
-A point in time is 2000 (steps; a step is one batch), 20% of all steps, or 3ep
-(epochs).
+Write a point in training as 2000 (steps; a step is one batch), 20% (of all
+steps) or 3ep (epochs).
 
   prunectl finetune model.h5 -o sparse.h5 --data train.npz -s 90% --end 60%
   prunectl plugins schedules --plot      draws the curves
 
-prune --schedule NAME --end STEP writes tfmot's wrappers into a model of Keras
-2, with the schedule inside, for a training script of your own.
+prune --schedule NAME --end STEP writes a Keras 2 model with tfmot's wrappers
+and the schedule inside, for your own training script.
 """
 
 
@@ -304,24 +323,24 @@ def selectors_text() -> str:
     return f"""
 Selectors and policies
 
-A selector is a glob over the names of tensors and of layers, or a regular
-expression after re: that is sought anywhere in them. Quote it, or the shell
-reads the stars. prunectl inspect MODEL lists all names.
+A selector is a glob that matches names of tensors or layers, or re: with a
+regular expression that matches any part of them. Quote it, as the shell expands
+stars. prunectl inspect MODEL lists all names.
 
   'conv*'           conv1 and everything in it
   fc1.weight        this tensor
-  're:block[0-9]+'  by a regular expression
+  're:block[0-9]+'  every name that contains block and a number
 
-A selector that matches nothing is exit code 2, with the nearest names.
+A selector that matches nothing is an error (exit code 2) with similar names.
 
-  --layer 'fc*=90%'   a ratio of their own; the last that matches wins
-  --only 'conv*'      only these, whatever the policy says
-  --exclude head      not these; may be repeated
-  --policy NAME       which tensors there are to choose from:
+  --layer 'fc*=90%'   a sparsity of their own; the last match wins
+  --only 'conv*'      only these, whatever the policy
+  --exclude head      never these; repeatable, and wins over the others
+  --policy NAME       which tensors may be pruned:
 
 {policies}
 
-What is left alone is said in the report, with the reason.
+The report says which tensors were not pruned, and why.
 """
 
 
@@ -333,89 +352,92 @@ Sizes and ratios
   400KB  1.5MB    powers of 1000
   5MiB            powers of 1024
   5242880         bytes
-  0.8  80%        a ratio; a bare 80 is refused, for it may mean either
+  0.8  80%        a ratio; a bare 80 is refused, as it is ambiguous
 
-Three sizes of a model are different things:
+A model has three sizes:
 
   raw         bytes of the file, or of all files in the folder
-  packed      with the lossless compression of its own container (--pack), which
-              every loader undoes by itself
-  compressed  what a download or an app package comes to
+  packed      after lossless compression inside the file (--pack), which every
+              loader undoes by itself
+  compressed  size of a download, or inside an app package
 
-Zeros alone do not make a raw file smaller: they make it compress better. To get
-a smaller file, prune and --pack, or cut channels out (prunectl help patterns).
+Zeros do not make a raw file smaller, but they make it compress better. To get a
+smaller file, prune with --pack, or remove channels (prunectl help patterns).
 
-Codecs of prunectl size: {", ".join(CodecName)}. Gzip is stock zlib at level 6, to
-the byte what Python's gzip.compress(data, 6, mtime=0) gives. A folder is
-measured as a sorted tar without times.
+Codecs of prunectl size: {", ".join(CodecName)}. gzip is stock zlib at level 6,
+byte for byte as Python's gzip.compress(data, 6, mtime=0). A folder is measured
+as a sorted tar without times.
 
-A sparsity is the share of zeros among the weights that may be pruned: kernels,
-and not biases, norms or embeddings.
+Sparsity is the share of zeros among the prunable weights: kernels, not biases,
+norms or embeddings.
 """
 
 
 _BLANK = "\n\n"
 _NEEDS = {
-    Requires.NOTHING: "By the weights alone",
-    Requires.GRADIENTS: "By gradients: prune --data SPEC, or finetune",
-    Requires.INPUTS: "By what weights are multiplied with: --data SPEC",
-    Requires.PRODUCTS: "By how the inputs of a layer go together: --data SPEC",
-    Requires.TRAINING: "By watching training: finetune only",
+    Requires.NOTHING: "From the weights alone",
+    Requires.GRADIENTS: "From gradients: prune --data SPEC (magnitude-gradient: also finetune)",
+    Requires.INPUTS: "From layer inputs (activations): prune --data SPEC",
+    Requires.PRODUCTS: "From the Gram matrix of the layer inputs: prune --data SPEC",
+    Requires.TRAINING: "From training: finetune, or sweep --epochs with a schedule",
 }
 
 
 def strategies_text() -> str:
     """The topic `strategies`."""
     parts = [
-        f"{title}\n\n{aligned((one.name, one.summary) for one in STRATEGIES if one.needs is needs)}"
+        f"{title}:\n{aligned((each.name, each.summary) for each in STRATEGIES if each.needs is needs)}"
         for needs, title in _NEEDS.items()
-        if any(one.needs is needs for one in STRATEGIES)
+        if any(each.needs is needs for each in STRATEGIES)
     ]
     return f"""
-Strategies: which weights go first
+Strategies: how weights are ranked
+
+The lowest scores are pruned first. Each strategy prunes first:
 
 {_BLANK.join(parts)}
 
-Equal scores go in the order of the file, so that the same input gives the same
-bytes on any machine. --scope layer ranks within each layer, --scope global over
-all. --repair fits what stays anew, from the same data. A function of your own
-is ./file.py:name or package.module:name (prunectl help extending). Channels
-have measures of their own: prunectl plugins channels.
+Equal scores are pruned in file order, so the same input gives the same bytes on
+any machine. --scope layer gives every layer the same sparsity, --scope global
+ranks all layers together, --scope erk prunes large layers more. --repair refits
+the kept weights to the same data. Your own function is ./file.py:name or
+package.module:name (prunectl help extending). Channels have their own measures:
+prunectl plugins channels.
 """
 
 
 def trust_text() -> str:
     """The topic `trust`."""
     return """
-Trust: when code that comes with a file may run
+Trust: when code inside a file may run
 
-inspect, size, check, diff, verify, strip and prune by weights read bytes, and
-run nothing: pickles are taken apart without being loaded.
+inspect, size, check, diff, verify, strip and prune by weights only read bytes
+and run nothing: pickles are parsed, never loaded.
 
-What runs the model (finetune, export, --data, --pattern channel, --wrap) loads
-it in its framework, once all that the file names is on a list of what is
-harmless. What is not on it would run as code:
+Commands that run the model (finetune, export, sweep; --data, --groups, --wrap,
+--pattern channel, max-drop) load it in its framework, after checking everything
+that it names against an allow-list. What is not on it would run as code:
 
   whole modules of PyTorch   torch.save(model), a pickle of classes
   Lambda layers of Keras     Python code inside the file
-  functions of TensorFlow    in a Keras file, where they do more than compute
+  functions of TensorFlow    in a Keras file, if they do more than compute
   operations of a SavedModel or TorchScript that read or write files
   layers with a file or URL  a vocabulary, weights, another model
   programs of torch.export   pickled inputs, operators of other libraries
 
-These are refused with exit code 3 unless you say --trust. Say it only of files
-whose author you would let run a script.
+Such files are refused with exit code 3 unless you give --trust. Give it only
+for files whose author you would let run a script.
 
   --model net.py:Net          builds the network; the file then needs to hold
-                              weights alone, which is the better way
-  --custom-objects mod:DICT   explains custom layers of Keras
-  --import MOD                imported first
+                              only weights, which is safer
+  --custom-objects mod:DICT   defines custom Keras layers
+  --import MOD                imports a module first
 
 All three are your own code, and need no --trust.
 
-A recipe or a file of budgets may be a stranger's as well. Code that it names,
-such as data = "./data.py:load", runs only with --trust. In CI, check the pull
-requests of forks without it.
+A recipe or a file of budgets may also come from a stranger. Code that it names,
+such as data = "./data.py:load", runs only with --trust. In CI, check pull
+requests from forks without it.
 """
 
 

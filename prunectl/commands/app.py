@@ -12,37 +12,38 @@ from typer.core import TyperCommand, TyperGroup
 from prunectl import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "inspect": ("prunectl.commands.inspect", "What is in a model file: layers, sparsity, dead weight."),
-    "prune": ("prunectl.commands.prune", "Zero the least important weights; all else stays byte for byte."),
-    "finetune": ("prunectl.commands.finetune", "Train with the zeros kept, or prune on the way."),
-    "strip": ("prunectl.commands.strip", "Drop masks, wrappers, optimizer state and training configuration."),
-    "export": ("prunectl.commands.export", "Write another format, run beside its source before it is kept."),
-    "sweep": ("prunectl.commands.sweep", "Try many ways to prune on your own data, and compare them."),
-    "size": ("prunectl.commands.size", "Raw, packed and compressed size, and sparsity; with a limit it is a gate."),
-    "check": ("prunectl.commands.check", "Hold models against their budgets; exit code 1 says that one is over."),
-    "diff": ("prunectl.commands.diff", "What became of every tensor, also across formats."),
-    "verify": ("prunectl.commands.verify", "Hold a pruned file against its manifest and its source."),
-    "init": ("prunectl.commands.init", "Measure the models that are there, and write budgets a little above."),
-    "doctor": ("prunectl.commands.doctor", "What is installed, what works, and what to install for the rest."),
-    "plugins": ("prunectl.commands.plugins", "Strategies, schedules, policies and formats, also installed ones."),
-    "help": ("prunectl.commands.help", "What exit codes, selectors, patterns, data and the like are."),
+    "inspect": ("prunectl.commands.inspect", "Show what is in a model file: layers, sparsity, wasted bytes."),
+    "prune": ("prunectl.commands.prune", "Set unimportant weights to zero, or remove whole channels."),
+    "finetune": ("prunectl.commands.finetune", "Train with the zeros kept, or prune during training."),
+    "strip": ("prunectl.commands.strip", "Remove masks, optimizer state and training configuration."),
+    "export": ("prunectl.commands.export", "Convert to another format, and verify the result."),
+    "sweep": ("prunectl.commands.sweep", "Prune in many ways, and compare size and accuracy."),
+    "size": ("prunectl.commands.size", "Measure sizes and sparsity, and check them against limits."),
+    "check": ("prunectl.commands.check", "Check models against their budgets, for CI."),
+    "diff": ("prunectl.commands.diff", "Compare two models tensor by tensor, also across formats."),
+    "verify": ("prunectl.commands.verify", "Verify a pruned model against its manifest and its source."),
+    "init": ("prunectl.commands.init", "Write budgets for the models in a folder."),
+    "doctor": ("prunectl.commands.doctor", "Show what is installed, what works, and what to install."),
+    "plugins": ("prunectl.commands.plugins", "List strategies, schedules, policies and formats."),
+    "help": ("prunectl.commands.help", "Explain exit codes, selectors, patterns, data and more."),
 }
 
 TOPICS: dict[str, tuple[str, str]] = {
-    "exit-codes": ("exit_codes", "What the exit code of a command says."),
-    "selectors": ("selectors", "Which tensors: --layer, --only, --exclude and --policy."),
-    "sizes": ("sizes", "How sizes, ratios and limits are written, and what is measured."),
-    "strategies": ("strategies", "Which weights go first, and what is looked at to tell."),
-    "patterns": ("patterns", "In what shape weights go: any, 2:4, blocks, channels."),
-    "schedules": ("schedules", "How sparsity rises while a model is trained."),
-    "data": ("data", "How examples are named: train.npz, images/, table.csv?target=y."),
-    "formats": ("formats", "Which files are read and written."),
-    "recipes": ("recipes", "How a run is recorded, repeated to the byte, and verified."),
-    "builds": ("builds", "make and CI: --depfile, --if-changed, check, reports."),
-    "json": ("json", "What scripts read: --json, plain rows, CSV."),
-    "trust": ("trust", "When code that comes with a file may run: --trust, --model."),
-    "extending": ("extending", "Strategies, schedules and policies of your own."),
-    "completion": ("completion", "How a shell completes commands, options and layer names."),
+    "exit-codes": ("exit_codes", "What each exit code means."),
+    "selectors": ("selectors", "How to select tensors: --layer, --only, --exclude, --policy."),
+    "sizes": ("sizes", "How to write sizes and ratios, and what is measured."),
+    "strategies": ("strategies", "How weights are ranked, and what data that takes."),
+    "patterns": ("patterns", "Shapes of the zeros: unstructured, 2:4, blocks, channels."),
+    "schedules": ("schedules", "How sparsity rises during training."),
+    "data": ("data", "How to name data: train.npz, images/, table.csv?target=y."),
+    "formats": ("formats", "Which formats can be read and written."),
+    "recipes": ("recipes", "How to record, repeat and verify a run."),
+    "builds": ("builds", "In make and CI: --depfile, --if-changed, check, reports."),
+    "output": ("output", "Options of every command: --format, --rows, --quiet and others."),
+    "json": ("json", "Output for scripts: --json, plain rows, CSV."),
+    "trust": ("trust", "When code inside a file may run: --trust, --model."),
+    "extending": ("extending", "Your own strategies, schedules and policies."),
+    "completion": ("completion", "Shell completion of commands, options and layer names."),
 }
 """The topics of `prunectl help`, each with the function of its text."""
 
@@ -51,6 +52,7 @@ _COMPLETE = "_PRUNECTL_COMPLETE"
 _COMPLETION_OPTIONS = ("--show-completion", "--install-completion")
 _NO_SHELL_DETECTION = "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"
 """Lets typer take the shell that is named after these options; else it looks which one has started prunectl."""
+COMMON_OPTIONS = "Common options"
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
 
@@ -72,6 +74,11 @@ class LazyGroup(TyperGroup):
             importlib.import_module("prunectl.commands.completion").attach(command)
         return name, command, rest
 
+    def get_help(self, ctx: Any) -> str:
+        """The commands with a line each, and the options of none of them."""
+        page = importlib.import_module("prunectl.commands._help_page")
+        return str(page.group_help(ctx, ((name, line) for name, (_, line) in COMMANDS.items())))
+
 
 def _version(is_requested: bool) -> None:
     if is_requested:
@@ -88,17 +95,21 @@ app = typer.Typer(
 )
 
 
-@app.callback(epilog="Exit codes: 0 done · 1 a gate said no · 2 usage · 3 input · 4 missing extra · 5 failed · 70 bug")
+@app.callback(
+    epilog="Exit codes: 0 success · 1 limit exceeded · 2 usage · 3 input · 4 missing package · 5 failed · 70 bug"
+)
 def prunectl(
     version: Annotated[
         bool, typer.Option("-V", "--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Make saved neural networks smaller, from the shell.
+    """Prune, measure and export saved neural networks from the shell.
 
     [dim]$[/] prunectl inspect model.h5
 
-    [dim]$[/] prunectl size model.pt --max-gzip 5MB
+    [dim]$[/] prunectl prune model.h5 -o small.h5 -s 80% --scope global
+
+    [dim]$[/] prunectl size small.h5 --max-gzip 5MB
     """
 
 

@@ -146,33 +146,36 @@ def _write(path: Path, text: str) -> None:
 
 def check(
     ctx: typer.Context,
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="Budgets; else all of them.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME...]", help="Budgets to check, by name or glob; else all.")
+    ] = None,
     *,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The budgets; else the nearest prunectl.toml or pyproject.toml.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="File with the budgets; else the nearest prunectl.toml or pyproject.toml upwards."
+        ),
     ] = None,
     report: Annotated[
         list[str] | None,
         typer.Option(
             metavar="FORMAT:PATH",
-            help=f"Also write {', '.join(REPORT_FORMATS)}; - is standard output.",
+            help=f"Also write a report, e.g. junit:check.xml, or to standard output (-): {', '.join(REPORT_FORMATS)}.",
         ),
     ] = None,
     baseline: Annotated[
-        str, typer.Option(metavar="FILE|git:REF", help="What models were; else as the budgets say.")
+        str, typer.Option(metavar="FILE|git:REF", help="Earlier sizes to compare with: FILE, or git:main.")
     ] = "",
     update_baseline: Annotated[
-        bool, typer.Option("--update-baseline", help="Take what models are now for their baseline.")
+        bool, typer.Option("--update-baseline", help="Store the current sizes as the baseline.")
     ] = False,
-    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; kept in the baseline.")] = "",
-    trust: Annotated[
-        bool, typer.Option("--trust", help="Let code run that the budgets name, or that comes with a model.")
-    ] = False,
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why the baseline changes; stored with it.")] = "",
+    trust: Annotated[bool, typer.Option("--trust", help="Allow code in a model or in the budgets to run.")] = False,
 ) -> int:
-    r"""Hold models against their budgets: size, growth, sparsity, zeros that must stay zero.
+    r"""Check models against their budgets: size, growth, sparsity, zeros, accuracy.
 
-    Budgets stand in prunectl.toml, or under \[tool.prunectl] in pyproject.toml. A limit that says no is exit code 1;
-    one that only warns is not.
+    Budgets are in prunectl.toml, or in the tool.prunectl table of pyproject.toml. Exit code 1 if a model exceeds a
+    limit; warnings alone are exit code 0.
 
     [dim]$[/] prunectl init
 
@@ -180,7 +183,7 @@ def check(
 
     [dim]$[/] prunectl check --report junit:check.xml --report markdown:-
 
-    [dim]$[/] prunectl check --update-baseline --reason 'the new head'
+    [dim]$[/] prunectl check --update-baseline --reason 'new head'
     """
     reporter: Reporter = ctx.obj
     reports = Reports.of(report or [], is_json=reporter.is_json)

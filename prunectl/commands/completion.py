@@ -49,13 +49,13 @@ Offers = Callable[[Iterable[str]], Iterable[Completion]]
 """Given the arguments that were typed."""
 
 PATTERNS = {
-    "unstructured": "any weights",
-    "2:4": "two zeros in every four",
-    "1:4": "one zero in every four",
-    "block:1x4": "four in a row go together",
-    "block:4x4": "squares of sixteen go together",
-    "block:4x4:max": "the same, by the largest weight of each",
-    "channel": "whole channels, which are cut out",
+    "unstructured": "zeros anywhere",
+    "2:4": "2 zeros in every 4 weights: 50 % sparse",
+    "1:4": "1 zero in every 4 weights: 25 % sparse",
+    "block:1x4": "blocks of 1 input x 4 outputs",
+    "block:4x4": "blocks of 4 inputs x 4 outputs",
+    "block:4x4:max": "the same, ranked by the largest weight",
+    "channel": "whole channels, removed from the network",
 }
 
 
@@ -101,7 +101,7 @@ OFFERS: Mapping[str, Offers] = {
     "scopes": _matching(map(str, Scope)),
     "pattern": _matching(PATTERNS),
     "patterns": _matching(PATTERNS),
-    "on": _matching({"ray": "workers on this machine", "ray:": "a cluster, by its address"}),
+    "on": _matching({"ray": "Ray on this machine", "ray:": "a Ray cluster, by its address"}),
     "to": _matching({target.name: target.title for target in TARGETS}),
     "report": _matching(f"{name}:" for name in REPORTS),
     "fail_on": _matching(map(str, DiffRule)),

@@ -126,23 +126,28 @@ def _tensor(row: TensorStats | None) -> dict[str, Any] | None:
 
 def diff(
     ctx: typer.Context,
-    new: Annotated[str, typer.Argument(metavar="NEW", help="File or folder; - is standard input.")],
-    old: Annotated[str, typer.Argument(metavar="OLD", help="What it was; also in another format.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="New model; - reads standard input.")],
+    old: Annotated[str, typer.Argument(metavar="OLD", help="Old model to compare with; may be in another format.")],
     *,
     fail_on: Annotated[
-        str, typer.Option(metavar="WHAT", help="Exit code 1 for growth:2%, nonzero, shape, dtype or changed.")
+        str,
+        typer.Option(
+            metavar="WHAT", help="Exit code 1 on growth:2%, nonzero, shape, dtype or changed; comma-separated."
+        ),
     ] = "",
 ) -> int:
-    """Compare two models tensor by tensor: what is new, gone or changed, zeros that came and went, sizes.
+    """Compare two models tensor by tensor: tensors added, removed or changed, zeros, sizes.
 
-    Tensors are the same by name; across formats by layer and shape, with axes moved where only one way is possible.
-    nonzero means a zero of a prunable weight that is none any more.
+    Tensors are matched by name; across formats by layer and shape, with axes transposed where only one way fits.
 
     [dim]$[/] prunectl diff sparse.h5 model.h5
 
     [dim]$[/] prunectl diff model.onnx model.pt
 
     [dim]$[/] prunectl diff sparse.h5 model.h5 --fail-on growth:2%,nonzero,shape
+
+    --fail-on takes growth:2% or growth:10KB (compressed size), nonzero (a pruned weight is no longer zero), shape (a
+    tensor was added, removed or resized), dtype, and changed (any number differs).
     """
     reporter: Reporter = ctx.obj
     rules = parse(fail_on)

@@ -182,9 +182,9 @@ def _json(extra: Extra) -> dict[str, Any]:
 
 
 def doctor(ctx: typer.Context) -> int:
-    """Show versions of what is installed, which commands and formats work, and what to install for the rest.
+    """Show installed versions, which commands and formats work, and what to install for the rest.
 
-    Nothing is imported for it.
+    Reads package versions only; imports none of them.
 
     [dim]$[/] prunectl doctor
 

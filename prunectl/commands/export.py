@@ -90,55 +90,72 @@ def _parity_json(parity: Comparison | None) -> dict[str, Any]:
     }
 
 
-_run = option_group("What goes in, and how the result is judged")
-_small = option_group("Smaller")
-_file = option_group("What the file does not say")
+_run = option_group("Inputs and comparison")
+_small = option_group("Smaller output")
+_file = option_group("Model code")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export(OutputOptions):
-    """Write MODEL in another format, run both on the same inputs, and keep the result only if they agree.
+    """Convert MODEL to another format, and verify that it still computes the same.
 
-    Masks and wrappers of pruning are taken off on the way. The suffix of OUT says the format, or --to: onnx, tflite,
+    Both models run on the same inputs, and the result is kept only if the outputs agree; files of weights are
+    compared bit by bit. Pruning masks are applied. The suffix of OUT gives the format, or --to: onnx, tflite,
     saved-model, keras, h5, torch, torchscript, torch-export, safetensors, npz.
 
     [dim]$[/] prunectl export model.h5 -o small.onnx
 
     [dim]$[/] prunectl export model.h5 -o small.tflite --int8 --data train.npz
 
-    [dim]$[/] prunectl export net.pt -o net.onnx --model net.py:Net --input x:?,1,8,8
-
-    [dim]$[/] prunectl export net.pt -o weights.pt --code --model net.py:Net --input x:?,1,8,8
+    [dim]$[/] prunectl export net.pt -o net.onnx --model net.py:Net --input '?,1,8,8'
     """
 
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="File or folder; - is standard input.")]
-    output: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="Where to; - is standard output.")] = ""
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="Of what is written; else as the suffix says.")] = ""
-    opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators.  [default: 18]")] = None
-    metadata: Annotated[list[str] | None, typer.Option(metavar="K=V", help="Kept in ONNX and safetensors.")] = None
-    card: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a model card, in Markdown.")] = None
-    input_: Annotated[
-        list[str] | None, _run("--input", metavar="NAME:SHAPE:TYPE", help="Such as x:1,3,224,224:f32; ? is open.")
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model file or folder; - reads standard input.")]
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="OUT", help="File or folder to write; - is standard output.")
+    ] = ""
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="Output format, e.g. onnx; else by OUT's suffix.")] = ""
+    opset: Annotated[int | None, typer.Option(help="ONNX opset version.  [default: 18]")] = None
+    metadata: Annotated[
+        list[str] | None, typer.Option(metavar="K=V", help="Metadata to store: author=me (ONNX, safetensors).")
     ] = None
-    data: Annotated[str, _run(metavar="SPEC", help="What to run both on; else random inputs.")] = ""
-    samples: Annotated[int | None, _run(help=f"Examples to run both on.  [default: {SAMPLES} of --data]", min=1)] = None
-    batch_size: Annotated[int | None, _run(help=f"Examples at a time.  [default: {BATCH_SIZE}]", min=1)] = None
-    seed: Annotated[int | None, _run(help="Decides random inputs.  [default: 0]")] = None
-    atol: Annotated[float | None, _run(help="How far two outputs may be apart.  [default: 1e-4]")] = None
-    rtol: Annotated[float | None, _run(help="The same, as a share of the output.  [default: 1e-4]")] = None
-    half: Annotated[bool, _small("--half", help="Weights as 16-bit floats.")] = False
-    bf16: Annotated[bool, _small("--bf16", help="Weights as bfloat16 (ONNX, safetensors, state dict).")] = False
-    int8: Annotated[bool, _small("--int8", help="Weights as 8-bit integers; with --data, activations too.")] = False
-    sparse: Annotated[bool, _small("--sparse", help="Leave zeros out (ONNX, TensorFlow Lite).")] = False
+    card: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a model card in Markdown.")] = None
+    input_: Annotated[
+        list[str] | None,
+        _run("--input", metavar="NAME:SHAPE:TYPE", help="Shape of an input: x:1,3,224,224:f32; ? is a dynamic axis."),
+    ] = None
+    data: Annotated[str, _run(metavar="SPEC", help="Data to compare on, and to calibrate --int8.")] = ""
+    samples: Annotated[int | None, _run(help=f"Examples to compare on.  [default: {SAMPLES} of --data]", min=1)] = None
+    batch_size: Annotated[int | None, _run(help=f"Examples per batch.  [default: {BATCH_SIZE}]", min=1)] = None
+    seed: Annotated[int | None, _run(help="Seed of the random inputs.  [default: 0]")] = None
+    atol: Annotated[float | None, _run(help="Absolute tolerance of the outputs.  [default: 1e-4]")] = None
+    rtol: Annotated[float | None, _run(help="Relative tolerance.  [default: 1e-4; 16 bits: 1e-2]")] = None
+    half: Annotated[bool, _small("--half", help="Store weights as 16-bit floats (float16).")] = False
+    bf16: Annotated[bool, _small("--bf16", help="Store weights as bfloat16 (ONNX, PyTorch weights, safetensors).")] = (
+        False
+    )
+    int8: Annotated[bool, _small("--int8", help="Quantise weights to 8 bits; with --data, activations too.")] = False
+    sparse: Annotated[bool, _small("--sparse", help="Use sparse tensors (ONNX, TensorFlow Lite).")] = False
     code: Annotated[
-        bool, typer.Option("--code", help="Beside weights of PyTorch, OUT.py with the class that takes them.")
+        bool, typer.Option("--code", help="Also write OUT.py, the class that loads the weights (PyTorch).")
     ] = False
-    pack: Annotated[bool, _small("--pack", help="Compress the output inside its container.")] = False
-    build: Annotated[str, _file("--model", metavar="MOD:FN", help="Builds the model, for weights alone.")] = ""
-    custom_objects: Annotated[str, _file(metavar="MOD:DICT", help="Explains custom Keras layers.")] = ""
-    imports: Annotated[list[str] | None, _file("--import", metavar="MOD", help="Imported first; or ./net.py.")] = None
-    trust: Annotated[bool, _file("--trust", help="Let code that comes with the file run.")] = False
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False
+    pack: Annotated[bool, _small("--pack", help="Compress inside the file; it loads as before.")] = False
+    build: Annotated[
+        str,
+        _file(
+            "--model",
+            metavar="MOD:FN",
+            help="Code that builds the network, e.g. net.py:Net, if the file holds only weights.",
+        ),
+    ] = ""
+    custom_objects: Annotated[
+        str, _file(metavar="MOD:DICT", help="Custom Keras objects by name: layers.py:OBJECTS.")
+    ] = ""
+    imports: Annotated[
+        list[str] | None, _file("--import", metavar="MOD", help="Import this module first: net, or ./net.py.")
+    ] = None
+    trust: Annotated[bool, _file("--trust", help="Allow code stored in MODEL to run.")] = False
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")] = False
 
     def run(self, ctx: typer.Context) -> int:
         """Export the model, and show how far its outputs are from those of the source."""

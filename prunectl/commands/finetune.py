@@ -23,97 +23,148 @@ _DEFAULT = FinetuneRequest("")
 _SCOPE = Scope(_DEFAULT.pruning.scope)
 _data = option_group("Data")
 _train = option_group("Training")
-_when = option_group("Pruning on the way")
-_long = option_group("Long runs")
-_file = option_group("What the file does not say")
+_when = option_group("Pruning during training")
+_long = option_group("Checkpoints and logs")
+_file = option_group("Model code")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(OutputOptions):
-    """Train MODEL with its zeros kept, or prune it while it trains.
+    """Train MODEL with its zeros kept, or prune it during training.
 
-    [dim]$[/] prunectl finetune sparse.h5 -o tuned.h5 --data train.npz --val test.npz --epochs 3
+    With --val, the best epoch at the final sparsity is written; without it, the last.
 
-    [dim]$[/] prunectl finetune net.pt -o sparse.pt --model net.py:Net --data train.npz --val-split 10% -s 90%
+    [dim]$[/] prunectl finetune sparse.h5 -o tuned.h5 --data train.npz --val test.npz
 
-    [dim]$[/] prunectl finetune model.keras -o sparse.keras --data train.npz -s 80% --schedule cosine --end 60%
+    [dim]$[/] prunectl finetune model.h5 -o small.h5 --data train.npz -s 90%
 
-    [dim]$[/] prunectl finetune net.pt -o within.pt --model net.py:Net --data train.npz --epochs 1 --max-drop 1pp
+    [dim]$[/] prunectl finetune net.pt -o out.pt --model net.py:Net --data train.npz
 
-    Losses mean the same in every framework: cross-entropy, bce, mse, mae, huber,
-    kl (of probabilities, whether the model ends in logits or in softmax),
-    hinge (targets 0 and 1, or -1 and 1).
+    Losses mean the same in every framework: cross-entropy, bce and kl (for logits and probabilities alike), mse, mae,
+    huber, and hinge (targets 0 and 1, or -1 and 1).
     """
 
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="File or folder; - is standard input.")]
-    output: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="Where to; - is standard output.")] = ""
-    data: Annotated[str, _data(metavar="SPEC", help="What to learn from: train.npz, images/, t.csv?target=y …")]
-    val: Annotated[str, _data(metavar="SPEC", help="What to judge by.")] = ""
-    val_split: Annotated[str, _data(metavar="RATIO", help="Judge by this share of the data instead.")] = ""
-    epochs: Annotated[int | None, _train(help=f"Times through the data.  [default: {DEFAULT_EPOCHS}]", min=0)] = None
-    steps: Annotated[int | None, _train(help="Batches, instead of epochs.", min=0)] = None
-    batch_size: Annotated[int, _train(help="Examples in a batch, of all processes together.", min=1)] = (
-        _DEFAULT.batch_size
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model file or folder; - reads standard input.")]
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="OUT", help="File or folder to write; - is standard output.")
+    ] = ""
+    data: Annotated[str, _data(metavar="SPEC", help="Training data: train.npz, images/, t.csv?target=y …")]
+    val: Annotated[str, _data(metavar="SPEC", help="Validation data, e.g. test.npz.")] = ""
+    val_split: Annotated[str, _data(metavar="RATIO", help="Share of --data held out for validation: 10%.")] = ""
+    epochs: Annotated[int | None, _train(help=f"Passes over the data.  [default: {DEFAULT_EPOCHS}]", min=0)] = None
+    steps: Annotated[int | None, _train(help="Batches to train on, instead of --epochs.", min=0)] = None
+    batch_size: Annotated[int, _train(help="Examples per batch, over all processes.", min=1)] = _DEFAULT.batch_size
+    lr: Annotated[float | None, _train(help="Learning rate, e.g. 1e-3. Unset: the file's, or the optimizer's own.")] = (
+        None
     )
-    lr: Annotated[float | None, _train(help="Learning rate; else as the file says, or the framework.")] = None
-    lr_schedule: Annotated[str, _train(help="constant, linear, cosine or step.")] = _DEFAULT.rate
-    warmup: Annotated[str, _train(metavar="POINT", help="Until when the learning rate rises.")] = _DEFAULT.warmup
-    optimizer: Annotated[str, _train(metavar="NAME", help="Such as adam or sgd:momentum=0.9,weight_decay=1e-4.")] = ""
-    loss: Annotated[str, _train(metavar="NAME", help="Such as cross-entropy, mse, or mod:fn (see below).")] = ""
+    lr_schedule: Annotated[str, _train(help="Learning-rate decay: constant, linear, cosine, step.")] = _DEFAULT.rate
+    warmup: Annotated[str, _train(metavar="POINT", help="Raise the learning rate until 500 (steps), 5% or 1ep.")] = (
+        _DEFAULT.warmup
+    )
+    optimizer: Annotated[
+        str, _train(metavar="NAME", help="Optimizer, e.g. sgd:momentum=0.9; else the file's, or adam.")
+    ] = ""
+    loss: Annotated[str, _train(metavar="NAME", help="Loss, e.g. cross-entropy, mse or f.py:fn (see above).")] = ""
     metric: Annotated[
-        list[str] | None, _train(metavar="NAME", help="accuracy, loss, mod:fn:max …: the first decides.")
+        list[str] | None,
+        _train(
+            metavar="NAME", help="Metric, e.g. accuracy or f.py:fn:max; repeatable, the first picks the best epoch."
+        ),
     ] = None
-    clip: Annotated[float | None, _train(metavar="NORM", help="Largest norm of all gradients together.")] = None
-    freeze: Annotated[list[str] | None, _train(metavar="GLOB", help="Tensors that stay as they are.")] = None
-    distill: Annotated[str, _train(metavar="TEACHER", help="A model to learn from as well.")] = ""
-    distill_model: Annotated[str, _train(metavar="MOD:FN", help="Builds the teacher, where not as --model.")] = ""
-    distill_share: Annotated[float, _train(help="How much of the loss is the teacher's.", min=0, max=1)] = (
+    clip: Annotated[float | None, _train(metavar="NORM", help="Clip the global norm of the gradients, e.g. 1.")] = None
+    freeze: Annotated[list[str] | None, _train(metavar="GLOB", help="Do not train these tensors, e.g. 'embed*'.")] = (
+        None
+    )
+    distill: Annotated[str, _train(metavar="TEACHER", help="Teacher model for knowledge distillation.")] = ""
+    distill_model: Annotated[
+        str, _train(metavar="MOD:FN", help="Code that builds the teacher; else that of --model.")
+    ] = ""
+    distill_share: Annotated[float, _train(help="Share of the loss that the teacher makes up.", min=0, max=1)] = (
         _DEFAULT.means.teacher_share
     )
-    temperature: Annotated[float, _train(help="How soft the teacher's classes are taken.", min=0.01)] = (
+    temperature: Annotated[float, _train(help="Softmax temperature of the distillation.", min=0.01)] = (
         _DEFAULT.means.temperature
     )
-    early_stop: Annotated[int | None, _train(metavar="EPOCHS", help="Stop when nothing improves for so long.")] = None
-    keep: Annotated[KeepWeights, _train(help="Write the best epoch, by --val, or the last.")] = _DEFAULT.keep
-    recalibrate: Annotated[bool, _train("--recalibrate", help="Take batch normalisation's statistics anew.")] = False
-    step: Annotated[str, _train(metavar="MOD:FN", help="A training step of your own.")] = ""
-    workers: Annotated[int, _data(help="Threads that read and decode ahead.", min=0)] = _DEFAULT.workers
-    precision: Annotated[str, _train(help="fp32, bf16 or fp16 (PyTorch).")] = _DEFAULT.means.precision
-    device: Annotated[str, _train(help="cpu, cuda, cuda:1 …")] = _DEFAULT.means.device
-    compile_: Annotated[bool, _train("--compile", help="Let the framework compile the model.")] = False
-    shard: Annotated[bool, _train("--shard", help="Spread the model over processes (PyTorch).")] = False
-    seed: Annotated[int, _train(help="Decides what is random.")] = _DEFAULT.means.seed
-    sparsity: Annotated[str, _when("-s", "--sparsity", metavar="RATIO", help="Prune to this share of zeros.")] = ""
-    max_drop: Annotated[str, _when(metavar="DROP", help="Prune as much as costs 0.5pp; each try is a run.")] = ""
-    tried: Annotated[Path | None, _when(metavar="DIR", help="Keep what --max-drop tries, and go on from it.")] = None
-    schedule: Annotated[str, _when(metavar="NAME", help="How it gets there.  [default: polynomial]")] = ""
-    schedule_param: Annotated[list[str] | None, _when(metavar="K=V", help="A parameter of the schedule.")] = None
-    initial_sparsity: Annotated[str, _when(metavar="RATIO", help="Where it begins.")] = ""
-    begin: Annotated[str, _when(metavar="POINT", help="When: 2000 (steps), 20% or 3ep.")] = _DEFAULT.ramping.begin
-    end: Annotated[str, _when(metavar="POINT", help="Until when.  [default: 75%]")] = ""
-    frequency: Annotated[int | None, _when(metavar="STEPS", help="From one turn to the next.", min=1)] = None
-    power: Annotated[float | None, _when(help="Of the polynomial.  [default: 3]")] = None
-    strategy: Annotated[str, _when(metavar="NAME", help="What goes first; also movement, magnitude-gradient.")] = (
-        _DEFAULT.pruning.strategy
+    early_stop: Annotated[
+        int | None, _train(metavar="EPOCHS", help="Stop after so many epochs without improvement.")
+    ] = None
+    keep: Annotated[KeepWeights, _train(help="Write the best epoch (by --val), or the last.")] = _DEFAULT.keep
+    recalibrate: Annotated[bool, _train("--recalibrate", help="Recompute batch-norm statistics after training.")] = (
+        False
     )
-    param: Annotated[list[str] | None, _when(metavar="K=V", help="A parameter of the strategy.")] = None
-    scope: Annotated[Scope, _when(help="Ranked in each layer, or over all.")] = _SCOPE
-    pattern: Annotated[str, _when(metavar="PATTERN", help="2:4, block:1x4 or block:4x4:max.")] = ""
-    policy: Annotated[str, _when(metavar="NAME", help="Which tensors.")] = _DEFAULT.pruning.policy
-    only: Annotated[str, _when(metavar="GLOB", help="Only these tensors, whatever the policy.")] = ""
-    exclude: Annotated[list[str] | None, _when(metavar="GLOB", help="Not these; may be repeated.")] = None
-    layer: Annotated[list[str] | None, _when(metavar="GLOB=R", help="A ratio of their own; the last wins.")] = None
-    mask: Annotated[MaskMode, _when(help="Whether zeros stay where they are, or move (RigL).")] = _DEFAULT.mask
-    keep_wrappers: Annotated[bool, _when("--keep-wrappers", help="Write the framework's pruning wrappers.")] = False
-    checkpoint_dir: Annotated[Path | None, _long(metavar="DIR", help="Keep a checkpoint of every epoch.")] = None
-    resume: Annotated[bool, _long("--resume", help="Go on from the checkpoint.")] = False
-    logdir: Annotated[Path | None, _long(metavar="DIR", help="metrics.jsonl, and events for TensorBoard.")] = None
-    build: Annotated[str, _file("--model", metavar="MOD:FN", help="Builds the model, for weights alone.")] = ""
-    custom_objects: Annotated[str, _file(metavar="MOD:DICT", help="Explains custom Keras layers.")] = ""
-    imports: Annotated[list[str] | None, _file("--import", metavar="MOD", help="Imported first; or ./net.py.")] = None
-    trust: Annotated[bool, _file("--trust", help="Let code that comes with the file run.")] = False
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False
-    in_place: Annotated[bool, typer.Option("--in-place", help="Replace the input.")] = False
+    step: Annotated[str, _train(metavar="MOD:FN", help="Your own training step, e.g. f.py:fn.")] = ""
+    workers: Annotated[int, _data(help="Threads that load data ahead.", min=0)] = _DEFAULT.workers
+    precision: Annotated[str, _train(help="Training precision: fp32, bf16, fp16 (PyTorch).")] = _DEFAULT.means.precision
+    device: Annotated[str, _train(help="Device: cpu, cuda, cuda:1, mps; gpu:1 for Keras.")] = _DEFAULT.means.device
+    compile_: Annotated[bool, _train("--compile", help="Compile the model (torch.compile; XLA for Keras).")] = False
+    shard: Annotated[bool, _train("--shard", help="Shard parameters over processes (PyTorch FSDP).")] = False
+    seed: Annotated[int, _train(help="Seed of shuffling and all other random choices.")] = _DEFAULT.means.seed
+    sparsity: Annotated[str, _when("-s", "--sparsity", metavar="RATIO", help="Prune to this sparsity, e.g. 90%.")] = ""
+    max_drop: Annotated[
+        str,
+        _when(
+            metavar="DROP",
+            help="Find the highest sparsity that costs at most this, e.g. 1pp; every trial is a training run.",
+        ),
+    ] = ""
+    tried: Annotated[Path | None, _when(metavar="DIR", help="Folder for the trials of --max-drop, to resume.")] = None
+    schedule: Annotated[
+        str, _when(metavar="NAME", help="How sparsity rises.  [default: polynomial; constant for 2:4]")
+    ] = ""
+    schedule_param: Annotated[
+        list[str] | None, _when(metavar="K=V", help="Parameter of the schedule, e.g. power=2.")
+    ] = None
+    initial_sparsity: Annotated[str, _when(metavar="RATIO", help="Sparsity at --begin, e.g. 50%.")] = ""
+    begin: Annotated[str, _when(metavar="POINT", help="First pruning step: 2000 (steps), 20% or 3ep.")] = (
+        _DEFAULT.ramping.begin
+    )
+    end: Annotated[str, _when(metavar="POINT", help="When the final sparsity is reached.  [default: 75%]")] = ""
+    frequency: Annotated[
+        int | None, _when(metavar="STEPS", help="Steps between two pruning steps, e.g. 100.", min=1)
+    ] = None
+    power: Annotated[float | None, _when(help="Exponent of the polynomial.  [default: 3]")] = None
+    strategy: Annotated[
+        str, _when(metavar="NAME", help="How weights are ranked: magnitude, lamp, movement, magnitude-gradient …")
+    ] = _DEFAULT.pruning.strategy
+    param: Annotated[list[str] | None, _when(metavar="K=V", help="Parameter of the strategy, e.g. bias=late.")] = None
+    scope: Annotated[Scope, _when(help="Same sparsity per layer, global ranking, or ERK.")] = _SCOPE
+    pattern: Annotated[str, _when(metavar="PATTERN", help="Shape of the zeros: 2:4, block:1x4 …")] = ""
+    policy: Annotated[str, _when(metavar="NAME", help="Which tensors to prune, e.g. skip-first-last.")] = (
+        _DEFAULT.pruning.policy
+    )
+    only: Annotated[str, _when(metavar="GLOB", help="Prune only these, e.g. 'conv*'; overrides --policy.")] = ""
+    exclude: Annotated[
+        list[str] | None, _when(metavar="GLOB", help="Never prune these tensors, e.g. fc2; repeatable.")
+    ] = None
+    layer: Annotated[
+        list[str] | None, _when(metavar="GLOB=R", help="Sparsity for some layers: 'fc*=90%'; repeatable.")
+    ] = None
+    mask: Annotated[MaskMode, _when(help="Keep zeros in place, or regrow weights (RigL).")] = _DEFAULT.mask
+    keep_wrappers: Annotated[
+        bool, _when("--keep-wrappers", help="Write masks too, as tfmot or torch.nn.utils.prune.")
+    ] = False
+    checkpoint_dir: Annotated[Path | None, _long(metavar="DIR", help="Save a checkpoint here after every epoch.")] = (
+        None
+    )
+    resume: Annotated[bool, _long("--resume", help="Continue from the checkpoint in --checkpoint-dir.")] = False
+    logdir: Annotated[Path | None, _long(metavar="DIR", help="Write metrics.jsonl and TensorBoard events here.")] = None
+    build: Annotated[
+        str,
+        _file(
+            "--model",
+            metavar="MOD:FN",
+            help="Code that builds the network, e.g. net.py:Net, if the file holds only weights.",
+        ),
+    ] = ""
+    custom_objects: Annotated[
+        str, _file(metavar="MOD:DICT", help="Custom Keras objects by name: layers.py:OBJECTS.")
+    ] = ""
+    imports: Annotated[
+        list[str] | None, _file("--import", metavar="MOD", help="Import this module first: net, or ./net.py.")
+    ] = None
+    trust: Annotated[bool, _file("--trust", help="Allow code stored in MODEL to run.")] = False
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")] = False
+    in_place: Annotated[bool, typer.Option("--in-place", help="Overwrite MODEL itself, instead of --output.")] = False
 
     def run(self, ctx: typer.Context) -> int:
         """Train the model, or search for what it takes within a drop, and show what came of it."""

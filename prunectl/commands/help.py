@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -13,15 +12,22 @@ from typer.core import TyperArgument, TyperCommand
 
 from prunectl import __version__
 from prunectl.commands import _topics
+from prunectl.commands._command import add_help_options
+from prunectl.commands._help_page import (
+    argument_name,
+    default_text,
+    plain_text,
+    spellings_of,
+    split_description,
+    value_name,
+)
 from prunectl.commands._topics import MEANINGS, aligned
-from prunectl.commands.app import COMMANDS, HELP_NAMES, TOPICS
+from prunectl.commands.app import COMMANDS, COMMON_OPTIONS, TOPICS
 from prunectl.errors import UsageError
 from prunectl.formats.base import close_matches
 from prunectl.reporting.reporter import escape_unencodable
 
-_MARKUP = re.compile(r"\[/?(?:dim|bold|italic)?\]|\\(?=\[)")
-_COMMON = "Options of every command"
-_HELP = (".TP", "\\fB\\-h\\fR, \\fB\\-\\-help\\fR", "Show what a command takes.")
+_HELP = (".TP", "\\fB\\-h\\fR, \\fB\\-\\-help\\fR", "Show the help of a command.")
 _ESCAPED = {"\\": "\\e", "-": "\\-", "…": "...", "“": '"', "”": '"'}
 
 
@@ -37,21 +43,21 @@ def man() -> str:
     lines = [
         f'.TH PRUNECTL 1 "" "prunectl {__version__}" "User Commands"',
         ".SH NAME",
-        roff("prunectl - make saved neural networks smaller, from the shell"),
+        roff("prunectl - prune, measure and export saved neural networks"),
         ".SH SYNOPSIS",
         ".B prunectl",
         ".I COMMAND",
         roff("[OPTIONS] [ARGUMENTS]"),
         ".SH DESCRIPTION",
         roff(
-            "Inspects, prunes, fine-tunes, strips, exports and sizes files of neural networks: Keras, TensorFlow, "
-            "PyTorch, ONNX, safetensors and TensorFlow Lite. An output is there whole or not at all."
+            "Inspects, prunes, fine-tunes, strips, exports and measures saved neural networks: Keras, TensorFlow, "
+            "PyTorch, ONNX, safetensors and TensorFlow Lite. Outputs are written whole or not at all."
         ),
         ".SH COMMANDS",
     ]
     for name, command in commands.items():
         lines += _man_command(name, command)
-    lines += [".SH OPTIONS OF EVERY COMMAND", *_HELP, *_options(commands["inspect"], is_common=True)]
+    lines += [".SH COMMON OPTIONS", *_HELP, *_options(commands["inspect"], is_common=True)]
     lines += [
         ".SH EXIT STATUS",
         *(line for code, meaning in MEANINGS.items() for line in (".TP", str(code), roff(meaning))),
@@ -72,8 +78,8 @@ def roff(text: str) -> str:
 
 def _man_command(name: str, command: TyperCommand) -> Iterator[str]:
     yield f".SS prunectl {roff(name)}"
-    paragraphs, examples = _split(command)
-    arguments = " ".join(_argument(param) for param in command.params if isinstance(param, TyperArgument))
+    paragraphs, examples = split_description(command)
+    arguments = " ".join(argument_name(param) for param in command.params if isinstance(param, TyperArgument))
     yield from (".PP", f"\\fBprunectl {roff(name)}\\fR [\\fIOPTIONS\\fR] {roff(arguments)}".rstrip())
     for paragraph in paragraphs:
         yield from (".PP", roff(paragraph))
@@ -82,45 +88,15 @@ def _man_command(name: str, command: TyperCommand) -> Iterator[str]:
         yield from (".PP", "Examples:", ".PP", ".nf", ".RS", *map(roff, examples), ".RE", ".fi")
 
 
-def _argument(param: TyperArgument) -> str:
-    name = param.metavar or str(param.name).upper()
-    many = f"{name}..." if param.nargs == -1 and "..." not in name else name
-    return many if param.required or many.startswith("[") else f"[{many}]"
-
-
-def _split(command: TyperCommand) -> tuple[list[str], list[str]]:
-    """The paragraphs of a command's description, and its examples."""
-    parts = _MARKUP.sub("", command.help or "").split("\n\n")
-    examples = [part.removeprefix("$ ") for part in parts if part.startswith("$ ")]
-    return [part for part in parts if not part.startswith("$ ")], examples
-
-
 def _options(command: TyperCommand, *, is_common: bool) -> Iterator[str]:
     for param in command.params:
         option: Any = param
-        if isinstance(param, TyperArgument) or (getattr(option, "rich_help_panel", None) == _COMMON) != is_common:
+        if isinstance(param, TyperArgument) or (option.rich_help_panel == COMMON_OPTIONS) != is_common:
             continue
-        names = ", ".join(f"\\fB{roff(name)}\\fR" for name in _spellings(option))
-        value = "" if option.is_flag else f" \\fI{roff(_value(option))}\\fR"
-        text = " ".join(_MARKUP.sub("", option.help or "").split())
-        yield from (".TP", f"{names}{value}", roff(f"{text}{_default(option)}"))
-
-
-def _spellings(option: Any) -> Iterable[str]:
-    # Both ways of a switch, as in --zeros and --no-zeros.
-    return (*option.opts, *option.secondary_opts)
-
-
-def _value(option: Any) -> str:
-    if option.metavar:
-        return str(option.metavar)
-    known = getattr(option.type, "choices", None)
-    return "|".join(map(str, known)) if known else str(option.type.name).upper().removesuffix(" RANGE")
-
-
-def _default(option: Any) -> str:
-    is_shown = not option.is_flag and option.default not in (None, "", [], ())
-    return f" [default: {option.default}]" if is_shown else ""
+        names = ", ".join(f"\\fB{roff(name)}\\fR" for name in spellings_of(option))
+        value = "" if option.is_flag else f" \\fI{roff(value_name(option))}\\fR"
+        text = plain_text(option.help)
+        yield from (".TP", f"{names}{value}", roff(f"{text}{default_text(option)}"))
 
 
 def _trimmed(text: list[str]) -> list[str]:
@@ -128,11 +104,11 @@ def _trimmed(text: list[str]) -> list[str]:
 
 
 def show_topic(
-    topic: Annotated[str, typer.Argument(metavar="[TOPIC]", help="What about: a topic, or a command.")] = "",
+    topic: Annotated[str, typer.Argument(metavar="[TOPIC]", help="Topic or command to explain.")] = "",
     *,
-    is_man: Annotated[bool, typer.Option("--man", help="Print the manual page, of all commands.")] = False,
+    is_man: Annotated[bool, typer.Option("--man", help="Print the manual page of all commands.")] = False,
 ) -> int:
-    """Explain a topic or a command; alone, say what there is.
+    """Explain a topic or a command; without one, list them.
 
     [dim]$[/] prunectl help
 
@@ -169,10 +145,11 @@ def _list_topics() -> list[str]:
 
 def _command() -> TyperCommand:
     """Make the command; what it prints is for people, and takes none of the options about reports."""
-    single = typer.Typer(context_settings=HELP_NAMES, rich_markup_mode="rich", add_completion=False)
-    single.command("help")(show_topic)
+    single = typer.Typer(rich_markup_mode="rich", add_completion=False)
+    single.command("help", add_help_option=False)(show_topic)
     command = typer.main.get_command(single)
     assert isinstance(command, TyperCommand)
+    add_help_options(command)
     return command
 
 

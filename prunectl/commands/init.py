@@ -49,14 +49,14 @@ def init_report(path: Path, proposals: list[Proposal], failures: list[Failure]) 
 def init(
     ctx: typer.Context,
     folder: Annotated[
-        Path, typer.Argument(metavar="[FOLDER]", help="Where the models are, and the file goes.")
+        Path, typer.Argument(metavar="[FOLDER]", help="Folder with the models; prunectl.toml is written there.")
     ] = Path(),
     *,
-    margin: Annotated[str, typer.Option(metavar="RATIO", help="How much bigger models may become.")] = "10%",
+    margin: Annotated[str, typer.Option(metavar="RATIO", help="Headroom above the current size, e.g. 20%.")] = "10%",
 ) -> int:
-    """Measure the models in a folder and below it, and write prunectl.toml with limits a little above.
+    """Measure all models in a folder, and write a prunectl.toml with limits for them.
 
-    A file that is there is left alone.
+    Searches subfolders too, except hidden ones. An existing prunectl.toml is never overwritten.
 
     [dim]$[/] prunectl init
 

@@ -28,41 +28,58 @@ _OPENING = ("build", "custom_objects", "trust")
 _ABOUT_DATA = ("samples", "batch_size", "loss", *_OPENING)
 
 
-_data = option_group("How much each layer suffers from pruning")
+_data = option_group("Sensitivity to pruning, and model code")
 
 
 def inspect(
     ctx: typer.Context,
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Files or folders; - is standard input.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Model files or folders; - reads standard input.")
+    ],
     *,
-    layers: Annotated[str, typer.Option(metavar="GLOB", help="Only these tensors; re:… is a regular expression.")] = "",
-    sort: Annotated[SortKey | None, typer.Option(help="Biggest, sparsest or first name on top.")] = None,
-    pattern: Annotated[str, typer.Option(metavar="PATTERN", help="How much follows 2:4, block:1x4 or channel.")] = "",
-    hist: Annotated[bool, typer.Option("--hist", help="A histogram of the weights' magnitudes.")] = False,
-    flops: Annotated[bool, typer.Option("--flops", help="Floating-point operations for one input.")] = False,
-    zeros: Annotated[bool, typer.Option("--zeros/--no-zeros", help="Count zeros, or read no weight.")] = True,
-    groups: Annotated[bool, typer.Option("--groups", help="Channels that go together.")] = False,
+    layers: Annotated[str, typer.Option(metavar="GLOB", help="Show only these tensors: 'conv*', or re:REGEX.")] = "",
+    sort: Annotated[SortKey | None, typer.Option(help="Sort by this column; largest first, names A to Z.")] = None,
+    pattern: Annotated[
+        str, typer.Option(metavar="PATTERN", help="Measure how far zeros follow 2:4, block:1x4 or channel.")
+    ] = "",
+    hist: Annotated[bool, typer.Option("--hist", help="Show a histogram of weight magnitudes.")] = False,
+    flops: Annotated[bool, typer.Option("--flops", help="Show the FLOPs of each layer for one input.")] = False,
+    zeros: Annotated[
+        bool, typer.Option("--zeros/--no-zeros", help="Count zeros; --no-zeros skips this and is faster.")
+    ] = True,
+    groups: Annotated[bool, typer.Option("--groups", help="Show dependency groups: channels cut together.")] = False,
     inputs: Annotated[
-        list[str] | None, typer.Option("--input", metavar="SHAPE", help="For --groups: 1,3,224,224.")
+        list[str] | None, typer.Option("--input", metavar="SHAPE", help="Input shape for --groups, e.g. 1,3,224,224.")
     ] = None,
-    sensitivity: Annotated[bool, _data("--sensitivity", help="Prune each tensor alone; see what goes.")] = False,
-    data: Annotated[str, _data(metavar="SPEC", help="Examples to run: train.npz, x.npy,y.npy, images/…")] = "",
-    samples: Annotated[int, _data(help="How many of them.", min=1)] = SAMPLES,
-    batch_size: Annotated[int, _data(help="How many at a time.", min=1)] = BATCH_SIZE,
-    build: Annotated[str, _data("--model", metavar="MOD:FN", help="Builds the model, for weights alone.")] = "",
-    custom_objects: Annotated[str, _data(metavar="MOD:DICT", help="Explains custom Keras layers.")] = "",
-    loss: Annotated[str, _data(metavar="NAME", help="What is measured; else as the file says.")] = "",
-    trust: Annotated[bool, _data("--trust", help="Let code that comes with the file run.")] = False,
+    sensitivity: Annotated[
+        bool, _data("--sensitivity", help="Prune each tensor alone, and measure the damage.")
+    ] = False,
+    data: Annotated[str, _data(metavar="SPEC", help="Calibration data for --sensitivity, e.g. train.npz.")] = "",
+    samples: Annotated[int, _data(help="Examples of --data to use.", min=1)] = SAMPLES,
+    batch_size: Annotated[int, _data(help="Examples per batch.", min=1)] = BATCH_SIZE,
+    build: Annotated[
+        str,
+        _data(
+            "--model",
+            metavar="MOD:FN",
+            help="Code that builds the network, e.g. net.py:Net, if the file holds only weights.",
+        ),
+    ] = "",
+    custom_objects: Annotated[
+        str, _data(metavar="MOD:DICT", help="Custom Keras objects by name: layers.py:OBJECTS.")
+    ] = "",
+    loss: Annotated[str, _data(metavar="NAME", help="Loss to measure, e.g. mse; else the file's.")] = "",
+    trust: Annotated[bool, _data("--trust", help="Allow code stored in MODEL to run.")] = False,
 ) -> int:
-    """Show what is in a model file: layers, sparsity, dead weight.
+    """Show what a model file contains: layers, sparsity, and bytes that inference does not need.
 
-    No framework is loaded, and no code from the file runs, unless --data is to go through it.
+    Needs no framework and runs no code from the file, except with --data, and with --groups for PyTorch.
 
     [dim]$[/] prunectl inspect model.h5
 
     [dim]$[/] prunectl inspect model.pt --sort sparsity --pattern 2:4
 
-    [dim]$[/] prunectl inspect model.onnx --flops --json
+    [dim]$[/] prunectl inspect model.onnx --flops
 
     [dim]$[/] prunectl inspect model.keras --sensitivity --data train.npz
     """

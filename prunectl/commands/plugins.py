@@ -57,14 +57,16 @@ class PluginKind(StrEnum):
 def plugins(
     ctx: typer.Context,
     kind: Annotated[
-        PluginKind | None, typer.Argument(metavar="[KIND]", help=f"One of {', '.join(PluginKind)}.")
+        PluginKind | None, typer.Argument(metavar="[KIND]", help=f"Kind to list: {', '.join(PluginKind)}.")
     ] = None,
-    picture: Annotated[Path | None, typer.Argument(metavar="FILE.svg", help="Where --plot draws to.")] = None,
+    picture: Annotated[
+        Path | None, typer.Argument(metavar="FILE.svg", help="SVG file to draw the schedules to, with --plot.")
+    ] = None,
     *,
-    plot: Annotated[bool, typer.Option("--plot", help="Draw the curves of schedules.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a picture that exists.")] = False,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw the schedules as curves.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing SVG file.")] = False,
 ) -> int:
-    """List strategies, schedules, policies, formats and measures of channels: built in, and installed by others.
+    """List strategies, schedules, policies, formats and channel measures, built in or installed.
 
     [dim]$[/] prunectl plugins strategies
 

@@ -38,87 +38,124 @@ _NOT_IN_RECIPE = frozenset(
 """What a recipe leaves open."""
 _DEFAULT = PruneRequest()
 _SCOPE, _NAN = Scope(_DEFAULT.scope), NonFinitePolicy(_DEFAULT.nan)
-_much = option_group("How much")
-_which = option_group("Which weights")
-_later = option_group("Wrappers for later training")
+_much = option_group("How much to prune")
+_which = option_group("What to prune")
+_later = option_group("Masks and schedules for later training")
 _cut = option_group("Channels (--pattern channel)")
-_data = option_group("With data")
+_data = option_group("Data and model code")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prune(OutputOptions):
-    """Zero the least important weights of MODEL; everything else stays as it was, byte for byte.
+    """Set the least important weights of MODEL to zero, or remove whole channels.
 
-    [dim]$[/] prunectl prune model.h5 -o pruned.h5 --sparsity 80%
+    Every layer gets the same sparsity unless --scope says otherwise. Plain pruning changes no other byte of the file;
+    channels, --repair, --strategy obs and --cluster change more. Accuracy is measured only with --max-drop.
 
-    [dim]$[/] prunectl prune model.pt -o small.pt -s 0.9 --scope global --pack
+    [dim]$[/] prunectl prune model.h5 -o small.h5 -s 80% --scope global
+
+    [dim]$[/] prunectl prune model.onnx -o best.onnx --max-drop 1pp --data test.npz
 
     [dim]$[/] prunectl prune model.onnx -o fast.onnx --pattern 2:4 --exclude fc2
 
-    [dim]$[/] prunectl prune model.pt -o few.pt -s 50% --cluster 16
-
-    [dim]$[/] prunectl prune model.onnx -o within.onnx --max-drop 1pp --data test.npz
-
     [dim]$[/] prunectl prune model.onnx -o thin.onnx --pattern channel -s 50%
-
-    [dim]$[/] prunectl prune net.pt -o thin.pt --pattern channel -s 50% --model net.py:Net --input 1,1,8,8
-
-    [dim]$[/] prunectl prune model.keras -o small.keras -s 80% --strategy obs --data train.npz --repair
-
-    [dim]$[/] prunectl prune model.h5 -o wrapped.h5 -s 80% --schedule polynomial --end 2000
     """
 
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="File or folder; - is standard input.")]
-    output: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="Where to; - is standard output.")] = ""
-    sparsity: Annotated[str, _much("-s", "--sparsity", metavar="RATIO", help="Share of zeros, 0.8 or 80%.")] = ""
-    compression: Annotated[float | None, _much(metavar="X", min=1, help="All parameters over those kept.")] = None
-    target_gzip: Annotated[str, _much(metavar="SIZE", help="As sparse as this gzipped size needs.")] = ""
-    target_packed: Annotated[str, _much(metavar="SIZE", help="As sparse as this packed size needs.")] = ""
-    max_drop: Annotated[str, _much(metavar="DROP", help="As much as costs 0.5pp of a metric on --data.")] = ""
-    metric: Annotated[str, _much(metavar="NAME", help="Of --max-drop: accuracy, loss, f.py:fn:max …")] = ""
-    tried: Annotated[Path | None, _much(metavar="DIR", help="Keep what --max-drop tries, and go on from it.")] = None
-    strategy: Annotated[str, _which(metavar="NAME", help="What goes first.")] = _DEFAULT.strategy
-    param: Annotated[list[str] | None, _which(metavar="K=V", help="A parameter of the strategy.")] = None
-    scope: Annotated[Scope, _which(help="Ranked in each layer, or over all.")] = _SCOPE
-    pattern: Annotated[str, _which(metavar="PATTERN", help="2:4, block:1x4, block:4x4:max or channel.")] = ""
-    cluster: Annotated[str, _which(metavar="K[:START]", help="Leave K distinct values in each tensor.")] = ""
-    policy: Annotated[str, _which(metavar="NAME", help="Which tensors.")] = _DEFAULT.policy
-    only: Annotated[str, _which(metavar="GLOB", help="Only these tensors, whatever the policy.")] = ""
-    exclude: Annotated[list[str] | None, _which(metavar="GLOB", help="Not these; may be repeated.")] = None
-    layer: Annotated[list[str] | None, _which(metavar="GLOB=R", help="A ratio of their own; the last wins.")] = None
-    seed: Annotated[int, _which(help="Decides what is random.")] = _DEFAULT.seed
-    nan: Annotated[NonFinitePolicy, _which(help="What becomes of NaN and infinity.")] = _NAN
-    min_channels: Annotated[int | None, _cut(help="So many stay in each layer.  [default: 2]", min=1)] = None
-    round_to: Annotated[int | None, _cut(help="What stays is a multiple of this.", min=1)] = None
-    max_ratio: Annotated[str, _cut(metavar="RATIO", help="No layer loses more than this.")] = ""
-    params: Annotated[str, _cut(metavar="-R|N", help="So many parameters less, -50%, or left, 1.5M.")] = ""
-    flops: Annotated[str, _cut(metavar="-R|N", help="The same of operations.")] = ""
-    latency: Annotated[bool, _cut("--latency", help="Time both networks in their runtime.")] = False
-    dead: Annotated[bool, _cut("--dead", help="Only channels that make no difference.")] = False
-    allow_empty: Annotated[bool, _cut("--allow-empty", help="Write it even if no channel goes.")] = False
-    data: Annotated[str, _data(metavar="SPEC", help="What strategies, --max-drop and cuts look at: train.npz …")] = ""
-    samples: Annotated[int, _data(help="How many examples of it.", min=1)] = _DEFAULT.samples
-    batch_size: Annotated[int, _data(help="How many at a time.", min=1)] = _DEFAULT.batch_size
-    repair: Annotated[bool, _data("--repair", help="Fit what stays anew, to make up for what goes.")] = False
-    loss: Annotated[str, _data(metavar="NAME", help="What gradients are taken of; else as the file says.")] = ""
-    build: Annotated[str, _data("--model", metavar="MOD:FN", help="Builds the model, for weights alone.")] = ""
-    custom_objects: Annotated[str, _data(metavar="MOD:DICT", help="Explains custom Keras layers.")] = ""
-    trust: Annotated[bool, _data("--trust", help="Let code that comes with the file run.")] = False
-    inputs: Annotated[list[str] | None, _cut("--input", metavar="SHAPE", help="What goes in: 1,3,224,224 …")] = None
-    wrap: Annotated[bool, _later("--wrap", help="Write the framework's pruning wrappers.")] = False
-    schedule: Annotated[str, _later(metavar="NAME", help="Prune later, along this curve (Keras 2).")] = ""
-    schedule_param: Annotated[list[str] | None, _later(metavar="K=V", help="A parameter of the schedule.")] = None
-    initial_sparsity: Annotated[str, _later(metavar="RATIO", help="Where it begins.")] = ""
-    begin: Annotated[str, _later(metavar="STEP", help="When: a step is a batch.")] = ""
-    end: Annotated[str, _later(metavar="STEP", help="Until when.")] = ""
-    frequency: Annotated[int | None, _later(metavar="STEPS", help="From one turn to the next.", min=1)] = None
-    power: Annotated[float | None, _later(help="Of the polynomial.  [default: 3]")] = None
-    pack: Annotated[bool, typer.Option("--pack", help="Compress the output inside its container.")] = False
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would come of it; write nothing.")] = False
-    manifest: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep a record of the run.")] = None
-    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="Repeat the run of a manifest.")] = None
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False
-    in_place: Annotated[bool, typer.Option("--in-place", help="Replace the input.")] = False
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model file or folder; - reads standard input.")]
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="OUT", help="File or folder to write; - is standard output.")
+    ] = ""
+    sparsity: Annotated[
+        str,
+        _much(
+            "-s",
+            "--sparsity",
+            metavar="RATIO",
+            help="Share of zeros to reach, e.g. 80%; with --pattern channel, of channels to remove.",
+        ),
+    ] = ""
+    compression: Annotated[
+        float | None, _much(metavar="X", min=1, help="All parameters over those kept: 4 keeps 25 %.")
+    ] = None
+    target_gzip: Annotated[str, _much(metavar="SIZE", help="Prune down to this gzip size, e.g. 400KB.")] = ""
+    target_packed: Annotated[str, _much(metavar="SIZE", help="Prune down to this size with --pack, e.g. 1MB.")] = ""
+    max_drop: Annotated[
+        str,
+        _much(
+            metavar="DROP", help="Find the highest sparsity that costs at most this on --data, e.g. 1pp of accuracy."
+        ),
+    ] = ""
+    metric: Annotated[str, _much(metavar="NAME", help="Metric of --max-drop: accuracy, loss, f.py:fn:max.")] = ""
+    tried: Annotated[Path | None, _much(metavar="DIR", help="Folder for the trials of --max-drop, to resume.")] = None
+    strategy: Annotated[str, _which(metavar="NAME", help="How weights are ranked: magnitude, lamp, obs …")] = (
+        _DEFAULT.strategy
+    )
+    param: Annotated[list[str] | None, _which(metavar="K=V", help="Parameter of the strategy, e.g. damp=0.01.")] = None
+    scope: Annotated[Scope, _which(help="Same sparsity per layer, global ranking, or ERK.")] = _SCOPE
+    pattern: Annotated[str, _which(metavar="PATTERN", help="Shape of the zeros: 2:4, block:1x4, channel …")] = ""
+    cluster: Annotated[str, _which(metavar="K[:START]", help="Cluster weights to K values per tensor, e.g. 16.")] = ""
+    policy: Annotated[str, _which(metavar="NAME", help="Which tensors to prune, e.g. skip-first-last.")] = (
+        _DEFAULT.policy
+    )
+    only: Annotated[str, _which(metavar="GLOB", help="Prune only these, e.g. 'conv*'; overrides --policy.")] = ""
+    exclude: Annotated[
+        list[str] | None, _which(metavar="GLOB", help="Never prune these tensors, e.g. fc2; repeatable.")
+    ] = None
+    layer: Annotated[
+        list[str] | None, _which(metavar="GLOB=R", help="Sparsity for some layers: 'fc*=90%'; repeatable.")
+    ] = None
+    seed: Annotated[int, _which(help="Seed of all random choices.")] = _DEFAULT.seed
+    nan: Annotated[NonFinitePolicy, _which(help="NaN and infinite weights: refuse, zero or keep.")] = _NAN
+    min_channels: Annotated[int | None, _cut(help="Fewest channels to keep in a layer.  [default: 2]", min=1)] = None
+    round_to: Annotated[int | None, _cut(help="Keep a multiple of this many channels, e.g. 8.", min=1)] = None
+    max_ratio: Annotated[str, _cut(metavar="RATIO", help="Largest share to remove from a layer, e.g. 70%.")] = ""
+    params: Annotated[str, _cut(metavar="-R|N", help="Parameters to reach: -50% (half), or 1.5M.")] = ""
+    flops: Annotated[str, _cut(metavar="-R|N", help="FLOPs per input to reach: -50% (half), or 20M.")] = ""
+    latency: Annotated[bool, _cut("--latency", help="Measure latency before and after, for one input.")] = False
+    dead: Annotated[bool, _cut("--dead", help="Remove only channels that change no output.")] = False
+    allow_empty: Annotated[bool, _cut("--allow-empty", help="Write the model even if no channel is removed.")] = False
+    data: Annotated[str, _data(metavar="SPEC", help="Calibration or evaluation data, e.g. train.npz.")] = ""
+    samples: Annotated[int, _data(help="Calibration examples to use.", min=1)] = _DEFAULT.samples
+    batch_size: Annotated[int, _data(help="Examples per batch.", min=1)] = _DEFAULT.batch_size
+    repair: Annotated[bool, _data("--repair", help="Refit the kept weights on --data (least squares).")] = False
+    loss: Annotated[str, _data(metavar="NAME", help="Loss for gradients, e.g. mse; else the file's.")] = ""
+    build: Annotated[
+        str,
+        _data(
+            "--model",
+            metavar="MOD:FN",
+            help="Code that builds the network, e.g. net.py:Net, if the file holds only weights.",
+        ),
+    ] = ""
+    custom_objects: Annotated[
+        str, _data(metavar="MOD:DICT", help="Custom Keras objects by name: layers.py:OBJECTS.")
+    ] = ""
+    trust: Annotated[bool, _data("--trust", help="Allow code in MODEL or the recipe to run.")] = False
+    inputs: Annotated[
+        list[str] | None, _cut("--input", metavar="SHAPE", help="Input shape with batch, e.g. 1,3,224,224.")
+    ] = None
+    wrap: Annotated[bool, _later("--wrap", help="Write masks too, as tfmot or torch.nn.utils.prune.")] = False
+    schedule: Annotated[str, _later(metavar="NAME", help="Let later training prune: polynomial … (Keras 2).")] = ""
+    schedule_param: Annotated[
+        list[str] | None, _later(metavar="K=V", help="Parameter of the schedule, e.g. power=2.")
+    ] = None
+    initial_sparsity: Annotated[str, _later(metavar="RATIO", help="Sparsity at --begin, e.g. 50%.")] = ""
+    begin: Annotated[str, _later(metavar="STEP", help="First pruning step; a step is one batch.")] = ""
+    end: Annotated[str, _later(metavar="STEP", help="Step that reaches the final sparsity, e.g. 2000.")] = ""
+    frequency: Annotated[
+        int | None, _later(metavar="STEPS", help="Steps between two pruning steps, e.g. 100.", min=1)
+    ] = None
+    power: Annotated[float | None, _later(help="Exponent of the polynomial.  [default: 3]")] = None
+    pack: Annotated[bool, typer.Option("--pack", help="Compress inside the file; it loads as before.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report the result, but write nothing.")] = False
+    manifest: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a record of the run (for --recipe, verify).")
+    ] = None
+    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="Repeat the run that this manifest records.")] = (
+        None
+    )
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")] = False
+    in_place: Annotated[bool, typer.Option("--in-place", help="Overwrite MODEL itself, instead of --output.")] = False
 
     def run(self, ctx: typer.Context) -> int:
         """Prune the model in the mode that its options select, and show what came of it."""

@@ -51,7 +51,7 @@ def _cells(stats: ModelStats, first: int | None) -> tuple[Cell, ...]:
     return (stats.path, sizes.raw, sizes.packed, sizes.compressed, stats.prunable_sparsity, ratio)
 
 
-_LIMITS = "Limits: with any of them, exit code 1 says that a model is over it"
+_LIMITS = "Limits (exit code 1 if a model exceeds one)"
 
 
 def _limit(metavar: str, line: str) -> Any:
@@ -60,27 +60,29 @@ def _limit(metavar: str, line: str) -> Any:
 
 def size(
     ctx: typer.Context,
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Model files or folders; - is standard input.")],
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH...", help="Model files or folders; - reads standard input.")
+    ],
     *,
-    max_raw: Annotated[str, _limit("SIZE", "As it is on disk.")] = "",
-    max_packed: Annotated[str, _limit("SIZE", "Packed by its container's own compression.")] = "",
-    max_gzip: Annotated[str, _limit("SIZE", "Compressed, by the codec chosen.")] = "",
-    min_sparsity: Annotated[str, _limit("RATIO", "Zeros among the prunable weights.")] = "",
-    baseline: Annotated[str, _limit("FILE", "A model to compare with.")] = "",
-    max_growth: Annotated[str, _limit("SIZE|%", "How much bigger than the baseline, compressed.")] = "",
-    codec: Annotated[CodecName, typer.Option(help="What to compress with.")] = CodecName.GZIP,
-    level: Annotated[int | None, typer.Option(help="Its level; gzip's is 6.")] = None,
+    max_raw: Annotated[str, _limit("SIZE", "Largest size on disk, e.g. 2MB.")] = "",
+    max_packed: Annotated[str, _limit("SIZE", "Largest size after --pack, e.g. 1MB.")] = "",
+    max_gzip: Annotated[str, _limit("SIZE", "Largest compressed size, e.g. 500KB (see --codec).")] = "",
+    min_sparsity: Annotated[str, _limit("RATIO", "Lowest sparsity of the prunable weights: 80%.")] = "",
+    baseline: Annotated[str, _limit("FILE", "Earlier model, for --max-growth.")] = "",
+    max_growth: Annotated[str, _limit("SIZE|%", "Largest growth in compressed size: 2% or 10KB.")] = "",
+    codec: Annotated[CodecName, typer.Option(help="Compression to measure with.")] = CodecName.GZIP,
+    level: Annotated[int | None, typer.Option(help="Compression level.  [default: gzip 6, zstd 3, xz 6]")] = None,
 ) -> int:
-    """Show raw, packed and compressed size, and sparsity; with a limit, judge them.
+    """Measure raw, packed and compressed size and sparsity, and check them against limits.
 
-    Gzip means stock zlib at level 6: what Python's gzip.compress(data, 6, mtime=0) makes of the file. A folder is
-    measured as a sorted tar without times.
+    raw is the size on disk, packed that after --pack, gzip that of a download: stock zlib at level 6, as Python's
+    gzip.compress(data, 6, mtime=0). A folder is measured as a sorted tar without times.
 
     [dim]$[/] prunectl size model.h5
 
-    [dim]$[/] prunectl size model.h5 --max-gzip 2MB --min-sparsity 0%
+    [dim]$[/] prunectl size small.h5 --max-gzip 2MB --min-sparsity 80%
 
-    [dim]$[/] prunectl size -q model.pt
+    [dim]$[/] prunectl size small.h5 --baseline model.h5 --max-growth 0%
     """
     reporter: Reporter = ctx.obj
     compressor = sizes.get_codec(codec, level)

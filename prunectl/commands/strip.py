@@ -51,23 +51,25 @@ def _by_part(result: Stripped) -> Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Strip(OutputOptions):
-    """Drop pruning masks and wrappers, optimizer state, training configuration and example inputs from MODEL.
+    """Remove what inference does not need: masks, optimizer state, training configuration.
 
-    Pruned weights come out as weight times mask. What is left loads as a model that was never pruned or compiled.
+    Masks are applied to the weights first. The result loads like a model that was never pruned or compiled.
 
     [dim]$[/] prunectl strip model.h5 -o small.h5
 
     [dim]$[/] prunectl strip model.pt -o small.pt --only masks,optimizer --pack
     """
 
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="File or folder; - is standard input.")]
-    output: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="Where to; - is standard output.")] = ""
-    only: Annotated[str, typer.Option(metavar="PARTS", help=f"Of {','.join(StripPart)}.")] = ""
-    half: Annotated[bool, typer.Option("--half", help="Store weights as 16-bit floats.")] = False
-    pack: Annotated[bool, typer.Option("--pack", help="Compress the output inside its container.")] = False
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would come of it; write nothing.")] = False
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False
-    in_place: Annotated[bool, typer.Option("--in-place", help="Replace the input.")] = False
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model file or folder; - reads standard input.")]
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="OUT", help="File or folder to write; - is standard output.")
+    ] = ""
+    only: Annotated[str, typer.Option(metavar="PARTS", help=f"Remove only these parts: {', '.join(StripPart)}.")] = ""
+    half: Annotated[bool, typer.Option("--half", help="Store weights as 16-bit floats (float16).")] = False
+    pack: Annotated[bool, typer.Option("--pack", help="Compress inside the file; it loads as before.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report the result, but write nothing.")] = False
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")] = False
+    in_place: Annotated[bool, typer.Option("--in-place", help="Overwrite MODEL itself, instead of --output.")] = False
 
     def run(self, ctx: typer.Context) -> int:
         """Strip the model, and show what came off."""

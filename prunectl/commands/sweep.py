@@ -16,10 +16,10 @@ from prunectl.sweeping.trial import SweepConfig
 from prunectl.training.max_drop import parse_drop
 from prunectl.units import parse_ratio
 
-_ways = option_group("What is tried")
+_ways = option_group("What to try")
 _data = option_group("Data")
 _train = option_group("Training")
-_file = option_group("What the file does not say")
+_file = option_group("Model code")
 _USUAL = "50%,80%,90%"
 _DEFAULT = SweepConfig("")
 _STRATEGIES, _SCOPES, _PATTERNS, _SCHEDULES = map(
@@ -29,58 +29,86 @@ _STRATEGIES, _SCOPES, _PATTERNS, _SCHEDULES = map(
 
 def sweep(
     ctx: typer.Context,
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="File or folder.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Model file or folder.")],
     *,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="For the models and sweep.jsonl.")],
-    data: Annotated[str, _data(metavar="SPEC", help="What to learn from, and to look at: train.npz, images/ …")],
-    val: Annotated[str, _data(metavar="SPEC", help="What to judge by; else the data itself.")] = "",
-    val_split: Annotated[str, _data(metavar="RATIO", help="Judge by this share of the data instead.")] = "",
-    batch_size: Annotated[int, _data(help="Examples in a batch.", min=1)] = _DEFAULT.batch_size,
-    samples: Annotated[int, _data(help="How many examples strategies look at.", min=1)] = _DEFAULT.samples,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the trial models and sweep.jsonl.")
+    ],
+    data: Annotated[str, _data(metavar="SPEC", help="Data to calibrate, train and judge on: train.npz …")],
+    val: Annotated[str, _data(metavar="SPEC", help="Validation data to judge on; else --data.")] = "",
+    val_split: Annotated[str, _data(metavar="RATIO", help="Share of --data held out for validation: 10%.")] = "",
+    batch_size: Annotated[int, _data(help="Examples per batch.", min=1)] = _DEFAULT.batch_size,
+    samples: Annotated[int, _data(help="Calibration examples for each strategy.", min=1)] = _DEFAULT.samples,
     metric: Annotated[
-        str, _data(metavar="NAME", help="What decides: accuracy, loss, f.py:fn:max …; else as the file says.")
+        str, _data(metavar="NAME", help="Metric to compare by: accuracy, loss, f.py:fn:max; else the file's.")
     ] = "",
-    strategies: Annotated[str, _ways(metavar="NAME,…", help="What goes first.")] = _STRATEGIES,
-    scopes: Annotated[str, _ways(metavar="NAME,…", help="layer, global …, as in prune.")] = _SCOPES,
-    patterns: Annotated[str, _ways(metavar="NAME,…", help="unstructured, 2:4, block:1x4, channel …")] = _PATTERNS,
+    strategies: Annotated[
+        str, _ways(metavar="NAME,…", help="Strategies to try, e.g. magnitude,lamp,obs.")
+    ] = _STRATEGIES,
+    scopes: Annotated[str, _ways(metavar="NAME,…", help="Scopes to try, e.g. layer,global.")] = _SCOPES,
+    patterns: Annotated[
+        str, _ways(metavar="NAME,…", help="Patterns to try, e.g. unstructured,2:4,channel.")
+    ] = _PATTERNS,
     param: Annotated[
         list[str] | None,
-        _ways(metavar="K=V,…", help="Values to try, for the strategies that have it; may be repeated."),
+        _ways(metavar="K=V,…", help="Parameter values to try, e.g. damp=0.01,0.1; repeatable."),
     ] = None,
     sparsities: Annotated[
-        str, _ways(metavar="RATIO,…", help=f"How much goes.  [default: {_USUAL}, or what --max-drop finds]")
+        str, _ways(metavar="RATIO,…", help=f"Sparsities to try.  [default: {_USUAL}, or what --max-drop finds]")
     ] = "",
     schedules: Annotated[
-        str, _ways(metavar="NAME,…", help="How it goes while training; constant is before the first step.")
+        str, _ways(metavar="NAME,…", help="Schedules to try with --epochs; constant prunes before training.")
     ] = _SCHEDULES,
     max_drop: Annotated[
-        str, _ways(metavar="DROP", help="Find the largest sparsity that costs no more: 0.5pp, or 0.01 of a loss.")
+        str,
+        _ways(
+            metavar="DROP",
+            help="Find the highest sparsity of each variant that costs at most this: 0.5pp, or 0.01 of a loss.",
+        ),
     ] = "",
-    policy: Annotated[str, _ways(metavar="NAME", help="Which tensors.")] = _DEFAULT.policy,
-    only: Annotated[str, _ways(metavar="GLOB", help="Only these tensors, whatever the policy.")] = "",
-    exclude: Annotated[list[str] | None, _ways(metavar="GLOB", help="Not these; may be repeated.")] = None,
-    epochs: Annotated[int, _train(help="Train each point so long; 0 prunes alone.", min=0)] = _DEFAULT.epochs,
-    lr: Annotated[float | None, _train(help="Learning rate; else as the file says, or the framework.")] = None,
-    optimizer: Annotated[str, _train(metavar="NAME", help="Such as adam or sgd:momentum=0.9.")] = "",
-    loss: Annotated[str, _train(metavar="NAME", help="Such as cross-entropy or mse, or mod:fn.")] = "",
-    seed: Annotated[int, _train(help="Decides what is random.")] = _DEFAULT.seed,
-    jobs: Annotated[int, typer.Option("-j", "--jobs", metavar="N", help="Processes side by side.", min=1)] = 1,
-    on: Annotated[str, typer.Option("--on", metavar="PLACE", help="ray, or ray:ADDRESS: on a Ray cluster.")] = "",
-    build: Annotated[str, _file("--model", metavar="MOD:FN", help="Builds the model, for weights alone.")] = "",
-    custom_objects: Annotated[str, _file(metavar="MOD:DICT", help="Explains custom Keras layers.")] = "",
-    trust: Annotated[bool, _file("--trust", help="Let code that comes with the file run.")] = False,
+    policy: Annotated[
+        str, _ways(metavar="NAME", help="Which tensors to prune, e.g. skip-first-last.")
+    ] = _DEFAULT.policy,
+    only: Annotated[str, _ways(metavar="GLOB", help="Prune only these, e.g. 'conv*'; overrides --policy.")] = "",
+    exclude: Annotated[
+        list[str] | None, _ways(metavar="GLOB", help="Never prune these tensors, e.g. fc2; repeatable.")
+    ] = None,
+    epochs: Annotated[int, _train(help="Epochs to train each trial; 0 only prunes.", min=0)] = _DEFAULT.epochs,
+    lr: Annotated[
+        float | None, _train(help="Learning rate, e.g. 1e-3. Unset: the file's, or the optimizer's own.")
+    ] = None,
+    optimizer: Annotated[
+        str, _train(metavar="NAME", help="Optimizer, e.g. sgd:momentum=0.9; else the file's, or adam.")
+    ] = "",
+    loss: Annotated[str, _train(metavar="NAME", help="Loss, e.g. cross-entropy, mse or f.py:fn.")] = "",
+    seed: Annotated[int, _train(help="Seed of all random choices.")] = _DEFAULT.seed,
+    jobs: Annotated[int, typer.Option("-j", "--jobs", metavar="N", help="Trials to run in parallel.", min=1)] = 1,
+    on: Annotated[
+        str, typer.Option("--on", metavar="PLACE", help="Run on Ray: ray starts it here, ray:ADDRESS joins a cluster.")
+    ] = "",
+    build: Annotated[
+        str,
+        _file(
+            "--model",
+            metavar="MOD:FN",
+            help="Code that builds the network, e.g. net.py:Net, if the file holds only weights.",
+        ),
+    ] = "",
+    custom_objects: Annotated[
+        str, _file(metavar="MOD:DICT", help="Custom Keras objects by name: layers.py:OBJECTS.")
+    ] = "",
+    trust: Annotated[bool, _file("--trust", help="Allow code stored in MODEL to run.")] = False,
 ) -> int:
-    """Try strategies, scopes, patterns, sparsities and schedules on MODEL, and compare what comes of them.
+    """Prune MODEL in many ways, and compare size and accuracy of the results (Pareto front).
 
-    Each point is kept in DIR as soon as it is made: the same command goes on where it was stopped.
+    Every trial is saved in DIR when it is done: the same command resumes an interrupted sweep.
 
-    [dim]$[/] prunectl sweep model.onnx -o points --data test.npz --strategies magnitude,lamp --scopes layer,global
+    [dim]$[/] prunectl sweep model.onnx -o trials --data test.npz
 
-    [dim]$[/] prunectl sweep model.onnx -o shapes --data test.npz --patterns unstructured,2:4,channel
+    [dim]$[/] prunectl sweep model.onnx -o ranked --data test.npz --strategies lamp,obs
 
     [dim]$[/] prunectl sweep model.onnx -o within --data test.npz --max-drop 1pp
 
-    [dim]$[/] prunectl sweep net.pt -o tuned --model net.py:Net --data train.npz --epochs 1 --strategies magnitude,obs
     """
     reporter: Reporter = ctx.obj
     config = SweepConfig(

@@ -56,20 +56,17 @@ def verify_report(path: str, findings: tuple[Finding, ...], *, has_gates: bool) 
 
 def verify(
     ctx: typer.Context,
-    out: Annotated[str, typer.Argument(metavar="OUT", help="A pruned model; - is standard input.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Pruned model; - reads standard input.")],
     *,
-    manifest: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What prune --manifest wrote: digests and counts.")
-    ] = None,
-    against: Annotated[
-        Path | None, typer.Option(metavar="SRC", help="What it was pruned from: zeros added, nothing else.")
-    ] = None,
+    manifest: Annotated[Path | None, typer.Option(metavar="FILE", help="Manifest that prune --manifest wrote.")] = None,
+    against: Annotated[Path | None, typer.Option(metavar="SRC", help="Model that it was pruned from.")] = None,
 ) -> int:
-    """Hold a pruned file against the record of its making, and against its source; exit code 1 where it does not hold.
+    """Verify a pruned model against the manifest of its run, against its source, or both.
 
-    A run that also changes the weights it keeps, such as one with --repair, does not hold against its source.
+    Checks digests, zeros, kept weights and architecture. Exit code 1 if a check fails. Runs that change kept weights
+    (--repair, --strategy obs, --cluster) differ from the source.
 
-    [dim]$[/] prunectl prune model.h5 -o out.h5 --sparsity 80% --manifest out.json
+    [dim]$[/] prunectl prune model.h5 -o out.h5 -s 80% --manifest out.json
 
     [dim]$[/] prunectl verify out.h5 --manifest out.json --against model.h5
     """

@@ -40,7 +40,7 @@ def _schedules() -> list[Choice]:
 
 
 def _policies() -> list[Choice]:
-    own = Choice("policies", f"{MIN_SIZE}N", "built in", "what policy default takes, if it has N weights or more")
+    own = Choice("policies", f"{MIN_SIZE}N", "built in", "kernels of at least N weights")
     return [*(Choice("policies", policy.name, "built in", policy.summary) for policy in POLICIES), own]
 
 

@@ -248,7 +248,7 @@ def min_size(spec: str) -> Policy:
         raise UsageError(f"{spec!r} is no policy", hint=f"write {MIN_SIZE}1000: smaller tensors are left alone")
     least = int(text)
     skip_reason = _among_kernels(lambda tensor: f"fewer than {least:,} weights" if tensor.size < least else "")
-    return Policy(spec, lambda _: skip_reason, f"kernels of {least:,} weights and more")
+    return Policy(spec, lambda _: skip_reason, f"kernels of at least {least:,} weights")
 
 
 def adapt_policy(plugin: object) -> Policy:
@@ -292,9 +292,9 @@ def _ineligible(tensor: Tensor) -> Verdict:
 
 
 POLICIES = (
-    Policy("default", _default, "kernels; not biases, norms, embeddings"),
-    Policy("all", _all, "every tensor of floating-point numbers"),
-    Policy("skip-first-last", _skip_first_last, "kernels, but those of the first and the last layer"),
-    Policy("skip-classifier", _skip_classifier, "kernels, but those of the last layer"),
-    Policy("xnnpack", _xnnpack, "kernels of 1x1 convolutions, which XNNPACK runs faster when they are sparse"),
+    Policy("default", _default, "kernels, not biases, norms or embeddings"),
+    Policy("all", _all, "every floating-point tensor, also biases, norms and embeddings"),
+    Policy("skip-first-last", _skip_first_last, "kernels, except in the first and the last layer"),
+    Policy("skip-classifier", _skip_classifier, "kernels, except in the last layer"),
+    Policy("xnnpack", _xnnpack, "kernels of 1x1 convolutions, which XNNPACK runs faster if sparse"),
 )

@@ -17,7 +17,7 @@ Curve = Callable[..., float]
 
 
 def constant(_done: float, _initial: float, final: float) -> float:
-    """Be at the final sparsity from the beginning.
+    """Prune to the final sparsity at once, at --begin.
 
     >>> constant(0.1, 0.0, 0.8)
     0.8
@@ -26,7 +26,7 @@ def constant(_done: float, _initial: float, final: float) -> float:
 
 
 def polynomial(done: float, initial: float, final: float, *, power: float = 3.0) -> float:
-    """Rise by ``final + (initial - final) * (1 - done) ** power``, fast at first (Zhu & Gupta 2017).
+    """Rise fast, then slowly: ``final + (initial - final) * (1 - done) ** power`` (Zhu & Gupta 2017).
 
     >>> round(polynomial(0.5, 0.0, 0.8), 12)
     0.7
@@ -35,7 +35,7 @@ def polynomial(done: float, initial: float, final: float, *, power: float = 3.0)
 
 
 def linear(done: float, initial: float, final: float) -> float:
-    """Rise evenly.
+    """Rise in a straight line.
 
     >>> linear(0.5, 0.0, 0.8)
     0.4
@@ -44,7 +44,7 @@ def linear(done: float, initial: float, final: float) -> float:
 
 
 def cosine(done: float, initial: float, final: float) -> float:
-    """Rise along half a cosine: slowly at both ends.
+    """Rise along half a cosine: slowly, fast, slowly.
 
     >>> round(cosine(0.5, 0.0, 0.8), 12)
     0.4
@@ -53,7 +53,7 @@ def cosine(done: float, initial: float, final: float) -> float:
 
 
 def exponential(done: float, initial: float, final: float) -> float:
-    """Drop the same share of what is left in every turn: ``1 - (1 - initial) * ((1 - final) / (1 - initial)) ** done``.
+    """Prune the same share of kept weights each time: ``1 - (1 - initial) * ((1 - final) / (1 - initial)) ** done``.
 
     >>> round(exponential(0.5, 0.0, 0.75), 12)
     0.5
@@ -64,7 +64,7 @@ def exponential(done: float, initial: float, final: float) -> float:
 
 
 def step(done: float, initial: float, final: float, *, stairs: int = 4) -> float:
-    """Rise in equal stairs, the first at the beginning.
+    """Rise in equal stairs, the first at --begin (stairs=4).
 
     >>> [step(done, 0.0, 0.8) for done in (0.0, 0.25, 0.5, 0.75)]
     [0.2, 0.4, 0.6000000000000001, 0.8]
@@ -74,7 +74,7 @@ def step(done: float, initial: float, final: float, *, stairs: int = 4) -> float
 
 
 def one_cycle(done: float, initial: float, final: float, *, alpha: float = 14.0, beta: float = 5.0) -> float:
-    """Rise along a logistic curve: slowly, fast, slowly (one-cycle pruning, Hubens et al. 2021).
+    """Rise along a logistic curve, as in one-cycle pruning (Hubens et al. 2021).
 
     >>> one_cycle(1.0, 0.0, 0.8)
     0.8

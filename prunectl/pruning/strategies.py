@@ -154,44 +154,58 @@ def sample_depth_bias(seed: int) -> str:
 
 STRATEGIES = (
     Strategy("magnitude", magnitude, "the smallest absolute values"),
-    Strategy("random", random, "any, decided by the seed"),
+    Strategy("random", random, "random weights, chosen by --seed"),
     Strategy(
         "random-weighted",
         random,
-        "any, more of them in early or in late layers, decided by the seed",
+        "random weights, more in late or in early layers, or evenly (bias=late, early, uniform; else --seed draws)",
         allocation=depth_biased,
         choices={"bias": BIASES},
     ),
-    Strategy("lamp", lamp, "the smallest shares of what is left of their layer", is_elementwise=False),
+    Strategy(
+        "lamp",
+        lamp,
+        "the smallest square over the sum of squares not below it in the layer (LAMP, Lee et al. 2021)",
+        is_elementwise=False,
+    ),
     Strategy("gradient", _needs_data, "the smallest mean |gradient|", needs=Requires.GRADIENTS),
     Strategy(
         "magnitude-gradient",
         _needs_data,
-        "the smallest |weight| times mean |gradient|; in finetune since the last turn",
+        "the smallest |weight| times mean |gradient|; in finetune, since the last pruning step",
         needs=Requires.GRADIENTS,
     ),
     Strategy(
-        "snip", _needs_data, "the smallest |weight times mean gradient| (Lee et al. 2019)", needs=Requires.GRADIENTS
+        "snip",
+        _needs_data,
+        "the smallest |weight times mean gradient| (SNIP, Lee et al. 2019)",
+        needs=Requires.GRADIENTS,
     ),
     Strategy(
-        "fisher", _needs_data, "the smallest weight squared times mean gradient squared", needs=Requires.GRADIENTS
+        "fisher",
+        _needs_data,
+        "the smallest squared weight times mean squared gradient (empirical Fisher, per batch)",
+        needs=Requires.GRADIENTS,
     ),
     Strategy(
         "activation-magnitude",
         _needs_data,
-        "the smallest |weight| times the norm of its input, output by output (Wanda)",
+        "the smallest |weight| times norm of its input, ranked per output (Wanda, Sun et al. 2023)",
         choices={"norm": ("2", "1")},
         needs=Requires.INPUTS,
     ),
     Strategy(
         "obs",
         _needs_data,
-        "what the others can best make up for, and they do (SparseGPT)",
+        "the smallest output error once the kept weights are updated (SparseGPT, Frantar & Alistarh 2023)",
         choices={"damp": 0.01, "blocksize": 128},
         needs=Requires.PRODUCTS,
     ),
     Strategy(
-        "movement", _needs_data, "those that finetune moves towards zero (Sanh et al. 2020)", needs=Requires.TRAINING
+        "movement",
+        _needs_data,
+        "weights that training moves towards zero (movement pruning, Sanh et al. 2020)",
+        needs=Requires.TRAINING,
     ),
 )
 

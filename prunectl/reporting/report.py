@@ -173,7 +173,7 @@ class Layout(StrEnum):
 
 
 class Color(StrEnum):
-    """When to colour."""
+    """Colour the output; auto: on a terminal."""
 
     AUTO = "auto"
     ALWAYS = "always"

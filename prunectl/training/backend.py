@@ -101,7 +101,7 @@ class TrainOptions:
     goal: str = ""
     """`max` or `min` where the user says which is better; else its name tells."""
     frozen: frozenset[str] = frozenset()
-    """Tensors that stay as they are."""
+    """Do not train these tensors, e.g. 'embed*'."""
     clip: float | None = None
     """The largest norm of all gradients together."""
     precision: str = "fp32"

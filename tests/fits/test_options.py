@@ -25,7 +25,7 @@ from prunectl.pruning.masks import NonFinitePolicy
 from prunectl.pruning.plan import Scope
 from prunectl.pruning.request import PruneRequest
 from prunectl.training.request import FinetuneRequest, KeepWeights, MaskMode
-from tests.running import FIXTURES, ROOT, here, without_colors
+from tests.running import FIXTURES, ROOT, here
 
 FOREIGN = {
     "cli.py": {"--version"},
@@ -56,10 +56,9 @@ def context(command: str) -> typer.Context:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_option_is_spelled_as_the_help_shows_it(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "250")
-    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 250)
-    shown = without_colors(here(command, "--help").out).split()
+    shown = re.split(r"[\s,]+", here(command, "--help").out)
     ctx = context(command)
-    options = [param for param in ctx.command.params if param.param_type_name == "option"]
+    options = [param for param in ctx.command.params if param.param_type_name == "option" and param.opts != ["-h"]]
     assert options
     for param in options:
         assert param.name is not None
