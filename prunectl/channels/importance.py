@@ -88,8 +88,7 @@ def redundancy(similarity: Similarity) -> Scores:
 
 def dissimilarity(weights: Array, axis: int, metric: str = "cosine") -> Scores:
     """How far each index of an axis is from what replaces it, from 0 to 2: the lowest go first."""
-    rows = np.moveaxis(weights, axis, 0).reshape(weights.shape[axis], -1).astype(np.float64)
-    return np.asarray(1 - redundancy(METRICS[metric](rows)))
+    return np.asarray(1 - redundancy(METRICS[metric](channel_rows(weights, axis))))
 
 
 def _norms(rows: Rows) -> NDArray[np.float64]:

@@ -91,11 +91,10 @@ class AxisLengths:
         if shapes is None:
             return {}
         for port, shape in zip(signature.inputs, shapes, strict=True):
-            if port.shape is not None and not _fits(shape, port.shape):
-                known = ",".join("?" if length is None else str(length) for length in ("?", *port.shape))
-                wanted = ",".join(map(str, (1, *shape)))
+            if port.shape is not None and not fits(shape, port.shape):
                 raise UsageError(
-                    f"the input {port.name} of the model is {known}, and not {wanted}",
+                    f"the input {port.name} of the model is {shape_text((None, *port.shape))}, "
+                    f"and not {shape_text((1, *shape))}",
                     hint="an axis that the model fixes keeps its length",
                 )
         return dict(zip(names, shapes, strict=True))
@@ -107,24 +106,32 @@ _EXAMPLE = "1,3,224,224 or name:1,3,224,224"
 
 def _parse_shapes(typed: Sequence[str], names: Sequence[str]) -> list[Shape]:
     """The shapes that were typed, in the order of the model's inputs."""
-    shapes_by_name: list[tuple[str, Shape]] = []
-    for text in typed:
-        option = parse_input(text, _EXAMPLE)
+    options = [parse_input(text, _EXAMPLE) for text in typed]
+    for text, option in zip(typed, options, strict=True):
         if option.dtype or option.lengths != option.shape:
             raise no_shape(text, _EXAMPLE)
-        # The batch is tried one example at a time.
-        shapes_by_name.append((option.name, option.lengths[1:]))
-    if len(shapes_by_name) != len(names):
-        raise UsageError(
-            f"the model has {len(names)} inputs ({', '.join(names)}), and --input says {len(shapes_by_name)}"
-        )
-    by_name = dict(shapes_by_name)
-    if unknown := sorted(by_name.keys() - {"", *names}):
+    ordered = in_order(options, names)
+    if unknown := sorted({option.name for option in options} - {"", *names}):
         raise UsageError(f"the model has no input {unknown[0]}", hint=f"it has {', '.join(names)}")
-    return [by_name[name] for name in names] if by_name.keys() == set(names) else [shape for _, shape in shapes_by_name]
+    # The batch is tried one example at a time.
+    return [option.lengths[1:] for option in ordered]
 
 
-def _fits(shape: Shape, known: Sequence[int | None]) -> bool:
+def in_order(options: Sequence[InputOption], names: Sequence[str]) -> Sequence[InputOption]:
+    """The options in the order of the inputs, if all are named; else as they were typed."""
+    if len(options) != len(names):
+        raise UsageError(f"the model has {len(names)} inputs ({', '.join(names)}), and --input says {len(options)}")
+    by_name = {option.name: option for option in options}
+    return [by_name[name] for name in names] if by_name.keys() == set(names) else options
+
+
+def fits(shape: OpenShape, known: OpenShape) -> bool:
+    """Whether a shape is a known one, or fills its open axes."""
     return len(shape) == len(known) and all(
         length is None or length == actual for actual, length in zip(shape, known, strict=True)
     )
+
+
+def shape_text(shape: OpenShape | None) -> str:
+    """A shape as users write it."""
+    return "?" if shape is None else ",".join("?" if length is None else str(length) for length in shape)

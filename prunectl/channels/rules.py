@@ -92,17 +92,17 @@ def concat(trace: LabelTrace, node: OpNode) -> None:
     if not across:
         # Along the other axes, one position says all.
         first = tuple(slice(None) if number == axis else slice(0, 1) for number in range(len(shape)))
-        _set_output(trace, node, np.broadcast_to(np.concatenate([array[first] for array in arrays], axis), shape))
+        trace.values[node.outputs[0]] = np.broadcast_to(np.concatenate([array[first] for array in arrays], axis), shape)
         return
     if any(trace.labels.varies(array, axis) for array in arrays):
         for array in arrays:
             trace.labels.lock(array, op_title(node))
-        _set_output(trace, node, fixed(shape))
+        trace.values[node.outputs[0]] = fixed(shape)
         return
     heads = [first_along(array, axis) for array in arrays]
     for head in heads[1:]:
         trace.labels.unite(heads[0], head, f"{op_title(node)} joins it with what stays")
-    _set_output(trace, node, np.broadcast_to(next((head for head in heads if head.any()), heads[0]), shape))
+    trace.values[node.outputs[0]] = np.broadcast_to(next((head for head in heads if head.any()), heads[0]), shape)
 
 
 def split(trace: LabelTrace, node: OpNode) -> None:
@@ -119,22 +119,22 @@ def slice_axes(trace: LabelTrace, node: OpNode) -> None:
     for axis, start, stop, step in node.attributes["slices"]:
         if step != 1 and trace.labels.varies(labels, axis):
             trace.labels.lock(labels, f"{op_title(node)} takes channels in another order")
-            _set_output(trace, node, fixed(trace.shape(node.outputs[0])))
+            trace.values[node.outputs[0]] = fixed(trace.shape(node.outputs[0]))
             return
         piece = slice(start, None if stop < 0 else stop, step)
         labels = labels[(slice(None),) * axis + (piece,)]
-    _set_output(trace, node, labels)
+    trace.values[node.outputs[0]] = labels
 
 
 def transpose(trace: LabelTrace, node: OpNode) -> None:
     """Put the axes of labels in another order."""
-    _set_output(trace, node, trace.labels_of(node.inputs[0]).transpose(node.attributes["order"]))
+    trace.values[node.outputs[0]] = trace.labels_of(node.inputs[0]).transpose(node.attributes["order"])
 
 
 def along_axes(trace: LabelTrace, node: OpNode) -> None:
     """Change the lengths of axes, or take one off, as pooling, padding, slices and upsampling do."""
     labels, shape = trace.labels_of(node.inputs[0]), trace.shape(node.outputs[0])
-    axes = node.attributes["axes"]
+    axes = {axis % labels.ndim for axis in node.attributes["axes"]}
     if any(trace.labels.varies(labels, axis) for axis in axes):
         trace.labels.lock(labels, f"{op_title(node)} reaches over channels")
         for name in node.outputs:
@@ -153,10 +153,6 @@ def first_along(labels: LabelArray, axis: int) -> LabelArray:
     return labels[tuple(slice(0, 1) if number == axis % labels.ndim else slice(None) for number in range(labels.ndim))]
 
 
-def _set_output(trace: LabelTrace, node: OpNode, labels: LabelArray) -> None:
-    trace.values[node.outputs[0]] = labels
-
-
 class ChannelAxis(StrEnum):
     """Which axis of a matrix the channels lie on."""
 
@@ -171,7 +167,7 @@ class ChannelAxis(StrEnum):
 def matmul(trace: LabelTrace, node: OpNode) -> None:
     """Unite what is summed over together, and the matrices that meet."""
     shape = trace.shape(node.outputs[0])
-    values = [_padded(trace.labels_of(name), len(shape)) for name in node.inputs]
+    values = [_aligned(trace.labels_of(name), len(shape)) for name in node.inputs]
     if min(len(trace.shape(name)) for name in node.inputs) < 2:
         _lock_product(trace, node, *values)
         return
@@ -186,13 +182,13 @@ def matmul(trace: LabelTrace, node: OpNode) -> None:
             trace.values[node.outputs[0]] = fixed(shape)
         case [ChannelAxis.FRONT, ChannelAxis.FRONT]:
             _unite_fronts(trace, node, left, right)
-            _broadcast_output(trace, node, left[..., :1, :1], shape)
+            trace.values[node.outputs[0]] = np.broadcast_to(left[..., :1, :1], shape)
         case [ChannelAxis.FRONT | ChannelAxis.KEPT, ChannelAxis.NONE]:
             _unite_fronts(trace, node, left, right)
-            _broadcast_output(trace, node, first_along(left, -1), shape)
+            trace.values[node.outputs[0]] = np.broadcast_to(first_along(left, -1), shape)
         case [ChannelAxis.NONE, ChannelAxis.FRONT | ChannelAxis.KEPT]:
             _unite_fronts(trace, node, left, right)
-            _broadcast_output(trace, node, first_along(right, -2), shape)
+            trace.values[node.outputs[0]] = np.broadcast_to(first_along(right, -2), shape)
         case _:
             _lock_product(trace, node, left, right)
 
@@ -216,14 +212,6 @@ def _lock_product(trace: LabelTrace, node: OpNode, *values: LabelArray) -> None:
     for value in values:
         trace.labels.lock(value, f"{op_title(node)} multiplies it by what is calculated")
     trace.values[node.outputs[0]] = fixed(trace.shape(node.outputs[0]))
-
-
-def _broadcast_output(trace: LabelTrace, node: OpNode, labels: LabelArray, shape: tuple[int, ...]) -> None:
-    trace.values[node.outputs[0]] = np.broadcast_to(labels, shape)
-
-
-def _padded(labels: LabelArray, rank: int) -> LabelArray:
-    return labels.reshape((1,) * (rank - labels.ndim) + labels.shape)
 
 
 def recurrent(trace: LabelTrace, node: OpNode) -> None:
@@ -307,7 +295,7 @@ def convolution(trace: LabelTrace, node: OpNode) -> None:
     """Read the channels of axis 1, and make new ones; one by one if each is a group by itself."""
     labels, shape = trace.labels_of(node.inputs[0]), trace.shape(node.outputs[0])
     if not trace.is_view(node, 1):
-        _lock(trace, node)
+        lock_all(trace, node, " has weights that are calculated")
         return
     groups, is_transposed = node.attributes["groups"], node.attributes["is_transposed"]
     kernel, inputs = node.inputs[1], trace.labels_along(node, labels, 1)
@@ -332,7 +320,7 @@ def linear(trace: LabelTrace, node: OpNode) -> None:
     """Read the channels of the last axis, and make new ones."""
     labels, shape = trace.labels_of(node.inputs[0]), trace.shape(node.outputs[0])
     if not trace.is_view(node, 1):
-        _lock(trace, node)
+        lock_all(trace, node, " has weights that are calculated")
         return
     in_axis = node.attributes["in_axis"]
     inputs = trace.labels_along(node, labels, -1)
@@ -380,20 +368,13 @@ def _bias(trace: LabelTrace, node: OpNode, produced: LabelArray) -> None:
         trace.labels.lock(produced, f"{op_title(node)} has a bias for more than channels")
 
 
-def _lock(trace: LabelTrace, node: OpNode) -> None:
-    """Lock what meets weights that are calculated."""
-    for name in node.inputs:
-        trace.labels.lock(trace.labels_of(name), f"{op_title(node)} has weights that are calculated")
-    trace.values[node.outputs[0]] = fixed(trace.shape(node.outputs[0]))
-
-
 Rule = Callable[[LabelTrace, OpNode], None]
 
 
-def lock_all(trace: LabelTrace, node: OpNode) -> None:
+def lock_all(trace: LabelTrace, node: OpNode, why: str = "") -> None:
     """Lock whatever meets an operation of which nothing is known."""
     for name in node.inputs:
-        trace.labels.lock(trace.labels_of(name), op_title(node))
+        trace.labels.lock(trace.labels_of(name), op_title(node) + why)
     for name in node.outputs:
         trace.values[name] = fixed(trace.graph.shapes.get(name, ()))
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from prunectl.calibration.session import load_inputs, padded_batch_rows
-from prunectl.channels.lengths import InputOption, OpenShape
+from prunectl.channels.lengths import InputOption, OpenShape, fits, in_order, shape_text
 from prunectl.errors import UsageError
 from prunectl.exporting.request import BATCH_SIZE, SAMPLES, ExportRequest
 from prunectl.formats.base import Array, ModelFile
@@ -56,41 +56,24 @@ def signature_of(inputs: tuple[InputSpec, ...], *, is_channels_first: bool) -> M
     return ModelSignature(ports, (), is_channels_first=is_channels_first)
 
 
-def shape_text(shape: OpenShape | None) -> str:
-    """A shape as users write it."""
-    return "?" if shape is None else ",".join("?" if length is None else str(length) for length in shape)
-
-
 def apply_input_options(inputs: tuple[InputSpec, ...], options: Sequence[InputOption]) -> tuple[InputSpec, ...]:
     """The inputs of a model as `--input` specifies them, by name or else by order; contradictions are refused."""
     if not options:
         return inputs
-    if len(options) != len(inputs):
-        names = ", ".join(spec.name for spec in inputs)
-        raise UsageError(f"the model has {len(inputs)} inputs ({names}), and --input says {len(options)}")
-    known = {spec.name for spec in inputs}
-    if all(option.name in known for option in options) and len({option.name for option in options}) == len(options):
-        by_name = {option.name: option for option in options}
-        options = [by_name[spec.name] for spec in inputs]
-    return tuple(_apply_option(spec, option) for spec, option in zip(inputs, options, strict=True))
+    ordered = in_order(options, [spec.name for spec in inputs])
+    return tuple(_apply_option(spec, option) for spec, option in zip(inputs, ordered, strict=True))
 
 
 def _apply_option(spec: InputSpec, option: InputOption) -> InputSpec:
     if spec.is_declared and spec.dtype and option.dtype and option.dtype != spec.dtype:
         raise UsageError(f"the input {spec.name} of the model is {spec.dtype}, and --input says {option.dtype}")
-    if spec.shape is not None and not _fits(option.shape, spec.shape):
+    if spec.shape is not None and not fits(option.shape, spec.shape):
         raise UsageError(
             f"the input {spec.name} of the model is {shape_text(spec.shape)}, "
             f"and --input says {shape_text(option.shape)}",
             hint="an axis that the model fixes keeps its length",
         )
     return replace(spec, name=option.name or spec.name, shape=option.shape, dtype=option.dtype or spec.dtype)
-
-
-def _fits(shape: OpenShape, known: OpenShape) -> bool:
-    return len(shape) == len(known) and all(
-        size is None or size == known_size for known_size, size in zip(shape, known, strict=True)
-    )
 
 
 _IMAGE_LENGTH, _SEQUENCE_LENGTH = 224, 128

@@ -130,36 +130,27 @@ class Route:
 
 
 ROUTES = (
-    Route(
-        KERAS, "onnx", "tensorflow:write_onnx", "keras:open_runnable", "onnx:runner", (*_TENSORFLOW, *_ORT, _TF2ONNX)
+    *(
+        Route(sources, target, writer, opener, runner, (*_TENSORFLOW, *more))
+        for sources, opener in ((KERAS, "keras:open_runnable"), (SAVED_MODEL, "tensorflow:open_runnable"))
+        for target, writer, runner, more in (
+            ("onnx", "tensorflow:write_onnx", "onnx:runner", (*_ORT, _TF2ONNX)),
+            ("tflite", "tensorflow:write_tflite", "tensorflow:run_tflite", ()),
+            ("saved-model", "tensorflow:write", "tensorflow:runner", ()),
+            ("keras", "keras:write", "keras:runner", ()),
+            ("h5", "keras:write", "keras:runner", ()),
+        )
     ),
-    Route(KERAS, "tflite", "tensorflow:write_tflite", "keras:open_runnable", "tensorflow:run_tflite", _TENSORFLOW),
-    Route(KERAS, "saved-model", "tensorflow:write", "keras:open_runnable", "tensorflow:runner", _TENSORFLOW),
-    Route(KERAS, "keras", "keras:write", "keras:open_runnable", "keras:runner", _TENSORFLOW),
-    Route(KERAS, "h5", "keras:write", "keras:open_runnable", "keras:runner", _TENSORFLOW),
     Route(
-        SAVED_MODEL,
+        (*TORCH, *PROGRAM),
         "onnx",
-        "tensorflow:write_onnx",
-        "tensorflow:open_runnable",
+        "torch:write_onnx",
+        "torch:open_runnable",
         "onnx:runner",
-        (*_TENSORFLOW, *_ORT, _TF2ONNX),
+        (*_TORCH, *_ORT, _ONNXSCRIPT),
     ),
-    Route(
-        SAVED_MODEL,
-        "tflite",
-        "tensorflow:write_tflite",
-        "tensorflow:open_runnable",
-        "tensorflow:run_tflite",
-        _TENSORFLOW,
-    ),
-    Route(SAVED_MODEL, "saved-model", "tensorflow:write", "tensorflow:open_runnable", "tensorflow:runner", _TENSORFLOW),
-    Route(SAVED_MODEL, "keras", "keras:write", "keras:open_runnable", "keras:runner", _TENSORFLOW),
-    Route(SAVED_MODEL, "h5", "keras:write", "keras:open_runnable", "keras:runner", _TENSORFLOW),
-    Route(TORCH, "onnx", "torch:write_onnx", "torch:open_runnable", "onnx:runner", (*_TORCH, *_ORT, _ONNXSCRIPT)),
     Route(TORCH, "torch-export", "torch:write_program", "torch:open_runnable", "torch:run_program", _TORCH),
     Route(TORCH, "torchscript", "torch:write_script", "torch:open_runnable", "torch:run_script", _TORCH),
-    Route(PROGRAM, "onnx", "torch:write_onnx", "torch:open_runnable", "onnx:runner", (*_TORCH, *_ORT, _ONNXSCRIPT)),
     Route(ONNX, "onnx", "onnx:write", "onnx:open_runnable", "onnx:runner", _ORT),
     Route((*TORCH, *PROGRAM), "torch", "torch:write_state_dict", needs=_TORCH),
     *(

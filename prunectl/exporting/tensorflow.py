@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from prunectl.channels.lengths import shape_text
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.compare import Run
-from prunectl.exporting.job import ExportJob, InputSpec, shape_text
+from prunectl.exporting.job import ExportJob, InputSpec
 from prunectl.exporting.onnx_canonical import canonical_names
 from prunectl.exporting.onnx_finish import OPSET, finalize
 from prunectl.formats.base import Array, Family, ModelFile

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from prunectl.channels.lengths import shape_text
 from prunectl.channels.torch.checkpoint import class_of, companion_file
 from prunectl.channels.torch.code.expressions import literal
 from prunectl.channels.torch.code.module import GeneratedModule, generate_module
@@ -17,7 +18,7 @@ from prunectl.channels.torch.export import trace_model
 from prunectl.channels.torch.fx import WeightedProgram
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.compare import Run
-from prunectl.exporting.job import ExportJob, InputSpec, shape_text
+from prunectl.exporting.job import ExportJob, InputSpec
 from prunectl.exporting.torch import run_module, without_mha_fastpath
 from prunectl.exporting.weights import cast_down, save_arrays
 from prunectl.formats.base import Array, Family

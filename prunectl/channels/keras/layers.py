@@ -61,7 +61,7 @@ def normalize(call: LayerContext) -> str:
     axes = setting if isinstance(setting, list) else [setting]
     if not all(type(axis) is int and -len(shape) < axis < len(shape) for axis in axes):
         raise UnknownShapeError
-    return call.emit(OpKind.ALONG_AXES, (call.data,), shape, axes=tuple(sorted({axis % len(shape) for axis in axes})))
+    return call.emit(OpKind.ALONG_AXES, (call.data,), shape, axes=tuple(axes))
 
 
 def merge(call: LayerContext) -> str:

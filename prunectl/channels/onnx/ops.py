@@ -213,8 +213,7 @@ def _resize_shape(node: Any, sizes: SizeConstants) -> None:
 
 
 def _along_axes(op: OnnxOpContext, axes: tuple[int, ...]) -> Lowering:
-    rank = len(op.first)
-    return OpKind.ALONG_AXES, op.inputs[:1], {"axes": tuple(sorted({axis % rank for axis in axes}))}
+    return OpKind.ALONG_AXES, op.inputs[:1], {"axes": axes}
 
 
 def _pool(op: OnnxOpContext) -> Lowering:

@@ -10,6 +10,7 @@ import torch
 from prunectl.channels.adapter import PrunedShapes
 from prunectl.channels.graph import OpKind, OpNode, WeightView
 from prunectl.channels.torch.attention import (
+    Lowering,
     glu,
     recurrent,
     resize_initial_states,
@@ -17,8 +18,6 @@ from prunectl.channels.torch.attention import (
     scaled_dot_product,
 )
 from prunectl.channels.torch.fx import OpContext, op_name, set_argument
-
-Lowering = tuple[OpNode, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +104,7 @@ def _select(op: OpContext) -> Lowering:
     before = op.shapes[op.tensors[0]]
     axis, number = op.arg("dim", 0) % len(before), op.arg("index", 0)
     if axis:
-        return (op.emit(OpKind.ALONG_AXES, op.tensors[:1], axes=(axis,)),)
+        return _along_axes(op, (axis,))
     return tuple(_take_index(op, axis, number % before[axis], op.outputs[0]))
 
 
@@ -136,7 +135,7 @@ def _resize_slice(op: OpContext, after: PrunedShapes) -> None:
 
 
 def _index_select(op: OpContext) -> Lowering:
-    return (op.emit(OpKind.ALONG_AXES, (op.name("self"),), axes=(op.arg("dim") % len(op.shape("self")),)),)
+    return (op.emit(OpKind.ALONG_AXES, (op.name("self"),), axes=(op.arg("dim"),)),)
 
 
 def _reshape(op: OpContext) -> Lowering:
@@ -188,28 +187,25 @@ def _reverse_axes(op: OpContext) -> Lowering:
 
 
 def _pixel_shuffle(op: OpContext) -> Lowering:
-    """Channels become positions: a reshape, a transposition, a reshape."""
+    """Channels become positions."""
     *front, channels, height, width = op.shape("self")
     if len(front) != 1:
         return ()
     times = op.arg("upscale_factor")
-    blocks = op.temporary("apart", (*front, channels // times**2, times, times, height, width))
-    order = (0, 1, 4, 2, 5, 3)
-    moved = op.temporary("moved", tuple(op.shapes[blocks][axis] for axis in order))
-    return (
-        op.emit(OpKind.RESHAPE, op.tensors, (blocks,)),
-        op.emit(OpKind.TRANSPOSE, (blocks,), (moved,), order=order),
-        op.emit(OpKind.RESHAPE, (moved,)),
-    )
+    return _shuffled(op, (*front, channels // times**2, times, times, height, width), (0, 1, 4, 2, 5, 3))
 
 
 def _channel_shuffle(op: OpContext) -> Lowering:
-    """Channels of groups are dealt out in turns: a reshape, a transposition, a reshape."""
+    """Channels of groups are dealt out in turns."""
     batch, channels, *space = op.shape("self")
     groups = op.arg("groups")
-    blocks = op.temporary("apart", (batch, groups, channels // groups, *space))
-    order = (0, 2, 1, *range(3, 3 + len(space)))
-    moved = op.temporary("moved", (batch, channels // groups, groups, *space))
+    return _shuffled(op, (batch, groups, channels // groups, *space), (0, 2, 1, *range(3, 3 + len(space))))
+
+
+def _shuffled(op: OpContext, apart: tuple[int, ...], order: tuple[int, ...]) -> Lowering:
+    """A reshape, a transposition, a reshape."""
+    blocks = op.temporary("apart", apart)
+    moved = op.temporary("moved", tuple(apart[axis] for axis in order))
     return (
         op.emit(OpKind.RESHAPE, op.tensors, (blocks,)),
         op.emit(OpKind.TRANSPOSE, (blocks,), (moved,), order=order),
@@ -227,7 +223,7 @@ def _expand(op: OpContext) -> Lowering:
     padded = (1,) * (len(after) - len(before)) + before
     axes = tuple(axis for axis, pair in enumerate(zip(padded, after, strict=True)) if len(set(pair)) > 1)
     if len(before) == len(after):
-        return (op.emit(OpKind.ALONG_AXES, op.tensors[:1], axes=axes),)
+        return _along_axes(op, axes)
     reshaped = op.temporary("longer", padded)
     return (
         op.emit(OpKind.RESHAPE, op.tensors[:1], (reshaped,)),
@@ -239,7 +235,7 @@ def _pad(op: OpContext) -> Lowering:
     """Two widths for each axis, the last axis first."""
     pads, rank = op.arg("pad"), len(op.result)
     axes = [rank - 1 - number // 2 for number, width in enumerate(pads) if width]
-    return (op.emit(OpKind.ALONG_AXES, op.tensors[:1], axes=tuple(sorted(set(axes)))),)
+    return _along_axes(op, tuple(axes))
 
 
 def _take_index(op: OpContext, axis: int, number: int, name: str) -> list[OpNode]:
@@ -351,8 +347,7 @@ def _elementwise_first(op: OpContext) -> Lowering:
 
 
 def _along_axes(op: OpContext, axes: tuple[int, ...]) -> Lowering:
-    rank = len(op.shapes[op.tensors[0]])
-    return (op.emit(OpKind.ALONG_AXES, op.tensors[:1], axes=tuple(sorted({axis % rank for axis in axes}))),)
+    return (op.emit(OpKind.ALONG_AXES, (op.tensors[0],), axes=axes),)
 
 
 def _pool(op: OpContext) -> Lowering:
