@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -190,7 +189,7 @@ def open_random(spec: DataSpec, signature: ModelSignature | None, seed: int) -> 
         x[f"input {index}"] = _filled(random, (count, *shape), port.dtype)
     y = {f"output {index}": _labels(random, count, port) for index, port in enumerate(signature.outputs)}
     note = f"{spec.where}: the data is made up, which shows that things run and says nothing of accuracy"
-    return replace(from_arrays(spec.text, x, y, note), is_random=True)
+    return from_arrays(spec.text, x, y, note)
 
 
 def _known(port: TensorSpec) -> tuple[int, ...]:

@@ -44,7 +44,6 @@ class IndexedSource:
     """The examples with these numbers, in that order."""
     targets: Callable[[Indices], Arrays | None] | None = None
     """Their targets alone, where this is cheap."""
-    is_random: bool = False
     notes: tuple[str, ...] = ()
 
     def batches(self, order: EpochOrder) -> Iterator[Batch]:
@@ -126,7 +125,6 @@ class IterableSource:
     has_targets: bool
     read: Callable[[], Iterator[Batch]]
     """All examples, in pieces of any size."""
-    is_random: bool = False
     notes: tuple[str, ...] = ()
 
     def batches(self, order: EpochOrder) -> Iterator[Batch]:

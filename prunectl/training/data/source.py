@@ -68,10 +68,6 @@ class Source(Protocol):
         """Whether each example says what the model should answer."""
 
     @property
-    def is_random(self) -> bool:
-        """Whether it is made up, and fit to see that things run, no more."""
-
-    @property
     def notes(self) -> tuple[str, ...]:
         """What was decided when it was opened, in sentences."""
 

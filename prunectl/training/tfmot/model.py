@@ -15,7 +15,6 @@ from prunectl.analysis.patterns import BlockPattern, NMPattern
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safe_json import require
 from prunectl.pruning.masks import Mask
-from prunectl.pruning.schedules import Schedule
 from prunectl.training.backend import LoadOptions, Logs, TrainableModel, TrainOptions
 from prunectl.training.data.source import Arrays, Batch
 from prunectl.training.keras import backend
@@ -26,15 +25,16 @@ from prunectl.training.native_pruning import NativePruning
 from prunectl.training.quiet import ignore_warnings
 from prunectl.training.tfmot.schedules import ScheduleAdapter, to_tfmot_schedule
 from prunectl.training.tfmot.wrappers import (
+    MATRIX_RANK,
     WrappedModel,
     WrapperSettings,
+    block_settings,
     is_cloneable,
     is_mixed_precision,
     wrap_layers,
 )
 from prunectl.training.wrap.wrappers import tfmot_reaches_end
 
-_MATRIX_RANK = 2
 _NM_RANKS = frozenset({2, 4})
 
 
@@ -80,7 +80,7 @@ class TfmotTrainable(KerasTrainable):
             return frozenset()
         names = {id(self._variables[name]): name for name in native.schedules if name in self._variables}
         with self._placement.scope(library):
-            wrapped = wrap_layers(library.keras, self._model, names, _SettingsChooser(native).choose)
+            wrapped = wrap_layers(library.keras, self._model, names, partial(_settings_of_layer, native))
         pruned = frozenset(wrapped.weights)
         if not pruned or (native.is_all and pruned != native.schedules.keys()):
             return frozenset()
@@ -181,34 +181,23 @@ class TfmotTrainable(KerasTrainable):
         return super().evaluate(batches)
 
 
-class _SettingsChooser:
-    """Says for each layer how tfmot is to prune it."""
-
-    def __init__(self, native: NativePruning) -> None:
-        self._native = native
-
-    def choose(self, layer: Any, weights: Mapping[str, Any]) -> WrapperSettings | None:
-        """The settings of a layer's wrapper; None where tfmot cannot do what the plan says."""
-        native = self._native
-        schedules = {native.schedules[name] for name in weights}
-        if len(schedules) != 1 or len(weights) != len(layer.get_prunable_weights()):
-            return None
-        ranks = {len(weight.shape) for weight in weights.values()}
-        settings: dict[str, Any] = {"pruning_schedule": _schedule_for(schedules.pop())}
-        if isinstance(native.pattern, NMPattern):
-            if not ranks <= _NM_RANKS:
-                return None
-            settings["sparsity_m_by_n"] = (native.pattern.zeros, native.pattern.group)
-        elif isinstance(native.pattern, BlockPattern):
-            if ranks != {_MATRIX_RANK}:
-                return None
-            settings["block_size"] = (native.pattern.rows, native.pattern.columns)
-            settings["block_pooling_type"] = native.pool.value.upper()
-        return settings
-
-
-def _schedule_for(schedule: Schedule) -> Any:
-    return to_tfmot_schedule(schedule) if tfmot_reaches_end(schedule) else ScheduleAdapter(schedule)
+def _settings_of_layer(native: NativePruning, layer: Any, weights: Mapping[str, Any]) -> WrapperSettings | None:
+    """How tfmot is to prune a layer; None where it cannot do what the plan says."""
+    schedules = {native.schedules[name] for name in weights}
+    ranks = {len(weight.shape) for weight in weights.values()}
+    pattern = native.pattern
+    if len(schedules) != 1 or len(weights) != len(layer.get_prunable_weights()):
+        return None
+    if isinstance(pattern, NMPattern) and not ranks <= _NM_RANKS:
+        return None
+    if isinstance(pattern, BlockPattern) and ranks != {MATRIX_RANK}:
+        return None
+    schedule = schedules.pop()
+    return {
+        "pruning_schedule": to_tfmot_schedule(schedule) if tfmot_reaches_end(schedule) else ScheduleAdapter(schedule),
+        **({"sparsity_m_by_n": (pattern.zeros, pattern.group)} if isinstance(pattern, NMPattern) else {}),
+        **block_settings(weights, pattern, native.pool),
+    }
 
 
 def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:

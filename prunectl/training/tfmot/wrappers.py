@@ -15,6 +15,7 @@ from prunectl.analysis.patterns import BlockPattern
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.keras import layouts
+from prunectl.pruning.masks import Pooling
 from prunectl.training import user_code
 from prunectl.training.keras import backend
 from prunectl.training.keras._compat import compile_arguments, flat_layers, is_graph_network, rename
@@ -111,7 +112,7 @@ def is_cloneable(keras: Any, model: Any) -> bool:
     return isinstance(model, keras.Sequential) or is_graph_network(model)
 
 
-_MATRIX_RANK = 2
+MATRIX_RANK = 2
 
 
 def wrap(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[str, ...]:
@@ -177,13 +178,13 @@ def _constant_sparsity(weights: Mapping[str, Any], wrapping: WrapperSpec) -> Wra
     # tfmot counts its steps from 1, so that a schedule which ends at 0 has no turn: masks that tfmot would not make by
     # itself, in groups, in blocks of images or ranked over all layers, stay what they are.
     schedule = load_tfmot().ConstantSparsity(min(zeros, size - 1) / size, begin_step=0, end_step=0, frequency=1)
-    return {"pruning_schedule": schedule, **_block_settings(weights, wrapping)}
+    return {"pruning_schedule": schedule, **block_settings(weights, wrapping.pattern, wrapping.pool)}
 
 
 def _settings_of_layer(layer: Any, weights: Mapping[str, Any], wrapping: WrapperSpec) -> WrapperSettings | None:
     """The schedule of a layer, which all of its weights share."""
     if isinstance(wrapping.pattern, BlockPattern) and any(
-        len(weight.shape) != _MATRIX_RANK for weight in weights.values()
+        len(weight.shape) != MATRIX_RANK for weight in weights.values()
     ):
         return None
     schedules = {wrapping.schedules[name] for name in weights}
@@ -195,14 +196,17 @@ def _settings_of_layer(layer: Any, weights: Mapping[str, Any], wrapping: Wrapper
     # It makes a class of tfmot's, and what a file shows to be wrong is refused before tfmot is imported.
     from prunectl.training.tfmot.schedules import to_tfmot_schedule  # noqa: PLC0415
 
-    return {"pruning_schedule": to_tfmot_schedule(schedules.pop()), **_block_settings(weights, wrapping)}
+    return {
+        "pruning_schedule": to_tfmot_schedule(schedules.pop()),
+        **block_settings(weights, wrapping.pattern, wrapping.pool),
+    }
 
 
-def _block_settings(weights: Mapping[str, Any], wrapping: WrapperSpec) -> WrapperSettings:
-    pattern = wrapping.pattern
-    if not isinstance(pattern, BlockPattern) or any(len(weight.shape) != _MATRIX_RANK for weight in weights.values()):
+def block_settings(weights: Mapping[str, Any], pattern: object, pool: Pooling) -> WrapperSettings:
+    """What tfmot takes for blocks of matrices; nothing for other patterns and other weights."""
+    if not isinstance(pattern, BlockPattern) or any(len(weight.shape) != MATRIX_RANK for weight in weights.values()):
         return {}
-    return {"block_size": (pattern.rows, pattern.columns), "block_pooling_type": wrapping.pool.value.upper()}
+    return {"block_size": (pattern.rows, pattern.columns), "block_pooling_type": pool.value.upper()}
 
 
 def _compile(loaded: LoadedModel, wrapped: WrappedModel) -> None:
