@@ -8,14 +8,20 @@ import io
 import json
 import os
 import pty
+import random
 import re
 import struct
 import subprocess
 import sys
 import termios
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+import numpy as np
 
 from prunectl import cli
 
@@ -24,6 +30,7 @@ FIXTURES = ROOT / "fixtures"
 COMMAND = [sys.executable, "-m", "prunectl"]
 PLAIN = {"COLUMNS", "NO_COLOR", "FORCE_COLOR", "CI", "GITHUB_ACTIONS", "TERM"}
 HANG_SECONDS = 60
+_INSTALLED = (sys.prefix, sys.base_prefix, str(ROOT))
 
 
 @dataclass(frozen=True)
@@ -67,13 +74,32 @@ def prunectl(*words: str | Path, stdin: bytes | None = None, cwd: Path | None = 
     return Outcome(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
-def here(*words: str | Path, cwd: Path | None = None) -> Outcome:
+def here(*words: str | Path, stdin: bytes = b"", cwd: Path | None = None, **environment: str) -> Outcome:
     """Run prunectl inside this process, which has the frameworks at hand that another one would load again."""
-    out, err = io.StringIO(), io.StringIO()
-    place = contextlib.chdir(cwd) if cwd is not None else contextlib.nullcontext()
-    with place, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    out, err = io.BytesIO(), io.BytesIO()
+    streams = {"stdin": io.BytesIO(stdin), "stdout": out, "stderr": err}
+    texts = {name: io.TextIOWrapper(stream, "utf-8", write_through=True) for name, stream in streams.items()}
+    with _as_in_a_process(environment), contextlib.chdir(cwd or "."), patch.multiple(sys, **texts):
         code = cli._run(list(map(str, words)))
-    return Outcome(code, out.getvalue(), err.getvalue())
+    return Outcome(code, out.getvalue().decode(), err.getvalue().decode())
+
+
+@contextlib.contextmanager
+def _as_in_a_process(environment: dict[str, str]) -> Iterator[None]:
+    """Put back what would end with a process: its environment, import path, random numbers, and users' modules."""
+    path, modules = list(sys.path), set(sys.modules)
+    numbers, legacy_numbers = random.getstate(), np.random.get_state()  # noqa: NPY002 - frameworks seed it
+    with patch.dict(os.environ, environment), warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            sys.path[:] = path
+            random.setstate(numbers)
+            np.random.set_state(legacy_numbers)  # noqa: NPY002 - see above
+            for name in set(sys.modules) - modules:
+                file = getattr(sys.modules[name], "__file__", None) or sys.prefix
+                if not file.startswith(_INSTALLED) and not name.startswith("prunectl_plugin_"):
+                    del sys.modules[name]
 
 
 def at_terminal(*words: str | Path, columns: int = 80, **environment: str) -> Outcome:

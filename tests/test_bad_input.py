@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import struct
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,34 +20,13 @@ from onnx import TensorProto, helper
 
 from prunectl.errors import InputError
 from prunectl.formats.registry import FORMATS, open_model
+from tests.running import here
+from tests.safety.cost import cost
 
 SUFFIXES = sorted({suffix for row in FORMATS for suffix in row.suffixes if suffix} | {".npz", ".dat"})
 MAX_MEMORY_BYTES = 300 << 20
-HANG_SECONDS = 20
 MEGABYTE = 1 << 20
-MEASURED = """
-import resource, subprocess, sys
-code = subprocess.run(sys.argv[2:], check=False).returncode
-open(sys.argv[1], "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024))
-sys.exit(code)
-"""
-"""Runs a command and notes its peak memory; a process of its own, for a child's peak begins with its parent's."""
-
 Maker = Callable[[Path], Path]
-
-
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-    memory_bytes: int
-
-
-def inspect(path: Path, notes: Path) -> Ran:
-    command = [sys.executable, "-c", MEASURED, str(notes), sys.executable, "-m", "prunectl", "inspect", str(path)]
-    done = subprocess.run(command, capture_output=True, timeout=HANG_SECONDS, check=False)
-    return Ran(done.returncode, done.stdout.decode(), done.stderr.decode(), int(notes.read_text()))
 
 
 def written(path: Path, data: bytes) -> Path:
@@ -334,7 +311,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("make", BAD.values(), ids=BAD)
 def test_it_is_refused_in_one_sentence(folder: Path, tmp_path: Path, make: Maker) -> None:
     path = make(folder)
-    ran = inspect(path, tmp_path / "memory")
+    found = cost("inspect", path, scratch=tmp_path)
+    ran = found.outcome
     assert ran.code == 3, ran.err
     assert ran.out.strip() == ""
     first, *rest = ran.err.splitlines()
@@ -345,7 +323,7 @@ def test_it_is_refused_in_one_sentence(folder: Path, tmp_path: Path, make: Maker
     assert all(line.startswith(("  ", "hint: ")) for line in rest), ran.err
     assert "Traceback" not in ran.err
     assert not any(character in ran.err for character in "\x1b\x07\u202e")
-    assert ran.memory_bytes < MAX_MEMORY_BYTES
+    assert found.nbytes < MAX_MEMORY_BYTES
     assert not (folder / "canary").exists()
 
 
@@ -379,7 +357,7 @@ def test_text_is_no_model_whatever_its_name(folder: Path, suffix: str) -> None:
 def test_a_file_without_permission_is_refused_in_one_sentence(folder: Path, tmp_path: Path) -> None:
     path = written(folder / "m.pt", b"hello")
     path.chmod(0)
-    ran = inspect(path, tmp_path / "memory")
+    ran = here("inspect", path)
     assert ran.code == 3
     assert "permission denied" in ran.err
 

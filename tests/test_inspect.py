@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from prunectl.formats.registry import open_model
-from tests.running import FIXTURES, at_terminal, here, prunectl, without_colors
+from tests.running import FIXTURES, at_terminal, here, without_colors
 
 DIGITS = sorted(
     path for path in FIXTURES.glob("digits_cnn*") if path.suffix not in {".py", ".tflite"} and ".data-" not in path.name
@@ -30,7 +30,7 @@ PARAMETERS = 80 + 1168 + 8224 + 330
 
 def inspected(path: Path, *words: str) -> dict[str, Any]:
     """Return what the JSON says of one model."""
-    found = prunectl("inspect", path, "--json", *words)
+    found = here("inspect", path, "--json", *words)
     assert found.code == 0, found.out
     model: dict[str, Any] = found.json["models"][0]
     return model
@@ -137,12 +137,12 @@ def test_the_histogram_counts_every_prunable_weight() -> None:
 def test_flops_are_twice_the_multiply_accumulates() -> None:
     found = inspected(FIXTURES / "digits_cnn.onnx", "--flops")
     assert found["macs"] == 36 * 8 * 9 + 16 * 16 * 8 * 9 + 256 * 32 + 32 * 10
-    rows = prunectl("inspect", FIXTURES / "digits_cnn.onnx", "--flops").rows
+    rows = here("inspect", FIXTURES / "digits_cnn.onnx", "--flops").rows
     assert sum(int(row[-1] or 0) for row in rows) == 2 * found["macs"]
 
 
 def test_flops_of_a_file_without_a_graph_are_refused() -> None:
-    found = prunectl("inspect", FIXTURES / "digits_cnn.safetensors", "--flops")
+    found = here("inspect", FIXTURES / "digits_cnn.safetensors", "--flops")
     assert found.code == 3
     assert "no graph to count operations in" in found.err
 
@@ -153,15 +153,15 @@ def test_why_the_file_is_not_smaller_is_said_unasked() -> None:
         ("masks_of_torch_prune.pt", "Pruning wrappers are still in the file"),
         ("every_variable_twice", "twice"),
     ):
-        assert sentence in prunectl("inspect", FIXTURES / name).err
+        assert sentence in here("inspect", FIXTURES / name).err
 
 
 def test_quiet_says_no_notes() -> None:
-    loud, quiet = (prunectl("inspect", FIXTURES / "masks_of_torch_prune.pt", *words) for words in ((), ("-q",)))
+    loud, quiet = (here("inspect", FIXTURES / "masks_of_torch_prune.pt", *words) for words in ((), ("-q",)))
     assert quiet.out == loud.out
     assert (quiet.err, quiet.code) == ("", 0)
     assert loud.err
-    assert "* " not in prunectl("inspect", FIXTURES / "masks_of_torch_prune.pt", "-q", "--format", "human").out
+    assert "* " not in here("inspect", FIXTURES / "masks_of_torch_prune.pt", "-q", "--format", "human").out
 
 
 def test_code_that_a_framework_would_run_is_named_and_not_run() -> None:
@@ -170,9 +170,9 @@ def test_code_that_a_framework_would_run_is_named_and_not_run() -> None:
 
 
 def test_csv_and_markdown_hold_the_same_rows() -> None:
-    plain = prunectl("inspect", FIXTURES / "digits_cnn.pt").rows
-    commas = prunectl("inspect", FIXTURES / "digits_cnn.pt", "--format", "csv").out.splitlines()
-    bars = prunectl("inspect", FIXTURES / "digits_cnn.pt", "--format", "markdown").out.splitlines()
+    plain = here("inspect", FIXTURES / "digits_cnn.pt").rows
+    commas = here("inspect", FIXTURES / "digits_cnn.pt", "--format", "csv").out.splitlines()
+    bars = here("inspect", FIXTURES / "digits_cnn.pt", "--format", "markdown").out.splitlines()
     assert [line.split(",") for line in commas[1:]] == plain
     assert len(bars) == len(plain) + 2
     assert all(line.startswith("| ") for line in bars)
@@ -226,15 +226,15 @@ def test_a_part_of_a_saved_model_is_told_from_a_model() -> None:
         "keras_metadata.pb": "is a part of a TensorFlow model",
         "variables/variables.data-00000-of-00001": "is a part of a TensorFlow model",
     }.items():
-        ran = prunectl("inspect", folder / part)
+        ran = here("inspect", folder / part)
         assert (ran.code, ran.out) == (3, "")
         assert sentence in ran.err
 
 
 def test_what_is_wrong_with_standard_input_is_told_of_it() -> None:
-    ran = prunectl("inspect", "-", stdin=b"text\n")
+    ran = here("inspect", "-", stdin=b"text\n")
     assert (ran.code, ran.err.splitlines()[0]) == (3, "error: standard input is text, not a model")
-    ran = prunectl("inspect", "-", "--layers", "nothing", stdin=(FIXTURES / "digits_cnn.pt").read_bytes())
+    ran = here("inspect", "-", "--layers", "nothing", stdin=(FIXTURES / "digits_cnn.pt").read_bytes())
     assert ran.code == 2
     assert "error: no layer matches 'nothing' in standard input\n" in ran.err
 
@@ -244,7 +244,7 @@ def test_what_is_not_all_zero_is_never_called_a_hundred_percent(tmp_path: Path) 
     for one, share in ((1, "99%"), (0, "100%")):
         weights[0, 0] = one
         save_file({"a.weight": weights}, tmp_path / "m.safetensors")
-        assert f"{share} of the prunable weights are zero" in prunectl("inspect", tmp_path / "m.safetensors").err
+        assert f"{share} of the prunable weights are zero" in here("inspect", tmp_path / "m.safetensors").err
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import importlib
 import sys
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.running import FIXTURES, here, prunectl
+from tests.running import FIXTURES, here
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NET = """
@@ -95,13 +95,18 @@ def test_channels_without_torch_say_which_extra_brings_it(
     assert "prunectl[torch]" in done.err
 
 
+def save_whole(module: str, folder: Path) -> None:
+    """Save a network with its class, which a file in that folder defines."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(folder)
+        torch.save(importlib.import_module(module).Net(), folder / "whole.pt")
+    del sys.modules[module]
+
+
 def test_code_to_import_first_may_be_a_file_under_whose_name_a_pickle_finds_it(net: Path) -> None:
-    save = "import torch, own_net; torch.save(own_net.Net(), 'whole.pt')"
-    script = net.parent / "save.py"
-    script.write_text(save)
-    subprocess.run([sys.executable, "save.py"], cwd=net.parent, check=True)
+    save_whole("own_net", net.parent)
     words = ("export", "whole.pt", "-o", "out.onnx", "--trust", "--input", "1,4")
-    done = prunectl(*words, "--import", "./own_net.py", cwd=net.parent)
+    done = here(*words, "--import", "./own_net.py", cwd=net.parent)
     assert done.code == 0, done.err
     assert (net.parent / "out.onnx").is_file()
 
@@ -136,18 +141,17 @@ def test_a_whole_module_says_which_file_its_class_is_in(tmp_path: Path) -> None:
     folder = tmp_path / "models"
     folder.mkdir()
     (folder / "net_beside.py").write_text(NET)
-    make = "import net_beside, torch; torch.save(net_beside.Net(), 'whole.pt')"
-    subprocess.run([sys.executable, "-c", make], cwd=folder, check=True)
+    save_whole("net_beside", folder)
     np.savez(tmp_path / "d.npz", x=np.ones((8, 4), "f4"), y=np.zeros(8, "i8"))
     words = ("-o", "out.pt", "--data", "d.npz", "--epochs", "1")
     beside = f"--import {Path('models', 'net_beside.py')}"
-    refused = prunectl("finetune", "models/whole.pt", *words, cwd=tmp_path)
+    refused = here("finetune", "models/whole.pt", *words, cwd=tmp_path)
     assert refused.code == 3
     assert f"--trust {beside}" in refused.err
-    missing = prunectl("finetune", "models/whole.pt", *words, "--trust", cwd=tmp_path)
+    missing = here("finetune", "models/whole.pt", *words, "--trust", cwd=tmp_path)
     assert f"{beside} loads it first" in missing.err
-    done = prunectl("finetune", "models/whole.pt", *words, "--trust", *beside.split(), cwd=tmp_path)
+    done = here("finetune", "models/whole.pt", *words, "--trust", *beside.split(), cwd=tmp_path)
     assert done.code == 0, done.err
     (folder / "net_beside.py").rename(tmp_path / "net_beside.py")
-    here_now = prunectl("finetune", "models/whole.pt", *words, "--force", cwd=tmp_path)
+    here_now = here("finetune", "models/whole.pt", *words, "--force", cwd=tmp_path)
     assert "--trust --import ./net_beside.py" in here_now.err

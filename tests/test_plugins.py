@@ -11,11 +11,11 @@ from prunectl.pruning.plan import POLICIES
 from prunectl.pruning.schedules import CURVES
 from prunectl.pruning.strategies import STRATEGIES
 from prunectl.reporting.plots import braille_plot, svg_plot
-from tests.running import at_terminal, prunectl
+from tests.running import at_terminal, here
 
 
 def test_every_name_that_a_command_takes_is_listed() -> None:
-    rows = {(kind, name) for kind, name, *_ in prunectl("plugins").rows}
+    rows = {(kind, name) for kind, name, *_ in here("plugins").rows}
     assert {("strategies", one.name) for one in STRATEGIES} <= rows
     assert {("schedules", name) for name in CURVES} <= rows
     assert {("policies", one.name) for one in POLICIES} <= rows
@@ -23,13 +23,13 @@ def test_every_name_that_a_command_takes_is_listed() -> None:
 
 
 def test_a_kind_alone_is_listed_alone() -> None:
-    found = prunectl("plugins", "schedules", "--json").json
+    found = here("plugins", "schedules", "--json").json
     assert {one["kind"] for one in found["plugins"]} == {"schedules"}
-    assert prunectl("plugins", "schedules", "-q").out.split() == list(CURVES)
+    assert here("plugins", "schedules", "-q").out.split() == list(CURVES)
 
 
 def test_curves_are_drawn_in_a_pipe_and_at_a_terminal() -> None:
-    for shown in (prunectl("plugins", "schedules", "--plot").out, at_terminal("plugins", "schedules", "--plot").out):
+    for shown in (here("plugins", "schedules", "--plot").out, at_terminal("plugins", "schedules", "--plot").out):
         for name in CURVES:
             assert name in shown
         assert sum("\u2800" < letter <= "\u28ff" for letter in shown) > 100
@@ -37,17 +37,17 @@ def test_curves_are_drawn_in_a_pipe_and_at_a_terminal() -> None:
 
 def test_curves_are_drawn_into_a_file_that_is_not_overwritten(tmp_path: Path) -> None:
     picture = tmp_path / "curves.svg"
-    assert prunectl("plugins", "schedules", "--plot", picture).code == 0
+    assert here("plugins", "schedules", "--plot", picture).code == 0
     root = ET.fromstring(picture.read_text())
     lines = root.findall("{http://www.w3.org/2000/svg}polyline")
     assert len(lines) == len(CURVES)
-    assert prunectl("plugins", "schedules", "--plot", picture).code == 2
-    assert prunectl("plugins", "schedules", "--plot", picture, "--force").code == 0
+    assert here("plugins", "schedules", "--plot", picture).code == 2
+    assert here("plugins", "schedules", "--plot", picture, "--force").code == 0
 
 
 @pytest.mark.parametrize("words", [["strategies", "--plot"], ["schedules", "x.svg"], ["schedles"]])
 def test_what_makes_no_sense_is_refused(words: list[str], tmp_path: Path) -> None:
-    assert prunectl("plugins", *words, cwd=tmp_path).code == 2
+    assert here("plugins", *words, cwd=tmp_path).code == 2
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from tests.running import FIXTURES, at_terminal, prunectl
+from tests.running import FIXTURES, at_terminal, here
 
 FILES = ["digits_cnn.h5", "digits_cnn.keras", "digits_cnn.pt", "digits_cnn.onnx", "digits_cnn.tflite"]
 
@@ -31,12 +31,12 @@ def tarred(folder: Path) -> bytes:
 @pytest.mark.parametrize("name", FILES)
 def test_gzip_is_to_the_byte_what_python_says(name: str) -> None:
     data = (FIXTURES / name).read_bytes()
-    assert prunectl("size", "-q", FIXTURES / name).out == f"{len(gzip.compress(data, 6, mtime=0))}\n"
+    assert here("size", "-q", FIXTURES / name).out == f"{len(gzip.compress(data, 6, mtime=0))}\n"
 
 
 def test_a_folder_is_a_sorted_tar_without_times() -> None:
     data = tarred(FIXTURES / "digits_cnn_savedmodel")
-    (found,) = prunectl("size", "--json", FIXTURES / "digits_cnn_savedmodel").json["models"]
+    (found,) = here("size", "--json", FIXTURES / "digits_cnn_savedmodel").json["models"]
     assert found["bytes"]["compressed"] == len(gzip.compress(data, 6, mtime=0))
     assert found["sha256"] == hashlib.sha256(data).hexdigest()
 
@@ -50,11 +50,11 @@ def test_other_codecs_and_levels_can_be_chosen() -> None:
         (("--codec", "none"), len(data)),
         (("--codec", "zstd"), len(stream.compress(data)) + len(stream.flush())),
     ):
-        assert prunectl("size", "-q", FIXTURES / "digits_cnn.pt", *words).out == f"{nbytes}\n"
+        assert here("size", "-q", FIXTURES / "digits_cnn.pt", *words).out == f"{nbytes}\n"
 
 
 def test_the_json_names_codec_level_and_library() -> None:
-    (found,) = prunectl("size", "--json", FIXTURES / "digits_cnn.pt").json["models"]
+    (found,) = here("size", "--json", FIXTURES / "digits_cnn.pt").json["models"]
     assert found["codec"]["name"] == "gzip"
     assert found["codec"]["level"] == 6
     assert found["codec"]["library"].startswith("zlib ")
@@ -63,13 +63,13 @@ def test_the_json_names_codec_level_and_library() -> None:
 
 def test_a_model_in_several_files_is_measured_as_one() -> None:
     folder = FIXTURES / "two_shards"
-    (found,) = prunectl("size", "--json", folder).json["models"]
+    (found,) = here("size", "--json", folder).json["models"]
     assert found["bytes"]["raw"] == sum(path.stat().st_size for path in folder.iterdir())
     assert found["bytes"]["compressed"] == len(gzip.compress(tarred(folder), 6, mtime=0))
 
 
 def test_two_models_get_a_ratio_against_the_first() -> None:
-    rows = prunectl("size", FIXTURES / "digits_cnn.h5", FIXTURES / "digits_cnn.pt").rows
+    rows = here("size", FIXTURES / "digits_cnn.h5", FIXTURES / "digits_cnn.pt").rows
     assert float(rows[0][-1]) == 1
     assert float(rows[1][-1]) == pytest.approx(int(rows[0][3]) / int(rows[1][3]), rel=1e-5)
 
@@ -80,9 +80,9 @@ def test_two_models_get_a_ratio_against_the_first() -> None:
 )
 def test_a_limit_holds_at_the_size_itself_and_not_a_byte_below(limit: str, metric: str) -> None:
     path = FIXTURES / "digits_cnn.keras"
-    size = prunectl("size", "--json", path).json["models"][0]["bytes"][metric]
-    assert prunectl("size", path, limit, str(size)).code == 0
-    found = prunectl("size", path, "--json", limit, str(size - 1))
+    size = here("size", "--json", path).json["models"][0]["bytes"][metric]
+    assert here("size", path, limit, str(size)).code == 0
+    found = here("size", path, "--json", limit, str(size - 1))
     assert found.code == 1
     (gate,) = found.json["gates"]
     assert (gate["ok"], gate["limit"], gate["actual"]) == (False, size - 1, size)
@@ -90,21 +90,21 @@ def test_a_limit_holds_at_the_size_itself_and_not_a_byte_below(limit: str, metri
 
 def test_a_sparsity_that_is_too_low_fails_its_gate() -> None:
     path = FIXTURES / "two_of_four_zero.safetensors"
-    assert prunectl("size", path, "--min-sparsity", "50%").code == 0
-    assert prunectl("size", path, "--min-sparsity", "0.51").code == 1
+    assert here("size", path, "--min-sparsity", "50%").code == 0
+    assert here("size", path, "--min-sparsity", "0.51").code == 1
 
 
 def test_growth_over_a_baseline_is_a_gate() -> None:
     small, big = FIXTURES / "digits_cnn.safetensors", FIXTURES / "masks_of_torch_prune.pt"
-    sizes = [int(prunectl("size", "-q", path).out) for path in (small, big)]
+    sizes = [int(here("size", "-q", path).out) for path in (small, big)]
     growth = sizes[1] - sizes[0]
-    assert prunectl("size", big, "--baseline", small, "--max-growth", str(growth)).code == 0
-    assert prunectl("size", big, "--baseline", small, "--max-growth", str(growth - 1)).code == 1
-    assert prunectl("size", small, "--baseline", big, "--max-growth", "0%").code == 0
+    assert here("size", big, "--baseline", small, "--max-growth", str(growth)).code == 0
+    assert here("size", big, "--baseline", small, "--max-growth", str(growth - 1)).code == 1
+    assert here("size", small, "--baseline", big, "--max-growth", "0%").code == 0
 
 
 def test_every_model_meets_every_gate() -> None:
-    found = prunectl("size", "--json", *(FIXTURES / name for name in FILES), "--max-raw", "1MB", "--max-gzip", "1KB")
+    found = here("size", "--json", *(FIXTURES / name for name in FILES), "--max-raw", "1MB", "--max-gzip", "1KB")
     assert len(found.json["gates"]) == 2 * len(FILES)
     assert found.code == 1
 

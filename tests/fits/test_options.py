@@ -6,9 +6,8 @@ import ast
 import importlib
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import Field, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -184,18 +183,18 @@ def test_rules_are_about_options_that_there_are(command: str) -> None:
     assert {name for rule in OPTION_RULES[command] for name in rule.options} <= names
 
 
-def modules() -> Iterator[tuple[str, ast.AST]]:
-    """Yield every module by its path, but for style sheets, whose variables look like options."""
+@cache
+def modules() -> dict[str, ast.AST]:
+    """Every module by its path, but for style sheets, whose variables look like options."""
     home = ROOT / "prunectl"
-    for path in home.rglob("*.py"):
-        if path.name != "assets.py":
-            yield path.relative_to(home).as_posix(), ast.parse(path.read_bytes())
+    files = {path.relative_to(home).as_posix(): path for path in home.rglob("*.py") if path.name != "assets.py"}
+    return {name: ast.parse(path.read_bytes()) for name, path in files.items()}
 
 
 def test_no_message_names_an_option_that_no_command_has() -> None:
     params = [param for command in COMMANDS for param in context(command).command.params]
     known = {"--help"}.union(*((*param.opts, *param.secondary_opts) for param in params))
-    for name, tree in modules():
+    for name, tree in modules().items():
         texts = [
             node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
         ]
@@ -206,7 +205,7 @@ def test_no_message_names_an_option_that_no_command_has() -> None:
 def test_no_option_is_made_of_a_name() -> None:
     made = {
         name
-        for name, tree in modules()
+        for name, tree in modules().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.JoinedStr)
         for part in node.values[:-1]

@@ -19,7 +19,7 @@ from prunectl.pruning.destination import Destination
 from prunectl.pruning.prune import prune
 from prunectl.pruning.request import PruneRequest, from_json
 from tests.contract import digest
-from tests.running import FIXTURES, prunectl
+from tests.running import FIXTURES, here, prunectl
 
 DIGITS = FIXTURES / "digits_cnn.pt"
 
@@ -38,9 +38,9 @@ REQUESTS: tuple[tuple[str, ...], ...] = (
 @pytest.mark.parametrize("words", REQUESTS, ids=" ".join)
 def test_a_manifest_replays_to_the_same_bytes(words: tuple[str, ...], tmp_path: Path) -> None:
     first, second, kept = tmp_path / "first.pt", tmp_path / "second.pt", tmp_path / "run.json"
-    done = prunectl("prune", DIGITS, "-o", first, *words, "--manifest", kept)
+    done = here("prune", DIGITS, "-o", first, *words, "--manifest", kept)
     assert done.code == 0, done.err
-    again = prunectl("prune", DIGITS, "-o", second, "--recipe", kept, "--manifest", tmp_path / "again.json")
+    again = here("prune", DIGITS, "-o", second, "--recipe", kept, "--manifest", tmp_path / "again.json")
     assert again.code == 0, again.err
     assert digest(first) == digest(second)
     assert kept.read_text() == (tmp_path / "again.json").read_text()
@@ -48,7 +48,7 @@ def test_a_manifest_replays_to_the_same_bytes(words: tuple[str, ...], tmp_path: 
 
 def test_a_manifest_names_what_was_done_and_to_what(tmp_path: Path) -> None:
     out, kept = tmp_path / "out.pt", tmp_path / "run.json"
-    assert prunectl("prune", DIGITS, "-o", out, "-s", "0.5", "--manifest", kept).code == 0
+    assert here("prune", DIGITS, "-o", out, "-s", "0.5", "--manifest", kept).code == 0
     said = json.loads(kept.read_text())
     assert said["schema"] == "prunectl.manifest/1"
     assert said["input"] == {"format": "torch", "sha256": hashlib.sha256(DIGITS.read_bytes()).hexdigest()}
@@ -61,7 +61,7 @@ def test_a_manifest_names_what_was_done_and_to_what(tmp_path: Path) -> None:
 def test_a_manifest_of_a_run_in_place_names_the_input_as_it_was(tmp_path: Path) -> None:
     path, kept = tmp_path / "m.pt", tmp_path / "run.json"
     shutil.copy(DIGITS, path)
-    assert prunectl("prune", path, "--in-place", "-s", "0.5", "--manifest", kept).code == 0
+    assert here("prune", path, "--in-place", "-s", "0.5", "--manifest", kept).code == 0
     said = json.loads(kept.read_text())
     assert said["input"]["sha256"] == hashlib.sha256(DIGITS.read_bytes()).hexdigest()
     assert said["output"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -87,7 +87,7 @@ def test_place_time_zone_hashes_and_threads_do_not_matter(name: str, pack: tuple
         pytest.skip("a SavedModel has no compression of its own")
     words = ("-s", "0.7", "--scope", "global", *pack)
     first = tmp_path / f"first{path.suffix}"
-    assert prunectl("prune", path, "-o", first, *words).code == 0
+    assert here("prune", path, "-o", first, *words).code == 0
     elsewhere = tmp_path / "else where"
     elsewhere.mkdir()
     own = elsewhere / f"my own{path.suffix}"
@@ -112,7 +112,7 @@ def test_place_time_zone_hashes_and_threads_do_not_matter(name: str, pack: tuple
 def test_a_dry_run_writes_nothing_and_says_so(tmp_path: Path) -> None:
     model = tmp_path / "m.pt"
     shutil.copy(DIGITS, model)
-    done = prunectl("prune", model, "-s", "0.8", "--dry-run", "-o", tmp_path / "out.pt")
+    done = here("prune", model, "-s", "0.8", "--dry-run", "-o", tmp_path / "out.pt")
     assert done.code == 0
     assert "nothing was written" in done.err
     assert [file.name for file in tmp_path.iterdir()] == ["m.pt"]
@@ -149,7 +149,7 @@ def test_a_dry_run_looks_at_no_more_than_the_run(is_big: bool, tmp_path: Path, m
 
 def test_the_plan_of_a_dry_run_is_that_of_the_run(tmp_path: Path) -> None:
     words = ("prune", DIGITS, "-s", "0.8", "--scope", "erk", "--json")
-    planned, made = prunectl(*words, "--dry-run").json, prunectl(*words, "-o", tmp_path / "out.pt").json
+    planned, made = here(*words, "--dry-run").json, here(*words, "-o", tmp_path / "out.pt").json
     before, after = planned["models"], made["models"]
     assert [row["zeros"] for row in before[1]["layers"]] == [row["zeros"] for row in after[1]["layers"]]
     assert before[1]["sha256"] == after[1]["sha256"] == hashlib.sha256((tmp_path / "out.pt").read_bytes()).hexdigest()
@@ -159,7 +159,7 @@ def test_the_plan_of_a_dry_run_is_that_of_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["digits_cnn.pt", "digits_cnn.h5", "digits_cnn.onnx", "digits_cnn.keras"])
 def test_a_model_goes_through_pipes(name: str, tmp_path: Path) -> None:
     path, out, kept = FIXTURES / name, tmp_path / name, tmp_path / "run.json"
-    assert prunectl("prune", path, "-o", out, "-s", "0.8").code == 0
+    assert here("prune", path, "-o", out, "-s", "0.8").code == 0
     words = ("-m", "prunectl", "prune", "-", "-o", "-", "-s", "0.8", "--manifest", str(kept))
     piped = through_pipes(words, path.read_bytes())
     assert piped == out.read_bytes()
@@ -174,14 +174,14 @@ def through_pipes(words: tuple[str, ...], data: bytes) -> bytes:
 
 
 def test_a_folder_does_not_fit_through_a_pipe() -> None:
-    done = prunectl("prune", FIXTURES / "digits_cnn_savedmodel", "-o", "-", "-s", "0.8")
+    done = here("prune", FIXTURES / "digits_cnn_savedmodel", "-o", "-", "-s", "0.8")
     assert done.code == 2
     assert "does not fit through standard output" in done.err
     assert not done.out
 
 
 def test_what_is_wrong_with_standard_input_is_said_of_standard_input(tmp_path: Path) -> None:
-    done = prunectl("prune", "-", "-o", tmp_path / "out", "-s", "0.8", stdin=b"no model at all")
+    done = here("prune", "-", "-o", tmp_path / "out", "-s", "0.8", stdin=b"no model at all")
     assert done.code == 3
     assert done.err.startswith("error: standard input ")
 
@@ -207,7 +207,7 @@ def test_what_is_wrong_with_standard_input_is_said_of_standard_input(tmp_path: P
 def test_a_recipe_that_makes_no_sense_is_refused(text: str, code: int, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.json"
     recipe.write_text(text)
-    done = prunectl("prune", DIGITS, "-o", tmp_path / "out.pt", "--recipe", recipe)
+    done = here("prune", DIGITS, "-o", tmp_path / "out.pt", "--recipe", recipe)
     assert done.code == code
     assert done.err.startswith("error: ")
 
@@ -215,7 +215,7 @@ def test_a_recipe_that_makes_no_sense_is_refused(text: str, code: int, tmp_path:
 def test_a_recipe_leaves_no_room_for_other_words(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.json"
     recipe.write_text('{"request": {"sparsity": 0.5}}')
-    done = prunectl("prune", DIGITS, "-o", tmp_path / "out.pt", "--recipe", recipe, "--scope", "global")
+    done = here("prune", DIGITS, "-o", tmp_path / "out.pt", "--recipe", recipe, "--scope", "global")
     assert done.code == 2
     assert "leave out --scope" in done.err
 

@@ -30,7 +30,7 @@ from prunectl.pruning.prune import prune as run
 from prunectl.pruning.request import PruneRequest
 from tests.contract import digest, read_all
 from tests.pruning import stock
-from tests.running import COMMAND, FIXTURES, ROOT, clean, here, prunectl
+from tests.running import COMMAND, FIXTURES, ROOT, clean, here
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -55,16 +55,16 @@ def copy_of(name: str, target: Path) -> Path:
 def test_an_output_that_exists_is_refused_and_replaced_by_force(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.pt"
     out.write_text("mine")
-    done = prunectl("prune", model, "-o", out, *HALF)
+    done = here("prune", model, "-o", out, *HALF)
     assert (done.code, out.read_text()) == (2, "mine")
     assert "--force" in done.err
-    assert prunectl("prune", model, "-o", out, *HALF, "--force").code == 0
+    assert here("prune", model, "-o", out, *HALF, "--force").code == 0
     assert sparsity(out) == 0.5
 
 
 @pytest.mark.parametrize("name", ["out.h5", "out.pt2", "out.onnx", "out.SAFETENSORS"])
 def test_a_name_that_promises_another_format_is_refused(name: str, model: Path, tmp_path: Path) -> None:
-    done = prunectl("prune", model, "-o", tmp_path / name, *HALF)
+    done = here("prune", model, "-o", tmp_path / name, *HALF)
     assert done.code == 2
     assert "keeps its format: PyTorch" in done.err
     assert "prunectl export" in done.err
@@ -73,7 +73,7 @@ def test_a_name_that_promises_another_format_is_refused(name: str, model: Path, 
 
 @pytest.mark.parametrize("name", ["out.pth", "out.pth.tar", "out.bin", "out.ckpt", "out"])
 def test_every_name_that_promises_none_or_the_same_is_taken(name: str, model: Path, tmp_path: Path) -> None:
-    assert prunectl("prune", model, "-o", tmp_path / name, *HALF).code == 0
+    assert here("prune", model, "-o", tmp_path / name, *HALF).code == 0
 
 
 @pytest.mark.parametrize("link", ["itself", "symlink", "hard link"])
@@ -85,7 +85,7 @@ def test_the_input_is_not_overwritten_under_any_name(link: str, model: Path, tmp
         out.hardlink_to(model)
     before = digest(model)
     for more in ((), ("--force",)):
-        done = prunectl("prune", model, "-o", out, *HALF, *more)
+        done = here("prune", model, "-o", out, *HALF, *more)
         assert done.code == 2
         assert "is the input itself" in done.err
     assert digest(model) == before
@@ -94,19 +94,19 @@ def test_the_input_is_not_overwritten_under_any_name(link: str, model: Path, tmp
 def test_in_place_replaces_what_a_link_leads_to(model: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.pt"
     link.symlink_to("m.pt")
-    assert prunectl("prune", link, "--in-place", *HALF).code == 0
+    assert here("prune", link, "--in-place", *HALF).code == 0
     assert link.is_symlink()
     assert sparsity(model) == 0.5
 
 
 @pytest.mark.parametrize("words", [("-o", "out.pt", "--in-place"), ()])
 def test_where_to_must_be_said_once(words: tuple[str, ...], model: Path) -> None:
-    done = prunectl("prune", model, *words, *HALF)
+    done = here("prune", model, *words, *HALF)
     assert done.code == 2
 
 
 def test_a_folder_that_is_not_there_is_not_made(model: Path, tmp_path: Path) -> None:
-    done = prunectl("prune", model, "-o", tmp_path / "nowhere" / "out.pt", *HALF)
+    done = here("prune", model, "-o", tmp_path / "nowhere" / "out.pt", *HALF)
     assert done.code == 2
     assert "mkdir" in done.err
 
@@ -115,7 +115,7 @@ def test_a_folder_without_a_model_is_never_replaced(model: Path, tmp_path: Path)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_text("dear")
     for source in (model, FIXTURES / "digits_cnn_savedmodel", FIXTURES / "two_shards"):
-        done = prunectl("prune", source, "-o", tmp_path / "photos", *HALF, "--force")
+        done = here("prune", source, "-o", tmp_path / "photos", *HALF, "--force")
         assert done.code == 2
         assert "without a model in it" in done.err
     assert (tmp_path / "photos" / "one.jpg").read_text() == "dear"
@@ -283,12 +283,12 @@ def test_a_living_run_keeps_its_scratch_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["digits_cnn_savedmodel", "every_variable_twice"])
 def test_a_folder_comes_out_as_a_folder(name: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert prunectl("prune", FIXTURES / name, "-o", out, *HALF).code == 0
+    assert here("prune", FIXTURES / name, "-o", out, *HALF).code == 0
     names = {file.relative_to(FIXTURES / name) for file in (FIXTURES / name).rglob("*") if file.is_file()}
     assert {file.relative_to(out) for file in out.rglob("*") if file.is_file()} == names
     assert stock.load(out)
-    assert prunectl("prune", FIXTURES / name, "-o", out, "-s", "0.8").code == 2
-    assert prunectl("prune", FIXTURES / name, "-o", out, "-s", "0.8", "--force").code == 0
+    assert here("prune", FIXTURES / name, "-o", out, "-s", "0.8").code == 2
+    assert here("prune", FIXTURES / name, "-o", out, "-s", "0.8", "--force").code == 0
     assert sparsity(out) == pytest.approx(0.8, abs=1e-3)
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
@@ -317,7 +317,7 @@ def test_two_paths_change_places_in_one_step(tmp_path: Path) -> None:
 
 def test_shards_come_out_in_a_folder_of_their_own(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = prunectl("prune", FIXTURES / "two_shards", "-o", out, *HALF)
+    done = here("prune", FIXTURES / "two_shards", "-o", out, *HALF)
     assert done.code == 0, done.err
     assert {file.name for file in out.iterdir()} == {file.name for file in (FIXTURES / "two_shards").iterdir()}
     assert sparsity(out) == 0.5
@@ -329,7 +329,7 @@ def test_shards_in_place_leave_their_neighbours_alone(named: str, tmp_path: Path
     (own / "config.json").write_text("{}")
     names = {file.name for file in own.iterdir()}
     path = own if named == "folder" else own / "model.safetensors.index.json"
-    done = prunectl("prune", path, "--in-place", *HALF)
+    done = here("prune", path, "--in-place", *HALF)
     assert done.code == 0, done.err
     assert sparsity(own) == 0.5
     assert {file.name for file in own.iterdir()} == names
@@ -338,7 +338,7 @@ def test_shards_in_place_leave_their_neighbours_alone(named: str, tmp_path: Path
 @pytest.mark.parametrize("named", ["digits_cnn_checkpoint", "digits_cnn_checkpoint.index"])
 @pytest.mark.parametrize("out", ["new", "new.index"])
 def test_a_checkpoint_is_named_by_its_prefix(named: str, out: str, tmp_path: Path) -> None:
-    done = prunectl("prune", FIXTURES / named, "-o", tmp_path / out, *HALF)
+    done = here("prune", FIXTURES / named, "-o", tmp_path / out, *HALF)
     assert done.code == 0, done.err
     assert {file.name for file in tmp_path.iterdir()} == {"new.index", "new.data-00000-of-00001"}
     assert stock.load(tmp_path / "new.index")
@@ -348,7 +348,7 @@ def test_a_checkpoint_is_named_by_its_prefix(named: str, out: str, tmp_path: Pat
 @pytest.mark.parametrize("there", ["new.index", "new.data-00000-of-00001"])
 def test_no_part_of_a_checkpoint_is_overwritten(there: str, tmp_path: Path) -> None:
     (tmp_path / there).write_text("mine")
-    done = prunectl("prune", FIXTURES / "digits_cnn_checkpoint", "-o", tmp_path / "new", *HALF)
+    done = here("prune", FIXTURES / "digits_cnn_checkpoint", "-o", tmp_path / "new", *HALF)
     assert done.code == 2
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(there, "mine")]
 
@@ -356,7 +356,7 @@ def test_no_part_of_a_checkpoint_is_overwritten(there: str, tmp_path: Path) -> N
 def test_a_checkpoint_is_replaced_in_place_under_its_prefix(tmp_path: Path) -> None:
     for file in FIXTURES.glob("digits_cnn_checkpoint.*"):
         shutil.copy(file, tmp_path)
-    assert prunectl("prune", tmp_path / "digits_cnn_checkpoint", "--in-place", *HALF).code == 0
+    assert here("prune", tmp_path / "digits_cnn_checkpoint", "--in-place", *HALF).code == 0
     assert sparsity(tmp_path / "digits_cnn_checkpoint") == 0.5
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -364,7 +364,7 @@ def test_a_checkpoint_is_replaced_in_place_under_its_prefix(tmp_path: Path) -> N
 def test_external_data_is_named_after_its_graph(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    assert prunectl("prune", FIXTURES / "external_data" / "model.onnx", "-o", out / "small.onnx", *HALF).code == 0
+    assert here("prune", FIXTURES / "external_data" / "model.onnx", "-o", out / "small.onnx", *HALF).code == 0
     assert {file.name for file in out.iterdir()} == {"small.onnx", "small.onnx.data"}
     assert stock.load(out / "small.onnx")
     assert sparsity(out / "small.onnx") == 0.5
@@ -508,12 +508,12 @@ def test_external_data_in_a_folder_leaves_its_neighbours_alone(tmp_path: Path) -
     (own / "data").mkdir(parents=True)
     onnx.save(graph, own / "m.onnx", save_as_external_data=True, location="data/w.bin", size_threshold=0)
     (own / "data" / "other.bin").write_text("dear")
-    assert prunectl("prune", own / "m.onnx", "--in-place", *HALF).code == 0
+    assert here("prune", own / "m.onnx", "--in-place", *HALF).code == 0
     assert (own / "data" / "other.bin").read_text() == "dear"
     assert sparsity(own / "m.onnx") == 0.5
     out = tmp_path / "out"
     (out / "data").mkdir(parents=True)
-    assert prunectl("prune", own / "m.onnx", "-o", out / "m.onnx", *HALF).code == 0
+    assert here("prune", own / "m.onnx", "-o", out / "m.onnx", *HALF).code == 0
     assert sparsity(out / "m.onnx") == 0.5
 
 
@@ -534,7 +534,7 @@ def test_a_failure_between_two_files_takes_the_first_away_again(
 
 
 def test_what_was_read_is_what_is_written_back_at_no_sparsity(model: Path, tmp_path: Path) -> None:
-    assert prunectl("prune", model, "-o", tmp_path / "out.pt", "-s", "0").code == 0
+    assert here("prune", model, "-o", tmp_path / "out.pt", "-s", "0").code == 0
     assert digest(model) == digest(tmp_path / "out.pt")
     assert list(read_all(model)) == list(read_all(tmp_path / "out.pt"))
 

@@ -19,7 +19,7 @@ from prunectl.plugins import attribute
 from prunectl.pruning.strategies import bind_params
 from tests.pruning import reference
 from tests.pruning.reference import arrays, prune
-from tests.running import FIXTURES, ROOT, Outcome, prunectl
+from tests.running import FIXTURES, ROOT, Outcome, here
 
 DIGITS = FIXTURES / "digits_cnn.pt"
 EXAMPLE = ROOT / "examples" / "prunectl-entropy"
@@ -109,8 +109,8 @@ def test_a_function_in_a_file_is_named_by_the_file(tmp_path: Path) -> None:
 
 def test_a_function_in_a_module_is_named_by_the_module(tmp_path: Path) -> None:
     words = ("-s", "0.5", "--strategy", "tests.pruning.reference:magnitudes")
-    assert prunectl("prune", DIGITS, "-o", tmp_path / "a.pt", *words).code == 0
-    assert prunectl("prune", DIGITS, "-o", tmp_path / "b.pt", "-s", "0.5").code == 0
+    assert here("prune", DIGITS, "-o", tmp_path / "a.pt", *words).code == 0
+    assert here("prune", DIGITS, "-o", tmp_path / "b.pt", "-s", "0.5").code == 0
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
 
 
@@ -176,7 +176,7 @@ def test_a_broken_plug_in_is_told_in_a_sentence(text: str, says: str, code: int,
 
 @pytest.mark.parametrize("name", ["./nowhere.py:s", "no.such.module:s", "numpy:absolut", "numpy.nothing:s"])
 def test_a_plug_in_that_is_not_there_is_a_slip(name: str, tmp_path: Path) -> None:
-    done = prunectl("prune", DIGITS, "-o", tmp_path / "out.pt", "-s", "0.5", "--strategy", name)
+    done = here("prune", DIGITS, "-o", tmp_path / "out.pt", "-s", "0.5", "--strategy", name)
     assert done.code == 2
     assert done.err.startswith("error: ")
 
@@ -210,13 +210,13 @@ def test_parameters_that_do_not_fit_are_refused(word: str) -> None:
 
 
 def test_built_in_strategies_take_only_their_own_parameters(tmp_path: Path) -> None:
-    done = prunectl("prune", DIGITS, "-o", tmp_path / "out.pt", "-s", "0.5", "--param", "power=2")
+    done = here("prune", DIGITS, "-o", tmp_path / "out.pt", "-s", "0.5", "--param", "power=2")
     assert done.code == 2
     assert "the strategy magnitude takes no --param" in done.err
 
 
 def test_a_strategy_that_watches_training_is_sent_to_finetune(tmp_path: Path) -> None:
-    done = prunectl("prune", FIXTURES / "digits_cnn.h5", "-o", tmp_path / "x.h5", "-s", "0.5", "--strategy", "movement")
+    done = here("prune", FIXTURES / "digits_cnn.h5", "-o", tmp_path / "x.h5", "-s", "0.5", "--strategy", "movement")
     assert done.code == 2
     assert "prunectl finetune --strategy movement" in done.err
     assert not list(tmp_path.iterdir())
@@ -258,12 +258,12 @@ def test_a_file_imports_what_lies_beside_it_at_once_and_later(tmp_path: Path) ->
     (tmp_path / "beside_at_once.py").write_text("def scores(w):\n    return abs(w)\n")
     (tmp_path / "beside_later.py").write_text("factor = 2\n")
     text = "from beside_at_once import scores\n\ndef s(w):\n    import beside_later\n    return beside_later.factor * "
-    done = prunectl(
+    done = here(
         *("prune", DIGITS, "-o", tmp_path / "out.pt", "-s", "0.5"),
         *("--strategy", f"{plug(tmp_path, f'{text}scores(w)')}:s"),
     )
     assert done.code == 0, done.err
-    assert prunectl("prune", DIGITS, "-o", tmp_path / "plain.pt", "-s", "0.5").code == 0
+    assert here("prune", DIGITS, "-o", tmp_path / "plain.pt", "-s", "0.5").code == 0
     assert (tmp_path / "out.pt").read_bytes() == (tmp_path / "plain.pt").read_bytes()
 
 
