@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -47,3 +51,18 @@ def _forked_rebuilding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rebuild SavedModels in processes that are forked: what they do is asked, not how they are started."""
     subprocess = SimpleNamespace(run=forked.run, TimeoutExpired=TimeoutError)
     monkeypatch.setattr("prunectl.formats.tensorflow.unwrap.subprocess", subprocess)
+
+
+@pytest.fixture
+def trials_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the workers of a sweep run their trials here, where their processes would load the frameworks again."""
+    from prunectl.sweeping import workers  # noqa: PLC0415 - NumPy comes with it, and counts its threads then
+
+    lock = threading.Lock()
+
+    def attempt(worker: Any, trial: Any) -> Any:
+        with lock:
+            reply = workers.handle(json.loads(worker._job), asdict(trial))
+        return workers.decode_reply(trial, json.loads(json.dumps(reply)))
+
+    monkeypatch.setattr(workers.ProcessWorker, "attempt", attempt)

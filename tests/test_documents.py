@@ -55,6 +55,7 @@ def few(folder: Path, *names: str) -> None:
         np.savez(folder / name, **{key: digits[key][:100] for key in digits.files})
 
 
+@pytest.mark.usefixtures("trials_here")
 def test_every_command_line_of_the_readme_runs_from_top_to_bottom(tmp_path: Path) -> None:
     shutil.copytree(FIXTURES, tmp_path / "fixtures", ignore=shutil.ignore_patterns("make.py", "__pycache__"))
     few(tmp_path, "fixtures/digits.npz")
@@ -63,6 +64,7 @@ def test_every_command_line_of_the_readme_runs_from_top_to_bottom(tmp_path: Path
         assert done.code == 0, (line, done.err)
 
 
+@pytest.mark.usefixtures("trials_here")
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_every_example_in_the_help_runs(command: str, tmp_path: Path) -> None:
     for suffix in (".h5", ".pt", ".onnx", ".keras"):

@@ -15,6 +15,8 @@ from prunectl.sweeping.sweep import sweep
 from prunectl.sweeping.trial import BASELINE, SweepConfig, TrialResult, Variant
 from tests.running import FIXTURES
 
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 ONNX, FEW = FIXTURES / "digits_cnn.onnx", f"{FIXTURES / 'digits.npz'}?limit=60"
 
 
@@ -86,6 +88,7 @@ def test_where_nothing_goes_together_the_reason_is_an_error(choices: SweepConfig
         variants(choices)
 
 
+@pytest.mark.usefixtures("trials_here")
 def test_points_are_what_prune_writes(tmp_path: Path) -> None:
     choices = SweepConfig(
         data=FEW,
@@ -114,6 +117,7 @@ def test_points_are_what_prune_writes(tmp_path: Path) -> None:
         assert (tmp_path / "points" / name / "model.onnx").read_bytes() == own.read_bytes()
 
 
+@pytest.mark.usefixtures("trials_here")
 def test_the_table_says_what_was_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["sweep", str(ONNX), "-o", str(tmp_path / "points"), "--data", FEW, "--sparsities", "50%,60%"]
     words += ["--scopes", "layer,global", "--patterns", "unstructured,2:4", "--max-drop", "20pp"]

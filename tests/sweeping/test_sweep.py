@@ -21,6 +21,8 @@ from prunectl.sweeping.sweep import Swept, sweep
 from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial
 from tests.running import COMMAND, FIXTURES, ROOT, clean
 
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 ONNX, DIGITS = FIXTURES / "digits_cnn.onnx", FIXTURES / "digits.npz"
 FEW = f"{DIGITS}?limit=100"
 TORCH = ["--model", f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"]
@@ -67,6 +69,7 @@ def accuracy_by_hand(path: Path) -> float:
     return float(np.mean(answers.argmax(1) == y))
 
 
+@pytest.mark.usefixtures("trials_here")
 def test_points_are_what_prune_writes_and_onnxruntime_answers(tmp_path: Path) -> None:
     choices = SweepConfig(data=FEW, strategies=("magnitude", "lamp"), scopes=("global",), sparsities=(0.5, 0.9))
     found = sweep(ONNX, choices, tmp_path / "points")
@@ -83,6 +86,7 @@ def test_points_are_what_prune_writes_and_onnxruntime_answers(tmp_path: Path) ->
             assert path.read_bytes() == own.read_bytes()
 
 
+@pytest.mark.usefixtures("trials_here")
 def test_strategies_that_look_at_data_look_at_it(tmp_path: Path) -> None:
     choices = SweepConfig(data=FEW, strategies=("activation-magnitude",), sparsities=(0.8,), samples=64)
     found = sweep(ONNX, choices, tmp_path / "points")
@@ -92,6 +96,7 @@ def test_strategies_that_look_at_data_look_at_it(tmp_path: Path) -> None:
     assert (tmp_path / "points" / found.outcomes[point].path).read_bytes() == own.read_bytes()
 
 
+@pytest.mark.usefixtures("trials_here")
 def test_it_is_judged_by_a_share_of_the_data_or_by_other_data(tmp_path: Path) -> None:
     whole = sweep(ONNX, SweepConfig(data=FEW, sparsities=(0.8,)), tmp_path / "whole")
     other = sweep(ONNX, SweepConfig(data=f"{DIGITS}?limit=3", val=FEW, sparsities=(0.8,)), tmp_path / "other")
@@ -101,6 +106,7 @@ def test_it_is_judged_by_a_share_of_the_data_or_by_other_data(tmp_path: Path) ->
     assert (value * 7).is_integer() or value * 7 == pytest.approx(round(value * 7))
 
 
+@pytest.mark.usefixtures("trials_here")
 def test_the_report_marks_the_front_and_draws_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [ONNX, "-o", tmp_path / "points", "--data", FEW, "--scopes", "layer,global", "--sparsities", "50%,90%"]
     found = said(capsys, *words)
@@ -123,6 +129,7 @@ def test_the_report_marks_the_front_and_draws_it(tmp_path: Path, capsys: pytest.
     assert "capitals" not in page
 
 
+@pytest.mark.usefixtures("trials_here")
 def test_the_largest_sparsity_within_a_drop_is_found_and_the_next_is_too_much(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +145,7 @@ def test_the_largest_sparsity_within_a_drop_is_found_and_the_next_is_too_much(
     assert noted(tmp_path / "points") == before
 
 
+@pytest.mark.usefixtures("trials_here")
 def test_two_processes_that_are_killed_leave_what_the_next_run_goes_on_with(tmp_path: Path) -> None:
     sparsities = tuple(round(0.04 * at, 2) for at in range(1, 21))
     words = ["--data", FEW, "--scopes", "layer,global", "--sparsities", ",".join(map(str, sparsities))]
@@ -164,6 +172,7 @@ def load():
 """
 
 
+@pytest.mark.usefixtures("trials_here")
 def test_training_that_is_killed_comes_to_the_same_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +199,7 @@ def test_training_that_is_killed_comes_to_the_same_table(
     assert "constant or polynomial?" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("trials_here")
 def test_other_choices_than_those_noted_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "points"
     sweep(ONNX, SweepConfig(data=FEW, sparsities=(0.5,)), folder)
@@ -204,6 +214,7 @@ def test_other_choices_than_those_noted_are_refused(tmp_path: Path) -> None:
         sweep(ONNX, SweepConfig(data=FEW, sparsities=(0.5,)), other)
 
 
+@pytest.mark.usefixtures("trials_here")
 def test_a_sweep_that_made_nothing_yet_may_be_said_anew(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no metric"):
         sweep(ONNX, SweepConfig(data=FEW, sparsities=(0.5,), metric="accurcy"), tmp_path / "points")

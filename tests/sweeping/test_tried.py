@@ -20,6 +20,8 @@ from prunectl.sweeping.sweep import pareto_front
 from prunectl.sweeping.trial import BASELINE, Trial, TrialResult
 from tests.running import FIXTURES
 
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 ONNX, DIGITS = FIXTURES / "digits_cnn.onnx", FIXTURES / "digits.npz"
 TORCH = ["--model", f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"]
 
@@ -54,6 +56,7 @@ PRUNE = ["prune", ONNX, "-o", "out.onnx", "--force", "--max-drop", "5pp", "--dat
 SWEEP = ["sweep", ONNX, "-o", "t", "--data", "d.npz?limit=50", "--sparsities", "50%,80%"]
 
 
+@pytest.mark.usefixtures("trials_here")
 @pytest.mark.parametrize("words", [PRUNE, SWEEP])
 @pytest.mark.parametrize("file", ["d.npz", "s.py"])
 def test_a_file_that_changed_is_named_and_nothing_goes_on(words: list[str], file: str, folder: Path) -> None:
@@ -88,6 +91,7 @@ def test_a_model_that_was_exchanged_or_removed_is_made_again_and_said(
     assert f"{made[1].relative_to(folder)} was gone: it was made again." in told
 
 
+@pytest.mark.usefixtures("trials_here")
 def test_a_sweep_makes_a_point_again_whose_file_was_exchanged(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = said(capsys, *SWEEP)
     path = folder / "t/magnitude-layer-80/model.onnx"
@@ -116,6 +120,7 @@ def dividing(path: Path) -> None:
     onnx.save(model, path)
 
 
+@pytest.mark.usefixtures("trials_here")
 def test_a_sparsity_that_answers_with_no_number_does_not_hold(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dividing(folder / "div.onnx")
     x = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)
@@ -207,6 +212,7 @@ def test_a_function_decides_in_the_direction_that_is_said(folder: Path, capsys: 
     assert found["after"] == pytest.approx(1 - right["after"])
 
 
+@pytest.mark.usefixtures("trials_here")
 @pytest.mark.parametrize("metric", ["mse", "mae"])
 @pytest.mark.parametrize("command", ["prune", "finetune", "sweep", "onnx"])
 def test_a_metric_that_does_not_fit_the_targets_is_a_sentence(command: str, metric: str, folder: Path) -> None:
