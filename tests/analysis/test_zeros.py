@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunectl.analysis.tensor_io import count_zeros, nonzero_mask
@@ -48,6 +48,7 @@ BYTES = st.lists(st.one_of(st.binary(min_size=1, max_size=9), st.integers(1, 20)
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize("name", NUMPY + ML)
+@settings(max_examples=30)
 @given(data=BYTES, block=BLOCKS)
 def test_a_flat_tensor_has_as_many_zeros_as_numpy_counts_in_wider_numbers(name: str, data: bytes, block: int) -> None:
     array = from_bits(data, dtype_of(name))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import zipfile
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 
 from prunectl.formats.base import ModelFile, Tensor
 from prunectl.formats.registry import open_model
+from prunectl.pruning.prune import Pruned
 from tests.contract import raw
 from tests.pruning import reference, stock
 from tests.pruning.reference import MODELS, arrays, prune
@@ -20,12 +23,19 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 ZIPS = {".pt", ".pt2", ".keras"}
 REBUILT = {"deflated.keras", "chunked_and_gzipped.h5"}
+Halved = Callable[[str], tuple[Pruned, Path]]
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def opened(name: str, written: Path) -> Path:
     """Where a pruned model is opened: shards come out in a folder of their own."""
     return written / "model.safetensors.index.json" if name == "two_shards" and written.is_dir() else written
+
+
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory: pytest.TempPathFactory) -> Halved:
+    """Each model pruned to half, when it is first asked for."""
+    return cache(lambda name: prune(MODELS[name], tmp_path_factory.mktemp("half") / "out", sparsity=0.5))
 
 
 def kernels(model: ModelFile) -> list[Tensor]:
@@ -78,8 +88,8 @@ def test_blocks_go_whole(name: str, pool: str, size: str, tmp_path: Path) -> Non
 
 
 @every_model
-def test_no_other_number_changes_by_a_bit(name: str, tmp_path: Path) -> None:
-    found, written = prune(MODELS[name], tmp_path / "out", sparsity=0.5)
+def test_no_other_number_changes_by_a_bit(name: str, halved: Halved) -> None:
+    found, written = halved(name)
     before, after = arrays(MODELS[name]), arrays(opened(name, written))
     model = open_model(MODELS[name])
     cut = {cut.tensor.storage.key for cut in found.plan.cuts}
@@ -90,8 +100,8 @@ def test_no_other_number_changes_by_a_bit(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(MODELS) - REBUILT))
-def test_no_other_byte_changes_but_checksums(name: str, tmp_path: Path) -> None:
-    found, written = prune(MODELS[name], tmp_path / "out", sparsity=0.5)
+def test_no_other_byte_changes_but_checksums(name: str, halved: Halved) -> None:
+    found, written = halved(name)
     model, result = open_model(MODELS[name]), open_model(opened(name, written))
     cut = {cut.tensor.name for cut in found.plan.cuts}
     cut |= {copy for copy, name_ in model.duplicates.items() if name_ in cut}
@@ -138,8 +148,8 @@ def is_in_a_crc(at: int, old: Path, new: Path) -> bool:
 
 
 @every_model
-def test_the_stock_loader_reads_the_same_numbers(name: str, tmp_path: Path) -> None:
-    found, written = prune(MODELS[name], tmp_path / "out", sparsity=0.5)
+def test_the_stock_loader_reads_the_same_numbers(name: str, halved: Halved) -> None:
+    found, written = halved(name)
     after = arrays(opened(name, written))
     theirs = {(array.shape, raw(array)) for array in stock.load(opened(name, written))}
     if name != "whole_module.pt":

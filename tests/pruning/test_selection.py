@@ -83,7 +83,7 @@ def test_more_than_there_are_cannot_be_dropped() -> None:
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.5, 0.8, 0.99, 1.0])
 def test_a_sample_leads_to_the_same_cut(kind: str, share: float) -> None:
     random = np.random.default_rng(1)
-    shape = 1_000_000
+    shape = 660_000  # fewer are sorted
     scores = {
         "normal": lambda: np.abs(random.standard_normal(shape)),
         "uniform": lambda: random.random(shape),
