@@ -18,7 +18,7 @@ from prunectl.calibration.sparsegpt import inverse_cholesky
 from prunectl.calibration.sparsegpt import scores as obs_scores
 from prunectl.calibration.statistics import Float64Array, InputStatistics, covers_all_outputs, rank_per_output
 from prunectl.formats.base import Array, ModelFile, Tensor
-from prunectl.formats.registry import by_name, open_model
+from prunectl.formats.registry import open_model
 from prunectl.pruning import destination as outputs
 from prunectl.pruning import plan as planning
 from prunectl.pruning.destination import Destination
@@ -137,8 +137,8 @@ def prune(
     """Prune a model with calibration data."""
     model, method = open_model(path), method or resolve_method(request)
     outputs.check(model, output)
-    criteria, needs = method.selection, method.strategy.needs
-    selection = planning.select_tensors(model, criteria, can_reencode=by_name(model.format).can_reencode)
+    scope, needs = method.criteria.scope, method.strategy.needs
+    selection = planning.select_tensors(model, method.criteria)
     reconstructs = needs is Requires.PRODUCTS or request.is_repaired
     session = open_calibration(
         model,
@@ -160,7 +160,7 @@ def prune(
                 params.get("blocksize", BLOCK),
             )
         if needs is not Requires.NOTHING:
-            method, unseen = with_data_scores(model, selection.tensors, method, criteria.scope, session.calibration)
+            method, unseen = with_data_scores(model, selection.tensors, method, scope, session.calibration)
             notes += note_about("ranked by magnitude: what they meet cannot be seen", unseen)
         if reconstructor is not None:
             method = replace(

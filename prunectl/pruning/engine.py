@@ -33,7 +33,7 @@ from prunectl.pruning.masks import (
     rank_nonfinite,
     threshold,
 )
-from prunectl.pruning.plan import Plan, PruneSelection, Selection, SkippedTensor, TensorPlan
+from prunectl.pruning.plan import Plan, PlanCriteria, Selection, SkippedTensor, TensorPlan
 from prunectl.pruning.strategies import BlockContext, Strategy
 
 KEPT_BYTES = 256 << 20
@@ -45,7 +45,7 @@ class PruningMethod:
     """A request with everything that it names looked up: which tensors are pruned, and how their weights are ranked."""
 
     strategy: Strategy
-    selection: PruneSelection
+    criteria: PlanCriteria
     seed: int = 0
     not_finite: NonFinitePolicy = NonFinitePolicy.ERROR
     pool: Pooling = Pooling.AVG
@@ -57,34 +57,34 @@ class PruningMethod:
     @property
     def pattern(self) -> NMPattern | BlockPattern | None:
         """The pattern of the zeros; None for single weights."""
-        return self.selection.pattern
+        return self.criteria.pattern
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class TensorCounts:
     """How many weights of a tensor were pruned, and how many are zero."""
 
-    dropped: int = 0
-    zeros: int = 0
+    dropped: int
+    zeros: int
 
 
 def execute(model: ModelFile, plan: Plan, method: PruningMethod, targets: dict[Path, Path]) -> dict[str, TensorCounts]:
-    """Write the pruned copy; counts by tensor, filled as its blocks are written."""
-    counts = {cut.tensor.name: TensorCounts() for cut in plan.cuts}
+    """Write the pruned copy; counts by tensor, taken while it is written."""
+    counts: dict[str, TensorCounts] = {}
     if method.weight_updater is not None:
         solution = method.weight_updater(model, plan, method)
     else:
         solution = PrunedTensors(pruned_blocks(model, plan, method, next(iter(targets.values())).parent))
-    makers = dict(zip(counts, solution.blocks, strict=True))
+    makers = {cut.tensor.name: make for cut, make in zip(plan.cuts, solution.blocks, strict=True)}
     if method.clustering is not None:
         makers = {name: partial(clustered, make, method.clustering, name, method.seed) for name, make in makers.items()}
     rewrites = [
-        TensorUpdate(cut.tensor, partial(_count_zeros, makers[cut.tensor.name], counts[cut.tensor.name]))
+        TensorUpdate(cut.tensor, partial(_counted, makers[cut.tensor.name], cut.tensor.name, counts))
         for cut in plan.cuts
     ]
     # What the file holds once more is written once more, from the same numbers.
     rewrites += [
-        TensorUpdate(tensor, partial(_count_zeros, makers[model.duplicates[tensor.name]], TensorCounts()))
+        TensorUpdate(tensor, partial(_counted, makers[model.duplicates[tensor.name]], tensor.name, {}))
         for tensor in model.tensors
         if model.duplicates.get(tensor.name) in makers
     ]
@@ -94,6 +94,8 @@ def execute(model: ModelFile, plan: Plan, method: PruningMethod, targets: dict[P
         if (name := model.duplicates.get(tensor.name, tensor.name)) in solution.updated
     ]
     load(by_name(model.format).writer)(model, targets, rewrites)
+    # In the order of the plan, whichever was written first; all were, to their last block.
+    counts = {cut.tensor.name: counts[cut.tensor.name] for cut in plan.cuts}
     if not isinstance(method.pattern, BlockPattern) and method.not_finite is not NonFinitePolicy.ZERO:
         dropped = sum(count.dropped for count in counts.values())
         if dropped != plan.drop:
@@ -135,12 +137,14 @@ def _to_storage(tensor: Tensor, value: Array) -> Iterator[Array]:
     yield from iter_blocks(in_storage_order(tensor, value.astype(tensor.dtype, copy=False)))
 
 
-def _count_zeros(make: Callable[[], Pruned], counts: TensorCounts) -> Iterator[Array]:
-    counts.dropped = counts.zeros = 0
-    for block, dropped in make():
-        counts.dropped += int(np.count_nonzero(dropped))
-        counts.zeros += block.size - int(np.count_nonzero(nonzero_mask(block)))
+def _counted(make: Callable[[], Pruned], name: str, counts: dict[str, TensorCounts]) -> Iterator[Array]:
+    """Yield the blocks of a tensor; with the last one its counts are known."""
+    dropped = zeros = 0
+    for block, mask in make():
+        dropped += int(np.count_nonzero(mask))
+        zeros += block.size - int(np.count_nonzero(nonzero_mask(block)))
         yield block
+    counts[name] = TensorCounts(dropped, zeros)
 
 
 def pruned_blocks(

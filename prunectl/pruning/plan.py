@@ -14,6 +14,7 @@ from prunectl.analysis.stats import find_tied_tensors
 from prunectl.errors import UsageError
 from prunectl.formats.base import PRUNABLE, QUANTISED, ModelFile, Role, Tensor, select_names
 from prunectl.formats.patch import is_writable
+from prunectl.formats.registry import by_name
 from prunectl.pruning.strategies import call_plugin
 
 Allocation = Callable[[Sequence[Tensor], int], Sequence[int]]
@@ -72,7 +73,7 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True)
-class PruneSelection:
+class PlanCriteria:
     """Which tensors are pruned, in which scope and pattern; everything but how much."""
 
     scope: Scope
@@ -86,12 +87,12 @@ class PruneSelection:
     """Number of weights to prune in each tensor, if not the same share of each."""
 
 
-def select_tensors(model: ModelFile, criteria: PruneSelection, *, can_reencode: bool) -> Selection:
+def select_tensors(model: ModelFile, criteria: PlanCriteria) -> Selection:
     """The tensors that policy and selectors allow; a container that re-encodes can change what is not contiguous."""
     layer_ratios = {
         tensor.name: sparsity for selector, sparsity in criteria.layers for tensor in select_names(model, selector)
     }
-    tensors, skips = _partition(model, criteria, layer_ratios, can_reencode=can_reencode)
+    tensors, skips = _partition(model, criteria, layer_ratios)
     if not tensors:
         raise UsageError(
             _nothing_to_prune(model, skips), hint=f"--only and --policy choose; see: prunectl inspect {model.path}"
@@ -101,7 +102,7 @@ def select_tensors(model: ModelFile, criteria: PruneSelection, *, can_reencode: 
     )
 
 
-def make_plan(selection: Selection, criteria: PruneSelection, sparsity: float) -> Plan:
+def make_plan(selection: Selection, criteria: PlanCriteria, sparsity: float) -> Plan:
     """The plan for a selection at a sparsity."""
     drop = round(sparsity * sum(tensor.size for tensor in selection.tensors))
     if criteria.scope is Scope.GLOBAL:
@@ -138,8 +139,9 @@ def _nm_count(tensor: Tensor, pattern: NMPattern) -> int:
 
 
 def _partition(
-    model: ModelFile, criteria: PruneSelection, layer_ratios: Mapping[str, float], *, can_reencode: bool
+    model: ModelFile, criteria: PlanCriteria, layer_ratios: Mapping[str, float]
 ) -> tuple[tuple[Tensor, ...], tuple[SkippedTensor, ...]]:
+    can_reencode = by_name(model.format).can_reencode
     skip_reason = criteria.policy.skip_reason(model)
     only = {tensor.name for tensor in select_names(model, criteria.only)} if criteria.only else None
     excluded = {tensor.name for selector in criteria.exclude for tensor in select_names(model, selector)}
@@ -167,7 +169,7 @@ def _partition(
     return chosen, tuple(SkippedTensor(name, reason) for name, reason in reasons.items() if reason)
 
 
-def _obstacle(tensor: Tensor, criteria: PruneSelection, *, can_reencode: bool) -> str:
+def _obstacle(tensor: Tensor, criteria: PlanCriteria, *, can_reencode: bool) -> str:
     """Why a tensor cannot be pruned at all."""
     if not tensor.is_float:
         return non_float_reason(tensor)

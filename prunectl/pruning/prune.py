@@ -13,7 +13,7 @@ from prunectl.analysis.stats import ModelStats, measure_stats
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.atomic import flush
 from prunectl.formats.base import Capability, ModelFile
-from prunectl.formats.registry import by_name, open_model, require
+from prunectl.formats.registry import open_model, require
 from prunectl.formats.sandbox import reuse_worker
 from prunectl.formats.workers import workers
 from prunectl.pruning import destination as outputs
@@ -21,7 +21,7 @@ from prunectl.pruning import engine
 from prunectl.pruning import plan as planning
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.engine import PruningMethod, TensorCounts, execute, verify
-from prunectl.pruning.plan import Plan, PruneSelection, Selection
+from prunectl.pruning.plan import Plan, Selection
 from prunectl.pruning.request import PruneRequest, resolve_method
 
 SPARSEST = 0.99
@@ -115,11 +115,10 @@ def _prune(
     if request.is_packed:
         require(model, Capability.PACK)
     outputs.check(model, output)
-    criteria = method.selection
-    selection = planning.select_tensors(model, criteria, can_reencode=by_name(model.format).can_reencode)
+    selection = planning.select_tensors(model, method.criteria)
     method, selection = engine.with_model_scores(model, selection, method)
-    sparsity = _sparsity(model, request, criteria, selection, method)
-    plan = planning.make_plan(selection, criteria, sparsity)
+    sparsity = _sparsity(model, request, selection, method)
+    plan = planning.make_plan(selection, method.criteria, sparsity)
     with outputs.staging_dir(model, output) as (folder, target), workers(1) as background:
         is_small = model.nbytes <= outputs.BIG_BYTES
         before_stats = background.submit(measure_stats, model, model.tensors, has_channels=is_small)
@@ -167,12 +166,10 @@ def _check_pattern(written: ModelFile, plan: Plan, method: PruningMethod) -> Non
                 raise WorkError(f"{tensor.name} came out without the pattern that was asked for")
 
 
-def _sparsity(
-    model: ModelFile, request: PruneRequest, criteria: PruneSelection, selection: Selection, method: PruningMethod
-) -> float:
+def _sparsity(model: ModelFile, request: PruneRequest, selection: Selection, method: PruningMethod) -> float:
     """The requested sparsity, or the one that gives the requested compression or size."""
-    if isinstance(criteria.pattern, NMPattern):
-        return criteria.pattern.zeros / criteria.pattern.group
+    if isinstance(method.pattern, NMPattern):
+        return method.pattern.zeros / method.pattern.group
     if request.compression is not None:
         total = measure_stats(model, model.tensors, has_zeros=False).params.total
         return sparsity_for_compression(model.path, selection, total, request.compression)
@@ -186,7 +183,7 @@ def _sparsity(
 
     def size_at(sparsity: float) -> int:
         with outputs.staging_dir(model, None) as (folder, target):
-            plan = planning.make_plan(selection, criteria, sparsity)
+            plan = planning.make_plan(selection, method.criteria, sparsity)
             written = open_model(_write(model, plan, method, folder, target, is_packed=False)[0])
             if codec == "packed":
                 return packed_bytes(written, lambda _: None)

@@ -23,7 +23,7 @@ from prunectl.pruning import BATCH_SIZE, SAMPLES
 from prunectl.pruning.clustering import parse as parse_clustering
 from prunectl.pruning.engine import PruningMethod
 from prunectl.pruning.masks import NonFinitePolicy, Pooling
-from prunectl.pruning.plan import MIN_SIZE, POLICIES, Allocation, Policy, PruneSelection, Scope, adapt_policy, min_size
+from prunectl.pruning.plan import MIN_SIZE, POLICIES, Allocation, PlanCriteria, Policy, Scope, adapt_policy, min_size
 from prunectl.pruning.strategies import STRATEGIES, Requires, Strategy, adapt_strategy, erk
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _method(
     allocation: Allocation | None = erk if request.scope == Scope.ERK else None
     if strategy.allocation is not None:
         allocation = partial(strategy.allocation, seed=request.seed, **strategy.params)
-    selection = PruneSelection(
+    criteria = PlanCriteria(
         scope=Scope(request.scope),
         policy=_policy(request.policy),
         only=request.only,
@@ -151,7 +151,7 @@ def _method(
     )
     return PruningMethod(
         strategy,
-        selection,
+        criteria,
         request.seed,
         NonFinitePolicy(request.nan),
         pool,

@@ -11,13 +11,12 @@ import numpy as np
 from prunectl.analysis.patterns import NMPattern
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile
-from prunectl.formats.registry import by_name
 from prunectl.pruning import engine
 from prunectl.pruning import plan as planning
 from prunectl.pruning import request as requests
 from prunectl.pruning.engine import PruningMethod
 from prunectl.pruning.masks import Mask
-from prunectl.pruning.plan import PruneSelection, Selection
+from prunectl.pruning.plan import PlanCriteria, Selection
 from prunectl.pruning.schedules import Schedule, SparsitySchedule
 from prunectl.pruning.strategies import Requires
 from prunectl.training.backend import STATISTIC_OF_STRATEGY, GradientStatistic, TrainableModel, with_gradient_scores
@@ -81,7 +80,7 @@ class PruningConfig:
 
     model: ModelFile
     choice: Selection
-    selection: PruneSelection
+    selection: PlanCriteria
     method: PruningMethod
     schedule: Schedule | None
     """None keeps the masks that there are at the beginning."""
@@ -203,8 +202,8 @@ def make_pruning_config(model: ModelFile, request: FinetuneRequest, course: Trai
             hint=f"prunectl prune --strategy {pruning.strategy} --data …, and finetune keeps its zeros; "
             f"in finetune: {', '.join(STATISTIC_OF_STRATEGY)}",
         )
-    selection = replace(method.selection, exclude=(*method.selection.exclude, *request.frozen))
-    choice = planning.select_tensors(model, selection, can_reencode=by_name(model.format).can_reencode)
+    selection = replace(method.criteria, exclude=(*method.criteria.exclude, *request.frozen))
+    choice = planning.select_tensors(model, selection)
     schedule = None
     if request.prunes:
         pattern = selection.pattern

@@ -173,7 +173,7 @@ def _resume(
         schedule=ResumedSchedule(longest, saved.step),
         choice=Selection(chosen, (), own),
         selection=selection,
-        method=replace(rules.method, selection=selection, pool=saved.pool),
+        method=replace(rules.method, criteria=selection, pool=saved.pool),
     )
     masks = {name: mask for name, mask in first.items() if name in pruned}
     return NativeMaskScheduler(going, masks, source=network)

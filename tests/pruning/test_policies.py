@@ -25,9 +25,7 @@ DIGITS = FIXTURES / "digits_cnn.pt"
 
 def chosen(path: Path, **words: Any) -> tuple[list[str], dict[str, str]]:
     """The tensors that a request is about, and why the others are not."""
-    choice = planning.select_tensors(
-        open_model(path), resolve_method(PruneRequest(**words)).selection, can_reencode=True
-    )
+    choice = planning.select_tensors(open_model(path), resolve_method(PruneRequest(**words)).criteria)
     return [tensor.name for tensor in choice.tensors], {skip.name: skip.reason for skip in choice.skips}
 
 

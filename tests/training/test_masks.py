@@ -69,9 +69,8 @@ def rules(**words: Any) -> PruningConfig:
     request = PruneRequest(**{"sparsity": 0.8, **words})
     model = open_model(DIGITS)
     method = requests.resolve_method(request)
-    wish = method.selection
-    choice = planning.select_tensors(model, wish, can_reencode=True)
-    return PruningConfig(model, choice, wish, method, schedule, regrowth=regrowth)
+    choice = planning.select_tensors(model, method.criteria)
+    return PruningConfig(model, choice, method.criteria, method, schedule, regrowth=regrowth)
 
 
 def zeros(network: Paper) -> dict[str, int]:
