@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,6 @@ import typer
 
 from prunectl.commands._command import make_command, option_group
 from prunectl.commands._requests import BuildCommand, Mode, OutputOptions, check_options, import_first, request_options
-from prunectl.commands.max_drop import finetune_search
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.plan import Scope
 from prunectl.reporting.finetune import TrainingProgress, finetune_report
@@ -176,7 +176,9 @@ class Finetune(OutputOptions):
         def work(path: Path, destination: Destination | None) -> Report | None:
             assert destination is not None
             if self.max_drop:
-                return finetune_search(reporter, self, request)(path, destination)
+                search = importlib.import_module("prunectl.commands.max_drop").finetune_search
+                report: Report = search(reporter, self, request)(path, destination)
+                return report
             with TrainingProgress(reporter.settings, request.checkpoint_dir) as progress:
                 result = finetune(path, request, destination, progress.watch)
             return finetune_report(result, self.model, str(destination.target)) if result.is_chief else None

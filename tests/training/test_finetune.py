@@ -566,3 +566,12 @@ def test_a_loss_of_the_users_with_labels_is_judged_by_accuracy(tmp_path: Path) -
     named = tuned(DIGITS, tmp_path / "named.pt", means=TrainOptions(loss="cross-entropy", device="cpu"), epochs=1)
     assert found.judged_after == pytest.approx(named.judged_after)
     assert set(found.judged_after) == {"loss", "accuracy"}
+
+
+def test_the_command_loads_what_searches_cuts_and_calibrates_only_where_it_is_asked_for() -> None:
+    code = (
+        "import sys, prunectl.commands.finetune;"
+        "rooms = 'sweeping', 'channels', 'calibration', 'training.torch', 'training.onnx';"
+        "sys.exit(any(name.removeprefix('prunectl.').startswith(rooms) for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
