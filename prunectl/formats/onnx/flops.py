@@ -21,20 +21,6 @@ from prunectl.formats.onnx.tensors import TensorLocator, TensorSource, decode_de
 from prunectl.formats.onnx.usage import CALCULATING, CELLS, PASSING, GraphScope, read_scopes
 
 
-def value(step: OnnxStep) -> Shape | None:
-    """Return the numbers that an operation makes, where they follow from what is known."""
-    rule = _RULES.get(step.node.op)
-    return rule(step) if rule is not None else None
-
-
-def _shape(step: OnnxStep) -> Shape:
-    return step.shape(0)
-
-
-def _same(step: OnnxStep) -> Shape:
-    return step.numbers(0)
-
-
 def _gather(step: OnnxStep) -> Shape:
     numbers = step.numbers(0)
     return tuple(numbers[wrap_axis(place, len(numbers))] for place in step.numbers(1))
@@ -73,7 +59,7 @@ def _quotient(left: int, right: int) -> int:
 
 
 _RULES: dict[str, Callable[[OnnxStep], Shape]] = {
-    "Shape": _shape,
+    "Shape": lambda step: step.shape(0),
     "Gather": _gather,
     "Concat": _concat,
     "Slice": _slice,
@@ -82,8 +68,9 @@ _RULES: dict[str, Callable[[OnnxStep], Shape]] = {
     "Sub": _paired(operator.sub),
     "Mul": _paired(operator.mul),
     "Div": _paired(_quotient),
-    **dict.fromkeys(("Cast", "Identity", "Squeeze", "Unsqueeze", "Floor", "Ceil"), _same),
+    **dict.fromkeys(("Cast", "Identity", "Squeeze", "Unsqueeze", "Floor", "Ceil"), lambda step: step.numbers(0)),
 }
+"""The numbers that an operation makes, where they follow from what is known."""
 
 
 _NUMBERS = frozenset({1, 6, 7})
@@ -108,12 +95,12 @@ class Shapes:
             self._infer(node)
 
     def of(self, name: str) -> Shape | None:
-        """Return the shape of a value; none when it cannot be known."""
+        """The shape of a value; none when it cannot be known."""
         found = self._shapes.get(name)
         return self._told.get(name) if found is None else found
 
     def step(self, node: NodeProto) -> OnnxStep:
-        """Return an operation with what is known of its inputs."""
+        """An operation with what is known of its inputs."""
         return OnnxStep(
             node, [self.of(name) for name in node.inputs], [self._values.get(name) for name in node.inputs], self._list
         )
@@ -152,11 +139,13 @@ class Shapes:
         except (UnknownOnnxShapeError, ValueError, IndexError, ZeroDivisionError):
             # What the rules make of nonsense is as unknown as what they do not cover.
             pass
+        if node.op not in _RULES:
+            return
         try:
-            numbers = value(step)
+            numbers = _RULES[node.op](step)
         except (UnknownOnnxShapeError, ValueError):
             return
-        if numbers is not None and len(numbers) <= MAX_AXES and all(abs(n) <= MAX_ELEMENTS for n in numbers):
+        if len(numbers) <= MAX_AXES and all(abs(n) <= MAX_ELEMENTS for n in numbers):
             self._values[output] = numbers
 
     def _constant(self, node: NodeProto, output: str) -> None:
@@ -185,7 +174,7 @@ _WEIGHT_AT = {"QLinearConv": 3, "QLinearMatMul": 3, "QGemm": 3}
 
 
 def operations(model: ModelFile) -> tuple[Operation, ...]:
-    """Return the operations that multiply, a batch counted as 1 when the file leaves it open.
+    """The operations that multiply, a batch counted as 1 when the file leaves it open.
 
     Those whose shapes the file does not tell, or that stand in branches, loops and functions, have no count.
     """
@@ -244,7 +233,7 @@ def _cell(step: OnnxStep, place: int) -> int | None:
 
 
 def _weight(node: NodeProto, scope: GraphScope, place: int | None = None) -> str:
-    """Return the tensor that an operation multiplies by, found behind what only hands it on."""
+    """The tensor that an operation multiplies by, found behind what only hands it on."""
     places = (_WEIGHT_AT.get(node.op, 1), 0) if place is None else (place,)
     for at in places:
         name = node.inputs[at] if at < len(node.inputs) else ""

@@ -145,7 +145,7 @@ class ProtoReader:
             yield entry
 
     def text(self, field: Field) -> str:
-        """Return a name."""
+        """A name."""
         if field.value > budgets.MAX_ONNX_NAME_BYTES:
             raise WireError(f"a name has {field.value} bytes")
         self._text_left -= field.value
@@ -158,17 +158,17 @@ class ProtoReader:
         return text
 
     def shown(self, field: Field) -> str:
-        """Return the beginning of a text that may be long."""
+        """The beginning of a text that may be long."""
         end = min(field.end, field.begin + SHOWN_BYTES)
         return str(self.data[field.begin : end], "utf-8", "replace") + ("…" if end < field.end else "")
 
     def real(self, field: Field) -> float:
-        """Return a float field."""
+        """A float field."""
         (value,) = struct.unpack("<f", field.value.to_bytes(4, "little"))
         return float(value)
 
     def numbers(self, spans: tuple[Span, ...]) -> tuple[int, ...]:
-        """Return the whole numbers of a short list."""
+        """The whole numbers of a short list."""
         if sum(end - begin for begin, end in spans) > budgets.MAX_ONNX_LIST_BYTES:
             raise WireError("a list that should be short is long")
         numbers: list[int] = []
@@ -181,7 +181,7 @@ class ProtoReader:
 
 
 def location(field: Field) -> Span:
-    """Return where the payload of a field lies."""
+    """Where the payload of a field lies."""
     return Span(field.begin, field.end)
 
 
@@ -214,7 +214,7 @@ _EXTERNAL = 1
 
 
 def node(reader: ProtoReader, span: Span) -> NodeProto:
-    """Return an operation."""
+    """An operation."""
     inputs: list[str] = []
     outputs: list[str] = []
     spans: list[Span] = []
@@ -264,7 +264,7 @@ def _attribute(reader: ProtoReader, span: Span) -> tuple[str, Attribute]:
 
 
 def tensor(reader: ProtoReader, span: Span) -> TensorProto:
-    """Return what a tensor says of itself."""
+    """What a tensor says of itself."""
     name, data_type, is_external, is_segment = "", 0, False, False
     dims: list[Span] = []
     data: dict[int, list[Span]] = {}
@@ -294,7 +294,7 @@ def tensor(reader: ProtoReader, span: Span) -> TensorProto:
 
 
 def read_sparse(reader: ProtoReader, span: Span) -> SparseProto:
-    """Return the parts of a tensor that is stored without its zeros."""
+    """The parts of a tensor that is stored without its zeros."""
     parts = {1: TensorProto(), 2: TensorProto()}
     dims: list[Span] = []
     for field in reader.fields(span, _SPARSE, "a sparse tensor"):
@@ -323,7 +323,7 @@ _FIRST_WITH_OPSETS = 3
 
 
 def model(reader: ProtoReader) -> Model:
-    """Return what stands around the graph."""
+    """What stands around the graph."""
     version, names, opsets = 0, {2: "", 3: ""}, {}
     inner: dict[int, list[Span]] = {7: [], 20: [], 25: []}
     for field in reader.fields(reader.whole, _MODEL, "the model"):
@@ -348,7 +348,7 @@ def model(reader: ProtoReader) -> Model:
 
 
 def graph(reader: ProtoReader, span: Span) -> GraphProto:
-    """Return the nodes and tensors of a graph; graphs inside its nodes stay unread."""
+    """The nodes and tensors of a graph; graphs inside its nodes stay unread."""
     nodes: list[NodeProto] = []
     initializers: list[TensorProto] = []
     sparse: list[SparseProto] = []
@@ -367,7 +367,7 @@ def graph(reader: ProtoReader, span: Span) -> GraphProto:
 
 
 def function(reader: ProtoReader, span: Span) -> tuple[str, str, GraphProto]:
-    """Return the domain, the name and the nodes of a function."""
+    """The domain, the name and the nodes of a function."""
     texts, nodes = {1: "", 10: ""}, []
     for field in reader.fields(span, _FUNCTION, "a function"):
         if field.number == 7:
@@ -378,7 +378,7 @@ def function(reader: ProtoReader, span: Span) -> tuple[str, str, GraphProto]:
 
 
 def training(reader: ProtoReader, span: Span) -> tuple[Span, ...]:
-    """Return the graphs that initialise and train a model."""
+    """The graphs that initialise and train a model."""
     return tuple(location(field) for field in reader.fields(span, _TRAINING, "the training"))
 
 
@@ -393,7 +393,7 @@ def _opset(reader: ProtoReader, span: Span) -> tuple[str, int]:
 
 
 def value(reader: ProtoReader, span: Span) -> tuple[str, tuple[int, ...] | None]:
-    """Return the name and the shape of a value, a first axis that the file leaves open counted as 1."""
+    """The name and the shape of a value, a first axis that the file leaves open counted as 1."""
     name, shape = "", None
     for field in reader.fields(span, _PAIR, "a value"):
         if field.number == 1:

@@ -32,7 +32,7 @@ _STOCK_RUNTIME = "com.microsoft"
 
 
 def about(model: Model, scopes: Sequence[GraphScope], tensors: Sequence[Tensor]) -> ModelInfo:
-    """Return what the model says of itself beside its tensors."""
+    """What the model says of itself beside its tensors."""
     nodes = [node for scope in scopes for node in scope.graph.nodes]
     optimizers = [node.op for scope in scopes if scope.is_training for node in scope.graph.nodes if _optimises(node)]
     return ModelInfo(
@@ -56,7 +56,7 @@ def _optimises(node: NodeProto) -> bool:
 
 
 def _foreign(nodes: Sequence[NodeProto], defined: frozenset[str]) -> tuple[str, ...]:
-    """Return the operators that run code from elsewhere: neither ONNX, nor stock, nor defined in the file."""
+    """The operators that run code from elsewhere: neither ONNX, nor stock, nor defined in the file."""
     foreign = {
         f"{node.domain}.{node.op}"
         for node in nodes
@@ -84,7 +84,7 @@ _LEAVES = ("weight", "bias", "running_", "num_batches_tracked", "gamma", "beta",
 
 
 def layer_of(name: str, user: str) -> str:
-    """Return the layer of a tensor: what its own name says, else the node that uses it."""
+    """The layer of a tensor: what its own name says, else the node that uses it."""
     layer, _, leaf = name.rpartition(".")
     if layer and leaf.startswith(_LEAVES):
         return layer
@@ -183,7 +183,7 @@ def _described(tensor: _Found, uses: UsageIndex) -> Tensor:
 
 
 def _role(tensor: _Found, purpose: OnnxTensorPurpose) -> Role:
-    """Return what a tensor is for: a fixed basis is none to prune, although a product takes it."""
+    """What a tensor is for: a fixed basis is none to prune, although a product takes it."""
     if tensor.scope.is_training:
         return Role.OPTIMIZER
     is_fixed = purpose.role in PRUNABLE and state_dict.is_constant(tensor.full_name, purpose.layer)

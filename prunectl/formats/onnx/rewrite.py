@@ -96,7 +96,7 @@ def relocate(path: Path, target_of: Location) -> None:
 
 
 def _relocated(reader: ProtoReader, span: Span, kind: str, target_of: Location, depth: int) -> Runs | None:
-    """Return a message in which external data has other names; None if it stays as it is."""
+    """A message in which external data has other names; None if it stays as it is."""
     if kind == _ENTRY:
         return _entry(reader, span, target_of)
     runs: Runs = []
@@ -193,7 +193,7 @@ class Sparse:
         return self.kept * (self.tensor.dtype.itemsize + _INDEX.itemsize)
 
     def _heads(self) -> tuple[bytes, bytes, bytes]:
-        """Return what stands before the values, before the indices, and behind them."""
+        """What stands before the values, before the indices, and behind them."""
         length = number(DIMS, self.kept)
         # One index for each value, counted over the flattened tensor: the shortest of the two forms that ONNX knows.
         values = self.facts + length + length_prefix(RAW, self.kept * self.tensor.dtype.itemsize)
@@ -215,20 +215,11 @@ class Sparse:
         yield behind
 
 
-def sparsify(model: ModelFile, tensor: Tensor, data: memoryview, dense: Span) -> Sparse:
-    """Return the sparse form of a dense tensor that lies in ``data``; minus zero is kept, as it has bits."""
-    kept = sum(int(np.count_nonzero(bits)) for _, bits in _pieces(model, tensor))
-    return Sparse(model, tensor, kept, raw_fields(data, dense))
-
-
-def raw_fields(data: memoryview, dense: Span) -> bytes:
-    """Return what a dense tensor says of itself beside its shape and its numbers."""
-    facts, begin = bytearray(), dense.begin
-    for field in protobuf.fields(data, *dense):
-        if field.number not in _REPLACED:
-            facts += data[begin : field.end]
-        begin = field.end
-    return bytes(facts)
+def _kept_fields(reader: ProtoReader, dense: Span) -> bytes:
+    """What a dense tensor says of itself beside its shape and its numbers."""
+    return b"".join(
+        reader.data[slice(*whole)] for whole, field in fields(reader, dense) if field.number not in _REPLACED
+    )
 
 
 def _pieces(model: ModelFile, tensor: Tensor) -> Iterator[tuple[int, NDArray[np.unsignedinteger]]]:
@@ -266,7 +257,9 @@ def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
         tensor = tensors.get(proto.name)
         if tensor is None or proto.external is not None or proto.name in inputs or not _may_be_sparse(tensor):
             return None
-        sparse = sparsify(model, tensor, reader.data, location(field))
+        # Minus zero is kept, as it has bits.
+        kept = sum(int(np.count_nonzero(bits)) for _, bits in _pieces(model, tensor))
+        sparse = Sparse(model, tensor, kept, _kept_fields(reader, location(field)))
         unfolded, stored = spent[0] + tensor.nbytes, spent[1] + sparse.nbytes
         # What would be refused when it is opened again stays dense.
         is_bomb = sparse.is_too_good or unfolded > max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_UNFOLDING * stored)
@@ -279,7 +272,7 @@ def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
 
 
 def _inputs(reader: ProtoReader) -> set[str]:
-    """Return the names of the graph's inputs: a caller may replace their initializers, if these are dense."""
+    """The names of the graph's inputs: a caller may replace their initializers, if these are dense."""
     graphs = [location(field) for _, field in fields(reader, reader.whole) if field.number == GRAPH]
     inputs = (field for graph in graphs for _, field in fields(reader, graph) if field.number == INPUT)
     return {messages.value(reader, location(field))[0] for field in inputs}
@@ -339,7 +332,7 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Tensor
         if name not in changed:
             return None
         done.add(name)
-        return Dense(changed[name], raw_fields(reader.data, span))
+        return Dense(changed[name], _kept_fields(reader, span))
 
     replace_fields(model.path, target, dense, lambda _: None)
     _relocate(model, targets)
@@ -358,7 +351,7 @@ def _relocate(model: ModelFile, targets: Mapping[Path, Path]) -> None:
 
 
 def relocated(model: ModelFile, targets: Mapping[Path, Path], location: str) -> str | None:
-    """Return what a file of external data is called from now on, as the graph names it; None if it keeps its name."""
+    """What a file of external data is called from now on, as the graph names it; None if it keeps its name."""
     source, folder = model.path.parent / location, targets[model.path].parent
     target = targets.get(source)
     if target is None or target.relative_to(folder) == source.relative_to(model.path.parent):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from prunectl.formats.onnx.messages import NodeProto
+from prunectl.formats.protobuf import signed
 
 Shape = tuple[int, ...]
 
@@ -56,27 +57,22 @@ class OnnxStep:
         return wrap_axis(signed(self.node.number("axis", default)), rank)
 
 
-def signed(number: int) -> int:
-    """Return an attribute as the signed number that it is."""
-    return number - (1 << 64) if number >= 1 << 63 else number
-
-
 def wrap_axis(axis: int, rank: int) -> int:
-    """Return an axis counted from the front."""
+    """An axis counted from the front."""
     if not -rank <= axis < rank:
         raise UnknownOnnxShapeError
     return axis % rank
 
 
 def broadcast(*shapes: Shape) -> Shape:
-    """Return the shape that arrays of these shapes are stretched to."""
+    """The shape that arrays of these shapes are stretched to."""
     rank = max(map(len, shapes))
     padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
     return tuple(next((length for length in lengths if length != 1), 1) for lengths in zip(*padded, strict=True))
 
 
 def flattened(step: OnnxStep) -> Shape:
-    """Return what Flatten makes: two axes."""
+    """What Flatten makes: two axes."""
     shape = step.shape(0)
     axis = signed(step.node.number("axis", 1))
     axis = axis + len(shape) if axis < 0 else axis
@@ -84,7 +80,7 @@ def flattened(step: OnnxStep) -> Shape:
 
 
 def reshaped(step: OnnxStep) -> Shape:
-    """Return what Reshape makes: 0 keeps a length, -1 takes the rest."""
+    """What Reshape makes: 0 keeps a length, -1 takes the rest."""
     old, asked = step.shape(0), step.setting("shape", 1)
     if any(length == 0 and place >= len(old) for place, length in enumerate(asked)):
         raise UnknownOnnxShapeError
@@ -98,7 +94,7 @@ def reshaped(step: OnnxStep) -> Shape:
 
 
 def transposed(step: OnnxStep) -> Shape:
-    """Return the axes in another order."""
+    """The axes in another order."""
     shape = step.shape(0)
     order = step.lists(step.node, "perm") or tuple(reversed(range(len(shape))))
     if sorted(order) != list(range(len(shape))):
@@ -107,7 +103,7 @@ def transposed(step: OnnxStep) -> Shape:
 
 
 def concatenated(step: OnnxStep) -> Shape:
-    """Return the lengths added along one axis."""
+    """The lengths added along one axis."""
     shapes = [step.shape(place) for place in range(len(step.inputs))]
     first = shapes[0]
     axis = step.axis(len(first))
@@ -117,7 +113,7 @@ def concatenated(step: OnnxStep) -> Shape:
 
 
 def squeezed(step: OnnxStep) -> Shape:
-    """Return the axes of length one dropped."""
+    """The axes of length one dropped."""
     shape = step.shape(0)
     ones = tuple(axis for axis, length in enumerate(shape) if length == 1)
     gone = {wrap_axis(axis, len(shape)) for axis in step.setting("axes", 1, ones)}
@@ -125,7 +121,7 @@ def squeezed(step: OnnxStep) -> Shape:
 
 
 def unsqueezed(step: OnnxStep) -> Shape:
-    """Return axes of length one added."""
+    """Axes of length one added."""
     shape, axes = step.shape(0), step.setting("axes", 1)
     rank = len(shape) + len(axes)
     new = {wrap_axis(axis, rank) for axis in axes}
@@ -136,14 +132,14 @@ def unsqueezed(step: OnnxStep) -> Shape:
 
 
 def gathered(step: OnnxStep) -> Shape:
-    """Return the shape of what indices pick along one axis."""
+    """The shape of what indices pick along one axis."""
     shape = step.shape(0)
     axis = step.axis(len(shape))
     return (*shape[:axis], *step.shape(1), *shape[axis + 1 :])
 
 
 def sliced(step: OnnxStep) -> Shape:
-    """Return the lengths of what is cut out."""
+    """The lengths of what is cut out."""
     shape = list(step.shape(0))
     starts, ends = step.setting("starts", 1), step.setting("ends", 2)
     axes = step.setting("axes", 3, tuple(range(len(starts))))
@@ -157,7 +153,7 @@ def sliced(step: OnnxStep) -> Shape:
 
 
 def padded(step: OnnxStep) -> Shape:
-    """Return the lengths with what is put around."""
+    """The lengths with what is put around."""
     shape, pads = step.shape(0), step.setting("pads", 1)
     if len(pads) != 2 * len(shape) or (len(step.inputs) > 3 and step.node.inputs[3]):
         raise UnknownOnnxShapeError
@@ -165,31 +161,31 @@ def padded(step: OnnxStep) -> Shape:
 
 
 def expanded(step: OnnxStep) -> Shape:
-    """Return the shape that an array is stretched to."""
+    """The shape that an array is stretched to."""
     return broadcast(step.shape(0), step.numbers(1))
 
 
 def tiled(step: OnnxStep) -> Shape:
-    """Return the lengths repeated."""
+    """The lengths repeated."""
     return tuple(length * times for length, times in zip(step.shape(0), step.numbers(1), strict=True))
 
 
 def depth_to_space(step: OnnxStep) -> Shape:
-    """Return channels spread over the image."""
+    """Channels spread over the image."""
     batch, channels, *image = step.shape(0)
     block = step.node.number("blocksize", 1)
     return (batch, channels // block**2, *(length * block for length in image))
 
 
 def space_to_depth(step: OnnxStep) -> Shape:
-    """Return blocks of the image gathered into channels."""
+    """Blocks of the image gathered into channels."""
     batch, channels, *image = step.shape(0)
     block = step.node.number("blocksize", 1)
     return (batch, channels * block**2, *(length // block for length in image))
 
 
 def resized(step: OnnxStep) -> Shape:
-    """Return the lengths asked for, or multiplied by whole scales."""
+    """The lengths asked for, or multiplied by whole scales."""
     if len(step.node.inputs) > 3 and step.node.inputs[3]:
         return step.numbers(3)
     scales = step.numbers(2 if len(step.node.inputs) > 2 else 1)
@@ -197,7 +193,7 @@ def resized(step: OnnxStep) -> Shape:
 
 
 def convolved(step: OnnxStep, weight_at: int = 1) -> Shape:
-    """Return the output shape of a convolution."""
+    """The output shape of a convolution."""
     image, weight = step.shape(0), step.shape(weight_at)
     if len(image) != len(weight) or len(image) < 3:
         raise UnknownOnnxShapeError
@@ -205,7 +201,7 @@ def convolved(step: OnnxStep, weight_at: int = 1) -> Shape:
 
 
 def pooled(step: OnnxStep) -> Shape:
-    """Return the output shape of a pool."""
+    """The output shape of a pool."""
     image = step.shape(0)
     window = step.lists(step.node, "kernel_shape")
     if window is None or len(window) != len(image) - 2:
@@ -214,13 +210,13 @@ def pooled(step: OnnxStep) -> Shape:
 
 
 def pooled_whole(step: OnnxStep) -> Shape:
-    """Return the output shape of a pool over the whole image."""
+    """The output shape of a pool over the whole image."""
     image = step.shape(0)
     return (*image[:2], *(1 for _ in image[2:]))
 
 
 def deconvolved(step: OnnxStep) -> Shape:
-    """Return the output shape of a transposed convolution."""
+    """The output shape of a transposed convolution."""
     image, weight = step.shape(0), step.shape(1)
     if len(image) != len(weight) or len(image) < 3:
         raise UnknownOnnxShapeError
@@ -292,7 +288,7 @@ def _joined(step: OnnxStep) -> Shape:
 
 
 def matmul(left: Shape, right: Shape) -> Shape:
-    """Return the shape of a product of matrices."""
+    """The shape of a product of matrices."""
     if not left or not right:
         raise UnknownOnnxShapeError
     rows, columns = left[-2:-1], right[-1:] if len(right) > 1 else ()

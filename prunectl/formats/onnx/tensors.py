@@ -91,7 +91,7 @@ class ExternalFiles:
         return tuple(self._model.parent / location for location in self._sizes)
 
     def extent(self, name: str, facts: Mapping[str, str], nbytes: int) -> Extent:
-        """Return where the bytes of a tensor lie, checked to be there."""
+        """Where the bytes of a tensor lie, checked to be there."""
         location = facts.get("location", "")
         if location not in self._sizes:
             self._sizes[location] = self._size(location)
@@ -168,11 +168,11 @@ class TensorLocator:
         self.neighbours = ExternalFiles(path)
 
     def locate(self, proto: TensorProto | SparseProto, name: str) -> Located:
-        """Return where a tensor lies, dense or sparse."""
+        """Where a tensor lies, dense or sparse."""
         return self.scattered(proto, name) if isinstance(proto, SparseProto) else self.dense(proto, name)
 
     def dense(self, proto: TensorProto, name: str) -> Located:
-        """Return where a tensor lies."""
+        """Where a tensor lies."""
         code = CODES.get(proto.data_type)
         if code is None:
             raise InputError(
@@ -187,7 +187,7 @@ class TensorLocator:
         return Located(proto.dims, code.dtype, storage, source)
 
     def scattered(self, proto: SparseProto, name: str) -> Located:
-        """Return where the values and the places of a sparse tensor lie."""
+        """Where the values and the places of a sparse tensor lie."""
         values, indices = self.dense(proto.values, name), self.dense(proto.indices, f"the indices of {name}")
         self._check_shape(name, proto.dims)
         count = math.prod(values.shape)
@@ -245,7 +245,7 @@ _FLOAT = 1
 
 
 def constant(node: NodeProto) -> TensorProto | SparseProto | None:
-    """Return the array that a Constant node makes, named like its output; none for a scalar.
+    """The array that a Constant node makes, named like its output; none for a scalar.
 
     Lists of whole numbers are left out too: they are shapes, axes and pads.
     """
@@ -295,7 +295,7 @@ class SparseSource:
 
 
 def decode_dense(source: TensorSource, path: Path) -> Array:
-    """Return the elements of a tensor."""
+    """The elements of a tensor."""
     raw = b"".join(_read(run) for run in source.runs)
     stored = np.frombuffer(raw, np.uint8)
     if source.is_varint:
@@ -313,7 +313,7 @@ def decode_dense(source: TensorSource, path: Path) -> Array:
 
 
 def decode_sparse(source: SparseSource, path: Path) -> Array:
-    """Return a tensor with its zeros put back."""
+    """A tensor with its zeros put back."""
     values, indices = decode_dense(source.values, path), decode_dense(source.indices, path)
     array = np.zeros(source.shape, values.dtype)
     flat = indices

@@ -109,7 +109,7 @@ CALCULATING = frozenset(
 
 
 def axis_before_transpose(node: NodeProto, axis: int | None, rank: int, order: tuple[int, ...]) -> int | None:
-    """Return the axis that a passing operation turns into ``axis``."""
+    """The axis that a passing operation turns into ``axis``."""
     if axis is None or node.op in _RESHAPING:
         return None
     if node.op != "Transpose":
@@ -157,11 +157,11 @@ class UsageIndex:
                         self._users.setdefault((id(owner), name), []).append(OnnxTensorUse(node, index, scope))
 
     def of(self, scope: GraphScope, name: str) -> list[OnnxTensorUse]:
-        """Return the first users of a value that this graph owns."""
+        """The first users of a value that this graph owns."""
         return self._users.get((id(scope), name), [])[: budgets.MAX_ONNX_USES]
 
     def purpose(self, scope: GraphScope, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> OnnxTensorPurpose:
-        """Return what a tensor is for: the first use that tells, or the first of all."""
+        """What a tensor is for: the first use that tells, or the first of all."""
         purposes = list(self._purposes(scope, name, shape, dtype, budgets.MAX_PASSED_OPERATORS))
         telling = (purpose for purpose in purposes if purpose.role is not Role.OTHER)
         return next(telling, purposes[0] if purposes else OnnxTensorPurpose())
@@ -236,7 +236,7 @@ class GraphScope:
     """The node that makes each value; None for a tensor of the file."""
 
     def owner(self, name: str) -> GraphScope | None:
-        """Return the graph whose value a name means here."""
+        """The graph whose value a name means here."""
         scope: GraphScope | None = self
         while scope is not None and name not in scope.makers:
             scope = scope.parent
@@ -244,7 +244,7 @@ class GraphScope:
 
 
 def read_scopes(reader: ProtoReader, model: Model) -> tuple[GraphScope, ...]:
-    """Return the main graph first, then those of functions, of training, and inside nodes."""
+    """The main graph first, then those of functions, of training, and inside nodes."""
     waiting = [_scope(messages.graph(reader, model.graph))]
     for span in model.functions:
         domain, name, graph = messages.function(reader, span)
