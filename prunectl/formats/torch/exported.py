@@ -102,8 +102,9 @@ def open_model(path: Path) -> ModelFile:
         else:
             ends = ((part, f"{name}{end}") for part, end in _CONFIGS)
             listed = [tensor for part, end in ends for tensor in _tensors(archive, folder, part, end, program)]
-        kinds = exported_graph.tensor_kinds(program)
+        kinds: dict[str, str] = {}
         if program and graph:
+            kinds = exported_graph.tensor_kinds(graph)
             uses |= {prefix + tensor: use for tensor, use in exported_graph.uses(graph, listed).items()}
         tensors += [replace(tensor, name=prefix + tensor.name, kind=kinds.get(tensor.name, "")) for tensor in listed]
     if not tensors:

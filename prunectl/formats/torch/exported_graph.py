@@ -34,16 +34,13 @@ def producer(graph: dict[str, Any]) -> str:
     return f"pytorch {describe_value(version)}" if isinstance(version, str) and version else ""
 
 
-def tensor_kinds(graph: dict[str, Any]) -> dict[str, str]:
+def tensor_kinds(graph: ExportedGraph) -> dict[str, str]:
     """The type of the first operation that uses each weight, such as `linear`."""
-    names = argument_names(dig(graph, "graph_module", "signature", "input_specs"))
     kinds: dict[str, str] = {}
-    for node in as_list(dig(graph, "graph_module", "graph", "nodes")):
-        target = dig(node, "target")
-        for operand in as_list(dig(node, "inputs")) if isinstance(target, str) else ():
-            argument = dig(operand, "arg", "as_tensor", "name")
-            if isinstance(argument, str) and argument in names:
-                kinds.setdefault(names[argument], operation(target))
+    for node in graph.nodes:
+        for name in map(node.tensor, node.arguments):
+            if name in graph.weights:
+                kinds.setdefault(graph.weights[name], node.op)
     return kinds
 
 

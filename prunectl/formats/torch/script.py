@@ -351,19 +351,14 @@ class _Parser:
         while (symbol := self._peek()) and symbol not in _ENDS:
             if symbol == "[":
                 self._position += 1
-                inside = self._bracket()
-                value = _item(value, inside)
+                self._bracket()
+                value = _Value(value.origins)  # an item of a list or a tuple: it may be any
             elif symbol[0] == "." and len(symbol) > 1:
                 self._position += 1
                 value = self._of(value, symbol[1:].split("."))
             else:
                 break
         return value
-
-
-def _item(value: _Value, _: _Value) -> _Value:
-    """An item of a list or a tuple: it may be any."""
-    return _Value(value.origins)
 
 
 def _origin_of(key: Hashable) -> Origins:

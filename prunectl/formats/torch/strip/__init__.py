@@ -17,7 +17,7 @@ from prunectl.formats.patch import patch_files
 from prunectl.formats.state_dict import MODEL_ROOTS, OPTIMIZER_ROOTS, TRAINING_ROOTS
 from prunectl.formats.torch import views
 from prunectl.formats.torch.legacy import COUNT_BYTES
-from prunectl.formats.torch.model import read_marker, top_folder
+from prunectl.formats.torch.model import AVERAGES, read_marker, top_folder
 from prunectl.formats.torch.pickle.edit import (
     CheckpointContainer,
     CheckpointEdits,
@@ -39,12 +39,6 @@ from prunectl.formats.torch.strip.masks import MaskedWeight, halve, iter_nested_
 from prunectl.formats.zip_read import Archive, open_archive
 from prunectl.formats.zip_write import Content, rewrite_zip
 
-_AVERAGES = frozenset(
-    {
-        *("ema", "ema_state_dict", "model_ema", "state_dict_ema", "ema_model", "ema_state", "model_state_dict_ema"),
-        *("swa_model", "averaged_model"),
-    }
-)
 _GRADIENTS = frozenset({"grad", "grads", "gradient", "gradients"})
 _TRAINING = TRAINING_ROOTS - {"scaler", "grad_scaler"} | {"message_hub", "param_schedulers"}
 _FACTS = frozenset(
@@ -125,11 +119,11 @@ def _is_averaged_copy(name: str, sections: Mapping[str, CheckpointSection]) -> b
     """Whether another entry holds the weights that are used."""
     if not sections[name].is_container:
         return False
-    averages = [other for other in sections if other in _AVERAGES and sections[other].is_container]
+    averages = [other for other in sections if other in AVERAGES and sections[other].is_container]
     if "updates" in sections and "ema" in averages:
         # The layout of YOLO: its loader takes the average if there is one.
         return name == "model"
-    models = [other for other in sections if other in MODEL_ROOTS - _AVERAGES and sections[other].is_container]
+    models = [other for other in sections if other in MODEL_ROOTS - AVERAGES and sections[other].is_container]
     return name in averages and bool(models)
 
 

@@ -92,12 +92,10 @@ def unwrap(root: IRNode, tensors: Mapping[str, Tensor]) -> list[MaskedWeight]:
 def _unwrap(parent: StateDict, tensors: Mapping[str, Tensor], others: Mapping[str, str]) -> list[MaskedWeight]:
     pairs = entries(parent.node) or []
     names = [name for key, _ in pairs if (name := text(key)) is not None]
-    wrapped = [
-        weight for weight in state_dict.find(names, others) if _match_masks(parent, weight, tensors, others) is not None
-    ]
+    matches = [(weight, _match_masks(parent, weight, tensors, others)) for weight in state_dict.find(names, others)]
+    wrapped = [weight for weight, match in matches if match is not None]
     if not wrapped:
         return []
-    masked = [match for weight in wrapped if (match := _match_masks(parent, weight, tensors, others)) is not None]
     masks = {mask for weight in wrapped for mask in weight.masks}
     plain = state_dict.renamed(names, wrapped)
     kept = [
@@ -107,7 +105,7 @@ def _unwrap(parent: StateDict, tensors: Mapping[str, Tensor], others: Mapping[st
     ]
     replace_entries(parent.node, kept)
     _forget_modules(parent.node, wrapped)
-    return masked
+    return [match for _, match in matches if match is not None]
 
 
 def _match_masks(
