@@ -80,12 +80,21 @@ def missing_weights(contents: H5Contents, root: str) -> tuple[str, ...]:
 
 def _listed_weights(contents: H5Contents, root: str) -> Iterator[tuple[str, str, str]]:
     """Yield each weight's group, its name and the path of its dataset."""
-    groups = contents.names(root, "layer_names")
-    # Weights of a subclassed model that belong to none of its layers.
-    for group in (*groups, *([] if "top_level_model_weights" in groups else ["top_level_model_weights"])):
-        path = f"{root}/{group}" if root else group
-        for weight in contents.names(path, "weight_names"):
-            yield group, weight, f"{path}/{weight}"
+    for group, weights in weight_names(contents, root).items():
+        for weight in weights:
+            yield group, weight, f"{joined(root, group)}/{weight}"
+
+
+def weight_names(contents: H5Contents, root: str) -> dict[str, list[str]]:
+    """The names of the weights in each group, by the names of the groups."""
+    # The last group holds weights of a subclassed model that belong to none of its layers.
+    groups = dict.fromkeys([*contents.names(root, "layer_names"), "top_level_model_weights"])
+    return {group: contents.names(joined(root, group), "weight_names") for group in groups}
+
+
+def joined(*steps: str) -> str:
+    """A path in a file; steps without a name add nothing to it."""
+    return "/".join(step for step in steps if step)
 
 
 def _named_tensor(dataset: Dataset, group: str, name: str, known: Mapping[str, LayerConfig]) -> Tensor:

@@ -14,7 +14,7 @@ from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras.config import PRUNED_PREFIX, inner_layer, part, text
 from prunectl.formats.keras.hdf5 import Dataset, H5Contents
 from prunectl.formats.keras.hdf5.rewrite import H5Edits, merge
-from prunectl.formats.keras.layouts import name_by_position
+from prunectl.formats.keras.layouts import joined, name_by_position, weight_names
 from prunectl.formats.keras.numbering import CONTAINERS, TWICE, numbered_folder
 
 _PRUNED = frozenset({"kernel", "recurrent_kernel", "pointwise_kernel", "embeddings"})
@@ -52,7 +52,6 @@ def match_masks(masks: Sequence[Weight], weights: Sequence[Weight]) -> dict[str,
 
 _OPTIMIZER = "optimizer_weights"
 _TRAINING = "training_config"
-_TOP = "top_level_model_weights"
 _WRAPPER_WEIGHT = re.compile(r"(mask|threshold|pruning_step)(_\d+)?")
 _FLOATS = frozenset({"float32", "float64"})
 
@@ -63,15 +62,14 @@ class MissingWeightError(Exception):
 
 def plan_by_layer_name(contents: H5Contents, root: str, options: StripOptions, *, is_unwrapped: bool) -> H5Edits:
     """Changes of a file whose layers are listed by name (every `.h5` but `.weights.h5`), the configuration apart."""
-    groups = contents.names(root, "layer_names")
-    names = {group: contents.names(_joined(root, group), "weight_names") for group in dict.fromkeys([*groups, _TOP])}
+    names = weight_names(contents, root)
     pieces = list(_training(contents, options))
     if is_unwrapped and any(_scopes(weights) for weights in names.values()):
         pieces += _unwrapped_named(contents, root, names)
     if options.to_half:
         dropped = {path for piece in pieces for path in piece.drops}
         dtypes = {dataset.name: dataset.dtype.name for dataset in contents.datasets}
-        listed_paths = {_joined(root, group, weight) for group, weights in names.items() for weight in weights}
+        listed_paths = {joined(root, group, weight) for group, weights in names.items() for weight in weights}
         pieces.append(H5Edits(halves=frozenset(path for path in listed_paths - dropped if dtypes.get(path) in _FLOATS)))
     return merge(pieces)
 
@@ -95,7 +93,7 @@ def _unwrapped_named(contents: H5Contents, root: str, names: dict[str, list[str]
     stored = {dataset.name: dataset for dataset in contents.datasets}
     yield _renamed_lists(contents, root, "layer_names", set())
     for group, weights in names.items():
-        path = _joined(root, group)
+        path = joined(root, group)
         for weight in weights:
             if f"{path}/{weight}" not in stored:
                 raise MissingWeightError(
@@ -146,7 +144,7 @@ def _is_wrapper_weight(weight: str, scopes: Mapping[str, None]) -> bool:
 
 
 def _moves(root: str, group: str, weights: list[str]) -> Iterator[tuple[str, str]]:
-    old, new = _joined(root, group), _joined(root, _plain(group))
+    old, new = joined(root, group), joined(root, _plain(group))
     if old != new:
         yield old, new
     for weight in weights:
@@ -184,10 +182,6 @@ def _weight(dataset: Dataset, name: str) -> Weight:
 def _drop_paths(weight: str, dataset: Dataset) -> RemovedItem:
     kind = StripPart.MASKS if _leaf(weight).startswith("mask") else StripPart.WRAPPERS
     return RemovedItem(weight, kind, dataset.storage.stored_bytes)
-
-
-def _joined(*steps: str) -> str:
-    return "/".join(step for step in steps if step)
 
 
 _MODEL = rf"(?:(?:{'|'.join(CONTAINERS)})/[^/]+/)*"
