@@ -263,10 +263,6 @@ def _build(vm: PickleVM, _code: int) -> None:
         target.state = state
 
 
-def _tuple(vm: PickleVM, code: int) -> None:
-    vm.stack.append(tuple(vm.pop(opcodes.TUPLES[code])))
-
-
 def _call(verb: str) -> OpcodeHandler[PickleVM]:
     def handler(vm: PickleVM, _code: int) -> None:
         args = vm.stack.pop()
@@ -306,14 +302,6 @@ def _name_by_number(vm: PickleVM, code: int) -> None:
     vm.push_global("copyreg", f"extension {vm.reader.number(opcodes.EXTENSIONS[code])}")
 
 
-def _tuple_since_mark(vm: PickleVM, _code: int) -> None:
-    vm.stack.append(tuple(vm.since_mark()))
-
-
-def _list_since_mark(vm: PickleVM, _code: int) -> None:
-    vm.stack.append(vm.since_mark())
-
-
 def _dict_since_mark(vm: PickleVM, _code: int) -> None:
     values = vm.since_mark()
     vm.push_new(PickleDict(list(zip(values[::2], values[1::2], strict=True))))
@@ -328,10 +316,6 @@ def _set_one(vm: PickleVM, _code: int) -> None:
     value = vm.stack.pop()
     key = vm.stack.pop()
     _set(vm, [key, value])
-
-
-def _number(vm: PickleVM, code: int) -> None:
-    vm.stack.append(vm.reader.number(opcodes.NUMBERS[code]))
 
 
 def _text(vm: PickleVM, code: int) -> None:
@@ -350,35 +334,24 @@ def _long(vm: PickleVM, code: int) -> None:
     vm.stack.append(vm.reader.long(vm.reader.number(opcodes.LONG_NUMBERS[code])))
 
 
-def _line(vm: PickleVM, code: int) -> None:
-    vm.stack.append(vm.reader.line_of(opcodes.LINES[code]))
-
-
-def _constant(vm: PickleVM, code: int) -> None:
-    vm.stack.append(opcodes.CONSTANTS[code])
-
-
 OPCODE_HANDLERS: Mapping[int, OpcodeHandler[PickleVM]] = {
     **STACK_HANDLERS,
-    **dict.fromkeys(opcodes.CONSTANTS, _constant),
-    **dict.fromkeys(opcodes.NUMBERS, _number),
+    **dict.fromkeys(opcodes.CONSTANTS, lambda vm, code: vm.stack.append(opcodes.CONSTANTS[code])),
+    **dict.fromkeys(opcodes.NUMBERS, lambda vm, code: vm.stack.append(vm.reader.number(opcodes.NUMBERS[code]))),
     **dict.fromkeys(opcodes.TEXTS, _text),
     **dict.fromkeys(opcodes.STRINGS, _string),
     **dict.fromkeys(opcodes.RUNS, _bytes),
     **dict.fromkeys(opcodes.LONG_NUMBERS, _long),
-    **dict.fromkeys(opcodes.LINES, _line),
-    **dict.fromkeys(opcodes.TUPLES, _tuple),
+    **dict.fromkeys(opcodes.LINES, lambda vm, code: vm.stack.append(vm.reader.line_of(opcodes.LINES[code]))),
+    **dict.fromkeys(opcodes.TUPLES, lambda vm, code: vm.stack.append(tuple(vm.pop(opcodes.TUPLES[code])))),
     **dict.fromkeys(opcodes.EXTENSIONS, _name_by_number),
-    ord("]"): lambda vm, _: vm.stack.append([]),
+    **dict.fromkeys((ord("]"), 0x8F), lambda vm, _: vm.stack.append([])),
     ord("}"): lambda vm, _: vm.push_new(PickleDict()),
-    0x8F: lambda vm, _: vm.stack.append([]),
-    ord("t"): _tuple_since_mark,
-    ord("l"): _list_since_mark,
-    0x91: _list_since_mark,
+    ord("t"): lambda vm, _: vm.stack.append(tuple(vm.since_mark())),
+    **dict.fromkeys((ord("l"), 0x91), lambda vm, _: vm.stack.append(vm.since_mark())),
     ord("d"): _dict_since_mark,
     ord("a"): _append,
-    ord("e"): lambda vm, _: _add(vm, vm.since_mark()),
-    0x90: lambda vm, _: _add(vm, vm.since_mark()),
+    **dict.fromkeys((ord("e"), 0x90), lambda vm, _: _add(vm, vm.since_mark())),
     ord("s"): _set_one,
     ord("u"): lambda vm, _: _set(vm, vm.since_mark()),
     ord("c"): _name_by_lines,
