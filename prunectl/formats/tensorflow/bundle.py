@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -190,18 +190,18 @@ def _read_slice(data: memoryview, field: Field) -> tuple[tuple[int, int], ...]:
 _PIECE = bytes(1 << 20)
 
 
-class TooManyReferencesError(ValueError):
-    """Entries share bytes more often than any optimizer has use for."""
-
-
 @cache
 def crc_of_zeros(nbytes: int) -> int:
     """The masked CRC-32C of so many zeros."""
-    return mask(_plain_crc(nbytes))
+    crc = 0
+    for piece in zeros(nbytes):
+        crc = google_crc32c.extend(crc, piece)
+    return mask(crc)
 
 
-def shared_zero_blocks(entries: Iterable[BundleEntry], file_bytes: int) -> dict[bytes, BundleEntry]:
+def _shared_zeros(bundle: Bundle, file_bytes: int) -> dict[bytes, BundleEntry]:
     """The entries whose bytes are those at the beginning of another's, with that other: zeros for them all."""
+    entries = [entry for entry in bundle.entries.values() if entry.code in DTYPES and not entry.slices]
     shared: dict[bytes, BundleEntry] = {}
     leader: BundleEntry | None = None
     claimed = 0
@@ -211,7 +211,9 @@ def shared_zero_blocks(entries: Iterable[BundleEntry], file_bytes: int) -> dict[
             continue
         claimed += entry.nbytes
         if claimed > budgets.MAX_REPEATS * file_bytes + budgets.MAX_FREE_BYTES:
-            raise TooManyReferencesError(f"its tensors claim over {budgets.MAX_REPEATS} times the bytes of its data")
+            raise InputError(
+                f"{bundle.index} is refused: its tensors claim over {budgets.MAX_REPEATS} times the bytes of its data"
+            )
         if 0 < entry.nbytes <= leader.nbytes <= file_bytes and _is_zeros(entry) and _is_zeros(leader):
             shared[entry.key] = leader
     return shared
@@ -219,13 +221,6 @@ def shared_zero_blocks(entries: Iterable[BundleEntry], file_bytes: int) -> dict[
 
 def _is_zeros(entry: BundleEntry) -> bool:
     return entry.crc == crc_of_zeros(entry.nbytes)
-
-
-def _plain_crc(nbytes: int) -> int:
-    crc = 0
-    for piece in zeros(nbytes):
-        crc = google_crc32c.extend(crc, piece)
-    return crc
 
 
 def zeros(nbytes: int) -> Iterator[bytes]:
@@ -279,7 +274,7 @@ def read_bundle(path: Path) -> Bundle:
     index = read_index(path)
     unchecked = Bundle(path, index.is_big_endian, index.entries, _find_shards(index))
     sizes = {number: shard.stat().st_size for number, shard in unchecked.shards.items()}
-    bundle = replace(unchecked, shared=_shared(unchecked, sum(sizes.values())))
+    bundle = replace(unchecked, shared=_shared_zeros(unchecked, sum(sizes.values())))
     _check_extents(bundle, sizes)
     _check_slices(bundle)
     return bundle
@@ -298,14 +293,6 @@ def _find_shards(index: Index) -> dict[int, Path]:
         if not shard.is_file():
             raise InputError(f"{path} is incomplete: its data shard {abbreviated(shard.name)} is missing")
     return shards
-
-
-def _shared(bundle: Bundle, file_bytes: int) -> dict[bytes, BundleEntry]:
-    stored = [entry for entry in bundle.entries.values() if entry.code in DTYPES and not entry.slices]
-    try:
-        return shared_zero_blocks(stored, file_bytes)
-    except TooManyReferencesError as error:
-        raise InputError(f"{bundle.index} is refused: {error}") from error
 
 
 def _check_extents(bundle: Bundle, sizes: Mapping[int, int]) -> None:

@@ -44,11 +44,6 @@ class BundleEdits:
     texts: Mapping[bytes, bytes] = field(default_factory=dict)
     """New contents of scalar strings."""
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether the bundle stays as it is."""
-        return not (self.drops or self.zeros or self.texts)
-
 
 @dataclass(frozen=True, slots=True)
 class EntryLocation:
@@ -66,10 +61,16 @@ def rewrite_bundle(bundle: Bundle, edits: BundleEdits, targets: Mapping[Path, Pa
     for shard, path in bundle.shards.items():
         with targets[path].open("xb") as out:
             locations.update(_write_shard(bundle, shard, edits, out))
-    kept = (record for record in records(bundle.index, read_file(bundle.index)) if record.key not in edits.drops)
+    _write_index(bundle.index, targets[bundle.index], locations, edits.drops)
+
+
+def _write_index(
+    index: Path, target: Path, locations: Mapping[bytes, EntryLocation], drops: frozenset[bytes] = frozenset()
+) -> None:
+    """Write an index again, uncompressed, with the new places of entries."""
+    kept = (record for record in records(index, read_file(index)) if record.key not in drops)
     table = leveldb.table((record.key, _relocated_value(record, locations.get(record.key))) for record in kept)
-    with targets[bundle.index].open("xb") as out:
-        out.write(table)
+    target.write_bytes(table)
 
 
 def _write_shard(bundle: Bundle, shard: int, edits: BundleEdits, out: BinaryIO) -> dict[bytes, EntryLocation]:
@@ -100,8 +101,7 @@ def _write(bundle: Bundle, entry: BundleEntry, edits: BundleEdits, out: BinaryIO
         stored, crc = string_bytes(edits.texts[entry.key])
         out.write(stored)
         return EntryLocation(entry.shard, offset, len(stored), crc)
-    extent = Extent(bundle.shards[entry.shard], entry.offset, entry.nbytes)
-    out.writelines(block.data for block in extents.blocks(extent, extents.BYTE))
+    out.writelines(block.data for block in extents.blocks(bundle.extent(entry), extents.BYTE))
     return EntryLocation(entry.shard, offset, entry.nbytes, entry.crc)
 
 
@@ -130,22 +130,12 @@ def write(model: ModelFile, targets: dict[Path, Path], updates: Sequence[TensorU
     patch_files(model, targets, updates)
     shards = [(entry, targets[bundle.extent(entry).path]) for entry in changed]
     if any(entry.crc_at < 0 for entry in changed):
-        _rewrite_index(index, targets[index], shards)
+        # Inside a compressed block no checksum can be mended.
+        crcs = ((entry, mask(_crc(Extent(shard, entry.offset, entry.nbytes)))) for entry, shard in shards)
+        locations = {entry.key: EntryLocation(entry.shard, entry.offset, entry.nbytes, crc) for entry, crc in crcs}
+        _write_index(index, targets[index], locations)
     else:
         _fix_crc(targets[index], shards)
-
-
-def _rewrite_index(index: Path, target: Path, changed: Iterable[tuple[BundleEntry, Path]]) -> None:
-    """Write an index again, uncompressed: inside a compressed block no checksum can be mended."""
-    locations = {
-        entry.key: EntryLocation(
-            entry.shard, entry.offset, entry.nbytes, mask(_crc(Extent(shard, entry.offset, entry.nbytes)))
-        )
-        for entry, shard in changed
-    }
-    index_records = records(index, read_file(index))
-    table = leveldb.table((record.key, _relocated_value(record, locations.get(record.key))) for record in index_records)
-    target.write_bytes(table)
 
 
 def _fix_crc(index: Path, changed: Iterable[tuple[BundleEntry, Path]]) -> None:
