@@ -9,8 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from prunectl.formats.keras.strip import LayerNameConflictError, inner_layer, unwrap_config
-from prunectl.formats.keras.strip_layouts import UnmatchedMaskError, Weight, match_masks
+from prunectl.formats.keras.config import inner_layer
+from prunectl.formats.keras.strip import LayerNameConflictError, unwrap_config
+from prunectl.formats.keras.strip_layouts import MasksNotAppliedError, Weight, match_masks
 
 
 def layer(name: str, *calls: Any, kind: str = "Dense", **facts: Any) -> dict[str, Any]:
@@ -144,5 +145,5 @@ def test_a_mask_of_a_layer_that_tfmot_does_not_know_belongs_to_what_has_its_shap
 
 
 def test_two_masks_for_one_weight_are_refused() -> None:
-    with pytest.raises(UnmatchedMaskError, match=r"mask_1 has the shape \[2, 3\], which no weight"):
+    with pytest.raises(MasksNotAppliedError, match=r"mask_1 has the shape \[2, 3\], which no weight"):
         match_masks([Weight(f"mask_{number}", "mask", (2, 3)) for number in range(2)], weights(("kernel", (2, 3))))

@@ -19,7 +19,7 @@ from prunectl.formats.keras.hdf5 import H5Contents, H5Location, rewrite
 from prunectl.formats.keras.hdf5.rewrite import H5Edits, merge
 from prunectl.formats.keras.layouts import layer_names_group
 from prunectl.formats.keras.model import WEIGHTS, inflate
-from prunectl.formats.keras.strip_layouts import UnmatchedMaskError
+from prunectl.formats.keras.strip_layouts import MasksNotAppliedError
 from prunectl.formats.zip_read import open_archive
 from prunectl.formats.zip_write import Content, file_content, rewrite_zip
 
@@ -50,7 +50,7 @@ def plan_strip(contents: H5Contents, config: Mapping[str, Any] | None, options: 
             edits = strip_layouts.plan_by_path(contents, config, options, is_unwrapped=is_unwrapped)
     except LayerNameConflictError as error:
         raise InputError(f"{shown} has two layers named {error} once its wrappers are gone") from error
-    except (UnmatchedMaskError, strip_layouts.UnknownWrappedLayerError, strip_layouts.MissingWeightError) as error:
+    except MasksNotAppliedError as error:
         hint = "the rest can go: prunectl strip --only optimizer,training"
         raise InputError(f"{shown} cannot have its masks applied: {error}", hint=hint) from error
     except RecursionError as error:

@@ -30,11 +30,8 @@ class Weight:
     shape: tuple[int, ...]
 
 
-class UnmatchedMaskError(Exception):
-    """A mask fits no weight of its layer."""
-
-    def __init__(self, mask: Weight) -> None:
-        super().__init__(f"its mask {mask.path} has the shape {list(mask.shape)}, which no weight of its layer has")
+class MasksNotAppliedError(Exception):
+    """The file does not say which weight a mask is for, or where a weight without its wrapper belongs."""
 
 
 def match_masks(masks: Sequence[Weight], weights: Sequence[Weight]) -> dict[str, str]:
@@ -45,7 +42,9 @@ def match_masks(masks: Sequence[Weight], weights: Sequence[Weight]) -> dict[str,
     mask_paths: dict[str, str] = {}
     for mask in masks:
         if not unmasked[mask.shape]:
-            raise UnmatchedMaskError(mask)
+            raise MasksNotAppliedError(
+                f"its mask {mask.path} has the shape {list(mask.shape)}, which no weight of its layer has"
+            )
         mask_paths[unmasked[mask.shape].popleft().path] = mask.path
     return mask_paths
 
@@ -54,10 +53,6 @@ _OPTIMIZER = "optimizer_weights"
 _TRAINING = "training_config"
 _WRAPPER_WEIGHT = re.compile(r"(mask|threshold|pruning_step)(_\d+)?")
 _FLOATS = frozenset({"float32", "float64"})
-
-
-class MissingWeightError(Exception):
-    """A weight or a mask is named, but not there."""
 
 
 def plan_by_layer_name(contents: H5Contents, root: str, options: StripOptions, *, is_unwrapped: bool) -> H5Edits:
@@ -96,7 +91,7 @@ def _unwrapped_named(contents: H5Contents, root: str, names: dict[str, list[str]
         path = joined(root, group)
         for weight in weights:
             if f"{path}/{weight}" not in stored:
-                raise MissingWeightError(
+                raise MasksNotAppliedError(
                     f"the file is incomplete, it names {abbreviated(weight)}, but does not hold it"
                 )
         members = {weight: stored[f"{path}/{weight}"] for weight in weights}
@@ -194,10 +189,6 @@ _ATTENTION = ("query", "key", "value", "output")
 """The order in which an attention's kernels are pruned; that of the file is the alphabet's."""
 
 
-class UnknownWrappedLayerError(Exception):
-    """The file does not say of which classes the wrapped layers are, which their new places depend on."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Relocation:
     """A layer of the configuration with its old and its new path."""
@@ -238,13 +229,13 @@ def _unwrapped_numbered(contents: H5Contents, config: Mapping[str, Any] | None) 
     relocations = list(_relocations(config, container)) if config is not None else []
     if not any(relocation.wrapped for relocation in relocations):
         if config is None and any(PRUNED_PREFIX.rstrip("_") in dataset.name for dataset in contents.datasets):
-            raise UnknownWrappedLayerError("the file holds weights alone, and does not say what its wrapped layers are")
+            raise MasksNotAppliedError("the file holds weights alone, and does not say what its wrapped layers are")
         return
     below = _datasets_below(contents)
     if container == TWICE and any(
         relocation.wrapped and not below.get(f"{relocation.old}/layer") for relocation in relocations
     ):
-        raise UnknownWrappedLayerError("its layers are numbered as Keras 2.13 did it, twice for each that has weights")
+        raise MasksNotAppliedError("its layers are numbered as Keras 2.13 did it, twice for each that has weights")
     for relocation in relocations:
         if relocation.wrapped is None:
             yield H5Edits(moves={relocation.old: relocation.new})

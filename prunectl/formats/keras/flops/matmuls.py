@@ -184,14 +184,6 @@ def output(step: LayerCall) -> Shape | None:
         return None
 
 
-def _same(step: LayerCall) -> Shape:
-    return step.shape()
-
-
-def _merged(step: LayerCall) -> Shape:
-    return broadcast(step.everything)
-
-
 def _elementwise(step: LayerCall) -> Shape:
     """An operation of TensorFlow that Keras 2 recorded as a layer."""
     name = step.word("function") or step.word("op")
@@ -254,18 +246,6 @@ def _permuted(step: LayerCall) -> Shape:
     return tuple(shape[position - 1] for position in order)
 
 
-def _repeated(step: LayerCall) -> Shape:
-    return (step.number("n"), *step.shape())
-
-
-def _embedded(step: LayerCall) -> Shape:
-    return (*step.shape(), step.number("output_dim"))
-
-
-def _dense_shape(step: LayerCall) -> Shape:
-    return (*step.shape()[:-1], step.number("units"))
-
-
 _SAME = (
     *("Activation", "ReLU", "LeakyReLU", "PReLU", "ELU", "ThresholdedReLU", "Softmax", "Dropout", "GaussianNoise"),
     *("GaussianDropout", "AlphaDropout", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D", "Masking"),
@@ -282,17 +262,19 @@ _ELEMENTWISE = frozenset(
     }
 )
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(_SAME, _same),
-    **dict.fromkeys(("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum"), _merged),
+    **dict.fromkeys(_SAME, lambda step: step.shape()),
+    **dict.fromkeys(
+        ("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum"), lambda step: broadcast(step.everything)
+    ),
     **dict.fromkeys(("TFOpLambda", "TensorFlowOpLayer"), _elementwise),
     **WINDOW_RULES,
     **sequences.SHAPES,
     "Concatenate": _concatenated,
-    "Dense": _dense_shape,
-    "Embedding": _embedded,
+    "Dense": lambda step: (*step.shape()[:-1], step.number("units")),
+    "Embedding": lambda step: (*step.shape(), step.number("output_dim")),
     "Flatten": _flat,
     "Merge": _merge_of_keras_1,
     "Permute": _permuted,
-    "RepeatVector": _repeated,
+    "RepeatVector": lambda step: (step.number("n"), *step.shape()),
     "Reshape": _reshaped,
 }

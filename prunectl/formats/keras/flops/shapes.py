@@ -238,16 +238,6 @@ def transposed_convolution(step: LayerCall) -> Shape:
     return step.joined(tuple(lengths), step.number("filters"))
 
 
-def padding_output(step: LayerCall) -> Shape:
-    """The shape of an image with a border around it."""
-    return _with_borders(step, "padding", 1)
-
-
-def cropping_output(step: LayerCall) -> Shape:
-    """The shape of an image without its border."""
-    return _with_borders(step, "cropping", -1)
-
-
 def upsampling(step: LayerCall) -> Shape:
     """The shape of an upsampled image."""
     space, channels = step.image()
@@ -316,8 +306,8 @@ WINDOW_RULES: dict[str, Callable[[LayerCall], Shape]] = {
     **dict.fromkeys(("LocallyConnected1D", "LocallyConnected2D"), convolution),
     **{f"{kind}Pooling{axes}D": pooling for kind in ("Max", "Average") for axes in (1, 2, 3)},
     **{f"Global{kind}Pooling{axes}D": global_pooling for kind in ("Max", "Average") for axes in (1, 2, 3)},
-    **{f"ZeroPadding{axes}D": padding_output for axes in (1, 2, 3)},
-    **{f"Cropping{axes}D": cropping_output for axes in (1, 2, 3)},
+    **{f"ZeroPadding{axes}D": lambda step: _with_borders(step, "padding", 1) for axes in (1, 2, 3)},
+    **{f"Cropping{axes}D": lambda step: _with_borders(step, "cropping", -1) for axes in (1, 2, 3)},
     **{f"UpSampling{axes}D": upsampling for axes in (1, 2, 3)},
     **dict.fromkeys(("Resizing", "CenterCrop", "RandomCrop"), resizing),
 }
