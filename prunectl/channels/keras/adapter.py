@@ -32,8 +32,7 @@ from prunectl.channels.keras.weights import ConfigPath, get_at
 from prunectl.channels.lengths import AxisLengths, DataShapes
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array, ModelFile, Role, StripOptions, StripPart, Tensor
-from prunectl.formats.keras.config import part, text, upgrade_class_name
-from prunectl.formats.keras.flops.shapes import untuple
+from prunectl.formats.keras.config import part, text, untuple, upgrade_class_name
 from prunectl.formats.registry import by_name, load, open_model
 from prunectl.pruning import destination as outputs
 from prunectl.training.backend import LoadOptions

@@ -11,10 +11,10 @@ from prunectl.channels.graph import OpKind
 from prunectl.channels.keras import layers
 from prunectl.channels.keras.builder import CalledLayer, LayerContext, ObservedValue
 from prunectl.channels.keras.layers import apply_activation, keeps_zero
-from prunectl.formats.keras.config import part, text, upgrade_class_name, upgrade_config
+from prunectl.formats.keras.config import part, text, untuple, upgrade_class_name, upgrade_config
 from prunectl.formats.keras.flops.matmuls import matmuls
 from prunectl.formats.keras.flops.sequences import GATES
-from prunectl.formats.keras.flops.shapes import UnknownShapeError, untuple
+from prunectl.formats.keras.flops.shapes import UnknownShapeError
 
 
 def _convolution(call: LayerContext) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 from prunectl.channels.graph import OpKind
 from prunectl.channels.keras.builder import LayerContext, with_batch
-from prunectl.formats.keras.config import named, text
-from prunectl.formats.keras.flops.shapes import UnknownShapeError, untuple
+from prunectl.formats.keras.config import named, text, untuple
+from prunectl.formats.keras.flops.shapes import UnknownShapeError
 
 
 def pool_or_pad(call: LayerContext) -> str:

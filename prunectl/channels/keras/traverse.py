@@ -32,12 +32,14 @@ from prunectl.formats.keras.config import (
     model_ends,
     name_of,
     part,
+    shape_in,
     text,
+    untuple,
     upgrade_class_name,
     upgrade_config,
 )
 from prunectl.formats.keras.flops import matmuls, sequences
-from prunectl.formats.keras.flops.shapes import LayerCall, UnknownShapeError, shape_in, untuple
+from prunectl.formats.keras.flops.shapes import LayerCall, UnknownShapeError
 from prunectl.formats.keras.flops.trace import SHAPE_KEYS, NodeResolver, ShapeTracer, input_shape, topological_order
 from prunectl.formats.keras.numbering import ambiguous_containers, layers_by_folder
 from prunectl.training.backend import ModelSignature, TensorSpec

@@ -12,7 +12,6 @@ from typing import Any
 from prunectl.errors import InputError
 from prunectl.formats import budgets
 from prunectl.formats.base import PruningWrapper, Shape
-from prunectl.formats.keras.flops.shapes import shape_in
 
 PRUNED_PREFIX = "prune_low_magnitude_"
 WRAPPER = "PruneLowMagnitude"
@@ -152,6 +151,36 @@ def text(facts: Any, key: str) -> str:
     """A string inside an object, empty if it is not there."""
     value = facts.get(key) if isinstance(facts, (dict, Mapping)) else None
     return value if isinstance(value, str) else ""
+
+
+_TUPLES = ("__tuple__", "TensorShape")
+
+
+def untuple(value: Any) -> Any:
+    """The list behind what Keras writes for a tuple, or a value that is none."""
+    items = value.get("items") if isinstance(value, dict) and value.get("class_name") in _TUPLES else value
+    return None if isinstance(items, list) and len(items) > budgets.MAX_LISTED else items
+
+
+def shape_in(value: Any) -> Shape | None:
+    """A configured shape without its batch axis; None for anything else."""
+    axes = untuple(value)
+    if not isinstance(axes, list) or not axes or len(axes) > budgets.MAX_TENSORFLOW_AXES:
+        return None
+    if not all(length is None or type(length) is int for length in axes):
+        return None
+    lengths = [None if length is None or not 0 <= length <= budgets.MAX_ELEMENTS else length for length in axes]
+    return tuple(lengths[1:])
+
+
+def shapes_in(value: Any, nesting: int = 0) -> tuple[Shape | None, ...]:
+    """The shapes in what may be one of them, or several in a list or under names."""
+    shape = shape_in(value)
+    if shape is not None or nesting > budgets.MAX_SHAPE_DEPTH:
+        return (shape,)
+    items = untuple(value)
+    members = items.values() if isinstance(items, Mapping) else items if isinstance(items, list) else ()
+    return tuple(shape for member in members for shape in shapes_in(member, nesting + 1))
 
 
 @lru_cache(1024)

@@ -24,8 +24,7 @@ from prunectl.formats.base import (
     StripOptions,
     StripPart,
 )
-from prunectl.formats.keras.config import PRUNED_PREFIX, layers, part, text
-from prunectl.formats.keras.flops.shapes import untuple
+from prunectl.formats.keras.config import PRUNED_PREFIX, layers, part, text, untuple
 from prunectl.formats.registry import by_name, open_model
 from prunectl.formats.scratch import temporary_folder
 from prunectl.pruning.destination import Destination

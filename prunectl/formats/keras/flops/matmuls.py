@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from prunectl.formats.base import Length, Role, Shape, Tensor, numel
 from prunectl.formats.budgets import MAX_LAYER_WEIGHTS
-from prunectl.formats.keras.config import PRUNED_PREFIX, modern_name
+from prunectl.formats.keras.config import PRUNED_PREFIX, modern_name, untuple
 from prunectl.formats.keras.flops import sequences
 from prunectl.formats.keras.flops.shapes import (
     WINDOW_RULES,
@@ -16,7 +16,6 @@ from prunectl.formats.keras.flops.shapes import (
     UnknownShapeError,
     broadcast,
     scale_dim,
-    untuple,
     validate_shape,
 )
 

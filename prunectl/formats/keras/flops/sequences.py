@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 from prunectl.formats import budgets
 from prunectl.formats.base import Length, Shape
-from prunectl.formats.keras.config import part, text
-from prunectl.formats.keras.flops.shapes import LayerCall, Matmul, UnknownShapeError, scale_dim, untuple, window_output
+from prunectl.formats.keras.config import part, text, untuple
+from prunectl.formats.keras.flops.shapes import LayerCall, Matmul, UnknownShapeError, scale_dim, window_output
 
 
 def multi_head_attention(step: LayerCall) -> Iterator[Matmul]:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prunectl.formats.base import Length, Shape
-from prunectl.formats.budgets import MAX_ELEMENTS, MAX_LISTED, MAX_SHAPE_DEPTH, MAX_TENSORFLOW_AXES
-
-_TUPLES = ("__tuple__", "TensorShape")
+from prunectl.formats.budgets import MAX_ELEMENTS, MAX_TENSORFLOW_AXES
+from prunectl.formats.keras.config import untuple
 
 
 class UnknownShapeError(Exception):
@@ -45,33 +44,6 @@ def _stretched(lengths: tuple[Length, ...]) -> Length:
     if sizes:
         return sizes.pop() if len(sizes) == 1 else None
     return None if None in lengths else 1
-
-
-def untuple(value: Any) -> Any:
-    """The list behind what Keras writes for a tuple, or a value that is none."""
-    items = value.get("items") if isinstance(value, dict) and value.get("class_name") in _TUPLES else value
-    return None if isinstance(items, list) and len(items) > MAX_LISTED else items
-
-
-def shape_in(value: Any) -> Shape | None:
-    """A configured shape without its batch axis; None for anything else."""
-    axes = untuple(value)
-    if not isinstance(axes, list) or not axes or len(axes) > MAX_TENSORFLOW_AXES:
-        return None
-    if not all(length is None or type(length) is int for length in axes):
-        return None
-    lengths = [None if length is None or not 0 <= length <= MAX_ELEMENTS else length for length in axes]
-    return tuple(lengths[1:])
-
-
-def shapes_in(value: Any, nesting: int = 0) -> tuple[Shape | None, ...]:
-    """The shapes in what may be one of them, or several in a list or under names."""
-    shape = shape_in(value)
-    if shape is not None or nesting > MAX_SHAPE_DEPTH:
-        return (shape,)
-    items = untuple(value)
-    members = items.values() if isinstance(items, Mapping) else items if isinstance(items, list) else ()
-    return tuple(shape for member in members for shape in shapes_in(member, nesting + 1))
 
 
 _AXES = re.compile(r"([123])D")

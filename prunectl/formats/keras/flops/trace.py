@@ -25,13 +25,15 @@ from prunectl.formats.keras.config import (
     named,
     parse_calls,
     part,
+    shape_in,
+    shapes_in,
     text,
     upgrade_class_name,
     upgrade_config,
 )
 from prunectl.formats.keras.flops import matmuls, sequences
 from prunectl.formats.keras.flops.matmuls import Weights
-from prunectl.formats.keras.flops.shapes import LayerCall, Matmul, UnknownShapeError, shape_in, shapes_in
+from prunectl.formats.keras.flops.shapes import LayerCall, Matmul, UnknownShapeError
 
 Shapes = tuple[Shape | None, ...]
 SHAPE_KEYS = ("batch_input_shape", "batch_shape")
