@@ -14,9 +14,9 @@ import pytest
 from prunectl.errors import InputError, MissingExtraError, UntrustedError, UsageError, WorkError
 from prunectl.formats.base import StripOptions, StripPart
 from prunectl.formats.registry import open_model
-from prunectl.formats.tensorflow import unwrap
 from prunectl.formats.tensorflow.bundle import read_bundle
 from prunectl.formats.tensorflow.leveldb import masked_crc
+from prunectl.formats.tensorflow.strip import verify
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.strip import Stripped
 from prunectl.pruning.strip import strip as run
@@ -382,7 +382,7 @@ def test_a_missing_framework_is_named_with_its_extra(pruned_folder: Path, monkey
 
 def test_keras_that_gives_up_is_told(pruned_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = subprocess.CompletedProcess([], 1, stdout=b"")
-    monkeypatch.setattr(unwrap.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr("prunectl.formats.tensorflow.strip.subprocess.run", lambda *_, **__: done)
     with pytest.raises(WorkError, match="Keras gave up"):
         strip(pruned_folder)
 
@@ -399,4 +399,4 @@ def test_a_rebuilt_model_with_another_number_is_not_handed_out(
     data[extent.offset + 3] ^= 1
     extent.path.write_bytes(data)
     with pytest.raises(WorkError, match="came out with other numbers"):
-        unwrap.verify(open_model(path), target)
+        verify(open_model(path), target)

@@ -10,13 +10,7 @@ from prunectl.formats.base import ModelFile, Operation
 from prunectl.formats.budgets import MAX_AXES, MAX_ELEMENTS, MAX_PASSED_OPERATORS
 from prunectl.formats.onnx import messages
 from prunectl.formats.onnx.messages import GraphProto, NodeProto, ProtoReader, TensorProto, parsing
-from prunectl.formats.onnx.shape_rules import (
-    RULES,
-    OnnxStep,
-    Shape,
-    UnknownOnnxShapeError,
-    wrap_axis,
-)
+from prunectl.formats.onnx.shape_rules import RULES, OnnxStep, Shape, UnknownOnnxShapeError, wrap_axis
 from prunectl.formats.onnx.tensors import TensorLocator, TensorSource, decode_dense
 from prunectl.formats.onnx.usage import CALCULATING, CELLS, PASSING, GraphScope, read_scopes
 

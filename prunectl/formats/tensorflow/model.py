@@ -1,4 +1,4 @@
-"""TensorFlow SavedModels (a folder of a graph and a bundle of variables) and checkpoints (a bundle): open and strip."""
+"""TensorFlow SavedModels (a folder of a graph and a bundle of variables) and checkpoints (a bundle), opened."""
 
 from __future__ import annotations
 
@@ -7,37 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunectl.errors import InputError, UsageError
+from prunectl.errors import InputError
 from prunectl.formats import budgets
-from prunectl.formats.base import (
-    WRAPPING,
-    ModelFile,
-    ModelInfo,
-    PruningWrapper,
-    RemovedItem,
-    Role,
-    StripOptions,
-    StripPart,
-    Tensor,
-)
+from prunectl.formats.base import ModelFile, ModelInfo, PruningWrapper, Role, Tensor
 from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras.config import PRUNED_PREFIX, part, schedule, text
-from prunectl.formats.patch import patch_files
 from prunectl.formats.protobuf import WireError
 from prunectl.formats.safe_json import parse_object, refuse_too_much
-from prunectl.formats.tensorflow import object_graph, unwrap, variables
-from prunectl.formats.tensorflow.bundle import Bundle, BundleEntry, read_bundle
-from prunectl.formats.tensorflow.bundle_write import BundleEdits, rewrite_bundle
-from prunectl.formats.tensorflow.graph_def import (
-    KerasObject,
-    SavedGraph,
-    constants,
-    read_graph,
-    read_keras_metadata,
-    variables_used_by_functions,
-)
-from prunectl.formats.tensorflow.object_graph import find_ownership
-from prunectl.formats.tensorflow.unwrap import storage_keys, training_state
+from prunectl.formats.tensorflow import object_graph, variables
+from prunectl.formats.tensorflow.bundle import Bundle, read_bundle
+from prunectl.formats.tensorflow.graph_def import KerasObject, SavedGraph, constants, read_graph, read_keras_metadata
 
 _MODELS = frozenset({"_tf_keras_model", "_tf_keras_sequential", "_tf_keras_network"})
 _NOT_LAYERS = frozenset({"_tf_keras_metric", "_tf_keras_input_layer"})
@@ -203,63 +182,6 @@ def _files(path: Path) -> tuple[Path, ...]:
     return tuple(sorted(files))
 
 
-def strip_saved_model(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
-    """Write the folder without the parts in the options; returns the removed items."""
-    if options.to_half:
-        raise UsageError(
-            f"{model.path} cannot hold 16-bit floats: its graph says the type of every variable",
-            hint="leave out --half",
-        )
-    if options.parts & WRAPPING and model.about.wrappers:
-        return unwrap.unwrap(model, options, targets)
-    unwritten = dict(targets)
-    removed: list[RemovedItem] = []
-    if StripPart.TRAINING in options.parts:
-        changed, items = unwrap.training_in(model.path)
-        for path, content in changed.items():
-            unwritten.pop(path).write_bytes(content)
-        removed += items
-    index = model.path / "variables" / "variables.index"
-    if index.is_file():
-        bundle = read_bundle(index)
-        zeroed = {key: part for key, part in _zeroable_entries(model, bundle).items() if part in options.parts}
-        items = unwrap.zeroed_items(bundle, zeroed)
-        # Resetting what is alone would gain nothing.
-        if any(item.bytes for item in items):
-            owned = {index, *bundle.shards.values()}
-            rewrite_bundle(
-                bundle, BundleEdits(zeros=storage_keys(bundle, zeroed)), {path: unwritten.pop(path) for path in owned}
-            )
-            removed += items
-    patch_files(model, unwritten, ())
-    return tuple(removed)
-
-
-def _zeroable_entries(model: ModelFile, bundle: Bundle) -> Mapping[bytes, StripPart]:
-    """What training only needs and may start from zero: not the rates and factors of an optimizer.
-
-    The graph asks for every variable by its name, also when it is only served: none of them can be missing.
-    """
-    graph = object_graph.read(bundle)
-    numbers = {entry.key for entry in bundle.numbers()}
-    zeroed_already = bundle.shared.keys() | {entry.key for entry in bundle.shared.values()}
-    names = graph.full_names
-    # A signature may train, or what is called an optimizer may be a part of the model.
-    used = variables_used_by_functions(read_graph(model.path / "saved_model.pb")) if graph.nodes else frozenset()
-    return {
-        key: part
-        for key, part in training_state(bundle, graph).items()
-        if key in numbers
-        and not storage_keys(bundle, [key]) <= zeroed_already
-        and _starts_at_zero(bundle.entries[key])
-        and names.get(key.decode("utf-8", "backslashreplace"), "") not in used
-    }
-
-
-def _starts_at_zero(entry: BundleEntry) -> bool:
-    return bool(entry.shape) or entry.dtype.kind == "i"
-
-
 def open_checkpoint(path: Path) -> ModelFile:
     """Open a checkpoint by its index."""
     bundle = read_bundle(path)
@@ -279,31 +201,3 @@ def open_checkpoint(path: Path) -> ModelFile:
         files=(path, *bundle.shards.values()),
         decode=variables.decoder(bundle),
     )
-
-
-def strip_checkpoint(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
-    """Write the checkpoint without the parts in the options; returns the removed items."""
-    if options.to_half:
-        raise UsageError(
-            f"{model.path} cannot hold 16-bit floats: the program that restores it expects its variables as they are",
-            hint="leave out --half",
-        )
-    if options.parts & WRAPPING and model.about.wrappers:
-        raise InputError(
-            f"{model.path} has pruning wrappers, around {model.about.wrappers[0].layer} to begin with, "
-            "and a checkpoint does not hold the model that they would be taken out of",
-            hint="strip the model that was saved as a whole, or only the rest: --only optimizer,training",
-        )
-    bundle = read_bundle(model.path)
-    graph = object_graph.read(bundle)
-    optimizer_state = {key: part for key, part in training_state(bundle, graph).items() if part is StripPart.OPTIMIZER}
-    if not optimizer_state or StripPart.OPTIMIZER not in options.parts:
-        patch_files(model, targets, ())
-        return ()
-    texts = {}
-    if graph.nodes:
-        texts[object_graph.KEY] = object_graph.remove_nodes(graph, find_ownership(graph).training_only)
-    rewrite_bundle(
-        bundle, BundleEdits(drops=storage_keys(bundle, optimizer_state) | optimizer_state.keys(), texts=texts), targets
-    )
-    return unwrap.removed_items(bundle, optimizer_state)

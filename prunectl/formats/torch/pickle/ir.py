@@ -12,14 +12,7 @@ from pathlib import Path
 from prunectl.errors import InputError
 from prunectl.formats.torch.pickle import opcodes
 from prunectl.formats.torch.pickle.opcodes import OpcodeReader
-from prunectl.formats.torch.pickle.vm import (
-    STACK_HANDLERS,
-    STOP,
-    LimitExceededError,
-    OpcodeHandler,
-    PickleMachine,
-    run,
-)
+from prunectl.formats.torch.pickle.vm import STACK_HANDLERS, STOP, LimitExceededError, OpcodeHandler, PickleMachine, run
 
 Bytes = bytes | memoryview
 
