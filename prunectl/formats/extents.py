@@ -77,6 +77,12 @@ def arrange(
     return array
 
 
+def unpack(raw: NDArray[np.uint8], dtype: np.dtype[Any], bits: int) -> NDArray[Any]:
+    """Elements of 2 or 4 bits as a byte each, the lowest bits of a byte first."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return ((raw[:, None] >> shifts) & np.uint8((1 << bits) - 1)).reshape(-1).view(dtype)
+
+
 def _swapped(raw: NDArray[np.uint8], dtype: np.dtype[Any]) -> NDArray[np.uint8]:
     """Numbers in the other order of bytes: as plain bytes, which also serves bfloat16, that knows no byte order."""
     width = dtype.itemsize // 2 if dtype.kind == "c" else dtype.itemsize

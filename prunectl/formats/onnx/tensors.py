@@ -13,10 +13,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from prunectl.errors import InputError, abbreviated
+from prunectl.errors import InputError, abbreviated, reading
 from prunectl.formats import budgets, protobuf
 from prunectl.formats.base import Array, Storage, format_shape
-from prunectl.formats.extents import Extent, check_inside
+from prunectl.formats.extents import Extent, check_inside, unpack
 from prunectl.formats.onnx.messages import (
     DOUBLES,
     FLOATS,
@@ -305,9 +305,8 @@ def decode_dense(source: TensorSource, path: Path) -> Array:
             f"{path} is damaged: {abbreviated(source.name)} of shape {format_shape(source.shape)} "
             "does not fill its data"
         )
-    if source.bits < 8:
-        stored = _unpacked(stored, source)
-    array = stored.view(source.dtype).reshape(source.shape)
+    array = stored.view(source.dtype) if source.bits >= 8 else unpack(stored, source.dtype, source.bits)
+    array = array[: math.prod(source.shape)].reshape(source.shape)
     array.flags.writeable = False
     return array
 
@@ -333,12 +332,9 @@ def decode_sparse(source: SparseSource, path: Path) -> Array:
 
 
 def _read(run: Extent) -> bytes:
-    try:
-        with run.path.open("rb") as file:
-            file.seek(run.offset)
-            raw = file.read(run.nbytes)
-    except OSError as error:
-        raise InputError(f"{run.path} cannot be read: {error.strerror}") from error
+    with reading(run.path), run.path.open("rb") as file:
+        file.seek(run.offset)
+        raw = file.read(run.nbytes)
     if len(raw) != run.nbytes:
         raise InputError(f"{run.path} ended early: it became shorter while it was read")
     return raw
@@ -351,14 +347,3 @@ def _narrowed(raw: bytes, source: TensorSource, path: Path) -> NDArray[np.uint8]
         raise InputError(f"{path} is damaged: {abbreviated(source.name)} holds {error}") from error
     width = 1 if source.bits < 8 else source.dtype.itemsize
     return numbers.astype(f"u{width}").view(np.uint8)
-
-
-def _unpacked(stored: NDArray[np.uint8], source: TensorSource) -> NDArray[np.uint8]:
-    """Spread elements of 2 or 4 bits over a byte each, the lowest bits first."""
-    shifts = np.arange(0, 8, source.bits, dtype=np.uint8)
-    mask = np.uint8((1 << source.bits) - 1)
-    elements = ((stored[:, None] >> shifts) & mask).reshape(-1)[: math.prod(source.shape)]
-    if source.dtype.name.startswith("int"):
-        sign = np.uint8(1 << (source.bits - 1))
-        elements = (elements ^ sign) - sign
-    return elements

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import google_crc32c
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, reading
 from prunectl.formats import budgets
 from prunectl.formats.protobuf import WireError, encode_varint, read_varint
 
@@ -108,13 +108,11 @@ def mask(crc: int) -> int:
 
 def read_file(path: Path) -> memoryview:
     """The bytes of a table, which is small beside what it is an index of."""
-    try:
+    with reading(path):
         file_bytes = path.stat().st_size
         if file_bytes > budgets.MAX_TABLE_BYTES:
             raise InputError(f"{path} is refused: an index of {file_bytes} bytes is more than any model needs")
         return memoryview(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def records(path: Path, data: memoryview) -> Iterator[IndexRecord]:

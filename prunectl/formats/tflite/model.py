@@ -26,7 +26,7 @@ from prunectl.formats.base import (
     Tensor,
     format_shape,
 )
-from prunectl.formats.extents import Extent, check_inside
+from prunectl.formats.extents import Extent, check_inside, unpack
 from prunectl.formats.tflite.schema import (
     BITS,
     DTYPES,
@@ -39,7 +39,6 @@ from prunectl.formats.tflite.schema import (
     LiteTensor,
     read_lite,
     stored_bytes,
-    unpack,
 )
 from prunectl.formats.tflite.usage import LiteTensorPurpose, LiteTensorUse, layer_of, meanings
 
@@ -212,7 +211,8 @@ def _decoder(lite: LiteFile, sources: dict[str, LiteTensor]) -> Callable[[Tensor
         count = (
             tensor.size if source.sparsity is None else nbytes * 8 // BITS.get(source.code, 8 * tensor.dtype.itemsize)
         )
-        array = unpack(raw[: stored_bytes(source.code, count)], source.code, count)
+        raw, bits = raw[: stored_bytes(source.code, count)], BITS.get(source.code)
+        array = (raw.view(tensor.dtype) if bits is None else unpack(raw, tensor.dtype, bits))[:count]
         try:
             dense = densify(source.sparsity, tensor.shape, array) if source.sparsity else array.reshape(tensor.shape)
         except FlatBufferError as error:

@@ -247,19 +247,6 @@ def stored_bytes(code: int, size: int) -> int:
     return (size * BITS[code] + 7) // 8 if code in BITS else size * DTYPES[code].itemsize
 
 
-def unpack(raw: NDArray[np.uint8], code: int, size: int) -> NDArray[Any]:
-    """The elements as one each, the lowest bits of a byte first."""
-    if code not in BITS:
-        return raw.view(DTYPES[code])[:size]
-    bits = BITS[code]
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    parts = ((raw[:, None] >> shifts) & np.uint8((1 << bits) - 1)).reshape(-1)[:size]
-    if code == 20:
-        return parts.astype(DTYPES[code])
-    signed = parts.astype(np.int8)
-    return np.where(signed >= 1 << (bits - 1), signed - (1 << bits), signed).astype(DTYPES[code])
-
-
 OFFSET_BYTES = 4
 
 

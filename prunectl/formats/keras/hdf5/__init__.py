@@ -283,9 +283,8 @@ def _dataset(name: str, dataset: Any, path: Path) -> dict[str, Any] | None:
     dtype = dataset.dtype
     declared_type = dataset.attrs.get("dtype")
     if dtype.kind == "V" and dtype.names is None and isinstance(declared_type, str):
-        type_name = (
-            declared_type  # Keras stores what NumPy does not know as raw bytes, and says beside them what they are.
-        )
+        # Keras stores what NumPy does not know as raw bytes, and says beside them what they are.
+        type_name = declared_type
     elif dtype.kind in "fiubc":
         type_name = dtype.newbyteorder("=").name
     else:
