@@ -50,7 +50,7 @@ def _policy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def _forked_rebuilding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rebuild SavedModels in processes that are forked: what they do is asked, not how they are started."""
     subprocess = SimpleNamespace(run=forked.run, TimeoutExpired=TimeoutError)
-    monkeypatch.setattr("prunectl.formats.tensorflow.unwrap.subprocess", subprocess)
+    monkeypatch.setattr("prunectl.formats.tensorflow.strip.subprocess", subprocess)
 
 
 @pytest.fixture
