@@ -55,8 +55,7 @@ def check(depfile: Path, target: Path, models: Iterable[Path]) -> None:
     """Refuse a place where nothing can be written, or where something else is, before any work begins."""
     if str(depfile) == STDIN:
         raise UsageError("--depfile writes a file, not to standard output", hint="--depfile OUT.d")
-    if not depfile.absolute().parent.is_dir():
-        raise UsageError(f"{depfile.parent} is not a folder", hint=f"mkdir -p {depfile.parent}")
+    atomic.check_parent(depfile)
     if depfile.is_dir() or depfile.resolve() in {path.resolve() for path in models}:
         raise UsageError(f"{depfile} is no place for a depfile", hint="--depfile OUT.d")
     _check_free(depfile, target)

@@ -75,9 +75,10 @@ class Reports:
         for path in paths:
             if paths.count(path) > 1:
                 raise UsageError(f"two reports go to {path}")
-            if path != STDOUT and not Path(path).absolute().parent.is_dir():
-                raise UsageError(f"{Path(path).parent} is not a folder", hint=f"mkdir -p {Path(path).parent}")
-            if path != STDOUT and _is_user_file(Path(path)):
+            if path == STDOUT:
+                continue
+            atomic.check_parent(Path(path))
+            if _is_user_file(Path(path)):
                 raise UsageError(f"{path} is no place for a report", hint="--report junit:check.xml")
         if is_json and STDOUT in paths:
             raise UsageError("--json has standard output for itself", hint="--report json:FILE, or without --json")

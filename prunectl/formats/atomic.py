@@ -84,8 +84,7 @@ def check_target(model: ModelFile, target: Path, *, is_forced: bool, is_in_place
         raise UsageError(f"{target} names no file", hint=f"such as {target / model.path.name}")
     if is_same(model.path, target):
         raise UsageError(f"{target} is the input itself", hint="write elsewhere, or say --in-place")
-    if not target.parent.is_dir():
-        raise UsageError(f"{target.parent} is not a folder", hint=f"mkdir -p {target.parent}")
+    check_parent(target)
     for place in dict.fromkeys(_place_of(name, target) for name in targets(model, target).values()):
         if any(is_same(file, place) for file in model.files):
             raise UsageError(f"{place} belongs to the input", hint="write into another folder")
@@ -141,10 +140,15 @@ def _shard_names(shards: Sequence[Path], index: str) -> list[Path]:
     return [Path(f"{stem}{tail}") for tail in tails]
 
 
+def check_parent(path: Path) -> None:
+    """Refuse a path in a folder that is not there."""
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent} is not a folder", hint=f"mkdir -p {path.parent}")
+
+
 def write_text(target: Path, text: str, *, is_forced: bool) -> None:
     """Write a file that is there whole or not at all, in place of none unless the user said so."""
-    if not target.parent.is_dir():
-        raise UsageError(f"{target.parent} is not a folder", hint=f"mkdir -p {target.parent}")
+    check_parent(target)
     if target.is_dir() or (os.path.lexists(target) and not is_forced):
         raise UsageError(f"{target} exists", hint="write elsewhere, or replace it with --force")
     with atomic_replace(target, may_replace=is_forced) as folder:

@@ -16,7 +16,7 @@ from prunectl import __version__
 from prunectl.analysis import patterns
 from prunectl.analysis.patterns import BlockPattern, NMPattern
 from prunectl.errors import InputError, UsageError
-from prunectl.formats.atomic import write_text
+from prunectl.formats.atomic import check_parent, write_text
 from prunectl.formats.safe_json import read_object
 from prunectl.plugins import check_untrusted, find
 from prunectl.pruning import BATCH_SIZE, SAMPLES
@@ -254,8 +254,7 @@ _END_BYTES = 512
 
 def check_manifest(path: Path, reserved: Iterable[Path], *, is_forced: bool) -> None:
     """Reject a path where no manifest can be written, or that holds something else, before any work begins."""
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"{path.parent} is not a folder", hint=f"mkdir -p {path.parent}")
+    check_parent(path)
     exists = os.path.lexists(path)
     if (exists and not path.is_file()) or path.resolve() in {path_in_use.resolve() for path_in_use in reserved}:
         raise UsageError(f"{path} is no place for a manifest", hint="--manifest run.json")

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from prunectl.analysis import sizes
 from prunectl.errors import InputError, PrunectlError, UsageError, attempt, writing
+from prunectl.formats.atomic import check_parent
 from prunectl.formats.registry import open_model
 from prunectl.formats.scratch import NO_LOCKS
 from prunectl.sweeping.requests import training_of
@@ -53,8 +54,7 @@ def open_journal(
     folder: Path, choices: dict[str, Any], sha256: str, threads: int, files: Mapping[str, str]
 ) -> Generator[Journal]:
     """Yield the notes in a folder, which is made if it is not there; refuse those of another sweep, or other files."""
-    if not folder.parent.is_dir():
-        raise UsageError(f"{folder.parent} is not a folder", hint=f"mkdir -p {folder.parent}")
+    check_parent(folder)
     path = folder / FILE
     if folder.exists() and not path.is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists, and holds no sweep", hint="name a folder that is not there yet")

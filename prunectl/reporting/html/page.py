@@ -166,8 +166,7 @@ _HEAD_BYTES = 512
 
 def check(path: Path) -> None:
     """Refuse a place that a page cannot have, before any work begins."""
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"{path.parent} is not a folder", hint=f"mkdir -p {path.parent}")
+    atomic.check_parent(path)
     if path.is_dir():
         raise UsageError(f"{path} is a folder", hint=f"--html {path / 'report.html'}")
     if path.is_file() and not _is_ours(path):
