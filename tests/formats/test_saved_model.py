@@ -54,7 +54,8 @@ def layers_of(k: Any) -> Any:
             lay.BatchNormalization(name="bn"),
             lay.Conv2DTranspose(5, 2, name="up"),
             lay.Reshape((25, 5)),
-            lay.LSTM(3, name="rnn"),
+            # With gates of another kind, Keras 2 does not trace what a GPU would do, which takes seconds.
+            lay.LSTM(3, recurrent_activation="hard_sigmoid", name="rnn"),
             lay.Dense(2, name="out"),
         ],
         name="net",

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +56,16 @@ def numbers(path: Path) -> dict[str, bytes]:
     return {one.name: model.read(one).tobytes() for one in model.tensors if one.role != "optimizer"}
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Files of one model by their names, each saved once."""
+    folder = tmp_path_factory.mktemp("original")
+    return cache(lambda name: saved(convolutional(k), folder / name))
+
+
 @pytest.fixture(params=["m.h5", "m.keras", "m"])
-def path(request: Any, tmp_path: Path) -> Path:
-    return saved(convolutional(k), tmp_path / request.param)
+def path(request: Any, original: Callable[[str], Path]) -> Path:
+    return original(request.param)
 
 
 @pytest.fixture
@@ -85,9 +94,11 @@ class TestMasksInPlace:
         assert numbers(stripped) == numbers(plain)
 
     @pytest.mark.parametrize("suffix", [".h5", ".keras"])
-    def test_stay_what_they_are_while_tfmot_trains(self, suffix: str, tmp_path: Path) -> None:
+    def test_stay_what_they_are_while_tfmot_trains(
+        self, suffix: str, original: Callable[[str], Path], tmp_path: Path
+    ) -> None:
         out = tmp_path / f"wrapped{suffix}"
-        wrapped(saved(convolutional(k), tmp_path / f"m{suffix}"), out, sparsity=None, pattern="2:4")
+        wrapped(original(f"m{suffix}"), out, sparsity=None, pattern="2:4")
         model = opened(out)
         before = {name: layer.pruning_vars[0][1].numpy() for name, layer in wrappers(model).items()}
         assert before["hidden"].mean() == 0.5
@@ -113,8 +124,8 @@ class TestASchedule:
             assert layer.pruning_vars[0][1].numpy().all()
         assert sum(tally.dropped for tally in found.pruned.tallies.values()) == 0
 
-    def test_is_followed_by_tfmot(self, tmp_path: Path) -> None:
-        path = saved(convolutional(k), tmp_path / "m.h5")
+    def test_is_followed_by_tfmot(self, original: Callable[[str], Path], tmp_path: Path) -> None:
+        path = original("m.h5")
         wrapped(path, tmp_path / "w.h5", SparsitySchedule("polynomial", 0.0, 0, 12, 0.0, 4))
         model = opened(tmp_path / "w.h5")
         model.compile(optimizer="sgd", loss="sparse_categorical_crossentropy")
@@ -124,21 +135,21 @@ class TestASchedule:
             mask = layer.pruning_vars[0][1].numpy()
             assert np.count_nonzero(mask == 0) == round(0.75 * mask.size)
 
-    def test_of_our_own_is_found_again(self, tmp_path: Path) -> None:
-        path = saved(convolutional(k), tmp_path / "m.keras")
+    def test_of_our_own_is_found_again(self, original: Callable[[str], Path], tmp_path: Path) -> None:
+        path = original("m.keras")
         ramp = SparsitySchedule("cosine", 0.0, 0, 20, 0.0, 3)
         wrapped(path, tmp_path / "w.keras", ramp)
         layer = wrappers(opened(tmp_path / "w.keras"))["hidden"]
         assert layer.pruning_schedule.schedule == SparsitySchedule("cosine", 0.75, 0, 20, 0.0, 3)
 
-    def test_of_our_own_does_not_go_into_a_saved_model(self, tmp_path: Path) -> None:
-        path = saved(convolutional(k), tmp_path / "m")
+    def test_of_our_own_does_not_go_into_a_saved_model(self, original: Callable[[str], Path], tmp_path: Path) -> None:
+        path = original("m")
         with pytest.raises(UsageError, match="SavedModel"):
             wrapped(path, tmp_path / "w", SparsitySchedule("cosine", 0.0, 0, 20, 0.0, 3))
         assert not (tmp_path / "w").exists()
 
-    def test_has_the_sparsities_of_a_global_ranking(self, tmp_path: Path) -> None:
-        path = saved(convolutional(k), tmp_path / "m.h5")
+    def test_has_the_sparsities_of_a_global_ranking(self, original: Callable[[str], Path], tmp_path: Path) -> None:
+        path = original("m.h5")
         plain = prune(path, PruneRequest(sparsity=0.5, scope="global"), Destination(tmp_path / "plain.h5"))
         wrapped(path, tmp_path / "w.h5", POLYNOMIAL, sparsity=0.5, scope="global")
         for name, layer in wrappers(opened(tmp_path / "w.h5")).items():
@@ -146,8 +157,8 @@ class TestASchedule:
             size = layer.pruning_vars[0][0].numpy().size
             assert layer.pruning_schedule.final_sparsity == pytest.approx(tally.dropped / size)
 
-    def test_goes_with_blocks_of_matrices(self, tmp_path: Path) -> None:
-        path = saved(convolutional(k), tmp_path / "m.h5")
+    def test_goes_with_blocks_of_matrices(self, original: Callable[[str], Path], tmp_path: Path) -> None:
+        path = original("m.h5")
         found = wrapped(path, tmp_path / "w.h5", POLYNOMIAL, pattern="block:2x3:max")
         layers = wrappers(opened(tmp_path / "w.h5"))
         assert layers.keys() == {"hidden", "out"}
@@ -155,8 +166,8 @@ class TestASchedule:
         assert layers["hidden"].block_pooling_type == "MAX"
         assert found.bare == ("conv/kernel:0",)
 
-    def test_does_not_go_with_groups(self, tmp_path: Path) -> None:
-        path = saved(convolutional(k), tmp_path / "m.h5")
+    def test_does_not_go_with_groups(self, original: Callable[[str], Path], tmp_path: Path) -> None:
+        path = original("m.h5")
         with pytest.raises(UsageError, match="without a schedule"):
             wrapped(path, tmp_path / "w.h5", POLYNOMIAL, sparsity=None, pattern="2:4")
 
