@@ -30,7 +30,7 @@ from prunectl.checks.rules import (
 from prunectl.errors import PrunectlError, UsageError, attempt
 from prunectl.formats.base import select_names
 from prunectl.formats.registry import open_model
-from prunectl.formats.sandbox import reuse_worker
+from prunectl.formats.workers import reuse_worker
 
 BudgetCheck = tuple[int, Callable[[LazyModelStats], Finding | list[Finding]]]
 """The line of a rule in the config, and the function that evaluates it."""

@@ -17,15 +17,16 @@ import sys
 import threading
 import time
 from atexit import register
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextlib import suppress
 from enum import Enum, auto
 from pathlib import Path
+from typing import cast
 
 from prunectl.errors import InputError, WorkError
 from prunectl.formats import sandbox_child
 from prunectl.formats.sandbox_child import HEAD, SandboxRequest
+from prunectl.formats.workers import kept_children
 
 _OUT_OF_TIME = "takes too long to read: it is damaged, or made to keep its reader busy"
 _PIECE_BYTES = 1 << 20
@@ -70,7 +71,7 @@ def run_sandboxed(
     """
     if policy is SandboxPolicy.HERE:
         return bytes(work())
-    kept = child or _kept.get()
+    kept = child or _kept_child()
     if kept is not None:
         answer, status = kept.ask(work, seconds, extra_bytes)
     else:
@@ -113,21 +114,6 @@ def _need_room(path: Path) -> None:
         os.close(fd)
 
 
-@contextmanager
-def reuse_worker() -> Generator[None]:
-    """Keep one child for the many small files of this context: to fork takes longer than to read one of them.
-
-    After a file that kills it, a new one goes on with the next.
-    """
-    kept = Child(is_kept=True)
-    token = _kept.set(kept)
-    try:
-        yield
-    finally:
-        _kept.reset(token)
-        kept.close()
-
-
 class Child:
     """Does one work after the other in the same child, and in a new one after one that has died."""
 
@@ -166,8 +152,18 @@ class Child:
         return _server.end(pid)
 
 
-_kept: ContextVar[Child | None] = ContextVar("kept", default=None)
-"""The child that is kept for this context, if any is."""
+_keeping = threading.Lock()
+
+
+def _kept_child() -> Child | None:
+    """The child that this context keeps, if it keeps any."""
+    children = kept_children.get()
+    if children is None:
+        return None
+    with _keeping:
+        if not children:
+            children.append(Child(is_kept=True))
+    return cast("Child", children[0])
 
 
 class _Server:

@@ -1,4 +1,4 @@
-"""A thread pool that gives up: after the first failure, or Ctrl-C, nothing more is begun, and what runs stops early."""
+"""Threads that give up after the first failure or Ctrl-C, and the child process that reads for all of them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import copy_context
-from typing import ParamSpec, TypeVar
+from contextvars import ContextVar, copy_context
+from typing import ParamSpec, Protocol, TypeVar
 
 Given = ParamSpec("Given")
 Item = TypeVar("Item")
@@ -99,3 +99,30 @@ def workers(
             if isinstance(error, StoppedError) and current.failure is not None:
                 raise current.failure from None
             raise
+
+
+class Closable(Protocol):
+    """What is closed when its context ends."""
+
+    def close(self) -> None:
+        """Let it go."""
+
+
+kept_children: ContextVar[list[Closable] | None] = ContextVar("kept_children", default=None)
+"""The child process that this context keeps, if it keeps any; empty until a file is read in a child."""
+
+
+@contextmanager
+def reuse_worker() -> Generator[None]:
+    """Keep one child for the many small files of this context: to fork takes longer than to read one of them.
+
+    After a file that kills it, a new one goes on with the next.
+    """
+    children: list[Closable] = []
+    token = kept_children.set(children)
+    try:
+        yield
+    finally:
+        kept_children.reset(token)
+        for child in children:
+            child.close()

@@ -14,8 +14,7 @@ from prunectl.errors import UsageError, WorkError
 from prunectl.formats.atomic import flush
 from prunectl.formats.base import Capability, ModelFile
 from prunectl.formats.registry import open_model, require
-from prunectl.formats.sandbox import reuse_worker
-from prunectl.formats.workers import workers
+from prunectl.formats.workers import reuse_worker, workers
 from prunectl.pruning import destination as outputs
 from prunectl.pruning import engine
 from prunectl.pruning import plan as planning

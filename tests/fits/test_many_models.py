@@ -14,7 +14,8 @@ import pytest
 
 from prunectl.errors import InputError
 from prunectl.formats import sandbox
-from prunectl.formats.sandbox import reuse_worker, run_sandboxed
+from prunectl.formats.sandbox import run_sandboxed
+from prunectl.formats.workers import reuse_worker
 from tests.checks.checking import prunectl
 from tests.running import FIXTURES
 

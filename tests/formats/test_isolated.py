@@ -18,7 +18,8 @@ import pytest
 
 from prunectl.errors import InputError
 from prunectl.formats import sandbox
-from prunectl.formats.sandbox import reuse_worker, run_sandboxed
+from prunectl.formats.sandbox import run_sandboxed
+from prunectl.formats.workers import reuse_worker
 from tests.running import ROOT, clean
 
 MEGABYTES = 200 << 20
